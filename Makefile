@@ -1,0 +1,35 @@
+# make demo | test | check | format. Each sets up .venv by itself (PYTHON=python3.12 make … for another Python).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# One thread a process: tests and ranks run side by side on the same cores.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test check format clean
+
+demo: $(READY)
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash launch/demo.sh
+
+test: $(READY)
+	$(BIN)/python -m pytest -n auto --dist loadgroup
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	@# mypy finds `s2train.kernels` only where the folder lies as the package is named.
+	@rm -rf .typecheck && mkdir -p .typecheck/s2train && ln -s $(CURDIR)/s2train/* .typecheck/s2train/ && ln -s $(CURDIR)/kernels .typecheck/s2train/kernels
+	cd .typecheck && ../$(BIN)/mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache s2train
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "s2train needs Python 3.11 or later: PYTHON=python3.12 make …")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) .typecheck .mypy_cache .ruff_cache .pytest_cache *.egg-info

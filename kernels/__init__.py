@@ -1,0 +1,16 @@
+"""Block-sparse attention over per-head block layouts, on GPUs (Triton) and CPUs (torch)."""
+
+from .attention import Backend, block_sparse_attention, resolve_backend
+from .layout import BLOCK_SIZES, BlockLayout
+from .reference import reference_attention
+from .spec import Format
+
+__all__ = [
+    "BLOCK_SIZES",
+    "Backend",
+    "BlockLayout",
+    "Format",
+    "block_sparse_attention",
+    "reference_attention",
+    "resolve_backend",
+]

@@ -1,0 +1,306 @@
+"""Triton backward of block-sparse attention, in two kernels without atomics: deterministic.
+
+With P = exp(scale * q k^T - lse), dP = do v^T and delta = rowsum(o * do) - dlse:
+    dS = P * (dP - delta),  dq = scale * dS k,  dk = scale * dS^T q,  dv = P^T do.
+The log-sum-exp's own gradient enters only through delta, since d lse / d score = P.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .configs import config_for, padded, shared_limit
+from .forward import LOG2_E, key_position, key_tiles, num_query_tiles, query_tile
+from .layout import BlockLayout
+from .spec import AttentionSpec, empty, empty_bhsd
+from .tiles import count_below, document_tiles, load_tile, store_tile, strides, tile_of_document
+
+_LOG2_E = tl.constexpr(LOG2_E)
+_PREPROCESS_ROWS = 64
+
+
+@triton.jit(do_not_specialize=["num_tiles", "num_heads", "s_q"])
+def s2_attention_bwd_kernel_preprocess(
+    out_ptr, dout_ptr, lse_ptr, dlse_ptr, delta_ptr,
+    out_batch, out_head, out_row, dout_batch, dout_head, dout_row, num_tiles, num_heads, s_q,
+    V_DIM: tl.constexpr, PADDED_V_DIM: tl.constexpr, ROWS: tl.constexpr, HAS_DLSE: tl.constexpr,
+):  # fmt: skip
+    """delta = rowsum(o * do) - dlse; 0 for rows without keys, whose dlse may be anything."""
+    program = tl.program_id(0)
+    first = program % num_tiles * ROWS
+    batch_head = (program // num_tiles).to(tl.int64)
+    b, h = batch_head // num_heads, batch_head % num_heads
+    row = first + tl.arange(0, ROWS)
+    in_range = row < s_q
+    out_base = out_ptr + b * out_batch + h * out_head
+    dout_base = dout_ptr + b * dout_batch + h * dout_head
+    out = load_tile(out_base, first, out_row, in_range, ROWS, V_DIM, PADDED_V_DIM, True)
+    dout = load_tile(dout_base, first, dout_row, in_range, ROWS, V_DIM, PADDED_V_DIM, True)
+    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
+    at = batch_head * s_q + row
+    if HAS_DLSE:
+        delta -= tl.load(dlse_ptr + at, mask=in_range, other=0.0)
+    lse = tl.load(lse_ptr + at, mask=in_range, other=0.0)
+    tl.store(delta_ptr + at, tl.where(lse == float("-inf"), 0.0, delta), mask=in_range)
+
+
+@triton.jit
+def _load_lse(lse_ptr, at, in_range, MASK: tl.constexpr):
+    """Log-sum-exp in base 2; +inf, so that all weights are 0, for rows out of range or without keys."""
+    if MASK:
+        lse = tl.load(lse_ptr + at, mask=in_range, other=float("-inf"))
+    else:
+        lse = tl.load(lse_ptr + at)
+    return tl.where(lse == float("-inf"), float("inf"), lse * _LOG2_E)
+
+
+@triton.jit
+def _add_dq(
+    dq, q, dout, lse, delta, k_base, v_base, k_stride, v_stride, key, position, num_keys, scale_log2,
+    DIM: tl.constexpr, V_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PADDED_V_DIM: tl.constexpr,
+    STEPS: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    """dq (not yet scaled) plus one key tile's part."""
+    keys = key + tl.arange(0, STEPS)
+    in_range = keys < num_keys
+    k = load_tile(k_base, key, k_stride, in_range, STEPS, DIM, PADDED_DIM, MASK)
+    v = load_tile(v_base, key, v_stride, in_range, STEPS, V_DIM, PADDED_V_DIM, MASK)
+    weights = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2 - lse[:, None])
+    if MASK:
+        keep = in_range[None, :]
+        if CAUSAL:
+            keep = keep & (position[:, None] >= keys[None, :])
+        weights = tl.where(keep, weights, 0.0)
+    dweights = tl.dot(dout, tl.trans(v), input_precision="ieee")
+    dscores = (weights * (dweights - delta[:, None])).to(k.dtype)
+    return tl.dot(dscores, k, dq, input_precision="ieee")
+
+
+@triton.jit(
+    do_not_specialize=["num_tiles", "num_heads", "group", "s_q", "s_k", "query_offset", "num_query_blocks"]
+)
+def s2_attention_bwd_kernel_dq(
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr,
+    pattern_of_head, row_offsets, row_columns, tiles,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
+    dout_batch, dout_head, dout_row, dq_batch, dq_head, dq_row,
+    scale, scale_log2, num_tiles, num_heads, group, s_q, s_k, query_offset, num_query_blocks,
+    DIM: tl.constexpr, V_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PADDED_V_DIM: tl.constexpr,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """A program owns one tile of query rows of one head and walks its key blocks, as the forward does."""
+    batch, head, first, low, high, num_keys, query_shift, key_shift = query_tile(
+        tiles, num_tiles, num_heads, s_q, s_k, query_offset, ROWS, PACKED
+    )
+    if first >= high:
+        return
+    b, h, kv = batch.to(tl.int64), head.to(tl.int64), (head // group).to(tl.int64)
+    query_shift, key_shift = query_shift.to(tl.int64), key_shift.to(tl.int64)
+    q_base = q_ptr + b * q_batch + h * q_head + query_shift * q_row
+    dout_base = dout_ptr + b * dout_batch + h * dout_head + query_shift * dout_row
+    k_base = k_ptr + b * k_batch + kv * k_head + key_shift * k_row
+    v_base = v_ptr + b * v_batch + kv * v_head + key_shift * v_row
+    position = first + tl.arange(0, ROWS)
+    in_range = (position >= low) & (position < high)
+    at = (b * num_heads + h) * s_q + query_shift + position
+    q = load_tile(q_base, first, q_row, in_range, ROWS, DIM, PADDED_DIM, True)
+    dout = load_tile(dout_base, first, dout_row, in_range, ROWS, V_DIM, PADDED_V_DIM, True)
+    lse = _load_lse(lse_ptr, at, in_range, True)
+    delta = tl.load(delta_ptr + at, mask=in_range, other=0.0)
+
+    dq = tl.zeros([ROWS, PADDED_DIM], tl.float32)
+    begin, full, stop = key_tiles(
+        pattern_of_head, row_offsets, row_columns, num_query_blocks, head, first, num_keys,
+        ROWS, STEPS, BLOCK, CAUSAL,
+    )  # fmt: skip
+    for tile in range(begin, full):
+        key = key_position(row_columns, tile, STEPS, BLOCK)
+        dq = _add_dq(
+            dq, q, dout, lse, delta, k_base, v_base, k_row, v_row, key, position, num_keys, scale_log2,
+            DIM, V_DIM, PADDED_DIM, PADDED_V_DIM, STEPS, CAUSAL, False,
+        )  # fmt: skip
+    for tile in range(full, stop):
+        key = key_position(row_columns, tile, STEPS, BLOCK)
+        dq = _add_dq(
+            dq, q, dout, lse, delta, k_base, v_base, k_row, v_row, key, position, num_keys, scale_log2,
+            DIM, V_DIM, PADDED_DIM, PADDED_V_DIM, STEPS, CAUSAL, True,
+        )  # fmt: skip
+    dq_base = dq_ptr + b * dq_batch + h * dq_head + query_shift * dq_row
+    store_tile(dq_base, first, dq_row, in_range, dq * scale, ROWS, DIM, PADDED_DIM)
+
+
+@triton.jit
+def _add_dkdv(
+    dk, dv, k, v, q_base, dout_base, lse_base, delta_base, q_stride, dout_stride,
+    query, keys, low, high, scale_log2,
+    DIM: tl.constexpr, V_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PADDED_V_DIM: tl.constexpr,
+    STEPS: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    """dk (not yet scaled) and dv plus one query tile's part. Products are [keys, queries]."""
+    position = query + tl.arange(0, STEPS)
+    in_range = (position >= low) & (position < high)
+    q = load_tile(q_base, query, q_stride, in_range, STEPS, DIM, PADDED_DIM, MASK)
+    lse = _load_lse(lse_base, position, in_range, MASK)
+    weights = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2 - lse[None, :])
+    if MASK and CAUSAL:
+        weights = tl.where(position[None, :] >= keys[:, None], weights, 0.0)
+    dout = load_tile(dout_base, query, dout_stride, in_range, STEPS, V_DIM, PADDED_V_DIM, MASK)
+    dv = tl.dot(weights.to(dout.dtype), dout, dv, input_precision="ieee")
+    if MASK:
+        delta = tl.load(delta_base + position, mask=in_range, other=0.0)
+    else:
+        delta = tl.load(delta_base + position)
+    dweights = tl.dot(v, tl.trans(dout), input_precision="ieee")
+    dscores = (weights * (dweights - delta[None, :])).to(q.dtype)
+    dk = tl.dot(dscores, q, dk, input_precision="ieee")
+    return dk, dv
+
+
+@triton.jit(
+    do_not_specialize=["num_tiles", "batch_size", "num_kv_heads", "s_q", "s_k", "query_offset", "num_key_blocks"]
+)
+def s2_attention_bwd_kernel_dkdv(
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
+    pattern_of_head, column_offsets, column_rows, order, tiles,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
+    dout_batch, dout_head, dout_row, dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row,
+    scale, scale_log2, num_tiles, batch_size, num_kv_heads, s_q, s_k, query_offset, num_key_blocks,
+    GROUP: tl.constexpr, DIM: tl.constexpr, V_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr, PADDED_V_DIM: tl.constexpr,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """A program owns one tile of keys of one KV head and walks the query blocks of all heads of its group."""
+    PER_BLOCK: tl.constexpr = BLOCK // STEPS
+    program = tl.program_id(0)
+    if PACKED:
+        first, start, length = tile_of_document(tiles, program % num_tiles, ROWS)
+        batch, kv_head = program // num_tiles // num_kv_heads, program // num_tiles % num_kv_heads
+        low, high, num_keys, query_shift, key_shift = length * 0, length, length, start, start
+    else:
+        KEY_TILES: tl.constexpr = BLOCK // ROWS
+        entry = tl.load(order + program // (batch_size * KEY_TILES))
+        kv_head = entry // num_key_blocks
+        batch = program // KEY_TILES % batch_size
+        first = entry % num_key_blocks * BLOCK + program % KEY_TILES * ROWS
+        low, high, num_keys = query_offset + 0, query_offset + s_q, s_k + 0
+        query_shift, key_shift = 0 - query_offset, s_k * 0
+    if first >= num_keys:
+        return
+    b, kv = batch.to(tl.int64), kv_head.to(tl.int64)
+    query_shift, key_shift = query_shift.to(tl.int64), key_shift.to(tl.int64)
+    keys = first + tl.arange(0, ROWS)
+    in_range = keys < num_keys
+    k_base = k_ptr + b * k_batch + kv * k_head + key_shift * k_row
+    v_base = v_ptr + b * v_batch + kv * v_head + key_shift * v_row
+    k = load_tile(k_base, first, k_row, in_range, ROWS, DIM, PADDED_DIM, True)
+    v = load_tile(v_base, first, v_row, in_range, ROWS, V_DIM, PADDED_V_DIM, True)
+    dk = tl.zeros([ROWS, PADDED_DIM], tl.float32)
+    dv = tl.zeros([ROWS, PADDED_V_DIM], tl.float32)
+
+    j = first // BLOCK
+    first_block, last_block = low // BLOCK, (high + BLOCK - 1) // BLOCK  # that hold queries
+    first_full, last_full = (low + BLOCK - 1) // BLOCK, high // BLOCK  # that queries fill
+    if CAUSAL:
+        first_block = tl.maximum(first_block, j)
+        first_full = tl.maximum(first_full, j + 1)
+    last_full = tl.maximum(last_full, first_full)
+    for member in range(GROUP):
+        head = kv_head * GROUP + member
+        h = head.to(tl.int64)
+        q_base = q_ptr + b * q_batch + h * q_head + query_shift * q_row
+        dout_base = dout_ptr + b * dout_batch + h * dout_head + query_shift * dout_row
+        rows_at = (b * num_kv_heads * GROUP + h) * s_q + query_shift
+        column = tl.load(pattern_of_head + head) * num_key_blocks + j
+        begin = tl.load(column_offsets + column)
+        end = tl.load(column_offsets + column + 1)
+        to_first, to_last = count_below(column_rows, begin, end, first_block, last_block, 256)
+        to_first_full, to_last_full = count_below(column_rows, begin, end, first_full, last_full, 256)
+        # masked tiles lie before and after the full ones; sums have no order, so one loop takes both
+        head_begin = (begin + to_first) * PER_BLOCK
+        num_head = tl.maximum(tl.minimum(to_first_full, to_last) - to_first, 0) * PER_BLOCK
+        if CAUSAL and STEPS < BLOCK:
+            # of the diagonal block, only the tiles that end at or after the first key
+            nearest = tl.load(column_rows + begin + to_first, mask=num_head > 0, other=-1)
+            skipped = tl.where(nearest == j, first % BLOCK // STEPS, 0)
+            head_begin += skipped
+            num_head -= skipped
+        tail_begin = (begin + to_last_full) * PER_BLOCK
+        num_tail = tl.maximum(to_last - to_last_full, 0) * PER_BLOCK
+        for tile in range((begin + to_first_full) * PER_BLOCK, (begin + to_last_full) * PER_BLOCK):
+            query = key_position(column_rows, tile, STEPS, BLOCK)
+            dk, dv = _add_dkdv(
+                dk, dv, k, v, q_base, dout_base, lse_ptr + rows_at, delta_ptr + rows_at, q_row, dout_row,
+                query, keys, low, high, scale_log2,
+                DIM, V_DIM, PADDED_DIM, PADDED_V_DIM, STEPS, CAUSAL, False,
+            )  # fmt: skip
+        for masked in range(0, num_head + num_tail):
+            tile = tl.where(masked < num_head, head_begin + masked, tail_begin + masked - num_head)
+            query = key_position(column_rows, tile, STEPS, BLOCK)
+            dk, dv = _add_dkdv(
+                dk, dv, k, v, q_base, dout_base, lse_ptr + rows_at, delta_ptr + rows_at, q_row, dout_row,
+                query, keys, low, high, scale_log2,
+                DIM, V_DIM, PADDED_DIM, PADDED_V_DIM, STEPS, CAUSAL, True,
+            )  # fmt: skip
+
+    dk_base = dk_ptr + b * dk_batch + kv * dk_head + key_shift * dk_row
+    dv_base = dv_ptr + b * dv_batch + kv * dv_head + key_shift * dv_row
+    store_tile(dk_base, first, dk_row, in_range, dk * scale, ROWS, DIM, PADDED_DIM)
+    store_tile(dv_base, first, dv_row, in_range, dv, ROWS, V_DIM, PADDED_V_DIM)
+
+
+def backward(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None,
+    layout: BlockLayout, spec: AttentionSpec,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k, v (views [b, h, s, d], contiguous in `spec.format`).
+
+    Arguments as in `forward`, with its results and their gradients; `dlse` None means 0.
+    """
+    batch, num_heads, s_q, dim = q.shape
+    num_kv_heads, s_k, v_dim = v.shape[1:]
+    block = layout.block_size
+    dims = {"DIM": dim, "V_DIM": v_dim, "PADDED_DIM": padded(dim), "PADDED_V_DIM": padded(v_dim)}
+    limit = shared_limit(q.device)
+    dq = empty_bhsd((batch, num_heads, s_q, dim), q, spec.format)
+    dk = empty_bhsd((batch, num_kv_heads, s_k, dim), q, spec.format)
+    dv = empty_bhsd((batch, num_kv_heads, s_k, v_dim), q, spec.format)
+    delta = empty((batch, num_heads, s_q), torch.float32, q.device)
+    packed = spec.cu_seqlens is not None
+
+    with torch.cuda.device_of(q):
+        if q.numel() > 0:
+            num_tiles = -(-s_q // _PREPROCESS_ROWS)
+            s2_attention_bwd_kernel_preprocess[(batch * num_heads * num_tiles,)](
+                out, dout, lse, dlse, delta, *strides(out), *strides(dout), num_tiles, num_heads, s_q,
+                V_DIM=v_dim, PADDED_V_DIM=padded(v_dim), ROWS=_PREPROCESS_ROWS, HAS_DLSE=dlse is not None,
+            )  # fmt: skip
+            config = config_for("dq", block, dim, v_dim, q.dtype, limit)
+            tiles = None if spec.cu_seqlens is None else document_tiles(spec.cu_seqlens, s_q, config.rows)
+            num_tiles = num_query_tiles(s_q, spec.query_offset, config.rows) if tiles is None else len(tiles)
+            s2_attention_bwd_kernel_dq[(batch * num_heads * num_tiles,)](
+                q, k, v, dout, lse, delta, dq,
+                layout.pattern_of_head, layout.row_offsets, layout.row_columns, tiles,
+                *strides(q), *strides(k), *strides(v), *strides(dout), *strides(dq),
+                spec.softmax_scale, spec.softmax_scale * LOG2_E, num_tiles, num_heads,
+                num_heads // num_kv_heads, s_q, s_k, spec.query_offset, layout.num_query_blocks,
+                **dims, BLOCK=block, ROWS=config.rows, STEPS=config.steps,
+                CAUSAL=spec.causal, PACKED=packed,
+                num_warps=config.num_warps, num_stages=config.num_stages,
+            )  # fmt: skip
+        if k.numel() > 0:
+            config = config_for("dkdv", block, dim, v_dim, q.dtype, limit)
+            tiles = None if spec.cu_seqlens is None else document_tiles(spec.cu_seqlens, s_k, config.rows)
+            order = layout.columns_by_work(num_kv_heads)
+            per_head = layout.num_key_blocks * (block // config.rows) if tiles is None else len(tiles)
+            s2_attention_bwd_kernel_dkdv[(batch * num_kv_heads * per_head,)](
+                q, k, v, dout, lse, delta, dk, dv,
+                layout.pattern_of_head, layout.column_offsets, layout.column_rows, order, tiles,
+                *strides(q), *strides(k), *strides(v), *strides(dout), *strides(dk), *strides(dv),
+                spec.softmax_scale, spec.softmax_scale * LOG2_E, per_head, batch, num_kv_heads, s_q, s_k,
+                spec.query_offset, layout.num_key_blocks,
+                GROUP=num_heads // num_kv_heads, **dims, BLOCK=block, ROWS=config.rows, STEPS=config.steps,
+                CAUSAL=spec.causal, PACKED=packed,
+                num_warps=config.num_warps, num_stages=config.num_stages,
+            )  # fmt: skip
+    return dq, dk, dv

@@ -1,0 +1,126 @@
+"""Tile sizes, warps and pipeline stages of the kernels, from an explicit table.
+
+Explicit, not autotuned: every rank takes the same configuration, so that runs repeat.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+import triton
+
+Kernel = Literal["forward", "dq", "dkdv"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """One kernel's launch: `rows` stay in the program (queries, or keys for dk/dv), `steps` are walked in a loop."""
+
+    rows: int
+    steps: int
+    num_warps: int
+    num_stages: int
+
+
+# By kernel, then by (tile limit, padded head dimension); the tile limit is the block size, at most 128.
+# 16-bit inputs. On Hopper 64 rows for each group of 4 warps keep the products on wgmma.
+_HALF: dict[Kernel, dict[tuple[int, int], Config]] = {
+    "forward": {
+        (128, 64): Config(128, 128, 8, 3),
+        (128, 128): Config(128, 128, 8, 2),
+        (128, 256): Config(128, 64, 8, 2),
+        (64, 64): Config(64, 64, 4, 3),
+        (64, 128): Config(64, 64, 4, 3),
+        (64, 256): Config(64, 64, 4, 2),
+        (32, 64): Config(32, 32, 2, 3),
+        (32, 128): Config(32, 32, 2, 3),
+        (32, 256): Config(32, 32, 4, 2),
+        (16, 64): Config(16, 16, 1, 3),
+        (16, 128): Config(16, 16, 1, 3),
+        (16, 256): Config(16, 16, 2, 2),
+    },
+    "dq": {
+        (128, 64): Config(128, 64, 8, 3),
+        (128, 128): Config(128, 64, 8, 3),
+        (128, 256): Config(64, 32, 4, 2),
+        (64, 64): Config(64, 64, 4, 3),
+        (64, 128): Config(64, 64, 4, 2),
+        (64, 256): Config(64, 32, 4, 2),
+        (32, 64): Config(32, 32, 2, 2),
+        (32, 128): Config(32, 32, 4, 2),
+        (32, 256): Config(32, 32, 4, 1),
+        (16, 64): Config(16, 16, 1, 2),
+        (16, 128): Config(16, 16, 1, 2),
+        (16, 256): Config(16, 16, 2, 2),
+    },
+    "dkdv": {
+        (128, 64): Config(128, 64, 8, 2),
+        (128, 128): Config(128, 64, 8, 2),
+        (128, 256): Config(64, 32, 8, 2),
+        (64, 64): Config(64, 64, 4, 2),
+        (64, 128): Config(64, 64, 4, 2),
+        (64, 256): Config(64, 32, 8, 2),
+        (32, 64): Config(32, 32, 2, 2),
+        (32, 128): Config(32, 32, 4, 2),
+        (32, 256): Config(32, 32, 4, 1),
+        (16, 64): Config(16, 16, 1, 2),
+        (16, 128): Config(16, 16, 1, 2),
+        (16, 256): Config(16, 16, 2, 2),
+    },
+}
+# float32 inputs: products in full precision run on the ordinary cores, from registers.
+_SINGLE: dict[tuple[int, int], Config] = {
+    (32, 64): Config(32, 32, 4, 1),
+    (32, 128): Config(32, 32, 4, 1),
+    (32, 256): Config(16, 16, 4, 1),
+    (16, 64): Config(16, 16, 4, 1),
+    (16, 128): Config(16, 16, 4, 1),
+    (16, 256): Config(16, 16, 4, 1),
+}
+
+
+def padded(dim: int) -> int:
+    """Head dimension as the kernels hold it: a power of two, at least the 16 that a product needs."""
+    return max(16, triton.next_power_of_2(dim))
+
+
+def shared_bytes(kernel: Kernel, config: Config, dim: int, v_dim: int, itemsize: int) -> int:
+    """Shared memory that a program needs: what stays, and one copy a stage of what is walked."""
+    width = padded(dim) + padded(v_dim)
+    resident = padded(dim) if kernel == "forward" else width
+    return itemsize * (config.rows * resident + max(config.num_stages, 1) * config.steps * width) + 1024
+
+
+def shared_limit(device: torch.device) -> int | None:
+    """Bytes of shared memory that a program may have on `device`; None where there is no limit (interpreter)."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def config_for(
+    kernel: Kernel, block_size: int, dim: int, v_dim: int, dtype: torch.dtype, limit: int | None
+) -> Config:
+    """The table's configuration, made smaller where it exceeds `limit` bytes of shared memory.
+
+    First stages go, then the tiles are halved. Raises ValueError if even the smallest does not fit.
+    """
+    width = max(64, padded(dim), padded(v_dim))
+    if width > 256:
+        raise ValueError(f"head dimensions up to 256 are supported, got {dim} (q, k) and {v_dim} (v)")
+    if dtype == torch.float32:
+        config = _SINGLE[min(block_size, 32), width]
+    else:
+        config = _HALF[kernel][min(block_size, 128), width]
+    while limit is not None and shared_bytes(kernel, config, dim, v_dim, dtype.itemsize) > limit:
+        if config.num_stages > 1:
+            config = replace(config, num_stages=config.num_stages - 1)
+        elif config.steps > 16:
+            config = replace(config, steps=config.steps // 2)
+        elif config.rows > 16:
+            config = replace(config, rows=config.rows // 2, num_warps=max(1, config.num_warps // 2))
+        else:
+            raise ValueError(f"head dimension {dim} does not fit this device's {limit} bytes of shared memory")
+    return config

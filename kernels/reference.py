@@ -1,0 +1,45 @@
+"""The oracle: block-sparse attention with an explicit softmax in plain torch, differentiable by autograd."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .layout import BlockLayout
+from .spec import Format, from_bhsd, to_bhsd
+from .token_mask import token_mask
+
+
+def reference_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: BlockLayout,
+    *,
+    softmax_scale: float | None = None,
+    causal: bool = True,
+    query_offset: int = 0,
+    cu_seqlens: Tensor | None = None,
+    format: Format = "sbhd",
+) -> tuple[Tensor, Tensor]:
+    """Output (as q, with v's head dimension) and log-sum-exp [b, h, s_q], both in q's dtype.
+
+    Arguments as in `block_sparse_attention`. All arithmetic is in q's dtype: call it in float64 for an oracle.
+    Memory is O(b * h * s_q * s_k). Rows that see no key give output 0, log-sum-exp -inf and zero gradients.
+    """
+    qh, kh, vh = (to_bhsd(x, format) for x in (q, k, v))
+    group = qh.shape[1] // kh.shape[1]
+    kh, vh = kh.repeat_interleave(group, 1), vh.repeat_interleave(group, 1)
+    scale = 1 / math.sqrt(qh.shape[-1]) if softmax_scale is None else softmax_scale
+    keep = token_mask(
+        layout, qh.shape[2], kh.shape[2], causal=causal, query_offset=query_offset, cu_seqlens=cu_seqlens
+    )
+    empty_rows = ~keep.any(-1, keepdim=True)
+    scores = (qh @ kh.mT * scale).masked_fill(~keep, -torch.inf)
+    # the shift cancels, so it needs no gradient; a finite one keeps empty rows free of inf - inf
+    shift = scores.detach().amax(-1, keepdim=True).masked_fill(empty_rows, 0)
+    weights = (scores - shift).exp()
+    total = weights.sum(-1, keepdim=True).masked_fill(empty_rows, 1)
+    out = (weights / total) @ vh
+    lse = (shift + total.log()).masked_fill(empty_rows, -torch.inf)
+    return from_bhsd(out, format).contiguous(), lse.squeeze(-1)

@@ -1,0 +1,56 @@
+"""Block-sparse attention with dense masks in torch: for training on a CPU, where short sequences make it fast."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .layout import BlockLayout
+from .reference import reference_attention
+from .spec import AttentionSpec, from_bhsd, to_bhsd
+from .token_mask import token_mask
+
+# masks kept with a layout: a few shapes in turn (training, evaluation, context-parallel chunks), none of them huge
+_CACHED_MASKS = 4
+_CACHED_BYTES = 64 * 2**20
+
+
+def torch_attention(
+    q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, spec: AttentionSpec, *, with_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Output in `spec.format`, and log-sum-exp float32 [b, h, s_q] where asked for, else None."""
+    if q.is_cuda or with_lse:
+        # torch's fused attention gives no log-sum-exp, and on CUDA not 0 for rows without keys
+        out, lse = reference_attention(
+            *(x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v)),
+            layout,
+            softmax_scale=spec.softmax_scale,
+            causal=spec.causal,
+            query_offset=spec.query_offset,
+            cu_seqlens=spec.cu_seqlens,
+            format=spec.format,
+        )
+        return out.to(q.dtype), lse.to(torch.float32)
+    qh, kh, vh = (to_bhsd(x, spec.format) for x in (q, k, v))
+    bias = _bias(layout, qh.shape[2], kh.shape[2], spec, q.dtype)
+    grouped = qh.shape[1] != kh.shape[1]
+    out = F.scaled_dot_product_attention(
+        qh, kh, vh, attn_mask=bias[None], scale=spec.softmax_scale, enable_gqa=grouped
+    )
+    return from_bhsd(out, spec.format).contiguous(), None
+
+
+def _bias(layout: BlockLayout, s_q: int, s_k: int, spec: AttentionSpec, dtype: torch.dtype) -> Tensor:
+    """[H, s_q, s_k]: 0 where a row sees a key, else -inf; torch would convert a bool mask so in every call."""
+    key = ("bias", s_q, s_k, spec.causal, spec.query_offset, dtype)
+    if spec.cu_seqlens is None and key in layout.cache:
+        return layout.cache[key]
+    keep = token_mask(
+        layout, s_q, s_k, causal=spec.causal, query_offset=spec.query_offset, cu_seqlens=spec.cu_seqlens
+    )
+    bias = torch.zeros(keep.shape, dtype=dtype, device=keep.device).masked_fill_(~keep, -torch.inf)
+    if spec.cu_seqlens is None and bias.nbytes <= _CACHED_BYTES:
+        cached = [name for name in layout.cache if name[0] == "bias"]
+        if len(cached) >= _CACHED_MASKS:
+            del layout.cache[cached[0]]
+        layout.cache[key] = bias
+    return bias

@@ -1,0 +1,53 @@
+"""The Triton kernels as one differentiable function."""
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .backward import backward
+from .forward import forward
+from .interpreter import repair_interpreter
+from .layout import BlockLayout
+from .spec import AttentionSpec, from_bhsd, to_bhsd
+from .tiles import last_contiguous
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    repair_interpreter()
+
+
+class _TritonAttention(torch.autograd.Function):
+    """q, k, v as views [b, h, s, d]; returns output [b, h, s, d_v] and log-sum-exp [b, h, s]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, spec: AttentionSpec
+    ) -> tuple[Tensor, Tensor]:
+        q, k, v = last_contiguous(q), last_contiguous(k), last_contiguous(v)
+        out, lse = forward(q, k, v, layout, spec)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.layout, ctx.spec = layout, spec
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        # read once: non-reentrant checkpointing recomputes at the first read and refuses a second
+        q, k, v, out, lse = ctx.saved_tensors
+        if dout is None and dlse is None:
+            return None, None, None, None, None
+        dout = torch.zeros_like(out) if dout is None else last_contiguous(dout)
+        dlse = None if dlse is None else dlse.contiguous()
+        return *backward(q, k, v, out, lse, dout, dlse, ctx.layout, ctx.spec), None, None
+
+
+def triton_attention(
+    q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, spec: AttentionSpec
+) -> tuple[Tensor, Tensor]:
+    """Output in `spec.format` and log-sum-exp float32 [b, h, s_q], both differentiable."""
+    views = (to_bhsd(x, spec.format) for x in (q, k, v))
+    out, lse = _TritonAttention.apply(*views, layout, spec)
+    return from_bhsd(out, spec.format), lse

@@ -1,0 +1,195 @@
+"""Every setting of a run, as dataclasses; `conf/` holds the named values.
+
+Hydra checks names and types against these (see `register`); `s2train.plan` checks what needs more than one
+setting to judge. Only plain types here, so that a saved config reads back without this code.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+
+@dataclass
+class ModelConfig:
+    """Shape of a Llama-like decoder: RMSNorm, SwiGLU, RoPE, grouped-query attention, no biases."""
+
+    name: str = MISSING
+    num_layers: int = MISSING
+    hidden_size: int = MISSING
+    ffn_hidden_size: int = MISSING
+    num_attention_heads: int = MISSING
+    num_query_groups: int = MISSING  # KV heads
+    head_dim: int | None = None  # None: hidden_size / num_attention_heads
+    vocab_size: int = MISSING  # rows of the embedding; at least the tokenizer's, a multiple of tp
+    rotary_base: int = 10_000
+    norm_epsilon: float = 1e-5
+    init_std: float = 0.02
+    tie_embeddings: bool = False
+
+
+@dataclass
+class PatternConfig:
+    """One sparse head: which key blocks a query block keeps. Units: blocks of `layout.block_size` tokens."""
+
+    local: int = 8  # keeps the last `local` blocks, its own among them
+    stride: int = 16  # and every stride-th block before them, shifted by the head's offset
+    sinks: int = 0  # and the first `sinks` blocks
+
+
+@dataclass
+class LayoutConfig:
+    """Which attention each layer has. The string's grammar: `s2train.layouts.hybrid.parse_layers`."""
+
+    layers: str = MISSING  # one letter a layer, D dense, S sparse (s2): DSSS, D1S3x8; repeated to the model's depth
+    block_size: int = 64  # tokens
+    pattern: PatternConfig = field(default_factory=PatternConfig)
+    allow_partial_coverage: bool = False  # go on though some far blocks are seen by no head (ablations)
+
+
+@dataclass
+class ScheduleConfig:
+    """How heads of a sparse layer get their offsets. Kinds: `s2train.layouts.schedules`."""
+
+    kind: str = "shifted"
+
+
+@dataclass
+class DataConfig:
+    """Megatron indexed datasets (`launch/prepare_data.py` makes them) and how to cut them."""
+
+    # `prefix` or [prefix, …] of .bin/.idx pairs, or [weight, prefix, weight, prefix, …]; "bundled": the corpus
+    # that comes with s2train, prepared on first use; "mock": random tokens, for speed runs
+    path: Any = "bundled"
+    split: str = "90,10,0"  # train, held out, test
+    tokenizer: str = "bytes"  # bytes, or a `tokenizer.json` of Hugging Face's tokenizers
+    cache: str = "runs/data/cache"  # Megatron's document and shuffle indices
+    # samples in the training order, fixed at a run's start since another number means another order;
+    # None: train.steps × train.global_batch_size
+    num_samples: int | None = None
+    num_workers: int = 2
+
+
+@dataclass
+class OptimConfig:
+    """Megatron's Adam and its learning-rate schedule."""
+
+    lr: float = 3e-4
+    min_lr: float = 3e-5
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    clip_grad: float = 1.0
+    warmup_steps: int = 100
+    decay_style: str = "cosine"  # constant, linear, cosine, inverse-square-root, WSD
+    decay_steps: int | None = None  # None: train.steps
+    wsd_decay_steps: int | None = None  # the last steps of WSD
+
+
+@dataclass
+class ParallelConfig:
+    """How the model is spread over ranks; what remains of the world is data parallel."""
+
+    tp: int = 1  # tensor model parallel: heads and hidden
+    pp: int = 1  # pipeline model parallel: layers
+    vpp: int | None = None  # virtual pipeline stages a rank (interleaved schedule)
+    cp: int = 1  # context parallel: sequence
+    sequence_parallel: bool = False
+    distributed_optimizer: bool = True
+    overlap_grad_reduce: bool = True  # needs CUDA and dp > 1; ignored on a CPU
+    overlap_param_gather: bool = True  # needs the distributed optimizer as well
+
+
+@dataclass
+class TrainConfig:
+    """Length, batch, precision and memory of the run."""
+
+    steps: int = MISSING
+    seq_length: int = MISSING  # tokens
+    global_batch_size: int = MISSING  # sequences
+    micro_batch_size: int = 1  # sequences
+    precision: str = "bf16"  # bf16, fp32
+    recompute: str = "none"  # none, selective (core attention), full
+    recompute_num_layers: int = 1  # layers a recomputed chunk, with full
+    exit_step: int | None = None  # save and stop after this step, to be resumed (schedule unchanged)
+    deterministic: bool = False
+
+
+@dataclass
+class CheckpointConfig:
+    """Where and when to save, and what to start from."""
+
+    interval: int = 500  # steps; the last step is always saved
+    # auto: go on from the run folder's last checkpoint if there is one; never: start afresh, refuse a used folder;
+    # else a checkpoint to start from (a run folder, its checkpoints folder, or one iter_* in it)
+    resume: str = "auto"
+    keep: int | None = None  # keep only the last `keep` checkpoints; None: all
+
+
+@dataclass
+class EvaluationConfig:
+    """Held-out loss during training."""
+
+    interval: int = 100  # steps; 0: never
+    batches: int = 8  # global batches each time
+
+
+@dataclass
+class TrackingConfig:
+    """Where metrics go: always `metrics.jsonl` in the run folder, and wandb where asked."""
+
+    log_interval: int = 10  # steps
+    timing: int = 0  # Megatron's timers, each report: 0 none, 1 parts of a step, 2 pipeline inner parts; slows steps
+    wandb: str = "disabled"  # disabled, offline, online
+    project: str = "s2train"
+    group: str | None = None
+
+
+@dataclass
+class PretrainConfig:
+    """A run of `launch/pretrain.py`."""
+
+    model: ModelConfig = MISSING
+    layout: LayoutConfig = field(default_factory=LayoutConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    run_dir: str = "runs/${model.name}"
+    seed: int = 1234
+    backend: str = "auto"  # linear layers, norms, optimizer: auto, local (torch), te (transformer-engine)
+    attention_backend: str = "auto"  # sparse layers: auto (triton where CUDA is, torch on a CPU), triton, torch
+    plan: bool = False  # print what the run will cost, and build nothing
+
+
+@dataclass
+class NeedleConfig:
+    """A run of `launch/needle.py`."""
+
+    checkpoint: str = MISSING  # a run folder, its checkpoints folder, or one iter_* in it
+    lengths: list[int] | None = None  # tokens, prompt and answer together; None: four up to the trained length
+    depths: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])  # 0: at the beginning
+    trials: int = 8  # a cell
+    batch_size: int = 8  # sequences
+    seed: int = 1234
+    output: str | None = None  # folder for needle.json and needle.png; None: `needle` beside the checkpoint
+    attention_backend: str = "auto"
+    tp: int = 1
+
+
+def register() -> None:
+    """Put the schemas where Hydra finds them, so that a typo or a wrong type is refused at compose time."""
+    store = ConfigStore.instance()
+    store.store(name="pretrain_schema", node=PretrainConfig)
+    store.store(name="needle_schema", node=NeedleConfig)
+
+
+def to_object(cfg: DictConfig) -> Any:
+    """The dataclass behind a composed config; raises `omegaconf.MissingMandatoryValue` for what was not set."""
+    return OmegaConf.to_object(cfg)

@@ -1,0 +1,128 @@
+"""A run's training and held-out samples, from Megatron's GPTDataset."""
+
+import hashlib
+import os
+from collections.abc import Callable
+from math import ceil
+from pathlib import Path
+
+from megatron.core.datasets.blended_dataset import BlendedDataset
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from torch.utils.data import Dataset
+
+from s2train.config import PretrainConfig
+from s2train.data.blend import BUNDLED, BUNDLED_PREFIX, parse_blend
+from s2train.data.prepare import PrepareConfig, prepare
+from s2train.data.tokenizers import Tokenizer
+
+Samples = Dataset | None
+
+
+def ensure_prepared(cfg: PretrainConfig) -> None:
+    """Prepare the bundled corpus, as bytes, where the run names it and it isn't there yet.
+
+    For rank 0, before the others go on to `check_data` and `build_datasets`.
+    """
+    named = [cfg.data.path] if isinstance(cfg.data.path, str) else cfg.data.path
+    if BUNDLED in named and not os.path.isfile(f"{BUNDLED_PREFIX}.idx"):
+        prepare(PrepareConfig(input=BUNDLED, output=BUNDLED_PREFIX, overwrite=True))
+
+
+def build_datasets(
+    cfg: PretrainConfig,
+    tokenizer: Tokenizer,
+    num_train_samples: int,
+    num_valid_samples: int,
+    *,
+    is_built_on_rank: Callable[[], bool],
+) -> tuple[Samples, Samples]:
+    """Training and held-out samples in a fixed order, as many as asked for or more (of a blend: no more).
+
+    A sample is a dict of `tokens`, `labels` and `position_ids`, int64 [seq_length], and `loss_mask`, float32
+    [seq_length]; of a blend also `dataset_id`. Documents follow each other within a sample, each closed by
+    the tokenizer's end of document; small datasets are gone through several times.
+
+    The order depends on `data.path`, `data.split`, `seed`, `train.seq_length` and the number of samples.
+    Collective when torch.distributed is initialised (which blends need with megatron-core 0.16): rank 0
+    builds the indices, and the others read them from `data.cache`.
+
+    Args:
+        tokenizer: that of the data (see `check_data`, which is to pass first).
+        is_built_on_rank: whether this rank wants the datasets; True on rank 0.
+
+    Returns:
+        (train, held out): None on ranks that don't want them, or when `data.split` or the number of samples
+        leaves that part out.
+    """
+    sizes = (num_train_samples, num_valid_samples)
+    blend = parse_blend(cfg.data.path)
+    if blend.is_mock:
+        return _build(cfg, tokenizer, None, sizes, is_built_on_rank)
+    if len(blend.prefixes) == 1:
+        return _build(cfg, tokenizer, blend.prefixes[0], sizes, is_built_on_rank)
+
+    # Megatron's own blending asks each dataset for its share and a surplus, which can be too few for small
+    # numbers of samples. A blend of exactly the number asked takes at most ⌈weight × samples⌉ of a dataset.
+    parts = []
+    for prefix, weight in zip(blend.prefixes, blend.weights, strict=True):
+        shares = (ceil(weight * num_train_samples), ceil(weight * num_valid_samples))
+        parts.append(_build(cfg, tokenizer, prefix, shares, is_built_on_rank))
+    config = _config(cfg, tokenizer, blend.prefixes[0], cfg.data.cache, sizes)
+    train, valid = (
+        BlendedMegatronDatasetBuilder.build_generic_dataset(
+            BlendedDataset, is_built_on_rank, True, list(datasets), list(blend.weights), size, config
+        )
+        if part is not None  # the same on every rank, as the call is collective
+        else None
+        for datasets, size, part in zip(zip(*parts, strict=True), sizes, config.split_matrix, strict=False)
+    )
+    return train, valid
+
+
+def _build(
+    cfg: PretrainConfig,
+    tokenizer: Tokenizer,
+    prefix: str | None,
+    sizes: tuple[int, int],
+    is_built_on_rank: Callable[[], bool],
+) -> tuple[Samples, Samples]:
+    cache = cfg.data.cache if prefix is None else str(Path(cfg.data.cache) / _cache_name(prefix))
+    config = _config(cfg, tokenizer, prefix, cache, sizes)
+    kind = MockGPTDataset if prefix is None else GPTDataset
+    train, valid, _ = BlendedMegatronDatasetBuilder(kind, [*sizes, 0], is_built_on_rank, config).build()
+    return train, valid
+
+
+def _config(
+    cfg: PretrainConfig, tokenizer: Tokenizer, prefix: str | None, cache: str, sizes: tuple[int, int]
+) -> GPTDatasetConfig:
+    config = GPTDatasetConfig(
+        random_seed=cfg.seed,
+        sequence_length=cfg.train.seq_length,
+        blend=None if prefix is None else ([prefix], None),  # None: mock
+        split=cfg.data.split,
+        path_to_cache=cache,
+        tokenizer=tokenizer,
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+    )
+    # Megatron would also build the test part, and others that nobody asks for, and never end with a part
+    # that has no documents.
+    config.split_matrix = [
+        part if size > 0 else None for part, size in zip(config.split_matrix, (*sizes, 0), strict=True)
+    ]
+    return config
+
+
+def _cache_name(prefix: str) -> str:
+    """A folder of the cache for this state of the dataset.
+
+    Megatron names a cached index by the dataset's path, not its content: once a text is prepared again, an
+    index made from the old documents would be taken for the new.
+    """
+    index = os.stat(f"{prefix}.idx")
+    state = hashlib.sha256(f"{os.path.abspath(prefix)} {index.st_size} {index.st_mtime_ns}".encode())
+    return f"{Path(prefix).name}-{state.hexdigest()[:12]}"

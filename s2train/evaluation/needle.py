@@ -1,0 +1,146 @@
+"""Needle retrieval over length x depth: does greedy decoding answer with exactly the needle's value?"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby, islice
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from s2train.config import NeedleConfig
+from s2train.data.needles import NeedleSample, NeedleSampler, draw_pair
+from s2train.errors import ConfigError
+from s2train.evaluation.generate import Decode
+from s2train.evaluation.results import Cell
+
+
+@dataclass(frozen=True)
+class NeedleGrid:
+    """What is asked: `trials` samples for each pair of length (tokens) and depth (0: beginning, 1: end)."""
+
+    lengths: tuple[int, ...]
+    depths: tuple[float, ...]
+    trials: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if not self.lengths:
+            raise ConfigError("lengths", "[]", "no length to evaluate", "Name one or more, in tokens")
+        if not self.depths or not all(0 <= depth <= 1 for depth in self.depths):
+            raise ConfigError(
+                "depths", list(self.depths), "not between 0 and 1", "Use e.g. [0,0.25,0.5,0.75,1]"
+            )
+        for name, values in (("lengths", self.lengths), ("depths", self.depths)):
+            if len(set(values)) < len(values):
+                raise ConfigError(name, list(values), "names a value twice", "Name each once")
+        if self.trials < 1:
+            raise ConfigError("trials", self.trials, "no trial in a cell", "Use 1 or more")
+
+    @property
+    def cells(self) -> list[tuple[int, float]]:
+        """(length, depth) of every cell, short ones first."""
+        return [(length, depth) for length in sorted(self.lengths) for depth in self.depths]
+
+    def rng(self, length: int, depth: float, trial: int) -> np.random.Generator:
+        """The randomness of one trial, whatever rank runs it and whatever else is in the grid."""
+        return np.random.default_rng([self.seed, length, round(depth * 1_000_000), trial])
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This rank among those that share the trials (data parallel); the default runs all of them here."""
+
+    index: int = 0
+    count: int = 1
+    group: "dist.ProcessGroup | None" = None
+
+
+def needed_length(sampler: NeedleSampler, grid: NeedleGrid, length: int) -> int:
+    """Tokens that needle, question and answer take in the largest sample that `grid` asks for at `length`."""
+    rngs = (grid.rng(length, depth, trial) for depth in grid.depths for trial in range(grid.trials))
+    return max(sampler.needed_tokens(*draw_pair(rng, "eval")) for rng in rngs)
+
+
+def choose_grid(cfg: NeedleConfig, trained_length: int, sampler: NeedleSampler) -> NeedleGrid:
+    """The grid asked for; without lengths, quarters of `trained_length` as far as a needle fits in."""
+    lengths = cfg.lengths if cfg.lengths is not None else [trained_length * n // 4 for n in (1, 2, 3, 4)]
+    grid = NeedleGrid(tuple(lengths), tuple(cfg.depths), cfg.trials, cfg.seed)
+    if cfg.lengths is not None:
+        return grid
+    fitting = tuple(length for length in grid.lengths if needed_length(sampler, grid, length) <= length)
+    return replace(grid, lengths=fitting or (trained_length,))
+
+
+def check_lengths(sampler: NeedleSampler, grid: NeedleGrid) -> None:
+    """Raise ConfigError, before anything runs, for a length that a needle doesn't fit in."""
+    for length in grid.lengths:
+        needed = needed_length(sampler, grid, length)
+        if needed > length:
+            raise ConfigError(
+                "lengths",
+                length,
+                f"needle, question and answer take up to {needed} tokens by themselves",
+                f"Use {needed} or more",
+            )
+
+
+def evaluate_grid(
+    decode: Decode,
+    sampler: NeedleSampler,
+    grid: NeedleGrid,
+    *,
+    batch_size: int,
+    device: torch.device,
+    ranks: Ranks | None = None,
+    finished: Mapping[tuple[int, float], Cell] | None = None,
+) -> Iterator[Cell]:
+    """Every cell of the grid in order, each as soon as it is known, on all ranks alike.
+
+    Trials of a cell are striped over `ranks`, and the counts summed over them.
+
+    Args:
+        decode: greedy continuation of prompts (`s2train.evaluation.generate`).
+        batch_size: sequences decoded at once, on a rank.
+        finished: cells known already, by (length, depth); taken as they are. The same on all ranks.
+
+    Raises:
+        ConfigError: a length is too small for a needle, or batch_size is below 1.
+    """
+    if batch_size < 1:
+        raise ConfigError("batch_size", batch_size, "no sequence in a batch", "Use 1 or more")
+    check_lengths(sampler, grid)
+    ranks, finished = ranks or Ranks(), finished or {}
+    for length, depth in grid.cells:
+        if (length, depth) in finished:
+            yield finished[length, depth]
+            continue
+        trials = range(ranks.index, grid.trials, ranks.count)
+        samples = [sampler.sample(grid.rng(length, depth, trial), length, depth, "eval") for trial in trials]
+        counts = torch.zeros(3, dtype=torch.int64, device=device)
+        for batch in _batches(samples, batch_size):
+            counts += _score(decode, batch, device)
+        if ranks.count > 1:
+            dist.all_reduce(counts, group=ranks.group)
+        correct, right_tokens, tokens = counts.tolist()
+        yield Cell(length, depth, correct, grid.trials, right_tokens / tokens)
+
+
+def _batches(samples: Sequence[NeedleSample], batch_size: int) -> Iterator[list[NeedleSample]]:
+    """Batches of equally long prompts: a tokenizer may cut one value into more tokens than another."""
+
+    def answer_length(sample: NeedleSample) -> int:
+        return len(sample.answer)
+
+    for _, group in groupby(sorted(samples, key=answer_length), key=answer_length):
+        while batch := list(islice(group, batch_size)):
+            yield batch
+
+
+def _score(decode: Decode, batch: Sequence[NeedleSample], device: torch.device) -> Tensor:
+    """int64 [3]: answers that match exactly, answer tokens that match, answer tokens."""
+    prompts = torch.from_numpy(np.stack([sample.prompt for sample in batch])).to(device)
+    answers = torch.from_numpy(np.stack([sample.answer for sample in batch])).to(device)
+    hits = decode(prompts, answers.shape[1]) == answers
+    return torch.stack([hits.all(dim=1).sum(), hits.sum(), torch.tensor(hits.numel(), device=device)])

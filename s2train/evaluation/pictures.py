@@ -1,0 +1,85 @@
+"""Needle results for people: a heat map, and a table for the terminal."""
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from s2train.evaluation.results import Cell, NeedleResults, replacing
+
+# Vermilion, pale yellow, bluish green of Okabe and Ito's palette: told apart with any kind of colour vision
+SCORE_COLOURS = LinearSegmentedColormap.from_list("score", ["#D55E00", "#F7EEC0", "#009E73"])
+NOT_EVALUATED = "#DDDDDD"
+
+
+def draw_heat_map(results: NeedleResults, path: Path, title: str = "Needle retrieval") -> None:
+    """Length across, depth down, share of exact answers in colour and in per cent; PNG.
+
+    Cells that were not evaluated are grey.
+    """
+    lengths, depths, scores = _score_matrix(results)
+    figure = Figure(
+        figsize=(2.6 + 0.85 * len(lengths), 2.0 + 0.55 * len(depths)), dpi=160, layout="constrained"
+    )
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set_facecolor(NOT_EVALUATED)
+    image = axes.imshow(scores, cmap=SCORE_COLOURS, vmin=0, vmax=1, aspect="auto")
+    for (row, column), score in np.ndenumerate(scores):
+        if not np.isnan(score):
+            axes.text(column, row, f"{100 * score:.0f}", ha="center", va="center", fontsize=10)
+    axes.set_xticks(range(len(lengths)), [_tokens(length) for length in lengths])
+    axes.set_yticks(range(len(depths)), [f"{100 * depth:g} %" for depth in depths])
+    axes.set_xticks(np.arange(1, len(lengths)) - 0.5, minor=True)
+    axes.set_yticks(np.arange(1, len(depths)) - 0.5, minor=True)
+    axes.grid(which="minor", color="white", linewidth=2)
+    axes.tick_params(which="both", length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_xlabel("length (tokens)")
+    axes.set_ylabel("depth of the needle")
+    trials = sum(cell.trials for cell in results.asked)
+    figure.suptitle(title, fontsize=12, fontweight="bold")
+    subtitle = f"step {results.step:,} · {100 * results.score:.1f} % of {trials:,} answers exact"
+    axes.set_title(subtitle, fontsize=9, color="#555555")
+    bar = figure.colorbar(image, ax=axes, ticks=[0, 0.5, 1], pad=0.02)
+    bar.ax.set_yticklabels(["0 %", "50 %", "100 %"])
+    bar.outline.set_visible(False)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def score_table(results: NeedleResults) -> Table:
+    """The heat map in figures: per cent exact, and per cent of answer tokens where that says more."""
+    table = Table(title=f"Exact answers, % (answer tokens right, %): {100 * results.score:.1f} in all")
+    lengths, depths, _ = _score_matrix(results)
+    table.add_column("depth", justify="right")
+    for length in lengths:
+        table.add_column(_tokens(length), justify="right")
+    cells = {(cell.length, cell.depth): cell for cell in results.asked}
+    for depth in depths:
+        table.add_row(f"{100 * depth:g} %", *(_figures(cells.get((length, depth))) for length in lengths))
+    return table
+
+
+def _figures(cell: Cell | None) -> str:
+    if cell is None:
+        return "-"
+    exact = f"{100 * cell.correct / cell.trials:.0f}"
+    return exact if cell.correct == cell.trials else f"{exact} ({100 * cell.token_accuracy:.0f})"
+
+
+def _score_matrix(results: NeedleResults) -> tuple[list[int], list[float], np.ndarray]:
+    """Lengths, depths, share of exact answers: float64 [depths, lengths], NaN where not evaluated."""
+    lengths, depths = sorted(results.lengths), sorted(results.depths)
+    scores = np.full((len(depths), len(lengths)), np.nan)
+    for cell in results.asked:
+        scores[depths.index(cell.depth), lengths.index(cell.length)] = cell.correct / cell.trials
+    return lengths, depths, scores
+
+
+def _tokens(count: int) -> str:
+    """131072 as 128k, 1000 as 1000."""
+    return f"{count // 1024}k" if count >= 1024 and count % 1024 == 0 else str(count)

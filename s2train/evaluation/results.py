@@ -1,0 +1,124 @@
+"""What a needle evaluation leaves behind: `needle.json`, written cell by cell; a rerun goes on from it."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from s2train.config import NeedleConfig
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One length (tokens) and depth of the grid.
+
+    Attributes:
+        correct: trials whose whole answer matched.
+        token_accuracy: share of answer tokens that matched, over all trials.
+    """
+
+    length: int
+    depth: float
+    correct: int
+    trials: int
+    token_accuracy: float
+
+
+@dataclass
+class NeedleResults:
+    """An evaluation, finished or not.
+
+    Attributes:
+        checkpoint, step: what is evaluated.
+        settings: all that a cell's outcome depends on beside its length and depth; plain JSON values.
+        lengths, depths: the grid asked for.
+        cells: those known so far; a run on another grid may have left more than are asked for.
+    """
+
+    checkpoint: str
+    step: int
+    settings: dict[str, Any]
+    lengths: list[int]
+    depths: list[float]
+    cells: list[Cell] = field(default_factory=list)
+
+    @property
+    def asked(self) -> list[Cell]:
+        """The cells known so far of the grid asked for."""
+        return [cell for cell in self.cells if cell.length in self.lengths and cell.depth in self.depths]
+
+    @property
+    def score(self) -> float:
+        """Share of trials answered exactly, over `asked`; NaN if that is empty."""
+        trials = sum(cell.trials for cell in self.asked)
+        return sum(cell.correct for cell in self.asked) / trials if trials else float("nan")
+
+    def add(self, cell: Cell) -> None:
+        """Put a cell in, in place of an older one of the same length and depth."""
+        others = [c for c in self.cells if (c.length, c.depth) != (cell.length, cell.depth)]
+        self.cells = sorted([*others, cell], key=lambda c: (c.length, c.depth))
+
+    def save(self, path: Path) -> None:
+        """Write as JSON; an interruption leaves the old file or the new one."""
+        content = {"score": self.score if self.asked else None, **asdict(self)}
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def load_results(path: Path) -> NeedleResults | None:
+    """Read what `NeedleResults.save` wrote; None if there is no such file, or it is none of ours."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        del content["score"]
+        return NeedleResults(**content | {"cells": [Cell(**cell) for cell in content["cells"]]})
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+
+
+def output_folder(cfg: NeedleConfig) -> Path:
+    """Where results go: `needle` in the run folder; for one named iteration, a folder of its own in there."""
+    if cfg.output is not None:
+        return Path(cfg.output)
+    checkpoint = Path(cfg.checkpoint)
+    iteration = checkpoint.name if checkpoint.name.startswith("iter_") else ""
+    run = checkpoint.parent if iteration else checkpoint
+    run = run.parent if run.name == "checkpoints" else run
+    return run / "needle" / iteration
+
+
+def set_aside(path: Path) -> Path | None:
+    """Rename a file to the first free name of `needle.1.json`, `needle.2.json`, …; None if there is none."""
+    if not path.exists():
+        return None
+    number = 1
+    while (target := path.with_suffix(f".{number}{path.suffix}")).exists():
+        number += 1
+    return path.rename(target)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path` to write to, renamed to `path` if all went well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """Tells one set of weights from another, to the precision of sums, so that cells of an earlier training
+    in the same folder are not taken for this one's. Under tensor parallelism it covers this rank's shard."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        weights = parameter.detach().double()
+        digest.update(f"{name} {weights.sum().item():.8e} {weights.norm().item():.8e}\n".encode())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,85 @@
+"""An evaluation from start to end: go on from what is known, show progress, leave a table and a picture."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from s2train.data.needles import NeedleSampler
+from s2train.evaluation.generate import Decode
+from s2train.evaluation.needle import NeedleGrid, Ranks, evaluate_grid
+from s2train.evaluation.pictures import draw_heat_map, score_table
+from s2train.evaluation.results import Cell, NeedleResults, load_results, set_aside
+
+
+def run_needles(
+    decode: Decode,
+    sampler: NeedleSampler,
+    grid: NeedleGrid,
+    asked: NeedleResults,
+    folder: Path,
+    *,
+    batch_size: int,
+    device: torch.device,
+    trained_length: int | None = None,
+    ranks: Ranks | None = None,
+    title: str = "Needle retrieval",
+) -> NeedleResults:
+    """Evaluate the cells that `folder` lacks; write `needle.json` after each one and `needle.png` at the end.
+
+    Call it on all ranks; global rank 0 reads, writes and talks. A `needle.json` of other settings is kept
+    there under another name.
+
+    Args:
+        asked: results without cells, with the settings that a known cell must agree with.
+        trained_length: tokens; longer cells are evaluated all the same, with a note.
+    """
+    is_writer = not dist.is_initialized() or dist.get_rank() == 0
+    console = Console(quiet=not is_writer, soft_wrap=True)
+    table_path, picture_path = folder / "needle.json", folder / "needle.png"
+    if trained_length is not None and max(grid.lengths) > trained_length:
+        console.print(f"note: lengths={max(grid.lengths)} is longer than the {trained_length} trained on")
+    known = _from_rank_0(_known_cells(asked, table_path, console) if is_writer else [])
+    results = replace(asked, cells=known)
+    finished = {(cell.length, cell.depth): cell for cell in known}
+    cells = evaluate_grid(
+        decode, sampler, grid, batch_size=batch_size, device=device, ranks=ranks, finished=finished
+    )
+    columns = (TextColumn("needles"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("needles", total=len(grid.cells))
+        for cell in cells:
+            is_new = (cell.length, cell.depth) not in finished
+            results.add(cell)
+            if is_writer and is_new:
+                results.save(table_path)
+            told = f"{cell.correct}/{cell.trials} exact" + ("" if is_new else ", known")
+            progress.console.print(f"length {cell.length:>7,}  depth {cell.depth:>6.1%}  {told}")
+            progress.advance(task)
+    if is_writer:
+        results.save(table_path)  # with the score of the grid asked for, though all its cells were known
+        draw_heat_map(results, picture_path, title)
+    console.print(score_table(results))
+    console.print(f"score {results.score:.4f}   table {table_path}   heat map {picture_path}")
+    return results
+
+
+def _from_rank_0(value: list[Cell]) -> list[Cell]:
+    """Rank 0's `value`, on all ranks."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _known_cells(asked: NeedleResults, path: Path, console: Console) -> list[Cell]:
+    earlier = load_results(path)
+    if earlier is not None and earlier.settings == asked.settings:
+        return earlier.cells
+    if (aside := set_aside(path)) is not None:
+        console.print(f"{path} holds results of other weights or settings: kept as {aside.name}")
+    return []

@@ -1,0 +1,86 @@
+"""What the machine offers a rank: its device, how much memory, how fast at its peak."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from s2train.errors import ConfigError
+
+# Part of the device's name -> peak FLOP/s in bf16 (tensor cores, dense, fp32 accumulation) and in fp32 (no
+# tensor cores: TF32 is off), from the maker's data sheets. The first part found in the name counts.
+_PEAK_FLOPS: tuple[tuple[str, float, float], ...] = (
+    ("GB200", 2.5e15, 80e12),
+    ("B200", 2.25e15, 75e12),
+    ("H200", 989e12, 67e12),  # GH200 too
+    ("H100 PCIe", 756e12, 51e12),
+    ("H100 NVL", 835e12, 60e12),
+    ("H100", 989e12, 67e12),
+    ("A100", 312e12, 19.5e12),
+    ("L40S", 362e12, 91.6e12),
+    ("L40", 181e12, 90.5e12),
+    ("RTX 4090", 165e12, 82.6e12),
+    ("RTX 3090", 71e12, 35.6e12),
+)
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One rank's share of the machine.
+
+    Attributes:
+        name: the device's name, or "CPU".
+        kind: "cuda" or "cpu".
+        memory: bytes; a GPU's own memory, or this rank's share of the RAM.
+        peak_bf16, peak_fp32: FLOP/s, None where not known.
+    """
+
+    name: str
+    kind: str
+    memory: int
+    peak_bf16: float | None = None
+    peak_fp32: float | None = None
+
+    def peak_flops(self, precision: str) -> float | None:
+        """FLOP/s that MFU is measured against, at `precision` bf16 or fp32; None where not known."""
+        return self.peak_bf16 if precision == "bf16" else self.peak_fp32
+
+
+def peak_flops(device_name: str) -> tuple[float | None, float | None]:
+    """(bf16, fp32) FLOP/s of a GPU by the name torch gives it; (None, None) where not known."""
+    for part, bf16, fp32 in _PEAK_FLOPS:
+        if part in device_name:
+            return bf16, fp32
+    return None, None
+
+
+def detect(local_rank: int = 0, local_world_size: int = 1) -> Hardware:
+    """The device of local rank `local_rank`. Allocates nothing on a GPU.
+
+    Raises:
+        ConfigError: more ranks on this machine than it has GPUs.
+    """
+    if not torch.cuda.is_available():
+        return Hardware("CPU", "cpu", _ram() // local_world_size)
+    if local_world_size > (gpus := torch.cuda.device_count()):
+        raise ConfigError(
+            "--nproc-per-node",
+            local_world_size,
+            f"this machine shows {gpus} GPU(s), and each process needs its own",
+            f"start torchrun with --nproc-per-node {gpus}",
+        )
+    properties = torch.cuda.get_device_properties(local_rank)
+    bf16, fp32 = peak_flops(properties.name)
+    return Hardware(properties.name, "cuda", properties.total_memory, bf16, fp32)
+
+
+def _ram() -> int:
+    """Bytes of RAM that this process may use: the machine's, or the container's limit (cgroup v2 or v1)."""
+    sizes = [psutil.virtual_memory().total]
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            sizes.append(int(Path(limit).read_text()))
+        except (OSError, ValueError):  # no such cgroup version, or "max": no limit
+            continue
+    return min(sizes)

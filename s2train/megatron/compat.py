@@ -1,0 +1,28 @@
+"""Where megatron-core 0.16 and 0.19 differ: every such place, and nothing else."""
+
+import inspect
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.utils import get_batch_on_this_cp_rank
+
+
+def slice_batch_for_context_parallel(
+    batch: dict[str, torch.Tensor], cp_group: torch.distributed.ProcessGroup
+) -> dict[str, torch.Tensor]:
+    """This rank's zig-zag share of a batch of tensors [b, s].
+
+    0.19 has the required argument `is_hybrid_cp`, and takes `cp_group=None` for the whole world.
+    """
+    if "is_hybrid_cp" in inspect.signature(get_batch_on_this_cp_rank).parameters:
+        return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=cp_group)
+    return get_batch_on_this_cp_rank(batch, cp_group=cp_group)
+
+
+def save_checkpoint_shards(state: dict[str, Any], folder: str, metadata: dict[str, str]) -> None:
+    """Write a sharded state dict; 0.19 would otherwise pick a strategy that needs nvidia-resiliency-ext."""
+    extra = {}
+    if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
+        extra["async_strategy"] = "mcore"
+    dist_checkpointing.save(state, folder, content_metadata=metadata, **extra)

@@ -1,0 +1,160 @@
+"""Core attention over block layouts, in the place of Megatron's."""
+
+from typing import Any, Literal
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from s2train.kernels.attention import block_sparse_attention
+from s2train.kernels.dense import dense_causal_attention
+from s2train.kernels.layout import BlockLayout
+from s2train.layouts.hybrid import LayerLayout
+from s2train.megatron.context_parallel import chunk_ids, gather_sequence
+
+
+class LayoutCache:
+    """Device layouts by what they are made of: layers with the same heads share one.
+
+    Holds the `capacity` most recent, since an evaluation may bring many lengths.
+    """
+
+    def __init__(self, capacity: int = 64) -> None:
+        self._capacity = capacity
+        self._layouts: dict[tuple[LayerLayout, int, int, int, torch.device], BlockLayout] = {}
+
+    def get(
+        self, layer: LayerLayout, seq_length: int, heads: tuple[int, int], device: torch.device
+    ) -> BlockLayout:
+        """Layout of heads [first, last) of a layer over `seq_length` tokens."""
+        key = (layer, seq_length, *heads, device)
+        layout = self._layouts.pop(key, None)
+        if layout is None:
+            layout = layer.block_layout(seq_length, heads=slice(*heads), device=device)
+            if len(self._layouts) >= self._capacity:
+                self._layouts.pop(next(iter(self._layouts)))
+        self._layouts[key] = layout
+        return layout
+
+
+class CausalCoreAttention(MegatronModule):
+    """Causal attention of one layer; satisfies Megatron's core attention protocol. A subclass says what is kept.
+
+    Reads of the config: `num_attention_heads`, `kv_channels`. Heads are contiguous over tensor parallel ranks;
+    sequence parallel does not reach it. Under context parallel K and V are gathered.
+
+    Args:
+        layer_layout: heads of this layer, all of them.
+        cache: where device layouts are kept, shared by the layers of a model.
+        backend: of the sparse op: auto, triton or torch.
+    Raises:
+        NotImplementedError: packed sequences, attention dropout or biases, which no layout describes yet.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        *,
+        layer_layout: LayerLayout,
+        cache: LayoutCache,
+        backend: Literal["auto", "triton", "torch"],
+        **_: Any,
+    ) -> None:
+        super().__init__(config=config)
+        if pg_collection is None:
+            pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
+        if attention_type != "self" or (attention_dropout or config.attention_dropout):
+            raise NotImplementedError("block layouts serve causal self attention without dropout")
+        self.layer_number = layer_number
+        self.layer_layout, self.backend = layer_layout, backend
+        self.softmax_scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
+        self.cp_group = pg_collection.cp
+        local_heads = config.num_attention_heads // pg_collection.tp.size()
+        first = local_heads * pg_collection.tp.rank()
+        self.heads = (first, first + local_heads)
+        self.cache = cache
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> torch.Tensor:
+        """Attend.
+
+        Args:
+            query: [s_q, b, heads / tp, d], rotated; under context parallel s_q = s / cp.
+            key, value: [s_k, b, KV heads / tp, d], not expanded. Without context parallel the last query is at the
+                position of the last key, so that a chunk may follow cached keys.
+            attention_mask, attn_mask_type: ignored: attention is causal, within the layout.
+        Returns:
+            [s_q, b, heads / tp · d].
+        """
+        if packed_seq_params is not None or attention_bias is not None:
+            raise NotImplementedError("packed sequences and attention biases are not supported yet")
+        size = self.cp_group.size()
+        if size == 1:
+            out = self.attend(query, key, value, query_offset=key.shape[0] - query.shape[0])
+        else:
+            key, value = gather_sequence(key, self.cp_group), gather_sequence(value, self.cp_group)
+            rows = query.shape[0] // 2
+            parts = []
+            for chunk, part in zip(chunk_ids(self.cp_group.rank(), size), query.chunk(2), strict=True):
+                seen = (chunk + 1) * rows  # later keys are masked anyway
+                parts.append(self.attend(part, key[:seen], value[:seen], query_offset=chunk * rows))
+            out = torch.cat(parts)
+        return out.reshape(*out.shape[:2], -1)
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, query_offset: int
+    ) -> torch.Tensor:
+        """Attention of [s_q, b, h, d] queries at positions `query_offset` … over [s_k, b, h_kv, d] keys from 0 on.
+
+        The last query is at the last key. Returns [s_q, b, h, d].
+        """
+        raise NotImplementedError
+
+
+class DenseCoreAttention(CausalCoreAttention):
+    """Every head keeps everything."""
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, query_offset: int
+    ) -> torch.Tensor:
+        return dense_causal_attention(
+            query, key, value, softmax_scale=self.softmax_scale, query_offset=query_offset
+        )
+
+
+class SparseCoreAttention(CausalCoreAttention):
+    """Every head keeps the blocks of its pattern."""
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, query_offset: int
+    ) -> torch.Tensor:
+        layout = self.cache.get(self.layer_layout, key.shape[0], self.heads, query.device)
+        out = block_sparse_attention(
+            query,
+            key,
+            value,
+            layout,
+            softmax_scale=self.softmax_scale,
+            query_offset=query_offset,
+            backend=self.backend,
+        )
+        assert isinstance(out, torch.Tensor)
+        return out

@@ -1,0 +1,106 @@
+"""GPTModel of a configuration, as many chunks of it as this rank holds."""
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.enums import ModelType
+from megatron.core.transformer.module import Float16Module, MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from s2train.config import PretrainConfig
+from s2train.layouts.hybrid import HybridLayout
+from s2train.megatron.backends import Backend
+from s2train.megatron.core_attention import LayoutCache
+from s2train.megatron.specs import block_spec
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def transformer_config(cfg: PretrainConfig) -> TransformerConfig:
+    """Megatron's configuration of a Llama-like model on the present device."""
+    model, parallel, train = cfg.model, cfg.parallel, cfg.train
+    dtype, on_cuda = DTYPES[train.precision], torch.cuda.is_available()
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        kv_channels=model.head_dim,
+        init_method_std=model.init_std,
+        layernorm_epsilon=model.norm_epsilon,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=parallel.tp,
+        pipeline_model_parallel_size=parallel.pp,
+        virtual_pipeline_model_parallel_size=parallel.vpp,
+        context_parallel_size=parallel.cp,
+        sequence_parallel=parallel.sequence_parallel,
+        pipeline_dtype=dtype,
+        params_dtype=dtype,
+        bf16=train.precision == "bf16",
+        recompute_granularity=None if train.recompute == "none" else train.recompute,
+        recompute_method="uniform" if train.recompute == "full" else None,
+        recompute_num_layers=train.recompute_num_layers if train.recompute == "full" else None,
+        deterministic_mode=train.deterministic,
+        # Parameters are drawn on the CPU there, since the CUDA generator is the CPU's.
+        use_cpu_initialization=not on_cuda,
+        batch_p2p_comm=on_cuda,
+        # Freeing outputs while gloo still sends them is silently wrong.
+        deallocate_pipeline_outputs=on_cuda,
+        # Compiled by torch on a GPU; they gain nothing on a CPU.
+        bias_activation_fusion=on_cuda,
+        bias_dropout_fusion=False,
+        cross_entropy_loss_fusion=on_cuda,
+        # These need apex or transformer-engine.
+        apply_rope_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        gradient_accumulation_fusion=False,
+    )
+
+
+def build_model(
+    cfg: PretrainConfig,
+    config: TransformerConfig,
+    hybrid: HybridLayout,
+    backend: Backend,
+    device: torch.device,
+) -> list[MegatronModule]:
+    """The model chunks of this rank, one a virtual pipeline stage, on `device`, in the run's precision.
+
+    A chunk takes (tokens [b, s / cp], position_ids [b, s / cp], None, labels=…) and gives per-token losses
+    [b, s / cp] in fp32, or logits [b, s / cp, vocab / tp] without labels.
+    """
+    cache = LayoutCache()
+    stages: list[int | None] = [None] if cfg.parallel.vpp is None else list(range(cfg.parallel.vpp))
+    chunks = []
+    for stage in stages:
+        where = {} if stage is None else {"ignore_virtual": False, "vp_stage": stage}
+        chunk = GPTModel(
+            config=config,
+            transformer_layer_spec=block_spec(config, hybrid, backend, cache, cfg.attention_backend, stage),
+            vocab_size=cfg.model.vocab_size,
+            max_sequence_length=cfg.train.seq_length,
+            pre_process=parallel_state.is_pipeline_first_stage(**where),
+            post_process=parallel_state.is_pipeline_last_stage(**where),
+            position_embedding_type="rope",
+            rotary_base=cfg.model.rotary_base,
+            share_embeddings_and_output_weights=cfg.model.tie_embeddings,
+            vp_stage=stage,
+        )
+        chunk.model_type = ModelType.encoder_or_decoder
+        chunk.to(device)
+        chunks.append(Float16Module(config, chunk) if config.bf16 else chunk)
+    return chunks
+
+
+def unwrap(module: torch.nn.Module) -> GPTModel:
+    """The GPTModel inside data-parallel and precision wrappers."""
+    while hasattr(module, "module"):
+        module = module.module
+    return module

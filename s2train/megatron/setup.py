@@ -1,0 +1,54 @@
+"""Process groups, device and seeds of a run."""
+
+import os
+from datetime import timedelta
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+
+from s2train.config import ParallelConfig
+from s2train.megatron import cpu
+
+
+def initialize(parallel: ParallelConfig, seed: int) -> torch.device:
+    """Join the job that torchrun started (a plain `python` is a job of one) and make Megatron's process groups.
+
+    NCCL where CUDA is, gloo otherwise. Returns the device of this rank. Call `shutdown` at the end.
+    """
+    on_cpu = cpu.install()
+    for name, default in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(name, default)
+    if on_cpu:
+        device = torch.device("cpu")
+        # Ranks of one machine share its cores; torchrun's own default is one thread each.
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    else:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    if not torch.distributed.is_initialized():
+        alone = os.environ["WORLD_SIZE"] == "1" and "MASTER_PORT" not in os.environ
+        torch.distributed.init_process_group(
+            backend="gloo" if on_cpu else "nccl",
+            store=torch.distributed.HashStore() if alone else None,
+            rank=int(os.environ["RANK"]),
+            world_size=int(os.environ["WORLD_SIZE"]),
+            timeout=timedelta(minutes=30),
+            device_id=None if on_cpu else device,
+        )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tp,
+        pipeline_model_parallel_size=parallel.pp,
+        virtual_pipeline_model_parallel_size=parallel.vpp,
+        context_parallel_size=parallel.cp,
+    )
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    return device
+
+
+def shutdown() -> None:
+    """Leave the job: the other ranks have finished too."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,53 @@
+"""From a hybrid layout to Megatron's specs of this pipeline stage's layers."""
+
+from importlib import import_module
+
+from megatron.core.transformer.enums import LayerType
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+from s2train.layouts.hybrid import HybridLayout, LayerLayout
+from s2train.megatron.backends import Backend
+from s2train.megatron.core_attention import LayoutCache
+from s2train.megatron.layer import HybridTransformerLayer
+
+
+def layer_spec(
+    layer: LayerLayout, layer_number: int, backend: Backend, cache: LayoutCache, attention_backend: str
+) -> ModuleSpec:
+    """Spec of one layer; `layer_number` counts from 1 over the whole model."""
+    spec = backend.layer_spec()
+    spec.module = HybridTransformerLayer
+    spec.params = {**(spec.params or {}), "layer_layout": layer, "hybrid_layer_number": layer_number}
+    module, _, name = layer.kind.core_attention.partition(":")
+    spec.submodules.self_attention.submodules.core_attention = ModuleSpec(
+        module=getattr(import_module(module), name),
+        params={"layer_layout": layer, "cache": cache, "backend": attention_backend},
+    )
+    return spec
+
+
+def layer_ids(config: TransformerConfig, vp_stage: int | None) -> list[int]:
+    """0-based numbers of the layers that this pipeline rank and virtual stage hold."""
+    layout = config.pipeline_model_parallel_layout
+    if layout is not None:
+        return list(layout.get_layer_id_list(layer_type=LayerType.decoder, vp_stage=vp_stage))
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage)
+    return list(range(first, first + get_num_layers_to_build(config, vp_stage=vp_stage)))
+
+
+def block_spec(
+    config: TransformerConfig,
+    hybrid: HybridLayout,
+    backend: Backend,
+    cache: LayoutCache,
+    attention_backend: str,
+    vp_stage: int | None = None,
+) -> TransformerBlockSubmodules:
+    """Specs of the layers of this stage."""
+    specs = [
+        layer_spec(hybrid.layers[i], i + 1, backend, cache, attention_backend) for i in layer_ids(config, vp_stage)
+    ]
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=backend.norm)

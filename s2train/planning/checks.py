@@ -1,0 +1,125 @@
+"""Refusing a run that can't work, before anything is allocated: one error with setting, value and remedy."""
+
+from collections.abc import Sequence
+
+from omegaconf import DictConfig, OmegaConf
+
+from s2train.config import PretrainConfig, to_object
+from s2train.errors import ConfigError
+from s2train.hardware import Hardware
+from s2train.kernels.layout import BLOCK_SIZES
+from s2train.layouts.hybrid import HybridLayout, build_hybrid_layout
+from s2train.planning.division import check_division, multiple_of, smallest_world
+from s2train.planning.memory import GIB
+from s2train.planning.plan import Plan, make_plan
+from s2train.planning.settings import check_values
+
+
+def resolve(cfg: DictConfig, models: Sequence[str]) -> PretrainConfig:
+    """The composed configuration as dataclasses; `models` are the names that `+model=` may have.
+
+    Raises:
+        ConfigError: no model was named, or a setting has no value.
+    """
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if any(key == "model" or key.startswith("model.") for key in missing):
+        names = ", ".join(models)
+        raise ConfigError("+model", "missing", "no model was named", f"Add +model=NAME; there are {names}.")
+    if missing:
+        raise ConfigError(missing[0], "missing", "it has no value", f"Set {missing[0]}=….")
+    resolved: PretrainConfig = to_object(cfg)
+    return resolved
+
+
+def check(cfg: PretrainConfig, world_size: int, hardware: Hardware) -> Plan:
+    """The plan of a run that can start on `world_size` ranks like `hardware`.
+
+    Raises:
+        ConfigError: a setting is out of its range, two don't divide, blocks go unseen, or memory is short.
+    """
+    check_values(cfg)
+    check_division(cfg, world_size)
+    if cfg.attention_backend == "triton" and hardware.kind == "cpu":
+        raise ConfigError(
+            "attention_backend", "triton", "there is no CUDA device", "Set attention_backend=auto."
+        )
+    plan = _plan(cfg, world_size, hardware)
+    if plan.remedy is not None:
+        raise ConfigError(*_shortage(plan), plan.remedy)
+    return plan
+
+
+def preview(cfg: PretrainConfig, world_size: int, hardware: Hardware) -> Plan:
+    """The plan to print, fitting or not; of more ranks where `world_size` can't hold the model once.
+
+    Raises:
+        ConfigError: as `check`, but for memory and the number of ranks.
+    """
+    check_values(cfg)
+    copy = smallest_world(cfg)
+    world_size = copy if world_size % copy else world_size
+    check_division(cfg, world_size)
+    return _plan(cfg, world_size, hardware)
+
+
+def _plan(cfg: PretrainConfig, world_size: int, hardware: Hardware) -> Plan:
+    hybrid = hybrid_layout(cfg)
+    check_blocks(cfg, hybrid)
+    return make_plan(cfg, hybrid, world_size, hardware)
+
+
+def hybrid_layout(cfg: PretrainConfig) -> HybridLayout:
+    model = cfg.model
+    return build_hybrid_layout(
+        cfg.layout,
+        cfg.schedule,
+        num_layers=model.num_layers,
+        num_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+    )
+
+
+def check_blocks(cfg: PretrainConfig, hybrid: HybridLayout) -> None:
+    """Whether the sequence can be cut into blocks, where there are sparse layers.
+
+    Raises:
+        ConfigError: no kernel has such blocks, the sequence is shorter, or context parallel cuts one.
+    """
+    block, length, cp = cfg.layout.block_size, cfg.train.seq_length, cfg.parallel.cp
+    if all(layer.is_dense for layer in hybrid.layers):
+        return
+    if block not in BLOCK_SIZES:
+        sizes = ", ".join(map(str, BLOCK_SIZES))
+        raise ConfigError(
+            "layout.block_size", block, "the kernels have no such block", f"Set it to one of {sizes}."
+        )
+    if length < block:
+        raise ConfigError(
+            "train.seq_length",
+            length,
+            f"a sequence shorter than a block of {block} tokens",
+            f"Set train.seq_length to {block} or more, or layout.block_size to {length} or less.",
+        )
+    if cp > 1 and length % (2 * cp * block):
+        raise ConfigError(
+            "train.seq_length",
+            length,
+            f"parallel.cp={cp} cuts it into {2 * cp} chunks, which must be whole blocks of {block}",
+            multiple_of("train.seq_length", length, 2 * cp * block),
+        )
+
+
+def _shortage(plan: Plan) -> tuple[str, object, str]:
+    """The setting behind the largest part of a plan that does not fit, and the problem in numbers."""
+    memory, train, device = plan.memory, plan.cfg.train, plan.hardware
+    states = memory.weights + memory.gradients + memory.optimizer
+    micro_batch = f"{train.micro_batch_size} × {train.seq_length:,} tokens"
+    problem = (
+        f"{plan.cfg.model.name} needs {memory.total / GIB:.1f} GiB on each process, "
+        f"{states / GIB:.1f} of it weights, gradients and optimizer, "
+        f"{memory.activations / GIB:.1f} activations of {micro_batch}, "
+        f"and {device.name} has {device.memory / GIB:.1f}"
+    )
+    if states > memory.activations:
+        return "+model", plan.cfg.model.name, problem
+    return "train.micro_batch_size", train.micro_batch_size, problem

@@ -1,0 +1,157 @@
+"""What must divide what: heads, layers, sequence and batch over the ranks."""
+
+import math
+from collections.abc import Sequence
+
+from s2train.config import PretrainConfig
+from s2train.errors import ConfigError
+
+
+def smallest_world(cfg: PretrainConfig) -> int:
+    """Processes that hold one copy of the model."""
+    return cfg.parallel.tp * cfg.parallel.pp * cfg.parallel.cp
+
+
+def check_division(cfg: PretrainConfig, world_size: int) -> None:
+    """Whether `world_size` processes can share out the model and the batch, leaving the layout aside.
+
+    Raises:
+        ConfigError: on the first setting that can't be divided.
+    """
+    _check_heads(cfg)
+    _check_tensor_parallel(cfg)
+    _check_pipeline(cfg)
+    _check_sequence(cfg)
+    _check_world(cfg, world_size)
+
+
+def multiple_of(setting: str, value: int, unit: int) -> str:
+    """The remedy for a value that should be a multiple of `unit`."""
+    return f"Set {setting} to a multiple of {unit}, such as {-(-value // unit) * unit}."
+
+
+def _check_heads(cfg: PretrainConfig) -> None:
+    model = cfg.model
+    if model.head_dim is None:
+        _divides(
+            "model.num_attention_heads",
+            model.num_attention_heads,
+            "model.hidden_size",
+            model.hidden_size,
+            "or set model.head_dim",
+        )
+    head_dim = model.head_dim or model.hidden_size // model.num_attention_heads
+    if head_dim % 2:
+        raise ConfigError(
+            "model.head_dim",
+            head_dim,
+            "rotary embeddings turn pairs",
+            "Set model.head_dim to an even number.",
+        )
+    _divides(
+        "model.num_query_groups",
+        model.num_query_groups,
+        "model.num_attention_heads",
+        model.num_attention_heads,
+    )
+
+
+def _check_tensor_parallel(cfg: PretrainConfig) -> None:
+    model, tp = cfg.model, cfg.parallel.tp
+    for name in ("num_attention_heads", "num_query_groups", "hidden_size", "ffn_hidden_size", "vocab_size"):
+        _divides("parallel.tp", tp, f"model.{name}", getattr(model, name))
+    if cfg.parallel.sequence_parallel and tp == 1:
+        raise ConfigError(
+            "parallel.sequence_parallel",
+            True,
+            "it spreads the sequence over tensor parallel ranks, and there is one",
+            "Set parallel.tp to 2 or more, or parallel.sequence_parallel=false.",
+        )
+
+
+def _check_pipeline(cfg: PretrainConfig) -> None:
+    layers, pp, vpp = cfg.model.num_layers, cfg.parallel.pp, cfg.parallel.vpp
+    _divides("parallel.pp", pp, "model.num_layers", layers)
+    if vpp is None:
+        return
+    if pp == 1:
+        raise ConfigError(
+            "parallel.vpp",
+            vpp,
+            "virtual stages need parallel.pp above 1",
+            "Set parallel.vpp=null, or parallel.pp=2.",
+        )
+    if layers % (pp * vpp):
+        fitting = [n for n in range(1, layers // pp + 1) if layers % (pp * n) == 0]
+        raise ConfigError(
+            "parallel.vpp",
+            vpp,
+            f"model.num_layers={layers} can't be divided into parallel.pp × parallel.vpp = {pp * vpp} parts",
+            f"Set parallel.vpp to one of {_list(fitting)}.",
+        )
+
+
+def _check_sequence(cfg: PretrainConfig) -> None:
+    length, parallel = cfg.train.seq_length, cfg.parallel
+    # Context parallel gives each rank two chunks; sequence parallel then splits what a rank has.
+    unit = parallel.cp * math.lcm(
+        2 if parallel.cp > 1 else 1, parallel.tp if parallel.sequence_parallel else 1
+    )
+    if length % unit:
+        raise ConfigError(
+            "train.seq_length",
+            length,
+            f"parallel.cp={parallel.cp} and sequence parallel over parallel.tp={parallel.tp} cut it up",
+            multiple_of("train.seq_length", length, unit),
+        )
+
+
+def _check_world(cfg: PretrainConfig, world_size: int) -> None:
+    parallel, train = cfg.parallel, cfg.train
+    copy = smallest_world(cfg)
+    if world_size % copy:
+        sizes = {"parallel.tp": parallel.tp, "parallel.pp": parallel.pp, "parallel.cp": parallel.cp}
+        setting = max(sizes, key=lambda name: sizes[name])
+        raise ConfigError(
+            setting,
+            sizes[setting],
+            f"the model takes tp × pp × cp = {parallel.tp} × {parallel.pp} × {parallel.cp} processes, "
+            f"and {world_size} {'was' if world_size == 1 else 'were'} started",
+            f"Start a multiple of {copy} (torchrun --nproc-per-node {copy}), or set {setting} to fit.",
+        )
+    dp = world_size // copy
+    micro = train.micro_batch_size
+    if train.global_batch_size % (dp * micro):
+        unit = dp * micro
+        raise ConfigError(
+            "train.global_batch_size",
+            train.global_batch_size,
+            f"{dp} data parallel ranks × train.micro_batch_size={micro} can't share it out",
+            multiple_of("train.global_batch_size", train.global_batch_size, unit),
+        )
+    micro_batches = train.global_batch_size // (dp * micro)
+    if parallel.vpp is not None and micro_batches % parallel.pp:
+        unit = dp * micro * parallel.pp
+        raise ConfigError(
+            "train.global_batch_size",
+            train.global_batch_size,
+            f"with parallel.vpp a rank's {micro_batches} micro batches must divide by pp={parallel.pp}",
+            multiple_of("train.global_batch_size", train.global_batch_size, unit),
+        )
+
+
+def _divides(setting: str, value: int, whole_name: str, whole: int, also: str = "") -> None:
+    if whole % value:
+        divisors = [n for n in range(1, whole + 1) if whole % n == 0]
+        near = sorted(sorted(divisors, key=lambda n: abs(n - value))[:4])
+        alternative = f", {also}" if also else f", or change {whole_name}"
+        raise ConfigError(
+            setting,
+            value,
+            f"doesn't divide {whole_name}={whole}",
+            f"Set {setting} to one of {_list(near)}{alternative}.",
+        )
+
+
+def _list(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))

@@ -1,0 +1,126 @@
+"""Memory of one rank, by part, in bytes. An estimate from above; what it assumes stands beside each term."""
+
+from dataclasses import dataclass, fields
+
+from s2train.config import PretrainConfig
+from s2train.planning.parameters import head_dim, stage_parameters
+
+GIB = 1024**3
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of the fullest rank.
+
+    Attributes:
+        weights: in the run's precision.
+        gradients: fp32, all of them (Megatron's main gradients).
+        optimizer: fp32 Adam moments, and fp32 weights where the run's are bf16; shared over data and context
+            parallel ranks by the distributed optimizer.
+        activations: kept for the backward pass, with the largest temporary of one layer or of the loss.
+        layouts: block layouts of the sparse layers.
+        overhead: CUDA context, libraries' workspaces and communicators; Python and torch on a CPU.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    layouts: int
+    overhead: int
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, part.name) for part in fields(self))
+
+
+def data_parallel(cfg: PretrainConfig, world_size: int) -> int:
+    return world_size // (cfg.parallel.tp * cfg.parallel.pp * cfg.parallel.cp)
+
+
+def micro_batches(cfg: PretrainConfig, world_size: int) -> int:
+    """Micro batches a step on each data-parallel rank."""
+    return cfg.train.global_batch_size // (data_parallel(cfg, world_size) * cfg.train.micro_batch_size)
+
+
+def rank_memory(cfg: PretrainConfig, world_size: int, layouts: int, kind: str) -> Memory:
+    """The fullest pipeline stage's rank; `layouts` in bytes, `kind` "cuda" or "cpu"."""
+    stages = (_stage_memory(cfg, world_size, stage, layouts, kind) for stage in range(cfg.parallel.pp))
+    return max(stages, key=lambda memory: memory.total)
+
+
+def _stage_memory(cfg: PretrainConfig, world_size: int, stage: int, layouts: int, kind: str) -> Memory:
+    weights = stage_parameters(cfg.model, cfg.parallel, stage)
+    bf16 = cfg.train.precision == "bf16"
+    shards = data_parallel(cfg, world_size) * cfg.parallel.cp if cfg.parallel.distributed_optimizer else 1
+    overhead = GIB // 2
+    if kind == "cuda":  # a context and cuBLAS take about 1 GiB, NCCL's buffers about as much
+        overhead = GIB if world_size == 1 else 2 * GIB
+    return Memory(
+        weights=weights * (2 if bf16 else 4),
+        gradients=weights * 4,
+        optimizer=-(-weights * (12 if bf16 else 8) // shards),
+        activations=stage_activations(cfg, stage, micro_batches(cfg, world_size), kind),
+        layouts=layouts,
+        overhead=overhead,
+    )
+
+
+def stage_activations(cfg: PretrainConfig, stage: int, num_micro_batches: int, kind: str) -> int:
+    """Bytes that a rank of pipeline stage `stage` holds at its peak."""
+    model, train, parallel = cfg.model, cfg.train, cfg.parallel
+    width = 2 if train.precision == "bf16" else 4
+    tokens = train.seq_length // parallel.cp * train.micro_batch_size
+    # Sequence parallelism splits what lies between the blocks: residual stream and norms.
+    stream = tokens * model.hidden_size * width // (parallel.tp if parallel.sequence_parallel else 1)
+    whole, kept = layer_activations(cfg, stream, kind)
+
+    chunks = parallel.vpp or 1
+    layers_a_chunk = model.num_layers // (parallel.pp * chunks)
+    in_flight = layers_a_chunk * _chunks_in_flight(cfg, stage, num_micro_batches)
+    if train.recompute == "full":  # inputs of recomputed groups, and one group alive again
+        group = min(train.recompute_num_layers, layers_a_chunk)
+        layers = -(-in_flight // group) * stream + group * whole
+    else:
+        layers = in_flight * kept
+
+    # Backward, one layer's MLP gradients lie beside its activations: gate, up, their product, streams.
+    largest = 3 * tokens * model.ffn_hidden_size * width // parallel.tp + 2 * stream
+    if stage == parallel.pp - 1:
+        # Final norm (in, out); logits and their gradient in `width`, softmax and its gradient in fp32.
+        logits = tokens * model.vocab_size * (2 * width + 8) // parallel.tp
+        largest = max(largest, logits + 2 * stream)
+    return layers + largest
+
+
+def layer_activations(cfg: PretrainConfig, stream: int, kind: str) -> tuple[int, int]:
+    """Bytes that a layer saves for one micro batch: without recomputation, and as `train.recompute` has it.
+
+    Flash-like attention: nothing of sequence length squared. `stream`: bytes of a tensor [s, b, hidden].
+    """
+    model, train, parallel = cfg.model, cfg.train, cfg.parallel
+    width = 2 if train.precision == "bf16" else 4
+    tokens = train.seq_length // parallel.cp * train.micro_batch_size
+    queries = tokens * model.num_attention_heads * head_dim(model) * width // parallel.tp
+    keys = tokens * model.num_query_groups * head_dim(model) * width // parallel.tp
+    ffn = tokens * model.ffn_hidden_size * width // parallel.tp
+
+    residual = 4 * stream  # input and output of both norms
+    # q and k after RoPE, beside the projection's output that v is a view of; attention's output.
+    attention = (queries + keys) + (queries + 2 * keys) + queries
+    # Log-sum-exp in fp32; keys and values gathered over context parallel ranks.
+    core = tokens * model.num_attention_heads * 4 // parallel.tp
+    if parallel.cp > 1:
+        core += 2 * keys * parallel.cp
+    # Gate, up, their product; SiLU of the gate too where SwiGLU is not fused.
+    mlp = (3 if kind == "cuda" else 4) * ffn
+    whole = residual + attention + core + mlp
+    return whole, whole - core if train.recompute == "selective" else whole
+
+
+def _chunks_in_flight(cfg: PretrainConfig, stage: int, num_micro_batches: int) -> int:
+    """Forward passes of one model chunk that wait for their backward at most: Megatron's 1F1B schedules."""
+    pp, vpp = cfg.parallel.pp, cfg.parallel.vpp
+    if vpp is None:
+        return min(num_micro_batches, pp - stage)
+    return min(num_micro_batches * vpp, (pp - stage - 1) * 2 + (vpp - 1) * pp + 1)

@@ -1,0 +1,81 @@
+"""What a run costs: parameters, FLOPs per token, and memory per rank, from its configuration alone."""
+
+from dataclasses import dataclass
+
+from s2train.config import PretrainConfig
+from s2train.hardware import Hardware
+from s2train.layouts.costs import density, layout_nbytes
+from s2train.layouts.coverage import CoverageReport, check_coverage
+from s2train.layouts.hybrid import HybridLayout
+from s2train.planning.flops import TokenFlops, token_flops
+from s2train.planning.memory import Memory, data_parallel, micro_batches, rank_memory
+from s2train.planning.parameters import stage_parameters, total_parameters
+from s2train.planning.remedies import memory_remedy
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The cost of a run on `world_size` ranks like `hardware`."""
+
+    cfg: PretrainConfig
+    world_size: int
+    hardware: Hardware
+    letters: str  # one a layer
+    density: float  # of the whole model; 1 is dense
+    sparse_density: float  # mean over its sparse layers; 1 if there is none
+    coverage: CoverageReport
+    parameters: int
+    rank_parameters: int  # on the fullest pipeline stage
+    flops: TokenFlops
+    memory: Memory  # of the fullest rank
+    remedy: str | None  # what would fit, if this does not
+
+    @property
+    def data_parallel(self) -> int:
+        return data_parallel(self.cfg, self.world_size)
+
+    @property
+    def micro_batches(self) -> int:
+        return micro_batches(self.cfg, self.world_size)
+
+    @property
+    def fits(self) -> bool:
+        return self.remedy is None
+
+
+def make_plan(cfg: PretrainConfig, hybrid: HybridLayout, world_size: int, hardware: Hardware) -> Plan:
+    """Count; `cfg` has passed `check_division` for `world_size` ranks. Builds nothing.
+
+    Raises:
+        ConfigError: the layout leaves far blocks unseen, and `layout.allow_partial_coverage` is off.
+    """
+    seq_length = cfg.train.seq_length
+    layouts = layouts_nbytes(cfg, hybrid)
+    memory = rank_memory(cfg, world_size, layouts, hardware.kind)
+    fits = memory.total <= hardware.memory
+    sparse = [layer for layer in hybrid.layers if not layer.is_dense]
+    densities = {layer: density(layer, seq_length) for layer in set(sparse)}
+    return Plan(
+        cfg=cfg,
+        world_size=world_size,
+        hardware=hardware,
+        letters="".join(layer.kind.letter for layer in hybrid.layers),
+        density=density(hybrid, seq_length),
+        sparse_density=sum(densities[layer] for layer in sparse) / len(sparse) if sparse else 1.0,
+        coverage=check_coverage(hybrid, seq_length, cfg.layout),
+        parameters=total_parameters(cfg.model),
+        rank_parameters=max(stage_parameters(cfg.model, cfg.parallel, s) for s in range(cfg.parallel.pp)),
+        flops=token_flops(cfg.model, hybrid, seq_length),
+        memory=memory,
+        remedy=None if fits else memory_remedy(cfg, world_size, hardware, layouts),
+    )
+
+
+def layouts_nbytes(cfg: PretrainConfig, hybrid: HybridLayout) -> int:
+    """Bytes of a rank's block layouts at most: one for each sparse layer that differs, with all its heads.
+
+    Under context parallel a rank has two, one for each of its chunks of the sequence.
+    """
+    distinct = {layer for layer in hybrid.layers if not layer.is_dense}
+    chunks = 2 if cfg.parallel.cp > 1 else 1
+    return chunks * sum(layout_nbytes(layer, cfg.train.seq_length) for layer in distinct)

@@ -1,0 +1,67 @@
+"""When memory does not suffice: the smallest change of settings that would fit."""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+
+from s2train.config import PretrainConfig
+from s2train.errors import ConfigError
+from s2train.hardware import Hardware
+from s2train.planning.division import check_division
+from s2train.planning.memory import rank_memory
+
+_LARGEST_WORLD = 4096  # processes
+
+
+def memory_remedy(cfg: PretrainConfig, world_size: int, hardware: Hardware, layouts: int) -> str:
+    """A sentence: settings that fit on these processes, or else on more of them. `layouts`: bytes."""
+    # More processes on a CPU would share the same memory.
+    largest = world_size if hardware.kind == "cpu" else _LARGEST_WORLD
+    world = world_size
+    while world <= largest:
+        for changes, candidate in _candidates(cfg):
+            if _works(candidate, world, hardware, layouts):
+                settings = f"Set {' '.join(changes)}" if changes else "Run it"
+                return f"{settings}{f' on {world} processes' if world > world_size else ''}."
+        world *= 2
+    return "Take a smaller model (+model=…), a shorter train.seq_length or a device with more memory."
+
+
+def _candidates(cfg: PretrainConfig) -> Iterator[tuple[list[str], PretrainConfig]]:
+    """Configurations in the order in which one would try them: what costs least speed first."""
+    train, parallel = cfg.train, cfg.parallel
+    levels = ("none", "selective", "full")
+    recomputes = levels[levels.index(train.recompute) :]
+    micros = [train.micro_batch_size >> i for i in range(train.micro_batch_size.bit_length())]
+    tps = [parallel.tp * 2**i for i in range(4)]
+    pps = [parallel.pp * 2**i for i in range(4)]
+    # Slowest loop first: splitting the model costs most, then recomputation, then smaller micro batches.
+    splits = sorted(itertools.product(pps, tps), key=lambda split: (split[0] * split[1], split[0]))
+    for (pp, tp), recompute, micro in itertools.product(splits, recomputes, micros):
+        wanted = {
+            "train.micro_batch_size": (train.micro_batch_size, micro),
+            "train.recompute": (train.recompute, recompute),
+            "parallel.tp": (parallel.tp, tp),
+            "parallel.sequence_parallel": (parallel.sequence_parallel, tp > 1),
+            "parallel.pp": (parallel.pp, pp),
+            "parallel.distributed_optimizer": (parallel.distributed_optimizer, True),
+        }
+        changes = [f"{name}={str(new).lower()}" for name, (old, new) in wanted.items() if old != new]
+        yield (
+            changes,
+            replace(
+                cfg,
+                train=replace(train, micro_batch_size=micro, recompute=recompute),
+                parallel=replace(
+                    parallel, tp=tp, pp=pp, sequence_parallel=tp > 1, distributed_optimizer=True
+                ),
+            ),
+        )
+
+
+def _works(cfg: PretrainConfig, world_size: int, hardware: Hardware, layouts: int) -> bool:
+    try:
+        check_division(cfg, world_size)
+    except ConfigError:
+        return False
+    return rank_memory(cfg, world_size, layouts, hardware.kind).total <= hardware.memory

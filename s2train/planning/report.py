@@ -1,0 +1,76 @@
+"""A plan as text."""
+
+from dataclasses import fields
+from itertools import groupby
+
+from s2train.planning.memory import GIB
+from s2train.planning.plan import Plan
+
+
+def format_plan(plan: Plan) -> str:
+    """Layers, density, coverage, parameters, FLOPs, memory by part, and the verdict, on some twenty lines."""
+    cfg, memory, flops = plan.cfg, plan.memory, plan.flops
+    train, parallel, pattern = cfg.train, cfg.parallel, cfg.layout.pattern
+    rows = [
+        ("layers", f"{len(plan.letters)}: {_layers(plan.letters)} ({_counts(plan)})"),
+        (
+            "sparse",
+            f"blocks of {cfg.layout.block_size} tokens, local {pattern.local}, stride {pattern.stride}, "
+            f"sinks {pattern.sinks}, schedule {cfg.schedule.kind}",
+        ),
+        ("density", f"{plan.density:.4f} of causal positions, {plan.sparse_density:.4f} in sparse layers"),
+        ("parameters", f"{_count(plan.parameters)}, {_count(plan.rank_parameters)} on a rank"),
+        (
+            "FLOPs/token",
+            f"{_count(flops.sparse)} exact ({_count(flops.attention)} attention); "
+            f"{_count(flops.dense)} if dense ({_count(flops.dense_attention)}); "
+            f"ratio {flops.sparse / flops.dense:.3f}",
+        ),
+        (
+            "a step",
+            f"{train.global_batch_size * train.seq_length:,} tokens: {plan.micro_batches} × "
+            f"{train.micro_batch_size} × {train.seq_length:,} on each data parallel rank",
+        ),
+        ("memory", "GiB per rank" + (", fullest pipeline stage" if parallel.pp > 1 else "")),
+        *((f"  {part.name}", _gib(getattr(memory, part.name))) for part in fields(memory)),
+        ("  total", f"{_gib(memory.total)} of {_gib(plan.hardware.memory).strip()} ({plan.hardware.name})"),
+    ]
+    if not plan.coverage.runs:
+        rows = [row for row in rows if row[0] not in ("sparse", "density")]
+    sequence = ", sequence parallel" if parallel.sequence_parallel else ""
+    virtual = f", vpp {parallel.vpp}" if parallel.vpp else ""
+    title = (
+        f"{cfg.model.name} on {plan.world_size} process{'' if plan.world_size == 1 else 'es'}: "
+        f"tp {parallel.tp}, pp {parallel.pp}{virtual}, cp {parallel.cp}, dp {plan.data_parallel}{sequence}; "
+        f"{train.precision}, recompute {train.recompute}"
+    )
+    verdict = "It fits." if plan.fits else f"It does not fit. {plan.remedy}"
+    return "\n".join([title, *(f"{name:<13} {text}" for name, text in rows), plan.coverage.format(), verdict])
+
+
+def _layers(letters: str) -> str:
+    """The layer string at its shortest: its period and how often, such as DSSSx8."""
+    length = len(letters)
+    period = next(
+        n for n in range(1, length + 1) if length % n == 0 and letters[:n] * (length // n) == letters
+    )
+    if period in (1, length):
+        runs = ((letter, len(list(group))) for letter, group in groupby(letters))
+        return "".join(f"{letter}{count if count > 1 else ''}" for letter, count in runs)
+    return f"{letters[:period]}x{length // period}"
+
+
+def _counts(plan: Plan) -> str:
+    dense = plan.letters.count("D")
+    return f"{dense} dense, {len(plan.letters) - dense} sparse"
+
+
+def _count(number: float) -> str:
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.2f}{unit}"
+    return f"{number:.0f}"
+
+
+def _gib(nbytes: int) -> str:
+    return f"{nbytes / GIB:9.3f}"

@@ -1,0 +1,134 @@
+"""What each setting may be by itself, and the few that bound each other."""
+
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+from s2train.config import PretrainConfig
+from s2train.errors import ConfigError
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "train.precision": ("bf16", "fp32"),
+    "train.recompute": ("none", "selective", "full"),
+    "optim.decay_style": ("constant", "linear", "cosine", "inverse-square-root", "WSD"),
+    "tracking.wandb": ("disabled", "offline", "online"),
+    "backend": ("auto", "local", "te"),
+    "attention_backend": ("auto", "triton", "torch"),
+}
+_POSITIVE: dict[str, tuple[str, ...]] = {
+    "model": (
+        "num_layers",
+        "hidden_size",
+        "ffn_hidden_size",
+        "num_attention_heads",
+        "num_query_groups",
+        "head_dim",
+        "vocab_size",
+        "rotary_base",
+        "norm_epsilon",
+        "init_std",
+    ),
+    "layout": ("block_size", "pattern.local", "pattern.stride"),
+    "data": ("num_samples",),
+    "optim": ("lr", "eps", "decay_steps", "wsd_decay_steps"),
+    "parallel": ("tp", "pp", "vpp", "cp"),
+    "train": (
+        "steps",
+        "seq_length",
+        "global_batch_size",
+        "micro_batch_size",
+        "recompute_num_layers",
+        "exit_step",
+    ),
+    "checkpoint": ("interval", "keep"),
+    "evaluation": ("batches",),
+    "tracking": ("log_interval",),
+}
+_NOT_NEGATIVE: dict[str, tuple[str, ...]] = {
+    "layout": ("pattern.sinks",),
+    "data": ("num_workers",),
+    "optim": ("min_lr", "weight_decay", "clip_grad", "warmup_steps"),
+    "evaluation": ("interval",),
+}
+
+
+def check_values(cfg: PretrainConfig) -> None:
+    """Names from fixed sets, numbers within their range.
+
+    Raises:
+        ConfigError: on the first setting out of its range.
+    """
+    _check_ranges(cfg)
+    _check_optimizer(cfg)
+
+
+def _check_ranges(cfg: PretrainConfig) -> None:
+    for setting, choices in _CHOICES.items():
+        value = _get(cfg, setting)
+        if value not in choices:
+            raise ConfigError(setting, value, "unknown value", _nearest(setting, value, choices))
+    for setting in _names(_POSITIVE):
+        value = _get(cfg, setting)
+        if value is not None and value <= 0:
+            raise ConfigError(setting, value, "must be more than 0", f"Set {setting} to a positive number.")
+    for setting in _names(_NOT_NEGATIVE):
+        value = _get(cfg, setting)
+        if value < 0:
+            raise ConfigError(setting, value, "must not be negative", f"Set {setting} to 0 or more.")
+    if cfg.backend == "te":
+        raise ConfigError("backend", "te", "transformer-engine is not supported yet", "Set backend=local.")
+
+
+def _check_optimizer(cfg: PretrainConfig) -> None:
+    optim = cfg.optim
+    for setting in ("optim.beta1", "optim.beta2"):
+        beta = _get(cfg, setting)
+        if not 0 <= beta < 1:
+            raise ConfigError(setting, beta, "a decay rate lies in [0, 1)", f"Set {setting}, such as 0.9.")
+    if optim.min_lr > optim.lr:
+        raise ConfigError(
+            "optim.min_lr", optim.min_lr, f"above optim.lr={optim.lr}", f"Set it to {optim.lr} or less."
+        )
+    decay_steps, name = (
+        (optim.decay_steps, "optim.decay_steps") if optim.decay_steps else (cfg.train.steps, "train.steps")
+    )
+    if optim.warmup_steps >= decay_steps:
+        raise ConfigError(
+            "optim.warmup_steps",
+            optim.warmup_steps,
+            f"the warm-up would not end before {name}={decay_steps}",
+            f"Set optim.warmup_steps to less than {decay_steps}, such as {decay_steps // 10}.",
+        )
+    if optim.decay_style == "WSD":
+        last = optim.wsd_decay_steps
+        if last is None or last > decay_steps - optim.warmup_steps:
+            raise ConfigError(
+                "optim.wsd_decay_steps",
+                last,
+                f"WSD decays over the last of {decay_steps} steps, {optim.warmup_steps} of them warm-up",
+                f"Set optim.wsd_decay_steps to {decay_steps - optim.warmup_steps} or less.",
+            )
+    samples = cfg.train.steps * cfg.train.global_batch_size
+    if cfg.data.num_samples is not None and cfg.data.num_samples < samples:
+        raise ConfigError(
+            "data.num_samples",
+            cfg.data.num_samples,
+            f"train.steps × train.global_batch_size takes {samples}",
+            f"Set data.num_samples to {samples} or more.",
+        )
+
+
+def _nearest(setting: str, value: object, choices: Sequence[str]) -> str:
+    near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.0)[0]
+    return f"Did you mean {setting}={near}? It may be {', '.join(choices)}."
+
+
+def _names(of_section: dict[str, tuple[str, ...]]) -> list[str]:
+    return [f"{section}.{name}" for section, names in of_section.items() for name in names]
+
+
+def _get(cfg: PretrainConfig, setting: str) -> Any:
+    value: Any = cfg
+    for part in setting.split("."):
+        value = getattr(value, part)
+    return value

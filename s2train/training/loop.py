@@ -1,0 +1,150 @@
+"""The training loop."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from megatron.core.timers import Timers
+from torch.utils.data import Dataset
+
+from s2train.config import PretrainConfig
+from s2train.training import checkpoint
+from s2train.training.batches import Batch, micro_batches
+from s2train.training.checkpoint import TrainingState
+from s2train.training.metrics import StepMetrics, Tracker
+from s2train.training.optimizer import whole_parameters
+from s2train.training.steps import run_step
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What turns step times into rates.
+
+    Attributes:
+        flops_per_token: training FLOPs of the model, exact for its layout.
+        peak_flops: FLOP/s of a device, None where not known.
+        devices: ranks of the job.
+    """
+
+    flops_per_token: float
+    peak_flops: float | None
+    devices: int
+
+
+@dataclass
+class Interval:
+    """Sums since the last report."""
+
+    losses: list[float] = field(default_factory=list)
+    started: float = field(default_factory=time.perf_counter)
+    paused: float = 0.0  # seconds spent evaluating and saving, which are not the step's
+
+
+class Trainer:
+    """Runs steps, evaluates, reports and saves, from `start` on."""
+
+    def __init__(
+        self,
+        cfg: PretrainConfig,
+        state: TrainingState,
+        train_set: Dataset,
+        held_out_set: Dataset | None,
+        tracker: Tracker,
+        timers: Timers,
+        speed: Speed,
+        device: torch.device,
+    ) -> None:
+        self.cfg, self.state, self.tracker, self.speed, self.device = cfg, state, tracker, speed, device
+        self.train_set, self.held_out_set, self.timers = train_set, held_out_set, timers
+
+    def train(self, start: int) -> int:
+        """Train from step `start`; returns the step at which it stopped, which is saved."""
+        cfg, size = self.cfg, self.cfg.train.global_batch_size
+        last = min(cfg.train.steps, cfg.train.exit_step or cfg.train.steps)
+        if start >= last:
+            return start
+        batches = self._batches(self.train_set, start * size, last * size)
+        interval = Interval()
+        for step in range(start + 1, last + 1):
+            loss, grad_norm = self._step(batches)
+            interval.losses.append(loss)
+            is_last = step == last
+            held_out = None
+            paused = time.perf_counter()
+            if self.held_out_set is not None and (step % cfg.evaluation.interval == 0 or is_last):
+                held_out = self.held_out_loss()
+            interval.paused += time.perf_counter() - paused
+            if step % cfg.tracking.log_interval == 0 or held_out is not None or is_last:
+                self.tracker.report(self._metrics(step, last, interval, grad_norm, held_out))
+                if cfg.tracking.timing:
+                    self.timers.log(None, normalizer=len(interval.losses))
+                interval = Interval()
+            if step % cfg.checkpoint.interval == 0 or is_last:
+                paused = time.perf_counter()
+                self._save(step)
+                interval.paused += time.perf_counter() - paused
+        return last
+
+    def held_out_loss(self) -> float:
+        """Mean loss (nats per token) over the first `evaluation.batches` global batches of the held-out split."""
+        cfg, chunks = self.cfg, self.state.chunks
+        assert self.held_out_set is not None
+        count = cfg.evaluation.batches
+        batches = self._batches(self.held_out_set, 0, count * cfg.train.global_batch_size)
+        with torch.no_grad(), whole_parameters(cfg, chunks):
+            for chunk in chunks:
+                chunk.eval()
+            losses = [run_step(cfg, chunks, batches, forward_only=True) for _ in range(count)]
+            for chunk in chunks:
+                chunk.train()
+        return sum(losses) / count
+
+    def _step(self, batches: list[Iterator[Batch]]) -> tuple[float, float]:
+        state = self.state
+        for chunk in state.chunks:
+            chunk.zero_grad_buffer()
+        state.optimizer.zero_grad()
+        self.timers("forward-backward", log_level=1).start()
+        loss = run_step(self.cfg, state.chunks, batches, forward_only=False)
+        self.timers("forward-backward").stop()
+        self.timers("optimizer", log_level=1).start()
+        updated, grad_norm, _ = state.optimizer.step()
+        self.timers("optimizer").stop()
+        if not updated:
+            raise FloatingPointError(f"the optimizer refused a step: gradient norm {grad_norm}, loss {loss}")
+        state.scheduler.step(1)
+        return loss, float(grad_norm)
+
+    def _batches(self, dataset: Dataset, start: int, stop: int) -> list[Iterator[Batch]]:
+        """An iterator for each model chunk: under a virtual pipeline, first and last chunk both want the batch."""
+        return [micro_batches(self.cfg, dataset, start, stop, self.device) for _ in self.state.chunks]
+
+    def _metrics(
+        self, step: int, last: int, interval: Interval, grad_norm: float, held_out: float | None
+    ) -> StepMetrics:
+        train = self.cfg.train
+        steps = len(interval.losses)
+        step_time = (time.perf_counter() - interval.started - interval.paused) / steps
+        tokens_per_s = train.global_batch_size * train.seq_length / step_time
+        flops = tokens_per_s * self.speed.flops_per_token / self.speed.devices
+        return StepMetrics(
+            step=step,
+            loss=sum(interval.losses) / steps,
+            held_out_loss=held_out,
+            lr=self.state.optimizer.param_groups[0]["lr"],
+            grad_norm=grad_norm,
+            step_time_s=step_time,
+            tokens_per_s=tokens_per_s,
+            model_tflops=flops / 1e12,
+            mfu=flops / self.speed.peak_flops if self.speed.peak_flops else None,
+            memory_gib=torch.cuda.max_memory_allocated() / 2**30,
+            eta_s=(last - step) * step_time,
+        )
+
+    def _save(self, step: int) -> None:
+        self.state.wandb_id = self.tracker.wandb_id
+        with whole_parameters(self.cfg, self.state.chunks):
+            path: Path = checkpoint.save(self.cfg, self.state, step)
+        self.tracker.event("checkpoint", step=step, path=str(path))

@@ -1,0 +1,136 @@
+"""What a run reports while it trains: one line on the console, one JSON object in metrics.jsonl, one wandb row."""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import wandb
+from omegaconf import OmegaConf
+
+from s2train.config import PretrainConfig
+
+
+@dataclass
+class StepMetrics:
+    """Means over the steps since the last report.
+
+    Attributes:
+        step: steps done.
+        loss, held_out_loss: nats per token; held out only where it was just measured.
+        step_time_s: seconds.
+        tokens_per_s: of the whole job.
+        model_tflops: TFLOP/s per device, from the exact FLOPs of the layout, recomputation not counted.
+        mfu: model_tflops over the device's dense peak; None where the peak is not known.
+        memory_gib: peak allocated on this rank's device; 0 on a CPU.
+    """
+
+    step: int
+    loss: float
+    held_out_loss: float | None
+    lr: float
+    grad_norm: float
+    step_time_s: float
+    tokens_per_s: float
+    model_tflops: float
+    mfu: float | None
+    memory_gib: float
+    eta_s: float
+
+    def line(self, steps: int) -> str:
+        """One dense console line."""
+        parts = [f"step {self.step:>{len(str(steps))}}/{steps}", f"loss {self.loss:.4f}"]
+        if self.held_out_loss is not None:
+            parts.append(f"held out {self.held_out_loss:.4f}")
+        parts += [
+            f"lr {self.lr:.2e}",
+            f"grad norm {self.grad_norm:.3f}",
+            f"{self.step_time_s * 1e3:,.0f} ms/step",
+            f"{self.tokens_per_s:,.0f} tokens/s",
+            f"{self.model_tflops:.3g} TFLOP/s",
+        ]
+        if self.mfu is not None:
+            parts.append(f"MFU {self.mfu:.1%}")
+        if self.memory_gib:
+            parts.append(f"{self.memory_gib:.1f} GiB")
+        parts.append(f"ETA {timedelta(seconds=round(self.eta_s))}")
+        return " | ".join(parts)
+
+
+class Tracker:
+    """Writes on one rank; on the others, construct it with `active=False` and every call does nothing.
+
+    Args:
+        start: step that the run goes on from; 0 for a fresh one, which sets an older metrics.jsonl aside.
+        wandb_id: of the run to go on with, from its checkpoint.
+    """
+
+    def __init__(self, cfg: PretrainConfig, *, active: bool, start: int, wandb_id: str | None) -> None:
+        self._active = active
+        self._steps = cfg.train.steps
+        self.wandb_id = wandb_id
+        self._run: Any = None
+        if not active:
+            return
+        folder = Path(cfg.run_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "metrics.jsonl"
+        if start == 0 and path.exists():
+            path.rename(_unused(path))
+        self._file = path.open("a", buffering=1)
+        self.event("config", tokens_per_step=cfg.train.global_batch_size * cfg.train.seq_length)
+        if start:
+            self.event("resume", step=start)
+        if cfg.tracking.wandb != "disabled":
+            self._run = wandb.init(
+                project=cfg.tracking.project,
+                group=cfg.tracking.group,
+                name=folder.name,
+                id=wandb_id,
+                resume="allow",
+                mode=cfg.tracking.wandb,  # type: ignore[arg-type]
+                dir=str(folder),
+                config=OmegaConf.to_container(OmegaConf.structured(cfg)),  # type: ignore[arg-type]
+            )
+            self.wandb_id = self._run.id
+
+    def event(self, name: str, **fields: object) -> None:
+        """Record something other than metrics, e.g. a resume."""
+        self._write({"event": name, **fields})
+
+    def report(self, metrics: StepMetrics) -> None:
+        """Print and record metrics."""
+        if not self._active:
+            return
+        print(metrics.line(self._steps), flush=True)
+        values = {k: v for k, v in asdict(metrics).items() if v is not None}
+        self._write(values)
+        if self._run is not None:
+            self._run.log(values, step=metrics.step)
+
+    def picture(self, name: str, path: Path) -> None:
+        """Show a PNG in wandb."""
+        if self._run is not None:
+            self._run.log({name: wandb.Image(str(path))})
+
+    def close(self) -> None:
+        """Finish the files and the wandb run."""
+        if self._active:
+            self._file.close()
+        if self._run is not None:
+            self._run.finish()
+
+    def _write(self, values: dict[str, object]) -> None:
+        if self._active:
+            # JSON has no NaN: a diverged run's file must still be readable everywhere.
+            clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+            self._file.write(json.dumps(clean) + "\n")
+
+
+def _unused(path: Path) -> Path:
+    number = 1
+    while (aside := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
+        number += 1
+    return aside

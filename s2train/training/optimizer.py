@@ -1,0 +1,120 @@
+"""Megatron's data parallel wrapper, optimizer and learning-rate schedule from a configuration."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from s2train.config import PretrainConfig
+from s2train.megatron.model import DTYPES
+from s2train.megatron.torch_adam import prepare_for_checkpoints
+
+
+def wrap_data_parallel(
+    cfg: PretrainConfig, config: TransformerConfig, chunks: list[MegatronModule]
+) -> list[DistributedDataParallel]:
+    """Megatron's DDP around each chunk; gradients are summed and kept in fp32."""
+    overlap = cfg.parallel.overlap_grad_reduce and _shards() > 1
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=cfg.parallel.distributed_optimizer,
+        overlap_grad_reduce=overlap,
+        overlap_param_gather=_gathers_late(cfg),
+    )
+    wrapped = [
+        # Later chunks' gradients come first: only the first chunk's are worth cutting into buckets.
+        DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=i > 0)
+        for i, chunk in enumerate(chunks)
+    ]
+    for chunk in wrapped:
+        chunk.broadcast_params()
+    config.finalize_model_grads_func = finalize_model_grads
+    if overlap:
+        no_sync = [chunk.no_sync for chunk in wrapped]
+        config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+    return wrapped
+
+
+def build_optimizer(
+    cfg: PretrainConfig, config: TransformerConfig, chunks: list[DistributedDataParallel]
+) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+    """Adam over the chunks, and its schedule, counted in steps."""
+    optim = cfg.optim
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=optim.lr,
+            min_lr=optim.min_lr,
+            weight_decay=optim.weight_decay,
+            adam_beta1=optim.beta1,
+            adam_beta2=optim.beta2,
+            adam_eps=optim.eps,
+            clip_grad=optim.clip_grad,
+            bf16=config.bf16,
+            params_dtype=DTYPES[cfg.train.precision],
+            use_distributed_optimizer=cfg.parallel.distributed_optimizer,
+            overlap_param_gather=_gathers_late(cfg),
+        ),
+        chunks,
+    )
+    prepare_for_checkpoints(optimizer)
+    config.grad_scale_func = optimizer.scale_loss
+    decay_steps = optim.decay_steps or cfg.train.steps
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=optim.lr,
+        min_lr=optim.min_lr,
+        lr_warmup_steps=optim.warmup_steps,
+        lr_decay_steps=decay_steps,
+        lr_decay_style=optim.decay_style,
+        start_wd=optim.weight_decay,
+        end_wd=optim.weight_decay,
+        wd_incr_steps=decay_steps,
+        wd_incr_style="constant",
+        wsd_decay_steps=optim.wsd_decay_steps,
+        lr_wsd_decay_style="linear" if optim.decay_style == "WSD" else None,
+        # A resumed run follows the schedule of its command line, from the checkpoint's step on.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )
+    return optimizer, scheduler
+
+
+@contextlib.contextmanager
+def whole_parameters(cfg: PretrainConfig, chunks: list[DistributedDataParallel]) -> Iterator[None]:
+    """With parameters gathered late, they are stale between steps: bring them up to date, for a use outside training."""
+    if not _gathers_late(cfg):
+        yield
+        return
+    for chunk in chunks:
+        chunk.disable_forward_pre_hook()
+    yield
+    for chunk in chunks:
+        chunk.enable_forward_pre_hook()
+
+
+def _gathers_late(cfg: PretrainConfig) -> bool:
+    parallel = cfg.parallel
+    return (
+        parallel.distributed_optimizer
+        and parallel.overlap_param_gather
+        and parallel.overlap_grad_reduce  # Megatron wants both or neither
+        and _shards() > 1
+    )
+
+
+def _shards() -> int:
+    return torch.distributed.get_world_size(
+        group=parallel_state.get_data_parallel_group(with_context_parallel=True)
+    )

@@ -1,0 +1,215 @@
+"""Loss curves from `metrics.jsonl`."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import cycle
+from operator import mul
+from pathlib import Path
+from typing import Literal
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
+
+from s2train.errors import ConfigError
+
+# Okabe and Ito's palette: told apart with any kind of colour vision
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+GREY = "#777777"
+
+
+@dataclass
+class Curves:
+    """Losses in nats a token, by step.
+
+    Attributes:
+        resumed: steps after which the run was started again.
+        tokens_per_step: None if the file doesn't tell.
+    """
+
+    train: dict[int, float] = field(default_factory=dict)
+    held_out: dict[int, float] = field(default_factory=dict)
+    resumed: list[int] = field(default_factory=list)
+    tokens_per_step: int | None = None
+
+
+def read_curves(metrics: Path) -> Curves:
+    """Read `loss` and `held_out_loss` by step, `tokens_per_step` wherever it is, and events called `resume`.
+
+    Losses after the step that a run was resumed from are dropped: those steps were done again.
+
+    Raises:
+        ConfigError: no such file.
+    """
+    if not metrics.is_file():
+        raise ConfigError("metrics", metrics, "no such file", "Name the metrics.jsonl of a run folder")
+    curves = Curves()
+    for line in metrics.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue  # cut short where the run was killed
+        step = record.get("step")
+        if record.get("event") == "resume":
+            curves.resumed.append(step)
+            curves.train = {s: loss for s, loss in curves.train.items() if s <= step}
+            curves.held_out = {s: loss for s, loss in curves.held_out.items() if s <= step}
+        curves.tokens_per_step = record.get("tokens_per_step", curves.tokens_per_step)
+        if "event" not in record and step is not None:
+            for name, losses in (("loss", curves.train), ("held_out_loss", curves.held_out)):
+                if record.get(name) is not None:
+                    losses[step] = record[name]
+    return curves
+
+
+def draw_loss_curve(
+    metrics: Path, out: Path, baseline: float | None = None, title: str = "Training loss"
+) -> None:
+    """Train and held-out loss of one run over its steps, as a PNG.
+
+    Args:
+        baseline: entropy of the corpus's unigrams in nats a token, the best loss without any context.
+    """
+    curves = read_curves(metrics)
+    figure, axes = _new_figure(title)
+    axes.plot(*_points(curves.train, 1), color=COLOURS[0], alpha=0.6, linewidth=1.2)
+    axes.plot(*_points(curves.held_out, 1), color=COLOURS[1], linewidth=2.2, marker="o", markersize=3.5)
+    ends = _end("train", curves.train, COLOURS[0]) + _end("held out", curves.held_out, COLOURS[1])
+    if baseline is not None:
+        axes.axhline(baseline, color=GREY, linestyle="--", linewidth=1.2)
+        ends.append(End(f"unigram entropy {baseline:.3f}", baseline, GREY))
+    for step in curves.resumed:
+        axes.axvline(step, color=GREY, linestyle=":", linewidth=1)
+        axes.text(
+            step, 0.98, " resumed", transform=axes.get_xaxis_transform(), va="top", fontsize=8, color=GREY
+        )
+    axes.set_xlabel("step")
+    _finish(figure, axes, [curves], ends, baseline)
+    _save(figure, out)
+
+
+def draw_comparison(
+    runs: Mapping[str, Path],
+    out: Path,
+    x_axis: Literal["steps", "tokens"] = "steps",
+    title: str = "Loss: train (thin), held out (bold)",
+) -> None:
+    """Losses of several runs in one picture: train thin, held out bold, a colour a run; PNG.
+
+    With equal tokens per step in all runs, a second axis on top tells steps in tokens, or tokens in steps.
+
+    Args:
+        runs: name of each run and its metrics.jsonl; colours repeat after six.
+
+    Raises:
+        ConfigError: a missing file; x_axis "tokens" and a run that doesn't tell its tokens per step.
+    """
+    curves = {name: read_curves(metrics) for name, metrics in runs.items()}
+    for name, run in curves.items():
+        if x_axis == "tokens" and run.tokens_per_step is None:
+            raise ConfigError("x_axis", x_axis, f"{runs[name]} doesn't tell its tokens per step", "Use steps")
+    figure, axes = _new_figure(title)
+    ends: list[End] = []
+    for (name, run), colour in zip(curves.items(), cycle(COLOURS), strict=False):
+        scale = (run.tokens_per_step or 1) if x_axis == "tokens" else 1
+        axes.plot(*_points(run.train, scale), color=colour, alpha=0.45, linewidth=0.9)
+        axes.plot(*_points(run.held_out, scale), color=colour, linewidth=2.4)
+        ends += _end(name, run.held_out or run.train, colour)
+    per_step = {run.tokens_per_step for run in curves.values()}
+    common = next(iter(per_step)) if len(per_step) == 1 else None
+    axes.set_xlabel("tokens" if x_axis == "tokens" else "step")
+    if x_axis == "tokens":
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    if common is not None:
+        factor = common if x_axis == "steps" else 1 / common
+        top = axes.secondary_xaxis("top", functions=(partial(mul, factor), partial(mul, 1 / factor)))
+        top.xaxis.set_major_formatter(EngFormatter(sep=""))
+        top.set_xlabel("tokens" if x_axis == "steps" else "steps", color=GREY)
+        top.tick_params(colors=GREY)
+        top.spines[:].set_visible(False)
+    _finish(figure, axes, list(curves.values()), ends, None)
+    _save(figure, out)
+
+
+@dataclass(frozen=True)
+class End:
+    """The words at the right end of a line, beside its last loss."""
+
+    text: str
+    loss: float
+    colour: str
+
+
+def _end(name: str, losses: Mapping[int, float], colour: str) -> list[End]:
+    """The end of one line; none if it has no finite loss."""
+    finite = [step for step, loss in losses.items() if math.isfinite(loss)]
+    last = losses[max(finite)] if finite else math.nan
+    return [End(f"{name} {last:.3f}", last, colour)] if finite else []
+
+
+def _points(losses: Mapping[int, float], scale: float) -> tuple[list[float], list[float]]:
+    steps = sorted(losses)
+    return [step * scale for step in steps], [losses[step] for step in steps]
+
+
+def _new_figure(title: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set_title(title, loc="left", fontweight="bold", fontsize=12)
+    axes.set_ylabel("loss (nats a token)")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#E5E5E5", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 2.5, 5, 10]))
+    return figure, axes
+
+
+def _finish(
+    figure: Figure,
+    axes: Axes,
+    curves: list[Curves],
+    ends: list[End],
+    baseline: float | None,
+) -> None:
+    """Set the range of losses, then name each line at its right end, names kept apart from each other.
+
+    The first losses lie far above all that matters: the highest 3 % may run out of the top.
+    """
+    losses = sorted(
+        v for run in curves for d in (run.train, run.held_out) for v in d.values() if math.isfinite(v)
+    )
+    if losses:
+        top = max(losses[int(0.97 * (len(losses) - 1))], *(end.loss for end in ends), baseline or 0)
+        low = min(losses[0], baseline or losses[0])
+        margin = 0.06 * (top - low) or 0.1
+        axes.set_ylim(low - margin, top + margin)
+    else:
+        axes.text(0.5, 0.5, "no loss logged yet", transform=axes.transAxes, ha="center", color=GREY)
+    bottom, top = axes.get_ylim()
+    gap, height = 0.055 * (top - bottom), bottom - (top - bottom)
+    for end in sorted(ends, key=lambda end: end.loss):
+        height = max(end.loss, height + gap)
+        axes.annotate(
+            end.text,
+            (1, height),
+            xycoords=axes.get_yaxis_transform(),
+            xytext=(5, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+            color=end.colour,
+            fontweight="bold",
+        )
+
+
+def _save(figure: Figure, out: Path) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.{os.getpid()}")
+    figure.savefig(temporary, format="png")
+    os.replace(temporary, out)

@@ -1,0 +1,78 @@
+"""One step forward and backward through Megatron's schedules, and the held-out loss."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from s2train.config import PretrainConfig
+from s2train.training.batches import Batch
+
+LossReport = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
+
+
+def token_loss(loss_mask: torch.Tensor, losses: torch.Tensor) -> LossReport:
+    """Megatron's three-part loss: sum [], tokens [] int, report.
+
+    The three-part form is normalised by tokens; the two-part one would be scaled by the context parallel size.
+
+    Args:
+        loss_mask, losses: [b, s / cp], fp32.
+    """
+    total = (losses.float() * loss_mask).sum()
+    tokens = loss_mask.sum()
+    return total, tokens.to(torch.int), {"loss": torch.stack([total.detach(), tokens])}
+
+
+def forward_step(
+    batches: Iterator[Batch], model: torch.nn.Module
+) -> tuple[torch.Tensor, Callable[[torch.Tensor], LossReport]]:
+    """Megatron's forward step: per-token losses of the next micro batch, and how to sum them."""
+    batch = next(batches)
+    losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    return losses, partial(token_loss, batch["loss_mask"])
+
+
+def run_step(
+    cfg: PretrainConfig,
+    chunks: list[DistributedDataParallel],
+    batches: list[Iterator[Batch]],
+    *,
+    forward_only: bool,
+) -> float:
+    """One global batch through all micro batches; returns the mean loss per token (nats), the same on every rank.
+
+    Args:
+        batches: an iterator of micro batches for each model chunk.
+    """
+    train = cfg.train
+    reports = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=batches if len(chunks) > 1 else batches[0],
+        model=chunks if len(chunks) > 1 else chunks[0],
+        num_microbatches=train.global_batch_size
+        // (train.micro_batch_size * parallel_state.get_data_parallel_world_size()),
+        seq_length=train.seq_length,
+        micro_batch_size=train.micro_batch_size,
+        decoder_seq_length=train.seq_length,
+        forward_only=forward_only,
+    )
+    return _mean_loss(reports)
+
+
+def _mean_loss(reports: list[dict[str, torch.Tensor]]) -> float:
+    """Mean over micro batches and ranks; only the last pipeline stage has reports."""
+    total = torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())
+    for report in reports:
+        total += report["loss"].double()
+    torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        torch.distributed.broadcast(
+            total,
+            src=parallel_state.get_pipeline_model_parallel_last_rank(),
+            group=parallel_state.get_pipeline_model_parallel_group(),
+        )
+    return (total[0] / total[1]).item()

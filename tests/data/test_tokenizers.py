@@ -1,0 +1,98 @@
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from s2train.data.bundled import bundled_corpus_files
+from s2train.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
+from s2train.errors import ConfigError
+
+TEXTS = [
+    "",
+    "plain",
+    "naïve café — 東京 🦊\n\ttab\x00",
+    "  spaces  kept  ",
+    "a <|endoftext|> written out </s>",
+]
+
+
+@pytest.fixture(scope="module")
+def bpe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("bpe") / "tokenizer.json"
+    train_bpe((file.read_text() for file in bundled_corpus_files()), 600, path)
+    return path
+
+
+@pytest.fixture(params=["bytes", "bpe"])
+def tokenizer(request: pytest.FixtureRequest, bpe: Path) -> Tokenizer:
+    return load_tokenizer("bytes" if request.param == "bytes" else str(bpe))
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_decode_undoes_encode(tokenizer: Tokenizer, text: str) -> None:
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_no_text_encodes_to_the_end_of_document(tokenizer: Tokenizer, text: str) -> None:
+    ids = tokenizer.encode(text)
+    assert tokenizer.eod not in ids
+    assert all(0 <= i < tokenizer.vocab_size for i in [*ids, tokenizer.eod])
+
+
+def test_decode_leaves_out_ends_of_documents(tokenizer: Tokenizer) -> None:
+    ids = [*tokenizer.encode("one"), tokenizer.eod, *tokenizer.encode("two")]
+    assert tokenizer.decode(ids) == "onetwo"
+
+
+def test_bytes_decode_broken_utf8_to_replacement_characters() -> None:
+    assert ByteTokenizer().decode("é!".encode()[1:]) == "\ufffd!"
+
+
+def test_bpe_has_the_size_asked_for_and_shortens_text(bpe: Path) -> None:
+    tokenizer = load_tokenizer(str(bpe))
+    text = bundled_corpus_files()[0].read_text()[:2000]
+    assert tokenizer.vocab_size == 600
+    assert len(tokenizer.encode(text)) < 0.7 * len(text)
+
+
+def test_a_bpe_smaller_than_the_bytes_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="257"):
+        train_bpe(["text"], 256, tmp_path / "t.json")
+
+
+def test_fingerprints_tell_tokenizers_apart_by_content(bpe: Path, tmp_path: Path) -> None:
+    copy, other = tmp_path / "copy.json", tmp_path / "other.json"
+    copy.write_bytes(bpe.read_bytes())
+    train_bpe(["other text"], 300, other)
+    fingerprints = [load_tokenizer(str(path)).fingerprint for path in (bpe, copy, other)]
+    assert fingerprints[0] == fingerprints[1] != fingerprints[2]
+
+
+@pytest.mark.parametrize("end", ["</s>", "<eod>", "<|end_of_text|>"])
+def test_the_end_of_document_is_found_under_its_usual_names(bpe: Path, tmp_path: Path, end: str) -> None:
+    path = tmp_path / "t.json"
+    path.write_text(bpe.read_text().replace("<|endoftext|>", end))
+    tokenizer = load_tokenizer(str(path))
+    assert tokenizer.eod == load_tokenizer(str(bpe)).eod
+
+
+def test_a_tokenizer_without_end_of_document_is_refused(bpe: Path, tmp_path: Path) -> None:
+    path = tmp_path / "t.json"
+    path.write_text(bpe.read_text().replace("<|endoftext|>", "<odd>"))
+    with pytest.raises(ConfigError, match=r"data\.tokenizer=.*no end-of-document token"):
+        load_tokenizer(str(path))
+
+
+def test_a_file_that_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "t.json"
+    path.write_text(json.dumps({"a": 1}))
+    with pytest.raises(ConfigError, match=r"data\.tokenizer=.*no tokenizer\.json"):
+        load_tokenizer(str(path))
+
+
+@pytest.mark.parametrize("name", ["byte", f"no{os.sep}tokenizer.json", ""])
+def test_a_name_that_is_no_file_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="no such file"):
+        load_tokenizer(name)

@@ -1,0 +1,32 @@
+"""Causal callables with a GPTModel's signature that are known to find needles, or not to."""
+
+import torch
+from torch import Tensor
+
+VOCABULARY = 257
+
+
+def copier(tokens: Tensor, position_ids: Tensor, attention_mask: None, *, suffix: int = 12) -> Tensor:
+    """Predicts what followed the last `suffix` tokens when they last occurred: a perfect induction head.
+
+    int64 [b, s] -> logits [b, s, VOCABULARY]; token 1 where there was no such occurrence.
+    """
+    padded = torch.nn.functional.pad(tokens, (suffix - 1, 0), value=-1)
+    windows = padded.unfold(1, suffix, 1)  # [b, s, suffix]: the tokens up to each position
+    same = (windows[:, :, None] == windows[:, None, :]).all(dim=-1).tril(diagonal=-1)
+    last = torch.where(same, torch.arange(tokens.shape[1]), -1).amax(dim=-1)
+    following = tokens.gather(1, (last + 1).clamp(max=tokens.shape[1] - 1))
+    predicted = torch.where(last >= 0, following, 1)
+    return torch.nn.functional.one_hot(predicted, VOCABULARY).float()
+
+
+def short_sighted_copier(tokens: Tensor, position_ids: Tensor, attention_mask: None) -> Tensor:
+    """A copier to which all but the last 120 tokens of the sequence are hidden."""
+    hidden = tokens.clone()
+    hidden[:, :-120] = 0
+    return copier(hidden, position_ids, attention_mask)
+
+
+def parrot(tokens: Tensor, position_ids: Tensor, attention_mask: None) -> Tensor:
+    """Predicts token 0 always; no answer has it."""
+    return torch.nn.functional.one_hot(torch.zeros_like(tokens), VOCABULARY).float()

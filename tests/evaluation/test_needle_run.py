@@ -1,0 +1,129 @@
+"""What an evaluation leaves behind, and how it goes on."""
+
+import json
+from functools import partial
+
+import pytest
+import torch
+from fake_models import copier, parrot
+from PIL import Image
+
+from s2train.config import NeedleConfig
+from s2train.data.needles import NeedleSampler
+from s2train.data.tokenizers import ByteTokenizer
+from s2train.evaluation.generate import greedy_decode
+from s2train.evaluation.needle import NeedleGrid
+from s2train.evaluation.pictures import draw_heat_map
+from s2train.evaluation.results import Cell, NeedleResults, load_results, output_folder, weights_fingerprint
+from s2train.evaluation.run import run_needles
+
+GRID = NeedleGrid(lengths=(128, 160), depths=(0.0, 1.0), trials=2, seed=3)
+
+
+def run(model, folder, grid=GRID, settings=None):
+    decode = model if hasattr(model, "calls") else partial(greedy_decode, model)
+    asked = NeedleResults("runs/x", 100, settings or {"trials": 2}, list(grid.lengths), list(grid.depths))
+    sampler = NeedleSampler(ByteTokenizer())
+    return run_needles(decode, sampler, grid, asked, folder, batch_size=8, device=torch.device("cpu"))
+
+
+class CountingCopier:
+    """Decodes as the copier does; raises KeyboardInterrupt in place of its call number `stop`."""
+
+    def __init__(self, stop: int | None = None) -> None:
+        self.calls, self.stop = 0, stop
+
+    def __call__(self, prompts, new_tokens):
+        self.calls += 1
+        if self.calls == self.stop:
+            raise KeyboardInterrupt
+        return greedy_decode(copier, prompts, new_tokens)
+
+
+def test_json_holds_checkpoint_settings_score_and_every_cell(tmp_path):
+    run(copier, tmp_path)
+    content = json.loads((tmp_path / "needle.json").read_text())
+    assert (content["checkpoint"], content["step"], content["score"]) == ("runs/x", 100, 1.0)
+    assert content["settings"] == {"trials": 2}
+    assert content["cells"][0] == {
+        "length": 128,
+        "depth": 0.0,
+        "correct": 2,
+        "trials": 2,
+        "token_accuracy": 1.0,
+    }
+    assert [(cell["length"], cell["depth"]) for cell in content["cells"]] == GRID.cells
+
+
+def test_interrupted_evaluation_keeps_its_finished_cells_and_goes_on_from_them(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run(CountingCopier(stop=4), tmp_path)
+    kept = load_results(tmp_path / "needle.json")
+    assert kept is not None
+    assert len(kept.cells) == 3
+    again = CountingCopier()
+    assert run(again, tmp_path).score == 1
+    assert again.calls == 1
+
+
+def test_wider_grid_evaluates_only_what_is_new_and_scores_all_of_it(tmp_path):
+    run(parrot, tmp_path)
+    model = CountingCopier()
+    wider = NeedleGrid(lengths=(128, 160), depths=(0.0, 0.5, 1.0), trials=2, seed=3)
+    assert run(model, tmp_path, wider).score == pytest.approx(1 / 3)
+    assert model.calls == 2
+
+
+def test_smaller_grid_scores_only_what_is_asked_and_keeps_the_rest(tmp_path):
+    run(copier, tmp_path, NeedleGrid((128,), (0.0,), 2, 3))
+    run(parrot, tmp_path, NeedleGrid((160,), (0.0,), 2, 3))
+    content = json.loads((tmp_path / "needle.json").read_text())
+    assert content["score"] == 0
+    assert [cell["correct"] for cell in content["cells"]] == [2, 0]
+
+
+def test_results_of_other_settings_are_kept_aside_and_not_gone_on_from(tmp_path):
+    run(parrot, tmp_path)
+    before = (tmp_path / "needle.json").read_text()
+    assert run(copier, tmp_path, settings={"trials": 2, "weights": "others"}).score == 1
+    assert (tmp_path / "needle.1.json").read_text() == before
+
+
+def test_unreadable_results_are_kept_aside(tmp_path):
+    (tmp_path / "needle.json").write_text("{not json")
+    assert run(copier, tmp_path).score == 1
+    assert (tmp_path / "needle.1.json").read_text() == "{not json"
+
+
+def test_heat_map_is_a_picture_whose_cells_show_the_score(tmp_path):
+    cells = [Cell(128, 0.5, 4, 4, 1.0), Cell(256, 0.5, 0, 4, 0.1)]
+    draw_heat_map(NeedleResults("runs/x", 1, {}, [128, 256], [0.5], cells), tmp_path / "needle.png")
+    picture = Image.open(tmp_path / "needle.png").convert("RGB")
+    colours = {colour for count, colour in picture.getcolors(maxcolors=1 << 20) if count > 1000}
+    assert {(0, 158, 115), (213, 94, 0)} <= colours  # green for all, vermilion for none
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["needle.png"]
+
+
+def test_fingerprint_follows_the_weights():
+    model = torch.nn.Linear(8, 8)
+    first = weights_fingerprint(model)
+    assert weights_fingerprint(model) == first
+    with torch.no_grad():
+        model.weight[0, 0] += 1e-2
+    assert weights_fingerprint(model) != first
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "folder"),
+    [
+        ("runs/x", "runs/x/needle"),
+        ("runs/x/checkpoints", "runs/x/needle"),
+        ("runs/x/checkpoints/iter_0000100", "runs/x/needle/iter_0000100"),
+    ],
+)
+def test_results_go_beside_the_checkpoint(checkpoint, folder):
+    assert output_folder(NeedleConfig(checkpoint=checkpoint)).as_posix() == folder
+
+
+def test_results_go_where_asked():
+    assert output_folder(NeedleConfig(checkpoint="runs/x", output="elsewhere")).as_posix() == "elsewhere"
