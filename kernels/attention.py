@@ -18,16 +18,16 @@ _TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 @overload
 def block_sparse_attention(
-    q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, *, softmax_scale: float | None = ..., causal: bool = ...,
-    query_offset: int = ..., cu_seqlens: Tensor | None = ..., format: Format = ...,
+    q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, *, softmax_scale: float | None = ...,
+    causal: bool = ..., query_offset: int = ..., cu_seqlens: Tensor | None = ..., format: Format = ...,
     return_lse: Literal[False] = ..., backend: Backend = ...,
 ) -> Tensor: ...  # fmt: skip
 
 
 @overload
 def block_sparse_attention(
-    q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, *, softmax_scale: float | None = ..., causal: bool = ...,
-    query_offset: int = ..., cu_seqlens: Tensor | None = ..., format: Format = ...,
+    q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, *, softmax_scale: float | None = ...,
+    causal: bool = ..., query_offset: int = ..., cu_seqlens: Tensor | None = ..., format: Format = ...,
     return_lse: Literal[True], backend: Backend = ...,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
@@ -49,8 +49,9 @@ def block_sparse_attention(
     """softmax(scale * q k^T) v over the (query block, key block) pairs that `layout` keeps for every head.
 
     Args:
-        q: [s_q, b, H, d] in format "sbhd" ([b, s_q, H, d] in "bshd", [b, H, s_q, d] in "bhsd"); bfloat16, float16
-            or float32 (the torch backend takes float64 too). Any strides; a strided last dimension is copied.
+        q: [s_q, b, H, d] in format "sbhd" ([b, s_q, H, d] in "bshd", [b, H, s_q, d] in "bhsd"); bfloat16,
+            float16 or float32 (the torch backend takes float64 too). Any strides; a strided last dimension is
+            copied.
         k, v: [s_k, b, H_kv, d], [s_k, b, H_kv, d_v]; H a multiple of H_kv: query head h reads KV head
             h // (H // H_kv).
         layout: of H heads, on q's device, large enough for all positions.
@@ -64,8 +65,8 @@ def block_sparse_attention(
         backend: see `resolve_backend`.
 
     Returns:
-        Output like q with d_v for d, contiguous; with `return_lse` also float32 [b, H, s_q] in every format. Both
-        are differentiable, once. Rows that see no key have output 0, log-sum-exp -inf and zero gradients.
+        Output like q with d_v for d, contiguous; with `return_lse` also float32 [b, H, s_q] in every format.
+        Both are differentiable, once. Rows that see no key have output 0, log-sum-exp -inf, zero gradients.
 
     Raises:
         ValueError: arguments that don't fit together, naming argument and remedy.
@@ -97,10 +98,10 @@ def block_sparse_attention(
 
 
 def resolve_backend(backend: Backend, device: torch.device | str) -> Literal["triton", "torch"]:
-    """The backend that runs: "auto" means triton on CUDA and torch on a CPU; nothing else is ever chosen silently.
+    """The backend that runs: "auto" means triton on CUDA and torch on a CPU, and falls back to nothing else.
 
-    "torch" on CUDA computes with dense masks, slowly, when asked for by name. "triton" on a CPU needs Triton's
-    interpreter (TRITON_INTERPRET=1 before the first import of triton) and raises ValueError without it.
+    "torch" on CUDA computes with dense masks, slowly, when asked for by name. "triton" on a CPU needs
+    Triton's interpreter (TRITON_INTERPRET=1 before the first import of triton), else ValueError.
     """
     kind = torch.device(device).type
     if backend not in ("auto", "triton", "torch"):
@@ -111,8 +112,8 @@ def resolve_backend(backend: Backend, device: torch.device | str) -> Literal["tr
         return "triton" if kind == "cuda" else "torch"
     if backend == "triton" and kind == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(
-            "backend='triton' runs on a CPU only in Triton's interpreter, for tests: set TRITON_INTERPRET=1 before "
-            "Python starts, or use backend='torch'"
+            "backend='triton' runs on a CPU only in Triton's interpreter, for tests: set TRITON_INTERPRET=1 "
+            "before Python starts, or use backend='torch'"
         )
     return backend
 
@@ -134,15 +135,15 @@ def _check(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, format: Format)
     (b, heads, _, dim), (b_k, kv_heads, s_k, dim_k) = to_bhsd(q, format).shape, to_bhsd(k, format).shape
     if to_bhsd(v, format).shape[:3] != (b_k, kv_heads, s_k) or b_k != b or dim_k != dim or 0 in (dim, kv_heads):
         raise ValueError(
-            f"shapes don't match in format {format!r}: q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}; q and "
-            "k share batch and head dimension, k and v all but the head dimension"
+            f"shapes don't match in format {format!r}: q {list(q.shape)}, k {list(k.shape)}, "
+            f"v {list(v.shape)}; q and k share batch and head dimension, k and v all but the head dimension"
         )
     if heads % kv_heads != 0:
         raise ValueError(f"q has {heads} heads, no multiple of the {kv_heads} KV heads of k: change one of them")
     if layout.num_heads != heads:
         raise ValueError(
-            f"the layout has {layout.num_heads} heads but q has {heads}: slice it with layout.heads(start, stop), "
-            "or build it for these heads"
+            f"the layout has {layout.num_heads} heads but q has {heads}: slice it with "
+            "layout.heads(start, stop), or build it for these heads"
         )
 
 
@@ -165,8 +166,8 @@ def _check_positions(q_shape: torch.Size, s_k: int, layout: BlockLayout, spec: A
         raise ValueError(f"cu_seqlens is on {bounds.device}, q on {layout.device}: move it there")
     if b != 1 or s_q != s_k or spec.query_offset != 0:
         raise ValueError(
-            f"cu_seqlens needs batch 1, as many queries as keys and query_offset 0, got batch {b}, {s_q} queries, "
-            f"{s_k} keys, query_offset {spec.query_offset}: pack all documents along the sequence"
+            f"cu_seqlens needs batch 1, as many queries as keys and query_offset 0, got batch {b}, {s_q} "
+            f"queries, {s_k} keys, query_offset {spec.query_offset}: pack all documents along the sequence"
         )
     lengths = bounds.diff()
     if bounds.device.type == "cpu":
@@ -183,8 +184,8 @@ def _check_lengths(layout: BlockLayout, end_of_queries: int, s_k: int) -> None:
     size = layout.block_size
     if end_of_queries > layout.num_query_blocks * size or s_k > layout.num_key_blocks * size:
         raise ValueError(
-            f"the layout is too small: its {layout.num_query_blocks} x {layout.num_key_blocks} blocks of {size} hold "
-            f"{layout.num_query_blocks * size} query and {layout.num_key_blocks * size} key positions, "
+            f"the layout is too small: {layout.num_query_blocks} x {layout.num_key_blocks} blocks of {size} "
+            f"hold {layout.num_query_blocks * size} query and {layout.num_key_blocks * size} key positions, "
             f"{end_of_queries} and {s_k} are needed: build it for at least "
             f"{-(-end_of_queries // size)} x {-(-s_k // size)} blocks"
         )

@@ -48,10 +48,7 @@ def s2_attention_bwd_kernel_preprocess(
 @triton.jit
 def _load_lse(lse_ptr, at, in_range, MASK: tl.constexpr):
     """Log-sum-exp in base 2; +inf, so that all weights are 0, for rows out of range or without keys."""
-    if MASK:
-        lse = tl.load(lse_ptr + at, mask=in_range, other=float("-inf"))
-    else:
-        lse = tl.load(lse_ptr + at)
+    lse = tl.load(lse_ptr + at, mask=in_range, other=float("-inf")) if MASK else tl.load(lse_ptr + at)
     return tl.where(lse == float("-inf"), float("inf"), lse * _LOG2_E)
 
 
@@ -77,9 +74,7 @@ def _add_dq(
     return tl.dot(dscores, k, dq, input_precision="ieee")
 
 
-@triton.jit(
-    do_not_specialize=["num_tiles", "num_heads", "group", "s_q", "s_k", "query_offset", "num_query_blocks"]
-)
+@triton.jit(do_not_specialize=["num_tiles", "num_heads", "group", "s_q", "s_k", "query_offset", "num_query_blocks"])
 def s2_attention_bwd_kernel_dq(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr,
     pattern_of_head, row_offsets, row_columns, tiles,
@@ -147,10 +142,7 @@ def _add_dkdv(
         weights = tl.where(position[None, :] >= keys[:, None], weights, 0.0)
     dout = load_tile(dout_base, query, dout_stride, in_range, STEPS, V_DIM, PADDED_V_DIM, MASK)
     dv = tl.dot(weights.to(dout.dtype), dout, dv, input_precision="ieee")
-    if MASK:
-        delta = tl.load(delta_base + position, mask=in_range, other=0.0)
-    else:
-        delta = tl.load(delta_base + position)
+    delta = tl.load(delta_base + position, mask=in_range, other=0.0) if MASK else tl.load(delta_base + position)
     dweights = tl.dot(v, tl.trans(dout), input_precision="ieee")
     dscores = (weights * (dweights - delta[None, :])).to(q.dtype)
     dk = tl.dot(dscores, q, dk, input_precision="ieee")
@@ -158,7 +150,15 @@ def _add_dkdv(
 
 
 @triton.jit(
-    do_not_specialize=["num_tiles", "batch_size", "num_kv_heads", "s_q", "s_k", "query_offset", "num_key_blocks"]
+    do_not_specialize=[
+        "num_tiles",
+        "batch_size",
+        "num_kv_heads",
+        "s_q",
+        "s_k",
+        "query_offset",
+        "num_key_blocks",
+    ]
 )
 def s2_attention_bwd_kernel_dkdv(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,

@@ -16,7 +16,7 @@ Kernel = Literal["forward", "dq", "dkdv"]
 
 @dataclass(frozen=True)
 class Config:
-    """One kernel's launch: `rows` stay in the program (queries, or keys for dk/dv), `steps` are walked in a loop."""
+    """One kernel's launch: `rows` (queries; keys for dk/dv) stay in a program, tiles of `steps` pass by."""
 
     rows: int
     steps: int
@@ -33,7 +33,7 @@ _HALF: dict[Kernel, dict[tuple[int, int], Config]] = {
         (128, 256): Config(128, 64, 8, 2),
         (64, 64): Config(64, 64, 4, 3),
         (64, 128): Config(64, 64, 4, 3),
-        (64, 256): Config(64, 64, 4, 2),
+        (64, 256): Config(64, 64, 8, 2),
         (32, 64): Config(32, 32, 2, 3),
         (32, 128): Config(32, 32, 2, 3),
         (32, 256): Config(32, 32, 4, 2),
@@ -60,7 +60,7 @@ _HALF: dict[Kernel, dict[tuple[int, int], Config]] = {
         (128, 128): Config(128, 64, 8, 2),
         (128, 256): Config(64, 32, 8, 2),
         (64, 64): Config(64, 64, 4, 2),
-        (64, 128): Config(64, 64, 4, 2),
+        (64, 128): Config(64, 32, 4, 2),
         (64, 256): Config(64, 32, 8, 2),
         (32, 64): Config(32, 32, 2, 2),
         (32, 128): Config(32, 32, 4, 2),
@@ -72,8 +72,8 @@ _HALF: dict[Kernel, dict[tuple[int, int], Config]] = {
 }
 # float32 inputs: products in full precision run on the ordinary cores, from registers.
 _SINGLE: dict[tuple[int, int], Config] = {
-    (32, 64): Config(32, 32, 4, 1),
-    (32, 128): Config(32, 32, 4, 1),
+    (32, 64): Config(32, 32, 8, 1),
+    (32, 128): Config(32, 32, 8, 1),
     (32, 256): Config(16, 16, 4, 1),
     (16, 64): Config(16, 16, 4, 1),
     (16, 128): Config(16, 16, 4, 1),
@@ -90,19 +90,17 @@ def shared_bytes(kernel: Kernel, config: Config, dim: int, v_dim: int, itemsize:
     """Shared memory that a program needs: what stays, and one copy a stage of what is walked."""
     width = padded(dim) + padded(v_dim)
     resident = padded(dim) if kernel == "forward" else width
-    return itemsize * (config.rows * resident + max(config.num_stages, 1) * config.steps * width) + 1024
+    return itemsize * (config.rows * resident + max(config.num_stages, 1) * config.steps * width) + 4096
 
 
 def shared_limit(device: torch.device) -> int | None:
-    """Bytes of shared memory that a program may have on `device`; None where there is no limit (interpreter)."""
+    """Bytes of shared memory that a program may have on `device`; None in the interpreter, without limit."""
     if device.type != "cuda":
         return None
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
-def config_for(
-    kernel: Kernel, block_size: int, dim: int, v_dim: int, dtype: torch.dtype, limit: int | None
-) -> Config:
+def config_for(kernel: Kernel, block_size: int, dim: int, v_dim: int, dtype: torch.dtype, limit: int | None) -> Config:
     """The table's configuration, made smaller where it exceeds `limit` bytes of shared memory.
 
     First stages go, then the tiles are halved. Raises ValueError if even the smallest does not fit.

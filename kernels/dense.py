@@ -28,14 +28,15 @@ def dense_causal_attention(
     """
     s_q, s_k = q.shape[0], k.shape[0]
     if query_offset != s_k - s_q:
-        raise ValueError(f"query_offset={query_offset} must be s_k - s_q = {s_k - s_q}: give the keys up to the last query")
+        raise ValueError(
+            f"query_offset={query_offset} must be s_k - s_q = {s_k - s_q}: give the keys up to the last query"
+        )
     q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
-    mask = None
+    mask: torch.Tensor | None = None
     if 1 < s_q < s_k:
         # torch recognises this object and stays with a fused kernel; only a CPU needs the mask written out.
-        mask = causal_lower_right(s_q, s_k)
-        if not q.is_cuda:
-            mask = mask._materialize(q.device)
+        bias = causal_lower_right(s_q, s_k)
+        mask = bias if q.is_cuda else bias._materialize(q.device)
     with sdpa_kernel(_CUDA_ORDER, set_priority=True) if q.is_cuda else contextlib.nullcontext():
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=s_q == s_k, scale=softmax_scale, enable_gqa=True

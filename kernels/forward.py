@@ -1,7 +1,7 @@
 """Triton forward of block-sparse attention: online softmax over the kept key blocks of a query tile.
 
-A program owns one tile of query rows of one head. Tiles are aligned to global blocks, so the first one of a call
-with a query offset may be partial. Positions count from the sequence's start, or the packed document's.
+A program owns one tile of query rows of one head. Tiles are aligned to global blocks, so the first one of a
+call with a query offset may be partial. Positions count from the sequence's start, or the packed document's.
 """
 
 import torch
@@ -24,8 +24,8 @@ def query_tile(
 ):  # fmt: skip
     """Where this program's query tile lies.
 
-    Returns batch, head, first position, [position range of the query rows), number of keys, and what to add to a
-    position to get the row in q and in k. Late tiles see the most keys and go first.
+    Returns batch, head, first position, range of positions that have a query, number of keys, and what to add
+    to a position to get the row in q and in k. Late tiles see the most keys and go first.
     """
     program = tl.program_id(0)
     tile = num_tiles - 1 - program % num_tiles
@@ -45,7 +45,10 @@ def key_tiles(
     pattern_of_head, row_offsets, row_columns, num_query_blocks, head, first, num_keys,
     ROWS: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """The key tiles of a query tile, counted over the CSR's columns: [begin, full) need no mask, [full, end) do."""
+    """begin, full, stop of a query tile's key tiles: [begin, full) need no mask, [full, stop) do.
+
+    Tiles are numbered over the CSR's columns, `PER_BLOCK` to each; `key_position` undoes it.
+    """
     PER_BLOCK: tl.constexpr = BLOCK // STEPS
     i = first // BLOCK
     row = tl.load(pattern_of_head + head) * num_query_blocks + i
@@ -102,9 +105,7 @@ def _attend(
     return acc, total, new_peak
 
 
-@triton.jit(
-    do_not_specialize=["num_tiles", "num_heads", "group", "s_q", "s_k", "query_offset", "num_query_blocks"]
-)
+@triton.jit(do_not_specialize=["num_tiles", "num_heads", "group", "s_q", "s_k", "query_offset", "num_query_blocks"])
 def s2_attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, pattern_of_head, row_offsets, row_columns, tiles,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, out_batch, out_head, out_row,
@@ -154,7 +155,7 @@ def s2_attention_fwd_kernel(
 
 
 def num_query_tiles(s_q: int, query_offset: int, rows: int) -> int:
-    """Tiles of `rows` positions, aligned to multiples of `rows`, that hold s_q queries from `query_offset` on."""
+    """Tiles of `rows` positions, aligned to multiples of it, that hold s_q queries from `query_offset` on."""
     return -(-(query_offset + s_q) // rows) - query_offset // rows
 
 

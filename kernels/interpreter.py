@@ -1,17 +1,55 @@
-"""A repair of Triton's interpreter, in which the kernels run where there is no GPU (tests)."""
+"""Repairs of Triton's interpreter, in which the kernels run where there is no GPU (tests)."""
 
 from typing import Any
 
+import numpy as np
+import triton.language as tl
 from triton.runtime import interpreter
 
 
 def repair_interpreter() -> None:
-    """Let kernel scalars bound a `range`: the interpreter of Triton 3.6 holds them as arrays of one element, which
-    NumPy 2.4 refuses to take for an integer. Triton 3.7 has the same repair."""
-    original = interpreter._patch_lang_tensor
+    """Make the interpreter of Triton 3.5 to 3.7 compute what a GPU does. Call once, before the first kernel.
 
-    def patch(tensor: Any, scope: Any) -> None:
-        original(tensor, scope)
+    - Scalars are arrays of one element, which NumPy 2.4 refuses to take for the bound of a `range`.
+    - bfloat16 is held as uint16: products would multiply the bit patterns, and casts truncate.
+    """
+    builder = interpreter.InterpreterBuilder
+    patch_tensor, cast, dot = interpreter._patch_lang_tensor, builder.cast_impl, builder.create_dot
+
+    def patch_lang_tensor(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
 
-    interpreter._patch_lang_tensor = patch
+    def cast_impl(self: Any, src: Any, dst_type: Any) -> Any:
+        types = src.dtype.scalar, dst_type.scalar
+        if types == (tl.float32, tl.bfloat16):
+            return interpreter.TensorHandle(_to_bfloat16(src.data), tl.bfloat16)
+        if types == (tl.bfloat16, tl.float32):
+            return interpreter.TensorHandle(_from_bfloat16(src.data), tl.float32)
+        return cast(self, src, dst_type)
+
+    def create_dot(self: Any, a: Any, b: Any, *args: Any) -> Any:
+        return dot(self, _as_float32(a), _as_float32(b), *args)
+
+    interpreter._patch_lang_tensor = patch_lang_tensor
+    builder.cast_impl, builder.create_dot = cast_impl, create_dot
+
+
+def _as_float32(x: Any) -> Any:
+    dtype = x.dtype.scalar
+    if dtype == tl.bfloat16:
+        return interpreter.TensorHandle(_from_bfloat16(x.data), tl.float32)
+    if dtype == tl.float16:
+        return interpreter.TensorHandle(x.data.astype(np.float32), tl.float32)
+    return x
+
+
+def _from_bfloat16(bits: np.ndarray) -> np.ndarray:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def _to_bfloat16(x: np.ndarray) -> np.ndarray:
+    """Bits of the nearest bfloat16, ties to even; NaN stays NaN."""
+    bits = np.ascontiguousarray(x).view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(x), 0x7FC0, rounded).astype(np.uint16)

@@ -17,13 +17,14 @@ BLOCK_SIZES = (16, 32, 64, 128, 256)
 class BlockLayout:
     """Kept block pairs of every head, in global block coordinates.
 
-    Query block i covers positions [i*B, (i+1)*B) and key block j the same for keys. Heads with equal masks share
-    one pattern's storage. Build it with `from_mask` or `from_patterns`. All tensors are int32 on one device:
+    Query block i covers positions [i*B, (i+1)*B) and key block j the same for keys. Heads with equal masks
+    share one pattern's storage. Build it with `from_mask` or `from_patterns`. Tensors are int32 on one device:
 
     - ``pattern_of_head`` [H]: which of the P patterns a head has.
-    - ``row_offsets`` [P*n_q + 1], ``row_columns`` [kept]: CSR; query block i of pattern p keeps the key blocks
+    - ``row_offsets`` [P*n_q + 1], ``row_columns`` [kept]: CSR; query block i of pattern p keeps key blocks
       ``row_columns[row_offsets[p*n_q + i] : row_offsets[p*n_q + i + 1]]``, ascending.
-    - ``column_offsets`` [P*n_k + 1], ``column_rows`` [kept]: CSC; the query blocks that keep a key block, ascending.
+    - ``column_offsets`` [P*n_k + 1], ``column_rows`` [kept]: CSC; the query blocks that keep a key block,
+      ascending.
     """
 
     block_size: int
@@ -39,9 +40,7 @@ class BlockLayout:
     cache: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def from_mask(
-        cls, mask: Tensor, block_size: int, *, device: torch.device | str | None = None
-    ) -> BlockLayout:
+    def from_mask(cls, mask: Tensor, block_size: int, *, device: torch.device | str | None = None) -> BlockLayout:
         """Layout of a bool mask [H, n_q, n_k] (True: kept); equal heads are stored once.
 
         Raises ValueError for a mask of another dtype or rank, or an unsupported block size.
@@ -68,7 +67,7 @@ class BlockLayout:
     ) -> BlockLayout:
         """Layout of P patterns, bool [P, n_q, n_k]; head h has pattern ``pattern_of_head[h]``.
 
-        The tensors lie on `device`, by default on that of the masks. Raises ValueError as `from_mask` does, and
+        The tensors lie on `device`, by default the masks'. Raises ValueError as `from_mask` does, and
         for pattern indices outside [0, P).
         """
         masks = masks_of_distinct
@@ -128,7 +127,7 @@ class BlockLayout:
         return self._with(**moved)
 
     def columns_by_work(self, num_kv_heads: int) -> Tensor:
-        """Int32 [H_kv * n_k]: (KV head, key block) pairs ``kv_head * n_k + j``, those that most queries read first.
+        """Int32 [H_kv * n_k]: (KV head, key block) pairs ``kv_head * n_k + j``, most read first.
 
         Programs that start with the longest columns finish together.
         """
@@ -154,9 +153,7 @@ def _check_mask(mask: Tensor, block_size: int) -> None:
     if mask.dtype != torch.bool:
         raise ValueError(f"the mask must be bool, got {mask.dtype}: compare it with 0 first")
     if mask.dim() != 3 or 0 in mask.shape:
-        raise ValueError(
-            f"the mask must be [heads, query blocks, key blocks], all at least 1, got {list(mask.shape)}"
-        )
+        raise ValueError(f"the mask must be [heads, query blocks, key blocks], all at least 1, got {list(mask.shape)}")
 
 
 def _compress(masks: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,16 +24,14 @@ def reference_attention(
 ) -> tuple[Tensor, Tensor]:
     """Output (as q, with v's head dimension) and log-sum-exp [b, h, s_q], both in q's dtype.
 
-    Arguments as in `block_sparse_attention`. All arithmetic is in q's dtype: call it in float64 for an oracle.
+    Arguments as in `block_sparse_attention`. All arithmetic is in q's dtype: float64 makes it an oracle.
     Memory is O(b * h * s_q * s_k). Rows that see no key give output 0, log-sum-exp -inf and zero gradients.
     """
     qh, kh, vh = (to_bhsd(x, format) for x in (q, k, v))
     group = qh.shape[1] // kh.shape[1]
     kh, vh = kh.repeat_interleave(group, 1), vh.repeat_interleave(group, 1)
     scale = 1 / math.sqrt(qh.shape[-1]) if softmax_scale is None else softmax_scale
-    keep = token_mask(
-        layout, qh.shape[2], kh.shape[2], causal=causal, query_offset=query_offset, cu_seqlens=cu_seqlens
-    )
+    keep = token_mask(layout, qh.shape[2], kh.shape[2], causal=causal, query_offset=query_offset, cu_seqlens=cu_seqlens)
     empty_rows = ~keep.any(-1, keepdim=True)
     scores = (qh @ kh.mT * scale).masked_fill(~keep, -torch.inf)
     # the shift cancels, so it needs no gradient; a finite one keeps empty rows free of inf - inf

@@ -5,6 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+# a tile of at most 128 rows is addressed by 32-bit offsets from its 64-bit base
+_MAX_ROW_STRIDE = 2**24
+
 
 @triton.jit
 def load_tile(
@@ -13,9 +16,9 @@ def load_tile(
 ):  # fmt: skip
     """Rows [start, start + ROWS) of a [rows, DIM] matrix as [ROWS, PADDED_DIM], zero where masked."""
     dims = tl.arange(0, PADDED_DIM)
-    # the 64-bit product is one scalar a tile; the rest does not change from tile to tile
+    # the 64-bit product is one scalar a tile; the offsets within do not change from tile to tile
     pointers = base + start.to(tl.int64) * stride
-    pointers = pointers + tl.arange(0, ROWS).to(tl.int64)[:, None] * stride + dims[None, :]
+    pointers = pointers + tl.arange(0, ROWS)[:, None] * stride + dims[None, :]
     if MASK_ROWS:
         if DIM < PADDED_DIM:
             return tl.load(pointers, mask=in_range[:, None] & (dims < DIM)[None, :], other=0.0)
@@ -32,7 +35,7 @@ def store_tile(
     """Write the rows of `values` [ROWS, PADDED_DIM] that are in range, cast to the pointer's type."""
     dims = tl.arange(0, PADDED_DIM)
     pointers = base + start.to(tl.int64) * stride
-    pointers = pointers + tl.arange(0, ROWS).to(tl.int64)[:, None] * stride + dims[None, :]
+    pointers = pointers + tl.arange(0, ROWS)[:, None] * stride + dims[None, :]
     mask = in_range[:, None] & (dims < DIM)[None, :]
     tl.store(pointers, values.to(base.dtype.element_ty), mask=mask)
 
@@ -83,6 +86,8 @@ def strides(x: Tensor) -> tuple[int, int, int]:
     torch leaves those arbitrary, and the kernels are compiled anew for strides that are no multiple of 16.
     """
     b, h, s = (0 if size == 1 else stride for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True))
+    if s >= _MAX_ROW_STRIDE:
+        raise ValueError(f'rows are {s} elements apart, below {_MAX_ROW_STRIDE} are supported: use format "bhsd"')
     return b, h, s
 
 

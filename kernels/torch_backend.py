@@ -1,4 +1,4 @@
-"""Block-sparse attention with dense masks in torch: for training on a CPU, where short sequences make it fast."""
+"""Block-sparse attention with dense masks in torch: for training short sequences on a CPU."""
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,7 @@ from .reference import reference_attention
 from .spec import AttentionSpec, from_bhsd, to_bhsd
 from .token_mask import token_mask
 
-# masks kept with a layout: a few shapes in turn (training, evaluation, context-parallel chunks), none of them huge
+# masks kept with a layout: a few shapes in turn (training, evaluation, context-parallel chunks), none huge
 _CACHED_MASKS = 4
 _CACHED_BYTES = 64 * 2**20
 
@@ -33,20 +33,16 @@ def torch_attention(
     qh, kh, vh = (to_bhsd(x, spec.format) for x in (q, k, v))
     bias = _bias(layout, qh.shape[2], kh.shape[2], spec, q.dtype)
     grouped = qh.shape[1] != kh.shape[1]
-    out = F.scaled_dot_product_attention(
-        qh, kh, vh, attn_mask=bias[None], scale=spec.softmax_scale, enable_gqa=grouped
-    )
+    out = F.scaled_dot_product_attention(qh, kh, vh, attn_mask=bias[None], scale=spec.softmax_scale, enable_gqa=grouped)
     return from_bhsd(out, spec.format).contiguous(), None
 
 
 def _bias(layout: BlockLayout, s_q: int, s_k: int, spec: AttentionSpec, dtype: torch.dtype) -> Tensor:
-    """[H, s_q, s_k]: 0 where a row sees a key, else -inf; torch would convert a bool mask so in every call."""
+    """[H, s_q, s_k]: 0 where a row sees a key, else -inf. Of a bool mask torch would make it in every call."""
     key = ("bias", s_q, s_k, spec.causal, spec.query_offset, dtype)
     if spec.cu_seqlens is None and key in layout.cache:
         return layout.cache[key]
-    keep = token_mask(
-        layout, s_q, s_k, causal=spec.causal, query_offset=spec.query_offset, cu_seqlens=spec.cu_seqlens
-    )
+    keep = token_mask(layout, s_q, s_k, causal=spec.causal, query_offset=spec.query_offset, cu_seqlens=spec.cu_seqlens)
     bias = torch.zeros(keep.shape, dtype=dtype, device=keep.device).masked_fill_(~keep, -torch.inf)
     if spec.cu_seqlens is None and bias.nbytes <= _CACHED_BYTES:
         cached = [name for name in layout.cache if name[0] == "bias"]

@@ -19,8 +19,5 @@ echo "== 3/4 training, resumed from its checkpoint"
 echo "== 4/4 needles, read by the trained model"
 torchrun --nproc-per-node 2 launch/needle.py "checkpoint=$run"
 
-python - "$run" <<'PYTHON'
-import sys
-from s2train.training.summary import print_summary
-print_summary(sys.argv[1])
-PYTHON
+echo "== pictures"
+ls "$run"/*.png "$run"/needle/*.png

@@ -3,21 +3,44 @@
 Settings: s2train/config.py; named values: conf/. `plan=true` prints what the run would cost and builds nothing.
 """
 
+import os
+from pathlib import Path
+
 import hydra
 from omegaconf import DictConfig
 
 from s2train import config
+from s2train.apex import apex_available
 from s2train.command_line import run_command
+from s2train.hardware import detect
+from s2train.planning import check, format_plan, preview, resolve
 
 config.register()
+MODELS = sorted(path.stem for path in (Path(__file__).parents[1] / "conf" / "model").glob("*.yaml"))
+
+
+def pretrain(composed: DictConfig) -> None:
+    """Judge the settings, then train."""
+    cfg = resolve(composed, MODELS)
+    world_size, is_first = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK", "0") == "0"
+    hardware = detect(int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if cfg.plan:
+        if is_first:
+            print(format_plan(preview(cfg, world_size, hardware)))
+        return
+    plan = check(cfg, world_size, hardware)
+    apex_available()  # Megatron would import an impostor
+    if is_first:
+        print(format_plan(plan), flush=True)
+    from s2train.training.run import run  # imports Megatron: slow, and not needed to refuse a run
+
+    run(cfg, plan)
 
 
 @hydra.main(config_path="../conf", config_name="pretrain", version_base="1.3")
-def main(cfg: DictConfig) -> None:
+def main(composed: DictConfig) -> None:
     """Hydra's entry."""
-    from s2train.training.run import pretrain  # after Hydra has judged the command line: this import is slow
-
-    run_command(cfg, pretrain)
+    run_command(lambda: pretrain(composed))
 
 
 # Saving starts processes, which import this file again.

@@ -2,22 +2,24 @@
 
 import os
 import sys
+import warnings
 from collections.abc import Callable
-from typing import Any
 
-from omegaconf import DictConfig, MissingMandatoryValue
+from omegaconf import MissingMandatoryValue
 
-from s2train.config import to_object
 from s2train.errors import ConfigError
 
 USAGE_STATUS = 2
 
 
-def run_command(cfg: DictConfig, command: Callable[[Any], None]) -> None:
-    """Run a command on its config dataclass; bad input ends the process with one line on rank 0's stderr."""
+def run_command(command: Callable[[], None]) -> None:
+    """Run a program; bad input ends the process with status 2 and one line on rank 0's stderr."""
+    # Megatron tells at length that apex and transformer-engine are absent, and torch that Megatron is behind its names.
+    warnings.filterwarnings("ignore", module=r"megatron|torch\.distributed")
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     try:
-        command(to_object(cfg))
+        command()
     except (ConfigError, MissingMandatoryValue) as error:
         if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}".splitlines()[0], file=sys.stderr, flush=True)
+            print(f"error: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
         sys.exit(USAGE_STATUS)

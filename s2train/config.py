@@ -1,6 +1,6 @@
 """Every setting of a run, as dataclasses; `conf/` holds the named values.
 
-Hydra checks names and types against these (see `register`); `s2train.plan` checks what needs more than one
+Hydra checks names and types against these (see `register`); `s2train.planning` checks what needs more than one
 setting to judge. Only plain types here, so that a saved config reads back without this code.
 """
 
@@ -60,7 +60,7 @@ class DataConfig:
     """Megatron indexed datasets (`launch/prepare_data.py` makes them) and how to cut them."""
 
     # `prefix` or [prefix, …] of .bin/.idx pairs, or [weight, prefix, weight, prefix, …]; "bundled": the corpus
-    # that comes with s2train, prepared on first use; "mock": random tokens, for speed runs
+    # that comes with s2train, prepared on first use; "mock": Megatron's counting sequences, for speed runs
     path: Any = "bundled"
     split: str = "90,10,0"  # train, held out, test
     tokenizer: str = "bytes"  # bytes, or a `tokenizer.json` of Hugging Face's tokenizers
@@ -174,6 +174,7 @@ class NeedleConfig:
 
     checkpoint: str = MISSING  # a run folder, its checkpoints folder, or one iter_* in it
     lengths: list[int] | None = None  # tokens, prompt and answer together; None: four up to the trained length
+    haystack: Any = "noise"  # what surrounds the needle: RULER's repeated sentences, or [text file, …]
     depths: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])  # 0: at the beginning
     trials: int = 8  # a cell
     batch_size: int = 8  # sequences
@@ -183,11 +184,25 @@ class NeedleConfig:
     tp: int = 1
 
 
+@dataclass
+class PrepareConfig:
+    """A run of `launch/prepare_data.py`."""
+
+    # a file or [file, …], text or .jsonl with a "text" a line; "bundled": the corpus that comes with s2train
+    input: Any = MISSING
+    output: str = MISSING  # prefix of the .bin, .idx and .json to write
+    tokenizer: str = "bytes"  # bytes, a tokenizer.json, or bpe:SIZE to train one, kept as OUTPUT-tokenizer.json
+    document_chars: int = 10_000  # long texts are cut into documents of this many characters or more
+    seed: int = 1234  # of the order of documents
+    overwrite: bool = False
+
+
 def register() -> None:
     """Put the schemas where Hydra finds them, so that a typo or a wrong type is refused at compose time."""
     store = ConfigStore.instance()
     store.store(name="pretrain_schema", node=PretrainConfig)
     store.store(name="needle_schema", node=NeedleConfig)
+    store.store(name="prepare_schema", node=PrepareConfig)
 
 
 def to_object(cfg: DictConfig) -> Any:

@@ -9,9 +9,7 @@ from s2train.data.indexed import read_document_lengths
 from s2train.errors import ConfigError
 
 BUNDLED, MOCK = "bundled", "mock"
-BUNDLED_PREFIX = (
-    "runs/data/bundled"  # where the bundled corpus lies once prepared, under the working directory
-)
+BUNDLED_PREFIX = "runs/data/bundled"  # where the bundled corpus lies once prepared, under the working directory
 
 
 @dataclass(frozen=True)
@@ -43,9 +41,7 @@ def parse_blend(path: Any) -> Blend:
         names, weights = list(entries[1::2]), list(entries[0::2])
         paired = len(names) == len(weights) and all(isinstance(name, str) for name in names)
         if not paired or not all(type(weight) in (int, float) and weight > 0 for weight in weights):
-            raise ConfigError(
-                "data.path", path, "is no list of pairs of a weight above 0 and a prefix", remedy
-            )
+            raise ConfigError("data.path", path, "is no list of pairs of a weight above 0 and a prefix", remedy)
     if names == [MOCK]:
         return Blend((), ())
     if MOCK in names:

@@ -57,8 +57,6 @@ def _check_splits(cfg: PretrainConfig, prefix: str) -> None:
             remedy = "Give that part more, or prepare the text as more documents (a smaller document_chars)"
             raise ConfigError("data.split", cfg.data.split, problem, remedy)
         if tokens <= cfg.train.seq_length:
-            problem = (
-                f"the {name} part of {prefix} has {tokens:,} tokens; a sample takes one more than its length"
-            )
+            problem = f"the {name} part of {prefix} has {tokens:,} tokens; a sample takes one more than its length"
             remedy = f"Set {tokens - 1} or less, or give that part more of data.split"
             raise ConfigError("train.seq_length", cfg.train.seq_length, problem, remedy)

@@ -11,9 +11,9 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from torch.utils.data import Dataset
 
-from s2train.config import PretrainConfig
+from s2train.config import PrepareConfig, PretrainConfig
 from s2train.data.blend import BUNDLED, BUNDLED_PREFIX, parse_blend
-from s2train.data.prepare import PrepareConfig, prepare
+from s2train.data.prepare import prepare
 from s2train.data.tokenizers import Tokenizer
 
 Samples = Dataset | None
@@ -24,8 +24,9 @@ def ensure_prepared(cfg: PretrainConfig) -> None:
 
     For rank 0, before the others go on to `check_data` and `build_datasets`.
     """
-    named = [cfg.data.path] if isinstance(cfg.data.path, str) else cfg.data.path
-    if BUNDLED in named and not os.path.isfile(f"{BUNDLED_PREFIX}.idx"):
+    path = cfg.data.path
+    named = path == BUNDLED or (isinstance(path, list | tuple) and BUNDLED in path)
+    if named and not os.path.isfile(f"{BUNDLED_PREFIX}.idx"):
         prepare(PrepareConfig(input=BUNDLED, output=BUNDLED_PREFIX, overwrite=True))
 
 

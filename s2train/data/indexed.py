@@ -50,9 +50,7 @@ def read_metadata(prefix: str) -> Metadata | None:
         return Metadata(**json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         problem = f"its sidecar {path} can't be read ({error})"
-        raise ConfigError(
-            "data.path", prefix, problem, "Prepare the data again, with overwrite=true"
-        ) from error
+        raise ConfigError("data.path", prefix, problem, "Prepare the data again, with overwrite=true") from error
 
 
 def read_document_lengths(prefix: str) -> npt.NDArray[np.int32]:
@@ -64,14 +62,8 @@ def read_document_lengths(prefix: str) -> npt.NDArray[np.int32]:
     for suffix in (".idx", ".bin"):
         if not os.path.isfile(prefix + suffix):
             whole = prefix.endswith((".bin", ".idx")) and os.path.isfile(prefix)
-            problem = (
-                "is a file, not the prefix of a .bin and .idx pair"
-                if whole
-                else f"{prefix}{suffix} is missing"
-            )
-            remedy = (
-                f"Set {prefix[:-4]}" if whole else "Set a prefix made by launch/prepare_data.py, or `bundled`"
-            )
+            problem = "is a file, not the prefix of a .bin and .idx pair" if whole else f"{prefix}{suffix} is missing"
+            remedy = f"Set {prefix[:-4]}" if whole else "Set a prefix made by launch/prepare_data.py, or `bundled`"
             raise ConfigError("data.path", prefix, problem, remedy)
     index_bytes = os.path.getsize(f"{prefix}.idx")
     with open(f"{prefix}.idx", "rb") as file:

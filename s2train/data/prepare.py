@@ -3,45 +3,22 @@
 import hashlib
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from hydra.core.config_store import ConfigStore
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
-from omegaconf import MISSING
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from s2train.config import PrepareConfig
 from s2train.data.blend import BUNDLED
 from s2train.data.bundled import bundled_corpus_files, count_ids, unigram_entropy
 from s2train.data.documents import read_documents
 from s2train.data.indexed import Metadata
 from s2train.data.tokenizers import SMALLEST_BPE, Tokenizer, load_tokenizer, train_bpe
 from s2train.errors import ConfigError
-
-
-@dataclass
-class PrepareConfig:
-    """A run of `launch/prepare_data.py`."""
-
-    input: Any = (
-        MISSING  # a file or [file, …], text or .jsonl with a "text" a line; "bundled": the corpus of s2train
-    )
-    output: str = MISSING  # prefix of the .bin, .idx and .json to write
-    tokenizer: str = (
-        "bytes"  # bytes, a tokenizer.json, or bpe:SIZE to train one on the input as OUTPUT-tokenizer.json
-    )
-    document_chars: int = 20_000  # long texts are cut into documents of this many characters or more
-    seed: int = 1234  # of the order of documents
-    overwrite: bool = False
-
-
-def register() -> None:
-    """Put the schema where Hydra finds it."""
-    ConfigStore.instance().store(name="prepare_schema", node=PrepareConfig)
 
 
 def prepare(cfg: PrepareConfig) -> Metadata:
@@ -58,7 +35,7 @@ def prepare(cfg: PrepareConfig) -> Metadata:
     """
     sources = _input_files(cfg.input)
     if cfg.document_chars < 1:
-        raise ConfigError("document_chars", cfg.document_chars, "is no length", "Set 1 or more, e.g. 20000")
+        raise ConfigError("document_chars", cfg.document_chars, "is no length", "Set 1 or more, e.g. 10000")
     output = Path(cfg.output)
     if not output.name:
         raise ConfigError("output", cfg.output, "names no file", "Set a prefix, e.g. runs/data/mine")
@@ -68,9 +45,7 @@ def prepare(cfg: PrepareConfig) -> Metadata:
     final = {name: output.with_name(output.name + name) for name in names}
     existing = [str(path) for path in final.values() if path.exists()]
     if existing and not cfg.overwrite:
-        raise ConfigError(
-            "output", cfg.output, f"{', '.join(existing)} exists", "Add overwrite=true, or set another"
-        )
+        raise ConfigError("output", cfg.output, f"{', '.join(existing)} exists", "Add overwrite=true, or set another")
 
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = {name: output.with_name(f".{output.name}.{os.getpid()}{name}") for name in [*names, ".spool"]}
@@ -85,9 +60,7 @@ def prepare(cfg: PrepareConfig) -> Metadata:
     return metadata
 
 
-def _write(
-    cfg: PrepareConfig, sources: list[Path], temporary: dict[str, Path], final: dict[str, Path]
-) -> Metadata:
+def _write(cfg: PrepareConfig, sources: list[Path], temporary: dict[str, Path], final: dict[str, Path]) -> Metadata:
     documents = partial(read_documents, document_chars=cfg.document_chars)
     tokenizer_name = cfg.tokenizer
     if "-tokenizer.json" in final:
@@ -151,7 +124,8 @@ def _spool(
 def spread_order(source_of: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.int64]:
     """An order of documents, int64 [n], in which every stretch holds each source's share, give or take one.
 
-    Within a source the order is random; the k-th of its n documents is placed at (k + ½)/n of the whole.
+    Within a source the order is random; the k-th of its n documents is placed at (k + u)/n of the whole, with
+    one random u in [0, 1) a source, so that many sources of few documents mix as well.
 
     Args:
         source_of: number of the source of each document, int64 [n].
@@ -160,7 +134,7 @@ def spread_order(source_of: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.
     place = np.empty(len(source_of))
     for source in np.unique(source_of):
         own = np.flatnonzero(source_of == source)
-        place[rng.permutation(own)] = (np.arange(len(own)) + 0.5) / len(own)
+        place[rng.permutation(own)] = (np.arange(len(own)) + rng.random()) / len(own)
     return np.argsort(place, kind="stable")
 
 
@@ -180,9 +154,7 @@ def _input_files(given: Any) -> list[Path]:
 def _bpe_size(tokenizer: str) -> int:
     size = tokenizer.removeprefix("bpe:")
     if not size.isdecimal() or int(size) < SMALLEST_BPE:
-        raise ConfigError(
-            "tokenizer", tokenizer, f"is no size of {SMALLEST_BPE} or more", "Set e.g. bpe:4096"
-        )
+        raise ConfigError("tokenizer", tokenizer, f"is no size of {SMALLEST_BPE} or more", "Set e.g. bpe:4096")
     return int(size)
 
 

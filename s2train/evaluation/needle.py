@@ -29,9 +29,7 @@ class NeedleGrid:
         if not self.lengths:
             raise ConfigError("lengths", "[]", "no length to evaluate", "Name one or more, in tokens")
         if not self.depths or not all(0 <= depth <= 1 for depth in self.depths):
-            raise ConfigError(
-                "depths", list(self.depths), "not between 0 and 1", "Use e.g. [0,0.25,0.5,0.75,1]"
-            )
+            raise ConfigError("depths", list(self.depths), "not between 0 and 1", "Use e.g. [0,0.25,0.5,0.75,1]")
         for name, values in (("lengths", self.lengths), ("depths", self.depths)):
             if len(set(values)) < len(values):
                 raise ConfigError(name, list(values), "names a value twice", "Name each once")
@@ -73,8 +71,10 @@ def choose_grid(cfg: NeedleConfig, trained_length: int, sampler: NeedleSampler) 
     return replace(grid, lengths=fitting or (trained_length,))
 
 
-def check_lengths(sampler: NeedleSampler, grid: NeedleGrid) -> None:
-    """Raise ConfigError, before anything runs, for a length that a needle doesn't fit in."""
+def check(sampler: NeedleSampler, grid: NeedleGrid, batch_size: int) -> None:
+    """Raise ConfigError, before anything runs, where a needle does not fit a length or a batch is empty."""
+    if batch_size < 1:
+        raise ConfigError("batch_size", batch_size, "no sequence in a batch", "Use 1 or more")
     for length in grid.lengths:
         needed = needed_length(sampler, grid, length)
         if needed > length:
@@ -98,19 +98,13 @@ def evaluate_grid(
 ) -> Iterator[Cell]:
     """Every cell of the grid in order, each as soon as it is known, on all ranks alike.
 
-    Trials of a cell are striped over `ranks`, and the counts summed over them.
+    Trials of a cell are striped over `ranks`, and the counts summed over them. Call `check` first.
 
     Args:
         decode: greedy continuation of prompts (`s2train.evaluation.generate`).
         batch_size: sequences decoded at once, on a rank.
         finished: cells known already, by (length, depth); taken as they are. The same on all ranks.
-
-    Raises:
-        ConfigError: a length is too small for a needle, or batch_size is below 1.
     """
-    if batch_size < 1:
-        raise ConfigError("batch_size", batch_size, "no sequence in a batch", "Use 1 or more")
-    check_lengths(sampler, grid)
     ranks, finished = ranks or Ranks(), finished or {}
     for length, depth in grid.cells:
         if (length, depth) in finished:

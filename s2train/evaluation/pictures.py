@@ -8,7 +8,8 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from s2train.evaluation.results import Cell, NeedleResults, replacing
+from s2train.evaluation.results import Cell, NeedleResults
+from s2train.files import replacing
 
 # Vermilion, pale yellow, bluish green of Okabe and Ito's palette: told apart with any kind of colour vision
 SCORE_COLOURS = LinearSegmentedColormap.from_list("score", ["#D55E00", "#F7EEC0", "#009E73"])
@@ -21,9 +22,7 @@ def draw_heat_map(results: NeedleResults, path: Path, title: str = "Needle retri
     Cells that were not evaluated are grey.
     """
     lengths, depths, scores = _score_matrix(results)
-    figure = Figure(
-        figsize=(2.6 + 0.85 * len(lengths), 2.0 + 0.55 * len(depths)), dpi=160, layout="constrained"
-    )
+    figure = Figure(figsize=(2.6 + 0.85 * len(lengths), 2.0 + 0.55 * len(depths)), dpi=160, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.set_facecolor(NOT_EVALUATED)

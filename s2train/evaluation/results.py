@@ -2,9 +2,6 @@
 
 import hashlib
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from s2train.config import NeedleConfig
+from s2train.files import replacing
 
 
 @dataclass(frozen=True)
@@ -90,28 +88,6 @@ def output_folder(cfg: NeedleConfig) -> Path:
     run = checkpoint.parent if iteration else checkpoint
     run = run.parent if run.name == "checkpoints" else run
     return run / "needle" / iteration
-
-
-def set_aside(path: Path) -> Path | None:
-    """Rename a file to the first free name of `needle.1.json`, `needle.2.json`, …; None if there is none."""
-    if not path.exists():
-        return None
-    number = 1
-    while (target := path.with_suffix(f".{number}{path.suffix}")).exists():
-        number += 1
-    return path.rename(target)
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` to write to, renamed to `path` if all went well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def weights_fingerprint(model: nn.Module) -> str:

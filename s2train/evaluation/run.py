@@ -10,9 +10,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from s2train.data.needles import NeedleSampler
 from s2train.evaluation.generate import Decode
-from s2train.evaluation.needle import NeedleGrid, Ranks, evaluate_grid
+from s2train.evaluation.needle import NeedleGrid, Ranks, check, evaluate_grid
 from s2train.evaluation.pictures import draw_heat_map, score_table
-from s2train.evaluation.results import Cell, NeedleResults, load_results, set_aside
+from s2train.evaluation.results import Cell, NeedleResults, load_results
+from s2train.files import set_aside
 
 
 def run_needles(
@@ -36,7 +37,11 @@ def run_needles(
     Args:
         asked: results without cells, with the settings that a known cell must agree with.
         trained_length: tokens; longer cells are evaluated all the same, with a note.
+
+    Raises:
+        ConfigError: what `s2train.evaluation.needle.check` refuses; nothing is touched then.
     """
+    check(sampler, grid, batch_size)
     is_writer = not dist.is_initialized() or dist.get_rank() == 0
     console = Console(quiet=not is_writer, soft_wrap=True)
     table_path, picture_path = folder / "needle.json", folder / "needle.png"
@@ -45,9 +50,7 @@ def run_needles(
     known = _from_rank_0(_known_cells(asked, table_path, console) if is_writer else [])
     results = replace(asked, cells=known)
     finished = {(cell.length, cell.depth): cell for cell in known}
-    cells = evaluate_grid(
-        decode, sampler, grid, batch_size=batch_size, device=device, ranks=ranks, finished=finished
-    )
+    cells = evaluate_grid(decode, sampler, grid, batch_size=batch_size, device=device, ranks=ranks, finished=finished)
     columns = (TextColumn("needles"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("needles", total=len(grid.cells))

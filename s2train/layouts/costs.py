@@ -28,7 +28,7 @@ def _kept_positions(pattern: Pattern, layer: LayerLayout, seq_length: int) -> in
 
 
 def layout_nbytes(layer: LayerLayout, seq_length: int) -> int:
-    """Bytes of the layer's `BlockLayout`: int32 CSR and CSC of distinct patterns, and which one each head has."""
+    """Bytes of the layer's `BlockLayout`: int32 CSR and CSC of distinct patterns, and one index a head."""
     num_blocks, distinct = layer.num_blocks(seq_length), set(layer.heads)
     kept = sum(int(kept_key_blocks([pattern], num_blocks).sum()) for pattern in distinct)
     return 4 * (len(layer.heads) + 2 * (len(distinct) * num_blocks + 1 + kept))

@@ -61,9 +61,7 @@ class CoverageReport:
 
     def format(self) -> str:
         """Lines for a log: one for each sort of run, naming its layers."""
-        head = (
-            f"coverage at {self.seq_length:,} tokens ({self.num_blocks:,} blocks), schedule {self.schedule}"
-        )
+        head = f"coverage at {self.seq_length:,} tokens ({self.num_blocks:,} blocks), schedule {self.schedule}"
         if not self.runs:
             return f"{head}: no sparse layers"
         alike: dict[str, list[str]] = {}
@@ -156,9 +154,7 @@ def _missing(patterns: Sequence[Pattern], num_blocks: int) -> tuple[int, list[in
 
 def _remedy(hybrid: HybridLayout, shortest_run: int, layout: LayoutConfig) -> str:
     num_heads, groups, stride = len(hybrid.layers[0].heads), hybrid.num_query_groups, layout.pattern.stride
-    widest = {
-        kind: schedule.widest_stride(num_heads, groups, shortest_run) for kind, schedule in SCHEDULES.items()
-    }
+    widest = {kind: schedule.widest_stride(num_heads, groups, shortest_run) for kind, schedule in SCHEDULES.items()}
     others = [kind for kind in widest if widest[kind] >= stride]
     ways = []
     if others:

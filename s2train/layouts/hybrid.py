@@ -115,9 +115,7 @@ def build_hybrid_layout(
     """
     if layout.block_size not in BLOCK_SIZES:
         sizes = ", ".join(map(str, BLOCK_SIZES))
-        raise ConfigError(
-            "layout.block_size", layout.block_size, "not supported", f"Set it to one of {sizes}."
-        )
+        raise ConfigError("layout.block_size", layout.block_size, "not supported", f"Set it to one of {sizes}.")
     if num_query_groups < 1 or num_heads % num_query_groups:
         raise ConfigError(
             "model.num_query_groups",

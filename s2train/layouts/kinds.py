@@ -37,9 +37,7 @@ def _s2_heads(context: KindContext) -> tuple[Pattern, ...]:
     settings = context.pattern
     pattern = LocalVertical(settings.local, settings.stride, 0, settings.sinks)
     offsets = context.schedule.offsets(
-        ScheduleContext(
-            context.num_heads, context.num_query_groups, pattern.stride, context.sparse_layer_index
-        )
+        ScheduleContext(context.num_heads, context.num_query_groups, pattern.stride, context.sparse_layer_index)
     )
     return tuple(replace(pattern, offset=offset) for offset in offsets)
 

@@ -77,9 +77,7 @@ class LocalVertical:
         for name, least in (("local", 1), ("stride", 1), ("sinks", 0)):
             value = getattr(self, name)
             if value < least:
-                raise ConfigError(
-                    f"layout.pattern.{name}", value, "too small", f"Set it to {least} or more (blocks)."
-                )
+                raise ConfigError(f"layout.pattern.{name}", value, "too small", f"Set it to {least} or more (blocks).")
         object.__setattr__(self, "offset", self.offset % self.stride)
 
     def columns(self, key: Tensor) -> Tensor:

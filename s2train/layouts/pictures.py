@@ -62,14 +62,9 @@ def _title(hybrid: HybridLayout, seq_length: int) -> str:
 
 def _draw_grid(figure: Figure | SubFigure, hybrid: HybridLayout) -> None:
     offsets = np.array(
-        [
-            [head.offset if isinstance(head, LocalVertical) else -1 for head in layer.heads]
-            for layer in hybrid.layers
-        ]
+        [[head.offset if isinstance(head, LocalVertical) else -1 for head in layer.heads] for layer in hybrid.layers]
     )
-    strides = {
-        head.stride for layer in hybrid.layers for head in layer.heads if isinstance(head, LocalVertical)
-    }
+    strides = {head.stride for layer in hybrid.layers for head in layer.heads if isinstance(head, LocalVertical)}
     stride = max(strides, default=1)
     colours = ListedColormap(colormaps["viridis"](np.linspace(0.08, 1, stride)))
     axes = figure.add_axes((0.12, 0.13, 0.72, 0.74))
@@ -96,9 +91,7 @@ def _draw_grid(figure: Figure | SubFigure, hybrid: HybridLayout) -> None:
         bar.ax.yaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
         bar.ax.minorticks_off()
     names = dict.fromkeys(
-        layer.kind.name
-        for layer in hybrid.layers
-        if not all(isinstance(head, LocalVertical) for head in layer.heads)
+        layer.kind.name for layer in hybrid.layers if not all(isinstance(head, LocalVertical) for head in layer.heads)
     )
     if names:
         patch = Patch(color=DENSE_COLOUR, label=", ".join(names))
@@ -106,9 +99,7 @@ def _draw_grid(figure: Figure | SubFigure, hybrid: HybridLayout) -> None:
 
 
 def _draw_masks(figure: Figure | SubFigure, layer: LayerLayout, number: int, seq_length: int) -> None:
-    reach = max(
-        (head.local + 3 * head.stride for head in layer.heads if isinstance(head, LocalVertical)), default=0
-    )
+    reach = max((head.local + 3 * head.stride for head in layer.heads if isinstance(head, LocalVertical)), default=0)
     shown = min(layer.num_blocks(seq_length), max(_SHOWN_BLOCKS, reach))
     blocks = torch.arange(shown)
     num_heads = len(layer.heads)
@@ -137,9 +128,7 @@ def _draw_counts(axes: Axes, counts: np.ndarray, num_heads: int) -> None:
     """How many heads keep each block; `counts` is int [n, n]."""
     future = ~np.tri(len(counts), dtype=bool)
     unseen = (counts == 0) & ~future
-    axes.imshow(
-        np.ma.masked_where(~unseen, unseen), cmap=ListedColormap([UNSEEN_COLOUR]), interpolation="nearest"
-    )
+    axes.imshow(np.ma.masked_where(~unseen, unseen), cmap=ListedColormap([UNSEEN_COLOUR]), interpolation="nearest")
     image = axes.imshow(
         np.ma.masked_less(counts, 1),
         cmap=ListedColormap(colormaps["Blues"](np.linspace(0.25, 1, 256))),

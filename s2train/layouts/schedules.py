@@ -45,9 +45,7 @@ class Schedule:
     offsets: Callable[[ScheduleContext], tuple[int, ...]]  # one per query head, in [0, stride)
     # (num_heads, num_query_groups, sparse layers in the run) -> the widest stride with every block seen
     widest_stride: Callable[[int, int, int], int]
-    per_run: bool = (
-        False  # the promise holds for the union of a run of consecutive sparse layers, not for each
-    )
+    per_run: bool = False  # the promise holds for the union of a run of consecutive sparse layers, not for each
 
 
 def _shifted(context: ScheduleContext) -> tuple[int, ...]:
@@ -93,7 +91,5 @@ def find_schedule(kind: str) -> Schedule:
     """
     if kind not in SCHEDULES:
         nearest = difflib.get_close_matches(kind, SCHEDULES, n=1, cutoff=0.0)[0]
-        raise ConfigError(
-            "schedule.kind", kind, "unknown", f"Did you mean {nearest}? Kinds: {', '.join(SCHEDULES)}."
-        )
+        raise ConfigError("schedule.kind", kind, "unknown", f"Did you mean {nearest}? Kinds: {', '.join(SCHEDULES)}.")
     return SCHEDULES[kind]

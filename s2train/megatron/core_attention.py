@@ -1,6 +1,6 @@
 """Core attention over block layouts, in the place of Megatron's."""
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -9,7 +9,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from s2train.kernels.attention import block_sparse_attention
+from s2train.kernels.attention import Backend, block_sparse_attention
 from s2train.kernels.dense import dense_causal_attention
 from s2train.kernels.layout import BlockLayout
 from s2train.layouts.hybrid import LayerLayout
@@ -26,9 +26,7 @@ class LayoutCache:
         self._capacity = capacity
         self._layouts: dict[tuple[LayerLayout, int, int, int, torch.device], BlockLayout] = {}
 
-    def get(
-        self, layer: LayerLayout, seq_length: int, heads: tuple[int, int], device: torch.device
-    ) -> BlockLayout:
+    def get(self, layer: LayerLayout, seq_length: int, heads: tuple[int, int], device: torch.device) -> BlockLayout:
         """Layout of heads [first, last) of a layer over `seq_length` tokens."""
         key = (layer, seq_length, *heads, device)
         layout = self._layouts.pop(key, None)
@@ -67,7 +65,7 @@ class CausalCoreAttention(MegatronModule):
         *,
         layer_layout: LayerLayout,
         cache: LayoutCache,
-        backend: Literal["auto", "triton", "torch"],
+        backend: Backend,
         **_: Any,
     ) -> None:
         super().__init__(config=config)
@@ -119,9 +117,7 @@ class CausalCoreAttention(MegatronModule):
             out = torch.cat(parts)
         return out.reshape(*out.shape[:2], -1)
 
-    def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, query_offset: int
-    ) -> torch.Tensor:
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, query_offset: int) -> torch.Tensor:
         """Attention of [s_q, b, h, d] queries at positions `query_offset` … over [s_k, b, h_kv, d] keys from 0 on.
 
         The last query is at the last key. Returns [s_q, b, h, d].
@@ -132,20 +128,14 @@ class CausalCoreAttention(MegatronModule):
 class DenseCoreAttention(CausalCoreAttention):
     """Every head keeps everything."""
 
-    def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, query_offset: int
-    ) -> torch.Tensor:
-        return dense_causal_attention(
-            query, key, value, softmax_scale=self.softmax_scale, query_offset=query_offset
-        )
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, query_offset: int) -> torch.Tensor:
+        return dense_causal_attention(query, key, value, softmax_scale=self.softmax_scale, query_offset=query_offset)
 
 
 class SparseCoreAttention(CausalCoreAttention):
     """Every head keeps the blocks of its pattern."""
 
-    def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, query_offset: int
-    ) -> torch.Tensor:
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, query_offset: int) -> torch.Tensor:
         layout = self.cache.get(self.layer_layout, key.shape[0], self.heads, query.device)
         out = block_sparse_attention(
             query,

@@ -101,6 +101,6 @@ def build_model(
 
 def unwrap(module: torch.nn.Module) -> GPTModel:
     """The GPTModel inside data-parallel and precision wrappers."""
-    while hasattr(module, "module"):
-        module = module.module
+    while not isinstance(module, GPTModel):
+        module = module.get_submodule("module")
     return module

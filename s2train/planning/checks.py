@@ -1,6 +1,7 @@
 """Refusing a run that can't work, before anything is allocated: one error with setting, value and remedy."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -15,20 +16,18 @@ from s2train.planning.plan import Plan, make_plan
 from s2train.planning.settings import check_values
 
 
-def resolve(cfg: DictConfig, models: Sequence[str]) -> PretrainConfig:
-    """The composed configuration as dataclasses; `models` are the names that `+model=` may have.
+def resolve(cfg: DictConfig, models: Sequence[str]) -> Any:
+    """A program's composed configuration as its dataclass; `models` are the names that `+model=` may have.
 
     Raises:
         ConfigError: no model was named, or a setting has no value.
     """
-    missing = sorted(OmegaConf.missing_keys(cfg))
-    if any(key == "model" or key.startswith("model.") for key in missing):
+    if OmegaConf.is_missing(cfg, "model"):
         names = ", ".join(models)
         raise ConfigError("+model", "missing", "no model was named", f"Add +model=NAME; there are {names}.")
-    if missing:
+    if missing := sorted(OmegaConf.missing_keys(cfg)):
         raise ConfigError(missing[0], "missing", "it has no value", f"Set {missing[0]}=….")
-    resolved: PretrainConfig = to_object(cfg)
-    return resolved
+    return to_object(cfg)
 
 
 def check(cfg: PretrainConfig, world_size: int, hardware: Hardware) -> Plan:
@@ -40,9 +39,7 @@ def check(cfg: PretrainConfig, world_size: int, hardware: Hardware) -> Plan:
     check_values(cfg)
     check_division(cfg, world_size)
     if cfg.attention_backend == "triton" and hardware.kind == "cpu":
-        raise ConfigError(
-            "attention_backend", "triton", "there is no CUDA device", "Set attention_backend=auto."
-        )
+        raise ConfigError("attention_backend", "triton", "there is no CUDA device", "Set attention_backend=auto.")
     plan = _plan(cfg, world_size, hardware)
     if plan.remedy is not None:
         raise ConfigError(*_shortage(plan), plan.remedy)
@@ -90,9 +87,7 @@ def check_blocks(cfg: PretrainConfig, hybrid: HybridLayout) -> None:
         return
     if block not in BLOCK_SIZES:
         sizes = ", ".join(map(str, BLOCK_SIZES))
-        raise ConfigError(
-            "layout.block_size", block, "the kernels have no such block", f"Set it to one of {sizes}."
-        )
+        raise ConfigError("layout.block_size", block, "the kernels have no such block", f"Set it to one of {sizes}.")
     if length < block:
         raise ConfigError(
             "train.seq_length",

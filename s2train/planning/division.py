@@ -94,9 +94,7 @@ def _check_pipeline(cfg: PretrainConfig) -> None:
 def _check_sequence(cfg: PretrainConfig) -> None:
     length, parallel = cfg.train.seq_length, cfg.parallel
     # Context parallel gives each rank two chunks; sequence parallel then splits what a rank has.
-    unit = parallel.cp * math.lcm(
-        2 if parallel.cp > 1 else 1, parallel.tp if parallel.sequence_parallel else 1
-    )
+    unit = parallel.cp * math.lcm(2 if parallel.cp > 1 else 1, parallel.tp if parallel.sequence_parallel else 1)
     if length % unit:
         raise ConfigError(
             "train.seq_length",

@@ -87,9 +87,9 @@ def stage_activations(cfg: PretrainConfig, stage: int, num_micro_batches: int, k
     # Backward, one layer's MLP gradients lie beside its activations: gate, up, their product, streams.
     largest = 3 * tokens * model.ffn_hidden_size * width // parallel.tp + 2 * stream
     if stage == parallel.pp - 1:
-        # Final norm (in, out); logits and their gradient in `width`, softmax and its gradient in fp32.
+        # Final norm, as above; logits and their gradient in `width`, softmax and its gradient in fp32.
         logits = tokens * model.vocab_size * (2 * width + 8) // parallel.tp
-        largest = max(largest, logits + 2 * stream)
+        largest = max(largest, logits + 3 * stream)
     return layers + largest
 
 
@@ -105,15 +105,17 @@ def layer_activations(cfg: PretrainConfig, stream: int, kind: str) -> tuple[int,
     keys = tokens * model.num_query_groups * head_dim(model) * width // parallel.tp
     ffn = tokens * model.ffn_hidden_size * width // parallel.tp
 
-    residual = 4 * stream  # input and output of both norms
+    fused = kind == "cuda"  # RMSNorm and SwiGLU
+    # Input and output of both norms; what they are before the weight too where not fused.
+    residual = (4 if fused else 6) * stream
     # q and k after RoPE, beside the projection's output that v is a view of; attention's output.
     attention = (queries + keys) + (queries + 2 * keys) + queries
     # Log-sum-exp in fp32; keys and values gathered over context parallel ranks.
     core = tokens * model.num_attention_heads * 4 // parallel.tp
     if parallel.cp > 1:
         core += 2 * keys * parallel.cp
-    # Gate, up, their product; SiLU of the gate too where SwiGLU is not fused.
-    mlp = (3 if kind == "cuda" else 4) * ffn
+    # Gate, up, their product; SiLU of the gate and a copy of up too where not fused.
+    mlp = (3 if fused else 5) * ffn
     whole = residual + attention + core + mlp
     return whole, whole - core if train.recompute == "selective" else whole
 

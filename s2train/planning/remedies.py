@@ -52,9 +52,7 @@ def _candidates(cfg: PretrainConfig) -> Iterator[tuple[list[str], PretrainConfig
             replace(
                 cfg,
                 train=replace(train, micro_batch_size=micro, recompute=recompute),
-                parallel=replace(
-                    parallel, tp=tp, pp=pp, sequence_parallel=tp > 1, distributed_optimizer=True
-                ),
+                parallel=replace(parallel, tp=tp, pp=pp, sequence_parallel=tp > 1, distributed_optimizer=True),
             ),
         )
 

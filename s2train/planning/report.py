@@ -51,9 +51,7 @@ def format_plan(plan: Plan) -> str:
 def _layers(letters: str) -> str:
     """The layer string at its shortest: its period and how often, such as DSSSx8."""
     length = len(letters)
-    period = next(
-        n for n in range(1, length + 1) if length % n == 0 and letters[:n] * (length // n) == letters
-    )
+    period = next(n for n in range(1, length + 1) if length % n == 0 and letters[:n] * (length // n) == letters)
     if period in (1, length):
         runs = ((letter, len(list(group))) for letter, group in groupby(letters))
         return "".join(f"{letter}{count if count > 1 else ''}" for letter, count in runs)

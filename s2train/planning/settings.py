@@ -7,11 +7,12 @@ from typing import Any
 from s2train.config import PretrainConfig
 from s2train.errors import ConfigError
 
-_CHOICES: dict[str, tuple[str, ...]] = {
+_CHOICES: dict[str, tuple[str | int, ...]] = {
     "train.precision": ("bf16", "fp32"),
     "train.recompute": ("none", "selective", "full"),
     "optim.decay_style": ("constant", "linear", "cosine", "inverse-square-root", "WSD"),
     "tracking.wandb": ("disabled", "offline", "online"),
+    "tracking.timing": (0, 1, 2),
     "backend": ("auto", "local", "te"),
     "attention_backend": ("auto", "triton", "torch"),
 }
@@ -86,9 +87,7 @@ def _check_optimizer(cfg: PretrainConfig) -> None:
         if not 0 <= beta < 1:
             raise ConfigError(setting, beta, "a decay rate lies in [0, 1)", f"Set {setting}, such as 0.9.")
     if optim.min_lr > optim.lr:
-        raise ConfigError(
-            "optim.min_lr", optim.min_lr, f"above optim.lr={optim.lr}", f"Set it to {optim.lr} or less."
-        )
+        raise ConfigError("optim.min_lr", optim.min_lr, f"above optim.lr={optim.lr}", f"Set it to {optim.lr} or less.")
     decay_steps, name = (
         (optim.decay_steps, "optim.decay_steps") if optim.decay_steps else (cfg.train.steps, "train.steps")
     )
@@ -118,9 +117,10 @@ def _check_optimizer(cfg: PretrainConfig) -> None:
         )
 
 
-def _nearest(setting: str, value: object, choices: Sequence[str]) -> str:
-    near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.0)[0]
-    return f"Did you mean {setting}={near}? It may be {', '.join(choices)}."
+def _nearest(setting: str, value: object, choices: Sequence[str | int]) -> str:
+    names = [str(choice) for choice in choices]
+    near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.0)[0]
+    return f"Did you mean {setting}={near}? It may be {', '.join(names)}."
 
 
 def _names(of_section: dict[str, tuple[str, ...]]) -> list[str]:

@@ -6,7 +6,6 @@
 A checkpoint is written under a temporary name, renamed when whole, and only then named as the latest.
 """
 
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +20,12 @@ from omegaconf import OmegaConf
 
 from s2train.config import PretrainConfig
 from s2train.errors import ConfigError
-from s2train.layouts.hybrid import build_hybrid_layout
+from s2train.files import replacing
 from s2train.megatron.backends import choose_backend
 from s2train.megatron.compat import save_checkpoint_shards
 from s2train.megatron.model import build_model, transformer_config, unwrap
 from s2train.megatron.torch_adam import separate_steps
+from s2train.planning import hybrid_layout
 
 _LATEST = "latest_checkpointed_iteration.txt"
 _CONFIG = "config.yaml"
@@ -67,7 +67,9 @@ def find_checkpoint(where: str | Path, setting: str = "checkpoint") -> Path:
             found = root / folder_name(int((root / _LATEST).read_text()))
             if (found / _CONFIG).is_file():
                 return found
-            raise ConfigError(setting, where, f"{root / _LATEST} names {found}, which is not whole", "Name another iter_*")
+            raise ConfigError(
+                setting, where, f"{root / _LATEST} names {found}, which is not whole", "Name another iter_*"
+            )
     raise ConfigError(setting, where, "no checkpoint there", "Give a run folder or one of its checkpoints/iter_*")
 
 
@@ -139,7 +141,8 @@ def save(cfg: PretrainConfig, state: TrainingState, step: int) -> Path:
         if final.exists():  # the same step again, after a resume from an older one
             shutil.rmtree(final)
         temporary.rename(final)
-        _replace_text(root / _LATEST, str(step))
+        with replacing(root / _LATEST) as latest:
+            latest.write_text(str(step))
         _drop_old(root, cfg.checkpoint.keep)
     torch.distributed.barrier()
     return final
@@ -188,15 +191,7 @@ def load_for_inference(
     cfg.parallel.tp, cfg.parallel.pp, cfg.parallel.vpp, cfg.parallel.cp = tp, 1, None, 1
     cfg.parallel.sequence_parallel = False
     cfg.train.recompute = "none"
-    model, groups = cfg.model, cfg.model.num_query_groups
-    hybrid = build_hybrid_layout(
-        cfg.layout,
-        cfg.schedule,
-        num_layers=model.num_layers,
-        num_heads=model.num_attention_heads,
-        num_query_groups=groups,
-    )
-    (chunk,) = build_model(cfg, transformer_config(cfg), hybrid, choose_backend(cfg.backend), device)
+    (chunk,) = build_model(cfg, transformer_config(cfg), hybrid_layout(cfg), choose_backend(cfg.backend), device)
     gpt = unwrap(chunk)
     gpt.parallel_output = False  # gathers the logits over tensor parallel ranks
     if hasattr(gpt, "output_layer"):
@@ -229,12 +224,6 @@ def _sharded_state(state: TrainingState, metadata: dict[str, Any], *, is_loading
         model["model"] if len(names) == 1 else model, is_loading=is_loading, metadata=metadata
     )
     return {**model, "optimizer": optimizer}
-
-
-def _replace_text(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".partial")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 def _drop_old(root: Path, keep: int | None) -> None:

@@ -7,10 +7,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import wandb
 from omegaconf import OmegaConf
 
 from s2train.config import PretrainConfig
+from s2train.files import set_aside
 
 
 @dataclass
@@ -77,13 +77,15 @@ class Tracker:
         folder = Path(cfg.run_dir)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
-        if start == 0 and path.exists():
-            path.rename(_unused(path))
+        if start == 0:
+            set_aside(path)
         self._file = path.open("a", buffering=1)
         self.event("config", tokens_per_step=cfg.train.global_batch_size * cfg.train.seq_length)
         if start:
             self.event("resume", step=start)
         if cfg.tracking.wandb != "disabled":
+            import wandb  # slow, and not everybody has it where the GPUs are
+
             self._run = wandb.init(
                 project=cfg.tracking.project,
                 group=cfg.tracking.group,
@@ -113,6 +115,8 @@ class Tracker:
     def picture(self, name: str, path: Path) -> None:
         """Show a PNG in wandb."""
         if self._run is not None:
+            import wandb
+
             self._run.log({name: wandb.Image(str(path))})
 
     def close(self) -> None:
@@ -127,10 +131,3 @@ class Tracker:
             # JSON has no NaN: a diverged run's file must still be readable everywhere.
             clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
             self._file.write(json.dumps(clean) + "\n")
-
-
-def _unused(path: Path) -> Path:
-    number = 1
-    while (aside := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
-        number += 1
-    return aside

@@ -93,7 +93,7 @@ def build_optimizer(
 
 @contextlib.contextmanager
 def whole_parameters(cfg: PretrainConfig, chunks: list[DistributedDataParallel]) -> Iterator[None]:
-    """With parameters gathered late, they are stale between steps: bring them up to date, for a use outside training."""
+    """With parameters gathered late, they are stale between steps: bring them up to date for a use outside training."""
     if not _gathers_late(cfg):
         yield
         return
@@ -115,6 +115,4 @@ def _gathers_late(cfg: PretrainConfig) -> bool:
 
 
 def _shards() -> int:
-    return torch.distributed.get_world_size(
-        group=parallel_state.get_data_parallel_group(with_context_parallel=True)
-    )
+    return torch.distributed.get_world_size(group=parallel_state.get_data_parallel_group(with_context_parallel=True))

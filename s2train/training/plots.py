@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from s2train.errors import ConfigError
+from s2train.files import replacing
 
 # Okabe and Ito's palette: told apart with any kind of colour vision
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -67,9 +67,7 @@ def read_curves(metrics: Path) -> Curves:
     return curves
 
 
-def draw_loss_curve(
-    metrics: Path, out: Path, baseline: float | None = None, title: str = "Training loss"
-) -> None:
+def draw_loss_curve(metrics: Path, out: Path, baseline: float | None = None, title: str = "Training loss") -> None:
     """Train and held-out loss of one run over its steps, as a PNG.
 
     Args:
@@ -85,9 +83,7 @@ def draw_loss_curve(
         ends.append(End(f"unigram entropy {baseline:.3f}", baseline, GREY))
     for step in curves.resumed:
         axes.axvline(step, color=GREY, linestyle=":", linewidth=1)
-        axes.text(
-            step, 0.98, " resumed", transform=axes.get_xaxis_transform(), va="top", fontsize=8, color=GREY
-        )
+        axes.text(step, 0.98, " resumed", transform=axes.get_xaxis_transform(), va="top", fontsize=8, color=GREY)
     axes.set_xlabel("step")
     _finish(figure, axes, [curves], ends, baseline)
     _save(figure, out)
@@ -181,14 +177,13 @@ def _finish(
 
     The first losses lie far above all that matters: the highest 3 % may run out of the top.
     """
-    losses = sorted(
-        v for run in curves for d in (run.train, run.held_out) for v in d.values() if math.isfinite(v)
-    )
+    losses = sorted(v for run in curves for d in (run.train, run.held_out) for v in d.values() if math.isfinite(v))
     if losses:
-        top = max(losses[int(0.97 * (len(losses) - 1))], *(end.loss for end in ends), baseline or 0)
+        top = max(losses[math.ceil(0.97 * (len(losses) - 1))], *(end.loss for end in ends), baseline or 0)
         low = min(losses[0], baseline or losses[0])
         margin = 0.06 * (top - low) or 0.1
         axes.set_ylim(low - margin, top + margin)
+        axes.set_xlim(left=0)
     else:
         axes.text(0.5, 0.5, "no loss logged yet", transform=axes.transAxes, ha="center", color=GREY)
     bottom, top = axes.get_ylim()
@@ -209,7 +204,5 @@ def _finish(
 
 
 def _save(figure: Figure, out: Path) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}")
-    figure.savefig(temporary, format="png")
-    os.replace(temporary, out)
+    with replacing(out) as temporary:
+        figure.savefig(temporary, format="png")

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import cast
 
 import torch
 from megatron.core import parallel_state
@@ -9,20 +10,18 @@ from megatron.core.timers import Timers
 from megatron.core.transformer.module import MegatronModule
 
 from s2train.config import PretrainConfig
-
-
+from s2train.data.blend import parse_blend
 from s2train.data.checks import check_data, num_train_samples
 from s2train.data.datasets import build_datasets, ensure_prepared
+from s2train.data.indexed import read_metadata
 from s2train.data.tokenizers import Tokenizer, load_tokenizer
-from s2train.hardware import Hardware, detect
+from s2train.kernels.attention import Backend as AttentionBackend
 from s2train.kernels.attention import resolve_backend
-from s2train.layouts.hybrid import HybridLayout, build_hybrid_layout
 from s2train.layouts.pictures import draw_layer_head_grid
 from s2train.megatron import setup
 from s2train.megatron.backends import Backend, choose_backend
 from s2train.megatron.model import build_model, transformer_config
-from s2train.planning import check, format_plan, make_plan
-from s2train.planning.flops import token_flops
+from s2train.planning import Plan, hybrid_layout
 from s2train.training import checkpoint
 from s2train.training.checkpoint import TrainingState
 from s2train.training.loop import Speed, Trainer
@@ -32,53 +31,26 @@ from s2train.training.plots import draw_loss_curve
 from s2train.training.resume import check_resume, find_start
 
 
-def pretrain(cfg: PretrainConfig) -> None:
-    """Plan, check, build, train, save. What can be refused is refused before a process group or a tensor is made.
+def run(cfg: PretrainConfig, plan: Plan) -> None:
+    """Check data and checkpoint, build, train, save. What can be refused is refused before a process group is made.
 
+    Args:
+        plan: of this run, checked by `s2train.planning.check`.
     Raises:
-        ConfigError: a setting that can't work.
+        ConfigError: data, tokenizer or checkpoint don't go with the run.
     """
-    world_size, is_first = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK", "0") == "0"
-    hardware = detect(int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    if cfg.plan:
-        if is_first:
-            print(format_plan(make_plan(cfg, model_layout(cfg), world_size, hardware)))
-        return
-    check(cfg, world_size, hardware)
-    hybrid, backend, tokenizer = model_layout(cfg), choose_backend(cfg.backend), load_tokenizer(cfg.data.tokenizer)
-    plan = format_plan(make_plan(cfg, hybrid, world_size, hardware))
-    if is_first:  # the others wait for it at the process group
+    backend, tokenizer = choose_backend(cfg.backend), load_tokenizer(cfg.data.tokenizer)
+    if os.environ.get("RANK", "0") == "0":  # the others wait for it at the process group
         ensure_prepared(cfg)
         check_data(cfg, tokenizer)
         check_resume(cfg)
-        print(plan, flush=True)
     device = setup.initialize(cfg.parallel, cfg.seed)
-    try:
-        _train(cfg, hybrid, backend, tokenizer, hardware, device)
-    finally:
-        setup.shutdown()
+    _train(cfg, plan, backend, tokenizer, device)
+    setup.shutdown()
 
 
-def model_layout(cfg: PretrainConfig) -> HybridLayout:
-    """The layers of the configured model."""
-    model = cfg.model
-    return build_hybrid_layout(
-        cfg.layout,
-        cfg.schedule,
-        num_layers=model.num_layers,
-        num_heads=model.num_attention_heads,
-        num_query_groups=model.num_query_groups,
-    )
-
-
-def _train(
-    cfg: PretrainConfig,
-    hybrid: HybridLayout,
-    backend: Backend,
-    tokenizer: Tokenizer,
-    hardware: Hardware,
-    device: torch.device,
-) -> None:
+def _train(cfg: PretrainConfig, plan: Plan, backend: Backend, tokenizer: Tokenizer, device: torch.device) -> None:
+    hybrid = hybrid_layout(cfg)
     is_first = torch.distributed.get_rank() == 0
     run_dir = Path(cfg.run_dir)
     found = find_start(cfg)
@@ -97,6 +69,7 @@ def _train(
     train_set, held_out_set = build_datasets(
         cfg, tokenizer, num_train_samples(cfg), held_out_samples, is_built_on_rank=lambda: True
     )
+    assert train_set is not None  # check_data has seen to it
     tracker = Tracker(cfg, active=is_first, start=start, wandb_id=state.wandb_id)
     if is_first:
         checkpoint.write_config(cfg, run_dir / "config.yaml")
@@ -111,15 +84,18 @@ def _train(
         tracker,
         timers,
         Speed(
-            flops_per_token=token_flops(cfg.model, hybrid, cfg.train.seq_length).sparse,
-            peak_flops=hardware.peak_flops(cfg.train.precision),
+            flops_per_token=plan.flops.sparse,
+            peak_flops=plan.hardware.peak_flops(cfg.train.precision),
             devices=torch.distributed.get_world_size(),
         ),
         device,
     )
     stopped = trainer.train(start)
     if is_first:
-        draw_loss_curve(run_dir / "metrics.jsonl", run_dir / "loss.png", title=cfg.model.name)
+        baseline = unigram_baseline(cfg)
+        draw_loss_curve(run_dir / "metrics.jsonl", run_dir / "loss.png", baseline, title=cfg.model.name)
+        if baseline is not None:
+            print(f"unigram entropy of the data {baseline:.4f} nats per token: the loss to beat without any context")
         finished = stopped >= cfg.train.steps
         print(
             f"{'finished' if finished else 'stopped'} at step {stopped} of {cfg.train.steps}"
@@ -131,11 +107,18 @@ def _train(
     tracker.close()
 
 
+def unigram_baseline(cfg: PretrainConfig) -> float | None:
+    """Unigram entropy (nats per token) of the data, where it is one dataset that `prepare_data` made."""
+    prefixes = parse_blend(cfg.data.path).prefixes
+    metadata = read_metadata(prefixes[0]) if len(prefixes) == 1 else None
+    return metadata.unigram_entropy if metadata else None
+
+
 def _description(
     cfg: PretrainConfig, models: list[MegatronModule], backend: Backend, device: torch.device, found: Path | None
 ) -> str:
     here = sum(parameter.numel() for model in models for parameter in model.parameters())
-    sparse = resolve_backend(cfg.attention_backend, device)
+    sparse = resolve_backend(cast(AttentionBackend, cfg.attention_backend), device)
     return (
         f"{here:,} parameters on this rank | layers {backend.name} | sparse attention {sparse} on {device.type}"
         f" | optimizer {backend.optimizer}"

@@ -9,11 +9,12 @@ from s2train.config import (
     EvaluationConfig,
     LayoutConfig,
     ModelConfig,
+    PrepareConfig,
     PretrainConfig,
     TrainConfig,
 )
 from s2train.data.bundled import bundled_corpus_files
-from s2train.data.prepare import PrepareConfig, prepare
+from s2train.data.prepare import prepare
 
 MakeConfig = Callable[..., PretrainConfig]
 

@@ -68,9 +68,7 @@ def test_each_line_of_a_jsonl_file_is_a_document_as_it_is(tmp_path: Path) -> Non
         ("a.jsonl", b"not json\n", "line 1"),
     ],
 )
-def test_a_file_that_holds_no_documents_is_named(
-    tmp_path: Path, name: str, content: bytes, problem: str
-) -> None:
+def test_a_file_that_holds_no_documents_is_named(tmp_path: Path, name: str, content: bytes, problem: str) -> None:
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(ConfigError, match=rf"{name}.*{problem}"):

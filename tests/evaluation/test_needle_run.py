@@ -2,26 +2,41 @@
 
 import json
 from functools import partial
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from fake_models import copier, parrot
 from PIL import Image
+from torch import Tensor
 
 from s2train.config import NeedleConfig
 from s2train.data.needles import NeedleSampler
 from s2train.data.tokenizers import ByteTokenizer
-from s2train.evaluation.generate import greedy_decode
+from s2train.errors import ConfigError
+from s2train.evaluation.generate import Decode, LanguageModel, greedy_decode
 from s2train.evaluation.needle import NeedleGrid
 from s2train.evaluation.pictures import draw_heat_map
 from s2train.evaluation.results import Cell, NeedleResults, load_results, output_folder, weights_fingerprint
 from s2train.evaluation.run import run_needles
+from tests.evaluation.fake_models import copier, parrot
 
 GRID = NeedleGrid(lengths=(128, 160), depths=(0.0, 1.0), trials=2, seed=3)
 
 
-def run(model, folder, grid=GRID, settings=None):
-    decode = model if hasattr(model, "calls") else partial(greedy_decode, model)
+def run(
+    model: LanguageModel,
+    folder: Path,
+    grid: NeedleGrid = GRID,
+    settings: dict[str, Any] | None = None,
+) -> NeedleResults:
+    return run_decoder(partial(greedy_decode, model), folder, grid, settings)
+
+
+def run_decoder(
+    decode: Decode, folder: Path, grid: NeedleGrid = GRID, settings: dict[str, Any] | None = None
+) -> NeedleResults:
     asked = NeedleResults("runs/x", 100, settings or {"trials": 2}, list(grid.lengths), list(grid.depths))
     sampler = NeedleSampler(ByteTokenizer())
     return run_needles(decode, sampler, grid, asked, folder, batch_size=8, device=torch.device("cpu"))
@@ -33,14 +48,14 @@ class CountingCopier:
     def __init__(self, stop: int | None = None) -> None:
         self.calls, self.stop = 0, stop
 
-    def __call__(self, prompts, new_tokens):
+    def __call__(self, prompts: Tensor, new_tokens: int) -> Tensor:
         self.calls += 1
         if self.calls == self.stop:
             raise KeyboardInterrupt
         return greedy_decode(copier, prompts, new_tokens)
 
 
-def test_json_holds_checkpoint_settings_score_and_every_cell(tmp_path):
+def test_json_holds_checkpoint_settings_score_and_every_cell(tmp_path: Path) -> None:
     run(copier, tmp_path)
     content = json.loads((tmp_path / "needle.json").read_text())
     assert (content["checkpoint"], content["step"], content["score"]) == ("runs/x", 100, 1.0)
@@ -55,26 +70,26 @@ def test_json_holds_checkpoint_settings_score_and_every_cell(tmp_path):
     assert [(cell["length"], cell["depth"]) for cell in content["cells"]] == GRID.cells
 
 
-def test_interrupted_evaluation_keeps_its_finished_cells_and_goes_on_from_them(tmp_path):
+def test_interrupted_evaluation_keeps_its_finished_cells_and_goes_on_from_them(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        run(CountingCopier(stop=4), tmp_path)
+        run_decoder(CountingCopier(stop=4), tmp_path)
     kept = load_results(tmp_path / "needle.json")
     assert kept is not None
     assert len(kept.cells) == 3
     again = CountingCopier()
-    assert run(again, tmp_path).score == 1
+    assert run_decoder(again, tmp_path).score == 1
     assert again.calls == 1
 
 
-def test_wider_grid_evaluates_only_what_is_new_and_scores_all_of_it(tmp_path):
+def test_wider_grid_evaluates_only_what_is_new_and_scores_all_of_it(tmp_path: Path) -> None:
     run(parrot, tmp_path)
     model = CountingCopier()
     wider = NeedleGrid(lengths=(128, 160), depths=(0.0, 0.5, 1.0), trials=2, seed=3)
-    assert run(model, tmp_path, wider).score == pytest.approx(1 / 3)
+    assert run_decoder(model, tmp_path, wider).score == pytest.approx(1 / 3)
     assert model.calls == 2
 
 
-def test_smaller_grid_scores_only_what_is_asked_and_keeps_the_rest(tmp_path):
+def test_smaller_grid_scores_only_what_is_asked_and_keeps_the_rest(tmp_path: Path) -> None:
     run(copier, tmp_path, NeedleGrid((128,), (0.0,), 2, 3))
     run(parrot, tmp_path, NeedleGrid((160,), (0.0,), 2, 3))
     content = json.loads((tmp_path / "needle.json").read_text())
@@ -82,29 +97,39 @@ def test_smaller_grid_scores_only_what_is_asked_and_keeps_the_rest(tmp_path):
     assert [cell["correct"] for cell in content["cells"]] == [2, 0]
 
 
-def test_results_of_other_settings_are_kept_aside_and_not_gone_on_from(tmp_path):
+def test_results_of_other_settings_are_kept_aside_and_not_gone_on_from(tmp_path: Path) -> None:
     run(parrot, tmp_path)
     before = (tmp_path / "needle.json").read_text()
     assert run(copier, tmp_path, settings={"trials": 2, "weights": "others"}).score == 1
     assert (tmp_path / "needle.1.json").read_text() == before
 
 
-def test_unreadable_results_are_kept_aside(tmp_path):
+def test_length_too_small_is_refused_and_earlier_results_stay_where_they_are(tmp_path: Path) -> None:
+    run(copier, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ConfigError, match="lengths=60"):
+        run(copier, tmp_path, NeedleGrid((256, 60), (0.5,), 2, 0), settings={"trials": 3})
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_unreadable_results_are_kept_aside(tmp_path: Path) -> None:
     (tmp_path / "needle.json").write_text("{not json")
     assert run(copier, tmp_path).score == 1
     assert (tmp_path / "needle.1.json").read_text() == "{not json"
 
 
-def test_heat_map_is_a_picture_whose_cells_show_the_score(tmp_path):
+def test_heat_map_is_a_picture_whose_cells_show_the_score(tmp_path: Path) -> None:
     cells = [Cell(128, 0.5, 4, 4, 1.0), Cell(256, 0.5, 0, 4, 0.1)]
     draw_heat_map(NeedleResults("runs/x", 1, {}, [128, 256], [0.5], cells), tmp_path / "needle.png")
     picture = Image.open(tmp_path / "needle.png").convert("RGB")
-    colours = {colour for count, colour in picture.getcolors(maxcolors=1 << 20) if count > 1000}
-    assert {(0, 158, 115), (213, 94, 0)} <= colours  # green for all, vermilion for none
+    colours, counts = np.unique(np.asarray(picture).reshape(-1, 3), axis=0, return_counts=True)
+    assert {(0, 158, 115), (213, 94, 0)} <= set(
+        map(tuple, colours[counts > 1000].tolist())
+    )  # green for all, vermilion for none
     assert sorted(path.name for path in tmp_path.iterdir()) == ["needle.png"]
 
 
-def test_fingerprint_follows_the_weights():
+def test_fingerprint_follows_the_weights() -> None:
     model = torch.nn.Linear(8, 8)
     first = weights_fingerprint(model)
     assert weights_fingerprint(model) == first
@@ -121,9 +146,9 @@ def test_fingerprint_follows_the_weights():
         ("runs/x/checkpoints/iter_0000100", "runs/x/needle/iter_0000100"),
     ],
 )
-def test_results_go_beside_the_checkpoint(checkpoint, folder):
+def test_results_go_beside_the_checkpoint(checkpoint: str, folder: str) -> None:
     assert output_folder(NeedleConfig(checkpoint=checkpoint)).as_posix() == folder
 
 
-def test_results_go_where_asked():
+def test_results_go_where_asked() -> None:
     assert output_folder(NeedleConfig(checkpoint="runs/x", output="elsewhere")).as_posix() == "elsewhere"

@@ -22,9 +22,7 @@ def test_kept_positions_equal_the_token_masks_of_each_head(
     heads: list[Pattern], block_size: int, seq_length: int
 ) -> None:
     layer = LayerLayout(KINDS["S"], tuple(heads), block_size)
-    assert kept_positions(layer, seq_length) == tuple(
-        count_tokens(head, block_size, seq_length) for head in heads
-    )
+    assert kept_positions(layer, seq_length) == tuple(count_tokens(head, block_size, seq_length) for head in heads)
 
 
 def test_a_dense_layer_keeps_every_causal_position() -> None:
@@ -60,9 +58,7 @@ def test_layout_nbytes_is_what_the_block_layout_takes(layers: str, seq_length: i
 
 
 def test_heads_of_equal_pattern_share_their_index_tensors() -> None:
-    few, many = (
-        make_hybrid("S", num_layers=1, num_heads=num_heads, stride=4).layers[0] for num_heads in (4, 64)
-    )
+    few, many = (make_hybrid("S", num_layers=1, num_heads=num_heads, stride=4).layers[0] for num_heads in (4, 64))
     extra = layout_nbytes(many, 4096) - layout_nbytes(few, 4096)
     assert extra < layout_nbytes(few, 4096) / 10
 

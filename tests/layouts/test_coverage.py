@@ -61,9 +61,7 @@ def test_the_report_equals_the_masks_layer_by_layer_and_run_by_run(
     )
     report = coverage_report(hybrid, num_blocks * hybrid.block_size)
     sparse = "".join("-" if layer.is_dense else "S" for layer in hybrid.layers)
-    assert [(run.first, run.last + 1) for run in report.runs] == [
-        match.span() for match in re.finditer("S+", sparse)
-    ]
+    assert [(run.first, run.last + 1) for run in report.runs] == [match.span() for match in re.finditer("S+", sparse)]
     for run in report.runs:
         numbers = range(run.first, run.last + 1)
         assert run.union.fraction == union_fraction(hybrid, numbers, num_blocks)

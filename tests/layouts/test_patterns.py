@@ -62,9 +62,7 @@ def test_offsets_count_modulo_the_stride() -> None:
     ("setting", "local", "stride", "sinks"),
     [("local", 0, 4, 0), ("stride", 2, 0, 0), ("sinks", 2, 4, -1)],
 )
-def test_a_pattern_that_cannot_be_is_refused_by_its_setting(
-    setting: str, local: int, stride: int, sinks: int
-) -> None:
+def test_a_pattern_that_cannot_be_is_refused_by_its_setting(setting: str, local: int, stride: int, sinks: int) -> None:
     with pytest.raises(ConfigError, match=f"^layout.pattern.{setting}="):
         LocalVertical(local, stride, 0, sinks)
 

@@ -43,8 +43,7 @@ def test_a_model_of_dense_layers_alone_is_drawn(tmp_path: Path) -> None:
 
 def test_blocks_that_no_head_sees_stand_out(tmp_path: Path) -> None:
     covered, partial = (
-        picture(make_hybrid("S", num_layers=2, num_heads=4, kind=kind), tmp_path)
-        for kind in ("shifted", "homogeneous")
+        picture(make_hybrid("S", num_layers=2, num_heads=4, kind=kind), tmp_path) for kind in ("shifted", "homogeneous")
     )
     assert share(covered, UNSEEN_COLOUR) == 0
     assert share(partial, UNSEEN_COLOUR) > 0.01

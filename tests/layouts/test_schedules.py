@@ -55,9 +55,7 @@ def test_all_offsets_occur_up_to_the_widest_stride_and_not_beyond(
 
 
 @given(st.sampled_from(["grouped", "rotating"]), st.integers(1, 8), st.integers(1, 4), st.integers(1, 30))
-def test_query_heads_of_a_kv_head_share_its_offset(
-    kind: str, groups: int, group_size: int, stride: int
-) -> None:
+def test_query_heads_of_a_kv_head_share_its_offset(kind: str, groups: int, group_size: int, stride: int) -> None:
     got = offsets(kind, groups * group_size, groups, stride, layer=3)
     assert all(got[head] == got[head // group_size * group_size] for head in range(len(got)))
 

@@ -1,0 +1,103 @@
+"""The cases of `s2train.kernels.check`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Case:
+    """Random problem to compare with the oracle; each head keeps random blocks at probability `keep`."""
+
+    name: str
+    dtype: str = "bfloat16"
+    heads: int = 8
+    kv_heads: int = 2
+    dim: int = 128
+    v_dim: int | None = None
+    block: int = 64
+    s_q: int = 1000
+    s_k: int | None = None  # None: query_offset + s_q
+    query_offset: int = 0
+    batch: int = 1
+    causal: bool = True
+    format: str = "sbhd"
+    documents: tuple[int, ...] = ()  # lengths; packed if given
+    keep: float = 0.3
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Local window + vertical stride, head offsets h mod V; bfloat16, batch 1, head dimension 128."""
+
+    name: str
+    length: int
+    kv_heads: int
+    block: int
+    local: int
+    stride: int
+    heads: int = 32
+    dim: int = 128
+
+
+def _cases() -> list[Case]:
+    cases = [
+        Case(f"{dtype} block {block} d {dim}", dtype=dtype, block=block, dim=dim)
+        for dtype, block, dim in (
+            ("bfloat16", 16, 128),
+            ("bfloat16", 32, 128),
+            ("bfloat16", 64, 128),
+            ("bfloat16", 128, 128),
+            ("bfloat16", 256, 128),
+            ("bfloat16", 64, 64),
+            ("bfloat16", 128, 64),
+            ("bfloat16", 64, 80),
+            ("bfloat16", 128, 96),
+            ("bfloat16", 64, 256),
+            ("bfloat16", 128, 256),
+            ("bfloat16", 32, 256),
+            ("bfloat16", 16, 64),
+            ("float16", 64, 128),
+            ("float16", 128, 128),
+            ("float32", 64, 128),
+            ("float32", 128, 64),
+            ("float32", 16, 80),
+            ("float32", 256, 256),
+        )
+    ]
+    cases += [Case(f"{f} batch 3 block 128", format=f, batch=3, block=128) for f in ("sbhd", "bshd", "bhsd")]
+    cases += [Case(f"length {s} block {b}", s_q=s, block=b) for s in (1, 63, 2049) for b in (64, 128)]
+    cases += [
+        Case("MHA block 128", kv_heads=8, block=128),
+        Case("MHA block 64", kv_heads=8),
+        Case("MQA block 128", kv_heads=1, block=128),
+        Case("offset 777 block 128", query_offset=777, block=128),
+        Case("offset 512 block 64", query_offset=512, s_q=512),
+        Case("offset beyond keys", query_offset=300, s_k=250),
+        Case("not causal, odd lengths", causal=False, s_q=700, s_k=901, block=128),
+        Case("packed block 64", documents=(37, 0, 500, 1, 462)),
+        Case("packed block 128", documents=(128, 700, 172), block=128),
+        Case("packed not causal", documents=(37, 500, 463), causal=False),
+        Case("mostly empty rows", keep=0.05, block=32),
+        Case("d 128, v 64", v_dim=64),
+    ]
+    return cases
+
+
+CASES = {case.name: case for case in _cases()}
+_QUICK = (
+    "bfloat16 block 64 d 128", "bfloat16 block 128 d 128", "bfloat16 block 16 d 128", "float32 block 64 d 128",
+    "length 2049 block 128", "offset 777 block 128", "packed block 64", "bfloat16 block 64 d 80",
+)  # fmt: skip
+
+TIMINGS = [
+    Timing(f"{length // 1024}k {heads} B={block} L={local} V=16", length, kv_heads, block, local, 16)
+    for length in (8192, 32768)
+    for heads, kv_heads in (("32/32", 32), ("32/8", 8))
+    for block, local in ((128, 8), (64, 16))
+]
+QUICK_TIMINGS = TIMINGS[:4]
+
+
+def case_names(quick: bool) -> tuple[str, ...]:
+    return _QUICK if quick else tuple(CASES)

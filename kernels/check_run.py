@@ -1,0 +1,163 @@
+"""One comparison or timing of `s2train.kernels.check`, on the current CUDA device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from . import spec
+from .attention import block_sparse_attention
+from .check_cases import Case, Timing
+from .layout import BlockLayout
+from .reference import reference_attention
+from .spec import from_bhsd
+
+_NAMES = ("out", "lse", "dq", "dk", "dv")
+_FLOOR = 3e-7  # relative error that no float32 result is blamed for
+
+
+def _poison(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.full(shape, torch.nan, dtype=dtype, device=device)
+
+
+def _results(out: Tensor, lse: Tensor, inputs: list[Tensor], dout: Tensor, dlse: Tensor) -> list[Tensor]:
+    """out, lse (0 in place of -inf), dq, dk, dv."""
+    finite = lse.masked_fill(lse == -torch.inf, 0)
+    loss = (out * dout.to(out.dtype)).sum() + (finite * dlse.to(lse.dtype)).sum()
+    return [x.detach() for x in (out, finite, *torch.autograd.grad(loss, inputs))]
+
+
+def _compare(measured: list[Tensor], plain: list[Tensor], exact: list[Tensor]) -> dict[str, Any]:
+    """Relative errors (kernel, plain torch) by name; ok if no kernel's is above twice torch's."""
+    result: dict[str, Any] = {"ok": True}
+    for name, x, same_dtype, x64 in zip(_NAMES, measured, plain, exact, strict=True):
+        norm = x64.norm().clamp(min=1e-30)
+        error = ((x.double() - x64).norm() / norm).item()
+        allowed = ((same_dtype.double() - x64).norm() / norm).item()
+        result[name] = (error, allowed)
+        result["ok"] &= error <= 2 * allowed + _FLOOR  # false for NaN too
+    return result
+
+
+def check_case(case: Case) -> dict[str, Any]:
+    """Errors of the kernels, run on outputs full of NaN, against float64, beside those of plain torch."""
+    spec.empty = _poison
+    device, dtype = torch.device("cuda"), getattr(torch, case.dtype)
+    torch.manual_seed(0)
+    length = sum(case.documents) or case.s_q
+    s_k = length if case.documents else case.s_k or case.query_offset + case.s_q
+    n_q, n_k = -(-(case.query_offset + length) // case.block), -(-s_k // case.block)
+    mask = torch.rand(case.heads, n_q, n_k, device=device) < case.keep
+    layout = BlockLayout.from_mask(mask, case.block)
+
+    def random(heads: int, s: int, dim: int) -> Tensor:
+        x = torch.randn(case.batch, heads, s, dim, device=device).to(dtype)
+        return from_bhsd(x, case.format).contiguous()  # type: ignore[arg-type]
+
+    v_dim = case.v_dim or case.dim
+    inputs = [random(case.heads, length, case.dim), random(case.kv_heads, s_k, case.dim)]
+    inputs.append(random(case.kv_heads, s_k, v_dim))
+    dout = random(case.heads, length, v_dim)
+    dlse = torch.randn(case.batch, case.heads, length, device=device)
+    options: dict[str, Any] = {
+        "causal": case.causal, "query_offset": case.query_offset, "format": case.format,
+    }  # fmt: skip
+    if case.documents:
+        bounds = torch.tensor((0, *case.documents), device=device).cumsum(0)
+        options["cu_seqlens"] = bounds.to(torch.int32)
+
+    def reference(dtype: torch.dtype) -> list[Tensor]:
+        cast = [x.to(dtype).requires_grad_() for x in inputs]
+        return _results(*reference_attention(*cast, layout, **options), cast, dout, dlse)
+
+    leaves = [x.requires_grad_() for x in inputs]
+    out, lse = block_sparse_attention(*leaves, layout, return_lse=True, backend="triton", **options)
+    return _compare(_results(out, lse, leaves, dout, dlse), reference(dtype), reference(torch.float64))
+
+
+def time_case(case: Timing) -> dict[str, Any]:
+    """Median milliseconds forward and backward, after a check of the first KV group's heads; and torch's dense."""
+    torch.manual_seed(0)
+    q, k, v, dout = (
+        torch.randn(case.length, 1, heads, case.dim, device="cuda", dtype=torch.bfloat16)
+        for heads in (case.heads, case.kv_heads, case.kv_heads, case.heads)
+    )
+    blocks = torch.arange(case.length // case.block, device="cuda")
+    distance = blocks[:, None] - blocks[None, :]
+    patterns = torch.stack(
+        [(distance < case.local) | ((blocks - offset) % case.stride == 0)[None, :] for offset in range(case.stride)]
+    )
+    patterns &= distance >= 0
+    pattern_of_head = [h % case.stride for h in range(case.heads)]
+    layout = BlockLayout.from_patterns(patterns, pattern_of_head, case.block)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = block_sparse_attention(*leaves, layout, backend="triton")
+    grads = torch.autograd.grad(out, leaves, dout, retain_graph=True)
+    checked = _check_one_head(case, patterns, leaves, dout, out, grads)
+    if not checked["ok"]:
+        return checked | {"error": f"wrong results: {checked}"}
+
+    in_diagonal = case.block * (case.block + 1) // 2
+    below = patterns.sum((1, 2)) - len(blocks)
+    kept = [int(n) * case.block**2 + len(blocks) * in_diagonal for n in below.tolist()]
+    positions = sum(kept[p] for p in pattern_of_head)
+    flops = 4 * case.dim * positions
+    forward_ms = _median_ms(lambda: block_sparse_attention(*leaves, layout, backend="triton"), no_grad=True)
+    backward_ms = _median_ms(lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True))
+    dense_leaves = [x.detach().permute(1, 2, 0, 3).contiguous().requires_grad_() for x in (q, k, v)]
+
+    def dense() -> Tensor:
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return F.scaled_dot_product_attention(*dense_leaves, is_causal=True, enable_gqa=True)
+
+    dense_out, dense_dout = dense(), dout.permute(1, 2, 0, 3).contiguous()
+    return checked | {
+        "forward_ms": forward_ms,
+        "backward_ms": backward_ms,
+        "forward_tflops": flops / forward_ms / 1e9,
+        "backward_tflops": 2.5 * flops / backward_ms / 1e9,
+        "dense_forward_ms": _median_ms(dense, no_grad=True),
+        "dense_backward_ms": _median_ms(
+            lambda: torch.autograd.grad(dense_out, dense_leaves, dense_dout, retain_graph=True)
+        ),
+        "density": positions / case.heads / (case.length * (case.length + 1) / 2),
+    }
+
+
+def _check_one_head(
+    case: Timing, patterns: Tensor, leaves: list[Tensor], dout: Tensor, out: Tensor, grads: tuple[Tensor, ...]
+) -> dict[str, Any]:
+    """Relative errors of the last KV head's part against float32, whose scores fit the memory head by head."""
+    group = case.heads // case.kv_heads
+    first = case.heads - group
+    k, v = (x[:, :, -1:].detach().float().requires_grad_() for x in leaves[1:])
+    measured = {"out": out[:, :, first:], "dq": grads[0][:, :, first:], "dk": grads[1][:, :, -1:]}
+    measured["dv"] = grads[2][:, :, -1:]
+    parts: dict[str, list[Tensor]] = {"out": [], "dq": []}
+    for h in range(first, case.heads):
+        q = leaves[0][:, :, h : h + 1].detach().float().requires_grad_()
+        keep = BlockLayout.from_mask(patterns[[h % case.stride]], case.block)
+        expected, _ = reference_attention(q, k, v, keep)
+        expected.backward(dout[:, :, h : h + 1].float())
+        parts["out"].append(expected.detach())
+        assert q.grad is not None
+        parts["dq"].append(q.grad)
+        del expected
+    exact = {name: torch.cat(heads, 2) for name, heads in parts.items()} | {"dk": k.grad, "dv": v.grad}
+    errors = {}
+    for name, x in measured.items():
+        reference = exact[name]
+        assert reference is not None
+        errors[name] = ((x.float() - reference).norm() / reference.norm()).item()
+    return {"ok": all(error < 1e-2 for error in errors.values()), "errors": errors}
+
+
+def _median_ms(run: Callable[[], Any], no_grad: bool = False) -> float:
+    with torch.set_grad_enabled(not no_grad):
+        return triton.testing.do_bench(run, warmup=50, rep=300, return_mode="median")

@@ -1,0 +1,169 @@
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from megatron.core.datasets.blended_megatron_dataset_config import (
+    convert_split_vector_to_split_matrix,
+    parse_and_normalize_split,
+)
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+from s2train.config import PrepareConfig, PretrainConfig
+from s2train.data.blend import Blend, parse_blend
+from s2train.data.bundled import bundled_corpus_files
+from s2train.data.checks import check_data, num_train_samples
+from s2train.data.indexed import read_document_lengths
+from s2train.data.prepare import prepare
+from s2train.data.splits import split_documents_range
+from s2train.data.tokenizers import ByteTokenizer, load_tokenizer, train_bpe
+from s2train.errors import ConfigError
+
+MakeConfig = Callable[..., PretrainConfig]
+
+
+@pytest.fixture
+def copy(corpus: str, tmp_path: Path) -> str:
+    """Prefix of a copy of the corpus, to be damaged."""
+    for suffix in (".bin", ".idx", ".json"):
+        shutil.copy(corpus + suffix, tmp_path / f"copy{suffix}")
+    return str(tmp_path / "copy")
+
+
+def refused(cfg: PretrainConfig, setting: str, problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem) as error:
+        check_data(cfg, ByteTokenizer())
+    assert error.value.setting == setting
+
+
+def cut(path: str, size: int) -> None:
+    content = Path(path).read_bytes()
+    Path(path).write_bytes(content[:size])
+
+
+def test_sound_data_pass(corpus: str, config: MakeConfig) -> None:
+    check_data(config(corpus), ByteTokenizer())
+    check_data(config([0.3, corpus, 0.7, corpus]), ByteTokenizer())
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+def test_a_missing_file_is_named(copy: str, config: MakeConfig, suffix: str) -> None:
+    Path(copy + suffix).unlink()
+    refused(config(copy), "data.path", rf"copy\{suffix} is missing")
+
+
+@pytest.mark.parametrize("size", [0, 20, 100, -1])
+def test_an_index_cut_off_is_refused(copy: str, config: MakeConfig, size: int) -> None:
+    cut(f"{copy}.idx", size)
+    refused(config(copy), "data.path", r"copy\.idx is (empty or )?cut off")
+
+
+def test_tokens_cut_off_are_refused(copy: str, config: MakeConfig) -> None:
+    cut(f"{copy}.bin", -2)
+    refused(config(copy), "data.path", r"copy\.bin has [\d,]+ bytes where its \.idx tells of")
+
+
+def test_a_file_that_is_no_index_is_refused(copy: str, config: MakeConfig) -> None:
+    Path(f"{copy}.idx").write_bytes(b"x" * 100)
+    refused(config(copy), "data.path", "no index of Megatron's")
+
+
+def test_a_dataset_without_tokens_is_refused(tmp_path: Path, config: MakeConfig) -> None:
+    IndexedDatasetBuilder(str(tmp_path / "none.bin")).finalize(str(tmp_path / "none.idx"))
+    refused(config(str(tmp_path / "none")), "data.path", "holds no tokens")
+
+
+def test_the_prefix_is_told_when_a_file_is_given_in_its_place(copy: str, config: MakeConfig) -> None:
+    refused(config(f"{copy}.bin"), "data.path", rf"Set {copy}$")
+
+
+def test_a_broken_sidecar_is_refused(copy: str, config: MakeConfig) -> None:
+    Path(f"{copy}.json").write_text("{")
+    refused(config(copy), "data.path", "sidecar")
+
+
+def test_data_of_other_tools_need_no_sidecar(copy: str, config: MakeConfig) -> None:
+    Path(f"{copy}.json").unlink()
+    check_data(config(copy), ByteTokenizer())
+
+
+def test_data_made_with_another_tokenizer_are_refused(corpus: str, config: MakeConfig, tmp_path: Path) -> None:
+    output = str(tmp_path / "bpe")
+    prepare(PrepareConfig(input=str(bundled_corpus_files()[0]), output=output, tokenizer="bpe:300"))
+    refused(config(output, seq_length=16, vocab_size=300), "data.tokenizer", rf"{output}-tokenizer\.json")
+    check_data(config(output, seq_length=16, vocab_size=300), load_tokenizer(f"{output}-tokenizer.json"))
+
+
+def test_a_tokenizer_larger_than_the_models_vocabulary_is_refused(corpus: str, config: MakeConfig) -> None:
+    refused(config(corpus, vocab_size=256), "model.vocab_size", "257 ids.*at least 257")
+    refused(config("mock", vocab_size=256), "model.vocab_size", "257 ids")
+
+
+def test_a_moved_tokenizer_is_known_by_its_content(tmp_path: Path, config: MakeConfig) -> None:
+    train_bpe(["text of a tokenizer " * 20], 280, tmp_path / "here.json")
+    source, output = str(bundled_corpus_files()[0]), str(tmp_path / "out")
+    prepare(PrepareConfig(input=source, output=output, tokenizer=str(tmp_path / "here.json")))
+    (tmp_path / "here.json").rename(tmp_path / "there.json")
+    check_data(config(output, vocab_size=300), load_tokenizer(str(tmp_path / "there.json")))
+
+
+def test_a_sample_longer_than_a_part_of_the_data_is_refused(corpus: str, config: MakeConfig) -> None:
+    lengths = read_document_lengths(corpus)
+    held_out = int(lengths[round(0.9 * len(lengths)) :].sum())
+    check_data(config(corpus, seq_length=held_out - 1), ByteTokenizer())
+    refused(config(corpus, seq_length=held_out), "train.seq_length", f"held-out.*Set {held_out - 1} or less")
+    check_data(config(corpus, seq_length=held_out, evaluate=False), ByteTokenizer())
+    refused(config(corpus, seq_length=10**6, evaluate=False), "train.seq_length", "train part")
+
+
+def test_a_part_without_documents_is_refused_if_the_run_reads_it(corpus: str, config: MakeConfig) -> None:
+    refused(config(corpus, split="99.9,0.1,0"), "data.split", "held-out")
+    refused(config(corpus, split="100"), "data.split", "held-out")
+    refused(config(corpus, split="0,100,0", evaluate=False), "data.split", "train")
+    check_data(config(corpus, split="100", evaluate=False), ByteTokenizer())
+
+
+@pytest.mark.parametrize("split", ["", "a,b", "90;10", "-1,2", "0,0,0", "1,1,1,1", "90,", "nan"])
+def test_a_split_that_is_no_weights_is_refused(corpus: str, config: MakeConfig, split: str) -> None:
+    refused(config(corpus, split=split), "data.split", "weights")
+
+
+def test_splits_are_rounded_as_megatron_does() -> None:
+    rng = np.random.default_rng()
+    for _ in range(200):
+        split = ",".join(f"{weight:.3g}" for weight in rng.dirichlet([3, 1, 1]) * 100)
+        documents = int(rng.integers(1, 300))
+        matrix = convert_split_vector_to_split_matrix(parse_and_normalize_split(split))
+        theirs = [range(round(part[0] * documents), round(part[1] * documents)) for part in matrix if part]
+        ours = split_documents_range(split, documents)
+        assert [part for part in ours if part] == [part for part in theirs if part], (split, documents)
+
+
+def test_more_steps_than_the_fixed_number_of_samples_are_refused(corpus: str, config: MakeConfig) -> None:
+    assert num_train_samples(config(corpus, steps=10)) == 40
+    assert num_train_samples(config(corpus, steps=10, num_samples=50)) == 50
+    refused(config(corpus, steps=10, num_samples=39), "data.num_samples", "takes 40 samples")
+
+
+@pytest.mark.parametrize(
+    ("path", "blend"),
+    [
+        ("a", Blend(("a",), (1.0,))),
+        (["a"], Blend(("a",), (1.0,))),
+        ([3, "a", 1, "b"], Blend(("a", "b"), (0.75, 0.25))),
+        ("mock", Blend((), ())),
+        ("bundled", Blend(("runs/data/bundled",), (1.0,))),
+    ],
+)
+def test_a_path_is_a_name_or_a_weighted_list(path: Any, blend: Blend) -> None:
+    assert parse_blend(path) == blend
+
+
+@pytest.mark.parametrize(
+    "path", [None, [], 3, [1, "a", "b"], ["a", 1], [0, "a", 1, "b"], [True, "a"], ["mock", "a"], [1, 2]]
+)
+def test_a_path_that_is_neither_is_refused(path: Any) -> None:
+    with pytest.raises(ConfigError, match=r"data\.path="):
+        parse_blend(path)

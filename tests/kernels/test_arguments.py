@@ -1,0 +1,92 @@
+"""Arguments that can't work are refused with what to change."""
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from s2train.kernels import BlockLayout, block_sparse_attention, resolve_backend
+from s2train.kernels.configs import Config, config_for, shared_bytes
+
+HEADS, LENGTH, DIM = 4, 60, 16
+
+
+def arguments(**changes: Any) -> dict[str, Any]:
+    tensors = {name: torch.randn(LENGTH, 1, HEADS, DIM) for name in ("q", "k", "v")}
+    layout = BlockLayout.from_mask(torch.ones(HEADS, 4, 4, dtype=torch.bool), 16)
+    return tensors | {"layout": layout} | changes
+
+
+REFUSED = {
+    "three dimensions": ({"q": torch.randn(LENGTH, HEADS, DIM)}, "q must have the four dimensions"),
+    "dtypes": ({"k": torch.randn(LENGTH, 1, HEADS, DIM).half()}, "cast them to one dtype"),
+    "integers": ({n: torch.ones(LENGTH, 1, HEADS, DIM, dtype=torch.int) for n in "qkv"}, "floating point"),
+    "devices": ({"v": torch.randn(LENGTH, 1, HEADS, DIM, device="meta")}, "move them to one device"),
+    "k and v": ({"v": torch.randn(LENGTH - 1, 1, HEADS, DIM)}, "shapes don't match"),
+    "head dimension": ({"q": torch.randn(LENGTH, 1, HEADS, 2 * DIM)}, "shapes don't match"),
+    "kv heads": ({n: torch.randn(LENGTH, 1, 3, DIM) for n in "kv"}, "no multiple of the 3 KV heads"),
+    "layout heads": ({"q": torch.randn(LENGTH, 1, 8, DIM)}, "slice it with layout.heads"),
+    "short layout": ({"query_offset": 16}, "layout is too small.*at least 5 x 4 blocks"),
+    "negative offset": ({"query_offset": -1}, "query_offset"),
+    "scale": ({"softmax_scale": 0.0}, "softmax_scale"),
+    "format": ({"format": "hsbd"}, "format must be one of"),
+    "backend": ({"backend": "flash"}, "backend must be"),
+    "documents beyond the rows": ({"cu_seqlens": torch.tensor([0, 61])}, "ascend from 0 to the 60 rows"),
+    "documents that descend": ({"cu_seqlens": torch.tensor([0, 40, 20, 60])}, "ascend"),
+    "float documents": ({"cu_seqlens": torch.tensor([0.0, 60.0])}, "int32"),
+    "documents and offset": ({"cu_seqlens": torch.tensor([0, 60]), "query_offset": 1}, "pack all documents"),
+}
+
+
+def test_the_arguments_that_the_refused_ones_change_are_fine() -> None:
+    assert block_sparse_attention(**arguments()).shape == (LENGTH, 1, HEADS, DIM)
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        block_sparse_attention(**arguments(**changes))
+
+
+def test_auto_is_torch_on_a_cpu_and_triton_on_cuda() -> None:
+    assert resolve_backend("auto", "cpu") == "torch"
+    assert resolve_backend("auto", "cuda") == "triton"
+    assert resolve_backend("torch", torch.device("cuda:1")) == "torch"
+
+
+def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
+        resolve_backend("triton", "cpu")
+
+
+def test_triton_refuses_float64() -> None:
+    double = {n: torch.randn(LENGTH, 1, HEADS, DIM, dtype=torch.float64) for n in "qkv"}
+    with pytest.raises(ValueError, match=r"float64.*cast"):
+        block_sparse_attention(**arguments(**double, backend="triton"))
+
+
+def test_a_cpu_process_that_uses_torch_never_imports_the_kernels() -> None:
+    code = (
+        "import sys, torch; from s2train.kernels import BlockLayout, block_sparse_attention as f\n"
+        "x = torch.randn(16, 1, 1, 16); f(x, x, x, BlockLayout.from_mask(torch.ones(1, 1, 1) > 0, 16))\n"
+        "sys.exit('s2train.kernels.forward' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("limit", [101_376, 232_448])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_configurations_fit_the_device(limit: int, dtype: torch.dtype) -> None:
+    for kernel in ("forward", "dq", "dkdv"):
+        for block in (16, 32, 64, 128, 256):
+            for dim in (16, 64, 80, 128, 256):
+                config: Config = config_for(kernel, block, dim, dim, dtype, limit)
+                assert shared_bytes(kernel, config, dim, dim, dtype.itemsize) <= limit
+                assert block % config.rows == block % config.steps == 0
+
+
+def test_head_dimensions_beyond_256_are_refused() -> None:
+    with pytest.raises(ValueError, match="up to 256"):
+        config_for("forward", 64, 257, 64, torch.bfloat16, None)

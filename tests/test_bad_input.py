@@ -1,0 +1,65 @@
+"""Bad input is refused with one clear line that names the setting and the remedy, and nothing is written."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.program import SMALL, Outcome, run
+
+pytestmark = pytest.mark.xdist_group("bad input")
+
+
+def attempt(run_dir: Path, *arguments: str, processes: int = 0) -> Outcome:
+    outcome = run("pretrain.py", *SMALL, f"run_dir={run_dir}", *arguments, processes=processes)
+    assert outcome.status != 0
+    return outcome
+
+
+def error_line(outcome: Outcome) -> str:
+    (line,) = [line for line in outcome.err.splitlines() if line.startswith("error: ")]
+    return line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["layout.layers=DXSS"], ["layout.layers=DXSS", "unknown letter X", "D (dense)"]),
+        (["train.seq_length=8"], ["train.seq_length=8", "block"]),
+        (["parallel.tp=2"], ["parallel.tp=2", "--nproc-per-node 2"]),
+        (["data.path=missing/corpus"], ["data.path=missing/corpus", "prepare_data.py"]),
+        (["model.vocab_size=128"], ["model.vocab_size=128", "257"]),
+        (["checkpoint.resume=nowhere"], ["checkpoint.resume=nowhere"]),
+        (["schedule.kind=shfted"], ["schedule.kind=shfted", "shifted"]),
+        (["train.global_batch_size=7"], ["train.global_batch_size=7"]),
+        (["backend=te"], ["backend=te", "local"]),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) and "=" in value[0] else "",
+)
+def test_a_setting_that_cannot_work_is_refused(tmp_path: Path, arguments: list[str], words: list[str]) -> None:
+    line = error_line(attempt(tmp_path / "run", *arguments))
+    assert all(word in line for word in words), line
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_typo_in_a_key_is_refused(tmp_path: Path) -> None:
+    assert "train.setps" in attempt(tmp_path / "run", "train.setps=3").err
+
+
+@pytest.mark.slow
+def test_heads_that_tp_does_not_divide_are_refused_by_all_ranks_with_one_line(tmp_path: Path) -> None:
+    arguments = ["parallel.tp=2", "model.num_attention_heads=3", "model.num_query_groups=1", "model.head_dim=16"]
+    line = error_line(attempt(tmp_path / "run", *arguments, processes=2))
+    assert "parallel.tp=2" in line or "model.num_attention_heads=3" in line
+
+
+def test_an_empty_data_file_is_refused(tmp_path: Path) -> None:
+    for suffix in (".bin", ".idx"):
+        (tmp_path / f"empty{suffix}").touch()
+    assert "data.path" in error_line(attempt(tmp_path / "run", f"data.path={tmp_path / 'empty'}"))
+
+
+def test_an_apex_that_is_not_nvidias_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "apex").mkdir()
+    (tmp_path / "apex" / "__init__.py").write_text("raise RuntimeError('not this one')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert "pip uninstall apex" in error_line(attempt(tmp_path / "run"))

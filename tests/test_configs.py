@@ -1,0 +1,157 @@
+"""Every configuration in conf/ composes, and what is misspelt is refused before anything runs."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+
+from s2train.config import NeedleConfig, PretrainConfig, register
+from s2train.errors import ConfigError
+from s2train.hardware import Hardware
+from s2train.planning import check, resolve
+from s2train.planning.division import smallest_world
+
+CONF = Path(__file__).parents[1] / "conf"
+H100 = Hardware("NVIDIA H100 80GB HBM3", "cuda", 85_017_624_576)
+
+
+def names(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def composed(*overrides: str, program: str = "pretrain") -> DictConfig:
+    register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose(program, overrides=list(overrides))
+
+
+def pretrain(*overrides: str) -> PretrainConfig:
+    return resolve(composed(*overrides), names("model"))
+
+
+def test_the_tree_has_every_size_dense_and_hybrid() -> None:
+    sizes = ("tiny", "125m", "350m", "1b", "7b")
+    assert names("model") == sorted(f"{size}_{kind}" for size in sizes for kind in ("dense", "hybrid"))
+
+
+@pytest.mark.parametrize("model", names("model"))
+def test_a_model_composes_and_runs_on_the_hardware_it_is_meant_for(model: str) -> None:
+    cfg = pretrain(f"+model={model}")
+    assert cfg.model.name == model
+    assert cfg.run_dir == f"runs/{model}"
+    assert (cfg.layout.layers == "D") == model.endswith("_dense")
+    assert check(cfg, smallest_world(cfg), H100).fits
+
+
+@pytest.mark.parametrize("size", ["tiny", "125m", "350m", "1b", "7b"])
+def test_dense_and_hybrid_of_a_size_differ_in_layout_alone(size: str) -> None:
+    dense, hybrid = pretrain(f"+model={size}_dense"), pretrain(f"+model={size}_hybrid")
+    hybrid.layout, hybrid.model.name, hybrid.run_dir = dense.layout, dense.model.name, dense.run_dir
+    assert dense == hybrid
+
+
+@pytest.mark.parametrize("layout", names("layout"))
+def test_a_layout_composes_and_wins_over_the_models_own(layout: str) -> None:
+    cfg = pretrain("+model=350m_hybrid", f"layout={layout}")
+    assert cfg.layout == OmegaConf.to_object(
+        OmegaConf.merge(OmegaConf.structured(type(cfg.layout)), OmegaConf.load(CONF / f"layout/{layout}.yaml"))
+    )
+    assert check(cfg, 1, H100).fits
+
+
+@pytest.mark.parametrize("schedule", names("schedule"))
+def test_a_schedule_composes(schedule: str) -> None:
+    cfg = pretrain("+model=7b_hybrid", f"schedule={schedule}", "layout.pattern.stride=8")
+    assert cfg.schedule.kind == schedule
+    cfg.layout.allow_partial_coverage = schedule == "homogeneous"
+    assert check(cfg, 8, H100).fits
+
+
+@pytest.mark.parametrize("group", ["data", "optim"])
+def test_other_groups_compose(group: str) -> None:
+    for name in names(group):
+        assert pretrain("+model=1b_dense", f"{group}={name}")
+
+
+def test_every_group_is_covered_here() -> None:
+    groups = {path.name for path in CONF.iterdir() if path.is_dir()}
+    assert groups == {"model", "layout", "schedule", "data", "optim"}
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("layout.pattern.stride=8", lambda cfg: cfg.layout.pattern.stride == 8),
+        ("layout.layers=DDS30", lambda cfg: cfg.layout.layers == "DDS30"),
+        ("schedule.kind=rotating", lambda cfg: cfg.schedule.kind == "rotating"),
+        ("parallel.tp=4", lambda cfg: cfg.parallel.tp == 4),
+        ("train.seq_length=65536", lambda cfg: cfg.train.seq_length == 65536),
+        ("optim.lr=1e-4", lambda cfg: cfg.optim.lr == 1e-4),
+        ("data.path=[0.3,a,0.7,b]", lambda cfg: cfg.data.path == [0.3, "a", 0.7, "b"]),
+    ],
+)
+def test_the_command_line_wins(override: str, value: Callable[[PretrainConfig], bool]) -> None:
+    assert value(pretrain("+model=7b_hybrid", override))
+    assert not value(pretrain("+model=7b_hybrid"))
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "layout.patern.stride=8",
+        "train.sequence_length=128",
+        "modle=tiny_hybrid",
+        "train.steps=many",
+        "train.seq_length=1.5",
+        "optim.lr=fast",
+        "parallel.sequence_parallel=maybe",
+        "model.rotary_base=1e4",
+        "layout=no_such_layout",
+        "schedule=no_such_schedule",
+    ],
+)
+def test_a_typo_or_a_wrong_type_is_refused_when_composed(override: str) -> None:
+    with pytest.raises(HydraException):
+        composed("+model=tiny_hybrid", override)
+
+
+def test_an_unknown_model_is_refused_with_the_ones_there_are() -> None:
+    with pytest.raises(HydraException, match="7b_hybrid"):
+        composed("+model=8b_hybrid")
+
+
+def test_no_model_is_refused_with_the_ones_there_are() -> None:
+    with pytest.raises(ConfigError, match="7b_hybrid") as refusal:
+        pretrain()
+    assert refusal.value.setting == "+model"
+
+
+def test_a_setting_without_a_value_is_named() -> None:
+    with pytest.raises(ConfigError) as refusal:
+        pretrain("+model=tiny_hybrid", "train.steps=???")
+    assert refusal.value.setting == "train.steps"
+
+
+def test_hydra_writes_nothing() -> None:
+    register()
+    for program in ("pretrain", "needle"):
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            hydra = compose(program, return_hydra_config=True).hydra
+        assert hydra.output_subdir is None
+        assert hydra.run.dir == "."
+        for logging in (hydra.job_logging, hydra.hydra_logging):
+            assert "handlers" not in logging
+
+
+def test_the_needle_program_composes() -> None:
+    cfg = resolve(composed("checkpoint=runs/tiny_hybrid", "lengths=[128,256]", program="needle"), [])
+    assert isinstance(cfg, NeedleConfig)
+    assert cfg.lengths == [128, 256]
+    with pytest.raises(HydraException):
+        composed("chekpoint=runs/tiny_hybrid", program="needle")
+    with pytest.raises(ConfigError) as refusal:
+        resolve(composed(program="needle"), [])
+    assert refusal.value.setting == "checkpoint"

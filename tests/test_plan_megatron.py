@@ -1,0 +1,84 @@
+"""The plan against the real model: what Megatron builds, and what autograd saves."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("plan_megatron")]
+
+ROOT = Path(__file__).parents[1]
+
+# In a process of its own, since Megatron's groups and its CPU mode are global.
+MEASURE = """
+import json, sys
+import torch
+from hydra import compose, initialize_config_dir
+from s2train.config import register
+from s2train.megatron.backends import choose_backend
+from s2train.megatron.model import build_model, transformer_config
+from s2train.megatron.setup import initialize, shutdown
+from s2train.planning import hybrid_layout, resolve
+from s2train.planning.memory import stage_activations
+from s2train.planning.parameters import total_parameters
+
+register()
+results, device = [], None
+for overrides in json.loads(sys.argv[2]):
+    with initialize_config_dir(sys.argv[1], version_base="1.3"):
+        cfg = resolve(compose("pretrain", overrides=overrides), [])
+    device = device or initialize(cfg.parallel, seed=1)
+    model, = build_model(cfg, transformer_config(cfg), hybrid_layout(cfg), choose_backend("local"), device)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    saved, alive = {}, []
+    def save(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            saved[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)  # so that no address is used twice
+        return tensor
+    shape = cfg.train.micro_batch_size, cfg.train.seq_length
+    tokens = torch.randint(0, 256, shape)
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+        loss = model(tokens, torch.arange(shape[1]).expand(shape), None, labels=tokens)
+    results.append(dict(
+        parameters=(sum(p.numel() for p in model.parameters()), total_parameters(cfg.model)),
+        activations=(sum(saved.values()), stage_activations(cfg, 0, 1, "cpu")),
+    ))
+shutdown()
+print(json.dumps(results))
+"""
+VARIANTS = [
+    ["+model=tiny_dense"],
+    ["+model=tiny_hybrid", "model.tie_embeddings=false", "model.head_dim=16"],
+    ["+model=tiny_hybrid", "train.recompute=selective", "train.micro_batch_size=4"],
+]
+
+
+@pytest.fixture(scope="module")
+def measured() -> list[dict[str, list[int]]]:
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(ROOT / "conf"), json.dumps(VARIANTS)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    found: list[dict[str, list[int]]] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.parametrize("variant", range(len(VARIANTS)), ids=lambda i: " ".join(VARIANTS[i]))
+def test_parameters_are_those_of_the_model_that_is_built(measured: list[dict[str, list[int]]], variant: int) -> None:
+    built, planned = measured[variant]["parameters"]
+    assert planned == built
+
+
+@pytest.mark.parametrize("variant", range(len(VARIANTS)), ids=lambda i: " ".join(VARIANTS[i]))
+def test_activations_are_estimated_closely_from_above(measured: list[dict[str, list[int]]], variant: int) -> None:
+    saved, planned = measured[variant]["activations"]
+    assert 0.8 * planned < saved <= planned
