@@ -5,6 +5,9 @@ With P = exp(scale * q k^T - lse), dP = do v^T and delta = rowsum(o * do) - dlse
 The log-sum-exp's own gradient enters only through delta, since d lse / d score = P.
 """
 
+# Triton reads the annotations of its functions, and has none for their tensors.
+# mypy: allow-untyped-defs
+
 import torch
 import triton
 import triton.language as tl

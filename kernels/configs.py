@@ -97,7 +97,8 @@ def shared_limit(device: torch.device) -> int | None:
     """Bytes of shared memory that a program may have on `device`; None in the interpreter, without limit."""
     if device.type != "cuda":
         return None
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
 
 
 def config_for(kernel: Kernel, block_size: int, dim: int, v_dim: int, dtype: torch.dtype, limit: int | None) -> Config:

@@ -4,6 +4,9 @@ A program owns one tile of query rows of one head. Tiles are aligned to global b
 call with a query offset may be partial. Positions count from the sequence's start, or the packed document's.
 """
 
+# Triton reads the annotations of its functions, and has none for their tensors.
+# mypy: allow-untyped-defs
+
 import torch
 import triton
 import triton.language as tl

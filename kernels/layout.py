@@ -47,7 +47,8 @@ class BlockLayout:
         """
         _check_mask(mask, block_size)
         first: dict[bytes, int] = {}
-        pattern_of_head, distinct = [], []
+        pattern_of_head: list[int] = []
+        distinct: list[int] = []
         for head, content in enumerate(mask.cpu().numpy()):
             key = hashlib.blake2b(content.tobytes()).digest()
             if key not in first:
@@ -78,8 +79,10 @@ class BlockLayout:
                 f"pattern_of_head must name one of {num_patterns} patterns for each of at least one head, "
                 f"got {list(pattern_of_head)}"
             )
-        row_offsets, row_columns = _compress(masks)
-        column_offsets, column_rows = _compress(masks.transpose(1, 2))
+        pattern, i, j = masks.nonzero(as_tuple=True)  # in the order of rows
+        row_offsets, row_columns = _compress(pattern * num_query_blocks + i, num_patterns * num_query_blocks, j)
+        columns, by_column = (pattern * num_key_blocks + j).sort(stable=True)
+        column_offsets, column_rows = _compress(columns, num_patterns * num_key_blocks, i[by_column])
         return cls(
             block_size=block_size,
             num_heads=len(pattern_of_head),
@@ -156,12 +159,11 @@ def _check_mask(mask: Tensor, block_size: int) -> None:
         raise ValueError(f"the mask must be [heads, query blocks, key blocks], all at least 1, got {list(mask.shape)}")
 
 
-def _compress(masks: Tensor) -> tuple[Tensor, Tensor]:
-    """Bool [P, n, m] to offsets [P*n + 1] and ascending indices [kept] along the last dimension."""
-    counts = masks.sum(-1).flatten()
-    offsets = torch.zeros(counts.numel() + 1, dtype=torch.int64, device=masks.device)
-    torch.cumsum(counts, 0, out=offsets[1:])
+def _compress(lines: Tensor, num_lines: int, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Sorted line numbers [kept] and indices [kept] to offsets [num_lines + 1] and the indices, as int32."""
     # kernels step over the indices in chunks with int32 counters
-    if offsets[-1] >= 2**31 - 2**16:
-        raise ValueError(f"{int(offsets[-1])} kept blocks are too many for 32-bit indices: use larger blocks")
-    return offsets.to(torch.int32), masks.nonzero()[:, 2].to(torch.int32)
+    if lines.numel() >= 2**31 - 2**16:
+        raise ValueError(f"{lines.numel()} kept blocks are too many for 32-bit indices: use larger blocks")
+    offsets = torch.zeros(num_lines + 1, dtype=torch.int64, device=lines.device)
+    torch.cumsum(torch.bincount(lines, minlength=num_lines), 0, out=offsets[1:])
+    return offsets.to(torch.int32), indices.to(torch.int32)

@@ -1,5 +1,8 @@
 """What the Triton kernels share: tile loads, searches in the layout, and the tiles of packed documents."""
 
+# Triton reads the annotations of its functions, and has none for their tensors.
+# mypy: allow-untyped-defs
+
 import torch
 import triton
 import triton.language as tl

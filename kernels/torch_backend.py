@@ -20,8 +20,11 @@ def torch_attention(
     """Output in `spec.format`, and log-sum-exp float32 [b, h, s_q] where asked for, else None."""
     if q.is_cuda or with_lse:
         # torch's fused attention gives no log-sum-exp, and on CUDA not 0 for rows without keys
+        precise = torch.promote_types(q.dtype, torch.float32)
         out, lse = reference_attention(
-            *(x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v)),
+            q.to(precise),
+            k.to(precise),
+            v.to(precise),
             layout,
             softmax_scale=spec.softmax_scale,
             causal=spec.causal,

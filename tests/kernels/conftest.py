@@ -1,6 +1,13 @@
+"""Without a GPU the kernels run in Triton's interpreter, which must be chosen before they are imported."""
+
+import os
+
 import pytest
 import torch
 from s2train.kernels import spec
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture

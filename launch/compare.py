@@ -1,0 +1,24 @@
+"""Put finished runs side by side: `python launch/compare.py OUTPUT RUN_DIR RUN_DIR …` writes OUTPUT.json and .png."""
+
+import argparse
+import os
+from pathlib import Path
+
+from rich.console import Console
+
+from s2train.command_line import run_command
+from s2train.training.compare import compare
+
+
+def main() -> None:
+    """The command line's entry."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("runs", type=Path, nargs="+")
+    parser.add_argument("--command", default=os.environ.get("S2TRAIN_COMMAND", ""), help="what made the runs")
+    given = parser.parse_args()
+    run_command(lambda: Console(width=140).print(compare(given.runs, given.output, given.command)))
+
+
+if __name__ == "__main__":
+    main()

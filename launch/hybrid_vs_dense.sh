@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Trains a hybrid and its dense twin with the same settings, one after the other, and puts them side by side.
+#   launch/hybrid_vs_dense.sh SIZE OUTPUT [setting=value …]      e.g. 125m launch/results/2026-11-22-h100-125m train.steps=300
+set -euo pipefail
+size=$1 output=$2
+shift 2
+runs=runs/compare-$(basename "$output")
+for kind in hybrid dense; do
+    torchrun --nproc-per-node "${NPROC:-1}" "$(dirname "$0")/pretrain.py" "+model=${size}_$kind" "run_dir=$runs/${size}_$kind" "$@"
+done
+python3 "$(dirname "$0")/compare.py" "$output" "$runs/${size}_hybrid" "$runs/${size}_dense" \
+    --command "launch/hybrid_vs_dense.sh $size $output $*"

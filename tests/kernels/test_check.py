@@ -1,0 +1,34 @@
+"""The check that is carried to a GPU, on the interpreter."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from s2train.kernels import check_run
+from s2train.kernels.check_cases import CASES, TIMINGS, case_names
+from s2train.kernels.check_run import check_case
+
+SMALL = {"s_q": 40, "dim": 16, "heads": 2, "kv_heads": 1, "block": 16}
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("name", ["bfloat16 block 64 d 128", "sbhd batch 3 block 128"])
+def test_right_kernels_pass(name: str, device: torch.device) -> None:
+    assert check_case(replace(CASES[name], **SMALL), device)["ok"]
+
+
+def test_wrong_results_fail(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = check_run.block_sparse_attention
+
+    def wrong(*args: object, **options: object) -> object:
+        out, lse = right(*args, **options)  # type: ignore[call-overload]
+        return out * 1.01, lse
+
+    monkeypatch.setattr(check_run, "block_sparse_attention", wrong)
+    result = check_case(replace(CASES["float32 block 64 d 128"], **SMALL), device)
+    assert not result["ok"]
+
+
+def test_names_are_unique() -> None:
+    assert set(case_names(quick=True)) < set(case_names(quick=False))
+    assert len({timing.name for timing in TIMINGS}) == len(TIMINGS)
