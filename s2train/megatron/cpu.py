@@ -75,8 +75,8 @@ def install() -> bool:
     for name in _ZEROS:
         setattr(torch.cuda, name, _Answer(lambda: 0))
     null = _NullStream()
-    for name, value in {"current_device": _CPU, "current_stream": null, "default_stream": null}.items():
-        setattr(torch.cuda, name, _Answer(lambda value=value: value))
+    torch.cuda.current_device = _Answer(lambda: _CPU)
+    torch.cuda.current_stream = torch.cuda.default_stream = _Answer(lambda: null)
     for name in ("range_push", "range_pop"):
         setattr(torch.cuda.nvtx, name, _Answer(lambda: None))
     _share_cpu_generator()
@@ -110,6 +110,6 @@ def _share_cpu_generator() -> None:
     for name in ("manual_seed", "manual_seed_all"):
         setattr(torch.cuda, name, seed)
     for module in (torch.cuda, torch.cuda.random):
-        module.get_rng_state = get_state  # type: ignore[assignment]
-        module.set_rng_state = set_state  # type: ignore[assignment]
+        setattr(module, "get_rng_state", get_state)  # noqa: B010 (a module to the type checker)
+        setattr(module, "set_rng_state", set_state)  # noqa: B010
     megatron_random._set_cuda_rng_state = set_state

@@ -73,7 +73,7 @@ def summarize(run_dir: Path) -> Summary:
 
 def environment() -> dict[str, Any]:
     """Date, device and versions."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in _PACKAGES:
         try:
             versions[package] = version(package)
