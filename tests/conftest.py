@@ -1,8 +1,14 @@
 """What every test shares."""
 
+import os
+
 import pytest
 import torch
 from hypothesis import settings
+
+# Triton reads this at its first import, which megatron-core may do before the kernels' own tests are reached.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Time limits on examples fail by the machine's load, not by the code.
 settings.register_profile("no_deadline", deadline=None)

@@ -158,8 +158,9 @@ def test_the_command_prepares_files_and_leaves_nothing_else(
     ],
 )
 def test_the_command_refuses_what_cannot_work_in_one_line(
-    command: Callable[..., None], arguments: list[str], problem: str
+    command: Callable[..., None], arguments: list[str], problem: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stop:
         command(*arguments)
-    assert re.fullmatch(problem, str(stop.value.code))
+    assert stop.value.code != 0
+    assert re.fullmatch(problem, capsys.readouterr().err.strip())

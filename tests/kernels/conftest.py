@@ -1,13 +1,8 @@
-"""Without a GPU the kernels run in Triton's interpreter, which must be chosen before they are imported."""
-
-import os
+"""What the kernels' tests share. Without a GPU they run in Triton's interpreter (tests/conftest.py)."""
 
 import pytest
 import torch
 from s2train.kernels import spec
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture
