@@ -4,11 +4,11 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 run=runs/demo-$(date +%Y%m%d-%H%M%S)
-data=runs/data/bundled
-pretrain=(torchrun --nproc-per-node 2 launch/pretrain.py +model=tiny_hybrid "run_dir=$run" "$@")
+data=$run/corpus
+pretrain=(torchrun --nproc-per-node 2 launch/pretrain.py +model=tiny_hybrid "run_dir=$run" "data.path=$data" "$@")
 
 echo "== 1/4 data: the bundled corpus as a Megatron dataset"
-[ -e "$data.idx" ] || python launch/prepare_data.py input=bundled "output=$data"
+python launch/prepare_data.py input=bundled "output=$data"
 
 echo "== 2/4 training, stopped half way"
 "${pretrain[@]}" train.exit_step=200

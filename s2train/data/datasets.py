@@ -6,6 +6,7 @@ from collections.abc import Callable
 from math import ceil
 from pathlib import Path
 
+from filelock import FileLock
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
@@ -25,9 +26,12 @@ def ensure_prepared(cfg: PretrainConfig) -> None:
     For rank 0, before the others go on to `check_data` and `build_datasets`.
     """
     path = cfg.data.path
-    named = path == BUNDLED or (isinstance(path, list | tuple) and BUNDLED in path)
-    if named and not os.path.isfile(f"{BUNDLED_PREFIX}.idx"):
-        prepare(PrepareConfig(input=BUNDLED, output=BUNDLED_PREFIX, overwrite=True))
+    if path != BUNDLED and not (isinstance(path, list | tuple) and BUNDLED in path):
+        return
+    os.makedirs(os.path.dirname(BUNDLED_PREFIX), exist_ok=True)
+    with FileLock(f"{BUNDLED_PREFIX}.lock"):  # several runs may start at once
+        if not os.path.isfile(f"{BUNDLED_PREFIX}.idx"):
+            prepare(PrepareConfig(input=BUNDLED, output=BUNDLED_PREFIX, overwrite=True))
 
 
 def build_datasets(
