@@ -32,6 +32,9 @@ def dense_causal_attention(
             f"query_offset={query_offset} must be s_k - s_q = {s_k - s_q}: give the keys up to the last query"
         )
     q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
+    if q.is_cuda and q.dtype == torch.float32 and q.shape[1] != k.shape[1]:
+        # torch's only fused kernel in fp32 takes as many KV heads as query heads.
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     mask: torch.Tensor | None = None
     if 1 < s_q < s_k:
         # torch recognises this object and stays with a fused kernel; only a CPU needs the mask written out.

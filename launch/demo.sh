@@ -3,6 +3,7 @@
 # `make demo` runs it; each run has a folder of its own under runs/.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+export CUDA_VISIBLE_DEVICES=  # the demo shows the path on any machine
 run=runs/demo-$(date +%Y%m%d-%H%M%S)
 data=$run/corpus
 pretrain=(torchrun --nproc-per-node 2 launch/pretrain.py +model=tiny_hybrid "run_dir=$run" "data.path=$data" "$@")

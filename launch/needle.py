@@ -10,6 +10,7 @@ import hydra
 from omegaconf import DictConfig
 
 from s2train import config
+from s2train.apex import apex_available
 from s2train.command_line import run_command
 
 config.register()
@@ -18,6 +19,7 @@ config.register()
 def needle(composed: DictConfig) -> None:
     """Evaluate."""
     cfg = config.to_object(composed)
+    apex_available()  # Megatron would import an impostor
     from s2train.evaluation.checkpoint import evaluate  # imports Megatron: slow
 
     evaluate(cfg)

@@ -7,11 +7,14 @@ import os
 from pathlib import Path
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from s2train import config
 from s2train.apex import apex_available
 from s2train.command_line import run_command
+from s2train.errors import ConfigError
 from s2train.hardware import detect
 from s2train.planning import check, format_plan, preview, resolve
 
@@ -21,6 +24,8 @@ MODELS = sorted(path.stem for path in (Path(__file__).parents[1] / "conf" / "mod
 
 def pretrain(composed: DictConfig) -> None:
     """Judge the settings, then train."""
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        raise ConfigError("-m", "multirun", "sweeps are not there yet", "Start one run for each setting")
     cfg = resolve(composed, MODELS)
     world_size, is_first = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK", "0") == "0"
     hardware = detect(int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

@@ -62,7 +62,7 @@ class DataConfig:
     # `prefix` or [prefix, …] of .bin/.idx pairs, or [weight, prefix, weight, prefix, …]; "bundled": the corpus
     # that comes with s2train, prepared on first use; "mock": Megatron's counting sequences, for speed runs
     path: Any = "bundled"
-    split: str = "90,10,0"  # train, held out, test
+    split: Any = "90,10,0"  # train, held out, test: text, or a list, which on a command line is 'data.split=[90,10,0]'
     tokenizer: str = "bytes"  # bytes, or a `tokenizer.json` of Hugging Face's tokenizers
     cache: str = "runs/data/cache"  # Megatron's document and shuffle indices
     # samples in the training order, fixed at a run's start since another number means another order;
@@ -98,7 +98,7 @@ class ParallelConfig:
     cp: int = 1  # context parallel: sequence
     sequence_parallel: bool = False
     distributed_optimizer: bool = True
-    overlap_grad_reduce: bool = True  # needs CUDA and dp > 1; ignored on a CPU
+    overlap_grad_reduce: bool = True  # needs dp > 1
     overlap_param_gather: bool = True  # needs the distributed optimizer as well
 
 
@@ -112,9 +112,8 @@ class TrainConfig:
     micro_batch_size: int = 1  # sequences
     precision: str = "bf16"  # bf16, fp32
     recompute: str = "none"  # none, selective (core attention), full
-    recompute_num_layers: int = 1  # layers a recomputed chunk, with full
+    recompute_num_layers: int = 1  # layers recomputed together, with full; divides num_layers / (pp × vpp)
     exit_step: int | None = None  # save and stop after this step, to be resumed (schedule unchanged)
-    deterministic: bool = False
 
 
 @dataclass
@@ -125,6 +124,8 @@ class CheckpointConfig:
     # auto: go on from the run folder's last checkpoint if there is one; never: start afresh, refuse a used folder;
     # else a checkpoint to start from (a run folder, its checkpoints folder, or one iter_* in it)
     resume: str = "auto"
+    # with `resume` naming another run: take the data from their beginning, in their own order (a new phase)
+    new_data: bool = False
     keep: int | None = None  # keep only the last `keep` checkpoints; None: all
 
 
@@ -173,15 +174,16 @@ class NeedleConfig:
     """A run of `launch/needle.py`."""
 
     checkpoint: str = MISSING  # a run folder, its checkpoints folder, or one iter_* in it
+    tokenizer: str | None = None  # where the run's tokenizer.json was moved to; None: the run's own
     lengths: list[int] | None = None  # tokens, prompt and answer together; None: four up to the trained length
-    haystack: Any = "noise"  # what surrounds the needle: RULER's repeated sentences, or [text file, …]
+    haystack: Any = "noise"  # what surrounds the needle: noise (RULER's repeated sentences), a text file, or [file, …]
     depths: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])  # 0: at the beginning
-    trials: int = 8  # a cell
-    batch_size: int = 8  # sequences
-    seed: int = 1234
-    output: str | None = None  # folder for needle.json and needle.png; None: `needle` beside the checkpoint
-    attention_backend: str = "auto"
-    tp: int = 1
+    trials: int = 8  # a cell, that is a length and a depth
+    batch_size: int = 8  # sequences decoded at once, on a data parallel rank
+    seed: int = 1234  # of keys, values and where the haystack starts
+    output: str | None = None  # folder for needle.json and needle.png; None: `needle` in the run folder
+    attention_backend: str = "auto"  # sparse layers, as in a run
+    tp: int = 1  # tensor model parallel; the other processes share the trials
 
 
 @dataclass

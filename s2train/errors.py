@@ -14,3 +14,7 @@ class ConfigError(ValueError):
     def __init__(self, setting: str, value: object, problem: str, remedy: str) -> None:
         self.setting, self.value, self.problem, self.remedy = setting, value, problem, remedy
         super().__init__(f"{setting}={value}: {problem}. {remedy}")
+
+
+class TrainingError(RuntimeError):
+    """A run that can't go on, told in one line."""

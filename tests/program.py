@@ -58,6 +58,12 @@ def pretrain(run_dir: Path, *arguments: str, processes: int = 1, cwd: Path = ROO
     return run("pretrain.py", *SMALL, f"run_dir={run_dir}", *arguments, processes=processes, cwd=cwd)
 
 
+def error_line(outcome: Outcome) -> str:
+    """The one line by which a program refuses."""
+    (line,) = [line for line in outcome.err.splitlines() if line.startswith("error: ")]
+    return line
+
+
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
     """The records of a run that tell a step's loss."""
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.program import SMALL, Outcome, run
+from tests.program import SMALL, Outcome, error_line, run
 
 pytestmark = pytest.mark.xdist_group("bad input")
 
@@ -13,11 +13,6 @@ def attempt(run_dir: Path, *arguments: str, processes: int = 0) -> Outcome:
     outcome = run("pretrain.py", *SMALL, f"run_dir={run_dir}", *arguments, processes=processes)
     assert outcome.status != 0
     return outcome
-
-
-def error_line(outcome: Outcome) -> str:
-    (line,) = [line for line in outcome.err.splitlines() if line.startswith("error: ")]
-    return line
 
 
 @pytest.mark.parametrize(

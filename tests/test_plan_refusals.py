@@ -1,5 +1,6 @@
 """A run that can't work is refused with the setting to change, before anything is allocated."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -61,6 +62,23 @@ DIVISION: dict[str, tuple[dict[str, Any], int, str, str]] = {
     "heads by KV heads": ({"model__num_query_groups": 3}, 1, "model.num_query_groups", "2, 4"),
     "odd head": ({"model__head_dim": 33}, 1, "model.head_dim", "even"),
     "layers by pp": ({"parallel__pp": 3}, 3, "parallel.pp", "2, 4"),
+    "layers by recomputed groups": (
+        {"parallel__pp": 2, "train__recompute": "full", "train__recompute_num_layers": 3},
+        2,
+        "train.recompute_num_layers",
+        "1, 2, 4",
+    ),
+    "layers of a virtual stage by recomputed groups": (
+        {
+            "parallel__pp": 2,
+            "parallel__vpp": 2,
+            "train__recompute": "full",
+            "train__recompute_num_layers": 4,
+        },
+        2,
+        "train.recompute_num_layers",
+        "1, 2",
+    ),
     "layers by pp and vpp": ({"parallel__pp": 2, "parallel__vpp": 3}, 2, "parallel.vpp", "1, 2, 4"),
     "vpp without pp": ({"parallel__vpp": 2}, 1, "parallel.vpp", "parallel.pp=2"),
     "micro batches by pp under vpp": (
@@ -116,7 +134,14 @@ VALUES: dict[str, tuple[Any, str]] = {
     "parallel__tp": (0, "positive"),
     "parallel__vpp": (0, "positive"),
     "model__num_layers": (0, "positive"),
+    "train__exit_step": (0, "positive"),
     "checkpoint__keep": (0, "positive"),
+    "checkpoint__interval": (0, "positive"),
+    "evaluation__batches": (0, "positive"),
+    "tracking__log_interval": (0, "positive"),
+    "optim__lr": (float("inf"), "optim.lr"),
+    "optim__weight_decay": (-0.1, "0 or more"),
+    "run_dir": ("", "runs/mine"),
     "layout__pattern__stride": (0, "positive"),
     "layout__pattern__sinks": (-1, "0 or more"),
     "layout__block_size": (48, "16, 32, 64, 128, 256"),
@@ -137,6 +162,27 @@ def test_a_value_out_of_its_range_is_refused(name: str) -> None:
     assert refusal.value.setting == name.replace("__", ".")
     assert refusal.value.value == value
     assert remedy in refusal.value.remedy
+
+
+@pytest.mark.parametrize(
+    "name", ["optim__lr", "optim__min_lr", "optim__weight_decay", "optim__clip_grad", "optim__beta1", "model__init_std"]
+)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_number_that_is_not_finite_is_refused(name: str, value: float) -> None:
+    with pytest.raises(ConfigError, match="finite") as refusal:
+        check(config(**{name: value}), 1, GPU)
+    assert refusal.value.setting == name.replace("__", ".")
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_that_a_generator_would_not_take_is_refused(seed: int) -> None:
+    with pytest.raises(ConfigError, match=f"seed={seed}"):
+        check(config(seed=seed), 1, GPU)
+    assert check(config(seed=2**32 - 1), 1, GPU)
+
+
+def test_groups_of_recomputed_layers_matter_to_full_recomputation_only() -> None:
+    assert check(config(train__recompute="selective", train__recompute_num_layers=3), 1, GPU)
 
 
 def test_wsd_needs_the_length_of_its_decay() -> None:

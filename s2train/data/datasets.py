@@ -14,23 +14,29 @@ from torch.utils.data import Dataset
 
 from s2train.config import PrepareConfig, PretrainConfig
 from s2train.data.blend import BUNDLED, BUNDLED_PREFIX, parse_blend
+from s2train.data.folders import check_writable
 from s2train.data.prepare import prepare
+from s2train.data.splits import megatron_split
 from s2train.data.tokenizers import Tokenizer
 
 Samples = Dataset | None
 
 
 def ensure_prepared(cfg: PretrainConfig) -> None:
-    """Prepare the bundled corpus, as bytes, where the run names it and it isn't there yet.
+    """Prepare the bundled corpus, as bytes, where the run names it and not all of its files are there.
 
     For rank 0, before the others go on to `check_data` and `build_datasets`.
+
+    Raises ConfigError, on `data.path`, when the working directory can't take them.
     """
     path = cfg.data.path
     if path != BUNDLED and not (isinstance(path, list | tuple) and BUNDLED in path):
         return
-    os.makedirs(os.path.dirname(BUNDLED_PREFIX), exist_ok=True)
+    folder = os.path.dirname(BUNDLED_PREFIX)
+    check_writable("data.path", folder)
+    os.makedirs(folder, exist_ok=True)
     with FileLock(f"{BUNDLED_PREFIX}.lock"):  # several runs may start at once
-        if not os.path.isfile(f"{BUNDLED_PREFIX}.idx"):
+        if not all(os.path.isfile(BUNDLED_PREFIX + suffix) for suffix in (".bin", ".idx", ".json")):
             prepare(PrepareConfig(input=BUNDLED, output=BUNDLED_PREFIX, overwrite=True))
 
 
@@ -106,7 +112,7 @@ def _config(
         random_seed=cfg.seed,
         sequence_length=cfg.train.seq_length,
         blend=None if prefix is None else ([prefix], None),  # None: mock
-        split=cfg.data.split,
+        split=megatron_split(cfg.data.split),
         path_to_cache=cache,
         tokenizer=tokenizer,
         reset_position_ids=False,

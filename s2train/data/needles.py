@@ -52,11 +52,15 @@ def draw_pair(rng: np.random.Generator, split: Split) -> tuple[str, str]:
 
 
 def text_haystack(paths: Sequence[Path]) -> str:
-    """The text of `paths` in a row, to hide needles in; ConfigError if one is missing."""
+    """The text of `paths` in a row, to hide needles in; ConfigError if one can't be read."""
+    texts = []
     for path in paths:
-        if not path.is_file():
-            raise ConfigError("haystack", path, "no such file", "Name a UTF-8 text file")
-    return "\n".join(path.read_text(encoding="utf-8", errors="replace") for path in paths)
+        try:
+            texts.append(path.read_text(encoding="utf-8", errors="replace"))
+        except OSError as error:
+            problem = f"can't be read ({error.strerror})"
+            raise ConfigError("haystack", path, problem, "Set noise, a UTF-8 text file, or [file, …]") from error
+    return "\n".join(texts)
 
 
 @dataclass(frozen=True)

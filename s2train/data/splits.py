@@ -1,29 +1,49 @@
 """How `data.split` divides a dataset's documents into train, held out and test."""
 
+import math
 import re
 from itertools import accumulate
+from typing import Any
+
+import numpy as np
 
 from s2train.errors import ConfigError
 
 _NUMBER = r"\d+(?:\.\d+)?"
+# Quoted, as a shell takes it; without brackets Hydra would take the commas for a sweep.
+EXAMPLE = "Set e.g. 'data.split=[90,10,0]'"
 
 
-def split_documents_range(split: str, documents: int) -> tuple[range, range, range]:
+def split_documents_range(split: Any, documents: int) -> tuple[range, range, range]:
     """Documents of train, held out and test: consecutive ranges of all documents, as Megatron rounds them.
 
     Args:
-        split: up to three weights, such as "90,10,0".
+        split: up to three weights, such as "90,10,0" or [90, 10, 0]; or the only one, a number.
 
     Raises ConfigError, on `data.split`, for anything but weights of which one is above 0.
     """
-    if not re.fullmatch(rf"{_NUMBER}(,{_NUMBER}){{0,2}}", split):
-        raise ConfigError("data.split", split, "is no list of up to three weights", "Set e.g. 90,10,0")
-    weights = [float(weight) for weight in split.split(",")]
+    weights = _weights(split)
     total = sum(weights)
-    if total == 0:
-        raise ConfigError("data.split", split, "all its weights are 0", "Set e.g. 90,10,0")
-    weights += [0.0] * (3 - len(weights))
     ends = list(accumulate((weight / total for weight in weights), initial=0.0))
     bounds = [round(end * documents) for end in ends]
     train, held_out, test = (range(bounds[i], bounds[i + 1]) for i in range(3))
     return train, held_out, test
+
+
+def megatron_split(split: Any) -> str:
+    """The same as Megatron reads it, which is without exponents: "90,10,0"."""
+    return ",".join(np.format_float_positional(weight, trim="-") for weight in _weights(split))
+
+
+def _weights(split: Any) -> list[float]:
+    """Three of them."""
+    if isinstance(split, str) and re.fullmatch(rf"{_NUMBER}(,{_NUMBER}){{0,2}}", split):
+        weights = [float(weight) for weight in split.split(",")]
+    else:
+        weights = list(split) if isinstance(split, list | tuple) else [split]
+        sound = all(type(weight) in (int, float) and 0 <= weight < math.inf for weight in weights)
+        if not sound or not 1 <= len(weights) <= 3:
+            raise ConfigError("data.split", split, "is no list of up to three weights", EXAMPLE)
+    if not any(weights):
+        raise ConfigError("data.split", split, "all its weights are 0", EXAMPLE)
+    return weights + [0.0] * (3 - len(weights))

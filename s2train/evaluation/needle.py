@@ -26,8 +26,8 @@ class NeedleGrid:
     seed: int
 
     def __post_init__(self) -> None:
-        if not self.lengths:
-            raise ConfigError("lengths", "[]", "no length to evaluate", "Name one or more, in tokens")
+        if not self.lengths or min(self.lengths) < 1:
+            raise ConfigError("lengths", list(self.lengths), "no length to evaluate", "Name one or more, in tokens")
         if not self.depths or not all(0 <= depth <= 1 for depth in self.depths):
             raise ConfigError("depths", list(self.depths), "not between 0 and 1", "Use e.g. [0,0.25,0.5,0.75,1]")
         for name, values in (("lengths", self.lengths), ("depths", self.depths)):
@@ -71,10 +71,8 @@ def choose_grid(cfg: NeedleConfig, trained_length: int, sampler: NeedleSampler) 
     return replace(grid, lengths=fitting or (trained_length,))
 
 
-def check(sampler: NeedleSampler, grid: NeedleGrid, batch_size: int) -> None:
-    """Raise ConfigError, before anything runs, where a needle does not fit a length or a batch is empty."""
-    if batch_size < 1:
-        raise ConfigError("batch_size", batch_size, "no sequence in a batch", "Use 1 or more")
+def check_fit(sampler: NeedleSampler, grid: NeedleGrid) -> None:
+    """Raise ConfigError where a needle does not fit a length of the grid."""
     for length in grid.lengths:
         needed = needed_length(sampler, grid, length)
         if needed > length:
@@ -98,7 +96,7 @@ def evaluate_grid(
 ) -> Iterator[Cell]:
     """Every cell of the grid in order, each as soon as it is known, on all ranks alike.
 
-    Trials of a cell are striped over `ranks`, and the counts summed over them. Call `check` first.
+    Trials of a cell are striped over `ranks`, and the counts summed over them. `grid` has passed `check_fit`.
 
     Args:
         decode: greedy continuation of prompts (`s2train.evaluation.generate`).

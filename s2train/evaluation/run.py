@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from s2train.data.needles import NeedleSampler
 from s2train.evaluation.generate import Decode
-from s2train.evaluation.needle import NeedleGrid, Ranks, check, evaluate_grid
+from s2train.evaluation.needle import NeedleGrid, Ranks, evaluate_grid
 from s2train.evaluation.pictures import draw_heat_map, score_table
 from s2train.evaluation.results import Cell, NeedleResults, load_results
 from s2train.files import set_aside
@@ -35,13 +35,10 @@ def run_needles(
     there under another name.
 
     Args:
+        grid: one that `s2train.evaluation.needle.check_fit` passed.
         asked: results without cells, with the settings that a known cell must agree with.
         trained_length: tokens; longer cells are evaluated all the same, with a note.
-
-    Raises:
-        ConfigError: what `s2train.evaluation.needle.check` refuses; nothing is touched then.
     """
-    check(sampler, grid, batch_size)
     is_writer = not dist.is_initialized() or dist.get_rank() == 0
     console = Console(quiet=not is_writer, soft_wrap=True)
     table_path, picture_path = folder / "needle.json", folder / "needle.png"

@@ -5,9 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.optimizer import Adam
 from megatron.core.transformer.spec_utils import ModuleSpec
 
-from s2train.apex import apex_available
 from s2train.errors import ConfigError
 from s2train.megatron.norm import RMSNorm
 
@@ -30,17 +30,14 @@ class Backend:
 
 
 def choose_backend(name: str) -> Backend:
-    """`auto` and `local` are Megatron's own layers on torch, with apex's FusedAdam where apex is installed.
+    """`auto` and `local` are Megatron's own layers on torch; its Adam is the best one installed.
 
     Raises:
-        ConfigError: for `te`, which is not verified yet, and for a package `apex` that is not NVIDIA's.
+        ConfigError: another backend. transformer-engine's layers are not verified yet.
     """
-    adam = "apex.optimizers.FusedAdam" if apex_available() else "torch.optim.AdamW"
-    if name in ("auto", "local"):
-        return Backend("local", _local_layer_spec, RMSNorm, adam)
-    if name == "te":
-        raise ConfigError("backend", name, "transformer-engine's layers are not verified yet", "Use backend=local")
-    raise ConfigError("backend", name, "no such backend", "Choose auto or local")
+    if name not in ("auto", "local"):
+        raise ConfigError("backend", name, "no such backend, or not verified yet", "Use backend=local")
+    return Backend("local", _local_layer_spec, RMSNorm, f"{Adam.__module__}.{Adam.__qualname__}")
 
 
 def _local_layer_spec() -> ModuleSpec:

@@ -14,8 +14,6 @@ class HybridTransformerLayer(TransformerLayer):
     Args:
         layer_layout: attention of this layer.
         hybrid_layer_number: 1-based position in the whole model that the layout was made for.
-    Raises:
-        RuntimeError: pipeline slicing gave the layer another number, so its layout would be the wrong one.
     """
 
     def __init__(
@@ -28,6 +26,5 @@ class HybridTransformerLayer(TransformerLayer):
         **kwargs: Any,
     ) -> None:
         super().__init__(config, submodules, *args, **kwargs)
-        if self.layer_number != hybrid_layer_number:
-            raise RuntimeError(f"layer {self.layer_number} was given the layout of layer {hybrid_layer_number}")
+        assert self.layer_number == hybrid_layer_number, "pipeline slicing gave the layer another's layout"
         self.layer_layout = layer_layout

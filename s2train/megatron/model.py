@@ -46,7 +46,6 @@ def transformer_config(cfg: PretrainConfig) -> TransformerConfig:
         recompute_granularity=None if train.recompute == "none" else train.recompute,
         recompute_method="uniform" if train.recompute == "full" else None,
         recompute_num_layers=train.recompute_num_layers if train.recompute == "full" else None,
-        deterministic_mode=train.deterministic,
         # Parameters are drawn on the CPU there, since the CUDA generator is the CPU's.
         use_cpu_initialization=not on_cuda,
         batch_p2p_comm=on_cuda,
@@ -55,7 +54,8 @@ def transformer_config(cfg: PretrainConfig) -> TransformerConfig:
         # Compiled by torch on a GPU; they gain nothing on a CPU.
         bias_activation_fusion=on_cuda,
         bias_dropout_fusion=False,
-        cross_entropy_loss_fusion=on_cuda,
+        # Rounds the gradient of the logits to bf16, whatever the precision.
+        cross_entropy_loss_fusion=on_cuda and train.precision == "bf16",
         # These need apex or transformer-engine.
         apply_rope_fusion=False,
         masked_softmax_fusion=False,

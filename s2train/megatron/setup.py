@@ -41,6 +41,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> torch.device:
         virtual_pipeline_model_parallel_size=parallel.vpp,
         context_parallel_size=parallel.cp,
     )
+    seed += 100 * parallel_state.get_pipeline_model_parallel_rank()  # else every stage would draw the same weights
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return device

@@ -2,7 +2,6 @@
 
 from importlib import import_module
 
-from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -31,9 +30,6 @@ def layer_spec(
 
 def layer_ids(config: TransformerConfig, vp_stage: int | None) -> list[int]:
     """0-based numbers of the layers that this pipeline rank and virtual stage hold."""
-    layout = config.pipeline_model_parallel_layout
-    if layout is not None:
-        return list(layout.get_layer_id_list(layer_type=LayerType.decoder, vp_stage=vp_stage))
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
     return list(range(first, first + get_num_layers_to_build(config, vp_stage=vp_stage)))
 

@@ -8,7 +8,6 @@ from omegaconf import DictConfig, OmegaConf
 from s2train.config import PretrainConfig, to_object
 from s2train.errors import ConfigError
 from s2train.hardware import Hardware
-from s2train.kernels.layout import BLOCK_SIZES
 from s2train.layouts.hybrid import HybridLayout, build_hybrid_layout
 from s2train.planning.division import check_division, multiple_of, smallest_world
 from s2train.planning.memory import GIB
@@ -80,14 +79,11 @@ def check_blocks(cfg: PretrainConfig, hybrid: HybridLayout) -> None:
     """Whether the sequence can be cut into blocks, where there are sparse layers.
 
     Raises:
-        ConfigError: no kernel has such blocks, the sequence is shorter, or context parallel cuts one.
+        ConfigError: the sequence is shorter than a block, or context parallel cuts one.
     """
     block, length, cp = cfg.layout.block_size, cfg.train.seq_length, cfg.parallel.cp
     if all(layer.is_dense for layer in hybrid.layers):
         return
-    if block not in BLOCK_SIZES:
-        sizes = ", ".join(map(str, BLOCK_SIZES))
-        raise ConfigError("layout.block_size", block, "the kernels have no such block", f"Set it to one of {sizes}.")
     if length < block:
         raise ConfigError(
             "train.seq_length",

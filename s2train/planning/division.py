@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from s2train.config import PretrainConfig
+from s2train.config import ModelConfig, PretrainConfig
 from s2train.errors import ConfigError
 
 
@@ -19,8 +19,9 @@ def check_division(cfg: PretrainConfig, world_size: int) -> None:
         ConfigError: on the first setting that can't be divided.
     """
     _check_heads(cfg)
-    _check_tensor_parallel(cfg)
+    check_tensor_parallel(cfg.model, cfg.parallel.tp, "parallel.tp")
     _check_pipeline(cfg)
+    _check_recomputation(cfg)
     _check_sequence(cfg)
     _check_world(cfg, world_size)
 
@@ -56,17 +57,14 @@ def _check_heads(cfg: PretrainConfig) -> None:
     )
 
 
-def _check_tensor_parallel(cfg: PretrainConfig) -> None:
-    model, tp = cfg.model, cfg.parallel.tp
+def check_tensor_parallel(model: ModelConfig, tp: int, setting: str) -> None:
+    """Whether `tp` ranks, more than 0, can share out each layer of `model`.
+
+    Raises:
+        ConfigError: on `setting`, the name that tp has on the command line.
+    """
     for name in ("num_attention_heads", "num_query_groups", "hidden_size", "ffn_hidden_size", "vocab_size"):
-        _divides("parallel.tp", tp, f"model.{name}", getattr(model, name))
-    if cfg.parallel.sequence_parallel and tp == 1:
-        raise ConfigError(
-            "parallel.sequence_parallel",
-            True,
-            "it spreads the sequence over tensor parallel ranks, and there is one",
-            "Set parallel.tp to 2 or more, or parallel.sequence_parallel=false.",
-        )
+        _divides(setting, tp, f"model.{name}", getattr(model, name))
 
 
 def _check_pipeline(cfg: PretrainConfig) -> None:
@@ -91,8 +89,27 @@ def _check_pipeline(cfg: PretrainConfig) -> None:
         )
 
 
+def _check_recomputation(cfg: PretrainConfig) -> None:
+    if cfg.train.recompute == "full":
+        layers = cfg.model.num_layers // (cfg.parallel.pp * (cfg.parallel.vpp or 1))
+        _divides(
+            "train.recompute_num_layers",
+            cfg.train.recompute_num_layers,
+            "model.num_layers / (pp × vpp)",
+            layers,
+            "or set train.recompute=selective",
+        )
+
+
 def _check_sequence(cfg: PretrainConfig) -> None:
     length, parallel = cfg.train.seq_length, cfg.parallel
+    if parallel.sequence_parallel and parallel.tp == 1:
+        raise ConfigError(
+            "parallel.sequence_parallel",
+            True,
+            "it spreads the sequence over tensor parallel ranks, and there is one",
+            "Set parallel.tp to 2 or more, or parallel.sequence_parallel=false.",
+        )
     # Context parallel gives each rank two chunks; sequence parallel then splits what a rank has.
     unit = parallel.cp * math.lcm(2 if parallel.cp > 1 else 1, parallel.tp if parallel.sequence_parallel else 1)
     if length % unit:

@@ -79,8 +79,8 @@ def stage_activations(cfg: PretrainConfig, stage: int, num_micro_batches: int, k
     layers_a_chunk = model.num_layers // (parallel.pp * chunks)
     in_flight = layers_a_chunk * _chunks_in_flight(cfg, stage, num_micro_batches)
     if train.recompute == "full":  # inputs of recomputed groups, and one group alive again
-        group = min(train.recompute_num_layers, layers_a_chunk)
-        layers = -(-in_flight // group) * stream + group * whole
+        group = train.recompute_num_layers
+        layers = in_flight // group * stream + group * whole
     else:
         layers = in_flight * kept
 

@@ -1,7 +1,9 @@
 """What each setting may be by itself, and the few that bound each other."""
 
 import difflib
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from s2train.config import PretrainConfig
@@ -51,23 +53,41 @@ _NOT_NEGATIVE: dict[str, tuple[str, ...]] = {
     "optim": ("min_lr", "weight_decay", "clip_grad", "warmup_steps"),
     "evaluation": ("interval",),
 }
+_LARGEST_SEED = 2**32 - 1  # NumPy's, which Megatron shuffles with
 
 
 def check_values(cfg: PretrainConfig) -> None:
-    """Names from fixed sets, numbers within their range.
+    """Names from fixed sets, numbers finite and within their range.
 
     Raises:
         ConfigError: on the first setting out of its range.
     """
+    for setting, value in _floats(cfg):
+        if not math.isfinite(value):
+            raise ConfigError(setting, value, "is no finite number", f"Set {setting} to one.")
+    if not cfg.run_dir.strip():
+        raise ConfigError("run_dir", cfg.run_dir, "names no folder", "Set run_dir, such as runs/mine.")
+    check_seed(cfg.seed)
     _check_ranges(cfg)
     _check_optimizer(cfg)
 
 
+def check_seed(seed: int) -> None:
+    """Whether every generator of random numbers takes `seed`; ConfigError if not."""
+    if not 0 <= seed <= _LARGEST_SEED:
+        raise ConfigError("seed", seed, "is out of range", f"Set seed to 0 … {_LARGEST_SEED}.")
+
+
+def check_choice(setting: str, value: str | int) -> None:
+    """Whether a setting with a fixed set of values, named as in a run, has one of them; ConfigError if not."""
+    choices = _CHOICES[setting]
+    if value not in choices:
+        raise ConfigError(setting, value, "unknown value", _nearest(setting, value, choices))
+
+
 def _check_ranges(cfg: PretrainConfig) -> None:
-    for setting, choices in _CHOICES.items():
-        value = _get(cfg, setting)
-        if value not in choices:
-            raise ConfigError(setting, value, "unknown value", _nearest(setting, value, choices))
+    for setting in _CHOICES:
+        check_choice(setting, _get(cfg, setting))
     for setting in _names(_POSITIVE):
         value = _get(cfg, setting)
         if value is not None and value <= 0:
@@ -125,6 +145,16 @@ def _nearest(setting: str, value: object, choices: Sequence[str | int]) -> str:
 
 def _names(of_section: dict[str, tuple[str, ...]]) -> list[str]:
     return [f"{section}.{name}" for section, names in of_section.items() for name in names]
+
+
+def _floats(section: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Name and value of every float in a section and in those below it."""
+    for field in fields(section):
+        value = getattr(section, field.name)
+        if is_dataclass(value):
+            yield from _floats(value, f"{prefix}{field.name}.")
+        elif isinstance(value, float):
+            yield prefix + field.name, value
 
 
 def _get(cfg: PretrainConfig, setting: str) -> Any:

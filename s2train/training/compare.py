@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from s2train.data.folders import check_writable
 from s2train.errors import ConfigError
 from s2train.files import replacing
-from s2train.training.plots import draw_comparison, read_curves
+from s2train.training.plots import draw_comparison, read_curves, read_records
 
 _PACKAGES = ("torch", "triton", "megatron-core", "transformer-engine", "apex")
 
@@ -25,7 +26,8 @@ class Summary:
     """What one run came to.
 
     Attributes:
-        loss, held_out_loss: at the last step, nats per token.
+        steps: done, at the last report.
+        loss, held_out_loss: last reported, nats per token; None if there is none, or it was not finite.
         tokens_per_s, model_tflops, mfu, step_time_s: medians over the reports after the first tenth of the run.
         peak_memory_gib: most allocated on rank 0's device.
     """
@@ -33,7 +35,7 @@ class Summary:
     name: str
     steps: int
     tokens: int
-    loss: float
+    loss: float | None
     held_out_loss: float | None
     step_time_s: float
     tokens_per_s: float
@@ -43,16 +45,20 @@ class Summary:
 
 
 def summarize(run_dir: Path) -> Summary:
-    """Read a run folder's metrics.
+    """Read a run folder's metrics; steps done again after a resume count once.
 
     Raises:
         ConfigError: the run has reported nothing.
     """
-    curves = read_curves(run_dir / "metrics.jsonl")
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    reports = [record for record in map(json.loads, lines) if "tokens_per_s" in record]
-    steady = [r for r in reports if r["step"] > reports[-1]["step"] / 10] or reports
-    last = max(curves.train)
+    path = run_dir / "metrics.jsonl"
+    if not path.is_file():
+        raise ConfigError("runs", run_dir, "has no metrics.jsonl", "Name folders of runs")
+    reports = [record for record in read_records(path) if "tokens_per_s" in record]
+    if not reports:
+        raise ConfigError("runs", run_dir, "has reported no step yet", "Leave it out, or train it first")
+    last = reports[-1]["step"]
+    steady = [report for report in reports if report["step"] > last / 10]
+    held_out = [report["held_out_loss"] for report in reports if "held_out_loss" in report]
 
     def median(name: str) -> float:
         return statistics.median(report[name] for report in steady)
@@ -60,9 +66,9 @@ def summarize(run_dir: Path) -> Summary:
     return Summary(
         name=run_dir.name,
         steps=last,
-        tokens=last * (curves.tokens_per_step or 0),
-        loss=curves.train[last],
-        held_out_loss=curves.held_out[max(curves.held_out)] if curves.held_out else None,
+        tokens=last * (read_curves(path).tokens_per_step or 0),
+        loss=reports[-1]["loss"],
+        held_out_loss=held_out[-1] if held_out else None,
         step_time_s=median("step_time_s"),
         tokens_per_s=median("tokens_per_s"),
         model_tflops=median("model_tflops"),
@@ -87,23 +93,31 @@ def compare(run_dirs: Sequence[Path], output: Path, command: str) -> Table:
     """Write OUTPUT.json and OUTPUT.png from finished runs; returns the table to print.
 
     Raises:
-        ConfigError: a run has reported nothing, or two have one name.
+        ConfigError: a run has reported nothing, or two have one name; a file of OUTPUT exists already, or none can
+            be written there.
     """
+    if not output.name:
+        raise ConfigError("output", output, "names no file", "Name one without its suffix, e.g. runs/dense-and-hybrid")
+    table_path, picture_path = (output.with_name(output.name + suffix) for suffix in (".json", ".png"))
+    for path in (table_path, picture_path):
+        if path.exists():
+            raise ConfigError("output", output, f"{path} exists", "Name another, or move it away")
+    check_writable("output", output.parent)
     summaries = [summarize(run_dir) for run_dir in run_dirs]
     runs = {summary.name: run_dir / "metrics.jsonl" for summary, run_dir in zip(summaries, run_dirs, strict=True)}
     if len(runs) < len(summaries):
         raise ConfigError("runs", [str(r) for r in run_dirs], "two run folders share a name", "Rename one")
-    draw_comparison(runs, output.with_suffix(".png"))
+    draw_comparison(runs, picture_path)
     content = {"command": command, **environment(), "runs": [asdict(summary) for summary in summaries]}
-    with replacing(output.with_suffix(".json")) as path:
-        path.write_text(json.dumps(content, indent=1) + "\n")
+    with replacing(table_path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
     table = Table("run", "steps", "tokens", "loss", "held out", "ms/step", "tokens/s", "TFLOP/s", "MFU", "peak GiB")
     for s in summaries:
         table.add_row(
             s.name,
             str(s.steps),
             f"{s.tokens / 1e6:.1f}M",
-            f"{s.loss:.4f}",
+            "" if s.loss is None else f"{s.loss:.4f}",
             "" if s.held_out_loss is None else f"{s.held_out_loss:.4f}",
             f"{s.step_time_s * 1e3:.0f}",
             f"{s.tokens_per_s:,.0f}",

@@ -1,8 +1,9 @@
 """The training loop."""
 
+import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -10,11 +11,13 @@ from megatron.core.timers import Timers
 from torch.utils.data import Dataset
 
 from s2train.config import PretrainConfig
-from s2train.training import checkpoint
+from s2train.errors import TrainingError
+from s2train.megatron.checkpoint import Progress
 from s2train.training.batches import Batch, micro_batches
-from s2train.training.checkpoint import TrainingState
+from s2train.training.checkpoint import TrainingState, save
 from s2train.training.metrics import StepMetrics, Tracker
 from s2train.training.optimizer import whole_parameters
+from s2train.training.resume import last_step
 from s2train.training.steps import run_step
 
 
@@ -43,7 +46,7 @@ class Interval:
 
 
 class Trainer:
-    """Runs steps, evaluates, reports and saves, from `start` on."""
+    """Runs steps, evaluates, reports and saves."""
 
     def __init__(
         self,
@@ -59,16 +62,25 @@ class Trainer:
         self.cfg, self.state, self.tracker, self.speed, self.device = cfg, state, tracker, speed, device
         self.train_set, self.held_out_set, self.timers = train_set, held_out_set, timers
 
-    def train(self, start: int) -> int:
-        """Train from step `start`; returns the step at which it stopped, which is saved."""
+    def train(self, progress: Progress) -> Path:
+        """Train on from `progress` to the last step; returns the checkpoint saved there.
+
+        Raises:
+            TrainingError: the loss or the gradient is not finite; the step is not saved.
+        """
         cfg, size = self.cfg, self.cfg.train.global_batch_size
-        last = min(cfg.train.steps, cfg.train.exit_step or cfg.train.steps)
-        if start >= last:
-            return start
-        batches = self._batches(self.train_set, start * size, last * size)
+        last = last_step(cfg)
+        consumed = progress.consumed_samples
+        batches = self._batches(self.train_set, consumed, consumed + (last - progress.step) * size)
         interval = Interval()
-        for step in range(start + 1, last + 1):
-            loss, grad_norm = self._step(batches)
+        for step in range(progress.step + 1, last + 1):
+            loss, grad_norm, lr = self._step(batches)
+            consumed += size
+            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+                raise TrainingError(
+                    f"step {step}: loss {loss}, gradient norm {grad_norm}. Not saved; go on from an earlier checkpoint"
+                    " in another run_dir, with a lower optim.lr or optim.clip_grad"
+                )
             interval.losses.append(loss)
             is_last = step == last
             held_out = None
@@ -77,15 +89,15 @@ class Trainer:
                 held_out = self.held_out_loss()
             interval.paused += time.perf_counter() - paused
             if step % cfg.tracking.log_interval == 0 or held_out is not None or is_last:
-                self.tracker.report(self._metrics(step, last, interval, grad_norm, held_out))
+                self.tracker.report(self._metrics(step, last, interval, grad_norm, lr, held_out))
                 if cfg.tracking.timing:
                     self.timers.log(None, normalizer=len(interval.losses))
                 interval = Interval()
             if step % cfg.checkpoint.interval == 0 or is_last:
                 paused = time.perf_counter()
-                self._save(step)
+                saved = self._save(replace(progress, step=step, consumed_samples=consumed))
                 interval.paused += time.perf_counter() - paused
-        return last
+        return saved
 
     def held_out_loss(self) -> float:
         """Mean loss (nats per token) over the first `evaluation.batches` global batches of the held-out split."""
@@ -101,28 +113,24 @@ class Trainer:
                 chunk.train()
         return sum(losses) / count
 
-    def _step(self, batches: list[Iterator[Batch]]) -> tuple[float, float]:
+    def _step(self, batches: list[Iterator[Batch]]) -> tuple[float, float, float]:
+        """Loss, gradient norm and the learning rate of this step."""
         state = self.state
+        lr = state.optimizer.param_groups[0]["lr"]
         for chunk in state.chunks:
             chunk.zero_grad_buffer()
         state.optimizer.zero_grad()
-        self.timers("forward-backward", log_level=1).start()
         loss = run_step(self.cfg, state.chunks, batches, forward_only=False)
-        self.timers("forward-backward").stop()
-        self.timers("optimizer", log_level=1).start()
-        updated, grad_norm, _ = state.optimizer.step()
-        self.timers("optimizer").stop()
-        if not updated:
-            raise FloatingPointError(f"the optimizer refused a step: gradient norm {grad_norm}, loss {loss}")
+        _, grad_norm, _ = state.optimizer.step()
         state.scheduler.step(1)
-        return loss, float(grad_norm)
+        return loss, float(grad_norm), lr
 
     def _batches(self, dataset: Dataset, start: int, stop: int) -> list[Iterator[Batch]]:
         """An iterator for each model chunk: under a virtual pipeline, first and last chunk both want the batch."""
         return [micro_batches(self.cfg, dataset, start, stop, self.device) for _ in self.state.chunks]
 
     def _metrics(
-        self, step: int, last: int, interval: Interval, grad_norm: float, held_out: float | None
+        self, step: int, last: int, interval: Interval, grad_norm: float, lr: float, held_out: float | None
     ) -> StepMetrics:
         train = self.cfg.train
         steps = len(interval.losses)
@@ -133,7 +141,7 @@ class Trainer:
             step=step,
             loss=sum(interval.losses) / steps,
             held_out_loss=held_out,
-            lr=self.state.optimizer.param_groups[0]["lr"],
+            lr=lr,
             grad_norm=grad_norm,
             step_time_s=step_time,
             tokens_per_s=tokens_per_s,
@@ -143,8 +151,8 @@ class Trainer:
             eta_s=(last - step) * step_time,
         )
 
-    def _save(self, step: int) -> None:
-        self.state.wandb_id = self.tracker.wandb_id
+    def _save(self, progress: Progress) -> Path:
         with whole_parameters(self.cfg, self.state.chunks):
-            path: Path = checkpoint.save(self.cfg, self.state, step)
-        self.tracker.event("checkpoint", step=step, path=str(path))
+            path = save(self.cfg, self.state, replace(progress, wandb_id=self.tracker.wandb_id))
+        self.tracker.event("checkpoint", step=progress.step, path=str(path))
+        return path

@@ -9,8 +9,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from s2train.config import PretrainConfig
+from s2train.config import PretrainConfig, TrackingConfig
+from s2train.errors import ConfigError
 from s2train.files import set_aside
+from s2train.megatron.checkpoint import Progress
 
 
 @dataclass
@@ -59,30 +61,47 @@ class StepMetrics:
         return " | ".join(parts)
 
 
+def check_wandb(tracking: TrackingConfig) -> None:
+    """Refuse `online` without an account, before anything is built.
+
+    Raises:
+        ConfigError: wandb has no API key, or is not installed.
+    """
+    if tracking.wandb == "disabled":
+        return
+    remedy = "Set tracking.wandb=offline, or disabled; metrics.jsonl is written always"
+    try:
+        import wandb
+    except ImportError as error:
+        raise ConfigError("tracking.wandb", tracking.wandb, f"wandb can't be imported ({error})", remedy) from error
+    if tracking.wandb == "online" and not wandb.login(prompt=False):
+        raise ConfigError("tracking.wandb", tracking.wandb, "no API key is configured", f"wandb login. {remedy}")
+
+
 class Tracker:
     """Writes on one rank; on the others, construct it with `active=False` and every call does nothing.
 
     Args:
-        start: step that the run goes on from; 0 for a fresh one, which sets an older metrics.jsonl aside.
-        wandb_id: of the run to go on with, from its checkpoint.
+        start: where the run goes on from; step 0 is a fresh one, which sets an older metrics.jsonl aside.
+        active: whether this rank writes.
     """
 
-    def __init__(self, cfg: PretrainConfig, *, active: bool, start: int, wandb_id: str | None) -> None:
+    def __init__(self, cfg: PretrainConfig, start: Progress, *, active: bool) -> None:
         self._active = active
         self._steps = cfg.train.steps
-        self.wandb_id = wandb_id
+        self.wandb_id = start.wandb_id
         self._run: Any = None
         if not active:
             return
         folder = Path(cfg.run_dir)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
-        if start == 0:
+        if start.step == 0:
             set_aside(path)
         self._file = path.open("a", buffering=1)
         self.event("config", tokens_per_step=cfg.train.global_batch_size * cfg.train.seq_length)
-        if start:
-            self.event("resume", step=start)
+        if start.step:
+            self.event("resume", step=start.step)
         if cfg.tracking.wandb != "disabled":
             import wandb  # slow, and not everybody has it where the GPUs are
 
@@ -90,13 +109,16 @@ class Tracker:
                 project=cfg.tracking.project,
                 group=cfg.tracking.group,
                 name=folder.name,
-                id=wandb_id,
+                id=start.wandb_id,
                 resume="allow",
                 mode=cfg.tracking.wandb,  # type: ignore[arg-type]
                 dir=str(folder),
                 config=OmegaConf.to_container(OmegaConf.structured(cfg)),  # type: ignore[arg-type]
             )
             self.wandb_id = self._run.id
+            # Steps redone after a crash go over the old ones; wandb's own step only counts up.
+            self._run.define_metric("step")
+            self._run.define_metric("*", step_metric="step")
 
     def event(self, name: str, **fields: object) -> None:
         """Record something other than metrics, e.g. a resume."""
@@ -110,7 +132,7 @@ class Tracker:
         values = {k: v for k, v in asdict(metrics).items() if v is not None}
         self._write(values)
         if self._run is not None:
-            self._run.log(values, step=metrics.step)
+            self._run.log(values)
 
     def picture(self, name: str, path: Path) -> None:
         """Show a PNG in wandb."""

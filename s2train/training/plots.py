@@ -8,7 +8,7 @@ from functools import partial
 from itertools import cycle
 from operator import mul
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -38,27 +38,39 @@ class Curves:
     tokens_per_step: int | None = None
 
 
-def read_curves(metrics: Path) -> Curves:
-    """Read `loss` and `held_out_loss` by step, `tokens_per_step` wherever it is, and events called `resume`.
-
-    Losses after the step that a run was resumed from are dropped: those steps were done again.
+def read_records(metrics: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl in order, without those of steps that were done again after a resume.
 
     Raises:
         ConfigError: no such file.
     """
     if not metrics.is_file():
         raise ConfigError("metrics", metrics, "no such file", "Name the metrics.jsonl of a run folder")
-    curves = Curves()
-    for line in metrics.read_text(encoding="utf-8").splitlines():
+    records: list[dict[str, Any]] = []
+    for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
         except ValueError:
             continue  # cut short where the run was killed
+        if not isinstance(record, dict):
+            continue
+        if record.get("event") == "resume":
+            records = [r for r in records if "event" in r or r.get("step", 0) <= record["step"]]
+        records.append(record)
+    return records
+
+
+def read_curves(metrics: Path) -> Curves:
+    """Read `loss` and `held_out_loss` by step, `tokens_per_step` wherever it is, and events called `resume`.
+
+    Raises:
+        ConfigError: no such file.
+    """
+    curves = Curves()
+    for record in read_records(metrics):
         step = record.get("step")
         if record.get("event") == "resume":
-            curves.resumed.append(step)
-            curves.train = {s: loss for s, loss in curves.train.items() if s <= step}
-            curves.held_out = {s: loss for s, loss in curves.held_out.items() if s <= step}
+            curves.resumed.append(record["step"])
         curves.tokens_per_step = record.get("tokens_per_step", curves.tokens_per_step)
         if "event" not in record and step is not None:
             for name, losses in (("loss", curves.train), ("held_out_loss", curves.held_out)):

@@ -1,66 +1,159 @@
 """Where a run starts from, and whether it may."""
 
 import os
+import shutil
+import zlib
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from omegaconf import OmegaConf
 
 from s2train.config import PretrainConfig
+from s2train.data.blend import parse_blend
 from s2train.data.checks import num_train_samples
+from s2train.data.splits import megatron_split
 from s2train.errors import ConfigError
-from s2train.training.checkpoint import check_same_architecture, find_checkpoint, read_config
+from s2train.megatron.checkpoint import Progress, checkpoints_in, find_checkpoint, read_config, read_progress
+
+# What the shards depend on: these must agree between a checkpoint and the run that loads it.
+_ARCHITECTURE = ("model", "layout", "schedule")
 
 
-def find_start(cfg: PretrainConfig) -> Path | None:
-    """The checkpoint to start from, or None for a fresh run.
+@dataclass(frozen=True)
+class Start:
+    """Where a run starts.
+
+    Attributes:
+        checkpoint: to load, None for a fresh run.
+        progress: the run's, were it saved now.
+    """
+
+    checkpoint: Path | None
+    progress: Progress
+
+
+def find_start(cfg: PretrainConfig) -> Start:
+    """Where this run starts; looks at files only.
 
     Raises:
-        ConfigError: `checkpoint.resume` names nothing, or the run folder holds checkpoints that the run would mix
-            its own with.
+        ConfigError: `checkpoint.resume` names nothing or goes back in the run's own folder; the checkpoint is of
+            another architecture; the data or their order are others; there is nothing left to do.
     """
-    resume, own = cfg.checkpoint.resume, Path(cfg.run_dir) / "checkpoints"
-    used = own.is_dir() and any(own.glob("iter_*"))
+    order = data_order(cfg)
+    checkpoint = _find(cfg)
+    if checkpoint is None:
+        return Start(None, Progress(0, 0, order, None))
+    _check_same_architecture(cfg, checkpoint)
+    saved, is_own = read_progress(checkpoint), checkpoint.parent.resolve() == _own(cfg).resolve()
+    last = last_step(cfg)
+    if not is_own and saved.step >= last:
+        problem = f"{checkpoint} is at step {saved.step} already, so there is nothing to train"
+        raise ConfigError("train.steps", last, problem, f"Set more than {saved.step} (train.exit_step too)")
+    if not is_own and cfg.checkpoint.new_data:
+        return Start(checkpoint, Progress(saved.step, 0, order, None))
+    _check_same_order(saved.order, order, checkpoint)
+    # A branch of another run is a run of its own in wandb.
+    return Start(checkpoint, Progress(saved.step, saved.consumed_samples, order, saved.wandb_id if is_own else None))
+
+
+def last_step(cfg: PretrainConfig) -> int:
+    """The step at which this run stops."""
+    return min(cfg.train.steps, cfg.train.exit_step or cfg.train.steps)
+
+
+def data_order(cfg: PretrainConfig) -> dict[str, Any]:
+    """What fixes the order of the training samples, setting by setting, and the datasets' contents."""
+    blend = parse_blend(cfg.data.path)
+    return {
+        "data.path": [[weight, prefix] for weight, prefix in zip(blend.weights, blend.prefixes, strict=True)],
+        "the datasets' contents": [_contents(prefix) for prefix in blend.prefixes],
+        "data.split": megatron_split(cfg.data.split),
+        "data.num_samples": num_train_samples(cfg),
+        "train.seq_length": cfg.train.seq_length,
+        "seed": cfg.seed,
+    }
+
+
+def _contents(prefix: str) -> str:
+    """Tells a dataset from one prepared again under its name."""
+    with open(f"{prefix}.idx", "rb") as index:
+        return f"{os.path.getsize(prefix + '.bin')} bytes, {zlib.crc32(index.read(1 << 20)):08x}"
+
+
+def _own(cfg: PretrainConfig) -> Path:
+    return Path(cfg.run_dir) / "checkpoints"
+
+
+def _find(cfg: PretrainConfig) -> Path | None:
+    resume, own = cfg.checkpoint.resume, checkpoints_in(_own(cfg))
     if resume == "auto":
-        return find_checkpoint(own, "run_dir") if used else None
+        return own[-1] if own else None
     if resume != "never":
         found = find_checkpoint(resume, "checkpoint.resume")
-        if not used or found.parent.resolve() == own.resolve():
+        if not own or found.resolve() == own[-1].resolve():
             return found
-    if used:
+    if own:
+        problem = f"{cfg.run_dir} holds checkpoints up to {own[-1].name}, which this run would mix its own with"
         raise ConfigError(
-            "checkpoint.resume",
-            resume,
-            f"{own} already holds checkpoints",
-            "Set checkpoint.resume=auto to go on with them, or another run_dir",
+            "checkpoint.resume", resume, problem, "Set checkpoint.resume=auto to go on from there, or another run_dir"
         )
     return None
 
 
-def check_resume(cfg: PretrainConfig) -> None:
-    """Refuse to go on from a checkpoint of another model, or in another order of the data.
+def _check_same_architecture(cfg: PretrainConfig, checkpoint: Path) -> None:
+    saved, now = OmegaConf.structured(read_config(checkpoint)), OmegaConf.structured(cfg)
+    for part in _ARCHITECTURE:
+        for name in _flat_names(now[part]):
+            old, new = OmegaConf.select(saved[part], name), OmegaConf.select(now[part], name)
+            if old != new and (part, name) != ("model", "name"):
+                problem = f"{checkpoint} was trained with {part}.{name}={old}"
+                raise ConfigError(f"{part}.{name}", new, problem, "Set it so, or start in another run_dir")
+    before, after = saved.parallel.distributed_optimizer, now.parallel.distributed_optimizer
+    if before != after:
+        problem = f"{checkpoint} holds the optimizer's state of the other kind"
+        remedy = f"Set parallel.distributed_optimizer={str(before).lower()}"
+        raise ConfigError("parallel.distributed_optimizer", after, problem, remedy)
+
+
+def _flat_names(node: Any, prefix: str = "") -> list[str]:
+    names = []
+    for key in node:
+        child = OmegaConf.select(node, key)
+        names += _flat_names(child, f"{prefix}{key}.") if OmegaConf.is_dict(child) else [f"{prefix}{key}"]
+    return names
+
+
+def _check_same_order(before: dict[str, Any], now: dict[str, Any], checkpoint: Path) -> None:
+    for setting, value in now.items():
+        if before.get(setting) != value:
+            problem = (
+                f"{checkpoint} was trained with {before.get(setting)}, another order of the data: samples would come"
+                " twice or not at all"
+            )
+            remedy = (
+                "Set it so (data.num_samples leaves room for more steps, if set when a run starts), or start a new"
+                f" phase on these data: another run_dir, checkpoint.resume={checkpoint} and checkpoint.new_data=true"
+            )
+            raise ConfigError(setting, value, problem, remedy)
+
+
+def claim_run_dir(cfg: PretrainConfig) -> FileLock:
+    """Make the run folder and hold it against other jobs until this process ends; rank 0's work.
 
     Raises:
-        ConfigError: as `find_start`; another architecture; a run folder that can't be written; another number of
-            samples, which Megatron would shuffle anew.
+        ConfigError: it can't be written, or another job holds it.
     """
-    _check_writable(Path(cfg.run_dir))
-    found = find_start(cfg)
-    if found is None:
-        return
-    check_same_architecture(cfg, found, "checkpoint.resume, or another run_dir")
-    before, now = num_train_samples(read_config(found)), num_train_samples(cfg)
-    if before != now and cfg.data.num_samples is None:
-        raise ConfigError(
-            "data.num_samples",
-            now,
-            f"{found} drew its batches from an order of {before:,} samples; another number is another order, in which"
-            " samples would come twice or not at all",
-            f"Set data.num_samples={before} to keep the order" + (f", or data.num_samples={now} to accept it"),
-        )
-
-
-def _check_writable(run_dir: Path) -> None:
+    run_dir = Path(cfg.run_dir)
+    lock = FileLock(run_dir / ".lock")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ConfigError("run_dir", run_dir, "another job is at work there", "Wait for it, or name another") from error
     except OSError as error:
-        raise ConfigError("run_dir", run_dir, f"can't be made ({error})", "Name another folder") from error
-    if not os.access(run_dir, os.W_OK):
-        raise ConfigError("run_dir", run_dir, "is not writable", "Name another folder")
+        raise ConfigError("run_dir", run_dir, f"can't be written ({error})", "Name another folder") from error
+    for partial in _own(cfg).glob(".iter_*.partial"):  # a save that was killed
+        shutil.rmtree(partial)
+    return lock

@@ -20,15 +20,15 @@ from s2train.kernels.attention import resolve_backend
 from s2train.layouts.pictures import draw_layer_head_grid
 from s2train.megatron import setup
 from s2train.megatron.backends import Backend, choose_backend
+from s2train.megatron.checkpoint import write_config
 from s2train.megatron.model import build_model, transformer_config
 from s2train.planning import Plan, hybrid_layout
-from s2train.training import checkpoint
-from s2train.training.checkpoint import TrainingState
+from s2train.training.checkpoint import TrainingState, load
 from s2train.training.loop import Speed, Trainer
-from s2train.training.metrics import Tracker
+from s2train.training.metrics import Tracker, check_wandb
 from s2train.training.optimizer import build_optimizer, wrap_data_parallel
 from s2train.training.plots import draw_loss_curve
-from s2train.training.resume import check_resume, find_start
+from s2train.training.resume import Start, claim_run_dir, find_start, last_step
 
 
 def run(cfg: PretrainConfig, plan: Plan) -> None:
@@ -40,41 +40,60 @@ def run(cfg: PretrainConfig, plan: Plan) -> None:
         ConfigError: data, tokenizer or checkpoint don't go with the run.
     """
     backend, tokenizer = choose_backend(cfg.backend), load_tokenizer(cfg.data.tokenizer)
-    if os.environ.get("RANK", "0") == "0":  # the others wait for it at the process group
+    lock, start, is_first = None, None, os.environ.get("RANK", "0") == "0"
+    if is_first:  # the others wait for it at the process group
         ensure_prepared(cfg)
         check_data(cfg, tokenizer)
-        check_resume(cfg)
+        start = find_start(cfg)
+        if start.progress.step >= last_step(cfg):
+            print(
+                f"nothing to do: {start.checkpoint} is at step {start.progress.step} of {cfg.train.steps}", flush=True
+            )
+        else:
+            lock = claim_run_dir(cfg)
+            check_wandb(cfg.tracking)
     device = setup.initialize(cfg.parallel, cfg.seed)
-    _train(cfg, plan, backend, tokenizer, device)
+    start = _from_first(start)
+    if start.progress.step < last_step(cfg):
+        _train(cfg, plan, backend, tokenizer, start, device)
     setup.shutdown()
+    if lock is not None:
+        lock.release()
 
 
-def _train(cfg: PretrainConfig, plan: Plan, backend: Backend, tokenizer: Tokenizer, device: torch.device) -> None:
+def _from_first(start: Start | None) -> Start:
+    """Rank 0's start, on all ranks: each rank's own look at a shared disk could find something else."""
+    box = [start]
+    torch.distributed.broadcast_object_list(box, src=0, device=torch.device(torch.cuda.current_device()))
+    assert box[0] is not None
+    return box[0]
+
+
+def _train(
+    cfg: PretrainConfig, plan: Plan, backend: Backend, tokenizer: Tokenizer, start: Start, device: torch.device
+) -> None:
     hybrid = hybrid_layout(cfg)
     is_first = torch.distributed.get_rank() == 0
     run_dir = Path(cfg.run_dir)
-    found = find_start(cfg)
-    torch.distributed.barrier()  # all have looked before the folder changes
-
     config = transformer_config(cfg)
     timers = Timers(log_level=cfg.tracking.timing, log_option="minmax")
     config.timers = timers if cfg.tracking.timing else None
     models = build_model(cfg, config, hybrid, backend, device)
     chunks = wrap_data_parallel(cfg, config, models)
-    optimizer, scheduler = build_optimizer(cfg, config, chunks)
-    state = TrainingState(chunks, optimizer, scheduler)
-    start = checkpoint.load(cfg, state, found) if found else 0
+    state = TrainingState(chunks, *build_optimizer(cfg, config, chunks))
+    if start.checkpoint is not None:
+        load(cfg, state, start.checkpoint)
 
     held_out_samples = cfg.evaluation.batches * cfg.train.global_batch_size if cfg.evaluation.interval else 0
     train_set, held_out_set = build_datasets(
         cfg, tokenizer, num_train_samples(cfg), held_out_samples, is_built_on_rank=lambda: True
     )
     assert train_set is not None  # check_data has seen to it
-    tracker = Tracker(cfg, active=is_first, start=start, wandb_id=state.wandb_id)
+    tracker = Tracker(cfg, start.progress, active=is_first)
     if is_first:
-        checkpoint.write_config(cfg, run_dir / "config.yaml")
+        write_config(cfg, run_dir / "config.yaml")
         draw_layer_head_grid(hybrid, cfg.train.seq_length, run_dir / "layout.png")
-        print(_description(cfg, models, backend, device, found), flush=True)
+        print(_description(cfg, models, backend, device, start), flush=True)
     tracker.picture("layout", run_dir / "layout.png")
     trainer = Trainer(
         cfg,
@@ -90,17 +109,16 @@ def _train(cfg: PretrainConfig, plan: Plan, backend: Backend, tokenizer: Tokeniz
         ),
         device,
     )
-    stopped = trainer.train(start)
+    saved = trainer.train(start.progress)
     if is_first:
         baseline = unigram_baseline(cfg)
         draw_loss_curve(run_dir / "metrics.jsonl", run_dir / "loss.png", baseline, title=cfg.model.name)
         if baseline is not None:
             print(f"unigram entropy of the data {baseline:.4f} nats per token: the loss to beat without any context")
-        finished = stopped >= cfg.train.steps
         print(
-            f"{'finished' if finished else 'stopped'} at step {stopped} of {cfg.train.steps}"
-            f" | checkpoint {checkpoint.find_checkpoint(run_dir)}"
-            f" | loss curve {run_dir / 'loss.png'} | layout {run_dir / 'layout.png'}",
+            f"{'finished' if last_step(cfg) == cfg.train.steps else 'stopped'} at step {last_step(cfg)} of"
+            f" {cfg.train.steps} | checkpoint {saved} | loss curve {run_dir / 'loss.png'}"
+            f" | layout {run_dir / 'layout.png'}",
             flush=True,
         )
     tracker.picture("loss curve", run_dir / "loss.png")
@@ -115,7 +133,7 @@ def unigram_baseline(cfg: PretrainConfig) -> float | None:
 
 
 def _description(
-    cfg: PretrainConfig, models: list[MegatronModule], backend: Backend, device: torch.device, found: Path | None
+    cfg: PretrainConfig, models: list[MegatronModule], backend: Backend, device: torch.device, start: Start
 ) -> str:
     here = sum(parameter.numel() for model in models for parameter in model.parameters())
     sparse = resolve_backend(cast(AttentionBackend, cfg.attention_backend), device)
@@ -123,5 +141,5 @@ def _description(
         f"{here:,} parameters on this rank | layers {backend.name} | sparse attention {sparse} on {device.type}"
         f" | optimizer {backend.optimizer}"
         f" | dp {parallel_state.get_data_parallel_world_size()}\n"
-        + (f"resuming from {found}" if found else f"new run in {cfg.run_dir}")
+        + (f"going on from {start.checkpoint}" if start.checkpoint else f"new run in {cfg.run_dir}")
     )

@@ -1,3 +1,4 @@
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -5,19 +6,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hydra import compose, initialize_config_dir
 from megatron.core.datasets.blended_megatron_dataset_config import (
     convert_split_vector_to_split_matrix,
     parse_and_normalize_split,
 )
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
+from s2train import config as settings
 from s2train.config import PrepareConfig, PretrainConfig
 from s2train.data.blend import Blend, parse_blend
 from s2train.data.bundled import bundled_corpus_files
 from s2train.data.checks import check_data, num_train_samples
 from s2train.data.indexed import read_document_lengths
 from s2train.data.prepare import prepare
-from s2train.data.splits import split_documents_range
+from s2train.data.splits import megatron_split, split_documents_range
 from s2train.data.tokenizers import ByteTokenizer, load_tokenizer, train_bpe
 from s2train.errors import ConfigError
 
@@ -125,9 +128,76 @@ def test_a_part_without_documents_is_refused_if_the_run_reads_it(corpus: str, co
     check_data(config(corpus, split="100", evaluate=False), ByteTokenizer())
 
 
-@pytest.mark.parametrize("split", ["", "a,b", "90;10", "-1,2", "0,0,0", "1,1,1,1", "90,", "nan"])
-def test_a_split_that_is_no_weights_is_refused(corpus: str, config: MakeConfig, split: str) -> None:
+def test_mock_data_are_split_as_others_are(config: MakeConfig) -> None:
+    check_data(config("mock"), ByteTokenizer())
+    refused(config("mock", split="100,0,0"), "data.split", "mock data for the held-out part")
+    check_data(config("mock", split="100,0,0", evaluate=False), ByteTokenizer())
+    refused(config("mock", split="99.999,0.001,0", seq_length=5000), "train.seq_length", "held-out part of mock data")
+
+
+def test_ids_outside_of_the_vocabulary_are_refused_where_no_sidecar_tells_the_tokenizer(
+    copy: str, config: MakeConfig
+) -> None:
+    Path(f"{copy}.json").unlink()
+    ids = np.memmap(f"{copy}.bin", dtype=np.uint16, mode="r+")
+    for place in (0, -1):
+        before, ids[place] = ids[place], 50_000
+        ids.flush()
+        refused(config(copy), "model.vocab_size", r"copy\.bin holds the id 50,000")
+        check_data(config(copy, vocab_size=50_001), ByteTokenizer())
+        ids[place] = before
+        ids.flush()
+    check_data(config(copy), ByteTokenizer())
+
+
+def test_a_cache_that_cannot_be_written_is_refused(corpus: str, config: MakeConfig, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for cache in (tmp_path / "file" / "cache", tmp_path / "file", ""):
+        cfg = config(corpus)
+        cfg.data.cache = str(cache)
+        refused(cfg, "data.cache", "no folder")
+
+
+def test_a_cache_is_not_made_before_it_is_needed(corpus: str, config: MakeConfig, tmp_path: Path) -> None:
+    check_data(config(corpus), ByteTokenizer())
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    "split",
+    [
+        *("", "a,b", "90;10", "-1,2", "0,0,0", "1,1,1,1", "90,", "nan"),
+        *([], [-1, 2], [0, 0], [1, 1, 1, 1], ["90", "10"], [float("inf"), 1], [float("nan")]),
+        *(None, True, {"train": 1}),
+    ],
+)
+def test_a_split_that_is_no_weights_is_refused(corpus: str, config: MakeConfig, split: Any) -> None:
     refused(config(corpus, split=split), "data.split", "weights")
+
+
+@pytest.mark.parametrize("split", ["90,10,0", "90.0,10", [90, 10, 0], [90, 10], (0.9, 0.1, 0.0)])
+def test_a_split_is_text_or_a_list(split: Any) -> None:
+    assert split_documents_range(split, 100) == (range(90), range(90, 100), range(100, 100))
+    assert megatron_split("90.0,10") == megatron_split([90, 10, 0]) == "90,10,0"
+
+
+@pytest.mark.parametrize("split", [100, "100"])
+def test_one_number_is_all_for_training(split: Any) -> None:
+    assert split_documents_range(split, 7) == (range(7), range(7, 7), range(7, 7))
+
+
+def test_small_weights_reach_megatron_whole() -> None:
+    assert parse_and_normalize_split(megatron_split([1.0, 1e-7])) == pytest.approx([1, 1e-7, 0])
+
+
+def test_the_remedy_of_a_split_works_when_pasted_into_a_shell() -> None:
+    with pytest.raises(ConfigError) as error:
+        split_documents_range("x", 1)
+    (argument,) = [word for word in shlex.split(error.value.remedy) if word.startswith("data.split=")]
+    settings.register()
+    with initialize_config_dir(str(Path(__file__).parents[2] / "conf"), version_base="1.3"):
+        composed = compose("pretrain", overrides=["+model=tiny_hybrid", argument])
+    assert split_documents_range(settings.to_object(composed).data.split, 10)[0] == range(9)
 
 
 def test_splits_are_rounded_as_megatron_does() -> None:
@@ -141,10 +211,9 @@ def test_splits_are_rounded_as_megatron_does() -> None:
         assert [part for part in ours if part] == [part for part in theirs if part], (split, documents)
 
 
-def test_more_steps_than_the_fixed_number_of_samples_are_refused(corpus: str, config: MakeConfig) -> None:
+def test_samples_in_the_order_are_those_of_all_steps_or_as_many_as_set(corpus: str, config: MakeConfig) -> None:
     assert num_train_samples(config(corpus, steps=10)) == 40
     assert num_train_samples(config(corpus, steps=10, num_samples=50)) == 50
-    refused(config(corpus, steps=10, num_samples=39), "data.num_samples", "takes 40 samples")
 
 
 @pytest.mark.parametrize(

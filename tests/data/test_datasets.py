@@ -15,6 +15,7 @@ from s2train.data.checks import check_data, num_train_samples
 from s2train.data.datasets import build_datasets, ensure_prepared
 from s2train.data.prepare import prepare
 from s2train.data.tokenizers import ByteTokenizer
+from s2train.errors import ConfigError
 
 MakeConfig = Callable[..., PretrainConfig]
 TOKENIZER = ByteTokenizer()
@@ -185,6 +186,33 @@ def test_the_bundled_corpus_is_prepared_on_first_use_and_then_kept(
     assert index.stat().st_mtime_ns == made
     check_data(cfg, TOKENIZER)
     assert len(build(cfg)[0]) >= 40
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx", ".json"])
+def test_the_bundled_corpus_is_prepared_again_where_one_of_its_files_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: MakeConfig, suffix: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    cfg = config("bundled")
+    ensure_prepared(cfg)
+    Path(BUNDLED_PREFIX + suffix).unlink()
+    ensure_prepared(cfg)
+    check_data(cfg, TOKENIZER)
+    assert Path(BUNDLED_PREFIX + suffix).is_file()
+
+
+def test_a_working_directory_that_cannot_take_the_bundled_corpus_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: MakeConfig
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").touch()
+    with pytest.raises(ConfigError, match=r"data\.path"):
+        ensure_prepared(config("bundled"))
+
+
+def test_a_split_given_as_a_list_builds_the_same_samples(corpus: str, config: MakeConfig) -> None:
+    listed, told = (build(config(corpus, split=split))[0] for split in ([90, 10, 0], "90,10,0"))
+    assert torch.equal(tokens(listed, 40), tokens(told, 40))
 
 
 def test_other_data_do_not_make_the_bundled_corpus(

@@ -101,6 +101,7 @@ def test_ranks_share_the_trials_and_agree_on_the_counts(sampler: NeedleSampler, 
     ("setting", "changed"),
     [
         ("lengths", {"lengths": ()}),
+        ("lengths", {"lengths": (256, -1)}),
         ("lengths", {"lengths": (256, 256)}),
         ("depths", {"depths": (0.5, 1.5)}),
         ("depths", {"depths": ()}),

@@ -14,7 +14,6 @@ from torch import Tensor
 from s2train.config import NeedleConfig
 from s2train.data.needles import NeedleSampler
 from s2train.data.tokenizers import ByteTokenizer
-from s2train.errors import ConfigError
 from s2train.evaluation.generate import Decode, LanguageModel, greedy_decode
 from s2train.evaluation.needle import NeedleGrid
 from s2train.evaluation.pictures import draw_heat_map
@@ -102,14 +101,6 @@ def test_results_of_other_settings_are_kept_aside_and_not_gone_on_from(tmp_path:
     before = (tmp_path / "needle.json").read_text()
     assert run(copier, tmp_path, settings={"trials": 2, "weights": "others"}).score == 1
     assert (tmp_path / "needle.1.json").read_text() == before
-
-
-def test_length_too_small_is_refused_and_earlier_results_stay_where_they_are(tmp_path: Path) -> None:
-    run(copier, tmp_path)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(ConfigError, match="lengths=60"):
-        run(copier, tmp_path, NeedleGrid((256, 60), (0.5,), 2, 0), settings={"trials": 3})
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_unreadable_results_are_kept_aside(tmp_path: Path) -> None:

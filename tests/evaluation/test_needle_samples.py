@@ -107,7 +107,7 @@ def test_empty_haystack_is_refused(haystack: str) -> None:
 
 
 def test_missing_haystack_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no such file"):
+    with pytest.raises(ConfigError, match="No such file"):
         text_haystack([tmp_path / "none.txt"])
 
 

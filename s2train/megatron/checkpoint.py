@@ -1,0 +1,171 @@
+"""Checkpoints on disk, in Megatron's folder names, and the model in one.
+
+    RUN_DIR/checkpoints/iter_0000100/                         Megatron's shards
+    RUN_DIR/checkpoints/iter_0000100/config.yaml              settings of the run that wrote them
+    RUN_DIR/checkpoints/iter_0000100/progress.json            how far it was
+    RUN_DIR/checkpoints/latest_checkpointed_iteration.txt     for Megatron's own tools
+
+A folder `iter_*` is whole: it is written under another name and renamed.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.transformer.module import MegatronModule
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch.distributed.checkpoint.api import CheckpointException
+
+from s2train.config import PretrainConfig
+from s2train.errors import ConfigError
+from s2train.megatron.backends import choose_backend
+from s2train.megatron.model import build_model, transformer_config, unwrap
+from s2train.planning import hybrid_layout
+
+CONFIG, PROGRESS = "config.yaml", "progress.json"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run was when it saved.
+
+    Attributes:
+        step: steps done.
+        consumed_samples: of the data order that `order` tells; the next batch begins there.
+        order: what fixes the data order, setting by setting.
+        wandb_id: of its wandb run, None without.
+    """
+
+    step: int
+    consumed_samples: int
+    order: dict[str, Any]
+    wandb_id: str | None
+
+    def write(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+
+def folder_name(step: int) -> str:
+    """Megatron's name of the checkpoint after `step` steps."""
+    return f"iter_{step:07d}"
+
+
+def checkpoints_in(root: Path) -> list[Path]:
+    """The checkpoints of a `checkpoints` folder, oldest first; none where there is no such folder."""
+    found = [path for path in root.glob("iter_*") if path.name[5:].isdigit() and (path / CONFIG).is_file()]
+    return sorted(found, key=lambda path: int(path.name[5:]))
+
+
+def find_checkpoint(where: str | Path, setting: str = "checkpoint") -> Path:
+    """The checkpoint that `where` means: the last one of a run folder or a `checkpoints` folder, or one itself.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    path = Path(where)
+    if path in checkpoints_in(path.parent):
+        return path
+    found = checkpoints_in(path / "checkpoints") or checkpoints_in(path)
+    if not found:
+        raise ConfigError(setting, where, "no checkpoint there", "Give a run folder or one of its checkpoints/iter_*")
+    return found[-1]
+
+
+def read_progress(checkpoint: Path) -> Progress:
+    """How far the run was that wrote a checkpoint.
+
+    Raises:
+        ConfigError: the file is missing or unreadable.
+    """
+    try:
+        return Progress(**json.loads((checkpoint / PROGRESS).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(
+            "checkpoint", checkpoint, f"its {PROGRESS} can't be read ({error})", "Name another"
+        ) from error
+
+
+def read_config(checkpoint: Path) -> PretrainConfig:
+    """The configuration of the run that wrote a checkpoint.
+
+    Raises:
+        ConfigError: it is not a configuration of this version.
+    """
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(PretrainConfig), OmegaConf.load(checkpoint / CONFIG))
+        config = OmegaConf.to_object(merged)
+    except (OSError, OmegaConfBaseException) as error:
+        problem = f"its {CONFIG} can't be read ({str(error).splitlines()[0]})"
+        raise ConfigError("checkpoint", checkpoint, problem, "Name another") from error
+    assert isinstance(config, PretrainConfig)
+    return config
+
+
+def write_config(cfg: PretrainConfig, path: Path) -> None:
+    """Write a run's configuration as YAML."""
+    OmegaConf.save(OmegaConf.structured(cfg), path)
+
+
+def load_shards(state: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
+    """Megatron's loading of a sharded state dict.
+
+    Raises:
+        ConfigError: the checkpoint's shards are damaged.
+    """
+    try:
+        return dist_checkpointing.load(state, str(checkpoint))
+    except (Exception, CheckpointException) as error:  # many kinds for a missing or truncated file
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        problem = f"its shards can't be loaded ({reason})"
+        remedy = (
+            f"Name an older one: {', '.join(p.name for p in checkpoints_in(checkpoint.parent)[:-1][-3:]) or 'none'}"
+        )
+        raise ConfigError("checkpoint", checkpoint, problem, remedy) from error
+
+
+def sharding_metadata() -> dict[str, Any]:
+    """How shards are laid out: such that any other number of ranks can load them."""
+    return {
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+        "distrib_optim_sharding_type": "fully_reshardable",
+    }
+
+
+@dataclass
+class Loaded:
+    """A trained model, ready to evaluate."""
+
+    config: PretrainConfig
+    model: MegatronModule
+    step: int
+    path: Path
+
+
+def load_for_inference(
+    checkpoint: str | Path, device: torch.device, tp: int = 1, attention_backend: str = "auto"
+) -> Loaded:
+    """The model of a checkpoint in eval mode, whole on each tensor parallel group, without its optimizer.
+
+    Call after `s2train.megatron.setup.initialize` with this tp. The model takes (tokens [b, s] int64,
+    position_ids [b, s] int64, None) and gives logits [b, s, vocab].
+
+    Raises:
+        ConfigError: no checkpoint there, or a damaged one.
+    """
+    path = find_checkpoint(checkpoint)
+    cfg = read_config(path)
+    cfg.attention_backend = attention_backend
+    cfg.parallel.tp, cfg.parallel.pp, cfg.parallel.vpp, cfg.parallel.cp = tp, 1, None, 1
+    cfg.parallel.sequence_parallel = False
+    cfg.train.recompute = "none"
+    (chunk,) = build_model(cfg, transformer_config(cfg), hybrid_layout(cfg), choose_backend(cfg.backend), device)
+    gpt = unwrap(chunk)
+    gpt.parallel_output = False  # gathers the logits over tensor parallel ranks
+    gpt.output_layer.gather_output = True
+    gpt.load_state_dict(load_shards({"model": gpt.sharded_state_dict(metadata=sharding_metadata())}, path)["model"])
+    chunk.eval()
+    return Loaded(config=cfg, model=chunk, step=read_progress(path).step, path=path)

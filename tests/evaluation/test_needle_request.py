@@ -1,0 +1,122 @@
+"""What a needle evaluation refuses before a device is taken."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from s2train.config import LayoutConfig, ModelConfig, NeedleConfig, PretrainConfig, TrainConfig
+from s2train.data.tokenizers import train_bpe
+from s2train.errors import ConfigError
+from s2train.evaluation.request import Request, read_request
+from s2train.hardware import Hardware
+
+CPU, GPU = Hardware("CPU", "cpu", 1 << 30), Hardware("GPU", "cuda", 1 << 30)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """The settings of a run on bytes, where a checkpoint keeps them; its weights are not looked at here."""
+    return save(tmp_path / "run")
+
+
+def save(run: Path, tokenizer: str = "bytes") -> Path:
+    model = ModelConfig("tiny", 2, 64, 96, 4, 2, vocab_size=272)
+    trained = PretrainConfig(model=model, layout=LayoutConfig(layers="D"), train=TrainConfig(1, 512, 1))
+    trained.data.tokenizer = tokenizer
+    folder = run / "checkpoints" / "iter_0000001"
+    folder.mkdir(parents=True)
+    OmegaConf.save(OmegaConf.structured(trained), folder / "config.yaml")
+    return run
+
+
+def read(checkpoint: Path, world_size: int = 1, hardware: Hardware = CPU, **settings: Any) -> Request:
+    return read_request(NeedleConfig(checkpoint=str(checkpoint), **settings), world_size, hardware)
+
+
+BAD: list[tuple[str, Any]] = [
+    ("attention_backend", "foo"),
+    ("attention_backend", "triton"),
+    ("haystack", 5),
+    ("haystack", []),
+    ("haystack", ["noise", 5]),
+    ("haystack", "missing.txt"),
+    ("haystack", "."),
+    ("lengths", []),
+    ("lengths", [60]),
+    ("lengths", [-1]),
+    ("lengths", [256, 256]),
+    ("depths", []),
+    ("depths", [1.5]),
+    ("depths", [float("nan")]),
+    ("trials", 0),
+    ("batch_size", 0),
+    ("seed", -1),
+    ("tp", 0),
+    ("tp", 2),
+    ("tokenizer", "missing.json"),
+]
+
+
+@pytest.mark.parametrize(("setting", "value"), BAD, ids=str)
+def test_a_setting_that_cannot_work_is_refused(checkpoint: Path, setting: str, value: Any) -> None:
+    with pytest.raises(ConfigError) as error:
+        read(checkpoint, **{setting: value})
+    assert error.value.setting == setting
+    assert "\n" not in str(error.value)
+    assert not torch.distributed.is_initialized()
+    assert not (checkpoint / "needle").exists()
+
+
+def test_an_output_that_cannot_be_written_is_refused(checkpoint: Path) -> None:
+    file = checkpoint / "file"
+    file.touch()
+    for output in (file, file / "folder"):
+        with pytest.raises(ConfigError, match="output"):
+            read(checkpoint, output=str(output))
+    assert read(checkpoint, output=str(checkpoint / "new" / "folder")).folder == checkpoint / "new" / "folder"
+    assert not (checkpoint / "new").exists()
+
+
+def test_heads_that_tp_does_not_divide_are_refused(checkpoint: Path) -> None:
+    with pytest.raises(ConfigError, match=r"tp=4: doesn't divide model\.num_query_groups=2"):
+        read(checkpoint, world_size=4, tp=4)
+    assert read(checkpoint, world_size=4, tp=2)
+
+
+def test_triton_is_taken_where_there_is_a_gpu(checkpoint: Path) -> None:
+    assert read(checkpoint, hardware=GPU, attention_backend="triton")
+
+
+def test_a_checkpoint_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="checkpoint="):
+        read(tmp_path)
+
+
+def test_haystacks_are_files_or_noise(checkpoint: Path, tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    file.write_text("A sentence of the file. Another one.")
+    for haystack in (str(file), [str(file), str(file)], "noise"):
+        assert read(checkpoint, haystack=haystack).grid.lengths == (128, 256, 384, 512)
+
+
+def test_a_haystack_without_words_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text(" \n")
+    with pytest.raises(ConfigError, match="haystack"):
+        read(checkpoint, haystack=[str(tmp_path / "empty.txt")])
+
+
+def test_a_moved_tokenizer_is_named(tmp_path: Path) -> None:
+    train_bpe(["text of a tokenizer " * 20], 270, tmp_path / "there.json")
+    run = save(tmp_path / "run", tokenizer=str(tmp_path / "here.json"))
+    with pytest.raises(ConfigError, match=r"tokenizer=.*here\.json"):
+        read(run)
+    assert read(run, tokenizer=str(tmp_path / "there.json")).sampler.tokenizer.name == str(tmp_path / "there.json")
+
+
+def test_a_tokenizer_larger_than_the_models_vocabulary_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    train_bpe(["every word is another one, told apart by many pairs of letters " * 20], 300, tmp_path / "large.json")
+    with pytest.raises(ConfigError, match="the model 272"):
+        read(checkpoint, tokenizer=str(tmp_path / "large.json"))

@@ -1,0 +1,94 @@
+"""Finished runs side by side."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from s2train.errors import ConfigError
+from s2train.training.compare import compare, summarize
+
+
+def report(step: int, **changes: Any) -> dict[str, Any]:
+    speed = {"step_time_s": 0.5, "tokens_per_s": 200.0, "model_tflops": 1.0, "memory_gib": 2.0}
+    return {"step": step, "loss": 5 - step / 100, **speed, **changes}
+
+
+def write(run_dir: Path, *records: dict[str, Any], end: str = "") -> Path:
+    run_dir.mkdir()
+    first = {"event": "config", "tokens_per_step": 100}
+    lines = [json.dumps(record) + "\n" for record in (first, *records)]
+    (run_dir / "metrics.jsonl").write_text("".join(lines) + end)
+    return run_dir
+
+
+def test_a_summary_holds_the_last_losses_and_the_median_speed_after_the_first_tenth(tmp_path: Path) -> None:
+    slow_start = report(1, tokens_per_s=1.0)
+    steady = [report(step, tokens_per_s=float(step)) for step in (20, 30, 40)]
+    run = write(tmp_path / "run", slow_start, *steady, report(50, tokens_per_s=50.0, held_out_loss=4.7, memory_gib=3.0))
+    summary = summarize(run)
+    assert (summary.name, summary.steps, summary.tokens) == ("run", 50, 5000)
+    assert (summary.loss, summary.held_out_loss) == (4.5, 4.7)
+    assert summary.tokens_per_s == 35
+    assert summary.peak_memory_gib == 3
+    assert summary.mfu is None
+
+
+def test_a_line_cut_short_is_left_out(tmp_path: Path) -> None:
+    run = write(tmp_path / "run", report(10), end=json.dumps(report(20))[:30])
+    assert summarize(run).steps == 10
+
+
+def test_steps_done_again_after_a_resume_count_once(tmp_path: Path) -> None:
+    lost = [report(step, tokens_per_s=1.0, loss=9.0) for step in (20, 30, 40)]
+    again = [report(step, tokens_per_s=100.0) for step in (20, 30)]
+    summary = summarize(write(tmp_path / "run", report(10), *lost, {"event": "resume", "step": 10}, *again))
+    assert (summary.steps, summary.loss, summary.tokens_per_s) == (30, 4.7, 100)
+
+
+def test_a_run_that_diverged_has_no_loss(tmp_path: Path) -> None:
+    run = write(tmp_path / "run", report(10), report(20, loss=None))
+    assert summarize(run).loss is None
+    assert compare([run], tmp_path / "out", "").row_count == 1
+
+
+def test_a_run_that_has_reported_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"runs=.*run: has reported no step"):
+        summarize(write(tmp_path / "run"))
+    with pytest.raises(ConfigError, match=r"runs=.*none: has no metrics"):
+        summarize(tmp_path / "none")
+
+
+def test_a_name_with_a_dot_stays_whole(tmp_path: Path) -> None:
+    run = write(tmp_path / "run", report(10))
+    compare([run], tmp_path / "out.v2", "a command")
+    content = json.loads((tmp_path / "out.v2.json").read_text())
+    assert content["command"] == "a command"
+    assert content["runs"][0]["name"] == "run"
+    assert (tmp_path / "out.v2.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("suffix", [".json", ".png"])
+def test_nothing_is_overwritten(tmp_path: Path, suffix: str) -> None:
+    run = write(tmp_path / "run", report(10))
+    kept = tmp_path / f"out{suffix}"
+    kept.write_text("kept")
+    with pytest.raises(ConfigError, match=f"out{suffix} exists"):
+        compare([run], tmp_path / "out", "")
+    assert kept.read_text() == "kept"
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["run", kept.name])
+
+
+def test_an_output_that_names_no_file_is_refused(tmp_path: Path) -> None:
+    run = write(tmp_path / "run", report(10))
+    for output in (Path("."), run / "metrics.jsonl" / "out"):
+        with pytest.raises(ConfigError, match="output="):
+            compare([run], output, "")
+
+
+def test_two_runs_of_one_name_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    runs = [write(tmp_path / "run", report(10)), write(tmp_path / "other" / "run", report(10))]
+    with pytest.raises(ConfigError, match="share a name"):
+        compare(runs, tmp_path / "out", "")

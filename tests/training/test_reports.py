@@ -1,0 +1,54 @@
+"""What a run leaves behind besides its checkpoint."""
+
+from pathlib import Path
+
+import pytest
+
+from s2train.megatron.checkpoint import read_progress
+from tests.program import Outcome, metrics, pretrain
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("reports")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("reports")
+
+
+@pytest.fixture(scope="module")
+def outcome(folder: Path) -> Outcome:
+    settings = ["train.steps=4", "evaluation.interval=2", "evaluation.batches=1", "tracking.timing=2"]
+    done = pretrain(folder, *settings, "tracking.wandb=offline", processes=0)
+    assert done.status == 0, done.err
+    return done
+
+
+def test_every_report_is_one_line_and_one_record(outcome: Outcome, folder: Path) -> None:
+    records = metrics(folder)
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    assert [("held_out_loss" in record) for record in records] == [False, True, False, True]
+    for record in records:
+        assert {"loss", "lr", "grad_norm", "step_time_s", "tokens_per_s", "model_tflops", "eta_s"} <= set(record)
+    lines = [line for line in outcome.out.splitlines() if line.startswith("step ")]
+    assert len(lines) == 4
+    assert "held out" in lines[1]
+
+
+def test_throughput_follows_from_the_step_time_and_exact_flops(outcome: Outcome, folder: Path) -> None:
+    for record in metrics(folder):
+        assert record["tokens_per_s"] == pytest.approx(8 * 128 / record["step_time_s"])
+        assert record["model_tflops"] > 0
+
+
+def test_megatrons_timers_are_printed_where_asked(outcome: Outcome, folder: Path) -> None:
+    assert "forward-backward" in outcome.out
+
+
+def test_pictures_and_settings_lie_in_the_run_folder(outcome: Outcome, folder: Path) -> None:
+    assert all((folder / name).is_file() for name in ("loss.png", "layout.png", "config.yaml"))
+
+
+def test_the_wandb_run_is_named_in_the_checkpoint(outcome: Outcome, folder: Path) -> None:
+    identifier = read_progress(folder / "checkpoints" / "iter_0000004").wandb_id
+    assert identifier is not None
+    assert list((folder / "wandb").glob(f"offline-run-*-{identifier}"))
