@@ -91,7 +91,7 @@ class Trainer:
             if step % cfg.tracking.log_interval == 0 or held_out is not None or is_last:
                 self.tracker.report(self._metrics(step, last, interval, grad_norm, lr, held_out))
                 if cfg.tracking.timing:
-                    self.timers.log(None, normalizer=len(interval.losses))
+                    self.tracker.note(self.timers.get_all_timers_string(normalizer=len(interval.losses)))
                 interval = Interval()
             if step % cfg.checkpoint.interval == 0 or is_last:
                 paused = time.perf_counter()

@@ -134,6 +134,11 @@ class Tracker:
         if self._run is not None:
             self._run.log(values)
 
+    def note(self, text: str | None) -> None:
+        """Print something for the reader."""
+        if self._active and text:
+            print(text, flush=True)
+
     def picture(self, name: str, path: Path) -> None:
         """Show a PNG in wandb."""
         if self._run is not None:
