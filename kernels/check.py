@@ -102,7 +102,7 @@ def _check_line(row: dict[str, Any]) -> str:
     if "error" in row:
         return f"{verdict} {row['case']:<44} {row['error']}"
     errors = "  ".join(f"{name} {row[name][0]:.1e}/{row[name][1]:.1e}" for name in _SUMMARY)
-    return f"{verdict} {row['case']:<44} {errors}  (relative error, kernel/torch)"
+    return f"{verdict} {row['case']:<44} {row['kernel']:<6} {errors}  (relative error, kernel/torch)"
 
 
 def _timing_line(row: dict[str, Any]) -> str:
@@ -110,7 +110,8 @@ def _timing_line(row: dict[str, Any]) -> str:
     if "error" in row:
         return f"{verdict} {row['case']:<44} {row['error']}"
     return (
-        f"{verdict} {row['case']:<44} forward {row['forward_ms']:.3f} ms {row['forward_tflops']:.0f} TFLOP/s  "
+        f"{verdict} {row['case']:<44} {row['kernel']:<6} "
+        f"forward {row['forward_ms']:.3f} ms {row['forward_tflops']:.0f} TFLOP/s  "
         f"backward {row['backward_ms']:.3f} ms {row['backward_tflops']:.0f} TFLOP/s  "
         f"dense flash {row['dense_forward_ms']:.3f} / {row['dense_backward_ms']:.3f} ms  "
         f"density {row['density']:.3f}"

@@ -81,6 +81,19 @@ def _cases() -> list[Case]:
         Case("mostly empty rows", keep=0.05, block=32),
         Case("d 128, v 64", v_dim=64),
     ]
+    # the Hopper kernel where there is one: what the cases above leave out
+    for block in (64, 128, 256):
+        name = f"block {block}"
+        cases += [
+            Case(f"float16 {name} d 64", dtype="float16", block=block, dim=64),
+            Case(f"offset 333, {name}, batch 2", query_offset=333, batch=2, block=block, s_q=700),
+            Case(f"not causal, {name}, more keys", causal=False, s_q=333, s_k=1200, block=block),
+            Case(f"not causal, {name}, fewer keys", causal=False, s_q=1200, s_k=333, block=block, query_offset=65),
+            Case(f"causal, {name}, fewer keys than rows", s_q=1000, s_k=500, block=block),
+            Case(f"mostly empty rows, {name}", keep=0.05, block=block, s_q=2000),
+            Case(f"all kept, {name}, d 96", keep=1.0, block=block, dim=96, s_q=1025),
+            Case(f"bhsd, {name}, MQA, batch 3", format="bhsd", kv_heads=1, batch=3, block=block, s_q=257),
+        ]
     return cases
 
 

@@ -13,9 +13,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .attention import block_sparse_attention
 from .check_cases import Case, Timing
+from .hopper_support import kernel_choice
 from .layout import BlockLayout
 from .reference import reference_attention
-from .spec import from_bhsd
+from .spec import AttentionSpec, Format, from_bhsd, to_bhsd
 
 _NAMES = ("out", "lse", "dq", "dk", "dv")
 _FLOOR = 3e-7  # relative error that no float32 result is blamed for
@@ -28,10 +29,10 @@ def _results(out: Tensor, lse: Tensor, inputs: list[Tensor], dout: Tensor, dlse:
     return [x.detach() for x in (out, finite, *torch.autograd.grad(loss, inputs))]
 
 
-def _compare(measured: list[Tensor], plain: list[Tensor], exact: list[Tensor]) -> dict[str, Any]:
+def compare(measured: list[Tensor], plain: list[Tensor], exact: list[Tensor]) -> dict[str, Any]:
     """Relative errors (kernel, plain torch) by name; ok if no kernel's is above twice torch's."""
     result: dict[str, Any] = {"ok": True}
-    for name, x, same_dtype, x64 in zip(_NAMES, measured, plain, exact, strict=True):
+    for name, x, same_dtype, x64 in zip(_NAMES[: len(exact)], measured, plain, exact, strict=True):
         norm = x64.norm().clamp(min=1e-30)
         error = ((x.double() - x64).norm() / norm).item()
         allowed = ((same_dtype.double() - x64).norm() / norm).item()
@@ -40,8 +41,8 @@ def _compare(measured: list[Tensor], plain: list[Tensor], exact: list[Tensor]) -
     return result
 
 
-def check_case(case: Case, device: torch.device) -> dict[str, Any]:
-    """Errors of the kernels against float64, beside those of plain torch in the case's dtype."""
+def problem(case: Case, device: torch.device) -> tuple[list[Tensor], BlockLayout, dict[str, Any]]:
+    """Random q, k, v in the case's format, layout, and the options of `block_sparse_attention`."""
     dtype = getattr(torch, case.dtype)
     length = sum(case.documents) or case.s_q
     s_k = length if case.documents else case.s_k or case.query_offset + case.s_q
@@ -53,26 +54,54 @@ def check_case(case: Case, device: torch.device) -> dict[str, Any]:
         x = torch.randn(case.batch, heads, s, dim, device=device).to(dtype)
         return from_bhsd(x, case.format).contiguous()  # type: ignore[arg-type]
 
-    v_dim = case.v_dim or case.dim
     inputs = [random(case.heads, length, case.dim), random(case.kv_heads, s_k, case.dim)]
-    inputs.append(random(case.kv_heads, s_k, v_dim))
-    dout = random(case.heads, length, v_dim)
-    dlse = torch.randn(case.batch, case.heads, length, device=device)
+    inputs.append(random(case.kv_heads, s_k, case.v_dim or case.dim))
     options: dict[str, Any] = {
         "causal": case.causal, "query_offset": case.query_offset, "format": case.format,
     }  # fmt: skip
     if case.documents:
         bounds = torch.tensor((0, *case.documents), device=device).cumsum(0)
         options["cu_seqlens"] = bounds.to(torch.int32)
+    return inputs, layout, options
 
-    def reference(dtype: torch.dtype) -> list[Tensor]:
-        cast = [x.to(dtype).requires_grad_() for x in inputs]
-        out, lse = reference_attention(cast[0], cast[1], cast[2], layout, **options)
-        return _results(out, lse, cast, dout, dlse)
 
+def check_case(case: Case, device: torch.device) -> dict[str, Any]:
+    """Errors of the kernels against float64, beside those of plain torch in the case's dtype."""
+    inputs, layout, options = problem(case, device)
     q, k, v = leaves = [x.requires_grad_() for x in inputs]
     out, lse = block_sparse_attention(q, k, v, layout, return_lse=True, backend="triton", **options)
-    return _compare(_results(out, lse, leaves, dout, dlse), reference(dtype), reference(torch.float64))
+    dout, dlse = torch.randn_like(out), torch.randn_like(lse)
+
+    def reference(dtype: torch.dtype) -> list[Tensor]:
+        cast = [x.detach().to(dtype).requires_grad_() for x in inputs]
+        return _results(*reference_attention(cast[0], cast[1], cast[2], layout, **options), cast, dout, dlse)
+
+    errors = compare(_results(out, lse, leaves, dout, dlse), reference(q.dtype), reference(torch.float64))
+    return {"kernel": _forward_kernel(q, k, v, layout, **options)} | errors
+
+
+def check_forward(case: Case, device: torch.device) -> dict[str, Any]:
+    """As `check_case`, output and log-sum-exp only."""
+    (q, k, v), layout, options = problem(case, device)
+    out, lse = block_sparse_attention(q, k, v, layout, return_lse=True, backend="triton", **options)
+
+    def reference(dtype: torch.dtype) -> list[Tensor]:
+        out, lse = reference_attention(q.to(dtype), k.to(dtype), v.to(dtype), layout, **options)
+        return [out, lse.masked_fill(lse == -torch.inf, 0)]
+
+    plain, exact = reference(q.dtype), reference(torch.float64)
+    errors = compare([out, lse.masked_fill(lse == -torch.inf, 0)], plain, exact)
+    # also where rows without keys are: -inf in the same places
+    errors["ok"] &= bool(((lse == -torch.inf) == (exact[1] == 0)).all())
+    return {"kernel": _forward_kernel(q, k, v, layout, **options)} | errors
+
+
+def _forward_kernel(
+    q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, *, causal: bool = True, query_offset: int = 0,
+    cu_seqlens: Tensor | None = None, format: Format = "sbhd",
+) -> str:  # fmt: skip
+    spec = AttentionSpec(1.0, causal, query_offset, cu_seqlens, format)
+    return kernel_choice(to_bhsd(q, format), to_bhsd(k, format), to_bhsd(v, format), layout, spec)
 
 
 def time_case(case: Timing) -> dict[str, Any]:
@@ -113,6 +142,7 @@ def time_case(case: Timing) -> dict[str, Any]:
 
     dense_out, dense_dout = dense(), dout.permute(1, 2, 0, 3).contiguous()
     return checked | {
+        "kernel": _forward_kernel(q, k, v, layout),
         "forward_ms": forward_ms,
         "backward_ms": backward_ms,
         "forward_tflops": flops / forward_ms / 1e9,
