@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .layout import BlockLayout
-from .spec import FORMATS, AttentionSpec, Format, to_bhsd
+from .spec import FORMATS, AttentionSpec, Format, shape_bhsd
 
 Backend = Literal["auto", "triton", "torch"]
 _TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -79,7 +79,7 @@ def block_sparse_attention(
         cu_seqlens=cu_seqlens,
         format=format,
     )
-    _check_positions(to_bhsd(q, format).shape, to_bhsd(k, format).shape[2], layout, spec)
+    _check_positions(shape_bhsd(q, format), shape_bhsd(k, format)[2], layout, spec)
     if resolve_backend(backend, q.device) == "torch":
         # imported here so that a process needs only the backend that it uses
         from .torch_backend import torch_attention
@@ -132,8 +132,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, format: Format)
         raise ValueError(f"q, k and v must be floating point, got {q.dtype}")
     if layout.device != q.device:
         raise ValueError(f"q is on {q.device} but the layout on {layout.device}: use layout.to(q.device)")
-    (b, heads, _, dim), (b_k, kv_heads, s_k, dim_k) = to_bhsd(q, format).shape, to_bhsd(k, format).shape
-    if to_bhsd(v, format).shape[:3] != (b_k, kv_heads, s_k) or b_k != b or dim_k != dim or 0 in (dim, kv_heads):
+    (b, heads, _, dim), (b_k, kv_heads, s_k, dim_k) = shape_bhsd(q, format), shape_bhsd(k, format)
+    if shape_bhsd(v, format)[:3] != (b_k, kv_heads, s_k) or b_k != b or dim_k != dim or 0 in (dim, kv_heads):
         raise ValueError(
             f"shapes don't match in format {format!r}: q {list(q.shape)}, k {list(k.shape)}, "
             f"v {list(v.shape)}; q and k share batch and head dimension, k and v all but the head dimension"
@@ -147,7 +147,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, format: Format)
         )
 
 
-def _check_positions(q_shape: torch.Size, s_k: int, layout: BlockLayout, spec: AttentionSpec) -> None:
+def _check_positions(q_shape: tuple[int, int, int, int], s_k: int, layout: BlockLayout, spec: AttentionSpec) -> None:
     b, _, s_q, _ = q_shape
     if not (spec.softmax_scale > 0 and math.isfinite(spec.softmax_scale)):
         raise ValueError(f"softmax_scale must be finite and above 0, got {spec.softmax_scale}")

@@ -6,6 +6,7 @@ Explicit, not autotuned: every rank takes the same configuration, so that runs r
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Literal
 
 import torch
@@ -83,7 +84,7 @@ _SINGLE: dict[tuple[int, int], Config] = {
 
 def padded(dim: int) -> int:
     """Head dimension as the kernels hold it: a power of two, at least the 16 that a product needs."""
-    return max(16, triton.next_power_of_2(dim))
+    return max(16, 1 << (dim - 1).bit_length())
 
 
 def shared_bytes(kernel: Kernel, config: Config, dim: int, v_dim: int, itemsize: int) -> int:
@@ -97,10 +98,17 @@ def shared_limit(device: torch.device) -> int | None:
     """Bytes of shared memory that a program may have on `device`; None in the interpreter, without limit."""
     if device.type != "cuda":
         return None
-    index = torch.cuda.current_device() if device.index is None else device.index
+    return _shared_limit(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@cache
+def _shared_limit(index: int) -> int:
+    # Asked once: the query reads clock rates too, up to a millisecond in the driver, ten times that where eight
+    # processes ask at once (triton-lang/triton issue 3724).
     return triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
 
 
+@cache
 def config_for(kernel: Kernel, block_size: int, dim: int, v_dim: int, dtype: torch.dtype, limit: int | None) -> Config:
     """The table's configuration, made smaller where it exceeds `limit` bytes of shared memory.
 

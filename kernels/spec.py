@@ -32,6 +32,13 @@ def to_bhsd(x: Tensor, format: Format) -> Tensor:
     return x.permute(_TO_BHSD[format])
 
 
+def shape_bhsd(x: Tensor, format: Format) -> tuple[int, int, int, int]:
+    """Shape of that view, without making it: a call asks for it several times."""
+    b, h, s, d = _TO_BHSD[format]
+    shape = x.shape
+    return shape[b], shape[h], shape[s], shape[d]
+
+
 def from_bhsd(x: Tensor, format: Format) -> Tensor:
     """View in `format` of a tensor [b, h, s, d]."""
     return x.permute(_FROM_BHSD[format])

@@ -1,0 +1,1 @@
+"""Speed of the kernels beside their peers, in one process on the same inputs."""

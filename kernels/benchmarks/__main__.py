@@ -1,0 +1,158 @@
+"""Time the kernels beside dense cuDNN and FlashAttention-2 (torch SDPA), FlexAttention and, if installed, dkernel.
+
+All run in this process on the same random inputs (bfloat16, batch 1), each in the format that suits it best: ours
+[s, b, h, d] as Megatron has it, the others [b, h, s, d]. Each is compared with a float64 oracle, at 2,048 tokens
+whole and at full length in samples, and gets no time if it fails. Times are the device's, with the host ahead;
+backward counts 2.5 times the forward's 4 * d FLOPs a position, over the positions that the contender's own mask
+keeps. Peak memory is what forward and backward take beside q, k, v and the output's gradient, indices included.
+
+cases: groups (targets, lengths, density, b64, gqa, long, quick) or words such as b128-l8-v16-32k-kv8: blocks of 128,
+8 local, every 16th, 32k tokens, 8 KV heads (and -h for heads, -d for their dimension).
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from rich.console import Console
+
+from .cases import DEFAULT, GROUPS, parse_case, parse_cases
+from .contenders import CONTENDERS
+from .plot import draw
+from .report import break_even_table, case_table, launch_table, overview_table, summary
+from .run import Record, Session, run_cases
+from .timing import Clock, matmul_ceiling
+
+_LAUNCH_SECONDS = 20
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line's entry; 1 if a contender failed for another reason than memory, support or time."""
+    args = _parse(arguments)
+    began = time.monotonic()
+    device = torch.device(args.device)
+    console = Console(width=170)
+    seed = int.from_bytes(os.urandom(3))
+    torch.manual_seed(seed)
+    clock = Clock(device)
+    data: Record = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", "-m", "s2train.kernels.benchmarks", *(arguments or sys.argv[1:])]),
+        "machine": _machine(device),
+        "seed": seed,
+        "ceiling_tflops": matmul_ceiling(clock, device),
+        "cases": [],
+        "launches": [],
+    }
+    console.print(f"{data['machine']['device']}, ceiling {data['ceiling_tflops']:.0f} TFLOP/s (matrix product)")
+    # the last of the time is for the launches: a failed capture could cost the cases the device
+    deadline = began + args.seconds
+    session = Session(
+        device, args.contenders, args.budget_ms, deadline - _LAUNCH_SECONDS * len(args.launches), seed, clock
+    )
+
+    def report(record: Record) -> None:
+        data["cases"].append(record)
+        console.print(case_table(record, data["ceiling_tflops"]))
+        _save(data, args.output)
+
+    run_cases(session, args.cases, report)
+    if session.lost is None:
+        data["ceiling_tflops_at_end"] = matmul_ceiling(clock, device)
+    session.deadline = deadline
+    for word in args.launches:
+        data["launches"].append(session.launches(parse_case(word)))
+    data["seconds"] = time.monotonic() - began
+    data["summary"] = summary(data["cases"])
+    _save(data, args.output)
+    console.print(overview_table(data["cases"]))
+    for record in data["launches"]:
+        console.print(launch_table(record))
+    if data["summary"]["break_even_length"] or data["summary"]["break_even_density"]:
+        console.print(break_even_table(data["summary"]))
+    try:
+        draw(data, args.output.with_suffix(".png"), args.draw)
+    except ValueError as error:
+        console.print(f"no plot: {error}")
+    excused = ("not supported", "not run", "out of memory")
+    errors = [r["error"] for case in data["cases"] for r in case["results"].values() if "error" in r]
+    failed = [error for error in errors if not error.startswith(excused)]
+    console.print(f"{len(data['cases'])} cases in {data['seconds']:.0f} s, {len(failed)} failures: {args.output}")
+    return 1 if failed else 0
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m s2train.kernels.benchmarks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    today = datetime.date.today().isoformat()
+    parser.add_argument("--cases", nargs="+", default=None, help=f"default: {' '.join(DEFAULT)}")
+    parser.add_argument(
+        "--quick", action="store_true", help=f"the cases {' '.join(GROUPS['quick'])}, in about a minute"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path(f"{today}-benchmarks.json"), help="JSON; the plot lies beside"
+    )
+    parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS))
+    parser.add_argument("--launches", nargs="*", default=None, help="cases whose launch costs are measured")
+    parser.add_argument("--budget-ms", type=float, default=None, help="device time of one contender's timed passes")
+    parser.add_argument("--seconds", type=float, default=230, help="begin nothing new after so long")
+    parser.add_argument("--draw", default="b128-l8-v16-32k", help="mask and heads of the plot, length of its densities")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: to try the program")
+    args = parser.parse_args(arguments)
+    if args.quick and args.cases:
+        parser.error("--quick chooses the cases: leave out --cases")
+    try:
+        args.cases = parse_cases(args.cases or (["quick"] if args.quick else DEFAULT))
+        args.launches = ["b128-l8-v16-8k"] if args.launches is None else args.launches
+        for word in (*args.launches, args.draw):
+            parse_case(word)
+    except ValueError as error:
+        parser.error(str(error))
+    if args.output.exists():
+        parser.error(f"{args.output} exists: results are not overwritten, name another --output")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("no CUDA device; --device cpu tries the program with torch's kernels")
+    args.budget_ms = args.budget_ms or (100 if args.quick else 200)
+    args.contenders = tuple(dict.fromkeys(args.contenders))
+    return args
+
+
+def _machine(device: torch.device) -> dict[str, Any]:
+    machine: dict[str, Any] = {
+        "device": platform.machine() + " CPU",
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        machine |= {"device": properties.name, "memory": properties.total_memory}
+        machine |= {"multiprocessors": properties.multi_processor_count}
+    return machine
+
+
+def _save(data: Record, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(data, indent=1) + "\n")
+    temporary.replace(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,136 @@
+"""Ours and its peers behind one signature: q, k, v to output, each in the format that suits it best."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from ..attention import block_sparse_attention
+from ..layout import BlockLayout
+from ..spec import Format
+from .cases import Case
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class NotSupportedError(Exception):
+    """A contender cannot compute a case; the message says why."""
+
+
+@dataclass
+class Problem:
+    """A case on a device, with the layout that the sparse contenders share."""
+
+    case: Case
+    device: torch.device
+
+    @cached_property
+    def layout(self) -> BlockLayout:
+        return self.case.layout(self.device)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One row of the table. `prepare` returns the attention, or raises NotSupportedError.
+
+    Those that are not `sparse` compute full causal attention, whatever the mask.
+    """
+
+    name: str
+    label: str
+    format: Format
+    sparse: bool
+    prepare: Callable[[Problem], Attention]
+
+
+def _ours(problem: Problem) -> Attention:
+    layout = problem.layout
+    return lambda q, k, v: block_sparse_attention(q, k, v, layout)
+
+
+def _torch_dense(backend: SDPBackend) -> Callable[[Problem], Attention]:
+    def prepare(problem: Problem) -> Attention:
+        if problem.device.type != "cuda":
+            raise NotSupportedError("needs CUDA")
+        grouped = problem.case.heads != problem.case.kv_heads
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+
+        return attend
+
+    return prepare
+
+
+def _causal(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    return query >= key
+
+
+def flex_block_mask(layout: BlockLayout) -> BlockMask:
+    """The layout for compiled FlexAttention: blocks below the diagonal whole, those on it masked by token."""
+    mask = layout.mask()
+    n = mask.shape[-1]
+    below = mask & torch.ones(n, n, dtype=torch.bool, device=mask.device).tril(-1)
+    on = mask & torch.eye(n, dtype=torch.bool, device=mask.device)
+    return BlockMask.from_kv_blocks(
+        *_counts_and_columns(on), *_counts_and_columns(below), BLOCK_SIZE=layout.block_size, mask_mod=_causal
+    )
+
+
+def _counts_and_columns(kept: Tensor) -> tuple[Tensor, Tensor]:
+    """Of bool [H, n, n]: how many columns a row keeps, int32 [1, H, n], and those first, int32 [1, H, n, n]."""
+    columns = kept.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+    return kept.sum(-1, dtype=torch.int32)[None], columns.to(torch.int32)[None]
+
+
+@cache
+def _compiled_flex() -> Callable[..., Any]:
+    from torch._dynamo import config  # a second's import, for this contender alone
+
+    # static shapes are its fastest; each length and head count is then a compilation of its own
+    config.recompile_limit = 64
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def _flex(problem: Problem) -> Attention:
+    case = problem.case
+    if case.block % 128:
+        raise NotSupportedError(f"its kernels refuse blocks of {case.block}")
+    if problem.device.type != "cuda":
+        raise NotSupportedError("uncompiled, it computes dense matrices")
+    compiled, mask = _compiled_flex(), flex_block_mask(problem.layout)
+    grouped = case.heads != case.kv_heads
+    return lambda q, k, v: compiled(q, k, v, block_mask=mask, enable_gqa=grouped)
+
+
+def _dkernel(problem: Problem) -> Attention:
+    case = problem.case
+    try:
+        from dkernel import SparseAttention  # type: ignore[import-not-found, unused-ignore]
+    except Exception as error:  # its import runs whatever it likes
+        raise NotSupportedError(f"not importable: {type(error).__name__}: {error}"[:200]) from error
+    if case.heads != case.kv_heads:
+        raise NotSupportedError("takes fewer KV heads and reads outside of them")
+    op = SparseAttention(case.block, problem.layout.mask().to(torch.uint8), seq_dim=2).to(problem.device)
+    return lambda q, k, v: op(q, k, v, sm_scale=case.dim**-0.5)
+
+
+CONTENDERS = {
+    contender.name: contender
+    for contender in (
+        Contender("ours", "s2train", "sbhd", True, _ours),
+        Contender("flex", "FlexAttention", "bhsd", True, _flex),
+        Contender("dkernel", "dkernel", "bhsd", True, _dkernel),
+        Contender("cudnn", "dense, cuDNN", "bhsd", False, _torch_dense(SDPBackend.CUDNN_ATTENTION)),
+        Contender("flash2", "dense, FlashAttention-2", "bhsd", False, _torch_dense(SDPBackend.FLASH_ATTENTION)),
+    )
+}

@@ -1,0 +1,112 @@
+"""Is a contender right? A whole short problem, and a sample of the full-length one, against float64."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..reference import reference_attention
+from ..spec import Format
+from .cases import Case
+from .inputs import head_values, make_inputs, positions_of
+
+_SHORT = 2048  # tokens of the whole problem: a multiple of every block, more than every window measured
+_TAIL = 384  # last positions, of which the sample has every key
+_ROWS = 32  # further query rows of the sample
+_FLOOR = 3e-7  # relative error that nothing is blamed for
+_NAMES = ("out", "dq", "dk", "dv")
+
+Results = dict[str, Tensor]
+"""out, dq [H, positions, d] and dk, dv [H_kv, positions, d], float64."""
+
+
+@dataclass(frozen=True)
+class Exact:
+    """What should come out at some positions, and the relative error allowed for each result."""
+
+    case: Case
+    seed: int
+    rows: Tensor
+    keys: Tensor
+    results: Results
+    limits: dict[str, float]
+
+    def errors(self, out: Tensor, gradients: tuple[Tensor, ...], format: Format) -> dict[str, float]:
+        """Relative errors of a contender's output and gradients (dq, dk, dv) in its format."""
+        found = sample(out, gradients, format, self.rows, self.keys)
+        return {name: relative_error(found[name], self.results[name]) for name in _NAMES}
+
+    def wrong(self, errors: dict[str, float]) -> list[str]:
+        """Which are out of bounds, NaN included."""
+        return [name for name, error in errors.items() if not error <= self.limits[name]]
+
+
+def sample(out: Tensor, gradients: tuple[Tensor, ...], format: Format, rows: Tensor, keys: Tensor) -> Results:
+    """The results at query positions `rows` and key positions `keys`."""
+    dq, dk, dv = gradients
+    return {
+        "out": positions_of(out, format, rows),
+        "dq": positions_of(dq, format, rows),
+        "dk": positions_of(dk, format, keys),
+        "dv": positions_of(dv, format, keys),
+    }
+
+
+def relative_error(measured: Tensor, exact: Tensor) -> float:
+    return ((measured - exact).norm() / exact.norm().clamp(min=1e-30)).item()
+
+
+def shortened(case: Case) -> Case:
+    return replace(case, length=min(case.length, _SHORT))
+
+
+def short_problem(short: Case, seed: int, device: torch.device) -> Exact:
+    """The whole of a short case. Allowed is twice the error of plain torch in bfloat16."""
+    everything = torch.arange(short.length, device=device)
+
+    def reference(dtype: torch.dtype) -> Results:
+        q, k, v, dout = make_inputs(short, seed, "sbhd", device)
+        cast = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
+        out, _ = reference_attention(cast[0], cast[1], cast[2], short.layout(device))
+        gradients = torch.autograd.grad(out, cast, dout.to(dtype))
+        return sample(out, gradients, "sbhd", everything, everything)
+
+    exact, same_dtype = reference(torch.float64), reference(torch.bfloat16)
+    limits = {name: 2 * relative_error(same_dtype[name], exact[name]) + _FLOOR for name in _NAMES}
+    return Exact(short, seed, everything, everything, exact, limits)
+
+
+@torch.no_grad()
+def full_problem(case: Case, seed: int, limits: dict[str, float], device: torch.device) -> Exact:
+    """The case at its length: output and dq of some rows, dk and dv of the last keys.
+
+    Those keys are seen by the last rows alone, all of which are in the sample, so that no row needs the others.
+    """
+    tail = torch.arange(max(0, case.length - _TAIL), case.length, device=device)
+    rows = torch.cat([torch.randint(case.length, (_ROWS,), device=device), tail])
+    keys = torch.arange(case.length, device=device)
+    # a row that was drawn twice must not count twice in dk and dv
+    in_tail = slice(_ROWS, None)
+    scale = 1 / math.sqrt(case.dim)
+    group = case.heads // case.kv_heads
+    results: dict[str, list[Tensor]] = {name: [] for name in _NAMES}
+    for kv_head in range(case.kv_heads):
+        k, v = (head_values(case, name, kv_head, seed, device).double() for name in ("k", "v"))
+        dk, dv = (torch.zeros(len(tail), case.dim, dtype=torch.float64, device=device) for _ in range(2))
+        for head in range(kv_head * group, (kv_head + 1) * group):
+            q, dout = (head_values(case, name, head, seed, device)[rows].double() for name in ("q", "dout"))
+            keep = case.keeps(head, rows[:, None], keys[None, :])
+            weights = (q @ k.T * scale).masked_fill_(~keep, -torch.inf).softmax(-1)
+            out = weights @ v
+            delta = (dout * out).sum(-1, keepdim=True)
+            dscores = (dout @ v.T - delta) * weights * scale
+            results["out"].append(out)
+            results["dq"].append(dscores @ k)
+            dk += dscores[in_tail, tail].T @ q[in_tail]
+            dv += weights[in_tail, tail].T @ dout[in_tail]
+        results["dk"].append(dk)
+        results["dv"].append(dv)
+    return Exact(case, seed, rows, tail, {name: torch.stack(x) for name, x in results.items()}, limits)

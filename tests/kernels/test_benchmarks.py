@@ -1,0 +1,221 @@
+"""The benchmark on a CPU: what it measures, what it refuses, what it makes of the numbers."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from s2train.kernels.benchmarks import contenders, run
+from s2train.kernels.benchmarks.__main__ import main
+from s2train.kernels.benchmarks.cases import DEFAULT, GROUPS, Case, parse_case, parse_cases
+from s2train.kernels.benchmarks.contenders import CONTENDERS, NotSupportedError, Problem, flex_block_mask
+from s2train.kernels.benchmarks.correctness import full_problem, short_problem, shortened
+from s2train.kernels.benchmarks.inputs import make_inputs
+from s2train.kernels.benchmarks.plot import draw
+from s2train.kernels.benchmarks.report import break_even, summary
+from s2train.kernels.token_mask import token_mask
+from torch import Tensor
+
+CPU = torch.device("cpu")
+SMALL = parse_case("b16-l2-v4-128-h4-kv2-d16")
+
+
+# cases
+def test_a_word_says_what_is_measured() -> None:
+    assert parse_case("b64-l16-v8-32k-kv8") == Case(64, 16, 8, 32768, heads=32, kv_heads=8, dim=128)
+    assert parse_case("b128-l8-v16-1m-h16-d64") == Case(128, 8, 16, 2**20, heads=16, kv_heads=16, dim=64)
+
+
+@pytest.mark.parametrize("word", [name for group in GROUPS.values() for name in group])
+def test_names_are_words(word: str) -> None:
+    assert parse_case(word).name == word
+
+
+@pytest.mark.parametrize("word", ["", "b128", "b100-l8-v16-2k", "b128-l8-v16-100", "b64-l0-v1-2k", "b64-l1-v1-2k-kv5"])
+def test_bad_words_are_refused(word: str) -> None:
+    with pytest.raises(ValueError, match=r"neither a group|must be|have .* tokens|at least 1"):
+        parse_case(word)
+
+
+def test_a_case_in_two_groups_is_measured_once() -> None:
+    cases = parse_cases([*DEFAULT, "b128-l8-v16-32k"])
+    assert len(cases) == len(set(cases))
+    densities = [case.density() for case in cases]
+    assert min(densities) < 0.03
+    assert max(densities) == 1
+
+
+@pytest.mark.parametrize("word", ["b16-l2-v4-128-h4-kv2-d16", "b32-l3-v1-160-h2", "b16-l1-v8-256-h4", "b64-l2-v3-64"])
+def test_positions_and_layout_follow_the_mask(word: str) -> None:
+    case = parse_case(word)
+    position = torch.arange(case.length)
+    spelled_out = torch.stack([case.keeps(h, position[:, None], position[None, :]) for h in range(case.heads)])
+    assert case.kept_positions() == spelled_out.sum()
+    assert torch.equal(token_mask(case.layout(CPU), case.length, case.length, causal=True), spelled_out)
+
+
+# inputs
+def test_formats_hold_the_same_values() -> None:
+    ours, theirs = (make_inputs(SMALL, 7, format, CPU) for format in ("sbhd", "bhsd"))
+    for x, y in zip(ours, theirs, strict=True):
+        assert torch.equal(x.permute(1, 2, 0, 3), y)
+    assert not torch.equal(ours[1], ours[2])
+    assert not torch.equal(ours[0], make_inputs(SMALL, 8, "sbhd", CPU)[0])
+    assert 0.9 < ours[0].float().std() < 1.1
+
+
+# correctness
+def gradients(case: Case, seed: int, scale: float = 1.0) -> tuple[Tensor, tuple[Tensor, ...]]:
+    q, k, v, dout = make_inputs(case, seed, "sbhd", CPU)
+    out = CONTENDERS["ours"].prepare(Problem(case, CPU))(q, k, v)
+    return out, torch.autograd.grad(out * scale, (q, k, v), dout)
+
+
+@pytest.mark.parametrize("word", ["b16-l2-v4-512-h4-kv2-d16", "b32-l1-v3-416-h3-d16", "b16-l2-v1-128-h2-kv1-d16"])
+def test_the_sample_of_a_long_problem_is_exact(word: str) -> None:
+    case = parse_case(word)
+    seed = int(torch.randint(1000, ()))
+    whole = short_problem(shortened(case), seed, CPU)  # so short that it is the problem itself
+    part = full_problem(case, seed, whole.limits, CPU)
+    for name, at in (("out", part.rows), ("dq", part.rows), ("dk", part.keys), ("dv", part.keys)):
+        torch.testing.assert_close(part.results[name], whole.results[name][:, at])
+
+
+def test_right_results_pass_and_wrong_ones_fail() -> None:
+    seed = int(torch.randint(1000, ()))
+    exact = short_problem(SMALL, seed, CPU)
+    out, right = gradients(SMALL, seed)
+    assert exact.wrong(exact.errors(out, right, "sbhd")) == []
+    assert exact.wrong(exact.errors(out * 1.03, right, "sbhd")) == ["out"]
+    _, scaled = gradients(SMALL, seed, scale=1.03)
+    assert exact.wrong(exact.errors(out, scaled, "sbhd")) == ["dq", "dk", "dv"]
+    assert "dk" in exact.wrong(exact.errors(out, (right[0], right[1] * torch.nan, right[2]), "sbhd"))
+
+
+# contenders
+def test_flex_attention_gets_the_same_blocks() -> None:
+    layout = Case(128, 2, 4, 1280, heads=5, kv_heads=5).layout(CPU)
+    mask = flex_block_mask(layout)
+    n = layout.num_key_blocks
+    assert torch.equal(mask.to_dense()[0].bool(), layout.mask())
+    # masked by token are the diagonal blocks alone
+    assert torch.equal(mask.kv_num_blocks[0], torch.ones(5, n, dtype=torch.int32))
+    assert torch.equal(mask.kv_indices[0, :, :, 0], torch.arange(n, dtype=torch.int32).expand(5, n))
+
+
+def test_flex_attention_refuses_small_blocks() -> None:
+    with pytest.raises(NotSupportedError, match="blocks of 64"):
+        CONTENDERS["flex"].prepare(Problem(parse_case("b64-l2-v4-128-h4"), CPU))
+
+
+def fake(name: str, factor: float, monkeypatch: pytest.MonkeyPatch, *, from_length: int = 0) -> None:
+    """A sparse peer that is ours times a factor, from some length on."""
+
+    def prepare(problem: Problem) -> contenders.Attention:
+        ours = CONTENDERS["ours"].prepare(problem)
+        by = factor if problem.case.length >= from_length else 1.0
+        return lambda q, k, v: ours(q, k, v) * by
+
+    peer = replace(CONTENDERS["ours"], name=name, prepare=prepare)
+    monkeypatch.setitem(run.CONTENDERS, name, peer)
+
+
+def session(*names: str, seconds: float = 1e6) -> run.Session:
+    deadline = run.time.monotonic() + seconds
+    return run.Session(CPU, names, 1.0, deadline, int(torch.randint(1000, ())), run.Clock(CPU))
+
+
+def test_a_wrong_peer_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake("flex", 1.05, monkeypatch)
+    results = session("ours", "flex").run_case(SMALL)["results"]
+    assert "ms" in results["ours"]
+    assert "ms" not in results["flex"]
+    assert "wrong at 128 tokens" in results["flex"]["error"]
+
+
+@pytest.mark.parametrize("word", ["b128-l2-v4-2304-h1-d16"])
+def test_a_peer_wrong_at_full_length_alone_gets_no_time(word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake("flex", 1.05, monkeypatch, from_length=2304)
+    results = session("ours", "flex").run_case(parse_case(word))["results"]
+    assert "ms" in results["ours"]
+    assert "wrong at 2304 tokens" in results["flex"]["error"]
+
+
+def test_one_failing_contender_does_not_end_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def explode(problem: Problem) -> contenders.Attention:
+        raise torch.OutOfMemoryError("no")
+
+    monkeypatch.setitem(run.CONTENDERS, "flex", replace(CONTENDERS["flex"], prepare=explode))
+    results = session("flex", "dkernel", "cudnn", "ours").run_case(SMALL)["results"]
+    assert results["flex"]["error"] == "out of memory"
+    assert results["dkernel"]["error"].startswith("not supported: not importable")
+    assert results["cudnn"]["error"] == "not supported: needs CUDA"
+    assert results["ours"]["ms"]["both"] > 0
+
+
+def test_nothing_begins_after_the_deadline() -> None:
+    assert session("ours", seconds=-1).run_case(SMALL)["results"]["ours"] == {"error": "not run: out of time"}
+
+
+# numbers
+def test_break_even_lies_between_measured_points() -> None:
+    assert break_even([(2048, 0.5), (8192, 2.0)]) == {"at": pytest.approx(4096), "bound": "measured"}
+    assert break_even([(2048, 1.5), (8192, 0.9), (16384, 0.5)])["at"] is None
+    assert break_even([(2048, 1.5), (8192, 3)]) == {"at": 2048, "bound": "end"}
+    # a dip counts: faster from there on
+    assert break_even([(1, 2.0), (2, 0.5), (8, 2.0)])["at"] == pytest.approx(4)
+
+
+def made_up(words: list[str], **ms: float) -> list[dict[str, Any]]:
+    """Records with times of 4 ms a density for sparse contenders, and a constant for dense ones."""
+    records = []
+    for case in parse_cases(words):
+        results = {}
+        for name, factor in ms.items():
+            both = factor * case.length * (case.density() if CONTENDERS[name].sparse else 1)
+            results[name] = {"ms": {"forward": both / 3, "backward": both * 2 / 3, "both": both}}
+        sizes = {f: getattr(case, f) for f in ("block", "local", "stride", "length", "heads", "kv_heads", "dim")}
+        records.append({"case": case.name} | sizes | {"density": case.density(), "results": results})
+    return records
+
+
+def test_summary_finds_break_even_density_and_best_peer() -> None:
+    found = summary(made_up([*GROUPS["density"], "b128-l8-v1-32k"], ours=2.0, cudnn=1.0, flex=3.0, dkernel=2.6))
+    at = found["break_even_density"]["b128 32768 tokens 32/32 d128"]["both"]["at"]
+    assert at == pytest.approx(0.5, rel=0.01)
+    part = found["ratios"]["b128-l8-v4-32k"]["backward"]
+    assert part["best_peer"] == ("dkernel", pytest.approx(1.3))
+
+
+def test_the_plot_is_drawn_from_what_was_saved(tmp_path: Path) -> None:
+    cases = made_up([*GROUPS["lengths"], *GROUPS["density"]], ours=1.0, cudnn=0.9, flex=1.4, flash2=1.9)
+    (tmp_path / "a.json").write_text(json.dumps({"machine": {"device": "made up"}, "cases": cases}))
+    data = json.loads((tmp_path / "a.json").read_text())
+    draw(data, tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="no case like"):
+        draw(data, tmp_path / "b.png", "b64-l1-v1-2k")
+
+
+# the program
+def test_the_program_writes_dated_numbers_and_never_over_others(tmp_path: Path) -> None:
+    output = tmp_path / "deep" / "found.json"
+    words = ["--device", "cpu", "--output", str(output), "--contenders", "ours", "--budget-ms", "1"]
+    words += ["--cases", SMALL.name, "b16-l2-v4-64-h4-kv2-d16", "--launches", SMALL.name, "--draw", SMALL.name]
+    assert main(words) == 0
+    data = json.loads(output.read_text())
+    assert data["date"].startswith("20")
+    assert data["command"].endswith(" ".join(words[-2:]))
+    assert data["machine"]["torch"] == torch.__version__
+    assert data["ceiling_tflops"] > 0
+    first = data["cases"][0]
+    assert first["case"] == SMALL.name
+    ours = first["results"]["ours"]
+    flops = 4 * 16 * SMALL.kept_positions()
+    assert ours["tflops"]["backward"] == pytest.approx(2.5 * flops / ours["ms"]["backward"] / 1e9)
+    assert data["launches"][0]["results"]["ours"]["forward"]["host_us"] > 0
+    assert output.with_suffix(".png").exists()
+    with pytest.raises(SystemExit):
+        main(words)
