@@ -65,15 +65,6 @@ def _zero(t):
 
 
 @gluon.jit
-def _pin(x):
-    """Keeps what computes x >= 0 above the next wgmma wait: the store never happens, but is volatile."""
-    return gl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.lt.f32 p, $1, 0f00000000; @p st.volatile.shared.b32 [$1], $1; mov.b32 $0, $1; }",
-        "=r,r", [x], dtype=x.dtype, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
 def _work(meta_ptr, batch_size):
     w = gl.program_id(0) // batch_size
     b = gl.program_id(0) % batch_size
@@ -99,7 +90,7 @@ def _producer(
     """
     T4: gl.constexpr = x_desc.block_shape
     dt: gl.constexpr = x_desc.dtype
-    b, kv, ka, kb, first, num_masked, num_steps = _work(meta_ptr, batch_size)
+    b, kv, ka, kb, first, _, num_steps = _work(meta_ptr, batch_size)
     if EXTRA:
         mbarrier.expect(k_full, 4 * k_desc.block_type.nbytes)
         for c in gl.static_range(2):
@@ -131,9 +122,9 @@ def _reducer(
     acc_desc, dq_s, dq_full, dq_free, free, meta_ptr, steps_ptr, batch_size, num_heads, group, first_tile, num_tiles,
     C: gl.constexpr, STAGES: gl.constexpr, LAG: gl.constexpr, FREE: gl.constexpr,
 ):  # fmt: skip
-    """Adds each half of dq that its warpgroup leaves in shared memory; the first LAG are void. Frees the step's tiles."""
+    """Adds each half of dq that its warpgroup leaves in shared memory; the first LAG are void. May free the tiles."""
     ROWS: gl.constexpr = acc_desc.block_shape[0]
-    b, kv, ka, kb, first, num_masked, num_steps = _work(meta_ptr, batch_size)
+    b, kv, _, _, first, _, num_steps = _work(meta_ptr, batch_size)
     entry = gl.load(steps_ptr + first)
     for n in range(0, num_steps + LAG):
         following = gl.load(steps_ptr + first + gl.maximum(gl.minimum(n + 1 - LAG, num_steps - 1), 0))
@@ -170,13 +161,58 @@ def _issue_dq(ds_s, k_s, buf, z, zq, C: gl.constexpr, D: gl.constexpr, HL: gl.co
 
 
 @gluon.jit
+def _step2(
+    q, dout, lse_s, delta_s, k, v, k_s, ds_s, dq_s, q_full, dout_full, free, ds_full, dq_free, dq_full,
+    t, phase, z, active, dk, dv, scale_log2, zs, zq, key, column,
+    C: gl.constexpr, D: gl.constexpr, MASK: gl.constexpr, PL: gl.constexpr, HL: gl.constexpr,
+):  # fmt: skip
+    """dP while P is computed, dv while dS is, dk while dq(t-1) leaves. Three buffers of dS."""
+    SL: gl.constexpr = zs.type.layout
+    CS: gl.constexpr = gl.SliceLayout(0, SL)
+    dt: gl.constexpr = q.dtype
+    mbarrier.wait(q_full, phase)
+    s = warpgroup_mma(k, q.permute((1, 0)), zs, use_acc=False, is_async=True)
+    mbarrier.wait(dout_full, phase)
+    dp = warpgroup_mma(v, dout.permute((1, 0)), zs, use_acc=False, is_async=True)
+    scores = warpgroup_mma_wait(num_outstanding=1, deps=(s,))
+    lse = lse_s.load(CS)
+    p = gl.exp2(scores * scale_log2 - gl.expand_dims(lse, 0))
+    if MASK:
+        keep = active & (gl.expand_dims(key, 1) <= gl.expand_dims(column, 0))
+        p = gl.where(keep, p, 0.0)
+    p16 = gl.convert_layout(p.to(dt), PL)
+    dv = warpgroup_mma(p16, dout, dv, is_async=True)
+    before = t + 2
+    mbarrier.wait(ds_full.index((before % 3) * 2 + 1 - C), ((before // 3) & 1) ^ 1)
+    delta = delta_s.load(CS)
+    dw = warpgroup_mma_wait(num_outstanding=1, deps=(dp,))
+    pf = gl.convert_layout(p16.to(gl.float32), SL)
+    ds = (pf * (dw - gl.expand_dims(delta, 0))).to(dt)
+    buf = t % 3  # the other has passed dq(t-3), which read it, before its dS(t-1)
+    ds_s.index(buf * 2 + C).store(ds)
+    fence_async_shared()
+    mbarrier.arrive(ds_full.index(buf * 2 + C), count=1)
+    ds16 = gl.convert_layout(ds, PL)
+    dq = _issue_dq(ds_s, k_s, before % 3, z, zq, C, D, HL)
+    dk = warpgroup_mma(ds16, q, dk, is_async=True)
+    dv = warpgroup_mma_wait(num_outstanding=3, deps=(dv,))
+    p16 = _keep(p16)
+    x = warpgroup_mma_wait(num_outstanding=1, deps=(dq,))
+    _store_dq(x, dq_s, dq_free, dq_full, t, C, D)
+    dk = warpgroup_mma_wait(num_outstanding=0, deps=(dk,))
+    ds16 = _keep(ds16)
+    mbarrier.arrive(free, count=1)
+    return dk, dv
+
+
+@gluon.jit
 def _step(
     q_s, dout_s, lse_s, delta_s, k_s, v_s, ds_s, dq_s, q_full, dout_full, free, ds_full, dq_free, dq_full,
     t, active, dk, dv, scale_log2, zs, zq, key, column,
-    C: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, LAG: gl.constexpr, FREE: gl.constexpr,
+    C: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, ORDER: gl.constexpr, FREE: gl.constexpr,
     MASK: gl.constexpr, CAUSAL: gl.constexpr, PL: gl.constexpr, HL: gl.constexpr,
 ):  # fmt: skip
-    """LAG = 0: dq(t) in this step; LAG = 1: dq(t-1), so that something is in flight while this step's P is computed."""
+    """One query tile. ORDER 0: dq(t) in its step; 1: dq(t-1), in flight while P is computed; 2: `_step2`."""
     SL: gl.constexpr = zs.type.layout
     CS: gl.constexpr = gl.SliceLayout(0, SL)
     dt: gl.constexpr = q_s.dtype
@@ -187,69 +223,76 @@ def _step(
     v = v_s.index(C + z)
     q = q_s.index(st)
     dout = dout_s.index(st)
-    mbarrier.wait(q_full.index(st), phase)
-    s = warpgroup_mma(k, q.permute((1, 0)), zs, use_acc=False, is_async=True)
-    if LAG == 1:
-        mbarrier.wait(ds_full.index(((t + 1) & 1) * 2 + 1 - C), (((t + 1) >> 1) & 1) ^ 1)
-        dq = _issue_dq(ds_s, k_s, (t + 1) & 1, z, zq, C, D, HL)
-        scores = warpgroup_mma_wait(num_outstanding=2, deps=(s, ))
+    if ORDER == 2:
+        dk, dv = _step2(
+            q, dout, lse_s.index(st), delta_s.index(st), k, v, k_s, ds_s, dq_s, q_full.index(st), dout_full.index(st),
+            free.index(st), ds_full, dq_free, dq_full, t, phase, z, active, dk, dv, scale_log2, zs, zq, key, column,
+            C, D, MASK, PL, HL,
+        )  # fmt: skip
     else:
-        mbarrier.wait(dout_full.index(st), phase)
-        dp = warpgroup_mma(v, dout.permute((1, 0)), zs, use_acc=False, is_async=True)
-        scores = warpgroup_mma_wait(num_outstanding=1, deps=(s, ))
-    lse = lse_s.index(st).load(CS)
-    p = gl.exp2(scores * scale_log2 - gl.expand_dims(lse, 0))
-    if MASK:
-        keep = active & (gl.expand_dims(key, 1) <= gl.expand_dims(column, 0))
-        p = gl.where(keep, p, 0.0)
-    p16 = gl.convert_layout(p.to(dt), PL)
-    if LAG == 1:
-        mbarrier.wait(dout_full.index(st), phase)
-    dv = warpgroup_mma(p16, dout, dv, is_async=True)
-    if LAG == 1:
-        x = warpgroup_mma_wait(num_outstanding=1, deps=(dq, ))
-        _store_dq(x, dq_s, dq_free, dq_full, t, C, D)
-        dp = warpgroup_mma(v, dout.permute((1, 0)), zs, use_acc=False, is_async=True)
-        delta = delta_s.index(st).load(CS)
-        dv, dw = warpgroup_mma_wait(num_outstanding=0, deps=(dv, dp))
-        p16 = _keep(p16)
-    else:
-        delta = delta_s.index(st).load(CS)
-        dw = warpgroup_mma_wait(num_outstanding=1, deps=(dp, ))
-    pf = gl.convert_layout(p16.to(gl.float32), SL)
-    ds = (pf * (dw - gl.expand_dims(delta, 0))).to(dt)
-    # the other has read this buffer: before its dS(t-1), for which this one has waited
-    buf = t & 1
-    ds_s.index(buf * 2 + C).store(ds)
-    fence_async_shared()
-    mbarrier.arrive(ds_full.index(buf * 2 + C), count=1)
-    ds16 = gl.convert_layout(ds, PL)
-    dk = warpgroup_mma(ds16, q, dk, is_async=True)
-    if LAG == 1:
-        dk = warpgroup_mma_wait(num_outstanding=0, deps=(dk, ))
-        ds16 = _keep(ds16)
-        if FREE:
-            mbarrier.arrive(free.index(st), count=1)
-    else:
-        dv = warpgroup_mma_wait(num_outstanding=1, deps=(dv, ))
-        p16 = _keep(p16)
-        mbarrier.wait(ds_full.index(buf * 2 + 1 - C), (t >> 1) & 1)
-        dq = _issue_dq(ds_s, k_s, buf, z, zq, C, D, HL)
-        dk = warpgroup_mma_wait(num_outstanding=2, deps=(dk, ))
-        ds16 = _keep(ds16)
-        if FREE:
-            mbarrier.arrive(free.index(st), count=1)
-        x = warpgroup_mma_wait(num_outstanding=0, deps=(dq, ))
-        _store_dq(x, dq_s, dq_free, dq_full, t, C, D)
+        mbarrier.wait(q_full.index(st), phase)
+        s = warpgroup_mma(k, q.permute((1, 0)), zs, use_acc=False, is_async=True)
+        if ORDER == 1:
+            mbarrier.wait(ds_full.index(((t + 1) & 1) * 2 + 1 - C), (((t + 1) >> 1) & 1) ^ 1)
+            dq = _issue_dq(ds_s, k_s, (t + 1) & 1, z, zq, C, D, HL)
+            scores = warpgroup_mma_wait(num_outstanding=2, deps=(s,))
+        else:
+            mbarrier.wait(dout_full.index(st), phase)
+            dp = warpgroup_mma(v, dout.permute((1, 0)), zs, use_acc=False, is_async=True)
+            scores = warpgroup_mma_wait(num_outstanding=1, deps=(s,))
+        lse = lse_s.index(st).load(CS)
+        p = gl.exp2(scores * scale_log2 - gl.expand_dims(lse, 0))
+        if MASK:
+            keep = active & (gl.expand_dims(key, 1) <= gl.expand_dims(column, 0))
+            p = gl.where(keep, p, 0.0)
+        p16 = gl.convert_layout(p.to(dt), PL)
+        if ORDER == 1:
+            mbarrier.wait(dout_full.index(st), phase)
+        dv = warpgroup_mma(p16, dout, dv, is_async=True)
+        if ORDER == 1:
+            x = warpgroup_mma_wait(num_outstanding=1, deps=(dq,))
+            _store_dq(x, dq_s, dq_free, dq_full, t, C, D)
+            dp = warpgroup_mma(v, dout.permute((1, 0)), zs, use_acc=False, is_async=True)
+            delta = delta_s.index(st).load(CS)
+            dv, dw = warpgroup_mma_wait(num_outstanding=0, deps=(dv, dp))
+            p16 = _keep(p16)
+        else:
+            delta = delta_s.index(st).load(CS)
+            dw = warpgroup_mma_wait(num_outstanding=1, deps=(dp,))
+        pf = gl.convert_layout(p16.to(gl.float32), SL)
+        ds = (pf * (dw - gl.expand_dims(delta, 0))).to(dt)
+        # the other has read this buffer: before its dS(t-1), for which this one has waited
+        buf = t & 1
+        ds_s.index(buf * 2 + C).store(ds)
+        fence_async_shared()
+        mbarrier.arrive(ds_full.index(buf * 2 + C), count=1)
+        ds16 = gl.convert_layout(ds, PL)
+        dk = warpgroup_mma(ds16, q, dk, is_async=True)
+        if ORDER == 1:
+            dk = warpgroup_mma_wait(num_outstanding=0, deps=(dk,))
+            ds16 = _keep(ds16)
+            if FREE:
+                mbarrier.arrive(free.index(st), count=1)
+        else:
+            dv = warpgroup_mma_wait(num_outstanding=1, deps=(dv,))
+            p16 = _keep(p16)
+            mbarrier.wait(ds_full.index(buf * 2 + 1 - C), (t >> 1) & 1)
+            dq = _issue_dq(ds_s, k_s, buf, z, zq, C, D, HL)
+            dk = warpgroup_mma_wait(num_outstanding=2, deps=(dk,))
+            ds16 = _keep(ds16)
+            if FREE:
+                mbarrier.arrive(free.index(st), count=1)
+            x = warpgroup_mma_wait(num_outstanding=0, deps=(dq,))
+            _store_dq(x, dq_s, dq_free, dq_full, t, C, D)
     return dk, dv
 
 
 @gluon.jit
 def _consumer(
     dk_desc, dv_desc, k_s, v_s, q_s, dout_s, lse_s, delta_s, ds_s, dq_s,
-    k_full, q_full, dout_full, free, ds_full, dq_free, dq_full,
+    k_full, q_full, dout_full, free, ds_full, dq_free, dq_full, done,
     meta_ptr, steps_ptr, batch_size, scale, scale_log2, s_k,
-    C: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, LAG: gl.constexpr, FREE: gl.constexpr,
+    C: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, ORDER: gl.constexpr, FREE: gl.constexpr,
     CAUSAL: gl.constexpr, HL: gl.constexpr,
 ):  # fmt: skip
     SL: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
@@ -272,35 +315,33 @@ def _consumer(
         entry = gl.load(steps_ptr + first + t)
         tile = (entry >> ACTIVE_BITS) & ((1 << QUERY_BITS) - 1)
         active = ((entry >> C) & 1) != 0
-        if CAUSAL:
-            column = query + tile * TILE
-        else:
-            column = query * 0 + 2147483646
+        column = query + tile * TILE if CAUSAL else query * 0 + 2147483646
         dk, dv = _step(
             q_s, dout_s, lse_s, delta_s, k_s, v_s, ds_s, dq_s, q_full, dout_full, free, ds_full, dq_free, dq_full,
             t, active, dk, dv, scale_log2, zs, zq, key, column,
-            C, D, STAGES, LAG, FREE, True, CAUSAL, PL, HL,
+            C, D, STAGES, ORDER, FREE, True, CAUSAL, PL, HL,
         )  # fmt: skip
     for t in range(num_masked, num_steps):
         dk, dv = _step(
             q_s, dout_s, lse_s, delta_s, k_s, v_s, ds_s, dq_s, q_full, dout_full, free, ds_full, dq_free, dq_full,
             t, True, dk, dv, scale_log2, zs, zq, key, query,
-            C, D, STAGES, LAG, FREE, False, CAUSAL, PL, HL,
+            C, D, STAGES, ORDER, FREE, False, CAUSAL, PL, HL,
         )  # fmt: skip
-    if LAG == 1:
+    if ORDER > 0:
+        NUM_DS: gl.constexpr = 3 if ORDER == 2 else 2
         last = num_steps - 1
-        mbarrier.wait(ds_full.index((last & 1) * 2 + 1 - C), (last >> 1) & 1)
-        dq = _issue_dq(ds_s, k_s, last & 1, 0, zq, C, D, HL)
-        x = warpgroup_mma_wait(num_outstanding=0, deps=(dq, ))
+        mbarrier.wait(ds_full.index((last % NUM_DS) * 2 + 1 - C), (last // NUM_DS) & 1)
+        dq = _issue_dq(ds_s, k_s, last % NUM_DS, 0, zq, C, D, HL)
+        x = warpgroup_mma_wait(num_outstanding=0, deps=(dq,))
         _store_dq(x, dq_s, dq_free, dq_full, num_steps, C, D)
+    mbarrier.arrive(done.index(C), count=1)
     v_s.index(C).store(dv.to(dt))  # this warpgroup alone read its half of v
     fence_async_shared()
     gl.thread_barrier()
     tma.async_copy_shared_to_global(
         dv_desc, [b, kv, key_tile * TILE, 0], v_s.index(C)._reinterpret(dt, T4, dv_desc.layout)
     )
-    # the other has read this half of k for its last dq
-    mbarrier.wait(dq_full.index(1 - C), (num_steps + LAG - 1) & 1)
+    mbarrier.wait(done.index(1 - C), 0)  # the other has read this half of k for its last dq
     k_s.index(C).store((dk * scale).to(dt))
     fence_async_shared()
     gl.thread_barrier()
@@ -314,10 +355,12 @@ def _consumer(
 def s2_hopper_bwd(
     q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_desc, acc_desc, dk_desc, dv_desc, meta_ptr, steps_ptr,
     scale, scale_log2, batch_size, num_heads, group, first_tile, num_tiles, offset, s_k,
-    D: gl.constexpr, STAGES: gl.constexpr, LAG: gl.constexpr, FREE: gl.constexpr, CAUSAL: gl.constexpr,
+    D: gl.constexpr, STAGES: gl.constexpr, ORDER: gl.constexpr, FREE: gl.constexpr, CAUSAL: gl.constexpr,
     REGS: gl.constexpr,
 ):  # fmt: skip
     BL: gl.constexpr = mbarrier.MBarrierLayout()
+    LAG: gl.constexpr = 1 if ORDER > 0 else 0
+    NUM_DS: gl.constexpr = 3 if ORDER == 2 else 2
     dt: gl.constexpr = q_desc.dtype
     ML: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     HL: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
@@ -325,39 +368,41 @@ def s2_hopper_bwd(
     v_s = gl.allocate_shared_memory(dt, [2, TILE, D], ML)
     q_s = gl.allocate_shared_memory(dt, [STAGES, TILE, D], ML)
     dout_s = gl.allocate_shared_memory(dt, [STAGES, TILE, D], ML)
-    ds_s = gl.allocate_shared_memory(dt, [4, TILE, TILE], ML)
+    ds_s = gl.allocate_shared_memory(dt, [2 * NUM_DS, TILE, TILE], ML)
     dq_s = gl.allocate_shared_memory(gl.float32, [2, D, 32], acc_desc.layout)
     lse_s = gl.allocate_shared_memory(gl.float32, [STAGES, TILE], lse_desc.layout)
     delta_s = gl.allocate_shared_memory(gl.float32, [STAGES, TILE], delta_desc.layout)
     k_full = gl.allocate_shared_memory(gl.int64, [1], BL)
     q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BL)
     dout_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BL)
-    ds_full = gl.allocate_shared_memory(gl.int64, [4, 1], BL)
+    ds_full = gl.allocate_shared_memory(gl.int64, [2 * NUM_DS, 1], BL)
     dq_free = gl.allocate_shared_memory(gl.int64, [2, 1], BL)
     dq_full = gl.allocate_shared_memory(gl.int64, [2, 1], BL)
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BL)
+    done = gl.allocate_shared_memory(gl.int64, [2, 1], BL)
     mbarrier.init(k_full, count=1)
     for c in gl.static_range(STAGES):
         mbarrier.init(q_full.index(c), count=1)
         mbarrier.init(dout_full.index(c), count=1)
         mbarrier.init(free.index(c), count=2)
-    for c in gl.static_range(4):
+    for c in gl.static_range(2 * NUM_DS):
         mbarrier.init(ds_full.index(c), count=1)
     for c in gl.static_range(2):
         mbarrier.init(dq_free.index(c), count=1)
+        mbarrier.init(done.index(c), count=1)
         mbarrier.init(dq_full.index(c), count=1)
     fence_async_shared()
     gl.thread_barrier()
     gl.warp_specialize(
         [
             (_consumer, (dk_desc, dv_desc, k_s, v_s, q_s, dout_s, lse_s, delta_s, ds_s, dq_s,
-                         k_full, q_full, dout_full, free, ds_full, dq_free, dq_full,
+                         k_full, q_full, dout_full, free, ds_full, dq_free, dq_full, done,
                          meta_ptr, steps_ptr, batch_size, scale, scale_log2, s_k,
-                         0, D, STAGES, LAG, FREE, CAUSAL, HL)),
+                         0, D, STAGES, ORDER, FREE, CAUSAL, HL)),
             (_consumer, (dk_desc, dv_desc, k_s, v_s, q_s, dout_s, lse_s, delta_s, ds_s, dq_s,
-                         k_full, q_full, dout_full, free, ds_full, dq_free, dq_full,
+                         k_full, q_full, dout_full, free, ds_full, dq_free, dq_full, done,
                          meta_ptr, steps_ptr, batch_size, scale, scale_log2, s_k,
-                         1, D, STAGES, LAG, FREE, CAUSAL, HL)),
+                         1, D, STAGES, ORDER, FREE, CAUSAL, HL)),
             (_producer, (q_desc, lse_desc, k_desc, v_desc, q_s, lse_s, k_s, v_s, k_full, q_full, free,
                          meta_ptr, steps_ptr, batch_size, num_heads, group, first_tile, num_tiles, offset, STAGES, 1)),
             (_producer, (dout_desc, delta_desc, k_desc, v_desc, dout_s, delta_s, k_s, v_s, k_full, dout_full, free,
@@ -424,11 +469,14 @@ def s2_hopper_bwd_finish(
 
 @dataclass(frozen=True)
 class Variant:
-    """How the one-pass kernel is pipelined: tiles in flight, steps by which dq lags, who frees the tiles."""
+    """Pipelining of the one-pass kernel: tiles in flight, order of a step (`_step`), whether consumers free the tiles."""
 
     stages: int = 3
-    lag: int = 1
+    order: int = 1
     free: int = 0
+
+
+_DEFAULT = Variant()
 
 
 def _tiles(x: Tensor) -> TensorDescriptor:
@@ -441,7 +489,7 @@ def _tiles(x: Tensor) -> TensorDescriptor:
 
 def hopper_backward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None,
-    layout: BlockLayout, spec: AttentionSpec, variant: Variant = Variant(), only_main: bool = False,
+    layout: BlockLayout, spec: AttentionSpec, variant: Variant = _DEFAULT, only_main: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """As `backward`; not deterministic, since dq is summed by atomic additions."""
     batch, num_heads, s_q, dim = q.shape
@@ -472,7 +520,7 @@ def hopper_backward(
             TensorDescriptor(acc, list(acc.shape), [32, 1], [dim, 32], fragments), _tiles(dk), _tiles(dv),
             work.meta, work.steps, spec.softmax_scale, spec.softmax_scale * LOG2_E, batch, num_heads,
             num_heads // num_kv_heads, work.first_tile, work.num_tiles, spec.query_offset, s_k,
-            D=dim, STAGES=variant.stages, LAG=variant.lag, FREE=variant.free, CAUSAL=spec.causal, REGS=240,
+            D=dim, STAGES=variant.stages, ORDER=variant.order, FREE=variant.free, CAUSAL=spec.causal, REGS=240,
             num_warps=4, maxnreg=168,
         )  # fmt: skip
         if not only_main:

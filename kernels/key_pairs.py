@@ -30,9 +30,7 @@ class KeyPairs:
     num_tiles: int
 
 
-def key_pairs(
-    layout: BlockLayout, num_kv_heads: int, s_q: int, s_k: int, query_offset: int, causal: bool
-) -> KeyPairs:
+def key_pairs(layout: BlockLayout, num_kv_heads: int, s_q: int, s_k: int, query_offset: int, causal: bool) -> KeyPairs:
     """The pairs of every KV head; kept in the layout's cache."""
     key = ("key_pairs", num_kv_heads, s_q, s_k, query_offset, causal)
     if key not in layout.cache:

@@ -14,6 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import triton
@@ -29,11 +30,11 @@ from .spec import AttentionSpec, to_bhsd
 
 VARIANTS: dict[str, Variant | None] = {
     "portable": None,
-    "lag1 st3": Variant(3, 1, 0),
-    "lag1 st2": Variant(2, 1, 1),
-    "lag0 st2": Variant(2, 0, 1),
-    "lag0 st3": Variant(3, 0, 0),
-    "lag1 st3 free": Variant(3, 1, 1),
+    "order2 st2": Variant(2, 2, 1),
+    "order1 st3": Variant(3, 1, 0),
+    "order1 st2": Variant(2, 1, 1),
+    "order0 st2": Variant(2, 0, 1),
+    "order0 st3": Variant(3, 0, 0),
 }
 # length, KV heads, block, local, format
 TIMINGS = (
@@ -43,10 +44,11 @@ TIMINGS = (
     (32768, 8, 128, 8, "sbhd"),
     (32768, 32, 128, 8, "bhsd"),
 )
-CHECKS = (  # s_q, s_k, offset, block, heads, KV heads, batch, causal, format
+# s_q, s_k, offset, block, heads, KV heads, batch, causal, format; the portable kernels are compiled for the timings too
+CHECKS = (
     (1024, 1024, 0, 128, 4, 4, 1, True, "sbhd"),
-    (1000, 1000, 0, 64, 4, 2, 2, True, "sbhd"),
-    (700, 1001, 301, 128, 4, 1, 1, True, "bshd"),
+    (1000, 1000, 0, 64, 4, 4, 2, True, "sbhd"),
+    (700, 1001, 301, 128, 8, 2, 1, True, "bshd"),
     (500, 901, 0, 64, 2, 2, 1, False, "bhsd"),
 )
 HEADS = 32
@@ -57,6 +59,7 @@ def _backward(variant: Variant | None, *args: object) -> tuple[Tensor, Tensor, T
 
 
 def _poisoned() -> Callable[[], None]:
+    """Kernel outputs start as NaN until the function returned is called."""
     plain = spec_module.empty
 
     def poison(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -75,7 +78,7 @@ def _error(x: Tensor, y: Tensor) -> float:
 
 
 def check(name: str) -> None:
-    """One line: the worst relative error of dq, dk, dv, beside the portable kernels'."""
+    """One line: relative errors of dq, dk, dv in every check, and what the kernel takes."""
     variant, lines = VARIANTS[name], []
     torch.backends.cuda.matmul.allow_tf32 = False
     restore = _poisoned()
@@ -92,23 +95,25 @@ def check(name: str) -> None:
 
         leaves = [random(heads, s_q), random(kv_heads, s_k), random(kv_heads, s_k)]
         dout, dlse = random(heads, s_q), torch.randn(batch, heads, s_q, device="cuda")
-        views = [to_bhsd(x, spec.format) for x in leaves]
-        out, lse = forward(*views, layout, spec)
-        arguments = (*views, out, lse, to_bhsd(dout, spec.format), dlse, layout, spec)
         exact = [x.float().requires_grad_() for x in leaves]
         o, e = reference_attention(*exact, layout, causal=causal, query_offset=offset, format=spec.format)  # type: ignore[call-arg]
         loss = (o * dout.float()).sum() + (e.masked_fill(e == -torch.inf, 0) * dlse).sum()
         gold = [to_bhsd(x, spec.format) for x in torch.autograd.grad(loss, exact)]
-        portable = [_error(x, y) for x, y in zip(backward(*arguments), gold, strict=True)]
-        for _ in range(2):
+        views = [to_bhsd(x, spec.format) for x in leaves]
+        if variant is None:
+            forward(*views, layout, spec)
+        out, lse = to_bhsd(o.detach().bfloat16(), spec.format), e.detach().float().contiguous()
+        arguments = (*views, out, lse, to_bhsd(dout, spec.format), dlse, layout, spec)
+        for _ in range(3):
             errors = [_error(x, y) for x, y in zip(_backward(variant, *arguments), gold, strict=True)]
-            good &= all(a <= 1.5 * b + 1e-3 for a, b in zip(errors, portable, strict=True))
-        lines.append("/".join(f"{a:.1e}" for a in errors) + f" (portable {max(portable):.1e})")
+            good &= all(x <= 1e-2 for x in errors)
+        lines.append("/".join(f"{a:.1e}" for a in errors))
     restore()
     kernel = ""
     if variant is not None:
         for compiled in next(iter(s2_hopper_bwd.device_caches.values()))[0].values():
-            kernel = f"regs {compiled.n_regs} spills {compiled.n_spills} smem {compiled.metadata.shared}"
+            regs, spills = (getattr(compiled, x, None) for x in ("n_regs", "n_spills"))
+            kernel = f"regs {regs} spills {spills} smem {compiled.metadata.shared}"
     print(f"{'RIGHT' if good else 'WRONG'} {name}: dq/dk/dv {'; '.join(lines)} {kernel}", flush=True)
 
 
@@ -151,12 +156,10 @@ def time_all(names: list[str], start: int) -> None:
                 restore = _poisoned()
                 error = max(_error(x, y) for x, y in zip(_backward(variant, *arguments), reference, strict=True))
                 restore()
-                ms = _median(lambda variant=variant: _backward(variant, *arguments))
+                ms = _median(partial(_backward, variant, *arguments))
                 line = f"{case:<22} {name:<14} {ms:8.3f} ms {flops / ms / 1e9:5.0f} TFLOP/s"
                 if variant is not None:
-                    main = _median(
-                        lambda variant=variant: hopper_backward(*arguments, variant=variant, only_main=True)
-                    )
+                    main = _median(partial(hopper_backward, *arguments, variant=variant, only_main=True))
                     line += f" (main kernel {main:.3f} ms {flops / main / 1e9:.0f})"
                 print(f"{line}  against portable {error:.1e}{'' if error < 1e-2 else ' WRONG'}", flush=True)
             item += 1
@@ -194,7 +197,7 @@ def main() -> int:
     verdicts: dict[str, str] = {}
 
     def judge(name: str) -> None:
-        verdicts[name] = _run(["--check", name], 55)
+        verdicts[name] = _run(["--check", name], 50)
         print(f"[{time.time() - began:.0f} s] {verdicts[name]}", flush=True)
 
     threads = [threading.Thread(target=judge, args=(name,)) for name in VARIANTS]
@@ -213,7 +216,9 @@ def main() -> int:
 def _time_from(start: int, names: list[str], began: float, seconds: float) -> int:
     """Run the timings in a process; the number of the one to go on with if it broke."""
     command = [sys.executable, "-u", "-m", "s2train.kernels.tune_backward", "--time", ",".join(names)]
-    child = subprocess.Popen([*command, "--start", str(start)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    child = subprocess.Popen(
+        [*command, "--start", str(start)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     state = {"item": start, "last": time.time() + 25}
     tail: list[str] = []
 
