@@ -469,7 +469,7 @@ def s2_hopper_bwd_finish(
 
 @dataclass(frozen=True)
 class Variant:
-    """Pipelining of the one-pass kernel: tiles in flight, order of a step (`_step`), whether consumers free the tiles."""
+    """Pipelining of the one-pass kernel: tiles in flight, order of a step (`_step`), whether consumers free tiles."""
 
     stages: int = 3
     order: int = 1
