@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .attention import block_sparse_attention
 from .check_cases import Case, Timing
-from .hopper_support import kernel_choice
+from .hopper_support import backward_choice, kernel_choice
 from .layout import BlockLayout
 from .reference import reference_attention
 from .spec import AttentionSpec, Format, from_bhsd, to_bhsd
@@ -22,11 +23,14 @@ _NAMES = ("out", "lse", "dq", "dk", "dv")
 _FLOOR = 3e-7  # relative error that no float32 result is blamed for
 
 
-def _results(out: Tensor, lse: Tensor, inputs: list[Tensor], dout: Tensor, dlse: Tensor) -> list[Tensor]:
+def _results(out: Tensor, lse: Tensor, inputs: list[Tensor], dout: Tensor | None, dlse: Tensor | None) -> list[Tensor]:
     """out, lse (0 in place of -inf), dq, dk, dv."""
     finite = lse.masked_fill(lse == -torch.inf, 0)
-    loss = (out * dout.to(out.dtype)).sum() + (finite * dlse.to(lse.dtype)).sum()
-    return [x.detach() for x in (out, finite, *torch.autograd.grad(loss, inputs))]
+    given = [(x, dx.to(x.dtype)) for x, dx in ((out, dout), (finite, dlse)) if dx is not None]
+    gradients = torch.autograd.grad(
+        [x for x, _ in given], inputs, [dx for _, dx in given], retain_graph=True, materialize_grads=True
+    )
+    return [x.detach() for x in (out, finite, *gradients)]
 
 
 def compare(measured: list[Tensor], plain: list[Tensor], exact: list[Tensor]) -> dict[str, Any]:
@@ -54,8 +58,12 @@ def problem(case: Case, device: torch.device) -> tuple[list[Tensor], BlockLayout
         x = torch.randn(case.batch, heads, s, dim, device=device).to(dtype)
         return from_bhsd(x, case.format).contiguous()  # type: ignore[arg-type]
 
-    inputs = [random(case.heads, length, case.dim), random(case.kv_heads, s_k, case.dim)]
-    inputs.append(random(case.kv_heads, s_k, case.v_dim or case.dim))
+    if case.fused:
+        q, k, v = random(case.heads, length, 3 * case.dim).split(case.dim, -1)
+        inputs = [q, k, v]
+    else:
+        inputs = [random(case.heads, length, case.dim), random(case.kv_heads, s_k, case.dim)]
+        inputs.append(random(case.kv_heads, s_k, case.v_dim or case.dim))
     options: dict[str, Any] = {
         "causal": case.causal, "query_offset": case.query_offset, "format": case.format,
     }  # fmt: skip
@@ -68,40 +76,50 @@ def problem(case: Case, device: torch.device) -> tuple[list[Tensor], BlockLayout
 def check_case(case: Case, device: torch.device) -> dict[str, Any]:
     """Errors of the kernels against float64, beside those of plain torch in the case's dtype."""
     inputs, layout, options = problem(case, device)
-    q, k, v = leaves = [x.requires_grad_() for x in inputs]
-    out, lse = block_sparse_attention(q, k, v, layout, return_lse=True, backend="triton", **options)
-    dout, dlse = torch.randn_like(out), torch.randn_like(lse)
+    leaves = [x.requires_grad_() for x in inputs]
+    q, k, v = leaves
+
+    def attend() -> tuple[Tensor, Tensor]:
+        return block_sparse_attention(q, k, v, layout, return_lse=True, backend="triton", **options)
+
+    with _deterministic(case.deterministic):
+        out, lse = attend()
+        dout = None if case.gradients == "lse" else torch.randn_like(out)
+        dlse = None if case.gradients == "out" else torch.randn_like(lse)
+        measured = _results(out, lse, leaves, dout, dlse)
+        kernels = _kernels(q, k, v, layout, **options)
+        again = _results(*attend(), leaves, dout, dlse) if case.deterministic else measured
 
     def reference(dtype: torch.dtype) -> list[Tensor]:
         cast = [x.detach().to(dtype).requires_grad_() for x in inputs]
         return _results(*reference_attention(cast[0], cast[1], cast[2], layout, **options), cast, dout, dlse)
 
-    errors = compare(_results(out, lse, leaves, dout, dlse), reference(q.dtype), reference(torch.float64))
-    return {"kernel": _forward_kernel(q, k, v, layout, **options)} | errors
-
-
-def check_forward(case: Case, device: torch.device) -> dict[str, Any]:
-    """As `check_case`, output and log-sum-exp only."""
-    (q, k, v), layout, options = problem(case, device)
-    out, lse = block_sparse_attention(q, k, v, layout, return_lse=True, backend="triton", **options)
-
-    def reference(dtype: torch.dtype) -> list[Tensor]:
-        out, lse = reference_attention(q.to(dtype), k.to(dtype), v.to(dtype), layout, **options)
-        return [out, lse.masked_fill(lse == -torch.inf, 0)]
-
     plain, exact = reference(q.dtype), reference(torch.float64)
-    errors = compare([out, lse.masked_fill(lse == -torch.inf, 0)], plain, exact)
-    # also where rows without keys are: -inf in the same places
-    errors["ok"] &= bool(((lse == -torch.inf) == (exact[1] == 0)).all())
-    return {"kernel": _forward_kernel(q, k, v, layout, **options)} | errors
+    result = kernels | compare(measured, plain, exact)
+    # rows without keys: -inf in the same places
+    result["ok"] &= bool(((lse == -torch.inf) == (exact[1] == 0)).all())
+    result["ok"] &= all(x.equal(y) for x, y in zip(measured, again, strict=True))
+    return result
 
 
-def _forward_kernel(
+@contextmanager
+def _deterministic(enabled: bool) -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(enabled)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def _kernels(
     q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, *, causal: bool = True, query_offset: int = 0,
     cu_seqlens: Tensor | None = None, format: Format = "sbhd",
-) -> str:  # fmt: skip
+) -> dict[str, str]:  # fmt: skip
+    """Which kernels run forward and backward."""
     spec = AttentionSpec(1.0, causal, query_offset, cu_seqlens, format)
-    return kernel_choice(to_bhsd(q, format), to_bhsd(k, format), to_bhsd(v, format), layout, spec)
+    arguments = (to_bhsd(q, format), to_bhsd(k, format), to_bhsd(v, format), layout, spec)
+    return {"forward": kernel_choice(*arguments), "backward": backward_choice(*arguments)}
 
 
 def time_case(case: Timing) -> dict[str, Any]:
@@ -142,7 +160,7 @@ def time_case(case: Timing) -> dict[str, Any]:
 
     dense_out, dense_dout = dense(), dout.permute(1, 2, 0, 3).contiguous()
     return checked | {
-        "kernel": _forward_kernel(q, k, v, layout),
+        **_kernels(q, k, v, layout),
         "forward_ms": forward_ms,
         "backward_ms": backward_ms,
         "forward_tflops": flops / forward_ms / 1e9,

@@ -6,13 +6,14 @@ they have 64. Scores are [keys, queries], so that P^T and dS^T feed dv and dk fr
     S^T = K Q^T,  dP^T = V dO^T,  P^T = exp2(S^T - lse),  dS^T = P^T (dP^T - delta),
     dv += P^T dO,  dk += dS^T Q;   dS^T goes to shared memory, and each warpgroup makes half of the head dimensions of
     dq = dS K over the keys of both, which a warp of its own adds to float32 memory (TMA reduce-add).
-dq is summed in the order of the warpgroup's registers, which `s2_hopper_bwd_finish` undoes.
+dq is summed in the order of the warpgroup's registers, which `s2_attention_bwd_kernel_hopper_finish` undoes. The order
+in which programs add to it differs from run to run, and with it dq's last bits.
 """
 
 # Triton reads the annotations of its functions, and has none for their tensors.
 # mypy: allow-untyped-defs
 
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -32,12 +33,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .forward import LOG2_E
-from .key_pairs import key_pairs
+from .hopper_support import fits_descriptor
+from .key_pairs import KeyPairs, key_pairs
 from .layout import BlockLayout
 from .spec import AttentionSpec, empty, empty_bhsd
 from .tiles import strides
 
-_GLUON_DTYPE = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 TILE = gl.constexpr(64)  # keys of a warpgroup, queries of a step
 # a step in 32 bits: whether it needs a mask for each warpgroup's keys (2 bits), query tile, head within the group
 ACTIVE_BITS = gl.constexpr(2)
@@ -120,20 +121,20 @@ def _producer(
 @gluon.jit
 def _reducer(
     acc_desc, dq_s, dq_full, dq_free, free, meta_ptr, steps_ptr, batch_size, num_heads, group, first_tile, num_tiles,
-    C: gl.constexpr, STAGES: gl.constexpr, LAG: gl.constexpr, FREE: gl.constexpr,
+    C: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Adds each half of dq that its warpgroup leaves in shared memory; the first LAG are void. May free the tiles."""
+    """Adds each half of dq that its warpgroup leaves in shared memory, but the void first one. Frees the tiles."""
     ROWS: gl.constexpr = acc_desc.block_shape[0]
     b, kv, _, _, first, _, num_steps = _work(meta_ptr, batch_size)
     entry = gl.load(steps_ptr + first)
-    for n in range(0, num_steps + LAG):
-        following = gl.load(steps_ptr + first + gl.maximum(gl.minimum(n + 1 - LAG, num_steps - 1), 0))
+    for n in range(0, num_steps + 1):
+        following = gl.load(steps_ptr + first + gl.minimum(n, num_steps - 1))
         head, tile = _unpack(entry, b, kv, group)
         row = (((b * num_heads + head) * num_tiles + tile - first_tile) * 2 + C) * ROWS
         mbarrier.wait(dq_full.index(C), n & 1)
-        if not FREE:
-            mbarrier.arrive(free.index((n - LAG) % STAGES), count=1, pred=n >= LAG)
-        if n >= LAG:
+        # dq(n-1) is there, so its warpgroup has gone through step n-1 and needs its tiles no more
+        mbarrier.arrive(free.index((n - 1) % STAGES), count=1, pred=n >= 1)
+        if n >= 1:
             _reduce_add(acc_desc, [row, 0], dq_s.index(C))
             tma.store_wait(pendings=0)
         mbarrier.arrive(dq_free.index(C), count=1)
@@ -161,58 +162,12 @@ def _issue_dq(ds_s, k_s, buf, z, zq, C: gl.constexpr, D: gl.constexpr, HL: gl.co
 
 
 @gluon.jit
-def _step2(
-    q, dout, lse_s, delta_s, k, v, k_s, ds_s, dq_s, q_full, dout_full, free, ds_full, dq_free, dq_full,
-    t, phase, z, active, dk, dv, scale_log2, zs, zq, key, column,
-    C: gl.constexpr, D: gl.constexpr, MASK: gl.constexpr, PL: gl.constexpr, HL: gl.constexpr,
-):  # fmt: skip
-    """dP while P is computed, dv while dS is, dk while dq(t-1) leaves. Three buffers of dS."""
-    SL: gl.constexpr = zs.type.layout
-    CS: gl.constexpr = gl.SliceLayout(0, SL)
-    dt: gl.constexpr = q.dtype
-    mbarrier.wait(q_full, phase)
-    s = warpgroup_mma(k, q.permute((1, 0)), zs, use_acc=False, is_async=True)
-    mbarrier.wait(dout_full, phase)
-    dp = warpgroup_mma(v, dout.permute((1, 0)), zs, use_acc=False, is_async=True)
-    scores = warpgroup_mma_wait(num_outstanding=1, deps=(s,))
-    lse = lse_s.load(CS)
-    p = gl.exp2(scores * scale_log2 - gl.expand_dims(lse, 0))
-    if MASK:
-        keep = active & (gl.expand_dims(key, 1) <= gl.expand_dims(column, 0))
-        p = gl.where(keep, p, 0.0)
-    p16 = gl.convert_layout(p.to(dt), PL)
-    dv = warpgroup_mma(p16, dout, dv, is_async=True)
-    before = t + 2
-    mbarrier.wait(ds_full.index((before % 3) * 2 + 1 - C), ((before // 3) & 1) ^ 1)
-    delta = delta_s.load(CS)
-    dw = warpgroup_mma_wait(num_outstanding=1, deps=(dp,))
-    pf = gl.convert_layout(p16.to(gl.float32), SL)
-    ds = (pf * (dw - gl.expand_dims(delta, 0))).to(dt)
-    buf = t % 3  # the other has passed dq(t-3), which read it, before its dS(t-1)
-    ds_s.index(buf * 2 + C).store(ds)
-    fence_async_shared()
-    mbarrier.arrive(ds_full.index(buf * 2 + C), count=1)
-    ds16 = gl.convert_layout(ds, PL)
-    dq = _issue_dq(ds_s, k_s, before % 3, z, zq, C, D, HL)
-    dk = warpgroup_mma(ds16, q, dk, is_async=True)
-    dv = warpgroup_mma_wait(num_outstanding=3, deps=(dv,))
-    p16 = _keep(p16)
-    x = warpgroup_mma_wait(num_outstanding=1, deps=(dq,))
-    _store_dq(x, dq_s, dq_free, dq_full, t, C, D)
-    dk = warpgroup_mma_wait(num_outstanding=0, deps=(dk,))
-    ds16 = _keep(ds16)
-    mbarrier.arrive(free, count=1)
-    return dk, dv
-
-
-@gluon.jit
 def _step(
-    q_s, dout_s, lse_s, delta_s, k_s, v_s, ds_s, dq_s, q_full, dout_full, free, ds_full, dq_free, dq_full,
+    q_s, dout_s, lse_s, delta_s, k_s, v_s, ds_s, dq_s, q_full, dout_full, ds_full, dq_free, dq_full,
     t, active, dk, dv, scale_log2, zs, zq, key, column,
-    C: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, ORDER: gl.constexpr, FREE: gl.constexpr,
-    MASK: gl.constexpr, CAUSAL: gl.constexpr, PL: gl.constexpr, HL: gl.constexpr,
+    C: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, MASK: gl.constexpr, PL: gl.constexpr, HL: gl.constexpr,
 ):  # fmt: skip
-    """One query tile. ORDER 0: dq(t) in its step; 1: dq(t-1), in flight while P is computed; 2: `_step2`."""
+    """One query tile. dq of the tile before is in flight while P is computed, dP while dq leaves."""
     SL: gl.constexpr = zs.type.layout
     CS: gl.constexpr = gl.SliceLayout(0, SL)
     dt: gl.constexpr = q_s.dtype
@@ -223,77 +178,46 @@ def _step(
     v = v_s.index(C + z)
     q = q_s.index(st)
     dout = dout_s.index(st)
-    if ORDER == 2:
-        dk, dv = _step2(
-            q, dout, lse_s.index(st), delta_s.index(st), k, v, k_s, ds_s, dq_s, q_full.index(st), dout_full.index(st),
-            free.index(st), ds_full, dq_free, dq_full, t, phase, z, active, dk, dv, scale_log2, zs, zq, key, column,
-            C, D, MASK, PL, HL,
-        )  # fmt: skip
-    else:
-        mbarrier.wait(q_full.index(st), phase)
-        s = warpgroup_mma(k, q.permute((1, 0)), zs, use_acc=False, is_async=True)
-        if ORDER == 1:
-            mbarrier.wait(ds_full.index(((t + 1) & 1) * 2 + 1 - C), (((t + 1) >> 1) & 1) ^ 1)
-            dq = _issue_dq(ds_s, k_s, (t + 1) & 1, z, zq, C, D, HL)
-            scores = warpgroup_mma_wait(num_outstanding=2, deps=(s,))
-        else:
-            mbarrier.wait(dout_full.index(st), phase)
-            dp = warpgroup_mma(v, dout.permute((1, 0)), zs, use_acc=False, is_async=True)
-            scores = warpgroup_mma_wait(num_outstanding=1, deps=(s,))
-        lse = lse_s.index(st).load(CS)
-        p = gl.exp2(scores * scale_log2 - gl.expand_dims(lse, 0))
-        if MASK:
-            keep = active & (gl.expand_dims(key, 1) <= gl.expand_dims(column, 0))
-            p = gl.where(keep, p, 0.0)
-        p16 = gl.convert_layout(p.to(dt), PL)
-        if ORDER == 1:
-            mbarrier.wait(dout_full.index(st), phase)
-        dv = warpgroup_mma(p16, dout, dv, is_async=True)
-        if ORDER == 1:
-            x = warpgroup_mma_wait(num_outstanding=1, deps=(dq,))
-            _store_dq(x, dq_s, dq_free, dq_full, t, C, D)
-            dp = warpgroup_mma(v, dout.permute((1, 0)), zs, use_acc=False, is_async=True)
-            delta = delta_s.index(st).load(CS)
-            dv, dw = warpgroup_mma_wait(num_outstanding=0, deps=(dv, dp))
-            p16 = _keep(p16)
-        else:
-            delta = delta_s.index(st).load(CS)
-            dw = warpgroup_mma_wait(num_outstanding=1, deps=(dp,))
-        pf = gl.convert_layout(p16.to(gl.float32), SL)
-        ds = (pf * (dw - gl.expand_dims(delta, 0))).to(dt)
-        # the other has read this buffer: before its dS(t-1), for which this one has waited
-        buf = t & 1
-        ds_s.index(buf * 2 + C).store(ds)
-        fence_async_shared()
-        mbarrier.arrive(ds_full.index(buf * 2 + C), count=1)
-        ds16 = gl.convert_layout(ds, PL)
-        dk = warpgroup_mma(ds16, q, dk, is_async=True)
-        if ORDER == 1:
-            dk = warpgroup_mma_wait(num_outstanding=0, deps=(dk,))
-            ds16 = _keep(ds16)
-            if FREE:
-                mbarrier.arrive(free.index(st), count=1)
-        else:
-            dv = warpgroup_mma_wait(num_outstanding=1, deps=(dv,))
-            p16 = _keep(p16)
-            mbarrier.wait(ds_full.index(buf * 2 + 1 - C), (t >> 1) & 1)
-            dq = _issue_dq(ds_s, k_s, buf, z, zq, C, D, HL)
-            dk = warpgroup_mma_wait(num_outstanding=2, deps=(dk,))
-            ds16 = _keep(ds16)
-            if FREE:
-                mbarrier.arrive(free.index(st), count=1)
-            x = warpgroup_mma_wait(num_outstanding=0, deps=(dq,))
-            _store_dq(x, dq_s, dq_free, dq_full, t, C, D)
+    mbarrier.wait(q_full.index(st), phase)
+    s = warpgroup_mma(k, q.permute((1, 0)), zs, use_acc=False, is_async=True)
+    # the first step waits for nothing and makes a dq that the reducer drops
+    mbarrier.wait(ds_full.index(((t + 1) & 1) * 2 + 1 - C), (((t + 1) >> 1) & 1) ^ 1)
+    dq = _issue_dq(ds_s, k_s, (t + 1) & 1, z, zq, C, D, HL)
+    scores = warpgroup_mma_wait(num_outstanding=2, deps=(s,))
+    lse = lse_s.index(st).load(CS)
+    p = gl.exp2(scores * scale_log2 - gl.expand_dims(lse, 0))
+    if MASK:
+        keep = active & (gl.expand_dims(key, 1) <= gl.expand_dims(column, 0))
+        p = gl.where(keep, p, 0.0)
+    p16 = gl.convert_layout(p.to(dt), PL)
+    mbarrier.wait(dout_full.index(st), phase)
+    dv = warpgroup_mma(p16, dout, dv, is_async=True)
+    x = warpgroup_mma_wait(num_outstanding=1, deps=(dq,))
+    _store_dq(x, dq_s, dq_free, dq_full, t, C, D)
+    dp = warpgroup_mma(v, dout.permute((1, 0)), zs, use_acc=False, is_async=True)
+    delta = delta_s.index(st).load(CS)
+    dv, dw = warpgroup_mma_wait(num_outstanding=0, deps=(dv, dp))
+    p16 = _keep(p16)
+    pf = gl.convert_layout(p16.to(gl.float32), SL)
+    ds = (pf * (dw - gl.expand_dims(delta, 0))).to(dt)
+    # the other has read this buffer: before its dS(t-1), for which this one has waited
+    buf = t & 1
+    ds_s.index(buf * 2 + C).store(ds)
+    fence_async_shared()
+    mbarrier.arrive(ds_full.index(buf * 2 + C), count=1)
+    ds16 = gl.convert_layout(ds, PL)
+    dk = warpgroup_mma(ds16, q, dk, is_async=True)
+    dk = warpgroup_mma_wait(num_outstanding=0, deps=(dk,))
+    ds16 = _keep(ds16)
     return dk, dv
 
 
 @gluon.jit
 def _consumer(
     dk_desc, dv_desc, k_s, v_s, q_s, dout_s, lse_s, delta_s, ds_s, dq_s,
-    k_full, q_full, dout_full, free, ds_full, dq_free, dq_full, done,
+    k_full, q_full, dout_full, ds_full, dq_free, dq_full, done,
     meta_ptr, steps_ptr, batch_size, scale, scale_log2, s_k,
-    C: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, ORDER: gl.constexpr, FREE: gl.constexpr,
-    CAUSAL: gl.constexpr, HL: gl.constexpr,
+    C: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, HL: gl.constexpr,
 ):  # fmt: skip
     SL: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
     OL: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
@@ -317,23 +241,21 @@ def _consumer(
         active = ((entry >> C) & 1) != 0
         column = query + tile * TILE if CAUSAL else query * 0 + 2147483646
         dk, dv = _step(
-            q_s, dout_s, lse_s, delta_s, k_s, v_s, ds_s, dq_s, q_full, dout_full, free, ds_full, dq_free, dq_full,
+            q_s, dout_s, lse_s, delta_s, k_s, v_s, ds_s, dq_s, q_full, dout_full, ds_full, dq_free, dq_full,
             t, active, dk, dv, scale_log2, zs, zq, key, column,
-            C, D, STAGES, ORDER, FREE, True, CAUSAL, PL, HL,
+            C, D, STAGES, True, PL, HL,
         )  # fmt: skip
     for t in range(num_masked, num_steps):
         dk, dv = _step(
-            q_s, dout_s, lse_s, delta_s, k_s, v_s, ds_s, dq_s, q_full, dout_full, free, ds_full, dq_free, dq_full,
+            q_s, dout_s, lse_s, delta_s, k_s, v_s, ds_s, dq_s, q_full, dout_full, ds_full, dq_free, dq_full,
             t, True, dk, dv, scale_log2, zs, zq, key, query,
-            C, D, STAGES, ORDER, FREE, False, CAUSAL, PL, HL,
+            C, D, STAGES, False, PL, HL,
         )  # fmt: skip
-    if ORDER > 0:
-        NUM_DS: gl.constexpr = 3 if ORDER == 2 else 2
-        last = num_steps - 1
-        mbarrier.wait(ds_full.index((last % NUM_DS) * 2 + 1 - C), (last // NUM_DS) & 1)
-        dq = _issue_dq(ds_s, k_s, last % NUM_DS, 0, zq, C, D, HL)
-        x = warpgroup_mma_wait(num_outstanding=0, deps=(dq,))
-        _store_dq(x, dq_s, dq_free, dq_full, num_steps, C, D)
+    last = num_steps - 1
+    mbarrier.wait(ds_full.index((last & 1) * 2 + 1 - C), (last >> 1) & 1)
+    dq = _issue_dq(ds_s, k_s, last & 1, 0, zq, C, D, HL)
+    x = warpgroup_mma_wait(num_outstanding=0, deps=(dq,))
+    _store_dq(x, dq_s, dq_free, dq_full, num_steps, C, D)
     mbarrier.arrive(done.index(C), count=1)
     v_s.index(C).store(dv.to(dt))  # this warpgroup alone read its half of v
     fence_async_shared()
@@ -352,15 +274,14 @@ def _consumer(
 
 
 @gluon.jit(do_not_specialize=["batch_size", "num_heads", "group", "first_tile", "num_tiles", "offset", "s_k"])
-def s2_hopper_bwd(
+def s2_attention_bwd_kernel_hopper(
     q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_desc, acc_desc, dk_desc, dv_desc, meta_ptr, steps_ptr,
     scale, scale_log2, batch_size, num_heads, group, first_tile, num_tiles, offset, s_k,
-    D: gl.constexpr, STAGES: gl.constexpr, ORDER: gl.constexpr, FREE: gl.constexpr, CAUSAL: gl.constexpr,
-    REGS: gl.constexpr,
+    D: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
+    CONSUMER_REGS: gl.constexpr, OTHER_REGS: gl.constexpr,
 ):  # fmt: skip
+    """Room in shared memory, barriers and the six roles."""
     BL: gl.constexpr = mbarrier.MBarrierLayout()
-    LAG: gl.constexpr = 1 if ORDER > 0 else 0
-    NUM_DS: gl.constexpr = 3 if ORDER == 2 else 2
     dt: gl.constexpr = q_desc.dtype
     ML: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     HL: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
@@ -368,14 +289,14 @@ def s2_hopper_bwd(
     v_s = gl.allocate_shared_memory(dt, [2, TILE, D], ML)
     q_s = gl.allocate_shared_memory(dt, [STAGES, TILE, D], ML)
     dout_s = gl.allocate_shared_memory(dt, [STAGES, TILE, D], ML)
-    ds_s = gl.allocate_shared_memory(dt, [2 * NUM_DS, TILE, TILE], ML)
+    ds_s = gl.allocate_shared_memory(dt, [4, TILE, TILE], ML)
     dq_s = gl.allocate_shared_memory(gl.float32, [2, D, 32], acc_desc.layout)
     lse_s = gl.allocate_shared_memory(gl.float32, [STAGES, TILE], lse_desc.layout)
     delta_s = gl.allocate_shared_memory(gl.float32, [STAGES, TILE], delta_desc.layout)
     k_full = gl.allocate_shared_memory(gl.int64, [1], BL)
     q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BL)
     dout_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BL)
-    ds_full = gl.allocate_shared_memory(gl.int64, [2 * NUM_DS, 1], BL)
+    ds_full = gl.allocate_shared_memory(gl.int64, [4, 1], BL)
     dq_free = gl.allocate_shared_memory(gl.int64, [2, 1], BL)
     dq_full = gl.allocate_shared_memory(gl.int64, [2, 1], BL)
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BL)
@@ -385,7 +306,7 @@ def s2_hopper_bwd(
         mbarrier.init(q_full.index(c), count=1)
         mbarrier.init(dout_full.index(c), count=1)
         mbarrier.init(free.index(c), count=2)
-    for c in gl.static_range(2 * NUM_DS):
+    for c in gl.static_range(4):
         mbarrier.init(ds_full.index(c), count=1)
     for c in gl.static_range(2):
         mbarrier.init(dq_free.index(c), count=1)
@@ -396,28 +317,28 @@ def s2_hopper_bwd(
     gl.warp_specialize(
         [
             (_consumer, (dk_desc, dv_desc, k_s, v_s, q_s, dout_s, lse_s, delta_s, ds_s, dq_s,
-                         k_full, q_full, dout_full, free, ds_full, dq_free, dq_full, done,
+                         k_full, q_full, dout_full, ds_full, dq_free, dq_full, done,
                          meta_ptr, steps_ptr, batch_size, scale, scale_log2, s_k,
-                         0, D, STAGES, ORDER, FREE, CAUSAL, HL)),
+                         0, D, STAGES, CAUSAL, HL)),
             (_consumer, (dk_desc, dv_desc, k_s, v_s, q_s, dout_s, lse_s, delta_s, ds_s, dq_s,
-                         k_full, q_full, dout_full, free, ds_full, dq_free, dq_full, done,
+                         k_full, q_full, dout_full, ds_full, dq_free, dq_full, done,
                          meta_ptr, steps_ptr, batch_size, scale, scale_log2, s_k,
-                         1, D, STAGES, ORDER, FREE, CAUSAL, HL)),
+                         1, D, STAGES, CAUSAL, HL)),
             (_producer, (q_desc, lse_desc, k_desc, v_desc, q_s, lse_s, k_s, v_s, k_full, q_full, free,
                          meta_ptr, steps_ptr, batch_size, num_heads, group, first_tile, num_tiles, offset, STAGES, 1)),
             (_producer, (dout_desc, delta_desc, k_desc, v_desc, dout_s, delta_s, k_s, v_s, k_full, dout_full, free,
                          meta_ptr, steps_ptr, batch_size, num_heads, group, first_tile, num_tiles, offset, STAGES, 0)),
             (_reducer, (acc_desc, dq_s, dq_full, dq_free, free, meta_ptr, steps_ptr, batch_size, num_heads, group,
-                        first_tile, num_tiles, 0, STAGES, LAG, FREE)),
+                        first_tile, num_tiles, 0, STAGES)),
             (_reducer, (acc_desc, dq_s, dq_full, dq_free, free, meta_ptr, steps_ptr, batch_size, num_heads, group,
-                        first_tile, num_tiles, 1, STAGES, LAG, FREE)),
+                        first_tile, num_tiles, 1, STAGES)),
         ],
-        [4, 1, 1, 1, 1], [REGS, 24, 24, 24, 24],
+        [4, 1, 1, 1, 1], [CONSUMER_REGS, OTHER_REGS, OTHER_REGS, OTHER_REGS, OTHER_REGS],
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_heads", "s_q", "first_tile", "num_tiles", "offset"])
-def s2_hopper_bwd_prepare(
+def s2_attention_bwd_kernel_hopper_prepare(
     out_ptr, dout_ptr, lse_ptr, dlse_ptr, lse2_ptr, delta_ptr,
     out_batch, out_head, out_row, dout_batch, dout_head, dout_row, num_heads, s_q, first_tile, num_tiles, offset,
     D: tl.constexpr, HAS_DLSE: tl.constexpr,
@@ -446,7 +367,7 @@ def s2_hopper_bwd_prepare(
 
 
 @triton.jit(do_not_specialize=["num_heads", "s_q", "first_tile", "num_tiles", "offset"])
-def s2_hopper_bwd_finish(
+def s2_attention_bwd_kernel_hopper_finish(
     acc_ptr, dq_ptr, dq_batch, dq_head, dq_row, scale, num_heads, s_q, first_tile, num_tiles, offset,
     D: tl.constexpr,
 ):  # fmt: skip
@@ -467,62 +388,74 @@ def s2_hopper_bwd_finish(
         tl.store(dq_base + (c * HALF + tl.arange(0, HALF))[None, :], x, mask=in_range[:, None])
 
 
-@dataclass(frozen=True)
-class Variant:
-    """Pipelining of the one-pass kernel: tiles in flight, order of a step (`_step`), whether consumers free tiles."""
-
-    stages: int = 3
-    order: int = 1
-    free: int = 0
-
-
-_DEFAULT = Variant()
-
-
-def _tiles(x: Tensor) -> TensorDescriptor:
-    """Descriptor of 64-row tiles of a view [b, h, s, d]."""
-    block = [1, 1, TILE.value, x.shape[3]]
-    layout = gl.NVMMASharedLayout.get_default_for(block, _GLUON_DTYPE[x.dtype])
-    strides = [stride if size > 1 else x.shape[3] for size, stride in zip(x.shape, x.stride(), strict=True)]
-    return TensorDescriptor(x, list(x.shape), [*strides[:3], 1], block, layout)
+STAGES = 3  # tiles of queries, and of the output's gradients, in flight: 226 KiB of shared memory in all
+ENTRY_REGISTERS = 168  # of a thread before the roles share them out: 65536 over 12 warps, in eights
+_CONSUMER_REGISTERS, _OTHER_REGISTERS = 240, 24
 
 
 def hopper_backward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None,
-    layout: BlockLayout, spec: AttentionSpec, variant: Variant = _DEFAULT, only_main: bool = False,
+    layout: BlockLayout, spec: AttentionSpec,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """As `backward`; not deterministic, since dq is summed by atomic additions."""
+    """As `backward`, for what `backward_choice` calls "hopper".
+
+    Not deterministic: the sums of dq differ in their last bits from run to run. Beside the gradients it takes
+    4 * b * h * s_q * d bytes of device memory, in which dq is summed in float32: twice as much as q.
+    """
     batch, num_heads, s_q, dim = q.shape
     num_kv_heads, s_k = k.shape[1:3]
+    if not fits_descriptor(dout):  # such as an expanded one
+        dout = dout.clone(memory_format=torch.contiguous_format)
     work = key_pairs(layout, num_kv_heads, s_q, s_k, spec.query_offset, spec.causal)
     dq = empty_bhsd((batch, num_heads, s_q, dim), q, spec.format)
     dk = empty_bhsd((batch, num_kv_heads, s_k, dim), q, spec.format)
     dv = empty_bhsd((batch, num_kv_heads, s_k, dim), q, spec.format)
     rows = batch * num_heads * work.num_tiles
     shape = (num_heads, s_q, work.first_tile, work.num_tiles, spec.query_offset)
-    if only_main:  # for timing: no preparation, which a call before has done
-        lse2, delta, acc = layout.cache["hopper"]
-    else:
-        lse2, delta = empty((2, rows * TILE.value), torch.float32, q.device)
-        acc = torch.zeros(rows * 2 * dim, 32, dtype=torch.float32, device=q.device)
-        layout.cache["hopper"] = lse2, delta, acc
+    lse2, delta = empty((2, rows * TILE.value), torch.float32, q.device)
+    acc = torch.zeros(rows * 2 * dim, 32, dtype=torch.float32, device=q.device)
+    arguments = launch_arguments(q, k, v, dout, lse2, delta, acc, dk, dv, work, spec)
+    # Triton would look at every argument in every call; no two calls with one key differ to the compiler
+    key = ("hopper_backward_kernel", spec.causal)
+    compiled = layout.cache.get(key)
+    grid = len(work.meta) * batch
     with torch.cuda.device_of(q):
-        if not only_main:
-            s2_hopper_bwd_prepare[(rows,)](
-                out, dout, lse, dlse, lse2, delta, *strides(out), *strides(dout), *shape, D=dim,
-                HAS_DLSE=dlse is not None, num_warps=8,
-            )  # fmt: skip
-        flat = gl.NVMMASharedLayout.get_default_for([TILE.value], gl.float32)
-        fragments = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
-        s2_hopper_bwd[(len(work.meta) * batch,)](
-            *(_tiles(x) for x in (q, k, v, dout)),
-            *(TensorDescriptor(x, [x.numel()], [1], [TILE.value], flat) for x in (lse2, delta)),
-            TensorDescriptor(acc, list(acc.shape), [32, 1], [dim, 32], fragments), _tiles(dk), _tiles(dv),
-            work.meta, work.steps, spec.softmax_scale, spec.softmax_scale * LOG2_E, batch, num_heads,
-            num_heads // num_kv_heads, work.first_tile, work.num_tiles, spec.query_offset, s_k,
-            D=dim, STAGES=variant.stages, ORDER=variant.order, FREE=variant.free, CAUSAL=spec.causal, REGS=240,
-            num_warps=4, maxnreg=168,
+        s2_attention_bwd_kernel_hopper_prepare[(rows,)](
+            out, dout, lse, dlse, lse2, delta, *strides(out), *strides(dout), *shape, D=dim,
+            HAS_DLSE=dlse is not None, num_warps=8,
         )  # fmt: skip
-        if not only_main:
-            s2_hopper_bwd_finish[(rows,)](acc, dq, *strides(dq), spec.softmax_scale, *shape, D=dim, num_warps=4)
+        if compiled is None:
+            launch = s2_attention_bwd_kernel_hopper[(grid,)]
+            layout.cache[key] = launch(*arguments, num_warps=4, maxnreg=ENTRY_REGISTERS)
+        else:
+            compiled[grid, 1, 1](*arguments)
+        s2_attention_bwd_kernel_hopper_finish[(rows,)](
+            acc, dq, *strides(dq), spec.softmax_scale, *shape, D=dim, num_warps=4
+        )
     return dq, dk, dv
+
+
+def launch_arguments(
+    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, lse2: Tensor, delta: Tensor, acc: Tensor, dk: Tensor, dv: Tensor,
+    work: KeyPairs, spec: AttentionSpec,
+) -> tuple[Any, ...]:  # fmt: skip
+    """The main kernel's arguments."""
+    batch, num_heads, _, dim = q.shape
+    flat = gl.NVMMASharedLayout.get_default_for([TILE.value], gl.float32)
+    fragments = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
+    return (
+        *(_tiles(x) for x in (q, k, v, dout)),
+        *(TensorDescriptor(x, [x.numel()], [1], [TILE.value], flat) for x in (lse2, delta)),
+        TensorDescriptor(acc, list(acc.shape), [32, 1], [dim, 32], fragments), _tiles(dk), _tiles(dv),
+        work.meta, work.steps, float(spec.softmax_scale), spec.softmax_scale * LOG2_E, batch, num_heads,
+        num_heads // k.shape[1], work.first_tile, work.num_tiles, spec.query_offset, k.shape[2],
+        dim, STAGES, spec.causal, _CONSUMER_REGISTERS, _OTHER_REGISTERS,
+    )  # fmt: skip
+
+
+def _tiles(x: Tensor) -> TensorDescriptor:
+    """Descriptor of 64-row tiles of a view [b, h, s, d]."""
+    block = [1, 1, TILE.value, x.shape[3]]
+    layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)
+    strides = [stride if size > 1 else x.shape[3] for size, stride in zip(x.shape, x.stride(), strict=True)]
+    return TensorDescriptor(x, list(x.shape), [*strides[:3], 1], block, layout)

@@ -215,10 +215,10 @@ def _softmax(scores, peak, total, scale_log2):
 
 @gluon.jit
 def _attend(
-    q, k_smem, v_smem, k_full, k_empty, v_full, v_empty, count, acc, weights, peak, total, decay, scale_log2,
+    q, k_smem, v_smem, k_full, k_empty, v_full, v_empty, count, acc, weights, peak, total, scale_log2,
     zeros, chunks, step, last_key, columns,
     HALF: gl.constexpr, CHUNK: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
-    LATE: gl.constexpr, MASK: gl.constexpr,
+    MASK: gl.constexpr,
 ):  # fmt: skip
     """Scores and weights of step `count`, while the weights of the step before are multiplied with its values."""
     dtype: gl.constexpr = v_smem.dtype
@@ -227,9 +227,6 @@ def _attend(
     v_stage = (count - 1) % V_STAGES
     mbarrier.wait(k_full.index(stage), count // K_STAGES & 1)
     scores = warpgroup_mma(q, k_smem.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
-    acc_rows: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
-    if LATE:
-        acc = acc * gl.expand_dims(gl.convert_layout(decay, acc_rows), 1)
     mbarrier.wait(v_full.index(v_stage), (count - 1) // V_STAGES & 1)
     product = warpgroup_mma(_unpack(weights, dtype, operand), v_smem.index(v_stage), acc, is_async=True)
     scores = warpgroup_mma_wait(num_outstanding=1, deps=(scores,))
@@ -241,10 +238,9 @@ def _attend(
     acc = warpgroup_mma_wait(num_outstanding=0, deps=(product,))
     weights = _stay_live(weights)
     mbarrier.arrive(v_empty.index(v_stage), count=1)
-    if not LATE:
-        acc = acc * gl.expand_dims(gl.convert_layout(decay, acc_rows), 1)
+    acc = acc * gl.expand_dims(gl.convert_layout(decay, gl.SliceLayout(1, acc.type.layout)), 1)
     weights = _pack(new_weights, dtype)
-    return acc, weights, peak, total, decay
+    return acc, weights, peak, total
 
 
 @gluon.jit
@@ -253,7 +249,7 @@ def _consume(
     head_order, head_slot, step_offsets, full_offsets, chunks, scale_log2,
     num_items, num_tiles, first_tile, num_heads, tiles_per_pattern, query_offset, s_q, s_k,
     HALF: gl.constexpr, CHUNK: gl.constexpr, CAUSAL: gl.constexpr,
-    Q_STAGES: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, LATE: gl.constexpr,
+    Q_STAGES: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
 ):  # fmt: skip
     """A consumer warpgroup: its 64 rows of every tile. The output leaves through the room of the queries."""
     dtype: gl.constexpr = v_smem.dtype
@@ -296,24 +292,22 @@ def _consume(
         scores = warpgroup_mma_wait(num_outstanding=0, deps=(scores,))
         mbarrier.arrive(k_empty.index(stage), count=1)
         scores = _masked(scores, chunks, begin, last_key, columns, HALF, CHUNK)
-        first_weights, peak, total, decay = _softmax(scores, peak, total, scale_log2)
+        first_weights, peak, total, _ = _softmax(scores, peak, total, scale_log2)
         weights = _pack(first_weights, dtype)
         count += 1
         for step in range(begin + 1, full):
-            acc, weights, peak, total, decay = _attend(
-                q, k_smem, v_smem, k_full, k_empty, v_full, v_empty, count, acc, weights, peak, total, decay,
-                scale_log2, zeros, chunks, step, last_key, columns, HALF, CHUNK, K_STAGES, V_STAGES, LATE, True,
+            acc, weights, peak, total = _attend(
+                q, k_smem, v_smem, k_full, k_empty, v_full, v_empty, count, acc, weights, peak, total,
+                scale_log2, zeros, chunks, step, last_key, columns, HALF, CHUNK, K_STAGES, V_STAGES, True,
             )  # fmt: skip
             count += 1
         for step in range(full, end):
-            acc, weights, peak, total, decay = _attend(
-                q, k_smem, v_smem, k_full, k_empty, v_full, v_empty, count, acc, weights, peak, total, decay,
-                scale_log2, zeros, chunks, step, last_key, columns, HALF, CHUNK, K_STAGES, V_STAGES, LATE, False,
+            acc, weights, peak, total = _attend(
+                q, k_smem, v_smem, k_full, k_empty, v_full, v_empty, count, acc, weights, peak, total,
+                scale_log2, zeros, chunks, step, last_key, columns, HALF, CHUNK, K_STAGES, V_STAGES, False,
             )  # fmt: skip
             count += 1
         v_stage = (count - 1) % V_STAGES
-        if LATE:
-            acc = acc * gl.expand_dims(gl.convert_layout(decay, gl.SliceLayout(1, acc_layout)), 1)
         mbarrier.wait(v_full.index(v_stage), (count - 1) // V_STAGES & 1)
         product = warpgroup_mma(_unpack(weights, dtype, weights_layout), v_smem.index(v_stage), acc, is_async=True)
         acc = warpgroup_mma_wait(num_outstanding=0, deps=(product,))
@@ -348,7 +342,7 @@ def s2_attention_fwd_kernel_hopper(
     q_desc, k_desc, v_desc, out_desc, lse, head_order, head_slot, step_offsets, full_offsets, chunks, scale_log2,
     num_items, num_tiles, first_tile, num_heads, group, tiles_per_pattern, query_offset, s_q, s_k,
     DIM: gl.constexpr, V_DIM: gl.constexpr, CHUNK: gl.constexpr, CAUSAL: gl.constexpr,
-    Q_STAGES: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, LATE: gl.constexpr,
+    Q_STAGES: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
     CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
 ):  # fmt: skip
     """Room in shared memory, barriers and the three roles."""
@@ -378,13 +372,13 @@ def s2_attention_fwd_kernel_hopper(
             out_desc, lse, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
             head_order, head_slot, step_offsets, full_offsets, chunks, scale_log2,
             num_items, num_tiles, first_tile, num_heads, tiles_per_pattern, query_offset, s_q, s_k,
-            0, CHUNK, CAUSAL, Q_STAGES, K_STAGES, V_STAGES, LATE,
+            0, CHUNK, CAUSAL, Q_STAGES, K_STAGES, V_STAGES,
         )),
         (_consume, (
             out_desc, lse, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
             head_order, head_slot, step_offsets, full_offsets, chunks, scale_log2,
             num_items, num_tiles, first_tile, num_heads, tiles_per_pattern, query_offset, s_q, s_k,
-            1, CHUNK, CAUSAL, Q_STAGES, K_STAGES, V_STAGES, LATE,
+            1, CHUNK, CAUSAL, Q_STAGES, K_STAGES, V_STAGES,
         )),
         (_produce, (
             q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
@@ -397,21 +391,22 @@ def s2_attention_fwd_kernel_hopper(
 
 @dataclass(frozen=True)
 class HopperConfig:
-    """Copies of the queries', keys' and values' room in shared memory, and when older sums are scaled down.
-
-    `late_decay`: beside this step's q k^T instead of before it. Registers are those of a thread.
-    """
+    """Copies of the queries', keys' and values' room in shared memory; registers are those of a thread."""
 
     q_stages: int
     k_stages: int
     v_stages: int
-    late_decay: bool = False
     consumer_registers: int = 240
     producer_registers: int = 24
 
 
-# By padded head dimension; 227 KiB of shared memory hold seven tiles of 128 x 128.
-CONFIGS = {64: HopperConfig(2, 4, 4), 128: HopperConfig(2, 2, 3)}
+# By padded head dimension and keys of a chunk; 227 KiB of shared memory hold seven tiles of 128 x 128.
+CONFIGS = {
+    (64, 64): HopperConfig(2, 4, 4),
+    (64, 128): HopperConfig(2, 4, 4),
+    (128, 64): HopperConfig(2, 3, 2),
+    (128, 128): HopperConfig(2, 2, 3),
+}
 ENTRY_REGISTERS = 168  # of a thread before the roles share them out: 65536 over 12 warps, in eights
 _SWIZZLED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
 
@@ -424,7 +419,7 @@ def hopper_forward(
     v_dim = v.shape[3]
     out = empty_bhsd((batch, num_heads, s_q, v_dim), q, spec.format)
     lse = empty((batch, num_heads, s_q), torch.float32, q.device)
-    config = config or CONFIGS[padded_to_panels(dim)]
+    config = config or CONFIGS[padded_to_panels(dim), min(layout.block_size, TILE)]
     num_items, arguments = launch_arguments(q, k, v, out, lse, layout, spec, config)
     grid = min(num_items, multiprocessors(q.device))
     # Triton would look at every argument in every call (100 us); no two calls with one key differ to the compiler
@@ -459,7 +454,7 @@ def launch_arguments(
         spec.softmax_scale * _LOG2_E, num_items, num_tiles, first_tile, num_heads, num_heads // num_kv_heads,
         work.tiles_per_pattern, spec.query_offset, s_q, s_k,
         padded_to_panels(dim), padded_v_dim, chunk, spec.causal,
-        config.q_stages, config.k_stages, config.v_stages, config.late_decay,
+        config.q_stages, config.k_stages, config.v_stages,
         config.consumer_registers, config.producer_registers,
     )  # fmt: skip
 

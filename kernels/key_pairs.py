@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from .layout import BlockLayout
 
 TILE = 64
 ACTIVE_BITS, QUERY_BITS = 2, 20
+_LENGTHS_KEPT = 8  # context parallel ranks alternate between two query ranges
 MAX_GROUP = 2 ** (31 - ACTIVE_BITS - QUERY_BITS)
 
 
@@ -31,83 +33,99 @@ class KeyPairs:
 
 
 def key_pairs(layout: BlockLayout, num_kv_heads: int, s_q: int, s_k: int, query_offset: int, causal: bool) -> KeyPairs:
-    """The pairs of every KV head; kept in the layout's cache."""
-    key = ("key_pairs", num_kv_heads, s_q, s_k, query_offset, causal)
-    if key not in layout.cache:
-        layout.cache[key] = _build(layout, num_kv_heads, s_q, s_k, query_offset, causal)
-    found: KeyPairs = layout.cache[key]
-    return found
+    """The pairs of every KV head; the last few lengths' are kept in the layout's cache."""
+    kept: dict[Any, KeyPairs] = layout.cache.setdefault("key_pairs", {})
+    key = (num_kv_heads, s_q, s_k, query_offset, causal)
+    if key not in kept:
+        while len(kept) >= _LENGTHS_KEPT:
+            del kept[next(iter(kept))]
+        kept[key] = _build(layout, num_kv_heads, s_q, s_k, query_offset, causal)
+    return kept[key]
 
 
-def _build(layout: BlockLayout, num_kv_heads: int, s_q: int, s_k: int, query_offset: int, causal: bool) -> KeyPairs:
+def _build(
+    layout: BlockLayout, num_kv_heads: int, s_q: int, s_k: int, query_offset: int, causal: bool
+) -> KeyPairs:  # fmt: skip
     device = layout.device
-    ratio = layout.block_size // TILE
     first_tile, end_tile = query_offset // TILE, -(-(query_offset + s_q) // TILE)
+    bounds = layout.column_offsets[:: layout.num_key_blocks].tolist()
+    patterns = layout.pattern_of_head.view(num_kv_heads, -1).tolist()
+    # KV heads with the same patterns share their steps; one at a time, for less memory
+    metas: dict[tuple[int, ...], Tensor] = {}
+    parts: list[Tensor] = []
+    num_steps = 0
+    for group in dict.fromkeys(tuple(x) for x in patterns):
+        kept = [_kept_tiles(layout, p, bounds[p], bounds[p + 1], first_tile, end_tile, s_k, causal) for p in group]
+        meta, steps = _pairs_of_group(kept, layout.block_size // TILE, first_tile, end_tile, s_k, causal)
+        meta[:, 3] += num_steps
+        num_steps += len(steps)
+        metas[group] = meta
+        parts.append(steps)
+    if num_steps >= 2**31:
+        raise ValueError(f"{num_steps} steps are too many for 32-bit indices: use larger blocks")
+    meta = torch.stack([metas[tuple(x)] for x in patterns])
+    meta[:, :, 0] = torch.arange(num_kv_heads, device=device)[:, None]
+    meta = meta.flatten(0, 1)
+    heaviest = meta[:, 5].sort(descending=True, stable=True).indices
+    return KeyPairs(meta[heaviest].to(torch.int32), torch.cat(parts), first_tile, end_tile - first_tile)
+
+
+def _pairs_of_group(
+    kept: list[tuple[Tensor, Tensor]], ratio: int, first_tile: int, end_tile: int, s_k: int, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """`meta` and `steps` of one KV head, from the query and key tiles that every head of its group keeps."""
+    tile, key_tile = torch.cat([t for t, _ in kept]), torch.cat([k for _, k in kept])
+    device = tile.device
+    member = torch.cat([torch.full_like(t, m) for m, (t, _) in enumerate(kept)])
     num_tiles, num_key_tiles = end_tile - first_tile, -(-s_k // TILE)
     num_pairs = -(-num_key_tiles // 2)
-    group = layout.num_heads // num_kv_heads
-    head, tile, key_tile = _kept_tiles(layout, ratio, first_tile, end_tile, num_key_tiles, causal)
-    kv, member = head // group, head % group
 
     # halves of a block make a pair; of smaller blocks, those that about equally many queries keep
-    if ratio > 1:
-        place = torch.arange(num_pairs * 2, device=device).expand(num_kv_heads, -1)
-        tile_at = place
-    else:
-        counts = torch.bincount(kv * num_key_tiles + key_tile, minlength=num_kv_heads * num_key_tiles)
-        order = counts.view(num_kv_heads, num_key_tiles).sort(dim=1, descending=True, stable=True).indices
-        place = torch.empty_like(order).scatter_(1, order, torch.arange(num_key_tiles, device=device).expand_as(order))
-        tile_at = torch.full((num_kv_heads, num_pairs * 2), num_key_tiles, device=device)
-        tile_at[:, :num_key_tiles] = order
-    at = place[kv, key_tile]
-    code = ((kv * num_pairs + at // 2) * group + member) * num_tiles + tile - first_tile
+    place = tile_at = torch.arange(num_pairs * 2, device=device)
+    if ratio == 1:
+        order = torch.bincount(key_tile, minlength=num_key_tiles).sort(descending=True, stable=True).indices
+        place = torch.empty_like(order).scatter_(0, order, torch.arange(num_key_tiles, device=device))
+        tile_at = torch.full((num_pairs * 2,), num_key_tiles, device=device)
+        tile_at[:num_key_tiles] = order
+    at = place[key_tile]
+    code = (at // 2 * len(kept) + member) * num_tiles + tile - first_tile
     code, inverse = torch.unique(code, return_inverse=True)
     active = torch.zeros_like(code).scatter_add_(0, inverse, 1 << (at % 2))
 
-    per_pair = group * num_tiles
-    without = (torch.bincount(code // per_pair, minlength=num_kv_heads * num_pairs) == 0).nonzero().flatten()
+    per_pair = len(kept) * num_tiles
+    without = (torch.bincount(code // per_pair, minlength=num_pairs) == 0).nonzero().flatten()
     code = torch.cat([code, without * per_pair])
     active = torch.cat([active, torch.zeros_like(without)])
 
-    pair, member, tile = code // per_pair, code // num_tiles % group, code % num_tiles + first_tile
-    tiles_of_pair = tile_at.reshape(-1, 2)
+    pair, member, tile = code // per_pair, code // num_tiles % len(kept), code % num_tiles + first_tile
+    tiles_of_pair = tile_at.view(-1, 2)
     masked = (active != 3) | ((tiles_of_pair + 1) * TILE > s_k).any(1)[pair]
     if causal:
         masked |= (tile[:, None] <= tiles_of_pair[pair]).any(1)
     order = (pair * 2 + (~masked).long()).sort(stable=True).indices
     steps = (member << (ACTIVE_BITS + QUERY_BITS) | tile << ACTIVE_BITS | active)[order].to(torch.int32)
 
-    num_steps = torch.bincount(pair, minlength=len(tiles_of_pair))
-    num_masked = torch.bincount(pair, weights=masked.double(), minlength=len(tiles_of_pair)).long()
-    meta = torch.zeros(len(tiles_of_pair), 8, dtype=torch.int64, device=device)
-    meta[:, 0] = torch.arange(len(tiles_of_pair), device=device) // num_pairs
+    num_steps = torch.bincount(pair, minlength=num_pairs)
+    meta = torch.zeros(num_pairs, 8, dtype=torch.int64, device=device)
     meta[:, 1:3] = tiles_of_pair
     meta[:, 3] = num_steps.cumsum(0) - num_steps
-    meta[:, 4], meta[:, 5] = num_masked, num_steps
-    heaviest = num_steps.sort(descending=True, stable=True).indices
-    return KeyPairs(meta[heaviest].to(torch.int32), steps, first_tile, num_tiles)
+    meta[:, 4] = torch.bincount(pair[masked], minlength=num_pairs)
+    meta[:, 5] = num_steps
+    return meta, steps
 
 
 def _kept_tiles(
-    layout: BlockLayout, ratio: int, first_tile: int, end_tile: int, num_key_tiles: int, causal: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Head, query tile and key tile of everything kept, in tiles of 64."""
-    device, num_columns = layout.device, layout.num_key_blocks
-    bounds = layout.column_offsets[::num_columns].tolist()
-    column = torch.repeat_interleave(
-        torch.arange(len(layout.column_offsets) - 1, device=device), layout.column_offsets.diff().long()
-    )
-    within = torch.arange(ratio, device=device)
-    heads, tiles, keys = [], [], []
-    for head, pattern in enumerate(layout.pattern_of_head.tolist()):
-        kept = slice(bounds[pattern], bounds[pattern + 1])
-        tile = layout.column_rows[kept].long()[:, None, None] * ratio + within[:, None]
-        key = (column[kept] % num_columns)[:, None, None] * ratio + within
-        tile, key = (x.flatten() for x in torch.broadcast_tensors(tile, key))
-        keep = (tile >= first_tile) & (tile < end_tile) & (key < num_key_tiles)
-        if causal:
-            keep &= tile >= key
-        tiles.append(tile[keep])
-        keys.append(key[keep])
-        heads.append(torch.full_like(tiles[-1], head))
-    return torch.cat(heads), torch.cat(tiles), torch.cat(keys)
+    layout: BlockLayout, pattern: int, begin: int, end: int, first_tile: int, end_tile: int, s_k: int, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """Query tile and key tile of everything that a pattern keeps, in tiles of 64; its columns lie in [begin, end)."""
+    n_k, device = layout.num_key_blocks, layout.device
+    within = torch.arange(layout.block_size // TILE, device=device)
+    counts = layout.column_offsets[pattern * n_k : (pattern + 1) * n_k + 1].diff().long()
+    column = torch.repeat_interleave(torch.arange(n_k, device=device), counts, output_size=end - begin)
+    tile = layout.column_rows[begin:end].long()[:, None, None] * len(within) + within[:, None]
+    key = column[:, None, None] * len(within) + within
+    tile, key = (x.flatten() for x in torch.broadcast_tensors(tile, key))
+    keep = (tile >= first_tile) & (tile < end_tile) & (key * TILE < s_k)
+    if causal:
+        keep &= tile >= key
+    return tile[keep], key[keep]

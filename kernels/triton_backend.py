@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from .backward import backward
 from .forward import forward
-from .hopper_support import kernel_choice
+from .hopper_support import backward_choice, kernel_choice
 from .interpreter import repair_interpreter
 from .layout import BlockLayout
 from .spec import AttentionSpec, from_bhsd, to_bhsd
@@ -48,7 +48,12 @@ class _TritonAttention(torch.autograd.Function):
             return None, None, None, None, None
         dout = torch.zeros_like(out) if dout is None else last_contiguous(dout)
         dlse = None if dlse is None else dlse.contiguous()
-        return *backward(q, k, v, out, lse, dout, dlse, ctx.layout, ctx.spec), None, None
+        arguments = (q, k, v, out, lse, dout, dlse, ctx.layout, ctx.spec)
+        if backward_choice(q, k, v, ctx.layout, ctx.spec) == "hopper":
+            from .hopper_backward import hopper_backward
+
+            return *hopper_backward(*arguments), None, None
+        return *backward(*arguments), None, None
 
 
 def triton_attention(

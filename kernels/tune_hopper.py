@@ -1,8 +1,7 @@
-"""Variants of the Hopper forward, checked and timed: `python -m s2train.kernels.tune_hopper [--json FILE]`.
+"""Variants of the Hopper forward, compared and timed: `python -m s2train.kernels.tune_hopper [--json FILE]`.
 
-Every feature is first compared with a float64 oracle, in several processes that also compile all variants. Then
-one process compares every variant with a float32 oracle and times it (median); it is replaced where a variant
-breaks the CUDA context or hangs, and the others go on.
+Several processes compile all variants. Then one compares each with a float32 oracle and times it (median). Whether
+the kernel is right in every feature, `s2train.kernels.check` says.
 """
 
 from __future__ import annotations
@@ -11,13 +10,8 @@ import argparse
 import json
 import math
 import os
-import queue
-import subprocess
 import sys
-import threading
 import time
-import traceback
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,25 +21,22 @@ import triton
 from torch import Tensor
 
 from . import spec
-from .check_cases import CASES, Case
-from .check_run import check_forward
 from .forward import forward
 from .hopper_forward import CONFIGS, HopperConfig, hopper_forward
 from .layout import BlockLayout
 from .spec import AttentionSpec, to_bhsd
+from .workers import run_tasks, serve
 
-_SILENCE = 60.0  # seconds without a line after which an item hangs
+_SECONDS = 60.0  # after which an item hangs
 _VARIANTS: dict[str, HopperConfig | None] = {
     "q2 k2 v3": HopperConfig(2, 2, 3),
-    "q2 k2 v3 late": HopperConfig(2, 2, 3, late_decay=True),
     "q2 k3 v2": HopperConfig(2, 3, 2),
     "q1 k3 v3": HopperConfig(1, 3, 3),
-    "q1 k3 v3 late": HopperConfig(1, 3, 3, late_decay=True),
     "q2 k2 v2": HopperConfig(2, 2, 2),
-    "d 64": CONFIGS[64],
-    "d 64 late": HopperConfig(2, 4, 4, late_decay=True),
+    "d 64": CONFIGS[64, 128],
     "portable": None,  # the Triton kernel
 }
+_PLAIN = spec.empty
 _LOCAL = {128: 8, 64: 16}
 _STRIDE = 16
 _HEADS = 32
@@ -71,34 +62,33 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m s2train.kernels.tune_hopper", description=__doc__)
     parser.add_argument("--json", type=Path, help="write all results there")
     parser.add_argument("--lengths", type=int, nargs="+", default=[32768, 131072])
-    parser.add_argument("--jobs", type=int, default=min(12, os.cpu_count() or 1), help="processes that check")
-    parser.add_argument("--no-check", action="store_true", help="only time")
-    parser.add_argument("--child", help=argparse.SUPPRESS)  # its tasks, as JSON
+    parser.add_argument("--jobs", type=int, default=min(12, os.cpu_count() or 1), help="processes that compile")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.child is not None:
-        _run_tasks(json.loads(args.child))
+    if args.worker:
+        problems: dict[Any, Problem] = {}
+        serve(lambda task: _run_item(Item(**task), problems))
         return 0
     started = time.monotonic()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}", flush=True)
+    command = ["s2train.kernels.tune_hopper", "--worker"]
     items = _items(args.lengths)
-    tasks = [] if args.no_check else _features()
-    compiled = {(i.variant, i.block, i.dim): Item(i.variant, 0, i.block, dim=i.dim) for i in items}
-    tasks += [[_task(item)] for item in compiled.values()]
-    shares: list[list[dict[str, Any]]] = [[] for _ in range(args.jobs)]
-    for n, group in enumerate(tasks):
-        shares[n % args.jobs] += group
-    with ThreadPoolExecutor(args.jobs) as pool:
-        checks = [row for rows in pool.map(_in_processes, shares) for row in rows]
-    for row in checks:
-        if not row["ok"] or "kernel" in row:
-            print(_check_line(row), flush=True)
-    print(f"{len(checks)} checked or compiled in {time.monotonic() - started:.0f} s", flush=True)
-    timings = _in_processes([_task(item) for item in items], echo=True)
+    compiled = {(i.variant, i.block, i.dim): asdict(Item(i.variant, 0, i.block, dim=i.dim)) for i in items}
+    for task, row in zip(
+        compiled.values(), run_tasks(command, list(compiled.values()), args.jobs, _SECONDS), strict=True
+    ):
+        if not row["ok"]:
+            print(f"FAIL compile {task['variant']} B={task['block']}: {row.get('error')}", flush=True)
+    print(f"{len(compiled)} compiled in {time.monotonic() - started:.0f} s", flush=True)
+    timings = []
+    for item, row in zip(items, run_tasks(command, [asdict(x) for x in items], 1, _SECONDS), strict=True):
+        timings.append({"task": f"{item.problem} {item.variant}"} | row)
+        print(_timing_line(timings[-1]), flush=True)
     _print_table(timings)
-    failed = [row["task"] for row in checks + timings if not row["ok"]]
-    print(f"{len(checks) + len(timings)} items, {len(failed)} failed, {time.monotonic() - started:.0f} s")
+    failed = [row["task"] for row in timings if not row["ok"]]
+    print(f"{len(timings)} items, {len(failed)} failed, {time.monotonic() - started:.0f} s")
     if args.json:
-        args.json.write_text(json.dumps({"checks": checks, "timings": timings}, indent=1))
+        args.json.write_text(json.dumps({"timings": timings}, indent=1))
     return 1 if failed else 0
 
 
@@ -108,87 +98,9 @@ def _items(lengths: list[int]) -> list[Item]:
         for block in (128, 64):
             items += [Item(variant, length, block) for variant in _VARIANTS if "d 64" not in variant]
             items += [Item(variant, length, block, kv_heads=8) for variant in ("q2 k2 v3", "q1 k3 v3")]
-    items += [Item(variant, lengths[0], b, dim=64) for b in (128, 64) for variant in ("d 64", "d 64 late")]
+    items += [Item("d 64", lengths[0], b, dim=64) for b in (128, 64)]
     # by problem, so that its tensors are made once
     return sorted(items, key=lambda item: (item.length, item.dim, item.block, item.kv_heads))
-
-
-def _features() -> list[list[dict[str, Any]]]:
-    """Comparisons in groups that compile one kernel."""
-    groups: dict[Any, list[dict[str, Any]]] = {}
-    for case in CASES.values():
-        if case.dtype != "float32" and case.block >= 64 and case.dim <= 128 and not case.documents:
-            kernel = (case.dtype, min(case.block, 128), case.dim > 64, (case.v_dim or case.dim) > 64, case.causal)
-            groups.setdefault(kernel, []).append({"name": case.name, "case": asdict(case)})
-    return list(groups.values())
-
-
-def _task(item: Item) -> dict[str, Any]:
-    return {"name": f"{item.problem if item.length else 'compile'} {item.variant}", "item": asdict(item)}
-
-
-def _in_processes(tasks: list[dict[str, Any]], echo: bool = False) -> list[dict[str, Any]]:
-    """Results of the tasks in order, from a process that is replaced after a crash or a silence."""
-    rows: list[dict[str, Any]] = []
-    while len(rows) < len(tasks):
-        left = tasks[len(rows) :]
-        command = [sys.executable, "-m", "s2train.kernels.tune_hopper", "--child", json.dumps(left)]
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        errors: list[str] = []
-        assert child.stdout
-        assert child.stderr
-        lines: queue.Queue[str | None] = queue.Queue()
-        threading.Thread(target=_pump, args=(child.stdout, lines.put), daemon=True).start()
-        threading.Thread(target=_pump, args=(child.stderr, errors.append), daemon=True).start()
-        reason = "exit"
-        while len(rows) < len(tasks):
-            try:
-                line = lines.get(timeout=_SILENCE)
-            except queue.Empty:
-                reason = f"nothing for {_SILENCE:.0f} s"
-                break
-            if line is None:
-                break
-            if line.startswith("{"):
-                rows.append(json.loads(line))
-                if echo:
-                    print(_timing_line(rows[-1]), flush=True)
-        child.kill()
-        child.wait()
-        if len(rows) < len(tasks):
-            last = next((x.strip() for x in reversed(errors) if x and x.strip()), "")
-            error = f"{reason} {child.returncode}: {last}"[:200]
-            rows.append({"task": tasks[len(rows)]["name"], "ok": False, "error": error})
-            if echo:
-                print(_timing_line(rows[-1]), flush=True)
-    return rows
-
-
-def _pump(stream: Any, put: Any) -> None:
-    for line in stream:
-        put(line)
-    put(None)
-
-
-def _run_tasks(tasks: list[dict[str, Any]]) -> None:
-    spec.empty = lambda shape, dtype, device: torch.full(shape, torch.nan, dtype=dtype, device=device)
-    problems: dict[Any, Problem] = {}
-    for task in tasks:
-        torch.manual_seed(0)
-        try:
-            if "case" in task:
-                row = check_forward(Case(**task["case"]), torch.device("cuda"))
-                torch.cuda.synchronize()
-            else:
-                row = _run_item(Item(**task["item"]), problems)
-        except Exception as error:
-            traceback.print_exc()
-            text = f"{type(error).__name__}: {error}".replace("\n", " ")[:200]
-            print(json.dumps({"task": task["name"], "ok": False, "error": text}), flush=True)
-            if "CUDA" in text or isinstance(error, torch.AcceleratorError):
-                os._exit(3)  # the context is gone
-            continue
-        print(json.dumps({"task": task["name"]} | row), flush=True)
 
 
 @dataclass(frozen=True)
@@ -203,7 +115,13 @@ class Problem:
     exact: list[tuple[int, int, int, Tensor, Tensor]]
 
 
+def _poison(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.full(shape, torch.nan, dtype=dtype, device=device)
+
+
 def _run_item(item: Item, problems: dict[Any, Problem]) -> dict[str, Any]:
+    torch.manual_seed(0)
+    spec.empty = _poison
     length = item.length or 512
     key = (length, item.block, item.kv_heads, item.dim)
     if key not in problems:
@@ -232,9 +150,8 @@ def _run_item(item: Item, problems: dict[Any, Problem]) -> dict[str, Any]:
     if not row["ok"]:
         return row | {"error": f"wrong: out {errors}, lse {lse_error:.1e}, complete {complete}"}
     if item.length:
-        spec.empty = lambda shape, dtype, device: torch.empty(shape, dtype=dtype, device=device)
+        spec.empty = _PLAIN
         ms = triton.testing.do_bench(run, warmup=40, rep=120, return_mode="median")
-        spec.empty = lambda shape, dtype, device: torch.full(shape, torch.nan, dtype=dtype, device=device)
         row |= {"ms": ms, "tflops": p.flops / ms / 1e9}
     return row
 
@@ -268,13 +185,6 @@ def _exact(
     keep = patterns[head % _STRIDE][query // item.block][:, key // item.block] & (query[:, None] >= key)
     scores = scores.masked_fill(~keep, -torch.inf)
     return start, stop, torch.softmax(scores, -1) @ v[0, kv_head, :stop].float(), torch.logsumexp(scores, -1)
-
-
-def _check_line(row: dict[str, Any]) -> str:
-    if "error" in row:
-        return f"FAIL {row['task']:<44} {row['error']}"
-    errors = "  ".join(f"{name} {row[name][0]:.1e}/{row[name][1]:.1e}" for name in ("out", "lse"))
-    return f"{'ok  ' if row['ok'] else 'FAIL'} {row['task']:<44} {row['kernel']:<6} {errors}"
 
 
 def _timing_line(row: dict[str, Any]) -> str:

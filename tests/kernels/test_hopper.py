@@ -1,9 +1,14 @@
-"""Around the Hopper forward: what it walks and when it is chosen. The kernel itself needs a GPU."""
+"""Around the Hopper kernels: what the forward walks and when they are chosen. The kernels themselves need a GPU."""
 
 import pytest
 import torch
-from s2train.kernels import BlockLayout
-from s2train.kernels.hopper_support import hopper_forward_supported, kernel_choice
+from s2train.kernels import BlockLayout, hopper_support
+from s2train.kernels.hopper_support import (
+    backward_choice,
+    hopper_backward_supported,
+    hopper_forward_supported,
+    kernel_choice,
+)
 from s2train.kernels.hopper_work import TILE, ForwardWork, forward_work
 from s2train.kernels.spec import AttentionSpec
 from s2train.kernels.token_mask import token_mask
@@ -92,7 +97,7 @@ def test_work_is_built_once_for_all_causal_lengths() -> None:
 def arguments(block: int = 128, dtype: torch.dtype = torch.bfloat16, dim: int = 128, v_dim: int = 128, **spec: object):  # type: ignore[no-untyped-def]
     settings = {"softmax_scale": 0.1, "causal": True, "query_offset": 0, "cu_seqlens": None, "format": "sbhd"}
     q, k, v = (torch.randn(256, 1, 2, d, dtype=dtype).permute(1, 2, 0, 3) for d in (dim, dim, v_dim))
-    return q, k, v, random_layout(block, 256 // block, 256 // block, heads=2), AttentionSpec(**settings | spec)  # type: ignore[arg-type]
+    return q, k, v, random_layout(block, 1024 // block, 1024 // block, heads=2), AttentionSpec(**settings | spec)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("block", [64, 128, 256])
@@ -106,7 +111,7 @@ def test_supported(block: int, dtype: torch.dtype, dim: int, v_dim: int) -> None
     "unsupported",
     [
         {"block": 32}, {"dtype": torch.float32}, {"dim": 256, "v_dim": 256}, {"dim": 64}, {"dim": 20, "v_dim": 20},
-        {"cu_seqlens": torch.tensor([0, 256])},
+        {"cu_seqlens": torch.tensor([0, 256])}, {"query_offset": 300}, {"query_offset": 64},
     ],
     ids=str,
 )  # fmt: skip
@@ -122,8 +127,52 @@ def test_unaligned_and_expanded_inputs_are_left_to_the_portable_kernel() -> None
     assert hopper_forward_supported(q, k[:, :1], v[:, :1], layout, spec)
 
 
-def test_other_devices_take_the_portable_kernel() -> None:
+@pytest.mark.parametrize("offset", [128, 512])
+def test_whole_tiles_of_offset_are_supported(offset: int) -> None:
+    assert hopper_forward_supported(*arguments(query_offset=offset))
+
+
+@pytest.mark.parametrize("block", [64, 128, 256])
+@pytest.mark.parametrize("spec", [{}, {"causal": False}, {"query_offset": 301}, {"format": "bhsd"}], ids=str)
+def test_backward_supported(block: int, spec: dict[str, object]) -> None:
+    assert hopper_backward_supported(*arguments(block, **spec))
+
+
+@pytest.mark.parametrize(
+    "unsupported",
+    [
+        {"block": 32}, {"dtype": torch.float16}, {"dtype": torch.float32}, {"dim": 64, "v_dim": 64}, {"v_dim": 64},
+        {"dim": 256, "v_dim": 256}, {"cu_seqlens": torch.tensor([0, 256])},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_backward_left_to_the_portable_kernels(unsupported: dict[str, object]) -> None:
+    assert not hopper_backward_supported(*arguments(**unsupported))  # type: ignore[arg-type]
+
+
+def test_backward_of_what_its_indices_do_not_hold_is_left_to_the_portable_kernels() -> None:
+    _, k, v, layout, spec = arguments()
+    for shape in ((1, 2, 2**27, 128), (2**18, 2, 2**10, 128)):
+        q = torch.empty(shape, dtype=torch.bfloat16, device="meta")
+        assert not hopper_backward_supported(q, k, v, layout, spec)
+    too_many_heads = torch.empty(1, 2048, 256, 128, dtype=torch.bfloat16, device="meta")
+    assert not hopper_backward_supported(too_many_heads, k, v, layout, spec)
+
+
+def test_other_devices_take_the_portable_kernels() -> None:
     assert kernel_choice(*arguments()) == "triton"
+    assert backward_choice(*arguments()) == "triton"
+
+
+def test_deterministic_mode_takes_the_backward_without_atomics(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hopper_support, "is_hopper", lambda device: True)
+    assert backward_choice(*arguments()) == "hopper"
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert backward_choice(*arguments()) == "triton"
+        assert kernel_choice(*arguments()) == "hopper"
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.gpu
@@ -133,7 +182,7 @@ def test_other_devices_take_the_portable_kernel() -> None:
 @pytest.mark.parametrize("dim", [64, 96, 128])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"causal": False}, {"query_offset": 333}, {"format": "bshd"}, {"format": "bhsd"}],
+    [{}, {"causal": False}, {"query_offset": 333}, {"query_offset": 256}, {"format": "bshd"}, {"format": "bhsd"}],
     ids=str,
 )
 def test_every_feature_on_a_gpu(
