@@ -88,7 +88,8 @@ def check_case(case: Case, device: torch.device) -> dict[str, Any]:
         dlse = None if case.gradients == "out" else torch.randn_like(lse)
         measured = _results(out, lse, leaves, dout, dlse)
         kernels = _kernels(q, k, v, layout, **options)
-        again = _results(*attend(), leaves, dout, dlse) if case.deterministic else measured
+        # once more, as a layout keeps compiled kernels for later calls
+        again = _results(*attend(), leaves, dout, dlse)
 
     def reference(dtype: torch.dtype) -> list[Tensor]:
         cast = [x.detach().to(dtype).requires_grad_() for x in inputs]
@@ -98,7 +99,9 @@ def check_case(case: Case, device: torch.device) -> dict[str, Any]:
     result = kernels | compare(measured, plain, exact)
     # rows without keys: -inf in the same places
     result["ok"] &= bool(((lse == -torch.inf) == (exact[1] == 0)).all())
-    result["ok"] &= all(x.equal(y) for x, y in zip(measured, again, strict=True))
+    result["ok"] &= compare(again, plain, exact)["ok"]
+    if case.deterministic:
+        result["ok"] &= all(x.equal(y) for x, y in zip(measured, again, strict=True))
     return result
 
 

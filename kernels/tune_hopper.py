@@ -71,7 +71,7 @@ def main() -> int:
         return 0
     started = time.monotonic()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}", flush=True)
-    command = ["s2train.kernels.tune_hopper", "--worker"]
+    command = ["-m", "s2train.kernels.tune_hopper", "--worker"]
     items = _items(args.lengths)
     compiled = {(i.variant, i.block, i.dim): asdict(Item(i.variant, 0, i.block, dim=i.dim)) for i in items}
     for task, row in zip(

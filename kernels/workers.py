@@ -32,7 +32,7 @@ def serve(handle: Callable[[Row], Row]) -> None:
 def run_tasks(command: list[str], tasks: list[Row], jobs: int, seconds: float) -> Iterator[Row]:
     """Results in the tasks' order, each as soon as those before it are there.
 
-    `command` starts a worker (`python -m` is put before it). A task without an answer after `seconds`, or whose
+    `command` are Python's arguments for a worker. A task without an answer after `seconds`, or whose
     worker died, gives {"ok": False, "error": why}; the others go on in a new worker.
     """
     idle: queue.SimpleQueue[_Worker | None] = queue.SimpleQueue()
@@ -62,7 +62,7 @@ def run_tasks(command: list[str], tasks: list[Row], jobs: int, seconds: float) -
 class _Worker:
     def __init__(self, command: list[str]) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", *command],
+            [sys.executable, *command],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         self.answers: queue.SimpleQueue[str | None] = queue.SimpleQueue()
