@@ -68,6 +68,10 @@ def block_sparse_attention(
         Output like q with d_v for d, contiguous; with `return_lse` also float32 [b, H, s_q] in every format.
         Both are differentiable, once. Rows that see no key have output 0, log-sum-exp -inf, zero gradients.
 
+    Outputs are the same in every run. So are gradients under ``torch.use_deterministic_algorithms(True)``, and always
+    on the portable kernels; Hopper's own backward (bfloat16, d = d_v = 128) sums dq in whatever order its programs
+    finish, so that its last bits differ from run to run. Those sums take 4 * b * H * s_q * d bytes for the while.
+
     Raises:
         ValueError: arguments that don't fit together, naming argument and remedy.
     """

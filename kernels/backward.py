@@ -258,7 +258,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v (views [b, h, s, d], contiguous in `spec.format`).
 
-    Arguments as in `forward`, with its results and their gradients; `dlse` None means 0.
+    Arguments as in `forward`, with its results and their gradients; `dlse` None means 0. Equal in every run.
     """
     batch, num_heads, s_q, dim = q.shape
     num_kv_heads, s_k, v_dim = v.shape[1:]

@@ -24,6 +24,9 @@ class Case:
     format: str = "sbhd"
     documents: tuple[int, ...] = ()  # lengths; packed if given
     keep: float = 0.3
+    gradients: str = "both"  # whose are given: "both", "out" or "lse"
+    fused: bool = False  # q, k, v are views of one tensor, as a fused projection's output has them
+    deterministic: bool = False  # torch.use_deterministic_algorithms, and equal gradients in two runs
 
 
 @dataclass(frozen=True)
@@ -81,13 +84,48 @@ def _cases() -> list[Case]:
         Case("mostly empty rows", keep=0.05, block=32),
         Case("d 128, v 64", v_dim=64),
     ]
-    return cases
+    # Hopper's kernels where there are any: what the cases above leave out
+    for block in (64, 128, 256):
+        name = f"block {block}"
+        cases += [
+            Case(f"float16 {name} d 64", dtype="float16", block=block, dim=64),
+            Case(f"offset 333, {name}, batch 2", query_offset=333, batch=2, block=block, s_q=700),
+            Case(f"not causal, {name}, more keys", causal=False, s_q=333, s_k=1200, block=block),
+            Case(f"not causal, {name}, fewer keys", causal=False, s_q=1200, s_k=333, block=block, query_offset=65),
+            Case(f"causal, {name}, fewer keys than rows", s_q=1000, s_k=500, block=block),
+            Case(f"mostly empty rows, {name}", keep=0.05, block=block, s_q=2000),
+            Case(f"all kept, {name}, d 96", keep=1.0, block=block, dim=96, s_q=1025),
+            Case(f"bhsd, {name}, MQA, batch 3", format="bhsd", kv_heads=1, batch=3, block=block, s_q=257),
+            Case(f"offset 256, {name}, batch 2", query_offset=256, batch=2, block=block, s_q=700),
+            Case(
+                f"offset 301, {name}, more keys, bshd", query_offset=301, s_k=1100, block=block, s_q=700, format="bshd"
+            ),
+            Case(
+                f"not causal, {name}, offset 128, fewer keys",
+                causal=False,
+                s_q=900,
+                s_k=333,
+                block=block,
+                query_offset=128,
+            ),
+            Case(f"all kept, {name}", keep=1.0, block=block, s_q=1025),
+            Case(f"gradient of out alone, {name}", gradients="out", block=block),
+            Case(f"gradient of lse alone, {name}", gradients="lse", block=block),
+            Case(f"fused q, k, v, {name}", fused=True, kv_heads=8, batch=2, block=block),
+        ]
+    return [
+        *cases,
+        Case("deterministic", deterministic=True, block=128),
+        Case("aligned offset beyond keys", query_offset=384, s_k=250),
+        Case("3 of 33 blocks, MQA", keep=0.1, block=128, s_q=4200, kv_heads=1),
+    ]
 
 
 CASES = {case.name: case for case in _cases()}
 _QUICK = (
     "bfloat16 block 64 d 128", "bfloat16 block 128 d 128", "bfloat16 block 16 d 128", "float32 block 64 d 128",
-    "length 2049 block 128", "offset 777 block 128", "packed block 64", "bfloat16 block 64 d 80",
+    "length 2049 block 128", "offset 777 block 128", "offset 256, block 128, batch 2", "deterministic",
+    "packed block 64", "bfloat16 block 64 d 80",
 )  # fmt: skip
 
 TIMINGS = [

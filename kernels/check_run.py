@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,25 +14,29 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .attention import block_sparse_attention
 from .check_cases import Case, Timing
+from .hopper_support import backward_choice, kernel_choice
 from .layout import BlockLayout
 from .reference import reference_attention
-from .spec import from_bhsd
+from .spec import AttentionSpec, Format, from_bhsd, to_bhsd
 
 _NAMES = ("out", "lse", "dq", "dk", "dv")
 _FLOOR = 3e-7  # relative error that no float32 result is blamed for
 
 
-def _results(out: Tensor, lse: Tensor, inputs: list[Tensor], dout: Tensor, dlse: Tensor) -> list[Tensor]:
+def _results(out: Tensor, lse: Tensor, inputs: list[Tensor], dout: Tensor | None, dlse: Tensor | None) -> list[Tensor]:
     """out, lse (0 in place of -inf), dq, dk, dv."""
     finite = lse.masked_fill(lse == -torch.inf, 0)
-    loss = (out * dout.to(out.dtype)).sum() + (finite * dlse.to(lse.dtype)).sum()
-    return [x.detach() for x in (out, finite, *torch.autograd.grad(loss, inputs))]
+    given = [(x, dx.to(x.dtype)) for x, dx in ((out, dout), (finite, dlse)) if dx is not None]
+    gradients = torch.autograd.grad(
+        [x for x, _ in given], inputs, [dx for _, dx in given], retain_graph=True, materialize_grads=True
+    )
+    return [x.detach() for x in (out, finite, *gradients)]
 
 
-def _compare(measured: list[Tensor], plain: list[Tensor], exact: list[Tensor]) -> dict[str, Any]:
+def compare(measured: list[Tensor], plain: list[Tensor], exact: list[Tensor]) -> dict[str, Any]:
     """Relative errors (kernel, plain torch) by name; ok if no kernel's is above twice torch's."""
     result: dict[str, Any] = {"ok": True}
-    for name, x, same_dtype, x64 in zip(_NAMES, measured, plain, exact, strict=True):
+    for name, x, same_dtype, x64 in zip(_NAMES[: len(exact)], measured, plain, exact, strict=True):
         norm = x64.norm().clamp(min=1e-30)
         error = ((x.double() - x64).norm() / norm).item()
         allowed = ((same_dtype.double() - x64).norm() / norm).item()
@@ -40,8 +45,8 @@ def _compare(measured: list[Tensor], plain: list[Tensor], exact: list[Tensor]) -
     return result
 
 
-def check_case(case: Case, device: torch.device) -> dict[str, Any]:
-    """Errors of the kernels against float64, beside those of plain torch in the case's dtype."""
+def problem(case: Case, device: torch.device) -> tuple[list[Tensor], BlockLayout, dict[str, Any]]:
+    """Random q, k, v in the case's format, layout, and the options of `block_sparse_attention`."""
     dtype = getattr(torch, case.dtype)
     length = sum(case.documents) or case.s_q
     s_k = length if case.documents else case.s_k or case.query_offset + case.s_q
@@ -53,26 +58,71 @@ def check_case(case: Case, device: torch.device) -> dict[str, Any]:
         x = torch.randn(case.batch, heads, s, dim, device=device).to(dtype)
         return from_bhsd(x, case.format).contiguous()  # type: ignore[arg-type]
 
-    v_dim = case.v_dim or case.dim
-    inputs = [random(case.heads, length, case.dim), random(case.kv_heads, s_k, case.dim)]
-    inputs.append(random(case.kv_heads, s_k, v_dim))
-    dout = random(case.heads, length, v_dim)
-    dlse = torch.randn(case.batch, case.heads, length, device=device)
+    if case.fused:
+        q, k, v = random(case.heads, length, 3 * case.dim).split(case.dim, -1)
+        inputs = [q, k, v]
+    else:
+        inputs = [random(case.heads, length, case.dim), random(case.kv_heads, s_k, case.dim)]
+        inputs.append(random(case.kv_heads, s_k, case.v_dim or case.dim))
     options: dict[str, Any] = {
         "causal": case.causal, "query_offset": case.query_offset, "format": case.format,
     }  # fmt: skip
     if case.documents:
         bounds = torch.tensor((0, *case.documents), device=device).cumsum(0)
         options["cu_seqlens"] = bounds.to(torch.int32)
+    return inputs, layout, options
+
+
+def check_case(case: Case, device: torch.device) -> dict[str, Any]:
+    """Errors of the kernels against float64, beside those of plain torch in the case's dtype."""
+    inputs, layout, options = problem(case, device)
+    leaves = [x.requires_grad_() for x in inputs]
+    q, k, v = leaves
+
+    def attend() -> tuple[Tensor, Tensor]:
+        return block_sparse_attention(q, k, v, layout, return_lse=True, backend="triton", **options)
+
+    with _deterministic(case.deterministic):
+        out, lse = attend()
+        dout = None if case.gradients == "lse" else torch.randn_like(out)
+        dlse = None if case.gradients == "out" else torch.randn_like(lse)
+        measured = _results(out, lse, leaves, dout, dlse)
+        kernels = _kernels(q, k, v, layout, **options)
+        # once more, as a layout keeps compiled kernels for later calls
+        again = _results(*attend(), leaves, dout, dlse)
 
     def reference(dtype: torch.dtype) -> list[Tensor]:
-        cast = [x.to(dtype).requires_grad_() for x in inputs]
-        out, lse = reference_attention(cast[0], cast[1], cast[2], layout, **options)
-        return _results(out, lse, cast, dout, dlse)
+        cast = [x.detach().to(dtype).requires_grad_() for x in inputs]
+        return _results(*reference_attention(cast[0], cast[1], cast[2], layout, **options), cast, dout, dlse)
 
-    q, k, v = leaves = [x.requires_grad_() for x in inputs]
-    out, lse = block_sparse_attention(q, k, v, layout, return_lse=True, backend="triton", **options)
-    return _compare(_results(out, lse, leaves, dout, dlse), reference(dtype), reference(torch.float64))
+    plain, exact = reference(q.dtype), reference(torch.float64)
+    result = kernels | compare(measured, plain, exact)
+    # rows without keys: -inf in the same places
+    result["ok"] &= bool(((lse == -torch.inf) == (exact[1] == 0)).all())
+    result["ok"] &= compare(again, plain, exact)["ok"]
+    if case.deterministic:
+        result["ok"] &= all(x.equal(y) for x, y in zip(measured, again, strict=True))
+    return result
+
+
+@contextmanager
+def _deterministic(enabled: bool) -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(enabled)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def _kernels(
+    q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, *, causal: bool = True, query_offset: int = 0,
+    cu_seqlens: Tensor | None = None, format: Format = "sbhd",
+) -> dict[str, str]:  # fmt: skip
+    """Which kernels run forward and backward."""
+    spec = AttentionSpec(1.0, causal, query_offset, cu_seqlens, format)
+    arguments = (to_bhsd(q, format), to_bhsd(k, format), to_bhsd(v, format), layout, spec)
+    return {"forward": kernel_choice(*arguments), "backward": backward_choice(*arguments)}
 
 
 def time_case(case: Timing) -> dict[str, Any]:
@@ -113,6 +163,7 @@ def time_case(case: Timing) -> dict[str, Any]:
 
     dense_out, dense_dout = dense(), dout.permute(1, 2, 0, 3).contiguous()
     return checked | {
+        **_kernels(q, k, v, layout),
         "forward_ms": forward_ms,
         "backward_ms": backward_ms,
         "forward_tflops": flops / forward_ms / 1e9,

@@ -104,6 +104,12 @@ class BlockLayout:
         """Bytes of the index tensors (slices by `heads` share them)."""
         return sum(t.nbytes for t in self._tensors().values())
 
+    @property
+    def kept_blocks_of_heads(self) -> int:
+        """About the number of kept pairs over all heads, patterns used alike: what the host knows without asking."""
+        num_patterns = (self.row_offsets.numel() - 1) // self.num_query_blocks
+        return self.row_columns.numel() * -(-self.num_heads // num_patterns)
+
     def mask(self) -> Tensor:
         """Bool [H, n_q, n_k], True where kept."""
         num_rows = self.row_offsets.numel() - 1

@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from .backward import backward
 from .forward import forward
+from .hopper_support import backward_choice, kernel_choice
 from .interpreter import repair_interpreter
 from .layout import BlockLayout
 from .spec import AttentionSpec, from_bhsd, to_bhsd
@@ -26,7 +27,13 @@ class _TritonAttention(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, spec: AttentionSpec
     ) -> tuple[Tensor, Tensor]:
         q, k, v = last_contiguous(q), last_contiguous(k), last_contiguous(v)
-        out, lse = forward(q, k, v, layout, spec)
+        if kernel_choice(q, k, v, layout, spec) == "hopper":
+            # imported here so that other GPUs need no Gluon
+            from .hopper_forward import hopper_forward
+
+            out, lse = hopper_forward(q, k, v, layout, spec)
+        else:
+            out, lse = forward(q, k, v, layout, spec)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.layout, ctx.spec = layout, spec
         ctx.set_materialize_grads(False)
@@ -41,7 +48,12 @@ class _TritonAttention(torch.autograd.Function):
             return None, None, None, None, None
         dout = torch.zeros_like(out) if dout is None else last_contiguous(dout)
         dlse = None if dlse is None else dlse.contiguous()
-        return *backward(q, k, v, out, lse, dout, dlse, ctx.layout, ctx.spec), None, None
+        arguments = (q, k, v, out, lse, dout, dlse, ctx.layout, ctx.spec)
+        if backward_choice(q, k, v, ctx.layout, ctx.spec) == "hopper":
+            from .hopper_backward import hopper_backward
+
+            return *hopper_backward(*arguments), None, None
+        return *backward(*arguments), None, None
 
 
 def triton_attention(

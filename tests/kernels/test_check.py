@@ -12,9 +12,20 @@ SMALL = {"s_q": 40, "dim": 16, "heads": 2, "kv_heads": 1, "block": 16}
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("name", ["bfloat16 block 64 d 128", "sbhd batch 3 block 128"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "bfloat16 block 64 d 128", "sbhd batch 3 block 128", "gradient of out alone, block 64",
+        "gradient of lse alone, block 64", "deterministic",
+    ],
+)  # fmt: skip
 def test_right_kernels_pass(name: str, device: torch.device) -> None:
     assert check_case(replace(CASES[name], **SMALL), device)["ok"]
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_views_of_a_fused_projection_pass(device: torch.device) -> None:
+    assert check_case(replace(CASES["fused q, k, v, block 64"], **SMALL | {"kv_heads": 2}), device)["ok"]
 
 
 def test_wrong_results_fail(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,3 +43,8 @@ def test_wrong_results_fail(device: torch.device, monkeypatch: pytest.MonkeyPatc
 def test_names_are_unique() -> None:
     assert set(case_names(quick=True)) < set(case_names(quick=False))
     assert len({timing.name for timing in TIMINGS}) == len(TIMINGS)
+
+
+def test_a_result_names_its_kernels(device: torch.device) -> None:
+    result = check_case(replace(CASES["offset 777 block 128"], **SMALL), device)
+    assert (result["forward"], result["backward"]) == ("triton", "triton")

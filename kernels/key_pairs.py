@@ -1,0 +1,131 @@
+"""The work of the one-pass backward: pairs of 64-key tiles, and the 64-query tiles that keep either."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .layout import BlockLayout
+
+TILE = 64
+ACTIVE_BITS, QUERY_BITS = 2, 20
+_LENGTHS_KEPT = 8  # context parallel ranks alternate between two query ranges
+MAX_GROUP = 2 ** (31 - ACTIVE_BITS - QUERY_BITS)
+
+
+@dataclass(frozen=True)
+class KeyPairs:
+    """Int32 tensors on the layout's device.
+
+    - ``meta`` [pairs, 8], most steps first: KV head, both key tiles, first step, masked steps, steps, 0, 0.
+    - ``steps`` [n]: bit 0 and 1 whether each key tile is kept, then query tile (of positions), then the head within
+      the group. A pair's masked steps come first: those that keep one tile only, cross the diagonal or the last key.
+      A pair that no query keeps has one step that keeps neither.
+    """
+
+    meta: Tensor
+    steps: Tensor
+    first_tile: int
+    num_tiles: int
+
+
+def key_pairs(layout: BlockLayout, num_kv_heads: int, s_q: int, s_k: int, query_offset: int, causal: bool) -> KeyPairs:
+    """The pairs of every KV head; the last few lengths' are kept in the layout's cache."""
+    kept: dict[Any, KeyPairs] = layout.cache.setdefault("key_pairs", {})
+    key = (num_kv_heads, s_q, s_k, query_offset, causal)
+    if key not in kept:
+        while len(kept) >= _LENGTHS_KEPT:
+            del kept[next(iter(kept))]
+        kept[key] = _build(layout, num_kv_heads, s_q, s_k, query_offset, causal)
+    return kept[key]
+
+
+def _build(
+    layout: BlockLayout, num_kv_heads: int, s_q: int, s_k: int, query_offset: int, causal: bool
+) -> KeyPairs:  # fmt: skip
+    device = layout.device
+    first_tile, end_tile = query_offset // TILE, -(-(query_offset + s_q) // TILE)
+    bounds = layout.column_offsets[:: layout.num_key_blocks].tolist()
+    patterns = layout.pattern_of_head.view(num_kv_heads, -1).tolist()
+    # KV heads with the same patterns share their steps; one at a time, for less memory
+    metas: dict[tuple[int, ...], Tensor] = {}
+    parts: list[Tensor] = []
+    num_steps = 0
+    for group in dict.fromkeys(tuple(x) for x in patterns):
+        kept = [_kept_tiles(layout, p, bounds[p], bounds[p + 1], first_tile, end_tile, s_k, causal) for p in group]
+        meta, steps = _pairs_of_group(kept, layout.block_size // TILE, first_tile, end_tile, s_k, causal)
+        meta[:, 3] += num_steps
+        num_steps += len(steps)
+        metas[group] = meta
+        parts.append(steps)
+    if num_steps >= 2**31:
+        raise ValueError(f"{num_steps} steps are too many for 32-bit indices: use larger blocks")
+    meta = torch.stack([metas[tuple(x)] for x in patterns])
+    meta[:, :, 0] = torch.arange(num_kv_heads, device=device)[:, None]
+    meta = meta.flatten(0, 1)
+    heaviest = meta[:, 5].sort(descending=True, stable=True).indices
+    return KeyPairs(meta[heaviest].to(torch.int32), torch.cat(parts), first_tile, end_tile - first_tile)
+
+
+def _pairs_of_group(
+    kept: list[tuple[Tensor, Tensor]], ratio: int, first_tile: int, end_tile: int, s_k: int, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """`meta` and `steps` of one KV head, from the query and key tiles that every head of its group keeps."""
+    tile, key_tile = torch.cat([t for t, _ in kept]), torch.cat([k for _, k in kept])
+    device = tile.device
+    member = torch.cat([torch.full_like(t, m) for m, (t, _) in enumerate(kept)])
+    num_tiles, num_key_tiles = end_tile - first_tile, -(-s_k // TILE)
+    num_pairs = -(-num_key_tiles // 2)
+
+    # halves of a block make a pair; of smaller blocks, those that about equally many queries keep
+    place = tile_at = torch.arange(num_pairs * 2, device=device)
+    if ratio == 1:
+        order = torch.bincount(key_tile, minlength=num_key_tiles).sort(descending=True, stable=True).indices
+        place = torch.empty_like(order).scatter_(0, order, torch.arange(num_key_tiles, device=device))
+        tile_at = torch.full((num_pairs * 2,), num_key_tiles, device=device)
+        tile_at[:num_key_tiles] = order
+    at = place[key_tile]
+    code = (at // 2 * len(kept) + member) * num_tiles + tile - first_tile
+    code, inverse = torch.unique(code, return_inverse=True)
+    active = torch.zeros_like(code).scatter_add_(0, inverse, 1 << (at % 2))
+
+    per_pair = len(kept) * num_tiles
+    without = (torch.bincount(code // per_pair, minlength=num_pairs) == 0).nonzero().flatten()
+    code = torch.cat([code, without * per_pair])
+    active = torch.cat([active, torch.zeros_like(without)])
+
+    pair, member, tile = code // per_pair, code // num_tiles % len(kept), code % num_tiles + first_tile
+    tiles_of_pair = tile_at.view(-1, 2)
+    masked = (active != 3) | ((tiles_of_pair + 1) * TILE > s_k).any(1)[pair]
+    if causal:
+        masked |= (tile[:, None] <= tiles_of_pair[pair]).any(1)
+    order = (pair * 2 + (~masked).long()).sort(stable=True).indices
+    steps = (member << (ACTIVE_BITS + QUERY_BITS) | tile << ACTIVE_BITS | active)[order].to(torch.int32)
+
+    num_steps = torch.bincount(pair, minlength=num_pairs)
+    meta = torch.zeros(num_pairs, 8, dtype=torch.int64, device=device)
+    meta[:, 1:3] = tiles_of_pair
+    meta[:, 3] = num_steps.cumsum(0) - num_steps
+    meta[:, 4] = torch.bincount(pair[masked], minlength=num_pairs)
+    meta[:, 5] = num_steps
+    return meta, steps
+
+
+def _kept_tiles(
+    layout: BlockLayout, pattern: int, begin: int, end: int, first_tile: int, end_tile: int, s_k: int, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """Query tile and key tile of everything that a pattern keeps, in tiles of 64; its columns lie in [begin, end)."""
+    n_k, device = layout.num_key_blocks, layout.device
+    within = torch.arange(layout.block_size // TILE, device=device)
+    counts = layout.column_offsets[pattern * n_k : (pattern + 1) * n_k + 1].diff().long()
+    column = torch.repeat_interleave(torch.arange(n_k, device=device), counts, output_size=end - begin)
+    tile = layout.column_rows[begin:end].long()[:, None, None] * len(within) + within[:, None]
+    key = column[:, None, None] * len(within) + within
+    tile, key = (x.flatten() for x in torch.broadcast_tensors(tile, key))
+    keep = (tile >= first_tile) & (tile < end_tile) & (key * TILE < s_k)
+    if causal:
+        keep &= tile >= key
+    return tile[keep], key[keep]

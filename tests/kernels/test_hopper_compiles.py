@@ -1,0 +1,107 @@
+"""The Hopper kernels compile without a GPU, fit, and spill nothing worth mentioning.
+
+In a process of its own: Gluon compiles only where Triton does not interpret.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton
+from s2train.kernels import BlockLayout
+from s2train.kernels.spec import AttentionSpec
+from torch import Tensor
+from triton.backends.nvidia.compiler import get_ptxas
+
+SHARED_BYTES = 232448  # of a program on compute capability 9.0
+# direction, dtype, head dimensions of q and v, block, causal
+CASES = [
+    ("forward", "bfloat16", 128, 128, 128, True),
+    ("forward", "bfloat16", 128, 128, 64, True),
+    ("forward", "float16", 128, 128, 64, False),
+    ("forward", "bfloat16", 64, 64, 64, True),
+    ("forward", "bfloat16", 128, 64, 128, True),
+    ("backward", "bfloat16", 128, 128, 128, True),
+    ("backward", "bfloat16", 128, 128, 64, False),
+]
+Case = tuple[str, str, int, int, int, bool]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not triton.__version__.startswith("3.6."), reason="written in Triton 3.6's Gluon")
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_compiles_for_hopper(case: Case) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, __file__, json.dumps(case)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["shared"] <= SHARED_BYTES
+    assert report["spilled_bytes"] <= 32, report
+    assert report["warnings"] == []
+
+
+class Hopper:
+    """Stands in for Triton's driver: a GPU of compute capability 9.0 that nothing is launched on."""
+
+    def get_current_target(self) -> Any:
+        return triton.backends.compiler.GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compiled_forward(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, spec: AttentionSpec) -> Any:
+    from s2train.kernels.hopper_forward import (
+        CONFIGS,
+        ENTRY_REGISTERS,
+        launch_arguments,
+        s2_attention_fwd_kernel_hopper,
+    )
+
+    config = CONFIGS[q.shape[3], min(layout.block_size, 128)]
+    _, arguments = launch_arguments(q, k, v, torch.empty_like(v), torch.empty(1, 2, 256), layout, spec, config)
+    return s2_attention_fwd_kernel_hopper.run(*arguments, grid=(1,), warmup=True, num_warps=4, maxnreg=ENTRY_REGISTERS)
+
+
+def compiled_backward(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, spec: AttentionSpec) -> Any:
+    from s2train.kernels.hopper_backward import ENTRY_REGISTERS, launch_arguments, s2_attention_bwd_kernel_hopper
+    from s2train.kernels.key_pairs import key_pairs
+
+    work = key_pairs(layout, 2, 256, 256, 0, spec.causal)
+    statistics = torch.empty(2, 2 * 256)
+    sums = torch.empty(2 * 4 * 2 * q.shape[3], 32)
+    arguments = launch_arguments(q, k, v, q, *statistics, sums, k, v, work, spec)
+    return s2_attention_bwd_kernel_hopper.run(*arguments, grid=(1,), warmup=True, num_warps=4, maxnreg=ENTRY_REGISTERS)
+
+
+def report(direction: str, dtype: str, dim: int, v_dim: int, block: int, causal: bool) -> dict[str, Any]:
+    triton.runtime.driver.set_active(Hopper())
+    q, k, v = (torch.empty(1, 2, 256, d, dtype=getattr(torch, dtype)) for d in (dim, dim, v_dim))
+    layout = BlockLayout.from_mask(torch.ones(2, 256 // block, 256 // block) > 0, block)
+    spec = AttentionSpec(0.1, causal, 0, None, "bhsd")
+    kernel = (compiled_forward if direction == "forward" else compiled_backward)(q, k, v, layout, spec)
+    with tempfile.TemporaryDirectory() as folder:
+        ptx = Path(folder, "kernel.ptx")
+        ptx.write_text(kernel.asm["ptx"])
+        command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", str(ptx), "-o", str(ptx) + ".o"]
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return {
+        "shared": kernel.metadata.shared,
+        "spilled_bytes": sum(int(x) for x in re.findall(r"(\d+) bytes spill", log)),
+        "warnings": [line for line in log.splitlines() if "warning" in line.lower()],
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(report(*json.loads(sys.argv[1]))))
