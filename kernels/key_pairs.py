@@ -20,7 +20,7 @@ MAX_GROUP = 2 ** (31 - ACTIVE_BITS - QUERY_BITS)
 class KeyPairs:
     """Int32 tensors on the layout's device.
 
-    - ``meta`` [pairs, 8], most steps first: KV head, both key tiles, first step, masked steps, steps, 0, 0.
+    - ``meta`` [pairs, 8], by KV head, most steps first: KV head, both key tiles, first step, masked steps, steps, 0, 0.
     - ``steps`` [n]: bit 0 and 1 whether each key tile is kept, then query tile (of positions), then the head within
       the group. A pair's masked steps come first: those that keep one tile only, cross the diagonal or the last key.
       A pair that no query keeps has one step that keeps neither.
@@ -66,8 +66,27 @@ def _build(
     meta = torch.stack([metas[tuple(x)] for x in patterns])
     meta[:, :, 0] = torch.arange(num_kv_heads, device=device)[:, None]
     meta = meta.flatten(0, 1)
+    return KeyPairs(meta[_program_order(meta)].to(torch.int32), torch.cat(parts), first_tile, end_tile - first_tile)
+
+
+def _program_order(meta: Tensor) -> Tensor:
+    """KV head by KV head, each with its longest pairs first.
+
+    Programs that run side by side then add to the same dq and read the same q: those stay in the L2 cache.
+    """
     heaviest = meta[:, 5].sort(descending=True, stable=True).indices
-    return KeyPairs(meta[heaviest].to(torch.int32), torch.cat(parts), first_tile, end_tile - first_tile)
+    return heaviest[meta[heaviest, 0].sort(stable=True).indices]
+
+
+def _step_order(pair: Tensor, masked: Tensor, member: Tensor, tile: Tensor) -> Tensor:
+    """A pair's masked steps first, then the others from the last query tile on.
+
+    All long pairs have the last queries in common, not the first ones: so they sweep the same rows together.
+    """
+    order = tile.sort(descending=True, stable=True).indices
+    for key in (member, (~masked).long(), pair):
+        order = order[key[order].sort(stable=True).indices]
+    return order
 
 
 def _pairs_of_group(
@@ -102,7 +121,7 @@ def _pairs_of_group(
     masked = (active != 3) | ((tiles_of_pair + 1) * TILE > s_k).any(1)[pair]
     if causal:
         masked |= (tile[:, None] <= tiles_of_pair[pair]).any(1)
-    order = (pair * 2 + (~masked).long()).sort(stable=True).indices
+    order = _step_order(pair, masked, member, tile)
     steps = (member << (ACTIVE_BITS + QUERY_BITS) | tile << ACTIVE_BITS | active)[order].to(torch.int32)
 
     num_steps = torch.bincount(pair, minlength=num_pairs)

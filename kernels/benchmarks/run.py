@@ -93,7 +93,7 @@ class Session:
     def _short_problem(self, mask: Case) -> Exact:
         key = shortened(mask)
         if key not in self._short:
-            self._short[key] = short_problem(mask, self.seed, self.device)
+            self._short[key] = short_problem(key, self.seed, self.device)
         return self._short[key]
 
     def _check_short(self, contender: Contender, mask: Case) -> Record:
