@@ -9,7 +9,7 @@ import torch
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from s2train.config import PretrainConfig
+from s2train.config import OptimConfig, PretrainConfig
 from s2train.errors import TrainingError
 from s2train.files import replacing
 from s2train.megatron.checkpoint import (
@@ -77,13 +77,25 @@ def load(cfg: PretrainConfig, state: TrainingState, checkpoint: Path) -> None:
     loaded = load_shards(_sharded_state(state, sharding_metadata(), is_loading=True), checkpoint)
     for chunk, name in zip(state.chunks, _chunk_names(state.chunks), strict=True):
         unwrap(chunk).load_state_dict(loaded[name])
+    _set_hyperparameters(cfg.optim, loaded["optimizer"])
     state.optimizer.load_state_dict(loaded["optimizer"])
     separate_steps(state.optimizer)
-    optim = cfg.optim
-    for group in state.optimizer.param_groups:
-        # Hyperparameters are the command line's, not the checkpoint's.
-        group.update(max_lr=optim.lr, min_lr=optim.min_lr, betas=(optim.beta1, optim.beta2), eps=optim.eps)
     state.scheduler.load_state_dict(loaded["scheduler"])
+
+
+def _set_hyperparameters(optim: OptimConfig, loaded: Any) -> None:
+    """Put the command line's into a loaded optimizer state, in place of the checkpoint's.
+
+    Before Megatron loads it: 0.19 tells parameter groups apart by their learning rates.
+    """
+    if isinstance(loaded, dict):
+        for group in loaded.get("param_groups", []):
+            group.update(max_lr=optim.lr, min_lr=optim.min_lr, betas=(optim.beta1, optim.beta2), eps=optim.eps)
+        for value in loaded.values():
+            _set_hyperparameters(optim, value)
+    elif isinstance(loaded, list | tuple):
+        for value in loaded:
+            _set_hyperparameters(optim, value)
 
 
 def _chunk_names(chunks: list[Any]) -> list[str]:

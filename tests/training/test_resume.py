@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from megatron.core import dist_checkpointing
 
 from s2train.megatron.checkpoint import read_config, read_progress
 from s2train.training.plots import read_curves
@@ -107,11 +108,14 @@ def test_a_damaged_checkpoint_is_told_in_one_line(stopped: Path, tmp_path: Path)
 
 
 def test_changed_hyperparameters_hold_after_a_resume(stopped: Path, tmp_path: Path) -> None:
-    changes = ["optim.lr=5e-4", "optim.min_lr=5e-4", "train.exit_step=4"]
+    changes = ["optim.lr=5e-4", "optim.min_lr=5e-4", "optim.beta2=0.5", "train.exit_step=4"]
     done = pretrain(tmp_path, STEPS, f"checkpoint.resume={stopped}", *changes, processes=0)
     assert done.status == 0, done.err
     assert metrics(tmp_path)[-1]["lr"] == pytest.approx(5e-4)
-    assert read_config(tmp_path / "checkpoints" / "iter_0000004").optim.lr == 5e-4
+    checkpoint = tmp_path / "checkpoints" / "iter_0000004"
+    assert read_config(checkpoint).optim.lr == 5e-4
+    saved = dist_checkpointing.load_common_state_dict(str(checkpoint))["optimizer"]["optimizer"]["param_groups"]
+    assert all(tuple(group["betas"]) == (0.9, 0.5) for group in saved)
 
 
 def test_a_run_that_diverges_stops_and_keeps_its_last_good_checkpoint(tmp_path: Path) -> None:
