@@ -6,11 +6,11 @@ from megatron.core.datasets.gpt_dataset import MockGPTLowLevelDataset
 
 from s2train.config import PretrainConfig
 from s2train.data.blend import parse_blend
-from s2train.data.folders import check_writable
 from s2train.data.indexed import read_document_lengths, read_ends, read_metadata
 from s2train.data.splits import EXAMPLE, split_documents_range
 from s2train.data.tokenizers import Tokenizer
 from s2train.errors import ConfigError
+from s2train.files import check_writable
 
 
 def num_train_samples(cfg: PretrainConfig) -> int:

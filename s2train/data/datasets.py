@@ -14,10 +14,10 @@ from torch.utils.data import Dataset
 
 from s2train.config import PrepareConfig, PretrainConfig
 from s2train.data.blend import BUNDLED, BUNDLED_PREFIX, parse_blend
-from s2train.data.folders import check_writable
 from s2train.data.prepare import prepare
 from s2train.data.splits import megatron_split
 from s2train.data.tokenizers import Tokenizer
+from s2train.files import check_writable
 
 Samples = Dataset | None
 

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from s2train.config import NeedleConfig, PretrainConfig
-from s2train.data.folders import check_writable
 from s2train.data.needles import NOISE, NeedleSampler, text_haystack
 from s2train.data.tokenizers import load_tokenizer
 from s2train.errors import ConfigError
 from s2train.evaluation.needle import NeedleGrid, check_fit, choose_grid
 from s2train.evaluation.results import output_folder
+from s2train.files import check_writable
 from s2train.hardware import Hardware
 from s2train.megatron.checkpoint import find_checkpoint, read_config
 from s2train.planning.division import check_tensor_parallel

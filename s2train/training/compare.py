@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from s2train.data.folders import check_writable
 from s2train.errors import ConfigError
-from s2train.files import replacing
+from s2train.files import check_writable, replacing
 from s2train.training.plots import draw_comparison, read_curves, read_records
 
 _PACKAGES = ("torch", "triton", "megatron-core", "transformer-engine", "apex")
