@@ -15,7 +15,7 @@ from s2train import config
 from s2train.apex import apex_available
 from s2train.command_line import run_command
 from s2train.errors import ConfigError
-from s2train.hardware import detect
+from s2train.hardware import detect_own
 from s2train.planning import check, format_plan, preview, resolve
 
 config.register()
@@ -28,7 +28,7 @@ def pretrain(composed: DictConfig) -> None:
         raise ConfigError("-m", "multirun", "sweeps are not there yet", "Start one run for each setting")
     cfg = resolve(composed, MODELS)
     world_size, is_first = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK", "0") == "0"
-    hardware = detect(int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    hardware = detect_own()
     if cfg.plan:
         if is_first:
             print(format_plan(preview(cfg, world_size, hardware)))

@@ -1,5 +1,6 @@
 """What the machine offers a rank: its device, how much memory, how fast at its peak."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,6 +74,15 @@ def detect(local_rank: int = 0, local_world_size: int = 1) -> Hardware:
     properties = torch.cuda.get_device_properties(local_rank)
     bf16, fp32 = peak_flops(properties.name)
     return Hardware(properties.name, "cuda", properties.total_memory, bf16, fp32)
+
+
+def detect_own() -> Hardware:
+    """The device of this rank, as torchrun numbers it; a plain `python` is rank 0 of 1.
+
+    Raises:
+        ConfigError: as `detect`.
+    """
+    return detect(int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def _ram() -> int:

@@ -11,7 +11,7 @@ from s2train.evaluation.needle import Ranks
 from s2train.evaluation.request import read_request
 from s2train.evaluation.results import NeedleResults, weights_fingerprint
 from s2train.evaluation.run import run_needles
-from s2train.hardware import detect
+from s2train.hardware import detect_own
 from s2train.megatron.checkpoint import load_for_inference
 from s2train.megatron.setup import initialize, shutdown
 
@@ -22,7 +22,7 @@ def evaluate(cfg: NeedleConfig) -> None:
     Raises:
         ConfigError: a setting that can't work; before a process group is made, unless the checkpoint is damaged.
     """
-    hardware = detect(int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    hardware = detect_own()
     request = read_request(cfg, int(os.environ.get("WORLD_SIZE", "1")), hardware)
     device = initialize(ParallelConfig(tp=cfg.tp), cfg.seed)
     loaded = load_for_inference(request.checkpoint, device, cfg.tp, cfg.attention_backend)

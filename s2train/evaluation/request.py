@@ -13,6 +13,7 @@ from s2train.evaluation.results import output_folder
 from s2train.files import check_writable
 from s2train.hardware import Hardware
 from s2train.megatron.checkpoint import find_checkpoint, read_config
+from s2train.planning.checks import check_attention_backend
 from s2train.planning.division import check_tensor_parallel
 from s2train.planning.settings import check_choice, check_seed
 
@@ -42,8 +43,7 @@ def read_request(cfg: NeedleConfig, world_size: int, hardware: Hardware) -> Requ
     """
     check_seed(cfg.seed)
     check_choice("attention_backend", cfg.attention_backend)
-    if cfg.attention_backend == "triton" and hardware.kind == "cpu":
-        raise ConfigError("attention_backend", "triton", "there is no CUDA device", "Set attention_backend=auto")
+    check_attention_backend(cfg.attention_backend, hardware)
     if cfg.batch_size < 1:
         raise ConfigError("batch_size", cfg.batch_size, "no sequence in a batch", "Use 1 or more")
     haystack = _haystack(cfg.haystack)

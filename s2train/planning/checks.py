@@ -37,12 +37,21 @@ def check(cfg: PretrainConfig, world_size: int, hardware: Hardware) -> Plan:
     """
     check_values(cfg)
     check_division(cfg, world_size)
-    if cfg.attention_backend == "triton" and hardware.kind == "cpu":
-        raise ConfigError("attention_backend", "triton", "there is no CUDA device", "Set attention_backend=auto.")
+    check_attention_backend(cfg.attention_backend, hardware)
     plan = _plan(cfg, world_size, hardware)
     if plan.remedy is not None:
         raise ConfigError(*_shortage(plan), plan.remedy)
     return plan
+
+
+def check_attention_backend(name: str, hardware: Hardware) -> None:
+    """Whether a backend of the attention op can run on `hardware`.
+
+    Raises:
+        ConfigError: triton without CUDA.
+    """
+    if name == "triton" and hardware.kind == "cpu":
+        raise ConfigError("attention_backend", name, "there is no CUDA device", "Set attention_backend=auto.")
 
 
 def preview(cfg: PretrainConfig, world_size: int, hardware: Hardware) -> Plan:
