@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layout_lines import Rule, column_lines, compress, row_lines
+from .layout_lines import MaskRule, Rule, column_lines, compress, row_lines
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 
@@ -78,7 +78,7 @@ class BlockLayout:
         _check_mask(masks, block_size)
         _, num_query_blocks, num_key_blocks = masks.shape
         layout = cls.from_rule(
-            [_rule_of(mask) for mask in masks],
+            [MaskRule(mask) for mask in masks],
             pattern_of_head,
             block_size,
             num_query_blocks,
@@ -208,7 +208,3 @@ def _check_mask(mask: Tensor, block_size: int) -> None:
         raise ValueError(f"the mask must be bool, got {mask.dtype}: compare it with 0 first")
     if mask.dim() != 3 or 0 in mask.shape:
         raise ValueError(f"the mask must be [heads, query blocks, key blocks], all at least 1, got {list(mask.shape)}")
-
-
-def _rule_of(mask: Tensor) -> Rule:
-    return lambda query, key: mask[query, key]

@@ -42,6 +42,16 @@ class ColumnRule:
         return (query >= key) & ((query < key + self.local) | self.columns(key))
 
 
+@dataclass(frozen=True, eq=False)
+class MaskRule:
+    """Keeps what a bool mask [query blocks, key blocks] says; its lines are slices of the mask."""
+
+    mask: Tensor
+
+    def __call__(self, query: Tensor, key: Tensor) -> Tensor:
+        return self.mask[query, key]
+
+
 class Lines(Protocol):
     """The lines of one pattern in one direction."""
 
@@ -63,16 +73,20 @@ def row_lines(rule: Rule, num_query_blocks: int, num_key_blocks: int, device: to
     """What query blocks keep."""
     if isinstance(rule, ColumnRule):
         return _ColumnRuleRows(rule, num_query_blocks, num_key_blocks, device)
+    if isinstance(rule, MaskRule):
+        return _PieceLines(lambda begin, end: rule.mask[begin:end], num_query_blocks, num_key_blocks)
     query, key = (torch.arange(n, device=device) for n in (num_query_blocks, num_key_blocks))
-    return _RuleLines(lambda begin, end: rule(query[begin:end, None], key), num_query_blocks, num_key_blocks)
+    return _PieceLines(lambda begin, end: rule(query[begin:end, None], key[None, :]), num_query_blocks, num_key_blocks)
 
 
 def column_lines(rule: Rule, num_query_blocks: int, num_key_blocks: int, device: torch.device) -> Lines:
     """Which query blocks keep each key block."""
     if isinstance(rule, ColumnRule):
         return _ColumnRuleColumns(rule, num_query_blocks, num_key_blocks, device)
+    if isinstance(rule, MaskRule):
+        return _PieceLines(lambda begin, end: rule.mask.t()[begin:end], num_key_blocks, num_query_blocks)
     query, key = (torch.arange(n, device=device) for n in (num_query_blocks, num_key_blocks))
-    return _RuleLines(lambda begin, end: rule(query, key[begin:end, None]), num_key_blocks, num_query_blocks)
+    return _PieceLines(lambda begin, end: rule(query[None, :], key[begin:end, None]), num_key_blocks, num_query_blocks)
 
 
 def compress(lines_of: Callable[[int], Lines], num_patterns: int) -> tuple[Tensor, Tensor]:
@@ -112,7 +126,7 @@ def _pieces(bounds: Tensor, at_once: int) -> Iterator[tuple[int, int]]:
 
 
 @dataclass(frozen=True)
-class _RuleLines:
+class _PieceLines:
     """Lines of a mask that is made piece by piece.
 
     Attributes:

@@ -91,11 +91,10 @@ def measure_case(case: Case, device: torch.device, repeats: int) -> Record:
     for name, build in layouts.items():
         if "ms" in record["builds"][name] and not equal(layout, build()):
             record["differing"].append(name)
-    size = {"s_q": case.length, "s_k": case.length, "query_offset": 0, "causal": True}
     lists: dict[str, Callable[[], object]] = {"columns by work": lambda: layout.columns_by_work(case.kv_heads)}
     if case.block >= 64:
         lists["forward work"] = lambda: forward_work(layout, causal=True, query_end=case.length, s_k=case.length)
-        lists["key pairs"] = lambda: key_pairs(layout, case.kv_heads, **size)
+        lists["key pairs"] = lambda: key_pairs(layout, case.kv_heads, case.length, case.length, 0, True)
     for name, build_list in lists.items():
         record["builds"][name] = _cost(build_list, device, repeats, layout.cache.clear)
     return record
