@@ -102,7 +102,7 @@ class BlockLayout:
 
         A rule takes int64 block indices (query, key) on `device` that broadcast, several times, in pieces of rows
         and of columns, and returns a bool of the shape that they broadcast to. Beside the layout, building takes
-        about 36 MB however long the sequence, if rules take at most 16 bytes a pair. Of a `ColumnRule` no pair is
+        at most 40 MB however long the sequence, if rules take at most 16 bytes a pair. Of a `ColumnRule` no pair is
         looked at one by one: the time goes with what it keeps.
 
         Raises ValueError for an unsupported block size, no rules or blocks, pattern indices outside [0, P), a

@@ -17,7 +17,7 @@ from torch import Tensor
 # (query, key) int64 block indices that broadcast, to a bool of the shape that they broadcast to: is the pair kept?
 Rule = Callable[[Tensor, Tensor], Tensor]
 
-# Scratch stays below about 36 MB: a rule may take 16 bytes for each pair that is looked at in one go, and
+# Scratch stays below about 40 MB: a rule may take 16 bytes for each pair that is looked at in one go, and
 # a column rule takes 56 for each kept one.
 _PAIRS_AT_ONCE = 1 << 21
 _KEPT_AT_ONCE = 1 << 19

@@ -73,7 +73,8 @@ def main(arguments: list[str] | None = None) -> int:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(data, indent=1) + "\n")
     console.print(f"{data['device']}: {args.output}")
-    return int(any(record["differing"] or "failed" in json.dumps(record["builds"]) for record in data["cases"]))
+    errors = [cost.get("error", "") for record in data["cases"] for cost in record["builds"].values()]
+    return int(any(record["differing"] for record in data["cases"]) or any(e.startswith("failed") for e in errors))
 
 
 def measure_case(case: Case, device: torch.device, repeats: int) -> Record:
@@ -188,7 +189,7 @@ def host_waits(build: Callable[[], object], device: torch.device) -> int | None:
             build()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    return sum("synchroniz" in str(warning.message) for warning in caught)
+    return sum("called a synchronizing" in str(warning.message) for warning in caught)
 
 
 def _wait(device: torch.device) -> None:
