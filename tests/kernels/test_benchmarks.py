@@ -13,6 +13,7 @@ from s2train.kernels.benchmarks.cases import DEFAULT, GROUPS, Case, parse_case, 
 from s2train.kernels.benchmarks.contenders import CONTENDERS, NotSupportedError, Problem, flex_block_mask
 from s2train.kernels.benchmarks.correctness import full_problem, short_problem, shortened
 from s2train.kernels.benchmarks.inputs import make_inputs
+from s2train.kernels.benchmarks.limits import pass_flops, refusal
 from s2train.kernels.benchmarks.plot import draw
 from s2train.kernels.benchmarks.report import break_even, summary
 from s2train.kernels.token_mask import token_mask
@@ -124,7 +125,7 @@ def fake(name: str, factor: float, monkeypatch: pytest.MonkeyPatch, *, from_leng
 
 def session(*names: str, seconds: float = 1e6) -> run.Session:
     deadline = run.time.monotonic() + seconds
-    return run.Session(CPU, names, 1.0, deadline, int(torch.randint(1000, ())), run.Clock(CPU))
+    return run.Session(CPU, names, 1.0, deadline, int(torch.randint(1000, ())), run.Clock(CPU), ceiling_tflops=1e-3)
 
 
 def test_a_wrong_peer_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,6 +158,56 @@ def test_one_failing_contender_does_not_end_it(monkeypatch: pytest.MonkeyPatch) 
 
 def test_nothing_begins_after_the_deadline() -> None:
     assert session("ours", seconds=-1).run_case(SMALL)["results"]["ours"] == {"error": "not run: out of time"}
+
+
+# what is not begun
+def test_what_surely_takes_too_long_is_refused_with_a_reason() -> None:
+    case = parse_case("b128-l8-v16-512k")
+    dense, ours = CONTENDERS["flash2"], CONTENDERS["ours"]
+    mask = run._dense_twin(case)
+    flops = 3.5 * 4 * 128 * 32 * (case.length * (case.length + 1) // 2)
+    assert pass_flops(mask) == pytest.approx(flops)
+    # 800 TFLOP/s: four dense passes need 39 s at least, the sparse ones a fifteenth
+    why = refusal(dense, case, mask, None, 800, 20)
+    assert why is not None
+    assert f"4 passes would take {4 * flops / 8e14:.0f} s" in why
+    assert refusal(dense, case, mask, None, 800, 40) is None
+    assert refusal(ours, case, case, None, 800, 20) is None
+    assert refusal(CONTENDERS["dkernel"], case, case, None, 800, 20) is not None  # its own tuning
+
+
+@pytest.mark.parametrize(
+    ("word", "contender", "fits"),
+    [
+        ("b128-l8-v16-512k", "ours", True),
+        ("b128-l8-v16-1m-kv8", "ours", True),
+        ("b128-l8-v16-1m", "ours", False),  # q, k, v, dout are 34 GB, out, dq, dk, dv and the sums 51
+        ("b128-l8-v16-1m-kv8", "flex", False),
+    ],
+)
+def test_what_does_not_fit_80_gb_is_refused_with_a_reason(word: str, contender: str, fits: bool) -> None:
+    case = parse_case(word)
+    why = refusal(CONTENDERS[contender], case, case, 85_017_493_504, 800, 1e9)
+    assert why is None if fits else why is not None and "the device has 85" in why
+
+
+def test_a_refused_contender_is_a_line_of_the_record() -> None:
+    slow = run.Session(CPU, ("ours",), 1.0, run.time.monotonic() + 1e6, 1, run.Clock(CPU), 1e-3, limit_seconds=1e-9)
+    result = slow.run_case(SMALL)["results"]["ours"]
+    assert result["error"].startswith("not run: its 4 passes would take")
+
+
+MEASURED = json.loads((Path(contenders.__file__).parents[1] / "results/2026-11-22-h100-benchmarks.json").read_text())
+
+
+@pytest.mark.parametrize(("name", "above"), [("ours", 1.1), ("cudnn", 1.05), ("flash2", 1.05), ("flex", 1.6)])
+def test_estimated_memory_covers_the_measured_peak(name: str, above: float) -> None:
+    """FlexAttention's sorting of indices, and the layout's masks, are over before the peak is measured."""
+    for record in MEASURED["cases"]:
+        case = parse_case(record["case"])
+        measured = record["results"][name].get("peak_bytes")
+        if measured and case.length >= 16384:  # below, allocations are rounded up
+            assert 0.99 * measured <= CONTENDERS[name].bytes_needed(case) <= above * measured, record["case"]
 
 
 # numbers
