@@ -73,7 +73,8 @@ def _block_pairs(case: Case) -> int:
 def _ours_bytes(case: Case) -> int:
     pairs = _block_pairs(case) * case.num_patterns // case.heads
     masks, indices = 4 * pairs, 48 * int(pairs * case.density() / 2)
-    return _results(case) + 2 * _queries(case) + masks + indices
+    rows = 3 * 4 * case.heads * case.length  # log-sum-exp, its gradient, the backward's delta
+    return _results(case) + 2 * _queries(case) + rows + masks + indices
 
 
 def _flex_bytes(case: Case) -> int:
