@@ -53,6 +53,7 @@ for index in range(4):
 """
 
 
+@pytest.mark.slow
 def test_every_configuration_is_compiled_for_the_named_gpu_and_none_is_launched(tmp_path: Path) -> None:
     """In a process of its own: the tests' own interprets kernels. Launching on meta tensors would fail."""
     (tmp_path / "dkernel.py").write_text(_PEER)
