@@ -1,9 +1,9 @@
-"""compute-sanitizer over small calls of the kernels: `python -m s2train.kernels.sanitize [--tool racecheck] [--out FILE]`
+"""compute-sanitizer over small calls of the kernels: `python -m s2train.kernels.sanitize [--tool TOOL …] [--out FILE]`
 
 Each tool (memcheck, racecheck, initcheck, synccheck) runs every case of sanitize_cases in a process of its own, one
 tool after the other; before them all cases once without a tool, which compiles their kernels. The JSON has what each
-printed: errors found, warnings, kinds of reports, the first in full, the last lines. Only our kernels are checked,
-except by initcheck, which must see everybody's writes. Exits with 1 if anything but "clean" came of a case.
+printed: errors found, warnings, kinds of reports, how many name a kernel of ours, the first in full, the last lines.
+Only our kernels are checked, except by initcheck, which must see everybody's writes. Exits with 1 if anything but "clean" came of a case.
 
 racecheck knows ordinary barriers. What it says of memory that asynchronous copies and mbarriers hand over between
 specialised warps is recorded as it says it, to be judged by a reader.
@@ -29,11 +29,10 @@ import torch
 import triton
 
 from .sanitize_cases import CASES, DONE
-from .sanitize_report import parse
+from .sanitize_report import KERNELS, parse
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 _PLAIN = "none"  # the run without a tool
-_OURS = "s2_attention"  # in every kernel's name
 
 Row = dict[str, Any]
 
@@ -75,8 +74,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def command(sanitizer: str, tool: str, option: str) -> list[str]:
     """compute-sanitizer and its options for a tool; `option` filters by kernel name."""
-    words = [sanitizer, "--tool", tool, "--print-limit", "50", "--error-exitcode", "99"]
-    return words if tool == "initcheck" else [*words, option, f"kernel_substring={_OURS}"]
+    words = [sanitizer, "--tool", tool, "--print-limit", "200", "--error-exitcode", "99"]
+    return words if tool == "initcheck" else [*words, option, f"kernel_substring={KERNELS}"]
 
 
 def kernel_option(usage: str) -> str:
@@ -122,7 +121,7 @@ def line(row: Row) -> str:
     """A row for a terminal."""
     words = f"{row['tool']:<10} {row['case']:<34} {row['verdict']:<22} {row['seconds']:>6.1f} s"
     if row.get("errors") is not None:
-        words += f"  {row['errors']} errors, {row['warnings']} warnings"
+        words += f"  {row['errors']} errors, {row['warnings']} warnings, {row['in_ours']} reports name our kernels"
     words += f"  {row.get('kernels', '')}"
     if row["verdict"] == "clean":
         return words

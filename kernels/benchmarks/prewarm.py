@@ -78,7 +78,7 @@ def compile_configuration(case: Case, index: int, capability: int) -> list[str]:
     one_head = Problem(replace(case, heads=1, kv_heads=1), torch.device("cpu"))
     op = dkernel_op(one_head)
     for name, x in list(op.named_buffers()):
-        setattr(op, name, torch.empty(case.heads, x.shape[-1], dtype=x.dtype, device="meta"))
+        setattr(op, name, torch.empty(case.heads, *x.shape[1:], dtype=x.dtype, device="meta"))
     size = (1, case.heads, case.length, case.dim)
     q, k, v = (torch.empty(size, dtype=torch.bfloat16, device="meta", requires_grad=True) for _ in range(3))
     with _compiling_only(index, capability) as compiled:

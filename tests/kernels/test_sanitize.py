@@ -58,13 +58,22 @@ def test_summaries_are_counted(output: str, errors: int | None, warnings: int) -
 
 def test_reports_are_sorted_by_kind_and_the_first_is_kept() -> None:
     found = parse(MEMCHECK)
-    assert found.kinds == {"Invalid __global__ write of size 4 bytes": 2}
+    what = "Invalid __global__ write of size 4 bytes at"
+    assert found.kinds == {f"{what} unaligned_kernel()+…": 1, f"{what} out_of_bounds_kernel()+…": 1}
+    assert found.in_ours == 0
     assert found.first_report[1].strip() == "at unaligned_kernel()+0x50"
     assert found.first_report[-1].strip() == "Address 0x710fdca00001 is misaligned"
     assert found.last_lines[-1] == "========= ERROR SUMMARY: 2 errors"
     assert list(parse(RACECHECK).kinds) == [
-        "Error: Race reported between Write access at sumKernel(int *, int *)+… in block_error.cu:41"
+        "Error: Race reported between Write access at sumKernel(int *, int *)+… in block_error.cu:41 "
+        "and Read access at sumKernel(int *, int *)+… in block_error.cu:51 …"
     ]
+
+
+def test_a_report_on_our_kernels_comes_first() -> None:
+    found = parse(MEMCHECK.replace("out_of_bounds_kernel()", "s2_attention_fwd_kernel_hopper"))
+    assert found.in_ours == 1
+    assert found.first_report[1].strip() == "at s2_attention_fwd_kernel_hopper+0x90"
 
 
 def verdict(output: str, tool: str = "memcheck", status: int = 0, sleep: float = 0, seconds: float = 60) -> str:
