@@ -3,7 +3,8 @@
 Each tool (memcheck, racecheck, initcheck, synccheck) runs every case of sanitize_cases in a process of its own, one
 tool after the other; before them all cases once without a tool, which compiles their kernels. The JSON has what each
 printed: errors found, warnings, kinds of reports, how many name a kernel of ours, the first in full, the last lines.
-Only our kernels are checked, except by initcheck, which must see everybody's writes. Exits with 1 if anything but "clean" came of a case.
+Only our kernels are checked, except by initcheck, which must see everybody's writes. Exits with 1 if anything but
+"clean" came of a case.
 
 racecheck knows ordinary barriers. What it says of memory that asynchronous copies and mbarriers hand over between
 specialised warps is recorded as it says it, to be judged by a reader.

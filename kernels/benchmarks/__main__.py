@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line's entry; 1 if a contender failed for another reason than memory, support or time."""
     args = _parse(arguments)
     if args.prewarm:
-        prewarm(args.cases, args.jobs, args.capability, args.seconds)
+        prewarm(args.cases, args.jobs, args.capability, args.seconds, args.limit_seconds)
         return 0  # what could not be compiled now is compiled later
     began = time.monotonic()
     device = torch.device(args.device)

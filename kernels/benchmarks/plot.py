@@ -116,7 +116,7 @@ def _draw_density(axes: Axes, records: list[Record], like: Case) -> None:
 
 
 def _draw_calls(axes: Axes, records: list[Record]) -> None:
-    """Single calls, forward + backward: host time and idle gaps included (dashed), and from CUDA graphs (solid)."""
+    """Single calls, forward + backward: host time and idle gaps included (hollow marks), and from CUDA graphs."""
     if not records:
         axes.set_axis_off()
         return
@@ -131,7 +131,7 @@ def _draw_calls(axes: Axes, records: list[Record]) -> None:
     _ratio_axis(axes)
     _length_ticks(axes, [parse_case(r["case"]).length for r in records])
     axes.set_title(
-        "forward + backward, one call: peer's time / s2train's\nsolid: CUDA graph; dashed: eager, host included",
+        "forward + backward, one call: peer's time / s2train's\nfilled: CUDA graph; hollow: eager, host included",
         loc="left",
         fontsize=10,
     )

@@ -22,11 +22,13 @@ from triton.runtime.jit import JITFunction
 
 from ..workers import Row, run_tasks, serve
 from .cases import Case
-from .contenders import Problem, dkernel_op
+from .contenders import CONTENDERS, Problem, dkernel_op
 from .correctness import shortened
+from .limits import refusal
 
 CONFIGS = 12  # the longest list of configurations that one of its kernels has
 _TASK_SECONDS = 240
+_PEAK_TFLOPS = 990  # an H100's data sheet: what is too slow even at that is too slow at the measured rate
 
 
 class _Target:
@@ -87,20 +89,26 @@ def compile_configuration(case: Case, index: int, capability: int) -> list[str]:
     return compiled
 
 
-def tasks(cases: Sequence[Case], capability: int) -> list[Row]:
-    """One a configuration, for every case that dkernel takes and the short one that it is checked on."""
-    wanted = dict.fromkeys(each for case in cases if case.heads == case.kv_heads for each in (shortened(case), case))
+def tasks(cases: Sequence[Case], capability: int, limit_seconds: float) -> list[Row]:
+    """One a configuration, for every case that dkernel is going to run and the short one that it is checked on."""
+    dkernel = CONTENDERS["dkernel"]
+    runs = [
+        case
+        for case in cases
+        if case.heads == case.kv_heads and refusal(dkernel, case, case, None, _PEAK_TFLOPS, limit_seconds) is None
+    ]
+    wanted = dict.fromkeys(each for case in runs for each in (shortened(case), case))
     # configurations of one case side by side: what cases share is then compiled once
     return [{"case": asdict(c), "index": i, "capability": capability} for c in wanted for i in range(CONFIGS)]
 
 
-def prewarm(cases: Sequence[Case], jobs: int, capability: int, seconds: float) -> int:
+def prewarm(cases: Sequence[Case], jobs: int, capability: int, seconds: float, limit_seconds: float) -> int:
     """Compile for all cases in `jobs` processes, beginning none after `seconds`; how many failed.
 
     A failure is printed and costs no more than the time it was to save: the timing run compiles it then.
     """
     began = time.monotonic()
-    wanted = tasks(cases, capability)
+    wanted = tasks(cases, capability, limit_seconds)
     until = time.time() + seconds
     rows = run_tasks(["-m", __spec__.name], [task | {"until": until} for task in wanted], jobs, _TASK_SECONDS)
     failed = late = 0
