@@ -174,7 +174,7 @@ def _line(
     width, size, above = (2.6, 6, 4) if strong else (1.6, 5, 3)
     axes.plot(
         xs, ys, color=colour, marker=mark, markersize=size, linewidth=width, label=label, zorder=above,
-        linestyle=dashes,
+        linestyle=dashes, markerfacecolor=colour if dashes == "solid" else "white",
     )  # fmt: skip
 
 
