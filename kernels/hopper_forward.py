@@ -30,6 +30,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from .hopper_documents import COLUMNS, document_table
 from .hopper_support import PANEL, multiprocessors, padded_to_panels
 from .hopper_work import TILE, forward_work
+from .launch import descriptor, launch
 from .layout import BlockLayout
 from .spec import AttentionSpec, empty, empty_bhsd
 
@@ -276,6 +277,27 @@ def _attend(
 
 
 @gluon.jit
+def _clear_beyond(v_smem, stage, chunks, step, num_keys, CHUNK: gl.constexpr):
+    """Zero the values of a step's keys from `num_keys` on: another document's, whose infinities times 0 are NaN.
+
+    Both consumers do it, so that neither waits for the other: what they write is the same.
+    """
+    PER_STEP: gl.constexpr = _STEP // CHUNK
+    PANELS: gl.constexpr = v_smem.shape[2] // _PANEL
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    boxes = v_smem._reinterpret(v_smem.dtype, [v_smem.shape[0] * PANELS * PER_STEP, CHUNK, _PANEL], v_smem.layout)
+    row = gl.arange(0, CHUNK, layout=gl.SliceLayout(1, layout))
+    for part in gl.static_range(PER_STEP):
+        key = (gl.load(chunks + step * PER_STEP + part) >> 2) * CHUNK + row
+        for panel in gl.static_range(PANELS):
+            box = boxes.index(stage * (PANELS * PER_STEP) + panel * PER_STEP + part)
+            values = box.load(layout)
+            box.store(gl.where(gl.expand_dims(key < num_keys, 1), values, gl.zeros_like(values)))
+    fence_async_shared()
+    gl.thread_barrier()
+
+
+@gluon.jit
 def _store_rows(box, out, begin, end, batch, head, first, out_batch, out_head, out_row, V_ROW: gl.constexpr):
     """Write those of a tile's rows that lie in [begin, end): `out` has rows of V_ROW, strides are counted in them."""
     ROWS: gl.constexpr = box.shape[0]
@@ -318,7 +340,7 @@ def _consume(
     out_boxes = q_smem._reinterpret(dtype, [SLOTS, 1, 1, _HALF, V_DIM], out_desc.layout)
     count = 0
     for n in range(0, _num_items(num_items)):
-        _, _, tile, row, _, _ = _item(
+        _, _, tile, row, shift, last = _item(
             n, num_tiles, first_tile, num_heads, tiles_per_pattern, query_offset, s_q, head_order, head_slot,
             documents, PACKED,
         )  # fmt: skip
@@ -344,6 +366,12 @@ def _consume(
         scores = _masked(scores, chunks, begin, last_key, columns, HALF, CHUNK)
         first_weights, peak, total, _ = _softmax(scores, peak, total, scale_log2)
         weights = _pack(first_weights, dtype)
+        if PACKED:
+            # only a document's last tile sees keys beyond it, in its first step
+            if (tile + 1) * (2 * _HALF) > last - shift:
+                v_stage = count % V_STAGES
+                mbarrier.wait(v_full.index(v_stage), count // V_STAGES & 1)
+                _clear_beyond(v_smem, v_stage, chunks, begin, last - shift, CHUNK)
         count += 1
         for step in range(begin + 1, full):
             acc, weights, peak, total = _attend(
@@ -489,56 +517,54 @@ def hopper_forward(
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp as `forward.forward` returns them, for what `kernel_choice` calls "hopper"."""
     batch, num_heads, s_q, dim = q.shape
-    v_dim = v.shape[3]
-    out = empty_bhsd((batch, num_heads, s_q, v_dim), q, spec.format)
+    out = empty_bhsd((batch, num_heads, s_q, v.shape[3]), q, spec.format)
     lse = empty((batch, num_heads, s_q), torch.float32, q.device)
     config = config or CONFIGS[padded_to_panels(dim), min(layout.block_size, TILE)]
     documents = None if spec.cu_seqlens is None else document_table(spec.cu_seqlens, s_q, TILE)
-    num_items, arguments = launch_arguments(q, k, v, out, lse, documents, layout, spec, config)
-    grid = min(num_items, multiprocessors(q.device))
-    # Triton would look at every argument in every call (100 us); no two calls with one key differ to the compiler
-    key = ("hopper_forward_kernel", q.dtype, padded_to_panels(dim), padded_to_panels(v_dim), spec.causal, config)
-    compiled = layout.cache.get(key)
-    with torch.cuda.device_of(q):
-        if compiled is None:
-            launch = s2_attention_fwd_kernel_hopper[(grid,)]
-            layout.cache[key] = launch(*arguments, num_warps=4, maxnreg=ENTRY_REGISTERS)
-        else:
-            compiled[grid, 1, 1](*arguments)
+    num_items, arguments, constants = launch_arguments(q, k, v, out, lse, documents, layout, spec, config)
+    launch(
+        s2_attention_fwd_kernel_hopper, min(num_items, multiprocessors(q.device)), (*arguments, *constants),
+        cache=layout.cache, key=("hopper_forward_kernel", q.dtype, *constants), device=q.device,
+        num_warps=4, maxnreg=ENTRY_REGISTERS,
+    )  # fmt: skip
     return out, lse
 
 
 def launch_arguments(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, documents: Tensor | None, layout: BlockLayout,
     spec: AttentionSpec, config: HopperConfig,
-) -> tuple[int, tuple[Any, ...]]:  # fmt: skip
-    """How many tiles there are to share out among programs, and the kernel's arguments."""
+) -> tuple[int, tuple[Any, ...], tuple[Any, ...]]:  # fmt: skip
+    """At most how many tiles there are to share out among programs, and the kernel's arguments and constants."""
     batch, num_heads, s_q, dim = q.shape
     num_kv_heads, s_k, v_dim = v.shape[1:]
-    query_end = spec.query_offset + s_q
-    first_tile = spec.query_offset // TILE
-    packed = documents is not None
-    partial = packed or spec.query_offset % TILE != 0
-    num_tiles = -(-query_end // TILE) - first_tile if documents is None else len(documents) - 1
+    offset = spec.query_offset
+    first_tile = offset // TILE
+    num_tiles = -(-(offset + s_q) // TILE) - first_tile if documents is None else len(documents) - 1
     num_items = batch * num_heads * num_tiles
-    work = forward_work(layout, causal=spec.causal, query_end=query_end, s_k=s_k)
+    work = forward_work(layout, causal=spec.causal, query_end=offset + s_q, s_k=s_k)
     chunk, padded_v_dim = work.chunk_keys, padded_to_panels(v_dim)
-    return num_items, (
+    partial = documents is not None or offset % TILE != 0
+    out_rows = tuple(stride // v_dim for stride in out.stride()[:3])
+    arguments = (
         _descriptor(q, TILE // 2, PANEL), _descriptor(k, chunk, PANEL), _descriptor(v, chunk, PANEL),
         _descriptor(out, TILE // 2, padded_v_dim),
         lse, work.head_order, work.head_slot, work.step_offsets, work.full_offsets, work.chunks,
         spec.softmax_scale * _LOG2_E, num_items, num_tiles, first_tile, num_heads, num_heads // num_kv_heads,
-        work.tiles_per_pattern, spec.query_offset, s_q, s_k,
-        documents, *((out, *(stride // v_dim for stride in out.stride()[:3])) if partial else (None,) * 4),
-        padded_to_panels(dim), padded_v_dim, v_dim if partial else padded_v_dim, chunk, spec.causal, packed, partial,
-        config.q_stages, config.k_stages, config.v_stages,
+        work.tiles_per_pattern, offset, s_q, s_k,
+        documents, *((out, *out_rows) if partial else (None, None, None, None)),
+    )  # fmt: skip
+    constants = (
+        padded_to_panels(dim), padded_v_dim, v_dim if partial else padded_v_dim, chunk, spec.causal,
+        documents is not None, partial, config.q_stages, config.k_stages, config.v_stages,
         config.consumer_registers, config.producer_registers,
     )  # fmt: skip
+    return num_items, arguments, constants
 
 
 def _descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """Of a view [b, h, s, d], in boxes of `rows` x `columns` of one batch and head."""
     shape = list(x.shape)
+    b, h, s, _ = x.stride()
     # torch leaves strides along dimensions of size 1 arbitrary; TMA wants multiples of 16 bytes
-    strides = [64 if size == 1 else stride for size, stride in zip(shape[:3], x.stride()[:3], strict=True)]
-    return TensorDescriptor(x, shape, [*strides, 1], [1, 1, rows, columns], _SWIZZLED)
+    strides = [64 if shape[0] == 1 else b, 64 if shape[1] == 1 else h, 64 if shape[2] == 1 else s, 1]
+    return descriptor(x, shape, strides, [1, 1, rows, columns], _SWIZZLED)

@@ -84,7 +84,8 @@ def compiled_forward(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, spec:
     config = CONFIGS[q.shape[3], min(layout.block_size, 128)]
     documents = None if spec.cu_seqlens is None else torch.empty(4, 4, dtype=torch.int32)
     out, lse = torch.empty_like(v), torch.empty(1, 2, 256)
-    _, arguments = launch_arguments(q, k, v, out, lse, documents, layout, spec, config)
+    _, arguments, constants = launch_arguments(q, k, v, out, lse, documents, layout, spec, config)
+    arguments += constants
     return s2_attention_fwd_kernel_hopper.run(*arguments, grid=(1,), warmup=True, num_warps=4, maxnreg=ENTRY_REGISTERS)
 
 
