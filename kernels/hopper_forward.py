@@ -313,7 +313,8 @@ def _store_rows(box, out, begin, end, batch, head, first, out_batch, out_head, o
 
 @gluon.jit
 def _consume(
-    out_desc, out, out_batch, out_head, out_row, lse, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+    out_desc, out, out_batch, out_head, out_row, lse,
+    q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
     head_order, head_slot, step_offsets, full_offsets, chunks, documents, scale_log2,
     num_items, num_tiles, first_tile, num_heads, tiles_per_pattern, query_offset, s_q, s_k,
     HALF: gl.constexpr, V_ROW: gl.constexpr, CHUNK: gl.constexpr, CAUSAL: gl.constexpr,
@@ -366,7 +367,7 @@ def _consume(
         scores = _masked(scores, chunks, begin, last_key, columns, HALF, CHUNK)
         first_weights, peak, total, _ = _softmax(scores, peak, total, scale_log2)
         weights = _pack(first_weights, dtype)
-        if PACKED:
+        if PACKED:  # noqa: SIM102 (the compiler's constant, apart from the device's condition)
             # only a document's last tile sees keys beyond it, in its first step
             if (tile + 1) * (2 * _HALF) > last - shift:
                 v_stage = count % V_STAGES
@@ -470,13 +471,15 @@ def s2_attention_fwd_kernel_hopper(
     fence_async_shared()
     gl.warp_specialize([
         (_consume, (
-            out_desc, out, out_batch, out_head, out_row, lse, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+            out_desc, out, out_batch, out_head, out_row, lse,
+            q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
             head_order, head_slot, step_offsets, full_offsets, chunks, documents, scale_log2,
             num_items, num_tiles, first_tile, num_heads, tiles_per_pattern, query_offset, s_q, s_k,
             0, V_ROW, CHUNK, CAUSAL, PACKED, PARTIAL, Q_STAGES, K_STAGES, V_STAGES,
         )),
         (_consume, (
-            out_desc, out, out_batch, out_head, out_row, lse, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+            out_desc, out, out_batch, out_head, out_row, lse,
+            q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
             head_order, head_slot, step_offsets, full_offsets, chunks, documents, scale_log2,
             num_items, num_tiles, first_tile, num_heads, tiles_per_pattern, query_offset, s_q, s_k,
             1, V_ROW, CHUNK, CAUSAL, PACKED, PARTIAL, Q_STAGES, K_STAGES, V_STAGES,

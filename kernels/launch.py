@@ -34,7 +34,8 @@ def launch(
     """
     if device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            return launch(kernel, grid, arguments, cache=cache, key=key, device=device, **options)
+            launch(kernel, grid, arguments, cache=cache, key=key, device=device, **options)
+        return
     compiled = cache.get(key)
     if compiled is None:
         cache[key] = kernel[(grid,)](*arguments, **options)
