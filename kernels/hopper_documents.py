@@ -3,17 +3,21 @@
 # Triton reads the annotations of its functions, and has none for their tensors.
 # mypy: allow-untyped-defs
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .launch import launch
 
 COLUMNS = 4  # of the table: 16 bytes a row
 _TILES = 64
 _DOCUMENTS = 64
 
 
-@triton.jit(do_not_specialize=["num_documents"])
+@triton.jit(do_not_specialize=["num_documents"], do_not_specialize_on_alignment=["cu_seqlens"])
 def s2_attention_kernel_document_tiles(
     cu_seqlens, table, num_documents,
     TILE: tl.constexpr, TILES: tl.constexpr, DOCUMENTS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -48,19 +52,19 @@ def s2_attention_kernel_document_tiles(
             tl.store(table, total)
 
 
-def document_table(cu_seqlens: Tensor, num_rows: int, tile: int) -> Tensor:
+def document_table(cu_seqlens: Tensor, num_rows: int, tile: int, cache: dict[Any, Any]) -> Tensor:
     """Int32 [1 + n, 4], where n is the most tiles that documents of any lengths have, so that no device is waited for.
 
     Row 0 begins with the number of tiles t; rows 1 to t are the tiles, furthest into their documents first (they see
     the most keys): document's first row, document's length, tile within the document. The rest is never written.
+    `cache` keeps the compiled kernel, of this device.
     """
     num_documents = cu_seqlens.numel() - 1
     rows = 1 + num_rows // tile + num_documents
     table = torch.empty(rows, COLUMNS, dtype=torch.int32, device=cu_seqlens.device)
-    grid = (num_documents, -(-num_rows // (tile * _TILES)))
-    with torch.cuda.device_of(cu_seqlens):
-        s2_attention_kernel_document_tiles[grid](
-            cu_seqlens.contiguous(), table, num_documents,
-            TILE=tile, TILES=_TILES, DOCUMENTS=_DOCUMENTS, COLUMNS=COLUMNS, num_warps=4,
-        )  # fmt: skip
+    launch(
+        s2_attention_kernel_document_tiles, (num_documents, -(-num_rows // (tile * _TILES)), 1),
+        (cu_seqlens.contiguous(), table, num_documents, tile, _TILES, _DOCUMENTS, COLUMNS),
+        cache=cache, key=("document_tiles_kernel", cu_seqlens.dtype, tile), device=cu_seqlens.device, num_warps=4,
+    )  # fmt: skip
     return table

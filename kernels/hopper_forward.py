@@ -523,10 +523,10 @@ def hopper_forward(
     out = empty_bhsd((batch, num_heads, s_q, v.shape[3]), q, spec.format)
     lse = empty((batch, num_heads, s_q), torch.float32, q.device)
     config = config or CONFIGS[padded_to_panels(dim), min(layout.block_size, TILE)]
-    documents = None if spec.cu_seqlens is None else document_table(spec.cu_seqlens, s_q, TILE)
+    documents = None if spec.cu_seqlens is None else document_table(spec.cu_seqlens, s_q, TILE, layout.cache)
     num_items, arguments, constants = launch_arguments(q, k, v, out, lse, documents, layout, spec, config)
     launch(
-        s2_attention_fwd_kernel_hopper, min(num_items, multiprocessors(q.device)), (*arguments, *constants),
+        s2_attention_fwd_kernel_hopper, (min(num_items, multiprocessors(q.device)), 1, 1), (*arguments, *constants),
         cache=layout.cache, key=("hopper_forward_kernel", q.dtype, *constants), device=q.device,
         num_warps=4, maxnreg=ENTRY_REGISTERS,
     )  # fmt: skip

@@ -24,24 +24,24 @@ def descriptor(
 
 
 def launch(
-    kernel: Any, grid: int, arguments: tuple[Any, ...], *, cache: dict[Any, Any], key: Any, device: torch.device,
-    **options: int,
+    kernel: Any, grid: tuple[int, int, int], arguments: tuple[Any, ...], *,
+    cache: dict[Any, Any], key: Any, device: torch.device, **options: int,
 ) -> None:  # fmt: skip
-    """`kernel[grid,](*arguments, **options)`, on `device`, past Triton's look at every argument in every call (100 us).
+    """`kernel[grid](*arguments, **options)`, on `device`, past Triton's look at every argument in every call (100 us).
 
     The compiled kernel is kept in `cache`, of that device, under `key`: arguments of one key must not differ to the
-    compiler (constants, dtypes, divisibility by 16, which integers are 1 unless they are not specialised).
+    compiler (constants, dtypes; what is specialised: alignment of pointers, divisibility by 16, integers that are 1).
     """
-    if device.index != torch.cuda.current_device():
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             launch(kernel, grid, arguments, cache=cache, key=key, device=device, **options)
         return
     compiled = cache.get(key)
     if compiled is None:
-        cache[key] = kernel[(grid,)](*arguments, **options)
+        cache[key] = kernel[grid](*arguments, **options)
     elif knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls:
-        compiled[grid, 1, 1](*arguments)  # a profiler listens
+        compiled[grid](*arguments)  # a profiler listens
     else:
         stream = driver.active.get_current_stream(device.index)
         # None: launch metadata and hooks, which only profilers read
-        compiled.run(grid, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
+        compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)

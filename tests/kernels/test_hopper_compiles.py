@@ -74,6 +74,7 @@ class Hopper:
 
 
 def compiled_forward(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, spec: AttentionSpec) -> Any:
+    from s2train.kernels.hopper_documents import s2_attention_kernel_document_tiles
     from s2train.kernels.hopper_forward import (
         CONFIGS,
         ENTRY_REGISTERS,
@@ -82,7 +83,12 @@ def compiled_forward(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, spec:
     )
 
     config = CONFIGS[q.shape[3], min(layout.block_size, 128)]
-    documents = None if spec.cu_seqlens is None else torch.empty(4, 4, dtype=torch.int32)
+    documents = None
+    if spec.cu_seqlens is not None:
+        documents = torch.empty(4, 4, dtype=torch.int32)
+        s2_attention_kernel_document_tiles.run(
+            spec.cu_seqlens, documents, 2, 128, 64, 64, 4, grid=(1,), warmup=True, num_warps=4
+        )
     out, lse = torch.empty_like(v), torch.empty(1, 2, 256)
     _, arguments, constants = launch_arguments(q, k, v, out, lse, documents, layout, spec, config)
     arguments += constants

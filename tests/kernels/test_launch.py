@@ -33,7 +33,7 @@ class Kernel:
     def __init__(self) -> None:
         self.compiled: list[Compiled] = []
 
-    def __getitem__(self, grid: tuple[int]) -> Any:
+    def __getitem__(self, grid: tuple[int, int, int]) -> Any:
         def compile_and_run(*arguments: Any, **options: int) -> Compiled:
             self.compiled.append(Compiled())
             self.compiled[-1].runs.append((grid, arguments, options))
@@ -67,25 +67,25 @@ def test_a_descriptor_is_tritons() -> None:
 def test_a_kernel_is_compiled_once_a_key_and_launched_each_time() -> None:
     kernel, cache = Kernel(), {}  # type: ignore[var-annotated]
     for key, argument in (("a", 1), ("a", 2), ("b", 3), ("a", 4)):
-        launch(kernel, 7, (argument, "x"), cache=cache, key=key, device=DEVICE, num_warps=4)
+        launch(kernel, (7, 2, 1), (argument, "x"), cache=cache, key=key, device=DEVICE, num_warps=4)
     first, second = kernel.compiled
     assert cache == {"a": first, "b": second}
-    assert first.runs[0] == ((7,), (1, "x"), {"num_warps": 4})
-    prefix = (7, 1, 1, "stream of 1", "function", "metadata", None, None, None)
+    assert first.runs[0] == ((7, 2, 1), (1, "x"), {"num_warps": 4})
+    prefix = (7, 2, 1, "stream of 1", "function", "metadata", None, None, None)
     assert first.runs[1:] == [(*prefix, 2, "x"), (*prefix, 4, "x")]
     assert len(second.runs) == 1
 
 
 def test_a_profiler_sees_every_launch() -> None:
     kernel, cache = Kernel(), {}  # type: ignore[var-annotated]
-    launch(kernel, 7, (1,), cache=cache, key="a", device=DEVICE)
+    launch(kernel, (7, 2, 1), (1,), cache=cache, key="a", device=DEVICE)
     watch = lambda metadata: None  # noqa: E731
     knobs.runtime.launch_enter_hook.add(watch)
     try:
-        launch(kernel, 7, (2,), cache=cache, key="a", device=DEVICE)
+        launch(kernel, (7, 2, 1), (2,), cache=cache, key="a", device=DEVICE)
     finally:
         knobs.runtime.launch_enter_hook.remove(watch)
-    assert kernel.compiled[0].runs[1:] == [("watched", (7, 1, 1), 2)]
+    assert kernel.compiled[0].runs[1:] == [("watched", (7, 2, 1), 2)]
 
 
 def test_another_current_device_is_left_for_the_launch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,6 +106,6 @@ def test_another_current_device_is_left_for_the_launch(monkeypatch: pytest.Monke
     compiled = Compiled()
     launched_on: list[int] = []
     monkeypatch.setattr(compiled, "run", lambda *arguments: launched_on.append(current[0]))
-    launch(Kernel(), 7, (1,), cache={"a": compiled}, key="a", device=DEVICE)
+    launch(Kernel(), (7, 2, 1), (1,), cache={"a": compiled}, key="a", device=DEVICE)
     assert launched_on == [1]
     assert current == [0]
