@@ -82,6 +82,7 @@ def test_packed_documents_attend_to_what_the_layout_keeps(block: int, keep: floa
     assert seen.equal(token_mask(layout, rows, rows, causal=True, cu_seqlens=bounds))
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered")  # NumPy's, in the interpreter
 @pytest.mark.parametrize("block", [64, 128, 256])
 @pytest.mark.parametrize("garbage", [torch.nan, torch.inf])
 def test_infinities_stay_in_their_document(block: int, garbage: float, device: torch.device) -> None:
