@@ -129,7 +129,7 @@ def _cases() -> list[Case]:
             Case(f"not causal, offset 300, block {block}, Hopper", query_offset=300, block=block, s_k=333, s_q=700,
                  causal=False, hopper_forward=True),
             Case(f"packed, one token each, block {block}, Hopper", documents=(1,) * 70, block=block,
-                 hopper_forward=True),
+                 keep=1.0, hopper_forward=True),
             Case(f"packed, MHA, bhsd, block {block}, Hopper", documents=(700, 200, 612), kv_heads=8, format="bhsd",
                  block=block, hopper_forward=True),
             Case(f"packed, float16, d 80, all kept, block {block}, Hopper", documents=uneven, dtype="float16", dim=80,

@@ -15,7 +15,7 @@ from triton.runtime import driver
 def descriptor(
     base: Tensor, shape: list[int], strides: list[int], block_shape: list[int], layout: NVMMASharedLayout
 ) -> TensorDescriptor:
-    """`TensorDescriptor(...)` without its checks, which take the host 5 us; `fits_descriptor` has made them."""
+    """`TensorDescriptor(...)` without its checks, two thirds of its time; `fits_descriptor` has made them."""
     made = object.__new__(TensorDescriptor)
     made.__dict__.update(
         base=base, shape=shape, strides=strides, block_shape=block_shape, layout=layout, padding="zero"
@@ -39,9 +39,14 @@ def launch(
     compiled = cache.get(key)
     if compiled is None:
         cache[key] = kernel[grid](*arguments, **options)
-    elif knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls:
+    elif _watched(knobs.runtime.launch_enter_hook) or _watched(knobs.runtime.launch_exit_hook):
         compiled[grid](*arguments)  # a profiler listens
     else:
         stream = driver.active.get_current_stream(device.index)
         # None: launch metadata and hooks, which only profilers read
         compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
+
+
+def _watched(hook: Any) -> bool:
+    """Whether anyone listens: a chain of Triton's is always there, mostly empty."""
+    return bool(getattr(hook, "calls", hook))
