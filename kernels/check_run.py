@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .attention import block_sparse_attention
 from .check_cases import Case, Timing
-from .hopper_support import backward_choice, kernel_choice
+from .hopper_support import backward_choice, is_hopper, kernel_choice
 from .layout import BlockLayout
 from .reference import reference_attention
 from .spec import AttentionSpec, Format, from_bhsd, to_bhsd
@@ -100,6 +100,8 @@ def check_case(case: Case, device: torch.device) -> dict[str, Any]:
     # rows without keys: -inf in the same places
     result["ok"] &= bool(((lse == -torch.inf) == (exact[1] == 0)).all())
     result["ok"] &= compare(again, plain, exact)["ok"]
+    if case.hopper_forward and is_hopper(device):
+        result["ok"] &= result["forward"] == "hopper"
     if case.deterministic:
         result["ok"] &= all(x.equal(y) for x, y in zip(measured, again, strict=True))
     return result

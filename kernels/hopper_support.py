@@ -20,7 +20,7 @@ _TRITON = "3.6."  # Gluon is experimental and changes with every release of Trit
 _LENGTH = 2**30  # positions, in 32-bit numbers
 _INDICES = 2**31
 _ALIGNMENT = 16  # bytes, of addresses and strides in TMA descriptors
-_QUERY_TILE = 128  # rows that the forward loads and stores together
+_MAX_STRIDE = 2**40  # bytes, likewise
 _BACKWARD_TILE = 64
 _BACKWARD_DIM = 128
 
@@ -45,9 +45,7 @@ def hopper_forward_supported(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayou
     return (
         q.dtype in _DTYPES
         and layout.block_size in _BLOCKS
-        and spec.cu_seqlens is None
-        # else the first tile begins at a negative row, where TMA may load but a store is an illegal instruction
-        and spec.query_offset % _QUERY_TILE == 0
+        and (spec.causal or spec.cu_seqlens is None)
         and dim <= 2 * PANEL
         and v_dim % (_ALIGNMENT // v.element_size()) == 0  # the output's strides
         and padded_to_panels(v_dim) <= padded_to_panels(dim)  # the output leaves through the queries' room
@@ -105,9 +103,10 @@ def multiprocessors(device: torch.device) -> int:
 def fits_descriptor(x: Tensor) -> bool:
     """Whether TMA can read or write a view [b, h, s, d]."""
     size = x.element_size()
-    strides = [stride for extent, stride in zip(x.shape[:3], x.stride()[:3], strict=True) if extent > 1]
-    return (
-        x.data_ptr() % _ALIGNMENT == 0
-        and x.stride(3) == 1
-        and all(stride > 0 and stride * size % _ALIGNMENT == 0 and stride * size < 2**40 for stride in strides)
-    )
+    *strides, last = x.stride()
+    if last != 1 or x.data_ptr() % _ALIGNMENT != 0:
+        return False
+    for extent, stride in zip(x.shape[:3], strides, strict=True):
+        if extent > 1 and not (0 < stride * size < _MAX_STRIDE and stride * size % _ALIGNMENT == 0):
+            return False
+    return True
