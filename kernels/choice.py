@@ -57,7 +57,8 @@ def kernels_in_use(
     spec = AttentionSpec(1.0, causal, query_offset, cu_seqlens, format, portable=resolved == "portable")
     check_positions(shape_bhsd(q, format), shape_bhsd(k, format)[2], layout, spec)
     if resolved != "triton":
-        return KernelsInUse(*(("torch" if resolved == "torch" else "portable",) * 2), *((f"backend={backend}",) * 2))
+        why = "no CUDA device" if backend == "auto" else f"backend={backend}"
+        return KernelsInUse(resolved, resolved, why, why)
     from .hopper_support import backward_choice, hopper_backward_supported, hopper_forward_supported, kernel_choice
 
     arguments = (to_bhsd(q, format), to_bhsd(k, format), to_bhsd(v, format), layout, spec)
@@ -90,9 +91,7 @@ def _no_hopper(device: torch.device) -> str:
     return f"Triton {triton.__version__}, not the release that they are written in"
 
 
-def _reasons(
-    supported: _Supported, q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, spec: AttentionSpec
-) -> str:
+def _reasons(supported: _Supported, q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, spec: AttentionSpec) -> str:
     """What `supported` does not take of these arguments, with commas between; "" if it takes them.
 
     Found by asking it: each property by itself is put in the place of the same property of a call that it takes.
