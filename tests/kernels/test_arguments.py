@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from s2train.kernels import Backend, BlockLayout, block_sparse_attention, resolve_backend
+from s2train.kernels.tiles import check_launch
 
 HEADS, LENGTH, DIM = 4, 60, 16
 
@@ -75,3 +76,11 @@ def test_a_cpu_process_that_uses_torch_never_imports_the_kernels() -> None:
         "sys.exit('s2train.kernels.forward' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_launches_beyond_32_bits_are_refused() -> None:
+    check_launch(2**31 - 1, 2**28, 4)
+    with pytest.raises(ValueError, match="split the batch"):
+        check_launch(2**31, 1, 1)
+    with pytest.raises(ValueError, match="share patterns"):
+        check_launch(1, 2**28, 8)
