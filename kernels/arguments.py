@@ -12,6 +12,7 @@ from .spec import FORMATS, AttentionSpec, Format, shape_bhsd
 
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, format: Format) -> None:
+    """Shapes, dtypes, devices and heads; ValueError where they don't fit together."""
     if format not in FORMATS:
         raise ValueError(f"format must be one of {FORMATS}, got {format!r}")
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -41,6 +42,7 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, format: 
 
 
 def check_positions(q_shape: tuple[int, int, int, int], s_k: int, layout: BlockLayout, spec: AttentionSpec) -> None:
+    """Scale, offset, room in the layout, and of `cu_seqlens` what the host knows; ValueError where they don't fit."""
     b, _, s_q, _ = q_shape
     if not (spec.softmax_scale > 0 and math.isfinite(spec.softmax_scale)):
         raise ValueError(f"softmax_scale must be finite and above 0, got {spec.softmax_scale}")

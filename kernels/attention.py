@@ -52,30 +52,48 @@ def block_sparse_attention(
 
     Args:
         q: [s_q, b, H, d] in format "sbhd" ([b, s_q, H, d] in "bshd", [b, H, s_q, d] in "bhsd"); bfloat16,
-            float16 or float32 (the torch backend takes float64 too). Any strides; a strided last dimension is
-            copied.
-        k, v: [s_k, b, H_kv, d], [s_k, b, H_kv, d_v]; H a multiple of H_kv: query head h reads KV head
-            h // (H // H_kv).
-        layout: of H heads, on q's device, large enough for all positions.
+            float16 or float32 (the torch backend takes float64 too), d up to 256, others than powers of two by
+            padding. Read by its strides; only a strided last dimension is copied.
+        k, v: [s_k, b, H_kv, d], [s_k, b, H_kv, d_v], q's dtype; d_v may differ from d. H is a multiple of H_kv: query
+            head h reads KV head h // (H // H_kv), which is not expanded.
+        layout: of H heads, on q's device, large enough for all positions. Heads of a group may keep different blocks.
         softmax_scale: above 0; default 1 / sqrt(d).
         causal: key positions after the query's are hidden, token by token, whatever the layout keeps.
-        query_offset: position of q's first row; key row j has position j. It may exceed s_k.
-        cu_seqlens: int32 [documents + 1], 0, ascending, s_q: documents packed along the sequence. Positions,
-            causality and layout restart in each. For b = 1, s_q = s_k and query_offset = 0. Bad values raise
-            ValueError on a CPU; on a GPU, where reading them would stall it, a device-side assertion fails.
-        return_lse: also return the natural log-sum-exp of the scaled scores.
-        backend: see `resolve_backend`.
+        query_offset: position, in tokens, of q's first row; key row j has position j. It may exceed s_k.
+        cu_seqlens: int32 [documents + 1], 0, ascending, s_q: documents packed along the sequence, on q's device.
+            Positions, causality and layout restart in each. For b = 1, s_q = s_k and query_offset = 0.
+        return_lse: also return the natural log-sum-exp of the scaled scores, to merge results over ranges of keys.
+        backend: see `resolve_backend`; `kernels_in_use` tells which kernels that means for given arguments.
 
     Returns:
-        Output like q with d_v for d, contiguous; with `return_lse` also float32 [b, H, s_q] in every format.
-        Both are differentiable, once. Rows that see no key have output 0, log-sum-exp -inf, zero gradients.
+        Output like q with d_v for d, contiguous; with `return_lse` also float32 [b, H, s_q] in every format (float64
+        for float64). Both are differentiable, once. Rows that see no key have output 0, log-sum-exp -inf and zero
+        gradients, whatever the gradient of their log-sum-exp.
 
-    Outputs are the same in every run. So are gradients under ``torch.use_deterministic_algorithms(True)``, and always
-    on the portable kernels; Hopper's own backward (bfloat16, d = d_v = 128) sums dq in whatever order its programs
-    finish, so that its last bits differ from run to run. Those sums take 4 * b * H * s_q * d bytes for the while.
+    Precision: products in the inputs' dtype, summed in float32; float32 is never rounded to TF32, whatever
+    ``torch.backends.cuda.matmul.allow_tf32`` says.
+
+    Size: any number of elements (offsets have 64 bits) and of batch * H; fewer than 2**24 elements between the rows of
+    a head, 2**31 programs in a launch and 2**31 kept tiles in a layout, else ValueError.
+
+    Determinism: outputs are the same in every run. So are gradients under ``torch.use_deterministic_algorithms(True)``,
+    and always on the portable kernels. Hopper's own backward sums dq in whatever order its programs finish, so that
+    its last bits differ from run to run; those sums take 4 * b * H * s_q * d bytes for the while.
+
+    torch.compile: traced whole, as one operator (``fullgraph=True`` holds), also with return_lse, in training and with
+    checkpointing. The graph holds the layout by a number: keep the layout until the last backward is done, else
+    RuntimeError. Layouts are made outside of compiled functions. Other lengths and layouts compile anew twice at most;
+    from then on one graph serves all.
+
+    CUDA graphs: forward and backward can be captured after one call of each with the same layout and shapes, which
+    compiles the kernels and builds, from the device's answers, what the layout keeps for them.
+
+    Checkpointing: ``torch.utils.checkpoint`` with ``use_reentrant=False``.
 
     Raises:
-        ValueError: arguments that don't fit together, naming argument and remedy.
+        ValueError: arguments that don't fit together, naming argument and remedy. Values of cu_seqlens that don't fit
+            on a CPU, in a compiled call when it runs; on a GPU, where reading them would stall it, a device-side
+            assertion fails instead.
     """
     check_tensors(q, k, v, layout, format)
     resolved = resolve_backend(backend, q.device)
@@ -83,8 +101,8 @@ def block_sparse_attention(
         raise ValueError(f"q is {q.dtype}: the {resolved} backend takes {_TRITON_DTYPES}; cast q, k and v")
     scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
     spec = AttentionSpec(scale, causal, query_offset, cu_seqlens, format, portable=resolved == "portable")
-    s_q = shape_bhsd(q, format)[2]
-    check_positions(shape_bhsd(q, format), shape_bhsd(k, format)[2], layout, spec)
+    q_shape = shape_bhsd(q, format)
+    check_positions(q_shape, shape_bhsd(k, format)[2], layout, spec)
     lse: Tensor | None
     if torch.compiler.is_compiling():
         out, lse = attend(
@@ -92,7 +110,7 @@ def block_sparse_attention(
         )  # fmt: skip
     else:
         if cu_seqlens is not None:
-            check_documents(cu_seqlens, s_q, layout)
+            check_documents(cu_seqlens, q_shape[2], layout)
         if resolved == "torch":
             # imported here so that a process needs only the backend that it uses
             from .torch_backend import torch_attention

@@ -166,3 +166,18 @@ def test_inductor_on_a_gpu(block: int, backend: str) -> None:
     inputs, layout, _, _ = problem.make(torch.device("cuda"))
     step = training_step(backend, True)
     assert_same(step, torch.compile(step, fullgraph=True), inputs, layout, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.gpu
+def test_inductors_cuda_graphs_after_an_eager_call() -> None:
+    problem = Problem(heads=8, kv_heads=2, s_q=1000, s_k=1000, dim=128, block=128, dtype=torch.bfloat16, keep=0.5)
+    inputs, layout, _, _ = problem.make(torch.device("cuda"))
+    step = training_step("triton", True)
+    sum(x.sum() for x in step(*inputs, layout)).backward()  # builds what the layout keeps
+    compiled = torch.compile(step, fullgraph=True, mode="reduce-overhead")
+    for _ in range(4):
+        torch.compiler.cudagraph_mark_step_begin()
+        with torch.no_grad():
+            for x in inputs:
+                x.copy_(torch.randn_like(x))
+        assert_same(step, compiled, inputs, layout, rtol=2e-2, atol=2e-2)
