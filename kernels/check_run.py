@@ -87,7 +87,7 @@ def check_case(case: Case, device: torch.device) -> dict[str, Any]:
         dout = None if case.gradients == "lse" else torch.randn_like(out)
         dlse = None if case.gradients == "out" else torch.randn_like(lse)
         measured = _results(out, lse, leaves, dout, dlse)
-        kernels = _kernels(q, k, v, layout, **options)
+        kernels = kernels_run(q, k, v, layout, **options)
         # once more, as a layout keeps compiled kernels for later calls
         again = _results(*attend(), leaves, dout, dlse)
 
@@ -115,7 +115,7 @@ def _deterministic(enabled: bool) -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
-def _kernels(
+def kernels_run(
     q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, *, causal: bool = True, query_offset: int = 0,
     cu_seqlens: Tensor | None = None, format: Format = "sbhd",
 ) -> dict[str, str]:  # fmt: skip
@@ -163,7 +163,7 @@ def time_case(case: Timing) -> dict[str, Any]:
 
     dense_out, dense_dout = dense(), dout.permute(1, 2, 0, 3).contiguous()
     return checked | {
-        **_kernels(q, k, v, layout),
+        **kernels_run(q, k, v, layout),
         "forward_ms": forward_ms,
         "backward_ms": backward_ms,
         "forward_tflops": flops / forward_ms / 1e9,

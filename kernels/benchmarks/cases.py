@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..layout import BLOCK_SIZES, BlockLayout
+from ..layout_lines import ColumnRule
 
 _UNITS = {"": 1, "k": 1024, "m": 1024**2}
 _WORD = re.compile(r"b(\d+)-l(\d+)-v(\d+)-(\d+)([km]?)(?:-h(\d+))?(?:-kv(\d+))?(?:-d(\d+))?")
@@ -57,11 +58,18 @@ class Case:
         return (query >= key) & ((i - j < self.local) | vertical)
 
     def layout(self, device: torch.device) -> BlockLayout:
-        block = torch.arange(self.length // self.block, device=device) * self.block
-        last, first = block + self.block - 1, block
-        patterns = [self.keeps(p, last[:, None], first[None, :]) for p in range(self.num_patterns)]
-        return BlockLayout.from_patterns(
-            torch.stack(patterns), [h % self.num_patterns for h in range(self.heads)], self.block
+        num_blocks = self.length // self.block
+
+        def rule(pattern: int) -> ColumnRule:
+            return ColumnRule(self.local, lambda key: (key - pattern) % self.stride == 0)
+
+        return BlockLayout.from_rule(
+            [rule(p) for p in range(self.num_patterns)],
+            [h % self.num_patterns for h in range(self.heads)],
+            self.block,
+            num_blocks,
+            num_blocks,
+            device=device,
         )
 
     def kept_positions(self) -> int:
@@ -110,19 +118,21 @@ def parse_case(word: str) -> Case:
     )
 
 
+_LENGTHS = (1, 2, 4, 8, 16, 32, 64, 128)  # k; 1k to see on which side of 2k break-even lies
 GROUPS: dict[str, tuple[str, ...]] = {
     "quick": ("b128-l8-v16-2k", "b128-l8-v16-8k", "b128-l8-v16-32k", "b64-l16-v16-32k"),
     "targets": (
         "b128-l8-v16-32k", "b64-l16-v16-32k", "b128-l8-v16-32k-kv8", "b128-l8-v1-32k",
         "b128-l8-v16-2k", "b128-l8-v16-4k", "b128-l8-v16-8k", "b128-l8-v16-128k", "b64-l16-v16-128k",
     ),
-    "lengths": tuple(f"b128-l8-v16-{n}k" for n in (2, 4, 8, 16, 32, 64, 128)),
+    "lengths": tuple(f"b128-l8-v16-{n}k" for n in _LENGTHS),
     "density": tuple(f"b128-l{local}-v{stride}-32k" for local, stride in ((8, 2), (8, 4), (8, 8), (4, 32), (2, 64))),
-    "b64": tuple(f"b64-l16-v16-{n}k" for n in (2, 8, 16, 64)),
-    "gqa": ("b128-l8-v16-8k-kv8", "b64-l16-v16-32k-kv8", "b64-l16-v16-8k-kv8", "b128-l8-v16-128k-kv8"),
-    "long": ("b128-l8-v16-512k", "b128-l8-v16-1m-kv8"),
+    "b64": tuple(f"b64-l16-v16-{n}k" for n in _LENGTHS),
+    "gqa": tuple(f"b128-l8-v16-{n}k-kv8" for n in _LENGTHS),
+    "gqa64": tuple(f"b64-l16-v16-{n}k-kv8" for n in _LENGTHS),
+    "long": ("b128-l8-v16-512k", "b64-l16-v16-512k", "b128-l8-v16-512k-kv8", "b128-l8-v16-1m-kv8", "b128-l8-v16-1m"),
 }  # fmt: skip
-DEFAULT = ("targets", "lengths", "density", "b64", "gqa")
+DEFAULT = ("targets", "lengths", "density", "b64", "gqa", "gqa64", "long")  # what matters most first
 
 
 def parse_cases(words: Sequence[str]) -> list[Case]:
