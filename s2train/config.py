@@ -165,7 +165,9 @@ class PretrainConfig:
     run_dir: str = "runs/${model.name}"
     seed: int = 1234
     backend: str = "auto"  # linear layers, norms, optimizer: auto, local (torch), te (transformer-engine)
-    attention_backend: str = "auto"  # sparse layers: auto (triton where CUDA is, torch on a CPU), triton, torch
+    # sparse layers: auto (triton where CUDA is, torch on a CPU), triton (the fastest kernels for the GPU), portable
+    # (Triton's alone, the same on every GPU), torch
+    attention_backend: str = "auto"
     plan: bool = False  # print what the run will cost, and build nothing
 
 

@@ -197,10 +197,11 @@ def test_transformer_engine_is_refused_for_now() -> None:
         check(config(backend="te"), 1, GPU)
 
 
-def test_triton_is_refused_where_there_is_no_gpu() -> None:
-    assert check(config(attention_backend="triton"), 1, GPU)
+@pytest.mark.parametrize("backend", ["triton", "portable"])
+def test_triton_is_refused_where_there_is_no_gpu(backend: str) -> None:
+    assert check(config(attention_backend=backend), 1, GPU)
     with pytest.raises(ConfigError, match="attention_backend=auto"):
-        check(config(attention_backend="triton"), 1, CPU)
+        check(config(attention_backend=backend), 1, CPU)
 
 
 def test_far_blocks_that_no_head_sees_are_refused() -> None:

@@ -16,7 +16,7 @@ _CHOICES: dict[str, tuple[str | int, ...]] = {
     "tracking.wandb": ("disabled", "offline", "online"),
     "tracking.timing": (0, 1, 2),
     "backend": ("auto", "local", "te"),
-    "attention_backend": ("auto", "triton", "torch"),
+    "attention_backend": ("auto", "triton", "portable", "torch"),
 }
 _POSITIVE: dict[str, tuple[str, ...]] = {
     "model": (

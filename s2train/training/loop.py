@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from s2train.config import PretrainConfig
 from s2train.errors import TrainingError
 from s2train.megatron.checkpoint import Progress
+from s2train.megatron.core_attention import kernels_of
 from s2train.training.batches import Batch, micro_batches
 from s2train.training.checkpoint import TrainingState, save
 from s2train.training.metrics import StepMetrics, Tracker
@@ -82,6 +83,9 @@ class Trainer:
                     " in another run_dir, with a lower optim.lr or optim.clip_grad"
                 )
             interval.losses.append(loss)
+            if step == progress.step + 1:
+                for kernels in kernels_of(self.state.chunks):
+                    self.tracker.note(f"sparse attention: {kernels}")
             is_last = step == last
             held_out = None
             paused = time.perf_counter()
