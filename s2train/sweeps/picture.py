@@ -56,7 +56,9 @@ def _panel(
         own = [point for point in points if point.name == name]
         colour, marker = COLOURS[number % len(COLOURS)], _MARKERS[number // len(COLOURS) % len(_MARKERS)]
         if len(own) > 1:
-            axes.scatter([p.density for p in own], [value(p) for p in own], s=18, color=colour, alpha=0.4, marker=marker)
+            axes.scatter(
+                [p.density for p in own], [value(p) for p in own], s=18, color=colour, alpha=0.4, marker=marker
+            )
         middle = mean(p.density for p in own), mean(value(p) for p in own)
         axes.scatter(*middle, s=60, color=colour, marker=marker, label=name, zorder=3)
     axes.set_title(title, loc="left", fontweight="bold", fontsize=12)
