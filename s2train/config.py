@@ -228,7 +228,7 @@ class SlurmSweepConfig(SweepConfig):
 
     _target_: str = "hydra_plugins.s2train.SlurmLauncher"
     nodes: int = 1  # of a job
-    # sbatch's own, by long name: hydra.launcher.options.partition=gpu; null leaves one out
+    # sbatch's own, by long name: +hydra.launcher.options.cpus_per_task=8 is --cpus-per-task=8; null leaves one out
     options: dict[str, Any] = field(default_factory=dict)
     setup: list[str] = field(default_factory=list)  # shell lines before the job, such as `module load cuda`
     submit: bool = True  # false: only write the scripts

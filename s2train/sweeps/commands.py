@@ -1,5 +1,6 @@
 """What a job of a sweep runs, as a process here or as a batch script."""
 
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,7 +25,8 @@ def environment(surrounding: Mapping[str, str], gpus: Sequence[str] | None) -> d
 
 def quoted(value: object) -> str:
     """A value that Hydra reads as this very text."""
-    text = str(value).replace("\\", "\\\\").replace("'", "\\'")
+    # A backslash is one everywhere but before a quote, where it wants another.
+    text = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), str(value))
     return f"'{text}'"
 
 
@@ -52,7 +54,7 @@ def batch_script(
         "nodes": settings.nodes,
         "ntasks-per-node": 1,
         "gpus-per-node": settings.nproc_per_node,
-        **settings.options,
+        **{name.replace("_", "-"): value for name, value in settings.options.items()},
     }
     start, ranks = shlex.join(_start(python)), shlex.join(_ranks(settings.nproc_per_node, program, arguments))
     unset = f"unset {' '.join(sorted(_OF_RANKS))} {' '.join(f'${{!{prefix}@}}' for prefix in _PREFIXES)}"

@@ -13,7 +13,8 @@ from matplotlib.ticker import EngFormatter
 from s2train.files import replacing
 from s2train.training.plots import COLOURS
 
-_MARKERS = "osD^vPX*"
+_MARKERS = "osD^"
+_MOST_NAMES = len(COLOURS) * len(_MARKERS)  # that can be told apart
 
 
 @dataclass(frozen=True)
@@ -34,17 +35,23 @@ class Point:
 
 
 def draw(points: Sequence[Point], out: Path) -> None:
-    """Two panels, loss and tokens/s against density, as a PNG: each run faint, the mean of each name bold."""
+    """Two panels, loss and tokens/s against density, as a PNG: each run faint, the mean of each name bold.
+
+    More names than can be told apart are one colour, without a legend.
+    """
     names = list(dict.fromkeys(point.name for point in points))
-    figure = Figure(figsize=(11, 4.5 + 0.11 * max(0, len(names) - 14)), dpi=150, layout="constrained")
+    figure = Figure(figsize=(11, 5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     _panel(left, points, names, lambda point: point.loss, "Loss (nats a token)")
     _panel(right, points, names, lambda point: point.tokens_per_s, "Tokens/s")
     right.yaxis.set_major_formatter(EngFormatter(sep=""))
-    right.set_ylim(bottom=0)
-    handles, labels = left.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8)
+    right.set_ylim(0, 1.08 * max(point.tokens_per_s for point in points))
+    if len(names) <= _MOST_NAMES:
+        handles, labels = left.get_legend_handles_labels()
+        figure.legend(
+            handles, labels, loc="outside right center", frameon=False, fontsize=8, title="large: mean of its runs"
+        )
     with replacing(out) as temporary:
         figure.savefig(temporary, format="png")
 
@@ -54,7 +61,8 @@ def _panel(
 ) -> None:
     for number, name in enumerate(names):
         own = [point for point in points if point.name == name]
-        colour, marker = COLOURS[number % len(COLOURS)], _MARKERS[number // len(COLOURS) % len(_MARKERS)]
+        style = number if len(names) <= _MOST_NAMES else 0
+        colour, marker = COLOURS[style % len(COLOURS)], _MARKERS[style // len(COLOURS)]
         if len(own) > 1:
             axes.scatter(
                 [p.density for p in own], [value(p) for p in own], s=18, color=colour, alpha=0.4, marker=marker

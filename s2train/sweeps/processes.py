@@ -7,7 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,15 +87,25 @@ def stop(processes: Sequence["subprocess.Popen[bytes]"], grace_s: float) -> None
             os.killpg(process.pid, signal.SIGTERM)
         except (psutil.NoSuchProcess, ProcessLookupError):
             continue
+    deadline = time.monotonic() + grace_s
     try:
-        _, alive = psutil.wait_procs(family, timeout=grace_s)
+        while time.monotonic() < deadline and any(map(_is_alive, family)):
+            time.sleep(_POLL_S)
     except KeyboardInterrupt:  # a second Ctrl-C: no more grace
-        alive = family
-    for member in alive:
-        if member.is_running():
+        pass
+    for member in filter(_is_alive, family):
+        with suppress(psutil.NoSuchProcess):
             member.kill()
     for process in processes:
         process.wait()
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    """Whether it does anything yet: an orphan that nobody reaps, as in a container without init, does not."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 @contextmanager

@@ -37,7 +37,9 @@ def report(sweep_dir: Path, console: Console | None = None) -> bool:
         written.append(sweep_dir / "sweep.png")
     bad = [result.job for result in results if result.job.status in (Status.FAILED, Status.REFUSED)]
     for job in bad:
-        console.print(f"{job.status} {job.label}: {job.error}", style="red", highlight=False, markup=False)
+        console.print(
+            f"{job.status} {job.label}: {job.error}", style="red", highlight=False, markup=False, soft_wrap=True
+        )
     console.print(f"results in {' and '.join(map(str, written))}", highlight=False, markup=False, soft_wrap=True)
     return not bad
 
