@@ -16,6 +16,7 @@ import psutil
 from s2train.files import set_aside
 
 _POLL_S = 0.2
+_KILL_S = 5.0  # a killed process may take a moment to give up its GPU
 
 
 @dataclass(frozen=True)
@@ -87,17 +88,20 @@ def stop(processes: Sequence["subprocess.Popen[bytes]"], grace_s: float) -> None
             os.killpg(process.pid, signal.SIGTERM)
         except (psutil.NoSuchProcess, ProcessLookupError):
             continue
-    deadline = time.monotonic() + grace_s
-    try:
-        while time.monotonic() < deadline and any(map(_is_alive, family)):
-            time.sleep(_POLL_S)
-    except KeyboardInterrupt:  # a second Ctrl-C: no more grace
-        pass
+    with suppress(KeyboardInterrupt):  # a second Ctrl-C: no more grace
+        _wait(family, grace_s)
     for member in filter(_is_alive, family):
         with suppress(psutil.NoSuchProcess):
             member.kill()
+    _wait(family, _KILL_S)
     for process in processes:
-        process.wait()
+        process.poll()
+
+
+def _wait(family: Sequence[psutil.Process], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and any(map(_is_alive, family)):
+        time.sleep(_POLL_S)
 
 
 def _is_alive(process: psutil.Process) -> bool:
