@@ -7,6 +7,9 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
+from s2train.config import PretrainConfig
 from s2train.errors import ConfigError
 from s2train.files import replacing
 from s2train.training.compare import Summary, summarize
@@ -74,6 +77,29 @@ class Job:
         if summary is None:
             return None
         return summary.loss if summary.held_out_loss is None else summary.held_out_loss
+
+
+def changed_setting(folder: Path, cfg: PretrainConfig) -> str | None:
+    """What the run in `folder` was trained with, where that differs from `cfg`: `optim.lr=0.001`; None if nothing does.
+
+    For files in conf/ may change under the same overrides. Settings that only one of the two knows are left out, and
+    those that change no result.
+    """
+    path = folder / "config.yaml"
+    if not path.is_file():
+        return None
+    before, now = _flat(OmegaConf.to_container(OmegaConf.load(path))), _flat(asdict(cfg))
+    for name in before.keys() & now.keys():
+        if before[name] != now[name] and not name.startswith(("run_dir", "tracking.", "checkpoint.", "plan")):
+            return f"{name}={before[name]}"
+    return None
+
+
+def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    """Values by dotted name."""
+    if not isinstance(node, dict):
+        return {prefix[:-1]: list(node) if isinstance(node, tuple) else node}
+    return {k: v for name, child in node.items() for k, v in _flat(child, f"{prefix}{name}.").items()}
 
 
 def last_error(log: Path) -> str:

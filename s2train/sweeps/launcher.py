@@ -26,7 +26,7 @@ from s2train.errors import ConfigError
 from s2train.hardware import Hardware
 from s2train.planning import check, resolve
 from s2train.sweeps.commands import quoted
-from s2train.sweeps.jobs import Job, Status, write_record
+from s2train.sweeps.jobs import Job, Status, changed_setting, write_record
 from s2train.sweeps.names import job_folder, label, setting_and_value
 
 INTERRUPTED_STATUS = 130
@@ -105,7 +105,7 @@ class SweepLauncher(Launcher):
                 raise ConfigError("run_dir", "…", "each job has a folder of its own", "Set hydra.sweep.dir=FOLDER")
         self.check_settings()
 
-    def _prepare(self, overrides: list[str]) -> Job:
+    def _prepare(self, overrides: Sequence[str]) -> Job:
         """The job of some overrides, composed and judged."""
         folder = job_folder(self.sweep_dir, overrides, self.swept)
         if folder in self.jobs:
@@ -116,7 +116,7 @@ class SweepLauncher(Launcher):
         job = self.jobs[folder] = Job(folder, label(overrides, self.swept), swept, arguments)
         try:
             loader = self.context.config_loader
-            composed = loader.load_sweep_config(self.config, overrides)
+            composed = loader.load_sweep_config(self.config, list(overrides))
             with open_dict(composed):
                 del composed["hydra"]
             cfg = resolve(composed, loader.get_group_options("model"))
@@ -127,7 +127,10 @@ class SweepLauncher(Launcher):
         job.layers, job.density, job.last_step = plan.letters, plan.density, cfg.train.last_step
         if cfg.tracking.group is None:
             job.arguments.append(f"tracking.group={quoted(self.sweep_dir.name)}")
-        if job.is_finished:
+        if job.is_finished and (before := changed_setting(folder, cfg)) is not None:
+            job.status = Status.REFUSED
+            job.error = f"{folder} was trained with {before}; name another hydra.sweep.dir, or move it away"
+        elif job.is_finished:
             job.status = Status.FINISHED
         elif cfg.plan:
             job.status = Status.PLANNED

@@ -6,7 +6,7 @@ import subprocess
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +37,7 @@ def run_all(
     environments: Sequence[dict[str, str]],
     on_start: Callable[[int], None],
     grace_s: float,
-) -> Iterator[tuple[int, int]]:
+) -> Generator[tuple[int, int], None, None]:
     """Run commands, as many at a time as there are environments; yields (index, exit status) as each ends.
 
     Ctrl-C or SIGTERM, or leaving the iteration, ends those at work: first by SIGTERM, after `grace_s` seconds by

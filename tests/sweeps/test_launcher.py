@@ -53,11 +53,14 @@ def sweep(tmp_path: Path) -> Iterator[Any]:
     config.register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
 
-        def make(*arguments: str, losses: dict[str, float] | None = None, **settings: Any) -> Sweeper:
+        def make(
+            *arguments: str, losses: dict[str, float] | None = None, params: Any = None, **settings: Any
+        ) -> Sweeper:
             hydra = GlobalHydra.instance().hydra
             assert hydra is not None
             overrides = [MODEL, f"hydra.sweep.dir={tmp_path}/sweep", *arguments]
             composed = hydra.compose_config("pretrain", overrides, RunMode.MULTIRUN)
+            composed.hydra.sweeper.params = params
             launcher = LocalLauncher(**settings)
             context = HydraContext(config_loader=hydra.config_loader, callbacks=None)  # type: ignore[arg-type]
             launcher.setup(hydra_context=context, task_function=lambda _: None, config=composed)
@@ -144,7 +147,7 @@ def test_jobs_are_one_group_in_wandb_unless_named_otherwise(sweep: Any, tmp_path
 
 
 def test_values_of_the_sweepers_own_settings_name_the_jobs(sweep: Any, tmp_path: Path) -> None:
-    sweep("hydra.sweeper.params={seed:'1,2'}").launch(["seed=1"])
+    sweep(params={"seed": "1,2"}).launch(["seed=1"])
     assert [job.label for job in read_record(tmp_path / "sweep")] == ["seed=1"]
 
 

@@ -6,9 +6,11 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 from rich.console import Console
 
-from s2train.sweeps.jobs import Job, Status, last_error, read_record, write_record
+from s2train.config import ModelConfig, PretrainConfig, TrainConfig
+from s2train.sweeps.jobs import Job, Status, changed_setting, last_error, read_record, write_record
 from s2train.sweeps.report import report
 
 
@@ -37,6 +39,18 @@ def test_a_job_is_finished_when_its_last_checkpoint_is_saved(tmp_path: Path) -> 
     assert not made(tmp_path, "a", 2, saved=10).is_finished
     assert not made(tmp_path, "a", 3, saved=None).is_finished
     assert not Job(tmp_path / "none", "", {}, [], last_step=20).is_finished
+
+
+def test_a_finished_run_with_other_settings_is_noticed(tmp_path: Path) -> None:
+    cfg = PretrainConfig(model=ModelConfig(name="m"), train=TrainConfig(steps=20), run_dir=str(tmp_path))
+    OmegaConf.save(OmegaConf.structured(cfg), tmp_path / "config.yaml")
+    assert changed_setting(tmp_path, cfg) is None
+    cfg.tracking.wandb = "offline"
+    cfg.run_dir = "moved"
+    assert changed_setting(tmp_path, cfg) is None
+    cfg.optim.lr = 0.5
+    assert changed_setting(tmp_path, cfg) == "optim.lr=0.0003"
+    assert changed_setting(tmp_path / "none", cfg) is None
 
 
 def test_a_sweeper_is_told_the_held_out_loss_or_else_the_last(tmp_path: Path) -> None:
