@@ -17,8 +17,8 @@ def register() -> None:
     module = ModuleType(f"{PACKAGE}.s2train")
     for launcher in (LocalLauncher, SlurmLauncher):
         launcher.__module__ = module.__name__
-        setattr(module, launcher.__name__, launcher)
+        vars(module)[launcher.__name__] = launcher
         plugins.register(launcher)
     sys.modules[module.__name__] = module
     package = sys.modules.setdefault(PACKAGE, ModuleType(PACKAGE))
-    package.s2train = module
+    vars(package)["s2train"] = module

@@ -74,6 +74,7 @@ def test_an_interrupted_sweep_ends_its_ranks_and_goes_on_from_their_checkpoint(t
     assert metrics(first)[-1]["step"] == 60
 
 
+@pytest.mark.slow
 def test_ranks_of_a_torchrun_are_told_how_to_sweep(tmp_path: Path) -> None:
     outcome = run("pretrain.py", "-m", *QUICK, "seed=1,2", f"hydra.sweep.dir={tmp_path / 'mine'}", processes=2)
     assert "python launch/pretrain.py -m" in error_line(outcome)
