@@ -115,6 +115,11 @@ class TrainConfig:
     recompute_num_layers: int = 1  # layers recomputed together, with full; divides num_layers / (pp × vpp)
     exit_step: int | None = None  # save and stop after this step, to be resumed (schedule unchanged)
 
+    @property
+    def last_step(self) -> int:
+        """The step at which the run stops."""
+        return min(self.steps, self.exit_step or self.steps)
+
 
 @dataclass
 class CheckpointConfig:
@@ -201,12 +206,45 @@ class PrepareConfig:
     overwrite: bool = False
 
 
+@dataclass
+class SweepConfig:
+    """`hydra.launcher`: how `launch/pretrain.py -m` starts the jobs of a sweep."""
+
+    nproc_per_node: int = 1  # processes of a job on one machine
+    skip_invalid: bool = False  # start the other jobs where the settings of some are refused
+
+
+@dataclass
+class LocalSweepConfig(SweepConfig):
+    """`hydra/launcher=s2train_local`, the default: a torchrun on this machine for each job."""
+
+    _target_: str = "hydra_plugins.s2train.LocalLauncher"
+    n_jobs: int = 1  # at a time
+    split_gpus: bool = True  # jobs at work together each see GPUs of their own
+    grace_s: float = 30.0  # seconds that an interrupted job has to end by itself
+
+
+@dataclass
+class SlurmSweepConfig(SweepConfig):
+    """`hydra/launcher=s2train_slurm`: an sbatch script for each job."""
+
+    _target_: str = "hydra_plugins.s2train.SlurmLauncher"
+    nodes: int = 1  # of a job
+    # sbatch's own, by long name: +hydra.launcher.options.cpus_per_task=8 is --cpus-per-task=8; null leaves one out
+    options: dict[str, Any] = field(default_factory=dict)
+    setup: list[str] = field(default_factory=list)  # shell lines before the job, such as `module load cuda`
+    submit: bool = True  # false: only write the scripts
+    wait: bool = False  # until all have ended, as sweepers that learn from the losses need
+
+
 def register() -> None:
     """Put the schemas where Hydra finds them, so that a typo or a wrong type is refused at compose time."""
     store = ConfigStore.instance()
     store.store(name="pretrain_schema", node=PretrainConfig)
     store.store(name="needle_schema", node=NeedleConfig)
     store.store(name="prepare_schema", node=PrepareConfig)
+    store.store(group="hydra/launcher", name="s2train_local", node=LocalSweepConfig)
+    store.store(group="hydra/launcher", name="s2train_slurm", node=SlurmSweepConfig)
 
 
 def to_object(cfg: DictConfig) -> Any:

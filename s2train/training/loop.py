@@ -18,7 +18,6 @@ from s2train.training.batches import Batch, micro_batches
 from s2train.training.checkpoint import TrainingState, save
 from s2train.training.metrics import StepMetrics, Tracker
 from s2train.training.optimizer import whole_parameters
-from s2train.training.resume import last_step
 from s2train.training.steps import run_step
 
 
@@ -70,7 +69,7 @@ class Trainer:
             TrainingError: the loss or the gradient is not finite; the step is not saved.
         """
         cfg, size = self.cfg, self.cfg.train.global_batch_size
-        last = last_step(cfg)
+        last = cfg.train.last_step
         consumed = progress.consumed_samples
         batches = self._batches(self.train_set, consumed, consumed + (last - progress.step) * size)
         interval = Interval()

@@ -47,7 +47,7 @@ def find_start(cfg: PretrainConfig) -> Start:
         return Start(None, Progress(0, 0, order, None))
     _check_same_architecture(cfg, checkpoint)
     saved, is_own = read_progress(checkpoint), checkpoint.parent.resolve() == _own(cfg).resolve()
-    last = last_step(cfg)
+    last = cfg.train.last_step
     if not is_own and saved.step >= last:
         problem = f"{checkpoint} is at step {saved.step} already, so there is nothing to train"
         raise ConfigError("train.steps", last, problem, f"Set more than {saved.step} (train.exit_step too)")
@@ -56,11 +56,6 @@ def find_start(cfg: PretrainConfig) -> Start:
     _check_same_order(saved.order, order, checkpoint)
     # A branch of another run is a run of its own in wandb.
     return Start(checkpoint, Progress(saved.step, saved.consumed_samples, order, saved.wandb_id if is_own else None))
-
-
-def last_step(cfg: PretrainConfig) -> int:
-    """The step at which this run stops."""
-    return min(cfg.train.steps, cfg.train.exit_step or cfg.train.steps)
 
 
 def data_order(cfg: PretrainConfig) -> dict[str, Any]:
