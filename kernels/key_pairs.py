@@ -99,15 +99,13 @@ def _pairs_of_group(
     num_tiles, num_key_tiles = end_tile - first_tile, -(-s_k // TILE)
     num_pairs = -(-num_key_tiles // 2)
 
-    # halves of a block make a pair; of smaller blocks, those that about equally many queries keep
-    place = tile_at = torch.arange(num_pairs * 2, device=device)
+    row = member * num_tiles + tile - first_tile
+    tile_at = torch.arange(num_pairs * 2, device=device)  # halves of a block make a pair
     if ratio == 1:
-        order = torch.bincount(key_tile, minlength=num_key_tiles).sort(descending=True, stable=True).indices
-        place = torch.empty_like(order).scatter_(0, order, torch.arange(num_key_tiles, device=device))
-        tile_at = torch.full((num_pairs * 2,), num_key_tiles, device=device)
-        tile_at[:num_key_tiles] = order
+        tile_at[:num_key_tiles] = _cheapest_order(row, key_tile, num_tiles, len(kept), num_key_tiles)
+    place = torch.empty_like(tile_at).scatter_(0, tile_at, torch.arange(num_pairs * 2, device=device))
     at = place[key_tile]
-    code = (at // 2 * len(kept) + member) * num_tiles + tile - first_tile
+    code = at // 2 * (len(kept) * num_tiles) + row
     code, inverse = torch.unique(code, return_inverse=True)
     active = torch.zeros_like(code).scatter_add_(0, inverse, 1 << (at % 2))
 
@@ -131,6 +129,30 @@ def _pairs_of_group(
     meta[:, 4] = torch.bincount(pair[masked], minlength=num_pairs)
     meta[:, 5] = num_steps
     return meta, steps
+
+
+def _cheapest_order(row: Tensor, key_tile: Tensor, num_tiles: int, group: int, num_key_tiles: int) -> Tensor:
+    """Key tiles in the order whose neighbours 2j, 2j + 1 make the fewest steps, of three orders.
+
+    `row` (member * num_tiles + query tile) keeps `key_tile`. The orders: as they lie, which suits a local window; by
+    the number of rows; and, as members keep different columns, those all keep alike as they lie, then by the member
+    that keeps them most, then by number.
+    """
+    counts = torch.bincount(key_tile * group + row // num_tiles, minlength=num_key_tiles * group).view(-1, group)
+    natural = torch.arange(num_key_tiles, device=row.device)
+    orders = [counts.sum(1).sort(descending=True, stable=True).indices, natural]
+    if group > 1:
+        most, member = counts.max(1)
+        alike = most == counts.amin(1)
+        order = torch.where(alike, 0, most).sort(descending=True, stable=True).indices
+        orders.append(order[torch.where(alike, -1, member)[order].sort(stable=True).indices])
+    return min(orders, key=lambda order: _cost(order, row, key_tile, group * num_tiles))
+
+
+def _cost(order: Tensor, row: Tensor, key_tile: Tensor, num_rows: int) -> int:
+    """Steps of all pairs, if neighbours of the order make pairs."""
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    return torch.unique(place[key_tile] // 2 * num_rows + row).numel()
 
 
 def _kept_tiles(

@@ -99,6 +99,7 @@ def report(direction: str, dtype: str, dim: int, v_dim: int, block: int, causal:
     return {
         "shared": kernel.metadata.shared,
         "spilled_bytes": sum(int(x) for x in re.findall(r"(\d+) bytes spill", log)),
+        "registers": max(int(x) for x in re.findall(r"Used (\d+) registers", log)),
         "warnings": [line for line in log.splitlines() if "warning" in line.lower()],
     }
 
