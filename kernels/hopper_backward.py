@@ -510,24 +510,39 @@ def hopper_backward(
     lse2, delta = empty((2, rows * TILE.value), torch.float32, q.device)
     acc = torch.zeros(rows * 2 * dim, 32, dtype=torch.float32, device=q.device)
     arguments = launch_arguments(q, k, v, dout, lse2, delta, acc, dk, dv, work, spec, config)
-    # Triton would look at every argument in every call; no two calls with one key differ to the compiler
-    key = ("hopper_backward_kernel", q.dtype, dim, spec.causal, packed, config)
-    compiled = layout.cache.get(key)
-    grid = len(work.meta) * batch
+    strides_in, strides_out = (*strides(out), *strides(dout)), strides(dq)
+    before = (
+        out, dout, lse, dlse, lse2, delta, work.tiles, *strides_in, *shape, dim, dlse is not None, packed
+    )  # fmt: skip
+    after = (acc, dq, work.tiles, *strides_out, float(spec.softmax_scale), *shape, dim, packed)
+    kind = (q.dtype, dim, packed)
+    aligned = tuple(x is None or x.data_ptr() % 16 == 0 for x in (out, dout, lse, dlse))
+    key = ("hopper_backward_prepare", *kind, dlse is None, aligned, _specialised(strides_in))
     with torch.cuda.device_of(q):
-        s2_attention_bwd_kernel_hopper_prepare[(rows,)](
-            out, dout, lse, dlse, lse2, delta, work.tiles, *strides(out), *strides(dout), *shape, D=dim,
-            HAS_DLSE=dlse is not None, PACKED=packed, num_warps=8,
+        _launch(layout.cache, key, s2_attention_bwd_kernel_hopper_prepare, rows, before, num_warps=8)
+        _launch(
+            layout.cache, ("hopper_backward_kernel", *kind, spec.causal, config), s2_attention_bwd_kernel_hopper,
+            len(work.meta) * batch, arguments, num_warps=4, maxnreg=ENTRY_REGISTERS,
         )  # fmt: skip
-        if compiled is None:
-            launch = s2_attention_bwd_kernel_hopper[(grid,)]
-            layout.cache[key] = launch(*arguments, num_warps=4, maxnreg=ENTRY_REGISTERS)
-        else:
-            compiled[grid, 1, 1](*arguments)
-        s2_attention_bwd_kernel_hopper_finish[(rows,)](
-            acc, dq, work.tiles, *strides(dq), spec.softmax_scale, *shape, D=dim, PACKED=packed, num_warps=4
-        )
+        key = ("hopper_backward_finish", *kind, _specialised(strides_out))
+        _launch(layout.cache, key, s2_attention_bwd_kernel_hopper_finish, rows, after, num_warps=4)
     return dq, dk, dv
+
+
+def _launch(
+    cache: dict[Any, Any], key: tuple[Any, ...], kernel: Any, grid: int, arguments: tuple[Any, ...], **options: int
+) -> None:
+    """Past Triton, which would look at every argument in every call: two with one key may not differ to the compiler."""
+    compiled = cache.get(key)
+    if compiled is None:
+        cache[key] = kernel[(grid,)](*arguments, **options)
+    else:
+        compiled[grid, 1, 1](*arguments)
+
+
+def _specialised(numbers: tuple[int, ...]) -> tuple[tuple[bool, ...], ...]:
+    """What Triton compiles for."""
+    return tuple((n == 1, n % 16 == 0, n < 2**31) for n in numbers)
 
 
 def backward_work(layout: BlockLayout, num_kv_heads: int, s_q: int, s_k: int, spec: AttentionSpec) -> KeyPairs:
@@ -547,8 +562,8 @@ def launch_arguments(
     _, dv_head, dv_row = strides(dv)
     return (
         _tiles(q), _tiles(k, half=True), _tiles(v), _tiles(dout),
-        *(TensorDescriptor(x, [x.numel()], [1], [TILE.value], _FLAT) for x in (lse2, delta)),
-        TensorDescriptor(acc, list(acc.shape), [32, 1], [dim, 32], _FRAGMENTS), _tiles(dk, half=True), _tiles(dv),
+        *(_descriptor(x, [x.numel()], [1], [TILE.value], _FLAT) for x in (lse2, delta)),
+        _descriptor(acc, [acc.shape[0], 32], [32, 1], [dim, 32], _FRAGMENTS), _tiles(dk, half=True), _tiles(dv),
         work.meta, work.steps, dk, dv, dk_head, dk_row, dv_head, dv_row,
         float(spec.softmax_scale), spec.softmax_scale * LOG2_E, batch, num_heads,
         num_heads // k.shape[1], work.first_tile, work.num_tiles, spec.query_offset, k.shape[2],
@@ -559,11 +574,23 @@ def launch_arguments(
 
 _FLAT = gl.NVMMASharedLayout.get_default_for([TILE.value], gl.float32)
 _FRAGMENTS = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
+# by bytes of a row of a panel; made once: checking a layout costs 15 us
+_PANELS = {width: gl.NVMMASharedLayout(swizzle_byte_width=width, element_bitwidth=16, rank=4) for width in (64, 128)}
 
 
 def _tiles(x: Tensor, half: bool = False) -> TensorDescriptor:
     """Descriptor of 64-row tiles of a view [b, h, s, d], in panels of 64 dimensions, or of `half` of them."""
-    dim = x.shape[3]
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=dim if half else 128, element_bitwidth=16, rank=4)
-    strides = [stride if size > 1 else dim for size, stride in zip(x.shape, x.stride(), strict=True)]
-    return TensorDescriptor(x, list(x.shape), [*strides[:3], 1], [1, 1, TILE.value, dim], layout)
+    b, h, s, dim = x.shape
+    strides = [stride if size > 1 else dim for size, stride in zip((b, h, s), x.stride(), strict=False)]
+    return _descriptor(x, [b, h, s, dim], [*strides, 1], [1, 1, TILE.value, dim], _PANELS[dim if half else 128])
+
+
+def _descriptor(
+    base: Tensor, shape: list[int], strides: list[int], block: list[int], layout: gl.NVMMASharedLayout
+) -> TensorDescriptor:
+    """Without the checks of `TensorDescriptor`, which `fits_descriptor` has made: nine cost 100 us a call."""
+    descriptor = object.__new__(TensorDescriptor)
+    descriptor.__dict__.update(
+        base=base, shape=shape, strides=strides, block_shape=block, layout=layout, padding="zero"
+    )
+    return descriptor
