@@ -257,7 +257,7 @@ def _step(
 def _consumer(
     dk_desc, dv_desc, k_s, v_s, q_s, dout_s, lse_s, delta_s, ds_s, dq_s,
     k_full, q_full, dout_full, ds_full, dq_free, dq_full, done,
-    meta_ptr, steps_ptr, dk_ptr, dv_ptr, dk_head, dk_row, dv_head, dv_row, batch_size, scale, scale_log2, s_k,
+    meta_ptr, steps_ptr, dk_ptr, dv_ptr, head_stride, row_stride, batch_size, scale, scale_log2, s_k,
     C: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, HL: gl.constexpr,
     PACKED: gl.constexpr, ORDER: gl.constexpr,
 ):  # fmt: skip
@@ -268,10 +268,10 @@ def _consumer(
     dt: gl.constexpr = q_s.dtype
     T4: gl.constexpr = dk_desc.block_shape
     b, kv, ka, kb, first, num_masked, num_steps = _work(meta_ptr, batch_size, PACKED)
-    _, _, start, s_k = _document(meta_ptr, 0, 0, s_k, PACKED)
+    _, _, _, num_keys = _document(meta_ptr, 0, 0, s_k, PACKED)
     key_tile = ka if C == 0 else kb
     key = key_tile * TILE + gl.arange(0, TILE, layout=gl.SliceLayout(1, SL))
-    key = gl.where(key < s_k, key, 2147483647)
+    key = gl.where(key < num_keys, key, 2147483647)
     query = gl.arange(0, TILE, layout=gl.SliceLayout(0, SL))
     zs = gl.zeros([TILE, TILE], gl.float32, SL)
     zq = gl.zeros([TILE, D // 2], gl.float32, QL)
@@ -307,10 +307,12 @@ def _consumer(
     x = warpgroup_mma_wait(num_outstanding=0, deps=(dq,))
     _store_dq(x, dq_s, dq_free, dq_full, num_steps, C, D)
     mbarrier.arrive(done.index(C), count=1)
+    _, _, start, num_keys = _document(meta_ptr, 0, 0, s_k, PACKED)  # again: registers were short
     row = key_tile * TILE + start
-    if PACKED and (key_tile + 1) * TILE > s_k:  # TMA would write over the first rows of the document behind
-        _store_part(dv, dv_ptr + kv.to(gl.int64) * dv_head, dv_row, row, start + s_k, D)
-        _store_part(dk * scale, dk_ptr + kv.to(gl.int64) * dk_head, dk_row, row, start + s_k, D)
+    if PACKED and (key_tile + 1) * TILE > num_keys:  # TMA would write over the first rows of the document behind
+        head = kv.to(gl.int64) * head_stride
+        _store_part(dv, dv_ptr + head, row_stride, row, start + num_keys, D)
+        _store_part(dk * scale, dk_ptr + head, row_stride, row, start + num_keys, D)
     else:
         v_s.index(C).store(dv.to(dt))  # this warpgroup alone read its half of v
         fence_async_shared()
@@ -336,13 +338,13 @@ def _store_part(x, base, stride, row, end, D: gl.constexpr):
 
 @gluon.jit(
     do_not_specialize=[
-        "dk_head", "dk_row", "dv_head", "dv_row",
+        "head_stride", "row_stride",
         "batch_size", "num_heads", "group", "first_tile", "num_tiles", "offset", "s_k",
     ]
 )  # fmt: skip
 def s2_attention_bwd_kernel_hopper(
     q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_desc, acc_desc, dk_desc, dv_desc, meta_ptr, steps_ptr,
-    dk_ptr, dv_ptr, dk_head, dk_row, dv_head, dv_row,
+    dk_ptr, dv_ptr, head_stride, row_stride,
     scale, scale_log2, batch_size, num_heads, group, first_tile, num_tiles, offset, s_k,
     D: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, PACKED: gl.constexpr, ORDER: gl.constexpr,
     CONSUMER_REGS: gl.constexpr, OTHER_REGS: gl.constexpr,
@@ -386,11 +388,11 @@ def s2_attention_bwd_kernel_hopper(
         [
             (_consumer, (dk_desc, dv_desc, k_s, v_s, q_s, dout_s, lse_s, delta_s, ds_s, dq_s,
                          k_full, q_full, dout_full, ds_full, dq_free, dq_full, done,
-                         meta_ptr, steps_ptr, dk_ptr, dv_ptr, dk_head, dk_row, dv_head, dv_row,
+                         meta_ptr, steps_ptr, dk_ptr, dv_ptr, head_stride, row_stride,
                          batch_size, scale, scale_log2, s_k, 0, D, STAGES, CAUSAL, HL, PACKED, ORDER)),
             (_consumer, (dk_desc, dv_desc, k_s, v_s, q_s, dout_s, lse_s, delta_s, ds_s, dq_s,
                          k_full, q_full, dout_full, ds_full, dq_free, dq_full, done,
-                         meta_ptr, steps_ptr, dk_ptr, dv_ptr, dk_head, dk_row, dv_head, dv_row,
+                         meta_ptr, steps_ptr, dk_ptr, dv_ptr, head_stride, row_stride,
                          batch_size, scale, scale_log2, s_k, 1, D, STAGES, CAUSAL, HL, PACKED, ORDER)),
             (_producer, (q_desc, lse_desc, k_desc, v_desc, q_s, lse_s, k_s, v_s, k_full, q_full, free,
                          meta_ptr, steps_ptr, batch_size, num_heads, group, first_tile, num_tiles, offset, STAGES, 1,
@@ -558,13 +560,12 @@ def launch_arguments(
 ) -> tuple[Any, ...]:  # fmt: skip
     """The main kernel's arguments."""
     batch, num_heads, _, dim = q.shape
-    _, dk_head, dk_row = strides(dk)
-    _, dv_head, dv_row = strides(dv)
+    _, head_stride, row_stride = strides(dk)  # and of dv
     return (
         _tiles(q), _tiles(k, half=True), _tiles(v), _tiles(dout),
         *(_descriptor(x, [x.numel()], [1], [TILE.value], _FLAT) for x in (lse2, delta)),
         _descriptor(acc, [acc.shape[0], 32], [32, 1], [dim, 32], _FRAGMENTS), _tiles(dk, half=True), _tiles(dv),
-        work.meta, work.steps, dk, dv, dk_head, dk_row, dv_head, dv_row,
+        work.meta, work.steps, dk, dv, head_stride, row_stride,
         float(spec.softmax_scale), spec.softmax_scale * LOG2_E, batch, num_heads,
         num_heads // k.shape[1], work.first_tile, work.num_tiles, spec.query_offset, k.shape[2],
         dim, config.stages, spec.causal, work.tiles is not None, config.order,

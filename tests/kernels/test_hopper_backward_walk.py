@@ -42,9 +42,10 @@ class Walk:
         q, k, v, dout, lse2, delta, sums, dk_out, dv_out = (x.base for x in descriptors)
         assert dk_out is dk
         assert dv_out is dv
-        _, dk_row, _, dv_row, scale, scale_log2, batch_size, num_heads, group = numbers[:9]
-        first_tile, num_tiles, offset, s_k, dim, _, causal, packed, *_ = numbers[9:]
-        assert (dk_row, dv_row) == (dk.stride(2), dv.stride(2))
+        head_stride, row_stride, scale, scale_log2, batch_size, num_heads, group = numbers[:7]
+        first_tile, num_tiles, offset, s_k, dim, _, causal, packed, *_ = numbers[7:]
+        assert row_stride == dk.stride(2) == dv.stride(2)
+        assert dk.shape[1] == 1 or head_stride == dk.stride(1) == dv.stride(1)
         for program in range(self.programs):
             b = program % batch_size
             kv, ka, kb, first, num_masked, num_steps, skip, *document = meta[program // batch_size].tolist()

@@ -22,7 +22,8 @@ from torch import Tensor
 from triton.backends.nvidia.compiler import get_ptxas
 
 SHARED_BYTES = 232448  # of a program on compute capability 9.0
-SPILLED_BYTES = 64  # of a thread, stores and loads
+# Of all threads' roles, stores and loads. Packed documents add the stores of a partial tile, after the loops.
+SPILLED_BYTES, SPILLED_BYTES_PACKED = 32, 128
 # direction, dtype, head dimensions of q and v, block, causal; of the backward also packed, order of a step
 CASES = [
     ("forward", "bfloat16", 128, 128, 128, True),
@@ -37,6 +38,7 @@ CASES = [
     ("backward", "float16", 64, 64, 64, True),
     ("backward", "bfloat16", 128, 128, 128, True, True),
     ("backward", "float16", 128, 128, 64, True, True),
+    ("backward", "float16", 128, 128, 128, True, False, "dk overlaps"),
     ("backward", "bfloat16", 64, 64, 64, True, True),
     ("backward", "bfloat16", 128, 128, 128, True, False, "dk overlaps"),
     ("backward", "bfloat16", 64, 64, 128, True, False, "dk overlaps"),
@@ -54,7 +56,8 @@ def test_compiles_for_hopper(case: Case) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads(done.stdout.splitlines()[-1])
     assert report["shared"] <= SHARED_BYTES
-    assert report["spilled_bytes"] <= SPILLED_BYTES, report
+    packed = len(case) > 6 and case[6]
+    assert report["spilled_bytes"] <= (SPILLED_BYTES_PACKED if packed else SPILLED_BYTES), report
     assert report["warnings"] == []
 
 
