@@ -87,8 +87,7 @@ def _document(meta_ptr, first_tile, offset, s_k, PACKED: gl.constexpr):
         at = meta_ptr + gl.program_id(0) * PACKED_META  # batch 1
         start = gl.load(at + 8)
         return 0 - gl.load(at + 7), 0 - start, start, gl.load(at + 9)
-    else:
-        return first_tile, offset, 0, s_k
+    return first_tile, offset, 0, s_k
 
 
 @gluon.jit
@@ -247,10 +246,9 @@ def _step(
     dk = warpgroup_mma(read, q, dk, is_async=True)
     if ORDER == "dk overlaps":
         return dk, dv, read
-    else:
-        dk = warpgroup_mma_wait(num_outstanding=0, deps=(dk,))
-        read = _keep(read)
-        return dk, dv, ds16
+    dk = warpgroup_mma_wait(num_outstanding=0, deps=(dk,))
+    read = _keep(read)
+    return dk, dv, ds16
 
 
 @gluon.jit
@@ -534,7 +532,7 @@ def hopper_backward(
 def _launch(
     cache: dict[Any, Any], key: tuple[Any, ...], kernel: Any, grid: int, arguments: tuple[Any, ...], **options: int
 ) -> None:
-    """Past Triton, which would look at every argument in every call: two with one key may not differ to the compiler."""
+    """Past Triton, which looks at every argument in every call: two with one key may not differ to the compiler."""
     compiled = cache.get(key)
     if compiled is None:
         cache[key] = kernel[(grid,)](*arguments, **options)

@@ -32,6 +32,21 @@ class PackedSteps:
 
 
 def packed_pairs(layout: BlockLayout, num_kv_heads: int, cu_seqlens: Tensor, num_rows: int) -> KeyPairs:
+    """As `pairs_of_documents`; the last are kept in the layout's cache: all layers of a step share `cu_seqlens`."""
+    # a CUDA graph must build them in every replay, from what `cu_seqlens` then holds
+    capturing = cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()
+    if capturing or cu_seqlens.is_inference():
+        return pairs_of_documents(layout, num_kv_heads, cu_seqlens, num_rows)
+    key, state = ("packed_pairs", num_kv_heads), (cu_seqlens._version, num_rows)
+    kept = layout.cache.get(key)
+    if kept is None or kept[0] is not cu_seqlens or kept[1] != state:
+        work = pairs_of_documents(layout, num_kv_heads, cu_seqlens, num_rows)
+        kept = layout.cache[key] = (cu_seqlens, state, work)
+    pairs: KeyPairs = kept[2]
+    return pairs
+
+
+def pairs_of_documents(layout: BlockLayout, num_kv_heads: int, cu_seqlens: Tensor, num_rows: int) -> KeyPairs:
     """Causal work of documents that begin at rows `cu_seqlens` [documents + 1] of `num_rows`.
 
     ``meta`` has ten columns: after `KeyPairs`' six the steps to leave out between masked and unmasked ones, the

@@ -66,3 +66,13 @@ def test_sizes_depend_on_the_shapes_alone() -> None:
     b = packed_pairs(layout, 2, torch.tensor([0, 0, 0, 0, 500], dtype=torch.int32), 500)
     assert a.meta.shape == b.meta.shape
     assert a.num_tiles == b.num_tiles
+
+
+def test_changed_bounds_are_noticed() -> None:
+    layout = BlockLayout.from_mask(torch.rand(2, 8, 8) < 0.5, 64)
+    bounds = bounds_of((100, 100))
+    first = packed_pairs(layout, 2, bounds, 200)
+    assert packed_pairs(layout, 2, bounds, 200) is first
+    bounds[1] = 30
+    assert int(packed_pairs(layout, 2, bounds, 200).meta[:, 9].max()) == 170
+    assert int(packed_pairs(layout, 2, bounds_of((200, 0)), 200).meta[:, 9].max()) == 200
