@@ -150,7 +150,8 @@ CASES = {case.name: case for case in _cases()}
 _QUICK = (
     "bfloat16 block 64 d 128", "bfloat16 block 128 d 128", "bfloat16 block 16 d 128", "float32 block 64 d 128",
     "length 2049 block 128", "offset 777 block 128", "offset 256, block 128, batch 2", "deterministic",
-    "packed block 64", "bfloat16 block 64 d 80", "bfloat16 block 128 d 64, packed", "float16 block 64 d 128, MHA, 1500 rows",
+    "packed block 64", "bfloat16 block 64 d 80", "bfloat16 block 128 d 64, packed",
+    "float16 block 64 d 128, MHA, 1500 rows",
 )  # fmt: skip
 
 TIMINGS = [

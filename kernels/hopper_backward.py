@@ -517,15 +517,16 @@ def hopper_backward(
     after = (acc, dq, work.tiles, *strides_out, float(spec.softmax_scale), *shape, dim, packed)
     kind = (q.dtype, dim, packed)
     aligned = tuple(x is None or x.data_ptr() % 16 == 0 for x in (out, dout, lse, dlse))
-    key = ("hopper_backward_prepare", *kind, dlse is None, aligned, _specialised(strides_in))
+    prepare_key = ("hopper_backward_prepare", *kind, dlse is None, aligned, _specialised(strides_in))
+    main_key = ("hopper_backward_kernel", *kind, spec.causal, config)
+    finish_key = ("hopper_backward_finish", *kind, _specialised(strides_out))
     with torch.cuda.device_of(q):
-        _launch(layout.cache, key, s2_attention_bwd_kernel_hopper_prepare, rows, before, num_warps=8)
+        _launch(layout.cache, prepare_key, s2_attention_bwd_kernel_hopper_prepare, rows, before, num_warps=8)
         _launch(
-            layout.cache, ("hopper_backward_kernel", *kind, spec.causal, config), s2_attention_bwd_kernel_hopper,
-            len(work.meta) * batch, arguments, num_warps=4, maxnreg=ENTRY_REGISTERS,
+            layout.cache, main_key, s2_attention_bwd_kernel_hopper, len(work.meta) * batch, arguments,
+            num_warps=4, maxnreg=ENTRY_REGISTERS,
         )  # fmt: skip
-        key = ("hopper_backward_finish", *kind, _specialised(strides_out))
-        _launch(layout.cache, key, s2_attention_bwd_kernel_hopper_finish, rows, after, num_warps=4)
+        _launch(layout.cache, finish_key, s2_attention_bwd_kernel_hopper_finish, rows, after, num_warps=4)
     return dq, dk, dv
 
 
