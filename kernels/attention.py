@@ -69,7 +69,7 @@ def block_sparse_attention(
         Both are differentiable, once. Rows that see no key have output 0, log-sum-exp -inf, zero gradients.
 
     Outputs are the same in every run. So are gradients under ``torch.use_deterministic_algorithms(True)``, and always
-    on the portable kernels; Hopper's own backward (16 bits, d = d_v of 64 or 128) sums dq in whatever order its programs
+    on the portable kernels; Hopper's own backward (16 bits, d = d_v 64 or 128) sums dq in whatever order its programs
     finish, so that its last bits differ from run to run. Those sums take 4 * b * H * s_q * d bytes for the while.
 
     Raises:
