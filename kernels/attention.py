@@ -77,8 +77,9 @@ def block_sparse_attention(
     a head, 2**31 programs in a launch and 2**31 kept tiles in a layout, else ValueError.
 
     Determinism: outputs are the same in every run. So are gradients under ``torch.use_deterministic_algorithms(True)``,
-    and always on the portable kernels. Hopper's own backward sums dq in whatever order its programs finish, so that
-    its last bits differ from run to run; those sums take 4 * b * H * s_q * d bytes for the while.
+    and always on the portable kernels. Hopper's own backward (16 bits, d = d_v = 64 or 128) sums dq in whatever
+    order its programs finish, so that its last bits differ from run to run; those sums take 4 * b * H * s_q * d bytes
+    for the while.
 
     torch.compile: traced whole, as one operator (``fullgraph=True`` holds), also with return_lse, in training and with
     checkpointing. The graph holds the layout by a number: keep the layout until the last backward is done, else

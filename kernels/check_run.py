@@ -84,7 +84,7 @@ def check_case(case: Case, device: torch.device) -> dict[str, Any]:
 
     with _deterministic(case.deterministic):
         out, lse = attend()
-        dout = None if case.gradients == "lse" else torch.randn_like(out)
+        dout = None if case.gradients == "lse" else torch.randn_like(out) * case.dout_scale
         dlse = None if case.gradients == "out" else torch.randn_like(lse)
         measured = _results(out, lse, leaves, dout, dlse)
         kernels = kernels_run(q, k, v, layout, **options)

@@ -139,16 +139,24 @@ def test_packed_documents_are_supported() -> None:
 
 
 @pytest.mark.parametrize("block", [64, 128, 256])
-@pytest.mark.parametrize("spec", [{}, {"causal": False}, {"query_offset": 301}, {"format": "bhsd"}], ids=str)
-def test_backward_supported(block: int, spec: dict[str, object]) -> None:
-    assert hopper_backward_supported(*arguments(block, **spec))
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"causal": False}, {"query_offset": 301}, {"format": "bhsd"}, {"dim": 64, "v_dim": 64},
+        {"dtype": torch.float16}, {"dtype": torch.float16, "dim": 64, "v_dim": 64},
+        {"cu_seqlens": torch.tensor([0, 256], dtype=torch.int32)},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_backward_supported(block: int, options: dict[str, object]) -> None:
+    assert hopper_backward_supported(*arguments(block, **options))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
     "unsupported",
     [
-        {"block": 32}, {"dtype": torch.float16}, {"dtype": torch.float32}, {"dim": 64, "v_dim": 64}, {"v_dim": 64},
-        {"dim": 256, "v_dim": 256}, {"cu_seqlens": torch.tensor([0, 256])},
+        {"block": 32}, {"dtype": torch.float32}, {"dim": 64}, {"v_dim": 64}, {"dim": 96, "v_dim": 96},
+        {"dim": 256, "v_dim": 256}, {"cu_seqlens": torch.tensor([0, 256]), "causal": False},
     ],
     ids=str,
 )  # fmt: skip
