@@ -246,9 +246,10 @@ def _step(
     read = gl.convert_layout(ds, PL)
     dk = warpgroup_mma(read, q, dk, is_async=True)
     if ORDER == "dk overlaps":
-        return dk, dv, read
-    dk = warpgroup_mma_wait(num_outstanding=0, deps=(dk,))
-    read = _keep(read)
+        ds16 = read
+    else:
+        dk = warpgroup_mma_wait(num_outstanding=0, deps=(dk,))
+        read = _keep(read)
     return dk, dv, ds16
 
 
