@@ -14,7 +14,7 @@ in which programs add to it differs from run to run, and with it dq's last bits.
 # mypy: allow-untyped-defs
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import triton
@@ -29,7 +29,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
     tma,
     warpgroup_mma,
-    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -194,15 +193,10 @@ def _issue_dq(ds_s, k_s, buf, z, zq, C: gl.constexpr, D: gl.constexpr, HL: gl.co
 @gluon.jit
 def _step(
     q_s, dout_s, lse_s, delta_s, k_s, v_s, ds_s, dq_s, q_full, dout_full, ds_full, dq_free, dq_full,
-    t, active, dk, dv, ds16, scale_log2, zs, zq, key, column,
+    t, active, dk, dv, scale_log2, zs, zq, key, column,
     C: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, MASK: gl.constexpr, PL: gl.constexpr, HL: gl.constexpr,
-    ORDER: gl.constexpr,
 ):  # fmt: skip
-    """One query tile. dq of the tile before is in flight while P is computed, dP while dq leaves.
-
-    ORDER says whether dk is waited for, or still in flight when the next step begins its scores: `ds16`, which dk reads
-    from registers, is then handed on to that step.
-    """
+    """One query tile. dq of the tile before is in flight while P is computed, dP while dq leaves."""
     SL: gl.constexpr = zs.type.layout
     CS: gl.constexpr = gl.SliceLayout(0, SL)
     dt: gl.constexpr = q_s.dtype
@@ -215,9 +209,6 @@ def _step(
     dout = dout_s.index(st)
     mbarrier.wait(q_full.index(st), phase)
     s = warpgroup_mma(k, q.permute((1, 0)), zs, use_acc=False, is_async=True)
-    if ORDER == "dk overlaps":
-        dk = warpgroup_mma_wait(num_outstanding=1, deps=(dk,))
-        ds16 = _keep(ds16)
     # the first step waits for nothing and makes a dq that the reducer drops
     mbarrier.wait(ds_full.index(((t + 1) & 1) * 2 + 1 - C), (((t + 1) >> 1) & 1) ^ 1)
     dq = _issue_dq(ds_s, k_s, (t + 1) & 1, z, zq, C, D, HL)
@@ -243,14 +234,11 @@ def _step(
     ds_s.index(buf * 2 + C).store(ds)
     fence_async_shared()
     mbarrier.arrive(ds_full.index(buf * 2 + C), count=1)
-    read = gl.convert_layout(ds, PL)
-    dk = warpgroup_mma(read, q, dk, is_async=True)
-    if ORDER == "dk overlaps":
-        ds16 = read
-    else:
-        dk = warpgroup_mma_wait(num_outstanding=0, deps=(dk,))
-        read = _keep(read)
-    return dk, dv, ds16
+    ds16 = gl.convert_layout(ds, PL)
+    dk = warpgroup_mma(ds16, q, dk, is_async=True)
+    dk = warpgroup_mma_wait(num_outstanding=0, deps=(dk,))
+    ds16 = _keep(ds16)
+    return dk, dv
 
 
 @gluon.jit
@@ -259,7 +247,7 @@ def _consumer(
     k_full, q_full, dout_full, ds_full, dq_free, dq_full, done,
     meta_ptr, steps_ptr, dk_ptr, dv_ptr, head_stride, row_stride, batch_size, scale, scale_log2, s_k,
     C: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, HL: gl.constexpr,
-    PACKED: gl.constexpr, ORDER: gl.constexpr,
+    PACKED: gl.constexpr,
 ):  # fmt: skip
     SL: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
     OL: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
@@ -277,30 +265,23 @@ def _consumer(
     zq = gl.zeros([TILE, D // 2], gl.float32, QL)
     dk = gl.zeros([TILE, D], gl.float32, OL)
     dv = gl.zeros([TILE, D], gl.float32, OL)
-    ds16 = gl.program_id(0)  # of no use
-    if ORDER == "dk overlaps":
-        ds16 = gl.convert_layout(gl.zeros([TILE, TILE], dt, SL), PL)
-        dk = warpgroup_mma_init(dk)
     mbarrier.wait(k_full, 0)
     for t in range(0, num_masked):
         entry = gl.load(steps_ptr + first + t)
         tile = (entry >> ACTIVE_BITS) & ((1 << QUERY_BITS) - 1)
         active = ((entry >> C) & 1) != 0
         column = query + tile * TILE if CAUSAL else query * 0 + 2147483646
-        dk, dv, ds16 = _step(
+        dk, dv = _step(
             q_s, dout_s, lse_s, delta_s, k_s, v_s, ds_s, dq_s, q_full, dout_full, ds_full, dq_free, dq_full,
-            t, active, dk, dv, ds16, scale_log2, zs, zq, key, column,
-            C, D, STAGES, True, PL, HL, ORDER,
+            t, active, dk, dv, scale_log2, zs, zq, key, column,
+            C, D, STAGES, True, PL, HL,
         )  # fmt: skip
     for t in range(num_masked, num_steps):
-        dk, dv, ds16 = _step(
+        dk, dv = _step(
             q_s, dout_s, lse_s, delta_s, k_s, v_s, ds_s, dq_s, q_full, dout_full, ds_full, dq_free, dq_full,
-            t, True, dk, dv, ds16, scale_log2, zs, zq, key, query,
-            C, D, STAGES, False, PL, HL, ORDER,
+            t, True, dk, dv, scale_log2, zs, zq, key, query,
+            C, D, STAGES, False, PL, HL,
         )  # fmt: skip
-    if ORDER == "dk overlaps":
-        dk = warpgroup_mma_wait(num_outstanding=0, deps=(dk,))
-        ds16 = _keep(ds16)
     last = num_steps - 1
     mbarrier.wait(ds_full.index((last & 1) * 2 + 1 - C), (last >> 1) & 1)
     dq = _issue_dq(ds_s, k_s, last & 1, 0, zq, C, D, HL)
@@ -346,7 +327,7 @@ def s2_attention_bwd_kernel_hopper(
     q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_desc, acc_desc, dk_desc, dv_desc, meta_ptr, steps_ptr,
     dk_ptr, dv_ptr, head_stride, row_stride,
     scale, scale_log2, batch_size, num_heads, group, first_tile, num_tiles, offset, s_k,
-    D: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, PACKED: gl.constexpr, ORDER: gl.constexpr,
+    D: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, PACKED: gl.constexpr,
     CONSUMER_REGS: gl.constexpr, OTHER_REGS: gl.constexpr,
 ):  # fmt: skip
     """Room in shared memory, barriers and the six roles."""
@@ -389,11 +370,11 @@ def s2_attention_bwd_kernel_hopper(
             (_consumer, (dk_desc, dv_desc, k_s, v_s, q_s, dout_s, lse_s, delta_s, ds_s, dq_s,
                          k_full, q_full, dout_full, ds_full, dq_free, dq_full, done,
                          meta_ptr, steps_ptr, dk_ptr, dv_ptr, head_stride, row_stride,
-                         batch_size, scale, scale_log2, s_k, 0, D, STAGES, CAUSAL, HL, PACKED, ORDER)),
+                         batch_size, scale, scale_log2, s_k, 0, D, STAGES, CAUSAL, HL, PACKED)),
             (_consumer, (dk_desc, dv_desc, k_s, v_s, q_s, dout_s, lse_s, delta_s, ds_s, dq_s,
                          k_full, q_full, dout_full, ds_full, dq_free, dq_full, done,
                          meta_ptr, steps_ptr, dk_ptr, dv_ptr, head_stride, row_stride,
-                         batch_size, scale, scale_log2, s_k, 1, D, STAGES, CAUSAL, HL, PACKED, ORDER)),
+                         batch_size, scale, scale_log2, s_k, 1, D, STAGES, CAUSAL, HL, PACKED)),
             (_producer, (q_desc, lse_desc, k_desc, v_desc, q_s, lse_s, k_s, v_s, k_full, q_full, free,
                          meta_ptr, steps_ptr, batch_size, num_heads, group, first_tile, num_tiles, offset, STAGES, 1,
                          PACKED)),
@@ -467,15 +448,11 @@ def s2_attention_bwd_kernel_hopper_finish(
         tl.store(dq_base + (c * HALF + tl.arange(0, HALF))[None, :], x, mask=in_range[:, None])
 
 
-Order = Literal["dk alone", "dk overlaps"]
-
-
 @dataclass(frozen=True)
 class HopperBackwardConfig:
-    """Tiles of queries, and of the output's gradients, in flight; order of a step; registers of a thread."""
+    """Tiles of queries, and of the output's gradients, in flight; registers of a thread."""
 
     stages: int
-    order: Order = "dk alone"
     consumer_registers: int = 240
     other_registers: int = 24
 
@@ -560,7 +537,7 @@ def launch_arguments(
         work.meta, work.steps, dk, dv, head_stride, row_stride,
         float(spec.softmax_scale), spec.softmax_scale * LOG2_E, batch, num_heads,
         num_heads // k.shape[1], work.first_tile, work.num_tiles, spec.query_offset, k.shape[2],
-        dim, config.stages, spec.causal, work.tiles is not None, config.order,
+        dim, config.stages, spec.causal, work.tiles is not None,
         config.consumer_registers, config.other_registers,
     )  # fmt: skip
 

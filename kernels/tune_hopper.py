@@ -14,7 +14,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 import triton
@@ -23,7 +23,7 @@ from torch import Tensor
 from . import spec
 from .backward import backward
 from .forward import forward
-from .hopper_backward import HopperBackwardConfig, Order, hopper_backward
+from .hopper_backward import HopperBackwardConfig, hopper_backward
 from .hopper_forward import CONFIGS, HopperConfig, hopper_forward
 from .layout import BlockLayout
 from .spec import AttentionSpec, to_bhsd
@@ -40,9 +40,8 @@ _VARIANTS: dict[str, HopperConfig | None] = {
 }
 _BACKWARD_VARIANTS: dict[str, HopperBackwardConfig | None] = {
     **{
-        f"d {dim}, st {stages}, {order}": HopperBackwardConfig(stages, order)
+        f"d {dim}, st {stages}": HopperBackwardConfig(stages)
         for dim, stages in ((128, 3), (128, 2), (64, 3), (64, 4), (64, 5))
-        for order in get_args(Order)
     },
     "portable": None,
 }

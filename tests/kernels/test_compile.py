@@ -158,6 +158,24 @@ def test_a_copied_layout_is_known_by_a_handle_of_its_own(again: Callable[[BlockL
     assert not copied.cache
 
 
+def assert_as_exact_as_eager(
+    step: Callable[..., tuple[Tensor, ...]], compiled: Callable[..., tuple[Tensor, ...]], inputs: list[Tensor],
+    layout: BlockLayout,
+) -> None:  # fmt: skip
+    """Inductor rounds at other places: its distance from float64 is at most twice the eager call's."""
+    eager, traced = step(*inputs, layout), compiled(*inputs, layout)
+    doubles = [x.detach().double().requires_grad_() for x in inputs]
+    exact = training_step("torch", True)(*doubles, layout)
+    weights = [torch.randn_like(x) for x in exact]
+    results = []
+    for outputs, leaves in ((exact, doubles), (eager, inputs), (traced, inputs)):
+        cast = [w.to(x.dtype) for w, x in zip(weights, outputs, strict=True)]
+        results.append((*outputs, *torch.autograd.grad(outputs, leaves, cast)))
+    for a, b, c in zip(*results, strict=True):
+        assert b.dtype == c.dtype
+        assert (c.double() - a).norm() <= 2 * (b.double() - a).norm()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["triton", "portable"])
 @pytest.mark.parametrize("block", [64, 128])
@@ -165,7 +183,7 @@ def test_inductor_on_a_gpu(block: int, backend: str) -> None:
     problem = Problem(heads=8, kv_heads=2, s_q=1000, s_k=1000, dim=128, block=block, dtype=torch.bfloat16, keep=0.5)
     inputs, layout, _, _ = problem.make(torch.device("cuda"))
     step = training_step(backend, True)
-    assert_same(step, torch.compile(step, fullgraph=True), inputs, layout, rtol=2e-2, atol=2e-2)
+    assert_as_exact_as_eager(step, torch.compile(step, fullgraph=True), inputs, layout)
 
 
 @pytest.mark.gpu
@@ -180,4 +198,4 @@ def test_inductors_cuda_graphs_after_an_eager_call() -> None:
         with torch.no_grad():
             for x in inputs:
                 x.copy_(torch.randn_like(x))
-        assert_same(step, compiled, inputs, layout, rtol=2e-2, atol=2e-2)
+        assert_as_exact_as_eager(step, compiled, inputs, layout)

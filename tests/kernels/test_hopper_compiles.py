@@ -9,7 +9,6 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 SHARED_BYTES = 232448  # of a program on compute capability 9.0
 # Of all threads' roles, stores and loads. Packed documents add the stores of a partial tile, after the loops.
 SPILLED_BYTES, SPILLED_BYTES_PACKED = 32, 128
-# direction, dtype, head dimensions of q and v, block, causal, what the rows are ("whole" tiles, "offset", "packed");
-# of the backward also the order of a step
+# direction, dtype, head dimensions of q and v, block, causal, what the rows are ("whole" tiles, "offset", "packed")
 CASES = [
     ("forward", "bfloat16", 128, 128, 128, True, "whole"),
     ("forward", "bfloat16", 128, 128, 64, True, "whole"),
@@ -52,11 +50,8 @@ CASES = [
     ("backward", "bfloat16", 128, 128, 128, True, "packed"),
     ("backward", "float16", 128, 128, 64, True, "packed"),
     ("backward", "bfloat16", 64, 64, 64, True, "packed"),
-    ("backward", "float16", 128, 128, 128, True, "whole", "dk overlaps"),
-    ("backward", "bfloat16", 128, 128, 128, True, "whole", "dk overlaps"),
-    ("backward", "bfloat16", 64, 64, 128, True, "whole", "dk overlaps"),
 ]
-Case = tuple[Any, ...]
+Case = tuple[str, str, int, int, int, bool, str]
 
 
 @pytest.mark.slow
@@ -109,9 +104,7 @@ def compiled_forward(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, spec:
     return s2_attention_fwd_kernel_hopper.run(*arguments, grid=(1,), warmup=True, num_warps=4, maxnreg=ENTRY_REGISTERS)
 
 
-def compiled_backward(
-    q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, spec: AttentionSpec, order: Any = "dk alone"
-) -> Any:
+def compiled_backward(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, spec: AttentionSpec) -> Any:
     from s2train.kernels.hopper_backward import (
         CONFIGS,
         ENTRY_REGISTERS,
@@ -121,22 +114,19 @@ def compiled_backward(
     )
 
     work = backward_work(layout, 2, 256, 256, spec)
-    config = replace(CONFIGS[q.shape[3]], order=order)
     statistics = torch.empty(2, 2 * 256)
     sums = torch.empty(2 * 4 * 2 * q.shape[3], 32)
-    arguments = launch_arguments(q, k, v, q, *statistics, sums, k, v, work, spec, config)
+    arguments = launch_arguments(q, k, v, q, *statistics, sums, k, v, work, spec, CONFIGS[q.shape[3]])
     return s2_attention_bwd_kernel_hopper.run(*arguments, grid=(1,), warmup=True, num_warps=4, maxnreg=ENTRY_REGISTERS)
 
 
-def report(
-    direction: str, dtype: str, dim: int, v_dim: int, block: int, causal: bool, rows: str, *order: str
-) -> dict[str, Any]:
+def report(direction: str, dtype: str, dim: int, v_dim: int, block: int, causal: bool, rows: str) -> dict[str, Any]:
     triton.runtime.driver.set_active(Hopper())
     q, k, v = (torch.empty(1, 2, 256, d, dtype=getattr(torch, dtype)) for d in (dim, dim, v_dim))
     layout = BlockLayout.from_mask(torch.ones(2, 256 // block, 256 // block) > 0, block)
     bounds = torch.tensor([0, 100, 256], dtype=torch.int32) if rows == "packed" else None
     spec = AttentionSpec(0.1, causal, 65 if rows == "offset" else 0, bounds, "bhsd")
-    kernel = (compiled_forward if direction == "forward" else compiled_backward)(q, k, v, layout, spec, *order)
+    kernel = (compiled_forward if direction == "forward" else compiled_backward)(q, k, v, layout, spec)
     with tempfile.TemporaryDirectory() as folder:
         ptx = Path(folder, "kernel.ptx")
         ptx.write_text(kernel.asm["ptx"])
