@@ -62,7 +62,7 @@ def _unknown(node: DictConfig, prefix: str) -> Iterator[tuple[str, Any]]:
         return
     names = {field.name for field in dataclasses.fields(schema)}
     for key in node:
-        name = f"{prefix}{key}"
+        name = prefix + str(key)
         if key not in names:
             yield name, OmegaConf.select(node, str(key))
         elif not OmegaConf.is_missing(node, key) and OmegaConf.is_dict(node[key]):
