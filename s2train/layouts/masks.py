@@ -12,10 +12,10 @@ from s2train.layouts.patterns import Dense, Pattern
 _MASK_ELEMENTS = 1 << 22  # of a mask that is looked at in one go
 
 
-def mask_rows(pattern: Pattern, num_blocks: int) -> Iterator[tuple[int, Tensor]]:
-    """The mask in pieces: the first query block of each, and bool [rows, num_blocks]."""
+def mask_rows(pattern: Pattern, num_blocks: int, multiple: int = 1) -> Iterator[tuple[int, Tensor]]:
+    """The mask in pieces of a multiple of rows: the first query block of each, and bool [rows, num_blocks]."""
     blocks = torch.arange(num_blocks)
-    for query in blocks.split(max(1, _MASK_ELEMENTS // num_blocks)):
+    for query in blocks.split(max(1, _MASK_ELEMENTS // num_blocks // multiple) * multiple):
         yield int(query[0]), pattern.keep(query[:, None], blocks[None, :])
 
 
