@@ -31,11 +31,26 @@ class ModelConfig:
 
 @dataclass
 class PatternConfig:
-    """One sparse head: which key blocks a query block keeps. Units: blocks of `layout.block_size` tokens."""
+    """One sparse head: which key blocks a query block keeps. Units: blocks of `layout.block_size` tokens.
 
-    local: int = 8  # keeps the last `local` blocks, its own among them
-    stride: int = 16  # and every stride-th block before them, shifted by the head's offset
-    sinks: int = 0  # and the first `sinks` blocks
+    Each kind has some of the settings, and refuses the others; None: not set, the kind's default.
+    """
+
+    # local_vertical (local 8, stride 16, sinks 0), ranges (ranges, sinks 0), sliding_window (window, sinks 0),
+    # global_blocks (local 8, globals), dilated (local 1, dilation, window), dense,
+    # reference (local, stride, offset 0, per_kv_head false), file (file)
+    kind: str = "local_vertical"
+    local: int | None = None  # keeps the last `local` blocks, its own among them
+    stride: int | None = None  # and every stride-th block before them, shifted by the head's offset
+    sinks: int | None = None  # and the first `sinks` blocks
+    # [[limit, stride], …], nearest first: every stride-th block at distances below limit; the last limit is null
+    ranges: Any = None
+    window: int | None = None  # keeps the last `window` blocks; of dilated: nothing beyond
+    dilation: int | None = None  # every dilation-th distance, shifted by the head's offset
+    globals: list[int] | None = None  # key blocks that every query keeps
+    offset: int | None = None  # of all heads, in the reference library's formula
+    per_kv_head: bool | None = None  # the reference library's formula counts KV heads, not query heads
+    file: str | None = None  # .npz of masks; its format: s2train/layouts/patterns/file.py
 
 
 @dataclass
@@ -44,7 +59,11 @@ class LayoutConfig:
 
     layers: str = MISSING  # one letter a layer, D dense, S sparse (s2): DSSS, D1S3x8; repeated to the model's depth
     block_size: int = 64  # tokens
-    pattern: PatternConfig = field(default_factory=PatternConfig)
+    pattern: PatternConfig = field(default_factory=PatternConfig)  # of letter S
+    # settings of `pattern` for further letters, for use in `layers`: {W: {kind: sliding_window, window: 8}}, on a
+    # command line '+layout.patterns.W={kind:sliding_window,window:8}'. (Hydra adds no entry to a dict of dataclasses,
+    # so that `s2train.layouts.patterns.registry.read_pattern` checks them.)
+    patterns: dict[str, Any] = field(default_factory=dict)
     allow_partial_coverage: bool = False  # go on though some far blocks are seen by no head (ablations)
 
 
@@ -53,6 +72,10 @@ class ScheduleConfig:
     """How heads of a sparse layer get their offsets. Kinds: `s2train.layouts.schedules`."""
 
     kind: str = "shifted"
+    # of kind explicit: one offset a query head, for all sparse layers, or one such list for each sparse layer (or
+    # for as many as divide them, repeated)
+    offsets: Any = None
+    dense_heads: int = 0  # how many heads of each sparse layer are dense, spread evenly over KV groups
 
 
 @dataclass

@@ -142,7 +142,7 @@ VALUES: dict[str, tuple[Any, str]] = {
     "optim__lr": (float("inf"), "optim.lr"),
     "optim__weight_decay": (-0.1, "0 or more"),
     "run_dir": ("", "runs/mine"),
-    "layout__pattern__stride": (0, "positive"),
+    "layout__pattern__stride": (0, "1 or more"),
     "layout__pattern__sinks": (-1, "0 or more"),
     "layout__block_size": (48, "16, 32, 64, 128, 256"),
     "layout__layers": ("DSXS", "D (dense), S (s2)"),

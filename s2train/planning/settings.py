@@ -31,7 +31,7 @@ _POSITIVE: dict[str, tuple[str, ...]] = {
         "norm_epsilon",
         "init_std",
     ),
-    "layout": ("block_size", "pattern.local", "pattern.stride"),
+    "layout": ("block_size",),
     "data": ("num_samples",),
     "optim": ("lr", "eps", "decay_steps", "wsd_decay_steps"),
     "parallel": ("tp", "pp", "vpp", "cp"),
@@ -48,7 +48,7 @@ _POSITIVE: dict[str, tuple[str, ...]] = {
     "tracking": ("log_interval",),
 }
 _NOT_NEGATIVE: dict[str, tuple[str, ...]] = {
-    "layout": ("pattern.sinks",),
+    "schedule": ("dense_heads",),
     "data": ("num_workers",),
     "optim": ("min_lr", "weight_decay", "clip_grad", "warmup_steps"),
     "evaluation": ("interval",),

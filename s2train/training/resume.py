@@ -3,7 +3,7 @@
 import os
 import shutil
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from s2train.data.blend import parse_blend
 from s2train.data.checks import num_train_samples
 from s2train.data.splits import megatron_split
 from s2train.errors import ConfigError
+from s2train.layouts.patterns.registry import read_pattern, with_defaults
 from s2train.megatron.checkpoint import Progress, checkpoints_in, find_checkpoint, read_config, read_progress
 
 # What the shards depend on: these must agree between a checkpoint and the run that loads it.
@@ -103,9 +104,10 @@ def _find(cfg: PretrainConfig) -> Path | None:
 
 
 def _check_same_architecture(cfg: PretrainConfig, checkpoint: Path) -> None:
-    saved, now = OmegaConf.structured(read_config(checkpoint)), OmegaConf.structured(cfg)
+    saved = OmegaConf.structured(_with_pattern_defaults(read_config(checkpoint)))
+    now = OmegaConf.structured(_with_pattern_defaults(cfg))
     for part in _ARCHITECTURE:
-        for name in _flat_names(now[part]):
+        for name in dict.fromkeys(_flat_names(now[part]) + _flat_names(saved[part])):
             old, new = OmegaConf.select(saved[part], name), OmegaConf.select(now[part], name)
             if old != new and (part, name) != ("model", "name"):
                 problem = f"{checkpoint} was trained with {part}.{name}={old}"
@@ -115,6 +117,16 @@ def _check_same_architecture(cfg: PretrainConfig, checkpoint: Path) -> None:
         problem = f"{checkpoint} holds the optimizer's state of the other kind"
         remedy = f"Set parallel.distributed_optimizer={str(before).lower()}"
         raise ConfigError("parallel.distributed_optimizer", after, problem, remedy)
+
+
+def _with_pattern_defaults(cfg: PretrainConfig) -> PretrainConfig:
+    """With what the patterns' kinds fill in: set or left to its default, a setting means the same."""
+    layout = cfg.layout
+    patterns = {
+        letter: with_defaults(read_pattern(given, f"layout.patterns.{letter}"))
+        for letter, given in layout.patterns.items()
+    }
+    return replace(cfg, layout=replace(layout, pattern=with_defaults(layout.pattern), patterns=patterns))
 
 
 def _flat_names(node: Any, prefix: str = "") -> list[str]:

@@ -2,6 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from s2train.config import ScheduleConfig
 from s2train.errors import ConfigError
 from s2train.layouts.schedules import SCHEDULES, ScheduleContext, find_schedule
 
@@ -73,4 +74,4 @@ def test_strided_offsets_spread_evenly_over_the_stride(heads: int, stride: int) 
 
 def test_an_unknown_kind_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(ConfigError, match=r"schedule.kind=shiffted: .* Did you mean shifted\?"):
-        find_schedule("shiffted")
+        find_schedule(ScheduleConfig("shiffted"))
