@@ -2,13 +2,14 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from s2train.config import LayoutConfig, ModelConfig, PatternConfig, ScheduleConfig
 from s2train.layouts.hybrid import HybridLayout, build_hybrid_layout
+from s2train.layouts.patterns import MaskPattern
 from s2train.layouts.speed import AttentionRates, attention_seconds, dense_seconds
-from s2train.planning.prediction import Efficiency, linear_rate, model_costs, quick_lengths
-from tests.layouts.layout_cases import Dilated
+from s2train.planning.prediction import LENGTHS, Efficiency, known_lengths, linear_rate, model_costs
 
 RESULTS = Path(__file__).parents[1] / "kernels" / "results" / "2026-11-22-h100-benchmarks.json"
 CASES = [case for case in json.loads(RESULTS.read_text())["cases"] if case["length"] >= 8192]
@@ -21,7 +22,7 @@ MODEL = ModelConfig(
 def hybrid_of(layers: str, *, block: int = 128, local: int = 8, stride: int = 16, heads: int = 32, groups: int = 8,
               num_layers: int = 4) -> HybridLayout:  # fmt: skip
     return build_hybrid_layout(
-        LayoutConfig(layers, block, PatternConfig(local, stride)),
+        LayoutConfig(layers, block, PatternConfig(local=local, stride=stride)),
         ScheduleConfig("shifted"),
         num_layers=num_layers,
         num_heads=heads,
@@ -83,8 +84,10 @@ def test_measured_linear_rates_are_those_of_the_file() -> None:
         assert linear_rate(hidden) == pytest.approx(content["tflops"][name]["layer"] * 1e12, rel=0.01)
 
 
-def test_lengths_that_would_take_minutes_are_left_out() -> None:
-    hybrid = hybrid_of("S", block=16)
-    assert max(quick_lengths(hybrid)) == 1024 * 1024
-    odd = replace(hybrid, layers=(replace(hybrid.layers[0], heads=(Dilated(3),) * 32),) * 4)
-    assert max(quick_lengths(odd)) == 512 * 1024
+def test_masks_from_a_file_are_counted_as_far_as_they_reach() -> None:
+    hybrid = hybrid_of("S")
+    assert known_lengths(hybrid) == LENGTHS
+    mask = MaskPattern.of(np.tri(256, dtype=bool), "masks.npz", "layout.pattern")
+    of_file = replace(hybrid, layers=(replace(hybrid.layers[0], heads=(mask,) * 32),) * 4)
+    assert known_lengths(of_file) == (8192, 16_384, 32_768)
+    assert model_costs(MODEL, of_file, 32_768).density == 1

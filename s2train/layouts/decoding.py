@@ -13,30 +13,26 @@ from torch import Tensor
 
 from s2train.layouts.hybrid import HybridLayout, LayerLayout
 from s2train.layouts.masks import mask_rows
-from s2train.layouts.patterns import ColumnPattern, Dense, Pattern
+from s2train.layouts.patterns import BandedPattern, Dense, DistancePattern, Pattern
 
 
 def last_queries(pattern: Pattern, num_blocks: int) -> Tensor:
     """For each key block, the last query block that keeps it: int64 [num_blocks]."""
     key = torch.arange(num_blocks)
-    if isinstance(pattern, ColumnPattern):
-        window = (key + pattern.local - 1).clamp(max=num_blocks - 1)
-        return torch.where(pattern.columns(key), num_blocks - 1, window)
     last = key.clone()
-    for first, rows in mask_rows(pattern, num_blocks):
-        query = torch.arange(first, first + len(rows))[:, None]
-        last = torch.maximum(last, (rows * query).amax(0))
+    if isinstance(pattern, BandedPattern):
+        starts = [0, *pattern.limits]
+        for band, (start, stop) in enumerate(zip(starts, [*pattern.limits, num_blocks], strict=True)):
+            within = pattern.columns(band, key) & (key + start < num_blocks)
+            last = torch.where(within, (key + stop - 1).clamp(max=num_blocks - 1), last)
+    elif isinstance(pattern, DistancePattern):
+        farthest = torch.where(pattern.distances(key), key, 0).cummax(0).values  # kept distance up to each
+        last += farthest.flip(0)
+    else:
+        for first, rows in mask_rows(pattern, num_blocks):
+            query = torch.arange(first, first + len(rows))[:, None]
+            last = torch.maximum(last, (rows * query).amax(0))
     return last
-
-
-def is_kv_efficient(pattern: Pattern, num_blocks: int) -> bool:
-    """Is no key block taken up again once a query has dropped it? Within a sequence of `num_blocks`."""
-    if isinstance(pattern, ColumnPattern):
-        return True
-    kept = torch.zeros(num_blocks, dtype=torch.int64)
-    for _, rows in mask_rows(pattern, num_blocks):
-        kept += rows.sum(0)
-    return bool((kept == last_queries(pattern, num_blocks) - torch.arange(num_blocks) + 1).all())
 
 
 def live_blocks(heads: Iterable[Pattern], num_blocks: int) -> Tensor:

@@ -31,13 +31,15 @@ class Reach:
     Attributes:
         query: position in tokens.
         from_first: layers to go through, from the model's first on, until the query can hold the key.
-        fewest: the fewest consecutive layers, anywhere in the model, that carry the key to the query.
+        from_last: how many of the last layers carry the key to the query: the model's receptive field, from its output.
+        fewest: the fewest consecutive layers, anywhere in the model, that do.
     """
 
     query: int
     block_size: int  # tokens
     num_layers: int
     from_first: Tensor
+    from_last: Tensor
     fewest: Tensor
 
     def layers_from_first(self, key: int) -> int | None:
@@ -47,6 +49,10 @@ class Reach:
     def fewest_layers(self, key: int) -> int | None:
         """The fewest consecutive layers that carry position `key` to the query; None: none do."""
         return self._of(self.fewest, key)
+
+    def layers_from_last(self, key: int) -> int | None:
+        """How many of the last layers carry position `key` to the query; None: all of them don't."""
+        return self._of(self.from_last, key)
 
     def _of(self, counts: Tensor, key: int) -> int | None:
         if key == self.query:
@@ -74,7 +80,8 @@ def reach(hybrid: HybridLayout, seq_length: int, query: int | None = None) -> Re
     from_first = np.full(-(-seq_length // hybrid.block_size), NEVER, dtype=np.int64)
     fewest = from_first.copy()
     from_first[own] = fewest[own] = int(query % hybrid.block_size > 0)
-    for top in range(len(hybrid.layers)):
+    from_last = fewest.copy()
+    for top in reversed(range(len(hybrid.layers))):
         reached = np.zeros(count, dtype=bool)
         reached[own] = True
         for used, layer in enumerate(range(top, -1, -1), start=1):
@@ -84,10 +91,13 @@ def reach(hybrid: HybridLayout, seq_length: int, query: int | None = None) -> Re
             if reached.all():
                 break  # more layers below carry no less
         first = from_first[:count]
-        first[reached & (first == NEVER)] = top + 1
-        if (first != NEVER).all() and (fewest[:own] == 1).all():
-            break
-    return Reach(query, hybrid.block_size, len(hybrid.layers), torch.from_numpy(from_first), torch.from_numpy(fewest))
+        first[reached & (np.arange(count) != own)] = top + 1
+        if top == len(hybrid.layers) - 1:
+            from_last = fewest.copy()
+    if query % hybrid.block_size:
+        from_first[own] = 1
+    arrays = (from_first, from_last, fewest)
+    return Reach(query, hybrid.block_size, len(hybrid.layers), *map(torch.from_numpy, arrays))
 
 
 def _step(reached: np.ndarray, union: np.ndarray | None) -> np.ndarray:
@@ -102,7 +112,7 @@ class DistanceRow:
     """Keys at distances from `nearest` to `farthest` tokens before the query.
 
     Attributes:
-        within: share of them that arrives through the first 1, 2, … layers; the last entry: through all.
+        within: share of them that arrives through the last 1, 2, … layers; the last entry: through all.
     """
 
     nearest: int
@@ -111,12 +121,12 @@ class DistanceRow:
 
 
 def distance_table(found: Reach) -> tuple[DistanceRow, ...]:
-    """Shares of the keys that arrive after 1, 2, … layers, by distance: 1 token, 2 to 3, 4 to 7, and so on.
+    """Shares of the keys that arrive through the last 1, 2, … layers, by distance: 1 token, 2 to 3, 4 to 7, …
 
-    Counts of layers as in `Reach.from_first`; as many as the slowest key needs, of those that ever arrive.
+    Counts of layers as in `Reach.from_last`; as many as the slowest key needs, of those that ever arrive.
     """
     distances = torch.arange(1, found.query + 1)
-    layers = found.from_first[(found.query - distances) // found.block_size]
+    layers = found.from_last[(found.query - distances) // found.block_size]
     most = max(1, int(layers.max())) if len(layers) else 1
     rows = []
     for nearest in (1 << power for power in range(found.query.bit_length())):

@@ -13,6 +13,8 @@ backward (`kernels/hopper_backward.py`) first out and dout are read, delta is wr
 Blocks under 64 tokens take portable kernels, which are taken to load as those for blocks of 64 do, a block a tile.
 """
 
+import bisect
+import itertools
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass
 
@@ -22,7 +24,7 @@ from torch import Tensor
 from s2train.layouts.counting import kept_key_blocks
 from s2train.layouts.hybrid import LayerLayout
 from s2train.layouts.masks import mask_rows
-from s2train.layouts.patterns import ColumnPattern, Pattern
+from s2train.layouts.patterns import BandedPattern, DistancePattern, Pattern
 
 _TILE = 128  # queries of a forward tile, keys of a backward program
 _FLOAT = 4  # bytes of the log-sum-exps, deltas and sums
@@ -78,24 +80,42 @@ def attention_traffic(
 def _walked(pattern: Pattern, layer: LayerLayout, seq_length: int) -> tuple[int, int]:
     """Keys that a head's forward tiles load; queries that its backward tiles of keys load. Whole tiles."""
     num_blocks, size = layer.num_blocks(seq_length), layer.block_size
-    pairs = int(kept_key_blocks([pattern], num_blocks).sum())
+    kept = kept_key_blocks([pattern], num_blocks)
+    pairs = int(kept.sum())
     if size < _TILE:
-        merged = _TILE // size if size * 2 == _TILE else 1
-        return int(_keys_of_tiles(pattern, num_blocks, merged).sum()) * size, pairs * size
+        seen = pairs if 2 * size < _TILE else int(_seen_in_twos(pattern, kept).sum())
+        return seen * size, pairs * size
     # Tiles of the diagonal block leave out what comes after the query, or before the key.
     tiles = size // _TILE
     loaded = ((pairs - num_blocks) * tiles**2 + num_blocks * tiles * (tiles + 1) // 2) * _TILE
     return loaded, loaded
 
 
-def _keys_of_tiles(pattern: Pattern, num_blocks: int, merged: int) -> Tensor:
-    """How many key blocks each tile of `merged` neighbouring query blocks loads: int64 [ceil(n / merged)]."""
-    if isinstance(pattern, ColumnPattern):
-        # A tile sees the columns up to its last row, and the windows of all its rows, one after another.
-        key = torch.arange(num_blocks)
-        last = torch.arange(merged - 1, num_blocks + merged - 1, merged).clamp(max=num_blocks - 1)
-        before = torch.cat([torch.zeros(1, dtype=torch.int64), (~pattern.columns(key)).cumsum(0)])
-        first = (torch.arange(len(last)) * merged - pattern.local + 1).clamp(min=0)
-        return last + 1 - before[first]
-    pieces = (part for _, rows in mask_rows(pattern, num_blocks, merged) for part in rows.split(merged))
-    return torch.stack([part.any(0).sum() for part in pieces])
+def _seen_in_twos(pattern: Pattern, kept: Tensor) -> Tensor:
+    """How many key blocks either of query blocks 2t and 2t + 1 keeps: int64 [ceil(n / 2)].
+
+    Args:
+        kept: int64 [n], how many each query block keeps.
+    """
+    num_blocks = len(kept)
+    key = torch.arange(num_blocks)
+    second = key[1::2]
+    if isinstance(pattern, BandedPattern):
+        # Seen from the second: its own bands, and those of the first, which lie one block farther off.
+        starts = [0, *(start for start in pattern.limits if start < num_blocks)]
+        cuts = sorted({*starts, *(start + 1 for start in starts), num_blocks})
+        seen = torch.zeros_like(second)
+        for start, stop in itertools.pairwise(cuts):
+            columns = pattern.columns(bisect.bisect_right(pattern.limits, start), key)
+            if start > 0:
+                columns |= pattern.columns(bisect.bisect_right(pattern.limits, start - 1), key)
+            before = torch.cat([torch.zeros(1, dtype=torch.int64), columns.cumsum(0)])
+            seen += before[(second - start + 1).clamp(min=0)] - before[(second - stop + 1).clamp(min=0)]
+    elif isinstance(pattern, DistancePattern):
+        distances = pattern.distances(key)
+        distances[1:] |= distances[:-1].clone()
+        seen = distances.cumsum(0)[second]
+    else:
+        parts = [rows[: len(rows) // 2 * 2].view(-1, 2, num_blocks) for _, rows in mask_rows(pattern, num_blocks, 2)]
+        seen = torch.cat([part.any(1).sum(1) for part in parts])
+    return torch.cat([seen, kept[-1:]]) if num_blocks % 2 else seen

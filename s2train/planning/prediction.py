@@ -14,7 +14,7 @@ from s2train.config import ModelConfig
 from s2train.layouts.costs import attention_flops, density
 from s2train.layouts.decoding import CacheTokens, cache_tokens, model_cache_tokens
 from s2train.layouts.hybrid import HybridLayout, LayerLayout
-from s2train.layouts.patterns import ColumnPattern
+from s2train.layouts.patterns import MaskPattern
 from s2train.layouts.speed import BACKWARD_FLOPS, AttentionRates, Seconds, attention_seconds, dense_seconds
 from s2train.layouts.traffic import Traffic, attention_traffic, sum_traffic
 from s2train.planning.flops import token_flops
@@ -25,8 +25,6 @@ from s2train.planning.parameters import head_dim
 _LINEAR_RATES = ((768, 144e12), (1024, 295e12), (2048, 507e12), (4096, 591e12))
 
 LENGTHS = tuple(1024 * n for n in (8, 16, 32, 64, 128, 256, 512, 1024))  # tokens
-# Block pairs to look at, over distinct patterns, for masks that have no closed form: some seconds
-MASK_BUDGET = 1 << 30
 
 
 def linear_rate(hidden_size: int) -> float:
@@ -171,9 +169,8 @@ def _layer_costs(
     )
 
 
-def quick_lengths(hybrid: HybridLayout, lengths: Sequence[int] = LENGTHS) -> tuple[int, ...]:
-    """Those of `lengths` whose costs take seconds: all, where every head has whole columns."""
-    masks = {head for layer in hybrid.layers for head in layer.heads if not isinstance(head, ColumnPattern)}
-    return tuple(
-        length for length in lengths if len(masks) * (length / hybrid.block_size) ** 2 <= MASK_BUDGET or not masks
-    )
+def known_lengths(hybrid: HybridLayout, lengths: Sequence[int] = LENGTHS) -> tuple[int, ...]:
+    """Those of `lengths` that masks from files, if any head has one, reach to."""
+    masks = {head.num_blocks for layer in hybrid.layers for head in layer.heads if isinstance(head, MaskPattern)}
+    longest = min(masks, default=max(lengths)) * hybrid.block_size
+    return tuple(length for length in lengths if length <= longest)

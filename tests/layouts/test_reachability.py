@@ -53,6 +53,8 @@ def test_layers_needed_equal_a_search_token_by_token(
     found = reach(hybrid, seq_length, query)
     starts = [search(hybrid, seq_length, key, query, first) for first in range(len(layers))]
     assert found.layers_from_first(key) == starts[0]
+    lasts = (len(layers) - first for first in reversed(range(len(layers))) if starts[first] is not None)
+    assert found.layers_from_last(key) == (0 if key == query else next(lasts, None))
     assert found.fewest_layers(key) == min((count for count in starts if count is not None), default=None)
 
 
@@ -66,6 +68,7 @@ def test_what_only_a_later_dense_layer_brings_waits_for_it() -> None:
     hybrid = make_hybrid("S3D1", num_layers=4, num_heads=2, kind="homogeneous", local=2, stride=1000)
     found = reach(hybrid, 10 * 16)
     assert found.layers_from_first(3 * 16) == 4
+    assert found.layers_from_last(3 * 16) == 1
     assert found.fewest_layers(3 * 16) == 1
 
 
