@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 
 from s2train import config
 from s2train.apex import apex_available
-from s2train.command_line import run_command
+from s2train.command_line import run_command, run_hydra
 from s2train.errors import ConfigError
 from s2train.hardware import detect_own
 from s2train.planning import check, format_plan, preview, resolve
@@ -50,4 +50,4 @@ def main(composed: DictConfig) -> None:
 
 # Saving starts processes, which import this file again.
 if __name__ == "__main__":
-    main()
+    run_hydra(main, config.PretrainConfig)

@@ -10,6 +10,8 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from s2train.composition import check_names
+
 
 @dataclass
 class ModelConfig:
@@ -231,5 +233,11 @@ def register() -> None:
 
 
 def to_object(cfg: DictConfig) -> Any:
-    """The dataclass behind a composed config; raises `omegaconf.MissingMandatoryValue` for what was not set."""
+    """The dataclass behind a composed config.
+
+    Raises:
+        omegaconf.MissingMandatoryValue: something was not set.
+        ConfigError: something was added that is no setting.
+    """
+    check_names(cfg)
     return OmegaConf.to_object(cfg)

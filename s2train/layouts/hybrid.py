@@ -11,7 +11,7 @@ from s2train.config import LayoutConfig, ScheduleConfig
 from s2train.errors import ConfigError
 from s2train.kernels.layout import BLOCK_SIZES, BlockLayout
 from s2train.layouts.kinds import KINDS, AttentionKind, KindContext
-from s2train.layouts.patterns import Dense, LayerContext, Pattern
+from s2train.layouts.patterns import Dense, HeadPatterns, LayerContext, Pattern
 from s2train.layouts.patterns.registry import build_patterns, read_pattern
 from s2train.layouts.schedules import Schedule, ScheduleContext, dense_head_numbers, find_schedule
 
@@ -128,6 +128,21 @@ def letters_of(layout: LayoutConfig) -> dict[str, AttentionKind]:
     return kinds
 
 
+def patterns_of(layout: LayoutConfig) -> dict[str, HeadPatterns]:
+    """What the layout's letters keep where their kind asks for a pattern: `layout.pattern`, or their own.
+
+    Raises:
+        ConfigError: as `letters_of`, and for patterns that can't be.
+    """
+    default = build_patterns(layout.pattern, "layout.pattern")
+    patterns = {}
+    for letter in letters_of(layout):
+        setting = pattern_setting(letter)
+        given = layout.patterns.get(letter)
+        patterns[letter] = default if given is None else build_patterns(read_pattern(given, setting), setting)
+    return patterns
+
+
 def pattern_setting(letter: str) -> str:
     """The setting with the pattern of a layer's letter."""
     return "layout.pattern" if letter in KINDS else f"layout.patterns.{letter}"
@@ -153,12 +168,7 @@ def build_hybrid_layout(
         )
     kinds, found = letters_of(layout), find_schedule(schedule)
     dense_heads = dense_head_numbers(schedule.dense_heads, num_heads)
-    default = build_patterns(layout.pattern, "layout.pattern")
-    own = {
-        letter: build_patterns(read_pattern(given, setting), setting)
-        for letter, given in layout.patterns.items()
-        if (setting := pattern_setting(letter))
-    }
+    patterns = patterns_of(layout)
     layers: list[LayerLayout] = []
     sparse_layers = 0
     for number, letter in enumerate(parse_layers(layout.layers, num_layers, kinds)):
@@ -170,7 +180,7 @@ def build_hybrid_layout(
             partial(_offsets, found, num_heads, num_query_groups, sparse_layers),
             pattern_setting(letter),
         )
-        heads = kinds[letter].heads(KindContext(context, own.get(letter, default), dense_heads))
+        heads = kinds[letter].heads(KindContext(context, patterns[letter], dense_heads))
         # A layer that keeps everything is dense attention, by whatever letter.
         layer = LayerLayout(kinds[letter], heads, layout.block_size)
         layers.append(replace(layer, kind=KINDS["D"]) if layer.is_dense else layer)

@@ -8,6 +8,8 @@ from typing import Any
 
 from s2train.config import PretrainConfig
 from s2train.errors import ConfigError
+from s2train.layouts.hybrid import patterns_of
+from s2train.layouts.schedules import find_schedule
 
 _CHOICES: dict[str, tuple[str | int, ...]] = {
     "train.precision": ("bf16", "fp32"),
@@ -68,6 +70,8 @@ def check_values(cfg: PretrainConfig) -> None:
     if not cfg.run_dir.strip():
         raise ConfigError("run_dir", cfg.run_dir, "names no folder", "Set run_dir, such as runs/mine.")
     check_seed(cfg.seed)
+    find_schedule(cfg.schedule)
+    patterns_of(cfg.layout)
     _check_ranges(cfg)
     _check_optimizer(cfg)
 

@@ -1,6 +1,7 @@
 """Layouts for the tests of this folder, and the oracle: whole masks, written out."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,21 @@ local_verticals = st.builds(
 )
 
 
+@dataclass(frozen=True)
+class Triangle(Pattern):
+    """Keeps the first half of what is before a query: of none of the forms that are counted by themselves."""
+
+    def keep(self, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query // 2) | (query == key)
+
+    def form(self) -> str:
+        return "triangle"
+
+    @property
+    def kv_efficient(self) -> bool:
+        return False
+
+
 @st.composite
 def _ranges(draw: st.DrawFn) -> Ranges:
     limits = sorted(draw(st.sets(st.integers(1, 25), max_size=3)))
@@ -49,7 +65,7 @@ def _dilated(draw: st.DrawFn) -> Dilated:
 @st.composite
 def _masks(draw: st.DrawFn) -> MaskPattern:
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
-    num_blocks = draw(st.integers(40, 60))
+    num_blocks = draw(st.integers(70, 75))
     mask = rng.random((num_blocks, num_blocks)) < draw(st.floats(0, 1))
     if draw(st.booleans()):  # once dropped, gone
         mask = np.logical_and.accumulate(mask | np.eye(num_blocks, dtype=bool) | ~np.tri(num_blocks, dtype=bool), 0)
@@ -63,7 +79,7 @@ ranges, dilated, masks = _ranges(), _dilated(), _masks()
 banded_patterns: st.SearchStrategy[Pattern] = st.one_of(
     local_verticals, ranges, windows, global_blocks, references, st.builds(Dense)
 )
-patterns: st.SearchStrategy[Pattern] = st.one_of(banded_patterns, dilated, masks)
+patterns: st.SearchStrategy[Pattern] = st.one_of(banded_patterns, dilated, masks, st.builds(Triangle))
 
 
 def mask_of(pattern: Pattern, num_blocks: int) -> Tensor:
