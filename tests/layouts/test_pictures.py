@@ -89,9 +89,6 @@ def test_a_layer_that_is_not_there_is_refused() -> None:
 @settings(deadline=None)
 @given(st.lists(patterns, min_size=1, max_size=3), st.integers(1, 40))
 def test_short_masks_are_drawn_block_by_block(heads: list[Pattern], num_blocks: int) -> None:
-    periods = max(head.period for head in heads)
-    if periods < 3:  # squares of a block already hold whole periods
-        heads = [*heads, Ranges(((None, 8),), 0)]
     reduced = reduce_masks(LayerLayout(KINDS["S"], tuple(heads), 16), num_blocks)
     causal = np.tri(num_blocks, dtype=bool)
     assert np.array_equal(np.isnan(reduced.union), ~causal)
