@@ -12,7 +12,7 @@ from torch import Tensor
 
 from s2train.layouts.hybrid import LayerLayout
 from s2train.layouts.masks import mask_rows
-from s2train.layouts.patterns import Dense, Pattern
+from s2train.layouts.patterns import BandedPattern, Dense, Dilated, Pattern
 from s2train.layouts.pictures.style import COUNTS, COVERED, DENSE, GREY, PAPER, UNSEEN, offset_of, plain, tokens
 
 _SQUARES = 128  # along a side of a reduced mask, at most
@@ -69,9 +69,14 @@ def _pool(mask: Tensor, side: int) -> Tensor:
 
 def first_blocks(layer: LayerLayout, num_blocks: int) -> int:
     """How many blocks tell the heads of a layer apart: window, and two periods and more of each pattern."""
-    local = max((getattr(head, "local", None) or 1 for head in layer.heads), default=1)
-    period = max(head.period for head in layer.heads)
-    return min(num_blocks, max(_FIRST, local + 2 * period))
+    needed = [_window(head) + 2 * head.period for head in set(layer.heads)]
+    return min(num_blocks, max(_FIRST, *needed))
+
+
+def _window(pattern: Pattern) -> int:
+    if isinstance(pattern, BandedPattern):
+        return next(iter(pattern.limits), 1)
+    return pattern.local if isinstance(pattern, Dilated) else 1
 
 
 def draw_heads(axes: Axes, layer: LayerLayout, num_blocks: int, colours: dict[str, str]) -> None:

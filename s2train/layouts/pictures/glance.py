@@ -24,7 +24,7 @@ from s2train.layouts.pictures.blocks import (
     reduce_masks,
 )
 from s2train.layouts.pictures.grid import draw_grid
-from s2train.layouts.pictures.style import GREY, REACHED, SPARSE, Sheet, form_colours, plain, tokens
+from s2train.layouts.pictures.style import GREY, REACHED, SPARSE, Sheet, form_colours, offset_of, plain, tokens
 from s2train.layouts.reachability import NEVER, reach
 
 WIDTH = 11.0  # inches
@@ -155,9 +155,10 @@ def _draw_layer(sheet: Sheet, top: float, hybrid: HybridLayout, number: int, seq
     num_blocks = min(all_blocks, LONGEST)
     alike = [str(other) for other, same in enumerate(hybrid.layers) if same == layer]
     shown = first_blocks(layer, num_blocks)
+    offsets = " · its offset" if any(offset_of(head) is not None for head in layer.heads) else ""
     others = f" and {len(alike) - 1} more alike" if len(alike) > 1 else ""
     sheet.text(0.45, top, f"Layer {number}{others}", size=10, bold=True)
-    sheet.text(0.45, top + 0.2, f"each head · its offset: first {shown} × {shown} blocks", size=8, colour=GREY)
+    sheet.text(0.45, top + 0.2, f"each head{offsets}: first {shown} × {shown} blocks", size=8, colour=GREY)
     draw_heads(sheet.axes(0.45, top + 0.44, 5.0, 2.2), layer, num_blocks, form_colours(hybrid))
     reduced = reduce_masks(layer, num_blocks)
     cut = f", first {num_blocks:,} blocks" if num_blocks < all_blocks else ""

@@ -53,7 +53,8 @@ def form_colours(hybrid: HybridLayout) -> dict[str, str]:
 def shade(colour: str, density: float) -> tuple[float, float, float]:
     """The colour, paler the sparser: all of it for dense, a third of it for nearly nothing."""
     strength = 0.35 + 0.65 * density**0.5
-    return tuple(1 - strength * (1 - part) for part in to_rgb(colour))  # type: ignore[return-value]
+    red, green, blue = (1 - strength * (1 - part) for part in to_rgb(colour))
+    return red, green, blue
 
 
 def offset_of(head: Pattern) -> int | None:
