@@ -68,6 +68,8 @@ def test_the_program_takes_the_overrides_of_a_run(tmp_path: Path) -> None:
     assert (content["layout"]["block_size"], content["schedule"]["kind"]) == (64, "strided")
     assert content["layers"][0]["layers"] == [0, 1, 2, 3]
     assert "125m_hybrid at 8,192 tokens, blocks of 64" in done.out
+    table = done.out.split("predicted speed-ups")[1]
+    assert all(name in table for name in ("tokens", "streamed", "attention", "step"))  # whole, in 80 columns
 
 
 @pytest.mark.parametrize("argument", ["layers=[4]", "seq_length=0", "schedule=shfted", "seq_lengthh=3"])

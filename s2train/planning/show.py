@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -15,6 +16,7 @@ from s2train.files import check_writable, replacing
 from s2train.layouts.coverage import coverage_report, percent, union_coverage
 from s2train.layouts.hybrid import HybridLayout, LayerLayout
 from s2train.layouts.pictures import choose_layers, draw_layout
+from s2train.layouts.pictures.style import tokens
 from s2train.layouts.reachability import DistanceRow, distance_table, reach
 from s2train.planning.checks import check_blocks, hybrid_layout
 from s2train.planning.prediction import LENGTHS, ModelCosts, known_lengths, model_costs
@@ -76,18 +78,23 @@ def _forms(layer: LayerLayout) -> str:
     return next(iter(counts)) if len(counts) == 1 else "; ".join(f"{count} × {form}" for form, count in counts.items())
 
 
+def _table(title: str, headings: Sequence[str], left: Sequence[str] = ()) -> Table:
+    """A table narrow enough for 80 columns that cuts no figure off; columns in `left` are words."""
+    table = Table(
+        title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title_justify="left", title_style="bold"
+    )
+    for name in headings:
+        table.add_column(name, justify="left" if name in left else "right", overflow="fold", no_wrap=name not in left)
+    return table
+
+
 def _layer_table(hybrid: HybridLayout, costs: ModelCosts, seq_length: int) -> Table:
-    table = Table(title="Layers; KV cache at the end of the sequence, and its peak, as shares of a dense layer's")
-    table.add_column("layers")
-    table.add_column("kind")
-    table.add_column("heads", overflow="fold")
-    for name in ("density", "KV-efficient", "coverage", "KV cache", "peak"):
-        table.add_column(name, justify="right")
+    headings = ("layers", "heads", "density", "KV-efficient", "coverage", "KV", "peak")
+    table = _table("Layers (KV: cached tokens at the end, and at most, over a dense layer's)", headings, headings[:2])
     for layer, numbers in _sorts(hybrid):
         of_layer = costs.layers[numbers[0]]
         table.add_row(
             _runs(numbers),
-            layer.kind.name,
             _forms(layer),
             f"{of_layer.density:.4f}",
             "yes" if all(head.kv_efficient for head in set(layer.heads)) else "no",
@@ -112,12 +119,10 @@ def _runs(numbers: Sequence[int]) -> str:
 
 def _reach_table(rows: Sequence[DistanceRow], seq_length: int) -> Table:
     """Near distances that all arrive through the last layer make one row."""
-    table = Table(title="Positions that reach the last one through the model's last layers")
-    table.add_column("distance (tokens)", justify="right")
     layers = len(rows[0].within) if rows else 0
     shown = sorted({1, 2, 3, 4, 8, 16, 32, layers} & set(range(1, layers + 1)))
-    for count in shown:
-        table.add_column(f"{count} layer{'s' if count > 1 else ''}", justify="right")
+    headings = ("distance (tokens)", *(f"{count} layer{'s' if count > 1 else ''}" for count in shown))
+    table = _table("Positions that reach the last one through the model's last layers", headings)
     near = 0
     while near < len(rows) and rows[near].within[0] == 1:
         near += 1
@@ -129,25 +134,21 @@ def _reach_table(rows: Sequence[DistanceRow], seq_length: int) -> Table:
 
 
 def _length_table(by_length: Sequence[ModelCosts]) -> Table:
-    table = Table(
-        title="Costs of one sequence, all layers: attention forward + backward; KV cache in bf16; "
-        "speed-ups over dense, predicted for an H100"
+    headings = ("tokens", "density", "TFLOP", "least", "streamed", "KV", "dense", "attention", "step")
+    title = (
+        "One sequence: attention forward and backward, GiB that it moves; KV cache at most\n"
+        "(GiB, bf16), and if dense; predicted speed-ups over dense on an H100"
     )
-    headings = (
-        "tokens", "density", "TFLOP", "GiB least", "GiB streamed", "KV cache GiB", "if dense", "read a token GiB",
-        "attention ×", "step ×",
-    )  # fmt: skip
-    for name in headings:
-        table.add_column(name, justify="right")
+    table = _table(title, headings)
     for costs in by_length:
         moved, cache, dim = costs.traffic, costs.cache, costs.head_dim
         table.add_row(
-            f"{costs.seq_length:,}",
-            f"{costs.density:.4f}",
+            tokens(costs.seq_length),
+            f"{costs.density:.3f}",
             _figure((costs.forward_flops + costs.backward_flops) / _TERA),
             _figure((moved.forward_least + moved.backward_least) / _GIB),
             _figure((moved.forward + moved.backward) / _GIB),
-            *(_figure(cache.nbytes(count, dim) / _GIB) for count in (cache.peak, cache.dense, cache.read)),
+            *(_figure(cache.nbytes(count, dim) / _GIB) for count in (cache.peak, cache.dense)),
             f"{costs.attention_speedup:.2f}",
             f"{costs.step_speedup:.2f}",
         )
@@ -155,8 +156,11 @@ def _length_table(by_length: Sequence[ModelCosts]) -> Table:
 
 
 def _figure(number: float) -> str:
-    """Three digits that count."""
-    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+    """Three digits that count, and a unit."""
+    for unit, size in (("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.3g}"
 
 
 def _content(
