@@ -158,7 +158,7 @@ def _length_table(by_length: Sequence[ModelCosts]) -> Table:
 def _figure(number: float) -> str:
     """Three digits that count, and a unit."""
     for unit, size in (("M", 1e6), ("k", 1e3)):
-        if number >= size:
+        if number >= 0.9995 * size:  # or it would round to 1e+03
             return f"{number / size:.3g}{unit}"
     return f"{number:.3g}"
 
