@@ -202,6 +202,15 @@ class PretrainConfig:
 
 
 @dataclass
+class ShowLayoutConfig(PretrainConfig):
+    """A run of `launch/show_layout.py`: the settings of a run, to show its layout by."""
+
+    seq_length: int | None = None  # tokens; None: train.seq_length
+    layers: list[int] | None = None  # whose block masks to draw; None: the first of each sort that isn't dense
+    output: str = "runs/layouts/${model.name}"  # folder of layout.png and layout.json
+
+
+@dataclass
 class NeedleConfig:
     """A run of `launch/needle.py`."""
 
@@ -266,6 +275,7 @@ def register() -> None:
     """Put the schemas where Hydra finds them, so that a typo or a wrong type is refused at compose time."""
     store = ConfigStore.instance()
     store.store(name="pretrain_schema", node=PretrainConfig)
+    store.store(name="show_layout_schema", node=ShowLayoutConfig)
     store.store(name="needle_schema", node=NeedleConfig)
     store.store(name="prepare_schema", node=PrepareConfig)
     store.store(group="hydra/launcher", name="s2train_local", node=LocalSweepConfig)

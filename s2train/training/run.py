@@ -17,7 +17,7 @@ from s2train.data.indexed import read_metadata
 from s2train.data.tokenizers import Tokenizer, load_tokenizer
 from s2train.kernels.attention import Backend as AttentionBackend
 from s2train.kernels.attention import resolve_backend
-from s2train.layouts.pictures import draw_layer_head_grid
+from s2train.layouts.pictures import draw_layout
 from s2train.megatron import setup
 from s2train.megatron.backends import Backend, choose_backend
 from s2train.megatron.checkpoint import write_config
@@ -92,7 +92,7 @@ def _train(
     tracker = Tracker(cfg, start.progress, active=is_first)
     if is_first:
         write_config(cfg, run_dir / "config.yaml")
-        draw_layer_head_grid(hybrid, cfg.train.seq_length, run_dir / "layout.png")
+        draw_layout(hybrid, cfg.train.seq_length, run_dir / "layout.png", title=cfg.model.name)
         print(_description(cfg, models, backend, device, start), flush=True)
     tracker.picture("layout", run_dir / "layout.png")
     trainer = Trainer(
