@@ -33,6 +33,25 @@ _PROGRAMS_A_PROCESSOR = 4  # enough loads in flight to reach the memory's bandwi
 _INTERPRETER_PROGRAMS = 8
 
 
+@triton.jit
+def _slots(
+    first, begin, num_slots, position, n_k, columns, bits_ptr, table_row,
+    PAGE: tl.constexpr, STEPS: tl.constexpr, DENSE: tl.constexpr, UNIFORM: tl.constexpr,
+):  # fmt: skip
+    """Which of STEPS slots of a walk are seen, their rows in the pages, and who keeps them.
+
+    A tile may span several pages, or a part of one: slots count the walk's keys, not the sequence's.
+    """
+    slot = first + tl.arange(0, STEPS)
+    entry, offset = slot // PAGE, slot % PAGE
+    in_walk = slot < num_slots
+    column = entry if DENSE else tl.load(columns + begin + entry, mask=in_walk, other=0)
+    seen = in_walk & (column * PAGE + offset <= position) & (column < n_k)
+    page = tl.load(table_row + column, mask=seen, other=-1)
+    bits = column if UNIFORM else tl.load(bits_ptr + begin + entry, mask=in_walk, other=0)
+    return seen & (page >= 0), page.to(tl.int64) * PAGE + offset, bits
+
+
 @triton.jit(do_not_specialize=["group", "num_heads", "n_q", "n_k", "num_splits"])
 def s2_decode_kernel(
     q_ptr, keys_ptr, values_ptr, table_ptr, positions_ptr, walk_of_tile, offsets, columns, bits_ptr,
@@ -71,23 +90,21 @@ def s2_decode_kernel(
     acc = tl.zeros([ROWS, PADDED_V_DIM], tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     peak = tl.full([ROWS], float("-inf"), tl.float32)
+    seen, key_row, bits = _slots(
+        first * STEPS, begin, num_slots, position, n_k, columns, bits_ptr, table_row, PAGE, STEPS, DENSE, UNIFORM
+    )
     for step in range(first, last):
-        # A tile may span several pages, or a part of one: slots of the walk, not keys of the sequence.
-        slot = step * STEPS + tl.arange(0, STEPS)
-        entry = slot // PAGE
-        offset = slot % PAGE
-        in_walk = slot < num_slots
-        column = entry if DENSE else tl.load(columns + begin + entry, mask=in_walk, other=0)
-        seen = in_walk & (column * PAGE + offset <= position) & (column < n_k)
-        page = tl.load(table_row + column, mask=seen, other=-1)
-        seen = seen & (page >= 0)
-        key_row = page.to(tl.int64) * PAGE + offset
+        # A tile's pages are looked up one step ahead: Triton loads keys and values several steps ahead (as the
+        # shared memory shows) only if their addresses come from no load of the same step.
+        next_seen, next_key_row, next_bits = _slots(
+            (step + 1) * STEPS, begin, num_slots, position, n_k, columns, bits_ptr, table_row,
+            PAGE, STEPS, DENSE, UNIFORM,
+        )  # fmt: skip
         k_at = keys_ptr + key_row[:, None] * DIM + dims[None, :]
         k = tl.load(k_at, mask=seen[:, None] & (dims < DIM)[None, :], other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         keep = seen[None, :] & is_head[:, None]
         if not UNIFORM:
-            bits = tl.load(bits_ptr + begin + entry, mask=in_walk, other=0)
             keep = keep & (((bits[None, :] >> tl.arange(0, ROWS)[:, None]) & 1) != 0)
         scores = tl.where(keep, scores * scale_log2, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(scores, 1))
@@ -98,7 +115,7 @@ def s2_decode_kernel(
         v_at = values_ptr + key_row[:, None] * V_DIM + v_dims[None, :]
         v = tl.load(v_at, mask=seen[:, None] & (v_dims < V_DIM)[None, :], other=0.0)
         acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
-        peak = new_peak
+        peak, seen, key_row, bits = new_peak, next_seen, next_key_row, next_bits
 
     safe_total = tl.where(total == 0.0, 1.0, total)
     out_row = (b.to(tl.int64) * num_heads + head) * num_splits + split
@@ -216,6 +233,8 @@ def _tile(dim: int, v_dim: int, dtype: torch.dtype, limit: int | None) -> tuple[
     """Keys a step, and pipeline stages: as many as the device's shared memory holds."""
     width = padded(dim) + padded(v_dim)
     steps = 64 if dtype.itemsize * width <= 512 else 32
+    if dtype == torch.float32:
+        steps = 16  # products in full precision run on the ordinary cores, from registers
     stages = 3
     while limit is not None and stages > 1 and stages * steps * width * dtype.itemsize + 8192 > limit:
         stages -= 1
