@@ -34,7 +34,7 @@ def reference_decode(
     seen &= torch.tensor([p >= 0 for p in at], device=q.device)[:, None]
     keep = seen[:, None].expand(batch, num_heads, length)
     if layout is not None:
-        rows = torch.stack([_kept(layout, max(p, 0) // block_size) for p in at])
+        rows = torch.stack([kept_blocks(layout, max(p, 0) // block_size) for p in at])
         keep = keep & rows[:, :, key // block_size]
     stored = (table[..., key // block_size] >= 0).repeat_interleave(num_heads // num_kv_heads, 1)
     keep = keep & stored
@@ -49,7 +49,7 @@ def reference_decode(
     return out.view(batch, num_heads, -1), lse.squeeze(-1)
 
 
-def _kept(layout: BlockLayout, query_block: int) -> Tensor:
+def kept_blocks(layout: BlockLayout, query_block: int) -> Tensor:
     """Bool [H, n_k]: the key blocks that each head keeps for a query block; the last few are remembered."""
     rows = layout.cache.setdefault("decode_rows", {})
     if query_block not in rows:

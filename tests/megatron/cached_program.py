@@ -30,14 +30,14 @@ from s2train.megatron.setup import initialize, shutdown
 from tests.megatron.cached_models import BLOCK, MODELS, NUM_BLOCKS, VOCABULARY
 
 
-def build(name: str, device: torch.device, tp: int = 1) -> tuple[GPTModel, HybridLayout]:
+def build(name: str, device: torch.device, tp: int = 1, backend: str = "auto") -> tuple[GPTModel, HybridLayout]:
     heads, groups = MODELS[name]
     kinds = [KINDS["D" if all(isinstance(h, Dense) for h in layer) else "S"] for layer in heads]
     layers = tuple(LayerLayout(kind, tuple(layer), BLOCK) for kind, layer in zip(kinds, heads, strict=True))
     hybrid = HybridLayout(layers, BLOCK, groups, find_schedule("shifted"))
     model = ModelConfig("test", len(layers), 64, 96, 4, groups, 16, VOCABULARY, init_std=0.2)
     train = TrainConfig(steps=1, seq_length=BLOCK * NUM_BLOCKS, global_batch_size=1, precision="fp32")
-    cfg = PretrainConfig(model=model, parallel=ParallelConfig(tp=tp), train=train)
+    cfg = PretrainConfig(model=model, parallel=ParallelConfig(tp=tp), train=train, attention_backend=backend)
     (chunk,) = build_model(cfg, transformer_config(cfg), hybrid, choose_backend("local"), device)
     gpt = unwrap(chunk)
     gpt.parallel_output = False
@@ -62,9 +62,11 @@ def brute_force_pages(cache: KVCache, hybrid: HybridLayout, length: int) -> int:
 
 
 @torch.no_grad()
-def compare(name: str, device: torch.device, prompt: int, chunk: int, total: int, tp: int = 1) -> dict[str, Any]:
+def compare(
+    name: str, device: torch.device, prompt: int, chunk: int, total: int, tp: int = 1, backend: str = "auto"
+) -> dict[str, Any]:
     """Errors against float64 of all logits from the prompt's end on, and pages held after each token."""
-    gpt, hybrid = build(name, device, tp)
+    gpt, hybrid = build(name, device, tp, backend)
     tokens = torch.randint(0, VOCABULARY, (2, total), device=device)
     position_ids = positions_like(tokens)
     plain = gpt(tokens, position_ids, None)[:, prompt - 1 :]
@@ -80,6 +82,9 @@ def compare(name: str, device: torch.device, prompt: int, chunk: int, total: int
             if at < total:
                 found.append(model.decode(tokens[:, at]))
     cached = torch.stack(found, 1)
+    for core in gpt.modules():
+        if isinstance(core, CausalCoreAttention):
+            core.backend = "torch"  # which takes float64
     exact = gpt.double()(tokens, position_ids, None)[:, prompt - 1 :]
     return {
         "error": float((cached.double() - exact).norm()),
@@ -184,6 +189,12 @@ def main() -> None:
     tp = int(os.environ.get("WORLD_SIZE", "1"))
     device = initialize(ParallelConfig(tp=tp), seed=int(sys.argv[1]))
     results: dict[str, Any] = {}
+    if sys.argv[2:] == ["triton"]:
+        for name in ("hybrid", "different heads in a group"):
+            results[name] = compare(name, device, BLOCK + 5, BLOCK, 2 * BLOCK + 4, backend="triton")
+        print(json.dumps(results))
+        shutdown()
+        return
     longest = BLOCK * NUM_BLOCKS
     for name in MODELS:
         if tp == 1 or MODELS[name][1] % tp == 0:

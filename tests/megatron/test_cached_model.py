@@ -18,16 +18,15 @@ ROOT = Path(__file__).parents[2]
 Results = dict[str, dict[str, Any]]
 
 
-def measure(processes: int) -> Results:
+def measure(processes: int, *arguments: str, interpret: bool = False) -> Results:
     launcher = ["-m"] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     launcher += [] if processes == 1 else [str(processes), "-m"]
     seed = str(random.randrange(2**31))
     print("seed", seed)
     done = subprocess.run(
-        [sys.executable, *launcher, "tests.megatron.cached_program", seed],
+        [sys.executable, *launcher, "tests.megatron.cached_program", seed, *arguments],
         cwd=ROOT,
-        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-        | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": str(int(interpret))},
         capture_output=True,
         text=True,
         timeout=300,
@@ -59,6 +58,11 @@ def assert_agrees(result: dict[str, Any]) -> None:
 @pytest.mark.parametrize("model", MODELS)
 def test_token_by_token_as_the_uncached_forward(alone: Results, model: str, prefill: str) -> None:
     assert_agrees(alone[model + prefill])
+
+
+def test_the_triton_kernels_in_a_model() -> None:
+    for result in measure(1, "triton", interpret=True).values():
+        assert_agrees(result)
 
 
 def test_at_every_place_of_a_block(alone: Results) -> None:
