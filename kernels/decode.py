@@ -61,8 +61,8 @@ def block_sparse_decode(
     with torch.no_grad():
         if resolve_backend(backend, q.device) == "torch":
             precise = torch.promote_types(q.dtype, torch.float32)
-            cast = (x.to(precise) for x in (q, keys, values))
-            out, lse = reference_decode(*cast, table, positions, layout, scale)
+            cast_q, cast_keys, cast_values = (x.to(precise) for x in (q, keys, values))
+            out, lse = reference_decode(cast_q, cast_keys, cast_values, table, positions, layout, scale)
             return out.to(q.dtype), lse
         # imported here so that a process needs only the backend that it uses
         from .decode_triton import triton_decode

@@ -19,6 +19,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from ..attention import resolve_backend
 from ..decode_walk import decode_walk
 from .__main__ import _machine, _save
 from .cases import parse_case, tokens
@@ -74,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def measure(step: DecodeCase, args: argparse.Namespace, clock: Clock, device: torch.device, deadline: float) -> Record:
     """Figures of every contender under "results", or why it has none; bytes and batches that fit beside them."""
-    backend = "triton" if device.type == "cuda" else "torch"
+    backend = resolve_backend("auto", device)
     case = step.case
     layout = step.layout(device)
     walk = decode_walk(layout, case.kv_heads)
@@ -90,7 +92,7 @@ def measure(step: DecodeCase, args: argparse.Namespace, clock: Clock, device: to
         "dense": lambda: PagedStep(step, None, backend, device),
     }
     fused = [name for name in FUSED if (name == "math") == (device.type != "cuda")]
-    makers |= {f"sdpa {name}": lambda name=name: ContiguousStep(step, name, device) for name in fused}
+    makers |= {f"sdpa {name}": partial(ContiguousStep, step, name, device) for name in fused}
     for name, make in makers.items():
         if time.monotonic() > deadline:
             results[name] = {"error": "not run: out of time"}

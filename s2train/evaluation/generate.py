@@ -62,6 +62,7 @@ def generate(
     lengths: Tensor | None = None,
     eod: int | None = None,
     prefill_chunk: int = 8192,
+    cuda_graph: bool = False,
 ) -> Tensor:
     """The most likely next token, `new_tokens` times, over a cache of the keys and values that the layout keeps.
 
@@ -73,6 +74,7 @@ def generate(
         lengths: int [b] of the prompts; None: all s.
         eod: the token that ends a sequence; what follows it is filled with it, and its pages are freed. None: no end.
         prefill_chunk: prompt tokens of a sequence that go through the model at once.
+        cuda_graph: see `CachedModel`; worth it for more than about ten tokens.
 
     Returns:
         int64 [b, new_tokens].
@@ -86,7 +88,7 @@ def generate(
         return out
     gpt = unwrap(model)
     with kv_cache(gpt, batch, size + new_tokens) as cache:
-        cached = CachedModel(gpt, cache)
+        cached = CachedModel(gpt, cache, cuda_graph)
         token = cached.prefill(prompts, lengths, prefill_chunk).argmax(-1)
         ended = torch.zeros_like(token, dtype=torch.bool)
         for index in range(new_tokens):

@@ -1,5 +1,8 @@
 """A GPTModel that reads a prompt in chunks and then goes on token by token, over a cache."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -8,16 +11,45 @@ from torch import Tensor
 from s2train.megatron.kv_cache import Chunk, KVCache
 
 
+@dataclass(frozen=True)
+class CapturedStep:
+    """A step in a CUDA graph, which reads `tokens` and writes `logits`."""
+
+    graph: torch.cuda.CUDAGraph
+    tokens: Tensor
+    logits: Tensor
+
+    @classmethod
+    def of(cls, step: Callable[[Tensor], Tensor], tokens: Tensor) -> "CapturedStep":
+        """Capture without running; other threads, such as NCCL's, may go on meanwhile."""
+        own, graph = tokens.clone(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            logits = step(own)
+        return cls(graph, own, logits)
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        self.tokens.copy_(tokens)
+        self.graph.replay()
+        return self.logits.clone()
+
+
 class CachedModel:
     """Logits of the next token, with `cache` attached to `gpt` (see `kv_cache`).
 
     Positions and rotation count from each sequence's own beginning. Megatron's inference context is not used: it
     keeps every key, unrotated.
+
+    Args:
+        cuda_graph: run the first step of decoding as it is, capture the second, and replay it from then on, so that
+            launches cost next to nothing. On a CPU it changes nothing.
     """
 
-    def __init__(self, gpt: GPTModel, cache: KVCache) -> None:
+    def __init__(self, gpt: GPTModel, cache: KVCache, cuda_graph: bool = False) -> None:
         self.gpt, self.cache = gpt, cache
         self._angles = gpt.rotary_pos_emb(cache.max_length)  # [max_length, 1, 1, d]
+        self._steps = 0
+        self._captures = cuda_graph and self._angles.is_cuda
+        self._captured: CapturedStep | None = None
 
     @torch.no_grad()
     def prefill(self, tokens: Tensor, lengths: Tensor | None = None, chunk: int = 8192) -> Tensor:
@@ -65,11 +97,18 @@ class CachedModel:
             OutOfPagesError: the pool is too small.
         """
         self.cache.begin_step()
+        if self._captures and self._captured is None and self._steps > 0:  # kernels and walks are made by now
+            self._captured = CapturedStep.of(self._step, tokens)
+        logits = self._step(tokens) if self._captured is None else self._captured(tokens)
+        self.cache.end_step()
+        self._steps += 1
+        return logits
+
+    def _step(self, tokens: Tensor) -> Tensor:
+        """Device work of one step: nothing in it is read on the host."""
         positions = self.cache.positions.clamp(min=0).long()
         angles = self._angles[positions].transpose(0, 1)  # [1, b, 1, d]: rotation broadcasts over heads
-        logits = self._logits(self._hidden(tokens[:, None], positions[:, None], angles))
-        self.cache.end_step()
-        return logits
+        return self._logits(self._hidden(tokens[:, None], positions[:, None], angles))
 
     def _hidden(self, tokens: Tensor, positions: Tensor, angles: Tensor) -> Tensor:
         """[s, b, hidden] of tokens and positions [b, s]."""

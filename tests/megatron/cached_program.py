@@ -185,10 +185,38 @@ def forgotten(device: torch.device) -> dict[str, Any]:
     return {"gone": pool() is None, "same": torch.equal(before, after)}
 
 
+@torch.no_grad()
+def on_cuda(name: str, device: torch.device) -> dict[str, Any]:
+    """Steps run and steps replayed from a CUDA graph, beside the uncached forward."""
+    gpt, _ = build(name, device)
+    total, prompt = BLOCK * NUM_BLOCKS, 2 * BLOCK + 3
+    tokens = torch.randint(0, VOCABULARY, (3, total), device=device)
+    found = []
+    for cuda_graph in (False, True):
+        with kv_cache(gpt, 3, total) as cache:
+            model = CachedModel(gpt, cache, cuda_graph)
+            logits = [model.prefill(tokens[:, :prompt], chunk=BLOCK)]
+            logits += [model.decode(tokens[:, at]) for at in range(prompt, total)]
+            agrees = cache.bytes_in_use == cache.predicted_bytes()
+        found.append(torch.stack(logits, 1))
+    plain = gpt(tokens, positions_like(tokens), None)[:, prompt - 1 :]
+    return {
+        "replayed_as_run": torch.equal(*found),
+        "difference": float((found[0] - plain).norm() / plain.norm()),
+        "agrees": agrees,
+    }
+
+
 def main() -> None:
     tp = int(os.environ.get("WORLD_SIZE", "1"))
     device = initialize(ParallelConfig(tp=tp), seed=int(sys.argv[1]))
     results: dict[str, Any] = {}
+    if sys.argv[2:] == ["cuda"]:
+        for name in MODELS:
+            results[name] = on_cuda(name, device)
+        print(json.dumps(results))
+        shutdown()
+        return
     if sys.argv[2:] == ["triton"]:
         for name in ("hybrid", "different heads in a group"):
             results[name] = compare(name, device, BLOCK + 5, BLOCK, 2 * BLOCK + 4, backend="triton")

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 Results = dict[str, dict[str, Any]]
 
 
-def measure(processes: int, *arguments: str, interpret: bool = False) -> Results:
+def measure(processes: int, *arguments: str, interpret: bool = False, device: str = "") -> Results:
     launcher = ["-m"] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     launcher += [] if processes == 1 else [str(processes), "-m"]
     seed = str(random.randrange(2**31))
@@ -26,7 +26,8 @@ def measure(processes: int, *arguments: str, interpret: bool = False) -> Results
     done = subprocess.run(
         [sys.executable, *launcher, "tests.megatron.cached_program", seed, *arguments],
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": str(int(interpret))},
+        env=os.environ
+        | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": device, "TRITON_INTERPRET": str(int(interpret))},
         capture_output=True,
         text=True,
         timeout=300,
@@ -63,6 +64,14 @@ def test_token_by_token_as_the_uncached_forward(alone: Results, model: str, pref
 def test_the_triton_kernels_in_a_model() -> None:
     for result in measure(1, "triton", interpret=True).values():
         assert_agrees(result)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_steps_replayed_from_a_graph_are_those_run() -> None:
+    for result in measure(1, "cuda", device=os.environ.get("CUDA_VISIBLE_DEVICES", "0")).values():
+        assert result["replayed_as_run"]
+        assert result["difference"] < 1e-5  # ten times the rounding of float32 on a CPU
+        assert result["agrees"]
 
 
 def test_at_every_place_of_a_block(alone: Results) -> None:
