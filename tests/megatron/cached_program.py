@@ -108,6 +108,20 @@ def unequal_prompts(device: torch.device) -> dict[str, Any]:
     return {"together": together.tolist(), "alone": torch.cat(alone).tolist()}
 
 
+def unequal_pages(device: torch.device) -> dict[str, Any]:
+    """Pages of sequences at unequal lengths, after each step and by the definition."""
+    gpt, hybrid = build("scattered", device)
+    lengths, held, brute = [5, 2 * BLOCK + 1, 3 * BLOCK], [], []
+    with kv_cache(gpt, 3, 5 * BLOCK) as cache:
+        model = CachedModel(gpt, cache)
+        token = model.prefill(torch.zeros(3, 3 * BLOCK, dtype=torch.int64), torch.tensor(lengths), BLOCK).argmax(-1)
+        for step in range(2 * BLOCK):
+            held.append(cache.pool.used)
+            brute.append(sum(brute_force_pages(cache, hybrid, n + step) for n in lengths))
+            token = model.decode(token).argmax(-1)
+    return {"held": held, "brute": brute}
+
+
 def end_of_document(device: torch.device) -> dict[str, Any]:
     """Sequences end at a token that they do write, and are filled up with it."""
     gpt = build("sparse", device)[0].double()
@@ -232,7 +246,7 @@ def main() -> None:
         for prompt in (1, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK, 5 * BLOCK + 3):
             for total in (prompt + 1, prompt + BLOCK + 2):
                 results[f"hybrid {prompt} {total}"] = compare("hybrid", device, prompt, 2 * BLOCK, total)
-        for scenario in (unequal_prompts, end_of_document, finished_sequences, refusals, forgotten):
+        for scenario in (unequal_prompts, unequal_pages, end_of_document, finished_sequences, refusals, forgotten):
             results[scenario.__name__] = scenario(device)
     if torch.distributed.get_rank() == 0:
         print(json.dumps(results))

@@ -105,6 +105,10 @@ def test_sequences_of_a_batch_continue_as_they_do_alone(alone: Results) -> None:
     assert alone["unequal_prompts"]["together"] == alone["unequal_prompts"]["alone"]
 
 
+def test_sequences_of_unequal_lengths_hold_what_each_needs(alone: Results) -> None:
+    assert alone["unequal_pages"]["held"] == alone["unequal_pages"]["brute"]
+
+
 def test_what_follows_the_end_is_filled_with_it(alone: Results) -> None:
     result = alone["end_of_document"]
     eod, ends = result["eod"], 0
