@@ -16,8 +16,15 @@ def last_uses(layout: BlockLayout, num_kv_heads: int) -> Tensor:
     """The last query block that needs a key block: int32 [H_kv, n_k] on the CPU, -1 where none does.
 
     A query head of the KV head's group needs it if it keeps it and is not before it. A block that is dropped and
-    taken up again is needed in between too: it can't be computed anew.
+    taken up again is needed in between too: it can't be computed anew. Made once, kept in ``layout.cache``.
     """
+    key = ("last_uses", num_kv_heads)
+    if key not in layout.cache:
+        layout.cache[key] = _last_uses(layout, num_kv_heads)
+    return layout.cache[key]
+
+
+def _last_uses(layout: BlockLayout, num_kv_heads: int) -> Tensor:
     offsets, rows = layout.column_offsets.cpu().long(), layout.column_rows.cpu()
     counts = offsets.diff()
     if rows.numel() == 0:

@@ -29,7 +29,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 _LN_2 = tl.constexpr(0.6931471805599453)
 _MOST_SPLITS = 128  # parts that one program merges
-_PROGRAMS_A_PROCESSOR = 4  # enough loads in flight to reach the memory's bandwidth
+_RESIDENT = 3  # programs that a Hopper multiprocessor's shared memory holds at once
+_ROUNDS = 4  # of programs where keys are many: the last round, not full, then counts little
+_LEAST_STEPS = 8  # of a program in several rounds: what it writes is little beside what it reads
 _INTERPRETER_PROGRAMS = 8
 
 
@@ -241,14 +243,14 @@ def _tile(dim: int, v_dim: int, dtype: torch.dtype, limit: int | None) -> tuple[
     return steps, stages
 
 
-def _splits(tiles: int, most: int, device: torch.device) -> int:
-    """Shares of the keys, so that all tiles together fill the device; at most one for each step of the walk."""
-    wanted = _INTERPRETER_PROGRAMS
+def _splits(tiles: int, steps: int, device: torch.device) -> int:
+    """Shares of a walk of up to `steps` steps: all tiles together fill the device once, or several times if long."""
+    programs = _INTERPRETER_PROGRAMS
     if device.type == "cuda":
-        wanted = _PROGRAMS_A_PROCESSOR * _processors(
-            torch.cuda.current_device() if device.index is None else device.index
-        )
-    return max(1, min(-(-wanted // tiles), most, _MOST_SPLITS))
+        programs = _RESIDENT * _processors(torch.cuda.current_device() if device.index is None else device.index)
+    once = min(-(-programs // tiles), steps)
+    often = min(-(-programs * _ROUNDS // tiles), steps // _LEAST_STEPS)
+    return max(1, min(max(once, often), _MOST_SPLITS))
 
 
 @cache

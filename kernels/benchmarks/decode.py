@@ -88,8 +88,8 @@ def measure(step: DecodeCase, args: argparse.Namespace, clock: Clock, device: to
     in_use: dict[str, int | None] = {"sparse": None, "dense": None}
     results: Record = {}
     makers: dict[str, Callable[[], PagedStep | ContiguousStep]] = {
-        "sparse": lambda: PagedStep(step, layout, backend, device),
-        "dense": lambda: PagedStep(step, None, backend, device),
+        "sparse": lambda: PagedStep(step, layout, backend, device, args.splits),
+        "dense": lambda: PagedStep(step, None, backend, device, args.splits),
     }
     fused = [name for name in FUSED if (name == "math") == (device.type != "cuda")]
     makers |= {f"sdpa {name}": partial(ContiguousStep, step, name, device) for name in fused}
@@ -229,6 +229,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--kv", nargs="+", type=int, default=[8, 32], help="KV heads")
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--schedules", nargs="+", choices=("shifted", "grouped"), default=["shifted", "grouped"])
+    parser.add_argument("--splits", type=int, default=None, help="shares of the keys; default: the op's own choice")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--dense-every", type=int, default=4, help="of the hybrid whose largest batch is told")
     parser.add_argument("--memory-gb", type=float, default=80.0)

@@ -84,9 +84,16 @@ class DecodeCase:
 class PagedStep:
     """The step over pages that hold just what `layout` needs (None: everything), filled with random numbers."""
 
-    def __init__(self, step: DecodeCase, layout: BlockLayout | None, backend: Backend, device: torch.device) -> None:
+    def __init__(
+        self,
+        step: DecodeCase,
+        layout: BlockLayout | None,
+        backend: Backend,
+        device: torch.device,
+        num_splits: int | None = None,
+    ) -> None:
         case = step.case
-        self.layout, self.backend = layout, backend
+        self.layout, self.backend, self.num_splits = layout, backend, num_splits
         num_blocks = case.length // case.block
         newest = num_blocks - 1
         if layout is None:
@@ -107,9 +114,17 @@ class PagedStep:
         self.length = case.length
 
     def __call__(self) -> Tensor:
-        return block_sparse_decode(
-            self.query, self.keys, self.values, self.table, self.positions, self.layout, backend=self.backend
-        )[0]
+        out, _ = block_sparse_decode(
+            self.query,
+            self.keys,
+            self.values,
+            self.table,
+            self.positions,
+            self.layout,
+            num_splits=self.num_splits,
+            backend=self.backend,
+        )
+        return out
 
     def tokens(self, sequence: int, kv: int) -> tuple[Tensor, Tensor]:
         """Keys and values [length, d] of one head."""

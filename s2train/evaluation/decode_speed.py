@@ -23,6 +23,7 @@ from s2train.megatron.backends import choose_backend
 from s2train.megatron.cached_model import CachedModel
 from s2train.megatron.kv_cache import kv_cache
 from s2train.megatron.model import build_model, transformer_config, unwrap
+from s2train.megatron.page_pool import OutOfPagesError
 from s2train.megatron.setup import initialize, shutdown
 from s2train.planning import hybrid_layout
 
@@ -100,7 +101,7 @@ def measure(gpt: GPTModel, length: int, batch: int, tokens: int, chunk: int, dev
                 record["graph_ms" if cuda_graph else "step_ms"] = 1e3 * (_now() - began) / (tokens - 1)
                 record |= {"kv_bytes": cache.bytes_in_use, "predicted_bytes": cache.predicted_bytes()}
                 record |= {"dense_bytes": cache.dense_bytes(), "pool_bytes": 2 * cache.pool.keys.nbytes}
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, OutOfPagesError):
         record["error"] = "out of memory"
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -42,9 +42,13 @@ class CachedModel:
     Args:
         cuda_graph: run the first step of decoding as it is, capture the second, and replay it from then on, so that
             launches cost next to nothing. On a CPU it changes nothing.
+    Raises:
+        ValueError: the model's positions are not rotary.
     """
 
     def __init__(self, gpt: GPTModel, cache: KVCache, cuda_graph: bool = False) -> None:
+        if gpt.position_embedding_type != "rope":
+            raise ValueError(f"positions are {gpt.position_embedding_type}: cached decoding rotates (rope) only")
         self.gpt, self.cache = gpt, cache
         self._angles = gpt.rotary_pos_emb(cache.max_length)  # [max_length, 1, 1, d]
         self._steps = 0

@@ -146,9 +146,7 @@ class KVCache:
     def _assign(self, index: np.ndarray, pages: np.ndarray) -> None:
         """Write pages at flat indices of the table, here and on the device, without waiting for it."""
         self.pages.reshape(-1)[index] = pages
-        update = torch.from_numpy(np.stack([index, pages.astype(np.int64)]))
-        if self.table.is_cuda:
-            update = update.pin_memory().to(self.table.device, non_blocking=True)
+        update = _to_device(np.stack([index, pages.astype(np.int64)]), self.table.device)
         self.table.view(-1)[update[0]] = update[1].int()
 
 
@@ -209,7 +207,13 @@ class LayerCache:
         pool.give(pages[dropped])
         pages[dropped] = -1
         pages[new] = pool.take(int(new.sum()))
-        self.cache.table[:, self.number] = torch.from_numpy(pages).to(self.cache.table.device)
+        self.cache.table[:, self.number] = _to_device(pages, self.cache.table.device)
+
+
+def _to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A copy on a GPU that the host does not wait for; the array itself on a CPU."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 @contextmanager

@@ -5,7 +5,7 @@ import torch
 
 
 class OutOfPagesError(RuntimeError):
-    """More pages are needed than the pool has."""
+    """More pages are needed than there are, or than the device has memory for."""
 
 
 class PagePool:
@@ -14,6 +14,8 @@ class PagePool:
     Attributes:
         keys, values: [num_pages + 1, block_size, head_dim]; nobody reads the last page.
         page_bytes: of one page, keys and values.
+    Raises:
+        OutOfPagesError: the device has no memory for them.
     """
 
     def __init__(
@@ -21,8 +23,14 @@ class PagePool:
     ) -> None:
         shape = (num_pages + 1, block_size, head_dim)
         self.num_pages = num_pages
-        self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
         self.page_bytes = 2 * block_size * head_dim * dtype.itemsize
+        try:
+            self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        except torch.OutOfMemoryError as error:
+            raise OutOfPagesError(
+                f"{num_pages} pages of {self.page_bytes:,} bytes, {num_pages * self.page_bytes / 1e9:,.1f} GB of keys "
+                "and values, don't fit this device: decode with a smaller batch_size, shorter sequences or more tp"
+            ) from error
         self._free = np.arange(num_pages, dtype=np.int32)[::-1].copy()  # a stack
         self._num_free = num_pages
 

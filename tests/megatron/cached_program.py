@@ -175,12 +175,20 @@ def refusals(device: torch.device) -> dict[str, Any]:
         with kv_cache(gpt, 1, BLOCK), kv_cache(gpt, 1, BLOCK):
             pass
 
+    def sequence_parallel() -> None:
+        gpt.config.sequence_parallel = True
+        try:
+            generate(gpt, tokens, 1)
+        finally:
+            gpt.config.sequence_parallel = False
+
     def training() -> None:
         gpt.train()
         generate(gpt, tokens, 1)
 
     answers = {"pool": said(small_pool, OutOfPagesError), "full": said(full, ValueError)}
-    answers |= {"nested": said(nested, ValueError), "training": said(training, ValueError)}
+    answers |= {"nested": said(nested, ValueError), "parallel": said(sequence_parallel, ValueError)}
+    answers["training"] = said(training, ValueError)
     attached = [core.kv for core in gpt.modules() if isinstance(core, CausalCoreAttention)]
     return answers | {"attached": sum(kv is not None for kv in attached)}
 

@@ -131,6 +131,7 @@ def test_what_can_not_be_decoded_is_refused(alone: Results) -> None:
     assert "num_pages" in said["pool"]
     assert f"{BLOCK} tokens already" in said["full"]
     assert "attached already" in said["nested"]
+    assert "tensor parallel models only" in said["parallel"]
     assert "training mode" in said["training"]
 
 
