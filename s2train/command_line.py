@@ -11,9 +11,14 @@ from hydra.errors import HydraException
 from omegaconf import MissingMandatoryValue
 
 from s2train.composition import config_groups, explain
-from s2train.errors import ConfigError, TrainingError
+from s2train.errors import ConfigError, StoppedBySignal, TrainingError
 
 USAGE_STATUS = 2
+# The run has saved and wants to be started again: no status of a shell, of Python or of sysexits.h.
+REQUEUE_STATUS = 85
+# Names a file. If set, a rank that stops for a signal writes REQUEUE_STATUS there and ends with 0: torchrun takes
+# any other status for a failure, which it would restart or report as its own 1. `launch/job.py` sets it.
+STATUS_FILE = "S2TRAIN_STATUS_FILE"
 _CONF = Path(__file__).parents[1] / "conf"
 
 
@@ -34,20 +39,32 @@ def run_hydra(main: Callable[[], None], schema: type) -> None:
 
 
 def run_command(command: Callable[[], None]) -> None:
-    """Run a program; bad input ends the process with status 2 and one line on rank 0's stderr, a failed run with 1."""
+    """Run a program. Bad input ends the process with status 2 and one line on rank 0's stderr, a failed run with 1.
+
+    A run that stopped for a signal ends with REQUEUE_STATUS.
+    """
     # Megatron tells at length that apex and transformer-engine are absent, and torch that Megatron is behind its names.
     warnings.filterwarnings("ignore", module=r"megatron|torch\.distributed")
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     try:
         command()
+    except StoppedBySignal as stop:
+        _tell(str(stop))
+        if STATUS_FILE not in os.environ:
+            sys.exit(REQUEUE_STATUS)
+        Path(os.environ[STATUS_FILE]).write_text(str(REQUEUE_STATUS))
     except TrainingError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        _tell(f"error: {error}")
         sys.exit(1)
     except (ConfigError, MissingMandatoryValue) as error:
         _refuse(str(error).splitlines()[0])
 
 
 def _refuse(line: str) -> NoReturn:
-    if os.environ.get("RANK", "0") == "0":
-        print(f"error: {line}", file=sys.stderr, flush=True)
+    _tell(f"error: {line}")
     sys.exit(USAGE_STATUS)
+
+
+def _tell(line: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr, flush=True)

@@ -17,4 +17,17 @@ class ConfigError(ValueError):
 
 
 class TrainingError(RuntimeError):
-    """A run that can't go on, told in one line."""
+    """A run that can't go on, told in one line. All ranks raise it together, unless rank 0 does alone."""
+
+
+class StoppedBySignal(Exception):
+    """A run that has saved and ends because the scheduler asked it to; to be started again.
+
+    Args:
+        signal: its name, e.g. ``SIGTERM``.
+        step: steps done.
+        checkpoint: where they are saved.
+    """
+
+    def __init__(self, signal: str, step: int, checkpoint: str) -> None:
+        super().__init__(f"stopped by {signal} at step {step} | checkpoint {checkpoint} | the same command goes on")

@@ -61,6 +61,7 @@ def transformer_config(cfg: PretrainConfig) -> TransformerConfig:
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
+        deterministic_mode=train.deterministic,
     )
 
 

@@ -1,5 +1,6 @@
 """Process groups, device and seeds of a run."""
 
+import math
 import os
 from datetime import timedelta
 
@@ -10,11 +11,19 @@ from s2train.config import ParallelConfig
 from s2train.megatron import cpu
 
 
-def initialize(parallel: ParallelConfig, seed: int) -> torch.device:
+def initialize(
+    parallel: ParallelConfig, seed: int, *, deterministic: bool = False, timeout_minutes: float = 30
+) -> torch.device:
     """Join the job that torchrun started (a plain `python` is a job of one) and make Megatron's process groups.
 
     NCCL where CUDA is, gloo otherwise. Returns the device of this rank. Call `shutdown` at the end.
+
+    Args:
+        deterministic: the same bits in every run: only deterministic kernels, sums in a fixed order.
+        timeout_minutes: a collective call that takes longer fails.
     """
+    if deterministic:
+        make_deterministic()
     on_cpu = cpu.install()
     for name, default in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, default)
@@ -32,7 +41,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> torch.device:
             store=torch.distributed.HashStore() if alone else None,
             rank=int(os.environ["RANK"]),
             world_size=int(os.environ["WORLD_SIZE"]),
-            timeout=timedelta(minutes=30),
+            timeout=timedelta(minutes=timeout_minutes),
             device_id=None if on_cpu else device,
         )
     parallel_state.initialize_model_parallel(
@@ -40,11 +49,26 @@ def initialize(parallel: ParallelConfig, seed: int) -> torch.device:
         pipeline_model_parallel_size=parallel.pp,
         virtual_pipeline_model_parallel_size=parallel.vpp,
         context_parallel_size=parallel.cp,
+        distributed_timeout_minutes=math.ceil(timeout_minutes),
     )
     seed += 100 * parallel_state.get_pipeline_model_parallel_rank()  # else every stage would draw the same weights
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return device
+
+
+def make_deterministic() -> None:
+    """Ask torch, cuBLAS, NCCL and transformer-engine for the same bits in every run of this process's program.
+
+    Before the first CUDA call, since the libraries read their variables when they are set up. What has no
+    deterministic kernel raises RuntimeError when it runs.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("NCCL_ALGO", "Ring")  # a tree's or a switch's order of sums may change
+    os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # would hide a bug, and costs time
 
 
 def shutdown() -> None:

@@ -1,0 +1,115 @@
+"""Whatever stops a run, the last good checkpoint is found and the run goes on as if nothing had happened."""
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from s2train.command_line import REQUEUE_STATUS
+from s2train.megatron.checkpoint import checkpoints_in, read_progress
+from s2train.megatron.integrity import damage
+from s2train.training.plots import read_records
+from tests.program import ROOT, SMALL, Outcome, error_line, pretrain
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("faults")]
+
+STEPS = "train.steps=6"
+EVERY_STEP = "checkpoint.interval=1"
+
+
+def planted(
+    fault: str, run_dir: Path, *arguments: str, launcher: str = "-m torch.distributed.run", restarts: int = 0
+) -> Outcome:
+    """Train the small model on two processes with a fault of tests/training/planted.py."""
+    job = ["--standalone", "--nproc-per-node", "2", "--max-restarts", str(restarts)]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"OMP_NUM_THREADS": "1", "S2TRAIN_TEST_FAULT": fault, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, *launcher.split(), *job, "tests/training/planted.py", *SMALL, f"run_dir={run_dir}", *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+def trace(run_dir: Path) -> list[dict[str, Any]]:
+    """What a run reports of its steps, but for their times."""
+    names = ("step", "loss", "held_out_loss", "grad_norm", "lr", "skipped")
+    records = [record for record in read_records(run_dir / "metrics.jsonl") if "loss" in record]
+    return [{name: record.get(name) for name in names} for record in records]
+
+
+@pytest.mark.parametrize("in_background", [False, True], ids=["saved at once", "saved in the background"])
+def test_a_run_killed_at_random_moments_ends_as_an_unbroken_one(in_background: bool, tmp_path: Path) -> None:
+    settings = ["train.steps=40", EVERY_STEP, "evaluation.interval=40", "evaluation.batches=1", "checkpoint.keep=2"]
+    settings += [f"checkpoint.async_save={str(in_background).lower()}", "checkpoint.keep_every=10"]
+    seed = random.randrange(1 << 30)
+    done = planted(f"kills:{seed}", tmp_path / "killed", *settings, restarts=8)
+    assert done.status == 0, (seed, done.err)
+    assert "iter_0000040" in done.out
+    unbroken = pretrain(tmp_path / "unbroken", "train.steps=40", *settings[2:4], processes=2)
+    assert unbroken.status == 0, unbroken.err
+    assert trace(tmp_path / "killed") == trace(tmp_path / "unbroken"), seed  # bit for bit
+    kept = [read_progress(path).step for path in checkpoints_in(tmp_path / "killed" / "checkpoints")]
+    assert kept == [10, 20, 30, 39, 40]
+    assert sum(line.startswith("going on from") for line in done.out.splitlines()) >= 4, (seed, done.out)
+
+
+def test_a_rank_that_dies_is_named_and_the_job_restarts_from_its_last_checkpoint(tmp_path: Path) -> None:
+    done = planted("die:1:4", tmp_path, STEPS, EVERY_STEP, restarts=2)
+    assert done.status == 0, done.err
+    assert f"going on from {tmp_path}/checkpoints/iter_0000003" in done.out
+    assert [record["step"] for record in trace(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(("fault", "words"), [("hang", "planted.py"), ("freeze", "silent; last seen: step 3")])
+def test_a_rank_that_comes_no_further_ends_the_job_and_is_named(fault: str, words: str, tmp_path: Path) -> None:
+    done = planted(f"{fault}:1:3", tmp_path, STEPS, EVERY_STEP, "train.timeout_minutes=0.3")
+    assert done.status != 0
+    line = error_line(done)
+    assert "train.timeout_minutes=0.3" in line
+    assert "held up by rank 1" in line
+    assert "rank 0" not in line
+    assert words in line
+    assert read_progress(checkpoints_in(tmp_path / "checkpoints")[-1]).step == 2
+
+
+def test_a_gradient_that_is_not_finite_on_one_rank_changes_nothing_on_any(tmp_path: Path) -> None:
+    done = planted("nan:1:4", tmp_path, STEPS)
+    assert done.status == 0, done.err
+    for rank in (0, 1):
+        assert f"rank {rank} step 4 left its state alone" in done.out
+    (event,) = [r for r in read_records(tmp_path / "metrics.jsonl") if r.get("event") == "skipped"]
+    assert (event["step"], event["samples"]) == (4, [24, 31])
+    assert "step 4 | samples 24 to 31 | skipped" in done.out
+    rates = [record["lr"] for record in trace(tmp_path)]
+    assert rates[4] == rates[3]  # the schedule waited
+    assert [record["skipped"] for record in trace(tmp_path)] == [0, 0, 0, 1, 1, 1]
+    assert read_progress(checkpoints_in(tmp_path / "checkpoints")[-1]).health["skipped"] == 1
+
+
+@pytest.mark.parametrize("in_background", [False, True], ids=["saved at once", "saved in the background"])
+def test_a_full_disk_is_told_in_one_line_and_older_checkpoints_stay(in_background: bool, tmp_path: Path) -> None:
+    settings = [STEPS, EVERY_STEP, f"checkpoint.async_save={str(in_background).lower()}"]
+    done = planted("full_disk:0:3", tmp_path, *settings)
+    assert done.status != 0
+    line = error_line(done)
+    for words in (f"run_dir={tmp_path}", "step 3", "No space left on device", "iter_0000002", "checkpoint.keep=N"):
+        assert words in line
+    there = sorted(path.name for path in (tmp_path / "checkpoints").iterdir() if path.is_dir())
+    assert there == ["iter_0000001", "iter_0000002"]
+    assert all(damage(path) is None for path in checkpoints_in(tmp_path / "checkpoints"))
+
+
+def test_a_signal_to_one_rank_saves_all_and_ends_with_the_status_to_requeue(tmp_path: Path) -> None:
+    done = planted("user_signal:1:3", tmp_path, STEPS, launcher="launch/job.py", restarts=2)
+    assert done.status == REQUEUE_STATUS, done.err
+    assert "stopped by SIGUSR1 at step 3" in done.err
+    assert [path.name for path in checkpoints_in(tmp_path / "checkpoints")] == ["iter_0000003"]
