@@ -25,4 +25,3 @@ def start_results_manager() -> SyncManager:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     filesystem_async._results_queue = manager.Queue()
     return manager
-

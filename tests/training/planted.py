@@ -72,12 +72,12 @@ def nan(step: int) -> None:
 
 
 def fingerprint(state: Any) -> str:
-    """Of weights, Adam's moments and the schedule."""
+    """Of the optimizer's weights and moments and of the schedule. (The model's weights may be gathered late.)"""
     digest = hashlib.sha256(str(state.scheduler.state_dict()).encode())
-    for chunk in state.chunks:
-        for parameter in chunk.parameters():
-            digest.update(parameter.detach().numpy().tobytes())
     for part in state.optimizer.chained_optimizers:
+        for group in part.optimizer.param_groups:
+            for parameter in group["params"]:
+                digest.update(parameter.detach().numpy().tobytes())
         for moments in part.optimizer.state.values():
             for value in moments.values():
                 digest.update(value.numpy().tobytes())

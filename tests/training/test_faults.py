@@ -29,7 +29,15 @@ def planted(
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"OMP_NUM_THREADS": "1", "S2TRAIN_TEST_FAULT": fault, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, *launcher.split(), *job, "tests/training/planted.py", *SMALL, f"run_dir={run_dir}", *arguments],
+        [
+            sys.executable,
+            *launcher.split(),
+            *job,
+            "tests/training/planted.py",
+            *SMALL,
+            f"run_dir={run_dir}",
+            *arguments,
+        ],
         cwd=ROOT,
         env=environment,
         capture_output=True,
