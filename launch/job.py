@@ -6,10 +6,12 @@ node, for a batch script to requeue (torchrun itself ends with 1 then, or starts
 """
 
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
 
+import psutil
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.run import main as torchrun
 
@@ -28,10 +30,18 @@ def main() -> int:
         try:
             torchrun(sys.argv[1:])
         except SignalException as error:
+            wait_for_ranks()
             if not status.exists():
                 print(f"error: {error}; the ranks ended without saving", file=sys.stderr)
                 return 128 + error.sigval
         return int(status.read_text()) if status.exists() else 0
+
+
+def wait_for_ranks() -> None:
+    """Let ranks that are at work yet end by themselves: a second signal ends torchrun's own waiting."""
+    for name in DEFAULTS["PET_SIGNALS_TO_HANDLE"].split(","):
+        signal.signal(signal.Signals[name], signal.SIG_IGN)
+    psutil.wait_procs(psutil.Process().children(), timeout=float(os.environ["PET_SHUTDOWN_TIMEOUT"]))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What the programs in launch/ share: a composed config in, one clear error out."""
 
+import errno
 import os
 import sys
 import warnings
@@ -55,6 +56,11 @@ def run_command(command: Callable[[], None]) -> None:
         Path(os.environ[STATUS_FILE]).write_text(str(REQUEUE_STATUS))
     except TrainingError as error:
         _tell(f"error: {error}")
+        sys.exit(1)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _tell(f"error: {error}. Make room; the same command goes on from the last checkpoint")
         sys.exit(1)
     except (ConfigError, MissingMandatoryValue) as error:
         _refuse(str(error).splitlines()[0])

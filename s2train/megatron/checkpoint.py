@@ -117,7 +117,7 @@ def write_config(cfg: PretrainConfig, path: Path) -> None:
     OmegaConf.save(OmegaConf.structured(cfg), path)
 
 
-def load_shards(state: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
+def load_shards(state: dict[str, Any], checkpoint: Path, setting: str = "checkpoint") -> dict[str, Any]:
     """Megatron's loading of a sharded state dict.
 
     Raises:
@@ -128,16 +128,16 @@ def load_shards(state: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
     except (Exception, CheckpointException) as error:  # many kinds
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         problem = f"its shards can't be loaded ({reason})"
-        raise ConfigError("checkpoint", checkpoint, problem, older_instead(checkpoint)) from error
+        raise ConfigError(setting, checkpoint, problem, older_instead(checkpoint, setting)) from error
 
 
-def older_instead(checkpoint: Path) -> str:
-    """The remedy for a damaged checkpoint: the newest whole one before it."""
+def older_instead(checkpoint: Path, setting: str = "checkpoint") -> str:
+    """The remedy for a damaged checkpoint, named by `setting`: the newest whole one before it."""
     older = [path for path in checkpoints_in(checkpoint.parent) if path.name < checkpoint.name]
     whole = next((path for path in reversed(older) if damage(path) is None), None)
     if whole is None:
         return "There is no older one there; name another, or start in another run_dir"
-    return f"The last one before it that is whole: checkpoint.resume={whole}"
+    return f"The last one before it that is whole: {setting}={whole}"
 
 
 def sharding_metadata() -> dict[str, Any]:

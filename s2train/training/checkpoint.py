@@ -183,7 +183,7 @@ def load(cfg: PretrainConfig, state: TrainingState, checkpoint: Path, rng_ranks:
     wanted = _sharded_state(state, sharding_metadata(), is_loading=True)
     if has_rng := rng_ranks == rng_ranks_here():
         wanted["rng"] = sharded_rng()
-    loaded = load_shards(wanted, checkpoint)
+    loaded = load_shards(wanted, checkpoint, "checkpoint.resume")
     for chunk, name in zip(state.chunks, _chunk_names(state.chunks), strict=True):
         unwrap(chunk).load_state_dict(loaded[name])
     _set_hyperparameters(cfg.optim, loaded["optimizer"])

@@ -58,7 +58,7 @@ def find_start(cfg: PretrainConfig) -> Start:
     if checkpoint is None:
         return Start(None, Progress(0, 0, order, None))
     if problem := damage(checkpoint):
-        raise ConfigError("checkpoint.resume", checkpoint, problem, older_instead(checkpoint))
+        raise ConfigError("checkpoint.resume", checkpoint, problem, older_instead(checkpoint, "checkpoint.resume"))
     _check_same_architecture(cfg, checkpoint)
     saved, is_own = read_progress(checkpoint), checkpoint.parent.resolve() == _own(cfg).resolve()
     last = cfg.train.last_step

@@ -2,8 +2,10 @@
 
 import os
 import random
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -121,3 +123,26 @@ def test_a_signal_to_one_rank_saves_all_and_ends_with_the_status_to_requeue(tmp_
     assert done.status == REQUEUE_STATUS, done.err
     assert "stopped by SIGUSR1 at step 3" in done.err
     assert [path.name for path in checkpoints_in(tmp_path / "checkpoints")] == ["iter_0000003"]
+
+
+def test_a_signal_to_the_launcher_and_a_second_one_still_save(tmp_path: Path) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
+    job = ["launch/job.py", "--standalone", "--nproc-per-node", "2", "launch/pretrain.py"]
+    launcher = subprocess.Popen(
+        [sys.executable, *job, *SMALL, f"run_dir={tmp_path}", "train.steps=100000", "optim.warmup_steps=10"],
+        cwd=ROOT,
+        env=environment | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert launcher.stdout is not None
+    assert any(line.startswith("step 3/") for line in launcher.stdout)
+    launcher.send_signal(signal.SIGUSR1)
+    time.sleep(0.2)
+    launcher.send_signal(signal.SIGTERM)
+    launcher.stdout.read()
+    assert launcher.wait(timeout=600) == REQUEUE_STATUS
+    (saved,) = checkpoints_in(tmp_path / "checkpoints")
+    assert damage(saved) is None
+    assert read_progress(saved).step >= 3

@@ -48,15 +48,38 @@ def trace(folder: Path) -> dict[int, list[float | None]]:
     return {record["step"]: [record.get(name) for name in names] for record in metrics(folder)}
 
 
+WHOLE = [STEPS, REPORTS, "evaluation.interval=6", "evaluation.batches=1"]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[float | None]]:
+    """What a run of two processes reports that nothing stops."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    done = pretrain(folder, *WHOLE, processes=2)
+    assert done.status == 0, done.err
+    return trace(folder)
+
+
+# The deterministic mode asks the same bits of the same kernels here; that it runs is what a CPU can tell.
 @pytest.mark.parametrize("more", [[], ["train.deterministic=true"]], ids=["", "deterministic"])
-def test_stop_and_resume_equals_an_unbroken_run(stopped: Path, more: list[str], tmp_path: Path) -> None:
-    settings = [STEPS, REPORTS, *more, "evaluation.interval=6", "evaluation.batches=1"]
-    assert pretrain(tmp_path / "unbroken", *settings, processes=2).status == 0
-    resumed = pretrain(tmp_path / "resumed", *settings, f"checkpoint.resume={stopped}", processes=2)
+def test_stop_and_resume_equals_an_unbroken_run(
+    stopped: Path, unbroken: dict[int, list[float | None]], more: list[str], tmp_path: Path
+) -> None:
+    resumed = pretrain(tmp_path, *WHOLE, *more, f"checkpoint.resume={stopped}", processes=2)
     assert resumed.status == 0, resumed.err
-    expected = trace(tmp_path / "unbroken")
-    assert trace(tmp_path / "resumed") == {step: expected[step] for step in (4, 6)}  # bit for bit
-    assert trace(stopped)[2] == expected[2]
+    assert trace(tmp_path) == {step: unbroken[step] for step in (4, 6)}  # bit for bit
+    assert trace(stopped)[2] == unbroken[2]
+
+
+@pytest.mark.parametrize("division", ["parallel.tp=2", "parallel.pp=2", "parallel.cp=2", "one process"])
+def test_data_parallel_shards_go_on_under_another_division(
+    stopped: Path, unbroken: dict[int, list[float | None]], division: str, tmp_path: Path
+) -> None:
+    processes, more = (1, []) if division == "one process" else (2, [division])
+    resumed = pretrain(tmp_path, *WHOLE, *more, f"checkpoint.resume={stopped}", processes=processes)
+    assert resumed.status == 0, resumed.err
+    for step in (4, 6):
+        assert trace(tmp_path)[step] == pytest.approx(unbroken[step], rel=1e-5)
 
 
 def test_a_finished_run_started_again_does_nothing(stopped: Path) -> None:
