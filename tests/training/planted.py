@@ -1,16 +1,14 @@
 """launch/pretrain.py with a fault planted in it, to be run as that is; S2TRAIN_TEST_FAULT names a function below.
 
-As `name:rank:step`, of the job's first attempt, or `kills:SEED` for as many as there are restarts.
+As `name:rank:step`, of the job's first attempt.
 """
 
 import errno
 import hashlib
 import os
-import random
 import runpy
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -97,20 +95,9 @@ def full_disk(step: int) -> None:
     os.fsync = planted
 
 
-def kills(seed: int) -> None:
-    """Kill this rank or the other at a random moment from its first step on, or in its first save."""
-    attempt, most = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), int(os.environ["TORCHELASTIC_MAX_RESTARTS"])
-    draw = random.Random(f"{seed} {attempt}")
-    victim, delay = draw.randrange(int(os.environ["WORLD_SIZE"])), draw.uniform(0, 2.5)
-    if attempt < most and victim == int(os.environ["RANK"]):
-        at_step(1, lambda: threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start())
-
-
 if __name__ == "__main__":
     name, *numbers = os.environ["S2TRAIN_TEST_FAULT"].split(":")
-    if name == "kills":
-        kills(int(numbers[0]))
-    elif os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         rank, step = (int(number) for number in numbers)
         everywhere = name in ("nan", "full_disk")
         if everywhere or int(os.environ["RANK"]) == rank:
