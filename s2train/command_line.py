@@ -3,6 +3,7 @@
 import errno
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ REQUEUE_STATUS = 85
 # Names a file. If set, a rank that stops for a signal writes REQUEUE_STATUS there and ends with 0: torchrun takes
 # any other status for a failure, which it would restart or report as its own 1. `launch/job.py` sets it.
 STATUS_FILE = "S2TRAIN_STATUS_FILE"
+_SECONDS_TO_SPEAK = 10.0
 _CONF = Path(__file__).parents[1] / "conf"
 
 
@@ -50,7 +52,8 @@ def run_command(command: Callable[[], None]) -> None:
     try:
         command()
     except StoppedBySignal as stop:
-        _tell(str(stop))
+        if os.environ.get("RANK", "0") == "0":
+            print(stop, file=sys.stderr, flush=True)
         if STATUS_FILE not in os.environ:
             sys.exit(REQUEUE_STATUS)
         Path(os.environ[STATUS_FILE]).write_text(str(REQUEUE_STATUS))
@@ -72,5 +75,8 @@ def _refuse(line: str) -> NoReturn:
 
 
 def _tell(line: str) -> None:
+    """The last words of this process; where another rank ended first, torchrun would kill rank 0 before it spoke."""
     if os.environ.get("RANK", "0") == "0":
         print(line, file=sys.stderr, flush=True)
+    else:
+        time.sleep(_SECONDS_TO_SPEAK)
