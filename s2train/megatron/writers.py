@@ -1,7 +1,7 @@
 """The processes that write a checkpoint's shards for Megatron."""
 
 import signal
-from multiprocessing import get_context
+from multiprocessing import get_context, resource_tracker
 from multiprocessing.managers import SyncManager
 
 from megatron.core.dist_checkpointing.strategies import filesystem_async
@@ -18,6 +18,7 @@ def start_results_manager() -> SyncManager:
     group, so that the rank could not save any more. Keep the manager as long as something is saved.
     """
     manager = SyncManager(ctx=get_context("spawn"))
+    resource_tracker.ensure_running()  # else the manager's start would start it, and unblock SIGTERM afterwards
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # the new process inherits it
     try:
         manager.start(initializer=end_with_the_parent)
