@@ -17,7 +17,11 @@ from torch.distributed.run import main as torchrun
 
 from s2train.command_line import STATUS_FILE
 
-DEFAULTS = {"PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "PET_SHUTDOWN_TIMEOUT": "600"}
+DEFAULTS = {
+    "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+    "PET_SHUTDOWN_TIMEOUT": "600",
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # else ranks started again find the addresses of the dead ones
+}
 
 
 def main() -> int:

@@ -35,13 +35,13 @@ def initialize(
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     if not torch.distributed.is_initialized():
-        alone = os.environ["WORLD_SIZE"] == "1" and "MASTER_PORT" not in os.environ
+        timeout = timedelta(minutes=timeout_minutes)
         torch.distributed.init_process_group(
             backend="gloo" if on_cpu else "nccl",
-            store=torch.distributed.HashStore() if alone else None,
+            store=_store(timeout),
             rank=int(os.environ["RANK"]),
             world_size=int(os.environ["WORLD_SIZE"]),
-            timeout=timedelta(minutes=timeout_minutes),
+            timeout=timeout,
             device_id=None if on_cpu else device,
         )
     parallel_state.initialize_model_parallel(
@@ -55,6 +55,23 @@ def initialize(
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return device
+
+
+def _store(timeout: timedelta) -> torch.distributed.Store:
+    """Where ranks find each other.
+
+    torchrun's store outlives ranks that it starts again, and torch 2.13 would find the addresses of the dead ones
+    there. Under one torchrun its count of restarts tells attempts apart; several may count differently, and want
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, which makes a store for each attempt (`launch/job.py` sets it).
+    """
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if world_size == 1 and "MASTER_PORT" not in os.environ:
+        return torch.distributed.HashStore()
+    store, _, _ = next(torch.distributed.rendezvous("env://", rank, world_size, timeout=timeout))
+    store.set_timeout(timeout)
+    is_one = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if is_one else "0"
+    return torch.distributed.PrefixStore(f"attempt {attempt}", store)
 
 
 def make_deterministic() -> None:

@@ -63,7 +63,8 @@ class Watchdog:
         self._main = threading.main_thread().ident
         self._beats, self._doing, self._moved, self._ticks = 0, "starting", time.monotonic(), 0
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        # The second is for a store that doesn't answer, which keeps the first waiting.
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._watch, self._watch_alone)]
 
     def beat(self, doing: str) -> None:
         """This rank has moved, and does this now."""
@@ -72,12 +73,21 @@ class Watchdog:
     @contextlib.contextmanager
     def watching(self) -> Iterator["Watchdog"]:
         """Watch within."""
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
         try:
             yield self
         finally:
             self._over.set()
-            self._thread.join()
+
+    def _watch_alone(self) -> None:
+        while not self._over.wait(self._tick):
+            if time.monotonic() - self._moved > self._limit + 5 * _ANSWER_TICKS * self._tick:
+                where = f"rank {self._rank} is in {self._doing}, on {socket.gethostname()}"
+                problem = "the job has come no further in this time, and its store, which rank 0 or its torchrun keeps"
+                limit = f"train.timeout_minutes={self._limit / 60:g}"
+                print(f"error: {limit}: {problem}, doesn't answer; {where}", file=sys.stderr, flush=True)
+                os._exit(1)
 
     def _watch(self) -> None:
         # A store that can't be reached names nobody, but the time allowed still ends.

@@ -22,6 +22,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("faults")]
 STEPS = "train.steps=6"
 EVERY_STEP = "checkpoint.interval=1"
 KILLS = 9
+TORCHRUN = "-m torch.distributed.run"
 
 
 def launch(*command: str, **environment: str) -> Outcome:
@@ -32,9 +33,7 @@ def launch(*command: str, **environment: str) -> Outcome:
     return Outcome(done.returncode, done.stdout, done.stderr)
 
 
-def planted(
-    fault: str, run_dir: Path, *arguments: str, launcher: str = "-m torch.distributed.run", restarts: int = 0
-) -> Outcome:
+def planted(fault: str, run_dir: Path, *arguments: str, launcher: str = TORCHRUN, restarts: int = 0) -> Outcome:
     """Train the small model on two processes with a fault of tests/training/planted.py."""
     job = [*launcher.split(), "--standalone", "--nproc-per-node", "2", "--max-restarts", str(restarts)]
     program = ["tests/training/planted.py", *SMALL, f"run_dir={run_dir}"]
@@ -69,11 +68,23 @@ def test_a_run_killed_at_random_moments_ends_as_an_unbroken_one(in_background: b
     assert done.out.count("going on from") >= KILLS // 2, (seed, done.out)
 
 
-def test_a_rank_that_dies_is_named_and_the_job_restarts_from_its_last_checkpoint(tmp_path: Path) -> None:
-    done = planted("die:1:4", tmp_path, STEPS, EVERY_STEP, restarts=2)
+@pytest.mark.parametrize(("rank", "launcher"), [(1, TORCHRUN), (0, "launch/job.py")])
+def test_a_rank_that_dies_is_named_and_the_job_restarts_from_its_last_checkpoint(
+    rank: int, launcher: str, tmp_path: Path
+) -> None:
+    done = planted(f"die:{rank}:4", tmp_path, STEPS, EVERY_STEP, launcher=launcher, restarts=2)
     assert done.status == 0, done.err
+    assert f"(exitcode: -9) local_rank: {rank}" in done.err
     assert f"going on from {tmp_path}/checkpoints/iter_0000003" in done.out
     assert [record["step"] for record in trace(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_job_whose_store_is_on_a_frozen_rank_ends_too(tmp_path: Path) -> None:
+    done = planted("freeze:0:3", tmp_path, STEPS, "train.timeout_minutes=0.2", launcher="launch/job.py")
+    assert done.status != 0
+    (line,) = [line for line in done.err.splitlines() if line.startswith("error: ")]
+    assert "train.timeout_minutes=0.2" in line
+    assert "rank 0" in line
 
 
 @pytest.mark.parametrize(("fault", "words"), [("hang", "planted.py"), ("freeze", "silent; last seen: ")])
