@@ -95,6 +95,7 @@ class ParallelConfig:
     tp: int = 1  # tensor model parallel: heads and hidden
     pp: int = 1  # pipeline model parallel: layers
     vpp: int | None = None  # virtual pipeline stages a rank (interleaved schedule)
+    pipeline_split: str = "even"  # even: as many layers a stage; cost: as much work, dense layers counted as dense
     cp: int = 1  # context parallel: sequence
     sequence_parallel: bool = False
     distributed_optimizer: bool = True

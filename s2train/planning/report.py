@@ -5,6 +5,7 @@ from itertools import groupby
 
 from s2train.planning.memory import GIB
 from s2train.planning.plan import Plan
+from s2train.planning.stages import Balance
 
 
 def format_plan(plan: Plan) -> str:
@@ -31,6 +32,7 @@ def format_plan(plan: Plan) -> str:
             f"{train.global_batch_size * train.seq_length:,} tokens: {plan.micro_batches} × "
             f"{train.micro_batch_size} × {train.seq_length:,} on each data parallel rank",
         ),
+        *_pipeline(plan),
         ("memory", "GiB per rank" + (", fullest pipeline stage" if parallel.pp > 1 else "")),
         *((f"  {part.name}", _gib(getattr(memory, part.name))) for part in fields(memory)),
         ("  total", f"{_gib(memory.total)} of {_gib(plan.hardware.memory).strip()} ({plan.hardware.name})"),
@@ -46,6 +48,21 @@ def format_plan(plan: Plan) -> str:
     )
     verdict = "It fits." if plan.fits else f"It does not fit. {plan.remedy}"
     return "\n".join([title, *(f"{name:<13} {text}" for name, text in rows), plan.coverage.format(), verdict])
+
+
+def _pipeline(plan: Plan) -> list[tuple[str, str]]:
+    """Layers of each stage and what their imbalance costs; of an even split also what one by cost would."""
+    if plan.cfg.parallel.pp == 1:
+        return []
+    rows = [("pipeline", f"{_balance(plan.pipeline)}, split {plan.cfg.parallel.pipeline_split}")]
+    if plan.pipeline_by_cost.idle < plan.pipeline.idle:
+        rows.append(("", f"{_balance(plan.pipeline_by_cost)}, with parallel.pipeline_split=cost"))
+    return rows
+
+
+def _balance(found: Balance) -> str:
+    layers = " ".join("+".join(map(str, found.stages.of_rank(rank))) for rank in range(found.stages.pp))
+    return f"layers {layers}; busiest stage {found.imbalance:.1%} over the mean; idle {found.idle:.1%} of the time"
 
 
 def _layers(letters: str) -> str:

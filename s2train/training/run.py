@@ -75,7 +75,8 @@ def _train(
     hybrid = hybrid_layout(cfg)
     is_first = torch.distributed.get_rank() == 0
     run_dir = Path(cfg.run_dir)
-    config = transformer_config(cfg)
+    by_cost = cfg.parallel.pp > 1 and cfg.parallel.pipeline_split == "cost"
+    config = transformer_config(cfg, plan.pipeline.stages if by_cost else None)
     timers = Timers(log_level=cfg.tracking.timing, log_option="minmax")
     config.timers = timers if cfg.tracking.timing else None
     models = build_model(cfg, config, hybrid, backend, device)

@@ -18,6 +18,7 @@ VARIANTS = {
     "tp2": (2, ["parallel.tp=2"]),
     "tp2 with sequence parallel": (2, ["parallel.tp=2", "parallel.sequence_parallel=true"]),
     "pp2": (2, ["parallel.pp=2"]),
+    "pp3 split by cost": (3, ["parallel.pp=3", "parallel.pipeline_split=cost"]),
     "vpp2": (2, ["parallel.pp=2", "parallel.vpp=2"]),
     "dp2": (2, ["parallel.overlap_grad_reduce=false"]),
     "dp2 with overlap": (2, []),
