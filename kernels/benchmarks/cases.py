@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..layout import BLOCK_SIZES, BlockLayout
+from ..layout_lines import ColumnRule
 
 _UNITS = {"": 1, "k": 1024, "m": 1024**2}
 _WORD = re.compile(r"b(\d+)-l(\d+)-v(\d+)-(\d+)([km]?)(?:-h(\d+))?(?:-kv(\d+))?(?:-d(\d+))?")
@@ -57,11 +58,18 @@ class Case:
         return (query >= key) & ((i - j < self.local) | vertical)
 
     def layout(self, device: torch.device) -> BlockLayout:
-        block = torch.arange(self.length // self.block, device=device) * self.block
-        last, first = block + self.block - 1, block
-        patterns = [self.keeps(p, last[:, None], first[None, :]) for p in range(self.num_patterns)]
-        return BlockLayout.from_patterns(
-            torch.stack(patterns), [h % self.num_patterns for h in range(self.heads)], self.block
+        num_blocks = self.length // self.block
+
+        def rule(pattern: int) -> ColumnRule:
+            return ColumnRule(self.local, lambda key: (key - pattern) % self.stride == 0)
+
+        return BlockLayout.from_rule(
+            [rule(p) for p in range(self.num_patterns)],
+            [h % self.num_patterns for h in range(self.heads)],
+            self.block,
+            num_blocks,
+            num_blocks,
+            device=device,
         )
 
     def kept_positions(self) -> int:

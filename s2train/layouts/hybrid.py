@@ -8,8 +8,9 @@ import torch
 from s2train.config import LayoutConfig, ScheduleConfig
 from s2train.errors import ConfigError
 from s2train.kernels.layout import BLOCK_SIZES, BlockLayout
+from s2train.kernels.layout_lines import ColumnRule
 from s2train.layouts.kinds import KINDS, AttentionKind, KindContext
-from s2train.layouts.patterns import Dense, Pattern
+from s2train.layouts.patterns import ColumnPattern, Dense, Pattern
 from s2train.layouts.schedules import Schedule, find_schedule
 
 _GROUP = re.compile(r"(?P<runs>(?:[A-Z][0-9]*)+)(?:x(?P<repeat>[0-9]+))?")
@@ -86,12 +87,18 @@ class LayerLayout:
         """The kept blocks over `seq_length` tokens, of all query heads or a slice of them, on `device`."""
         patterns = self.heads if heads is None else self.heads[heads]
         index = {pattern: number for number, pattern in enumerate(dict.fromkeys(patterns))}
-        blocks = torch.arange(self.num_blocks(seq_length), device=device)
-        masks = torch.empty(len(index), len(blocks), len(blocks), dtype=torch.bool, device=device)
-        for pattern, number in index.items():
-            masks[number] = pattern.keep(blocks[:, None], blocks[None, :])
-        return BlockLayout.from_patterns(
-            masks, [index[pattern] for pattern in patterns], self.block_size, device=device
+        rules = [
+            ColumnRule(pattern.local, pattern.columns) if isinstance(pattern, ColumnPattern) else pattern.keep
+            for pattern in index
+        ]
+        num_blocks = self.num_blocks(seq_length)
+        return BlockLayout.from_rule(
+            rules,
+            [index[pattern] for pattern in patterns],
+            self.block_size,
+            num_blocks,
+            num_blocks,
+            device=device,
         )
 
 

@@ -1,8 +1,17 @@
 """What a BlockLayout stores."""
 
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
-from s2train.kernels import BlockLayout
+from hypothesis import given
+from hypothesis import strategies as st
+from s2train.kernels import BlockLayout, layout_lines
+from s2train.kernels.benchmarks.layout_cost import main, peak_bytes
+from s2train.kernels.layout_lines import ColumnRule, Rule
 
 
 def random_mask(*shape: int) -> torch.Tensor:
@@ -79,3 +88,167 @@ def test_masks_of_other_dtypes_and_ranks_are_refused(mask: torch.Tensor) -> None
 def test_patterns_that_do_not_exist_are_refused(heads: list[int]) -> None:
     with pytest.raises(ValueError, match="pattern_of_head"):
         BlockLayout.from_patterns(random_mask(2, 3, 3), heads, 64)
+
+
+# rules
+def stored(mask: torch.Tensor) -> dict[str, list[int]]:
+    """What a layout of patterns [P, n_q, n_k] stores, spelled out with lists."""
+    rows = [row.nonzero().flatten().tolist() for row in mask.flatten(0, 1)]
+    columns = [column.nonzero().flatten().tolist() for column in mask.mT.flatten(0, 1)]
+    return {
+        "row_offsets": list(itertools.accumulate(map(len, rows), initial=0)),
+        "row_columns": list(itertools.chain(*rows)),
+        "column_offsets": list(itertools.accumulate(map(len, columns), initial=0)),
+        "column_rows": list(itertools.chain(*columns)),
+    }
+
+
+def assert_stores(layout: BlockLayout, mask: torch.Tensor) -> None:
+    assert {name: getattr(layout, name).tolist() for name in stored(mask)} == stored(mask)
+
+
+def rule_of(mask: torch.Tensor) -> Rule:
+    return lambda query, key: mask[query, key]
+
+
+def spelled_out(rule: Rule, num_query_blocks: int, num_key_blocks: int) -> torch.Tensor:
+    return rule(torch.arange(num_query_blocks)[:, None], torch.arange(num_key_blocks)[None, :])
+
+
+@pytest.fixture(params=[None, 1, 7])
+def at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces of one line, of a few pairs, or as large as they are."""
+    if request.param is not None:
+        monkeypatch.setattr(layout_lines, "_PAIRS_AT_ONCE", request.param * 5)
+        monkeypatch.setattr(layout_lines, "_KEPT_AT_ONCE", request.param)
+
+
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize(("patterns", "n_q", "n_k"), [(1, 1, 1), (1, 13, 13), (3, 5, 17), (2, 19, 4)])
+def test_rules_store_what_they_keep_in_pieces_of_any_size(patterns: int, n_q: int, n_k: int) -> None:
+    mask = random_mask(patterns, n_q, n_k)
+    layout = BlockLayout.from_rule([rule_of(m) for m in mask], [*range(patterns), 0], 64, n_q, n_k, device="cpu")
+    assert_stores(layout, mask)
+    assert layout.mask().equal(mask[[*range(patterns), 0]])
+
+
+@pytest.mark.usefixtures("at_once")
+def test_lines_may_keep_nothing() -> None:
+    mask = random_mask(2, 9, 7)
+    mask[0, :3] = mask[0, -1] = False
+    mask[1, :, 2:4] = mask[1, :, -1] = False
+    assert_stores(BlockLayout.from_patterns(mask, [0, 1], 64), mask)
+    nothing = torch.zeros(1, 3, 4, dtype=torch.bool)
+    assert_stores(BlockLayout.from_patterns(nothing, [0], 64), nothing)
+
+
+@given(
+    n_q=st.integers(1, 40),
+    n_k=st.integers(1, 40),
+    rules=st.lists(st.tuples(st.integers(1, 50), st.lists(st.booleans(), min_size=40, max_size=40)), min_size=1),
+    kept_at_once=st.integers(1, 2000),
+)
+def test_column_rules_store_what_their_pairs_say(
+    n_q: int, n_k: int, rules: list[tuple[int, list[bool]]], kept_at_once: int
+) -> None:
+    built = [ColumnRule(local, torch.tensor(columns).__getitem__) for local, columns in rules]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layout_lines, "_KEPT_AT_ONCE", kept_at_once)
+        layout = BlockLayout.from_rule(built, range(len(built)), 16, n_q, n_k, device="cpu")
+    assert_stores(layout, torch.stack([spelled_out(rule, n_q, n_k) for rule in built]))
+
+
+def test_rules_of_both_kinds_mix() -> None:
+    rules = [ColumnRule(2, lambda key: key % 3 == 0), lambda query, key: query <= key]
+    layout = BlockLayout.from_rule(rules, [1, 0, 1], 16, 8, 8, device="cpu")
+    assert layout.mask().equal(torch.stack([spelled_out(rules[p], 8, 8) for p in (1, 0, 1)]))
+
+
+def test_a_rule_may_ignore_one_of_its_arguments() -> None:
+    layout = BlockLayout.from_rule([lambda query, key: key % 2 == 0], [0], 16, 3, 5, device="cpu")
+    assert layout.mask()[0].tolist() == [[True, False, True, False, True]] * 3
+
+
+def test_a_layout_is_built_on_its_device(device: torch.device) -> None:
+    seen = set()
+
+    def rule(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        seen.update({query.device.type, key.device.type, query.dtype, key.dtype})
+        return query >= key
+
+    for each in (rule, ColumnRule(3, lambda key: key < 2)):
+        layout = BlockLayout.from_rule([each], [0], 64, 6, 6, device=device)
+        assert {(t.device.type, t.dtype) for t in layout._tensors().values()} == {(device.type, torch.int32)}
+    assert seen == {device.type, torch.int64}
+
+
+@pytest.mark.parametrize("closed", [False, True], ids=["pairs", "columns"])
+def test_scratch_memory_has_a_bound_however_many_pairs(closed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs, kept, n = 1 << 16, 1 << 12, 1000
+    monkeypatch.setattr(layout_lines, "_PAIRS_AT_ONCE", pairs)
+    monkeypatch.setattr(layout_lines, "_KEPT_AT_ONCE", kept)
+    columns = ColumnRule(8, lambda key: key % 8 == 3)
+    # the pairwise rule's own int64 temporary is the 16 bytes a pair that the bound allows for
+    rule: Rule = columns if closed else lambda query, key: ((query - key) % 8 == 3) & (query >= key)
+
+    def build() -> BlockLayout:
+        return BlockLayout.from_rule([rule] * 4, [0, 1, 2, 3], 64, n, n, device="cpu")
+
+    peak = peak_bytes(build, torch.device("cpu"))
+    lines = 64 * 4 * n  # counts and offsets: a few numbers for each line, none for each pair
+    assert peak < build().nbytes + lines + (56 * (kept + n) if closed else 18 * pairs)
+
+
+def test_too_many_kept_blocks_are_refused_before_they_are_stored() -> None:
+    every = ColumnRule(1, lambda key: torch.ones_like(key, dtype=torch.bool))
+    n = 1 << 16  # n (n + 1) / 2 is just above 2^31
+
+    def build() -> None:
+        with pytest.raises(ValueError, match=r"2147516416 kept blocks are too many .* larger blocks"):
+            BlockLayout.from_rule([every], [0], 16, n, n, device="cpu")
+
+    assert peak_bytes(build, torch.device("cpu")) < 100 * n
+
+
+def test_rules_that_change_their_mind_are_refused() -> None:
+    rules = [
+        lambda query, key: torch.rand(torch.broadcast_shapes(query.shape, key.shape)) < 0.5,  # between two calls
+        lambda query, key: (query >= key) if query.shape[1] == 1 else (query > key),  # between rows and columns
+    ]
+    for rule in rules:
+        with pytest.raises(ValueError, match="a rule must keep the same pairs"):
+            BlockLayout.from_rule([rule], [0], 16, 50, 50, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("change", "telling"),
+    [
+        ({"rules": []}, "0 rules"),
+        ({"num_query_blocks": 0}, "0 query blocks"),
+        ({"num_key_blocks": 0}, "0 key blocks"),
+        ({"block_size": 48}, "block_size"),
+        ({"pattern_of_head": [1]}, "pattern_of_head"),
+        ({"rules": [lambda query, key: query - key]}, "bool"),
+    ],
+)
+def test_rules_that_make_no_layout_are_refused(change: dict[str, Any], telling: str) -> None:
+    fine = {
+        "rules": [lambda query, key: query >= key],
+        "pattern_of_head": [0],
+        "block_size": 64,
+        "num_query_blocks": 2,
+        "num_key_blocks": 2,
+    }
+    assert BlockLayout.from_rule(**fine, device="cpu").num_heads == 1
+    with pytest.raises(ValueError, match=telling):
+        BlockLayout.from_rule(**(fine | change), device="cpu")
+
+
+def test_the_cost_program_compares_layouts_and_writes_what_they_took(tmp_path: Path) -> None:
+    output = tmp_path / "cost.json"
+    assert main(["b64-l2-v4-1k-h4-kv2", "--repeats", "1", "--device", "cpu", "--output", str(output)]) == 0
+    (record,) = json.loads(output.read_text())["cases"]
+    assert set(record["builds"]) == {"columns", "pairs", "masks", "columns by work", "forward work", "key pairs"}
+    assert record["differing"] == []
+    assert all(cost["ms"] > 0 and cost["peak_bytes"] > 0 for cost in record["builds"].values())
+    assert record["builds"]["columns"]["peak_bytes"] > record["nbytes"]
