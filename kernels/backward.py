@@ -17,7 +17,7 @@ from .configs import config_for, padded, shared_limit
 from .forward import LOG2_E, key_position, key_tiles, num_query_tiles, query_tile
 from .layout import BlockLayout
 from .spec import AttentionSpec, empty, empty_bhsd
-from .tiles import count_below, document_tiles, load_tile, store_tile, strides, tile_of_document
+from .tiles import check_launch, count_below, document_tiles, load_tile, store_tile, strides, tile_of_document
 
 _LOG2_E = tl.constexpr(LOG2_E)
 _PREPROCESS_ROWS = 64
@@ -281,7 +281,9 @@ def backward(
             config = config_for("dq", block, dim, v_dim, q.dtype, limit)
             tiles = None if spec.cu_seqlens is None else document_tiles(spec.cu_seqlens, s_q, config.rows)
             num_tiles = num_query_tiles(s_q, spec.query_offset, config.rows) if tiles is None else len(tiles)
-            s2_attention_bwd_kernel_dq[(batch * num_heads * num_tiles,)](
+            programs = batch * num_heads * num_tiles
+            check_launch(programs, layout.row_columns.numel(), block // config.steps)
+            s2_attention_bwd_kernel_dq[(programs,)](
                 q, k, v, dout, lse, delta, dq,
                 layout.pattern_of_head, layout.row_offsets, layout.row_columns, tiles,
                 *strides(q), *strides(k), *strides(v), *strides(dout), *strides(dq),
@@ -296,7 +298,9 @@ def backward(
             tiles = None if spec.cu_seqlens is None else document_tiles(spec.cu_seqlens, s_k, config.rows)
             order = layout.columns_by_work(num_kv_heads)
             per_head = layout.num_key_blocks * (block // config.rows) if tiles is None else len(tiles)
-            s2_attention_bwd_kernel_dkdv[(batch * num_kv_heads * per_head,)](
+            programs = batch * num_kv_heads * per_head
+            check_launch(programs, layout.column_rows.numel(), block // config.steps)
+            s2_attention_bwd_kernel_dkdv[(programs,)](
                 q, k, v, dout, lse, delta, dk, dv,
                 layout.pattern_of_head, layout.column_offsets, layout.column_rows, order, tiles,
                 *strides(q), *strides(k), *strides(v), *strides(dout), *strides(dk), *strides(dv),

@@ -26,7 +26,9 @@ class Case:
     keep: float = 0.3
     gradients: str = "both"  # whose are given: "both", "out" or "lse"
     fused: bool = False  # q, k, v are views of one tensor, as a fused projection's output has them
+    dout_scale: float = 1.0  # of the output's gradient
     deterministic: bool = False  # torch.use_deterministic_algorithms, and equal gradients in two runs
+    hopper_forward: bool = False  # fails if a Hopper GPU runs the portable forward
 
 
 @dataclass(frozen=True)
@@ -113,8 +115,54 @@ def _cases() -> list[Case]:
             Case(f"gradient of lse alone, {name}", gradients="lse", block=block),
             Case(f"fused q, k, v, {name}", fused=True, kv_heads=8, batch=2, block=block),
         ]
+    # tiles that begin before the first row, or end where the next document begins
+    uneven = (0, 300, 1, 0, 129, 128, 64, 400, 127, 0)
+    for block in (64, 128, 256):
+        for offset in (1, 65, 300, 777):
+            name = f"offset {offset}, block {block}, Hopper"
+            cases.append(Case(name, query_offset=offset, block=block, s_q=515, batch=2, hopper_forward=True))
+        for dim in (64, 128):
+            name = f"packed, uneven, block {block}, d {dim}, Hopper"
+            cases.append(Case(name, documents=uneven, block=block, dim=dim, hopper_forward=True))
+        cases += [
+            Case(f"offset 65, block {block}, d 64, bhsd, Hopper", query_offset=65, block=block, dim=64, s_q=63,
+                 format="bhsd", hopper_forward=True),
+            Case(f"not causal, offset 300, block {block}, Hopper", query_offset=300, block=block, s_k=333, s_q=700,
+                 causal=False, hopper_forward=True),
+            Case(f"packed, one token each, block {block}, Hopper", documents=(1,) * 70, block=block,
+                 keep=1.0, hopper_forward=True),
+            Case(f"packed, MHA, bhsd, block {block}, Hopper", documents=(700, 200, 612), kv_heads=8, format="bhsd",
+                 block=block, hopper_forward=True),
+            Case(f"packed, float16, d 80, all kept, block {block}, Hopper", documents=uneven, dtype="float16", dim=80,
+                 keep=1.0, block=block, hopper_forward=True),
+        ]  # fmt: skip
+    # the one-pass backward: its dtypes, dimensions and documents
+    for block in (64, 128, 256):
+        name = f"block {block}"
+        cases += [
+            Case(f"{dtype} {name} d {dim}, {kind}", dtype=dtype, dim=dim, block=block, **options)
+            for dtype, dim in (("bfloat16", 64), ("bfloat16", 128), ("float16", 64), ("float16", 128))
+            for kind, options in (
+                ("MHA, 1500 rows", {"kv_heads": 8, "s_q": 1500}),
+                ("batch 2, offset 301, bshd", {"batch": 2, "query_offset": 301, "s_q": 700, "format": "bshd"}),
+                ("packed", {"documents": (37, 0, 700, 1, 333, 129)}),
+            )
+        ]
+        cases += [
+            Case(f"packed MHA, {name}", kv_heads=8, documents=(64, 1, 0, 1200, 63, 65), block=block),
+            Case(
+                f"packed MQA, {name}, mostly empty rows", kv_heads=1, documents=(1000, 0, 1, 513), keep=0.1, block=block
+            ),
+            Case(f"packed bhsd, {name}", documents=(0, 999), format="bhsd", block=block),
+            Case(f"packed, gradient of lse alone, {name}", documents=(300, 5, 400), gradients="lse", block=block),
+            Case(f"packed, one token each, {name}", documents=(1,) * 70, block=block),
+            Case(f"packed, fused q, k, v, {name}", documents=(450, 301), fused=True, kv_heads=8, block=block),
+        ]
     return [
         *cases,
+        Case("packed, 200 documents, MQA, Hopper", documents=(3, 40, 0, 17, 5) * 40, kv_heads=1, hopper_forward=True),
+        Case("GQA 16/4 block 64, 3000 rows", heads=16, kv_heads=4, s_q=3000, keep=0.2),
+        Case("large gradients, float16", dtype="float16", block=128, dout_scale=100.0),
         Case("deterministic", deterministic=True, block=128),
         Case("aligned offset beyond keys", query_offset=384, s_k=250),
         Case("3 of 33 blocks, MQA", keep=0.1, block=128, s_q=4200, kv_heads=1),
@@ -125,7 +173,9 @@ CASES = {case.name: case for case in _cases()}
 _QUICK = (
     "bfloat16 block 64 d 128", "bfloat16 block 128 d 128", "bfloat16 block 16 d 128", "float32 block 64 d 128",
     "length 2049 block 128", "offset 777 block 128", "offset 256, block 128, batch 2", "deterministic",
-    "packed block 64", "bfloat16 block 64 d 80",
+    "packed block 64", "bfloat16 block 64 d 80", "bfloat16 block 128 d 64, packed",
+    "float16 block 64 d 128, MHA, 1500 rows", "offset 65, block 128, Hopper",
+    "packed, uneven, block 64, d 128, Hopper", "packed, uneven, block 128, d 64, Hopper",
 )  # fmt: skip
 
 TIMINGS = [

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .attention import block_sparse_attention
 from .check_cases import Case, Timing
-from .hopper_support import backward_choice, kernel_choice
+from .hopper_support import backward_choice, is_hopper, kernel_choice
 from .layout import BlockLayout
 from .reference import reference_attention
 from .spec import AttentionSpec, Format, from_bhsd, to_bhsd
@@ -84,10 +84,10 @@ def check_case(case: Case, device: torch.device) -> dict[str, Any]:
 
     with _deterministic(case.deterministic):
         out, lse = attend()
-        dout = None if case.gradients == "lse" else torch.randn_like(out)
+        dout = None if case.gradients == "lse" else torch.randn_like(out) * case.dout_scale
         dlse = None if case.gradients == "out" else torch.randn_like(lse)
         measured = _results(out, lse, leaves, dout, dlse)
-        kernels = _kernels(q, k, v, layout, **options)
+        kernels = kernels_run(q, k, v, layout, **options)
         # once more, as a layout keeps compiled kernels for later calls
         again = _results(*attend(), leaves, dout, dlse)
 
@@ -100,6 +100,8 @@ def check_case(case: Case, device: torch.device) -> dict[str, Any]:
     # rows without keys: -inf in the same places
     result["ok"] &= bool(((lse == -torch.inf) == (exact[1] == 0)).all())
     result["ok"] &= compare(again, plain, exact)["ok"]
+    if case.hopper_forward and is_hopper(device):
+        result["ok"] &= result["forward"] == "hopper"
     if case.deterministic:
         result["ok"] &= all(x.equal(y) for x, y in zip(measured, again, strict=True))
     return result
@@ -115,7 +117,7 @@ def _deterministic(enabled: bool) -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
-def _kernels(
+def kernels_run(
     q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, *, causal: bool = True, query_offset: int = 0,
     cu_seqlens: Tensor | None = None, format: Format = "sbhd",
 ) -> dict[str, str]:  # fmt: skip
@@ -163,7 +165,7 @@ def time_case(case: Timing) -> dict[str, Any]:
 
     dense_out, dense_dout = dense(), dout.permute(1, 2, 0, 3).contiguous()
     return checked | {
-        **_kernels(q, k, v, layout),
+        **kernels_run(q, k, v, layout),
         "forward_ms": forward_ms,
         "backward_ms": backward_ms,
         "forward_tflops": flops / forward_ms / 1e9,

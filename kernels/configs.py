@@ -115,6 +115,8 @@ def config_for(kernel: Kernel, block_size: int, dim: int, v_dim: int, dtype: tor
     First stages go, then the tiles are halved. Raises ValueError if even the smallest does not fit.
     """
     width = max(64, padded(dim), padded(v_dim))
+    # of a tensor core's product; in full float32 precision there is none, and fewer rows do
+    fewest_rows = 8 if dtype == torch.float32 else 16
     if width > 256:
         raise ValueError(f"head dimensions up to 256 are supported, got {dim} (q, k) and {v_dim} (v)")
     if dtype == torch.float32:
@@ -126,7 +128,7 @@ def config_for(kernel: Kernel, block_size: int, dim: int, v_dim: int, dtype: tor
             config = replace(config, num_stages=config.num_stages - 1)
         elif config.steps > 16:
             config = replace(config, steps=config.steps // 2)
-        elif config.rows > 16:
+        elif config.rows > fewest_rows:
             config = replace(config, rows=config.rows // 2, num_warps=max(1, config.num_warps // 2))
         else:
             raise ValueError(f"head dimension {dim} does not fit this device's {limit} bytes of shared memory")

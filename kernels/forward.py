@@ -15,7 +15,7 @@ from torch import Tensor
 from .configs import config_for, padded, shared_limit
 from .layout import BlockLayout
 from .spec import AttentionSpec, empty, empty_bhsd
-from .tiles import count_below, document_tiles, load_tile, store_tile, strides, tile_of_document
+from .tiles import check_launch, count_below, document_tiles, load_tile, store_tile, strides, tile_of_document
 
 LOG2_E: float = 1.4426950408889634
 _LN_2 = tl.constexpr(0.6931471805599453)
@@ -178,8 +178,10 @@ def forward(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, spec: Attentio
     num_tiles = num_query_tiles(s_q, spec.query_offset, config.rows) if tiles is None else len(tiles)
     if out.numel() == 0:
         return out, lse
+    programs = batch * num_heads * num_tiles
+    check_launch(programs, layout.row_columns.numel(), layout.block_size // config.steps)
     with torch.cuda.device_of(q):
-        s2_attention_fwd_kernel[(batch * num_heads * num_tiles,)](
+        s2_attention_fwd_kernel[(programs,)](
             q, k, v, out, lse, layout.pattern_of_head, layout.row_offsets, layout.row_columns, tiles,
             *strides(q), *strides(k), *strides(v), *strides(out),
             spec.softmax_scale * LOG2_E, num_tiles, num_heads, num_heads // num_kv_heads, s_q, s_k,

@@ -13,6 +13,7 @@ in which programs add to it differs from run to run, and with it dq's last bits.
 # Triton reads the annotations of its functions, and has none for their tensors.
 # mypy: allow-untyped-defs
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,15 +36,18 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from .forward import LOG2_E
 from .hopper_support import fits_descriptor
 from .key_pairs import KeyPairs, key_pairs
+from .launch import descriptor, launch
 from .layout import BlockLayout
+from .packed_pairs import packed_pairs
 from .spec import AttentionSpec, empty, empty_bhsd
-from .tiles import strides
+from .tiles import strides, tile_of_document
 
 TILE = gl.constexpr(64)  # keys of a warpgroup, queries of a step
 # a step in 32 bits: whether it needs a mask for each warpgroup's keys (2 bits), query tile, head within the group
 ACTIVE_BITS = gl.constexpr(2)
 QUERY_BITS = gl.constexpr(20)
 META = gl.constexpr(8)  # ints a pair: KV head, first key tile, second key tile, first step, masked steps, steps
+PACKED_META = gl.constexpr(10)  # and: steps to skip after the masked ones, document's first tile, first row, length
 
 
 @builtin
@@ -66,11 +70,34 @@ def _zero(t):
 
 
 @gluon.jit
-def _work(meta_ptr, batch_size):
+def _work(meta_ptr, batch_size, PACKED: gl.constexpr):
     w = gl.program_id(0) // batch_size
     b = gl.program_id(0) % batch_size
-    at = meta_ptr + w * META
+    at = meta_ptr + w * (PACKED_META if PACKED else META)
     return b, gl.load(at), gl.load(at + 1), gl.load(at + 2), gl.load(at + 3), gl.load(at + 4), gl.load(at + 5)
+
+
+@gluon.jit
+def _document(meta_ptr, first_tile, offset, s_k, PACKED: gl.constexpr):
+    """Number of the first query tile, position of row 0, first row of the keys, number of keys.
+
+    A document's query tiles are numbered on from those of the documents before.
+    """
+    if PACKED:
+        at = meta_ptr + gl.program_id(0) * PACKED_META  # batch 1
+        start = gl.load(at + 8)
+        return 0 - gl.load(at + 7), 0 - start, start, gl.load(at + 9)
+    return first_tile, offset, 0, s_k
+
+
+@gluon.jit
+def _load_step(steps_ptr, meta_ptr, first, t, PACKED: gl.constexpr):
+    """Step t; a document leaves out the first of the unmasked ones, whose queries lie beyond its end."""
+    at = steps_ptr + first + t
+    if PACKED:
+        work = meta_ptr + gl.program_id(0) * PACKED_META
+        at += gl.where(t >= gl.load(work + 4), gl.load(work + 6), 0)
+    return gl.load(at)
 
 
 @gluon.jit
@@ -83,7 +110,7 @@ def _unpack(entry, b, kv, group):
 def _producer(
     x_desc, stat_desc, k_desc, v_desc, x_s, stat_s, k_s, v_s, k_full, x_full, free,
     meta_ptr, steps_ptr, batch_size, num_heads, group, first_tile, num_tiles, offset,
-    STAGES: gl.constexpr, EXTRA: gl.constexpr,
+    STAGES: gl.constexpr, EXTRA: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
     """Loads q and the log-sum-exps (EXTRA = 1), or dout and the deltas.
 
@@ -91,20 +118,21 @@ def _producer(
     """
     T4: gl.constexpr = x_desc.block_shape
     dt: gl.constexpr = x_desc.dtype
-    b, kv, ka, kb, first, _, num_steps = _work(meta_ptr, batch_size)
+    b, kv, ka, kb, first, _, num_steps = _work(meta_ptr, batch_size, PACKED)
+    first_tile, offset, start, _ = _document(meta_ptr, first_tile, offset, 0, PACKED)
     if EXTRA:
         mbarrier.expect(k_full, 4 * k_desc.block_type.nbytes)
         for c in gl.static_range(2):
-            key = (ka if c == 0 else kb) * TILE
+            key = (ka if c == 0 else kb) * TILE + start
             tma.async_copy_global_to_shared(
                 k_desc, [b, kv, key, 0], k_full, k_s.index(c)._reinterpret(dt, T4, k_desc.layout)
             )
             tma.async_copy_global_to_shared(
-                v_desc, [b, kv, key, 0], k_full, v_s.index(c)._reinterpret(dt, T4, k_desc.layout)
+                v_desc, [b, kv, key, 0], k_full, v_s.index(c)._reinterpret(dt, T4, v_desc.layout)
             )
     entry = gl.load(steps_ptr + first)
     for t in range(0, num_steps):
-        following = gl.load(steps_ptr + first + gl.minimum(t + 1, num_steps - 1))
+        following = _load_step(steps_ptr, meta_ptr, first, gl.minimum(t + 1, num_steps - 1), PACKED)
         head, tile = _unpack(entry, b, kv, group)
         st = t % STAGES
         mbarrier.wait(free.index(st), ((t // STAGES) & 1) ^ 1)
@@ -121,14 +149,15 @@ def _producer(
 @gluon.jit
 def _reducer(
     acc_desc, dq_s, dq_full, dq_free, free, meta_ptr, steps_ptr, batch_size, num_heads, group, first_tile, num_tiles,
-    C: gl.constexpr, STAGES: gl.constexpr,
+    C: gl.constexpr, STAGES: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
     """Adds each half of dq that its warpgroup leaves in shared memory, but the void first one. Frees the tiles."""
     ROWS: gl.constexpr = acc_desc.block_shape[0]
-    b, kv, _, _, first, _, num_steps = _work(meta_ptr, batch_size)
+    b, kv, _, _, first, _, num_steps = _work(meta_ptr, batch_size, PACKED)
+    first_tile, _, _, _ = _document(meta_ptr, first_tile, 0, 0, PACKED)
     entry = gl.load(steps_ptr + first)
     for n in range(0, num_steps + 1):
-        following = gl.load(steps_ptr + first + gl.minimum(n, num_steps - 1))
+        following = _load_step(steps_ptr, meta_ptr, first, gl.minimum(n, num_steps - 1), PACKED)
         head, tile = _unpack(entry, b, kv, group)
         row = (((b * num_heads + head) * num_tiles + tile - first_tile) * 2 + C) * ROWS
         mbarrier.wait(dq_full.index(C), n & 1)
@@ -216,8 +245,9 @@ def _step(
 def _consumer(
     dk_desc, dv_desc, k_s, v_s, q_s, dout_s, lse_s, delta_s, ds_s, dq_s,
     k_full, q_full, dout_full, ds_full, dq_free, dq_full, done,
-    meta_ptr, steps_ptr, batch_size, scale, scale_log2, s_k,
+    meta_ptr, steps_ptr, dk_ptr, dv_ptr, head_stride, row_stride, batch_size, scale, scale_log2, s_k,
     C: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, HL: gl.constexpr,
+    PACKED: gl.constexpr,
 ):  # fmt: skip
     SL: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
     OL: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
@@ -225,10 +255,11 @@ def _consumer(
     PL: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OL, k_width=2)
     dt: gl.constexpr = q_s.dtype
     T4: gl.constexpr = dk_desc.block_shape
-    b, kv, ka, kb, first, num_masked, num_steps = _work(meta_ptr, batch_size)
+    b, kv, ka, kb, first, num_masked, num_steps = _work(meta_ptr, batch_size, PACKED)
+    _, _, _, num_keys = _document(meta_ptr, 0, 0, s_k, PACKED)
     key_tile = ka if C == 0 else kb
     key = key_tile * TILE + gl.arange(0, TILE, layout=gl.SliceLayout(1, SL))
-    key = gl.where(key < s_k, key, 2147483647)
+    key = gl.where(key < num_keys, key, 2147483647)
     query = gl.arange(0, TILE, layout=gl.SliceLayout(0, SL))
     zs = gl.zeros([TILE, TILE], gl.float32, SL)
     zq = gl.zeros([TILE, D // 2], gl.float32, QL)
@@ -257,35 +288,55 @@ def _consumer(
     x = warpgroup_mma_wait(num_outstanding=0, deps=(dq,))
     _store_dq(x, dq_s, dq_free, dq_full, num_steps, C, D)
     mbarrier.arrive(done.index(C), count=1)
-    v_s.index(C).store(dv.to(dt))  # this warpgroup alone read its half of v
-    fence_async_shared()
-    gl.thread_barrier()
-    tma.async_copy_shared_to_global(
-        dv_desc, [b, kv, key_tile * TILE, 0], v_s.index(C)._reinterpret(dt, T4, dv_desc.layout)
-    )
-    mbarrier.wait(done.index(1 - C), 0)  # the other has read this half of k for its last dq
-    k_s.index(C).store((dk * scale).to(dt))
-    fence_async_shared()
-    gl.thread_barrier()
-    tma.async_copy_shared_to_global(
-        dk_desc, [b, kv, key_tile * TILE, 0], k_s.index(C)._reinterpret(dt, T4, dk_desc.layout)
-    )
-    tma.store_wait(pendings=0)
+    _, _, start, num_keys = _document(meta_ptr, 0, 0, s_k, PACKED)  # again: registers were short
+    row = key_tile * TILE + start
+    if PACKED and (key_tile + 1) * TILE > num_keys:  # TMA would write over the first rows of the document behind
+        head = kv.to(gl.int64) * head_stride
+        _store_part(dv, dv_ptr + head, row_stride, row, start + num_keys, D)
+        _store_part(dk * scale, dk_ptr + head, row_stride, row, start + num_keys, D)
+    else:
+        v_s.index(C).store(dv.to(dt))  # this warpgroup alone read its half of v
+        fence_async_shared()
+        gl.thread_barrier()
+        tma.async_copy_shared_to_global(dv_desc, [b, kv, row, 0], v_s.index(C)._reinterpret(dt, T4, dv_desc.layout))
+        mbarrier.wait(done.index(1 - C), 0)  # the other has read this half of k for its last dq
+        k_s.index(C).store((dk * scale).to(dt))
+        fence_async_shared()
+        gl.thread_barrier()
+        tma.async_copy_shared_to_global(dk_desc, [b, kv, row, 0], k_s.index(C)._reinterpret(dt, T4, dk_desc.layout))
+        tma.store_wait(pendings=0)
 
 
-@gluon.jit(do_not_specialize=["batch_size", "num_heads", "group", "first_tile", "num_tiles", "offset", "s_k"])
+@gluon.jit
+def _store_part(x, base, stride, row, end, D: gl.constexpr):
+    """Those rows [row, row + 64) of x that lie before `end`."""
+    L: gl.constexpr = x.type.layout
+    rows = row + gl.arange(0, TILE, layout=gl.SliceLayout(1, L))
+    dims = gl.arange(0, D, layout=gl.SliceLayout(0, L))
+    at = base + gl.expand_dims(rows.to(gl.int64) * stride, 1) + gl.expand_dims(dims, 0)
+    gl.store(at, x.to(base.dtype.element_ty), mask=gl.expand_dims(rows < end, 1) & gl.expand_dims(dims < D, 0))
+
+
+@gluon.jit(
+    do_not_specialize=[
+        "head_stride", "row_stride",
+        "batch_size", "num_heads", "group", "first_tile", "num_tiles", "offset", "s_k",
+    ]
+)  # fmt: skip
 def s2_attention_bwd_kernel_hopper(
     q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_desc, acc_desc, dk_desc, dv_desc, meta_ptr, steps_ptr,
+    dk_ptr, dv_ptr, head_stride, row_stride,
     scale, scale_log2, batch_size, num_heads, group, first_tile, num_tiles, offset, s_k,
-    D: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
+    D: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, PACKED: gl.constexpr,
     CONSUMER_REGS: gl.constexpr, OTHER_REGS: gl.constexpr,
 ):  # fmt: skip
     """Room in shared memory, barriers and the six roles."""
     BL: gl.constexpr = mbarrier.MBarrierLayout()
     dt: gl.constexpr = q_desc.dtype
     ML: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    HL: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    k_s = gl.allocate_shared_memory(dt, [2, TILE, D], ML)
+    # of k and its halves: panels as wide as half the head dimensions, so that a half is memory of its own
+    HL: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=D, element_bitwidth=16, rank=2)
+    k_s = gl.allocate_shared_memory(dt, [2, TILE, D], HL)
     v_s = gl.allocate_shared_memory(dt, [2, TILE, D], ML)
     q_s = gl.allocate_shared_memory(dt, [STAGES, TILE, D], ML)
     dout_s = gl.allocate_shared_memory(dt, [STAGES, TILE, D], ML)
@@ -318,41 +369,54 @@ def s2_attention_bwd_kernel_hopper(
         [
             (_consumer, (dk_desc, dv_desc, k_s, v_s, q_s, dout_s, lse_s, delta_s, ds_s, dq_s,
                          k_full, q_full, dout_full, ds_full, dq_free, dq_full, done,
-                         meta_ptr, steps_ptr, batch_size, scale, scale_log2, s_k,
-                         0, D, STAGES, CAUSAL, HL)),
+                         meta_ptr, steps_ptr, dk_ptr, dv_ptr, head_stride, row_stride,
+                         batch_size, scale, scale_log2, s_k, 0, D, STAGES, CAUSAL, HL, PACKED)),
             (_consumer, (dk_desc, dv_desc, k_s, v_s, q_s, dout_s, lse_s, delta_s, ds_s, dq_s,
                          k_full, q_full, dout_full, ds_full, dq_free, dq_full, done,
-                         meta_ptr, steps_ptr, batch_size, scale, scale_log2, s_k,
-                         1, D, STAGES, CAUSAL, HL)),
+                         meta_ptr, steps_ptr, dk_ptr, dv_ptr, head_stride, row_stride,
+                         batch_size, scale, scale_log2, s_k, 1, D, STAGES, CAUSAL, HL, PACKED)),
             (_producer, (q_desc, lse_desc, k_desc, v_desc, q_s, lse_s, k_s, v_s, k_full, q_full, free,
-                         meta_ptr, steps_ptr, batch_size, num_heads, group, first_tile, num_tiles, offset, STAGES, 1)),
+                         meta_ptr, steps_ptr, batch_size, num_heads, group, first_tile, num_tiles, offset, STAGES, 1,
+                         PACKED)),
             (_producer, (dout_desc, delta_desc, k_desc, v_desc, dout_s, delta_s, k_s, v_s, k_full, dout_full, free,
-                         meta_ptr, steps_ptr, batch_size, num_heads, group, first_tile, num_tiles, offset, STAGES, 0)),
+                         meta_ptr, steps_ptr, batch_size, num_heads, group, first_tile, num_tiles, offset, STAGES, 0,
+                         PACKED)),
             (_reducer, (acc_desc, dq_s, dq_full, dq_free, free, meta_ptr, steps_ptr, batch_size, num_heads, group,
-                        first_tile, num_tiles, 0, STAGES)),
+                        first_tile, num_tiles, 0, STAGES, PACKED)),
             (_reducer, (acc_desc, dq_s, dq_full, dq_free, free, meta_ptr, steps_ptr, batch_size, num_heads, group,
-                        first_tile, num_tiles, 1, STAGES)),
+                        first_tile, num_tiles, 1, STAGES, PACKED)),
         ],
         [4, 1, 1, 1, 1], [CONSUMER_REGS, OTHER_REGS, OTHER_REGS, OTHER_REGS, OTHER_REGS],
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["num_heads", "s_q", "first_tile", "num_tiles", "offset"])
-def s2_attention_bwd_kernel_hopper_prepare(
-    out_ptr, dout_ptr, lse_ptr, dlse_ptr, lse2_ptr, delta_ptr,
-    out_batch, out_head, out_row, dout_batch, dout_head, dout_row, num_heads, s_q, first_tile, num_tiles, offset,
-    D: tl.constexpr, HAS_DLSE: tl.constexpr,
-):  # fmt: skip
-    """For every query tile: log-sum-exp in base 2, +inf for rows that do not exist or have no key; delta."""
+@triton.jit
+def _rows_of_tile(tiles, num_heads, s_q, first_tile, num_tiles, offset, PACKED: tl.constexpr):
+    """Batch * head, batch and head in 64 bits; a program's 64 rows, and which of them there are."""
     program = tl.program_id(0)
     tile = program % num_tiles
     batch_head = (program // num_tiles).to(tl.int64)
-    b, h = batch_head // num_heads, batch_head % num_heads
-    row = (tile + first_tile) * 64 - offset + tl.arange(0, 64)
-    in_range = (row >= 0) & (row < s_q)
+    if PACKED:
+        first, start, length = tile_of_document(tiles, tile, 64)
+        position = first + tl.arange(0, 64)
+        row, in_range = start + position, position < length
+    else:
+        row = (tile + first_tile) * 64 - offset + tl.arange(0, 64)
+        in_range = (row >= 0) & (row < s_q)
+    return batch_head, batch_head // num_heads, batch_head % num_heads, row.to(tl.int64), in_range
+
+
+@triton.jit(do_not_specialize=["num_heads", "s_q", "first_tile", "num_tiles", "offset"])
+def s2_attention_bwd_kernel_hopper_prepare(
+    out_ptr, dout_ptr, lse_ptr, dlse_ptr, lse2_ptr, delta_ptr, tiles,
+    out_batch, out_head, out_row, dout_batch, dout_head, dout_row, num_heads, s_q, first_tile, num_tiles, offset,
+    D: tl.constexpr, HAS_DLSE: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """For every query tile: log-sum-exp in base 2, +inf for rows that do not exist or have no key; delta."""
+    batch_head, b, h, row, in_range = _rows_of_tile(tiles, num_heads, s_q, first_tile, num_tiles, offset, PACKED)
     dims = tl.arange(0, D)
-    out_at = out_ptr + b * out_batch + h * out_head + row.to(tl.int64)[:, None] * out_row + dims[None, :]
-    dout_at = dout_ptr + b * dout_batch + h * dout_head + row.to(tl.int64)[:, None] * dout_row + dims[None, :]
+    out_at = out_ptr + b * out_batch + h * out_head + row[:, None] * out_row + dims[None, :]
+    dout_at = dout_ptr + b * dout_batch + h * dout_head + row[:, None] * dout_row + dims[None, :]
     out = tl.load(out_at, mask=in_range[:, None], other=0.0).to(tl.float32)
     dout = tl.load(dout_at, mask=in_range[:, None], other=0.0).to(tl.float32)
     delta = tl.sum(out * dout, 1)
@@ -361,52 +425,62 @@ def s2_attention_bwd_kernel_hopper_prepare(
         delta -= tl.load(dlse_ptr + at, mask=in_range, other=0.0)
     lse = tl.load(lse_ptr + at, mask=in_range, other=float("-inf"))
     empty = lse == float("-inf")
-    to = program.to(tl.int64) * 64 + tl.arange(0, 64)
+    to = tl.program_id(0).to(tl.int64) * 64 + tl.arange(0, 64)
     tl.store(lse2_ptr + to, tl.where(empty, float("inf"), lse * 1.4426950408889634))
     tl.store(delta_ptr + to, tl.where(empty, 0.0, delta))
 
 
 @triton.jit(do_not_specialize=["num_heads", "s_q", "first_tile", "num_tiles", "offset"])
 def s2_attention_bwd_kernel_hopper_finish(
-    acc_ptr, dq_ptr, dq_batch, dq_head, dq_row, scale, num_heads, s_q, first_tile, num_tiles, offset,
-    D: tl.constexpr,
+    acc_ptr, dq_ptr, tiles, dq_batch, dq_head, dq_row, scale, num_heads, s_q, first_tile, num_tiles, offset,
+    D: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """dq from its sums, which lie in the order of a warpgroup's registers (`_store_dq`)."""
     HALF: tl.constexpr = D // 2
-    program = tl.program_id(0)
-    tile = program % num_tiles
-    batch_head = (program // num_tiles).to(tl.int64)
-    b, h = batch_head // num_heads, batch_head % num_heads
-    row = (tile + first_tile) * 64 - offset + tl.arange(0, 64)
-    in_range = (row >= 0) & (row < s_q)
-    dq_base = dq_ptr + b * dq_batch + h * dq_head + row.to(tl.int64)[:, None] * dq_row
+    _, b, h, row, in_range = _rows_of_tile(tiles, num_heads, s_q, first_tile, num_tiles, offset, PACKED)
+    dq_base = dq_ptr + b * dq_batch + h * dq_head + row[:, None] * dq_row
     for c in tl.static_range(2):
-        x = tl.load(acc_ptr + (program.to(tl.int64) * 2 + c) * (64 * HALF) + tl.arange(0, 64 * HALF)) * scale
+        at = (tl.program_id(0).to(tl.int64) * 2 + c) * (64 * HALF)
+        x = tl.load(acc_ptr + at + tl.arange(0, 64 * HALF)) * scale
         x = x.to(dq_ptr.dtype.element_ty)
         x = tl.permute(tl.reshape(x, [D // 16, 4, 8, 4, 2, 2]), (1, 4, 2, 0, 3, 5))
         x = tl.reshape(x, [64, HALF])
         tl.store(dq_base + (c * HALF + tl.arange(0, HALF))[None, :], x, mask=in_range[:, None])
 
 
-STAGES = 3  # tiles of queries, and of the output's gradients, in flight: 226 KiB of shared memory in all
+@dataclass(frozen=True)
+class HopperBackwardConfig:
+    """Tiles of queries, and of the output's gradients, in flight; registers of a thread."""
+
+    stages: int
+    consumer_registers: int = 240
+    other_registers: int = 24
+
+
+# By head dimension; three stages of 128 take 226 KiB of shared memory in all.
+CONFIGS = {128: HopperBackwardConfig(3), 64: HopperBackwardConfig(4)}
 ENTRY_REGISTERS = 168  # of a thread before the roles share them out: 65536 over 12 warps, in eights
-_CONSUMER_REGISTERS, _OTHER_REGISTERS = 240, 24
 
 
 def hopper_backward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None,
-    layout: BlockLayout, spec: AttentionSpec,
+    layout: BlockLayout, spec: AttentionSpec, config: HopperBackwardConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """As `backward`, for what `backward_choice` calls "hopper".
 
     Not deterministic: the sums of dq differ in their last bits from run to run. Beside the gradients it takes
     4 * b * h * s_q * d bytes of device memory, in which dq is summed in float32: twice as much as q.
+
+    Packed documents: rows of one are multiplied by zero in the tiles of its neighbours, so that an infinite or NaN
+    row spoils these too.
     """
     batch, num_heads, s_q, dim = q.shape
     num_kv_heads, s_k = k.shape[1:3]
+    config = config or CONFIGS[dim]
     if not fits_descriptor(dout):  # such as an expanded one
         dout = dout.clone(memory_format=torch.contiguous_format)
-    work = key_pairs(layout, num_kv_heads, s_q, s_k, spec.query_offset, spec.causal)
+    work = backward_work(layout, num_kv_heads, s_q, s_k, spec)
+    packed = work.tiles is not None
     dq = empty_bhsd((batch, num_heads, s_q, dim), q, spec.format)
     dk = empty_bhsd((batch, num_kv_heads, s_k, dim), q, spec.format)
     dv = empty_bhsd((batch, num_kv_heads, s_k, dim), q, spec.format)
@@ -414,48 +488,68 @@ def hopper_backward(
     shape = (num_heads, s_q, work.first_tile, work.num_tiles, spec.query_offset)
     lse2, delta = empty((2, rows * TILE.value), torch.float32, q.device)
     acc = torch.zeros(rows * 2 * dim, 32, dtype=torch.float32, device=q.device)
-    arguments = launch_arguments(q, k, v, dout, lse2, delta, acc, dk, dv, work, spec)
-    # Triton would look at every argument in every call; no two calls with one key differ to the compiler
-    key = ("hopper_backward_kernel", spec.causal)
-    compiled = layout.cache.get(key)
-    grid = len(work.meta) * batch
-    with torch.cuda.device_of(q):
-        s2_attention_bwd_kernel_hopper_prepare[(rows,)](
-            out, dout, lse, dlse, lse2, delta, *strides(out), *strides(dout), *shape, D=dim,
-            HAS_DLSE=dlse is not None, num_warps=8,
-        )  # fmt: skip
-        if compiled is None:
-            launch = s2_attention_bwd_kernel_hopper[(grid,)]
-            layout.cache[key] = launch(*arguments, num_warps=4, maxnreg=ENTRY_REGISTERS)
-        else:
-            compiled[grid, 1, 1](*arguments)
-        s2_attention_bwd_kernel_hopper_finish[(rows,)](
-            acc, dq, *strides(dq), spec.softmax_scale, *shape, D=dim, num_warps=4
-        )
+    arguments = launch_arguments(q, k, v, dout, lse2, delta, acc, dk, dv, work, spec, config)
+    strides_in, strides_out = (*strides(out), *strides(dout)), strides(dq)
+    before = (
+        out, dout, lse, dlse, lse2, delta, work.tiles, *strides_in, *shape, dim, dlse is not None, packed
+    )  # fmt: skip
+    after = (acc, dq, work.tiles, *strides_out, float(spec.softmax_scale), *shape, dim, packed)
+    kind = (q.dtype, dim, packed)
+    aligned = tuple(x is None or x.data_ptr() % 16 == 0 for x in (out, dout, lse, dlse))
+    prepare_key = ("hopper_backward_prepare", *kind, dlse is None, aligned, _specialised(strides_in))
+    main_key = ("hopper_backward_kernel", *kind, spec.causal, config)
+    finish_key = ("hopper_backward_finish", *kind, _specialised(strides_out))
+    where = {"cache": layout.cache, "device": q.device}
+    launch(
+        s2_attention_bwd_kernel_hopper_prepare, (rows, 1, 1), before, key=prepare_key, num_warps=8, **where
+    )  # fmt: skip
+    launch(
+        s2_attention_bwd_kernel_hopper, (len(work.meta) * batch, 1, 1), arguments,
+        key=main_key, num_warps=4, maxnreg=ENTRY_REGISTERS, **where,
+    )  # fmt: skip
+    launch(s2_attention_bwd_kernel_hopper_finish, (rows, 1, 1), after, key=finish_key, num_warps=4, **where)
     return dq, dk, dv
+
+
+def _specialised(numbers: tuple[int, ...]) -> tuple[tuple[bool, ...], ...]:
+    """What Triton compiles for."""
+    return tuple((n == 1, n % 16 == 0, n < 2**31) for n in numbers)
+
+
+def backward_work(layout: BlockLayout, num_kv_heads: int, s_q: int, s_k: int, spec: AttentionSpec) -> KeyPairs:
+    """What the main kernel walks."""
+    if spec.cu_seqlens is not None:
+        return packed_pairs(layout, num_kv_heads, spec.cu_seqlens, s_k)
+    return key_pairs(layout, num_kv_heads, s_q, s_k, spec.query_offset, spec.causal)
 
 
 def launch_arguments(
     q: Tensor, k: Tensor, v: Tensor, dout: Tensor, lse2: Tensor, delta: Tensor, acc: Tensor, dk: Tensor, dv: Tensor,
-    work: KeyPairs, spec: AttentionSpec,
+    work: KeyPairs, spec: AttentionSpec, config: HopperBackwardConfig,
 ) -> tuple[Any, ...]:  # fmt: skip
     """The main kernel's arguments."""
     batch, num_heads, _, dim = q.shape
-    flat = gl.NVMMASharedLayout.get_default_for([TILE.value], gl.float32)
-    fragments = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
+    _, head_stride, row_stride = strides(dk)  # and of dv
     return (
-        *(_tiles(x) for x in (q, k, v, dout)),
-        *(TensorDescriptor(x, [x.numel()], [1], [TILE.value], flat) for x in (lse2, delta)),
-        TensorDescriptor(acc, list(acc.shape), [32, 1], [dim, 32], fragments), _tiles(dk), _tiles(dv),
-        work.meta, work.steps, float(spec.softmax_scale), spec.softmax_scale * LOG2_E, batch, num_heads,
+        _tiles(q), _tiles(k, half=True), _tiles(v), _tiles(dout),
+        *(descriptor(x, [x.numel()], [1], [TILE.value], _FLAT) for x in (lse2, delta)),
+        descriptor(acc, [acc.shape[0], 32], [32, 1], [dim, 32], _FRAGMENTS), _tiles(dk, half=True), _tiles(dv),
+        work.meta, work.steps, dk, dv, head_stride, row_stride,
+        float(spec.softmax_scale), spec.softmax_scale * LOG2_E, batch, num_heads,
         num_heads // k.shape[1], work.first_tile, work.num_tiles, spec.query_offset, k.shape[2],
-        dim, STAGES, spec.causal, _CONSUMER_REGISTERS, _OTHER_REGISTERS,
+        dim, config.stages, spec.causal, work.tiles is not None,
+        config.consumer_registers, config.other_registers,
     )  # fmt: skip
 
 
-def _tiles(x: Tensor) -> TensorDescriptor:
-    """Descriptor of 64-row tiles of a view [b, h, s, d]."""
-    block = [1, 1, TILE.value, x.shape[3]]
-    layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)
-    strides = [stride if size > 1 else x.shape[3] for size, stride in zip(x.shape, x.stride(), strict=True)]
-    return TensorDescriptor(x, list(x.shape), [*strides[:3], 1], block, layout)
+_FLAT = gl.NVMMASharedLayout.get_default_for([TILE.value], gl.float32)
+_FRAGMENTS = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
+# by bytes of a row of a panel; made once: checking a layout costs 15 us
+_PANELS = {width: gl.NVMMASharedLayout(swizzle_byte_width=width, element_bitwidth=16, rank=4) for width in (64, 128)}
+
+
+def _tiles(x: Tensor, half: bool = False) -> TensorDescriptor:
+    """Descriptor of 64-row tiles of a view [b, h, s, d], in panels of 64 dimensions, or of `half` of them."""
+    b, h, s, dim = x.shape
+    strides = [stride if size > 1 else dim for size, stride in zip((b, h, s), x.stride(), strict=False)]
+    return descriptor(x, [b, h, s, dim], [*strides, 1], [1, 1, TILE.value, dim], _PANELS[dim if half else 128])

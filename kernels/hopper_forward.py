@@ -27,8 +27,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from .hopper_documents import COLUMNS, document_table
 from .hopper_support import PANEL, multiprocessors, padded_to_panels
 from .hopper_work import TILE, forward_work
+from .launch import descriptor, launch
 from .layout import BlockLayout
 from .spec import AttentionSpec, empty, empty_bhsd
 
@@ -38,6 +40,7 @@ _LOWEST = gl.constexpr(-1.0e30)  # below every score; finite, so that rows witho
 _STEP = gl.constexpr(TILE)  # keys of a step
 _HALF = gl.constexpr(TILE // 2)  # query rows of a consumer
 _PANEL = gl.constexpr(PANEL)
+_COLUMNS = gl.constexpr(COLUMNS)
 _BARRIER = gl.constexpr(mbarrier.MBarrierLayout())
 
 
@@ -94,10 +97,14 @@ def _num_items(num_items):
 
 
 @gluon.jit
-def _item(n, num_tiles, first_tile, num_heads, tiles_per_pattern, head_order, head_slot):
-    """Batch, head, tile and row of the step table of this program's n-th item.
+def _item(
+    n, num_tiles, first_tile, num_heads, tiles_per_pattern, query_offset, s_q, head_order, head_slot, documents,
+    PACKED: gl.constexpr,
+):  # fmt: skip
+    """Batch, head, tile and row of the step table of this program's n-th item, and its rows of q.
 
-    Items go round the programs and back, so that none gets the longest of every round.
+    Those are the positions plus the fifth, where that is at least 0 and the sum below the sixth. Items go round the
+    programs and back, so that none gets the longest of every round.
     """
     programs = gl.num_programs(0)
     place = gl.program_id(0)
@@ -105,12 +112,20 @@ def _item(n, num_tiles, first_tile, num_heads, tiles_per_pattern, head_order, he
         place = programs - 1 - place
     item = n * programs + place
     batch_head = item // num_tiles
-    tile = first_tile + num_tiles - 1 - (item - batch_head * num_tiles)
+    if PACKED:
+        entry = documents + (1 + item - batch_head * num_tiles) * _COLUMNS
+        shift = gl.load(entry)
+        end = shift + gl.load(entry + 1)
+        tile = gl.load(entry + 2)
+    else:
+        shift = 0 - query_offset
+        end = s_q
+        tile = first_tile + num_tiles - 1 - (item - batch_head * num_tiles)
     batch = batch_head // num_heads
     ranked = batch_head - batch * num_heads
     head = gl.load(head_order + ranked)
     row = gl.load(head_slot + ranked) * tiles_per_pattern + tile
-    return batch, head, tile, row
+    return batch, head, tile, row, shift, end
 
 
 @gluon.jit
@@ -124,13 +139,18 @@ def _load_panels(desc, batch, head, row, panels, first, STRIDE: gl.constexpr, PA
 
 @gluon.jit
 def _load_step(
-    desc, batch, head, chunks, step, panels, stage, barrier, CHUNK: gl.constexpr, PANELS: gl.constexpr
+    desc, batch, head, chunks, step, shift, s_k, panels, stage, barrier,
+    CHUNK: gl.constexpr, PANELS: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
     """Start the loads of one step's keys or values."""
     PER_STEP: gl.constexpr = _STEP // CHUNK
     mbarrier.expect(barrier, PANELS * PER_STEP * desc.block_type.nbytes)
     for part in gl.static_range(PER_STEP):
-        key = (gl.load(chunks + step * PER_STEP + part) >> 2) * CHUNK
+        entry = gl.load(chunks + step * PER_STEP + part)
+        key = (entry >> 2) * CHUNK
+        if PACKED:
+            # padding reads zeros from beyond the last row, not another document's values
+            key = gl.where(entry & 3 == 0, s_k, key + shift)
         first = stage * (PANELS * PER_STEP) + part
         _load_panels(desc, batch, head, key, panels, first, PER_STEP, PANELS, barrier)
 
@@ -138,9 +158,9 @@ def _load_step(
 @gluon.jit
 def _produce(
     q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-    head_order, head_slot, step_offsets, chunks,
-    num_items, num_tiles, first_tile, num_heads, group, tiles_per_pattern, query_offset,
-    CHUNK: gl.constexpr, Q_STAGES: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
+    head_order, head_slot, step_offsets, chunks, documents,
+    num_items, num_tiles, first_tile, num_heads, group, tiles_per_pattern, query_offset, s_q, s_k,
+    CHUNK: gl.constexpr, PACKED: gl.constexpr, Q_STAGES: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
 ):  # fmt: skip
     """The producer warp. Loads are started in the order in which the consumers wait for them."""
     PER_STEP: gl.constexpr = _STEP // CHUNK
@@ -155,36 +175,49 @@ def _produce(
     k_count = 0
     v_count = 0
     for n in range(0, _num_items(num_items)):
-        batch, head, tile, row = _item(n, num_tiles, first_tile, num_heads, tiles_per_pattern, head_order, head_slot)
+        batch, head, tile, row, shift, _ = _item(
+            n, num_tiles, first_tile, num_heads, tiles_per_pattern, query_offset, s_q, head_order, head_slot,
+            documents, PACKED,
+        )  # fmt: skip
         begin = gl.load(step_offsets + row)
         end = gl.load(step_offsets + row + 1)
         kv_head = head // group
         # the first keys before the queries, whose room is free later
         stage = k_count % K_STAGES
         mbarrier.wait(k_empty.index(stage), (k_count // K_STAGES & 1) ^ 1)
-        _load_step(k_desc, batch, kv_head, chunks, begin, k_panels, stage, k_full.index(stage), CHUNK, PANELS)
+        _load_step(
+            k_desc, batch, kv_head, chunks, begin, shift, s_k, k_panels, stage, k_full.index(stage),
+            CHUNK, PANELS, PACKED,
+        )  # fmt: skip
         k_count += 1
         q_stage = n % Q_STAGES
         for half in gl.static_range(2):
             slot = q_stage * 2 + half
             mbarrier.wait(q_empty.index(slot), (n // Q_STAGES & 1) ^ 1)
             mbarrier.expect(q_full.index(slot), PANELS * q_desc.block_type.nbytes)
-            q_row = tile * (2 * _HALF) + half * _HALF - query_offset
+            q_row = tile * (2 * _HALF) + half * _HALF + shift
             _load_panels(q_desc, batch, head, q_row, q_panels, slot * PANELS, 1, PANELS, q_full.index(slot))
         for step in range(begin + 1, end):
             stage = k_count % K_STAGES
             mbarrier.wait(k_empty.index(stage), (k_count // K_STAGES & 1) ^ 1)
-            _load_step(k_desc, batch, kv_head, chunks, step, k_panels, stage, k_full.index(stage), CHUNK, PANELS)
+            _load_step(
+                k_desc, batch, kv_head, chunks, step, shift, s_k, k_panels, stage, k_full.index(stage),
+                CHUNK, PANELS, PACKED,
+            )  # fmt: skip
             k_count += 1
             v_stage = v_count % V_STAGES
             mbarrier.wait(v_empty.index(v_stage), (v_count // V_STAGES & 1) ^ 1)
             _load_step(
-                v_desc, batch, kv_head, chunks, step - 1, v_panels, v_stage, v_full.index(v_stage), CHUNK, V_PANELS
-            )
+                v_desc, batch, kv_head, chunks, step - 1, shift, s_k, v_panels, v_stage, v_full.index(v_stage),
+                CHUNK, V_PANELS, PACKED,
+            )  # fmt: skip
             v_count += 1
         v_stage = v_count % V_STAGES
         mbarrier.wait(v_empty.index(v_stage), (v_count // V_STAGES & 1) ^ 1)
-        _load_step(v_desc, batch, kv_head, chunks, end - 1, v_panels, v_stage, v_full.index(v_stage), CHUNK, V_PANELS)
+        _load_step(
+            v_desc, batch, kv_head, chunks, end - 1, shift, s_k, v_panels, v_stage, v_full.index(v_stage),
+            CHUNK, V_PANELS, PACKED,
+        )  # fmt: skip
         v_count += 1
 
 
@@ -244,11 +277,48 @@ def _attend(
 
 
 @gluon.jit
+def _clear_beyond(v_smem, stage, chunks, step, num_keys, CHUNK: gl.constexpr):
+    """Zero the values of a step's keys from `num_keys` on: another document's, whose infinities times 0 are NaN.
+
+    Both consumers do it, so that neither waits for the other: what they write is the same.
+    """
+    PER_STEP: gl.constexpr = _STEP // CHUNK
+    PANELS: gl.constexpr = v_smem.shape[2] // _PANEL
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    boxes = v_smem._reinterpret(v_smem.dtype, [v_smem.shape[0] * PANELS * PER_STEP, CHUNK, _PANEL], v_smem.layout)
+    row = gl.arange(0, CHUNK, layout=gl.SliceLayout(1, layout))
+    for part in gl.static_range(PER_STEP):
+        key = (gl.load(chunks + step * PER_STEP + part) >> 2) * CHUNK + row
+        for panel in gl.static_range(PANELS):
+            box = boxes.index(stage * (PANELS * PER_STEP) + panel * PER_STEP + part)
+            values = box.load(layout)
+            box.store(gl.where(gl.expand_dims(key < num_keys, 1), values, gl.zeros_like(values)))
+    fence_async_shared()
+    gl.thread_barrier()
+
+
+@gluon.jit
+def _store_rows(box, out, begin, end, batch, head, first, out_batch, out_head, out_row, V_ROW: gl.constexpr):
+    """Write those of a tile's rows that lie in [begin, end): `out` has rows of V_ROW, strides are counted in them."""
+    ROWS: gl.constexpr = box.shape[0]
+    COLUMNS: gl.constexpr = box.shape[1]
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // COLUMNS, COLUMNS // 8], [4, 1], [1, 0])
+    row = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+    column = gl.expand_dims(gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout)), 0)
+    base = batch.to(gl.int64) * out_batch + head.to(gl.int64) * out_head
+    at = (base + row.to(gl.int64) * out_row) * V_ROW
+    keep = gl.expand_dims((row >= begin) & (row < end), 1) & (column < V_ROW)
+    gl.store(out + (gl.expand_dims(at, 1) + column), box.load(layout), mask=keep)
+
+
+@gluon.jit
 def _consume(
-    out_desc, lse, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-    head_order, head_slot, step_offsets, full_offsets, chunks, scale_log2,
+    out_desc, out, out_batch, out_head, out_row, lse,
+    q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+    head_order, head_slot, step_offsets, full_offsets, chunks, documents, scale_log2,
     num_items, num_tiles, first_tile, num_heads, tiles_per_pattern, query_offset, s_q, s_k,
-    HALF: gl.constexpr, CHUNK: gl.constexpr, CAUSAL: gl.constexpr,
+    HALF: gl.constexpr, V_ROW: gl.constexpr, CHUNK: gl.constexpr, CAUSAL: gl.constexpr,
+    PACKED: gl.constexpr, PARTIAL: gl.constexpr,
     Q_STAGES: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
 ):  # fmt: skip
     """A consumer warpgroup: its 64 rows of every tile. The output leaves through the room of the queries."""
@@ -271,7 +341,10 @@ def _consume(
     out_boxes = q_smem._reinterpret(dtype, [SLOTS, 1, 1, _HALF, V_DIM], out_desc.layout)
     count = 0
     for n in range(0, _num_items(num_items)):
-        _, _, tile, row = _item(n, num_tiles, first_tile, num_heads, tiles_per_pattern, head_order, head_slot)
+        _, _, tile, row, shift, last = _item(
+            n, num_tiles, first_tile, num_heads, tiles_per_pattern, query_offset, s_q, head_order, head_slot,
+            documents, PACKED,
+        )  # fmt: skip
         begin = gl.load(step_offsets + row)
         end = gl.load(step_offsets + row + 1)
         full = gl.load(full_offsets + row)
@@ -294,6 +367,12 @@ def _consume(
         scores = _masked(scores, chunks, begin, last_key, columns, HALF, CHUNK)
         first_weights, peak, total, _ = _softmax(scores, peak, total, scale_log2)
         weights = _pack(first_weights, dtype)
+        if PACKED:  # noqa: SIM102 (the compiler's constant, apart from the device's condition)
+            # only a document's last tile sees keys beyond it, in its first step
+            if (tile + 1) * (2 * _HALF) > last - shift:
+                v_stage = count % V_STAGES
+                mbarrier.wait(v_full.index(v_stage), count // V_STAGES & 1)
+                _clear_beyond(v_smem, v_stage, chunks, begin, last - shift, CHUNK)
         count += 1
         for step in range(begin + 1, full):
             acc, weights, peak, total = _attend(
@@ -314,11 +393,14 @@ def _consume(
         mbarrier.arrive(v_empty.index(v_stage), count=1)
 
         # again, rather than kept in registers all along
-        batch, head, tile, _ = _item(n, num_tiles, first_tile, num_heads, tiles_per_pattern, head_order, head_slot)
-        first = tile * (2 * _HALF) + HALF * _HALF
-        position = first + rows - query_offset
+        batch, head, tile, _, shift, last = _item(
+            n, num_tiles, first_tile, num_heads, tiles_per_pattern, query_offset, s_q, head_order, head_slot,
+            documents, PACKED,
+        )  # fmt: skip
+        first = tile * (2 * _HALF) + HALF * _HALF + shift
+        position = first + rows
         at = (batch.to(gl.int64) * num_heads + head) * s_q
-        in_range = (position >= 0) & (position < s_q)
+        in_range = (position >= 0) & (position < last)
         # without keys: the logarithm of 0 is -inf
         gl.store(lse + at + position, (peak + gl.log2(total)) * _LN_2, mask=in_range)
         inverse = 1.0 / gl.where(total == 0.0, 1.0, total)
@@ -328,7 +410,17 @@ def _consume(
         out_rows.index(out_slot).store(acc.to(dtype))
         fence_async_shared()
         gl.thread_barrier()
-        tma.async_copy_shared_to_global(out_desc, [batch, head, first - query_offset, 0], out_boxes.index(out_slot))
+        if PARTIAL:
+            # TMA would overwrite the next document, and may not store to negative rows
+            if (first >= 0) & (first + _HALF <= last):
+                tma.async_copy_shared_to_global(out_desc, [batch, head, first, 0], out_boxes.index(out_slot))
+            else:
+                _store_rows(
+                    out_rows.index(out_slot), out, 0, last, batch, head, first, out_batch, out_head, out_row, V_ROW
+                )
+                gl.thread_barrier()
+        else:
+            tma.async_copy_shared_to_global(out_desc, [batch, head, first, 0], out_boxes.index(out_slot))
         tma.store_wait(pendings=0)
         mbarrier.arrive(q_empty.index(slot), count=1)
 
@@ -336,16 +428,26 @@ def _consume(
 @gluon.jit(
     do_not_specialize=[
         "num_items", "num_tiles", "first_tile", "num_heads", "group", "tiles_per_pattern", "query_offset", "s_q", "s_k",
+        "out_batch", "out_head", "out_row",
     ]
 )  # fmt: skip
 def s2_attention_fwd_kernel_hopper(
     q_desc, k_desc, v_desc, out_desc, lse, head_order, head_slot, step_offsets, full_offsets, chunks, scale_log2,
     num_items, num_tiles, first_tile, num_heads, group, tiles_per_pattern, query_offset, s_q, s_k,
-    DIM: gl.constexpr, V_DIM: gl.constexpr, CHUNK: gl.constexpr, CAUSAL: gl.constexpr,
+    documents, out, out_batch, out_head, out_row,
+    DIM: gl.constexpr, V_DIM: gl.constexpr, V_ROW: gl.constexpr, CHUNK: gl.constexpr, CAUSAL: gl.constexpr,
+    PACKED: gl.constexpr, PARTIAL: gl.constexpr,
     Q_STAGES: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
     CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
 ):  # fmt: skip
-    """Room in shared memory, barriers and the three roles."""
+    """Room in shared memory, barriers and the three roles.
+
+    PACKED: `documents` is a `document_table`. PARTIAL: tiles may begin before the first row of q or end inside of
+    `out`, whose rows have V_ROW elements; else neither is given.
+    """
+    if PACKED:
+        num_tiles = gl.load(documents)
+        num_items = num_tiles * num_heads
     dtype: gl.constexpr = q_desc.dtype
     swizzled: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     q_smem = gl.allocate_shared_memory(dtype, [2 * Q_STAGES, _HALF, DIM], swizzled)
@@ -369,22 +471,24 @@ def s2_attention_fwd_kernel_hopper(
     fence_async_shared()
     gl.warp_specialize([
         (_consume, (
-            out_desc, lse, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-            head_order, head_slot, step_offsets, full_offsets, chunks, scale_log2,
+            out_desc, out, out_batch, out_head, out_row, lse,
+            q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+            head_order, head_slot, step_offsets, full_offsets, chunks, documents, scale_log2,
             num_items, num_tiles, first_tile, num_heads, tiles_per_pattern, query_offset, s_q, s_k,
-            0, CHUNK, CAUSAL, Q_STAGES, K_STAGES, V_STAGES,
+            0, V_ROW, CHUNK, CAUSAL, PACKED, PARTIAL, Q_STAGES, K_STAGES, V_STAGES,
         )),
         (_consume, (
-            out_desc, lse, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-            head_order, head_slot, step_offsets, full_offsets, chunks, scale_log2,
+            out_desc, out, out_batch, out_head, out_row, lse,
+            q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+            head_order, head_slot, step_offsets, full_offsets, chunks, documents, scale_log2,
             num_items, num_tiles, first_tile, num_heads, tiles_per_pattern, query_offset, s_q, s_k,
-            1, CHUNK, CAUSAL, Q_STAGES, K_STAGES, V_STAGES,
+            1, V_ROW, CHUNK, CAUSAL, PACKED, PARTIAL, Q_STAGES, K_STAGES, V_STAGES,
         )),
         (_produce, (
             q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-            head_order, head_slot, step_offsets, chunks,
-            num_items, num_tiles, first_tile, num_heads, group, tiles_per_pattern, query_offset,
-            CHUNK, Q_STAGES, K_STAGES, V_STAGES,
+            head_order, head_slot, step_offsets, chunks, documents,
+            num_items, num_tiles, first_tile, num_heads, group, tiles_per_pattern, query_offset, s_q, s_k,
+            CHUNK, PACKED, Q_STAGES, K_STAGES, V_STAGES,
         )),
     ], [4, 1], [CONSUMER_REGS, PRODUCER_REGS])  # fmt: skip
 
@@ -416,52 +520,54 @@ def hopper_forward(
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp as `forward.forward` returns them, for what `kernel_choice` calls "hopper"."""
     batch, num_heads, s_q, dim = q.shape
-    v_dim = v.shape[3]
-    out = empty_bhsd((batch, num_heads, s_q, v_dim), q, spec.format)
+    out = empty_bhsd((batch, num_heads, s_q, v.shape[3]), q, spec.format)
     lse = empty((batch, num_heads, s_q), torch.float32, q.device)
     config = config or CONFIGS[padded_to_panels(dim), min(layout.block_size, TILE)]
-    num_items, arguments = launch_arguments(q, k, v, out, lse, layout, spec, config)
-    grid = min(num_items, multiprocessors(q.device))
-    # Triton would look at every argument in every call (100 us); no two calls with one key differ to the compiler
-    key = ("hopper_forward_kernel", q.dtype, padded_to_panels(dim), padded_to_panels(v_dim), spec.causal, config)
-    compiled = layout.cache.get(key)
-    with torch.cuda.device_of(q):
-        if compiled is None:
-            launch = s2_attention_fwd_kernel_hopper[(grid,)]
-            layout.cache[key] = launch(*arguments, num_warps=4, maxnreg=ENTRY_REGISTERS)
-        else:
-            compiled[grid, 1, 1](*arguments)
+    documents = None if spec.cu_seqlens is None else document_table(spec.cu_seqlens, s_q, TILE, layout.cache)
+    num_items, arguments, constants = launch_arguments(q, k, v, out, lse, documents, layout, spec, config)
+    launch(
+        s2_attention_fwd_kernel_hopper, (min(num_items, multiprocessors(q.device)), 1, 1), (*arguments, *constants),
+        cache=layout.cache, key=("hopper_forward_kernel", q.dtype, *constants), device=q.device,
+        num_warps=4, maxnreg=ENTRY_REGISTERS,
+    )  # fmt: skip
     return out, lse
 
 
 def launch_arguments(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, layout: BlockLayout, spec: AttentionSpec,
-    config: HopperConfig,
-) -> tuple[int, tuple[Any, ...]]:  # fmt: skip
-    """How many tiles there are to share out among programs, and the kernel's arguments."""
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, documents: Tensor | None, layout: BlockLayout,
+    spec: AttentionSpec, config: HopperConfig,
+) -> tuple[int, tuple[Any, ...], tuple[Any, ...]]:  # fmt: skip
+    """At most how many tiles there are to share out among programs, and the kernel's arguments and constants."""
     batch, num_heads, s_q, dim = q.shape
     num_kv_heads, s_k, v_dim = v.shape[1:]
-    query_end = spec.query_offset + s_q
-    first_tile = spec.query_offset // TILE
-    num_tiles = -(-query_end // TILE) - first_tile
+    offset = spec.query_offset
+    first_tile = offset // TILE
+    num_tiles = -(-(offset + s_q) // TILE) - first_tile if documents is None else len(documents) - 1
     num_items = batch * num_heads * num_tiles
-    work = forward_work(layout, causal=spec.causal, query_end=query_end, s_k=s_k)
+    work = forward_work(layout, causal=spec.causal, query_end=offset + s_q, s_k=s_k)
     chunk, padded_v_dim = work.chunk_keys, padded_to_panels(v_dim)
-    return num_items, (
+    partial = documents is not None or offset % TILE != 0
+    out_rows = tuple(stride // v_dim for stride in out.stride()[:3])
+    arguments = (
         _descriptor(q, TILE // 2, PANEL), _descriptor(k, chunk, PANEL), _descriptor(v, chunk, PANEL),
         _descriptor(out, TILE // 2, padded_v_dim),
         lse, work.head_order, work.head_slot, work.step_offsets, work.full_offsets, work.chunks,
         spec.softmax_scale * _LOG2_E, num_items, num_tiles, first_tile, num_heads, num_heads // num_kv_heads,
-        work.tiles_per_pattern, spec.query_offset, s_q, s_k,
-        padded_to_panels(dim), padded_v_dim, chunk, spec.causal,
-        config.q_stages, config.k_stages, config.v_stages,
+        work.tiles_per_pattern, offset, s_q, s_k,
+        documents, *((out, *out_rows) if partial else (None, None, None, None)),
+    )  # fmt: skip
+    constants = (
+        padded_to_panels(dim), padded_v_dim, v_dim if partial else padded_v_dim, chunk, spec.causal,
+        documents is not None, partial, config.q_stages, config.k_stages, config.v_stages,
         config.consumer_registers, config.producer_registers,
     )  # fmt: skip
+    return num_items, arguments, constants
 
 
 def _descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """Of a view [b, h, s, d], in boxes of `rows` x `columns` of one batch and head."""
     shape = list(x.shape)
+    b, h, s, _ = x.stride()
     # torch leaves strides along dimensions of size 1 arbitrary; TMA wants multiples of 16 bytes
-    strides = [64 if size == 1 else stride for size, stride in zip(shape[:3], x.stride()[:3], strict=True)]
-    return TensorDescriptor(x, shape, [*strides, 1], [1, 1, rows, columns], _SWIZZLED)
+    strides = [64 if shape[0] == 1 else b, 64 if shape[1] == 1 else h, 64 if shape[2] == 1 else s, 1]
+    return descriptor(x, shape, strides, [1, 1, rows, columns], _SWIZZLED)

@@ -20,9 +20,10 @@ _TRITON = "3.6."  # Gluon is experimental and changes with every release of Trit
 _LENGTH = 2**30  # positions, in 32-bit numbers
 _INDICES = 2**31
 _ALIGNMENT = 16  # bytes, of addresses and strides in TMA descriptors
-_QUERY_TILE = 128  # rows that the forward loads and stores together
+_MAX_STRIDE = 2**40  # bytes, likewise
 _BACKWARD_TILE = 64
-_BACKWARD_DIM = 128
+# dtype and head dimension; float16 at 128 spills 32 bytes of registers a thread
+_BACKWARD_KINDS = frozenset((dtype, dim) for dtype in _DTYPES for dim in (64, 128))
 
 Choice = Literal["hopper", "triton"]
 
@@ -45,9 +46,7 @@ def hopper_forward_supported(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayou
     return (
         q.dtype in _DTYPES
         and layout.block_size in _BLOCKS
-        and spec.cu_seqlens is None
-        # else the first tile begins at a negative row, where TMA may load but a store is an illegal instruction
-        and spec.query_offset % _QUERY_TILE == 0
+        and (spec.causal or spec.cu_seqlens is None)
         and dim <= 2 * PANEL
         and v_dim % (_ALIGNMENT // v.element_size()) == 0  # the output's strides
         and padded_to_panels(v_dim) <= padded_to_panels(dim)  # the output leaves through the queries' room
@@ -64,17 +63,23 @@ def hopper_backward_supported(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayo
     tiles_per_block = layout.block_size // _BACKWARD_TILE
     query_end = spec.query_offset + s_q
     num_tiles = -(-query_end // _BACKWARD_TILE) - spec.query_offset // _BACKWARD_TILE
+    num_pairs = -(-k.shape[2] // (2 * _BACKWARD_TILE))
+    longest = max(query_end, k.shape[2])
+    if spec.cu_seqlens is not None:
+        documents = spec.cu_seqlens.numel() - 1
+        num_tiles, num_pairs = num_tiles + documents, num_pairs + documents
+        longest = layout.block_size * min(layout.num_query_blocks, layout.num_key_blocks)
     return (
-        q.dtype == torch.bfloat16  # float16 spills registers
+        (q.dtype, dim) in _BACKWARD_KINDS
         and layout.block_size in _BLOCKS
-        and spec.cu_seqlens is None
-        and dim == v.shape[3] == _BACKWARD_DIM
+        and (spec.cu_seqlens is None or spec.causal)
+        and v.shape[3] == dim
         and q.numel() > 0
         and k.numel() > 0
         and num_heads // k.shape[1] <= MAX_GROUP
-        and max(query_end, k.shape[2]) <= 2**QUERY_BITS * _BACKWARD_TILE
+        and longest <= 2**QUERY_BITS * _BACKWARD_TILE
         and batch * num_heads * num_tiles * 2 * dim < _INDICES  # rows of the sums of dq
-        and batch * k.shape[1] * -(-k.shape[2] // (2 * _BACKWARD_TILE)) < _INDICES  # programs
+        and batch * k.shape[1] * num_pairs < _INDICES  # programs
         and layout.kept_blocks_of_heads * tiles_per_block**2 < _INDICES  # steps
         and all(fits_descriptor(x) for x in (q, k, v))
     )
@@ -105,9 +110,10 @@ def multiprocessors(device: torch.device) -> int:
 def fits_descriptor(x: Tensor) -> bool:
     """Whether TMA can read or write a view [b, h, s, d]."""
     size = x.element_size()
-    strides = [stride for extent, stride in zip(x.shape[:3], x.stride()[:3], strict=True) if extent > 1]
-    return (
-        x.data_ptr() % _ALIGNMENT == 0
-        and x.stride(3) == 1
-        and all(stride > 0 and stride * size % _ALIGNMENT == 0 and stride * size < 2**40 for stride in strides)
-    )
+    *strides, last = x.stride()
+    if last != 1 or x.data_ptr() % _ALIGNMENT != 0:
+        return False
+    for extent, stride in zip(x.shape[:3], strides, strict=True):
+        if extent > 1 and not (0 < stride * size < _MAX_STRIDE and stride * size % _ALIGNMENT == 0):
+            return False
+    return True

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .handles import register
 from .layout_lines import MaskRule, Rule, column_lines, compress, row_lines
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)
@@ -41,6 +42,16 @@ class BlockLayout:
     column_rows: Tensor
     # what backends derive from the layout once (token masks, work order); never part of its meaning
     cache: dict[Any, Any] = field(default_factory=dict, repr=False)
+    # names this object in compiled graphs, which hold numbers only
+    handle: int = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "handle", register(self))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # a copy is another object: with a handle and a cache of its own
+        sizes = (self.block_size, self.num_heads, self.num_query_blocks, self.num_key_blocks)
+        return BlockLayout, (*sizes, *self._tensors().values())
 
     @classmethod
     def from_mask(cls, mask: Tensor, block_size: int, *, device: torch.device | str | None = None) -> BlockLayout:

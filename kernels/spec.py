@@ -25,6 +25,7 @@ class AttentionSpec:
     query_offset: int
     cu_seqlens: Tensor | None
     format: Format
+    portable: bool = False  # never a kernel for one kind of GPU
 
 
 def to_bhsd(x: Tensor, format: Format) -> Tensor:

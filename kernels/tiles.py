@@ -97,3 +97,17 @@ def strides(x: Tensor) -> tuple[int, int, int]:
 def last_contiguous(x: Tensor) -> Tensor:
     """`x`, copied only if its last dimension is strided."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def check_launch(programs: int, kept_blocks: int, tiles_of_block: int) -> None:
+    """Whether the launch and its counters, tiles over the kept blocks, fit 32 bits; offsets into tensors have 64.
+
+    Raises ValueError if not, with what to change.
+    """
+    if programs >= 2**31:
+        raise ValueError(f"{programs} programs are more than a GPU launches at once: split the batch or the heads")
+    if kept_blocks * tiles_of_block >= 2**31:
+        raise ValueError(
+            f"{kept_blocks} kept blocks in {tiles_of_block} tiles each are too many for 32-bit counters: "
+            "let heads share patterns, or use larger blocks"
+        )

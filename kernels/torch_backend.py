@@ -14,13 +14,18 @@ _CACHED_MASKS = 4
 _CACHED_BYTES = 64 * 2**20
 
 
+def lse_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of the log-sum-exp of inputs in `dtype`: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def torch_attention(
     q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, spec: AttentionSpec, *, with_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Output in `spec.format`, and log-sum-exp float32 [b, h, s_q] where asked for, else None."""
+    """Output in `spec.format`, and log-sum-exp [b, h, s_q] in `lse_dtype` where asked for, else None."""
     if q.is_cuda or with_lse:
         # torch's fused attention gives no log-sum-exp, and on CUDA not 0 for rows without keys
-        precise = torch.promote_types(q.dtype, torch.float32)
+        precise = lse_dtype(q.dtype)
         out, lse = reference_attention(
             q.to(precise),
             k.to(precise),
@@ -32,12 +37,45 @@ def torch_attention(
             cu_seqlens=spec.cu_seqlens,
             format=spec.format,
         )
-        return out.to(q.dtype), lse.to(torch.float32)
+        return out.to(q.dtype), lse
     qh, kh, vh = (to_bhsd(x, spec.format) for x in (q, k, v))
     bias = _bias(layout, qh.shape[2], kh.shape[2], spec, q.dtype)
     grouped = qh.shape[1] != kh.shape[1]
     out = F.scaled_dot_product_attention(qh, kh, vh, attn_mask=bias[None], scale=spec.softmax_scale, enable_gqa=grouped)
     return from_bhsd(out, spec.format).contiguous(), None
+
+
+def torch_gradients(
+    q: Tensor, k: Tensor, v: Tensor, dout: Tensor | None, dlse: Tensor | None, layout: BlockLayout, spec: AttentionSpec
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, contiguous, from those of the results, of which None is 0.
+
+    The formulas of `backward.py`, for where autograd can't be used: within a custom operator.
+    """
+    precise = lse_dtype(q.dtype)
+    qh, kh, vh = (to_bhsd(x, spec.format).to(precise) for x in (q, k, v))
+    batch, kv_heads, s_k, _ = kh.shape
+    group = qh.shape[1] // kv_heads
+    kh, vh = kh.repeat_interleave(group, 1), vh.repeat_interleave(group, 1)
+    keep = token_mask(
+        layout, qh.shape[2], s_k, causal=spec.causal, query_offset=spec.query_offset, cu_seqlens=spec.cu_seqlens
+    )
+    empty_rows = ~keep.any(-1, keepdim=True)
+    scores = (qh @ kh.mT * spec.softmax_scale).masked_fill(~keep, -torch.inf)
+    weights = scores.masked_fill(empty_rows, 0).softmax(-1).masked_fill(empty_rows, 0)
+    dscores = torch.zeros_like(weights)
+    dv = torch.zeros_like(vh)
+    if dout is not None:
+        dout = to_bhsd(dout, spec.format).to(precise)
+        dweights = dout @ vh.mT
+        dscores = weights * (dweights - (weights * dweights).sum(-1, keepdim=True))
+        dv = weights.mT @ dout
+    if dlse is not None:
+        dscores = dscores + weights * dlse.unsqueeze(-1).masked_fill(empty_rows, 0)
+    dq, dk = (dscores @ kh) * spec.softmax_scale, (dscores.mT @ qh) * spec.softmax_scale
+    dk, dv = (x.reshape(batch, kv_heads, group, s_k, -1).sum(2) for x in (dk, dv))
+    dq, dk, dv = (from_bhsd(x, spec.format).to(q.dtype).contiguous() for x in (dq, dk, dv))
+    return dq, dk, dv
 
 
 def _bias(layout: BlockLayout, s_q: int, s_k: int, spec: AttentionSpec, dtype: torch.dtype) -> Tensor:

@@ -27,13 +27,7 @@ class _TritonAttention(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, spec: AttentionSpec
     ) -> tuple[Tensor, Tensor]:
         q, k, v = last_contiguous(q), last_contiguous(k), last_contiguous(v)
-        if kernel_choice(q, k, v, layout, spec) == "hopper":
-            # imported here so that other GPUs need no Gluon
-            from .hopper_forward import hopper_forward
-
-            out, lse = hopper_forward(q, k, v, layout, spec)
-        else:
-            out, lse = forward(q, k, v, layout, spec)
+        out, lse = run_forward(q, k, v, layout, spec)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.layout, ctx.spec = layout, spec
         ctx.set_materialize_grads(False)
@@ -46,14 +40,7 @@ class _TritonAttention(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         if dout is None and dlse is None:
             return None, None, None, None, None
-        dout = torch.zeros_like(out) if dout is None else last_contiguous(dout)
-        dlse = None if dlse is None else dlse.contiguous()
-        arguments = (q, k, v, out, lse, dout, dlse, ctx.layout, ctx.spec)
-        if backward_choice(q, k, v, ctx.layout, ctx.spec) == "hopper":
-            from .hopper_backward import hopper_backward
-
-            return *hopper_backward(*arguments), None, None
-        return *backward(*arguments), None, None
+        return *run_backward(q, k, v, out, lse, dout, dlse, ctx.layout, ctx.spec), None, None
 
 
 def triton_attention(
@@ -63,3 +50,28 @@ def triton_attention(
     views = (to_bhsd(x, spec.format) for x in (q, k, v))
     out, lse = _TritonAttention.apply(*views, layout, spec)
     return from_bhsd(out, spec.format), lse
+
+
+def run_forward(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+    """Output [b, h, s_q, d_v] and log-sum-exp of views [b, h, s, d] with stride 1 along d, by the kernels for them."""
+    if not spec.portable and kernel_choice(q, k, v, layout, spec) == "hopper":
+        # imported here so that other GPUs need no Gluon
+        from .hopper_forward import hopper_forward
+
+        return hopper_forward(q, k, v, layout, spec)
+    return forward(q, k, v, layout, spec)
+
+
+def run_backward(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor | None, dlse: Tensor | None,
+    layout: BlockLayout, spec: AttentionSpec,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k and v from `run_forward`'s results and their gradients, of which None is 0."""
+    dout = torch.zeros_like(out) if dout is None else last_contiguous(dout)
+    dlse = None if dlse is None else dlse.contiguous()
+    arguments = (q, k, v, out, lse, dout, dlse, layout, spec)
+    if not spec.portable and backward_choice(q, k, v, layout, spec) == "hopper":
+        from .hopper_backward import hopper_backward
+
+        return hopper_backward(*arguments)
+    return backward(*arguments)

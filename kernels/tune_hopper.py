@@ -1,7 +1,7 @@
-"""Variants of the Hopper forward, compared and timed: `python -m s2train.kernels.tune_hopper [--json FILE]`.
+"""Variants of the Hopper kernels, compared and timed: `python -m s2train.kernels.tune_hopper [--backward]`.
 
-Several processes compile all variants. Then one compares each with a float32 oracle and times it (median). Whether
-the kernel is right in every feature, `s2train.kernels.check` says.
+Several processes compile all variants. Then one compares each with a float32 oracle (the backward with the portable
+kernels) and times it (median). Whether a kernel is right in every feature, `s2train.kernels.check` says.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,9 @@ import triton
 from torch import Tensor
 
 from . import spec
+from .backward import backward
 from .forward import forward
+from .hopper_backward import HopperBackwardConfig, hopper_backward
 from .hopper_forward import CONFIGS, HopperConfig, hopper_forward
 from .layout import BlockLayout
 from .spec import AttentionSpec, to_bhsd
@@ -35,6 +37,13 @@ _VARIANTS: dict[str, HopperConfig | None] = {
     "q2 k2 v2": HopperConfig(2, 2, 2),
     "d 64": CONFIGS[64, 128],
     "portable": None,  # the Triton kernel
+}
+_BACKWARD_VARIANTS: dict[str, HopperBackwardConfig | None] = {
+    **{
+        f"d {dim}, st {stages}": HopperBackwardConfig(stages)
+        for dim, stages in ((128, 3), (128, 2), (64, 3), (64, 4), (64, 5))
+    },
+    "portable": None,
 }
 _PLAIN = spec.empty
 _LOCAL = {128: 8, 64: 16}
@@ -51,6 +60,7 @@ class Item:
     block: int
     kv_heads: int = _HEADS
     dim: int = 128
+    backward: bool = False
 
     @property
     def problem(self) -> str:
@@ -62,6 +72,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m s2train.kernels.tune_hopper", description=__doc__)
     parser.add_argument("--json", type=Path, help="write all results there")
     parser.add_argument("--lengths", type=int, nargs="+", default=[32768, 131072])
+    parser.add_argument("--backward", action="store_true", help="variants of the backward")
     parser.add_argument("--jobs", type=int, default=min(12, os.cpu_count() or 1), help="processes that compile")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -72,8 +83,8 @@ def main() -> int:
     started = time.monotonic()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}", flush=True)
     command = ["-m", "s2train.kernels.tune_hopper", "--worker"]
-    items = _items(args.lengths)
-    compiled = {(i.variant, i.block, i.dim): asdict(Item(i.variant, 0, i.block, dim=i.dim)) for i in items}
+    items = _backward_items(args.lengths) if args.backward else _items(args.lengths)
+    compiled = {(i.variant, i.block, i.dim): asdict(replace(i, length=0, kv_heads=_HEADS)) for i in items}
     for task, row in zip(
         compiled.values(), run_tasks(command, list(compiled.values()), args.jobs, _SECONDS), strict=True
     ):
@@ -103,6 +114,19 @@ def _items(lengths: list[int]) -> list[Item]:
     return sorted(items, key=lambda item: (item.length, item.dim, item.block, item.kv_heads))
 
 
+def _backward_items(lengths: list[int]) -> list[Item]:
+    items = [
+        Item(variant, length, block, kv_heads, dim, backward=True)
+        for length in lengths
+        for dim in (128, 64)
+        for block in (128, 64)
+        for kv_heads in (_HEADS, 8)
+        for variant in _BACKWARD_VARIANTS
+        if variant == "portable" or variant.startswith(f"d {dim},")
+    ]
+    return [i for i in items if i.dim == 128 or i.length == lengths[0]]
+
+
 @dataclass(frozen=True)
 class Problem:
     """Tensors as views [b, h, s, d], the layout and its patterns, and exact rows of some heads."""
@@ -130,6 +154,8 @@ def _run_item(item: Item, problems: dict[Any, Problem]) -> dict[str, Any]:
         problems[key] = _problem(length, item)
     p = problems[key]
     settings = AttentionSpec(1 / math.sqrt(item.dim), True, 0, None, "sbhd")
+    if item.backward:
+        return _run_backward(item, p, settings)
     config = _VARIANTS[item.variant]
 
     def run() -> tuple[Tensor, Tensor]:
@@ -153,6 +179,28 @@ def _run_item(item: Item, problems: dict[Any, Problem]) -> dict[str, Any]:
         spec.empty = _PLAIN
         ms = triton.testing.do_bench(run, warmup=40, rep=120, return_mode="median")
         row |= {"ms": ms, "tflops": p.flops / ms / 1e9}
+    return row
+
+
+def _run_backward(item: Item, p: Problem, settings: AttentionSpec) -> dict[str, Any]:
+    config = _BACKWARD_VARIANTS[item.variant]
+    out, lse = forward(p.q, p.k, p.v, p.layout, settings)
+    dout = torch.randn_like(out)
+    arguments = (p.q, p.k, p.v, out, lse, dout, None, p.layout, settings)
+
+    def run() -> tuple[Tensor, Tensor, Tensor]:
+        return backward(*arguments) if config is None else hopper_backward(*arguments, config)
+
+    expected = [x.float() for x in backward(*arguments)]
+    errors = [((x.float() - y).norm() / y.norm()).item() for x, y in zip(run(), expected, strict=True)]
+    row = {"problem": item.problem, "variant": item.variant, "error": max(errors)}
+    row["ok"] = all(error < 6e-3 for error in errors)
+    if not row["ok"]:
+        return row | {"error": f"wrong: dq, dk, dv {errors}"}
+    if item.length:
+        spec.empty = _PLAIN
+        ms = triton.testing.do_bench(run, warmup=40, rep=120, return_mode="median")
+        row |= {"ms": ms, "tflops": 2.5 * p.flops / ms / 1e9}
     return row
 
 
@@ -196,11 +244,11 @@ def _timing_line(row: dict[str, Any]) -> str:
 def _print_table(rows: list[dict[str, Any]]) -> None:
     times = {(row["problem"], row["variant"]): row for row in rows if "ms" in row}
     problems = list(dict.fromkeys(problem for problem, _ in times))
-    print(" " * 16 + "".join(f"{problem:>18}" for problem in problems) + "   (ms, TFLOP/s)")
-    for variant in _VARIANTS:
+    print(" " * 24 + "".join(f"{problem:>18}" for problem in problems) + "   (ms, TFLOP/s)")
+    for variant in dict.fromkeys(variant for _, variant in times):
         rows_of_variant = [times.get((problem, variant)) for problem in problems]
         cells = [f"{row['ms']:.3f} {row['tflops']:.0f}" if row else "" for row in rows_of_variant]
-        print(f"{variant:<16}" + "".join(f"{cell:>18}" for cell in cells))
+        print(f"{variant:<24}" + "".join(f"{cell:>18}" for cell in cells))
 
 
 if __name__ == "__main__":

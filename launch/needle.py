@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from s2train import config
 from s2train.apex import apex_available
-from s2train.command_line import run_command
+from s2train.command_line import run_command, run_hydra
 
 config.register()
 
@@ -32,4 +32,4 @@ def main(composed: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_hydra(main, config.NeedleConfig)

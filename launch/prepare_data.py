@@ -6,7 +6,7 @@ python launch/prepare_data.py 'input=[a.txt,b.jsonl]' output=runs/data/mine toke
 import hydra
 from omegaconf import DictConfig
 
-from s2train.command_line import run_command
+from s2train.command_line import run_command, run_hydra
 from s2train.config import PrepareConfig, register, to_object
 
 register()
@@ -30,4 +30,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_hydra(main, PrepareConfig)

@@ -1,5 +1,7 @@
 """Pretrain: `torchrun --nproc-per-node N launch/pretrain.py +model=tiny_hybrid [setting=value …]`.
 
+Sweep: `python launch/pretrain.py -m +model=tiny_hybrid layout=a,b seed=1,2` (s2train/sweeps).
+
 Settings: s2train/config.py; named values: conf/. `plan=true` prints what the run would cost and builds nothing.
 """
 
@@ -13,19 +15,22 @@ from omegaconf import DictConfig
 
 from s2train import config
 from s2train.apex import apex_available
-from s2train.command_line import run_command
+from s2train.command_line import run_command, run_hydra
 from s2train.errors import ConfigError
 from s2train.hardware import detect_own
 from s2train.planning import check, format_plan, preview, resolve
+from s2train.sweeps import plugins
 
 config.register()
+plugins.register()
 MODELS = sorted(path.stem for path in (Path(__file__).parents[1] / "conf" / "model").glob("*.yaml"))
 
 
 def pretrain(composed: DictConfig) -> None:
     """Judge the settings, then train."""
     if HydraConfig.get().mode == RunMode.MULTIRUN:
-        raise ConfigError("-m", "multirun", "sweeps are not there yet", "Start one run for each setting")
+        remedy = "Leave hydra/launcher out, or set it to s2train_local or s2train_slurm"
+        raise ConfigError("hydra/launcher", "another", "jobs of a sweep need processes of their own", remedy)
     cfg = resolve(composed, MODELS)
     world_size, is_first = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK", "0") == "0"
     hardware = detect_own()
@@ -50,4 +55,4 @@ def main(composed: DictConfig) -> None:
 
 # Saving starts processes, which import this file again.
 if __name__ == "__main__":
-    main()
+    run_hydra(main, config.PretrainConfig)

@@ -4,12 +4,33 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
 
+from hydra.errors import HydraException
 from omegaconf import MissingMandatoryValue
 
+from s2train.composition import config_groups, explain
 from s2train.errors import ConfigError, TrainingError
 
 USAGE_STATUS = 2
+_CONF = Path(__file__).parents[1] / "conf"
+
+
+def run_hydra(main: Callable[[], None], schema: type) -> None:
+    """Run a program's `hydra.main`; what doesn't compose ends it as `run_command` ends a program on bad input.
+
+    Hydra would tell it on several lines, on every rank. HYDRA_FULL_ERROR=1 shows them, and the stack.
+    """
+    if os.environ.get("HYDRA_FULL_ERROR") == "1":
+        main()
+        return
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # so that errors get here
+    try:
+        main()
+    except HydraException as error:
+        overrides = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
+        _refuse(explain(error, overrides, config_groups(_CONF), schema))
 
 
 def run_command(command: Callable[[], None]) -> None:
@@ -23,6 +44,10 @@ def run_command(command: Callable[[], None]) -> None:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
     except (ConfigError, MissingMandatoryValue) as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
-        sys.exit(USAGE_STATUS)
+        _refuse(str(error).splitlines()[0])
+
+
+def _refuse(line: str) -> NoReturn:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {line}", file=sys.stderr, flush=True)
+    sys.exit(USAGE_STATUS)

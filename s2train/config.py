@@ -10,6 +10,8 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from s2train.composition import check_names
+
 
 @dataclass
 class ModelConfig:
@@ -31,11 +33,26 @@ class ModelConfig:
 
 @dataclass
 class PatternConfig:
-    """One sparse head: which key blocks a query block keeps. Units: blocks of `layout.block_size` tokens."""
+    """One sparse head: which key blocks a query block keeps. Units: blocks of `layout.block_size` tokens.
 
-    local: int = 8  # keeps the last `local` blocks, its own among them
-    stride: int = 16  # and every stride-th block before them, shifted by the head's offset
-    sinks: int = 0  # and the first `sinks` blocks
+    Each kind has some of the settings, and refuses the others; None: not set, the kind's default.
+    """
+
+    # local_vertical (local 8, stride 16, sinks 0), ranges (ranges, sinks 0), sliding_window (window, sinks 0),
+    # global_blocks (local 8, globals), dilated (local 1, dilation, window), dense,
+    # reference (local, stride, offset 0, per_kv_head false), file (file)
+    kind: str = "local_vertical"
+    local: int | None = None  # keeps the last `local` blocks, its own among them
+    stride: int | None = None  # and every stride-th block before them, shifted by the head's offset
+    sinks: int | None = None  # and the first `sinks` blocks
+    # [[limit, stride], …], nearest first: every stride-th block at distances below limit; the last limit is null
+    ranges: Any = None
+    window: int | None = None  # keeps the last `window` blocks; of dilated: nothing beyond
+    dilation: int | None = None  # every dilation-th distance, shifted by the head's offset
+    globals: list[int] | None = None  # key blocks that every query keeps
+    offset: int | None = None  # of all heads, in the reference library's formula
+    per_kv_head: bool | None = None  # the reference library's formula counts KV heads, not query heads
+    file: str | None = None  # .npz of masks; its format: s2train/layouts/patterns/file.py
 
 
 @dataclass
@@ -44,7 +61,11 @@ class LayoutConfig:
 
     layers: str = MISSING  # one letter a layer, D dense, S sparse (s2): DSSS, D1S3x8; repeated to the model's depth
     block_size: int = 64  # tokens
-    pattern: PatternConfig = field(default_factory=PatternConfig)
+    pattern: PatternConfig = field(default_factory=PatternConfig)  # of letter S
+    # settings of `pattern` for further letters, for use in `layers`: {W: {kind: sliding_window, window: 8}}, on a
+    # command line '+layout.patterns.W={kind:sliding_window,window:8}'. (Hydra adds no entry to a dict of dataclasses,
+    # so that `s2train.layouts.patterns.registry.read_pattern` checks them.)
+    patterns: dict[str, Any] = field(default_factory=dict)
     allow_partial_coverage: bool = False  # go on though some far blocks are seen by no head (ablations)
 
 
@@ -53,6 +74,10 @@ class ScheduleConfig:
     """How heads of a sparse layer get their offsets. Kinds: `s2train.layouts.schedules`."""
 
     kind: str = "shifted"
+    # of kind explicit: one offset a query head, for all sparse layers, or one such list for each sparse layer (or
+    # for as many as divide them, repeated)
+    offsets: Any = None
+    dense_heads: int = 0  # how many heads of each sparse layer are dense, spread evenly over KV groups
 
 
 @dataclass
@@ -116,6 +141,11 @@ class TrainConfig:
     recompute_num_layers: int = 1  # layers recomputed together, with full; divides num_layers / (pp × vpp)
     exit_step: int | None = None  # save and stop after this step, to be resumed (schedule unchanged)
 
+    @property
+    def last_step(self) -> int:
+        """The step at which the run stops."""
+        return min(self.steps, self.exit_step or self.steps)
+
 
 @dataclass
 class CheckpointConfig:
@@ -166,8 +196,19 @@ class PretrainConfig:
     run_dir: str = "runs/${model.name}"
     seed: int = 1234
     backend: str = "auto"  # linear layers, norms, optimizer: auto, local (torch), te (transformer-engine)
-    attention_backend: str = "auto"  # sparse layers: auto (triton where CUDA is, torch on a CPU), triton, torch
+    # sparse layers: auto (triton where CUDA is, torch on a CPU), triton (the fastest kernels for the GPU), portable
+    # (Triton's alone, the same on every GPU), torch
+    attention_backend: str = "auto"
     plan: bool = False  # print what the run will cost, and build nothing
+
+
+@dataclass
+class ShowLayoutConfig(PretrainConfig):
+    """A run of `launch/show_layout.py`: the settings of a run, to show its layout by."""
+
+    seq_length: int | None = None  # tokens; None: train.seq_length
+    layers: list[int] | None = None  # whose block masks to draw; None: the first of each sort that isn't dense
+    output: str = "runs/layouts/${model.name}"  # folder of layout.png and layout.json
 
 
 @dataclass
@@ -200,14 +241,54 @@ class PrepareConfig:
     overwrite: bool = False
 
 
+@dataclass
+class SweepConfig:
+    """`hydra.launcher`: how `launch/pretrain.py -m` starts the jobs of a sweep."""
+
+    nproc_per_node: int = 1  # processes of a job on one machine
+    skip_invalid: bool = False  # start the other jobs where the settings of some are refused
+
+
+@dataclass
+class LocalSweepConfig(SweepConfig):
+    """`hydra/launcher=s2train_local`, the default: a torchrun on this machine for each job."""
+
+    _target_: str = "hydra_plugins.s2train.LocalLauncher"
+    n_jobs: int = 1  # at a time
+    split_gpus: bool = True  # jobs at work together each see GPUs of their own
+    grace_s: float = 30.0  # seconds that an interrupted job has to end by itself
+
+
+@dataclass
+class SlurmSweepConfig(SweepConfig):
+    """`hydra/launcher=s2train_slurm`: an sbatch script for each job."""
+
+    _target_: str = "hydra_plugins.s2train.SlurmLauncher"
+    nodes: int = 1  # of a job
+    # sbatch's own, by long name: +hydra.launcher.options.cpus_per_task=8 is --cpus-per-task=8; null leaves one out
+    options: dict[str, Any] = field(default_factory=dict)
+    setup: list[str] = field(default_factory=list)  # shell lines before the job, such as `module load cuda`
+    submit: bool = True  # false: only write the scripts
+    wait: bool = False  # until all have ended, as sweepers that learn from the losses need
+
+
 def register() -> None:
     """Put the schemas where Hydra finds them, so that a typo or a wrong type is refused at compose time."""
     store = ConfigStore.instance()
     store.store(name="pretrain_schema", node=PretrainConfig)
+    store.store(name="show_layout_schema", node=ShowLayoutConfig)
     store.store(name="needle_schema", node=NeedleConfig)
     store.store(name="prepare_schema", node=PrepareConfig)
+    store.store(group="hydra/launcher", name="s2train_local", node=LocalSweepConfig)
+    store.store(group="hydra/launcher", name="s2train_slurm", node=SlurmSweepConfig)
 
 
 def to_object(cfg: DictConfig) -> Any:
-    """The dataclass behind a composed config; raises `omegaconf.MissingMandatoryValue` for what was not set."""
+    """The dataclass behind a composed config.
+
+    Raises:
+        omegaconf.MissingMandatoryValue: something was not set.
+        ConfigError: something was added that is no setting.
+    """
+    check_names(cfg)
     return OmegaConf.to_object(cfg)

@@ -65,7 +65,8 @@ def test_a_layout_composes_and_wins_over_the_models_own(layout: str) -> None:
 @pytest.mark.parametrize("schedule", names("schedule"))
 def test_a_schedule_composes(schedule: str) -> None:
     cfg = pretrain("+model=7b_hybrid", f"schedule={schedule}", "layout.pattern.stride=8")
-    assert cfg.schedule.kind == schedule
+    assert cfg.schedule.kind == ("shifted" if schedule == "two_dense_heads" else schedule)
+    assert cfg.schedule.dense_heads == (2 if schedule == "two_dense_heads" else 0)
     cfg.layout.allow_partial_coverage = schedule == "homogeneous"
     assert check(cfg, 8, H100).fits
 
@@ -85,6 +86,8 @@ def test_every_group_is_covered_here() -> None:
     ("override", "value"),
     [
         ("layout.pattern.stride=8", lambda cfg: cfg.layout.pattern.stride == 8),
+        ("layout.pattern.sinks=1", lambda cfg: cfg.layout.pattern.sinks == 1),
+        ("schedule.dense_heads=4", lambda cfg: cfg.schedule.dense_heads == 4),
         ("layout.layers=DDS30", lambda cfg: cfg.layout.layers == "DDS30"),
         ("schedule.kind=rotating", lambda cfg: cfg.schedule.kind == "rotating"),
         ("parallel.tp=4", lambda cfg: cfg.parallel.tp == 4),

@@ -161,7 +161,7 @@ VALUES: dict[str, tuple[Any, str]] = {
     "optim__lr": (float("inf"), "optim.lr"),
     "optim__weight_decay": (-0.1, "0 or more"),
     "run_dir": ("", "runs/mine"),
-    "layout__pattern__stride": (0, "positive"),
+    "layout__pattern__stride": (0, "1 or more"),
     "layout__pattern__sinks": (-1, "0 or more"),
     "layout__block_size": (48, "16, 32, 64, 128, 256"),
     "layout__layers": ("DSXS", "D (dense), S (s2)"),
@@ -216,10 +216,11 @@ def test_transformer_engine_is_refused_for_now() -> None:
         check(config(backend="te"), 1, GPU)
 
 
-def test_triton_is_refused_where_there_is_no_gpu() -> None:
-    assert check(config(attention_backend="triton"), 1, GPU)
+@pytest.mark.parametrize("backend", ["triton", "portable"])
+def test_triton_is_refused_where_there_is_no_gpu(backend: str) -> None:
+    assert check(config(attention_backend=backend), 1, GPU)
     with pytest.raises(ConfigError, match="attention_backend=auto"):
-        check(config(attention_backend="triton"), 1, CPU)
+        check(config(attention_backend=backend), 1, CPU)
 
 
 def test_far_blocks_that_no_head_sees_are_refused() -> None:

@@ -6,8 +6,12 @@ whole and at full length in samples, and gets no time if it fails. Times are the
 backward counts 2.5 times the forward's 4 * d FLOPs a position, over the positions that the contender's own mask
 keeps. Peak memory is what forward and backward take beside q, k, v and the output's gradient, indices included.
 
-cases: groups (targets, lengths, density, b64, gqa, long, quick) or words such as b128-l8-v16-32k-kv8: blocks of 128,
-8 local, every 16th, 32k tokens, 8 KV heads (and -h for heads, -d for their dimension).
+cases: groups (targets, lengths, density, b64, gqa, gqa64, long, quick) or words such as b128-l8-v16-32k-kv8: blocks
+of 128, 8 local, every 16th, 32k tokens, 8 KV heads (and -h for heads, -d for their dimension). They run in the order
+given, the default's most important first, and the JSON is written after each, so that a run cut short loses one case.
+
+dkernel's own autotuning compiles 22 configurations a length. `--prewarm dkernel` does that first for the given cases,
+without the GPU and in --jobs processes; it may run beside other work.
 """
 
 from __future__ import annotations
@@ -30,16 +34,22 @@ from rich.console import Console
 from .cases import DEFAULT, GROUPS, parse_case, parse_cases
 from .contenders import CONTENDERS
 from .plot import draw
-from .report import break_even_table, case_table, launch_table, overview_table, summary
+from .prewarm import prewarm
+from .report import summary
 from .run import Record, Session, run_cases
+from .tables import break_even_table, case_table, launch_table, overview_table, short_table
 from .timing import Clock, matmul_ceiling
 
-_LAUNCH_SECONDS = 20
+_LAUNCHES = ("b128-l8-v16-8k", "b128-l8-v16-4k", "b128-l8-v16-2k")
+_LAUNCH_SECONDS = 15
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line's entry; 1 if a contender failed for another reason than memory, support or time."""
     args = _parse(arguments)
+    if args.prewarm:
+        prewarm(args.cases, args.jobs, args.capability, args.seconds, args.limit_seconds)
+        return 0  # what could not be compiled now is compiled later
     began = time.monotonic()
     device = torch.device(args.device)
     console = Console(width=170)
@@ -54,33 +64,50 @@ def main(arguments: list[str] | None = None) -> int:
         "ceiling_tflops": matmul_ceiling(clock, device),
         "cases": [],
         "launches": [],
+        "summary": {},
     }
     console.print(f"{data['machine']['device']}, ceiling {data['ceiling_tflops']:.0f} TFLOP/s (matrix product)")
     # the last of the time is for the launches: a failed capture could cost the cases the device
     deadline = began + args.seconds
     session = Session(
-        device, args.contenders, args.budget_ms, deadline - _LAUNCH_SECONDS * len(args.launches), seed, clock
+        device,
+        args.contenders,
+        args.budget_ms,
+        deadline - _LAUNCH_SECONDS * len(args.launches),
+        seed,
+        clock,
+        ceiling_tflops=data["ceiling_tflops"],
+        limit_seconds=args.limit_seconds,
     )
+
+    def progress(line: str) -> None:
+        console.print(f"[{time.monotonic() - began:4.0f} s] {line}", style="dim", markup=False)
+
+    def save() -> None:
+        data["seconds"] = time.monotonic() - began
+        data["summary"] = summary(data["cases"])
+        _save(data, args.output)
 
     def report(record: Record) -> None:
         data["cases"].append(record)
         console.print(case_table(record, data["ceiling_tflops"]))
-        _save(data, args.output)
+        save()
 
-    run_cases(session, args.cases, report)
+    run_cases(session, args.cases, report, progress)
     if session.lost is None:
         data["ceiling_tflops_at_end"] = matmul_ceiling(clock, device)
     session.deadline = deadline
     for word in args.launches:
+        progress(f"{word}: launches")
         data["launches"].append(session.launches(parse_case(word)))
-    data["seconds"] = time.monotonic() - began
-    data["summary"] = summary(data["cases"])
-    _save(data, args.output)
+        save()
+    save()
     console.print(overview_table(data["cases"]))
     for record in data["launches"]:
         console.print(launch_table(record))
-    if data["summary"]["break_even_length"] or data["summary"]["break_even_density"]:
-        console.print(break_even_table(data["summary"]))
+    if data["launches"]:
+        console.print(short_table(data["launches"]))
+    console.print(break_even_table(data["summary"]))
     try:
         draw(data, args.output.with_suffix(".png"), args.draw)
     except ValueError as error:
@@ -109,7 +136,15 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS))
     parser.add_argument("--launches", nargs="*", default=None, help="cases whose launch costs are measured")
     parser.add_argument("--budget-ms", type=float, default=None, help="device time of one contender's timed passes")
-    parser.add_argument("--seconds", type=float, default=230, help="begin nothing new after so long")
+    parser.add_argument("--seconds", type=float, default=500, help="begin nothing new after so long")
+    parser.add_argument(
+        "--limit-seconds", type=float, default=20, help="leave out who surely needs more for a case's passes"
+    )
+    parser.add_argument("--prewarm", choices=("dkernel",), help="compile for the cases, time nothing")
+    parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="processes of --prewarm")
+    parser.add_argument(
+        "--capability", type=int, default=None, help="of --prewarm's GPU, 90 for an H100; default: this"
+    )
     parser.add_argument("--draw", default="b128-l8-v16-32k", help="mask and heads of the plot, length of its densities")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: to try the program")
     args = parser.parse_args(arguments)
@@ -117,11 +152,15 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("--quick chooses the cases: leave out --cases")
     try:
         args.cases = parse_cases(args.cases or (["quick"] if args.quick else DEFAULT))
-        args.launches = ["b128-l8-v16-8k"] if args.launches is None else args.launches
+        args.launches = list(_LAUNCHES) if args.launches is None else args.launches
         for word in (*args.launches, args.draw):
             parse_case(word)
     except ValueError as error:
         parser.error(str(error))
+    if args.prewarm:
+        if args.capability is None:
+            args.capability = _capability()
+        return args
     if args.output.exists():
         parser.error(f"{args.output} exists: results are not overwritten, name another --output")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -129,6 +168,12 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     args.budget_ms = args.budget_ms or (100 if args.quick else 200)
     args.contenders = tuple(dict.fromkeys(args.contenders))
     return args
+
+
+def _capability() -> int:
+    """Of this machine's GPU, such as 90; an H100's where there is none."""
+    major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
+    return 10 * major + minor
 
 
 def _machine(device: torch.device) -> dict[str, Any]:

@@ -118,19 +118,21 @@ def parse_case(word: str) -> Case:
     )
 
 
+_LENGTHS = (1, 2, 4, 8, 16, 32, 64, 128)  # k; 1k to see on which side of 2k break-even lies
 GROUPS: dict[str, tuple[str, ...]] = {
     "quick": ("b128-l8-v16-2k", "b128-l8-v16-8k", "b128-l8-v16-32k", "b64-l16-v16-32k"),
     "targets": (
         "b128-l8-v16-32k", "b64-l16-v16-32k", "b128-l8-v16-32k-kv8", "b128-l8-v1-32k",
         "b128-l8-v16-2k", "b128-l8-v16-4k", "b128-l8-v16-8k", "b128-l8-v16-128k", "b64-l16-v16-128k",
     ),
-    "lengths": tuple(f"b128-l8-v16-{n}k" for n in (2, 4, 8, 16, 32, 64, 128)),
+    "lengths": tuple(f"b128-l8-v16-{n}k" for n in _LENGTHS),
     "density": tuple(f"b128-l{local}-v{stride}-32k" for local, stride in ((8, 2), (8, 4), (8, 8), (4, 32), (2, 64))),
-    "b64": tuple(f"b64-l16-v16-{n}k" for n in (2, 8, 16, 64)),
-    "gqa": ("b128-l8-v16-8k-kv8", "b64-l16-v16-32k-kv8", "b64-l16-v16-8k-kv8", "b128-l8-v16-128k-kv8"),
-    "long": ("b128-l8-v16-512k", "b128-l8-v16-1m-kv8"),
+    "b64": tuple(f"b64-l16-v16-{n}k" for n in _LENGTHS),
+    "gqa": tuple(f"b128-l8-v16-{n}k-kv8" for n in _LENGTHS),
+    "gqa64": tuple(f"b64-l16-v16-{n}k-kv8" for n in _LENGTHS),
+    "long": ("b128-l8-v16-512k", "b64-l16-v16-512k", "b128-l8-v16-512k-kv8", "b128-l8-v16-1m-kv8", "b128-l8-v16-1m"),
 }  # fmt: skip
-DEFAULT = ("targets", "lengths", "density", "b64", "gqa")
+DEFAULT = ("targets", "lengths", "density", "b64", "gqa", "gqa64", "long")  # what matters most first
 
 
 def parse_cases(words: Sequence[str]) -> list[Case]:

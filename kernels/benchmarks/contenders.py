@@ -41,7 +41,9 @@ class Problem:
 class Contender:
     """One row of the table. `prepare` returns the attention, or raises NotSupportedError.
 
-    Those that are not `sparse` compute full causal attention, whatever the mask.
+    Those that are not `sparse` compute full causal attention, whatever the mask. `bytes_needed` is an estimate of
+    the peak beside q, k, v and the output's gradient; `passes` is how many are run at least: one that is checked,
+    three that are timed, and a contender's own tuning.
     """
 
     name: str
@@ -49,6 +51,47 @@ class Contender:
     format: Format
     sparse: bool
     prepare: Callable[[Problem], Attention]
+    bytes_needed: Callable[[Case], int]
+    passes: int = 4
+
+
+def _results(case: Case) -> int:
+    """Output, dq, dk, dv in bfloat16, the least that anybody allocates."""
+    return 2 * case.length * case.dim * (2 * case.heads + 2 * case.kv_heads)
+
+
+def _queries(case: Case) -> int:
+    return 2 * case.length * case.dim * case.heads
+
+
+def _block_pairs(case: Case) -> int:
+    return case.heads * (case.length // case.block) ** 2
+
+
+# The multiples of q's bytes below are those of measured peaks: sums of dq in float32, and for grouped heads
+# dk and dv of every query head.
+def _ours_bytes(case: Case) -> int:
+    pairs = _block_pairs(case) * case.num_patterns // case.heads
+    masks, indices = 4 * pairs, 48 * int(pairs * case.density() / 2)
+    rows = 3 * 4 * case.heads * case.length  # log-sum-exp, its gradient, the backward's delta
+    return _results(case) + 2 * _queries(case) + rows + masks + indices
+
+
+def _flex_bytes(case: Case) -> int:
+    """Four dense int32 index tensors that stay, and three of int64 while they are sorted."""
+    return _results(case) + (4 * 4 + 3 * 8) * _block_pairs(case)
+
+
+def _dkernel_bytes(case: Case) -> int:
+    return _results(case) + 8 * _block_pairs(case)
+
+
+def _dense_bytes(queries: int) -> Callable[[Case], int]:
+    def needed(case: Case) -> int:
+        expanded = 2 if case.heads != case.kv_heads else 0
+        return _results(case) + (queries + expanded) * _queries(case)
+
+    return needed
 
 
 def _ours(problem: Problem) -> Attention:
@@ -112,7 +155,8 @@ def _flex(problem: Problem) -> Attention:
     return lambda q, k, v: compiled(q, k, v, block_mask=mask, enable_gqa=grouped)
 
 
-def _dkernel(problem: Problem) -> Attention:
+def dkernel_op(problem: Problem) -> Any:
+    """dkernel's module for a problem; raises NotSupportedError."""
     case = problem.case
     try:
         from dkernel import SparseAttention  # type: ignore[import-not-found, unused-ignore]
@@ -120,17 +164,29 @@ def _dkernel(problem: Problem) -> Attention:
         raise NotSupportedError(f"not importable: {type(error).__name__}: {error}"[:200]) from error
     if case.heads != case.kv_heads:
         raise NotSupportedError("takes fewer KV heads and reads outside of them")
-    op = SparseAttention(case.block, problem.layout.mask().to(torch.uint8), seq_dim=2).to(problem.device)
+    return SparseAttention(case.block, problem.layout.mask().to(torch.uint8), seq_dim=2).to(problem.device)
+
+
+def _dkernel(problem: Problem) -> Attention:
+    case, op = problem.case, dkernel_op(problem)
     return lambda q, k, v: op(q, k, v, sm_scale=case.dim**-0.5)
 
 
 CONTENDERS = {
     contender.name: contender
     for contender in (
-        Contender("ours", "s2train", "sbhd", True, _ours),
-        Contender("flex", "FlexAttention", "bhsd", True, _flex),
-        Contender("dkernel", "dkernel", "bhsd", True, _dkernel),
-        Contender("cudnn", "dense, cuDNN", "bhsd", False, _torch_dense(SDPBackend.CUDNN_ATTENTION)),
-        Contender("flash2", "dense, FlashAttention-2", "bhsd", False, _torch_dense(SDPBackend.FLASH_ATTENTION)),
+        Contender("ours", "s2train", "sbhd", True, _ours, _ours_bytes),
+        Contender("flex", "FlexAttention", "bhsd", True, _flex, _flex_bytes),
+        # it times 12 forward and 10 backward configurations of its own at every length, each about 9 times
+        Contender("dkernel", "dkernel", "bhsd", True, _dkernel, _dkernel_bytes, passes=100),
+        Contender("cudnn", "dense, cuDNN", "bhsd", False, _torch_dense(SDPBackend.CUDNN_ATTENTION), _dense_bytes(2)),
+        Contender(
+            "flash2",
+            "dense, FlashAttention-2",
+            "bhsd",
+            False,
+            _torch_dense(SDPBackend.FLASH_ATTENTION),
+            _dense_bytes(4),
+        ),
     )
 }

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from .cases import Case, parse_case, tokens
-from .report import Record, density_series, series, speedups
+from .report import Record, density_series, launch_ratios, series, speedups
 
 # Okabe and Ito's palette, and a mark of its own for each: told apart with any kind of colour vision, and in grey
 _STYLES = {
@@ -24,40 +24,46 @@ _STYLES = {
     "flash2": ("#56B4E9", "D", "FlashAttention-2, dense"),
 }
 _GREY = "#555555"
+_PARTS = {"forward": "forward", "both": "forward + backward"}
 
 
 def draw(data: Record, path: Path, case: str = "b128-l8-v16-32k") -> None:
-    """Forward + backward of a case's mask over length, and of its length and heads over density; PNG.
+    """PNG of a case's mask over length, forward in the upper row and forward + backward in the lower.
 
-    The density panel is left out where there are fewer than three densities. Raises ValueError where there
-    is nothing to draw.
+    A third column has the speed-up over density at the case's length, and that of single calls (eager and from
+    CUDA graphs) at the lengths whose launches were measured; either is left blank without data (fewer than three
+    densities). Raises ValueError where there is nothing to draw.
     """
     like = parse_case(case)
-    along = [record for record in series(data["cases"], like) if _times(record)]
+    along = [record for record in series(data["cases"], like) if _times(record, "both")]
     across = [record for record in density_series(data["cases"], like) if speedups(record, "both")]
+    across = across if len(across) > 2 else []
+    calls = sorted(
+        (r for r in data.get("launches", []) if launch_ratios(r, "eager_ms")),
+        key=lambda r: parse_case(r["case"]).length,
+    )
     if not along:
         raise ValueError(f"no case like {case} has times")
-    panels = 3 if len(across) > 2 else 2
-    engine = ConstrainedLayoutEngine(rect=(0, 0, 1, 0.88), wspace=0.06)
-    figure = Figure(figsize=(4.4 * panels, 4.4), dpi=160, layout=engine)
+    columns = 3 if across or calls else 2
+    engine = ConstrainedLayoutEngine(rect=(0, 0, 1, 0.93), wspace=0.05, hspace=0.07)
+    figure = Figure(figsize=(4.6 * columns, 7.6), dpi=150, layout=engine)
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, panels)
-    _draw_times(axes[0], along)
-    _draw_speedups(axes[1], along, "length")
-    for panel in axes[:2]:
-        lengths = [record["length"] for record in along]
-        panel.set_xticks(lengths, [tokens(length) for length in lengths])
-        panel.set_xlabel("length (tokens)")
-    if panels == 3:
-        _draw_speedups(axes[2], across, "density")
-        axes[2].set_title(f"… and over density, {tokens(like.length)} tokens", loc="left", fontsize=10)
-        axes[2].set_xlabel("density (kept / causal positions)")
-        axes[2].set_xticks([0.03, 0.1, 0.3, 1], ["3 %", "10 %", "30 %", "100 %"])
-    handles, labels = axes[0].get_legend_handles_labels()
+    grid = figure.subplots(2, columns)
+    for row, (part, words) in zip(grid, _PARTS.items(), strict=True):
+        _draw_times(row[0], along, part)
+        row[0].set_title(f"{words}: time (ms)", loc="left", fontsize=10)
+        _draw_speedups(row[1], along, "length", part)
+        row[1].set_title(f"{words}: peer's time / s2train's", loc="left", fontsize=10)
+        for panel in row[:2]:
+            _length_ticks(panel, [record["length"] for record in along])
+    if columns == 3:
+        _draw_density(grid[0][2], across, like)
+        _draw_calls(grid[1][2], calls)
+    handles, labels = grid[1][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
-    title = f"Attention forward + backward on one {data['machine']['device']}"
-    figure.text(0.012, 0.985, title, va="top", fontsize=12, fontweight="bold")
-    figure.text(0.012, 0.925, _subtitle(like), va="top", fontsize=9, color=_GREY)
+    title = f"Attention on one {data['machine']['device']}"
+    figure.text(0.012, 0.99, title, va="top", fontsize=12, fontweight="bold")
+    figure.text(0.012, 0.957, _subtitle(like), va="top", fontsize=9, color=_GREY)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png")
 
@@ -69,53 +75,107 @@ def _subtitle(case: Case) -> str:
     )
 
 
-def _times(record: Record) -> dict[str, float]:
-    return {name: result["ms"]["both"] for name, result in record["results"].items() if "ms" in result}
+def _times(record: Record, part: str) -> dict[str, float]:
+    return {name: result["ms"][part] for name, result in record["results"].items() if "ms" in result}
 
 
-def _draw_times(axes: Axes, records: list[Record]) -> None:
+def _draw_times(axes: Axes, records: list[Record], part: str) -> None:
     for name, (colour, mark, label) in _STYLES.items():
-        points = [(r["length"], _times(r)[name]) for r in records if name in _times(r)]
+        points = [(r["length"], _times(r, part)[name]) for r in records if name in _times(r, part)]
         if points:
             _line(axes, points, colour, mark, label, strong=name == "ours")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.set_title("time (ms)", loc="left", fontsize=10)
     _tidy(axes)
 
 
-def _draw_speedups(axes: Axes, records: list[Record], key: str) -> None:
-    last: list[float] = []
+def _draw_speedups(axes: Axes, records: list[Record], key: str, part: str) -> None:
+    """Each peer's line, its last length's (or lowest density's) ratio written beside it."""
+    ends: list[tuple[float, float, str]] = []
     for name, (colour, mark, label) in _STYLES.items():
-        found = [(r[key], speedups(r, "both").get(name)) for r in records]
+        found = [(r[key], speedups(r, part).get(name)) for r in records]
         points = [(x, ratio) for x, ratio in found if ratio is not None]
-        if not points:
-            continue
-        _line(axes, points, colour, mark, label)
-        x, ratio = points[-1] if key == "length" else points[0]
-        if all(abs(ratio / other - 1) > 0.12 for other in last):
-            offset, side = ((7, 0), "left") if key == "length" else ((-7, 0), "right")
-            axes.annotate(
-                f"{ratio:.{0 if ratio > 9.95 else 1}f}×", (x, ratio), xytext=offset, textcoords="offset points",
-                ha=side, va="center", fontsize=9, color=colour, fontweight="bold",
-            )  # fmt: skip
-            last.append(ratio)
-    axes.axhline(1, color=_GREY, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+        if points:
+            _line(axes, points, colour, mark, label)
+            ends.append((*(points[-1] if key == "length" else points[0]), colour))
     axes.set_xscale("log", base=2 if key == "length" else 10)
+    axes.margins(x=0.17, y=0.06)
+    _ratio_axis(axes)
+    _write_ends(axes, ends, right=key == "length")
+
+
+def _draw_density(axes: Axes, records: list[Record], like: Case) -> None:
+    if not records:
+        axes.set_axis_off()
+        return
+    _draw_speedups(axes, records, "density", "both")
+    axes.set_title(f"forward + backward over density, {tokens(like.length)} tokens", loc="left", fontsize=10)
+    axes.set_xlabel("density (kept / causal positions)")
+    axes.set_xticks([0.03, 0.1, 0.3, 1], ["3 %", "10 %", "30 %", "100 %"])
+
+
+def _draw_calls(axes: Axes, records: list[Record]) -> None:
+    """Single calls, forward + backward: host time and idle gaps included (hollow marks), and from CUDA graphs."""
+    if not records:
+        axes.set_axis_off()
+        return
+    for name, (colour, mark, label) in _STYLES.items():
+        for measure, dashes in (("graph_ms", "solid"), ("eager_ms", "dashed")):
+            found = [(parse_case(r["case"]).length, launch_ratios(r, measure).get(name)) for r in records]
+            points = [(x, pair[1]) for x, pair in found if pair is not None]
+            if points:
+                _line(axes, points, colour, mark, label, dashes=dashes)
+    axes.set_xscale("log", base=2)
+    axes.margins(x=0.17, y=0.06)
+    _ratio_axis(axes)
+    _length_ticks(axes, [parse_case(r["case"]).length for r in records])
+    axes.set_title(
+        "forward + backward, one call: peer's time / s2train's\nfilled: CUDA graph; hollow: eager, host included",
+        loc="left",
+        fontsize=10,
+    )
+
+
+def _write_ends(axes: Axes, ends: list[tuple[float, float, str]], right: bool) -> None:
+    """The ratios at the lines' ends, those that would overlap moved apart."""
+    low, high = axes.get_ylim()
+    apart = (high / low) ** 0.055
+    above = 0.0
+    for x, ratio, colour in sorted(ends, key=lambda end: end[1]):
+        at = max(ratio, above * apart)
+        axes.annotate(
+            f"{ratio:.{0 if ratio > 9.95 else 1}f}×", (x, at), xytext=(8 if right else -8, 0),
+            textcoords="offset points", ha="left" if right else "right", va="center", fontsize=9, color=colour,
+            fontweight="bold",
+        )  # fmt: skip
+        above = at
+
+
+def _ratio_axis(axes: Axes) -> None:
+    axes.axhline(1, color=_GREY, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
     axes.set_yscale("log")
     low, high = axes.get_ylim()
-    ticks = [t for t in (0.25, 0.5, 1, 1.5, 2, 3, 5, 10, 20, 30, 50, 100) if low <= t <= high]
-    axes.set_yticks(ticks, [f"{t:g}×" for t in ticks])
-    axes.set_title("speed-up: peer's time / s2train's", loc="left", fontsize=10)
-    axes.margins(x=0.17, y=0.06)
+    wanted = (0.25, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20, 30, 50, 100)
+    ticks = [tick for tick in wanted if low <= tick <= high]
+    axes.set_yticks(ticks, [f"{tick:g}×" for tick in ticks])
     _tidy(axes)
 
 
-def _line(axes: Axes, points: list[Any], colour: str, mark: str, label: str, strong: bool = False) -> None:
+def _length_ticks(axes: Axes, lengths: list[int]) -> None:
+    axes.set_xticks(lengths, [tokens(length) for length in lengths])
+    axes.set_xlabel("length (tokens)")
+
+
+def _line(
+    axes: Axes, points: list[Any], colour: str, mark: str, label: str, strong: bool = False, dashes: str = "solid"
+) -> None:
     xs, ys = zip(*points, strict=True)
     width, size, above = (2.6, 6, 4) if strong else (1.6, 5, 3)
-    axes.plot(xs, ys, color=colour, marker=mark, markersize=size, linewidth=width, label=label, zorder=above)
+    axes.plot(
+        xs, ys, color=colour, marker=mark, markersize=size, linewidth=width, label=label, zorder=above,
+        linestyle=dashes, markerfacecolor=colour if dashes == "solid" else "white",
+    )  # fmt: skip
 
 
 def _tidy(axes: Axes) -> None:

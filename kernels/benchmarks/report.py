@@ -1,12 +1,10 @@
-"""From records to what people read: ratios, break-even points, tables."""
+"""From records to ratios, break-even points, and which kernels ran."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from typing import Any
-
-from rich.table import Table
 
 from .cases import Case, parse_case
 from .contenders import CONTENDERS
@@ -95,95 +93,27 @@ def _points(records: Sequence[Record], key: str, part: str) -> list[tuple[float,
     return [(x, ratio) for x, ratio in found if ratio is not None]
 
 
-def case_table(record: Record, ceiling: float) -> Table:
-    """One case: time, rate, share of the ceiling and memory of each contender, and its time over ours."""
-    table = _table(f"{record['case']}, density {record['density']:.3f}")
-    for heading in ("forward ms", "TFLOP/s", "backward ms", "TFLOP/s", "both ms", "TFLOP/s", "of ceiling", "over ours",
-                    "GiB", "spread"):  # fmt: skip
-        table.add_column(heading, justify="right")
-    ratios = speedups(record, "both")
-    remarks = []
-    for name, result in record["results"].items():
-        label = CONTENDERS[name].label
-        if "ms" not in result:
-            remarks.append(f"{label}: {result['error']}")
-            continue
-        cells = []
-        for part in PARTS:
-            cells += [f"{result['ms'][part]:.3f}", f"{result['tflops'][part]:.0f}"]
-        peak = result["peak_bytes"]
-        table.add_row(
-            label,
-            *cells,
-            f"{100 * result['tflops']['both'] / ceiling:.0f} %",
-            f"{ratios[name]:.2f}" if name in ratios else "",
-            "" if peak is None else f"{peak / 2**30:.2f}",
-            f"{100 * result['spread']:.0f} %",
-        )
-    kernels = record["results"].get("ours", {}).get("kernels")
-    if kernels:
-        remarks.insert(0, "s2train ran " + ", ".join(kernels))
-    table.caption = "\n".join(remarks)
-    return table
+def kernel_paths(result: Record) -> str:
+    """Which kernels of ours ran, forward / backward, by the names of those launched: "hopper / triton"."""
+    return " / ".join(_path(result.get("kernels", ()), part) for part in ("_fwd_", "_bwd_"))
 
 
-def overview_table(records: Sequence[Record]) -> Table:
-    """A line a case: our ms and TFLOP/s, and each peer's time over ours."""
-    peers = [name for name in CONTENDERS if any(name in speedups(record, "both") for record in records)]
-    table = _table("s2train's ms (TFLOP/s), and peers' time over it: forward / backward / both")
-    for heading in ("forward", "backward", "both", *(CONTENDERS[name].label for name in peers)):
-        table.add_column(heading, justify="right")
-    for record in records:
-        ours = record["results"].get("ours", {})
-        if "ms" not in ours:
-            table.add_row(record["case"], ours.get("error", "")[:40])
-            continue
-        cells = [f"{ours['ms'][part]:.3f} ({ours['tflops'][part]:.0f})" for part in PARTS]
-        for name in peers:
-            ratios = [speedups(record, part).get(name) for part in PARTS]
-            cells.append(" / ".join("-" if ratio is None else f"{ratio:.2f}" for ratio in ratios))
-        table.add_row(record["case"], *cells)
-    return table
+def _path(kernels: Sequence[str], part: str) -> str:
+    names = [name for name in kernels if part in name]
+    if not names:
+        return "torch"
+    return "hopper" if any("hopper" in name for name in names) else "triton"
 
 
-def launch_table(record: Record) -> Table:
-    """Host time and what graphs save, at one case."""
-    table = _table(f"launches at {record['case']}: forward / forward and backward")
-    for heading in ("host us", "eager ms", "graph ms", "device ms"):
-        table.add_column(heading, justify="right")
-    remarks = []
-    for name, result in record["results"].items():
-        label = CONTENDERS[name].label
-        if "error" in result:
-            remarks.append(f"{label}: {result['error']}")
-            continue
-        parts = (result["forward"], result["both"])
-        cells = [" / ".join(f"{costs['host_us']:.0f}" for costs in parts)]
-        cells += [
-            " / ".join("-" if costs[key] is None else f"{costs[key]:.3f}" for costs in parts)
-            for key in ("eager_ms", "graph_ms", "device_ms")
-        ]
-        table.add_row(label, *cells)
-    table.caption = "\n".join(remarks)
-    return table
+def launch_ratios(record: Record, measure: str) -> dict[str, tuple[float, float]]:
+    """Peers' time of one call over ours, forward and forward + backward; measure "eager_ms", "graph_ms", "device_ms".
 
-
-def break_even_table(found: Record) -> Table:
-    """Where s2train becomes faster than cuDNN's dense attention."""
-    table = _table("break-even with dense cuDNN")
-    for part in PARTS:
-        table.add_column(part, justify="right")
-    for kind, unit in (("length", "from {:,.0f} tokens"), ("density", "below {:.2f}")):
-        for name, parts in found[f"break_even_{kind}"].items():
-            cells = []
-            for part in PARTS:
-                at, bound = parts[part]["at"], parts[part]["bound"]
-                cells.append("never" if at is None else unit.format(at) + (" or sooner" if bound == "end" else ""))
-            table.add_row(name, *cells)
-    return table
-
-
-def _table(title: str) -> Table:
-    table = Table(title=title, title_justify="left", caption_justify="left", box=None, padding=(0, 1))
-    table.add_column("", no_wrap=True)
-    return table
+    Peers without it (a failed capture) are left out, all of them where ours has none.
+    """
+    times = {
+        name: (result["forward"][measure], result["both"][measure])
+        for name, result in record["results"].items()
+        if "error" not in result and result["forward"][measure] and result["both"][measure]
+    }
+    ours = times.pop("ours", None)
+    return {} if ours is None else {name: (t[0] / ours[0], t[1] / ours[1]) for name, t in times.items()}

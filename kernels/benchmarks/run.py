@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -16,6 +17,7 @@ from .cases import Case
 from .contenders import CONTENDERS, Attention, Contender, NotSupportedError, Problem
 from .correctness import Exact, Results, full_problem, relative_error, sample, short_problem, shortened
 from .inputs import make_inputs
+from .limits import refusal
 from .timing import Clock, launch_costs, time_passes
 
 Record = dict[str, Any]
@@ -30,6 +32,8 @@ class Session:
         budget_ms: device time for the passes of one contender in one case.
         deadline: `time.monotonic()` after which nothing new is begun.
         seed: of every input.
+        ceiling_tflops: the device's measured rate of matrix products.
+        limit_seconds: contenders whose passes of a case take longer, even at that rate, are not run.
     """
 
     device: torch.device
@@ -38,13 +42,18 @@ class Session:
     deadline: float
     seed: int
     clock: Clock
+    ceiling_tflops: float
+    limit_seconds: float = math.inf
     lost: str | None = None  # why the device can't be used any more
     _short: dict[Case, Exact] = field(default_factory=dict)
     _passed: dict[tuple[str, Case], Record] = field(default_factory=dict)
     _dense: dict[tuple[str, Case], Record] = field(default_factory=dict)
 
-    def run_case(self, case: Case) -> Record:
-        """Figures of every contender, under "results"; those without figures say why under "error"."""
+    def run_case(self, case: Case, progress: Callable[[str], None] = lambda line: None) -> Record:
+        """Figures of every contender, under "results"; those without figures say why under "error".
+
+        `progress` gets a line before each contender.
+        """
         record: Record = {"case": case.name} | asdict(case) | {"density": case.density(), "results": {}}
         problem = Problem(case, self.device)
         samples: dict[str, Results] = {}
@@ -52,6 +61,7 @@ class Session:
         for name in self.contenders:
             contender = CONTENDERS[name]
             mask = case if contender.sparse else _dense_twin(case)
+            progress(f"{case.name}: {contender.label}")
             record["results"][name] = self._result(contender, problem, mask, exact, samples)
         if case in exact:
             _compare(record["results"], samples, exact[case].limits)
@@ -66,6 +76,10 @@ class Session:
             return {"error": f"not run: {self.lost}"}
         if time.monotonic() > self.deadline:
             return {"error": "not run: out of time"}
+        memory = torch.cuda.get_device_properties(self.device).total_memory if self.device.type == "cuda" else None
+        why = refusal(contender, problem.case, mask, memory, self.ceiling_tflops, self.limit_seconds)
+        if why is not None:
+            return {"error": f"not run: {why}"}
         began = time.monotonic()
         result: Record = {}
         with _failures() as failed:
@@ -115,6 +129,7 @@ class Session:
         case = problem.case
         q, k, v, dout = make_inputs(case, self.seed, contender.format, self.device)
         shared = problem.layout.nbytes if contender.name == "ours" else 0
+        gc.collect()  # what another contender left must not go away meanwhile
         before = self._allocated()
         attend = contender.prepare(problem)
 
@@ -143,8 +158,9 @@ class Session:
         flops = 4 * case.dim * mask.kept_positions()
         work = {"forward": flops, "backward": 2.5 * flops, "both": 3.5 * flops}
         tflops = {name: work[name] / ms / 1e9 for name, ms in figures["ms"].items()}
-        figures |= {"tflops": tflops, "peak_bytes": peak, "format": contender.format}
-        return figures | {"kernels": sorted(kernels), "checks": checks}
+        of_ceiling = {name: rate / self.ceiling_tflops for name, rate in tflops.items()}
+        figures |= {"tflops": tflops, "of_ceiling": of_ceiling, "peak_bytes": peak}
+        return figures | {"format": contender.format, "kernels": sorted(kernels), "checks": checks}
 
     def launches(self, case: Case) -> Record:
         """Launch costs of every contender: forward without gradients, and forward with backward."""
@@ -202,15 +218,14 @@ class WrongResultError(Exception):
     """A contender computed something else than the oracle."""
 
 
-def run_cases(session: Session, cases: Iterable[Case], report: Callable[[Record], None]) -> list[Record]:
-    """Records of all cases; `report` sees each as it is made."""
-    records = []
+def run_cases(
+    session: Session, cases: Iterable[Case], report: Callable[[Record], None], progress: Callable[[str], None]
+) -> None:
+    """One case after another; `report` gets the record of each as it is made, `progress` a line for what begins."""
     for case in cases:
-        records.append(session.run_case(case))
-        report(records[-1])
+        report(session.run_case(case, progress))
         if session.device.type == "cuda" and session.lost is None:
             torch.cuda.empty_cache()
-    return records
 
 
 def _dense_twin(case: Case) -> Case:

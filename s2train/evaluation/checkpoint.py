@@ -8,12 +8,14 @@ from megatron.core import parallel_state
 from s2train.config import NeedleConfig, ParallelConfig
 from s2train.evaluation.generate import greedy_decode
 from s2train.evaluation.needle import Ranks
+from s2train.evaluation.reach import NeedleReach
 from s2train.evaluation.request import read_request
 from s2train.evaluation.results import NeedleResults, weights_fingerprint
 from s2train.evaluation.run import run_needles
 from s2train.hardware import detect_own
 from s2train.megatron.checkpoint import load_for_inference
 from s2train.megatron.setup import initialize, shutdown
+from s2train.planning import hybrid_layout
 
 
 def evaluate(cfg: NeedleConfig) -> None:
@@ -49,6 +51,7 @@ def evaluate(cfg: NeedleConfig) -> None:
             parallel_state.get_data_parallel_world_size(),
             parallel_state.get_data_parallel_group(),
         ),
+        reach=NeedleReach(hybrid_layout(request.trained), request.sampler, grid),
         title=f"Needle retrieval: {request.trained.model.name}",
     )
     shutdown()

@@ -19,7 +19,8 @@ NOT_EVALUATED = "#DDDDDD"
 def draw_heat_map(results: NeedleResults, path: Path, title: str = "Needle retrieval") -> None:
     """Length across, depth down, share of exact answers in colour and in per cent; PNG.
 
-    Cells that were not evaluated are grey.
+    Cells that were not evaluated are grey. Where the layout is known, how many of the last layers it takes to carry
+    the needle to the question, small below the score.
     """
     lengths, depths, scores = _score_matrix(results)
     figure = Figure(figsize=(2.6 + 0.85 * len(lengths), 2.0 + 0.55 * len(depths)), dpi=160, layout="constrained")
@@ -27,9 +28,13 @@ def draw_heat_map(results: NeedleResults, path: Path, title: str = "Needle retri
     axes = figure.add_subplot()
     axes.set_facecolor(NOT_EVALUATED)
     image = axes.imshow(scores, cmap=SCORE_COLOURS, vmin=0, vmax=1, aspect="auto")
+    cells = {(cell.length, cell.depth): cell for cell in results.asked}
     for (row, column), score in np.ndenumerate(scores):
         if not np.isnan(score):
-            axes.text(column, row, f"{100 * score:.0f}", ha="center", va="center", fontsize=10)
+            layers = _layers(cells[lengths[column], depths[row]])
+            height = row - 0.14 if layers else row
+            axes.text(column, height, f"{100 * score:.0f}", ha="center", va="center", fontsize=10)
+            axes.text(column, row + 0.26, layers, ha="center", va="center", fontsize=6.5, color="#333333")
     axes.set_xticks(range(len(lengths)), [_tokens(length) for length in lengths])
     axes.set_yticks(range(len(depths)), [f"{100 * depth:g} %" for depth in depths])
     axes.set_xticks(np.arange(1, len(lengths)) - 0.5, minor=True)
@@ -52,7 +57,13 @@ def draw_heat_map(results: NeedleResults, path: Path, title: str = "Needle retri
 
 def score_table(results: NeedleResults) -> Table:
     """The heat map in figures: per cent exact, and per cent of answer tokens where that says more."""
-    table = Table(title=f"Exact answers, % (answer tokens right, %): {100 * results.score:.1f} in all")
+    caption = (
+        "· n: it takes the last n layers to carry the needle to the question"
+        if any(_layers(cell) for cell in results.asked)
+        else None
+    )
+    title = f"Exact answers, % (answer tokens right, %): {100 * results.score:.1f} in all"
+    table = Table(title=title, caption=caption)
     lengths, depths, _ = _score_matrix(results)
     table.add_column("depth", justify="right")
     for length in lengths:
@@ -67,7 +78,18 @@ def _figures(cell: Cell | None) -> str:
     if cell is None:
         return "-"
     exact = f"{100 * cell.correct / cell.trials:.0f}"
-    return exact if cell.correct == cell.trials else f"{exact} ({100 * cell.token_accuracy:.0f})"
+    told = exact if cell.correct == cell.trials else f"{exact} ({100 * cell.token_accuracy:.0f})"
+    if cell.reach is None:
+        return told
+    return f"{told} · {cell.reach.from_last}" if cell.reach.from_last >= 0 else f"{told} · never"
+
+
+def _layers(cell: Cell) -> str:
+    """How far the needle is, in words; empty where that is not known."""
+    if cell.reach is None:
+        return ""
+    count = cell.reach.from_last
+    return "out of reach" if count < 0 else f"{count} layer{'' if count == 1 else 's'}"
 
 
 def _score_matrix(results: NeedleResults) -> tuple[list[int], list[float], np.ndarray]:

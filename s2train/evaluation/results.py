@@ -13,12 +13,26 @@ from s2train.files import replacing
 
 
 @dataclass(frozen=True)
+class CellReach:
+    """Through how many layers the layout carries a cell's needle to its question; -1: through none.
+
+    Attributes:
+        from_first: counted from the model's first layer on: from there the question's end can know the needle.
+        from_last: counted back from the last one: how early the needle has to be read at the latest.
+    """
+
+    from_first: int
+    from_last: int
+
+
+@dataclass(frozen=True)
 class Cell:
     """One length (tokens) and depth of the grid.
 
     Attributes:
         correct: trials whose whole answer matched.
         token_accuracy: share of answer tokens that matched, over all trials.
+        reach: None where the layout is not known.
     """
 
     length: int
@@ -26,6 +40,7 @@ class Cell:
     correct: int
     trials: int
     token_accuracy: float
+    reach: CellReach | None = None
 
 
 @dataclass
@@ -74,9 +89,14 @@ def load_results(path: Path) -> NeedleResults | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         del content["score"]
-        return NeedleResults(**content | {"cells": [Cell(**cell) for cell in content["cells"]]})
+        return NeedleResults(**content | {"cells": [_cell(cell) for cell in content["cells"]]})
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
+
+
+def _cell(content: dict[str, Any]) -> Cell:
+    reach = content.pop("reach", None)  # results of earlier versions have none
+    return Cell(**content, reach=CellReach(**reach) if reach else None)
 
 
 def output_folder(cfg: NeedleConfig) -> Path:

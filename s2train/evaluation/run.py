@@ -1,5 +1,6 @@
 """An evaluation from start to end: go on from what is known, show progress, leave a table and a picture."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from s2train.data.needles import NeedleSampler
 from s2train.evaluation.generate import Decode
 from s2train.evaluation.needle import NeedleGrid, Ranks, evaluate_grid
 from s2train.evaluation.pictures import draw_heat_map, score_table
-from s2train.evaluation.results import Cell, NeedleResults, load_results
+from s2train.evaluation.results import Cell, CellReach, NeedleResults, load_results
 from s2train.files import set_aside
 
 
@@ -27,6 +28,7 @@ def run_needles(
     device: torch.device,
     trained_length: int | None = None,
     ranks: Ranks | None = None,
+    reach: Callable[[int, float], CellReach] | None = None,
     title: str = "Needle retrieval",
 ) -> NeedleResults:
     """Evaluate the cells that `folder` lacks; write `needle.json` after each one and `needle.png` at the end.
@@ -37,6 +39,7 @@ def run_needles(
     Args:
         grid: one that `s2train.evaluation.needle.check_fit` passed.
         asked: results without cells, with the settings that a known cell must agree with.
+        reach: of a cell's length and depth, for the results; needs no model.
         trained_length: tokens; longer cells are evaluated all the same, with a note.
     """
     is_writer = not dist.is_initialized() or dist.get_rank() == 0
@@ -53,10 +56,11 @@ def run_needles(
         task = progress.add_task("needles", total=len(grid.cells))
         for cell in cells:
             is_new = (cell.length, cell.depth) not in finished
+            cell = replace(cell, reach=reach(cell.length, cell.depth) if reach else None)
             results.add(cell)
             if is_writer and is_new:
                 results.save(table_path)
-            told = f"{cell.correct}/{cell.trials} exact" + ("" if is_new else ", known")
+            told = f"{cell.correct}/{cell.trials} exact{_told(cell.reach)}" + ("" if is_new else ", known")
             progress.console.print(f"length {cell.length:>7,}  depth {cell.depth:>6.1%}  {told}")
             progress.advance(task)
     if is_writer:
@@ -65,6 +69,13 @@ def run_needles(
     console.print(score_table(results))
     console.print(f"score {results.score:.4f}   table {table_path}   heat map {picture_path}")
     return results
+
+
+def _told(reach: CellReach | None) -> str:
+    """What to add on a cell's reach, where the layout limits it."""
+    if reach is None or reach.from_last == 1:
+        return ""
+    return ", no way through the layers" if reach.from_last < 0 else f", {reach.from_last} layers away"
 
 
 def _from_rank_0(value: list[Cell]) -> list[Cell]:

@@ -1,11 +1,14 @@
-"""How many blocks patterns keep, without H n² masks where the form of the patterns allows."""
+"""How many blocks patterns keep together, without H n² masks: patterns of one form are united in their form."""
 
-from collections.abc import Iterable
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from s2train.layouts.patterns import ColumnPattern, Pattern
+from s2train.layouts.patterns import BandedPattern, Dense, DistancePattern, MaskPattern, Pattern
 
 _MASK_ELEMENTS = 1 << 22  # of a mask that is looked at in one go
 
@@ -13,27 +16,125 @@ _MASK_ELEMENTS = 1 << 22  # of a mask that is looked at in one go
 def kept_key_blocks(patterns: Iterable[Pattern], num_blocks: int) -> Tensor:
     """How many key blocks each query block keeps in at least one of the patterns: int64 [num_blocks]."""
     distinct = list(dict.fromkeys(patterns))
-    key = torch.arange(num_blocks)
-    columns = torch.zeros(num_blocks, dtype=torch.bool)
-    local = 0
-    for pattern in distinct:
-        if not isinstance(pattern, ColumnPattern):
-            return _count_masks(distinct, num_blocks)
-        columns |= pattern.columns(key)
-        local = max(local, pattern.local)
-    # Query block i keeps the columns up to it, and what else is in the window i - local < j <= i.
-    others = (~columns).cumsum(0)
-    in_window = others.clone()
-    in_window[local:] -= others[: max(num_blocks - local, 0)]
-    return columns.cumsum(0) + in_window
-
-
-def _count_masks(patterns: list[Pattern], num_blocks: int) -> Tensor:
-    blocks = torch.arange(num_blocks)
+    if any(isinstance(pattern, Dense) for pattern in distinct):
+        return torch.arange(1, num_blocks + 1)
+    unions = _unite(distinct, num_blocks)
+    if len(unions) == 1:
+        return unions[0].counts()
     counts = []
-    for query in blocks.split(max(1, _MASK_ELEMENTS // num_blocks)):
-        union = torch.zeros(len(query), num_blocks, dtype=torch.bool)
-        for pattern in patterns:
-            union |= pattern.keep(query[:, None], blocks[None, :])
-        counts.append(union.sum(1))
+    for query in torch.arange(num_blocks).split(max(1, _MASK_ELEMENTS // num_blocks)):
+        mask = unions[0].mask(query)
+        for union in unions[1:]:
+            mask |= union.mask(query)
+        counts.append(mask.sum(1))
     return torch.cat(counts)
+
+
+class _Union(Protocol):
+    """Patterns of one form, over `num_blocks`."""
+
+    def counts(self) -> Tensor:
+        """Key blocks that each query block keeps in any of them: int64 [num_blocks]."""
+        ...
+
+    def mask(self, query: Tensor) -> Tensor:
+        """Bool [len(query), num_blocks] of query blocks."""
+        ...
+
+
+def _unite(patterns: Sequence[Pattern], num_blocks: int) -> list[_Union]:
+    banded = [pattern for pattern in patterns if isinstance(pattern, BandedPattern)]
+    distances = [pattern for pattern in patterns if isinstance(pattern, DistancePattern)]
+    masks = [pattern for pattern in patterns if isinstance(pattern, MaskPattern)]
+    others = [p for p in patterns if not isinstance(p, BandedPattern | DistancePattern | MaskPattern)]
+    unions: list[_Union] = []
+    if banded:
+        unions.append(_Bands(banded, num_blocks))
+    if distances:
+        unions.append(_Distances(distances, num_blocks))
+    if masks:
+        unions.append(_Bits(masks, num_blocks))
+    if others:
+        unions.append(_Masks(others, num_blocks))
+    return unions
+
+
+class _Bands:
+    """Columns between any two limits."""
+
+    def __init__(self, patterns: Sequence[BandedPattern], num_blocks: int) -> None:
+        self.key = torch.arange(num_blocks)
+        starts = sorted({0, *(limit for pattern in patterns for limit in pattern.limits if limit < num_blocks)})
+        self.bands: list[tuple[int, int, Tensor]] = []
+        for start, stop in zip(starts, [*starts[1:], num_blocks], strict=True):
+            columns = torch.zeros(num_blocks, dtype=torch.bool)
+            for pattern in patterns:
+                columns |= pattern.columns(bisect_right(pattern.limits, start), self.key)
+            self.bands.append((start, stop, columns))
+
+    def counts(self) -> Tensor:
+        kept = torch.zeros_like(self.key)
+        for start, stop, columns in self.bands:
+            before = torch.cat([torch.zeros(1, dtype=torch.int64), columns.cumsum(0)])  # columns among the first j
+            # Query block i has key blocks i - stop < j <= i - start in the band.
+            kept += before[(self.key - start + 1).clamp(min=0)] - before[(self.key - stop + 1).clamp(min=0)]
+        return kept
+
+    def mask(self, query: Tensor) -> Tensor:
+        mask = torch.zeros(len(query), len(self.key), dtype=torch.bool)
+        for start, stop, columns in self.bands:
+            mask |= columns & (query[:, None] >= self.key + start) & (query[:, None] < self.key + stop)
+        return mask
+
+
+class _Distances:
+    """Distances that any of them keeps."""
+
+    def __init__(self, patterns: Sequence[DistancePattern], num_blocks: int) -> None:
+        self.key = torch.arange(num_blocks)
+        self.kept = torch.zeros(num_blocks, dtype=torch.bool)
+        for pattern in patterns:
+            self.kept |= pattern.distances(self.key)
+
+    def counts(self) -> Tensor:
+        return self.kept.cumsum(0)
+
+    def mask(self, query: Tensor) -> Tensor:
+        distance = query[:, None] - self.key
+        return self.kept[distance.clamp(min=0)] & (distance >= 0)
+
+
+class _Bits:
+    """One mask."""
+
+    def __init__(self, patterns: Sequence[MaskPattern], num_blocks: int) -> None:
+        width = -(-num_blocks // 8)
+        bits = np.zeros((num_blocks, width), dtype=np.uint8)
+        for pattern in patterns:
+            pattern.check_length(num_blocks)
+            bits |= pattern.bits[:num_blocks, :width].numpy()
+        self.bits, self.num_blocks = bits, num_blocks
+
+    def counts(self) -> Tensor:
+        return self.mask(torch.arange(self.num_blocks)).sum(1)
+
+    def mask(self, query: Tensor) -> Tensor:
+        rows = np.unpackbits(self.bits[query.numpy()], axis=1, count=self.num_blocks, bitorder="little")
+        return torch.from_numpy(rows).bool()
+
+
+class _Masks:
+    """Patterns of any other form, one by one."""
+
+    def __init__(self, patterns: Sequence[Pattern], num_blocks: int) -> None:
+        self.patterns, self.key = patterns, torch.arange(num_blocks)
+
+    def counts(self) -> Tensor:
+        rows = max(1, _MASK_ELEMENTS // len(self.key))
+        return torch.cat([self.mask(query).sum(1) for query in self.key.split(rows)])
+
+    def mask(self, query: Tensor) -> Tensor:
+        mask = torch.zeros(len(query), len(self.key), dtype=torch.bool)
+        for pattern in self.patterns:
+            mask |= pattern.keep(query[:, None], self.key)
+        return mask

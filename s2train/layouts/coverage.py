@@ -1,7 +1,7 @@
 """Which far blocks no head sees: union coverage of the sparse layers, one by one and over their runs."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,8 +9,8 @@ import torch
 from s2train.config import LayoutConfig
 from s2train.errors import ConfigError
 from s2train.layouts.counting import kept_key_blocks
-from s2train.layouts.hybrid import HybridLayout
-from s2train.layouts.patterns import Pattern
+from s2train.layouts.hybrid import HybridLayout, LayerLayout, pattern_setting
+from s2train.layouts.patterns import Dense, Pattern
 from s2train.layouts.schedules import SCHEDULES
 
 
@@ -38,6 +38,15 @@ class RunCoverage:
     last: int
     layers: tuple[Coverage, ...]
     union: Coverage
+    alone: tuple[bool, ...]  # which layers have to see every block by themselves, and not with their run
+    dense_heads: tuple[int, ...]  # how many heads of each layer are dense
+
+    @property
+    def complete(self) -> bool:
+        """Does it see every block, in the way that its schedule promises?"""
+        return self.union.complete and all(
+            layer.complete for layer, alone in zip(self.layers, self.alone, strict=True) if alone
+        )
 
     @property
     def numbers(self) -> str:
@@ -52,12 +61,7 @@ class CoverageReport:
     seq_length: int  # tokens
     num_blocks: int
     schedule: str
-    per_run: bool  # the schedule promises full coverage for a run's union, not for each layer
     runs: tuple[RunCoverage, ...]
-
-    def complete(self, run: RunCoverage) -> bool:
-        """Does the run see every block, in the way that its schedule promises?"""
-        return run.union.complete if self.per_run else all(layer.complete for layer in run.layers)
 
     def format(self) -> str:
         """Lines for a log: one for each sort of run, naming its layers."""
@@ -80,62 +84,96 @@ def union_coverage(heads: Sequence[Pattern], num_blocks: int) -> Coverage:
 def coverage_report(hybrid: HybridLayout, seq_length: int) -> CoverageReport:
     """Exact coverage of every sparse layer, and of every run of consecutive sparse layers."""
     num_blocks = hybrid.layers[0].num_blocks(seq_length)
+    counted: dict[frozenset[Pattern], Coverage] = {}
+
+    def union(heads: Iterable[Pattern]) -> Coverage:
+        distinct = frozenset(heads)
+        if distinct not in counted:
+            counted[distinct] = union_coverage(list(distinct), num_blocks)
+        return counted[distinct]
+
     runs = []
     for is_dense, group in itertools.groupby(enumerate(hybrid.layers), lambda item: item[1].is_dense):
         if is_dense:
             continue
         numbers, layers = zip(*group, strict=True)
-        alone = tuple(union_coverage(layer.heads, num_blocks) for layer in layers)
-        heads = [head for layer in layers for head in layer.heads]
-        runs.append(RunCoverage(numbers[0], numbers[-1], alone, union_coverage(heads, num_blocks)))
-    return CoverageReport(seq_length, num_blocks, hybrid.schedule.name, hybrid.schedule.per_run, tuple(runs))
+        layers_alone = tuple(union(layer.heads) for layer in layers)
+        runs.append(
+            RunCoverage(
+                numbers[0],
+                numbers[-1],
+                layers_alone,
+                union(head for layer in layers for head in layer.heads),
+                tuple(not hybrid.schedule.per_run and union(_shifts(layer)).complete for layer in layers),
+                tuple(sum(isinstance(head, Dense) for head in layer.heads) for layer in layers),
+            )
+        )
+    return CoverageReport(seq_length, num_blocks, hybrid.schedule.name, tuple(runs))
+
+
+def _shifts(layer: LayerLayout) -> list[Pattern]:
+    """All that a schedule could give the heads of a sparse layer: where they see everything, the layer should."""
+    head = _scheduled_head(layer)
+    return [head.shifted(offset) for offset in range(head.period)]
+
+
+def _scheduled_head(layer: LayerLayout) -> Pattern:
+    return next(head for head in layer.heads if not isinstance(head, Dense))
 
 
 def check_coverage(hybrid: HybridLayout, seq_length: int, layout: LayoutConfig) -> CoverageReport:
     """The coverage report, or an error if some far block is seen by no head.
 
-    Each sparse layer has to see every causal block by itself; under a schedule that promises it per run
-    (rotating), its run of consecutive sparse layers has to, together.
+    Each sparse layer has to see every causal block by itself; under a schedule that promises it per run (rotating),
+    its run of consecutive sparse layers has to, together. So does the run of a layer that no schedule could make
+    see everything (a sliding window).
 
     Raises:
         ConfigError: a layer or run misses blocks, and `layout.allow_partial_coverage` is off.
     """
     report = coverage_report(hybrid, seq_length)
-    lacking = [run for run in report.runs if not report.complete(run)]
+    lacking = [run for run in report.runs if not run.complete]
     if lacking and not layout.allow_partial_coverage:
+        numbers = _lacking_layers(lacking[0])
         raise ConfigError(
             "schedule.kind",
             hybrid.schedule.name,
-            _problem(hybrid, report, lacking[0], layout),
-            _remedy(hybrid, min(len(run.layers) for run in report.runs), layout),
+            _problem(hybrid, report, lacking[0], numbers),
+            _remedy(hybrid, report, numbers),
         )
     return report
+
+
+def _lacking_layers(run: RunCoverage) -> range:
+    """The first layer that should see every block by itself and doesn't, or else the whole run."""
+    for number, (layer, alone) in enumerate(zip(run.layers, run.alone, strict=True), run.first):
+        if alone and not layer.complete:
+            return range(number, number + 1)
+    return range(run.first, run.last + 1)
 
 
 def _describe(run: RunCoverage) -> str:
     least, most = (percent(pick(layer.fraction for layer in run.layers)) for pick in (min, max))
     alone = least if least == most else f"{least} to {most}"
+    dense = min(run.dense_heads)
+    by = f", by {dense} dense head{'s' if dense > 1 else ''}" if dense else ""
     if len(run.layers) == 1:
-        return f"{alone} of the causal blocks seen"
+        return f"{alone} of the causal blocks seen{by}"
     if least == most == "100 %":
-        return "100 % of the causal blocks seen in each layer"
+        return f"100 % of the causal blocks seen in each layer{by}"
     return f"{alone} of the causal blocks seen in each layer, {percent(run.union.fraction)} in the run"
 
 
-def _problem(hybrid: HybridLayout, report: CoverageReport, run: RunCoverage, layout: LayoutConfig) -> str:
+def _problem(hybrid: HybridLayout, report: CoverageReport, run: RunCoverage, numbers: range) -> str:
     """Where blocks are missing, with examples."""
-    if report.per_run:
-        plural = "s" if len(run.layers) > 1 else ""
-        name, covered, numbers = f"layer{plural} {run.numbers}", run.union, range(run.first, run.last + 1)
-    else:
-        number = next(number for number, layer in enumerate(run.layers) if not layer.complete)
-        covered, number = run.layers[number], run.first + number
-        name, numbers = f"layer {number}", range(number, number + 1)
-    heads = [head for number in numbers for head in hybrid.layers[number].heads]
-    query, missing = _missing(heads, report.num_blocks)
+    layers = [hybrid.layers[number] for number in numbers]
+    covered = run.layers[numbers.start - run.first] if len(numbers) == 1 else run.union
+    name = f"layer {numbers.start}" if len(numbers) == 1 else f"layers {numbers.start}-{numbers.stop - 1}"
+    forms = "; ".join(dict.fromkeys(_scheduled_head(layer).form() for layer in layers))
+    query, missing = _missing([head for layer in layers for head in layer.heads], report.num_blocks)
     examples = ", ".join(map(str, missing[:4])) + (", …" if len(missing) > 4 else "")
     return (
-        f"with stride {layout.pattern.stride} the heads of {name} see {percent(covered.fraction)} of the "
+        f"the heads of {name} ({forms}) see {percent(covered.fraction)} of the "
         f"causal blocks at {report.seq_length:,} tokens: query block {query} misses {len(missing)} of its "
         f"{query + 1} key blocks ({examples})"
     )
@@ -152,18 +190,25 @@ def _missing(patterns: Sequence[Pattern], num_blocks: int) -> tuple[int, list[in
     return int(query), (~seen).nonzero().flatten().tolist()
 
 
-def _remedy(hybrid: HybridLayout, shortest_run: int, layout: LayoutConfig) -> str:
-    num_heads, groups, stride = len(hybrid.layers[0].heads), hybrid.num_query_groups, layout.pattern.stride
+def _remedy(hybrid: HybridLayout, report: CoverageReport, numbers: range) -> str:
+    """What would make the layers see everything."""
+    layer = max((hybrid.layers[number] for number in numbers), key=lambda layer: _scheduled_head(layer).period)
+    head, setting = _scheduled_head(layer), pattern_setting(layer.kind.letter)
+    num_heads, groups = len(layer.heads), hybrid.num_query_groups
+    shortest_run = min(len(run.layers) for run in report.runs)
     widest = {kind: schedule.widest_stride(num_heads, groups, shortest_run) for kind, schedule in SCHEDULES.items()}
-    others = [kind for kind in widest if widest[kind] >= stride]
     ways = []
-    if others:
-        ways.append(f"schedule.kind={' or '.join(others)}")
+    if union_coverage(_shifts(layer), report.num_blocks).complete:
+        if others := [kind for kind in widest if widest[kind] >= head.period]:
+            ways.append(f"schedule.kind={' or '.join(others)}")
+        else:
+            run = -(-head.period // groups)
+            ways.append(f"schedule.kind=rotating and layout.layers with {run} or more sparse layers in a row")
+        if (narrower := widest.get(hybrid.schedule.name, num_heads)) > 1:
+            ways.append(f"{setting}.{head.narrower(narrower)}")
     else:
-        run = -(-stride // groups)
-        ways.append(f"schedule.kind=rotating and layout.layers with {run} or more sparse layers in a row")
-    if widest[hybrid.schedule.name] > 1:
-        ways.append(f"layout.pattern.stride={widest[hybrid.schedule.name]} or less")
+        ways.append(f"{setting}.kind=local_vertical, or another that the schedule can spread")
+    ways.append("schedule.dense_heads=1")
     ways.append("layout.allow_partial_coverage=true to go on all the same")
     return f"Set {', or '.join(ways)}."
 

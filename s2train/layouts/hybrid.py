@@ -1,37 +1,40 @@
 """The layers of a model: which kind each is, and what its heads keep."""
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
 from s2train.config import LayoutConfig, ScheduleConfig
 from s2train.errors import ConfigError
 from s2train.kernels.layout import BLOCK_SIZES, BlockLayout
-from s2train.kernels.layout_lines import ColumnRule
+from s2train.kernels.layout_lines import ColumnRule, Rule
 from s2train.layouts.kinds import KINDS, AttentionKind, KindContext
-from s2train.layouts.patterns import ColumnPattern, Dense, Pattern
-from s2train.layouts.schedules import Schedule, find_schedule
+from s2train.layouts.patterns import BandedPattern, Dense, HeadPatterns, LayerContext, Pattern
+from s2train.layouts.patterns.registry import build_patterns, read_pattern
+from s2train.layouts.schedules import Schedule, ScheduleContext, dense_head_numbers, find_schedule
 
 _GROUP = re.compile(r"(?P<runs>(?:[A-Z][0-9]*)+)(?:x(?P<repeat>[0-9]+))?")
 _RUN = re.compile(r"([A-Z])([0-9]*)")
 
 
-def parse_layers(text: str, num_layers: int) -> tuple[str, ...]:
+def parse_layers(text: str, num_layers: int, kinds: Mapping[str, AttentionKind] = KINDS) -> tuple[str, ...]:
     """The letter of every layer, from a string such as DSSS.
 
     Grammar (nothing in it that a shell would touch)::
 
         string = group, groups after the first set off by "-"      DD-S3D1x7-DD
         group  = runs, and xN to repeat them all N times           D1S3x8   (DSSS, eight times)
-        run    = a letter of KINDS, and a count                    S3       (SSS)
+        run    = a letter of `kinds`, and a count                  S3       (SSS)
 
     The letters, if fewer than the layers, are repeated to the model's depth: DSSS is four layers, tiled.
 
     Raises:
         ConfigError: unreadable, an unknown letter, or a length that doesn't divide `num_layers`.
     """
-    groups = [_parse_group(group, text) for group in text.split("-")]
+    groups = [_parse_group(group, text, kinds) for group in text.split("-")]
     length = sum(repeat * sum(count for _, count in runs) for runs, repeat in groups)
     if num_layers % length:
         lengths = ", ".join(str(n) for n in range(1, num_layers + 1) if num_layers % n == 0)
@@ -45,11 +48,12 @@ def parse_layers(text: str, num_layers: int) -> tuple[str, ...]:
     return tuple(letters * (num_layers // length))
 
 
-def _parse_group(group: str, text: str) -> tuple[list[tuple[str, int]], int]:
-    valid = ", ".join(f"{kind.letter} ({kind.name})" for kind in KINDS.values())
+def _parse_group(group: str, text: str, kinds: Mapping[str, AttentionKind]) -> tuple[list[tuple[str, int]], int]:
+    valid = ", ".join(f"{letter} ({kind.name})" for letter, kind in kinds.items())
     for letter in group:
-        if letter.isalpha() and letter != "x" and letter not in KINDS:
-            raise ConfigError("layout.layers", text, f"unknown letter {letter}", f"Letters: {valid}.")
+        if letter.isalpha() and letter != "x" and letter not in kinds:
+            remedy = f"Letters: {valid}; layout.patterns declares further ones."
+            raise ConfigError("layout.layers", text, f"unknown letter {letter}", remedy)
     match = _GROUP.fullmatch(group)
     if not match:
         raise ConfigError(
@@ -87,19 +91,24 @@ class LayerLayout:
         """The kept blocks over `seq_length` tokens, of all query heads or a slice of them, on `device`."""
         patterns = self.heads if heads is None else self.heads[heads]
         index = {pattern: number for number, pattern in enumerate(dict.fromkeys(patterns))}
-        rules = [
-            ColumnRule(pattern.local, pattern.columns) if isinstance(pattern, ColumnPattern) else pattern.keep
-            for pattern in index
-        ]
         num_blocks = self.num_blocks(seq_length)
         return BlockLayout.from_rule(
-            rules,
+            [_rule(pattern, num_blocks) for pattern in index],
             [index[pattern] for pattern in patterns],
             self.block_size,
             num_blocks,
             num_blocks,
             device=device,
         )
+
+
+def _rule(pattern: Pattern, num_blocks: int) -> Rule:
+    """What `BlockLayout.from_rule` asks: in closed form where the pattern is a whole window and columns before it."""
+    if isinstance(pattern, BandedPattern) and len(pattern.limits) <= 1:
+        window = pattern.limits[0] if pattern.limits else 1  # the diagonal is always kept
+        if window == 1 or bool(pattern.columns(0, torch.arange(num_blocks)).all()):
+            return ColumnRule(window, partial(pattern.columns, len(pattern.limits)))
+    return pattern.keep
 
 
 @dataclass(frozen=True)
@@ -110,6 +119,45 @@ class HybridLayout:
     block_size: int  # tokens
     num_query_groups: int  # KV heads
     schedule: Schedule  # that gave the sparse layers their offsets
+
+
+def letters_of(layout: LayoutConfig) -> dict[str, AttentionKind]:
+    """The letters that the layout's string may have: those of KINDS, and its own, of sparse layers.
+
+    Raises:
+        ConfigError: `layout.patterns` declares no capital letter, or one that KINDS has.
+    """
+    kinds = dict(KINDS)
+    for letter, given in layout.patterns.items():
+        setting = f"layout.patterns.{letter}"
+        if not re.fullmatch("[A-Z]", letter):
+            raise ConfigError(setting, given, "its name is no capital letter", "Name it by one, such as W.")
+        if letter in KINDS:
+            problem = f"{letter} is the letter of {KINDS[letter].name} attention"
+            taken = ", ".join(KINDS)
+            raise ConfigError(setting, given, problem, f"Name it by another letter than {taken}.")
+        kinds[letter] = replace(KINDS["S"], letter=letter, name=read_pattern(given, setting).kind)
+    return kinds
+
+
+def patterns_of(layout: LayoutConfig) -> dict[str, HeadPatterns]:
+    """What the layout's letters keep where their kind asks for a pattern: `layout.pattern`, or their own.
+
+    Raises:
+        ConfigError: as `letters_of`, and for patterns that can't be.
+    """
+    default = build_patterns(layout.pattern, "layout.pattern")
+    patterns = {}
+    for letter in letters_of(layout):
+        setting = pattern_setting(letter)
+        given = layout.patterns.get(letter)
+        patterns[letter] = default if given is None else build_patterns(read_pattern(given, setting), setting)
+    return patterns
+
+
+def pattern_setting(letter: str) -> str:
+    """The setting with the pattern of a layer's letter."""
+    return "layout.pattern" if letter in KINDS else f"layout.patterns.{letter}"
 
 
 def build_hybrid_layout(
@@ -130,13 +178,39 @@ def build_hybrid_layout(
             f"doesn't divide the {num_heads} query heads",
             "Set it to a divisor of model.num_attention_heads.",
         )
-    found = find_schedule(schedule.kind)
+    kinds, found = letters_of(layout), find_schedule(schedule)
+    dense_heads = dense_head_numbers(schedule.dense_heads, num_heads)
+    patterns = patterns_of(layout)
     layers: list[LayerLayout] = []
     sparse_layers = 0
-    for letter in parse_layers(layout.layers, num_layers):
-        kind = KINDS[letter]
-        context = KindContext(num_heads, num_query_groups, layout.pattern, found, sparse_layers)
-        layer = LayerLayout(kind, kind.heads(context), layout.block_size)
-        layers.append(layer)
+    for number, letter in enumerate(parse_layers(layout.layers, num_layers, kinds)):
+        context = LayerContext(
+            number,
+            num_heads,
+            num_query_groups,
+            layout.block_size,
+            partial(_offsets, found, num_heads, num_query_groups, sparse_layers),
+            pattern_setting(letter),
+        )
+        heads = kinds[letter].heads(KindContext(context, patterns[letter], dense_heads))
+        # A layer that keeps everything is dense attention, by whatever letter.
+        layer = LayerLayout(kinds[letter], heads, layout.block_size)
+        layers.append(replace(layer, kind=KINDS["D"]) if layer.is_dense else layer)
         sparse_layers += not layer.is_dense
+    if sparse_layers % found.rows:
+        raise ConfigError(
+            "schedule.offsets",
+            f"({found.rows} lists)",
+            f"don't divide the model's {sparse_layers} sparse layers",
+            f"Write a list for each of {sparse_layers} layers, or for as many as divide them.",
+        )
     return HybridLayout(tuple(layers), layout.block_size, num_query_groups, found)
+
+
+def _offsets(
+    schedule: Schedule, num_heads: int, num_query_groups: int, sparse_layer: int, period: int
+) -> tuple[int, ...]:
+    """Every query head's offset for a pattern of `period`, in the sparse layer of this number."""
+    if period == 1:
+        return (0,) * num_heads
+    return schedule.offsets(ScheduleContext(num_heads, num_query_groups, period, sparse_layer))

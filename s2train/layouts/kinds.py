@@ -1,22 +1,18 @@
 """The kinds of attention that a layer can have: one entry of `KINDS` each."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from s2train.config import PatternConfig
-from s2train.layouts.patterns import Dense, LocalVertical, Pattern
-from s2train.layouts.schedules import Schedule, ScheduleContext
+from s2train.layouts.patterns import Dense, HeadPatterns, LayerContext, Pattern
 
 
 @dataclass(frozen=True)
 class KindContext:
-    """What the patterns of a layer's heads may depend on."""
+    """What a kind makes a layer's heads of."""
 
-    num_heads: int
-    num_query_groups: int
-    pattern: PatternConfig
-    schedule: Schedule
-    sparse_layer_index: int  # among the model's sparse layers, from 0
+    layer: LayerContext
+    patterns: HeadPatterns  # of `layout.pattern`, or of the layer's letter in `layout.patterns`
+    dense_heads: frozenset[int] = frozenset()  # query heads that the schedule wants dense
 
 
 @dataclass(frozen=True)
@@ -30,16 +26,12 @@ class AttentionKind:
 
 
 def _dense_heads(context: KindContext) -> tuple[Pattern, ...]:
-    return (Dense(),) * context.num_heads
+    return (Dense(),) * context.layer.num_heads
 
 
 def _s2_heads(context: KindContext) -> tuple[Pattern, ...]:
-    settings = context.pattern
-    pattern = LocalVertical(settings.local, settings.stride, 0, settings.sinks)
-    offsets = context.schedule.offsets(
-        ScheduleContext(context.num_heads, context.num_query_groups, pattern.stride, context.sparse_layer_index)
-    )
-    return tuple(replace(pattern, offset=offset) for offset in offsets)
+    patterns = context.patterns(context.layer)
+    return tuple(Dense() if head in context.dense_heads else pattern for head, pattern in enumerate(patterns))
 
 
 KINDS: dict[str, AttentionKind] = {

@@ -1,7 +1,9 @@
 """How the heads of a sparse layer get their offsets: H query heads, H_kv KV heads, stride V.
 
 A far block (outside the local window) is seen by a layer if its column, modulo V, is the offset of some head.
-So a layer that sees everything needs all V offsets.
+So a layer that sees everything needs all V offsets. V is the pattern's period: of context ranges the widest
+stride (an offset counts modulo each range's own), of a dilated pattern the dilation (distances in place of
+columns).
 
 With grouped-query attention the H / H_kv query heads of a group attend to the same K/V head: where they share
 an offset, one load of a K/V block serves them all, at the price of H_kv distinct offsets in place of H.
@@ -13,12 +15,17 @@ grouped       floor(g V / H_kv), or g mod V where V <= H_kv      V <= H_kv, in e
 rotating      (l H_kv + g) mod V: goes on across sparse layers   V <= r H_kv, in a run    yes
                                                                  of r sparse layers
 homogeneous   0: an ablation                                     V = 1                    yes
+explicit      as `schedule.offsets` lists them                   the lists have all V     as listed
+
+Dense heads (`schedule.dense_heads`) see every block by themselves, whatever the kind.
 """
 
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+from s2train.config import ScheduleConfig
 from s2train.errors import ConfigError
 
 
@@ -46,6 +53,7 @@ class Schedule:
     # (num_heads, num_query_groups, sparse layers in the run) -> the widest stride with every block seen
     widest_stride: Callable[[int, int, int], int]
     per_run: bool = False  # the promise holds for the union of a run of consecutive sparse layers, not for each
+    rows: int = 1  # the sparse layers of a model must be a multiple of this
 
 
 def _shifted(context: ScheduleContext) -> tuple[int, ...]:
@@ -83,13 +91,60 @@ SCHEDULES: dict[str, Schedule] = {
 }
 
 
-def find_schedule(kind: str) -> Schedule:
-    """The schedule of this name.
+EXPLICIT = "explicit"
+
+
+def find_schedule(settings: ScheduleConfig) -> Schedule:
+    """The schedule of these settings.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: no such kind; offsets missing, of another kind, or no lists of numbers.
     """
-    if kind not in SCHEDULES:
-        nearest = difflib.get_close_matches(kind, SCHEDULES, n=1, cutoff=0.0)[0]
-        raise ConfigError("schedule.kind", kind, "unknown", f"Did you mean {nearest}? Kinds: {', '.join(SCHEDULES)}.")
-    return SCHEDULES[kind]
+    kinds = [*SCHEDULES, EXPLICIT]
+    if settings.kind not in kinds:
+        nearest = difflib.get_close_matches(settings.kind, kinds, n=1, cutoff=0.0)[0]
+        remedy = f"Did you mean {nearest}? Kinds: {', '.join(kinds)}."
+        raise ConfigError("schedule.kind", settings.kind, "unknown", remedy)
+    if settings.kind == EXPLICIT:
+        return _explicit(settings.offsets)
+    if settings.offsets is not None:
+        problem = f"no setting of schedule.kind={settings.kind}, which has its own"
+        raise ConfigError("schedule.offsets", settings.offsets, problem, f"Set schedule.kind={EXPLICIT}.")
+    return SCHEDULES[settings.kind]
+
+
+def _explicit(given: Any) -> Schedule:
+    """Offsets as listed: one list for all sparse layers, or one for each, repeated."""
+    rows = given if isinstance(given, list) and given and isinstance(given[0], list) else [given]
+    for row in rows:
+        if not isinstance(row, list) or not row or not all(type(offset) is int for offset in row):
+            remedy = "Write one offset a query head, 'schedule.offsets=[0,1,2,3]', or such a list a sparse layer."
+            raise ConfigError("schedule.offsets", given, "no list of numbers", remedy)
+
+    def offsets(context: ScheduleContext) -> tuple[int, ...]:
+        number = context.sparse_layer_index % len(rows)
+        row, shown = rows[number], f"[{number}]" if len(rows) > 1 else ""
+        if len(row) != context.num_heads:
+            problem = f"{len(row)} offsets for {context.num_heads} query heads"
+            raise ConfigError(f"schedule.offsets{shown}", row, problem, f"Write {context.num_heads}.")
+        if not all(0 <= offset < context.stride for offset in row):
+            problem = f"an offset out of range for a pattern of period {context.stride}"
+            raise ConfigError(f"schedule.offsets{shown}", row, problem, f"Write 0 to {context.stride - 1}.")
+        return tuple(row)
+
+    return Schedule(EXPLICIT, offsets, lambda heads, groups, run: 0, per_run=len(rows) > 1, rows=len(rows))
+
+
+def dense_head_numbers(count: int, num_heads: int) -> frozenset[int]:
+    """Which query heads are the `count` dense ones.
+
+    Evenly spread: any two runs of heads of one length, such as KV groups or tensor parallel ranks, differ by one
+    at most.
+
+    Raises:
+        ConfigError: not fewer than the heads.
+    """
+    if not 0 <= count < num_heads:
+        remedy = f"Set it below {num_heads}, or write D in layout.layers for a dense layer."
+        raise ConfigError("schedule.dense_heads", count, f"a sparse layer has {num_heads} heads", remedy)
+    return frozenset(number * num_heads // count for number in range(count))

@@ -1,5 +1,6 @@
 """Core attention over block layouts, in the place of Megatron's."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from s2train.kernels.attention import Backend, block_sparse_attention
+from s2train.kernels.choice import KernelsInUse, kernels_in_use
 from s2train.kernels.dense import dense_causal_attention
 from s2train.kernels.layout import BlockLayout
 from s2train.layouts.hybrid import LayerLayout
@@ -47,7 +49,7 @@ class CausalCoreAttention(MegatronModule):
     Args:
         layer_layout: heads of this layer, all of them.
         cache: where device layouts are kept, shared by the layers of a model.
-        backend: of the sparse op: auto, triton or torch.
+        backend: of the sparse op: auto, triton, portable or torch.
     Raises:
         NotImplementedError: packed sequences, attention dropout or biases, which no layout describes yet.
     """
@@ -133,10 +135,16 @@ class DenseCoreAttention(CausalCoreAttention):
 
 
 class SparseCoreAttention(CausalCoreAttention):
-    """Every head keeps the blocks of its pattern."""
+    """Every head keeps the blocks of its pattern. `kernels` are those that its first call ran."""
+
+    kernels: KernelsInUse | None = None
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, query_offset: int) -> torch.Tensor:
         layout = self.cache.get(self.layer_layout, key.shape[0], self.heads, query.device)
+        if self.kernels is None:
+            self.kernels = kernels_in_use(
+                query, key, value, layout, query_offset=query_offset, backend=self.backend
+            )  # fmt: skip
         out = block_sparse_attention(
             query,
             key,
@@ -148,3 +156,9 @@ class SparseCoreAttention(CausalCoreAttention):
         )
         assert isinstance(out, torch.Tensor)
         return out
+
+
+def kernels_of(models: Iterable[torch.nn.Module]) -> list[str]:
+    """What the sparse layers of these models ran, each way once."""
+    layers = (m for model in models for m in model.modules() if isinstance(m, SparseCoreAttention))
+    return list(dict.fromkeys(str(layer.kernels) for layer in layers if layer.kernels is not None))

@@ -48,9 +48,9 @@ def check_attention_backend(name: str, hardware: Hardware) -> None:
     """Whether a backend of the attention op can run on `hardware`.
 
     Raises:
-        ConfigError: triton without CUDA.
+        ConfigError: Triton without CUDA.
     """
-    if name == "triton" and hardware.kind == "cpu":
+    if name in ("triton", "portable") and hardware.kind == "cpu":
         raise ConfigError("attention_backend", name, "there is no CUDA device", "Set attention_backend=auto.")
 
 

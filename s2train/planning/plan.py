@@ -7,6 +7,7 @@ from s2train.hardware import Hardware
 from s2train.layouts.costs import density, layout_nbytes
 from s2train.layouts.coverage import CoverageReport, check_coverage
 from s2train.layouts.hybrid import HybridLayout
+from s2train.layouts.summary import LetterSummary, summarise
 from s2train.planning.flops import TokenFlops, token_flops
 from s2train.planning.memory import Memory, data_parallel, micro_batches, rank_memory
 from s2train.planning.parameters import stage_parameters, total_parameters
@@ -24,6 +25,7 @@ class Plan:
     letters: str  # one a layer
     density: float  # of the whole model; 1 is dense
     sparse_density: float  # mean over its sparse layers; 1 if there is none
+    sparse_letters: tuple[LetterSummary, ...]
     coverage: CoverageReport
     parameters: int
     rank_parameters: int  # on the fullest pipeline stage
@@ -68,6 +70,7 @@ def make_plan(cfg: PretrainConfig, hybrid: HybridLayout, world_size: int, hardwa
         letters="".join(layer.kind.letter for layer in hybrid.layers),
         density=density(hybrid, seq_length),
         sparse_density=sum(densities[layer] for layer in sparse) / len(sparse) if sparse else 1.0,
+        sparse_letters=summarise(hybrid, seq_length),
         coverage=check_coverage(hybrid, seq_length, cfg.layout),
         parameters=total_parameters(cfg.model),
         rank_parameters=max(

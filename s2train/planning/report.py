@@ -11,14 +11,11 @@ from s2train.planning.stages import Balance
 def format_plan(plan: Plan) -> str:
     """Layers, density, coverage, parameters, FLOPs, memory by part, and the verdict, on some twenty lines."""
     cfg, memory, flops = plan.cfg, plan.memory, plan.flops
-    train, parallel, pattern = cfg.train, cfg.parallel, cfg.layout.pattern
+    train, parallel = cfg.train, cfg.parallel
     rows = [
         ("layers", f"{len(plan.letters)}: {_layers(plan.letters)} ({_counts(plan)})"),
-        (
-            "sparse",
-            f"blocks of {cfg.layout.block_size} tokens, local {pattern.local}, stride {pattern.stride}, "
-            f"sinks {pattern.sinks}, schedule {cfg.schedule.kind}",
-        ),
+        ("sparse", f"blocks of {cfg.layout.block_size} tokens, schedule {cfg.schedule.kind}"),
+        *((f"  {letter.letter}", letter.format()) for letter in plan.sparse_letters),
         ("density", f"{plan.density:.4f} of causal positions, {plan.sparse_density:.4f} in sparse layers"),
         ("parameters", f"{_count(plan.parameters)}, {_count(plan.rank_parameters)} on a rank"),
         (

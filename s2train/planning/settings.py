@@ -8,6 +8,8 @@ from typing import Any
 
 from s2train.config import PretrainConfig
 from s2train.errors import ConfigError
+from s2train.layouts.hybrid import patterns_of
+from s2train.layouts.schedules import find_schedule
 
 _CHOICES: dict[str, tuple[str | int, ...]] = {
     "train.precision": ("bf16", "fp32"),
@@ -17,7 +19,7 @@ _CHOICES: dict[str, tuple[str | int, ...]] = {
     "tracking.wandb": ("disabled", "offline", "online"),
     "tracking.timing": (0, 1, 2),
     "backend": ("auto", "local", "te"),
-    "attention_backend": ("auto", "triton", "torch"),
+    "attention_backend": ("auto", "triton", "portable", "torch"),
 }
 _POSITIVE: dict[str, tuple[str, ...]] = {
     "model": (
@@ -32,7 +34,7 @@ _POSITIVE: dict[str, tuple[str, ...]] = {
         "norm_epsilon",
         "init_std",
     ),
-    "layout": ("block_size", "pattern.local", "pattern.stride"),
+    "layout": ("block_size",),
     "data": ("num_samples",),
     "optim": ("lr", "eps", "decay_steps", "wsd_decay_steps"),
     "parallel": ("tp", "pp", "vpp", "cp"),
@@ -49,7 +51,7 @@ _POSITIVE: dict[str, tuple[str, ...]] = {
     "tracking": ("log_interval",),
 }
 _NOT_NEGATIVE: dict[str, tuple[str, ...]] = {
-    "layout": ("pattern.sinks",),
+    "schedule": ("dense_heads",),
     "data": ("num_workers",),
     "optim": ("min_lr", "weight_decay", "clip_grad", "warmup_steps"),
     "evaluation": ("interval",),
@@ -69,6 +71,8 @@ def check_values(cfg: PretrainConfig) -> None:
     if not cfg.run_dir.strip():
         raise ConfigError("run_dir", cfg.run_dir, "names no folder", "Set run_dir, such as runs/mine.")
     check_seed(cfg.seed)
+    find_schedule(cfg.schedule)
+    patterns_of(cfg.layout)
     _check_ranges(cfg)
     _check_optimizer(cfg)
 

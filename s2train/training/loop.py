@@ -13,11 +13,11 @@ from torch.utils.data import Dataset
 from s2train.config import PretrainConfig
 from s2train.errors import TrainingError
 from s2train.megatron.checkpoint import Progress
+from s2train.megatron.core_attention import kernels_of
 from s2train.training.batches import Batch, micro_batches
 from s2train.training.checkpoint import TrainingState, save
 from s2train.training.metrics import StepMetrics, Tracker
 from s2train.training.optimizer import whole_parameters
-from s2train.training.resume import last_step
 from s2train.training.steps import run_step
 
 
@@ -69,7 +69,7 @@ class Trainer:
             TrainingError: the loss or the gradient is not finite; the step is not saved.
         """
         cfg, size = self.cfg, self.cfg.train.global_batch_size
-        last = last_step(cfg)
+        last = cfg.train.last_step
         consumed = progress.consumed_samples
         batches = self._batches(self.train_set, consumed, consumed + (last - progress.step) * size)
         interval = Interval()
@@ -82,6 +82,9 @@ class Trainer:
                     " in another run_dir, with a lower optim.lr or optim.clip_grad"
                 )
             interval.losses.append(loss)
+            if step == progress.step + 1:
+                for kernels in kernels_of(self.state.chunks):
+                    self.tracker.note(f"sparse attention: {kernels}")
             is_last = step == last
             held_out = None
             paused = time.perf_counter()

@@ -3,7 +3,7 @@
 import os
 import shutil
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from s2train.data.blend import parse_blend
 from s2train.data.checks import num_train_samples
 from s2train.data.splits import megatron_split
 from s2train.errors import ConfigError
+from s2train.layouts.patterns.registry import read_pattern, with_defaults
 from s2train.megatron.checkpoint import Progress, checkpoints_in, find_checkpoint, read_config, read_progress
 
 # What the shards depend on: these must agree between a checkpoint and the run that loads it.
@@ -47,7 +48,7 @@ def find_start(cfg: PretrainConfig) -> Start:
         return Start(None, Progress(0, 0, order, None))
     _check_same_architecture(cfg, checkpoint)
     saved, is_own = read_progress(checkpoint), checkpoint.parent.resolve() == _own(cfg).resolve()
-    last = last_step(cfg)
+    last = cfg.train.last_step
     if not is_own and saved.step >= last:
         problem = f"{checkpoint} is at step {saved.step} already, so there is nothing to train"
         raise ConfigError("train.steps", last, problem, f"Set more than {saved.step} (train.exit_step too)")
@@ -56,11 +57,6 @@ def find_start(cfg: PretrainConfig) -> Start:
     _check_same_order(saved.order, order, checkpoint)
     # A branch of another run is a run of its own in wandb.
     return Start(checkpoint, Progress(saved.step, saved.consumed_samples, order, saved.wandb_id if is_own else None))
-
-
-def last_step(cfg: PretrainConfig) -> int:
-    """The step at which this run stops."""
-    return min(cfg.train.steps, cfg.train.exit_step or cfg.train.steps)
 
 
 def data_order(cfg: PretrainConfig) -> dict[str, Any]:
@@ -103,9 +99,10 @@ def _find(cfg: PretrainConfig) -> Path | None:
 
 
 def _check_same_architecture(cfg: PretrainConfig, checkpoint: Path) -> None:
-    saved, now = OmegaConf.structured(read_config(checkpoint)), OmegaConf.structured(cfg)
+    saved = OmegaConf.structured(_with_pattern_defaults(read_config(checkpoint)))
+    now = OmegaConf.structured(_with_pattern_defaults(cfg))
     for part in _ARCHITECTURE:
-        for name in _flat_names(now[part]):
+        for name in dict.fromkeys(_flat_names(now[part]) + _flat_names(saved[part])):
             old, new = OmegaConf.select(saved[part], name), OmegaConf.select(now[part], name)
             if old != new and (part, name) != ("model", "name"):
                 problem = f"{checkpoint} was trained with {part}.{name}={old}"
@@ -115,6 +112,16 @@ def _check_same_architecture(cfg: PretrainConfig, checkpoint: Path) -> None:
         problem = f"{checkpoint} holds the optimizer's state of the other kind"
         remedy = f"Set parallel.distributed_optimizer={str(before).lower()}"
         raise ConfigError("parallel.distributed_optimizer", after, problem, remedy)
+
+
+def _with_pattern_defaults(cfg: PretrainConfig) -> PretrainConfig:
+    """With what the patterns' kinds fill in: set or left to its default, a setting means the same."""
+    layout = cfg.layout
+    patterns = {
+        letter: with_defaults(read_pattern(given, f"layout.patterns.{letter}"))
+        for letter, given in layout.patterns.items()
+    }
+    return replace(cfg, layout=replace(layout, pattern=with_defaults(layout.pattern), patterns=patterns))
 
 
 def _flat_names(node: Any, prefix: str = "") -> list[str]:

@@ -17,7 +17,7 @@ from s2train.data.indexed import read_metadata
 from s2train.data.tokenizers import Tokenizer, load_tokenizer
 from s2train.kernels.attention import Backend as AttentionBackend
 from s2train.kernels.attention import resolve_backend
-from s2train.layouts.pictures import draw_layer_head_grid
+from s2train.layouts.pictures import draw_layout
 from s2train.megatron import setup
 from s2train.megatron.backends import Backend, choose_backend
 from s2train.megatron.checkpoint import write_config
@@ -28,7 +28,7 @@ from s2train.training.loop import Speed, Trainer
 from s2train.training.metrics import Tracker, check_wandb
 from s2train.training.optimizer import build_optimizer, wrap_data_parallel
 from s2train.training.plots import draw_loss_curve
-from s2train.training.resume import Start, claim_run_dir, find_start, last_step
+from s2train.training.resume import Start, claim_run_dir, find_start
 
 
 def run(cfg: PretrainConfig, plan: Plan) -> None:
@@ -45,7 +45,7 @@ def run(cfg: PretrainConfig, plan: Plan) -> None:
         ensure_prepared(cfg)
         check_data(cfg, tokenizer)
         start = find_start(cfg)
-        if start.progress.step >= last_step(cfg):
+        if start.progress.step >= cfg.train.last_step:
             print(
                 f"nothing to do: {start.checkpoint} is at step {start.progress.step} of {cfg.train.steps}", flush=True
             )
@@ -54,7 +54,7 @@ def run(cfg: PretrainConfig, plan: Plan) -> None:
             check_wandb(cfg.tracking)
     device = setup.initialize(cfg.parallel, cfg.seed)
     start = _from_first(start)
-    if start.progress.step < last_step(cfg):
+    if start.progress.step < cfg.train.last_step:
         _train(cfg, plan, backend, tokenizer, start, device)
     setup.shutdown()
     if lock is not None:
@@ -93,7 +93,7 @@ def _train(
     tracker = Tracker(cfg, start.progress, active=is_first)
     if is_first:
         write_config(cfg, run_dir / "config.yaml")
-        draw_layer_head_grid(hybrid, cfg.train.seq_length, run_dir / "layout.png")
+        draw_layout(hybrid, cfg.train.seq_length, run_dir / "layout.png", title=cfg.model.name)
         print(_description(cfg, models, backend, device, start), flush=True)
     tracker.picture("layout", run_dir / "layout.png")
     trainer = Trainer(
@@ -117,7 +117,7 @@ def _train(
         if baseline is not None:
             print(f"unigram entropy of the data {baseline:.4f} nats per token: the loss to beat without any context")
         print(
-            f"{'finished' if last_step(cfg) == cfg.train.steps else 'stopped'} at step {last_step(cfg)} of"
+            f"{'finished' if cfg.train.last_step == cfg.train.steps else 'stopped'} at step {cfg.train.last_step} of"
             f" {cfg.train.steps} | checkpoint {saved} | loss curve {run_dir / 'loss.png'}"
             f" | layout {run_dir / 'layout.png'}",
             flush=True,

@@ -1,6 +1,8 @@
 """What an evaluation leaves behind, and how it goes on."""
 
+import io
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from torch import Tensor
 
 from s2train.config import NeedleConfig
@@ -16,10 +19,12 @@ from s2train.data.needles import NeedleSampler
 from s2train.data.tokenizers import ByteTokenizer
 from s2train.evaluation.generate import Decode, LanguageModel, greedy_decode
 from s2train.evaluation.needle import NeedleGrid
-from s2train.evaluation.pictures import draw_heat_map
-from s2train.evaluation.results import Cell, NeedleResults, load_results, output_folder, weights_fingerprint
+from s2train.evaluation.pictures import draw_heat_map, score_table
+from s2train.evaluation.reach import NeedleReach
+from s2train.evaluation.results import Cell, CellReach, NeedleResults, load_results, output_folder, weights_fingerprint
 from s2train.evaluation.run import run_needles
 from tests.evaluation.fake_models import copier, parrot
+from tests.layouts.layout_cases import make_hybrid
 
 GRID = NeedleGrid(lengths=(128, 160), depths=(0.0, 1.0), trials=2, seed=3)
 
@@ -65,6 +70,7 @@ def test_json_holds_checkpoint_settings_score_and_every_cell(tmp_path: Path) -> 
         "correct": 2,
         "trials": 2,
         "token_accuracy": 1.0,
+        "reach": None,
     }
     assert [(cell["length"], cell["depth"]) for cell in content["cells"]] == GRID.cells
 
@@ -118,6 +124,43 @@ def test_heat_map_is_a_picture_whose_cells_show_the_score(tmp_path: Path) -> Non
         map(tuple, colours[counts > 1000].tolist())
     )  # green for all, vermilion for none
     assert sorted(path.name for path in tmp_path.iterdir()) == ["needle.png"]
+
+
+def test_results_without_reach_are_gone_on_from_and_told_it(tmp_path: Path) -> None:
+    run(copier, tmp_path)
+    content = json.loads((tmp_path / "needle.json").read_text())
+    for cell in content["cells"]:
+        del cell["reach"]  # as earlier versions wrote them
+    (tmp_path / "needle.json").write_text(json.dumps(content))
+    model = CountingCopier()
+    sampler = NeedleSampler(ByteTokenizer())
+    hybrid = make_hybrid("S", num_layers=2, num_heads=1, kind="homogeneous", local=2, stride=100)
+    asked = NeedleResults("runs/x", 100, {"trials": 2}, list(GRID.lengths), list(GRID.depths))
+    results = run_needles(
+        model, sampler, GRID, asked, tmp_path, batch_size=8, device=torch.device("cpu"),
+        reach=NeedleReach(hybrid, sampler, GRID),
+    )  # fmt: skip
+    assert model.calls == 0
+    assert load_results(tmp_path / "needle.json") == results
+    # The first block is a column that every position sees; near the end a needle is a few windows away.
+    assert [cell.reach for cell in results.cells if cell.depth == 0] == [CellReach(1, 1)] * 2
+    assert all(
+        cell.reach is not None and cell.reach.from_last in (2, 3, -1) for cell in results.cells if cell.depth == 1
+    )
+
+
+def test_needles_that_no_layers_carry_are_told_so_in_picture_and_table(tmp_path: Path) -> None:
+    cells = [Cell(128, 0.5, 0, 4, 0.0, CellReach(-1, -1)), Cell(256, 0.5, 4, 4, 1.0, CellReach(1, 2))]
+    results = NeedleResults("runs/x", 1, {}, [128, 256], [0.5], cells)
+    console = Console(record=True, width=80, file=io.StringIO())
+    console.print(score_table(results))
+    text = console.export_text()
+    assert "· never" in text
+    assert "100 · 2" in text
+    draw_heat_map(results, tmp_path / "with.png")
+    draw_heat_map(replace(results, cells=[replace(cell, reach=None) for cell in cells]), tmp_path / "without.png")
+    pictures = [np.asarray(Image.open(tmp_path / name)) for name in ("with.png", "without.png")]
+    assert (pictures[0] != pictures[1]).any()
 
 
 def test_fingerprint_follows_the_weights() -> None:

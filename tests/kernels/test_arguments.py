@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from s2train.kernels import BlockLayout, block_sparse_attention, resolve_backend
-from s2train.kernels.configs import Config, config_for, shared_bytes
+from s2train.kernels import Backend, BlockLayout, block_sparse_attention, resolve_backend
+from s2train.kernels.tiles import check_launch
 
 HEADS, LENGTH, DIM = 4, 60, 16
 
@@ -55,38 +55,32 @@ def test_auto_is_torch_on_a_cpu_and_triton_on_cuda() -> None:
     assert resolve_backend("torch", torch.device("cuda:1")) == "torch"
 
 
-def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("backend", ["triton", "portable"])
+def test_triton_on_a_cpu_needs_the_interpreter(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
-        resolve_backend("triton", "cpu")
+        resolve_backend(backend, "cpu")
 
 
-def test_triton_refuses_float64() -> None:
+@pytest.mark.parametrize("backend", ["triton", "portable"])
+def test_triton_refuses_float64(backend: Backend) -> None:
     double = {n: torch.randn(LENGTH, 1, HEADS, DIM, dtype=torch.float64) for n in "qkv"}
     with pytest.raises(ValueError, match=r"float64.*cast"):
-        block_sparse_attention(**arguments(**double, backend="triton"))
+        block_sparse_attention(**arguments(**double, backend=backend))
 
 
 def test_a_cpu_process_that_uses_torch_never_imports_the_kernels() -> None:
     code = (
-        "import sys, torch; from s2train.kernels import BlockLayout, block_sparse_attention as f\n"
+        "import sys, torch; from s2train.kernels import Backend, BlockLayout, block_sparse_attention as f\n"
         "x = torch.randn(16, 1, 1, 16); f(x, x, x, BlockLayout.from_mask(torch.ones(1, 1, 1) > 0, 16))\n"
         "sys.exit('s2train.kernels.forward' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-@pytest.mark.parametrize("limit", [101_376, 232_448])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_configurations_fit_the_device(limit: int, dtype: torch.dtype) -> None:
-    for kernel in ("forward", "dq", "dkdv"):
-        for block in (16, 32, 64, 128, 256):
-            for dim in (16, 64, 80, 128, 256):
-                config: Config = config_for(kernel, block, dim, dim, dtype, limit)
-                assert shared_bytes(kernel, config, dim, dim, dtype.itemsize) <= limit
-                assert block % config.rows == block % config.steps == 0
-
-
-def test_head_dimensions_beyond_256_are_refused() -> None:
-    with pytest.raises(ValueError, match="up to 256"):
-        config_for("forward", 64, 257, 64, torch.bfloat16, None)
+def test_launches_beyond_32_bits_are_refused() -> None:
+    check_launch(2**31 - 1, 2**28, 4)
+    with pytest.raises(ValueError, match="split the batch"):
+        check_launch(2**31, 1, 1)
+    with pytest.raises(ValueError, match="share patterns"):
+        check_launch(1, 2**28, 8)

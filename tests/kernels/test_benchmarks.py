@@ -13,8 +13,10 @@ from s2train.kernels.benchmarks.cases import DEFAULT, GROUPS, Case, parse_case, 
 from s2train.kernels.benchmarks.contenders import CONTENDERS, NotSupportedError, Problem, flex_block_mask
 from s2train.kernels.benchmarks.correctness import full_problem, short_problem, shortened
 from s2train.kernels.benchmarks.inputs import make_inputs
+from s2train.kernels.benchmarks.limits import pass_flops, refusal
 from s2train.kernels.benchmarks.plot import draw
-from s2train.kernels.benchmarks.report import break_even, summary
+from s2train.kernels.benchmarks.report import break_even, kernel_paths, launch_ratios, summary
+from s2train.kernels.benchmarks.tables import short_table
 from s2train.kernels.token_mask import token_mask
 from torch import Tensor
 
@@ -124,7 +126,7 @@ def fake(name: str, factor: float, monkeypatch: pytest.MonkeyPatch, *, from_leng
 
 def session(*names: str, seconds: float = 1e6) -> run.Session:
     deadline = run.time.monotonic() + seconds
-    return run.Session(CPU, names, 1.0, deadline, int(torch.randint(1000, ())), run.Clock(CPU))
+    return run.Session(CPU, names, 1.0, deadline, int(torch.randint(1000, ())), run.Clock(CPU), ceiling_tflops=1e-3)
 
 
 def test_a_wrong_peer_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,6 +161,56 @@ def test_nothing_begins_after_the_deadline() -> None:
     assert session("ours", seconds=-1).run_case(SMALL)["results"]["ours"] == {"error": "not run: out of time"}
 
 
+# what is not begun
+def test_what_surely_takes_too_long_is_refused_with_a_reason() -> None:
+    case = parse_case("b128-l8-v16-512k")
+    dense, ours = CONTENDERS["flash2"], CONTENDERS["ours"]
+    mask = run._dense_twin(case)
+    flops = 3.5 * 4 * 128 * 32 * (case.length * (case.length + 1) // 2)
+    assert pass_flops(mask) == pytest.approx(flops)
+    # 800 TFLOP/s: four dense passes need 39 s at least, the sparse ones a fifteenth
+    why = refusal(dense, case, mask, None, 800, 20)
+    assert why is not None
+    assert f"4 passes would take {4 * flops / 8e14:.0f} s" in why
+    assert refusal(dense, case, mask, None, 800, 40) is None
+    assert refusal(ours, case, case, None, 800, 20) is None
+    assert refusal(CONTENDERS["dkernel"], case, case, None, 800, 20) is not None  # its own tuning
+
+
+@pytest.mark.parametrize(
+    ("word", "contender", "fits"),
+    [
+        ("b128-l8-v16-512k", "ours", True),
+        ("b128-l8-v16-1m-kv8", "ours", True),
+        ("b128-l8-v16-1m", "ours", False),  # q, k, v, dout are 34 GB, out, dq, dk, dv and the sums 51
+        ("b128-l8-v16-1m-kv8", "flex", False),
+    ],
+)
+def test_what_does_not_fit_80_gb_is_refused_with_a_reason(word: str, contender: str, fits: bool) -> None:
+    case = parse_case(word)
+    why = refusal(CONTENDERS[contender], case, case, 85_017_493_504, 800, 1e9)
+    assert why is None if fits else why is not None and "the device has 85" in why
+
+
+def test_a_refused_contender_is_a_line_of_the_record() -> None:
+    slow = run.Session(CPU, ("ours",), 1.0, run.time.monotonic() + 1e6, 1, run.Clock(CPU), 1e-3, limit_seconds=1e-9)
+    result = slow.run_case(SMALL)["results"]["ours"]
+    assert result["error"].startswith("not run: its 4 passes would take")
+
+
+MEASURED = json.loads((Path(contenders.__file__).parents[1] / "results/2026-11-22-h100-benchmarks.json").read_text())
+
+
+@pytest.mark.parametrize(("name", "above"), [("ours", 1.1), ("cudnn", 1.05), ("flash2", 1.05), ("flex", 1.6)])
+def test_estimated_memory_covers_the_measured_peak(name: str, above: float) -> None:
+    """FlexAttention's sorting of indices, and the layout's masks, are over before the peak is measured."""
+    for record in MEASURED["cases"]:
+        case = parse_case(record["case"])
+        measured = record["results"][name].get("peak_bytes")
+        if measured and case.length >= 32768:  # below, what does not grow with the length counts
+            assert 0.99 * measured <= CONTENDERS[name].bytes_needed(case) <= above * measured, record["case"]
+
+
 # numbers
 def test_break_even_lies_between_measured_points() -> None:
     assert break_even([(2048, 0.5), (8192, 2.0)]) == {"at": pytest.approx(4096), "bound": "measured"}
@@ -189,17 +241,69 @@ def test_summary_finds_break_even_density_and_best_peer() -> None:
     assert part["best_peer"] == ("dkernel", pytest.approx(1.3))
 
 
+def launched(word: str, eager: float, graph: float | None) -> dict[str, Any]:
+    """A launch record in which FlashAttention-2 takes so many times ours."""
+    ours = {"host_us": 9.0, "eager_ms": 0.4, "device_ms": 0.2, "graph_ms": 0.2}
+    theirs = {"host_us": 9.0, "eager_ms": 0.4 * eager, "device_ms": 0.3, "graph_ms": graph and 0.2 * graph}
+    results = {"ours": {"forward": ours, "both": ours}, "flash2": {"forward": theirs, "both": theirs}}
+    return {"case": word, "results": results | {"dkernel": {"error": "not supported"}}}
+
+
+def test_calls_slower_than_a_peers_are_named() -> None:
+    records = [launched("b128-l8-v16-4k", eager=0.9, graph=2.0), launched("b128-l8-v16-2k", eager=1.5, graph=None)]
+    assert launch_ratios(records[0], "eager_ms") == {"flash2": (pytest.approx(0.9), pytest.approx(0.9))}
+    assert launch_ratios(records[1], "graph_ms") == {}  # its capture failed
+    assert str(short_table(records).caption).splitlines() == [
+        f"b128-l8-v16-4k, eager, {part}: dense, FlashAttention-2 is faster"
+        for part in ("forward", "forward and backward")
+    ]
+
+
+def test_the_kernels_that_ran_are_told_by_their_names() -> None:
+    ours = [record["results"]["ours"] for record in MEASURED["cases"]]
+    assert {kernel_paths(result) for result in ours} == {"hopper / hopper"}
+    assert (
+        kernel_paths({"kernels": ["s2_attention_fwd_kernel_hopper", "s2_attention_bwd_kernel_dq"]}) == "hopper / triton"
+    )
+    assert kernel_paths({"kernels": []}) == "torch / torch"
+
+
 def test_the_plot_is_drawn_from_what_was_saved(tmp_path: Path) -> None:
     cases = made_up([*GROUPS["lengths"], *GROUPS["density"]], ours=1.0, cudnn=0.9, flex=1.4, flash2=1.9)
     (tmp_path / "a.json").write_text(json.dumps({"machine": {"device": "made up"}, "cases": cases}))
     data = json.loads((tmp_path / "a.json").read_text())
     draw(data, tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    data["launches"] = [launched(word, eager=0.5, graph=2.0) for word in GROUPS["lengths"][1:4]]
+    draw(data, tmp_path / "c.png")
+    assert len((tmp_path / "c.png").read_bytes()) > 1.02 * len((tmp_path / "a.png").read_bytes())  # one panel more
     with pytest.raises(ValueError, match="no case like"):
         draw(data, tmp_path / "b.png", "b64-l1-v1-2k")
 
 
 # the program
+def test_a_run_cut_short_leaves_every_finished_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output, begun = tmp_path / "found.json", []
+
+    def cut(session: run.Session, case: Case, progress: Any) -> dict[str, Any]:
+        begun.append(case)
+        if len(begun) == 3:
+            raise KeyboardInterrupt
+        return whole(session, case, progress)
+
+    whole = run.Session.run_case
+    monkeypatch.setattr(run.Session, "run_case", cut)
+    words = ["b16-l2-v4-64-h4-d16", SMALL.name, "b16-l2-v4-96-h4-d16"]
+    with pytest.raises(KeyboardInterrupt):
+        main(
+            ["--device", "cpu", "--output", str(output), "--contenders", "ours", "--budget-ms", "1", "--cases", *words]
+        )
+    data = json.loads(output.read_text())
+    assert [record["case"] for record in data["cases"]] == words[:2]
+    assert set(data["summary"]) == {"ratios", "break_even_length", "break_even_density"}
+    assert data["cases"][0]["results"]["ours"]["of_ceiling"]["both"] > 0
+
+
 def test_the_program_writes_dated_numbers_and_never_over_others(tmp_path: Path) -> None:
     output = tmp_path / "deep" / "found.json"
     words = ["--device", "cpu", "--output", str(output), "--contenders", "ours", "--budget-ms", "1"]

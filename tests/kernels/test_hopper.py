@@ -1,5 +1,7 @@
 """Around the Hopper kernels: what the forward walks and when they are chosen. The kernels themselves need a GPU."""
 
+from typing import Any
+
 import pytest
 import torch
 from s2train.kernels import BlockLayout, hopper_support
@@ -111,7 +113,7 @@ def test_supported(block: int, dtype: torch.dtype, dim: int, v_dim: int) -> None
     "unsupported",
     [
         {"block": 32}, {"dtype": torch.float32}, {"dim": 256, "v_dim": 256}, {"dim": 64}, {"dim": 20, "v_dim": 20},
-        {"cu_seqlens": torch.tensor([0, 256])}, {"query_offset": 300}, {"query_offset": 64},
+        {"cu_seqlens": torch.tensor([0, 256]), "causal": False},
     ],
     ids=str,
 )  # fmt: skip
@@ -127,22 +129,34 @@ def test_unaligned_and_expanded_inputs_are_left_to_the_portable_kernel() -> None
     assert hopper_forward_supported(q, k[:, :1], v[:, :1], layout, spec)
 
 
-@pytest.mark.parametrize("offset", [128, 512])
-def test_whole_tiles_of_offset_are_supported(offset: int) -> None:
+@pytest.mark.parametrize("offset", [1, 64, 128, 300, 512])
+def test_any_offset_is_supported(offset: int) -> None:
     assert hopper_forward_supported(*arguments(query_offset=offset))
 
 
+def test_packed_documents_are_supported() -> None:
+    assert hopper_forward_supported(*arguments(cu_seqlens=torch.tensor([0, 100, 256])))
+
+
 @pytest.mark.parametrize("block", [64, 128, 256])
-@pytest.mark.parametrize("spec", [{}, {"causal": False}, {"query_offset": 301}, {"format": "bhsd"}], ids=str)
-def test_backward_supported(block: int, spec: dict[str, object]) -> None:
-    assert hopper_backward_supported(*arguments(block, **spec))
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"causal": False}, {"query_offset": 301}, {"format": "bhsd"}, {"dim": 64, "v_dim": 64},
+        {"dtype": torch.float16}, {"dtype": torch.float16, "dim": 64, "v_dim": 64},
+        {"cu_seqlens": torch.tensor([0, 256], dtype=torch.int32)},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_backward_supported(block: int, options: dict[str, object]) -> None:
+    assert hopper_backward_supported(*arguments(block, **options))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
     "unsupported",
     [
-        {"block": 32}, {"dtype": torch.float16}, {"dtype": torch.float32}, {"dim": 64, "v_dim": 64}, {"v_dim": 64},
-        {"dim": 256, "v_dim": 256}, {"cu_seqlens": torch.tensor([0, 256])},
+        {"block": 32}, {"dtype": torch.float32}, {"dim": 64}, {"v_dim": 64}, {"dim": 96, "v_dim": 96},
+        {"dim": 256, "v_dim": 256}, {"cu_seqlens": torch.tensor([0, 256]), "causal": False},
     ],
     ids=str,
 )  # fmt: skip
@@ -182,16 +196,23 @@ def test_deterministic_mode_takes_the_backward_without_atomics(monkeypatch: pyte
 @pytest.mark.parametrize("dim", [64, 96, 128])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"causal": False}, {"query_offset": 333}, {"query_offset": 256}, {"format": "bshd"}, {"format": "bhsd"}],
+    [
+        {}, {"causal": False}, {"query_offset": 333}, {"query_offset": 256}, {"format": "bshd"}, {"format": "bhsd"},
+        {"documents": (0, 37, 0, 500, 1, 128, 334, 0)},
+    ],
     ids=str,
-)
+)  # fmt: skip
 def test_every_feature_on_a_gpu(
-    dtype: torch.dtype, block: int, dim: int, options: dict[str, object], device: torch.device
+    dtype: torch.dtype, block: int, dim: int, options: dict[str, Any], device: torch.device
 ) -> None:
     if device.type != "cuda" or torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("not a Hopper GPU")
-    s_q = 1000 - int(options.get("query_offset", 0))  # type: ignore[call-overload]
+    s_q, batch = 1000 - options.get("query_offset", 0), 2
+    if "documents" in options:
+        bounds = torch.tensor((0, *options["documents"]), device=device).cumsum(0)
+        options, batch = {"cu_seqlens": bounds.to(torch.int32)}, 1
     problem = Problem(
-        heads=8, kv_heads=2, batch=2, s_q=s_q, s_k=1000, dim=dim, block=block, dtype=dtype, keep=0.3, options=options
-    )
+        heads=8, kv_heads=2, batch=batch, s_q=s_q, s_k=1000, dim=dim, block=block, dtype=dtype, keep=0.3,
+        options=options,
+    )  # fmt: skip
     assert_as_exact_as_torch(problem, "triton", device)

@@ -46,3 +46,33 @@ def test_steps_cover_the_mask_once(
     expected = token_mask(layout, s_q, s_k, causal=causal, query_offset=offset).int()
     assert torch.equal(covered[:, offset : offset + s_q, :s_k], expected)
     assert not covered[:, :, s_k:].any()
+
+
+def local_and_vertical(heads: int, kv_heads: int, shifted: bool, length: int = 8192) -> BlockLayout:
+    """L = V = 16 blocks of 64; head h has offset h mod 16, or every head of a group the group's."""
+    block = torch.arange(length // TILE)
+    distance = block[:, None] - block
+    patterns = torch.stack([((distance < 16) | ((block + 1 + h) % 16 == 0)) & (distance >= 0) for h in range(16)])
+    group = heads // kv_heads
+    return BlockLayout.from_patterns(patterns, [(h if shifted else h // group) % 16 for h in range(heads)], TILE)
+
+
+# ideal: every step has both key tiles active. A pair's two local windows, apart or neighbours, never quite match.
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "shifted", "over_ideal"),
+    [(16, 16, True, 1.10), (16, 4, False, 1.10), (16, 4, True, 1.25)],
+    ids=["one head each", "groups of like heads", "groups of unlike heads"],
+)
+def test_pairs_keep_what_alike_members_keep(heads: int, kv_heads: int, shifted: bool, over_ideal: float) -> None:
+    length = 8192
+    layout = local_and_vertical(heads, kv_heads, shifted, length)
+    work = key_pairs(layout, kv_heads, length, length, 0, True)
+    assert int(work.meta[:, 5].sum()) <= over_ideal * int(layout.mask().sum()) / 2
+
+
+def test_masks_without_an_order_cost_no_more_than_neighbours_as_they_lie() -> None:
+    n = 64
+    mask = (torch.rand(4, n, n) < 0.2).tril()
+    steps = int(key_pairs(BlockLayout.from_mask(mask, TILE), 1, n * TILE, n * TILE, 0, True).meta[:, 5].sum())
+    either = mask.view(4, n, n // 2, 2).any(-1)
+    assert steps <= int(either.sum()) + int((either.sum((0, 1)) == 0).sum())

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from s2train.kernels import BlockLayout, block_sparse_attention
+from s2train.kernels import BlockLayout, block_sparse_attention, reference_attention
 from torch.utils.checkpoint import checkpoint
 
 from tests.kernels.cases import Problem, assert_as_exact_as_torch
@@ -17,11 +17,17 @@ CASES = {
     "block_16": Problem(block=16),
     "block_64": Problem(block=64, s_q=130, s_k=130),
     "block_larger_than_tiles": Problem(block=64, s_q=130, s_k=130, keep=1.0),
+    "block_128": Problem(block=128, s_q=150, s_k=150),
+    "block_256": Problem(block=256, s_q=300, s_k=300),
     "tiles_of_half_a_block": Problem(block=128, s_q=200, s_k=200, dtype=torch.bfloat16),
     "head_dim_32": Problem(dim=32),
     "head_dim_80": Problem(dim=80),
     "head_dim_8": Problem(dim=8),
+    "head_dim_33": Problem(dim=33, v_dim=33),
+    "head_dim_96": Problem(dim=96, dtype=torch.bfloat16),
+    "head_dim_256": Problem(dim=256, s_q=40, s_k=40),
     "v_dim_differs": Problem(dim=32, v_dim=16),
+    "v_dim_larger_and_odd": Problem(dim=20, v_dim=37),
     "bfloat16": Problem(dtype=torch.bfloat16, s_q=100, s_k=100),
     "bfloat16_gqa_block_64": Problem(dtype=torch.bfloat16, heads=4, kv_heads=2, block=64, s_q=130, s_k=130),
     "float16": Problem(dtype=torch.float16),
@@ -48,6 +54,33 @@ def test_output_lse_and_gradients_are_as_exact_as_torch(problem: Problem, device
     if "cu_seqlens" in problem.options:
         problem.options["cu_seqlens"] = problem.options["cu_seqlens"].to(device)
     assert_as_exact_as_torch(problem, "triton", device)
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_heads_of_a_group_may_share_a_pattern(device: torch.device) -> None:
+    inputs, _, dout, dlse = Problem(heads=4, kv_heads=2).make(device)
+    patterns = torch.rand(2, 2, 2) < 0.7
+    results = []
+    for layout in (
+        BlockLayout.from_patterns(patterns, [0, 0, 1, 0], 32, device=device),
+        BlockLayout.from_patterns(patterns[[0, 0, 1, 0]], range(4), 32, device=device),
+    ):
+        out, lse = block_sparse_attention(*inputs, layout, return_lse=True, backend="portable")
+        results.append((out, lse, *torch.autograd.grad((out, lse), inputs, (dout, dlse))))
+    assert all(a.equal(b) for a, b in zip(*results, strict=True))
+
+
+def test_gradients_are_bitwise_the_same_in_every_run(device: torch.device) -> None:
+    inputs, layout, dout, dlse = Problem(heads=4, kv_heads=2, s_q=100, s_k=100).make(device)
+    torch.use_deterministic_algorithms(True)
+    try:
+        runs = []
+        for _ in range(2):
+            out, lse = block_sparse_attention(*inputs, layout, return_lse=True, backend="triton")
+            runs.append((out, lse, *torch.autograd.grad((out, lse), inputs, (dout, dlse))))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(a.equal(b) for a, b in zip(*runs, strict=True))
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -135,3 +168,40 @@ def test_activation_checkpointing_without_reentrance(device: torch.device) -> No
 def test_long_sequences_on_a_gpu(dtype: torch.dtype, block: int, device: torch.device) -> None:
     problem = Problem(heads=8, kv_heads=2, s_q=1000, s_k=1000, dim=128, block=block, dtype=dtype, keep=0.3)
     assert_as_exact_as_torch(problem, "triton", device)
+
+
+@pytest.mark.gpu
+def test_float32_is_exact_where_torch_may_use_tf32(device: torch.device) -> None:
+    before = torch.backends.cuda.matmul.allow_tf32
+    problem = Problem(heads=4, kv_heads=2, s_q=500, s_k=500, dim=128, block=64)
+    inputs, layout, dout, _ = problem.make(device)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    expected, _ = reference_attention(*exact, layout)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        out = block_sparse_attention(*inputs, layout)
+        grads = torch.autograd.grad(out, inputs, dout)
+        plain = [x.detach().requires_grad_() for x in inputs]
+        rough, _ = reference_attention(*plain, layout)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    assert (rough - expected).norm() > 1e-4 * expected.norm()  # what TF32 would give: this test can tell
+    for x, x64 in zip((out, *grads), (expected, *torch.autograd.grad(expected, exact, dout.double())), strict=True):
+        assert (x - x64).norm() < 5e-6 * x64.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton", "portable"])
+@pytest.mark.parametrize("block", [64, 128])
+def test_deterministic_gradients_on_a_gpu(block: int, backend: str, device: torch.device) -> None:
+    problem = Problem(heads=8, kv_heads=2, s_q=4000, s_k=4000, dim=128, block=block, dtype=torch.bfloat16)
+    inputs, layout, dout, dlse = problem.make(device)
+    torch.use_deterministic_algorithms(True)
+    try:
+        runs = []
+        for _ in range(4):
+            out, lse = block_sparse_attention(*inputs, layout, return_lse=True, backend=backend)
+            runs.append((out, lse, *torch.autograd.grad((out, lse), inputs, (dout, dlse))))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(a.equal(b) for again in runs[1:] for a, b in zip(runs[0], again, strict=True))

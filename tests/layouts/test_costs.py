@@ -3,10 +3,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from s2train.layouts.costs import attention_flops, density, kept_positions, layout_nbytes
+from s2train.layouts.counting import kept_key_blocks
 from s2train.layouts.hybrid import LayerLayout
 from s2train.layouts.kinds import KINDS
-from s2train.layouts.patterns import Pattern
-from tests.layouts.layout_cases import Dilated, make_hybrid, mask_of, patterns
+from s2train.layouts.patterns import Dilated, LocalVertical, Pattern
+from tests.layouts.layout_cases import make_hybrid, mask_of, patterns
 
 
 def count_tokens(pattern: Pattern, block_size: int, seq_length: int) -> int:
@@ -65,5 +66,8 @@ def test_heads_of_equal_pattern_share_their_index_tensors() -> None:
 
 def test_patterns_without_columns_are_counted_where_their_masks_come_in_chunks() -> None:
     num_blocks = 2500  # more than a chunk of whole rows
-    layer = LayerLayout(KINDS["S"], (Dilated(7),), 1)
+    layer = LayerLayout(KINDS["S"], (Dilated(1, 7, 0),), 1)
     assert kept_positions(layer, num_blocks) == (sum(i // 7 + 1 for i in range(num_blocks)),)
+    both = kept_key_blocks([Dilated(1, 2, 0), LocalVertical(1, 2, 0)], num_blocks)
+    # Odd keys of even queries: an odd way apart, and no column.
+    assert both.tolist() == [i + 1 - (0 if i % 2 else i // 2) for i in range(num_blocks)]

@@ -1,9 +1,14 @@
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from s2train.config import ScheduleConfig
 from s2train.errors import ConfigError
-from s2train.layouts.schedules import SCHEDULES, ScheduleContext, find_schedule
+from s2train.layouts.patterns import Dense, LocalVertical
+from s2train.layouts.schedules import SCHEDULES, ScheduleContext, dense_head_numbers, find_schedule
+from tests.layouts.layout_cases import make_hybrid
 
 kinds = st.sampled_from(sorted(SCHEDULES))
 
@@ -73,4 +78,71 @@ def test_strided_offsets_spread_evenly_over_the_stride(heads: int, stride: int) 
 
 def test_an_unknown_kind_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(ConfigError, match=r"schedule.kind=shiffted: .* Did you mean shifted\?"):
-        find_schedule("shiffted")
+        find_schedule(ScheduleConfig("shiffted"))
+
+
+def explicit(given: Any, heads: int, stride: int, layer: int = 0) -> tuple[int, ...]:
+    return find_schedule(ScheduleConfig("explicit", given)).offsets(ScheduleContext(heads, heads, stride, layer))
+
+
+def test_explicit_offsets_are_those_listed() -> None:
+    assert explicit([3, 0, 2], 3, 4) == explicit([3, 0, 2], 3, 4, layer=5) == (3, 0, 2)
+
+
+def test_explicit_lists_a_sparse_layer_are_repeated() -> None:
+    assert [explicit([[0, 1], [2, 3]], 2, 4, layer) for layer in range(3)] == [(0, 1), (2, 3), (0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("given", "telling"),
+    [
+        (None, "no list of numbers"),
+        ([], "no list of numbers"),
+        ([[]], "no list of numbers"),
+        ([[0, 1], 2], "no list of numbers"),
+        ([0, 1.5], "no list of numbers"),
+        ([0, True], "no list of numbers"),
+        ("0,1", "no list of numbers"),
+        ([0, 1, 2], "3 offsets for 2 query heads"),
+        ([0, 4], "out of range"),
+        ([-1, 0], "out of range"),
+    ],
+)
+def test_offsets_that_cannot_be_are_refused(given: Any, telling: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^schedule.offsets.*{telling}"):
+        explicit(given, 2, 4)
+
+
+def test_offsets_of_another_kind_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^schedule.offsets=.*schedule.kind=explicit"):
+        find_schedule(ScheduleConfig("shifted", [0, 1]))
+
+
+def test_lists_that_do_not_divide_the_sparse_layers_are_refused() -> None:
+    rows = [[0, 1], [2, 3]]
+    assert make_hybrid("DSS", num_layers=6, num_heads=2, kind="explicit", offsets=rows)
+    with pytest.raises(ConfigError, match=r"schedule.offsets.*3 sparse layers"):
+        make_hybrid("DSSS", num_layers=4, num_heads=2, kind="explicit", offsets=rows)
+
+
+@given(st.integers(2, 64).flatmap(lambda heads: st.tuples(st.just(heads), st.integers(0, heads - 1))), st.data())
+def test_dense_heads_are_shared_evenly_by_kv_groups_and_ranks(sizes: tuple[int, int], data: st.DataObject) -> None:
+    heads, count = sizes
+    dense = dense_head_numbers(count, heads)
+    assert len(dense) == count
+    parts = data.draw(st.sampled_from([n for n in range(1, heads + 1) if heads % n == 0]))
+    size = heads // parts
+    shares = [len(dense & set(range(first, first + size))) for first in range(0, heads, size)]
+    assert max(shares) - min(shares) <= 1
+
+
+def test_dense_heads_stand_in_every_sparse_layer_beside_the_schedules() -> None:
+    _, sparse = make_hybrid("DS", num_layers=2, num_heads=4, local=2, stride=4, dense_heads=2).layers
+    assert sparse.heads == (Dense(), LocalVertical(2, 4, 1), Dense(), LocalVertical(2, 4, 3))
+    assert not sparse.is_dense
+
+
+@pytest.mark.parametrize("count", [-1, 4, 5])
+def test_dense_heads_are_fewer_than_the_heads(count: int) -> None:
+    with pytest.raises(ConfigError, match=rf"^schedule.dense_heads={count}: .*4 heads"):
+        make_hybrid("DS", num_layers=2, num_heads=4, dense_heads=count)

@@ -1,0 +1,90 @@
+"""Arguments of the public operation that don't fit together are refused, naming argument and remedy."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .layout import BlockLayout
+from .spec import FORMATS, AttentionSpec, Format, shape_bhsd
+
+
+def check_tensors(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, format: Format) -> None:
+    """Shapes, dtypes, devices and heads; ValueError where they don't fit together."""
+    if format not in FORMATS:
+        raise ValueError(f"format must be one of {FORMATS}, got {format!r}")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 4:
+            raise ValueError(f"{name} must have the four dimensions {format!r}, got shape {list(x.shape)}")
+        if x.dtype != q.dtype:
+            raise ValueError(f"q is {q.dtype} but {name} is {x.dtype}: cast them to one dtype")
+        if x.device != q.device:
+            raise ValueError(f"q is on {q.device} but {name} on {x.device}: move them to one device")
+    if not q.dtype.is_floating_point:
+        raise ValueError(f"q, k and v must be floating point, got {q.dtype}")
+    if layout.device != q.device:
+        raise ValueError(f"q is on {q.device} but the layout on {layout.device}: use layout.to(q.device)")
+    (b, heads, _, dim), (b_k, kv_heads, s_k, dim_k) = shape_bhsd(q, format), shape_bhsd(k, format)
+    if shape_bhsd(v, format)[:3] != (b_k, kv_heads, s_k) or b_k != b or dim_k != dim or 0 in (dim, kv_heads):
+        raise ValueError(
+            f"shapes don't match in format {format!r}: q {list(q.shape)}, k {list(k.shape)}, "
+            f"v {list(v.shape)}; q and k share batch and head dimension, k and v all but the head dimension"
+        )
+    if heads % kv_heads != 0:
+        raise ValueError(f"q has {heads} heads, no multiple of the {kv_heads} KV heads of k: change one of them")
+    if layout.num_heads != heads:
+        raise ValueError(
+            f"the layout has {layout.num_heads} heads but q has {heads}: slice it with "
+            "layout.heads(start, stop), or build it for these heads"
+        )
+
+
+def check_positions(q_shape: tuple[int, int, int, int], s_k: int, layout: BlockLayout, spec: AttentionSpec) -> None:
+    """Scale, offset, room in the layout, and of `cu_seqlens` what the host knows; ValueError where they don't fit."""
+    b, _, s_q, _ = q_shape
+    if not (spec.softmax_scale > 0 and math.isfinite(spec.softmax_scale)):
+        raise ValueError(f"softmax_scale must be finite and above 0, got {spec.softmax_scale}")
+    if spec.query_offset < 0:
+        raise ValueError(f"query_offset must be at least 0, got {spec.query_offset}")
+    if spec.cu_seqlens is None:
+        _check_lengths(layout, spec.query_offset + s_q, s_k)
+        return
+    bounds = spec.cu_seqlens
+    if bounds.dim() != 1 or bounds.numel() < 2 or bounds.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"cu_seqlens must be int32 [documents + 1], got {bounds.dtype} {list(bounds.shape)}: "
+            "pass the documents' first rows and the total"
+        )
+    if bounds.device.type != layout.device.type:
+        raise ValueError(f"cu_seqlens is on {bounds.device}, q on {layout.device}: move it there")
+    if b != 1 or s_q != s_k or spec.query_offset != 0:
+        raise ValueError(
+            f"cu_seqlens needs batch 1, as many queries as keys and query_offset 0, got batch {b}, {s_q} "
+            f"queries, {s_k} keys, query_offset {spec.query_offset}: pack all documents along the sequence"
+        )
+
+
+def check_documents(bounds: Tensor, s_q: int, layout: BlockLayout) -> None:
+    """The values of `cu_seqlens`; ValueError on a CPU. On a GPU, where reading them would stall, the device asserts."""
+    lengths = bounds.diff()
+    if bounds.device.type == "cpu":
+        if bounds[0] != 0 or bounds[-1] != s_q or bool((lengths < 0).any()):
+            raise ValueError(f"cu_seqlens must ascend from 0 to the {s_q} rows of q, got {bounds.tolist()}")
+        _check_lengths(layout, int(lengths.max()), int(lengths.max()))
+        return
+    room = layout.block_size * min(layout.num_query_blocks, layout.num_key_blocks)
+    sound = (bounds[0] == 0) & (bounds[-1] == s_q) & ((lengths >= 0) & (lengths <= room)).all()
+    torch._assert_async(sound, "cu_seqlens must ascend from 0 to q's rows, each document within the layout")
+
+
+def _check_lengths(layout: BlockLayout, end_of_queries: int, s_k: int) -> None:
+    size = layout.block_size
+    if end_of_queries > layout.num_query_blocks * size or s_k > layout.num_key_blocks * size:
+        raise ValueError(
+            f"the layout is too small: {layout.num_query_blocks} x {layout.num_key_blocks} blocks of {size} "
+            f"hold {layout.num_query_blocks * size} query and {layout.num_key_blocks * size} key positions, "
+            f"{end_of_queries} and {s_k} are needed: build it for at least "
+            f"{-(-end_of_queries // size)} x {-(-s_k // size)} blocks"
+        )

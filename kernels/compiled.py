@@ -1,0 +1,111 @@
+"""The operation as torch.compile sees it: two custom operators, forward and backward, whose insides it never traces.
+
+Only traced calls come here: a custom operator costs the host 50 to 100 us more than an autograd function. Operators
+take tensors and numbers, so the layout travels as its handle.
+"""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from .arguments import check_documents
+from .handles import registered
+from .layout import BlockLayout
+from .spec import AttentionSpec, Format, from_bhsd, shape_bhsd, to_bhsd
+from .torch_backend import lse_dtype, torch_attention, torch_gradients
+
+
+@torch.library.custom_op("s2train::block_sparse_attention", mutates_args=())
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, handle: int, softmax_scale: float, causal: bool,
+    query_offset: int, format: str, backend: str, with_lse: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Output and log-sum-exp, as `block_sparse_attention`'s; the latter is empty unless `with_lse`.
+
+    Args:
+        handle: the layout's.
+        backend: "triton", "portable" or "torch".
+    """
+    layout, spec = _resolved(cu_seqlens, handle, softmax_scale, causal, query_offset, format, backend)
+    if cu_seqlens is not None:
+        check_documents(cu_seqlens, shape_bhsd(q, spec.format)[2], layout)
+    if backend == "torch":
+        out, lse = torch_attention(q, k, v, layout, spec, with_lse=with_lse)
+        return out, _no_lse(q) if lse is None else lse
+    from .tiles import last_contiguous
+    from .triton_backend import run_forward
+
+    q, k, v = (last_contiguous(to_bhsd(x, spec.format)) for x in (q, k, v))
+    out, lse = run_forward(q, k, v, layout, spec)
+    return from_bhsd(out, spec.format), lse
+
+
+@attend.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, handle: int, softmax_scale: float, causal: bool,
+    query_offset: int, format: str, backend: str, with_lse: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    out = q.new_empty((*q.shape[:3], v.shape[3]))
+    if backend == "torch" and not with_lse:
+        return out, _no_lse(q)
+    return out, q.new_empty(shape_bhsd(q, cast(Format, format))[:3], dtype=lse_dtype(q.dtype))
+
+
+@torch.library.custom_op("s2train::block_sparse_attention_backward", mutates_args=())
+def attend_backward(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor | None, dlse: Tensor | None,
+    cu_seqlens: Tensor | None, handle: int, softmax_scale: float, causal: bool, query_offset: int, format: str,
+    backend: str, with_lse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k and v, contiguous; a gradient that is None is 0. The rest is `attend`'s."""
+    layout, spec = _resolved(cu_seqlens, handle, softmax_scale, causal, query_offset, format, backend)
+    if backend == "torch":
+        return torch_gradients(q, k, v, dout, dlse if with_lse else None, layout, spec)
+    from .tiles import last_contiguous
+    from .triton_backend import run_backward
+
+    q, k, v, out = (last_contiguous(to_bhsd(x, spec.format)) for x in (q, k, v, out))
+    dout = None if dout is None else to_bhsd(dout, spec.format)
+    dq, dk, dv = run_backward(q, k, v, out, lse, dout, dlse, layout, spec)
+    return from_bhsd(dq, spec.format), from_bhsd(dk, spec.format), from_bhsd(dv, spec.format)
+
+
+@attend_backward.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor | None, dlse: Tensor | None,
+    cu_seqlens: Tensor | None, handle: int, softmax_scale: float, causal: bool, query_offset: int, format: str,
+    backend: str, with_lse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, cu_seqlens, *ctx.settings = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
+    nothing = [None] * (1 + len(ctx.settings))
+    if dout is None and dlse is None:
+        return None, None, None, *nothing
+    return *attend_backward(q, k, v, out, lse, dout, dlse, cu_seqlens, *ctx.settings), *nothing
+
+
+attend.register_autograd(_differentiate, setup_context=_keep)
+
+
+def _resolved(
+    cu_seqlens: Tensor | None, handle: int, softmax_scale: float, causal: bool, query_offset: int, format: str,
+    backend: str,
+) -> tuple[BlockLayout, AttentionSpec]:  # fmt: skip
+    spec = AttentionSpec(
+        softmax_scale, causal, query_offset, cu_seqlens, cast(Format, format), portable=backend == "portable"
+    )
+    return registered(handle), spec
+
+
+def _no_lse(q: Tensor) -> Tensor:
+    return q.new_empty(0, dtype=lse_dtype(q.dtype))

@@ -1,0 +1,28 @@
+"""Show a layout before it is trained: `python launch/show_layout.py +model=7b_hybrid [layout=… seq_length=131072 …]`.
+
+Takes the settings of a run (launch/pretrain.py), and `seq_length`, `layers=[0,1]` (whose masks to draw) and `output`.
+Prints coverage, reachability and costs; writes layout.png and layout.json. No GPU, no torchrun.
+"""
+
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+
+from s2train import config
+from s2train.command_line import run_command, run_hydra
+from s2train.planning import resolve
+from s2train.planning.show import show
+
+config.register()
+MODELS = sorted(path.stem for path in (Path(__file__).parents[1] / "conf" / "model").glob("*.yaml"))
+
+
+@hydra.main(config_path="../conf", config_name="show_layout", version_base="1.3")
+def main(composed: DictConfig) -> None:
+    """Hydra's entry."""
+    run_command(lambda: show(resolve(composed, MODELS)))
+
+
+if __name__ == "__main__":
+    run_hydra(main, config.ShowLayoutConfig)

@@ -1,0 +1,34 @@
+"""Can a model's layout carry a needle to its question at all, and through how many layers?"""
+
+from functools import lru_cache
+
+from s2train.data.needles import NeedleSampler
+from s2train.evaluation.needle import NeedleGrid
+from s2train.evaluation.results import CellReach
+from s2train.layouts.hybrid import HybridLayout
+from s2train.layouts.reachability import NEVER, Reach, reach
+
+
+class NeedleReach:
+    """Layers between the needles of a grid's cells and the positions that their answers are read from."""
+
+    def __init__(self, hybrid: HybridLayout, sampler: NeedleSampler, grid: NeedleGrid) -> None:
+        self._hybrid, self._sampler, self._grid = hybrid, sampler, grid
+        self._reach = lru_cache(maxsize=16)(self._reach_uncached)
+
+    def __call__(self, length: int, depth: float) -> CellReach:
+        """Of the cell's trial that needs the most: from the needle's first token to the last of the question."""
+        first, last = [], []
+        for trial in range(self._grid.trials):
+            sample = self._sampler.sample(self._grid.rng(length, depth, trial), length, depth, "eval")
+            found = self._reach(length, len(sample.prompt) - 1)
+            first.append(found.layers_from_first(sample.position))
+            last.append(found.layers_from_last(sample.position))
+        return CellReach(_most(first), _most(last))
+
+    def _reach_uncached(self, length: int, query: int) -> Reach:
+        return reach(self._hybrid, length, query)
+
+
+def _most(counts: list[int | None]) -> int:
+    return NEVER if None in counts else max(count for count in counts if count is not None)

@@ -1,0 +1,111 @@
+"""The KV cache while decoding: a key block is freed as soon as no later query takes it up, and no sooner.
+
+While position t is decoded, a KV head's key block j is live if some query head of its group keeps it for the query
+block of t or a later one of the sequence. Counted exactly, for sequences of a known length: towards its end less is
+live than if it went on.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from s2train.layouts.hybrid import HybridLayout, LayerLayout
+from s2train.layouts.masks import mask_rows
+from s2train.layouts.patterns import BandedPattern, Dense, DistancePattern, Pattern
+
+
+def last_queries(pattern: Pattern, num_blocks: int) -> Tensor:
+    """For each key block, the last query block that keeps it: int64 [num_blocks]."""
+    key = torch.arange(num_blocks)
+    last = key.clone()
+    if isinstance(pattern, BandedPattern):
+        starts = [0, *pattern.limits]
+        for band, (start, stop) in enumerate(zip(starts, [*pattern.limits, num_blocks], strict=True)):
+            within = pattern.columns(band, key) & (key + start < num_blocks)
+            last = torch.where(within, (key + stop - 1).clamp(max=num_blocks - 1), last)
+    elif isinstance(pattern, DistancePattern):
+        farthest = torch.where(pattern.distances(key), key, 0).cummax(0).values  # kept distance up to each
+        last += farthest.flip(0)
+    else:
+        for first, rows in mask_rows(pattern, num_blocks):
+            query = torch.arange(first, first + len(rows))[:, None]
+            last = torch.maximum(last, (rows * query).amax(0))
+    return last
+
+
+def live_blocks(heads: Iterable[Pattern], num_blocks: int) -> Tensor:
+    """How many key blocks one KV head holds while each query block is decoded: int64 [num_blocks].
+
+    Args:
+        heads: the query heads of its group.
+    """
+    last = torch.stack([last_queries(head, num_blocks) for head in dict.fromkeys(heads)]).amax(0)
+    freed = torch.bincount(last + 1, minlength=num_blocks + 1)[:num_blocks]
+    return (1 - freed).cumsum(0)
+
+
+@dataclass(frozen=True)
+class CacheTokens:
+    """Tokens whose key and value a cache holds, summed over KV heads (and layers).
+
+    Attributes:
+        peak: the most while any position is decoded.
+        end: when the last position is decoded.
+        read: that the last position attends to: what decoding it loads at least.
+        dense: held at the end by as many dense heads.
+    """
+
+    peak: int
+    end: int
+    read: int
+    dense: int
+
+    def nbytes(self, tokens: int, head_dim: int, element_size: int = 2) -> int:
+        """Bytes of so many cached tokens, key and value; two bytes an element for bf16."""
+        return 2 * head_dim * element_size * tokens
+
+
+def cache_tokens(layer: LayerLayout, num_query_groups: int, seq_length: int) -> CacheTokens:
+    """What one layer's KV cache holds over a sequence of `seq_length` tokens, query heads in equal groups."""
+    return _sum_over_time([layer], num_query_groups, seq_length)
+
+
+def model_cache_tokens(hybrid: HybridLayout, seq_length: int) -> CacheTokens:
+    """What the KV caches of all layers hold; the peak is that of their sum."""
+    return _sum_over_time(hybrid.layers, hybrid.num_query_groups, seq_length)
+
+
+def _sum_over_time(layers: Iterable[LayerLayout], num_query_groups: int, seq_length: int) -> CacheTokens:
+    of_group: dict[tuple[frozenset[Pattern], int], tuple[Tensor, int]] = {}
+    held, read, dense = torch.zeros(1, dtype=torch.int64), 0, 0
+    for layer in layers:
+        size = len(layer.heads) // num_query_groups
+        for first in range(0, len(layer.heads), size):
+            group = frozenset(layer.heads[first : first + size])
+            if any(isinstance(head, Dense) for head in group):
+                group = frozenset([Dense()])
+            if (group, layer.block_size) not in of_group:
+                of_group[group, layer.block_size] = _tokens(group, layer, seq_length)
+            tokens, last_row = of_group[group, layer.block_size]
+            held = held + tokens
+            read += last_row
+            dense += seq_length
+    return CacheTokens(int(held.max()), int(held[-1]), read, dense)
+
+
+def _tokens(group: frozenset[Pattern], layer: LayerLayout, seq_length: int) -> tuple[Tensor, int]:
+    """Tokens held at the end of each query block, int64 [num_blocks], and those kept by the last position."""
+    num_blocks = layer.num_blocks(seq_length)
+    newest = torch.full((num_blocks,), layer.block_size)
+    newest[-1] = seq_length - (num_blocks - 1) * layer.block_size
+    # The newest block is always live, the others whole.
+    held = (live_blocks(group, num_blocks) - 1) * layer.block_size + newest
+    kept = int(_last_row(group, num_blocks).sum()) - 1
+    return held, kept * layer.block_size + int(newest[-1])
+
+
+def _last_row(group: frozenset[Pattern], num_blocks: int) -> Tensor:
+    key, last = torch.arange(num_blocks), torch.tensor(num_blocks - 1)
+    return torch.stack([head.keep(last, key) for head in group]).any(0)

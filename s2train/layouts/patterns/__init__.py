@@ -1,0 +1,25 @@
+"""Which key blocks one head keeps, in closed form or by a mask. A pattern is one class; `registry` names them."""
+
+from s2train.layouts.patterns.base import BandedPattern, DistancePattern, HeadPatterns, LayerContext, Pattern
+from s2train.layouts.patterns.dense import Dense
+from s2train.layouts.patterns.dilated import Dilated
+from s2train.layouts.patterns.file import MaskPattern
+from s2train.layouts.patterns.local_vertical import LocalVertical, ReferenceVertical
+from s2train.layouts.patterns.ranges import Ranges
+from s2train.layouts.patterns.window import GlobalBlocks, SlidingWindow
+
+__all__ = [
+    "BandedPattern",
+    "Dense",
+    "Dilated",
+    "DistancePattern",
+    "GlobalBlocks",
+    "HeadPatterns",
+    "LayerContext",
+    "LocalVertical",
+    "MaskPattern",
+    "Pattern",
+    "Ranges",
+    "ReferenceVertical",
+    "SlidingWindow",
+]

@@ -1,0 +1,136 @@
+"""After how many layers can what stands at one position arrive at another?
+
+A layer hands on to query position i what stands at every position j <= i that any of its heads keeps; what i holds
+already stays there (the residual stream). So information goes from key to query by hops backwards in the graph of
+kept blocks, at most one hop a layer, and may wait in place through any layer.
+
+Counting by blocks is exact for tokens: every token of a query block keeps the same earlier key blocks, whole, and
+of its own block the tokens up to itself. So all keys of an earlier block arrive together.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from s2train.errors import ConfigError
+from s2train.layouts.hybrid import HybridLayout
+from s2train.layouts.masks import packed_unions, unpack
+
+NEVER = -1
+
+
+@dataclass(frozen=True)
+class Reach:
+    """What can arrive at one query position, for each key block: int64 [num_blocks] on the CPU, -1 (NEVER) if not.
+
+    A count holds for all tokens of the block up to the query, but the query itself, which needs no layer.
+    Blocks after the query's are NEVER; its own block is 0 where no other token comes before the query in it.
+
+    Attributes:
+        query: position in tokens.
+        from_first: layers to go through, from the model's first on, until the query can hold the key.
+        from_last: how many of the last layers carry the key to the query: the model's receptive field, from its output.
+        fewest: the fewest consecutive layers, anywhere in the model, that do.
+    """
+
+    query: int
+    block_size: int  # tokens
+    num_layers: int
+    from_first: Tensor
+    from_last: Tensor
+    fewest: Tensor
+
+    def layers_from_first(self, key: int) -> int | None:
+        """Layers from the first on until the query can hold position `key`; None: never."""
+        return self._of(self.from_first, key)
+
+    def fewest_layers(self, key: int) -> int | None:
+        """The fewest consecutive layers that carry position `key` to the query; None: none do."""
+        return self._of(self.fewest, key)
+
+    def layers_from_last(self, key: int) -> int | None:
+        """How many of the last layers carry position `key` to the query; None: all of them don't."""
+        return self._of(self.from_last, key)
+
+    def _of(self, counts: Tensor, key: int) -> int | None:
+        if key == self.query:
+            return 0
+        if not 0 <= key < self.query:
+            return None
+        count = int(counts[key // self.block_size])
+        return None if count == NEVER else count
+
+
+def reach(hybrid: HybridLayout, seq_length: int, query: int | None = None) -> Reach:
+    """What can arrive at position `query` (tokens; by default the last) through how many layers, exactly.
+
+    From each layer downwards, sets of blocks step by step as rows of bits: at most L² / 2 steps of n² / 64 words.
+
+    Raises:
+        ConfigError: no such position in a sequence of `seq_length` tokens.
+    """
+    query = seq_length - 1 if query is None else query
+    if not 0 <= query < seq_length:
+        raise ConfigError("query", query, f"no position of {seq_length} tokens", f"Use 0 to {seq_length - 1}.")
+    own = query // hybrid.block_size
+    count = own + 1  # later blocks can't be seen
+    unions = packed_unions(hybrid.layers, count)
+    from_first = np.full(-(-seq_length // hybrid.block_size), NEVER, dtype=np.int64)
+    fewest = from_first.copy()
+    from_first[own] = fewest[own] = int(query % hybrid.block_size > 0)
+    from_last = fewest.copy()
+    for top in reversed(range(len(hybrid.layers))):
+        reached = np.zeros(count, dtype=bool)
+        reached[own] = True
+        for used, layer in enumerate(range(top, -1, -1), start=1):
+            reached = _step(reached, unions[layer])
+            known = fewest[:count]
+            known[reached & ((known == NEVER) | (known > used))] = used
+            if reached.all():
+                break  # more layers below carry no less
+        first = from_first[:count]
+        first[reached & (np.arange(count) != own)] = top + 1
+        if top == len(hybrid.layers) - 1:
+            from_last = fewest.copy()
+    if query % hybrid.block_size:
+        from_first[own] = 1
+    arrays = (from_first, from_last, fewest)
+    return Reach(query, hybrid.block_size, len(hybrid.layers), *map(torch.from_numpy, arrays))
+
+
+def _step(reached: np.ndarray, union: np.ndarray | None) -> np.ndarray:
+    """Bool [n]: the blocks reached, and all that they see in a layer; None: it sees every causal block."""
+    if union is None:
+        return np.arange(len(reached)) <= reached.nonzero()[0].max()
+    return unpack(np.bitwise_or.reduce(union[reached], axis=0), len(reached)) | reached
+
+
+@dataclass(frozen=True)
+class DistanceRow:
+    """Keys at distances from `nearest` to `farthest` tokens before the query.
+
+    Attributes:
+        within: share of them that arrives through the last 1, 2, … layers; the last entry: through all.
+    """
+
+    nearest: int
+    farthest: int
+    within: tuple[float, ...]
+
+
+def distance_table(found: Reach) -> tuple[DistanceRow, ...]:
+    """Shares of the keys that arrive through the last 1, 2, … layers, by distance: 1 token, 2 to 3, 4 to 7, …
+
+    Counts of layers as in `Reach.from_last`; as many as the slowest key needs, of those that ever arrive.
+    """
+    distances = torch.arange(1, found.query + 1)
+    layers = found.from_last[(found.query - distances) // found.block_size]
+    most = max(1, int(layers.max())) if len(layers) else 1
+    rows = []
+    for nearest in (1 << power for power in range(found.query.bit_length())):
+        part = layers[nearest - 1 : 2 * nearest - 1]
+        within = tuple(float(((part != NEVER) & (part <= count)).double().mean()) for count in range(1, most + 1))
+        rows.append(DistanceRow(nearest, min(2 * nearest - 1, found.query), within))
+    return tuple(rows)

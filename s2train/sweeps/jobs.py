@@ -1,0 +1,128 @@
+"""The jobs of a sweep, and how far each is, judged from the plain files of its run folder."""
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from s2train.config import PretrainConfig
+from s2train.errors import ConfigError
+from s2train.files import replacing
+from s2train.training.compare import Summary, summarize
+from s2train.training.plots import read_records
+
+RECORD, LOG = "sweep.json", "log.txt"
+
+
+class Status(StrEnum):
+    """What became of a job."""
+
+    WAITING = "waiting"
+    PLANNED = "planned"  # plan=true: judged, not started
+    REFUSED = "refused"  # its settings can't work
+    WRITTEN = "written"  # its batch script
+    SUBMITTED = "submitted"
+    STOPPED = "stopped"  # the sweep was interrupted
+    FAILED = "failed"
+    FINISHED = "finished"
+
+
+@dataclass
+class Job:
+    """One run of a sweep.
+
+    Attributes:
+        label: the swept settings, as typed.
+        swept: the same, by setting.
+        arguments: of the program.
+        layers: a letter a layer; empty if the settings were refused.
+        density: kept / causal positions of the whole model; None if the settings were refused.
+        last_step: at which the run is finished.
+        error: why it was refused, or failed, in one line.
+    """
+
+    folder: Path
+    label: str
+    swept: dict[str, str]
+    arguments: list[str]
+    layers: str = ""
+    density: float | None = None
+    last_step: int = 0
+    status: Status = Status.WAITING
+    error: str = ""
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run has saved its last checkpoint, by its metrics.jsonl."""
+        metrics = self.folder / "metrics.jsonl"
+        if not metrics.is_file():
+            return False
+        saved = [r["step"] for r in read_records(metrics) if r.get("event") == "checkpoint" and "step" in r]
+        return max(saved, default=-1) >= self.last_step > 0
+
+    def summary(self) -> Summary | None:
+        """What the run has come to so far; None if it has reported nothing."""
+        try:
+            return summarize(self.folder)
+        except ConfigError:
+            return None
+
+    def loss(self) -> float | None:
+        """Held-out loss of a finished run, nats per token, or its last loss if none was measured; else None."""
+        summary = self.summary() if self.status is Status.FINISHED else None
+        if summary is None:
+            return None
+        return summary.loss if summary.held_out_loss is None else summary.held_out_loss
+
+
+def changed_setting(folder: Path, cfg: PretrainConfig) -> str | None:
+    """What the run in `folder` was trained with, where that differs from `cfg`: `optim.lr=0.001`; None if nothing does.
+
+    For files in conf/ may change under the same overrides. Settings that only one of the two knows are left out, and
+    those that change no result.
+    """
+    path = folder / "config.yaml"
+    if not path.is_file():
+        return None
+    before, now = _flat(OmegaConf.to_container(OmegaConf.load(path))), _flat(asdict(cfg))
+    for name in before.keys() & now.keys():
+        if before[name] != now[name] and not name.startswith(("run_dir", "tracking.", "checkpoint.", "plan")):
+            return f"{name}={before[name]}"
+    return None
+
+
+def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    """Values by dotted name."""
+    if not isinstance(node, dict):
+        return {prefix[:-1]: list(node) if isinstance(node, tuple) else node}
+    return {k: v for name, child in node.items() for k, v in _flat(child, f"{prefix}{name}.").items()}
+
+
+def last_error(log: Path) -> str:
+    """The line of a job's log that says why it failed: its last `error: …`, else the first exception, else the end."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
+    lines = [re.sub(r"^\[rank\d+\]:\s?", "", line).rstrip() for line in lines if line.strip()]
+    told = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    # ChildFailedError is torchrun's own and tells no cause.
+    raised = [line for line in lines if re.match(r"[\w.]*(Error|Exception)(:|$)", line) and "ChildFailed" not in line]
+    return next(iter(told[-1:] + raised[:1] + lines[-1:]), "it wrote nothing")
+
+
+def write_record(sweep_dir: Path, jobs: list[Job]) -> None:
+    """Write a sweep's jobs to its folder."""
+    with replacing(sweep_dir / RECORD) as temporary:
+        content = [asdict(job) | {"folder": job.folder.name} for job in jobs]
+        temporary.write_text(json.dumps({"jobs": content}, indent=1) + "\n")
+
+
+def read_record(sweep_dir: Path) -> list[Job]:
+    """The jobs that `write_record` wrote; none if it did not."""
+    path = sweep_dir / RECORD
+    if not path.is_file():
+        return []
+    content: list[dict[str, Any]] = json.loads(path.read_text())["jobs"]
+    return [Job(**job | {"folder": sweep_dir / job["folder"], "status": Status(job["status"])}) for job in content]

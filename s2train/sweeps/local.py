@@ -1,0 +1,73 @@
+"""The jobs of a sweep on this machine, some at a time."""
+
+import os
+import time
+from contextlib import closing
+from typing import Any
+
+import torch
+
+from s2train.config import LocalSweepConfig
+from s2train.hardware import Hardware, detect
+from s2train.sweeps.commands import environment, torchrun
+from s2train.sweeps.gpus import shares, visible_gpus
+from s2train.sweeps.jobs import LOG, Job, Status, last_error
+from s2train.sweeps.launcher import SweepLauncher
+from s2train.sweeps.processes import Command, run_all
+
+
+class LocalLauncher(SweepLauncher):
+    """`hydra/launcher=s2train_local`; settings: `LocalSweepConfig`."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings: LocalSweepConfig = LocalSweepConfig(**settings)
+
+    def check_settings(self) -> None:
+        """Whether there are GPUs enough."""
+        self.shares = shares(self.settings, visible_gpus())
+
+    def hardware(self) -> Hardware:
+        """This machine's; on a CPU all processes at work together share the memory."""
+        settings = self.settings
+        return detect(0, settings.nproc_per_node * (1 if torch.cuda.is_available() else settings.n_jobs))
+
+    def world_size(self) -> int:
+        """Processes of a job."""
+        return self.settings.nproc_per_node
+
+    def run(self, jobs: list[Job]) -> None:
+        """Run them all; one that fails doesn't end the others."""
+        program, settings = self.program, self.settings
+        commands = [
+            Command(
+                torchrun(program.python, settings.nproc_per_node, program.path, job.arguments),
+                job.folder / LOG,
+                program.cwd,
+            )
+            for job in jobs
+        ]
+        environments = [environment(os.environ, gpus) for gpus in self.shares]
+        started: dict[int, float] = {}
+
+        def on_start(index: int) -> None:
+            started[index] = time.monotonic()
+            jobs[index].status = Status.STOPPED  # until it has ended by itself
+            print(f"started {jobs[index].label} | {commands[index].log}", flush=True)
+
+        with closing(run_all(commands, environments, on_start, settings.grace_s)) as ended:
+            for index, returncode in ended:
+                job = jobs[index]
+                if returncode == 0 and job.is_finished:
+                    job.status = Status.FINISHED
+                else:
+                    job.status, job.error = Status.FAILED, last_error(job.folder / LOG)
+                self.record()
+                print(
+                    f"{job.status} {job.label} | {_outcome(job)} | {time.monotonic() - started[index]:.0f} s",
+                    flush=True,
+                )
+
+
+def _outcome(job: Job) -> str:
+    loss = job.loss()
+    return job.error or ("no loss" if loss is None else f"loss {loss:.4f}")

@@ -1,0 +1,76 @@
+"""Loss and speed of a sweep's runs against the density of their attention."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+
+from s2train.files import replacing
+from s2train.training.plots import COLOURS
+
+_MARKERS = "osD^"
+_MOST_NAMES = len(COLOURS) * len(_MARKERS)  # that can be told apart
+
+
+@dataclass(frozen=True)
+class Point:
+    """A finished run.
+
+    Attributes:
+        name: runs of one name are one thing measured more than once, as with other seeds.
+        density: kept / causal positions of the whole model.
+        loss: nats a token.
+        tokens_per_s: of the whole job.
+    """
+
+    name: str
+    density: float
+    loss: float
+    tokens_per_s: float
+
+
+def draw(points: Sequence[Point], out: Path) -> None:
+    """Two panels, loss and tokens/s against density, as a PNG: each run faint, the mean of each name bold.
+
+    More names than can be told apart are one colour, without a legend.
+    """
+    names = list(dict.fromkeys(point.name for point in points))
+    figure = Figure(figsize=(11, 5), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    _panel(left, points, names, lambda point: point.loss, "Loss (nats a token)")
+    _panel(right, points, names, lambda point: point.tokens_per_s, "Tokens/s")
+    right.yaxis.set_major_formatter(EngFormatter(sep=""))
+    right.set_ylim(0, 1.08 * max(point.tokens_per_s for point in points))
+    if len(names) <= _MOST_NAMES:
+        handles, labels = left.get_legend_handles_labels()
+        figure.legend(
+            handles, labels, loc="outside right center", frameon=False, fontsize=8, title="large: mean of its runs"
+        )
+    with replacing(out) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def _panel(
+    axes: Axes, points: Sequence[Point], names: Sequence[str], value: Callable[[Point], float], title: str
+) -> None:
+    for number, name in enumerate(names):
+        own = [point for point in points if point.name == name]
+        style = number if len(names) <= _MOST_NAMES else 0
+        colour, marker = COLOURS[style % len(COLOURS)], _MARKERS[style // len(COLOURS)]
+        if len(own) > 1:
+            axes.scatter(
+                [p.density for p in own], [value(p) for p in own], s=18, color=colour, alpha=0.4, marker=marker
+            )
+        middle = mean(p.density for p in own), mean(value(p) for p in own)
+        axes.scatter(*middle, s=60, color=colour, marker=marker, label=name, zorder=3)
+    axes.set_title(title, loc="left", fontweight="bold", fontsize=12)
+    axes.set_xlabel("density of attention (kept / causal positions)")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#E5E5E5", linewidth=0.8)
+    axes.set_axisbelow(True)

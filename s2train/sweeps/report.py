@@ -1,0 +1,93 @@
+"""A sweep's results: a table to print, sweep.csv and sweep.png, all from plain files in its folder."""
+
+import csv
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from s2train.files import replacing
+from s2train.sweeps.jobs import Job, Status, read_record
+from s2train.sweeps.picture import Point, draw
+from s2train.training.compare import Summary
+
+TABLE_WIDTH = 140
+
+
+@dataclass(frozen=True)
+class Result:
+    """A job and what its run has come to; `summary` is None if it has reported nothing."""
+
+    job: Job
+    summary: Summary | None
+
+
+def report(sweep_dir: Path, console: Console | None = None) -> bool:
+    """Print and draw; returns whether no job failed."""
+    console = console or Console(width=TABLE_WIDTH)
+    results = [Result(job, job.summary()) for job in read_record(sweep_dir)]
+    if not results:
+        return True
+    console.print(table(results))
+    _write_csv(results, sweep_dir / "sweep.csv")
+    written = [sweep_dir / "sweep.csv"]
+    if points := [point for result in results if (point := _point(result)) is not None]:
+        draw(points, sweep_dir / "sweep.png")
+        written.append(sweep_dir / "sweep.png")
+    bad = [result.job for result in results if result.job.status in (Status.FAILED, Status.REFUSED)]
+    for job in bad:
+        console.print(
+            f"{job.status} {job.label}: {job.error}", style="red", highlight=False, markup=False, soft_wrap=True
+        )
+    console.print(f"results in {' and '.join(map(str, written))}", highlight=False, markup=False, soft_wrap=True)
+    return not bad
+
+
+def table(results: list[Result]) -> Table:
+    """A row a job, in the order of the sweep."""
+    made = Table("job", "status", "layers", "density", "steps", "loss", "held out", "ms/step", "tokens/s")
+    for result in results:
+        job, s = result.job, result.summary
+        measured = (
+            (
+                str(s.steps),
+                "" if s.loss is None else f"{s.loss:.4f}",
+                "" if s.held_out_loss is None else f"{s.held_out_loss:.4f}",
+                f"{s.step_time_s * 1e3:,.0f}",
+                f"{s.tokens_per_s:,.0f}",
+            )
+            if s is not None
+            else ("",) * 5
+        )
+        density = "" if job.density is None else f"{job.density:.3f}"
+        made.add_row(job.label, str(job.status), _short(job.layers), density, *measured)
+    return made
+
+
+def _short(layers: str) -> str:
+    return layers if len(layers) <= 16 else f"{layers[:8]}… {layers.count('D')}D"
+
+
+def _write_csv(results: list[Result], path: Path) -> None:
+    swept = list(dict.fromkeys(setting for result in results for setting in result.job.swept))
+    rows = []
+    for job, summary in ((result.job, result.summary) for result in results):
+        measured = {} if summary is None else {k: v for k, v in asdict(summary).items() if k != "name"}
+        known = {"status": str(job.status), "layers": job.layers, "density": job.density, "error": job.error}
+        rows.append({"folder": job.folder.name, **job.swept, **known, **measured})
+    columns = list(dict.fromkeys(["folder", *swept, *(name for row in rows for name in row)]))
+    with replacing(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _point(result: Result) -> Point | None:
+    """A finished job in the picture; runs that differ in their seed alone share a name there."""
+    job, summary = result.job, result.summary
+    loss = job.loss()
+    if loss is None or summary is None or job.density is None:
+        return None
+    name = " ".join(value for setting, value in job.swept.items() if setting != "seed") or "all"
+    return Point(name, job.density, loss, summary.tokens_per_s)

@@ -1,0 +1,119 @@
+"""Launch configurations: fitting on small GPUs, and the same on every rank.
+
+The compiler's own figures come from a process of their own: Triton compiles only where it does not interpret.
+"""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from s2train.kernels import BlockLayout
+from s2train.kernels.configs import config_for, shared_bytes
+
+KERNELS = ("forward", "dq", "dkdv")
+# bytes of shared memory that a program may have: Turing, consumer Ampere and Ada, A100, Hopper
+LIMITS = {75: 65_536, 86: 101_376, 80: 166_912, 90: 232_448}
+DIMS = (8, 64, 80, 96, 128, 200, 256)
+
+
+@pytest.mark.parametrize("limit", LIMITS.values())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_configurations_fit_the_device(limit: int, dtype: torch.dtype) -> None:
+    for kernel, block, dim, v_dim in itertools.product(KERNELS, (16, 32, 64, 128, 256), DIMS, DIMS):
+        config = config_for(kernel, block, dim, v_dim, dtype, limit)  # type: ignore[arg-type]
+        assert shared_bytes(kernel, config, dim, v_dim, dtype.itemsize) <= limit  # type: ignore[arg-type]
+        assert block % config.rows == block % config.steps == 0
+        assert config.num_stages >= 1
+
+
+def test_head_dimensions_beyond_256_are_refused() -> None:
+    with pytest.raises(ValueError, match="up to 256"):
+        config_for("forward", 64, 257, 64, torch.bfloat16, None)
+
+
+def test_a_device_that_nothing_fits_is_refused() -> None:
+    with pytest.raises(ValueError, match="does not fit this device's 8192 bytes"):
+        config_for("dkdv", 64, 256, 256, torch.float32, 8192)
+
+
+def test_no_kernel_is_tuned_while_it_runs() -> None:
+    """Nor could ranks differ then: a configuration follows from sizes, dtype and the device's shared memory."""
+    folder = Path(sys.modules["s2train.kernels"].__file__ or "").parent
+    sources = {path.name: path.read_text() for path in folder.glob("*.py")}
+    assert {name for name, text in sources.items() if "triton.autotune" in text or "do_bench" in text} <= {
+        "check_run.py",
+        "tune_hopper.py",
+    }
+
+
+# capability, dtype, block, head dimensions
+COMPILED = [
+    (86, "bfloat16", 128, 128, 128),
+    (86, "bfloat16", 64, 64, 64),
+    (86, "bfloat16", 128, 256, 256),
+    (86, "float32", 64, 256, 256),
+    (75, "float16", 128, 128, 128),
+    (75, "float32", 64, 256, 256),
+    (75, "float16", 64, 256, 256),
+    (80, "bfloat16", 128, 128, 64),
+    (90, "bfloat16", 128, 256, 256),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", COMPILED, ids=str)
+def test_compiled_kernels_take_no_more_shared_memory_than_the_device_has(case: tuple[Any, ...]) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, __file__, json.dumps(case)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    shared = json.loads(done.stdout.splitlines()[-1])
+    assert len(shared) == 4
+    assert all(size <= LIMITS[case[0]] for size in shared.values()), shared
+
+
+def compiled_sizes(capability: int, dtype: str, block: int, dim: int, v_dim: int) -> dict[str, int]:
+    """Shared memory of every portable kernel, compiled for a GPU that is not there and launched nowhere."""
+    import triton
+    from s2train.kernels import backward, forward
+    from s2train.kernels.spec import AttentionSpec
+    from triton.runtime.jit import JITFunction
+
+    class Driver:
+        def get_current_target(self) -> Any:
+            # 7.5 has less memory, but no product that Triton still compiles for
+            return triton.backends.compiler.GPUTarget("cuda", max(capability, 80), 32)
+
+        def get_current_device(self) -> int:
+            return 0
+
+        def get_current_stream(self, device: int) -> int:
+            return 0
+
+    sizes: dict[str, int] = {}
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        sizes[self.__name__] = run(self, *args, grid=grid, warmup=True, **kwargs).metadata.shared
+
+    triton.runtime.driver.set_active(Driver())
+    JITFunction.run = compile_only
+    for module in (forward, backward):
+        module.shared_limit = lambda device: LIMITS[capability]  # type: ignore[assignment]
+    length = 512
+    q, k, v = (torch.empty(1, 2, length, d, dtype=getattr(torch, dtype)) for d in (dim, dim, v_dim))
+    layout = BlockLayout.from_mask(torch.ones(2, length // block, length // block) > 0, block)
+    spec = AttentionSpec(0.1, True, 0, None, "bhsd")
+    out, lse = forward.forward(q, k, v, layout, spec)
+    backward.backward(q, k, v, out, lse, out, lse, layout, spec)
+    return sizes
+
+
+if __name__ == "__main__":
+    print(json.dumps(compiled_sizes(*json.loads(sys.argv[1]))))

@@ -1,0 +1,120 @@
+"""Hopper's one-pass backward with its main kernel's walk spelled out in torch; the kernels around it are interpreted.
+
+Covers what the host and the work lists contribute; the main kernel's own instructions need a GPU.
+"""
+
+import os
+from typing import Any
+
+import pytest
+import torch
+from s2train.kernels import BlockLayout, reference_attention
+from s2train.kernels.key_pairs import ACTIVE_BITS, QUERY_BITS, TILE
+from s2train.kernels.spec import AttentionSpec
+from torch import Tensor
+
+hopper_backward = pytest.importorskip("s2train.kernels.hopper_backward", reason="needs Triton's Gluon")
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="runs in Triton's interpreter")
+
+
+def box(x: Tensor, batch: int, head: int, row: int) -> Tensor:
+    """64 rows as TMA reads them: zeros where there are none."""
+    rows = row + torch.arange(TILE)
+    inside = (rows >= 0) & (rows < x.shape[2])
+    return x[batch, head, rows.clamp(0, x.shape[2] - 1)] * inside[:, None]
+
+
+def to_fragments(dq: Tensor) -> Tensor:
+    """`_store_dq` of one half."""
+    half = dq.shape[1]
+    return dq.reshape(4, 2, 8, half // 8, 4, 2).permute(3, 0, 2, 4, 1, 5).reshape(half * 2, 32)
+
+
+class Walk:
+    """Stands in for the main kernel."""
+
+    def __getitem__(self, grid: tuple[int]) -> "Walk":
+        self.programs = grid[0]
+        return self
+
+    def __call__(self, *arguments: Any, **options: int) -> None:
+        descriptors, (meta, steps, dk, dv), numbers = arguments[:9], arguments[9:13], arguments[13:]
+        q, k, v, dout, lse2, delta, sums, dk_out, dv_out = (x.base for x in descriptors)
+        assert dk_out is dk
+        assert dv_out is dv
+        head_stride, row_stride, scale, scale_log2, batch_size, num_heads, group = numbers[:7]
+        first_tile, num_tiles, offset, s_k, dim, _, causal, packed, *_ = numbers[7:]
+        assert row_stride == dk.stride(2) == dv.stride(2)
+        assert dk.shape[1] == 1 or head_stride == dk.stride(1) == dv.stride(1)
+        for program in range(self.programs):
+            b = program % batch_size
+            kv, ka, kb, first, num_masked, num_steps, skip, *document = meta[program // batch_size].tolist()
+            base_tile, shift, start, num_keys = first_tile, offset, 0, s_k
+            if packed:
+                base_tile, start, num_keys = -document[0], document[1], document[2]
+                shift = -start
+            keys = [tile * TILE + torch.arange(TILE) for tile in (ka, kb)]
+            sides = [[box(x, b, kv, tile * TILE + start) for x in (k, v)] for tile in (ka, kb)]
+            out = [[torch.zeros(TILE, dim), torch.zeros(TILE, dim)] for _ in sides]
+            for t in range(num_steps):
+                step = int(steps[first + t + (skip if packed and t >= num_masked else 0)])
+                head = kv * group + (step >> (ACTIVE_BITS + QUERY_BITS))
+                tile = step >> ACTIVE_BITS & (2**QUERY_BITS - 1)
+                q_tile, dout_tile = (box(x, b, head, tile * TILE - shift) for x in (q, dout))
+                place = (b * num_heads + head) * num_tiles + tile - base_tile
+                lse, d = (x[place * TILE : (place + 1) * TILE] for x in (lse2, delta))
+                position = tile * TILE + torch.arange(TILE)
+                dq = torch.zeros(TILE, dim)
+                for side, (key, (k_tile, v_tile)) in enumerate(zip(keys, sides, strict=True)):
+                    p = torch.exp2(k_tile @ q_tile.T * scale_log2 - lse)
+                    if t < num_masked:
+                        seen = (key[:, None] <= position) if causal else torch.ones(TILE, TILE, dtype=torch.bool)
+                        p = p * (bool(step >> side & 1) & seen & (key < num_keys)[:, None])
+                    ds = p * (v_tile @ dout_tile.T - d)
+                    out[side][0] += ds @ q_tile
+                    out[side][1] += p @ dout_tile
+                    dq += ds.T @ k_tile
+                for c, half in enumerate(dq.split(dim // 2, 1)):
+                    row = (place * 2 + c) * dim
+                    sums[row : row + dim] += to_fragments(half)
+            for key, (dk_tile, dv_tile) in zip(keys, out, strict=True):
+                kept = key < (num_keys if packed else dk.shape[2])
+                dk[b, kv, start + key[kept]] = dk_tile[kept] * scale
+                dv[b, kv, start + key[kept]] = dv_tile[kept]
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize(
+    ("block", "heads", "kv_heads", "s_q", "s_k", "options"),
+    [
+        (64, 4, 2, 200, 200, {}),
+        (128, 2, 1, 150, 300, {"query_offset": 150}),
+        (64, 2, 2, 100, 170, {"query_offset": 37, "causal": False}),
+        (64, 4, 2, 233, 233, {"documents": (37, 0, 130, 1, 65)}),
+        (128, 2, 2, 256, 256, {"documents": (128, 0, 128)}),
+        (256, 2, 1, 67, 67, {"documents": (0, 66, 1)}),
+    ],
+    ids=str,
+)
+def test_gradients(
+    dim: int, block: int, heads: int, kv_heads: int, s_q: int, s_k: int, options: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(hopper_backward, "s2_attention_bwd_kernel_hopper", Walk())
+    offset, causal = options.get("query_offset", 0), options.get("causal", True)
+    bounds = options.get("documents") and torch.tensor((0, *options["documents"])).cumsum(0).int()
+    layout = BlockLayout.from_mask(torch.rand(heads, -(-(offset + s_q) // block), -(-s_k // block)) < 0.6, block)
+    q, k, v = (torch.randn(s, 1, h, dim).requires_grad_() for s, h in ((s_q, heads), (s_k, kv_heads), (s_k, kv_heads)))
+    settings = {"causal": causal, "query_offset": offset, "cu_seqlens": bounds}
+    out, lse = reference_attention(q, k, v, layout, **settings)
+    dout, dlse = torch.randn_like(out), torch.randn_like(lse)
+    expected = torch.autograd.grad([out, lse.masked_fill(lse == -torch.inf, 0)], [q, k, v], [dout, dlse])
+    spec = AttentionSpec(dim**-0.5, causal, offset, bounds, "sbhd")
+    views = [x.detach().permute(1, 2, 0, 3) for x in (q, k, v, out)]
+    measured = hopper_backward.hopper_backward(
+        *views, lse.detach(), dout.permute(1, 2, 0, 3), dlse.masked_fill(lse == -torch.inf, 7.0), layout, spec
+    )
+    for name, x, wanted in zip(("dq", "dk", "dv"), measured, expected, strict=True):
+        error = (x.permute(2, 0, 1, 3) - wanted).norm()
+        assert error <= 1e-5 * wanted.norm(), f"{name}: error {error:.1e} of {wanted.norm():.1e}"

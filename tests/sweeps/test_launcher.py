@@ -1,0 +1,177 @@
+"""What a sweeper sees of our launchers: jobs judged before any starts, finished ones skipped, losses handed back."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.utils import JobReturn
+from hydra.types import HydraContext, RunMode
+
+from s2train import config
+from s2train.sweeps.jobs import Job, Status, read_record
+from s2train.sweeps.local import LocalLauncher
+
+CONF = Path(__file__).parents[2] / "conf"
+MODEL = "+model=tiny_hybrid"
+
+
+@dataclass
+class Sweeper:
+    """Hands batches of jobs to a launcher whose jobs train nothing, and come to the losses given here."""
+
+    launcher: LocalLauncher
+    losses: dict[str, float]
+    ran: list[str] = field(default_factory=list)
+
+    def launch(self, *jobs: Sequence[str]) -> list[Any]:
+        self.launcher.run = self._run  # type: ignore[method-assign]
+        returns: Sequence[JobReturn] = self.launcher.launch([[MODEL, *job] for job in jobs], 0)
+        return [returned.return_value for returned in returns]
+
+    def _run(self, jobs: list[Job]) -> None:
+        for job in jobs:
+            self.ran.append(job.label)
+            if job.label not in self.losses:
+                job.status = Status.FAILED
+                continue
+            job.folder.mkdir(parents=True)
+            speed = {"step_time_s": 1.0, "tokens_per_s": 1.0, "model_tflops": 1.0, "memory_gib": 0.0}
+            last = {"step": 400, "loss": 9.0, "held_out_loss": self.losses[job.label], **speed}
+            records = [last, {"event": "checkpoint", "step": 400}]
+            (job.folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+            job.status = Status.FINISHED
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Iterator[Any]:
+    """Makes a sweeper in `tmp_path`, for settings given as on the command line."""
+    config.register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+
+        def make(
+            *arguments: str, losses: dict[str, float] | None = None, params: Any = None, **settings: Any
+        ) -> Sweeper:
+            hydra = GlobalHydra.instance().hydra
+            assert hydra is not None
+            overrides = [MODEL, f"hydra.sweep.dir={tmp_path}/sweep", *arguments]
+            composed = hydra.compose_config("pretrain", overrides, RunMode.MULTIRUN)
+            composed.hydra.sweeper.params = params
+            launcher = LocalLauncher(**settings)
+            context = HydraContext(config_loader=hydra.config_loader, callbacks=None)  # type: ignore[arg-type]
+            launcher.setup(hydra_context=context, task_function=lambda _: None, config=composed)
+            return Sweeper(launcher, losses or {})
+
+        yield make
+
+
+def test_each_job_gets_its_loss_and_a_failed_one_none(sweep: Any) -> None:
+    sweeper = sweep("seed=1,2,3", losses={"seed=1": 1.5, "seed=3": 2.5})
+    assert sweeper.launch(["seed=1"], ["seed=2"], ["seed=3"]) == [1.5, None, 2.5]
+
+
+def test_batches_of_one_sweep_share_a_record(sweep: Any, tmp_path: Path) -> None:
+    sweeper = sweep("seed=1,2", losses={"seed=1": 1.5, "seed=2": 2.5})
+    assert sweeper.launch(["seed=1"]) + sweeper.launch(["seed=2"]) == [1.5, 2.5]
+    assert [job.label for job in read_record(tmp_path / "sweep")] == ["seed=1", "seed=2"]
+
+
+def test_a_proposal_made_twice_runs_once(sweep: Any) -> None:
+    sweeper = sweep("seed=1,2", losses={"seed=1": 1.5})
+    assert sweeper.launch(["seed=1"], ["seed=1"]) + sweeper.launch(["seed=1"]) == [1.5] * 3
+    assert sweeper.ran == ["seed=1"]
+
+
+def test_the_same_sweep_again_runs_what_is_not_finished(sweep: Any) -> None:
+    jobs = [["seed=1"], ["seed=2"]]
+    sweep("seed=1,2", losses={"seed=1": 1.5}).launch(*jobs)
+    again = sweep("seed=1,2", losses={"seed=2": 2.5})
+    assert again.launch(*jobs) == [1.5, 2.5]
+    assert again.ran == ["seed=2"]
+
+
+def test_a_longer_run_is_another_job(sweep: Any) -> None:
+    sweep("seed=1,2", losses={"seed=1": 1.5}).launch(["seed=1"])
+    again = sweep("seed=1,2", "train.steps=800")
+    again.launch(["seed=1", "train.steps=800"])
+    assert again.ran == ["seed=1"]
+
+
+def test_a_job_that_cannot_work_keeps_all_from_starting_and_all_such_jobs_are_listed(
+    sweep: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweeper = sweep("train.seq_length=8,256,4", losses={"train.seq_length=256": 1.5})
+    with pytest.raises(SystemExit) as ended:
+        sweeper.launch(["train.seq_length=8"], ["train.seq_length=256"], ["train.seq_length=4"])
+    assert ended.value.code == 2
+    assert sweeper.ran == []
+    told = capsys.readouterr().err
+    assert "error: train.seq_length=8: train.seq_length=8: a sequence shorter than a block" in told
+    assert "error: train.seq_length=4" in told
+    assert "2 of 3 jobs can't run" in told
+
+
+def test_skip_invalid_goes_on_with_the_rest(sweep: Any, tmp_path: Path) -> None:
+    sweeper = sweep("train.seq_length=8,256", losses={"train.seq_length=256": 1.5}, skip_invalid=True)
+    assert sweeper.launch(["train.seq_length=8"], ["train.seq_length=256"]) == [None, 1.5]
+    assert [job.status for job in read_record(tmp_path / "sweep")] == [Status.REFUSED, Status.FINISHED]
+
+
+def test_a_name_that_does_not_exist_is_refused_too(sweep: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        sweep("layout=dense,dens").launch(["layout=dens"])
+    assert "Could not find 'layout/dens'" in capsys.readouterr().err
+
+
+def test_a_plan_is_told_and_nothing_started(sweep: Any, tmp_path: Path) -> None:
+    sweeper = sweep("layout=dense,s2_b16_l4_v4", "plan=true")
+    assert sweeper.launch(["layout=dense", "plan=true"], ["layout=s2_b16_l4_v4", "plan=true"]) == [None, None]
+    assert sweeper.ran == []
+    dense, sparse = read_record(tmp_path / "sweep")
+    assert (dense.density, dense.layers, dense.status) == (1, "DDDD", Status.PLANNED)
+    assert sparse.density is not None
+    assert sparse.density < 1
+
+
+def test_jobs_are_one_group_in_wandb_unless_named_otherwise(sweep: Any, tmp_path: Path) -> None:
+    sweeper = sweep("seed=1,2")
+    sweeper.launch(["seed=1"], ["seed=2", "tracking.group=mine"])
+    first, second = read_record(tmp_path / "sweep")
+    assert "tracking.group='sweep'" in first.arguments
+    assert "tracking.group=mine" in second.arguments
+    assert "tracking.group='sweep'" not in second.arguments
+
+
+def test_values_of_the_sweepers_own_settings_name_the_jobs(sweep: Any, tmp_path: Path) -> None:
+    sweep(params={"seed": "1,2"}).launch(["seed=1"])
+    assert [job.label for job in read_record(tmp_path / "sweep")] == ["seed=1"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings", "told"),
+    [
+        (["run_dir=runs/mine"], {}, "run_dir=…: each job has a folder of its own. Set hydra.sweep.dir"),
+        ([], {"n_jobs": 0}, "hydra.launcher.n_jobs=0"),
+        ([], {"nproc_per_node": -1}, "hydra.launcher.nproc_per_node=-1"),
+    ],
+)
+def test_a_sweep_that_cannot_work_is_refused(
+    sweep: Any, capsys: pytest.CaptureFixture[str], arguments: list[str], settings: dict[str, int], told: str
+) -> None:
+    with pytest.raises(SystemExit):
+        sweep(*arguments, **settings)
+    assert told in capsys.readouterr().err
+
+
+def test_ranks_are_told_how_to_sweep(
+    sweep: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        sweep()
+    assert "python launch/pretrain.py -m" in capsys.readouterr().err

@@ -1,0 +1,126 @@
+"""Table, CSV and picture of a sweep, from plain files."""
+
+import csv
+import json
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from s2train.config import ModelConfig, PretrainConfig, TrainConfig
+from s2train.sweeps.jobs import Job, Status, changed_setting, last_error, read_record, write_record
+from s2train.sweeps.report import report
+
+
+def made(sweep: Path, layout: str, seed: int, *, steps: int = 20, saved: int | None = 20, loss: float = 2.0) -> Job:
+    """A job whose run has reported ten steps apart, and saved at step `saved`."""
+    folder = sweep / f"{layout}-{seed}"
+    folder.mkdir()
+    records: list[dict[str, object]] = [{"event": "config", "tokens_per_step": 100}]
+    for step in range(10, steps + 1, 10):
+        speed = {"step_time_s": 0.5, "tokens_per_s": 200.0 + seed, "model_tflops": 1.0, "memory_gib": 0.0}
+        records.append({"step": step, "loss": loss + 1 / step, "held_out_loss": loss + seed, **speed})
+    if saved is not None:
+        records.append({"event": "checkpoint", "step": saved})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    swept = {"layout": layout, "seed": str(seed)}
+    return Job(folder, f"layout={layout} seed={seed}", swept, [], "DSSS", 0.5, 20, Status.FINISHED)
+
+
+def printed(sweep: Path) -> tuple[bool, str]:
+    out = StringIO()
+    return report(sweep, Console(file=out, width=140)), out.getvalue()
+
+
+def test_a_job_is_finished_when_its_last_checkpoint_is_saved(tmp_path: Path) -> None:
+    assert made(tmp_path, "a", 1).is_finished
+    assert not made(tmp_path, "a", 2, saved=10).is_finished
+    assert not made(tmp_path, "a", 3, saved=None).is_finished
+    assert not Job(tmp_path / "none", "", {}, [], last_step=20).is_finished
+
+
+def test_a_finished_run_with_other_settings_is_noticed(tmp_path: Path) -> None:
+    cfg = PretrainConfig(model=ModelConfig(name="m"), train=TrainConfig(steps=20), run_dir=str(tmp_path))
+    OmegaConf.save(OmegaConf.structured(cfg), tmp_path / "config.yaml")
+    assert changed_setting(tmp_path, cfg) is None
+    cfg.tracking.wandb = "offline"
+    cfg.run_dir = "moved"
+    assert changed_setting(tmp_path, cfg) is None
+    cfg.optim.lr = 0.5
+    assert changed_setting(tmp_path, cfg) == "optim.lr=0.0003"
+    assert changed_setting(tmp_path / "none", cfg) is None
+
+
+def test_a_sweeper_is_told_the_held_out_loss_or_else_the_last(tmp_path: Path) -> None:
+    job = made(tmp_path, "a", 1)
+    assert job.loss() == 3.0
+    metrics = job.folder / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace("held_out_loss", "other"))
+    assert job.loss() == 2.05
+    job.status = Status.FAILED
+    assert job.loss() is None
+
+
+def test_a_record_reads_back(tmp_path: Path) -> None:
+    jobs = [made(tmp_path, "a", 1), Job(tmp_path / "b", "b", {}, ["x=1"], status=Status.REFUSED, error="why")]
+    write_record(tmp_path, jobs)
+    assert read_record(tmp_path) == jobs
+
+
+def test_results_stand_in_the_table_the_csv_and_a_picture(tmp_path: Path) -> None:
+    write_record(tmp_path, [made(tmp_path, layout, seed) for layout in ("a", "b") for seed in (1, 2)])
+    good, text = printed(tmp_path)
+    assert good
+    assert "layout=b seed=2" in text
+    assert "4.0000" in text
+    rows = list(csv.DictReader((tmp_path / "sweep.csv").open()))
+    assert [(row["layout"], row["seed"], float(row["held_out_loss"])) for row in rows] == [
+        ("a", "1", 3.0),
+        ("a", "2", 4.0),
+        ("b", "1", 3.0),
+        ("b", "2", 4.0),
+    ]
+    assert {row["density"] for row in rows} == {"0.5"}
+    assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_failed_job_shows_its_error_beside_the_results_of_the_others(tmp_path: Path) -> None:
+    failed = Job(tmp_path / "c", "layout=[c] seed=1", {"layout": "[c]"}, [], status=Status.FAILED, error="no [red]data")
+    write_record(tmp_path, [made(tmp_path, "a", 1), failed])
+    good, text = printed(tmp_path)
+    assert not good
+    assert "failed layout=[c] seed=1: no [red]data" in text
+    assert "layout=a seed=1" in text
+
+
+def test_a_diverged_run_and_more_runs_than_colours_are_drawn(tmp_path: Path) -> None:
+    jobs = [made(tmp_path, f"l{number}", 1) for number in range(60)]
+    metrics = jobs[0].folder / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace("3.0", "null").replace("2.05", "null"))
+    write_record(tmp_path, jobs)
+    assert printed(tmp_path)[0]
+    assert (tmp_path / "sweep.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("log", "told"),
+    [
+        ("setting up\nerror: seed=-1: is out of range\nTraceback\nChildFailedError: x\n", "seed=-1: is out of range"),
+        (
+            "[rank0]: Traceback\n[rank0]: torch.OutOfMemoryError: CUDA out of memory\n"
+            "torch.distributed.elastic.multiprocessing.errors.ChildFailedError: \n",
+            "torch.OutOfMemoryError: CUDA out of memory",
+        ),
+        ("Segmentation fault\n\n", "Segmentation fault"),
+        ("", "it wrote nothing"),
+    ],
+)
+def test_the_line_that_tells_why_a_job_failed(tmp_path: Path, log: str, told: str) -> None:
+    (tmp_path / "log.txt").write_text(log)
+    assert last_error(tmp_path / "log.txt") == told
+
+
+def test_a_job_without_a_log_wrote_nothing(tmp_path: Path) -> None:
+    assert last_error(tmp_path / "log.txt") == "it wrote nothing"

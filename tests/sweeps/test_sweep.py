@@ -1,0 +1,130 @@
+"""Sweeps as a user starts them: `python launch/pretrain.py -m …`."""
+
+import csv
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from s2train.data.blend import BUNDLED_PREFIX
+from tests.program import ROOT, SMALL, Outcome, error_line, metrics, run
+
+pytestmark = pytest.mark.xdist_group("sweeps")
+QUICK = [*SMALL, "train.steps=3"]
+
+
+def sweep(folder: Path, *arguments: str) -> Outcome:
+    return run("pretrain.py", "-m", *QUICK, f"hydra.sweep.dir={folder}", *arguments, processes=0)
+
+
+@pytest.mark.slow
+def test_a_failing_job_ends_no_other_and_the_same_sweep_again_runs_that_alone(tmp_path: Path) -> None:
+    data = tmp_path / "later"
+    arguments = ["layout=dense,s2_b16_l4_v4", f"data.path=bundled,{data}", "hydra.launcher.n_jobs=2"]
+    first = sweep(tmp_path / "mine", *arguments)
+    assert first.status == 1
+    rows = list(csv.DictReader((tmp_path / "mine" / "sweep.csv").open()))
+    assert [row["status"] for row in rows] == ["finished", "failed", "finished", "failed"]
+    assert all(f"{data}.idx is missing" in row["error"] for row in rows[1::2])
+    assert f"{data}.idx is missing" in first.out
+    assert (tmp_path / "mine" / "sweep.png").is_file()
+    assert OmegaConf.load(tmp_path / "mine" / rows[0]["folder"] / "config.yaml").tracking.group == "mine"
+
+    for suffix in (".bin", ".idx", ".json"):
+        shutil.copy(ROOT / f"{BUNDLED_PREFIX}{suffix}", f"{data}{suffix}")
+    untouched = tmp_path / "mine" / rows[0]["folder"] / "metrics.jsonl"
+    before = untouched.stat().st_mtime_ns
+    second = sweep(tmp_path / "mine", *arguments)
+    assert second.status == 0, second.err
+    assert "4 jobs, 2 finished before, 2 to run" in second.out
+    assert untouched.stat().st_mtime_ns == before
+    again = list(csv.DictReader((tmp_path / "mine" / "sweep.csv").open()))
+    assert [row["status"] for row in again] == ["finished"] * 4
+    assert again[0]["loss"] == again[1]["loss"]  # the same data under another name
+
+
+@pytest.mark.slow
+def test_an_interrupted_sweep_ends_its_ranks_and_goes_on_from_their_checkpoint(tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    settings = [*SMALL, "train.steps=60", "checkpoint.interval=1", "checkpoint.keep=2", "seed=5"]
+    command = [sys.executable, str(ROOT / "launch" / "pretrain.py"), "-m", *settings, f"hydra.sweep.dir={folder}"]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not list(folder.glob("*/checkpoints/iter_*")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"the same command goes on" in told
+    assert subprocess.run(["pgrep", "-f", f"run_dir=.{folder}"], capture_output=True).stdout == b""
+
+    again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    assert again.returncode == 0, again.stderr
+    (first,) = folder.glob("job-*")
+    assert '"event": "resume"' in (first / "metrics.jsonl").read_text()
+    assert metrics(first)[-1]["step"] == 60
+
+
+@pytest.mark.slow
+def test_ranks_of_a_torchrun_are_told_how_to_sweep(tmp_path: Path) -> None:
+    outcome = run("pretrain.py", "-m", *QUICK, "seed=1,2", f"hydra.sweep.dir={tmp_path / 'mine'}", processes=2)
+    assert "python launch/pretrain.py -m" in error_line(outcome)
+    assert not (tmp_path / "mine").exists()
+
+
+def test_jobs_in_one_process_are_refused(tmp_path: Path) -> None:
+    line = error_line(sweep(tmp_path, "hydra/launcher=basic", "seed=1,2"))
+    assert "s2train_local" in line
+
+
+def fake(folder: Path, name: str, script: str) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(f"#!/bin/bash\n{script}\n")
+    (folder / name).chmod(0o755)
+
+
+def test_a_queued_slurm_job_is_not_submitted_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tools, calls = tmp_path / "bin", tmp_path / "calls"
+    fake(tools, "sbatch", f'echo "$@" >> {calls}; echo "4$(wc -l < {calls});cluster"')
+    fake(tools, "squeue", '[[ "$*" == *41* ]] && echo PENDING')
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    for expected in (2, 3):  # job 41 stays in the queue, job 42 is gone
+        outcome = sweep(tmp_path / "mine", "hydra/launcher=s2train_slurm", "seed=1,2")
+        assert outcome.status == 0, outcome.err
+        assert len(calls.read_text().splitlines()) == expected
+    assert all("job.sbatch" in line for line in calls.read_text().splitlines())
+    assert outcome.out.count("│ submitted │") == 2
+
+
+def test_slurm_scripts_are_written_without_slurm_and_submitted_only_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    arguments = ["hydra/launcher=s2train_slurm", "seed=1,2", "+hydra.launcher.options.partition=gpu"]
+    assert "hydra.launcher.submit=false" in error_line(sweep(tmp_path / "mine", *arguments))
+    assert sweep(tmp_path / "mine", *arguments, "hydra.launcher.submit=false").status == 0
+    scripts = list((tmp_path / "mine").glob("*/job.sbatch"))
+    assert len(scripts) == 2
+    assert all("#SBATCH --partition=gpu\n" in script.read_text() for script in scripts)
+
+
+@pytest.mark.slow
+def test_a_sweeper_that_waits_for_slurm_gets_its_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tools = tmp_path / "bin"
+    fake(tools, "sbatch", 'bash "${@: -1}" > /dev/null 2>&1; echo 41')
+    fake(tools, "squeue", "exit 1")
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    outcome = sweep(tmp_path / "mine", "hydra/launcher=s2train_slurm", "hydra.launcher.wait=true", "seed=1")
+    assert outcome.status == 0, outcome.err
+    (row,) = csv.DictReader((tmp_path / "mine" / "sweep.csv").open())
+    assert row["status"] == "finished"
+    assert float(row["loss"]) > 0
