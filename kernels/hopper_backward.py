@@ -499,7 +499,7 @@ def hopper_backward(
     prepare_key = ("hopper_backward_prepare", *kind, dlse is None, aligned, _specialised(strides_in))
     main_key = ("hopper_backward_kernel", *kind, spec.causal, config)
     finish_key = ("hopper_backward_finish", *kind, _specialised(strides_out))
-    where = {"cache": layout.cache, "device": q.device}
+    where: dict[str, Any] = {"cache": layout.cache, "device": q.device}
     launch(
         s2_attention_bwd_kernel_hopper_prepare, (rows, 1, 1), before, key=prepare_key, num_warps=8, **where
     )  # fmt: skip

@@ -8,12 +8,14 @@ from triton.runtime import interpreter
 
 
 def repair_interpreter() -> None:
-    """Make the interpreter of Triton 3.5 to 3.7 compute what a GPU does. Call once, before the first kernel.
+    """Make the interpreter of Triton 3.5 to 3.7 compute what a GPU does. Call it before the first kernel.
 
     - Scalars are arrays of one element, which NumPy 2.4 refuses to take for the bound of a `range`.
     - bfloat16 is held as uint16: products would multiply the bit patterns, and casts truncate.
     """
     builder = interpreter.InterpreterBuilder
+    if builder.cast_impl.__module__ == __name__:
+        return
     patch_tensor, cast, dot = interpreter._patch_lang_tensor, builder.cast_impl, builder.create_dot
 
     def patch_lang_tensor(tensor: Any, scope: Any) -> None:

@@ -6,7 +6,7 @@ from functools import partial
 from megatron.core import parallel_state
 
 from s2train.config import NeedleConfig, ParallelConfig
-from s2train.evaluation.generate import greedy_decode
+from s2train.evaluation.generate import generate
 from s2train.evaluation.needle import Ranks
 from s2train.evaluation.reach import NeedleReach
 from s2train.evaluation.request import read_request
@@ -38,7 +38,7 @@ def evaluate(cfg: NeedleConfig) -> None:
         "attention_backend": cfg.attention_backend,
     }
     run_needles(
-        partial(greedy_decode, loaded.model),
+        partial(generate, loaded.model),
         request.sampler,
         grid,
         NeedleResults(str(loaded.path), loaded.step, settings, list(grid.lengths), list(grid.depths)),

@@ -1,7 +1,7 @@
 """Core attention over block layouts, in the place of Megatron's."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -38,6 +38,18 @@ class LayoutCache:
                 self._layouts.pop(next(iter(self._layouts)))
         self._layouts[key] = layout
         return layout
+
+
+class AttentionCache(Protocol):
+    """Keys and values of one layer while decoding; see `s2train.megatron.kv_cache`."""
+
+    max_length: int
+
+    def attend(
+        self, core: "CausalCoreAttention", query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
+        """Attention of new tokens [s_q, b, h, d] over what is kept and themselves; [s_q, b, h, d]."""
+        ...
 
 
 class CausalCoreAttention(MegatronModule):
@@ -82,7 +94,9 @@ class CausalCoreAttention(MegatronModule):
         local_heads = config.num_attention_heads // pg_collection.tp.size()
         first = local_heads * pg_collection.tp.rank()
         self.heads = (first, first + local_heads)
+        self.num_kv_heads = (config.num_query_groups or config.num_attention_heads) // pg_collection.tp.size()
         self.cache = cache
+        self.kv: AttentionCache | None = None  # attached while decoding
 
     def forward(
         self,
@@ -107,7 +121,9 @@ class CausalCoreAttention(MegatronModule):
         if packed_seq_params is not None or attention_bias is not None:
             raise NotImplementedError("packed sequences and attention biases are not supported yet")
         size = self.cp_group.size()
-        if size == 1:
+        if self.kv is not None:
+            out = self.kv.attend(self, query, key, value)
+        elif size == 1:
             out = self.attend(query, key, value, query_offset=key.shape[0] - query.shape[0])
         else:
             key, value = gather_sequence(key, self.cp_group), gather_sequence(value, self.cp_group)
@@ -126,6 +142,10 @@ class CausalCoreAttention(MegatronModule):
         """
         raise NotImplementedError
 
+    def layout(self, seq_length: int, device: torch.device) -> BlockLayout | None:
+        """What this rank's heads keep of `seq_length` tokens; None: everything."""
+        return None
+
 
 class DenseCoreAttention(CausalCoreAttention):
     """Every head keeps everything."""
@@ -140,7 +160,7 @@ class SparseCoreAttention(CausalCoreAttention):
     kernels: KernelsInUse | None = None
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, query_offset: int) -> torch.Tensor:
-        layout = self.cache.get(self.layer_layout, key.shape[0], self.heads, query.device)
+        layout = self.layout(key.shape[0] if self.kv is None else self.kv.max_length, query.device)
         if self.kernels is None:
             self.kernels = kernels_in_use(
                 query, key, value, layout, query_offset=query_offset, backend=self.backend
@@ -156,6 +176,9 @@ class SparseCoreAttention(CausalCoreAttention):
         )
         assert isinstance(out, torch.Tensor)
         return out
+
+    def layout(self, seq_length: int, device: torch.device) -> BlockLayout:
+        return self.cache.get(self.layer_layout, seq_length, self.heads, device)
 
 
 def kernels_of(models: Iterable[torch.nn.Module]) -> list[str]:

@@ -1,0 +1,133 @@
+"""Time a whole model's prefill and decoding steps, with random weights, and count the bytes of its cache.
+
+The model is composed as for training: overrides such as +model=7b_hybrid. Tokens are random, one process. A step is
+timed as it is and, on a GPU, replayed from a CUDA graph; both with a wait for the device after the last token only.
+The prefill's seconds are those of the last run, with all kernels compiled.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from megatron.core.models.gpt.gpt_model import GPTModel
+from rich.console import Console
+from rich.table import Table
+
+from s2train.config import ParallelConfig, register, to_object
+from s2train.megatron.backends import choose_backend
+from s2train.megatron.cached_model import CachedModel
+from s2train.megatron.kv_cache import kv_cache
+from s2train.megatron.model import build_model, transformer_config, unwrap
+from s2train.megatron.page_pool import OutOfPagesError
+from s2train.megatron.setup import initialize, shutdown
+from s2train.planning import hybrid_layout
+
+CONF = Path(__file__).parents[2] / "conf"
+Record = dict[str, Any]
+_WARM_STEPS = 3  # the first is run, the second captured
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line's entry; 1 where a cache held something else than predicted."""
+    parser = argparse.ArgumentParser(prog="python -m s2train.evaluation.decode_speed", description=__doc__)
+    parser.add_argument("overrides", nargs="*", default=["+model=7b_hybrid"], help="as of launch/pretrain.py")
+    parser.add_argument("--lengths", nargs="+", type=int, default=[8192, 32768, 131072], help="prompt tokens")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--tokens", type=int, default=64, help="timed steps")
+    parser.add_argument("--chunk", type=int, default=8192, help="of the prefill, tokens")
+    parser.add_argument("--output", type=Path, default=None, help="JSON")
+    args = parser.parse_args(arguments)
+    if min(*args.lengths, *args.batches, args.tokens - 1, args.chunk) < 1:
+        parser.error("lengths, batches and chunk must be at least 1, tokens 2")
+    if args.output is not None and args.output.exists():
+        parser.error(f"{args.output} exists: results are not overwritten, name another --output")
+    register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("pretrain", overrides=args.overrides)
+    pretrain = to_object(cfg)
+    pretrain.parallel = ParallelConfig()
+    pretrain.train.recompute = "none"
+    device = initialize(pretrain.parallel, pretrain.seed)
+    config, hybrid = transformer_config(pretrain), hybrid_layout(pretrain)
+    (chunk,) = build_model(pretrain, config, hybrid, choose_backend(pretrain.backend), device)
+    gpt = unwrap(chunk).eval()
+    console, table = Console(width=160), Table(title=f"{pretrain.model.name}, random weights")
+    for name in (
+        "prompt",
+        "batch",
+        "prefill s",
+        "tokens/s",
+        "ms a step",
+        "from a graph",
+        "KV MB",
+        "predicted",
+        "dense",
+    ):
+        table.add_column(name, justify="right")
+    records = []
+    for length in args.lengths:
+        for batch in args.batches:
+            records.append(measure(gpt, length, batch, args.tokens, args.chunk, device))
+            table.add_row(*_row(records[-1]))
+            console.print(records[-1])
+            if args.output is not None:
+                args.output.write_text(json.dumps(records, indent=1) + "\n")
+    console.print(table)
+    shutdown()
+    return int(any(record.get("kv_bytes") != record.get("predicted_bytes") for record in records))
+
+
+def measure(gpt: GPTModel, length: int, batch: int, tokens: int, chunk: int, device: torch.device) -> Record:
+    """Seconds and bytes after a prompt of `length` tokens and `tokens` steps; or "error" where memory does not do."""
+    record: Record = {"length": length, "batch": batch, "chunk": chunk}
+    try:
+        for cuda_graph in (False, True) if device.type == "cuda" else (False,):
+            with kv_cache(gpt, batch, length + tokens + _WARM_STEPS) as cache:
+                model = CachedModel(gpt, cache, cuda_graph)
+                prompt = torch.randint(0, gpt.vocab_size, (batch, length), device=device)
+                began = _now()
+                model.prefill(prompt, chunk=chunk)
+                record["prefill_s"] = _now() - began
+                for _ in range(_WARM_STEPS):
+                    model.decode(prompt[:, -1])
+                began = _now()
+                for _ in range(tokens - 1):  # not the last: after it nothing is needed any more
+                    model.decode(prompt[:, -1])
+                record["graph_ms" if cuda_graph else "step_ms"] = 1e3 * (_now() - began) / (tokens - 1)
+                record |= {"kv_bytes": cache.bytes_in_use, "predicted_bytes": cache.predicted_bytes()}
+                record |= {"dense_bytes": cache.dense_bytes(), "pool_bytes": 2 * cache.pool.keys.nbytes}
+    except (torch.OutOfMemoryError, OutOfPagesError):
+        record["error"] = "out of memory"
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return record
+
+
+def _now() -> float:
+    """Seconds, with the device idle."""
+    torch.cuda.synchronize()  # means nothing on a CPU
+    return time.perf_counter()
+
+
+def _row(record: Record) -> list[str]:
+    first = [f"{record['length']:,}", str(record["batch"])]
+    if "kv_bytes" not in record:
+        return [*first, record["error"]]
+    seconds = record["prefill_s"]
+    return [
+        *first,
+        f"{seconds:.3f}",
+        f"{record['length'] * record['batch'] / seconds:,.0f}",
+        f"{record['step_ms']:.2f}",
+        f"{record['graph_ms']:.2f}" if "graph_ms" in record else "-",
+        *(f"{record[name] / 1e6:,.1f}" for name in ("kv_bytes", "predicted_bytes", "dense_bytes")),
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,59 @@
+"""Memory for keys and values in pages of one size, and which of them are free."""
+
+import numpy as np
+import torch
+
+
+class OutOfPagesError(RuntimeError):
+    """More pages are needed than there are, or than the device has memory for."""
+
+
+class PagePool:
+    """`num_pages` pages of one key block of one KV head each, for all layers and sequences.
+
+    Attributes:
+        keys, values: [num_pages + 1, block_size, head_dim]; nobody reads the last page.
+        page_bytes: of one page, keys and values.
+    Raises:
+        OutOfPagesError: the device has no memory for them.
+    """
+
+    def __init__(
+        self, num_pages: int, block_size: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        shape = (num_pages + 1, block_size, head_dim)
+        self.num_pages = num_pages
+        self.page_bytes = 2 * block_size * head_dim * dtype.itemsize
+        try:
+            self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        except torch.OutOfMemoryError as error:
+            raise OutOfPagesError(
+                f"{num_pages} pages of {self.page_bytes:,} bytes, {num_pages * self.page_bytes / 1e9:,.1f} GB of keys "
+                "and values, don't fit this device: decode with a smaller batch_size, shorter sequences or more tp"
+            ) from error
+        self._free = np.arange(num_pages, dtype=np.int32)[::-1].copy()  # a stack
+        self._num_free = num_pages
+
+    @property
+    def used(self) -> int:
+        """Pages taken and not given back."""
+        return self.num_pages - self._num_free
+
+    def take(self, count: int) -> np.ndarray:
+        """`count` free pages, int32.
+
+        Raises:
+            OutOfPagesError: there are fewer; none is taken.
+        """
+        if count > self._num_free:
+            raise OutOfPagesError(
+                f"{count} pages of {self.page_bytes:,} bytes are needed and {self._num_free} of {self.num_pages} are "
+                "free: open the cache with more num_pages, a smaller batch_size or a smaller max_length"
+            )
+        self._num_free -= count
+        return self._free[self._num_free : self._num_free + count].copy()
+
+    def give(self, pages: np.ndarray) -> None:
+        """Take pages back."""
+        self._free[self._num_free : self._num_free + len(pages)] = pages
+        self._num_free += len(pages)

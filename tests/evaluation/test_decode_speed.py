@@ -1,0 +1,31 @@
+"""The timing of whole models, tried on a CPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+def test_a_cache_is_timed_and_holds_what_is_predicted(tmp_path: Path) -> None:
+    output = tmp_path / "speed.json"
+    settings = ["+model=tiny_hybrid", "--lengths", "300", "--batches", "2", "--tokens", "5", "--chunk", "128"]
+    done = subprocess.run(
+        [sys.executable, "-m", "s2train.evaluation.decode_speed", *settings, "--output", str(output)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    (record,) = json.loads(output.read_text())
+    assert record["prefill_s"] > 0
+    assert record["step_ms"] > 0
+    assert 0 < record["kv_bytes"] == record["predicted_bytes"] < record["dense_bytes"]
+    assert record["kv_bytes"] <= record["pool_bytes"]

@@ -1,0 +1,86 @@
+"""The decode kernel compiles for Hopper without a GPU, spills nothing, and loads keys and values ahead.
+
+In a process of its own: Triton compiles only where it does not interpret.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton
+from triton.backends.nvidia.compiler import get_ptxas
+
+SHARED_BYTES = 232448  # of a program on compute capability 9.0
+# dtype, head dimension, block, walk
+CASES = [
+    ("bfloat16", 128, 64, "bits"),
+    ("bfloat16", 128, 128, "uniform"),
+    ("float16", 64, 16, "bits"),
+    ("bfloat16", 128, 128, "dense"),
+    ("float32", 128, 64, "bits"),
+    ("bfloat16", 256, 64, "uniform"),
+]
+Case = tuple[str, int, int, str]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_compiles_for_hopper(case: Case) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, __file__, json.dumps(case)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["spilled_bytes"] == 0
+    # Several tiles of keys and values fit in what it takes: with one, no load would run ahead.
+    assert 2 * report["tile_bytes"] <= report["shared"] <= SHARED_BYTES
+
+
+class Hopper:
+    """Stands in for Triton's driver: a GPU of compute capability 9.0 that nothing is launched on."""
+
+    def get_current_target(self) -> Any:
+        return triton.backends.compiler.GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def report(dtype: str, dim: int, block: int, walk: str) -> dict[str, Any]:
+    from s2train.kernels.decode_triton import _tile, s2_decode_kernel
+
+    triton.runtime.driver.set_active(Hopper())
+    element = getattr(torch, dtype)
+    steps, stages = _tile(dim, dim, element, SHARED_BYTES)
+    q, pages, parts = torch.empty(2, 32, dim, dtype=element), torch.empty(9, block, dim, dtype=element), torch.empty(64)
+    table, positions, index = (torch.zeros(n, dtype=torch.int32) for n in (64, 2, 64))
+    walked = (None,) * 4 if walk == "dense" else (index, index, index, index if walk == "bits" else None)
+    kernel = s2_decode_kernel.run(
+        q, pages, pages, table, positions, *walked, parts, parts, 32 * dim, dim, 512, 64, 0.1, 4, 32, 64, 64, 8,
+        DIM=dim, V_DIM=dim, PADDED_DIM=dim, PADDED_V_DIM=dim, PAGE=block, ROWS=16, STEPS=steps,
+        DENSE=walk == "dense", UNIFORM=walk != "bits", num_warps=4, num_stages=stages, grid=(1,), warmup=True,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        ptx = Path(folder, "kernel.ptx")
+        ptx.write_text(kernel.asm["ptx"])
+        command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", str(ptx), "-o", str(ptx) + ".o"]
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return {
+        "shared": kernel.metadata.shared,
+        "tile_bytes": steps * 2 * dim * element.itemsize,
+        "spilled_bytes": sum(int(x) for x in re.findall(r"(\d+) bytes spill", log)),
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(report(*json.loads(sys.argv[1]))))

@@ -1,0 +1,265 @@
+"""Decodes small random models with a cache and without one, and prints what it measured as JSON.
+
+In a process of its own, since Megatron's groups and its CPU mode are global; under torchrun tensor parallel.
+"""
+
+import gc
+import json
+import os
+import sys
+import weakref
+from typing import Any
+
+import torch
+from megatron.core.models.gpt.gpt_model import GPTModel
+from torch import Tensor
+
+from s2train.config import ModelConfig, ParallelConfig, PretrainConfig, TrainConfig
+from s2train.evaluation.generate import generate, greedy_decode
+from s2train.layouts.hybrid import HybridLayout, LayerLayout
+from s2train.layouts.kinds import KINDS
+from s2train.layouts.patterns import Dense
+from s2train.layouts.schedules import find_schedule
+from s2train.megatron.backends import choose_backend
+from s2train.megatron.cached_model import CachedModel
+from s2train.megatron.core_attention import CausalCoreAttention
+from s2train.megatron.kv_cache import KVCache, kv_cache
+from s2train.megatron.model import build_model, transformer_config, unwrap
+from s2train.megatron.page_pool import OutOfPagesError
+from s2train.megatron.setup import initialize, shutdown
+from tests.megatron.cached_models import BLOCK, MODELS, NUM_BLOCKS, VOCABULARY
+
+
+def build(name: str, device: torch.device, tp: int = 1, backend: str = "auto") -> tuple[GPTModel, HybridLayout]:
+    heads, groups = MODELS[name]
+    kinds = [KINDS["D" if all(isinstance(h, Dense) for h in layer) else "S"] for layer in heads]
+    layers = tuple(LayerLayout(kind, tuple(layer), BLOCK) for kind, layer in zip(kinds, heads, strict=True))
+    hybrid = HybridLayout(layers, BLOCK, groups, find_schedule("shifted"))
+    model = ModelConfig("test", len(layers), 64, 96, 4, groups, 16, VOCABULARY, init_std=0.2)
+    train = TrainConfig(steps=1, seq_length=BLOCK * NUM_BLOCKS, global_batch_size=1, precision="fp32")
+    cfg = PretrainConfig(model=model, parallel=ParallelConfig(tp=tp), train=train, attention_backend=backend)
+    (chunk,) = build_model(cfg, transformer_config(cfg), hybrid, choose_backend("local"), device)
+    gpt = unwrap(chunk)
+    gpt.parallel_output = False
+    gpt.output_layer.gather_output = True
+    return gpt.eval(), hybrid
+
+
+def positions_like(tokens: Tensor) -> Tensor:
+    return torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens).contiguous()
+
+
+def brute_force_pages(cache: KVCache, hybrid: HybridLayout, length: int) -> int:
+    """Pages of a sequence, from the patterns by definition."""
+    query, key = torch.arange(cache.num_blocks)[:, None], torch.arange(cache.num_blocks)[None]
+    count = 0
+    for layer in hybrid.layers:
+        kept = torch.stack([head.keep(query, key) & (query >= key) for head in layer.heads])
+        grouped = kept.view(hybrid.num_query_groups, -1, *kept.shape[1:]).any(1)
+        needed = grouped[:, length // BLOCK :].any(1)
+        count += int(needed[:, : -(-length // BLOCK)].sum())
+    return count
+
+
+@torch.no_grad()
+def compare(
+    name: str, device: torch.device, prompt: int, chunk: int, total: int, tp: int = 1, backend: str = "auto"
+) -> dict[str, Any]:
+    """Errors against float64 of all logits from the prompt's end on, and pages held after each token."""
+    gpt, hybrid = build(name, device, tp, backend)
+    tokens = torch.randint(0, VOCABULARY, (2, total), device=device)
+    position_ids = positions_like(tokens)
+    plain = gpt(tokens, position_ids, None)[:, prompt - 1 :]
+    held, brute, predicted, stored = [], [], [], []
+    with kv_cache(gpt, 2, total) as cache:
+        model = CachedModel(gpt, cache)
+        found = [model.prefill(tokens[:, :prompt], chunk=chunk)]
+        for at in range(prompt, total + 1):
+            held.append(cache.pool.used)
+            predicted.append(cache.predicted_bytes() // cache.pool.page_bytes)
+            stored.append([int((cache.table >= 0).sum()), int((cache.pages >= 0).sum())])
+            brute.append(2 * brute_force_pages(cache, hybrid, at))
+            if at < total:
+                found.append(model.decode(tokens[:, at]))
+    cached = torch.stack(found, 1)
+    for core in gpt.modules():
+        if isinstance(core, CausalCoreAttention):
+            core.backend = "torch"  # which takes float64
+    exact = gpt.double()(tokens, position_ids, None)[:, prompt - 1 :]
+    return {
+        "error": float((cached.double() - exact).norm()),
+        "plain_error": float((plain.double() - exact).norm()),
+        "scale": float(exact.norm()),
+        "held": held,
+        "predicted": predicted,
+        "brute": brute,
+        "stored": stored,
+        "dense": 2 * len(hybrid.layers) * hybrid.num_query_groups * -(-total // BLOCK),
+    }
+
+
+def unequal_prompts(device: torch.device) -> dict[str, Any]:
+    """Each sequence of a batch continues as it does alone; in float64, so that no choice is a matter of rounding."""
+    gpt = build("hybrid", device)[0].double()
+    lengths = [BLOCK - 1, 3 * BLOCK, 1, 2 * BLOCK + 5]
+    prompts = torch.randint(0, VOCABULARY, (4, 3 * BLOCK), device=device)
+    together = generate(gpt, prompts, 20, lengths=torch.tensor(lengths), prefill_chunk=BLOCK)
+    alone = [greedy_decode(gpt, prompts[i : i + 1, :n], 20) for i, n in enumerate(lengths)]
+    return {"together": together.tolist(), "alone": torch.cat(alone).tolist()}
+
+
+def unequal_pages(device: torch.device) -> dict[str, Any]:
+    """Pages of sequences at unequal lengths, after each step and by the definition."""
+    gpt, hybrid = build("scattered", device)
+    lengths, held, brute = [5, 2 * BLOCK + 1, 3 * BLOCK], [], []
+    with kv_cache(gpt, 3, 5 * BLOCK) as cache:
+        model = CachedModel(gpt, cache)
+        token = model.prefill(torch.zeros(3, 3 * BLOCK, dtype=torch.int64), torch.tensor(lengths), BLOCK).argmax(-1)
+        for step in range(2 * BLOCK):
+            held.append(cache.pool.used)
+            brute.append(sum(brute_force_pages(cache, hybrid, n + step) for n in lengths))
+            token = model.decode(token).argmax(-1)
+    return {"held": held, "brute": brute}
+
+
+def end_of_document(device: torch.device) -> dict[str, Any]:
+    """Sequences end at a token that they do write, and are filled up with it."""
+    gpt = build("sparse", device)[0].double()
+    prompts = torch.randint(0, VOCABULARY, (3, 20), device=device)
+    free = generate(gpt, prompts, 40)
+    eod = int(free[0, 9])
+    return {"eod": eod, "free": free.tolist(), "ended": generate(gpt, prompts, 40, eod=eod).tolist()}
+
+
+def finished_sequences(device: torch.device) -> dict[str, Any]:
+    """Pages of a finished sequence are free, and the other goes on as before."""
+    gpt, _ = build("hybrid", device)
+    tokens = torch.randint(0, VOCABULARY, (2, 60), device=device)
+    runs = []
+    for finish in (False, True):
+        with kv_cache(gpt, 2, 60) as cache:
+            model = CachedModel(gpt, cache)
+            model.prefill(tokens[:, :30])
+            before = cache.pool.used
+            if finish:
+                cache.finish(0)
+            after = cache.pool.used
+            logits = torch.stack([model.decode(tokens[:, at])[1] for at in range(30, 60)])
+            runs.append((logits, before, after, cache.bytes_in_use == cache.predicted_bytes()))
+    (plain, *_), (found, before, after, agrees) = runs
+    return {"same": torch.equal(plain, found), "before": before, "after": after, "agrees": agrees}
+
+
+def refusals(device: torch.device) -> dict[str, Any]:
+    gpt, _ = build("dense", device)
+    tokens = torch.randint(0, VOCABULARY, (1, 3 * BLOCK), device=device)
+
+    def said(action: Any, kind: type[Exception]) -> str:
+        try:
+            action()
+        except kind as error:
+            return str(error)
+        return "nothing"
+
+    def small_pool() -> None:
+        with kv_cache(gpt, 1, 4 * BLOCK, num_pages=5) as cache:
+            CachedModel(gpt, cache).prefill(tokens)
+
+    def full() -> None:
+        with kv_cache(gpt, 1, BLOCK) as cache:
+            model = CachedModel(gpt, cache)
+            model.prefill(tokens[:, :BLOCK])
+            model.decode(tokens[:, 0])
+
+    def nested() -> None:
+        with kv_cache(gpt, 1, BLOCK), kv_cache(gpt, 1, BLOCK):
+            pass
+
+    def sequence_parallel() -> None:
+        gpt.config.sequence_parallel = True
+        try:
+            generate(gpt, tokens, 1)
+        finally:
+            gpt.config.sequence_parallel = False
+
+    def training() -> None:
+        gpt.train()
+        generate(gpt, tokens, 1)
+
+    answers = {"pool": said(small_pool, OutOfPagesError), "full": said(full, ValueError)}
+    answers |= {"nested": said(nested, ValueError), "parallel": said(sequence_parallel, ValueError)}
+    answers["training"] = said(training, ValueError)
+    attached = [core.kv for core in gpt.modules() if isinstance(core, CausalCoreAttention)]
+    return answers | {"attached": sum(kv is not None for kv in attached)}
+
+
+def forgotten(device: torch.device) -> dict[str, Any]:
+    """The pool's memory goes with the context, and the model trains on as before."""
+    gpt, _ = build("hybrid", device)
+    tokens = torch.randint(0, VOCABULARY, (2, 40), device=device)
+    before = gpt(tokens, positions_like(tokens), None)
+    with kv_cache(gpt, 2, 40) as cache:
+        CachedModel(gpt, cache).prefill(tokens[:, :30])
+        pool = weakref.ref(cache.pool.keys)
+    del cache
+    gc.collect()
+    after = gpt(tokens, positions_like(tokens), None)
+    return {"gone": pool() is None, "same": torch.equal(before, after)}
+
+
+@torch.no_grad()
+def on_cuda(name: str, device: torch.device) -> dict[str, Any]:
+    """Steps run and steps replayed from a CUDA graph, beside the uncached forward."""
+    gpt, _ = build(name, device)
+    total, prompt = BLOCK * NUM_BLOCKS, 2 * BLOCK + 3
+    tokens = torch.randint(0, VOCABULARY, (3, total), device=device)
+    found = []
+    for cuda_graph in (False, True):
+        with kv_cache(gpt, 3, total) as cache:
+            model = CachedModel(gpt, cache, cuda_graph)
+            logits = [model.prefill(tokens[:, :prompt], chunk=BLOCK)]
+            logits += [model.decode(tokens[:, at]) for at in range(prompt, total)]
+            agrees = cache.bytes_in_use == cache.predicted_bytes()
+        found.append(torch.stack(logits, 1))
+    plain = gpt(tokens, positions_like(tokens), None)[:, prompt - 1 :]
+    return {
+        "replayed_as_run": torch.equal(*found),
+        "difference": float((found[0] - plain).norm() / plain.norm()),
+        "agrees": agrees,
+    }
+
+
+def main() -> None:
+    tp = int(os.environ.get("WORLD_SIZE", "1"))
+    device = initialize(ParallelConfig(tp=tp), seed=int(sys.argv[1]))
+    results: dict[str, Any] = {}
+    if sys.argv[2:] == ["cuda"]:
+        for name in MODELS:
+            results[name] = on_cuda(name, device)
+        print(json.dumps(results))
+        shutdown()
+        return
+    if sys.argv[2:] == ["triton"]:
+        for name in ("hybrid", "different heads in a group"):
+            results[name] = compare(name, device, BLOCK + 5, BLOCK, 2 * BLOCK + 4, backend="triton")
+        print(json.dumps(results))
+        shutdown()
+        return
+    longest = BLOCK * NUM_BLOCKS
+    for name in MODELS:
+        if tp == 1 or MODELS[name][1] % tp == 0:
+            results[name] = compare(name, device, BLOCK + 5, longest, longest, tp)
+            results[f"{name} in chunks"] = compare(name, device, 4 * BLOCK + 3, BLOCK, longest, tp)
+    if tp == 1:
+        for prompt in (1, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK, 5 * BLOCK + 3):
+            for total in (prompt + 1, prompt + BLOCK + 2):
+                results[f"hybrid {prompt} {total}"] = compare("hybrid", device, prompt, 2 * BLOCK, total)
+        for scenario in (unequal_prompts, unequal_pages, end_of_document, finished_sequences, refusals, forgotten):
+            results[scenario.__name__] = scenario(device)
+    if torch.distributed.get_rank() == 0:
+        print(json.dumps(results))
+    shutdown()
+
+
+if __name__ == "__main__":
+    main()
