@@ -78,6 +78,8 @@ class ScheduleConfig:
     # for as many as divide them, repeated)
     offsets: Any = None
     dense_heads: int = 0  # how many heads of each sparse layer are dense, spread evenly over KV groups
+    # balanced: heads (whole KV groups where alike) change places so that tensor parallel ranks keep as much each
+    placement: str = "as_is"
 
 
 @dataclass

@@ -1,10 +1,26 @@
-"""Where heads of unlike density go, so that tensor parallel ranks, which hold neighbouring heads, have as much to do."""
+"""Where heads of unlike density go: tensor parallel ranks hold neighbouring heads, and should have as much to do."""
 
 from collections.abc import Sequence
 
-from s2train.layouts.costs import kept_positions
-from s2train.layouts.hybrid import LayerLayout
+from s2train.layouts.counting import kept_key_blocks
 from s2train.layouts.patterns import Pattern
+
+_REFERENCE_BLOCKS = 1024  # fixed: where a head lies is part of the model, and no setting of a run may move it
+
+
+def place_balanced(heads: Sequence[Pattern], num_query_groups: int) -> tuple[Pattern, ...]:
+    """Patterns of a layer's heads in an order in which ranks keep about as many blocks each.
+
+    KV groups stay together where all heads of each are alike, since these share their K/V loads.
+    """
+    kept = {pattern: int(kept_key_blocks([pattern], _REFERENCE_BLOCKS).sum()) for pattern in set(heads)}
+    costs = [kept[pattern] for pattern in heads]
+    size = len(heads) // num_query_groups
+    groups = [range(g * size, (g + 1) * size) for g in range(num_query_groups)]
+    if all(len({heads[h] for h in group}) == 1 for group in groups):
+        order = balanced_order([sum(costs[h] for h in group) for group in groups])
+        return tuple(heads[h] for g in order for h in groups[g])
+    return tuple(heads[h] for h in balanced_order(costs))
 
 
 def balanced_order(costs: Sequence[float]) -> tuple[int, ...]:
@@ -23,30 +39,9 @@ def _arrange(members: list[int], costs: Sequence[float]) -> list[int]:
     room = len(members) // parts
     bins: list[list[int]] = [[] for _ in range(parts)]
     sums = [0.0] * parts
-    # the dearest first, each to the part that has least: Graham's rule, with room for as many in each
+    # the dearest first, each to the part that has least (Graham's rule), with room for as many in each
     for member in sorted(members, key=lambda index: -costs[index]):
         least = min((b for b in range(parts) if len(bins[b]) < room), key=lambda b: sums[b])
         bins[least].append(member)
         sums[least] += costs[member]
     return [member for part in bins for member in _arrange(part, costs)]
-
-
-def place_balanced(heads: Sequence[Pattern], num_query_groups: int, costs: Sequence[float]) -> tuple[Pattern, ...]:
-    """Patterns of a layer's heads in another order, so that ranks share their `costs`, one per head.
-
-    Groups stay together where all heads of each are alike, since they share their K/V loads.
-    """
-    size = len(heads) // num_query_groups
-    groups = [range(g * size, (g + 1) * size) for g in range(num_query_groups)]
-    if all(len({heads[h] for h in group}) == 1 for group in groups):
-        order = balanced_order([sum(costs[h] for h in group) for group in groups])
-        return tuple(heads[h] for g in order for h in groups[g])
-    return tuple(heads[h] for h in balanced_order(costs))
-
-
-def rank_spread(layer: LayerLayout, seq_length: int, tp: int) -> float:
-    """The busiest of `tp` ranks' kept positions over the mean, less 1: what the others wait for in this layer."""
-    kept = kept_positions(layer, seq_length)
-    size = len(kept) // tp
-    ranks = [sum(kept[rank * size : (rank + 1) * size]) for rank in range(tp)]
-    return max(ranks) * tp / sum(ranks) - 1

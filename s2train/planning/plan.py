@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 from s2train.config import PretrainConfig
 from s2train.hardware import Hardware
-from s2train.layouts.costs import density, layout_nbytes
+from s2train.layouts.costs import density, layout_nbytes, rank_spread
 from s2train.layouts.coverage import CoverageReport, check_coverage
 from s2train.layouts.hybrid import HybridLayout
 from s2train.layouts.summary import LetterSummary, summarise
@@ -30,6 +30,7 @@ class Plan:
     parameters: int
     rank_parameters: int  # on the fullest pipeline stage
     flops: TokenFlops
+    tp_spread: float  # the busiest tensor parallel rank over the mean, less 1, in the layer where it is largest
     pipeline: Balance  # of the stages as they are
     pipeline_by_cost: Balance  # as parallel.pipeline_split=cost would have them
     memory: Memory  # of the fullest rank
@@ -77,6 +78,7 @@ def make_plan(cfg: PretrainConfig, hybrid: HybridLayout, world_size: int, hardwa
             stage_parameters(cfg.model, cfg.parallel, s, sum(stages.of_rank(s))) for s in range(cfg.parallel.pp)
         ),
         flops=token_flops(cfg.model, hybrid, seq_length),
+        tp_spread=max(rank_spread(layer, seq_length, cfg.parallel.tp) for layer in set(hybrid.layers)),
         pipeline=balance(stages, costs, micro_batches(cfg, world_size)),
         pipeline_by_cost=balance(by_cost, costs, micro_batches(cfg, world_size)),
         memory=memory,

@@ -7,6 +7,8 @@ from s2train.planning.memory import GIB
 from s2train.planning.plan import Plan
 from s2train.planning.stages import Balance
 
+_UNEVEN = 0.05  # from which on ranks that wait are worth a remedy
+
 
 def format_plan(plan: Plan) -> str:
     """Layers, density, coverage, parameters, FLOPs, memory by part, and the verdict, on some twenty lines."""
@@ -29,6 +31,7 @@ def format_plan(plan: Plan) -> str:
             f"{train.global_batch_size * train.seq_length:,} tokens: {plan.micro_batches} × "
             f"{train.micro_batch_size} × {train.seq_length:,} on each data parallel rank",
         ),
+        *_ranks(plan),
         *_pipeline(plan),
         ("memory", "GiB per rank" + (", fullest pipeline stage" if parallel.pp > 1 else "")),
         *((f"  {part.name}", _gib(getattr(memory, part.name))) for part in fields(memory)),
@@ -45,6 +48,15 @@ def format_plan(plan: Plan) -> str:
     )
     verdict = "It fits." if plan.fits else f"It does not fit. {plan.remedy}"
     return "\n".join([title, *(f"{name:<13} {text}" for name, text in rows), plan.coverage.format(), verdict])
+
+
+def _ranks(plan: Plan) -> list[tuple[str, str]]:
+    """How unevenly kept blocks lie on tensor parallel ranks."""
+    if plan.cfg.parallel.tp == 1 or not plan.coverage.runs:
+        return []
+    mended = plan.tp_spread > _UNEVEN and plan.cfg.schedule.placement != "balanced"
+    advice = "; schedule.placement=balanced spreads heads (a new model: it moves them)" if mended else ""
+    return [("tp ranks", f"busiest {plan.tp_spread:.1%} over the mean of kept positions{advice}")]
 
 
 def _pipeline(plan: Plan) -> list[tuple[str, str]]:

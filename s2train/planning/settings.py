@@ -15,6 +15,7 @@ _CHOICES: dict[str, tuple[str | int, ...]] = {
     "train.precision": ("bf16", "fp32"),
     "train.recompute": ("none", "selective", "full"),
     "optim.decay_style": ("constant", "linear", "cosine", "inverse-square-root", "WSD"),
+    "schedule.placement": ("as_is", "balanced"),
     "parallel.pipeline_split": ("even", "cost"),
     "tracking.wandb": ("disabled", "offline", "online"),
     "tracking.timing": (0, 1, 2),
