@@ -9,9 +9,9 @@ import torch
 import triton
 from torch import Tensor
 
+from ..layout import BlockLayout
+from ..spec import AttentionSpec
 from .key_pairs import MAX_GROUP, QUERY_BITS
-from .layout import BlockLayout
-from .spec import AttentionSpec
 
 PANEL = 64  # elements of a head dimension that one swizzled TMA box holds
 _BLOCKS = (64, 128, 256)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .layout import BlockLayout
+from ..layout import BlockLayout
 
 HEADS_PER_TILE = 16  # query heads that one program serves: the least rows of a matrix product
 _PAIRS_AT_ONCE = 1 << 22  # of a mask in int32: 16 MB of scratch

@@ -16,13 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import padded, shared_limit
-from .decode_walk import HEADS_PER_TILE, Walk, decode_walk, tiles_of_group
-from .forward import LOG2_E
-from .interpreter import repair_interpreter
-from .layout import BlockLayout
-from .spec import empty
-from .tiles import last_contiguous
+from ..configs import padded, shared_limit
+from ..forward import LOG2_E
+from ..interpreter import repair_interpreter
+from ..layout import BlockLayout
+from ..spec import empty
+from ..tiles import last_contiguous
+from .walk import HEADS_PER_TILE, Walk, decode_walk, tiles_of_group
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     repair_interpreter()
@@ -214,7 +214,7 @@ def triton_decode(
 
 
 def triton_append(k: Tensor, v: Tensor, keys: Tensor, values: Tensor, table: Tensor, positions: Tensor) -> None:
-    """`decode_pages.write_token` of keys and values, in one launch."""
+    """`pages.write_token` of keys and values, in one launch."""
     k, v = last_contiguous(k), last_contiguous(v)
     batch, num_kv_heads, dim = k.shape
     block_size, v_dim = values.shape[1:]

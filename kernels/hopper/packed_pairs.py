@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..layout import BlockLayout
+from ..tiles import document_tiles
 from .key_pairs import QUERY_BITS, TILE, KeyPairs, groups_of_patterns, kept_tiles_of_group, pair_steps
-from .layout import BlockLayout
-from .tiles import document_tiles
 
 _LAST_TILE = 2**QUERY_BITS - 1
 

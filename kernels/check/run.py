@@ -12,12 +12,12 @@ import triton
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .attention import block_sparse_attention
-from .check_cases import Case, Timing
-from .hopper_support import backward_choice, is_hopper, kernel_choice
-from .layout import BlockLayout
-from .reference import reference_attention
-from .spec import AttentionSpec, Format, from_bhsd, to_bhsd
+from ..attention import block_sparse_attention
+from ..hopper.support import backward_choice, is_hopper, kernel_choice
+from ..layout import BlockLayout
+from ..reference import reference_attention
+from ..spec import AttentionSpec, Format, from_bhsd, to_bhsd
+from .cases import Case, Timing
 
 _NAMES = ("out", "lse", "dq", "dk", "dv")
 _FLOOR = 3e-7  # relative error that no float32 result is blamed for

@@ -1,7 +1,7 @@
 """Small problems for compute-sanitizer; as a program, one of them: output and gradients, nothing compared.
 
-`python -m s2train.kernels.sanitize_cases NAME` prints which kernels ran. On an H100 both paths do: blocks of 64 and
-128 in bfloat16 take Hopper's kernels where these can.
+`python -m s2train.kernels.check.sanitize_cases NAME` prints which kernels ran. On an H100 both paths do: blocks of 64
+and 128 in bfloat16 take Hopper's kernels where these can.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import sys
 
 import torch
 
-from .attention import block_sparse_attention
-from .check_cases import Case
-from .check_run import kernels_run, problem
+from ..attention import block_sparse_attention
+from .cases import Case
+from .run import kernels_run, problem
 
 DONE = "S2TRAIN DONE"
 """What a case prints as its last line."""

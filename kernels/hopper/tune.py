@@ -1,4 +1,4 @@
-"""Variants of the Hopper kernels, compared and timed: `python -m s2train.kernels.tune_hopper [--backward]`.
+"""Variants of the Hopper kernels, compared and timed: `python -m s2train.kernels.hopper.tune [--backward]`.
 
 Several processes compile all variants. Then one compares each with a float32 oracle (the backward with the portable
 kernels) and times it (median). Whether a kernel is right in every feature, `s2train.kernels.check` says.
@@ -20,14 +20,14 @@ import torch
 import triton
 from torch import Tensor
 
-from . import spec
-from .backward import backward
-from .forward import forward
-from .hopper_backward import HopperBackwardConfig, hopper_backward
-from .hopper_forward import CONFIGS, HopperConfig, hopper_forward
-from .layout import BlockLayout
-from .spec import AttentionSpec, to_bhsd
-from .workers import run_tasks, serve
+from .. import spec
+from ..backward import backward
+from ..forward import forward
+from ..layout import BlockLayout
+from ..spec import AttentionSpec, to_bhsd
+from ..workers import run_tasks, serve
+from .backward import HopperBackwardConfig, hopper_backward
+from .forward import CONFIGS, HopperConfig, hopper_forward
 
 _SECONDS = 60.0  # after which an item hangs
 _VARIANTS: dict[str, HopperConfig | None] = {
@@ -69,7 +69,7 @@ class Item:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m s2train.kernels.tune_hopper", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m s2train.kernels.hopper.tune", description=__doc__)
     parser.add_argument("--json", type=Path, help="write all results there")
     parser.add_argument("--lengths", type=int, nargs="+", default=[32768, 131072])
     parser.add_argument("--backward", action="store_true", help="variants of the backward")
@@ -82,7 +82,7 @@ def main() -> int:
         return 0
     started = time.monotonic()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}", flush=True)
-    command = ["-m", "s2train.kernels.tune_hopper", "--worker"]
+    command = ["-m", "s2train.kernels.hopper.tune", "--worker"]
     items = _backward_items(args.lengths) if args.backward else _items(args.lengths)
     compiled = {(i.variant, i.block, i.dim): asdict(replace(i, length=0, kv_heads=_HEADS)) for i in items}
     for task, row in zip(

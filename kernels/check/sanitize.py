@@ -1,4 +1,4 @@
-"""compute-sanitizer over small calls of the kernels: `python -m s2train.kernels.sanitize [--tool TOOL …] [--out FILE]`
+"""compute-sanitizer over small calls: `python -m s2train.kernels.check.sanitize [--tool TOOL …] [--out FILE]`
 
 Each tool (memcheck, racecheck, initcheck, synccheck) runs every case of sanitize_cases in a process of its own, one
 tool after the other; before them all cases once without a tool, which compiles their kernels. The JSON has what each
@@ -136,7 +136,7 @@ def _said(program: list[str]) -> str:
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m s2train.kernels.sanitize",
+        prog="python -m s2train.kernels.check.sanitize",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import spec
-from .check_cases import CASES, QUICK_TIMINGS, TIMINGS, Case, Timing, case_names
-from .check_run import check_case, time_case
-from .workers import run_tasks, serve
+from .. import spec
+from ..workers import run_tasks, serve
+from .cases import CASES, QUICK_TIMINGS, TIMINGS, Case, Timing, case_names
+from .run import check_case, time_case
 
 _SECONDS = 240  # for one case, compilation included
 _SUMMARY = ("out", "lse", "dq", "dk", "dv")

@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from .attention import Backend, resolve_backend
-from .decode_pages import write_token
-from .decode_reference import reference_decode
-from .layout import BlockLayout
+from ..attention import Backend, resolve_backend
+from ..layout import BlockLayout
+from .pages import write_token
+from .reference import reference_decode
 
 _TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -65,7 +65,7 @@ def block_sparse_decode(
             out, lse = reference_decode(cast_q, cast_keys, cast_values, table, positions, layout, scale)
             return out.to(q.dtype), lse
         # imported here so that a process needs only the backend that it uses
-        from .decode_triton import triton_decode
+        from .kernels import triton_decode
 
         if q.dtype not in _TRITON_DTYPES:
             raise ValueError(f"q is {q.dtype}: the triton backend takes {_TRITON_DTYPES}; cast q, keys and values")
@@ -95,7 +95,7 @@ def append_token(
             write_token(keys, table, k, positions)
             write_token(values, table, v, positions)
         else:
-            from .decode_triton import triton_append
+            from .kernels import triton_append
 
             triton_append(k, v, keys, values, table, positions)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .layout import BlockLayout
+from ..layout import BlockLayout
 
 TILE = 128  # query rows of a tile, and keys of a step
 _HALVES = 2  # of 64 rows, each computed by one warpgroup

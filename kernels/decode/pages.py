@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .layout import BlockLayout
+from ..layout import BlockLayout
 
 
 def last_uses(layout: BlockLayout, num_kv_heads: int) -> Tensor:

@@ -27,12 +27,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .hopper_documents import COLUMNS, document_table
-from .hopper_support import PANEL, multiprocessors, padded_to_panels
-from .hopper_work import TILE, forward_work
+from ..layout import BlockLayout
+from ..spec import AttentionSpec, empty, empty_bhsd
+from .documents import COLUMNS, document_table
 from .launch import descriptor, launch
-from .layout import BlockLayout
-from .spec import AttentionSpec, empty, empty_bhsd
+from .support import PANEL, multiprocessors, padded_to_panels
+from .work import TILE, forward_work
 
 _LOG2_E = 1.4426950408889634
 _LN_2 = gl.constexpr(0.6931471805599453)

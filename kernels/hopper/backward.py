@@ -33,14 +33,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .forward import LOG2_E
-from .hopper_support import fits_descriptor
+from ..forward import LOG2_E
+from ..layout import BlockLayout
+from ..spec import AttentionSpec, empty, empty_bhsd
+from ..tiles import strides, tile_of_document
 from .key_pairs import KeyPairs, key_pairs
 from .launch import descriptor, launch
-from .layout import BlockLayout
 from .packed_pairs import packed_pairs
-from .spec import AttentionSpec, empty, empty_bhsd
-from .tiles import strides, tile_of_document
+from .support import fits_descriptor
 
 TILE = gl.constexpr(64)  # keys of a warpgroup, queries of a step
 # a step in 32 bits: whether it needs a mask for each warpgroup's keys (2 bits), query tile, head within the group

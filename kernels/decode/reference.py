@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .decode_pages import read_tokens
-from .layout import BlockLayout
+from ..layout import BlockLayout
+from .pages import read_tokens
 
 _CACHED_ROWS = 8
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layout import BlockLayout
+from ..layout import BlockLayout
 
 TILE = 64
 ACTIVE_BITS, QUERY_BITS = 2, 20
