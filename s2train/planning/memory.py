@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 
 from s2train.config import PretrainConfig
-from s2train.planning.parameters import head_dim, stage_parameters
+from s2train.planning.parameters import head_dim, stage_parameters, total_parameters
 
 GIB = 1024**3
 
@@ -32,6 +32,11 @@ class Memory:
     @property
     def total(self) -> int:
         return sum(getattr(self, part.name) for part in fields(self))
+
+
+def checkpoint_bytes(cfg: PretrainConfig) -> int:
+    """Bytes of a checkpoint on disk: weights in the run's precision, Adam's moments and fp32 weights beside bf16."""
+    return total_parameters(cfg.model) * (2 + 12 if cfg.train.precision == "bf16" else 4 + 8)
 
 
 def data_parallel(cfg: PretrainConfig, world_size: int) -> int:

@@ -1,6 +1,7 @@
 """A pretraining run from its configuration to its last checkpoint."""
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -29,6 +30,7 @@ from s2train.training.metrics import Tracker, check_wandb
 from s2train.training.optimizer import build_optimizer, wrap_data_parallel
 from s2train.training.plots import draw_loss_curve
 from s2train.training.resume import Start, claim_run_dir, find_start
+from s2train.training.startup import check_start
 
 
 def run(cfg: PretrainConfig, plan: Plan) -> None:
@@ -52,7 +54,7 @@ def run(cfg: PretrainConfig, plan: Plan) -> None:
         else:
             lock = claim_run_dir(cfg)
             check_wandb(cfg.tracking)
-    device = setup.initialize(cfg.parallel, cfg.seed)
+    device = setup.initialize(cfg.parallel, cfg.seed, partial(check_start, cfg, plan))
     start = _from_first(start)
     if start.progress.step < cfg.train.last_step:
         _train(cfg, plan, backend, tokenizer, start, device)
