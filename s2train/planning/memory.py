@@ -35,8 +35,13 @@ class Memory:
 
 
 def checkpoint_bytes(cfg: PretrainConfig) -> int:
-    """Bytes of a checkpoint on disk: weights in the run's precision, Adam's moments and fp32 weights beside bf16."""
-    return total_parameters(cfg.model) * (2 + 12 if cfg.train.precision == "bf16" else 4 + 8)
+    """Bytes of a checkpoint on disk: weights in the run's precision, Adam's moments, and fp32 weights beside bf16.
+
+    The distributed optimizer saves fp32 weights in any precision.
+    """
+    bf16 = cfg.train.precision == "bf16"
+    optimizer = 12 if bf16 or cfg.parallel.distributed_optimizer else 8
+    return total_parameters(cfg.model) * ((2 if bf16 else 4) + optimizer)
 
 
 def data_parallel(cfg: PretrainConfig, world_size: int) -> int:

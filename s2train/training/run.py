@@ -31,6 +31,7 @@ from s2train.training.optimizer import build_optimizer, wrap_data_parallel
 from s2train.training.plots import draw_loss_curve
 from s2train.training.resume import Start, claim_run_dir, find_start
 from s2train.training.startup import check_start
+from s2train.training.warm_up import compile_kernels, first_on_each_machine
 
 
 def run(cfg: PretrainConfig, plan: Plan) -> None:
@@ -76,6 +77,7 @@ def _train(
 ) -> None:
     hybrid = hybrid_layout(cfg)
     is_first = torch.distributed.get_rank() == 0
+    first_on_each_machine(partial(compile_kernels, cfg, hybrid, device))
     run_dir = Path(cfg.run_dir)
     config = transformer_config(cfg)
     timers = Timers(log_level=cfg.tracking.timing, log_option="minmax")

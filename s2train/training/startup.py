@@ -85,7 +85,9 @@ def check_start(cfg: PretrainConfig, plan: Plan, store: Store, rank: int, world_
         rank=rank,
         host=socket.gethostname(),
         versions=versions() | {"s2train's commit": git_commit() or "unknown"},
-        settings={} if _digest(settings) == asked["hash"] else _differences(settings, json.loads(store.get("settings"))),
+        settings={}
+        if _digest(settings) == asked["hash"]
+        else _differences(settings, json.loads(store.get("settings"))),
         clock=clock,
         free_bytes=_free_bytes(Path(cfg.run_dir)),
         device=plan.hardware.name,
