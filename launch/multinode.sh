@@ -40,7 +40,7 @@ export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 # If start-up hangs: NCCL_DEBUG=INFO NCCL_DEBUG_SUBSYS=INIT,NET, and NCCL_IB_DISABLE=1 to see whether TCP works.
 
 # A collective that hangs is ended by the process groups' time limit; then torch writes what each rank was waiting for.
-export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1} TORCH_NCCL_TRACE_BUFFER_SIZE=${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000}
+export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1} TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}
 export TORCH_NCCL_DEBUG_INFO_TEMP_FILE=${TORCH_NCCL_DEBUG_INFO_TEMP_FILE:-$log_dir/nccl_trace_rank_}
 # One hardware queue: kernels start in the order of the host's calls, so that Megatron's communication, called first,
 # overlaps the matrix products that follow.
@@ -48,6 +48,9 @@ export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
 # Compiled kernels on the node's own disk: local rank 0 fills it, the others read it.
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-${TMPDIR:-/tmp}/triton-$(id -un)}
 
+# torchrun's agents tell their store's address once, in the first round: a node that comes back would never learn it
+# (torch 2.13). So rank 0 makes a store in each round.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE='[rank${rank}]: '
 # torchrun hands these signals on to its ranks, and waits for them; versions that don't know these settings wait 30 s.
 export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 PET_SHUTDOWN_TIMEOUT=${SAVE_SECONDS:-240}
