@@ -2,6 +2,7 @@
 
 from dataclasses import fields
 from itertools import groupby
+from typing import Any
 
 from s2train.planning.memory import GIB
 from s2train.planning.plan import Plan
@@ -43,6 +44,25 @@ def format_plan(plan: Plan) -> str:
     )
     verdict = "It fits." if plan.fits else f"It does not fit. {plan.remedy}"
     return "\n".join([title, *(f"{name:<13} {text}" for name, text in rows), plan.coverage.format(), verdict])
+
+
+def figures(plan: Plan) -> dict[str, Any]:
+    """What a plan comes to, by name, to compare runs by."""
+    return {
+        "layers": _layers(plan.letters),
+        "density": plan.density,
+        "sparse_density": plan.sparse_density,
+        "parameters": plan.parameters,
+        "flops_per_token": plan.flops.sparse,
+        "planned_memory_gib": plan.memory.total / GIB,
+        "device": plan.hardware.name,
+        "processes": plan.world_size,
+    }
+
+
+def letter_rows(plan: Plan) -> list[list[Any]]:
+    """[letter, how many layers, what its heads keep, density] of the letters of sparse layers."""
+    return [[one.letter, plan.letters.count(one.letter), one.form, one.density] for one in plan.sparse_letters]
 
 
 def _layers(letters: str) -> str:

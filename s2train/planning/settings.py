@@ -15,7 +15,7 @@ _CHOICES: dict[str, tuple[str | int, ...]] = {
     "train.precision": ("bf16", "fp32"),
     "train.recompute": ("none", "selective", "full"),
     "optim.decay_style": ("constant", "linear", "cosine", "inverse-square-root", "WSD"),
-    "tracking.wandb": ("disabled", "offline", "online"),
+    "tracking.wandb": ("auto", "disabled", "offline", "online"),
     "tracking.timing": (0, 1, 2),
     "backend": ("auto", "local", "te"),
     "attention_backend": ("auto", "triton", "portable", "torch"),

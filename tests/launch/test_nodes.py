@@ -94,7 +94,7 @@ def test_a_node_that_dies_and_comes_back_goes_on_from_the_last_checkpoint(
     env = environment(tmp_path)
     folder = tmp_path / "run"
     run_dir = f"run_dir={folder}"
-    settings = ["train.steps=60", "checkpoint.interval=5", "checkpoint.keep=2", "tracking.wandb=disabled"]
+    settings = ["train.steps=60", "checkpoint.interval=5", "checkpoint.keep=2"]
     command = ["launch/multinode.sh", "launch/pretrain.py", *SMALL, *settings]
 
     def port_is_open() -> bool:

@@ -78,7 +78,9 @@ def start(run_dirs: list[Path], **changes: dict[int, dict[str, Any]]) -> list[An
     store, ends = torch.distributed.HashStore(), {}
     plan: Any = SimpleNamespace(hardware=Hardware("CPU", "cpu", 1 << 40))
 
-    cfgs = [pretrain("+model=tiny_hybrid", f"run_dir={run_dir}") for run_dir in run_dirs]  # Hydra is no friend of threads
+    cfgs = [
+        pretrain("+model=tiny_hybrid", f"run_dir={run_dir}") for run_dir in run_dirs
+    ]  # Hydra is no friend of threads
 
     def one(rank: int) -> None:
         cfg = cfgs[rank]
@@ -119,7 +121,10 @@ def test_a_rank_that_never_comes_is_named(tmp_path: Path, monkeypatch: pytest.Mo
         check_start(cfg, plan, torch.distributed.HashStore(), 0, 3)
 
 
-@pytest.mark.parametrize(("precision", "distributed", "expected"), [("bf16", True, 14), ("bf16", False, 14), ("fp32", True, 16), ("fp32", False, 12)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("precision", "distributed", "expected"),
+    [("bf16", True, 14), ("bf16", False, 14), ("fp32", True, 16), ("fp32", False, 12)],
+)
 def test_a_checkpoint_holds_weights_and_the_optimizers_fp32(precision: str, distributed: bool, expected: int) -> None:
     cfg = pretrain("+model=tiny_hybrid", f"train.precision={precision}")
     cfg.parallel.distributed_optimizer = distributed
