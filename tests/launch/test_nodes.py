@@ -57,7 +57,7 @@ def environment(folder: Path, **settings: object) -> dict[str, str]:
     return clean | job | own | {name: str(value) for name, value in settings.items()}
 
 
-def await_that(condition: Callable[[], bool], what: str, seconds: float = 150) -> None:
+def await_that(condition: Callable[[], bool], what: str, seconds: float = 400) -> None:
     until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until, f"waited for {what}"
@@ -131,10 +131,10 @@ def test_a_slurm_job_whose_time_is_up_saves_and_is_queued_again(
     job = start(command, tmp_path / "job.txt", env)
     await_that(lambda: len(list(tmp_path.glob("ready*"))) == 2, "the ranks")
     job.send_signal(signal.SIGUSR1)
-    assert job.wait(60) == EXIT_REQUEUE
+    assert job.wait(200) == EXIT_REQUEUE
     assert sorted(path.name for path in tmp_path.glob("saved*")) == ["saved0", "saved1"]
     assert asked.read_text() == f"requeue {os.getpid()}\n"
 
     asked.unlink()
-    assert start(command, tmp_path / "job.txt", env).wait(60) == 0
+    assert start(command, tmp_path / "job.txt", env).wait(200) == 0
     assert not asked.exists()
