@@ -47,10 +47,10 @@ def choose_mode(wanted: str, setting: str = "tracking.wandb") -> str:
     can't be imported.
 
     Raises:
-        ConfigError: no such mode; wandb can't be imported, or there is no API key for online, and the setting says so by name.
+        ConfigError: no such mode; a mode named outright that needs wandb, or an API key, where there is none.
     """
     if wanted not in MODES:
-        raise ConfigError(setting, wanted, "unknown value", f"Set {setting} to {', '.join(MODES)}")
+        raise ConfigError(setting, wanted, "unknown value", f"It may be {', '.join(MODES)}")
     if wanted == "disabled":
         return wanted
     remedy = f"Set {setting}=offline, or disabled; the run's own files have the same numbers always"

@@ -25,8 +25,9 @@ def first_on_each_machine(work: Callable[[], None]) -> None:
 def compile_kernels(cfg: PretrainConfig, hybrid: HybridLayout, device: torch.device) -> None:
     """Run the sparse op once, forward and backward, for each sort of layer in the shapes of the run's steps.
 
-    On zeros, so that no random number is drawn; of all layers and tensor parallel shares, since the machine's other ranks may have others than this one. Frees
-    what it took: call it before the model is built. Does nothing where attention is torch's.
+    On zeros, so that no random number is drawn; of all layers and tensor parallel shares, since the machine's other
+    ranks may have others than this one. Frees what it took: call it before the model is built. Does nothing where
+    attention is torch's.
     """
     backend = cast(Backend, cfg.attention_backend)
     if resolve_backend(backend, device) == "torch":
