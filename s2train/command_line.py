@@ -1,6 +1,7 @@
 """What the programs in launch/ share: a composed config in, one clear error out."""
 
 import os
+import socket
 import sys
 import warnings
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from hydra.errors import HydraException
 from omegaconf import MissingMandatoryValue
 
 from s2train.composition import config_groups, explain
-from s2train.errors import ConfigError, TrainingError
+from s2train.errors import ConfigError, StartUpError, TrainingError
 
 USAGE_STATUS = 2
 _CONF = Path(__file__).parents[1] / "conf"
@@ -43,11 +44,18 @@ def run_command(command: Callable[[], None]) -> None:
     except TrainingError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
+    except StartUpError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(*(f"error: {problem}" for problem in error.problems), sep="\n", file=sys.stderr, flush=True)
+        sys.exit(USAGE_STATUS)
     except (ConfigError, MissingMandatoryValue) as error:
         _refuse(str(error).splitlines()[0])
 
 
 def _refuse(line: str) -> NoReturn:
-    if os.environ.get("RANK", "0") == "0":
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
         print(f"error: {line}", file=sys.stderr, flush=True)
+    elif os.environ.get("LOCAL_RANK") == "0":  # what is wrong may be wrong on this machine alone
+        print(f"rank {rank} on {socket.gethostname()}: error: {line}", file=sys.stderr, flush=True)
     sys.exit(USAGE_STATUS)

@@ -176,7 +176,8 @@ class TrackingConfig:
 
     log_interval: int = 10  # steps
     timing: int = 0  # Megatron's timers, each report: 0 none, 1 parts of a step, 2 pipeline inner parts; slows steps
-    wandb: str = "disabled"  # disabled, offline, online
+    # auto (online with an account, offline without), disabled, offline, online
+    wandb: str = "auto"
     project: str = "s2train"
     group: str | None = None
 
@@ -228,6 +229,7 @@ class NeedleConfig:
     output: str | None = None  # folder for needle.json and needle.png; None: `needle` in the run folder
     attention_backend: str = "auto"  # sparse layers, as in a run
     tp: int = 1  # tensor model parallel; the other processes share the trials
+    wandb: str = "disabled"  # auto, offline, online: heat map, table and score go to the training's own wandb run
 
 
 @dataclass

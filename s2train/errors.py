@@ -1,4 +1,10 @@
-"""The one error class for bad input."""
+"""Errors told to users in one line each, and the exit status that a launcher reads."""
+
+from collections.abc import Sequence
+
+# Of a run that saved and stopped because it was asked to (a time limit, a preemption): start it again to go on.
+# sysexits.h's "temporary failure". launch/multinode.sh and launch/slurm/run.sh ask this file for it.
+EXIT_REQUEUE = 75
 
 
 class ConfigError(ValueError):
@@ -18,3 +24,11 @@ class ConfigError(ValueError):
 
 class TrainingError(RuntimeError):
     """A run that can't go on, told in one line."""
+
+
+class StartUpError(RuntimeError):
+    """A job whose ranks don't go together; one line for each problem, naming rank, host and remedy."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = list(problems)
+        super().__init__("; ".join(problems))

@@ -12,10 +12,12 @@ from s2train.evaluation.reach import NeedleReach
 from s2train.evaluation.request import read_request
 from s2train.evaluation.results import NeedleResults, weights_fingerprint
 from s2train.evaluation.run import run_needles
+from s2train.evaluation.tracking import log_needles
 from s2train.hardware import detect_own
 from s2train.megatron.checkpoint import load_for_inference
 from s2train.megatron.setup import initialize, shutdown
 from s2train.planning import hybrid_layout
+from s2train.wandb_run import choose_mode
 
 
 def evaluate(cfg: NeedleConfig) -> None:
@@ -26,6 +28,8 @@ def evaluate(cfg: NeedleConfig) -> None:
     """
     hardware = detect_own()
     request = read_request(cfg, int(os.environ.get("WORLD_SIZE", "1")), hardware)
+    is_first = os.environ.get("RANK", "0") == "0"
+    mode = choose_mode(cfg.wandb, "wandb") if is_first else "disabled"
     device = initialize(ParallelConfig(tp=cfg.tp), cfg.seed)
     loaded = load_for_inference(request.checkpoint, device, cfg.tp, cfg.attention_backend)
     grid = request.grid
@@ -37,7 +41,7 @@ def evaluate(cfg: NeedleConfig) -> None:
         "seed": cfg.seed,
         "attention_backend": cfg.attention_backend,
     }
-    run_needles(
+    results = run_needles(
         partial(generate, loaded.model),
         request.sampler,
         grid,
@@ -54,4 +58,6 @@ def evaluate(cfg: NeedleConfig) -> None:
         reach=NeedleReach(hybrid_layout(request.trained), request.sampler, grid),
         title=f"Needle retrieval: {request.trained.model.name}",
     )
+    if mode != "disabled":
+        print(f"wandb run {log_needles(results, request.trained, request.folder / 'needle.png', mode)}", flush=True)
     shutdown()

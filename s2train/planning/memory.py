@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 
 from s2train.config import PretrainConfig
-from s2train.planning.parameters import head_dim, stage_parameters
+from s2train.planning.parameters import head_dim, stage_parameters, total_parameters
 from s2train.planning.stages import Stages
 
 GIB = 1024**3
@@ -33,6 +33,16 @@ class Memory:
     @property
     def total(self) -> int:
         return sum(getattr(self, part.name) for part in fields(self))
+
+
+def checkpoint_bytes(cfg: PretrainConfig) -> int:
+    """Bytes of a checkpoint on disk: weights in the run's precision, Adam's moments, and fp32 weights beside bf16.
+
+    The distributed optimizer saves fp32 weights in any precision.
+    """
+    bf16 = cfg.train.precision == "bf16"
+    optimizer = 12 if bf16 or cfg.parallel.distributed_optimizer else 8
+    return total_parameters(cfg.model) * ((2 if bf16 else 4) + optimizer)
 
 
 def data_parallel(cfg: PretrainConfig, world_size: int) -> int:

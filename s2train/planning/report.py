@@ -2,6 +2,7 @@
 
 from dataclasses import fields
 from itertools import groupby
+from typing import Any
 
 from s2train.planning.memory import GIB
 from s2train.planning.plan import Plan
@@ -72,6 +73,25 @@ def _pipeline(plan: Plan) -> list[tuple[str, str]]:
 def _balance(found: Balance) -> str:
     layers = " ".join("+".join(map(str, found.stages.of_rank(rank))) for rank in range(found.stages.pp))
     return f"layers {layers}; busiest stage {found.imbalance:.1%} over the mean; idle {found.idle:.1%} of the time"
+
+
+def figures(plan: Plan) -> dict[str, Any]:
+    """What a plan comes to, by name, to compare runs by."""
+    return {
+        "layers": _layers(plan.letters),
+        "density": plan.density,
+        "sparse_density": plan.sparse_density,
+        "parameters": plan.parameters,
+        "flops_per_token": plan.flops.sparse,
+        "planned_memory_gib": plan.memory.total / GIB,
+        "device": plan.hardware.name,
+        "processes": plan.world_size,
+    }
+
+
+def letter_rows(plan: Plan) -> list[list[Any]]:
+    """[letter, how many layers, what its heads keep, density] of the letters of sparse layers."""
+    return [[one.letter, plan.letters.count(one.letter), one.form, one.density] for one in plan.sparse_letters]
 
 
 def _layers(letters: str) -> str:

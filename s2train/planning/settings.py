@@ -17,7 +17,7 @@ _CHOICES: dict[str, tuple[str | int, ...]] = {
     "optim.decay_style": ("constant", "linear", "cosine", "inverse-square-root", "WSD"),
     "schedule.placement": ("as_is", "balanced"),
     "parallel.pipeline_split": ("even", "cost"),
-    "tracking.wandb": ("disabled", "offline", "online"),
+    "tracking.wandb": ("auto", "disabled", "offline", "online"),
     "tracking.timing": (0, 1, 2),
     "backend": ("auto", "local", "te"),
     "attention_backend": ("auto", "triton", "portable", "torch"),

@@ -46,7 +46,10 @@ def _ranks(nproc_per_node: int, program: Path, arguments: Sequence[str]) -> list
 def batch_script(
     settings: SlurmSweepConfig, name: str, folder: Path, cwd: Path, python: str, program: Path, arguments: Sequence[str]
 ) -> str:
-    """The sbatch script of one job: a torchrun on each of its nodes, and the log in the job's folder."""
+    """The sbatch script of one job: a torchrun on each of its nodes, and the log in the job's folder.
+
+    Several nodes start by `slurm/run.sh` beside the program, as `slurm/pretrain.sbatch` does.
+    """
     options: dict[str, object] = {
         "job-name": name,
         "output": str(folder / "log.txt").replace("%", "%%"),  # sbatch fills in what follows a single %
@@ -54,6 +57,7 @@ def batch_script(
         "nodes": settings.nodes,
         "ntasks-per-node": 1,
         "gpus-per-node": settings.nproc_per_node,
+        "signal": "B:USR1@300" if settings.nodes > 1 else None,  # for run.sh, which queues the job again
         **{name.replace("_", "-"): value for name, value in settings.options.items()},
     }
     start, ranks = shlex.join(_start(python)), shlex.join(_ranks(settings.nproc_per_node, program, arguments))
@@ -69,10 +73,7 @@ def batch_script(
     if settings.nodes == 1:
         lines.append(f"exec {start} --standalone {ranks}")
     else:
-        meet = f'--nnodes {settings.nodes} --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "$head:$port"'
-        lines += [
-            'head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
-            "port=$((20000 + SLURM_JOB_ID % 20000))",
-            f"exec srun {start} {meet} {ranks}",
-        ]
+        run = shlex.join([str(program.parent / "slurm" / "run.sh"), str(program), *arguments])
+        where = f"PYTHON={shlex.quote(python)} LOG_DIR={shlex.quote(str(folder / 'logs'))}"
+        lines.append(f"{where} NPROC_PER_NODE={settings.nproc_per_node} exec {run}")
     return "\n".join(lines) + "\n"

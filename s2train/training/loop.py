@@ -157,5 +157,5 @@ class Trainer:
     def _save(self, progress: Progress) -> Path:
         with whole_parameters(self.cfg, self.state.chunks):
             path = save(self.cfg, self.state, replace(progress, wandb_id=self.tracker.wandb_id))
-        self.tracker.event("checkpoint", step=progress.step, path=str(path))
+        self.tracker.checkpoint(progress.step, path)
         return path

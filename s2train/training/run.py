@@ -1,6 +1,7 @@
 """A pretraining run from its configuration to its last checkpoint."""
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -23,12 +24,16 @@ from s2train.megatron.backends import Backend, choose_backend
 from s2train.megatron.checkpoint import write_config
 from s2train.megatron.model import build_model, transformer_config
 from s2train.planning import Plan, hybrid_layout
+from s2train.planning.report import figures, letter_rows
 from s2train.training.checkpoint import TrainingState, load
 from s2train.training.loop import Speed, Trainer
-from s2train.training.metrics import Tracker, check_wandb
+from s2train.training.metrics import Tracker
 from s2train.training.optimizer import build_optimizer, wrap_data_parallel
 from s2train.training.plots import draw_loss_curve
 from s2train.training.resume import Start, claim_run_dir, find_start
+from s2train.training.startup import check_start
+from s2train.training.warm_up import compile_kernels, first_on_each_machine
+from s2train.wandb_run import choose_mode
 
 
 def run(cfg: PretrainConfig, plan: Plan) -> None:
@@ -51,8 +56,8 @@ def run(cfg: PretrainConfig, plan: Plan) -> None:
             )
         else:
             lock = claim_run_dir(cfg)
-            check_wandb(cfg.tracking)
-    device = setup.initialize(cfg.parallel, cfg.seed)
+            choose_mode(cfg.tracking.wandb)  # refused now, if at all
+    device = setup.initialize(cfg.parallel, cfg.seed, partial(check_start, cfg, plan))
     start = _from_first(start)
     if start.progress.step < cfg.train.last_step:
         _train(cfg, plan, backend, tokenizer, start, device)
@@ -74,6 +79,7 @@ def _train(
 ) -> None:
     hybrid = hybrid_layout(cfg)
     is_first = torch.distributed.get_rank() == 0
+    first_on_each_machine(partial(compile_kernels, cfg, hybrid, device))
     run_dir = Path(cfg.run_dir)
     by_cost = cfg.parallel.pp > 1 and cfg.parallel.pipeline_split == "cost"
     config = transformer_config(cfg, plan.pipeline.stages if by_cost else None)
@@ -90,12 +96,13 @@ def _train(
         cfg, tokenizer, num_train_samples(cfg), held_out_samples, is_built_on_rank=lambda: True
     )
     assert train_set is not None  # check_data has seen to it
-    tracker = Tracker(cfg, start.progress, active=is_first)
+    tracker = Tracker(cfg, start.progress, active=is_first, plan=figures(plan))
     if is_first:
         write_config(cfg, run_dir / "config.yaml")
         draw_layout(hybrid, cfg.train.seq_length, run_dir / "layout.png", title=cfg.model.name)
         print(_description(cfg, models, backend, device, start), flush=True)
     tracker.picture("layout", run_dir / "layout.png")
+    tracker.table("sparse layers", ["letter", "layers", "keeps", "density"], letter_rows(plan))
     trainer = Trainer(
         cfg,
         state,
