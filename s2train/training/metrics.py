@@ -9,8 +9,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from s2train.config import PretrainConfig, TrackingConfig
-from s2train.errors import ConfigError
+from s2train.config import PretrainConfig
 from s2train.files import set_aside
 from s2train.megatron.checkpoint import Progress
 
@@ -59,23 +58,6 @@ class StepMetrics:
             parts.append(f"{self.memory_gib:.1f} GiB")
         parts.append(f"ETA {timedelta(seconds=round(self.eta_s))}")
         return " | ".join(parts)
-
-
-def check_wandb(tracking: TrackingConfig) -> None:
-    """Refuse `online` without an account, before anything is built.
-
-    Raises:
-        ConfigError: wandb has no API key, or is not installed.
-    """
-    if tracking.wandb == "disabled":
-        return
-    remedy = "Set tracking.wandb=offline, or disabled; metrics.jsonl is written always"
-    try:
-        import wandb
-    except ImportError as error:
-        raise ConfigError("tracking.wandb", tracking.wandb, f"wandb can't be imported ({error})", remedy) from error
-    if tracking.wandb == "online" and not wandb.login(prompt=False):
-        raise ConfigError("tracking.wandb", tracking.wandb, "no API key is configured", f"wandb login. {remedy}")
 
 
 class Tracker:
