@@ -7,7 +7,7 @@ A fact told again is a question with its answer: its tail can be foretold from t
 document trains many look-ups, each at a distance of its own, in the very tokens of the evaluation's samples.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice, product
 
@@ -52,7 +52,9 @@ class Pieces:
     def of(cls, sequences: Sequence[Sequence[int]]) -> "Pieces":
         """The pieces of these token sequences."""
         lengths = np.array([len(sequence) for sequence in sequences], dtype=np.int64)
-        return cls(np.concatenate([np.array(s, dtype=np.int64) for s in sequences]), lengths.cumsum() - lengths, lengths)
+        return cls(
+            np.concatenate([np.array(s, dtype=np.int64) for s in sequences]), lengths.cumsum() - lengths, lengths
+        )
 
     def joined(self, numbers: Ids) -> Ids:
         """The pieces of these numbers, one after the other, int64 [sum of their lengths]."""
