@@ -217,14 +217,24 @@ class NeedleConfig:
     checkpoint: str = MISSING  # a run folder, its checkpoints folder, or one iter_* in it
     tokenizer: str | None = None  # where the run's tokenizer.json was moved to; None: the run's own
     lengths: list[int] | None = None  # tokens, prompt and answer together; None: four up to the trained length
-    haystack: Any = "noise"  # what surrounds the needle: noise (RULER's repeated sentences), a text file, or [file, …]
+    # what is hidden and asked: single, multi, key_value, variable_tracking, or [task, …]; see data/needle_tasks.py
+    task: Any = "single"
+    needles: int | None = None  # of multi: keys with a value each; None: 4
+    ask: str | None = None  # one or all: of multi's keys, or of variable_tracking's names; None: one, and all
+    distractors: int | None = None  # of key_value: other lines; None: as many as the length holds, and no haystack
+    hops: int | None = None  # of variable_tracking: names that stand for another one; None: 4
+    chains: int | None = None  # of variable_tracking: all but one not asked for; None: 1
+    haystack: Any = "noise"  # what surrounds the needles: noise (RULER's repeated sentences), a text file, or [file, …]
     depths: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])  # 0: at the beginning
     trials: int = 8  # a cell, that is a length and a depth
     batch_size: int = 8  # sequences decoded at once, on a data parallel rank
     seed: int = 1234  # of keys, values and where the haystack starts
-    output: str | None = None  # folder for needle.json and needle.png; None: `needle` in the run folder
+    threshold: float = 0.856  # score that makes a length an effective one; RULER's
+    output: str | None = None  # folder for JSON and PNG of each task; None: `needle` in the run folder
     attention_backend: str = "auto"  # sparse layers, as in a run
     tp: int = 1  # tensor model parallel; the other processes share the trials
+    wandb: str = "disabled"  # disabled, offline, online: scores as a table, and the heat maps
+    project: str = "s2train"  # of wandb
 
 
 @dataclass

@@ -166,13 +166,17 @@ def find_task(name: str, settings: Mapping[str, Any]) -> Task:
         near = difflib.get_close_matches(str(name), TASKS, n=1, cutoff=0.0)[0]
         raise ConfigError("task", name, "no such task", f"Did you mean {near}? There are {', '.join(TASKS)}")
     given = {key: value for key, value in settings.items() if value is not None}
-    own = [entry.name for entry in fields(TASKS[name])]  # type: ignore[arg-type]
     for key, value in given.items():
-        if key not in own:
-            having = [other for other, kind in TASKS.items() if key in (f.name for f in fields(kind))]  # type: ignore[arg-type]
-            remedy = f"Leave it out, or set task={' or '.join(having)}" if having else f"Set one of {', '.join(own)}"
+        if not has_setting(name, key):
+            having = [other for other in TASKS if has_setting(other, key)]
+            remedy = f"Leave it out, or set task={' or '.join(having)}" if having else "Leave it out"
             raise ConfigError(key, value, f"task={name} has no such setting", remedy)
     return TASKS[name](**given)
+
+
+def has_setting(task: str, setting: str) -> bool:
+    """Whether there is such a task, and it has such a setting."""
+    return task in TASKS and setting in (entry.name for entry in fields(TASKS[task]))  # type: ignore[arg-type]
 
 
 def magic(key: str, value: str) -> Fact:

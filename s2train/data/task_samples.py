@@ -1,6 +1,6 @@
 """Samples of a task at an exact length in tokens, its needles at chosen depths."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
@@ -37,6 +37,12 @@ class TaskSampler:
         self.tokenizer, self.task = tokenizer, task or Single()
         self._haystack = Haystack(tokenizer, haystack)
 
+    @property
+    def remedy(self) -> str:
+        """What to do, beside using longer samples, where the task does not fit a length."""
+        names = [entry.name for entry in fields(self.task) if entry.name != "ask"]  # type: ignore[arg-type]
+        return f", or fewer {' or '.join(names)}" if names else ""
+
     def needed_tokens(self, rng: np.random.Generator, split: Split) -> int:
         """Length without any filler of what `sample` would draw: needles, distractors, question and answer."""
         return _Parts(self.tokenizer, self.task.draft(rng, split)).length
@@ -60,7 +66,7 @@ class TaskSampler:
                 "lengths",
                 length,
                 f"needles, question and answer take {parts.length} tokens by themselves",
-                f"Use {parts.length} or more",
+                f"Use {parts.length} or more" + self.remedy,
             )
         filler = self._filler(rng, room, puzzle)
         others = rng.random(len(parts.facts) - 1)

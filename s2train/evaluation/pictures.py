@@ -44,10 +44,14 @@ def draw_heat_map(results: NeedleResults, path: Path, title: str = "Needle retri
     axes.spines[:].set_visible(False)
     axes.set_xlabel("length (tokens)")
     axes.set_ylabel("depth of the needle")
-    trials = sum(cell.trials for cell in results.asked)
     figure.suptitle(title, fontsize=12, fontweight="bold")
-    subtitle = f"step {results.step:,} · {100 * results.score:.1f} % of {trials:,} answers exact"
-    axes.set_title(subtitle, fontsize=9, color="#555555")
+    told = [f"step {results.step:,}"]
+    if (score := results.score) is not None:
+        told.append(f"{100 * score.share:.1f} % of {score.trials:,} answers exact")
+    length = results.effective_length
+    reached = f"effective length {_tokens(length)}" if length else "no effective length"
+    told.append(f"\n{reached} ({100 * results.threshold:g} % or more)")
+    axes.set_title(" · ".join(told).replace(" · \n", "\n"), fontsize=9, color="#555555")
     bar = figure.colorbar(image, ax=axes, ticks=[0, 0.5, 1], pad=0.02)
     bar.ax.set_yticklabels(["0 %", "50 %", "100 %"])
     bar.outline.set_visible(False)
@@ -56,13 +60,15 @@ def draw_heat_map(results: NeedleResults, path: Path, title: str = "Needle retri
 
 
 def score_table(results: NeedleResults) -> Table:
-    """The heat map in figures: per cent exact, and per cent of answer tokens where that says more."""
+    """The heat map in figures: per cent exact, and per cent of letters and digits where that says more."""
     caption = (
         "· n: it takes the last n layers to carry the needle to the question"
         if any(_layers(cell) for cell in results.asked)
         else None
     )
-    title = f"Exact answers, % (answer tokens right, %): {100 * results.score:.1f} in all"
+    score = results.score
+    in_all = "" if score is None else f": {100 * score.share:.1f} in all"
+    title = f"Exact answers, % (letters and digits right, %){in_all}"
     table = Table(title=title, caption=caption)
     lengths, depths, _ = _score_matrix(results)
     table.add_column("depth", justify="right")
@@ -78,7 +84,7 @@ def _figures(cell: Cell | None) -> str:
     if cell is None:
         return "-"
     exact = f"{100 * cell.correct / cell.trials:.0f}"
-    told = exact if cell.correct == cell.trials else f"{exact} ({100 * cell.token_accuracy:.0f})"
+    told = exact if cell.correct == cell.trials else f"{exact} ({100 * cell.character_accuracy:.0f})"
     if cell.reach is None:
         return told
     return f"{told} · {cell.reach.from_last}" if cell.reach.from_last >= 0 else f"{told} · never"

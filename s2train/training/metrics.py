@@ -9,8 +9,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from s2train.config import PretrainConfig, TrackingConfig
-from s2train.errors import ConfigError
+from s2train.config import PretrainConfig
 from s2train.files import set_aside
 from s2train.megatron.checkpoint import Progress
 
@@ -26,6 +25,7 @@ class StepMetrics:
         tokens_per_s: of the whole job.
         model_tflops: TFLOP/s per device, from the exact FLOPs of the layout, recomputation not counted.
         mfu: model_tflops over the device's dense peak; None where the peak is not known.
+        held_out_loss_by_position, held_out_short, held_out_long: see `s2train.training.positions.HeldOut`.
         memory_gib: peak allocated on this rank's device; 0 on a CPU.
     """
 
@@ -40,6 +40,9 @@ class StepMetrics:
     mfu: float | None
     memory_gib: float
     eta_s: float
+    held_out_loss_by_position: list[tuple[int, int, float | None]] | None = None
+    held_out_short: float | None = None
+    held_out_long: float | None = None
 
     def line(self, steps: int) -> str:
         """One dense console line."""
@@ -59,23 +62,6 @@ class StepMetrics:
             parts.append(f"{self.memory_gib:.1f} GiB")
         parts.append(f"ETA {timedelta(seconds=round(self.eta_s))}")
         return " | ".join(parts)
-
-
-def check_wandb(tracking: TrackingConfig) -> None:
-    """Refuse `online` without an account, before anything is built.
-
-    Raises:
-        ConfigError: wandb has no API key, or is not installed.
-    """
-    if tracking.wandb == "disabled":
-        return
-    remedy = "Set tracking.wandb=offline, or disabled; metrics.jsonl is written always"
-    try:
-        import wandb
-    except ImportError as error:
-        raise ConfigError("tracking.wandb", tracking.wandb, f"wandb can't be imported ({error})", remedy) from error
-    if tracking.wandb == "online" and not wandb.login(prompt=False):
-        raise ConfigError("tracking.wandb", tracking.wandb, "no API key is configured", f"wandb login. {remedy}")
 
 
 class Tracker:
@@ -132,7 +118,8 @@ class Tracker:
         values = {k: v for k, v in asdict(metrics).items() if v is not None}
         self._write(values)
         if self._run is not None:
-            self._run.log(values)
+            ranges = values.pop("held_out_loss_by_position", [])
+            self._run.log(values | {f"held_out_loss/{start}": loss for start, _, loss in ranges})
 
     def note(self, text: str | None) -> None:
         """Print something for the reader."""

@@ -25,10 +25,11 @@ from s2train.megatron.model import build_model, transformer_config
 from s2train.planning import Plan, hybrid_layout
 from s2train.training.checkpoint import TrainingState, load
 from s2train.training.loop import Speed, Trainer
-from s2train.training.metrics import Tracker, check_wandb
+from s2train.training.metrics import Tracker
 from s2train.training.optimizer import build_optimizer, wrap_data_parallel
 from s2train.training.plots import draw_loss_curve
 from s2train.training.resume import Start, claim_run_dir, find_start
+from s2train.wandb_access import check_wandb
 
 
 def run(cfg: PretrainConfig, plan: Plan) -> None:
@@ -51,7 +52,7 @@ def run(cfg: PretrainConfig, plan: Plan) -> None:
             )
         else:
             lock = claim_run_dir(cfg)
-            check_wandb(cfg.tracking)
+            check_wandb("tracking.wandb", cfg.tracking.wandb)
     device = setup.initialize(cfg.parallel, cfg.seed)
     start = _from_first(start)
     if start.progress.step < cfg.train.last_step:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from s2train.config import NeedleConfig
-from s2train.data.needles import NeedleSampler
+from s2train.data.task_samples import TaskSampler
 from s2train.data.tokenizers import ByteTokenizer
 from s2train.errors import ConfigError
 from s2train.evaluation.generate import LanguageModel, greedy_decode
@@ -24,31 +24,31 @@ GRID = NeedleGrid(lengths=(160, 256), depths=(0.0, 0.5, 1.0), trials=3, seed=11)
 
 
 @pytest.fixture(scope="module")
-def sampler() -> NeedleSampler:
-    return NeedleSampler(ByteTokenizer())
+def sampler() -> TaskSampler:
+    return TaskSampler(ByteTokenizer())
 
 
-def evaluate(model: LanguageModel, sampler: NeedleSampler, grid: NeedleGrid = GRID, **options: Any) -> list[Cell]:
+def evaluate(model: LanguageModel, sampler: TaskSampler, grid: NeedleGrid = GRID, **options: Any) -> list[Cell]:
     decode = partial(greedy_decode, model)
     return list(evaluate_grid(decode, sampler, grid, batch_size=2, device=CPU, **options))
 
 
-def test_model_that_copies_the_needle_scores_everywhere(sampler: NeedleSampler) -> None:
+def test_model_that_copies_the_needle_scores_everywhere(sampler: TaskSampler) -> None:
     cells = evaluate(copier, sampler)
     assert [(cell.length, cell.depth) for cell in cells] == GRID.cells
     assert all(cell.correct == cell.trials == 3 and cell.token_accuracy == 1 for cell in cells)
 
 
-def test_model_that_never_copies_scores_nowhere(sampler: NeedleSampler) -> None:
+def test_model_that_never_copies_scores_nowhere(sampler: TaskSampler) -> None:
     assert all(cell.correct == 0 and cell.token_accuracy == 0 for cell in evaluate(parrot, sampler))
 
 
-def test_model_that_sees_only_the_end_finds_only_the_deepest_needle(sampler: NeedleSampler) -> None:
+def test_model_that_sees_only_the_end_finds_only_the_deepest_needle(sampler: TaskSampler) -> None:
     grid = NeedleGrid(lengths=(320,), depths=(0.0, 0.5, 1.0), trials=3, seed=1)
     assert [cell.correct for cell in evaluate(short_sighted_copier, sampler, grid)] == [0, 0, 3]
 
 
-def test_half_right_answer_counts_for_tokens_and_not_as_exact(sampler: NeedleSampler) -> None:
+def test_half_right_answer_counts_for_tokens_and_not_as_exact(sampler: TaskSampler) -> None:
     def decode(prompts: Tensor, new_tokens: int) -> Tensor:
         answer = greedy_decode(copier, prompts, new_tokens)
         answer[:, 6:] = 0  # 6 of " 1234567."
@@ -58,14 +58,14 @@ def test_half_right_answer_counts_for_tokens_and_not_as_exact(sampler: NeedleSam
     assert all(cell.correct == 0 and cell.token_accuracy == pytest.approx(6 / 9) for cell in cells)
 
 
-def test_batch_size_changes_no_result(sampler: NeedleSampler) -> None:
+def test_batch_size_changes_no_result(sampler: TaskSampler) -> None:
     decode = partial(greedy_decode, short_sighted_copier)
     results = [list(evaluate_grid(decode, sampler, GRID, batch_size=b, device=CPU)) for b in (1, 2, 5)]
     assert results[0] == results[1] == results[2]
 
 
-def test_finished_cells_are_taken_as_they_are(sampler: NeedleSampler) -> None:
-    known = Cell(160, 0.5, correct=1, trials=3, token_accuracy=0.25)
+def test_finished_cells_are_taken_as_they_are(sampler: TaskSampler) -> None:
+    known = Cell(160, 0.5, correct=1, trials=3, token_accuracy=0.25, character_accuracy=0.25)
     cells = evaluate(copier, sampler, finished={(160, 0.5): known})
     assert cells[1] == known
     assert all(cell.correct == 3 for cell in cells if cell is not known)
@@ -81,13 +81,13 @@ def _evaluate_as_rank(rank: int, world: int, path: str) -> None:
         return greedy_decode(short_sighted_copier, prompts, new_tokens)
 
     grid = NeedleGrid(lengths=(320,), depths=(0.0, 1.0), trials=3, seed=1)
-    sampler = NeedleSampler(ByteTokenizer())
+    sampler = TaskSampler(ByteTokenizer())
     cells = list(evaluate_grid(decode, sampler, grid, batch_size=4, device=CPU, ranks=Ranks(rank, world)))
     torch.save((cells, sum(seen)), f"{path}/{rank}.pt")
     dist.destroy_process_group()
 
 
-def test_ranks_share_the_trials_and_agree_on_the_counts(sampler: NeedleSampler, tmp_path: Path) -> None:
+def test_ranks_share_the_trials_and_agree_on_the_counts(sampler: TaskSampler, tmp_path: Path) -> None:
     torch.multiprocessing.spawn(_evaluate_as_rank, args=(2, str(tmp_path)), nprocs=2)
     alone = evaluate(short_sighted_copier, sampler, NeedleGrid((320,), (0.0, 1.0), 3, 1))
     (first, done_by_first), (second, done_by_second) = (
@@ -114,11 +114,11 @@ def test_grid_that_can_not_work_is_refused(setting: str, changed: dict[str, Any]
     assert error.value.setting == setting
 
 
-def test_lengths_default_to_quarters_of_the_trained_one_where_a_needle_fits(sampler: NeedleSampler) -> None:
+def test_lengths_default_to_quarters_of_the_trained_one_where_a_needle_fits(sampler: TaskSampler) -> None:
     cfg = NeedleConfig(checkpoint="run")
     assert choose_grid(cfg, 1024, sampler).lengths == (256, 512, 768, 1024)
     assert choose_grid(cfg, 256, sampler).lengths == (128, 192, 256)
 
 
-def test_lengths_asked_for_are_taken(sampler: NeedleSampler) -> None:
+def test_lengths_asked_for_are_taken(sampler: TaskSampler) -> None:
     assert choose_grid(NeedleConfig(checkpoint="run", lengths=[300, 200]), 128, sampler).lengths == (300, 200)

@@ -99,7 +99,7 @@ def test_haystacks_are_files_or_noise(checkpoint: Path, tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
     file.write_text("A sentence of the file. Another one.")
     for haystack in (str(file), [str(file), str(file)], "noise"):
-        assert read(checkpoint, haystack=haystack).grid.lengths == (128, 256, 384, 512)
+        assert read(checkpoint, haystack=haystack).problems[0].grid.lengths == (128, 256, 384, 512)
 
 
 def test_a_haystack_without_words_is_refused(checkpoint: Path, tmp_path: Path) -> None:
@@ -113,7 +113,9 @@ def test_a_moved_tokenizer_is_named(tmp_path: Path) -> None:
     run = save(tmp_path / "run", tokenizer=str(tmp_path / "here.json"))
     with pytest.raises(ConfigError, match=r"tokenizer=.*here\.json"):
         read(run)
-    assert read(run, tokenizer=str(tmp_path / "there.json")).sampler.tokenizer.name == str(tmp_path / "there.json")
+    assert read(run, tokenizer=str(tmp_path / "there.json")).problems[0].sampler.tokenizer.name == str(
+        tmp_path / "there.json"
+    )
 
 
 def test_a_tokenizer_larger_than_the_models_vocabulary_is_refused(checkpoint: Path, tmp_path: Path) -> None:
