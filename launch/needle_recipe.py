@@ -2,8 +2,9 @@
 
 python launch/needle_recipe.py plan                   phases, tokens and predicted seconds of every variant
 python launch/needle_recipe.py data                   all training documents, once for all variants
-python launch/needle_recipe.py train hybrid           all phases; after each, its accuracy on held-out keys and values
-python launch/needle_recipe.py evaluate hybrid        the grid up to the longest length
+python launch/needle_recipe.py train hybrid           all phases, one after the other
+python launch/needle_recipe.py evaluate hybrid        the grid up to the longest length, of the last phase trained
+python launch/needle_recipe.py curve hybrid           accuracy of every checkpoint, each at its own phase's length
                                                       each: --root runs/needle  --minutes 10
 
 Run `train` or `evaluate` again to go on where it stopped, as it does when --minutes are over.
@@ -137,22 +138,21 @@ def train_command(root: Path, variant: str, number: int) -> list[str]:
         f"optim.decay_steps={last_step(len(PHASES) - 1)}",
         "evaluation.interval=250",
         f"evaluation.batches={1 if phase.length > 8192 else 4}",
-        "checkpoint.interval=500",
+        f"checkpoint.interval={500 if number == 0 else phase.steps}",
         "tracking.log_interval=20",
     ]
 
 
-def needle_command(root: Path, variant: str, number: int, lengths: list[int], trials: int, output: str) -> list[str]:
-    """How the checkpoint after phase `number` is evaluated; `trials` for each of eleven depths."""
-    run = run_folder(root, variant, number)
+def needle_command(checkpoint: Path, lengths: list[int], trials: int, output: Path) -> list[str]:
+    """How a checkpoint is evaluated; `trials` for each of eleven depths."""
     return [
         str(LAUNCH / "needle.py"),
-        f"checkpoint={run}",
+        f"checkpoint={checkpoint}",
         f"lengths={lengths}",
         f"depths={DEPTHS}",
         f"trials={trials}",
         f"batch_size={max(1, min(trials, 131072 // max(lengths)))}",
-        f"output={run / output}",
+        f"output={output}",
     ]
 
 
@@ -225,7 +225,7 @@ def phase_costs(root: Path, variant: str, number: int) -> ModelCosts:
 def main() -> None:
     """The command line's entry."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=("plan", "data", "train", "evaluate"))
+    parser.add_argument("action", choices=("plan", "data", "train", "evaluate", "curve"))
     parser.add_argument("variant", choices=VARIANTS, nargs="?", default="hybrid")
     parser.add_argument("--root", type=Path, default=Path("runs/needle"))
     parser.add_argument("--minutes", type=float, default=10)
@@ -239,14 +239,21 @@ def main() -> None:
     elif given.action == "data":
         make_data(root, deadline)
     elif given.action == "train":
-        for number, phase in enumerate(PHASES[: last + 1]):
+        for number in range(last + 1):
             if not is_trained(root, variant, number):
                 deadline.run(train_command(root, variant, number))
-            if not (run_folder(root, variant, number) / "needle" / "needle.png").is_file():
-                deadline.run(needle_command(root, variant, number, [phase.length], 4, "needle"))
-    elif given.action == "evaluate":
-        lengths = [length for length in (8192, 16384, 32768, 65536, 131072) if length <= PHASES[last].length]
-        deadline.run(needle_command(root, variant, last, lengths, 10, "grid"))
+    elif given.action == "curve":
+        for number, phase in enumerate(PHASES[: last + 1]):
+            for checkpoint in sorted((run_folder(root, variant, number) / "checkpoints").glob("iter_*")):
+                output = run_folder(root, variant, number) / "needle" / checkpoint.name
+                if not (output / "needle.png").is_file():
+                    deadline.run(needle_command(checkpoint, [phase.length], 4, output))
+    else:
+        trained = [number for number in range(last + 1) if is_trained(root, variant, number)]
+        if not trained:
+            sys.exit(f"no phase of {variant} is trained: train it first")
+        lengths = [length for length in (8192, 16384, 32768, 65536, 131072) if length <= given.longest]
+        deadline.run(needle_command(run_folder(root, variant, trained[-1]), lengths, 10, root / variant / "grid"))
 
 
 if __name__ == "__main__":
