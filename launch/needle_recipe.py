@@ -129,7 +129,6 @@ def train_command(root: Path, variant: str, number: int) -> list[str]:
         f"data.path=[{blend}]",
         f"data.tokenizer={tokenizer(root)}",
         f"data.cache={root}/data/cache",
-        f"data.num_samples={phase.samples}",
         f"data.split=[{100 * (1 - HELD_OUT):g},{100 * HELD_OUT:g},0]",
         f"train.seq_length={phase.length}",
         f"train.global_batch_size={phase.batch}",
