@@ -5,7 +5,7 @@ python launch/needle_recipe.py data                   all training documents, on
 python launch/needle_recipe.py train hybrid           all phases, one after the other
 python launch/needle_recipe.py evaluate hybrid        the grid up to the longest length, of the last phase trained
 python launch/needle_recipe.py curve hybrid           accuracy of every checkpoint, each at its own phase's length
-                                                      each: --root runs/needle  --minutes 10
+                      each: --root runs/needle  --minutes 10; for train also settings of launch/pretrain.py
 
 Run `train` or `evaluate` again to go on where it stopped, as it does when --minutes are over.
 """
@@ -30,6 +30,7 @@ LAUNCH = Path(__file__).parent
 CONF = LAUNCH.parent.resolve() / "conf"
 VARIANTS = ("hybrid", "dense", "sparse_shifted", "sparse_homogeneous", "hybrid_homogeneous")
 DEPTHS = [n / 10 for n in range(11)]
+GRID = (8192, 16384, 32768, 65536, 131072)  # lengths of `evaluate`
 HELD_OUT = 0.02  # of the documents, for the loss after each phase
 
 
@@ -183,14 +184,19 @@ class Deadline:
             sys.exit(done.returncode)
 
 
-def make_data(root: Path, deadline: Deadline) -> None:
-    """All documents; the first program also makes the tokenizer, then the others run side by side."""
-    missing = [c for phase in PHASES for c in data_commands(root, phase) if not Path(f"{c[2][7:]}.idx").is_file()]
-    if not tokenizer(root).is_file() or not Path(f"{str(tokenizer(root))[:-15]}.idx").is_file():
-        deadline.run(missing.pop(0))
-    workers = max(1, (os.cpu_count() or 1) - 1)
-    for first in range(0, len(missing), workers):
-        jobs = [subprocess.Popen([sys.executable, *command]) for command in missing[first : first + workers]]
+def make_data(root: Path, last: int, deadline: Deadline) -> None:
+    """Documents of all phases up to `last`; the first program also makes the tokenizer, the others run side by side."""
+    first, *others = [
+        (root / "data" / f"{phase.name}-{name}.idx", command)
+        for phase in PHASES[: last + 1]
+        for (name, _, _), command in zip(SOURCES, data_commands(root, phase), strict=True)
+    ]
+    if not first[0].is_file():
+        deadline.run(first[1])
+    missing = [command for index, command in others if not index.is_file()]
+    at_once = os.cpu_count() or 1
+    for start in range(0, len(missing), at_once):
+        jobs = [subprocess.Popen([sys.executable, *command]) for command in missing[start : start + at_once]]
         failed = [job.wait() for job in jobs]
         if any(failed):
             sys.exit("some documents could not be made")
@@ -221,7 +227,7 @@ def phase_costs(root: Path, variant: str, number: int) -> ModelCosts:
     return model_costs(cfg.model, hybrid_layout(cfg), cfg.train.seq_length)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """The command line's entry."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=("plan", "data", "train", "evaluate", "curve"))
@@ -229,18 +235,20 @@ def main() -> None:
     parser.add_argument("--root", type=Path, default=Path("runs/needle"))
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--longest", type=int, default=PHASES[-1].length, help="leave longer phases out")
-    given = parser.parse_args()
+    given, settings = parser.parse_known_args(arguments)
+    if wrong := [setting for setting in settings if "=" not in setting or setting.startswith("-")]:
+        parser.error(f"unknown: {' '.join(wrong)}")
     deadline, root, variant = Deadline(given.minutes), given.root, given.variant
     last = max(number for number, phase in enumerate(PHASES) if phase.length <= given.longest)
     if given.action == "plan":
         config.register()
         Console(width=140).print(plan_table(root))
     elif given.action == "data":
-        make_data(root, deadline)
+        make_data(root, last, deadline)
     elif given.action == "train":
         for number in range(last + 1):
             if not is_trained(root, variant, number):
-                deadline.run(train_command(root, variant, number))
+                deadline.run([*train_command(root, variant, number), *settings])
     elif given.action == "curve":
         for number, phase in enumerate(PHASES[: last + 1]):
             for checkpoint in sorted((run_folder(root, variant, number) / "checkpoints").glob("iter_*")):
@@ -251,7 +259,7 @@ def main() -> None:
         trained = [number for number in range(last + 1) if is_trained(root, variant, number)]
         if not trained:
             sys.exit(f"no phase of {variant} is trained: train it first")
-        lengths = [length for length in (8192, 16384, 32768, 65536, 131072) if length <= given.longest]
+        lengths = [length for length in GRID if length <= given.longest]
         deadline.run(needle_command(run_folder(root, variant, trained[-1]), lengths, 10, root / variant / "grid"))
 
 

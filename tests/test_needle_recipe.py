@@ -2,6 +2,7 @@
 
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,9 @@ def recipe() -> dict[str, Any]:
     sys.modules["needle_recipe"] = module
     module.__dict__.update(runpy.run_path(str(ROOT / "launch" / "needle_recipe.py"), run_name="needle_recipe"))
     return module.__dict__
+
+
+SMALL = ["model.hidden_size=32", "model.ffn_hidden_size=32", "train.precision=fp32", "data.num_workers=0"]
 
 
 def composed(program: str, overrides: list[str]) -> Any:
@@ -91,3 +95,30 @@ def test_a_variant_takes_ten_minutes_at_most_as_predicted(recipe: dict[str, Any]
 def test_an_unknown_variant_composes_to_nothing(recipe: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(HydraException, match="needle_spare"):
         training(recipe, tmp_path, "spare", 0)
+
+
+@pytest.mark.slow
+def test_a_small_recipe_goes_from_data_to_grid_and_on_where_it_stopped(recipe: dict[str, Any], tmp_path: Path) -> None:
+    whole = recipe["PHASES"]
+    short = [
+        replace(phase, length=length, batch=2, micro=2, steps=2)
+        for phase, length in zip(whole, (128, 256), strict=False)
+    ]
+    main, root = recipe["main"], ["--root", str(tmp_path)]
+    # The functions' own globals, which are not the module's here.
+    main.__globals__["PHASES"] = tuple(short)
+    main(["data", *root])
+    main(["train", "hybrid", *root, "--longest", "128", *SMALL])
+    assert not recipe["is_trained"](tmp_path, "hybrid", 1)
+    main(["train", "hybrid", *root, *SMALL])
+    assert recipe["is_trained"](tmp_path, "hybrid", 1)
+    main(["curve", "hybrid", *root])
+    main.__globals__["GRID"] = (128, 256)
+    main(["evaluate", "hybrid", *root])
+    picture = runpy.run_path(str(ROOT / "launch" / "needle_curves.py"))
+    variant = picture["read_variant"](tmp_path / "hybrid")
+    assert [point[0] for point in variant["points"]] == [2, 4]
+    assert [point[2] for point in variant["points"]] == [128, 256]
+    assert variant["grid"]["lengths"] == [128, 256]
+    picture["draw"]({"hybrid": variant}, {}, tmp_path / "out.png")
+    assert (tmp_path / "out.png").stat().st_size > 1000
