@@ -238,16 +238,36 @@ class NeedleConfig:
 
 
 @dataclass
+class NeedleDocumentsConfig:
+    """Documents to learn needle retrieval from. What the evaluation asks for never occurs in them.
+
+    A pair [low, high]: each document draws log-evenly from it.
+    """
+
+    # recall, recall_lines: many facts, each told again later, which asks for it; the facts of the tasks single and
+    # key_value. Or a task of the evaluation (`s2train.data.needle_tasks`): one of its samples in each document
+    task: str = "recall"
+    documents: int = 10_000
+    length: int = 512  # tokens of every document, its end among them
+    share: list[float] = field(default_factory=lambda: [0.05, 1.0])  # of a recall's tokens: sentences, filler the rest
+    facts: list[int] = field(default_factory=lambda: [1, 64])  # of a recall, if half of its sentences are as many
+    haystack: Any = "noise"  # filler: noise (RULER's repeated sentences), bundled, a text file, or [file, …]
+    workers: int = 1  # processes; the documents don't depend on it
+
+
+@dataclass
 class PrepareConfig:
     """A run of `launch/prepare_data.py`."""
 
-    # a file or [file, …], text or .jsonl with a "text" a line; "bundled": the corpus that comes with s2train
+    # a file or [file, …], text or .jsonl with a "text" a line; "bundled": the corpus that comes with s2train;
+    # "needles": documents made as `needles` says
     input: Any = MISSING
     output: str = MISSING  # prefix of the .bin, .idx and .json to write
     tokenizer: str = "bytes"  # bytes, a tokenizer.json, or bpe:SIZE to train one, kept as OUTPUT-tokenizer.json
     document_chars: int = 10_000  # long texts are cut into documents of this many characters or more
     seed: int = 1234  # of the order of documents
     overwrite: bool = False
+    needles: NeedleDocumentsConfig = field(default_factory=NeedleDocumentsConfig)  # of input=needles
 
 
 @dataclass

@@ -61,7 +61,7 @@ class Single:
 
     def draft(self, rng: np.random.Generator, split: Split) -> Puzzle:
         key, value = draw_pair(rng, split)
-        return Puzzle((_magic(key, value),), _magic(key, value)[0], f" {value}.")
+        return Puzzle((magic(key, value),), magic(key, value)[0], f" {value}.")
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Multi:
         while len(pairs) < self.needles:
             key, value = draw_pair(rng, split)
             pairs.setdefault(key, value)
-        facts = tuple(_magic(key, value) for key, value in pairs.items())
+        facts = tuple(magic(key, value) for key, value in pairs.items())
         if self.ask == "one":
             key, value = next(iter(pairs.items()))
             return Puzzle(facts[:1], facts[0][0], f" {value}.", distractors=facts[1:])
@@ -98,10 +98,10 @@ class KeyValue:
             _check_number("distractors", self.distractors, 0, 1_000_000)
 
     def draft(self, rng: np.random.Generator, split: Split) -> Puzzle:
-        key, value = next(_lines(rng, split, None))
+        key, value = next(key_value_lines(rng, split, None))
 
         def others(rng: np.random.Generator) -> Iterator[Fact]:
-            return ((f" {name}:", f" {number}.") for name, number in _lines(rng, split, key))
+            return ((f" {name}:", f" {number}.") for name, number in key_value_lines(rng, split, key))
 
         needles = ((f" {key}:", f" {value}."),)
         if self.distractors is None:
@@ -179,11 +179,12 @@ def has_setting(task: str, setting: str) -> bool:
     return task in TASKS and setting in (entry.name for entry in fields(TASKS[task]))  # type: ignore[arg-type]
 
 
-def _magic(key: str, value: str) -> Fact:
+def magic(key: str, value: str) -> Fact:
+    """The needle of `single` and `multi`; its head is the question too."""
     return f" The magic number of {key} is", f" {value}."
 
 
-def _lines(rng: np.random.Generator, split: Split, other_than: str | None) -> Iterator[tuple[str, str]]:
+def key_value_lines(rng: np.random.Generator, split: Split, other_than: str | None) -> Iterator[tuple[str, str]]:
     """Keys such as ``brisk-otter-417`` and values, without end; many at once, since one by one is slow."""
     while True:
         adjective, noun = (rng.integers(len(words), size=_LINES_AT_ONCE).tolist() for words in (ADJECTIVES, NOUNS))

@@ -9,7 +9,7 @@ The filler follows RULER's noise haystack (Hsieh et al., 2024, arXiv:2404.06654)
 
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -141,15 +141,3 @@ class NeedleSampler:
         question = self.tokenizer.encode(f" The magic number of {key} is")
         answer = self.tokenizer.encode(f" {value}.")
         return np.asarray(question, dtype=np.int64), np.asarray(answer, dtype=np.int64)
-
-
-def needle_documents(sampler: NeedleSampler, lengths: Sequence[int], count: int, seed: int) -> Iterator[str]:
-    """`count` training documents, question and answer included, to blend into a corpus as text.
-
-    Each has one of `lengths` tokens and a depth, both drawn evenly; keys and values are of the training
-    split. A tokenizer may count a few tokens more or less when it reads the text back, joined or cut.
-    """
-    rng = np.random.default_rng(seed)
-    for _ in range(count):
-        sample = sampler.sample(rng, int(rng.choice(lengths)), float(rng.random()), "train")
-        yield sampler.tokenizer.decode([*sample.prompt.tolist(), *sample.answer.tolist()])

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from s2train.data.needles import NOISE, NeedleSampler, draw_pair, needle_documents, split_of, text_haystack
+from s2train.data.needles import NOISE, NeedleSampler, draw_pair, text_haystack
 from s2train.data.tokenizers import ByteTokenizer, load_tokenizer, train_bpe
 from s2train.errors import ConfigError
 
@@ -109,13 +109,3 @@ def test_empty_haystack_is_refused(haystack: str) -> None:
 def test_missing_haystack_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="No such file"):
         text_haystack([tmp_path / "none.txt"])
-
-
-def test_training_documents_have_their_lengths_and_training_pairs_only(byte_sampler: NeedleSampler) -> None:
-    documents = list(needle_documents(byte_sampler, [128, 256], count=40, seed=5))
-    assert {len(document.encode()) for document in documents} == {128, 256}
-    for document in documents:
-        key, value = document.removesuffix(".").split(" The magic number of ")[-1].split(" is ")
-        assert split_of(key) == split_of(value) == "train"
-        assert document.count(f" The magic number of {key} is {value}.") == 2
-    assert documents == list(needle_documents(byte_sampler, [128, 256], count=40, seed=5))
