@@ -221,28 +221,56 @@ class NeedleConfig:
     checkpoint: str = MISSING  # a run folder, its checkpoints folder, or one iter_* in it
     tokenizer: str | None = None  # where the run's tokenizer.json was moved to; None: the run's own
     lengths: list[int] | None = None  # tokens, prompt and answer together; None: four up to the trained length
-    haystack: Any = "noise"  # what surrounds the needle: noise (RULER's repeated sentences), a text file, or [file, …]
+    # what is hidden and asked: single, multi, key_value, variable_tracking, or [task, …]; see data/needle_tasks.py
+    task: Any = "single"
+    needles: int | None = None  # of multi: keys with a value each; None: 4
+    ask: str | None = None  # one or all: of multi's keys, or of variable_tracking's names; None: one, and all
+    distractors: int | None = None  # of key_value: other lines; None: as many as the length holds, and no haystack
+    hops: int | None = None  # of variable_tracking: names that stand for another one; None: 4
+    chains: int | None = None  # of variable_tracking: all but one not asked for; None: 1
+    haystack: Any = "noise"  # what surrounds the needles: noise (RULER's repeated sentences), a text file, or [file, …]
     depths: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])  # 0: at the beginning
     trials: int = 8  # a cell, that is a length and a depth
     batch_size: int = 8  # sequences decoded at once, on a data parallel rank
     seed: int = 1234  # of keys, values and where the haystack starts
-    output: str | None = None  # folder for needle.json and needle.png; None: `needle` in the run folder
+    threshold: float = 0.856  # score that makes a length an effective one; RULER's
+    output: str | None = None  # folder for JSON and PNG of each task; None: `needle` in the run folder
     attention_backend: str = "auto"  # sparse layers, as in a run
     tp: int = 1  # tensor model parallel; the other processes share the trials
     wandb: str = "disabled"  # auto, offline, online: heat map, table and score go to the training's own wandb run
 
 
 @dataclass
+class NeedleDocumentsConfig:
+    """Documents to learn needle retrieval from. What the evaluation asks for never occurs in them.
+
+    A pair [low, high]: each document draws log-evenly from it.
+    """
+
+    # recall, recall_lines: many facts, each told again later, which asks for it; the facts of the tasks single and
+    # key_value. Or a task of the evaluation (`s2train.data.needle_tasks`): one of its samples in each document
+    task: str = "recall"
+    documents: int = 10_000
+    length: int = 512  # tokens of every document, its end among them
+    share: list[float] = field(default_factory=lambda: [0.05, 1.0])  # of a recall's tokens: sentences, filler the rest
+    facts: list[int] = field(default_factory=lambda: [1, 64])  # of a recall, if half of its sentences are as many
+    haystack: Any = "noise"  # filler: noise (RULER's repeated sentences), bundled, a text file, or [file, …]
+    workers: int = 1  # processes; the documents don't depend on it
+
+
+@dataclass
 class PrepareConfig:
     """A run of `launch/prepare_data.py`."""
 
-    # a file or [file, …], text or .jsonl with a "text" a line; "bundled": the corpus that comes with s2train
+    # a file or [file, …], text or .jsonl with a "text" a line; "bundled": the corpus that comes with s2train;
+    # "needles": documents made as `needles` says
     input: Any = MISSING
     output: str = MISSING  # prefix of the .bin, .idx and .json to write
     tokenizer: str = "bytes"  # bytes, a tokenizer.json, or bpe:SIZE to train one, kept as OUTPUT-tokenizer.json
     document_chars: int = 10_000  # long texts are cut into documents of this many characters or more
     seed: int = 1234  # of the order of documents
     overwrite: bool = False
+    needles: NeedleDocumentsConfig = field(default_factory=NeedleDocumentsConfig)  # of input=needles
 
 
 @dataclass

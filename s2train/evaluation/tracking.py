@@ -1,22 +1,46 @@
-"""Needle results in the wandb run of the training that they are of."""
+"""Needle results in the wandb run of the training that they are of: cells as a table, scores, heat maps."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from s2train.config import PretrainConfig
-from s2train.evaluation.results import NeedleResults
+from s2train.evaluation.results import NeedleResults, file_name
 from s2train.megatron.checkpoint import read_progress
 from s2train.wandb_run import RunInfo, WandbRun
 
+COLUMNS = (
+    *("task", "length", "depth", "correct", "trials", "score", "low", "high"),
+    *("token accuracy", "character accuracy", "layers from first", "layers from last"),
+)
+Row = tuple[str | int | float | None, ...]
 
-def log_needles(results: NeedleResults, trained: PretrainConfig, heat_map: Path, mode: str) -> str:
-    """Heat map, table and score, at the checkpoint's step; returns the id of the run they went to.
+
+def rows(found: Mapping[str, NeedleResults]) -> list[Row]:
+    """A row of `COLUMNS` for each cell asked for, by task."""
+    made: list[Row] = []
+    for task, results in found.items():
+        for cell in results.asked:
+            score, reach = cell.score, cell.reach
+            layers = (None, None) if reach is None else (reach.from_first, reach.from_last)
+            accuracies = cell.token_accuracy, cell.character_accuracy
+            counts = cell.correct, cell.trials, score.share, *score.interval
+            made.append((task, cell.length, cell.depth, *counts, *accuracies, *layers))
+    return made
+
+
+def log_needles(found: Mapping[str, NeedleResults], trained: PretrainConfig, folder: Path, mode: str) -> str:
+    """All cells, and each task's heat map, score and effective length, at the checkpoint's step.
 
     Args:
+        found: results by task, of one checkpoint; at least one.
         trained: settings of the run that wrote the checkpoint; a run that had no wandb run gets one here.
-        heat_map: PNG.
+        folder: where the heat maps are.
         mode: offline or online.
+    Returns:
+        The id of the wandb run.
     """
-    checkpoint, tracking = Path(results.checkpoint), trained.tracking
+    first, tracking = next(iter(found.values())), trained.tracking
+    checkpoint, step = Path(first.checkpoint), first.step
     run = WandbRun(
         RunInfo(
             mode=mode,
@@ -28,10 +52,10 @@ def log_needles(results: NeedleResults, trained: PretrainConfig, heat_map: Path,
             config={},
         )
     )
-    columns = ["length", "depth", "correct", "trials", "token accuracy"]
-    rows = [[c.length, c.depth, c.correct, c.trials, c.token_accuracy] for c in results.asked]
-    run.picture("needles", heat_map, results.step)
-    run.table("needle cells", columns, rows, results.step)
-    run.log({"needle_score": results.score, "step": results.step})
+    run.table("needle cells", list(COLUMNS), [list(row) for row in rows(found)], step)
+    for task, results in found.items():
+        run.picture(f"needles {task}", folder / f"{file_name(task)}.png", step)
+        score = results.score and results.score.share
+        run.log({f"needle_{task}": score, f"effective_length_{task}": results.effective_length, "step": step})
     run.close()
     return run.id

@@ -18,6 +18,7 @@ from s2train.training.batches import Batch, micro_batches
 from s2train.training.checkpoint import TrainingState, save
 from s2train.training.metrics import StepMetrics, Tracker
 from s2train.training.optimizer import whole_parameters
+from s2train.training.positions import HeldOut, position_edges
 from s2train.training.steps import run_step
 
 
@@ -86,7 +87,7 @@ class Trainer:
                 for kernels in kernels_of(self.state.chunks):
                     self.tracker.note(f"sparse attention: {kernels}")
             is_last = step == last
-            held_out = None
+            held_out: HeldOut | None = None
             paused = time.perf_counter()
             if self.held_out_set is not None and (step % cfg.evaluation.interval == 0 or is_last):
                 held_out = self.held_out_loss()
@@ -102,19 +103,20 @@ class Trainer:
                 interval.paused += time.perf_counter() - paused
         return saved
 
-    def held_out_loss(self) -> float:
-        """Mean loss (nats per token) over the first `evaluation.batches` global batches of the held-out split."""
+    def held_out_loss(self) -> HeldOut:
+        """Loss over the first `evaluation.batches` global batches of the held-out split."""
         cfg, chunks = self.cfg, self.state.chunks
         assert self.held_out_set is not None
-        count = cfg.evaluation.batches
+        count, edges = cfg.evaluation.batches, position_edges(cfg.train.seq_length)
         batches = self._batches(self.held_out_set, 0, count * cfg.train.global_batch_size)
         with torch.no_grad(), whole_parameters(cfg, chunks):
             for chunk in chunks:
                 chunk.eval()
-            losses = [run_step(cfg, chunks, batches, forward_only=True) for _ in range(count)]
+            steps = [run_step(cfg, chunks, batches, forward_only=True, edges=edges) for _ in range(count)]
             for chunk in chunks:
                 chunk.train()
-        return sum(losses) / count
+        losses = [float(sums[:, 0].sum() / sums[:, 1].sum()) for sums in steps]
+        return HeldOut.of(sum(losses) / count, edges, torch.stack(steps).sum(dim=0))
 
     def _step(self, batches: list[Iterator[Batch]]) -> tuple[float, float, float]:
         """Loss, gradient norm and the learning rate of this step."""
@@ -123,17 +125,17 @@ class Trainer:
         for chunk in state.chunks:
             chunk.zero_grad_buffer()
         state.optimizer.zero_grad()
-        loss = run_step(self.cfg, state.chunks, batches, forward_only=False)
+        ((total, tokens),) = run_step(self.cfg, state.chunks, batches, forward_only=False).tolist()
         _, grad_norm, _ = state.optimizer.step()
         state.scheduler.step(1)
-        return loss, float(grad_norm), lr
+        return total / tokens, float(grad_norm), lr
 
     def _batches(self, dataset: Dataset, start: int, stop: int) -> list[Iterator[Batch]]:
         """An iterator for each model chunk: under a virtual pipeline, first and last chunk both want the batch."""
         return [micro_batches(self.cfg, dataset, start, stop, self.device) for _ in self.state.chunks]
 
     def _metrics(
-        self, step: int, last: int, interval: Interval, grad_norm: float, lr: float, held_out: float | None
+        self, step: int, last: int, interval: Interval, grad_norm: float, lr: float, held_out: HeldOut | None
     ) -> StepMetrics:
         train = self.cfg.train
         steps = len(interval.losses)
@@ -143,7 +145,7 @@ class Trainer:
         return StepMetrics(
             step=step,
             loss=sum(interval.losses) / steps,
-            held_out_loss=held_out,
+            held_out_loss=None if held_out is None else held_out.loss,
             lr=lr,
             grad_norm=grad_norm,
             step_time_s=step_time,
@@ -152,6 +154,9 @@ class Trainer:
             mfu=flops / self.speed.peak_flops if self.speed.peak_flops else None,
             memory_gib=torch.cuda.max_memory_allocated() / 2**30,
             eta_s=(last - step) * step_time,
+            held_out_loss_by_position=None if held_out is None else held_out.by_position,
+            held_out_short=None if held_out is None else held_out.short,
+            held_out_long=None if held_out is None else held_out.long,
         )
 
     def _save(self, progress: Progress) -> Path:

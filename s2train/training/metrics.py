@@ -27,6 +27,7 @@ class StepMetrics:
         tokens_per_s: of the whole job.
         model_tflops: TFLOP/s per device, from the exact FLOPs of the layout, recomputation not counted.
         mfu: model_tflops over the device's dense peak; None where the peak is not known.
+        held_out_loss_by_position, held_out_short, held_out_long: see `s2train.training.positions.HeldOut`.
         memory_gib: peak allocated on this rank's device; 0 on a CPU.
     """
 
@@ -41,6 +42,9 @@ class StepMetrics:
     mfu: float | None
     memory_gib: float
     eta_s: float
+    held_out_loss_by_position: list[tuple[int, int, float | None]] | None = None
+    held_out_short: float | None = None
+    held_out_long: float | None = None
 
     def line(self, steps: int) -> str:
         """One dense console line."""
@@ -125,7 +129,8 @@ class Tracker:
         values = {k: v for k, v in asdict(metrics).items() if v is not None}
         self._write(values)
         if self._run is not None:
-            self._run.log(values)
+            ranges = values.pop("held_out_loss_by_position", [])
+            self._run.log(values | {f"held_out_loss/{start}": loss for start, _, loss in ranges})
 
     def note(self, text: str | None) -> None:
         """Print something for the reader."""
