@@ -13,7 +13,7 @@ def wilson_interval(correct: int, trials: int) -> tuple[float, float]:
     share, spread = correct / trials, _Z**2 / trials
     middle = (share + spread / 2) / (1 + spread)
     half = _Z / (1 + spread) * math.sqrt(share * (1 - share) / trials + spread / (4 * trials))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    return middle - half if correct else 0.0, middle + half if correct < trials else 1.0
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from s2train.config import NeedleConfig
+from s2train.data.needle_tasks import find_task
 from s2train.data.task_samples import TaskSampler
 from s2train.data.tokenizers import ByteTokenizer
 from s2train.errors import ConfigError
 from s2train.evaluation.generate import LanguageModel, greedy_decode
 from s2train.evaluation.needle import NeedleGrid, Ranks, choose_grid, evaluate_grid
 from s2train.evaluation.results import Cell
-from tests.evaluation.fake_models import copier, parrot, short_sighted_copier
+from tests.evaluation.fake_models import copier, parrot, short_sighted_copier, solve
 
 CPU = torch.device("cpu")
 GRID = NeedleGrid(lengths=(160, 256), depths=(0.0, 0.5, 1.0), trials=3, seed=11)
@@ -58,6 +59,45 @@ def test_half_right_answer_counts_for_tokens_and_not_as_exact(sampler: TaskSampl
     assert all(cell.correct == 0 and cell.token_accuracy == pytest.approx(6 / 9) for cell in cells)
 
 
+@pytest.mark.parametrize(
+    ("task", "settings"),
+    [
+        ("single", {}),
+        ("multi", {}),
+        ("multi", {"ask": "all"}),
+        ("key_value", {}),
+        ("key_value", {"distractors": 5}),
+        ("variable_tracking", {}),
+        ("variable_tracking", {"ask": "one", "chains": 2}),
+    ],
+    ids=str,
+)
+def test_a_solver_scores_everywhere_in_every_task_and_one_mistake_is_counted(
+    task: str, settings: dict[str, Any]
+) -> None:
+    sampler = TaskSampler(ByteTokenizer(), task=find_task(task, settings))
+    grid = NeedleGrid(lengths=(512, 700), depths=(0.0, 0.5, 1.0), trials=3, seed=11)
+    cells = list(evaluate_grid(solve, sampler, grid, batch_size=2, device=CPU))
+    assert [cell.correct for cell in cells] == [3] * 6
+    assert {(cell.token_accuracy, cell.character_accuracy) for cell in cells} == {(1.0, 1.0)}
+    calls = 0
+
+    def wrong_once(prompts: Tensor, new_tokens: int) -> Tensor:
+        nonlocal calls
+        calls += 1
+        answers = solve(prompts, new_tokens)
+        if calls == 1:
+            answers[0, 1] = 200  # no text, in place of the first letter or digit
+        return answers
+
+    first, *others = evaluate_grid(wrong_once, sampler, grid, batch_size=2, device=CPU)
+    assert (first.correct, [cell.correct for cell in others]) == (2, [3] * 5)
+    sample = sampler.sample(grid.rng(512, 0.0, 0), 512, 0.0, "eval")
+    counted = sum(character.isalnum() for character in sampler.tokenizer.decode(sample.answer.tolist()))
+    assert first.token_accuracy == pytest.approx(1 - 1 / (3 * len(sample.answer)))
+    assert first.character_accuracy == pytest.approx(1 - 1 / (3 * counted))
+
+
 def test_batch_size_changes_no_result(sampler: TaskSampler) -> None:
     decode = partial(greedy_decode, short_sighted_copier)
     results = [list(evaluate_grid(decode, sampler, GRID, batch_size=b, device=CPU)) for b in (1, 2, 5)]
@@ -80,20 +120,26 @@ def _evaluate_as_rank(rank: int, world: int, path: str) -> None:
         seen.append(len(prompts))
         return greedy_decode(short_sighted_copier, prompts, new_tokens)
 
+    def solve_some(prompts: Tensor, new_tokens: int) -> Tensor:
+        return torch.where(prompts[:, :1] % 2 == 0, solve(prompts, new_tokens), 0)
+
     grid = NeedleGrid(lengths=(320,), depths=(0.0, 1.0), trials=3, seed=1)
-    sampler = TaskSampler(ByteTokenizer())
-    cells = list(evaluate_grid(decode, sampler, grid, batch_size=4, device=CPU, ranks=Ranks(rank, world)))
-    torch.save((cells, sum(seen)), f"{path}/{rank}.pt")
+    options: dict[str, Any] = {"batch_size": 4, "device": CPU, "ranks": Ranks(rank, world)}
+    cells = list(evaluate_grid(decode, TaskSampler(ByteTokenizer()), grid, **options))
+    chains = TaskSampler(ByteTokenizer(), task=find_task("variable_tracking", {}))
+    more = list(evaluate_grid(solve_some, chains, grid, **options))
+    torch.save((cells, more, sum(seen)), f"{path}/{rank}.pt")
     dist.destroy_process_group()
 
 
 def test_ranks_share_the_trials_and_agree_on_the_counts(sampler: TaskSampler, tmp_path: Path) -> None:
     torch.multiprocessing.spawn(_evaluate_as_rank, args=(2, str(tmp_path)), nprocs=2)
-    alone = evaluate(short_sighted_copier, sampler, NeedleGrid((320,), (0.0, 1.0), 3, 1))
-    (first, done_by_first), (second, done_by_second) = (
-        torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1)
-    )
-    assert first == second == alone
+    (tmp_path / "alone").mkdir()
+    torch.multiprocessing.spawn(_evaluate_as_rank, args=(1, str(tmp_path / "alone")), nprocs=1)
+    alone = torch.load(tmp_path / "alone" / "0.pt", weights_only=False)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1))
+    assert first[:2] == second[:2] == alone[:2]
+    done_by_first, done_by_second = first[2], second[2]
     assert (done_by_first, done_by_second) == (4, 2)  # 2 and 1 of 3 trials, in 2 cells
 
 

@@ -2,6 +2,9 @@
 
 import io
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +29,7 @@ from s2train.evaluation.run import run_needles
 from s2train.evaluation.scores import Score
 from tests.evaluation.fake_models import copier, parrot
 from tests.layouts.layout_cases import make_hybrid
+from tests.program import ROOT
 
 GRID = NeedleGrid(lengths=(128, 160), depths=(0.0, 1.0), trials=2, seed=3)
 
@@ -88,6 +92,33 @@ def test_interrupted_evaluation_keeps_its_finished_cells_and_goes_on_from_them(t
     again = CountingCopier()
     assert run_decoder(again, tmp_path).score == Score(8, 8)
     assert again.calls == 1
+
+
+def test_an_evaluation_killed_at_any_time_leaves_whole_results(tmp_path: Path) -> None:
+    program = (
+        "from pathlib import Path; from s2train.evaluation.results import Cell, NeedleResults\n"
+        "results = NeedleResults('runs/x', 1, {}, list(range(1, 60)), [0.0])\n"
+        "while True:\n"
+        "    for length in range(1, 60):\n"
+        "        results.add(Cell(length, 0.0, 1, 2, 0.5, 0.5)); results.save(Path('needle.json'))\n"
+        "        print('saved', flush=True)\n"
+    )
+    for saves in np.random.default_rng().integers(1, 60, size=3).tolist():
+        process = subprocess.Popen(
+            [sys.executable, "-c", program],
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )
+        assert process.stdout is not None
+        for _ in range(saves):
+            process.stdout.readline()
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        kept = load_results(tmp_path / "needle.json")
+        assert kept is not None
+        assert len(kept.cells) >= min(saves, 59)
 
 
 def test_wider_grid_evaluates_only_what_is_new_and_scores_all_of_it(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Held-out loss by position."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -33,7 +34,7 @@ def test_ranks_of_context_parallel_together_sum_what_one_process_sums(size: int)
         held = torch.cat([chunks[rank], chunks[2 * size - 1 - rank]]) if size > 1 else torch.arange(length)
         bins = position_bins(edges, rank, size, CPU)
         total += sum_by_position(losses[:, held], weights[:, held], bins, len(edges) - 1)
-    for (start, stop), (loss, tokens) in zip(zip(edges, edges[1:], strict=False), total.tolist(), strict=True):
+    for (start, stop), (loss, tokens) in zip(itertools.pairwise(edges), total.tolist(), strict=True):
         own = weights[:, start:stop].double()
         assert tokens == own.sum()
         assert loss == pytest.approx(float((losses[:, start:stop].double() * own).sum()))
@@ -70,7 +71,13 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-SETTINGS = ["train.steps=2", "evaluation.interval=1", "evaluation.batches=2", "train.precision=fp32"]
+SETTINGS = [
+    "train.steps=4",
+    "train.exit_step=2",
+    "evaluation.interval=1",
+    "evaluation.batches=2",
+    "train.precision=fp32",
+]
 
 
 @pytest.mark.slow
