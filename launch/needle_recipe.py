@@ -74,8 +74,8 @@ PHASES = (
 
 # (name, weight in the blend, settings)
 SOURCES = (
-    ("noise", 0.5, ("needles.task=recall", "needles.haystack=noise")),
-    ("text", 0.25, ("needles.task=recall", "needles.haystack=bundled")),
+    ("noise", 0.6, ("needles.task=recall", "needles.haystack=noise")),
+    ("text", 0.15, ("needles.task=recall", "needles.haystack=bundled")),
     ("lines", 0.25, ("needles.task=recall_lines", "needles.haystack=noise")),
 )
 
