@@ -65,11 +65,11 @@ class Phase:
 # Look-ups are learned at 512 tokens, where a document has the most of them; then they are carried to longer
 # distances, through ever more filler.
 PHASES = (
-    Phase(512, 64, 64, 2500, (0.3, 1.0), (1, 32)),
-    Phase(2048, 32, 32, 400, (0.1, 1.0), (1, 64)),
-    Phase(8192, 8, 8, 300, (0.03, 0.6), (1, 256)),
-    Phase(32768, 4, 4, 120, (0.01, 0.3), (1, 512)),
-    Phase(131072, 1, 1, 120, (0.003, 0.1), (1, 512)),
+    Phase(512, 64, 64, 2500, (0.1, 1.0), (1, 32)),
+    Phase(2048, 32, 32, 400, (0.05, 1.0), (1, 64)),
+    Phase(8192, 8, 8, 300, (0.02, 0.6), (1, 256)),
+    Phase(32768, 4, 4, 120, (0.006, 0.3), (1, 512)),
+    Phase(131072, 1, 1, 120, (0.002, 0.1), (1, 512)),
 )
 
 # (name, weight in the blend, settings)
