@@ -53,13 +53,15 @@ def draw(variants: dict[str, dict[str, Any]], grids: dict[str, NeedleResults], p
             shares = 100 * np.array(correct) / np.array(trials)
             axes.plot(seconds, shares, marker="o", markersize=3, label=f"{name}, {variant['seconds']:.0f} s")
     axes.set_xlabel("seconds of training steps")
-    axes.set_ylabel("exact answers (%), at the length then trained")
+    axes.set_ylabel("exact answers at the length then trained (%)", fontsize=8)
+    axes.set_xlim(left=0)
+    axes.set_ylim(-3, 103)
     axes.legend(fontsize=8)
     for axes, (name, grid) in zip(np.atleast_1d(below.subplots(1, max(1, len(grids)))), grids.items(), strict=False):
         share = {(cell.length, cell.depth): cell.correct / cell.trials for cell in grid.asked}
         values = [[share.get((length, depth), np.nan) for length in grid.lengths] for depth in grid.depths]
         axes.imshow(values, cmap=SCORE_COLOURS, vmin=0, vmax=1, aspect="auto")
-        axes.set_xticks(range(len(grid.lengths)), [f"{length // 1024}k" for length in grid.lengths], fontsize=7)
+        axes.set_xticks(range(len(grid.lengths)), [f"{length / 1024:g}k" for length in grid.lengths], fontsize=7)
         axes.set_yticks(range(len(grid.depths)), [f"{100 * depth:.0f} %" for depth in grid.depths], fontsize=7)
         axes.set_title(f"{name}: {100 * grid.score.share:.1f} %" if grid.score else name, fontsize=9)
     figure.savefig(path, format="png")

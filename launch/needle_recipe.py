@@ -65,17 +65,17 @@ class Phase:
 # Look-ups are learned at 512 tokens, where a document has the most of them; then they are carried to longer
 # distances, through ever more filler.
 PHASES = (
-    Phase(512, 64, 64, 2500, (0.3, 1.0), (1, 32)),
-    Phase(2048, 32, 32, 400, (0.1, 1.0), (1, 64)),
-    Phase(8192, 8, 8, 300, (0.03, 0.6), (1, 256)),
-    Phase(32768, 4, 4, 120, (0.01, 0.3), (1, 512)),
-    Phase(131072, 1, 1, 120, (0.003, 0.1), (1, 512)),
+    Phase(512, 64, 64, 2500, (0.1, 1.0), (1, 32)),
+    Phase(2048, 32, 32, 400, (0.05, 1.0), (1, 64)),
+    Phase(8192, 8, 8, 300, (0.02, 0.6), (1, 256)),
+    Phase(32768, 4, 4, 120, (0.006, 0.3), (1, 512)),
+    Phase(131072, 1, 1, 120, (0.002, 0.1), (1, 512)),
 )
 
 # (name, weight in the blend, settings)
 SOURCES = (
-    ("noise", 0.5, ("needles.task=recall", "needles.haystack=noise")),
-    ("text", 0.25, ("needles.task=recall", "needles.haystack=bundled")),
+    ("noise", 0.6, ("needles.task=recall", "needles.haystack=noise")),
+    ("text", 0.15, ("needles.task=recall", "needles.haystack=bundled")),
     ("lines", 0.25, ("needles.task=recall_lines", "needles.haystack=noise")),
 )
 
@@ -140,6 +140,7 @@ def train_command(root: Path, variant: str, number: int) -> list[str]:
         f"evaluation.batches={1 if phase.length > 8192 else 4}",
         f"checkpoint.interval={500 if number == 0 else phase.steps}",
         "tracking.log_interval=20",
+        "data.num_workers=4",
     ]
 
 
@@ -154,6 +155,18 @@ def needle_command(checkpoint: Path, lengths: list[int], trials: int, output: Pa
         f"batch_size={max(1, min(trials, 131072 // max(lengths)))}",
         f"output={output}",
     ]
+
+
+def curve_commands(root: Path, variant: str, last: int) -> list[list[str]]:
+    """How all checkpoints that were not are evaluated, each at its phase's length."""
+    commands = []
+    for number, phase in enumerate(PHASES[: last + 1]):
+        run = run_folder(root, variant, number)
+        for checkpoint in sorted((run / "checkpoints").glob("iter_*")):
+            output = run / "needle" / checkpoint.name
+            if not (output / "needle.png").is_file():
+                commands.append(needle_command(checkpoint, [phase.length], 4, output))
+    return commands
 
 
 def run_folder(root: Path, variant: str, number: int) -> Path:
@@ -172,7 +185,7 @@ class Deadline:
         self._end = time.monotonic() + 60 * minutes
 
     def run(self, command: list[str]) -> None:
-        """Run a program of launch/; exits with its status if it fails, and with 3 when the time is over."""
+        """Run a program of launch/; exits with its status if it fails, and with 1 when the time is over."""
         started = time.monotonic()
         print("$ python", " ".join(command), flush=True)
         try:
@@ -182,6 +195,23 @@ class Deadline:
         print(f"# {time.monotonic() - started:.1f} s", flush=True)
         if done.returncode:
             sys.exit(done.returncode)
+
+    def run_together(self, commands: list[list[str]]) -> None:
+        """Run programs of launch/ side by side, as many as there are cores; exits if any fails, or the time is over."""
+        waiting, running = list(commands), []
+        while waiting or running:
+            while waiting and len(running) < (os.cpu_count() or 1):
+                print("$ python", " ".join(waiting[0]), flush=True)
+                running.append(subprocess.Popen([sys.executable, *waiting.pop(0)]))
+            status = None if time.monotonic() < self._end else "the time is over; run this again to go on"
+            for job in [job for job in running if job.poll() is not None]:
+                running.remove(job)
+                status = job.returncode or status
+            if status:
+                for job in running:
+                    job.terminate()
+                sys.exit(status)
+            time.sleep(0.2)
 
 
 def make_data(root: Path, last: int, deadline: Deadline) -> None:
@@ -193,13 +223,7 @@ def make_data(root: Path, last: int, deadline: Deadline) -> None:
     ]
     if not first[0].is_file():
         deadline.run(first[1])
-    missing = [command for index, command in others if not index.is_file()]
-    at_once = os.cpu_count() or 1
-    for start in range(0, len(missing), at_once):
-        jobs = [subprocess.Popen([sys.executable, *command]) for command in missing[start : start + at_once]]
-        failed = [job.wait() for job in jobs]
-        if any(failed):
-            sys.exit("some documents could not be made")
+    deadline.run_together([command for index, command in others if not index.is_file()])
 
 
 def plan_table(root: Path) -> Table:
@@ -250,11 +274,7 @@ def main(arguments: list[str] | None = None) -> None:
             if not is_trained(root, variant, number):
                 deadline.run([*train_command(root, variant, number), *settings])
     elif given.action == "curve":
-        for number, phase in enumerate(PHASES[: last + 1]):
-            for checkpoint in sorted((run_folder(root, variant, number) / "checkpoints").glob("iter_*")):
-                output = run_folder(root, variant, number) / "needle" / checkpoint.name
-                if not (output / "needle.png").is_file():
-                    deadline.run(needle_command(checkpoint, [phase.length], 4, output))
+        deadline.run_together(curve_commands(root, variant, last))
     else:
         trained = [number for number in range(last + 1) if is_trained(root, variant, number)]
         if not trained:

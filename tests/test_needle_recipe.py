@@ -29,7 +29,13 @@ def recipe() -> dict[str, Any]:
     return module.__dict__
 
 
-SMALL = ["model.hidden_size=32", "model.ffn_hidden_size=32", "train.precision=fp32", "data.num_workers=0"]
+SMALL = [
+    "model.hidden_size=32",
+    "model.ffn_hidden_size=32",
+    "train.precision=fp32",
+    "data.num_workers=0",
+    "optim.warmup_steps=1",
+]
 
 
 def composed(program: str, overrides: list[str]) -> Any:

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -69,8 +69,9 @@ def _write(cfg: PrepareConfig, sources: list[Path], temporary: dict[str, Path], 
     tokenizer_name = cfg.tokenizer
     if "-tokenizer.json" in final:
         tokenizer_name = str(final["-tokenizer.json"])
-        texts: Iterable[str] = (document for source in sources for document in documents(source))
-        texts = needle_texts(cfg.needles, cfg.seed) if cfg.input == NEEDLES else texts
+        texts: Iterator[str] = (document for source in sources for document in documents(source))
+        if cfg.input == NEEDLES:
+            texts = needle_texts(cfg.needles, cfg.seed)
         train_bpe(texts, _bpe_size(cfg.tokenizer), temporary["-tokenizer.json"])
         tokenizer = load_tokenizer(str(temporary["-tokenizer.json"]), "tokenizer")
     else:
