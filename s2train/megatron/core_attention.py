@@ -15,8 +15,7 @@ from s2train.kernels.choice import KernelsInUse, kernels_in_use
 from s2train.kernels.dense import dense_causal_attention
 from s2train.kernels.layout import BlockLayout
 from s2train.layouts.hybrid import LayerLayout
-from s2train.megatron.context_parallel.attention import attend_overlapped, attend_together
-from s2train.megatron.context_parallel.gathering import chunk_ids, gather_sequence
+from s2train.megatron.context_parallel.attention import attend_gathered, attend_overlapped, attend_together
 
 
 class LayoutCache:
@@ -141,13 +140,7 @@ class CausalCoreAttention(MegatronModule):
 
     def attend_across_ranks(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """As `attend`, of the two chunks of the sequence that this context parallel rank holds; all keys gathered."""
-        group, rows = self.cp_group, query.shape[0] // 2
-        key, value = gather_sequence(key, group), gather_sequence(value, group)
-        parts = []
-        for chunk, part in zip(chunk_ids(group.rank(), group.size()), query.chunk(2), strict=True):
-            seen = (chunk + 1) * rows  # later keys are masked anyway
-            parts.append(self.attend(part, key[:seen], value[:seen], query_offset=chunk * rows))
-        return torch.cat(parts)
+        return attend_gathered(self.attend, query, key, value, self.cp_group)
 
     def layout(self, seq_length: int, device: torch.device) -> BlockLayout | None:
         """What this rank's heads keep of `seq_length` tokens; None: everything."""
