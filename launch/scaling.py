@@ -44,7 +44,7 @@ def scaling(given: argparse.Namespace) -> None:
     runner = Runner(runs.absolute(), given.gpus, given.settings, given.timeout)
     length = ["--length", str(given.attention_length)] if given.attention_length else []
     parts: dict[str, Part] = {
-        "parity": lambda: parity(runner, given.parity_model),
+        "parity": lambda: parity(runner, given.parity_model, length),
         "scaling": lambda: speed(runner, tuple(given.models), given.seq_length, given.sequences),
         "cp_bytes": lambda: runner.worker("s2train.scaling.exchange", "cp-bytes", *length),
         "balance": lambda: runner.worker("s2train.scaling.balance", "balance", *length),
@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["1b_hybrid", "1b_dense"])
     parser.add_argument("--seq-length", type=int, default=32_768, help="tokens of --scaling")
     parser.add_argument("--sequences", type=int, default=2, help="of a step of --scaling, data parallel: on each GPU")
-    parser.add_argument("--attention-length", type=int, help="tokens of --cp-bytes and --balance")
+    parser.add_argument("--attention-length", type=int, help="tokens where attention runs by itself")
     parser.add_argument("--timeout", type=float, default=300, help="seconds for one program")
     given = parser.parse_intermixed_args()
     run_command(lambda: scaling(given))

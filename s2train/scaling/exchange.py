@@ -7,32 +7,24 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from torch import Tensor
 
 from s2train.config import ParallelConfig
-from s2train.kernels.attention import block_sparse_attention
 from s2train.kernels.benchmarks.timing import Clock
-from s2train.kernels.layout import BlockLayout
 from s2train.layouts.costs import density
 from s2train.megatron import setup
-from s2train.megatron.context_parallel.attention import (
-    attend_gathered,
-    attend_overlapped,
-    attend_together,
-    rank_share,
-)
+from s2train.megatron.context_parallel.attention import rank_share
 from s2train.megatron.context_parallel.gathering import chunk_ids, gather_sequence
 from s2train.megatron.context_parallel.shares import exchanged_blocks, gathered_blocks
 from s2train.megatron.context_parallel.transfer import Transfer
 from s2train.scaling.cases import Case, Shape
 from s2train.scaling.timing import over_ranks, time_attention, time_call
+from s2train.scaling.ways import ways
 
 # At 128k tokens from 3 to 28 % of the causal positions. Heads of a KV group keep different columns (shifted, the
 # union is several times as much) or the same (grouped).
@@ -56,23 +48,20 @@ def measure(case: Case, shape: Shape, device: torch.device, passes: int) -> dict
     rows = shape.length // size
     q, k, v, dout = shape.inputs(rows, rows, shape.heads, shape.kv_heads, device)
     block_bytes = case.block * 2 * shape.dim * k.element_size()
-    sent = torch.tensor(share.sent_counts)
 
     def exchange() -> None:
         transfer = Transfer(share, case.block, group)
         transfer.receive(transfer.send(k, v), shape.dim)
 
-    ways: dict[str, Callable[[], Tensor]] = {
-        "gather": partial(attend_gathered, partial(_attend_prefix, layout), q, k, v, group),
-        "blocks": partial(attend_together, _attend, q, k, v, layout, group),
-        "overlapped": partial(attend_overlapped, _attend, q, k, v, layout, group),
-    }
     mine = {
         "setup_s": seconds,
         "exchange_ms": time_call(exchange, clock, passes),
         "gather_ms": time_call(lambda: (gather_sequence(k, group), gather_sequence(v, group)), clock, passes),
-        "attention_ms": {way: time_attention(forward, (q, k, v), dout, clock, passes) for way, forward in ways.items()},
-        "sent_bytes": int(sent.sum()) * block_bytes,
+        "attention_ms": {
+            name: time_attention(partial(attend, q, k, v), (q, k, v), dout, clock, passes)
+            for name, attend in ways(layout, group).items()
+        },
+        "sent_bytes": sum(share.sent_counts) * block_bytes,
         "gradients_bytes": sum(share.received) * block_bytes,
         "chunks": chunk_ids(rank, size),
     }
@@ -86,18 +75,6 @@ def measure(case: Case, shape: Shape, device: torch.device, passes: int) -> dict
         "share_of_gathering": float(predicted.sum() / gathered.sum()),
         "ranks": over_ranks(mine),
     }
-
-
-def _attend(
-    query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, query_offset: int, return_lse: bool
-) -> Tensor | tuple[Tensor, Tensor]:
-    if return_lse:
-        return block_sparse_attention(query, key, value, layout, query_offset=query_offset, return_lse=True)
-    return block_sparse_attention(query, key, value, layout, query_offset=query_offset)
-
-
-def _attend_prefix(layout: BlockLayout, query: Tensor, key: Tensor, value: Tensor, query_offset: int) -> Tensor:
-    return block_sparse_attention(query, key, value, layout, query_offset=query_offset)
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """Every way to spread a model over two processes, from one checkpoint, against one process: losses within rounding."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,11 +23,15 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 }
 
 
-def parity(runner: Runner, model: str = "125m_hybrid") -> dict[str, Any]:
+def parity(runner: Runner, model: str, attention_settings: Sequence[str]) -> dict[str, Any]:
     """Losses of `STEPS` steps by each of `VARIANTS`, and how far they lie from those of one process.
 
     The tolerance is twice the largest relative difference over the steps between runs of one process that differ in
-    rounding alone: in the micro batch, and on a GPU in the kernels of sparse layers.
+    rounding alone: in the micro batch, and on a GPU in the kernels of sparse layers. Attention alone under context
+    parallel is compared in fp32 too.
+
+    Args:
+        attention_settings: arguments of `s2train.scaling.exactness`.
     """
     common = (
         f"+model={model}", f"train.steps={STEPS + 1}", "train.global_batch_size=8", "train.micro_batch_size=1",
@@ -47,7 +52,12 @@ def parity(runner: Runner, model: str = "125m_hybrid") -> dict[str, Any]:
     jobs += [job(name, 2, *settings) for name, settings in VARIANTS.items()]
     if all(outcome.error is None for outcome in outcomes.values()):
         outcomes |= runner.run(jobs)
-    return verdict(outcomes, list(twins), list(VARIANTS)) | {"model": model, "settings": common}
+    result = verdict(outcomes, list(twins), list(VARIANTS)) | {"model": model, "settings": common}
+    attention = runner.worker("s2train.scaling.exactness", "cp attention", *attention_settings)
+    return result | {
+        "cp_attention_fp32": attention,
+        "agrees": result["agrees"] and attention.get("agrees", False),
+    }
 
 
 def verdict(outcomes: dict[str, Outcome], twins: list[str], variants: list[str]) -> dict[str, Any]:

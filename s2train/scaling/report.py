@@ -14,6 +14,9 @@ def _parity(result: dict[str, Any]) -> list[str]:
     told = [f"{name}: {error}" for name, error in result["errors"].items()]
     for name, value in result.get("deviation", {}).items():
         told.append(f"{name}: {value:.1e} from one process, rounding allows {result['tolerance']:.1e}")
+    for case, errors in result["cp_attention_fp32"].get("errors", {}).items():
+        largest = ", ".join(f"{way} {max(error.values()):.1e}" for way, error in errors.items())
+        told.append(f"attention alone, fp32, {case}: largest errors {largest}")
     return [*told, f"parity: {'holds' if result['agrees'] else 'FAILS'}"]
 
 
