@@ -45,7 +45,7 @@ def exactness(case: Case, shape: Shape, device: torch.device) -> dict[str, Any]:
         out = attend(q, k, v)
         return [out.detach(), *torch.autograd.grad(out, (q, k, v), inputs[3])]
 
-    exact = results(lambda *qkv: reference_attention(*qkv, layout)[0], [x.double() for x in whole])
+    exact = results(lambda q, k, v: reference_attention(q, k, v, layout)[0], [x.double() for x in whole])
     found = {"one": [own(x) for x in results(partial(block_sparse_attention, layout=layout), whole)]}
     for name, attend in ways(layout, group).items():
         found[name] = results(attend, [own(x) for x in whole])

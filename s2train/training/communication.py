@@ -39,7 +39,8 @@ def measured(step: Callable[[], _T]) -> tuple[_T, Communication]:
         result = step()
         torch.cuda.synchronize()
         seconds = time.perf_counter() - begin
-    collectives, others = [], []
+    collectives: list[Span] = []
+    others: list[Span] = []
     for event in profiler.events():
         if event.device_type == DeviceType.CUDA and not event.is_user_annotation:
             spans = collectives if "nccl" in event.name.lower() else others
