@@ -124,6 +124,10 @@ class ParallelConfig:
     vpp: int | None = None  # virtual pipeline stages a rank (interleaved schedule)
     pipeline_split: str = "even"  # even: as many layers a stage; cost: as much work, dense layers counted as dense
     cp: int = 1  # context parallel: sequence
+    # how keys and values get to sparse layers of other context parallel ranks (dense layers gather all): blocks
+    # (only those that the layout keeps), overlapped (the same, while attention over the own keys runs; pays between
+    # slow links), gather (all)
+    cp_exchange: str = "blocks"
     sequence_parallel: bool = False
     distributed_optimizer: bool = True
     overlap_grad_reduce: bool = True  # needs dp > 1
@@ -160,6 +164,7 @@ class CheckpointConfig:
     # with `resume` naming another run: take the data from their beginning, in their own order (a new phase)
     new_data: bool = False
     keep: int | None = None  # keep only the last `keep` checkpoints; None: all
+    save: bool = True  # false: save nothing, for runs that measure speed
 
 
 @dataclass
@@ -176,6 +181,8 @@ class TrackingConfig:
 
     log_interval: int = 10  # steps
     timing: int = 0  # Megatron's timers, each report: 0 none, 1 parts of a step, 2 pipeline inner parts; slows steps
+    # measure this step's communication on rank 0 (GPUs only; an event in metrics.jsonl); slows the step
+    profile_step: int | None = None
     # auto (online with an account, offline without), disabled, offline, online
     wandb: str = "auto"
     project: str = "s2train"

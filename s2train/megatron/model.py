@@ -88,7 +88,9 @@ def build_model(
         where = {} if stage is None else {"ignore_virtual": False, "vp_stage": stage}
         chunk = GPTModel(
             config=config,
-            transformer_layer_spec=block_spec(config, hybrid, backend, cache, cfg.attention_backend, stage),
+            transformer_layer_spec=block_spec(
+                config, hybrid, backend, cache, cfg.attention_backend, cfg.parallel.cp_exchange, stage
+            ),
             vocab_size=cfg.model.vocab_size,
             max_sequence_length=cfg.train.seq_length,
             pre_process=parallel_state.is_pipeline_first_stage(**where),

@@ -125,7 +125,7 @@ def layer_activations(cfg: PretrainConfig, stream: int, kind: str) -> tuple[int,
     residual = (4 if fused else 6) * stream
     # q and k after RoPE, beside the projection's output that v is a view of; attention's output.
     attention = (queries + keys) + (queries + 2 * keys) + queries
-    # Log-sum-exp in fp32; keys and values gathered over context parallel ranks.
+    # Log-sum-exp in fp32; keys and values of all context parallel ranks (sparse layers may hold fewer).
     core = tokens * model.num_attention_heads * 4 // parallel.tp
     if parallel.cp > 1:
         core += 2 * keys * parallel.cp

@@ -16,6 +16,7 @@ _CHOICES: dict[str, tuple[str | int, ...]] = {
     "train.recompute": ("none", "selective", "full"),
     "optim.decay_style": ("constant", "linear", "cosine", "inverse-square-root", "WSD"),
     "schedule.placement": ("as_is", "balanced"),
+    "parallel.cp_exchange": ("blocks", "overlapped", "gather"),
     "parallel.pipeline_split": ("even", "cost"),
     "tracking.wandb": ("auto", "disabled", "offline", "online"),
     "tracking.timing": (0, 1, 2),
@@ -49,7 +50,7 @@ _POSITIVE: dict[str, tuple[str, ...]] = {
     ),
     "checkpoint": ("interval", "keep"),
     "evaluation": ("batches",),
-    "tracking": ("log_interval",),
+    "tracking": ("log_interval", "profile_step"),
 }
 _NOT_NEGATIVE: dict[str, tuple[str, ...]] = {
     "schedule": ("dense_heads",),

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from s2train.megatron.checkpoint import Progress
 from s2train.megatron.core_attention import kernels_of
 from s2train.training.batches import Batch, micro_batches
 from s2train.training.checkpoint import TrainingState, save
+from s2train.training.communication import measured
 from s2train.training.metrics import StepMetrics, Tracker
 from s2train.training.optimizer import whole_parameters
 from s2train.training.positions import HeldOut, position_edges
@@ -63,8 +64,8 @@ class Trainer:
         self.cfg, self.state, self.tracker, self.speed, self.device = cfg, state, tracker, speed, device
         self.train_set, self.held_out_set, self.timers = train_set, held_out_set, timers
 
-    def train(self, progress: Progress) -> Path:
-        """Train on from `progress` to the last step; returns the checkpoint saved there.
+    def train(self, progress: Progress) -> Path | None:
+        """Train on from `progress` to the last step; returns the checkpoint saved there, if `checkpoint.save`.
 
         Raises:
             TrainingError: the loss or the gradient is not finite; the step is not saved.
@@ -73,9 +74,13 @@ class Trainer:
         last = cfg.train.last_step
         consumed = progress.consumed_samples
         batches = self._batches(self.train_set, consumed, consumed + (last - progress.step) * size)
-        interval = Interval()
+        interval, saved = Interval(), None
         for step in range(progress.step + 1, last + 1):
-            loss, grad_norm, lr = self._step(batches)
+            if step == cfg.tracking.profile_step:
+                (loss, grad_norm, lr), communication = measured(lambda: self._step(batches))
+                self.tracker.event("communication", step=step, **asdict(communication))
+            else:
+                loss, grad_norm, lr = self._step(batches)
             consumed += size
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):
                 raise TrainingError(
@@ -97,7 +102,7 @@ class Trainer:
                 if cfg.tracking.timing:
                     self.tracker.note(self.timers.get_all_timers_string(normalizer=len(interval.losses)))
                 interval = Interval()
-            if step % cfg.checkpoint.interval == 0 or is_last:
+            if cfg.checkpoint.save and (step % cfg.checkpoint.interval == 0 or is_last):
                 paused = time.perf_counter()
                 saved = self._save(replace(progress, step=step, consumed_samples=consumed))
                 interval.paused += time.perf_counter() - paused

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from s2train.megatron.context_parallel import chunk_ids
+from s2train.megatron.context_parallel.gathering import chunk_ids
 
 _OCTAVES = 8
 

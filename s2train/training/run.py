@@ -125,7 +125,7 @@ def _train(
             print(f"unigram entropy of the data {baseline:.4f} nats per token: the loss to beat without any context")
         print(
             f"{'finished' if cfg.train.last_step == cfg.train.steps else 'stopped'} at step {cfg.train.last_step} of"
-            f" {cfg.train.steps} | checkpoint {saved} | loss curve {run_dir / 'loss.png'}"
+            f" {cfg.train.steps} | checkpoint {saved or 'none'} | loss curve {run_dir / 'loss.png'}"
             f" | layout {run_dir / 'layout.png'}",
             flush=True,
         )

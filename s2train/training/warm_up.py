@@ -10,7 +10,7 @@ from megatron.core import parallel_state
 from s2train.config import PretrainConfig
 from s2train.kernels.attention import Backend, block_sparse_attention, resolve_backend
 from s2train.layouts.hybrid import HybridLayout, LayerLayout
-from s2train.megatron.context_parallel import chunk_ids
+from s2train.megatron.context_parallel.gathering import chunk_ids
 from s2train.megatron.model import DTYPES
 from s2train.planning.parameters import head_dim
 

@@ -23,6 +23,8 @@ VARIANTS = {
     "dp2": (2, ["parallel.overlap_grad_reduce=false"]),
     "dp2 with overlap": (2, []),
     "cp2": (2, ["parallel.cp=2"]),
+    "cp2 overlapped": (2, ["parallel.cp=2", "parallel.cp_exchange=overlapped"]),
+    "cp2 gathering": (2, ["parallel.cp=2", "parallel.cp_exchange=gather"]),
     "full recomputation": (1, ["train.recompute=full"]),
     "selective recomputation": (1, ["train.recompute=selective"]),
     "tp2 cp2": (4, ["parallel.tp=2", "parallel.cp=2", "parallel.sequence_parallel=true"]),

@@ -1,8 +1,4 @@
-"""Context parallel for any layout: K and V gathered over the group, queries kept where they are.
-
-Megatron splits a sequence zig-zag: of 2·cp chunks, rank r holds chunks r and 2·cp − 1 − r, so that every rank has
-as much causal work. A layout may keep any far block, so each rank needs all keys up to its last row.
-"""
+"""All keys and values of the sequence on every context parallel rank."""
 
 import torch
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
