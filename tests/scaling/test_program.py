@@ -23,7 +23,7 @@ def test_results_that_are_there_are_not_written_over(tmp_path: Path) -> None:
     assert "two.json exists" in error_line(done)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.xdist_group("parity")
 def test_every_way_to_spread_a_model_agrees_with_one_process(tmp_path: Path) -> None:
     options = ["--parity", "--parity-model", "tiny_hybrid", "--attention-length", "512", "train.precision=bf16"]
@@ -36,7 +36,7 @@ def test_every_way_to_spread_a_model_agrees_with_one_process(tmp_path: Path) -> 
     assert result["agrees"], result["deviation"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.xdist_group("parity")
 def test_speed_is_measured_without_a_checkpoint(tmp_path: Path) -> None:
     options = ["--scaling", "--models", "tiny_hybrid", "--seq-length", "128"]
