@@ -32,6 +32,8 @@ def run_hydra(main: Callable[[], None], schema: type) -> None:
     except HydraException as error:
         overrides = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
         _refuse(explain(error, overrides, config_groups(_CONF), schema))
+    finally:
+        os.environ.pop("HYDRA_FULL_ERROR", None)
 
 
 def run_command(command: Callable[[], None]) -> None:

@@ -20,6 +20,7 @@ def is_of_ranks(variable: str) -> bool:
 def environment(surrounding: Mapping[str, str], gpus: Sequence[str] | None) -> dict[str, str]:
     """A job's environment: the surrounding one without torchrun's variables, and with these GPUs only (None: all)."""
     clean = {name: value for name, value in surrounding.items() if not is_of_ranks(name)}
+    clean.pop("HYDRA_FULL_ERROR", None)  # `run_hydra` set it for the sweep's own process
     return clean if gpus is None else clean | {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
 
 

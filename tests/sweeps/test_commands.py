@@ -35,6 +35,7 @@ def test_a_job_has_a_torchrun_and_a_port_of_its_own() -> None:
 def test_a_job_is_told_nothing_of_the_ranks_around_it() -> None:
     kept = {"PATH": "/bin", "MASTERY": "kept", "CUDA_VISIBLE_DEVICES": "0,1"}
     assert environment(OF_RANKS | kept, None) == kept
+    assert environment({"HYDRA_FULL_ERROR": "1"} | kept, None) == kept  # its errors are one line each
     assert environment(OF_RANKS | kept, ["3", "5"]) == kept | {"CUDA_VISIBLE_DEVICES": "3,5"}
 
 
