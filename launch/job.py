@@ -1,7 +1,7 @@
 """torchrun for schedulers: `python launch/job.py --nproc-per-node 8 launch/pretrain.py +model=… [setting=value …]`.
 
 Takes torchrun's arguments, and does what torchrun alone does not: SIGUSR1 reaches the ranks as SIGTERM does; they have
-ten minutes to save, not half a minute; and a run that saved and stopped for a signal ends with status 85, on every
+ten minutes to save, not half a minute; and a run that saved and stopped for a signal ends with status 75, on every
 node, for a batch script to requeue (torchrun itself ends with 1 then, or starts the ranks again under --max-restarts).
 """
 
@@ -20,7 +20,9 @@ from s2train.command_line import STATUS_FILE
 DEFAULTS = {
     "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
     "PET_SHUTDOWN_TIMEOUT": "600",
-    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # else ranks started again find the addresses of the dead ones
+    # torchrun's own store outlives its ranks: they would find the addresses of the dead ones there, and a node that
+    # comes back would never learn its address (torch 2.13). So rank 0 makes a store in each round.
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
 }
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import socket
 import sys
 import time
 import warnings
@@ -13,12 +14,10 @@ from hydra.errors import HydraException
 from omegaconf import MissingMandatoryValue
 
 from s2train.composition import config_groups, explain
-from s2train.errors import ConfigError, StoppedBySignal, TrainingError
+from s2train.errors import EXIT_REQUEUE, ConfigError, StartUpError, StoppedBySignal, TrainingError
 
 USAGE_STATUS = 2
-# The run has saved and wants to be started again: no status of a shell, of Python or of sysexits.h.
-REQUEUE_STATUS = 85
-# Names a file. If set, a rank that stops for a signal writes REQUEUE_STATUS there and ends with 0: torchrun takes
+# Names a file. If set, a rank that stops for a signal writes EXIT_REQUEUE there and ends with 0: torchrun takes
 # any other status for a failure, which it would restart or report as its own 1. `launch/job.py` sets it.
 STATUS_FILE = "S2TRAIN_STATUS_FILE"
 _SECONDS_TO_SPEAK = 10.0
@@ -39,12 +38,14 @@ def run_hydra(main: Callable[[], None], schema: type) -> None:
     except HydraException as error:
         overrides = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
         _refuse(explain(error, overrides, config_groups(_CONF), schema))
+    finally:
+        os.environ.pop("HYDRA_FULL_ERROR", None)
 
 
 def run_command(command: Callable[[], None]) -> None:
     """Run a program. Bad input ends the process with status 2 and one line on rank 0's stderr, a failed run with 1.
 
-    A run that stopped for a signal ends with REQUEUE_STATUS.
+    A run that stopped for a signal ends with EXIT_REQUEUE.
     """
     # Megatron tells at length that apex and transformer-engine are absent, and torch that Megatron is behind its names.
     warnings.filterwarnings("ignore", module=r"megatron|torch\.distributed")
@@ -55,8 +56,8 @@ def run_command(command: Callable[[], None]) -> None:
         if os.environ.get("RANK", "0") == "0":
             print(stop, file=sys.stderr, flush=True)
         if STATUS_FILE not in os.environ:
-            sys.exit(REQUEUE_STATUS)
-        Path(os.environ[STATUS_FILE]).write_text(str(REQUEUE_STATUS))
+            sys.exit(EXIT_REQUEUE)
+        Path(os.environ[STATUS_FILE]).write_text(str(EXIT_REQUEUE))
     except TrainingError as error:
         _tell(f"error: {error}")
         sys.exit(1)
@@ -65,11 +66,18 @@ def run_command(command: Callable[[], None]) -> None:
             raise
         _tell(f"error: {error}. Make room; the same command goes on from the last checkpoint")
         sys.exit(1)
+    except StartUpError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(*(f"error: {problem}" for problem in error.problems), sep="\n", file=sys.stderr, flush=True)
+        sys.exit(USAGE_STATUS)
     except (ConfigError, MissingMandatoryValue) as error:
         _refuse(str(error).splitlines()[0])
 
 
 def _refuse(line: str) -> NoReturn:
+    rank = os.environ.get("RANK", "0")
+    if rank != "0" and os.environ.get("LOCAL_RANK") == "0":  # what is wrong may be wrong on this machine alone
+        print(f"rank {rank} on {socket.gethostname()}: error: {line}", file=sys.stderr, flush=True)
     _tell(f"error: {line}")
     sys.exit(USAGE_STATUS)
 

@@ -1,4 +1,11 @@
-"""The one error class for bad input."""
+"""Errors told to users in one line each, and the exit status that a launcher reads."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+# Of a run that saved and stopped because it was asked to (a time limit, a preemption): start it again to go on.
+# sysexits.h's "temporary failure". torchrun itself would end with 1; `launch/job.py` hands it on.
+EXIT_REQUEUE = 75
 
 
 class ConfigError(ValueError):
@@ -26,8 +33,17 @@ class StoppedBySignal(Exception):
     Args:
         signal: its name, e.g. ``SIGTERM``.
         step: steps done.
-        checkpoint: where they are saved.
+        checkpoint: where they are saved; None with checkpoint.save=false.
     """
 
-    def __init__(self, signal: str, step: int, checkpoint: str) -> None:
-        super().__init__(f"stopped by {signal} at step {step} | checkpoint {checkpoint} | the same command goes on")
+    def __init__(self, signal: str, step: int, checkpoint: Path | None) -> None:
+        saved = f"checkpoint {checkpoint} | the same command goes on" if checkpoint else "not saved: checkpoint.save=false"
+        super().__init__(f"stopped by {signal} at step {step} | {saved}")
+
+
+class StartUpError(RuntimeError):
+    """A job whose ranks don't go together; one line for each problem, naming rank, host and remedy."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = list(problems)
+        super().__init__("; ".join(problems))

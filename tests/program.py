@@ -21,6 +21,7 @@ SMALL = [
     "train.micro_batch_size=2",
     "evaluation.interval=0",
     "tracking.log_interval=1",
+    "tracking.wandb=disabled",
     "data.num_workers=0",
     "optim.warmup_steps=2",
 ]

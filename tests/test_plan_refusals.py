@@ -62,6 +62,24 @@ DIVISION: dict[str, tuple[dict[str, Any], int, str, str]] = {
     "heads by KV heads": ({"model__num_query_groups": 3}, 1, "model.num_query_groups", "2, 4"),
     "odd head": ({"model__head_dim": 33}, 1, "model.head_dim", "even"),
     "layers by pp": ({"parallel__pp": 3}, 3, "parallel.pp", "2, 4"),
+    "fewer layers than stages": (
+        {"parallel__pp": 16, "parallel__pipeline_split": "cost"},
+        16,
+        "parallel.pp",
+        "8 or less",
+    ),
+    "recomputed groups of stages split by cost": (
+        {
+            "parallel__pp": 3,
+            "parallel__pipeline_split": "cost",
+            "train__recompute": "full",
+            "train__recompute_num_layers": 2,
+            "train__global_batch_size": 12,
+        },
+        3,
+        "train.recompute_num_layers",
+        "pipeline_split=even",
+    ),
     "layers by recomputed groups": (
         {"parallel__pp": 2, "train__recompute": "full", "train__recompute_num_layers": 3},
         2,
@@ -130,6 +148,7 @@ VALUES: dict[str, tuple[Any, str]] = {
     "optim__decay_style": ("cosin", "optim.decay_style=cosine"),
     "tracking__wandb": ("on", "tracking.wandb=online"),
     "tracking__timing": (3, "0, 1, 2"),
+    "parallel__pipeline_split": ("costs", "parallel.pipeline_split=cost"),
     "backend": ("lokal", "backend=local"),
     "attention_backend": ("tritom", "attention_backend=triton"),
     "schedule__kind": ("shifty", "shifted"),

@@ -1,4 +1,4 @@
-"""Text files to Megatron indexed datasets."""
+"""Text files, or documents made for needle retrieval, to Megatron indexed datasets."""
 
 import hashlib
 import os
@@ -10,15 +10,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
 from s2train.config import PrepareConfig
 from s2train.data.blend import BUNDLED
 from s2train.data.bundled import bundled_corpus_files, count_ids, unigram_entropy
 from s2train.data.documents import read_documents
 from s2train.data.indexed import Metadata
+from s2train.data.needle_documents import needle_documents, needle_texts
 from s2train.data.tokenizers import SMALLEST_BPE, Tokenizer, load_tokenizer, train_bpe
 from s2train.errors import ConfigError
+
+NEEDLES = "needles"
+_COLUMNS: tuple[ProgressColumn, ...] = (TextColumn("{task.description}"), BarColumn())
 
 
 def prepare(cfg: PrepareConfig) -> Metadata:
@@ -65,26 +69,38 @@ def _write(cfg: PrepareConfig, sources: list[Path], temporary: dict[str, Path], 
     tokenizer_name = cfg.tokenizer
     if "-tokenizer.json" in final:
         tokenizer_name = str(final["-tokenizer.json"])
-        texts = (document for source in sources for document in documents(source))
+        texts: Iterator[str] = (document for source in sources for document in documents(source))
+        if cfg.input == NEEDLES:
+            texts = needle_texts(cfg.needles, cfg.seed)
         train_bpe(texts, _bpe_size(cfg.tokenizer), temporary["-tokenizer.json"])
         tokenizer = load_tokenizer(str(temporary["-tokenizer.json"]), "tokenizer")
     else:
         tokenizer = load_tokenizer(cfg.tokenizer, "tokenizer")
 
     dtype = DType.optimal_dtype(tokenizer.vocab_size)
-    lengths, source_of = _spool(sources, documents, tokenizer, temporary[".spool"], dtype)
-    tokens = np.memmap(temporary[".spool"], dtype=dtype, mode="r")
-    starts = np.cumsum(lengths) - lengths
     builder = IndexedDatasetBuilder(str(temporary[".bin"]), dtype=dtype)
-    for i in spread_order(source_of, cfg.seed):
-        builder.add_document(tokens[starts[i] : starts[i] + lengths[i]], [int(lengths[i])])
+    if cfg.input == NEEDLES:
+        made = needle_documents(cfg.needles, tokenizer, cfg.seed)
+        columns = (*_COLUMNS, MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns) as progress:
+            for document in progress.track(made, cfg.needles.documents, description="documents"):
+                builder.add_document(document, [len(document)])
+        count = cfg.needles.documents
+    else:
+        lengths, source_of = _spool(sources, documents, tokenizer, temporary[".spool"], dtype)
+        spooled = np.memmap(temporary[".spool"], dtype=dtype, mode="r")
+        starts = np.cumsum(lengths) - lengths
+        for i in spread_order(source_of, cfg.seed):
+            builder.add_document(spooled[starts[i] : starts[i] + lengths[i]], [int(lengths[i])])
+        count = len(lengths)
     builder.finalize(str(temporary[".idx"]))
 
+    tokens = np.memmap(temporary[".bin"], dtype=dtype, mode="r")
     metadata = Metadata(
         tokenizer=tokenizer_name,
         fingerprint=tokenizer.fingerprint,
         vocab_size=tokenizer.vocab_size,
-        documents=len(lengths),
+        documents=count,
         tokens=len(tokens),
         unigram_entropy=unigram_entropy(count_ids(tokens, tokenizer.vocab_size)),
         sources={str(source): _sha256(source) for source in sources},
@@ -102,12 +118,7 @@ def _spool(
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Write the tokens of all documents, in the order of the input; their lengths and sources, int64 [n]."""
     lengths, source_of = [], []
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:.0f}%"),
-        TimeRemainingColumn(),
-    )
+    columns = (*_COLUMNS, TextColumn("{task.percentage:.0f}%"), TimeRemainingColumn())
     with path.open("wb") as file, Progress(*columns) as progress:
         task = progress.add_task("tokenizing", total=sum(source.stat().st_size for source in sources))
         for number, source in enumerate(sources):
@@ -139,9 +150,11 @@ def spread_order(source_of: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.
 
 
 def _input_files(given: Any) -> list[Path]:
+    if given == NEEDLES:
+        return []
     names = [given] if isinstance(given, str) else given
     if not isinstance(names, list | tuple) or not names or not all(isinstance(name, str) for name in names):
-        raise ConfigError("input", given, "names no files", "Set input=[a.txt,b.jsonl] or input=bundled")
+        raise ConfigError("input", given, "names no files", "Set input=[a.txt,b.jsonl], bundled or needles")
     files = [file for name in names for file in (bundled_corpus_files() if name == BUNDLED else [Path(name)])]
     for file in files:
         if not file.is_file():

@@ -2,23 +2,35 @@
 
 import math
 import os
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
+from torch.distributed import PrefixStore, Store
 
 from s2train.config import ParallelConfig
 from s2train.megatron import cpu
 
+# Judges, on every rank, whether the ranks of a job go together: (a store that they share, rank, ranks).
+StartCheck = Callable[[Store, int, int], None]
+
+
 
 def initialize(
-    parallel: ParallelConfig, seed: int, *, deterministic: bool = False, timeout_minutes: float = 30
+    parallel: ParallelConfig,
+    seed: int,
+    check: StartCheck | None = None,
+    *,
+    deterministic: bool = False,
+    timeout_minutes: float = 30,
 ) -> torch.device:
     """Join the job that torchrun started (a plain `python` is a job of one) and make Megatron's process groups.
 
     NCCL where CUDA is, gloo otherwise. Returns the device of this rank. Call `shutdown` at the end.
 
     Args:
+        check: called before there is a process group: NCCL hangs on what it should find.
         deterministic: the same bits in every run: only deterministic kernels, sums in a fixed order.
         timeout_minutes: a collective call that takes longer fails.
     """
@@ -36,11 +48,14 @@ def initialize(
         torch.cuda.set_device(device)
     if not torch.distributed.is_initialized():
         timeout = timedelta(minutes=timeout_minutes)
+        store, rank, world_size = _meet(timeout)
+        if check is not None:
+            check(PrefixStore("start", store), rank, world_size)
         torch.distributed.init_process_group(
             backend="gloo" if on_cpu else "nccl",
-            store=_store(timeout),
-            rank=int(os.environ["RANK"]),
-            world_size=int(os.environ["WORLD_SIZE"]),
+            store=PrefixStore("job", store),
+            rank=rank,
+            world_size=world_size,
             timeout=timeout,
             device_id=None if on_cpu else device,
         )
@@ -57,21 +72,20 @@ def initialize(
     return device
 
 
-def _store(timeout: timedelta) -> torch.distributed.Store:
-    """Where ranks find each other.
+def _meet(timeout: timedelta) -> tuple[Store, int, int]:
+    """A store that the ranks of the job share, this rank, and how many there are.
 
     torchrun's store outlives ranks that it starts again, and torch 2.13 would find the addresses of the dead ones
     there. Under one torchrun its count of restarts tells attempts apart; several may count differently, and want
     TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, which makes a store for each attempt (`launch/job.py` sets it).
     """
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    if world_size == 1 and "MASTER_PORT" not in os.environ:
-        return torch.distributed.HashStore()
-    store, _, _ = next(torch.distributed.rendezvous("env://", rank, world_size, timeout=timeout))
+    if os.environ["WORLD_SIZE"] == "1" and "MASTER_PORT" not in os.environ:
+        return torch.distributed.HashStore(), 0, 1
+    store, rank, world_size = next(torch.distributed.rendezvous("env://", timeout=timeout))
     store.set_timeout(timeout)
     is_one = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if is_one else "0"
-    return torch.distributed.PrefixStore(f"attempt {attempt}", store)
+    return PrefixStore(f"attempt {attempt}", store), rank, world_size
 
 
 def make_deterministic() -> None:

@@ -15,7 +15,10 @@ _CHOICES: dict[str, tuple[str | int, ...]] = {
     "train.precision": ("bf16", "fp32"),
     "train.recompute": ("none", "selective", "full"),
     "optim.decay_style": ("constant", "linear", "cosine", "inverse-square-root", "WSD"),
-    "tracking.wandb": ("disabled", "offline", "online"),
+    "schedule.placement": ("as_is", "balanced"),
+    "parallel.cp_exchange": ("blocks", "overlapped", "gather"),
+    "parallel.pipeline_split": ("even", "cost"),
+    "tracking.wandb": ("auto", "disabled", "offline", "online"),
     "tracking.timing": (0, 1, 2),
     "backend": ("auto", "local", "te"),
     "attention_backend": ("auto", "triton", "portable", "torch"),
@@ -49,7 +52,7 @@ _POSITIVE: dict[str, tuple[str, ...]] = {
     ),
     "checkpoint": ("interval", "keep", "keep_every"),
     "evaluation": ("batches",),
-    "tracking": ("log_interval",),
+    "tracking": ("log_interval", "profile_step"),
 }
 _NOT_NEGATIVE: dict[str, tuple[str, ...]] = {
     "schedule": ("dense_heads",),

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,9 +20,11 @@ from s2train.megatron.rng import rng_ranks_here
 from s2train.training.agreement import largest
 from s2train.training.batches import Batch, micro_batches
 from s2train.training.checkpoint import Saver, TrainingState
+from s2train.training.communication import measured
 from s2train.training.health import Health
 from s2train.training.metrics import StepMetrics, Tracker
 from s2train.training.optimizer import gradient_norm, take_step, whole_parameters
+from s2train.training.positions import HeldOut, position_edges
 from s2train.training.signals import StopSignals, signal_name
 from s2train.training.steps import run_step
 from s2train.training.watchdog import Watchdog
@@ -85,10 +88,10 @@ class Trainer:
         self.train_set, self.held_out_set, self.timers = train_set, held_out_set, timers
         self.signals, self.watchdog = signals, watchdog
         self.health = Health()
-        self.saver = Saver(cfg, state, lambda step, path: tracker.event("checkpoint", step=step, path=str(path)))
+        self.saver = Saver(cfg, state, tracker.checkpoint)
 
-    def train(self, progress: Progress) -> Path:
-        """Train on from `progress` to the last step; returns the checkpoint saved there.
+    def train(self, progress: Progress) -> Path | None:
+        """Train on from `progress` to the last step; returns the checkpoint saved there, if `checkpoint.save`.
 
         Raises:
             TrainingError: too many steps in a row had a loss or gradient that is not finite, or a checkpoint can't
@@ -100,11 +103,16 @@ class Trainer:
         consumed = progress.consumed_samples
         batches = self._batches(self.train_set, consumed, consumed + (last - progress.step) * size)
         self.health = Health(**progress.health)
-        interval = Interval(list(progress.losses))
+        interval, saved = Interval(list(progress.losses)), None
         is_save_due = False
         for step in range(first, last + 1):
             self.watchdog.beat(f"step {step}")
-            loss, grad_norm, lr, signal = self._step(batches, step, consumed)
+            run_one = partial(self._step, batches, step, consumed)
+            if step == cfg.tracking.profile_step:
+                (loss, grad_norm, lr, signal), communication = measured(run_one)
+                self.tracker.event("communication", step=step, **asdict(communication))
+            else:
+                loss, grad_norm, lr, signal = run_one()
             consumed += size
             interval.steps += 1
             if not self.health.skipped_in_row:
@@ -114,7 +122,7 @@ class Trainer:
                     self.tracker.note(f"sparse attention: {kernels}")
             is_last, is_stopping = step == last, bool(signal)
             is_evaluated = self.held_out_set is not None and step % cfg.evaluation.interval == 0
-            held_out = None
+            held_out: HeldOut | None = None
             with interval.pause():
                 if self.held_out_set is not None and (is_evaluated or is_last):
                     self.watchdog.beat(f"evaluation after step {step}")
@@ -129,7 +137,9 @@ class Trainer:
             # What was taken before a step that was skipped may be what spoilt it.
             is_save_due |= step % cfg.checkpoint.interval == 0
             with interval.pause():
-                if is_last or is_stopping or (is_save_due and not self.health.skipped_in_row):
+                if not cfg.checkpoint.save:
+                    pass
+                elif is_last or is_stopping or (is_save_due and not self.health.skipped_in_row):
                     self.watchdog.beat(f"save after step {step}")
                     saved = self._save(replace(progress, step=step, consumed_samples=consumed, losses=interval.losses))
                     is_save_due = False
@@ -137,24 +147,25 @@ class Trainer:
                     self.saver.poll()
             if is_stopping and not is_last:
                 self.saver.close()
-                raise StoppedBySignal(signal_name(signal), step, str(saved))
+                raise StoppedBySignal(signal_name(signal), step, saved)
         self.watchdog.beat("the last save")
         self.saver.close()
         return saved
 
-    def held_out_loss(self) -> float:
-        """Mean loss (nats per token) over the first `evaluation.batches` global batches of the held-out split."""
+    def held_out_loss(self) -> HeldOut:
+        """Loss over the first `evaluation.batches` global batches of the held-out split."""
         cfg, chunks = self.cfg, self.state.chunks
         assert self.held_out_set is not None
-        count = cfg.evaluation.batches
+        count, edges = cfg.evaluation.batches, position_edges(cfg.train.seq_length)
         batches = self._batches(self.held_out_set, 0, count * cfg.train.global_batch_size)
         with torch.no_grad(), whole_parameters(cfg, chunks):
             for chunk in chunks:
                 chunk.eval()
-            losses = [run_step(cfg, chunks, batches, forward_only=True) for _ in range(count)]
+            steps = [run_step(cfg, chunks, batches, forward_only=True, edges=edges) for _ in range(count)]
             for chunk in chunks:
                 chunk.train()
-        return sum(losses) / count
+        losses = [float(sums[:, 0].sum() / sums[:, 1].sum()) for sums in steps]
+        return HeldOut.of(sum(losses) / count, edges, torch.stack(steps).sum(dim=0))
 
     def _step(self, batches: list[Iterator[Batch]], step: int, consumed: int) -> tuple[float, float, float, int]:
         """Loss, gradient norm, the learning rate of this step, and the signal that any rank got (0: none).
@@ -166,8 +177,8 @@ class Trainer:
         for chunk in state.chunks:
             chunk.zero_grad_buffer()
         state.optimizer.zero_grad()
-        loss = run_step(self.cfg, state.chunks, batches, forward_only=False)
-        grad_norm = gradient_norm(state.optimizer)
+        ((total, tokens),) = run_step(self.cfg, state.chunks, batches, forward_only=False).tolist()
+        loss, grad_norm = total / tokens, gradient_norm(state.optimizer)
         is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
         is_bad, signal = largest(not is_finite, self.signals.received)
         if is_bad:
@@ -204,7 +215,7 @@ class Trainer:
         return [micro_batches(self.cfg, dataset, start, stop, self.device) for _ in self.state.chunks]
 
     def _metrics(
-        self, step: int, last: int, interval: Interval, grad_norm: float, lr: float, held_out: float | None
+        self, step: int, last: int, interval: Interval, grad_norm: float, lr: float, held_out: HeldOut | None
     ) -> StepMetrics:
         train = self.cfg.train
         losses = interval.losses
@@ -214,7 +225,7 @@ class Trainer:
         return StepMetrics(
             step=step,
             loss=sum(losses) / len(losses) if losses else math.nan,
-            held_out_loss=held_out,
+            held_out_loss=None if held_out is None else held_out.loss,
             lr=lr,
             grad_norm=grad_norm,
             skipped=self.health.skipped,
@@ -224,6 +235,9 @@ class Trainer:
             mfu=flops / self.speed.peak_flops if self.speed.peak_flops else None,
             memory_gib=torch.cuda.max_memory_allocated() / 2**30,
             eta_s=(last - step) * step_time,
+            held_out_loss_by_position=None if held_out is None else held_out.by_position,
+            held_out_short=None if held_out is None else held_out.short,
+            held_out_long=None if held_out is None else held_out.long,
         )
 
     def _save(self, progress: Progress) -> Path:

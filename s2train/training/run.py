@@ -1,6 +1,7 @@
 """A pretraining run from its configuration to its last checkpoint."""
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -24,15 +25,19 @@ from s2train.megatron.backends import Backend, choose_backend
 from s2train.megatron.checkpoint import write_config
 from s2train.megatron.model import build_model, transformer_config
 from s2train.planning import Plan, hybrid_layout
+from s2train.planning.report import figures, letter_rows
 from s2train.training.agreement import from_first
 from s2train.training.checkpoint import TrainingState, load
 from s2train.training.loop import Speed, Trainer
-from s2train.training.metrics import Tracker, check_wandb
+from s2train.training.metrics import Tracker
 from s2train.training.optimizer import build_optimizer, wrap_data_parallel
 from s2train.training.plots import draw_loss_curve
 from s2train.training.resume import Start, claim_run_dir, find_start
 from s2train.training.signals import StopSignals
+from s2train.training.startup import check_start
+from s2train.training.warm_up import compile_kernels, first_on_each_machine
 from s2train.training.watchdog import Watchdog
+from s2train.wandb_run import choose_mode
 
 _WATCHDOG_LEAD = 2.0  # minutes that it has to name a rank before collective calls fail, which name none
 
@@ -59,11 +64,12 @@ def run(cfg: PretrainConfig, plan: Plan) -> None:
             )
         else:
             lock = claim_run_dir(cfg, start)
-            check_wandb(cfg.tracking)
+            choose_mode(cfg.tracking.wandb)  # refused now, if at all
     minutes = cfg.train.timeout_minutes
     device = setup.initialize(
         cfg.parallel,
         cfg.seed,
+        partial(check_start, cfg, plan),
         deterministic=cfg.train.deterministic,
         timeout_minutes=minutes + _WATCHDOG_LEAD,
     )
@@ -94,8 +100,11 @@ def _train(
 ) -> None:
     hybrid = hybrid_layout(cfg)
     is_first = torch.distributed.get_rank() == 0
+    watchdog.beat("compiling the kernels")
+    first_on_each_machine(partial(compile_kernels, cfg, hybrid, device))
     run_dir = Path(cfg.run_dir)
-    config = transformer_config(cfg)
+    by_cost = cfg.parallel.pp > 1 and cfg.parallel.pipeline_split == "cost"
+    config = transformer_config(cfg, plan.pipeline.stages if by_cost else None)
     timers = Timers(log_level=cfg.tracking.timing, log_option="minmax")
     config.timers = timers if cfg.tracking.timing else None
     models = build_model(cfg, config, hybrid, backend, device)
@@ -111,12 +120,13 @@ def _train(
         cfg, tokenizer, num_train_samples(cfg), held_out_samples, is_built_on_rank=lambda: True
     )
     assert train_set is not None  # check_data has seen to it
-    tracker = Tracker(cfg, start.progress, active=is_first)
+    tracker = Tracker(cfg, start.progress, active=is_first, plan=figures(plan))
     if is_first:
         write_config(cfg, run_dir / "config.yaml")
         draw_layout(hybrid, cfg.train.seq_length, run_dir / "layout.png", title=cfg.model.name)
         print(_description(cfg, models, backend, device, start), flush=True)
     tracker.picture("layout", run_dir / "layout.png")
+    tracker.table("sparse layers", ["letter", "layers", "keeps", "density"], letter_rows(plan))
     trainer = Trainer(
         cfg,
         state,
@@ -133,7 +143,11 @@ def _train(
         signals,
         watchdog,
     )
-    saved = trainer.train(start.progress)
+    try:
+        saved = trainer.train(start.progress)
+    except StoppedBySignal:
+        tracker.close()
+        raise
     if is_first:
         baseline = unigram_baseline(cfg)
         draw_loss_curve(run_dir / "metrics.jsonl", run_dir / "loss.png", baseline, title=cfg.model.name)
@@ -141,7 +155,7 @@ def _train(
             print(f"unigram entropy of the data {baseline:.4f} nats per token: the loss to beat without any context")
         print(
             f"{'finished' if cfg.train.last_step == cfg.train.steps else 'stopped'} at step {cfg.train.last_step} of"
-            f" {cfg.train.steps} | checkpoint {saved} | loss curve {run_dir / 'loss.png'}"
+            f" {cfg.train.steps} | checkpoint {saved or 'none'} | loss curve {run_dir / 'loss.png'}"
             f" | layout {run_dir / 'layout.png'}",
             flush=True,
         )

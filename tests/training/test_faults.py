@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from s2train.command_line import REQUEUE_STATUS
+from s2train.errors import EXIT_REQUEUE
 from s2train.megatron.checkpoint import checkpoints_in, read_progress
 from s2train.megatron.integrity import damage
 from s2train.training.plots import read_records
@@ -128,7 +128,7 @@ def test_a_full_disk_is_told_in_one_line_and_older_checkpoints_stay(in_backgroun
 
 def test_a_signal_to_one_rank_saves_all_and_ends_with_the_status_to_requeue(tmp_path: Path) -> None:
     done = planted("user_signal:1:3", tmp_path, STEPS, launcher="launch/job.py", restarts=2)
-    assert done.status == REQUEUE_STATUS, done.err
+    assert done.status == EXIT_REQUEUE, done.err
     assert "stopped by SIGUSR1 at step 3" in done.err
     assert [path.name for path in checkpoints_in(tmp_path / "checkpoints")] == ["iter_0000003"]
 
@@ -150,7 +150,7 @@ def test_a_signal_to_the_launcher_and_a_second_one_still_save(tmp_path: Path) ->
     time.sleep(0.2)
     launcher.send_signal(signal.SIGTERM)
     launcher.stdout.read()
-    assert launcher.wait(timeout=600) == REQUEUE_STATUS
+    assert launcher.wait(timeout=600) == EXIT_REQUEUE
     (saved,) = checkpoints_in(tmp_path / "checkpoints")
     assert damage(saved) is None
     assert read_progress(saved).step >= 3
