@@ -5,7 +5,7 @@
 # others wait for it, and the run goes on from its last checkpoint. The node that HEAD names keeps the rendezvous: if
 # that one is lost, start all again.
 #
-# SIGTERM or SIGUSR1: the ranks save and stop, and this script ends with status EXIT_REQUEUE (s2train/errors.py).
+# SIGTERM or SIGUSR1: the ranks save and stop, and this script ends with status 75 (EXIT_REQUEUE in s2train/errors.py).
 #
 #   HEAD            host:port of one of the nodes, reachable from all
 #   JOB_ID          the same on all nodes, another for each job
@@ -16,11 +16,10 @@
 #   SAVE_SECONDS    that ranks have to save and end after SIGTERM or SIGUSR1, then they are killed (240)
 #   LOG_DIR         folder for each rank's output, whole; the console has local rank 0's (runs/logs/JOB_ID)
 #   PYTHON          interpreter (python3)
-set -uo pipefail
+set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 : "${HEAD:?is not set: host:port of one of the nodes}" "${JOB_ID:?is not set: a name that all nodes of this job share}"
 python=${PYTHON:-python3} log_dir=${LOG_DIR:-runs/logs/$JOB_ID}
-exit_requeue=$(PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" "$python" -c 'from s2train.errors import EXIT_REQUEUE; print(EXIT_REQUEUE)') || exit
 
 # --- NCCL. What is set outside wins. See https://docs.nvidia.com/deeplearning/nccl/user-guide/docs/env.html
 # WARN names what fails; INFO also prints the chosen rings, network devices and versions: the first thing to look at.
@@ -48,28 +47,11 @@ export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
 # Compiled kernels on the node's own disk: local rank 0 fills it, the others read it.
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-${TMPDIR:-/tmp}/triton-$(id -un)}
 
-# torchrun's agents tell their store's address once, in the first round: a node that comes back would never learn it
-# (torch 2.13). So rank 0 makes a store in each round.
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE='[rank${rank}]: '
-# torchrun hands these signals on to its ranks, and waits for them; versions that don't know these settings wait 30 s.
-export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 PET_SHUTDOWN_TIMEOUT=${SAVE_SECONDS:-240}
+# launch/job.py is torchrun with the signals and statuses that schedulers want.
+export PET_SHUTDOWN_TIMEOUT=${SAVE_SECONDS:-240}
 mkdir -p "$log_dir/$(hostname)"
-"$python" -m torch.distributed.run \
+exec "$python" "$root/launch/job.py" \
     --nnodes "${NNODES:-1}" --nproc-per-node "${NPROC_PER_NODE:-gpu}" --max-restarts "${MAX_RESTARTS:-3}" \
     --rdzv-backend c10d --rdzv-id "$JOB_ID" --rdzv-endpoint "$HEAD" --rdzv-conf "join_timeout=${JOIN_TIMEOUT:-900}" \
-    --log-dir "$log_dir/$(hostname)" --tee 3 --local-ranks-filter 0 "$@" &
-agent=$!
-
-requested=
-trap 'requested=yes; kill -TERM "$agent" 2>/dev/null' TERM USR1
-trap 'kill -TERM "$agent" 2>/dev/null' INT
-while true; do  # a signal ends `wait` too
-    wait "$agent"
-    status=$?
-    kill -0 "$agent" 2>/dev/null || break
-done
-if [[ $requested && $status -ne 0 ]]; then
-    status=$exit_requeue
-fi
-exit "$status"
+    --log-dir "$log_dir/$(hostname)" --tee 3 --local-ranks-filter 0 "$@"

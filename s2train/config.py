@@ -146,6 +146,11 @@ class TrainConfig:
     recompute: str = "none"  # none, selective (core attention), full
     recompute_num_layers: int = 1  # layers recomputed together, with full; divides num_layers / (pp × vpp)
     exit_step: int | None = None  # save and stop after this step, to be resumed (schedule unchanged)
+    # the same bits in every run of the same command on the same devices: deterministic kernels, fixed order of sums
+    deterministic: bool = False
+    max_skipped_steps: int = 10  # in a row, for a loss or gradient that isn't finite, before the run stops
+    spike_factor: float = 2.0  # a loss this many times the running mean is told as a spike
+    timeout_minutes: float = 30.0  # a rank that comes no further in this time ends the job
 
     @property
     def last_step(self) -> int:
@@ -164,6 +169,8 @@ class CheckpointConfig:
     # with `resume` naming another run: take the data from their beginning, in their own order (a new phase)
     new_data: bool = False
     keep: int | None = None  # keep only the last `keep` checkpoints; None: all
+    keep_every: int | None = None  # steps: of those, the checkpoints at multiples of it stay as well
+    async_save: bool = False  # write in the background while training goes on
     save: bool = True  # false: save nothing, for runs that measure speed
 
 

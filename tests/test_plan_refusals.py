@@ -139,6 +139,10 @@ def test_what_does_not_divide_is_refused(case: str) -> None:
 
 
 VALUES: dict[str, tuple[Any, str]] = {
+    "train__max_skipped_steps": (-1, "train.max_skipped_steps to 0 or more"),
+    "train__spike_factor": (0.0, "train.spike_factor to a positive"),
+    "train__timeout_minutes": (0.0, "train.timeout_minutes to a positive"),
+    "checkpoint__keep_every": (1000, "checkpoint.keep too"),
     "train__precision": ("fp61", "train.precision=fp"),
     "train__recompute": ("selectiv", "train.recompute=selective"),
     "optim__decay_style": ("cosin", "optim.decay_style=cosine"),
@@ -181,6 +185,13 @@ def test_a_value_out_of_its_range_is_refused(name: str) -> None:
     assert refusal.value.setting == name.replace("__", ".")
     assert refusal.value.value == value
     assert remedy in refusal.value.remedy
+
+
+def test_keeping_checkpoints_where_none_are_saved_is_refused() -> None:
+    kept = {"checkpoint__keep": 2, "checkpoint__interval": 300}
+    with pytest.raises(ConfigError, match=r"checkpoint\.keep_every=1000: .*checkpoint\.interval.* such as 900"):
+        check(config(checkpoint__keep_every=1000, **kept), 1, GPU)
+    assert check(config(checkpoint__keep_every=900, **kept), 1, GPU)
 
 
 @pytest.mark.parametrize(

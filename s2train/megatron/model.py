@@ -66,6 +66,7 @@ def transformer_config(cfg: PretrainConfig, stages: Stages | None = None) -> Tra
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
+        deterministic_mode=train.deterministic,
     )
 
 

@@ -27,6 +27,7 @@ class StepMetrics:
         tokens_per_s: of the whole job.
         model_tflops: TFLOP/s per device, from the exact FLOPs of the layout, recomputation not counted.
         mfu: model_tflops over the device's dense peak; None where the peak is not known.
+        skipped: steps of the whole run that changed nothing, for a loss or gradient that was not finite.
         held_out_loss_by_position, held_out_short, held_out_long: see `s2train.training.positions.HeldOut`.
         memory_gib: peak allocated on this rank's device; 0 on a CPU.
     """
@@ -45,6 +46,7 @@ class StepMetrics:
     held_out_loss_by_position: list[tuple[int, int, float | None]] | None = None
     held_out_short: float | None = None
     held_out_long: float | None = None
+    skipped: int = 0
 
     def line(self, steps: int) -> str:
         """One dense console line."""
@@ -62,6 +64,8 @@ class StepMetrics:
             parts.append(f"MFU {self.mfu:.1%}")
         if self.memory_gib:
             parts.append(f"{self.memory_gib:.1f} GiB")
+        if self.skipped:
+            parts.append(f"skipped {self.skipped}")
         parts.append(f"ETA {timedelta(seconds=round(self.eta_s))}")
         return " | ".join(parts)
 
@@ -90,7 +94,10 @@ class Tracker:
         path = folder / "metrics.jsonl"
         if start.step == 0:
             set_aside(path)
+        whole = path.read_bytes().endswith(b"\n") if path.exists() and path.stat().st_size else True
         self._file = path.open("a", buffering=1)
+        if not whole:  # the run was killed while it wrote
+            self._file.write("\n")
         self.event("config", tokens_per_step=cfg.train.global_batch_size * cfg.train.seq_length)
         if start.step:
             self.event("resume", step=start.step)

@@ -17,17 +17,21 @@ from tests.program import ROOT, SMALL, metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("nodes")]
 
-SAVES_WHEN_ASKED = f"""
+SAVES_WHEN_ASKED = """
 import os, pathlib, signal, sys, time
+from s2train.command_line import run_command
+from s2train.errors import StoppedBySignal
 folder = pathlib.Path(sys.argv[1])
 if (folder / "saved0").exists():
     sys.exit(0)
 def save(*_):
-    (folder / f"saved{{os.environ['RANK']}}").touch()
-    sys.exit({EXIT_REQUEUE})
-signal.signal(signal.SIGTERM, save)
-(folder / f"ready{{os.environ['RANK']}}").touch()
-time.sleep(300)
+    (folder / f"saved{os.environ['RANK']}").touch()
+    raise StoppedBySignal("SIGTERM", 1, folder)
+def work():
+    signal.signal(signal.SIGTERM, save)
+    (folder / f"ready{os.environ['RANK']}").touch()
+    time.sleep(300)
+run_command(work)
 """
 # As many tasks as nodes; signals are handed on to them, as Slurm's srun does.
 SRUN = """#!/bin/bash
