@@ -15,6 +15,7 @@ from s2train.data.needle_documents import needle_documents
 from s2train.data.tokenizers import ByteTokenizer
 from s2train.hardware import Hardware
 from s2train.planning import check, resolve
+from tests.program import run
 
 ROOT = Path(__file__).parents[1]
 H100 = Hardware("NVIDIA H100 80GB HBM3", "cuda", 85_017_624_576)
@@ -104,7 +105,16 @@ def test_an_unknown_variant_composes_to_nothing(recipe: dict[str, Any], tmp_path
 
 
 @pytest.mark.slow
-def test_a_small_recipe_goes_from_data_to_grid_and_on_where_it_stopped(recipe: dict[str, Any], tmp_path: Path) -> None:
+def test_a_small_recipe_goes_from_data_to_grid_and_on_where_it_stopped(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(self: Any, *commands: list[str]) -> None:
+        for program, *arguments in commands:
+            done = run(Path(program).name, *arguments, processes=0)
+            assert done.status == 0, done.err
+
+    monkeypatch.setattr(recipe["Deadline"], "run", start)
+    monkeypatch.setattr(recipe["Deadline"], "run_together", lambda self, commands: start(self, *commands))
     whole = recipe["PHASES"]
     short = [
         replace(phase, length=length, batch=2, micro=2, steps=2)

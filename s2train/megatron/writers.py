@@ -17,7 +17,7 @@ def start_results_manager() -> SyncManager:
     Megatron's lives on when its rank is killed, and dies of the SIGTERM that torchrun sends to a rank's whole process
     group, so that the rank could not save any more. Keep the manager as long as something is saved.
     """
-    manager = SyncManager(ctx=get_context("spawn"))
+    manager = SyncManager(ctx=get_context("fork"))
     resource_tracker.ensure_running()  # else the manager's start would start it, and unblock SIGTERM afterwards
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # the new process inherits it
     try:

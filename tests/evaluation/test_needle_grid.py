@@ -133,9 +133,10 @@ def _evaluate_as_rank(rank: int, world: int, path: str) -> None:
 
 
 def test_ranks_share_the_trials_and_agree_on_the_counts(sampler: TaskSampler, tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_evaluate_as_rank, args=(2, str(tmp_path)), nprocs=2)
+    torch.multiprocessing.start_processes(_evaluate_as_rank, (2, str(tmp_path)), nprocs=2, start_method="fork")
     (tmp_path / "alone").mkdir()
-    torch.multiprocessing.spawn(_evaluate_as_rank, args=(1, str(tmp_path / "alone")), nprocs=1)
+    alone_at = str(tmp_path / "alone")
+    torch.multiprocessing.start_processes(_evaluate_as_rank, (1, alone_at), nprocs=1, start_method="fork")
     alone = torch.load(tmp_path / "alone" / "0.pt", weights_only=False)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1))
     assert first[:2] == second[:2] == alone[:2]

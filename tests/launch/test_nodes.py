@@ -26,9 +26,9 @@ if (folder / "saved0").exists():
     sys.exit(0)
 def save(*_):
     (folder / f"saved{os.environ['RANK']}").touch()
-    raise StoppedBySignal("SIGTERM", 1, folder)
+    raise StoppedBySignal("SIGUSR1", 1, folder)
 def work():
-    signal.signal(signal.SIGTERM, save)
+    signal.signal(signal.SIGUSR1, save)
     (folder / f"ready{os.environ['RANK']}").touch()
     time.sleep(300)
 run_command(work)

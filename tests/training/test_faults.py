@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -15,13 +16,12 @@ from s2train.errors import EXIT_REQUEUE
 from s2train.megatron.checkpoint import checkpoints_in, read_progress
 from s2train.megatron.integrity import damage
 from s2train.training.plots import read_records
-from tests.program import ROOT, SMALL, Outcome, error_line
+from tests.program import ROOT, SMALL, Outcome, error_line, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("faults")]
 
 STEPS = "train.steps=6"
 EVERY_STEP = "checkpoint.interval=1"
-KILLS = 9
 TORCHRUN = "-m torch.distributed.run"
 
 
@@ -33,11 +33,14 @@ def launch(*command: str, **environment: str) -> Outcome:
     return Outcome(done.returncode, done.stdout, done.stderr)
 
 
-def planted(fault: str, run_dir: Path, *arguments: str, launcher: str = TORCHRUN, restarts: int = 0) -> Outcome:
+def planted(fault: str, run_dir: Path, *arguments: str, launcher: str = "", restarts: int = 0) -> Outcome:
     """Train the small model on two processes with a fault of tests/training/planted.py."""
+    program = [str(ROOT / "tests" / "training" / "planted.py"), *SMALL, f"run_dir={run_dir}", *arguments]
+    if not launcher:
+        with mock.patch.dict(os.environ, S2TRAIN_TEST_FAULT=fault):
+            return run(*program, processes=2)
     job = [*launcher.split(), "--standalone", "--nproc-per-node", "2", "--max-restarts", str(restarts)]
-    program = ["tests/training/planted.py", *SMALL, f"run_dir={run_dir}"]
-    return launch(*job, *program, *arguments, S2TRAIN_TEST_FAULT=fault)
+    return launch(*job, *program, S2TRAIN_TEST_FAULT=fault)
 
 
 def trace(run_dir: Path) -> list[dict[str, Any]]:
@@ -47,25 +50,30 @@ def trace(run_dir: Path) -> list[dict[str, Any]]:
     return [{name: record.get(name) for name in names} for record in records]
 
 
+@pytest.mark.xdist_group("kills")
 @pytest.mark.parametrize("in_background", [False, True], ids=["saved at once", "saved in the background"])
-def test_a_run_killed_at_random_moments_ends_as_an_unbroken_one(in_background: bool, tmp_path: Path) -> None:
-    settings = ["train.steps=45", EVERY_STEP, "checkpoint.keep=2", "checkpoint.keep_every=15"]
+@pytest.mark.parametrize("kills", [4, pytest.param(40, marks=pytest.mark.long)])
+def test_a_run_killed_at_random_moments_ends_as_an_unbroken_one(
+    kills: int, in_background: bool, tmp_path: Path
+) -> None:
+    third = 2 * kills  # an attempt takes five steps at most
+    settings = [f"train.steps={3 * third}", EVERY_STEP, "checkpoint.keep=2", f"checkpoint.keep_every={third}"]
     settings += [
-        "evaluation.interval=45",
+        f"evaluation.interval={3 * third}",
         "evaluation.batches=1",
         f"checkpoint.async_save={str(in_background).lower()}",
     ]
     seed = random.randrange(1 << 30)
-    program = ["tests/training/killed.py", str(seed), str(KILLS), *SMALL, f"run_dir={tmp_path / 'killed'}"]
+    program = ["tests/training/killed.py", str(seed), str(kills), *SMALL, f"run_dir={tmp_path / 'killed'}"]
     done = launch(*program, *settings)
     assert done.status == 0, (seed, done.out, done.err)
     unbroken = launch("tests/training/killed.py", "0", "0", *SMALL, f"run_dir={tmp_path / 'unbroken'}", *settings)
     assert unbroken.status == 0, unbroken.err
     assert trace(tmp_path / "killed") == trace(tmp_path / "unbroken"), seed  # bit for bit
     kept = [read_progress(path).step for path in checkpoints_in(tmp_path / "killed" / "checkpoints")]
-    assert kept == [15, 30, 44, 45]
+    assert kept == [third, 2 * third, 3 * third - 1, 3 * third]
     # An attempt that is killed in its first save has nothing to show; most are killed later.
-    assert done.out.count("going on from") >= KILLS // 2, (seed, done.out)
+    assert done.out.count("going on from") >= kills // 2, (seed, done.out)
 
 
 @pytest.mark.parametrize(("rank", "launcher"), [(1, TORCHRUN), (0, "launch/job.py")])
@@ -89,10 +97,10 @@ def test_a_job_whose_store_is_on_a_frozen_rank_ends_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("fault", "words"), [("hang", "planted.py"), ("freeze", "silent; last seen: ")])
 def test_a_rank_that_comes_no_further_ends_the_job_and_is_named(fault: str, words: str, tmp_path: Path) -> None:
-    done = planted(f"{fault}:1:3", tmp_path, STEPS, EVERY_STEP, "train.timeout_minutes=0.3")
+    done = planted(f"{fault}:1:3", tmp_path, STEPS, EVERY_STEP, "train.timeout_minutes=0.2")
     assert done.status != 0
     line = error_line(done)
-    assert "train.timeout_minutes=0.3" in line
+    assert "train.timeout_minutes=0.2" in line
     assert "held up by rank 1" in line
     assert "rank 0" not in line
     assert words in line

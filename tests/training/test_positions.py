@@ -1,9 +1,6 @@
 """Held-out loss by position."""
 
 import itertools
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +8,7 @@ import pytest
 import torch
 
 from s2train.training.positions import HeldOut, position_bins, position_edges, sum_by_position
-from tests.program import ROOT, metrics, pretrain
+from tests.program import metrics, pretrain, run
 
 CPU = torch.device("cpu")
 
@@ -83,11 +80,9 @@ SETTINGS = [
 @pytest.mark.slow
 @pytest.mark.xdist_group("positions")
 def test_a_run_reports_the_losses_of_a_direct_computation(alone: Path, tmp_path: Path) -> None:
-    program = [sys.executable, "-m", "tests.training.position_program"]
     arguments = [str(alone / "checkpoints" / "iter_0000002"), str(tmp_path / "losses.pt")]
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*program, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = run("tests.training.position_program", *arguments, processes=0)
+    assert done.status == 0, done.err
     losses = torch.load(tmp_path / "losses.pt").double()  # [samples, 128], by position
     (record,) = [record for record in metrics(alone) if record["step"] == 2]
     assert record["held_out_loss"] == pytest.approx(losses.mean().item(), rel=1e-6)
