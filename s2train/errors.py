@@ -37,7 +37,9 @@ class StoppedBySignal(Exception):
     """
 
     def __init__(self, signal: str, step: int, checkpoint: Path | None) -> None:
-        saved = f"checkpoint {checkpoint} | the same command goes on" if checkpoint else "not saved: checkpoint.save=false"
+        saved = (
+            f"checkpoint {checkpoint} | the same command goes on" if checkpoint else "not saved: checkpoint.save=false"
+        )
         super().__init__(f"stopped by {signal} at step {step} | {saved}")
 
 

@@ -16,7 +16,6 @@ from s2train.megatron import cpu
 StartCheck = Callable[[Store, int, int], None]
 
 
-
 def initialize(
     parallel: ParallelConfig,
     seed: int,
