@@ -90,6 +90,8 @@ class DataConfig:
     split: Any = "90,10,0"  # train, held out, test: text, or a list, which on a command line is 'data.split=[90,10,0]'
     tokenizer: str = "bytes"  # bytes, or a `tokenizer.json` of Hugging Face's tokenizers
     cache: str = "runs/data/cache"  # Megatron's document and shuffle indices
+    # a token sees its own document only, and the layout begins anew in each; else all that is packed into a sequence
+    attention_within_documents: bool = False
     # samples in the training order, fixed at a run's start since another number means another order;
     # None: train.steps × train.global_batch_size
     num_samples: int | None = None
