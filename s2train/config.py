@@ -233,12 +233,15 @@ class NeedleConfig:
 class PrepareConfig:
     """A run of `launch/prepare_data.py`."""
 
-    # a file or [file, …], text or .jsonl with a "text" a line; "bundled": the corpus that comes with s2train
+    # a file or [file, …], * standing for any name: text or .jsonl, either as .gz or .zst, or .parquet; "bundled": the
+    # corpus that comes with s2train
     input: Any = MISSING
     output: str = MISSING  # prefix of the .bin, .idx and .json to write
     tokenizer: str = "bytes"  # bytes, a tokenizer.json, or bpe:SIZE to train one, kept as OUTPUT-tokenizer.json
+    text_key: str = "text"  # what a line's or a table's documents are called, in .jsonl and .parquet
     document_chars: int = 10_000  # long texts are cut into documents of this many characters or more
     seed: int = 1234  # of the order of documents
+    workers: int | None = None  # processes that tokenize; None: as many as cores, less for small input
     overwrite: bool = False
 
 

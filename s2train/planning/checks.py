@@ -36,9 +36,9 @@ def check(cfg: PretrainConfig, world_size: int, hardware: Hardware) -> Plan:
         ConfigError: a setting is out of its range, two don't divide, blocks go unseen, or memory is short.
     """
     check_values(cfg)
+    check_documents(cfg)
     check_division(cfg, world_size)
     check_attention_backend(cfg.attention_backend, hardware)
-    check_documents(cfg)
     plan = _plan(cfg, world_size, hardware)
     if plan.remedy is not None:
         raise ConfigError(*_shortage(plan), plan.remedy)
@@ -74,10 +74,10 @@ def preview(cfg: PretrainConfig, world_size: int, hardware: Hardware) -> Plan:
         ConfigError: as `check`, but for memory and the number of ranks.
     """
     check_values(cfg)
+    check_documents(cfg)
     copy = smallest_world(cfg)
     world_size = copy if world_size % copy else world_size
     check_division(cfg, world_size)
-    check_documents(cfg)
     return _plan(cfg, world_size, hardware)
 
 

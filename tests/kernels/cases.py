@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from s2train.kernels import BlockLayout, block_sparse_attention, reference_attention
 from s2train.kernels.spec import from_bhsd
-from torch import Tensor
 
 NAMES = ("out", "lse", "dq", "dk", "dv")
 

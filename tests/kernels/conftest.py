@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from s2train.kernels import spec
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from s2train.kernels import Backend, BlockLayout, block_sparse_attention, resolve_backend
 from s2train.kernels.tiles import check_launch
 

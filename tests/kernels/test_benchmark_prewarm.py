@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from s2train.kernels.benchmarks import prewarm
 from s2train.kernels.benchmarks.__main__ import main
 from s2train.kernels.benchmarks.cases import parse_case

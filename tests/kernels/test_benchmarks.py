@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from s2train.kernels.benchmarks import contenders, run
 from s2train.kernels.benchmarks.__main__ import main
 from s2train.kernels.benchmarks.cases import DEFAULT, GROUPS, Case, parse_case, parse_cases
@@ -18,7 +20,6 @@ from s2train.kernels.benchmarks.plot import draw
 from s2train.kernels.benchmarks.report import break_even, kernel_paths, launch_ratios, summary
 from s2train.kernels.benchmarks.tables import short_table
 from s2train.kernels.token_mask import token_mask
-from torch import Tensor
 
 CPU = torch.device("cpu")
 SMALL = parse_case("b16-l2-v4-128-h4-kv2-d16")

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from s2train.kernels import check_run
 from s2train.kernels.check_cases import CASES, TIMINGS, case_names
 from s2train.kernels.check_run import check_case

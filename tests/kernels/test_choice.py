@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-from s2train.kernels import BlockLayout, block_sparse_attention, choice, hopper_support, kernels_in_use, triton_backend
 from torch import Tensor
 
+from s2train.kernels import BlockLayout, block_sparse_attention, choice, hopper_support, kernels_in_use, triton_backend
 from tests.kernels.cases import Problem, assert_as_exact_as_torch
 
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from s2train.kernels import BlockLayout, attention, block_sparse_attention
-from s2train.kernels.compiled import attend, attend_backward
-from s2train.kernels.handles import registered
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from s2train.kernels import BlockLayout, attention, block_sparse_attention
+from s2train.kernels.compiled import attend, attend_backward
+from s2train.kernels.handles import registered
 from tests.kernels.cases import Problem
 
 CASES = {

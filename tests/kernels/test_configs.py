@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from s2train.kernels import BlockLayout
 from s2train.kernels.configs import config_for, shared_bytes
 
@@ -81,9 +82,10 @@ def test_compiled_kernels_take_no_more_shared_memory_than_the_device_has(case: t
 def compiled_sizes(capability: int, dtype: str, block: int, dim: int, v_dim: int) -> dict[str, int]:
     """Shared memory of every portable kernel, compiled for a GPU that is not there and launched nowhere."""
     import triton
+    from triton.runtime.jit import JITFunction
+
     from s2train.kernels import backward, forward
     from s2train.kernels.spec import AttentionSpec
-    from triton.runtime.jit import JITFunction
 
     class Driver:
         def get_current_target(self) -> Any:

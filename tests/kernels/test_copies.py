@@ -4,10 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from s2train.kernels import BlockLayout, block_sparse_attention
-from s2train.kernels.spec import FORMATS, from_bhsd
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from s2train.kernels import BlockLayout, block_sparse_attention
+from s2train.kernels.spec import FORMATS, from_bhsd
 
 BATCH, HEADS, LENGTH, DIM, BLOCK = 2, 4, 50, 16, 32
 

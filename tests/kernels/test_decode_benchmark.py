@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from s2train.kernels.benchmarks import decode
 from s2train.kernels.benchmarks.cases import parse_case
 from s2train.kernels.benchmarks.decode_problem import DecodeCase, PagedStep, errors

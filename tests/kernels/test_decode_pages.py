@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+
 from s2train.kernels import BlockLayout
 from s2train.kernels.decode_pages import last_uses, most_pages_held, pages_held, read_tokens, write_tokens
 

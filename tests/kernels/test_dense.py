@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from s2train.kernels.dense import dense_causal_attention
 from torch import Tensor
+
+from s2train.kernels.dense import dense_causal_attention
 
 NAMES = ("out", "dq", "dk", "dv")
 

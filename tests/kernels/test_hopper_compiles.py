@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 import torch
 import triton
-from s2train.kernels import BlockLayout
-from s2train.kernels.spec import AttentionSpec
 from torch import Tensor
 from triton.backends.nvidia.compiler import get_ptxas
+
+from s2train.kernels import BlockLayout
+from s2train.kernels.spec import AttentionSpec
 
 SHARED_BYTES = 232448  # of a program on compute capability 9.0
 # Of all threads' roles, stores and loads. Packed documents add the stores of a partial tile, after the loops.

@@ -1,8 +1,9 @@
 """Tiles that don't fill 128 rows: packed documents and query offsets, as the Hopper forward walks and stores them."""
 
 import pytest
-import s2train.kernels.triton_backend  # noqa: F401  (repairs Triton's interpreter)
 import torch
+
+import s2train.kernels.triton_backend  # noqa: F401  (repairs Triton's interpreter)
 from s2train.kernels import BlockLayout, block_sparse_attention
 from s2train.kernels.hopper_documents import document_table
 from s2train.kernels.hopper_work import TILE, forward_work

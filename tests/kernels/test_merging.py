@@ -5,9 +5,9 @@ from functools import partial
 
 import pytest
 import torch
-from s2train.kernels import BlockLayout, block_sparse_attention, reference_attention
 from torch import Tensor
 
+from s2train.kernels import BlockLayout, block_sparse_attention, reference_attention
 from tests.kernels.cases import NAMES, Problem, gradients
 
 Attend = Callable[..., tuple[Tensor, Tensor]]

@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+
 from s2train.kernels import BlockLayout
 from s2train.kernels.key_pairs import ACTIVE_BITS, QUERY_BITS, TILE
 from s2train.kernels.packed_pairs import packed_pairs

@@ -2,8 +2,8 @@
 
 import torch
 import torch.nn.functional as F
-from s2train.kernels import BlockLayout, reference_attention
 
+from s2train.kernels import BlockLayout, reference_attention
 from tests.kernels.cases import Problem
 
 

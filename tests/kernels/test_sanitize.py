@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from s2train.kernels import sanitize, sanitize_cases
 from s2train.kernels.sanitize_report import parse
 

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from s2train.kernels import BlockLayout, block_sparse_attention, reference_attention
 from torch import Tensor
+
+from s2train.kernels import BlockLayout, block_sparse_attention, reference_attention
 
 pytestmark = pytest.mark.gpu
 GIB = 2**30

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from s2train.kernels import BlockLayout, block_sparse_attention
 from s2train.kernels.spec import AttentionSpec
 from s2train.kernels.torch_backend import torch_attention, torch_gradients
-
 from tests.kernels.cases import Problem, assert_as_exact_as_torch
 
 BOUNDS = torch.tensor([0, 37, 37, 101, 130], dtype=torch.int32)

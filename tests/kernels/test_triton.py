@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from s2train.kernels import BlockLayout, block_sparse_attention, reference_attention
 from torch.utils.checkpoint import checkpoint
 
+from s2train.kernels import BlockLayout, block_sparse_attention, reference_attention
 from tests.kernels.cases import Problem, assert_as_exact_as_torch
 
 BOUNDS = torch.tensor([0, 37, 37, 101, 130], dtype=torch.int32)  # documents of 37, 0, 64 and 29 tokens

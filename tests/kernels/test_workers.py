@@ -1,6 +1,7 @@
 """Tasks that fail, hang or kill their process cost only themselves."""
 
 import pytest
+
 from s2train.kernels.workers import run_tasks
 
 WORKER = """

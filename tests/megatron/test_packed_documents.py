@@ -48,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts = ["".join(random.choices("ab c", k=random.randint(1, 90))) + "x" for _ in range(400)]
     (folder / "mine.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
     prepare(PrepareConfig(input=str(folder / "mine.jsonl"), output=str(folder / "mine")))
-    done = pretrain(folder / "alone", *WITHIN, processes=0, cwd=folder)
+    done = pretrain(folder / "alone", *WITHIN, "checkpoint.interval=1", processes=0, cwd=folder)
     assert done.status == 0, done.err
     return folder
 
@@ -67,13 +67,13 @@ def trace(run_dir: Path) -> list[float]:
     ],
 )
 def test_trains_as_one_process_does(folder: Path, processes: int, arguments: list[str], tmp_path: Path) -> None:
-    start = f"run_dir={tmp_path}"
+    # the first step's weights: drawn otherwise under another division
+    start = f"checkpoint.resume={folder / 'alone' / 'checkpoints' / 'iter_0000001'}"
     done = pretrain(tmp_path, *WITHIN, *arguments, start, processes=processes, cwd=folder)
     assert done.status == 0, done.err
-    expected = trace(folder / "alone")
-    assert len(expected) == 8
-    assert trace(tmp_path)[:2] == pytest.approx(expected[:2], rel=1e-5)
-    assert trace(tmp_path) == pytest.approx(expected, rel=1e-3)
+    expected = trace(folder / "alone")[2:]
+    assert len(expected) == 6
+    assert trace(tmp_path) == pytest.approx(expected, rel=1e-5)
 
 
 def test_is_another_loss_than_that_of_attention_across_documents(folder: Path, tmp_path: Path) -> None:
