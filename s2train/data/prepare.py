@@ -79,6 +79,7 @@ def prepare(cfg: PrepareConfig) -> Metadata:
                 raise ConfigError("output", cfg.output, f"{existing[0]} exists", "Add overwrite=true")
             _write(cfg, sources, folder, str(final.get(_TOKENIZER, cfg.tokenizer)))
             (folder / "publishing").touch()
+        if (folder / "out.idx").exists():
             final[".idx"].unlink(missing_ok=True)  # so that no old index ever stands beside a new .bin
         for name in names:
             if (folder / f"out{name}").exists():
