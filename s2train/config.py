@@ -246,6 +246,26 @@ class PrepareConfig:
 
 
 @dataclass
+class ExportConfig:
+    """A run of `launch/export.py`."""
+
+    checkpoint: str = MISSING  # a run folder, its checkpoints folder, or one iter_* in it
+    output: str = MISSING  # folder to make
+    vocab_size: int | None = None  # rows of the embedding to keep, where it was padded; None: all
+    tokenizer: str | None = None  # where the run's tokenizer.json was moved to; None: the run's own
+
+
+@dataclass
+class ImportConfig:
+    """A run of `launch/import.py`."""
+
+    weights: str = MISSING  # folder with a Llama's config.json and .safetensors
+    output: str = MISSING  # run folder to make, for checkpoint.resume
+    vocab_size: int | None = None  # rows of the embedding, of zeros where there are more; None: as many as there are
+    precision: str = "bf16"  # of the weights kept: bf16, fp32
+
+
+@dataclass
 class SweepConfig:
     """`hydra.launcher`: how `launch/pretrain.py -m` starts the jobs of a sweep."""
 
@@ -283,6 +303,8 @@ def register() -> None:
     store.store(name="show_layout_schema", node=ShowLayoutConfig)
     store.store(name="needle_schema", node=NeedleConfig)
     store.store(name="prepare_schema", node=PrepareConfig)
+    store.store(name="export_schema", node=ExportConfig)
+    store.store(name="import_schema", node=ImportConfig)
     store.store(group="hydra/launcher", name="s2train_local", node=LocalSweepConfig)
     store.store(group="hydra/launcher", name="s2train_slurm", node=SlurmSweepConfig)
 

@@ -38,12 +38,14 @@ class Progress:
         consumed_samples: of the data order that `order` tells; the next batch begins there.
         order: what fixes the data order, setting by setting.
         wandb_id: of its wandb run, None without.
+        weights_only: there is no optimizer and no schedule in it; a run starts from it at step 0, in any layout.
     """
 
     step: int
     consumed_samples: int
     order: dict[str, Any]
     wandb_id: str | None
+    weights_only: bool = False
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), indent=1) + "\n")

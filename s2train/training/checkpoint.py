@@ -19,6 +19,7 @@ from s2train.megatron.checkpoint import (
     checkpoints_in,
     folder_name,
     load_shards,
+    read_progress,
     sharding_metadata,
     write_config,
 )
@@ -69,14 +70,22 @@ def save(cfg: PretrainConfig, state: TrainingState, progress: Progress) -> Path:
 
 
 def load(cfg: PretrainConfig, state: TrainingState, checkpoint: Path) -> None:
-    """Load model, optimizer and schedule in place.
+    """Load model, optimizer and schedule in place; of a checkpoint of weights alone the model.
 
     Raises:
         ConfigError: the checkpoint is damaged.
     """
-    loaded = load_shards(_sharded_state(state, sharding_metadata(), is_loading=True), checkpoint)
+    weights_only = read_progress(checkpoint).weights_only
+    if weights_only:
+        content = _sharded_model(state, sharding_metadata())
+    else:
+        content = _sharded_state(state, sharding_metadata(), is_loading=True)
+    loaded = load_shards(content, checkpoint)
     for chunk, name in zip(state.chunks, _chunk_names(state.chunks), strict=True):
         unwrap(chunk).load_state_dict(loaded[name])
+    if weights_only:
+        state.optimizer.reload_model_params()  # its copies in fp32
+        return
     _set_hyperparameters(cfg.optim, loaded["optimizer"])
     state.optimizer.load_state_dict(loaded["optimizer"])
     separate_steps(state.optimizer)
@@ -102,12 +111,16 @@ def _chunk_names(chunks: list[Any]) -> list[str]:
     return ["model"] if len(chunks) == 1 else [f"model{i}" for i in range(len(chunks))]
 
 
+def _sharded_model(state: TrainingState, metadata: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: unwrap(chunk).sharded_state_dict(metadata=metadata)
+        for name, chunk in zip(_chunk_names(state.chunks), state.chunks, strict=True)
+    }
+
+
 def _sharded_state(state: TrainingState, metadata: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
     names = _chunk_names(state.chunks)
-    model = {
-        name: unwrap(chunk).sharded_state_dict(metadata=metadata)
-        for name, chunk in zip(names, state.chunks, strict=True)
-    }
+    model = _sharded_model(state, metadata)
     optimizer = state.optimizer.sharded_state_dict(
         model["model"] if len(names) == 1 else model, is_loading=is_loading, metadata=metadata
     )
