@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from itertools import islice
@@ -113,13 +113,12 @@ def _write(cfg: PrepareConfig, sources: list[Path], folder: Path, tokenizer_name
         _tokenize(cfg, sources, spool, Encoding(path, np.dtype(dtype).name, cfg.text_key))
 
     tokens, lengths, source_of = spool.read()
-    _assemble(folder, tokens, lengths, spread_order(source_of, cfg.seed), dtype)
-    read_document_lengths(str(folder / "out"))
+    starts = np.cumsum(lengths) - lengths
+    order = spread_order(source_of, cfg.seed)
+    _assemble(folder, (tokens[starts[i] : starts[i] + lengths[i]] for i in order), len(lengths), dtype)
     with ThreadPoolExecutor(cfg.workers or _cores()) as pool:
-        sums = pool.map(_sha256, sources)
-    _metadata(tokenizer, tokenizer_name, tokens, len(lengths), dict(zip(map(str, sources), sums, strict=True))).write(
-        folder / "out.json"
-    )
+        sums = dict(zip(map(str, sources), pool.map(_sha256, sources), strict=True))
+    _describe(folder, tokenizer, tokenizer_name, sums, dtype)
 
 
 def _tokenize(cfg: PrepareConfig, sources: list[Path], spool: Spool, encoding: Encoding) -> None:
@@ -161,22 +160,15 @@ def _check_text(source: Path, number: int, spool: Spool) -> None:
         raise no_text(source)
 
 
-def _assemble(
-    folder: Path,
-    tokens: npt.NDArray[np.integer],
-    lengths: npt.NDArray[np.int64],
-    order: npt.NDArray[np.int64],
-    dtype: type[np.number],
-) -> None:
-    """Write out.bin and out.idx, which are on disk when this returns."""
-    starts = np.cumsum(lengths) - lengths
+def _assemble(folder: Path, documents: Iterable[npt.NDArray[np.integer]], count: int, dtype: type[np.number]) -> None:
+    """Write `count` documents to out.bin and out.idx, which are on disk when this returns."""
     builder = IndexedDatasetBuilder(str(folder / "out.bin"), dtype=dtype)
-    meter = Meter("writing", len(tokens))
-    done = 0
-    for number, i in enumerate(order, start=1):
-        builder.add_document(tokens[starts[i] : starts[i] + lengths[i]], [int(lengths[i])])
-        done += int(lengths[i])
-        meter.update(done, number, done * tokens.itemsize)
+    meter = Meter("writing", count)
+    size = 0
+    for number, document in enumerate(documents, start=1):
+        builder.add_document(document, [len(document)])
+        size += document.nbytes
+        meter.update(number, number, size)
     builder.finalize(str(folder / "out.idx"))
     meter.close()
     for name in ("out.bin", "out.idx"):
@@ -184,10 +176,11 @@ def _assemble(
             os.fsync(file.fileno())
 
 
-def _metadata(
-    tokenizer: Tokenizer, name: str, tokens: npt.NDArray[np.integer], documents: int, sources: dict[str, str]
-) -> Metadata:
-    return Metadata(
+def _describe(folder: Path, tokenizer: Tokenizer, name: str, sources: dict[str, str], dtype: type[np.number]) -> None:
+    """Write out.json of what lies in out.bin and out.idx, found sound."""
+    documents = len(read_document_lengths(str(folder / "out")))
+    tokens = np.memmap(folder / "out.bin", dtype=dtype, mode="r")
+    metadata = Metadata(
         tokenizer=name,
         fingerprint=tokenizer.fingerprint,
         vocab_size=tokenizer.vocab_size,
@@ -196,6 +189,7 @@ def _metadata(
         unigram_entropy=unigram_entropy(count_ids(tokens, tokenizer.vocab_size)),
         sources=sources,
     )
+    metadata.write(folder / "out.json")
 
 
 def spread_order(source_of: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.int64]:
