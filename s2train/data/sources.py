@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from s2train.data.cutting import split_documents
 from s2train.errors import ConfigError
@@ -148,7 +148,7 @@ def _opened(path: Path) -> Iterator[tuple[IO[bytes], Callable[[], int]]]:
     """The content of a file, and how many bytes of the file itself were read."""
     with path.open("rb") as raw:
         if path.suffix == ".gz":
-            yield gzip.GzipFile(fileobj=raw), raw.tell
+            yield cast(IO[bytes], gzip.GzipFile(fileobj=raw)), raw.tell
         elif path.suffix == ".zst":
             yield io.BufferedReader(_Zstandard(raw, path), 1 << 20), raw.tell
         else:

@@ -86,7 +86,6 @@ def llama_config(cfg: PretrainConfig, vocab_size: int, tokenizer: Tokenizer) -> 
         "hidden_act": "silu",
         "rms_norm_eps": model.norm_epsilon,
         "rope_theta": float(model.rotary_base),
-        "rope_scaling": None,
         "max_position_embeddings": cfg.train.seq_length,
         "tie_word_embeddings": model.tie_embeddings,
         "attention_bias": False,
