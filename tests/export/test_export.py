@@ -176,7 +176,14 @@ def test_a_hybrid_run_starts_from_an_imported_llama(tmp_path: Path, processes: i
     llama = write_llama(tmp_path / "llama")
     assert run("import.py", f"weights={llama}", f"output={tmp_path / 'start'}", processes=0).status == 0
     shape = ["model.tie_embeddings=false", "model.head_dim=16", "model.rotary_base=5000", "model.norm_epsilon=1e-6"]
-    own = [*shape, *settings, f"checkpoint.resume={tmp_path / 'start'}", "train.steps=2", "optim.lr=1e-9"]
+    own = [
+        *shape,
+        *settings,
+        f"checkpoint.resume={tmp_path / 'start'}",
+        "train.steps=2",
+        "optim.lr=1e-9",
+        "optim.warmup_steps=1",
+    ]
     done = pretrain(tmp_path / "run", *own, "optim.min_lr=1e-9", processes=processes)
     assert done.status == 0, done.err
     losses = [record["loss"] for record in metrics(tmp_path / "run")]
