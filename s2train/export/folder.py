@@ -35,7 +35,8 @@ def write_weights(folder: Path, weights: Mapping[str, Tensor], shard_bytes: int 
             size = 0
         shards[-1][name] = weight.detach().cpu().contiguous()
         size += weight.nbytes
-    total, of_name = sum(weight.nbytes for weight in weights.values()), {}
+    total = sum(weight.nbytes for weight in weights.values())
+    of_name: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         save_file(shard, folder / name, metadata={"format": "pt"})
