@@ -1,4 +1,4 @@
-"""Text files to Megatron indexed datasets."""
+"""Text files, or documents made for needle retrieval, to Megatron indexed datasets."""
 
 import hashlib
 import json
@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from glob import glob
 from itertools import islice
 from pathlib import Path
@@ -22,6 +23,7 @@ from s2train.data.bundled import bundled_corpus_files, count_ids, unigram_entrop
 from s2train.data.documents import bad_document, no_text, read_documents
 from s2train.data.indexed import Metadata, read_document_lengths, read_metadata
 from s2train.data.meter import Meter
+from s2train.data.needle_documents import needle_documents, needle_texts
 from s2train.data.sources import FORMATS, PIECE_BYTES, BadDocumentError, Piece, read_pieces
 from s2train.data.spool import Spool, open_folder
 from s2train.data.tokenizers import SMALLEST_BPE, Tokenizer, load_tokenizer, train_bpe
@@ -31,6 +33,7 @@ from s2train.files import check_writable, replacing
 
 _TOKENIZER = "-tokenizer.json"
 _BYTES_OF_A_WORKER = 4 << 20  # with less to do, starting it takes longer than its work
+NEEDLES = "needles"
 
 
 def prepare(cfg: PrepareConfig) -> Metadata:
@@ -104,21 +107,33 @@ def _write(cfg: PrepareConfig, sources: list[Path], folder: Path, tokenizer_name
         path = str(folder / f"out{_TOKENIZER}")
         if not Path(path).exists():
             texts = (text for source in sources for text in read_documents(source, cfg.document_chars, cfg.text_key))
+            if cfg.input == NEEDLES:
+                texts = needle_texts(cfg.needles, cfg.seed)
             with replacing(Path(path)) as temporary:
                 train_bpe(texts, _bpe_size(cfg.tokenizer), temporary)
     tokenizer = load_tokenizer(path, "tokenizer")
     dtype = DType.optimal_dtype(tokenizer.vocab_size)
+    if cfg.input == NEEDLES:
+        _assemble(folder, needle_documents(cfg.needles, tokenizer, cfg.seed), cfg.needles.documents, dtype)
+    else:
+        _assemble_files(cfg, sources, folder, Encoding(path, np.dtype(dtype).name, cfg.text_key), dtype)
+    with ThreadPoolExecutor(cfg.workers or _cores()) as pool:
+        sums = dict(zip(map(str, sources), pool.map(_sha256, sources), strict=True))
+    _describe(folder, tokenizer, tokenizer_name, sums, dtype)
+
+
+def _assemble_files(
+    cfg: PrepareConfig, sources: list[Path], folder: Path, encoding: Encoding, dtype: type[np.number]
+) -> None:
+    """Tokenize what the spool lacks, and write its documents in the order that spreads every source."""
     spool = Spool(folder, np.dtype(dtype).name)
     if not spool.done.complete:
-        _tokenize(cfg, sources, spool, Encoding(path, np.dtype(dtype).name, cfg.text_key))
+        _tokenize(cfg, sources, spool, encoding)
 
     tokens, lengths, source_of = spool.read()
     starts = np.cumsum(lengths) - lengths
     order = spread_order(source_of, cfg.seed)
     _assemble(folder, (tokens[starts[i] : starts[i] + lengths[i]] for i in order), len(lengths), dtype)
-    with ThreadPoolExecutor(cfg.workers or _cores()) as pool:
-        sums = dict(zip(map(str, sources), pool.map(_sha256, sources), strict=True))
-    _describe(folder, tokenizer, tokenizer_name, sums, dtype)
 
 
 def _tokenize(cfg: PrepareConfig, sources: list[Path], spool: Spool, encoding: Encoding) -> None:
@@ -219,14 +234,17 @@ def _key(cfg: PrepareConfig, sources: list[Path]) -> str:
             "tokenizer": [cfg.tokenizer, tokenizer],
             "cut": [cfg.document_chars, cfg.text_key, PIECE_BYTES],
             "seed": cfg.seed,
+            "needles": asdict(cfg.needles) if cfg.input == NEEDLES else None,
         }
     )
 
 
 def _input_files(given: Any) -> list[Path]:
+    if given == NEEDLES:
+        return []
     names = [given] if isinstance(given, str) else given
     if not isinstance(names, list | tuple) or not names or not all(isinstance(name, str) for name in names):
-        raise ConfigError("input", given, "names no files", "Set input=[a.txt,b.jsonl] or input=bundled")
+        raise ConfigError("input", given, "names no files", "Set input=[a.txt,b.jsonl], bundled or needles")
     files = [file for name in names for file in (bundled_corpus_files() if name == BUNDLED else _named(name))]
     for file in files:
         if not file.is_file():

@@ -74,7 +74,9 @@ def import_llama(cfg: ImportConfig) -> tuple[Path, ModelConfig]:
     temporary.mkdir(parents=True)
     metadata = sharding_metadata()
     plain = {key: value for key, value in metadata.items() if isinstance(value, str)}
-    save_checkpoint_shards({"model": gpt.sharded_state_dict(metadata=metadata)}, str(temporary), plain)
+    save_checkpoint_shards(
+        {"model": gpt.sharded_state_dict(metadata=metadata)}, str(temporary), plain, in_background=False
+    )
     write_config(run, temporary / CONFIG)
     Progress(0, 0, {}, None, weights_only=True).write(temporary / PROGRESS)
     if (Path(cfg.weights) / "tokenizer.json").is_file():

@@ -15,7 +15,7 @@ from s2train.kernels.choice import KernelsInUse, kernels_in_use
 from s2train.kernels.dense import dense_causal_attention
 from s2train.kernels.layout import BlockLayout
 from s2train.layouts.hybrid import LayerLayout
-from s2train.megatron.context_parallel import chunk_ids, gather_sequence
+from s2train.megatron.context_parallel.attention import attend_gathered, attend_overlapped, attend_together
 
 
 class LayoutCache:
@@ -74,12 +74,13 @@ class CausalCoreAttention(MegatronModule):
     """Causal attention of one layer; satisfies Megatron's core attention protocol. A subclass says what is kept.
 
     Reads of the config: `num_attention_heads`, `kv_channels`. Heads are contiguous over tensor parallel ranks;
-    sequence parallel does not reach it. Under context parallel K and V are gathered.
+    sequence parallel does not reach it. Under context parallel K and V come from the other ranks.
 
     Args:
         layer_layout: heads of this layer, all of them.
         cache: where device layouts are kept, shared by the layers of a model.
         backend: of the sparse op: auto, triton, portable or torch.
+        cp_exchange: how sparse layers get keys of other context parallel ranks, as `parallel.cp_exchange`.
     Raises:
         NotImplementedError: attention dropout or biases, which no layout describes; packed documents while decoding or
             under context parallel.
@@ -103,6 +104,7 @@ class CausalCoreAttention(MegatronModule):
         layer_layout: LayerLayout,
         cache: LayoutCache,
         backend: Backend,
+        cp_exchange: str = "gather",
         **_: Any,
     ) -> None:
         super().__init__(config=config)
@@ -111,7 +113,7 @@ class CausalCoreAttention(MegatronModule):
         if attention_type != "self" or (attention_dropout or config.attention_dropout):
             raise NotImplementedError("block layouts serve causal self attention without dropout")
         self.layer_number = layer_number
-        self.layer_layout, self.backend = layer_layout, backend
+        self.layer_layout, self.backend, self.cp_exchange = layer_layout, backend, cp_exchange
         self.softmax_scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
         self.cp_group = pg_collection.cp
         local_heads = config.num_attention_heads // pg_collection.tp.size()
@@ -152,13 +154,7 @@ class CausalCoreAttention(MegatronModule):
         elif size == 1:
             out = self.attend(query, key, value, query_offset=key.shape[0] - query.shape[0])
         else:
-            key, value = gather_sequence(key, self.cp_group), gather_sequence(value, self.cp_group)
-            rows = query.shape[0] // 2
-            parts = []
-            for chunk, part in zip(chunk_ids(self.cp_group.rank(), size), query.chunk(2), strict=True):
-                seen = (chunk + 1) * rows  # later keys are masked anyway
-                parts.append(self.attend(part, key[:seen], value[:seen], query_offset=chunk * rows))
-            out = torch.cat(parts)
+            out = self.attend_across_ranks(query, key, value)
         return out.reshape(*out.shape[:2], -1)
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, query_offset: int) -> torch.Tensor:
@@ -186,6 +182,10 @@ class CausalCoreAttention(MegatronModule):
             parts.append(out)
         return torch.cat(parts, dim=1)
 
+    def attend_across_ranks(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """As `attend`, of the two chunks of the sequence that this context parallel rank holds; all keys gathered."""
+        return attend_gathered(self.attend, query, key, value, self.cp_group)
+
     def layout(self, seq_length: int, device: torch.device) -> BlockLayout | None:
         """What this rank's heads keep of `seq_length` tokens; None: everything."""
         return None
@@ -203,21 +203,39 @@ class SparseCoreAttention(CausalCoreAttention):
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, query_offset: int) -> torch.Tensor:
         layout = self.layout(key.shape[0] if self.kv is None else self.kv.max_length, query.device)
+        out = self._attend(query, key, value, layout, query_offset, return_lse=False)
+        assert isinstance(out, torch.Tensor)
+        return out
+
+    def attend_across_ranks(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        if self.cp_exchange == "gather":
+            return super().attend_across_ranks(query, key, value)
+        layout = self.layout(key.shape[0] * self.cp_group.size(), query.device)
+        attend = attend_overlapped if self.cp_exchange == "overlapped" else attend_together
+        return attend(self._attend, query, key, value, layout, self.cp_group)
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        layout: BlockLayout,
+        query_offset: int,
+        return_lse: bool,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         if self.kernels is None:
             self.kernels = kernels_in_use(
                 query, key, value, layout, query_offset=query_offset, backend=self.backend
             )  # fmt: skip
-        out = block_sparse_attention(
-            query,
-            key,
-            value,
-            layout,
-            softmax_scale=self.softmax_scale,
-            query_offset=query_offset,
-            backend=self.backend,
+        scale, backend = self.softmax_scale, self.backend
+        if return_lse:
+            return block_sparse_attention(
+                query, key, value, layout, softmax_scale=scale, query_offset=query_offset, return_lse=True,
+                backend=backend,
+            )  # fmt: skip
+        return block_sparse_attention(
+            query, key, value, layout, softmax_scale=scale, query_offset=query_offset, backend=backend
         )
-        assert isinstance(out, torch.Tensor)
-        return out
 
     def layout(self, seq_length: int, device: torch.device) -> BlockLayout:
         return self.cache.get(self.layer_layout, seq_length, self.heads, device)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from s2train.kernels import BlockLayout, reference_attention
-from s2train.kernels.key_pairs import ACTIVE_BITS, QUERY_BITS, TILE
+from s2train.kernels.hopper.key_pairs import ACTIVE_BITS, QUERY_BITS, TILE
 from s2train.kernels.spec import AttentionSpec
 
-hopper_backward = pytest.importorskip("s2train.kernels.hopper_backward", reason="needs Triton's Gluon")
+hopper_backward = pytest.importorskip("s2train.kernels.hopper.backward", reason="needs Triton's Gluon")
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="runs in Triton's interpreter")
 
 

@@ -4,12 +4,11 @@ from typing import Any
 
 import pytest
 import torch
+from s2train.kernels.hopper import launch as module
+from s2train.kernels.hopper.launch import descriptor, launch
 from triton import knobs
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-from s2train.kernels import launch as module
-from s2train.kernels.launch import descriptor, launch
 
 DEVICE = torch.device("cuda", 1)
 SWIZZLED = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)

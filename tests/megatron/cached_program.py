@@ -34,7 +34,7 @@ def build(name: str, device: torch.device, tp: int = 1, backend: str = "auto") -
     heads, groups = MODELS[name]
     kinds = [KINDS["D" if all(isinstance(h, Dense) for h in layer) else "S"] for layer in heads]
     layers = tuple(LayerLayout(kind, tuple(layer), BLOCK) for kind, layer in zip(kinds, heads, strict=True))
-    hybrid = HybridLayout(layers, BLOCK, groups, find_schedule(ScheduleConfig()))
+    hybrid = HybridLayout(layers, BLOCK, groups, find_schedule(ScheduleConfig(kind="shifted")))
     model = ModelConfig("test", len(layers), 64, 96, 4, groups, 16, VOCABULARY, init_std=0.2)
     train = TrainConfig(steps=1, seq_length=BLOCK * NUM_BLOCKS, global_batch_size=1, precision="fp32")
     cfg = PretrainConfig(model=model, parallel=ParallelConfig(tp=tp), train=train, attention_backend=backend)
