@@ -92,6 +92,8 @@ class DataConfig:
     split: Any = "90,10,0"  # train, held out, test: text, or a list, which on a command line is 'data.split=[90,10,0]'
     tokenizer: str = "bytes"  # bytes, or a `tokenizer.json` of Hugging Face's tokenizers
     cache: str = "runs/data/cache"  # Megatron's document and shuffle indices
+    # a token sees its own document only, and the layout begins anew in each; else all that is packed into a sequence
+    attention_within_documents: bool = False
     # samples in the training order, fixed at a run's start since another number means another order;
     # None: train.steps × train.global_batch_size
     num_samples: int | None = None
@@ -276,15 +278,37 @@ class NeedleDocumentsConfig:
 class PrepareConfig:
     """A run of `launch/prepare_data.py`."""
 
-    # a file or [file, …], text or .jsonl with a "text" a line; "bundled": the corpus that comes with s2train;
-    # "needles": documents made as `needles` says
+    # a file or [file, …], * standing for any name: text or .jsonl, either as .gz or .zst, or .parquet; "bundled": the
+    # corpus that comes with s2train; "needles": documents made as `needles` says
     input: Any = MISSING
     output: str = MISSING  # prefix of the .bin, .idx and .json to write
     tokenizer: str = "bytes"  # bytes, a tokenizer.json, or bpe:SIZE to train one, kept as OUTPUT-tokenizer.json
+    text_key: str = "text"  # what a line's or a table's documents are called, in .jsonl and .parquet
     document_chars: int = 10_000  # long texts are cut into documents of this many characters or more
     seed: int = 1234  # of the order of documents
+    workers: int | None = None  # processes that tokenize; None: as many as cores, less for small input
     overwrite: bool = False
     needles: NeedleDocumentsConfig = field(default_factory=NeedleDocumentsConfig)  # of input=needles
+
+
+@dataclass
+class ExportConfig:
+    """A run of `launch/export.py`."""
+
+    checkpoint: str = MISSING  # a run folder, its checkpoints folder, or one iter_* in it
+    output: str = MISSING  # folder to make
+    vocab_size: int | None = None  # rows of the embedding to keep, where it was padded; None: all
+    tokenizer: str | None = None  # where the run's tokenizer.json was moved to; None: the run's own
+
+
+@dataclass
+class ImportConfig:
+    """A run of `launch/import.py`."""
+
+    weights: str = MISSING  # folder with a Llama's config.json and .safetensors
+    output: str = MISSING  # run folder to make, for checkpoint.resume
+    vocab_size: int | None = None  # rows of the embedding, of zeros where there are more; None: as many as there are
+    precision: str = "bf16"  # of the weights kept: bf16, fp32
 
 
 @dataclass
@@ -325,6 +349,8 @@ def register() -> None:
     store.store(name="show_layout_schema", node=ShowLayoutConfig)
     store.store(name="needle_schema", node=NeedleConfig)
     store.store(name="prepare_schema", node=PrepareConfig)
+    store.store(name="export_schema", node=ExportConfig)
+    store.store(name="import_schema", node=ImportConfig)
     store.store(group="hydra/launcher", name="s2train_local", node=LocalSweepConfig)
     store.store(group="hydra/launcher", name="s2train_slurm", node=SlurmSweepConfig)
 

@@ -52,6 +52,24 @@ class AttentionCache(Protocol):
         ...
 
 
+def packed_documents(bounds: torch.Tensor, seq_length: int) -> PackedSeqParams:
+    """What a model takes as `packed_seq_params` for documents packed along its sequences.
+
+    Hidden states stay [s, b, h] and rotation goes on from document to document: rotary scores depend on distances
+    alone, so that cutting attention is all it takes.
+
+    Args:
+        bounds: int32 [b, documents + 1], each row 0, ascending, `seq_length`; documents may be empty.
+    """
+    return PackedSeqParams(
+        qkv_format="sbhd",
+        cu_seqlens_q=bounds,
+        cu_seqlens_kv=bounds,
+        max_seqlen_q=seq_length,
+        max_seqlen_kv=seq_length,
+    )
+
+
 class CausalCoreAttention(MegatronModule):
     """Causal attention of one layer; satisfies Megatron's core attention protocol. A subclass says what is kept.
 
@@ -64,8 +82,13 @@ class CausalCoreAttention(MegatronModule):
         backend: of the sparse op: auto, triton, portable or torch.
         cp_exchange: how sparse layers get keys of other context parallel ranks, as `parallel.cp_exchange`.
     Raises:
-        NotImplementedError: packed sequences, attention dropout or biases, which no layout describes yet.
+        NotImplementedError: attention dropout or biases, which no layout describes; packed documents while decoding or
+            under context parallel.
+
+    `kernels` are those of the sparse op that its first call ran, None where it has not been called.
     """
+
+    kernels: KernelsInUse | None = None
 
     def __init__(
         self,
@@ -117,13 +140,16 @@ class CausalCoreAttention(MegatronModule):
             key, value: [s_k, b, KV heads / tp, d], not expanded. Without context parallel the last query is at the
                 position of the last key, so that a chunk may follow cached keys.
             attention_mask, attn_mask_type: ignored: attention is causal, within the layout.
+            packed_seq_params: as `packed_documents` makes them; then attention and layout restart in each document.
         Returns:
             [s_q, b, heads / tp · d].
         """
-        if packed_seq_params is not None or attention_bias is not None:
-            raise NotImplementedError("packed sequences and attention biases are not supported yet")
+        if attention_bias is not None:
+            raise NotImplementedError("attention biases are not supported")
         size = self.cp_group.size()
-        if self.kv is not None:
+        if packed_seq_params is not None:
+            out = self.attend_documents(query, key, value, packed_seq_params)
+        elif self.kv is not None:
             out = self.kv.attend(self, query, key, value)
         elif size == 1:
             out = self.attend(query, key, value, query_offset=key.shape[0] - query.shape[0])
@@ -137,6 +163,24 @@ class CausalCoreAttention(MegatronModule):
         The last query is at the last key. Returns [s_q, b, h, d].
         """
         raise NotImplementedError
+
+    def attend_documents(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedSeqParams
+    ) -> torch.Tensor:
+        """Attention within each document of sequences [s, b, h, d], by the sparse op in dense layers too."""
+        if packed.qkv_format != "sbhd" or self.kv is not None or self.cp_group.size() > 1:
+            raise NotImplementedError("packed documents come as packed_documents makes them, to train, without cp")
+        layout = self.cache.get(self.layer_layout, key.shape[0], self.heads, query.device)
+        parts = []
+        # the op takes one packed sequence; q, k and v of one are read where they lie
+        for q, k, v, bounds in zip(*(x.split(1, dim=1) for x in (query, key, value)), packed.cu_seqlens_q, strict=True):
+            if self.kernels is None:
+                self.kernels = kernels_in_use(q, k, v, layout, cu_seqlens=bounds, backend=self.backend)
+            out = block_sparse_attention(
+                q, k, v, layout, softmax_scale=self.softmax_scale, cu_seqlens=bounds, backend=self.backend
+            )
+            parts.append(out)
+        return torch.cat(parts, dim=1)
 
     def attend_across_ranks(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """As `attend`, of the two chunks of the sequence that this context parallel rank holds; all keys gathered."""
@@ -155,9 +199,7 @@ class DenseCoreAttention(CausalCoreAttention):
 
 
 class SparseCoreAttention(CausalCoreAttention):
-    """Every head keeps the blocks of its pattern. `kernels` are those that its first call ran."""
-
-    kernels: KernelsInUse | None = None
+    """Every head keeps the blocks of its pattern."""
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, query_offset: int) -> torch.Tensor:
         layout = self.layout(key.shape[0] if self.kv is None else self.kv.max_length, query.device)
@@ -200,6 +242,6 @@ class SparseCoreAttention(CausalCoreAttention):
 
 
 def kernels_of(models: Iterable[torch.nn.Module]) -> list[str]:
-    """What the sparse layers of these models ran, each way once."""
-    layers = (m for model in models for m in model.modules() if isinstance(m, SparseCoreAttention))
+    """What the layers of these models that call the sparse op ran, each way once."""
+    layers = (m for model in models for m in model.modules() if isinstance(m, CausalCoreAttention))
     return list(dict.fromkeys(str(layer.kernels) for layer in layers if layer.kernels is not None))

@@ -25,6 +25,7 @@ from s2train.megatron.checkpoint import (
     checkpoints_in,
     folder_name,
     load_shards,
+    read_progress,
     sharding_metadata,
     write_config,
 )
@@ -172,7 +173,7 @@ def _reason(error: BaseException) -> str:
 
 
 def load(cfg: PretrainConfig, state: TrainingState, checkpoint: Path, rng_ranks: list[int] | None) -> None:
-    """Load model, optimizer and schedule in place, and this rank's random generators.
+    """Load model, optimizer and schedule in place, and this rank's random generators; of weights alone the model.
 
     Args:
         rng_ranks: [tp, pp] of the run whose generators the checkpoint holds; other ranks keep their fresh ones.
@@ -180,12 +181,19 @@ def load(cfg: PretrainConfig, state: TrainingState, checkpoint: Path, rng_ranks:
     Raises:
         ConfigError: the checkpoint is damaged.
     """
-    wanted = _sharded_state(state, sharding_metadata(), is_loading=True)
+    weights_only = read_progress(checkpoint).weights_only
+    if weights_only:
+        wanted = _sharded_model(state, sharding_metadata())
+    else:
+        wanted = _sharded_state(state, sharding_metadata(), is_loading=True)
     if has_rng := rng_ranks == rng_ranks_here():
         wanted["rng"] = sharded_rng()
     loaded = load_shards(wanted, checkpoint, "checkpoint.resume")
     for chunk, name in zip(state.chunks, _chunk_names(state.chunks), strict=True):
         unwrap(chunk).load_state_dict(loaded[name])
+    if weights_only:
+        state.optimizer.reload_model_params()  # its copies in fp32
+        return
     _set_hyperparameters(cfg.optim, loaded["optimizer"])
     state.optimizer.load_state_dict(loaded["optimizer"])
     separate_steps(state.optimizer)
@@ -213,12 +221,16 @@ def _chunk_names(chunks: list[Any]) -> list[str]:
     return ["model"] if len(chunks) == 1 else [f"model{i}" for i in range(len(chunks))]
 
 
+def _sharded_model(state: TrainingState, metadata: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: unwrap(chunk).sharded_state_dict(metadata=metadata)
+        for name, chunk in zip(_chunk_names(state.chunks), state.chunks, strict=True)
+    }
+
+
 def _sharded_state(state: TrainingState, metadata: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
     names = _chunk_names(state.chunks)
-    model = {
-        name: unwrap(chunk).sharded_state_dict(metadata=metadata)
-        for name, chunk in zip(names, state.chunks, strict=True)
-    }
+    model = _sharded_model(state, metadata)
     optimizer = state.optimizer.sharded_state_dict(
         model["model"] if len(names) == 1 else model, is_loading=is_loading, metadata=metadata
     )

@@ -29,6 +29,7 @@ from s2train.megatron.integrity import damage
 
 # What the shards depend on: these must agree between a checkpoint and the run that loads it.
 _ARCHITECTURE = ("model", "layout", "schedule")
+_NOT_IN_SHARDS = {("model", "name"), ("model", "init_std")}
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,10 @@ def find_start(cfg: PretrainConfig) -> Start:
         return Start(None, Progress(0, 0, order, None))
     if problem := damage(checkpoint):
         raise ConfigError("checkpoint.resume", checkpoint, problem, older_instead(checkpoint, "checkpoint.resume"))
-    _check_same_architecture(cfg, checkpoint)
     saved, is_own = read_progress(checkpoint), checkpoint.parent.resolve() == _own(cfg).resolve()
+    _check_same_architecture(cfg, checkpoint, saved.weights_only)
+    if saved.weights_only:
+        return Start(checkpoint, Progress(0, 0, order, None))
     last = cfg.train.last_step
     if not is_own and saved.step >= last:
         problem = f"{checkpoint} is at step {saved.step} already, so there is nothing to train"
@@ -114,17 +117,17 @@ def _find(cfg: PretrainConfig) -> Path | None:
     return None
 
 
-def _check_same_architecture(cfg: PretrainConfig, checkpoint: Path) -> None:
+def _check_same_architecture(cfg: PretrainConfig, checkpoint: Path, weights_only: bool) -> None:
     saved = OmegaConf.structured(_with_pattern_defaults(read_config(checkpoint)))
     now = OmegaConf.structured(_with_pattern_defaults(cfg))
-    for part in _ARCHITECTURE:
+    for part in ("model",) if weights_only else _ARCHITECTURE:
         for name in dict.fromkeys(_flat_names(now[part]) + _flat_names(saved[part])):
             old, new = OmegaConf.select(saved[part], name), OmegaConf.select(now[part], name)
-            if old != new and (part, name) != ("model", "name"):
+            if old != new and (part, name) not in _NOT_IN_SHARDS:
                 problem = f"{checkpoint} was trained with {part}.{name}={old}"
                 raise ConfigError(f"{part}.{name}", new, problem, "Set it so, or start in another run_dir")
     before, after = saved.parallel.distributed_optimizer, now.parallel.distributed_optimizer
-    if before != after:
+    if before != after and not weights_only:
         problem = f"{checkpoint} holds the optimizer's state of the other kind"
         remedy = f"Set parallel.distributed_optimizer={str(before).lower()}"
         raise ConfigError("parallel.distributed_optimizer", after, problem, remedy)

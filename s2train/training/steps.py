@@ -9,6 +9,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from s2train.config import PretrainConfig
+from s2train.megatron.core_attention import packed_documents
 from s2train.training.batches import Batch
 from s2train.training.positions import position_bins, sum_by_position
 
@@ -43,7 +44,10 @@ def forward_step(
 ) -> tuple[torch.Tensor, Callable[[torch.Tensor], LossReport]]:
     """Megatron's forward step: per-token losses of the next micro batch, and how to sum them."""
     batch = next(batches)
-    losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    tokens, packed = batch["tokens"], {}
+    if "documents" in batch:
+        packed["packed_seq_params"] = packed_documents(batch["documents"], tokens.shape[1])
+    losses = model(tokens, batch["position_ids"], None, labels=batch["labels"], **packed)
     return losses, partial(token_loss, batch["loss_mask"], edges)
 
 
