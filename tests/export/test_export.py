@@ -2,10 +2,7 @@
 
 import importlib.util
 import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,7 +15,7 @@ from s2train.config import ModelConfig
 from s2train.export.folder import write_weights
 from s2train.export.modeling_s2 import S2ForCausalLM
 from s2train.export.weights import llama_shapes
-from tests.program import ROOT, SMALL, error_line, metrics, pretrain, run
+from tests.program import SMALL, error_line, metrics, pretrain, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("export")]
 
@@ -33,20 +30,14 @@ def tokens_of(vocabulary: int = 257) -> np.ndarray:
 
 def megatron_logits(checkpoint: Path, tokens: np.ndarray, folder: Path) -> torch.Tensor:
     np.save(folder / "tokens.npy", tokens)
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.export.logits_program", checkpoint, folder / "tokens.npy", folder / "logits.npy"],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    files = [str(path) for path in (checkpoint, folder / "tokens.npy", folder / "logits.npy")]
+    done = run("tests.export.logits_program", *files, processes=0)
+    assert done.status == 0, done.err[-3000:]
     return torch.from_numpy(np.load(folder / "logits.npy"))
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found.double() - expected.double()).abs().max() / expected.double().abs().max())
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
 def load_file(path: Path) -> ModuleType:
@@ -90,7 +81,7 @@ def test_the_modelling_file_gives_the_logits_of_the_checkpoint(tmp_path: Path, s
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     (tmp_path / "out" / "config.json").write_text(json.dumps(config | {"layout": None}))
     dense, _ = logits()
-    assert relative(dense, exact) > 10 * relative(found, exact)
+    assert relative(dense, exact) > 5 * relative(found, exact)
 
 
 def test_decoding_over_its_cache_is_decoding_without(tmp_path: Path) -> None:
