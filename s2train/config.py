@@ -194,7 +194,13 @@ class PretrainConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     run_dir: str = "runs/${model.name}"
     seed: int = 1234
-    backend: str = "auto"  # linear layers, norms, optimizer: auto, local (torch), te (transformer-engine)
+    # linear layers, norms, rotation: auto (te where it is installed and works on a GPU, else local), local (Megatron's
+    # own on torch), te (transformer-engine)
+    backend: str = "auto"
+    fp8: str = "none"  # linear layers with backend=te: none, hybrid (E4M3, gradients E5M2), e4m3
+    # how FP8 values are scaled: tensorwise (by each tensor's present maximum), blockwise (from Hopper on), mxfp8 (from
+    # Blackwell on)
+    fp8_recipe: str = "tensorwise"
     # sparse layers: auto (triton where CUDA is, torch on a CPU), triton (the fastest kernels for the GPU), portable
     # (Triton's alone, the same on every GPU), torch
     attention_backend: str = "auto"

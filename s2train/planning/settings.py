@@ -18,6 +18,8 @@ _CHOICES: dict[str, tuple[str | int, ...]] = {
     "tracking.wandb": ("disabled", "offline", "online"),
     "tracking.timing": (0, 1, 2),
     "backend": ("auto", "local", "te"),
+    "fp8": ("none", "hybrid", "e4m3"),
+    "fp8_recipe": ("tensorwise", "blockwise", "mxfp8"),
     "attention_backend": ("auto", "triton", "portable", "torch"),
 }
 _POSITIVE: dict[str, tuple[str, ...]] = {
@@ -100,8 +102,6 @@ def _check_ranges(cfg: PretrainConfig) -> None:
         value = _get(cfg, setting)
         if value < 0:
             raise ConfigError(setting, value, "must not be negative", f"Set {setting} to 0 or more.")
-    if cfg.backend == "te":
-        raise ConfigError("backend", "te", "transformer-engine is not supported yet", "Set backend=local.")
 
 
 def _check_optimizer(cfg: PretrainConfig) -> None:

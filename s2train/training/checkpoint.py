@@ -23,6 +23,7 @@ from s2train.megatron.checkpoint import (
     write_config,
 )
 from s2train.megatron.compat import save_checkpoint_shards
+from s2train.megatron.exchange import fit_groups
 from s2train.megatron.model import unwrap
 from s2train.megatron.torch_adam import separate_steps
 
@@ -78,6 +79,7 @@ def load(cfg: PretrainConfig, state: TrainingState, checkpoint: Path) -> None:
     for chunk, name in zip(state.chunks, _chunk_names(state.chunks), strict=True):
         unwrap(chunk).load_state_dict(loaded[name])
     _set_hyperparameters(cfg.optim, loaded["optimizer"])
+    fit_groups(state.optimizer, loaded["optimizer"])
     state.optimizer.load_state_dict(loaded["optimizer"])
     separate_steps(state.optimizer)
     state.scheduler.load_state_dict(loaded["scheduler"])

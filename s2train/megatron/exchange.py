@@ -1,0 +1,69 @@
+"""A checkpoint of one backend in a run of another.
+
+Weights have the same names: Megatron names a norm after the linear layer that transformer-engine makes it a part of.
+Two things differ: extra state, which transformer-engine's norms have and torch's don't, and what an Adam keeps in its
+parameter groups.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.optimizer import MegatronOptimizer
+
+_SUFFIX = "_extra_state"
+
+
+def load_without_foreign_extra_state(state: dict[str, Any], checkpoint: str) -> dict[str, Any]:
+    """Megatron's loading of a sharded state dict; extra state that the checkpoint has none of is loaded as None.
+
+    The recipes that s2train takes keep nothing in it.
+    """
+    wanted = [
+        (section, name, value.unique_key)
+        for section, values in state.items()
+        if isinstance(values, dict)
+        for name, value in values.items()
+        if isinstance(value, ShardedObject) and str(name).endswith(_SUFFIX)
+    ]
+    foreign: list[tuple[str, str]] = []
+    if wanted:
+        there = dist_checkpointing.load_sharded_metadata(checkpoint)
+        known = {value.unique_key for value in there.values() if isinstance(value, ShardedObject)}
+        foreign = [(section, name) for section, name, key in wanted if key not in known]
+    dropped = set(foreign)
+    kept = {
+        section: (
+            {name: value for name, value in values.items() if (section, name) not in dropped}
+            if isinstance(values, dict)
+            else values
+        )
+        for section, values in state.items()
+    }
+    loaded = dist_checkpointing.load(kept, checkpoint)
+    for section, name in foreign:
+        loaded[section][name] = None
+    return loaded
+
+
+def fit_groups(optimizer: MegatronOptimizer, loaded: Any) -> None:
+    """Give loaded parameter groups what this Adam keeps in them and the one that saved did not.
+
+    Args:
+        loaded: optimizer state as dist_checkpointing gives it; changed in place.
+    """
+    inner = getattr(optimizer, "chained_optimizers", [optimizer])[0].optimizer
+    counts_whole_steps = not isinstance(inner, torch.optim.AdamW)
+    if isinstance(loaded, dict):
+        for group in loaded.get("param_groups", []):
+            for name, value in inner.defaults.items():
+                group.setdefault(name, value)
+            if counts_whole_steps and group.get("step") is not None:
+                group["step"] = int(group["step"])  # torch's is a float; its kernel takes no other than an int
+        values: Any = loaded.values()
+    else:
+        values = loaded if isinstance(loaded, list | tuple) else ()
+    for value in values:
+        if isinstance(value, dict | list | tuple):
+            fit_groups(optimizer, value)
