@@ -179,6 +179,14 @@ class TrackingConfig:
 
 
 @dataclass
+class ProfileConfig:
+    """A trace of some steps and what their time went to, in `profile` in the run folder. Slows those steps."""
+
+    steps: list[int] | None = None  # first and last step to trace, such as [10,12]; None: none
+    ranks: list[int] = field(default_factory=lambda: [0])
+
+
+@dataclass
 class PretrainConfig:
     """A run of `launch/pretrain.py`."""
 
@@ -192,6 +200,7 @@ class PretrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     run_dir: str = "runs/${model.name}"
     seed: int = 1234
     # linear layers, norms, rotation: auto (te where it is installed and works on a GPU, else local), local (Megatron's

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.optimizer import MegatronOptimizer
 
 _SUFFIX = "_extra_state"
@@ -29,7 +30,7 @@ def load_without_foreign_extra_state(state: dict[str, Any], checkpoint: str) -> 
     ]
     foreign: list[tuple[str, str]] = []
     if wanted:
-        there = dist_checkpointing.load_sharded_metadata(checkpoint)
+        there = load_sharded_metadata(checkpoint)
         known = {value.unique_key for value in there.values() if isinstance(value, ShardedObject)}
         foreign = [(section, name) for section, name, key in wanted if key not in known]
     dropped = set(foreign)

@@ -76,6 +76,7 @@ def check_values(cfg: PretrainConfig) -> None:
     patterns_of(cfg.layout)
     _check_ranges(cfg)
     _check_optimizer(cfg)
+    _check_profile(cfg)
 
 
 def check_seed(seed: int) -> None:
@@ -139,6 +140,16 @@ def _check_optimizer(cfg: PretrainConfig) -> None:
             f"train.steps × train.global_batch_size takes {samples}",
             f"Set data.num_samples to {samples} or more.",
         )
+
+
+def _check_profile(cfg: PretrainConfig) -> None:
+    steps, ranks = cfg.profile.steps, cfg.profile.ranks
+    last = cfg.train.last_step
+    if steps is not None and (len(steps) != 2 or not 1 <= steps[0] <= steps[1] <= last):
+        problem = f"is not a first and a last step within the run's {last}"
+        raise ConfigError("profile.steps", steps, problem, f"Set profile.steps=[{max(last - 2, 1)},{last}], or null.")
+    if any(rank < 0 for rank in ranks):
+        raise ConfigError("profile.ranks", ranks, "ranks count from 0", "Set profile.ranks=[0].")
 
 
 def _nearest(setting: str, value: object, choices: Sequence[str | int]) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from megatron.core.timers import Timers
+from torch.profiler import record_function
 from torch.utils.data import Dataset
 
 from s2train.config import PretrainConfig
@@ -15,9 +16,12 @@ from s2train.errors import TrainingError
 from s2train.megatron.checkpoint import Progress
 from s2train.megatron.core_attention import kernels_of
 from s2train.training.batches import Batch, micro_batches
+from s2train.training.breakdown import OPTIMIZER, RANGE
 from s2train.training.checkpoint import TrainingState, save
 from s2train.training.metrics import StepMetrics, Tracker
 from s2train.training.optimizer import whole_parameters
+from s2train.training.peak import PEAK_STEPS, report_peak
+from s2train.training.profile import StepProfiler
 from s2train.training.steps import run_step
 
 
@@ -29,11 +33,13 @@ class Speed:
         flops_per_token: training FLOPs of the model, exact for its layout.
         peak_flops: FLOP/s of a device, None where not known.
         devices: ranks of the job.
+        planned_memory: bytes that the plan foretells torch will hold on the fullest rank.
     """
 
     flops_per_token: float
     peak_flops: float | None
     devices: int
+    planned_memory: int
 
 
 @dataclass
@@ -72,9 +78,10 @@ class Trainer:
         last = cfg.train.last_step
         consumed = progress.consumed_samples
         batches = self._batches(self.train_set, consumed, consumed + (last - progress.step) * size)
-        interval = Interval()
+        interval, profiler = Interval(), StepProfiler(cfg, self.state.chunks, self.tracker.note)
         for step in range(progress.step + 1, last + 1):
-            loss, grad_norm, lr = self._step(batches)
+            with profiler.step(step):
+                loss, grad_norm, lr = self._step(batches)
             consumed += size
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):
                 raise TrainingError(
@@ -86,6 +93,8 @@ class Trainer:
                 for kernels in kernels_of(self.state.chunks):
                     self.tracker.note(f"sparse attention: {kernels}")
             is_last = step == last
+            if step == min(progress.step + PEAK_STEPS, last):
+                report_peak(self.speed.planned_memory, self.tracker)
             held_out = None
             paused = time.perf_counter()
             if self.held_out_set is not None and (step % cfg.evaluation.interval == 0 or is_last):
@@ -124,7 +133,8 @@ class Trainer:
             chunk.zero_grad_buffer()
         state.optimizer.zero_grad()
         loss = run_step(self.cfg, state.chunks, batches, forward_only=False)
-        _, grad_norm, _ = state.optimizer.step()
+        with record_function(RANGE + OPTIMIZER):
+            _, grad_norm, _ = state.optimizer.step()
         state.scheduler.step(1)
         return loss, float(grad_norm), lr
 

@@ -7,9 +7,11 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch.profiler import record_function
 
 from s2train.config import PretrainConfig
 from s2train.training.batches import Batch
+from s2train.training.breakdown import DATA, RANGE
 
 LossReport = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
 
@@ -31,7 +33,8 @@ def forward_step(
     batches: Iterator[Batch], model: torch.nn.Module
 ) -> tuple[torch.Tensor, Callable[[torch.Tensor], LossReport]]:
     """Megatron's forward step: per-token losses of the next micro batch, and how to sum them."""
-    batch = next(batches)
+    with record_function(RANGE + DATA):
+        batch = next(batches)
     losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
     return losses, partial(token_loss, batch["loss_mask"])
 

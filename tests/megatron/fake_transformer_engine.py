@@ -5,15 +5,15 @@ transformer-engine 2.20; its kernels, FP8 and parallelism are not here.
 """
 
 import sys
+from contextlib import nullcontext
 from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-
 # Parts that Megatron imports names from, and a plain model uses none of.
-_UNUSED = ("ops", "router", "attention", "permutation", "cpu_offload", "tensor", "tensor.utils", "graph", "utils")
+_UNUSED = ("ops", "router", "permutation", "tensor", "tensor.utils", "graph", "utils")
 
 
 class _Module(torch.nn.Module):
@@ -102,6 +102,16 @@ def _apply(op: Any, overflow: torch.Tensor, tensors: Any, *args: Any) -> Any:
     return op(2048, overflow, tensors, *args)
 
 
+def _no_offload(*args: Any, **kwargs: Any) -> tuple[Any, None]:
+    return nullcontext(), None
+
+
+class _SplitAlongDim:
+    @staticmethod
+    def apply(x: torch.Tensor, dim: int, sizes: list[int]) -> tuple[torch.Tensor, ...]:
+        return torch.split(x, sizes, dim)
+
+
 class _Base(_Module):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError("not used")
@@ -138,6 +148,8 @@ def install() -> None:
             "DotProductAttention": _Base,
             "GroupedLinear": _Base,
         },
+        **{f".pytorch.{name}": {"get_cpu_offload_context": _no_offload} for name in ("cpu_offload", "cpu_offload_v1")},
+        ".pytorch.attention": {"_SplitAlongDim": _SplitAlongDim},
         ".pytorch.fp8": {"FP8GlobalStateManager": _States, "fp8_autocast": None, "fp8_model_init": None},
         ".pytorch.distributed": {"CudaRNGStatesTracker": object},
         ".pytorch.float8_tensor": {"Float8Tensor": _Recipe},
