@@ -213,6 +213,9 @@ class PretrainConfig:
     # sparse layers: auto (triton where CUDA is, torch on a CPU), triton (the fastest kernels for the GPU), portable
     # (Triton's alone, the same on every GPU), torch
     attention_backend: str = "auto"
+    # dense layers on a GPU: auto (the fastest that takes the shape: cudnn, flash, efficient, in this order), or one of
+    # these, which torch's scaled_dot_product_attention then runs or refuses
+    dense_attention: str = "auto"
     plan: bool = False  # print what the run will cost, and build nothing
 
 

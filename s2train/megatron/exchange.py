@@ -49,22 +49,34 @@ def load_without_foreign_extra_state(state: dict[str, Any], checkpoint: str) -> 
 
 
 def fit_groups(optimizer: MegatronOptimizer, loaded: Any) -> None:
-    """Give loaded parameter groups what this Adam keeps in them and the one that saved did not.
+    """Give loaded optimizer state what this Adam keeps in its groups and the one that saved did not, and its count of
+    steps where this one has it: torch's in the parameters' state, others' in the group.
 
     Args:
-        loaded: optimizer state as dist_checkpointing gives it; changed in place.
+        loaded: as dist_checkpointing gives it; changed in place.
     """
     inner = getattr(optimizer, "chained_optimizers", [optimizer])[0].optimizer
-    counts_whole_steps = not isinstance(inner, torch.optim.AdamW)
-    if isinstance(loaded, dict):
-        for group in loaded.get("param_groups", []):
-            for name, value in inner.defaults.items():
-                group.setdefault(name, value)
-            if counts_whole_steps and group.get("step") is not None:
-                group["step"] = int(group["step"])  # torch's is a float; its kernel takes no other than an int
-        values: Any = loaded.values()
-    else:
-        values = loaded if isinstance(loaded, list | tuple) else ()
-    for value in values:
-        if isinstance(value, dict | list | tuple):
-            fit_groups(optimizer, value)
+    _fit(loaded, inner.defaults, is_torch=isinstance(inner, torch.optim.AdamW))
+
+
+def _fit(loaded: Any, defaults: dict[str, Any], is_torch: bool) -> None:
+    if isinstance(loaded, list | tuple):
+        for value in loaded:
+            _fit(value, defaults, is_torch)
+    if not isinstance(loaded, dict):
+        return
+    groups, state = loaded.get("param_groups", []), loaded.get("state")
+    if groups and isinstance(state, dict):  # the plain optimizer's; the distributed one keeps the step in its groups
+        if is_torch and "common_step" not in state and "step" in groups[0]:
+            state["common_step"] = torch.tensor(float(groups[0]["step"]))
+        elif not is_torch and "common_step" in state:
+            step = int(state.pop("common_step"))
+            for group in groups:
+                group["step"] = step
+    for group in groups:
+        for name, value in defaults.items():
+            group.setdefault(name, value)
+        if not is_torch and group.get("step") is not None:
+            group["step"] = int(group["step"])  # torch's is a float
+    for value in loaded.values():
+        _fit(value, defaults, is_torch)

@@ -11,7 +11,7 @@ from s2train.apex import fuses_gradient_sums
 from s2train.config import PretrainConfig
 from s2train.layouts.hybrid import HybridLayout
 from s2train.megatron.backends import Backend, choose_backend, sum_gradients_in_place
-from s2train.megatron.core_attention import LayoutCache
+from s2train.megatron.core_attention import DenseCoreAttention, LayoutCache
 from s2train.megatron.specs import block_spec
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -102,6 +102,9 @@ def build_model(
             vp_stage=stage,
         )
         chunk.model_type = ModelType.encoder_or_decoder
+        for module in chunk.modules():
+            if isinstance(module, DenseCoreAttention):
+                module.implementation = cfg.dense_attention
         if backend.name == "te":
             sum_gradients_in_place(chunk)
         chunk.to(device)

@@ -20,6 +20,7 @@ _CHOICES: dict[str, tuple[str | int, ...]] = {
     "backend": ("auto", "local", "te"),
     "fp8": ("none", "hybrid", "e4m3"),
     "fp8_recipe": ("tensorwise", "blockwise", "mxfp8"),
+    "dense_attention": ("auto", "cudnn", "flash", "efficient"),
     "attention_backend": ("auto", "triton", "portable", "torch"),
 }
 _POSITIVE: dict[str, tuple[str, ...]] = {

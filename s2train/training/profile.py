@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from s2train.config import PretrainConfig
 from s2train.megatron.core_attention import CausalCoreAttention
-from s2train.training.breakdown import RANGE, Breakdown, breakdown, read_trace
+from s2train.training.breakdown import RANGE, breakdown, read_trace
 
 
 class _Edge(torch.autograd.Function):
@@ -72,47 +72,40 @@ class StepProfiler:
         note: told the table, on rank 0.
     """
 
-    def __init__(self, cfg: PretrainConfig, models: list[torch.nn.Module], note: Callable[[str], None]) -> None:
-        rank = torch.distributed.get_rank()
-        self._first, self._last = cfg.profile.steps if cfg.profile.steps and rank in cfg.profile.ranks else (None, None)
-        self._models, self._note, self._rank = models, note, rank
+    def __init__(self, cfg: PretrainConfig, models: Sequence[torch.nn.Module], note: Callable[[str], None]) -> None:
+        self._rank = torch.distributed.get_rank()
+        first, last = cfg.profile.steps if cfg.profile.steps and self._rank in cfg.profile.ranks else (0, -1)
+        self._steps = range(first, last + 1)
+        self._models, self._note = models, note
         self._folder = Path(cfg.run_dir) / "profile"
-        self._open: contextlib.ExitStack | None = None
+        self._running: contextlib.ExitStack | None = None
         self._profiler: profile | None = None
 
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[None]:
         """Around a step; `number` counts from 1."""
-        if self._first is None or self._last is None or not self._first - 1 <= number <= self._last:
-            yield
-            return
-        if self._profiler is None:
+        if self._running is None and self._steps and self._steps[0] - 1 <= number <= self._steps[-1]:
             self._start(number)
-        assert self._profiler is not None
         yield
+        if self._running is None or self._profiler is None:
+            return
         if torch.cuda.is_available():
-            torch.cuda.synchronize()  # the trace ends with its kernels
+            torch.cuda.synchronize()  # the step ends with its kernels
         self._profiler.step()
-        if number == self._last:
-            self._finish()
+        if number == self._steps[-1]:
+            self._running.close()
+            self._running = self._profiler = None
 
     def _start(self, number: int) -> None:
-        assert self._first is not None and self._last is not None
-        warmup = max(self._first - number, 0)  # the tracer's own first use would count as the step's
-        activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])
+        warmup = int(number < self._steps[0])  # the tracer's own first use would count as the step's
+        self._running = contextlib.ExitStack()
+        self._running.enter_context(attention_ranges(self._models))
         self._profiler = profile(
-            activities=activities,
-            schedule=schedule(wait=0, warmup=warmup, active=self._last - max(self._first, number) + 1, repeat=1),
+            activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])],
+            schedule=schedule(wait=0, warmup=warmup, active=self._steps[-1] - number + 1 - warmup, repeat=1),
             on_trace_ready=self._write,
         )
-        self._open = contextlib.ExitStack()
-        self._open.enter_context(attention_ranges(self._models))
-        self._profiler.start()
-
-    def _finish(self) -> None:
-        assert self._profiler is not None and self._open is not None
-        self._profiler.stop()
-        self._open.close()
+        self._running.enter_context(self._profiler)
 
     def _write(self, profiler: profile) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -120,8 +113,5 @@ class StepProfiler:
         profiler.export_chrome_trace(str(trace))
         found = breakdown(read_trace(trace))
         (self._folder / f"breakdown-rank{self._rank}.json").write_text(json.dumps(asdict(found), indent=1) + "\n")
-        self._note(self._text(found, trace))
-
-    def _text(self, found: Breakdown, trace: Path) -> str:
-        steps = f"step {self._first}" if self._first == self._last else f"steps {self._first} to {self._last}"
-        return f"where the time of {steps} went ({found.device})\n{found.format()}\ntrace {trace}"
+        steps = f"{self._steps[0]} to {self._steps[-1]}"
+        self._note(f"where the time of steps {steps} went ({found.device})\n{found.format()}\ntrace {trace}")

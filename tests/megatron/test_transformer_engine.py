@@ -3,6 +3,7 @@
 Names, wiring and checkpoints are tested here; its kernels and FP8 on a GPU, by launch/te_vs_local.sh.
 """
 
+import itertools
 import os
 import subprocess
 import sys
@@ -17,15 +18,16 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("te")]
 STEPS = 6
 # Two formulations of norms and Adam in fp32: the loss agrees as the parallel variants of a run do.
 TOLERANCE = 1e-5
+OPTIMIZERS = {"distributed": [], "plain": ["parallel.distributed_optimizer=false"]}
 
 
 def train(kind: str, run_dir: Path, *arguments: str, processes: int = 1) -> Outcome:
     backend = "te" if kind == "fake" else "local"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    settings = [*SMALL, f"run_dir={run_dir}", f"backend={backend}", f"train.steps={STEPS}", *arguments]
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        + ["-m", "tests.megatron.te_program", kind, *SMALL, f"run_dir={run_dir}", f"backend={backend}"]
-        + [f"train.steps={STEPS}", *arguments],
+        [*launcher, "-m", "tests.megatron.te_program", kind, *settings],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -40,22 +42,27 @@ def losses(folder: Path) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A whole run of each backend, with a checkpoint after its second step."""
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
+    """A whole run of each backend with each optimizer, with a checkpoint after its second step."""
     folders = {}
-    for kind in ("none", "fake"):
-        folders[kind] = tmp_path_factory.mktemp(kind)
-        done = train(kind, folders[kind], "checkpoint.interval=2")
+    for kind, optimizer in itertools.product(("none", "fake"), OPTIMIZERS):
+        folder = folders[kind, optimizer] = tmp_path_factory.mktemp(kind)
+        done = train(kind, folder, *OPTIMIZERS[optimizer], "checkpoint.interval=2")
         assert done.status == 0, done.err
         assert f"layers {'te' if kind == 'fake' else 'local'} " in done.out
     return folders
 
 
-@pytest.mark.parametrize("optimizer", ["distributed"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize(("before", "after"), [("none", "fake"), ("fake", "none"), ("fake", "fake")])
 def test_a_checkpoint_of_one_backend_goes_on_in_another(
-    runs: dict[str, Path], before: str, after: str, optimizer: str, tmp_path: Path
+    runs: dict[tuple[str, str], Path], before: str, after: str, optimizer: str, tmp_path: Path
 ) -> None:
-    done = train(after, tmp_path, f"checkpoint.resume={runs[before] / 'checkpoints' / 'iter_0000002'}")
+    start = runs[before, optimizer] / "checkpoints" / "iter_0000002"
+    done = train(after, tmp_path, *OPTIMIZERS[optimizer], f"checkpoint.resume={start}")
     assert done.status == 0, done.err
-    assert losses(tmp_path) == pytest.approx(losses(runs[before])[2:], rel=TOLERANCE)
+    assert losses(tmp_path) == pytest.approx(losses(runs[before, optimizer])[2:], rel=TOLERANCE)
+
+
+def test_both_backends_train_alike(runs: dict[tuple[str, str], Path]) -> None:
+    assert losses(runs["fake", "distributed"]) == pytest.approx(losses(runs["none", "distributed"]), rel=TOLERANCE)
