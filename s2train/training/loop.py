@@ -82,6 +82,7 @@ class Trainer:
         for step in range(progress.step + 1, last + 1):
             with profiler.step(step):
                 loss, grad_norm, lr = self._step(batches)
+            interval.paused += profiler.pause_s()
             consumed += size
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):
                 raise TrainingError(

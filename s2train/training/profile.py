@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -73,7 +74,7 @@ class StepProfiler:
     """
 
     def __init__(self, cfg: PretrainConfig, models: Sequence[torch.nn.Module], note: Callable[[str], None]) -> None:
-        self._rank = torch.distributed.get_rank()
+        self._rank, self._written_s = torch.distributed.get_rank(), 0.0
         first, last = cfg.profile.steps if cfg.profile.steps and self._rank in cfg.profile.ranks else (0, -1)
         self._steps = range(first, last + 1)
         self._models, self._note = models, note
@@ -96,6 +97,11 @@ class StepProfiler:
             self._running.close()
             self._running = self._profiler = None
 
+    def pause_s(self) -> float:
+        """Seconds that writing took since the last call."""
+        written, self._written_s = self._written_s, 0.0
+        return written
+
     def _start(self, number: int) -> None:
         warmup = int(number < self._steps[0])  # the tracer's own first use would count as the step's
         self._running = contextlib.ExitStack()
@@ -108,6 +114,7 @@ class StepProfiler:
         self._running.enter_context(self._profiler)
 
     def _write(self, profiler: profile) -> None:
+        started = time.perf_counter()
         self._folder.mkdir(parents=True, exist_ok=True)
         trace = self._folder / f"trace-rank{self._rank}.json.gz"
         profiler.export_chrome_trace(str(trace))
@@ -115,3 +122,4 @@ class StepProfiler:
         (self._folder / f"breakdown-rank{self._rank}.json").write_text(json.dumps(asdict(found), indent=1) + "\n")
         steps = f"{self._steps[0]} to {self._steps[-1]}"
         self._note(f"where the time of steps {steps} went ({found.device})\n{found.format()}\ntrace {trace}")
+        self._written_s += time.perf_counter() - started
