@@ -12,7 +12,7 @@ _RECOMPUTE = ("none", "selective", "full")  # the fastest first
 
 
 def memory_advice(cfg: PretrainConfig, world_size: int, layouts: int, device_memory: int, kind: str) -> str | None:
-    """A sentence naming less recomputation or the largest micro batch that fits a GPU; None: neither does.
+    """Words naming less recomputation or the largest micro batch that fits a GPU; None: neither does.
 
     Args:
         layouts, device_memory: bytes.
@@ -33,7 +33,7 @@ def memory_advice(cfg: PretrainConfig, world_size: int, layouts: int, device_mem
             break
         best, micro = f"train.micro_batch_size={micro} ({total / GIB:.1f} GiB)", 2 * micro
     found += [best] if best else []
-    return f"There is room for {' or '.join(found)}." if found else None
+    return f"for {' or '.join(found)}" if found else None
 
 
 def _divides(cfg: PretrainConfig, world_size: int) -> bool:

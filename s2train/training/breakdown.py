@@ -106,7 +106,7 @@ class _Ranges:
         ranges = self._of.get(thread, [])
         place = bisect.bisect_right(ranges, (moment, float("inf"), ""))
         # Ours nest two deep at most (recomputation within a backward): a few earlier ones are enough.
-        return next((name for _, end, name in reversed(ranges[max(place - 8, 0) : place]) if end >= moment), None)
+        return next((name for _, end, name in reversed(ranges[max(place - 8, 0) : place]) if end > moment), None)
 
 
 def _kernel_times(

@@ -102,7 +102,12 @@ def fitting(
             ]
             if all(plan.memory.total <= 0.97 * hardware.memory for plan in plans):
                 return count, recompute
-    raise ConfigError("--lengths", length, f"{counts[-1]} layers don't fit {hardware.name}", "Leave it out")
+    raise ConfigError(
+        "--lengths",
+        length,
+        f"{counts[-1]} layers don't fit {hardware.name}",
+        "Leave it out, or add model.vocab_size=8192: its logits are smaller",
+    )
 
 
 def _plan(overrides: Sequence[str], extra: Sequence[str], hardware: Hardware) -> Plan:
