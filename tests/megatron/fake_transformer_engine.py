@@ -49,9 +49,17 @@ class LayerNormLinear(Linear):
 
 
 class RMSNorm(_Module):
-    def __init__(self, hidden_size: int, eps: float, params_dtype: torch.dtype, **_: Any) -> None:
+    def __init__(
+        self,
+        normalized_shape: int | None = None,
+        eps: float = 1e-5,
+        hidden_size: int | None = None,  # its old name
+        params_dtype: torch.dtype | None = None,
+        **_: Any,
+    ) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, hidden_size = eps, normalized_shape or hidden_size
+        assert hidden_size is not None
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=params_dtype))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -89,7 +97,7 @@ class FusedSGD(torch.optim.SGD):
     pass
 
 
-def _scale(chunk: int, overflow: torch.Tensor, tensors: Any, factor: float) -> None:
+def _scale(chunk: int, overflow: torch.Tensor, tensors: Any, factor: float | torch.Tensor) -> None:
     for source, target in zip(*tensors, strict=True):
         target.copy_(source * factor)
 
@@ -159,6 +167,7 @@ def install() -> None:
             "FusedSGD": FusedSGD,
             "multi_tensor_applier": _apply,
             "multi_tensor_scale": _scale,
+            "multi_tensor_scale_tensor": _scale,
             "multi_tensor_l2norm": _l2norm,
         },
     }
