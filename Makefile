@@ -1,4 +1,4 @@
-# make demo | test | check | format. Each sets up .venv by itself (PYTHON=python3.12 make … for another Python).
+# make demo | test | test-all | check | format. Each sets up .venv by itself (PYTHON=python3.12 make … for another Python).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,13 +6,16 @@ READY := $(VENV)/.ready
 # One thread a process: tests and ranks run side by side on the same cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check format clean
+.PHONY: demo test test-all check format clean
 
 demo: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash launch/demo.sh
 
 test: $(READY)
 	$(BIN)/python -m pytest -n auto --dist loadgroup
+
+test-all: $(READY)
+	$(BIN)/python -m pytest -n auto --dist loadgroup -m ""
 
 check: $(READY)
 	$(BIN)/ruff format --check .

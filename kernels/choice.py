@@ -59,7 +59,7 @@ def kernels_in_use(
     if resolved != "triton":
         why = "no CUDA device" if backend == "auto" else f"backend={backend}"
         return KernelsInUse(resolved, resolved, why, why)
-    from .hopper_support import backward_choice, hopper_backward_supported, hopper_forward_supported, kernel_choice
+    from .hopper.support import backward_choice, hopper_backward_supported, hopper_forward_supported, kernel_choice
 
     arguments = (to_bhsd(q, format), to_bhsd(k, format), to_bhsd(v, format), layout, spec)
     why_forward, why_backward = "", ""
@@ -79,7 +79,7 @@ def _no_hopper(device: torch.device) -> str:
     """Why no Hopper kernel runs on this device at all; "" if they do."""
     import triton
 
-    from .hopper_support import is_hopper
+    from .hopper.support import is_hopper
 
     if is_hopper(device):
         return ""
@@ -96,7 +96,7 @@ def _reasons(supported: _Supported, q: Tensor, k: Tensor, v: Tensor, layout: Blo
 
     Found by asking it: each property by itself is put in the place of the same property of a call that it takes.
     """
-    from .hopper_support import fits_descriptor
+    from .hopper.support import fits_descriptor
 
     if supported(q, k, v, layout, spec):
         return ""

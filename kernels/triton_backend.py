@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from .backward import backward
 from .forward import forward
-from .hopper_support import backward_choice, kernel_choice
+from .hopper.support import backward_choice, kernel_choice
 from .interpreter import repair_interpreter
 from .layout import BlockLayout
 from .spec import AttentionSpec, from_bhsd, to_bhsd
@@ -56,7 +56,7 @@ def run_forward(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, spec: Atte
     """Output [b, h, s_q, d_v] and log-sum-exp of views [b, h, s, d] with stride 1 along d, by the kernels for them."""
     if not spec.portable and kernel_choice(q, k, v, layout, spec) == "hopper":
         # imported here so that other GPUs need no Gluon
-        from .hopper_forward import hopper_forward
+        from .hopper.forward import hopper_forward
 
         return hopper_forward(q, k, v, layout, spec)
     return forward(q, k, v, layout, spec)
@@ -71,7 +71,7 @@ def run_backward(
     dlse = None if dlse is None else dlse.contiguous()
     arguments = (q, k, v, out, lse, dout, dlse, layout, spec)
     if not spec.portable and backward_choice(q, k, v, layout, spec) == "hopper":
-        from .hopper_backward import hopper_backward
+        from .hopper.backward import hopper_backward
 
         return hopper_backward(*arguments)
     return backward(*arguments)

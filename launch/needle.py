@@ -1,7 +1,8 @@
-"""Score needle retrieval of a checkpoint over length x depth.
+"""Score needle retrieval of a checkpoint over length x depth, in one task or several.
 
 python launch/needle.py checkpoint=runs/tiny_hybrid
-torchrun --nproc-per-node 8 launch/needle.py checkpoint=runs/7b_hybrid tp=2 lengths=[8192,32768] trials=100
+torchrun --nproc-per-node 8 launch/needle.py checkpoint=runs/7b_hybrid tp=2 lengths=[8192,32768] trials=100 \\
+    'task=[single,multi,key_value,variable_tracking]'
 
 Settings: `NeedleConfig` in s2train/config.py. After an interruption, run it again to go on.
 """

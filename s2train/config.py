@@ -78,6 +78,8 @@ class ScheduleConfig:
     # for as many as divide them, repeated)
     offsets: Any = None
     dense_heads: int = 0  # how many heads of each sparse layer are dense, spread evenly over KV groups
+    # balanced: heads (whole KV groups where alike) change places so that tensor parallel ranks keep as much each
+    placement: str = "as_is"
 
 
 @dataclass
@@ -90,6 +92,8 @@ class DataConfig:
     split: Any = "90,10,0"  # train, held out, test: text, or a list, which on a command line is 'data.split=[90,10,0]'
     tokenizer: str = "bytes"  # bytes, or a `tokenizer.json` of Hugging Face's tokenizers
     cache: str = "runs/data/cache"  # Megatron's document and shuffle indices
+    # a token sees its own document only, and the layout begins anew in each; else all that is packed into a sequence
+    attention_within_documents: bool = False
     # samples in the training order, fixed at a run's start since another number means another order;
     # None: train.steps × train.global_batch_size
     num_samples: int | None = None
@@ -120,7 +124,12 @@ class ParallelConfig:
     tp: int = 1  # tensor model parallel: heads and hidden
     pp: int = 1  # pipeline model parallel: layers
     vpp: int | None = None  # virtual pipeline stages a rank (interleaved schedule)
+    pipeline_split: str = "even"  # even: as many layers a stage; cost: as much work, dense layers counted as dense
     cp: int = 1  # context parallel: sequence
+    # how keys and values get to sparse layers of other context parallel ranks (dense layers gather all): blocks
+    # (only those that the layout keeps), overlapped (the same, while attention over the own keys runs; pays between
+    # slow links), gather (all)
+    cp_exchange: str = "blocks"
     sequence_parallel: bool = False
     distributed_optimizer: bool = True
     overlap_grad_reduce: bool = True  # needs dp > 1
@@ -139,6 +148,11 @@ class TrainConfig:
     recompute: str = "none"  # none, selective (core attention), full
     recompute_num_layers: int = 1  # layers recomputed together, with full; divides num_layers / (pp × vpp)
     exit_step: int | None = None  # save and stop after this step, to be resumed (schedule unchanged)
+    # the same bits in every run of the same command on the same devices: deterministic kernels, fixed order of sums
+    deterministic: bool = False
+    max_skipped_steps: int = 10  # in a row, for a loss or gradient that isn't finite, before the run stops
+    spike_factor: float = 2.0  # a loss this many times the running mean is told as a spike
+    timeout_minutes: float = 30.0  # a rank that comes no further in this time ends the job
 
     @property
     def last_step(self) -> int:
@@ -157,6 +171,9 @@ class CheckpointConfig:
     # with `resume` naming another run: take the data from their beginning, in their own order (a new phase)
     new_data: bool = False
     keep: int | None = None  # keep only the last `keep` checkpoints; None: all
+    keep_every: int | None = None  # steps: of those, the checkpoints at multiples of it stay as well
+    async_save: bool = False  # write in the background while training goes on
+    save: bool = True  # false: save nothing, for runs that measure speed
 
 
 @dataclass
@@ -173,7 +190,8 @@ class TrackingConfig:
 
     log_interval: int = 10  # steps
     timing: int = 0  # Megatron's timers, each report: 0 none, 1 parts of a step, 2 pipeline inner parts; slows steps
-    wandb: str = "disabled"  # disabled, offline, online
+    # auto (online with an account, offline without), disabled, offline, online
+    wandb: str = "auto"
     project: str = "s2train"
     group: str | None = None
 
@@ -235,27 +253,78 @@ class NeedleConfig:
     checkpoint: str = MISSING  # a run folder, its checkpoints folder, or one iter_* in it
     tokenizer: str | None = None  # where the run's tokenizer.json was moved to; None: the run's own
     lengths: list[int] | None = None  # tokens, prompt and answer together; None: four up to the trained length
-    haystack: Any = "noise"  # what surrounds the needle: noise (RULER's repeated sentences), a text file, or [file, …]
+    # what is hidden and asked: single, multi, key_value, variable_tracking, or [task, …]; see data/needle_tasks.py
+    task: Any = "single"
+    needles: int | None = None  # of multi: keys with a value each; None: 4
+    ask: str | None = None  # one or all: of multi's keys, or of variable_tracking's names; None: one, and all
+    distractors: int | None = None  # of key_value: other lines; None: as many as the length holds, and no haystack
+    hops: int | None = None  # of variable_tracking: names that stand for another one; None: 4
+    chains: int | None = None  # of variable_tracking: all but one not asked for; None: 1
+    haystack: Any = "noise"  # what surrounds the needles: noise (RULER's repeated sentences), a text file, or [file, …]
     depths: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])  # 0: at the beginning
     trials: int = 8  # a cell, that is a length and a depth
     batch_size: int = 8  # sequences decoded at once, on a data parallel rank
     seed: int = 1234  # of keys, values and where the haystack starts
-    output: str | None = None  # folder for needle.json and needle.png; None: `needle` in the run folder
+    threshold: float = 0.856  # score that makes a length an effective one; RULER's
+    output: str | None = None  # folder for JSON and PNG of each task; None: `needle` in the run folder
     attention_backend: str = "auto"  # sparse layers, as in a run
     tp: int = 1  # tensor model parallel; the other processes share the trials
+    wandb: str = "disabled"  # auto, offline, online: heat map, table and score go to the training's own wandb run
+
+
+@dataclass
+class NeedleDocumentsConfig:
+    """Documents to learn needle retrieval from. What the evaluation asks for never occurs in them.
+
+    A pair [low, high]: each document draws log-evenly from it.
+    """
+
+    # recall, recall_lines: many facts, each told again later, which asks for it; the facts of the tasks single and
+    # key_value. Or a task of the evaluation (`s2train.data.needle_tasks`): one of its samples in each document
+    task: str = "recall"
+    documents: int = 10_000
+    length: int = 512  # tokens of every document, its end among them
+    share: list[float] = field(default_factory=lambda: [0.05, 1.0])  # of a recall's tokens: sentences, filler the rest
+    facts: list[int] = field(default_factory=lambda: [1, 64])  # of a recall, if half of its sentences are as many
+    haystack: Any = "noise"  # filler: noise (RULER's repeated sentences), bundled, a text file, or [file, …]
+    workers: int = 1  # processes; the documents don't depend on it
 
 
 @dataclass
 class PrepareConfig:
     """A run of `launch/prepare_data.py`."""
 
-    # a file or [file, …], text or .jsonl with a "text" a line; "bundled": the corpus that comes with s2train
+    # a file or [file, …], * standing for any name: text or .jsonl, either as .gz or .zst, or .parquet; "bundled": the
+    # corpus that comes with s2train; "needles": documents made as `needles` says
     input: Any = MISSING
     output: str = MISSING  # prefix of the .bin, .idx and .json to write
     tokenizer: str = "bytes"  # bytes, a tokenizer.json, or bpe:SIZE to train one, kept as OUTPUT-tokenizer.json
+    text_key: str = "text"  # what a line's or a table's documents are called, in .jsonl and .parquet
     document_chars: int = 10_000  # long texts are cut into documents of this many characters or more
     seed: int = 1234  # of the order of documents
+    workers: int | None = None  # processes that tokenize; None: as many as cores, less for small input
     overwrite: bool = False
+    needles: NeedleDocumentsConfig = field(default_factory=NeedleDocumentsConfig)  # of input=needles
+
+
+@dataclass
+class ExportConfig:
+    """A run of `launch/export.py`."""
+
+    checkpoint: str = MISSING  # a run folder, its checkpoints folder, or one iter_* in it
+    output: str = MISSING  # folder to make
+    vocab_size: int | None = None  # rows of the embedding to keep, where it was padded; None: all
+    tokenizer: str | None = None  # where the run's tokenizer.json was moved to; None: the run's own
+
+
+@dataclass
+class ImportConfig:
+    """A run of `launch/import.py`."""
+
+    weights: str = MISSING  # folder with a Llama's config.json and .safetensors
+    output: str = MISSING  # run folder to make, for checkpoint.resume
+    vocab_size: int | None = None  # rows of the embedding, of zeros where there are more; None: as many as there are
+    precision: str = "bf16"  # of the weights kept: bf16, fp32
 
 
 @dataclass
@@ -296,6 +365,8 @@ def register() -> None:
     store.store(name="show_layout_schema", node=ShowLayoutConfig)
     store.store(name="needle_schema", node=NeedleConfig)
     store.store(name="prepare_schema", node=PrepareConfig)
+    store.store(name="export_schema", node=ExportConfig)
+    store.store(name="import_schema", node=ImportConfig)
     store.store(group="hydra/launcher", name="s2train_local", node=LocalSweepConfig)
     store.store(group="hydra/launcher", name="s2train_slurm", node=SlurmSweepConfig)
 

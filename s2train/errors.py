@@ -1,4 +1,11 @@
-"""The one error class for bad input."""
+"""Errors told to users in one line each, and the exit status that a launcher reads."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+# Of a run that saved and stopped because it was asked to (a time limit, a preemption): start it again to go on.
+# sysexits.h's "temporary failure". torchrun itself would end with 1; `launch/job.py` hands it on.
+EXIT_REQUEUE = 75
 
 
 class ConfigError(ValueError):
@@ -17,4 +24,28 @@ class ConfigError(ValueError):
 
 
 class TrainingError(RuntimeError):
-    """A run that can't go on, told in one line."""
+    """A run that can't go on, told in one line. All ranks raise it together, unless rank 0 does alone."""
+
+
+class StoppedBySignal(Exception):
+    """A run that has saved and ends because the scheduler asked it to; to be started again.
+
+    Args:
+        signal: its name, e.g. ``SIGTERM``.
+        step: steps done.
+        checkpoint: where they are saved; None with checkpoint.save=false.
+    """
+
+    def __init__(self, signal: str, step: int, checkpoint: Path | None) -> None:
+        saved = (
+            f"checkpoint {checkpoint} | the same command goes on" if checkpoint else "not saved: checkpoint.save=false"
+        )
+        super().__init__(f"stopped by {signal} at step {step} | {saved}")
+
+
+class StartUpError(RuntimeError):
+    """A job whose ranks don't go together; one line for each problem, naming rank, host and remedy."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = list(problems)
+        super().__init__("; ".join(problems))

@@ -1,5 +1,6 @@
 """Files that are whole or not there, and folders that can hold them."""
 
+import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,3 +41,29 @@ def check_writable(setting: str, folder: str | Path) -> None:
     if str(folder) == "" or not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         problem = "names no folder" if str(folder) == "" else f"{there} is {'' if there.is_dir() else 'no folder'}"
         raise ConfigError(setting, folder, problem, "Name another folder")
+
+
+class FolderLock:
+    """Holds a lock file until `release` or the end of this process.
+
+    A POSIX record lock, since children don't inherit it: a forked writer that outlives a killed run for a moment must
+    not keep the run from being started again.
+
+    Raises:
+        BlockingIOError: another process holds it.
+        OSError: the file can't be written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a")
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.close()
+            raise
+        except PermissionError as error:  # what some systems say for the same
+            self._file.close()
+            raise BlockingIOError(str(error)) from error
+
+    def release(self) -> None:
+        self._file.close()

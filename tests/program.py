@@ -4,9 +4,14 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
+
+from tests.forked import Job, run_job
 
 ROOT = Path(__file__).parents[1]
 
@@ -21,6 +26,7 @@ SMALL = [
     "train.micro_batch_size=2",
     "evaluation.interval=0",
     "tracking.log_interval=1",
+    "tracking.wandb=disabled",
     "data.num_workers=0",
     "optim.warmup_steps=2",
 ]
@@ -35,20 +41,33 @@ class Outcome:
     err: str
 
 
-def run(program: str, *arguments: str, processes: int = 1, cwd: Path = ROOT, timeout: int = 240) -> Outcome:
-    """Run launch/`program` under torchrun (or plainly, with 0 processes)."""
+def run(
+    program: str, *arguments: str, processes: int = 1, cwd: Path = ROOT, timeout: int = 240, by_torchrun: bool = False
+) -> Outcome:
+    """Run launch/`program`, or a module, on ranks that know of each other (or plainly, with 0 processes).
+
+    Args:
+        by_torchrun: as a user does, and slower; else, on a CPU, by `tests.forked`.
+    """
+    path = str(ROOT / "launch" / program) if program.endswith(".py") else program
+    # The interpreter is for the kernels' own tests; here attention runs on torch.
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)])),
+    }
+    if not by_torchrun and not torch.cuda.is_available():  # a process that has looked for GPUs can't be forked
+        with tempfile.TemporaryDirectory() as folder:
+            out, err = Path(folder) / "out", Path(folder) / "err"
+            job = Job(path, arguments, processes, str(cwd), environment, str(out), str(err), timeout)
+            return Outcome(run_job(job), out.read_text(), err.read_text())
     launcher = [sys.executable]
     if processes:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    # The interpreter is for the kernels' own tests; here attention runs on torch.
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
+    if not program.endswith(".py"):
+        launcher.append("-m")
     done = subprocess.run(
-        [*launcher, str(ROOT / "launch" / program), *arguments],
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
+        [*launcher, path, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout
     )
     return Outcome(done.returncode, done.stdout, done.stderr)
 

@@ -9,8 +9,9 @@ from tests.program import SMALL, Outcome, error_line, run
 pytestmark = pytest.mark.xdist_group("bad input")
 
 
-def attempt(run_dir: Path, *arguments: str, processes: int = 0) -> Outcome:
-    outcome = run("pretrain.py", *SMALL, f"run_dir={run_dir}", *arguments, processes=processes)
+def attempt(run_dir: Path, *arguments: str, processes: int = 0, by_torchrun: bool = False) -> Outcome:
+    settings = [*SMALL, f"run_dir={run_dir}", *arguments]
+    outcome = run("pretrain.py", *settings, processes=processes, by_torchrun=by_torchrun)
     assert outcome.status != 0
     return outcome
 
@@ -57,4 +58,4 @@ def test_an_apex_that_is_not_nvidias_is_refused(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "apex").mkdir()
     (tmp_path / "apex" / "__init__.py").write_text("raise RuntimeError('not this one')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    assert "pip uninstall apex" in error_line(attempt(tmp_path / "run"))
+    assert "pip uninstall apex" in error_line(attempt(tmp_path / "run", by_torchrun=True))

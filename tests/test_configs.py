@@ -33,8 +33,18 @@ def pretrain(*overrides: str) -> PretrainConfig:
 
 
 def test_the_tree_has_every_size_dense_and_hybrid() -> None:
-    sizes = ("tiny", "125m", "350m", "1b", "7b")
-    assert names("model") == sorted(f"{size}_{kind}" for size in sizes for kind in ("dense", "hybrid"))
+    sizes = ("tiny", "needle", "30m", "125m", "350m", "1b", "7b")
+    twins = [f"{size}_{kind}" for size in sizes for kind in ("dense", "hybrid")]
+    ablations = ["needle_hybrid_homogeneous", "needle_sparse_homogeneous", "needle_sparse_shifted"]
+    assert names("model") == sorted(twins + ablations)
+
+
+def test_the_needle_models_differ_in_layout_and_schedule_alone() -> None:
+    dense, *others = (pretrain(f"+model={name}") for name in names("model") if name.startswith("needle_"))
+    for other in others:
+        other.layout, other.schedule = dense.layout, dense.schedule
+        other.model.name, other.run_dir = dense.model.name, dense.run_dir
+        assert other == dense
 
 
 @pytest.mark.parametrize("model", names("model"))
@@ -46,7 +56,7 @@ def test_a_model_composes_and_runs_on_the_hardware_it_is_meant_for(model: str) -
     assert check(cfg, smallest_world(cfg), H100).fits
 
 
-@pytest.mark.parametrize("size", ["tiny", "125m", "350m", "1b", "7b"])
+@pytest.mark.parametrize("size", ["tiny", "needle", "30m", "125m", "350m", "1b", "7b"])
 def test_dense_and_hybrid_of_a_size_differ_in_layout_alone(size: str) -> None:
     dense, hybrid = pretrain(f"+model={size}_dense"), pretrain(f"+model={size}_hybrid")
     hybrid.layout, hybrid.model.name, hybrid.run_dir = dense.layout, dense.model.name, dense.run_dir
@@ -55,7 +65,8 @@ def test_dense_and_hybrid_of_a_size_differ_in_layout_alone(size: str) -> None:
 
 @pytest.mark.parametrize("layout", names("layout"))
 def test_a_layout_composes_and_wins_over_the_models_own(layout: str) -> None:
-    cfg = pretrain("+model=350m_hybrid", f"layout={layout}")
+    model = "30m_hybrid" if layout == "s2_b64_l4_v6" else "350m_hybrid"  # whose layers the string stands for
+    cfg = pretrain(f"+model={model}", f"layout={layout}")
     assert cfg.layout == OmegaConf.to_object(
         OmegaConf.merge(OmegaConf.structured(type(cfg.layout)), OmegaConf.load(CONF / f"layout/{layout}.yaml"))
     )

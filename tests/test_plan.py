@@ -50,7 +50,8 @@ def test_a_tied_embedding_counts_once() -> None:
 @pytest.mark.parametrize(("tp", "pp", "vpp"), [(1, 1, None), (4, 1, None), (1, 2, None), (2, 4, 2)])
 def test_ranks_together_hold_the_model_and_their_copies(tie: bool, tp: int, pp: int, vpp: int | None) -> None:
     model = replace(MISTRAL_7B, tie_embeddings=tie)
-    held = tp * sum(stage_parameters(model, ParallelConfig(tp=tp, pp=pp, vpp=vpp), stage) for stage in range(pp))
+    parallel = ParallelConfig(tp=tp, pp=pp, vpp=vpp)
+    held = tp * sum(stage_parameters(model, parallel, stage, model.num_layers // pp) for stage in range(pp))
     norms = (2 * model.num_layers + 1) * model.hidden_size * (tp - 1)  # every tensor parallel rank has them
     table = model.vocab_size * model.hidden_size if tie and pp > 1 else 0  # on the first stage and the last
     assert held == total_parameters(model) + norms + table
@@ -112,7 +113,9 @@ def test_the_distributed_optimizer_is_shared_over_data_and_context_parallel_rank
 
 
 def activations(cfg: PretrainConfig, stage: int = 0, micro_batches: int = 64) -> int:
-    return stage_activations(cfg, stage, micro_batches, "cuda")
+    chunks = cfg.parallel.vpp or 1
+    layers = (cfg.model.num_layers // (cfg.parallel.pp * chunks),) * chunks
+    return stage_activations(cfg, stage, layers, micro_batches, "cuda")
 
 
 def test_activations_grow_with_the_sequence_not_its_square() -> None:
@@ -149,8 +152,8 @@ def test_early_pipeline_stages_hold_more_micro_batches() -> None:
 def test_the_plan_is_of_the_fullest_stage() -> None:
     cfg = config(pp=4, tp=2)
     found = plan(cfg, 8)
-    assert found.rank_parameters == max(stage_parameters(cfg.model, cfg.parallel, stage) for stage in range(4))
-    assert found.memory == rank_memory(cfg, 8, found.memory.layouts, "cuda")
+    assert found.rank_parameters == max(stage_parameters(cfg.model, cfg.parallel, stage, 8) for stage in range(4))
+    assert found.memory == rank_memory(cfg, 8, found.pipeline.stages, found.memory.layouts, "cuda")
     assert found.memory.activations == activations(cfg, 0)
 
 

@@ -46,7 +46,7 @@ for overrides in json.loads(sys.argv[2]):
         loss = model(tokens, torch.arange(shape[1]).expand(shape), None, labels=tokens)
     results.append(dict(
         parameters=(sum(p.numel() for p in model.parameters()), total_parameters(cfg.model)),
-        activations=(sum(saved.values()), stage_activations(cfg, 0, 1, "cpu")),
+        activations=(sum(saved.values()), stage_activations(cfg, 0, (cfg.model.num_layers,), 1, "cpu")),
     ))
 shutdown()
 print(json.dumps(results))

@@ -62,6 +62,24 @@ DIVISION: dict[str, tuple[dict[str, Any], int, str, str]] = {
     "heads by KV heads": ({"model__num_query_groups": 3}, 1, "model.num_query_groups", "2, 4"),
     "odd head": ({"model__head_dim": 33}, 1, "model.head_dim", "even"),
     "layers by pp": ({"parallel__pp": 3}, 3, "parallel.pp", "2, 4"),
+    "fewer layers than stages": (
+        {"parallel__pp": 16, "parallel__pipeline_split": "cost"},
+        16,
+        "parallel.pp",
+        "8 or less",
+    ),
+    "recomputed groups of stages split by cost": (
+        {
+            "parallel__pp": 3,
+            "parallel__pipeline_split": "cost",
+            "train__recompute": "full",
+            "train__recompute_num_layers": 2,
+            "train__global_batch_size": 12,
+        },
+        3,
+        "train.recompute_num_layers",
+        "pipeline_split=even",
+    ),
     "layers by recomputed groups": (
         {"parallel__pp": 2, "train__recompute": "full", "train__recompute_num_layers": 3},
         2,
@@ -121,11 +139,16 @@ def test_what_does_not_divide_is_refused(case: str) -> None:
 
 
 VALUES: dict[str, tuple[Any, str]] = {
+    "train__max_skipped_steps": (-1, "train.max_skipped_steps to 0 or more"),
+    "train__spike_factor": (0.0, "train.spike_factor to a positive"),
+    "train__timeout_minutes": (0.0, "train.timeout_minutes to a positive"),
+    "checkpoint__keep_every": (1000, "checkpoint.keep too"),
     "train__precision": ("fp61", "train.precision=fp"),
     "train__recompute": ("selectiv", "train.recompute=selective"),
     "optim__decay_style": ("cosin", "optim.decay_style=cosine"),
     "tracking__wandb": ("on", "tracking.wandb=online"),
     "tracking__timing": (3, "0, 1, 2"),
+    "parallel__pipeline_split": ("costs", "parallel.pipeline_split=cost"),
     "backend": ("lokal", "backend=local"),
     "attention_backend": ("tritom", "attention_backend=triton"),
     "dense_attention": ("cuddn", "dense_attention=cudnn"),
@@ -165,6 +188,13 @@ def test_a_value_out_of_its_range_is_refused(name: str) -> None:
     assert refusal.value.setting == name.replace("__", ".")
     assert refusal.value.value == value
     assert remedy in refusal.value.remedy
+
+
+def test_keeping_checkpoints_where_none_are_saved_is_refused() -> None:
+    kept = {"checkpoint__keep": 2, "checkpoint__interval": 300}
+    with pytest.raises(ConfigError, match=r"checkpoint\.keep_every=1000: .*checkpoint\.interval.* such as 900"):
+        check(config(checkpoint__keep_every=1000, **kept), 1, GPU)
+    assert check(config(checkpoint__keep_every=900, **kept), 1, GPU)
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..attention import resolve_backend
-from ..decode_walk import decode_walk
+from ..decode.walk import decode_walk
 from .__main__ import _machine, _save
 from .cases import parse_case, tokens
 from .decode_problem import FUSED, ContiguousStep, DecodeCase, PagedStep, errors

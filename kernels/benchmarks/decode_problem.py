@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..attention import Backend
-from ..decode import block_sparse_decode
-from ..decode_pages import last_uses, read_tokens
-from ..decode_reference import kept_blocks
+from ..decode.op import block_sparse_decode
+from ..decode.pages import last_uses, read_tokens
+from ..decode.reference import kept_blocks
 from ..layout import BlockLayout
 from ..layout_lines import ColumnRule
 from .cases import Case

@@ -24,8 +24,8 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
-from ..hopper_work import forward_work
-from ..key_pairs import key_pairs
+from ..hopper.key_pairs import key_pairs
+from ..hopper.work import forward_work
 from ..layout import BlockLayout
 from ..layout_lines import Rule
 from .cases import Case, parse_case

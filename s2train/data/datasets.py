@@ -52,7 +52,8 @@ def build_datasets(
 
     A sample is a dict of `tokens`, `labels` and `position_ids`, int64 [seq_length], and `loss_mask`, float32
     [seq_length]; of a blend also `dataset_id`. Documents follow each other within a sample, each closed by
-    the tokenizer's end of document; small datasets are gone through several times.
+    the tokenizer's end of document; small datasets are gone through several times. With
+    `data.attention_within_documents` position ids restart at 0 in each document.
 
     The order depends on `data.path`, `data.split`, `seed`, `train.seq_length` and the number of samples.
     Collective when torch.distributed is initialised (which blends need with megatron-core 0.16): rank 0
@@ -115,7 +116,7 @@ def _config(
         split=megatron_split(cfg.data.split),
         path_to_cache=cache,
         tokenizer=tokenizer,
-        reset_position_ids=False,
+        reset_position_ids=cfg.data.attention_within_documents,
         reset_attention_mask=False,
         eod_mask_loss=False,
         create_attention_mask=False,

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import tokenizers as hf
 
 from s2train.errors import ConfigError
@@ -41,6 +43,9 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]: ...
 
+    def encode_many(self, texts: list[str]) -> list[npt.NDArray[np.integer]]:
+        """Ids [n] of each text, the same as `encode`'s, in less time."""
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`, without the ends of documents; broken UTF-8 becomes U+FFFD."""
 
@@ -59,6 +64,9 @@ class ByteTokenizer:
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
+
+    def encode_many(self, texts: list[str]) -> list[npt.NDArray[np.integer]]:
+        return [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(i for i in ids if i != self.eod).decode(errors="replace")
@@ -92,6 +100,11 @@ class FileTokenizer:
 
     def encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def encode_many(self, texts: list[str]) -> list[npt.NDArray[np.integer]]:
+        # without offsets into the texts, which nobody asks for
+        encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(e.ids, dtype=np.int64) for e in encoded]
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode([i for i in ids if i != self.eod], skip_special_tokens=False))

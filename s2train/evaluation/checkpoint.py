@@ -3,19 +3,23 @@
 import os
 from functools import partial
 
+import torch
 from megatron.core import parallel_state
 
 from s2train.config import NeedleConfig, ParallelConfig
+from s2train.errors import ConfigError
 from s2train.evaluation.generate import generate
 from s2train.evaluation.needle import Ranks
 from s2train.evaluation.reach import NeedleReach
 from s2train.evaluation.request import read_request
-from s2train.evaluation.results import NeedleResults, weights_fingerprint
+from s2train.evaluation.results import TITLES, NeedleResults, file_name, weights_fingerprint
 from s2train.evaluation.run import run_needles
+from s2train.evaluation.tracking import log_needles
 from s2train.hardware import detect_own
 from s2train.megatron.checkpoint import load_for_inference
 from s2train.megatron.setup import initialize, shutdown
 from s2train.planning import hybrid_layout
+from s2train.wandb_run import choose_mode
 
 
 def evaluate(cfg: NeedleConfig) -> None:
@@ -26,32 +30,49 @@ def evaluate(cfg: NeedleConfig) -> None:
     """
     hardware = detect_own()
     request = read_request(cfg, int(os.environ.get("WORLD_SIZE", "1")), hardware)
+    is_first = os.environ.get("RANK", "0") == "0"
+    mode = choose_mode(cfg.wandb, "wandb") if is_first else "disabled"
     device = initialize(ParallelConfig(tp=cfg.tp), cfg.seed)
     loaded = load_for_inference(request.checkpoint, device, cfg.tp, cfg.attention_backend)
-    grid = request.grid
     settings = {
         "weights": weights_fingerprint(loaded.model),
-        "tokenizer": request.sampler.tokenizer.fingerprint,
         "haystack": cfg.haystack,
         "trials": cfg.trials,
         "seed": cfg.seed,
         "attention_backend": cfg.attention_backend,
     }
-    run_needles(
-        partial(generate, loaded.model),
-        request.sampler,
-        grid,
-        NeedleResults(str(loaded.path), loaded.step, settings, list(grid.lengths), list(grid.depths)),
-        request.folder,
-        batch_size=cfg.batch_size,
-        device=device,
-        trained_length=request.trained.train.seq_length,
-        ranks=Ranks(
-            parallel_state.get_data_parallel_rank(),
-            parallel_state.get_data_parallel_world_size(),
-            parallel_state.get_data_parallel_group(),
-        ),
-        reach=NeedleReach(hybrid_layout(request.trained), request.sampler, grid),
-        title=f"Needle retrieval: {request.trained.model.name}",
+    ranks = Ranks(
+        parallel_state.get_data_parallel_rank(),
+        parallel_state.get_data_parallel_world_size(),
+        parallel_state.get_data_parallel_group(),
     )
+    hybrid = hybrid_layout(request.trained)
+    found = {}
+    for problem in request.problems:
+        sampler, grid = problem.sampler, problem.grid
+        own = {"task": problem.name, **problem.settings, "tokenizer": sampler.tokenizer.fingerprint, **settings}
+        asked = NeedleResults(
+            str(loaded.path), loaded.step, own, list(grid.lengths), list(grid.depths), threshold=cfg.threshold
+        )
+        try:
+            found[problem.name] = run_needles(
+                partial(generate, loaded.model),
+                sampler,
+                grid,
+                asked,
+                request.folder,
+                batch_size=cfg.batch_size,
+                device=device,
+                trained_length=request.trained.train.seq_length,
+                ranks=ranks,
+                reach=NeedleReach(hybrid, sampler, grid),
+                name=file_name(problem.name),
+                title=f"{TITLES[problem.name]}: {request.trained.model.name}",
+            )
+        except torch.OutOfMemoryError as error:
+            problem_told = f"out of memory with lengths up to {max(grid.lengths)}"
+            remedy = "Use fewer sequences at once, or more tp; finished cells are kept"
+            raise ConfigError("batch_size", cfg.batch_size, problem_told, remedy) from error
+    if mode != "disabled":
+        print(f"wandb run {log_needles(found, request.trained, request.folder, mode)}", flush=True)
     shutdown()

@@ -1,8 +1,8 @@
-"""Needle retrieval over length x depth: does greedy decoding answer with exactly the needle's value?"""
+"""Needle retrieval over length x depth: does greedy decoding give exactly the answer?"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby, islice
+from itertools import groupby, islice, zip_longest
 
 import numpy as np
 import torch
@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from s2train.config import NeedleConfig
-from s2train.data.needles import NeedleSample, NeedleSampler, draw_pair
+from s2train.data.task_samples import TaskSample, TaskSampler
+from s2train.data.tokenizers import Tokenizer
 from s2train.errors import ConfigError
 from s2train.evaluation.generate import Decode
 from s2train.evaluation.results import Cell
@@ -55,13 +56,18 @@ class Ranks:
     group: "dist.ProcessGroup | None" = None
 
 
-def needed_length(sampler: NeedleSampler, grid: NeedleGrid, length: int) -> int:
-    """Tokens that needle, question and answer take in the largest sample that `grid` asks for at `length`."""
+def needed_length(sampler: TaskSampler, grid: NeedleGrid, length: int) -> int:
+    """Tokens that needles, distractors, question and answer take in a sample that `grid` asks for at `length`.
+
+    Of the largest one, unless the first takes so little that none comes near `length`.
+    """
     rngs = (grid.rng(length, depth, trial) for depth in grid.depths for trial in range(grid.trials))
-    return max(sampler.needed_tokens(*draw_pair(rng, "eval")) for rng in rngs)
+    needed = (sampler.needed_tokens(rng, "eval") for rng in rngs)
+    first = next(needed)
+    return first if 2 * first <= length else max(first, *needed, 0)
 
 
-def choose_grid(cfg: NeedleConfig, trained_length: int, sampler: NeedleSampler) -> NeedleGrid:
+def choose_grid(cfg: NeedleConfig, trained_length: int, sampler: TaskSampler) -> NeedleGrid:
     """The grid asked for; without lengths, quarters of `trained_length` as far as a needle fits in."""
     lengths = cfg.lengths if cfg.lengths is not None else [trained_length * n // 4 for n in (1, 2, 3, 4)]
     grid = NeedleGrid(tuple(lengths), tuple(cfg.depths), cfg.trials, cfg.seed)
@@ -71,22 +77,22 @@ def choose_grid(cfg: NeedleConfig, trained_length: int, sampler: NeedleSampler) 
     return replace(grid, lengths=fitting or (trained_length,))
 
 
-def check_fit(sampler: NeedleSampler, grid: NeedleGrid) -> None:
-    """Raise ConfigError where a needle does not fit a length of the grid."""
-    for length in grid.lengths:
+def check_fit(sampler: TaskSampler, grid: NeedleGrid) -> None:
+    """Raise ConfigError where the needles do not fit a length of the grid."""
+    for length in sorted(grid.lengths):
         needed = needed_length(sampler, grid, length)
         if needed > length:
             raise ConfigError(
                 "lengths",
                 length,
-                f"needle, question and answer take up to {needed} tokens by themselves",
-                f"Use {needed} or more",
+                f"needles, question and answer take up to {needed} tokens by themselves",
+                f"Use {needed} or more" + sampler.remedy,
             )
 
 
 def evaluate_grid(
     decode: Decode,
-    sampler: NeedleSampler,
+    sampler: TaskSampler,
     grid: NeedleGrid,
     *,
     batch_size: int,
@@ -110,19 +116,19 @@ def evaluate_grid(
             continue
         trials = range(ranks.index, grid.trials, ranks.count)
         samples = [sampler.sample(grid.rng(length, depth, trial), length, depth, "eval") for trial in trials]
-        counts = torch.zeros(3, dtype=torch.int64, device=device)
+        counts = torch.zeros(5, dtype=torch.int64, device=device)
         for batch in _batches(samples, batch_size):
-            counts += _score(decode, batch, device)
+            counts += _score(decode, batch, sampler.tokenizer, device)
         if ranks.count > 1:
             dist.all_reduce(counts, group=ranks.group)
-        correct, right_tokens, tokens = counts.tolist()
-        yield Cell(length, depth, correct, grid.trials, right_tokens / tokens)
+        correct, right_tokens, tokens, right_characters, characters = counts.tolist()
+        yield Cell(length, depth, correct, grid.trials, right_tokens / tokens, right_characters / characters)
 
 
-def _batches(samples: Sequence[NeedleSample], batch_size: int) -> Iterator[list[NeedleSample]]:
+def _batches(samples: Sequence[TaskSample], batch_size: int) -> Iterator[list[TaskSample]]:
     """Batches of equally long prompts: a tokenizer may cut one value into more tokens than another."""
 
-    def answer_length(sample: NeedleSample) -> int:
+    def answer_length(sample: TaskSample) -> int:
         return len(sample.answer)
 
     for _, group in groupby(sorted(samples, key=answer_length), key=answer_length):
@@ -130,9 +136,21 @@ def _batches(samples: Sequence[NeedleSample], batch_size: int) -> Iterator[list[
             yield batch
 
 
-def _score(decode: Decode, batch: Sequence[NeedleSample], device: torch.device) -> Tensor:
-    """int64 [3]: answers that match exactly, answer tokens that match, answer tokens."""
+def _score(decode: Decode, batch: Sequence[TaskSample], tokenizer: Tokenizer, device: torch.device) -> Tensor:
+    """int64 [5]: answers that match exactly; answer tokens that match, of how many; letters and digits likewise."""
     prompts = torch.from_numpy(np.stack([sample.prompt for sample in batch])).to(device)
     answers = torch.from_numpy(np.stack([sample.answer for sample in batch])).to(device)
-    hits = decode(prompts, answers.shape[1]) == answers
-    return torch.stack([hits.all(dim=1).sum(), hits.sum(), torch.tensor(hits.numel(), device=device)])
+    given = decode(prompts, answers.shape[1])
+    hits = given == answers
+    right = total = 0
+    for told, asked in zip(given.tolist(), answers.tolist(), strict=True):
+        pairs = list(zip_longest(_characters(tokenizer, told), _characters(tokenizer, asked), fillvalue=""))
+        right += sum(one == other for one, other in pairs if other.isalnum())
+        total += sum(other.isalnum() for _, other in pairs)
+    counts = [int(hits.all(dim=1).sum()), int(hits.sum()), hits.numel(), right, total]
+    return torch.tensor(counts, dtype=torch.int64, device=device)
+
+
+def _characters(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """The text token by token: bytes that are no text count for one character each, and so does a token without any."""
+    return "".join(tokenizer.decode([one]) or "\N{REPLACEMENT CHARACTER}" for one in ids)

@@ -1,5 +1,6 @@
 """Needle results for people: a heat map, and a table for the terminal."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,8 @@ def draw_heat_map(results: NeedleResults, path: Path, title: str = "Needle retri
     the needle to the question, small below the score.
     """
     lengths, depths, scores = _score_matrix(results)
-    figure = Figure(figsize=(2.6 + 0.85 * len(lengths), 2.0 + 0.55 * len(depths)), dpi=160, layout="constrained")
+    width = max(2.6 + 0.85 * len(lengths), 0.115 * len(title))
+    figure = Figure(figsize=(width, 2.0 + 0.55 * len(depths)), dpi=160, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.set_facecolor(NOT_EVALUATED)
@@ -33,7 +35,7 @@ def draw_heat_map(results: NeedleResults, path: Path, title: str = "Needle retri
         if not np.isnan(score):
             layers = _layers(cells[lengths[column], depths[row]])
             height = row - 0.14 if layers else row
-            axes.text(column, height, f"{100 * score:.0f}", ha="center", va="center", fontsize=10)
+            axes.text(column, height, _percent(score), ha="center", va="center", fontsize=10)
             axes.text(column, row + 0.26, layers, ha="center", va="center", fontsize=6.5, color="#333333")
     axes.set_xticks(range(len(lengths)), [_tokens(length) for length in lengths])
     axes.set_yticks(range(len(depths)), [f"{100 * depth:g} %" for depth in depths])
@@ -44,10 +46,14 @@ def draw_heat_map(results: NeedleResults, path: Path, title: str = "Needle retri
     axes.spines[:].set_visible(False)
     axes.set_xlabel("length (tokens)")
     axes.set_ylabel("depth of the needle")
-    trials = sum(cell.trials for cell in results.asked)
     figure.suptitle(title, fontsize=12, fontweight="bold")
-    subtitle = f"step {results.step:,} · {100 * results.score:.1f} % of {trials:,} answers exact"
-    axes.set_title(subtitle, fontsize=9, color="#555555")
+    told = [f"step {results.step:,}"]
+    if (score := results.score) is not None:
+        told.append(f"{_percent(score.share, 1)} % of {score.trials:,} answers exact")
+    length = results.effective_length
+    reached = f"effective length {_tokens(length)}" if length else "no effective length"
+    told.append(f"\n{reached} ({100 * results.threshold:g} % or more)")
+    axes.set_title(" · ".join(told).replace(" · \n", "\n"), fontsize=9, color="#555555")
     bar = figure.colorbar(image, ax=axes, ticks=[0, 0.5, 1], pad=0.02)
     bar.ax.set_yticklabels(["0 %", "50 %", "100 %"])
     bar.outline.set_visible(False)
@@ -56,13 +62,15 @@ def draw_heat_map(results: NeedleResults, path: Path, title: str = "Needle retri
 
 
 def score_table(results: NeedleResults) -> Table:
-    """The heat map in figures: per cent exact, and per cent of answer tokens where that says more."""
+    """The heat map in figures: per cent exact, and per cent of letters and digits where that says more."""
     caption = (
         "· n: it takes the last n layers to carry the needle to the question"
         if any(_layers(cell) for cell in results.asked)
         else None
     )
-    title = f"Exact answers, % (answer tokens right, %): {100 * results.score:.1f} in all"
+    score = results.score
+    in_all = "" if score is None else f": {_percent(score.share, 1)} in all"
+    title = f"Exact answers, % (letters and digits right, %){in_all}"
     table = Table(title=title, caption=caption)
     lengths, depths, _ = _score_matrix(results)
     table.add_column("depth", justify="right")
@@ -77,8 +85,8 @@ def score_table(results: NeedleResults) -> Table:
 def _figures(cell: Cell | None) -> str:
     if cell is None:
         return "-"
-    exact = f"{100 * cell.correct / cell.trials:.0f}"
-    told = exact if cell.correct == cell.trials else f"{exact} ({100 * cell.token_accuracy:.0f})"
+    exact = _percent(cell.score.share)
+    told = exact if cell.correct == cell.trials else f"{exact} ({100 * cell.character_accuracy:.0f})"
     if cell.reach is None:
         return told
     return f"{told} · {cell.reach.from_last}" if cell.reach.from_last >= 0 else f"{told} · never"
@@ -97,8 +105,13 @@ def _score_matrix(results: NeedleResults) -> tuple[list[int], list[float], np.nd
     lengths, depths = sorted(results.lengths), sorted(results.depths)
     scores = np.full((len(depths), len(lengths)), np.nan)
     for cell in results.asked:
-        scores[depths.index(cell.depth), lengths.index(cell.length)] = cell.correct / cell.trials
+        scores[depths.index(cell.depth), lengths.index(cell.length)] = cell.score.share
     return lengths, depths, scores
+
+
+def _percent(share: float, digits: int = 0) -> str:
+    """Rounded down: 100 means that nothing was missed."""
+    return f"{math.floor(100 * 10**digits * share + 1e-9) / 10**digits:.{digits}f}"
 
 
 def _tokens(count: int) -> str:

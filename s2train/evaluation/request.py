@@ -1,21 +1,46 @@
 """What an evaluation is asked for, checked: everything that files and settings can tell, before a device is taken."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError  # type: ignore[import-untyped]
+
 from s2train.config import NeedleConfig, PretrainConfig
-from s2train.data.needles import NOISE, NeedleSampler, text_haystack
+from s2train.data.needle_tasks import TASKS, Task, find_task, has_setting
+from s2train.data.needles import NOISE, text_haystack
+from s2train.data.task_samples import TaskSampler
 from s2train.data.tokenizers import load_tokenizer
 from s2train.errors import ConfigError
 from s2train.evaluation.needle import NeedleGrid, check_fit, choose_grid
 from s2train.evaluation.results import output_folder
 from s2train.files import check_writable
 from s2train.hardware import Hardware
-from s2train.megatron.checkpoint import find_checkpoint, read_config
+from s2train.megatron.checkpoint import CONFIG, find_checkpoint, read_config
+from s2train.planning import hybrid_layout
 from s2train.planning.checks import check_attention_backend
 from s2train.planning.division import check_tensor_parallel
 from s2train.planning.settings import check_choice, check_seed
+from s2train.wandb_run import choose_mode
+
+_TASK_SETTINGS = ("needles", "ask", "distractors", "hops", "chains")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One task to evaluate on a grid.
+
+    Attributes:
+        settings: of the task, by name.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    sampler: TaskSampler
+    grid: NeedleGrid
 
 
 @dataclass(frozen=True)
@@ -30,8 +55,7 @@ class Request:
 
     checkpoint: Path
     trained: PretrainConfig
-    sampler: NeedleSampler
-    grid: NeedleGrid
+    problems: tuple[Problem, ...]
     folder: Path
 
 
@@ -46,8 +70,12 @@ def read_request(cfg: NeedleConfig, world_size: int, hardware: Hardware) -> Requ
     check_attention_backend(cfg.attention_backend, hardware)
     if cfg.batch_size < 1:
         raise ConfigError("batch_size", cfg.batch_size, "no sequence in a batch", "Use 1 or more")
+    if not 0 < cfg.threshold <= 1:
+        raise ConfigError("threshold", cfg.threshold, "no share of right answers", "Use more than 0 and up to 1")
+    choose_mode(cfg.wandb, "wandb")  # refused now, if at all
+    tasks = _tasks(cfg)
     haystack = _haystack(cfg.haystack)
-    checkpoint = find_checkpoint(cfg.checkpoint)
+    checkpoint = _find_checkpoint(cfg.checkpoint)
     trained = read_config(checkpoint)
     if cfg.tp < 1 or world_size % cfg.tp:
         remedy = f"Use a divisor of {world_size}, or start more processes with torchrun --nproc-per-node"
@@ -57,12 +85,60 @@ def read_request(cfg: NeedleConfig, world_size: int, hardware: Hardware) -> Requ
     if tokenizer.vocab_size > (rows := trained.model.vocab_size):
         problem = f"it has {tokenizer.vocab_size:,} ids, and the model {rows:,}"
         raise ConfigError("tokenizer", tokenizer.name, problem, "Name the one that the run was trained with")
-    sampler = NeedleSampler(tokenizer, haystack)
-    grid = choose_grid(cfg, trained.train.seq_length, sampler)
-    check_fit(sampler, grid)
+    problems = []
+    for name, task in tasks.items():
+        sampler = TaskSampler(tokenizer, haystack, task)
+        grid = choose_grid(cfg, trained.train.seq_length, sampler)
+        check_fit(sampler, grid)
+        problems.append(Problem(name, asdict(task), sampler, grid))  # type: ignore[call-overload]
+    _check_layout_reaches(trained, max(length for problem in problems for length in problem.grid.lengths))
     folder = output_folder(cfg)
     check_writable("output", folder)
-    return Request(checkpoint, trained, sampler, grid, folder)
+    return Request(checkpoint, trained, tuple(problems), folder)
+
+
+def _tasks(cfg: NeedleConfig) -> dict[str, Task]:
+    """The tasks asked for, by name; a setting must be one of a task among them."""
+    names = [cfg.task] if isinstance(cfg.task, str) else cfg.task
+    if not isinstance(names, list) or not names or len(set(map(str, names))) < len(names):
+        raise ConfigError("task", cfg.task, "names no task, or one twice", f"Set one or a list of {', '.join(TASKS)}")
+    given = {name: getattr(cfg, name) for name in _TASK_SETTINGS}
+    own = {str(name): {key: given[key] for key in given if has_setting(str(name), key)} for name in names}
+    unused = {key: value for key, value in given.items() if not any(key in settings for settings in own.values())}
+    return {name: find_task(name, settings | unused) for name, settings in own.items()}
+
+
+def _find_checkpoint(where: str) -> Path:
+    """As `find_checkpoint`; weights without the settings of their run are refused: they fit many layouts."""
+    path = Path(where)
+    try:
+        found = find_checkpoint(path)
+    except ConfigError:
+        bare = [path] if path.name.startswith("iter_") else [*path.glob("checkpoints/iter_*"), *path.glob("iter_*")]
+        if not any(folder.is_dir() for folder in bare):
+            raise
+        problem = f"{bare[-1].name} has no {CONFIG}, which tells its layout"
+        raise ConfigError("checkpoint", where, problem, f"Copy the run's {CONFIG} into it") from None
+    try:
+        layers = OmegaConf.select(OmegaConf.load(found / CONFIG), "layout.layers", throw_on_missing=False)
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException):
+        layers = None
+    if not isinstance(layers, str):
+        problem = f"its {CONFIG} tells no layout (layout.layers)"
+        raise ConfigError("checkpoint", found, problem, "Restore the run's settings there")
+    return found
+
+
+def _check_layout_reaches(trained: PretrainConfig, length: int) -> None:
+    """Refuse a length for which the layout's file holds no masks; positions are rotary, and go on without end."""
+    last = torch.tensor([-(-length // trained.layout.block_size) - 1])
+    try:
+        for layer in hybrid_layout(trained).layers:
+            for head in layer.heads:
+                head.keep(last, last)
+    except ConfigError as error:
+        problem = f"the checkpoint's layout ends before ({error.setting}: {error.problem})"
+        raise ConfigError("lengths", length, problem, "Use shorter ones") from error
 
 
 def _haystack(given: Any) -> str:

@@ -1,15 +1,23 @@
-"""What a needle evaluation leaves behind: `needle.json`, written cell by cell; a rerun goes on from it."""
+"""What a needle evaluation leaves behind: a JSON file a task, written cell by cell; a rerun goes on from it."""
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from s2train.config import NeedleConfig
+from s2train.evaluation.scores import RULER_THRESHOLD, Score, effective_length
 from s2train.files import replacing
+
+TITLES = {
+    "single": "Needle retrieval",
+    "multi": "Several needles",
+    "key_value": "Key-value retrieval",
+    "variable_tracking": "Variable tracking",
+}
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,7 @@ class Cell:
     Attributes:
         correct: trials whose whole answer matched.
         token_accuracy: share of answer tokens that matched, over all trials.
+        character_accuracy: share of the answers' letters and digits that stand in their places in the decoded text.
         reach: None where the layout is not known.
     """
 
@@ -40,7 +49,12 @@ class Cell:
     correct: int
     trials: int
     token_accuracy: float
+    character_accuracy: float
     reach: CellReach | None = None
+
+    @property
+    def score(self) -> Score:
+        return Score(self.correct, self.trials)
 
 
 @dataclass
@@ -52,6 +66,7 @@ class NeedleResults:
         settings: all that a cell's outcome depends on beside its length and depth; plain JSON values.
         lengths, depths: the grid asked for.
         cells: those known so far; a run on another grid may have left more than are asked for.
+        threshold: of `effective_length`.
     """
 
     checkpoint: str
@@ -60,6 +75,7 @@ class NeedleResults:
     lengths: list[int]
     depths: list[float]
     cells: list[Cell] = field(default_factory=list)
+    threshold: float = RULER_THRESHOLD
 
     @property
     def asked(self) -> list[Cell]:
@@ -67,10 +83,24 @@ class NeedleResults:
         return [cell for cell in self.cells if cell.length in self.lengths and cell.depth in self.depths]
 
     @property
-    def score(self) -> float:
-        """Share of trials answered exactly, over `asked`; NaN if that is empty."""
-        trials = sum(cell.trials for cell in self.asked)
-        return sum(cell.correct for cell in self.asked) / trials if trials else float("nan")
+    def score(self) -> Score | None:
+        """Over `asked`; None if that is empty."""
+        return _sum(self.asked)
+
+    @property
+    def columns(self) -> list[tuple[int, Score]]:
+        """Lengths of which all depths are known, short ones first, and their scores."""
+        found = []
+        for length in sorted(self.lengths):
+            cells = [cell for cell in self.asked if cell.length == length]
+            if len(cells) == len(self.depths) and (score := _sum(cells)) is not None:
+                found.append((length, score))
+        return found
+
+    @property
+    def effective_length(self) -> int | None:
+        """Of `columns`; see `s2train.evaluation.scores.effective_length`."""
+        return effective_length(self.columns, self.threshold)
 
     def add(self, cell: Cell) -> None:
         """Put a cell in, in place of an older one of the same length and depth."""
@@ -79,7 +109,13 @@ class NeedleResults:
 
     def save(self, path: Path) -> None:
         """Write as JSON; an interruption leaves the old file or the new one."""
-        content = {"score": self.score if self.asked else None, **asdict(self)}
+        content = {
+            "total": self.score and self.score.as_json(),
+            "effective_length": self.effective_length,
+            "columns": [{"length": length, **score.as_json()} for length, score in self.columns],
+            **asdict(self),
+            "cells": [asdict(cell) | cell.score.as_json() for cell in self.cells],
+        }
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
@@ -88,15 +124,25 @@ def load_results(path: Path) -> NeedleResults | None:
     """Read what `NeedleResults.save` wrote; None if there is no such file, or it is none of ours."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        del content["score"]
-        return NeedleResults(**content | {"cells": [_cell(cell) for cell in content["cells"]]})
+        cells = [_cell(cell) for cell in content["cells"]]
+        return NeedleResults(**{entry.name: content[entry.name] for entry in fields(NeedleResults)} | {"cells": cells})
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
 
 
+def _sum(cells: list[Cell]) -> Score | None:
+    return Score(sum(cell.correct for cell in cells), sum(cell.trials for cell in cells)) if cells else None
+
+
 def _cell(content: dict[str, Any]) -> Cell:
-    reach = content.pop("reach", None)  # results of earlier versions have none
-    return Cell(**content, reach=CellReach(**reach) if reach else None)
+    own = {entry.name: content[entry.name] for entry in fields(Cell)}
+    reach = own.pop("reach")
+    return Cell(**own, reach=CellReach(**reach) if reach else None)
+
+
+def file_name(task: str) -> str:
+    """Of a task's JSON and PNG, without the suffix."""
+    return "needle" if task == "single" else f"needle-{task}"
 
 
 def output_folder(cfg: NeedleConfig) -> Path:

@@ -1,5 +1,6 @@
-"""An evaluation from start to end: go on from what is known, show progress, leave a table and a picture."""
+"""A task's evaluation from start to end: go on from what is known, show progress, leave a table and a picture."""
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from s2train.data.needles import NeedleSampler
+from s2train.data.task_samples import TaskSampler
 from s2train.evaluation.generate import Decode
 from s2train.evaluation.needle import NeedleGrid, Ranks, evaluate_grid
 from s2train.evaluation.pictures import draw_heat_map, score_table
@@ -19,7 +20,7 @@ from s2train.files import set_aside
 
 def run_needles(
     decode: Decode,
-    sampler: NeedleSampler,
+    sampler: TaskSampler,
     grid: NeedleGrid,
     asked: NeedleResults,
     folder: Path,
@@ -29,11 +30,12 @@ def run_needles(
     trained_length: int | None = None,
     ranks: Ranks | None = None,
     reach: Callable[[int, float], CellReach] | None = None,
+    name: str = "needle",
     title: str = "Needle retrieval",
 ) -> NeedleResults:
-    """Evaluate the cells that `folder` lacks; write `needle.json` after each one and `needle.png` at the end.
+    """Evaluate the cells that `folder` lacks; write `NAME.json` after each one and `NAME.png` at the end.
 
-    Call it on all ranks; global rank 0 reads, writes and talks. A `needle.json` of other settings is kept
+    Call it on all ranks; global rank 0 reads, writes and talks. A `NAME.json` of other settings is kept
     there under another name.
 
     Args:
@@ -44,31 +46,46 @@ def run_needles(
     """
     is_writer = not dist.is_initialized() or dist.get_rank() == 0
     console = Console(quiet=not is_writer, soft_wrap=True)
-    table_path, picture_path = folder / "needle.json", folder / "needle.png"
+    table_path, picture_path = folder / f"{name}.json", folder / f"{name}.png"
     if trained_length is not None and max(grid.lengths) > trained_length:
-        console.print(f"note: lengths={max(grid.lengths)} is longer than the {trained_length} trained on")
+        console.print(
+            f"warning: lengths={max(grid.lengths)} is past the {trained_length} tokens trained on; rotary positions go"
+            " on, but what a model makes of distances it has not seen is not known"
+        )
     known = _from_rank_0(_known_cells(asked, table_path, console) if is_writer else [])
     results = replace(asked, cells=known)
     finished = {(cell.length, cell.depth): cell for cell in known}
     cells = evaluate_grid(decode, sampler, grid, batch_size=batch_size, device=device, ranks=ranks, finished=finished)
-    columns = (TextColumn("needles"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("needles", total=len(grid.cells))
+        task = progress.add_task(name, total=len(grid.cells))
+        began = time.perf_counter()
         for cell in cells:
             is_new = (cell.length, cell.depth) not in finished
             cell = replace(cell, reach=reach(cell.length, cell.depth) if reach else None)
             results.add(cell)
             if is_writer and is_new:
                 results.save(table_path)
-            told = f"{cell.correct}/{cell.trials} exact{_told(cell.reach)}" + ("" if is_new else ", known")
-            progress.console.print(f"length {cell.length:>7,}  depth {cell.depth:>6.1%}  {told}")
+            seconds = time.perf_counter() - began
+            told = f"{cell.correct}/{cell.trials} exact{_told(cell.reach)}, {f'{seconds:.1f} s' if is_new else 'known'}"
+            progress.console.print(f"{name}  length {cell.length:>7,}  depth {cell.depth:>6.1%}  {told}")
             progress.advance(task)
+            began = time.perf_counter()
     if is_writer:
         results.save(table_path)  # with the score of the grid asked for, though all its cells were known
         draw_heat_map(results, picture_path, title)
     console.print(score_table(results))
-    console.print(f"score {results.score:.4f}   table {table_path}   heat map {picture_path}")
+    console.print(f"{_summary(results)}   table {table_path}   heat map {picture_path}")
     return results
+
+
+def _summary(results: NeedleResults) -> str:
+    score = results.score
+    assert score is not None  # a grid has a cell
+    low, high = score.interval
+    length = results.effective_length
+    reached = f"effective length {length:,}" if length else "no effective length"
+    return f"score {score.share:.4f} ({low:.4f} to {high:.4f})   {reached} (score {results.threshold:g} or more)"
 
 
 def _told(reach: CellReach | None) -> str:

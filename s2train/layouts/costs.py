@@ -43,6 +43,14 @@ def density(layout: LayerLayout | HybridLayout, seq_length: int) -> float:
     return sum(kept) / (len(kept) * (seq_length * (seq_length + 1) // 2))
 
 
+def rank_spread(layer: LayerLayout, seq_length: int, tp: int) -> float:
+    """The busiest of `tp` tensor parallel ranks' kept positions over the mean, less 1: the others wait for it."""
+    kept = kept_positions(layer, seq_length)
+    size = len(kept) // tp
+    ranks = [sum(kept[rank * size : (rank + 1) * size]) for rank in range(tp)]
+    return max(ranks) * tp / sum(ranks) - 1
+
+
 def attention_flops(layer: LayerLayout, seq_length: int, head_dim: int) -> int:
     """FLOPs of one sequence's forward pass: Q Kᵀ and P V take 2 head_dim each per kept position and head."""
     return 4 * head_dim * sum(kept_positions(layer, seq_length))

@@ -14,6 +14,7 @@ from s2train.kernels.layout_lines import ColumnRule, Rule
 from s2train.layouts.kinds import KINDS, AttentionKind, KindContext
 from s2train.layouts.patterns import BandedPattern, Dense, HeadPatterns, LayerContext, Pattern
 from s2train.layouts.patterns.registry import build_patterns, read_pattern
+from s2train.layouts.placement import place_balanced
 from s2train.layouts.schedules import Schedule, ScheduleContext, dense_head_numbers, find_schedule
 
 _GROUP = re.compile(r"(?P<runs>(?:[A-Z][0-9]*)+)(?:x(?P<repeat>[0-9]+))?")
@@ -193,6 +194,8 @@ def build_hybrid_layout(
             pattern_setting(letter),
         )
         heads = kinds[letter].heads(KindContext(context, patterns[letter], dense_heads))
+        if schedule.placement == "balanced":
+            heads = place_balanced(heads, num_query_groups)
         # A layer that keeps everything is dense attention, by whatever letter.
         layer = LayerLayout(kinds[letter], heads, layout.block_size)
         layers.append(replace(layer, kind=KINDS["D"]) if layer.is_dense else layer)

@@ -3,9 +3,9 @@
 The lower bound touches each tensor once. The streaming estimate counts every load and store that the kernels for
 Hopper issue, as if none of the tiles stayed in a cache; what the L2 cache serves comes off it.
 
-forward (`kernels/hopper_forward.py`)   a tile of 128 queries of one head: q, out and the log-sum-exps once; key and
+forward (`kernels/hopper/forward.py`)   a tile of 128 queries of one head: q, out and the log-sum-exps once; key and
     value of every block that any of its queries keeps.
-backward (`kernels/hopper_backward.py`) first out and dout are read, delta is written, float32 sums of dq are cleared;
+backward (`kernels/hopper/backward.py`) first out and dout are read, delta is written, float32 sums of dq are cleared;
     then a program holds 128 keys and values and walks the 64-query tiles of all heads of its group that keep them:
     q, dout, log-sum-exps and deltas are read, dq is read and written in float32; dk and dv are written once; last, dq
     is read and written in the model's dtype. In blocks of 64 a program holds two that are kept by alike queries, and

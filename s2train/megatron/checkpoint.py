@@ -9,7 +9,7 @@ A folder `iter_*` is whole: it is written under another name and renamed.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from s2train.config import PretrainConfig
 from s2train.errors import ConfigError
 from s2train.megatron.backends import choose_backend
 from s2train.megatron.exchange import load_without_foreign_extra_state
+from s2train.megatron.integrity import damage
 from s2train.megatron.model import build_model, transformer_config, unwrap
 from s2train.planning import hybrid_layout
 
@@ -39,12 +40,20 @@ class Progress:
         consumed_samples: of the data order that `order` tells; the next batch begins there.
         order: what fixes the data order, setting by setting.
         wandb_id: of its wandb run, None without.
+        losses: of the steps since the last report, which the next report's mean takes in.
+        health: `s2train.training.health.Health`, field by field.
+        rng_ranks: [tp, pp] of the run, whose ranks' random generators the shards hold; None: they hold none.
+        weights_only: there is no optimizer and no schedule in it; a run starts from it at step 0, in any layout.
     """
 
     step: int
     consumed_samples: int
     order: dict[str, Any]
     wandb_id: str | None
+    losses: list[float] = field(default_factory=list)
+    health: dict[str, Any] = field(default_factory=dict)
+    rng_ranks: list[int] | None = None
+    weights_only: bool = False
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), indent=1) + "\n")
@@ -111,7 +120,7 @@ def write_config(cfg: PretrainConfig, path: Path) -> None:
     OmegaConf.save(OmegaConf.structured(cfg), path)
 
 
-def load_shards(state: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
+def load_shards(state: dict[str, Any], checkpoint: Path, setting: str = "checkpoint") -> dict[str, Any]:
     """Megatron's loading of a sharded state dict.
 
     Raises:
@@ -122,10 +131,16 @@ def load_shards(state: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
     except (Exception, CheckpointException) as error:  # many kinds for a missing or truncated file
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         problem = f"its shards can't be loaded ({reason})"
-        remedy = (
-            f"Name an older one: {', '.join(p.name for p in checkpoints_in(checkpoint.parent)[:-1][-3:]) or 'none'}"
-        )
-        raise ConfigError("checkpoint", checkpoint, problem, remedy) from error
+        raise ConfigError(setting, checkpoint, problem, older_instead(checkpoint, setting)) from error
+
+
+def older_instead(checkpoint: Path, setting: str = "checkpoint") -> str:
+    """The remedy for a damaged checkpoint, named by `setting`: the newest whole one before it."""
+    older = [path for path in checkpoints_in(checkpoint.parent) if path.name < checkpoint.name]
+    whole = next((path for path in reversed(older) if damage(path) is None), None)
+    if whole is None:
+        return "There is no older one there; name another, or start in another run_dir"
+    return f"The last one before it that is whole: {setting}={whole}"
 
 
 def sharding_metadata() -> dict[str, Any]:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.utils import get_batch_on_this_cp_rank
 
 
@@ -20,9 +21,14 @@ def slice_batch_for_context_parallel(
     return get_batch_on_this_cp_rank(batch, cp_group=cp_group)
 
 
-def save_checkpoint_shards(state: dict[str, Any], folder: str, metadata: dict[str, str]) -> None:
-    """Write a sharded state dict; 0.19 would otherwise pick a strategy that needs nvidia-resiliency-ext."""
+def save_checkpoint_shards(
+    state: dict[str, Any], folder: str, metadata: dict[str, str], *, in_background: bool
+) -> AsyncRequest | None:
+    """Write a sharded state dict, or prepare to: then the request is returned that writes it.
+
+    0.19 would otherwise pick a strategy that needs nvidia-resiliency-ext.
+    """
     extra = {}
     if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
         extra["async_strategy"] = "mcore"
-    dist_checkpointing.save(state, folder, content_metadata=metadata, **extra)
+    return dist_checkpointing.save(state, folder, content_metadata=metadata, async_sharded_save=in_background, **extra)

@@ -15,7 +15,7 @@ from s2train.kernels.choice import KernelsInUse, kernels_in_use
 from s2train.kernels.dense import dense_causal_attention
 from s2train.kernels.layout import BlockLayout
 from s2train.layouts.hybrid import LayerLayout
-from s2train.megatron.context_parallel import chunk_ids, gather_sequence
+from s2train.megatron.context_parallel.attention import attend_gathered, attend_overlapped, attend_together
 
 
 class LayoutCache:
@@ -52,19 +52,43 @@ class AttentionCache(Protocol):
         ...
 
 
+def packed_documents(bounds: torch.Tensor, seq_length: int) -> PackedSeqParams:
+    """What a model takes as `packed_seq_params` for documents packed along its sequences.
+
+    Hidden states stay [s, b, h] and rotation goes on from document to document: rotary scores depend on distances
+    alone, so that cutting attention is all it takes.
+
+    Args:
+        bounds: int32 [b, documents + 1], each row 0, ascending, `seq_length`; documents may be empty.
+    """
+    return PackedSeqParams(
+        qkv_format="sbhd",
+        cu_seqlens_q=bounds,
+        cu_seqlens_kv=bounds,
+        max_seqlen_q=seq_length,
+        max_seqlen_kv=seq_length,
+    )
+
+
 class CausalCoreAttention(MegatronModule):
     """Causal attention of one layer; satisfies Megatron's core attention protocol. A subclass says what is kept.
 
     Reads of the config: `num_attention_heads`, `kv_channels`. Heads are contiguous over tensor parallel ranks;
-    sequence parallel does not reach it. Under context parallel K and V are gathered.
+    sequence parallel does not reach it. Under context parallel K and V come from the other ranks.
 
     Args:
         layer_layout: heads of this layer, all of them.
         cache: where device layouts are kept, shared by the layers of a model.
         backend: of the sparse op: auto, triton, portable or torch.
+        cp_exchange: how sparse layers get keys of other context parallel ranks, as `parallel.cp_exchange`.
     Raises:
-        NotImplementedError: packed sequences, attention dropout or biases, which no layout describes yet.
+        NotImplementedError: attention dropout or biases, which no layout describes; packed documents while decoding or
+            under context parallel.
+
+    `kernels` are those of the sparse op that its first call ran, None where it has not been called.
     """
+
+    kernels: KernelsInUse | None = None
 
     def __init__(
         self,
@@ -80,6 +104,7 @@ class CausalCoreAttention(MegatronModule):
         layer_layout: LayerLayout,
         cache: LayoutCache,
         backend: Backend,
+        cp_exchange: str = "gather",
         **_: Any,
     ) -> None:
         super().__init__(config=config)
@@ -88,7 +113,7 @@ class CausalCoreAttention(MegatronModule):
         if attention_type != "self" or (attention_dropout or config.attention_dropout):
             raise NotImplementedError("block layouts serve causal self attention without dropout")
         self.layer_number = layer_number
-        self.layer_layout, self.backend = layer_layout, backend
+        self.layer_layout, self.backend, self.cp_exchange = layer_layout, backend, cp_exchange
         self.softmax_scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
         self.cp_group = pg_collection.cp
         local_heads = config.num_attention_heads // pg_collection.tp.size()
@@ -115,24 +140,21 @@ class CausalCoreAttention(MegatronModule):
             key, value: [s_k, b, KV heads / tp, d], not expanded. Without context parallel the last query is at the
                 position of the last key, so that a chunk may follow cached keys.
             attention_mask, attn_mask_type: ignored: attention is causal, within the layout.
+            packed_seq_params: as `packed_documents` makes them; then attention and layout restart in each document.
         Returns:
             [s_q, b, heads / tp · d].
         """
-        if packed_seq_params is not None or attention_bias is not None:
-            raise NotImplementedError("packed sequences and attention biases are not supported yet")
+        if attention_bias is not None:
+            raise NotImplementedError("attention biases are not supported")
         size = self.cp_group.size()
-        if self.kv is not None:
+        if packed_seq_params is not None:
+            out = self.attend_documents(query, key, value, packed_seq_params)
+        elif self.kv is not None:
             out = self.kv.attend(self, query, key, value)
         elif size == 1:
             out = self.attend(query, key, value, query_offset=key.shape[0] - query.shape[0])
         else:
-            key, value = gather_sequence(key, self.cp_group), gather_sequence(value, self.cp_group)
-            rows = query.shape[0] // 2
-            parts = []
-            for chunk, part in zip(chunk_ids(self.cp_group.rank(), size), query.chunk(2), strict=True):
-                seen = (chunk + 1) * rows  # later keys are masked anyway
-                parts.append(self.attend(part, key[:seen], value[:seen], query_offset=chunk * rows))
-            out = torch.cat(parts)
+            out = self.attend_across_ranks(query, key, value)
         return out.reshape(*out.shape[:2], -1)
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, query_offset: int) -> torch.Tensor:
@@ -141,6 +163,28 @@ class CausalCoreAttention(MegatronModule):
         The last query is at the last key. Returns [s_q, b, h, d].
         """
         raise NotImplementedError
+
+    def attend_documents(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedSeqParams
+    ) -> torch.Tensor:
+        """Attention within each document of sequences [s, b, h, d], by the sparse op in dense layers too."""
+        if packed.qkv_format != "sbhd" or self.kv is not None or self.cp_group.size() > 1:
+            raise NotImplementedError("packed documents come as packed_documents makes them, to train, without cp")
+        layout = self.cache.get(self.layer_layout, key.shape[0], self.heads, query.device)
+        parts = []
+        # the op takes one packed sequence; q, k and v of one are read where they lie
+        for q, k, v, bounds in zip(*(x.split(1, dim=1) for x in (query, key, value)), packed.cu_seqlens_q, strict=True):
+            if self.kernels is None:
+                self.kernels = kernels_in_use(q, k, v, layout, cu_seqlens=bounds, backend=self.backend)
+            out = block_sparse_attention(
+                q, k, v, layout, softmax_scale=self.softmax_scale, cu_seqlens=bounds, backend=self.backend
+            )
+            parts.append(out)
+        return torch.cat(parts, dim=1)
+
+    def attend_across_ranks(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """As `attend`, of the two chunks of the sequence that this context parallel rank holds; all keys gathered."""
+        return attend_gathered(self.attend, query, key, value, self.cp_group)
 
     def layout(self, seq_length: int, device: torch.device) -> BlockLayout | None:
         """What this rank's heads keep of `seq_length` tokens; None: everything."""
@@ -164,33 +208,49 @@ class DenseCoreAttention(CausalCoreAttention):
 
 
 class SparseCoreAttention(CausalCoreAttention):
-    """Every head keeps the blocks of its pattern. `kernels` are those that its first call ran."""
-
-    kernels: KernelsInUse | None = None
+    """Every head keeps the blocks of its pattern."""
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, query_offset: int) -> torch.Tensor:
         layout = self.layout(key.shape[0] if self.kv is None else self.kv.max_length, query.device)
+        out = self._attend(query, key, value, layout, query_offset, return_lse=False)
+        assert isinstance(out, torch.Tensor)
+        return out
+
+    def attend_across_ranks(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        if self.cp_exchange == "gather":
+            return super().attend_across_ranks(query, key, value)
+        layout = self.layout(key.shape[0] * self.cp_group.size(), query.device)
+        attend = attend_overlapped if self.cp_exchange == "overlapped" else attend_together
+        return attend(self._attend, query, key, value, layout, self.cp_group)
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        layout: BlockLayout,
+        query_offset: int,
+        return_lse: bool,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         if self.kernels is None:
             self.kernels = kernels_in_use(
                 query, key, value, layout, query_offset=query_offset, backend=self.backend
             )  # fmt: skip
-        out = block_sparse_attention(
-            query,
-            key,
-            value,
-            layout,
-            softmax_scale=self.softmax_scale,
-            query_offset=query_offset,
-            backend=self.backend,
+        scale, backend = self.softmax_scale, self.backend
+        if return_lse:
+            return block_sparse_attention(
+                query, key, value, layout, softmax_scale=scale, query_offset=query_offset, return_lse=True,
+                backend=backend,
+            )  # fmt: skip
+        return block_sparse_attention(
+            query, key, value, layout, softmax_scale=scale, query_offset=query_offset, backend=backend
         )
-        assert isinstance(out, torch.Tensor)
-        return out
 
     def layout(self, seq_length: int, device: torch.device) -> BlockLayout:
         return self.cache.get(self.layer_layout, seq_length, self.heads, device)
 
 
 def kernels_of(models: Iterable[torch.nn.Module]) -> list[str]:
-    """What the sparse layers of these models ran, each way once."""
-    layers = (m for model in models for m in model.modules() if isinstance(m, SparseCoreAttention))
+    """What the layers of these models that call the sparse op ran, each way once."""
+    layers = (m for model in models for m in model.modules() if isinstance(m, CausalCoreAttention))
     return list(dict.fromkeys(str(layer.kernels) for layer in layers if layer.kernels is not None))

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 
-from s2train.kernels.decode import append_token, block_sparse_decode
-from s2train.kernels.decode_pages import last_uses, most_pages_held, pages_held, read_tokens, write_tokens
+from s2train.kernels.decode.op import append_token, block_sparse_decode
+from s2train.kernels.decode.pages import last_uses, most_pages_held, pages_held, read_tokens, write_tokens
 from s2train.kernels.layout import BlockLayout
 from s2train.megatron.core_attention import CausalCoreAttention
 from s2train.megatron.page_pool import PagePool

@@ -13,13 +13,16 @@ from s2train.layouts.hybrid import HybridLayout
 from s2train.megatron.backends import Backend, choose_backend, sum_gradients_in_place
 from s2train.megatron.core_attention import DenseCoreAttention, LayoutCache
 from s2train.megatron.specs import block_spec
+from s2train.planning.stages import Stages
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def transformer_config(cfg: PretrainConfig) -> TransformerConfig:
+def transformer_config(cfg: PretrainConfig, stages: Stages | None = None) -> TransformerConfig:
     """Megatron's configuration of a Llama-like model on the present device.
 
+    Args:
+        stages: layers of the pipeline stages; None: as many on each.
     Raises:
         ConfigError: the backend is not installed.
     """
@@ -43,6 +46,7 @@ def transformer_config(cfg: PretrainConfig) -> TransformerConfig:
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
         virtual_pipeline_model_parallel_size=parallel.vpp,
+        pipeline_model_parallel_layout=None if stages is None else stages.megatron_layout(),
         context_parallel_size=parallel.cp,
         sequence_parallel=parallel.sequence_parallel,
         pipeline_dtype=dtype,
@@ -69,6 +73,7 @@ def transformer_config(cfg: PretrainConfig) -> TransformerConfig:
         # Of layers that we don't use.
         masked_softmax_fusion=False,
         persist_layer_norm=False,
+        deterministic_mode=train.deterministic,
     )
 
 
@@ -91,7 +96,9 @@ def build_model(
         where = {} if stage is None else {"ignore_virtual": False, "vp_stage": stage}
         chunk = GPTModel(
             config=config,
-            transformer_layer_spec=block_spec(config, hybrid, backend, cache, cfg.attention_backend, stage),
+            transformer_layer_spec=block_spec(
+                config, hybrid, backend, cache, cfg.attention_backend, cfg.parallel.cp_exchange, stage
+            ),
             vocab_size=cfg.model.vocab_size,
             max_sequence_length=cfg.train.seq_length,
             pre_process=parallel_state.is_pipeline_first_stage(**where),

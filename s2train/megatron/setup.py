@@ -1,20 +1,40 @@
 """Process groups, device and seeds of a run."""
 
+import math
 import os
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
+from torch.distributed import PrefixStore, Store
 
 from s2train.config import ParallelConfig
 from s2train.megatron import cpu
 
+# Judges, on every rank, whether the ranks of a job go together: (a store that they share, rank, ranks).
+StartCheck = Callable[[Store, int, int], None]
 
-def initialize(parallel: ParallelConfig, seed: int) -> torch.device:
+
+def initialize(
+    parallel: ParallelConfig,
+    seed: int,
+    check: StartCheck | None = None,
+    *,
+    deterministic: bool = False,
+    timeout_minutes: float = 30,
+) -> torch.device:
     """Join the job that torchrun started (a plain `python` is a job of one) and make Megatron's process groups.
 
     NCCL where CUDA is, gloo otherwise. Returns the device of this rank. Call `shutdown` at the end.
+
+    Args:
+        check: called before there is a process group: NCCL hangs on what it should find.
+        deterministic: the same bits in every run: only deterministic kernels, sums in a fixed order.
+        timeout_minutes: a collective call that takes longer fails.
     """
+    if deterministic:
+        make_deterministic()
     on_cpu = cpu.install()
     for name, default in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, default)
@@ -26,13 +46,16 @@ def initialize(parallel: ParallelConfig, seed: int) -> torch.device:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     if not torch.distributed.is_initialized():
-        alone = os.environ["WORLD_SIZE"] == "1" and "MASTER_PORT" not in os.environ
+        timeout = timedelta(minutes=timeout_minutes)
+        store, rank, world_size = _meet(timeout)
+        if check is not None:
+            check(PrefixStore("start", store), rank, world_size)
         torch.distributed.init_process_group(
             backend="gloo" if on_cpu else "nccl",
-            store=torch.distributed.HashStore() if alone else None,
-            rank=int(os.environ["RANK"]),
-            world_size=int(os.environ["WORLD_SIZE"]),
-            timeout=timedelta(minutes=30),
+            store=PrefixStore("job", store),
+            rank=rank,
+            world_size=world_size,
+            timeout=timeout,
             device_id=None if on_cpu else device,
         )
     parallel_state.initialize_model_parallel(
@@ -40,11 +63,42 @@ def initialize(parallel: ParallelConfig, seed: int) -> torch.device:
         pipeline_model_parallel_size=parallel.pp,
         virtual_pipeline_model_parallel_size=parallel.vpp,
         context_parallel_size=parallel.cp,
+        distributed_timeout_minutes=math.ceil(timeout_minutes),
     )
     seed += 100 * parallel_state.get_pipeline_model_parallel_rank()  # else every stage would draw the same weights
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return device
+
+
+def _meet(timeout: timedelta) -> tuple[Store, int, int]:
+    """A store that the ranks of the job share, this rank, and how many there are.
+
+    torchrun's store outlives ranks that it starts again, and torch 2.13 would find the addresses of the dead ones
+    there. Under one torchrun its count of restarts tells attempts apart; several may count differently, and want
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, which makes a store for each attempt (`launch/job.py` sets it).
+    """
+    if os.environ["WORLD_SIZE"] == "1" and "MASTER_PORT" not in os.environ:
+        return torch.distributed.HashStore(), 0, 1
+    store, rank, world_size = next(torch.distributed.rendezvous("env://", timeout=timeout))
+    store.set_timeout(timeout)
+    is_one = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if is_one else "0"
+    return PrefixStore(f"attempt {attempt}", store), rank, world_size
+
+
+def make_deterministic() -> None:
+    """Ask torch, cuBLAS, NCCL and transformer-engine for the same bits in every run of this process's program.
+
+    Before the first CUDA call, since the libraries read their variables when they are set up. What has no
+    deterministic kernel raises RuntimeError when it runs.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("NCCL_ALGO", "Ring")  # a tree's or a switch's order of sums may change
+    os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # would hide a bug, and costs time
 
 
 def shutdown() -> None:

@@ -14,7 +14,12 @@ from s2train.megatron.layer import HybridTransformerLayer
 
 
 def layer_spec(
-    layer: LayerLayout, layer_number: int, backend: Backend, cache: LayoutCache, attention_backend: str
+    layer: LayerLayout,
+    layer_number: int,
+    backend: Backend,
+    cache: LayoutCache,
+    attention_backend: str,
+    cp_exchange: str,
 ) -> ModuleSpec:
     """Spec of one layer; `layer_number` counts from 1 over the whole model."""
     spec = backend.layer_spec()
@@ -23,7 +28,7 @@ def layer_spec(
     module, _, name = layer.kind.core_attention.partition(":")
     spec.submodules.self_attention.submodules.core_attention = ModuleSpec(
         module=getattr(import_module(module), name),
-        params={"layer_layout": layer, "cache": cache, "backend": attention_backend},
+        params={"layer_layout": layer, "cache": cache, "backend": attention_backend, "cp_exchange": cp_exchange},
     )
     return spec
 
@@ -40,10 +45,12 @@ def block_spec(
     backend: Backend,
     cache: LayoutCache,
     attention_backend: str,
+    cp_exchange: str,
     vp_stage: int | None = None,
 ) -> TransformerBlockSubmodules:
     """Specs of the layers of this stage."""
     specs = [
-        layer_spec(hybrid.layers[i], i + 1, backend, cache, attention_backend) for i in layer_ids(config, vp_stage)
+        layer_spec(hybrid.layers[i], i + 1, backend, cache, attention_backend, cp_exchange)
+        for i in layer_ids(config, vp_stage)
     ]
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=backend.norm)

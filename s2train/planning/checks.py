@@ -37,6 +37,7 @@ def check(cfg: PretrainConfig, world_size: int, hardware: Hardware) -> Plan:
         ConfigError: a setting is out of its range, two don't divide, blocks go unseen, or memory is short.
     """
     check_values(cfg)
+    check_documents(cfg)
     check_division(cfg, world_size)
     check_attention_backend(cfg.attention_backend, hardware)
     check_te(cfg, hardware)
@@ -44,6 +45,18 @@ def check(cfg: PretrainConfig, world_size: int, hardware: Hardware) -> Plan:
     if plan.remedy is not None:
         raise ConfigError(*_shortage(plan), plan.remedy)
     return plan
+
+
+def check_documents(cfg: PretrainConfig) -> None:
+    """Whether attention can be kept inside documents, where that is asked for.
+
+    Raises:
+        ConfigError: context parallel, which cuts documents apart.
+    """
+    if cfg.data.attention_within_documents and cfg.parallel.cp > 1:
+        problem = f"parallel.cp={cfg.parallel.cp} spreads a sequence over ranks, and documents with it"
+        remedy = "Set parallel.cp=1, or data.attention_within_documents=false."
+        raise ConfigError("data.attention_within_documents", True, problem, remedy)
 
 
 def check_attention_backend(name: str, hardware: Hardware) -> None:
@@ -63,6 +76,7 @@ def preview(cfg: PretrainConfig, world_size: int, hardware: Hardware) -> Plan:
         ConfigError: as `check`, but for memory and the number of ranks.
     """
     check_values(cfg)
+    check_documents(cfg)
     copy = smallest_world(cfg)
     world_size = copy if world_size % copy else world_size
     check_division(cfg, world_size)

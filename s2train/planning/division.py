@@ -69,7 +69,16 @@ def check_tensor_parallel(model: ModelConfig, tp: int, setting: str) -> None:
 
 def _check_pipeline(cfg: PretrainConfig) -> None:
     layers, pp, vpp = cfg.model.num_layers, cfg.parallel.pp, cfg.parallel.vpp
-    _divides("parallel.pp", pp, "model.num_layers", layers)
+    by_cost = cfg.parallel.pipeline_split == "cost"
+    if by_cost and pp * (vpp or 1) > layers:
+        raise ConfigError(
+            "parallel.pp",
+            pp,
+            f"each of its {pp * (vpp or 1)} stages needs a layer, and model.num_layers={layers}",
+            f"Set parallel.pp to {layers // (vpp or 1)} or less.",
+        )
+    if not by_cost:
+        _divides("parallel.pp", pp, "model.num_layers", layers, "or set parallel.pipeline_split=cost")
     if vpp is None:
         return
     if pp == 1:
@@ -79,18 +88,28 @@ def _check_pipeline(cfg: PretrainConfig) -> None:
             "virtual stages need parallel.pp above 1",
             "Set parallel.vpp=null, or parallel.pp=2.",
         )
-    if layers % (pp * vpp):
+    if not by_cost and layers % (pp * vpp):
         fitting = [n for n in range(1, layers // pp + 1) if layers % (pp * n) == 0]
         raise ConfigError(
             "parallel.vpp",
             vpp,
             f"model.num_layers={layers} can't be divided into parallel.pp × parallel.vpp = {pp * vpp} parts",
-            f"Set parallel.vpp to one of {_list(fitting)}.",
+            f"Set parallel.vpp to one of {_list(fitting)}, or set parallel.pipeline_split=cost.",
         )
 
 
 def _check_recomputation(cfg: PretrainConfig) -> None:
-    if cfg.train.recompute == "full":
+    if cfg.train.recompute != "full":
+        return
+    if cfg.parallel.pp > 1 and cfg.parallel.pipeline_split == "cost":
+        if cfg.train.recompute_num_layers > 1:
+            raise ConfigError(
+                "train.recompute_num_layers",
+                cfg.train.recompute_num_layers,
+                "stages split by cost have different numbers of layers",
+                "Set train.recompute_num_layers=1, or parallel.pipeline_split=even.",
+            )
+    else:
         layers = cfg.model.num_layers // (cfg.parallel.pp * (cfg.parallel.vpp or 1))
         _divides(
             "train.recompute_num_layers",

@@ -3,7 +3,8 @@
 from dataclasses import dataclass, fields
 
 from s2train.config import PretrainConfig
-from s2train.planning.parameters import head_dim, stage_parameters
+from s2train.planning.parameters import head_dim, stage_parameters, total_parameters
+from s2train.planning.stages import Stages
 
 GIB = 1024**3
 
@@ -34,6 +35,16 @@ class Memory:
         return sum(getattr(self, part.name) for part in fields(self))
 
 
+def checkpoint_bytes(cfg: PretrainConfig) -> int:
+    """Bytes of a checkpoint on disk: weights in the run's precision, Adam's moments, and fp32 weights beside bf16.
+
+    The distributed optimizer saves fp32 weights in any precision.
+    """
+    bf16 = cfg.train.precision == "bf16"
+    optimizer = 12 if bf16 or cfg.parallel.distributed_optimizer else 8
+    return total_parameters(cfg.model) * ((2 if bf16 else 4) + optimizer)
+
+
 def data_parallel(cfg: PretrainConfig, world_size: int) -> int:
     return world_size // (cfg.parallel.tp * cfg.parallel.pp * cfg.parallel.cp)
 
@@ -43,14 +54,18 @@ def micro_batches(cfg: PretrainConfig, world_size: int) -> int:
     return cfg.train.global_batch_size // (data_parallel(cfg, world_size) * cfg.train.micro_batch_size)
 
 
-def rank_memory(cfg: PretrainConfig, world_size: int, layouts: int, kind: str) -> Memory:
+def rank_memory(cfg: PretrainConfig, world_size: int, stages: Stages, layouts: int, kind: str) -> Memory:
     """The fullest pipeline stage's rank; `layouts` in bytes, `kind` "cuda" or "cpu"."""
-    stages = (_stage_memory(cfg, world_size, stage, layouts, kind) for stage in range(cfg.parallel.pp))
-    return max(stages, key=lambda memory: memory.total)
+    ranks = (
+        _stage_memory(cfg, world_size, stage, stages.of_rank(stage), layouts, kind) for stage in range(cfg.parallel.pp)
+    )
+    return max(ranks, key=lambda memory: memory.total)
 
 
-def _stage_memory(cfg: PretrainConfig, world_size: int, stage: int, layouts: int, kind: str) -> Memory:
-    weights = stage_parameters(cfg.model, cfg.parallel, stage)
+def _stage_memory(
+    cfg: PretrainConfig, world_size: int, stage: int, chunks: tuple[int, ...], layouts: int, kind: str
+) -> Memory:
+    weights = stage_parameters(cfg.model, cfg.parallel, stage, sum(chunks))
     bf16 = cfg.train.precision == "bf16"
     shards = data_parallel(cfg, world_size) * cfg.parallel.cp if cfg.parallel.distributed_optimizer else 1
     overhead = GIB // 2
@@ -60,14 +75,16 @@ def _stage_memory(cfg: PretrainConfig, world_size: int, stage: int, layouts: int
         weights=weights * (2 if bf16 else 4),
         gradients=weights * 4,
         optimizer=-(-weights * (12 if bf16 else 8) // shards),
-        activations=stage_activations(cfg, stage, micro_batches(cfg, world_size), kind),
+        activations=stage_activations(cfg, stage, chunks, micro_batches(cfg, world_size), kind),
         layouts=layouts,
         overhead=overhead,
     )
 
 
-def stage_activations(cfg: PretrainConfig, stage: int, num_micro_batches: int, kind: str) -> int:
-    """Bytes that a rank of pipeline stage `stage` holds at its peak."""
+def stage_activations(
+    cfg: PretrainConfig, stage: int, chunks: tuple[int, ...], num_micro_batches: int, kind: str
+) -> int:
+    """Bytes that a rank of pipeline stage `stage`, with so many layers in its `chunks`, holds at its peak."""
     model, train, parallel = cfg.model, cfg.train, cfg.parallel
     width = 2 if train.precision == "bf16" else 4
     tokens = train.seq_length // parallel.cp * train.micro_batch_size
@@ -75,9 +92,7 @@ def stage_activations(cfg: PretrainConfig, stage: int, num_micro_batches: int, k
     stream = tokens * model.hidden_size * width // (parallel.tp if parallel.sequence_parallel else 1)
     whole, kept = layer_activations(cfg, stream, kind)
 
-    chunks = parallel.vpp or 1
-    layers_a_chunk = model.num_layers // (parallel.pp * chunks)
-    in_flight = layers_a_chunk * _chunks_in_flight(cfg, stage, num_micro_batches)
+    in_flight = max(chunks) * _chunks_in_flight(cfg, stage, num_micro_batches)
     if train.recompute == "full":  # inputs of recomputed groups, and one group alive again
         group = train.recompute_num_layers
         layers = in_flight // group * stream + group * whole
@@ -110,7 +125,7 @@ def layer_activations(cfg: PretrainConfig, stream: int, kind: str) -> tuple[int,
     residual = (4 if fused else 6) * stream
     # q and k after RoPE, beside the projection's output that v is a view of; attention's output.
     attention = (queries + keys) + (queries + 2 * keys) + queries
-    # Log-sum-exp in fp32; keys and values gathered over context parallel ranks.
+    # Log-sum-exp in fp32; keys and values of all context parallel ranks (sparse layers may hold fewer).
     core = tokens * model.num_attention_heads * 4 // parallel.tp
     if parallel.cp > 1:
         core += 2 * keys * parallel.cp

@@ -31,14 +31,14 @@ def total_parameters(model: ModelConfig) -> int:
     return model.num_layers * (layer.matmul + layer.norms) + embeddings + model.hidden_size
 
 
-def stage_parameters(model: ModelConfig, parallel: ParallelConfig, stage: int) -> int:
-    """Parameters that one rank of pipeline stage `stage` holds.
+def stage_parameters(model: ModelConfig, parallel: ParallelConfig, stage: int, layers: int) -> int:
+    """Parameters that one rank of pipeline stage `stage`, of `layers` layers in all, holds.
 
     The first stage holds the embedding, the last the head and the final norm; a tied embedding lies on both
-    when they differ. Virtual stages share out the same layers.
+    when they differ.
     """
     layer = layer_parameters(model)
     first, last = stage == 0, stage == parallel.pp - 1
     tables = 1 if first and last and model.tie_embeddings else first + last
-    layers = model.num_layers // parallel.pp * (layer.matmul // parallel.tp + layer.norms)
-    return layers + tables * model.vocab_size * model.hidden_size // parallel.tp + last * model.hidden_size
+    of_layers = layers * (layer.matmul // parallel.tp + layer.norms)
+    return of_layers + tables * model.vocab_size * model.hidden_size // parallel.tp + last * model.hidden_size

@@ -1,10 +1,10 @@
 """What a run costs: parameters, FLOPs per token, and memory per rank, from its configuration alone."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from s2train.config import PretrainConfig
 from s2train.hardware import Hardware
-from s2train.layouts.costs import density, layout_nbytes
+from s2train.layouts.costs import density, layout_nbytes, rank_spread
 from s2train.layouts.coverage import CoverageReport, check_coverage
 from s2train.layouts.hybrid import HybridLayout
 from s2train.layouts.summary import LetterSummary, summarise
@@ -13,6 +13,7 @@ from s2train.planning.flops import TokenFlops, token_flops
 from s2train.planning.memory import Memory, data_parallel, micro_batches, rank_memory
 from s2train.planning.parameters import stage_parameters, total_parameters
 from s2train.planning.remedies import memory_remedy
+from s2train.planning.stages import Balance, balance, layer_costs, pipeline_stages
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,9 @@ class Plan:
     parameters: int
     rank_parameters: int  # on the fullest pipeline stage
     flops: TokenFlops
+    tp_spread: float  # the busiest tensor parallel rank over the mean, less 1, in the layer where it is largest
+    pipeline: Balance  # of the stages as they are
+    pipeline_by_cost: Balance  # as parallel.pipeline_split=cost would have them
     memory: Memory  # of the fullest rank
     remedy: str | None  # what would fit, if this does not
     advice: str | None  # what else fits and is faster, if this fits
@@ -55,7 +59,10 @@ def make_plan(cfg: PretrainConfig, hybrid: HybridLayout, world_size: int, hardwa
     """
     seq_length = cfg.train.seq_length
     layouts = layouts_nbytes(cfg, hybrid)
-    memory = rank_memory(cfg, world_size, layouts, hardware.kind)
+    costs = layer_costs(cfg.model, hybrid, seq_length)
+    stages = pipeline_stages(cfg.model, cfg.parallel, costs)
+    by_cost = pipeline_stages(cfg.model, replace(cfg.parallel, pipeline_split="cost"), costs)
+    memory = rank_memory(cfg, world_size, stages, layouts, hardware.kind)
     fits = memory.total <= hardware.memory
     sparse = [layer for layer in hybrid.layers if not layer.is_dense]
     densities = {layer: density(layer, seq_length) for layer in set(sparse)}
@@ -69,11 +76,16 @@ def make_plan(cfg: PretrainConfig, hybrid: HybridLayout, world_size: int, hardwa
         sparse_letters=summarise(hybrid, seq_length),
         coverage=check_coverage(hybrid, seq_length, cfg.layout),
         parameters=total_parameters(cfg.model),
-        rank_parameters=max(stage_parameters(cfg.model, cfg.parallel, s) for s in range(cfg.parallel.pp)),
+        rank_parameters=max(
+            stage_parameters(cfg.model, cfg.parallel, s, sum(stages.of_rank(s))) for s in range(cfg.parallel.pp)
+        ),
         flops=token_flops(cfg.model, hybrid, seq_length),
+        tp_spread=max(rank_spread(layer, seq_length, cfg.parallel.tp) for layer in set(hybrid.layers)),
+        pipeline=balance(stages, costs, micro_batches(cfg, world_size)),
+        pipeline_by_cost=balance(by_cost, costs, micro_batches(cfg, world_size)),
         memory=memory,
-        remedy=None if fits else memory_remedy(cfg, world_size, hardware, layouts),
-        advice=memory_advice(cfg, world_size, layouts, hardware.memory, hardware.kind) if fits else None,
+        remedy=None if fits else memory_remedy(cfg, world_size, hardware, costs, layouts),
+        advice=memory_advice(cfg, world_size, hardware, costs, layouts) if fits else None,
     )
 
 

@@ -2,9 +2,13 @@
 
 from dataclasses import fields
 from itertools import groupby
+from typing import Any
 
 from s2train.planning.memory import GIB
 from s2train.planning.plan import Plan
+from s2train.planning.stages import Balance
+
+_UNEVEN = 0.05  # from which on ranks that wait are worth a remedy
 
 
 def format_plan(plan: Plan) -> str:
@@ -28,6 +32,8 @@ def format_plan(plan: Plan) -> str:
             f"{train.global_batch_size * train.seq_length:,} tokens: {plan.micro_batches} × "
             f"{train.micro_batch_size} × {train.seq_length:,} on each data parallel rank",
         ),
+        *_ranks(plan),
+        *_pipeline(plan),
         ("memory", "GiB per rank" + (", fullest pipeline stage" if parallel.pp > 1 else "")),
         *((f"  {part.name}", _gib(getattr(memory, part.name))) for part in fields(memory)),
         ("  total", f"{_gib(memory.total)} of {_gib(plan.hardware.memory).strip()} ({plan.hardware.name})"),
@@ -45,6 +51,49 @@ def format_plan(plan: Plan) -> str:
         rows.append(("  room", plan.advice))
     verdict = "It fits." if plan.fits else f"It does not fit. {plan.remedy}"
     return "\n".join([title, *(f"{name:<13} {text}" for name, text in rows), plan.coverage.format(), verdict])
+
+
+def _ranks(plan: Plan) -> list[tuple[str, str]]:
+    """How unevenly kept blocks lie on tensor parallel ranks."""
+    if plan.cfg.parallel.tp == 1 or not plan.coverage.runs:
+        return []
+    mended = plan.tp_spread > _UNEVEN and plan.cfg.schedule.placement != "balanced"
+    advice = "; schedule.placement=balanced spreads heads (a new model: it moves them)" if mended else ""
+    return [("tp ranks", f"busiest {plan.tp_spread:.1%} over the mean of kept positions{advice}")]
+
+
+def _pipeline(plan: Plan) -> list[tuple[str, str]]:
+    """Layers of each stage and what their imbalance costs; of an even split also what one by cost would."""
+    if plan.cfg.parallel.pp == 1:
+        return []
+    rows = [("pipeline", f"{_balance(plan.pipeline)}, split {plan.cfg.parallel.pipeline_split}")]
+    if plan.pipeline_by_cost.idle < plan.pipeline.idle:
+        rows.append(("", f"{_balance(plan.pipeline_by_cost)}, with parallel.pipeline_split=cost"))
+    return rows
+
+
+def _balance(found: Balance) -> str:
+    layers = " ".join("+".join(map(str, found.stages.of_rank(rank))) for rank in range(found.stages.pp))
+    return f"layers {layers}; busiest stage {found.imbalance:.1%} over the mean; idle {found.idle:.1%} of the time"
+
+
+def figures(plan: Plan) -> dict[str, Any]:
+    """What a plan comes to, by name, to compare runs by."""
+    return {
+        "layers": _layers(plan.letters),
+        "density": plan.density,
+        "sparse_density": plan.sparse_density,
+        "parameters": plan.parameters,
+        "flops_per_token": plan.flops.sparse,
+        "planned_memory_gib": plan.memory.total / GIB,
+        "device": plan.hardware.name,
+        "processes": plan.world_size,
+    }
+
+
+def letter_rows(plan: Plan) -> list[list[Any]]:
+    """[letter, how many layers, what its heads keep, density] of the letters of sparse layers."""
+    return [[one.letter, plan.letters.count(one.letter), one.form, one.density] for one in plan.sparse_letters]
 
 
 def _layers(letters: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from s2train.config import PretrainConfig
+from s2train.config import CheckpointConfig, PretrainConfig
 from s2train.errors import ConfigError
 from s2train.layouts.hybrid import patterns_of
 from s2train.layouts.schedules import find_schedule
@@ -15,7 +15,10 @@ _CHOICES: dict[str, tuple[str | int, ...]] = {
     "train.precision": ("bf16", "fp32"),
     "train.recompute": ("none", "selective", "full"),
     "optim.decay_style": ("constant", "linear", "cosine", "inverse-square-root", "WSD"),
-    "tracking.wandb": ("disabled", "offline", "online"),
+    "schedule.placement": ("as_is", "balanced"),
+    "parallel.cp_exchange": ("blocks", "overlapped", "gather"),
+    "parallel.pipeline_split": ("even", "cost"),
+    "tracking.wandb": ("auto", "disabled", "offline", "online"),
     "tracking.timing": (0, 1, 2),
     "backend": ("auto", "local", "te"),
     "fp8": ("none", "hybrid", "e4m3"),
@@ -47,14 +50,17 @@ _POSITIVE: dict[str, tuple[str, ...]] = {
         "micro_batch_size",
         "recompute_num_layers",
         "exit_step",
+        "spike_factor",
+        "timeout_minutes",
     ),
-    "checkpoint": ("interval", "keep"),
+    "checkpoint": ("interval", "keep", "keep_every"),
     "evaluation": ("batches",),
     "tracking": ("log_interval",),
 }
 _NOT_NEGATIVE: dict[str, tuple[str, ...]] = {
     "schedule": ("dense_heads",),
     "data": ("num_workers",),
+    "train": ("max_skipped_steps",),
     "optim": ("min_lr", "weight_decay", "clip_grad", "warmup_steps"),
     "evaluation": ("interval",),
 }
@@ -78,6 +84,7 @@ def check_values(cfg: PretrainConfig) -> None:
     _check_ranges(cfg)
     _check_optimizer(cfg)
     _check_profile(cfg)
+    _check_kept(cfg.checkpoint)
 
 
 def check_seed(seed: int) -> None:
@@ -151,6 +158,19 @@ def _check_profile(cfg: PretrainConfig) -> None:
         raise ConfigError("profile.steps", steps, problem, f"Set profile.steps=[{max(last - 2, 1)},{last}], or null.")
     if any(rank < 0 for rank in ranks):
         raise ConfigError("profile.ranks", ranks, "ranks count from 0", "Set profile.ranks=[0].")
+
+
+def _check_kept(checkpoint: CheckpointConfig) -> None:
+    every, interval = checkpoint.keep_every, checkpoint.interval
+    if every is None:
+        return
+    if checkpoint.keep is None:
+        problem = "all checkpoints are kept without checkpoint.keep"
+        raise ConfigError("checkpoint.keep_every", every, problem, "Set checkpoint.keep too, such as 2.")
+    if every % interval:
+        problem = f"no checkpoint is saved at most of its multiples, checkpoint.interval being {interval}"
+        near = interval * max(1, round(every / interval))
+        raise ConfigError("checkpoint.keep_every", every, problem, f"Set a multiple of it, such as {near}.")
 
 
 def _nearest(setting: str, value: object, choices: Sequence[str | int]) -> str:

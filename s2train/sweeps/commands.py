@@ -20,6 +20,7 @@ def is_of_ranks(variable: str) -> bool:
 def environment(surrounding: Mapping[str, str], gpus: Sequence[str] | None) -> dict[str, str]:
     """A job's environment: the surrounding one without torchrun's variables, and with these GPUs only (None: all)."""
     clean = {name: value for name, value in surrounding.items() if not is_of_ranks(name)}
+    clean.pop("HYDRA_FULL_ERROR", None)  # `run_hydra` set it for the sweep's own process
     return clean if gpus is None else clean | {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
 
 
@@ -46,7 +47,10 @@ def _ranks(nproc_per_node: int, program: Path, arguments: Sequence[str]) -> list
 def batch_script(
     settings: SlurmSweepConfig, name: str, folder: Path, cwd: Path, python: str, program: Path, arguments: Sequence[str]
 ) -> str:
-    """The sbatch script of one job: a torchrun on each of its nodes, and the log in the job's folder."""
+    """The sbatch script of one job: a torchrun on each of its nodes, and the log in the job's folder.
+
+    Several nodes start by `slurm/run.sh` beside the program, as `slurm/pretrain.sbatch` does.
+    """
     options: dict[str, object] = {
         "job-name": name,
         "output": str(folder / "log.txt").replace("%", "%%"),  # sbatch fills in what follows a single %
@@ -54,6 +58,7 @@ def batch_script(
         "nodes": settings.nodes,
         "ntasks-per-node": 1,
         "gpus-per-node": settings.nproc_per_node,
+        "signal": "B:USR1@300" if settings.nodes > 1 else None,  # for run.sh, which queues the job again
         **{name.replace("_", "-"): value for name, value in settings.options.items()},
     }
     start, ranks = shlex.join(_start(python)), shlex.join(_ranks(settings.nproc_per_node, program, arguments))
@@ -69,10 +74,7 @@ def batch_script(
     if settings.nodes == 1:
         lines.append(f"exec {start} --standalone {ranks}")
     else:
-        meet = f'--nnodes {settings.nodes} --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "$head:$port"'
-        lines += [
-            'head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
-            "port=$((20000 + SLURM_JOB_ID % 20000))",
-            f"exec srun {start} {meet} {ranks}",
-        ]
+        run = shlex.join([str(program.parent / "slurm" / "run.sh"), str(program), *arguments])
+        where = f"PYTHON={shlex.quote(python)} LOG_DIR={shlex.quote(str(folder / 'logs'))}"
+        lines.append(f"{where} NPROC_PER_NODE={settings.nproc_per_node} exec {run}")
     return "\n".join(lines) + "\n"

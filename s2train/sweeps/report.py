@@ -10,7 +10,7 @@ from rich.table import Table
 from s2train.files import replacing
 from s2train.sweeps.jobs import Job, Status, read_record
 from s2train.sweeps.picture import Point, draw
-from s2train.training.compare import Summary
+from s2train.training.compare import HEADINGS, Summary
 
 TABLE_WIDTH = 140
 
@@ -46,19 +46,18 @@ def report(sweep_dir: Path, console: Console | None = None) -> bool:
 
 def table(results: list[Result]) -> Table:
     """A row a job, in the order of the sweep."""
-    made = Table("job", "status", "layers", "density", "steps", "loss", "held out", "ms/step", "tokens/s")
+    made = Table("job", "status", "layers", "density", "steps", "loss", *HEADINGS, "ms/step", "tokens/s")
     for result in results:
         job, s = result.job, result.summary
         measured = (
             (
                 str(s.steps),
-                "" if s.loss is None else f"{s.loss:.4f}",
-                "" if s.held_out_loss is None else f"{s.held_out_loss:.4f}",
+                *s.losses(),
                 f"{s.step_time_s * 1e3:,.0f}",
                 f"{s.tokens_per_s:,.0f}",
             )
             if s is not None
-            else ("",) * 5
+            else ("",) * 7
         )
         density = "" if job.density is None else f"{job.density:.3f}"
         made.add_row(job.label, str(job.status), _short(job.layers), density, *measured)

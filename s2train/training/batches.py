@@ -1,10 +1,11 @@
 """From datasets to the micro batches of this rank."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from s2train.config import PretrainConfig
 from s2train.megatron.compat import slice_batch_for_context_parallel
@@ -34,7 +35,11 @@ class MicroBatchSampler:
 def micro_batches(
     cfg: PretrainConfig, dataset: Dataset, start: int, stop: int, device: torch.device
 ) -> Iterator[Batch]:
-    """Micro batches of samples [start, stop) on `device`: tokens, labels, loss_mask, position_ids, each [b, s / cp]."""
+    """Micro batches of samples [start, stop) on `device`: tokens, labels, loss_mask, position_ids, each [b, s / cp].
+
+    With `data.attention_within_documents` also `documents`, as `document_bounds` gives them.
+    """
+    within_documents = cfg.data.attention_within_documents
     sampler = MicroBatchSampler(
         start,
         stop,
@@ -46,10 +51,38 @@ def micro_batches(
         dataset,
         batch_sampler=sampler,
         num_workers=cfg.data.num_workers,
+        collate_fn=collate_documents if within_documents else None,
         pin_memory=device.type == "cuda",
         persistent_workers=False,
     )
     cp_group = parallel_state.get_context_parallel_group()
     for item in loader:
         batch = {key: item[key].to(device, non_blocking=True) for key in _KEYS}
-        yield slice_batch_for_context_parallel(batch, cp_group)
+        batch = slice_batch_for_context_parallel(batch, cp_group)
+        if within_documents:
+            batch["documents"] = item["documents"].to(device, non_blocking=True)
+        yield batch
+
+
+def collate_documents(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """A micro batch on the CPU, with its `documents`: bounds made here keep the GPU from being waited for."""
+    batch: dict[str, torch.Tensor] = default_collate(samples)
+    return batch | {"documents": document_bounds(batch["position_ids"])}
+
+
+def document_bounds(position_ids: torch.Tensor) -> torch.Tensor:
+    """Where documents begin and end, int32 [b, n + 1]: first rows, then the sequence's end, repeated as needed.
+
+    n is a power of two, so that few shapes occur.
+
+    Args:
+        position_ids: int64 [b, s], 0 where a document begins and at the sequence's beginning.
+    """
+    batch, length = position_ids.shape
+    begins = position_ids == 0
+    most = int(begins.sum(1).max())
+    bounds = torch.full((batch, (1 << (most - 1).bit_length()) + 1), length, dtype=torch.int32)
+    for row, begin in zip(bounds, begins, strict=True):
+        first = begin.nonzero().flatten()
+        row[: len(first)] = first
+    return bounds

@@ -1,13 +1,19 @@
 """Saving and loading all that a run needs to go on."""
 
+import secrets
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch.distributed.checkpoint.api import CheckpointException
 
 from s2train.config import OptimConfig, PretrainConfig
 from s2train.errors import TrainingError
@@ -19,13 +25,17 @@ from s2train.megatron.checkpoint import (
     checkpoints_in,
     folder_name,
     load_shards,
+    read_progress,
     sharding_metadata,
     write_config,
 )
 from s2train.megatron.compat import save_checkpoint_shards
 from s2train.megatron.exchange import fit_groups
 from s2train.megatron.model import unwrap
+from s2train.megatron.rng import rng_ranks_here, set_rng, sharded_rng
 from s2train.megatron.torch_adam import separate_steps
+from s2train.megatron.writers import start_results_manager
+from s2train.training.agreement import from_first
 
 
 @dataclass
@@ -37,52 +47,161 @@ class TrainingState:
     scheduler: OptimizerParamScheduler
 
 
-def save(cfg: PretrainConfig, state: TrainingState, progress: Progress) -> Path:
-    """Save on all ranks together; returns the checkpoint's folder.
+class Saver:
+    """Saves a run's checkpoints, every method on all ranks together.
 
-    Raises:
-        TrainingError: the folder is there already: another job is at work in this run folder.
+    A checkpoint is written under a temporary name of its own, and renamed once all ranks have written theirs. With
+    `checkpoint.async_save` forked processes write while training goes on; a new save waits for the one under way.
+
+    Args:
+        published: called with the step and the folder of each checkpoint once it is whole.
     """
-    root = Path(cfg.run_dir) / "checkpoints"
-    final, temporary = root / folder_name(progress.step), root / f".{folder_name(progress.step)}.partial"
-    is_first = torch.distributed.get_rank() == 0
-    if is_first:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    torch.distributed.barrier()
-    metadata = sharding_metadata()
-    content = _sharded_state(state, metadata, is_loading=False)
-    content["scheduler"] = state.scheduler.state_dict()
-    save_checkpoint_shards(content, str(temporary), {k: v for k, v in metadata.items() if isinstance(v, str)})
-    if is_first:
-        write_config(cfg, temporary / CONFIG)
-        progress.write(temporary / PROGRESS)
-        if final.exists():
-            raise TrainingError(f"{final} exists: is another job at work in {cfg.run_dir}? Kept {temporary}")
-        temporary.rename(final)
-        with replacing(root / "latest_checkpointed_iteration.txt") as latest:
-            latest.write_text(str(progress.step))
-        if cfg.checkpoint.keep is not None:
-            for old in checkpoints_in(root)[: -cfg.checkpoint.keep]:
-                shutil.rmtree(old)
-    torch.distributed.barrier()
-    return final
+
+    def __init__(self, cfg: PretrainConfig, state: TrainingState, published: Callable[[int, Path], None]) -> None:
+        self._cfg, self._state, self._published = cfg, state, published
+        self._root = Path(cfg.run_dir) / "checkpoints"
+        self._is_first = torch.distributed.get_rank() == 0
+        self._results = start_results_manager()
+        self._queue = AsyncCallsQueue()
+        self._under_way: tuple[int, Path] | None = None
+
+    def save(self, progress: Progress) -> Path:
+        """Save, or begin to; returns where the checkpoint is or will be.
+
+        Raises:
+            TrainingError: it can't be written, or the folder is there already: another job is at work there.
+        """
+        self.wait()
+        cfg, metadata = self._cfg, sharding_metadata()
+        final = self._root / folder_name(progress.step)
+        # An orphan of a killed run may still be writing to a folder of its own.
+        temporary = from_first(self._root / f".{final.name}.{secrets.token_hex(4)}.partial" if self._is_first else None)
+        self._under_way = (progress.step, temporary)
+        with self._told():
+            if self._is_first:
+                temporary.mkdir(parents=True)
+            torch.distributed.barrier()
+            content = _sharded_state(self._state, metadata, is_loading=False)
+            content["scheduler"] = self._state.scheduler.state_dict()
+            content["rng"] = sharded_rng()
+            tags = {k: v for k, v in metadata.items() if isinstance(v, str)}
+            request = save_checkpoint_shards(content, str(temporary), tags, in_background=cfg.checkpoint.async_save)
+            publish = partial(self._publish, progress, temporary, final)
+            if request is None:
+                publish()
+            else:
+                request.add_finalize_fn(publish)
+                self._queue.schedule_async_request(request)
+        return final
+
+    def poll(self) -> None:
+        """Finish a save whose writers are done; errors as `save`'s."""
+        with self._told():
+            self._queue.maybe_finalize_async_calls(blocking=False)
+
+    def wait(self) -> None:
+        """Finish a save that is under way; errors as `save`'s."""
+        with self._told():
+            self._queue.maybe_finalize_async_calls(blocking=True)
+
+    def close(self) -> None:
+        """Finish, and end the helper process."""
+        self.wait()
+        self._results.shutdown()
+
+    def _publish(self, progress: Progress, temporary: Path, final: Path) -> None:
+        """Give a written checkpoint its name, and remove those that are no longer kept."""
+        problem = self._rename(progress, temporary, final) if self._is_first else ""
+        problem = from_first(problem)
+        if problem:
+            raise OSError(problem)
+        self._under_way = None
+        if self._is_first:
+            self._published(progress.step, final)
+
+    def _rename(self, progress: Progress, temporary: Path, final: Path) -> str:
+        keeping = self._cfg.checkpoint
+        try:
+            write_config(self._cfg, temporary / CONFIG)
+            progress.write(temporary / PROGRESS)
+            if final.exists():
+                return f"{final} exists: is another job at work in {self._cfg.run_dir}?"
+            temporary.rename(final)
+            with replacing(self._root / "latest_checkpointed_iteration.txt") as latest:
+                latest.write_text(str(progress.step))
+            if not progress.health.get("skipped_in_row"):  # else the older ones may be the better ones
+                for old in surplus(checkpoints_in(self._root), keeping.keep, keeping.keep_every):
+                    shutil.rmtree(old)
+        except OSError as error:
+            return str(error)
+        return ""
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Errors of writing, as one that tells what is left."""
+        try:
+            yield
+        except (Exception, CheckpointException) as error:  # a CheckpointException is no Exception
+            assert self._under_way is not None
+            step, temporary = self._under_way
+            if self._is_first:
+                shutil.rmtree(temporary, ignore_errors=True)
+            there = checkpoints_in(self._root)
+            left = (
+                f"The checkpoints there are whole; the same command goes on from {there[-1].name}"
+                if there
+                else "There is no older one; the same command starts afresh"
+            )
+            raise TrainingError(
+                f"run_dir={self._cfg.run_dir}: step {step} can't be saved ({_reason(error)}). {left}, once there is"
+                " room (checkpoint.keep=N keeps fewer) and the folder can be written"
+            ) from error
 
 
-def load(cfg: PretrainConfig, state: TrainingState, checkpoint: Path) -> None:
-    """Load model, optimizer and schedule in place.
+def surplus(checkpoints: list[Path], keep: int | None, keep_every: int | None) -> list[Path]:
+    """Which checkpoints, of these from old to new, are not among the last `keep`, nor at multiples of `keep_every`."""
+    if keep is None:
+        return []
+    return [path for path in checkpoints[:-keep] if keep_every is None or int(path.name[5:]) % keep_every]
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what went wrong, on whichever rank."""
+    if isinstance(error, CheckpointException) and error.failures:
+        rank, (cause, _) = next(iter(error.failures.items()))
+        return f"rank {rank}: {_reason(cause)}"
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def load(cfg: PretrainConfig, state: TrainingState, checkpoint: Path, rng_ranks: list[int] | None) -> None:
+    """Load model, optimizer and schedule in place, and this rank's random generators; of weights alone the model.
+
+    Args:
+        rng_ranks: [tp, pp] of the run whose generators the checkpoint holds; other ranks keep their fresh ones.
 
     Raises:
         ConfigError: the checkpoint is damaged.
     """
-    loaded = load_shards(_sharded_state(state, sharding_metadata(), is_loading=True), checkpoint)
+    weights_only = read_progress(checkpoint).weights_only
+    if weights_only:
+        wanted = _sharded_model(state, sharding_metadata())
+    else:
+        wanted = _sharded_state(state, sharding_metadata(), is_loading=True)
+    if has_rng := rng_ranks == rng_ranks_here():
+        wanted["rng"] = sharded_rng()
+    loaded = load_shards(wanted, checkpoint, "checkpoint.resume")
     for chunk, name in zip(state.chunks, _chunk_names(state.chunks), strict=True):
         unwrap(chunk).load_state_dict(loaded[name])
+    if weights_only:
+        state.optimizer.reload_model_params()  # its copies in fp32
+        return
     _set_hyperparameters(cfg.optim, loaded["optimizer"])
     fit_groups(state.optimizer, loaded["optimizer"])
     state.optimizer.load_state_dict(loaded["optimizer"])
     separate_steps(state.optimizer)
     state.scheduler.load_state_dict(loaded["scheduler"])
+    if has_rng:
+        set_rng(loaded["rng"])
 
 
 def _set_hyperparameters(optim: OptimConfig, loaded: Any) -> None:
@@ -104,12 +223,16 @@ def _chunk_names(chunks: list[Any]) -> list[str]:
     return ["model"] if len(chunks) == 1 else [f"model{i}" for i in range(len(chunks))]
 
 
+def _sharded_model(state: TrainingState, metadata: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: unwrap(chunk).sharded_state_dict(metadata=metadata)
+        for name, chunk in zip(_chunk_names(state.chunks), state.chunks, strict=True)
+    }
+
+
 def _sharded_state(state: TrainingState, metadata: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
     names = _chunk_names(state.chunks)
-    model = {
-        name: unwrap(chunk).sharded_state_dict(metadata=metadata)
-        for name, chunk in zip(names, state.chunks, strict=True)
-    }
+    model = _sharded_model(state, metadata)
     optimizer = state.optimizer.sharded_state_dict(
         model["model"] if len(names) == 1 else model, is_loading=is_loading, metadata=metadata
     )

@@ -17,6 +17,8 @@ from s2train.errors import ConfigError
 from s2train.files import check_writable, replacing
 from s2train.training.plots import draw_comparison, read_curves, read_records
 
+HEADINGS = ("held out", "first 1/8", "last 1/2")  # of tables, for HELD_OUT
+HELD_OUT = ("held_out_loss", "held_out_short", "held_out_long")
 _PACKAGES = ("torch", "triton", "megatron-core", "transformer-engine", "apex")
 
 
@@ -27,6 +29,7 @@ class Summary:
     Attributes:
         steps: done, at the last report.
         loss, held_out_loss: last reported, nats per token; None if there is none, or it was not finite.
+        held_out_short, held_out_long: with it, over the first eighth and the last half of the positions.
         tokens_per_s, model_tflops, mfu, step_time_s: medians over the reports after the first tenth of the run.
         peak_memory_gib: most allocated on rank 0's device.
     """
@@ -36,11 +39,18 @@ class Summary:
     tokens: int
     loss: float | None
     held_out_loss: float | None
+    held_out_short: float | None
+    held_out_long: float | None
     step_time_s: float
     tokens_per_s: float
     model_tflops: float
     mfu: float | None
     peak_memory_gib: float
+
+    def losses(self) -> list[str]:
+        """Loss and those of `HEADINGS` for a table; empty where there is none."""
+        values = (self.loss, self.held_out_loss, self.held_out_short, self.held_out_long)
+        return ["" if value is None else f"{value:.4f}" for value in values]
 
 
 def summarize(run_dir: Path) -> Summary:
@@ -57,7 +67,7 @@ def summarize(run_dir: Path) -> Summary:
         raise ConfigError("runs", run_dir, "has reported no step yet", "Leave it out, or train it first")
     last = reports[-1]["step"]
     steady = [report for report in reports if report["step"] > last / 10]
-    held_out = [report["held_out_loss"] for report in reports if "held_out_loss" in report]
+    held_out = [report for report in reports if "held_out_loss" in report][-1:]
 
     def median(name: str) -> float:
         return statistics.median(report[name] for report in steady)
@@ -67,7 +77,7 @@ def summarize(run_dir: Path) -> Summary:
         steps=last,
         tokens=last * (read_curves(path).tokens_per_step or 0),
         loss=reports[-1]["loss"],
-        held_out_loss=held_out[-1] if held_out else None,
+        **{name: held_out[0].get(name) if held_out else None for name in HELD_OUT},
         step_time_s=median("step_time_s"),
         tokens_per_s=median("tokens_per_s"),
         model_tflops=median("model_tflops"),
@@ -110,14 +120,13 @@ def compare(run_dirs: Sequence[Path], output: Path, command: str) -> Table:
     content = {"command": command, **environment(), "runs": [asdict(summary) for summary in summaries]}
     with replacing(table_path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n")
-    table = Table("run", "steps", "tokens", "loss", "held out", "ms/step", "tokens/s", "TFLOP/s", "MFU", "peak GiB")
+    table = Table("run", "steps", "tokens", "loss", *HEADINGS, "ms/step", "tokens/s", "TFLOP/s", "MFU", "peak GiB")
     for s in summaries:
         table.add_row(
             s.name,
             str(s.steps),
             f"{s.tokens / 1e6:.1f}M",
-            "" if s.loss is None else f"{s.loss:.4f}",
-            "" if s.held_out_loss is None else f"{s.held_out_loss:.4f}",
+            *s.losses(),
             f"{s.step_time_s * 1e3:.0f}",
             f"{s.tokens_per_s:,.0f}",
             f"{s.model_tflops:.1f}",

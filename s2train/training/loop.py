@@ -3,7 +3,8 @@
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -12,17 +13,23 @@ from torch.profiler import record_function
 from torch.utils.data import Dataset
 
 from s2train.config import PretrainConfig
-from s2train.errors import TrainingError
-from s2train.megatron.checkpoint import Progress
+from s2train.errors import StoppedBySignal, TrainingError
+from s2train.megatron.checkpoint import Progress, checkpoints_in
 from s2train.megatron.core_attention import kernels_of
+from s2train.megatron.rng import rng_ranks_here
+from s2train.training.agreement import largest
 from s2train.training.batches import Batch, micro_batches
 from s2train.training.breakdown import OPTIMIZER, RANGE
-from s2train.training.checkpoint import TrainingState, save
+from s2train.training.checkpoint import Saver, TrainingState
+from s2train.training.health import Health
 from s2train.training.metrics import StepMetrics, Tracker
-from s2train.training.optimizer import whole_parameters
+from s2train.training.optimizer import gradient_norm, take_step, whole_parameters
 from s2train.training.peak import PEAK_STEPS, report_peak
+from s2train.training.positions import HeldOut, position_edges
 from s2train.training.profile import StepProfiler
+from s2train.training.signals import StopSignals, signal_name
 from s2train.training.steps import run_step
+from s2train.training.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -44,11 +51,25 @@ class Speed:
 
 @dataclass
 class Interval:
-    """Sums since the last report."""
+    """Sums since the last report.
+
+    Attributes:
+        losses: of the steps that were taken, those before a resume among them.
+        steps: run by this process.
+        paused: seconds spent evaluating and saving, which are not the steps'.
+    """
 
     losses: list[float] = field(default_factory=list)
+    steps: int = 0
     started: float = field(default_factory=time.perf_counter)
-    paused: float = 0.0  # seconds spent evaluating and saving, which are not the step's
+    paused: float = 0.0
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Time that does not count."""
+        began = time.perf_counter()
+        yield
+        self.paused += time.perf_counter() - began
 
 
 class Trainer:
@@ -64,109 +85,170 @@ class Trainer:
         timers: Timers,
         speed: Speed,
         device: torch.device,
+        signals: StopSignals,
+        watchdog: Watchdog,
     ) -> None:
         self.cfg, self.state, self.tracker, self.speed, self.device = cfg, state, tracker, speed, device
         self.train_set, self.held_out_set, self.timers = train_set, held_out_set, timers
+        self.signals, self.watchdog = signals, watchdog
+        self.health = Health()
+        self.saver = Saver(cfg, state, tracker.checkpoint)
 
-    def train(self, progress: Progress) -> Path:
-        """Train on from `progress` to the last step; returns the checkpoint saved there.
+    def train(self, progress: Progress) -> Path | None:
+        """Train on from `progress` to the last step; returns the checkpoint saved there, if `checkpoint.save`.
 
         Raises:
-            TrainingError: the loss or the gradient is not finite; the step is not saved.
+            TrainingError: too many steps in a row had a loss or gradient that is not finite, or a checkpoint can't
+                be written.
+            StoppedBySignal: the scheduler asked for it; all is saved.
         """
         cfg, size = self.cfg, self.cfg.train.global_batch_size
-        last = cfg.train.last_step
+        first, last = progress.step + 1, cfg.train.last_step
         consumed = progress.consumed_samples
         batches = self._batches(self.train_set, consumed, consumed + (last - progress.step) * size)
-        interval, profiler = Interval(), StepProfiler(cfg, self.state.chunks, self.tracker.note)
-        for step in range(progress.step + 1, last + 1):
+        self.health = Health(**progress.health)
+        interval, saved = Interval(list(progress.losses)), None
+        profiler = StepProfiler(cfg, self.state.chunks, self.tracker)
+        is_save_due = False
+        for step in range(first, last + 1):
+            self.watchdog.beat(f"step {step}")
             with profiler.step(step):
-                loss, grad_norm, lr = self._step(batches)
+                loss, grad_norm, lr, signal = self._step(batches, step, consumed)
             interval.paused += profiler.pause_s()
             consumed += size
-            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-                raise TrainingError(
-                    f"step {step}: loss {loss}, gradient norm {grad_norm}. Not saved; go on from an earlier checkpoint"
-                    " in another run_dir, with a lower optim.lr or optim.clip_grad"
-                )
-            interval.losses.append(loss)
-            if step == progress.step + 1:
+            interval.steps += 1
+            if not self.health.skipped_in_row:
+                interval.losses.append(loss)
+            if step == first:
                 for kernels in kernels_of(self.state.chunks):
                     self.tracker.note(f"sparse attention: {kernels}")
-            is_last = step == last
             if step == min(progress.step + PEAK_STEPS, last):
                 report_peak(self.speed.planned_memory, self.tracker)
-            held_out = None
-            paused = time.perf_counter()
-            if self.held_out_set is not None and (step % cfg.evaluation.interval == 0 or is_last):
-                held_out = self.held_out_loss()
-            interval.paused += time.perf_counter() - paused
-            if step % cfg.tracking.log_interval == 0 or held_out is not None or is_last:
+            is_last, is_stopping = step == last, bool(signal)
+            is_evaluated = self.held_out_set is not None and step % cfg.evaluation.interval == 0
+            held_out: HeldOut | None = None
+            with interval.pause():
+                if self.held_out_set is not None and (is_evaluated or is_last):
+                    self.watchdog.beat(f"evaluation after step {step}")
+                    held_out = self.held_out_loss()
+            is_due = step % cfg.tracking.log_interval == 0 or is_evaluated or step == cfg.train.steps
+            if is_due or is_last or is_stopping:
                 self.tracker.report(self._metrics(step, last, interval, grad_norm, lr, held_out))
                 if cfg.tracking.timing:
-                    self.tracker.note(self.timers.get_all_timers_string(normalizer=len(interval.losses)))
+                    self.tracker.note(self.timers.get_all_timers_string(normalizer=interval.steps))
+            if is_due:  # an early end's report is one more: the unbroken run has none here
                 interval = Interval()
-            if step % cfg.checkpoint.interval == 0 or is_last:
-                paused = time.perf_counter()
-                saved = self._save(replace(progress, step=step, consumed_samples=consumed))
-                interval.paused += time.perf_counter() - paused
+            # What was taken before a step that was skipped may be what spoilt it.
+            is_save_due |= step % cfg.checkpoint.interval == 0
+            with interval.pause():
+                if not cfg.checkpoint.save:
+                    pass
+                elif is_last or is_stopping or (is_save_due and not self.health.skipped_in_row):
+                    self.watchdog.beat(f"save after step {step}")
+                    saved = self._save(replace(progress, step=step, consumed_samples=consumed, losses=interval.losses))
+                    is_save_due = False
+                else:
+                    self.saver.poll()
+            if is_stopping and not is_last:
+                self.saver.close()
+                raise StoppedBySignal(signal_name(signal), step, saved)
+        self.watchdog.beat("the last save")
+        self.saver.close()
         return saved
 
-    def held_out_loss(self) -> float:
-        """Mean loss (nats per token) over the first `evaluation.batches` global batches of the held-out split."""
+    def held_out_loss(self) -> HeldOut:
+        """Loss over the first `evaluation.batches` global batches of the held-out split."""
         cfg, chunks = self.cfg, self.state.chunks
         assert self.held_out_set is not None
-        count = cfg.evaluation.batches
+        count, edges = cfg.evaluation.batches, position_edges(cfg.train.seq_length)
         batches = self._batches(self.held_out_set, 0, count * cfg.train.global_batch_size)
         with torch.no_grad(), whole_parameters(cfg, chunks):
             for chunk in chunks:
                 chunk.eval()
-            losses = [run_step(cfg, chunks, batches, forward_only=True) for _ in range(count)]
+            steps = [run_step(cfg, chunks, batches, forward_only=True, edges=edges) for _ in range(count)]
             for chunk in chunks:
                 chunk.train()
-        return sum(losses) / count
+        losses = [float(sums[:, 0].sum() / sums[:, 1].sum()) for sums in steps]
+        return HeldOut.of(sum(losses) / count, edges, torch.stack(steps).sum(dim=0))
 
-    def _step(self, batches: list[Iterator[Batch]]) -> tuple[float, float, float]:
-        """Loss, gradient norm and the learning rate of this step."""
+    def _step(self, batches: list[Iterator[Batch]], step: int, consumed: int) -> tuple[float, float, float, int]:
+        """Loss, gradient norm, the learning rate of this step, and the signal that any rank got (0: none).
+
+        Where loss or gradient is not finite on any rank, nothing changes on all of them.
+        """
         state = self.state
         lr = state.optimizer.param_groups[0]["lr"]
         for chunk in state.chunks:
             chunk.zero_grad_buffer()
         state.optimizer.zero_grad()
-        loss = run_step(self.cfg, state.chunks, batches, forward_only=False)
+        ((total, tokens),) = run_step(self.cfg, state.chunks, batches, forward_only=False).tolist()
         with record_function(RANGE + OPTIMIZER):
-            _, grad_norm, _ = state.optimizer.step()
-        state.scheduler.step(1)
-        return loss, float(grad_norm), lr
+            loss, grad_norm = total / tokens, gradient_norm(state.optimizer)
+        is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        is_bad, signal = largest(not is_finite, self.signals.received)
+        if is_bad:
+            self._skip(step, loss, grad_norm, consumed)
+        else:
+            if factor := self.health.spike(loss, self.cfg.train.spike_factor):
+                self._tell_batch("spike", step, consumed, f"loss {loss:.4f} is {factor:.1f} × the running mean", loss)
+            with record_function(RANGE + OPTIMIZER):
+                take_step(state.optimizer, grad_norm)
+            state.scheduler.step(1)
+            self.health = self.health.after_step(loss)
+        return loss, grad_norm, lr, signal
+
+    def _skip(self, step: int, loss: float, grad_norm: float, consumed: int) -> None:
+        self.health = self.health.after_skip()
+        self._tell_batch("skipped", step, consumed, f"skipped: loss {loss}, gradient norm {grad_norm}", loss)
+        limit = self.cfg.train.max_skipped_steps
+        if self.health.skipped_in_row > limit:
+            self.saver.close()
+            there = checkpoints_in(Path(self.cfg.run_dir) / "checkpoints")
+            raise TrainingError(
+                f"step {step}: loss {loss}, gradient norm {grad_norm}; train.max_skipped_steps={limit} steps in a row"
+                " were skipped before it for the like. Not saved; go on from an earlier checkpoint in another run_dir"
+                f" (checkpoint.resume={there[-1] if there else '…'}), with a lower optim.lr or optim.clip_grad"
+            )
+
+    def _tell_batch(self, event: str, step: int, consumed: int, what: str, loss: float) -> None:
+        """Name the global batch of a step: positions in the order of the training samples."""
+        last = consumed + self.cfg.train.global_batch_size - 1
+        self.tracker.note(f"step {step} | samples {consumed} to {last} | {what}")
+        self.tracker.event(event, step=step, samples=[consumed, last], loss_of_step=loss, skipped=self.health.skipped)
 
     def _batches(self, dataset: Dataset, start: int, stop: int) -> list[Iterator[Batch]]:
         """An iterator for each model chunk: under a virtual pipeline, first and last chunk both want the batch."""
         return [micro_batches(self.cfg, dataset, start, stop, self.device) for _ in self.state.chunks]
 
     def _metrics(
-        self, step: int, last: int, interval: Interval, grad_norm: float, lr: float, held_out: float | None
+        self, step: int, last: int, interval: Interval, grad_norm: float, lr: float, held_out: HeldOut | None
     ) -> StepMetrics:
         train = self.cfg.train
-        steps = len(interval.losses)
-        step_time = (time.perf_counter() - interval.started - interval.paused) / steps
+        losses = interval.losses
+        step_time = (time.perf_counter() - interval.started - interval.paused) / interval.steps
         tokens_per_s = train.global_batch_size * train.seq_length / step_time
         flops = tokens_per_s * self.speed.flops_per_token / self.speed.devices
         return StepMetrics(
             step=step,
-            loss=sum(interval.losses) / steps,
-            held_out_loss=held_out,
+            loss=sum(losses) / len(losses) if losses else math.nan,
+            held_out_loss=None if held_out is None else held_out.loss,
             lr=lr,
             grad_norm=grad_norm,
+            skipped=self.health.skipped,
             step_time_s=step_time,
             tokens_per_s=tokens_per_s,
             model_tflops=flops / 1e12,
             mfu=flops / self.speed.peak_flops if self.speed.peak_flops else None,
             memory_gib=torch.cuda.max_memory_allocated() / 2**30,
             eta_s=(last - step) * step_time,
+            held_out_loss_by_position=None if held_out is None else held_out.by_position,
+            held_out_short=None if held_out is None else held_out.short,
+            held_out_long=None if held_out is None else held_out.long,
         )
 
     def _save(self, progress: Progress) -> Path:
+        progress = replace(
+            progress, wandb_id=self.tracker.wandb_id, health=asdict(self.health), rng_ranks=rng_ranks_here()
+        )
         with whole_parameters(self.cfg, self.state.chunks):
-            path = save(self.cfg, self.state, replace(progress, wandb_id=self.tracker.wandb_id))
-        self.tracker.event("checkpoint", step=progress.step, path=str(path))
-        return path
+            return self.saver.save(progress)

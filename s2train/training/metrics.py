@@ -9,10 +9,11 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from s2train.config import PretrainConfig, TrackingConfig
-from s2train.errors import ConfigError
+from s2train.config import PretrainConfig
 from s2train.files import set_aside
 from s2train.megatron.checkpoint import Progress
+from s2train.versions import git_commit, versions
+from s2train.wandb_run import RunInfo, WandbRun, choose_mode
 
 
 @dataclass
@@ -26,6 +27,8 @@ class StepMetrics:
         tokens_per_s: of the whole job.
         model_tflops: TFLOP/s per device, from the exact FLOPs of the layout, recomputation not counted.
         mfu: model_tflops over the device's dense peak; None where the peak is not known.
+        skipped: steps of the whole run that changed nothing, for a loss or gradient that was not finite.
+        held_out_loss_by_position, held_out_short, held_out_long: see `s2train.training.positions.HeldOut`.
         memory_gib: peak allocated on this rank's device; 0 on a CPU.
     """
 
@@ -40,6 +43,10 @@ class StepMetrics:
     mfu: float | None
     memory_gib: float
     eta_s: float
+    held_out_loss_by_position: list[tuple[int, int, float | None]] | None = None
+    held_out_short: float | None = None
+    held_out_long: float | None = None
+    skipped: int = 0
 
     def line(self, steps: int) -> str:
         """One dense console line."""
@@ -57,25 +64,10 @@ class StepMetrics:
             parts.append(f"MFU {self.mfu:.1%}")
         if self.memory_gib:
             parts.append(f"{self.memory_gib:.1f} GiB")
+        if self.skipped:
+            parts.append(f"skipped {self.skipped}")
         parts.append(f"ETA {timedelta(seconds=round(self.eta_s))}")
         return " | ".join(parts)
-
-
-def check_wandb(tracking: TrackingConfig) -> None:
-    """Refuse `online` without an account, before anything is built.
-
-    Raises:
-        ConfigError: wandb has no API key, or is not installed.
-    """
-    if tracking.wandb == "disabled":
-        return
-    remedy = "Set tracking.wandb=offline, or disabled; metrics.jsonl is written always"
-    try:
-        import wandb
-    except ImportError as error:
-        raise ConfigError("tracking.wandb", tracking.wandb, f"wandb can't be imported ({error})", remedy) from error
-    if tracking.wandb == "online" and not wandb.login(prompt=False):
-        raise ConfigError("tracking.wandb", tracking.wandb, "no API key is configured", f"wandb login. {remedy}")
 
 
 class Tracker:
@@ -84,13 +76,17 @@ class Tracker:
     Args:
         start: where the run goes on from; step 0 is a fresh one, which sets an older metrics.jsonl aside.
         active: whether this rank writes.
+        plan: figures of the run for wandb, by name.
     """
 
-    def __init__(self, cfg: PretrainConfig, start: Progress, *, active: bool) -> None:
+    def __init__(
+        self, cfg: PretrainConfig, start: Progress, *, active: bool, plan: dict[str, Any] | None = None
+    ) -> None:
         self._active = active
         self._steps = cfg.train.steps
         self.wandb_id = start.wandb_id
-        self._run: Any = None
+        self._step = start.step
+        self._run: WandbRun | None = None
         if not active:
             return
         folder = Path(cfg.run_dir)
@@ -98,41 +94,50 @@ class Tracker:
         path = folder / "metrics.jsonl"
         if start.step == 0:
             set_aside(path)
+        whole = path.read_bytes().endswith(b"\n") if path.exists() and path.stat().st_size else True
         self._file = path.open("a", buffering=1)
+        if not whole:  # the run was killed while it wrote
+            self._file.write("\n")
         self.event("config", tokens_per_step=cfg.train.global_batch_size * cfg.train.seq_length)
         if start.step:
             self.event("resume", step=start.step)
-        if cfg.tracking.wandb != "disabled":
-            import wandb  # slow, and not everybody has it where the GPUs are
-
-            self._run = wandb.init(
+        code = {"commit": git_commit(), **versions()}
+        self.event("code", **code)
+        if (mode := choose_mode(cfg.tracking.wandb)) != "disabled":
+            settings: Any = OmegaConf.to_container(OmegaConf.structured(cfg))
+            info = RunInfo(
+                mode=mode,
                 project=cfg.tracking.project,
                 group=cfg.tracking.group,
                 name=folder.name,
                 id=start.wandb_id,
-                resume="allow",
-                mode=cfg.tracking.wandb,  # type: ignore[arg-type]
-                dir=str(folder),
-                config=OmegaConf.to_container(OmegaConf.structured(cfg)),  # type: ignore[arg-type]
+                folder=folder,
+                config={**settings, "code": code, "figures": plan or {}},
             )
+            self._run = WandbRun(info, self.note)
             self.wandb_id = self._run.id
-            # Steps redone after a crash go over the old ones; wandb's own step only counts up.
-            self._run.define_metric("step")
-            self._run.define_metric("*", step_metric="step")
 
     def event(self, name: str, **fields: object) -> None:
         """Record something other than metrics, e.g. a resume."""
         self._write({"event": name, **fields})
 
+    def checkpoint(self, step: int, path: Path) -> None:
+        """Record that a checkpoint is whole."""
+        self.event("checkpoint", step=step, path=str(path))
+        if self._run is not None:
+            self._run.checkpoint(path, step)
+
     def report(self, metrics: StepMetrics) -> None:
         """Print and record metrics."""
         if not self._active:
             return
+        self._step = metrics.step
         print(metrics.line(self._steps), flush=True)
         values = {k: v for k, v in asdict(metrics).items() if v is not None}
         self._write(values)
         if self._run is not None:
-            self._run.log(values)
+            ranges = values.pop("held_out_loss_by_position", [])
+            self._run.log(values | {f"held_out_loss/{start}": loss for start, _, loss in ranges})
 
     def note(self, text: str | None) -> None:
         """Print something for the reader."""
@@ -142,16 +147,19 @@ class Tracker:
     def picture(self, name: str, path: Path) -> None:
         """Show a PNG in wandb."""
         if self._run is not None:
-            import wandb
+            self._run.picture(name, path, self._step)
 
-            self._run.log({name: wandb.Image(str(path))})
+    def table(self, name: str, columns: list[str], rows: list[list[Any]]) -> None:
+        """Show a table in wandb."""
+        if self._run is not None:
+            self._run.table(name, columns, rows, self._step)
 
     def close(self) -> None:
         """Finish the files and the wandb run."""
+        if self._run is not None:
+            self._run.close()
         if self._active:
             self._file.close()
-        if self._run is not None:
-            self._run.finish()
 
     def _write(self, values: dict[str, object]) -> None:
         if self._active:

@@ -91,6 +91,22 @@ def build_optimizer(
     return optimizer, scheduler
 
 
+def gradient_norm(optimizer: MegatronOptimizer) -> float:
+    """Norm of the whole gradient before clipping, the same on every rank; collective. Makes it ready to `take_step`."""
+    optimizer.prepare_grads()
+    return float(optimizer.get_grad_norm())
+
+
+def take_step(optimizer: MegatronOptimizer, norm: float) -> None:
+    """Clip by what `gradient_norm` gave, and step. Megatron's own step would measure the norm again."""
+    measure = optimizer.get_grad_norm
+    optimizer.get_grad_norm = lambda: norm
+    try:
+        optimizer.step()
+    finally:
+        optimizer.get_grad_norm = measure
+
+
 @contextlib.contextmanager
 def whole_parameters(cfg: PretrainConfig, chunks: list[DistributedDataParallel]) -> Iterator[None]:
     """With parameters gathered late, they are stale between steps: bring them up to date for a use outside training."""

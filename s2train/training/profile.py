@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile, record_function, schedule
 from s2train.config import PretrainConfig
 from s2train.megatron.core_attention import CausalCoreAttention
 from s2train.training.breakdown import RANGE, breakdown, read_trace
+from s2train.training.metrics import Tracker
 
 
 class _Edge(torch.autograd.Function):
@@ -70,14 +71,14 @@ class StepProfiler:
 
     Args:
         models: whose attention gets ranges.
-        note: told the table, on rank 0.
+        tracker: told the table, on rank 0, and the event `profile`: the breakdown.
     """
 
-    def __init__(self, cfg: PretrainConfig, models: Sequence[torch.nn.Module], note: Callable[[str], None]) -> None:
+    def __init__(self, cfg: PretrainConfig, models: Sequence[torch.nn.Module], tracker: Tracker) -> None:
         self._rank, self._written_s = torch.distributed.get_rank(), 0.0
         first, last = cfg.profile.steps if cfg.profile.steps and self._rank in cfg.profile.ranks else (0, -1)
         self._steps = range(first, last + 1)
-        self._models, self._note = models, note
+        self._models, self._tracker = models, tracker
         self._folder = Path(cfg.run_dir) / "profile"
         self._running: contextlib.ExitStack | None = None
         self._profiler: profile | None = None
@@ -121,5 +122,6 @@ class StepProfiler:
         found = breakdown(read_trace(trace))
         (self._folder / f"breakdown-rank{self._rank}.json").write_text(json.dumps(asdict(found), indent=1) + "\n")
         steps = f"{self._steps[0]} to {self._steps[-1]}"
-        self._note(f"where the time of steps {steps} went ({found.device})\n{found.format()}\ntrace {trace}")
+        self._tracker.event("profile", traced=list(self._steps), **asdict(found))
+        self._tracker.note(f"where the time of steps {steps} went ({found.device})\n{found.format()}\ntrace {trace}")
         self._written_s += time.perf_counter() - started

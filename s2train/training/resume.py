@@ -4,10 +4,10 @@ import os
 import shutil
 import zlib
 from dataclasses import dataclass, replace
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
 from s2train.config import PretrainConfig
@@ -15,11 +15,21 @@ from s2train.data.blend import parse_blend
 from s2train.data.checks import num_train_samples
 from s2train.data.splits import megatron_split
 from s2train.errors import ConfigError
+from s2train.files import FolderLock
 from s2train.layouts.patterns.registry import read_pattern, with_defaults
-from s2train.megatron.checkpoint import Progress, checkpoints_in, find_checkpoint, read_config, read_progress
+from s2train.megatron.checkpoint import (
+    Progress,
+    checkpoints_in,
+    find_checkpoint,
+    older_instead,
+    read_config,
+    read_progress,
+)
+from s2train.megatron.integrity import damage
 
 # What the shards depend on: these must agree between a checkpoint and the run that loads it.
 _ARCHITECTURE = ("model", "layout", "schedule")
+_NOT_IN_SHARDS = {("model", "name"), ("model", "init_std")}
 
 
 @dataclass(frozen=True)
@@ -29,34 +39,40 @@ class Start:
     Attributes:
         checkpoint: to load, None for a fresh run.
         progress: the run's, were it saved now.
+        rng_ranks: of the checkpoint's progress.
     """
 
     checkpoint: Path | None
     progress: Progress
+    rng_ranks: list[int] | None = None
 
 
 def find_start(cfg: PretrainConfig) -> Start:
     """Where this run starts; looks at files only.
 
     Raises:
-        ConfigError: `checkpoint.resume` names nothing or goes back in the run's own folder; the checkpoint is of
-            another architecture; the data or their order are others; there is nothing left to do.
+        ConfigError: `checkpoint.resume` names nothing or goes back in the run's own folder; the checkpoint is damaged
+            or of another architecture; the data or their order are others; there is nothing left to do.
     """
     order = data_order(cfg)
     checkpoint = _find(cfg)
     if checkpoint is None:
         return Start(None, Progress(0, 0, order, None))
-    _check_same_architecture(cfg, checkpoint)
+    if problem := damage(checkpoint):
+        raise ConfigError("checkpoint.resume", checkpoint, problem, older_instead(checkpoint, "checkpoint.resume"))
     saved, is_own = read_progress(checkpoint), checkpoint.parent.resolve() == _own(cfg).resolve()
+    _check_same_architecture(cfg, checkpoint, saved.weights_only)
+    if saved.weights_only:
+        return Start(checkpoint, Progress(0, 0, order, None))
     last = cfg.train.last_step
     if not is_own and saved.step >= last:
         problem = f"{checkpoint} is at step {saved.step} already, so there is nothing to train"
         raise ConfigError("train.steps", last, problem, f"Set more than {saved.step} (train.exit_step too)")
     if not is_own and cfg.checkpoint.new_data:
-        return Start(checkpoint, Progress(saved.step, 0, order, None))
+        return Start(checkpoint, Progress(saved.step, 0, order, None), saved.rng_ranks)
     _check_same_order(saved.order, order, checkpoint)
     # A branch of another run is a run of its own in wandb.
-    return Start(checkpoint, Progress(saved.step, saved.consumed_samples, order, saved.wandb_id if is_own else None))
+    return Start(checkpoint, replace(saved, order=order, wandb_id=saved.wandb_id if is_own else None), saved.rng_ranks)
 
 
 def data_order(cfg: PretrainConfig) -> dict[str, Any]:
@@ -88,8 +104,11 @@ def _find(cfg: PretrainConfig) -> Path | None:
         return own[-1] if own else None
     if resume != "never":
         found = find_checkpoint(resume, "checkpoint.resume")
-        if not own or found.resolve() == own[-1].resolve():
+        if all(newer.resolve() == found.resolve() for newer in own):
             return found
+        newer = [path for path in own if path.name > found.name]
+        if found.resolve() in [path.resolve() for path in own] and all(damage(path) for path in newer):
+            return found  # no whole checkpoint is lost by going back to it
     if own:
         problem = f"{cfg.run_dir} holds checkpoints up to {own[-1].name}, which this run would mix its own with"
         raise ConfigError(
@@ -98,17 +117,17 @@ def _find(cfg: PretrainConfig) -> Path | None:
     return None
 
 
-def _check_same_architecture(cfg: PretrainConfig, checkpoint: Path) -> None:
+def _check_same_architecture(cfg: PretrainConfig, checkpoint: Path, weights_only: bool) -> None:
     saved = OmegaConf.structured(_with_pattern_defaults(read_config(checkpoint)))
     now = OmegaConf.structured(_with_pattern_defaults(cfg))
-    for part in _ARCHITECTURE:
+    for part in ("model",) if weights_only else _ARCHITECTURE:
         for name in dict.fromkeys(_flat_names(now[part]) + _flat_names(saved[part])):
             old, new = OmegaConf.select(saved[part], name), OmegaConf.select(now[part], name)
-            if old != new and (part, name) != ("model", "name"):
+            if old != new and (part, name) not in _NOT_IN_SHARDS:
                 problem = f"{checkpoint} was trained with {part}.{name}={old}"
                 raise ConfigError(f"{part}.{name}", new, problem, "Set it so, or start in another run_dir")
     before, after = saved.parallel.distributed_optimizer, now.parallel.distributed_optimizer
-    if before != after:
+    if before != after and not weights_only:
         problem = f"{checkpoint} holds the optimizer's state of the other kind"
         remedy = f"Set parallel.distributed_optimizer={str(before).lower()}"
         raise ConfigError("parallel.distributed_optimizer", after, problem, remedy)
@@ -146,21 +165,33 @@ def _check_same_order(before: dict[str, Any], now: dict[str, Any], checkpoint: P
             raise ConfigError(setting, value, problem, remedy)
 
 
-def claim_run_dir(cfg: PretrainConfig) -> FileLock:
+def claim_run_dir(cfg: PretrainConfig, start: Start) -> FolderLock:
     """Make the run folder and hold it against other jobs until this process ends; rank 0's work.
+
+    What lies there that is no whole checkpoint is put out of the way: saves that were killed are removed, damaged
+    checkpoints newer than the start are renamed to `damaged_iter_*`.
 
     Raises:
         ConfigError: it can't be written, or another job holds it.
     """
     run_dir = Path(cfg.run_dir)
-    lock = FileLock(run_dir / ".lock")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout as error:
+        lock = FolderLock(run_dir / ".lock")
+    except BlockingIOError as error:
         raise ConfigError("run_dir", run_dir, "another job is at work there", "Wait for it, or name another") from error
     except OSError as error:
         raise ConfigError("run_dir", run_dir, f"can't be written ({error})", "Name another folder") from error
-    for partial in _own(cfg).glob(".iter_*.partial"):  # a save that was killed
-        shutil.rmtree(partial)
+    for partial in _own(cfg).glob(".iter_*.partial"):
+        shutil.rmtree(partial, ignore_errors=True)  # its writers may still be at work
+    for newer in checkpoints_in(_own(cfg)):
+        if start.checkpoint is not None and newer.name > start.checkpoint.name and damage(newer):
+            newer.rename(set_aside_name(newer))
     return lock
+
+
+def set_aside_name(checkpoint: Path) -> Path:
+    """The first free name of `damaged_iter_0000010`, `damaged_iter_0000010.1`, …."""
+    name = f"damaged_{checkpoint.name}"
+    names = chain([name], (f"{name}.{number}" for number in count(1)))
+    return next(path for path in map(checkpoint.with_name, names) if not path.exists())

@@ -1,6 +1,7 @@
 """A pretraining run from its configuration to its last checkpoint."""
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -15,6 +16,7 @@ from s2train.data.checks import check_data, num_train_samples
 from s2train.data.datasets import build_datasets, ensure_prepared
 from s2train.data.indexed import read_metadata
 from s2train.data.tokenizers import Tokenizer, load_tokenizer
+from s2train.errors import StoppedBySignal
 from s2train.kernels.attention import Backend as AttentionBackend
 from s2train.kernels.attention import resolve_backend
 from s2train.layouts.pictures import draw_layout
@@ -23,12 +25,21 @@ from s2train.megatron.backends import Backend, choose_backend
 from s2train.megatron.checkpoint import write_config
 from s2train.megatron.model import build_model, transformer_config
 from s2train.planning import Plan, hybrid_layout
+from s2train.planning.report import figures, letter_rows
+from s2train.training.agreement import from_first
 from s2train.training.checkpoint import TrainingState, load
 from s2train.training.loop import Speed, Trainer
-from s2train.training.metrics import Tracker, check_wandb
+from s2train.training.metrics import Tracker
 from s2train.training.optimizer import build_optimizer, wrap_data_parallel
 from s2train.training.plots import draw_loss_curve
 from s2train.training.resume import Start, claim_run_dir, find_start
+from s2train.training.signals import StopSignals
+from s2train.training.startup import check_start
+from s2train.training.warm_up import compile_kernels, first_on_each_machine
+from s2train.training.watchdog import Watchdog
+from s2train.wandb_run import choose_mode
+
+_WATCHDOG_LEAD = 2.0  # minutes that it has to name a rank before collective calls fail, which name none
 
 
 def run(cfg: PretrainConfig, plan: Plan) -> None:
@@ -38,6 +49,8 @@ def run(cfg: PretrainConfig, plan: Plan) -> None:
         plan: of this run, checked by `s2train.planning.check`.
     Raises:
         ConfigError: data, tokenizer or checkpoint don't go with the run.
+        TrainingError: the run can't go on.
+        StoppedBySignal: a signal asked it to save and end.
     """
     backend, tokenizer = choose_backend(cfg.backend), load_tokenizer(cfg.data.tokenizer)
     lock, start, is_first = None, None, os.environ.get("RANK", "0") == "0"
@@ -50,51 +63,70 @@ def run(cfg: PretrainConfig, plan: Plan) -> None:
                 f"nothing to do: {start.checkpoint} is at step {start.progress.step} of {cfg.train.steps}", flush=True
             )
         else:
-            lock = claim_run_dir(cfg)
-            check_wandb(cfg.tracking)
-    device = setup.initialize(cfg.parallel, cfg.seed)
-    start = _from_first(start)
+            lock = claim_run_dir(cfg, start)
+            choose_mode(cfg.tracking.wandb)  # refused now, if at all
+    minutes = cfg.train.timeout_minutes
+    device = setup.initialize(
+        cfg.parallel,
+        cfg.seed,
+        partial(check_start, cfg, plan),
+        deterministic=cfg.train.deterministic,
+        timeout_minutes=minutes + _WATCHDOG_LEAD,
+    )
+    start = from_first(start)  # each rank's own look at a shared disk could find something else
+    stop = None
     if start.progress.step < cfg.train.last_step:
-        _train(cfg, plan, backend, tokenizer, start, device)
+        with StopSignals().listening() as signals, Watchdog(minutes).watching() as watchdog:
+            try:
+                _train(cfg, plan, backend, tokenizer, start, device, signals, watchdog)
+            except StoppedBySignal as raised:
+                stop = raised
     setup.shutdown()
     if lock is not None:
         lock.release()
-
-
-def _from_first(start: Start | None) -> Start:
-    """Rank 0's start, on all ranks: each rank's own look at a shared disk could find something else."""
-    box = [start]
-    torch.distributed.broadcast_object_list(box, src=0, device=torch.device(torch.cuda.current_device()))
-    assert box[0] is not None
-    return box[0]
+    if stop is not None:
+        raise stop
 
 
 def _train(
-    cfg: PretrainConfig, plan: Plan, backend: Backend, tokenizer: Tokenizer, start: Start, device: torch.device
+    cfg: PretrainConfig,
+    plan: Plan,
+    backend: Backend,
+    tokenizer: Tokenizer,
+    start: Start,
+    device: torch.device,
+    signals: StopSignals,
+    watchdog: Watchdog,
 ) -> None:
     hybrid = hybrid_layout(cfg)
     is_first = torch.distributed.get_rank() == 0
+    watchdog.beat("compiling the kernels")
+    first_on_each_machine(partial(compile_kernels, cfg, hybrid, device))
     run_dir = Path(cfg.run_dir)
-    config = transformer_config(cfg)
+    by_cost = cfg.parallel.pp > 1 and cfg.parallel.pipeline_split == "cost"
+    config = transformer_config(cfg, plan.pipeline.stages if by_cost else None)
     timers = Timers(log_level=cfg.tracking.timing, log_option="minmax")
     config.timers = timers if cfg.tracking.timing else None
     models = build_model(cfg, config, hybrid, backend, device)
     chunks = wrap_data_parallel(cfg, config, models)
     state = TrainingState(chunks, *build_optimizer(cfg, config, chunks))
     if start.checkpoint is not None:
-        load(cfg, state, start.checkpoint)
+        watchdog.beat("loading the checkpoint")
+        load(cfg, state, start.checkpoint, start.rng_ranks)
+    watchdog.beat("opening the data")
 
     held_out_samples = cfg.evaluation.batches * cfg.train.global_batch_size if cfg.evaluation.interval else 0
     train_set, held_out_set = build_datasets(
         cfg, tokenizer, num_train_samples(cfg), held_out_samples, is_built_on_rank=lambda: True
     )
     assert train_set is not None  # check_data has seen to it
-    tracker = Tracker(cfg, start.progress, active=is_first)
+    tracker = Tracker(cfg, start.progress, active=is_first, plan=figures(plan))
     if is_first:
         write_config(cfg, run_dir / "config.yaml")
         draw_layout(hybrid, cfg.train.seq_length, run_dir / "layout.png", title=cfg.model.name)
         print(_description(cfg, models, backend, device, start), flush=True)
     tracker.picture("layout", run_dir / "layout.png")
+    tracker.table("sparse layers", ["letter", "layers", "keeps", "density"], letter_rows(plan))
     trainer = Trainer(
         cfg,
         state,
@@ -109,8 +141,14 @@ def _train(
             planned_memory=plan.memory.total - plan.memory.overhead,
         ),
         device,
+        signals,
+        watchdog,
     )
-    saved = trainer.train(start.progress)
+    try:
+        saved = trainer.train(start.progress)
+    except StoppedBySignal:
+        tracker.close()
+        raise
     if is_first:
         baseline = unigram_baseline(cfg)
         draw_loss_curve(run_dir / "metrics.jsonl", run_dir / "loss.png", baseline, title=cfg.model.name)
@@ -118,7 +156,7 @@ def _train(
             print(f"unigram entropy of the data {baseline:.4f} nats per token: the loss to beat without any context")
         print(
             f"{'finished' if cfg.train.last_step == cfg.train.steps else 'stopped'} at step {cfg.train.last_step} of"
-            f" {cfg.train.steps} | checkpoint {saved} | loss curve {run_dir / 'loss.png'}"
+            f" {cfg.train.steps} | checkpoint {saved or 'none'} | loss curve {run_dir / 'loss.png'}"
             f" | layout {run_dir / 'layout.png'}",
             flush=True,
         )

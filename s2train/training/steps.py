@@ -10,33 +10,48 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch.profiler import record_function
 
 from s2train.config import PretrainConfig
+from s2train.megatron.core_attention import packed_documents
 from s2train.training.batches import Batch
 from s2train.training.breakdown import DATA, RANGE
+from s2train.training.positions import position_bins, sum_by_position
 
 LossReport = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
 
 
-def token_loss(loss_mask: torch.Tensor, losses: torch.Tensor) -> LossReport:
+def token_loss(loss_mask: torch.Tensor, edges: list[int] | None, losses: torch.Tensor) -> LossReport:
     """Megatron's three-part loss: sum [], tokens [] int, report.
 
     The three-part form is normalised by tokens; the two-part one would be scaled by the context parallel size.
 
     Args:
         loss_mask, losses: [b, s / cp], fp32.
+        edges: of ranges of positions to report by (`position_edges`); None: all in one.
     """
     total = (losses.float() * loss_mask).sum()
     tokens = loss_mask.sum()
-    return total, tokens.to(torch.int), {"loss": torch.stack([total.detach(), tokens])}
+    if edges is None:
+        sums = torch.stack([total.detach(), tokens])[None]
+    else:
+        cp_rank, cp_size = (
+            parallel_state.get_context_parallel_rank(),
+            parallel_state.get_context_parallel_world_size(),
+        )
+        bins = position_bins(edges, cp_rank, cp_size, losses.device)
+        sums = sum_by_position(losses.detach(), loss_mask, bins, len(edges) - 1)
+    return total, tokens.to(torch.int), {"loss": sums}
 
 
 def forward_step(
-    batches: Iterator[Batch], model: torch.nn.Module
+    batches: Iterator[Batch], model: torch.nn.Module, edges: list[int] | None = None
 ) -> tuple[torch.Tensor, Callable[[torch.Tensor], LossReport]]:
     """Megatron's forward step: per-token losses of the next micro batch, and how to sum them."""
     with record_function(RANGE + DATA):
         batch = next(batches)
-    losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
-    return losses, partial(token_loss, batch["loss_mask"])
+    tokens, packed = batch["tokens"], {}
+    if "documents" in batch:
+        packed["packed_seq_params"] = packed_documents(batch["documents"], tokens.shape[1])
+    losses = model(tokens, batch["position_ids"], None, labels=batch["labels"], **packed)
+    return losses, partial(token_loss, batch["loss_mask"], edges)
 
 
 def run_step(
@@ -45,15 +60,19 @@ def run_step(
     batches: list[Iterator[Batch]],
     *,
     forward_only: bool,
-) -> float:
-    """One global batch through all micro batches; returns the mean loss per token (nats), the same on every rank.
+    edges: list[int] | None = None,
+) -> torch.Tensor:
+    """One global batch through all micro batches: sums of loss (nats) and tokens, the same on every rank.
 
     Args:
         batches: an iterator of micro batches for each model chunk.
+        edges: of ranges of positions; None: all in one.
+    Returns:
+        float64 [ranges, 2].
     """
     train = cfg.train
     reports = get_forward_backward_func()(
-        forward_step_func=forward_step,
+        forward_step_func=partial(forward_step, edges=edges),
         data_iterator=batches if len(chunks) > 1 else batches[0],
         model=chunks if len(chunks) > 1 else chunks[0],
         num_microbatches=train.global_batch_size
@@ -63,12 +82,12 @@ def run_step(
         decoder_seq_length=train.seq_length,
         forward_only=forward_only,
     )
-    return _mean_loss(reports)
+    return _sum(reports, 1 if edges is None else len(edges) - 1)
 
 
-def _mean_loss(reports: list[dict[str, torch.Tensor]]) -> float:
-    """Mean over micro batches and ranks; only the last pipeline stage has reports."""
-    total = torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())
+def _sum(reports: list[dict[str, torch.Tensor]], ranges: int) -> torch.Tensor:
+    """Sums over micro batches and ranks; only the last pipeline stage has reports."""
+    total = torch.zeros(ranges, 2, dtype=torch.float64, device=torch.cuda.current_device())
     for report in reports:
         total += report["loss"].double()
     torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
@@ -78,4 +97,4 @@ def _mean_loss(reports: list[dict[str, torch.Tensor]]) -> float:
             src=parallel_state.get_pipeline_model_parallel_last_rank(),
             group=parallel_state.get_pipeline_model_parallel_group(),
         )
-    return (total[0] / total[1]).item()
+    return total

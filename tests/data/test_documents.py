@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from s2train.data.bundled import bundled_corpus_files
-from s2train.data.documents import read_documents, split_documents
+from s2train.data.cutting import split_documents
+from s2train.data.documents import read_documents
 from s2train.errors import ConfigError
 
 

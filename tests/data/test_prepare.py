@@ -114,6 +114,8 @@ def test_a_run_that_fails_leaves_the_old_output_and_nothing_half_written(tmp_pat
         ({"tokenizer": "bpe:100"}, "tokenizer=bpe:100"),
         ({"tokenizer": "none.json"}, r"^tokenizer=none\.json"),
         ({"document_chars": 0}, "document_chars=0"),
+        ({"workers": 0}, "workers=0"),
+        ({"input": "none*.txt"}, r"input=none\*\.txt: no file"),
         ({"output": ""}, "output="),
     ],
 )

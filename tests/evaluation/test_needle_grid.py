@@ -11,44 +11,45 @@ import torch.distributed as dist
 from torch import Tensor
 
 from s2train.config import NeedleConfig
-from s2train.data.needles import NeedleSampler
+from s2train.data.needle_tasks import find_task
+from s2train.data.task_samples import TaskSampler
 from s2train.data.tokenizers import ByteTokenizer
 from s2train.errors import ConfigError
 from s2train.evaluation.generate import LanguageModel, greedy_decode
 from s2train.evaluation.needle import NeedleGrid, Ranks, choose_grid, evaluate_grid
 from s2train.evaluation.results import Cell
-from tests.evaluation.fake_models import copier, parrot, short_sighted_copier
+from tests.evaluation.fake_models import copier, parrot, short_sighted_copier, solve
 
 CPU = torch.device("cpu")
 GRID = NeedleGrid(lengths=(160, 256), depths=(0.0, 0.5, 1.0), trials=3, seed=11)
 
 
 @pytest.fixture(scope="module")
-def sampler() -> NeedleSampler:
-    return NeedleSampler(ByteTokenizer())
+def sampler() -> TaskSampler:
+    return TaskSampler(ByteTokenizer())
 
 
-def evaluate(model: LanguageModel, sampler: NeedleSampler, grid: NeedleGrid = GRID, **options: Any) -> list[Cell]:
+def evaluate(model: LanguageModel, sampler: TaskSampler, grid: NeedleGrid = GRID, **options: Any) -> list[Cell]:
     decode = partial(greedy_decode, model)
     return list(evaluate_grid(decode, sampler, grid, batch_size=2, device=CPU, **options))
 
 
-def test_model_that_copies_the_needle_scores_everywhere(sampler: NeedleSampler) -> None:
+def test_model_that_copies_the_needle_scores_everywhere(sampler: TaskSampler) -> None:
     cells = evaluate(copier, sampler)
     assert [(cell.length, cell.depth) for cell in cells] == GRID.cells
     assert all(cell.correct == cell.trials == 3 and cell.token_accuracy == 1 for cell in cells)
 
 
-def test_model_that_never_copies_scores_nowhere(sampler: NeedleSampler) -> None:
+def test_model_that_never_copies_scores_nowhere(sampler: TaskSampler) -> None:
     assert all(cell.correct == 0 and cell.token_accuracy == 0 for cell in evaluate(parrot, sampler))
 
 
-def test_model_that_sees_only_the_end_finds_only_the_deepest_needle(sampler: NeedleSampler) -> None:
+def test_model_that_sees_only_the_end_finds_only_the_deepest_needle(sampler: TaskSampler) -> None:
     grid = NeedleGrid(lengths=(320,), depths=(0.0, 0.5, 1.0), trials=3, seed=1)
     assert [cell.correct for cell in evaluate(short_sighted_copier, sampler, grid)] == [0, 0, 3]
 
 
-def test_half_right_answer_counts_for_tokens_and_not_as_exact(sampler: NeedleSampler) -> None:
+def test_half_right_answer_counts_for_tokens_and_not_as_exact(sampler: TaskSampler) -> None:
     def decode(prompts: Tensor, new_tokens: int) -> Tensor:
         answer = greedy_decode(copier, prompts, new_tokens)
         answer[:, 6:] = 0  # 6 of " 1234567."
@@ -58,14 +59,53 @@ def test_half_right_answer_counts_for_tokens_and_not_as_exact(sampler: NeedleSam
     assert all(cell.correct == 0 and cell.token_accuracy == pytest.approx(6 / 9) for cell in cells)
 
 
-def test_batch_size_changes_no_result(sampler: NeedleSampler) -> None:
+@pytest.mark.parametrize(
+    ("task", "settings"),
+    [
+        ("single", {}),
+        ("multi", {}),
+        ("multi", {"ask": "all"}),
+        ("key_value", {}),
+        ("key_value", {"distractors": 5}),
+        ("variable_tracking", {}),
+        ("variable_tracking", {"ask": "one", "chains": 2}),
+    ],
+    ids=str,
+)
+def test_a_solver_scores_everywhere_in_every_task_and_one_mistake_is_counted(
+    task: str, settings: dict[str, Any]
+) -> None:
+    sampler = TaskSampler(ByteTokenizer(), task=find_task(task, settings))
+    grid = NeedleGrid(lengths=(512, 700), depths=(0.0, 0.5, 1.0), trials=3, seed=11)
+    cells = list(evaluate_grid(solve, sampler, grid, batch_size=2, device=CPU))
+    assert [cell.correct for cell in cells] == [3] * 6
+    assert {(cell.token_accuracy, cell.character_accuracy) for cell in cells} == {(1.0, 1.0)}
+    calls = 0
+
+    def wrong_once(prompts: Tensor, new_tokens: int) -> Tensor:
+        nonlocal calls
+        calls += 1
+        answers = solve(prompts, new_tokens)
+        if calls == 1:
+            answers[0, 1] = 200  # no text, in place of the first letter or digit
+        return answers
+
+    first, *others = evaluate_grid(wrong_once, sampler, grid, batch_size=2, device=CPU)
+    assert (first.correct, [cell.correct for cell in others]) == (2, [3] * 5)
+    sample = sampler.sample(grid.rng(512, 0.0, 0), 512, 0.0, "eval")
+    counted = sum(character.isalnum() for character in sampler.tokenizer.decode(sample.answer.tolist()))
+    assert first.token_accuracy == pytest.approx(1 - 1 / (3 * len(sample.answer)))
+    assert first.character_accuracy == pytest.approx(1 - 1 / (3 * counted))
+
+
+def test_batch_size_changes_no_result(sampler: TaskSampler) -> None:
     decode = partial(greedy_decode, short_sighted_copier)
     results = [list(evaluate_grid(decode, sampler, GRID, batch_size=b, device=CPU)) for b in (1, 2, 5)]
     assert results[0] == results[1] == results[2]
 
 
-def test_finished_cells_are_taken_as_they_are(sampler: NeedleSampler) -> None:
-    known = Cell(160, 0.5, correct=1, trials=3, token_accuracy=0.25)
+def test_finished_cells_are_taken_as_they_are(sampler: TaskSampler) -> None:
+    known = Cell(160, 0.5, correct=1, trials=3, token_accuracy=0.25, character_accuracy=0.25)
     cells = evaluate(copier, sampler, finished={(160, 0.5): known})
     assert cells[1] == known
     assert all(cell.correct == 3 for cell in cells if cell is not known)
@@ -80,20 +120,27 @@ def _evaluate_as_rank(rank: int, world: int, path: str) -> None:
         seen.append(len(prompts))
         return greedy_decode(short_sighted_copier, prompts, new_tokens)
 
+    def solve_some(prompts: Tensor, new_tokens: int) -> Tensor:
+        return torch.where(prompts[:, :1] % 2 == 0, solve(prompts, new_tokens), 0)
+
     grid = NeedleGrid(lengths=(320,), depths=(0.0, 1.0), trials=3, seed=1)
-    sampler = NeedleSampler(ByteTokenizer())
-    cells = list(evaluate_grid(decode, sampler, grid, batch_size=4, device=CPU, ranks=Ranks(rank, world)))
-    torch.save((cells, sum(seen)), f"{path}/{rank}.pt")
+    options: dict[str, Any] = {"batch_size": 4, "device": CPU, "ranks": Ranks(rank, world)}
+    cells = list(evaluate_grid(decode, TaskSampler(ByteTokenizer()), grid, **options))
+    chains = TaskSampler(ByteTokenizer(), task=find_task("variable_tracking", {}))
+    more = list(evaluate_grid(solve_some, chains, grid, **options))
+    torch.save((cells, more, sum(seen)), f"{path}/{rank}.pt")
     dist.destroy_process_group()
 
 
-def test_ranks_share_the_trials_and_agree_on_the_counts(sampler: NeedleSampler, tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_evaluate_as_rank, args=(2, str(tmp_path)), nprocs=2)
-    alone = evaluate(short_sighted_copier, sampler, NeedleGrid((320,), (0.0, 1.0), 3, 1))
-    (first, done_by_first), (second, done_by_second) = (
-        torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1)
-    )
-    assert first == second == alone
+def test_ranks_share_the_trials_and_agree_on_the_counts(sampler: TaskSampler, tmp_path: Path) -> None:
+    torch.multiprocessing.start_processes(_evaluate_as_rank, (2, str(tmp_path)), nprocs=2, start_method="fork")
+    (tmp_path / "alone").mkdir()
+    alone_at = str(tmp_path / "alone")
+    torch.multiprocessing.start_processes(_evaluate_as_rank, (1, alone_at), nprocs=1, start_method="fork")
+    alone = torch.load(tmp_path / "alone" / "0.pt", weights_only=False)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1))
+    assert first[:2] == second[:2] == alone[:2]
+    done_by_first, done_by_second = first[2], second[2]
     assert (done_by_first, done_by_second) == (4, 2)  # 2 and 1 of 3 trials, in 2 cells
 
 
@@ -114,11 +161,11 @@ def test_grid_that_can_not_work_is_refused(setting: str, changed: dict[str, Any]
     assert error.value.setting == setting
 
 
-def test_lengths_default_to_quarters_of_the_trained_one_where_a_needle_fits(sampler: NeedleSampler) -> None:
+def test_lengths_default_to_quarters_of_the_trained_one_where_a_needle_fits(sampler: TaskSampler) -> None:
     cfg = NeedleConfig(checkpoint="run")
     assert choose_grid(cfg, 1024, sampler).lengths == (256, 512, 768, 1024)
     assert choose_grid(cfg, 256, sampler).lengths == (128, 192, 256)
 
 
-def test_lengths_asked_for_are_taken(sampler: NeedleSampler) -> None:
+def test_lengths_asked_for_are_taken(sampler: TaskSampler) -> None:
     assert choose_grid(NeedleConfig(checkpoint="run", lengths=[300, 200]), 128, sampler).lengths == (300, 200)

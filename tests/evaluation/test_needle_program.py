@@ -68,7 +68,9 @@ def test_a_rerun_keeps_the_cells(checkpoint: Path, alone: Path, tmp_path: Path) 
     (tmp_path / "needle.json").write_text(json.dumps(content))
     done = needle(checkpoint, tmp_path, processes=0)
     assert done.status == 0, done.err
-    assert results(tmp_path)["cells"] == content["cells"]
+    kept = ("length", "depth", "correct", "token_accuracy", "character_accuracy", "reach")
+    found, expected = ([[cell[name] for name in kept] for cell in r["cells"]] for r in (results(tmp_path), content))
+    assert found == expected
     assert done.out.count(", known") == 4
 
 

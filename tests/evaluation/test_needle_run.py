@@ -2,6 +2,9 @@
 
 import io
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +18,7 @@ from rich.console import Console
 from torch import Tensor
 
 from s2train.config import NeedleConfig
-from s2train.data.needles import NeedleSampler
+from s2train.data.task_samples import TaskSampler
 from s2train.data.tokenizers import ByteTokenizer
 from s2train.evaluation.generate import Decode, LanguageModel, greedy_decode
 from s2train.evaluation.needle import NeedleGrid
@@ -23,8 +26,10 @@ from s2train.evaluation.pictures import draw_heat_map, score_table
 from s2train.evaluation.reach import NeedleReach
 from s2train.evaluation.results import Cell, CellReach, NeedleResults, load_results, output_folder, weights_fingerprint
 from s2train.evaluation.run import run_needles
+from s2train.evaluation.scores import Score
 from tests.evaluation.fake_models import copier, parrot
 from tests.layouts.layout_cases import make_hybrid
+from tests.program import ROOT
 
 GRID = NeedleGrid(lengths=(128, 160), depths=(0.0, 1.0), trials=2, seed=3)
 
@@ -42,7 +47,7 @@ def run_decoder(
     decode: Decode, folder: Path, grid: NeedleGrid = GRID, settings: dict[str, Any] | None = None
 ) -> NeedleResults:
     asked = NeedleResults("runs/x", 100, settings or {"trials": 2}, list(grid.lengths), list(grid.depths))
-    sampler = NeedleSampler(ByteTokenizer())
+    sampler = TaskSampler(ByteTokenizer())
     return run_needles(decode, sampler, grid, asked, folder, batch_size=8, device=torch.device("cpu"))
 
 
@@ -62,7 +67,7 @@ class CountingCopier:
 def test_json_holds_checkpoint_settings_score_and_every_cell(tmp_path: Path) -> None:
     run(copier, tmp_path)
     content = json.loads((tmp_path / "needle.json").read_text())
-    assert (content["checkpoint"], content["step"], content["score"]) == ("runs/x", 100, 1.0)
+    assert (content["checkpoint"], content["step"], content["total"]["score"]) == ("runs/x", 100, 1.0)
     assert content["settings"] == {"trials": 2}
     assert content["cells"][0] == {
         "length": 128,
@@ -70,7 +75,10 @@ def test_json_holds_checkpoint_settings_score_and_every_cell(tmp_path: Path) -> 
         "correct": 2,
         "trials": 2,
         "token_accuracy": 1.0,
+        "character_accuracy": 1.0,
         "reach": None,
+        "score": 1.0,
+        "interval": [pytest.approx(0.342, abs=1e-3), 1.0],
     }
     assert [(cell["length"], cell["depth"]) for cell in content["cells"]] == GRID.cells
 
@@ -82,15 +90,42 @@ def test_interrupted_evaluation_keeps_its_finished_cells_and_goes_on_from_them(t
     assert kept is not None
     assert len(kept.cells) == 3
     again = CountingCopier()
-    assert run_decoder(again, tmp_path).score == 1
+    assert run_decoder(again, tmp_path).score == Score(8, 8)
     assert again.calls == 1
+
+
+def test_an_evaluation_killed_at_any_time_leaves_whole_results(tmp_path: Path) -> None:
+    program = (
+        "from pathlib import Path; from s2train.evaluation.results import Cell, NeedleResults\n"
+        "results = NeedleResults('runs/x', 1, {}, list(range(1, 60)), [0.0])\n"
+        "while True:\n"
+        "    for length in range(1, 60):\n"
+        "        results.add(Cell(length, 0.0, 1, 2, 0.5, 0.5)); results.save(Path('needle.json'))\n"
+        "        print('saved', flush=True)\n"
+    )
+    for saves in np.random.default_rng().integers(1, 60, size=3).tolist():
+        process = subprocess.Popen(
+            [sys.executable, "-c", program],
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )
+        assert process.stdout is not None
+        for _ in range(saves):
+            process.stdout.readline()
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        kept = load_results(tmp_path / "needle.json")
+        assert kept is not None
+        assert len(kept.cells) >= min(saves, 59)
 
 
 def test_wider_grid_evaluates_only_what_is_new_and_scores_all_of_it(tmp_path: Path) -> None:
     run(parrot, tmp_path)
     model = CountingCopier()
     wider = NeedleGrid(lengths=(128, 160), depths=(0.0, 0.5, 1.0), trials=2, seed=3)
-    assert run_decoder(model, tmp_path, wider).score == pytest.approx(1 / 3)
+    assert run_decoder(model, tmp_path, wider).score == Score(4, 12)
     assert model.calls == 2
 
 
@@ -98,25 +133,25 @@ def test_smaller_grid_scores_only_what_is_asked_and_keeps_the_rest(tmp_path: Pat
     run(copier, tmp_path, NeedleGrid((128,), (0.0,), 2, 3))
     run(parrot, tmp_path, NeedleGrid((160,), (0.0,), 2, 3))
     content = json.loads((tmp_path / "needle.json").read_text())
-    assert content["score"] == 0
+    assert content["total"]["score"] == 0
     assert [cell["correct"] for cell in content["cells"]] == [2, 0]
 
 
 def test_results_of_other_settings_are_kept_aside_and_not_gone_on_from(tmp_path: Path) -> None:
     run(parrot, tmp_path)
     before = (tmp_path / "needle.json").read_text()
-    assert run(copier, tmp_path, settings={"trials": 2, "weights": "others"}).score == 1
+    assert run(copier, tmp_path, settings={"trials": 2, "weights": "others"}).score == Score(8, 8)
     assert (tmp_path / "needle.1.json").read_text() == before
 
 
 def test_unreadable_results_are_kept_aside(tmp_path: Path) -> None:
     (tmp_path / "needle.json").write_text("{not json")
-    assert run(copier, tmp_path).score == 1
+    assert run(copier, tmp_path).score == Score(8, 8)
     assert (tmp_path / "needle.1.json").read_text() == "{not json"
 
 
 def test_heat_map_is_a_picture_whose_cells_show_the_score(tmp_path: Path) -> None:
-    cells = [Cell(128, 0.5, 4, 4, 1.0), Cell(256, 0.5, 0, 4, 0.1)]
+    cells = [Cell(128, 0.5, 4, 4, 1.0, 1.0), Cell(256, 0.5, 0, 4, 0.1, 0.1)]
     draw_heat_map(NeedleResults("runs/x", 1, {}, [128, 256], [0.5], cells), tmp_path / "needle.png")
     picture = Image.open(tmp_path / "needle.png").convert("RGB")
     colours, counts = np.unique(np.asarray(picture).reshape(-1, 3), axis=0, return_counts=True)
@@ -130,11 +165,11 @@ def test_results_without_reach_are_gone_on_from_and_told_it(tmp_path: Path) -> N
     run(copier, tmp_path)
     content = json.loads((tmp_path / "needle.json").read_text())
     for cell in content["cells"]:
-        del cell["reach"]  # as earlier versions wrote them
+        cell["reach"] = None
     (tmp_path / "needle.json").write_text(json.dumps(content))
     model = CountingCopier()
-    sampler = NeedleSampler(ByteTokenizer())
-    hybrid = make_hybrid("S", num_layers=2, num_heads=1, kind="homogeneous", local=2, stride=100)
+    sampler = TaskSampler(ByteTokenizer())
+    hybrid = make_hybrid("S", num_layers=2, num_heads=1, kind="homogeneous", local=1, stride=100, block_size=64)
     asked = NeedleResults("runs/x", 100, {"trials": 2}, list(GRID.lengths), list(GRID.depths))
     results = run_needles(
         model, sampler, GRID, asked, tmp_path, batch_size=8, device=torch.device("cpu"),
@@ -142,15 +177,12 @@ def test_results_without_reach_are_gone_on_from_and_told_it(tmp_path: Path) -> N
     )  # fmt: skip
     assert model.calls == 0
     assert load_results(tmp_path / "needle.json") == results
-    # The first block is a column that every position sees; near the end a needle is a few windows away.
-    assert [cell.reach for cell in results.cells if cell.depth == 0] == [CellReach(1, 1)] * 2
-    assert all(
-        cell.reach is not None and cell.reach.from_last in (2, 3, -1) for cell in results.cells if cell.depth == 1
-    )
+    # The first block is a column that every position sees, and each sees its own; no head sees the second one of three.
+    assert [cell.reach for cell in results.cells] == [CellReach(1, 1)] * 3 + [CellReach(-1, -1)]
 
 
 def test_needles_that_no_layers_carry_are_told_so_in_picture_and_table(tmp_path: Path) -> None:
-    cells = [Cell(128, 0.5, 0, 4, 0.0, CellReach(-1, -1)), Cell(256, 0.5, 4, 4, 1.0, CellReach(1, 2))]
+    cells = [Cell(128, 0.5, 0, 4, 0.0, 0.0, CellReach(-1, -1)), Cell(256, 0.5, 4, 4, 1.0, 1.0, CellReach(1, 2))]
     results = NeedleResults("runs/x", 1, {}, [128, 256], [0.5], cells)
     console = Console(record=True, width=80, file=io.StringIO())
     console.print(score_table(results))

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from s2train.kernels import check_run
-from s2train.kernels.check_cases import CASES, TIMINGS, case_names
-from s2train.kernels.check_run import check_case
+from s2train.kernels.check import run as check_run
+from s2train.kernels.check.cases import CASES, TIMINGS, case_names
+from s2train.kernels.check.run import check_case
 
 SMALL = {"s_q": 40, "dim": 16, "heads": 2, "kv_heads": 1, "block": 16}
 

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from s2train.kernels import BlockLayout, block_sparse_attention, choice, hopper_support, kernels_in_use, triton_backend
+from s2train.kernels import BlockLayout, block_sparse_attention, choice, kernels_in_use, triton_backend
+from s2train.kernels.hopper import support as hopper_support
 from torch import Tensor
 
 from tests.kernels.cases import Problem, assert_as_exact_as_torch

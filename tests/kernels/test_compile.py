@@ -57,6 +57,25 @@ def assert_same(
         torch.testing.assert_close(a, b, **tolerance)
 
 
+def assert_as_exact_as_eager(
+    step: Callable[..., tuple[Tensor, ...]], compiled: Callable[..., tuple[Tensor, ...]], inputs: list[Tensor],
+    layout: BlockLayout,
+) -> None:  # fmt: skip
+    """Inductor rounds at other places: its distance from float64 is at most twice the eager call's."""
+    eager, traced = step(*inputs, layout), compiled(*inputs, layout)
+    doubles = [x.detach().double().requires_grad_() for x in inputs]
+    exact = training_step("torch", True)(*doubles, layout)
+    weights = [torch.randn_like(x) for x in exact]
+    results = []
+    for outputs, leaves in ((exact, doubles), (eager, inputs), (traced, inputs)):
+        cast = [w.to(x.dtype) for w, x in zip(weights, outputs, strict=True)]
+        results.append((*outputs, *torch.autograd.grad(outputs, leaves, cast)))
+    for a, b, c in zip(*results, strict=True):
+        assert b.dtype == c.dtype
+        # a float32 result is not blamed for its last bits
+        assert (c.double() - a).norm() <= 2 * (b.double() - a).norm() + 3e-7 * a.norm()
+
+
 @pytest.mark.parametrize("with_lse", [True, False])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("problem", CASES.values(), ids=CASES.keys())
@@ -76,7 +95,7 @@ def test_a_compiled_training_step_is_the_eager_one(
 def test_inductor_takes_it_too(device: torch.device) -> None:
     inputs, layout, _, _ = CASES["gqa"].make(device)
     step = training_step("triton", True)
-    assert_same(step, torch.compile(step, fullgraph=True), inputs, layout, rtol=1e-5, atol=1e-6)
+    assert_as_exact_as_eager(step, torch.compile(step, fullgraph=True), inputs, layout)
 
 
 def test_other_lengths_and_layouts_are_compiled_anew_at_most_once_more(device: torch.device) -> None:
@@ -156,24 +175,6 @@ def test_a_copied_layout_is_known_by_a_handle_of_its_own(again: Callable[[BlockL
     assert registered(layout.handle) is layout
     assert copied.mask().equal(layout.mask())
     assert not copied.cache
-
-
-def assert_as_exact_as_eager(
-    step: Callable[..., tuple[Tensor, ...]], compiled: Callable[..., tuple[Tensor, ...]], inputs: list[Tensor],
-    layout: BlockLayout,
-) -> None:  # fmt: skip
-    """Inductor rounds at other places: its distance from float64 is at most twice the eager call's."""
-    eager, traced = step(*inputs, layout), compiled(*inputs, layout)
-    doubles = [x.detach().double().requires_grad_() for x in inputs]
-    exact = training_step("torch", True)(*doubles, layout)
-    weights = [torch.randn_like(x) for x in exact]
-    results = []
-    for outputs, leaves in ((exact, doubles), (eager, inputs), (traced, inputs)):
-        cast = [w.to(x.dtype) for w, x in zip(weights, outputs, strict=True)]
-        results.append((*outputs, *torch.autograd.grad(outputs, leaves, cast)))
-    for a, b, c in zip(*results, strict=True):
-        assert b.dtype == c.dtype
-        assert (c.double() - a).norm() <= 2 * (b.double() - a).norm()
 
 
 @pytest.mark.gpu

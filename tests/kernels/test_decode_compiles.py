@@ -57,7 +57,7 @@ class Hopper:
 
 
 def report(dtype: str, dim: int, block: int, walk: str) -> dict[str, Any]:
-    from s2train.kernels.decode_triton import _tile, s2_decode_kernel
+    from s2train.kernels.decode.kernels import _tile, s2_decode_kernel
 
     triton.runtime.driver.set_active(Hopper())
     element = getattr(torch, dtype)

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 from s2train.kernels import BlockLayout
-from s2train.kernels.decode_pages import last_uses, most_pages_held, pages_held, read_tokens, write_tokens
+from s2train.kernels.decode.pages import last_uses, most_pages_held, pages_held, read_tokens, write_tokens
 
 BLOCK = 16
 

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from s2train.kernels import BlockLayout, reference_attention
-from s2train.kernels.key_pairs import ACTIVE_BITS, QUERY_BITS, TILE
+from s2train.kernels.hopper.key_pairs import ACTIVE_BITS, QUERY_BITS, TILE
 from s2train.kernels.spec import AttentionSpec
 from torch import Tensor
 
-hopper_backward = pytest.importorskip("s2train.kernels.hopper_backward", reason="needs Triton's Gluon")
+hopper_backward = pytest.importorskip("s2train.kernels.hopper.backward", reason="needs Triton's Gluon")
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="runs in Triton's interpreter")
 
 

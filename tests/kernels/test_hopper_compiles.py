@@ -83,8 +83,8 @@ class Hopper:
 
 
 def compiled_forward(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, spec: AttentionSpec) -> Any:
-    from s2train.kernels.hopper_documents import s2_attention_kernel_document_tiles
-    from s2train.kernels.hopper_forward import (
+    from s2train.kernels.hopper.documents import s2_attention_kernel_document_tiles
+    from s2train.kernels.hopper.forward import (
         CONFIGS,
         ENTRY_REGISTERS,
         launch_arguments,
@@ -105,7 +105,7 @@ def compiled_forward(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, spec:
 
 
 def compiled_backward(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, spec: AttentionSpec) -> Any:
-    from s2train.kernels.hopper_backward import (
+    from s2train.kernels.hopper.backward import (
         CONFIGS,
         ENTRY_REGISTERS,
         backward_work,

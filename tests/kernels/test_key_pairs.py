@@ -3,7 +3,7 @@
 import pytest
 import torch
 from s2train.kernels import BlockLayout
-from s2train.kernels.key_pairs import ACTIVE_BITS, QUERY_BITS, TILE, key_pairs
+from s2train.kernels.hopper.key_pairs import ACTIVE_BITS, QUERY_BITS, TILE, key_pairs
 from s2train.kernels.token_mask import token_mask
 
 

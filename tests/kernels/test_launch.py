@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from s2train.kernels import launch as module
-from s2train.kernels.launch import descriptor, launch
+from s2train.kernels.hopper import launch as module
+from s2train.kernels.hopper.launch import descriptor, launch
 from triton import knobs
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor

@@ -5,8 +5,8 @@ import random
 import pytest
 import torch
 from s2train.kernels import BlockLayout
-from s2train.kernels.key_pairs import ACTIVE_BITS, QUERY_BITS, TILE
-from s2train.kernels.packed_pairs import packed_pairs
+from s2train.kernels.hopper.key_pairs import ACTIVE_BITS, QUERY_BITS, TILE
+from s2train.kernels.hopper.packed_pairs import packed_pairs
 from s2train.kernels.token_mask import token_mask
 
 LENGTHS = [(37, 0, 200, 1, 130), (0, 0, 5), (256,), (64, 128, 192, 0), (1, 1, 1), (63, 65, 127, 129)]

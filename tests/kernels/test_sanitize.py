@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from s2train.kernels import sanitize, sanitize_cases
-from s2train.kernels.sanitize_report import parse
+from s2train.kernels.check import sanitize, sanitize_cases
+from s2train.kernels.check.sanitize_report import parse
 
 # in the formats of NVIDIA's manual
 MEMCHECK = """========= COMPUTE-SANITIZER

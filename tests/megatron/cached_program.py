@@ -14,7 +14,7 @@ import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
-from s2train.config import ModelConfig, ParallelConfig, PretrainConfig, TrainConfig
+from s2train.config import ModelConfig, ParallelConfig, PretrainConfig, ScheduleConfig, TrainConfig
 from s2train.evaluation.generate import generate, greedy_decode
 from s2train.layouts.hybrid import HybridLayout, LayerLayout
 from s2train.layouts.kinds import KINDS
@@ -34,7 +34,7 @@ def build(name: str, device: torch.device, tp: int = 1, backend: str = "auto") -
     heads, groups = MODELS[name]
     kinds = [KINDS["D" if all(isinstance(h, Dense) for h in layer) else "S"] for layer in heads]
     layers = tuple(LayerLayout(kind, tuple(layer), BLOCK) for kind, layer in zip(kinds, heads, strict=True))
-    hybrid = HybridLayout(layers, BLOCK, groups, find_schedule("shifted"))
+    hybrid = HybridLayout(layers, BLOCK, groups, find_schedule(ScheduleConfig(kind="shifted")))
     model = ModelConfig("test", len(layers), 64, 96, 4, groups, 16, VOCABULARY, init_std=0.2)
     train = TrainConfig(steps=1, seq_length=BLOCK * NUM_BLOCKS, global_batch_size=1, precision="fp32")
     cfg = PretrainConfig(model=model, parallel=ParallelConfig(tp=tp), train=train, attention_backend=backend)

@@ -35,6 +35,7 @@ def test_a_job_has_a_torchrun_and_a_port_of_its_own() -> None:
 def test_a_job_is_told_nothing_of_the_ranks_around_it() -> None:
     kept = {"PATH": "/bin", "MASTERY": "kept", "CUDA_VISIBLE_DEVICES": "0,1"}
     assert environment(OF_RANKS | kept, None) == kept
+    assert environment({"HYDRA_FULL_ERROR": "1"} | kept, None) == kept  # its errors are one line each
     assert environment(OF_RANKS | kept, ["3", "5"]) == kept | {"CUDA_VISIBLE_DEVICES": "3,5"}
 
 
@@ -75,9 +76,12 @@ def test_a_batch_script_passes_arguments_unchanged_and_no_ranks_variables(tmp_pa
     assert lines[-1] == str(tmp_path)
 
 
-def test_nodes_of_one_job_meet_at_the_first(tmp_path: Path) -> None:
-    text = script(tmp_path, "seed=1", nodes=3)
-    assert '--nnodes 3 --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "$head:$port"' in text
-    assert "exec srun python" in text
+def test_several_nodes_start_as_a_pretraining_of_its_own_does(tmp_path: Path) -> None:
+    made = SlurmSweepConfig(nodes=3, nproc_per_node=8)
+    program = Path("/code/launch/pretrain.py")
+    text = batch_script(made, "job", tmp_path, tmp_path, "python", program, ["run_dir='a b'"])
+    assert "NPROC_PER_NODE=8 exec /code/launch/slurm/run.sh /code/launch/pretrain.py" in text
+    assert "#SBATCH --signal=B:USR1@300\n" in text
     assert "--standalone" not in text
+    assert "--signal" not in script(tmp_path)
     assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0

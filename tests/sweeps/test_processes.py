@@ -72,6 +72,7 @@ def test_an_older_log_is_set_aside(tmp_path: Path) -> None:
 def test_an_interrupt_ends_a_job_and_all_it_started(tmp_path: Path, sent: signal.Signals, hearing: str) -> None:
     job = command(tmp_path, PARENT, hearing)
     before = signal.getsignal(signal.SIGTERM)
+    given = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job ignores
 
     def interrupt() -> None:
         while not job.log.is_file() or not job.log.read_text().strip():
@@ -83,6 +84,7 @@ def test_an_interrupt_ends_a_job_and_all_it_started(tmp_path: Path, sent: signal
     with pytest.raises(KeyboardInterrupt), closing(run_all([job], [dict(os.environ)], nothing, grace_s=1)) as ended:
         list(ended)
     thread.join()
+    signal.signal(signal.SIGINT, given)
     with suppress(psutil.NoSuchProcess):  # without an init that reaps, what was killed stays a zombie
         assert psutil.Process(int(job.log.read_text())).status() == psutil.STATUS_ZOMBIE
     assert signal.getsignal(signal.SIGTERM) is before

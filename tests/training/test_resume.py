@@ -1,25 +1,29 @@
 """Stopping and resuming; what may be resumed, and what is left alone."""
 
-import json
+import shutil
 from pathlib import Path
 
 import pytest
 from megatron.core import dist_checkpointing
 
-from s2train.megatron.checkpoint import read_config, read_progress
+from s2train.files import FolderLock
+from s2train.megatron.checkpoint import older_instead, read_config, read_progress
+from s2train.megatron.integrity import damage
 from s2train.training.plots import read_curves
 from tests.program import Outcome, error_line, metrics, pretrain
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("resume")]
 
 STEPS = "train.steps=6"
+REPORTS = "tracking.log_interval=2"  # so that the run stops between two
 
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two processes, stopped at step 3 of 6, with a checkpoint at every step."""
     folder = tmp_path_factory.mktemp("stopped")
-    done = pretrain(folder, STEPS, "train.exit_step=3", "checkpoint.interval=1", "checkpoint.keep=2", processes=2)
+    settings = [STEPS, REPORTS, "train.exit_step=3", "checkpoint.interval=1", "checkpoint.keep=2"]
+    done = pretrain(folder, *settings, processes=2)
     assert done.status == 0, done.err
     return folder
 
@@ -38,13 +42,52 @@ def test_only_the_last_checkpoints_are_kept(stopped: Path) -> None:
     assert [path.name for path in sorted((stopped / "checkpoints").glob("iter_*"))] == ["iter_0000002", "iter_0000003"]
 
 
-def test_stop_and_resume_equals_an_unbroken_run(stopped: Path, tmp_path: Path) -> None:
-    assert pretrain(tmp_path / "unbroken", STEPS, processes=2).status == 0
-    resumed = pretrain(tmp_path / "resumed", STEPS, f"checkpoint.resume={stopped}", processes=2)
+def trace(folder: Path) -> dict[int, list[float]]:
+    """What a run reports of its steps, by step, but for their times."""
+    names = ("loss", "held_out_loss", "grad_norm", "lr")
+    return {record["step"]: [record[name] for name in names if name in record] for record in metrics(folder)}
+
+
+WHOLE = [STEPS, REPORTS, "evaluation.interval=6", "evaluation.batches=1"]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[float]]:
+    """What a run of two processes reports that nothing stops."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    done = pretrain(folder, *WHOLE, processes=2)
+    assert done.status == 0, done.err
+    return trace(folder)
+
+
+def test_stop_and_resume_equals_an_unbroken_run(
+    stopped: Path, unbroken: dict[int, list[float]], tmp_path: Path
+) -> None:
+    resumed = pretrain(tmp_path, *WHOLE, f"checkpoint.resume={stopped}", processes=2)
     assert resumed.status == 0, resumed.err
-    expected = [(r["loss"], r["grad_norm"], r["lr"]) for r in metrics(tmp_path / "unbroken")]
-    found = [(r["loss"], r["grad_norm"], r["lr"]) for r in metrics(tmp_path / "resumed")]
-    assert found == expected[3:]  # bit for bit
+    assert trace(tmp_path) == {step: unbroken[step] for step in (4, 6)}  # bit for bit
+    assert trace(stopped)[2] == unbroken[2]
+
+
+def test_the_deterministic_mode_resumes_bit_for_bit_too(tmp_path: Path) -> None:
+    settings = [*WHOLE, "train.deterministic=true"]
+    assert pretrain(tmp_path / "unbroken", *settings, processes=2).status == 0
+    for more in (["train.exit_step=3"], []):
+        done = pretrain(tmp_path / "resumed", *settings, *more, processes=2)
+        assert done.status == 0, done.err
+    expected, found = trace(tmp_path / "unbroken"), trace(tmp_path / "resumed")
+    assert {step: found[step] for step in expected} == expected
+
+
+@pytest.mark.parametrize("division", ["parallel.tp=2", "parallel.pp=2", "parallel.cp=2", "one process"])
+def test_data_parallel_shards_go_on_under_another_division(
+    stopped: Path, unbroken: dict[int, list[float]], division: str, tmp_path: Path
+) -> None:
+    processes, more = (1, []) if division == "one process" else (2, [division])
+    resumed = pretrain(tmp_path, *WHOLE, *more, f"checkpoint.resume={stopped}", processes=processes)
+    assert resumed.status == 0, resumed.err
+    for step in (4, 6):
+        assert trace(tmp_path)[step] == pytest.approx(unbroken[step], rel=1e-5)
 
 
 def test_a_finished_run_started_again_does_nothing(stopped: Path) -> None:
@@ -92,7 +135,7 @@ def test_a_new_phase_takes_other_data_from_their_beginning(stopped: Path, tmp_pa
 
 
 def test_a_save_that_was_killed_is_no_checkpoint(stopped: Path, tmp_path: Path) -> None:
-    (stopped / "checkpoints" / ".iter_0000009.partial").mkdir()
+    (stopped / "checkpoints" / ".iter_0000009.0a1b2c3d.partial").mkdir()
     (stopped / "checkpoints" / "latest_checkpointed_iteration.txt").unlink()
     done = pretrain(tmp_path, STEPS, "train.exit_step=4", f"checkpoint.resume={stopped}", processes=0)
     assert done.status == 0, done.err
@@ -100,11 +143,38 @@ def test_a_save_that_was_killed_is_no_checkpoint(stopped: Path, tmp_path: Path) 
     assert sorted(read_curves(tmp_path / "metrics.jsonl").train) == [4]
 
 
-def test_a_damaged_checkpoint_is_told_in_one_line(stopped: Path, tmp_path: Path) -> None:
-    shard = next((stopped / "checkpoints" / "iter_0000002").glob("*.distcp"))
-    shard.write_bytes(shard.read_bytes()[:100])
-    resume = f"checkpoint.resume={stopped}/checkpoints/iter_0000002"
-    refused(pretrain(tmp_path, STEPS, resume, processes=0), "iter_0000002", "shards")
+@pytest.mark.parametrize("harm", ["cut short", "missing"])
+def test_a_damaged_checkpoint_is_told_and_the_run_goes_on_from_the_one_it_names(
+    stopped: Path, harm: str, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(stopped, run_dir)
+    last, older = (run_dir / "checkpoints" / name for name in ("iter_0000003", "iter_0000002"))
+    shard = sorted(last.glob("*.distcp"))[-1]
+    if harm == "missing":
+        shard.unlink()
+    else:
+        shard.write_bytes(shard.read_bytes()[:-100])
+    instead = f"checkpoint.resume={older}"
+    refused(pretrain(run_dir, STEPS, processes=0), "checkpoint.resume=", "iter_0000003", shard.name, harm, instead)
+    assert last.is_dir()
+    done = pretrain(run_dir, STEPS, "train.exit_step=3", instead, processes=0)
+    assert done.status == 0, done.err
+    assert [path.name for path in sorted((run_dir / "checkpoints").iterdir()) if path.is_dir()] == [
+        "damaged_iter_0000003",
+        "iter_0000002",
+        "iter_0000003",
+    ]
+
+
+def test_only_whole_checkpoints_are_offered_in_place_of_a_damaged_one(stopped: Path, tmp_path: Path) -> None:
+    shutil.copytree(stopped / "checkpoints", tmp_path / "checkpoints")
+    last, older = (tmp_path / "checkpoints" / name for name in ("iter_0000003", "iter_0000002"))
+    assert damage(last) is None
+    assert str(older) in older_instead(last)
+    (older / ".metadata").unlink()
+    assert ".metadata" in str(damage(older))
+    assert "no older one" in older_instead(last)
 
 
 def test_changed_hyperparameters_hold_after_a_resume(stopped: Path, tmp_path: Path) -> None:
@@ -119,16 +189,14 @@ def test_changed_hyperparameters_hold_after_a_resume(stopped: Path, tmp_path: Pa
 
 
 def test_a_run_that_diverges_stops_and_keeps_its_last_good_checkpoint(tmp_path: Path) -> None:
-    changes = ["optim.lr=1e20", "checkpoint.interval=1", "checkpoint.keep=1"]
-    refused(pretrain(tmp_path, STEPS, *changes, processes=0), "Not saved")
-    saved = [path.name for path in (tmp_path / "checkpoints").glob("iter_*")]
-    losses = [json.loads(line).get("loss", 0.0) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert len(saved) == 1
-    assert None not in losses
+    changes = ["optim.lr=1e20", "checkpoint.interval=1", "checkpoint.keep=1", "train.max_skipped_steps=2"]
+    done = pretrain(tmp_path, STEPS, *changes, processes=0)
+    refused(done, "Not saved", "train.max_skipped_steps=2", "optim.lr", "checkpoint.resume=")
+    assert sum("| skipped: loss" in line for line in done.out.splitlines()) == 3
+    assert len(list((tmp_path / "checkpoints").glob("iter_*"))) == 1
 
 
 def test_a_run_folder_is_one_jobs_alone(stopped: Path) -> None:
-    from filelock import FileLock
-
-    with FileLock(stopped / ".lock"):
-        refused(pretrain(stopped, STEPS, processes=0), "run_dir=", "another job")
+    other = FolderLock(stopped / ".lock")
+    refused(pretrain(stopped, STEPS, processes=0), "run_dir=", "another job")
+    other.release()

@@ -1,0 +1,116 @@
+"""Are the kernels right and fast on this GPU? `python -m s2train.kernels.check [--quick] [--json FILE]`
+
+Compiles the kernels and compares output, log-sum-exp and gradients with a float64 oracle, then times them beside
+torch's dense causal FlashAttention. A case that fails, hangs or breaks the CUDA context is one line of the table:
+those after it run in new processes. Exits with 1 if any fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import spec
+from ..workers import run_tasks, serve
+from .cases import CASES, QUICK_TIMINGS, TIMINGS, Case, Timing, case_names
+from .run import check_case, time_case
+
+_SECONDS = 240  # for one case, compilation included
+_SUMMARY = ("out", "lse", "dq", "dk", "dv")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m s2train.kernels.check", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="few cases, 8k timings only")
+    parser.add_argument("--json", type=Path, help="write all results there")
+    parser.add_argument("--jobs", type=int, default=min(12, os.cpu_count() or 1), help="cases checked at a time")
+    parser.add_argument("--no-timing", action="store_true", help="only check results")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        serve(_run_one)
+        return 0
+    if not torch.cuda.is_available():
+        print("no CUDA device: the interpreted kernels are checked by `pytest tests/kernels`", file=sys.stderr)
+        return 1
+    machine = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    print(machine, flush=True)
+
+    began = time.monotonic()
+    command = ["-m", "s2train.kernels.check", "--worker"]
+    checks = []
+    cases = [CASES[name] for name in case_names(args.quick)]
+    for case, result in zip(cases, run_tasks(command, [_task(x) for x in cases], args.jobs, _SECONDS), strict=True):
+        checks.append({"case": case.name} | result)
+        print(_check_line(checks[-1]), flush=True)
+    ran = {way: Counter(row.get(way) for row in checks)["hopper"] for way in ("forward", "backward")}
+    print(
+        f"{time.monotonic() - began:.0f} s; on Hopper's kernels: {ran['forward']} forward, {ran['backward']} backward"
+    )
+    timings = []
+    wanted = [] if args.no_timing else QUICK_TIMINGS if args.quick else TIMINGS
+    for timing, result in zip(wanted, run_tasks(command, [_task(x) for x in wanted], 1, _SECONDS), strict=True):
+        timings.append({"case": timing.name} | result)
+        print(_timing_line(timings[-1]), flush=True)
+
+    failed = [row["case"] for row in checks + timings if not row["ok"]]
+    print(f"{len(checks)} checks, {len(timings)} timings, {len(failed)} failed {failed or ''}")
+    if args.json:
+        args.json.write_text(json.dumps({"machine": machine, "checks": checks, "timings": timings}, indent=1))
+    return 1 if failed else 0
+
+
+def _task(case: Case | Timing) -> dict[str, Any]:
+    return {"timing": isinstance(case, Timing), "fields": asdict(case)}
+
+
+def _run_one(task: dict[str, Any]) -> dict[str, Any]:
+    torch.manual_seed(0)
+    if task["timing"]:
+        return time_case(Timing(**task["fields"]))
+    spec.empty = _poison
+    result = check_case(Case(**task["fields"]), torch.device("cuda"))
+    torch.cuda.synchronize()
+    return result
+
+
+def _poison(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Allocate kernel outputs as NaN, so that what a kernel leaves unwritten shows."""
+    return torch.full(shape, torch.nan, dtype=dtype, device=device)
+
+
+def _check_line(row: dict[str, Any]) -> str:
+    verdict = "ok  " if row["ok"] else "FAIL"
+    if "error" in row:
+        return f"{verdict} {row['case']:<44} {row['error']}"
+    errors = "  ".join(f"{name} {row[name][0]:.1e}/{row[name][1]:.1e}" for name in _SUMMARY)
+    return (
+        f"{verdict} {row['case']:<44} {row['forward']:<6} {row['backward']:<6} {errors}  (relative error, kernel/torch)"
+    )
+
+
+def _timing_line(row: dict[str, Any]) -> str:
+    verdict = "ok  " if row["ok"] else "FAIL"
+    if "error" in row:
+        return f"{verdict} {row['case']:<44} {row['error']}"
+    return (
+        f"{verdict} {row['case']:<44} {row['forward']:<6} {row['backward']:<6} "
+        f"forward {row['forward_ms']:.3f} ms {row['forward_tflops']:.0f} TFLOP/s  "
+        f"backward {row['backward_ms']:.3f} ms {row['backward_tflops']:.0f} TFLOP/s  "
+        f"dense flash {row['dense_forward_ms']:.3f} / {row['dense_backward_ms']:.3f} ms  "
+        f"density {row['density']:.3f}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,211 @@
+"""One comparison or timing of `s2train.kernels.check`, on the current CUDA device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..attention import block_sparse_attention
+from ..hopper.support import backward_choice, is_hopper, kernel_choice
+from ..layout import BlockLayout
+from ..reference import reference_attention
+from ..spec import AttentionSpec, Format, from_bhsd, to_bhsd
+from .cases import Case, Timing
+
+_NAMES = ("out", "lse", "dq", "dk", "dv")
+_FLOOR = 3e-7  # relative error that no float32 result is blamed for
+
+
+def _results(out: Tensor, lse: Tensor, inputs: list[Tensor], dout: Tensor | None, dlse: Tensor | None) -> list[Tensor]:
+    """out, lse (0 in place of -inf), dq, dk, dv."""
+    finite = lse.masked_fill(lse == -torch.inf, 0)
+    given = [(x, dx.to(x.dtype)) for x, dx in ((out, dout), (finite, dlse)) if dx is not None]
+    gradients = torch.autograd.grad(
+        [x for x, _ in given], inputs, [dx for _, dx in given], retain_graph=True, materialize_grads=True
+    )
+    return [x.detach() for x in (out, finite, *gradients)]
+
+
+def compare(measured: list[Tensor], plain: list[Tensor], exact: list[Tensor]) -> dict[str, Any]:
+    """Relative errors (kernel, plain torch) by name; ok if no kernel's is above twice torch's."""
+    result: dict[str, Any] = {"ok": True}
+    for name, x, same_dtype, x64 in zip(_NAMES[: len(exact)], measured, plain, exact, strict=True):
+        norm = x64.norm().clamp(min=1e-30)
+        error = ((x.double() - x64).norm() / norm).item()
+        allowed = ((same_dtype.double() - x64).norm() / norm).item()
+        result[name] = (error, allowed)
+        result["ok"] &= error <= 2 * allowed + _FLOOR  # false for NaN too
+    return result
+
+
+def problem(case: Case, device: torch.device) -> tuple[list[Tensor], BlockLayout, dict[str, Any]]:
+    """Random q, k, v in the case's format, layout, and the options of `block_sparse_attention`."""
+    dtype = getattr(torch, case.dtype)
+    length = sum(case.documents) or case.s_q
+    s_k = length if case.documents else case.s_k or case.query_offset + case.s_q
+    n_q, n_k = -(-(case.query_offset + length) // case.block), -(-s_k // case.block)
+    mask = torch.rand(case.heads, n_q, n_k, device=device) < case.keep
+    layout = BlockLayout.from_mask(mask, case.block)
+
+    def random(heads: int, s: int, dim: int) -> Tensor:
+        x = torch.randn(case.batch, heads, s, dim, device=device).to(dtype)
+        return from_bhsd(x, case.format).contiguous()  # type: ignore[arg-type]
+
+    if case.fused:
+        q, k, v = random(case.heads, length, 3 * case.dim).split(case.dim, -1)
+        inputs = [q, k, v]
+    else:
+        inputs = [random(case.heads, length, case.dim), random(case.kv_heads, s_k, case.dim)]
+        inputs.append(random(case.kv_heads, s_k, case.v_dim or case.dim))
+    options: dict[str, Any] = {
+        "causal": case.causal, "query_offset": case.query_offset, "format": case.format,
+    }  # fmt: skip
+    if case.documents:
+        bounds = torch.tensor((0, *case.documents), device=device).cumsum(0)
+        options["cu_seqlens"] = bounds.to(torch.int32)
+    return inputs, layout, options
+
+
+def check_case(case: Case, device: torch.device) -> dict[str, Any]:
+    """Errors of the kernels against float64, beside those of plain torch in the case's dtype."""
+    inputs, layout, options = problem(case, device)
+    leaves = [x.requires_grad_() for x in inputs]
+    q, k, v = leaves
+
+    def attend() -> tuple[Tensor, Tensor]:
+        return block_sparse_attention(q, k, v, layout, return_lse=True, backend="triton", **options)
+
+    with _deterministic(case.deterministic):
+        out, lse = attend()
+        dout = None if case.gradients == "lse" else torch.randn_like(out) * case.dout_scale
+        dlse = None if case.gradients == "out" else torch.randn_like(lse)
+        measured = _results(out, lse, leaves, dout, dlse)
+        kernels = kernels_run(q, k, v, layout, **options)
+        # once more, as a layout keeps compiled kernels for later calls
+        again = _results(*attend(), leaves, dout, dlse)
+
+    def reference(dtype: torch.dtype) -> list[Tensor]:
+        cast = [x.detach().to(dtype).requires_grad_() for x in inputs]
+        return _results(*reference_attention(cast[0], cast[1], cast[2], layout, **options), cast, dout, dlse)
+
+    plain, exact = reference(q.dtype), reference(torch.float64)
+    result = kernels | compare(measured, plain, exact)
+    # rows without keys: -inf in the same places
+    result["ok"] &= bool(((lse == -torch.inf) == (exact[1] == 0)).all())
+    result["ok"] &= compare(again, plain, exact)["ok"]
+    if case.hopper_forward and is_hopper(device):
+        result["ok"] &= result["forward"] == "hopper"
+    if case.deterministic:
+        result["ok"] &= all(x.equal(y) for x, y in zip(measured, again, strict=True))
+    return result
+
+
+@contextmanager
+def _deterministic(enabled: bool) -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(enabled)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def kernels_run(
+    q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, *, causal: bool = True, query_offset: int = 0,
+    cu_seqlens: Tensor | None = None, format: Format = "sbhd",
+) -> dict[str, str]:  # fmt: skip
+    """Which kernels run forward and backward."""
+    spec = AttentionSpec(1.0, causal, query_offset, cu_seqlens, format)
+    arguments = (to_bhsd(q, format), to_bhsd(k, format), to_bhsd(v, format), layout, spec)
+    return {"forward": kernel_choice(*arguments), "backward": backward_choice(*arguments)}
+
+
+def time_case(case: Timing) -> dict[str, Any]:
+    """Median milliseconds forward and backward, after a check of the first KV group's heads; and torch's dense."""
+    q, k, v, dout = (
+        torch.randn(case.length, 1, heads, case.dim, device="cuda", dtype=torch.bfloat16)
+        for heads in (case.heads, case.kv_heads, case.kv_heads, case.heads)
+    )
+    blocks = torch.arange(case.length // case.block, device="cuda")
+    distance = blocks[:, None] - blocks[None, :]
+    patterns = torch.stack(
+        [(distance < case.local) | ((blocks - offset) % case.stride == 0)[None, :] for offset in range(case.stride)]
+    )
+    patterns &= distance >= 0
+    pattern_of_head = [h % case.stride for h in range(case.heads)]
+    layout = BlockLayout.from_patterns(patterns, pattern_of_head, case.block)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = block_sparse_attention(q, k, v, layout, backend="triton")
+    grads = torch.autograd.grad(out, leaves, dout, retain_graph=True)
+    checked = _check_one_head(case, patterns, leaves, dout, out, grads)
+    if not checked["ok"]:
+        return checked | {"error": f"wrong results: {checked}"}
+
+    in_diagonal = case.block * (case.block + 1) // 2
+    below = patterns.sum((1, 2)) - len(blocks)
+    kept = [int(n) * case.block**2 + len(blocks) * in_diagonal for n in below.tolist()]
+    positions = sum(kept[p] for p in pattern_of_head)
+    flops = 4 * case.dim * positions
+    forward_ms = _median_ms(lambda: block_sparse_attention(q, k, v, layout, backend="triton"), no_grad=True)
+    backward_ms = _median_ms(lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True))
+    dense_q, dense_k, dense_v = dense_leaves = [
+        x.detach().permute(1, 2, 0, 3).contiguous().requires_grad_() for x in (q, k, v)
+    ]
+
+    def dense() -> Tensor:
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return F.scaled_dot_product_attention(dense_q, dense_k, dense_v, is_causal=True, enable_gqa=True)
+
+    dense_out, dense_dout = dense(), dout.permute(1, 2, 0, 3).contiguous()
+    return checked | {
+        **kernels_run(q, k, v, layout),
+        "forward_ms": forward_ms,
+        "backward_ms": backward_ms,
+        "forward_tflops": flops / forward_ms / 1e9,
+        "backward_tflops": 2.5 * flops / backward_ms / 1e9,
+        "dense_forward_ms": _median_ms(dense, no_grad=True),
+        "dense_backward_ms": _median_ms(
+            lambda: torch.autograd.grad(dense_out, dense_leaves, dense_dout, retain_graph=True)
+        ),
+        "density": positions / case.heads / (case.length * (case.length + 1) / 2),
+    }
+
+
+def _check_one_head(
+    case: Timing, patterns: Tensor, leaves: list[Tensor], dout: Tensor, out: Tensor, grads: tuple[Tensor, ...]
+) -> dict[str, Any]:
+    """Relative errors of the last KV head's part against float32, whose scores fit the memory head by head."""
+    group = case.heads // case.kv_heads
+    first = case.heads - group
+    k, v = (x[:, :, -1:].detach().float().requires_grad_() for x in leaves[1:])
+    measured = {"out": out[:, :, first:], "dq": grads[0][:, :, first:], "dk": grads[1][:, :, -1:]}
+    measured["dv"] = grads[2][:, :, -1:]
+    parts: dict[str, list[Tensor]] = {"out": [], "dq": []}
+    for h in range(first, case.heads):
+        q = leaves[0][:, :, h : h + 1].detach().float().requires_grad_()
+        keep = BlockLayout.from_mask(patterns[[h % case.stride]], case.block)
+        expected, _ = reference_attention(q, k, v, keep)
+        expected.backward(dout[:, :, h : h + 1].float())
+        parts["out"].append(expected.detach())
+        assert q.grad is not None
+        parts["dq"].append(q.grad)
+        del expected
+    exact = {name: torch.cat(heads, 2) for name, heads in parts.items()} | {"dk": k.grad, "dv": v.grad}
+    errors = {}
+    for name, x in measured.items():
+        reference = exact[name]
+        assert reference is not None
+        errors[name] = ((x.float() - reference).norm() / reference.norm()).item()
+    return {"ok": all(error < 1e-2 for error in errors.values()), "errors": errors}
+
+
+def _median_ms(run: Callable[[], Any], no_grad: bool = False) -> float:
+    with torch.set_grad_enabled(not no_grad):
+        return triton.testing.do_bench(run, warmup=50, rep=300, return_mode="median")

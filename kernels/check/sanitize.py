@@ -1,0 +1,157 @@
+"""compute-sanitizer over small calls: `python -m s2train.kernels.check.sanitize [--tool TOOL …] [--out FILE]`
+
+Each tool (memcheck, racecheck, initcheck, synccheck) runs every case of sanitize_cases in a process of its own, one
+tool after the other; before them all cases once without a tool, which compiles their kernels. The JSON has what each
+printed: errors found, warnings, kinds of reports, how many name a kernel of ours, the first in full, the last lines.
+Only our kernels are checked, except by initcheck, which must see everybody's writes. Exits with 1 if anything but
+"clean" came of a case.
+
+racecheck knows ordinary barriers. What it says of memory that asynchronous copies and mbarriers hand over between
+specialised warps is recorded as it says it, to be judged by a reader.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from .sanitize_cases import CASES, DONE
+from .sanitize_report import KERNELS, parse
+
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+_PLAIN = "none"  # the run without a tool
+
+Row = dict[str, Any]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line's entry."""
+    args = _parse(arguments)
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        print("compute-sanitizer is not on PATH: install the CUDA toolkit, or add its bin folder", file=sys.stderr)
+        return 2
+    until = time.monotonic() + args.seconds
+    data: Row = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "sanitizer": _said([sanitizer, "--version"]).splitlines()[-1:],
+        "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU",
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "runs": [],
+    }
+    option = kernel_option(_said([sanitizer, "--help"]))
+
+    for tool in (_PLAIN, *args.tool):
+        prefix = [] if tool == _PLAIN else command(sanitizer, tool, option)
+
+        def one(name: str, tool: str = tool, prefix: list[str] = prefix) -> Row:
+            program = [*prefix, sys.executable, "-m", f"{__package__}.sanitize_cases", name]
+            return run_one(tool, name, program, min(args.case_seconds, until - time.monotonic()))
+
+        with ThreadPoolExecutor(args.jobs) as pool:
+            for row in pool.map(one, args.cases):
+                data["runs"].append(row)
+                print(line(row), flush=True)
+                args.out.write_text(json.dumps(data, indent=1) + "\n")
+    bad = [row for row in data["runs"] if row["verdict"] != "clean"]
+    print(f"{len(data['runs'])} runs, {len(bad)} not clean: {args.out}")
+    return 1 if bad else 0
+
+
+def command(sanitizer: str, tool: str, option: str) -> list[str]:
+    """compute-sanitizer and its options for a tool; `option` filters by kernel name."""
+    words = [sanitizer, "--tool", tool, "--print-limit", "200", "--error-exitcode", "99"]
+    return words if tool == "initcheck" else [*words, option, f"kernel_substring={KERNELS}"]
+
+
+def kernel_option(usage: str) -> str:
+    """--kernel-name, as the manual has it, or what older versions call it."""
+    return next((option for option in ("--kernel-name", "--kernel-regex") if option in usage), "--filter")
+
+
+def run_one(tool: str, case: str, program: list[str], seconds: float) -> Row:
+    """Run a program for at most so long; what it and the tool said, and a verdict on it."""
+    row: Row = {"tool": tool, "case": case}
+    if seconds <= 0:
+        return row | {"verdict": "not run: out of time", "seconds": 0.0}
+    env = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # or a pool would hide what lies past a tensor
+    began = time.monotonic()
+    process = subprocess.Popen(
+        program, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    try:
+        output, late = process.communicate(timeout=seconds)[0], False
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # the tool's children too
+        output, late = process.communicate()[0], True
+    found = parse(output)
+    done = next((line for line in output.splitlines() if line.startswith(DONE)), "")
+    row |= {"kernels": done.removeprefix(DONE).strip(), "seconds": round(time.monotonic() - began, 1)}
+    row |= {"status": process.returncode} | asdict(found)
+    if late:
+        verdict = f"stopped after {seconds:.0f} s"
+    elif found.errors or found.warnings or found.kinds:  # also of launches that it could not follow
+        verdict = "found something"
+    elif not done:
+        verdict = "the program failed"
+    elif tool != _PLAIN and found.errors is None:
+        verdict = "no summary"
+    elif process.returncode:
+        verdict = f"exit status {process.returncode}"
+    else:
+        verdict = "clean"
+    return row | {"verdict": verdict}
+
+
+def line(row: Row) -> str:
+    """A row for a terminal."""
+    words = f"{row['tool']:<10} {row['case']:<34} {row['verdict']:<22} {row['seconds']:>6.1f} s"
+    if row.get("errors") is not None:
+        words += f"  {row['errors']} errors, {row['warnings']} warnings, {row['in_ours']} reports name our kernels"
+    words += f"  {row.get('kernels', '')}"
+    if row["verdict"] == "clean":
+        return words
+    kinds = [f"    {count} × {kind}" for kind, count in row.get("kinds", {}).items()]
+    return "\n".join([words, *(kinds or ["    " + text for text in row.get("last_lines", [])[-3:]])])
+
+
+def _said(program: list[str]) -> str:
+    return subprocess.run(program, capture_output=True, text=True, check=False).stdout
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m s2train.kernels.check.sanitize",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    today = datetime.date.today().isoformat()
+    parser.add_argument("--tool", nargs="+", choices=TOOLS, default=list(TOOLS))
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES), metavar="CASE")
+    parser.add_argument("--seconds", type=float, default=540, help="begin nothing after so long")
+    parser.add_argument("--case-seconds", type=float, default=100, help="for one case under one tool")
+    parser.add_argument("--jobs", type=int, default=5, help="processes that share the GPU")
+    parser.add_argument("--out", type=Path, default=Path(f"{today}-sanitizer.json"), help="JSON")
+    args = parser.parse_args(arguments)
+    if args.out.exists():
+        parser.error(f"{args.out} exists: results are not overwritten, name another --out")
+    return args
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""One new token a sequence, over pages of keys and values."""

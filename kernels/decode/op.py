@@ -1,0 +1,152 @@
+"""Decoding with block-sparse attention over paged keys and values: the public operations."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..attention import Backend, resolve_backend
+from ..layout import BlockLayout
+from .pages import write_token
+from .reference import reference_decode
+
+_TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def block_sparse_decode(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    table: Tensor,
+    positions: Tensor,
+    layout: BlockLayout | None,
+    *,
+    softmax_scale: float | None = None,
+    num_splits: int | None = None,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Attention of one new token a sequence over the pages that `layout` keeps for its query block.
+
+    Args:
+        q: [b, H, d]; bfloat16, float16 or float32 (the torch backend takes float64 too).
+        keys, values: [pages + 1, B, d] and [pages + 1, B, d_v], contiguous: a page holds key block j of one KV head
+            of one sequence. The last is never read.
+        table: int32 [b, H_kv, n_blocks], the last dimension contiguous: the page of a key block, -1 where it is not
+            kept. H is a multiple of H_kv: query head h reads KV head h // (H // H_kv).
+        positions: int32 [b]: the query's position, with its own key and value in the pages already (`append_token`);
+            below n_blocks * B and within the layout. -1: the sequence has no query; output 0, log-sum-exp -inf.
+        layout: of H heads in blocks of B, on q's device; None keeps every block up to the query's. Positions after the
+            query's are hidden, and blocks without a page too, whatever it keeps.
+        softmax_scale: above 0; default 1 / sqrt(d).
+        num_splits: shares into which the keys are cut, 1 to 128; by default enough to fill the device.
+        backend: as in `block_sparse_attention`.
+
+    Returns:
+        Output [b, H, d_v] in q's dtype and natural log-sum-exp float32 [b, H] (float64 for float64). No gradients.
+        Sums are in float32, in the same order in every run with the same shapes.
+
+    On CUDA nothing is read on the host (the first call with a layout makes its walk, which waits): a call can be
+    captured in a CUDA graph and replayed with other contents of its tensors.
+
+    Raises:
+        ValueError: arguments that don't fit together, naming argument and remedy. Positions are checked on a CPU only.
+    """
+    scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
+    _check_pages(keys, values, table, positions)
+    _check(q, keys, table, positions, layout, scale)
+    if num_splits is not None and not 1 <= num_splits <= 128:
+        raise ValueError(f"num_splits must be 1 to 128, got {num_splits}")
+    with torch.no_grad():
+        if resolve_backend(backend, q.device) == "torch":
+            precise = torch.promote_types(q.dtype, torch.float32)
+            cast_q, cast_keys, cast_values = (x.to(precise) for x in (q, keys, values))
+            out, lse = reference_decode(cast_q, cast_keys, cast_values, table, positions, layout, scale)
+            return out.to(q.dtype), lse
+        # imported here so that a process needs only the backend that it uses
+        from .kernels import triton_decode
+
+        if q.dtype not in _TRITON_DTYPES:
+            raise ValueError(f"q is {q.dtype}: the triton backend takes {_TRITON_DTYPES}; cast q, keys and values")
+        return triton_decode(q, keys, values, table, positions, layout, scale, num_splits)
+
+
+def append_token(
+    k: Tensor, v: Tensor, keys: Tensor, values: Tensor, table: Tensor, positions: Tensor, *, backend: Backend = "auto"
+) -> None:
+    """Write the new token of every sequence into the page of its block; lost where the block has no page.
+
+    Args:
+        k, v: [b, H_kv, d] and [b, H_kv, d_v], in the pages' dtype.
+        keys, values, table, positions: as in `block_sparse_decode`; a sequence at position -1 writes nothing.
+
+    Raises:
+        ValueError: arguments that don't fit together, naming argument and remedy.
+    """
+    _check_pages(keys, values, table, positions)
+    for name, x, pages in (("k", k, keys), ("v", v, values)):
+        if x.shape != (*table.shape[:2], pages.shape[2]) or x.dtype != pages.dtype:
+            raise ValueError(
+                f"{name} must be {pages.dtype} {[*table.shape[:2], pages.shape[2]]}, got {x.dtype} {list(x.shape)}"
+            )
+    with torch.no_grad():
+        if resolve_backend(backend, k.device) == "torch":
+            write_token(keys, table, k, positions)
+            write_token(values, table, v, positions)
+        else:
+            from .kernels import triton_append
+
+            triton_append(k, v, keys, values, table, positions)
+
+
+def _check_pages(keys: Tensor, values: Tensor, table: Tensor, positions: Tensor) -> None:
+    if keys.dim() != 3 or values.dim() != 3 or keys.shape[:2] != values.shape[:2] or keys.dtype != values.dtype:
+        raise ValueError(
+            "keys and values must be [pages + 1, block, d] and [pages + 1, block, d_v] of one dtype, got "
+            f"{keys.dtype} {list(keys.shape)} and {values.dtype} {list(values.shape)}"
+        )
+    if not (keys.is_contiguous() and values.is_contiguous()):
+        raise ValueError("keys and values must be contiguous: allocate the pages as one tensor each")
+    if table.dim() != 3 or table.dtype != torch.int32 or table.stride(2) != 1:
+        raise ValueError(
+            "table must be int32 [b, KV heads, blocks] with a contiguous last dimension, got "
+            f"{table.dtype} {list(table.shape)}"
+        )
+    if positions.shape != table.shape[:1] or positions.dtype != torch.int32:
+        raise ValueError(
+            f"positions must be int32 [{table.shape[0]}], as many as the table has sequences, got "
+            f"{positions.dtype} {list(positions.shape)}"
+        )
+    for name, x in (("values", values), ("table", table), ("positions", positions)):
+        if x.device != keys.device:
+            raise ValueError(f"keys are on {keys.device} but {name} on {x.device}: move them to one device")
+
+
+def _check(q: Tensor, keys: Tensor, table: Tensor, positions: Tensor, layout: BlockLayout | None, scale: float) -> None:
+    batch, num_kv_heads, num_blocks = table.shape
+    if q.dim() != 3 or q.shape[0] != batch or q.shape[2] != keys.shape[2] or q.dtype != keys.dtype:
+        raise ValueError(
+            f"q must be {keys.dtype} [{batch}, heads, {keys.shape[2]}] as table and keys have it, got "
+            f"{q.dtype} {list(q.shape)}"
+        )
+    if q.device != keys.device:
+        raise ValueError(f"q is on {q.device} but keys on {keys.device}: move them to one device")
+    if num_kv_heads == 0 or q.shape[1] % num_kv_heads:
+        raise ValueError(f"q has {q.shape[1]} heads, no multiple of the table's {num_kv_heads} KV heads")
+    if not (scale > 0 and math.isfinite(scale)):
+        raise ValueError(f"softmax_scale must be finite and above 0, got {scale}")
+    room = num_blocks * keys.shape[1]
+    if layout is not None:
+        if layout.num_heads != q.shape[1] or layout.block_size != keys.shape[1] or layout.device != q.device:
+            raise ValueError(
+                f"the layout has {layout.num_heads} heads in blocks of {layout.block_size} on {layout.device}, but q "
+                f"{q.shape[1]} heads on {q.device} and the pages hold {keys.shape[1]}: build it for these"
+            )
+        room = min(room, layout.num_query_blocks * layout.block_size)
+    if (
+        positions.device.type == "cpu"
+        and positions.numel()
+        and not -1 <= int(positions.min()) <= int(positions.max()) < room
+    ):
+        raise ValueError(f"positions must be -1 or below the {room} of table and layout, got {positions.tolist()}")

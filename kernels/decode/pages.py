@@ -1,0 +1,79 @@
+"""Paged keys and values: which pages a layout needs at a length, and how tokens enter and leave them.
+
+A page holds one key block of one KV head. `keys` [pages + 1, B, d] and `values` [pages + 1, B, d_v] end with a page
+that nobody reads: number -1 stands for a block that is not kept, and what is written there is lost.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..layout import BlockLayout
+
+
+def last_uses(layout: BlockLayout, num_kv_heads: int) -> Tensor:
+    """The last query block that needs a key block: int32 [H_kv, n_k] on the CPU, -1 where none does.
+
+    A query head of the KV head's group needs it if it keeps it and is not before it. A block that is dropped and
+    taken up again is needed in between too: it can't be computed anew. Made once, kept in ``layout.cache``.
+    """
+    key = ("last_uses", num_kv_heads)
+    if key not in layout.cache:
+        layout.cache[key] = _last_uses(layout, num_kv_heads)
+    return layout.cache[key]
+
+
+def _last_uses(layout: BlockLayout, num_kv_heads: int) -> Tensor:
+    offsets, rows = layout.column_offsets.cpu().long(), layout.column_rows.cpu()
+    counts = offsets.diff()
+    if rows.numel() == 0:
+        return torch.full((num_kv_heads, layout.num_key_blocks), -1, dtype=torch.int32)
+    last = torch.where(counts > 0, rows[(offsets[1:] - 1).clamp(min=0)], -1).view(-1, layout.num_key_blocks)
+    last = torch.where(last >= torch.arange(layout.num_key_blocks), last, -1)
+    return last[layout.pattern_of_head.cpu().long()].view(num_kv_heads, -1, layout.num_key_blocks).amax(1).int()
+
+
+def pages_held(last_use: Tensor, length: int, block_size: int) -> int:
+    """Pages of a sequence after `length` tokens: its key blocks that a query at position >= `length` needs."""
+    num_blocks = -(-length // block_size)
+    return int((last_use[..., :num_blocks] >= length // block_size).sum())
+
+
+def most_pages_held(last_use: Tensor) -> int:
+    """The most pages of a sequence at any length, while the newest block is being written included.
+
+    Heads are taken each at its own peak, since layers store a chunk one after another.
+    """
+    num_blocks = last_use.shape[-1]
+    lines = last_use.reshape(-1, num_blocks).long()
+    # Block j is held while query blocks j to last[j] are: +1 at j, -1 after last[j].
+    change = (lines >= 0).long()
+    change = torch.nn.functional.pad(change, (0, 1))
+    change.scatter_add_(1, torch.where(lines >= 0, lines + 1, num_blocks), -(lines >= 0).long())
+    return int(change.cumsum(1).amax(1).clamp(min=0).sum())
+
+
+def write_tokens(pages: Tensor, table: Tensor, tokens: Tensor, position: int) -> None:
+    """Write tokens [b, H_kv, n, d] at positions `position` … of all sequences into the pages that `table` names.
+
+    `table` is int [b, H_kv, n_blocks]; tokens of blocks that are not kept are dropped.
+    """
+    block_size, positions = pages.shape[1], torch.arange(position, position + tokens.shape[2], device=tokens.device)
+    pages[table[..., positions // block_size].long(), positions % block_size] = tokens
+
+
+def write_token(pages: Tensor, table: Tensor, token: Tensor, positions: Tensor) -> None:
+    """Write one token [b, H_kv, d] a sequence, at its own position (int [b]; -1: none); all on the device."""
+    block_size = pages.shape[1]
+    at = positions.long().clamp(min=0)[:, None]
+    page = table.gather(2, (at // block_size)[..., None].expand(*table.shape[:2], 1)).squeeze(2).long()
+    pages[page.masked_fill(positions[:, None] < 0, -1), at % block_size] = token
+
+
+def read_tokens(pages: Tensor, table: Tensor, length: int) -> Tensor:
+    """The first `length` tokens of every sequence, [b, H_kv, length, d]; zero where a block is not kept."""
+    num_blocks = -(-length // pages.shape[1])
+    numbers = table[..., :num_blocks].long()
+    found = pages[numbers].masked_fill_((numbers < 0)[..., None, None], 0)
+    return found.flatten(2, 3)[:, :, :length]

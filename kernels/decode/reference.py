@@ -1,0 +1,65 @@
+"""Decoding in plain torch: the oracle, and what runs on a CPU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..layout import BlockLayout
+from .pages import read_tokens
+
+_CACHED_ROWS = 8
+
+
+def reference_decode(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    table: Tensor,
+    positions: Tensor,
+    layout: BlockLayout | None,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Output [b, H, d_v] and log-sum-exp [b, H]; arguments and meaning as in `block_sparse_decode`.
+
+    All arithmetic is in q's dtype: float64 makes it an oracle. Positions are read on the host.
+    """
+    at = positions.tolist()
+    batch, num_heads, _ = q.shape
+    num_kv_heads, block_size = table.shape[1], keys.shape[1]
+    length = max(max(at) + 1, 1)
+    k, v = (read_tokens(pages, table, length) for pages in (keys, values))
+    key = torch.arange(length, device=q.device)
+    seen = key <= positions[:, None]
+    seen &= torch.tensor([p >= 0 for p in at], device=q.device)[:, None]
+    keep = seen[:, None].expand(batch, num_heads, length)
+    if layout is not None:
+        rows = torch.stack([kept_blocks(layout, max(p, 0) // block_size) for p in at])
+        keep = keep & rows[:, :, key // block_size]
+    stored = (table[..., key // block_size] >= 0).repeat_interleave(num_heads // num_kv_heads, 1)
+    keep = keep & stored
+    grouped = q.view(batch, num_kv_heads, -1, q.shape[-1])
+    scores = (grouped @ k.mT * softmax_scale).view(batch, num_heads, length).masked_fill(~keep, -torch.inf)
+    nothing = ~keep.any(-1, keepdim=True)
+    peak = scores.amax(-1, keepdim=True).masked_fill(nothing, 0)
+    weights = (scores - peak).exp()
+    total = weights.sum(-1, keepdim=True).masked_fill(nothing, 1)
+    out = (weights / total).view(batch, num_kv_heads, -1, length) @ v
+    lse = (peak + total.log()).masked_fill(nothing, -torch.inf)
+    return out.view(batch, num_heads, -1), lse.squeeze(-1)
+
+
+def kept_blocks(layout: BlockLayout, query_block: int) -> Tensor:
+    """Bool [H, n_k]: the key blocks that each head keeps for a query block; the last few are remembered."""
+    rows = layout.cache.setdefault("decode_rows", {})
+    if query_block not in rows:
+        num_patterns = (layout.row_offsets.numel() - 1) // layout.num_query_blocks
+        kept = torch.zeros(num_patterns, layout.num_key_blocks, dtype=torch.bool, device=layout.device)
+        for pattern in range(num_patterns):
+            line = pattern * layout.num_query_blocks + query_block
+            low, high = layout.row_offsets[line : line + 2].tolist()
+            kept[pattern, layout.row_columns[low:high].long()] = True
+        if len(rows) >= _CACHED_ROWS:
+            del rows[next(iter(rows))]
+        rows[query_block] = kept[layout.pattern_of_head.long()]
+    return rows[query_block]

@@ -1,0 +1,555 @@
+"""Backward for Hopper in one pass, in Gluon: two consumer warpgroups, a producer warp, and a warp each for reducing dq.
+
+A program owns two 64-key tiles of one KV head, one for each consumer warpgroup, and walks the 64-query tiles that
+keep either (`KeyPairs`): the halves of one block where blocks have 128 keys, two blocks kept by alike queries where
+they have 64. Scores are [keys, queries], so that P^T and dS^T feed dv and dk from registers:
+    S^T = K Q^T,  dP^T = V dO^T,  P^T = exp2(S^T - lse),  dS^T = P^T (dP^T - delta),
+    dv += P^T dO,  dk += dS^T Q;   dS^T goes to shared memory, and each warpgroup makes half of the head dimensions of
+    dq = dS K over the keys of both, which a warp of its own adds to float32 memory (TMA reduce-add).
+dq is summed in the order of the warpgroup's registers, which `s2_attention_bwd_kernel_hopper_finish` undoes. The order
+in which programs add to it differs from run to run, and with it dq's last bits.
+"""
+
+# Triton reads the annotations of its functions, and has none for their tensors.
+# mypy: allow-untyped-defs
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton._C.libtriton import ir as _ir
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from ..forward import LOG2_E
+from ..layout import BlockLayout
+from ..spec import AttentionSpec, empty, empty_bhsd
+from ..tiles import strides, tile_of_document
+from .key_pairs import KeyPairs, key_pairs
+from .launch import descriptor, launch
+from .packed_pairs import packed_pairs
+from .support import fits_descriptor
+
+TILE = gl.constexpr(64)  # keys of a warpgroup, queries of a step
+# a step in 32 bits: whether it needs a mask for each warpgroup's keys (2 bits), query tile, head within the group
+ACTIVE_BITS = gl.constexpr(2)
+QUERY_BITS = gl.constexpr(20)
+META = gl.constexpr(8)  # ints a pair: KV head, first key tile, second key tile, first step, masked steps, steps
+PACKED_META = gl.constexpr(10)  # and: steps to skip after the masked ones, document's first tile, first row, length
+
+
+@builtin
+def _reduce_add(tensor_desc, coord, src, _semantic=None):
+    """TMA reduce-add to device memory, which Gluon's tma module of triton 3.6 does not expose."""
+    coord = _semantic._convert_to_ir_values(coord, require_i64=False)
+    _semantic.builder.create_async_tma_reduce(_ir.DESCRIPTOR_REDUCE_KIND.ADD, tensor_desc.handle, coord, src.handle)
+
+
+@gluon.jit
+def _keep(x):
+    """No instruction, but holds the registers of x, which a wgmma in flight reads, until here."""
+    return gl.inline_asm_elementwise("", "=r,0", [x], dtype=x.dtype, is_pure=False, pack=2)
+
+
+@gluon.jit
+def _zero(t):
+    """0, unknown to the compiler."""
+    return gl.inline_asm_elementwise("and.b32 $0, $1, 0;", "=r,r", [t], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _work(meta_ptr, batch_size, PACKED: gl.constexpr):
+    w = gl.program_id(0) // batch_size
+    b = gl.program_id(0) % batch_size
+    at = meta_ptr + w * (PACKED_META if PACKED else META)
+    return b, gl.load(at), gl.load(at + 1), gl.load(at + 2), gl.load(at + 3), gl.load(at + 4), gl.load(at + 5)
+
+
+@gluon.jit
+def _document(meta_ptr, first_tile, offset, s_k, PACKED: gl.constexpr):
+    """Number of the first query tile, position of row 0, first row of the keys, number of keys.
+
+    A document's query tiles are numbered on from those of the documents before.
+    """
+    if PACKED:
+        at = meta_ptr + gl.program_id(0) * PACKED_META  # batch 1
+        start = gl.load(at + 8)
+        return 0 - gl.load(at + 7), 0 - start, start, gl.load(at + 9)
+    return first_tile, offset, 0, s_k
+
+
+@gluon.jit
+def _load_step(steps_ptr, meta_ptr, first, t, PACKED: gl.constexpr):
+    """Step t; a document leaves out the first of the unmasked ones, whose queries lie beyond its end."""
+    at = steps_ptr + first + t
+    if PACKED:
+        work = meta_ptr + gl.program_id(0) * PACKED_META
+        at += gl.where(t >= gl.load(work + 4), gl.load(work + 6), 0)
+    return gl.load(at)
+
+
+@gluon.jit
+def _unpack(entry, b, kv, group):
+    """Head and query tile of a step."""
+    return kv * group + (entry >> (ACTIVE_BITS + QUERY_BITS)), (entry >> ACTIVE_BITS) & ((1 << QUERY_BITS) - 1)
+
+
+@gluon.jit
+def _producer(
+    x_desc, stat_desc, k_desc, v_desc, x_s, stat_s, k_s, v_s, k_full, x_full, free,
+    meta_ptr, steps_ptr, batch_size, num_heads, group, first_tile, num_tiles, offset,
+    STAGES: gl.constexpr, EXTRA: gl.constexpr, PACKED: gl.constexpr,
+):  # fmt: skip
+    """Loads q and the log-sum-exps (EXTRA = 1), or dout and the deltas.
+
+    With EXTRA = 1 also k and v.
+    """
+    T4: gl.constexpr = x_desc.block_shape
+    dt: gl.constexpr = x_desc.dtype
+    b, kv, ka, kb, first, _, num_steps = _work(meta_ptr, batch_size, PACKED)
+    first_tile, offset, start, _ = _document(meta_ptr, first_tile, offset, 0, PACKED)
+    if EXTRA:
+        mbarrier.expect(k_full, 4 * k_desc.block_type.nbytes)
+        for c in gl.static_range(2):
+            key = (ka if c == 0 else kb) * TILE + start
+            tma.async_copy_global_to_shared(
+                k_desc, [b, kv, key, 0], k_full, k_s.index(c)._reinterpret(dt, T4, k_desc.layout)
+            )
+            tma.async_copy_global_to_shared(
+                v_desc, [b, kv, key, 0], k_full, v_s.index(c)._reinterpret(dt, T4, v_desc.layout)
+            )
+    entry = gl.load(steps_ptr + first)
+    for t in range(0, num_steps):
+        following = _load_step(steps_ptr, meta_ptr, first, gl.minimum(t + 1, num_steps - 1), PACKED)
+        head, tile = _unpack(entry, b, kv, group)
+        st = t % STAGES
+        mbarrier.wait(free.index(st), ((t // STAGES) & 1) ^ 1)
+        mbarrier.expect(x_full.index(st), x_desc.block_type.nbytes + stat_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(
+            x_desc, [b, head, tile * TILE - offset, 0], x_full.index(st),
+            x_s.index(st)._reinterpret(dt, T4, x_desc.layout),
+        )  # fmt: skip
+        at = ((b * num_heads + head) * num_tiles + tile - first_tile) * TILE
+        tma.async_copy_global_to_shared(stat_desc, [at], x_full.index(st), stat_s.index(st))
+        entry = following
+
+
+@gluon.jit
+def _reducer(
+    acc_desc, dq_s, dq_full, dq_free, free, meta_ptr, steps_ptr, batch_size, num_heads, group, first_tile, num_tiles,
+    C: gl.constexpr, STAGES: gl.constexpr, PACKED: gl.constexpr,
+):  # fmt: skip
+    """Adds each half of dq that its warpgroup leaves in shared memory, but the void first one. Frees the tiles."""
+    ROWS: gl.constexpr = acc_desc.block_shape[0]
+    b, kv, _, _, first, _, num_steps = _work(meta_ptr, batch_size, PACKED)
+    first_tile, _, _, _ = _document(meta_ptr, first_tile, 0, 0, PACKED)
+    entry = gl.load(steps_ptr + first)
+    for n in range(0, num_steps + 1):
+        following = _load_step(steps_ptr, meta_ptr, first, gl.minimum(n, num_steps - 1), PACKED)
+        head, tile = _unpack(entry, b, kv, group)
+        row = (((b * num_heads + head) * num_tiles + tile - first_tile) * 2 + C) * ROWS
+        mbarrier.wait(dq_full.index(C), n & 1)
+        # dq(n-1) is there, so its warpgroup has gone through step n-1 and needs its tiles no more
+        mbarrier.arrive(free.index((n - 1) % STAGES), count=1, pred=n >= 1)
+        if n >= 1:
+            _reduce_add(acc_desc, [row, 0], dq_s.index(C))
+            tma.store_wait(pendings=0)
+        mbarrier.arrive(dq_free.index(C), count=1)
+        entry = following
+
+
+@gluon.jit
+def _store_dq(dq, dq_s, dq_free, dq_full, n, C: gl.constexpr, D: gl.constexpr):
+    """The n-th half of dq for the reducer, in the order of the registers: four neighbours a thread."""
+    x = dq.reshape([4, 2, 8, D // 16, 4, 2]).permute(3, 0, 2, 4, 1, 5).reshape([D, 32])
+    mbarrier.wait(dq_free.index(C), (n & 1) ^ 1)
+    dq_s.index(C).store(x)
+    fence_async_shared()
+    mbarrier.arrive(dq_full.index(C), count=1)
+
+
+@gluon.jit
+def _issue_dq(ds_s, k_s, buf, z, zq, C: gl.constexpr, D: gl.constexpr, HL: gl.constexpr):
+    """Half C of the head dimensions of dS K, this warpgroup's keys first."""
+    dt: gl.constexpr = k_s.dtype
+    own = k_s.index(C + z)._reinterpret(dt, [2, TILE, D // 2], HL).index(C)
+    other = k_s.index(1 - C + z)._reinterpret(dt, [2, TILE, D // 2], HL).index(C)
+    dq = warpgroup_mma(ds_s.index(buf * 2 + C).permute((1, 0)), own, zq, use_acc=False, is_async=True)
+    return warpgroup_mma(ds_s.index(buf * 2 + 1 - C).permute((1, 0)), other, dq, is_async=True)
+
+
+@gluon.jit
+def _step(
+    q_s, dout_s, lse_s, delta_s, k_s, v_s, ds_s, dq_s, q_full, dout_full, ds_full, dq_free, dq_full,
+    t, active, dk, dv, scale_log2, zs, zq, key, column,
+    C: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, MASK: gl.constexpr, PL: gl.constexpr, HL: gl.constexpr,
+):  # fmt: skip
+    """One query tile. dq of the tile before is in flight while P is computed, dP while dq leaves."""
+    SL: gl.constexpr = zs.type.layout
+    CS: gl.constexpr = gl.SliceLayout(0, SL)
+    dt: gl.constexpr = q_s.dtype
+    st = t % STAGES
+    phase = (t // STAGES) & 1
+    z = _zero(t)  # else all descriptors of k and v are kept in registers, and spilled
+    k = k_s.index(C + z)
+    v = v_s.index(C + z)
+    q = q_s.index(st)
+    dout = dout_s.index(st)
+    mbarrier.wait(q_full.index(st), phase)
+    s = warpgroup_mma(k, q.permute((1, 0)), zs, use_acc=False, is_async=True)
+    # the first step waits for nothing and makes a dq that the reducer drops
+    mbarrier.wait(ds_full.index(((t + 1) & 1) * 2 + 1 - C), (((t + 1) >> 1) & 1) ^ 1)
+    dq = _issue_dq(ds_s, k_s, (t + 1) & 1, z, zq, C, D, HL)
+    scores = warpgroup_mma_wait(num_outstanding=2, deps=(s,))
+    lse = lse_s.index(st).load(CS)
+    p = gl.exp2(scores * scale_log2 - gl.expand_dims(lse, 0))
+    if MASK:
+        keep = active & (gl.expand_dims(key, 1) <= gl.expand_dims(column, 0))
+        p = gl.where(keep, p, 0.0)
+    p16 = gl.convert_layout(p.to(dt), PL)
+    mbarrier.wait(dout_full.index(st), phase)
+    dv = warpgroup_mma(p16, dout, dv, is_async=True)
+    x = warpgroup_mma_wait(num_outstanding=1, deps=(dq,))
+    _store_dq(x, dq_s, dq_free, dq_full, t, C, D)
+    dp = warpgroup_mma(v, dout.permute((1, 0)), zs, use_acc=False, is_async=True)
+    delta = delta_s.index(st).load(CS)
+    dv, dw = warpgroup_mma_wait(num_outstanding=0, deps=(dv, dp))
+    p16 = _keep(p16)
+    pf = gl.convert_layout(p16.to(gl.float32), SL)
+    ds = (pf * (dw - gl.expand_dims(delta, 0))).to(dt)
+    # the other has read this buffer: before its dS(t-1), for which this one has waited
+    buf = t & 1
+    ds_s.index(buf * 2 + C).store(ds)
+    fence_async_shared()
+    mbarrier.arrive(ds_full.index(buf * 2 + C), count=1)
+    ds16 = gl.convert_layout(ds, PL)
+    dk = warpgroup_mma(ds16, q, dk, is_async=True)
+    dk = warpgroup_mma_wait(num_outstanding=0, deps=(dk,))
+    ds16 = _keep(ds16)
+    return dk, dv
+
+
+@gluon.jit
+def _consumer(
+    dk_desc, dv_desc, k_s, v_s, q_s, dout_s, lse_s, delta_s, ds_s, dq_s,
+    k_full, q_full, dout_full, ds_full, dq_free, dq_full, done,
+    meta_ptr, steps_ptr, dk_ptr, dv_ptr, head_stride, row_stride, batch_size, scale, scale_log2, s_k,
+    C: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, HL: gl.constexpr,
+    PACKED: gl.constexpr,
+):  # fmt: skip
+    SL: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
+    OL: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
+    QL: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D // 2, 16])
+    PL: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OL, k_width=2)
+    dt: gl.constexpr = q_s.dtype
+    T4: gl.constexpr = dk_desc.block_shape
+    b, kv, ka, kb, first, num_masked, num_steps = _work(meta_ptr, batch_size, PACKED)
+    _, _, _, num_keys = _document(meta_ptr, 0, 0, s_k, PACKED)
+    key_tile = ka if C == 0 else kb
+    key = key_tile * TILE + gl.arange(0, TILE, layout=gl.SliceLayout(1, SL))
+    key = gl.where(key < num_keys, key, 2147483647)
+    query = gl.arange(0, TILE, layout=gl.SliceLayout(0, SL))
+    zs = gl.zeros([TILE, TILE], gl.float32, SL)
+    zq = gl.zeros([TILE, D // 2], gl.float32, QL)
+    dk = gl.zeros([TILE, D], gl.float32, OL)
+    dv = gl.zeros([TILE, D], gl.float32, OL)
+    mbarrier.wait(k_full, 0)
+    for t in range(0, num_masked):
+        entry = gl.load(steps_ptr + first + t)
+        tile = (entry >> ACTIVE_BITS) & ((1 << QUERY_BITS) - 1)
+        active = ((entry >> C) & 1) != 0
+        column = query + tile * TILE if CAUSAL else query * 0 + 2147483646
+        dk, dv = _step(
+            q_s, dout_s, lse_s, delta_s, k_s, v_s, ds_s, dq_s, q_full, dout_full, ds_full, dq_free, dq_full,
+            t, active, dk, dv, scale_log2, zs, zq, key, column,
+            C, D, STAGES, True, PL, HL,
+        )  # fmt: skip
+    for t in range(num_masked, num_steps):
+        dk, dv = _step(
+            q_s, dout_s, lse_s, delta_s, k_s, v_s, ds_s, dq_s, q_full, dout_full, ds_full, dq_free, dq_full,
+            t, True, dk, dv, scale_log2, zs, zq, key, query,
+            C, D, STAGES, False, PL, HL,
+        )  # fmt: skip
+    last = num_steps - 1
+    mbarrier.wait(ds_full.index((last & 1) * 2 + 1 - C), (last >> 1) & 1)
+    dq = _issue_dq(ds_s, k_s, last & 1, 0, zq, C, D, HL)
+    x = warpgroup_mma_wait(num_outstanding=0, deps=(dq,))
+    _store_dq(x, dq_s, dq_free, dq_full, num_steps, C, D)
+    mbarrier.arrive(done.index(C), count=1)
+    _, _, start, num_keys = _document(meta_ptr, 0, 0, s_k, PACKED)  # again: registers were short
+    row = key_tile * TILE + start
+    if PACKED and (key_tile + 1) * TILE > num_keys:  # TMA would write over the first rows of the document behind
+        head = kv.to(gl.int64) * head_stride
+        _store_part(dv, dv_ptr + head, row_stride, row, start + num_keys, D)
+        _store_part(dk * scale, dk_ptr + head, row_stride, row, start + num_keys, D)
+    else:
+        v_s.index(C).store(dv.to(dt))  # this warpgroup alone read its half of v
+        fence_async_shared()
+        gl.thread_barrier()
+        tma.async_copy_shared_to_global(dv_desc, [b, kv, row, 0], v_s.index(C)._reinterpret(dt, T4, dv_desc.layout))
+        mbarrier.wait(done.index(1 - C), 0)  # the other has read this half of k for its last dq
+        k_s.index(C).store((dk * scale).to(dt))
+        fence_async_shared()
+        gl.thread_barrier()
+        tma.async_copy_shared_to_global(dk_desc, [b, kv, row, 0], k_s.index(C)._reinterpret(dt, T4, dk_desc.layout))
+        tma.store_wait(pendings=0)
+
+
+@gluon.jit
+def _store_part(x, base, stride, row, end, D: gl.constexpr):
+    """Those rows [row, row + 64) of x that lie before `end`."""
+    L: gl.constexpr = x.type.layout
+    rows = row + gl.arange(0, TILE, layout=gl.SliceLayout(1, L))
+    dims = gl.arange(0, D, layout=gl.SliceLayout(0, L))
+    at = base + gl.expand_dims(rows.to(gl.int64) * stride, 1) + gl.expand_dims(dims, 0)
+    gl.store(at, x.to(base.dtype.element_ty), mask=gl.expand_dims(rows < end, 1) & gl.expand_dims(dims < D, 0))
+
+
+@gluon.jit(
+    do_not_specialize=[
+        "head_stride", "row_stride",
+        "batch_size", "num_heads", "group", "first_tile", "num_tiles", "offset", "s_k",
+    ]
+)  # fmt: skip
+def s2_attention_bwd_kernel_hopper(
+    q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_desc, acc_desc, dk_desc, dv_desc, meta_ptr, steps_ptr,
+    dk_ptr, dv_ptr, head_stride, row_stride,
+    scale, scale_log2, batch_size, num_heads, group, first_tile, num_tiles, offset, s_k,
+    D: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, PACKED: gl.constexpr,
+    CONSUMER_REGS: gl.constexpr, OTHER_REGS: gl.constexpr,
+):  # fmt: skip
+    """Room in shared memory, barriers and the six roles."""
+    BL: gl.constexpr = mbarrier.MBarrierLayout()
+    dt: gl.constexpr = q_desc.dtype
+    ML: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    # of k and its halves: panels as wide as half the head dimensions, so that a half is memory of its own
+    HL: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=D, element_bitwidth=16, rank=2)
+    k_s = gl.allocate_shared_memory(dt, [2, TILE, D], HL)
+    v_s = gl.allocate_shared_memory(dt, [2, TILE, D], ML)
+    q_s = gl.allocate_shared_memory(dt, [STAGES, TILE, D], ML)
+    dout_s = gl.allocate_shared_memory(dt, [STAGES, TILE, D], ML)
+    ds_s = gl.allocate_shared_memory(dt, [4, TILE, TILE], ML)
+    dq_s = gl.allocate_shared_memory(gl.float32, [2, D, 32], acc_desc.layout)
+    lse_s = gl.allocate_shared_memory(gl.float32, [STAGES, TILE], lse_desc.layout)
+    delta_s = gl.allocate_shared_memory(gl.float32, [STAGES, TILE], delta_desc.layout)
+    k_full = gl.allocate_shared_memory(gl.int64, [1], BL)
+    q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BL)
+    dout_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BL)
+    ds_full = gl.allocate_shared_memory(gl.int64, [4, 1], BL)
+    dq_free = gl.allocate_shared_memory(gl.int64, [2, 1], BL)
+    dq_full = gl.allocate_shared_memory(gl.int64, [2, 1], BL)
+    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BL)
+    done = gl.allocate_shared_memory(gl.int64, [2, 1], BL)
+    mbarrier.init(k_full, count=1)
+    for c in gl.static_range(STAGES):
+        mbarrier.init(q_full.index(c), count=1)
+        mbarrier.init(dout_full.index(c), count=1)
+        mbarrier.init(free.index(c), count=2)
+    for c in gl.static_range(4):
+        mbarrier.init(ds_full.index(c), count=1)
+    for c in gl.static_range(2):
+        mbarrier.init(dq_free.index(c), count=1)
+        mbarrier.init(done.index(c), count=1)
+        mbarrier.init(dq_full.index(c), count=1)
+    fence_async_shared()
+    gl.thread_barrier()
+    gl.warp_specialize(
+        [
+            (_consumer, (dk_desc, dv_desc, k_s, v_s, q_s, dout_s, lse_s, delta_s, ds_s, dq_s,
+                         k_full, q_full, dout_full, ds_full, dq_free, dq_full, done,
+                         meta_ptr, steps_ptr, dk_ptr, dv_ptr, head_stride, row_stride,
+                         batch_size, scale, scale_log2, s_k, 0, D, STAGES, CAUSAL, HL, PACKED)),
+            (_consumer, (dk_desc, dv_desc, k_s, v_s, q_s, dout_s, lse_s, delta_s, ds_s, dq_s,
+                         k_full, q_full, dout_full, ds_full, dq_free, dq_full, done,
+                         meta_ptr, steps_ptr, dk_ptr, dv_ptr, head_stride, row_stride,
+                         batch_size, scale, scale_log2, s_k, 1, D, STAGES, CAUSAL, HL, PACKED)),
+            (_producer, (q_desc, lse_desc, k_desc, v_desc, q_s, lse_s, k_s, v_s, k_full, q_full, free,
+                         meta_ptr, steps_ptr, batch_size, num_heads, group, first_tile, num_tiles, offset, STAGES, 1,
+                         PACKED)),
+            (_producer, (dout_desc, delta_desc, k_desc, v_desc, dout_s, delta_s, k_s, v_s, k_full, dout_full, free,
+                         meta_ptr, steps_ptr, batch_size, num_heads, group, first_tile, num_tiles, offset, STAGES, 0,
+                         PACKED)),
+            (_reducer, (acc_desc, dq_s, dq_full, dq_free, free, meta_ptr, steps_ptr, batch_size, num_heads, group,
+                        first_tile, num_tiles, 0, STAGES, PACKED)),
+            (_reducer, (acc_desc, dq_s, dq_full, dq_free, free, meta_ptr, steps_ptr, batch_size, num_heads, group,
+                        first_tile, num_tiles, 1, STAGES, PACKED)),
+        ],
+        [4, 1, 1, 1, 1], [CONSUMER_REGS, OTHER_REGS, OTHER_REGS, OTHER_REGS, OTHER_REGS],
+    )  # fmt: skip
+
+
+@triton.jit
+def _rows_of_tile(tiles, num_heads, s_q, first_tile, num_tiles, offset, PACKED: tl.constexpr):
+    """Batch * head, batch and head in 64 bits; a program's 64 rows, and which of them there are."""
+    program = tl.program_id(0)
+    tile = program % num_tiles
+    batch_head = (program // num_tiles).to(tl.int64)
+    if PACKED:
+        first, start, length = tile_of_document(tiles, tile, 64)
+        position = first + tl.arange(0, 64)
+        row, in_range = start + position, position < length
+    else:
+        row = (tile + first_tile) * 64 - offset + tl.arange(0, 64)
+        in_range = (row >= 0) & (row < s_q)
+    return batch_head, batch_head // num_heads, batch_head % num_heads, row.to(tl.int64), in_range
+
+
+@triton.jit(do_not_specialize=["num_heads", "s_q", "first_tile", "num_tiles", "offset"])
+def s2_attention_bwd_kernel_hopper_prepare(
+    out_ptr, dout_ptr, lse_ptr, dlse_ptr, lse2_ptr, delta_ptr, tiles,
+    out_batch, out_head, out_row, dout_batch, dout_head, dout_row, num_heads, s_q, first_tile, num_tiles, offset,
+    D: tl.constexpr, HAS_DLSE: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """For every query tile: log-sum-exp in base 2, +inf for rows that do not exist or have no key; delta."""
+    batch_head, b, h, row, in_range = _rows_of_tile(tiles, num_heads, s_q, first_tile, num_tiles, offset, PACKED)
+    dims = tl.arange(0, D)
+    out_at = out_ptr + b * out_batch + h * out_head + row[:, None] * out_row + dims[None, :]
+    dout_at = dout_ptr + b * dout_batch + h * dout_head + row[:, None] * dout_row + dims[None, :]
+    out = tl.load(out_at, mask=in_range[:, None], other=0.0).to(tl.float32)
+    dout = tl.load(dout_at, mask=in_range[:, None], other=0.0).to(tl.float32)
+    delta = tl.sum(out * dout, 1)
+    at = batch_head * s_q + row
+    if HAS_DLSE:
+        delta -= tl.load(dlse_ptr + at, mask=in_range, other=0.0)
+    lse = tl.load(lse_ptr + at, mask=in_range, other=float("-inf"))
+    empty = lse == float("-inf")
+    to = tl.program_id(0).to(tl.int64) * 64 + tl.arange(0, 64)
+    tl.store(lse2_ptr + to, tl.where(empty, float("inf"), lse * 1.4426950408889634))
+    tl.store(delta_ptr + to, tl.where(empty, 0.0, delta))
+
+
+@triton.jit(do_not_specialize=["num_heads", "s_q", "first_tile", "num_tiles", "offset"])
+def s2_attention_bwd_kernel_hopper_finish(
+    acc_ptr, dq_ptr, tiles, dq_batch, dq_head, dq_row, scale, num_heads, s_q, first_tile, num_tiles, offset,
+    D: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """dq from its sums, which lie in the order of a warpgroup's registers (`_store_dq`)."""
+    HALF: tl.constexpr = D // 2
+    _, b, h, row, in_range = _rows_of_tile(tiles, num_heads, s_q, first_tile, num_tiles, offset, PACKED)
+    dq_base = dq_ptr + b * dq_batch + h * dq_head + row[:, None] * dq_row
+    for c in tl.static_range(2):
+        at = (tl.program_id(0).to(tl.int64) * 2 + c) * (64 * HALF)
+        x = tl.load(acc_ptr + at + tl.arange(0, 64 * HALF)) * scale
+        x = x.to(dq_ptr.dtype.element_ty)
+        x = tl.permute(tl.reshape(x, [D // 16, 4, 8, 4, 2, 2]), (1, 4, 2, 0, 3, 5))
+        x = tl.reshape(x, [64, HALF])
+        tl.store(dq_base + (c * HALF + tl.arange(0, HALF))[None, :], x, mask=in_range[:, None])
+
+
+@dataclass(frozen=True)
+class HopperBackwardConfig:
+    """Tiles of queries, and of the output's gradients, in flight; registers of a thread."""
+
+    stages: int
+    consumer_registers: int = 240
+    other_registers: int = 24
+
+
+# By head dimension; three stages of 128 take 226 KiB of shared memory in all.
+CONFIGS = {128: HopperBackwardConfig(3), 64: HopperBackwardConfig(4)}
+ENTRY_REGISTERS = 168  # of a thread before the roles share them out: 65536 over 12 warps, in eights
+
+
+def hopper_backward(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None,
+    layout: BlockLayout, spec: AttentionSpec, config: HopperBackwardConfig | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """As `backward`, for what `backward_choice` calls "hopper".
+
+    Not deterministic: the sums of dq differ in their last bits from run to run. Beside the gradients it takes
+    4 * b * h * s_q * d bytes of device memory, in which dq is summed in float32: twice as much as q.
+
+    Packed documents: rows of one are multiplied by zero in the tiles of its neighbours, so that an infinite or NaN
+    row spoils these too.
+    """
+    batch, num_heads, s_q, dim = q.shape
+    num_kv_heads, s_k = k.shape[1:3]
+    config = config or CONFIGS[dim]
+    if not fits_descriptor(dout):  # such as an expanded one
+        dout = dout.clone(memory_format=torch.contiguous_format)
+    work = backward_work(layout, num_kv_heads, s_q, s_k, spec)
+    packed = work.tiles is not None
+    dq = empty_bhsd((batch, num_heads, s_q, dim), q, spec.format)
+    dk = empty_bhsd((batch, num_kv_heads, s_k, dim), q, spec.format)
+    dv = empty_bhsd((batch, num_kv_heads, s_k, dim), q, spec.format)
+    rows = batch * num_heads * work.num_tiles
+    shape = (num_heads, s_q, work.first_tile, work.num_tiles, spec.query_offset)
+    lse2, delta = empty((2, rows * TILE.value), torch.float32, q.device)
+    acc = torch.zeros(rows * 2 * dim, 32, dtype=torch.float32, device=q.device)
+    arguments = launch_arguments(q, k, v, dout, lse2, delta, acc, dk, dv, work, spec, config)
+    strides_in, strides_out = (*strides(out), *strides(dout)), strides(dq)
+    before = (
+        out, dout, lse, dlse, lse2, delta, work.tiles, *strides_in, *shape, dim, dlse is not None, packed
+    )  # fmt: skip
+    after = (acc, dq, work.tiles, *strides_out, float(spec.softmax_scale), *shape, dim, packed)
+    kind = (q.dtype, dim, packed)
+    aligned = tuple(x is None or x.data_ptr() % 16 == 0 for x in (out, dout, lse, dlse))
+    prepare_key = ("hopper_backward_prepare", *kind, dlse is None, aligned, _specialised(strides_in))
+    main_key = ("hopper_backward_kernel", *kind, spec.causal, config)
+    finish_key = ("hopper_backward_finish", *kind, _specialised(strides_out))
+    where: dict[str, Any] = {"cache": layout.cache, "device": q.device}
+    launch(
+        s2_attention_bwd_kernel_hopper_prepare, (rows, 1, 1), before, key=prepare_key, num_warps=8, **where
+    )  # fmt: skip
+    launch(
+        s2_attention_bwd_kernel_hopper, (len(work.meta) * batch, 1, 1), arguments,
+        key=main_key, num_warps=4, maxnreg=ENTRY_REGISTERS, **where,
+    )  # fmt: skip
+    launch(s2_attention_bwd_kernel_hopper_finish, (rows, 1, 1), after, key=finish_key, num_warps=4, **where)
+    return dq, dk, dv
+
+
+def _specialised(numbers: tuple[int, ...]) -> tuple[tuple[bool, ...], ...]:
+    """What Triton compiles for."""
+    return tuple((n == 1, n % 16 == 0, n < 2**31) for n in numbers)
+
+
+def backward_work(layout: BlockLayout, num_kv_heads: int, s_q: int, s_k: int, spec: AttentionSpec) -> KeyPairs:
+    """What the main kernel walks."""
+    if spec.cu_seqlens is not None:
+        return packed_pairs(layout, num_kv_heads, spec.cu_seqlens, s_k)
+    return key_pairs(layout, num_kv_heads, s_q, s_k, spec.query_offset, spec.causal)
+
+
+def launch_arguments(
+    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, lse2: Tensor, delta: Tensor, acc: Tensor, dk: Tensor, dv: Tensor,
+    work: KeyPairs, spec: AttentionSpec, config: HopperBackwardConfig,
+) -> tuple[Any, ...]:  # fmt: skip
+    """The main kernel's arguments."""
+    batch, num_heads, _, dim = q.shape
+    _, head_stride, row_stride = strides(dk)  # and of dv
+    return (
+        _tiles(q), _tiles(k, half=True), _tiles(v), _tiles(dout),
+        *(descriptor(x, [x.numel()], [1], [TILE.value], _FLAT) for x in (lse2, delta)),
+        descriptor(acc, [acc.shape[0], 32], [32, 1], [dim, 32], _FRAGMENTS), _tiles(dk, half=True), _tiles(dv),
+        work.meta, work.steps, dk, dv, head_stride, row_stride,
+        float(spec.softmax_scale), spec.softmax_scale * LOG2_E, batch, num_heads,
+        num_heads // k.shape[1], work.first_tile, work.num_tiles, spec.query_offset, k.shape[2],
+        dim, config.stages, spec.causal, work.tiles is not None,
+        config.consumer_registers, config.other_registers,
+    )  # fmt: skip
+
+
+_FLAT = gl.NVMMASharedLayout.get_default_for([TILE.value], gl.float32)
+_FRAGMENTS = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
+# by bytes of a row of a panel; made once: checking a layout costs 15 us
+_PANELS = {width: gl.NVMMASharedLayout(swizzle_byte_width=width, element_bitwidth=16, rank=4) for width in (64, 128)}
+
+
+def _tiles(x: Tensor, half: bool = False) -> TensorDescriptor:
+    """Descriptor of 64-row tiles of a view [b, h, s, d], in panels of 64 dimensions, or of `half` of them."""
+    b, h, s, dim = x.shape
+    strides = [stride if size > 1 else dim for size, stride in zip((b, h, s), x.stride(), strict=False)]
+    return descriptor(x, [b, h, s, dim], [*strides, 1], [1, 1, TILE.value, dim], _PANELS[dim if half else 128])

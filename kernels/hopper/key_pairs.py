@@ -1,0 +1,198 @@
+"""The work of the one-pass backward: pairs of 64-key tiles, and the 64-query tiles that keep either."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..layout import BlockLayout
+
+TILE = 64
+ACTIVE_BITS, QUERY_BITS = 2, 20
+_LENGTHS_KEPT = 8  # context parallel ranks alternate between two query ranges
+MAX_GROUP = 2 ** (31 - ACTIVE_BITS - QUERY_BITS)
+
+
+@dataclass(frozen=True)
+class KeyPairs:
+    """Int32 tensors on the layout's device.
+
+    - ``meta`` [pairs, 8], by KV head, most steps first: KV head, both key tiles, first step, masked steps, steps, 0, 0.
+    - ``steps`` [n]: bit 0 and 1 whether each key tile is kept, then query tile (of positions), then the head within
+      the group. A pair's masked steps come first: those that keep one tile only, cross the diagonal or the last key.
+      A pair that no query keeps has one step that keeps neither.
+    """
+
+    meta: Tensor
+    steps: Tensor
+    first_tile: int
+    num_tiles: int
+    tiles: Tensor | None = None  # of packed documents: as `document_tiles` has them, of 64 rows
+
+
+def key_pairs(layout: BlockLayout, num_kv_heads: int, s_q: int, s_k: int, query_offset: int, causal: bool) -> KeyPairs:
+    """The pairs of every KV head; the last few lengths' are kept in the layout's cache."""
+    kept: dict[Any, KeyPairs] = layout.cache.setdefault("key_pairs", {})
+    key = (num_kv_heads, s_q, s_k, query_offset, causal)
+    if key not in kept:
+        while len(kept) >= _LENGTHS_KEPT:
+            del kept[next(iter(kept))]
+        kept[key] = _build(layout, num_kv_heads, s_q, s_k, query_offset, causal)
+    return kept[key]
+
+
+def _build(
+    layout: BlockLayout, num_kv_heads: int, s_q: int, s_k: int, query_offset: int, causal: bool
+) -> KeyPairs:  # fmt: skip
+    device = layout.device
+    first_tile, end_tile = query_offset // TILE, -(-(query_offset + s_q) // TILE)
+    groups = groups_of_patterns(layout, num_kv_heads)
+    # KV heads with the same patterns share their steps; one at a time, for less memory
+    metas: dict[tuple[int, ...], Tensor] = {}
+    parts: list[Tensor] = []
+    num_steps = 0
+    for group in dict.fromkeys(groups):
+        kept = kept_tiles_of_group(layout, group, first_tile, end_tile, s_k, causal)
+        meta, steps = _pairs_of_group(kept, layout.block_size // TILE, first_tile, end_tile, s_k, causal)
+        meta[:, 3] += num_steps
+        num_steps += len(steps)
+        metas[group] = meta
+        parts.append(steps)
+    if num_steps >= 2**31:
+        raise ValueError(f"{num_steps} steps are too many for 32-bit indices: use larger blocks")
+    meta = torch.stack([metas[group] for group in groups])
+    meta[:, :, 0] = torch.arange(num_kv_heads, device=device)[:, None]
+    meta = meta.flatten(0, 1)
+    return KeyPairs(meta[_program_order(meta)].to(torch.int32), torch.cat(parts), first_tile, end_tile - first_tile)
+
+
+def _program_order(meta: Tensor) -> Tensor:
+    """KV head by KV head, each with its longest pairs first.
+
+    Programs that run side by side then add to the same dq and read the same q: those stay in the L2 cache.
+    """
+    heaviest = meta[:, 5].sort(descending=True, stable=True).indices
+    return heaviest[meta[heaviest, 0].sort(stable=True).indices]
+
+
+def _step_order(pair: Tensor, masked: Tensor, member: Tensor, tile: Tensor) -> Tensor:
+    """A pair's masked steps first, then the others from the last query tile on.
+
+    All long pairs have the last queries in common, not the first ones: so they sweep the same rows together.
+    """
+    order = tile.sort(descending=True, stable=True).indices
+    for key in (member, (~masked).long(), pair):
+        order = order[key[order].sort(stable=True).indices]
+    return order
+
+
+def groups_of_patterns(layout: BlockLayout, num_kv_heads: int) -> list[tuple[int, ...]]:
+    """For every KV head, the patterns of its group."""
+    return [tuple(x) for x in layout.pattern_of_head.view(num_kv_heads, -1).tolist()]
+
+
+def _pairs_of_group(
+    kept: list[tuple[Tensor, Tensor]], ratio: int, first_tile: int, end_tile: int, s_k: int, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """`meta` and `steps` of one KV head, from the query and key tiles that every head of its group keeps."""
+    device = kept[0][0].device
+    num_key_tiles = -(-s_k // TILE)
+    num_pairs = -(-num_key_tiles // 2)
+    tile_at = torch.arange(num_pairs * 2, device=device)  # halves of a block make a pair
+    if ratio == 1:
+        tile_at[:num_key_tiles] = _cheapest_order(kept, end_tile - first_tile, first_tile, num_key_tiles)
+    pair, masked, member, tile, steps = pair_steps(kept, tile_at, None, first_tile, end_tile, s_k, causal)
+    num_steps = torch.bincount(pair, minlength=num_pairs)
+    meta = torch.zeros(num_pairs, 8, dtype=torch.int64, device=device)
+    meta[:, 1:3] = tile_at.view(-1, 2)
+    meta[:, 3] = num_steps.cumsum(0) - num_steps
+    meta[:, 4] = torch.bincount(pair[masked], minlength=num_pairs)
+    meta[:, 5] = num_steps
+    return meta, steps[_step_order(pair, masked, member, tile)]
+
+
+def pair_steps(
+    kept: list[tuple[Tensor, Tensor]], tile_at: Tensor, needed: Tensor | None,
+    first_tile: int, end_tile: int, s_k: int, causal: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Pair, whether it needs a mask, member, query tile and packed int32 of all steps of a group, in no order.
+
+    Key tiles ``tile_at[2j]`` and ``tile_at[2j + 1]`` make pair j. Where no head keeps a pair, it gets a step that keeps
+    nothing; with `needed` [pairs], so does each pair of which no head keeps that query tile.
+    """
+    tile, key_tile = torch.cat([t for t, _ in kept]), torch.cat([k for _, k in kept])
+    member = torch.cat([torch.full_like(t, m) for m, (t, _) in enumerate(kept)])
+    num_tiles, num_pairs = end_tile - first_tile, len(tile_at) // 2
+    place = torch.empty_like(tile_at).scatter_(0, tile_at, torch.arange(len(tile_at), device=tile.device))
+    at = place[key_tile]
+    per_pair = len(kept) * num_tiles
+    code, inverse = torch.unique(at // 2 * per_pair + member * num_tiles + tile - first_tile, return_inverse=True)
+    active = torch.zeros_like(code).scatter_add_(0, inverse, 1 << (at % 2))
+
+    counted = code // per_pair
+    if needed is not None:
+        counted = counted[code % num_tiles + first_tile == needed[counted]]
+    without = (torch.bincount(counted, minlength=num_pairs) == 0).nonzero().flatten()
+    code = torch.cat([code, without * per_pair + (0 if needed is None else needed[without] - first_tile)])
+    active = torch.cat([active, torch.zeros_like(without)])
+
+    pair, member, tile = code // per_pair, code // num_tiles % len(kept), code % num_tiles + first_tile
+    tiles_of_pair = tile_at.view(-1, 2)
+    masked = (active != 3) | ((tiles_of_pair + 1) * TILE > s_k).any(1)[pair]
+    if causal:
+        masked |= (tile[:, None] <= tiles_of_pair[pair]).any(1)
+    return pair, masked, member, tile, (member << (ACTIVE_BITS + QUERY_BITS) | tile << ACTIVE_BITS | active).int()
+
+
+def _cheapest_order(kept: list[tuple[Tensor, Tensor]], num_tiles: int, first_tile: int, num_key_tiles: int) -> Tensor:
+    """Key tiles in the order whose neighbours 2j, 2j + 1 make the fewest steps, of three orders.
+
+    As they lie, which suits a local window; by the number of queries that keep them; and, where members keep different
+    columns, those all keep alike as they lie, then by the member that keeps them most, then by number.
+    """
+    group = len(kept)
+    row = torch.cat([tile - first_tile + member * num_tiles for member, (tile, _) in enumerate(kept)])
+    key_tile = torch.cat([key for _, key in kept])
+    counts = torch.bincount(key_tile * group + row // num_tiles, minlength=num_key_tiles * group).view(-1, group)
+    natural = torch.arange(num_key_tiles, device=row.device)
+    orders = [counts.sum(1).sort(descending=True, stable=True).indices, natural]
+    if group > 1:
+        most, member = counts.max(1)
+        alike = most == counts.amin(1)
+        order = torch.where(alike, 0, most).sort(descending=True, stable=True).indices
+        orders.append(order[torch.where(alike, -1, member)[order].sort(stable=True).indices])
+    return min(orders, key=lambda order: _cost(order, row, key_tile, group * num_tiles))
+
+
+def _cost(order: Tensor, row: Tensor, key_tile: Tensor, num_rows: int) -> int:
+    """Steps of all pairs, if neighbours of the order make pairs."""
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    return torch.unique(place[key_tile] // 2 * num_rows + row).numel()
+
+
+def kept_tiles_of_group(
+    layout: BlockLayout, group: tuple[int, ...], first_tile: int, end_tile: int, s_k: int, causal: bool
+) -> list[tuple[Tensor, Tensor]]:
+    """Query tile in [first_tile, end_tile) and key tile of everything that each pattern of a group keeps."""
+    bounds = layout.column_offsets[:: layout.num_key_blocks].tolist()
+    return [_kept_tiles(layout, p, bounds[p], bounds[p + 1], first_tile, end_tile, s_k, causal) for p in group]
+
+
+def _kept_tiles(
+    layout: BlockLayout, pattern: int, begin: int, end: int, first_tile: int, end_tile: int, s_k: int, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """Query tile and key tile of everything that a pattern keeps, in tiles of 64; its columns lie in [begin, end)."""
+    n_k, device = layout.num_key_blocks, layout.device
+    within = torch.arange(layout.block_size // TILE, device=device)
+    counts = layout.column_offsets[pattern * n_k : (pattern + 1) * n_k + 1].diff().long()
+    column = torch.repeat_interleave(torch.arange(n_k, device=device), counts, output_size=end - begin)
+    tile = layout.column_rows[begin:end].long()[:, None, None] * len(within) + within[:, None]
+    key = column[:, None, None] * len(within) + within
+    tile, key = (x.flatten() for x in torch.broadcast_tensors(tile, key))
+    keep = (tile >= first_tile) & (tile < end_tile) & (key * TILE < s_k)
+    if causal:
+        keep &= tile >= key
+    return tile[keep], key[keep]

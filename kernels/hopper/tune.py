@@ -1,0 +1,255 @@
+"""Variants of the Hopper kernels, compared and timed: `python -m s2train.kernels.hopper.tune [--backward]`.
+
+Several processes compile all variants. Then one compares each with a float32 oracle (the backward with the portable
+kernels) and times it (median). Whether a kernel is right in every feature, `s2train.kernels.check` says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from .. import spec
+from ..backward import backward
+from ..forward import forward
+from ..layout import BlockLayout
+from ..spec import AttentionSpec, to_bhsd
+from ..workers import run_tasks, serve
+from .backward import HopperBackwardConfig, hopper_backward
+from .forward import CONFIGS, HopperConfig, hopper_forward
+
+_SECONDS = 60.0  # after which an item hangs
+_VARIANTS: dict[str, HopperConfig | None] = {
+    "q2 k2 v3": HopperConfig(2, 2, 3),
+    "q2 k3 v2": HopperConfig(2, 3, 2),
+    "q1 k3 v3": HopperConfig(1, 3, 3),
+    "q2 k2 v2": HopperConfig(2, 2, 2),
+    "d 64": CONFIGS[64, 128],
+    "portable": None,  # the Triton kernel
+}
+_BACKWARD_VARIANTS: dict[str, HopperBackwardConfig | None] = {
+    **{
+        f"d {dim}, st {stages}": HopperBackwardConfig(stages)
+        for dim, stages in ((128, 3), (128, 2), (64, 3), (64, 4), (64, 5))
+    },
+    "portable": None,
+}
+_PLAIN = spec.empty
+_LOCAL = {128: 8, 64: 16}
+_STRIDE = 16
+_HEADS = 32
+
+
+@dataclass(frozen=True)
+class Item:
+    """A variant's time on the local + vertical mask, bfloat16, batch 1, 32 heads; length 0: only compile it."""
+
+    variant: str
+    length: int
+    block: int
+    kv_heads: int = _HEADS
+    dim: int = 128
+    backward: bool = False
+
+    @property
+    def problem(self) -> str:
+        heads = "" if self.kv_heads == _HEADS else f" {_HEADS}/{self.kv_heads}"
+        return f"{self.length // 1024}k B={self.block}{heads}" + (f" d {self.dim}" if self.dim != 128 else "")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m s2train.kernels.hopper.tune", description=__doc__)
+    parser.add_argument("--json", type=Path, help="write all results there")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[32768, 131072])
+    parser.add_argument("--backward", action="store_true", help="variants of the backward")
+    parser.add_argument("--jobs", type=int, default=min(12, os.cpu_count() or 1), help="processes that compile")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        problems: dict[Any, Problem] = {}
+        serve(lambda task: _run_item(Item(**task), problems))
+        return 0
+    started = time.monotonic()
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}", flush=True)
+    command = ["-m", "s2train.kernels.hopper.tune", "--worker"]
+    items = _backward_items(args.lengths) if args.backward else _items(args.lengths)
+    compiled = {(i.variant, i.block, i.dim): asdict(replace(i, length=0, kv_heads=_HEADS)) for i in items}
+    for task, row in zip(
+        compiled.values(), run_tasks(command, list(compiled.values()), args.jobs, _SECONDS), strict=True
+    ):
+        if not row["ok"]:
+            print(f"FAIL compile {task['variant']} B={task['block']}: {row.get('error')}", flush=True)
+    print(f"{len(compiled)} compiled in {time.monotonic() - started:.0f} s", flush=True)
+    timings = []
+    for item, row in zip(items, run_tasks(command, [asdict(x) for x in items], 1, _SECONDS), strict=True):
+        timings.append({"task": f"{item.problem} {item.variant}"} | row)
+        print(_timing_line(timings[-1]), flush=True)
+    _print_table(timings)
+    failed = [row["task"] for row in timings if not row["ok"]]
+    print(f"{len(timings)} items, {len(failed)} failed, {time.monotonic() - started:.0f} s")
+    if args.json:
+        args.json.write_text(json.dumps({"timings": timings}, indent=1))
+    return 1 if failed else 0
+
+
+def _items(lengths: list[int]) -> list[Item]:
+    items = []
+    for length in lengths:
+        for block in (128, 64):
+            items += [Item(variant, length, block) for variant in _VARIANTS if "d 64" not in variant]
+            items += [Item(variant, length, block, kv_heads=8) for variant in ("q2 k2 v3", "q1 k3 v3")]
+    items += [Item("d 64", lengths[0], b, dim=64) for b in (128, 64)]
+    # by problem, so that its tensors are made once
+    return sorted(items, key=lambda item: (item.length, item.dim, item.block, item.kv_heads))
+
+
+def _backward_items(lengths: list[int]) -> list[Item]:
+    items = [
+        Item(variant, length, block, kv_heads, dim, backward=True)
+        for length in lengths
+        for dim in (128, 64)
+        for block in (128, 64)
+        for kv_heads in (_HEADS, 8)
+        for variant in _BACKWARD_VARIANTS
+        if variant == "portable" or variant.startswith(f"d {dim},")
+    ]
+    return [i for i in items if i.dim == 128 or i.length == lengths[0]]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Tensors as views [b, h, s, d], the layout and its patterns, and exact rows of some heads."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    layout: BlockLayout
+    flops: float
+    exact: list[tuple[int, int, int, Tensor, Tensor]]
+
+
+def _poison(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.full(shape, torch.nan, dtype=dtype, device=device)
+
+
+def _run_item(item: Item, problems: dict[Any, Problem]) -> dict[str, Any]:
+    torch.manual_seed(0)
+    spec.empty = _poison
+    length = item.length or 512
+    key = (length, item.block, item.kv_heads, item.dim)
+    if key not in problems:
+        problems.clear()
+        torch.cuda.empty_cache()
+        problems[key] = _problem(length, item)
+    p = problems[key]
+    settings = AttentionSpec(1 / math.sqrt(item.dim), True, 0, None, "sbhd")
+    if item.backward:
+        return _run_backward(item, p, settings)
+    config = _VARIANTS[item.variant]
+
+    def run() -> tuple[Tensor, Tensor]:
+        if config is None:
+            return forward(p.q, p.k, p.v, p.layout, settings)
+        return hopper_forward(p.q, p.k, p.v, p.layout, settings, config)
+
+    out, lse = run()
+    errors, lse_error = [], 0.0
+    for head, start, stop, out_rows, lse_rows in p.exact:
+        measured = out[0, head, start:stop].float()
+        errors.append(((measured - out_rows).norm() / out_rows.norm()).item())
+        lse_error = max(lse_error, (lse[0, head, start:stop] - lse_rows).abs().max().item())
+    complete = not bool(out.isnan().any() | lse.isnan().any())
+    error = max(errors) if all(e == e for e in errors) else math.nan
+    row = {"problem": item.problem, "variant": item.variant, "error": error, "lse_error": lse_error}
+    row["ok"] = complete and error < 6e-3 and lse_error < 2e-3
+    if not row["ok"]:
+        return row | {"error": f"wrong: out {errors}, lse {lse_error:.1e}, complete {complete}"}
+    if item.length:
+        spec.empty = _PLAIN
+        ms = triton.testing.do_bench(run, warmup=40, rep=120, return_mode="median")
+        row |= {"ms": ms, "tflops": p.flops / ms / 1e9}
+    return row
+
+
+def _run_backward(item: Item, p: Problem, settings: AttentionSpec) -> dict[str, Any]:
+    config = _BACKWARD_VARIANTS[item.variant]
+    out, lse = forward(p.q, p.k, p.v, p.layout, settings)
+    dout = torch.randn_like(out)
+    arguments = (p.q, p.k, p.v, out, lse, dout, None, p.layout, settings)
+
+    def run() -> tuple[Tensor, Tensor, Tensor]:
+        return backward(*arguments) if config is None else hopper_backward(*arguments, config)
+
+    expected = [x.float() for x in backward(*arguments)]
+    errors = [((x.float() - y).norm() / y.norm()).item() for x, y in zip(run(), expected, strict=True)]
+    row = {"problem": item.problem, "variant": item.variant, "error": max(errors)}
+    row["ok"] = all(error < 6e-3 for error in errors)
+    if not row["ok"]:
+        return row | {"error": f"wrong: dq, dk, dv {errors}"}
+    if item.length:
+        spec.empty = _PLAIN
+        ms = triton.testing.do_bench(run, warmup=40, rep=120, return_mode="median")
+        row |= {"ms": ms, "tflops": 2.5 * p.flops / ms / 1e9}
+    return row
+
+
+def _problem(length: int, item: Item) -> Problem:
+    q, k, v = (
+        to_bhsd(torch.randn(length, 1, heads, item.dim, device="cuda", dtype=torch.bfloat16), "sbhd")
+        for heads in (_HEADS, item.kv_heads, item.kv_heads)
+    )
+    block = torch.arange(length // item.block, device="cuda")
+    distance = block[:, None] - block
+    vertical = [(block + 1 + head) % _STRIDE == 0 for head in range(_STRIDE)]
+    patterns = torch.stack([((distance < _LOCAL[item.block]) | column) & (distance >= 0) for column in vertical])
+    layout = BlockLayout.from_patterns(patterns, [h % _STRIDE for h in range(_HEADS)], item.block)
+    below = patterns.sum((1, 2)) - len(block)
+    kept = below * item.block**2 + len(block) * item.block * (item.block + 1) // 2
+    flops = 4.0 * item.dim * float(kept.sum()) * (_HEADS // _STRIDE)
+    middle = length // 2 // 128 * 128
+    rows = [(3, 0, min(length, 1024)), (17, 0, 256), (5, length - 256, length), (30, middle, middle + 128)]
+    exact = [(head, *_exact(q, k, v, patterns, item, head, start, stop)) for head, start, stop in rows]
+    return Problem(q, k, v, layout, flops, exact)
+
+
+def _exact(
+    q: Tensor, k: Tensor, v: Tensor, patterns: Tensor, item: Item, head: int, start: int, stop: int
+) -> tuple[int, int, Tensor, Tensor]:
+    """Rows [start, stop) of a head's output and log-sum-exp, in float32."""
+    kv_head = head // (_HEADS // item.kv_heads)
+    scores = q[0, head, start:stop].float() @ k[0, kv_head, :stop].float().T / math.sqrt(item.dim)
+    query, key = torch.arange(start, stop, device=q.device), torch.arange(stop, device=q.device)
+    keep = patterns[head % _STRIDE][query // item.block][:, key // item.block] & (query[:, None] >= key)
+    scores = scores.masked_fill(~keep, -torch.inf)
+    return start, stop, torch.softmax(scores, -1) @ v[0, kv_head, :stop].float(), torch.logsumexp(scores, -1)
+
+
+def _timing_line(row: dict[str, Any]) -> str:
+    if "ms" not in row:
+        return f"FAIL {row['task']:<40} {row['error']}"
+    return f"ok   {row['task']:<40} {row['ms']:.3f} ms {row['tflops']:.0f} TFLOP/s  error {row['error']:.1e}"
+
+
+def _print_table(rows: list[dict[str, Any]]) -> None:
+    times = {(row["problem"], row["variant"]): row for row in rows if "ms" in row}
+    problems = list(dict.fromkeys(problem for problem, _ in times))
+    print(" " * 24 + "".join(f"{problem:>18}" for problem in problems) + "   (ms, TFLOP/s)")
+    for variant in dict.fromkeys(variant for _, variant in times):
+        rows_of_variant = [times.get((problem, variant)) for problem in problems]
+        cells = [f"{row['ms']:.3f} {row['tflops']:.0f}" if row else "" for row in rows_of_variant]
+        print(f"{variant:<24}" + "".join(f"{cell:>18}" for cell in cells))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

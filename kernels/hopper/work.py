@@ -1,0 +1,145 @@
+"""What the Hopper forward walks: for every tile of 128 query rows, the chunks of keys that any of its rows sees.
+
+A chunk is min(B, 128) keys, and a step takes 128 keys: one chunk, or two of 64 that need not be neighbours. Two
+query blocks of 64 share a tile and walk the union of their chunks; each half of the tile drops what it does not
+keep. So blocks of 64, 128 and 256 all have steps of 128 x 128, which keep the tensor cores busiest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..layout import BlockLayout
+
+TILE = 128  # query rows of a tile, and keys of a step
+_HALVES = 2  # of 64 rows, each computed by one warpgroup
+_BOTH = 3  # flags: the halves that keep a chunk, as bits
+_HEAD_CLASSES = 16  # heads whose work differs by less than 1/16 of the largest keep their order
+
+
+@dataclass(frozen=True)
+class ForwardWork:
+    """Tiles are numbered `slot * tiles_per_pattern + tile`, one slot for every pattern in use. All int32.
+
+    - ``head_order`` [H]: heads, those with the most work first; ``head_slot`` [H]: their patterns' slots.
+    - ``step_offsets`` [tiles + 1]: first step of a tile, at least one each.
+    - ``full_offsets`` [tiles]: its first step that needs no mask; never its first step.
+    - ``chunks`` [steps * (128 // chunk_keys)]: chunk index * 4 + the halves that keep it. Padding is a chunk
+      beyond the last key that no half keeps.
+    """
+
+    chunk_keys: int
+    tiles_per_pattern: int
+    head_order: Tensor
+    head_slot: Tensor
+    step_offsets: Tensor
+    full_offsets: Tensor
+    chunks: Tensor
+
+
+def forward_work(layout: BlockLayout, *, causal: bool, query_end: int, s_k: int) -> ForwardWork:
+    """Work of queries up to position `query_end` over `s_k` keys, built on the layout's device.
+
+    Kept in the layout's cache: one for the case that causality alone hides the keys from s_k on (any lengths),
+    and one for the last other s_k.
+    """
+    tail = None if causal and s_k >= query_end else s_k
+    key = ("hopper_forward_work", causal, tail is None)
+    cached = layout.cache.get(key)
+    if cached is None or cached[0] != tail:
+        cached = layout.cache[key] = (tail, _build(layout, causal, tail))
+    work: ForwardWork = cached[1]
+    return work
+
+
+def _build(layout: BlockLayout, causal: bool, s_k: int | None) -> ForwardWork:
+    used, slot_of_head = layout.pattern_of_head.unique(return_inverse=True)
+    n_q = layout.num_query_blocks
+    bounds = layout.row_offsets[torch.stack([used * n_q, (used + 1) * n_q]).long()].tolist()
+    num_tiles = -(-n_q * layout.block_size // TILE)
+    chunk_keys = min(layout.block_size, TILE)
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    for pattern, begin, end in zip(used.tolist(), *bounds, strict=True):  # one at a time: less memory
+        counts = layout.row_offsets[pattern * n_q : (pattern + 1) * n_q + 1].diff().long()
+        row = torch.repeat_interleave(torch.arange(n_q, device=layout.device), counts, output_size=end - begin)
+        column = layout.row_columns[begin:end].long()
+        parts.append(_steps_of_pattern(row, column, layout, num_tiles, causal, s_k))
+    steps, masked, chunks = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    if len(steps) and len(chunks) >= 2**31 - 2**16:
+        raise ValueError(f"{len(chunks)} kept chunks are too many for 32-bit indices: use larger blocks")
+    step_offsets = torch.zeros(len(steps) + 1, dtype=torch.int64, device=layout.device)
+    torch.cumsum(steps, 0, out=step_offsets[1:])
+
+    work_of_slot = steps.view(len(used), num_tiles).sum(1)
+    classes = work_of_slot * _HEAD_CLASSES // work_of_slot.max()
+    head_order = classes[slot_of_head].argsort(descending=True, stable=True)
+    return ForwardWork(
+        chunk_keys=chunk_keys,
+        tiles_per_pattern=num_tiles,
+        head_order=head_order.to(torch.int32),
+        head_slot=slot_of_head[head_order].to(torch.int32),
+        step_offsets=step_offsets.to(torch.int32),
+        full_offsets=(step_offsets[:-1] + masked).to(torch.int32),
+        chunks=chunks.to(torch.int32),
+    )
+
+
+def _steps_of_pattern(
+    row: Tensor, column: Tensor, layout: BlockLayout, num_tiles: int, causal: bool, s_k: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Steps of each tile, how many of them need a mask, and the chunks of all steps."""
+    tile, chunk, flags = _chunks_of_pattern(row, column, layout.block_size, causal)
+    size = min(layout.block_size, TILE)
+    num_chunks = -(-layout.num_key_blocks * layout.block_size // size)
+    if s_k is not None:
+        inside = chunk * size < s_k
+        tile, chunk, flags = tile[inside], chunk[inside], flags[inside]
+    masked = flags != _BOTH
+    if causal:
+        masked |= (chunk + 1) * size - 1 > tile * TILE
+    if s_k is not None:
+        masked |= (chunk + 1) * size > s_k
+
+    # masked chunks first, each kind from the last key to the first
+    order = ((tile * 2 + ~masked) * num_chunks + num_chunks - 1 - chunk).argsort()
+    tile, chunk, flags, masked = tile[order], chunk[order], flags[order], masked[order]
+    per_step = TILE // size
+    kept = torch.bincount(tile, minlength=num_tiles)
+    needing_mask = torch.bincount(tile[masked], minlength=num_tiles)
+    steps = ((kept + per_step - 1) // per_step).clamp(min=1)
+    padding = steps * per_step - kept
+    masked_steps = ((needing_mask + padding + per_step - 1) // per_step).clamp(min=1)
+
+    # padding lies between the masked chunks and the full ones
+    first_out = ((steps.cumsum(0) - steps) * per_step)[tile]
+    first_in = (kept.cumsum(0) - kept)[tile]
+    place = first_out + torch.arange(len(tile), device=tile.device) - first_in
+    place += padding[tile] * ~masked
+    chunks = torch.full((int(steps.sum()) * per_step,), num_chunks << 2, dtype=torch.int64, device=tile.device)
+    chunks[place] = (chunk << 2) | flags
+    return steps, masked_steps, chunks
+
+
+def _chunks_of_pattern(row: Tensor, column: Tensor, block: int, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Tile, chunk and flags of every chunk that a tile keeps, without those that causality hides entirely."""
+    if block >= TILE:
+        parts = torch.arange(block // TILE, device=row.device)
+        tile, chunk = torch.broadcast_tensors(
+            (row[:, None] * len(parts) + parts)[:, :, None], (column[:, None] * len(parts) + parts)[:, None, :]
+        )
+        tile, chunk = tile.flatten(), chunk.flatten()
+        if causal:
+            seen = chunk <= tile
+            tile, chunk = tile[seen], chunk[seen]
+        return tile, chunk, torch.full_like(tile, _BOTH)
+    assert block * _HALVES == TILE
+    if causal:
+        seen = column <= row
+        row, column = row[seen], column[seen]
+    width = int(column.max()) + 1 if len(column) else 1
+    pair, inverse = (row // _HALVES * width + column).unique(return_inverse=True)
+    flags = torch.zeros_like(pair).scatter_add_(0, inverse, 1 << row % _HALVES)
+    return pair // width, pair % width, flags

@@ -1,0 +1,34 @@
+"""Export a checkpoint as Hugging Face safetensors, with a modelling file where layers are sparse.
+
+python launch/export.py checkpoint=runs/tiny_hybrid output=exported
+"""
+
+import hydra
+from omegaconf import DictConfig
+
+from s2train import config
+from s2train.apex import apex_available
+from s2train.command_line import run_command, run_hydra
+
+config.register()
+
+
+def export(composed: DictConfig) -> None:
+    """Export, and tell how to load it."""
+    cfg = config.to_object(composed)
+    apex_available()  # Megatron would import an impostor
+    from s2train.export.exporting import export  # imports Megatron: slow
+
+    folder = export(cfg)
+    files = ", ".join(sorted(path.name for path in folder.iterdir()))
+    print(f"{folder}: {files}")
+
+
+@hydra.main(config_path="../conf", config_name="export", version_base="1.3")
+def main(composed: DictConfig) -> None:
+    """Hydra's entry."""
+    run_command(lambda: export(composed))
+
+
+if __name__ == "__main__":
+    run_hydra(main, config.ExportConfig)

@@ -1,0 +1,36 @@
+"""Import a Llama's weights (config.json and .safetensors) as a checkpoint to start a run from.
+
+python launch/import.py weights=Llama-3.2-1B output=runs/llama
+torchrun … launch/pretrain.py +model=… checkpoint.resume=runs/llama layout=…   # the line that the import prints
+"""
+
+import hydra
+from omegaconf import DictConfig
+
+from s2train import config
+from s2train.apex import apex_available
+from s2train.command_line import run_command, run_hydra
+
+config.register()
+
+
+def import_weights(composed: DictConfig) -> None:
+    """Import, and tell how to start from it."""
+    cfg = config.to_object(composed)
+    apex_available()  # Megatron would import an impostor
+    from s2train.export.importing import import_llama, run_settings  # imports Megatron: slow
+
+    checkpoint, model = import_llama(cfg)
+    print(f"{checkpoint}: start from it, in any layout, with")
+    print(f"launch/pretrain.py +model=NAME {' '.join(run_settings(model))} checkpoint.resume={cfg.output} run_dir=…")
+
+
+@hydra.main(config_path="../conf", config_name="import", version_base="1.3")
+def main(composed: DictConfig) -> None:
+    """Hydra's entry."""
+    run_command(lambda: import_weights(composed))
+
+
+# Saving starts processes, which import this file again.
+if __name__ == "__main__":
+    run_hydra(main, config.ImportConfig)

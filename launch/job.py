@@ -1,0 +1,54 @@
+"""torchrun for schedulers: `python launch/job.py --nproc-per-node 8 launch/pretrain.py +model=… [setting=value …]`.
+
+Takes torchrun's arguments, and does what torchrun alone does not: SIGUSR1 reaches the ranks as SIGTERM does; they have
+ten minutes to save, not half a minute; and a run that saved and stopped for a signal ends with status 75, on every
+node, for a batch script to requeue (torchrun itself ends with 1 then, or starts the ranks again under --max-restarts).
+"""
+
+import os
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+import psutil
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.run import main as torchrun
+
+from s2train.command_line import STATUS_FILE
+
+DEFAULTS = {
+    "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+    "PET_SHUTDOWN_TIMEOUT": "600",
+    # torchrun's own store outlives its ranks: they would find the addresses of the dead ones there, and a node that
+    # comes back would never learn its address (torch 2.13). So rank 0 makes a store in each round.
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+}
+
+
+def main() -> int:
+    """Run torchrun; returns the status to end with."""
+    for name, value in DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    with tempfile.TemporaryDirectory(prefix="s2train_") as folder:
+        status = Path(folder) / "status"
+        os.environ[STATUS_FILE] = str(status)
+        try:
+            torchrun(sys.argv[1:])
+        except SignalException as error:
+            wait_for_ranks()
+            if not status.exists():
+                print(f"error: {error}; the ranks ended without saving", file=sys.stderr)
+                return 128 + error.sigval
+        return int(status.read_text()) if status.exists() else 0
+
+
+def wait_for_ranks() -> None:
+    """Let ranks that are at work yet end by themselves: a second signal ends torchrun's own waiting."""
+    for name in DEFAULTS["PET_SIGNALS_TO_HANDLE"].split(","):
+        signal.signal(signal.Signals[name], signal.SIG_IGN)
+    psutil.wait_procs(psutil.Process().children(), timeout=float(os.environ["PET_SHUTDOWN_TIMEOUT"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

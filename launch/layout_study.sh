@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Which layers should be dense, and does sharding by head help? One small model, one budget of tokens, two seeds, under: dense;
+# all sparse with heads alike (homogeneous) and shifted; dense layers first, last and interleaved; one in 3, 7 and 17.
+#   launch/layout_study.sh FOLDER [setting=value …]     e.g. launch/layout_study.sh runs/sweeps/layouts hydra.launcher.n_jobs=3
+# FOLDER/sweep.{csv,png} hold losses and tokens/s. Interrupted, the same command goes on.
+set -euo pipefail
+folder=$1
+shift
+launch=$(dirname "$0")
+common=(+model=30m_hybrid seed=1,2 hydra.sweep.dir="$folder" "$@")
+python3 "$launch/pretrain.py" -m "${common[@]}" layout.layers=D,S,D4S13,S13D4,D1S4x3-D1S1,D1S2x5-D1S1,D1S6x2-D1S2,D1S16
+python3 "$launch/pretrain.py" -m "${common[@]}" layout.layers=S schedule=homogeneous layout.allow_partial_coverage=true

@@ -1,0 +1,85 @@
+"""Pictures of needle_recipe.py's variants: `python launch/needle_curves.py ROOT OUTPUT` writes OUTPUT.json and .png.
+
+Above, the share of exact answers over training time, each point at the length then trained; below, the grids.
+"""
+
+import argparse
+import json
+from dataclasses import asdict
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from s2train.evaluation.pictures import SCORE_COLOURS
+from s2train.evaluation.results import NeedleResults, load_results
+
+
+def read_variant(folder: Path) -> dict[str, Any]:
+    """A variant's points [step, seconds of training so far, length, correct, trials], seconds and grid.
+
+    Seconds are those of steps, from metrics.jsonl: without starting, evaluating and saving.
+    """
+    points, before = [], 0.0
+    for run in sorted((path for path in folder.iterdir() if path.name.isdecimal()), key=lambda path: int(path.name)):
+        reports = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        reports = [report for report in reports if "step_time_s" in report]
+        steps = np.array([report["step"] for report in reports])
+        first = steps[0] - (steps[1] - steps[0] if len(steps) > 1 else steps[0])
+        seconds = np.cumsum(np.diff(steps, prepend=first) * [report["step_time_s"] for report in reports])
+        for path in sorted(run.glob("needle/*/needle.json")):
+            if results := load_results(path):
+                score = results.score
+                assert score is not None
+                elapsed = before + float(np.interp(results.step, steps, seconds))
+                points.append([results.step, elapsed, max(results.lengths), score.correct, score.trials])
+        before += float(seconds[-1])
+    grid = load_results(folder / "grid" / "needle.json")
+    return {"points": sorted(points), "seconds": before, "grid": grid and asdict(grid)}
+
+
+def draw(variants: dict[str, dict[str, Any]], grids: dict[str, NeedleResults], path: Path) -> None:
+    """Curves of all variants, and a heat map of each grid."""
+    figure = Figure(figsize=(3.2 * max(2, len(variants)), 7), dpi=140, layout="constrained")
+    FigureCanvasAgg(figure)
+    above, below = figure.subfigures(2, 1)
+    axes = above.add_subplot()
+    for name, variant in variants.items():
+        if variant["points"]:
+            _, seconds, _, correct, trials = zip(*variant["points"], strict=True)
+            shares = 100 * np.array(correct) / np.array(trials)
+            axes.plot(seconds, shares, marker="o", markersize=3, label=f"{name}, {variant['seconds']:.0f} s")
+    axes.set_xlabel("seconds of training steps")
+    axes.set_ylabel("exact answers at the length then trained (%)", fontsize=8)
+    axes.set_xlim(left=0)
+    axes.set_ylim(-3, 103)
+    axes.legend(fontsize=8)
+    for axes, (name, grid) in zip(np.atleast_1d(below.subplots(1, max(1, len(grids)))), grids.items(), strict=False):
+        share = {(cell.length, cell.depth): cell.correct / cell.trials for cell in grid.asked}
+        values = [[share.get((length, depth), np.nan) for length in grid.lengths] for depth in grid.depths]
+        axes.imshow(values, cmap=SCORE_COLOURS, vmin=0, vmax=1, aspect="auto")
+        axes.set_xticks(range(len(grid.lengths)), [f"{length / 1024:g}k" for length in grid.lengths], fontsize=7)
+        axes.set_yticks(range(len(grid.depths)), [f"{100 * depth:.0f} %" for depth in grid.depths], fontsize=7)
+        axes.set_title(f"{name}: {100 * grid.score.share:.1f} %" if grid.score else name, fontsize=9)
+    figure.savefig(path, format="png")
+
+
+def main() -> None:
+    """The command line's entry."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("root", type=Path)
+    parser.add_argument("output", type=Path)
+    given = parser.parse_args()
+    folders = [path for path in sorted(given.root.iterdir()) if any(path.glob("*/metrics.jsonl"))]
+    variants = {folder.name: read_variant(folder) for folder in folders}
+    found = {folder.name: load_results(folder / "grid" / "needle.json") for folder in folders}
+    draw(variants, {name: grid for name, grid in found.items() if grid}, given.output.with_suffix(".png"))
+    content = {"date": date.today().isoformat(), "variants": variants}
+    given.output.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,287 @@
+"""Trains a small model from scratch to find needles at 128k tokens, on one GPU, in phases of growing length.
+
+python launch/needle_recipe.py plan                   phases, tokens and predicted seconds of every variant
+python launch/needle_recipe.py data                   all training documents, once for all variants
+python launch/needle_recipe.py train hybrid           all phases, one after the other
+python launch/needle_recipe.py evaluate hybrid        the grid up to the longest length, of the last phase trained
+python launch/needle_recipe.py curve hybrid           accuracy of every checkpoint, each at its own phase's length
+                      each: --root runs/needle  --minutes 10; for train also settings of launch/pretrain.py
+
+Run `train` or `evaluate` again to go on where it stopped, as it does when --minutes are over.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from rich.console import Console
+from rich.table import Table
+
+from s2train import config
+from s2train.planning import hybrid_layout, resolve
+from s2train.planning.prediction import ModelCosts, model_costs
+
+LAUNCH = Path(__file__).parent
+CONF = LAUNCH.parent.resolve() / "conf"
+VARIANTS = ("hybrid", "dense", "sparse_shifted", "sparse_homogeneous", "hybrid_homogeneous")
+DEPTHS = [n / 10 for n in range(11)]
+GRID = (8192, 16384, 32768, 65536, 131072)  # lengths of `evaluate`
+HELD_OUT = 0.02  # of the documents, for the loss after each phase
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Training at one length.
+
+    Attributes:
+        length: tokens of a document, which is a sequence.
+        batch: sequences a step, and `micro` of them at once.
+        steps: of this phase.
+        share: range of a document's tokens that facts and questions take.
+        facts: range of different keys in a document.
+    """
+
+    length: int
+    batch: int
+    micro: int
+    steps: int
+    share: tuple[float, float]
+    facts: tuple[int, int]
+
+    @property
+    def name(self) -> str:
+        return f"{self.length}"
+
+    @property
+    def samples(self) -> int:
+        return self.batch * self.steps
+
+
+# Look-ups are learned at 512 tokens, where a document has the most of them; then they are carried to longer
+# distances, through ever more filler.
+PHASES = (
+    Phase(512, 64, 64, 2500, (0.1, 1.0), (1, 32)),
+    Phase(2048, 32, 32, 400, (0.05, 1.0), (1, 64)),
+    Phase(8192, 8, 8, 300, (0.02, 0.6), (1, 256)),
+    Phase(32768, 4, 4, 120, (0.006, 0.3), (1, 512)),
+    Phase(131072, 1, 1, 120, (0.002, 0.1), (1, 512)),
+)
+
+# (name, weight in the blend, settings)
+SOURCES = (
+    ("noise", 0.6, ("needles.task=recall", "needles.haystack=noise")),
+    ("text", 0.15, ("needles.task=recall", "needles.haystack=bundled")),
+    ("lines", 0.25, ("needles.task=recall_lines", "needles.haystack=noise")),
+)
+
+
+def last_step(number: int) -> int:
+    """The step at which phase `number` ends: steps are counted through all phases."""
+    return sum(phase.steps for phase in PHASES[: number + 1])
+
+
+def tokenizer(root: Path) -> Path:
+    """The tokenizer of all data: a byte-level BPE trained on the first of them."""
+    return root / "data" / f"{PHASES[0].name}-{SOURCES[0][0]}-tokenizer.json"
+
+
+def data_commands(root: Path, phase: Phase) -> list[list[str]]:
+    """How the documents of `phase` are made, one program a source."""
+    commands = []
+    for number, (name, weight, settings) in enumerate(SOURCES):
+        output = root / "data" / f"{phase.name}-{name}"
+        makes_tokenizer = phase is PHASES[0] and number == 0
+        commands.append(
+            [
+                str(LAUNCH / "prepare_data.py"),
+                "input=needles",
+                f"output={output}",
+                "tokenizer=bpe:1024" if makes_tokenizer else f"tokenizer={tokenizer(root)}",
+                f"needles.length={phase.length}",
+                # a few more than are drawn, and for the held-out part at least two
+                f"needles.documents={int(phase.samples * weight * 1.01 / (1 - HELD_OUT)) + 100}",
+                f"needles.share={list(phase.share)}",
+                f"needles.facts={list(phase.facts)}",
+                f"seed={1000 + phase.length + number}",
+                "overwrite=true",
+                *settings,
+            ]
+        )
+    return commands
+
+
+def train_command(root: Path, variant: str, number: int) -> list[str]:
+    """How phase `number` is trained: from its own last checkpoint, else from the phase before."""
+    phase, run = PHASES[number], run_folder(root, variant, number)
+    started = any((run / "checkpoints").glob("iter_*"))
+    resume = [] if started or number == 0 else [f"checkpoint.resume={run_folder(root, variant, number - 1)}"]
+    blend = ",".join(f"{weight},{root}/data/{phase.name}-{name}" for name, weight, _ in SOURCES)
+    return [
+        str(LAUNCH / "pretrain.py"),
+        f"+model=needle_{variant}",
+        f"run_dir={run}",
+        *resume,
+        *(["checkpoint.new_data=true"] if resume else []),
+        f"data.path=[{blend}]",
+        f"data.tokenizer={tokenizer(root)}",
+        f"data.cache={root}/data/cache",
+        f"data.split=[{100 * (1 - HELD_OUT):g},{100 * HELD_OUT:g},0]",
+        f"train.seq_length={phase.length}",
+        f"train.global_batch_size={phase.batch}",
+        f"train.micro_batch_size={phase.micro}",
+        f"train.steps={last_step(number)}",
+        f"optim.decay_steps={last_step(len(PHASES) - 1)}",
+        "evaluation.interval=250",
+        f"evaluation.batches={1 if phase.length > 8192 else 4}",
+        f"checkpoint.interval={500 if number == 0 else phase.steps}",
+        "tracking.log_interval=20",
+        "data.num_workers=4",
+    ]
+
+
+def needle_command(checkpoint: Path, lengths: list[int], trials: int, output: Path) -> list[str]:
+    """How a checkpoint is evaluated; `trials` for each of eleven depths."""
+    return [
+        str(LAUNCH / "needle.py"),
+        f"checkpoint={checkpoint}",
+        f"lengths={lengths}",
+        f"depths={DEPTHS}",
+        f"trials={trials}",
+        f"batch_size={max(1, min(trials, 131072 // max(lengths)))}",
+        f"output={output}",
+    ]
+
+
+def curve_commands(root: Path, variant: str, last: int) -> list[list[str]]:
+    """How all checkpoints that were not are evaluated, each at its phase's length."""
+    commands = []
+    for number, phase in enumerate(PHASES[: last + 1]):
+        run = run_folder(root, variant, number)
+        for checkpoint in sorted((run / "checkpoints").glob("iter_*")):
+            output = run / "needle" / checkpoint.name
+            if not (output / "needle.png").is_file():
+                commands.append(needle_command(checkpoint, [phase.length], 4, output))
+    return commands
+
+
+def run_folder(root: Path, variant: str, number: int) -> Path:
+    return root / variant / PHASES[number].name
+
+
+def is_trained(root: Path, variant: str, number: int) -> bool:
+    """Whether phase `number` is at its end."""
+    return (run_folder(root, variant, number) / "checkpoints" / f"iter_{last_step(number):07d}").is_dir()
+
+
+class Deadline:
+    """Runs programs until the time is over."""
+
+    def __init__(self, minutes: float) -> None:
+        self._end = time.monotonic() + 60 * minutes
+
+    def run(self, command: list[str]) -> None:
+        """Run a program of launch/; exits with its status if it fails, and with 1 when the time is over."""
+        started = time.monotonic()
+        print("$ python", " ".join(command), flush=True)
+        try:
+            done = subprocess.run([sys.executable, *command], timeout=max(1.0, self._end - started))
+        except subprocess.TimeoutExpired:
+            sys.exit("the time is over; run this again to go on")
+        print(f"# {time.monotonic() - started:.1f} s", flush=True)
+        if done.returncode:
+            sys.exit(done.returncode)
+
+    def run_together(self, commands: list[list[str]]) -> None:
+        """Run programs of launch/ side by side, as many as there are cores; exits if any fails, or the time is over."""
+        waiting, running = list(commands), []
+        while waiting or running:
+            while waiting and len(running) < (os.cpu_count() or 1):
+                print("$ python", " ".join(waiting[0]), flush=True)
+                running.append(subprocess.Popen([sys.executable, *waiting.pop(0)]))
+            status = None if time.monotonic() < self._end else "the time is over; run this again to go on"
+            for job in [job for job in running if job.poll() is not None]:
+                running.remove(job)
+                status = job.returncode or status
+            if status:
+                for job in running:
+                    job.terminate()
+                sys.exit(status)
+            time.sleep(0.2)
+
+
+def make_data(root: Path, last: int, deadline: Deadline) -> None:
+    """Documents of all phases up to `last`; the first program also makes the tokenizer, the others run side by side."""
+    first, *others = [
+        (root / "data" / f"{phase.name}-{name}.idx", command)
+        for phase in PHASES[: last + 1]
+        for (name, _, _), command in zip(SOURCES, data_commands(root, phase), strict=True)
+    ]
+    if not first[0].is_file():
+        deadline.run(first[1])
+    deadline.run_together([command for index, command in others if not index.is_file()])
+
+
+def plan_table(root: Path) -> Table:
+    """Predicted seconds on an H100 of forward and backward, of each phase and variant; starts not counted."""
+    table = Table("phase", "steps", "tokens", *VARIANTS, title="predicted seconds, without starting and saving")
+    sums = dict.fromkeys(VARIANTS, 0.0)
+    for number, phase in enumerate(PHASES):
+        row = []
+        for variant in VARIANTS:
+            costs = phase_costs(root, variant, number)
+            # Rates were measured with heads of 128; those of 64 keep the tensor cores half as busy.
+            seconds = phase.samples * (costs.linear_seconds + 128 / costs.head_dim * costs.attention_seconds)
+            sums[variant] += seconds
+            row.append(f"{seconds:.0f}")
+        table.add_row(phase.name, str(phase.steps), f"{phase.samples * phase.length / 1e6:.0f}M", *row)
+    table.add_row("all", str(last_step(len(PHASES) - 1)), "", *(f"{seconds:.0f}" for seconds in sums.values()))
+    return table
+
+
+def phase_costs(root: Path, variant: str, number: int) -> ModelCosts:
+    """What a sequence of phase `number` costs."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        composed = compose("pretrain", overrides=train_command(root, variant, number)[1:])
+    cfg = resolve(composed, [f"needle_{name}" for name in VARIANTS])
+    return model_costs(cfg.model, hybrid_layout(cfg), cfg.train.seq_length)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line's entry."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=("plan", "data", "train", "evaluate", "curve"))
+    parser.add_argument("variant", choices=VARIANTS, nargs="?", default="hybrid")
+    parser.add_argument("--root", type=Path, default=Path("runs/needle"))
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--longest", type=int, default=PHASES[-1].length, help="leave longer phases out")
+    given, settings = parser.parse_known_args(arguments)
+    if wrong := [setting for setting in settings if "=" not in setting or setting.startswith("-")]:
+        parser.error(f"unknown: {' '.join(wrong)}")
+    deadline, root, variant = Deadline(given.minutes), given.root, given.variant
+    last = max(number for number, phase in enumerate(PHASES) if phase.length <= given.longest)
+    if given.action == "plan":
+        config.register()
+        Console(width=140).print(plan_table(root))
+    elif given.action == "data":
+        make_data(root, last, deadline)
+    elif given.action == "train":
+        for number in range(last + 1):
+            if not is_trained(root, variant, number):
+                deadline.run([*train_command(root, variant, number), *settings])
+    elif given.action == "curve":
+        deadline.run_together(curve_commands(root, variant, last))
+    else:
+        trained = [number for number in range(last + 1) if is_trained(root, variant, number)]
+        if not trained:
+            sys.exit(f"no phase of {variant} is trained: train it first")
+        lengths = [length for length in GRID if length <= given.longest]
+        deadline.run(needle_command(run_folder(root, variant, trained[-1]), lengths, 10, root / variant / "grid"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""What several GPUs of this host give: `python launch/scaling.py OUTPUT --gpus 2` writes OUTPUT.json, part by part.
+
+--parity    every way to spread a model over two processes, against one: losses within rounding
+--scaling   tokens/s, MFU, time in communication and memory on 1, 2, 4, … GPUs
+--cp-bytes  what context parallel moves, and its time, against gathering all keys
+--balance   how evenly attention lies over tensor and context parallel ranks, before and after balancing
+
+None named: all of them. Settings that follow go to every training run, such as schedule.placement=balanced. Runs and
+logs are kept in runs/scaling-NAME. Without a GPU, processes of the CPU take their place: for trying it, at small sizes.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from s2train.command_line import run_command
+from s2train.errors import ConfigError
+from s2train.files import check_writable, replacing
+from s2train.scaling.jobs import Runner
+from s2train.scaling.parity import parity
+from s2train.scaling.report import lines
+from s2train.scaling.speed import speed
+from s2train.training.compare import environment
+
+Part = Callable[[], dict[str, Any]]
+
+
+def scaling(given: argparse.Namespace) -> None:
+    """Run the parts, and write after each.
+
+    Raises:
+        ConfigError: the output or its runs are there already, or the devices are not.
+    """
+    path, runs = given.output.with_name(given.output.name + ".json"), Path("runs") / f"scaling-{given.output.name}"
+    for there in (path, runs):
+        if there.exists():
+            raise ConfigError("OUTPUT", given.output, f"{there} exists", "Name another, or move it away")
+    check_writable("OUTPUT", path.parent)
+    runner = Runner(runs.absolute(), given.gpus, given.settings, given.timeout)
+    length = ["--length", str(given.attention_length)] if given.attention_length else []
+    parts: dict[str, Part] = {
+        "parity": lambda: parity(runner, given.parity_model, length),
+        "scaling": lambda: speed(runner, tuple(given.models), given.seq_length, given.sequences),
+        "cp_bytes": lambda: runner.worker("s2train.scaling.exchange", "cp-bytes", *length),
+        "balance": lambda: runner.worker("s2train.scaling.balance", "balance", *length),
+    }
+    chosen = [name for name in parts if getattr(given, name)] or list(parts)
+    content: dict[str, Any] = {"command": shlex.join(sys.argv), **environment(), "devices": given.gpus, "parts": {}}
+    for name in chosen:
+        began = time.monotonic()
+        result = parts[name]()
+        content["parts"][name] = result | {"seconds": time.monotonic() - began}
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(content, indent=1) + "\n")
+        print("\n".join(lines(name, result)), flush=True)
+
+
+def main() -> None:
+    """The command line's entry."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("settings", nargs="*")
+    parser.add_argument("--gpus", type=int, default=2)
+    for part in ("parity", "scaling", "cp-bytes", "balance"):
+        parser.add_argument(f"--{part}", action="store_true")
+    parser.add_argument("--parity-model", default="125m_hybrid")
+    parser.add_argument("--models", nargs="+", default=["1b_hybrid", "1b_dense"])
+    parser.add_argument("--seq-length", type=int, default=32_768, help="tokens of --scaling")
+    parser.add_argument("--sequences", type=int, default=2, help="of a step of --scaling, data parallel: on each GPU")
+    parser.add_argument("--attention-length", type=int, help="tokens where attention runs by itself")
+    parser.add_argument("--timeout", type=float, default=300, help="seconds for one program")
+    given = parser.parse_intermixed_args()
+    run_command(lambda: scaling(given))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""Documents of many facts, each told again later, as token ids: the densest training for needle retrieval.
+
+    <filler> The magic number of brisk-otter is 4093317. <filler> The magic number of misty-lemon is 7718203.
+    <filler> The magic number of brisk-otter is 4093317. <filler> The magic number of misty-lemon is 7718203.<end>
+
+A fact told again is a question with its answer: its tail can be foretold from the first telling alone. So one
+document trains many look-ups, each at a distance of its own, in the very tokens of the evaluation's samples.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice, product
+
+import numpy as np
+import numpy.typing as npt
+
+from s2train.config import NeedleDocumentsConfig
+from s2train.data.haystack import Haystack
+from s2train.data.needle_tasks import Fact, key_value_lines, magic
+from s2train.data.needles import ADJECTIVES, NOUNS, split_of
+from s2train.data.tokenizers import Tokenizer
+from s2train.errors import ConfigError
+
+Ids = npt.NDArray[np.int64]
+
+_POOL = 1 << 15  # values, and keys of lines, to draw from: far more than a small model can learn by heart
+
+
+def recall_facts(task: str, seed: int) -> list[Fact]:
+    """Facts whose heads and tails documents draw from, independently; keys and values are of the training split.
+
+    Args:
+        task: recall or recall_lines.
+    """
+    lines = list(islice(key_value_lines(np.random.default_rng(seed), "train", None), _POOL))
+    if task == "recall_lines":
+        heads = dict(lines)  # each key once
+        return [(f" {key}:", f" {value}.") for key, value in heads.items()]
+    keys = [key for pair in product(ADJECTIVES, NOUNS) if split_of(key := "-".join(pair)) == "train"]
+    return [magic(keys[i % len(keys)], value) for i, (_, value) in enumerate(lines)]
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Token sequences laid end to end: the i-th is `tokens[starts[i] : starts[i] + lengths[i]]`. int64 each."""
+
+    tokens: Ids
+    starts: Ids
+    lengths: Ids
+
+    @classmethod
+    def of(cls, sequences: Sequence[Sequence[int]]) -> "Pieces":
+        """The pieces of these token sequences."""
+        lengths = np.array([len(sequence) for sequence in sequences], dtype=np.int64)
+        return cls(
+            np.concatenate([np.array(s, dtype=np.int64) for s in sequences]), lengths.cumsum() - lengths, lengths
+        )
+
+    def joined(self, numbers: Ids) -> Ids:
+        """The pieces of these numbers, one after the other, int64 [sum of their lengths]."""
+        lengths = self.lengths[numbers]
+        before = lengths.cumsum() - lengths
+        return self.tokens[np.repeat(self.starts[numbers] - before, lengths) + np.arange(lengths.sum())]
+
+
+class RecallDocuments:
+    """Draws documents of exactly `cfg.length` tokens, the tokenizer's end of document at the end.
+
+    Args:
+        facts: heads and tails to draw from, such as `recall_facts` gives.
+
+    Raises:
+        ConfigError: the length is too small.
+    """
+
+    def __init__(self, cfg: NeedleDocumentsConfig, tokenizer: Tokenizer, haystack: str, facts: list[Fact]) -> None:
+        self._cfg, self._eod = cfg, tokenizer.eod
+        self._haystack = Haystack(tokenizer, haystack)
+        heads, tails = ([tokenizer.encode(text) for text in dict.fromkeys(part)] for part in zip(*facts, strict=True))
+        self._heads, self._tails = len(heads), len(tails)
+        self._pieces = Pieces.of([*heads, *tails])
+        self._longest = max(map(len, heads)) + max(map(len, tails))
+        if cfg.length < (least := 2 * self._longest + 1):
+            problem = f"a fact, its question and the end of document take up to {least} tokens by themselves"
+            raise ConfigError("needles.length", cfg.length, problem, f"Use {least} or more")
+
+    def document(self, rng: np.random.Generator) -> Ids:
+        """One document, int64 [length]."""
+        cfg = self._cfg
+        room = cfg.length - 1
+        most = room // self._longest
+        sentences = int(np.clip(round(most * _log_even(rng, cfg.share)), 2, most))
+        facts = int(np.clip(round(_log_even(rng, cfg.facts)), 1, min(sentences // 2, self._heads)))
+        told = tell(rng, sentences, facts)
+        heads = rng.permutation(self._heads)[:facts]
+        tails = self._heads + rng.integers(self._tails, size=facts)
+        pieces = np.stack([heads[told], tails[told]], axis=1)
+        text = self._pieces.joined(pieces.ravel())
+        filler = self._haystack.draw(rng, room - len(text))
+        # The last sentence ends the document, as a question of the evaluation does.
+        places = np.append(np.sort(rng.choice(filler.borders, sentences - 1)), len(filler.tokens))
+        places = np.repeat(places, self._pieces.lengths[pieces].sum(axis=1))
+        return np.append(np.insert(filler.tokens, places, text), self._eod)
+
+
+def tell(rng: np.random.Generator, sentences: int, facts: int) -> Ids:
+    """Which fact each sentence tells, int64 [sentences]; facts are numbered in the order of their first telling.
+
+    First tellings lie anywhere but at the end; each other sentence repeats one of the facts told so far, evenly.
+    `facts` is less than `sentences`.
+    """
+    is_first = np.zeros(sentences, dtype=bool)
+    is_first[0] = True
+    is_first[1 + rng.permutation(sentences - 2)[: facts - 1]] = True
+    known = is_first.cumsum()
+    return np.where(is_first, known - 1, (rng.random(sentences) * known).astype(np.int64))
+
+
+def _log_even(rng: np.random.Generator, pair: Sequence[float]) -> float:
+    low, high = np.log(pair)
+    return float(np.exp(rng.uniform(low, high)))

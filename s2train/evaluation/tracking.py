@@ -1,0 +1,61 @@
+"""Needle results in the wandb run of the training that they are of: cells as a table, scores, heat maps."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from s2train.config import PretrainConfig
+from s2train.evaluation.results import NeedleResults, file_name
+from s2train.megatron.checkpoint import read_progress
+from s2train.wandb_run import RunInfo, WandbRun
+
+COLUMNS = (
+    *("task", "length", "depth", "correct", "trials", "score", "low", "high"),
+    *("token accuracy", "character accuracy", "layers from first", "layers from last"),
+)
+Row = tuple[str | int | float | None, ...]
+
+
+def rows(found: Mapping[str, NeedleResults]) -> list[Row]:
+    """A row of `COLUMNS` for each cell asked for, by task."""
+    made: list[Row] = []
+    for task, results in found.items():
+        for cell in results.asked:
+            score, reach = cell.score, cell.reach
+            layers = (None, None) if reach is None else (reach.from_first, reach.from_last)
+            accuracies = cell.token_accuracy, cell.character_accuracy
+            counts = cell.correct, cell.trials, score.share, *score.interval
+            made.append((task, cell.length, cell.depth, *counts, *accuracies, *layers))
+    return made
+
+
+def log_needles(found: Mapping[str, NeedleResults], trained: PretrainConfig, folder: Path, mode: str) -> str:
+    """All cells, and each task's heat map, score and effective length, at the checkpoint's step.
+
+    Args:
+        found: results by task, of one checkpoint; at least one.
+        trained: settings of the run that wrote the checkpoint; a run that had no wandb run gets one here.
+        folder: where the heat maps are.
+        mode: offline or online.
+    Returns:
+        The id of the wandb run.
+    """
+    first, tracking = next(iter(found.values())), trained.tracking
+    checkpoint, step = Path(first.checkpoint), first.step
+    run = WandbRun(
+        RunInfo(
+            mode=mode,
+            project=tracking.project,
+            group=tracking.group,
+            name=Path(trained.run_dir).name,
+            id=read_progress(checkpoint).wandb_id,
+            folder=checkpoint.resolve().parents[1],
+            config={},
+        )
+    )
+    run.table("needle cells", list(COLUMNS), [list(row) for row in rows(found)], step)
+    for task, results in found.items():
+        run.picture(f"needles {task}", folder / f"{file_name(task)}.png", step)
+        score = results.score and results.score.share
+        run.log({f"needle_{task}": score, f"effective_length_{task}": results.effective_length, "step": step})
+    run.close()
+    return run.id

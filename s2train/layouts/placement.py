@@ -1,0 +1,47 @@
+"""Where heads of unlike density go: tensor parallel ranks hold neighbouring heads, and should have as much to do."""
+
+from collections.abc import Sequence
+
+from s2train.layouts.counting import kept_key_blocks
+from s2train.layouts.patterns import Pattern
+
+_REFERENCE_BLOCKS = 1024  # fixed: where a head lies is part of the model, and no setting of a run may move it
+
+
+def place_balanced(heads: Sequence[Pattern], num_query_groups: int) -> tuple[Pattern, ...]:
+    """Patterns of a layer's heads in an order in which ranks keep about as many blocks each.
+
+    KV groups stay together where all heads of each are alike, since these share their K/V loads.
+    """
+    kept = {pattern: int(kept_key_blocks([pattern], _REFERENCE_BLOCKS).sum()) for pattern in set(heads)}
+    costs = [kept[pattern] for pattern in heads]
+    size = len(heads) // num_query_groups
+    groups = [range(g * size, (g + 1) * size) for g in range(num_query_groups)]
+    if all(len({heads[h] for h in group}) == 1 for group in groups):
+        order = balanced_order([sum(costs[h] for h in group) for group in groups])
+        return tuple(heads[h] for g in order for h in groups[g])
+    return tuple(heads[h] for h in balanced_order(costs))
+
+
+def balanced_order(costs: Sequence[float]) -> tuple[int, ...]:
+    """Indices of `costs` in an order of which contiguous equal parts cost about the same.
+
+    Halves first, then the halves of each (thirds where a number is odd, and so on): it serves every number of ranks
+    that divides this way, since a checkpoint may be resumed with another.
+    """
+    return tuple(_arrange(list(range(len(costs))), costs))
+
+
+def _arrange(members: list[int], costs: Sequence[float]) -> list[int]:
+    if len(members) == 1:
+        return members
+    parts = next(p for p in range(2, len(members) + 1) if len(members) % p == 0)
+    room = len(members) // parts
+    bins: list[list[int]] = [[] for _ in range(parts)]
+    sums = [0.0] * parts
+    # the dearest first, each to the part that has least (Graham's rule), with room for as many in each
+    for member in sorted(members, key=lambda index: -costs[index]):
+        least = min((b for b in range(parts) if len(bins[b]) < room), key=lambda b: sums[b])
+        bins[least].append(member)
+        sums[least] += costs[member]
+    return [member for part in bins for member in _arrange(part, costs)]

@@ -1,0 +1,122 @@
+"""Attention of this rank's queries over the key blocks that they keep, wherever these come from."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from s2train.kernels.layout import BlockLayout
+from s2train.megatron.context_parallel.gathering import chunk_ids, gather_sequence
+from s2train.megatron.context_parallel.shares import Share, share_of
+from s2train.megatron.context_parallel.transfer import Transfer
+
+
+class Attend(Protocol):
+    """The sparse op, its scale and backend chosen; see `s2train.kernels.attention.block_sparse_attention`."""
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, query_offset: int, return_lse: bool
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Output [s_q, b, h, d] and, if asked for, log-sum-exp [b, h, s_q]."""
+        ...
+
+
+def attend_gathered(
+    attend: Callable[[Tensor, Tensor, Tensor, int], Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    group: torch.distributed.ProcessGroup,
+) -> Tensor:
+    """Attention over all keys of the sequence, chunk by chunk of this rank's queries, for any layout or none.
+
+    Args:
+        attend: of queries, keys from position 0 on, values, and the position of the first query; the last query is at
+            the last key.
+        query, key, value: as of `attend_together`.
+    """
+    key, value = gather_sequence(key, group), gather_sequence(value, group)
+    rows = query.shape[0] // 2
+    parts = []
+    for chunk, part in zip(chunk_ids(group.rank(), group.size()), query.chunk(2), strict=True):
+        seen = (chunk + 1) * rows  # later keys are masked anyway
+        parts.append(attend(part, key[:seen], value[:seen], chunk * rows))
+    return torch.cat(parts)
+
+
+def attend_together(
+    attend: Attend,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: BlockLayout,
+    group: torch.distributed.ProcessGroup,
+) -> Tensor:
+    """Attention over received and own keys in one call.
+
+    Args:
+        query: [s / cp, b, h, d], this rank's two chunks of the sequence.
+        key, value: [s / cp, b, h_kv, d], the same.
+        layout: of the whole sequence and this rank's heads.
+    """
+    transfer = Transfer(rank_share(layout, key.shape[2], group), layout.block_size, group)
+    far_key, far_value = transfer.receive(transfer.send(key, value), key.shape[-1])
+    keys, values = torch.cat([far_key, key]), torch.cat([far_value, value])
+    offset = transfer.share.slots * layout.block_size
+    out = attend(query, keys, values, _part("whole", layout, transfer.share), offset, return_lse=False)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def attend_overlapped(
+    attend: Attend,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: BlockLayout,
+    group: torch.distributed.ProcessGroup,
+) -> Tensor:
+    """As `attend_together`, but over the own keys while the others are under way, the two results merged.
+
+    Queries are read and results written twice: it pays where the exchange takes longer than that.
+    """
+    transfer = Transfer(rank_share(layout, key.shape[2], group), layout.block_size, group)
+    token = transfer.send(key, value)
+    near = attend(query, key, value, _part("own", layout, transfer.share), 0, return_lse=True)
+    far_key, far_value = transfer.receive(token, key.shape[-1])
+    offset = transfer.share.slots * layout.block_size
+    far = attend(query, far_key, far_value, _part("remote", layout, transfer.share), offset, return_lse=True)
+    assert isinstance(near, tuple)
+    assert isinstance(far, tuple)
+    return merge(near, far)
+
+
+def merge(near: tuple[Tensor, Tensor], far: tuple[Tensor, Tensor]) -> Tensor:
+    """One result of two over different keys, each [s, b, h, d] and its log-sum-exp [b, h, s].
+
+    Rows of `far` may be without any key (log-sum-exp -inf), those of `near` not.
+    """
+    (out, lse), (far_out, far_lse) = near, far
+    weight = torch.sigmoid(far_lse - lse).permute(2, 0, 1).unsqueeze(-1)  # exp(far) / (exp(near) + exp(far))
+    return torch.lerp(out.to(weight.dtype), far_out.to(weight.dtype), weight).to(out.dtype)
+
+
+def rank_share(layout: BlockLayout, num_kv_heads: int, group: torch.distributed.ProcessGroup) -> Share:
+    """What this rank of `group` sends and receives; computed once a layout."""
+    name = ("context parallel share", num_kv_heads, group.rank(), group.size())
+    if name not in layout.cache:
+        layout.cache[name] = share_of(layout, *name[1:])
+    share = layout.cache[name]
+    assert isinstance(share, Share)
+    return share
+
+
+def _part(part: str, layout: BlockLayout, share: Share) -> BlockLayout:
+    """The share's layout of that name; computed once."""
+    name = ("context parallel layout", part, share)
+    if name not in layout.cache:
+        layout.cache[name] = getattr(share, part)(layout)
+    found = layout.cache[name]
+    assert isinstance(found, BlockLayout)
+    return found

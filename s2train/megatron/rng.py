@@ -1,0 +1,48 @@
+"""This rank's random generators in a checkpoint.
+
+Nothing in a step of today's models draws from them (no dropout); they are saved so that a resumed run would go on
+alike if something did.
+"""
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+
+def rng_ranks_here() -> list[int]:
+    """[tp, pp]: ranks that differ only in data or context parallel share their generators' states."""
+    return [
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+    ]
+
+
+def sharded_rng() -> ShardedObject:
+    """The states, for a sharded state dict, to save or to load."""
+    states = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),  # noqa: NPY002 (Megatron's datasets and others draw from it)
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(),
+        "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
+    }
+    return ShardedObject(
+        "rng",
+        states,
+        tuple(rng_ranks_here()),
+        (parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank()),
+        replica_id=parallel_state.get_data_parallel_rank(with_context_parallel=True),
+    )
+
+
+def set_rng(states: dict[str, Any]) -> None:
+    """Put loaded states in place."""
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])  # noqa: NPY002
+    torch.set_rng_state(states["torch"])
+    torch.cuda.set_rng_state(states["cuda"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(states["tracker"])

@@ -1,0 +1,28 @@
+"""The processes that write a checkpoint's shards for Megatron."""
+
+import signal
+from multiprocessing import get_context, resource_tracker
+from multiprocessing.managers import SyncManager
+
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+from s2train.orphans import end_with_the_parent
+
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+def start_results_manager() -> SyncManager:
+    """Start the process through which forked writers answer, in place of the one Megatron would start.
+
+    Megatron's lives on when its rank is killed, and dies of the SIGTERM that torchrun sends to a rank's whole process
+    group, so that the rank could not save any more. Keep the manager as long as something is saved.
+    """
+    manager = SyncManager(ctx=get_context("fork"))
+    resource_tracker.ensure_running()  # else the manager's start would start it, and unblock SIGTERM afterwards
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # the new process inherits it
+    try:
+        manager.start(initializer=end_with_the_parent)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    filesystem_async._results_queue = manager.Queue()
+    return manager

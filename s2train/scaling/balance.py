@@ -1,0 +1,135 @@
+"""How evenly attention lies over ranks, by time: run by torchrun, ranks to compare dealt to the devices.
+
+Tensor parallel: heads of unlike density, as listed and as `schedule.placement=balanced` places them. Context parallel:
+rows in one run a rank, and dealt zig-zag.
+
+`python -m torch.distributed.run --nproc-per-node N -m s2train.scaling.balance OUTPUT.json [--length 32768]`
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from s2train.config import ParallelConfig
+from s2train.kernels.attention import block_sparse_attention
+from s2train.kernels.benchmarks.timing import Clock
+from s2train.layouts.hybrid import LayerLayout
+from s2train.layouts.kinds import KINDS
+from s2train.layouts.patterns import Dense, LocalVertical, Pattern
+from s2train.layouts.placement import place_balanced
+from s2train.megatron import setup
+from s2train.megatron.context_parallel.gathering import chunk_ids
+from s2train.megatron.context_parallel.shares import share_of
+from s2train.scaling.cases import Case, Shape
+from s2train.scaling.timing import over_ranks, time_attention
+
+SIZES = (2, 4)
+BLOCK = 128
+_Measured = tuple[Callable[[], Tensor], tuple[Tensor, ...], Tensor]
+
+
+def uneven_heads(shape: Shape) -> dict[str, tuple[Pattern, ...]]:
+    """Layers whose first heads keep most: a quarter of the KV groups dense; windows that shrink group by group."""
+    groups, size = shape.kv_heads, shape.heads // shape.kv_heads
+    sparse = [LocalVertical(local=8, stride=16, offset=group) for group in range(groups)]
+    some_dense = [Dense() if group < groups // 4 else sparse[group] for group in range(groups)]
+    windows = [LocalVertical(local=8 * (groups - group), stride=16, offset=group) for group in range(groups)]
+    named: dict[str, list[Pattern]] = {"dense groups": list(some_dense), "windows": list(windows)}
+    return {name: tuple(p for p in patterns for _ in range(size)) for name, patterns in named.items()}
+
+
+def spread(times: list[float]) -> float:
+    """The slowest rank's over the mean, less 1: what the others wait."""
+    return max(times) * len(times) / sum(times) - 1
+
+
+class Meter:
+    """Times ranks of groups of any size on the devices that there are."""
+
+    def __init__(self, shape: Shape, device: torch.device, passes: int) -> None:
+        self.shape, self.device, self._passes, self._clock = shape, device, passes, Clock(device)
+
+    def times(self, size: int, problem: Callable[[int], _Measured]) -> dict[str, Any]:
+        """Ms of forward and backward of each of `size` ranks, and their spread."""
+        world, own = torch.distributed.get_world_size(), torch.distributed.get_rank()
+        mine: dict[int, dict[str, float]] = {}
+        for rank in range(own, size, world):
+            forward, inputs, dout = problem(rank)
+            mine[rank] = time_attention(forward, inputs, dout, self._clock, self._passes)
+        found = {rank: ms for part in over_ranks(mine) for rank, ms in dict(part).items()}  # type: ignore[call-overload]
+        both = [found[rank]["forward"] + found[rank]["backward"] for rank in range(size)]
+        return {"ms": [found[rank] for rank in range(size)], "spread": spread(both)}
+
+    def heads(self, layer: LayerLayout, size: int, rank: int) -> _Measured:
+        """A tensor parallel rank's heads."""
+        shape, count = self.shape, self.shape.heads // size
+        layout = layer.block_layout(shape.length, heads=slice(rank * count, (rank + 1) * count), device=self.device)
+        *inputs, dout = shape.inputs(shape.length, shape.length, count, shape.kv_heads // size, self.device)
+        return partial(block_sparse_attention, *inputs, layout), tuple(inputs), dout
+
+    def run_of_rows(self, layer: LayerLayout, size: int, rank: int) -> _Measured:
+        """A context parallel rank's rows if each had one run of them."""
+        shape, rows = self.shape, self.shape.length // size
+        layout = layer.block_layout(shape.length, device=self.device)
+        *inputs, dout = shape.inputs(rows, rows * (rank + 1), shape.heads, shape.kv_heads, self.device)
+        return partial(block_sparse_attention, *inputs, layout, query_offset=rows * rank), tuple(inputs), dout
+
+    def zigzag_rows(self, layer: LayerLayout, size: int, rank: int) -> _Measured:
+        """A context parallel rank's two chunks of rows, over received and own keys."""
+        shape, rows = self.shape, self.shape.length // size
+        layout = layer.block_layout(shape.length, device=self.device)
+        share = share_of(layout, shape.kv_heads, rank, size)
+        offset = share.slots * layout.block_size
+        *inputs, dout = shape.inputs(rows, rows + offset, shape.heads, shape.kv_heads, self.device)
+        return partial(block_sparse_attention, *inputs, share.whole(layout), query_offset=offset), tuple(inputs), dout
+
+
+def balance(meter: Meter) -> dict[str, Any]:
+    """Times and spreads of both, for groups of `SIZES`."""
+    tensor: dict[str, Any] = {}
+    for name, heads in uneven_heads(meter.shape).items():
+        listed = LayerLayout(KINDS["S"], heads, BLOCK)
+        placed = replace(listed, heads=place_balanced(heads, meter.shape.kv_heads))
+        for size in SIZES:
+            tensor[f"{name} tp{size}"] = {
+                "before": meter.times(size, partial(meter.heads, listed, size)),
+                "after": meter.times(size, partial(meter.heads, placed, size)),
+            }
+    layers = {
+        case.name: case.layer(meter.shape) for case in (Case(BLOCK, 8, 16, "grouped"), Case(BLOCK, 8, 8, "shifted"))
+    }
+    context = {
+        f"{name} cp{size}": {
+            "before": meter.times(size, partial(meter.run_of_rows, layer, size)),
+            "after": meter.times(size, partial(meter.zigzag_rows, layer, size)),
+            "chunks": [chunk_ids(rank, size) for rank in range(size)],
+        }
+        for name, layer in layers.items()
+        for size in SIZES
+    }
+    return {"length": meter.shape.length, "tensor_parallel": tensor, "context_parallel": context}
+
+
+def main() -> None:
+    """The command line's entry."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--length", type=int, default=32_768)
+    parser.add_argument("--passes", type=int, default=5)
+    given = parser.parse_args()
+    device = setup.initialize(ParallelConfig(), seed=1)
+    result = balance(Meter(Shape(given.length), device, given.passes))
+    if torch.distributed.get_rank() == 0:
+        given.output.write_text(json.dumps(result))
+    setup.shutdown()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""Attention alone under context parallel in fp32, against one process and float64: run by torchrun on every device.
+
+`python -m torch.distributed.run --nproc-per-node N -m s2train.scaling.exactness OUTPUT.json [--length 4096]`
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+
+from s2train.config import ParallelConfig
+from s2train.kernels.attention import block_sparse_attention
+from s2train.kernels.reference import reference_attention
+from s2train.megatron import setup
+from s2train.megatron.context_parallel.gathering import chunk_ids
+from s2train.scaling.cases import Case, Shape
+from s2train.scaling.timing import over_ranks
+from s2train.scaling.ways import ways
+
+NAMES = ("out", "dq", "dk", "dv")
+CASES = (Case(64, 2, 4, "shifted"), Case(64, 1, 4, "grouped"), Case(128, 2, 8, "shifted"))
+
+
+def exactness(case: Case, shape: Shape, device: torch.device) -> dict[str, Any]:
+    """Relative errors against float64 of every way, the largest over the ranks; `one` is one process in fp32."""
+    group = parallel_state.get_context_parallel_group()
+    rank, size = group.rank(), group.size()
+    layout = case.layer(shape).block_layout(shape.length, device=device)
+    torch.manual_seed(1)  # the same inputs on every rank
+    heads = (shape.heads, shape.kv_heads, shape.kv_heads, shape.heads)
+    whole = [torch.randn(shape.length, 1, count, shape.dim).to(device) for count in heads]
+
+    def own(x: Tensor) -> Tensor:
+        return torch.cat([x.chunk(2 * size)[chunk] for chunk in chunk_ids(rank, size)])
+
+    def results(attend: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: list[Tensor]) -> list[Tensor]:
+        q, k, v = (x.detach().requires_grad_() for x in inputs[:3])
+        out = attend(q, k, v)
+        return [out.detach(), *torch.autograd.grad(out, (q, k, v), inputs[3])]
+
+    exact = results(lambda q, k, v: reference_attention(q, k, v, layout)[0], [x.double() for x in whole])
+    found = {"one": [own(x) for x in results(partial(block_sparse_attention, layout=layout), whole)]}
+    for name, attend in ways(layout, group).items():
+        found[name] = results(attend, [own(x) for x in whole])
+    errors = {
+        way: {
+            name: float((x - own(x64)).norm() / own(x64).norm()) for name, x, x64 in zip(NAMES, xs, exact, strict=True)
+        }
+        for way, xs in found.items()
+    }
+    ranks: list[Any] = over_ranks(errors)
+    return {way: {name: max(of_rank[way][name] for of_rank in ranks) for name in NAMES} for way in errors}
+
+
+def main() -> None:
+    """The command line's entry."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--length", type=int, default=4096)
+    given = parser.parse_args()
+    device = setup.initialize(ParallelConfig(cp=int(os.environ["WORLD_SIZE"])), seed=1)
+    shape = Shape(given.length, heads=6, kv_heads=2, dim=64)
+    errors = {case.name: exactness(case, shape, device) for case in CASES}
+    agrees = all(
+        error[way][name] <= 2 * error["one"][name] for error in errors.values() for way in error for name in NAMES
+    )
+    if torch.distributed.get_rank() == 0:
+        given.output.write_text(json.dumps({"length": given.length, "errors": errors, "agrees": agrees}))
+    setup.shutdown()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""What context parallel moves, and how long it takes, beside gathering all keys: run by torchrun on every device.
+
+`python -m torch.distributed.run --nproc-per-node N -m s2train.scaling.exchange OUTPUT.json [--length 131072]`
+"""
+
+import argparse
+import json
+import os
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+
+from s2train.config import ParallelConfig
+from s2train.kernels.benchmarks.timing import Clock
+from s2train.layouts.costs import density
+from s2train.megatron import setup
+from s2train.megatron.context_parallel.attention import rank_share
+from s2train.megatron.context_parallel.gathering import chunk_ids, gather_sequence
+from s2train.megatron.context_parallel.shares import exchanged_blocks, gathered_blocks
+from s2train.megatron.context_parallel.transfer import Transfer
+from s2train.scaling.cases import Case, Shape
+from s2train.scaling.timing import over_ranks, time_attention, time_call
+from s2train.scaling.ways import ways
+
+# At 128k tokens from 3 to 28 % of the causal positions. Heads of a KV group keep different columns (shifted, the
+# union is several times as much) or the same (grouped).
+CASES = tuple(
+    Case(128, local, stride, schedule)
+    for local, stride in ((8, 64), (8, 16), (8, 8), (16, 4))
+    for schedule in ("shifted", "grouped")
+)
+
+
+def measure(case: Case, shape: Shape, device: torch.device, passes: int) -> dict[str, Any]:
+    """Bytes of a forward (its backward moves as many) and ms of one layer, the slowest rank's."""
+    group = parallel_state.get_context_parallel_group()
+    rank, size = group.rank(), group.size()
+    layer, clock = case.layer(shape), Clock(device)
+    layout = layer.block_layout(shape.length, device=device)
+    began = time.perf_counter()
+    share = rank_share(layout, shape.kv_heads, group)
+    clock.wait()
+    seconds = time.perf_counter() - began
+    rows = shape.length // size
+    q, k, v, dout = shape.inputs(rows, rows, shape.heads, shape.kv_heads, device)
+    block_bytes = case.block * 2 * shape.dim * k.element_size()
+
+    def exchange() -> None:
+        transfer = Transfer(share, case.block, group)
+        transfer.receive(transfer.send(k, v), shape.dim)
+
+    mine = {
+        "setup_s": seconds,
+        "exchange_ms": time_call(exchange, clock, passes),
+        "gather_ms": time_call(lambda: (gather_sequence(k, group), gather_sequence(v, group)), clock, passes),
+        "attention_ms": {
+            name: time_attention(partial(attend, q, k, v), (q, k, v), dout, clock, passes)
+            for name, attend in ways(layout, group).items()
+        },
+        "sent_bytes": sum(share.sent_counts) * block_bytes,
+        "gradients_bytes": sum(share.received) * block_bytes,
+        "chunks": chunk_ids(rank, size),
+    }
+    predicted = exchanged_blocks(layout, shape.kv_heads, size).cpu()
+    gathered = gathered_blocks(layout, shape.kv_heads, size).cpu()
+    return {
+        "case": case.name,
+        "density": density(layer, shape.length),
+        "predicted_bytes": (predicted * block_bytes).tolist(),
+        "gathered_bytes": (gathered * block_bytes).tolist(),
+        "share_of_gathering": float(predicted.sum() / gathered.sum()),
+        "ranks": over_ranks(mine),
+    }
+
+
+def main() -> None:
+    """The command line's entry."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--length", type=int, default=131_072)
+    parser.add_argument("--passes", type=int, default=5)
+    given = parser.parse_args()
+    device = setup.initialize(ParallelConfig(cp=int(os.environ["WORLD_SIZE"])), seed=1)
+    results = [measure(case, Shape(given.length), device, given.passes) for case in CASES]
+    if torch.distributed.get_rank() == 0:
+        given.output.write_text(json.dumps({"length": given.length, "cases": results}))
+    setup.shutdown()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""Programs under torchrun, as many side by side as there are devices, and what they left."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training run: its name, how many processes, and `launch/pretrain.py`'s settings."""
+
+    name: str
+    processes: int
+    settings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a job came to.
+
+    Attributes:
+        records: of metrics.jsonl.
+        error: its last line that tells of one, None if it ended well.
+        seconds: from start to end.
+    """
+
+    records: list[dict[str, Any]]
+    error: str | None
+    seconds: float
+
+    @property
+    def losses(self) -> list[float]:
+        return [record["loss"] for record in self.records if "loss" in record]
+
+
+class Runner:
+    """Starts programs on this machine's devices.
+
+    Args:
+        folder: for run folders and logs.
+        devices: GPUs, or processes where there are none, to use.
+        settings: of every training run, after its own.
+        timeout_s: for one program; it is killed then.
+    """
+
+    def __init__(self, folder: Path, devices: int, settings: Sequence[str] = (), timeout_s: float = 300) -> None:
+        self.folder, self.devices = folder, devices
+        self._settings, self._timeout_s = tuple(settings), timeout_s
+
+    def run(self, jobs: Sequence[Job]) -> dict[str, Outcome]:
+        """Jobs one after the other, those of one process side by side on a device each."""
+        small = [job for job in jobs if job.processes == 1]
+        outcomes: dict[str, Outcome] = {}
+        with ThreadPoolExecutor(self.devices) as pool:
+            for first in range(0, len(small), self.devices):
+                batch = small[first : first + self.devices]
+                for job, outcome in zip(batch, pool.map(self._run, batch, range(len(batch))), strict=True):
+                    outcomes[job.name] = outcome
+        outcomes |= {job.name: self._run(job) for job in jobs if job.processes > 1}
+        return {job.name: outcomes[job.name] for job in jobs}
+
+    def checkpoint(self, job: str, step: int) -> Path:
+        """Where a job saved this step."""
+        return self._path(job) / "checkpoints" / f"iter_{step:07d}"
+
+    def worker(self, module: str, name: str, *arguments: str) -> dict[str, Any]:
+        """What a module, on all devices, wrote to the file that is its first argument; {"error": …} if it failed."""
+        output = self._path(name).with_suffix(".json")
+        error = self._start(name, self.devices, ["-m", module, str(output), *arguments], 0)
+        result: dict[str, Any] = json.loads(output.read_text()) if error is None else {"error": error}
+        return result
+
+    def _run(self, job: Job, first_device: int = 0) -> Outcome:
+        run_dir, began = self._path(job.name), time.monotonic()
+        program = [str(_ROOT / "launch" / "pretrain.py"), *job.settings, *self._settings, f"run_dir={run_dir}"]
+        error = self._start(job.name, job.processes, program, first_device)
+        metrics = run_dir / "metrics.jsonl"
+        lines = metrics.read_text().splitlines() if error is None else []
+        outcome = Outcome([json.loads(line) for line in lines], error, time.monotonic() - began)
+        print(f"{job.name}: {error or 'done'}, {outcome.seconds:.0f} s", flush=True)
+        return outcome
+
+    def _start(self, name: str, processes: int, program: Sequence[str], first_device: int) -> str | None:
+        """Run a program to its end; the error that it ended with, or None."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        log = self._path(name).with_suffix(".log")
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        with log.open("w") as file:
+            process = subprocess.Popen(
+                [*launcher, *program],
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=_environment(first_device, processes),
+                start_new_session=True,
+            )
+            try:
+                status = process.wait(self._timeout_s)
+            except BaseException as interruption:
+                os.killpg(process.pid, signal.SIGTERM)  # torchrun ends its ranks
+                process.wait()
+                if isinstance(interruption, subprocess.TimeoutExpired):
+                    return f"not done after {self._timeout_s:.0f} s; see {log}"
+                raise
+        if status == 0:
+            return None
+        told = [line for line in log.read_text(errors="replace").splitlines() if "rror: " in line]
+        return (told[0].strip()[:300] if told else f"status {status}") + f"; see {log}"
+
+    def _path(self, name: str) -> Path:
+        return self.folder / name.replace(" ", "-")
+
+
+def _environment(first_device: int, count: int) -> dict[str, str]:
+    environment = dict(os.environ)
+    environment.setdefault("OMP_NUM_THREADS", "1")
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_ROOT), environment.get("PYTHONPATH")]))
+    if torch.cuda.is_available():
+        named = environment.get("CUDA_VISIBLE_DEVICES")
+        names = named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(names[first_device : first_device + count])
+    return environment

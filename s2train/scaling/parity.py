@@ -1,0 +1,84 @@
+"""Every way to spread a model over two processes, from one checkpoint, against one process: losses within rounding."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from s2train.scaling.jobs import Job, Outcome, Runner
+
+STEPS = 20
+_PLAIN = "parallel.distributed_optimizer=false"
+
+# On two processes; what remains is data parallel.
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "tp2": ("parallel.tp=2",),
+    "tp2 sp": ("parallel.tp=2", "parallel.sequence_parallel=true"),
+    "pp2": ("parallel.pp=2",),
+    "cp2": ("parallel.cp=2",),
+    "cp2 overlapped": ("parallel.cp=2", "parallel.cp_exchange=overlapped"),
+    "cp2 gather": ("parallel.cp=2", "parallel.cp_exchange=gather"),
+    "dp2": (_PLAIN,),
+    "dp2 distributed optimizer": (),
+}
+
+
+def parity(runner: Runner, model: str, attention_settings: Sequence[str]) -> dict[str, Any]:
+    """Losses of `STEPS` steps by each of `VARIANTS`, and how far they lie from those of one process.
+
+    The tolerance is twice the largest relative difference over the steps between runs of one process that differ in
+    rounding alone: in the micro batch, and on a GPU in the kernels of sparse layers. Attention alone under context
+    parallel is compared in fp32 too.
+
+    Args:
+        attention_settings: arguments of `s2train.scaling.exactness`.
+    """
+    common = (
+        f"+model={model}", f"train.steps={STEPS + 1}", "train.global_batch_size=8", "train.micro_batch_size=1",
+        "optim.warmup_steps=5", "evaluation.interval=0", "tracking.log_interval=1", "data.num_workers=0",
+    )  # fmt: skip
+    starts = {"start": common, "start plain": (*common, _PLAIN)}
+    outcomes = runner.run([Job(name, 1, (*settings, "train.exit_step=1")) for name, settings in starts.items()])
+
+    def job(name: str, processes: int, *settings: str) -> Job:
+        start = runner.checkpoint("start plain" if _PLAIN in settings else "start", 1)
+        resume = (f"checkpoint.resume='{start}'", "checkpoint.save=false")
+        return Job(name, processes, (*common, *settings, *resume))
+
+    twins = {"micro batch 2": ("train.micro_batch_size=2",)}
+    if torch.cuda.is_available():
+        twins["portable kernels"] = ("attention_backend=portable",)
+    jobs = [job("one", 1), *(job(name, 1, *settings) for name, settings in twins.items())]
+    jobs += [job(name, 2, *settings) for name, settings in VARIANTS.items()]
+    if all(outcome.error is None for outcome in outcomes.values()):
+        outcomes |= runner.run(jobs)
+    result = verdict(outcomes, list(twins), list(VARIANTS)) | {"model": model, "settings": common}
+    attention = runner.worker("s2train.scaling.exactness", "cp attention", *attention_settings)
+    return result | {
+        "cp_attention_fp32": attention,
+        "agrees": result["agrees"] and attention.get("agrees", False),
+    }
+
+
+def verdict(outcomes: dict[str, Outcome], twins: list[str], variants: list[str]) -> dict[str, Any]:
+    """Tolerance and deviations, relative, largest over the steps; `agrees` if every variant ran and is within."""
+    errors = {name: outcome.error for name, outcome in outcomes.items() if outcome.error is not None}
+    result: dict[str, Any] = {"agrees": False, "errors": errors}
+    if any(name not in outcomes or name in errors for name in ("one", *twins)):
+        return result
+    one = outcomes["one"].losses
+    rounding = {name: deviation(outcomes[name].losses, one) for name in twins}
+    found = {name: deviation(outcomes[name].losses, one) for name in variants if name not in errors}
+    tolerance = 2 * max(rounding.values())
+    return result | {
+        "rounding": rounding,
+        "tolerance": tolerance,
+        "deviation": found,
+        "agrees": not errors and all(value <= tolerance for value in found.values()),
+        "losses": {name: outcome.losses for name, outcome in outcomes.items()},
+    }
+
+
+def deviation(found: list[float], expected: list[float]) -> float:
+    """Largest relative difference of two traces; ValueError if one is shorter."""
+    return max(abs(x - y) / abs(y) for x, y in zip(found, expected, strict=True))

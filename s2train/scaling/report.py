@@ -1,0 +1,62 @@
+"""Each part's result in a few lines."""
+
+from typing import Any
+
+
+def lines(part: str, result: dict[str, Any]) -> list[str]:
+    """What to print of the result of a part of `launch/scaling.py`."""
+    if "error" in result:
+        return [f"{part}: {result['error']}"]
+    return _REPORTS[part](result)
+
+
+def _parity(result: dict[str, Any]) -> list[str]:
+    told = [f"{name}: {error}" for name, error in result["errors"].items()]
+    for name, value in result.get("deviation", {}).items():
+        told.append(f"{name}: {value:.1e} from one process, rounding allows {result['tolerance']:.1e}")
+    for case, errors in result["cp_attention_fp32"].get("errors", {}).items():
+        largest = ", ".join(f"{way} {max(error.values()):.1e}" for way, error in errors.items())
+        told.append(f"attention alone, fp32, {case}: largest errors {largest}")
+    return [*told, f"parity: {'holds' if result['agrees'] else 'FAILS'}"]
+
+
+def _scaling(result: dict[str, Any]) -> list[str]:
+    told = []
+    for model, rows in result["models"].items():
+        for name, row in rows.items():
+            told.append(f"{model} {name}: {row['error'] if 'error' in row else _figures(row)}")
+    return told
+
+
+def _figures(row: dict[str, Any]) -> str:
+    shares = (("of linear", "efficiency"), ("MFU", "mfu"), ("communicating", "communication"))
+    known = [f"{row[key]:.1%} {label}" for label, key in shares if row[key] is not None]
+    return ", ".join([f"{row['tokens_per_s']:,.0f} tokens/s", *known, f"{row['memory_gib']:.1f} GiB"])
+
+
+def _cp_bytes(result: dict[str, Any]) -> list[str]:
+    told = []
+    for case in result["cases"]:
+        slowest = {way: _slowest(case["ranks"], way) for way in case["ranks"][0]["attention_ms"]}
+        alone = [max(rank[key] for rank in case["ranks"]) for key in ("exchange_ms", "gather_ms")]
+        times = ", ".join(f"{way} {ms:.2f}" for way, ms in slowest.items())
+        told.append(
+            f"{case['case']}, density {case['density']:.3f}: {case['share_of_gathering']:.1%} of the bytes, "
+            f"{alone[0]:.2f} ms for {alone[1]:.2f}; forward and backward of attention in ms: {times}"
+        )
+    return told
+
+
+def _slowest(ranks: list[dict[str, Any]], way: str) -> float:
+    return max(sum(rank["attention_ms"][way].values()) for rank in ranks)
+
+
+def _balance(result: dict[str, Any]) -> list[str]:
+    return [
+        f"{name}: slowest rank {case['before']['spread']:.1%} over the mean, balanced {case['after']['spread']:.1%}"
+        for kind in ("tensor_parallel", "context_parallel")
+        for name, case in result[kind].items()
+    ]
+
+
+_REPORTS = {"parity": _parity, "scaling": _scaling, "cp_bytes": _cp_bytes, "balance": _balance}

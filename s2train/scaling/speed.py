@@ -1,0 +1,70 @@
+"""Tokens per second on 1, 2, 4, … GPUs, by data, context and tensor parallelism apart."""
+
+import statistics
+from typing import Any
+
+from s2train.scaling.jobs import Job, Outcome, Runner
+from s2train.training.breakdown import COMMUNICATION, HIDDEN
+
+_STEPS, _WARM = 9, 3  # the last one is profiled
+GOALS = {"dp": 0.95, "cp": 0.85, "tp": 0.80}  # of linear, on two
+
+
+def speed(runner: Runner, models: tuple[str, ...], seq_length: int, sequences: int) -> dict[str, Any]:
+    """Each model on one device, and by every way on 2, 4, … up to the runner's.
+
+    Data parallel runs take `sequences` sequences a step on every device, the others as many in all.
+    """
+    jobs = [_job(model, "one", 1, seq_length, sequences) for model in models]
+    size = 2
+    while size <= runner.devices:
+        jobs += [_job(model, way, size, seq_length, sequences) for model in models for way in GOALS]
+        size *= 2
+    outcomes = runner.run(jobs)
+    rows: dict[str, Any] = {}
+    for model in models:
+        alone = summary(outcomes[f"{model} one"], 1, None)
+        rows[model] = {"one": alone} | {
+            name.removeprefix(f"{model} "): summary(outcomes[name], processes, alone.get("tokens_per_s"))
+            for name, processes in ((job.name, job.processes) for job in jobs)
+            if name.startswith(f"{model} ") and processes > 1
+        }
+    return {"seq_length": seq_length, "sequences": sequences, "goals": GOALS, "models": rows}
+
+
+def summary(outcome: Outcome, processes: int, alone: float | None) -> dict[str, Any]:
+    """Medians over the steady steps; `efficiency` is tokens per second over `processes` times those of one device."""
+    if outcome.error is not None:
+        return {"error": outcome.error}
+    steps = [record for record in outcome.records if "tokens_per_s" in record and record["step"] > _WARM]
+    (profile,) = [record for record in outcome.records if record.get("event") == "profile"]
+    steady = [record for record in steps if record["step"] < profile["traced"][0] - 1]  # the one before warms the tracer up
+    exposed, hidden = (profile["parts"].get(part, 0.0) / profile["step_ms"] for part in (COMMUNICATION, HIDDEN))
+    tokens_per_s = statistics.median(record["tokens_per_s"] for record in steady)
+    return {
+        "tokens_per_s": tokens_per_s,
+        "efficiency": None if alone is None else tokens_per_s / (processes * alone),
+        "mfu": statistics.median(record["mfu"] for record in steady) if "mfu" in steady[0] else None,
+        "step_time_s": statistics.median(record["step_time_s"] for record in steady),
+        "communication": exposed + hidden,
+        "communication_exposed": exposed,
+        "memory_gib": max(record["memory_gib"] for record in steps),
+        "loss": steps[-1]["loss"],
+    }
+
+
+def _job(model: str, way: str, size: int, seq_length: int, sequences: int) -> Job:
+    ways = {
+        "one": (),
+        "dp": (),
+        "cp": (f"parallel.cp={size}",),
+        "tp": (f"parallel.tp={size}", "parallel.sequence_parallel=true"),
+    }
+    batch = sequences * (size if way == "dp" else 1)
+    settings = (
+        f"+model={model}", "data=mock", f"train.seq_length={seq_length}", f"train.steps={_STEPS}",
+        f"train.global_batch_size={batch}", "train.micro_batch_size=1", "optim.warmup_steps=2",
+        "evaluation.interval=0", "tracking.log_interval=1", f"profile.steps=[{_STEPS},{_STEPS}]",
+        "checkpoint.save=false", "checkpoint.resume=never", *ways[way],
+    )  # fmt: skip
+    return Job(f"{model} one" if way == "one" else f"{model} {way}{size}", size, settings)

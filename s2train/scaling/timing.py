@@ -1,0 +1,51 @@
+"""Times of attention on every rank, over a fixed number of passes: collectives must meet."""
+
+from collections.abc import Callable, Sequence
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from s2train.kernels.benchmarks.timing import Clock
+
+_WARM = 2
+
+
+def time_attention(
+    forward: Callable[[], Tensor], inputs: Sequence[Tensor], dout: Tensor, clock: Clock, passes: int
+) -> dict[str, float]:
+    """Median ms of forward and of the gradients of `inputs`, on this rank."""
+    spans: list[tuple[object, object, object]] = []
+    for _ in range(_WARM + passes):
+        clock.start()
+        before = clock.mark()
+        out = forward()
+        between = clock.mark()
+        torch.autograd.grad(out, inputs, dout)
+        spans.append((before, between, clock.mark()))
+    clock.wait()
+    timed = spans[_WARM:]
+    return {
+        "forward": median(clock.milliseconds(begin, middle) for begin, middle, _ in timed),
+        "backward": median(clock.milliseconds(middle, end) for _, middle, end in timed),
+    }
+
+
+def time_call(call: Callable[[], object], clock: Clock, passes: int) -> float:
+    """Median ms of a call without gradients."""
+    spans = []
+    with torch.no_grad():
+        for _ in range(_WARM + passes):
+            clock.start()
+            before = clock.mark()
+            call()
+            spans.append((before, clock.mark()))
+    clock.wait()
+    return median(clock.milliseconds(*span) for span in spans[_WARM:])
+
+
+def over_ranks(value: object) -> list[object]:
+    """Every rank's value, in their order."""
+    values: list[object] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values

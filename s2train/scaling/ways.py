@@ -1,0 +1,34 @@
+"""The ways by which a sparse layer gets its keys under context parallel, for one layout."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from s2train.kernels.attention import block_sparse_attention
+from s2train.kernels.layout import BlockLayout
+from s2train.megatron.context_parallel.attention import attend_gathered, attend_overlapped, attend_together
+
+
+def ways(
+    layout: BlockLayout, group: torch.distributed.ProcessGroup
+) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
+    """Attention of a rank's [s / cp, b, …] q, k and v by each value of `parallel.cp_exchange`."""
+
+    def prefix(query: Tensor, key: Tensor, value: Tensor, query_offset: int) -> Tensor:
+        return block_sparse_attention(query, key, value, layout, query_offset=query_offset)
+
+    return {
+        "gather": partial(attend_gathered, prefix, group=group),
+        "blocks": partial(attend_together, _attend, layout=layout, group=group),
+        "overlapped": partial(attend_overlapped, _attend, layout=layout, group=group),
+    }
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, query_offset: int, return_lse: bool
+) -> Tensor | tuple[Tensor, Tensor]:
+    if return_lse:
+        return block_sparse_attention(query, key, value, layout, query_offset=query_offset, return_lse=True)
+    return block_sparse_attention(query, key, value, layout, query_offset=query_offset)

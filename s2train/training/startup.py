@@ -1,0 +1,216 @@
+"""Whether the ranks of a job go together, before anything is built: versions, settings, clocks, disks and GPUs.
+
+The facts go through the store that the ranks met at, a few hundred bytes a rank, since NCCL hangs or fails obscurely
+on much of what is looked for. Settings are compared by their hash; only a rank whose hash differs reads rank 0's.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed import DistStoreError, Store
+
+from s2train.config import PretrainConfig
+from s2train.errors import StartUpError
+from s2train.planning import Plan
+from s2train.planning.memory import GIB, checkpoint_bytes
+from s2train.versions import git_commit, versions
+
+MAX_CLOCK_SKEW_S = 10.0  # far more than it takes to wake a rank, far less than what mixes up logs and file times
+_ARRIVAL = timedelta(minutes=10)  # for the slowest rank's imports from a shared disk
+_FOLDER_SEEN_S = 15.0  # a network file system may show a new file late
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a rank tells of itself.
+
+    Attributes:
+        settings: those that differ from rank 0's: [this rank's, rank 0's].
+        clock: seconds since 1970, read when rank 0 asked.
+        free_bytes: on the run folder's disk.
+        device: name of the GPU, or "CPU".
+        device_id: of the very GPU; empty on a CPU.
+        sees_run_dir: whether rank 0's run folder is here too.
+    """
+
+    rank: int
+    host: str
+    versions: dict[str, str]
+    settings: dict[str, list[Any]]
+    clock: float
+    free_bytes: int
+    device: str
+    device_id: str
+    sees_run_dir: bool
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} on {self.host}"
+
+
+def check_start(cfg: PretrainConfig, plan: Plan, store: Store, rank: int, world_size: int) -> None:
+    """Compare all ranks, on all ranks together, before there is a process group. Sets `cfg.run_dir` to rank 0's.
+
+    Args:
+        plan: of this rank's own settings and device.
+        store: of this job alone.
+    Raises:
+        StartUpError: on every rank, with every problem.
+    """
+    settings = _comparable(cfg)
+    store.set(f"here/{rank}", socket.gethostname())
+    marker: Path | None = None
+    if rank == 0:
+        _await_all(store, world_size)
+        marker = Path(cfg.run_dir) / f".start-{uuid.uuid4().hex}"
+        marker.parent.mkdir(parents=True, exist_ok=True)
+        marker.touch()
+        store.set("settings", json.dumps(settings))
+        store.set("go", json.dumps({"run_dir": cfg.run_dir, "marker": str(marker), "hash": _digest(settings)}))
+    asked = json.loads(store.get("go"))
+    clock = time.time()
+    # A name made of the time is another one on every rank.
+    cfg.run_dir = asked["run_dir"]
+    facts = Facts(
+        rank=rank,
+        host=socket.gethostname(),
+        versions=versions() | {"s2train's commit": git_commit() or "unknown"},
+        settings={}
+        if _digest(settings) == asked["hash"]
+        else _differences(settings, json.loads(store.get("settings"))),
+        clock=clock,
+        free_bytes=_free_bytes(Path(cfg.run_dir)),
+        device=plan.hardware.name,
+        device_id=_device_id() if plan.hardware.kind == "cuda" else "",
+        sees_run_dir=_appears(Path(asked["marker"])),
+    )
+    store.set(f"facts/{rank}", json.dumps(asdict(facts)))
+    if marker is not None:
+        told = store.multi_get([f"facts/{other}" for other in range(world_size)])
+        marker.unlink()
+        found = list(problems([Facts(**json.loads(text)) for text in told], checkpoint_bytes(cfg)))
+        store.set("problems", json.dumps(found))
+    if found := json.loads(store.get("problems")):
+        raise StartUpError(found)
+
+
+def problems(ranks: Sequence[Facts], checkpoint: int) -> Iterator[str]:
+    """What keeps ranks from training together, in one line each: who, what, and the remedy.
+
+    Args:
+        ranks: rank 0 first; the others are held against it.
+        checkpoint: bytes of one checkpoint.
+    """
+    told: set[tuple[str, str]] = set()
+    for facts in ranks:
+        for problem in _problems_of(facts, ranks[0], checkpoint):
+            if (facts.host, problem) not in told:  # once for each machine
+                told.add((facts.host, problem))
+                yield f"{facts}: {problem}"
+    owners: dict[tuple[str, str], Facts] = {}
+    for facts in ranks:
+        owner = owners.setdefault((facts.host, facts.device_id), facts)
+        if facts.device_id and owner is not facts:
+            yield (
+                f"{facts}: it has the GPU of rank {owner.rank} ({facts.device_id}). Start one process for each GPU,"
+                " all in one torchrun, and let no process narrow CUDA_VISIBLE_DEVICES"
+            )
+
+
+def _problems_of(facts: Facts, first: Facts, checkpoint: int) -> Iterator[str]:
+    for name in sorted(facts.versions.keys() | first.versions.keys()):
+        mine, others = facts.versions.get(name, "not installed"), first.versions.get(name, "not installed")
+        if mine != others:
+            yield f"{name} is {mine}, and {others} on {first}. Use one installation on all machines"
+    for name, (mine, others) in facts.settings.items():
+        yield f"{name}={mine}, and {others} on {first}. Start every node by the same command"
+    skew = facts.clock - first.clock
+    if abs(skew) > MAX_CLOCK_SKEW_S:
+        yield (
+            f"its clock is {abs(skew):.0f} s {'ahead of' if skew > 0 else 'behind'} that of {first}."
+            " Synchronise the machines' clocks (NTP, chrony)"
+        )
+    if not facts.sees_run_dir:
+        yield f"the run folder of {first} is not there. Set run_dir to a folder on a disk that all machines share"
+    if facts.free_bytes < checkpoint:
+        yield (
+            f"the run folder's disk has {facts.free_bytes / GIB:.1f} GiB free, and one checkpoint takes"
+            f" {checkpoint / GIB:.1f}. Free some, or set run_dir to a folder on another disk"
+        )
+    if facts.device != first.device:
+        seen = "no GPU is visible" if facts.device == "CPU" else f"its GPU is a {facts.device}"
+        yield (
+            f"{seen}, and {first} has {first.device}. Use machines of one kind, and look at nvidia-smi and"
+            " CUDA_VISIBLE_DEVICES there"
+        )
+
+
+def _await_all(store: Store, world_size: int) -> None:
+    keys = [f"here/{rank}" for rank in range(world_size)]
+    try:
+        store.wait(keys, _ARRIVAL)
+    except DistStoreError:
+        missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
+        hosts = sorted({store.get(key).decode() for rank, key in enumerate(keys) if rank not in missing})
+        some = ", ".join(map(str, missing[:16])) + (", …" if len(missing) > 16 else "")
+        raise StartUpError(
+            [
+                f"rank {some} of {world_size} did not start within {_ARRIVAL}, while those on {', '.join(hosts)} did."
+                " See the other machines' logs"
+            ]
+        ) from None
+
+
+def _comparable(cfg: PretrainConfig) -> dict[str, Any]:
+    """Settings by dotted name, but for the run folder, in which the ranks follow rank 0."""
+    return {name: value for name, value in _flat(asdict(cfg)) if name != "run_dir"}
+
+
+def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in node.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _digest(settings: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def _differences(mine: dict[str, Any], others: dict[str, Any]) -> dict[str, list[Any]]:
+    mine = json.loads(json.dumps(mine))  # tuples and lists are one
+    return {
+        name: [mine.get(name), others.get(name)]
+        for name in sorted(mine.keys() | others.keys())
+        if mine.get(name) != others.get(name)
+    }
+
+
+def _free_bytes(folder: Path) -> int:
+    there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    return shutil.disk_usage(there).free
+
+
+def _appears(path: Path) -> bool:
+    """Whether a file is there, or comes to be there soon."""
+    until = time.monotonic() + _FOLDER_SEEN_S
+    while not path.exists():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.2)
+    return True
+
+
+def _device_id() -> str:
+    return str(torch.cuda.get_device_properties(int(os.environ["LOCAL_RANK"])).uuid)

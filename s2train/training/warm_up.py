@@ -1,0 +1,74 @@
+"""Compiling the kernels of a run once on each machine: its first rank compiles, the others read Triton's disk cache."""
+
+import os
+from collections.abc import Callable
+from typing import cast
+
+import torch
+from megatron.core import parallel_state
+
+from s2train.config import PretrainConfig
+from s2train.kernels.attention import Backend, block_sparse_attention, resolve_backend
+from s2train.layouts.hybrid import HybridLayout, LayerLayout
+from s2train.megatron.context_parallel.gathering import chunk_ids
+from s2train.megatron.model import DTYPES
+from s2train.planning.parameters import head_dim
+
+
+def first_on_each_machine(work: Callable[[], None]) -> None:
+    """Do `work` on local rank 0 of each machine while all other ranks wait; on all ranks together."""
+    if os.environ["LOCAL_RANK"] == "0":
+        work()
+    torch.distributed.barrier()
+
+
+def compile_kernels(cfg: PretrainConfig, hybrid: HybridLayout, device: torch.device) -> None:
+    """Run the sparse op once, forward and backward, for each sort of layer in the shapes of the run's steps.
+
+    On zeros, so that no random number is drawn; of all layers and tensor parallel shares, since the machine's other
+    ranks may have others than this one. Frees what it took: call it before the model is built. Does nothing where
+    attention is torch's.
+    """
+    backend = cast(Backend, cfg.attention_backend)
+    if resolve_backend(backend, device) == "torch":
+        return
+    tp = cfg.parallel.tp
+    heads, groups = cfg.model.num_attention_heads // tp, cfg.model.num_query_groups // tp
+    for layer in dict.fromkeys(layer for layer in hybrid.layers if not layer.is_dense):
+        for share in range(tp):
+            _run_once(cfg, layer, slice(share * heads, (share + 1) * heads), groups, backend, device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def _run_once(
+    cfg: PretrainConfig, layer: LayerLayout, heads: slice, groups: int, backend: Backend, device: torch.device
+) -> None:
+    train, width = cfg.train, head_dim(cfg.model)
+    for rows, seen in _chunks(train.seq_length):
+        layout = layer.block_layout(seen, heads=heads, device=device)
+        dtype = DTYPES[train.precision]
+        batch = train.micro_batch_size
+        query = torch.zeros(
+            rows, batch, heads.stop - heads.start, width, dtype=dtype, device=device, requires_grad=True
+        )
+        key = torch.zeros(seen, batch, groups, width, dtype=dtype, device=device, requires_grad=True)
+        # A view into the projection's output, as in the layer: strides are part of what a kernel is compiled for.
+        projected = (heads.stop - heads.start) // groups + 2
+        value = torch.zeros(seen, batch, groups, projected * width, dtype=dtype, device=device, requires_grad=True)
+        out = block_sparse_attention(
+            query, key, value[..., -width:], layout, query_offset=seen - rows, backend=backend
+        )  # fmt: skip
+        assert isinstance(out, torch.Tensor)
+        out.backward(torch.ones_like(out))
+
+
+def _chunks(seq_length: int) -> list[tuple[int, int]]:
+    """(query rows, keys that they see) of this rank's calls: under context parallel, of its chunks of the sequence."""
+    size = parallel_state.get_context_parallel_world_size()
+    if size == 1:
+        return [(seq_length, seq_length)]
+    rows = seq_length // (2 * size)
+    return [(rows, (chunk + 1) * rows) for chunk in chunk_ids(parallel_state.get_context_parallel_rank(), size)]

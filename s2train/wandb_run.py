@@ -1,0 +1,195 @@
+"""A wandb run that never holds anybody up: all of it happens on a thread of its own.
+
+Numbers of a run are in its own files as well, so that whatever goes wrong here costs one line on the console.
+"""
+
+import os
+import queue
+import secrets
+import string
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from s2train.errors import ConfigError
+
+MODES = ("auto", "disabled", "offline", "online")
+INIT_TIMEOUT_S = 60.0  # then the run is kept offline, to be sent by `wandb sync` later
+CLOSE_TIMEOUT_S = 120.0  # for what is still to be sent at the end
+_CAPACITY = 10_000  # things to do that wait at most; further ones are dropped
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What a run is known by.
+
+    Attributes:
+        mode: offline or online.
+        id: None for a new run.
+        folder: in which wandb keeps its files, under `wandb`.
+    """
+
+    mode: str
+    project: str
+    group: str | None
+    name: str
+    id: str | None
+    folder: Path
+    config: dict[str, Any]
+
+
+def choose_mode(wanted: str, setting: str = "tracking.wandb") -> str:
+    """disabled, offline or online, from a setting that may also be auto. Asks no network.
+
+    auto: as WANDB_MODE has it; else online with an account (an API key), offline without one, and disabled where wandb
+    can't be imported.
+
+    Raises:
+        ConfigError: no such mode; a mode named outright that needs wandb, or an API key, where there is none.
+    """
+    if wanted not in MODES:
+        raise ConfigError(setting, wanted, "unknown value", f"It may be {', '.join(MODES)}")
+    if wanted == "disabled":
+        return wanted
+    remedy = f"Set {setting}=offline, or disabled; the run's own files have the same numbers always"
+    try:
+        import wandb
+    except ImportError as error:
+        if wanted == "auto":
+            return "disabled"
+        raise ConfigError(setting, wanted, f"wandb can't be imported ({error})", remedy) from error
+    if wanted == "offline":
+        return wanted
+    if wanted == "auto" and (mode := os.environ.get("WANDB_MODE")) in ("disabled", "offline", "online"):
+        return str(mode)
+    has_account = wandb.login(prompt=False, verify=False)
+    if wanted == "online" and not has_account:
+        raise ConfigError(setting, wanted, "no API key is configured", f"wandb login. {remedy}")
+    return "online" if has_account else "offline"
+
+
+class WandbRun:
+    """A run, begun in the background; its id is known at once.
+
+    What is asked of it is done in order, later; nothing here waits but `close`, and that for a limited time.
+
+    Args:
+        say: told one line where something goes wrong.
+    """
+
+    def __init__(self, info: RunInfo, say: Callable[[str], None] = print) -> None:
+        self.id = info.id or new_id()
+        self._info, self._say = info, say
+        self._run: Any = None
+        self._todo: queue.Queue[Callable[[Any, Any], None] | None] = queue.Queue(_CAPACITY)
+        self._is_full = False
+        self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
+        self._thread.start()
+
+    def log(self, values: dict[str, Any]) -> None:
+        """A row of metrics; `step` is its abscissa."""
+        self._do(lambda wandb, run: run.log(values))
+
+    def picture(self, name: str, path: Path, step: int) -> None:
+        """A PNG, as it is at this moment or a little later."""
+        self._do(lambda wandb, run: run.log({name: wandb.Image(str(path)), "step": step}))
+
+    def table(self, name: str, columns: list[str], rows: list[list[Any]], step: int) -> None:
+        """A table; cells are numbers or text."""
+        self._do(lambda wandb, run: run.log({name: wandb.Table(columns=columns, data=rows), "step": step}))
+
+    def checkpoint(self, path: Path, step: int) -> None:
+        """A checkpoint by its address: nothing of it is read or sent."""
+
+        def add(wandb: Any, run: Any) -> None:
+            artifact = wandb.Artifact(f"checkpoint-{run.id}", type="model", metadata={"step": step, "path": str(path)})
+            artifact.add_reference(path.resolve().as_uri(), checksum=False)
+            run.log_artifact(artifact, aliases=["latest", f"step-{step}"])
+
+        self._do(add)
+
+    def close(self) -> None:
+        """Send what is left, for `CLOSE_TIMEOUT_S` at most."""
+        try:
+            self._todo.put(None, timeout=CLOSE_TIMEOUT_S)
+        except queue.Full:
+            self._say(f"wandb: it takes too long; the run is left as it is ({self._remedy()})")
+            return
+        self._thread.join(CLOSE_TIMEOUT_S)
+        if self._thread.is_alive():
+            self._say(f"wandb: not all was sent within {CLOSE_TIMEOUT_S:.0f} s ({self._remedy()})")
+
+    def _do(self, task: Callable[[Any, Any], None]) -> None:
+        try:
+            self._todo.put_nowait(task)
+        except queue.Full:
+            if not self._is_full:
+                self._is_full = True
+                self._say("wandb: it is far behind; metrics are left out there from now on")
+
+    def _work(self) -> None:
+        try:
+            import wandb  # slow
+
+            self._run = self._begin(wandb)
+        except Exception as error:
+            self._say(f"wandb: no run could be made ({_line(error)}); going on without")
+        told = False
+        while (task := self._todo.get()) is not None:
+            if self._run is None:
+                continue
+            try:
+                task(wandb, self._run)
+            except Exception as error:
+                if not told:
+                    self._say(f"wandb: {_line(error)}; going on")
+                told = True
+        if self._run is not None:
+            try:
+                self._run.finish()
+            except Exception as error:
+                self._say(f"wandb: {_line(error)} ({self._remedy()})")
+
+    def _begin(self, wandb: Any) -> Any:
+        try:
+            return self._init(wandb, self._info.mode)
+        except Exception as error:
+            if self._info.mode != "online":
+                raise
+            self._say(f"wandb: no connection ({_line(error)}): this run is kept offline ({self._remedy()})")
+            return self._init(wandb, "offline")
+
+    def _init(self, wandb: Any, mode: str) -> Any:
+        info = self._info
+        run = wandb.init(
+            project=info.project,
+            group=info.group,
+            name=info.name,
+            id=self.id,
+            resume="allow",
+            mode=mode,
+            dir=str(info.folder),
+            config=info.config,
+            settings=wandb.Settings(
+                init_timeout=INIT_TIMEOUT_S, finish_timeout=CLOSE_TIMEOUT_S, console="off", silent=mode == "offline"
+            ),
+        )
+        # Steps redone after a crash go over the old ones; wandb's own step only counts up.
+        run.define_metric("step")
+        run.define_metric("*", step_metric="step")
+        return run
+
+    def _remedy(self) -> str:
+        return f"wandb sync {self._info.folder}/wandb/*run-*-{self.id}"
+
+
+def new_id() -> str:
+    """An id as wandb makes them."""
+    return "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))
+
+
+def _line(error: Exception) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__

@@ -1,0 +1,155 @@
+"""Training documents for needle retrieval: what they hold, and what they must never hold."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+from s2train.config import NeedleDocumentsConfig, PrepareConfig
+from s2train.data.indexed import read_metadata
+from s2train.data.needle_documents import RECALLS, needle_documents
+from s2train.data.needle_tasks import TASKS, find_task
+from s2train.data.needles import NOISE, Split, split_of
+from s2train.data.prepare import prepare
+from s2train.data.recall import Pieces, recall_facts, tell
+from s2train.data.task_samples import TaskSampler
+from s2train.data.tokenizers import ByteTokenizer, load_tokenizer
+from s2train.errors import ConfigError
+
+BYTES = ByteTokenizer()
+KEY, VALUE = r"[a-z]+-[a-z]+(?:-\d{3})?", r"\b\d{7}\b"
+LETTERS = r"\b[A-Z]{3}\b"  # names of variable tracking
+
+
+def texts(cfg: NeedleDocumentsConfig, seed: int) -> list[str]:
+    return [BYTES.decode(document.tolist()) for document in needle_documents(cfg, BYTES, seed)]
+
+
+def secrets(text: str) -> set[str]:
+    """Keys, values and names told or asked for in a text, but for one that its beginning cuts."""
+    return {found for kind in (KEY, VALUE, LETTERS) for found in re.findall(rf"(?<= ){kind}", text)}
+
+
+def evaluation_secrets(task: str, split: Split, seed: int) -> set[str]:
+    sampler = TaskSampler(BYTES, NOISE, find_task(task, {}))
+    rng = np.random.default_rng(seed)
+    samples = [sampler.sample(rng, 700, float(rng.random()), split) for _ in range(60)]
+    return {found for s in samples for found in secrets(BYTES.decode([*s.prompt.tolist(), *s.answer.tolist()]))}
+
+
+@pytest.mark.parametrize("task", [*RECALLS, *TASKS])
+def test_documents_share_no_key_value_or_name_with_the_evaluation_of_any_task(task: str) -> None:
+    seed = int(np.random.default_rng().integers(1 << 30))
+    trained = set().union(*map(secrets, texts(NeedleDocumentsConfig(task, documents=80, length=701), seed)))
+    assert len(trained) > 100
+    assert {split_of(secret) for secret in trained} == {"train"}
+    for other in TASKS:
+        asked = evaluation_secrets(other, "eval", seed)
+        assert {split_of(secret) for secret in asked} == {"eval"}
+        assert not trained & asked
+
+
+def test_the_search_for_secrets_finds_what_a_leak_would_bring() -> None:
+    leaked = evaluation_secrets("key_value", "train", 3)
+    assert leaked & {key.strip()[:-1] for key, _ in recall_facts("recall_lines", 3)} or len(leaked) > 100
+    assert {split_of(secret) for secret in leaked} == {"train"}
+
+
+@pytest.mark.parametrize("task", [*RECALLS, "single", "variable_tracking"])
+@pytest.mark.parametrize("length", [401, 1024])
+def test_each_document_has_the_length_asked_for_and_ends_once(task: str, length: int) -> None:
+    cfg = NeedleDocumentsConfig(task, documents=70, length=length)
+    documents = list(needle_documents(cfg, BYTES, seed=5))
+    assert [len(document) for document in documents] == [length] * 70
+    assert all(np.flatnonzero(document == BYTES.eod).tolist() == [length - 1] for document in documents)
+
+
+@pytest.mark.parametrize("task", RECALLS)
+def test_a_key_has_one_value_in_a_document_and_is_told_again(task: str) -> None:
+    pattern = rf"({KEY})(?: is|:) ({VALUE})\."
+    for text in texts(NeedleDocumentsConfig(task, documents=50, length=800), seed=11):
+        told = re.findall(pattern, text)
+        assert len(told) >= 2
+        assert len(dict(told)) == len(set(told)) < len(told)
+        assert told[-1] in told[:-1]
+        assert text.endswith(f"{told[-1][1]}.")
+
+
+def test_a_recall_has_as_many_facts_and_as_much_filler_as_asked_for() -> None:
+    cfg = NeedleDocumentsConfig(documents=30, length=2048, share=[0.5, 0.5], facts=[7, 7])
+    for text in texts(cfg, seed=2):
+        told = re.findall(rf"The magic number of {KEY} is {VALUE}\.", text)
+        assert len(set(told)) == 7
+        assert 0.35 < sum(map(len, told)) / 2048 < 0.51
+        assert "There and back again." in text
+
+
+def test_facts_come_in_the_tokens_of_the_evaluation(tmp_path: Path) -> None:
+    prefix = tmp_path / "small"
+    needles = NeedleDocumentsConfig(documents=20, length=512, share=[0.9, 1.0], facts=[3, 3])
+    prepare(PrepareConfig(input="needles", output=str(prefix), tokenizer="bpe:700", needles=needles))
+    tokenizer = load_tokenizer(f"{prefix}-tokenizer.json")
+    dataset = IndexedDataset(str(prefix))
+    document = dataset[0].tolist()
+    key, value = re.findall(rf"The magic number of ({KEY}) is ({VALUE})", tokenizer.decode(document))[-1]
+    fact = [*tokenizer.encode(f" The magic number of {key} is"), *tokenizer.encode(f" {value}.")]
+    assert document[-1 - len(fact) : -1] == fact
+
+
+def test_documents_follow_from_the_seed_whatever_the_number_of_workers() -> None:
+    cfg = NeedleDocumentsConfig(documents=150, length=256)
+    alone = np.stack(list(needle_documents(cfg, BYTES, seed=1)))
+    together = np.stack(list(needle_documents(replace(cfg, workers=2), BYTES, seed=1)))
+    assert np.array_equal(alone, together)
+    assert not np.array_equal(alone, np.stack(list(needle_documents(cfg, BYTES, seed=2))))
+
+
+def test_first_tellings_come_before_all_others_and_never_last() -> None:
+    rng = np.random.default_rng()
+    for _ in range(200):
+        sentences = int(rng.integers(2, 40))
+        facts = int(rng.integers(1, sentences // 2 + 1))
+        told = tell(rng, sentences, facts)
+        firsts = [told.tolist().index(fact) for fact in range(facts)]
+        assert firsts == sorted(firsts)
+        assert set(told) == set(range(facts))
+        assert firsts[-1] < sentences - 1
+
+
+def test_pieces_are_joined_in_the_order_asked_for() -> None:
+    pieces = Pieces.of([[1, 2], [3], [4, 5, 6]])
+    assert pieces.joined(np.array([2, 0, 2, 1])).tolist() == [4, 5, 6, 1, 2, 4, 5, 6, 3]
+
+
+def test_a_dataset_of_needles_goes_through_the_same_path_as_text(tmp_path: Path) -> None:
+    prefix = str(tmp_path / "needles")
+    needles = NeedleDocumentsConfig(documents=33, length=300, haystack="bundled")
+    made = prepare(PrepareConfig(input="needles", output=prefix, needles=needles, seed=3))
+    assert (made.documents, made.tokens) == (33, 33 * 300)
+    assert read_metadata(prefix) == made
+    again = prepare(PrepareConfig(input="needles", output=prefix + "2", needles=needles, seed=3))
+    assert again == made
+    assert Path(prefix + ".bin").read_bytes() == Path(prefix + "2.bin").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"task": "singel"}, r"needles\.task=singel: no such task.*recall_lines"),
+        ({"documents": 0}, r"needles\.documents=0.*1 or more"),
+        ({"workers": 0}, r"needles\.workers=0.*1 or more"),
+        ({"length": 50}, r"needles\.length=50: a fact.*Use \d+ or more"),
+        ({"task": "single", "length": 50}, r"lengths=49.*Use \d+ or more"),
+        ({"share": [0.0, 1.0]}, r"needles\.share=.*0 < low <= high <= 1"),
+        ({"share": [0.5, 1.5]}, r"needles\.share=.*0 < low <= high <= 1"),
+        ({"facts": [8]}, r"needles\.facts=.*pair"),
+        ({"haystack": "nowhere.txt"}, r"haystack=nowhere\.txt"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        list(needle_documents(NeedleDocumentsConfig(**settings), BYTES, seed=1))

@@ -1,0 +1,62 @@
+"""Words of two splits, and haystacks."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from s2train.data.haystack import Haystack
+from s2train.data.needles import draw_pair, split_of, text_haystack
+from s2train.data.task_samples import TaskSampler
+from s2train.data.tokenizers import ByteTokenizer
+from s2train.errors import ConfigError
+
+
+def test_training_and_evaluation_share_no_key_and_no_value() -> None:
+    rng = np.random.default_rng()
+    train = [draw_pair(rng, "train") for _ in range(400)]
+    held_out = [draw_pair(rng, "eval") for _ in range(400)]
+    for which in (0, 1):
+        assert not {pair[which] for pair in train} & {pair[which] for pair in held_out}
+        assert len({pair[which] for pair in held_out}) > 100
+        assert {split_of(pair[which]) for pair in held_out} == {"eval"}
+
+
+def test_pairs_follow_from_the_seed() -> None:
+    first, second = ([draw_pair(np.random.default_rng(s), "eval") for s in range(9)] for _ in range(2))
+    assert first == second
+
+
+def test_needles_stand_between_two_sentences_nearest_to_their_depth() -> None:
+    rng, tokenizer = np.random.default_rng(), ByteTokenizer()
+    longest_sentence = len(" There and back again.")
+    for depth in rng.random(20):
+        sample = TaskSampler(tokenizer).sample(rng, 2000, float(depth), "eval")
+        (start, stop), total = sample.spans[0], len(sample.prompt)
+        question = stop - start - len(sample.answer)
+        assert abs(start - depth * (total - (stop - start) - question)) <= longest_sentence / 2
+        before, after = (tokenizer.decode(part.tolist()) for part in (sample.prompt[:start], sample.prompt[stop:]))
+        assert before == "" or before.endswith(".")
+        assert after.startswith(" ")
+
+
+def test_only_the_first_sentence_of_a_filler_is_cut() -> None:
+    haystack = Haystack(ByteTokenizer(), "One two three. Four five! Six?")
+    for length in np.random.default_rng().integers(1, 200, size=20).tolist():
+        filler = haystack.draw(np.random.default_rng(), length)
+        text = bytes(filler.tokens.tolist()).decode()
+        assert len(text) == length
+        parts = [text[a:b] for a, b in zip(filler.borders, filler.borders[1:], strict=False)]
+        assert "".join(parts) == text
+        assert set(parts[1:]) <= {" One two three.", " Four five!", " Six?"}
+
+
+@pytest.mark.parametrize("haystack", ["", " \n\n "])
+def test_empty_haystack_is_refused(haystack: str) -> None:
+    with pytest.raises(ConfigError, match="holds no text"):
+        Haystack(ByteTokenizer(), haystack)
+
+
+def test_missing_haystack_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="No such file"):
+        text_haystack([tmp_path / "none.txt"])

@@ -1,0 +1,156 @@
+"""Programs as forks of a process that has imported everything: importing takes longer than most tests do.
+
+`python -m tests.forked` is that process. It reads a job a line from stdin, runs it, and writes its status to stdout.
+"""
+
+import atexit
+import functools
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NoReturn
+
+ROOT = Path(__file__).parents[1]
+_SECONDS_TO_END = 10.0  # that ranks have after another one failed
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to run.
+
+    Attributes:
+        program: path of a script, or a module's name.
+        processes: ranks, told of each other as torchrun tells them; 0: one process that is told of none.
+        out, err: files for what it says.
+        timeout: seconds, then it is killed.
+    """
+
+    program: str
+    arguments: Sequence[str]
+    processes: int
+    cwd: str
+    environment: dict[str, str]
+    out: str
+    err: str
+    timeout: float
+
+
+def run_job(job: Job) -> int:
+    """Run a job in a fork of the server; its status as that of a process or, for ranks, of torchrun."""
+    server = _server()
+    assert server.stdin is not None
+    assert server.stdout is not None
+    server.stdin.write(json.dumps(asdict(job)) + "\n")
+    server.stdin.flush()
+    answer = server.stdout.readline()
+    assert answer, "the server of tests/forked.py ended"
+    status = json.loads(answer)
+    if status is None:
+        raise subprocess.TimeoutExpired(job.program, job.timeout)
+    return int(status)
+
+
+@functools.cache
+def _server() -> "subprocess.Popen[str]":
+    # The interpreter is for the kernels' own tests; in programs attention runs on torch.
+    kept = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
+    server = subprocess.Popen(
+        [sys.executable, "-m", "tests.forked"],
+        cwd=ROOT,
+        env=kept,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    atexit.register(server.kill)
+    return server
+
+
+def _serve() -> None:
+    import matplotlib.pyplot  # noqa: F401
+    import wandb  # noqa: F401
+
+    import s2train.command_line
+    import s2train.evaluation
+    import s2train.planning.show
+    import s2train.training.run  # noqa: F401
+
+    for line in sys.stdin:
+        print(json.dumps(_run(Job(**json.loads(line)))), flush=True)
+
+
+def _run(job: Job) -> int | None:
+    until, port = time.monotonic() + job.timeout, _free_port()
+    running: dict[int, int] = {}
+    for rank in range(max(1, job.processes)):
+        if (child := os.fork()) == 0:
+            _become(job, rank, port)
+        running[child] = rank
+    status, is_late = 0, False
+    while running:
+        child, ended = os.waitpid(-1, os.WNOHANG)
+        if child:
+            del running[child]
+            code = os.waitstatus_to_exitcode(ended)
+            if code and not status:
+                status = 1 if job.processes else code
+                until = min(until, time.monotonic() + _SECONDS_TO_END)
+                for other in running:
+                    os.kill(other, signal.SIGTERM)
+        elif time.monotonic() > until:
+            is_late |= not status
+            for other in running:
+                os.kill(other, signal.SIGKILL)
+        else:
+            time.sleep(0.01)
+    return None if is_late else status
+
+
+def _become(job: Job, rank: int, port: int) -> NoReturn:
+    os.environ.clear()
+    os.environ |= job.environment
+    if job.processes:
+        ranks = str(job.processes)
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.chdir(job.cwd)
+    for number, path in enumerate((os.devnull, job.out, job.err)):
+        os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND), number)
+    sys.argv = [job.program, *job.arguments]
+    status = 0
+    try:
+        if job.program.endswith(".py"):
+            sys.path[0] = str(Path(job.program).parent)
+            runpy.run_path(job.program, run_name="__main__")
+        else:
+            runpy.run_module(job.program, run_name="__main__")
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    os._exit(status)  # taking the interpreter apart takes a second
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+if __name__ == "__main__":
+    _serve()

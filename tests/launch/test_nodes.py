@@ -1,0 +1,144 @@
+"""Several nodes: two torchrun agents on this machine, as launch/multinode.sh starts them."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from s2train.errors import EXIT_REQUEUE
+from tests.program import ROOT, SMALL, metrics
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("nodes")]
+
+SAVES_WHEN_ASKED = """
+import os, pathlib, signal, sys, time
+from s2train.command_line import run_command
+from s2train.errors import StoppedBySignal
+folder = pathlib.Path(sys.argv[1])
+if (folder / "saved0").exists():
+    sys.exit(0)
+def save(*_):
+    (folder / f"saved{os.environ['RANK']}").touch()
+    raise StoppedBySignal("SIGUSR1", 1, folder)
+def work():
+    signal.signal(signal.SIGUSR1, save)
+    (folder / f"ready{os.environ['RANK']}").touch()
+    time.sleep(300)
+run_command(work)
+"""
+# As many tasks as nodes; signals are handed on to them, as Slurm's srun does.
+SRUN = """#!/bin/bash
+while [[ $1 == --* ]]; do shift; done
+tasks=()
+for ((node = 0; node < SLURM_JOB_NUM_NODES; node++)); do "$@" & tasks+=($!); done
+trap 'kill -USR1 "${tasks[@]}"' USR1
+worst=0
+for task in "${tasks[@]}"; do
+    while true; do wait "$task"; status=$?; kill -0 "$task" 2>/dev/null || break; done
+    ((status > worst)) && worst=$status
+done
+exit $worst
+"""
+SCONTROL = """#!/bin/bash
+if [[ $1 == show ]]; then echo localhost; else echo "$@" >> "$ASKED"; fi
+"""
+
+
+def environment(folder: Path, **settings: object) -> dict[str, str]:
+    with socket.socket() as taken:
+        taken.bind(("localhost", 0))
+        port = taken.getsockname()[1]
+    own = {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "LOG_DIR": str(folder / "logs"), "NPROC_PER_NODE": "1"}
+    clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    job = {"HEAD": f"localhost:{port}", "JOB_ID": folder.name, "NNODES": "2"}
+    return clean | job | own | {name: str(value) for name, value in settings.items()}
+
+
+def await_that(condition: Callable[[], bool], what: str, seconds: float = 400) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, f"waited for {what}"
+        time.sleep(0.2)
+
+
+def kill(node: subprocess.Popen[bytes]) -> None:
+    """All processes of a node at once, as when it loses power."""
+    whole = [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]
+    for process in whole:
+        process.kill()
+    node.wait()
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
+    """Starts a command, its output going to a file; whatever still runs at the end is ended."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start_one(command: list[str], log: Path, env: dict[str, str]) -> subprocess.Popen[bytes]:
+        with log.open("ab") as out:
+            started.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT))
+        return started[-1]
+
+    yield start_one
+    for process in started:
+        if process.poll() is None:
+            kill(process)
+
+
+def test_a_node_that_dies_and_comes_back_goes_on_from_the_last_checkpoint(
+    start: Callable[..., subprocess.Popen[bytes]], tmp_path: Path
+) -> None:
+    env = environment(tmp_path)
+    folder = tmp_path / "run"
+    run_dir = f"run_dir={folder}"
+    settings = ["train.steps=60", "checkpoint.interval=5", "checkpoint.keep=2"]
+    command = ["launch/multinode.sh", "launch/pretrain.py", *SMALL, *settings]
+
+    def port_is_open() -> bool:
+        with socket.socket() as tried:
+            return tried.connect_ex(("localhost", int(env["HEAD"].split(":")[1]))) == 0
+
+    first = start([*command, run_dir], tmp_path / "first.txt", env)
+    await_that(port_is_open, "the first node, which keeps the rendezvous")
+    second = start([*command, run_dir], tmp_path / "second.txt", env)
+    await_that(lambda: bool(list(folder.glob("checkpoints/iter_*"))), "a checkpoint")
+    kill(second)
+    assert not list(folder.glob("checkpoints/iter_0000060"))
+
+    second = start([*command, run_dir], tmp_path / "second.txt", env)
+    await_that(lambda: first.poll() is not None and second.poll() is not None, "the end")
+    assert (first.returncode, second.returncode) == (0, 0), (tmp_path / "first.txt").read_text()[-3000:]
+    assert metrics(folder)[-1]["step"] == 60
+    outputs = [path.read_text() for path in (tmp_path / "logs").rglob("stdout.log")]
+    assert any("going on from" in text for text in outputs)
+
+
+def test_a_slurm_job_whose_time_is_up_saves_and_is_queued_again(
+    start: Callable[..., subprocess.Popen[bytes]], tmp_path: Path
+) -> None:
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "program.py").write_text(SAVES_WHEN_ASKED)
+    asked = tmp_path / "asked"
+    slurm = {"SLURM_JOB_ID": os.getpid(), "SLURM_JOB_NODELIST": "here", "SLURM_JOB_NUM_NODES": 2, "ASKED": asked}
+    env = environment(tmp_path, **slurm, MAX_RESTARTS=3, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    command = ["launch/slurm/run.sh", str(tmp_path / "program.py"), str(tmp_path)]
+
+    job = start(command, tmp_path / "job.txt", env)
+    await_that(lambda: len(list(tmp_path.glob("ready*"))) == 2, "the ranks")
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(200) == EXIT_REQUEUE
+    assert sorted(path.name for path in tmp_path.glob("saved*")) == ["saved0", "saved1"]
+    assert asked.read_text() == f"requeue {os.getpid()}\n"
+
+    asked.unlink()
+    assert start(command, tmp_path / "job.txt", env).wait(200) == 0
+    assert not asked.exists()

@@ -1,0 +1,90 @@
+"""With attention kept inside documents, a packed sequence trains as its documents would one by one."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.program import ROOT, error_line, metrics, pretrain
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("packed")]
+
+# Of fp32: sums over some hundred terms, in another order.
+TOLERANCE = 2e-5
+WITHIN = ["data.attention_within_documents=true", "train.steps=4", "data.path=mine", "data.split=100"]
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_losses_and_gradients_are_those_of_the_documents_one_by_one(tp: int) -> None:
+    seed = str(random.randrange(2**31))
+    print("seed", seed)
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={tp}"] if tp > 1 else []
+    done = subprocess.run(
+        [sys.executable, *launcher, "-m", "tests.megatron.packed_program", seed, str(tp)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for model, found in json.loads(done.stdout.splitlines()[-1]).items():
+        assert found["losses"] < TOLERANCE, (model, found)
+        assert found["gradients"] < TOLERANCE, (model, found)
+        assert found["uncut"] > 1e-3, (model, found)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Holds the dataset `mine`, of documents of some dozen bytes, and a run of one process on it."""
+    from s2train.config import PrepareConfig
+    from s2train.data.prepare import prepare
+
+    folder = tmp_path_factory.mktemp("packed")
+    texts = ["".join(random.choices("ab c", k=random.randint(1, 90))) + "x" for _ in range(400)]
+    (folder / "mine.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    prepare(PrepareConfig(input=str(folder / "mine.jsonl"), output=str(folder / "mine")))
+    done = pretrain(folder / "alone", *WITHIN, "checkpoint.interval=1", processes=0, cwd=folder)
+    assert done.status == 0, done.err
+    return folder
+
+
+def trace(run_dir: Path) -> list[float]:
+    return [value for record in metrics(run_dir) for value in (record["loss"], record["grad_norm"])]
+
+
+@pytest.mark.parametrize(
+    ("processes", "arguments"),
+    [
+        (2, ["parallel.tp=2", "parallel.sequence_parallel=true"]),
+        (2, ["parallel.pp=2", "parallel.vpp=2"]),
+        (0, ["train.recompute=full", "train.micro_batch_size=4"]),
+        (0, ["train.recompute=selective", "train.micro_batch_size=1"]),
+    ],
+)
+def test_trains_as_one_process_does(folder: Path, processes: int, arguments: list[str], tmp_path: Path) -> None:
+    # the first step's weights: drawn otherwise under another division
+    start = f"checkpoint.resume={folder / 'alone' / 'checkpoints' / 'iter_0000001'}"
+    done = pretrain(tmp_path, *WITHIN, *arguments, start, processes=processes, cwd=folder)
+    assert done.status == 0, done.err
+    expected = trace(folder / "alone")[2:]
+    assert len(expected) == 6
+    assert trace(tmp_path) == pytest.approx(expected, rel=1e-5)
+
+
+def test_is_another_loss_than_that_of_attention_across_documents(folder: Path, tmp_path: Path) -> None:
+    across = [argument.replace("documents=true", "documents=false") for argument in WITHIN]
+    assert pretrain(tmp_path, *across, processes=0, cwd=folder).status == 0
+    assert abs(trace(tmp_path)[0] / trace(folder / "alone")[0] - 1) > 1e-4
+
+
+def test_context_parallel_is_refused(tmp_path: Path) -> None:
+    refused = pretrain(tmp_path, "data.attention_within_documents=true", "parallel.cp=2", processes=0)
+    assert refused.status == 2
+    line = error_line(refused)
+    assert "data.attention_within_documents=True: parallel.cp=2" in line
+    assert "Set parallel.cp=1, or data.attention_within_documents=false" in line

@@ -1,0 +1,76 @@
+"""What is made of the runs' metrics."""
+
+from typing import Any
+
+import pytest
+
+from s2train.scaling.balance import spread
+from s2train.scaling.jobs import Outcome
+from s2train.scaling.parity import verdict
+from s2train.scaling.report import lines
+from s2train.scaling.speed import summary
+
+
+def run(*losses: float) -> Outcome:
+    return Outcome([{"event": "config"}, *({"loss": loss} for loss in losses)], None, 1.0)
+
+
+FAILED = Outcome([], "out of memory", 1.0)
+
+
+def judged(variant: Outcome) -> dict[str, Any]:
+    outcomes = {"one": run(4.0, 2.0), "twin": run(4.0, 2.002), "tp2": variant}
+    return verdict(outcomes, ["twin"], ["tp2"])
+
+
+def test_losses_may_lie_twice_as_far_off_as_rounding_alone_takes_them() -> None:
+    result = judged(run(4.0, 2.0039))
+    assert result["tolerance"] == pytest.approx(0.002)
+    assert result["deviation"]["tp2"] == pytest.approx(0.00195)
+    assert result["agrees"]
+    assert not judged(run(4.0, 2.0041))["agrees"]
+
+
+def test_a_step_in_the_middle_counts_as_the_last_does() -> None:
+    assert not judged(run(4.1, 2.0))["agrees"]
+
+
+def test_a_variant_that_failed_is_no_agreement() -> None:
+    result = judged(FAILED)
+    assert result["errors"] == {"tp2": "out of memory"}
+    assert not result["agrees"]
+
+
+def test_nothing_agrees_with_a_reference_that_failed() -> None:
+    result = verdict({"one": FAILED, "twin": run(1.0), "tp2": run(1.0)}, ["twin"], ["tp2"])
+    assert not result["agrees"]
+    assert "deviation" not in result
+
+
+def step(number: int, tokens_per_s: float) -> dict[str, Any]:
+    return {"step": number, "loss": 1.0, "tokens_per_s": tokens_per_s, "step_time_s": 1.0, "memory_gib": number}
+
+
+def test_speed_leaves_out_first_and_profiled_steps() -> None:
+    rates = [1.0, 1.0, 1.0, 90.0, 100.0, 110.0, 6.0, 5.0]
+    records = [step(number, rate) for number, rate in enumerate(rates, 1)]
+    parts = {"linear layers": 6.0, "communication": 1.0, "communication beside compute": 1.5}
+    profiled = {"event": "profile", "traced": [8], "step_ms": 10.0, "parts": parts}
+    row = summary(Outcome([*records, profiled], None, 1.0), 2, alone=80.0)
+    assert row["tokens_per_s"] == 100.0
+    assert row["efficiency"] == pytest.approx(100 / 160)
+    assert (row["communication"], row["communication_exposed"]) == (0.25, 0.1)
+    assert row["memory_gib"] == 8
+    assert row["mfu"] is None
+
+
+def test_a_run_that_failed_is_told_as_such() -> None:
+    result = {"models": {"1b": {"one": summary(FAILED, 1, None)}}}
+    assert lines("scaling", result) == ["1b one: out of memory"]
+
+
+
+
+def test_spread_is_what_the_slowest_rank_adds_to_the_mean() -> None:
+    assert spread([1.0, 1.0, 1.0]) == 0
+    assert spread([1.0, 3.0]) == pytest.approx(0.5)

@@ -1,0 +1,140 @@
+"""launch/needle_recipe.py: its commands are valid, follow on one another, and fit the time they are meant for."""
+
+import runpy
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+
+from s2train.config import PrepareConfig, PretrainConfig, register, to_object
+from s2train.data.needle_documents import needle_documents
+from s2train.data.tokenizers import ByteTokenizer
+from s2train.hardware import Hardware
+from s2train.planning import check, resolve
+from tests.program import run
+
+ROOT = Path(__file__).parents[1]
+H100 = Hardware("NVIDIA H100 80GB HBM3", "cuda", 85_017_624_576)
+
+
+@pytest.fixture(scope="module")
+def recipe() -> dict[str, Any]:
+    # Dataclasses of a module look it up by name.
+    module = type(sys)("needle_recipe")
+    sys.modules["needle_recipe"] = module
+    module.__dict__.update(runpy.run_path(str(ROOT / "launch" / "needle_recipe.py"), run_name="needle_recipe"))
+    return module.__dict__
+
+
+SMALL = [
+    "model.hidden_size=32",
+    "model.ffn_hidden_size=32",
+    "train.precision=fp32",
+    "data.num_workers=0",
+    "optim.warmup_steps=1",
+]
+
+
+def composed(program: str, overrides: list[str]) -> Any:
+    register()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose(program, overrides=overrides)
+
+
+def training(recipe: dict[str, Any], root: Path, variant: str, number: int) -> PretrainConfig:
+    models = [f"needle_{name}" for name in recipe["VARIANTS"]]
+    return resolve(composed("pretrain", recipe["train_command"](root, variant, number)[1:]), models)
+
+
+def test_every_phase_of_every_variant_can_run_on_one_gpu(recipe: dict[str, Any], tmp_path: Path) -> None:
+    for variant in recipe["VARIANTS"]:
+        for number, phase in enumerate(recipe["PHASES"]):
+            cfg = training(recipe, tmp_path, variant, number)
+            assert cfg.model.name == f"needle_{variant}"
+            assert cfg.train.seq_length == phase.length
+            assert check(cfg, 1, H100).fits
+
+
+def test_a_phase_begins_where_the_one_before_ended(recipe: dict[str, Any], tmp_path: Path) -> None:
+    first, *later = (training(recipe, tmp_path, "hybrid", number) for number in range(len(recipe["PHASES"])))
+    assert (first.checkpoint.resume, first.checkpoint.new_data) == ("auto", False)
+    before = first
+    for cfg in later:
+        assert (cfg.checkpoint.resume, cfg.checkpoint.new_data) == (before.run_dir, True)
+        assert cfg.train.steps > before.train.steps
+        before = cfg
+    assert before.optim.decay_steps == before.train.steps
+
+
+def test_a_phase_under_way_goes_on_from_its_own_checkpoint(recipe: dict[str, Any], tmp_path: Path) -> None:
+    (recipe["run_folder"](tmp_path, "dense", 1) / "checkpoints" / "iter_0002501").mkdir(parents=True)
+    cfg = training(recipe, tmp_path, "dense", 1)
+    assert (cfg.checkpoint.resume, cfg.checkpoint.new_data) == ("auto", False)
+    assert not recipe["is_trained"](tmp_path, "dense", 1)
+
+
+def test_there_are_documents_for_all_steps_and_each_fills_a_sequence(recipe: dict[str, Any], tmp_path: Path) -> None:
+    for phase in recipe["PHASES"]:
+        made = 0
+        for command in recipe["data_commands"](tmp_path, phase):
+            cfg: PrepareConfig = to_object(composed("prepare_data", command[1:]))
+            assert cfg.needles.length == phase.length
+            made += cfg.needles.documents
+            cfg.needles.documents = 2
+            assert [len(d) for d in needle_documents(cfg.needles, ByteTokenizer(), cfg.seed)] == [phase.length] * 2
+        assert made * (1 - recipe["HELD_OUT"]) > phase.samples
+
+
+def test_a_variant_takes_ten_minutes_at_most_as_predicted(recipe: dict[str, Any], tmp_path: Path) -> None:
+    register()
+    for variant in recipe["VARIANTS"]:
+        seconds = 0.0
+        for number, phase in enumerate(recipe["PHASES"]):
+            costs = recipe["phase_costs"](tmp_path, variant, number)
+            seconds += phase.samples * (costs.linear_seconds + 2 * costs.attention_seconds) + 30  # to start and save
+        assert seconds < 600
+
+
+def test_an_unknown_variant_composes_to_nothing(recipe: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(HydraException, match="needle_spare"):
+        training(recipe, tmp_path, "spare", 0)
+
+
+@pytest.mark.slow
+def test_a_small_recipe_goes_from_data_to_grid_and_on_where_it_stopped(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(self: Any, *commands: list[str]) -> None:
+        for program, *arguments in commands:
+            done = run(Path(program).name, *arguments, processes=0)
+            assert done.status == 0, done.err
+
+    monkeypatch.setattr(recipe["Deadline"], "run", start)
+    monkeypatch.setattr(recipe["Deadline"], "run_together", lambda self, commands: start(self, *commands))
+    whole = recipe["PHASES"]
+    short = [
+        replace(phase, length=length, batch=2, micro=2, steps=2)
+        for phase, length in zip(whole, (128, 256), strict=False)
+    ]
+    main, root = recipe["main"], ["--root", str(tmp_path)]
+    # The functions' own globals, which are not the module's here.
+    main.__globals__["PHASES"] = tuple(short)
+    main(["data", *root])
+    main(["train", "hybrid", *root, "--longest", "128", *SMALL])
+    assert not recipe["is_trained"](tmp_path, "hybrid", 1)
+    main(["train", "hybrid", *root, *SMALL])
+    assert recipe["is_trained"](tmp_path, "hybrid", 1)
+    main(["curve", "hybrid", *root])
+    main.__globals__["GRID"] = (128, 256)
+    main(["evaluate", "hybrid", *root])
+    picture = runpy.run_path(str(ROOT / "launch" / "needle_curves.py"))
+    variant = picture["read_variant"](tmp_path / "hybrid")
+    assert [point[0] for point in variant["points"]] == [2, 4]
+    assert [point[2] for point in variant["points"]] == [128, 256]
+    assert variant["grid"]["lengths"] == [128, 256]
+    picture["draw"]({"hybrid": variant}, {}, tmp_path / "out.png")
+    assert (tmp_path / "out.png").stat().st_size > 1000

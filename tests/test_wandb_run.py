@@ -1,0 +1,154 @@
+"""A wandb run in the background: it never stops or slows what it is told of."""
+
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from s2train import wandb_run
+from s2train.errors import ConfigError
+from s2train.wandb_run import RunInfo, WandbRun, choose_mode
+
+
+class FakeWandb(SimpleNamespace):
+    """Stands for the module: writes down what is asked of it; `failing` modes raise on init."""
+
+    def __init__(self, *, failing: tuple[str, ...] = (), delay: float = 0.0, key: bool = False) -> None:
+        super().__init__(Settings=SimpleNamespace, Image=str, login=lambda **_: key)
+        self.failing, self.delay, self.inits, self.rows, self.finished = failing, delay, [], [], False
+
+    def init(self, **settings: Any) -> Any:
+        time.sleep(self.delay)
+        self.inits.append(settings)
+        if settings["mode"] in self.failing:
+            raise ConnectionError("no route to host")
+
+        def finish() -> None:
+            self.finished = True
+
+        return SimpleNamespace(
+            id=settings["id"], log=self.rows.append, define_metric=lambda *_, **__: None, finish=finish
+        )
+
+
+def fake(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> FakeWandb:
+    made = FakeWandb(**settings)
+    monkeypatch.setitem(sys.modules, "wandb", made)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    return made
+
+
+def info(folder: Path, mode: str = "online", identifier: str | None = None) -> RunInfo:
+    return RunInfo(mode, "project", "group", "name", identifier, folder, {"seed": 1})
+
+
+@pytest.mark.parametrize(
+    ("wanted", "key", "environment", "mode"),
+    [
+        ("auto", False, None, "offline"),
+        ("auto", True, None, "online"),
+        ("auto", True, "disabled", "disabled"),
+        ("offline", True, "online", "offline"),
+        ("disabled", True, "online", "disabled"),
+        ("online", True, "offline", "online"),
+    ],
+)
+def test_auto_is_online_with_an_account_and_what_is_set_by_name_holds(
+    wanted: str, key: bool, environment: str | None, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake(monkeypatch, key=key)
+    if environment:
+        monkeypatch.setenv("WANDB_MODE", environment)
+    assert choose_mode(wanted) == mode
+
+
+def test_without_wandb_auto_does_without_and_others_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert choose_mode("auto") == "disabled"
+    with pytest.raises(ConfigError, match=r"tracking.wandb=offline: wandb can't be imported"):
+        choose_mode("offline")
+
+
+def test_online_without_an_account_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake(monkeypatch)
+    with pytest.raises(ConfigError, match=r"wandb=online: no API key .*wandb login"):
+        choose_mode("online", "wandb")
+
+
+def test_a_resumed_run_keeps_its_id_and_group(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    wandb = fake(monkeypatch)
+    run = WandbRun(info(tmp_path, identifier="abcd1234"))
+    run.log({"step": 1})
+    run.close()
+    (settings,) = wandb.inits
+    assert (run.id, settings["id"], settings["resume"], settings["group"]) == ("abcd1234", "abcd1234", "allow", "group")
+    assert wandb.rows == [{"step": 1}]
+    assert wandb.finished
+
+
+def test_without_a_network_a_run_is_kept_offline_under_the_same_id(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    wandb, said = fake(monkeypatch, failing=("online",)), []
+    run = WandbRun(info(tmp_path), said.append)
+    run.log({"step": 1})
+    run.close()
+    assert [(i["mode"], i["id"]) for i in wandb.inits] == [("online", run.id), ("offline", run.id)]
+    assert wandb.rows == [{"step": 1}]
+    (line,) = said
+    assert "no route to host" in line
+    assert "wandb sync" in line
+
+
+def test_a_run_that_cannot_be_made_at_all_costs_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fake(monkeypatch, failing=("online", "offline"))
+    said: list[str] = []
+    run = WandbRun(info(tmp_path), said.append)
+    for step in range(100):
+        run.log({"step": step})
+    run.close()
+    assert len(said) == 2  # that there is no connection, that there is no run
+    assert "going on without" in said[1]
+
+
+def test_a_slow_connection_holds_nobody_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    wandb = fake(monkeypatch, delay=1.0)
+    monkeypatch.setattr(wandb_run, "_CAPACITY", 10)
+    said: list[str] = []
+    started = time.monotonic()
+    run = WandbRun(info(tmp_path), said.append)
+    for step in range(20):
+        run.log({"step": step})
+    assert time.monotonic() - started < 0.5
+    run.close()
+    assert [row["step"] for row in wandb.rows] == list(range(10))
+    assert said == ["wandb: it is far behind; metrics are left out there from now on"]
+
+
+def test_the_end_waits_for_a_limited_time_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fake(monkeypatch, delay=1.0)
+    monkeypatch.setattr(wandb_run, "CLOSE_TIMEOUT_S", 0.1)
+    said: list[str] = []
+    run = WandbRun(info(tmp_path), said.append)
+    run.log({"step": 1})
+    run.close()
+    assert said
+    assert "wandb sync" in said[0]
+
+
+@pytest.mark.slow
+def test_offline_everything_ends_in_a_folder_of_the_runs_id(tmp_path: Path) -> None:
+    said: list[str] = []
+    run = WandbRun(info(tmp_path, "offline"), said.append)
+    checkpoint = tmp_path / "iter_0000001"
+    checkpoint.mkdir()
+    run.log({"step": 1, "loss": 2.0})
+    run.table("table", ["a", "b"], [[1, "x"]], 1)
+    run.checkpoint(checkpoint, 1)
+    run.close()
+    assert said == []
+    (folder,) = (tmp_path / "wandb").glob(f"offline-run-*-{run.id}")
+    assert list(folder.glob("*.wandb"))

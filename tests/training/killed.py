@@ -1,0 +1,75 @@
+"""launch/pretrain.py again and again: `killed.py SEED KILLS [setting=value …]`, killed at random moments, then let be.
+
+Two ranks, forked from a process that has imported all, so that an attempt takes seconds. Ends with the last attempt's
+status.
+"""
+
+import importlib
+import os
+import random
+import runpy
+import signal
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+PROGRAM = str(Path(__file__).parents[2] / "launch" / "pretrain.py")
+RANKS = 2
+
+
+def plant(draw: random.Random) -> None:
+    """Kill this process within the first steps and saves, at any moment of a step and the save after it."""
+    from s2train.training import loop
+
+    run_step, armed, calls = loop.run_step, draw.randrange(2, 6), [time.monotonic()]
+
+    def planted(*args: Any, **kwargs: Any) -> float:
+        calls.append(time.monotonic())
+        if len(calls) - 1 == armed:
+            delay = draw.uniform(0, 1.5) * (calls[-1] - calls[-2])
+            threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        return run_step(*args, **kwargs)
+
+    loop.run_step = planted
+
+
+def attempt(draw: random.Random, settings: list[str], *, is_killed: bool) -> int:
+    """One job; returns its status. One of its ranks is killed, and then the others, as torchrun does."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    victim, ranks = draw.randrange(RANKS), []
+    for rank in range(RANKS):
+        if (child := os.fork()) == 0:
+            os.setpgid(0, 0)
+            os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(RANKS), "LOCAL_RANK": str(rank)}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(RANKS)}
+            if is_killed and rank == victim:
+                plant(draw)
+            sys.argv = [PROGRAM, *settings]
+            runpy.run_path(PROGRAM, run_name="__main__")
+            sys.stdout.flush()
+            os._exit(0)
+        ranks.append(child)
+    status = 0
+    while ranks:
+        child, ended = os.wait()
+        ranks.remove(child)
+        if ended and not status:
+            status = ended
+            for other in ranks:
+                os.kill(other, signal.SIGKILL)
+    return status
+
+
+if __name__ == "__main__":
+    seed, kills = int(sys.argv[1]), int(sys.argv[2])
+    importlib.import_module("s2train.training.run")
+    generator = random.Random(seed)
+    for _ in range(kills):
+        if attempt(generator, sys.argv[3:], is_killed=True) != signal.SIGKILL:
+            sys.exit("an attempt was to be killed, and ended otherwise")
+    sys.exit(int(attempt(generator, sys.argv[3:], is_killed=False) != 0))

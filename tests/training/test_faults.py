@@ -1,0 +1,164 @@
+"""Whatever stops a run, the last good checkpoint is found and the run goes on as if nothing had happened."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from s2train.errors import EXIT_REQUEUE
+from s2train.megatron.checkpoint import checkpoints_in, read_progress
+from s2train.megatron.integrity import damage
+from s2train.training.plots import read_records
+from tests.program import ROOT, SMALL, Outcome, error_line, run
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("faults")]
+
+STEPS = "train.steps=6"
+EVERY_STEP = "checkpoint.interval=1"
+TORCHRUN = "-m torch.distributed.run"
+
+
+def launch(*command: str, **environment: str) -> Outcome:
+    """Run a Python program."""
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    kept |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=kept, capture_output=True, text=True, timeout=1800)
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+def planted(fault: str, run_dir: Path, *arguments: str, launcher: str = "", restarts: int = 0) -> Outcome:
+    """Train the small model on two processes with a fault of tests/training/planted.py."""
+    program = [str(ROOT / "tests" / "training" / "planted.py"), *SMALL, f"run_dir={run_dir}", *arguments]
+    if not launcher:
+        with mock.patch.dict(os.environ, S2TRAIN_TEST_FAULT=fault):
+            return run(*program, processes=2)
+    job = [*launcher.split(), "--standalone", "--nproc-per-node", "2", "--max-restarts", str(restarts)]
+    return launch(*job, *program, S2TRAIN_TEST_FAULT=fault)
+
+
+def trace(run_dir: Path) -> list[dict[str, Any]]:
+    """What a run reports of its steps, but for their times."""
+    names = ("step", "loss", "held_out_loss", "grad_norm", "lr", "skipped")
+    records = [record for record in read_records(run_dir / "metrics.jsonl") if "loss" in record]
+    return [{name: record.get(name) for name in names} for record in records]
+
+
+@pytest.mark.xdist_group("kills")
+@pytest.mark.parametrize("in_background", [False, True], ids=["saved at once", "saved in the background"])
+@pytest.mark.parametrize("kills", [4, pytest.param(40, marks=pytest.mark.long)])
+def test_a_run_killed_at_random_moments_ends_as_an_unbroken_one(
+    kills: int, in_background: bool, tmp_path: Path
+) -> None:
+    third = 2 * kills  # an attempt takes five steps at most
+    settings = [f"train.steps={3 * third}", EVERY_STEP, "checkpoint.keep=2", f"checkpoint.keep_every={third}"]
+    settings += [
+        f"evaluation.interval={3 * third}",
+        "evaluation.batches=1",
+        f"checkpoint.async_save={str(in_background).lower()}",
+    ]
+    seed = random.randrange(1 << 30)
+    program = ["tests/training/killed.py", str(seed), str(kills), *SMALL, f"run_dir={tmp_path / 'killed'}"]
+    done = launch(*program, *settings)
+    assert done.status == 0, (seed, done.out, done.err)
+    unbroken = launch("tests/training/killed.py", "0", "0", *SMALL, f"run_dir={tmp_path / 'unbroken'}", *settings)
+    assert unbroken.status == 0, unbroken.err
+    assert trace(tmp_path / "killed") == trace(tmp_path / "unbroken"), seed  # bit for bit
+    kept = [read_progress(path).step for path in checkpoints_in(tmp_path / "killed" / "checkpoints")]
+    assert kept == [third, 2 * third, 3 * third - 1, 3 * third]
+    # An attempt that is killed in its first save has nothing to show; most are killed later.
+    assert done.out.count("going on from") >= kills // 2, (seed, done.out)
+
+
+@pytest.mark.parametrize(("rank", "launcher"), [(1, TORCHRUN), (0, "launch/job.py")])
+def test_a_rank_that_dies_is_named_and_the_job_restarts_from_its_last_checkpoint(
+    rank: int, launcher: str, tmp_path: Path
+) -> None:
+    done = planted(f"die:{rank}:4", tmp_path, STEPS, EVERY_STEP, launcher=launcher, restarts=2)
+    assert done.status == 0, done.err
+    assert f"(exitcode: -9) local_rank: {rank}" in done.err
+    assert f"going on from {tmp_path}/checkpoints/iter_0000003" in done.out
+    assert [record["step"] for record in trace(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_job_whose_store_is_on_a_frozen_rank_ends_too(tmp_path: Path) -> None:
+    done = planted("freeze:0:3", tmp_path, STEPS, "train.timeout_minutes=0.2", launcher="launch/job.py")
+    assert done.status != 0
+    (line,) = [line for line in done.err.splitlines() if line.startswith("error: ")]
+    assert "train.timeout_minutes=0.2" in line
+    assert "rank 0" in line
+
+
+@pytest.mark.parametrize(("fault", "words"), [("hang", "planted.py"), ("freeze", "silent; last seen: ")])
+def test_a_rank_that_comes_no_further_ends_the_job_and_is_named(fault: str, words: str, tmp_path: Path) -> None:
+    done = planted(f"{fault}:1:3", tmp_path, STEPS, EVERY_STEP, "train.timeout_minutes=0.2")
+    assert done.status != 0
+    line = error_line(done)
+    assert "train.timeout_minutes=0.2" in line
+    assert "held up by rank 1" in line
+    assert "rank 0" not in line
+    assert words in line
+    assert read_progress(checkpoints_in(tmp_path / "checkpoints")[-1]).step == 2
+
+
+def test_a_gradient_that_is_not_finite_on_one_rank_changes_nothing_on_any(tmp_path: Path) -> None:
+    done = planted("nan:1:4", tmp_path, STEPS)
+    assert done.status == 0, done.err
+    for rank in (0, 1):
+        assert f"rank {rank} step 4 left its state alone" in done.out
+    (event,) = [r for r in read_records(tmp_path / "metrics.jsonl") if r.get("event") == "skipped"]
+    assert (event["step"], event["samples"]) == (4, [24, 31])
+    assert "step 4 | samples 24 to 31 | skipped" in done.out
+    rates = [record["lr"] for record in trace(tmp_path)]
+    assert rates[4] == rates[3]  # the schedule waited
+    assert [record["skipped"] for record in trace(tmp_path)] == [0, 0, 0, 1, 1, 1]
+    assert read_progress(checkpoints_in(tmp_path / "checkpoints")[-1]).health["skipped"] == 1
+
+
+@pytest.mark.parametrize("in_background", [False, True], ids=["saved at once", "saved in the background"])
+def test_a_full_disk_is_told_in_one_line_and_older_checkpoints_stay(in_background: bool, tmp_path: Path) -> None:
+    settings = [STEPS, EVERY_STEP, f"checkpoint.async_save={str(in_background).lower()}"]
+    done = planted("full_disk:0:3", tmp_path, *settings)
+    assert done.status != 0
+    line = error_line(done)
+    for words in (f"run_dir={tmp_path}", "step 3", "No space left on device", "iter_0000002", "checkpoint.keep=N"):
+        assert words in line
+    there = sorted(path.name for path in (tmp_path / "checkpoints").iterdir() if path.is_dir())
+    assert there == ["iter_0000001", "iter_0000002"]
+    assert all(damage(path) is None for path in checkpoints_in(tmp_path / "checkpoints"))
+
+
+def test_a_signal_to_one_rank_saves_all_and_ends_with_the_status_to_requeue(tmp_path: Path) -> None:
+    done = planted("user_signal:1:3", tmp_path, STEPS, launcher="launch/job.py", restarts=2)
+    assert done.status == EXIT_REQUEUE, done.err
+    assert "stopped by SIGUSR1 at step 3" in done.err
+    assert [path.name for path in checkpoints_in(tmp_path / "checkpoints")] == ["iter_0000003"]
+
+
+def test_a_signal_to_the_launcher_and_a_second_one_still_save(tmp_path: Path) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
+    job = ["launch/job.py", "--standalone", "--nproc-per-node", "2", "launch/pretrain.py"]
+    launcher = subprocess.Popen(
+        [sys.executable, *job, *SMALL, f"run_dir={tmp_path}", "train.steps=100000", "optim.warmup_steps=10"],
+        cwd=ROOT,
+        env=environment | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert launcher.stdout is not None
+    assert any(" 3/100000 |" in line for line in launcher.stdout)
+    launcher.send_signal(signal.SIGUSR1)
+    time.sleep(0.2)
+    launcher.send_signal(signal.SIGTERM)
+    launcher.stdout.read()
+    assert launcher.wait(timeout=600) == EXIT_REQUEUE
+    (saved,) = checkpoints_in(tmp_path / "checkpoints")
+    assert damage(saved) is None
+    assert read_progress(saved).step >= 3

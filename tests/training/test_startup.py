@@ -1,0 +1,131 @@
+"""What keeps the ranks of a job from starting together, and how it is told."""
+
+import threading
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from s2train.errors import StartUpError
+from s2train.hardware import Hardware
+from s2train.planning.memory import checkpoint_bytes
+from s2train.planning.parameters import total_parameters
+from s2train.training import startup
+from s2train.training.startup import Facts, check_start, problems
+from tests.test_configs import pretrain
+
+FIRST = Facts(
+    rank=0,
+    host="alpha",
+    versions={"torch": "2.11.0", "s2train": "0.1.0, sources abc"},
+    settings={},
+    clock=1e9,
+    free_bytes=100,
+    device="NVIDIA H100",
+    device_id="GPU-0",
+    sees_run_dir=True,
+)
+SECOND = replace(FIRST, rank=8, host="beta")
+
+
+def told(**changes: Any) -> list[str]:
+    return list(problems([FIRST, replace(SECOND, **changes)], checkpoint=100))
+
+
+def test_ranks_that_agree_start() -> None:
+    assert told(clock=1e9 + 1) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"versions": FIRST.versions | {"torch": "2.9.0"}}, ["torch is 2.9.0, and 2.11.0", "one installation"]),
+        ({"versions": {"torch": "2.11.0"}}, ["s2train is not installed"]),
+        ({"settings": {"optim.lr": [0.1, 0.2]}}, ["optim.lr=0.1, and 0.2", "same command"]),
+        ({"clock": 1e9 - 60}, ["60 s behind", "NTP"]),
+        ({"clock": 1e9 + 3600}, ["3600 s ahead of", "NTP"]),
+        ({"free_bytes": 99}, ["GiB free", "run_dir"]),
+        ({"sees_run_dir": False}, ["run folder", "all machines share"]),
+        ({"device": "CPU"}, ["no GPU is visible", "NVIDIA H100", "CUDA_VISIBLE_DEVICES"]),
+        ({"device": "NVIDIA A100"}, ["its GPU is a NVIDIA A100"]),
+    ],
+)
+def test_a_rank_that_does_not_fit_is_told_in_one_line_with_its_host_and_a_remedy(
+    changes: dict[str, Any], words: list[str]
+) -> None:
+    (line,) = told(**changes)
+    assert line.startswith("rank 8 on beta: ")
+    assert all(word in line for word in words), line
+    assert "\n" not in line
+
+
+def test_two_ranks_on_one_gpu_are_told() -> None:
+    (line,) = told(host="alpha", rank=1)
+    assert line.startswith("rank 1 on alpha: it has the GPU of rank 0 (GPU-0). Start one process for each GPU")
+    assert told(host="alpha", rank=1, device_id="GPU-1") == []
+
+
+def test_what_a_whole_machine_has_wrong_is_told_once() -> None:
+    ranks = [replace(SECOND, rank=8 + i, device_id=f"GPU-{i}", free_bytes=0) for i in range(8)]
+    assert len(list(problems([FIRST, *ranks], checkpoint=100))) == 1
+
+
+def start(run_dirs: list[Path], **changes: dict[int, dict[str, Any]]) -> list[Any]:
+    """What `check_start` ends with on each rank, ranks being threads."""
+    store, ends = torch.distributed.HashStore(), {}
+    plan: Any = SimpleNamespace(hardware=Hardware("CPU", "cpu", 1 << 40))
+
+    cfgs = [
+        pretrain("+model=tiny_hybrid", f"run_dir={run_dir}") for run_dir in run_dirs
+    ]  # Hydra is no friend of threads
+
+    def one(rank: int) -> None:
+        cfg = cfgs[rank]
+        for name, value in changes.get("settings", {}).get(rank, {}).items():
+            setattr(cfg, name, value)
+        try:
+            check_start(cfg, plan, store, rank, len(run_dirs))
+            ends[rank] = cfg.run_dir
+        except StartUpError as error:
+            ends[rank] = error
+
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(len(run_dirs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    return [ends[rank] for rank in range(len(run_dirs))]
+
+
+def test_ranks_take_the_run_folder_of_the_first(tmp_path: Path) -> None:
+    assert start([tmp_path / "a", tmp_path / "b", tmp_path / "c"]) == [str(tmp_path / "a")] * 3
+    assert list(tmp_path.rglob("*")) == [tmp_path / "a"]
+
+
+def test_every_rank_stops_where_one_has_another_setting(tmp_path: Path) -> None:
+    ends = start([tmp_path] * 3, settings={2: {"seed": 7}})
+    assert all(isinstance(end, StartUpError) for end in ends)
+    (line,) = ends[0].problems
+    assert "rank 2" in line
+    assert "seed=7, and 1234 on rank 0" in line
+
+
+def test_a_rank_that_never_comes_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(startup, "_ARRIVAL", startup.timedelta(seconds=0.2))
+    plan: Any = SimpleNamespace(hardware=Hardware("CPU", "cpu", 1 << 40))
+    cfg = pretrain("+model=tiny_hybrid", f"run_dir={tmp_path}")
+    with pytest.raises(StartUpError, match="rank 1, 2 of 3 did not start within"):
+        check_start(cfg, plan, torch.distributed.HashStore(), 0, 3)
+
+
+@pytest.mark.parametrize(
+    ("precision", "distributed", "expected"),
+    [("bf16", True, 14), ("bf16", False, 14), ("fp32", True, 16), ("fp32", False, 12)],
+)
+def test_a_checkpoint_holds_weights_and_the_optimizers_fp32(precision: str, distributed: bool, expected: int) -> None:
+    cfg = pretrain("+model=tiny_hybrid", f"train.precision={precision}")
+    cfg.parallel.distributed_optimizer = distributed
+    assert checkpoint_bytes(cfg) == expected * total_parameters(cfg.model)

@@ -1,0 +1,75 @@
+"""Kernels are compiled once on each machine, in the shapes of the run."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from s2train.planning import hybrid_layout
+from s2train.training import warm_up
+from s2train.training.warm_up import compile_kernels, first_on_each_machine
+from tests.test_configs import pretrain
+
+
+@pytest.mark.parametrize(("local_rank", "expected"), [("0", ["compiled", "met"]), ("1", ["met"]), ("7", ["met"])])
+def test_the_first_of_a_machine_compiles_before_the_others_go_on(
+    local_rank: str, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: done.append("met"))
+    first_on_each_machine(lambda: done.append("compiled"))
+    assert done == expected
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Stands for the op on a GPU: writes down the shapes, and differentiates."""
+    made: list[Any] = []
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Any, **how: Any) -> torch.Tensor:
+        made.append(SimpleNamespace(q=tuple(query.shape), k=tuple(key.shape), v=tuple(value.shape), **how))
+        made[-1].dtype, made[-1].is_backward = query.dtype, False
+        out = query * 1.0
+        out.register_hook(lambda _: setattr(made[-1], "is_backward", True))
+        return out
+
+    monkeypatch.setattr(warm_up, "block_sparse_attention", attend)
+    monkeypatch.setattr(warm_up, "resolve_backend", lambda backend, device: "torch" if backend == "torch" else "triton")
+    return made
+
+
+def compile_for(monkeypatch: pytest.MonkeyPatch, *settings: str, cp: tuple[int, int] = (0, 1)) -> None:
+    cfg = pretrain("+model=tiny_hybrid", "train.seq_length=256", "train.micro_batch_size=2", *settings)
+    monkeypatch.setattr(warm_up.parallel_state, "get_context_parallel_rank", lambda: cp[0])
+    monkeypatch.setattr(warm_up.parallel_state, "get_context_parallel_world_size", lambda: cp[1])
+    compile_kernels(cfg, hybrid_layout(cfg), torch.device("cpu"))
+
+
+def test_each_sort_of_sparse_layer_runs_once_forward_and_backward(
+    calls: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = torch.get_rng_state()
+    compile_for(monkeypatch, "train.precision=bf16")
+    (call,) = calls
+    assert (call.q, call.k, call.v) == ((256, 2, 4, 32), (256, 2, 2, 32), (256, 2, 2, 32))
+    assert call.dtype == torch.bfloat16
+    assert call.is_backward
+    assert torch.equal(torch.get_rng_state(), state)  # weights are drawn as without it
+
+
+def test_tensor_and_context_parallel_shares_run_in_their_own_shapes(
+    calls: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile_for(monkeypatch, "parallel.tp=2", cp=(1, 2))
+    shapes = [(call.q[0], call.k[0], call.q[2], call.query_offset) for call in calls]
+    assert shapes == [(64, 128, 2, 64), (64, 192, 2, 128)] * 2
+
+
+@pytest.mark.parametrize("settings", [["attention_backend=torch"], ["layout=dense"]])
+def test_nothing_runs_where_no_kernel_is_compiled(
+    settings: list[str], calls: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile_for(monkeypatch, *settings)
+    assert calls == []
