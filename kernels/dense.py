@@ -8,11 +8,21 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
 # cuDNN's is the fastest on Hopper (1.7 times FlashAttention-2); torch's own order puts it behind.
-_CUDA_ORDER = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+_CUDA_ORDER = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
 
 
 def dense_causal_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float, query_offset: int = 0
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    softmax_scale: float,
+    query_offset: int = 0,
+    implementation: str = "auto",
 ) -> torch.Tensor:
     """Causal attention of every head over every key up to its query's position.
 
@@ -21,12 +31,16 @@ def dense_causal_attention(
         k, v: [s_k, b, h_kv, d], position 0 first; h is a multiple of h_kv.
         softmax_scale: factor of the scores.
         query_offset: s_k − s_q: the last query is at the last key.
+        implementation: on a GPU torch's fused kernels to take: cudnn, flash (FlashAttention-2), efficient, or auto, the
+            first of these that takes the tensors. A CPU has one.
     Returns:
         [s_q, b, h, d].
     Raises:
-        ValueError: the query range does not end with the key range.
+        ValueError: the query range does not end with the key range; there is no such implementation.
     """
     s_q, s_k = q.shape[0], k.shape[0]
+    if implementation not in ("auto", *_CUDA_ORDER):
+        raise ValueError(f"implementation={implementation!r} must be one of auto, {', '.join(_CUDA_ORDER)}")
     if query_offset != s_k - s_q:
         raise ValueError(
             f"query_offset={query_offset} must be s_k - s_q = {s_k - s_q}: give the keys up to the last query"
@@ -40,7 +54,8 @@ def dense_causal_attention(
         # torch recognises this object and stays with a fused kernel; only a CPU needs the mask written out.
         bias = causal_lower_right(s_q, s_k)
         mask = bias if q.is_cuda else bias._materialize(q.device)
-    with sdpa_kernel(_CUDA_ORDER, set_priority=True) if q.is_cuda else contextlib.nullcontext():
+    order = list(_CUDA_ORDER.values()) if implementation == "auto" else [_CUDA_ORDER[implementation]]
+    with sdpa_kernel(order, set_priority=True) if q.is_cuda else contextlib.nullcontext():
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=s_q == s_k, scale=softmax_scale, enable_gqa=True
         )

@@ -1,4 +1,9 @@
-"""Telling NVIDIA's apex from the unrelated package of that name on PyPI, without importing either."""
+"""Telling NVIDIA's apex from the unrelated package of that name on PyPI, without importing either.
+
+What s2train has of apex: FusedAdam and the fused norms of gradients, which Megatron takes by itself where
+transformer-engine brings none, and weight gradients summed in place. Its RMSNorm is not taken: torch's is one kernel
+too.
+"""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,3 +39,8 @@ def apex_available() -> bool:
             f"pip uninstall apex; {_BUILD}",
         )
     return True
+
+
+def fuses_gradient_sums() -> bool:
+    """Whether apex's extension is there that adds a weight gradient to an fp32 buffer within the product."""
+    return apex_available() and find_spec("fused_weight_gradient_mlp_cuda") is not None

@@ -190,12 +190,18 @@ class TrackingConfig:
 
     log_interval: int = 10  # steps
     timing: int = 0  # Megatron's timers, each report: 0 none, 1 parts of a step, 2 pipeline inner parts; slows steps
-    # measure this step's communication on rank 0 (GPUs only; an event in metrics.jsonl); slows the step
-    profile_step: int | None = None
     # auto (online with an account, offline without), disabled, offline, online
     wandb: str = "auto"
     project: str = "s2train"
     group: str | None = None
+
+
+@dataclass
+class ProfileConfig:
+    """A trace of some steps and what their time went to, in `profile` in the run folder. Slows those steps."""
+
+    steps: list[int] | None = None  # first and last step to trace, such as [10,12]; None: none
+    ranks: list[int] = field(default_factory=lambda: [0])
 
 
 @dataclass
@@ -212,12 +218,22 @@ class PretrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     run_dir: str = "runs/${model.name}"
     seed: int = 1234
-    backend: str = "auto"  # linear layers, norms, optimizer: auto, local (torch), te (transformer-engine)
+    # linear layers, norms, rotation: auto (te where it is installed and works on a GPU, else local), local (Megatron's
+    # own on torch), te (transformer-engine)
+    backend: str = "auto"
+    fp8: str = "none"  # linear layers with backend=te: none, hybrid (E4M3, gradients E5M2), e4m3
+    # how FP8 values are scaled: tensorwise (by each tensor's present maximum), blockwise (from Hopper on), mxfp8 (from
+    # Blackwell on)
+    fp8_recipe: str = "tensorwise"
     # sparse layers: auto (triton where CUDA is, torch on a CPU), triton (the fastest kernels for the GPU), portable
     # (Triton's alone, the same on every GPU), torch
     attention_backend: str = "auto"
+    # dense layers on a GPU: auto (the fastest that takes the shape: cudnn, flash, efficient, in this order), or one of
+    # these, which torch's scaled_dot_product_attention then runs or refuses
+    dense_attention: str = "auto"
     plan: bool = False  # print what the run will cost, and build nothing
 
 

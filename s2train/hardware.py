@@ -35,6 +35,7 @@ class Hardware:
         kind: "cuda" or "cpu".
         memory: bytes; a GPU's own memory, or this rank's share of the RAM.
         peak_bf16, peak_fp32: FLOP/s, None where not known.
+        capability: CUDA's compute capability, None where there is none or it is not known.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Hardware:
     memory: int
     peak_bf16: float | None = None
     peak_fp32: float | None = None
+    capability: tuple[int, int] | None = None
 
     def peak_flops(self, precision: str) -> float | None:
         """FLOP/s that MFU is measured against, at `precision` bf16 or fp32; None where not known."""
@@ -73,7 +75,7 @@ def detect(local_rank: int = 0, local_world_size: int = 1) -> Hardware:
         )
     properties = torch.cuda.get_device_properties(local_rank)
     bf16, fp32 = peak_flops(properties.name)
-    return Hardware(properties.name, "cuda", properties.total_memory, bf16, fp32)
+    return Hardware(properties.name, "cuda", properties.total_memory, bf16, fp32, (properties.major, properties.minor))
 
 
 def detect_own() -> Hardware:

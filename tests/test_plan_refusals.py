@@ -151,6 +151,9 @@ VALUES: dict[str, tuple[Any, str]] = {
     "parallel__pipeline_split": ("costs", "parallel.pipeline_split=cost"),
     "backend": ("lokal", "backend=local"),
     "attention_backend": ("tritom", "attention_backend=triton"),
+    "dense_attention": ("cuddn", "dense_attention=cudnn"),
+    "profile__steps": ([10, 2], "profile.steps=[998,1000]"),
+    "profile__ranks": ([-1], "profile.ranks=[0]"),
     "schedule__kind": ("shifty", "shifted"),
     "train__micro_batch_size": (0, "positive"),
     "train__steps": (-1, "positive"),
@@ -220,11 +223,6 @@ def test_wsd_needs_the_length_of_its_decay() -> None:
         check(config(optim__decay_style="WSD"), 1, GPU)
     assert refusal.value.setting == "optim.wsd_decay_steps"
     assert check(config(optim__decay_style="WSD", optim__wsd_decay_steps=100), 1, GPU).fits
-
-
-def test_transformer_engine_is_refused_for_now() -> None:
-    with pytest.raises(ConfigError, match="backend=local"):
-        check(config(backend="te"), 1, GPU)
 
 
 @pytest.mark.parametrize("backend", ["triton", "portable"])

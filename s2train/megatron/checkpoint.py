@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import parallel_state
 from megatron.core.transformer.module import MegatronModule
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from s2train.config import PretrainConfig
 from s2train.errors import ConfigError
 from s2train.megatron.backends import choose_backend
+from s2train.megatron.exchange import load_without_foreign_extra_state
 from s2train.megatron.integrity import damage
 from s2train.megatron.model import build_model, transformer_config, unwrap
 from s2train.planning import hybrid_layout
@@ -126,8 +127,8 @@ def load_shards(state: dict[str, Any], checkpoint: Path, setting: str = "checkpo
         ConfigError: the checkpoint's shards are damaged.
     """
     try:
-        return dist_checkpointing.load(state, str(checkpoint))
-    except (Exception, CheckpointException) as error:  # many kinds
+        return load_without_foreign_extra_state(state, str(checkpoint))
+    except (Exception, CheckpointException) as error:  # many kinds for a missing or truncated file
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         problem = f"its shards can't be loaded ({reason})"
         raise ConfigError(setting, checkpoint, problem, older_instead(checkpoint, setting)) from error
@@ -177,6 +178,8 @@ def load_for_inference(
     cfg.parallel.tp, cfg.parallel.pp, cfg.parallel.vpp, cfg.parallel.cp = tp, 1, None, 1
     cfg.parallel.sequence_parallel = False
     cfg.train.recompute = "none"
+    # Any backend reads another's weights, and answers in the run's precision.
+    cfg.backend, cfg.fp8 = "local" if cfg.backend == "local" else "auto", "none"
     (chunk,) = build_model(cfg, transformer_config(cfg), hybrid_layout(cfg), choose_backend(cfg.backend), device)
     gpt = unwrap(chunk)
     gpt.parallel_output = False  # gathers the logits over tensor parallel ranks

@@ -192,10 +192,19 @@ class CausalCoreAttention(MegatronModule):
 
 
 class DenseCoreAttention(CausalCoreAttention):
-    """Every head keeps everything."""
+    """Every head keeps everything. `implementation`: of `dense_causal_attention`, the run's `dense_attention`."""
+
+    implementation = "auto"
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, query_offset: int) -> torch.Tensor:
-        return dense_causal_attention(query, key, value, softmax_scale=self.softmax_scale, query_offset=query_offset)
+        return dense_causal_attention(
+            query,
+            key,
+            value,
+            softmax_scale=self.softmax_scale,
+            query_offset=query_offset,
+            implementation=self.implementation,
+        )
 
 
 class SparseCoreAttention(CausalCoreAttention):

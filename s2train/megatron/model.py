@@ -7,10 +7,11 @@ from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from s2train.apex import fuses_gradient_sums
 from s2train.config import PretrainConfig
 from s2train.layouts.hybrid import HybridLayout
-from s2train.megatron.backends import Backend
-from s2train.megatron.core_attention import LayoutCache
+from s2train.megatron.backends import Backend, choose_backend, sum_gradients_in_place
+from s2train.megatron.core_attention import DenseCoreAttention, LayoutCache
 from s2train.megatron.specs import block_spec
 from s2train.planning.stages import Stages
 
@@ -20,7 +21,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 def transformer_config(cfg: PretrainConfig, stages: Stages | None = None) -> TransformerConfig:
     """Megatron's configuration of a Llama-like model on the present device.
 
-    `stages`: layers of the pipeline stages; None: as many on each.
+    Args:
+        stages: layers of the pipeline stages; None: as many on each.
+    Raises:
+        ConfigError: the backend is not installed.
     """
     model, parallel, train = cfg.model, cfg.parallel, cfg.train
     dtype, on_cuda = DTYPES[train.precision], torch.cuda.is_available()
@@ -61,11 +65,14 @@ def transformer_config(cfg: PretrainConfig, stages: Stages | None = None) -> Tra
         bias_dropout_fusion=False,
         # Rounds the gradient of the logits to bf16, whatever the precision.
         cross_entropy_loss_fusion=on_cuda and train.precision == "bf16",
-        # These need apex or transformer-engine.
-        apply_rope_fusion=False,
+        apply_rope_fusion=choose_backend(cfg.backend).fuses_rotation,
+        fp8=None if cfg.fp8 == "none" else cfg.fp8,
+        fp8_recipe=cfg.fp8_recipe,
+        # Of Megatron's own linear layers: they add weight gradients to the fp32 buffers in the product itself.
+        gradient_accumulation_fusion=on_cuda and fuses_gradient_sums(),
+        # Of layers that we don't use.
         masked_softmax_fusion=False,
         persist_layer_norm=False,
-        gradient_accumulation_fusion=False,
         deterministic_mode=train.deterministic,
     )
 
@@ -102,6 +109,11 @@ def build_model(
             vp_stage=stage,
         )
         chunk.model_type = ModelType.encoder_or_decoder
+        for module in chunk.modules():
+            if isinstance(module, DenseCoreAttention):
+                module.implementation = cfg.dense_attention
+        if backend.name == "te":
+            sum_gradients_in_place(chunk)
         chunk.to(device)
         chunks.append(Float16Module(config, chunk) if config.bf16 else chunk)
     return chunks

@@ -9,6 +9,7 @@ from s2train.config import PretrainConfig, to_object
 from s2train.errors import ConfigError
 from s2train.hardware import Hardware
 from s2train.layouts.hybrid import HybridLayout, build_hybrid_layout
+from s2train.planning.backend import check_te
 from s2train.planning.division import check_division, multiple_of, smallest_world
 from s2train.planning.memory import GIB
 from s2train.planning.plan import Plan, make_plan
@@ -39,6 +40,7 @@ def check(cfg: PretrainConfig, world_size: int, hardware: Hardware) -> Plan:
     check_documents(cfg)
     check_division(cfg, world_size)
     check_attention_backend(cfg.attention_backend, hardware)
+    check_te(cfg, hardware)
     plan = _plan(cfg, world_size, hardware)
     if plan.remedy is not None:
         raise ConfigError(*_shortage(plan), plan.remedy)

@@ -8,6 +8,7 @@ from s2train.layouts.costs import density, layout_nbytes, rank_spread
 from s2train.layouts.coverage import CoverageReport, check_coverage
 from s2train.layouts.hybrid import HybridLayout
 from s2train.layouts.summary import LetterSummary, summarise
+from s2train.planning.advice import memory_advice
 from s2train.planning.flops import TokenFlops, token_flops
 from s2train.planning.memory import Memory, data_parallel, micro_batches, rank_memory
 from s2train.planning.parameters import stage_parameters, total_parameters
@@ -35,6 +36,7 @@ class Plan:
     pipeline_by_cost: Balance  # as parallel.pipeline_split=cost would have them
     memory: Memory  # of the fullest rank
     remedy: str | None  # what would fit, if this does not
+    advice: str | None  # what else fits and is faster, if this fits
 
     @property
     def data_parallel(self) -> int:
@@ -83,6 +85,7 @@ def make_plan(cfg: PretrainConfig, hybrid: HybridLayout, world_size: int, hardwa
         pipeline_by_cost=balance(by_cost, costs, micro_batches(cfg, world_size)),
         memory=memory,
         remedy=None if fits else memory_remedy(cfg, world_size, hardware, costs, layouts),
+        advice=memory_advice(cfg, world_size, hardware, costs, layouts) if fits else None,
     )
 
 

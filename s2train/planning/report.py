@@ -47,6 +47,8 @@ def format_plan(plan: Plan) -> str:
         f"tp {parallel.tp}, pp {parallel.pp}{virtual}, cp {parallel.cp}, dp {plan.data_parallel}{sequence}; "
         f"{train.precision}, recompute {train.recompute}"
     )
+    if plan.advice is not None:
+        rows.append(("  room", plan.advice))
     verdict = "It fits." if plan.fits else f"It does not fit. {plan.remedy}"
     return "\n".join([title, *(f"{name:<13} {text}" for name, text in rows), plan.coverage.format(), verdict])
 

@@ -21,6 +21,9 @@ _CHOICES: dict[str, tuple[str | int, ...]] = {
     "tracking.wandb": ("auto", "disabled", "offline", "online"),
     "tracking.timing": (0, 1, 2),
     "backend": ("auto", "local", "te"),
+    "fp8": ("none", "hybrid", "e4m3"),
+    "fp8_recipe": ("tensorwise", "blockwise", "mxfp8"),
+    "dense_attention": ("auto", "cudnn", "flash", "efficient"),
     "attention_backend": ("auto", "triton", "portable", "torch"),
 }
 _POSITIVE: dict[str, tuple[str, ...]] = {
@@ -52,7 +55,7 @@ _POSITIVE: dict[str, tuple[str, ...]] = {
     ),
     "checkpoint": ("interval", "keep", "keep_every"),
     "evaluation": ("batches",),
-    "tracking": ("log_interval", "profile_step"),
+    "tracking": ("log_interval",),
 }
 _NOT_NEGATIVE: dict[str, tuple[str, ...]] = {
     "schedule": ("dense_heads",),
@@ -80,6 +83,7 @@ def check_values(cfg: PretrainConfig) -> None:
     patterns_of(cfg.layout)
     _check_ranges(cfg)
     _check_optimizer(cfg)
+    _check_profile(cfg)
     _check_kept(cfg.checkpoint)
 
 
@@ -107,8 +111,6 @@ def _check_ranges(cfg: PretrainConfig) -> None:
         value = _get(cfg, setting)
         if value < 0:
             raise ConfigError(setting, value, "must not be negative", f"Set {setting} to 0 or more.")
-    if cfg.backend == "te":
-        raise ConfigError("backend", "te", "transformer-engine is not supported yet", "Set backend=local.")
 
 
 def _check_optimizer(cfg: PretrainConfig) -> None:
@@ -146,6 +148,16 @@ def _check_optimizer(cfg: PretrainConfig) -> None:
             f"train.steps × train.global_batch_size takes {samples}",
             f"Set data.num_samples to {samples} or more.",
         )
+
+
+def _check_profile(cfg: PretrainConfig) -> None:
+    steps, ranks = cfg.profile.steps, cfg.profile.ranks
+    last = cfg.train.last_step
+    if steps is not None and (len(steps) != 2 or not 1 <= steps[0] <= steps[1] <= last):
+        problem = f"is not a first and a last step within the run's {last}"
+        raise ConfigError("profile.steps", steps, problem, f"Set profile.steps=[{max(last - 2, 1)},{last}], or null.")
+    if any(rank < 0 for rank in ranks):
+        raise ConfigError("profile.ranks", ranks, "ranks count from 0", "Set profile.ranks=[0].")
 
 
 def _check_kept(checkpoint: CheckpointConfig) -> None:

@@ -4,8 +4,9 @@ import statistics
 from typing import Any
 
 from s2train.scaling.jobs import Job, Outcome, Runner
+from s2train.training.breakdown import COMMUNICATION, HIDDEN
 
-_STEPS, _WARM = 8, 3  # the last one is profiled
+_STEPS, _WARM = 9, 3  # the last one is profiled
 GOALS = {"dp": 0.95, "cp": 0.85, "tp": 0.80}  # of linear, on two
 
 
@@ -36,16 +37,17 @@ def summary(outcome: Outcome, processes: int, alone: float | None) -> dict[str, 
     if outcome.error is not None:
         return {"error": outcome.error}
     steps = [record for record in outcome.records if "tokens_per_s" in record and record["step"] > _WARM]
-    (profiled,) = [record for record in outcome.records if record.get("event") == "communication"]
-    steady = [record for record in steps if record["step"] != profiled["step"]]
+    (profile,) = [record for record in outcome.records if record.get("event") == "profile"]
+    steady = [record for record in steps if record["step"] < profile["traced"][0] - 1]  # the one before warms the tracer up
+    exposed, hidden = (profile["parts"].get(part, 0.0) / profile["step_ms"] for part in (COMMUNICATION, HIDDEN))
     tokens_per_s = statistics.median(record["tokens_per_s"] for record in steady)
     return {
         "tokens_per_s": tokens_per_s,
         "efficiency": None if alone is None else tokens_per_s / (processes * alone),
         "mfu": statistics.median(record["mfu"] for record in steady) if "mfu" in steady[0] else None,
         "step_time_s": statistics.median(record["step_time_s"] for record in steady),
-        "communication": profiled["share"],
-        "communication_exposed": profiled["exposed"],
+        "communication": exposed + hidden,
+        "communication_exposed": exposed,
         "memory_gib": max(record["memory_gib"] for record in steps),
         "loss": steps[-1]["loss"],
     }
@@ -62,7 +64,7 @@ def _job(model: str, way: str, size: int, seq_length: int, sequences: int) -> Jo
     settings = (
         f"+model={model}", "data=mock", f"train.seq_length={seq_length}", f"train.steps={_STEPS}",
         f"train.global_batch_size={batch}", "train.micro_batch_size=1", "optim.warmup_steps=2",
-        "evaluation.interval=0", "tracking.log_interval=1", f"tracking.profile_step={_STEPS}",
+        "evaluation.interval=0", "tracking.log_interval=1", f"profile.steps=[{_STEPS},{_STEPS}]",
         "checkpoint.save=false", "checkpoint.resume=never", *ways[way],
     )  # fmt: skip
     return Job(f"{model} one" if way == "one" else f"{model} {way}{size}", size, settings)

@@ -30,6 +30,7 @@ from s2train.megatron.checkpoint import (
     write_config,
 )
 from s2train.megatron.compat import save_checkpoint_shards
+from s2train.megatron.exchange import fit_groups
 from s2train.megatron.model import unwrap
 from s2train.megatron.rng import rng_ranks_here, set_rng, sharded_rng
 from s2train.megatron.torch_adam import separate_steps
@@ -195,6 +196,7 @@ def load(cfg: PretrainConfig, state: TrainingState, checkpoint: Path, rng_ranks:
         state.optimizer.reload_model_params()  # its copies in fp32
         return
     _set_hyperparameters(cfg.optim, loaded["optimizer"])
+    fit_groups(state.optimizer, loaded["optimizer"])
     state.optimizer.load_state_dict(loaded["optimizer"])
     separate_steps(state.optimizer)
     state.scheduler.load_state_dict(loaded["scheduler"])

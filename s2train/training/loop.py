@@ -5,11 +5,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 
 import torch
 from megatron.core.timers import Timers
+from torch.profiler import record_function
 from torch.utils.data import Dataset
 
 from s2train.config import PretrainConfig
@@ -19,12 +19,14 @@ from s2train.megatron.core_attention import kernels_of
 from s2train.megatron.rng import rng_ranks_here
 from s2train.training.agreement import largest
 from s2train.training.batches import Batch, micro_batches
+from s2train.training.breakdown import OPTIMIZER, RANGE
 from s2train.training.checkpoint import Saver, TrainingState
-from s2train.training.communication import measured
 from s2train.training.health import Health
 from s2train.training.metrics import StepMetrics, Tracker
 from s2train.training.optimizer import gradient_norm, take_step, whole_parameters
+from s2train.training.peak import PEAK_STEPS, report_peak
 from s2train.training.positions import HeldOut, position_edges
+from s2train.training.profile import StepProfiler
 from s2train.training.signals import StopSignals, signal_name
 from s2train.training.steps import run_step
 from s2train.training.watchdog import Watchdog
@@ -38,11 +40,13 @@ class Speed:
         flops_per_token: training FLOPs of the model, exact for its layout.
         peak_flops: FLOP/s of a device, None where not known.
         devices: ranks of the job.
+        planned_memory: bytes that the plan foretells torch will hold on the fullest rank.
     """
 
     flops_per_token: float
     peak_flops: float | None
     devices: int
+    planned_memory: int
 
 
 @dataclass
@@ -104,15 +108,13 @@ class Trainer:
         batches = self._batches(self.train_set, consumed, consumed + (last - progress.step) * size)
         self.health = Health(**progress.health)
         interval, saved = Interval(list(progress.losses)), None
+        profiler = StepProfiler(cfg, self.state.chunks, self.tracker)
         is_save_due = False
         for step in range(first, last + 1):
             self.watchdog.beat(f"step {step}")
-            run_one = partial(self._step, batches, step, consumed)
-            if step == cfg.tracking.profile_step:
-                (loss, grad_norm, lr, signal), communication = measured(run_one)
-                self.tracker.event("communication", step=step, **asdict(communication))
-            else:
-                loss, grad_norm, lr, signal = run_one()
+            with profiler.step(step):
+                loss, grad_norm, lr, signal = self._step(batches, step, consumed)
+            interval.paused += profiler.pause_s()
             consumed += size
             interval.steps += 1
             if not self.health.skipped_in_row:
@@ -120,6 +122,8 @@ class Trainer:
             if step == first:
                 for kernels in kernels_of(self.state.chunks):
                     self.tracker.note(f"sparse attention: {kernels}")
+            if step == min(progress.step + PEAK_STEPS, last):
+                report_peak(self.speed.planned_memory, self.tracker)
             is_last, is_stopping = step == last, bool(signal)
             is_evaluated = self.held_out_set is not None and step % cfg.evaluation.interval == 0
             held_out: HeldOut | None = None
@@ -178,7 +182,8 @@ class Trainer:
             chunk.zero_grad_buffer()
         state.optimizer.zero_grad()
         ((total, tokens),) = run_step(self.cfg, state.chunks, batches, forward_only=False).tolist()
-        loss, grad_norm = total / tokens, gradient_norm(state.optimizer)
+        with record_function(RANGE + OPTIMIZER):
+            loss, grad_norm = total / tokens, gradient_norm(state.optimizer)
         is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
         is_bad, signal = largest(not is_finite, self.signals.received)
         if is_bad:
@@ -186,7 +191,8 @@ class Trainer:
         else:
             if factor := self.health.spike(loss, self.cfg.train.spike_factor):
                 self._tell_batch("spike", step, consumed, f"loss {loss:.4f} is {factor:.1f} × the running mean", loss)
-            take_step(state.optimizer, grad_norm)
+            with record_function(RANGE + OPTIMIZER):
+                take_step(state.optimizer, grad_norm)
             state.scheduler.step(1)
             self.health = self.health.after_step(loss)
         return loss, grad_norm, lr, signal

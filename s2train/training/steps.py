@@ -7,10 +7,12 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch.profiler import record_function
 
 from s2train.config import PretrainConfig
 from s2train.megatron.core_attention import packed_documents
 from s2train.training.batches import Batch
+from s2train.training.breakdown import DATA, RANGE
 from s2train.training.positions import position_bins, sum_by_position
 
 LossReport = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
@@ -43,7 +45,8 @@ def forward_step(
     batches: Iterator[Batch], model: torch.nn.Module, edges: list[int] | None = None
 ) -> tuple[torch.Tensor, Callable[[torch.Tensor], LossReport]]:
     """Megatron's forward step: per-token losses of the next micro batch, and how to sum them."""
-    batch = next(batches)
+    with record_function(RANGE + DATA):
+        batch = next(batches)
     tokens, packed = batch["tokens"], {}
     if "documents" in batch:
         packed["packed_seq_params"] = packed_documents(batch["documents"], tokens.shape[1])

@@ -9,7 +9,6 @@ from s2train.scaling.jobs import Outcome
 from s2train.scaling.parity import verdict
 from s2train.scaling.report import lines
 from s2train.scaling.speed import summary
-from s2train.training.communication import busy
 
 
 def run(*losses: float) -> Outcome:
@@ -53,14 +52,15 @@ def step(number: int, tokens_per_s: float) -> dict[str, Any]:
 
 
 def test_speed_leaves_out_first_and_profiled_steps() -> None:
-    rates = [1.0, 1.0, 1.0, 90.0, 100.0, 110.0, 5.0]
+    rates = [1.0, 1.0, 1.0, 90.0, 100.0, 110.0, 6.0, 5.0]
     records = [step(number, rate) for number, rate in enumerate(rates, 1)]
-    profiled = {"event": "communication", "step": 7, "share": 0.25, "exposed": 0.1}
+    parts = {"linear layers": 6.0, "communication": 1.0, "communication beside compute": 1.5}
+    profiled = {"event": "profile", "traced": [8], "step_ms": 10.0, "parts": parts}
     row = summary(Outcome([*records, profiled], None, 1.0), 2, alone=80.0)
     assert row["tokens_per_s"] == 100.0
     assert row["efficiency"] == pytest.approx(100 / 160)
     assert (row["communication"], row["communication_exposed"]) == (0.25, 0.1)
-    assert row["memory_gib"] == 7
+    assert row["memory_gib"] == 8
     assert row["mfu"] is None
 
 
@@ -69,9 +69,6 @@ def test_a_run_that_failed_is_told_as_such() -> None:
     assert lines("scaling", result) == ["1b one: out of memory"]
 
 
-def test_time_of_several_kernels_at_once_counts_once() -> None:
-    assert busy([]) == 0
-    assert busy([(3.0, 4.0), (0.0, 2.0), (1.0, 1.5), (1.5, 2.5)]) == pytest.approx(3.5)
 
 
 def test_spread_is_what_the_slowest_rank_adds_to_the_mean() -> None:

@@ -1,0 +1,65 @@
+"""Step times at long sequences, hybrid beside dense: `python launch/long_steps.py OUTPUT [--lengths 8k 32k 128k]`.
+
+Writes OUTPUT.json and OUTPUT.png and prints a table. What OUTPUT.json has already is not measured again, so that a
+broken-off measurement goes on. Arguments `setting=value` go to every run, such as backend=local. Nothing is saved.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+from rich.console import Console
+
+from s2train.command_line import run_command
+from s2train.errors import ConfigError
+from s2train.files import check_writable
+from s2train.training.compare import environment
+from s2train.training.long_steps import Request, measure_all, run_case
+from s2train.training.long_steps_report import draw, table
+
+
+def tokens(text: str) -> int:
+    """8k as 8,192."""
+    return int(text[:-1]) * 1024 if text.endswith("k") else int(text)
+
+
+def layers(text: str) -> int | None:
+    """A number, or auto as None."""
+    return None if text == "auto" else int(text)
+
+
+def main() -> None:
+    """The command line's entry."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("overrides", nargs="*", help="settings of every run")
+    parser.add_argument("--size", default="7b", help="of conf/model, as in SIZE_hybrid and SIZE_dense")
+    parser.add_argument("--lengths", type=tokens, nargs="+", default=[8192, 32768, 131072], help="such as 8k 32k")
+    parser.add_argument("--tokens", type=tokens, default=131072, help="a step, in sequences of a length")
+    parser.add_argument("--layers", type=layers, default=None, help="how many, or auto: as many as fit")
+    parser.add_argument("--steps", type=int, default=7, help="measured")
+    parser.add_argument("--warmup", type=int, default=4, help="steps before, which compile and tune")
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    given = parser.parse_intermixed_args()
+    if given.case is not None:
+        run_command(lambda: run_case(given.case))
+    else:
+        run_command(lambda: measure_and_show(given))
+
+
+def measure_and_show(given: argparse.Namespace) -> None:
+    """Measure what is missing, and show all."""
+    if not given.output.name:
+        raise ConfigError("output", given.output, "names no file", "Name one without its suffix")
+    check_writable("output", given.output.parent)
+    console = Console(width=int(os.environ.get("COLUMNS", "120")))
+    request = Request(given.size, given.lengths, given.tokens, given.layers, given.steps, given.warmup, given.overrides)
+    rows = measure_all(request, given.output, environment(), lambda text: print(text, flush=True))
+    if not rows:
+        raise ConfigError("output", given.output, "nothing was measured", "See the failures above")
+    console.print(table(rows))
+    draw(rows, given.output.with_name(given.output.name + ".png"), f"layers of {given.size}")
+
+
+if __name__ == "__main__":
+    main()

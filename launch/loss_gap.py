@@ -1,0 +1,37 @@
+"""How far apart losses of finished runs are: `python launch/loss_gap.py BASE_RUN RUN … [--output FILE.json]`."""
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+
+from s2train.command_line import run_command
+from s2train.files import replacing
+from s2train.training.loss_gap import gaps, table
+
+
+def main() -> None:
+    """The command line's entry."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("base", type=Path)
+    parser.add_argument("runs", type=Path, nargs="+")
+    parser.add_argument("--output", type=Path)
+    given = parser.parse_args()
+    run_command(lambda: show(given.base, given.runs, given.output))
+
+
+def show(base: Path, runs: list[Path], output: Path | None) -> None:
+    """Print the table, and write it where asked."""
+    found = gaps(base, runs)
+    Console(width=100).print(table(base, found))
+    if output is not None:
+        with replacing(output) as temporary:
+            temporary.write_text(
+                json.dumps({"base": base.name, "runs": [asdict(gap) for gap in found]}, indent=1) + "\n"
+            )
+
+
+if __name__ == "__main__":
+    main()

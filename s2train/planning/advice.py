@@ -1,0 +1,51 @@
+"""What else a plan that fits has room for, to go faster."""
+
+from dataclasses import replace
+
+from s2train.config import PretrainConfig
+from s2train.errors import ConfigError
+from s2train.hardware import Hardware
+from s2train.planning.division import check_division
+from s2train.planning.memory import GIB, rank_memory
+from s2train.planning.stages import LayerCosts, pipeline_stages
+
+_ROOM = 0.9  # of a device: predictions hold within a tenth
+_RECOMPUTE = ("none", "selective", "full")  # the fastest first
+
+
+def memory_advice(cfg: PretrainConfig, world_size: int, hardware: Hardware, costs: LayerCosts, layouts: int) -> str | None:
+    """Words naming less recomputation or the largest micro batch that fits a GPU; None: neither does.
+
+    Args:
+        layouts: bytes.
+    """
+    if hardware.kind != "cuda":
+        return None
+    stages = pipeline_stages(cfg.model, cfg.parallel, costs)
+
+    def total_of(changed: PretrainConfig) -> int:
+        return rank_memory(changed, world_size, stages, layouts, hardware.kind).total
+
+    found = []
+    for recompute in _RECOMPUTE[: _RECOMPUTE.index(cfg.train.recompute)]:
+        changed = replace(cfg, train=replace(cfg.train, recompute=recompute))
+        if (total := total_of(changed)) <= _ROOM * hardware.memory:
+            found.append(f"train.recompute={recompute} ({total / GIB:.1f} GiB)")
+            break
+    best, micro = None, 2 * cfg.train.micro_batch_size
+    while micro <= cfg.train.global_batch_size:
+        changed = replace(cfg, train=replace(cfg.train, micro_batch_size=micro))
+        total = total_of(changed)
+        if not _divides(changed, world_size) or total > _ROOM * hardware.memory:
+            break
+        best, micro = f"train.micro_batch_size={micro} ({total / GIB:.1f} GiB)", 2 * micro
+    found += [best] if best else []
+    return f"for {' or '.join(found)}" if found else None
+
+
+def _divides(cfg: PretrainConfig, world_size: int) -> bool:
+    try:
+        check_division(cfg, world_size)
+    except ConfigError:
+        return False
+    return True

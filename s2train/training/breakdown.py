@@ -1,0 +1,196 @@
+"""What a step's time goes to, from a trace of torch.profiler.
+
+On a GPU the times are the kernels': each belongs to the range that its launch lies in, else to what its name tells.
+On a CPU they are the operators' own times, without those that they call.
+"""
+
+import bisect
+import gzip
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+RANGE = "s2train: "  # begins the names of our ranges
+LINEAR, ELEMENTWISE = "linear layers", "norms, elementwise, loss"
+COMMUNICATION, HIDDEN, DATA, HOST = "communication", "communication beside compute", "data", "host"
+OPTIMIZER = "optimizer"
+
+_GEMM = re.compile(r"gemm|nvjet|cutlass|cublas|xmma|splitk", re.IGNORECASE)
+_COMMUNICATION = re.compile(r"nccl|^c10d::|^gloo:", re.IGNORECASE)
+_PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::matmul", "aten::linear"}
+_KERNELS = {"kernel", "gpu_memcpy", "gpu_memset"}
+_LAUNCHES = {"cuda_runtime", "cuda_driver"}
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Breakdown:
+    """Milliseconds of a step, the mean over the traced ones.
+
+    Attributes:
+        steps: how many were traced.
+        device: "cuda" or "cpu".
+        step_ms: a step's whole time.
+        parts: time of each part. They add up to `step_ms`, but for `HIDDEN`: communication while kernels compute.
+            `HOST` is what remains: on a GPU, time in which it has nothing to do.
+    """
+
+    steps: int
+    device: str
+    step_ms: float
+    parts: dict[str, float]
+
+    def format(self) -> str:
+        """A table, largest part first."""
+        table = Table("part", box=box.SIMPLE_HEAD, pad_edge=False)
+        table.add_column("ms/step", justify="right")
+        table.add_column("share", justify="right")
+        for name, time in sorted(self.parts.items(), key=lambda part: -part[1]):
+            table.add_row(name, f"{time:.2f}", "" if name == HIDDEN else f"{time / self.step_ms:.1%}")
+        table.add_row("step", f"{self.step_ms:.2f}", "")
+        console = Console(width=100)
+        with console.capture() as capture:
+            console.print(table)
+        return capture.get().rstrip()
+
+
+def read_trace(path: Path) -> list[dict[str, Any]]:
+    """The events of a chrome trace with a duration; times in microseconds."""
+    with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
+        return [event for event in json.load(file)["traceEvents"] if event.get("ph") == "X"]
+
+
+def breakdown(events: Sequence[dict[str, Any]]) -> Breakdown:
+    """Share out the time of the traced steps.
+
+    Raises:
+        ValueError: the trace holds no step.
+    """
+    steps = [
+        _interval(e) for e in events if e["name"].startswith("ProfilerStep#") and e.get("cat") != "gpu_user_annotation"
+    ]
+    if not steps:
+        raise ValueError("the trace holds no ProfilerStep: give one of torch.profiler with a schedule")
+    ranges = _Ranges(events)
+    kernels = [e for e in events if e.get("cat") in _KERNELS]
+    times = _kernel_times(events, kernels, ranges, steps) if kernels else _operator_times(events, ranges, steps)
+    whole = sum(end - start for start, end in steps)
+    # Ranges hold time that no operator or kernel has, such as waiting for a batch.
+    times[HOST] = max(whole - sum(time for name, time in times.items() if name != HIDDEN), 0.0)
+    scale = 1e-3 / len(steps)
+    parts = {name: time * scale for name, time in times.items() if time > 0}
+    return Breakdown(len(steps), "cuda" if kernels else "cpu", whole * scale, parts)
+
+
+class _Ranges:
+    """Our ranges of each thread, to look a moment up in."""
+
+    def __init__(self, events: Iterable[dict[str, Any]]) -> None:
+        self._of: dict[Any, list[tuple[float, float, str]]] = defaultdict(list)
+        for event in events:
+            if event.get("cat") == "user_annotation" and event["name"].startswith(RANGE):
+                self._of[event["tid"]].append((*_interval(event), event["name"].removeprefix(RANGE)))
+        for ranges in self._of.values():
+            ranges.sort()
+
+    def at(self, thread: Any, moment: float) -> str | None:
+        """The innermost range of a thread at a moment."""
+        ranges = self._of.get(thread, [])
+        place = bisect.bisect_right(ranges, (moment, float("inf"), ""))
+        # Ours nest two deep at most (recomputation within a backward): a few earlier ones are enough.
+        return next((name for _, end, name in reversed(ranges[max(place - 8, 0) : place]) if end > moment), None)
+
+
+def _kernel_times(
+    events: Iterable[dict[str, Any]],
+    kernels: Iterable[dict[str, Any]],
+    ranges: _Ranges,
+    steps: Sequence[Interval],
+) -> dict[str, float]:
+    launches = {
+        event["args"]["correlation"]: event
+        for event in events
+        if event.get("cat") in _LAUNCHES and "correlation" in event.get("args", {})
+    }
+    times: dict[str, float] = defaultdict(float)
+    compute: list[Interval] = []
+    communication: list[Interval] = []
+    for kernel in kernels:
+        launch = launches.get(kernel.get("args", {}).get("correlation"))
+        if launch is None or not _within(launch["ts"], steps):
+            continue
+        if _COMMUNICATION.search(kernel["name"]):
+            communication.append(_interval(kernel))
+            continue
+        compute.append(_interval(kernel))
+        where = ranges.at(launch["tid"], launch["ts"])
+        if where is None or where == DATA:
+            where = DATA if where else (LINEAR if _GEMM.search(kernel["name"]) else ELEMENTWISE)
+        times[where] += kernel["dur"]
+    busy, computing = _covered([*compute, *communication]), _covered(compute)
+    times[COMMUNICATION] = busy - computing
+    times[HIDDEN] = _covered(communication) - times[COMMUNICATION]
+    # Kernels of two streams at once would count twice: scale what they are to what was covered.
+    summed = sum(end - start for start, end in compute)
+    if summed > computing:
+        for name in times:
+            if name not in (COMMUNICATION, HIDDEN):
+                times[name] *= computing / summed
+    return times
+
+
+def _operator_times(events: Iterable[dict[str, Any]], ranges: _Ranges, steps: Sequence[Interval]) -> dict[str, float]:
+    main = max(
+        (event for event in events if event["name"].startswith("ProfilerStep#")), key=lambda event: event["dur"]
+    )["tid"]
+    operators = sorted(
+        (event for event in events if event.get("cat") == "cpu_op" and event["tid"] == main),
+        key=lambda event: (event["ts"], -event["dur"]),
+    )
+    times: dict[str, float] = defaultdict(float)
+    open_ones: list[tuple[float, str]] = []  # end, part
+    for event in operators:
+        start, end = _interval(event)
+        if not _within(start, steps):
+            continue
+        while open_ones and open_ones[-1][0] <= start:
+            open_ones.pop()
+        part = ranges.at(main, start) or _part_of_operator(event["name"], open_ones[-1][1] if open_ones else None)
+        if open_ones:
+            times[open_ones[-1][1]] -= end - start  # the caller's own time is what its callees leave
+        times[part] += end - start
+        open_ones.append((end, part))
+    return times
+
+
+def _part_of_operator(name: str, caller: str | None) -> str:
+    if _COMMUNICATION.search(name):
+        return COMMUNICATION
+    if name in _PRODUCTS or caller == LINEAR:
+        return LINEAR
+    return ELEMENTWISE
+
+
+def _interval(event: dict[str, Any]) -> Interval:
+    return event["ts"], event["ts"] + event["dur"]
+
+
+def _within(moment: float, intervals: Sequence[Interval]) -> bool:
+    return any(start <= moment < end for start, end in intervals)
+
+
+def _covered(intervals: Iterable[Interval]) -> float:
+    """Length of the union."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(intervals):
+        total += max(end - max(start, reached), 0.0)
+        reached = max(reached, end)
+    return total

@@ -1,0 +1,127 @@
+"""Traces of chosen steps (`profile.steps`), and the table of what their time went to."""
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function, schedule
+
+from s2train.config import PretrainConfig
+from s2train.megatron.core_attention import CausalCoreAttention
+from s2train.training.breakdown import RANGE, breakdown, read_trace
+from s2train.training.metrics import Tracker
+
+
+class _Edge(torch.autograd.Function):
+    """Hands tensors on; in the backward pass calls a function when all their gradients are there."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Callable[[], None], *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.call = call
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        ctx.call()
+        return (None, *gradients)
+
+
+class _Ranged:
+    """A core attention's forward with ranges around it and around its backward, by kind of attention."""
+
+    def __init__(self, module: CausalCoreAttention) -> None:
+        self.module, self.forward = module, module.forward
+        self.name = f"{RANGE}attention {module.layer_layout.kind.name}"
+
+    def __call__(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        with record_function(f"{self.name} forward"):
+            if not torch.is_grad_enabled():
+                return self.forward(query, key, value, *args, **kwargs)
+            backward = contextlib.ExitStack()
+            query, key, value = _Edge.apply(backward.close, query, key, value)
+            out = self.forward(query, key, value, *args, **kwargs)
+            (out,) = _Edge.apply(lambda: backward.enter_context(record_function(f"{self.name} backward")), out)
+            return out
+
+
+@contextlib.contextmanager
+def attention_ranges(models: Iterable[torch.nn.Module]) -> Iterator[None]:
+    """Ranges around the core attention of these models, forward and backward, by kind."""
+    modules = [m for model in models for m in model.modules() if isinstance(m, CausalCoreAttention)]
+    for module in modules:
+        module.forward = _Ranged(module)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward  # the instance's: the class's shows again
+
+
+class StepProfiler:
+    """Traces steps `profile.steps` of a run on `profile.ranks`; on other ranks and without steps it does nothing.
+
+    Writes `profile/trace-rank0.json.gz` (chrome://tracing, ui.perfetto.dev) and `profile/breakdown-rank0.json`.
+
+    Args:
+        models: whose attention gets ranges.
+        tracker: told the table, on rank 0, and the event `profile`: the breakdown.
+    """
+
+    def __init__(self, cfg: PretrainConfig, models: Sequence[torch.nn.Module], tracker: Tracker) -> None:
+        self._rank, self._written_s = torch.distributed.get_rank(), 0.0
+        first, last = cfg.profile.steps if cfg.profile.steps and self._rank in cfg.profile.ranks else (0, -1)
+        self._steps = range(first, last + 1)
+        self._models, self._tracker = models, tracker
+        self._folder = Path(cfg.run_dir) / "profile"
+        self._running: contextlib.ExitStack | None = None
+        self._profiler: profile | None = None
+
+    @contextlib.contextmanager
+    def step(self, number: int) -> Iterator[None]:
+        """Around a step; `number` counts from 1."""
+        if self._running is None and self._steps and self._steps[0] - 1 <= number <= self._steps[-1]:
+            self._start(number)
+        yield
+        if self._running is None or self._profiler is None:
+            return
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # the step ends with its kernels
+        self._profiler.step()
+        if number == self._steps[-1]:
+            self._running.close()
+            self._running = self._profiler = None
+
+    def pause_s(self) -> float:
+        """Seconds that writing took since the last call."""
+        written, self._written_s = self._written_s, 0.0
+        return written
+
+    def _start(self, number: int) -> None:
+        warmup = int(number < self._steps[0])  # the tracer's own first use would count as the step's
+        self._running = contextlib.ExitStack()
+        self._running.enter_context(attention_ranges(self._models))
+        self._profiler = profile(
+            activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])],
+            schedule=schedule(wait=0, warmup=warmup, active=self._steps[-1] - number + 1 - warmup, repeat=1),
+            on_trace_ready=self._write,
+        )
+        self._running.enter_context(self._profiler)
+
+    def _write(self, profiler: profile) -> None:
+        started = time.perf_counter()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        trace = self._folder / f"trace-rank{self._rank}.json.gz"
+        profiler.export_chrome_trace(str(trace))
+        found = breakdown(read_trace(trace))
+        (self._folder / f"breakdown-rank{self._rank}.json").write_text(json.dumps(asdict(found), indent=1) + "\n")
+        steps = f"{self._steps[0]} to {self._steps[-1]}"
+        self._tracker.event("profile", traced=list(self._steps), **asdict(found))
+        self._tracker.note(f"where the time of steps {steps} went ({found.device})\n{found.format()}\ntrace {trace}")
+        self._written_s += time.perf_counter() - started

@@ -1,0 +1,68 @@
+"""transformer-engine's layers around our core attention, with a stand-in for its modules in plain torch.
+
+Names, wiring and checkpoints are tested here; its kernels and FP8 on a GPU, by launch/te_vs_local.sh.
+"""
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.program import ROOT, SMALL, Outcome, metrics
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("te")]
+
+STEPS = 6
+# Two formulations of norms and Adam in fp32: the loss agrees as the parallel variants of a run do.
+TOLERANCE = 1e-5
+OPTIMIZERS = {"distributed": [], "plain": ["parallel.distributed_optimizer=false"]}
+
+
+def train(kind: str, run_dir: Path, *arguments: str, processes: int = 1) -> Outcome:
+    backend = "te" if kind == "fake" else "local"
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    settings = [*SMALL, f"run_dir={run_dir}", f"backend={backend}", f"train.steps={STEPS}", *arguments]
+    done = subprocess.run(
+        [*launcher, "-m", "tests.megatron.te_program", kind, *settings],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+def losses(folder: Path) -> list[float]:
+    return [record["loss"] for record in metrics(folder)]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
+    """A whole run of each backend with each optimizer, with a checkpoint after its second step."""
+    folders = {}
+    for kind, optimizer in itertools.product(("none", "fake"), OPTIMIZERS):
+        folder = folders[kind, optimizer] = tmp_path_factory.mktemp(kind)
+        done = train(kind, folder, *OPTIMIZERS[optimizer], "checkpoint.interval=2")
+        assert done.status == 0, done.err
+        assert f"layers {'te' if kind == 'fake' else 'local'} " in done.out
+    return folders
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(("before", "after"), [("none", "fake"), ("fake", "none"), ("fake", "fake")])
+def test_a_checkpoint_of_one_backend_goes_on_in_another(
+    runs: dict[tuple[str, str], Path], before: str, after: str, optimizer: str, tmp_path: Path
+) -> None:
+    start = runs[before, optimizer] / "checkpoints" / "iter_0000002"
+    done = train(after, tmp_path, *OPTIMIZERS[optimizer], f"checkpoint.resume={start}")
+    assert done.status == 0, done.err
+    assert losses(tmp_path) == pytest.approx(losses(runs[before, optimizer])[2:], rel=TOLERANCE)
+
+
+def test_both_backends_train_alike(runs: dict[tuple[str, str], Path]) -> None:
+    assert losses(runs["fake", "distributed"]) == pytest.approx(losses(runs["none", "distributed"]), rel=TOLERANCE)
