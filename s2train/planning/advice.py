@@ -13,7 +13,9 @@ _ROOM = 0.9  # of a device: predictions hold within a tenth
 _RECOMPUTE = ("none", "selective", "full")  # the fastest first
 
 
-def memory_advice(cfg: PretrainConfig, world_size: int, hardware: Hardware, costs: LayerCosts, layouts: int) -> str | None:
+def memory_advice(
+    cfg: PretrainConfig, world_size: int, hardware: Hardware, costs: LayerCosts, layouts: int
+) -> str | None:
     """Words naming less recomputation or the largest micro batch that fits a GPU; None: neither does.
 
     Args:

@@ -38,7 +38,9 @@ def summary(outcome: Outcome, processes: int, alone: float | None) -> dict[str, 
         return {"error": outcome.error}
     steps = [record for record in outcome.records if "tokens_per_s" in record and record["step"] > _WARM]
     (profile,) = [record for record in outcome.records if record.get("event") == "profile"]
-    steady = [record for record in steps if record["step"] < profile["traced"][0] - 1]  # the one before warms the tracer up
+    steady = [
+        record for record in steps if record["step"] < profile["traced"][0] - 1
+    ]  # the one before warms the tracer up
     exposed, hidden = (profile["parts"].get(part, 0.0) / profile["step_ms"] for part in (COMMUNICATION, HIDDEN))
     tokens_per_s = statistics.median(record["tokens_per_s"] for record in steady)
     return {

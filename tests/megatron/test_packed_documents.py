@@ -1,15 +1,12 @@
 """With attention kept inside documents, a packed sequence trains as its documents would one by one."""
 
 import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.program import ROOT, error_line, metrics, pretrain
+from tests.program import error_line, metrics, pretrain, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("packed")]
 
@@ -22,17 +19,9 @@ WITHIN = ["data.attention_within_documents=true", "train.steps=4", "data.path=mi
 def test_losses_and_gradients_are_those_of_the_documents_one_by_one(tp: int) -> None:
     seed = str(random.randrange(2**31))
     print("seed", seed)
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={tp}"] if tp > 1 else []
-    done = subprocess.run(
-        [sys.executable, *launcher, "-m", "tests.megatron.packed_program", seed, str(tp)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    for model, found in json.loads(done.stdout.splitlines()[-1]).items():
+    done = run("tests.megatron.packed_program", seed, str(tp), processes=tp)
+    assert done.status == 0, done.err[-3000:]
+    for model, found in json.loads(done.out.splitlines()[-1]).items():
         assert found["losses"] < TOLERANCE, (model, found)
         assert found["gradients"] < TOLERANCE, (model, found)
         assert found["uncut"] > 1e-3, (model, found)

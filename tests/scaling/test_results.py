@@ -69,8 +69,6 @@ def test_a_run_that_failed_is_told_as_such() -> None:
     assert lines("scaling", result) == ["1b one: out of memory"]
 
 
-
-
 def test_spread_is_what_the_slowest_rank_adds_to_the_mean() -> None:
     assert spread([1.0, 1.0, 1.0]) == 0
     assert spread([1.0, 3.0]) == pytest.approx(0.5)

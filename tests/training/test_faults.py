@@ -88,7 +88,7 @@ def test_a_rank_that_dies_is_named_and_the_job_restarts_from_its_last_checkpoint
 
 
 def test_a_job_whose_store_is_on_a_frozen_rank_ends_too(tmp_path: Path) -> None:
-    done = planted("freeze:0:3", tmp_path, STEPS, "train.timeout_minutes=0.2", launcher="launch/job.py")
+    done = planted("freeze:0:3", tmp_path, STEPS, "train.timeout_minutes=0.2")
     assert done.status != 0
     (line,) = [line for line in done.err.splitlines() if line.startswith("error: ")]
     assert "train.timeout_minutes=0.2" in line
