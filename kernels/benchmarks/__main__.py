@@ -10,8 +10,7 @@ cases: groups (targets, lengths, density, b64, gqa, gqa64, long, quick) or words
 of 128, 8 local, every 16th, 32k tokens, 8 KV heads (and -h for heads, -d for their dimension). They run in the order
 given, the default's most important first, and the JSON is written after each, so that a run cut short loses one case.
 
-dkernel's own autotuning compiles 22 configurations a length. `--prewarm dkernel` does that first for the given cases,
-without the GPU and in --jobs processes; it may run beside other work.
+dkernel's own autotuning compiles 22 configurations a length: one to three minutes for its first case of a block size.
 """
 
 from __future__ import annotations
@@ -34,7 +33,6 @@ from rich.console import Console
 from .cases import DEFAULT, GROUPS, parse_case, parse_cases
 from .contenders import CONTENDERS
 from .plot import draw
-from .prewarm import prewarm
 from .report import summary
 from .run import Record, Session, run_cases
 from .tables import break_even_table, case_table, launch_table, overview_table, short_table
@@ -47,9 +45,6 @@ _LAUNCH_SECONDS = 15
 def main(arguments: list[str] | None = None) -> int:
     """The command line's entry; 1 if a contender failed for another reason than memory, support or time."""
     args = _parse(arguments)
-    if args.prewarm:
-        prewarm(args.cases, args.jobs, args.capability, args.seconds, args.limit_seconds)
-        return 0  # what could not be compiled now is compiled later
     began = time.monotonic()
     device = torch.device(args.device)
     console = Console(width=170)
@@ -140,11 +135,6 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--limit-seconds", type=float, default=20, help="leave out who surely needs more for a case's passes"
     )
-    parser.add_argument("--prewarm", choices=("dkernel",), help="compile for the cases, time nothing")
-    parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="processes of --prewarm")
-    parser.add_argument(
-        "--capability", type=int, default=None, help="of --prewarm's GPU, 90 for an H100; default: this"
-    )
     parser.add_argument("--draw", default="b128-l8-v16-32k", help="mask and heads of the plot, length of its densities")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: to try the program")
     args = parser.parse_args(arguments)
@@ -157,10 +147,6 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
             parse_case(word)
     except ValueError as error:
         parser.error(str(error))
-    if args.prewarm:
-        if args.capability is None:
-            args.capability = _capability()
-        return args
     if args.output.exists():
         parser.error(f"{args.output} exists: results are not overwritten, name another --output")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -168,12 +154,6 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     args.budget_ms = args.budget_ms or (100 if args.quick else 200)
     args.contenders = tuple(dict.fromkeys(args.contenders))
     return args
-
-
-def _capability() -> int:
-    """Of this machine's GPU, such as 90; an H100's where there is none."""
-    major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
-    return 10 * major + minor
 
 
 def _machine(device: torch.device) -> dict[str, Any]:
