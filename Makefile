@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # One thread a process: tests and ranks run side by side on the same cores.
 export OMP_NUM_THREADS ?= 1
+# One more than cores: many tests wait for processes and timeouts.
+WORKERS ?= $(shell expr $$(nproc) + 1)
 
 .PHONY: demo test test-all check format clean
 
@@ -12,10 +14,10 @@ demo: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash launch/demo.sh
 
 test: $(READY)
-	$(BIN)/python -m pytest -n auto --dist loadgroup
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
 test-all: $(READY)
-	$(BIN)/python -m pytest -n auto --dist loadgroup -m ""
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder -m ""
 
 check: $(READY)
 	$(BIN)/ruff format --check .

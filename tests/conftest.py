@@ -10,15 +10,24 @@ from hypothesis import settings
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Groups of tests that wait most of their time, for timeouts and other processes; a group runs in one worker.
+_GROUPS_THAT_WAIT = {"faults": 0, "kills": 1, "nodes": 2, "sweeps": 3, "te": 4}
+
 # Time limits on examples fail by the machine's load, not by the code.
 settings.register_profile("no_deadline", deadline=None)
 settings.load_profile("no_deadline")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """GPU tests are skipped where there is none."""
+    """Tests that take long begin first, so that no worker is left alone with them; GPU tests need a GPU."""
+    items.sort(key=lambda item: (_GROUPS_THAT_WAIT.get(_group(item), 9), item.get_closest_marker("slow") is None))
     if torch.cuda.is_available():
         return
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def _group(item: pytest.Item) -> str:
+    mark = item.get_closest_marker("xdist_group")
+    return str(mark.args[0]) if mark else ""

@@ -61,7 +61,7 @@ def find_start(cfg: PretrainConfig) -> Start:
     if problem := damage(checkpoint):
         raise ConfigError("checkpoint.resume", checkpoint, problem, older_instead(checkpoint, "checkpoint.resume"))
     saved, is_own = read_progress(checkpoint), checkpoint.parent.resolve() == _own(cfg).resolve()
-    _check_same_architecture(cfg, checkpoint, saved.weights_only)
+    _check_same_architecture(cfg, checkpoint, weights_only=saved.weights_only)
     if saved.weights_only:
         return Start(checkpoint, Progress(0, 0, order, None))
     last = cfg.train.last_step
@@ -117,7 +117,7 @@ def _find(cfg: PretrainConfig) -> Path | None:
     return None
 
 
-def _check_same_architecture(cfg: PretrainConfig, checkpoint: Path, weights_only: bool) -> None:
+def _check_same_architecture(cfg: PretrainConfig, checkpoint: Path, *, weights_only: bool = False) -> None:
     saved = OmegaConf.structured(_with_pattern_defaults(read_config(checkpoint)))
     now = OmegaConf.structured(_with_pattern_defaults(cfg))
     for part in ("model",) if weights_only else _ARCHITECTURE:

@@ -73,7 +73,7 @@ def test_a_run_killed_at_random_moments_ends_as_an_unbroken_one(
     kept = [read_progress(path).step for path in checkpoints_in(tmp_path / "killed" / "checkpoints")]
     assert kept == [third, 2 * third, 3 * third - 1, 3 * third]
     # An attempt that is killed in its first save has nothing to show; most are killed later.
-    assert done.out.count("going on from") >= kills // 2, (seed, done.out)
+    assert done.out.count("going on from") >= kills // 4, (seed, done.out)
 
 
 @pytest.mark.parametrize(("rank", "launcher"), [(1, TORCHRUN), (0, "launch/job.py")])
