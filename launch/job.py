@@ -5,6 +5,7 @@ ten minutes to save, not half a minute; and a run that saved and stopped for a s
 node, for a batch script to requeue (torchrun itself ends with 1 then, or starts the ranks again under --max-restarts).
 """
 
+import inspect
 import os
 import signal
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import psutil
 from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.launcher.api import LaunchConfig
 from torch.distributed.run import main as torchrun
 
 from s2train.command_line import STATUS_FILE
@@ -30,6 +32,9 @@ def main() -> int:
     """Run torchrun; returns the status to end with."""
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
+    if "shutdown_timeout" not in inspect.signature(LaunchConfig).parameters:
+        told = "this torch kills ranks 30 s after a signal, in the middle of a longer save; 2.13 waits"
+        print(f"warning: {told}", file=sys.stderr)
     with tempfile.TemporaryDirectory(prefix="s2train_") as folder:
         status = Path(folder) / "status"
         os.environ[STATUS_FILE] = str(status)

@@ -52,6 +52,8 @@ def run_command(command: Callable[[], None]) -> None:
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     try:
         command()
+        if STATUS_FILE in os.environ:  # an earlier attempt may have left its own there
+            Path(os.environ[STATUS_FILE]).write_text("0")
     except StoppedBySignal as stop:
         if os.environ.get("RANK", "0") == "0":
             print(stop, file=sys.stderr, flush=True)

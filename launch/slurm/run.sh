@@ -7,7 +7,7 @@
 set -uo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export HEAD=$head:$((20000 + SLURM_JOB_ID % 20000)) JOB_ID=$SLURM_JOB_ID NNODES=$SLURM_JOB_NUM_NODES
+export HEAD=$head:$((20000 + SLURM_JOB_ID % 12000)) JOB_ID=$SLURM_JOB_ID NNODES=$SLURM_JOB_NUM_NODES
 
 # A node whose ranks fail for good must not take the others' last words with it: each ends by itself.
 srun --nodes="$NNODES" --ntasks="$NNODES" --ntasks-per-node=1 --kill-on-bad-exit=0 "$here/../multinode.sh" "$@" &

@@ -87,8 +87,10 @@ def prepare(cfg: PrepareConfig) -> Metadata:
         for name in names:
             if (folder / f"out{name}").exists():
                 (folder / f"out{name}").replace(final[name])
-    except ConfigError:  # going on would lead there again
-        shutil.rmtree(folder)
+    except ConfigError as error:
+        # Going on would lead there again, unless a disk failed for a moment.
+        if getattr(error.__cause__, "errno", None) is None:
+            shutil.rmtree(folder)
         raise
     except OSError as error:
         raise TrainingError(f"{output}: {error}. {folder} keeps what is done: run it again to go on") from error

@@ -43,7 +43,8 @@ def export(cfg: ExportConfig) -> Path:
         problem = f"the tokenizer has {tokenizer.vocab_size} ids, the model {trained.model.vocab_size} rows"
         raise ConfigError("vocab_size", rows, problem, "Set it between these, or leave it out")
 
-    loaded = load_for_inference(path, initialize(ParallelConfig(), trained.seed))
+    # transformer-engine's layers have other names for their norms
+    loaded = load_for_inference(path, initialize(ParallelConfig(), trained.seed), backend="local")
     weights = to_llama(unwrap(loaded.model).state_dict(), trained.model)
     for name in (EMBEDDING, OUTPUT):
         if name in weights:

@@ -60,6 +60,7 @@ def import_llama(cfg: ImportConfig) -> tuple[Path, ModelConfig]:
         layout=LayoutConfig(layers="D"),
         train=TrainConfig(steps=1, seq_length=length, global_batch_size=1, precision=cfg.precision),
         run_dir=cfg.output,
+        backend="local",  # whose parameters have plain names; a run with another reads the checkpoint
     )
     device = initialize(ParallelConfig(), run.seed)
     (chunk,) = build_model(run, transformer_config(run), hybrid_layout(run), choose_backend(run.backend), device)

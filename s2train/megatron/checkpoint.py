@@ -162,13 +162,19 @@ class Loaded:
 
 
 def load_for_inference(
-    checkpoint: str | Path, device: torch.device, tp: int = 1, attention_backend: str = "auto"
+    checkpoint: str | Path,
+    device: torch.device,
+    tp: int = 1,
+    attention_backend: str = "auto",
+    backend: str | None = None,
 ) -> Loaded:
     """The model of a checkpoint in eval mode, whole on each tensor parallel group, without its optimizer.
 
     Call after `s2train.megatron.setup.initialize` with this tp. The model takes (tokens [b, s] int64,
     position_ids [b, s] int64, None) and gives logits [b, s, vocab].
 
+    Args:
+        backend: of the layers around attention; None: as the run's, transformer-engine only where it works.
     Raises:
         ConfigError: no checkpoint there, or a damaged one.
     """
@@ -179,7 +185,7 @@ def load_for_inference(
     cfg.parallel.sequence_parallel = False
     cfg.train.recompute = "none"
     # Any backend reads another's weights, and answers in the run's precision.
-    cfg.backend, cfg.fp8 = "local" if cfg.backend == "local" else "auto", "none"
+    cfg.backend, cfg.fp8 = backend or ("local" if cfg.backend == "local" else "auto"), "none"
     (chunk,) = build_model(cfg, transformer_config(cfg), hybrid_layout(cfg), choose_backend(cfg.backend), device)
     gpt = unwrap(chunk)
     gpt.parallel_output = False  # gathers the logits over tensor parallel ranks

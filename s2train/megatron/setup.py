@@ -80,8 +80,11 @@ def _meet(timeout: timedelta) -> tuple[Store, int, int]:
     """
     if os.environ["WORLD_SIZE"] == "1" and "MASTER_PORT" not in os.environ:
         return torch.distributed.HashStore(), 0, 1
-    store, rank, world_size = next(torch.distributed.rendezvous("env://", timeout=timeout))
-    store.set_timeout(timeout)
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    keeps_it = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    # Not by torch.distributed.rendezvous: rank 0 would wait there for ranks that never come, and name none.
+    store = torch.distributed.TCPStore(*address, world_size, keeps_it, timeout, wait_for_workers=False)
     is_one = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if is_one else "0"
     return PrefixStore(f"attempt {attempt}", store), rank, world_size

@@ -1,5 +1,6 @@
 """The processes that write a checkpoint's shards for Megatron."""
 
+import os
 import signal
 from multiprocessing import get_context, resource_tracker
 from multiprocessing.managers import SyncManager
@@ -17,6 +18,8 @@ def start_results_manager() -> SyncManager:
     Megatron's lives on when its rank is killed, and dies of the SIGTERM that torchrun sends to a rank's whole process
     group, so that the rank could not save any more. Keep the manager as long as something is saved.
     """
+    # Orphaned writers would keep the GPU's memory from the ranks that come after.
+    os.register_at_fork(after_in_child=end_with_the_parent)
     manager = SyncManager(ctx=get_context("fork"))
     resource_tracker.ensure_running()  # else the manager's start would start it, and unblock SIGTERM afterwards
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # the new process inherits it

@@ -1,5 +1,8 @@
 """From datasets to the micro batches of this rank."""
 
+import os
+import signal
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -54,6 +57,7 @@ def micro_batches(
         collate_fn=collate_documents if within_documents else None,
         pin_memory=device.type == "cuda",
         persistent_workers=False,
+        worker_init_fn=outlive_group_signals,
     )
     cp_group = parallel_state.get_context_parallel_group()
     for item in loader:
@@ -62,6 +66,21 @@ def micro_batches(
         if within_documents:
             batch["documents"] = item["documents"].to(device, non_blocking=True)
         yield batch
+
+
+def outlive_group_signals(worker: int) -> None:
+    """In a data worker: of SIGTERMs only the rank's own ends it.
+
+    torchrun signals a rank's whole process group, and the rank has steps and a save to finish.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def collate_documents(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

@@ -1,14 +1,16 @@
 """Saving and loading all that a run needs to go on."""
 
+import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.optimizer import MegatronOptimizer
@@ -35,7 +37,7 @@ from s2train.megatron.model import unwrap
 from s2train.megatron.rng import rng_ranks_here, set_rng, sharded_rng
 from s2train.megatron.torch_adam import separate_steps
 from s2train.megatron.writers import start_results_manager
-from s2train.training.agreement import from_first
+from s2train.training.agreement import from_first, largest
 
 
 @dataclass
@@ -73,6 +75,9 @@ class Saver:
         """
         self.wait()
         cfg, metadata = self._cfg, sharding_metadata()
+        # Each data parallel rank gets the whole state over NCCL; or rank 0 alone does over gloo, which takes longer.
+        (is_short,) = largest(lacks_room_for_copies(self._state.chunks))
+        metadata["distrib_optim_fully_reshardable_mem_efficient"] = bool(is_short)
         final = self._root / folder_name(progress.step)
         # An orphan of a killed run may still be writing to a folder of its own.
         temporary = from_first(self._root / f".{final.name}.{secrets.token_hex(4)}.partial" if self._is_first else None)
@@ -131,7 +136,7 @@ class Saver:
                 latest.write_text(str(progress.step))
             if not progress.health.get("skipped_in_row"):  # else the older ones may be the better ones
                 for old in surplus(checkpoints_in(self._root), keeping.keep, keeping.keep_every):
-                    shutil.rmtree(old)
+                    _remove(old)
         except OSError as error:
             return str(error)
         return ""
@@ -156,6 +161,21 @@ class Saver:
                 f"run_dir={self._cfg.run_dir}: step {step} can't be saved ({_reason(error)}). {left}, once there is"
                 " room (checkpoint.keep=N keeps fewer) and the folder can be written"
             ) from error
+
+
+def lacks_room_for_copies(chunks: list[Any]) -> bool:
+    """Whether this machine's ranks could not hold a model's optimizer state each (12 bytes a parameter), and as much
+    again while writing, in the machine's memory."""
+    parameters = sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
+    needed = 2 * 12 * parameters * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return needed > psutil.virtual_memory().available
+
+
+def _remove(checkpoint: Path) -> None:
+    """Half removed, it would be taken for a damaged one; what is left under another name, the next run clears away."""
+    hidden = checkpoint.with_name(f".{checkpoint.name}.{secrets.token_hex(4)}.partial")
+    with suppress(FileNotFoundError):
+        shutil.rmtree(checkpoint.rename(hidden), ignore_errors=True)
 
 
 def surplus(checkpoints: list[Path], keep: int | None, keep_every: int | None) -> list[Path]:

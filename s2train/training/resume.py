@@ -100,6 +100,8 @@ def _own(cfg: PretrainConfig) -> Path:
 
 def _find(cfg: PretrainConfig) -> Path | None:
     resume, own = cfg.checkpoint.resume, checkpoints_in(_own(cfg))
+    if own and resume not in ("auto", "never") and read_config(own[-1]).checkpoint.resume == resume:
+        return own[-1]  # the same command again
     if resume == "auto":
         return own[-1] if own else None
     if resume != "never":

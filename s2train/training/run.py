@@ -75,16 +75,17 @@ def run(cfg: PretrainConfig, plan: Plan) -> None:
     )
     start = from_first(start)  # each rank's own look at a shared disk could find something else
     stop = None
-    if start.progress.step < cfg.train.last_step:
-        with StopSignals().listening() as signals, Watchdog(minutes).watching() as watchdog:
+    with StopSignals().listening() as signals:
+        if start.progress.step < cfg.train.last_step:
             try:
-                _train(cfg, plan, backend, tokenizer, start, device, signals, watchdog)
+                with Watchdog(minutes).watching() as watchdog:
+                    _train(cfg, plan, backend, tokenizer, start, device, signals, watchdog)
             except StoppedBySignal as raised:
                 stop = raised
-    setup.shutdown()
+        setup.shutdown()
     if lock is not None:
         lock.release()
-    if stop is not None:
+    if stop is not None and cfg.checkpoint.save:  # else there is nothing to go on from
         raise stop
 
 

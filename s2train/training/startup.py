@@ -21,10 +21,11 @@ import torch
 from torch.distributed import DistStoreError, Store
 
 from s2train.config import PretrainConfig
-from s2train.errors import StartUpError
+from s2train.data.blend import parse_blend
+from s2train.errors import ConfigError, StartUpError
 from s2train.planning import Plan
 from s2train.planning.memory import GIB, checkpoint_bytes
-from s2train.versions import git_commit, versions
+from s2train.versions import versions
 
 MAX_CLOCK_SKEW_S = 10.0  # far more than it takes to wake a rank, far less than what mixes up logs and file times
 _ARRIVAL = timedelta(minutes=10)  # for the slowest rank's imports from a shared disk
@@ -42,6 +43,7 @@ class Facts:
         device: name of the GPU, or "CPU".
         device_id: of the very GPU; empty on a CPU.
         sees_run_dir: whether rank 0's run folder is here too.
+        missing: data that are not, such as "data.path runs/data/mine".
     """
 
     rank: int
@@ -53,6 +55,7 @@ class Facts:
     device: str
     device_id: str
     sees_run_dir: bool
+    missing: list[str]
 
     def __str__(self) -> str:
         return f"rank {self.rank} on {self.host}"
@@ -69,14 +72,17 @@ def check_start(cfg: PretrainConfig, plan: Plan, store: Store, rank: int, world_
     """
     settings = _comparable(cfg)
     store.set(f"here/{rank}", socket.gethostname())
-    marker: Path | None = None
+    markers: list[Path] = []
     if rank == 0:
         _await_all(store, world_size)
-        marker = Path(cfg.run_dir) / f".start-{uuid.uuid4().hex}"
-        marker.parent.mkdir(parents=True, exist_ok=True)
-        marker.touch()
+        markers = [Path(folder) / f".start-{uuid.uuid4().hex}" for folder in (cfg.run_dir, cfg.data.cache)]
+        for marker in markers:
+            marker.parent.mkdir(parents=True, exist_ok=True)
+            marker.touch()
+        marker, cache_marker = map(str, markers)
+        go = {"run_dir": cfg.run_dir, "marker": marker, "cache_marker": cache_marker, "hash": _digest(settings)}
         store.set("settings", json.dumps(settings))
-        store.set("go", json.dumps({"run_dir": cfg.run_dir, "marker": str(marker), "hash": _digest(settings)}))
+        store.set("go", json.dumps(go))
     asked = json.loads(store.get("go"))
     clock = time.time()
     # A name made of the time is another one on every rank.
@@ -84,7 +90,7 @@ def check_start(cfg: PretrainConfig, plan: Plan, store: Store, rank: int, world_
     facts = Facts(
         rank=rank,
         host=socket.gethostname(),
-        versions=versions() | {"s2train's commit": git_commit() or "unknown"},
+        versions=versions(),
         settings={}
         if _digest(settings) == asked["hash"]
         else _differences(settings, json.loads(store.get("settings"))),
@@ -93,11 +99,13 @@ def check_start(cfg: PretrainConfig, plan: Plan, store: Store, rank: int, world_
         device=plan.hardware.name,
         device_id=_device_id() if plan.hardware.kind == "cuda" else "",
         sees_run_dir=_appears(Path(asked["marker"])),
+        missing=_missing(cfg, asked["cache_marker"]),
     )
     store.set(f"facts/{rank}", json.dumps(asdict(facts)))
-    if marker is not None:
+    if rank == 0:
         told = store.multi_get([f"facts/{other}" for other in range(world_size)])
-        marker.unlink()
+        for path in markers:
+            path.unlink()
         found = list(problems([Facts(**json.loads(text)) for text in told], checkpoint_bytes(cfg)))
         store.set("problems", json.dumps(found))
     if found := json.loads(store.get("problems")):
@@ -142,6 +150,8 @@ def _problems_of(facts: Facts, first: Facts, checkpoint: int) -> Iterator[str]:
         )
     if not facts.sees_run_dir:
         yield f"the run folder of {first} is not there. Set run_dir to a folder on a disk that all machines share"
+    for name in facts.missing:
+        yield f"{name} is not there. Put it on a disk that all machines share, by its whole path"
     if facts.free_bytes < checkpoint:
         yield (
             f"the run folder's disk has {facts.free_bytes / GIB:.1f} GiB free, and one checkpoint takes"
@@ -210,6 +220,15 @@ def _appears(path: Path) -> bool:
             return False
         time.sleep(0.2)
     return True
+
+
+def _missing(cfg: PretrainConfig, cache_marker: str) -> list[str]:
+    try:
+        prefixes = parse_blend(cfg.data.path).prefixes
+    except ConfigError as error:  # a dataset whose size is needed
+        return [f"data.path {error.value}"]
+    missing = [f"data.path {prefix}" for prefix in prefixes if not _appears(Path(f"{prefix}.idx"))]
+    return missing if _appears(Path(cache_marker)) else [*missing, f"data.cache {cfg.data.cache}"]
 
 
 def _device_id() -> str:

@@ -24,8 +24,13 @@ from torch.distributed.distributed_c10d import _get_default_store
 _LOOKS = 20  # in the time allowed
 _LONGEST_TICK = 10.0  # seconds
 _ANSWER_TICKS = 3  # that a silent rank has to speak up
-# Where a rank waits for other ranks: the innermost frame's file.
-_COLLECTIVES = ("distributed_c10d.py", "param_and_grad_buffer.py", "p2p_communication.py")
+# Where a rank waits for other ranks: ends of the innermost frame's file. NCCL's calls return at once, and the host
+# waits where it reads a result: from the second row on.
+_WAITING = (
+    "/distributed_c10d.py", "/param_and_grad_buffer.py", "/p2p_communication.py",
+    "s2train/training/loop.py", "s2train/training/agreement.py", "s2train/training/optimizer.py",
+    "s2train/training/peak.py", "core/optimizer/clip_grads.py", "torch/cuda/__init__.py",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -160,5 +165,5 @@ def verdict(places: dict[int, Place], culprits: list[int], silent: list[int], mi
 def _where(frame: FrameType | None) -> tuple[str, bool]:
     if frame is None:
         return "no frame", False
-    name = os.path.basename(frame.f_code.co_filename)
-    return f"{name}:{frame.f_lineno} {frame.f_code.co_name}", name in _COLLECTIVES
+    path = frame.f_code.co_filename
+    return f"{os.path.basename(path)}:{frame.f_lineno} {frame.f_code.co_name}", path.endswith(_WAITING)

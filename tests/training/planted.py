@@ -95,6 +95,13 @@ def full_disk(step: int) -> None:
     os.fsync = planted
 
 
+def short_of_memory(step: int) -> None:
+    """The machine has no room for a copy of the optimizer's state on every rank."""
+    from s2train.training import checkpoint
+
+    checkpoint.lacks_room_for_copies = lambda chunks: True
+
+
 if __name__ == "__main__":
     name, *numbers = os.environ["S2TRAIN_TEST_FAULT"].split(":")
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":

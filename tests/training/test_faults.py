@@ -16,7 +16,7 @@ from s2train.errors import EXIT_REQUEUE
 from s2train.megatron.checkpoint import checkpoints_in, read_progress
 from s2train.megatron.integrity import damage
 from s2train.training.plots import read_records
-from tests.program import ROOT, SMALL, Outcome, error_line, run
+from tests.program import ROOT, SMALL, Outcome, error_line, pretrain, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("faults")]
 
@@ -134,6 +134,15 @@ def test_a_full_disk_is_told_in_one_line_and_older_checkpoints_stay(in_backgroun
     assert all(damage(path) is None for path in checkpoints_in(tmp_path / "checkpoints"))
 
 
+def test_saved_with_little_memory_it_goes_on_as_an_unbroken_run(tmp_path: Path) -> None:
+    parts, whole = tmp_path / "parts", tmp_path / "whole"
+    for more in (["train.exit_step=3"], []):
+        done = planted("short_of_memory:1:0", parts, STEPS, *more)
+        assert done.status == 0, done.err
+    assert pretrain(whole, STEPS, processes=2).status == 0
+    assert trace(parts)[-3:] == trace(whole)[-3:]
+
+
 def test_a_signal_to_one_rank_saves_all_and_ends_with_the_status_to_requeue(tmp_path: Path) -> None:
     done = planted("user_signal:1:3", tmp_path, STEPS, launcher="launch/job.py", restarts=2)
     assert done.status == EXIT_REQUEUE, done.err
@@ -145,7 +154,7 @@ def test_a_signal_to_the_launcher_and_a_second_one_still_save(tmp_path: Path) ->
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
     job = ["launch/job.py", "--standalone", "--nproc-per-node", "2", "launch/pretrain.py"]
     launcher = subprocess.Popen(
-        [sys.executable, *job, *SMALL, f"run_dir={tmp_path}", "train.steps=100000", "optim.warmup_steps=10"],
+        [sys.executable, *job, *SMALL, f"run_dir={tmp_path}", "train.steps=100000", "data.num_workers=1"],
         cwd=ROOT,
         env=environment | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,

@@ -27,6 +27,7 @@ FIRST = Facts(
     device="NVIDIA H100",
     device_id="GPU-0",
     sees_run_dir=True,
+    missing=[],
 )
 SECOND = replace(FIRST, rank=8, host="beta")
 
@@ -49,6 +50,7 @@ def test_ranks_that_agree_start() -> None:
         ({"clock": 1e9 + 3600}, ["3600 s ahead of", "NTP"]),
         ({"free_bytes": 99}, ["GiB free", "run_dir"]),
         ({"sees_run_dir": False}, ["run folder", "all machines share"]),
+        ({"missing": ["data.cache runs/cache"]}, ["data.cache runs/cache is not there", "all machines share"]),
         ({"device": "CPU"}, ["no GPU is visible", "NVIDIA H100", "CUDA_VISIBLE_DEVICES"]),
         ({"device": "NVIDIA A100"}, ["its GPU is a NVIDIA A100"]),
     ],
