@@ -48,7 +48,7 @@ def run_command(command: Callable[[], None]) -> None:
     A run that stopped for a signal ends with EXIT_REQUEUE.
     """
     # Megatron tells at length that apex and transformer-engine are absent, and torch that Megatron is behind its names.
-    warnings.filterwarnings("ignore", module=r"megatron|torch\.distributed")
+    warnings.filterwarnings("ignore", module=r"(s2train\.)?megatron|torch\.distributed")
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     try:
         command()

@@ -14,6 +14,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from s2train.errors import ConfigError
 
+_HYDRA_GROUPS = {
+    "hydra/launcher": "s2train_local and s2train_slurm",
+    "hydra/sweeper": "basic, and optuna with the extra `sweep` (pip install -e '.[sweep]')",
+}
+
 
 def config_groups(folder: Path) -> dict[str, list[str]]:
     """The names that each group of a configuration folder has, such as layout: [dense, …]."""
@@ -84,7 +89,7 @@ def _fault(override: Override, groups: Mapping[str, Sequence[str]], schema: type
                 remedy = f"Did you mean {plus}{key}={near}? There are {', '.join(groups[key])}."
                 return ConfigError(f"{plus if override.is_add() else ''}{key}", value, "unknown name", remedy)
         return None
-    shown = override.get_value_element_as_str() if override.value_type is not None else ""
+    shown = (override.input_line or "").partition("=")[2]
     found = _type_of(key, schema)
     if found is None:
         return _unknown_name(key, shown, schema, groups)
@@ -142,6 +147,8 @@ def _condensed(
         key, _, value = text.lstrip("+~").partition("=")
         if f"'{key}'" in message[0] and not text.startswith("+") and message[0].startswith("Could not override"):
             return str(ConfigError(key, value, "nothing there to override", f"Write +{text} to add it."))
+        if key in _HYDRA_GROUPS and f"{key}/{value}" in " ".join(message):
+            return str(ConfigError(key, value, "unknown name", f"There are {_HYDRA_GROUPS[key]}."))
         if text in message[0] and cause:
             kind = _type_of(key, schema)
             remedy = f"It takes {kind.__name__ if isinstance(kind, type) else kind}."

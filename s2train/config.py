@@ -11,6 +11,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from s2train.composition import check_names
+from s2train.errors import ConfigError
 
 
 @dataclass
@@ -375,8 +376,9 @@ def to_object(cfg: DictConfig) -> Any:
     """The dataclass behind a composed config.
 
     Raises:
-        omegaconf.MissingMandatoryValue: something was not set.
-        ConfigError: something was added that is no setting.
+        ConfigError: a setting has no value, or something was added that is no setting.
     """
     check_names(cfg)
+    if missing := sorted(OmegaConf.missing_keys(cfg)):
+        raise ConfigError(missing[0], "missing", "it has no value", f"Set {missing[0]}=….")
     return OmegaConf.to_object(cfg)

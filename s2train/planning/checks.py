@@ -25,8 +25,6 @@ def resolve(cfg: DictConfig, models: Sequence[str]) -> Any:
     if OmegaConf.is_missing(cfg, "model"):
         names = ", ".join(models)
         raise ConfigError("+model", "missing", "no model was named", f"Add +model=NAME; there are {names}.")
-    if missing := sorted(OmegaConf.missing_keys(cfg)):
-        raise ConfigError(missing[0], "missing", "it has no value", f"Set {missing[0]}=….")
     return to_object(cfg)
 
 

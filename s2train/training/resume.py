@@ -26,6 +26,7 @@ from s2train.megatron.checkpoint import (
     read_progress,
 )
 from s2train.megatron.integrity import damage
+from s2train.planning.parameters import head_dim
 
 # What the shards depend on: these must agree between a checkpoint and the run that loads it.
 _ARCHITECTURE = ("model", "layout", "schedule")
@@ -120,8 +121,8 @@ def _find(cfg: PretrainConfig) -> Path | None:
 
 
 def _check_same_architecture(cfg: PretrainConfig, checkpoint: Path, *, weights_only: bool = False) -> None:
-    saved = OmegaConf.structured(_with_pattern_defaults(read_config(checkpoint)))
-    now = OmegaConf.structured(_with_pattern_defaults(cfg))
+    saved = OmegaConf.structured(_with_defaults(read_config(checkpoint)))
+    now = OmegaConf.structured(_with_defaults(cfg))
     for part in ("model",) if weights_only else _ARCHITECTURE:
         for name in dict.fromkeys(_flat_names(now[part]) + _flat_names(saved[part])):
             old, new = OmegaConf.select(saved[part], name), OmegaConf.select(now[part], name)
@@ -135,14 +136,15 @@ def _check_same_architecture(cfg: PretrainConfig, checkpoint: Path, *, weights_o
         raise ConfigError("parallel.distributed_optimizer", after, problem, remedy)
 
 
-def _with_pattern_defaults(cfg: PretrainConfig) -> PretrainConfig:
-    """With what the patterns' kinds fill in: set or left to its default, a setting means the same."""
+def _with_defaults(cfg: PretrainConfig) -> PretrainConfig:
+    """With what is filled in: set or left to its default, a setting means the same."""
     layout = cfg.layout
     patterns = {
         letter: with_defaults(read_pattern(given, f"layout.patterns.{letter}"))
         for letter, given in layout.patterns.items()
     }
-    return replace(cfg, layout=replace(layout, pattern=with_defaults(layout.pattern), patterns=patterns))
+    model = replace(cfg.model, head_dim=head_dim(cfg.model))
+    return replace(cfg, model=model, layout=replace(layout, pattern=with_defaults(layout.pattern), patterns=patterns))
 
 
 def _flat_names(node: Any, prefix: str = "") -> list[str]:

@@ -79,8 +79,8 @@ def check_start(cfg: PretrainConfig, plan: Plan, store: Store, rank: int, world_
         for marker in markers:
             marker.parent.mkdir(parents=True, exist_ok=True)
             marker.touch()
-        marker, cache_marker = map(str, markers)
-        go = {"run_dir": cfg.run_dir, "marker": marker, "cache_marker": cache_marker, "hash": _digest(settings)}
+        seen, cached = map(str, markers)
+        go = {"run_dir": cfg.run_dir, "marker": seen, "cache_marker": cached, "hash": _digest(settings)}
         store.set("settings", json.dumps(settings))
         store.set("go", json.dumps(go))
     asked = json.loads(store.get("go"))
