@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from s2train.command_line import run_command
-from s2train.training.compare import compare
+from s2train.comparison.runs import compare
 
 
 def main() -> None:

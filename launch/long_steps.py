@@ -11,11 +11,11 @@ from pathlib import Path
 from rich.console import Console
 
 from s2train.command_line import run_command
+from s2train.comparison.long_steps import Request, measure_all, run_case
+from s2train.comparison.long_steps_report import draw, table
+from s2train.comparison.runs import environment
 from s2train.errors import ConfigError
 from s2train.files import check_writable
-from s2train.training.compare import environment
-from s2train.training.long_steps import Request, measure_all, run_case
-from s2train.training.long_steps_report import draw, table
 
 
 def tokens(text: str) -> int:

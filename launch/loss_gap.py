@@ -8,8 +8,8 @@ from pathlib import Path
 from rich.console import Console
 
 from s2train.command_line import run_command
+from s2train.comparison.loss_gap import gaps, table
 from s2train.files import replacing
-from s2train.training.loss_gap import gaps, table
 
 
 def main() -> None:

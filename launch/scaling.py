@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from s2train.command_line import run_command
+from s2train.comparison.runs import environment
 from s2train.errors import ConfigError
 from s2train.files import check_writable, replacing
 from s2train.scaling.jobs import Runner
 from s2train.scaling.parity import parity
 from s2train.scaling.report import lines
 from s2train.scaling.speed import speed
-from s2train.training.compare import environment
 
 Part = Callable[[], dict[str, Any]]
 

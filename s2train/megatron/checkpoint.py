@@ -22,8 +22,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from s2train.config import PretrainConfig
 from s2train.errors import ConfigError
+from s2train.megatron.across_backends import load_without_foreign_extra_state
 from s2train.megatron.backends import choose_backend
-from s2train.megatron.exchange import load_without_foreign_extra_state
 from s2train.megatron.integrity import damage
 from s2train.megatron.model import build_model, transformer_config, unwrap
 from s2train.planning import hybrid_layout

@@ -9,10 +9,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from s2train.comparison.runs import Summary, summarize
 from s2train.config import PretrainConfig
 from s2train.errors import ConfigError
 from s2train.files import replacing
-from s2train.training.compare import Summary, summarize
 from s2train.training.plots import read_records
 
 RECORD, LOG = "sweep.json", "log.txt"

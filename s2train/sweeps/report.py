@@ -7,10 +7,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from s2train.comparison.runs import HEADINGS, Summary
 from s2train.files import replacing
 from s2train.sweeps.jobs import Job, Status, read_record
 from s2train.sweeps.picture import Point, draw
-from s2train.training.compare import HEADINGS, Summary
 
 TABLE_WIDTH = 140
 

@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from s2train.config import OptimConfig, PretrainConfig
 from s2train.errors import TrainingError
 from s2train.files import replacing
+from s2train.megatron.across_backends import fit_groups
 from s2train.megatron.checkpoint import (
     CONFIG,
     PROGRESS,
@@ -32,7 +33,6 @@ from s2train.megatron.checkpoint import (
     write_config,
 )
 from s2train.megatron.compat import save_checkpoint_shards
-from s2train.megatron.exchange import fit_groups
 from s2train.megatron.model import unwrap
 from s2train.megatron.rng import rng_ranks_here, set_rng, sharded_rng
 from s2train.megatron.torch_adam import separate_steps

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from s2train.evaluation.generate import greedy_decode
+from tests.evaluation.uncached import greedy_decode
 
 
 def successor(tokens: Tensor, position_ids: Tensor, attention_mask: None) -> Tensor:

@@ -15,10 +15,10 @@ from s2train.data.needle_tasks import find_task
 from s2train.data.task_samples import TaskSampler
 from s2train.data.tokenizers import ByteTokenizer
 from s2train.errors import ConfigError
-from s2train.evaluation.generate import LanguageModel, greedy_decode
 from s2train.evaluation.needle import NeedleGrid, Ranks, choose_grid, evaluate_grid
 from s2train.evaluation.results import Cell
 from tests.evaluation.fake_models import copier, parrot, short_sighted_copier, solve
+from tests.evaluation.uncached import LanguageModel, greedy_decode
 
 CPU = torch.device("cpu")
 GRID = NeedleGrid(lengths=(160, 256), depths=(0.0, 0.5, 1.0), trials=3, seed=11)

@@ -20,7 +20,7 @@ from torch import Tensor
 from s2train.config import NeedleConfig
 from s2train.data.task_samples import TaskSampler
 from s2train.data.tokenizers import ByteTokenizer
-from s2train.evaluation.generate import Decode, LanguageModel, greedy_decode
+from s2train.evaluation.generate import Decode
 from s2train.evaluation.needle import NeedleGrid
 from s2train.evaluation.pictures import draw_heat_map, score_table
 from s2train.evaluation.reach import NeedleReach
@@ -28,6 +28,7 @@ from s2train.evaluation.results import Cell, CellReach, NeedleResults, load_resu
 from s2train.evaluation.run import run_needles
 from s2train.evaluation.scores import Score
 from tests.evaluation.fake_models import copier, parrot
+from tests.evaluation.uncached import LanguageModel, greedy_decode
 from tests.layouts.layout_cases import make_hybrid
 from tests.program import ROOT
 

@@ -15,7 +15,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
 from s2train.config import ModelConfig, ParallelConfig, PretrainConfig, ScheduleConfig, TrainConfig
-from s2train.evaluation.generate import generate, greedy_decode
+from s2train.evaluation.generate import generate
 from s2train.layouts.hybrid import HybridLayout, LayerLayout
 from s2train.layouts.kinds import KINDS
 from s2train.layouts.patterns import Dense
@@ -27,6 +27,7 @@ from s2train.megatron.kv_cache import KVCache, kv_cache
 from s2train.megatron.model import build_model, transformer_config, unwrap
 from s2train.megatron.page_pool import OutOfPagesError
 from s2train.megatron.setup import initialize, shutdown
+from tests.evaluation.uncached import greedy_decode
 from tests.megatron.cached_models import BLOCK, MODELS, NUM_BLOCKS, VOCABULARY
 
 

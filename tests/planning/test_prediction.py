@@ -11,7 +11,7 @@ from s2train.layouts.patterns import MaskPattern
 from s2train.layouts.speed import AttentionRates, attention_seconds, dense_seconds
 from s2train.planning.prediction import LENGTHS, Efficiency, known_lengths, linear_rate, model_costs
 
-RESULTS = Path(__file__).parents[1] / "kernels" / "results" / "2026-11-22-h100-benchmarks.json"
+RESULTS = Path(__file__).parents[2] / "kernels" / "results" / "2026-11-22-h100-benchmarks.json"
 CASES = [case for case in json.loads(RESULTS.read_text())["cases"] if case["length"] >= 8192]
 MODEL = ModelConfig(
     name="m", num_layers=4, hidden_size=4096, ffn_hidden_size=14336, num_attention_heads=32, num_query_groups=8,

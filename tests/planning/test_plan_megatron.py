@@ -10,7 +10,7 @@ import pytest
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("plan_megatron")]
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 # In a process of its own, since Megatron's groups and its CPU mode are global.
 MEASURE = """

@@ -17,7 +17,7 @@ from s2train.hardware import Hardware
 from s2train.planning import check, resolve
 from tests.program import run
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 H100 = Hardware("NVIDIA H100 80GB HBM3", "cuda", 85_017_624_576)
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from s2train.comparison.long_steps import WAYS, case_overrides, fitting, read_config
 from s2train.hardware import Hardware
-from s2train.training.long_steps import WAYS, case_overrides, fitting, read_config
 from tests.program import run
 
 H100 = Hardware("NVIDIA H100 80GB HBM3", "cuda", 85_017_624_576, 989e12, 67e12, (9, 0))

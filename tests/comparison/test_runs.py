@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from s2train.comparison.runs import compare, summarize
 from s2train.errors import ConfigError
-from s2train.training.compare import compare, summarize
 
 
 def report(step: int, **changes: Any) -> dict[str, Any]:

@@ -7,8 +7,8 @@ import matplotlib
 from rich import box
 from rich.table import Table
 
+from s2train.comparison.long_steps import Row
 from s2train.files import replacing
-from s2train.training.long_steps import Row
 
 
 def table(rows: Sequence[Row]) -> Table:

@@ -7,7 +7,7 @@ import pytest
 
 from s2train.errors import ConfigError
 from s2train.planning import backend, check
-from tests.test_plan_refusals import CPU, GPU, config
+from tests.planning.test_plan_refusals import CPU, GPU, config
 
 H100 = replace(GPU, capability=(9, 0))
 WITH_FP8 = {"backend": "te", "fp8": "hybrid"}

@@ -12,7 +12,7 @@ from s2train.planning import hybrid_layout
 from s2train.planning.plan import make_plan
 from s2train.planning.report import format_plan
 from s2train.planning.stages import LayerCosts, Stages, balance, layer_costs, pipeline_stages
-from tests.test_plan import H100, config
+from tests.planning.test_plan import H100, config
 
 MODEL = ModelConfig("any", 8, 64, 96, 8, 4, vocab_size=64)
 

@@ -1,0 +1,1 @@
+"""Runs side by side: finished ones, backends, step times."""
