@@ -303,7 +303,7 @@ class PrepareConfig:
     text_key: str = "text"  # what a line's or a table's documents are called, in .jsonl and .parquet
     document_chars: int = 10_000  # long texts are cut into documents of this many characters or more
     seed: int = 1234  # of the order of documents
-    workers: int | None = None  # processes that tokenize; None: as many as cores, less for small input
+    workers: int | None = None  # processes that tokenize; None: as many as cores, less for small input or bytes
     overwrite: bool = False
     needles: NeedleDocumentsConfig = field(default_factory=NeedleDocumentsConfig)  # of input=needles
 

@@ -144,7 +144,9 @@ def _tokenize(cfg: PrepareConfig, sources: list[Path], spool: Spool, encoding: E
     """Fill the spool with what it lacks."""
     sizes = [source.stat().st_size for source in sources]
     starts = [0, *np.cumsum(sizes).tolist()]
-    workers = min(cfg.workers or _cores(), max(1, sum(sizes) // _BYTES_OF_A_WORKER))
+    # Bytes as ids take less time to make than to hand from process to process (launch/results/2026-11-22-prepare.json).
+    most = 1 if encoding.tokenizer == "bytes" else _cores()
+    workers = min(cfg.workers or most, max(1, sum(sizes) // _BYTES_OF_A_WORKER))
     skipped, before = spool.done.pieces, spool.done.text_bytes
     meter: Meter | None = None
     with spool.writing():

@@ -156,7 +156,7 @@ def test_the_command_prepares_files_and_leaves_nothing_else(
     ("arguments", "problem"),
     [
         (["input=b.txt", "output=d/mine"], r"error: input=b\.txt: no such file\..*"),
-        (["input=b.txt"], "error: output=missing: it has no value. Set output=…\."),
+        (["input=b.txt"], r"error: output=missing: it has no value. Set output=…\."),
     ],
 )
 def test_the_command_refuses_what_cannot_work_in_one_line(
