@@ -84,8 +84,14 @@ def _meet(timeout: timedelta) -> tuple[Store, int, int]:
     keeps_it = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     # Not by torch.distributed.rendezvous: rank 0 would wait there for ranks that never come, and name none.
-    options = {"wait_for_workers": False, "multi_tenant": True}  # the latter for a process that comes here twice
-    store = torch.distributed.TCPStore(*address, world_size, keeps_it, timeout, **options)
+    store = torch.distributed.TCPStore(
+        *address,
+        world_size,
+        keeps_it,
+        timeout,
+        wait_for_workers=False,
+        multi_tenant=True,  # for a process that comes here twice
+    )
     is_one = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if is_one else "0"
     return PrefixStore(f"attempt {attempt}", store), rank, world_size
