@@ -96,7 +96,10 @@ def prepare(cfg: PrepareConfig) -> Metadata:
         raise TrainingError(f"{output}: {error}. {folder} keeps what is done: run it again to go on") from error
     finally:
         lock.release()
-    shutil.rmtree(folder)
+    # In one step: a folder half removed would look like work that has just begun, on an output that is there.
+    done = folder.with_suffix(".done")
+    shutil.rmtree(done, ignore_errors=True)
+    shutil.rmtree(folder.rename(done))
     metadata = read_metadata(str(output))
     assert metadata is not None
     return metadata
