@@ -87,6 +87,9 @@ def strides(x: Tensor) -> tuple[int, int, int]:
     """Strides (b, h, s) of a view [b, h, s, d] for a kernel; 0 along dimensions of size 1.
 
     torch leaves those arbitrary, and the kernels are compiled anew for strides that are no multiple of 16.
+
+    Raises:
+        ValueError: rows are too far apart for 32-bit offsets within a tile.
     """
     b, h, s = (0 if size == 1 else stride for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True))
     if s >= _MAX_ROW_STRIDE:

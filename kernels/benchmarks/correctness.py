@@ -56,10 +56,12 @@ def sample(out: Tensor, gradients: tuple[Tensor, ...], format: Format, rows: Ten
 
 
 def relative_error(measured: Tensor, exact: Tensor) -> float:
+    """Norm of the difference over the norm of `exact`; tensors of one shape."""
     return ((measured - exact).norm() / exact.norm().clamp(min=1e-30)).item()
 
 
 def shortened(case: Case) -> Case:
+    """The case at a length at which all of it can be computed in float64."""
     return replace(case, length=min(case.length, _SHORT))
 
 

@@ -131,6 +131,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: Path) -> None:
 
     Args:
         vocab_size: at most this many ids, `SMALLEST_BPE` at least.
+    Raises:
+        ValueError: it is below that.
     """
     if vocab_size < SMALLEST_BPE:
         raise ValueError(f"a byte-level BPE needs {SMALLEST_BPE} ids at least, not {vocab_size}")

@@ -88,6 +88,11 @@ def _plan(cfg: PretrainConfig, world_size: int, hardware: Hardware) -> Plan:
 
 
 def hybrid_layout(cfg: PretrainConfig) -> HybridLayout:
+    """What every head of every layer of a run's model keeps.
+
+    Raises:
+        ConfigError: layout or schedule don't go with the model's layers and heads.
+    """
     model = cfg.model
     return build_hybrid_layout(
         cfg.layout,

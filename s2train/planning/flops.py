@@ -35,6 +35,7 @@ class TokenFlops:
 
 
 def token_flops(model: ModelConfig, hybrid: HybridLayout, seq_length: int) -> TokenFlops:
+    """FLOPs a token of training, means over a sequence of `seq_length`: exact for the layout, and if all were dense."""
     dim = head_dim(model)
     weights = model.num_layers * layer_parameters(model).matmul + model.vocab_size * model.hidden_size
     forward = {layer: attention_flops(layer, seq_length, dim) for layer in set(hybrid.layers)}

@@ -46,6 +46,7 @@ def checkpoint_bytes(cfg: PretrainConfig) -> int:
 
 
 def data_parallel(cfg: PretrainConfig, world_size: int) -> int:
+    """How many copies of the model `world_size` ranks hold."""
     return world_size // (cfg.parallel.tp * cfg.parallel.pp * cfg.parallel.cp)
 
 

@@ -6,6 +6,7 @@ from s2train.config import ModelConfig, ParallelConfig
 
 
 def head_dim(model: ModelConfig) -> int:
+    """Of queries, keys and values; as set, or the hidden size shared out among the query heads."""
     return model.head_dim if model.head_dim is not None else model.hidden_size // model.num_attention_heads
 
 
@@ -18,6 +19,7 @@ class LayerParameters:
 
 
 def layer_parameters(model: ModelConfig) -> LayerParameters:
+    """Numbers of parameters of one layer, not divided over ranks."""
     queries, keys = model.num_attention_heads * head_dim(model), model.num_query_groups * head_dim(model)
     attention = model.hidden_size * (queries + 2 * keys) + queries * model.hidden_size
     mlp = 3 * model.hidden_size * model.ffn_hidden_size  # gate, up, down

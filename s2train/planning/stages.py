@@ -90,6 +90,7 @@ class Balance:
 
 
 def balance(stages: Stages, costs: LayerCosts, num_micro_batches: int) -> Balance:
+    """How evenly pipeline stages share out the work, and how long they wait for one another at a step's ends."""
     sums = [0, *accumulate(costs.layers)]
     ends = list(accumulate(stages.chunks))
     chunks = [sums[end] - sums[end - layers] for end, layers in zip(ends, stages.chunks, strict=True)]

@@ -113,6 +113,8 @@ def share_of(layout: BlockLayout, num_kv_heads: int, rank: int, size: int) -> Sh
     Args:
         layout: of the whole sequence, as many query as key blocks, a multiple of 2 · size.
         num_kv_heads: H_kv, a divisor of the layout's heads.
+    Raises:
+        ValueError: the blocks can't be shared out evenly, two chunks a rank.
     """
     num_blocks = layout.num_key_blocks
     if layout.num_query_blocks != num_blocks or num_blocks % (2 * size):
