@@ -4,10 +4,12 @@
 """
 
 import atexit
+import contextlib
 import functools
 import json
 import os
 import runpy
+import secrets
 import signal
 import socket
 import subprocess
@@ -90,7 +92,7 @@ def _serve() -> None:
 
 
 def _run(job: Job) -> int | None:
-    until, port = time.monotonic() + job.timeout, _free_port()
+    until, port = time.monotonic() + job.timeout, free_port()
     running: dict[int, int] = {}
     for rank in range(max(1, job.processes)):
         if (child := os.fork()) == 0:
@@ -146,10 +148,13 @@ def _become(job: Job, rank: int, port: int) -> NoReturn:
     os._exit(status)  # taking the interpreter apart takes a second
 
 
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
+def free_port() -> int:
+    """A port below those that systems give to outgoing connections, which could take it in the meantime."""
+    while True:
+        port = 20_000 + secrets.randbelow(12_000)
+        with socket.socket() as tried, contextlib.suppress(OSError):
+            tried.bind(("127.0.0.1", port))
+            return port
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from s2train.errors import EXIT_REQUEUE
+from tests.forked import free_port
 from tests.program import ROOT, SMALL, metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("nodes")]
@@ -52,12 +53,9 @@ if [[ $1 == show ]]; then echo localhost; else echo "$@" >> "$ASKED"; fi
 
 
 def environment(folder: Path, **settings: object) -> dict[str, str]:
-    with socket.socket() as taken:
-        taken.bind(("localhost", 0))
-        port = taken.getsockname()[1]
     own = {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "LOG_DIR": str(folder / "logs"), "NPROC_PER_NODE": "1"}
     clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    job = {"HEAD": f"localhost:{port}", "JOB_ID": folder.name, "NNODES": "2"}
+    job = {"HEAD": f"localhost:{free_port()}", "JOB_ID": folder.name, "NNODES": "2"}
     return clean | job | own | {name: str(value) for name, value in settings.items()}
 
 

@@ -9,12 +9,13 @@ import os
 import random
 import runpy
 import signal
-import socket
 import sys
 import threading
 import time
 from pathlib import Path
 from typing import Any
+
+from tests.forked import free_port
 
 PROGRAM = str(Path(__file__).parents[2] / "launch" / "pretrain.py")
 RANKS = 2
@@ -38,10 +39,7 @@ def plant(draw: random.Random) -> None:
 
 def attempt(draw: random.Random, settings: list[str], *, is_killed: bool) -> int:
     """One job; returns its status. One of its ranks is killed, and then the others, as torchrun does."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    victim, ranks = draw.randrange(RANKS), []
+    port, victim, ranks = free_port(), draw.randrange(RANKS), []
     for rank in range(RANKS):
         if (child := os.fork()) == 0:
             os.setpgid(0, 0)
