@@ -151,7 +151,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error(f"{args.output} exists: results are not overwritten, name another --output")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device; --device cpu tries the program with torch's kernels")
-    args.budget_ms = args.budget_ms or (100 if args.quick else 200)
+    args.budget_ms = args.budget_ms or (100 if args.quick else 1000)
     args.contenders = tuple(dict.fromkeys(args.contenders))
     return args
 
