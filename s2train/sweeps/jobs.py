@@ -57,12 +57,14 @@ class Job:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run has saved its last checkpoint, by its metrics.jsonl."""
-        metrics = self.folder / "metrics.jsonl"
+        """Whether the run has saved its last step or, if it was to save nothing, done it, by its plain files."""
+        metrics, config = self.folder / "metrics.jsonl", self.folder / "config.yaml"
         if not metrics.is_file():
             return False
-        saved = [r["step"] for r in read_records(metrics) if r.get("event") == "checkpoint" and "step" in r]
-        return max(saved, default=-1) >= self.last_step > 0
+        saves = not config.is_file() or OmegaConf.select(OmegaConf.load(config), "checkpoint.save", default=True)
+        # a report has a step and a loss, other events have names
+        done = [r["step"] for r in read_records(metrics) if r.get("event") == ("checkpoint" if saves else None)]
+        return max(done, default=-1) >= self.last_step > 0
 
     def summary(self) -> Summary | None:
         """What the run has come to so far; None if it has reported nothing."""

@@ -41,6 +41,13 @@ def test_a_job_is_finished_when_its_last_checkpoint_is_saved(tmp_path: Path) -> 
     assert not Job(tmp_path / "none", "", {}, [], last_step=20).is_finished
 
 
+def test_a_job_that_saves_nothing_is_finished_when_its_last_step_is_reported(tmp_path: Path) -> None:
+    for seed, steps in enumerate((20, 10)):
+        job = made(tmp_path, "a", seed, steps=steps, saved=None)
+        (job.folder / "config.yaml").write_text("checkpoint: {save: false}\n")
+        assert job.is_finished == (steps == 20)
+
+
 def test_a_finished_run_with_other_settings_is_noticed(tmp_path: Path) -> None:
     cfg = PretrainConfig(model=ModelConfig(name="m"), train=TrainConfig(steps=20), run_dir=str(tmp_path))
     OmegaConf.save(OmegaConf.structured(cfg), tmp_path / "config.yaml")
