@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,11 @@ from s2train.comparison.runs import Summary, summarize
 from s2train.config import PretrainConfig
 from s2train.errors import ConfigError
 from s2train.files import replacing
+from s2train.sweeps.names import setting_and_value
 from s2train.training.plots import read_records
 
 RECORD, LOG = "sweep.json", "log.txt"
+_OWN = ("run_dir", "tracking.group")  # settings that the sweep gives each job
 
 
 class Status(StrEnum):
@@ -43,6 +45,7 @@ class Job:
         density: kept / causal positions of the whole model; None if the settings were refused.
         last_step: at which the run is finished.
         error: why it was refused, or failed, in one line.
+        is_earlier: of a sweep before, into the same folder.
     """
 
     folder: Path
@@ -54,6 +57,7 @@ class Job:
     last_step: int = 0
     status: Status = Status.WAITING
     error: str = ""
+    is_earlier: bool = False
 
     @property
     def is_finished(self) -> bool:
@@ -79,6 +83,25 @@ class Job:
         if summary is None:
             return None
         return summary.loss if summary.held_out_loss is None else summary.held_out_loss
+
+
+def told_apart(jobs: list[Job]) -> list[Job]:
+    """The same jobs, each named by whatever of its arguments some other lacks or has otherwise.
+
+    For jobs of several sweeps: what one swept may be fixed in another, and told by neither.
+    """
+    given = [dict(setting_and_value(word) for word in job.arguments if "=" in word) for job in jobs]
+    swept = {setting for job in jobs for setting in job.swept}
+    names = [
+        name
+        for name in dict.fromkeys(name for values in given for name in values)
+        if name in swept or (name not in _OWN and len({values.get(name) for values in given}) > 1)
+    ]
+    named = [{name: values[name] for name in names if name in values} for values in given]
+    return [
+        replace(job, swept=values, label=" ".join(f"{name}={value}" for name, value in values.items()))
+        for job, values in zip(jobs, named, strict=True)
+    ]
 
 
 def changed_setting(folder: Path, cfg: PretrainConfig) -> str | None:

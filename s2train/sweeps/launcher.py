@@ -1,14 +1,15 @@
 """What Hydra's sweepers hand their jobs to: `python launch/pretrain.py -m …`.
 
 All jobs are composed and judged before the first starts. Each lives in a folder of its own under `hydra.sweep.dir`,
-named by its overrides, so that the same command again skips what is finished and goes on with the rest.
+named by its overrides, so that the same command again skips what is finished and goes on with the rest. Another sweep
+into the same folder adds its jobs to the table.
 """
 
 import os
 import sys
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from s2train.errors import ConfigError
 from s2train.hardware import Hardware
 from s2train.planning import check, resolve
 from s2train.sweeps.commands import quoted
-from s2train.sweeps.jobs import Job, Status, changed_setting, write_record
+from s2train.sweeps.jobs import Job, Status, changed_setting, read_record, told_apart, write_record
 from s2train.sweeps.names import job_folder, label, setting_and_value
 
 INTERRUPTED_STATUS = 130
@@ -89,8 +90,12 @@ class SweepLauncher(Launcher):
         """Run judged jobs, none of them finished, and set their status."""
 
     def record(self) -> None:
-        """Keep what is known of all jobs so far."""
-        write_record(self.sweep_dir, list(self.jobs.values()))
+        """Keep what is known of all jobs so far, and of those that an earlier sweep ran in this folder."""
+        jobs = list(self.jobs.values())
+        known = {job.folder.name for job in jobs}
+        others = [job for job in read_record(self.sweep_dir) if job.folder.name not in known]
+        earlier = [replace(job, is_earlier=True) for job in others if job.summary() is not None]
+        write_record(self.sweep_dir, told_apart([*earlier, *jobs]) if earlier else jobs)
 
     def _check_sweep(self) -> None:
         if "RANK" in os.environ and "WORLD_SIZE" in os.environ:

@@ -24,7 +24,7 @@ class Result:
 
 
 def report(sweep_dir: Path, console: Console | None = None) -> bool:
-    """Print and draw; returns whether no job failed."""
+    """Print and draw; returns whether no job failed but those of earlier sweeps."""
     console = console or Console(width=TABLE_WIDTH)
     results = [Result(job, job.summary()) for job in read_record(sweep_dir)]
     if not results:
@@ -41,7 +41,7 @@ def report(sweep_dir: Path, console: Console | None = None) -> bool:
             f"{job.status} {job.label}: {job.error}", style="red", highlight=False, markup=False, soft_wrap=True
         )
     console.print(f"results in {' and '.join(map(str, written))}", highlight=False, markup=False, soft_wrap=True)
-    return not bad
+    return all(job.is_earlier for job in bad)
 
 
 def table(results: list[Result]) -> Table:

@@ -94,6 +94,14 @@ def test_the_same_sweep_again_runs_what_is_not_finished(sweep: Any) -> None:
     assert again.ran == ["seed=2"]
 
 
+def test_another_sweep_into_the_folder_keeps_the_jobs_of_the_first(sweep: Any, tmp_path: Path) -> None:
+    sweep("seed=1,2", losses={"seed=1": 1.5}).launch(["seed=1"])
+    sweep("seed=1", "train.steps=800", losses={"seed=1": 2.5}).launch(["seed=1", "train.steps=800"])
+    first, second = read_record(tmp_path / "sweep")
+    assert (first.label, first.is_earlier) == ("seed=1", True)
+    assert (second.label, second.is_earlier) == ("seed=1 train.steps=800", False)
+
+
 def test_a_longer_run_is_another_job(sweep: Any) -> None:
     sweep("seed=1,2", losses={"seed=1": 1.5}).launch(["seed=1"])
     again = sweep("seed=1,2", "train.steps=800")

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from s2train.config import ModelConfig, PretrainConfig, TrainConfig
-from s2train.sweeps.jobs import Job, Status, changed_setting, last_error, read_record, write_record
+from s2train.sweeps.jobs import Job, Status, changed_setting, last_error, read_record, told_apart, write_record
 from s2train.sweeps.report import report
 
 
@@ -91,6 +91,21 @@ def test_results_stand_in_the_table_the_csv_and_a_picture(tmp_path: Path) -> Non
     ]
     assert {row["density"] for row in rows} == {"0.5"}
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_jobs_of_two_sweeps_are_told_apart_by_what_differs(tmp_path: Path) -> None:
+    first = Job(tmp_path / "a", "seed=1", {"seed": "1"}, ["+model=m", "seed=1", "run_dir='a'"])
+    second = Job(tmp_path / "b", "seed=1", {"seed": "1"}, ["+model=m", "seed=1", "layout.layers=S", "run_dir='b'"])
+    assert [job.label for job in told_apart([first, second])] == ["seed=1", "seed=1 layout.layers=S"]
+    assert told_apart([first, second])[1].swept == {"seed": "1", "layout.layers": "S"}
+
+
+def test_an_earlier_sweeps_failure_is_shown_but_does_not_fail_this_one(tmp_path: Path) -> None:
+    failed = Job(tmp_path / "c", "layout=c", {}, [], status=Status.FAILED, error="no data", is_earlier=True)
+    write_record(tmp_path, [failed, made(tmp_path, "a", 1)])
+    good, text = printed(tmp_path)
+    assert good
+    assert "no data" in text
 
 
 def test_a_failed_job_shows_its_error_beside_the_results_of_the_others(tmp_path: Path) -> None:
