@@ -18,16 +18,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from hydra import compose, initialize_config_dir
 from rich.console import Console
 from rich.table import Table
 
-from s2train import config
-from s2train.planning import hybrid_layout, resolve
+from s2train.planning import compose_run, hybrid_layout
 from s2train.planning.prediction import ModelCosts, model_costs
 
 LAUNCH = Path(__file__).parent
-CONF = LAUNCH.parent.resolve() / "conf"
 VARIANTS = ("hybrid", "dense", "sparse_shifted", "sparse_homogeneous", "hybrid_homogeneous")
 DEPTHS = [n / 10 for n in range(11)]
 GRID = (8192, 16384, 32768, 65536, 131072)  # lengths of `evaluate`
@@ -245,9 +242,7 @@ def plan_table(root: Path) -> Table:
 
 def phase_costs(root: Path, variant: str, number: int) -> ModelCosts:
     """What a sequence of phase `number` costs."""
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        composed = compose("pretrain", overrides=train_command(root, variant, number)[1:])
-    cfg = resolve(composed, [f"needle_{name}" for name in VARIANTS])
+    cfg = compose_run(train_command(root, variant, number)[1:])
     return model_costs(cfg.model, hybrid_layout(cfg), cfg.train.seq_length)
 
 
@@ -265,7 +260,6 @@ def main(arguments: list[str] | None = None) -> None:
     deadline, root, variant = Deadline(given.minutes), given.root, given.variant
     last = max(number for number, phase in enumerate(PHASES) if phase.length <= given.longest)
     if given.action == "plan":
-        config.register()
         Console(width=140).print(plan_table(root))
     elif given.action == "data":
         make_data(root, last, deadline)

@@ -15,17 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
 
-from s2train import config
 from s2train.config import PretrainConfig
 from s2train.errors import ConfigError, TrainingError
 from s2train.files import replacing
 from s2train.hardware import Hardware, detect_own
-from s2train.planning import Plan, check, preview, resolve
+from s2train.planning import Plan, check, compose_run, preview
 
 GIB = 1 << 30
-_CONF = Path(__file__).parents[2] / "conf"
 _MARK = "measured: "
 # What is compared: name, the model's variant, dense layers' implementation.
 WAYS = (("hybrid", "hybrid", "auto"), ("dense cuDNN", "dense", "cudnn"), ("dense FlashAttention-2", "dense", "flash"))
@@ -55,15 +52,6 @@ class Row:
     mfu: float | None
     planned_gib: float
     peak_gib: float
-
-
-def read_config(overrides: Sequence[str]) -> PretrainConfig:
-    """The settings of a run of `launch/pretrain.py` with these overrides."""
-    config.register()
-    with initialize_config_dir(str(_CONF), version_base="1.3"):
-        cfg = resolve(compose("pretrain", list(overrides)), [])
-    assert isinstance(cfg, PretrainConfig)
-    return cfg
 
 
 def case_overrides(
@@ -111,12 +99,12 @@ def fitting(
 
 
 def _plan(overrides: Sequence[str], extra: Sequence[str], hardware: Hardware) -> Plan:
-    return preview(read_config([*overrides, *extra]), 1, hardware)
+    return preview(compose_run([*overrides, *extra]), 1, hardware)
 
 
 def measure(name: str, overrides: Sequence[str], steps: int, warmup: int) -> Row:
     """Run in this process, alone on its device; `warmup` steps are not measured."""
-    cfg = read_config(overrides)
+    cfg = compose_run(overrides)
     hardware = detect_own()
     plan = check(cfg, 1, hardware)
     from megatron.core.timers import Timers  # slow to import, and not needed by the process that starts these

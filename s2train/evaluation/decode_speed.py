@@ -13,21 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
 from megatron.core.models.gpt.gpt_model import GPTModel
 from rich.console import Console
 from rich.table import Table
 
-from s2train.config import ParallelConfig, register, to_object
+from s2train.config import ParallelConfig
 from s2train.megatron.backends import choose_backend
 from s2train.megatron.cached_model import CachedModel
 from s2train.megatron.kv_cache import kv_cache
 from s2train.megatron.model import build_model, transformer_config, unwrap
 from s2train.megatron.page_pool import OutOfPagesError
 from s2train.megatron.setup import initialize, shutdown
-from s2train.planning import hybrid_layout
+from s2train.planning import compose_run, hybrid_layout
 
-CONF = Path(__file__).parents[2] / "conf"
 Record = dict[str, Any]
 _WARM_STEPS = 3  # the first is run, the second captured
 
@@ -46,10 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("lengths, batches and chunk must be at least 1, tokens 2")
     if args.output is not None and args.output.exists():
         parser.error(f"{args.output} exists: results are not overwritten, name another --output")
-    register()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("pretrain", overrides=args.overrides)
-    pretrain = to_object(cfg)
+    pretrain = compose_run(args.overrides)
     pretrain.parallel = ParallelConfig()
     pretrain.train.recompute = "none"
     device = initialize(pretrain.parallel, pretrain.seed)

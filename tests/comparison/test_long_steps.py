@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from s2train.comparison.long_steps import WAYS, case_overrides, fitting, read_config
+from s2train.comparison.long_steps import WAYS, case_overrides, fitting
 from s2train.hardware import Hardware
+from s2train.planning import compose_run
 from tests.program import run
 
 H100 = Hardware("NVIDIA H100 80GB HBM3", "cuda", 85_017_624_576, 989e12, 67e12, (9, 0))
@@ -55,7 +56,7 @@ def test_as_many_layers_as_fit_are_taken_the_same_for_every_way() -> None:
 
 
 def test_dense_ways_differ_in_the_implementation_alone() -> None:
-    ours, cudnn, flash = (read_config(case_overrides("7b", way, 8192, 131072, 4, "none")) for way in WAYS)
+    ours, cudnn, flash = (compose_run(case_overrides("7b", way, 8192, 131072, 4, "none")) for way in WAYS)
     assert [cfg.dense_attention for cfg in (ours, cudnn, flash)] == ["auto", "cudnn", "flash"]
     flash.dense_attention = "cudnn"
     assert flash == cudnn

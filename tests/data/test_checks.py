@@ -6,14 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hydra import compose, initialize_config_dir
 from megatron.core.datasets.blended_megatron_dataset_config import (
     convert_split_vector_to_split_matrix,
     parse_and_normalize_split,
 )
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from s2train import config as settings
 from s2train.config import PrepareConfig, PretrainConfig
 from s2train.data.blend import Blend, parse_blend
 from s2train.data.bundled import bundled_corpus_files
@@ -23,6 +21,7 @@ from s2train.data.prepare import prepare
 from s2train.data.splits import megatron_split, split_documents_range
 from s2train.data.tokenizers import ByteTokenizer, load_tokenizer, train_bpe
 from s2train.errors import ConfigError
+from s2train.planning import compose_run
 
 MakeConfig = Callable[..., PretrainConfig]
 
@@ -194,10 +193,8 @@ def test_the_remedy_of_a_split_works_when_pasted_into_a_shell() -> None:
     with pytest.raises(ConfigError) as error:
         split_documents_range("x", 1)
     (argument,) = [word for word in shlex.split(error.value.remedy) if word.startswith("data.split=")]
-    settings.register()
-    with initialize_config_dir(str(Path(__file__).parents[2] / "conf"), version_base="1.3"):
-        composed = compose("pretrain", overrides=["+model=tiny_hybrid", argument])
-    assert split_documents_range(settings.to_object(composed).data.split, 10)[0] == range(9)
+    cfg = compose_run(["+model=tiny_hybrid", argument])
+    assert split_documents_range(cfg.data.split, 10)[0] == range(9)
 
 
 def test_splits_are_rounded_as_megatron_does() -> None:

@@ -3,21 +3,15 @@
 import os
 import sys
 
-from hydra import compose, initialize_config_dir
-
-from s2train import config
 from s2train.command_line import run_command
 from s2train.hardware import detect_own
-from s2train.planning import preview, resolve
+from s2train.planning import compose_run, preview
 from tests.megatron import fake_transformer_engine
-from tests.program import ROOT
 
 
 def main() -> None:
     """One run."""
-    config.register()
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = resolve(compose("pretrain", sys.argv[2:]), [])
+    cfg = compose_run(sys.argv[2:])
     # Not `check`: it refuses transformer-engine on a CPU.
     plan = preview(cfg, int(os.environ.get("WORLD_SIZE", "1")), detect_own())
     from s2train.training.run import run

@@ -16,20 +16,16 @@ ROOT = Path(__file__).parents[2]
 MEASURE = """
 import json, sys
 import torch
-from hydra import compose, initialize_config_dir
-from s2train.config import register
 from s2train.megatron.backends import choose_backend
 from s2train.megatron.model import build_model, transformer_config
 from s2train.megatron.setup import initialize, shutdown
-from s2train.planning import hybrid_layout, resolve
+from s2train.planning import compose_run, hybrid_layout
 from s2train.planning.memory import stage_activations
 from s2train.planning.parameters import total_parameters
 
-register()
 results, device = [], None
-for overrides in json.loads(sys.argv[2]):
-    with initialize_config_dir(sys.argv[1], version_base="1.3"):
-        cfg = resolve(compose("pretrain", overrides=overrides), [])
+for overrides in json.loads(sys.argv[1]):
+    cfg = compose_run(overrides)
     device = device or initialize(cfg.parallel, seed=1)
     model, = build_model(cfg, transformer_config(cfg), hybrid_layout(cfg), choose_backend("local"), device)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -61,7 +57,7 @@ VARIANTS = [
 @pytest.fixture(scope="module")
 def measured() -> list[dict[str, list[int]]]:
     done = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(ROOT / "conf"), json.dumps(VARIANTS)],
+        [sys.executable, "-c", MEASURE, json.dumps(VARIANTS)],
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
