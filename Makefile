@@ -14,10 +14,10 @@ demo: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash launch/demo.sh
 
 test: $(READY)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder
 
 test-all: $(READY)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder -m ""
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder -m ""
 
 check: $(READY)
 	$(BIN)/ruff format --check .

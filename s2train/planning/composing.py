@@ -1,0 +1,26 @@
+"""The settings of a training run, composed outside of Hydra's own program."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+
+from s2train.composition import config_groups
+from s2train.config import PretrainConfig, register
+from s2train.planning.checks import resolve
+
+CONF = Path(__file__).parents[2] / "conf"
+
+
+def compose_run(overrides: Sequence[str]) -> PretrainConfig:
+    """What `launch/pretrain.py` would run with these overrides, such as ``+model=7b_hybrid``. Checks no values.
+
+    Raises:
+        ConfigError: no model was named, or a setting has no value.
+        hydra.errors.HydraException: the overrides don't compose.
+    """
+    register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = resolve(compose("pretrain", list(overrides)), config_groups(CONF)["model"])
+    assert isinstance(cfg, PretrainConfig)
+    return cfg
