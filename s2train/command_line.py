@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import NoReturn
 
 from hydra.errors import HydraException
-from omegaconf import MissingMandatoryValue
 
 from s2train.composition import config_groups, explain
 from s2train.errors import EXIT_REQUEUE, ConfigError, StartUpError, StoppedBySignal, TrainingError
@@ -72,7 +71,7 @@ def run_command(command: Callable[[], None]) -> None:
         if os.environ.get("RANK", "0") == "0":
             print(*(f"error: {problem}" for problem in error.problems), sep="\n", file=sys.stderr, flush=True)
         sys.exit(USAGE_STATUS)
-    except (ConfigError, MissingMandatoryValue) as error:
+    except ConfigError as error:
         _refuse(str(error).splitlines()[0])
 
 

@@ -21,8 +21,8 @@ from s2train.errors import ConfigError, TrainingError
 from s2train.files import replacing
 from s2train.hardware import Hardware, detect_own
 from s2train.planning import Plan, check, compose_run, preview
+from s2train.planning.memory import GIB
 
-GIB = 1 << 30
 _MARK = "measured: "
 # What is compared: name, the model's variant, dense layers' implementation.
 WAYS = (("hybrid", "hybrid", "auto"), ("dense cuDNN", "dense", "cudnn"), ("dense FlashAttention-2", "dense", "flash"))

@@ -16,6 +16,7 @@ from s2train.evaluation.needle import NeedleGrid, Ranks, evaluate_grid
 from s2train.evaluation.pictures import draw_heat_map, score_table
 from s2train.evaluation.results import Cell, CellReach, NeedleResults, load_results
 from s2train.files import set_aside
+from s2train.megatron.agreement import from_first
 
 
 def run_needles(
@@ -52,7 +53,9 @@ def run_needles(
             f"warning: lengths={max(grid.lengths)} is past the {trained_length} tokens trained on; rotary positions go"
             " on, but what a model makes of distances it has not seen is not known"
         )
-    known = _from_rank_0(_known_cells(asked, table_path, console) if is_writer else [])
+    known = _known_cells(asked, table_path, console) if is_writer else []
+    if dist.is_initialized():
+        known = from_first(known)
     results = replace(asked, cells=known)
     finished = {(cell.length, cell.depth): cell for cell in known}
     cells = evaluate_grid(decode, sampler, grid, batch_size=batch_size, device=device, ranks=ranks, finished=finished)
@@ -93,15 +96,6 @@ def _told(reach: CellReach | None) -> str:
     if reach is None or reach.from_last == 1:
         return ""
     return ", no way through the layers" if reach.from_last < 0 else f", {reach.from_last} layers away"
-
-
-def _from_rank_0(value: list[Cell]) -> list[Cell]:
-    """Rank 0's `value`, on all ranks."""
-    if not dist.is_initialized():
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
 
 
 def _known_cells(asked: NeedleResults, path: Path, console: Console) -> list[Cell]:

@@ -19,10 +19,11 @@ from s2train.layouts.pictures import choose_layers, draw_layout
 from s2train.layouts.pictures.style import tokens
 from s2train.layouts.reachability import DistanceRow, distance_table, reach
 from s2train.planning.checks import check_blocks, hybrid_layout
+from s2train.planning.memory import GIB
 from s2train.planning.prediction import LENGTHS, ModelCosts, known_lengths, model_costs
 from s2train.planning.settings import check_values
 
-_GIB, _TERA = 1 << 30, 1e12
+_TERA = 1e12
 
 
 def show(cfg: ShowLayoutConfig) -> None:
@@ -146,9 +147,9 @@ def _length_table(by_length: Sequence[ModelCosts]) -> Table:
             tokens(costs.seq_length),
             f"{costs.density:.3f}",
             _figure((costs.forward_flops + costs.backward_flops) / _TERA),
-            _figure((moved.forward_least + moved.backward_least) / _GIB),
-            _figure((moved.forward + moved.backward) / _GIB),
-            *(_figure(cache.nbytes(count, dim) / _GIB) for count in (cache.peak, cache.dense)),
+            _figure((moved.forward_least + moved.backward_least) / GIB),
+            _figure((moved.forward + moved.backward) / GIB),
+            *(_figure(cache.nbytes(count, dim) / GIB) for count in (cache.peak, cache.dense)),
             f"{costs.attention_speedup:.2f}",
             f"{costs.step_speedup:.2f}",
         )

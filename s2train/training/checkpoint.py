@@ -21,6 +21,7 @@ from s2train.config import OptimConfig, PretrainConfig
 from s2train.errors import TrainingError
 from s2train.files import replacing
 from s2train.megatron.across_backends import fit_groups
+from s2train.megatron.agreement import from_first, largest
 from s2train.megatron.checkpoint import (
     CONFIG,
     PROGRESS,
@@ -37,7 +38,6 @@ from s2train.megatron.model import unwrap
 from s2train.megatron.rng import rng_ranks_here, set_rng, sharded_rng
 from s2train.megatron.torch_adam import separate_steps
 from s2train.megatron.writers import start_results_manager
-from s2train.training.agreement import from_first, largest
 
 
 @dataclass

@@ -14,10 +14,11 @@ from torch.utils.data import Dataset
 
 from s2train.config import PretrainConfig
 from s2train.errors import StoppedBySignal, TrainingError
+from s2train.megatron.agreement import largest
 from s2train.megatron.checkpoint import Progress, checkpoints_in
 from s2train.megatron.core_attention import kernels_of
 from s2train.megatron.rng import rng_ranks_here
-from s2train.training.agreement import largest
+from s2train.planning.memory import GIB
 from s2train.training.batches import Batch, micro_batches
 from s2train.training.breakdown import OPTIMIZER, RANGE
 from s2train.training.checkpoint import Saver, TrainingState
@@ -239,7 +240,7 @@ class Trainer:
             tokens_per_s=tokens_per_s,
             model_tflops=flops / 1e12,
             mfu=flops / self.speed.peak_flops if self.speed.peak_flops else None,
-            memory_gib=torch.cuda.max_memory_allocated() / 2**30,
+            memory_gib=torch.cuda.max_memory_allocated() / GIB,
             eta_s=(last - step) * step_time,
             held_out_loss_by_position=None if held_out is None else held_out.by_position,
             held_out_short=None if held_out is None else held_out.short,

@@ -21,12 +21,12 @@ from s2train.kernels.attention import Backend as AttentionBackend
 from s2train.kernels.attention import resolve_backend
 from s2train.layouts.pictures import draw_layout
 from s2train.megatron import setup
+from s2train.megatron.agreement import from_first
 from s2train.megatron.backends import Backend, choose_backend
 from s2train.megatron.checkpoint import write_config
 from s2train.megatron.model import build_model, transformer_config
 from s2train.planning import Plan, hybrid_layout
 from s2train.planning.report import figures, letter_rows
-from s2train.training.agreement import from_first
 from s2train.training.checkpoint import TrainingState, load
 from s2train.training.loop import Speed, Trainer
 from s2train.training.metrics import Tracker
