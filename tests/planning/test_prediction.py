@@ -12,7 +12,7 @@ from s2train.layouts.speed import AttentionRates, attention_seconds, dense_secon
 from s2train.planning.prediction import LENGTHS, Efficiency, known_lengths, linear_rate, model_costs
 
 RESULTS = Path(__file__).parents[2] / "kernels" / "results" / "2026-11-22-h100-benchmarks.json"
-CASES = [case for case in json.loads(RESULTS.read_text())["cases"] if case["length"] >= 8192]
+CASES = [case for case in json.loads(RESULTS.read_text())["cases"] if 8192 <= case["length"] <= 131_072]
 MODEL = ModelConfig(
     name="m", num_layers=4, hidden_size=4096, ffn_hidden_size=14336, num_attention_heads=32, num_query_groups=8,
     vocab_size=32768,
@@ -40,8 +40,8 @@ def test_predicted_times_are_near_the_measured_ones(case: dict) -> None:
     ours = attention_seconds(hybrid.layers[0], case["kv_heads"], case["length"], case["dim"], rates)
     dense = dense_seconds(case["heads"], case["length"], case["dim"], rates)
     measured, peer = (case["results"][name]["ms"] for name in ("ours", "cudnn"))
-    assert ours.forward * 1e3 == pytest.approx(measured["forward"], rel=0.06)
-    assert ours.backward * 1e3 == pytest.approx(measured["backward"], rel=0.13)
+    assert ours.forward * 1e3 == pytest.approx(measured["forward"], rel=0.05)
+    assert ours.backward * 1e3 == pytest.approx(measured["backward"], rel=0.1)
     assert dense.both / ours.both == pytest.approx(peer["both"] / measured["both"], rel=0.14)
     assert dense.both * 1e3 == pytest.approx(peer["both"], rel=0.07)
 
