@@ -3,8 +3,8 @@
 Both are fitted to the committed benchmark of an H100 (`kernels/results/2026-11-22-h100-benchmarks.json`, bf16, head
 dim 128, 8k to 128k tokens, densities 0.03 to 1) by least squares on relative error. The toll is what a row costs
 however little it keeps (q, out, the softmax's end; in the backward the sums of dq): why sparse masks run at lower
-rates. Each measurement is met within 5 % in the forward and 9 % in the backward, its ratio to dense within 13 %. At 512k and 1M
-tokens the measured forward takes 7 to 21 % longer than this, the backward 10 to 32 %.
+rates. Each measurement is met within 5 % in the forward and 9 % in the backward, its ratio to dense within 13 %. At
+512k and 1M tokens the measured forward takes 7 to 21 % longer than this, the backward 10 to 32 %.
 """
 
 from dataclasses import dataclass
