@@ -21,7 +21,8 @@ from s2train.evaluation.results import NeedleResults, load_results
 def read_variant(folder: Path) -> dict[str, Any]:
     """A variant's points [step, seconds of training so far, length, correct, trials], seconds and grid.
 
-    Seconds are those of steps, from metrics.jsonl: without starting, evaluating and saving.
+    Seconds are those of steps, from metrics.jsonl: without starting, evaluating and saving. A phase's first report has
+    starts and compilation in it: the median of the others counts in its place.
     """
     points, before = [], 0.0
     for run in sorted((path for path in folder.iterdir() if path.name.isdecimal()), key=lambda path: int(path.name)):
@@ -29,7 +30,9 @@ def read_variant(folder: Path) -> dict[str, Any]:
         reports = [report for report in reports if "step_time_s" in report]
         steps = np.array([report["step"] for report in reports])
         first = steps[0] - (steps[1] - steps[0] if len(steps) > 1 else steps[0])
-        seconds = np.cumsum(np.diff(steps, prepend=first) * [report["step_time_s"] for report in reports])
+        step_times = np.array([report["step_time_s"] for report in reports])
+        step_times[0] = np.median(step_times[1:] if len(steps) > 1 else step_times)
+        seconds = np.cumsum(np.diff(steps, prepend=first) * step_times)
         for path in sorted(run.glob("needle/*/needle.json")):
             if results := load_results(path):
                 score = results.score

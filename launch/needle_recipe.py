@@ -185,19 +185,22 @@ class Deadline:
         """Run a program of launch/; exits with its status if it fails, and with 1 when the time is over."""
         started = time.monotonic()
         print("$ python", " ".join(command), flush=True)
+        program = subprocess.Popen([sys.executable, *command])
         try:
-            done = subprocess.run([sys.executable, *command], timeout=max(1.0, self._end - started))
+            status = program.wait(max(1.0, self._end - started))
         except subprocess.TimeoutExpired:
+            program.terminate()  # training saves first
+            program.wait()
             sys.exit("the time is over; run this again to go on")
         print(f"# {time.monotonic() - started:.1f} s", flush=True)
-        if done.returncode:
-            sys.exit(done.returncode)
+        if status:
+            sys.exit(status)
 
-    def run_together(self, commands: list[list[str]]) -> None:
-        """Run programs of launch/ side by side, as many as there are cores; exits if any fails, or the time is over."""
+    def run_together(self, commands: list[list[str]], at_once: int) -> None:
+        """Run programs of launch/ side by side; exits if any fails, or the time is over."""
         waiting, running = list(commands), []
         while waiting or running:
-            while waiting and len(running) < (os.cpu_count() or 1):
+            while waiting and len(running) < at_once:
                 print("$ python", " ".join(waiting[0]), flush=True)
                 running.append(subprocess.Popen([sys.executable, *waiting.pop(0)]))
             status = None if time.monotonic() < self._end else "the time is over; run this again to go on"
@@ -220,7 +223,8 @@ def make_data(root: Path, last: int, deadline: Deadline) -> None:
     ]
     if not first[0].is_file():
         deadline.run(first[1])
-    deadline.run_together([command for index, command in others if not index.is_file()])
+    waiting = [command for index, command in others if not index.is_file()]
+    deadline.run_together(waiting, os.cpu_count() or 1)
 
 
 def plan_table(root: Path) -> Table:
@@ -268,7 +272,7 @@ def main(arguments: list[str] | None = None) -> None:
             if not is_trained(root, variant, number):
                 deadline.run([*train_command(root, variant, number), *settings])
     elif given.action == "curve":
-        deadline.run_together(curve_commands(root, variant, last))
+        deadline.run_together(curve_commands(root, variant, last), 3)  # on one GPU
     else:
         trained = [number for number in range(last + 1) if is_trained(root, variant, number)]
         if not trained:

@@ -6,7 +6,8 @@
 --balance   how evenly attention lies over tensor and context parallel ranks, before and after balancing
 
 None named: all of them. Settings that follow go to every training run, such as schedule.placement=balanced. Runs and
-logs are kept in runs/scaling-NAME. Without a GPU, processes of the CPU take their place: for trying it, at small sizes.
+logs are kept in runs/scaling-NAME; broken off, the same command goes on, and repeats what failed. Without a GPU,
+processes of the CPU take their place: for trying it, at small sizes.
 """
 
 import argparse
@@ -34,13 +35,17 @@ def scaling(given: argparse.Namespace) -> None:
     """Run the parts, and write after each.
 
     Raises:
-        ConfigError: the output or its runs are there already, or the devices are not.
+        ConfigError: the output or its runs are there already, by another command, or the devices are not.
     """
     path, runs = given.output.with_name(given.output.name + ".json"), Path("runs") / f"scaling-{given.output.name}"
-    for there in (path, runs):
-        if there.exists():
-            raise ConfigError("OUTPUT", given.output, f"{there} exists", "Name another, or move it away")
+    command, asked = shlex.join(sys.argv), runs / "command.txt"
+    if not (asked.is_file() and asked.read_text() == command):
+        for there in (path, runs):
+            if there.exists():
+                raise ConfigError("OUTPUT", given.output, f"{there} exists", "Name another, or move it away")
     check_writable("OUTPUT", path.parent)
+    runs.mkdir(parents=True, exist_ok=True)
+    asked.write_text(command)
     runner = Runner(runs.absolute(), given.gpus, given.settings, given.timeout)
     length = ["--length", str(given.attention_length)] if given.attention_length else []
     parts: dict[str, Part] = {
@@ -50,14 +55,24 @@ def scaling(given: argparse.Namespace) -> None:
         "balance": lambda: runner.worker("s2train.scaling.balance", "balance", *length),
     }
     chosen = [name for name in parts if getattr(given, name)] or list(parts)
-    content: dict[str, Any] = {"command": shlex.join(sys.argv), **environment(), "devices": given.gpus, "parts": {}}
-    for name in chosen:
+    content: dict[str, Any] = {"command": command, **environment(), "devices": given.gpus, "parts": {}}
+    if path.exists():
+        content["parts"] = json.loads(path.read_text())["parts"]
+    for name in (name for name in chosen if has_failed(content["parts"].get(name, {"error": "not run"}))):
         began = time.monotonic()
         result = parts[name]()
         content["parts"][name] = result | {"seconds": time.monotonic() - began}
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(content, indent=1) + "\n")
         print("\n".join(lines(name, result)), flush=True)
+
+
+def has_failed(result: Any) -> bool:
+    """Whether a part, or a program in it, ended with an error, told as text."""
+    if not isinstance(result, dict):
+        return False
+    told = [result.get("error"), *result.get("errors", {}).values()]
+    return any(isinstance(error, str) for error in told) or any(map(has_failed, result.values()))
 
 
 def main() -> None:

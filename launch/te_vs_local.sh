@@ -2,7 +2,8 @@
 # transformer-engine beside Megatron's own layers: the same steps from the same checkpoint with backend=local,
 # backend=te, and FP8 linear layers, put side by side. A second local run with other attention kernels shows how far two
 # bf16 runs that should agree come apart.
-#   launch/te_vs_local.sh SIZE OUTPUT [setting=value …]   e.g. 125m launch/results/2026-11-23-h100-te train.steps=100
+#   launch/te_vs_local.sh SIZE OUTPUT [setting=value …]   e.g.
+#   launch/te_vs_local.sh 125m runs/te train.steps=100 optim.warmup_steps=10 train.global_batch_size=8 train.micro_batch_size=4
 set -euo pipefail
 size=$1 output=$2
 shift 2
@@ -10,7 +11,7 @@ here=$(dirname "$0")
 runs=runs/te-$(basename "$output")
 pretrain=(python3 -m torch.distributed.run --standalone --nproc-per-node "${NPROC:-1}" "$here/pretrain.py" "+model=${size}_hybrid" tracking.log_interval=1 "$@")
 # Saved by backend=local, so that every run also loads across backends.
-"${pretrain[@]}" "run_dir=$runs/start" backend=local train.exit_step=1
+"${pretrain[@]}" "run_dir=$runs/start" backend=local train.exit_step=1 profile.steps=null
 start=$runs/start/checkpoints/iter_0000001
 "${pretrain[@]}" "run_dir=$runs/local" "checkpoint.resume=$start" backend=local
 "${pretrain[@]}" "run_dir=$runs/local_other_kernels" "checkpoint.resume=$start" backend=local attention_backend="${OTHER_KERNELS:-portable}"

@@ -203,14 +203,22 @@ class Request:
 
 
 def measure_all(request: Request, output: Path, environment: dict[str, Any], say: Any) -> list[Row]:
-    """Measure what OUTPUT.json has not yet, writing it after each; a way that fails is left out, and told."""
+    """Measure what OUTPUT.json has not yet, writing it after each; a way that fails is left out, and told.
+
+    Raises:
+        ConfigError: no four layers fit at one of the lengths; nothing was measured.
+    """
     path = output.with_name(output.name + ".json")
     rows = [Row(**row) for row in json.loads(path.read_text())["rows"]] if path.is_file() else []
     hardware = detect_own()
     ways = WAYS if hardware.kind == "cuda" else CPU_WAYS
     command = [sys.executable, str(Path(__file__).parents[2] / "launch" / "long_steps.py"), str(output)]
-    for length in request.lengths:
-        layers, recompute = fitting(request.size, length, request.tokens, request.layers, hardware, request.overrides)
+    # all of them first: what can't fit is told before anything is measured
+    fits = [
+        fitting(request.size, length, request.tokens, request.layers, hardware, request.overrides)
+        for length in request.lengths
+    ]
+    for length, (layers, recompute) in zip(request.lengths, fits, strict=True):
         for way in ways:
             if any((row.way, row.seq_length) == (way[0], length) for row in rows):
                 continue

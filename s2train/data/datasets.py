@@ -2,10 +2,12 @@
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from math import ceil
 from pathlib import Path
 
+import torch
 from filelock import FileLock
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
@@ -13,7 +15,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, Moc
 from torch.utils.data import Dataset
 
 from s2train.config import PrepareConfig, PretrainConfig
-from s2train.data.blend import BUNDLED, BUNDLED_PREFIX, parse_blend
+from s2train.data.blend import BUNDLED, BUNDLED_PREFIX, Blend, parse_blend
 from s2train.data.prepare import prepare
 from s2train.data.splits import megatron_split
 from s2train.data.tokenizers import Tokenizer
@@ -57,7 +59,8 @@ def build_datasets(
 
     The order depends on `data.path`, `data.split`, `seed`, `train.seq_length` and the number of samples.
     Collective when torch.distributed is initialised (which blends need with megatron-core 0.16): rank 0
-    builds the indices, and the others read them from `data.cache`.
+    builds the indices, and the others read them from `data.cache`. Runs that share the folder build one at a time:
+    Megatron takes a file that another is still writing for whole.
 
     Args:
         tokenizer: that of the data (see `check_data`, which is to pass first).
@@ -71,6 +74,33 @@ def build_datasets(
     blend = parse_blend(cfg.data.path)
     if blend.is_mock:
         return _build(cfg, tokenizer, None, sizes, is_built_on_rank)
+    with _alone(Path(cfg.data.cache)):
+        return _build_blend(cfg, tokenizer, blend, sizes, is_built_on_rank)
+
+
+@contextmanager
+def _alone(cache: Path) -> Iterator[None]:
+    """Rank 0 keeps other runs out of `cache`; its own other ranks wait for it in Megatron's barriers."""
+    if torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
+        yield
+        return
+    cache.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(cache / "building.lock")
+    with suppress(NotImplementedError):  # a file system without locks
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _build_blend(
+    cfg: PretrainConfig,
+    tokenizer: Tokenizer,
+    blend: Blend,
+    sizes: tuple[int, int],
+    is_built_on_rank: Callable[[], bool],
+) -> tuple[Samples, Samples]:
     if len(blend.prefixes) == 1:
         return _build(cfg, tokenizer, blend.prefixes[0], sizes, is_built_on_rank)
 
@@ -78,7 +108,7 @@ def build_datasets(
     # numbers of samples. A blend of exactly the number asked takes at most ⌈weight × samples⌉ of a dataset.
     parts = []
     for prefix, weight in zip(blend.prefixes, blend.weights, strict=True):
-        shares = (ceil(weight * num_train_samples), ceil(weight * num_valid_samples))
+        shares = (ceil(weight * sizes[0]), ceil(weight * sizes[1]))
         parts.append(_build(cfg, tokenizer, prefix, shares, is_built_on_rank))
     config = _config(cfg, tokenizer, blend.prefixes[0], cfg.data.cache, sizes)
     train, valid = (

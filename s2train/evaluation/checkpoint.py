@@ -17,6 +17,7 @@ from s2train.evaluation.run import run_needles
 from s2train.evaluation.tracking import log_needles
 from s2train.hardware import detect_own
 from s2train.megatron.checkpoint import load_for_inference
+from s2train.megatron.page_pool import OutOfPagesError
 from s2train.megatron.setup import initialize, shutdown
 from s2train.planning import hybrid_layout
 from s2train.wandb_run import choose_mode
@@ -69,7 +70,7 @@ def evaluate(cfg: NeedleConfig) -> None:
                 name=file_name(problem.name),
                 title=f"{TITLES[problem.name]}: {request.trained.model.name}",
             )
-        except torch.OutOfMemoryError as error:
+        except (torch.OutOfMemoryError, OutOfPagesError) as error:
             problem_told = f"out of memory with lengths up to {max(grid.lengths)}"
             remedy = "Use fewer sequences at once, or more tp; finished cells are kept"
             raise ConfigError("batch_size", cfg.batch_size, problem_told, remedy) from error

@@ -96,6 +96,7 @@ def measure(gpt: GPTModel, length: int, batch: int, tokens: int, chunk: int, dev
                 record["graph_ms" if cuda_graph else "step_ms"] = 1e3 * (_now() - began) / (tokens - 1)
                 record |= {"kv_bytes": cache.bytes_in_use, "predicted_bytes": cache.predicted_bytes()}
                 record |= {"dense_bytes": cache.dense_bytes(), "pool_bytes": 2 * cache.pool.keys.nbytes}
+            del cache, model  # before the next pass takes as much
     except (torch.OutOfMemoryError, OutOfPagesError):
         record["error"] = "out of memory"
     if device.type == "cuda":
@@ -114,12 +115,13 @@ def _row(record: Record) -> list[str]:
     if "kv_bytes" not in record:
         return [*first, record["error"]]
     seconds = record["prefill_s"]
+    graph_ms = f"{record['graph_ms']:.2f}" if "graph_ms" in record else record.get("error", "-")
     return [
         *first,
         f"{seconds:.3f}",
         f"{record['length'] * record['batch'] / seconds:,.0f}",
         f"{record['step_ms']:.2f}",
-        f"{record['graph_ms']:.2f}" if "graph_ms" in record else "-",
+        graph_ms,
         *(f"{record[name] / 1e6:,.1f}" for name in ("kv_bytes", "predicted_bytes", "dense_bytes")),
     ]
 

@@ -197,6 +197,12 @@ class DenseCoreAttention(CausalCoreAttention):
     implementation = "auto"
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, query_offset: int) -> torch.Tensor:
+        layout = self.layout_of_later_queries(query, key, value, query_offset)
+        if layout is not None:
+            scale, backend = self.softmax_scale, self.backend
+            return block_sparse_attention(
+                query, key, value, layout, softmax_scale=scale, query_offset=query_offset, backend=backend
+            )
         return dense_causal_attention(
             query,
             key,
@@ -205,6 +211,20 @@ class DenseCoreAttention(CausalCoreAttention):
             query_offset=query_offset,
             implementation=self.implementation,
         )
+
+    def layout_of_later_queries(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, query_offset: int
+    ) -> BlockLayout | None:
+        """With it Hopper's kernels take queries that don't begin with the keys; None: torch's kernels are as fast.
+
+        For those torch has FlashAttention-2 at best, which cuDNN and the sparse op with all kept outdo by 1.7.
+        """
+        if not query.is_cuda or self.implementation != "auto" or not 1 < query.shape[0] < key.shape[0]:
+            return None
+        length = key.shape[0] if self.kv is None else self.kv.max_length
+        layout = self.cache.get(self.layer_layout, length, self.heads, query.device)
+        used = kernels_in_use(query, key, value, layout, query_offset=query_offset, backend=self.backend)
+        return layout if used.forward == used.backward == "hopper" else None
 
 
 class SparseCoreAttention(CausalCoreAttention):

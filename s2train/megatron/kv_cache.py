@@ -243,8 +243,12 @@ def kv_cache(gpt: GPTModel, batch_size: int, max_length: int, *, num_pages: int 
     cache = KVCache(cores, batch_size, max_length, num_pages, weight.dtype, weight.device)
     for core, layer in zip(cores, cache.layers, strict=True):
         core.kv = layer
+    # transformer-engine's fused rotation takes one position for all sequences
+    fuses_rotation, config.apply_rope_fusion = config.apply_rope_fusion, False
     try:
         yield cache
     finally:
-        for core in cores:
+        config.apply_rope_fusion = fuses_rotation
+        for core, layer in zip(cores, cache.layers, strict=True):
             core.kv = None
+            del layer.cache  # a circle: the pool's memory would wait for the garbage collector

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,10 +10,13 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from s2train.orphans import end_with_the_parent
 
 _ROOT = Path(__file__).parents[2]
 
@@ -46,10 +50,10 @@ class Outcome:
 
 
 class Runner:
-    """Starts programs on this machine's devices.
+    """Starts programs on this machine's devices, those that are not done yet.
 
     Args:
-        folder: for run folders and logs.
+        folder: for run folders and logs, of the same commands as before if it is there.
         devices: GPUs, or processes where there are none, to use.
         settings: of every training run, after its own.
         timeout_s: for one program; it is killed then.
@@ -78,16 +82,24 @@ class Runner:
     def worker(self, module: str, name: str, *arguments: str) -> dict[str, Any]:
         """What a module, on all devices, wrote to the file that is its first argument; {"error": …} if it failed."""
         output = self._path(name).with_suffix(".json")
-        error = self._start(name, self.devices, ["-m", module, str(output), *arguments], 0)
+        if output.is_file():
+            error = None
+        else:
+            error = self._start(name, self.devices, ["-m", module, str(output), *arguments], 0)
         result: dict[str, Any] = json.loads(output.read_text()) if error is None else {"error": error}
         return result
 
     def _run(self, job: Job, first_device: int = 0) -> Outcome:
         run_dir, began = self._path(job.name), time.monotonic()
         program = [str(_ROOT / "launch" / "pretrain.py"), *job.settings, *self._settings, f"run_dir={run_dir}"]
-        error = self._start(job.name, job.processes, program, first_device)
+        done, error = run_dir / "done", None
+        if not done.is_file():
+            shutil.rmtree(run_dir, ignore_errors=True)  # broken off: its metrics would count twice
+            error = self._start(job.name, job.processes, program, first_device)
         metrics = run_dir / "metrics.jsonl"
         lines = metrics.read_text().splitlines() if error is None else []
+        if error is None:
+            done.touch()
         outcome = Outcome([json.loads(line) for line in lines], error, time.monotonic() - began)
         print(f"{job.name}: {error or 'done'}, {outcome.seconds:.0f} s", flush=True)
         return outcome
@@ -104,6 +116,8 @@ class Runner:
                 stderr=subprocess.STDOUT,
                 env=_environment(first_device, processes),
                 start_new_session=True,
+                # torchrun and its ranks would hold the devices after this process was killed
+                preexec_fn=partial(end_with_the_parent, signal.SIGTERM),
             )
             try:
                 status = process.wait(self._timeout_s)
@@ -125,6 +139,7 @@ class Runner:
 def _environment(first_device: int, count: int) -> dict[str, str]:
     environment = dict(os.environ)
     environment.setdefault("OMP_NUM_THREADS", "1")
+    environment.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron overlaps tensor parallelism only so
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_ROOT), environment.get("PYTHONPATH")]))
     if torch.cuda.is_available():
         named = environment.get("CUDA_VISIBLE_DEVICES")

@@ -27,8 +27,8 @@ def parity(runner: Runner, model: str, attention_settings: Sequence[str]) -> dic
     """Losses of `STEPS` steps by each of `VARIANTS`, and how far they lie from those of one process.
 
     The tolerance is twice the largest relative difference over the steps between runs of one process that differ in
-    rounding alone: in the micro batch, and on a GPU in the kernels of sparse layers. Attention alone under context
-    parallel is compared in fp32 too.
+    rounding alone: in the micro batch, and on a GPU in the kernels of sparse and of dense layers. Attention alone
+    under context parallel is compared in fp32 too.
 
     Args:
         attention_settings: arguments of `s2train.scaling.exactness`.
@@ -48,6 +48,7 @@ def parity(runner: Runner, model: str, attention_settings: Sequence[str]) -> dic
     twins = {"micro batch 2": ("train.micro_batch_size=2",)}
     if torch.cuda.is_available():
         twins["portable kernels"] = ("attention_backend=portable",)
+        twins["FlashAttention-2 in dense layers"] = ("dense_attention=flash",)
     jobs = [job("one", 1), *(job(name, 1, *settings) for name, settings in twins.items())]
     jobs += [job(name, 2, *settings) for name, settings in VARIANTS.items()]
     if all(outcome.error is None for outcome in outcomes.values()):

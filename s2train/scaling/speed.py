@@ -33,7 +33,10 @@ def speed(runner: Runner, models: tuple[str, ...], seq_length: int, sequences: i
 
 
 def summary(outcome: Outcome, processes: int, alone: float | None) -> dict[str, Any]:
-    """Medians over the steady steps; `efficiency` is tokens per second over `processes` times those of one device."""
+    """Medians over the steady steps; `efficiency` is tokens per second over `processes` times those of one device.
+
+    Communication and parts are those of rank 0's profiled step; communication includes its waiting for other ranks.
+    """
     if outcome.error is not None:
         return {"error": outcome.error}
     steps = [record for record in outcome.records if "tokens_per_s" in record and record["step"] > _WARM]
@@ -50,6 +53,8 @@ def summary(outcome: Outcome, processes: int, alone: float | None) -> dict[str, 
         "step_time_s": statistics.median(record["step_time_s"] for record in steady),
         "communication": exposed + hidden,
         "communication_exposed": exposed,
+        "profiled_step_s": profile["step_ms"] / 1e3,
+        "parts_ms": profile["parts"],
         "memory_gib": max(record["memory_gib"] for record in steps),
         "loss": steps[-1]["loss"],
     }

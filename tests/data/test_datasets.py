@@ -1,4 +1,6 @@
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -6,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from filelock import FileLock
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from s2train.config import PrepareConfig, PretrainConfig
@@ -53,6 +56,18 @@ def two_letters(tmp_path: Path) -> list[str]:
             PrepareConfig(input=str(tmp_path / f"{letter}.txt"), output=str(tmp_path / letter), document_chars=1000)
         )
     return [str(tmp_path / "a"), str(tmp_path / "b")]
+
+
+def test_runs_that_share_a_cache_build_in_it_one_at_a_time(corpus: str, config: MakeConfig) -> None:
+    cfg = config(corpus)
+    Path(cfg.data.cache).mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(1) as pool:
+        with FileLock(Path(cfg.data.cache) / "building.lock"):
+            built = pool.submit(build, cfg)
+            time.sleep(0.5)
+            assert not built.done()
+            assert not list(Path(cfg.data.cache).rglob("*.npy"))
+        assert len(built.result(timeout=60)[0]) > 0
 
 
 @pytest.mark.parametrize("seq_length", [64, 1000])

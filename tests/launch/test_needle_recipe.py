@@ -113,7 +113,7 @@ def test_a_small_recipe_goes_from_data_to_grid_and_on_where_it_stopped(
             assert done.status == 0, done.err
 
     monkeypatch.setattr(recipe["Deadline"], "run", start)
-    monkeypatch.setattr(recipe["Deadline"], "run_together", lambda self, commands: start(self, *commands))
+    monkeypatch.setattr(recipe["Deadline"], "run_together", lambda self, commands, at_once: start(self, *commands))
     whole = recipe["PHASES"]
     short = [
         replace(phase, length=length, batch=2, micro=2, steps=2)
@@ -121,14 +121,14 @@ def test_a_small_recipe_goes_from_data_to_grid_and_on_where_it_stopped(
     ]
     main, root = recipe["main"], ["--root", str(tmp_path)]
     # The functions' own globals, which are not the module's here.
-    main.__globals__["PHASES"] = tuple(short)
+    monkeypatch.setitem(main.__globals__, "PHASES", tuple(short))
     main(["data", *root])
     main(["train", "hybrid", *root, "--longest", "128", *SMALL])
     assert not recipe["is_trained"](tmp_path, "hybrid", 1)
     main(["train", "hybrid", *root, *SMALL])
     assert recipe["is_trained"](tmp_path, "hybrid", 1)
     main(["curve", "hybrid", *root])
-    main.__globals__["GRID"] = (128, 256)
+    monkeypatch.setitem(main.__globals__, "GRID", (128, 256))
     main(["evaluate", "hybrid", *root])
     picture = runpy.run_path(str(ROOT / "launch" / "needle_curves.py"))
     variant = picture["read_variant"](tmp_path / "hybrid")

@@ -141,3 +141,7 @@ def test_what_can_not_be_decoded_is_refused(alone: Results) -> None:
 def test_nothing_is_left_after_the_context(alone: Results) -> None:
     assert alone["refusals"]["attached"] == 0
     assert alone["forgotten"] == {"gone": True, "same": True}
+
+
+def test_a_dense_layers_later_queries_are_the_same_by_the_sparse_op(alone: Results) -> None:
+    assert 0 <= alone["later_queries"]["difference"] < 1e-6

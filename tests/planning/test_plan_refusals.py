@@ -138,6 +138,12 @@ def test_what_does_not_divide_is_refused(case: str) -> None:
     assert remedy in refusal.value.remedy
 
 
+def test_deterministic_training_takes_no_kernel_that_is_not() -> None:
+    cfg = config(train__deterministic=True, dense_attention="cudnn")
+    with pytest.raises(ConfigError, match="dense_attention=flash"):
+        check(cfg, 1, GPU)
+
+
 VALUES: dict[str, tuple[Any, str]] = {
     "train__max_skipped_steps": (-1, "train.max_skipped_steps to 0 or more"),
     "train__spike_factor": (0.0, "train.spike_factor to a positive"),

@@ -46,3 +46,6 @@ def test_speed_is_measured_without_a_checkpoint(tmp_path: Path) -> None:
     assert rows.keys() == {"one", "dp2", "cp2", "tp2"}
     assert all(row["tokens_per_s"] > 0 for row in rows.values())
     assert not list(tmp_path.glob("runs/**/checkpoints"))
+    written = (tmp_path / "two.json").stat().st_mtime_ns
+    assert run("scaling.py", "two", *options, *TINY, processes=0, cwd=tmp_path, timeout=60).status == 0
+    assert (tmp_path / "two.json").stat().st_mtime_ns == written

@@ -1,11 +1,12 @@
 """What is made of the runs' metrics."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from s2train.scaling.balance import spread
-from s2train.scaling.jobs import Outcome
+from s2train.scaling.jobs import Job, Outcome, Runner
 from s2train.scaling.parity import verdict
 from s2train.scaling.report import lines
 from s2train.scaling.speed import summary
@@ -67,6 +68,23 @@ def test_speed_leaves_out_first_and_profiled_steps() -> None:
 def test_a_run_that_failed_is_told_as_such() -> None:
     result = {"models": {"1b": {"one": summary(FAILED, 1, None)}}}
     assert lines("scaling", result) == ["1b one: out of memory"]
+
+
+def test_the_same_jobs_again_run_only_what_is_not_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+
+    def start(self: Runner, name: str, processes: int, program: list[str], first_device: int) -> str | None:
+        started.append(name)
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+        return "out of memory" if name == "b" and started.count("b") == 1 else None
+
+    monkeypatch.setattr(Runner, "_start", start)
+    jobs = [Job("a", 1, ()), Job("b", 2, ())]
+    first, again = (Runner(tmp_path, 2).run(jobs) for _ in range(2))
+    assert (first["b"].error, again["b"].error) == ("out of memory", None)
+    assert started == ["a", "b", "b"]
+    assert again["a"].losses == [2.0]
 
 
 def test_spread_is_what_the_slowest_rank_adds_to_the_mean() -> None:
