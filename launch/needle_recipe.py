@@ -149,7 +149,8 @@ def needle_command(checkpoint: Path, lengths: list[int], trials: int, output: Pa
         f"lengths={lengths}",
         f"depths={DEPTHS}",
         f"trials={trials}",
-        f"batch_size={max(1, min(trials, 131072 // max(lengths)))}",
+        f"batch_size={trials}",
+        "batch_tokens=131072",
         f"output={output}",
     ]
 

@@ -63,6 +63,7 @@ def evaluate(cfg: NeedleConfig) -> None:
                 asked,
                 request.folder,
                 batch_size=cfg.batch_size,
+                batch_tokens=cfg.batch_tokens,
                 device=device,
                 trained_length=request.trained.train.seq_length,
                 ranks=ranks,

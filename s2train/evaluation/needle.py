@@ -97,6 +97,7 @@ def evaluate_grid(
     *,
     batch_size: int,
     device: torch.device,
+    batch_tokens: int | None = None,
     ranks: Ranks | None = None,
     finished: Mapping[tuple[int, float], Cell] | None = None,
 ) -> Iterator[Cell]:
@@ -106,18 +107,20 @@ def evaluate_grid(
 
     Args:
         decode: greedy continuation of prompts (`s2train.evaluation.generate`).
-        batch_size: sequences decoded at once, on a rank.
+        batch_size: sequences decoded at once, on a rank; fewer, but one at least, where they would have more than
+            `batch_tokens`.
         finished: cells known already, by (length, depth); taken as they are. The same on all ranks.
     """
     ranks, finished = ranks or Ranks(), finished or {}
     for length, depth in grid.cells:
+        at_once = batch_size if batch_tokens is None else max(1, min(batch_size, batch_tokens // length))
         if (length, depth) in finished:
             yield finished[length, depth]
             continue
         trials = range(ranks.index, grid.trials, ranks.count)
         samples = [sampler.sample(grid.rng(length, depth, trial), length, depth, "eval") for trial in trials]
         counts = torch.zeros(5, dtype=torch.int64, device=device)
-        for batch in _batches(samples, batch_size):
+        for batch in _batches(samples, at_once):
             counts += _score(decode, batch, sampler.tokenizer, device)
         if ranks.count > 1:
             dist.all_reduce(counts, group=ranks.group)

@@ -70,6 +70,8 @@ def read_request(cfg: NeedleConfig, world_size: int, hardware: Hardware) -> Requ
     check_attention_backend(cfg.attention_backend, hardware)
     if cfg.batch_size < 1:
         raise ConfigError("batch_size", cfg.batch_size, "no sequence in a batch", "Use 1 or more")
+    if cfg.batch_tokens is not None and cfg.batch_tokens < 1:
+        raise ConfigError("batch_tokens", cfg.batch_tokens, "no token in a batch", "Use 1 or more, or null")
     if not 0 < cfg.threshold <= 1:
         raise ConfigError("threshold", cfg.threshold, "no share of right answers", "Use more than 0 and up to 1")
     choose_mode(cfg.wandb, "wandb")  # refused now, if at all

@@ -28,6 +28,7 @@ def run_needles(
     *,
     batch_size: int,
     device: torch.device,
+    batch_tokens: int | None = None,
     trained_length: int | None = None,
     ranks: Ranks | None = None,
     reach: Callable[[int, float], CellReach] | None = None,
@@ -58,7 +59,10 @@ def run_needles(
         known = from_first(known)
     results = replace(asked, cells=known)
     finished = {(cell.length, cell.depth): cell for cell in known}
-    cells = evaluate_grid(decode, sampler, grid, batch_size=batch_size, device=device, ranks=ranks, finished=finished)
+    cells = evaluate_grid(
+        decode, sampler, grid, batch_size=batch_size, batch_tokens=batch_tokens, device=device, ranks=ranks,
+        finished=finished,
+    )  # fmt: skip
     columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(name, total=len(grid.cells))

@@ -125,10 +125,11 @@ def _kernel_times(
     communication: list[Interval] = []
     for kernel in kernels:
         launch = launches.get(kernel.get("args", {}).get("correlation"))
-        if launch is None or not _within(launch["ts"], steps):
-            continue
         if _COMMUNICATION.search(kernel["name"]):
-            communication.append(_interval(kernel))
+            if _within((launch or kernel)["ts"], steps):  # counted even if its launch was not traced
+                communication.append(_interval(kernel))
+            continue
+        if launch is None or not _within(launch["ts"], steps):
             continue
         compute.append(_interval(kernel))
         where = ranges.at(launch["tid"], launch["ts"])

@@ -98,6 +98,18 @@ def test_a_solver_scores_everywhere_in_every_task_and_one_mistake_is_counted(
     assert first.character_accuracy == pytest.approx(1 - 1 / (3 * counted))
 
 
+def test_longer_sequences_come_in_smaller_batches(sampler: TaskSampler) -> None:
+    taken: dict[int, set[int]] = {}
+
+    def decode(prompts: Tensor, new_tokens: int) -> Tensor:
+        taken.setdefault(prompts.shape[1] + new_tokens, set()).add(prompts.shape[0])
+        return greedy_decode(copier, prompts, new_tokens)
+
+    grid = NeedleGrid(lengths=(100, 160, 320), depths=(0.5,), trials=4, seed=1)
+    list(evaluate_grid(decode, sampler, grid, batch_size=3, batch_tokens=300, device=CPU))
+    assert taken == {100: {3, 1}, 160: {1}, 320: {1}}
+
+
 def test_batch_size_changes_no_result(sampler: TaskSampler) -> None:
     decode = partial(greedy_decode, short_sighted_copier)
     results = [list(evaluate_grid(decode, sampler, GRID, batch_size=b, device=CPU)) for b in (1, 2, 5)]

@@ -68,6 +68,7 @@ BAD: list[tuple[str, Any]] = [
     ("depths", [float("nan")]),
     ("trials", 0),
     ("batch_size", 0),
+    ("batch_tokens", 0),
     ("seed", -1),
     ("tp", 0),
     ("tp", 2),
