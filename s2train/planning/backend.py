@@ -1,5 +1,7 @@
 """Whether the asked-for backend and FP8 can be had: transformer-engine, the GPU, and the sizes of FP8 products."""
 
+import torch
+
 from s2train.config import PretrainConfig
 from s2train.errors import ConfigError
 from s2train.hardware import Hardware
@@ -8,6 +10,7 @@ from s2train.te import INSTALL, te_problem
 
 # Compute capability that a recipe's tensor cores and libraries begin at.
 _CAPABILITY = {"tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
+_BLOCKWISE_CUDA = (12, 9)
 
 
 def check_te(cfg: PretrainConfig, hardware: Hardware) -> None:
@@ -27,6 +30,8 @@ def check_te(cfg: PretrainConfig, hardware: Hardware) -> None:
         raise ConfigError(setting, value, "transformer-engine needs a CUDA device", "Set backend=local fp8=none")
     if wants_fp8:
         _check_capability(cfg, hardware)
+        if cfg.fp8_recipe == "blockwise":
+            _check_cuda(torch.version.cuda)
     if (problem := te_problem()) is not None:
         raise ConfigError(setting, value, problem, INSTALL + (" fp8=none" if wants_fp8 else ""))
 
@@ -67,6 +72,12 @@ def _check_capability(cfg: PretrainConfig, hardware: Hardware) -> None:
             f"{hardware.name} has compute capability {_version(hardware.capability)}, below {_version(least)}",
             "Set fp8=none" if hardware.capability < _CAPABILITY["tensorwise"] else "Set fp8_recipe=tensorwise",
         )
+
+
+def _check_cuda(version: str | None) -> None:
+    if version is not None and tuple(map(int, version.split(".")[:2])) < _BLOCKWISE_CUDA:
+        problem = f"it needs CUDA {_version(_BLOCKWISE_CUDA)}, and this torch was built with {version}"
+        raise ConfigError("fp8_recipe", "blockwise", problem, "Set fp8_recipe=tensorwise")
 
 
 def _version(capability: tuple[int, int]) -> str:

@@ -76,3 +76,12 @@ def test_fp8_that_cannot_be_is_refused(
 
 def test_a_device_of_unknown_capability_is_taken_at_its_word(installed: None) -> None:
     assert check(config(**WITH_FP8), 1, GPU).fits
+
+
+@pytest.mark.usefixtures("installed")
+def test_blockwise_fp8_needs_a_newer_cuda_than_tensorwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.version.cuda", "12.8")
+    assert check(config(**WITH_FP8), 1, H100).fits
+    assert "fp8_recipe=tensorwise" in refusal(H100, **WITH_FP8, fp8_recipe="blockwise").remedy
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+    assert check(config(**WITH_FP8, fp8_recipe="blockwise"), 1, H100).fits
