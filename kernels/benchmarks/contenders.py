@@ -72,9 +72,9 @@ def _block_pairs(case: Case) -> int:
 # dk and dv of every query head.
 def _ours_bytes(case: Case) -> int:
     pairs = _block_pairs(case) * case.num_patterns // case.heads
-    masks, indices = 4 * pairs, 48 * int(pairs * case.density() / 2)
+    indices = 48 * int(pairs * case.density() / 2)
     rows = 3 * 4 * case.heads * case.length  # log-sum-exp, its gradient, the backward's delta
-    return _results(case) + 2 * _queries(case) + rows + masks + indices
+    return _results(case) + 2 * _queries(case) + rows + indices
 
 
 def _flex_bytes(case: Case) -> int:

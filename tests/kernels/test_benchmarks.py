@@ -201,9 +201,9 @@ def test_a_refused_contender_is_a_line_of_the_record() -> None:
 MEASURED = json.loads((Path(contenders.__file__).parents[1] / "results/2026-11-22-h100-benchmarks.json").read_text())
 
 
-@pytest.mark.parametrize(("name", "above"), [("ours", 1.1), ("cudnn", 1.05), ("flash2", 1.05), ("flex", 1.6)])
+@pytest.mark.parametrize(("name", "above"), [("ours", 1.1), ("cudnn", 1.05), ("flash2", 1.05), ("flex", 1.7)])
 def test_estimated_memory_covers_the_measured_peak(name: str, above: float) -> None:
-    """FlexAttention's sorting of indices, and the layout's masks, are over before the peak is measured."""
+    """FlexAttention's sorting of indices is over before the peak is measured."""
     for record in MEASURED["cases"]:
         case = parse_case(record["case"])
         measured = record["results"][name].get("peak_bytes")
@@ -261,7 +261,7 @@ def test_calls_slower_than_a_peers_are_named() -> None:
 
 def test_the_kernels_that_ran_are_told_by_their_names() -> None:
     ours = [record["results"]["ours"] for record in MEASURED["cases"]]
-    assert {kernel_paths(result) for result in ours} == {"hopper / hopper"}
+    assert {kernel_paths(result) for result in ours if "ms" in result} == {"hopper / hopper"}
     assert (
         kernel_paths({"kernels": ["s2_attention_fwd_kernel_hopper", "s2_attention_bwd_kernel_dq"]}) == "hopper / triton"
     )
