@@ -1,14 +1,11 @@
 """What every test shares."""
 
 import os
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
-from xdist.scheduler import LoadScopeScheduling
 
 # Triton reads this at its first import, which megatron-core may do before the kernels' own tests are reached.
 if not torch.cuda.is_available():
@@ -32,22 +29,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
-class SharedFixtures(LoadScopeScheduling):  # type: ignore[misc, unused-ignore]
-    """Tests of a file that makes something once for all of them run in one worker; others run anywhere."""
-
-    def _split_scope(self, nodeid: str) -> str:
-        file, _, _ = nodeid.partition("::")
-        return file if _shares(file) else nodeid
-
-
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> SharedFixtures:
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """`--dist loadgroup` groups nothing: pytest 9 keeps node ids where pytest-xdist 3.8 doesn't write them."""
+    from tests.scheduling import SharedFixtures  # GPU tests run without pytest-xdist
+
     return SharedFixtures(config, log)
-
-
-@cache
-def _shares(file: str) -> bool:
-    return 'scope="module"' in (Path(__file__).parents[1] / file).read_text()
 
 
 def _group(item: pytest.Item) -> str:
