@@ -64,6 +64,11 @@ def _queries(case: Case) -> int:
     return 2 * case.length * case.dim * case.heads
 
 
+def _rows(case: Case) -> int:
+    """Log-sum-exp, its gradient and the backward's delta."""
+    return 3 * 4 * case.heads * case.length
+
+
 def _block_pairs(case: Case) -> int:
     return case.heads * (case.length // case.block) ** 2
 
@@ -73,13 +78,13 @@ def _block_pairs(case: Case) -> int:
 def _ours_bytes(case: Case) -> int:
     pairs = _block_pairs(case) * case.num_patterns // case.heads
     indices = 48 * int(pairs * case.density() / 2)
-    rows = 3 * 4 * case.heads * case.length  # log-sum-exp, its gradient, the backward's delta
-    return _results(case) + 2 * _queries(case) + rows + indices
+    return _results(case) + 2 * _queries(case) + _rows(case) + indices
 
 
 def _flex_bytes(case: Case) -> int:
-    """Four dense int32 index tensors that stay, and three of int64 while they are sorted."""
-    return _results(case) + (4 * 4 + 3 * 8) * _block_pairs(case)
+    """Four dense int32 index tensors that stay, and before there are results three of int64 while they are sorted."""
+    stay, sorting = 4 * 4 * _block_pairs(case), 3 * 8 * _block_pairs(case)
+    return stay + max(sorting, _results(case) + _rows(case))
 
 
 def _dkernel_bytes(case: Case) -> int:

@@ -201,7 +201,7 @@ def test_a_refused_contender_is_a_line_of_the_record() -> None:
 MEASURED = json.loads((Path(contenders.__file__).parents[1] / "results/2026-11-22-h100-benchmarks.json").read_text())
 
 
-@pytest.mark.parametrize(("name", "above"), [("ours", 1.1), ("cudnn", 1.05), ("flash2", 1.05), ("flex", 1.7)])
+@pytest.mark.parametrize(("name", "above"), [("ours", 1.1), ("cudnn", 1.05), ("flash2", 1.05), ("flex", 1.15)])
 def test_estimated_memory_covers_the_measured_peak(name: str, above: float) -> None:
     """FlexAttention's sorting of indices is over before the peak is measured."""
     for record in MEASURED["cases"]:
