@@ -190,6 +190,29 @@ class CausalCoreAttention(MegatronModule):
         """What this rank's heads keep of `seq_length` tokens; None: everything."""
         return None
 
+    def attend_by_layout(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        layout: BlockLayout,
+        query_offset: int,
+        return_lse: bool,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        if self.kernels is None:
+            self.kernels = kernels_in_use(
+                query, key, value, layout, query_offset=query_offset, backend=self.backend
+            )  # fmt: skip
+        scale, backend = self.softmax_scale, self.backend
+        if return_lse:
+            return block_sparse_attention(
+                query, key, value, layout, softmax_scale=scale, query_offset=query_offset, return_lse=True,
+                backend=backend,
+            )  # fmt: skip
+        return block_sparse_attention(
+            query, key, value, layout, softmax_scale=scale, query_offset=query_offset, backend=backend
+        )
+
 
 class DenseCoreAttention(CausalCoreAttention):
     """Every head keeps everything. `implementation`: of `dense_causal_attention`, the run's `dense_attention`."""
@@ -199,10 +222,9 @@ class DenseCoreAttention(CausalCoreAttention):
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, query_offset: int) -> torch.Tensor:
         layout = self.layout_of_later_queries(query, key, value, query_offset)
         if layout is not None:
-            scale, backend = self.softmax_scale, self.backend
-            return block_sparse_attention(
-                query, key, value, layout, softmax_scale=scale, query_offset=query_offset, backend=backend
-            )
+            out = self.attend_by_layout(query, key, value, layout, query_offset, return_lse=False)
+            assert isinstance(out, torch.Tensor)
+            return out
         return dense_causal_attention(
             query,
             key,
@@ -232,7 +254,7 @@ class SparseCoreAttention(CausalCoreAttention):
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, query_offset: int) -> torch.Tensor:
         layout = self.layout(key.shape[0] if self.kv is None else self.kv.max_length, query.device)
-        out = self._attend(query, key, value, layout, query_offset, return_lse=False)
+        out = self.attend_by_layout(query, key, value, layout, query_offset, return_lse=False)
         assert isinstance(out, torch.Tensor)
         return out
 
@@ -241,30 +263,7 @@ class SparseCoreAttention(CausalCoreAttention):
             return super().attend_across_ranks(query, key, value)
         layout = self.layout(key.shape[0] * self.cp_group.size(), query.device)
         attend = attend_overlapped if self.cp_exchange == "overlapped" else attend_together
-        return attend(self._attend, query, key, value, layout, self.cp_group)
-
-    def _attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        layout: BlockLayout,
-        query_offset: int,
-        return_lse: bool,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        if self.kernels is None:
-            self.kernels = kernels_in_use(
-                query, key, value, layout, query_offset=query_offset, backend=self.backend
-            )  # fmt: skip
-        scale, backend = self.softmax_scale, self.backend
-        if return_lse:
-            return block_sparse_attention(
-                query, key, value, layout, softmax_scale=scale, query_offset=query_offset, return_lse=True,
-                backend=backend,
-            )  # fmt: skip
-        return block_sparse_attention(
-            query, key, value, layout, softmax_scale=scale, query_offset=query_offset, backend=backend
-        )
+        return attend(self.attend_by_layout, query, key, value, layout, self.cp_group)
 
     def layout(self, seq_length: int, device: torch.device) -> BlockLayout:
         return self.cache.get(self.layer_layout, seq_length, self.heads, device)

@@ -204,6 +204,7 @@ def forgotten(device: torch.device) -> dict[str, Any]:
         CachedModel(gpt, cache).prefill(tokens[:, :30])
         pool = weakref.ref(cache.pool.keys)
     del cache
+    gc.enable()
     after = gpt(tokens, positions_like(tokens), None)
     return {"gone": pool() is None, "same": torch.equal(before, after)}
 
