@@ -59,6 +59,9 @@ class SweepLauncher(Launcher):
         self.program = _program(config)
         self.swept = _swept_settings(hydra_context, config)
         self.jobs: dict[Path, Job] = {}
+        self.earlier = [
+            replace(job, is_earlier=True) for job in read_record(self.sweep_dir) if job.summary() is not None
+        ]
         run_command(self._check_sweep)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
@@ -93,8 +96,7 @@ class SweepLauncher(Launcher):
         """Keep what is known of all jobs so far, and of those that an earlier sweep ran in this folder."""
         jobs = list(self.jobs.values())
         known = {job.folder.name for job in jobs}
-        others = [job for job in read_record(self.sweep_dir) if job.folder.name not in known]
-        earlier = [replace(job, is_earlier=True) for job in others if job.summary() is not None]
+        earlier = [job for job in self.earlier if job.folder.name not in known]
         write_record(self.sweep_dir, told_apart([*earlier, *jobs]) if earlier else jobs)
 
     def _check_sweep(self) -> None:
