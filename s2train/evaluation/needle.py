@@ -113,13 +113,13 @@ def evaluate_grid(
     """
     ranks, finished = ranks or Ranks(), finished or {}
     for length, depth in grid.cells:
-        at_once = batch_size if batch_tokens is None else max(1, min(batch_size, batch_tokens // length))
         if (length, depth) in finished:
             yield finished[length, depth]
             continue
         trials = range(ranks.index, grid.trials, ranks.count)
         samples = [sampler.sample(grid.rng(length, depth, trial), length, depth, "eval") for trial in trials]
         counts = torch.zeros(5, dtype=torch.int64, device=device)
+        at_once = batch_size if batch_tokens is None else max(1, min(batch_size, batch_tokens // length))
         for batch in _batches(samples, at_once):
             counts += _score(decode, batch, sampler.tokenizer, device)
         if ranks.count > 1:

@@ -82,10 +82,8 @@ class Runner:
     def worker(self, module: str, name: str, *arguments: str) -> dict[str, Any]:
         """What a module, on all devices, wrote to the file that is its first argument; {"error": …} if it failed."""
         output = self._path(name).with_suffix(".json")
-        if output.is_file():
-            error = None
-        else:
-            error = self._start(name, self.devices, ["-m", module, str(output), *arguments], 0)
+        program = ["-m", module, str(output), *arguments]
+        error = None if output.is_file() else self._start(name, self.devices, program, 0)
         result: dict[str, Any] = json.loads(output.read_text()) if error is None else {"error": error}
         return result
 
@@ -96,10 +94,10 @@ class Runner:
         if not done.is_file():
             shutil.rmtree(run_dir, ignore_errors=True)  # broken off: its metrics would count twice
             error = self._start(job.name, job.processes, program, first_device)
+            if error is None:
+                done.touch()
         metrics = run_dir / "metrics.jsonl"
         lines = metrics.read_text().splitlines() if error is None else []
-        if error is None:
-            done.touch()
         outcome = Outcome([json.loads(line) for line in lines], error, time.monotonic() - began)
         print(f"{job.name}: {error or 'done'}, {outcome.seconds:.0f} s", flush=True)
         return outcome
