@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from hydra.errors import HydraException
 
-from s2train.composition import config_groups, explain
+from s2train.composition import CONF, config_groups, explain
 from s2train.errors import EXIT_REQUEUE, ConfigError, StartUpError, StoppedBySignal, TrainingError
 
 USAGE_STATUS = 2
@@ -20,7 +20,6 @@ USAGE_STATUS = 2
 # any other status for a failure, which it would restart or report as its own 1. `launch/job.py` sets it.
 STATUS_FILE = "S2TRAIN_STATUS_FILE"
 _SECONDS_TO_SPEAK = 10.0
-_CONF = Path(__file__).parents[1] / "conf"
 
 
 def run_hydra(main: Callable[[], None], schema: type) -> None:
@@ -36,7 +35,7 @@ def run_hydra(main: Callable[[], None], schema: type) -> None:
         main()
     except HydraException as error:
         overrides = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
-        _refuse(explain(error, overrides, config_groups(_CONF), schema))
+        _refuse(explain(error, overrides, config_groups(CONF), schema))
     finally:
         os.environ.pop("HYDRA_FULL_ERROR", None)
 

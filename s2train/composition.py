@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from s2train.errors import ConfigError
 
+CONF = Path(__file__).parents[1] / "conf"
 _HYDRA_GROUPS = {
     "hydra/launcher": "s2train_local and s2train_slurm",
     "hydra/sweeper": "basic, and optuna with the extra `sweep` (pip install -e '.[sweep]')",

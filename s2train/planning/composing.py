@@ -1,15 +1,12 @@
 """The settings of a training run, composed outside of Hydra's own program."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 
-from s2train.composition import config_groups
+from s2train.composition import CONF, config_groups
 from s2train.config import PretrainConfig, register
 from s2train.planning.checks import resolve
-
-CONF = Path(__file__).parents[2] / "conf"
 
 
 def compose_run(overrides: Sequence[str]) -> PretrainConfig:
