@@ -11,7 +11,7 @@ from hypothesis import settings
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# Groups of tests that wait most of their time, for timeouts and other processes; a group runs in one worker.
+# Groups of tests that wait most of their time, for timeouts and other processes: they begin first, in this order.
 _GROUPS_THAT_WAIT = {"faults": 0, "kills": 1, "nodes": 2, "sweeps": 3, "te": 4}
 
 # Time limits on examples fail by the machine's load, not by the code.

@@ -6,8 +6,6 @@ import pytest
 
 from tests.program import SMALL, Outcome, error_line, run
 
-pytestmark = pytest.mark.xdist_group("bad input")
-
 
 def attempt(run_dir: Path, *arguments: str, processes: int = 0, by_torchrun: bool = False) -> Outcome:
     settings = [*SMALL, f"run_dir={run_dir}", *arguments]

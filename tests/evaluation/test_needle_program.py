@@ -11,7 +11,7 @@ from s2train.config import PrepareConfig
 from s2train.data.prepare import prepare
 from tests.program import Outcome, pretrain, run
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("needle")]
+pytestmark = [pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from s2train.export.modeling_s2 import S2ForCausalLM
 from s2train.export.weights import llama_shapes
 from tests.program import SMALL, error_line, metrics, pretrain, run
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("export")]
+pytestmark = [pytest.mark.slow]
 
 VOCABULARY, LENGTH = 272, 203
 # fp32: a few roundings of sums over some hundred terms, in another order

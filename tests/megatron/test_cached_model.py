@@ -13,7 +13,7 @@ import pytest
 from tests.megatron.cached_models import BLOCK, MODELS
 from tests.program import run
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("cached")]
+pytestmark = [pytest.mark.slow]
 
 ROOT = Path(__file__).parents[2]
 Results = dict[str, dict[str, Any]]

@@ -8,7 +8,7 @@ import pytest
 
 from tests.program import error_line, metrics, pretrain, run
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("packed")]
+pytestmark = [pytest.mark.slow]
 
 # Of fp32: sums over some hundred terms, in another order.
 TOLERANCE = 2e-5

@@ -12,7 +12,7 @@ from tests.program import metrics, pretrain
 STEPS = 10
 TOLERANCE = 1e-5
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("parity")]
+pytestmark = [pytest.mark.slow]
 
 VARIANTS = {
     "tp2": (2, ["parallel.tp=2"]),

@@ -10,7 +10,6 @@ from tests.program import pretrain
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("parity")
 def test_no_two_layers_start_with_the_same_weights(tmp_path: Path) -> None:
     # So small a learning rate leaves the weights as they were drawn.
     settings = [

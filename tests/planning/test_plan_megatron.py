@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("plan_megatron")]
+pytestmark = [pytest.mark.slow]
 
 ROOT = Path(__file__).parents[2]
 

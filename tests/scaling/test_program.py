@@ -24,7 +24,6 @@ def test_results_that_are_there_are_not_written_over(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.xdist_group("parity")
 def test_every_way_to_spread_a_model_agrees_with_one_process(tmp_path: Path) -> None:
     options = ["--parity", "--parity-model", "tiny_hybrid", "--attention-length", "512", "train.precision=bf16"]
     done = run("scaling.py", "two", *options, *TINY, processes=0, cwd=tmp_path, timeout=1200)
@@ -37,7 +36,6 @@ def test_every_way_to_spread_a_model_agrees_with_one_process(tmp_path: Path) -> 
 
 
 @pytest.mark.long
-@pytest.mark.xdist_group("parity")
 def test_speed_is_measured_without_a_checkpoint(tmp_path: Path) -> None:
     options = ["--scaling", "--models", "tiny_hybrid", "--seq-length", "128"]
     done = run("scaling.py", "two", *options, *TINY, processes=0, cwd=tmp_path, timeout=600)

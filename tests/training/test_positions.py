@@ -78,7 +78,6 @@ SETTINGS = [
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("positions")
 def test_a_run_reports_the_losses_of_a_direct_computation(alone: Path, tmp_path: Path) -> None:
     arguments = [str(alone / "checkpoints" / "iter_0000002"), str(tmp_path / "losses.pt")]
     done = run("tests.training.position_program", *arguments, processes=0)
@@ -93,7 +92,6 @@ def test_a_run_reports_the_losses_of_a_direct_computation(alone: Path, tmp_path:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("positions")
 @pytest.mark.parametrize("settings", [["parallel.cp=2"], [], ["parallel.pp=2"]], ids=["cp2", "dp2", "pp2"])
 def test_two_processes_report_what_one_does(alone: Path, tmp_path: Path, settings: list[str]) -> None:
     start = f"checkpoint.resume={alone / 'checkpoints' / 'iter_0000001'}"

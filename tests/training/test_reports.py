@@ -7,7 +7,7 @@ import pytest
 from s2train.megatron.checkpoint import read_progress
 from tests.program import Outcome, metrics, pretrain
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("reports")]
+pytestmark = [pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

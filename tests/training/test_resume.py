@@ -12,7 +12,7 @@ from s2train.megatron.integrity import damage
 from s2train.training.plots import read_curves
 from tests.program import Outcome, error_line, metrics, pretrain
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("resume")]
+pytestmark = [pytest.mark.slow]
 
 STEPS = "train.steps=6"
 REPORTS = "tracking.log_interval=2"  # so that the run stops between two
