@@ -7,8 +7,10 @@ The prefill's seconds are those of the last run, with all kernels compiled.
 
 import argparse
 import json
+import shlex
 import sys
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from s2train.megatron.model import build_model, transformer_config, unwrap
 from s2train.megatron.page_pool import OutOfPagesError
 from s2train.megatron.setup import initialize, shutdown
 from s2train.planning import compose_run, hybrid_layout
+from s2train.versions import versions
 
 Record = dict[str, Any]
 _WARM_STEPS = 3  # the first is run, the second captured
@@ -64,14 +67,23 @@ def main(arguments: list[str] | None = None) -> int:
         "dense",
     ):
         table.add_column(name, justify="right")
-    records = []
+    records: list[Record] = []
+    data = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", "-m", "s2train.evaluation.decode_speed", *(arguments or sys.argv[1:])]),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "versions": versions(),
+        "model": pretrain.model.name,
+        "layers": "".join(layer.kind.letter for layer in hybrid.layers),
+        "cases": records,
+    }
     for length in args.lengths:
         for batch in args.batches:
             records.append(measure(gpt, length, batch, args.tokens, args.chunk, device))
             table.add_row(*_row(records[-1]))
             console.print(records[-1])
             if args.output is not None:
-                args.output.write_text(json.dumps(records, indent=1) + "\n")
+                args.output.write_text(json.dumps(data, indent=1) + "\n")
     console.print(table)
     shutdown()
     return int(any(record.get("kv_bytes") != record.get("predicted_bytes") for record in records))

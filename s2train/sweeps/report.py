@@ -88,5 +88,10 @@ def _point(result: Result) -> Point | None:
     loss = job.loss()
     if loss is None or summary is None or job.density is None:
         return None
-    name = " ".join(value for setting, value in job.swept.items() if setting != "seed") or "all"
+    name = " ".join(_value(setting, value) for setting, value in job.swept.items() if setting != "seed") or "all"
     return Point(name, job.density, loss, summary.tokens_per_s)
+
+
+def _value(setting: str, value: str) -> str:
+    """A value as the legend shows it: a bare True says nothing without its setting."""
+    return f"{setting.rsplit('.', 1)[-1]}={value}" if value.lower() in ("true", "false") else value

@@ -24,7 +24,10 @@ def test_a_cache_is_timed_and_holds_what_is_predicted(tmp_path: Path) -> None:
         timeout=120,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    (record,) = json.loads(output.read_text())
+    data = json.loads(output.read_text())
+    assert "+model=tiny_hybrid" in data["command"]
+    assert data["device"] == "CPU"
+    (record,) = data["cases"]
     assert record["prefill_s"] > 0
     assert record["step_ms"] > 0
     assert 0 < record["kv_bytes"] == record["predicted_bytes"] < record["dense_bytes"]
