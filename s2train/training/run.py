@@ -34,6 +34,7 @@ from s2train.training.optimizer import build_optimizer, wrap_data_parallel
 from s2train.training.plots import draw_loss_curve
 from s2train.training.resume import Start, claim_run_dir, find_start
 from s2train.training.signals import StopSignals
+from s2train.training.start_times import StartTimes
 from s2train.training.startup import check_start
 from s2train.training.warm_up import compile_kernels, first_on_each_machine
 from s2train.training.watchdog import Watchdog
@@ -52,6 +53,7 @@ def run(cfg: PretrainConfig, plan: Plan) -> None:
         TrainingError: the run can't go on.
         StoppedBySignal: a signal asked it to save and end.
     """
+    times = StartTimes()
     backend, tokenizer = choose_backend(cfg.backend), load_tokenizer(cfg.data.tokenizer)
     lock, start, is_first = None, None, os.environ.get("RANK", "0") == "0"
     if is_first:  # the others wait for it at the process group
@@ -65,6 +67,7 @@ def run(cfg: PretrainConfig, plan: Plan) -> None:
         else:
             lock = claim_run_dir(cfg, start)
             choose_mode(cfg.tracking.wandb)  # refused now, if at all
+    times.end("checks")
     minutes = cfg.train.timeout_minutes
     device = setup.initialize(
         cfg.parallel,
@@ -74,12 +77,13 @@ def run(cfg: PretrainConfig, plan: Plan) -> None:
         timeout_minutes=minutes + _WATCHDOG_LEAD,
     )
     start = from_first(start)  # each rank's own look at a shared disk could find something else
+    times.end("process groups")
     stop = None
     with StopSignals().listening() as signals:
         if start.progress.step < cfg.train.last_step:
             try:
                 with Watchdog(minutes).watching() as watchdog:
-                    _train(cfg, plan, backend, tokenizer, start, device, signals, watchdog)
+                    _train(cfg, plan, backend, tokenizer, start, device, signals, watchdog, times)
             except StoppedBySignal as raised:
                 stop = raised
         setup.shutdown()
@@ -98,11 +102,13 @@ def _train(
     device: torch.device,
     signals: StopSignals,
     watchdog: Watchdog,
+    times: StartTimes,
 ) -> None:
     hybrid = hybrid_layout(cfg)
     is_first = torch.distributed.get_rank() == 0
     watchdog.beat("compiling the kernels")
     first_on_each_machine(partial(compile_kernels, cfg, hybrid, device))
+    times.end("kernels")
     run_dir = Path(cfg.run_dir)
     by_cost = cfg.parallel.pp > 1 and cfg.parallel.pipeline_split == "cost"
     config = transformer_config(cfg, plan.pipeline.stages if by_cost else None)
@@ -111,9 +117,11 @@ def _train(
     models = build_model(cfg, config, hybrid, backend, device)
     chunks = wrap_data_parallel(cfg, config, models)
     state = TrainingState(chunks, *build_optimizer(cfg, config, chunks))
+    times.end("model")
     if start.checkpoint is not None:
         watchdog.beat("loading the checkpoint")
         load(cfg, state, start.checkpoint, start.rng_ranks)
+        times.end("checkpoint")
     watchdog.beat("opening the data")
 
     held_out_samples = cfg.evaluation.batches * cfg.train.global_batch_size if cfg.evaluation.interval else 0
@@ -121,12 +129,17 @@ def _train(
         cfg, tokenizer, num_train_samples(cfg), held_out_samples, is_built_on_rank=lambda: True
     )
     assert train_set is not None  # check_data has seen to it
+    times.end("data")
     tracker = Tracker(cfg, start.progress, active=is_first, plan=figures(plan))
     if is_first:
         write_config(cfg, run_dir / "config.yaml")
         draw_layout(hybrid, cfg.train.seq_length, run_dir / "layout.png", title=cfg.model.name)
         print(_description(cfg, models, backend, device, start), flush=True)
     tracker.picture("layout", run_dir / "layout.png")
+    times.end("records")
+    tracker.event("ready", seconds=times.seconds)
+    if is_first:
+        print(f"ready after {times}", flush=True)
     tracker.table("sparse layers", ["letter", "layers", "keeps", "density"], letter_rows(plan))
     trainer = Trainer(
         cfg,

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from s2train.megatron.checkpoint import read_progress
+from s2train.training.plots import read_records
 from tests.program import Outcome, metrics, pretrain
 
 pytestmark = [pytest.mark.slow]
@@ -32,6 +33,22 @@ def test_every_report_is_one_line_and_one_record(outcome: Outcome, folder: Path)
     lines = [line for line in outcome.out.splitlines() if line.startswith("step ")]
     assert len(lines) == 4
     assert "held out" in lines[1]
+
+
+def test_a_run_says_where_the_time_before_its_first_step_went(outcome: Outcome, folder: Path) -> None:
+    (line,) = [line for line in outcome.out.splitlines() if line.startswith("ready after ")]
+    (ready,) = [record for record in read_records(folder / "metrics.jsonl") if record.get("event") == "ready"]
+    assert list(ready["seconds"]) == [
+        "imports and plan",
+        "checks",
+        "process groups",
+        "kernels",
+        "model",
+        "data",
+        "records",
+    ]
+    assert all(seconds >= 0 for seconds in ready["seconds"].values())
+    assert line.startswith(f"ready after {sum(ready['seconds'].values()):.1f} s (imports and plan ")
 
 
 def test_throughput_follows_from_the_step_time_and_exact_flops(outcome: Outcome, folder: Path) -> None:
