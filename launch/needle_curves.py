@@ -16,23 +16,18 @@ from matplotlib.figure import Figure
 
 from s2train.evaluation.pictures import SCORE_COLOURS
 from s2train.evaluation.results import NeedleResults, load_results
+from s2train.training.plots import read_records
 
 
 def read_variant(folder: Path) -> dict[str, Any]:
     """A variant's points [step, seconds of training so far, length, correct, trials], seconds and grid.
 
-    Seconds are those of steps, from metrics.jsonl: without starting, evaluating and saving. A phase's first report has
-    starts and compilation in it: the median of the others counts in its place.
+    Seconds are those of steps, from metrics.jsonl: without starting, evaluating and saving. The first report after each
+    start has compilation in it: the median of the others counts in its place.
     """
     points, before = [], 0.0
     for run in sorted((path for path in folder.iterdir() if path.name.isdecimal()), key=lambda path: int(path.name)):
-        reports = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        reports = [report for report in reports if "step_time_s" in report]
-        steps = np.array([report["step"] for report in reports])
-        first = steps[0] - (steps[1] - steps[0] if len(steps) > 1 else steps[0])
-        step_times = np.array([report["step_time_s"] for report in reports])
-        step_times[0] = np.median(step_times[1:] if len(steps) > 1 else step_times)
-        seconds = np.cumsum(np.diff(steps, prepend=first) * step_times)
+        steps, seconds = _elapsed(read_records(run / "metrics.jsonl"))
         for path in sorted(run.glob("needle/*/needle.json")):
             if results := load_results(path):
                 score = results.score
@@ -42,6 +37,18 @@ def read_variant(folder: Path) -> dict[str, Any]:
         before += float(seconds[-1])
     grid = load_results(folder / "grid" / "needle.json")
     return {"points": sorted(points), "seconds": before, "grid": grid and asdict(grid)}
+
+
+def _elapsed(records: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+    """Steps reported, and the seconds that all steps up to each took."""
+    reports = [index for index, record in enumerate(records) if "step_time_s" in record]
+    starts = [index for index, record in enumerate(records) if record.get("event") == "config"]
+    steps = np.array([records[index]["step"] for index in reports])
+    times = np.array([records[index]["step_time_s"] for index in reports])
+    is_first = np.isin(np.arange(len(reports)), np.searchsorted(reports, starts))
+    times[is_first] = np.median(times[~is_first] if not is_first.all() else times)
+    begin = steps[0] - (steps[1] - steps[0] if len(steps) > 1 else steps[0])
+    return steps, np.cumsum(np.diff(steps, prepend=begin) * times)
 
 
 def draw(variants: dict[str, dict[str, Any]], grids: dict[str, NeedleResults], path: Path) -> None:

@@ -273,7 +273,7 @@ def main(arguments: list[str] | None = None) -> None:
             if not is_trained(root, variant, number):
                 deadline.run([*train_command(root, variant, number), *settings])
     elif given.action == "curve":
-        deadline.run_together(curve_commands(root, variant, last), 3)  # on one GPU
+        deadline.run_together(curve_commands(root, variant, last), 6)  # on one GPU: starting takes longest
     else:
         trained = [number for number in range(last + 1) if is_trained(root, variant, number)]
         if not trained:

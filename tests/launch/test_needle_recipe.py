@@ -1,5 +1,6 @@
 """launch/needle_recipe.py: its commands are valid, follow on one another, and fit the time they are meant for."""
 
+import json
 import runpy
 import sys
 from dataclasses import replace
@@ -101,6 +102,20 @@ def test_a_variant_takes_ten_minutes_at_most_as_predicted(recipe: dict[str, Any]
 def test_an_unknown_variant_composes_to_nothing(recipe: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(HydraException, match="needle_spare"):
         training(recipe, tmp_path, "spare", 0)
+
+
+def test_the_first_report_after_each_start_counts_as_the_others(tmp_path: Path) -> None:
+    def reports(steps: range, *seconds: float) -> list[dict[str, Any]]:
+        return [{"step": step, "step_time_s": time} for step, time in zip(steps, seconds, strict=True)]
+
+    start, spike = {"event": "config"}, {"event": "spike", "step": 25}
+    run = tmp_path / "512"
+    run.mkdir()
+    records = [start, *reports(range(10, 30, 10), 9.0, 1.0), spike, *reports(range(30, 40, 10), 1.5)]
+    records += [start, {"event": "resume", "step": 30}, *reports(range(40, 60, 10), 8.0, 1.0)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    picture = runpy.run_path(str(ROOT / "launch" / "needle_curves.py"))
+    assert picture["read_variant"](tmp_path)["seconds"] == 10 * (1.0 + 1.0 + 1.5 + 1.0 + 1.0)
 
 
 @pytest.mark.slow
