@@ -41,6 +41,7 @@ class Phase:
         steps: of this phase.
         share: range of a document's tokens that facts and questions take.
         facts: range of different keys in a document.
+        questions_last: share of documents that tell all facts first, so that half of their look-ups are far.
     """
 
     length: int
@@ -49,6 +50,7 @@ class Phase:
     steps: int
     share: tuple[float, float]
     facts: tuple[int, int]
+    questions_last: float = 0.5
 
     @property
     def name(self) -> str:
@@ -62,11 +64,11 @@ class Phase:
 # Look-ups are learned at 512 tokens, where a document has the most of them; then they are carried to longer
 # distances, through ever more filler.
 PHASES = (
-    Phase(512, 64, 64, 2500, (0.1, 1.0), (1, 32)),
+    Phase(512, 64, 64, 2500, (0.1, 1.0), (1, 32), 0.0),
     Phase(2048, 32, 32, 400, (0.05, 1.0), (1, 64)),
     Phase(8192, 8, 8, 300, (0.02, 0.6), (1, 256)),
-    Phase(32768, 4, 4, 120, (0.006, 0.3), (1, 512)),
-    Phase(131072, 1, 1, 120, (0.002, 0.1), (1, 512)),
+    Phase(32768, 4, 4, 240, (0.006, 0.3), (1, 512)),
+    Phase(131072, 1, 1, 240, (0.002, 0.1), (1, 512)),
 )
 
 # (name, weight in the blend, settings)
@@ -104,6 +106,7 @@ def data_commands(root: Path, phase: Phase) -> list[list[str]]:
                 f"needles.documents={int(phase.samples * weight * 1.01 / (1 - HELD_OUT)) + 100}",
                 f"needles.share={list(phase.share)}",
                 f"needles.facts={list(phase.facts)}",
+                f"needles.questions_last={phase.questions_last}",
                 f"seed={1000 + phase.length + number}",
                 "overwrite=true",
                 *settings,

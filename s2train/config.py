@@ -288,6 +288,9 @@ class NeedleDocumentsConfig:
     length: int = 512  # tokens of every document, its end among them
     share: list[float] = field(default_factory=lambda: [0.05, 1.0])  # of a recall's tokens: sentences, filler the rest
     facts: list[int] = field(default_factory=lambda: [1, 64])  # of a recall, if half of its sentences are as many
+    # recalls in which as many facts as it has room for are told, then each is asked for once, in another order: half of
+    # the look-ups go back over half of the document; in the others, where a fact is told many times, one in a hundred
+    questions_last: float = 0.0
     haystack: Any = "noise"  # filler: noise (RULER's repeated sentences), bundled, a text file, or [file, …]
     workers: int = 1  # processes; the documents don't depend on it
 

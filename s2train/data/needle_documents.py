@@ -114,6 +114,8 @@ def _check(cfg: NeedleDocumentsConfig) -> None:
     for name in ("documents", "workers"):
         if (count := getattr(cfg, name)) < 1:
             raise ConfigError(f"needles.{name}", count, "none", "Set 1 or more")
+    if not 0 <= cfg.questions_last <= 1:
+        raise ConfigError("needles.questions_last", cfg.questions_last, "is no share", "Set 0 to 1")
     for name, pair, most in (("share", cfg.share, 1.0), ("facts", cfg.facts, np.inf)):
         if len(pair) != 2 or not 0 < pair[0] <= pair[1] <= most:
             remedy = f"Set a pair [low, high] with 0 < low <= high{' <= 1' if most == 1 else ''}"

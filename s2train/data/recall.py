@@ -90,15 +90,20 @@ class RecallDocuments:
         room = cfg.length - 1
         most = room // self._longest
         sentences = int(np.clip(round(most * _log_even(rng, cfg.share)), 2, most))
-        facts = int(np.clip(round(_log_even(rng, cfg.facts)), 1, min(sentences // 2, self._heads)))
-        told = tell(rng, sentences, facts)
+        most = min(sentences // 2, self._heads)
+        if cfg.questions_last and rng.random() < cfg.questions_last:
+            facts = most
+            told = tell_then_ask(rng, facts)
+        else:
+            facts = int(np.clip(round(_log_even(rng, cfg.facts)), 1, most))
+            told = tell(rng, sentences, facts)
         heads = rng.permutation(self._heads)[:facts]
         tails = self._heads + rng.integers(self._tails, size=facts)
         pieces = np.stack([heads[told], tails[told]], axis=1)
         text = self._pieces.joined(pieces.ravel())
         filler = self._haystack.draw(rng, room - len(text))
         # The last sentence ends the document, as a question of the evaluation does.
-        places = np.append(np.sort(rng.choice(filler.borders, sentences - 1)), len(filler.tokens))
+        places = np.append(np.sort(rng.choice(filler.borders, len(told) - 1)), len(filler.tokens))
         places = np.repeat(places, self._pieces.lengths[pieces].sum(axis=1))
         return np.append(np.insert(filler.tokens, places, text), self._eod)
 
@@ -114,6 +119,11 @@ def tell(rng: np.random.Generator, sentences: int, facts: int) -> Ids:
     is_first[1 + rng.permutation(sentences - 2)[: facts - 1]] = True
     known = is_first.cumsum()
     return np.where(is_first, known - 1, (rng.random(sentences) * known).astype(np.int64))
+
+
+def tell_then_ask(rng: np.random.Generator, facts: int) -> Ids:
+    """The same, for documents that tell all facts before they repeat any, each once: int64 [2 * facts]."""
+    return np.concatenate([np.arange(facts), rng.permutation(facts)])
 
 
 def _log_even(rng: np.random.Generator, pair: Sequence[float]) -> float:

@@ -120,6 +120,20 @@ def test_first_tellings_come_before_all_others_and_never_last() -> None:
         assert firsts[-1] < sentences - 1
 
 
+def test_documents_with_their_questions_last_ask_over_half_their_length() -> None:
+    cfg = NeedleDocumentsConfig(documents=60, length=8192, share=[0.1, 0.2], questions_last=1.0)
+    distances = []
+    for document in needle_documents(cfg, BYTES, seed=int(np.random.default_rng().integers(1 << 30))):
+        text = BYTES.decode(document.tolist())
+        told: dict[str, list[int]] = {}
+        for found in re.finditer(rf"number of ({KEY}) is {VALUE}\.", text):
+            told.setdefault(found[1], []).append(found.start())
+        assert {len(places) for places in told.values()} == {2}
+        assert max(first for first, _ in told.values()) < min(second for _, second in told.values())
+        distances += [(second - first) / cfg.length for first, second in told.values()]
+    assert 0.4 < np.median(distances) < 0.6
+
+
 def test_pieces_are_joined_in_the_order_asked_for() -> None:
     pieces = Pieces.of([[1, 2], [3], [4, 5, 6]])
     assert pieces.joined(np.array([2, 0, 2, 1])).tolist() == [4, 5, 6, 1, 2, 4, 5, 6, 3]
@@ -146,6 +160,7 @@ def test_a_dataset_of_needles_goes_through_the_same_path_as_text(tmp_path: Path)
         ({"task": "single", "length": 50}, r"lengths=49.*Use \d+ or more"),
         ({"share": [0.0, 1.0]}, r"needles\.share=.*0 < low <= high <= 1"),
         ({"share": [0.5, 1.5]}, r"needles\.share=.*0 < low <= high <= 1"),
+        ({"questions_last": 1.5}, r"needles\.questions_last=1\.5.*0 to 1"),
         ({"facts": [8]}, r"needles\.facts=.*pair"),
         ({"haystack": "nowhere.txt"}, r"haystack=nowhere\.txt"),
     ],
