@@ -96,7 +96,7 @@ class DataConfig:
     # a token sees its own document only, and the layout begins anew in each; else all that is packed into a sequence
     attention_within_documents: bool = False
     # samples in the training order, fixed at a run's start since another number means another order;
-    # None: train.steps × train.global_batch_size
+    # None: train.steps × train.global_batch_size (of a new phase its own steps)
     num_samples: int | None = None
     num_workers: int = 2
 
@@ -169,7 +169,8 @@ class CheckpointConfig:
     # auto: go on from the run folder's last checkpoint if there is one; never: start afresh, refuse a used folder;
     # else a checkpoint to start from (a run folder, its checkpoints folder, or one iter_* in it)
     resume: str = "auto"
-    # with `resume` naming another run: take the data from their beginning, in their own order (a new phase)
+    # with `resume` naming another run: a new phase, which takes its data from their beginning, in their own order, and
+    # may raise model.rotary_base for longer sequences
     new_data: bool = False
     keep: int | None = None  # keep only the last `keep` checkpoints; None: all
     keep_every: int | None = None  # steps: of those, the checkpoints at multiples of it stay as well
@@ -288,8 +289,9 @@ class NeedleDocumentsConfig:
     length: int = 512  # tokens of every document, its end among them
     share: list[float] = field(default_factory=lambda: [0.05, 1.0])  # of a recall's tokens: sentences, filler the rest
     facts: list[int] = field(default_factory=lambda: [1, 64])  # of a recall, if half of its sentences are as many
-    # recalls in which as many facts as it has room for are told, then each is asked for once, in another order: half of
-    # the look-ups go back over half of the document; in the others, where a fact is told many times, one in a hundred
+    # share of recalls that tell as many facts as they have room for and ask for each once, all at the end, so that
+    # look-ups go back over any part of the document alike; in the others, where a fact is told many times, one in a
+    # hundred goes back over half of it
     questions_last: float = 0.0
     haystack: Any = "noise"  # filler: noise (RULER's repeated sentences), bundled, a text file, or [file, …]
     workers: int = 1  # processes; the documents don't depend on it

@@ -13,12 +13,23 @@ from s2train.errors import ConfigError
 from s2train.files import check_writable
 
 
-def num_train_samples(cfg: PretrainConfig) -> int:
-    """Samples in the training order: `data.num_samples`, else what `train.steps` take.
+def num_train_samples(cfg: PretrainConfig, first_step: int = 0) -> int:
+    """Samples in the training order: `data.num_samples`, else what `train.steps` take from `first_step` on.
 
     With path, split, seed and sequence length it fixes the order, so a run that is to go on later keeps it.
+
+    Args:
+        first_step: at which these data begin, in a new phase (`checkpoint.new_data`) not 0.
+    Raises:
+        ConfigError: `data.num_samples` is too small.
     """
-    return cfg.data.num_samples or cfg.train.steps * cfg.train.global_batch_size
+    samples = (cfg.train.steps - first_step) * cfg.train.global_batch_size
+    if cfg.data.num_samples is not None and cfg.data.num_samples < samples:
+        problem = f"train.steps × train.global_batch_size takes {samples} from step {first_step} on"
+        raise ConfigError(
+            "data.num_samples", cfg.data.num_samples, problem, f"Set data.num_samples to {samples} or more"
+        )
+    return cfg.data.num_samples or samples
 
 
 def check_data(cfg: PretrainConfig, tokenizer: Tokenizer) -> None:

@@ -23,6 +23,7 @@ from s2train.errors import ConfigError
 
 Ids = npt.NDArray[np.int64]
 
+_TELLING = 0.97  # of the filler lies among the tellings where questions come last
 _POOL = 1 << 15  # values, and keys of lines, to draw from: far more than a small model can learn by heart
 
 
@@ -91,19 +92,21 @@ class RecallDocuments:
         most = room // self._longest
         sentences = int(np.clip(round(most * _log_even(rng, cfg.share)), 2, most))
         most = min(sentences // 2, self._heads)
-        if cfg.questions_last and rng.random() < cfg.questions_last:
-            facts = most
-            told = tell_then_ask(rng, facts)
-        else:
-            facts = int(np.clip(round(_log_even(rng, cfg.facts)), 1, most))
-            told = tell(rng, sentences, facts)
+        asks_last = cfg.questions_last > 0 and rng.random() < cfg.questions_last
+        facts = most if asks_last else int(np.clip(round(_log_even(rng, cfg.facts)), 1, most))
+        told = np.append(np.arange(facts), rng.permutation(facts)) if asks_last else tell(rng, sentences, facts)
         heads = rng.permutation(self._heads)[:facts]
         tails = self._heads + rng.integers(self._tails, size=facts)
         pieces = np.stack([heads[told], tails[told]], axis=1)
         text = self._pieces.joined(pieces.ravel())
         filler = self._haystack.draw(rng, room - len(text))
         # The last sentence ends the document, as a question of the evaluation does.
-        places = np.append(np.sort(rng.choice(filler.borders, len(told) - 1)), len(filler.tokens))
+        places = np.append(rng.choice(filler.borders, len(told) - 1), len(filler.tokens))
+        if asks_last:
+            late = filler.borders >= _TELLING * len(filler.tokens)
+            places[:facts] = rng.choice(filler.borders[~late], facts)  # the first border is 0
+            places[facts:-1] = rng.choice(filler.borders[late], facts - 1)
+        places = np.sort(places)
         places = np.repeat(places, self._pieces.lengths[pieces].sum(axis=1))
         return np.append(np.insert(filler.tokens, places, text), self._eod)
 
@@ -119,11 +122,6 @@ def tell(rng: np.random.Generator, sentences: int, facts: int) -> Ids:
     is_first[1 + rng.permutation(sentences - 2)[: facts - 1]] = True
     known = is_first.cumsum()
     return np.where(is_first, known - 1, (rng.random(sentences) * known).astype(np.int64))
-
-
-def tell_then_ask(rng: np.random.Generator, facts: int) -> Ids:
-    """The same, for documents that tell all facts before they repeat any, each once: int64 [2 * facts]."""
-    return np.concatenate([np.arange(facts), rng.permutation(facts)])
 
 
 def _log_even(rng: np.random.Generator, pair: Sequence[float]) -> float:

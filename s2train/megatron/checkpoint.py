@@ -43,6 +43,7 @@ class Progress:
         losses: of the steps since the last report, which the next report's mean takes in.
         health: `s2train.training.health.Health`, field by field.
         rng_ranks: [tp, pp] of the run, whose ranks' random generators the shards hold; None: they hold none.
+        first_step: at which the data order began: 0, but in a new phase on other data.
         weights_only: there is no optimizer and no schedule in it; a run starts from it at step 0, in any layout.
     """
 
@@ -53,6 +54,7 @@ class Progress:
     losses: list[float] = field(default_factory=list)
     health: dict[str, Any] = field(default_factory=dict)
     rng_ranks: list[int] | None = None
+    first_step: int = 0
     weights_only: bool = False
 
     def write(self, path: Path) -> None:

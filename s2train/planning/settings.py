@@ -149,7 +149,9 @@ def _check_optimizer(cfg: PretrainConfig) -> None:
                 f"Set optim.wsd_decay_steps to {decay_steps - optim.warmup_steps} or less.",
             )
     samples = cfg.train.steps * cfg.train.global_batch_size
-    if cfg.data.num_samples is not None and cfg.data.num_samples < samples:
+    # A new phase takes fewer, which its checkpoint tells: see `s2train.data.checks.num_train_samples`.
+    begins = not cfg.checkpoint.new_data
+    if begins and cfg.data.num_samples is not None and cfg.data.num_samples < samples:
         raise ConfigError(
             "data.num_samples",
             cfg.data.num_samples,

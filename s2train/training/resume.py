@@ -31,6 +31,7 @@ from s2train.planning.parameters import head_dim
 # What the shards depend on: these must agree between a checkpoint and the run that loads it.
 _ARCHITECTURE = ("model", "layout", "schedule")
 _NOT_IN_SHARDS = {("model", "name"), ("model", "init_std")}
+_OF_A_PHASE = {("model", "rotary_base")}  # raised for longer sequences (arXiv 2309.16039, section 2.1)
 
 
 @dataclass(frozen=True)
@@ -55,35 +56,37 @@ def find_start(cfg: PretrainConfig) -> Start:
         ConfigError: `checkpoint.resume` names nothing or goes back in the run's own folder; the checkpoint is damaged
             or of another architecture; the data or their order are others; there is nothing left to do.
     """
-    order = data_order(cfg)
     checkpoint = _find(cfg)
     if checkpoint is None:
-        return Start(None, Progress(0, 0, order, None))
+        return Start(None, Progress(0, 0, data_order(cfg), None))
     if problem := damage(checkpoint):
         raise ConfigError("checkpoint.resume", checkpoint, problem, older_instead(checkpoint, "checkpoint.resume"))
     saved, is_own = read_progress(checkpoint), checkpoint.parent.resolve() == _own(cfg).resolve()
-    _check_same_architecture(cfg, checkpoint, weights_only=saved.weights_only)
+    is_new_phase = cfg.checkpoint.new_data and not is_own
+    _check_same_architecture(cfg, checkpoint, weights_only=saved.weights_only, is_new_phase=is_new_phase)
     if saved.weights_only:
-        return Start(checkpoint, Progress(0, 0, order, None))
+        return Start(checkpoint, Progress(0, 0, data_order(cfg), None))
     last = cfg.train.last_step
     if not is_own and saved.step >= last:
         problem = f"{checkpoint} is at step {saved.step} already, so there is nothing to train"
         raise ConfigError("train.steps", last, problem, f"Set more than {saved.step} (train.exit_step too)")
-    if not is_own and cfg.checkpoint.new_data:
-        return Start(checkpoint, Progress(saved.step, 0, order, None), saved.rng_ranks)
+    if is_new_phase:
+        order = data_order(cfg, saved.step)
+        return Start(checkpoint, Progress(saved.step, 0, order, None, first_step=saved.step), saved.rng_ranks)
+    order = data_order(cfg, saved.first_step)
     _check_same_order(saved.order, order, checkpoint)
     # A branch of another run is a run of its own in wandb.
     return Start(checkpoint, replace(saved, order=order, wandb_id=saved.wandb_id if is_own else None), saved.rng_ranks)
 
 
-def data_order(cfg: PretrainConfig) -> dict[str, Any]:
-    """What fixes the order of the training samples, setting by setting, and the datasets' contents."""
+def data_order(cfg: PretrainConfig, first_step: int = 0) -> dict[str, Any]:
+    """What fixes the order of the training samples from `first_step` on, by setting, and the datasets' contents."""
     blend = parse_blend(cfg.data.path)
     return {
         "data.path": [[weight, prefix] for weight, prefix in zip(blend.weights, blend.prefixes, strict=True)],
         "the datasets' contents": [_contents(prefix) for prefix in blend.prefixes],
         "data.split": megatron_split(cfg.data.split),
-        "data.num_samples": num_train_samples(cfg),
+        "data.num_samples": num_train_samples(cfg, first_step),
         "train.seq_length": cfg.train.seq_length,
         "seed": cfg.seed,
     }
@@ -120,15 +123,19 @@ def _find(cfg: PretrainConfig) -> Path | None:
     return None
 
 
-def _check_same_architecture(cfg: PretrainConfig, checkpoint: Path, *, weights_only: bool = False) -> None:
+def _check_same_architecture(
+    cfg: PretrainConfig, checkpoint: Path, *, weights_only: bool = False, is_new_phase: bool = False
+) -> None:
+    may_differ = _NOT_IN_SHARDS | (_OF_A_PHASE if is_new_phase else set())
     saved = OmegaConf.structured(_with_defaults(read_config(checkpoint)))
     now = OmegaConf.structured(_with_defaults(cfg))
     for part in ("model",) if weights_only else _ARCHITECTURE:
         for name in dict.fromkeys(_flat_names(now[part]) + _flat_names(saved[part])):
             old, new = OmegaConf.select(saved[part], name), OmegaConf.select(now[part], name)
-            if old != new and (part, name) not in _NOT_IN_SHARDS:
+            if old != new and (part, name) not in may_differ:
                 problem = f"{checkpoint} was trained with {part}.{name}={old}"
-                raise ConfigError(f"{part}.{name}", new, problem, "Set it so, or start in another run_dir")
+                phase = ", or checkpoint.new_data=true for a new phase" if (part, name) in _OF_A_PHASE else ""
+                raise ConfigError(f"{part}.{name}", new, problem, f"Set it so, or start in another run_dir{phase}")
     before, after = saved.parallel.distributed_optimizer, now.parallel.distributed_optimizer
     if before != after and not weights_only:
         problem = f"{checkpoint} holds the optimizer's state of the other kind"

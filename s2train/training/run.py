@@ -12,7 +12,7 @@ from megatron.core.transformer.module import MegatronModule
 
 from s2train.config import PretrainConfig
 from s2train.data.blend import parse_blend
-from s2train.data.checks import check_data, num_train_samples
+from s2train.data.checks import check_data
 from s2train.data.datasets import build_datasets, ensure_prepared
 from s2train.data.indexed import read_metadata
 from s2train.data.tokenizers import Tokenizer, load_tokenizer
@@ -126,7 +126,11 @@ def _train(
 
     held_out_samples = cfg.evaluation.batches * cfg.train.global_batch_size if cfg.evaluation.interval else 0
     train_set, held_out_set = build_datasets(
-        cfg, tokenizer, num_train_samples(cfg), held_out_samples, is_built_on_rank=lambda: True
+        cfg,
+        tokenizer,
+        start.progress.order["data.num_samples"],
+        held_out_samples,
+        is_built_on_rank=lambda: True,
     )
     assert train_set is not None  # check_data has seen to it
     times.end("data")

@@ -107,6 +107,7 @@ def test_a_finished_run_started_again_does_nothing(stopped: Path) -> None:
         (["checkpoint.resume=never"], ["checkpoint.resume=never", "auto"]),
         (["checkpoint.resume={stopped}/checkpoints/iter_0000002"], ["iter_0000003", "run_dir"]),
         (["train.steps=9"], ["data.num_samples=72", "48"]),
+        (["model.rotary_base=20000"], ["model.rotary_base=20000", "=10000", "checkpoint.new_data=true"]),
         (["seed=7"], ["seed=7", "1234"]),
         (["train.seq_length=64"], ["train.seq_length=64", "128"]),
         (["run_dir={stopped}_new", "checkpoint.resume={stopped}", "train.exit_step=3"], ["train.steps=3", "step 3"]),
@@ -122,16 +123,24 @@ def test_what_does_not_fit_the_checkpoint_is_refused_and_nothing_overwritten(
 
 
 def test_a_new_phase_takes_other_data_from_their_beginning(stopped: Path, tmp_path: Path) -> None:
-    changes = ["train.seq_length=64", "checkpoint.new_data=true", "train.exit_step=4"]
-    done = pretrain(tmp_path, STEPS, f"checkpoint.resume={stopped}", *changes, processes=0)
+    changes = ["train.seq_length=64", "checkpoint.new_data=true", "model.rotary_base=20000"]
+    start = f"checkpoint.resume={stopped}"
+    done = pretrain(tmp_path, STEPS, start, *changes, "train.exit_step=4", processes=0)
     assert done.status == 0, done.err
     progress = read_progress(tmp_path / "checkpoints" / "iter_0000004")
     assert (progress.step, progress.consumed_samples) == (4, 8)
-    again = pretrain(
-        tmp_path, STEPS, f"checkpoint.resume={stopped}", *changes[:2], "checkpoint.resume=auto", processes=0
-    )
+    # Of the samples that its own three steps take: among more, its first would come twice where documents are few.
+    assert progress.order["data.num_samples"] == 24
+    again = pretrain(tmp_path, STEPS, start, *changes, "checkpoint.resume=auto", processes=0)
     assert again.status == 0, again.err
     assert read_progress(tmp_path / "checkpoints" / "iter_0000006").consumed_samples == 24
+
+
+def test_a_new_phase_asks_for_samples_of_its_own_steps_alone(stopped: Path, tmp_path: Path) -> None:
+    start = [f"checkpoint.resume={stopped}", "checkpoint.new_data=true"]
+    refused(pretrain(tmp_path, STEPS, *start, "data.num_samples=23", processes=0), "data.num_samples=23", "to 24")
+    done = pretrain(tmp_path, STEPS, *start, "data.num_samples=24", "train.exit_step=4", processes=0)
+    assert done.status == 0, done.err
 
 
 def test_a_save_that_was_killed_is_no_checkpoint(stopped: Path, tmp_path: Path) -> None:
