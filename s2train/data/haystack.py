@@ -9,6 +9,9 @@ from s2train.data.tokenizers import Tokenizer
 from s2train.errors import ConfigError
 
 
+_LONGEST = 64  # tokens between two cuts
+
+
 @dataclass(frozen=True)
 class Filler:
     """Tokens to hide needles in.
@@ -26,13 +29,14 @@ class Haystack:
     """A text whose sentences are tokenized one by one and laid in a ring.
 
     Args:
-        text: cut at ends of sentences; ConfigError if it has no words.
+        text: cut at ends of sentences, and within those of more than 64 tokens (a list, a language with other stops):
+            needles go to the nearest cut, so cuts must lie close. ConfigError if it has no words.
     """
 
     def __init__(self, tokenizer: Tokenizer, text: str) -> None:
-        sentences = [" ".join(part.split()) for part in re.split(r"(?<=[.!?])\s+|\n\s*\n", text)]
+        sentences = [" ".join(part.split()) for part in re.split(r"(?<=[.!?])\s+|(?<=[。！？])|\n\s*\n", text)]
         encoded = [tokenizer.encode(f" {sentence}") for sentence in sentences if sentence]
-        encoded = [ids for ids in encoded if ids]
+        encoded = [ids[at : at + _LONGEST] for ids in encoded for at in range(0, len(ids), _LONGEST)]
         if not encoded:
             raise ConfigError("haystack", repr(text[:20]), "holds no text", "Name a file with sentences")
         self._ring = np.concatenate([np.asarray(ids, dtype=np.int64) for ids in encoded])
