@@ -85,6 +85,9 @@ class FileTokenizer:
         except Exception as error:  # the Rust side raises nothing narrower
             raise ValueError(f"is no tokenizer.json of Hugging Face's tokenizers ({error})") from error
         self._tokenizer.encode_special_tokens = True
+        # A file keeps both as its last user set them: documents would be cut, or filled up.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
         ends = [name for name in END_OF_DOCUMENT_NAMES if name in ids]
         if not ends:

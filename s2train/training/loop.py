@@ -146,7 +146,8 @@ class Trainer:
                     pass
                 elif is_last or is_stopping or (is_save_due and not self.health.skipped_in_row):
                     self.watchdog.beat(f"save after step {step}")
-                    saved = self._save(replace(progress, step=step, consumed_samples=consumed, losses=interval.losses))
+                    losses = list(interval.losses)  # as they are now: a save in the background writes them later
+                    saved = self._save(replace(progress, step=step, consumed_samples=consumed, losses=losses))
                     is_save_due = False
                 else:
                     self.saver.poll()

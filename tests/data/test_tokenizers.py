@@ -57,6 +57,25 @@ def test_bpe_has_the_size_asked_for_and_shortens_text(bpe: Path) -> None:
     assert len(tokenizer.encode(text)) < 0.7 * len(text)
 
 
+def test_truncation_and_padding_that_a_file_keeps_are_not_applied(bpe: Path, tmp_path: Path) -> None:
+    content = json.loads(bpe.read_text())
+    content["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    content["padding"] = {
+        "strategy": {"Fixed": 64},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "<|endoftext|>",
+    }
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(content))
+    text = bundled_corpus_files()[0].read_text()[:100]
+    whole, tokenizer = load_tokenizer(str(bpe)).encode(text), load_tokenizer(str(path))
+    assert tokenizer.encode(text) == whole
+    assert tokenizer.encode_many([text, "a"])[0].tolist() == whole
+
+
 def test_a_bpe_smaller_than_the_bytes_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="257"):
         train_bpe(["text"], 256, tmp_path / "t.json")

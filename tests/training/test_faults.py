@@ -62,6 +62,7 @@ def test_a_run_killed_at_random_moments_ends_as_an_unbroken_one(
         f"evaluation.interval={3 * third}",
         "evaluation.batches=1",
         f"checkpoint.async_save={str(in_background).lower()}",
+        "tracking.log_interval=3",  # reports are means over steps before and after a kill
     ]
     seed = random.randrange(1 << 30)
     program = ["tests/training/killed.py", str(seed), str(kills), *SMALL, f"run_dir={tmp_path / 'killed'}"]
