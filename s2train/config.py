@@ -264,6 +264,9 @@ class NeedleConfig:
     chains: int | None = None  # of variable_tracking: all but one not asked for; None: 1
     haystack: Any = "noise"  # what surrounds the needles: noise (RULER's repeated sentences), a text file, or [file, …]
     depths: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])  # 0: at the beginning
+    # share of the length by which each trial's needle is off its depth, at most, drawn evenly: at the very depths all
+    # trials of a round length would meet the same stripe of a layout
+    depth_jitter: float = 0.05
     trials: int = 8  # a cell, that is a length and a depth
     batch_size: int = 8  # sequences decoded at once, on a data parallel rank
     batch_tokens: int | None = None  # at most so many at once, but one sequence at least; None: no such limit

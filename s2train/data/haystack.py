@@ -8,7 +8,6 @@ import numpy as np
 from s2train.data.tokenizers import Tokenizer
 from s2train.errors import ConfigError
 
-
 _LONGEST = 64  # tokens between two cuts
 
 

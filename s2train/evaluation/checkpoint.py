@@ -12,7 +12,7 @@ from s2train.evaluation.generate import generate
 from s2train.evaluation.needle import Ranks
 from s2train.evaluation.reach import NeedleReach
 from s2train.evaluation.request import read_request
-from s2train.evaluation.results import TITLES, NeedleResults, file_name, weights_fingerprint
+from s2train.evaluation.results import TITLES, NeedleResults, file_name, layout_fingerprint, weights_fingerprint
 from s2train.evaluation.run import run_needles
 from s2train.evaluation.tracking import log_needles
 from s2train.hardware import detect_own
@@ -36,8 +36,11 @@ def evaluate(cfg: NeedleConfig) -> None:
     device = initialize(ParallelConfig(tp=cfg.tp), cfg.seed)
     loaded = load_for_inference(request.checkpoint, device, cfg.tp, cfg.attention_backend)
     settings = {
-        "weights": weights_fingerprint(loaded.model),
+        "weights": weights_fingerprint(loaded.path),
+        "layout": layout_fingerprint(request.trained),
         "haystack": cfg.haystack,
+        "haystack_text": request.haystack_fingerprint,
+        "depth_jitter": cfg.depth_jitter,
         "trials": cfg.trials,
         "seed": cfg.seed,
         "attention_backend": cfg.attention_backend,

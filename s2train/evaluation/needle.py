@@ -19,12 +19,17 @@ from s2train.evaluation.results import Cell
 
 @dataclass(frozen=True)
 class NeedleGrid:
-    """What is asked: `trials` samples for each pair of length (tokens) and depth (0: beginning, 1: end)."""
+    """What is asked: `trials` samples for each pair of length (tokens) and depth (0: beginning, 1: end).
+
+    Attributes:
+        jitter: how far a trial's own depth may be off, at most.
+    """
 
     lengths: tuple[int, ...]
     depths: tuple[float, ...]
     trials: int
     seed: int
+    jitter: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.lengths or min(self.lengths) < 1:
@@ -34,6 +39,8 @@ class NeedleGrid:
         for name, values in (("lengths", self.lengths), ("depths", self.depths)):
             if len(set(values)) < len(values):
                 raise ConfigError(name, list(values), "names a value twice", "Name each once")
+        if not 0 <= self.jitter <= 0.5:
+            raise ConfigError("depth_jitter", self.jitter, "not between 0 and 0.5", "Use e.g. 0.05, or 0 for none")
         if self.trials < 1:
             raise ConfigError("trials", self.trials, "no trial in a cell", "Use 1 or more")
 
@@ -45,6 +52,12 @@ class NeedleGrid:
     def rng(self, length: int, depth: float, trial: int) -> np.random.Generator:
         """The randomness of one trial, whatever rank runs it and whatever else is in the grid."""
         return np.random.default_rng([self.seed, length, round(depth * 1_000_000), trial])
+
+    def sample(self, sampler: TaskSampler, length: int, depth: float, trial: int) -> TaskSample:
+        """The question of one trial."""
+        rng = self.rng(length, depth, trial)
+        offset = self.jitter * (2 * rng.spawn(1)[0].random() - 1)
+        return sampler.sample(rng, length, float(np.clip(depth + offset, 0, 1)), "eval")
 
 
 @dataclass(frozen=True)
@@ -70,7 +83,7 @@ def needed_length(sampler: TaskSampler, grid: NeedleGrid, length: int) -> int:
 def choose_grid(cfg: NeedleConfig, trained_length: int, sampler: TaskSampler) -> NeedleGrid:
     """The grid asked for; without lengths, quarters of `trained_length` as far as a needle fits in."""
     lengths = cfg.lengths if cfg.lengths is not None else [trained_length * n // 4 for n in (1, 2, 3, 4)]
-    grid = NeedleGrid(tuple(lengths), tuple(cfg.depths), cfg.trials, cfg.seed)
+    grid = NeedleGrid(tuple(lengths), tuple(cfg.depths), cfg.trials, cfg.seed, cfg.depth_jitter)
     if cfg.lengths is not None:
         return grid
     fitting = tuple(length for length in grid.lengths if needed_length(sampler, grid, length) <= length)
@@ -117,7 +130,7 @@ def evaluate_grid(
             yield finished[length, depth]
             continue
         trials = range(ranks.index, grid.trials, ranks.count)
-        samples = [sampler.sample(grid.rng(length, depth, trial), length, depth, "eval") for trial in trials]
+        samples = [grid.sample(sampler, length, depth, trial) for trial in trials]
         counts = torch.zeros(5, dtype=torch.int64, device=device)
         at_once = batch_size if batch_tokens is None else max(1, min(batch_size, batch_tokens // length))
         for batch in _batches(samples, at_once):

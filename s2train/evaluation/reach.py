@@ -24,7 +24,7 @@ class NeedleReach:
         first: list[int | None] = []
         last: list[int | None] = []
         for trial in range(self._grid.trials):
-            sample = self._sampler.sample(self._grid.rng(length, depth, trial), length, depth, "eval")
+            sample = self._grid.sample(self._sampler, length, depth, trial)
             found = self._reach(length, len(sample.prompt) - 1)
             for start, stop in sample.spans:
                 first += [found.layers_from_first(start), found.layers_from_first(stop - 1)]

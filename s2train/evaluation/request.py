@@ -1,5 +1,6 @@
 """What an evaluation is asked for, checked: everything that files and settings can tell, before a device is taken."""
 
+import hashlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -51,12 +52,14 @@ class Request:
         checkpoint: the iter_* folder.
         trained: settings of the run that wrote it.
         folder: where results go.
+        haystack_fingerprint: of its text, which may change under its name.
     """
 
     checkpoint: Path
     trained: PretrainConfig
     problems: tuple[Problem, ...]
     folder: Path
+    haystack_fingerprint: str
 
 
 def read_request(cfg: NeedleConfig, world_size: int, hardware: Hardware) -> Request:
@@ -96,7 +99,7 @@ def read_request(cfg: NeedleConfig, world_size: int, hardware: Hardware) -> Requ
     _check_layout_reaches(trained, max(length for problem in problems for length in problem.grid.lengths))
     folder = output_folder(cfg)
     check_writable("output", folder)
-    return Request(checkpoint, trained, tuple(problems), folder)
+    return Request(checkpoint, trained, tuple(problems), folder, hashlib.sha256(haystack.encode()).hexdigest()[:16])
 
 
 def _tasks(cfg: NeedleConfig) -> dict[str, Task]:

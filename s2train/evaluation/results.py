@@ -6,11 +6,11 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from s2train.config import NeedleConfig
+from s2train.config import NeedleConfig, PretrainConfig
 from s2train.evaluation.scores import RULER_THRESHOLD, Score, effective_length
 from s2train.files import replacing
+
+_ENDS = 1 << 16  # bytes
 
 TITLES = {
     "single": "Needle retrieval",
@@ -156,11 +156,21 @@ def output_folder(cfg: NeedleConfig) -> Path:
     return run / "needle" / iteration
 
 
-def weights_fingerprint(model: nn.Module) -> str:
-    """Tells one set of weights from another, to the precision of sums, so that cells of an earlier training
-    in the same folder are not taken for this one's. Under tensor parallelism it covers this rank's shard."""
+def layout_fingerprint(trained: PretrainConfig) -> str:
+    """Tells what a run's attention keeps, and how it rotates, from what another's would with the same weights."""
+    told = [asdict(trained.layout), asdict(trained.schedule), trained.model.rotary_base]
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def weights_fingerprint(checkpoint: Path) -> str:
+    """Tells a checkpoint's weights from others, however many ranks read them, so that cells of an earlier training in
+    the same folder are not taken for this one's: of the shards' names, lengths, and first and last 64 KiB."""
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        weights = parameter.detach().double()
-        digest.update(f"{name} {weights.sum().item():.8e} {weights.norm().item():.8e}\n".encode())
+    for shard in sorted(checkpoint.glob("*.distcp")):
+        size = shard.stat().st_size
+        digest.update(f"{shard.name} {size}\n".encode())
+        with shard.open("rb") as file:
+            digest.update(file.read(_ENDS))
+            file.seek(max(0, size - _ENDS))
+            digest.update(file.read(_ENDS))
     return digest.hexdigest()[:16]

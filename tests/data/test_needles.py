@@ -51,6 +51,12 @@ def test_only_the_first_sentence_of_a_filler_is_cut() -> None:
         assert set(parts[1:]) <= {" One two three.", " Four five!", " Six?"}
 
 
+@pytest.mark.parametrize("text", ["一二三四五六七八九十。" * 40, "\n".join(f"item {n}" for n in range(400))])
+def test_a_text_without_full_stops_has_places_everywhere(text: str) -> None:
+    filler = Haystack(ByteTokenizer(), text).draw(np.random.default_rng(), 3000)
+    assert np.diff(filler.borders).max() <= 64
+
+
 @pytest.mark.parametrize("haystack", ["", " \n\n "])
 def test_empty_haystack_is_refused(haystack: str) -> None:
     with pytest.raises(ConfigError, match="holds no text"):

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -110,6 +111,18 @@ def test_longer_sequences_come_in_smaller_batches(sampler: TaskSampler) -> None:
     assert taken == {100: {3, 1}, 160: {1}, 320: {1}}
 
 
+def test_trials_of_a_cell_ask_about_their_depth_and_not_all_of_one_place(sampler: TaskSampler) -> None:
+    seed = int(np.random.default_rng().integers(1 << 30))
+    grid = NeedleGrid(lengths=(4096,), depths=(0.0, 0.5, 1.0), trials=20, seed=seed, jitter=0.05)
+    for depth in grid.depths:
+        starts = [grid.sample(sampler, 4096, depth, trial).spans[0][0] / 4096 for trial in range(20)]
+        assert starts == [grid.sample(sampler, 4096, depth, trial).spans[0][0] / 4096 for trial in range(20)]
+        assert len({round(start * 4096 / 64) for start in starts}) > 2
+        assert max(abs(start - depth) for start in starts) < 0.05 + 0.06  # the question, half a sentence
+    still = replace(grid, jitter=0.0)
+    assert len({still.sample(sampler, 4096, 0.0, trial).spans[0][0] for trial in range(20)}) == 1
+
+
 def test_batch_size_changes_no_result(sampler: TaskSampler) -> None:
     decode = partial(greedy_decode, short_sighted_copier)
     results = [list(evaluate_grid(decode, sampler, GRID, batch_size=b, device=CPU)) for b in (1, 2, 5)]
@@ -165,6 +178,7 @@ def test_ranks_share_the_trials_and_agree_on_the_counts(sampler: TaskSampler, tm
         ("depths", {"depths": (0.5, 1.5)}),
         ("depths", {"depths": ()}),
         ("trials", {"trials": 0}),
+        ("depth_jitter", {"jitter": 0.6}),
     ],
 )
 def test_grid_that_can_not_work_is_refused(setting: str, changed: dict[str, Any]) -> None:

@@ -17,14 +17,22 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
-from s2train.config import NeedleConfig
+from s2train.config import ModelConfig, NeedleConfig, PretrainConfig
 from s2train.data.task_samples import TaskSampler
 from s2train.data.tokenizers import ByteTokenizer
 from s2train.evaluation.generate import Decode
 from s2train.evaluation.needle import NeedleGrid
 from s2train.evaluation.pictures import draw_heat_map, score_table
 from s2train.evaluation.reach import NeedleReach
-from s2train.evaluation.results import Cell, CellReach, NeedleResults, load_results, output_folder, weights_fingerprint
+from s2train.evaluation.results import (
+    Cell,
+    CellReach,
+    NeedleResults,
+    layout_fingerprint,
+    load_results,
+    output_folder,
+    weights_fingerprint,
+)
 from s2train.evaluation.run import run_needles
 from s2train.evaluation.scores import Score
 from tests.evaluation.fake_models import copier, parrot
@@ -196,13 +204,37 @@ def test_needles_that_no_layers_carry_are_told_so_in_picture_and_table(tmp_path:
     assert (pictures[0] != pictures[1]).any()
 
 
-def test_fingerprint_follows_the_weights() -> None:
-    model = torch.nn.Linear(8, 8)
-    first = weights_fingerprint(model)
-    assert weights_fingerprint(model) == first
-    with torch.no_grad():
-        model.weight[0, 0] += 1e-2
-    assert weights_fingerprint(model) != first
+def test_lengths_past_the_trained_one_are_evaluated_with_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = NeedleResults("runs/x", 100, {}, list(GRID.lengths), list(GRID.depths))
+    sampler, decode = TaskSampler(ByteTokenizer()), partial(greedy_decode, copier)
+    for length in (159, 160):
+        folder = tmp_path / str(length)
+        found = run_needles(
+            decode, sampler, GRID, asked, folder, batch_size=8, device=torch.device("cpu"), trained_length=length
+        )
+        assert found.score == Score(8, 8)
+        assert ("lengths=160 is past the 159 tokens trained on" in capsys.readouterr().out) == (length == 159)
+
+
+def test_the_fingerprint_follows_the_shards(tmp_path: Path) -> None:
+    content = np.random.default_rng().integers(256, size=300_000, dtype=np.uint8)
+    for name in ("__0_0.distcp", "__0_1.distcp"):
+        (tmp_path / name).write_bytes(content.tobytes())
+    first = weights_fingerprint(tmp_path)
+    (tmp_path / "progress.json").write_text("{}")
+    assert weights_fingerprint(tmp_path) == first
+    content[-1] ^= 1
+    (tmp_path / "__0_1.distcp").write_bytes(content.tobytes())
+    assert weights_fingerprint(tmp_path) != first
+
+
+def test_layouts_and_rotation_have_fingerprints_of_their_own() -> None:
+    trained = PretrainConfig(model=ModelConfig(name="m"))
+    wider = replace(trained, layout=replace(trained.layout, layers="DDSS"))
+    slower = replace(trained, model=replace(trained.model, rotary_base=trained.model.rotary_base + 1))
+    assert len({layout_fingerprint(each) for each in (trained, wider, slower)}) == 3
 
 
 @pytest.mark.parametrize(
