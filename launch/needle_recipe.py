@@ -5,7 +5,7 @@ python launch/needle_recipe.py data                   all training documents, on
 python launch/needle_recipe.py train hybrid           all phases, one after the other
 python launch/needle_recipe.py evaluate hybrid        the grid up to the longest length, of the last phase trained
 python launch/needle_recipe.py curve hybrid           accuracy of every checkpoint, each at its own phase's length
-                      each: --root runs/needle  --minutes 10; for train also settings of launch/pretrain.py
+                      each: --root runs/needle  --minutes 9; for train also settings of launch/pretrain.py
 
 Run `train` or `evaluate` again to go on where it stopped, as it does when --minutes are over.
 """
@@ -28,6 +28,8 @@ LAUNCH = Path(__file__).parent
 VARIANTS = ("hybrid", "dense", "sparse_shifted", "sparse_homogeneous", "hybrid_homogeneous")
 DEPTHS = [n / 10 for n in range(11)]
 GRID = (8192, 16384, 32768, 65536, 131072)  # lengths of `evaluate`
+_LEAST_SECONDS = 40  # to start, do something and save
+_OVER = "the time is over; run this again to go on"
 HELD_OUT = 0.02  # of the documents, for the loss after each phase
 
 
@@ -180,14 +182,21 @@ def is_trained(root: Path, variant: str, number: int) -> bool:
 
 
 class Deadline:
-    """Runs programs until the time is over."""
+    """Runs programs until the time is over, and ends with status 1 then. Nothing is started in the last moments."""
 
     def __init__(self, minutes: float) -> None:
         self._end = time.monotonic() + 60 * minutes
 
+    @property
+    def is_near(self) -> bool:
+        """Whether too little is left to start a program in, and to save."""
+        return time.monotonic() > self._end - _LEAST_SECONDS
+
     def run(self, command: list[str]) -> None:
-        """Run a program of launch/; exits with its status if it fails, and with 1 when the time is over."""
+        """Run a program of launch/; exits with its status if it fails."""
         started = time.monotonic()
+        if self.is_near:
+            sys.exit(_OVER)
         print("$ python", " ".join(command), flush=True)
         program = subprocess.Popen([sys.executable, *command])
         try:
@@ -195,7 +204,7 @@ class Deadline:
         except subprocess.TimeoutExpired:
             program.terminate()  # training saves first
             program.wait()
-            sys.exit("the time is over; run this again to go on")
+            sys.exit(_OVER)
         print(f"# {time.monotonic() - started:.1f} s", flush=True)
         if status:
             sys.exit(status)
@@ -204,16 +213,18 @@ class Deadline:
         """Run programs of launch/ side by side; exits if any fails, or the time is over."""
         waiting, running = list(commands), []
         while waiting or running:
-            while waiting and len(running) < at_once:
+            while waiting and len(running) < at_once and not self.is_near:
                 print("$ python", " ".join(waiting[0]), flush=True)
                 running.append(subprocess.Popen([sys.executable, *waiting.pop(0)]))
-            status = None if time.monotonic() < self._end else "the time is over; run this again to go on"
+            status = None if time.monotonic() < self._end and (running or not self.is_near) else _OVER
             for job in [job for job in running if job.poll() is not None]:
                 running.remove(job)
                 status = job.returncode or status
             if status:
                 for job in running:
                     job.terminate()
+                for job in running:
+                    job.wait()
                 sys.exit(status)
             time.sleep(0.2)
 
@@ -260,13 +271,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("action", choices=("plan", "data", "train", "evaluate", "curve"))
     parser.add_argument("variant", choices=VARIANTS, nargs="?", default="hybrid")
     parser.add_argument("--root", type=Path, default=Path("runs/needle"))
-    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--minutes", type=float, default=9)  # and some more to save what is under way
     parser.add_argument("--longest", type=int, default=PHASES[-1].length, help="leave longer phases out")
     given, settings = parser.parse_known_args(arguments)
     if wrong := [setting for setting in settings if "=" not in setting or setting.startswith("-")]:
         parser.error(f"unknown: {' '.join(wrong)}")
     deadline, root, variant = Deadline(given.minutes), given.root, given.variant
-    last = max(number for number, phase in enumerate(PHASES) if phase.length <= given.longest)
+    phases = [number for number, phase in enumerate(PHASES) if phase.length <= given.longest]
+    if not phases:
+        parser.error(f"--longest {given.longest}: the first phase has {PHASES[0].length} tokens")
+    last = phases[-1]
     if given.action == "plan":
         Console(width=140).print(plan_table(root))
     elif given.action == "data":

@@ -97,15 +97,18 @@ def measure(gpt: GPTModel, length: int, batch: int, tokens: int, chunk: int, dev
             with kv_cache(gpt, batch, length + tokens + _WARM_STEPS) as cache:
                 model = CachedModel(gpt, cache, cuda_graph)
                 prompt = torch.randint(0, gpt.vocab_size, (batch, length), device=device)
+                _forget_peak(device)
                 began = _now()
                 model.prefill(prompt, chunk=chunk)
                 record["prefill_s"] = _now() - began
+                record |= _peak("prefill", device)
                 for _ in range(_WARM_STEPS):
                     model.decode(prompt[:, -1])
                 began = _now()
                 for _ in range(tokens - 1):  # not the last: after it nothing is needed any more
                     model.decode(prompt[:, -1])
                 record["graph_ms" if cuda_graph else "step_ms"] = 1e3 * (_now() - began) / (tokens - 1)
+                record |= _peak("decode", device)
                 record |= {"kv_bytes": cache.bytes_in_use, "predicted_bytes": cache.predicted_bytes()}
                 record |= {"dense_bytes": cache.dense_bytes(), "pool_bytes": 2 * cache.pool.keys.nbytes}
             del cache, model  # before the next pass takes as much
@@ -114,6 +117,20 @@ def measure(gpt: GPTModel, length: int, batch: int, tokens: int, chunk: int, dev
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return record
+
+
+def _forget_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def _peak(part: str, device: torch.device) -> dict[str, int]:
+    """Bytes of all tensors at their most, weights and pool among them, since this was last asked."""
+    if device.type != "cuda":
+        return {}
+    found = {f"{part}_peak_bytes": torch.cuda.max_memory_allocated(device)}
+    _forget_peak(device)
+    return found
 
 
 def _now() -> float:

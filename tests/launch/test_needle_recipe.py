@@ -104,6 +104,30 @@ def test_an_unknown_variant_composes_to_nothing(recipe: dict[str, Any], tmp_path
         training(recipe, tmp_path, "spare", 0)
 
 
+def test_nothing_is_started_in_the_last_moments(recipe: dict[str, Any], tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(f"open({str(tmp_path / 'started')!r}, 'w')")
+    for start in (lambda late: late.run([str(program)]), lambda late: late.run_together([[str(program)]], 1)):
+        with pytest.raises(SystemExit, match="run this again to go on"):
+            start(recipe["Deadline"](0.1))
+    assert not (tmp_path / "started").exists()
+
+
+def test_programs_side_by_side_have_ended_when_the_time_is_over(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(recipe["Deadline"].run.__globals__, "_LEAST_SECONDS", 0)
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import pathlib, signal, sys, time\n"
+        "def stop(*_):\n    time.sleep(0.5); pathlib.Path(sys.argv[1]).write_text('saved'); sys.exit()\n"
+        "signal.signal(signal.SIGTERM, stop)\ntime.sleep(60)\n"
+    )
+    with pytest.raises(SystemExit, match="run this again to go on"):
+        recipe["Deadline"](0.05).run_together([[str(program), str(tmp_path / name)] for name in "ab"], 2)
+    assert [(tmp_path / name).read_text() for name in "ab"] == ["saved", "saved"]
+
+
 def test_the_first_report_after_each_start_counts_as_the_others(tmp_path: Path) -> None:
     def reports(steps: range, *seconds: float) -> list[dict[str, Any]]:
         return [{"step": step, "step_time_s": time} for step, time in zip(steps, seconds, strict=True)]
