@@ -43,7 +43,8 @@ class Phase:
         steps: of this phase.
         share: range of a document's tokens that facts and questions take.
         facts: range of different keys in a document.
-        questions_last: share of documents that tell all facts first, so that half of their look-ups are far.
+        questions_last: share of documents that ask at the end alone: look-ups over every distance.
+        blend: names of SOURCES, with their weights.
     """
 
     length: int
@@ -53,6 +54,7 @@ class Phase:
     share: tuple[float, float]
     facts: tuple[int, int]
     questions_last: float = 0.5
+    blend: tuple[tuple[str, float], ...] = (("noise", 0.6), ("text", 0.15), ("lines", 0.25))
 
     @property
     def name(self) -> str:
@@ -63,22 +65,21 @@ class Phase:
         return self.batch * self.steps
 
 
-# Look-ups are learned at 512 tokens, where a document has the most of them; then they are carried to longer
-# distances, through ever more filler.
+# Look-ups are learned at 512 tokens, where a document has the most of them; then they are carried to longer distances,
+# through ever more filler. A long document is a step of its own: a text's gradients would drown those of the facts.
+_FACTS_ALONE = (("noise", 0.7), ("lines", 0.3))
 PHASES = (
     Phase(512, 64, 64, 2500, (0.1, 1.0), (1, 32), 0.0),
     Phase(2048, 32, 32, 400, (0.05, 1.0), (1, 64)),
     Phase(8192, 8, 8, 300, (0.02, 0.6), (1, 256)),
-    Phase(32768, 4, 4, 240, (0.006, 0.3), (1, 512)),
-    Phase(131072, 1, 1, 240, (0.002, 0.1), (1, 512)),
+    Phase(32768, 4, 4, 240, (0.03, 0.3), (1, 512), 0.8, _FACTS_ALONE),
+    Phase(131072, 1, 1, 240, (0.03, 0.1), (1, 512), 0.8, _FACTS_ALONE),
 )
-
-# (name, weight in the blend, settings)
-SOURCES = (
-    ("noise", 0.6, ("needles.task=recall", "needles.haystack=noise")),
-    ("text", 0.15, ("needles.task=recall", "needles.haystack=bundled")),
-    ("lines", 0.25, ("needles.task=recall_lines", "needles.haystack=noise")),
-)
+SOURCES = {
+    "noise": ("needles.task=recall", "needles.haystack=noise"),
+    "text": ("needles.task=recall", "needles.haystack=bundled"),
+    "lines": ("needles.task=recall_lines", "needles.haystack=noise"),
+}
 
 
 def last_step(number: int) -> int:
@@ -88,13 +89,13 @@ def last_step(number: int) -> int:
 
 def tokenizer(root: Path) -> Path:
     """The tokenizer of all data: a byte-level BPE trained on the first of them."""
-    return root / "data" / f"{PHASES[0].name}-{SOURCES[0][0]}-tokenizer.json"
+    return root / "data" / f"{PHASES[0].name}-{PHASES[0].blend[0][0]}-tokenizer.json"
 
 
 def data_commands(root: Path, phase: Phase) -> list[list[str]]:
     """How the documents of `phase` are made, one program a source."""
     commands = []
-    for number, (name, weight, settings) in enumerate(SOURCES):
+    for number, (name, weight) in enumerate(phase.blend):
         output = root / "data" / f"{phase.name}-{name}"
         makes_tokenizer = phase is PHASES[0] and number == 0
         commands.append(
@@ -111,7 +112,7 @@ def data_commands(root: Path, phase: Phase) -> list[list[str]]:
                 f"needles.questions_last={phase.questions_last}",
                 f"seed={1000 + phase.length + number}",
                 "overwrite=true",
-                *settings,
+                *SOURCES[name],
             ]
         )
     return commands
@@ -122,7 +123,7 @@ def train_command(root: Path, variant: str, number: int) -> list[str]:
     phase, run = PHASES[number], run_folder(root, variant, number)
     started = any((run / "checkpoints").glob("iter_*"))
     resume = [] if started or number == 0 else [f"checkpoint.resume={run_folder(root, variant, number - 1)}"]
-    blend = ",".join(f"{weight},{root}/data/{phase.name}-{name}" for name, weight, _ in SOURCES)
+    blend = ",".join(f"{weight},{root}/data/{phase.name}-{name}" for name, weight in phase.blend)
     return [
         str(LAUNCH / "pretrain.py"),
         f"+model=needle_{variant}",
@@ -234,7 +235,7 @@ def make_data(root: Path, last: int, deadline: Deadline) -> None:
     first, *others = [
         (root / "data" / f"{phase.name}-{name}.idx", command)
         for phase in PHASES[: last + 1]
-        for (name, _, _), command in zip(SOURCES, data_commands(root, phase), strict=True)
+        for (name, _), command in zip(phase.blend, data_commands(root, phase), strict=True)
     ]
     if not first[0].is_file():
         deadline.run(first[1])
