@@ -12,6 +12,7 @@
 #   NNODES          how many (1)
 #   NPROC_PER_NODE  processes on each (one for each GPU)
 #   MAX_RESTARTS    how often a node starts its ranks again after a failure, its own or another node's (3)
+#                   Not after what would come again: settings that are refused, a loss that diverged.
 #   JOIN_TIMEOUT    seconds that the nodes wait for each other (900)
 #   SAVE_SECONDS    that ranks have to save and end after SIGTERM or SIGUSR1, then they are killed (240)
 #   LOG_DIR         folder for each rank's output, whole; the console has local rank 0's (runs/logs/JOB_ID)

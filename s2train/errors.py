@@ -27,6 +27,10 @@ class TrainingError(RuntimeError):
     """A run that can't go on, told in one line. All ranks raise it together, unless rank 0 does alone."""
 
 
+class DivergedError(TrainingError):
+    """Too many steps in a row had a loss or gradient that is not finite. All ranks raise it; a restart repeats it."""
+
+
 class StoppedBySignal(Exception):
     """A run that has saved and ends because the scheduler asked it to; to be started again.
 
@@ -44,8 +48,15 @@ class StoppedBySignal(Exception):
 
 
 class StartUpError(RuntimeError):
-    """A job whose ranks don't go together; one line for each problem, naming rank, host and remedy."""
+    """A job that can't start: what a rank refuses, or ranks that don't go together; one line for each problem.
+
+    All ranks raise it together, and a restart would repeat it, but for a `MissingRankError`.
+    """
 
     def __init__(self, problems: Sequence[str]) -> None:
         self.problems = list(problems)
         super().__init__("; ".join(problems))
+
+
+class MissingRankError(StartUpError):
+    """Ranks that never came. Rank 0 raises it alone, and a restart may bring them."""

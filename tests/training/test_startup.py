@@ -2,6 +2,7 @@
 
 import threading
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from s2train.errors import StartUpError
+from s2train import meeting
+from s2train.errors import MissingRankError, StartUpError
 from s2train.hardware import Hardware
 from s2train.planning.memory import checkpoint_bytes
 from s2train.planning.parameters import total_parameters
-from s2train.training import startup
 from s2train.training.startup import Facts, check_start, problems
 from tests.test_configs import pretrain
 
@@ -116,10 +117,10 @@ def test_every_rank_stops_where_one_has_another_setting(tmp_path: Path) -> None:
 
 
 def test_a_rank_that_never_comes_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(startup, "_ARRIVAL", startup.timedelta(seconds=0.2))
+    monkeypatch.setattr(meeting, "ARRIVAL", timedelta(seconds=0.2))
     plan: Any = SimpleNamespace(hardware=Hardware("CPU", "cpu", 1 << 40))
     cfg = pretrain("+model=tiny_hybrid", f"run_dir={tmp_path}")
-    with pytest.raises(StartUpError, match="rank 1, 2 of 3 did not start within"):
+    with pytest.raises(MissingRankError, match="rank 1, 2 of 3 did not start within"):
         check_start(cfg, plan, torch.distributed.HashStore(), 0, 3)
 
 
