@@ -17,7 +17,7 @@ from s2train import config
 from s2train.apex import apex_available
 from s2train.command_line import run_command, run_hydra
 from s2train.errors import ConfigError
-from s2train.hardware import detect_own
+from s2train.hardware import check_gpus, detect_own
 from s2train.meeting import refusing_together
 from s2train.planning import check, format_plan, preview, resolve
 from s2train.sweeps import plugins
@@ -35,6 +35,8 @@ def pretrain(composed: DictConfig) -> None:
     world_size, is_first = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK", "0") == "0"
     with refusing_together():
         cfg = resolve(composed, MODELS)
+        if not cfg.plan:
+            check_gpus()
         hardware = detect_own()
         plan = preview(cfg, world_size, hardware) if cfg.plan else check(cfg, world_size, hardware)
     if cfg.plan:
