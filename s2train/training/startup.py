@@ -106,7 +106,8 @@ def check_start(cfg: PretrainConfig, plan: Plan, store: Store, rank: int, world_
         told = store.multi_get([f"facts/{other}" for other in range(world_size)])
         for path in markers:
             path.unlink()
-        found = list(problems([Facts(**json.loads(text)) for text in told], checkpoint_bytes(cfg)))
+        needed = checkpoint_bytes(cfg) if cfg.checkpoint.save else 0
+        found = list(problems([Facts(**json.loads(text)) for text in told], needed))
     end_together(store, rank, world_size, "problems", found)
 
 
@@ -115,7 +116,7 @@ def problems(ranks: Sequence[Facts], checkpoint: int) -> Iterator[str]:
 
     Args:
         ranks: rank 0 first; the others are held against it.
-        checkpoint: bytes of one checkpoint.
+        checkpoint: bytes of one checkpoint; 0 if none is saved.
     """
     told: set[tuple[str, str]] = set()
     for facts in ranks:
@@ -153,7 +154,8 @@ def _problems_of(facts: Facts, first: Facts, checkpoint: int) -> Iterator[str]:
     if facts.free_bytes < checkpoint:
         yield (
             f"the run folder's disk has {facts.free_bytes / GIB:.1f} GiB free, and one checkpoint takes"
-            f" {checkpoint / GIB:.1f}. Free some, or set run_dir to a folder on another disk"
+            f" {checkpoint / GIB:.1f}. Free some, set run_dir to a folder on another disk, or checkpoint.save=false if"
+            " speed is all that is looked for"
         )
     if facts.device != first.device:
         seen = "no GPU is visible" if facts.device == "CPU" else f"its GPU is a {facts.device}"

@@ -15,6 +15,7 @@ from s2train.errors import MissingRankError, StartUpError
 from s2train.hardware import Hardware
 from s2train.planning.memory import checkpoint_bytes
 from s2train.planning.parameters import total_parameters
+from s2train.training import startup
 from s2train.training.startup import Facts, check_start, problems
 from tests.test_configs import pretrain
 
@@ -49,7 +50,7 @@ def test_ranks_that_agree_start() -> None:
         ({"settings": {"optim.lr": [0.1, 0.2]}}, ["optim.lr=0.1, and 0.2", "same command"]),
         ({"clock": 1e9 - 60}, ["60 s behind", "NTP"]),
         ({"clock": 1e9 + 3600}, ["3600 s ahead of", "NTP"]),
-        ({"free_bytes": 99}, ["GiB free", "run_dir"]),
+        ({"free_bytes": 99}, ["GiB free", "run_dir", "checkpoint.save=false"]),
         ({"sees_run_dir": False}, ["run folder", "all machines share"]),
         ({"missing": ["data.cache runs/cache"]}, ["data.cache runs/cache is not there", "all machines share"]),
         ({"device": "CPU"}, ["no GPU is visible", "NVIDIA H100", "CUDA_VISIBLE_DEVICES"]),
@@ -76,13 +77,13 @@ def test_what_a_whole_machine_has_wrong_is_told_once() -> None:
     assert len(list(problems([FIRST, *ranks], checkpoint=100))) == 1
 
 
-def start(run_dirs: list[Path], **changes: dict[int, dict[str, Any]]) -> list[Any]:
+def start(run_dirs: list[Path], more: tuple[str, ...] = (), **changes: dict[int, dict[str, Any]]) -> list[Any]:
     """What `check_start` ends with on each rank, ranks being threads."""
     store, ends = torch.distributed.HashStore(), {}
     plan: Any = SimpleNamespace(hardware=Hardware("CPU", "cpu", 1 << 40))
 
     cfgs = [
-        pretrain("+model=tiny_hybrid", f"run_dir={run_dir}") for run_dir in run_dirs
+        pretrain("+model=tiny_hybrid", f"run_dir={run_dir}", *more) for run_dir in run_dirs
     ]  # Hydra is no friend of threads
 
     def one(rank: int) -> None:
@@ -114,6 +115,16 @@ def test_every_rank_stops_where_one_has_another_setting(tmp_path: Path) -> None:
     (line,) = ends[0].problems
     assert "rank 2" in line
     assert "seed=7, and 1234 on rank 0" in line
+
+
+def test_a_run_that_saves_nothing_needs_no_room_for_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(startup, "_free_bytes", lambda folder: 1)
+    (end,) = start([tmp_path])
+    assert isinstance(end, StartUpError)
+    assert "one checkpoint takes" in end.problems[0]
+    assert start([tmp_path], more=("checkpoint.save=false",)) == [str(tmp_path)]
 
 
 def test_a_rank_that_never_comes_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
