@@ -2,8 +2,9 @@
 
 Takes torchrun's arguments, and does what torchrun alone does not: SIGUSR1 reaches the ranks as SIGTERM does; they have
 ten minutes to save, not half a minute; a run that saved and stopped for a signal ends with status 75, on every node,
-for a batch script to requeue; and what starting the ranks again can't mend ends at once under --max-restarts too, with
-status 2 if the run was refused and 1 if its loss diverged. (torchrun itself ends with 1, or starts the ranks again.)
+for a batch script to requeue (with 128 + the signal's number under checkpoint.save=false); and what starting the ranks
+again can't mend ends at once under --max-restarts too, with status 2 if the run was refused and 1 if its loss diverged.
+(torchrun itself ends with 1, or starts the ranks again.)
 """
 
 import inspect

@@ -5,7 +5,8 @@
 # others wait for it, and the run goes on from its last checkpoint. The node that HEAD names keeps the rendezvous: if
 # that one is lost, start all again.
 #
-# SIGTERM or SIGUSR1: the ranks save and stop, and this script ends with status 75 (EXIT_REQUEUE in s2train/errors.py).
+# SIGTERM or SIGUSR1: the ranks save and stop, and this script ends with status 75 (EXIT_REQUEUE in s2train/errors.py),
+# or with 128 + the signal's number under checkpoint.save=false.
 #
 #   HEAD            host:port of one of the nodes, reachable from all
 #   JOB_ID          the same on all nodes, another for each job

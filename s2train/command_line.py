@@ -15,7 +15,6 @@ from hydra.errors import HydraException
 
 from s2train.composition import CONF, config_groups, explain
 from s2train.errors import (
-    EXIT_REQUEUE,
     ConfigError,
     DivergedError,
     MissingRankError,
@@ -54,7 +53,7 @@ def run_hydra(main: Callable[[], None], schema: type) -> None:
 def run_command(command: Callable[[], None]) -> None:
     """Run a program. Bad input ends the process with status 2 and one line on rank 0's stderr, a failed run with 1.
 
-    A run that stopped for a signal ends with EXIT_REQUEUE.
+    A run that stopped for a signal ends with EXIT_REQUEUE, or, if it saved nothing, with 128 + the signal's number.
     """
     # Megatron tells at length that apex and transformer-engine are absent, and torch that Megatron is behind its names.
     warnings.filterwarnings("ignore", module=r"(s2train\.)?megatron|torch\.distributed")
@@ -64,7 +63,7 @@ def run_command(command: Callable[[], None]) -> None:
         if STATUS_FILE in os.environ:  # an earlier attempt may have left its own there
             Path(os.environ[STATUS_FILE]).write_text("0")
     except StoppedBySignal as stop:
-        _end_with_all(str(stop), EXIT_REQUEUE)
+        _end_with_all(str(stop), stop.status)
     except DivergedError as error:
         _end_with_all(f"error: {error}", 1)
     except TrainingError as error:

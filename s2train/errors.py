@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from signal import Signals
 
 # Of a run that saved and stopped because it was asked to (a time limit, a preemption): start it again to go on.
 # sysexits.h's "temporary failure". torchrun itself would end with 1; `launch/job.py` hands it on.
@@ -34,6 +35,9 @@ class DivergedError(TrainingError):
 class StoppedBySignal(Exception):
     """A run that has saved and ends because the scheduler asked it to; to be started again.
 
+    Attributes:
+        status: to end with: EXIT_REQUEUE, or, where nothing was saved, a shell's 128 + the signal's number.
+
     Args:
         signal: its name, e.g. ``SIGTERM``.
         step: steps done.
@@ -41,6 +45,7 @@ class StoppedBySignal(Exception):
     """
 
     def __init__(self, signal: str, step: int, checkpoint: Path | None) -> None:
+        self.status = EXIT_REQUEUE if checkpoint else 128 + Signals[signal]
         saved = (
             f"checkpoint {checkpoint} | the same command goes on" if checkpoint else "not saved: checkpoint.save=false"
         )
