@@ -43,6 +43,8 @@ from s2train.wandb_run import choose_mode
 
 _WATCHDOG_LEAD = 2.0  # minutes that it has to name a rank before collective calls fail, which name none
 
+_SECONDS_FOR_WANDB = 10.0  # after a signal: the scheduler kills what has not ended soon, and the other ranks wait
+
 
 def run(cfg: PretrainConfig, plan: Plan) -> None:
     """Check data and checkpoint, build, train, save. What can be refused is refused before a process group is made.
@@ -165,7 +167,10 @@ def _train(
     )
     try:
         saved = trainer.train(start.progress)
-    except (StoppedBySignal, DivergedError):
+    except StoppedBySignal:
+        tracker.close(_SECONDS_FOR_WANDB)
+        raise
+    except DivergedError:
         tracker.close()
         raise
     if is_first:
