@@ -35,15 +35,14 @@ def pretrain(composed: DictConfig) -> None:
     world_size, is_first = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK", "0") == "0"
     with refusing_together():
         cfg = resolve(composed, MODELS)
-        if not cfg.plan:
-            check_gpus()
         hardware = detect_own()
-        plan = preview(cfg, world_size, hardware) if cfg.plan else check(cfg, world_size, hardware)
-    if cfg.plan:
-        if is_first:
-            print(format_plan(plan))
-        return
-    apex_available()  # Megatron would import an impostor
+        if cfg.plan:
+            if is_first:
+                print(format_plan(preview(cfg, world_size, hardware)))
+            return
+        check_gpus()
+        plan = check(cfg, world_size, hardware)
+        apex_available()  # Megatron would import an impostor
     if is_first:
         print(format_plan(plan), flush=True)
     from s2train.training.run import run  # imports Megatron: slow, and not needed to refuse a run
