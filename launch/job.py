@@ -1,8 +1,10 @@
 """torchrun for schedulers: `python launch/job.py --nproc-per-node 8 launch/pretrain.py +model=… [setting=value …]`.
 
 Takes torchrun's arguments, and does what torchrun alone does not: SIGUSR1 reaches the ranks as SIGTERM does; they have
-ten minutes to save, not half a minute; and a run that saved and stopped for a signal ends with status 75, on every
-node, for a batch script to requeue (torchrun itself ends with 1 then, or starts the ranks again under --max-restarts).
+ten minutes to save, not half a minute; a run that saved and stopped for a signal ends with status 75, on every node,
+for a batch script to requeue (with 128 + the signal's number under checkpoint.save=false); and what starting the ranks
+again can't mend ends at once under --max-restarts too, with status 2 if the run was refused and 1 if its loss diverged.
+(torchrun itself ends with 1, or starts the ranks again.)
 """
 
 import inspect

@@ -5,13 +5,15 @@
 # others wait for it, and the run goes on from its last checkpoint. The node that HEAD names keeps the rendezvous: if
 # that one is lost, start all again.
 #
-# SIGTERM or SIGUSR1: the ranks save and stop, and this script ends with status 75 (EXIT_REQUEUE in s2train/errors.py).
+# SIGTERM or SIGUSR1: the ranks save and stop, and this script ends with status 75 (EXIT_REQUEUE in s2train/errors.py),
+# or with 128 + the signal's number under checkpoint.save=false.
 #
 #   HEAD            host:port of one of the nodes, reachable from all
 #   JOB_ID          the same on all nodes, another for each job
 #   NNODES          how many (1)
 #   NPROC_PER_NODE  processes on each (one for each GPU)
 #   MAX_RESTARTS    how often a node starts its ranks again after a failure, its own or another node's (3)
+#                   Not after what would come again: settings that are refused, a loss that diverged.
 #   JOIN_TIMEOUT    seconds that the nodes wait for each other (900)
 #   SAVE_SECONDS    that ranks have to save and end after SIGTERM or SIGUSR1, then they are killed (240)
 #   LOG_DIR         folder for each rank's output, whole; the console has local rank 0's (runs/logs/JOB_ID)

@@ -17,7 +17,8 @@ from s2train import config
 from s2train.apex import apex_available
 from s2train.command_line import run_command, run_hydra
 from s2train.errors import ConfigError
-from s2train.hardware import detect_own
+from s2train.hardware import check_gpus, detect_own
+from s2train.meeting import refusing_together
 from s2train.planning import check, format_plan, preview, resolve
 from s2train.sweeps import plugins
 
@@ -31,15 +32,17 @@ def pretrain(composed: DictConfig) -> None:
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         remedy = "Leave hydra/launcher out, or set it to s2train_local or s2train_slurm"
         raise ConfigError("hydra/launcher", "another", "jobs of a sweep need processes of their own", remedy)
-    cfg = resolve(composed, MODELS)
     world_size, is_first = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK", "0") == "0"
-    hardware = detect_own()
-    if cfg.plan:
-        if is_first:
-            print(format_plan(preview(cfg, world_size, hardware)))
-        return
-    plan = check(cfg, world_size, hardware)
-    apex_available()  # Megatron would import an impostor
+    with refusing_together():
+        cfg = resolve(composed, MODELS)
+        hardware = detect_own()
+        if cfg.plan:
+            if is_first:
+                print(format_plan(preview(cfg, world_size, hardware)))
+            return
+        check_gpus()
+        plan = check(cfg, world_size, hardware)
+        apex_available()  # Megatron would import an impostor
     if is_first:
         print(format_plan(plan), flush=True)
     from s2train.training.run import run  # imports Megatron: slow, and not needed to refuse a run

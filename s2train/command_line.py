@@ -7,17 +7,26 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
 from hydra.errors import HydraException
 
 from s2train.composition import CONF, config_groups, explain
-from s2train.errors import EXIT_REQUEUE, ConfigError, StartUpError, StoppedBySignal, TrainingError
+from s2train.errors import (
+    ConfigError,
+    DivergedError,
+    MissingRankError,
+    StartUpError,
+    StoppedBySignal,
+    TrainingError,
+)
 
 USAGE_STATUS = 2
-# Names a file. If set, a rank that stops for a signal writes EXIT_REQUEUE there and ends with 0: torchrun takes
-# any other status for a failure, which it would restart or report as its own 1. `launch/job.py` sets it.
+# Names a file. If set, a rank that ends as all ranks do, for what no restart mends (a signal, a refusal, a loss that
+# diverged), writes its status there and ends with 0: torchrun takes any other for a failure, which it would restart
+# or report as its own 1. `launch/job.py` sets it.
 STATUS_FILE = "S2TRAIN_STATUS_FILE"
 _SECONDS_TO_SPEAK = 10.0
 
@@ -35,7 +44,8 @@ def run_hydra(main: Callable[[], None], schema: type) -> None:
         main()
     except HydraException as error:
         overrides = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
-        _refuse(explain(error, overrides, config_groups(CONF), schema))
+        line = explain(error, overrides, config_groups(CONF), schema)
+        run_command(partial(_refuse_composition, line))
     finally:
         os.environ.pop("HYDRA_FULL_ERROR", None)
 
@@ -43,7 +53,7 @@ def run_hydra(main: Callable[[], None], schema: type) -> None:
 def run_command(command: Callable[[], None]) -> None:
     """Run a program. Bad input ends the process with status 2 and one line on rank 0's stderr, a failed run with 1.
 
-    A run that stopped for a signal ends with EXIT_REQUEUE.
+    A run that stopped for a signal ends with EXIT_REQUEUE, or, if it saved nothing, with 128 + the signal's number.
     """
     # Megatron tells at length that apex and transformer-engine are absent, and torch that Megatron is behind its names.
     warnings.filterwarnings("ignore", module=r"(s2train\.)?megatron|torch\.distributed")
@@ -53,38 +63,58 @@ def run_command(command: Callable[[], None]) -> None:
         if STATUS_FILE in os.environ:  # an earlier attempt may have left its own there
             Path(os.environ[STATUS_FILE]).write_text("0")
     except StoppedBySignal as stop:
-        if os.environ.get("RANK", "0") == "0":
-            print(stop, file=sys.stderr, flush=True)
-        if STATUS_FILE not in os.environ:
-            sys.exit(EXIT_REQUEUE)
-        Path(os.environ[STATUS_FILE]).write_text(str(EXIT_REQUEUE))
+        _end_with_all(str(stop), stop.status)
+    except DivergedError as error:
+        _end_with_all(f"error: {error}", 1)
     except TrainingError as error:
-        _tell(f"error: {error}")
-        sys.exit(1)
+        _end(f"error: {error}", 1)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        _tell(f"error: {error}. Make room; the same command goes on from the last checkpoint")
-        sys.exit(1)
+        _end(f"error: {error}. Make room; the same command goes on from the last checkpoint", 1)
+    except MissingRankError as error:
+        _end(_lines(error), USAGE_STATUS)
     except StartUpError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(*(f"error: {problem}" for problem in error.problems), sep="\n", file=sys.stderr, flush=True)
-        sys.exit(USAGE_STATUS)
+        _end_with_all(_lines(error), USAGE_STATUS)
     except ConfigError as error:
         _refuse(str(error).splitlines()[0])
 
 
-def _refuse(line: str) -> NoReturn:
+def _refuse_composition(line: str) -> None:
+    from s2train.meeting import is_alone, refuse  # imports torch: slow
+
+    if not is_alone():
+        refuse(line)
+    _refuse(line)
+
+
+def _refuse(line: str) -> None:
     rank = os.environ.get("RANK", "0")
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        _end_with_all(f"error: {line}", USAGE_STATUS)
+        return
     if rank != "0" and os.environ.get("LOCAL_RANK") == "0":  # what is wrong may be wrong on this machine alone
         print(f"rank {rank} on {socket.gethostname()}: error: {line}", file=sys.stderr, flush=True)
-    _tell(f"error: {line}")
-    sys.exit(USAGE_STATUS)
+    _end(f"error: {line}", USAGE_STATUS)
 
 
-def _tell(line: str) -> None:
-    """The last words of this process; where another rank ended first, torchrun would kill rank 0 before it spoke."""
+def _lines(error: StartUpError) -> str:
+    return "\n".join(f"error: {problem}" for problem in error.problems)
+
+
+def _end(line: str, status: int) -> NoReturn:
+    """The last words of this process, and its status; torchrun ends the other ranks, and may start all again."""
     if os.environ.get("RANK", "0") == "0":
         print(line, file=sys.stderr, flush=True)
-    else:
+    else:  # where another rank ended first, torchrun would kill rank 0 before it spoke
         time.sleep(_SECONDS_TO_SPEAK)
+    sys.exit(status)
+
+
+def _end_with_all(line: str, status: int) -> None:
+    """As `_end`, where every rank ends so: nothing is started again."""
+    if STATUS_FILE not in os.environ:
+        _end(line, status)
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr, flush=True)
+    Path(os.environ[STATUS_FILE]).write_text(str(status))

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from signal import Signals
 
 # Of a run that saved and stopped because it was asked to (a time limit, a preemption): start it again to go on.
 # sysexits.h's "temporary failure". torchrun itself would end with 1; `launch/job.py` hands it on.
@@ -27,8 +28,15 @@ class TrainingError(RuntimeError):
     """A run that can't go on, told in one line. All ranks raise it together, unless rank 0 does alone."""
 
 
+class DivergedError(TrainingError):
+    """Too many steps in a row had a loss or gradient that is not finite. All ranks raise it; a restart repeats it."""
+
+
 class StoppedBySignal(Exception):
     """A run that has saved and ends because the scheduler asked it to; to be started again.
+
+    Attributes:
+        status: to end with: EXIT_REQUEUE, or, where nothing was saved, a shell's 128 + the signal's number.
 
     Args:
         signal: its name, e.g. ``SIGTERM``.
@@ -37,6 +45,7 @@ class StoppedBySignal(Exception):
     """
 
     def __init__(self, signal: str, step: int, checkpoint: Path | None) -> None:
+        self.status = EXIT_REQUEUE if checkpoint else 128 + Signals[signal]
         saved = (
             f"checkpoint {checkpoint} | the same command goes on" if checkpoint else "not saved: checkpoint.save=false"
         )
@@ -44,8 +53,15 @@ class StoppedBySignal(Exception):
 
 
 class StartUpError(RuntimeError):
-    """A job whose ranks don't go together; one line for each problem, naming rank, host and remedy."""
+    """A job that can't start: what a rank refuses, or ranks that don't go together; one line for each problem.
+
+    All ranks raise it together, and a restart would repeat it, but for a `MissingRankError`.
+    """
 
     def __init__(self, problems: Sequence[str]) -> None:
         self.problems = list(problems)
         super().__init__("; ".join(problems))
+
+
+class MissingRankError(StartUpError):
+    """Ranks that never came. Rank 0 raises it alone, and a restart may bring them."""

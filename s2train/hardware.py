@@ -25,6 +25,8 @@ _PEAK_FLOPS: tuple[tuple[str, float, float], ...] = (
     ("RTX 3090", 71e12, 35.6e12),
 )
 
+_GPU_FILE = Path("/dev/nvidia0")
+
 
 @dataclass(frozen=True)
 class Hardware:
@@ -85,6 +87,38 @@ def detect_own() -> Hardware:
         ConfigError: as `detect`.
     """
     return detect(int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def check_gpus() -> None:
+    """Whether CUDA sees GPUs where the machine or the scheduler says that there are some.
+
+    Raises:
+        ConfigError: it sees none. With CUDA_VISIBLE_DEVICES naming none, that is as wished for.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if torch.cuda.is_available() or visible in ("", "-1", "NoDevFiles"):  # the last is Slurm's, for a job without GPUs
+        return
+    if sign := _sign_of_gpus():
+        cuda = torch.version.cuda
+        cause = "this torch is built without CUDA" if cuda is None else f"torch is built for CUDA {cuda}"
+        raise ConfigError(
+            "CUDA_VISIBLE_DEVICES",
+            "(not set)" if visible is None else visible,
+            f"{sign}, but torch sees no GPU ({cause})",
+            "Install a build of torch with CUDA, or look at the driver there (nvidia-smi). To train on the CPU, set"
+            ' CUDA_VISIBLE_DEVICES=""',
+        )
+
+
+def _sign_of_gpus() -> str:
+    """What tells that there are GPUs; empty if nothing does."""
+    if _GPU_FILE.exists():
+        return f"{_GPU_FILE} is there"
+    # The number of GPUs; and the number of each, of which 0 is one.
+    for name, none in (("SLURM_GPUS_ON_NODE", ("", "0")), ("SLURM_JOB_GPUS", ("",))):
+        if (value := os.environ.get(name, "")) not in none:
+            return f"{name}={value}"
+    return ""
 
 
 def _ram() -> int:

@@ -8,6 +8,7 @@ import queue
 import secrets
 import string
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,16 +111,18 @@ class WandbRun:
 
         self._do(add)
 
-    def close(self) -> None:
-        """Send what is left, for `CLOSE_TIMEOUT_S` at most."""
+    def close(self, seconds: float | None = None) -> None:
+        """Send what is left, for `seconds` at most; None: `CLOSE_TIMEOUT_S`."""
+        seconds = CLOSE_TIMEOUT_S if seconds is None else seconds
+        until = time.monotonic() + seconds
         try:
-            self._todo.put(None, timeout=CLOSE_TIMEOUT_S)
+            self._todo.put(None, timeout=seconds)
         except queue.Full:
             self._say(f"wandb: it takes too long; the run is left as it is ({self._remedy()})")
             return
-        self._thread.join(CLOSE_TIMEOUT_S)
+        self._thread.join(max(0.0, until - time.monotonic()))
         if self._thread.is_alive():
-            self._say(f"wandb: not all was sent within {CLOSE_TIMEOUT_S:.0f} s ({self._remedy()})")
+            self._say(f"wandb: not all was sent within {seconds:.0f} s ({self._remedy()})")
 
     def _do(self, task: Callable[[Any, Any], None]) -> None:
         try:

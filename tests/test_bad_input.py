@@ -57,3 +57,14 @@ def test_an_apex_that_is_not_nvidias_is_refused(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "apex" / "__init__.py").write_text("raise RuntimeError('not this one')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     assert "pip uninstall apex" in error_line(attempt(tmp_path / "run", by_torchrun=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [0, 2])
+def test_a_run_folder_that_cannot_be_made_is_refused_by_its_name(tmp_path: Path, processes: int) -> None:
+    (tmp_path / "file").touch()
+    outcome = attempt(tmp_path / "file" / "run", processes=processes)
+    assert outcome.status != 0
+    line = error_line(outcome)
+    assert line.startswith(f"error: run_dir={tmp_path}/file/run: can't be written")
+    assert "another folder" in line

@@ -1,5 +1,6 @@
 """A wandb run in the background: it never stops or slows what it is told of."""
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import Any
 import pytest
 
 from s2train import wandb_run
-from s2train.errors import ConfigError
+from s2train.errors import EXIT_REQUEUE, ConfigError
 from s2train.wandb_run import RunInfo, WandbRun, choose_mode
+from tests.program import ROOT, SMALL, run
 
 
 class FakeWandb(SimpleNamespace):
@@ -137,6 +139,35 @@ def test_the_end_waits_for_a_limited_time_only(monkeypatch: pytest.MonkeyPatch, 
     run.close()
     assert said
     assert "wandb sync" in said[0]
+
+
+def test_a_stop_may_wait_for_less(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fake(monkeypatch, delay=1.0)
+    said: list[str] = []
+    run = WandbRun(info(tmp_path), said.append)
+    run.log({"step": 1})
+    started = time.monotonic()
+    run.close(0.1)
+    assert time.monotonic() - started < 0.5
+    assert said[0].startswith("wandb: not all was sent within 0 s")
+
+
+@pytest.mark.slow
+def test_a_signal_waits_ten_seconds_at_most_for_a_network_that_is_dead(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "wandb.py").write_text(
+        "import time\nlogin = lambda **_: True\ninit = lambda **_: time.sleep(600)\n"
+        "class Settings:\n    def __init__(self, **_): pass\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    for name, value in {"RANK": "0", "S2TRAIN_TEST_FAULT": "user_signal:0:2"}.items():
+        monkeypatch.setenv(name, value)
+    program = str(ROOT / "tests" / "training" / "planted.py")
+    settings = [*SMALL, f"run_dir={tmp_path / 'run'}", "train.steps=6", "tracking.wandb=online"]
+    done = run(program, *settings, by_torchrun=True, processes=0)
+    assert done.status == EXIT_REQUEUE, done.err
+    assert "wandb: not all was sent within 10 s" in done.out
 
 
 @pytest.mark.slow

@@ -19,7 +19,8 @@ while true; do  # a signal ends `wait` too
     status=$?
     kill -0 "$step" 2>/dev/null || break
 done
-if [[ $time_is_up && $status -ne 0 ]]; then
+# What saves nothing would start afresh each time.
+if [[ $time_is_up && $status -ne 0 && " $* " != *" checkpoint.save=false "* ]]; then
     echo "time is up: queued again as $SLURM_JOB_ID (status $status)"
     scontrol requeue "$SLURM_JOB_ID"
 fi

@@ -10,6 +10,7 @@ from megatron.core import parallel_state, tensor_parallel
 from torch.distributed import PrefixStore, Store
 
 from s2train.config import ParallelConfig
+from s2train.meeting import meet, start_store
 from s2train.megatron import cpu
 
 # Judges, on every rank, whether the ranks of a job go together: (a store that they share, rank, ranks).
@@ -47,9 +48,9 @@ def initialize(
         torch.cuda.set_device(device)
     if not torch.distributed.is_initialized():
         timeout = timedelta(minutes=timeout_minutes)
-        store, rank, world_size = _meet(timeout)
+        store, rank, world_size = meet(timeout)
         if check is not None:
-            check(PrefixStore("start", store), rank, world_size)
+            check(start_store(store), rank, world_size)
         torch.distributed.init_process_group(
             backend="gloo" if on_cpu else "nccl",
             store=PrefixStore("job", store),
@@ -69,32 +70,6 @@ def initialize(
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return device
-
-
-def _meet(timeout: timedelta) -> tuple[Store, int, int]:
-    """A store that the ranks of the job share, this rank, and how many there are.
-
-    torchrun's store outlives ranks that it starts again, and torch 2.13 would find the addresses of the dead ones
-    there. Under one torchrun its count of restarts tells attempts apart; several may count differently, and want
-    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, which makes a store for each attempt (`launch/job.py` sets it).
-    """
-    if os.environ["WORLD_SIZE"] == "1" and "MASTER_PORT" not in os.environ:
-        return torch.distributed.HashStore(), 0, 1
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    keeps_it = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    # Not by torch.distributed.rendezvous: rank 0 would wait there for ranks that never come, and name none.
-    store = torch.distributed.TCPStore(
-        *address,
-        world_size,
-        keeps_it,
-        timeout,
-        wait_for_workers=False,
-        multi_tenant=True,  # for a process that comes here twice
-    )
-    is_one = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if is_one else "0"
-    return PrefixStore(f"attempt {attempt}", store), rank, world_size
 
 
 def make_deterministic() -> None:

@@ -37,12 +37,22 @@ def check(cfg: PretrainConfig, world_size: int, hardware: Hardware) -> Plan:
     check_values(cfg)
     check_documents(cfg)
     check_division(cfg, world_size)
+    _check_profiled_ranks(cfg, world_size)
     check_attention_backend(cfg.attention_backend, hardware)
     check_te(cfg, hardware)
     plan = _plan(cfg, world_size, hardware)
     if plan.remedy is not None:
         raise ConfigError(*_shortage(plan), plan.remedy)
     return plan
+
+
+def _check_profiled_ranks(cfg: PretrainConfig, world_size: int) -> None:
+    if cfg.profile.steps is None:
+        return
+    if beyond := [rank for rank in cfg.profile.ranks if rank >= world_size]:
+        problem = f"there {'is 1 rank' if world_size == 1 else f'are {world_size} ranks'}, and no rank {beyond[0]}"
+        kept = [rank for rank in cfg.profile.ranks if rank < world_size] or [0]
+        raise ConfigError("profile.ranks", cfg.profile.ranks, problem, f"Set profile.ranks={kept}.")
 
 
 def check_documents(cfg: PretrainConfig) -> None:

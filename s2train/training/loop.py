@@ -13,7 +13,7 @@ from torch.profiler import record_function
 from torch.utils.data import Dataset
 
 from s2train.config import PretrainConfig
-from s2train.errors import StoppedBySignal, TrainingError
+from s2train.errors import DivergedError, StoppedBySignal
 from s2train.megatron.agreement import largest
 from s2train.megatron.checkpoint import Progress, checkpoints_in
 from s2train.megatron.core_attention import kernels_of
@@ -99,8 +99,8 @@ class Trainer:
         """Train on from `progress` to the last step; returns the checkpoint saved there, if `checkpoint.save`.
 
         Raises:
-            TrainingError: too many steps in a row had a loss or gradient that is not finite, or a checkpoint can't
-                be written.
+            DivergedError: too many steps in a row had a loss or gradient that is not finite.
+            TrainingError: a checkpoint can't be written.
             StoppedBySignal: the scheduler asked for it; all is saved.
         """
         cfg, size = self.cfg, self.cfg.train.global_batch_size
@@ -206,7 +206,7 @@ class Trainer:
         if self.health.skipped_in_row > limit:
             self.saver.close()
             there = checkpoints_in(Path(self.cfg.run_dir) / "checkpoints")
-            raise TrainingError(
+            raise DivergedError(
                 f"step {step}: loss {loss}, gradient norm {grad_norm}; train.max_skipped_steps={limit} steps in a row"
                 " were skipped before it for the like. Not saved; go on from an earlier checkpoint in another run_dir"
                 f" (checkpoint.resume={there[-1] if there else '…'}), with a lower optim.lr or optim.clip_grad"

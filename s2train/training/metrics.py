@@ -154,10 +154,10 @@ class Tracker:
         if self._run is not None:
             self._run.table(name, columns, rows, self._step)
 
-    def close(self) -> None:
-        """Finish the files and the wandb run."""
+    def close(self, seconds: float | None = None) -> None:
+        """Finish the files and the wandb run, the latter within `seconds` (None: as long as it is given at an end)."""
         if self._run is not None:
-            self._run.close()
+            self._run.close(seconds)
         if self._active:
             self._file.close()
 

@@ -93,9 +93,10 @@ def data_order(cfg: PretrainConfig, first_step: int = 0) -> dict[str, Any]:
 
 
 def _contents(prefix: str) -> str:
-    """Tells a dataset from one prepared again under its name."""
-    with open(f"{prefix}.idx", "rb") as index:
-        return f"{os.path.getsize(prefix + '.bin')} bytes, {zlib.crc32(index.read(1 << 20)):08x}"
+    """Tells a dataset from another, under its name or under another one."""
+    with open(f"{prefix}.idx", "rb") as index, open(f"{prefix}.bin", "rb") as tokens:
+        sums = (zlib.crc32(file.read(1 << 20)) for file in (index, tokens))
+        return ", ".join([f"{os.path.getsize(prefix + '.bin')} bytes", *(f"{sum_:08x}" for sum_ in sums)])
 
 
 def _own(cfg: PretrainConfig) -> Path:
@@ -163,6 +164,7 @@ def _flat_names(node: Any, prefix: str = "") -> list[str]:
 
 
 def _check_same_order(before: dict[str, Any], now: dict[str, Any], checkpoint: Path) -> None:
+    before = _under_todays_paths(before, now)
     for setting, value in now.items():
         if before.get(setting) != value:
             problem = (
@@ -174,6 +176,22 @@ def _check_same_order(before: dict[str, Any], now: dict[str, Any], checkpoint: P
                 f" phase on these data: another run_dir, checkpoint.resume={checkpoint} and checkpoint.new_data=true"
             )
             raise ConfigError(setting, value, problem, remedy)
+
+
+def _under_todays_paths(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """A saved order as it would be told today, if its datasets are today's.
+
+    Megatron draws samples by seeds, weights and numbers of samples; paths only name files of its cache.
+    """
+    path, contents = "data.path", "the datasets' contents"
+    saved, found = before.get(contents, []), now[contents]
+    # Until the tokens had a sum too, contents were told by size and index alone: enough under one path.
+    without_tokens = [told.rpartition(", ")[0] for told in found]
+    if before.get(path) == now[path] and saved == without_tokens:
+        return before | {contents: found}
+    if saved == found and [weight for weight, _ in before.get(path, [])] == [weight for weight, _ in now[path]]:
+        return before | {path: now[path]}
+    return before
 
 
 def claim_run_dir(cfg: PretrainConfig, start: Start) -> FolderLock:

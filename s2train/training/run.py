@@ -16,10 +16,11 @@ from s2train.data.checks import check_data
 from s2train.data.datasets import build_datasets, ensure_prepared
 from s2train.data.indexed import read_metadata
 from s2train.data.tokenizers import Tokenizer, load_tokenizer
-from s2train.errors import StoppedBySignal
+from s2train.errors import DivergedError, StoppedBySignal
 from s2train.kernels.attention import Backend as AttentionBackend
 from s2train.kernels.attention import resolve_backend
 from s2train.layouts.pictures import draw_layout
+from s2train.meeting import refusing_together
 from s2train.megatron import setup
 from s2train.megatron.agreement import from_first
 from s2train.megatron.backends import Backend, choose_backend
@@ -42,6 +43,8 @@ from s2train.wandb_run import choose_mode
 
 _WATCHDOG_LEAD = 2.0  # minutes that it has to name a rank before collective calls fail, which name none
 
+_SECONDS_FOR_WANDB = 10.0  # after a signal: the scheduler kills what has not ended soon, and the other ranks wait
+
 
 def run(cfg: PretrainConfig, plan: Plan) -> None:
     """Check data and checkpoint, build, train, save. What can be refused is refused before a process group is made.
@@ -50,23 +53,23 @@ def run(cfg: PretrainConfig, plan: Plan) -> None:
         plan: of this run, checked by `s2train.planning.check`.
     Raises:
         ConfigError: data, tokenizer or checkpoint don't go with the run.
+        StartUpError: ranks don't go together, or one of several refuses data, tokenizer or checkpoint.
         TrainingError: the run can't go on.
         StoppedBySignal: a signal asked it to save and end.
     """
     times = StartTimes()
-    backend, tokenizer = choose_backend(cfg.backend), load_tokenizer(cfg.data.tokenizer)
-    lock, start, is_first = None, None, os.environ.get("RANK", "0") == "0"
-    if is_first:  # the others wait for it at the process group
-        ensure_prepared(cfg)
-        check_data(cfg, tokenizer)
-        start = find_start(cfg)
-        if start.progress.step >= cfg.train.last_step:
-            print(
-                f"nothing to do: {start.checkpoint} is at step {start.progress.step} of {cfg.train.steps}", flush=True
-            )
-        else:
-            lock = claim_run_dir(cfg, start)
-            choose_mode(cfg.tracking.wandb)  # refused now, if at all
+    lock, start = None, None
+    with refusing_together():
+        backend, tokenizer = choose_backend(cfg.backend), load_tokenizer(cfg.data.tokenizer)
+        if os.environ.get("RANK", "0") == "0":  # the others wait for it where they meet
+            ensure_prepared(cfg)
+            check_data(cfg, tokenizer)
+            start = find_start(cfg)
+            if (done := start.progress.step) >= cfg.train.last_step:
+                print(f"nothing to do: {start.checkpoint} is at step {done} of {cfg.train.steps}", flush=True)
+            else:
+                lock = claim_run_dir(cfg, start)
+                choose_mode(cfg.tracking.wandb)  # refused now, if at all
     times.end("checks")
     minutes = cfg.train.timeout_minutes
     device = setup.initialize(
@@ -78,18 +81,18 @@ def run(cfg: PretrainConfig, plan: Plan) -> None:
     )
     start = from_first(start)  # each rank's own look at a shared disk could find something else
     times.end("process groups")
-    stop = None
+    stop: StoppedBySignal | DivergedError | None = None
     with StopSignals().listening() as signals:
         if start.progress.step < cfg.train.last_step:
             try:
                 with Watchdog(minutes).watching() as watchdog:
                     _train(cfg, plan, backend, tokenizer, start, device, signals, watchdog, times)
-            except StoppedBySignal as raised:
+            except (StoppedBySignal, DivergedError) as raised:  # on all ranks
                 stop = raised
         setup.shutdown()
     if lock is not None:
         lock.release()
-    if stop is not None and cfg.checkpoint.save:  # else there is nothing to go on from
+    if stop is not None:
         raise stop
 
 
@@ -165,6 +168,9 @@ def _train(
     try:
         saved = trainer.train(start.progress)
     except StoppedBySignal:
+        tracker.close(_SECONDS_FOR_WANDB)
+        raise
+    except DivergedError:
         tracker.close()
         raise
     if is_first:

@@ -13,22 +13,21 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed import DistStoreError, Store
+from torch.distributed import Store
 
 from s2train.config import PretrainConfig
 from s2train.data.blend import parse_blend
-from s2train.errors import ConfigError, StartUpError
+from s2train.errors import ConfigError
+from s2train.meeting import arrive, end_together
 from s2train.planning import Plan
 from s2train.planning.memory import GIB, checkpoint_bytes
 from s2train.versions import versions
 
 MAX_CLOCK_SKEW_S = 10.0  # far more than it takes to wake a rank, far less than what mixes up logs and file times
-_ARRIVAL = timedelta(minutes=10)  # for the slowest rank's imports from a shared disk
 _FOLDER_SEEN_S = 15.0  # a network file system may show a new file late
 
 
@@ -69,12 +68,12 @@ def check_start(cfg: PretrainConfig, plan: Plan, store: Store, rank: int, world_
         store: of this job alone.
     Raises:
         StartUpError: on every rank, with every problem.
+        MissingRankError: on rank 0; see `s2train.meeting.arrive`.
     """
     settings = _comparable(cfg)
-    store.set(f"here/{rank}", socket.gethostname())
+    arrive(store, rank, world_size)
     markers: list[Path] = []
     if rank == 0:
-        _await_all(store, world_size)
         markers = [Path(folder) / f".start-{uuid.uuid4().hex}" for folder in (cfg.run_dir, cfg.data.cache)]
         for marker in markers:
             marker.parent.mkdir(parents=True, exist_ok=True)
@@ -102,14 +101,14 @@ def check_start(cfg: PretrainConfig, plan: Plan, store: Store, rank: int, world_
         missing=_missing(cfg, asked["cache_marker"]),
     )
     store.set(f"facts/{rank}", json.dumps(asdict(facts)))
+    found: list[str] = []
     if rank == 0:
         told = store.multi_get([f"facts/{other}" for other in range(world_size)])
         for path in markers:
             path.unlink()
-        found = list(problems([Facts(**json.loads(text)) for text in told], checkpoint_bytes(cfg)))
-        store.set("problems", json.dumps(found))
-    if found := json.loads(store.get("problems")):
-        raise StartUpError(found)
+        needed = checkpoint_bytes(cfg) if cfg.checkpoint.save else 0
+        found = list(problems([Facts(**json.loads(text)) for text in told], needed))
+    end_together(store, rank, world_size, "problems", found)
 
 
 def problems(ranks: Sequence[Facts], checkpoint: int) -> Iterator[str]:
@@ -117,7 +116,7 @@ def problems(ranks: Sequence[Facts], checkpoint: int) -> Iterator[str]:
 
     Args:
         ranks: rank 0 first; the others are held against it.
-        checkpoint: bytes of one checkpoint.
+        checkpoint: bytes of one checkpoint; 0 if none is saved.
     """
     told: set[tuple[str, str]] = set()
     for facts in ranks:
@@ -155,7 +154,8 @@ def _problems_of(facts: Facts, first: Facts, checkpoint: int) -> Iterator[str]:
     if facts.free_bytes < checkpoint:
         yield (
             f"the run folder's disk has {facts.free_bytes / GIB:.1f} GiB free, and one checkpoint takes"
-            f" {checkpoint / GIB:.1f}. Free some, or set run_dir to a folder on another disk"
+            f" {checkpoint / GIB:.1f}. Free some, set run_dir to a folder on another disk, or checkpoint.save=false if"
+            " speed is all that is looked for"
         )
     if facts.device != first.device:
         seen = "no GPU is visible" if facts.device == "CPU" else f"its GPU is a {facts.device}"
@@ -163,22 +163,6 @@ def _problems_of(facts: Facts, first: Facts, checkpoint: int) -> Iterator[str]:
             f"{seen}, and {first} has {first.device}. Use machines of one kind, and look at nvidia-smi and"
             " CUDA_VISIBLE_DEVICES there"
         )
-
-
-def _await_all(store: Store, world_size: int) -> None:
-    keys = [f"here/{rank}" for rank in range(world_size)]
-    try:
-        store.wait(keys, _ARRIVAL)
-    except DistStoreError:
-        missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
-        hosts = sorted({store.get(key).decode() for rank, key in enumerate(keys) if rank not in missing})
-        some = ", ".join(map(str, missing[:16])) + (", …" if len(missing) > 16 else "")
-        raise StartUpError(
-            [
-                f"rank {some} of {world_size} did not start within {_ARRIVAL}, while those on {', '.join(hosts)} did."
-                " See the other machines' logs"
-            ]
-        ) from None
 
 
 def _comparable(cfg: PretrainConfig) -> dict[str, Any]:

@@ -1,3 +1,4 @@
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -68,6 +69,22 @@ def test_runs_that_share_a_cache_build_in_it_one_at_a_time(corpus: str, config: 
             assert not built.done()
             assert not list(Path(cfg.data.cache).rglob("*.npy"))
         assert len(built.result(timeout=60)[0]) > 0
+
+
+@pytest.mark.usefixtures("world_of_one")
+def test_the_order_does_not_depend_on_the_path(
+    corpus: str, two_letters: list[str], config: MakeConfig, tmp_path: Path
+) -> None:
+    a, b = corpus, two_letters[1]
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for prefix, name in ((a, "a"), (b, "b")):
+        for suffix in (".bin", ".idx", ".json"):
+            shutil.copy(prefix + suffix, elsewhere / f"{name}{suffix}")
+    for here, there in (([a], [f"{elsewhere}/a"]), ([0.3, a, 0.7, b], [0.3, f"{elsewhere}/a", 0.7, f"{elsewhere}/b"])):
+        (train, valid), (moved_train, moved_valid) = build(config(here)), build(config(there))
+        assert torch.equal(tokens(train, 40), tokens(moved_train, 40))
+        assert torch.equal(tokens(valid, 5), tokens(moved_valid, 5))
 
 
 @pytest.mark.parametrize("seq_length", [64, 1000])

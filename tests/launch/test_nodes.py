@@ -14,6 +14,7 @@ import pytest
 
 from s2train.errors import EXIT_REQUEUE
 from tests.forked import free_port
+from tests.launch.slurm import write_slurm
 from tests.program import ROOT, SMALL, metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("nodes")]
@@ -33,22 +34,6 @@ def work():
     (folder / f"ready{os.environ['RANK']}").touch()
     time.sleep(300)
 run_command(work)
-"""
-# As many tasks as nodes; signals are handed on to them, as Slurm's srun does.
-SRUN = """#!/bin/bash
-while [[ $1 == --* ]]; do shift; done
-tasks=()
-for ((node = 0; node < SLURM_JOB_NUM_NODES; node++)); do "$@" & tasks+=($!); done
-trap 'kill -USR1 "${tasks[@]}"' USR1
-worst=0
-for task in "${tasks[@]}"; do
-    while true; do wait "$task"; status=$?; kill -0 "$task" 2>/dev/null || break; done
-    ((status > worst)) && worst=$status
-done
-exit $worst
-"""
-SCONTROL = """#!/bin/bash
-if [[ $1 == show ]]; then echo localhost; else echo "$@" >> "$ASKED"; fi
 """
 
 
@@ -121,9 +106,7 @@ def test_a_node_that_dies_and_comes_back_goes_on_from_the_last_checkpoint(
 def test_a_slurm_job_whose_time_is_up_saves_and_is_queued_again(
     start: Callable[..., subprocess.Popen[bytes]], tmp_path: Path
 ) -> None:
-    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
-        (tmp_path / name).write_text(text)
-        (tmp_path / name).chmod(0o755)
+    write_slurm(tmp_path)
     (tmp_path / "program.py").write_text(SAVES_WHEN_ASKED)
     asked = tmp_path / "asked"
     slurm = {"SLURM_JOB_ID": os.getpid(), "SLURM_JOB_NODELIST": "here", "SLURM_JOB_NUM_NODES": 2, "ASKED": asked}
@@ -140,3 +123,19 @@ def test_a_slurm_job_whose_time_is_up_saves_and_is_queued_again(
     asked.unlink()
     assert start(command, tmp_path / "job.txt", env).wait(200) == 0
     assert not asked.exists()
+
+
+def test_what_one_node_refuses_ends_all_nodes_with_its_status(
+    start: Callable[..., subprocess.Popen[bytes]], tmp_path: Path
+) -> None:
+    env = environment(tmp_path, MAX_RESTARTS=3)
+    command = ["launch/multinode.sh", "launch/pretrain.py", *SMALL, f"run_dir={tmp_path / 'run'}"]
+    nodes = [
+        start([*command, more], tmp_path / f"{more}.txt", env)
+        for more in ("train.steps=6", "train.global_batch_size=3")
+    ]
+    await_that(lambda: all(node.poll() is not None for node in nodes), "the end", seconds=200)
+    assert [node.returncode for node in nodes] == [2, 2]
+    told = [line for path in tmp_path.glob("*.txt") for line in path.read_text().splitlines() if "error: " in line]
+    assert len(told) == 1
+    assert "train.global_batch_size=3" in told[0]

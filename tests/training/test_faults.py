@@ -151,6 +151,13 @@ def test_a_signal_to_one_rank_saves_all_and_ends_with_the_status_to_requeue(tmp_
     assert [path.name for path in checkpoints_in(tmp_path / "checkpoints")] == ["iter_0000003"]
 
 
+def test_a_signal_to_a_run_that_saves_nothing_ends_as_stopped_not_as_finished(tmp_path: Path) -> None:
+    done = planted("user_signal:1:3", tmp_path, STEPS, "checkpoint.save=false", launcher="launch/job.py", restarts=2)
+    assert done.status == 128 + signal.SIGUSR1, done.err
+    assert "stopped by SIGUSR1 at step 3 | not saved: checkpoint.save=false" in done.err
+    assert done.out.count("new run in") == 1
+
+
 def test_a_signal_to_the_launcher_and_a_second_one_still_save(tmp_path: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
     job = ["launch/job.py", "--standalone", "--nproc-per-node", "2", "launch/pretrain.py"]

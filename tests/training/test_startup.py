@@ -2,6 +2,7 @@
 
 import threading
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from s2train.errors import StartUpError
+from s2train import meeting
+from s2train.errors import MissingRankError, StartUpError
 from s2train.hardware import Hardware
 from s2train.planning.memory import checkpoint_bytes
 from s2train.planning.parameters import total_parameters
@@ -48,7 +50,7 @@ def test_ranks_that_agree_start() -> None:
         ({"settings": {"optim.lr": [0.1, 0.2]}}, ["optim.lr=0.1, and 0.2", "same command"]),
         ({"clock": 1e9 - 60}, ["60 s behind", "NTP"]),
         ({"clock": 1e9 + 3600}, ["3600 s ahead of", "NTP"]),
-        ({"free_bytes": 99}, ["GiB free", "run_dir"]),
+        ({"free_bytes": 99}, ["GiB free", "run_dir", "checkpoint.save=false"]),
         ({"sees_run_dir": False}, ["run folder", "all machines share"]),
         ({"missing": ["data.cache runs/cache"]}, ["data.cache runs/cache is not there", "all machines share"]),
         ({"device": "CPU"}, ["no GPU is visible", "NVIDIA H100", "CUDA_VISIBLE_DEVICES"]),
@@ -75,13 +77,13 @@ def test_what_a_whole_machine_has_wrong_is_told_once() -> None:
     assert len(list(problems([FIRST, *ranks], checkpoint=100))) == 1
 
 
-def start(run_dirs: list[Path], **changes: dict[int, dict[str, Any]]) -> list[Any]:
+def start(run_dirs: list[Path], more: tuple[str, ...] = (), **changes: dict[int, dict[str, Any]]) -> list[Any]:
     """What `check_start` ends with on each rank, ranks being threads."""
     store, ends = torch.distributed.HashStore(), {}
     plan: Any = SimpleNamespace(hardware=Hardware("CPU", "cpu", 1 << 40))
 
     cfgs = [
-        pretrain("+model=tiny_hybrid", f"run_dir={run_dir}") for run_dir in run_dirs
+        pretrain("+model=tiny_hybrid", f"run_dir={run_dir}", *more) for run_dir in run_dirs
     ]  # Hydra is no friend of threads
 
     def one(rank: int) -> None:
@@ -115,11 +117,21 @@ def test_every_rank_stops_where_one_has_another_setting(tmp_path: Path) -> None:
     assert "seed=7, and 1234 on rank 0" in line
 
 
+def test_a_run_that_saves_nothing_needs_no_room_for_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(startup, "_free_bytes", lambda folder: 1)
+    (end,) = start([tmp_path])
+    assert isinstance(end, StartUpError)
+    assert "one checkpoint takes" in end.problems[0]
+    assert start([tmp_path], more=("checkpoint.save=false",)) == [str(tmp_path)]
+
+
 def test_a_rank_that_never_comes_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(startup, "_ARRIVAL", startup.timedelta(seconds=0.2))
+    monkeypatch.setattr(meeting, "ARRIVAL", timedelta(seconds=0.2))
     plan: Any = SimpleNamespace(hardware=Hardware("CPU", "cpu", 1 << 40))
     cfg = pretrain("+model=tiny_hybrid", f"run_dir={tmp_path}")
-    with pytest.raises(StartUpError, match="rank 1, 2 of 3 did not start within"):
+    with pytest.raises(MissingRankError, match="rank 1, 2 of 3 did not start within"):
         check_start(cfg, plan, torch.distributed.HashStore(), 0, 3)
 
 

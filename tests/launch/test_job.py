@@ -1,0 +1,75 @@
+"""launch/job.py starts ranks again for what that may mend, and for nothing else."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.program import ROOT, SMALL, Outcome, error_line
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("job")]
+
+# Counts the attempts; rank 0 ends each as the argument says.
+FAILS = """
+import os, sys
+from s2train.command_line import run_command
+from s2train.errors import *
+if os.environ["RANK"] == "0":
+    print("attempt", flush=True)
+def work():
+    raise eval(sys.argv[1])
+run_command(work)
+"""
+
+
+def job(*command: str, processes: int = 2, **environment: str) -> Outcome:
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    kept |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment
+    launcher = [sys.executable, "launch/job.py", "--standalone", "--nproc-per-node", str(processes)]
+    done = subprocess.run(
+        [*launcher, "--max-restarts", "2", *command], cwd=ROOT, env=kept, capture_output=True, text=True, timeout=600
+    )
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "attempts"),
+    [
+        ("DivergedError('nan')", 1, 1),
+        ("StartUpError(['torch is another'])", 2, 1),
+        ("TrainingError('the disk is full')", 1, 3),
+        ("MissingRankError(['rank 1 did not start'])", 1, 3),
+        ("RuntimeError('NCCL error')", 1, 3),
+    ],
+)
+def test_only_what_a_restart_may_mend_is_started_again(error: str, status: int, attempts: int, tmp_path: Path) -> None:
+    (tmp_path / "fails.py").write_text(FAILS)
+    done = job(str(tmp_path / "fails.py"), error, processes=1)
+    assert (done.status, done.out.count("attempt\n")) == (status, attempts), done.err
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("train.steps=-1", "train.steps=-1: must be more than 0"),
+        ("train.stepz=1", "train.stepz"),  # doesn't compose
+        ("data.path=no/such/data", "data.path=no/such/data"),  # rank 0 alone looks
+    ],
+)
+def test_a_setting_that_is_refused_ends_the_job_with_status_2_and_one_line(
+    setting: str, words: str, tmp_path: Path
+) -> None:
+    done = job("launch/pretrain.py", *SMALL, f"run_dir={tmp_path}", setting)
+    assert done.status == 2, done.err
+    assert words in error_line(done)
+    assert "Traceback" not in done.err
+
+
+def test_a_run_that_diverges_ends_once(tmp_path: Path) -> None:
+    settings = [*SMALL, f"run_dir={tmp_path}", "train.steps=6", "train.max_skipped_steps=0"]
+    done = job("tests/training/planted.py", *settings, S2TRAIN_TEST_FAULT="nan:1:2")
+    assert done.status == 1, done.err
+    assert error_line(done).startswith("error: step 2: loss ")
+    assert done.out.count("new run in") == 1

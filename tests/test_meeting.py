@@ -1,0 +1,63 @@
+"""What one rank of a job refuses before there is a process group ends all of them."""
+
+import threading
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+
+from s2train import meeting
+from s2train.errors import ConfigError, MissingRankError, StartUpError
+from s2train.meeting import arrive, refusing_together
+
+
+def meet(refusals: list[str]) -> list[Any]:
+    """What `arrive` ends with on each rank, ranks being threads: the problems told, or nothing."""
+    store, ends = torch.distributed.HashStore(), {}
+
+    def one(rank: int) -> None:
+        try:
+            arrive(store, rank, len(refusals), refusals[rank])
+            ends[rank] = []
+        except StartUpError as error:
+            ends[rank] = error.problems
+
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(len(refusals))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    return [ends[rank] for rank in range(len(refusals))]
+
+
+def test_ranks_that_refuse_nothing_go_on() -> None:
+    assert meet(["", "", ""]) == [[], [], []]
+
+
+def test_what_all_refuse_is_told_once() -> None:
+    assert meet(["train.steps=-1"] * 3) == [["train.steps=-1"]] * 3
+
+
+def test_what_a_later_rank_refuses_alone_is_told_with_its_rank_and_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("socket.gethostname", lambda: "beta")
+    assert meet(["", "parallel.tp=3", "parallel.tp=3"]) == [["rank 1 on beta: parallel.tp=3"]] * 3
+
+
+def test_rank_0_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meeting, "ARRIVAL", timedelta(seconds=0.2))
+    with pytest.raises(MissingRankError):
+        arrive(torch.distributed.HashStore(), 0, 2, "train.steps=-1")
+
+
+def test_a_job_of_one_refuses_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(ConfigError, match=r"seed=-1"), refusing_together():
+        raise ConfigError("seed", -1, "is out of range", "Set another")
+
+
+def test_a_run_folder_that_another_job_holds_is_not_refused_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    with pytest.raises(ConfigError), refusing_together():
+        raise ConfigError("run_dir", "a", "another job is at work there", "Wait for it") from BlockingIOError()

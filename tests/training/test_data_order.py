@@ -1,0 +1,74 @@
+"""When a checkpoint's order of the data is the run's: the same data in the same proportions, wherever they lie."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from s2train.config import PrepareConfig
+from s2train.data.prepare import prepare
+from s2train.errors import ConfigError
+from s2train.training.resume import _check_same_order, data_order
+from tests.test_configs import pretrain
+
+CONTENTS = "the datasets' contents"
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder, the working one, with datasets a and b of documents of the same lengths."""
+    monkeypatch.chdir(tmp_path)
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text((name * 60 + "\n") * 400)
+        prepare(PrepareConfig(input=f"{name}.txt", output=name, document_chars=1000))
+    return tmp_path
+
+
+def order(*paths: Any) -> dict[str, Any]:
+    return data_order(pretrain("+model=tiny_hybrid", f"data.path=[{','.join(map(str, paths))}]"))
+
+
+def resumed(before: dict[str, Any], now: dict[str, Any]) -> None:
+    _check_same_order(before, now, Path("iter_0000003"))
+
+
+def test_the_same_files_under_another_path_go_on(here: Path) -> None:
+    resumed(order("a"), order(here / "a"))
+    resumed(order(0.3, "a", 0.7, "b"), order(0.3, here / "a", 0.7, here / "b"))
+    (here / "moved").mkdir()
+    for suffix in (".bin", ".idx", ".json"):
+        shutil.copy(f"a{suffix}", here / "moved")
+    resumed(order("a"), order("moved/a"))
+
+
+def test_other_data_of_the_same_size_are_refused_by_their_path(here: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^data.path=.*'b'.* was trained with .*'a'.* another order of the data"):
+        resumed(order("a"), order("b"))
+
+
+def test_the_same_files_in_another_order_or_other_proportions_are_refused(here: Path) -> None:
+    before = order(0.3, "a", 0.7, "b")
+    for now in (order(0.7, "b", 0.3, "a"), order(0.5, "a", 0.5, "b")):
+        with pytest.raises(ConfigError, match=r"^data.path="):
+            resumed(before, now)
+
+
+def test_data_prepared_again_under_one_path_are_refused_as_other_contents(here: Path) -> None:
+    before = order("a")
+    for suffix in (".bin", ".idx", ".json"):
+        shutil.copy(f"b{suffix}", f"a{suffix}")
+    with pytest.raises(ConfigError, match=rf"^{CONTENTS}="):
+        resumed(before, order("a"))
+
+
+def test_a_checkpoint_that_tells_contents_by_size_and_index_alone_goes_on_under_its_path(here: Path) -> None:
+    now = order("a")
+    old = now | {CONTENTS: [told.rpartition(", ")[0] for told in now[CONTENTS]]}
+    resumed(old, now)
+    with pytest.raises(ConfigError, match=r"^data.path="):  # other tokens could be of the same lengths
+        resumed(old, order(here / "a"))
+
+
+def test_mock_data_go_on() -> None:
+    resumed(order("mock"), order("mock"))
