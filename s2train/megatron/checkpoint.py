@@ -19,7 +19,7 @@ from megatron.core.transformer.module import MegatronModule
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch.distributed.checkpoint.api import CheckpointException
-from yaml import YAMLError
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from s2train.config import PretrainConfig
 from s2train.errors import ConfigError
@@ -112,7 +112,7 @@ def read_config(checkpoint: Path, setting: str = "checkpoint") -> PretrainConfig
     try:
         merged = OmegaConf.merge(OmegaConf.structured(PretrainConfig), OmegaConf.load(checkpoint / CONFIG))
         config = OmegaConf.to_object(merged)
-    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:  # OmegaConf's merge of a list or nothing
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
         raise _unreadable(setting, checkpoint, CONFIG, error) from error
     assert isinstance(config, PretrainConfig)
     return config
