@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 
 from s2train.config import PrepareConfig, PretrainConfig
 from s2train.data.blend import BUNDLED, BUNDLED_PREFIX, Blend, parse_blend
+from s2train.data.index_cache import remove_broken_sets
 from s2train.data.prepare import prepare
 from s2train.data.splits import megatron_split
 from s2train.data.tokenizers import Tokenizer
@@ -60,7 +61,7 @@ def build_datasets(
     The order depends on `data.path`, `data.split`, `seed`, `train.seq_length` and the number of samples.
     Collective when torch.distributed is initialised (which blends need with megatron-core 0.16): rank 0
     builds the indices, and the others read them from `data.cache`. Runs that share the folder build one at a time:
-    Megatron takes a file that another is still writing for whole.
+    Megatron takes a file that another is still writing for whole. What one that was killed left of it is built again.
 
     Args:
         tokenizer: that of the data (see `check_data`, which is to pass first).
@@ -72,15 +73,17 @@ def build_datasets(
     """
     sizes = (num_train_samples, num_valid_samples)
     blend = parse_blend(cfg.data.path)
-    if blend.is_mock:
-        return _build(cfg, tokenizer, None, sizes, is_built_on_rank)
-    with _alone(Path(cfg.data.cache)):
+    cache = Path(cfg.data.cache)
+    with _alone(cache, [cache, *(cache / _cache_name(prefix) for prefix in blend.prefixes)]):
+        if blend.is_mock:
+            return _build(cfg, tokenizer, None, sizes, is_built_on_rank)
         return _build_blend(cfg, tokenizer, blend, sizes, is_built_on_rank)
 
 
 @contextmanager
-def _alone(cache: Path) -> Iterator[None]:
-    """Rank 0 keeps other runs out of `cache`; its own other ranks wait for it in Megatron's barriers."""
+def _alone(cache: Path, folders: list[Path]) -> Iterator[None]:
+    """Rank 0 keeps other runs out of `cache`, and clears away what is broken in these folders of it; its own other
+    ranks wait for it in Megatron's barriers."""
     if torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
         yield
         return
@@ -88,6 +91,11 @@ def _alone(cache: Path) -> Iterator[None]:
     lock = FileLock(cache / "building.lock")
     with suppress(NotImplementedError):  # a file system without locks
         lock.acquire()
+        for folder in folders:  # without a lock, what looks broken may be being written
+            if removed := remove_broken_sets(folder):
+                print(
+                    f"{folder}: an index that was not written to its end is built again: {removed[0].name}", flush=True
+                )
     try:
         yield
     finally:

@@ -111,11 +111,7 @@ def _write(cfg: PrepareConfig, sources: list[Path], folder: Path, tokenizer_name
     if path.startswith("bpe:"):
         path = str(folder / f"out{_TOKENIZER}")
         if not Path(path).exists():
-            texts: Iterator[str] = (
-                text for source in sources for text in read_documents(source, cfg.document_chars, cfg.text_key)
-            )
-            if cfg.input == NEEDLES:
-                texts = needle_texts(cfg.needles, cfg.seed)
+            texts = needle_texts(cfg.needles, cfg.seed) if cfg.input == NEEDLES else _texts(cfg, sources)
             with replacing(Path(path)) as temporary:
                 train_bpe(texts, _bpe_size(cfg.tokenizer), temporary)
     tokenizer = load_tokenizer(path, "tokenizer")
@@ -127,6 +123,22 @@ def _write(cfg: PrepareConfig, sources: list[Path], folder: Path, tokenizer_name
     with ThreadPoolExecutor(cfg.workers or _cores()) as pool:
         sums = dict(zip(map(str, sources), pool.map(_sha256, sources), strict=True))
     _describe(folder, tokenizer, tokenizer_name, sums, dtype)
+
+
+def _texts(cfg: PrepareConfig, sources: list[Path]) -> Iterator[str]:
+    """All documents, to train a tokenizer on."""
+    sizes = [source.stat().st_size for source in sources]
+    meter, read, documents, size = Meter("reading for the tokenizer", sum(sizes)), 0, 0, 0
+
+    def told(position: int) -> None:
+        meter.update(read + position, documents, size)
+
+    for source, length in zip(sources, sizes, strict=True):
+        for text in read_documents(source, cfg.document_chars, cfg.text_key, told):
+            documents, size = documents + 1, size + len(text.encode())
+            yield text
+        read += length
+    meter.close()
 
 
 def _assemble_files(

@@ -20,7 +20,8 @@ from s2train.evaluation.needle import NeedleGrid, check_fit, choose_grid
 from s2train.evaluation.results import output_folder
 from s2train.files import check_writable
 from s2train.hardware import Hardware
-from s2train.megatron.checkpoint import CONFIG, find_checkpoint, read_config
+from s2train.megatron.checkpoint import find_checkpoint, read_config
+from s2train.megatron.integrity import CONFIG
 from s2train.planning import hybrid_layout
 from s2train.planning.checks import check_attention_backend
 from s2train.planning.division import check_tensor_parallel
@@ -115,15 +116,10 @@ def _tasks(cfg: NeedleConfig) -> dict[str, Task]:
 
 def _find_checkpoint(where: str) -> Path:
     """As `find_checkpoint`; weights without the settings of their run are refused: they fit many layouts."""
-    path = Path(where)
-    try:
-        found = find_checkpoint(path)
-    except ConfigError:
-        bare = [path] if path.name.startswith("iter_") else [*path.glob("checkpoints/iter_*"), *path.glob("iter_*")]
-        if not any(folder.is_dir() for folder in bare):
-            raise
-        problem = f"{bare[-1].name} has no {CONFIG}, which tells its layout"
-        raise ConfigError("checkpoint", where, problem, f"Copy the run's {CONFIG} into it") from None
+    found = find_checkpoint(where)
+    if not (found / CONFIG).is_file():
+        problem = f"{found.name} has no {CONFIG}, which tells its layout"
+        raise ConfigError("checkpoint", where, problem, f"Copy the run's {CONFIG} into it")
     try:
         layers = OmegaConf.select(OmegaConf.load(found / CONFIG), "layout.layers", throw_on_missing=False)
     except (OSError, ValueError, YAMLError, OmegaConfBaseException):

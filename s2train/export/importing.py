@@ -11,8 +11,9 @@ from s2train.errors import ConfigError
 from s2train.export.folder import WeightsFolder, require_safetensors
 from s2train.export.weights import EMBEDDING, OUTPUT, from_llama, llama_shapes, with_rows
 from s2train.megatron.backends import choose_backend
-from s2train.megatron.checkpoint import CONFIG, PROGRESS, Progress, folder_name, sharding_metadata, write_config
+from s2train.megatron.checkpoint import Progress, folder_name, sharding_metadata, write_config
 from s2train.megatron.compat import save_checkpoint_shards
+from s2train.megatron.integrity import CONFIG, PROGRESS
 from s2train.megatron.model import DTYPES, build_model, transformer_config, unwrap
 from s2train.megatron.setup import initialize, shutdown
 from s2train.planning import hybrid_layout

@@ -5,7 +5,7 @@
     RUN_DIR/checkpoints/iter_0000100/progress.json            how far it was
     RUN_DIR/checkpoints/latest_checkpointed_iteration.txt     for Megatron's own tools
 
-A folder `iter_*` is whole: it is written under another name and renamed.
+A folder `iter_*` was whole once: it is written under another name and renamed.
 """
 
 import json
@@ -19,16 +19,15 @@ from megatron.core.transformer.module import MegatronModule
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch.distributed.checkpoint.api import CheckpointException
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from s2train.config import PretrainConfig
 from s2train.errors import ConfigError
 from s2train.megatron.across_backends import load_without_foreign_extra_state
 from s2train.megatron.backends import choose_backend
-from s2train.megatron.integrity import damage
+from s2train.megatron.integrity import CONFIG, PROGRESS, damage, doubt
 from s2train.megatron.model import build_model, transformer_config, unwrap
 from s2train.planning import hybrid_layout
-
-CONFIG, PROGRESS = "config.yaml", "progress.json"
 
 
 @dataclass(frozen=True)
@@ -66,10 +65,15 @@ def folder_name(step: int) -> str:
     return f"iter_{step:07d}"
 
 
+def step_of(checkpoint: Path) -> int:
+    """That its name tells."""
+    return int(checkpoint.name[5:])
+
+
 def checkpoints_in(root: Path) -> list[Path]:
-    """The checkpoints of a `checkpoints` folder, oldest first; none where there is no such folder."""
-    found = [path for path in root.glob("iter_*") if path.name[5:].isdigit() and (path / CONFIG).is_file()]
-    return sorted(found, key=lambda path: int(path.name[5:]))
+    """The checkpoints of a `checkpoints` folder, damaged or not, oldest first; none where there is no such folder."""
+    found = [path for path in root.glob("iter_*") if path.name[5:].isdigit() and path.is_dir()]
+    return sorted(found, key=step_of)
 
 
 def find_checkpoint(where: str | Path, setting: str = "checkpoint") -> Path:
@@ -87,34 +91,38 @@ def find_checkpoint(where: str | Path, setting: str = "checkpoint") -> Path:
     return found[-1]
 
 
-def read_progress(checkpoint: Path) -> Progress:
-    """How far the run was that wrote a checkpoint.
+def read_progress(checkpoint: Path, setting: str = "checkpoint") -> Progress:
+    """How far the run was that wrote a checkpoint, which `setting` names.
 
     Raises:
-        ConfigError: the file is missing or unreadable.
+        ConfigError: the file is missing or unreadable, or of another version.
     """
     try:
         return Progress(**json.loads((checkpoint / PROGRESS).read_text()))
     except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(
-            "checkpoint", checkpoint, f"its {PROGRESS} can't be read ({error})", "Name another"
-        ) from error
+        raise _unreadable(setting, checkpoint, PROGRESS, error) from error
 
 
-def read_config(checkpoint: Path) -> PretrainConfig:
-    """The configuration of the run that wrote a checkpoint.
+def read_config(checkpoint: Path, setting: str = "checkpoint") -> PretrainConfig:
+    """The configuration of the run that wrote a checkpoint, which `setting` names.
 
     Raises:
-        ConfigError: it is not a configuration of this version.
+        ConfigError: it is missing or unreadable, or not a configuration of this version.
     """
     try:
         merged = OmegaConf.merge(OmegaConf.structured(PretrainConfig), OmegaConf.load(checkpoint / CONFIG))
         config = OmegaConf.to_object(merged)
-    except (OSError, OmegaConfBaseException) as error:
-        problem = f"its {CONFIG} can't be read ({str(error).splitlines()[0]})"
-        raise ConfigError("checkpoint", checkpoint, problem, "Name another") from error
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
+        raise _unreadable(setting, checkpoint, CONFIG, error) from error
     assert isinstance(config, PretrainConfig)
     return config
+
+
+def _unreadable(setting: str, checkpoint: Path, name: str, error: Exception) -> ConfigError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    another = "Another version of s2train wrote it: use that one, or name another checkpoint"
+    remedy = older_instead(checkpoint, setting) if damage(checkpoint) else another
+    return ConfigError(setting, checkpoint, f"its {name} can't be read ({reason})", remedy)
 
 
 def write_config(cfg: PretrainConfig, path: Path) -> None:
@@ -138,11 +146,12 @@ def load_shards(state: dict[str, Any], checkpoint: Path, setting: str = "checkpo
 
 def older_instead(checkpoint: Path, setting: str = "checkpoint") -> str:
     """The remedy for a damaged checkpoint, named by `setting`: the newest whole one before it."""
-    older = [path for path in checkpoints_in(checkpoint.parent) if path.name < checkpoint.name]
-    whole = next((path for path in reversed(older) if damage(path) is None), None)
-    if whole is None:
-        return "There is no older one there; name another, or start in another run_dir"
-    return f"The last one before it that is whole: {setting}={whole}"
+    older = [path for path in checkpoints_in(checkpoint.parent) if step_of(path) < step_of(checkpoint)]
+    whole = next((path for path in reversed(older) if doubt(path) is None), None)
+    if whole is not None:
+        return f"The last one before it that is whole: {setting}={whole}"
+    start = "start in another run_dir, or anew in this one (damaged ones stay, renamed): checkpoint.resume=never"
+    return f"There is no older one there that is whole; {start if setting == 'checkpoint.resume' else 'name another'}"
 
 
 def sharding_metadata() -> dict[str, Any]:

@@ -1,30 +1,95 @@
-"""Whether a checkpoint's files are all there and as long as they were written, without loading them."""
+"""Whether a checkpoint's files are all there and as they were written, without loading its shards."""
 
-import pickle
+import json
+import zipfile
 from collections import defaultdict
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
+from omegaconf import OmegaConf
 from torch.distributed.checkpoint import FileSystemReader
+
+CONFIG, PROGRESS = "config.yaml", "progress.json"
+_LOAD_FAILED = "load_failed.txt"
 
 
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint in torch's distributed format, in a few words; None: nothing to be seen.
 
-    Reads the index and the files' sizes: a missing or truncated shard is found, a flipped bit is not.
+    Reads the small files and the shards' sizes: a missing or truncated file is found, a flipped bit in a shard is not.
     """
+    small: dict[str, Callable[[Path], None]] = {
+        CONFIG: _check_yaml,
+        PROGRESS: _check_json,
+        "metadata.json": _check_json,
+        "common.pt": _check_zip,
+    }
+    for name, check in small.items():
+        if not (checkpoint / name).is_file():
+            return f"its {name} is missing"
+        try:
+            check(checkpoint / name)
+        except Exception as error:  # many kinds; whatever it is, the file is none to start from
+            return f"its {name} can't be read ({_first_line(error)})"
     try:
-        storage = FileSystemReader(checkpoint).read_metadata().storage_data
-    except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ImportError, ValueError) as error:
+        needed: dict[str, int] = defaultdict(int)
+        for part in FileSystemReader(checkpoint).read_metadata().storage_data.values():
+            needed[part.relative_path] = max(needed[part.relative_path], part.offset + part.length)
+    except Exception as error:  # a pickle: a flipped bit can end in any of them
         return f"its index .metadata can't be read ({type(error).__name__})"
-    needed: dict[str, int] = defaultdict(int)
-    for part in storage.values():
-        needed[part.relative_path] = max(needed[part.relative_path], part.offset + part.length)
     for name, size in sorted(needed.items()):
         if not (checkpoint / name).is_file():
             return f"its shard {name} is missing"
         found = (checkpoint / name).stat().st_size
         if found < size:
             return f"its shard {name} is cut short: {found:,} of {size:,} bytes"
-    if not (checkpoint / "metadata.json").is_file():
-        return "its metadata.json is missing"
     return None
+
+
+def doubt(checkpoint: Path) -> str | None:
+    """Why a run may go back behind a checkpoint: its damage, or that a run could not load it; None: nothing known."""
+    if problem := damage(checkpoint):
+        return problem
+    with suppress(OSError):
+        return (checkpoint / _LOAD_FAILED).read_text().strip()
+    return None
+
+
+def note_failed_load(checkpoint: Path, problem: str) -> None:
+    """Keep with a checkpoint why it could not be loaded, for `doubt`; any rank's work.
+
+    It stays a checkpoint to start from, since the fault may have been another: a network file system, memory.
+    """
+    with suppress(OSError):
+        (checkpoint / _LOAD_FAILED).write_text(problem + "\n")
+
+
+def forget_failed_load(checkpoint: Path) -> None:
+    """It could be loaded after all."""
+    with suppress(OSError):
+        (checkpoint / _LOAD_FAILED).unlink(missing_ok=True)
+
+
+def _check_json(path: Path) -> None:
+    if not isinstance(json.loads(path.read_text()), dict):
+        raise ValueError("no settings in it")
+
+
+def _check_yaml(path: Path) -> None:
+    # Cut between two letters it would be YAML still, of fewer settings.
+    if not path.read_text().endswith("\n"):
+        raise ValueError("cut short")
+    if not OmegaConf.is_dict(OmegaConf.load(path)):
+        raise ValueError("no settings in it")
+
+
+def _check_zip(path: Path) -> None:
+    """What torch.save writes: a zip file, whose sums are checked without unpickling anything."""
+    with zipfile.ZipFile(path) as archive:
+        if damaged := archive.testzip():
+            raise ValueError(f"{damaged} in it is damaged")
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__

@@ -18,13 +18,11 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
 from s2train.config import OptimConfig, PretrainConfig
-from s2train.errors import TrainingError
+from s2train.errors import ConfigError, TrainingError
 from s2train.files import replacing
 from s2train.megatron.across_backends import fit_groups
 from s2train.megatron.agreement import from_first, largest
 from s2train.megatron.checkpoint import (
-    CONFIG,
-    PROGRESS,
     Progress,
     checkpoints_in,
     folder_name,
@@ -34,6 +32,7 @@ from s2train.megatron.checkpoint import (
     write_config,
 )
 from s2train.megatron.compat import save_checkpoint_shards
+from s2train.megatron.integrity import CONFIG, PROGRESS, forget_failed_load, note_failed_load
 from s2train.megatron.model import unwrap
 from s2train.megatron.rng import rng_ranks_here, set_rng, sharded_rng
 from s2train.megatron.torch_adam import separate_steps
@@ -209,7 +208,15 @@ def load(cfg: PretrainConfig, state: TrainingState, checkpoint: Path, rng_ranks:
         wanted = _sharded_state(state, sharding_metadata(), is_loading=True)
     if has_rng := rng_ranks == rng_ranks_here():
         wanted["rng"] = sharded_rng()
-    loaded = load_shards(wanted, checkpoint, "checkpoint.resume")
+    is_own = checkpoint.parent.resolve() == (Path(cfg.run_dir) / "checkpoints").resolve()
+    try:
+        loaded = load_shards(wanted, checkpoint, "checkpoint.resume")
+    except ConfigError as error:
+        if is_own:  # so that the run may go back behind it
+            note_failed_load(checkpoint, error.problem)
+        raise
+    if is_own and torch.distributed.get_rank() == 0:
+        forget_failed_load(checkpoint)
     for chunk, name in zip(state.chunks, _chunk_names(state.chunks), strict=True):
         unwrap(chunk).load_state_dict(loaded[name])
     if weights_only:

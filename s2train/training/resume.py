@@ -3,6 +3,7 @@
 import os
 import shutil
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain, count
 from pathlib import Path
@@ -24,8 +25,9 @@ from s2train.megatron.checkpoint import (
     older_instead,
     read_config,
     read_progress,
+    step_of,
 )
-from s2train.megatron.integrity import damage
+from s2train.megatron.integrity import damage, doubt
 from s2train.planning.parameters import head_dim
 
 # What the shards depend on: these must agree between a checkpoint and the run that loads it.
@@ -61,7 +63,7 @@ def find_start(cfg: PretrainConfig) -> Start:
         return Start(None, Progress(0, 0, data_order(cfg), None))
     if problem := damage(checkpoint):
         raise ConfigError("checkpoint.resume", checkpoint, problem, older_instead(checkpoint, "checkpoint.resume"))
-    saved, is_own = read_progress(checkpoint), checkpoint.parent.resolve() == _own(cfg).resolve()
+    saved, is_own = read_progress(checkpoint, "checkpoint.resume"), checkpoint.parent.resolve() == _own(cfg).resolve()
     is_new_phase = cfg.checkpoint.new_data and not is_own
     _check_same_architecture(cfg, checkpoint, weights_only=saved.weights_only, is_new_phase=is_new_phase)
     if saved.weights_only:
@@ -105,30 +107,43 @@ def _own(cfg: PretrainConfig) -> Path:
 
 def _find(cfg: PretrainConfig) -> Path | None:
     resume, own = cfg.checkpoint.resume, checkpoints_in(_own(cfg))
-    if own and resume not in ("auto", "never") and read_config(own[-1]).checkpoint.resume == resume:
-        return own[-1]  # the same command again
     if resume == "auto":
         return own[-1] if own else None
-    if resume != "never":
-        found = find_checkpoint(resume, "checkpoint.resume")
-        if all(newer.resolve() == found.resolve() for newer in own):
-            return found
-        newer = [path for path in own if path.name > found.name]
-        if found.resolve() in [path.resolve() for path in own] and all(damage(path) for path in newer):
-            return found  # no whole checkpoint is lost by going back to it
-    if own:
-        problem = f"{cfg.run_dir} holds checkpoints up to {own[-1].name}, which this run would mix its own with"
-        raise ConfigError(
-            "checkpoint.resume", resume, problem, "Set checkpoint.resume=auto to go on from there, or another run_dir"
-        )
+    is_again = bool(own) and resume != "never" and _resumed_from(own) in (resume, None)  # the same command
+    if is_again and Path(resume).resolve() not in [path.resolve() for path in own]:
+        return own[-1]
+    found = None if resume == "never" else find_checkpoint(resume, "checkpoint.resume")
+    if all(doubt(path) for path in reversed(_gone_back_over(cfg, found))):
+        return found  # no whole checkpoint is lost by it
+    if is_again:
+        return own[-1]
+    problem = f"{cfg.run_dir} holds checkpoints up to {own[-1].name}, which this run would mix its own with"
+    raise ConfigError(
+        "checkpoint.resume", resume, problem, "Set checkpoint.resume=auto to go on from there, or another run_dir"
+    )
+
+
+def _resumed_from(own: list[Path]) -> str | None:
+    """The `checkpoint.resume` of the run that wrote these, by the last that can be read; None if none can be."""
+    for checkpoint in reversed(own):
+        with suppress(ConfigError):
+            return read_config(checkpoint).checkpoint.resume
     return None
+
+
+def _gone_back_over(cfg: PretrainConfig, start: Path | None) -> list[Path]:
+    """The run folder's checkpoints that a run from `start` would write its own among."""
+    own = checkpoints_in(_own(cfg))
+    if start is None or start.parent.resolve() != _own(cfg).resolve():
+        return own
+    return [path for path in own if step_of(path) > step_of(start)]
 
 
 def _check_same_architecture(
     cfg: PretrainConfig, checkpoint: Path, *, weights_only: bool = False, is_new_phase: bool = False
 ) -> None:
     may_differ = _NOT_IN_SHARDS | (_OF_A_PHASE if is_new_phase else set())
-    saved = OmegaConf.structured(_with_defaults(read_config(checkpoint)))
+    saved = OmegaConf.structured(_with_defaults(read_config(checkpoint, "checkpoint.resume")))
     now = OmegaConf.structured(_with_defaults(cfg))
     for part in ("model",) if weights_only else _ARCHITECTURE:
         for name in dict.fromkeys(_flat_names(now[part]) + _flat_names(saved[part])):
@@ -197,8 +212,8 @@ def _under_todays_paths(before: dict[str, Any], now: dict[str, Any]) -> dict[str
 def claim_run_dir(cfg: PretrainConfig, start: Start) -> FolderLock:
     """Make the run folder and hold it against other jobs until this process ends; rank 0's work.
 
-    What lies there that is no whole checkpoint is put out of the way: saves that were killed are removed, damaged
-    checkpoints newer than the start are renamed to `damaged_iter_*`.
+    What lies there that is no whole checkpoint is put out of the way: saves that were killed are removed, checkpoints
+    newer than the start that are damaged or could not be loaded are renamed to `damaged_iter_*`, in a line each.
 
     Raises:
         ConfigError: it can't be written, or another job holds it.
@@ -213,9 +228,10 @@ def claim_run_dir(cfg: PretrainConfig, start: Start) -> FolderLock:
         raise ConfigError("run_dir", run_dir, f"can't be written ({error})", "Name another folder") from error
     for partial in _own(cfg).glob(".iter_*.partial"):
         shutil.rmtree(partial, ignore_errors=True)  # its writers may still be at work
-    for newer in checkpoints_in(_own(cfg)):
-        if start.checkpoint is not None and newer.name > start.checkpoint.name and damage(newer):
-            newer.rename(set_aside_name(newer))
+    for newer in _gone_back_over(cfg, start.checkpoint):
+        if problem := doubt(newer):
+            kept = newer.rename(set_aside_name(newer))
+            print(f"{newer}: {problem}; kept as {kept.name}", flush=True)
     return lock
 
 

@@ -4,6 +4,7 @@ import re
 import runpy
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from s2train.config import PrepareConfig
 from s2train.data.bundled import bundled_corpus_files
 from s2train.data.indexed import read_document_lengths, read_metadata
+from s2train.data.meter import Meter
 from s2train.data.prepare import prepare, spread_order
 from s2train.data.tokenizers import load_tokenizer
 from s2train.errors import ConfigError
@@ -166,3 +168,16 @@ def test_the_command_refuses_what_cannot_work_in_one_line(
         command(*arguments)
     assert stop.value.code != 0
     assert re.fullmatch(problem, capsys.readouterr().err.strip())
+
+
+def test_reading_for_a_tokenizer_tells_how_far_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("s2train.data.prepare.Meter", partial(Meter, every=0))
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text("some words\n" * 200)
+    names = [str(tmp_path / f"{name}.txt") for name in "ab"]
+    prepare(PrepareConfig(input=names, output=str(tmp_path / "out"), tokenizer="bpe:300"))
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("reading for the tokenizer: ")]
+    assert "50%" in lines[0]
+    assert "100%" in lines[-1]

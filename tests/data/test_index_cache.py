@@ -1,0 +1,108 @@
+"""Cached indices that a kill or a full disk left half written are built again."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from s2train.config import PretrainConfig
+from s2train.data.datasets import build_datasets
+from s2train.data.index_cache import remove_broken_sets
+from s2train.data.tokenizers import ByteTokenizer
+
+MakeConfig = Callable[..., PretrainConfig]
+
+HARMS: dict[str, Callable[[Path], object]] = {
+    "cut": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "cut in its header": lambda path: os.truncate(path, 50),
+    "emptied": lambda path: os.truncate(path, 0),
+    "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "removed": Path.unlink,
+}
+
+
+@pytest.fixture
+def world_of_one() -> Iterator[None]:
+    """megatron-core 0.16 blends only where torch.distributed is initialised."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def samples(cfg: PretrainConfig) -> torch.Tensor:
+    """Those of a run, to train on and held out."""
+    train, valid = build_datasets(cfg, ByteTokenizer(), 40, 5, is_built_on_rank=lambda: True)
+    parts: list[tuple[Any, int]] = [(train, 40), (valid, 5)]
+    return torch.cat([torch.stack([part[i]["tokens"] for i in range(number)]) for part, number in parts])
+
+
+def files(cfg: PretrainConfig) -> list[Path]:
+    return sorted(path for path in Path(cfg.data.cache).rglob("*-*") if path.is_file())
+
+
+def check_every_file(cfg: PretrainConfig, number: int, harm: str) -> None:
+    expected = samples(cfg)
+    there = files(cfg)
+    assert len(there) == number
+    for path in there:
+        content = path.read_bytes()
+        HARMS[harm](path)
+        assert torch.equal(samples(cfg), expected), path
+        assert files(cfg) == there
+        assert path.read_bytes() == content or path.suffix == ".txt"
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_whichever_index_of_a_dataset_is_broken_it_is_built_again(corpus: str, config: MakeConfig, harm: str) -> None:
+    check_every_file(config(corpus), 2 * 4, harm)
+
+
+@pytest.mark.usefixtures("world_of_one")
+@pytest.mark.parametrize("harm", HARMS)
+def test_whichever_index_of_a_blend_is_broken_it_is_built_again(
+    corpus: str, config: MakeConfig, tmp_path: Path, harm: str
+) -> None:
+    for suffix in (".bin", ".idx", ".json"):
+        (tmp_path / f"other{suffix}").write_bytes(Path(corpus + suffix).read_bytes())
+    check_every_file(config([0.7, corpus, 0.3, str(tmp_path / "other")]), 2 * (4 + 4 + 3), harm)
+
+
+def test_a_broken_index_of_mock_data_is_built_again(config: MakeConfig) -> None:
+    check_every_file(config("mock"), 2 * 4, "cut")
+
+
+def test_it_is_told_in_one_line(corpus: str, config: MakeConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    cfg = config(corpus)
+    samples(cfg)
+    broken = next(path for path in files(cfg) if path.suffix == ".npy")
+    HARMS["cut"](broken)
+    capsys.readouterr()
+    samples(cfg)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "built again" in line]
+    assert broken.name.rpartition("-")[0] in line
+
+
+def test_a_run_that_has_the_broken_set_open_keeps_what_it_reads(corpus: str, config: MakeConfig) -> None:
+    cfg = config(corpus)
+    samples(cfg)
+    index = next(path for path in files(cfg) if path.name.endswith("train-sample_index.npy"))
+    content = index.read_bytes()
+    with index.open("rb") as held:
+        index.with_name(index.name.replace("sample_index.npy", "description.txt")).unlink()
+        samples(cfg)
+        assert not os.path.samestat(os.fstat(held.fileno()), index.stat())  # written anew, not over
+        assert held.read() == content
+
+
+def test_whole_sets_and_files_of_others_are_left_alone(corpus: str, config: MakeConfig) -> None:
+    cfg = config(corpus)
+    samples(cfg)
+    folder = files(cfg)[0].parent
+    (folder / "mine-and-not-Megatron's-index.npy").touch()
+    before = {path: path.stat().st_ino for path in folder.iterdir()}
+    assert remove_broken_sets(folder) == []
+    assert {path: path.stat().st_ino for path in folder.iterdir()} == before
