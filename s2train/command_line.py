@@ -80,7 +80,7 @@ def run_command(command: Callable[[], None]) -> None:
         _refuse(str(error).splitlines()[0])
 
 
-def _refuse_composition(line: str) -> None:
+def _refuse_composition(line: str) -> NoReturn:
     from s2train.meeting import is_alone, refuse  # imports torch: slow
 
     if not is_alone():
@@ -88,11 +88,10 @@ def _refuse_composition(line: str) -> None:
     _refuse(line)
 
 
-def _refuse(line: str) -> None:
+def _refuse(line: str) -> NoReturn:
     rank = os.environ.get("RANK", "0")
     if os.environ.get("WORLD_SIZE", "1") == "1":
         _end_with_all(f"error: {line}", USAGE_STATUS)
-        return
     if rank != "0" and os.environ.get("LOCAL_RANK") == "0":  # what is wrong may be wrong on this machine alone
         print(f"rank {rank} on {socket.gethostname()}: error: {line}", file=sys.stderr, flush=True)
     _end(f"error: {line}", USAGE_STATUS)
@@ -111,10 +110,11 @@ def _end(line: str, status: int) -> NoReturn:
     sys.exit(status)
 
 
-def _end_with_all(line: str, status: int) -> None:
+def _end_with_all(line: str, status: int) -> NoReturn:
     """As `_end`, where every rank ends so: nothing is started again."""
     if STATUS_FILE not in os.environ:
         _end(line, status)
     if os.environ.get("RANK", "0") == "0":
         print(line, file=sys.stderr, flush=True)
     Path(os.environ[STATUS_FILE]).write_text(str(status))
+    sys.exit(0)
