@@ -58,7 +58,8 @@ def build_datasets(
     the tokenizer's end of document; small datasets are gone through several times. With
     `data.attention_within_documents` position ids restart at 0 in each document.
 
-    The order depends on `data.path`, `data.split`, `seed`, `train.seq_length` and the number of samples.
+    The order depends on the data (not on where they lie), `data.split`, `seed`, `train.seq_length` and the number of
+    samples.
     Collective when torch.distributed is initialised (which blends need with megatron-core 0.16): rank 0
     builds the indices, and the others read them from `data.cache`. Runs that share the folder build one at a time:
     Megatron takes a file that another is still writing for whole. What one that was killed left of it is built again.

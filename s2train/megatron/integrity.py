@@ -36,14 +36,14 @@ def damage(checkpoint: Path) -> str | None:
         needed: dict[str, int] = defaultdict(int)
         for part in FileSystemReader(checkpoint).read_metadata().storage_data.values():
             needed[part.relative_path] = max(needed[part.relative_path], part.offset + part.length)
-    except Exception as error:  # a pickle: a flipped bit can end in any of them
+        for name, size in sorted(needed.items()):
+            if not (checkpoint / name).is_file():
+                return f"its shard {name} is missing"
+            found = (checkpoint / name).stat().st_size
+            if found < size:
+                return f"its shard {name} is cut short: {found:,} of {size:,} bytes"
+    except Exception as error:  # a pickle: a flipped bit can end in any of them, and in names that are none
         return f"its index .metadata can't be read ({type(error).__name__})"
-    for name, size in sorted(needed.items()):
-        if not (checkpoint / name).is_file():
-            return f"its shard {name} is missing"
-        found = (checkpoint / name).stat().st_size
-        if found < size:
-            return f"its shard {name} is cut short: {found:,} of {size:,} bytes"
     return None
 
 
