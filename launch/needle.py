@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from s2train import config
 from s2train.apex import apex_available
 from s2train.command_line import run_command, run_hydra
+from s2train.hardware import check_gpus
 
 config.register()
 
@@ -20,6 +21,7 @@ config.register()
 def needle(composed: DictConfig) -> None:
     """Evaluate."""
     cfg = config.to_object(composed)
+    check_gpus()
     apex_available()  # Megatron would import an impostor
     from s2train.evaluation.checkpoint import evaluate  # imports Megatron: slow
 

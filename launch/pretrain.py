@@ -6,7 +6,6 @@ Settings: s2train/config.py; named values: conf/. `plan=true` prints what the ru
 """
 
 import os
-from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -16,6 +15,7 @@ from omegaconf import DictConfig
 from s2train import config
 from s2train.apex import apex_available
 from s2train.command_line import run_command, run_hydra
+from s2train.composition import CONF, config_groups
 from s2train.errors import ConfigError
 from s2train.hardware import check_gpus, detect_own
 from s2train.meeting import refusing_together
@@ -24,7 +24,7 @@ from s2train.sweeps import plugins
 
 config.register()
 plugins.register()
-MODELS = sorted(path.stem for path in (Path(__file__).parents[1] / "conf" / "model").glob("*.yaml"))
+MODELS = config_groups(CONF)["model"]
 
 
 def pretrain(composed: DictConfig) -> None:

@@ -4,18 +4,17 @@ Takes the settings of a run (launch/pretrain.py), and `seq_length`, `layers=[0,1
 Prints coverage, reachability and costs; writes layout.png and layout.json. No GPU, no torchrun.
 """
 
-from pathlib import Path
-
 import hydra
 from omegaconf import DictConfig
 
 from s2train import config
 from s2train.command_line import run_command, run_hydra
+from s2train.composition import CONF, config_groups
 from s2train.planning import resolve
 from s2train.planning.show import show
 
 config.register()
-MODELS = sorted(path.stem for path in (Path(__file__).parents[1] / "conf" / "model").glob("*.yaml"))
+MODELS = config_groups(CONF)["model"]
 
 
 @hydra.main(config_path="../conf", config_name="show_layout", version_base="1.3")

@@ -75,10 +75,10 @@ def fingerprint(state: Any) -> str:
     for part in state.optimizer.chained_optimizers:
         for group in part.optimizer.param_groups:
             for parameter in group["params"]:
-                digest.update(parameter.detach().numpy().tobytes())
+                digest.update(parameter.detach().cpu().numpy().tobytes())
         for moments in part.optimizer.state.values():
             for value in moments.values():
-                digest.update(value.numpy().tobytes())
+                digest.update(value.cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
