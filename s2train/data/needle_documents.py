@@ -38,7 +38,11 @@ class TaskDocuments:
 
     def document(self, rng: np.random.Generator) -> Ids:
         """One document, int64 [length]."""
-        sample = self._sampler.sample(rng, self._length - 1, float(rng.random()), "train")
+        try:
+            sample = self._sampler.sample(rng, self._length - 1, float(rng.random()), "train")
+        except ConfigError as error:
+            problem = f"{error.problem}, and the end of document one"
+            raise ConfigError("needles.length", self._length, problem, "Use that many or more") from error
         return np.concatenate([sample.prompt, sample.answer, [self._eod]])
 
 

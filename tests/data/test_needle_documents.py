@@ -159,7 +159,7 @@ def test_a_dataset_of_needles_goes_through_the_same_path_as_text(tmp_path: Path)
         ({"documents": 0}, r"needles\.documents=0.*1 or more"),
         ({"workers": 0}, r"needles\.workers=0.*1 or more"),
         ({"length": 50}, r"needles\.length=50: a fact.*Use \d+ or more"),
-        ({"task": "single", "length": 50}, r"lengths=49.*Use \d+ or more"),
+        ({"task": "single", "length": 50}, r"needles\.length=50: .* \d+ tokens.* end of document one.*or more"),
         ({"share": [0.0, 1.0]}, r"needles\.share=.*0 < low <= high <= 1"),
         ({"share": [0.5, 1.5]}, r"needles\.share=.*0 < low <= high <= 1"),
         ({"questions_last": 1.5}, r"needles\.questions_last=1\.5.*0 to 1"),

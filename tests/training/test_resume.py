@@ -69,8 +69,19 @@ def test_stop_and_resume_equals_an_unbroken_run(
     assert trace(stopped)[2] == unbroken[2]
 
 
-def test_the_deterministic_mode_resumes_bit_for_bit_too(tmp_path: Path) -> None:
-    settings = [*WHOLE, "train.deterministic=true"]
+@pytest.mark.parametrize(
+    "way",
+    [
+        ["train.deterministic=true"],
+        ["train.precision=bf16"],
+        ["train.precision=bf16", "parallel.distributed_optimizer=false", "checkpoint.async_save=true"],
+        ["parallel.tp=2", "parallel.sequence_parallel=true"],
+        ["parallel.pp=2", "parallel.vpp=2", "train.precision=bf16"],
+    ],
+    ids=" ".join,
+)
+def test_other_ways_to_train_resume_bit_for_bit_too(way: list[str], tmp_path: Path) -> None:
+    settings = [*WHOLE, *way]
     assert pretrain(tmp_path / "unbroken", *settings, processes=2).status == 0
     for more in (["train.exit_step=3"], []):
         done = pretrain(tmp_path / "resumed", *settings, *more, processes=2)
