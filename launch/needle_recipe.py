@@ -73,7 +73,7 @@ PHASES = (
     Phase(2048, 32, 32, 400, (0.05, 1.0), (1, 64)),
     Phase(8192, 8, 8, 300, (0.02, 0.6), (1, 256)),
     Phase(32768, 4, 4, 240, (0.03, 0.3), (1, 512), 0.5, _FACTS_ALONE),
-    Phase(131072, 1, 1, 240, (0.03, 0.1), (1, 512), 0.5, _FACTS_ALONE),
+    Phase(131072, 1, 1, 480, (0.03, 0.1), (1, 512), 0.5, _FACTS_ALONE),
 )
 SOURCES = {
     "noise": ("needles.task=recall", "needles.haystack=noise"),

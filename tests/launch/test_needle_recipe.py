@@ -90,13 +90,16 @@ def test_there_are_documents_for_all_steps_and_each_fills_a_sequence(recipe: dic
         assert made * (1 - recipe["HELD_OUT"]) > phase.samples
 
 
-def test_a_variant_takes_ten_minutes_at_most_as_predicted(recipe: dict[str, Any], tmp_path: Path) -> None:
+def test_a_phase_takes_ten_minutes_at_most_as_predicted_and_the_hybrid_all_of_them(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
     for variant in recipe["VARIANTS"]:
-        seconds = 0.0
+        seconds = []
         for number, phase in enumerate(recipe["PHASES"]):
             costs = recipe["phase_costs"](tmp_path, variant, number)
-            seconds += phase.samples * (costs.linear_seconds + 2 * costs.attention_seconds) + 30  # to start and save
-        assert seconds < 600
+            to_start_and_save = 30
+            seconds.append(phase.samples * (costs.linear_seconds + 2 * costs.attention_seconds) + to_start_and_save)
+        assert (sum(seconds) if variant == "hybrid" else max(seconds)) < 600
 
 
 def test_an_unknown_variant_composes_to_nothing(recipe: dict[str, Any], tmp_path: Path) -> None:
