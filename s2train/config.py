@@ -27,6 +27,8 @@ class ModelConfig:
     head_dim: int | None = None  # None: hidden_size / num_attention_heads
     vocab_size: int = MISSING  # rows of the embedding; at least the tokenizer's, a multiple of tp
     rotary_base: int = 10_000
+    # share of a head's dimensions that turn; the others match words at any distance alike (p-RoPE, arXiv 2410.06205)
+    rotary_percent: float = 1.0
     norm_epsilon: float = 1e-5
     init_std: float = 0.02
     tie_embeddings: bool = False

@@ -1,6 +1,5 @@
 """What one rank of a job refuses before there is a process group ends all of them."""
 
-import threading
 from datetime import timedelta
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from s2train import meeting
 from s2train.errors import ConfigError, MissingRankError, StartUpError
 from s2train.meeting import arrive, refusing_together
+from tests.threads import in_threads
 
 
 def meet(refusals: list[str]) -> list[Any]:
@@ -23,11 +23,7 @@ def meet(refusals: list[str]) -> list[Any]:
         except StartUpError as error:
             ends[rank] = error.problems
 
-    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(len(refusals))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
+    in_threads(len(refusals), one)
     return [ends[rank] for rank in range(len(refusals))]
 
 

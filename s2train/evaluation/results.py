@@ -158,7 +158,7 @@ def output_folder(cfg: NeedleConfig) -> Path:
 
 def layout_fingerprint(trained: PretrainConfig) -> str:
     """Tells what a run's attention keeps, and how it rotates, from what another's would with the same weights."""
-    told = [asdict(trained.layout), asdict(trained.schedule), trained.model.rotary_base]
+    told = [asdict(trained.layout), asdict(trained.schedule), trained.model.rotary_base, trained.model.rotary_percent]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 

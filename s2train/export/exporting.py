@@ -25,7 +25,7 @@ _DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 def export(cfg: ExportConfig) -> Path:
     """Write `output`: config.json, .safetensors, the tokenizer if it is a file, and modeling_s2.py.
 
-    A model without sparse layers is written as a plain Llama, which needs no modelling file. In one process; the
+    A model without sparse layers, whose heads turn whole, is written as a plain Llama, which needs no modelling file. In one process; the
     folder is written under another name and renamed when whole.
 
     Raises:
@@ -65,11 +65,11 @@ def export(cfg: ExportConfig) -> Path:
 
 
 def llama_config(cfg: PretrainConfig, vocab_size: int, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What `config.json` holds: a Llama's settings, and the layout where layers are sparse."""
+    """What `config.json` holds: a Llama's settings, and the layout where layers are sparse or turn in part."""
     model, hybrid = cfg.model, hybrid_layout(cfg)
-    is_dense = all(layer.is_dense for layer in hybrid.layers)
+    is_plain = all(layer.is_dense for layer in hybrid.layers) and model.rotary_percent == 1
     own: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
-    if not is_dense:
+    if not is_plain:
         names = {"AutoConfig": "S2Config", "AutoModelForCausalLM": "S2ForCausalLM"}
         own = {
             "architectures": ["S2ForCausalLM"],
@@ -87,6 +87,7 @@ def llama_config(cfg: PretrainConfig, vocab_size: int, tokenizer: Tokenizer) -> 
         "hidden_act": "silu",
         "rms_norm_eps": model.norm_epsilon,
         "rope_theta": float(model.rotary_base),
+        "partial_rotary_factor": model.rotary_percent,
         "max_position_embeddings": cfg.train.seq_length,
         "tie_word_embeddings": model.tie_embeddings,
         "attention_bias": False,
@@ -95,7 +96,7 @@ def llama_config(cfg: PretrainConfig, vocab_size: int, tokenizer: Tokenizer) -> 
         "torch_dtype": _DTYPES[cfg.train.precision],
         "bos_token_id": None,
         "eos_token_id": tokenizer.eod,
-        **({} if is_dense else {"layout": layout_json(hybrid)}),
+        **({} if is_plain else {"layout": layout_json(hybrid)}),
     }
 
 

@@ -48,6 +48,7 @@ class S2Config(PretrainedConfig):
         head_dim: int | None = None,
         rms_norm_eps: float = 1e-5,
         rope_theta: float = 10000.0,
+        partial_rotary_factor: float = 1.0,
         max_position_embeddings: int = 2048,
         tie_word_embeddings: bool = False,
         layout: dict | None = None,
@@ -58,6 +59,7 @@ class S2Config(PretrainedConfig):
         self.num_key_value_heads = num_key_value_heads or num_attention_heads
         self.head_dim = head_dim or hidden_size // num_attention_heads
         self.rms_norm_eps, self.rope_theta = rms_norm_eps, rope_theta
+        self.partial_rotary_factor = partial_rotary_factor
         self.max_position_embeddings = max_position_embeddings
         self.tie_word_embeddings = tie_word_embeddings
         dense = [[0] * num_attention_heads] * num_hidden_layers
@@ -152,7 +154,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Any) -> Tensor:
-        """x: [b, s, hidden]; cos, sin: [s, head_dim]."""
+        """x: [b, s, hidden]; cos, sin: [s, dimensions that turn]."""
         q, k, v = (
             projection(x).unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
@@ -181,9 +183,13 @@ class Attention(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding of x [b, heads, s, d]: dimension i turns with i + d / 2."""
-    low, high = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-high, low], dim=-1) * sin
+    """Rotary position embedding of x [b, heads, s, d] in its first r dimensions: dimension i turns with i + r / 2.
+
+    cos, sin: [s, r].
+    """
+    turning, still = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], dim=-1)
+    low, high = turning.chunk(2, dim=-1)
+    return torch.cat([turning * cos + torch.cat([-high, low], dim=-1) * sin, still], dim=-1)
 
 
 class MLP(nn.Module):
@@ -226,7 +232,8 @@ class Decoder(nn.Module):
 
     def forward(self, input_ids: Tensor, cache: Any) -> Tensor:
         x = self.embed_tokens(input_ids)
-        start, dim = cache.get_seq_length() if cache is not None else 0, self.config.head_dim
+        start = cache.get_seq_length() if cache is not None else 0
+        dim = int(self.config.head_dim * self.config.partial_rotary_factor)
         positions = torch.arange(start, start + x.shape[1], device=x.device, dtype=torch.float32)
         exponents = torch.arange(0, dim, 2, device=x.device, dtype=torch.float32) / dim
         angles = torch.outer(positions, 1.0 / (self.config.rope_theta**exponents)).repeat(1, 2)

@@ -76,6 +76,16 @@ def checkpoints_in(root: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
+def own_checkpoints(run_dir: str) -> Path:
+    """The folder that a run keeps its checkpoints in."""
+    return Path(run_dir) / "checkpoints"
+
+
+def is_own(checkpoint: Path, run_dir: str) -> bool:
+    """Whether a checkpoint lies in a run's own folder."""
+    return checkpoint.parent.resolve() == own_checkpoints(run_dir).resolve()
+
+
 def find_checkpoint(where: str | Path, setting: str = "checkpoint") -> Path:
     """The checkpoint that `where` means: the last one of a run folder or a `checkpoints` folder, or one itself.
 

@@ -105,6 +105,7 @@ def build_model(
             post_process=parallel_state.is_pipeline_last_stage(**where),
             position_embedding_type="rope",
             rotary_base=cfg.model.rotary_base,
+            rotary_percent=cfg.model.rotary_percent,
             share_embeddings_and_output_weights=cfg.model.tie_embeddings,
             vp_stage=stage,
         )

@@ -49,6 +49,11 @@ def _check_heads(cfg: PretrainConfig) -> None:
             "rotary embeddings turn pairs",
             "Set model.head_dim to an even number.",
         )
+    turning = int(head_dim * model.rotary_percent)
+    if model.rotary_percent > 1 or turning % 2 or not turning:
+        problem = f"of {head_dim} dimensions {turning} would turn: rotary embeddings turn pairs"
+        remedy = f"Set model.rotary_percent={max(2, min(turning, head_dim) // 2 * 2) / head_dim:g}."
+        raise ConfigError("model.rotary_percent", model.rotary_percent, problem, remedy)
     _divides(
         "model.num_query_groups",
         model.num_query_groups,

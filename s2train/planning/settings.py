@@ -36,6 +36,7 @@ _POSITIVE: dict[str, tuple[str, ...]] = {
         "head_dim",
         "vocab_size",
         "rotary_base",
+        "rotary_percent",
         "norm_epsilon",
         "init_std",
     ),

@@ -26,9 +26,12 @@ from s2train.megatron.checkpoint import (
     Progress,
     checkpoints_in,
     folder_name,
+    is_own,
     load_shards,
+    own_checkpoints,
     read_progress,
     sharding_metadata,
+    step_of,
     write_config,
 )
 from s2train.megatron.compat import save_checkpoint_shards
@@ -60,7 +63,7 @@ class Saver:
 
     def __init__(self, cfg: PretrainConfig, state: TrainingState, published: Callable[[int, Path], None]) -> None:
         self._cfg, self._state, self._published = cfg, state, published
-        self._root = Path(cfg.run_dir) / "checkpoints"
+        self._root = own_checkpoints(cfg.run_dir)
         self._is_first = torch.distributed.get_rank() == 0
         self._results = start_results_manager()
         self._queue = AsyncCallsQueue()
@@ -181,7 +184,7 @@ def surplus(checkpoints: list[Path], keep: int | None, keep_every: int | None) -
     """Which checkpoints, of these from old to new, are not among the last `keep`, nor at multiples of `keep_every`."""
     if keep is None:
         return []
-    return [path for path in checkpoints[:-keep] if keep_every is None or int(path.name[5:]) % keep_every]
+    return [path for path in checkpoints[:-keep] if keep_every is None or step_of(path) % keep_every]
 
 
 def _reason(error: BaseException) -> str:
@@ -208,14 +211,14 @@ def load(cfg: PretrainConfig, state: TrainingState, checkpoint: Path, rng_ranks:
         wanted = _sharded_state(state, sharding_metadata(), is_loading=True)
     if has_rng := rng_ranks == rng_ranks_here():
         wanted["rng"] = sharded_rng()
-    is_own = checkpoint.parent.resolve() == (Path(cfg.run_dir) / "checkpoints").resolve()
+    may_go_back = is_own(checkpoint, cfg.run_dir)
     try:
         loaded = load_shards(wanted, checkpoint, "checkpoint.resume")
     except ConfigError as error:
-        if is_own:  # so that the run may go back behind it
+        if may_go_back:  # behind it, then
             note_failed_load(checkpoint, error.problem)
         raise
-    if is_own and torch.distributed.get_rank() == 0:
+    if may_go_back and torch.distributed.get_rank() == 0:
         forget_failed_load(checkpoint)
     for chunk, name in zip(state.chunks, _chunk_names(state.chunks), strict=True):
         unwrap(chunk).load_state_dict(loaded[name])

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from s2train.config import PretrainConfig
 from s2train.errors import DivergedError, StoppedBySignal
 from s2train.megatron.agreement import largest
-from s2train.megatron.checkpoint import Progress, checkpoints_in
+from s2train.megatron.checkpoint import Progress, checkpoints_in, own_checkpoints
 from s2train.megatron.core_attention import kernels_of
 from s2train.megatron.rng import rng_ranks_here
 from s2train.planning.memory import GIB
@@ -205,7 +205,7 @@ class Trainer:
         limit = self.cfg.train.max_skipped_steps
         if self.health.skipped_in_row > limit:
             self.saver.close()
-            there = checkpoints_in(Path(self.cfg.run_dir) / "checkpoints")
+            there = checkpoints_in(own_checkpoints(self.cfg.run_dir))
             raise DivergedError(
                 f"step {step}: loss {loss}, gradient norm {grad_norm}; train.max_skipped_steps={limit} steps in a row"
                 " were skipped before it for the like. Not saved; go on from an earlier checkpoint in another run_dir"

@@ -22,7 +22,9 @@ from s2train.megatron.checkpoint import (
     Progress,
     checkpoints_in,
     find_checkpoint,
+    is_own,
     older_instead,
+    own_checkpoints,
     read_config,
     read_progress,
     step_of,
@@ -63,13 +65,13 @@ def find_start(cfg: PretrainConfig) -> Start:
         return Start(None, Progress(0, 0, data_order(cfg), None))
     if problem := damage(checkpoint):
         raise ConfigError("checkpoint.resume", checkpoint, problem, older_instead(checkpoint, "checkpoint.resume"))
-    saved, is_own = read_progress(checkpoint, "checkpoint.resume"), checkpoint.parent.resolve() == _own(cfg).resolve()
-    is_new_phase = cfg.checkpoint.new_data and not is_own
+    saved, lies_here = read_progress(checkpoint, "checkpoint.resume"), is_own(checkpoint, cfg.run_dir)
+    is_new_phase = cfg.checkpoint.new_data and not lies_here
     _check_same_architecture(cfg, checkpoint, weights_only=saved.weights_only, is_new_phase=is_new_phase)
     if saved.weights_only:
         return Start(checkpoint, Progress(0, 0, data_order(cfg), None))
     last = cfg.train.last_step
-    if not is_own and saved.step >= last:
+    if not lies_here and saved.step >= last:
         problem = f"{checkpoint} is at step {saved.step} already, so there is nothing to train"
         raise ConfigError("train.steps", last, problem, f"Set more than {saved.step} (train.exit_step too)")
     if is_new_phase:
@@ -78,7 +80,9 @@ def find_start(cfg: PretrainConfig) -> Start:
     order = data_order(cfg, saved.first_step)
     _check_same_order(saved.order, order, checkpoint)
     # A branch of another run is a run of its own in wandb.
-    return Start(checkpoint, replace(saved, order=order, wandb_id=saved.wandb_id if is_own else None), saved.rng_ranks)
+    return Start(
+        checkpoint, replace(saved, order=order, wandb_id=saved.wandb_id if lies_here else None), saved.rng_ranks
+    )
 
 
 def data_order(cfg: PretrainConfig, first_step: int = 0) -> dict[str, Any]:
@@ -101,12 +105,8 @@ def _contents(prefix: str) -> str:
         return ", ".join([f"{os.path.getsize(prefix + '.bin')} bytes", *(f"{sum_:08x}" for sum_ in sums)])
 
 
-def _own(cfg: PretrainConfig) -> Path:
-    return Path(cfg.run_dir) / "checkpoints"
-
-
 def _find(cfg: PretrainConfig) -> Path | None:
-    resume, own = cfg.checkpoint.resume, checkpoints_in(_own(cfg))
+    resume, own = cfg.checkpoint.resume, checkpoints_in(own_checkpoints(cfg.run_dir))
     if resume == "auto":
         return own[-1] if own else None
     is_again = bool(own) and resume != "never" and _resumed_from(own) in (resume, None)  # the same command
@@ -133,8 +133,8 @@ def _resumed_from(own: list[Path]) -> str | None:
 
 def _gone_back_over(cfg: PretrainConfig, start: Path | None) -> list[Path]:
     """The run folder's checkpoints that a run from `start` would write its own among."""
-    own = checkpoints_in(_own(cfg))
-    if start is None or start.parent.resolve() != _own(cfg).resolve():
+    own = checkpoints_in(own_checkpoints(cfg.run_dir))
+    if start is None or not is_own(start, cfg.run_dir):
         return own
     return [path for path in own if step_of(path) > step_of(start)]
 
@@ -226,7 +226,7 @@ def claim_run_dir(cfg: PretrainConfig, start: Start) -> FolderLock:
         raise ConfigError("run_dir", run_dir, "another job is at work there", "Wait for it, or name another") from error
     except OSError as error:
         raise ConfigError("run_dir", run_dir, f"can't be written ({error})", "Name another folder") from error
-    for partial in _own(cfg).glob(".iter_*.partial"):
+    for partial in own_checkpoints(cfg.run_dir).glob(".iter_*.partial"):
         shutil.rmtree(partial, ignore_errors=True)  # its writers may still be at work
     for newer in _gone_back_over(cfg, start.checkpoint):
         if problem := doubt(newer):

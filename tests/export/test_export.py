@@ -56,7 +56,7 @@ def load_file(path: Path) -> ModuleType:
     "settings",
     [
         ["train.precision=fp32", "model.tie_embeddings=false"],
-        ["train.precision=fp32", "model.num_query_groups=1"],
+        ["train.precision=fp32", "model.num_query_groups=1", "model.rotary_percent=0.5"],
         ["train.precision=bf16", "layout.pattern.sinks=1"],
     ],
 )
@@ -82,6 +82,27 @@ def test_the_modelling_file_gives_the_logits_of_the_checkpoint(tmp_path: Path, s
     (tmp_path / "out" / "config.json").write_text(json.dumps(config | {"layout": None}))
     dense, _ = logits()
     assert relative(dense, exact) > 5 * relative(found, exact)
+
+
+def test_a_dense_model_whose_heads_turn_in_part_is_no_plain_llama(tmp_path: Path) -> None:
+    trained = pretrain(
+        tmp_path / "run",
+        "layout=dense",
+        "model.rotary_percent=0.5",
+        "train.precision=fp32",
+        "train.steps=2",
+        "optim.warmup_steps=1",
+    )
+    assert trained.status == 0, trained.err
+    done = run("export.py", f"checkpoint={tmp_path / 'run'}", f"output={tmp_path / 'out'}", processes=0)
+    assert done.status == 0, done.err
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["architectures"], config["partial_rotary_factor"]) == (["S2ForCausalLM"], 0.5)
+    model = S2ForCausalLM.from_folder(str(tmp_path / "out"))
+    tokens = tokens_of()
+    with torch.no_grad():
+        found = model(torch.from_numpy(tokens)).logits
+    assert relative(found, megatron_logits(tmp_path / "run", tokens, tmp_path)) < TOLERANCE
 
 
 def test_decoding_over_its_cache_is_decoding_without(tmp_path: Path) -> None:

@@ -28,6 +28,8 @@ def vertical(offset: int, sinks: int = 0) -> LocalVertical:
     return LocalVertical(1, 3, offset, sinks)
 
 
+# Models in which half of a head's dimensions turn.
+HALF_TURNED = ("sinks", "mqa")
 # Heads of each layer, and how many KV heads they share.
 MODELS: dict[str, tuple[list[Sequence[Pattern]], int]] = {
     "dense": ([[Dense()] * 4] * 2, 2),

@@ -28,7 +28,7 @@ from s2train.megatron.model import build_model, transformer_config, unwrap
 from s2train.megatron.page_pool import OutOfPagesError
 from s2train.megatron.setup import initialize, shutdown
 from tests.evaluation.uncached import greedy_decode
-from tests.megatron.cached_models import BLOCK, MODELS, NUM_BLOCKS, VOCABULARY
+from tests.megatron.cached_models import BLOCK, HALF_TURNED, MODELS, NUM_BLOCKS, VOCABULARY
 
 
 def build(name: str, device: torch.device, tp: int = 1, backend: str = "auto") -> tuple[GPTModel, HybridLayout]:
@@ -37,6 +37,7 @@ def build(name: str, device: torch.device, tp: int = 1, backend: str = "auto") -
     layers = tuple(LayerLayout(kind, tuple(layer), BLOCK) for kind, layer in zip(kinds, heads, strict=True))
     hybrid = HybridLayout(layers, BLOCK, groups, find_schedule(ScheduleConfig(kind="shifted")))
     model = ModelConfig("test", len(layers), 64, 96, 4, groups, 16, VOCABULARY, init_std=0.2)
+    model.rotary_percent = 0.5 if name in HALF_TURNED else 1.0
     train = TrainConfig(steps=1, seq_length=BLOCK * NUM_BLOCKS, global_batch_size=1, precision="fp32")
     cfg = PretrainConfig(model=model, parallel=ParallelConfig(tp=tp), train=train, attention_backend=backend)
     (chunk,) = build_model(cfg, transformer_config(cfg), hybrid, choose_backend("local"), device)

@@ -61,6 +61,13 @@ DIVISION: dict[str, tuple[dict[str, Any], int, str, str]] = {
     "hidden by heads": ({"model__hidden_size": 260}, 1, "model.num_attention_heads", "model.head_dim"),
     "heads by KV heads": ({"model__num_query_groups": 3}, 1, "model.num_query_groups", "2, 4"),
     "odd head": ({"model__head_dim": 33}, 1, "model.head_dim", "even"),
+    "an odd number of dimensions that turn": ({"model__rotary_percent": 0.3}, 1, "model.rotary_percent", "0.25"),
+    "more dimensions than there are turn": (
+        {"model__rotary_percent": 1.5},
+        1,
+        "model.rotary_percent",
+        "rotary_percent=1.",
+    ),
     "layers by pp": ({"parallel__pp": 3}, 3, "parallel.pp", "2, 4"),
     "fewer layers than stages": (
         {"parallel__pp": 16, "parallel__pipeline_split": "cost"},

@@ -1,6 +1,5 @@
 """What keeps the ranks of a job from starting together, and how it is told."""
 
-import threading
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -18,6 +17,7 @@ from s2train.planning.parameters import total_parameters
 from s2train.training import startup
 from s2train.training.startup import Facts, check_start, problems
 from tests.test_configs import pretrain
+from tests.threads import in_threads
 
 FIRST = Facts(
     rank=0,
@@ -96,11 +96,7 @@ def start(run_dirs: list[Path], more: tuple[str, ...] = (), **changes: dict[int,
         except StartUpError as error:
             ends[rank] = error
 
-    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(len(run_dirs))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
+    in_threads(len(run_dirs), one)
     return [ends[rank] for rank in range(len(run_dirs))]
 
 
