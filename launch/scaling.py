@@ -1,6 +1,7 @@
 """What several GPUs of this host give: `python launch/scaling.py OUTPUT --gpus 2` writes OUTPUT.json, part by part.
 
 --parity    every way to spread a model over two processes, against one: losses within rounding
+--resume    a deterministic run stopped and resumed against an unbroken one: bit for bit
 --scaling   tokens/s, MFU, time in communication and memory on 1, 2, 4, … GPUs
 --cp-bytes  what context parallel moves, and its time, against gathering all keys
 --balance   how evenly attention lies over tensor and context parallel ranks, before and after balancing
@@ -26,6 +27,7 @@ from s2train.files import check_writable, replacing
 from s2train.scaling.jobs import Runner
 from s2train.scaling.parity import parity
 from s2train.scaling.report import lines
+from s2train.scaling.resumption import resumption
 from s2train.scaling.speed import speed
 
 Part = Callable[[], dict[str, Any]]
@@ -49,7 +51,8 @@ def scaling(given: argparse.Namespace) -> None:
     runner = Runner(runs.absolute(), given.gpus, given.settings, given.timeout)
     length = ["--length", str(given.attention_length)] if given.attention_length else []
     parts: dict[str, Part] = {
-        "parity": lambda: parity(runner, given.parity_model, length),
+        "parity": lambda: parity(runner, given.parity_model, length, given.parity_at_once),
+        "resume": lambda: resumption(runner, given.parity_model),
         "scaling": lambda: speed(runner, tuple(given.models), given.seq_length, given.sequences),
         "cp_bytes": lambda: runner.worker("s2train.scaling.exchange", "cp-bytes", *length),
         "balance": lambda: runner.worker("s2train.scaling.balance", "balance", *length),
@@ -81,9 +84,10 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("settings", nargs="*")
     parser.add_argument("--gpus", type=int, default=2)
-    for part in ("parity", "scaling", "cp-bytes", "balance"):
+    for part in ("parity", "resume", "scaling", "cp-bytes", "balance"):
         parser.add_argument(f"--{part}", action="store_true")
     parser.add_argument("--parity-model", default="125m_hybrid")
+    parser.add_argument("--parity-at-once", type=int, default=1, help="runs together on the same GPUs, if memory does")
     parser.add_argument("--models", nargs="+", default=["1b_hybrid", "1b_dense"])
     parser.add_argument("--seq-length", type=int, default=32_768, help="tokens of --scaling")
     parser.add_argument("--sequences", type=int, default=2, help="of a step of --scaling, data parallel: on each GPU")

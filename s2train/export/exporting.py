@@ -25,8 +25,8 @@ _DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 def export(cfg: ExportConfig) -> Path:
     """Write `output`: config.json, .safetensors, the tokenizer if it is a file, and modeling_s2.py.
 
-    A model without sparse layers, whose heads turn whole, is written as a plain Llama, which needs no modelling file. In one process; the
-    folder is written under another name and renamed when whole.
+    A model without sparse layers, whose heads turn whole, is written as a plain Llama, which needs no modelling file.
+    In one process; the folder is written under another name and renamed when whole.
 
     Raises:
         ConfigError: no checkpoint there, no such tokenizer, a folder that exists, or a vocabulary out of range.

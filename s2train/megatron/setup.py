@@ -2,9 +2,11 @@
 
 import math
 import os
+import random
 from collections.abc import Callable
 from datetime import timedelta
 
+import numpy as np
 import torch
 from megatron.core import parallel_state, tensor_parallel
 from torch.distributed import PrefixStore, Store
@@ -67,6 +69,8 @@ def initialize(
         distributed_timeout_minutes=math.ceil(timeout_minutes),
     )
     seed += 100 * parallel_state.get_pipeline_model_parallel_rank()  # else every stage would draw the same weights
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 (Megatron's datasets and others draw from it)
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return device

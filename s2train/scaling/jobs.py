@@ -63,8 +63,12 @@ class Runner:
         self.folder, self.devices = folder, devices
         self._settings, self._timeout_s = tuple(settings), timeout_s
 
-    def run(self, jobs: Sequence[Job]) -> dict[str, Outcome]:
-        """Jobs one after the other, those of one process side by side on a device each."""
+    def run(self, jobs: Sequence[Job], at_once: int = 1) -> dict[str, Outcome]:
+        """Jobs of one process side by side on a device each, then the others one after the other.
+
+        Args:
+            at_once: so many of the others together on all devices, where their speed does not matter.
+        """
         small = [job for job in jobs if job.processes == 1]
         outcomes: dict[str, Outcome] = {}
         with ThreadPoolExecutor(self.devices) as pool:
@@ -72,7 +76,9 @@ class Runner:
                 batch = small[first : first + self.devices]
                 for job, outcome in zip(batch, pool.map(self._run, batch, range(len(batch))), strict=True):
                     outcomes[job.name] = outcome
-        outcomes |= {job.name: self._run(job) for job in jobs if job.processes > 1}
+        large = [job for job in jobs if job.processes > 1]
+        with ThreadPoolExecutor(at_once) as pool:
+            outcomes |= {job.name: outcome for job, outcome in zip(large, pool.map(self._run, large), strict=True)}
         return {job.name: outcomes[job.name] for job in jobs}
 
     def checkpoint(self, job: str, step: int) -> Path:

@@ -23,7 +23,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 }
 
 
-def parity(runner: Runner, model: str, attention_settings: Sequence[str]) -> dict[str, Any]:
+def parity(runner: Runner, model: str, attention_settings: Sequence[str], at_once: int = 1) -> dict[str, Any]:
     """Losses of `STEPS` steps by each of `VARIANTS`, and how far they lie from those of one process.
 
     The tolerance is twice the largest relative difference over the steps between runs of one process that differ in
@@ -32,6 +32,7 @@ def parity(runner: Runner, model: str, attention_settings: Sequence[str]) -> dic
 
     Args:
         attention_settings: arguments of `s2train.scaling.exactness`.
+        at_once: runs of two processes together on the same devices, which hold the model that often.
     """
     common = (
         f"+model={model}", f"train.steps={STEPS + 1}", "train.global_batch_size=8", "train.micro_batch_size=1",
@@ -52,7 +53,7 @@ def parity(runner: Runner, model: str, attention_settings: Sequence[str]) -> dic
     jobs = [job("one", 1), *(job(name, 1, *settings) for name, settings in twins.items())]
     jobs += [job(name, 2, *settings) for name, settings in VARIANTS.items()]
     if all(outcome.error is None for outcome in outcomes.values()):
-        outcomes |= runner.run(jobs)
+        outcomes |= runner.run(jobs, at_once)
     result = verdict(outcomes, list(twins), list(VARIANTS)) | {"model": model, "settings": common}
     attention = runner.worker("s2train.scaling.exactness", "cp attention", *attention_settings)
     return result | {

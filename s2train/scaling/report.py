@@ -20,6 +20,17 @@ def _parity(result: dict[str, Any]) -> list[str]:
     return [*told, f"parity: {'holds' if result['agrees'] else 'FAILS'}"]
 
 
+def _resume(result: dict[str, Any]) -> list[str]:
+    told = [f"{name}: {error}" for name, error in result["errors"].items()]
+    told += [
+        f"{len(found)} {name.replace('_', ' ')}: {', '.join(map(str, found[:8]))}"
+        for name in ("different_steps", "different_values")
+        if (found := result.get(name))
+    ]
+    equal = f"equals an unbroken run bit for bit, {result.get('saved_values')} saved values among it"
+    return [*told, f"a resumed run on {result['processes']}: {equal if result['agrees'] else 'DIFFERS'}"]
+
+
 def _scaling(result: dict[str, Any]) -> list[str]:
     told = []
     for model, rows in result["models"].items():
@@ -59,4 +70,4 @@ def _balance(result: dict[str, Any]) -> list[str]:
     ]
 
 
-_REPORTS = {"parity": _parity, "scaling": _scaling, "cp_bytes": _cp_bytes, "balance": _balance}
+_REPORTS = {"parity": _parity, "resume": _resume, "scaling": _scaling, "cp_bytes": _cp_bytes, "balance": _balance}

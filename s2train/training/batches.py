@@ -58,6 +58,7 @@ def micro_batches(
         pin_memory=device.type == "cuda",
         persistent_workers=False,
         worker_init_fn=outlive_group_signals,
+        generator=torch.Generator(),  # a loader would draw from the run's own, and a resumed run has one more
     )
     cp_group = parallel_state.get_context_parallel_group()
     for item in loader:

@@ -25,7 +25,16 @@ def test_results_that_are_there_are_not_written_over(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_every_way_to_spread_a_model_agrees_with_one_process(tmp_path: Path) -> None:
-    options = ["--parity", "--parity-model", "tiny_hybrid", "--attention-length", "512", "train.precision=bf16"]
+    options = [
+        "--parity",
+        "--parity-at-once",
+        "2",
+        "--parity-model",
+        "tiny_hybrid",
+        "--attention-length",
+        "512",
+        "train.precision=bf16",
+    ]
     done = run("scaling.py", "two", *options, *TINY, processes=0, cwd=tmp_path, timeout=1200)
     assert done.status == 0, done.err
     result = json.loads((tmp_path / "two.json").read_text())["parts"]["parity"]
@@ -33,6 +42,17 @@ def test_every_way_to_spread_a_model_agrees_with_one_process(tmp_path: Path) -> 
     assert result["deviation"].keys() == VARIANTS.keys()
     assert {len(result["losses"][name]) for name in ("one", *VARIANTS)} == {STEPS}
     assert result["agrees"], result["deviation"]
+
+
+@pytest.mark.long
+def test_a_resumed_run_of_two_processes_is_an_unbroken_one(tmp_path: Path) -> None:
+    options = ["--resume", "--parity-model", "tiny_hybrid", "train.precision=bf16"]
+    done = run("scaling.py", "two", *options, *TINY, processes=0, cwd=tmp_path, timeout=600)
+    assert done.status == 0, done.err
+    result = json.loads((tmp_path / "two.json").read_text())["parts"]["resume"]
+    assert (result["errors"], result["different_steps"], result["different_values"]) == ({}, [], [])
+    assert result["saved_values"] > 40
+    assert result["agrees"]
 
 
 @pytest.mark.long

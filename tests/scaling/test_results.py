@@ -3,12 +3,15 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from s2train.scaling.balance import spread
 from s2train.scaling.jobs import Job, Outcome, Runner
 from s2train.scaling.parity import verdict
 from s2train.scaling.report import lines
+from s2train.scaling.resumption import STEPS, STOP, compared, differing
 from s2train.scaling.speed import summary
 
 
@@ -90,3 +93,44 @@ def test_the_same_jobs_again_run_only_what_is_not_done(tmp_path: Path, monkeypat
 def test_spread_is_what_the_slowest_rank_adds_to_the_mean() -> None:
     assert spread([1.0, 1.0, 1.0]) == 0
     assert spread([1.0, 3.0]) == pytest.approx(0.5)
+
+
+def reports(first: int, **changed: float) -> Outcome:
+    same = {"loss": 2.0, "grad_norm": 1.0, "lr": 0.1}
+    steps = range(first, STEPS + 1)
+    records = [
+        {"step": step, "step_time_s": float(first), **same, **(changed if step == STEPS else {})} for step in steps
+    ]
+    return Outcome([{"event": "config"}, *records], None, 1.0)
+
+
+def test_a_resumed_run_may_differ_in_times_alone() -> None:
+    assert compared(reports(1), reports(STOP + 1))["agrees"]
+    found = compared(reports(1), reports(STOP + 1, grad_norm=1.0 + 2**-52))
+    assert found["different_steps"] == [STEPS]
+    assert not found["agrees"]
+
+
+def test_a_resumed_run_that_failed_or_lacks_a_step_does_not_agree() -> None:
+    assert not compared(reports(1), FAILED)["agrees"]
+    assert compared(reports(1), reports(STOP + 2))["different_steps"] == [STOP + 1]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"weight": torch.tensor([1.0, -0.0])},
+        {"weight": torch.tensor([1.0, 0.0], dtype=torch.float64)},
+        {"generator": [{"numpy": ("MT19937", np.arange(624) + (np.arange(624) == 300))}]},
+        {"common.pt": {"optimizer": [{"step": 11}]}},
+        {"more": 1},
+    ],
+)
+def test_one_bit_anywhere_in_a_checkpoint_is_a_difference(changed: dict[str, Any]) -> None:
+    values: dict[str, Any] = {
+        "weight": torch.tensor([1.0, 0.0]),
+        "generator": [{"numpy": ("MT19937", np.arange(624))}],
+        "common.pt": {"optimizer": [{"step": 10}]},
+    }
+    assert differing(values, dict(values)) == (3, [])
+    assert differing(values, values | changed)[1] == list(changed)
