@@ -1,6 +1,7 @@
 """Pictures of needle_recipe.py's variants: `python launch/needle_curves.py ROOT OUTPUT` writes OUTPUT.json and .png.
 
-Above, the share of exact answers over training time, each point at the length then trained; below, the grids.
+Above, the share of exact answers over training steps, a panel a length; below, the grids. Variants that shared their
+GPU while they trained are named after `--shared`: their times are left out.
 """
 
 import argparse
@@ -20,27 +21,24 @@ from s2train.training.plots import read_records
 
 
 def read_variant(folder: Path) -> dict[str, Any]:
-    """A variant's points [step, seconds of training so far, length, correct, trials], seconds and grid.
+    """A variant's points [step, length, correct, trials], the seconds that the steps of each phase took, and its grid.
 
-    Seconds are those of steps, from metrics.jsonl: without starting, evaluating and saving. The first report after each
-    start has compilation in it: the median of the others counts in its place.
+    Seconds are from metrics.jsonl: without starting, evaluating and saving. The first report after each start has
+    compilation in it: the median of the others counts in its place.
     """
-    points, before = [], 0.0
+    points: list[tuple[int, int, int, int]] = []
+    seconds: dict[str, float] = {}
     for run in sorted((path for path in folder.iterdir() if path.name.isdecimal()), key=lambda path: int(path.name)):
-        steps, seconds = _elapsed(read_records(run / "metrics.jsonl"))
+        seconds[run.name] = _seconds(read_records(run / "metrics.jsonl"))
         for path in sorted(run.glob("needle/*/needle.json")):
             if results := load_results(path):
-                score = results.score
-                assert score is not None
-                elapsed = before + float(np.interp(results.step, steps, seconds))
-                points.append([results.step, elapsed, max(results.lengths), score.correct, score.trials])
-        before += float(seconds[-1])
+                points += [(results.step, length, score.correct, score.trials) for length, score in results.columns]
     grid = load_results(folder / "grid" / "needle.json")
-    return {"points": sorted(points), "seconds": before, "grid": grid and asdict(grid)}
+    return {"points": sorted(points), "seconds": seconds, "grid": grid and asdict(grid)}
 
 
-def _elapsed(records: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
-    """Steps reported, and the seconds that all steps up to each took."""
+def _seconds(records: list[dict[str, Any]]) -> float:
+    """What all steps reported took."""
     reports = [index for index, record in enumerate(records) if "step_time_s" in record]
     starts = [index for index, record in enumerate(records) if record.get("event") == "config"]
     steps = np.array([records[index]["step"] for index in reports])
@@ -48,7 +46,7 @@ def _elapsed(records: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
     is_first = np.isin(np.arange(len(reports)), np.searchsorted(reports, starts))
     times[is_first] = np.median(times[~is_first] if not is_first.all() else times)
     begin = steps[0] - (steps[1] - steps[0] if len(steps) > 1 else steps[0])
-    return steps, np.cumsum(np.diff(steps, prepend=begin) * times)
+    return float(np.sum(np.diff(steps, prepend=begin) * times))
 
 
 def draw(variants: dict[str, dict[str, Any]], grids: dict[str, NeedleResults], path: Path) -> None:
@@ -56,17 +54,19 @@ def draw(variants: dict[str, dict[str, Any]], grids: dict[str, NeedleResults], p
     figure = Figure(figsize=(3.2 * max(2, len(variants)), 7), dpi=140, layout="constrained")
     FigureCanvasAgg(figure)
     above, below = figure.subfigures(2, 1)
-    axes = above.add_subplot()
-    for name, variant in variants.items():
-        if variant["points"]:
-            _, seconds, _, correct, trials = zip(*variant["points"], strict=True)
-            shares = 100 * np.array(correct) / np.array(trials)
-            axes.plot(seconds, shares, marker="o", markersize=3, label=f"{name}, {variant['seconds']:.0f} s")
-    axes.set_xlabel("seconds of training steps")
-    axes.set_ylabel("exact answers at the length then trained (%)", fontsize=8)
-    axes.set_xlim(left=0)
-    axes.set_ylim(-3, 103)
-    axes.legend(fontsize=8)
+    lengths = sorted({point[1] for variant in variants.values() for point in variant["points"]})
+    for axes, length in zip(np.atleast_1d(above.subplots(1, max(1, len(lengths)))), lengths, strict=False):
+        for name, variant in variants.items():
+            points = [point for point in variant["points"] if point[1] == length]
+            shares = [100 * correct / trials for _, _, correct, trials in points]
+            seconds = f", {sum(variant['seconds'].values()):.0f} s" if variant["seconds"] else ""
+            axes.plot([point[0] for point in points], shares, marker="o", markersize=3, label=name + seconds)
+        axes.set_title(f"{length / 1024:g}k tokens", fontsize=9)
+        axes.set_xlabel("training steps of all phases", fontsize=8)
+        axes.set_ylabel("exact answers (%)", fontsize=8)
+        axes.set_xlim(left=0)
+        axes.set_ylim(-3, 103)
+        axes.legend(fontsize=7)
     for axes, (name, grid) in zip(np.atleast_1d(below.subplots(1, max(1, len(grids)))), grids.items(), strict=False):
         share = {(cell.length, cell.depth): cell.correct / cell.trials for cell in grid.asked}
         values = [[share.get((length, depth), np.nan) for length in grid.lengths] for depth in grid.depths]
@@ -82,9 +82,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", type=Path)
     parser.add_argument("output", type=Path)
+    parser.add_argument("--shared", nargs="*", default=[], metavar="VARIANT", help="trained beside others on one GPU")
     given = parser.parse_args()
     folders = [path for path in sorted(given.root.iterdir()) if any(path.glob("*/metrics.jsonl"))]
     variants = {folder.name: read_variant(folder) for folder in folders}
+    for name in given.shared:
+        variants[name]["seconds"] = {}
     found = {folder.name: load_results(folder / "grid" / "needle.json") for folder in folders}
     draw(variants, {name: grid for name, grid in found.items() if grid}, given.output.with_suffix(".png"))
     content = {"date": date.today().isoformat(), "variants": variants}

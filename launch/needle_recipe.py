@@ -4,7 +4,7 @@ python launch/needle_recipe.py plan                   phases, tokens and predict
 python launch/needle_recipe.py data                   all training documents, once for all variants
 python launch/needle_recipe.py train hybrid           all phases, one after the other
 python launch/needle_recipe.py evaluate hybrid        the grid up to the longest length, of the last phase trained
-python launch/needle_recipe.py curve hybrid           accuracy of every checkpoint, each at its own phase's length
+python launch/needle_recipe.py curve hybrid           accuracy of every checkpoint, at two lengths
                       each: --root runs/needle  --minutes 9; for train also settings of launch/pretrain.py
 
 Run `train` or `evaluate` again to go on where it stopped, as it does when --minutes are over.
@@ -28,6 +28,7 @@ LAUNCH = Path(__file__).parent
 VARIANTS = ("hybrid", "dense", "sparse_shifted", "sparse_homogeneous", "hybrid_homogeneous")
 DEPTHS = [n / 10 for n in range(11)]
 GRID = (8192, 16384, 32768, 65536, 131072)  # lengths of `evaluate`
+CURVE = (8192, 32768)  # lengths of `curve`
 _LEAST_SECONDS = 40  # to start, do something and save
 _OVER = "the time is over; run this again to go on"
 HELD_OUT = 0.02  # of the documents, for the loss after each phase
@@ -65,15 +66,16 @@ class Phase:
         return self.batch * self.steps
 
 
-# Look-ups are learned at 512 tokens, where a document has the most of them; then they are carried to longer distances,
-# through ever more filler. A long document is a step of its own: a text's gradients would drown those of the facts.
+# Look-ups are learned at 512 tokens, where a document has the most of them; distance is no matter then (see
+# conf/model/size/needle.yaml), but ever more filler is. A long document is a step of its own: a text's gradients would
+# drown those of the facts.
 _FACTS_ALONE = (("noise", 0.7), ("lines", 0.3))
 PHASES = (
     Phase(512, 64, 64, 2500, (0.1, 1.0), (1, 32), 0.0),
     Phase(2048, 32, 32, 400, (0.05, 1.0), (1, 64)),
-    Phase(8192, 8, 8, 300, (0.02, 0.6), (1, 256)),
-    Phase(32768, 4, 4, 240, (0.03, 0.3), (1, 512), 0.5, _FACTS_ALONE),
-    Phase(131072, 1, 1, 480, (0.03, 0.1), (1, 512), 0.5, _FACTS_ALONE),
+    Phase(8192, 8, 8, 200, (0.02, 0.6), (1, 256)),
+    Phase(32768, 4, 4, 100, (0.03, 0.3), (1, 512), 0.5, _FACTS_ALONE),
+    Phase(131072, 1, 1, 80, (0.03, 0.1), (1, 512), 0.5, _FACTS_ALONE),
 )
 SOURCES = {
     "noise": ("needles.task=recall", "needles.haystack=noise"),
@@ -141,7 +143,7 @@ def train_command(root: Path, variant: str, number: int) -> list[str]:
         f"optim.decay_steps={last_step(len(PHASES) - 1)}",
         "evaluation.interval=250",
         f"evaluation.batches={1 if phase.length > 8192 else 4}",
-        f"checkpoint.interval={500 if number == 0 else phase.steps}",
+        f"checkpoint.interval={625 if number == 0 else phase.steps}",
         "tracking.log_interval=20",
         "data.num_workers=4",
     ]
@@ -162,14 +164,14 @@ def needle_command(checkpoint: Path, lengths: list[int], trials: int, output: Pa
 
 
 def curve_commands(root: Path, variant: str, last: int) -> list[list[str]]:
-    """How all checkpoints that were not are evaluated, each at its phase's length."""
+    """How all checkpoints that were not are evaluated."""
     commands = []
-    for number, phase in enumerate(PHASES[: last + 1]):
+    for number in range(last + 1):
         run = run_folder(root, variant, number)
         for checkpoint in sorted((run / "checkpoints").glob("iter_*")):
             output = run / "needle" / checkpoint.name
             if not (output / "needle.png").is_file():
-                commands.append(needle_command(checkpoint, [phase.length], 4, output))
+                commands.append(needle_command(checkpoint, list(CURVE), 2, output))
     return commands
 
 

@@ -142,7 +142,7 @@ def test_the_first_report_after_each_start_counts_as_the_others(tmp_path: Path) 
     records += [start, {"event": "resume", "step": 30}, *reports(range(40, 60, 10), 8.0, 1.0)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     picture = runpy.run_path(str(ROOT / "launch" / "needle_curves.py"))
-    assert picture["read_variant"](tmp_path)["seconds"] == 10 * (1.0 + 1.0 + 1.5 + 1.0 + 1.0)
+    assert picture["read_variant"](tmp_path)["seconds"] == {"512": 10 * (1.0 + 1.0 + 1.5 + 1.0 + 1.0)}
 
 
 @pytest.mark.slow
@@ -169,13 +169,13 @@ def test_a_small_recipe_goes_from_data_to_grid_and_on_where_it_stopped(
     assert not recipe["is_trained"](tmp_path, "hybrid", 1)
     main(["train", "hybrid", *root, *SMALL])
     assert recipe["is_trained"](tmp_path, "hybrid", 1)
+    monkeypatch.setitem(main.__globals__, "CURVE", (64, 128))
     main(["curve", "hybrid", *root])
     monkeypatch.setitem(main.__globals__, "GRID", (128, 256))
     main(["evaluate", "hybrid", *root])
     picture = runpy.run_path(str(ROOT / "launch" / "needle_curves.py"))
     variant = picture["read_variant"](tmp_path / "hybrid")
-    assert [point[0] for point in variant["points"]] == [2, 4]
-    assert [point[2] for point in variant["points"]] == [128, 256]
+    assert [point[:2] for point in variant["points"]] == [(2, 64), (2, 128), (4, 64), (4, 128)]
     assert variant["grid"]["lengths"] == [128, 256]
     picture["draw"]({"hybrid": variant}, {}, tmp_path / "out.png")
     assert (tmp_path / "out.png").stat().st_size > 1000
