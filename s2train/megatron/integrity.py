@@ -10,7 +10,8 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from torch.distributed.checkpoint import FileSystemReader
 
-CONFIG, PROGRESS = "config.yaml", "progress.json"
+CONFIG, PROGRESS, COMMON = "config.yaml", "progress.json", "common.pt"
+_COMMON_IN_SHARDS = "common_state/"  # megatron-core 0.19 keeps there what 0.16 writes to common.pt
 _LOAD_FAILED = "load_failed.txt"
 
 
@@ -23,18 +24,18 @@ def damage(checkpoint: Path) -> str | None:
         CONFIG: _check_yaml,
         PROGRESS: _check_json,
         "metadata.json": _check_json,
-        "common.pt": _check_zip,
     }
     for name, check in small.items():
-        if not (checkpoint / name).is_file():
-            return f"its {name} is missing"
-        try:
-            check(checkpoint / name)
-        except Exception as error:  # many kinds; whatever it is, the file is none to start from
-            return f"its {name} can't be read ({_first_line(error)})"
+        if problem := _damage_of(checkpoint / name, check):
+            return problem
     try:
+        index = FileSystemReader(checkpoint).read_metadata()
+        if not any(str(name).startswith(_COMMON_IN_SHARDS) for name in index.state_dict_metadata) and (
+            problem := _damage_of(checkpoint / COMMON, _check_zip)
+        ):
+            return problem
         needed: dict[str, int] = defaultdict(int)
-        for part in FileSystemReader(checkpoint).read_metadata().storage_data.values():
+        for part in index.storage_data.values():
             needed[part.relative_path] = max(needed[part.relative_path], part.offset + part.length)
         for name, size in sorted(needed.items()):
             if not (checkpoint / name).is_file():
@@ -44,6 +45,16 @@ def damage(checkpoint: Path) -> str | None:
                 return f"its shard {name} is cut short: {found:,} of {size:,} bytes"
     except Exception as error:  # a pickle: a flipped bit can end in any of them, and in names that are none
         return f"its index .metadata can't be read ({type(error).__name__})"
+    return None
+
+
+def _damage_of(file: Path, check: Callable[[Path], None]) -> str | None:
+    if not file.is_file():
+        return f"its {file.name} is missing"
+    try:
+        check(file)
+    except Exception as error:  # many kinds; whatever it is, the file is none to start from
+        return f"its {file.name} can't be read ({_first_line(error)})"
     return None
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from s2train.megatron.integrity import COMMON
 from s2train.scaling.jobs import Job, Outcome, Runner
 
 STEPS, STOP = 20, 10
@@ -64,8 +65,9 @@ def read_values(checkpoint: Path) -> dict[str, Any]:
         file = Path(folder) / "values.pt"
         dcp_to_torch_save(checkpoint, file)
         values: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=False)
-    common = torch.load(checkpoint / "common.pt", map_location="cpu", weights_only=False)
-    return values | {"common.pt": common}
+    if (common := checkpoint / COMMON).is_file():
+        values[COMMON] = torch.load(common, map_location="cpu", weights_only=False)
+    return values
 
 
 def differing(first: Mapping[str, Any], second: Mapping[str, Any]) -> tuple[int, list[str]]:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from s2train.megatron.checkpoint import checkpoints_in
 from s2train.megatron.integrity import damage
@@ -16,6 +17,7 @@ from tests.program import error_line, metrics, pretrain
 pytestmark = [pytest.mark.slow]
 
 STEPS = "train.steps=6"
+# Of megatron-core 0.16; 0.19 writes no common.pt, and one shard less.
 FILES = [".metadata", "__0_0.distcp", "__0_1.distcp", "common.pt", "config.yaml", "metadata.json", "progress.json"]
 HARMS: dict[str, Callable[[Path], object]] = {
     "cut": lambda path: os.truncate(path, path.stat().st_size // 2),
@@ -30,7 +32,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("stopped")
     done = pretrain(folder, STEPS, "train.exit_step=5", "checkpoint.interval=1", "checkpoint.keep=2", processes=0)
     assert done.status == 0, done.err
-    assert {path.name for path in last_of(folder).iterdir()} == set(FILES)
+    assert {path.name for path in last_of(folder).iterdir()} <= set(FILES)
     return folder
 
 
@@ -57,6 +59,8 @@ def folders(run_dir: Path) -> list[str]:
 @pytest.mark.parametrize("name", FILES)
 def test_whichever_file_is_damaged_the_remedy_that_is_told_trains_on(run_dir: Path, name: str, harm: str) -> None:
     last = last_of(run_dir)
+    if not (last / name).exists():
+        pytest.skip("this megatron-core writes no such file")
     HARMS[harm](last / name)
     told = pretrain(run_dir, STEPS, processes=0)
     assert told.status != 0
@@ -118,7 +122,7 @@ def test_following_the_remedy_works_again_when_the_next_checkpoint_is_damaged_to
     (last_of(run_dir) / "config.yaml").unlink()
     older = remedy(error_line(pretrain(run_dir, STEPS, processes=0)))
     assert pretrain(run_dir, STEPS, older, "train.exit_step=5", processes=0).status == 0
-    (last_of(run_dir) / "common.pt").unlink()
+    (last_of(run_dir) / "metadata.json").unlink()
     done = pretrain(run_dir, STEPS, older, processes=0)
     assert done.status == 0, done.err
     assert folders(run_dir) == ["damaged_iter_0000005", "damaged_iter_0000005.1", "iter_0000004", "iter_0000006"]
@@ -133,6 +137,17 @@ def test_a_branch_started_again_does_not_begin_anew_where_its_own_checkpoint_is_
     line = error_line(pretrain(tmp_path, *branch, processes=0))
     assert "progress.json is missing" in line
     assert folders(tmp_path) == ["iter_0000005"]
+
+
+@pytest.mark.parametrize(("name", "problem"), [("common_state/shard_0_1", None), ("rng", "its common.pt is missing")])
+def test_what_all_ranks_share_is_in_the_shards_or_in_a_file_of_its_own(
+    run_dir: Path, tmp_path: Path, name: str, problem: str | None
+) -> None:
+    folder = tmp_path / "iter_0000001"
+    torch.distributed.checkpoint.save({name: torch.ones(3)}, checkpoint_id=folder, no_dist=True)
+    for file in ("config.yaml", "metadata.json", "progress.json"):
+        shutil.copy(last_of(run_dir) / file, folder)
+    assert damage(folder) == problem
 
 
 def test_a_flipped_bit_in_the_index_raises_nothing(run_dir: Path) -> None:
