@@ -2,7 +2,8 @@
 
 The model is composed as for training: overrides such as +model=7b_hybrid. Tokens are random, one process. A step is
 timed as it is and, on a GPU, replayed from a CUDA graph; both with a wait for the device after the last token only.
-The prefill's seconds are those of the last run, with all kernels compiled.
+The prefill's seconds are those of the last run, with all kernels compiled. A batch of `most` is the largest whose cache
+fits the device.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from rich.console import Console
@@ -31,6 +33,7 @@ from s2train.versions import versions
 
 Record = dict[str, Any]
 _WARM_STEPS = 3  # the first is run, the second captured
+_WORKING_BYTES = 2 << 30  # a step's tensors, the graph's own memory, and what torch can't give back
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -38,12 +41,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m s2train.evaluation.decode_speed", description=__doc__)
     parser.add_argument("overrides", nargs="*", default=["+model=7b_hybrid"], help="as of launch/pretrain.py")
     parser.add_argument("--lengths", nargs="+", type=int, default=[8192, 32768, 131072], help="prompt tokens")
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--batches", nargs="+", type=_batch, default=[1, 8], help="sequences, or most")
     parser.add_argument("--tokens", type=int, default=64, help="timed steps")
     parser.add_argument("--chunk", type=int, default=8192, help="of the prefill, tokens")
+    parser.add_argument(
+        "--no-prefill", action="store_true", help="decode over random keys and values: prompts take long"
+    )
     parser.add_argument("--output", type=Path, default=None, help="JSON")
     args = parser.parse_args(arguments)
-    if min(*args.lengths, *args.batches, args.tokens - 1, args.chunk) < 1:
+    if min(*args.lengths, *(batch or 1 for batch in args.batches), args.tokens - 1, args.chunk) < 1:
         parser.error("lengths, batches and chunk must be at least 1, tokens 2")
     if args.output is not None and args.output.exists():
         parser.error(f"{args.output} exists: results are not overwritten, name another --output")
@@ -79,7 +85,8 @@ def main(arguments: list[str] | None = None) -> int:
     }
     for length in args.lengths:
         for batch in args.batches:
-            records.append(measure(gpt, length, batch, args.tokens, args.chunk, device))
+            count = batch or most_sequences(gpt, length + args.tokens + _WARM_STEPS, device)
+            records.append(measure(gpt, length, count, args.tokens, None if args.no_prefill else args.chunk, device))
             table.add_row(*_row(records[-1]))
             console.print(records[-1])
             if args.output is not None:
@@ -89,8 +96,27 @@ def main(arguments: list[str] | None = None) -> int:
     return int(any(record.get("kv_bytes") != record.get("predicted_bytes") for record in records))
 
 
-def measure(gpt: GPTModel, length: int, batch: int, tokens: int, chunk: int, device: torch.device) -> Record:
-    """Seconds and bytes after a prompt of `length` tokens and `tokens` steps; or "error" where memory does not do."""
+def _batch(text: str) -> int | None:
+    return None if text == "most" else int(text)
+
+
+def most_sequences(gpt: GPTModel, length: int, device: torch.device) -> int:
+    """How many sequences of `length` tokens have room on the device beside the model; 1 on a CPU."""
+    if device.type != "cuda":
+        return 1
+    with kv_cache(gpt, 1, length) as cache:
+        sequence = 2 * cache.pool.keys.nbytes
+    del cache
+    torch.cuda.empty_cache()
+    return max(1, (torch.cuda.mem_get_info(device)[0] - _WORKING_BYTES) // sequence)
+
+
+def measure(gpt: GPTModel, length: int, batch: int, tokens: int, chunk: int | None, device: torch.device) -> Record:
+    """Seconds and bytes after a prompt of `length` tokens and `tokens` steps; or "error" where memory does not do.
+
+    Args:
+        chunk: of the prefill; None: random keys and values in place of a prompt's.
+    """
     record: Record = {"length": length, "batch": batch, "chunk": chunk}
     try:
         for cuda_graph in (False, True) if device.type == "cuda" else (False,):
@@ -99,9 +125,12 @@ def measure(gpt: GPTModel, length: int, batch: int, tokens: int, chunk: int, dev
                 prompt = torch.randint(0, gpt.vocab_size, (batch, length), device=device)
                 _forget_peak(device)
                 began = _now()
-                model.prefill(prompt, chunk=chunk)
-                record["prefill_s"] = _now() - began
-                record |= _peak("prefill", device)
+                if chunk is None:
+                    cache.fill(np.full(batch, length))
+                else:
+                    model.prefill(prompt, chunk=chunk)
+                    record["prefill_s"] = _now() - began
+                    record |= _peak("prefill", device)
                 for _ in range(_WARM_STEPS):
                     model.decode(prompt[:, -1])
                 began = _now()
@@ -143,12 +172,11 @@ def _row(record: Record) -> list[str]:
     first = [f"{record['length']:,}", str(record["batch"])]
     if "kv_bytes" not in record:
         return [*first, record["error"]]
-    seconds = record["prefill_s"]
+    seconds = record.get("prefill_s")
     graph_ms = f"{record['graph_ms']:.2f}" if "graph_ms" in record else record.get("error", "-")
     return [
         *first,
-        f"{seconds:.3f}",
-        f"{record['length'] * record['batch'] / seconds:,.0f}",
+        *((f"{seconds:.3f}", f"{record['length'] * record['batch'] / seconds:,.0f}") if seconds else ("-", "-")),
         f"{record['step_ms']:.2f}",
         graph_ms,
         *(f"{record[name] / 1e6:,.1f}" for name in ("kv_bytes", "predicted_bytes", "dense_bytes")),

@@ -138,6 +138,18 @@ class KVCache:
         self.lengths[:] = lengths
         self.positions.copy_(torch.from_numpy(lengths.astype(np.int32)))
 
+    def fill(self, lengths: np.ndarray) -> None:
+        """As after a prompt of `lengths` [b] tokens, with random keys and values: for timing what follows.
+
+        Raises:
+            OutOfPagesError: the pool is too small.
+        """
+        for layer in self.layers:
+            layer.hold(lengths)
+        self.pool.keys.normal_()
+        self.pool.values.normal_()
+        self.end_prefill(lengths)
+
     def _free(self, index: np.ndarray) -> None:
         index = index[self.pages.reshape(-1)[index] >= 0]
         self.pool.give(self.pages.reshape(-1)[index])
@@ -191,12 +203,12 @@ class LayerCache:
             earlier = (read_tokens(pages, table, chunk.start).permute(2, 0, 1, 3) for pages in (pool.keys, pool.values))
             all_keys, all_values = (torch.cat(pair) for pair in zip(earlier, (key, value), strict=True))
         out = core.attend(query, all_keys, all_values, query_offset=chunk.start)
-        self._hold(chunk.lengths)
+        self.hold(chunk.lengths)
         write_tokens(pool.keys, table, key.permute(1, 2, 0, 3), chunk.start)
         write_tokens(pool.values, table, value.permute(1, 2, 0, 3), chunk.start)
         return out
 
-    def _hold(self, lengths: np.ndarray) -> None:
+    def hold(self, lengths: np.ndarray) -> None:
         """Have pages for just what queries after `lengths` [b] tokens need."""
         block_size, pool = self.cache.block_size, self.cache.pool
         blocks = np.arange(self.cache.num_blocks)
