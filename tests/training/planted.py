@@ -83,12 +83,12 @@ def fingerprint(state: Any) -> str:
 
 
 def full_disk(step: int) -> None:
-    """The checkpoint after `step` finds no room for its second shard."""
+    """The checkpoint after `step` finds no room for a shard."""
     fsync = os.fsync
 
     def planted(descriptor: int) -> None:
         path = os.readlink(f"/proc/self/fd/{descriptor}")
-        if f"iter_{step:07d}" in path and path.endswith("_1.distcp"):
+        if f"iter_{step:07d}" in path and path.endswith(".distcp"):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         fsync(descriptor)
 
