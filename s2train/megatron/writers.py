@@ -2,8 +2,11 @@
 
 import os
 import signal
+from collections.abc import Callable
+from functools import partial
 from multiprocessing import get_context, resource_tracker
 from multiprocessing.managers import SyncManager
+from typing import Any
 
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
@@ -28,4 +31,22 @@ def start_results_manager() -> SyncManager:
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     filesystem_async._results_queue = manager.Queue()
+    _let_writers_say_why()
     return manager
+
+
+def _let_writers_say_why() -> None:
+    """megatron-core 0.19 would tell only the class of an error in the writer that runs in the saving process itself."""
+    writer = filesystem_async.FileSystemWriterAsync
+    write = writer.write_preloaded_data
+    if isinstance(write, partial):  # done before
+        return
+
+    writer.write_preloaded_data = staticmethod(partial(_write_or_raise, write))
+
+
+def _write_or_raise(write: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    outcome = write(*args, **kwargs)
+    if outcome is not None and isinstance(outcome[1], Exception):
+        raise outcome[1]
+    return outcome
