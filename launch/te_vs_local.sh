@@ -13,9 +13,10 @@ pretrain=(python3 -m torch.distributed.run --standalone --nproc-per-node "${NPRO
 # Saved by backend=local, so that every run also loads across backends.
 "${pretrain[@]}" "run_dir=$runs/start" backend=local train.exit_step=1 profile.steps=null
 start=$runs/start/checkpoints/iter_0000001
-"${pretrain[@]}" "run_dir=$runs/local" "checkpoint.resume=$start" backend=local
-"${pretrain[@]}" "run_dir=$runs/local_other_kernels" "checkpoint.resume=$start" backend=local attention_backend="${OTHER_KERNELS:-portable}"
-"${pretrain[@]}" "run_dir=$runs/te" "checkpoint.resume=$start" backend=te
-"${pretrain[@]}" "run_dir=$runs/te_fp8" "checkpoint.resume=$start" backend=te fp8=hybrid
+compared=("${pretrain[@]}" "checkpoint.resume=$start" checkpoint.save=false)
+"${compared[@]}" "run_dir=$runs/local" backend=local
+"${compared[@]}" "run_dir=$runs/local_other_kernels" backend=local attention_backend="${OTHER_KERNELS:-portable}"
+"${compared[@]}" "run_dir=$runs/te" backend=te
+"${compared[@]}" "run_dir=$runs/te_fp8" backend=te fp8=hybrid
 python3 "$here/compare.py" "$output" "$runs"/{local,local_other_kernels,te,te_fp8} --command "launch/te_vs_local.sh $size $output $*"
 python3 "$here/loss_gap.py" "$runs"/{local,local_other_kernels,te,te_fp8} --output "$output-loss-gap.json"

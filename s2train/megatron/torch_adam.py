@@ -11,14 +11,11 @@ import torch
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from s2train.megatron.own_state import distributed_parts
+
 
 def _affected(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    return [
-        part
-        for part in parts
-        if isinstance(part, DistributedOptimizer) and isinstance(part.optimizer, torch.optim.AdamW)
-    ]
+    return [part for part in distributed_parts(optimizer) if isinstance(part.optimizer, torch.optim.AdamW)]
 
 
 def prepare_for_checkpoints(optimizer: MegatronOptimizer) -> None:

@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from s2train.config import PretrainConfig
 from s2train.megatron.model import DTYPES
+from s2train.megatron.own_state import load_own_state_alone
 from s2train.megatron.torch_adam import prepare_for_checkpoints
 
 
@@ -68,6 +69,7 @@ def build_optimizer(
         chunks,
     )
     prepare_for_checkpoints(optimizer)
+    load_own_state_alone(optimizer)
     config.grad_scale_func = optimizer.scale_loss
     decay_steps = optim.decay_steps or cfg.train.steps
     scheduler = OptimizerParamScheduler(

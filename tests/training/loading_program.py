@@ -1,0 +1,55 @@
+"""Asks for the optimizer's state as a load does, and prints what this rank asks for as JSON; see test_own_state.py."""
+
+import json
+
+import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+
+from s2train.megatron.backends import choose_backend
+from s2train.megatron.checkpoint import sharding_metadata
+from s2train.megatron.model import build_model, transformer_config
+from s2train.megatron.own_state import distributed_parts, load_own_state_alone
+from s2train.megatron.setup import initialize, shutdown
+from s2train.planning import compose_run, hybrid_layout
+from s2train.training.checkpoint import TrainingState, _sharded_state
+from s2train.training.optimizer import build_optimizer, wrap_data_parallel
+from tests.program import SMALL
+
+
+class Copying(torch.optim.AdamW):
+    """As transformer-engine's, which copies all moments when it loads."""
+
+    def load_state_dict(self, state_dict: object) -> None:
+        raise AssertionError("copied")
+
+
+def main() -> None:
+    cfg = compose_run([*SMALL, "run_dir=none", "train.steps=4"])
+    device = initialize(cfg.parallel, cfg.seed)
+    config = transformer_config(cfg)
+    models = build_model(cfg, config, hybrid_layout(cfg), choose_backend(cfg.backend), device)
+    chunks = wrap_data_parallel(cfg, config, models)
+    optimizer, scheduler = build_optimizer(cfg, config, chunks)
+    (part,) = distributed_parts(optimizer)
+    part.optimizer.__class__ = Copying
+    load_own_state_alone(optimizer)
+    moments = [state["exp_avg"].data_ptr() for state in part.optimizer.state.values()]
+    state = TrainingState(chunks, optimizer, scheduler)
+    wanted = _sharded_state(state, sharding_metadata(), is_loading=True)["optimizer"]["param_state"]
+    kept = sum(parameter.numel() for group in part.optimizer.param_groups for parameter in group["params"])
+    mine = {
+        "asked": sum(value.data.numel() for value in nested_values(wanted)),
+        "largest": max(parameter.numel() for parameter in models[0].parameters()),
+        "kept": kept,
+        "parameters": sum(parameter.numel() for parameter in models[0].parameters()),
+        "is_copied": moments != [state["exp_avg"].data_ptr() for state in part.optimizer.state.values()],
+    }
+    ranks: list[object] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(ranks, mine)
+    if torch.distributed.get_rank() == 0:
+        print(json.dumps(ranks))
+    shutdown()
+
+
+if __name__ == "__main__":
+    main()

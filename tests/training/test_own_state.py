@@ -1,0 +1,22 @@
+"""What a rank reads of the optimizer's state when it loads. That the loaded runs go on alike: test_resume.py."""
+
+import json
+
+import pytest
+
+from tests.program import run
+
+pytestmark = [pytest.mark.slow]
+
+
+def test_a_rank_asks_for_the_states_of_its_own_parameters_and_copies_none() -> None:
+    done = run("tests.training.loading_program", processes=2)
+    assert done.status == 0, done.err
+    ranks = json.loads(done.out.splitlines()[-1])
+    states = 3
+    assert sum(rank["kept"] for rank in ranks) >= ranks[0]["parameters"]
+    for rank in ranks:
+        # whole parameters: one at each end of a rank's share may be another's too
+        assert states * rank["kept"] <= rank["asked"] <= states * (rank["kept"] + 2 * rank["largest"])
+        assert rank["asked"] < 0.9 * states * rank["parameters"]
+        assert not rank["is_copied"]
