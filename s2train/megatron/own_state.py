@@ -62,7 +62,7 @@ def _sharded_state(
 
 def _like(parameter: Any, state: str) -> Any:
     """What is asked for as a parameter's state, in the machine's memory."""
-    changes = {
+    changes: dict[str, Any] = {
         "key": f"optimizer.state.{state}.{parameter.key}",
         "data": torch.empty(parameter.data.shape, dtype=torch.float32, device="cpu"),
     }
