@@ -6,8 +6,9 @@ GPU while they trained are named after `--shared`: their times are left out.
 
 import argparse
 import json
+import shlex
+import sys
 from dataclasses import asdict
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from s2train.comparison.runs import environment
 from s2train.evaluation.pictures import SCORE_COLOURS
 from s2train.evaluation.results import NeedleResults, load_results
 from s2train.training.plots import read_records
@@ -90,7 +92,7 @@ def main() -> None:
         variants[name]["seconds"] = {}
     found = {folder.name: load_results(folder / "grid" / "needle.json") for folder in folders}
     draw(variants, {name: grid for name, grid in found.items() if grid}, given.output.with_suffix(".png"))
-    content = {"date": date.today().isoformat(), "variants": variants}
+    content = {"command": shlex.join(["python", *sys.argv]), **environment(), "variants": variants}
     given.output.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 

@@ -71,11 +71,11 @@ class Phase:
 # drown those of the facts.
 _FACTS_ALONE = (("noise", 0.7), ("lines", 0.3))
 PHASES = (
-    Phase(512, 64, 64, 2500, (0.1, 1.0), (1, 32), 0.0),
+    Phase(512, 64, 64, 4000, (0.1, 1.0), (1, 32), 0.0),
     Phase(2048, 32, 32, 400, (0.05, 1.0), (1, 64)),
-    Phase(8192, 8, 8, 200, (0.02, 0.6), (1, 256)),
-    Phase(32768, 4, 4, 100, (0.03, 0.3), (1, 512), 0.5, _FACTS_ALONE),
-    Phase(131072, 1, 1, 80, (0.03, 0.1), (1, 512), 0.5, _FACTS_ALONE),
+    Phase(8192, 8, 8, 300, (0.02, 0.6), (1, 256)),
+    Phase(32768, 4, 4, 150, (0.03, 0.3), (1, 512), 0.5, _FACTS_ALONE),
+    Phase(131072, 1, 1, 120, (0.03, 0.1), (1, 512), 0.5, _FACTS_ALONE),
 )
 SOURCES = {
     "noise": ("needles.task=recall", "needles.haystack=noise"),
@@ -143,7 +143,7 @@ def train_command(root: Path, variant: str, number: int) -> list[str]:
         f"optim.decay_steps={last_step(len(PHASES) - 1)}",
         "evaluation.interval=250",
         f"evaluation.batches={1 if phase.length > 8192 else 4}",
-        f"checkpoint.interval={625 if number == 0 else phase.steps}",
+        f"checkpoint.interval={1000 if number == 0 else phase.steps}",
         "tracking.log_interval=20",
         "data.num_workers=4",
     ]

@@ -72,7 +72,7 @@ def test_a_phase_begins_where_the_one_before_ended(recipe: dict[str, Any], tmp_p
 
 
 def test_a_phase_under_way_goes_on_from_its_own_checkpoint(recipe: dict[str, Any], tmp_path: Path) -> None:
-    (recipe["run_folder"](tmp_path, "dense", 1) / "checkpoints" / "iter_0002501").mkdir(parents=True)
+    (recipe["run_folder"](tmp_path, "dense", 1) / "checkpoints" / "iter_0004001").mkdir(parents=True)
     cfg = training(recipe, tmp_path, "dense", 1)
     assert (cfg.checkpoint.resume, cfg.checkpoint.new_data) == ("auto", False)
     assert not recipe["is_trained"](tmp_path, "dense", 1)
