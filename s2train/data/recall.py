@@ -24,6 +24,7 @@ from s2train.errors import ConfigError
 Ids = npt.NDArray[np.int64]
 
 _TELLING = 0.97  # of the filler lies among the tellings where questions come last
+_AT_ONCE = 0.3  # of documents begin with a fact, as needles at depth 0 do: few of a long one's borders are its beginning
 _POOL = 1 << 15  # values, and keys of lines, to draw from: far more than a small model can learn by heart
 
 
@@ -106,6 +107,8 @@ class RecallDocuments:
             late = filler.borders >= _TELLING * len(filler.tokens)
             places[:facts] = rng.choice(filler.borders[~late], facts)  # the first border is 0
             places[facts:-1] = rng.choice(filler.borders[late], facts - 1)
+        if rng.random() < _AT_ONCE:
+            places[0] = 0
         places = np.sort(places)
         places = np.repeat(places, self._pieces.lengths[pieces].sum(axis=1))
         return np.append(np.insert(filler.tokens, places, text), self._eod)

@@ -68,6 +68,14 @@ def test_each_document_has_the_length_asked_for_and_ends_once(task: str, length:
     assert all(np.flatnonzero(document == BYTES.eod).tolist() == [length - 1] for document in documents)
 
 
+@pytest.mark.parametrize("asks_last", [0.0, 1.0])
+def test_long_documents_too_begin_with_a_fact_now_and_then(asks_last: float) -> None:
+    """Needles at depth 0 lie where a long document of few facts would hardly ever have one by chance."""
+    cfg = NeedleDocumentsConfig("recall", documents=200, length=4000, share=(0.05, 0.06), questions_last=asks_last)
+    begins = [text.startswith(" The magic number of") for text in texts(cfg, seed=5)]
+    assert 0.2 < np.mean(begins) < 0.4
+
+
 @pytest.mark.parametrize("task", RECALLS)
 def test_a_key_has_one_value_in_a_document_and_is_told_again(task: str) -> None:
     pattern = rf"({KEY})(?: is|:) ({VALUE})\."
