@@ -88,7 +88,7 @@ def fitting(
             plans = [
                 _plan(case_overrides(size, way, length, tokens, count, recompute), extra, hardware) for way in WAYS[:2]
             ]
-            if all(plan.memory.total <= 0.97 * hardware.memory for plan in plans):
+            if all(plan.memory.total <= 0.9 * hardware.memory for plan in plans):
                 return count, recompute
     raise ConfigError(
         "--lengths",

