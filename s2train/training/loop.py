@@ -18,7 +18,7 @@ from s2train.megatron.agreement import largest
 from s2train.megatron.checkpoint import Progress, checkpoints_in, own_checkpoints
 from s2train.megatron.core_attention import kernels_of
 from s2train.megatron.rng import rng_ranks_here
-from s2train.planning.memory import GIB
+from s2train.planning.memory import GIB, Memory
 from s2train.training.batches import Batch, micro_batches
 from s2train.training.breakdown import OPTIMIZER, RANGE
 from s2train.training.checkpoint import Saver, TrainingState
@@ -41,13 +41,13 @@ class Speed:
         flops_per_token: training FLOPs of the model, exact for its layout.
         peak_flops: FLOP/s of a device, None where not known.
         devices: ranks of the job.
-        planned_memory: bytes that the plan foretells torch will hold on the fullest rank.
+        planned_memory: of the fullest rank.
     """
 
     flops_per_token: float
     peak_flops: float | None
     devices: int
-    planned_memory: int
+    planned_memory: Memory
 
 
 @dataclass
@@ -123,7 +123,7 @@ class Trainer:
             if step == first:
                 for kernels in kernels_of(self.state.chunks):
                     self.tracker.note(f"sparse attention: {kernels}")
-            if step == min(progress.step + PEAK_STEPS, last):
+            if step == min(progress.step + PEAK_STEPS, last) and step > first:  # not before there is Adam's state
                 report_peak(self.speed.planned_memory, self.tracker)
             is_last, is_stopping = step == last, bool(signal)
             is_evaluated = self.held_out_set is not None and step % cfg.evaluation.interval == 0

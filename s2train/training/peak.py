@@ -2,26 +2,37 @@
 
 import torch
 
-from s2train.planning.memory import GIB
+from s2train.planning.memory import GIB, Memory
 from s2train.training.metrics import Tracker
 
 PEAK_STEPS = 3  # after which the peak is taken: the optimizer's state is there from the first on
 
 
-def report_peak(planned: int, tracker: Tracker) -> None:
+def report_peak(planned: Memory, tracker: Tracker) -> None:
     """Note and record the peak of the fullest rank beside what was planned for it; call on all ranks together.
 
     Nothing on a CPU, where torch does not count.
-
-    Args:
-        planned: bytes, without what the CUDA context and libraries take outside of torch.
     """
     if not torch.cuda.is_available():
         return
-    peak = torch.tensor(torch.cuda.max_memory_allocated(), dtype=torch.float64, device="cuda")
-    torch.distributed.all_reduce(peak, op=torch.distributed.ReduceOp.MAX)
-    tracker.note(compare_peak(planned, int(peak)))
-    tracker.event("memory", planned_gib=planned / GIB, peak_gib=float(peak) / GIB)
+    free, total = torch.cuda.mem_get_info()
+    found = [torch.cuda.max_memory_allocated(), total - free - torch.cuda.memory_reserved()]
+    most = torch.tensor(found, dtype=torch.float64, device="cuda")
+    torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
+    peak, outside = map(int, most.tolist())
+    tensors = planned.total - planned.overhead
+    tracker.note(compare_peak(tensors, peak))
+    tracker.note(
+        f"memory outside of torch's allocator: planned {planned.overhead / GIB:.2f} GiB, "
+        f"{outside / GIB:.2f} on the fullest rank, other programs' included"
+    )
+    tracker.event(
+        "memory",
+        planned_gib=tensors / GIB,
+        peak_gib=peak / GIB,
+        planned_overhead_gib=planned.overhead / GIB,
+        outside_gib=outside / GIB,
+    )
 
 
 def compare_peak(planned: int, peak: int) -> str:

@@ -159,7 +159,7 @@ def _train(
             flops_per_token=plan.flops.sparse,
             peak_flops=plan.hardware.peak_flops(cfg.train.precision),
             devices=torch.distributed.get_world_size(),
-            planned_memory=plan.memory.total - plan.memory.overhead,
+            planned_memory=plan.memory,
         ),
         device,
         signals,

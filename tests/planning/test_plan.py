@@ -141,6 +141,21 @@ def test_recomputation_keeps_less() -> None:
     assert kept[0] > kept[1] > 2 * kept[2]
 
 
+def test_with_recomputation_the_loss_and_a_layer_are_not_there_at_once() -> None:
+    cfg = config(replace(MISTRAL_7B, vocab_size=8192))
+    cfg.train.recompute, cfg.train.seq_length = "full", 131072
+    small = activations(cfg)
+    cfg.model = replace(cfg.model, vocab_size=512)
+    assert activations(cfg) == small  # a layer's are more
+    cfg.model = replace(cfg.model, vocab_size=65536)
+    assert activations(cfg) > small
+
+
+def test_what_lies_outside_of_torch_grows_with_the_groups_that_communicate() -> None:
+    one, eight, spread = plan(config(), 1), plan(config(tp=8), 8), plan(config(pp=2, cp=2, tp=2), 8)
+    assert one.memory.overhead < eight.memory.overhead < spread.memory.overhead < 6 * GIB
+
+
 def test_early_pipeline_stages_hold_more_micro_batches() -> None:
     cfg = config(pp=4)
     stages = [activations(cfg, stage) for stage in range(3)]
