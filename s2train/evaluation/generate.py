@@ -1,8 +1,8 @@
 """Text generation.
 
-    device = initialize(ParallelConfig(), seed=1)  # s2train.megatron.setup, s2train.config
-    loaded = load_for_inference("runs/7b_hybrid", device)  # s2train.megatron.checkpoint
-    tokens = generate(loaded.model, prompts, 100, lengths=lengths, eod=0)
+device = initialize(ParallelConfig(), seed=1)  # s2train.megatron.setup, s2train.config
+loaded = load_for_inference("runs/7b_hybrid", device)  # s2train.megatron.checkpoint
+tokens = generate(loaded.model, prompts, 100, lengths=lengths, eod=0)
 """
 
 from typing import Protocol
