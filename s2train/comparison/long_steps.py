@@ -78,7 +78,7 @@ def fitting(
     """How many layers of both variants fit, and with how much recomputation: none, if four layers fit so.
 
     Args:
-        layers: that many; None: whole groups of four, as many as fit with a tenth of the memory to spare, for fragments.
+        layers: that many; None: whole groups of four, as many as fit with a tenth of the memory to spare (fragments).
     Raises:
         ConfigError: not even so many, or four, fit with full recomputation.
     """
