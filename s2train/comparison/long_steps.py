@@ -117,6 +117,7 @@ def measure(name: str, overrides: Sequence[str], steps: int, warmup: int) -> Row
     from s2train.training.steps import run_step
 
     device = setup.initialize(cfg.parallel, cfg.seed)
+    setup.connect(cfg.parallel, device)
     megatron_config = transformer_config(cfg)
     megatron_config.timers = Timers(log_level=0, log_option="minmax")
     models = build_model(cfg, megatron_config, hybrid_layout(cfg), choose_backend(cfg.backend), device)

@@ -26,7 +26,8 @@ Ids = npt.NDArray[np.int64]
 _TELLING = 0.97  # of the filler lies among the tellings where questions come last
 # What a long document would hardly have by chance, and needles near depth 0 need: facts with little before them.
 _AT_ONCE = 0.3  # of documents begin with a fact
-_EARLY = 0.5  # of those whose questions come last tell facts evenly over the logarithm of the place
+_EARLY = 0.5  # of those whose questions come last tell facts evenly over the logarithm of the filler before them
+_FEW = 50  # values that begin alike: where there are fewer, none is drawn so often that it is learned by heart
 _POOL = 1 << 15  # values, and keys of lines, to draw from: far more than a small model can learn by heart
 
 
@@ -84,7 +85,8 @@ class RecallDocuments:
         self._heads = len(heads)
         # Tails evenly over their first tokens: numbers that begin with a rare one would be copied less surely.
         _, kind, counts = np.unique([tail[0] for tail in tails], return_inverse=True, return_counts=True)
-        self._tail_shares = np.cumsum(1 / counts[kind]) / len(counts)
+        weights = 1 / np.maximum(counts, _FEW)[kind]
+        self._tail_shares = np.cumsum(weights) / weights.sum()
         self._pieces = Pieces.of([*heads, *tails])
         self._longest = max(map(len, heads)) + max(map(len, tails))
         if cfg.length < (least := 2 * self._longest + 1):
@@ -111,7 +113,7 @@ class RecallDocuments:
         places = np.append(rng.choice(filler.borders, len(told) - 1), len(filler.tokens))
         if asks_last:
             late = filler.borders >= _TELLING * len(filler.tokens)
-            early = filler.borders[~late]  # the first one is 0
+            early = filler.borders[~late] if len(filler.tokens) else filler.borders  # the first one is 0
             places[:facts] = rng.choice(early, facts)
             if rng.random() < _EARLY:
                 after = np.exp(rng.random(facts) * np.log(len(filler.tokens) + 1)) - 1

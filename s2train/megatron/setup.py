@@ -61,6 +61,7 @@ def initialize(
             world_size=world_size,
             timeout=timeout,
         )
+        _sum(device, torch.distributed.group.WORLD)  # NCCL learns the device, which a barrier would guess from the rank
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
@@ -68,7 +69,6 @@ def initialize(
         context_parallel_size=parallel.cp,
         distributed_timeout_minutes=math.ceil(timeout_minutes),
     )
-    _connect(device)
     seed += 100 * parallel_state.get_pipeline_model_parallel_rank()  # else every stage would draw the same weights
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 (Megatron's datasets and others draw from it)
@@ -77,25 +77,31 @@ def initialize(
     return device
 
 
-def _connect(device: torch.device) -> None:
-    """A sum over each group that training uses: its communicator is made now, not at step 1's peak of memory.
+def connect(parallel: ParallelConfig, device: torch.device) -> None:
+    """Make the communicators of the groups that training uses now, not at step 1's peak of memory.
 
-    NCCL also learns this rank's device: a barrier that comes first would guess it from the rank.
+    After `initialize`, on all ranks together.
     """
     groups = [
-        torch.distributed.group.WORLD,
-        parallel_state.get_model_parallel_group(),
+        # of the gradients' norm
+        parallel_state.get_intra_distributed_optimizer_instance_group()
+        if parallel.distributed_optimizer
+        else parallel_state.get_model_parallel_group(),
         parallel_state.get_tensor_model_parallel_group(),
         parallel_state.get_data_parallel_group(with_context_parallel=True),
     ]
-    if parallel_state.get_context_parallel_world_size() > 1:
+    if parallel.cp > 1:
         groups.append(parallel_state.get_context_parallel_group())
-    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+    if parallel.pp > 1:
         groups.append(parallel_state.get_pipeline_model_parallel_group())
         if parallel_state.is_rank_in_embedding_group(ignore_virtual=True):
             groups.append(parallel_state.get_embedding_group())
     for group in groups:
-        torch.distributed.all_reduce(torch.zeros(1, device=device), group=group)
+        _sum(device, group)
+
+
+def _sum(device: torch.device, group: torch.distributed.ProcessGroup | None) -> None:
+    torch.distributed.all_reduce(torch.zeros(1, device=device), group=group)
 
 
 def make_deterministic() -> None:

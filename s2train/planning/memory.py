@@ -82,11 +82,11 @@ def _stage_memory(
 def _overhead(cfg: PretrainConfig, world_size: int) -> int:
     """Bytes outside of torch's allocator on a GPU: context and libraries, and a communicator for each group in use.
 
-    Measured on an H100: 0.6 GiB and 0.15 GiB; communicators of one rank 0.45 GiB or less each (8.1 GiB for
-    world and Megatron's groups, all made). NVIDIA/nccl#964 has 0.53 GiB for two ranks and 0.67 GiB for more.
+    Measured on an H100: 0.6 GiB, 0.15 GiB, and 8.1 GiB for all 21 communicators of a job of one rank, here 0.45 each.
+    NVIDIA/nccl#964 has 0.53 GiB for two ranks and 0.67 GiB for more.
     """
     parallel = cfg.parallel
-    # World, tensor, data and model parallel; the pipeline's and its embeddings'; context parallel's.
+    # World, tensor and data parallel, the gradients' norm's; the pipeline's and its embeddings'; context parallel's.
     groups = 4 + 2 * (parallel.pp > 1) + (parallel.cp > 1)
     return int((0.75 + groups * (0.45 if world_size == 1 else 0.7)) * GIB)
 

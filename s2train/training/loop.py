@@ -123,7 +123,8 @@ class Trainer:
             if step == first:
                 for kernels in kernels_of(self.state.chunks):
                     self.tracker.note(f"sparse attention: {kernels}")
-            if step == min(progress.step + PEAK_STEPS, last) and step > first:  # not before there is Adam's state
+            has_state = step > first or progress.step > 0  # Adam's
+            if step == min(progress.step + PEAK_STEPS, last) and has_state:
                 report_peak(self.speed.planned_memory, self.tracker)
             is_last, is_stopping = step == last, bool(signal)
             is_evaluated = self.held_out_set is not None and step % cfg.evaluation.interval == 0

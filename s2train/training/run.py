@@ -79,6 +79,7 @@ def run(cfg: PretrainConfig, plan: Plan) -> None:
         deterministic=cfg.train.deterministic,
         timeout_minutes=minutes + _WATCHDOG_LEAD,
     )
+    setup.connect(cfg.parallel, device)
     start = from_first(start)  # each rank's own look at a shared disk could find something else
     times.end("process groups")
     stop: StoppedBySignal | DivergedError | None = None

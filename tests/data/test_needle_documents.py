@@ -16,7 +16,7 @@ from s2train.data.needle_documents import RECALLS, needle_documents
 from s2train.data.needle_tasks import TASKS, find_task
 from s2train.data.needles import NOISE, Split, split_of
 from s2train.data.prepare import prepare
-from s2train.data.recall import Pieces, recall_facts, tell
+from s2train.data.recall import Pieces, RecallDocuments, recall_facts, tell
 from s2train.data.task_samples import TaskSampler
 from s2train.data.tokenizers import ByteTokenizer, load_tokenizer, train_bpe
 from s2train.errors import ConfigError
@@ -99,6 +99,28 @@ def test_values_are_drawn_evenly_over_their_first_tokens(tmp_path: Path) -> None
     often = [token for token, count in pool.items() if count > 50]
     assert max(pool[token] for token in often) > 3 * min(pool[token] for token in often)
     assert max(counts[token] for token in often) < 2 * min(counts[token] for token in often)
+
+
+def test_a_first_token_of_few_values_is_not_drawn_so_often_that_they_are_learned(tmp_path: Path) -> None:
+    values = [f" {value}." for value in range(1_000_000, 1_030_000, 7)]
+    train_bpe(values, 300, tmp_path / "bpe.json")
+    tokenizer = load_tokenizer(str(tmp_path / "bpe.json"))
+    facts = [(f" number {i} is", value) for i, value in enumerate(values)] + [(" the other is", " xyzzy.")]
+    documents = RecallDocuments(NeedleDocumentsConfig("recall", length=2000), tokenizer, NOISE, facts)
+    rng = np.random.default_rng(4)
+    found = sum(tokenizer.decode(documents.document(rng).tolist()).count(" xyzzy") for _ in range(40))
+    assert found < 40
+
+
+@pytest.mark.parametrize("task", RECALLS)
+def test_the_smallest_documents_can_have_their_questions_last(task: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        next(needle_documents(NeedleDocumentsConfig(task, length=10), BYTES, 1))
+    least = int(re.findall(r"up to (\d+) tokens", refusal.value.problem)[0])
+    documents = list(
+        needle_documents(NeedleDocumentsConfig(task, documents=300, length=least, questions_last=1.0), BYTES, 1)
+    )
+    assert [len(document) for document in documents] == [least] * 300
 
 
 @pytest.mark.parametrize("task", RECALLS)

@@ -287,7 +287,7 @@ def applied(cfg: PretrainConfig, settings: dict[str, str]) -> PretrainConfig:
     )
 
 
-@pytest.mark.parametrize("memory", [12, 8, 5, 4, 3])
+@pytest.mark.parametrize("memory", [13, 9, 6.5, 5.5, 4.5])
 def test_a_run_that_does_not_fit_is_refused_with_settings_that_do(memory: float) -> None:
     cfg = config(train__seq_length=65536, parallel=ParallelConfig(distributed_optimizer=False))
     small = replace(GPU, memory=int(memory * GIB))
