@@ -71,11 +71,11 @@ class Phase:
 # drown those of the facts.
 _FACTS_ALONE = (("noise", 0.7), ("lines", 0.3))
 PHASES = (
-    Phase(512, 64, 64, 3000, (0.1, 1.0), (1, 32), 0.0),
+    Phase(512, 64, 64, 3500, (0.1, 1.0), (1, 32), 0.0),
     Phase(2048, 32, 32, 400, (0.05, 1.0), (1, 64)),
     Phase(8192, 8, 8, 300, (0.02, 0.6), (1, 256)),
-    Phase(32768, 4, 4, 200, (0.03, 0.3), (1, 512), 0.5, _FACTS_ALONE),
-    Phase(131072, 1, 1, 200, (0.03, 0.1), (1, 512), 0.5, _FACTS_ALONE),
+    Phase(32768, 4, 4, 250, (0.03, 0.3), (1, 512), 0.5, _FACTS_ALONE),
+    Phase(131072, 1, 1, 250, (0.03, 0.1), (1, 512), 0.5, _FACTS_ALONE),
 )
 SOURCES = {
     "noise": ("needles.task=recall", "needles.haystack=noise"),

@@ -1,8 +1,10 @@
 """Text generation.
 
-device = initialize(ParallelConfig(), seed=1)  # s2train.megatron.setup, s2train.config
-loaded = load_for_inference("runs/7b_hybrid", device)  # s2train.megatron.checkpoint
-tokens = generate(loaded.model, prompts, 100, lengths=lengths, eod=0)
+With s2train.megatron's setup and checkpoint:
+
+    device = initialize(ParallelConfig(), seed=1)
+    loaded = load_for_inference("runs/7b_hybrid", device)
+    tokens = generate(loaded.model, prompts, 100, lengths=lengths, eod=0)
 """
 
 from typing import Protocol

@@ -2,10 +2,11 @@
 
 import torch
 
+from s2train.megatron.agreement import largest
 from s2train.planning.memory import GIB, Memory
 from s2train.training.metrics import Tracker
 
-PEAK_STEPS = 3  # after which the peak is taken: the optimizer's state is there from the first on
+PEAK_STEPS = 3  # after which the peak is taken: the first makes the optimizer's state, the others use it
 
 
 def report_peak(planned: Memory, tracker: Tracker) -> None:
@@ -16,10 +17,7 @@ def report_peak(planned: Memory, tracker: Tracker) -> None:
     if not torch.cuda.is_available():
         return
     free, total = torch.cuda.mem_get_info()
-    found = [torch.cuda.max_memory_allocated(), total - free - torch.cuda.memory_reserved()]
-    most = torch.tensor(found, dtype=torch.float64, device="cuda")
-    torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
-    peak, outside = map(int, most.tolist())
+    peak, outside = largest(torch.cuda.max_memory_allocated(), max(0, total - free - torch.cuda.memory_reserved()))
     tensors = planned.total - planned.overhead
     tracker.note(compare_peak(tensors, peak))
     tracker.note(
