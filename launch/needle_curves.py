@@ -60,6 +60,8 @@ def draw(variants: dict[str, dict[str, Any]], grids: dict[str, NeedleResults], p
     for axes, length in zip(np.atleast_1d(above.subplots(1, max(1, len(lengths)))), lengths, strict=False):
         for name, variant in variants.items():
             points = [point for point in variant["points"] if point[1] == length]
+            if not points:
+                continue
             shares = [100 * correct / trials for _, _, correct, trials in points]
             seconds = f", {sum(variant['seconds'].values()):.0f} s" if variant["seconds"] else ""
             axes.plot([point[0] for point in points], shares, marker="o", markersize=3, label=name + seconds)
