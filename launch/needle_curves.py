@@ -88,6 +88,11 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--shared", nargs="*", default=[], metavar="VARIANT", help="trained beside others on one GPU")
     given = parser.parse_args()
+    if not given.root.is_dir():
+        parser.error(f"{given.root}: no such folder; `launch/needle_recipe.py train` makes it")
+    there = [str(path) for path in map(given.output.with_suffix, (".json", ".png")) if path.exists()]
+    if there:
+        parser.error(f"{there[0]} is there, and not overwritten: name another OUTPUT, or move it away")
     folders = [path for path in sorted(given.root.iterdir()) if any(path.glob("*/metrics.jsonl"))]
     variants = {folder.name: read_variant(folder) for folder in folders}
     for name in given.shared:

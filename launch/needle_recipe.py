@@ -279,6 +279,8 @@ def main(arguments: list[str] | None = None) -> None:
     given, settings = parser.parse_known_args(arguments)
     if wrong := [setting for setting in settings if "=" not in setting or setting.startswith("-")]:
         parser.error(f"unknown: {' '.join(wrong)}")
+    if settings and given.action != "train":
+        parser.error(f"settings ({' '.join(settings)}) go to train alone; {given.action} takes none")
     deadline, root, variant = Deadline(given.minutes), given.root, given.variant
     phases = [number for number, phase in enumerate(PHASES) if phase.length <= given.longest]
     if not phases:

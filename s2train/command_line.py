@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 import socket
 import sys
 import time
@@ -53,7 +54,8 @@ def run_hydra(main: Callable[[], None], schema: type) -> None:
 def run_command(command: Callable[[], None]) -> None:
     """Run a program. Bad input ends the process with status 2 and one line on rank 0's stderr, a failed run with 1.
 
-    A run that stopped for a signal ends with EXIT_REQUEUE, or, if it saved nothing, with 128 + the signal's number.
+    A run that stopped for a signal ends with EXIT_REQUEUE, or, if it saved nothing, with 128 + the signal's number; a
+    program that Ctrl-C ended, with 130.
     """
     # Megatron tells at length that apex and transformer-engine are absent, and torch that Megatron is behind its names.
     warnings.filterwarnings("ignore", module=r"(s2train\.)?megatron|torch\.distributed")
@@ -64,6 +66,10 @@ def run_command(command: Callable[[], None]) -> None:
             Path(os.environ[STATUS_FILE]).write_text("0")
     except StoppedBySignal as stop:
         _end_with_all(str(stop), stop.status)
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print("interrupted; what was saved is kept", file=sys.stderr, flush=True)
+        sys.exit(128 + signal.SIGINT)
     except DivergedError as error:
         _end_with_all(f"error: {error}", 1)
     except TrainingError as error:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from s2train.command_line import run_command
 from tests.program import SMALL, Outcome, error_line, run
 
 
@@ -68,3 +69,13 @@ def test_a_run_folder_that_cannot_be_made_is_refused_by_its_name(tmp_path: Path,
     line = error_line(outcome)
     assert line.startswith(f"error: run_dir={tmp_path}/file/run: can't be written")
     assert "another folder" in line
+
+
+def test_ctrl_c_ends_a_program_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as end:
+        run_command(interrupted)
+    assert end.value.code == 130
+    assert capsys.readouterr().err.splitlines() == ["interrupted; what was saved is kept"]

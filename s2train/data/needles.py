@@ -46,7 +46,7 @@ def draw_pair(rng: np.random.Generator, split: Split) -> tuple[str, str]:
 
 
 def text_haystack(paths: Sequence[Path]) -> str:
-    """The text of `paths` in a row, to hide needles in; ConfigError if one can't be read."""
+    """The text of `paths` in a row, to hide needles in; ConfigError if one can't be read or holds none."""
     texts = []
     for path in paths:
         try:
@@ -54,4 +54,6 @@ def text_haystack(paths: Sequence[Path]) -> str:
         except OSError as error:
             problem = f"can't be read ({error.strerror})"
             raise ConfigError("haystack", path, problem, "Set noise, a UTF-8 text file, or [file, …]") from error
+        if not texts[-1].strip():
+            raise ConfigError("haystack", path, "holds no text", "Name a file with sentences")
     return "\n".join(texts)

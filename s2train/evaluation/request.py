@@ -146,6 +146,6 @@ def _haystack(given: Any) -> str:
     if given == "noise":
         return NOISE
     files = [given] if isinstance(given, str) else given
-    if not isinstance(files, list) or not files or not all(isinstance(file, str) for file in files):
+    if not isinstance(files, list) or not files or not all(isinstance(file, str) and file for file in files):
         raise ConfigError("haystack", given, "names no text", "Set noise, a text file, or [file, …]")
     return text_haystack([Path(file) for file in files])

@@ -44,7 +44,9 @@ BAD: list[tuple[str, Any]] = [
     ("haystack", 5),
     ("haystack", []),
     ("haystack", ["noise", 5]),
+    ("haystack", ""),
     ("haystack", "missing.txt"),
+    ("output", ""),
     ("haystack", "."),
     ("lengths", []),
     ("lengths", [60]),
@@ -175,7 +177,7 @@ def test_haystacks_are_files_or_noise(checkpoint: Path, tmp_path: Path) -> None:
 
 def test_a_haystack_without_words_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text(" \n")
-    with pytest.raises(ConfigError, match="haystack"):
+    with pytest.raises(ConfigError, match=r"haystack.*empty\.txt.*holds no text"):
         read(checkpoint, haystack=[str(tmp_path / "empty.txt")])
 
 

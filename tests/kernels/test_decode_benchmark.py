@@ -10,7 +10,7 @@ from s2train.kernels.benchmarks.cases import parse_case
 from s2train.kernels.benchmarks.decode_problem import DecodeCase, PagedStep, errors
 
 CPU = torch.device("cpu")
-TINY = ["--device", "cpu", "--masks", "b16-l2-v4", "--lengths", "128", "--batches", "2", "--heads", "4", "--dim", "16"]
+TINY = ["--device", "cpu", "--masks", "b16-l2-v4", "--lengths", "96", "--batches", "2", "--heads", "4", "--dim", "16"]
 
 
 def test_every_contender_is_checked_and_timed(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def walked(work: ForwardWork, layout: BlockLayout, s_k: int, causal: bool) -> to
 
 @pytest.mark.parametrize("block", [64, 128, 256])
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize(("s_q", "s_k"), [(512, 512), (700, 700), (300, 900), (900, 300), (1, 1)])
+@pytest.mark.parametrize(("s_q", "s_k"), [(512, 512), (330, 330), (150, 450), (450, 150), (1, 1)])
 def test_work_covers_exactly_what_the_layout_keeps(block: int, causal: bool, s_q: int, s_k: int) -> None:
     layout = random_layout(block, -(-s_q // block), -(-s_k // block))
     work = forward_work(layout, causal=causal, query_end=s_q, s_k=s_k)

@@ -107,6 +107,28 @@ def test_an_unknown_variant_composes_to_nothing(recipe: dict[str, Any], tmp_path
         training(recipe, tmp_path, "spare", 0)
 
 
+@pytest.mark.parametrize("action", ["plan", "data", "evaluate", "curve"])
+def test_settings_that_an_action_would_not_use_are_refused(
+    action: str, recipe: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        recipe["main"]([action, "hybrid", "seed=2"])
+    assert f"go to train alone; {action} takes none" in capsys.readouterr().err
+
+
+def test_pictures_are_not_overwritten_nor_drawn_of_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = runpy.run_path(str(ROOT / "launch" / "needle_curves.py"))
+    (tmp_path / "out.png").write_text("mine")
+    for root, words in ((tmp_path / "none", "no such folder"), (tmp_path, "not overwritten")):
+        monkeypatch.setattr(sys, "argv", ["needle_curves.py", str(root), str(tmp_path / "out")])
+        with pytest.raises(SystemExit):
+            picture["main"]()
+        assert words in capsys.readouterr().err
+    assert (tmp_path / "out.png").read_text() == "mine"
+
+
 def test_nothing_is_started_in_the_last_moments(recipe: dict[str, Any], tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(f"open({str(tmp_path / 'started')!r}, 'w')")

@@ -51,8 +51,15 @@ def trace(run_dir: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.xdist_group("kills")
-@pytest.mark.parametrize("in_background", [False, True], ids=["saved at once", "saved in the background"])
-@pytest.mark.parametrize("kills", [4, pytest.param(40, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    ("kills", "in_background"),
+    [
+        pytest.param(4, False, id="4, saved at once"),
+        pytest.param(4, True, id="4, saved in the background", marks=pytest.mark.long),
+        pytest.param(40, False, id="40, saved at once", marks=pytest.mark.long),
+        pytest.param(40, True, id="40, saved in the background", marks=pytest.mark.long),
+    ],
+)
 def test_a_run_killed_at_random_moments_ends_as_an_unbroken_one(
     kills: int, in_background: bool, tmp_path: Path
 ) -> None:

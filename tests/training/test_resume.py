@@ -72,7 +72,7 @@ def test_stop_and_resume_equals_an_unbroken_run(
 @pytest.mark.parametrize(
     "way",
     [
-        ["train.deterministic=true"],
+        pytest.param(["train.deterministic=true"], marks=pytest.mark.long),  # a CPU is so anyway
         ["train.precision=bf16"],
         ["train.precision=bf16", "parallel.distributed_optimizer=false", "checkpoint.async_save=true"],
         ["parallel.tp=2", "parallel.sequence_parallel=true"],
