@@ -2,8 +2,8 @@
 
 The model is composed as for training: overrides such as +model=7b_hybrid. Tokens are random, one process. A step is
 timed as it is and, on a GPU, replayed from a CUDA graph; both with a wait for the device after the last token only.
-The prefill's seconds are those of the last run, with all kernels compiled. A batch of `most` is the largest whose cache
-fits the device.
+The prefill's seconds are those of the last run, with all kernels compiled; beside them those of training's forward
+pass, uncached, over the same prompts whole, one after the other. A batch of `most` is the largest whose cache fits.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from s2train.config import ParallelConfig
 from s2train.megatron.backends import choose_backend
@@ -66,6 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
         "batch",
         "prefill s",
         "tokens/s",
+        "forward s",
         "ms a step",
         "from a graph",
         "KV MB",
@@ -141,11 +143,36 @@ def measure(gpt: GPTModel, length: int, batch: int, tokens: int, chunk: int | No
                 record |= {"kv_bytes": cache.bytes_in_use, "predicted_bytes": cache.predicted_bytes()}
                 record |= {"dense_bytes": cache.dense_bytes(), "pool_bytes": 2 * cache.pool.keys.nbytes}
             del cache, model  # before the next pass takes as much
+        if chunk is not None:
+            _empty(device)
+            record["forward_s"] = forward_seconds(gpt, prompt)
     except (torch.OutOfMemoryError, OutOfPagesError):
         record["error"] = "out of memory"
+    _empty(device)
+    return record
+
+
+@torch.no_grad()
+def forward_seconds(gpt: GPTModel, prompts: Tensor) -> float:
+    """Seconds of the forward pass as in training, without a cache, over prompts [b, s] one by one; the second time.
+
+    Up to the last layer: of the logits a prefill makes those of one token, which cost nothing.
+    """
+    size = prompts.shape[1]
+    angles, positions = gpt.rotary_pos_emb(size), torch.arange(size, device=prompts.device)[None]
+    seconds = 0.0
+    for _ in range(2):
+        began = _now()
+        for prompt in prompts[:, None]:
+            hidden = gpt.embedding(input_ids=prompt, position_ids=positions)
+            gpt.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=angles)
+        seconds = _now() - began
+    return seconds
+
+
+def _empty(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    return record
 
 
 def _forget_peak(device: torch.device) -> None:
@@ -172,11 +199,12 @@ def _row(record: Record) -> list[str]:
     first = [f"{record['length']:,}", str(record["batch"])]
     if "kv_bytes" not in record:
         return [*first, record["error"]]
-    seconds = record.get("prefill_s")
+    seconds, forward = record.get("prefill_s"), record.get("forward_s")
     graph_ms = f"{record['graph_ms']:.2f}" if "graph_ms" in record else record.get("error", "-")
     return [
         *first,
         *((f"{seconds:.3f}", f"{record['length'] * record['batch'] / seconds:,.0f}") if seconds else ("-", "-")),
+        f"{forward:.3f}" if forward else "-",
         f"{record['step_ms']:.2f}",
         graph_ms,
         *(f"{record[name] / 1e6:,.1f}" for name in ("kv_bytes", "predicted_bytes", "dense_bytes")),
