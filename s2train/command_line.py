@@ -2,7 +2,6 @@
 
 import errno
 import os
-import signal
 import socket
 import sys
 import time
@@ -25,6 +24,7 @@ from s2train.errors import (
 )
 
 USAGE_STATUS = 2
+INTERRUPTED_STATUS = 130  # of Ctrl-C, as a shell tells it
 # Names a file. If set, a rank that ends as all ranks do, for what no restart mends (a signal, a refusal, a loss that
 # diverged), writes its status there and ends with 0: torchrun takes any other for a failure, which it would restart
 # or report as its own 1. `launch/job.py` sets it.
@@ -55,7 +55,7 @@ def run_command(command: Callable[[], None]) -> None:
     """Run a program. Bad input ends the process with status 2 and one line on rank 0's stderr, a failed run with 1.
 
     A run that stopped for a signal ends with EXIT_REQUEUE, or, if it saved nothing, with 128 + the signal's number; a
-    program that Ctrl-C ended, with 130.
+    program that Ctrl-C ended, with INTERRUPTED_STATUS.
     """
     # Megatron tells at length that apex and transformer-engine are absent, and torch that Megatron is behind its names.
     warnings.filterwarnings("ignore", module=r"(s2train\.)?megatron|torch\.distributed")
@@ -69,7 +69,7 @@ def run_command(command: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
             print("interrupted; what was saved is kept", file=sys.stderr, flush=True)
-        sys.exit(128 + signal.SIGINT)
+        sys.exit(INTERRUPTED_STATUS)
     except DivergedError as error:
         _end_with_all(f"error: {error}", 1)
     except TrainingError as error:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from s2train.config import ParallelConfig
 from s2train.megatron.backends import choose_backend
-from s2train.megatron.cached_model import CachedModel
+from s2train.megatron.cached_model import CachedModel, hidden_states
 from s2train.megatron.kv_cache import kv_cache
 from s2train.megatron.model import build_model, transformer_config, unwrap
 from s2train.megatron.page_pool import OutOfPagesError
@@ -144,35 +144,27 @@ def measure(gpt: GPTModel, length: int, batch: int, tokens: int, chunk: int | No
                 record |= {"dense_bytes": cache.dense_bytes(), "pool_bytes": 2 * cache.pool.keys.nbytes}
             del cache, model  # before the next pass takes as much
         if chunk is not None:
-            _empty(device)
+            torch.cuda.empty_cache()
             record["forward_s"] = forward_seconds(gpt, prompt)
     except (torch.OutOfMemoryError, OutOfPagesError):
         record["error"] = "out of memory"
-    _empty(device)
+    torch.cuda.empty_cache()
     return record
 
 
 @torch.no_grad()
 def forward_seconds(gpt: GPTModel, prompts: Tensor) -> float:
-    """Seconds of the forward pass as in training, without a cache, over prompts [b, s] one by one; the second time.
+    """Seconds of the forward pass as in training, without a cache, over prompts [b, s] one by one, compiled.
 
     Up to the last layer: of the logits a prefill makes those of one token, which cost nothing.
     """
     size = prompts.shape[1]
     angles, positions = gpt.rotary_pos_emb(size), torch.arange(size, device=prompts.device)[None]
-    seconds = 0.0
-    for _ in range(2):
-        began = _now()
-        for prompt in prompts[:, None]:
-            hidden = gpt.embedding(input_ids=prompt, position_ids=positions)
-            gpt.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=angles)
-        seconds = _now() - began
-    return seconds
-
-
-def _empty(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    hidden_states(gpt, prompts[:1], positions, angles)  # compiles
+    began = _now()
+    for prompt in prompts[:, None]:
+        hidden_states(gpt, prompt, positions, angles)
+    return _now() - began
 
 
 def _forget_peak(device: torch.device) -> None:

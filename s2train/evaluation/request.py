@@ -99,7 +99,7 @@ def read_request(cfg: NeedleConfig, world_size: int, hardware: Hardware) -> Requ
         problems.append(Problem(name, asdict(task), sampler, grid))  # type: ignore[call-overload]
     _check_layout_reaches(trained, max(length for problem in problems for length in problem.grid.lengths))
     folder = output_folder(cfg)
-    check_writable("output", folder)
+    check_writable("output", folder if cfg.output is None else cfg.output)  # as given: an empty Path would be "."
     return Request(checkpoint, trained, tuple(problems), folder, hashlib.sha256(haystack.encode()).hexdigest()[:16])
 
 

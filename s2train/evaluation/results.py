@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from s2train.config import NeedleConfig, PretrainConfig
-from s2train.errors import ConfigError
 from s2train.evaluation.scores import RULER_THRESHOLD, Score, effective_length
 from s2train.files import replacing
 
@@ -147,13 +146,7 @@ def file_name(task: str) -> str:
 
 
 def output_folder(cfg: NeedleConfig) -> Path:
-    """Where results go: `needle` in the run folder; for one named iteration, a folder of its own in there.
-
-    Raises:
-        ConfigError: an `output` without a name.
-    """
-    if cfg.output == "":
-        raise ConfigError("output", "''", "names no folder", "Name one, or leave it out: results then go to the run")
+    """Where results go: `needle` in the run folder; for one named iteration, a folder of its own in there."""
     if cfg.output is not None:
         return Path(cfg.output)
     checkpoint = Path(cfg.checkpoint)

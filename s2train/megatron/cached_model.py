@@ -33,6 +33,12 @@ class CapturedStep:
         return self.logits.clone()
 
 
+def hidden_states(gpt: GPTModel, tokens: Tensor, positions: Tensor, angles: Tensor) -> Tensor:
+    """After the last layer, [s, b, hidden], of tokens and positions [b, s]; over a cache where one is attached."""
+    embedded = gpt.embedding(input_ids=tokens, position_ids=positions)
+    return gpt.decoder(hidden_states=embedded, attention_mask=None, rotary_pos_emb=angles)
+
+
 class CachedModel:
     """Logits of the next token, with `cache` attached to `gpt` (see `kv_cache`).
 
@@ -85,7 +91,7 @@ class CachedModel:
             end = min(start + chunk, stop)
             cache.chunk = Chunk(start, end, np.minimum(known, end))
             positions = torch.arange(start, end, device=tokens.device).expand(batch, -1)
-            hidden = self._hidden(tokens[:, start:end], positions, self._angles[start:end])
+            hidden = hidden_states(self.gpt, tokens[:, start:end], positions, self._angles[start:end])
             inside = (last >= start) & (last < end)
             at = (last - start).clamp(0, end - start - 1)
             ends = hidden[at, torch.arange(batch, device=at.device)].where(inside[:, None], ends.to(hidden.dtype))
@@ -112,12 +118,7 @@ class CachedModel:
         """Device work of one step: nothing in it is read on the host."""
         positions = self.cache.positions.clamp(min=0).long()
         angles = self._angles[positions].transpose(0, 1)  # [1, b, 1, d]: rotation broadcasts over heads
-        return self._logits(self._hidden(tokens[:, None], positions[:, None], angles))
-
-    def _hidden(self, tokens: Tensor, positions: Tensor, angles: Tensor) -> Tensor:
-        """[s, b, hidden] of tokens and positions [b, s]."""
-        embedded = self.gpt.embedding(input_ids=tokens, position_ids=positions)
-        return self.gpt.decoder(hidden_states=embedded, attention_mask=None, rotary_pos_emb=angles)
+        return self._logits(hidden_states(self.gpt, tokens[:, None], positions[:, None], angles))
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """[b, vocab] of [1, b, hidden], gathered over tensor parallel ranks."""

@@ -21,7 +21,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from s2train.command_line import USAGE_STATUS, run_command
+from s2train.command_line import INTERRUPTED_STATUS, USAGE_STATUS, run_command
 from s2train.config import SweepConfig
 from s2train.errors import ConfigError
 from s2train.hardware import Hardware
@@ -29,8 +29,6 @@ from s2train.planning import check, resolve
 from s2train.sweeps.commands import quoted
 from s2train.sweeps.jobs import Job, Status, changed_setting, read_record, told_apart, write_record
 from s2train.sweeps.names import job_folder, label, setting_and_value
-
-INTERRUPTED_STATUS = 130
 
 
 @dataclass(frozen=True)
