@@ -37,7 +37,7 @@ def test_needles_stand_between_two_sentences_nearest_to_their_depth() -> None:
         assert abs(start - depth * (total - (stop - start) - question)) <= longest_sentence / 2
         before, after = (tokenizer.decode(part.tolist()) for part in (sample.prompt[:start], sample.prompt[stop:]))
         assert before == "" or before.endswith(".")
-        assert after.startswith(" ")
+        assert after.startswith(" ") or start == 0  # the first sentence of the filler is cut anywhere
 
 
 def test_only_the_first_sentence_of_a_filler_is_cut() -> None:
