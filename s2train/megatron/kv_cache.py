@@ -200,8 +200,9 @@ class LayerCache:
             return out[None]
         all_keys, all_values = key, value
         if chunk.start > 0:
-            earlier = (read_tokens(pages, table, chunk.start).permute(2, 0, 1, 3) for pages in (pool.keys, pool.values))
-            all_keys, all_values = (torch.cat(pair) for pair in zip(earlier, (key, value), strict=True))
+            all_keys, all_values = (
+                _after_earlier(pages, table, new, chunk) for pages, new in ((pool.keys, key), (pool.values, value))
+            )
         out = core.attend(query, all_keys, all_values, query_offset=chunk.start)
         self.hold(chunk.lengths)
         write_tokens(pool.keys, table, key.permute(1, 2, 0, 3), chunk.start)
@@ -220,6 +221,14 @@ class LayerCache:
         pages[dropped] = -1
         pages[new] = pool.take(int(new.sum()))
         self.cache.table[:, self.number] = _to_device(pages, self.cache.table.device)
+
+
+def _after_earlier(pages: torch.Tensor, table: torch.Tensor, new: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+    """A chunk's `new` tokens [s, b, h, d] after those in the cache, [chunk.stop, b, h, d]: a copy, whose place in
+    memory is the pages' order."""
+    tokens = read_tokens(pages, table, chunk.stop)
+    tokens[:, :, chunk.start :] = new.permute(1, 2, 0, 3)
+    return tokens.permute(2, 0, 1, 3)
 
 
 def _to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
