@@ -97,7 +97,7 @@ def read_request(cfg: NeedleConfig, world_size: int, hardware: Hardware) -> Requ
         grid = choose_grid(cfg, trained.train.seq_length, sampler)
         check_fit(sampler, grid)
         problems.append(Problem(name, asdict(task), sampler, grid))  # type: ignore[call-overload]
-    _check_layout_reaches(trained, max(length for problem in problems for length in problem.grid.lengths))
+    _check_layout(checkpoint, trained, max(length for problem in problems for length in problem.grid.lengths))
     folder = output_folder(cfg)
     check_writable("output", folder if cfg.output is None else cfg.output)  # as given: an empty Path would be "."
     return Request(checkpoint, trained, tuple(problems), folder, hashlib.sha256(haystack.encode()).hexdigest()[:16])
@@ -130,11 +130,17 @@ def _find_checkpoint(where: str) -> Path:
     return found
 
 
-def _check_layout_reaches(trained: PretrainConfig, length: int) -> None:
-    """Refuse a length for which the layout's file holds no masks; positions are rotary, and go on without end."""
+def _check_layout(checkpoint: Path, trained: PretrainConfig, length: int) -> None:
+    """Refuse settings that make no layout (its file of masks was moved), and a length for which that file holds none;
+    positions are rotary, and go on without end."""
     last = torch.tensor([-(-length // trained.layout.block_size) - 1])
     try:
-        for layer in hybrid_layout(trained).layers:
+        hybrid = hybrid_layout(trained)
+    except ConfigError as error:  # on a setting that this program has not
+        problem = f"the layout in its {CONFIG} can't be made ({error.setting}={error.value}: {error.problem})"
+        raise ConfigError("checkpoint", checkpoint, problem, "Restore that file, or what it names") from error
+    try:
+        for layer in hybrid.layers:
             for head in layer.heads:
                 head.keep(last, last)
     except ConfigError as error:

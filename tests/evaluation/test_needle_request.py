@@ -139,6 +139,15 @@ def test_a_length_past_the_layouts_masks_is_refused(tmp_path: Path) -> None:
         read(run, lengths=[128, 513])
 
 
+def test_a_layout_whose_file_was_moved_is_not_blamed_on_the_lengths(tmp_path: Path) -> None:
+    layout = LayoutConfig("SD", pattern=PatternConfig(kind="file", file=str(tmp_path / "moved.npz")))
+    run = save(tmp_path / "run", layout=layout)
+    with pytest.raises(
+        ConfigError, match=r"^checkpoint=.*the layout in its config\.yaml .*moved\.npz: there is no such"
+    ):
+        read(run, lengths=[512])
+
+
 def test_a_checkpoint_without_its_layout_is_refused(checkpoint: Path) -> None:
     (folder,) = (checkpoint / "checkpoints").iterdir()
     settings = folder / "config.yaml"
