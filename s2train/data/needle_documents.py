@@ -109,7 +109,7 @@ def haystack_text(given: Any) -> str:
     if not isinstance(files, list | tuple) or not files or not all(isinstance(file, str) for file in files):
         remedy = "Set noise, bundled, a text file, or [file, …]"
         raise ConfigError("needles.haystack", given, "names no text", remedy)
-    return text_haystack([Path(file) for file in files])
+    return text_haystack([Path(file) for file in files], "needles.haystack")
 
 
 def _check(cfg: NeedleDocumentsConfig) -> None:

@@ -45,15 +45,18 @@ def draw_pair(rng: np.random.Generator, split: Split) -> tuple[str, str]:
     return key, value
 
 
-def text_haystack(paths: Sequence[Path]) -> str:
-    """The text of `paths` in a row, to hide needles in; ConfigError if one can't be read or holds none."""
+def text_haystack(paths: Sequence[Path], setting: str = "haystack") -> str:
+    """The text of `paths` in a row, to hide needles in; ConfigError, on `setting`, if one can't be read or has none."""
     texts = []
     for path in paths:
         try:
-            texts.append(path.read_text(encoding="utf-8", errors="replace"))
+            texts.append(path.read_text(encoding="utf-8-sig"))
         except OSError as error:
             problem = f"can't be read ({error.strerror})"
-            raise ConfigError("haystack", path, problem, "Set noise, a UTF-8 text file, or [file, …]") from error
+            raise ConfigError(setting, path, problem, "Set noise, a UTF-8 text file, or [file, …]") from error
+        except UnicodeDecodeError as error:  # replaced, it would be measured as if it were text
+            problem = f"is not UTF-8 ({error.reason} at byte {error.start})"
+            raise ConfigError(setting, path, problem, "Convert it, e.g. with iconv") from error
         if not texts[-1].strip():
-            raise ConfigError("haystack", path, "holds no text", "Name a file with sentences")
+            raise ConfigError(setting, path, "holds no text", "Name a file with sentences")
     return "\n".join(texts)

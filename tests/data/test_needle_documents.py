@@ -220,7 +220,7 @@ def test_a_dataset_of_needles_goes_through_the_same_path_as_text(tmp_path: Path)
         ({"share": [0.5, 1.5]}, r"needles\.share=.*0 < low <= high <= 1"),
         ({"questions_last": 1.5}, r"needles\.questions_last=1\.5.*0 to 1"),
         ({"facts": [8]}, r"needles\.facts=.*pair"),
-        ({"haystack": "nowhere.txt"}, r"haystack=nowhere\.txt"),
+        ({"haystack": "nowhere.txt"}, r"^needles\.haystack=nowhere\.txt"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], message: str) -> None:

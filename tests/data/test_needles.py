@@ -63,6 +63,13 @@ def test_empty_haystack_is_refused(haystack: str) -> None:
         Haystack(ByteTokenizer(), haystack)
 
 
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_a_haystack_that_is_not_utf_8_is_refused(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "essay.txt").write_text("Café crème. Naïve.", encoding=encoding)
+    with pytest.raises(ConfigError, match=r"haystack=.*essay\.txt: is not UTF-8 \(.* at byte \d+\)\. Convert it"):
+        text_haystack([tmp_path / "essay.txt"])
+
+
 def test_missing_haystack_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="No such file"):
         text_haystack([tmp_path / "none.txt"])
