@@ -37,8 +37,8 @@ def run_needles(
 ) -> NeedleResults:
     """Evaluate the cells that `folder` lacks; write `NAME.json` after each one and `NAME.png` at the end.
 
-    Call it on all ranks; global rank 0 reads, writes and talks. A `NAME.json` of other settings is kept
-    there under another name.
+    Call it on all ranks; global rank 0 reads, writes and talks. A `NAME.json` of other settings, and
+    its picture, are kept there under another name.
 
     Args:
         grid: one that `s2train.evaluation.needle.check_fit` passed.
@@ -107,5 +107,7 @@ def _known_cells(asked: NeedleResults, path: Path, console: Console) -> list[Cel
     if earlier is not None and earlier.settings == asked.settings:
         return earlier.cells
     if (aside := set_aside(path)) is not None:
+        if (picture := path.with_suffix(".png")).exists():  # of the same results: it must not stand beside other ones
+            picture.rename(aside.with_suffix(".png"))
         console.print(f"{path} holds results of other weights or settings: kept as {aside.name}")
     return []

@@ -153,6 +153,15 @@ def test_results_of_other_settings_are_kept_aside_and_not_gone_on_from(tmp_path:
     assert (tmp_path / "needle.1.json").read_text() == before
 
 
+def test_the_picture_of_other_settings_does_not_stay_beside_new_results(tmp_path: Path) -> None:
+    run(copier, tmp_path)
+    before = (tmp_path / "needle.png").read_bytes()
+    with pytest.raises(KeyboardInterrupt):
+        run_decoder(CountingCopier(stop=2), tmp_path, settings={"trials": 3})
+    assert not (tmp_path / "needle.png").exists()
+    assert (tmp_path / "needle.1.png").read_bytes() == before
+
+
 def test_unreadable_results_are_kept_aside(tmp_path: Path) -> None:
     (tmp_path / "needle.json").write_text("{not json")
     assert run(copier, tmp_path).score == Score(8, 8)
