@@ -295,6 +295,8 @@ def main(arguments: list[str] | None = None) -> None:
             if not is_trained(root, variant, number):
                 deadline.run([*train_command(root, variant, number), *settings])
     elif given.action == "curve":
+        if not any(any((run_folder(root, variant, n) / "checkpoints").glob("iter_*")) for n in range(last + 1)):
+            sys.exit(f"no checkpoint of {variant} in {root}: train it first")
         deadline.run_together(curve_commands(root, variant, last), 6)  # on one GPU: starting takes longest
     else:
         trained = [number for number in range(last + 1) if is_trained(root, variant, number)]

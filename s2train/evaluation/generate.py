@@ -52,13 +52,22 @@ def generate(
         int64 [b, new_tokens].
 
     Raises:
-        ValueError: a model that can't decode (see `kv_cache`), or prompts and lengths that don't fit together.
+        ValueError: a model that can't decode (see `kv_cache`), prompts that are no tokens of its vocabulary, fewer than
+            0 new tokens, or lengths that don't fit the prompts.
     """
+    gpt = unwrap(model)
+    if prompts.dim() != 2 or prompts.dtype != torch.int64 or prompts.numel() == 0 or new_tokens < 0:
+        raise ValueError(
+            f"prompts must be int64 [b, s] with a token or more and new_tokens 0 or more, got {prompts.dtype}"
+            f" {list(prompts.shape)} and {new_tokens}"
+        )
+    least, most = int(prompts.min()), int(prompts.max())
+    if not 0 <= least <= most < gpt.vocab_size:
+        raise ValueError(f"prompts hold {least} to {most}: the model's tokens are 0 to {gpt.vocab_size - 1}")
     batch, size = prompts.shape
     out = prompts.new_full((batch, new_tokens), 0 if eod is None else eod)
     if new_tokens == 0:
         return out
-    gpt = unwrap(model)
     with kv_cache(gpt, batch, size + new_tokens) as cache:
         cached = CachedModel(gpt, cache, cuda_graph)
         token = cached.prefill(prompts, lengths, prefill_chunk).argmax(-1)

@@ -69,7 +69,8 @@ def run_needles(
         began = time.perf_counter()
         for cell in cells:
             is_new = (cell.length, cell.depth) not in finished
-            cell = replace(cell, reach=reach(cell.length, cell.depth) if reach else None)
+            if reach and cell.reach is None:
+                cell = replace(cell, reach=reach(cell.length, cell.depth))
             results.add(cell)
             if is_writer and is_new:
                 results.save(table_path)

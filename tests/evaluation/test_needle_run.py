@@ -198,6 +198,13 @@ def test_results_without_reach_are_gone_on_from_and_told_it(tmp_path: Path) -> N
     # The first block is a column that every position sees, and each sees its own; no head sees the second one of three.
     assert [cell.reach for cell in results.cells] == [CellReach(1, 1)] * 3 + [CellReach(-1, -1)]
 
+    def drawn_again(length: int, depth: float) -> CellReach:
+        raise AssertionError("the results know it")
+
+    run_needles(
+        model, sampler, GRID, asked, tmp_path, batch_size=8, device=torch.device("cpu"), reach=drawn_again
+    )  # fmt: skip
+
 
 def test_needles_that_no_layers_carry_are_told_so_in_picture_and_table(tmp_path: Path) -> None:
     cells = [Cell(128, 0.5, 0, 4, 0.0, 0.0, CellReach(-1, -1)), Cell(256, 0.5, 4, 4, 1.0, 1.0, CellReach(1, 2))]

@@ -116,6 +116,12 @@ def test_settings_that_an_action_would_not_use_are_refused(
     assert f"go to train alone; {action} takes none" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("action", ["evaluate", "curve"])
+def test_what_is_not_trained_is_not_evaluated(action: str, recipe: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"of hybrid .*: train it first"):
+        recipe["main"]([action, "hybrid", "--root", str(tmp_path)])
+
+
 def test_pictures_are_not_overwritten_nor_drawn_of_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

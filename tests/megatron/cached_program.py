@@ -188,7 +188,14 @@ def refusals(device: torch.device) -> dict[str, Any]:
         gpt.train()
         generate(gpt, tokens, 1)
 
+    def unknown_token() -> None:
+        generate(gpt, tokens.clamp(min=gpt.vocab_size), 1)
+
+    def one_dimension() -> None:
+        generate(gpt, tokens[0], 1)
+
     answers = {"pool": said(small_pool, OutOfPagesError), "full": said(full, ValueError)}
+    answers |= {"token": said(unknown_token, ValueError), "flat": said(one_dimension, ValueError)}
     answers |= {"nested": said(nested, ValueError), "parallel": said(sequence_parallel, ValueError)}
     answers["training"] = said(training, ValueError)
     attached = [core.kv for core in gpt.modules() if isinstance(core, CausalCoreAttention)]

@@ -136,6 +136,8 @@ def test_what_can_not_be_decoded_is_refused(alone: Results) -> None:
     assert "attached already" in said["nested"]
     assert "tensor parallel models only" in said["parallel"]
     assert "training mode" in said["training"]
+    assert "the model's tokens are 0 to " in said["token"]
+    assert "prompts must be int64 [b, s]" in said["flat"]
 
 
 def test_nothing_is_left_after_the_context(alone: Results) -> None:
