@@ -2,7 +2,7 @@
 
 import os
 import sys
-import time
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,14 +16,21 @@ from tests.program import ROOT, SMALL, run
 
 
 class FakeWandb(SimpleNamespace):
-    """Stands for the module: writes down what is asked of it; `failing` modes raise on init."""
+    """Stands for the module: writes down what is asked of it; `failing` modes raise on init, `slow` waits in it.
 
-    def __init__(self, *, failing: tuple[str, ...] = (), delay: float = 0.0, key: bool = False) -> None:
+    Attributes:
+        connected: what a slow init waits for, a minute at most.
+    """
+
+    def __init__(self, *, failing: tuple[str, ...] = (), slow: bool = False, key: bool = False) -> None:
         super().__init__(Settings=SimpleNamespace, Image=str, login=lambda **_: key)
-        self.failing, self.delay, self.inits, self.rows, self.finished = failing, delay, [], [], False
+        self.failing, self.inits, self.rows, self.finished = failing, [], [], False
+        self.connected = threading.Event()
+        if not slow:
+            self.connected.set()
 
     def init(self, **settings: Any) -> Any:
-        time.sleep(self.delay)
+        self.connected.wait(60)
         self.inits.append(settings)
         if settings["mode"] in self.failing:
             raise ConnectionError("no route to host")
@@ -117,38 +124,38 @@ def test_a_run_that_cannot_be_made_at_all_costs_one_line(monkeypatch: pytest.Mon
 
 
 def test_a_slow_connection_holds_nobody_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    wandb = fake(monkeypatch, delay=1.0)
+    wandb = fake(monkeypatch, slow=True)
     monkeypatch.setattr(wandb_run, "_CAPACITY", 10)
     said: list[str] = []
-    started = time.monotonic()
     run = WandbRun(info(tmp_path), said.append)
     for step in range(20):
         run.log({"step": step})
-    assert time.monotonic() - started < 0.5
+    assert not wandb.inits  # all was taken before there is a connection
+    wandb.connected.set()
     run.close()
     assert [row["step"] for row in wandb.rows] == list(range(10))
     assert said == ["wandb: it is far behind; metrics are left out there from now on"]
 
 
 def test_the_end_waits_for_a_limited_time_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    fake(monkeypatch, delay=1.0)
+    wandb = fake(monkeypatch, slow=True)
     monkeypatch.setattr(wandb_run, "CLOSE_TIMEOUT_S", 0.1)
     said: list[str] = []
     run = WandbRun(info(tmp_path), said.append)
     run.log({"step": 1})
     run.close()
+    wandb.connected.set()
     assert said
     assert "wandb sync" in said[0]
 
 
 def test_a_stop_may_wait_for_less(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    fake(monkeypatch, delay=1.0)
+    wandb = fake(monkeypatch, slow=True)
     said: list[str] = []
     run = WandbRun(info(tmp_path), said.append)
     run.log({"step": 1})
-    started = time.monotonic()
     run.close(0.1)
-    assert time.monotonic() - started < 0.5
+    wandb.connected.set()
     assert said[0].startswith("wandb: not all was sent within 0 s")
 
 
