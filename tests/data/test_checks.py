@@ -200,7 +200,7 @@ def test_the_remedy_of_a_split_works_when_pasted_into_a_shell() -> None:
 def test_splits_are_rounded_as_megatron_does() -> None:
     rng = np.random.default_rng()
     for _ in range(200):
-        split = ",".join(f"{weight:.3g}" for weight in rng.dirichlet([3, 1, 1]) * 100)
+        split = ",".join(f"{weight:.3f}" for weight in rng.dirichlet([3, 1, 1]) * 100)  # no exponents: refused
         documents = int(rng.integers(1, 300))
         matrix = convert_split_vector_to_split_matrix(parse_and_normalize_split(split))
         theirs = [range(round(part[0] * documents), round(part[1] * documents)) for part in matrix if part]
