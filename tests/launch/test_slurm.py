@@ -1,11 +1,14 @@
 """The batch scripts, with stubs for Slurm and for Python."""
 
 import os
+import re
 import signal
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.launch.slurm import write_slurm
@@ -37,6 +40,19 @@ def job(tmp_path: Path) -> dict[str, str]:
     return clean | slurm | own
 
 
+def listeners(batch: int) -> int:
+    """How many of a batch script, its srun and the tasks of that have a handler for SIGUSR1."""
+    found = 0
+    with suppress(psutil.NoSuchProcess, OSError):  # one has just ended
+        script = psutil.Process(batch)
+        tasks = [task for started in script.children() for task in started.children()]
+        for process in (script, *script.children(), *tasks):
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            caught = int(re.search(r"^SigCgt:\s*(\w+)", status, re.MULTILINE)[1], 16)  # type: ignore[index]
+            found += caught >> (signal.SIGUSR1 - 1) & 1
+    return found
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
 def test_bash_can_read_a_script(script: Path) -> None:
     done = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True, check=False)
@@ -62,10 +78,9 @@ def test_a_job_that_saves_nothing_is_not_queued_again(
     command = ["bash", "launch/slurm/pretrain.sbatch", "+model=7b_hybrid", setting]
     with subprocess.Popen(command, env=job | {"STAYS": "yes"}, cwd=tmp_path, stdout=subprocess.DEVNULL) as batch:
         until = time.monotonic() + 60
-        while not (tmp_path / "calls").exists() or len((tmp_path / "calls").read_text().splitlines()) < 2:
+        while listeners(batch.pid) < 4:  # a signal that comes before ends a shell
             assert time.monotonic() < until
             time.sleep(0.05)
-        time.sleep(0.5)  # until they listen
         batch.send_signal(signal.SIGUSR1)
         assert batch.wait(60) == 138
     assert ((tmp_path / "asked").read_text() if (tmp_path / "asked").exists() else "") == asked
