@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -55,7 +56,8 @@ def kill(node: subprocess.Popen[bytes]) -> None:
     """All processes of a node at once, as when it loses power."""
     whole = [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]
     for process in whole:
-        process.kill()
+        with suppress(psutil.NoSuchProcess):  # it has just ended by itself
+            process.kill()
     node.wait()
 
 
@@ -109,7 +111,8 @@ def test_a_slurm_job_whose_time_is_up_saves_and_is_queued_again(
     write_slurm(tmp_path)
     (tmp_path / "program.py").write_text(SAVES_WHEN_ASKED)
     asked = tmp_path / "asked"
-    slurm = {"SLURM_JOB_ID": os.getpid(), "SLURM_JOB_NODELIST": "here", "SLURM_JOB_NUM_NODES": 2, "ASKED": asked}
+    number = free_port() - 20_000  # launch/slurm/run.sh makes a port of it
+    slurm = {"SLURM_JOB_ID": number, "SLURM_JOB_NODELIST": "here", "SLURM_JOB_NUM_NODES": 2, "ASKED": asked}
     env = environment(tmp_path, **slurm, MAX_RESTARTS=3, PATH=f"{tmp_path}:{os.environ['PATH']}")
     command = ["launch/slurm/run.sh", str(tmp_path / "program.py"), str(tmp_path)]
 
@@ -118,7 +121,7 @@ def test_a_slurm_job_whose_time_is_up_saves_and_is_queued_again(
     job.send_signal(signal.SIGUSR1)
     assert job.wait(200) == EXIT_REQUEUE
     assert sorted(path.name for path in tmp_path.glob("saved*")) == ["saved0", "saved1"]
-    assert asked.read_text() == f"requeue {os.getpid()}\n"
+    assert asked.read_text() == f"requeue {number}\n"
 
     asked.unlink()
     assert start(command, tmp_path / "job.txt", env).wait(200) == 0
