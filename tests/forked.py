@@ -149,9 +149,16 @@ def _become(job: Job, rank: int, port: int) -> NoReturn:
 
 
 def free_port() -> int:
-    """A port below those that systems give to outgoing connections, which could take it in the meantime."""
+    """A port below those that systems give to outgoing connections, which could take it in the meantime.
+
+    Workers of pytest-xdist have ports of their own: it takes seconds until a program listens, and another worker would
+    find the same port free.
+    """
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % workers
+    each = 12_000 // workers
     while True:
-        port = 20_000 + secrets.randbelow(12_000)
+        port = 20_000 + each * number + secrets.randbelow(each)
         with socket.socket() as tried, contextlib.suppress(OSError):
             tried.bind(("127.0.0.1", port))
             return port
