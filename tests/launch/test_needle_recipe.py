@@ -1,6 +1,7 @@
 """launch/needle_recipe.py: its commands are valid, follow on one another, and fit the time they are meant for."""
 
 import json
+import math
 import runpy
 import sys
 from dataclasses import replace
@@ -151,12 +152,24 @@ def test_programs_side_by_side_have_ended_when_the_time_is_over(
     program = tmp_path / "program.py"
     program.write_text(
         "import pathlib, signal, sys, time\n"
-        "def stop(*_):\n    time.sleep(0.5); pathlib.Path(sys.argv[1]).write_text('saved'); sys.exit()\n"
-        "signal.signal(signal.SIGTERM, stop)\ntime.sleep(60)\n"
+        "said = pathlib.Path(sys.argv[1])\n"
+        "def stop(*_):\n    time.sleep(0.5); said.write_text('saved'); sys.exit()\n"
+        "signal.signal(signal.SIGTERM, stop)\nsaid.touch()\ntime.sleep(60)\n"
     )
+    said = [tmp_path / name for name in "ab"]
+
+    class OverOnceBothListen(recipe["Deadline"]):  # type: ignore[misc]
+        @property
+        def _end(self) -> float:
+            return 0.0 if all(path.exists() for path in said) else math.inf
+
+        @_end.setter
+        def _end(self, end: float) -> None:
+            pass
+
     with pytest.raises(SystemExit, match="run this again to go on"):
-        recipe["Deadline"](0.05).run_together([[str(program), str(tmp_path / name)] for name in "ab"], 2)
-    assert [(tmp_path / name).read_text() for name in "ab"] == ["saved", "saved"]
+        OverOnceBothListen(1).run_together([[str(program), str(path)] for path in said], 2)
+    assert [path.read_text() for path in said] == ["saved", "saved"]
 
 
 def test_the_first_report_after_each_start_counts_as_the_others(tmp_path: Path) -> None:
