@@ -1,6 +1,7 @@
 """Whether a checkpoint's files are all there and as they were written, without loading its shards."""
 
 import json
+import pickletools
 import zipfile
 from collections import defaultdict
 from collections.abc import Callable
@@ -29,6 +30,7 @@ def damage(checkpoint: Path) -> str | None:
         if problem := _damage_of(checkpoint / name, check):
             return problem
     try:
+        _check_memo(checkpoint / ".metadata")
         index = FileSystemReader(checkpoint).read_metadata()
         if not any(str(name).startswith(_COMMON_IN_SHARDS) for name in index.state_dict_metadata) and (
             problem := _damage_of(checkpoint / COMMON, _check_zip)
@@ -93,6 +95,18 @@ def _check_yaml(path: Path) -> None:
         raise ValueError("cut short")
     if not OmegaConf.is_dict(OmegaConf.load(path)):
         raise ValueError("no settings in it")
+
+
+def _check_memo(path: Path) -> None:
+    """A pickle's numbered objects are no more than its bytes.
+
+    One flipped bit makes an operation of another kind "remember this as number n", n being the next four bytes: the
+    unpickler makes room for n, tens of gigabytes, before it sees anything wrong.
+    """
+    content = path.read_bytes()
+    for operation, argument, _ in pickletools.genops(content):
+        if operation.name == "LONG_BINPUT" and argument > len(content):
+            raise ValueError(f"an object numbered {argument:,}")
 
 
 def _check_zip(path: Path) -> None:

@@ -1,6 +1,7 @@
 """A damaged checkpoint: told in one line, whose remedy works, and nothing that was saved is lost."""
 
 import os
+import pickletools
 import random
 import re
 import shutil
@@ -158,3 +159,13 @@ def test_a_flipped_bit_in_the_index_raises_nothing(run_dir: Path) -> None:
         flipped[random.randrange(len(content))] ^= 1 << random.randrange(8)
         index.write_bytes(flipped)
         damage(last_of(run_dir))  # raises nothing
+
+
+def test_a_flipped_bit_that_asks_for_gigabytes_is_found_before_it_gets_them(run_dir: Path) -> None:
+    index = last_of(run_dir) / ".metadata"
+    content = bytearray(index.read_bytes())
+    place = next(place for operation, _, place in pickletools.genops(bytes(content)) if operation.name == "BUILD")
+    content[place] ^= 1 << 4  # now LONG_BINPUT, of an object whose number the next four bytes are
+    content[place + 1 : place + 5] = (1 << 26).to_bytes(4, "little")
+    index.write_bytes(content)
+    assert damage(last_of(run_dir)) == "its index .metadata can't be read (ValueError)"
