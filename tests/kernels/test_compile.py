@@ -59,12 +59,12 @@ def assert_same(
 
 def assert_as_exact_as_eager(
     step: Callable[..., tuple[Tensor, ...]], compiled: Callable[..., tuple[Tensor, ...]], inputs: list[Tensor],
-    layout: BlockLayout,
+    layout: BlockLayout, with_lse: bool = True, **options: Any,
 ) -> None:  # fmt: skip
-    """Inductor rounds at other places: its distance from float64 is at most twice the eager call's."""
+    """What rounds at other places: its distance from float64 is at most twice the eager call's."""
     eager, traced = step(*inputs, layout), compiled(*inputs, layout)
     doubles = [x.detach().double().requires_grad_() for x in inputs]
-    exact = training_step("torch", True)(*doubles, layout)
+    exact = training_step("torch", with_lse, **options)(*doubles, layout)
     weights = [torch.randn_like(x) for x in exact]
     results = []
     for outputs, leaves in ((exact, doubles), (eager, inputs), (traced, inputs)):
@@ -86,9 +86,10 @@ def test_a_compiled_training_step_is_the_eager_one(
     options = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in problem.options.items()}
     step = training_step(backend, with_lse, **options)
     compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
-    # the torch backend's compiled gradients are formulas, its eager ones autograd's
-    exact = {"rtol": 0.0, "atol": 0.0} if backend == "triton" else {"rtol": 1e-4, "atol": 1e-5}
-    assert_same(step, compiled, inputs, layout, **exact)
+    if backend == "triton":
+        assert_same(step, compiled, inputs, layout, rtol=0.0, atol=0.0)
+    else:  # its compiled gradients are formulas, its eager ones autograd's
+        assert_as_exact_as_eager(step, compiled, inputs, layout, with_lse, **options)
 
 
 @pytest.mark.slow
@@ -109,7 +110,7 @@ def test_other_lengths_and_layouts_are_compiled_anew_at_most_once_more(device: t
     compiled = torch.compile(step, backend=count, fullgraph=True)
     for length in (40, 40, 70, 70, 100, 90):  # a new layout each, of one to four blocks
         inputs, layout, _, _ = Problem(s_q=length, s_k=length).make(device)
-        assert_same(step, compiled, inputs, layout, rtol=1e-4, atol=1e-5)
+        assert_as_exact_as_eager(step, compiled, inputs, layout)
     assert len(graphs) <= 3  # the first length, then any number of blocks and any layout
 
 
