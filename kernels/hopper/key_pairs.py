@@ -168,9 +168,10 @@ def _cheapest_order(kept: list[tuple[Tensor, Tensor]], num_tiles: int, first_til
 
 
 def _cost(order: Tensor, row: Tensor, key_tile: Tensor, num_rows: int) -> int:
-    """Steps of all pairs, if neighbours of the order make pairs."""
+    """Steps of all pairs, if neighbours of the order make pairs: one where no query keeps a pair."""
     place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    return torch.unique(place[key_tile] // 2 * num_rows + row).numel()
+    steps = torch.unique(place[key_tile] // 2 * num_rows + row)
+    return steps.numel() + -(-len(order) // 2) - torch.unique_consecutive(steps // num_rows).numel()
 
 
 def kept_tiles_of_group(
