@@ -106,7 +106,8 @@ def test_a_dense_model_whose_heads_turn_in_part_is_no_plain_llama(tmp_path: Path
 
 
 def test_decoding_over_its_cache_is_decoding_without(tmp_path: Path) -> None:
-    model = S2ForCausalLM.from_folder(str(write_llama(tmp_path / "llama", hybrid=True)))
+    # In float64, so that no choice is a matter of rounding.
+    model = S2ForCausalLM.from_folder(str(write_llama(tmp_path / "llama", hybrid=True))).double()
     prompt = torch.randint(0, VOCABULARY, (2, 37))
     tokens = model.greedy(prompt, 20)
     with torch.no_grad():
