@@ -176,7 +176,8 @@ def test_first_tellings_come_before_all_others_and_never_last() -> None:
 
 
 def test_documents_with_their_questions_last_ask_over_every_distance_and_most_often_over_far_ones() -> None:
-    cfg = NeedleDocumentsConfig(documents=150, length=8192, share=[0.05, 0.1], questions_last=1.0)
+    # So many that both bounds lie five deviations from what is found: 0.037 ± 0.004 and 0.40 ± 0.02.
+    cfg = NeedleDocumentsConfig(documents=320, length=8192, share=[0.05, 0.1], questions_last=1.0)
     distances = []
     for document in needle_documents(cfg, BYTES, seed=int(np.random.default_rng().integers(1 << 30))):
         text = BYTES.decode(document.tolist())
