@@ -5,6 +5,7 @@ In a process of its own, since Megatron's groups and its CPU mode are global; un
 
 import json
 import sys
+from typing import Any
 
 import torch
 
@@ -30,18 +31,22 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def compare(name: str, device: torch.device, tp: int) -> dict[str, float]:
-    gpt, _ = build(name, device, tp)
-    gpt.parallel_output = True
-    gpt.output_layer.gather_output = False
+    gpt, _ = build(name, device, tp, backend="torch")  # which takes float64
+    gpt.double()
+    gpt.rotary_pos_emb.inv_freq = gpt.rotary_pos_emb.inv_freq.double()  # no buffer
     tokens, labels = torch.randint(0, VOCABULARY, (2, 2, LENGTH), device=device)
     documents = [random_lengths(), random_lengths()]
     positions = torch.stack([torch.cat([torch.arange(n) for n in lengths]) for lengths in documents])
     bounds = document_bounds(positions).to(device)
     weights = torch.rand(2, LENGTH, device=device)
 
-    whole = gpt(tokens, positions, None, labels=labels)
-    packed = packed_documents(bounds, LENGTH)
-    losses = gpt(tokens, positions, None, labels=labels, packed_seq_params=packed)
+    def losses_of(rows: Any, positions: torch.Tensor, **more: Any) -> torch.Tensor:
+        """In float64; Megatron's own are fp32's."""
+        logits = gpt(tokens[rows], positions, None, **more)
+        return torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels[rows], reduction="none")
+
+    whole = losses_of(slice(None), positions)
+    losses = losses_of(slice(None), positions, packed_seq_params=packed_documents(bounds, LENGTH))
     (losses * weights).sum().backward()
     gradients = [parameter.grad for parameter in gpt.parameters()]
     for parameter in gpt.parameters():
@@ -52,7 +57,7 @@ def compare(name: str, device: torch.device, tp: int) -> dict[str, float]:
         start = 0
         for length in lengths:
             rows = (slice(sample, sample + 1), slice(start, start + length))
-            alone = gpt(tokens[rows], positions_like(tokens[rows]), None, labels=labels[rows])
+            alone = losses_of(rows, positions_like(tokens[rows]))
             (alone * weights[rows]).sum().backward()
             one_by_one[rows] = alone.detach()
             start += length

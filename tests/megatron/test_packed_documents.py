@@ -10,8 +10,8 @@ from tests.program import error_line, metrics, pretrain, run
 
 pytestmark = [pytest.mark.slow]
 
-# Of fp32: sums over some hundred terms, in another order.
-TOLERANCE = 2e-5
+# Of float64: in fp32, gradients of these models err a hundred times its rounding, and now and then ten times as much.
+TOLERANCE = 1e-11
 WITHIN = ["data.attention_within_documents=true", "train.steps=4", "data.path=mine", "data.split=100"]
 
 
