@@ -3,13 +3,14 @@
 import random
 from collections import Counter
 
+import numpy as np
 import pytest
 
 from s2train.config import LayoutConfig, PatternConfig, ScheduleConfig
 from s2train.layouts.costs import rank_spread
 from s2train.layouts.coverage import coverage_report
 from s2train.layouts.hybrid import HybridLayout, build_hybrid_layout
-from s2train.layouts.patterns import Dense, LocalVertical, SlidingWindow
+from s2train.layouts.patterns import Dense, LocalVertical, MaskPattern, SlidingWindow
 from s2train.layouts.placement import balanced_order, place_balanced
 
 
@@ -58,6 +59,13 @@ def model(placement: str) -> HybridLayout:
 def test_a_balanced_schedule_evens_ranks_out_at_any_length(tp: int) -> None:
     for seq_length in (4096, 32768, 100_000):
         assert max(rank_spread(layer, seq_length, tp) for layer in model("balanced").layers) < 0.05
+
+
+def test_masks_of_few_blocks_are_placed_by_what_they_keep_of_them() -> None:
+    own, all_earlier = np.eye(8, dtype=bool), np.tri(8, dtype=bool)
+    heads = [MaskPattern.of(mask, "masks.npz", "layout.pattern") for mask in (own, own, all_earlier, all_earlier)]
+    placed = place_balanced(heads, num_query_groups=4)
+    assert set(placed[:2]) == set(placed[2:]) == set(heads)
 
 
 def test_placement_changes_neither_patterns_nor_coverage() -> None:
