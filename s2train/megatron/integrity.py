@@ -105,7 +105,7 @@ def _check_memo(path: Path) -> None:
     """
     content = path.read_bytes()
     for operation, argument, _ in pickletools.genops(content):
-        if operation.name == "LONG_BINPUT" and argument > len(content):
+        if operation.name == "LONG_BINPUT" and int(argument or 0) > len(content):
             raise ValueError(f"an object numbered {argument:,}")
 
 
