@@ -52,7 +52,7 @@ def test_a_failing_job_ends_no_other_and_the_same_sweep_again_runs_that_alone(tm
 @pytest.mark.slow
 def test_an_interrupted_sweep_ends_its_ranks_and_goes_on_from_their_checkpoint(tmp_path: Path) -> None:
     folder = tmp_path / "mine"
-    settings = [*SMALL, "train.steps=60", "checkpoint.interval=1", "checkpoint.keep=2", "seed=5"]
+    settings = [*SMALL, "train.steps=30", "checkpoint.interval=1", "checkpoint.keep=2", "seed=5"]
     command = [sys.executable, str(ROOT / "launch" / "pretrain.py"), "-m", *settings, f"hydra.sweep.dir={folder}"]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -71,7 +71,7 @@ def test_an_interrupted_sweep_ends_its_ranks_and_goes_on_from_their_checkpoint(t
     assert again.returncode == 0, again.stderr
     (first,) = folder.glob("job-*")
     assert '"event": "resume"' in (first / "metrics.jsonl").read_text()
-    assert metrics(first)[-1]["step"] == 60
+    assert metrics(first)[-1]["step"] == 30
 
 
 @pytest.mark.slow

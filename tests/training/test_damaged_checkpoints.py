@@ -1,5 +1,6 @@
 """A damaged checkpoint: told in one line, whose remedy works, and nothing that was saved is lost."""
 
+import itertools
 import os
 import pickletools
 import random
@@ -25,6 +26,8 @@ HARMS: dict[str, Callable[[Path], object]] = {
     "emptied": lambda path: os.truncate(path, 0),
     "removed": Path.unlink,
 }
+ONE_HARM_EACH = list(zip(FILES, itertools.cycle(HARMS)))
+OTHERS = [of for of in itertools.product(FILES, HARMS) if of not in ONE_HARM_EACH]
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +59,17 @@ def folders(run_dir: Path) -> list[str]:
     return sorted(path.name for path in (run_dir / "checkpoints").iterdir() if path.is_dir())
 
 
-@pytest.mark.parametrize("harm", HARMS)
-@pytest.mark.parametrize("name", FILES)
+def test_every_harm_to_every_file_is_seen_and_its_name_told(run_dir: Path, tmp_path: Path) -> None:
+    last = last_of(run_dir)
+    for number, (path, harm) in enumerate(itertools.product(sorted(last.iterdir()), HARMS)):
+        copy = Path(shutil.copytree(last, tmp_path / str(number)))
+        HARMS[harm](copy / path.name)
+        assert path.name in (damage(copy) or "nothing")
+
+
+@pytest.mark.parametrize(
+    ("name", "harm"), [*ONE_HARM_EACH, *(pytest.param(*of, marks=pytest.mark.long) for of in OTHERS)]
+)
 def test_whichever_file_is_damaged_the_remedy_that_is_told_trains_on(run_dir: Path, name: str, harm: str) -> None:
     last = last_of(run_dir)
     if not (last / name).exists():
