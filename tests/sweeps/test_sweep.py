@@ -56,13 +56,13 @@ def test_an_interrupted_sweep_ends_its_ranks_and_goes_on_from_their_checkpoint(t
     command = [sys.executable, str(ROOT / "launch" / "pretrain.py"), "-m", *settings, f"hydra.sweep.dir={folder}"]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while not list(folder.glob("*/checkpoints/iter_*")):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
-    _, told = process.communicate(timeout=60)
+    _, told = process.communicate(timeout=120)
     assert process.returncode == 130
     assert b"the same command goes on" in told
     assert subprocess.run(["pgrep", "-f", f"run_dir=.{folder}"], capture_output=True).stdout == b""
