@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -163,16 +164,14 @@ def needle_command(checkpoint: Path, lengths: list[int], trials: int, output: Pa
     ]
 
 
-def curve_commands(root: Path, variant: str, last: int) -> list[list[str]]:
-    """How all checkpoints that were not are evaluated."""
-    commands = []
-    for number in range(last + 1):
-        run = run_folder(root, variant, number)
-        for checkpoint in sorted((run / "checkpoints").glob("iter_*")):
-            output = run / "needle" / checkpoint.name
-            if not (output / "needle.png").is_file():
-                commands.append(needle_command(checkpoint, list(CURVE), 2, output))
-    return commands
+def curve_commands(checkpoints: Sequence[Path]) -> list[list[str]]:
+    """How those that were not are evaluated, each beside its run's checkpoints."""
+    outputs = [checkpoint.parents[1] / "needle" / checkpoint.name for checkpoint in checkpoints]
+    return [
+        needle_command(checkpoint, list(CURVE), 2, output)
+        for checkpoint, output in zip(checkpoints, outputs, strict=True)
+        if not (output / "needle.png").is_file()
+    ]
 
 
 def run_folder(root: Path, variant: str, number: int) -> Path:
@@ -295,9 +294,11 @@ def main(arguments: list[str] | None = None) -> None:
             if not is_trained(root, variant, number):
                 deadline.run([*train_command(root, variant, number), *settings])
     elif given.action == "curve":
-        if not any(any((run_folder(root, variant, n) / "checkpoints").glob("iter_*")) for n in range(last + 1)):
+        folders = [run_folder(root, variant, number) / "checkpoints" for number in range(last + 1)]
+        checkpoints = [path for folder in folders for path in sorted(folder.glob("iter_*"))]
+        if not checkpoints:
             sys.exit(f"no checkpoint of {variant} in {root}: train it first")
-        deadline.run_together(curve_commands(root, variant, last), 6)  # on one GPU: starting takes longest
+        deadline.run_together(curve_commands(checkpoints), 6)  # on one GPU: starting takes longest
     else:
         trained = [number for number in range(last + 1) if is_trained(root, variant, number)]
         if not trained:
