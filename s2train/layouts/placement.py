@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from s2train.layouts.counting import kept_key_blocks
-from s2train.layouts.patterns import MaskPattern, Pattern
+from s2train.layouts.patterns import Pattern, known_blocks
 
 _REFERENCE_BLOCKS = 1024  # fixed: where a head lies is part of the model, and no setting of a run may move it
 
@@ -14,7 +14,7 @@ def place_balanced(heads: Sequence[Pattern], num_query_groups: int) -> tuple[Pat
     Counted over 1,024 blocks, or as many as a file's masks have. KV groups stay together where all heads of each are
     alike, since these share their K/V loads.
     """
-    num_blocks = min([_REFERENCE_BLOCKS, *(head.num_blocks for head in heads if isinstance(head, MaskPattern))])
+    num_blocks = known_blocks(heads, _REFERENCE_BLOCKS)
     kept = {pattern: int(kept_key_blocks([pattern], num_blocks).sum()) for pattern in set(heads)}
     costs = [kept[pattern] for pattern in heads]
     size = len(heads) // num_query_groups

@@ -14,7 +14,7 @@ from s2train.config import ModelConfig
 from s2train.layouts.costs import attention_flops, density
 from s2train.layouts.decoding import CacheTokens, cache_tokens, model_cache_tokens
 from s2train.layouts.hybrid import HybridLayout, LayerLayout
-from s2train.layouts.patterns import MaskPattern
+from s2train.layouts.patterns import known_blocks
 from s2train.layouts.speed import BACKWARD_FLOPS, AttentionRates, Seconds, attention_seconds, dense_seconds
 from s2train.layouts.traffic import Traffic, attention_traffic, sum_traffic
 from s2train.planning.flops import token_flops
@@ -171,6 +171,6 @@ def _layer_costs(
 
 def known_lengths(hybrid: HybridLayout, lengths: Sequence[int] = LENGTHS) -> tuple[int, ...]:
     """Those of `lengths` that masks from files, if any head has one, reach to."""
-    masks = {head.num_blocks for layer in hybrid.layers for head in layer.heads if isinstance(head, MaskPattern)}
-    longest = min(masks, default=max(lengths)) * hybrid.block_size
+    heads = (head for layer in hybrid.layers for head in layer.heads)
+    longest = known_blocks(heads, max(lengths)) * hybrid.block_size
     return tuple(length for length in lengths if length <= longest)

@@ -3,7 +3,7 @@
 from s2train.layouts.patterns.base import BandedPattern, DistancePattern, HeadPatterns, LayerContext, Pattern
 from s2train.layouts.patterns.dense import Dense
 from s2train.layouts.patterns.dilated import Dilated
-from s2train.layouts.patterns.file import MaskPattern
+from s2train.layouts.patterns.file import MaskPattern, known_blocks
 from s2train.layouts.patterns.local_vertical import LocalVertical, ReferenceVertical
 from s2train.layouts.patterns.ranges import Ranges
 from s2train.layouts.patterns.window import GlobalBlocks, SlidingWindow
@@ -22,4 +22,5 @@ __all__ = [
     "Ranges",
     "ReferenceVertical",
     "SlidingWindow",
+    "known_blocks",
 ]

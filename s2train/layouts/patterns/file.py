@@ -7,7 +7,7 @@ blocks. ``block_size`` is an integer, in tokens.
 
 import hashlib
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -66,6 +66,12 @@ class MaskPattern(Pattern):
 
     def describe(self) -> str:
         return f"{self.form()} ({self.digest.hex()[:8]})"
+
+
+def known_blocks(heads: Iterable[Pattern], most: int) -> int:
+    """The most blocks of a sequence that all of `heads` can be asked about: what the least of their masks has, or
+    `most`."""
+    return min([most, *(head.num_blocks for head in heads if isinstance(head, MaskPattern))])
 
 
 def file_heads(file: str) -> HeadPatterns:

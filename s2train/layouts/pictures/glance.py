@@ -14,7 +14,7 @@ from s2train.layouts.costs import density
 from s2train.layouts.coverage import coverage_report, percent, union_coverage
 from s2train.layouts.decoding import model_cache_tokens
 from s2train.layouts.hybrid import HybridLayout
-from s2train.layouts.patterns import MaskPattern
+from s2train.layouts.patterns import known_blocks
 from s2train.layouts.pictures.blocks import (
     LONGEST,
     draw_counts,
@@ -142,8 +142,8 @@ def _draw_shares(axes: Axes, hybrid: HybridLayout, seq_length: int) -> None:
 
 def _lengths(hybrid: HybridLayout, seq_length: int) -> list[int]:
     """Powers of two around the length, and itself."""
-    masks = [head.num_blocks for layer in hybrid.layers for head in layer.heads if isinstance(head, MaskPattern)]
-    longest = min(masks, default=1 << 62) * hybrid.block_size
+    heads = (head for layer in hybrid.layers for head in layer.heads)
+    longest = known_blocks(heads, 1 << 62) * hybrid.block_size
     power = max(1, seq_length.bit_length() - 1)
     around = {1 << exponent for exponent in range(max(power - 3, 4), power + 4)} | {seq_length}
     return sorted(length for length in around if hybrid.block_size <= length <= longest or length == seq_length)
