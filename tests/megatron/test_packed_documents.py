@@ -68,7 +68,9 @@ def test_trains_as_one_process_does(folder: Path, processes: int, arguments: lis
 def test_is_another_loss_than_that_of_attention_across_documents(folder: Path, tmp_path: Path) -> None:
     across = [argument.replace("documents=true", "documents=false") for argument in WITHIN]
     assert pretrain(tmp_path, *across, processes=0, cwd=folder).status == 0
-    assert abs(trace(tmp_path)[0] / trace(folder / "alone")[0] - 1) > 1e-4
+    # by the largest of all: of untrained models a single loss can be the same to five digits by chance
+    apart = [abs(a / b - 1) for a, b in zip(trace(tmp_path), trace(folder / "alone"), strict=True)]
+    assert max(apart) > 1e-4
 
 
 def test_context_parallel_is_refused(tmp_path: Path) -> None:
