@@ -1,5 +1,7 @@
 # make demo | test | test-all | check | format. Each sets up .venv by itself (PYTHON=python3.12 make … for another Python).
 PYTHON ?= python3
+# More to install: of what constraints.txt leaves open, for one.
+PACKAGES ?=
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -33,7 +35,7 @@ format: $(READY)
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "s2train needs Python 3.11 or later: PYTHON=python3.12 make …")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PACKAGES) -e '.[dev]'
 	touch $@
 
 clean:

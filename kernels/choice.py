@@ -79,7 +79,7 @@ def _no_hopper(device: torch.device) -> str:
     """Why no Hopper kernel runs on this device at all; "" if they do."""
     import triton
 
-    from .hopper.support import is_hopper
+    from .hopper.support import TRITON, is_hopper
 
     if is_hopper(device):
         return ""
@@ -88,7 +88,7 @@ def _no_hopper(device: torch.device) -> str:
     major, minor = torch.cuda.get_device_capability(device)
     if (major, minor) != (9, 0):
         return f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, not 9.0"
-    return f"Triton {triton.__version__}, not the release that they are written in"
+    return f"Triton {triton.__version__}: they run in {TRITON}x alone, which torch 2.11 brings"
 
 
 def _reasons(supported: _Supported, q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, spec: AttentionSpec) -> str:

@@ -20,10 +20,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton._C.libtriton import ir as _ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -40,6 +38,7 @@ from ..tiles import strides, tile_of_document
 from .key_pairs import KeyPairs, key_pairs
 from .launch import descriptor, launch
 from .packed_pairs import packed_pairs
+from .releases import async_load, async_store, reduce_add, reinterpret, thread_barrier
 from .support import fits_descriptor
 
 TILE = gl.constexpr(64)  # keys of a warpgroup, queries of a step
@@ -48,13 +47,6 @@ ACTIVE_BITS = gl.constexpr(2)
 QUERY_BITS = gl.constexpr(20)
 META = gl.constexpr(8)  # ints a pair: KV head, first key tile, second key tile, first step, masked steps, steps
 PACKED_META = gl.constexpr(10)  # and: steps to skip after the masked ones, document's first tile, first row, length
-
-
-@builtin
-def _reduce_add(tensor_desc, coord, src, _semantic=None):
-    """TMA reduce-add to device memory, which Gluon's tma module of triton 3.6 does not expose."""
-    coord = _semantic._convert_to_ir_values(coord, require_i64=False)
-    _semantic.builder.create_async_tma_reduce(_ir.DESCRIPTOR_REDUCE_KIND.ADD, tensor_desc.handle, coord, src.handle)
 
 
 @gluon.jit
@@ -124,12 +116,8 @@ def _producer(
         mbarrier.expect(k_full, 4 * k_desc.block_type.nbytes)
         for c in gl.static_range(2):
             key = (ka if c == 0 else kb) * TILE + start
-            tma.async_copy_global_to_shared(
-                k_desc, [b, kv, key, 0], k_full, k_s.index(c)._reinterpret(dt, T4, k_desc.layout)
-            )
-            tma.async_copy_global_to_shared(
-                v_desc, [b, kv, key, 0], k_full, v_s.index(c)._reinterpret(dt, T4, v_desc.layout)
-            )
+            async_load(k_desc, [b, kv, key, 0], k_full, reinterpret(k_s.index(c), dt, T4, k_desc.layout))
+            async_load(v_desc, [b, kv, key, 0], k_full, reinterpret(v_s.index(c), dt, T4, v_desc.layout))
     entry = gl.load(steps_ptr + first)
     for t in range(0, num_steps):
         following = _load_step(steps_ptr, meta_ptr, first, gl.minimum(t + 1, num_steps - 1), PACKED)
@@ -137,12 +125,12 @@ def _producer(
         st = t % STAGES
         mbarrier.wait(free.index(st), ((t // STAGES) & 1) ^ 1)
         mbarrier.expect(x_full.index(st), x_desc.block_type.nbytes + stat_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(
+        async_load(
             x_desc, [b, head, tile * TILE - offset, 0], x_full.index(st),
-            x_s.index(st)._reinterpret(dt, T4, x_desc.layout),
+            reinterpret(x_s.index(st), dt, T4, x_desc.layout),
         )  # fmt: skip
         at = ((b * num_heads + head) * num_tiles + tile - first_tile) * TILE
-        tma.async_copy_global_to_shared(stat_desc, [at], x_full.index(st), stat_s.index(st))
+        async_load(stat_desc, [at], x_full.index(st), stat_s.index(st))
         entry = following
 
 
@@ -164,7 +152,7 @@ def _reducer(
         # dq(n-1) is there, so its warpgroup has gone through step n-1 and needs its tiles no more
         mbarrier.arrive(free.index((n - 1) % STAGES), count=1, pred=n >= 1)
         if n >= 1:
-            _reduce_add(acc_desc, [row, 0], dq_s.index(C))
+            reduce_add(acc_desc, [row, 0], dq_s.index(C))
             tma.store_wait(pendings=0)
         mbarrier.arrive(dq_free.index(C), count=1)
         entry = following
@@ -184,8 +172,8 @@ def _store_dq(dq, dq_s, dq_free, dq_full, n, C: gl.constexpr, D: gl.constexpr):
 def _issue_dq(ds_s, k_s, buf, z, zq, C: gl.constexpr, D: gl.constexpr, HL: gl.constexpr):
     """Half C of the head dimensions of dS K, this warpgroup's keys first."""
     dt: gl.constexpr = k_s.dtype
-    own = k_s.index(C + z)._reinterpret(dt, [2, TILE, D // 2], HL).index(C)
-    other = k_s.index(1 - C + z)._reinterpret(dt, [2, TILE, D // 2], HL).index(C)
+    own = reinterpret(k_s.index(C + z), dt, [2, TILE, D // 2], HL).index(C)
+    other = reinterpret(k_s.index(1 - C + z), dt, [2, TILE, D // 2], HL).index(C)
     dq = warpgroup_mma(ds_s.index(buf * 2 + C).permute((1, 0)), own, zq, use_acc=False, is_async=True)
     return warpgroup_mma(ds_s.index(buf * 2 + 1 - C).permute((1, 0)), other, dq, is_async=True)
 
@@ -297,13 +285,13 @@ def _consumer(
     else:
         v_s.index(C).store(dv.to(dt))  # this warpgroup alone read its half of v
         fence_async_shared()
-        gl.thread_barrier()
-        tma.async_copy_shared_to_global(dv_desc, [b, kv, row, 0], v_s.index(C)._reinterpret(dt, T4, dv_desc.layout))
+        thread_barrier()
+        async_store(dv_desc, [b, kv, row, 0], reinterpret(v_s.index(C), dt, T4, dv_desc.layout))
         mbarrier.wait(done.index(1 - C), 0)  # the other has read this half of k for its last dq
         k_s.index(C).store((dk * scale).to(dt))
         fence_async_shared()
-        gl.thread_barrier()
-        tma.async_copy_shared_to_global(dk_desc, [b, kv, row, 0], k_s.index(C)._reinterpret(dt, T4, dk_desc.layout))
+        thread_barrier()
+        async_store(dk_desc, [b, kv, row, 0], reinterpret(k_s.index(C), dt, T4, dk_desc.layout))
         tma.store_wait(pendings=0)
 
 
@@ -364,7 +352,7 @@ def s2_attention_bwd_kernel_hopper(
         mbarrier.init(done.index(c), count=1)
         mbarrier.init(dq_full.index(c), count=1)
     fence_async_shared()
-    gl.thread_barrier()
+    thread_barrier()
     gl.warp_specialize(
         [
             (_consumer, (dk_desc, dv_desc, k_s, v_s, q_s, dout_s, lse_s, delta_s, ds_s, dq_s,

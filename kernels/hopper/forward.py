@@ -31,6 +31,7 @@ from ..layout import BlockLayout
 from ..spec import AttentionSpec, empty, empty_bhsd
 from .documents import COLUMNS, document_table
 from .launch import descriptor, launch
+from .releases import async_load, async_store, reinterpret, thread_barrier
 from .support import PANEL, multiprocessors, padded_to_panels
 from .work import TILE, forward_work
 
@@ -132,9 +133,7 @@ def _item(
 def _load_panels(desc, batch, head, row, panels, first, STRIDE: gl.constexpr, PANELS: gl.constexpr, barrier):
     """Start the loads of one box of rows, all panels of the head dimension."""
     for panel in gl.static_range(PANELS):
-        tma.async_copy_global_to_shared(
-            desc, [batch, head, row, panel * _PANEL], barrier, panels.index(first + panel * STRIDE)
-        )
+        async_load(desc, [batch, head, row, panel * _PANEL], barrier, panels.index(first + panel * STRIDE))
 
 
 @gluon.jit
@@ -169,9 +168,9 @@ def _produce(
     box_kv: gl.constexpr = k_desc.layout
     PANELS: gl.constexpr = k_smem.shape[2] // _PANEL
     V_PANELS: gl.constexpr = v_smem.shape[2] // _PANEL
-    q_panels = q_smem._reinterpret(dtype, [2 * Q_STAGES * PANELS, 1, 1, _HALF, _PANEL], box_q)
-    k_panels = k_smem._reinterpret(dtype, [K_STAGES * PANELS * PER_STEP, 1, 1, CHUNK, _PANEL], box_kv)
-    v_panels = v_smem._reinterpret(dtype, [V_STAGES * V_PANELS * PER_STEP, 1, 1, CHUNK, _PANEL], box_kv)
+    q_panels = reinterpret(q_smem, dtype, [2 * Q_STAGES * PANELS, 1, 1, _HALF, _PANEL], box_q)
+    k_panels = reinterpret(k_smem, dtype, [K_STAGES * PANELS * PER_STEP, 1, 1, CHUNK, _PANEL], box_kv)
+    v_panels = reinterpret(v_smem, dtype, [V_STAGES * V_PANELS * PER_STEP, 1, 1, CHUNK, _PANEL], box_kv)
     k_count = 0
     v_count = 0
     for n in range(0, _num_items(num_items)):
@@ -285,7 +284,7 @@ def _clear_beyond(v_smem, stage, chunks, step, num_keys, CHUNK: gl.constexpr):
     PER_STEP: gl.constexpr = _STEP // CHUNK
     PANELS: gl.constexpr = v_smem.shape[2] // _PANEL
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    boxes = v_smem._reinterpret(v_smem.dtype, [v_smem.shape[0] * PANELS * PER_STEP, CHUNK, _PANEL], v_smem.layout)
+    boxes = reinterpret(v_smem, v_smem.dtype, [v_smem.shape[0] * PANELS * PER_STEP, CHUNK, _PANEL], v_smem.layout)
     row = gl.arange(0, CHUNK, layout=gl.SliceLayout(1, layout))
     for part in gl.static_range(PER_STEP):
         key = (gl.load(chunks + step * PER_STEP + part) >> 2) * CHUNK + row
@@ -294,7 +293,7 @@ def _clear_beyond(v_smem, stage, chunks, step, num_keys, CHUNK: gl.constexpr):
             values = box.load(layout)
             box.store(gl.where(gl.expand_dims(key < num_keys, 1), values, gl.zeros_like(values)))
     fence_async_shared()
-    gl.thread_barrier()
+    thread_barrier()
 
 
 @gluon.jit
@@ -337,8 +336,8 @@ def _consume(
     columns = gl.arange(0, _STEP, layout=gl.SliceLayout(0, scores_layout))
     zeros = gl.zeros([_HALF, _STEP], gl.float32, scores_layout)
     SLOTS: gl.constexpr = 2 * Q_STAGES * (DIM // V_DIM)
-    out_rows = q_smem._reinterpret(dtype, [SLOTS, _HALF, V_DIM], q_smem.layout)
-    out_boxes = q_smem._reinterpret(dtype, [SLOTS, 1, 1, _HALF, V_DIM], out_desc.layout)
+    out_rows = reinterpret(q_smem, dtype, [SLOTS, _HALF, V_DIM], q_smem.layout)
+    out_boxes = reinterpret(q_smem, dtype, [SLOTS, 1, 1, _HALF, V_DIM], out_desc.layout)
     count = 0
     for n in range(0, _num_items(num_items)):
         _, _, tile, row, shift, last = _item(
@@ -409,18 +408,18 @@ def _consume(
         out_slot = slot * (DIM // V_DIM)
         out_rows.index(out_slot).store(acc.to(dtype))
         fence_async_shared()
-        gl.thread_barrier()
+        thread_barrier()
         if PARTIAL:
             # TMA would overwrite the next document, and may not store to negative rows
             if (first >= 0) & (first + _HALF <= last):
-                tma.async_copy_shared_to_global(out_desc, [batch, head, first, 0], out_boxes.index(out_slot))
+                async_store(out_desc, [batch, head, first, 0], out_boxes.index(out_slot))
             else:
                 _store_rows(
                     out_rows.index(out_slot), out, 0, last, batch, head, first, out_batch, out_head, out_row, V_ROW
                 )
-                gl.thread_barrier()
+                thread_barrier()
         else:
-            tma.async_copy_shared_to_global(out_desc, [batch, head, first, 0], out_boxes.index(out_slot))
+            async_store(out_desc, [batch, head, first, 0], out_boxes.index(out_slot))
         tma.store_wait(pendings=0)
         mbarrier.arrive(q_empty.index(slot), count=1)
 

@@ -63,7 +63,7 @@ class Watchdog:
     def __init__(self, minutes: float) -> None:
         self._limit = minutes * 60
         self._tick = min(_LONGEST_TICK, self._limit / _LOOKS)
-        self._store = _get_default_store().clone()  # type: ignore[attr-defined]  # a connection of its own: the rank may block the other
+        self._store = _get_default_store().clone()  # type: ignore[attr-defined, unused-ignore]  # a connection of its own: the rank may block the other
         self._rank, self._world = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self._main = threading.main_thread().ident
         self._beats, self._doing, self._moved, self._ticks = 0, "starting", time.monotonic(), 0

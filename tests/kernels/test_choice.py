@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 from s2train.kernels import BlockLayout, block_sparse_attention, choice, kernels_in_use, triton_backend
 from s2train.kernels.hopper import support as hopper_support
 from torch import Tensor
@@ -84,6 +85,14 @@ def test_the_portable_backend_takes_no_hopper_kernel(monkeypatch: pytest.MonkeyP
     block_sparse_attention(q, k, v, layout, backend="portable").sum().backward()
     used = kernels_in_use(q, k, v, layout, backend="portable")
     assert (used.forward, used.why_forward) == ("portable", "backend=portable")
+
+
+def test_a_triton_that_they_do_not_run_in_is_named_beside_the_one_that_they_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(triton, "__version__", "3.9.0")
+    # no other test's device: the answer is kept
+    reason = choice._no_hopper(torch.device("cuda", 7))
+    assert reason == "Triton 3.9.0: they run in 3.6.x alone, which torch 2.11 brings"
 
 
 def test_a_cpu_runs_torch_and_says_so() -> None:

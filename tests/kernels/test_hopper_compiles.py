@@ -22,7 +22,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 
 SHARED_BYTES = 232448  # of a program on compute capability 9.0
 # Of all threads' roles, stores and loads. Packed documents add the stores of a partial tile, after the loops.
-SPILLED_BYTES, SPILLED_BYTES_PACKED = 32, 128
+SPILLED_BYTES, SPILLED_BYTES_PACKED = (32 if triton.__version__.startswith("3.6.") else 48), 128
 # direction, dtype, head dimensions of q and v, block, causal, what the rows are ("whole" tiles, "offset", "packed")
 CASES = [
     ("forward", "bfloat16", 128, 128, 128, True, "whole"),
@@ -55,7 +55,7 @@ Case = tuple[str, str, int, int, int, bool, str]
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not triton.__version__.startswith("3.6."), reason="written in Triton 3.6's Gluon")
+@pytest.mark.skipif(not triton.__version__.startswith(("3.6.", "3.7.")), reason="Triton 3.6 or 3.7")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_compiles_for_hopper(case: Case) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
