@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 import psutil
-from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing import PContext, SignalException
 from torch.distributed.launcher.api import LaunchConfig
 from torch.distributed.run import main as torchrun
 
@@ -35,8 +35,7 @@ def main() -> int:
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
     if "shutdown_timeout" not in inspect.signature(LaunchConfig).parameters:
-        told = "this torch kills ranks 30 s after a signal, in the middle of a longer save; 2.13 waits"
-        print(f"warning: {told}", file=sys.stderr)
+        wait_after_signals()
     with tempfile.TemporaryDirectory(prefix="s2train_") as folder:
         status = Path(folder) / "status"
         os.environ[STATUS_FILE] = str(status)
@@ -48,6 +47,18 @@ def main() -> int:
                 print(f"error: {error}; the ranks ended without saving", file=sys.stderr)
                 return 128 + error.sigval
         return int(status.read_text()) if status.exists() else 0
+
+
+def wait_after_signals() -> None:
+    """Make a torch before 2.13, which kills ranks half a minute after a signal, heed PET_SHUTDOWN_TIMEOUT."""
+    close = PContext.close
+
+    def patient_close(self: PContext, death_sig: signal.Signals | None = None, timeout: int = 30) -> None:
+        if isinstance(sys.exc_info()[1], SignalException):  # a failed rank's peers may hang: they have half a minute
+            timeout = int(os.environ["PET_SHUTDOWN_TIMEOUT"])
+        close(self, death_sig, timeout)
+
+    PContext.close = patient_close  # type: ignore[method-assign]
 
 
 def wait_for_ranks() -> None:

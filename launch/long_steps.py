@@ -6,11 +6,12 @@ broken-off measurement goes on. Arguments `setting=value` go to every run, such 
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 from rich.console import Console
 
-from s2train.command_line import run_command
+from s2train.command_line import run_command, settings_before_options
 from s2train.comparison.long_steps import Request, measure_all, run_case
 from s2train.comparison.long_steps_report import draw, table
 from s2train.comparison.runs import environment
@@ -40,7 +41,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=7, help="measured")
     parser.add_argument("--warmup", type=int, default=4, help="steps before, which compile and tune")
     parser.add_argument("--case", help=argparse.SUPPRESS)
-    given = parser.parse_intermixed_args()
+    given = parser.parse_intermixed_args(settings_before_options(sys.argv[1:]))
     if given.case is not None:
         run_command(lambda: run_case(given.case))
     else:

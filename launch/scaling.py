@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from s2train.command_line import run_command
+from s2train.command_line import run_command, settings_before_options
 from s2train.comparison.runs import environment
 from s2train.errors import ConfigError
 from s2train.files import check_writable, replacing
@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=2, help="of a step of --scaling, data parallel: on each GPU")
     parser.add_argument("--attention-length", type=int, help="tokens where attention runs by itself")
     parser.add_argument("--timeout", type=float, default=300, help="seconds for one program")
-    given = parser.parse_intermixed_args()
+    given = parser.parse_intermixed_args(settings_before_options(sys.argv[1:]))
     run_command(lambda: scaling(given))
 
 

@@ -2,11 +2,12 @@
 
 import errno
 import os
+import re
 import socket
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -30,6 +31,7 @@ INTERRUPTED_STATUS = 130  # of Ctrl-C, as a shell tells it
 # or report as its own 1. `launch/job.py` sets it.
 STATUS_FILE = "S2TRAIN_STATUS_FILE"
 _SECONDS_TO_SPEAK = 10.0
+_SETTING = re.compile(r"(\+{0,2}[A-Za-z_][\w./@]*=|~)")  # Hydra's, which options never look like
 
 
 def run_hydra(main: Callable[[], None], schema: type) -> None:
@@ -84,6 +86,17 @@ def run_command(command: Callable[[], None]) -> None:
         _end_with_all(_lines(error), USAGE_STATUS)
     except ConfigError as error:
         _refuse(str(error).splitlines()[0])
+
+
+def settings_before_options(arguments: Sequence[str]) -> list[str]:
+    """A command line with its settings (`name=value`) moved before the first option.
+
+    For argparse, which takes every word after an option of several values for one more of them.
+    """
+    settings = [word for word in arguments if _SETTING.match(word)]
+    others = [word for word in arguments if not _SETTING.match(word)]
+    first = next((number for number, word in enumerate(others) if word.startswith("-")), len(others))
+    return [*others[:first], *settings, *others[first:]]
 
 
 def _refuse_composition(line: str) -> NoReturn:

@@ -150,6 +150,8 @@ def _condensed(
             return str(ConfigError(key, value, "nothing there to override", f"Write +{text} to add it."))
         if key in _HYDRA_GROUPS and f"{key}/{value}" in " ".join(message):
             return str(ConfigError(key, value, "unknown name", f"There are {_HYDRA_GROUPS[key]}."))
+        if message[0] == f"Ambiguous value for argument '{text}'":
+            return str(ConfigError(key, value, "a list or a sweep", f"Write '{key}=[{value}]', or -m for a sweep."))
         if text in message[0] and cause:
             kind = _type_of(key, schema)
             remedy = f"It takes {kind.__name__ if isinstance(kind, type) else kind}."

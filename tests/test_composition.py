@@ -61,6 +61,7 @@ def test_a_name_of_a_sweep_is_checked_too() -> None:
         ("layout.pattern=5", "Set one of layout.pattern.kind, layout.pattern.local"),
         ("layout.patterns.W.kind=dense", "Write +layout.patterns.W.kind=dense"),
         ("optim.lr=[1", "optim.lr=[1: can't be read"),
+        ("data.split=90,10", "Write 'data.split=[90,10]', or -m for a sweep"),
         ("train.steps", "train.steps: can't be read: missing EQUAL"),
     ],
 )

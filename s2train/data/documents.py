@@ -37,7 +37,7 @@ def read_documents(
 
 def bad_document(path: Path, error: BadDocumentError) -> ConfigError:
     """For a document of `path` that can't be read."""
-    return ConfigError("input", path, error.problem, "Mend that line")
+    return ConfigError("input", path, error.problem, error.remedy)
 
 
 def no_text(path: Path) -> ConfigError:

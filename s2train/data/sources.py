@@ -19,11 +19,11 @@ _MEND = "Mend it, or leave it out"
 
 
 class BadDocumentError(ValueError):
-    """What is wrong with a document, in words that follow a file's name, and the number of its source."""
+    """What is wrong with a document, in words that follow a file's name, the number of its source, and the remedy."""
 
-    def __init__(self, problem: str, source: int) -> None:
-        super().__init__(problem, source)
-        self.problem, self.source = problem, source
+    def __init__(self, problem: str, source: int, remedy: str = "Mend that line") -> None:
+        super().__init__(problem, source, remedy)
+        self.problem, self.source, self.remedy = problem, source, remedy
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,13 @@ class Piece:
     def _text_of(self, line: bytes, number: int, text_key: str) -> str:
         try:
             text = json.loads(line)[text_key]
+        except KeyError as error:
+            keys, remedy = ", ".join(json.loads(line)) or "none", "Set text_key to the text's, or mend that line"
+            problem = f'line {number} has no "{text_key}", its keys: {keys}'
+            raise BadDocumentError(problem, self.source, remedy) from error
         except UnicodeDecodeError as error:
             raise BadDocumentError(f"line {number} is not UTF-8 ({error})", self.source) from error
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, TypeError) as error:
             raise BadDocumentError(
                 f'line {number} is no JSON object with a "{text_key}" ({error!r})', self.source
             ) from error

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from s2train.command_line import settings_before_options
 from s2train.config import ParallelConfig
 from s2train.megatron.backends import choose_backend
 from s2train.megatron.cached_model import CachedModel, hidden_states
@@ -49,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--no-prefill", action="store_true", help="decode over random keys and values: prompts take long"
     )
     parser.add_argument("--output", type=Path, default=None, help="JSON")
-    args = parser.parse_args(arguments)
+    args = parser.parse_args(settings_before_options(sys.argv[1:] if arguments is None else arguments))
     if min(*args.lengths, *(batch or 1 for batch in args.batches), args.tokens - 1, args.chunk) < 1:
         parser.error("lengths, batches and chunk must be at least 1, tokens 2")
     if args.output is not None and args.output.exists():

@@ -1,6 +1,7 @@
 """Refusing a run that can't work, before anything is allocated: one error with setting, value and remedy."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -86,9 +87,11 @@ def preview(cfg: PretrainConfig, world_size: int, hardware: Hardware) -> Plan:
     check_values(cfg)
     check_documents(cfg)
     copy = smallest_world(cfg)
-    world_size = copy if world_size % copy else world_size
-    check_division(cfg, world_size)
-    return _plan(cfg, world_size, hardware)
+    ranks = copy if world_size % copy else world_size
+    if hardware.kind == "cpu":  # they would share what the ranks here have
+        hardware = replace(hardware, memory=hardware.memory * world_size // ranks)
+    check_division(cfg, ranks)
+    return _plan(cfg, ranks, hardware)
 
 
 def _plan(cfg: PretrainConfig, world_size: int, hardware: Hardware) -> Plan:

@@ -24,6 +24,7 @@ from s2train.planning.prediction import LENGTHS, ModelCosts, known_lengths, mode
 from s2train.planning.settings import check_values
 
 _TERA = 1e12
+_COLUMNS = 120  # of the tables, whatever the terminal has: in less, rich cuts digits off without a word
 
 
 def show(cfg: ShowLayoutConfig) -> None:
@@ -46,7 +47,7 @@ def show(cfg: ShowLayoutConfig) -> None:
     here = model_costs(cfg.model, hybrid, seq_length)
     by_length = [model_costs(cfg.model, hybrid, length) for length in _lengths(hybrid, seq_length)]
     distances = distance_table(reach(hybrid, seq_length))
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, width=_COLUMNS)
     console.print(f"[bold]{cfg.model.name}[/bold] at {seq_length:,} tokens, blocks of {hybrid.block_size}")
     console.print(_layer_table(hybrid, here, seq_length))
     console.print(coverage_report(hybrid, seq_length).format(), highlight=False)

@@ -78,7 +78,8 @@ def find_start(cfg: PretrainConfig) -> Start:
         order = data_order(cfg, saved.step)
         return Start(checkpoint, Progress(saved.step, 0, order, None, first_step=saved.step), saved.rng_ranks)
     order = data_order(cfg, saved.first_step)
-    _check_same_order(saved.order, order, checkpoint)
+    needed = (cfg.train.steps - saved.first_step) * cfg.train.global_batch_size
+    _check_same_order(saved.order, order, checkpoint, needed)
     # A branch of another run is a run of its own in wandb.
     return Start(
         checkpoint, replace(saved, order=order, wandb_id=saved.wandb_id if lies_here else None), saved.rng_ranks
@@ -178,7 +179,8 @@ def _flat_names(node: Any, prefix: str = "") -> list[str]:
     return names
 
 
-def _check_same_order(before: dict[str, Any], now: dict[str, Any], checkpoint: Path) -> None:
+def _check_same_order(before: dict[str, Any], now: dict[str, Any], checkpoint: Path, needed: int) -> None:
+    """`needed` samples are trained on."""
     before = _under_todays_paths(before, now)
     for setting, value in now.items():
         if before.get(setting) != value:
@@ -186,9 +188,12 @@ def _check_same_order(before: dict[str, Any], now: dict[str, Any], checkpoint: P
                 f"{checkpoint} was trained with {before.get(setting)}, another order of the data: samples would come"
                 " twice or not at all"
             )
+            back = "Set it so"
+            if setting == "data.num_samples" and needed > (saved := int(before.get(setting) or 0)):
+                back = f"Train no more steps than {saved} samples last for (set when a run starts, it leaves room)"
             remedy = (
-                "Set it so (data.num_samples leaves room for more steps, if set when a run starts), or start a new"
-                f" phase on these data: another run_dir, checkpoint.resume={checkpoint} and checkpoint.new_data=true"
+                f"{back}, or start a new phase on these data: another run_dir, checkpoint.resume={checkpoint} and"
+                " checkpoint.new_data=true"
             )
             raise ConfigError(setting, value, problem, remedy)
 

@@ -195,7 +195,7 @@ def test_any_number_of_processes_writes_the_same_bytes(texts: Path, tmp_path: Pa
 def test_a_bad_line_is_named_from_a_worker_too(texts: Path, tmp_path: Path) -> None:
     with texts.open("a") as file:
         file.write("{}\n")
-    with pytest.raises(ConfigError, match=r"a\.jsonl: line 10001 is no JSON object"):
+    with pytest.raises(ConfigError, match=r"a\.jsonl: line 10001 has no \"text\".* Set text_key"):
         prepare(PrepareConfig(input=str(texts), output=str(tmp_path / "out" / "mine"), workers=2))
 
 

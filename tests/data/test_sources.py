@@ -75,8 +75,20 @@ def test_a_line_deep_in_a_file_is_named_by_its_number(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     good = json_lines(["x" * 1000]) * (2 * PIECE_BYTES // 1000)
     path.write_bytes(good + b"{}\n")
-    with pytest.raises(ConfigError, match=rf'line {good.count(b"{") + 1} is no JSON object with a "text"'):
+    with pytest.raises(ConfigError, match=rf'line {good.count(b"{") + 1} has no "text", its keys: none'):
         list(read_documents(path, 10))
+
+
+def test_a_line_whose_text_has_another_key_names_its_keys_and_the_setting(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"id": 3, "content": "x"}\n')
+    with pytest.raises(ConfigError, match=r'line 1 has no "text", its keys: id, content\. Set text_key'):
+        list(read_documents(tmp_path / "a.jsonl", 10))
+
+
+def test_a_line_that_is_no_object_is_to_be_mended(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('["x"]\n')
+    with pytest.raises(ConfigError, match=r'line 1 is no JSON object with a "text".* Mend that line'):
+        list(read_documents(tmp_path / "a.jsonl", 10))
 
 
 def test_half_a_surrogate_pair_becomes_a_replacement_character(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -73,3 +74,28 @@ def test_a_run_that_diverges_ends_once(tmp_path: Path) -> None:
     assert done.status == 1, done.err
     assert error_line(done).startswith("error: step 2: loss ")
     assert done.out.count("new run in") == 1
+
+
+# Ends a while after a signal, as a long save does: longer than torch before 2.13 lets it.
+SAVES = """
+import pathlib, signal, sys, time
+def save(*_):
+    time.sleep(35)
+    pathlib.Path(sys.argv[1], "saved").touch()
+    sys.exit(0)
+signal.signal(signal.SIGTERM, save)
+pathlib.Path(sys.argv[1], "started").touch()
+time.sleep(300)
+"""
+
+
+@pytest.mark.long
+def test_a_save_may_take_longer_than_half_a_minute(tmp_path: Path) -> None:
+    (tmp_path / "saves.py").write_text(SAVES)
+    command = [sys.executable, "launch/job.py", "--standalone", "--nproc-per-node", "1", str(tmp_path / "saves.py")]
+    running = subprocess.Popen([*command, str(tmp_path)], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    while not (tmp_path / "started").exists():
+        time.sleep(0.1)
+    running.terminate()
+    running.wait(120)
+    assert (tmp_path / "saved").exists()

@@ -198,6 +198,13 @@ def test_a_preview_is_of_as_many_processes_as_the_model_takes() -> None:
     assert preview(config(tp=8), 16, H100).world_size == 16
 
 
+def test_processes_on_a_cpu_share_its_memory() -> None:
+    cpu = Hardware("CPU", "cpu", 64 << 30)
+    assert preview(config(tp=8), 1, cpu).hardware.memory == 8 << 30
+    assert preview(config(tp=8), 8, cpu).hardware.memory == 64 << 30  # a started rank knows its own share
+    assert preview(config(tp=8), 1, H100).hardware.memory == H100.memory
+
+
 def test_the_report_says_what_was_counted() -> None:
     text = format_plan(preview(config(tp=8, sequence_parallel=True), 8, H100))
     rows = text.partition("coverage")[0].splitlines()[1:]

@@ -69,7 +69,14 @@ def test_the_program_takes_the_overrides_of_a_run(tmp_path: Path) -> None:
     assert content["layers"][0]["layers"] == [0, 1, 2, 3]
     assert "125m_hybrid at 8,192 tokens, blocks of 64" in done.out
     table = done.out.split("predicted speed-ups")[1]
-    assert all(name in table for name in ("tokens", "streamed", "attention", "step"))  # whole, in 80 columns
+    assert all(name in table for name in ("tokens", "streamed", "attention", "step"))
+
+
+def test_figures_are_whole_in_a_table_of_many_lengths(tmp_path: Path) -> None:
+    done = run("show_layout.py", "+model=tiny_hybrid", f"output={tmp_path}", processes=0)
+    table = done.out.split("predicted speed-ups")[1]
+    assert "streamed" in table
+    assert "0.000244" in table
 
 
 @pytest.mark.parametrize("argument", ["layers=[4]", "seq_length=0", "schedule=shfted", "seq_lengthh=3"])

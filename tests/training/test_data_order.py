@@ -30,7 +30,7 @@ def order(*paths: Any) -> dict[str, Any]:
 
 
 def resumed(before: dict[str, Any], now: dict[str, Any]) -> None:
-    _check_same_order(before, now, Path("iter_0000003"))
+    _check_same_order(before, now, Path("iter_0000003"), needed=1)
 
 
 def test_the_same_files_under_another_path_go_on(here: Path) -> None:
@@ -40,6 +40,14 @@ def test_the_same_files_under_another_path_go_on(here: Path) -> None:
     for suffix in (".bin", ".idx", ".json"):
         shutil.copy(f"a{suffix}", here / "moved")
     resumed(order("a"), order("moved/a"))
+
+
+def test_more_steps_than_the_order_has_samples_for_are_not_told_to_take_fewer_samples(here: Path) -> None:
+    before, now = order("a") | {"data.num_samples": 80}, order("a") | {"data.num_samples": 112}
+    with pytest.raises(ConfigError, match=r"Train no more steps than 80 samples last for .* or start a new phase"):
+        _check_same_order(before, now, here, needed=112)
+    with pytest.raises(ConfigError, match=r"Set it so, or start a new phase"):
+        _check_same_order(before, now, here, needed=80)
 
 
 def test_other_data_of_the_same_size_are_refused_by_their_path(here: Path) -> None:
