@@ -8,7 +8,7 @@
 
 None named: all of them. Settings that follow go to every training run, such as schedule.placement=balanced. Runs and
 logs are kept in runs/scaling-NAME; broken off, the same command goes on, and repeats what failed. Without a GPU,
-processes of the CPU take their place: for trying it, at small sizes.
+processes of the CPU take their place: for trying it, with options as in tests/scaling/test_program.py.
 """
 
 import argparse
