@@ -22,6 +22,11 @@ CLOSE_TIMEOUT_S = 120.0  # for what is still to be sent at the end
 _CAPACITY = 10_000  # things to do that wait at most; further ones are dropped
 
 
+def say(text: str) -> None:
+    """Print a line in one piece: `print` writes the end of it apart, and another thread's line may come between."""
+    print(f"{text}\n", end="", flush=True)
+
+
 @dataclass(frozen=True)
 class RunInfo:
     """What a run is known by.
@@ -80,7 +85,7 @@ class WandbRun:
         say: told one line where something goes wrong.
     """
 
-    def __init__(self, info: RunInfo, say: Callable[[str], None] = print) -> None:
+    def __init__(self, info: RunInfo, say: Callable[[str], None] = say) -> None:
         self.id = info.id or new_id()
         self._info, self._say = info, say
         self._run: Any = None

@@ -13,7 +13,7 @@ from s2train.config import PretrainConfig
 from s2train.files import set_aside
 from s2train.megatron.checkpoint import Progress
 from s2train.versions import git_commit, versions
-from s2train.wandb_run import RunInfo, WandbRun, choose_mode
+from s2train.wandb_run import RunInfo, WandbRun, choose_mode, say
 
 
 @dataclass
@@ -132,7 +132,7 @@ class Tracker:
         if not self._active:
             return
         self._step = metrics.step
-        print(metrics.line(self._steps), flush=True)
+        say(metrics.line(self._steps))
         values = {k: v for k, v in asdict(metrics).items() if v is not None}
         self._write(values)
         if self._run is not None:
@@ -142,7 +142,7 @@ class Tracker:
     def note(self, text: str | None) -> None:
         """Print something for the reader."""
         if self._active and text:
-            print(text, flush=True)
+            say(text)
 
     def picture(self, name: str, path: Path) -> None:
         """Show a PNG in wandb."""
