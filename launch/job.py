@@ -10,16 +10,19 @@ again can't mend ends at once under --max-restarts too, with status 2 if the run
 import inspect
 import os
 import signal
+import socket
 import sys
 import tempfile
 from pathlib import Path
 
 import psutil
+import torch
 from torch.distributed.elastic.multiprocessing import PContext, SignalException
 from torch.distributed.launcher.api import LaunchConfig
 from torch.distributed.run import main as torchrun
+from torch.distributed.run import parse_args
 
-from s2train.command_line import STATUS_FILE
+from s2train.command_line import STATUS_FILE, USAGE_STATUS
 
 DEFAULTS = {
     "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
@@ -36,6 +39,10 @@ def main() -> int:
         os.environ.setdefault(name, value)
     if "shutdown_timeout" not in inspect.signature(LaunchConfig).parameters:
         wait_after_signals()
+    if parse_args(sys.argv[1:]).nproc_per_node == "gpu" and not torch.cuda.is_available():
+        told = "--nproc-per-node=gpu (NPROC_PER_NODE is not set): torch sees no GPU"
+        print(f"error: {told} on {socket.gethostname()}. Set it to the number of processes", file=sys.stderr)
+        return USAGE_STATUS
     with tempfile.TemporaryDirectory(prefix="s2train_") as folder:
         status = Path(folder) / "status"
         os.environ[STATUS_FILE] = str(status)

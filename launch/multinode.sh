@@ -52,10 +52,6 @@ export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-${TMPDIR:-/tmp}/triton-$(id -un)}
 export TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE='[rank${rank}]: '
 # launch/job.py is torchrun with the signals and statuses that schedulers want.
 export PET_SHUTDOWN_TIMEOUT=${SAVE_SECONDS:-240}
-if [ -z "${NPROC_PER_NODE:-}" ] && ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-    echo "error: NPROC_PER_NODE is not set, and torch sees no GPU on $(hostname). Set it to the number of processes" >&2
-    exit 2
-fi
 mkdir -p "$log_dir/$(hostname)"
 exec "$python" "$root/launch/job.py" \
     --nnodes "${NNODES:-1}" --nproc-per-node "${NPROC_PER_NODE:-gpu}" --max-restarts "${MAX_RESTARTS:-3}" \

@@ -3,11 +3,11 @@
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
+from tests.launch.test_nodes import await_that
 from tests.program import ROOT, SMALL, Outcome, error_line
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("job")]
@@ -94,8 +94,16 @@ def test_a_save_may_take_longer_than_half_a_minute(tmp_path: Path) -> None:
     (tmp_path / "saves.py").write_text(SAVES)
     command = [sys.executable, "launch/job.py", "--standalone", "--nproc-per-node", "1", str(tmp_path / "saves.py")]
     running = subprocess.Popen([*command, str(tmp_path)], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    while not (tmp_path / "started").exists():
-        time.sleep(0.1)
+    await_that((tmp_path / "started").exists, "the rank to start")
     running.terminate()
     running.wait(120)
     assert (tmp_path / "saved").exists()
+
+
+def test_a_process_for_each_gpu_where_there_is_none_is_refused_in_one_line() -> None:
+    command = [sys.executable, "launch/job.py", "--nproc-per-node", "gpu", "launch/pretrain.py"]
+    surroundings = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=ROOT, env=surroundings, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "torch sees no GPU" in done.stderr
+    assert "Traceback" not in done.stderr
