@@ -13,6 +13,11 @@ from s2train.errors import ConfigError
 from s2train.files import check_writable
 
 
+def samples_of_steps(cfg: PretrainConfig, first_step: int = 0) -> int:
+    """Samples that `train.steps` take from `first_step` on."""
+    return (cfg.train.steps - first_step) * cfg.train.global_batch_size
+
+
 def num_train_samples(cfg: PretrainConfig, first_step: int = 0) -> int:
     """Samples in the training order: `data.num_samples`, else what `train.steps` take from `first_step` on.
 
@@ -23,7 +28,7 @@ def num_train_samples(cfg: PretrainConfig, first_step: int = 0) -> int:
     Raises:
         ConfigError: `data.num_samples` is too small.
     """
-    samples = (cfg.train.steps - first_step) * cfg.train.global_batch_size
+    samples = samples_of_steps(cfg, first_step)
     if cfg.data.num_samples is not None and cfg.data.num_samples < samples:
         problem = f"train.steps × train.global_batch_size takes {samples} from step {first_step} on"
         raise ConfigError(

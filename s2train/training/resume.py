@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from s2train.config import PretrainConfig
 from s2train.data.blend import parse_blend
-from s2train.data.checks import num_train_samples
+from s2train.data.checks import num_train_samples, samples_of_steps
 from s2train.data.splits import megatron_split
 from s2train.errors import ConfigError
 from s2train.files import FolderLock
@@ -78,8 +78,7 @@ def find_start(cfg: PretrainConfig) -> Start:
         order = data_order(cfg, saved.step)
         return Start(checkpoint, Progress(saved.step, 0, order, None, first_step=saved.step), saved.rng_ranks)
     order = data_order(cfg, saved.first_step)
-    needed = (cfg.train.steps - saved.first_step) * cfg.train.global_batch_size
-    _check_same_order(saved.order, order, checkpoint, needed)
+    _check_same_order(saved.order, order, checkpoint, samples_of_steps(cfg, saved.first_step))
     # A branch of another run is a run of its own in wandb.
     return Start(
         checkpoint, replace(saved, order=order, wandb_id=saved.wandb_id if lies_here else None), saved.rng_ranks

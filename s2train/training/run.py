@@ -39,7 +39,7 @@ from s2train.training.start_times import StartTimes
 from s2train.training.startup import check_start
 from s2train.training.warm_up import compile_kernels, first_on_each_machine
 from s2train.training.watchdog import Watchdog
-from s2train.wandb_run import choose_mode
+from s2train.wandb_run import choose_mode, say
 
 _WATCHDOG_LEAD = 2.0  # minutes that it has to name a rank before collective calls fail, which name none
 
@@ -142,12 +142,12 @@ def _train(
     if is_first:
         write_config(cfg, run_dir / "config.yaml")
         draw_layout(hybrid, cfg.train.seq_length, run_dir / "layout.png", title=cfg.model.name)
-        print(_description(cfg, models, backend, device, start), flush=True)
+        say(_description(cfg, models, backend, device, start))
     tracker.picture("layout", run_dir / "layout.png")
     times.end("records")
     tracker.event("ready", seconds=times.seconds)
     if is_first:
-        print(f"ready after {times}", flush=True)
+        say(f"ready after {times}")
     tracker.table("sparse layers", ["letter", "layers", "keeps", "density"], letter_rows(plan))
     trainer = Trainer(
         cfg,
@@ -178,12 +178,11 @@ def _train(
         baseline = unigram_baseline(cfg)
         draw_loss_curve(run_dir / "metrics.jsonl", run_dir / "loss.png", baseline, title=cfg.model.name)
         if baseline is not None:
-            print(f"unigram entropy of the data {baseline:.4f} nats per token: the loss to beat without any context")
-        print(
+            say(f"unigram entropy of the data {baseline:.4f} nats per token: the loss to beat without any context")
+        say(
             f"{'finished' if cfg.train.last_step == cfg.train.steps else 'stopped'} at step {cfg.train.last_step} of"
             f" {cfg.train.steps} | checkpoint {saved or 'none'} | loss curve {run_dir / 'loss.png'}"
-            f" | layout {run_dir / 'layout.png'}",
-            flush=True,
+            f" | layout {run_dir / 'layout.png'}"
         )
     tracker.picture("loss curve", run_dir / "loss.png")
     tracker.close()
