@@ -1,7 +1,8 @@
 """Pictures of needle_recipe.py's variants: `python launch/needle_curves.py ROOT OUTPUT` writes OUTPUT.json and .png.
 
 Above, the share of exact answers over training steps, a panel a length; below, the grids. Variants that shared their
-GPU while they trained are named after `--shared`: their times are left out.
+GPU while they trained are named after `--shared`: their times are left out. `--beside` draws those of earlier
+OUTPUT.json too; in the new one they are named with their files.
 """
 
 import argparse
@@ -18,25 +19,30 @@ from matplotlib.figure import Figure
 
 from s2train.comparison.runs import environment
 from s2train.evaluation.pictures import SCORE_COLOURS
-from s2train.evaluation.results import NeedleResults, load_results
-from s2train.training.plots import read_records
+from s2train.evaluation.results import load_results, results_from
+from s2train.training.plots import read_curves, read_records
 
 
 def read_variant(folder: Path) -> dict[str, Any]:
-    """A variant's points [step, length, correct, trials], the seconds that the steps of each phase took, and its grid.
+    """A variant's points [step, length, correct, trials], of each phase the seconds that its steps took and the
+    held-out loss at its end (nats a token), and its grid.
 
     Seconds are from metrics.jsonl: without starting, evaluating and saving. The first report after each start has
     compilation in it: the median of the others counts in its place.
     """
     points: list[tuple[int, int, int, int]] = []
     seconds: dict[str, float] = {}
+    held_out: dict[str, float] = {}
     for run in sorted((path for path in folder.iterdir() if path.name.isdecimal()), key=lambda path: int(path.name)):
         seconds[run.name] = _seconds(read_records(run / "metrics.jsonl"))
+        if losses := read_curves(run / "metrics.jsonl").held_out:
+            held_out[run.name] = losses[max(losses)]
         for path in sorted(run.glob("needle/*/needle.json")):
             if results := load_results(path):
                 points += [(results.step, length, score.correct, score.trials) for length, score in results.columns]
     grid = load_results(folder / "grid" / "needle.json")
-    return {"points": sorted(points), "seconds": seconds, "grid": grid and asdict(grid)}
+    losses_and_seconds = {"seconds": seconds, "held_out_loss": held_out}
+    return {"points": sorted(points), **losses_and_seconds, "grid": grid and asdict(grid)}
 
 
 def _seconds(records: list[dict[str, Any]]) -> float:
@@ -51,8 +57,9 @@ def _seconds(records: list[dict[str, Any]]) -> float:
     return float(np.sum(np.diff(steps, prepend=begin) * times))
 
 
-def draw(variants: dict[str, dict[str, Any]], grids: dict[str, NeedleResults], path: Path) -> None:
+def draw(variants: dict[str, dict[str, Any]], path: Path) -> None:
     """Curves of all variants, and a heat map of each grid."""
+    grids = {name: results_from(variant["grid"]) for name, variant in variants.items() if variant["grid"]}
     figure = Figure(figsize=(3.2 * max(2, len(variants)), 7), dpi=140, layout="constrained")
     FigureCanvasAgg(figure)
     above, below = figure.subfigures(2, 1)
@@ -87,6 +94,7 @@ def main() -> None:
     parser.add_argument("root", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("--shared", nargs="*", default=[], metavar="VARIANT", help="trained beside others on one GPU")
+    parser.add_argument("--beside", nargs="*", type=Path, default=[], metavar="FILE", help="earlier OUTPUT.json")
     given = parser.parse_args()
     if not given.root.is_dir():
         parser.error(f"{given.root}: no such folder; `launch/needle_recipe.py train` makes it")
@@ -97,9 +105,19 @@ def main() -> None:
     variants = {folder.name: read_variant(folder) for folder in folders}
     for name in given.shared:
         variants[name]["seconds"] = {}
-    found = {folder.name: load_results(folder / "grid" / "needle.json") for folder in folders}
-    draw(variants, {name: grid for name, grid in found.items() if grid}, given.output.with_suffix(".png"))
-    content = {"command": shlex.join(["python", *sys.argv]), **environment(), "variants": variants}
+    drawn, beside = dict(variants), {}
+    for file in given.beside:
+        try:
+            earlier = json.loads(file.read_text(encoding="utf-8"))["variants"]
+        except (OSError, ValueError, KeyError, TypeError):
+            parser.error(f"--beside {file}: no OUTPUT.json of this program")
+        if twice := sorted(drawn.keys() & earlier.keys()):
+            parser.error(f"--beside {file}: {', '.join(twice)} is there already; move the folder or leave the file out")
+        drawn |= earlier
+        beside |= dict.fromkeys(earlier, str(file))
+    draw(drawn, given.output.with_suffix(".png"))
+    told = {"command": shlex.join(["python", *sys.argv]), **environment(), "variants": variants}
+    content = told | ({"beside": beside} if beside else {})
     given.output.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 

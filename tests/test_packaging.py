@@ -33,6 +33,7 @@ def test_the_tested_versions_can_be_installed_together(python: str) -> None:
     assert held["triton"].specifier.contains(TRITON_OF_TORCH[torch.version])
 
 
-def test_from_python_3_12_on_the_hopper_kernels_run() -> None:
-    (triton,) = constraints("3.12")["triton"].specifier
-    assert triton.version.startswith(TRITON)
+@pytest.mark.parametrize("python", ["3.11", "3.12"])
+def test_the_hopper_kernels_run_in_the_triton_that_is_installed(python: str) -> None:
+    (torch,) = constraints(python)["torch"].specifier
+    assert TRITON_OF_TORCH[torch.version].startswith(TRITON)

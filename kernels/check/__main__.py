@@ -8,8 +8,10 @@ those after it run in new processes. Exits with 1 if any fails.
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
+import shlex
 import sys
 import time
 from collections import Counter
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from .. import spec
@@ -43,7 +46,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("no CUDA device: the interpreted kernels are checked by `pytest tests/kernels`", file=sys.stderr)
         return 1
-    machine = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    machine = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {triton.__version__}"
     print(machine, flush=True)
 
     began = time.monotonic()
@@ -66,7 +69,14 @@ def main() -> int:
     failed = [row["case"] for row in checks + timings if not row["ok"]]
     print(f"{len(checks)} checks, {len(timings)} timings, {len(failed)} failed {failed or ''}")
     if args.json:
-        args.json.write_text(json.dumps({"machine": machine, "checks": checks, "timings": timings}, indent=1))
+        content = {
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "command": shlex.join(["python", "-m", "s2train.kernels.check", *sys.argv[1:]]),
+            "machine": machine,
+            "checks": checks,
+            "timings": timings,
+        }
+        args.json.write_text(json.dumps(content, indent=1) + "\n")
     return 1 if failed else 0
 
 

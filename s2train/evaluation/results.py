@@ -123,11 +123,19 @@ class NeedleResults:
 def load_results(path: Path) -> NeedleResults | None:
     """Read what `NeedleResults.save` wrote; None if there is no such file, or it is none of ours."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        cells = [_cell(cell) for cell in content["cells"]]
-        return NeedleResults(**{entry.name: content[entry.name] for entry in fields(NeedleResults)} | {"cells": cells})
+        return results_from(json.loads(path.read_text(encoding="utf-8")))
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
+
+
+def results_from(content: dict[str, Any]) -> NeedleResults:
+    """Of the JSON that holds their fields.
+
+    Raises:
+        KeyError, TypeError: it holds others.
+    """
+    cells = [_cell(cell) for cell in content["cells"]]
+    return NeedleResults(**{entry.name: content[entry.name] for entry in fields(NeedleResults)} | {"cells": cells})
 
 
 def _sum(cells: list[Cell]) -> Score | None:

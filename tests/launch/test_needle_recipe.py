@@ -136,6 +136,30 @@ def test_pictures_are_not_overwritten_nor_drawn_of_nothing(
     assert (tmp_path / "out.png").read_text() == "mine"
 
 
+def test_earlier_pictures_variants_are_drawn_beside_and_named_with_their_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def draw(name: str, *beside: str) -> dict[str, Any]:
+        run = tmp_path / name / name / "512"
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "metrics.jsonl").write_text('{"step": 10, "step_time_s": 0.5, "held_out_loss": 2.5}\n')
+        output = tmp_path / f"{name}{len(beside)}"
+        arguments = ["needle_curves.py", str(tmp_path / name), str(output)]
+        monkeypatch.setattr(sys, "argv", [*arguments, *(["--beside", *beside] if beside else [])])
+        runpy.run_path(str(ROOT / "launch" / "needle_curves.py"))["main"]()
+        content: dict[str, Any] = json.loads(output.with_suffix(".json").read_text())
+        return content
+
+    earlier = str(tmp_path / "dense0.json")
+    assert draw("dense")["variants"]["dense"]["held_out_loss"] == {"512": 2.5}
+    content = draw("hybrid", earlier)
+    assert (content["variants"].keys(), content["beside"]) == ({"hybrid"}, {"dense": earlier})
+    for name, file, words in (("dense", earlier, "dense is there already"), ("spare", "none", "no OUTPUT.json")):
+        with pytest.raises(SystemExit):
+            draw(name, file)
+        assert words in capsys.readouterr().err
+
+
 def test_nothing_is_started_in_the_last_moments(recipe: dict[str, Any], tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(f"open({str(tmp_path / 'started')!r}, 'w')")
@@ -218,5 +242,6 @@ def test_a_small_recipe_goes_from_data_to_grid_and_on_where_it_stopped(
     variant = picture["read_variant"](tmp_path / "hybrid")
     assert [point[:2] for point in variant["points"]] == [(2, 64), (2, 128), (4, 64), (4, 128)]
     assert variant["grid"]["lengths"] == [128, 256]
-    picture["draw"]({"hybrid": variant}, {}, tmp_path / "out.png")
+    assert variant["held_out_loss"].keys() == {"128", "256"}
+    picture["draw"]({"hybrid": variant}, tmp_path / "out.png")
     assert (tmp_path / "out.png").stat().st_size > 1000
