@@ -88,7 +88,8 @@ def _no_hopper(device: torch.device) -> str:
     major, minor = torch.cuda.get_device_capability(device)
     if (major, minor) != (9, 0):
         return f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, not 9.0"
-    return f"Triton {triton.__version__}: they run in {' and '.join(f'{release}x' for release in TRITON)}, which torch 2.11 and 2.13 bring"
+    releases = " and ".join(f"{release}x" for release in TRITON)
+    return f"Triton {triton.__version__}: they run in {releases}, which torch 2.11 and 2.13 bring"
 
 
 def _reasons(supported: _Supported, q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, spec: AttentionSpec) -> str:
