@@ -33,23 +33,17 @@ def quoted(value: object) -> str:
 
 def torchrun(python: str, nproc_per_node: int, program: Path, arguments: Sequence[str]) -> list[str]:
     """The command of one job on this machine, with a free port of its own."""
-    return [*_start(python), "--standalone", *_ranks(nproc_per_node, program, arguments)]
-
-
-def _start(python: str) -> list[str]:
-    return [python, "-m", "torch.distributed.run"]
-
-
-def _ranks(nproc_per_node: int, program: Path, arguments: Sequence[str]) -> list[str]:
-    return ["--nproc-per-node", str(nproc_per_node), str(program), *arguments]
+    start = [python, "-m", "torch.distributed.run", "--standalone"]
+    return [*start, "--nproc-per-node", str(nproc_per_node), str(program), *arguments]
 
 
 def batch_script(
     settings: SlurmSweepConfig, name: str, folder: Path, cwd: Path, python: str, program: Path, arguments: Sequence[str]
 ) -> str:
-    """The sbatch script of one job: a torchrun on each of its nodes, and the log in the job's folder.
+    """The sbatch script of one job, with its log in the job's folder.
 
-    Several nodes start by `slurm/run.sh` beside the program, as `slurm/pretrain.sbatch` does.
+    It starts by `slurm/run.sh` beside the program, as `slurm/pretrain.sbatch` does: a torchrun on each node, which
+    saves when the time is up, and the job queued again.
     """
     options: dict[str, object] = {
         "job-name": name,
@@ -58,10 +52,11 @@ def batch_script(
         "nodes": settings.nodes,
         "ntasks-per-node": 1,
         "gpus-per-node": settings.nproc_per_node,
-        "signal": "B:USR1@300" if settings.nodes > 1 else None,  # for run.sh, which queues the job again
+        "signal": "B:USR1@300",  # for run.sh, which queues the job again
         **{name.replace("_", "-"): value for name, value in settings.options.items()},
     }
-    start, ranks = shlex.join(_start(python)), shlex.join(_ranks(settings.nproc_per_node, program, arguments))
+    run = shlex.join([str(program.parent / "slurm" / "run.sh"), str(program), *arguments])
+    where = f"PYTHON={shlex.quote(python)} LOG_DIR={shlex.quote(str(folder / 'logs'))}"
     unset = f"unset {' '.join(sorted(_OF_RANKS))} {' '.join(f'${{!{prefix}@}}' for prefix in _PREFIXES)}"
     lines = [
         "#!/bin/bash",
@@ -70,11 +65,6 @@ def batch_script(
         unset,
         f"cd {shlex.quote(str(cwd))}",
         *settings.setup,
+        f"{where} NPROC_PER_NODE={settings.nproc_per_node} exec {run}",
     ]
-    if settings.nodes == 1:
-        lines.append(f"exec {start} --standalone {ranks}")
-    else:
-        run = shlex.join([str(program.parent / "slurm" / "run.sh"), str(program), *arguments])
-        where = f"PYTHON={shlex.quote(python)} LOG_DIR={shlex.quote(str(folder / 'logs'))}"
-        lines.append(f"{where} NPROC_PER_NODE={settings.nproc_per_node} exec {run}")
     return "\n".join(lines) + "\n"

@@ -61,7 +61,7 @@ def test_a_batch_script_asks_for_what_a_job_needs(tmp_path: Path) -> None:
 def test_a_batch_script_passes_arguments_unchanged_and_no_ranks_variables(tmp_path: Path) -> None:
     arguments = ["run_dir='a b'", "x=$HOME", 'y="z"']
     text = script(tmp_path, *arguments, setup=["export SET_UP=yes"])
-    shown = text.replace("exec python", "exec show")
+    shown = text.replace("exec slurm/run.sh", "exec show")
     show = tmp_path / "show"
     show.write_text('#!/bin/bash\nprintf "%s\\n" "$@"; env; pwd\n')
     show.chmod(0o755)
@@ -76,12 +76,11 @@ def test_a_batch_script_passes_arguments_unchanged_and_no_ranks_variables(tmp_pa
     assert lines[-1] == str(tmp_path)
 
 
-def test_several_nodes_start_as_a_pretraining_of_its_own_does(tmp_path: Path) -> None:
-    made = SlurmSweepConfig(nodes=3, nproc_per_node=8)
+@pytest.mark.parametrize("nodes", [1, 3])
+def test_a_job_starts_as_a_pretraining_of_its_own_does(tmp_path: Path, nodes: int) -> None:
+    made = SlurmSweepConfig(nodes=nodes, nproc_per_node=8)
     program = Path("/code/launch/pretrain.py")
     text = batch_script(made, "job", tmp_path, tmp_path, "python", program, ["run_dir='a b'"])
     assert "NPROC_PER_NODE=8 exec /code/launch/slurm/run.sh /code/launch/pretrain.py" in text
     assert "#SBATCH --signal=B:USR1@300\n" in text
-    assert "--standalone" not in text
-    assert "--signal" not in script(tmp_path)
     assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
