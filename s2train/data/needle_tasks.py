@@ -7,7 +7,8 @@
     variable_tracking   XKQ = 4093317. … PLM = XKQ. … Names of 4093317:| XKQ, PLM.   ask=all; ask=one: PLM stands for| …
 
 A task is one class and one entry of `TASKS`; its fields are its settings. Keys, values and names belong to one split
-each, by their hash, those of distractors too: what evaluation asks for never occurs in training.
+each, by their hash, those of distractors too: what evaluation asks for never occurs in training. Of a line's key that
+goes for the words before the number, which are a key of the other tasks.
 """
 
 import difflib
@@ -24,7 +25,7 @@ Fact = tuple[str, str]  # head and tail of a sentence, tokenized apart as a ques
 
 ASK = ("one", "all")
 _MOST_NEEDLES = 100  # the evaluation's keys are a few hundred
-_LETTERS = np.array(list("ABCDEFGHJKLMNPQRSTUVWXYZ"))
+_CONSONANTS = np.array(list("BCDFGHJKLMNPQRSTVWXZ"))  # no name is a word of the haystack's
 _LINES_AT_ONCE = 256
 
 
@@ -129,7 +130,7 @@ class VariableTracking:
     def draft(self, rng: np.random.Generator, split: Split) -> Puzzle:
         drawn: dict[str, None] = {}
         while len(drawn) < self.chains * (self.hops + 1):
-            name = "".join(rng.choice(_LETTERS, 3))
+            name = "".join(rng.choice(_CONSONANTS, 3))
             if split_of(name) == split:
                 drawn[name] = None
         names = list(drawn)
@@ -189,9 +190,10 @@ def key_value_lines(rng: np.random.Generator, split: Split, other_than: str | No
     while True:
         adjective, noun = (rng.integers(len(words), size=_LINES_AT_ONCE).tolist() for words in (ADJECTIVES, NOUNS))
         number = rng.integers(100, 1000, size=_LINES_AT_ONCE).tolist()
-        keys = [f"{ADJECTIVES[a]}-{NOUNS[n]}-{i}" for a, n, i in zip(adjective, noun, number, strict=True)]
+        pairs = (f"{ADJECTIVES[a]}-{NOUNS[n]}" for a, n in zip(adjective, noun, strict=True))
+        keys = (f"{pair}-{i}" for pair, i in zip(pairs, number, strict=True) if split_of(pair) == split)
         values = map(str, rng.integers(1_000_000, 10_000_000, size=_LINES_AT_ONCE).tolist())
-        good_keys = [key for key in keys if key != other_than and split_of(key) == split]
+        good_keys = [key for key in keys if key != other_than]
         yield from zip(good_keys, (value for value in values if split_of(value) == split), strict=False)
 
 
