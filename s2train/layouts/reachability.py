@@ -8,6 +8,8 @@ Counting by blocks is exact for tokens: every token of a query block keeps the s
 of its own block the tokens up to itself. So all keys of an earlier block arrive together.
 """
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -98,6 +100,17 @@ def reach(hybrid: HybridLayout, seq_length: int, query: int | None = None) -> Re
         from_first[own] = 1
     arrays = (from_first, from_last, fewest)
     return Reach(query, hybrid.block_size, len(hybrid.layers), *map(torch.from_numpy, arrays))
+
+
+def direct_heads(hybrid: HybridLayout, query: int, keys: Sequence[int]) -> int:
+    """How many query heads of all layers see, at position `query`, every one of the positions `keys` in one hop.
+
+    A key that is near in layers may be so through few heads, which alone must then have learned to look it up.
+    """
+    at = torch.tensor(query // hybrid.block_size)
+    blocks = torch.tensor(sorted({key // hybrid.block_size for key in keys}))
+    counts = Counter(head for layer in hybrid.layers for head in layer.heads)
+    return sum(count for head, count in counts.items() if bool(head.keep(at, blocks).all()))
 
 
 def _step(reached: np.ndarray, union: np.ndarray | None) -> np.ndarray:

@@ -9,7 +9,7 @@ from s2train.errors import ConfigError
 from s2train.layouts.hybrid import HybridLayout, LayerLayout
 from s2train.layouts.kinds import KINDS
 from s2train.layouts.patterns import Pattern
-from s2train.layouts.reachability import distance_table, reach
+from s2train.layouts.reachability import direct_heads, distance_table, reach
 from s2train.layouts.schedules import SCHEDULES
 from tests.layouts.layout_cases import make_hybrid, patterns, union_of
 
@@ -112,3 +112,22 @@ def test_a_long_deep_model_takes_well_under_the_time_of_whole_matrices() -> None
     expected = torch.where(hops <= 32, hops.clamp(min=1), -1)
     expected[0] = 1  # the one column
     assert torch.equal(found.from_first, expected)
+
+
+@settings(deadline=None, max_examples=60)
+@given(layers_of_heads, st.integers(1, 3), st.integers(1, 26), st.data())
+def test_direct_heads_are_those_whose_masks_keep_all_keys_for_the_query(
+    layers: list[list[Pattern]], block_size: int, seq_length: int, data: st.DataObject
+) -> None:
+    hybrid = hybrid_of(layers, block_size)
+    query = data.draw(st.integers(0, seq_length - 1))
+    keys = data.draw(st.lists(st.integers(0, query), min_size=1, max_size=3))
+    num_blocks = -(-seq_length // block_size)
+    masks = [union_of([head], num_blocks) for heads in layers for head in heads]
+    expected = sum(all(mask[query // block_size, key // block_size] for key in keys) for mask in masks)
+    assert direct_heads(hybrid, query, keys) == expected
+
+
+def test_of_a_shifted_layers_heads_one_in_a_stride_sees_a_far_key() -> None:
+    hybrid = make_hybrid("SD", num_layers=2, num_heads=8, stride=8)
+    assert direct_heads(hybrid, 64 * hybrid.block_size - 1, [5 * hybrid.block_size]) == 1 + 8
