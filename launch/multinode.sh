@@ -49,6 +49,9 @@ export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
 # Compiled kernels on the node's own disk: local rank 0 fills it, the others read it.
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-${TMPDIR:-/tmp}/triton-$(id -un)}
 
+# --tee copies the ranks' lines through the launcher's stdout: buffered, a log would stay empty until 8 KB have gathered,
+# and they would be lost with a kill.
+export PYTHONUNBUFFERED=${PYTHONUNBUFFERED:-1}
 export TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE='[rank${rank}]: '
 # launch/job.py is torchrun with the signals and statuses that schedulers want.
 export PET_SHUTDOWN_TIMEOUT=${SAVE_SECONDS:-240}

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from s2train.config import SlurmSweepConfig
+from s2train.sweeps.jobs import RANK_LOGS
 
 # What torchrun gives its ranks, and its own settings: a job is told neither of the sweep's surroundings.
 _OF_RANKS = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE"}
@@ -42,8 +43,8 @@ def batch_script(
 ) -> str:
     """The sbatch script of one job, with its log in the job's folder.
 
-    It starts by `slurm/run.sh` beside the program, as `slurm/pretrain.sbatch` does: a torchrun on each node, which
-    saves when the time is up, and the job queued again.
+    When its time is up the ranks save, and the job is queued again. One node's ranks are started in the batch step
+    itself (`slurm/requeue.sh` beside the program), several nodes' by `slurm/run.sh`, as in `slurm/pretrain.sbatch`.
     """
     options: dict[str, object] = {
         "job-name": name,
@@ -52,19 +53,34 @@ def batch_script(
         "nodes": settings.nodes,
         "ntasks-per-node": 1,
         "gpus-per-node": settings.nproc_per_node,
-        "signal": "B:USR1@300",  # for run.sh, which queues the job again
+        "signal": "B:USR1@300",  # for requeue.sh, which queues the job again
+        "requeue": True,  # where the cluster's default is not to
         **{name.replace("_", "-"): value for name, value in settings.options.items()},
     }
-    run = shlex.join([str(program.parent / "slurm" / "run.sh"), str(program), *arguments])
-    where = f"PYTHON={shlex.quote(python)} LOG_DIR={shlex.quote(str(folder / 'logs'))}"
+    launch = program.parent
+    if settings.nodes == 1:
+        launcher = [python, str(launch / "job.py"), "--standalone", "--nproc-per-node", str(settings.nproc_per_node)]
+        run = shlex.join([str(launch / "slurm" / "requeue.sh"), *launcher, str(program), *arguments])
+        start = f"exec {run}"
+    else:
+        run = shlex.join([str(launch / "slurm" / "run.sh"), str(program), *arguments])
+        where = f"PYTHON={shlex.quote(python)} LOG_DIR={shlex.quote(str(folder / RANK_LOGS))}"
+        start = f"{where} NPROC_PER_NODE={settings.nproc_per_node} exec {run}"
     unset = f"unset {' '.join(sorted(_OF_RANKS))} {' '.join(f'${{!{prefix}@}}' for prefix in _PREFIXES)}"
     lines = [
         "#!/bin/bash",
-        *(f"#SBATCH --{key}={shlex.quote(str(value))}" for key, value in options.items() if value is not None),
+        *(f"#SBATCH --{option}" for option in map(_option, options, options.values()) if option),
         "set -eo pipefail",
         unset,
         f"cd {shlex.quote(str(cwd))}",
         *settings.setup,
-        f"{where} NPROC_PER_NODE={settings.nproc_per_node} exec {run}",
+        start,
     ]
     return "\n".join(lines) + "\n"
+
+
+def _option(name: str, value: object) -> str | None:
+    """One of sbatch's, without its dashes; True is the bare name, None and False leave it out."""
+    if value is None or value is False:
+        return None
+    return name if value is True else f"{name}={shlex.quote(str(value))}"

@@ -17,6 +17,7 @@ from s2train.sweeps.names import setting_and_value
 from s2train.training.plots import read_records
 
 RECORD, LOG = "sweep.json", "log.txt"
+RANK_LOGS = "logs"  # of each rank, in a job of several nodes: HOST/START/attempt_N/RANK/stderr.log
 _OWN = ("run_dir", "tracking.group")  # settings that the sweep gives each job
 
 
@@ -128,13 +129,35 @@ def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def last_error(log: Path) -> str:
-    """The line of a job's log that says why it failed: its last `error: …`, else the first exception, else the end."""
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
-    lines = [re.sub(r"^\[rank\d+\]:\s?", "", line).rstrip() for line in lines if line.strip()]
+    """The line of a job's log that says why it failed: its last `error: …`, else the first exception, else the end.
+
+    The log of several nodes has their first ranks' lines alone; what tells nothing is looked for in the other ranks'
+    own before the end is taken.
+    """
+    lines = _lines(log)
+    ranks = [line for rank in _rank_logs(log.parent / RANK_LOGS) for line in _lines(rank)]
+    return _cause(lines) or _cause(ranks) or next(iter(lines[-1:]), "it wrote nothing")
+
+
+def _lines(log: Path) -> list[str]:
+    """A log's lines, without the ranks before them (torchrun writes one, and torch another) and without empty ones."""
+    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+    return [re.sub(r"^(\[rank\d+\]:\s?)+", "", line).rstrip() for line in text.splitlines() if line.strip()]
+
+
+def _cause(lines: list[str]) -> str | None:
     told = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     # ChildFailedError is torchrun's own and tells no cause.
     raised = [line for line in lines if re.match(r"[\w.]*(Error|Exception)(:|$)", line) and "ChildFailed" not in line]
-    return next(iter(told[-1:] + raised[:1] + lines[-1:]), "it wrote nothing")
+    return next(iter(told[-1:] + raised[:1]), None)
+
+
+def _rank_logs(folder: Path) -> list[Path]:
+    """What the ranks of the newest attempt wrote, on all nodes; first the rank that ended first."""
+    newest = max((attempt.stat().st_mtime for attempt in folder.glob("*/*/attempt_*")), default=0.0)
+    written = [(log.stat().st_mtime, log) for log in folder.glob("*/*/attempt_*/*/stderr.log")]
+    # What was last written to before that attempt began is an earlier one's, or of a node that is no longer the job's.
+    return [log for time, log in sorted(written) if time >= newest]
 
 
 def write_record(sweep_dir: Path, jobs: list[Job]) -> None:

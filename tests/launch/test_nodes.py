@@ -40,7 +40,7 @@ run_command(work)
 
 def environment(folder: Path, **settings: object) -> dict[str, str]:
     own = {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "LOG_DIR": str(folder / "logs"), "NPROC_PER_NODE": "1"}
-    clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    clean = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTHONUNBUFFERED")}
     job = {"HEAD": f"localhost:{free_port()}", "JOB_ID": folder.name, "NNODES": "2"}
     return clean | job | own | {name: str(value) for name, value in settings.items()}
 
@@ -105,16 +105,19 @@ def test_a_node_that_dies_and_comes_back_goes_on_from_the_last_checkpoint(
     assert any("going on from" in text for text in outputs)
 
 
+@pytest.mark.parametrize("nodes", [1, 2])
 def test_a_slurm_job_whose_time_is_up_saves_and_is_queued_again(
-    start: Callable[..., subprocess.Popen[bytes]], tmp_path: Path
+    start: Callable[..., subprocess.Popen[bytes]], tmp_path: Path, nodes: int
 ) -> None:
     write_slurm(tmp_path)
     (tmp_path / "program.py").write_text(SAVES_WHEN_ASKED)
     asked = tmp_path / "asked"
     number = free_port() - 20_000  # launch/slurm/run.sh makes a port of it
-    slurm = {"SLURM_JOB_ID": number, "SLURM_JOB_NODELIST": "here", "SLURM_JOB_NUM_NODES": 2, "ASKED": asked}
+    slurm = {"SLURM_JOB_ID": number, "SLURM_JOB_NODELIST": "here", "SLURM_JOB_NUM_NODES": nodes, "ASKED": asked}
     env = environment(tmp_path, **slurm, MAX_RESTARTS=3, PATH=f"{tmp_path}:{os.environ['PATH']}")
-    command = ["launch/slurm/run.sh", str(tmp_path / "program.py"), str(tmp_path)]
+    one_node = ["launch/slurm/requeue.sh", sys.executable, "launch/job.py", "--standalone", "--nproc-per-node", "2"]
+    starts = one_node if nodes == 1 else ["launch/slurm/run.sh"]
+    command = [*starts, str(tmp_path / "program.py"), str(tmp_path)]
 
     job = start(command, tmp_path / "job.txt", env)
     await_that(lambda: len(list(tmp_path.glob("ready*"))) == 2, "the ranks")
@@ -126,6 +129,16 @@ def test_a_slurm_job_whose_time_is_up_saves_and_is_queued_again(
     asked.unlink()
     assert start(command, tmp_path / "job.txt", env).wait(200) == 0
     assert not asked.exists()
+
+
+def test_what_a_rank_writes_is_in_the_log_at_once(
+    start: Callable[..., subprocess.Popen[bytes]], tmp_path: Path
+) -> None:
+    (tmp_path / "speaks.py").write_text("import time\nprint('spoken')\ntime.sleep(300)\n")
+    log = tmp_path / "log.txt"
+    job = start(["launch/multinode.sh", str(tmp_path / "speaks.py")], log, environment(tmp_path, NNODES=1))
+    await_that(lambda: "[rank0]: spoken\n" in log.read_text(), "the rank's words", seconds=60)
+    assert job.poll() is None
 
 
 def test_what_one_node_refuses_ends_all_nodes_with_its_status(

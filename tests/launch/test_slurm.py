@@ -5,7 +5,8 @@ import re
 import signal
 import subprocess
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -15,11 +16,12 @@ from tests.launch.slurm import write_slurm
 from tests.program import ROOT
 
 SCRIPTS = sorted([*ROOT.glob("launch/**/*.sh"), *ROOT.glob("launch/**/*.sbatch")])
-# In Python's place: says how it was called, then waits for a signal, as a run that saves nothing.
+# In Python's place: says how it was called, then ends with $STATUS, where $STAYS is set only when a signal comes.
 CALLED = """#!/bin/bash
 echo "${VIRTUAL:-} $*" >> "$CALLS"
-[[ ${STAYS:-} ]] || exit 0
-trap 'exit 138' USR1
+[[ ${STAYS:-} ]] || exit "${STATUS:-0}"
+trap 'exit "${STATUS:-0}"' USR1
+trap 'exit 15' TERM
 while true; do sleep 0.05; done
 """
 
@@ -38,6 +40,30 @@ def job(tmp_path: Path) -> dict[str, str]:
     slurm |= {"SLURM_SUBMIT_DIR": str(tmp_path), "ASKED": str(tmp_path / "asked"), "CALLS": str(tmp_path / "calls")}
     own = {"PYTHON": str(tmp_path / "python"), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     return clean | slurm | own
+
+
+@contextmanager
+def at_work(command: list[str], job: dict[str, str], folder: Path, processes: int) -> Iterator["subprocess.Popen[str]"]:
+    """A batch script, as soon as it and all that it started listen for SIGUSR1; what is left of it is ended."""
+    env = job | {"STAYS": "yes"}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(["bash", *command], env=env, cwd=folder, stdout=pipe, stderr=pipe, text=True) as batch:
+        until = time.monotonic() + 60
+        while listeners(batch.pid) < processes:  # a signal that comes before ends a shell
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        family = psutil.Process(batch.pid).children(recursive=True)
+        try:
+            yield batch
+        finally:
+            for process in (batch, *family):
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+
+
+def requests(folder: Path) -> str:
+    """What scontrol was asked for."""
+    return (folder / "asked").read_text() if (folder / "asked").exists() else ""
 
 
 def listeners(batch: int) -> int:
@@ -68,19 +94,65 @@ def test_a_batch_job_starts_a_launcher_on_every_node(job: dict[str, str], tmp_pa
     assert first.startswith(f"activated {tmp_path}/launch/job.py --nnodes 2 --nproc-per-node 8 --max-restarts 3 ")
     assert "--rdzv-id 4711 --rdzv-endpoint localhost:24711 " in first
     assert first.endswith("launch/pretrain.py +model=7b_hybrid run_dir=runs/a b")
-    assert not (tmp_path / "asked").exists()
+    assert requests(tmp_path) == ""
 
 
-@pytest.mark.parametrize(("setting", "asked"), [("checkpoint.save=false", ""), ("seed=1", "requeue 4711\n")])
-def test_a_job_that_saves_nothing_is_not_queued_again(
-    setting: str, asked: str, job: dict[str, str], tmp_path: Path
+@pytest.mark.parametrize(("status", "asked"), [(75, "requeue 4711\n"), (1, "requeue 4711\n"), (138, ""), (0, "")])
+def test_a_job_whose_time_is_up_is_queued_again_unless_it_is_finished_or_saved_nothing(
+    status: int, asked: str, job: dict[str, str], tmp_path: Path
 ) -> None:
-    command = ["bash", "launch/slurm/pretrain.sbatch", "+model=7b_hybrid", setting]
-    with subprocess.Popen(command, env=job | {"STAYS": "yes"}, cwd=tmp_path, stdout=subprocess.DEVNULL) as batch:
-        until = time.monotonic() + 60
-        while listeners(batch.pid) < 4:  # a signal that comes before ends a shell
-            assert time.monotonic() < until
-            time.sleep(0.05)
+    command = ["launch/slurm/pretrain.sbatch", "+model=7b_hybrid"]
+    with at_work(command, job | {"STATUS": str(status)}, tmp_path, processes=4) as batch:
         batch.send_signal(signal.SIGUSR1)
-        assert batch.wait(60) == 138
-    assert ((tmp_path / "asked").read_text() if (tmp_path / "asked").exists() else "") == asked
+        told, _ = batch.communicate(timeout=60)
+    assert batch.returncode == status
+    assert requests(tmp_path) == asked
+    assert ("queued again" in told) == bool(asked)
+
+
+def test_a_job_that_fails_before_its_time_is_up_is_not_queued_again(job: dict[str, str], tmp_path: Path) -> None:
+    command = ["bash", "launch/slurm/pretrain.sbatch", "+model=7b_hybrid"]
+    done = subprocess.run(command, env=job | {"STATUS": "75"}, cwd=tmp_path, timeout=60, check=False)
+    assert done.returncode == 75
+    assert requests(tmp_path) == ""
+
+
+def test_a_job_that_slurm_does_not_queue_again_says_so_in_one_line(job: dict[str, str], tmp_path: Path) -> None:
+    command = ["launch/slurm/requeue.sh", str(tmp_path / "python")]
+    with at_work(command, job | {"STATUS": "75", "REFUSES": "1"}, tmp_path, processes=2) as batch:
+        batch.send_signal(signal.SIGUSR1)
+        _, told = batch.communicate(timeout=60)
+    assert batch.returncode == 75
+    (line,) = told.splitlines()
+    assert line.startswith("error: 4711 was not queued again")
+    assert line.endswith("The same command submitted again goes on")
+
+
+def test_a_cancelled_job_of_one_node_lets_its_ranks_save(job: dict[str, str], tmp_path: Path) -> None:
+    with at_work(["launch/slurm/requeue.sh", str(tmp_path / "python")], job, tmp_path, processes=2) as batch:
+        batch.terminate()
+        assert batch.wait(60) == 15  # the command's own
+    assert requests(tmp_path) == ""
+
+
+def test_a_cancelled_job_of_several_nodes_sends_srun_no_signal_for_which_it_kills(
+    job: dict[str, str], tmp_path: Path
+) -> None:
+    with at_work(["launch/slurm/run.sh", "program"], job, tmp_path, processes=4) as batch:
+        (srun,) = psutil.Process(batch.pid).children()
+        batch.terminate()
+        batch.wait(60)
+        time.sleep(0.5)
+        assert srun.is_running()
+
+
+@pytest.mark.parametrize(("cpus", "option"), [({"SLURM_CPUS_PER_TASK": "64"}, " --cpus-per-task=64"), ({}, "")])
+def test_tasks_have_the_environment_and_the_cpus_that_sbatch_was_asked_for(
+    cpus: dict[str, str], option: str, job: dict[str, str], tmp_path: Path
+) -> None:
+    command = ["bash", "launch/slurm/run.sh", "program"]
+    subprocess.run(command, env=job | cpus, cwd=tmp_path, timeout=60, check=True)
+    assert (
+        f" --export=ALL{option} {tmp_path}/launch/slurm/../multinode.sh program\n"
+        in (tmp_path / "asked.srun").read_text()
+    )

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from io import StringIO
 from pathlib import Path
 
@@ -135,6 +136,7 @@ def test_a_diverged_run_and_more_runs_than_colours_are_drawn(tmp_path: Path) -> 
             "torch.distributed.elastic.multiprocessing.errors.ChildFailedError: \n",
             "torch.OutOfMemoryError: CUDA out of memory",
         ),
+        ("[rank0]: [rank0]: ValueError: by torch and torchrun\n", "ValueError: by torch and torchrun"),
         ("Segmentation fault\n\n", "Segmentation fault"),
         ("", "it wrote nothing"),
     ],
@@ -146,3 +148,48 @@ def test_the_line_that_tells_why_a_job_failed(tmp_path: Path, log: str, told: st
 
 def test_a_job_without_a_log_wrote_nothing(tmp_path: Path) -> None:
     assert last_error(tmp_path / "log.txt") == "it wrote nothing"
+
+
+def write_rank(folder: Path, rank: str, text: str, second: int) -> None:
+    """What a rank wrote, as of a second: `HOST/START/attempt_N/RANK`."""
+    path = folder / "logs" / rank / "stderr.log"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    os.utime(path, (second, second))
+
+
+def begin_attempt(folder: Path, attempt: str, second: int) -> None:
+    os.utime(folder / "logs" / attempt, (second, second))
+
+
+def test_an_error_that_the_log_lacks_is_found_with_the_rank_that_ended_first(tmp_path: Path) -> None:
+    (tmp_path / "log.txt").write_text("step 1\nsrun: error: node2: task 1: Exited with exit code 1\n")
+    write_rank(tmp_path, "node1/9_a/attempt_0/0", "RuntimeError: connection reset by peer\n", 30)
+    write_rank(tmp_path, "node2/9_b/attempt_0/1", "[rank3]: torch.OutOfMemoryError: CUDA out of memory\n", 20)
+    for attempt, second in (("node1/9_a/attempt_0", 10), ("node2/9_b/attempt_0", 11)):
+        begin_attempt(tmp_path, attempt, second)
+    assert last_error(tmp_path / "log.txt") == "torch.OutOfMemoryError: CUDA out of memory"
+
+
+def test_an_error_of_an_earlier_attempt_is_not_taken_for_the_last(tmp_path: Path) -> None:
+    (tmp_path / "log.txt").write_text("step 1\nsrun: error: node2: task 1: Exited with exit code 1\n")
+    write_rank(tmp_path, "node1/9_a/attempt_0/1", "ValueError: of another start\n", 20)
+    write_rank(tmp_path, "node2/9_b/attempt_0/1", "ValueError: before the restart\n", 40)
+    write_rank(tmp_path, "node2/9_b/attempt_1/1", "ValueError: the last\n", 60)
+    for attempt, second in (("node1/9_a/attempt_0", 10), ("node2/9_b/attempt_0", 30), ("node2/9_b/attempt_1", 50)):
+        begin_attempt(tmp_path, attempt, second)
+    assert last_error(tmp_path / "log.txt") == "ValueError: the last"
+
+
+def test_what_the_log_tells_goes_before_what_ranks_wrote(tmp_path: Path) -> None:
+    (tmp_path / "log.txt").write_text("[rank0]: error: the disk is full\n")
+    write_rank(tmp_path, "node1/9_a/attempt_0/1", "RuntimeError: connection reset by peer\n", 20)
+    begin_attempt(tmp_path, "node1/9_a/attempt_0", 10)
+    assert last_error(tmp_path / "log.txt") == "the disk is full"
+
+
+def test_a_job_whose_ranks_tell_nothing_ended_as_its_log_does(tmp_path: Path) -> None:
+    (tmp_path / "log.txt").write_text("step 1\nslurmstepd: error: CANCELLED\n")
+    write_rank(tmp_path, "node1/9_a/attempt_0/1", "warning: slow\n", 20)
+    begin_attempt(tmp_path, "node1/9_a/attempt_0", 10)
+    assert last_error(tmp_path / "log.txt") == "slurmstepd: error: CANCELLED"

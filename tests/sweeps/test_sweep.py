@@ -13,7 +13,6 @@ import pytest
 from omegaconf import OmegaConf
 
 from s2train.data.blend import BUNDLED_PREFIX
-from tests.launch.slurm import write_slurm
 from tests.program import ROOT, SMALL, Outcome, error_line, metrics, run
 
 pytestmark = pytest.mark.xdist_group("sweeps")
@@ -123,10 +122,6 @@ def test_a_sweeper_that_waits_for_slurm_gets_its_losses(tmp_path: Path, monkeypa
     tools = tmp_path / "bin"
     fake(tools, "sbatch", 'bash "${@: -1}" > /dev/null 2>&1; echo 41')
     fake(tools, "squeue", "exit 1")
-    write_slurm(tools)
-    of_the_job = {"SLURM_JOB_ID": "41", "SLURM_JOB_NODELIST": "here", "SLURM_JOB_NUM_NODES": "1"}
-    for name, value in of_the_job.items():
-        monkeypatch.setenv(name, value)
     monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
     outcome = sweep(tmp_path / "mine", "hydra/launcher=s2train_slurm", "hydra.launcher.wait=true", "seed=1")
     assert outcome.status == 0, outcome.err
