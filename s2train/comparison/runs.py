@@ -1,25 +1,20 @@
 """Finished runs side by side: a table, a picture, and what they ran on."""
 
 import json
-import platform
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import date
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
-import torch
 from rich.table import Table
 
+from s2train.environment import environment
 from s2train.errors import ConfigError
 from s2train.files import check_writable, replacing
 from s2train.training.plots import draw_comparison, read_curves, read_records
 
 HEADINGS = ("held out", "first 1/8", "last 1/2")  # of tables, for HELD_OUT
 HELD_OUT = ("held_out_loss", "held_out_short", "held_out_long")
-_PACKAGES = ("torch", "triton", "megatron-core", "transformer-engine", "apex")
 
 
 @dataclass(frozen=True)
@@ -84,18 +79,6 @@ def summarize(run_dir: Path) -> Summary:
         mfu=None if any("mfu" not in report for report in steady) else median("mfu"),
         peak_memory_gib=max(report["memory_gib"] for report in reports),
     )
-
-
-def environment() -> dict[str, Any]:
-    """Date, device and versions."""
-    versions: dict[str, str | None] = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU"
-    return {"date": date.today().isoformat(), "device": device, "python": platform.python_version(), **versions}
 
 
 def compare(run_dirs: Sequence[Path], output: Path, command: str) -> Table:

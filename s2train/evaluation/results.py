@@ -42,6 +42,7 @@ class Cell:
         token_accuracy: share of answer tokens that matched, over all trials.
         character_accuracy: share of the answers' letters and digits that stand in their places in the decoded text.
         reach: None where the layout is not known.
+        seconds: that its trials took; None in files that don't tell.
     """
 
     length: int
@@ -51,6 +52,7 @@ class Cell:
     token_accuracy: float
     character_accuracy: float
     reach: CellReach | None = None
+    seconds: float | None = None
 
     @property
     def score(self) -> Score:
@@ -67,6 +69,8 @@ class NeedleResults:
         lengths, depths: the grid asked for.
         cells: those known so far; a run on another grid may have left more than are asked for.
         threshold: of `effective_length`.
+        command, environment: of the last run that evaluated a cell, as typed and as `s2train.environment` tells it;
+            None in files that don't tell. No cell's outcome is taken to depend on them.
     """
 
     checkpoint: str
@@ -76,6 +80,8 @@ class NeedleResults:
     depths: list[float]
     cells: list[Cell] = field(default_factory=list)
     threshold: float = RULER_THRESHOLD
+    command: str | None = None
+    environment: dict[str, Any] | None = None
 
     @property
     def asked(self) -> list[Cell]:
@@ -129,13 +135,13 @@ def load_results(path: Path) -> NeedleResults | None:
 
 
 def results_from(content: dict[str, Any]) -> NeedleResults:
-    """Of the JSON that holds their fields.
+    """Of the JSON that holds their fields; those that have defaults may be missing.
 
     Raises:
         KeyError, TypeError: it holds others.
     """
     cells = [_cell(cell) for cell in content["cells"]]
-    return NeedleResults(**{entry.name: content[entry.name] for entry in fields(NeedleResults)} | {"cells": cells})
+    return NeedleResults(**_own(NeedleResults, content) | {"cells": cells})
 
 
 def _sum(cells: list[Cell]) -> Score | None:
@@ -143,9 +149,14 @@ def _sum(cells: list[Cell]) -> Score | None:
 
 
 def _cell(content: dict[str, Any]) -> Cell:
-    own = {entry.name: content[entry.name] for entry in fields(Cell)}
-    reach = own.pop("reach")
+    own = _own(Cell, content)
+    reach = own.pop("reach", None)
     return Cell(**own, reach=CellReach(**reach) if reach else None)
+
+
+def _own(kind: type[NeedleResults] | type[Cell], content: dict[str, Any]) -> dict[str, Any]:
+    """What `content` holds of the fields of `kind`."""
+    return {entry.name: content[entry.name] for entry in fields(kind) if entry.name in content}
 
 
 def file_name(task: str) -> str:

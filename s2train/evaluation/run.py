@@ -1,5 +1,7 @@
 """A task's evaluation from start to end: go on from what is known, show progress, leave a table and a picture."""
 
+import shlex
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,10 +13,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from s2train.data.task_samples import TaskSampler
+from s2train.environment import environment
 from s2train.evaluation.generate import Decode
 from s2train.evaluation.needle import NeedleGrid, Ranks, evaluate_grid
 from s2train.evaluation.pictures import draw_heat_map, score_table
-from s2train.evaluation.results import Cell, CellReach, NeedleResults, load_results
+from s2train.evaluation.results import CellReach, NeedleResults, load_results
 from s2train.files import set_aside
 from s2train.megatron.agreement import from_first
 
@@ -38,7 +41,7 @@ def run_needles(
     """Evaluate the cells that `folder` lacks; write `NAME.json` after each one and `NAME.png` at the end.
 
     Call it on all ranks; global rank 0 reads, writes and talks. A `NAME.json` of other settings, and
-    its picture, are kept there under another name.
+    its picture, are kept there under another name. The command that is written is this process's.
 
     Args:
         grid: one that `s2train.evaluation.needle.check_fit` passed.
@@ -54,11 +57,12 @@ def run_needles(
             f"warning: lengths={max(grid.lengths)} is past the {trained_length} tokens trained on; rotary positions go"
             " on, but what a model makes of distances it has not seen is not known"
         )
-    known = _known_cells(asked, table_path, console) if is_writer else []
+    earlier = _earlier(asked, table_path, console) if is_writer else asked
     if dist.is_initialized():
-        known = from_first(known)
-    results = replace(asked, cells=known)
-    finished = {(cell.length, cell.depth): cell for cell in known}
+        earlier = from_first(earlier)
+    results = replace(asked, cells=earlier.cells, command=earlier.command, environment=earlier.environment)
+    finished = {(cell.length, cell.depth): cell for cell in earlier.cells}
+    command, surroundings = shlex.join(sys.argv), environment()
     cells = evaluate_grid(
         decode, sampler, grid, batch_size=batch_size, batch_tokens=batch_tokens, device=device, ranks=ranks,
         finished=finished,
@@ -69,13 +73,16 @@ def run_needles(
         began = time.perf_counter()
         for cell in cells:
             is_new = (cell.length, cell.depth) not in finished
+            if is_new:
+                cell = replace(cell, seconds=round(time.perf_counter() - began, 3))
+                results.command, results.environment = command, surroundings
             if reach and cell.reach is None:
                 cell = replace(cell, reach=reach(cell.length, cell.depth))
             results.add(cell)
             if is_writer and is_new:
                 results.save(table_path)
-            seconds = time.perf_counter() - began
-            told = f"{cell.correct}/{cell.trials} exact{_told(cell.reach)}, {f'{seconds:.1f} s' if is_new else 'known'}"
+            took = f"{cell.seconds:.1f} s" if is_new else "known"
+            told = f"{cell.correct}/{cell.trials} exact{_told(cell.reach)}, {took}"
             progress.console.print(f"{name}  length {cell.length:>7,}  depth {cell.depth:>6.1%}  {told}")
             progress.advance(task)
             began = time.perf_counter()
@@ -103,12 +110,13 @@ def _told(reach: CellReach | None) -> str:
     return ", no way through the layers" if reach.from_last < 0 else f", {reach.from_last} layers away"
 
 
-def _known_cells(asked: NeedleResults, path: Path, console: Console) -> list[Cell]:
+def _earlier(asked: NeedleResults, path: Path, console: Console) -> NeedleResults:
+    """What `path` holds, if its cells are what `asked` would find; else `asked`."""
     earlier = load_results(path)
     if earlier is not None and earlier.settings == asked.settings:
-        return earlier.cells
+        return earlier
     if (aside := set_aside(path)) is not None:
         if (picture := path.with_suffix(".png")).exists():  # of the same results: it must not stand beside other ones
             picture.rename(aside.with_suffix(".png"))
         console.print(f"{path} holds results of other weights or settings: kept as {aside.name}")
-    return []
+    return asked

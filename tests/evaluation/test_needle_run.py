@@ -3,10 +3,13 @@
 import io
 import json
 import os
+import shlex
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,7 @@ from s2train.evaluation.results import (
     layout_fingerprint,
     load_results,
     output_folder,
+    results_from,
     weights_fingerprint,
 )
 from s2train.evaluation.run import run_needles
@@ -78,7 +82,7 @@ def test_json_holds_checkpoint_settings_score_and_every_cell(tmp_path: Path) -> 
     content = json.loads((tmp_path / "needle.json").read_text())
     assert (content["checkpoint"], content["step"], content["total"]["score"]) == ("runs/x", 100, 1.0)
     assert content["settings"] == {"trials": 2}
-    assert content["cells"][0] == {
+    assert content["cells"][0] | {"seconds": None} == {
         "length": 128,
         "depth": 0.0,
         "correct": 2,
@@ -86,10 +90,80 @@ def test_json_holds_checkpoint_settings_score_and_every_cell(tmp_path: Path) -> 
         "token_accuracy": 1.0,
         "character_accuracy": 1.0,
         "reach": None,
+        "seconds": None,
         "score": 1.0,
         "interval": [pytest.approx(0.342, abs=1e-3), 1.0],
     }
     assert [(cell["length"], cell["depth"]) for cell in content["cells"]] == GRID.cells
+
+
+def test_json_holds_command_device_date_versions_and_the_seconds_of_every_cell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["launch/needle.py", "task=[single, multi]"])
+
+    def decode(prompts: Tensor, new_tokens: int) -> Tensor:
+        time.sleep(0.05)
+        return greedy_decode(copier, prompts, new_tokens)
+
+    run_decoder(decode, tmp_path)
+    content = json.loads((tmp_path / "needle.json").read_text())
+    assert shlex.split(content["command"]) == sys.argv
+    assert {"date", "device", "python", "torch", "megatron-core", "s2train"} <= content["environment"].keys()
+    assert content["environment"]["torch"] == version("torch")
+    assert all(0.05 <= cell["seconds"] < 60 for cell in content["cells"])
+
+
+def test_cells_got_by_another_command_elsewhere_are_taken_over(tmp_path: Path) -> None:
+    run(copier, tmp_path)
+    content = json.loads((tmp_path / "needle.json").read_text())
+    content |= {"command": "another", "environment": {"device": "another"}}
+    for cell in content["cells"]:
+        cell["seconds"] = 7.5
+    (tmp_path / "needle.json").write_text(json.dumps(content))
+    model = CountingCopier()
+    run_decoder(model, tmp_path)
+    assert model.calls == 0
+    # Nothing was evaluated here: what is written is still where the cells are from.
+    assert json.loads((tmp_path / "needle.json").read_text()) == content
+
+
+def test_new_cells_are_of_the_command_that_evaluated_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for command, depths in (("first", (0.0,)), ("second", (0.0, 1.0))):
+        monkeypatch.setattr(sys, "argv", [command])
+        found = run(copier, tmp_path, replace(GRID, depths=depths))
+        assert found.command == command
+
+
+def test_results_without_command_environment_and_seconds_are_gone_on_from(tmp_path: Path) -> None:
+    run(copier, tmp_path)
+    content = json.loads((tmp_path / "needle.json").read_text())
+    del content["command"], content["environment"]
+    for cell in content["cells"]:
+        del cell["seconds"]
+    (tmp_path / "needle.json").write_text(json.dumps(content))
+    model = CountingCopier()
+    found = run_decoder(model, tmp_path)
+    assert (model.calls, found.command, found.environment) == (0, None, None)
+    assert [cell.seconds for cell in found.cells] == [None] * 4
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "launch" / "results").glob("*needle*.json")), ids=lambda path: path.stem
+)
+def test_committed_results_can_be_read(path: Path) -> None:
+    content = json.loads(path.read_text())
+    grids = [variant["grid"] for variant in content["variants"].values()] if "variants" in content else [content]
+    assert all(results_from(grid).score for grid in grids if grid)
+
+
+@pytest.mark.parametrize("missing", ["checkpoint", "settings", "cells"])
+def test_a_file_that_lacks_what_results_always_had_is_none_of_ours(missing: str, tmp_path: Path) -> None:
+    run(copier, tmp_path)
+    content = json.loads((tmp_path / "needle.json").read_text())
+    del content[missing]
+    (tmp_path / "needle.json").write_text(json.dumps(content))
+    assert load_results(tmp_path / "needle.json") is None
 
 
 def test_interrupted_evaluation_keeps_its_finished_cells_and_goes_on_from_them(tmp_path: Path) -> None:
