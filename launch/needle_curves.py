@@ -1,8 +1,8 @@
 """Pictures of needle_recipe.py's variants: `python launch/needle_curves.py ROOT OUTPUT` writes OUTPUT.json and .png.
 
 Above, the share of exact answers over training steps, a panel a length; below, the grids. Variants that shared their
-GPU while they trained are named after `--shared`: their times are left out. `--beside` draws those of earlier
-OUTPUT.json too; in the new one they are named with their files.
+GPU while they trained are named after `--shared`: their times are left out. Each `--beside FILE` draws those of an
+earlier OUTPUT.json too; in the new one they are named with their files.
 """
 
 import argparse
@@ -16,19 +16,22 @@ from typing import Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from omegaconf import OmegaConf
 
-from s2train.comparison.runs import environment
+from s2train.command_line import USAGE_STATUS
+from s2train.environment import environment
 from s2train.evaluation.pictures import SCORE_COLOURS
-from s2train.evaluation.results import load_results, results_from
+from s2train.evaluation.results import Cell, load_results, results_from
 from s2train.training.plots import read_curves, read_records
 
 
 def read_variant(folder: Path) -> dict[str, Any]:
     """A variant's points [step, length, correct, trials], of each phase the seconds that its steps took and the
-    held-out loss at its end (nats a token), and its grid.
+    held-out loss of its last evaluation (nats a token), which a phase under way has too; and its grid.
 
     Seconds are from metrics.jsonl: without starting, evaluating and saving. The first report after each start has
-    compilation in it: the median of the others counts in its place.
+    compilation in it: the median of the others counts in its place. Where they are known: the `seed` of all phases;
+    and of each phase the `wall_seconds` of its programs, and the command that began it, from programs.jsonl.
     """
     points: list[tuple[int, int, int, int]] = []
     seconds: dict[str, float] = {}
@@ -41,8 +44,30 @@ def read_variant(folder: Path) -> dict[str, Any]:
             if results := load_results(path):
                 points += [(results.step, length, score.correct, score.trials) for length, score in results.columns]
     grid = load_results(folder / "grid" / "needle.json")
-    losses_and_seconds = {"seconds": seconds, "held_out_loss": held_out}
-    return {"points": sorted(points), **losses_and_seconds, "grid": grid and asdict(grid)}
+    figures = {"seconds": seconds, "held_out_loss": held_out, **_programs(folder / "programs.jsonl")}
+    seeds = {_seed(folder / phase / "config.yaml") for phase in seconds}
+    seed = seeds.pop() if len(seeds) == 1 else None
+    told = {} if seed is None else {"seed": seed}
+    return {"points": sorted(points), **told, **figures, "grid": grid and asdict(grid)}
+
+
+def _seed(config: Path) -> int | None:
+    settings = OmegaConf.to_container(OmegaConf.load(config)) if config.is_file() else None
+    return settings.get("seed") if isinstance(settings, dict) else None
+
+
+def _programs(path: Path) -> dict[str, dict[str, Any]]:
+    """Of each phase trained the seconds of all its programs, and the first command that was not refused."""
+    seconds: dict[str, float] = {}
+    commands: dict[str, str] = {}
+    for record in read_records(path) if path.is_file() else []:
+        runs = [word for word in record["command"] if word.startswith("run_dir=")]
+        if runs:  # a training's
+            phase = Path(runs[-1]).name
+            seconds[phase] = round(seconds.get(phase, 0) + record["seconds"], 3)
+            if record["status"] != USAGE_STATUS:
+                commands.setdefault(phase, shlex.join(["python", *record["command"]]))
+    return {name: found for name, found in (("wall_seconds", seconds), ("commands", commands)) if found}
 
 
 def _seconds(records: list[dict[str, Any]]) -> float:
@@ -55,6 +80,23 @@ def _seconds(records: list[dict[str, Any]]) -> float:
     times[is_first] = np.median(times[~is_first] if not is_first.all() else times)
     begin = steps[0] - (steps[1] - steps[0] if len(steps) > 1 else steps[0])
     return float(np.sum(np.diff(steps, prepend=begin) * times))
+
+
+def _label(name: str, variant: dict[str, Any]) -> str:
+    return name if variant.get("seed") is None else f"{name} (seed {variant['seed']})"
+
+
+def reach_told(cells: list[Cell]) -> str:
+    """Through how many of the last layers the needles of `cells` reach their questions; empty if that is not known."""
+    layers = sorted({cell.reach.from_last for cell in cells if cell.reach})
+    reached = [count for count in layers if count >= 0]
+    if not layers:
+        return ""
+    if not reached:
+        return "needle → question: out of reach"
+    span = f"{reached[0]}" if len(reached) == 1 else f"{reached[0]} to {reached[-1]}"
+    never = ", or never" if len(reached) < len(layers) else ""
+    return f"needle → question: last {span} layer{'' if span == '1' else 's'}{never}"
 
 
 def draw(variants: dict[str, dict[str, Any]], path: Path) -> None:
@@ -71,7 +113,9 @@ def draw(variants: dict[str, dict[str, Any]], path: Path) -> None:
                 continue
             shares = [100 * correct / trials for _, _, correct, trials in points]
             seconds = f", {sum(variant['seconds'].values()):.0f} s" if variant["seconds"] else ""
-            axes.plot([point[0] for point in points], shares, marker="o", markersize=3, label=name + seconds)
+            axes.plot(
+                [point[0] for point in points], shares, marker="o", markersize=3, label=_label(name, variant) + seconds
+            )
         axes.set_title(f"{length / 1024:g}k tokens", fontsize=9)
         axes.set_xlabel("training steps of all phases", fontsize=8)
         axes.set_ylabel("exact answers (%)", fontsize=8)
@@ -84,8 +128,26 @@ def draw(variants: dict[str, dict[str, Any]], path: Path) -> None:
         axes.imshow(values, cmap=SCORE_COLOURS, vmin=0, vmax=1, aspect="auto")
         axes.set_xticks(range(len(grid.lengths)), [f"{length / 1024:g}k" for length in grid.lengths], fontsize=7)
         axes.set_yticks(range(len(grid.depths)), [f"{100 * depth:.0f} %" for depth in grid.depths], fontsize=7)
-        axes.set_title(f"{name}: {100 * grid.score.share:.1f} %" if grid.score else name, fontsize=9)
+        label = _label(name, variants[name])
+        title = f"{label}: {100 * grid.score.share:.1f} %" if grid.score else label
+        axes.set_title(f"{title}\n{reach_told(grid.asked)}".rstrip(), fontsize=8)
     figure.savefig(path, format="png")
+
+
+def read_earlier(file: Path) -> dict[str, dict[str, Any]]:
+    """The variants of an OUTPUT.json.
+
+    Raises:
+        OSError, ValueError, KeyError, TypeError, ArithmeticError: it is none, or can't be drawn.
+    """
+    variants = json.loads(file.read_text(encoding="utf-8"))["variants"]
+    if not isinstance(variants, dict):
+        raise TypeError(variants)
+    for variant in variants.values():  # what `draw` takes of each
+        _ = [step + length + correct / trials for step, length, correct, trials in variant["points"]]
+        _ = sum({**variant["seconds"]}.values())
+        _ = variant["grid"] and results_from(variant["grid"]).columns
+    return variants
 
 
 def main() -> None:
@@ -94,7 +156,9 @@ def main() -> None:
     parser.add_argument("root", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("--shared", nargs="*", default=[], metavar="VARIANT", help="trained beside others on one GPU")
-    parser.add_argument("--beside", nargs="*", type=Path, default=[], metavar="FILE", help="earlier OUTPUT.json")
+    parser.add_argument(
+        "--beside", action="append", type=Path, default=[], metavar="FILE", help="earlier OUTPUT.json; may come again"
+    )
     given = parser.parse_args()
     if not given.root.is_dir():
         parser.error(f"{given.root}: no such folder; `launch/needle_recipe.py train` makes it")
@@ -104,12 +168,17 @@ def main() -> None:
     folders = [path for path in sorted(given.root.iterdir()) if any(path.glob("*/metrics.jsonl"))]
     variants = {folder.name: read_variant(folder) for folder in folders}
     for name in given.shared:
+        if name not in variants:
+            parser.error(
+                f"--shared {name}: not among the variants of {given.root}: {', '.join(variants) or 'it has none'}"
+            )
         variants[name]["seconds"] = {}
+        variants[name].pop("wall_seconds", None)
     drawn, beside = dict(variants), {}
     for file in given.beside:
         try:
-            earlier = json.loads(file.read_text(encoding="utf-8"))["variants"]
-        except (OSError, ValueError, KeyError, TypeError):
+            earlier = read_earlier(file)
+        except (OSError, ValueError, KeyError, TypeError, ArithmeticError):
             parser.error(f"--beside {file}: no OUTPUT.json of this program")
         if twice := sorted(drawn.keys() & earlier.keys()):
             parser.error(f"--beside {file}: {', '.join(twice)} is there already; move the folder or leave the file out")

@@ -7,10 +7,12 @@ python launch/needle_recipe.py evaluate hybrid        the grid up to the longest
 python launch/needle_recipe.py curve hybrid           accuracy of every checkpoint, at two lengths
                       each: --root runs/needle  --minutes 9; for train also settings of launch/pretrain.py
 
-Run `train` or `evaluate` again to go on where it stopped, as it does when --minutes are over.
+Run `train` or `evaluate` again to go on where it stopped, as it does when --minutes are over. What their programs
+took is written to ROOT/VARIANT/programs.jsonl.
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -18,6 +20,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -194,22 +197,30 @@ class Deadline:
         """Whether too little is left to start a program in, and to save."""
         return time.monotonic() > self._end - _LEAST_SECONDS
 
-    def run(self, command: list[str]) -> None:
-        """Run a program of launch/; exits with its status if it fails."""
+    def run(self, command: list[str], record: Path | None = None) -> None:
+        """Run a program of launch/; exits with its status if it fails.
+
+        Args:
+            record: JSON lines, to which its command, seconds and status are appended when it ends or is stopped.
+        """
         started = time.monotonic()
         if self.is_near:
             sys.exit(_OVER)
         print("$ python", " ".join(command), flush=True)
-        program = subprocess.Popen([sys.executable, *command])
+        program, is_over = subprocess.Popen([sys.executable, *command]), False
         try:
-            status = program.wait(max(1.0, self._end - started))
+            program.wait(max(1.0, self._end - started))
         except subprocess.TimeoutExpired:
+            is_over = True
             program.terminate()  # training saves first
             program.wait()
-            sys.exit(_OVER)
-        print(f"# {time.monotonic() - started:.1f} s", flush=True)
-        if status:
-            sys.exit(status)
+        finally:  # Ctrl-C too: without a status then, if the program goes on for a while to save
+            seconds = time.monotonic() - started
+            if record:
+                _append(record, {"command": command, "seconds": round(seconds, 3), "status": program.poll()})
+        print(f"# {seconds:.1f} s", flush=True)
+        if is_over or program.returncode:
+            sys.exit(_OVER if is_over else program.returncode)
 
     def run_together(self, commands: list[list[str]], at_once: int) -> None:
         """Run programs of launch/ side by side; exits if any fails, or the time is over."""
@@ -229,6 +240,12 @@ class Deadline:
                     job.wait()
                 sys.exit(status)
             time.sleep(0.2)
+
+
+def _append(path: Path, record: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
 
 
 def make_data(root: Path, last: int, deadline: Deadline) -> None:
@@ -281,6 +298,7 @@ def main(arguments: list[str] | None = None) -> None:
     if settings and given.action != "train":
         parser.error(f"settings ({' '.join(settings)}) go to train alone; {given.action} takes none")
     deadline, root, variant = Deadline(given.minutes), given.root, given.variant
+    record = root / variant / "programs.jsonl"
     phases = [number for number, phase in enumerate(PHASES) if phase.length <= given.longest]
     if not phases:
         parser.error(f"--longest {given.longest}: the first phase has {PHASES[0].length} tokens")
@@ -292,7 +310,7 @@ def main(arguments: list[str] | None = None) -> None:
     elif given.action == "train":
         for number in range(last + 1):
             if not is_trained(root, variant, number):
-                deadline.run([*train_command(root, variant, number), *settings])
+                deadline.run([*train_command(root, variant, number), *settings], record)
     elif given.action == "curve":
         folders = [run_folder(root, variant, number) / "checkpoints" for number in range(last + 1)]
         checkpoints = [path for folder in folders for path in sorted(folder.glob("iter_*"))]
@@ -304,7 +322,8 @@ def main(arguments: list[str] | None = None) -> None:
         if not trained:
             sys.exit(f"no phase of {variant} is trained: train it first")
         lengths = [length for length in GRID if length <= given.longest]
-        deadline.run(needle_command(run_folder(root, variant, trained[-1]), lengths, 10, root / variant / "grid"))
+        run = run_folder(root, variant, trained[-1])
+        deadline.run(needle_command(run, lengths, 10, root / variant / "grid"), record)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from hydra.errors import HydraException
 from s2train.config import PrepareConfig, PretrainConfig, register, to_object
 from s2train.data.needle_documents import needle_documents
 from s2train.data.tokenizers import ByteTokenizer
+from s2train.evaluation.results import Cell, CellReach
 from s2train.hardware import Hardware
 from s2train.planning import check, compose_run
 from tests.program import run
@@ -30,6 +31,17 @@ def recipe() -> dict[str, Any]:
     sys.modules["needle_recipe"] = module
     module.__dict__.update(runpy.run_path(str(ROOT / "launch" / "needle_recipe.py"), run_name="needle_recipe"))
     return module.__dict__
+
+
+@pytest.fixture(scope="module")
+def curves() -> dict[str, Any]:
+    return runpy.run_path(str(ROOT / "launch" / "needle_curves.py"))
+
+
+def trained(run: Path) -> None:
+    """A phase's folder with one report in it."""
+    run.mkdir(parents=True)
+    (run / "metrics.jsonl").write_text('{"step": 10, "step_time_s": 0.5, "held_out_loss": 2.5}\n')
 
 
 SMALL = [
@@ -144,8 +156,8 @@ def test_earlier_pictures_variants_are_drawn_beside_and_named_with_their_file(
         run.mkdir(parents=True, exist_ok=True)
         (run / "metrics.jsonl").write_text('{"step": 10, "step_time_s": 0.5, "held_out_loss": 2.5}\n')
         output = tmp_path / f"{name}{len(beside)}"
-        arguments = ["needle_curves.py", str(tmp_path / name), str(output)]
-        monkeypatch.setattr(sys, "argv", [*arguments, *(["--beside", *beside] if beside else [])])
+        options = [word for file in beside for word in ("--beside", file)]
+        monkeypatch.setattr(sys, "argv", ["needle_curves.py", *options, str(tmp_path / name), str(output)])
         runpy.run_path(str(ROOT / "launch" / "needle_curves.py"))["main"]()
         content: dict[str, Any] = json.loads(output.with_suffix(".json").read_text())
         return content
@@ -158,6 +170,148 @@ def test_earlier_pictures_variants_are_drawn_beside_and_named_with_their_file(
         with pytest.raises(SystemExit):
             draw(name, file)
         assert words in capsys.readouterr().err
+
+
+GRID: dict[str, Any] = {
+    "checkpoint": "runs/x", "step": 1, "settings": {}, "lengths": [128], "depths": [0.0], "threshold": 0.85,
+    "cells": [{"length": 128, "depth": 0.0, "correct": 1, "trials": 2, "token_accuracy": 1, "character_accuracy": 1}],
+}  # fmt: skip
+VARIANT: dict[str, Any] = {"points": [[10, 128, 1, 2]], "seconds": {"512": 1.5}, "grid": GRID}
+
+
+def test_what_earlier_pictures_leave_behind_can_be_read_with_a_grid_and_without(
+    tmp_path: Path, curves: dict[str, Any]
+) -> None:
+    variants = {"with": VARIANT, "without": VARIANT | {"grid": None}}
+    (tmp_path / "out.json").write_text(json.dumps({"variants": variants}))
+    assert curves["read_earlier"](tmp_path / "out.json") == variants
+    curves["draw"](variants, tmp_path / "out.png")
+
+
+@pytest.mark.parametrize(
+    "variants",
+    [
+        [VARIANT],
+        {"dense": None},
+        *({"dense": {name: VARIANT[name] for name in VARIANT if name != missing}} for missing in VARIANT),
+        {"dense": VARIANT | {"points": [[10, 128, 1]]}},
+        {"dense": VARIANT | {"points": [[10, 128, 0, 0]]}},
+        {"dense": VARIANT | {"seconds": ["512"]}},
+        {"dense": VARIANT | {"grid": {"cells": []}}},
+        {"dense": VARIANT | {"grid": GRID | {"cells": [1]}}},
+        {"dense": VARIANT | {"grid": [1]}},
+    ],
+)
+def test_a_file_beside_that_cannot_be_drawn_is_refused_in_one_line(
+    variants: Any, tmp_path: Path, curves: dict[str, Any], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    file = tmp_path / "out.json"
+    file.write_text(json.dumps({"variants": variants}))
+    monkeypatch.setattr(sys, "argv", ["needle_curves.py", str(tmp_path), str(tmp_path / "new"), "--beside", str(file)])
+    with pytest.raises(SystemExit):
+        curves["main"]()
+    assert capsys.readouterr().err.splitlines()[-1].endswith(f"--beside {file}: no OUTPUT.json of this program")
+    assert not (tmp_path / "new.png").exists()
+
+
+def test_a_shared_variant_that_is_not_there_is_refused_in_one_line(
+    tmp_path: Path, curves: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained(tmp_path / "dense" / "512")
+    monkeypatch.setattr(sys, "argv", ["needle_curves.py", str(tmp_path), str(tmp_path / "new"), "--shared", "hybrid"])
+    with pytest.raises(SystemExit):
+        curves["main"]()
+    told = f"--shared hybrid: not among the variants of {tmp_path}: dense"
+    assert capsys.readouterr().err.splitlines()[-1].endswith(told)
+
+
+def test_a_variant_is_named_with_its_seed_where_that_is_known(tmp_path: Path, curves: dict[str, Any]) -> None:
+    trained(tmp_path / "512")
+    variant = curves["read_variant"](tmp_path)
+    assert "seed" not in variant
+    assert curves["_label"]("hybrid", variant) == "hybrid"
+    (tmp_path / "512" / "config.yaml").write_text("seed: 2\n")
+    variant = curves["read_variant"](tmp_path)
+    assert variant["seed"] == 2
+    assert curves["_label"]("hybrid", variant) == "hybrid (seed 2)"
+    trained(tmp_path / "2048")
+    (tmp_path / "2048" / "config.yaml").write_text("seed: 3\n")
+    assert "seed" not in curves["read_variant"](tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("layers", "told"),
+    [
+        ([1, 1], "needle → question: last 1 layer"),
+        ([4, None, 2, 3], "needle → question: last 2 to 4 layers"),
+        ([1, -1], "needle → question: last 1 layer, or never"),
+        ([-1], "needle → question: out of reach"),
+        ([None], ""),
+    ],
+)
+def test_a_grid_tells_how_far_its_needles_are(layers: list[int | None], told: str, curves: dict[str, Any]) -> None:
+    reaches = [None if count is None else CellReach(1, count) for count in layers]
+    assert curves["reach_told"]([Cell(128, 0.5, 1, 2, 1.0, 1.0, reach) for reach in reaches]) == told
+
+
+CELL = GRID["cells"][0]
+
+
+@pytest.mark.parametrize(
+    ("variant", "known"),
+    [
+        (VARIANT | {"grid": None}, {"seed": 2}),
+        (VARIANT | {"points": []}, {"seed": 2}),
+        (VARIANT, {"grid": GRID | {"cells": [CELL | {"reach": {"from_first": 1, "from_last": 2}}]}}),
+    ],
+    ids=["seed in the legend", "seed above the grid", "reach above the grid"],
+)
+def test_the_picture_shows_what_is_known(
+    variant: dict[str, Any], known: dict[str, Any], tmp_path: Path, curves: dict[str, Any]
+) -> None:
+    for name, drawn in (("without.png", variant), ("with.png", variant | known)):
+        curves["draw"]({"hybrid": drawn}, tmp_path / name)
+    assert (tmp_path / "without.png").read_bytes() != (tmp_path / "with.png").read_bytes()
+
+
+def test_what_a_program_took_is_kept_however_it_ends(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(recipe["Deadline"].run.__globals__, "_LEAST_SECONDS", 0)
+    record, program = tmp_path / "hybrid" / "programs.jsonl", tmp_path / "program.py"
+    program.write_text("import sys, time; time.sleep(float(sys.argv[1])); sys.exit(int(sys.argv[2]))")
+    ended, failed, stopped = ([str(program), *words] for words in (("0.3", "0"), ("0", "3"), ("60", "0")))
+    recipe["Deadline"](1).run(ended, record)
+    with pytest.raises(SystemExit) as failure:
+        recipe["Deadline"](1).run(failed, record)
+    assert failure.value.code == 3
+    with pytest.raises(SystemExit, match="run this again to go on"):
+        recipe["Deadline"](0.01).run(stopped, record)
+    found = [json.loads(line) for line in record.read_text().splitlines()]
+    assert [(each["command"], each["status"]) for each in found] == [(ended, 0), (failed, 3), (stopped, -15)]
+    assert found[0]["seconds"] >= 0.3
+    assert 1 <= found[2]["seconds"] < 60
+
+
+def test_wall_seconds_are_of_all_starts_of_a_phase_and_its_command_is_the_first_that_trained(
+    tmp_path: Path, curves: dict[str, Any]
+) -> None:
+    trained(tmp_path / "512")
+    assert not {"wall_seconds", "commands"} & curves["read_variant"](tmp_path).keys()
+    runs = [f"run_dir={tmp_path}/{phase}" for phase in (512, 2048)]
+    records = [
+        {"command": ["pretrain.py", runs[0], "seed=x"], "seconds": 3.5, "status": 2},
+        {"command": ["pretrain.py", runs[0], "data.path=[a, b]"], "seconds": 100.0, "status": -15},
+        {"command": ["pretrain.py", runs[0]], "seconds": 50.25, "status": 0},
+        {"command": ["pretrain.py", runs[1]], "seconds": 20.0, "status": 0},
+        {"command": ["needle.py", "checkpoint=x"], "seconds": 9.0, "status": 0},
+    ]
+    (tmp_path / "programs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records) + '{"cut sh')
+    variant = curves["read_variant"](tmp_path)
+    assert variant["wall_seconds"] == {"512": 153.75, "2048": 20.0}
+    first = f"python pretrain.py {runs[0]} 'data.path=[a, b]'"
+    assert variant["commands"] == {"512": first, "2048": f"python pretrain.py {runs[1]}"}
 
 
 def test_nothing_is_started_in_the_last_moments(recipe: dict[str, Any], tmp_path: Path) -> None:
@@ -214,13 +368,16 @@ def test_the_first_report_after_each_start_counts_as_the_others(tmp_path: Path) 
 def test_a_small_recipe_goes_from_data_to_grid_and_on_where_it_stopped(
     recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def start(self: Any, *commands: list[str]) -> None:
+    def start(commands: list[list[str]]) -> None:
         for program, *arguments in commands:
             done = run(Path(program).name, *arguments, processes=0)
             assert done.status == 0, done.err
 
-    monkeypatch.setattr(recipe["Deadline"], "run", start)
-    monkeypatch.setattr(recipe["Deadline"], "run_together", lambda self, commands, at_once: start(self, *commands))
+    records = []
+    monkeypatch.setattr(
+        recipe["Deadline"], "run", lambda self, command, record=None: (start([command]), records.append(record))
+    )
+    monkeypatch.setattr(recipe["Deadline"], "run_together", lambda self, commands, at_once: start(commands))
     whole = recipe["PHASES"]
     short = [
         replace(phase, length=length, batch=2, micro=2, steps=2)
@@ -238,10 +395,12 @@ def test_a_small_recipe_goes_from_data_to_grid_and_on_where_it_stopped(
     main(["curve", "hybrid", *root])
     monkeypatch.setitem(main.__globals__, "GRID", (128, 256))
     main(["evaluate", "hybrid", *root])
+    assert records == [None, *[tmp_path / "hybrid" / "programs.jsonl"] * 3]  # data, two phases, the grid
     picture = runpy.run_path(str(ROOT / "launch" / "needle_curves.py"))
     variant = picture["read_variant"](tmp_path / "hybrid")
     assert [point[:2] for point in variant["points"]] == [(2, 64), (2, 128), (4, 64), (4, 128)]
     assert variant["grid"]["lengths"] == [128, 256]
     assert variant["held_out_loss"].keys() == {"128", "256"}
+    assert variant["seed"] == PretrainConfig.seed
     picture["draw"]({"hybrid": variant}, tmp_path / "out.png")
     assert (tmp_path / "out.png").stat().st_size > 1000
