@@ -6,7 +6,7 @@ from s2train.data.task_samples import TaskSampler
 from s2train.evaluation.needle import NeedleGrid
 from s2train.evaluation.results import CellReach
 from s2train.layouts.hybrid import HybridLayout
-from s2train.layouts.reachability import NEVER, Reach, reach
+from s2train.layouts.reachability import NEVER, Reach, direct_heads, reach
 
 
 class NeedleReach:
@@ -17,19 +17,23 @@ class NeedleReach:
         self._reach = lru_cache(maxsize=16)(self._reach_uncached)
 
     def __call__(self, length: int, depth: float) -> CellReach:
-        """Of the trial and the needle that need the most: from the needle's ends to the last token of the question.
+        """Of the trial and the needle that need the most: from each of its blocks to the question's last token.
 
         A chain of needles may go from one to the next on the way, which this does not ask of it.
         """
         first: list[int | None] = []
         last: list[int | None] = []
+        heads: list[int] = []
         for trial in range(self._grid.trials):
             sample = self._grid.sample(self._sampler, length, depth, trial)
-            found = self._reach(length, len(sample.prompt) - 1)
+            query = len(sample.prompt) - 1
+            found = self._reach(length, query)
             for start, stop in sample.spans:
-                first += [found.layers_from_first(start), found.layers_from_first(stop - 1)]
-                last += [found.layers_from_last(start), found.layers_from_last(stop - 1)]
-        return CellReach(_most(first), _most(last))
+                keys = [*range(start, stop, self._hybrid.block_size), stop - 1]
+                first += map(found.layers_from_first, keys)
+                last += map(found.layers_from_last, keys)
+                heads.append(direct_heads(self._hybrid, query, keys))
+        return CellReach(_most(first), _most(last), min(heads), sum(len(layer.heads) for layer in self._hybrid.layers))
 
     def _reach_uncached(self, length: int, query: int) -> Reach:
         return reach(self._hybrid, length, query)

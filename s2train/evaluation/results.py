@@ -27,10 +27,14 @@ class CellReach:
     Attributes:
         from_first: counted from the model's first layer on: from there the question's end can know the needle.
         from_last: counted back from the last one: how early the needle has to be read at the latest.
+        direct_heads: how many of the model's `heads`, all layers' together, see all of it from the question's end in
+            one hop: of so many at least one must have learned to look it up. None in files that don't tell.
     """
 
     from_first: int
     from_last: int
+    direct_heads: int | None = None
+    heads: int | None = None
 
 
 @dataclass(frozen=True)

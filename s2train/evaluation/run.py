@@ -76,7 +76,7 @@ def run_needles(
             if is_new:
                 cell = replace(cell, seconds=round(time.perf_counter() - began, 3))
                 results.command, results.environment = command, surroundings
-            if reach and cell.reach is None:
+            if reach and (cell.reach is None or cell.reach.direct_heads is None):
                 cell = replace(cell, reach=reach(cell.length, cell.depth))
             results.add(cell)
             if is_writer and is_new:
@@ -105,9 +105,12 @@ def _summary(results: NeedleResults) -> str:
 
 def _told(reach: CellReach | None) -> str:
     """What to add on a cell's reach, where the layout limits it."""
-    if reach is None or reach.from_last == 1:
+    if reach is None:
         return ""
-    return ", no way through the layers" if reach.from_last < 0 else f", {reach.from_last} layers away"
+    if reach.from_last != 1:
+        return ", no way through the layers" if reach.from_last < 0 else f", {reach.from_last} layers away"
+    is_limited = reach.direct_heads is not None and reach.direct_heads != reach.heads
+    return f", seen by {reach.direct_heads} of {reach.heads} heads" if is_limited else ""
 
 
 def _earlier(asked: NeedleResults, path: Path, console: Console) -> NeedleResults:

@@ -1,6 +1,7 @@
 """Needle results in the wandb run of the training that they are of: cells as a table, scores, heat maps."""
 
 from collections.abc import Mapping
+from dataclasses import astuple
 from pathlib import Path
 
 from s2train.config import PretrainConfig
@@ -11,6 +12,7 @@ from s2train.wandb_run import RunInfo, WandbRun
 COLUMNS = (
     *("task", "length", "depth", "correct", "trials", "score", "low", "high"),
     *("token accuracy", "character accuracy", "layers from first", "layers from last"),
+    *("direct heads", "heads"),
 )
 Row = tuple[str | int | float | None, ...]
 
@@ -21,7 +23,7 @@ def rows(found: Mapping[str, NeedleResults]) -> list[Row]:
     for task, results in found.items():
         for cell in results.asked:
             score, reach = cell.score, cell.reach
-            layers = (None, None) if reach is None else (reach.from_first, reach.from_last)
+            layers = (None,) * 4 if reach is None else astuple(reach)
             accuracies = cell.token_accuracy, cell.character_accuracy
             counts = cell.correct, cell.trials, score.share, *score.interval
             made.append((task, cell.length, cell.depth, *counts, *accuracies, *layers))

@@ -39,9 +39,10 @@ from s2train.evaluation.results import (
 )
 from s2train.evaluation.run import run_needles
 from s2train.evaluation.scores import Score
+from s2train.layouts.reachability import reach
 from tests.evaluation.fake_models import copier, parrot
 from tests.evaluation.uncached import LanguageModel, greedy_decode
-from tests.layouts.layout_cases import make_hybrid
+from tests.layouts.layout_cases import make_hybrid, mask_of
 from tests.program import ROOT
 
 GRID = NeedleGrid(lengths=(128, 160), depths=(0.0, 1.0), trials=2, seed=3)
@@ -256,8 +257,9 @@ def test_heat_map_is_a_picture_whose_cells_show_the_score(tmp_path: Path) -> Non
 def test_results_without_reach_are_gone_on_from_and_told_it(tmp_path: Path) -> None:
     run(copier, tmp_path)
     content = json.loads((tmp_path / "needle.json").read_text())
-    for cell in content["cells"]:
-        cell["reach"] = None
+    without = [None, {"from_first": 1, "from_last": 1}]  # as files told it once
+    for cell, told in zip(content["cells"], 2 * without, strict=True):
+        cell["reach"] = told
     (tmp_path / "needle.json").write_text(json.dumps(content))
     model = CountingCopier()
     sampler = TaskSampler(ByteTokenizer())
@@ -270,7 +272,7 @@ def test_results_without_reach_are_gone_on_from_and_told_it(tmp_path: Path) -> N
     assert model.calls == 0
     assert load_results(tmp_path / "needle.json") == results
     # The first block is a column that every position sees, and each sees its own; no head sees the second one of three.
-    assert [cell.reach for cell in results.cells] == [CellReach(1, 1)] * 3 + [CellReach(-1, -1)]
+    assert [cell.reach for cell in results.cells] == [CellReach(1, 1, 2, 2)] * 3 + [CellReach(-1, -1, 0, 2)]
 
     def drawn_again(length: int, depth: float) -> CellReach:
         raise AssertionError("the results know it")
@@ -278,6 +280,37 @@ def test_results_without_reach_are_gone_on_from_and_told_it(tmp_path: Path) -> N
     run_needles(
         model, sampler, GRID, asked, tmp_path, batch_size=8, device=torch.device("cpu"), reach=drawn_again
     )  # fmt: skip
+
+
+def test_a_needles_reach_is_that_of_its_farthest_block() -> None:
+    sampler = TaskSampler(ByteTokenizer())
+    hybrid = make_hybrid("S", num_layers=3, num_heads=4, local=2, stride=3, kind="homogeneous")
+    needs = NeedleReach(hybrid, sampler, GRID)
+    for length, depth in GRID.cells:
+        counts: list[int | None] = []
+        seen: list[int] = []
+        for trial in range(GRID.trials):
+            sample = GRID.sample(sampler, length, depth, trial)
+            query = len(sample.prompt) - 1
+            (span,) = (range(*span) for span in sample.spans)
+            assert len({key // hybrid.block_size for key in span}) >= 3
+            counts += [reach(hybrid, length, query).layers_from_last(key) for key in span]
+            masks = [mask_of(head, length // 16 + 1)[query // 16] for layer in hybrid.layers for head in layer.heads]
+            seen.append(sum(all(mask[key // 16] for key in span) for mask in masks))
+        found = needs(length, depth)
+        assert found.from_last == (-1 if None in counts else max(filter(None, counts)))
+        assert (found.direct_heads, found.heads) == (min(seen), 12)
+
+
+def test_a_needle_that_few_heads_see_is_told_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sampler = TaskSampler(ByteTokenizer())
+    hybrid = make_hybrid("S", num_layers=1, num_heads=4, local=1, block_size=64)
+    asked = NeedleResults("runs/x", 100, {"trials": 2}, list(GRID.lengths), list(GRID.depths))
+    run_needles(
+        CountingCopier(), sampler, GRID, asked, tmp_path, batch_size=8, device=torch.device("cpu"),
+        reach=NeedleReach(hybrid, sampler, GRID),
+    )  # fmt: skip
+    assert "seen by 1 of 4 heads" in capsys.readouterr().out
 
 
 def test_needles_that_no_layers_carry_are_told_so_in_picture_and_table(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from tests.test_wandb_run import FakeWandb, fake
 
 
 def results(checkpoint: Path) -> NeedleResults:
-    cells = [Cell(128, 0.0, 1, 4, 0.5, 0.6, CellReach(2, 1)), Cell(128, 1.0, 4, 4, 1.0, 1.0)]
+    cells = [Cell(128, 0.0, 1, 4, 0.5, 0.6, CellReach(2, 1, 3, 8)), Cell(128, 1.0, 4, 4, 1.0, 1.0)]
     return NeedleResults(str(checkpoint), 7, {}, [128], [0.0, 1.0], cells, threshold=0.6)
 
 
@@ -45,6 +45,6 @@ def test_cells_scores_and_heat_map_go_to_the_run_that_the_checkpoint_names(
     table = logged["needle cells"]
     assert table.columns == list(COLUMNS)
     assert [dict(zip(COLUMNS, row, strict=True))["score"] for row in table.data] == [0.25, 1.0]
-    assert [row[-2:] for row in table.data] == [[2, 1], [None, None]]
+    assert [row[-4:] for row in table.data] == [[2, 1, 3, 8], [None] * 4]
     assert logged["needles single"] == str(tmp_path / "needle" / "needle.png")
     assert (logged["needle_single"], logged["effective_length_single"]) == (0.625, 128)
