@@ -48,7 +48,7 @@ class Job:
 
 def run_job(job: Job) -> int:
     """Run a job in a fork of the server; its status as that of a process or, for ranks, of torchrun."""
-    server = _server()
+    server = _server(interpret=job.environment.get("TRITON_INTERPRET") == "1")
     assert server.stdin is not None
     assert server.stdout is not None
     server.stdin.write(json.dumps(asdict(job)) + "\n")
@@ -62,9 +62,11 @@ def run_job(job: Job) -> int:
 
 
 @functools.cache
-def _server() -> "subprocess.Popen[str]":
-    # The interpreter is for the kernels' own tests; in programs attention runs on torch.
+def _server(*, interpret: bool) -> "subprocess.Popen[str]":
+    # Triton's functions are made for its interpreter, or not, as they are imported.
     kept = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
+    if interpret:
+        kept["TRITON_INTERPRET"] = "1"
     server = subprocess.Popen(
         [sys.executable, "-m", "tests.forked"],
         cwd=ROOT,

@@ -42,16 +42,24 @@ class Outcome:
 
 
 def run(
-    program: str, *arguments: str, processes: int = 1, cwd: Path = ROOT, timeout: int = 240, by_torchrun: bool = False
+    program: str,
+    *arguments: str,
+    processes: int = 1,
+    cwd: Path = ROOT,
+    timeout: int = 240,
+    by_torchrun: bool = False,
+    interpret: bool = False,
 ) -> Outcome:
     """Run launch/`program`, or a module, on ranks that know of each other (or plainly, with 0 processes).
 
     Args:
         by_torchrun: as a user does, and slower; else, on a CPU, by `tests.forked`.
+        interpret: on a CPU, with Triton's kernels interpreted; else attention runs on torch there.
     """
     path = str(ROOT / "launch" / program) if program.endswith(".py") else program
-    # The interpreter is for the kernels' own tests; here attention runs on torch.
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    if interpret:
+        environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment |= {
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)])),

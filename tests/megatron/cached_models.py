@@ -1,11 +1,19 @@
 """Layouts of small models that are decoded in tests."""
 
+import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
+import torch
 from torch import Tensor
 
+from s2train.config import LayoutConfig, PatternConfig, ScheduleConfig
+from s2train.layouts.hybrid import HybridLayout, LayerLayout, build_hybrid_layout
+from s2train.layouts.kinds import KINDS
 from s2train.layouts.patterns import Dense, LocalVertical, Pattern
+from s2train.layouts.patterns.file import write_masks
+from s2train.layouts.schedules import find_schedule
 
 BLOCK, VOCABULARY, NUM_BLOCKS = 16, 96, 6
 
@@ -41,3 +49,36 @@ MODELS: dict[str, tuple[list[Sequence[Pattern]], int]] = {
     "mqa": ([[vertical(h) for h in range(4)]] * 2, 1),
     "scattered": ([[Scattered(h) for h in range(4)], [Scattered(h + 4) for h in range(4)]], 2),
 }
+
+# Settings of each registered pattern, such that some heads drop blocks within NUM_BLOCKS.
+REGISTERED: dict[str, PatternConfig] = {
+    "local_vertical": PatternConfig(local=1, stride=4, sinks=1),
+    "ranges": PatternConfig("ranges", ranges=[[1, 1], [2, 2], [None, 3]]),  # takes up again what it dropped
+    "sliding_window": PatternConfig("sliding_window", window=2, sinks=1),
+    "global_blocks": PatternConfig("global_blocks", local=1, globals=[0, 3]),
+    "dilated": PatternConfig("dilated", local=1, dilation=3),
+    "dense": PatternConfig("dense"),
+    "reference": PatternConfig("reference", local=1, stride=4, offset=1),
+    "file": PatternConfig("file", file=""),  # of random masks
+}
+
+
+def hybrid_of(name: str, block_size: int = BLOCK) -> HybridLayout:
+    """The layout of one of MODELS."""
+    heads, groups = MODELS[name]
+    kinds = [KINDS["D" if all(isinstance(h, Dense) for h in layer) else "S"] for layer in heads]
+    layers = tuple(LayerLayout(kind, tuple(layer), block_size) for kind, layer in zip(kinds, heads, strict=True))
+    return HybridLayout(layers, block_size, groups, find_schedule(ScheduleConfig(kind="shifted")))
+
+
+def registered(kind: str, schedule: str = "shifted") -> HybridLayout:
+    """Two layers of four heads in two groups, all of a pattern of PATTERNS."""
+    pattern = REGISTERED[kind]
+    with tempfile.TemporaryDirectory() as folder:
+        if kind == "file":
+            kept = torch.rand(2, 4, NUM_BLOCKS, NUM_BLOCKS).tril() > 0.5
+            masks = dict(enumerate((kept | torch.eye(NUM_BLOCKS, dtype=torch.bool)).numpy()))
+            pattern = replace(pattern, file=str(Path(folder) / "masks.npz"))
+            write_masks(Path(folder) / "masks.npz", masks, BLOCK)
+        layout = LayoutConfig("S", BLOCK, pattern)
+        return build_hybrid_layout(layout, ScheduleConfig(schedule), num_layers=2, num_heads=4, num_query_groups=2)

@@ -14,12 +14,11 @@ import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
-from s2train.config import ModelConfig, ParallelConfig, PretrainConfig, ScheduleConfig, TrainConfig
+from s2train.config import ModelConfig, ParallelConfig, PretrainConfig, TrainConfig
+from s2train.errors import ConfigError
 from s2train.evaluation.generate import generate
-from s2train.layouts.hybrid import HybridLayout, LayerLayout
-from s2train.layouts.kinds import KINDS
-from s2train.layouts.patterns import Dense
-from s2train.layouts.schedules import find_schedule
+from s2train.layouts.hybrid import HybridLayout
+from s2train.layouts.patterns.registry import PATTERNS
 from s2train.megatron.backends import choose_backend
 from s2train.megatron.cached_model import CachedModel
 from s2train.megatron.core_attention import CausalCoreAttention, DenseCoreAttention
@@ -28,17 +27,18 @@ from s2train.megatron.model import build_model, transformer_config, unwrap
 from s2train.megatron.page_pool import OutOfPagesError
 from s2train.megatron.setup import initialize, shutdown
 from tests.evaluation.uncached import greedy_decode
-from tests.megatron.cached_models import BLOCK, HALF_TURNED, MODELS, NUM_BLOCKS, VOCABULARY
+from tests.megatron.cached_models import BLOCK, HALF_TURNED, MODELS, NUM_BLOCKS, VOCABULARY, hybrid_of, registered
 
 
-def build(name: str, device: torch.device, tp: int = 1, backend: str = "auto") -> tuple[GPTModel, HybridLayout]:
-    heads, groups = MODELS[name]
-    kinds = [KINDS["D" if all(isinstance(h, Dense) for h in layer) else "S"] for layer in heads]
-    layers = tuple(LayerLayout(kind, tuple(layer), BLOCK) for kind, layer in zip(kinds, heads, strict=True))
-    hybrid = HybridLayout(layers, BLOCK, groups, find_schedule(ScheduleConfig(kind="shifted")))
-    model = ModelConfig("test", len(layers), 64, 96, 4, groups, 16, VOCABULARY, init_std=0.2)
-    model.rotary_percent = 0.5 if name in HALF_TURNED else 1.0
-    train = TrainConfig(steps=1, seq_length=BLOCK * NUM_BLOCKS, global_batch_size=1, precision="fp32")
+def build(
+    model_or_layout: str | HybridLayout, device: torch.device, tp: int = 1, backend: str = "auto"
+) -> tuple[GPTModel, HybridLayout]:
+    """A random model: one of MODELS by name, or of a layout of heads such as theirs."""
+    hybrid = hybrid_of(model_or_layout) if isinstance(model_or_layout, str) else model_or_layout
+    groups = hybrid.num_query_groups
+    model = ModelConfig("test", len(hybrid.layers), 64, 96, 4, groups, 16, VOCABULARY, init_std=0.2)
+    model.rotary_percent = 0.5 if model_or_layout in HALF_TURNED else 1.0
+    train = TrainConfig(steps=1, seq_length=hybrid.block_size * NUM_BLOCKS, global_batch_size=1, precision="fp32")
     cfg = PretrainConfig(model=model, parallel=ParallelConfig(tp=tp), train=train, attention_backend=backend)
     (chunk,) = build_model(cfg, transformer_config(cfg), hybrid, choose_backend("local"), device)
     gpt = unwrap(chunk)
@@ -58,14 +58,14 @@ def brute_force_pages(cache: KVCache, hybrid: HybridLayout, length: int) -> int:
     for layer in hybrid.layers:
         kept = torch.stack([head.keep(query, key) & (query >= key) for head in layer.heads])
         grouped = kept.view(hybrid.num_query_groups, -1, *kept.shape[1:]).any(1)
-        needed = grouped[:, length // BLOCK :].any(1)
-        count += int(needed[:, : -(-length // BLOCK)].sum())
+        needed = grouped[:, length // layer.block_size :].any(1)
+        count += int(needed[:, : layer.num_blocks(length)].sum())
     return count
 
 
 @torch.no_grad()
 def compare(
-    name: str,
+    model_or_layout: str | HybridLayout,
     device: torch.device,
     prompt: int,
     chunk: int,
@@ -75,7 +75,7 @@ def compare(
     sequences: int = 2,
 ) -> dict[str, Any]:
     """Errors against float64 of all logits from the prompt's end on, and pages held after each token."""
-    gpt, hybrid = build(name, device, tp, backend)
+    gpt, hybrid = build(model_or_layout, device, tp, backend)
     tokens = torch.randint(0, VOCABULARY, (sequences, total), device=device)
     position_ids = positions_like(tokens)
     plain = gpt(tokens, position_ids, None)[:, prompt - 1 :]
@@ -103,7 +103,7 @@ def compare(
         "predicted": predicted,
         "brute": brute,
         "stored": stored,
-        "dense": sequences * len(hybrid.layers) * hybrid.num_query_groups * -(-total // BLOCK),
+        "dense": sequences * len(hybrid.layers) * hybrid.num_query_groups * -(-total // hybrid.block_size),
     }
 
 
@@ -238,6 +238,35 @@ def later_queries(device: torch.device) -> dict[str, Any]:
     return {"difference": float((outs[1] - outs[0]).norm() / outs[0].norm())}
 
 
+def longer_than_masks(device: torch.device) -> str:
+    """What is said where a cache is to have more blocks than a file's masks."""
+    gpt, _ = build(registered("file"), device)
+    try:
+        with kv_cache(gpt, 1, BLOCK * NUM_BLOCKS + 1):
+            return "nothing"
+    except ConfigError as error:
+        return str(error)
+
+
+def measure_registered(device: torch.device) -> dict[str, Any]:
+    """Every registered pattern, a schedule that goes on from layer to layer, and blocks of 64."""
+    results: dict[str, Any] = {"longer than masks": longer_than_masks(device)}
+    layouts = {kind: registered(kind) for kind in PATTERNS} | {"rotating": registered("local_vertical", "rotating")}
+    for name, layout in layouts.items():
+        results[name] = compare(layout, device, BLOCK + 5, BLOCK, BLOCK * NUM_BLOCKS)
+    for prompt in (127, 128, 129):
+        results[f"64 {prompt}"] = compare(hybrid_of("hybrid", 64), device, prompt, 64, 2 * 64 + 12, sequences=4)
+    return results
+
+
+def measure_triton(device: torch.device, tp: int) -> dict[str, Any]:
+    """By the interpreted kernels; few steps, since one takes half a second."""
+    if tp > 1:
+        return {"tp": compare("different heads in a group", device, 2 * BLOCK - 3, BLOCK, 2 * BLOCK + 3, tp, "triton")}
+    names = ("hybrid", "different heads in a group")
+    return {name: compare(name, device, BLOCK + 5, BLOCK, 2 * BLOCK + 4, backend="triton") for name in names}
+
+
 @torch.no_grad()
 def on_cuda(name: str, device: torch.device) -> dict[str, Any]:
     """Steps run and steps replayed from a CUDA graph, beside the uncached forward."""
@@ -263,19 +292,22 @@ def on_cuda(name: str, device: torch.device) -> dict[str, Any]:
 def main() -> None:
     tp = int(os.environ.get("WORLD_SIZE", "1"))
     device = initialize(ParallelConfig(tp=tp), seed=int(sys.argv[1]))
-    results: dict[str, Any] = {}
     if sys.argv[2:] == ["cuda"]:
-        for name in MODELS:
-            results[name] = on_cuda(name, device)
+        results = {name: on_cuda(name, device) for name in MODELS}
+    elif sys.argv[2:] == ["triton"]:
+        results = measure_triton(device, tp)
+    elif sys.argv[2:] == ["registered"]:
+        results = measure_registered(device)
+    else:
+        results = measure_models(device, tp)
+    if torch.distributed.get_rank() == 0:
         print(json.dumps(results))
-        shutdown()
-        return
-    if sys.argv[2:] == ["triton"]:
-        for name in ("hybrid", "different heads in a group"):
-            results[name] = compare(name, device, BLOCK + 5, BLOCK, 2 * BLOCK + 4, backend="triton")
-        print(json.dumps(results))
-        shutdown()
-        return
+    shutdown()
+
+
+def measure_models(device: torch.device, tp: int) -> dict[str, Any]:
+    """All of MODELS, and whatever else is asked of one rank."""
+    results: dict[str, Any] = {}
     longest = BLOCK * NUM_BLOCKS
     for name in MODELS:
         if tp == 1 or MODELS[name][1] % tp == 0:
@@ -296,9 +328,7 @@ def main() -> None:
             later_queries,
         ):
             results[scenario.__name__] = scenario(device)
-    if torch.distributed.get_rank() == 0:
-        print(json.dumps(results))
-    shutdown()
+    return results
 
 
 if __name__ == "__main__":

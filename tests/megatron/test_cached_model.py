@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from tests.megatron.cached_models import BLOCK, MODELS
+from s2train.layouts.patterns.registry import PATTERNS
+from tests.megatron.cached_models import BLOCK, MODELS, NUM_BLOCKS
 from tests.program import run
 
 pytestmark = [pytest.mark.slow]
@@ -22,15 +23,15 @@ Results = dict[str, dict[str, Any]]
 def measure(processes: int, *arguments: str, interpret: bool = False, device: str = "") -> Results:
     seed = str(random.randrange(2**31))
     print("seed", seed)
-    if not interpret and not device:
-        ran = run("tests.megatron.cached_program", seed, *arguments, processes=processes if processes > 1 else 0)
+    program, processes = "tests.megatron.cached_program", processes if processes > 1 else 0
+    if not device:
+        ran = run(program, seed, *arguments, processes=processes, interpret=interpret)
         assert ran.status == 0, ran.err[-3000:]
         return json.loads(ran.out.splitlines()[-1])
     done = subprocess.run(
-        [sys.executable, "-m", "tests.megatron.cached_program", seed, *arguments],
+        [sys.executable, "-m", program, seed, *arguments],
         cwd=ROOT,
-        env=os.environ
-        | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": device, "TRITON_INTERPRET": str(int(interpret))},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": device, "TRITON_INTERPRET": "0"},
         capture_output=True,
         text=True,
         timeout=300,
@@ -49,12 +50,22 @@ def tensor_parallel() -> Results:
     return measure(2)
 
 
+@pytest.fixture(scope="module")
+def registered() -> Results:
+    return measure(1, "registered")
+
+
 def assert_agrees(result: dict[str, Any]) -> None:
+    assert_agrees_on_a_rank(result)
+    assert result["held"] == result["brute"]  # by the definition
+
+
+def assert_agrees_on_a_rank(result: dict[str, Any]) -> None:
     # At rounding level: as near to float64 as the uncached forward is.
     assert result["error"] <= 2 * result["plain_error"]
     assert result["plain_error"] < 1e-5 * result["scale"]
-    # Counted by the free list, by the closed form, by the definition, and in the tables.
-    assert result["held"] == result["predicted"] == result["brute"]
+    # Counted by the free list, by the closed form, and in the tables.
+    assert result["held"] == result["predicted"]
     assert result["stored"] == [[count, count] for count in result["held"]]
 
 
@@ -67,6 +78,29 @@ def test_token_by_token_as_the_uncached_forward(alone: Results, model: str, pref
 def test_the_triton_kernels_in_a_model() -> None:
     for result in measure(1, "triton", interpret=True).values():
         assert_agrees(result)
+
+
+def test_the_triton_kernels_under_tensor_parallel() -> None:
+    assert_agrees_on_a_rank(measure(2, "triton", interpret=True)["tp"])
+
+
+@pytest.mark.parametrize("kind", PATTERNS)
+def test_every_registered_pattern_as_the_uncached_forward(registered: Results, kind: str) -> None:
+    assert_agrees(registered[kind])
+
+
+def test_layers_that_rotate_on_as_the_uncached_forward(registered: Results) -> None:
+    assert_agrees(registered["rotating"])
+
+
+@pytest.mark.parametrize("prompt", [127, 128, 129])
+def test_blocks_of_64_whose_border_is_near_the_prompts_end(registered: Results, prompt: int) -> None:
+    assert_agrees(registered[f"64 {prompt}"])
+
+
+def test_a_cache_longer_than_a_files_masks_is_refused(registered: Results) -> None:
+    said = str(registered["longer than masks"])
+    assert f"masks.npz: its masks end at {NUM_BLOCKS} blocks, and the sequence has {NUM_BLOCKS + 1}" in said
 
 
 @pytest.mark.gpu
@@ -98,10 +132,7 @@ def test_a_dense_model_holds_everything_until_the_end(alone: Results) -> None:
 @pytest.mark.parametrize("model", [name for name, (_, groups) in MODELS.items() if groups % 2 == 0])
 def test_tensor_parallel(tensor_parallel: Results, model: str) -> None:
     for prefill in ("", " in chunks"):
-        result = tensor_parallel[model + prefill]
-        assert result["error"] <= 2 * result["plain_error"]
-        assert result["held"] == result["predicted"]
-        assert result["stored"] == [[count, count] for count in result["held"]]
+        assert_agrees_on_a_rank(tensor_parallel[model + prefill])
 
 
 def test_sequences_of_a_batch_continue_as_they_do_alone(alone: Results) -> None:
