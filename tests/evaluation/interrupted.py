@@ -29,5 +29,6 @@ def plant(table: Path) -> None:
 if __name__ == "__main__":
     (output,) = [argument.removeprefix("output=") for argument in sys.argv if argument.startswith("output=")]
     plant(Path(output) / "needle.json")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job ignores
     sys.argv[0] = str(ROOT / "launch" / "needle.py")
     runpy.run_path(sys.argv[0], run_name="__main__")
