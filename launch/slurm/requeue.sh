@@ -4,7 +4,9 @@
 # The job wants `--signal=B:USR1@300`: SIGUSR1 goes on to the command, whose ranks save and stop; then the same job waits
 # in the queue again and goes on from there. A cancelled or a failed job is not queued again; one whose node died is, by
 # Slurm itself (`--requeue`).
+# SAVE_SECONDS: that the ranks have to save, of the 300 (240); then they are killed, and the job is still queued again.
 set -uo pipefail
+export PET_SHUTDOWN_TIMEOUT=${SAVE_SECONDS:-240}
 
 "$@" &
 command=$!

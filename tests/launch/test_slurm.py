@@ -156,3 +156,11 @@ def test_tasks_have_the_environment_and_the_cpus_that_sbatch_was_asked_for(
         f" --export=ALL{option} {tmp_path}/launch/slurm/../multinode.sh program\n"
         in (tmp_path / "asked.srun").read_text()
     )
+
+
+@pytest.mark.parametrize(("given", "seconds"), [({}, "240"), ({"SAVE_SECONDS": "800"}, "800")])
+def test_ranks_are_ended_before_slurm_ends_the_job_that_is_to_be_queued_again(
+    given: dict[str, str], seconds: str, job: dict[str, str]
+) -> None:
+    command = [str(ROOT / "launch/slurm/requeue.sh"), "printenv", "PET_SHUTDOWN_TIMEOUT"]
+    assert subprocess.run(command, env=job | given, capture_output=True, text=True).stdout == f"{seconds}\n"
