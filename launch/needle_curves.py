@@ -22,7 +22,7 @@ from s2train.command_line import USAGE_STATUS
 from s2train.environment import environment
 from s2train.evaluation.pictures import SCORE_COLOURS
 from s2train.evaluation.results import Cell, load_results, results_from
-from s2train.training.plots import read_curves, read_records
+from s2train.training.plots import read_records
 
 
 def read_variant(folder: Path) -> dict[str, Any]:
@@ -37,9 +37,10 @@ def read_variant(folder: Path) -> dict[str, Any]:
     seconds: dict[str, float] = {}
     held_out: dict[str, float] = {}
     for run in sorted((path for path in folder.iterdir() if path.name.isdecimal()), key=lambda path: int(path.name)):
-        seconds[run.name] = _seconds(read_records(run / "metrics.jsonl"))
-        if losses := read_curves(run / "metrics.jsonl").held_out:
-            held_out[run.name] = losses[max(losses)]
+        records = read_records(run / "metrics.jsonl")
+        seconds[run.name] = _seconds(records)
+        if losses := [record["held_out_loss"] for record in records if record.get("held_out_loss") is not None]:
+            held_out[run.name] = losses[-1]
         for path in sorted(run.glob("needle/*/needle.json")):
             if results := load_results(path):
                 points += [(results.step, length, score.correct, score.trials) for length, score in results.columns]
@@ -52,8 +53,7 @@ def read_variant(folder: Path) -> dict[str, Any]:
 
 
 def _seed(config: Path) -> int | None:
-    settings = OmegaConf.to_container(OmegaConf.load(config)) if config.is_file() else None
-    return settings.get("seed") if isinstance(settings, dict) else None
+    return OmegaConf.select(OmegaConf.load(config), "seed") if config.is_file() else None
 
 
 def _programs(path: Path) -> dict[str, dict[str, Any]]:

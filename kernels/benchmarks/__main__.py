@@ -20,7 +20,6 @@ import datetime
 import json
 import os
 import platform
-import shlex
 import sys
 import time
 from pathlib import Path
@@ -30,6 +29,7 @@ import torch
 import triton
 from rich.console import Console
 
+from ..origin import origin
 from .cases import DEFAULT, GROUPS, parse_case, parse_cases
 from .contenders import CONTENDERS
 from .plot import draw
@@ -52,8 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     torch.manual_seed(seed)
     clock = Clock(device)
     data: Record = {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "-m", "s2train.kernels.benchmarks", *(arguments or sys.argv[1:])]),
+        **origin("benchmarks", arguments),
         "machine": _machine(device),
         "seed": seed,
         "ceiling_tflops": matmul_ceiling(clock, device),

@@ -15,7 +15,6 @@ import argparse
 import datetime
 import gc
 import os
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +28,7 @@ from rich.table import Table
 
 from ..attention import resolve_backend
 from ..decode.walk import decode_walk
+from ..origin import origin
 from .__main__ import _machine, _save
 from .cases import parse_case, tokens
 from .decode_problem import FUSED, ContiguousStep, DecodeCase, PagedStep, errors
@@ -48,8 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     seed = int.from_bytes(os.urandom(3))
     torch.manual_seed(seed)
     data: Record = {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "-m", "s2train.kernels.benchmarks.decode", *(arguments or sys.argv[1:])]),
+        **origin("benchmarks.decode", arguments),
         "machine": _machine(device),
         "seed": seed,
         "cases": [],

@@ -8,10 +8,8 @@ those after it run in new processes. Exits with 1 if any fails.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import shlex
 import sys
 import time
 from collections import Counter
@@ -24,6 +22,7 @@ import triton
 from torch import Tensor
 
 from .. import spec
+from ..origin import origin
 from ..workers import run_tasks, serve
 from .cases import CASES, QUICK_TIMINGS, TIMINGS, Case, Timing, case_names
 from .run import check_case, time_case
@@ -70,8 +69,7 @@ def main() -> int:
     print(f"{len(checks)} checks, {len(timings)} timings, {len(failed)} failed {failed or ''}")
     if args.json:
         content = {
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "command": shlex.join(["python", "-m", "s2train.kernels.check", *sys.argv[1:]]),
+            **origin("check"),
             "machine": machine,
             "checks": checks,
             "timings": timings,

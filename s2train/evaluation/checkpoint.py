@@ -1,12 +1,15 @@
 """Needle evaluation of a checkpoint, from its settings to its results."""
 
 import os
+import shlex
+import sys
 from functools import partial
 
 import torch
 from megatron.core import parallel_state
 
 from s2train.config import NeedleConfig, ParallelConfig
+from s2train.environment import environment
 from s2train.errors import ConfigError
 from s2train.evaluation.generate import generate
 from s2train.evaluation.needle import Ranks
@@ -51,13 +54,15 @@ def evaluate(cfg: NeedleConfig) -> None:
         parallel_state.get_data_parallel_group(),
     )
     hybrid = hybrid_layout(request.trained)
+    command, surroundings = shlex.join(sys.argv), environment()
     found = {}
     for problem in request.problems:
         sampler, grid = problem.sampler, problem.grid
         own = {"task": problem.name, **problem.settings, "tokenizer": sampler.tokenizer.fingerprint, **settings}
         asked = NeedleResults(
-            str(loaded.path), loaded.step, own, list(grid.lengths), list(grid.depths), threshold=cfg.threshold
-        )
+            str(loaded.path), loaded.step, own, list(grid.lengths), list(grid.depths), threshold=cfg.threshold,
+            command=command, environment=surroundings,
+        )  # fmt: skip
         try:
             found[problem.name] = run_needles(
                 partial(generate, loaded.model),

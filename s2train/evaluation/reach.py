@@ -33,7 +33,7 @@ class NeedleReach:
                 first += map(found.layers_from_first, keys)
                 last += map(found.layers_from_last, keys)
                 heads.append(direct_heads(self._hybrid, query, keys))
-        return CellReach(_most(first), _most(last), min(heads), sum(len(layer.heads) for layer in self._hybrid.layers))
+        return CellReach(_most(first), _most(last), min(heads), self._hybrid.heads.total())
 
     def _reach_uncached(self, length: int, query: int) -> Reach:
         return reach(self._hybrid, length, query)

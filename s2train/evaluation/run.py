@@ -1,7 +1,5 @@
 """A task's evaluation from start to end: go on from what is known, show progress, leave a table and a picture."""
 
-import shlex
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,7 +11,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from s2train.data.task_samples import TaskSampler
-from s2train.environment import environment
 from s2train.evaluation.generate import Decode
 from s2train.evaluation.needle import NeedleGrid, Ranks, evaluate_grid
 from s2train.evaluation.pictures import draw_heat_map, score_table
@@ -41,11 +38,12 @@ def run_needles(
     """Evaluate the cells that `folder` lacks; write `NAME.json` after each one and `NAME.png` at the end.
 
     Call it on all ranks; global rank 0 reads, writes and talks. A `NAME.json` of other settings, and
-    its picture, are kept there under another name. The command that is written is this process's.
+    its picture, are kept there under another name.
 
     Args:
         grid: one that `s2train.evaluation.needle.check_fit` passed.
-        asked: results without cells, with the settings that a known cell must agree with.
+        asked: results without cells, with the settings that a known cell must agree with, and the command and
+            environment of new ones.
         reach: of a cell's length and depth, for the results; needs no model.
         trained_length: tokens; longer cells are evaluated all the same, with a note.
     """
@@ -62,7 +60,6 @@ def run_needles(
         earlier = from_first(earlier)
     results = replace(asked, cells=earlier.cells, command=earlier.command, environment=earlier.environment)
     finished = {(cell.length, cell.depth): cell for cell in earlier.cells}
-    command, surroundings = shlex.join(sys.argv), environment()
     cells = evaluate_grid(
         decode, sampler, grid, batch_size=batch_size, batch_tokens=batch_tokens, device=device, ranks=ranks,
         finished=finished,
@@ -75,7 +72,7 @@ def run_needles(
             is_new = (cell.length, cell.depth) not in finished
             if is_new:
                 cell = replace(cell, seconds=round(time.perf_counter() - began, 3))
-                results.command, results.environment = command, surroundings
+                results.command, results.environment = asked.command, asked.environment
             if reach and (cell.reach is None or cell.reach.direct_heads is None):
                 cell = replace(cell, reach=reach(cell.length, cell.depth))
             results.add(cell)

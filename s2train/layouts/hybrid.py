@@ -1,9 +1,10 @@
 """The layers of a model: which kind each is, and what its heads keep."""
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 
@@ -120,6 +121,11 @@ class HybridLayout:
     block_size: int  # tokens
     num_query_groups: int  # KV heads
     schedule: Schedule  # that gave the sparse layers their offsets
+
+    @cached_property
+    def heads(self) -> Counter[Pattern]:
+        """How many query heads, of all layers, have each pattern."""
+        return Counter(head for layer in self.layers for head in layer.heads)
 
 
 def letters_of(layout: LayoutConfig) -> dict[str, AttentionKind]:

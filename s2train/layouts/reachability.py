@@ -8,7 +8,6 @@ Counting by blocks is exact for tokens: every token of a query block keeps the s
 of its own block the tokens up to itself. So all keys of an earlier block arrive together.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -109,8 +108,7 @@ def direct_heads(hybrid: HybridLayout, query: int, keys: Sequence[int]) -> int:
     """
     at = torch.tensor(query // hybrid.block_size)
     blocks = torch.tensor(sorted({key // hybrid.block_size for key in keys}))
-    counts = Counter(head for layer in hybrid.layers for head in layer.heads)
-    return sum(count for head, count in counts.items() if bool(head.keep(at, blocks).all()))
+    return sum(count for head, count in hybrid.heads.items() if bool(head.keep(at, blocks).all()))
 
 
 def _step(reached: np.ndarray, union: np.ndarray | None) -> np.ndarray:

@@ -171,6 +171,5 @@ def _layer_costs(
 
 def known_lengths(hybrid: HybridLayout, lengths: Sequence[int] = LENGTHS) -> tuple[int, ...]:
     """Those of `lengths` that masks from files, if any head has one, reach to."""
-    heads = (head for layer in hybrid.layers for head in layer.heads)
-    longest = known_blocks(heads, max(lengths)) * hybrid.block_size
+    longest = known_blocks(hybrid.heads, max(lengths)) * hybrid.block_size
     return tuple(length for length in lengths if length <= longest)

@@ -34,8 +34,11 @@ def quoted(value: object) -> str:
 
 def torchrun(python: str, nproc_per_node: int, program: Path, arguments: Sequence[str]) -> list[str]:
     """The command of one job on this machine, with a free port of its own."""
-    start = [python, "-m", "torch.distributed.run", "--standalone"]
-    return [*start, "--nproc-per-node", str(nproc_per_node), str(program), *arguments]
+    return _on_one_node([python, "-m", "torch.distributed.run"], nproc_per_node, program, arguments)
+
+
+def _on_one_node(start: list[str], nproc_per_node: int, program: Path, arguments: Sequence[str]) -> list[str]:
+    return [*start, "--standalone", "--nproc-per-node", str(nproc_per_node), str(program), *arguments]
 
 
 def batch_script(
@@ -59,9 +62,8 @@ def batch_script(
     }
     launch = program.parent
     if settings.nodes == 1:
-        launcher = [python, str(launch / "job.py"), "--standalone", "--nproc-per-node", str(settings.nproc_per_node)]
-        run = shlex.join([str(launch / "slurm" / "requeue.sh"), *launcher, str(program), *arguments])
-        start = f"exec {run}"
+        launcher = [str(launch / "slurm" / "requeue.sh"), python, str(launch / "job.py")]
+        start = f"exec {shlex.join(_on_one_node(launcher, settings.nproc_per_node, program, arguments))}"
     else:
         run = shlex.join([str(launch / "slurm" / "run.sh"), str(program), *arguments])
         where = f"PYTHON={shlex.quote(python)} LOG_DIR={shlex.quote(str(folder / RANK_LOGS))}"

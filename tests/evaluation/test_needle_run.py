@@ -23,6 +23,7 @@ from torch import Tensor
 from s2train.config import ModelConfig, NeedleConfig, PretrainConfig
 from s2train.data.task_samples import TaskSampler
 from s2train.data.tokenizers import ByteTokenizer
+from s2train.environment import environment
 from s2train.evaluation.generate import Decode
 from s2train.evaluation.needle import NeedleGrid
 from s2train.evaluation.pictures import draw_heat_map, score_table
@@ -60,7 +61,10 @@ def run(
 def run_decoder(
     decode: Decode, folder: Path, grid: NeedleGrid = GRID, settings: dict[str, Any] | None = None
 ) -> NeedleResults:
-    asked = NeedleResults("runs/x", 100, settings or {"trials": 2}, list(grid.lengths), list(grid.depths))
+    asked = NeedleResults(
+        "runs/x", 100, settings or {"trials": 2}, list(grid.lengths), list(grid.depths),
+        command=shlex.join(sys.argv), environment=environment(),
+    )  # fmt: skip
     sampler = TaskSampler(ByteTokenizer())
     return run_needles(decode, sampler, grid, asked, folder, batch_size=8, device=torch.device("cpu"))
 

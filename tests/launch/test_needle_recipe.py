@@ -40,7 +40,7 @@ def curves() -> dict[str, Any]:
 
 def trained(run: Path) -> None:
     """A phase's folder with one report in it."""
-    run.mkdir(parents=True)
+    run.mkdir(parents=True, exist_ok=True)
     (run / "metrics.jsonl").write_text('{"step": 10, "step_time_s": 0.5, "held_out_loss": 2.5}\n')
 
 
@@ -149,16 +149,14 @@ def test_pictures_are_not_overwritten_nor_drawn_of_nothing(
 
 
 def test_earlier_pictures_variants_are_drawn_beside_and_named_with_their_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, curves: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def draw(name: str, *beside: str) -> dict[str, Any]:
-        run = tmp_path / name / name / "512"
-        run.mkdir(parents=True, exist_ok=True)
-        (run / "metrics.jsonl").write_text('{"step": 10, "step_time_s": 0.5, "held_out_loss": 2.5}\n')
+        trained(tmp_path / name / name / "512")
         output = tmp_path / f"{name}{len(beside)}"
         options = [word for file in beside for word in ("--beside", file)]
         monkeypatch.setattr(sys, "argv", ["needle_curves.py", *options, str(tmp_path / name), str(output)])
-        runpy.run_path(str(ROOT / "launch" / "needle_curves.py"))["main"]()
+        curves["main"]()
         content: dict[str, Any] = json.loads(output.with_suffix(".json").read_text())
         return content
 

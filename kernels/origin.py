@@ -1,0 +1,19 @@
+"""When, and by which command, a result was made: for the file that holds it."""
+
+import datetime
+import shlex
+import sys
+from collections.abc import Sequence
+
+
+def origin(program: str, arguments: Sequence[str] | None = None) -> dict[str, str]:
+    """Date (UTC, to the second) and command of `python -m s2train.kernels.PROGRAM`.
+
+    Args:
+        arguments: of the program; by default this process's.
+    """
+    given = arguments or sys.argv[1:]
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", "-m", f"s2train.kernels.{program}", *given]),
+    }
