@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,13 @@ def run(
         [*launcher, path, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout
     )
     return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+def reported(module: str, case: Sequence[Any]) -> Any:
+    """JSON that a test module, as a program with `case`, prints; Triton compiles there and does not interpret."""
+    outcome = run(module, json.dumps(case), processes=0)
+    assert outcome.status == 0, outcome.err[-2000:]
+    return json.loads(outcome.out.splitlines()[-1])
 
 
 def pretrain(run_dir: Path, *arguments: str, processes: int = 1, cwd: Path = ROOT) -> Outcome:

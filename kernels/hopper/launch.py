@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import MISSING, fields
 from typing import Any
 
 import torch
@@ -11,15 +12,16 @@ from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime import driver
 
+# Triton 3.6 has `padding`, 3.7 `round_f32_to_tf32` too.
+_DEFAULTS = {field.name: field.default for field in fields(TensorDescriptor) if field.default is not MISSING}
+
 
 def descriptor(
     base: Tensor, shape: list[int], strides: list[int], block_shape: list[int], layout: NVMMASharedLayout
 ) -> TensorDescriptor:
     """`TensorDescriptor(...)` without its checks, two thirds of its time; `fits_descriptor` has made them."""
     made = object.__new__(TensorDescriptor)
-    made.__dict__.update(
-        base=base, shape=shape, strides=strides, block_shape=block_shape, layout=layout, padding="zero"
-    )
+    made.__dict__.update(_DEFAULTS, base=base, shape=shape, strides=strides, block_shape=block_shape, layout=layout)
     return made
 
 

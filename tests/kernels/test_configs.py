@@ -5,8 +5,6 @@ The compiler's own figures come from a process of their own: Triton compiles onl
 
 import itertools
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,8 @@ import pytest
 import torch
 from s2train.kernels import BlockLayout
 from s2train.kernels.configs import config_for, shared_bytes
+
+from tests.program import reported
 
 KERNELS = ("forward", "dq", "dkdv")
 # bytes of shared memory that a program may have: Turing, consumer Ampere and Ada, A100, Hopper
@@ -69,11 +69,7 @@ COMPILED = [
 @pytest.mark.slow
 @pytest.mark.parametrize("case", COMPILED, ids=str)
 def test_compiled_kernels_take_no_more_shared_memory_than_the_device_has(case: tuple[Any, ...]) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, __file__, json.dumps(case)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    shared = json.loads(done.stdout.splitlines()[-1])
+    shared = reported(__name__, case)
     assert len(shared) == 4
     assert all(size <= LIMITS[case[0]] for size in shared.values()), shared
 

@@ -4,7 +4,6 @@ In a process of its own: Triton compiles only where it does not interpret.
 """
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -16,6 +15,8 @@ import pytest
 import torch
 import triton
 from triton.backends.nvidia.compiler import get_ptxas
+
+from tests.program import reported
 
 SHARED_BYTES = 232448  # of a program on compute capability 9.0
 # dtype, head dimension, block, walk
@@ -33,14 +34,10 @@ Case = tuple[str, int, int, str]
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_compiles_for_hopper(case: Case) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, __file__, json.dumps(case)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    report = json.loads(done.stdout.splitlines()[-1])
-    assert report["spilled_bytes"] == 0
+    found = reported(__name__, case)
+    assert found["spilled_bytes"] == 0
     # Several tiles of keys and values fit in what it takes: with one, no load would run ahead.
-    assert 2 * report["tile_bytes"] <= report["shared"] <= SHARED_BYTES
+    assert 2 * found["tile_bytes"] <= found["shared"] <= SHARED_BYTES
 
 
 class Hopper:

@@ -4,7 +4,6 @@ In a process of its own: Gluon compiles only where Triton does not interpret.
 """
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -19,6 +18,8 @@ from s2train.kernels import BlockLayout
 from s2train.kernels.spec import AttentionSpec
 from torch import Tensor
 from triton.backends.nvidia.compiler import get_ptxas
+
+from tests.program import reported
 
 SHARED_BYTES = 232448  # of a program on compute capability 9.0
 # Of all threads' roles, stores and loads. Packed documents add the stores of a partial tile, after the loops.
@@ -58,15 +59,11 @@ Case = tuple[str, str, int, int, int, bool, str]
 @pytest.mark.skipif(not triton.__version__.startswith(("3.6.", "3.7.")), reason="Triton 3.6 or 3.7")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_compiles_for_hopper(case: Case) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, __file__, json.dumps(case)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    report = json.loads(done.stdout.splitlines()[-1])
-    assert report["shared"] <= SHARED_BYTES
+    found = reported(__name__, case)
+    assert found["shared"] <= SHARED_BYTES
     packed = (case[0], case[6]) == ("backward", "packed")
-    assert report["spilled_bytes"] <= (SPILLED_BYTES_PACKED if packed else SPILLED_BYTES), report
-    assert report["warnings"] == []
+    assert found["spilled_bytes"] <= (SPILLED_BYTES_PACKED if packed else SPILLED_BYTES), found
+    assert found["warnings"] == []
 
 
 class Hopper:
