@@ -6,6 +6,7 @@ broken-off measurement goes on. Arguments `setting=value` go to every run, such 
 
 import argparse
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -55,7 +56,8 @@ def measure_and_show(given: argparse.Namespace) -> None:
     check_writable("output", given.output.parent)
     console = Console(width=int(os.environ.get("COLUMNS", "120")))
     request = Request(given.size, given.lengths, given.tokens, given.layers, given.steps, given.warmup, given.overrides)
-    rows = measure_all(request, given.output, environment(), lambda text: print(text, flush=True))
+    made_by = {"command": shlex.join(["python", *sys.argv]), **environment()}
+    rows = measure_all(request, given.output, made_by, lambda text: print(text, flush=True))
     if not rows:
         raise ConfigError("output", given.output, "nothing was measured", "See the failures above")
     console.print(table(rows))

@@ -203,8 +203,11 @@ class Request:
     overrides: Sequence[str]
 
 
-def measure_all(request: Request, output: Path, environment: dict[str, Any], say: Any) -> list[Row]:
+def measure_all(request: Request, output: Path, made_by: dict[str, Any], say: Any) -> list[Row]:
     """Measure what OUTPUT.json has not yet, writing it after each; a way that fails is left out, and told.
+
+    Args:
+        made_by: command, device, versions: what the file begins with.
 
     Raises:
         ConfigError: no four layers fit at one of the lengths; nothing was measured.
@@ -231,6 +234,6 @@ def measure_all(request: Request, output: Path, environment: dict[str, Any], say
                 say(f"failed: {error}")
                 continue
             with replacing(path) as temporary:
-                content = {**environment, "request": asdict(request), "rows": [asdict(row) for row in rows]}
+                content = {**made_by, "request": asdict(request), "rows": [asdict(row) for row in rows]}
                 temporary.write_text(json.dumps(content, indent=1) + "\n")
     return rows

@@ -27,6 +27,7 @@ def test_measures_what_is_missing_and_saves_nothing_else(tmp_path: Path) -> None
         ("hybrid", 256, 4),
         ("dense", 256, 4),
     ]
+    assert content["command"].endswith(f"{output} --lengths 256 {' '.join([*SMALL, f'run_dir={tmp_path}/run'])}")
     for row in content["rows"]:
         assert row["tokens_per_s"] == pytest.approx(512 / row["step_s"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["long.json", "long.png"]
