@@ -44,7 +44,8 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, format: 
 def check_positions(q_shape: tuple[int, int, int, int], s_k: int, layout: BlockLayout, spec: AttentionSpec) -> None:
     """Scale, offset, room in the layout, and of `cu_seqlens` what the host knows; ValueError where they don't fit."""
     b, _, s_q, _ = q_shape
-    if not (spec.softmax_scale > 0 and math.isfinite(spec.softmax_scale)):
+    # a comparison, not math.isfinite: torch.compile traces it for a symbolic scale too
+    if not 0 < spec.softmax_scale < math.inf:
         raise ValueError(f"softmax_scale must be finite and above 0, got {spec.softmax_scale}")
     if spec.query_offset < 0:
         raise ValueError(f"query_offset must be at least 0, got {spec.query_offset}")

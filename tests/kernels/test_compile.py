@@ -4,6 +4,7 @@ import copy
 import gc
 import pickle
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -112,6 +113,20 @@ def test_other_lengths_and_layouts_are_compiled_anew_at_most_once_more(device: t
         inputs, layout, _, _ = Problem(s_q=length, s_k=length).make(device)
         assert_as_exact_as_eager(step, compiled, inputs, layout)
     assert len(graphs) <= 3  # the first length, then any number of blocks and any layout
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_other_scales_and_head_dimensions_are_traced_whole(
+    backend: str, dynamic: bool | None, device: torch.device
+) -> None:
+    def step(scale: float | None, *inputs: Any) -> tuple[Tensor, ...]:
+        return training_step(backend, True, softmax_scale=scale)(*inputs)
+
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    for dim, scale in ((16, None), (32, None), (48, None), (16, 0.1), (16, 0.2), (32, 0.3)):
+        inputs, layout, _, _ = Problem(dim=dim, s_q=40, s_k=40).make(device)
+        assert_as_exact_as_eager(partial(step, scale), partial(compiled, scale), inputs, layout, softmax_scale=scale)
 
 
 def test_checkpointing_within_a_compiled_step(device: torch.device) -> None:
