@@ -35,9 +35,16 @@ def reference_attention(
     empty_rows = ~keep.any(-1, keepdim=True)
     scores = (qh @ kh.mT * scale).masked_fill(~keep, -torch.inf)
     # the shift cancels, so it needs no gradient; a finite one keeps empty rows free of inf - inf
-    shift = scores.detach().amax(-1, keepdim=True).masked_fill(empty_rows, 0)
+    shift = torch.where(empty_rows, 0, _largest(scores.detach()))
     weights = (scores - shift).exp()
     total = weights.sum(-1, keepdim=True).masked_fill(empty_rows, 1)
     out = (weights / total) @ vh
     lse = (shift + total.log()).masked_fill(empty_rows, -torch.inf)
     return from_bhsd(out, format).contiguous(), lse.squeeze(-1)
+
+
+def _largest(scores: Tensor) -> Tensor:
+    """Row maxima [..., 1]; -inf without keys, where `amax` raises."""
+    if scores.shape[-1] == 0:
+        return scores.new_full((*scores.shape[:-1], 1), -torch.inf)
+    return scores.amax(-1, keepdim=True)

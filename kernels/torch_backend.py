@@ -54,7 +54,7 @@ def torch_gradients(
     """
     precise = lse_dtype(q.dtype)
     qh, kh, vh = (to_bhsd(x, spec.format).to(precise) for x in (q, k, v))
-    batch, kv_heads, s_k, _ = kh.shape
+    kv_heads, s_k = kh.shape[1:3]
     group = qh.shape[1] // kv_heads
     kh, vh = kh.repeat_interleave(group, 1), vh.repeat_interleave(group, 1)
     keep = token_mask(
@@ -73,7 +73,7 @@ def torch_gradients(
     if dlse is not None:
         dscores = dscores + weights * dlse.unsqueeze(-1).masked_fill(empty_rows, 0)
     dq, dk = (dscores @ kh) * spec.softmax_scale, (dscores.mT @ qh) * spec.softmax_scale
-    dk, dv = (x.reshape(batch, kv_heads, group, s_k, -1).sum(2) for x in (dk, dv))
+    dk, dv = (x.unflatten(1, (kv_heads, group)).sum(2) for x in (dk, dv))
     dq, dk, dv = (from_bhsd(x, spec.format).to(q.dtype).contiguous() for x in (dq, dk, dv))
     return dq, dk, dv
 
