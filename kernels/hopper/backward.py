@@ -139,21 +139,20 @@ def _reducer(
     acc_desc, dq_s, dq_full, dq_free, free, meta_ptr, steps_ptr, batch_size, num_heads, group, first_tile, num_tiles,
     C: gl.constexpr, STAGES: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
-    """Adds each half of dq that its warpgroup leaves in shared memory, but the void first one. Frees the tiles."""
+    """Adds each half of dq that its warpgroup leaves in shared memory. Frees the tiles of the step before."""
     ROWS: gl.constexpr = acc_desc.block_shape[0]
     b, kv, _, _, first, _, num_steps = _work(meta_ptr, batch_size, PACKED)
     first_tile, _, _, _ = _document(meta_ptr, first_tile, 0, 0, PACKED)
     entry = gl.load(steps_ptr + first)
-    for n in range(0, num_steps + 1):
-        following = _load_step(steps_ptr, meta_ptr, first, gl.minimum(n, num_steps - 1), PACKED)
+    for n in range(0, num_steps):
+        following = _load_step(steps_ptr, meta_ptr, first, gl.minimum(n + 1, num_steps - 1), PACKED)
         head, tile = _unpack(entry, b, kv, group)
         row = (((b * num_heads + head) * num_tiles + tile - first_tile) * 2 + C) * ROWS
         mbarrier.wait(dq_full.index(C), n & 1)
-        # dq(n-1) is there, so its warpgroup has gone through step n-1 and needs its tiles no more
+        # dq(n) is there, so its warpgroup has gone through step n-1 and needs its tiles no more
         mbarrier.arrive(free.index((n - 1) % STAGES), count=1, pred=n >= 1)
-        if n >= 1:
-            reduce_add(acc_desc, [row, 0], dq_s.index(C))
-            tma.store_wait(pendings=0)
+        reduce_add(acc_desc, [row, 0], dq_s.index(C))
+        tma.store_wait(pendings=0)
         mbarrier.arrive(dq_free.index(C), count=1)
         entry = following
 
@@ -184,7 +183,7 @@ def _step(
     t, active, dk, dv, scale_log2, zs, zq, key, column,
     C: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, MASK: gl.constexpr, PL: gl.constexpr, HL: gl.constexpr,
 ):  # fmt: skip
-    """One query tile. dq of the tile before is in flight while P is computed, dP while dq leaves."""
+    """One query tile: dP in flight while P is computed, dv while dS is, dk while dq leaves."""
     SL: gl.constexpr = zs.type.layout
     CS: gl.constexpr = gl.SliceLayout(0, SL)
     dt: gl.constexpr = q_s.dtype
@@ -197,33 +196,33 @@ def _step(
     dout = dout_s.index(st)
     mbarrier.wait(q_full.index(st), phase)
     s = warpgroup_mma(k, q.permute((1, 0)), zs, use_acc=False, is_async=True)
-    # the first step waits for nothing and makes a dq that the reducer drops
-    mbarrier.wait(ds_full.index(((t + 1) & 1) * 2 + 1 - C), (((t + 1) >> 1) & 1) ^ 1)
-    dq = _issue_dq(ds_s, k_s, (t + 1) & 1, z, zq, C, D, HL)
-    scores = warpgroup_mma_wait(num_outstanding=2, deps=(s,))
     lse = lse_s.index(st).load(CS)
-    p = gl.exp2(scores * scale_log2 - gl.expand_dims(lse, 0))
-    if MASK:
-        keep = active & (gl.expand_dims(key, 1) <= gl.expand_dims(column, 0))
-        p = gl.where(keep, p, 0.0)
-    p16 = gl.convert_layout(p.to(dt), PL)
     mbarrier.wait(dout_full.index(st), phase)
-    dv = warpgroup_mma(p16, dout, dv, is_async=True)
-    x = warpgroup_mma_wait(num_outstanding=1, deps=(dq,))
-    _store_dq(x, dq_s, dq_free, dq_full, t, C, D)
     dp = warpgroup_mma(v, dout.permute((1, 0)), zs, use_acc=False, is_async=True)
+    scores = warpgroup_mma_wait(num_outstanding=1, deps=(s,))
+    x = scores * scale_log2 - gl.expand_dims(lse, 0)
+    if MASK:
+        row = gl.where(active, key, 2147483647)  # beyond any column
+        keep = gl.expand_dims(row, 1) <= gl.expand_dims(column, 0)
+        x = gl.where(keep, x, float("-inf"))
+    p = gl.exp2(x)
+    p16 = gl.convert_layout(p.to(dt), PL)
+    dv = warpgroup_mma(p16, dout, dv, is_async=True)
+    dw = warpgroup_mma_wait(num_outstanding=1, deps=(dp,))
     delta = delta_s.index(st).load(CS)
-    dv, dw = warpgroup_mma_wait(num_outstanding=0, deps=(dv, dp))
-    p16 = _keep(p16)
-    pf = gl.convert_layout(p16.to(gl.float32), SL)
-    ds = (pf * (dw - gl.expand_dims(delta, 0))).to(dt)
-    # the other has read this buffer: before its dS(t-1), for which this one has waited
+    ds = (p * (dw - gl.expand_dims(delta, 0))).to(dt)
     buf = t & 1
     ds_s.index(buf * 2 + C).store(ds)
     fence_async_shared()
     mbarrier.arrive(ds_full.index(buf * 2 + C), count=1)
     ds16 = gl.convert_layout(ds, PL)
+    mbarrier.wait(ds_full.index(buf * 2 + 1 - C), (t >> 1) & 1)
+    dq = _issue_dq(ds_s, k_s, buf, z, zq, C, D, HL)
+    dv = warpgroup_mma_wait(num_outstanding=2, deps=(dv,))
+    p16 = _keep(p16)
     dk = warpgroup_mma(ds16, q, dk, is_async=True)
+    x = warpgroup_mma_wait(num_outstanding=1, deps=(dq,))
+    _store_dq(x, dq_s, dq_free, dq_full, t, C, D)
     dk = warpgroup_mma_wait(num_outstanding=0, deps=(dk,))
     ds16 = _keep(ds16)
     return dk, dv
@@ -270,11 +269,6 @@ def _consumer(
             t, True, dk, dv, scale_log2, zs, zq, key, query,
             C, D, STAGES, False, PL, HL,
         )  # fmt: skip
-    last = num_steps - 1
-    mbarrier.wait(ds_full.index((last & 1) * 2 + 1 - C), (last >> 1) & 1)
-    dq = _issue_dq(ds_s, k_s, last & 1, 0, zq, C, D, HL)
-    x = warpgroup_mma_wait(num_outstanding=0, deps=(dq,))
-    _store_dq(x, dq_s, dq_free, dq_full, num_steps, C, D)
     mbarrier.arrive(done.index(C), count=1)
     _, _, start, num_keys = _document(meta_ptr, 0, 0, s_k, PACKED)  # again: registers were short
     row = key_tile * TILE + start
