@@ -30,9 +30,9 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from ..layout import BlockLayout
 from ..spec import AttentionSpec, empty, empty_bhsd
 from .documents import COLUMNS, document_table
-from .launch import descriptor, launch
+from .launch import descriptor, launch, multiprocessors
 from .releases import async_load, async_store, reinterpret, thread_barrier
-from .support import PANEL, multiprocessors, padded_to_panels
+from .support import PANEL, padded_to_panels
 from .work import TILE, forward_work
 
 _LOG2_E = 1.4426950408889634

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..layout import BlockLayout
+from .program_order import program_order
 
 TILE = 64
 ACTIVE_BITS, QUERY_BITS = 2, 20
@@ -20,7 +21,7 @@ MAX_GROUP = 2 ** (31 - ACTIVE_BITS - QUERY_BITS)
 class KeyPairs:
     """Int32 tensors on the layout's device.
 
-    - ``meta`` [pairs, 8], by KV head, most steps first: KV head, both key tiles, first step, masked steps, steps, 0, 0.
+    - ``meta`` [pairs, 8], in `program_order`: KV head, both key tiles, first step, masked steps, steps, 0, 0.
     - ``steps`` [n]: bit 0 and 1 whether each key tile is kept, then query tile (of positions), then the head within
       the group. A pair's masked steps come first: those that keep one tile only, cross the diagonal or the last key.
       A pair that no query keeps has one step that keeps neither.
@@ -66,16 +67,8 @@ def _build(
     meta = torch.stack([metas[group] for group in groups])
     meta[:, :, 0] = torch.arange(num_kv_heads, device=device)[:, None]
     meta = meta.flatten(0, 1)
-    return KeyPairs(meta[_program_order(meta)].to(torch.int32), torch.cat(parts), first_tile, end_tile - first_tile)
-
-
-def _program_order(meta: Tensor) -> Tensor:
-    """KV head by KV head, each with its longest pairs first.
-
-    Programs that run side by side then add to the same dq and read the same q: those stay in the L2 cache.
-    """
-    heaviest = meta[:, 5].sort(descending=True, stable=True).indices
-    return heaviest[meta[heaviest, 0].sort(stable=True).indices]
+    meta = meta[program_order(meta[:, 0], meta[:, 5])]
+    return KeyPairs(meta.to(torch.int32), torch.cat(parts), first_tile, end_tile - first_tile)
 
 
 def _step_order(pair: Tensor, masked: Tensor, member: Tensor, tile: Tensor) -> Tensor:

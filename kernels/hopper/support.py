@@ -103,12 +103,6 @@ def is_hopper(device: torch.device) -> bool:
     )
 
 
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    count: int = torch.cuda.get_device_properties(device).multi_processor_count
-    return count
-
-
 def fits_descriptor(x: Tensor) -> bool:
     """Whether TMA can read or write a view [b, h, s, d]."""
     size = x.element_size()

@@ -133,7 +133,7 @@ def report(direction: str, dtype: str, dim: int, v_dim: int, block: int, causal:
         "shared": kernel.metadata.shared,
         "spilled_bytes": sum(int(x) for x in re.findall(r"(\d+) bytes spill", log)),
         "registers": max(int(x) for x in re.findall(r"Used (\d+) registers", log)),
-        "warnings": [line for line in log.splitlines() if "warning" in line.lower()],
+        "warnings": [line for line in log.splitlines() if "warning" in line.lower() or "serialized" in line],
     }
 
 

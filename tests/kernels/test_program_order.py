@@ -1,0 +1,45 @@
+"""The order of the Hopper backward's programs: no head's long ones run on alone, and heads stay together."""
+
+import heapq
+
+import pytest
+import torch
+from s2train.kernels.benchmarks.cases import parse_case
+from s2train.kernels.hopper.key_pairs import key_pairs
+from s2train.kernels.hopper.program_order import HOPPER_MULTIPROCESSORS, program_order
+from torch import Tensor
+
+
+def programs(word: str) -> tuple[Tensor, Tensor]:
+    """KV head and steps of each program of a benchmark's case, in the order in which they start."""
+    case = parse_case(word)
+    meta = key_pairs(case.layout(torch.device("cpu")), case.kv_heads, case.length, case.length, 0, True).meta.long()
+    return meta[:, 0], meta[:, 5]
+
+
+def idle_share(steps: Tensor) -> float:
+    """Share of the multiprocessors' time that is idle at the end."""
+    ends = [0] * HOPPER_MULTIPROCESSORS
+    for item in steps.tolist():
+        heapq.heapreplace(ends, ends[0] + item)
+    return 1 - int(steps.sum()) / (max(ends) * len(ends))
+
+
+@pytest.mark.parametrize("word", ["b128-l8-v16-8k", "b128-l8-v16-32k", "b128-l8-v16-32k-kv8", "b128-l2-v64-32k"])
+def test_long_programs_start_early_enough_to_end_with_the_others(word: str) -> None:
+    heads, steps = programs(word)
+    by_head = steps.sort(descending=True, stable=True).indices
+    by_head = by_head[heads[by_head].sort(stable=True).indices]
+    assert idle_share(steps) < 0.04
+    assert idle_share(steps[by_head]) > 2 * idle_share(steps)
+
+
+def test_heads_stay_together_where_their_programs_end_together_anyway() -> None:
+    heads, _ = programs("b128-l8-v1-8k")
+    assert heads.tolist() == sorted(heads.tolist())
+
+
+def test_every_program_starts_once() -> None:
+    heads = torch.arange(4).repeat_interleave(5000)
+    steps = torch.randint(1, 30, (20000,)) + 500 * (torch.rand(20000) < 0.1)
+    assert program_order(heads, steps).sort().values.equal(torch.arange(20000))
