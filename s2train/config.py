@@ -108,7 +108,8 @@ class OptimConfig:
     """Megatron's Adam and its learning-rate schedule."""
 
     lr: float = 3e-4
-    min_lr: float = 3e-5
+    min_lr_ratio: float | None = None  # where lr decays to, as a share of lr; None: 0.1, or as min_lr says
+    min_lr: float | None = None  # the same as a learning rate, which stays when lr changes; None: lr × min_lr_ratio
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
@@ -118,6 +119,17 @@ class OptimConfig:
     decay_style: str = "cosine"  # constant, linear, cosine, inverse-square-root, WSD
     decay_steps: int | None = None  # None: train.steps
     wsd_decay_steps: int | None = None  # the last steps of WSD
+
+    @property
+    def lowest_lr(self) -> float:
+        """The learning rate at the end of the decay: `min_lr`, or else `min_lr_ratio` of `lr`."""
+        return self.scaled_lr if self.min_lr is None else self.min_lr
+
+    @property
+    def scaled_lr(self) -> float:
+        """`min_lr_ratio` of `lr`."""
+        ratio = 0.1 if self.min_lr_ratio is None else self.min_lr_ratio
+        return float(f"{self.lr * ratio:.15g}")  # as decimals multiply: a tenth of 0.003 is 0.0003 to the last bit
 
 
 @dataclass

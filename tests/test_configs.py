@@ -39,6 +39,15 @@ def test_the_tree_has_every_size_dense_and_hybrid() -> None:
     assert names("model") == sorted(twins + ablations)
 
 
+def test_the_lowest_learning_rate_is_a_tenth_of_the_highest_unless_it_is_set() -> None:
+    assert pretrain("+model=tiny_hybrid").optim.min_lr == 3e-4  # to the last bit, as runs had it set before
+    swept = pretrain("+model=tiny_hybrid", "optim.lr=1e-4")
+    assert swept.optim.min_lr == 1e-5
+    assert check(swept, 1, H100)
+    assert pretrain("+model=tiny_hybrid", "optim.lr=1e-4", "optim.min_lr_ratio=0.5").optim.min_lr == 5e-5
+    assert pretrain("+model=tiny_hybrid", "optim.lr=1e-2", "optim.min_lr=2e-5").optim.min_lr == 2e-5
+
+
 def test_the_needle_models_differ_in_layout_and_schedule_alone() -> None:
     dense, *others = (pretrain(f"+model={name}") for name in names("model") if name.startswith("needle_"))
     for other in others:

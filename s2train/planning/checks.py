@@ -20,13 +20,18 @@ from s2train.planning.settings import check_values
 def resolve(cfg: DictConfig, models: Sequence[str]) -> Any:
     """A program's composed configuration as its dataclass; `models` are the names that `+model=` may have.
 
+    A run's lowest learning rate is filled in as `optim.min_lr`, so that saved settings tell it.
+
     Raises:
         ConfigError: no model was named, or a setting has no value.
     """
     if OmegaConf.is_missing(cfg, "model"):
         names = ", ".join(models)
         raise ConfigError("+model", "missing", "no model was named", f"Add +model=NAME; there are {names}.")
-    return to_object(cfg)
+    resolved = to_object(cfg)
+    if isinstance(resolved, PretrainConfig):
+        resolved.optim.min_lr = resolved.optim.lowest_lr
+    return resolved
 
 
 def check(cfg: PretrainConfig, world_size: int, hardware: Hardware) -> Plan:

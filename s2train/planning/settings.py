@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from s2train.config import CheckpointConfig, PretrainConfig
+from s2train.config import CheckpointConfig, OptimConfig, PretrainConfig
 from s2train.errors import ConfigError
 from s2train.layouts.hybrid import patterns_of
 from s2train.layouts.schedules import find_schedule
@@ -62,7 +62,7 @@ _NOT_NEGATIVE: dict[str, tuple[str, ...]] = {
     "schedule": ("dense_heads",),
     "data": ("num_workers",),
     "train": ("max_skipped_steps",),
-    "optim": ("min_lr", "weight_decay", "clip_grad", "warmup_steps"),
+    "optim": ("min_lr_ratio", "min_lr", "weight_decay", "clip_grad", "warmup_steps"),
     "evaluation": ("interval",),
 }
 _LARGEST_SEED = 2**32 - 1  # NumPy's, which Megatron shuffles with
@@ -111,7 +111,7 @@ def _check_ranges(cfg: PretrainConfig) -> None:
             raise ConfigError(setting, value, "must be more than 0", f"Set {setting} to a positive number.")
     for setting in _names(_NOT_NEGATIVE):
         value = _get(cfg, setting)
-        if value < 0:
+        if value is not None and value < 0:
             raise ConfigError(setting, value, "must not be negative", f"Set {setting} to 0 or more.")
 
 
@@ -128,8 +128,7 @@ def _check_optimizer(cfg: PretrainConfig) -> None:
         beta = _get(cfg, setting)
         if not 0 <= beta < 1:
             raise ConfigError(setting, beta, "a decay rate lies in [0, 1)", f"Set {setting}, such as 0.9.")
-    if optim.min_lr > optim.lr:
-        raise ConfigError("optim.min_lr", optim.min_lr, f"above optim.lr={optim.lr}", f"Set it to {optim.lr} or less.")
+    _check_lowest_lr(optim)
     decay_steps, name = (
         (optim.decay_steps, "optim.decay_steps") if optim.decay_steps else (cfg.train.steps, "train.steps")
     )
@@ -159,6 +158,19 @@ def _check_optimizer(cfg: PretrainConfig) -> None:
             f"train.steps × train.global_batch_size takes {samples}",
             f"Set data.num_samples to {samples} or more.",
         )
+
+
+def _check_lowest_lr(optim: OptimConfig) -> None:
+    ratio, lowest = optim.min_lr_ratio, optim.lowest_lr
+    if ratio is not None and ratio > 1:
+        raise ConfigError("optim.min_lr_ratio", ratio, "is a share of optim.lr", "Set it to 1 or less, such as 0.1.")
+    if ratio is not None and lowest != optim.scaled_lr:
+        problem = f"makes {optim.scaled_lr:g} the lowest learning rate, and optim.min_lr={lowest:g} another"
+        remedy = "Set optim.min_lr=null, or optim.min_lr_ratio=null."
+        raise ConfigError("optim.min_lr_ratio", ratio, problem, remedy)
+    if lowest > optim.lr:
+        remedy = f"Set it to {optim.lr} or less, or optim.min_lr=null for a tenth of optim.lr."
+        raise ConfigError("optim.min_lr", lowest, f"above optim.lr={optim.lr}", remedy)
 
 
 def _check_profile(cfg: PretrainConfig) -> None:

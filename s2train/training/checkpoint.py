@@ -241,7 +241,7 @@ def _set_hyperparameters(optim: OptimConfig, loaded: Any) -> None:
     """
     if isinstance(loaded, dict):
         for group in loaded.get("param_groups", []):
-            group.update(max_lr=optim.lr, min_lr=optim.min_lr, betas=(optim.beta1, optim.beta2), eps=optim.eps)
+            group.update(max_lr=optim.lr, min_lr=optim.lowest_lr, betas=(optim.beta1, optim.beta2), eps=optim.eps)
         for value in loaded.values():
             _set_hyperparameters(optim, value)
     elif isinstance(loaded, list | tuple):

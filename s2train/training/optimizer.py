@@ -55,7 +55,7 @@ def build_optimizer(
         OptimizerConfig(
             optimizer="adam",
             lr=optim.lr,
-            min_lr=optim.min_lr,
+            min_lr=optim.lowest_lr,
             weight_decay=optim.weight_decay,
             adam_beta1=optim.beta1,
             adam_beta2=optim.beta2,
@@ -76,7 +76,7 @@ def build_optimizer(
         optimizer,
         init_lr=0.0,
         max_lr=optim.lr,
-        min_lr=optim.min_lr,
+        min_lr=optim.lowest_lr,
         lr_warmup_steps=optim.warmup_steps,
         lr_decay_steps=decay_steps,
         lr_decay_style=optim.decay_style,
