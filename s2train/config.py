@@ -209,7 +209,12 @@ class TrackingConfig:
     # auto (online with an account, offline without), disabled, offline, online
     wandb: str = "auto"
     project: str = "s2train"
+    entity: str | None = None  # wandb's user or team; None: the account's default
     group: str | None = None
+    name: str | None = None  # of the wandb run; None: the run folder's
+    tags: list[str] = field(default_factory=list)
+    notes: str | None = None
+    x_axis: str = "step"  # of wandb's charts: step, consumed_tokens; every row has both
 
 
 @dataclass

@@ -14,8 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from s2train.config import TrackingConfig
 from s2train.errors import ConfigError
 
+STEP, CONSUMED_TOKENS = "step", "data/consumed_tokens"  # in every row: a chart's x-axis
+_X_AXES = {"step": STEP, "consumed_tokens": CONSUMED_TOKENS}
 MODES = ("auto", "disabled", "offline", "online")
 INIT_TIMEOUT_S = 60.0  # then the run is kept offline, to be sent by `wandb sync` later
 CLOSE_TIMEOUT_S = 120.0  # for what is still to be sent at the end
@@ -35,15 +38,14 @@ class RunInfo:
         mode: offline or online.
         id: None for a new run.
         folder: in which wandb keeps its files, under `wandb`.
+        tracking: project, entity, group, name, tags, notes and x-axis.
     """
 
     mode: str
-    project: str
-    group: str | None
-    name: str
     id: str | None
     folder: Path
     config: dict[str, Any]
+    tracking: TrackingConfig
 
 
 def choose_mode(wanted: str, setting: str = "tracking.wandb") -> str:
@@ -95,16 +97,16 @@ class WandbRun:
         self._thread.start()
 
     def log(self, values: dict[str, Any]) -> None:
-        """A row of metrics; `step` is its abscissa."""
+        """A row of metrics; `STEP` and `CONSUMED_TOKENS` place it on the x-axis."""
         self._do(lambda wandb, run: run.log(values))
 
-    def picture(self, name: str, path: Path, step: int) -> None:
-        """A PNG, as it is at this moment or a little later."""
-        self._do(lambda wandb, run: run.log({name: wandb.Image(str(path)), "step": step}))
+    def picture(self, name: str, path: Path, place: dict[str, int]) -> None:
+        """A PNG, as it is at this moment or a little later; `place` is as of `place_of`."""
+        self._do(lambda wandb, run: run.log({name: wandb.Image(str(path)), **place}))
 
-    def table(self, name: str, columns: list[str], rows: list[list[Any]], step: int) -> None:
-        """A table; cells are numbers or text."""
-        self._do(lambda wandb, run: run.log({name: wandb.Table(columns=columns, data=rows), "step": step}))
+    def table(self, name: str, columns: list[str], rows: list[list[Any]], place: dict[str, int]) -> None:
+        """A table; cells are numbers or text; `place` is as of `place_of`."""
+        self._do(lambda wandb, run: run.log({name: wandb.Table(columns=columns, data=rows), **place}))
 
     def checkpoint(self, path: Path, step: int) -> None:
         """A checkpoint by its address: nothing of it is read or sent."""
@@ -170,11 +172,14 @@ class WandbRun:
             return self._init(wandb, "offline")
 
     def _init(self, wandb: Any, mode: str) -> Any:
-        info = self._info
+        info, tracking = self._info, self._info.tracking
         run = wandb.init(
-            project=info.project,
-            group=info.group,
-            name=info.name,
+            project=tracking.project,
+            entity=tracking.entity,
+            group=tracking.group,
+            name=tracking.name or info.folder.name,
+            tags=tracking.tags or None,
+            notes=tracking.notes,
             id=self.id,
             resume="allow",
             mode=mode,
@@ -185,12 +190,18 @@ class WandbRun:
             ),
         )
         # Steps redone after a crash go over the old ones; wandb's own step only counts up.
-        run.define_metric("step")
-        run.define_metric("*", step_metric="step")
+        for axis in _X_AXES.values():
+            run.define_metric(axis)
+        run.define_metric("*", step_metric=_X_AXES[tracking.x_axis])
         return run
 
     def _remedy(self) -> str:
         return f"wandb sync {self._info.folder}/wandb/*run-*-{self.id}"
+
+
+def place_of(step: int, consumed_tokens: int) -> dict[str, int]:
+    """Where a row stands on either x-axis."""
+    return {STEP: step, CONSUMED_TOKENS: consumed_tokens}
 
 
 def new_id() -> str:

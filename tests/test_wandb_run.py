@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from s2train import wandb_run
+from s2train.config import TrackingConfig
 from s2train.errors import EXIT_REQUEUE, ConfigError
-from s2train.wandb_run import RunInfo, WandbRun, choose_mode
+from s2train.wandb_run import RunInfo, WandbRun, choose_mode, place_of
 from tests.program import ROOT, SMALL, run
 
 
@@ -20,11 +21,13 @@ class FakeWandb(SimpleNamespace):
 
     Attributes:
         connected: what a slow init waits for, a minute at most.
+        defined: the metrics that have an x-axis, or are one.
     """
 
     def __init__(self, *, failing: tuple[str, ...] = (), slow: bool = False, key: bool = False) -> None:
         super().__init__(Settings=SimpleNamespace, Image=str, login=lambda **_: key)
         self.failing, self.inits, self.rows, self.finished = failing, [], [], False
+        self.defined: dict[str, str | None] = {}
         self.connected = threading.Event()
         if not slow:
             self.connected.set()
@@ -38,9 +41,10 @@ class FakeWandb(SimpleNamespace):
         def finish() -> None:
             self.finished = True
 
-        return SimpleNamespace(
-            id=settings["id"], log=self.rows.append, define_metric=lambda *_, **__: None, finish=finish
-        )
+        def define_metric(name: str, step_metric: str | None = None) -> None:
+            self.defined[name] = step_metric
+
+        return SimpleNamespace(id=settings["id"], log=self.rows.append, define_metric=define_metric, finish=finish)
 
 
 def fake(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> FakeWandb:
@@ -50,8 +54,8 @@ def fake(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> FakeWandb:
     return made
 
 
-def info(folder: Path, mode: str = "online", identifier: str | None = None) -> RunInfo:
-    return RunInfo(mode, "project", "group", "name", identifier, folder, {"seed": 1})
+def info(folder: Path, mode: str = "online", identifier: str | None = None, **tracking: Any) -> RunInfo:
+    return RunInfo(mode, identifier, folder, {"seed": 1}, TrackingConfig(group="group", **tracking))
 
 
 @pytest.mark.parametrize(
@@ -96,6 +100,25 @@ def test_a_resumed_run_keeps_its_id_and_group(monkeypatch: pytest.MonkeyPatch, t
     assert (run.id, settings["id"], settings["resume"], settings["group"]) == ("abcd1234", "abcd1234", "allow", "group")
     assert wandb.rows == [{"step": 1}]
     assert wandb.finished
+
+
+def test_a_run_is_named_as_set_or_after_its_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    wandb = fake(monkeypatch)
+    named = {"entity": "team", "name": "mine", "tags": ["a", "b"], "notes": "why"}
+    WandbRun(info(tmp_path, **named)).close()
+    WandbRun(info(tmp_path)).close()
+    first, second = wandb.inits
+    assert {setting: first[setting] for setting in named} == named
+    assert (second["entity"], second["name"], second["tags"], second["notes"]) == (None, tmp_path.name, None, None)
+
+
+@pytest.mark.parametrize(("axis", "key"), [("step", "step"), ("consumed_tokens", "data/consumed_tokens")])
+def test_charts_are_over_steps_or_consumed_tokens(
+    axis: str, key: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    wandb = fake(monkeypatch)
+    WandbRun(info(tmp_path, x_axis=axis)).close()
+    assert wandb.defined == {"step": None, "data/consumed_tokens": None, "*": key}
 
 
 def test_without_a_network_a_run_is_kept_offline_under_the_same_id(
@@ -184,7 +207,7 @@ def test_offline_everything_ends_in_a_folder_of_the_runs_id(tmp_path: Path) -> N
     checkpoint = tmp_path / "iter_0000001"
     checkpoint.mkdir()
     run.log({"step": 1, "loss": 2.0})
-    run.table("table", ["a", "b"], [[1, "x"]], 1)
+    run.table("table", ["a", "b"], [[1, "x"]], place_of(1, 128))
     run.checkpoint(checkpoint, 1)
     run.close()
     assert said == []

@@ -1,13 +1,13 @@
 """Needle results in the wandb run of the training that they are of: cells as a table, scores, heat maps."""
 
 from collections.abc import Mapping
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from pathlib import Path
 
 from s2train.config import PretrainConfig
 from s2train.evaluation.results import NeedleResults, file_name
 from s2train.megatron.checkpoint import read_progress
-from s2train.wandb_run import RunInfo, WandbRun
+from s2train.wandb_run import RunInfo, WandbRun, place_of
 
 COLUMNS = (
     *("task", "length", "depth", "correct", "trials", "score", "low", "high"),
@@ -41,23 +41,24 @@ def log_needles(found: Mapping[str, NeedleResults], trained: PretrainConfig, fol
     Returns:
         The id of the wandb run.
     """
-    first, tracking = next(iter(found.values())), trained.tracking
-    checkpoint, step = Path(first.checkpoint), first.step
+    first = next(iter(found.values()))
+    checkpoint = Path(first.checkpoint)
+    progress = read_progress(checkpoint)
     run = WandbRun(
         RunInfo(
             mode=mode,
-            project=tracking.project,
-            group=tracking.group,
-            name=Path(trained.run_dir).name,
-            id=read_progress(checkpoint).wandb_id,
+            id=progress.wandb_id,
             folder=checkpoint.resolve().parents[1],
             config={},
+            # the name that the training gave it, wherever its folder was moved to
+            tracking=replace(trained.tracking, name=trained.tracking.name or Path(trained.run_dir).name),
         )
     )
-    run.table("needle cells", list(COLUMNS), [list(row) for row in rows(found)], step)
+    place = place_of(first.step, progress.consumed_samples * trained.train.seq_length)
+    run.table("needle/cells", list(COLUMNS), [list(row) for row in rows(found)], place)
     for task, results in found.items():
-        run.picture(f"needles {task}", folder / f"{file_name(task)}.png", step)
-        score = results.score and results.score.share
-        run.log({f"needle_{task}": score, f"effective_length_{task}": results.effective_length, "step": step})
+        run.picture(f"needle/{task}/heat_map", folder / f"{file_name(task)}.png", place)
+        score, length = results.score and results.score.share, results.effective_length
+        run.log({f"needle/{task}/score": score, f"needle/{task}/effective_length": length, **place})
     run.close()
     return run.id

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from s2train.config import CheckpointConfig, OptimConfig, PretrainConfig
+from s2train.config import CheckpointConfig, OptimConfig, PretrainConfig, TrackingConfig
 from s2train.errors import ConfigError
 from s2train.layouts.hybrid import patterns_of
 from s2train.layouts.schedules import find_schedule
@@ -20,6 +20,7 @@ _CHOICES: dict[str, tuple[str | int, ...]] = {
     "parallel.pipeline_split": ("even", "cost"),
     "tracking.wandb": ("auto", "disabled", "offline", "online"),
     "tracking.timing": (0, 1, 2),
+    "tracking.x_axis": ("step", "consumed_tokens"),
     "backend": ("auto", "local", "te"),
     "fp8": ("none", "hybrid", "e4m3"),
     "fp8_recipe": ("tensorwise", "blockwise", "mxfp8"),
@@ -66,6 +67,7 @@ _NOT_NEGATIVE: dict[str, tuple[str, ...]] = {
     "evaluation": ("interval",),
 }
 _LARGEST_SEED = 2**32 - 1  # NumPy's, which Megatron shuffles with
+_LONGEST_TAG = 64  # wandb's limit
 
 
 def check_values(cfg: PretrainConfig) -> None:
@@ -87,6 +89,7 @@ def check_values(cfg: PretrainConfig) -> None:
     _check_optimizer(cfg)
     _check_profile(cfg)
     _check_kept(cfg.checkpoint)
+    _check_tracking(cfg.tracking)
 
 
 def check_seed(seed: int) -> None:
@@ -194,6 +197,15 @@ def _check_kept(checkpoint: CheckpointConfig) -> None:
         problem = f"no checkpoint is saved at most of its multiples, checkpoint.interval being {interval}"
         near = interval * max(1, round(every / interval))
         raise ConfigError("checkpoint.keep_every", every, problem, f"Set a multiple of it, such as {near}.")
+
+
+def _check_tracking(tracking: TrackingConfig) -> None:
+    for setting in ("project", "entity", "group", "name"):
+        if getattr(tracking, setting) == "":
+            raise ConfigError(f"tracking.{setting}", "", "is empty", f"Leave it out, or set tracking.{setting}=NAME.")
+    if any(not 1 <= len(tag) <= _LONGEST_TAG for tag in tracking.tags):
+        problem = f"wandb takes tags of 1 to {_LONGEST_TAG} characters"
+        raise ConfigError("tracking.tags", tracking.tags, problem, "Shorten them, or put the text into tracking.notes.")
 
 
 def _nearest(setting: str, value: object, choices: Sequence[str | int]) -> str:

@@ -135,7 +135,7 @@ class Trainer:
                     held_out = self.held_out_loss()
             is_due = step % cfg.tracking.log_interval == 0 or is_evaluated or step == cfg.train.steps
             if is_due or is_last or is_stopping:
-                self.tracker.report(self._metrics(step, last, interval, grad_norm, lr, held_out))
+                self.tracker.report(self._metrics(step, last, consumed, interval, grad_norm, lr, held_out))
                 if cfg.tracking.timing:
                     self.tracker.note(self.timers.get_all_timers_string(normalizer=interval.steps))
             if is_due:  # an early end's report is one more: the unbroken run has none here
@@ -224,7 +224,14 @@ class Trainer:
         return [micro_batches(self.cfg, dataset, start, stop, self.device) for _ in self.state.chunks]
 
     def _metrics(
-        self, step: int, last: int, interval: Interval, grad_norm: float, lr: float, held_out: HeldOut | None
+        self,
+        step: int,
+        last: int,
+        consumed: int,
+        interval: Interval,
+        grad_norm: float,
+        lr: float,
+        held_out: HeldOut | None,
     ) -> StepMetrics:
         train = self.cfg.train
         losses = interval.losses
@@ -233,6 +240,7 @@ class Trainer:
         flops = tokens_per_s * self.speed.flops_per_token / self.speed.devices
         return StepMetrics(
             step=step,
+            consumed_tokens=consumed * train.seq_length,
             loss=sum(losses) / len(losses) if losses else math.nan,
             held_out_loss=None if held_out is None else held_out.loss,
             lr=lr,

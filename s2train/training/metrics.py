@@ -3,7 +3,7 @@
 import json
 import math
 from dataclasses import asdict, dataclass
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,25 @@ from s2train.config import PretrainConfig
 from s2train.files import set_aside
 from s2train.megatron.checkpoint import Progress
 from s2train.versions import git_commit, versions
-from s2train.wandb_run import RunInfo, WandbRun, choose_mode, say
+from s2train.wandb_run import CONSUMED_TOKENS, RunInfo, WandbRun, choose_mode, place_of, say
+
+# Names of `StepMetrics` in wandb, by section.
+_WANDB_KEYS = {
+    "consumed_tokens": CONSUMED_TOKENS,
+    "loss": "train/loss",
+    "lr": "train/lr",
+    "grad_norm": "train/grad_norm",
+    "skipped": "train/skipped_steps",
+    "held_out_loss": "validation/loss",
+    "held_out_short": "validation/loss_first_eighth",
+    "held_out_long": "validation/loss_last_half",
+    "step_time_s": "perf/step_time_s",
+    "tokens_per_s": "perf/tokens_per_s",
+    "model_tflops": "perf/model_tflops",
+    "mfu": "perf/mfu",
+    "memory_gib": "perf/memory_gib",
+    "eta_s": "perf/eta_s",
+}
 
 
 @dataclass
@@ -22,6 +40,7 @@ class StepMetrics:
 
     Attributes:
         step: steps done.
+        consumed_tokens: of the run's data so far; a new phase counts its own.
         loss, held_out_loss: nats per token; held out only where it was just measured.
         step_time_s: seconds.
         tokens_per_s: of the whole job.
@@ -33,6 +52,7 @@ class StepMetrics:
     """
 
     step: int
+    consumed_tokens: int
     loss: float
     held_out_loss: float | None
     lr: float
@@ -47,6 +67,17 @@ class StepMetrics:
     held_out_short: float | None = None
     held_out_long: float | None = None
     skipped: int = 0
+
+    def values(self) -> dict[str, Any]:
+        """What there is, by the names of metrics.jsonl."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    def wandb_row(self) -> dict[str, Any]:
+        """The same by wandb's names; the loss of positions from START on is `validation/loss_at/START`."""
+        values = self.values()
+        ranges = values.pop("held_out_loss_by_position", [])
+        row = {_WANDB_KEYS.get(name, name): value for name, value in values.items()}
+        return row | {f"validation/loss_at/{start}": loss for start, _, loss in ranges}
 
     def line(self, steps: int) -> str:
         """One dense console line."""
@@ -85,7 +116,7 @@ class Tracker:
         self._active = active
         self._steps = cfg.train.steps
         self.wandb_id = start.wandb_id
-        self._step = start.step
+        self._place = place_of(start.step, start.consumed_samples * cfg.train.seq_length)
         self._run: WandbRun | None = None
         if not active:
             return
@@ -107,12 +138,10 @@ class Tracker:
             settings: Any = OmegaConf.to_container(OmegaConf.structured(cfg))
             info = RunInfo(
                 mode=mode,
-                project=cfg.tracking.project,
-                group=cfg.tracking.group,
-                name=folder.name,
                 id=start.wandb_id,
                 folder=folder,
                 config={**settings, "code": code, "figures": plan or {}},
+                tracking=cfg.tracking,
             )
             self._run = WandbRun(info, self.note)
             self.wandb_id = self._run.id
@@ -131,13 +160,11 @@ class Tracker:
         """Print and record metrics."""
         if not self._active:
             return
-        self._step = metrics.step
+        self._place = place_of(metrics.step, metrics.consumed_tokens)
         say(metrics.line(self._steps))
-        values = {k: v for k, v in asdict(metrics).items() if v is not None}
-        self._write(values)
+        self._write(metrics.values())
         if self._run is not None:
-            ranges = values.pop("held_out_loss_by_position", [])
-            self._run.log(values | {f"held_out_loss/{start}": loss for start, _, loss in ranges})
+            self._run.log(metrics.wandb_row())
 
     def note(self, text: str | None) -> None:
         """Print something for the reader."""
@@ -147,12 +174,12 @@ class Tracker:
     def picture(self, name: str, path: Path) -> None:
         """Show a PNG in wandb."""
         if self._run is not None:
-            self._run.picture(name, path, self._step)
+            self._run.picture(name, path, self._place)
 
     def table(self, name: str, columns: list[str], rows: list[list[Any]]) -> None:
         """Show a table in wandb."""
         if self._run is not None:
-            self._run.table(name, columns, rows, self._step)
+            self._run.table(name, columns, rows, self._place)
 
     def close(self, seconds: float | None = None) -> None:
         """Finish the files and the wandb run, the latter within `seconds` (None: as long as it is given at an end)."""
@@ -165,4 +192,5 @@ class Tracker:
         if self._active:
             # JSON has no NaN: a diverged run's file must still be readable everywhere.
             clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-            self._file.write(json.dumps(clean) + "\n")
+            now = datetime.now(UTC).isoformat(timespec="milliseconds")
+            self._file.write(json.dumps({"time": now, **clean}) + "\n")

@@ -143,12 +143,12 @@ def _train(
         write_config(cfg, run_dir / "config.yaml")
         draw_layout(hybrid, cfg.train.seq_length, run_dir / "layout.png", title=cfg.model.name)
         say(_description(cfg, models, backend, device, start))
-    tracker.picture("layout", run_dir / "layout.png")
+    tracker.picture("layout/picture", run_dir / "layout.png")
     times.end("records")
     tracker.event("ready", seconds=times.seconds)
     if is_first:
         say(f"ready after {times}")
-    tracker.table("sparse layers", ["letter", "layers", "keeps", "density"], letter_rows(plan))
+    tracker.table("layout/sparse_layers", ["letter", "layers", "keeps", "density"], letter_rows(plan))
     trainer = Trainer(
         cfg,
         state,
@@ -184,7 +184,7 @@ def _train(
             f" {cfg.train.steps} | checkpoint {saved or 'none'} | loss curve {run_dir / 'loss.png'}"
             f" | layout {run_dir / 'layout.png'}"
         )
-    tracker.picture("loss curve", run_dir / "loss.png")
+    tracker.picture("train/loss_curve", run_dir / "loss.png")
     tracker.close()
 
 

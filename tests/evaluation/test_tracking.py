@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from s2train.config import ModelConfig, PretrainConfig
+from s2train.config import ModelConfig, PretrainConfig, TrainConfig
 from s2train.evaluation.results import Cell, CellReach, NeedleResults
 from s2train.evaluation.tracking import COLUMNS, log_needles
 from s2train.megatron.checkpoint import Progress
@@ -32,7 +32,9 @@ def test_cells_scores_and_heat_map_go_to_the_run_that_the_checkpoint_names(
     checkpoint = tmp_path / "run" / "checkpoints" / "iter_0000007"
     checkpoint.mkdir(parents=True)
     Progress(7, 56, {}, known).write(checkpoint / "progress.json")
-    trained = PretrainConfig(model=ModelConfig(name="m"), run_dir=str(tmp_path / "run"))
+    trained = PretrainConfig(
+        model=ModelConfig(name="m"), train=TrainConfig(seq_length=128), run_dir=str(tmp_path / "run")
+    )
     told = log_needles({"single": results(checkpoint)}, trained, tmp_path / "needle", "offline")
     assert wandb.finished
     (settings,) = wandb.inits
@@ -40,11 +42,11 @@ def test_cells_scores_and_heat_map_go_to_the_run_that_the_checkpoint_names(
     assert known is None or told == known
     logged: dict[str, Any] = {}
     for row in wandb.rows:
-        assert row["step"] == 7
+        assert (row["step"], row["data/consumed_tokens"]) == (7, 56 * 128)
         logged |= row
-    table = logged["needle cells"]
+    table = logged["needle/cells"]
     assert table.columns == list(COLUMNS)
     assert [dict(zip(COLUMNS, row, strict=True))["score"] for row in table.data] == [0.25, 1.0]
     assert [row[-4:] for row in table.data] == [[2, 1, 3, 8], [None] * 4]
-    assert logged["needles single"] == str(tmp_path / "needle" / "needle.png")
-    assert (logged["needle_single"], logged["effective_length_single"]) == (0.625, 128)
+    assert logged["needle/single/heat_map"] == str(tmp_path / "needle" / "needle.png")
+    assert (logged["needle/single/score"], logged["needle/single/effective_length"]) == (0.625, 128)

@@ -160,6 +160,7 @@ VALUES: dict[str, tuple[Any, str]] = {
     "train__recompute": ("selectiv", "train.recompute=selective"),
     "optim__decay_style": ("cosin", "optim.decay_style=cosine"),
     "tracking__wandb": ("on", "tracking.wandb=online"),
+    "tracking__x_axis": ("steps", "tracking.x_axis=step"),
     "tracking__timing": (3, "0, 1, 2"),
     "parallel__pipeline_split": ("costs", "parallel.pipeline_split=cost"),
     "backend": ("lokal", "backend=local"),
@@ -185,7 +186,10 @@ VALUES: dict[str, tuple[Any, str]] = {
     "layout__pattern__sinks": (-1, "0 or more"),
     "layout__block_size": (48, "16, 32, 64, 128, 256"),
     "layout__layers": ("DSXS", "D (dense), S (s2)"),
-    "optim__min_lr": (1.0, "or less"),
+    "optim__min_lr": (1.0, "or less, or optim.min_lr=null"),
+    "optim__min_lr_ratio": (1.5, "1 or less"),
+    "tracking__tags": (["a" * 65], "tracking.notes"),
+    "tracking__entity": ("", "tracking.entity=NAME"),
     "optim__beta2": (1.0, "such as"),
     "optim__warmup_steps": (1000, "less than 1000"),
     "data__num_samples": (100, "16000"),
@@ -211,13 +215,25 @@ def test_keeping_checkpoints_where_none_are_saved_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["optim__lr", "optim__min_lr", "optim__weight_decay", "optim__clip_grad", "optim__beta1", "model__init_std"]
+    "name",
+    [
+        *("optim__lr", "optim__min_lr", "optim__min_lr_ratio", "optim__weight_decay", "optim__clip_grad"),
+        *("optim__beta1", "model__init_std"),
+    ],
 )
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_number_that_is_not_finite_is_refused(name: str, value: float) -> None:
     with pytest.raises(ConfigError, match="finite") as refusal:
         check(config(**{name: value}), 1, GPU)
     assert refusal.value.setting == name.replace("__", ".")
+
+
+def test_the_lowest_learning_rate_is_set_in_one_way() -> None:
+    both = config(optim__lr=1e-3, optim__min_lr=2e-4, optim__min_lr_ratio=0.1)
+    with pytest.raises(ConfigError, match=r"optim\.min_lr_ratio=0\.1: .*0\.0001 .*0\.0002.*optim\.min_lr=null"):
+        check(both, 1, GPU)
+    both.optim.min_lr_ratio = 0.2  # the same
+    assert check(both, 1, GPU)
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32])

@@ -1,6 +1,7 @@
 """What a run leaves behind besides its checkpoint."""
 
 import re
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def outcome(folder: Path) -> Outcome:
     settings = ["train.steps=4", "evaluation.interval=2", "evaluation.batches=1", "tracking.timing=2"]
-    done = pretrain(folder, *settings, "tracking.wandb=offline", processes=0)
+    done = pretrain(folder, *settings, "optim.min_lr_ratio=1", "tracking.wandb=offline", processes=0)
     assert done.status == 0, done.err
     return done
 
@@ -31,10 +32,21 @@ def test_every_report_is_one_line_and_one_record(outcome: Outcome, folder: Path)
     assert [("held_out_loss" in record) for record in records] == [False, True, False, True]
     for record in records:
         assert {"loss", "lr", "grad_norm", "step_time_s", "tokens_per_s", "model_tflops", "eta_s"} <= set(record)
+    assert [record["consumed_tokens"] for record in records] == [1024, 2048, 3072, 4096]
     # anywhere in a line: what other threads and wandb's own process print may come before
     lines = re.findall(r"step \d/4 \| .*", outcome.out)
     assert len(lines) == 4, outcome.out
     assert "held out" in lines[1]
+
+
+def test_every_line_has_a_time(outcome: Outcome, folder: Path) -> None:
+    times = [datetime.fromisoformat(record["time"]) for record in read_records(folder / "metrics.jsonl")]
+    assert times == sorted(times)
+    assert abs(datetime.now(UTC) - times[-1]) < timedelta(minutes=10)
+
+
+def test_the_learning_rate_decays_no_further_than_its_ratio(outcome: Outcome, folder: Path) -> None:
+    assert [record["lr"] for record in metrics(folder)] == [0, 0.0015, 0.003, 0.003]
 
 
 def test_a_run_says_where_the_time_before_its_first_step_went(outcome: Outcome, folder: Path) -> None:

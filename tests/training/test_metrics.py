@@ -1,0 +1,61 @@
+"""What a report becomes: a line of metrics.jsonl, and a row in wandb."""
+
+import json
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from s2train.config import ModelConfig, PretrainConfig, TrackingConfig, TrainConfig
+from s2train.megatron.checkpoint import Progress
+from s2train.training.metrics import StepMetrics, Tracker
+from tests.test_wandb_run import fake
+
+
+def metrics(step: int) -> StepMetrics:
+    return StepMetrics(
+        step=step,
+        consumed_tokens=step * 1024,
+        loss=2.0,
+        held_out_loss=2.5,
+        lr=1e-3,
+        grad_norm=1.0,
+        step_time_s=0.5,
+        tokens_per_s=2048.0,
+        model_tflops=1.0,
+        mfu=0.5,
+        memory_gib=1.0,
+        eta_s=10.0,
+        held_out_loss_by_position=[(0, 64, 3.0), (64, 128, 2.0)],
+        held_out_short=3.0,
+        held_out_long=2.0,
+    )
+
+
+def test_wandb_groups_what_a_report_tells_by_section() -> None:
+    row = metrics(4).wandb_row()
+    assert (row["step"], row["data/consumed_tokens"]) == (4, 4096)
+    assert (row["train/loss"], row["validation/loss"], row["perf/mfu"]) == (2.0, 2.5, 0.5)
+    assert (row["validation/loss_at/0"], row["validation/loss_at/64"]) == (3.0, 2.0)
+    sections = {key.partition("/")[0] for key in row}
+    assert sections == {"step", "data", "train", "validation", "perf"}
+    assert len(row) == len(fields(StepMetrics)) - 1 + 2  # all is there, the loss by position by two keys
+
+
+def test_rows_and_pictures_stand_at_the_same_step_and_tokens(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    wandb = fake(monkeypatch)
+    cfg = PretrainConfig(
+        model=ModelConfig(name="m"),
+        train=TrainConfig(steps=4, seq_length=128, global_batch_size=8),
+        tracking=TrackingConfig(wandb="offline"),
+        run_dir=str(tmp_path),
+    )
+    tracker = Tracker(cfg, Progress(2, 16, {}, None), active=True)
+    tracker.picture("layout/picture", tmp_path / "layout.png")
+    tracker.report(metrics(4))
+    tracker.picture("train/loss_curve", tmp_path / "loss.png")
+    tracker.close()
+    assert [(row["step"], row["data/consumed_tokens"]) for row in wandb.rows] == [(2, 2048), (4, 4096), (4, 4096)]
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert all("time" in record for record in records)
+    assert [record["held_out_loss"] for record in records if "loss" in record] == [2.5]
