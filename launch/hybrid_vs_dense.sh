@@ -2,7 +2,7 @@
 # Trains a hybrid and its dense twin with the same settings, one after the other, and puts them side by side.
 #   launch/hybrid_vs_dense.sh SIZE OUTPUT [setting=value …]      e.g. 125m launch/results/2026-11-22-h100-125m train.steps=300
 set -euo pipefail
-size=$1 output=$2
+size=$1 output=${2%.json}
 shift 2
 runs=runs/compare-$(basename "$output")
 for kind in hybrid dense; do

@@ -17,7 +17,7 @@ from s2train.comparison.long_steps import Request, measure_all, run_case
 from s2train.comparison.long_steps_report import draw, table
 from s2train.comparison.runs import environment
 from s2train.errors import ConfigError
-from s2train.files import check_writable
+from s2train.files import check_writable, output_stem
 
 
 def tokens(text: str) -> int:
@@ -51,17 +51,16 @@ def main() -> None:
 
 def measure_and_show(given: argparse.Namespace) -> None:
     """Measure what is missing, and show all."""
-    if not given.output.name:
-        raise ConfigError("output", given.output, "names no file", "Name one without its suffix")
-    check_writable("output", given.output.parent)
+    output = output_stem(given.output)
+    check_writable("output", output.parent)
     console = Console(width=int(os.environ.get("COLUMNS", "120")))
     request = Request(given.size, given.lengths, given.tokens, given.layers, given.steps, given.warmup, given.overrides)
     made_by = {"command": shlex.join(["python", *sys.argv]), **environment()}
-    rows = measure_all(request, given.output, made_by, lambda text: print(text, flush=True))
+    rows = measure_all(request, output, made_by, lambda text: print(text, flush=True))
     if not rows:
         raise ConfigError("output", given.output, "nothing was measured", "See the failures above")
     console.print(table(rows))
-    draw(rows, given.output.with_name(given.output.name + ".png"), f"layers of {given.size}")
+    draw(rows, output.with_name(output.name + ".png"), f"layers of {given.size}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from s2train.command_line import run_command
 from s2train.comparison.loss_gap import gaps, table
-from s2train.files import replacing
+from s2train.files import output_stem, replacing
 
 
 def main() -> None:
@@ -27,7 +27,8 @@ def show(base: Path, runs: list[Path], output: Path | None) -> None:
     found = gaps(base, runs)
     Console(width=100).print(table(base, found))
     if output is not None:
-        with replacing(output) as temporary:
+        stem = output_stem(output, "--output")
+        with replacing(stem.with_name(stem.name + ".json")) as temporary:
             temporary.write_text(
                 json.dumps({"base": base.name, "runs": [asdict(gap) for gap in found]}, indent=1) + "\n"
             )

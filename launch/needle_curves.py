@@ -20,8 +20,10 @@ from omegaconf import OmegaConf
 
 from s2train.command_line import USAGE_STATUS
 from s2train.environment import environment
+from s2train.errors import ConfigError
 from s2train.evaluation.pictures import SCORE_COLOURS
 from s2train.evaluation.results import Cell, load_results, results_from
+from s2train.files import output_stem
 from s2train.training.plots import read_records
 
 
@@ -162,7 +164,12 @@ def main() -> None:
     given = parser.parse_args()
     if not given.root.is_dir():
         parser.error(f"{given.root}: no such folder; `launch/needle_recipe.py train` makes it")
-    there = [str(path) for path in map(given.output.with_suffix, (".json", ".png")) if path.exists()]
+    try:
+        stem = output_stem(given.output, "OUTPUT")
+    except ConfigError as error:
+        parser.error(str(error))
+    table, picture = (stem.with_name(stem.name + suffix) for suffix in (".json", ".png"))
+    there = [str(path) for path in (table, picture) if path.exists()]
     if there:
         parser.error(f"{there[0]} is there, and not overwritten: name another OUTPUT, or move it away")
     folders = [path for path in sorted(given.root.iterdir()) if any(path.glob("*/metrics.jsonl"))]
@@ -184,10 +191,10 @@ def main() -> None:
             parser.error(f"--beside {file}: {', '.join(twice)} is there already; move the folder or leave the file out")
         drawn |= earlier
         beside |= dict.fromkeys(earlier, str(file))
-    draw(drawn, given.output.with_suffix(".png"))
+    draw(drawn, picture)
     told = {"command": shlex.join(["python", *sys.argv]), **environment(), "variants": variants}
     content = told | ({"beside": beside} if beside else {})
-    given.output.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    table.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from typing import Any
 from s2train.command_line import run_command, settings_before_options
 from s2train.comparison.runs import environment
 from s2train.errors import ConfigError
-from s2train.files import check_writable, replacing
+from s2train.files import check_writable, output_stem, replacing
 from s2train.scaling.jobs import Runner
 from s2train.scaling.parity import parity
 from s2train.scaling.report import lines
@@ -39,7 +39,8 @@ def scaling(given: argparse.Namespace) -> None:
     Raises:
         ConfigError: the output or its runs are there already, by another command, or the devices are not.
     """
-    path, runs = given.output.with_name(given.output.name + ".json"), Path("runs") / f"scaling-{given.output.name}"
+    output = output_stem(given.output, "OUTPUT")
+    path, runs = output.with_name(output.name + ".json"), Path("runs") / f"scaling-{output.name}"
     command, asked = shlex.join(sys.argv), runs / "command.txt"
     if not (asked.is_file() and asked.read_text() == command):
         for there in (path, runs):

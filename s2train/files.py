@@ -31,6 +31,18 @@ def set_aside(path: Path) -> Path | None:
     return path.rename(target)
 
 
+def output_stem(output: Path, setting: str = "output") -> Path:
+    """OUTPUT without a `.json` or `.png`, which programs add themselves.
+
+    Raises:
+        ConfigError: it names no file.
+    """
+    name = output.name.removesuffix(".json").removesuffix(".png")
+    if not name:
+        raise ConfigError(setting, output, "names no file", "Name one, such as runs/dense-and-hybrid")
+    return output.with_name(name)
+
+
 def check_writable(setting: str, folder: str | Path) -> None:
     """Whether `folder` can be written, or be made. Makes nothing.
 

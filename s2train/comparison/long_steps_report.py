@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
+from matplotlib.ticker import EngFormatter
 from rich import box
 from rich.table import Table
 
@@ -28,8 +29,8 @@ def table(rows: Sequence[Row]) -> Table:
             f"{row.step_s:.3f}",
             f"{row.tokens_per_s:,.0f}",
             "" if row.mfu is None else f"{row.mfu:.1%}",
-            f"{row.peak_gib:.1f}",
-            f"{row.planned_gib:.1f}",
+            f"{row.peak_gib:.1f}" if row.peak_gib else "",
+            f"{row.planned_gib:.1f}" if row.planned_gib else "",
             "" if gain is None else f"{gain:.2f}×",
         )
     return found
@@ -55,6 +56,7 @@ def draw(rows: Sequence[Row], path: Path, title: str) -> None:
         layers = next(iter(of_length.values())).layers
         axis.set_title(f"{length:,} tokens, {layers} layers", fontsize=10)
         axis.set_xticks([])
+        axis.yaxis.set_major_formatter(EngFormatter(sep=""))
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_ylim(top=1.12 * max(row.tokens_per_s for row in of_length.values()))
     axes[0][0].set_ylabel("tokens/s")

@@ -6,15 +6,17 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from matplotlib.ticker import EngFormatter
 from rich.table import Table
 
 from s2train.environment import environment
 from s2train.errors import ConfigError
-from s2train.files import check_writable, replacing
+from s2train.files import check_writable, output_stem, replacing
 from s2train.training.plots import draw_comparison, read_curves, read_records
 
 HEADINGS = ("held out", "first 1/8", "last 1/2")  # of tables, for HELD_OUT
 HELD_OUT = ("held_out_loss", "held_out_short", "held_out_long")
+_COUNT = EngFormatter(places=1, sep="")  # 41.0k, 1.6M, as on axes
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Summary:
         loss, held_out_loss: last reported, nats per token; None if there is none, or it was not finite.
         held_out_short, held_out_long: with it, over the first eighth and the last half of the positions.
         tokens_per_s, model_tflops, mfu, step_time_s: medians over the reports after the first tenth of the run.
-        peak_memory_gib: most allocated on rank 0's device.
+        peak_memory_gib: most allocated on rank 0's device; 0 on a CPU.
     """
 
     name: str
@@ -41,6 +43,11 @@ class Summary:
     model_tflops: float
     mfu: float | None
     peak_memory_gib: float
+
+    @property
+    def judged_by(self) -> tuple[str, float | None]:
+        """The loss that runs are ranked by, and what it is: held out, or the last training loss if none is."""
+        return ("loss", self.loss) if self.held_out_loss is None else ("held out", self.held_out_loss)
 
     def losses(self) -> list[str]:
         """Loss and those of `HEADINGS` for a table; empty where there is none."""
@@ -70,7 +77,8 @@ def summarize(run_dir: Path) -> Summary:
     return Summary(
         name=run_dir.name,
         steps=last,
-        tokens=last * (read_curves(path).tokens_per_step or 0),
+        # older runs don't tell what they consumed
+        tokens=reports[-1].get("consumed_tokens", last * (read_curves(path).tokens_per_step or 0)),
         loss=reports[-1]["loss"],
         **{name: held_out[0].get(name) if held_out else None for name in HELD_OUT},
         step_time_s=median("step_time_s"),
@@ -82,15 +90,14 @@ def summarize(run_dir: Path) -> Summary:
 
 
 def compare(run_dirs: Sequence[Path], output: Path, command: str) -> Table:
-    """Write OUTPUT.json and OUTPUT.png from finished runs; returns the table to print.
+    """Write OUTPUT.json and OUTPUT.png (given with or without suffix) from finished runs; returns the table to print.
 
     Raises:
         ConfigError: a run has reported nothing, or two have one name; a file of OUTPUT exists already, or none can
             be written there.
     """
-    if not output.name:
-        raise ConfigError("output", output, "names no file", "Name one without its suffix, e.g. runs/dense-and-hybrid")
-    table_path, picture_path = (output.with_name(output.name + suffix) for suffix in (".json", ".png"))
+    stem = output_stem(output)
+    table_path, picture_path = (stem.with_name(stem.name + suffix) for suffix in (".json", ".png"))
     for path in (table_path, picture_path):
         if path.exists():
             raise ConfigError("output", output, f"{path} exists", "Name another, or move it away")
@@ -108,12 +115,12 @@ def compare(run_dirs: Sequence[Path], output: Path, command: str) -> Table:
         table.add_row(
             s.name,
             str(s.steps),
-            f"{s.tokens / 1e6:.1f}M",
+            _COUNT(s.tokens),
             *s.losses(),
             f"{s.step_time_s * 1e3:.0f}",
             f"{s.tokens_per_s:,.0f}",
-            f"{s.model_tflops:.1f}",
+            f"{s.model_tflops:.3g}",
             "" if s.mfu is None else f"{s.mfu:.1%}",
-            f"{s.peak_memory_gib:.1f}",
+            f"{s.peak_memory_gib:.1f}" if s.peak_memory_gib else "",
         )
     return table

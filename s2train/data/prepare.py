@@ -56,6 +56,9 @@ def prepare(cfg: PrepareConfig) -> Metadata:
     output = Path(cfg.output)
     if not output.name:
         raise ConfigError("output", cfg.output, "names no file", "Set a prefix, e.g. runs/data/mine")
+    if output.suffix in (".bin", ".idx"):
+        problem = "is a prefix, to which .bin and .idx are added"
+        raise ConfigError("output", cfg.output, problem, f"Set output={output.with_suffix('')}")
     folder = output.with_name(f".{output.name}.partial")
     # in the order of renaming
     names = [*([_TOKENIZER] if cfg.tokenizer.startswith("bpe:") else []), ".bin", ".json", ".idx"]

@@ -70,6 +70,24 @@ def test_a_name_with_a_dot_stays_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".json", ".png"])
+def test_an_output_may_be_named_with_its_suffix(tmp_path: Path, suffix: str) -> None:
+    run = write(tmp_path / "run", report(10))
+    compare([run], tmp_path / f"out{suffix}", "")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "out.png", "run"]
+
+
+def test_few_tokens_are_not_rounded_to_none(tmp_path: Path) -> None:
+    table = compare([write(tmp_path / "run", report(10, model_tflops=0.0123))], tmp_path / "out", "")
+    cells = {str(column.header): list(column.cells) for column in table.columns}
+    assert (cells["tokens"], cells["TFLOP/s"]) == (["1.0k"], ["0.0123"])
+
+
+def test_consumed_tokens_are_the_reported_ones(tmp_path: Path) -> None:
+    older, newer = write(tmp_path / "a", report(10)), write(tmp_path / "b", report(10, consumed_tokens=700))
+    assert (summarize(older).tokens, summarize(newer).tokens) == (1000, 700)
+
+
+@pytest.mark.parametrize("suffix", [".json", ".png"])
 def test_nothing_is_overwritten(tmp_path: Path, suffix: str) -> None:
     run = write(tmp_path / "run", report(10))
     kept = tmp_path / f"out{suffix}"
@@ -82,7 +100,7 @@ def test_nothing_is_overwritten(tmp_path: Path, suffix: str) -> None:
 
 def test_an_output_that_names_no_file_is_refused(tmp_path: Path) -> None:
     run = write(tmp_path / "run", report(10))
-    for output in (Path("."), run / "metrics.jsonl" / "out"):
+    for output in (Path("."), tmp_path / ".json", run / "metrics.jsonl" / "out"):
         with pytest.raises(ConfigError, match="output="):
             compare([run], output, "")
 
