@@ -81,9 +81,13 @@ class Job:
     def loss(self) -> float | None:
         """Held-out loss of a finished run, nats per token, or its last loss if none was measured; else None."""
         summary = self.summary() if self.status is Status.FINISHED else None
-        if summary is None:
-            return None
-        return summary.loss if summary.held_out_loss is None else summary.held_out_loss
+        return None if summary is None else summary.judged_by[1]
+
+    def told_loss(self) -> str:
+        """The same in words: `held out 2.1234`."""
+        summary = self.summary() if self.status is Status.FINISHED else None
+        name, value = ("loss", None) if summary is None else summary.judged_by
+        return "no loss" if value is None else f"{name} {value:.4f}"
 
 
 def told_apart(jobs: list[Job]) -> list[Job]:

@@ -57,6 +57,7 @@ class SweepLauncher(Launcher):
         self.program = _program(config)
         self.swept = _swept_settings(hydra_context, config)
         self.jobs: dict[Path, Job] = {}
+        self.trials = 0  # proposals so far, repeated ones too
         self.earlier = [
             replace(job, is_earlier=True) for job in read_record(self.sweep_dir) if job.summary() is not None
         ]
@@ -69,6 +70,9 @@ class SweepLauncher(Launcher):
         """
         batch = [self._prepare(filter_overrides(overrides)) for overrides in job_overrides]
         run_command(lambda: self._run_batch(list({job.folder: job for job in batch}.values())))
+        self.trials += len(batch)
+        if self.trials == OmegaConf.select(self.config, "hydra.sweeper.n_trials"):
+            self._end_without_losses()
         return [
             JobReturn(overrides=list(overrides), status=JobStatus.COMPLETED, _return_value=job.loss())
             for overrides, job in zip(job_overrides, batch, strict=True)
@@ -96,6 +100,24 @@ class SweepLauncher(Launcher):
         known = {job.folder.name for job in jobs}
         earlier = [job for job in self.earlier if job.folder.name not in known]
         write_record(self.sweep_dir, told_apart([*earlier, *jobs]) if earlier else jobs)
+
+    def _end_without_losses(self) -> None:
+        """End the sweep if no trial has a loss: optuna's sweeper would look for the best one, and raise."""
+        jobs = list(self.jobs.values())
+        if any(job.loss() is not None for job in jobs):
+            return
+        self._print_report()
+        if all(job.status is Status.PLANNED for job in jobs):
+            sys.exit(0)
+        print(
+            f"error: none of {len(jobs)} jobs has a loss for hydra/sweeper to learn from", file=sys.stderr, flush=True
+        )
+        sys.exit(1)
+
+    def _print_report(self) -> None:
+        from s2train.sweeps.report import report  # matplotlib: slow, and no single run needs it
+
+        report(self.sweep_dir)
 
     def _check_sweep(self) -> None:
         if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
@@ -147,7 +169,9 @@ class SweepLauncher(Launcher):
         for job in refused:
             print(f"error: {job.label}: {job.error}", file=sys.stderr, flush=True)
         if refused and not self.settings.skip_invalid:
-            rest = "nothing was started. hydra.launcher.skip_invalid=true goes on with the rest"
+            if self.trials:
+                self._print_report()  # of earlier batches
+            rest = "none of them was started. hydra.launcher.skip_invalid=true starts the others"
             print(f"error: {len(refused)} of {len(jobs)} jobs can't run; {rest}", file=sys.stderr, flush=True)
             sys.exit(USAGE_STATUS)
         finished = sum(job.status is Status.FINISHED for job in jobs)

@@ -63,11 +63,7 @@ class LocalLauncher(SweepLauncher):
                     job.status, job.error = Status.FAILED, last_error(job.folder / LOG)
                 self.record()
                 print(
-                    f"{job.status} {job.label} | {_outcome(job)} | {time.monotonic() - started[index]:.0f} s",
+                    f"{job.status} {job.label} | {job.error or job.told_loss()} | "
+                    f"{time.monotonic() - started[index]:.0f} s",
                     flush=True,
                 )
-
-
-def _outcome(job: Job) -> str:
-    loss = job.loss()
-    return job.error or ("no loss" if loss is None else f"loss {loss:.4f}")

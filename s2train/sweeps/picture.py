@@ -26,12 +26,14 @@ class Point:
         density: kept / causal positions of the whole model.
         loss: nats a token.
         tokens_per_s: of the whole job.
+        is_held_out: whether the loss is.
     """
 
     name: str
     density: float
     loss: float
     tokens_per_s: float
+    is_held_out: bool
 
 
 def draw(points: Sequence[Point], out: Path) -> None:
@@ -43,7 +45,11 @@ def draw(points: Sequence[Point], out: Path) -> None:
     figure = Figure(figsize=(11, 5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
-    _panel(left, points, names, lambda point: point.loss, "Loss (nats a token)")
+    if all(point.is_held_out for point in points):
+        title = "Held-out loss"
+    else:
+        title = "Loss, held out where measured" if any(point.is_held_out for point in points) else "Training loss"
+    _panel(left, points, names, lambda point: point.loss, f"{title} (nats a token)")
     _panel(right, points, names, lambda point: point.tokens_per_s, "Tokens/s")
     right.yaxis.set_major_formatter(EngFormatter(sep=""))
     right.set_ylim(0, 1.08 * max(point.tokens_per_s for point in points))
@@ -70,6 +76,7 @@ def _panel(
         middle = mean(p.density for p in own), mean(value(p) for p in own)
         axes.scatter(*middle, s=60, color=colour, marker=marker, label=name, zorder=3)
     axes.set_title(title, loc="left", fontweight="bold", fontsize=12)
+    axes.ticklabel_format(style="plain", useOffset=False)
     axes.set_xlabel("density of attention (kept / causal positions)")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#E5E5E5", linewidth=0.8)

@@ -40,8 +40,19 @@ def report(sweep_dir: Path, console: Console | None = None) -> bool:
         console.print(
             f"{job.status} {job.label}: {job.error}", style="red", highlight=False, markup=False, soft_wrap=True
         )
+    if (best := _best([result.job for result in results])) is not None:
+        console.print(best, highlight=False, markup=False, soft_wrap=True)
     console.print(f"results in {' and '.join(map(str, written))}", highlight=False, markup=False, soft_wrap=True)
     return all(job.is_earlier for job in bad)
+
+
+def _best(jobs: list[Job]) -> str | None:
+    """The parameters of this sweep's lowest loss, as a sweeper is told it, in a line; None if there is no choice."""
+    losses = [(loss, job) for job in jobs if not job.is_earlier and (loss := job.loss()) is not None]
+    if len(losses) < 2:
+        return None
+    _, job = min(losses, key=lambda pair: pair[0])
+    return f"best of {len(losses)}: {job.label} | {job.told_loss()} | {job.folder}"
 
 
 def table(results: list[Result]) -> Table:
@@ -85,11 +96,12 @@ def _write_csv(results: list[Result], path: Path) -> None:
 def _point(result: Result) -> Point | None:
     """A finished job in the picture; runs that differ in their seed alone share a name there."""
     job, summary = result.job, result.summary
-    loss = job.loss()
-    if loss is None or summary is None or job.density is None:
+    if summary is None or job.loss() is None or job.density is None:
         return None
+    measure, loss = summary.judged_by
+    assert loss is not None
     name = " ".join(_value(setting, value) for setting, value in job.swept.items() if setting != "seed") or "all"
-    return Point(name, job.density, loss, summary.tokens_per_s)
+    return Point(name, job.density, loss, summary.tokens_per_s, measure == "held out")
 
 
 def _value(setting: str, value: str) -> str:

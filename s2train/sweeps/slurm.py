@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from s2train.config import SlurmSweepConfig
 from s2train.errors import ConfigError
 from s2train.hardware import Hardware
@@ -30,6 +32,10 @@ class SlurmLauncher(SweepLauncher):
         if self.settings.submit and shutil.which("sbatch") is None:
             remedy = "Sweep from a login node; hydra.launcher.submit=false only writes the scripts"
             raise ConfigError("hydra/launcher", "s2train_slurm", "this machine has no sbatch", remedy)
+        learns = OmegaConf.select(self.config, "hydra.sweeper.n_trials") is not None
+        if learns and not (self.settings.submit and self.settings.wait):
+            problem = "hydra/sweeper learns from losses, which jobs have only when they have ended"
+            raise ConfigError("hydra.launcher.wait", self.settings.wait, problem, "Set hydra.launcher.wait=true")
 
     def hardware(self) -> Hardware:
         """The nodes' is not known here: each job judges its memory itself."""

@@ -11,6 +11,7 @@ from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.utils import JobReturn
 from hydra.types import HydraContext, RunMode
+from omegaconf import OmegaConf, open_dict
 
 from s2train import config
 from s2train.sweeps.jobs import Job, Status, read_record
@@ -78,6 +79,42 @@ def test_batches_of_one_sweep_share_a_record(sweep: Any, tmp_path: Path) -> None
     sweeper = sweep("seed=1,2", losses={"seed=1": 1.5, "seed=2": 2.5})
     assert sweeper.launch(["seed=1"]) + sweeper.launch(["seed=2"]) == [1.5, 2.5]
     assert [job.label for job in read_record(tmp_path / "sweep")] == ["seed=1", "seed=2"]
+
+
+def learning(sweep: Any, trials: int, *arguments: str, **settings: Any) -> Sweeper:
+    """A sweep of a sweeper that learns from the losses of so many trials."""
+    sweeper: Sweeper = sweep("seed=1,2", *arguments, **settings)
+    with open_dict(sweeper.launcher.config):
+        sweeper.launcher.config.hydra.sweeper = OmegaConf.create({"n_trials": trials})
+    return sweeper
+
+
+def test_a_search_without_any_loss_ends_in_one_line(sweep: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    sweeper = learning(sweep, 2)
+    assert sweeper.launch(["seed=1"]) == [None]
+    with pytest.raises(SystemExit) as ended:
+        sweeper.launch(["seed=2"])
+    assert ended.value.code == 1
+    assert "error: none of 2 jobs has a loss" in capsys.readouterr().err
+
+
+def test_a_search_with_some_losses_goes_on(sweep: Any) -> None:
+    sweeper = learning(sweep, 2, losses={"seed=1": 1.5})
+    assert sweeper.launch(["seed=1"], ["seed=2"]) == [1.5, None]
+
+
+def test_a_planned_search_ends_well(sweep: Any) -> None:
+    with pytest.raises(SystemExit) as ended:
+        learning(sweep, 1, "plan=true").launch(["seed=1", "plan=true"])
+    assert ended.value.code == 0
+
+
+def test_a_search_that_ends_early_shows_what_it_found(sweep: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    sweeper = sweep("train.seq_length=256,8", losses={"train.seq_length=256": 1.5})
+    sweeper.launch(["train.seq_length=256"])
+    with pytest.raises(SystemExit):
+        sweeper.launch(["train.seq_length=8"])
+    assert "1.5000" in capsys.readouterr().out
 
 
 def test_a_proposal_made_twice_runs_once(sweep: Any) -> None:

@@ -3,10 +3,12 @@
 import csv
 import json
 import os
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 from rich.console import Console
 
@@ -63,12 +65,12 @@ def test_a_finished_run_with_other_settings_is_noticed(tmp_path: Path) -> None:
 
 def test_a_sweeper_is_told_the_held_out_loss_or_else_the_last(tmp_path: Path) -> None:
     job = made(tmp_path, "a", 1)
-    assert job.loss() == 3.0
+    assert (job.loss(), job.told_loss()) == (3.0, "held out 3.0000")
     metrics = job.folder / "metrics.jsonl"
     metrics.write_text(metrics.read_text().replace("held_out_loss", "other"))
-    assert job.loss() == 2.05
+    assert (job.loss(), job.told_loss()) == (2.05, "loss 2.0500")
     job.status = Status.FAILED
-    assert job.loss() is None
+    assert (job.loss(), job.told_loss()) == (None, "no loss")
 
 
 def test_a_record_reads_back(tmp_path: Path) -> None:
@@ -92,6 +94,33 @@ def test_results_stand_in_the_table_the_csv_and_a_picture(tmp_path: Path) -> Non
     ]
     assert {row["density"] for row in rows} == {"0.5"}
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_best_parameters_are_told_by_the_loss_that_a_sweeper_sees(tmp_path: Path) -> None:
+    better = made(tmp_path, "b", 1, loss=1.5)
+    jobs = [made(tmp_path, "a", 1), better, made(tmp_path, "c", 2, loss=1.4)]
+    earlier = replace(made(tmp_path, "d", 1, loss=1.0), is_earlier=True)
+    write_record(tmp_path, [earlier, *jobs])
+    assert f"best of 3: layout=b seed=1 | held out 2.5000 | {better.folder}\n" in printed(tmp_path)[1]
+    write_record(tmp_path, [earlier, better])
+    assert "best of" not in printed(tmp_path)[1]
+
+
+def test_ticks_are_whole_numbers_of_the_axis_however_close_the_losses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Figure] = []
+    save = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *args, **kwargs: [save(self, *args, **kwargs), drawn.append(self)]
+    )
+    write_record(tmp_path, [made(tmp_path, name, 3, loss=2 + tiny) for name, tiny in (("a", 1e-5), ("b", 2e-5))])
+    printed(tmp_path)
+    loss, _ = drawn[0].axes
+    assert loss.get_title(loc="left") == "Held-out loss (nats a token)"
+    labels = [label.get_text() for label in loss.get_yticklabels()]
+    assert all(text.startswith("5.000") for text in labels), labels
+    assert {axis.get_offset_text().get_text() for axis in (loss.xaxis, loss.yaxis)} == {""}
 
 
 def test_jobs_of_two_sweeps_are_told_apart_by_what_differs(tmp_path: Path) -> None:

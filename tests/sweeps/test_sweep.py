@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -128,3 +129,18 @@ def test_a_sweeper_that_waits_for_slurm_gets_its_losses(tmp_path: Path, monkeypa
     (row,) = csv.DictReader((tmp_path / "mine" / "sweep.csv").open())
     assert row["status"] == "finished"
     assert float(row["loss"]) > 0
+
+
+@pytest.mark.slow
+def test_the_readmes_search_runs_as_printed_and_tells_the_best_parameters(tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="needs the extra `sweep`")
+    (printed,) = [line for line in (ROOT / "README.md").read_text().splitlines() if "hydra/sweeper=optuna" in line]
+    words = shlex.split(printed, comments=True)
+    search = words[words.index("…") + 1 :]
+    short = ["hydra.sweeper.n_trials=4", "+hydra.sweeper.sampler.seed=1", "hydra.launcher.n_jobs=2"]
+    outcome = sweep(tmp_path / "mine", *search, *short)
+    assert outcome.status == 0, outcome.err
+    rows = list(csv.DictReader((tmp_path / "mine" / "sweep.csv").open()))
+    assert [row["status"] for row in rows] == ["finished"] * 4
+    best = min(rows, key=lambda row: float(row["held_out_loss"] or row["loss"]))
+    assert f"best of 4: optim.lr={best['optim.lr']} | loss {float(best['loss']):.4f} | " in outcome.out
