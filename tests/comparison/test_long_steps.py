@@ -18,7 +18,7 @@ SMALL = ["--size", "tiny", "--layers", "4", "--tokens", "512", "--steps", "1", "
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="names what a CPU compares")
 def test_measures_what_is_missing_and_saves_nothing_else(tmp_path: Path) -> None:
-    output = tmp_path / "long"
+    output = tmp_path / "long.json"  # or without the suffix
     arguments = [str(output), "--lengths", "256", *SMALL, f"run_dir={tmp_path / 'run'}"]
     done = run("long_steps.py", *arguments, processes=0)
     assert done.status == 0, done.err

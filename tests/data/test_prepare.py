@@ -81,6 +81,12 @@ def test_the_same_settings_give_the_same_bytes_and_another_seed_another_order(tm
     assert a != c
 
 
+def test_an_output_with_a_suffix_of_the_files_is_refused(tmp_path: Path) -> None:
+    for suffix in (".bin", ".idx"):
+        with pytest.raises(ConfigError, match=rf"prefix.*Set output={tmp_path}/out\.v2$"):
+            prepare(PrepareConfig(input="bundled", output=f"{tmp_path}/out.v2{suffix}"))
+
+
 def test_existing_output_is_kept_unless_told_to_overwrite(tmp_path: Path) -> None:
     text, output = tmp_path / "a.txt", tmp_path / "out"
     text.write_text("old")

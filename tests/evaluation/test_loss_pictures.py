@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from s2train.errors import ConfigError
@@ -69,6 +70,22 @@ def test_comparison_is_drawn_over_steps_and_over_tokens(
 ) -> None:
     draw_comparison({"dense": metrics, "hybrid": metrics}, tmp_path / "a.png", x_axis)
     assert is_picture(tmp_path / "a.png")
+
+
+def test_ticks_of_close_losses_and_many_steps_are_written_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+    save = Figure.savefig
+
+    def keep(figure: Figure, *args: Any, **kwargs: Any) -> None:
+        save(figure, *args, **kwargs)
+        drawn.append(figure)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    records = [{"step": step * 10**7, "loss": 5.025 + step * 1e-6} for step in range(1, 9)]
+    draw_loss_curve(write(tmp_path / "m.jsonl", records), tmp_path / "a.png")
+    (axes,) = drawn[0].axes
+    assert {axis.get_offset_text().get_text() for axis in (axes.xaxis, axes.yaxis)} == {""}
+    assert all(label.get_text().startswith("5.025") for label in axes.get_yticklabels())
 
 
 def test_comparison_over_tokens_wants_tokens_per_step(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ TINY = [
 
 def test_results_that_are_there_are_not_written_over(tmp_path: Path) -> None:
     (tmp_path / "two.json").write_text("{}")
-    done = run("scaling.py", "two", "--parity", processes=0, cwd=tmp_path)
+    done = run("scaling.py", "two.json", "--parity", processes=0, cwd=tmp_path)  # the suffix is not added twice
     assert done.status == 2
     assert "two.json exists" in error_line(done)
 

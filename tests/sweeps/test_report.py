@@ -106,9 +106,7 @@ def test_the_best_parameters_are_told_by_the_loss_that_a_sweeper_sees(tmp_path: 
     assert "best of" not in printed(tmp_path)[1]
 
 
-def test_ticks_are_whole_numbers_of_the_axis_however_close_the_losses(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ticks_of_close_losses_are_written_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Figure] = []
     save = Figure.savefig
     monkeypatch.setattr(
