@@ -12,6 +12,7 @@ from s2train.config import PretrainConfig
 from s2train.layouts.hybrid import HybridLayout
 from s2train.megatron.backends import Backend, choose_backend, sum_gradients_in_place
 from s2train.megatron.core_attention import DenseCoreAttention, LayoutCache
+from s2train.megatron.initial_weights import draw_initial_weights
 from s2train.megatron.specs import block_spec
 from s2train.planning.stages import Stages
 
@@ -87,11 +88,12 @@ def build_model(
     """The model chunks of this rank, one a virtual pipeline stage, on `device`, in the run's precision.
 
     A chunk takes (tokens [b, s / cp], position_ids [b, s / cp], None, labels=…) and gives per-token losses
-    [b, s / cp] in fp32, or logits [b, s / cp, vocab / tp] without labels.
+    [b, s / cp] in fp32, or logits [b, s / cp, vocab / tp] without labels. Initial weights depend on `cfg.seed` alone,
+    not on the division over ranks.
     """
     cache = LayoutCache()
+    built: list[GPTModel] = []
     stages: list[int | None] = [None] if cfg.parallel.vpp is None else list(range(cfg.parallel.vpp))
-    chunks = []
     for stage in stages:
         where = {} if stage is None else {"ignore_virtual": False, "vp_stage": stage}
         chunk = GPTModel(
@@ -115,9 +117,9 @@ def build_model(
                 module.implementation = cfg.dense_attention
         if backend.name == "te":
             sum_gradients_in_place(chunk)
-        chunk.to(device)
-        chunks.append(Float16Module(config, chunk) if config.bf16 else chunk)
-    return chunks
+        built.append(chunk.to(device))
+    draw_initial_weights(cfg.model, config, cfg.seed, built, device)
+    return [Float16Module(config, chunk) if config.bf16 else chunk for chunk in built]
 
 
 def unwrap(module: torch.nn.Module) -> GPTModel:

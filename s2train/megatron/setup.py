@@ -69,7 +69,7 @@ def initialize(
         context_parallel_size=parallel.cp,
         distributed_timeout_minutes=math.ceil(timeout_minutes),
     )
-    seed += 100 * parallel_state.get_pipeline_model_parallel_rank()  # else every stage would draw the same weights
+    seed += 100 * parallel_state.get_pipeline_model_parallel_rank()  # as Megatron's own programs do
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 (Megatron's datasets and others draw from it)
     torch.manual_seed(seed)

@@ -1,0 +1,116 @@
+"""Initial weights that don't depend on how the model is divided over ranks.
+
+Megatron draws each rank's part by itself: from another seed on each tensor parallel rank of a GPU, and from another
+one on each pipeline stage. Here every rank repeats the draws of a model that is not divided, and keeps its part.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from s2train.config import ModelConfig
+from s2train.planning.parameters import head_dim
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """One matrix of the whole model.
+
+    Attributes:
+        names: where it lies; layers count from 0 through the whole model. Tied embeddings lie in two places.
+        shape: [out, in], not divided.
+        draw: fills a tensor in place.
+        dim: that tensor parallel ranks divide.
+        parts: of that dimension, each of which the ranks divide (2: gate and up).
+    """
+
+    names: tuple[str, ...]
+    shape: tuple[int, int]
+    draw: Callable[[Tensor], object]
+    dim: int
+    parts: int = 1
+
+
+def draw_initial_weights(
+    model: ModelConfig, config: TransformerConfig, seed: int, chunks: Sequence[GPTModel], device: torch.device
+) -> None:
+    """Give the matrices of this rank's `chunks` the values that one rank would draw from `seed`.
+
+    Does nothing where Megatron has just drawn so: without tensor and pipeline parallel. The state of the random
+    generators stays as it was. Holds one whole matrix at a time.
+    """
+    tp, rank = config.tensor_model_parallel_size, parallel_state.get_tensor_model_parallel_rank()
+    if tp == 1 and config.pipeline_model_parallel_size == 1:
+        return
+    here = dict(_matrices(chunks))
+    # As Megatron draws: in fp32 on a CPU, else in the parameters' own precision.
+    dtype = torch.float32 if config.use_cpu_initialization else config.params_dtype
+    with torch.no_grad(), _generator_of_one_rank(seed, config):
+        for matrix in _whole_model(model, config):
+            whole = torch.empty(matrix.shape, dtype=dtype, device=device)
+            matrix.draw(whole)
+            for name in matrix.names:
+                if (parameter := here.pop(name, None)) is not None:
+                    parts = whole.chunk(matrix.parts, matrix.dim)
+                    parameter.copy_(torch.cat([part.chunk(tp, matrix.dim)[rank] for part in parts], matrix.dim))
+    if here:
+        raise RuntimeError(f"no initial values for {', '.join(here)}")
+
+
+def _whole_model(model: ModelConfig, config: TransformerConfig) -> Iterator[_Draw]:
+    """All matrices in the order in which Megatron draws them on one rank."""
+    hidden, ffn, dim = model.hidden_size, model.ffn_hidden_size, head_dim(model)
+    queries, groups = model.num_attention_heads * dim, model.num_query_groups * dim
+    inner, outer, table = config.init_method, config.output_layer_init_method, config.embedding_init_method
+    assert inner is not None
+    assert outer is not None
+    assert table is not None
+    embedding, head = "embedding.word_embeddings.weight", "output_layer.weight"
+    yield _Draw((embedding, head) if model.tie_embeddings else (embedding,), (model.vocab_size, hidden), table, 0)
+    for layer in range(model.num_layers):
+        attention, mlp = f"decoder.layers.{layer}.self_attention", f"decoder.layers.{layer}.mlp"
+        yield _Draw((f"{attention}.linear_proj.weight",), (hidden, queries), outer, 1)
+        yield _Draw((f"{attention}.linear_qkv.weight",), (queries + 2 * groups, hidden), inner, 0)
+        yield _Draw((f"{mlp}.linear_fc1.weight",), (2 * ffn, hidden), inner, 0, parts=2)
+        yield _Draw((f"{mlp}.linear_fc2.weight",), (hidden, ffn), outer, 1)
+    if not model.tie_embeddings:
+        yield _Draw((head,), (model.vocab_size, hidden), inner, 0)
+
+
+def _matrices(chunks: Sequence[GPTModel]) -> Iterator[tuple[str, Tensor]]:
+    """This rank's matrices, by their names in the whole model."""
+    for chunk in chunks:
+        layers = {f"decoder.layers.{i}.": layer.layer_number - 1 for i, layer in enumerate(chunk.decoder.layers)}
+        for name, parameter in chunk.named_parameters():
+            if parameter.dim() < 2:  # norms start as ones
+                continue
+            prefix = next((prefix for prefix in layers if name.startswith(prefix)), None)
+            yield (
+                name if prefix is None else f"decoder.layers.{layers[prefix]}.{name.removeprefix(prefix)}",
+                parameter,
+            )
+
+
+@contextmanager
+def _generator_of_one_rank(seed: int, config: TransformerConfig) -> Iterator[None]:
+    """The random generator that Megatron draws weights from, as it is at the start of a job of one rank."""
+    tracker = tensor_parallel.get_cuda_rng_tracker()
+    states, cpu, cuda = tracker.get_states(), torch.get_rng_state(), torch.cuda.get_rng_state()
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, tp_rank=0)
+    try:
+        if config.use_cpu_initialization:
+            yield
+        else:
+            with tensor_parallel.get_cuda_rng_tracker().fork():
+                yield
+    finally:
+        tensor_parallel.get_cuda_rng_tracker().set_states(states)
+        torch.cuda.set_rng_state(cuda)
+        torch.set_rng_state(cpu)
