@@ -2,7 +2,8 @@
 
 Sweep: `python launch/pretrain.py -m +model=tiny_hybrid layout=a,b seed=1,2` (s2train/sweeps).
 
-Settings: s2train/config.py; named values: conf/. `plan=true` prints what the run would cost and builds nothing.
+Settings: s2train/config.py; named values: conf/. `plan=true` prints what the run would cost and builds nothing,
+with `plan.device=h100-80gb plan.count=8` for GPUs that are not here.
 """
 
 import os
@@ -19,7 +20,7 @@ from s2train.composition import CONF, config_groups
 from s2train.errors import ConfigError
 from s2train.hardware import check_gpus, detect_own
 from s2train.meeting import refusing_together
-from s2train.planning import check, format_plan, preview, resolve
+from s2train.planning import check, format_plan, planned_for, preview, resolve
 from s2train.sweeps import plugins
 
 config.register()
@@ -35,11 +36,11 @@ def pretrain(composed: DictConfig) -> None:
     world_size, is_first = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK", "0") == "0"
     with refusing_together():
         cfg = resolve(composed, MODELS)
-        hardware = detect_own()
-        if cfg.plan:
+        if cfg.plan.asked:
             if is_first:
-                print(format_plan(preview(cfg, world_size, hardware)))
+                print(format_plan(preview(cfg, *planned_for(cfg, world_size))))
             return
+        hardware = detect_own()
         check_gpus()
         plan = check(cfg, world_size, hardware)
         apex_available()  # Megatron would import an impostor

@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from hydra.errors import HydraException
 
-from s2train.composition import CONF, config_groups, explain
+from s2train.composition import CONF, config_groups, explain, spelt_out
 from s2train.errors import (
     ConfigError,
     DivergedError,
@@ -39,6 +39,7 @@ def run_hydra(main: Callable[[], None], schema: type) -> None:
 
     Hydra would tell it on several lines, on every rank. HYDRA_FULL_ERROR=1 shows them, and the stack.
     """
+    sys.argv[1:] = spelt_out(sys.argv[1:], schema)
     if os.environ.get("HYDRA_FULL_ERROR") == "1":
         main()
         return

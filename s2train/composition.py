@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import re
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from s2train.errors import ConfigError
 
 CONF = Path(__file__).parents[1] / "conf"
+_PLAN = re.compile(r"^plan=(?!\{)")
 _HYDRA_GROUPS = {
     "hydra/launcher": "s2train_local and s2train_slurm",
     "hydra/sweeper": "basic, and optuna with the extra `sweep` (pip install -e '.[sweep]')",
@@ -26,6 +28,17 @@ def config_groups(folder: Path) -> dict[str, list[str]]:
     return {
         group.name: sorted(file.stem for file in group.glob("*.yaml")) for group in folder.iterdir() if group.is_dir()
     }
+
+
+def spelt_out(arguments: Sequence[str], schema: type) -> list[str]:
+    """A program's arguments with `plan=true` as `plan.show=true`: Hydra sets no section to a value.
+
+    Args:
+        schema: the dataclass of the program's settings; without a `plan` nothing changes.
+    """
+    if _type_of("plan.show", schema) is None:
+        return list(arguments)
+    return [_PLAN.sub("plan.show=", argument) for argument in arguments]
 
 
 def explain(error: HydraException, overrides: Sequence[str], groups: Mapping[str, Sequence[str]], schema: type) -> str:

@@ -226,6 +226,22 @@ class ProfileConfig:
 
 
 @dataclass
+class PlanConfig:
+    """Print what the run will cost, and build nothing: `plan=true`, short for plan.show=true, or any of these."""
+
+    show: bool = False
+    device: str | None = (
+        None  # a GPU to plan for, such as h100-80gb (s2train/planning/targets.py); None: this machine's
+    )
+    count: int | None = None  # so many of them; None: as many as were started, or as hold the model once
+
+    @property
+    def asked(self) -> bool:
+        """Whether to plan and not to train."""
+        return self.show or self.device is not None or self.count is not None
+
+
+@dataclass
 class PretrainConfig:
     """A run of `launch/pretrain.py`."""
 
@@ -255,7 +271,7 @@ class PretrainConfig:
     # dense layers on a GPU: auto (the fastest that takes the shape: cudnn, flash, efficient, in this order), or one of
     # these, which torch's scaled_dot_product_attention then runs or refuses
     dense_attention: str = "auto"
-    plan: bool = False  # print what the run will cost, and build nothing
+    plan: PlanConfig = field(default_factory=PlanConfig)
 
 
 @dataclass

@@ -3,26 +3,46 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import torch
 
 from s2train.errors import ConfigError
 
-# Part of the device's name -> peak FLOP/s in bf16 (tensor cores, dense, fp32 accumulation) and in fp32 (no
-# tensor cores: TF32 is off), from the maker's data sheets. The first part found in the name counts.
-_PEAK_FLOPS: tuple[tuple[str, float, float], ...] = (
-    ("GB200", 2.5e15, 80e12),
-    ("B200", 2.25e15, 75e12),
-    ("H200", 989e12, 67e12),  # GH200 too
-    ("H100 PCIe", 756e12, 51e12),
-    ("H100 NVL", 835e12, 60e12),
-    ("H100", 989e12, 67e12),
-    ("A100", 312e12, 19.5e12),
-    ("L40S", 362e12, 91.6e12),
-    ("L40", 181e12, 90.5e12),
-    ("RTX 4090", 165e12, 82.6e12),
-    ("RTX 3090", 71e12, 35.6e12),
+
+class GpuRates(NamedTuple):
+    """What a GPU does at its peak, from the maker's data sheets.
+
+    Attributes:
+        bf16: FLOP/s of the tensor cores, dense, summed in fp32.
+        fp32: FLOP/s without tensor cores: TF32 is off.
+        memory: bytes/s.
+        link: bytes/s in one direction to the other GPUs of a machine: NVLink, or PCIe where there is none.
+    """
+
+    bf16: float
+    fp32: float
+    memory: float
+    link: float
+
+
+# By part of the device's name, of which the first one found counts.
+_GPUS: tuple[tuple[str, GpuRates], ...] = (
+    ("GB200", GpuRates(2.5e15, 80e12, 8e12, 900e9)),
+    ("B200", GpuRates(2.25e15, 75e12, 8e12, 900e9)),
+    ("H200", GpuRates(989e12, 67e12, 4.8e12, 450e9)),  # GH200 too
+    ("H100 PCIe", GpuRates(756e12, 51e12, 2.0e12, 64e9)),
+    ("H100 NVL", GpuRates(835e12, 60e12, 3.9e12, 300e9)),
+    ("H100", GpuRates(989e12, 67e12, 3.35e12, 450e9)),
+    ("A100-SXM4-40GB", GpuRates(312e12, 19.5e12, 1.555e12, 300e9)),
+    ("A100-PCIE-40GB", GpuRates(312e12, 19.5e12, 1.555e12, 32e9)),
+    ("A100 80GB PCIe", GpuRates(312e12, 19.5e12, 1.935e12, 32e9)),
+    ("A100", GpuRates(312e12, 19.5e12, 2.039e12, 300e9)),
+    ("L40S", GpuRates(362e12, 91.6e12, 864e9, 32e9)),
+    ("L40", GpuRates(181e12, 90.5e12, 864e9, 32e9)),
+    ("RTX 4090", GpuRates(165e12, 82.6e12, 1.008e12, 32e9)),
+    ("RTX 3090", GpuRates(71e12, 35.6e12, 936e9, 32e9)),
 )
 
 _GPU_FILE = Path("/dev/nvidia0")
@@ -36,28 +56,26 @@ class Hardware:
         name: the device's name, or "CPU".
         kind: "cuda" or "cpu".
         memory: bytes; a GPU's own memory, or this rank's share of the RAM.
-        peak_bf16, peak_fp32: FLOP/s, None where not known.
+        rates: at its peak; None where not known.
         capability: CUDA's compute capability, None where there is none or it is not known.
     """
 
     name: str
     kind: str
     memory: int
-    peak_bf16: float | None = None
-    peak_fp32: float | None = None
+    rates: GpuRates | None = None
     capability: tuple[int, int] | None = None
 
     def peak_flops(self, precision: str) -> float | None:
         """FLOP/s that MFU is measured against, at `precision` bf16 or fp32; None where not known."""
-        return self.peak_bf16 if precision == "bf16" else self.peak_fp32
+        if self.rates is None:
+            return None
+        return self.rates.bf16 if precision == "bf16" else self.rates.fp32
 
 
-def peak_flops(device_name: str) -> tuple[float | None, float | None]:
-    """(bf16, fp32) FLOP/s of a GPU by the name torch gives it; (None, None) where not known."""
-    for part, bf16, fp32 in _PEAK_FLOPS:
-        if part in device_name:
-            return bf16, fp32
-    return None, None
+def gpu_rates(device_name: str) -> GpuRates | None:
+    """The peak rates of a GPU by the name torch gives it; None where not known."""
+    return next((rates for part, rates in _GPUS if part in device_name), None)
 
 
 def detect(local_rank: int = 0, local_world_size: int = 1) -> Hardware:
@@ -76,8 +94,8 @@ def detect(local_rank: int = 0, local_world_size: int = 1) -> Hardware:
             f"start torchrun with --nproc-per-node {gpus}",
         )
     properties = torch.cuda.get_device_properties(local_rank)
-    bf16, fp32 = peak_flops(properties.name)
-    return Hardware(properties.name, "cuda", properties.total_memory, bf16, fp32, (properties.major, properties.minor))
+    capability = (properties.major, properties.minor)
+    return Hardware(properties.name, "cuda", properties.total_memory, gpu_rates(properties.name), capability)
 
 
 def detect_own() -> Hardware:

@@ -5,9 +5,12 @@ dim 128, 8k to 128k tokens, densities 0.03 to 1) by least squares on relative er
 however little it keeps (q, out, the softmax's end; in the backward the sums of dq): why sparse masks run at lower
 rates. Each measurement is met within 5 % in the forward and 9 % in the backward, its ratio to dense within 13 %. At
 512k and 1M tokens the measured forward takes 7 to 21 % longer than this, the backward 10 to 32 %.
+
+Dense layers with head dim 64, and the portable kernels, are as profiled steps have them
+(`launch/results/2026-11-26-h100x2-scaling.json`, `2026-11-26-h100-te-breakdown.json`).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 from s2train.layouts.costs import attention_flops
 from s2train.layouts.hybrid import LayerLayout
@@ -25,6 +28,10 @@ class Rate:
     def seconds(self, flops: float, rows: int) -> float:
         return flops / self.flops + rows * self.row
 
+    def scaled(self, factor: float) -> "Rate":
+        """`factor` times as fast."""
+        return Rate(factor * self.flops, self.row / factor)
+
 
 @dataclass(frozen=True)
 class AttentionRates:
@@ -35,6 +42,7 @@ class AttentionRates:
         forward_64, backward_64: in smaller blocks (measured with 64; smaller ones are slower).
         backward_grouped, backward_64_grouped: with several query heads a KV head, whose loads coincide less.
         dense_forward, dense_backward: cuDNN, in dense layers.
+        narrow_dense_forward, narrow_dense_backward: the same with head dims up to 64.
     """
 
     forward: Rate = Rate(715e12, 0.160e-9)
@@ -45,6 +53,36 @@ class AttentionRates:
     backward_64_grouped: Rate = Rate(551e12, 2.439e-9)
     dense_forward: Rate = Rate(620e12)
     dense_backward: Rate = Rate(545e12)
+    narrow_dense_forward: Rate = Rate(436e12)
+    narrow_dense_backward: Rate = Rate(386e12)
+
+    def scaled(self, factor: float) -> "AttentionRates":
+        """Of a device `factor` times as fast."""
+        return AttentionRates(**{field.name: getattr(self, field.name).scaled(factor) for field in fields(self)})
+
+    def portable(self) -> "AttentionRates":
+        """Of Triton's own kernels in sparse layers, in place of Hopper's."""
+        slower = {
+            field.name: getattr(self, field.name).scaled(1 / (1.96 if "forward" in field.name else 1.56))
+            for field in fields(self)
+            if "dense" not in field.name
+        }
+        return replace(self, **slower)
+
+    def flash(self) -> "AttentionRates":
+        """Of FlashAttention-2 in dense layers, in place of cuDNN; fitted as the others."""
+        slower = {
+            field.name: getattr(self, field.name).scaled(0.56 if "forward" in field.name else 0.59)
+            for field in fields(self)
+            if "dense" in field.name
+        }
+        return replace(self, **slower)
+
+    def of_dense(self, head_dim: int) -> tuple[Rate, Rate]:
+        """Forward and backward of a dense layer."""
+        if head_dim <= 64:
+            return self.narrow_dense_forward, self.narrow_dense_backward
+        return self.dense_forward, self.dense_backward
 
 
 @dataclass(frozen=True)
@@ -65,7 +103,7 @@ def attention_seconds(
     """Predicted time of one layer's attention over one sequence."""
     flops, rows = attention_flops(layer, seq_length, head_dim), len(layer.heads) * seq_length
     if layer.is_dense:
-        forward, backward = rates.dense_forward, rates.dense_backward
+        forward, backward = rates.of_dense(head_dim)
     else:
         grouped = num_query_groups < len(layer.heads)
         if layer.block_size >= 128:
@@ -79,4 +117,5 @@ def dense_seconds(num_heads: int, seq_length: int, head_dim: int, rates: Attenti
     """Predicted time of a dense causal layer's attention over one sequence."""
     rows = num_heads * seq_length
     flops = 4 * head_dim * num_heads * (seq_length * (seq_length + 1) // 2)
-    return Seconds(rates.dense_forward.seconds(flops, rows), rates.dense_backward.seconds(BACKWARD_FLOPS * flops, rows))
+    forward, backward = rates.of_dense(head_dim)
+    return Seconds(forward.seconds(flops, rows), backward.seconds(BACKWARD_FLOPS * flops, rows))

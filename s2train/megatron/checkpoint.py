@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.module import MegatronModule
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch.distributed.checkpoint.api import CheckpointException
 from yaml import YAMLError  # type: ignore[import-untyped]
@@ -120,7 +120,10 @@ def read_config(checkpoint: Path, setting: str = "checkpoint") -> PretrainConfig
         ConfigError: it is missing or unreadable, or not a configuration of this version.
     """
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(PretrainConfig), OmegaConf.load(checkpoint / CONFIG))
+        saved = OmegaConf.load(checkpoint / CONFIG)
+        if isinstance(saved, DictConfig) and not OmegaConf.is_dict(saved.get("plan", {})):
+            del saved["plan"]  # of a version whose plan was true or false; a run that trains has false
+        merged = OmegaConf.merge(OmegaConf.structured(PretrainConfig), saved)
         config = OmegaConf.to_object(merged)
     except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
         raise _unreadable(setting, checkpoint, CONFIG, error) from error

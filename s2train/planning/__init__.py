@@ -8,5 +8,16 @@ from s2train.planning.checks import check, hybrid_layout, preview, resolve
 from s2train.planning.composing import compose_run
 from s2train.planning.plan import Plan, make_plan
 from s2train.planning.report import format_plan
+from s2train.planning.targets import planned_for
 
-__all__ = ["Plan", "check", "compose_run", "format_plan", "hybrid_layout", "make_plan", "preview", "resolve"]
+__all__ = [
+    "Plan",
+    "check",
+    "compose_run",
+    "format_plan",
+    "hybrid_layout",
+    "make_plan",
+    "planned_for",
+    "preview",
+    "resolve",
+]

@@ -36,6 +36,26 @@ def check_te(cfg: PretrainConfig, hardware: Hardware) -> None:
         raise ConfigError(setting, value, problem, INSTALL + (" fp8=none" if wants_fp8 else ""))
 
 
+def check_target(cfg: PretrainConfig, hardware: Hardware) -> None:
+    """Whether `fp8` can be had on a GPU to plan for, whatever is installed here.
+
+    Raises:
+        ConfigError: settings that FP8 doesn't go with, or a GPU without it.
+    """
+    if cfg.fp8 != "none":
+        check_fp8_settings(cfg)
+        _check_capability(cfg, hardware)
+
+
+def uses_te(cfg: PretrainConfig, hardware: Hardware) -> bool:
+    """Whether layers are transformer-engine's; `backend=auto` takes them for this machine's GPU alone."""
+    if cfg.backend == "auto" and cfg.fp8 == "none":
+        return (
+            hardware.kind == "cuda" and cfg.plan.device is None and torch.cuda.is_available() and te_problem() is None
+        )
+    return cfg.backend != "local"
+
+
 def check_fp8_settings(cfg: PretrainConfig) -> None:
     """Whether the settings go with FP8, leaving the machine aside.
 

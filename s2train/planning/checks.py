@@ -10,7 +10,7 @@ from s2train.config import PretrainConfig, to_object
 from s2train.errors import ConfigError
 from s2train.hardware import Hardware
 from s2train.layouts.hybrid import HybridLayout, build_hybrid_layout
-from s2train.planning.backend import check_te
+from s2train.planning.backend import check_target, check_te
 from s2train.planning.division import check_division, multiple_of, smallest_world
 from s2train.planning.memory import GIB
 from s2train.planning.plan import Plan, make_plan
@@ -91,6 +91,8 @@ def preview(cfg: PretrainConfig, world_size: int, hardware: Hardware) -> Plan:
     """
     check_values(cfg)
     check_documents(cfg)
+    if cfg.plan.device is not None:
+        check_target(cfg, hardware)
     copy = smallest_world(cfg)
     ranks = copy if world_size % copy else world_size
     if hardware.kind == "cpu":  # they would share what the ranks here have
@@ -150,12 +152,13 @@ def _shortage(plan: Plan) -> tuple[str, object, str]:
     """The setting behind the largest part of a plan that does not fit, and the problem in numbers."""
     memory, train, device = plan.memory, plan.cfg.train, plan.hardware
     states = memory.weights + memory.gradients + memory.optimizer
+    room = "its share of this machine's RAM is" if device.kind == "cpu" else f"{device.name} has"
     micro_batch = f"{train.micro_batch_size} × {train.seq_length:,} tokens"
     problem = (
         f"{plan.cfg.model.name} needs {memory.total / GIB:.1f} GiB on each process, "
         f"{states / GIB:.1f} of it weights, gradients and optimizer, "
         f"{memory.activations / GIB:.1f} activations of {micro_batch}, "
-        f"and {device.name} has {device.memory / GIB:.1f}"
+        f"and {room} {device.memory / GIB:.1f}"
     )
     if states > memory.activations:
         return "+model", plan.cfg.model.name, problem

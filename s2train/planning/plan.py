@@ -9,11 +9,13 @@ from s2train.layouts.coverage import CoverageReport, check_coverage
 from s2train.layouts.hybrid import HybridLayout
 from s2train.layouts.summary import LetterSummary, summarise
 from s2train.planning.advice import memory_advice
+from s2train.planning.backend import uses_te
 from s2train.planning.flops import TokenFlops, token_flops
 from s2train.planning.memory import Memory, data_parallel, micro_batches, rank_memory
 from s2train.planning.parameters import stage_parameters, total_parameters
 from s2train.planning.remedies import memory_remedy
 from s2train.planning.stages import Balance, balance, layer_costs, pipeline_stages
+from s2train.planning.step_time import Prediction, predict_step
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Plan:
     pipeline: Balance  # of the stages as they are
     pipeline_by_cost: Balance  # as parallel.pipeline_split=cost would have them
     memory: Memory  # of the fullest rank
+    prediction: Prediction | None  # of a step's time; None where nothing measured tells
     remedy: str | None  # what would fit, if this does not
     advice: str | None  # what else fits and is faster, if this fits
 
@@ -64,6 +67,7 @@ def make_plan(cfg: PretrainConfig, hybrid: HybridLayout, world_size: int, hardwa
     by_cost = pipeline_stages(cfg.model, replace(cfg.parallel, pipeline_split="cost"), costs)
     memory = rank_memory(cfg, world_size, stages, layouts, hardware.kind)
     fits = memory.total <= hardware.memory
+    flops = token_flops(cfg.model, hybrid, seq_length)
     sparse = [layer for layer in hybrid.layers if not layer.is_dense]
     densities = {layer: density(layer, seq_length) for layer in set(sparse)}
     return Plan(
@@ -79,11 +83,12 @@ def make_plan(cfg: PretrainConfig, hybrid: HybridLayout, world_size: int, hardwa
         rank_parameters=max(
             stage_parameters(cfg.model, cfg.parallel, s, sum(stages.of_rank(s))) for s in range(cfg.parallel.pp)
         ),
-        flops=token_flops(cfg.model, hybrid, seq_length),
+        flops=flops,
         tp_spread=max(rank_spread(layer, seq_length, cfg.parallel.tp) for layer in set(hybrid.layers)),
         pipeline=balance(stages, costs, micro_batches(cfg, world_size)),
         pipeline_by_cost=balance(by_cost, costs, micro_batches(cfg, world_size)),
         memory=memory,
+        prediction=predict_step(cfg, hybrid, stages, world_size, hardware, flops.sparse, uses_te(cfg, hardware)),
         remedy=None if fits else memory_remedy(cfg, world_size, hardware, costs, layouts),
         advice=memory_advice(cfg, world_size, hardware, costs, layouts) if fits else None,
     )

@@ -7,12 +7,14 @@ from typing import Any
 from s2train.planning.memory import GIB
 from s2train.planning.plan import Plan
 from s2train.planning.stages import Balance
+from s2train.planning.step_time import MARGIN, SLOW_HOST, Prediction
+from s2train.planning.targets import NAMES
 
 _UNEVEN = 0.05  # from which on ranks that wait are worth a remedy
 
 
 def format_plan(plan: Plan) -> str:
-    """Layers, density, coverage, parameters, FLOPs, memory by part, and the verdict, on some twenty lines."""
+    """Layers, density, coverage, parameters, FLOPs, memory and time by part, and the verdict, on some 25 lines."""
     cfg, memory, flops = plan.cfg, plan.memory, plan.flops
     train, parallel = cfg.train, cfg.parallel
     rows = [
@@ -36,7 +38,9 @@ def format_plan(plan: Plan) -> str:
         *_pipeline(plan),
         ("memory", "GiB per rank" + (", fullest pipeline stage" if parallel.pp > 1 else "")),
         *((f"  {part.name}", _gib(getattr(memory, part.name))) for part in fields(memory)),
-        ("  total", f"{_gib(memory.total)} of {_gib(plan.hardware.memory).strip()} ({plan.hardware.name})"),
+        ("  total", f"{_gib(memory.total)} of {_gib(plan.hardware.memory).strip()} ({_device(plan)})"),
+        *([("  room", plan.advice)] if plan.advice is not None else []),
+        *_time(plan),
     ]
     if not plan.coverage.runs:
         rows = [row for row in rows if row[0] not in ("sparse", "density")]
@@ -47,10 +51,76 @@ def format_plan(plan: Plan) -> str:
         f"tp {parallel.tp}, pp {parallel.pp}{virtual}, cp {parallel.cp}, dp {plan.data_parallel}{sequence}; "
         f"{train.precision}, recompute {train.recompute}"
     )
-    if plan.advice is not None:
-        rows.append(("  room", plan.advice))
-    verdict = "It fits." if plan.fits else f"It does not fit. {plan.remedy}"
-    return "\n".join([title, *(f"{name:<13} {text}" for name, text in rows), plan.coverage.format(), verdict])
+    return "\n".join([title, *(f"{name:<13} {text}" for name, text in rows), plan.coverage.format(), _verdict(plan)])
+
+
+def _device(plan: Plan) -> str:
+    if plan.hardware.kind == "cuda":
+        return plan.hardware.name
+    return "this machine's RAM, no GPU" + (f", for each of {plan.world_size} processes" if plan.world_size > 1 else "")
+
+
+def _verdict(plan: Plan) -> str:
+    if plan.fits:
+        return "It fits."
+    if plan.hardware.kind == "cuda":
+        return f"It does not fit. {plan.remedy}"
+    return (
+        "It does not fit this machine, which has no GPU. To plan for GPUs, name them: plan.device="
+        f"{', '.join(NAMES[:-1])} or {NAMES[-1]}, and plan.count=N for how many."
+    )
+
+
+def _time(plan: Plan) -> list[tuple[str, str]]:
+    """The predicted step, its parts, and what the prediction rests on."""
+    found, train = plan.prediction, plan.cfg.train
+    if found is None:
+        if plan.hardware.kind != "cuda":
+            return []
+        why = (
+            f"the peak of {plan.hardware.name} is not known"
+            if plan.hardware.rates is None
+            else "only bf16 was measured"
+        )
+        return [("time", f"not predicted: {why}")]
+    time, seconds = found.time, found.time.total
+    shown = {name: part for name, part in time.parts().items() if part >= 0.005 * seconds}
+    rows = [
+        (
+            "time",
+            f"{_seconds(seconds)} a step, {_count(found.tokens_per_s)} tokens/s"
+            f" ({_count(found.tokens_per_s / plan.world_size)} a GPU), MFU {found.mfu:.1%};"
+            f" {train.steps:,} steps take {_duration(train.steps * seconds)}",
+        ),
+        ("  of which", ", ".join(f"{name} {part / seconds:.0%}" for name, part in shown.items())),
+        ("  rests on", _grounds(found)),
+    ]
+    if found.waits_for_host:
+        rows.append(
+            (
+                "  host",
+                f"a slow one takes up to {1e3 * SLOW_HOST:.0f} ms to start a layer of a micro batch, more than here",
+            )
+        )
+    return rows
+
+
+def _grounds(found: Prediction) -> str:
+    layers = "transformer-engine's layers" if found.te else "backend=local"
+    if found.caveats:
+        return f"an estimate, {layers}: {'; '.join(found.caveats)}"
+    return f"steps measured on H100s, {layers}, met within {MARGIN:.0%}"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{1e3 * seconds:.0f} ms" if seconds < 1 else f"{seconds:.2f} s"
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def _ranks(plan: Plan) -> list[tuple[str, str]]:
@@ -86,6 +156,7 @@ def figures(plan: Plan) -> dict[str, Any]:
         "parameters": plan.parameters,
         "flops_per_token": plan.flops.sparse,
         "planned_memory_gib": plan.memory.total / GIB,
+        "predicted_step_time_s": plan.prediction.time.total if plan.prediction else None,
         "device": plan.hardware.name,
         "processes": plan.world_size,
     }

@@ -159,7 +159,7 @@ class SweepLauncher(Launcher):
             job.error = f"{folder} was trained with {before}; name another hydra.sweep.dir, or move it away"
         elif job.is_finished:
             job.status = Status.FINISHED
-        elif cfg.plan:
+        elif cfg.plan.asked:
             job.status = Status.PLANNED
         return job
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from s2train.comparison.long_steps import WAYS, case_overrides, fitting
-from s2train.hardware import Hardware
+from s2train.hardware import Hardware, gpu_rates
 from s2train.planning import compose_run
 from tests.program import run
 
-H100 = Hardware("NVIDIA H100 80GB HBM3", "cuda", 85_017_624_576, 989e12, 67e12, (9, 0))
+H100 = Hardware("NVIDIA H100 80GB HBM3", "cuda", 85_017_624_576, gpu_rates("NVIDIA H100 80GB HBM3"), (9, 0))
 SMALL = ["--size", "tiny", "--layers", "4", "--tokens", "512", "--steps", "1", "--warmup", "1"]
 
 

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from s2train.config import LayoutConfig, ModelConfig, ParallelConfig, PretrainConfig, TrainConfig
-from s2train.hardware import Hardware
+from s2train.hardware import Hardware, gpu_rates
 from s2train.planning import Plan, check, format_plan, hybrid_layout, make_plan, preview
 from s2train.planning.flops import token_flops
 from s2train.planning.memory import rank_memory, stage_activations
 from s2train.planning.parameters import stage_parameters, total_parameters
 
 GIB = 1024**3
-H100 = Hardware("NVIDIA H100 80GB HBM3", "cuda", 85_017_624_576, 989e12, 67e12)
+H100 = Hardware("NVIDIA H100 80GB HBM3", "cuda", 85_017_624_576, gpu_rates("NVIDIA H100 80GB HBM3"))
 LLAMA3_8B = ModelConfig("llama3", 32, 4096, 14336, 32, 8, vocab_size=128256)
 MISTRAL_7B = ModelConfig("mistral", 32, 4096, 14336, 32, 8, vocab_size=32000)
 TINYLLAMA = ModelConfig("tinyllama", 22, 2048, 5632, 32, 4, vocab_size=32000)

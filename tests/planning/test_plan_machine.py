@@ -9,7 +9,7 @@ import torch
 
 from s2train.apex import apex_available
 from s2train.errors import ConfigError
-from s2train.hardware import detect, peak_flops
+from s2train.hardware import Hardware, detect, gpu_rates
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ from s2train.hardware import detect, peak_flops
     ],
 )
 def test_peak_flops_by_name(name: str, bf16: float | None) -> None:
-    assert peak_flops(name)[0] == bf16
+    assert Hardware(name, "cuda", 0, gpu_rates(name)).peak_flops("bf16") == bf16
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")

@@ -173,8 +173,8 @@ def test_a_name_that_does_not_exist_is_refused_too(sweep: Any, capsys: pytest.Ca
 
 
 def test_a_plan_is_told_and_nothing_started(sweep: Any, tmp_path: Path) -> None:
-    sweeper = sweep("layout=dense,s2_b16_l4_v4", "plan=true")
-    assert sweeper.launch(["layout=dense", "plan=true"], ["layout=s2_b16_l4_v4", "plan=true"]) == [None, None]
+    sweeper = sweep("layout=dense,s2_b16_l4_v4", "plan.show=true")
+    assert sweeper.launch(["layout=dense", "plan.show=true"], ["layout=s2_b16_l4_v4", "plan.show=true"]) == [None, None]
     assert sweeper.ran == []
     dense, sparse = read_record(tmp_path / "sweep")
     assert (dense.density, dense.layers, dense.status) == (1, "DDDD", Status.PLANNED)

@@ -11,13 +11,14 @@ from s2train.megatron.checkpoint import read_config, write_config
 from s2train.planning import hybrid_layout
 from s2train.training.resume import _check_same_architecture
 
-# As saved before patterns had kinds and schedules offsets.
+# As saved before patterns had kinds, schedules offsets, and plans settings.
 EARLIER = """
 model: {name: small, num_layers: 4, hidden_size: 64, ffn_hidden_size: 96, num_attention_heads: 4, num_query_groups: 2,
   head_dim: null, vocab_size: 320, rotary_base: 10000, norm_epsilon: 1.0e-05, init_std: 0.02, tie_embeddings: false}
 layout: {layers: DSSS, block_size: 16, pattern: {local: 8, stride: 16, sinks: 0}, allow_partial_coverage: false}
 schedule: {kind: rotating}
 train: {steps: 10, seq_length: 256, global_batch_size: 8, micro_batch_size: 1}
+plan: false
 """
 WINDOW = {"kind": "sliding_window", "window": 4}
 

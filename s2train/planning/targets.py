@@ -1,0 +1,60 @@
+"""GPUs to plan for by name, on a machine that has none of them: `plan.device=h100-80gb plan.count=8`."""
+
+import difflib
+from dataclasses import replace
+
+from s2train.config import PretrainConfig
+from s2train.errors import ConfigError
+from s2train.hardware import Hardware, detect_own, gpu_rates
+from s2train.planning.division import smallest_world
+
+_GIB = 1024**3
+# Name -> torch's name, GiB that torch reports, rounded down, and compute capability.
+_TARGETS: dict[str, tuple[str, float, tuple[int, int]]] = {
+    "a100-40gb": ("NVIDIA A100-SXM4-40GB", 39.3, (8, 0)),
+    "a100-80gb": ("NVIDIA A100-SXM4-80GB", 79.1, (8, 0)),
+    "l40s-48gb": ("NVIDIA L40S", 44.3, (8, 9)),
+    "h100-80gb": ("NVIDIA H100 80GB HBM3", 79.1, (9, 0)),
+    "h200-141gb": ("NVIDIA H200", 139.7, (9, 0)),
+    "b200-180gb": ("NVIDIA B200", 178.3, (10, 0)),
+}
+NAMES = tuple(_TARGETS)
+
+
+def target_gpu(name: str) -> Hardware:
+    """The GPU of that name; without its memory (`h200`), if there is one alone.
+
+    Raises:
+        ConfigError: there is none, or several.
+    """
+    wanted = name.lower().replace("_", "-")
+    found = [known for known in NAMES if wanted in (known, known.partition("-")[0])]
+    if len(found) != 1:
+        near = found or difflib.get_close_matches(wanted, NAMES, n=1, cutoff=0.0)
+        problem = "several GPUs have that name" if found else "no such GPU is known"
+        remedy = f"Did you mean {' or '.join(f'plan.device={known}' for known in near)}? There are {', '.join(NAMES)}"
+        raise ConfigError("plan.device", name, problem, remedy)
+    device, memory, capability = _TARGETS[found[0]]
+    return Hardware(device, "cuda", int(memory * _GIB), gpu_rates(device), capability)
+
+
+def planned_for(cfg: PretrainConfig, world_size: int) -> tuple[int, Hardware]:
+    """How many processes to plan for and their device: the settings' target, else this job's own.
+
+    Args:
+        world_size: of this job, from which a number is taken that the settings don't name.
+    Raises:
+        ConfigError: an unknown device; a number that can't hold whole copies of the model.
+    """
+    count, copy = cfg.plan.count, smallest_world(cfg)
+    if count is not None and count % copy:
+        parallel = cfg.parallel
+        problem = f"the model takes parallel.tp × pp × cp = {parallel.tp} × {parallel.pp} × {parallel.cp} = {copy} GPUs"
+        remedy = f"Set plan.count={-(-count // copy) * copy}, or a parallel.tp, pp and cp that divide {count}"
+        raise ConfigError("plan.count", count, problem, remedy)
+    if cfg.plan.device is not None:
+        return count or world_size, target_gpu(cfg.plan.device)
+    hardware = detect_own()
+    if hardware.kind == "cpu" and count is not None:  # they would share what the processes here have
+        hardware = replace(hardware, memory=hardware.memory * world_size // count)
+    return count or world_size, hardware

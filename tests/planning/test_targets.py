@@ -1,0 +1,77 @@
+"""`plan.device=…` plans for GPUs that are not here."""
+
+import pytest
+
+from s2train.composition import spelt_out
+from s2train.config import NeedleConfig, PretrainConfig
+from s2train.errors import ConfigError
+from s2train.hardware import Hardware
+from s2train.planning import compose_run, format_plan, planned_for, preview
+from s2train.planning.targets import NAMES, target_gpu
+from tests.program import error_line, run
+
+
+def plan_of(*settings: str, processes: int = 1) -> str:
+    cfg = compose_run(settings)
+    return format_plan(preview(cfg, *planned_for(cfg, processes)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_named_gpu_has_its_memory_and_a_predicted_step(name: str) -> None:
+    found = target_gpu(name)
+    memory = int(name.rpartition("-")[2].removesuffix("gb")) * 1e9
+    assert memory * 0.9 < found.memory < memory * 1.1
+    text = plan_of("+model=1b_hybrid", f"plan.device={name}")
+    assert f"({found.name})" in text
+    assert " tokens/s (" in text
+
+
+def test_a_name_may_leave_the_memory_out_where_one_gpu_has_it() -> None:
+    assert target_gpu("H200") == target_gpu("h200-141gb")
+    with pytest.raises(ConfigError, match=r"Did you mean plan\.device=a100-40gb or plan.device=a100-80gb"):
+        target_gpu("a100")
+
+
+def test_an_unknown_gpu_is_refused_with_the_nearest_and_the_others() -> None:
+    with pytest.raises(ConfigError, match=r"plan.device=h100-80: .*plan.device=h100-80gb\? There are a100-40gb, "):
+        target_gpu("h100-80")
+
+
+def test_so_many_gpus_as_named_else_as_hold_the_model_once() -> None:
+    assert plan_of("+model=7b_hybrid", "plan.device=h100-80gb").startswith("7b_hybrid on 8 processes: tp 8")
+    assert plan_of("+model=7b_hybrid", "plan.device=h100-80gb", "plan.count=16").startswith("7b_hybrid on 16 processes")
+    assert plan_of("+model=7b_hybrid", "plan.device=h100-80gb", processes=32).startswith("7b_hybrid on 32 processes")
+
+
+def test_a_count_that_holds_no_whole_copies_is_refused() -> None:
+    cfg = compose_run(["+model=7b_hybrid", "plan.device=h100-80gb", "plan.count=12"])
+    with pytest.raises(ConfigError, match=r"plan.count=12: .* = 8 GPUs. Set plan.count=16"):
+        planned_for(cfg, 1)
+
+
+def test_a_gpu_without_fp8_is_refused_where_fp8_is_asked_for() -> None:
+    with pytest.raises(ConfigError, match=r"fp8=hybrid: NVIDIA A100.* below 8.9"):
+        plan_of("+model=1b_hybrid", "plan.device=a100-80gb", "fp8=hybrid")
+    assert "transformer-engine's layers" in plan_of("+model=1b_hybrid", "plan.device=h100-80gb", "fp8=hybrid")
+
+
+def test_a_machine_without_a_gpu_names_the_settings_to_plan_for_some() -> None:
+    text = format_plan(preview(compose_run(["+model=7b_hybrid"]), 1, Hardware("CPU", "cpu", 16 << 30)))
+    assert "(this machine's RAM, no GPU, for each of 8 processes)" in text
+    assert "It does not fit this machine, which has no GPU" in text.splitlines()[-1]
+    assert "plan.device=a100-40gb" in text.splitlines()[-1]
+
+
+def test_plan_true_stands_beside_a_device() -> None:
+    both = compose_run(["plan.device=h100-80gb", "+model=7b_hybrid", "plan=true"]).plan
+    assert (both.show, both.device, both.asked) == (True, "h100-80gb", True)
+    assert compose_run(["+model=7b_hybrid", "plan=false"]).plan.asked is False
+    assert spelt_out(["plan=true"], NeedleConfig) == ["plan=true"]
+    assert spelt_out(["plan={device:h200}", "a.plan=1"], PretrainConfig) == ["plan={device:h200}", "a.plan=1"]
+
+
+def test_the_program_takes_both_and_starts_nothing() -> None:
+    done = run("pretrain.py", "+model=7b_hybrid", "plan=true", "plan.device=h100-80gb", processes=0)
+    assert done.status == 0, done.err
+    assert "of 79.100 (NVIDIA H100 80GB HBM3)" in done.out
+    assert "no such GPU is known" in error_line(run("pretrain.py", "+model=7b_hybrid", "plan.device=v100", processes=0))
