@@ -20,7 +20,7 @@ from s2train.composition import CONF, config_groups
 from s2train.errors import ConfigError
 from s2train.hardware import check_gpus, detect_own
 from s2train.meeting import refusing_together
-from s2train.planning import check, format_plan, planned_for, preview, resolve
+from s2train.planning import check, epochs_of_plan, format_plan, planned_for, preview, resolve
 from s2train.sweeps import plugins
 
 config.register()
@@ -39,6 +39,7 @@ def pretrain(composed: DictConfig) -> None:
         if cfg.plan.asked:
             if is_first:
                 print(format_plan(preview(cfg, *planned_for(cfg, world_size))))
+                print(epochs_of_plan(cfg))
             return
         hardware = detect_own()
         check_gpus()

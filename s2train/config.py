@@ -100,6 +100,7 @@ class DataConfig:
     # samples in the training order, fixed at a run's start since another number means another order;
     # None: train.steps × train.global_batch_size (of a new phase its own steps)
     num_samples: int | None = None
+    warn_epochs: float = 4.0  # passes over a dataset's training part, above which a warning comes (arXiv 2305.16264)
     num_workers: int = 2
 
 

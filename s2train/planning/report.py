@@ -4,6 +4,9 @@ from dataclasses import fields
 from itertools import groupby
 from typing import Any
 
+from s2train.config import PretrainConfig
+from s2train.data.epochs import describe_epochs, training_epochs
+from s2train.errors import ConfigError
 from s2train.planning.memory import GIB
 from s2train.planning.plan import Plan
 from s2train.planning.stages import Balance
@@ -52,6 +55,17 @@ def format_plan(plan: Plan) -> str:
         f"{train.precision}, recompute {train.recompute}"
     )
     return "\n".join([title, *(f"{name:<13} {text}" for name, text in rows), plan.coverage.format(), _verdict(plan)])
+
+
+def epochs_of_plan(cfg: PretrainConfig) -> str:
+    """How often the run goes through its data, where they are here; a line each, warnings among them."""
+    samples = cfg.train.steps * cfg.train.global_batch_size
+    most = "at most " if cfg.checkpoint.new_data else ""  # the steps before a new phase went through other data
+    try:
+        lines = describe_epochs(cfg.data, training_epochs(cfg.data, samples, cfg.train.seq_length))
+    except ConfigError as error:
+        return f"{'data':<13} epochs not counted: {error}"
+    return "\n".join(line if line.startswith("warning") else f"{'data':<13} {most}{line}" for line in lines)
 
 
 def _device(plan: Plan) -> str:

@@ -42,7 +42,7 @@ _POSITIVE: dict[str, tuple[str, ...]] = {
         "init_std",
     ),
     "layout": ("block_size",),
-    "data": ("num_samples",),
+    "data": ("num_samples", "warn_epochs"),
     "optim": ("lr", "eps", "decay_steps", "wsd_decay_steps"),
     "parallel": ("tp", "pp", "vpp", "cp"),
     "train": (

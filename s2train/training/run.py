@@ -12,8 +12,9 @@ from megatron.core.transformer.module import MegatronModule
 
 from s2train.config import PretrainConfig
 from s2train.data.blend import parse_blend
-from s2train.data.checks import check_data
+from s2train.data.checks import check_data, samples_of_steps
 from s2train.data.datasets import build_datasets, ensure_prepared
+from s2train.data.epochs import describe_epochs, training_epochs
 from s2train.data.indexed import read_metadata
 from s2train.data.tokenizers import Tokenizer, load_tokenizer
 from s2train.errors import DivergedError, StoppedBySignal
@@ -143,6 +144,9 @@ def _train(
         write_config(cfg, run_dir / "config.yaml")
         draw_layout(hybrid, cfg.train.seq_length, run_dir / "layout.png", title=cfg.model.name)
         say(_description(cfg, models, backend, device, start))
+        epochs = training_epochs(cfg.data, samples_of_steps(cfg, start.progress.first_step), cfg.train.seq_length)
+        say("\n".join(describe_epochs(cfg.data, epochs)))
+        tracker.event("data", epochs={one.prefix: one.epochs for one in epochs})
     tracker.picture("layout/picture", run_dir / "layout.png")
     times.end("records")
     tracker.event("ready", seconds=times.seconds)

@@ -65,6 +65,12 @@ def test_a_run_says_where_the_time_before_its_first_step_went(outcome: Outcome, 
     assert line.startswith(f"ready after {sum(ready['seconds'].values()):.1f} s (imports and plan ")
 
 
+def test_a_run_says_how_often_it_goes_through_its_data(outcome: Outcome, folder: Path) -> None:
+    (event,) = [record for record in read_records(folder / "metrics.jsonl") if record.get("event") == "data"]
+    ((prefix, epochs),) = event["epochs"].items()
+    assert f"{prefix}: {epochs:.3g} epochs of " in outcome.out
+
+
 def test_throughput_follows_from_the_step_time_and_exact_flops(outcome: Outcome, folder: Path) -> None:
     for record in metrics(folder):
         assert record["tokens_per_s"] == pytest.approx(8 * 128 / record["step_time_s"])
