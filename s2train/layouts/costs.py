@@ -1,5 +1,7 @@
 """What a layout costs, counted exactly from the positions that its heads keep."""
 
+from functools import lru_cache
+
 import torch
 
 from s2train.layouts.counting import kept_key_blocks
@@ -7,6 +9,7 @@ from s2train.layouts.hybrid import HybridLayout, LayerLayout
 from s2train.layouts.patterns import Pattern
 
 
+@lru_cache(maxsize=256)  # a plan asks for FLOPs, density and shares of the same layers
 def kept_positions(layer: LayerLayout, seq_length: int) -> tuple[int, ...]:
     """Kept causal (query, key) token pairs of every head.
 
