@@ -17,6 +17,7 @@ from s2train.errors import ConfigError
 
 CONF = Path(__file__).parents[1] / "conf"
 _PLAN = re.compile(r"^plan=(?!\{)")
+_SPLIT = re.compile(r"^(\+{0,2}data\.split=)([\d., ]*,[\d., ]*)$")
 _HYDRA_GROUPS = {
     "hydra/launcher": "s2train_local and s2train_slurm",
     "hydra/sweeper": "basic, and optuna with the extra `sweep` (pip install -e '.[sweep]')",
@@ -31,14 +32,19 @@ def config_groups(folder: Path) -> dict[str, list[str]]:
 
 
 def spelt_out(arguments: Sequence[str], schema: type) -> list[str]:
-    """A program's arguments with `plan=true` as `plan.show=true`: Hydra sets no section to a value.
+    """A program's arguments in the form that Hydra takes.
+
+    `plan=true` becomes `plan.show=true`: Hydra sets no section to a value. `data.split=90,10` becomes one value, as its
+    default is written: Hydra takes commas for a list of values to sweep over. In a sweep (-m) it stays such a list.
 
     Args:
-        schema: the dataclass of the program's settings; without a `plan` nothing changes.
+        schema: the dataclass of the program's settings.
     """
-    if _type_of("plan.show", schema) is None:
+    if _type_of("plan.show", schema) is not None:
+        arguments = [_PLAN.sub("plan.show=", argument) for argument in arguments]
+    if {"-m", "--multirun"} & set(arguments):
         return list(arguments)
-    return [_PLAN.sub("plan.show=", argument) for argument in arguments]
+    return [_SPLIT.sub(r'\1"\2"', argument) for argument in arguments]
 
 
 def explain(error: HydraException, overrides: Sequence[str], groups: Mapping[str, Sequence[str]], schema: type) -> str:

@@ -10,15 +10,16 @@ import numpy as np
 from s2train.errors import ConfigError
 
 _NUMBER = r"\d+(?:\.\d+)?"
-# Quoted, as a shell takes it; without brackets Hydra would take the commas for a sweep.
-EXAMPLE = "Set e.g. 'data.split=[90,10,0]'"
+_WEIGHTS = re.compile(rf"\s*{_NUMBER}\s*([,/]\s*{_NUMBER}\s*){{0,2}}")
+# Quoted, as a shell takes it.
+EXAMPLE = "Set e.g. 'data.split=[90,10,0]' for train, held out and test (two weights: train and held out; one: train)"
 
 
 def split_documents_range(split: Any, documents: int) -> tuple[range, range, range]:
     """Documents of train, held out and test: consecutive ranges of all documents, as Megatron rounds them.
 
     Args:
-        split: up to three weights, such as "90,10,0" or [90, 10, 0]; or the only one, a number.
+        split: weights such as "90,10,0", "90/10" or [90, 10, 0]: two are train and held out, one is train.
 
     Raises ConfigError, on `data.split`, for anything but weights of which one is above 0.
     """
@@ -35,10 +36,20 @@ def megatron_split(split: Any) -> str:
     return ",".join(np.format_float_positional(weight, trim="-") for weight in _weights(split))
 
 
+def more_documents(documents: int) -> str:
+    """What to do where a part of the split gets none of these documents."""
+    if split_documents_range("90,10", documents)[1]:
+        return "Set e.g. 'data.split=[90,10]' or evaluation.interval=0 to evaluate nothing"
+    cut = "prepare text files with document_chars=10000 (characters) to cut them"
+    if documents > 1:
+        return f"Set 'data.split=[{documents - 1},1]' to hold one out, or {cut}"
+    return f"P{cut[1:]}, or set data.split=100 evaluation.interval=0 to evaluate nothing"
+
+
 def _weights(split: Any) -> list[float]:
     """Three of them."""
-    if isinstance(split, str) and re.fullmatch(rf"{_NUMBER}(,{_NUMBER}){{0,2}}", split):
-        weights = [float(weight) for weight in split.split(",")]
+    if isinstance(split, str) and _WEIGHTS.fullmatch(split):
+        weights = [float(weight) for weight in re.split("[,/]", split)]
     else:
         weights = list(split) if isinstance(split, list | tuple) else [split]
         sound = all(type(weight) in (int, float) and 0 <= weight < math.inf for weight in weights)
