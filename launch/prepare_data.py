@@ -13,14 +13,15 @@ register()
 
 
 def prepare_data(settings: PrepareConfig) -> None:
-    """Prepare, and tell what was made."""
+    """Prepare, and print what was made."""
+    from s2train.data.indexed import read_document_lengths
     from s2train.data.prepare import prepare  # imports Megatron: slow
+    from s2train.data.summary import summary
+    from s2train.data.tokenizers import load_tokenizer
 
     made = prepare(settings)
-    print(
-        f"{settings.output}: {made.documents:,} documents, {made.tokens:,} tokens of {made.vocab_size:,} ids "
-        f"({made.tokenizer}), unigram entropy {made.unigram_entropy:.4f} nats per token"
-    )
+    tokenizer = load_tokenizer(made.tokenizer, "tokenizer", made.end_token)
+    print("\n".join(summary(settings.output, made, read_document_lengths(settings.output), tokenizer)))
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="prepare_data")

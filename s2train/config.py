@@ -94,6 +94,7 @@ class DataConfig:
     path: Any = "bundled"
     split: Any = "90,10,0"  # train, held out, test: text, or a list, which on a command line is 'data.split=[90,10,0]'
     tokenizer: str = "bytes"  # bytes, or a `tokenizer.json` of Hugging Face's tokenizers
+    end_token: str | None = None  # of a tokenizer.json: ends documents; None: the one that the data were prepared with
     cache: str = "runs/data/cache"  # Megatron's document and shuffle indices
     # a token sees its own document only, and the layout begins anew in each; else all that is packed into a sequence
     attention_within_documents: bool = False
@@ -340,13 +341,19 @@ class NeedleDocumentsConfig:
 class PrepareConfig:
     """A run of `launch/prepare_data.py`."""
 
-    # a file or [file, …], * standing for any name: text or .jsonl, either as .gz or .zst, or .parquet; "bundled": the
-    # corpus that comes with s2train; "needles": documents made as `needles` says
+    # a file or [file, …], * standing for any name: text or JSON lines, either as .gz, .zst, .bz2 or .xz, or .parquet;
+    # "bundled": the corpus that comes with s2train; "needles": documents made as `needles` says
     input: Any = MISSING
     output: str = MISSING  # prefix of the .bin, .idx and .json to write
     tokenizer: str = "bytes"  # bytes, a tokenizer.json, or bpe:SIZE to train one, kept as OUTPUT-tokenizer.json
-    text_key: str = "text"  # what a line's or a table's documents are called, in .jsonl and .parquet
-    document_chars: int = 10_000  # long texts are cut into documents of this many characters or more
+    # of a tokenizer.json: put after each document; no text may encode to it. None: <|endoftext|>, </s>, <eod>,
+    # <|end_of_text|> or <eos>, the first that there is. Written as 'end_token="<eos>"', in both quotes
+    end_token: str | None = None
+    format: str = "auto"  # of all input: text, jsonl, parquet; auto: by each file's content and name
+    text_key: str = "text"  # what a line's or a table's documents are called, in JSON lines and .parquet
+    # cuts a text file into documents of this many characters or more, shuffled as others are; None: it is one document
+    # (the bundled corpus is cut at 10,000)
+    document_chars: int | None = None
     seed: int = 1234  # of the order of documents
     workers: int | None = None  # processes that tokenize; None: as many as cores, less for small input or bytes
     overwrite: bool = False

@@ -31,6 +31,20 @@ def parse_blend(path: Any) -> Blend:
 
     Raises ConfigError for anything else, and, where tokens must be counted, for missing or broken files.
     """
+    prefixes, weights = _parse(path)
+    if weights is None:
+        many = len(prefixes) > 1
+        weights = [int(read_document_lengths(p).sum(dtype=np.int64)) if many else 1 for p in prefixes]
+    return Blend(prefixes, tuple(weight / sum(weights) for weight in weights))
+
+
+def dataset_prefixes(path: Any) -> tuple[str, ...]:
+    """The datasets that `data.path` names, none for mock data; reads no file. Raises ConfigError as `parse_blend`."""
+    return _parse(path)[0]
+
+
+def _parse(path: Any) -> tuple[tuple[str, ...], list[float] | None]:
+    """Prefixes, and the weights if any are given."""
     remedy = "Set a prefix, [prefix, …], [weight, prefix, …], `bundled` or `mock`"
     entries = [path] if isinstance(path, str) else path
     if not isinstance(entries, list | tuple) or not entries:
@@ -43,11 +57,7 @@ def parse_blend(path: Any) -> Blend:
         if not paired or not all(type(weight) in (int, float) and weight > 0 for weight in weights):
             raise ConfigError("data.path", path, "is no list of pairs of a weight above 0 and a prefix", remedy)
     if names == [MOCK]:
-        return Blend((), ())
+        return (), []
     if MOCK in names:
         raise ConfigError("data.path", path, "mock data can't be blended with other data", remedy)
-    prefixes = tuple(BUNDLED_PREFIX if name == BUNDLED else name for name in names)
-    if weights is None:
-        many = len(prefixes) > 1
-        weights = [int(read_document_lengths(p).sum(dtype=np.int64)) if many else 1 for p in prefixes]
-    return Blend(prefixes, tuple(weight / sum(weights) for weight in weights))
+    return tuple(BUNDLED_PREFIX if name == BUNDLED else name for name in names), weights

@@ -5,6 +5,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+# Its three texts are cut into documents, so that some can be held out.
+BUNDLED_DOCUMENT_CHARS = 10_000
+
 
 def bundled_corpus_files() -> list[Path]:
     """Text files of the bundled corpus, in a fixed order; `corpus/LICENSE.md` tells what they are."""

@@ -7,7 +7,7 @@ from megatron.core.datasets.gpt_dataset import MockGPTLowLevelDataset
 from s2train.config import PretrainConfig
 from s2train.data.blend import parse_blend
 from s2train.data.indexed import read_document_lengths, read_ends, read_metadata
-from s2train.data.splits import EXAMPLE, split_documents_range
+from s2train.data.splits import more_documents, split_documents_range
 from s2train.data.tokenizers import Tokenizer
 from s2train.errors import ConfigError
 from s2train.files import check_writable
@@ -40,9 +40,9 @@ def num_train_samples(cfg: PretrainConfig, first_step: int = 0) -> int:
 def check_data(cfg: PretrainConfig, tokenizer: Tokenizer) -> None:
     """Refuse data that can't serve the run; reads .idx and .json files, and of data without a .json some tokens.
 
-    Raises ConfigError for files that are missing, empty or cut off; a tokenizer other than the one the data
-    were made with, or larger than the model's vocabulary; where no .json tells the tokenizer, ids outside of the
-    vocabulary among the first and the last million; a split without enough tokens for one sequence; a cache
+    Raises ConfigError for files that are missing, empty or cut off; a tokenizer or an end token other than the data
+    were made with, or a tokenizer larger than the model's vocabulary; where no .json tells the tokenizer, ids outside
+    of the vocabulary among the first and the last million; a split without enough tokens for one sequence; a cache
     that can't be written.
     """
     if tokenizer.vocab_size > cfg.model.vocab_size:
@@ -57,10 +57,16 @@ def check_data(cfg: PretrainConfig, tokenizer: Tokenizer) -> None:
         metadata = read_metadata(prefix)
         if metadata is None:
             _check_ids(cfg, prefix)
+            if cfg.data.attention_within_documents:
+                _check_ends(prefix, tokenizer)
         elif metadata.fingerprint != tokenizer.fingerprint:
             problem = f"{prefix} was made with another tokenizer, {metadata.tokenizer}"
             remedy = f"Set {metadata.tokenizer}, or prepare the text again with tokenizer={tokenizer.name}"
             raise ConfigError("data.tokenizer", tokenizer.name, problem, remedy)
+        elif metadata.end_token not in (None, tokenizer.end_token):
+            problem = f"{prefix} was prepared with the end token {metadata.end_token}"
+            remedy = f"Set 'data.end_token=\"{metadata.end_token}\"', in both quotes, or prepare the text again"
+            raise ConfigError("data.end_token", tokenizer.end_token, problem, remedy)
     check_writable("data.cache", cfg.data.cache)
 
 
@@ -74,15 +80,26 @@ def _check_ids(cfg: PretrainConfig, prefix: str) -> None:
             raise ConfigError("model.vocab_size", cfg.model.vocab_size, f"{prefix}.bin holds the id {wrong:,}", remedy)
 
 
+def _check_ends(prefix: str, tokenizer: Tokenizer) -> None:
+    """Whether documents of other tools end as the tokenizer's do, by which attention tells them apart."""
+    tokens, _ = read_ends(prefix, 1_000_000)
+    last = np.cumsum(read_document_lengths(prefix), dtype=np.int64) - 1
+    last = last[last < len(tokens)]
+    if len(last) and not (tokens[last] == tokenizer.eod).any():
+        problem = f"none of the first {len(last):,} documents of {prefix} ends with {tokenizer.end_token or 'the'} id"
+        remedy = "Set data.end_token to the token that ends them, or prepare them with launch/prepare_data.py"
+        raise ConfigError("data.attention_within_documents", True, f"{problem} {tokenizer.eod}", remedy)
+
+
 def _check_splits(cfg: PretrainConfig, data: str, lengths: npt.NDArray[np.int32]) -> None:
     train, held_out, _ = split_documents_range(cfg.data.split, len(lengths))
     wanted = [("train", train)] + ([("held-out", held_out)] if cfg.evaluation.interval else [])
     for name, part in wanted:
         tokens = int(lengths[part.start : part.stop].sum(dtype=np.int64))
         if tokens == 0:
-            problem = f"leaves none of the {len(lengths)} documents of {data} for the {name} part"
-            remedy = f"Give that part more, or prepare the text as more documents (a smaller document_chars). {EXAMPLE}"
-            raise ConfigError("data.split", cfg.data.split, problem, remedy)
+            count = f"{len(lengths)} document{'' if len(lengths) == 1 else 's'}"
+            problem = f"leaves the {name} part of {data} without any of its {count}"
+            raise ConfigError("data.split", cfg.data.split, problem, more_documents(len(lengths)))
         if tokens <= cfg.train.seq_length:
             problem = f"the {name} part of {data} has {tokens:,} tokens; a sample takes one more than its length"
             remedy = f"Set {tokens - 1} or less, or give that part more of data.split"

@@ -3,7 +3,7 @@
 import json
 import os
 import struct
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +28,7 @@ _DTYPES: dict[int, type[np.number]] = {
 
 @dataclass(frozen=True)
 class Metadata:
-    """The sidecar PREFIX.json: how a dataset was made."""
+    """The sidecar PREFIX.json: how a dataset was made. Older ones lack what has a default."""
 
     tokenizer: str  # as `load_tokenizer` takes it
     fingerprint: str  # of the tokenizer
@@ -37,6 +37,14 @@ class Metadata:
     tokens: int
     unigram_entropy: float  # nats per token
     sources: dict[str, str]  # file -> sha256
+    end_token: str | None = None  # None: bytes, which have none, or not told
+    formats: dict[str, int] = field(default_factory=dict)  # format -> files
+    document_chars: int | None = None  # text files were cut into documents of so many characters or more
+    files_cut: int = 0
+    documents_cut: int = 0  # of these files
+    blank_rows: int = 0  # left out
+    replaced_surrogates: int = 0  # by U+FFFD
+    files_without_text: list[str] = field(default_factory=list)
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")

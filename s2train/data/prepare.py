@@ -1,16 +1,16 @@
 """Text files, or documents made for needle retrieval, to Megatron indexed datasets."""
 
 import hashlib
+import io
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
-from glob import glob
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,13 +18,15 @@ from filelock import FileLock, Timeout
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
 from s2train.config import PrepareConfig
-from s2train.data.blend import BUNDLED
-from s2train.data.bundled import bundled_corpus_files, count_ids, unigram_entropy
-from s2train.data.documents import bad_document, no_text, read_documents
+from s2train.data.bundled import count_ids, unigram_entropy
+from s2train.data.cutting import split_documents
+from s2train.data.documents import bad_document, read_documents
+from s2train.data.formats import FORMATS
 from s2train.data.indexed import Metadata, read_document_lengths, read_metadata
+from s2train.data.inputs import NEEDLES, find_sources
 from s2train.data.meter import Meter
 from s2train.data.needle_documents import needle_documents, needle_texts
-from s2train.data.sources import FORMATS, PIECE_BYTES, BadDocumentError, Piece, read_pieces
+from s2train.data.sources import PIECE_BYTES, BadDocumentError, Piece, Source, read_pieces
 from s2train.data.spool import Spool, open_folder
 from s2train.data.tokenizers import SMALLEST_BPE, Tokenizer, load_tokenizer, train_bpe
 from s2train.data.tokenizing import Encoding, encode_all
@@ -33,26 +35,29 @@ from s2train.files import check_writable, replacing
 
 _TOKENIZER = "-tokenizer.json"
 _BYTES_OF_A_WORKER = 4 << 20  # with less to do, starting it takes longer than its work
-NEEDLES = "needles"
+_TRAINING_CHARS = 1 << 20  # longer texts are cut for a BPE's training, which takes many times their size
+_VERSION = 2  # of what a folder of half-done work holds
 
 
 def prepare(cfg: PrepareConfig) -> Metadata:
     """Write OUTPUT.bin, OUTPUT.idx and the sidecar OUTPUT.json; same input and settings, same bytes.
 
-    Documents end with the tokenizer's end of document. They are shuffled such that each source is spread
-    evenly, so that a held-out part, which Megatron takes from the end, holds its share of every source.
+    Documents end with the tokenizer's end of document, which no text may encode to. They are shuffled such that each
+    source is spread evenly, so that a held-out part, which Megatron takes from the end, holds its share of every one.
 
     The work is done in a folder .OUTPUT.partial and renamed when complete, the .idx last: where there is an .idx,
     the rest is whole. What interrupts it, a kill or a full disk, leaves the folder: the same settings on the same
     files go on from there, others begin anew.
 
+    Files without text are left out, as the sidecar tells, unless all are.
+
     Raises ConfigError for input that is missing or holds no text, a tokenizer that can't be used, output that exists
     already, unless `overwrite`, and output that another process is at work on; TrainingError when the disk is full.
     """
-    sources = _input_files(cfg.input)
     for setting, value in {"document_chars": cfg.document_chars, "workers": cfg.workers}.items():
         if value is not None and value < 1:
             raise ConfigError(setting, value, "must be 1 or more", f"Set {setting} to 1 or more, or leave it out")
+    sources = find_sources(cfg)
     output = Path(cfg.output)
     if not output.name:
         raise ConfigError("output", cfg.output, "names no file", "Set a prefix, e.g. runs/data/mine")
@@ -69,7 +74,7 @@ def prepare(cfg: PrepareConfig) -> Metadata:
     if cfg.tokenizer.startswith("bpe:"):
         _bpe_size(cfg.tokenizer)
     else:
-        load_tokenizer(cfg.tokenizer, "tokenizer")
+        load_tokenizer(cfg.tokenizer, "tokenizer", cfg.end_token)
 
     check_writable("output", output.parent)
     folder.mkdir(parents=True, exist_ok=True)
@@ -108,7 +113,7 @@ def prepare(cfg: PrepareConfig) -> Metadata:
     return metadata
 
 
-def _write(cfg: PrepareConfig, sources: list[Path], folder: Path, tokenizer_name: str) -> None:
+def _write(cfg: PrepareConfig, sources: list[Source], folder: Path, tokenizer_name: str) -> None:
     """Make out.bin, out.json, out.idx, and out-tokenizer.json if asked for, in `folder`."""
     path = cfg.tokenizer
     if path.startswith("bpe:"):
@@ -116,87 +121,133 @@ def _write(cfg: PrepareConfig, sources: list[Path], folder: Path, tokenizer_name
         if not Path(path).exists():
             texts = needle_texts(cfg.needles, cfg.seed) if cfg.input == NEEDLES else _texts(cfg, sources)
             with replacing(Path(path)) as temporary:
-                train_bpe(texts, _bpe_size(cfg.tokenizer), temporary)
-    tokenizer = load_tokenizer(path, "tokenizer")
+                train_bpe(texts, _bpe_size(cfg.tokenizer), temporary, cfg.end_token)
+    tokenizer = load_tokenizer(path, "tokenizer", cfg.end_token)
+    if cfg.tokenizer.startswith("bpe:") and tokenizer.vocab_size < _bpe_size(cfg.tokenizer):
+        problem = f"the text yields no more than {tokenizer.vocab_size:,} ids"
+        raise ConfigError("tokenizer", cfg.tokenizer, problem, f"Set bpe:{tokenizer.vocab_size}, or give more text")
     dtype = DType.optimal_dtype(tokenizer.vocab_size)
+    metadata = Metadata(
+        tokenizer=tokenizer_name,
+        fingerprint=tokenizer.fingerprint,
+        vocab_size=tokenizer.vocab_size,
+        documents=0,
+        tokens=0,
+        unigram_entropy=0.0,
+        sources={},
+        end_token=tokenizer.end_token,
+    )
     if cfg.input == NEEDLES:
-        _assemble(folder, needle_documents(cfg.needles, tokenizer, cfg.seed), cfg.needles.documents, dtype)
+        documents = _without_inner_ends(needle_documents(cfg.needles, tokenizer, cfg.seed), tokenizer)
+        _assemble(folder, documents, cfg.needles.documents, dtype)
     else:
-        _assemble_files(cfg, sources, folder, Encoding(path, np.dtype(dtype).name, cfg.text_key), dtype)
+        encoding = Encoding(path, np.dtype(dtype).name, cfg.text_key, cfg.end_token)
+        metadata = _assemble_files(cfg, sources, folder, encoding, metadata)
     with ThreadPoolExecutor(cfg.workers or _cores()) as pool:
-        sums = dict(zip(map(str, sources), pool.map(_sha256, sources), strict=True))
-    _describe(folder, tokenizer, tokenizer_name, sums, dtype)
+        paths = [source.path for source in sources]
+        sums = dict(zip(map(str, paths), pool.map(_sha256, paths), strict=True))
+    _describe(folder, replace(metadata, sources=sums), dtype)
 
 
-def _texts(cfg: PrepareConfig, sources: list[Path]) -> Iterator[str]:
-    """All documents, to train a tokenizer on."""
-    sizes = [source.stat().st_size for source in sources]
+def _without_inner_ends(
+    documents: Iterable[npt.NDArray[np.integer]], tokenizer: Tokenizer
+) -> Iterator[npt.NDArray[np.integer]]:
+    """Documents that hold their end of document at the end alone, as they come."""
+    for document in documents:
+        if (document[:-1] == tokenizer.eod).any():
+            problem = f"sentences of the needles or the haystack hold the end token {tokenizer.end_token}"
+            remedy = "Take it out of needles.haystack, or set end_token to one that no text holds"
+            raise ConfigError("end_token", tokenizer.end_token, problem, remedy)
+        yield document
+
+
+def _texts(cfg: PrepareConfig, sources: list[Source]) -> Iterator[str]:
+    """All documents, to train a tokenizer on; long ones in parts."""
+    sizes = [source.path.stat().st_size for source in sources]
     meter, read, documents, size = Meter("reading for the tokenizer", sum(sizes)), 0, 0, 0
 
     def told(position: int) -> None:
         meter.update(read + position, documents, size)
 
     for source, length in zip(sources, sizes, strict=True):
-        for text in read_documents(source, cfg.document_chars, cfg.text_key, told):
+        for text in read_documents(source, cfg.text_key, told):
             documents, size = documents + 1, size + len(text.encode())
-            yield text
+            yield from split_documents(io.StringIO(text), _TRAINING_CHARS)
         read += length
     meter.close()
+    if not documents:
+        raise _no_text(sources)
 
 
 def _assemble_files(
-    cfg: PrepareConfig, sources: list[Path], folder: Path, encoding: Encoding, dtype: type[np.number]
-) -> None:
-    """Tokenize what the spool lacks, and write its documents in the order that spreads every source."""
-    spool = Spool(folder, np.dtype(dtype).name)
+    cfg: PrepareConfig, sources: list[Source], folder: Path, encoding: Encoding, metadata: Metadata
+) -> Metadata:
+    """Tokenize what the spool lacks, and write its documents in the order that spreads every source.
+
+    Returns `metadata` with what became of the files.
+    """
+    spool = Spool(folder, encoding.dtype)
     if not spool.done.complete:
         _tokenize(cfg, sources, spool, encoding)
 
     tokens, lengths, source_of = spool.read()
     starts = np.cumsum(lengths) - lengths
     order = spread_order(source_of, cfg.seed)
+    dtype: type[np.number] = np.dtype(encoding.dtype).type
     _assemble(folder, (tokens[starts[i] : starts[i] + lengths[i]] for i in order), len(lengths), dtype)
+    documents = np.bincount(source_of, minlength=len(sources)).tolist()
+    cut = [n for n, source in zip(documents, sources, strict=True) if n > 1 and source.format.kind == "text"]
+    return replace(
+        metadata,
+        formats=dict(Counter(str(source.format) for source in sources)),
+        document_chars=next((source.document_chars for source in sources if source.document_chars), None),
+        files_cut=len(cut),
+        documents_cut=sum(cut),
+        blank_rows=spool.done.blank,
+        replaced_surrogates=spool.done.replaced,
+        files_without_text=[str(source.path) for source, count in zip(sources, documents, strict=True) if not count],
+    )
 
 
-def _tokenize(cfg: PrepareConfig, sources: list[Path], spool: Spool, encoding: Encoding) -> None:
+def _tokenize(cfg: PrepareConfig, sources: list[Source], spool: Spool, encoding: Encoding) -> None:
     """Fill the spool with what it lacks."""
-    sizes = [source.stat().st_size for source in sources]
+    sizes = [source.path.stat().st_size for source in sources]
     starts = [0, *np.cumsum(sizes).tolist()]
     # Bytes as ids take less time to make than to hand from process to process (launch/results/2026-11-22-prepare.json).
     most = 1 if encoding.tokenizer == "bytes" else _cores()
+    if all(source.format.kind == "text" and source.document_chars is None for source in sources):
+        most = min(most, len(sources))  # a piece each; the tokenizer works on parts of a long one in several threads
     workers = min(cfg.workers or most, max(1, sum(sizes) // _BYTES_OF_A_WORKER))
     skipped, before = spool.done.pieces, spool.done.text_bytes
     meter: Meter | None = None
     with spool.writing():
         pieces = _pieces(cfg, sources)
-        source = max(spool.done.sources_with_text, default=0)
         try:
             for piece in encode_all(islice(pieces, skipped, None), encoding, workers):
-                if piece.source > source:
-                    _check_text(sources[piece.source - 1], piece.source - 1, spool)
-                source = piece.source
                 spool.add(piece)
-                done = starts[source] + piece.position
+                done = starts[piece.source] + piece.position
                 if meter is None:
                     meter = Meter("tokenizing", starts[-1], before=done if skipped else 0)
                 meter.update(done, spool.done.documents, spool.done.text_bytes - before)
         except BadDocumentError as error:
-            raise bad_document(sources[error.source], error) from error
-        _check_text(sources[-1], len(sources) - 1, spool)
+            raise bad_document(sources[error.source].path, error) from error
+        if not spool.done.documents:
+            raise _no_text(sources)
         spool.finish()
     if meter is not None:
         meter.close()
 
 
-def _pieces(cfg: PrepareConfig, sources: list[Path]) -> Iterator[Piece]:
+def _pieces(cfg: PrepareConfig, sources: list[Source]) -> Iterator[Piece]:
     for number, source in enumerate(sources):
-        yield from read_pieces(source, number, cfg.document_chars, cfg.text_key)
+        yield from read_pieces(source, number, cfg.text_key)
 
 
-def _check_text(source: Path, number: int, spool: Spool) -> None:
-    """Whether a source that was read held text, given that those before it, if they had any pieces, did."""
-    if spool.done.sources_with_text[-1:] != [number]:
-        raise no_text(source)
+def _no_text(sources: list[Source]) -> ConfigError:
+    """For input that holds none."""
+    given = sources[0].path if len(sources) == 1 else f"[{sources[0].path},…]"
+    problem = "holds no text" if len(sources) == 1 else f"none of {len(sources)} files holds text"
+    return ConfigError("input", given, problem, f"Give files that hold text: {FORMATS}")
 
 
 def _assemble(folder: Path, documents: Iterable[npt.NDArray[np.integer]], count: int, dtype: type[np.number]) -> None:
@@ -215,20 +266,15 @@ def _assemble(folder: Path, documents: Iterable[npt.NDArray[np.integer]], count:
             os.fsync(file.fileno())
 
 
-def _describe(folder: Path, tokenizer: Tokenizer, name: str, sources: dict[str, str], dtype: type[np.number]) -> None:
+def _describe(folder: Path, metadata: Metadata, dtype: type[np.number]) -> None:
     """Write out.json of what lies in out.bin and out.idx, found sound."""
-    documents = len(read_document_lengths(str(folder / "out")))
     tokens = np.memmap(folder / "out.bin", dtype=dtype, mode="r")
-    metadata = Metadata(
-        tokenizer=name,
-        fingerprint=tokenizer.fingerprint,
-        vocab_size=tokenizer.vocab_size,
-        documents=documents,
+    replace(
+        metadata,
+        documents=len(read_document_lengths(str(folder / "out"))),
         tokens=len(tokens),
-        unigram_entropy=unigram_entropy(count_ids(tokens, tokenizer.vocab_size)),
-        sources=sources,
-    )
-    metadata.write(folder / "out.json")
+        unigram_entropy=unigram_entropy(count_ids(tokens, metadata.vocab_size)),
+    ).write(folder / "out.json")
 
 
 def spread_order(source_of: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.int64]:
@@ -248,44 +294,25 @@ def spread_order(source_of: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.
     return np.argsort(place, kind="stable")
 
 
-def _key(cfg: PrepareConfig, sources: list[Path]) -> str:
+def _key(cfg: PrepareConfig, sources: list[Source]) -> str:
     """What a folder's half-done work depends on."""
-    files = [(source.resolve(), source.stat()) for source in sources]
-    tokenizer = cfg.tokenizer if cfg.tokenizer.startswith("bpe:") else load_tokenizer(cfg.tokenizer).fingerprint
+    files = [(source, source.path.resolve(), source.path.stat()) for source in sources]
+    tokenizer = cfg.tokenizer
+    if not tokenizer.startswith("bpe:"):
+        tokenizer = load_tokenizer(tokenizer, "tokenizer", cfg.end_token).fingerprint
     return json.dumps(
         {
-            "sources": [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in files],
-            "tokenizer": [cfg.tokenizer, tokenizer],
-            "cut": [cfg.document_chars, cfg.text_key, PIECE_BYTES],
+            "version": _VERSION,
+            "sources": [
+                [str(path), stat.st_size, stat.st_mtime_ns, str(source.format), source.document_chars]
+                for source, path, stat in files
+            ],
+            "tokenizer": [cfg.tokenizer, tokenizer, cfg.end_token],
+            "cut": [cfg.text_key, PIECE_BYTES],
             "seed": cfg.seed,
             "needles": asdict(cfg.needles) if cfg.input == NEEDLES else None,
         }
     )
-
-
-def _input_files(given: Any) -> list[Path]:
-    if given == NEEDLES:
-        return []
-    names = [given] if isinstance(given, str) else given
-    if not isinstance(names, list | tuple) or not names or not all(isinstance(name, str) for name in names):
-        raise ConfigError("input", given, "names no files", "Set input=[a.txt,b.jsonl], bundled or needles")
-    files = [file for name in names for file in (bundled_corpus_files() if name == BUNDLED else _named(name))]
-    for file in files:
-        if not file.is_file():
-            raise ConfigError("input", file, "no such file", f"Give files that exist: {FORMATS}")
-        if file.stat().st_size == 0:
-            raise ConfigError("input", file, "is empty", "Leave it out, or give another file")
-    return files
-
-
-def _named(name: str) -> list[Path]:
-    """The files of a name in which * may stand for any."""
-    if "*" not in name:
-        return [Path(name)]
-    found = sorted(Path(path) for path in glob(name, recursive=True) if Path(path).is_file())
-    if not found:
-        raise ConfigError("input", name, "no file has such a name", f"Give files that exist: {FORMATS}")
-    return found
 
 
 def _cores() -> int:

@@ -26,6 +26,7 @@ class Done:
     Attributes:
         pieces, documents, tokens, text_bytes: how many.
         sources_with_text: numbers of sources.
+        blank, replaced: rows left out and half surrogate pairs, see `s2train.data.sources.Documents`.
         complete: all of the input.
     """
 
@@ -34,6 +35,8 @@ class Done:
     tokens: int = 0
     text_bytes: int = 0
     sources_with_text: list[int] = field(default_factory=list)
+    blank: int = 0
+    replaced: int = 0
     complete: bool = False
 
 
@@ -72,13 +75,15 @@ class Spool:
         tokens.write(piece.tokens.tobytes())
         documents.write(np.stack([piece.lengths, np.full_like(piece.lengths, piece.source)], axis=1).tobytes())
         done = self.done
-        is_new = not piece.is_blank and piece.source not in done.sources_with_text[-1:]
+        is_new = len(piece.lengths) > 0 and piece.source not in done.sources_with_text[-1:]
         self.done = Done(  # in one go, whatever interrupts this
             pieces=done.pieces + 1,
             documents=done.documents + len(piece.lengths),
             tokens=done.tokens + len(piece.tokens),
             text_bytes=done.text_bytes + piece.text_bytes,
             sources_with_text=[*done.sources_with_text, piece.source] if is_new else done.sources_with_text,
+            blank=done.blank + piece.blank,
+            replaced=done.replaced + piece.replaced,
         )
         if time.monotonic() - self._committed >= JOURNAL_SECONDS:
             self._commit()

@@ -9,9 +9,11 @@ import numpy as np
 import numpy.typing as npt
 import tokenizers as hf
 
+from s2train.data.long_texts import SEGMENT, encode_long
 from s2train.errors import ConfigError
 
-END_OF_DOCUMENT_NAMES = ("<|endoftext|>", "</s>", "<eod>", "<|end_of_text|>")
+# Taken where no setting names the end token: the first that a tokenizer has.
+END_OF_DOCUMENT_NAMES = ("<|endoftext|>", "</s>", "<eod>", "<|end_of_text|>", "<eos>")
 SMALLEST_BPE = 257  # ids: the bytes and the end of document
 
 
@@ -35,7 +37,11 @@ class Tokenizer(Protocol):
 
     @property
     def eod(self) -> int:
-        """Id put after each document; no text encodes to it."""
+        """Id put after each document. No text may encode to it, which is checked while data are prepared."""
+
+    @property
+    def end_token(self) -> str | None:
+        """Name of that id; None: it has none."""
 
     @property
     def unique_identifiers(self) -> dict[str, str]:
@@ -57,6 +63,7 @@ class ByteTokenizer:
     fingerprint = "bytes"
     vocab_size = 257
     eod = 256
+    end_token = None
 
     @property
     def unique_identifiers(self) -> dict[str, str]:
@@ -73,67 +80,123 @@ class ByteTokenizer:
 
 
 class FileTokenizer:
-    """A `tokenizer.json`; special tokens written out in a text are encoded as plain text.
+    """A `tokenizer.json`; special tokens written out in a text, and the end token, are encoded as plain text.
 
-    Raises ValueError for a file that is no tokenizer or that names no end of document.
+    Args:
+        end_token: ends documents; None: the first of `END_OF_DOCUMENT_NAMES` that the file has.
+
+    Raises:
+        ValueError: the file is no tokenizer.
+        EndTokenError: it has no such token, or none of these.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, end_token: str | None = None) -> None:
         content = path.read_bytes()
         try:
             self._tokenizer = hf.Tokenizer.from_buffer(content)
         except Exception as error:  # the Rust side raises nothing narrower
             raise ValueError(f"is no tokenizer.json of Hugging Face's tokenizers ({error})") from error
+        ids = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.usual_end = next((name for name in END_OF_DOCUMENT_NAMES if name in ids), None)
+        end = end_token or self.usual_end
+        if end not in ids:
+            raise EndTokenError([token.content for token in self._tokenizer.get_added_tokens_decoder().values()])
+        # Where a file calls its end token an added token that isn't special, texts would encode to it.
+        added = {token.content: token for token in self._tokenizer.get_added_tokens_decoder().values()}
+        if end in added and not added[end].special:
+            self._tokenizer.add_special_tokens([hf.AddedToken(end, special=True, normalized=False)])
         self._tokenizer.encode_special_tokens = True
         # A file keeps both as its last user set them: documents would be cut, or filled up.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        ids = self._tokenizer.get_vocab(with_added_tokens=True)
-        ends = [name for name in END_OF_DOCUMENT_NAMES if name in ids]
-        if not ends:
-            raise ValueError(f"has no end-of-document token, none of {', '.join(END_OF_DOCUMENT_NAMES)}")
         self.name = str(path)
-        self.fingerprint = f"sha256:{hashlib.sha256(content).hexdigest()}"
+        self.fingerprint = _fingerprint(content)
         self.vocab_size: int = max(ids.values()) + 1  # ids may have gaps
-        self.eod: int = ids[ends[0]]
+        self.end_token: str | None = end
+        self.eod: int = ids[end]
 
     @property
     def unique_identifiers(self) -> dict[str, str]:
         return {"fingerprint": self.fingerprint}
 
     def encode(self, text: str) -> list[int]:
+        if len(text) > SEGMENT:
+            return encode_long(self._tokenizer, text).tolist()
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def encode_many(self, texts: list[str]) -> list[npt.NDArray[np.integer]]:
         # without offsets into the texts, which nobody asks for
-        encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array(e.ids, dtype=np.int64) for e in encoded]
+        short = [text for text in texts if len(text) <= SEGMENT]
+        encoded = iter(self._tokenizer.encode_batch_fast(short, add_special_tokens=False))
+        return [
+            encode_long(self._tokenizer, text) if len(text) > SEGMENT else np.array(next(encoded).ids, dtype=np.int64)
+            for text in texts
+        ]
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode([i for i in ids if i != self.eod], skip_special_tokens=False))
 
 
-def load_tokenizer(name: str, setting: str = "data.tokenizer") -> Tokenizer:
+class EndTokenError(ValueError):
+    """A tokenizer lacks the end token.
+
+    Args:
+        names: of its added tokens.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = names
+        super().__init__(names)
+
+
+def load_tokenizer(name: str, setting: str = "data.tokenizer", end_token: str | None = None) -> Tokenizer:
     """The tokenizer called `name`: `bytes`, or the path of a `tokenizer.json`.
 
-    Raises ConfigError, on `setting`, when there is no such file or it can't be used.
+    Args:
+        end_token: ends documents; None: the usual one.
+
+    Raises ConfigError, on `setting`, when there is no such file or it can't be used; on the setting of the end token,
+    whose name differs from `setting` in its last word, when the tokenizer has no such token.
     """
+    end_setting = setting.removesuffix("tokenizer") + "end_token"
     if name == "bytes":
+        if end_token is not None:
+            problem = f"tokens of bytes have no names: documents end with the id {ByteTokenizer.eod}"
+            raise ConfigError(end_setting, end_token, problem, "Leave it out, or set a tokenizer.json")
         return ByteTokenizer()
     remedy = "Set `bytes` or a tokenizer.json; launch/prepare_data.py makes one with tokenizer=bpe:4096"
     if not Path(name).is_file():
         raise ConfigError(setting, name, "no such file", remedy)
     try:
-        return FileTokenizer(Path(name))
+        return FileTokenizer(Path(name), end_token)
+    except EndTokenError as error:
+        there = f"It has {', '.join(error.names[:8])}{', …' if len(error.names) > 8 else ''}. " if error.names else ""
+        remedy = f"{there}Name one: '{end_setting}=\"<eos>\"', in both quotes"
+        if end_token is not None:
+            raise ConfigError(end_setting, end_token, f"{name} has no such token", remedy) from error
+        problem = f"has no end-of-document token, none of {', '.join(END_OF_DOCUMENT_NAMES)}"
+        raise ConfigError(setting, name, problem, remedy) from error
     except ValueError as error:
         raise ConfigError(setting, name, str(error), remedy) from error
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int, path: Path) -> None:
-    """Train a byte-level BPE on `texts` and save it as `path`; its end of document is <|endoftext|>.
+def fingerprint(name: str) -> str | None:
+    """That of the tokenizer called `name`, in less time than loading it takes; None: there is no such file."""
+    if name == "bytes":
+        return ByteTokenizer.fingerprint
+    return _fingerprint(Path(name).read_bytes()) if Path(name).is_file() else None
+
+
+def _fingerprint(content: bytes) -> str:
+    return f"sha256:{hashlib.sha256(content).hexdigest()}"
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, path: Path, end_token: str | None = None) -> None:
+    """Train a byte-level BPE on `texts` and save it as `path`.
 
     Args:
-        vocab_size: at most this many ids, `SMALLEST_BPE` at least.
+        vocab_size: ids to have, `SMALLEST_BPE` at least; fewer come of texts with fewer pairs to merge.
+        end_token: ends documents; None: <|endoftext|>.
     Raises:
         ValueError: it is below that.
     """
@@ -144,7 +207,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: Path) -> None:
     tokenizer.decoder = hf.decoders.ByteLevel()
     trainer = hf.trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END_OF_DOCUMENT_NAMES[0]],
+        special_tokens=[end_token or END_OF_DOCUMENT_NAMES[0]],
         initial_alphabet=hf.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

@@ -13,11 +13,13 @@ from multiprocessing import connection, get_context, parent_process
 import numpy as np
 import numpy.typing as npt
 
-from s2train.data.sources import Piece
+from s2train.data.sources import BadDocumentError, Piece
 from s2train.data.tokenizers import Tokenizer, load_tokenizer
 from s2train.errors import TrainingError
 
 _AHEAD = 4  # pieces in flight, a worker
+_CHARS_AHEAD = 1 << 30  # of text in flight, which whole files may be long
+_MOST_TOKENS = 2**31 - 1  # of a document, in an index of Megatron's
 
 
 @dataclass(frozen=True)
@@ -28,11 +30,13 @@ class Encoding:
         tokenizer: as `load_tokenizer` takes it.
         dtype: of the ids, a name of NumPy's.
         text_key: see `Piece.documents`.
+        end_token: as `load_tokenizer` takes it.
     """
 
     tokenizer: str
     dtype: str
     text_key: str
+    end_token: str | None = None
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class Encoded:
         lengths: tokens of each document, its end included, int64 [n].
         tokens: of all documents, one after the other.
         text_bytes: of the documents, as UTF-8.
-        is_blank: whether they are white space alone, or none.
+        blank, replaced: see `Documents`.
     """
 
     source: int
@@ -52,20 +56,39 @@ class Encoded:
     lengths: npt.NDArray[np.int64]
     tokens: npt.NDArray[np.integer]
     text_bytes: int
-    is_blank: bool
+    blank: int
+    replaced: int
 
 
 def encode(piece: Piece, encoding: Encoding) -> Encoded:
-    """Tokenize a piece in this process; BadDocumentError for what can't be read."""
-    tokenizer = _tokenizer(encoding.tokenizer)
-    texts = list(piece.documents(encoding.text_key))
+    """Tokenize a piece in this process; BadDocumentError for what can't be read, or ends within its text."""
+    tokenizer = _tokenizer(encoding.tokenizer, encoding.end_token)
+    documents = piece.documents(encoding.text_key)
+    texts = documents.texts
+    encoded = tokenizer.encode_many(texts)
+    for number, text, ids in zip(documents.numbers, texts, encoded, strict=True):
+        if (ids == tokenizer.eod).any():
+            raise BadDocumentError(
+                f"the text of {piece.unit} {number} holds the end token {tokenizer.end_token} (id {tokenizer.eod})"
+                f"{_surroundings(text, tokenizer.end_token)}, which would end the document there",
+                piece.source,
+                "Take it out of the text, or set end_token to one that no text holds",
+            )
+        if len(ids) >= _MOST_TOKENS:
+            problem = f"{piece.unit} {number} has {len(ids):,} tokens, more than an index takes of a document"
+            raise BadDocumentError(problem, piece.source, "Cut it: a text file by document_chars")
     ends = np.array([tokenizer.eod])
-    parts = [part for ids in tokenizer.encode_many(texts) for part in (ids, ends)]
+    parts = [part for ids in encoded for part in (ids, ends)]
     tokens = np.concatenate(parts).astype(encoding.dtype) if parts else np.empty(0, encoding.dtype)
-    lengths = np.array([len(ids) + 1 for ids in parts[::2]], dtype=np.int64)
+    lengths = np.array([len(ids) + 1 for ids in encoded], dtype=np.int64)
     text_bytes = sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
-    is_blank = all(text.isspace() for text in texts)
-    return Encoded(piece.source, piece.position, lengths, tokens, text_bytes, is_blank)
+    return Encoded(piece.source, piece.position, lengths, tokens, text_bytes, documents.blank, documents.replaced)
+
+
+def _surroundings(text: str, word: str | None) -> str:
+    """Some characters around a word in a text, to be recognised by."""
+    at = text.find(word) if word else -1
+    return f" in {text[max(0, at - 20) : at + len(word or '') + 20]!r}" if at >= 0 else ""
 
 
 def encode_all(pieces: Iterable[Piece], encoding: Encoding, workers: int) -> Iterator[Encoded]:
@@ -81,13 +104,18 @@ def encode_all(pieces: Iterable[Piece], encoding: Encoding, workers: int) -> Ite
     # Spawned: threads of this process, torch's and the tokenizer's, would not survive a fork.
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_end_with_parent)
     try:
-        waiting: deque[Future[Encoded]] = deque()
+        waiting: deque[tuple[int, Future[Encoded]]] = deque()
+        size = 0
         for piece in pieces:
-            waiting.append(pool.submit(encode, piece, encoding))
-            if len(waiting) >= _AHEAD * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+            chars = len(piece.texts) if isinstance(piece.texts, bytes) else sum(map(len, piece.texts))
+            waiting.append((chars, pool.submit(encode, piece, encoding)))
+            size += chars
+            while len(waiting) >= _AHEAD * workers or (waiting and size > _CHARS_AHEAD):
+                chars, first = waiting.popleft()
+                size -= chars
+                yield first.result()
+        for _, encoded in waiting:
+            yield encoded.result()
     except BrokenProcessPool as error:
         raise TrainingError(
             "a worker was killed, perhaps for want of memory. Run it again to go on, with fewer workers"
@@ -97,8 +125,8 @@ def encode_all(pieces: Iterable[Piece], encoding: Encoding, workers: int) -> Ite
 
 
 @functools.cache
-def _tokenizer(name: str) -> Tokenizer:
-    return load_tokenizer(name, "tokenizer")
+def _tokenizer(name: str, end_token: str | None) -> Tokenizer:
+    return load_tokenizer(name, "tokenizer", end_token)
 
 
 def _end_with_parent() -> None:

@@ -87,7 +87,7 @@ def read_request(cfg: NeedleConfig, world_size: int, hardware: Hardware) -> Requ
         remedy = f"Use a divisor of {world_size}, or start more processes with torchrun --nproc-per-node"
         raise ConfigError("tp", cfg.tp, f"does not divide the {world_size} processes of this job", remedy)
     check_tensor_parallel(trained.model, cfg.tp, "tp")
-    tokenizer = load_tokenizer(cfg.tokenizer or trained.data.tokenizer, "tokenizer")
+    tokenizer = load_tokenizer(cfg.tokenizer or trained.data.tokenizer, "tokenizer", trained.data.end_token)
     if tokenizer.vocab_size > (rows := trained.model.vocab_size):
         problem = f"it has {tokenizer.vocab_size:,} ids, and the model {rows:,}"
         raise ConfigError("tokenizer", tokenizer.name, problem, "Name the one that the run was trained with")

@@ -37,7 +37,7 @@ def export(cfg: ExportConfig) -> Path:
     if output.exists():
         raise ConfigError("output", output, "it exists", "Name a folder that doesn't")
     setting = "tokenizer" if cfg.tokenizer else "data.tokenizer"
-    tokenizer = load_tokenizer(cfg.tokenizer or trained.data.tokenizer, setting)
+    tokenizer = load_tokenizer(cfg.tokenizer or trained.data.tokenizer, setting, trained.data.end_token)
     rows = trained.model.vocab_size if cfg.vocab_size is None else cfg.vocab_size
     if not tokenizer.vocab_size <= rows <= trained.model.vocab_size:
         problem = f"the tokenizer has {tokenizer.vocab_size} ids, the model {trained.model.vocab_size} rows"

@@ -14,9 +14,10 @@ from s2train.config import PretrainConfig
 from s2train.data.blend import parse_blend
 from s2train.data.checks import check_data, samples_of_steps
 from s2train.data.datasets import build_datasets, ensure_prepared
+from s2train.data.end_token import run_tokenizer
 from s2train.data.epochs import describe_epochs, training_epochs
 from s2train.data.indexed import read_metadata
-from s2train.data.tokenizers import Tokenizer, load_tokenizer
+from s2train.data.tokenizers import Tokenizer
 from s2train.errors import DivergedError, StoppedBySignal
 from s2train.kernels.attention import Backend as AttentionBackend
 from s2train.kernels.attention import resolve_backend
@@ -61,7 +62,8 @@ def run(cfg: PretrainConfig, plan: Plan) -> None:
     times = StartTimes()
     lock, start = None, None
     with refusing_together():
-        backend, tokenizer = choose_backend(cfg.backend), load_tokenizer(cfg.data.tokenizer)
+        backend = choose_backend(cfg.backend)
+        cfg, tokenizer = run_tokenizer(cfg)
         if os.environ.get("RANK", "0") == "0":  # the others wait for it where they meet
             ensure_prepared(cfg)
             check_data(cfg, tokenizer)
@@ -143,7 +145,7 @@ def _train(
     if is_first:
         write_config(cfg, run_dir / "config.yaml")
         draw_layout(hybrid, cfg.train.seq_length, run_dir / "layout.png", title=cfg.model.name)
-        say(_description(cfg, models, backend, device, start))
+        say(_description(cfg, models, backend, tokenizer, device, start))
         epochs = training_epochs(cfg.data, samples_of_steps(cfg, start.progress.first_step), cfg.train.seq_length)
         say("\n".join(describe_epochs(cfg.data, epochs)))
         tracker.event("data", epochs={one.prefix: one.epochs for one in epochs})
@@ -200,13 +202,19 @@ def unigram_baseline(cfg: PretrainConfig) -> float | None:
 
 
 def _description(
-    cfg: PretrainConfig, models: list[MegatronModule], backend: Backend, device: torch.device, start: Start
+    cfg: PretrainConfig,
+    models: list[MegatronModule],
+    backend: Backend,
+    tokenizer: Tokenizer,
+    device: torch.device,
+    start: Start,
 ) -> str:
     here = sum(parameter.numel() for model in models for parameter in model.parameters())
     sparse = resolve_backend(cast(AttentionBackend, cfg.attention_backend), device)
     return (
         f"{here:,} parameters on this rank | layers {backend.name} | sparse attention {sparse} on {device.type}"
         f" | optimizer {backend.optimizer}"
-        f" | dp {parallel_state.get_data_parallel_world_size()}\n"
+        f" | dp {parallel_state.get_data_parallel_world_size()}"
+        f" | end of document {tokenizer.end_token or 'id'} {tokenizer.eod}\n"
         + (f"going on from {start.checkpoint}" if start.checkpoint else f"new run in {cfg.run_dir}")
     )

@@ -13,7 +13,6 @@ from s2train.config import (
     PretrainConfig,
     TrainConfig,
 )
-from s2train.data.bundled import bundled_corpus_files
 from s2train.data.prepare import prepare
 
 MakeConfig = Callable[..., PretrainConfig]
@@ -23,7 +22,7 @@ MakeConfig = Callable[..., PretrainConfig]
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Prefix of the bundled corpus as bytes."""
     prefix = str(tmp_path_factory.mktemp("corpus") / "bytes")
-    prepare(PrepareConfig(input=[str(path) for path in bundled_corpus_files()], output=prefix))
+    prepare(PrepareConfig(input="bundled", output=prefix))
     return prefix
 
 

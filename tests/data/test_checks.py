@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from megatron.core.datasets.blended_megatron_dataset_config import (
     convert_split_vector_to_split_matrix,
     parse_and_normalize_split,
@@ -93,7 +94,9 @@ def test_data_of_other_tools_need_no_sidecar(copy: str, config: MakeConfig) -> N
 
 def test_data_made_with_another_tokenizer_are_refused(corpus: str, config: MakeConfig, tmp_path: Path) -> None:
     output = str(tmp_path / "bpe")
-    prepare(PrepareConfig(input=str(bundled_corpus_files()[0]), output=output, tokenizer="bpe:300"))
+    prepare(
+        PrepareConfig(input=str(bundled_corpus_files()[0]), output=output, tokenizer="bpe:300", document_chars=5000)
+    )
     refused(config(output, seq_length=16, vocab_size=300), "data.tokenizer", rf"{output}-tokenizer\.json")
     check_data(config(output, seq_length=16, vocab_size=300), load_tokenizer(f"{output}-tokenizer.json"))
 
@@ -106,7 +109,7 @@ def test_a_tokenizer_larger_than_the_models_vocabulary_is_refused(corpus: str, c
 def test_a_moved_tokenizer_is_known_by_its_content(tmp_path: Path, config: MakeConfig) -> None:
     train_bpe(["text of a tokenizer " * 20], 280, tmp_path / "here.json")
     source, output = str(bundled_corpus_files()[0]), str(tmp_path / "out")
-    prepare(PrepareConfig(input=source, output=output, tokenizer=str(tmp_path / "here.json")))
+    prepare(PrepareConfig(input=source, output=output, tokenizer=str(tmp_path / "here.json"), document_chars=5000))
     (tmp_path / "here.json").rename(tmp_path / "there.json")
     check_data(config(output, vocab_size=300), load_tokenizer(str(tmp_path / "there.json")))
 
@@ -127,9 +130,26 @@ def test_a_part_without_documents_is_refused_if_the_run_reads_it(corpus: str, co
     check_data(config(corpus, split="100", evaluate=False), ByteTokenizer())
 
 
+@pytest.mark.parametrize("documents", [1, 2, 4, 40])
+def test_the_remedy_for_a_part_without_documents_gives_it_some(
+    tmp_path: Path, config: MakeConfig, documents: int
+) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "some text of its own"}\n' * documents)
+    prepare(PrepareConfig(str(tmp_path / "a.jsonl"), str(tmp_path / "a")))
+    cfg = config(str(tmp_path / "a"), seq_length=16, split="100")
+    with pytest.raises(ConfigError, match="without any of its") as error:
+        check_data(cfg, ByteTokenizer())
+    words = dict(word.split("=", 1) for word in shlex.split(error.value.remedy) if "=" in word)
+    cfg.data.split = yaml.safe_load(words["data.split"])
+    if documents == 1:
+        cfg.evaluation.interval = int(words["evaluation.interval"])
+        assert "document_chars" in words
+    check_data(cfg, ByteTokenizer())
+
+
 def test_mock_data_are_split_as_others_are(config: MakeConfig) -> None:
     check_data(config("mock"), ByteTokenizer())
-    refused(config("mock", split="100,0,0"), "data.split", "mock data for the held-out part")
+    refused(config("mock", split="100,0,0"), "data.split", "held-out part of mock data without any")
     check_data(config("mock", split="100,0,0", evaluate=False), ByteTokenizer())
     refused(config("mock", split="99.999,0.001,0", seq_length=5000), "train.seq_length", "held-out part of mock data")
 
@@ -174,7 +194,9 @@ def test_a_split_that_is_no_weights_is_refused(corpus: str, config: MakeConfig, 
     refused(config(corpus, split=split), "data.split", "weights")
 
 
-@pytest.mark.parametrize("split", ["90,10,0", "90.0,10", [90, 10, 0], [90, 10], (0.9, 0.1, 0.0)])
+@pytest.mark.parametrize(
+    "split", ["90,10,0", "90.0,10", "90, 10", "90/10", "9/1/0", [90, 10, 0], [90, 10], (0.9, 0.1, 0.0)]
+)
 def test_a_split_is_text_or_a_list(split: Any) -> None:
     assert split_documents_range(split, 100) == (range(90), range(90, 100), range(100, 100))
     assert megatron_split("90.0,10") == megatron_split([90, 10, 0]) == "90,10,0"

@@ -1,9 +1,11 @@
+import gzip
 import hashlib
 import json
 import re
 import runpy
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -73,6 +75,76 @@ def test_every_stretch_of_the_order_holds_each_source_in_proportion() -> None:
             assert abs((source_of[stretch] == source).sum() - share) <= 2
 
 
+def test_a_text_file_is_one_document_unless_a_setting_cuts_it(tmp_path: Path) -> None:
+    texts = [file.read_text() for file in bundled_corpus_files()]
+    files = [str(file) for file in bundled_corpus_files()]
+    made = prepare(PrepareConfig(input=files, output=str(tmp_path / "whole")))
+    assert sorted(documents(str(tmp_path / "whole"))) == sorted(texts)
+    assert (made.files_cut, made.document_chars) == (0, None)
+    made = prepare(PrepareConfig(input=files, output=str(tmp_path / "cut"), document_chars=200_000))
+    assert (made.files_cut, made.documents_cut, made.documents) == (1, 2, 4)
+
+
+def test_the_bundled_corpus_is_cut_into_documents_by_itself(tmp_path: Path) -> None:
+    for name, settings in {"itself": {}, "told": {"document_chars": 10_000}}.items():
+        prepare(PrepareConfig(input="bundled", output=str(tmp_path / name), **settings))
+    assert (tmp_path / "itself.bin").read_bytes() == (tmp_path / "told.bin").read_bytes()
+    assert len(documents(str(tmp_path / "itself"))) > 50
+
+
+def test_shards_without_text_are_skipped_and_named(tmp_path: Path) -> None:
+    contents = {"a.jsonl": b'{"text": "first"}\n', "b.jsonl": b"", "c.txt": b" \n", "d.jsonl": b'{"text": " "}\n'}
+    contents |= {"e.txt.gz": gzip.compress(b""), "f.txt": b"last"}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    for tokenizer in ("bytes", "bpe:258"):
+        names = [str(tmp_path / name) for name in contents]
+        made = prepare(PrepareConfig(names, str(tmp_path / "out"), tokenizer, overwrite=True))
+        assert [Path(name).name for name in made.files_without_text] == ["b.jsonl", "c.txt", "d.jsonl", "e.txt.gz"]
+        assert sorted(documents(str(tmp_path / "out"))) == ["first", "last"]
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe:300"])
+def test_input_without_any_text_is_refused(tmp_path: Path, tokenizer: str) -> None:
+    (tmp_path / "a.txt").write_text(" \n\n ")
+    (tmp_path / "b.jsonl").write_text('{"text": ""}\n')
+    files = [str(tmp_path / name) for name in ("a.txt", "b.jsonl")]
+    with pytest.raises(ConfigError, match=r"a\.txt: holds no text"):
+        prepare(PrepareConfig(files[0], str(tmp_path / "out"), tokenizer))
+    with pytest.raises(ConfigError, match=r"none of 2 files holds text"):
+        prepare(PrepareConfig(files, str(tmp_path / "out"), tokenizer))
+
+
+def test_rows_left_out_and_surrogates_replaced_are_counted(tmp_path: Path) -> None:
+    rows = ['{"text": ""}', '{"text": "a\\ud800b\\udc00"}', "", '{"text": "\\ud83d\\ude00"}', '{"text": " \\n"}']
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    made = prepare(PrepareConfig(str(tmp_path / "a.jsonl"), str(tmp_path / "out")))
+    assert (made.blank_rows, made.replaced_surrogates) == (2, 2)
+    assert sorted(documents(str(tmp_path / "out"))) == ["a\ufffdb\ufffd", "\U0001f600"]
+
+
+def test_a_surrogate_written_as_bytes_is_no_utf8(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a\xed\xa0\x80b"}\n')
+    with pytest.raises(ConfigError, match=r"a\.jsonl: line 1 is not UTF-8"):
+        prepare(PrepareConfig(str(tmp_path / "a.jsonl"), str(tmp_path / "out")))
+
+
+def test_a_text_too_small_for_the_bpe_asked_for_is_refused_with_the_size_it_yields(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("some words\n" * 20)
+    settings = PrepareConfig(str(tmp_path / "a.txt"), str(tmp_path / "out"), "bpe:32768")
+    with pytest.raises(ConfigError, match=r"^tokenizer=bpe:32768: the text yields no more than (\d+) ids") as error:
+        prepare(settings)
+    size = int(re.findall(r"Set bpe:(\d+)", error.value.remedy)[0])
+    assert prepare(replace(settings, tokenizer=f"bpe:{size}")).vocab_size == size
+
+
+def test_a_document_longer_than_an_index_can_tell_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("s2train.data.tokenizing._MOST_TOKENS", 20)
+    (tmp_path / "a.txt").write_text("long text\n" * 2)
+    with pytest.raises(ConfigError, match=r"document 1 has 20 tokens, more than an index takes.*document_chars"):
+        prepare(PrepareConfig(str(tmp_path / "a.txt"), str(tmp_path / "out")))
+
+
 def test_the_same_settings_give_the_same_bytes_and_another_seed_another_order(tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         prepare(PrepareConfig(input="bundled", output=str(tmp_path / name), seed=seed))
@@ -115,7 +187,7 @@ def test_a_run_that_fails_leaves_the_old_output_and_nothing_half_written(tmp_pat
     ("settings", "named"),
     [
         ({"input": "missing.txt"}, r"input=missing\.txt"),
-        ({"input": "empty.txt"}, r"input=empty\.txt: is empty"),
+        ({"input": "empty.txt"}, r"input=empty\.txt: holds no text"),
         ({"input": []}, "input="),
         ({"input": 3}, "input=3"),
         ({"tokenizer": "bpe:many"}, "tokenizer=bpe:many"),
@@ -176,12 +248,45 @@ def test_the_command_refuses_what_cannot_work_in_one_line(
     assert re.fullmatch(problem, capsys.readouterr().err.strip())
 
 
+def test_the_command_prints_lengths_what_was_cut_or_left_out_and_the_end_token(
+    command: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = ["a" * 9, "b" * 19, "c\ud800", ""]
+    (tmp_path / "a.json").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (tmp_path / "b.txt").write_text("one\n\ntwo\n\nthree\n")
+    (tmp_path / "c.txt").touch()
+    command("input=[a.json,b.txt,c.txt]", "output=mine", "document_chars=5", "tokenizer=bytes")
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first.startswith("mine: 5 documents, 53 tokens of 257 ids (bytes), unigram entropy ")
+    assert lines == [
+        "tokens per document: 5 shortest, 6 (10 %), 10 median, 16 (90 %), 20 longest",
+        "end of document: id 256",
+        "read as: JSON lines (1 file), text (2 files)",
+        "cut: 1 text file into 2 documents of 5 characters or more (document_chars), shuffled",
+        "left out: 1 row without text",
+        "replaced by U+FFFD: 1 lone surrogate",
+        "skipped: c.txt: no text",
+    ]
+
+
+def test_the_command_says_at_once_that_too_few_documents_can_be_held_out(
+    command: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.txt").write_text("some words\n" * 3000)
+    command("input=a.txt", "output=mine", "tokenizer=bpe:264", "'end_token=\"<eos>\"'".strip("'"))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("mine: 1 document, ")
+    assert "end of document: <eos>, id 0" in lines
+    assert "cut: nothing, a text file is one document (document_chars cuts)" in lines
+    assert re.match("note: data.split=90,10,0 would leave the held-out part without a document. .*10000", lines[-1])
+
+
 def test_reading_for_a_tokenizer_tells_how_far_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("s2train.data.prepare.Meter", partial(Meter, every=0))
     for name in "ab":
-        (tmp_path / f"{name}.txt").write_text("some words\n" * 200)
+        (tmp_path / f"{name}.txt").write_text("".join(f"{number} words\n" for number in range(400)))
     names = [str(tmp_path / f"{name}.txt") for name in "ab"]
     prepare(PrepareConfig(input=names, output=str(tmp_path / "out"), tokenizer="bpe:300"))
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("reading for the tokenizer: ")]

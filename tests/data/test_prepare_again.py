@@ -74,7 +74,11 @@ def test_interrupted_work_goes_on_where_it_stopped(
     monkeypatch.setattr(tokenizing, "encode", lambda *args: encoded.append(args) or true(*args))
     prepare(work)
     assert content(work.output) == expected
-    lines = sum(1 for number, path in enumerate(sources_of()) for _ in sources.read_pieces(path, number, 1000, "text"))
+    lines = sum(
+        1
+        for number, path in enumerate(sources_of())
+        for _ in sources.read_pieces(sources.Source.of(path, 1000), number, "text")
+    )
     assert len(encoded) == lines - done
 
 

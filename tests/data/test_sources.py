@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from s2train.data.documents import read_documents
-from s2train.data.sources import PIECE_BYTES, read_pieces
+from s2train.data.sources import PIECE_BYTES, Source, read_pieces
 from s2train.errors import ConfigError
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -39,6 +39,10 @@ def write(path: Path, texts: list[str], key: str = "text") -> Path:
     return path
 
 
+def documents(path: Path, document_chars: int | None = None, text_key: str = "text") -> list[str]:
+    return list(read_documents(Source.of(path, document_chars), text_key))
+
+
 FORMATS = ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"]
 
 
@@ -46,7 +50,7 @@ FORMATS = ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"]
 @pytest.mark.parametrize("key", ["text", "content"])
 def test_every_format_gives_the_documents_that_went_in(tmp_path: Path, name: str, key: str) -> None:
     texts = random_texts(50)
-    assert list(read_documents(write(tmp_path / name, texts, key), 10, key)) == texts
+    assert documents(write(tmp_path / name, texts, key), text_key=key) == texts
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
@@ -55,16 +59,16 @@ def test_compressed_text_is_cut_as_plain_text_is(tmp_path: Path, suffix: str) ->
     (tmp_path / "a.txt").write_bytes(content)
     packed = gzip.compress(content) if suffix == ".gz" else zstandard.compress(content)
     (tmp_path / f"a.txt{suffix}").write_bytes(packed)
-    assert list(read_documents(tmp_path / f"a.txt{suffix}", 100)) == list(read_documents(tmp_path / "a.txt", 100))
+    assert documents(tmp_path / f"a.txt{suffix}", 100) == documents(tmp_path / "a.txt", 100)
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_long_file_comes_in_pieces_that_end_at_its_end(tmp_path: Path, name: str) -> None:
     texts = [random.choice("ab") * 5000 for _ in range(2 * PIECE_BYTES // 5000 + 3000)]
     path = write(tmp_path / name, texts)
-    pieces = list(read_pieces(path, 3, 10, "text"))
+    pieces = list(read_pieces(Source.of(path), 3, "text"))
     assert len(pieces) > 2
-    assert [text for piece in pieces for text in piece.documents("text")] == texts
+    assert [text for piece in pieces for text in piece.documents("text").texts] == texts
     positions = [piece.position for piece in pieces]
     assert positions == sorted(positions)
     assert positions[-1] == path.stat().st_size
@@ -76,24 +80,24 @@ def test_a_line_deep_in_a_file_is_named_by_its_number(tmp_path: Path) -> None:
     good = json_lines(["x" * 1000]) * (2 * PIECE_BYTES // 1000)
     path.write_bytes(good + b"{}\n")
     with pytest.raises(ConfigError, match=rf'line {good.count(b"{") + 1} has no "text", its keys: none'):
-        list(read_documents(path, 10))
+        documents(path)
 
 
 def test_a_line_whose_text_has_another_key_names_its_keys_and_the_setting(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"id": 3, "content": "x"}\n')
     with pytest.raises(ConfigError, match=r'line 1 has no "text", its keys: id, content\. Set text_key'):
-        list(read_documents(tmp_path / "a.jsonl", 10))
+        documents(tmp_path / "a.jsonl")
 
 
 def test_a_line_that_is_no_object_is_to_be_mended(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('["x"]\n')
     with pytest.raises(ConfigError, match=r'line 1 is no JSON object with a "text".* Mend that line'):
-        list(read_documents(tmp_path / "a.jsonl", 10))
+        documents(tmp_path / "a.jsonl")
 
 
 def test_half_a_surrogate_pair_becomes_a_replacement_character(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "a\\ud800b"}\n{"text": "\\ud83d\\ude00"}\n')
-    assert list(read_documents(tmp_path / "a.jsonl", 10)) == ["a\ufffdb", "\U0001f600"]
+    assert documents(tmp_path / "a.jsonl") == ["a\ufffdb", "\U0001f600"]
 
 
 @pytest.mark.parametrize("name", FORMATS[1:])
@@ -105,7 +109,7 @@ def test_a_damaged_file_is_refused(tmp_path: Path, name: str, damage: str) -> No
     overwritten = content[:-2] + b"no" if name == "a.parquet" else b"no" + content[2:]
     path.write_bytes(content[: len(content) * 3 // 4] if damage == "cut off" else overwritten)
     with pytest.raises(ConfigError, match=rf"^input=.*{name}: can't be read.*Mend it, or leave it out"):
-        list(read_documents(path, 10))
+        documents(path)
 
 
 @pytest.mark.parametrize(("name", "package"), [("a.jsonl.zst", "zstandard"), ("a.parquet", "pyarrow")])
@@ -115,16 +119,16 @@ def test_a_format_whose_package_is_missing_names_what_to_install(
     path = write(tmp_path / name, ["a"])
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ConfigError, match=rf"{package}, which is not installed. pip install s2train\[data\]"):
-        list(read_documents(path, 10))
+        documents(path)
 
 
 def test_a_table_without_the_column_names_those_it_has(tmp_path: Path) -> None:
     path = write(tmp_path / "a.parquet", ["a"], key="content")
     with pytest.raises(ConfigError, match=r"text_key=text: .* no such column. Set text_key to one of id, content"):
-        list(read_documents(path, 10))
+        documents(path)
 
 
 def test_a_row_without_text_is_named(tmp_path: Path) -> None:
     parquet.write_table(pyarrow.table({"text": ["a", None]}), tmp_path / "a.parquet")
     with pytest.raises(ConfigError, match=r'"text" of row 1 is no string'):
-        list(read_documents(tmp_path / "a.parquet", 10))
+        documents(tmp_path / "a.parquet")

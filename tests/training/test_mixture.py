@@ -31,7 +31,7 @@ def prepared(output: Path, *settings: str) -> str:
 
 
 def test_a_run_on_a_corpus_and_needles_trains_on_samples_of_both_in_their_shares(tmp_path: Path) -> None:
-    names = {"corpus": [f"input={bundled_corpus_files()[0]}"]}
+    names = {"corpus": [f"input={bundled_corpus_files()[0]}", "document_chars=10000"]}
     names["needles"] = ["input=needles", "needles.documents=300", "needles.length=200"]
     texts = {name: prepared(tmp_path / name, *settings) for name, settings in names.items()}
     path = f"data.path=[0.9,{tmp_path / 'corpus'},0.1,{tmp_path / 'needles'}]"
