@@ -92,7 +92,7 @@ class DataConfig:
     # `prefix` or [prefix, …] of .bin/.idx pairs, or [weight, prefix, weight, prefix, …]; "bundled": the corpus
     # that comes with s2train, prepared on first use; "mock": Megatron's counting sequences, for speed runs
     path: Any = "bundled"
-    split: Any = "90,10,0"  # train, held out, test: text, or a list, which on a command line is 'data.split=[90,10,0]'
+    split: Any = "90,10,0"  # weights of train, held out and test, the last may be left out; or 'data.split=[90,10]'
     tokenizer: str = "bytes"  # bytes, or a `tokenizer.json` of Hugging Face's tokenizers
     end_token: str | None = None  # of a tokenizer.json: ends documents; None: the one that the data were prepared with
     cache: str = "runs/data/cache"  # Megatron's document and shuffle indices
