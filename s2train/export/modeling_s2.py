@@ -6,14 +6,15 @@ Stands alone: it needs torch, and safetensors to load weights. Without transform
     logits = model(input_ids).logits
     tokens = model.greedy(input_ids, 20)
 
-With transformers: `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`.
+With transformers 4.48 to 5.24: `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`.
 
 Attention is computed by torch with masks, for correctness everywhere; it does not skip what is masked. Documents start
-at position 0: pad on the right.
+at position 0: pad on the right, and don't generate from padded prompts.
 """
 
 import base64
 import json
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,11 +24,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 try:
-    from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
+    from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
     from transformers.modeling_outputs import CausalLMOutputWithPast as Output
+
+    _CACHE = "cache" if "cache" in {field.name for field in fields(Output)} else "past_key_values"
 except ImportError:
     PretrainedConfig, GenerationMixin, Output = object, object, SimpleNamespace
-    PreTrainedModel = nn.Module
+    PreTrainedModel, DynamicCache, _CACHE = nn.Module, None, "past_key_values"
 
 _ROWS = 256  # queries that attend at once, which bounds the masks' memory
 
@@ -161,7 +164,11 @@ class Attention(nn.Module):
         )
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
+            whole = cache.get_seq_length() + k.shape[2] if self.layer == 0 else None
             k, v = cache.update(k, v, self.layer)
+            if whole is not None and k.shape[2] != whole:
+                problem = f"gives {k.shape[2]} keys back where {whole} are known"
+                raise ValueError(f"{type(cache).__name__} {problem}: use a cache that grows, such as DynamicCache")
         return self.o_proj(self.attend(q, k, v).transpose(1, 2).flatten(2))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -230,9 +237,9 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Layer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, input_ids: Tensor, cache: Any) -> Tensor:
+    def forward(self, input_ids: Tensor, cache: Any, start: int) -> Tensor:
+        """input_ids: [b, s] at positions start, start + 1, …, which is how many tokens `cache` holds."""
         x = self.embed_tokens(input_ids)
-        start = cache.get_seq_length() if cache is not None else 0
         dim = int(self.config.head_dim * self.config.partial_rotary_factor)
         positions = torch.arange(start, start + x.shape[1], device=x.device, dtype=torch.float32)
         exponents = torch.arange(0, dim, 2, device=x.device, dtype=torch.float32) / dim
@@ -241,6 +248,29 @@ class Decoder(nn.Module):
         for layer in self.layers:
             x = layer(x, cos, sin, cache)
         return self.norm(x)
+
+
+def _check_mask(mask: Any) -> None:
+    """Padding at the end only: anywhere else tokens would be shifted against the layout, or see what is padding."""
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        raise ValueError("the layout makes the mask: pass none, or one of [b, s], and a cache that grows")
+    kept = mask != 0
+    if not bool((kept[:, :-1] >= kept[:, 1:]).all()) or not bool(kept[:, :1].all()):
+        raise ValueError("padded before a token, which would shift the layout: pad on the right, and not in a prompt")
+
+
+def _check_positions(positions: Tensor | None, start: int, input_ids: Tensor, mask: Tensor | None) -> None:
+    """Whether [s] or [b, s] positions are those that this model counts itself, where the mask keeps a token."""
+    if positions is None:
+        return
+    size = input_ids.shape[1]
+    same = positions == torch.arange(start, start + size, device=positions.device)
+    if mask is not None:
+        same = same | (mask[:, -size:] == 0)
+    if not bool(same.all()):
+        raise ValueError(f"position_ids other than {start}, {start + 1}, …: documents start at 0 and have no gaps")
 
 
 class S2ForCausalLM(PreTrainedModel, GenerationMixin):
@@ -282,29 +312,60 @@ class S2ForCausalLM(PreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
         labels: Tensor | None = None,
-        **_: Any,
+        *,
+        cache: Any = None,
+        use_cache: bool | None = None,
+        position_ids: Tensor | None = None,
+        cache_position: Tensor | None = None,
+        logits_to_keep: int = 0,
+        inputs_embeds: None = None,
+        return_dict: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
     ) -> Any:
         """Logits, and with labels [b, s] the mean loss of each token after the first (-100: none).
 
+        There is no `**kwargs`: an argument of another name, such as a later transformers may pass, is a TypeError.
+
         Args:
-            input_ids: int64 [b, s], those after what `past_key_values` holds.
+            input_ids: int64 [b, s], those after what the cache holds.
             attention_mask: 0 where padded, at the right only, which needs no masking.
+            past_key_values, cache: keys and values so far, by the name that transformers has until 5.23 or from 5.24
+                on; one that grows, such as DynamicCache.
+            use_cache: make a cache where none is given.
+            position_ids, cache_position: if given, those that follow from the cache, except where padded.
+            logits_to_keep: only for so many tokens at the end; 0: for all.
+        Raises:
+            ValueError: padding, positions, a cache or outputs that this model can't have.
         """
-        if attention_mask is not None and attention_mask.dim() == 2 and not bool((attention_mask[:, 0] != 0).all()):
-            raise ValueError("padded on the left, which would shift the layout: pad on the right")
-        hidden = self.model(input_ids, past_key_values)
+        if cache is not None and past_key_values is not None:
+            raise ValueError("two caches: pass it as cache or as past_key_values")
+        cache = past_key_values if cache is None else cache
+        if cache is None and use_cache:
+            cache = Cache() if DynamicCache is None else DynamicCache()
+        if inputs_embeds is not None or return_dict is False or output_attentions or output_hidden_states:
+            raise ValueError("it takes input_ids alone, and returns logits, loss and cache by name, nothing else")
+        start = int(cache.get_seq_length()) if cache is not None else 0
+        _check_mask(attention_mask)
+        for positions in (position_ids, cache_position):
+            _check_positions(positions, start, input_ids, attention_mask)
+        hidden = self.model(input_ids, cache, start)
+        if logits_to_keep:
+            hidden = hidden[:, -logits_to_keep:]
         logits = F.linear(hidden, self.model.embed_tokens.weight) if self.config.tie_word_embeddings else None
         logits = self.lm_head(hidden) if logits is None else logits
         loss = None
         if labels is not None:
+            if logits_to_keep:
+                raise ValueError("labels take the logits of all tokens: leave logits_to_keep out")
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
-        return Output(loss=loss, logits=logits, past_key_values=past_key_values)
+        return Output(loss=loss, logits=logits, **{_CACHE: cache})
 
     @torch.no_grad()
     def greedy(self, input_ids: Tensor, count: int) -> Tensor:
         """`input_ids` [b, s] and `count` more tokens, each the likeliest."""
         cache, tokens, new = Cache(), input_ids, input_ids
         for _ in range(count):
-            new = self(new, past_key_values=cache).logits[:, -1:].argmax(-1)
+            new = self(new, cache=cache).logits[:, -1:].argmax(-1)
             tokens = torch.cat([tokens, new], dim=1)
         return tokens
