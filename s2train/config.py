@@ -307,6 +307,7 @@ class NeedleConfig:
     trials: int = 8  # a cell, that is a length and a depth
     batch_size: int = 8  # sequences decoded at once, on a data parallel rank
     batch_tokens: int | None = None  # at most so many at once, but one sequence at least; None: no such limit
+    extra_tokens: int = 16  # decoded past the answer's length, for the score that asks whether the text contains it
     seed: int = 1234  # of keys, values and where the haystack starts
     threshold: float = 0.856  # score that makes a length an effective one; RULER's
     output: str | None = None  # folder for JSON and PNG of each task; None: `needle` in the run folder

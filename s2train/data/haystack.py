@@ -1,11 +1,13 @@
-"""Filler text as tokens, cut between sentences."""
+"""Filler text, and the same as tokens, cut between sentences."""
 
 import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from s2train.data.tokenizers import Tokenizer
+from s2train.data.inside_text import encode_inside
+from s2train.data.tokenizers import Offsets, Tokenizer
 from s2train.errors import ConfigError
 
 _LONGEST = 64  # tokens between two cuts
@@ -24,6 +26,21 @@ class Filler:
     borders: np.ndarray
 
 
+@dataclass(frozen=True)
+class FillerText:
+    """Text to hide needles in, somewhat more than was asked for: what is too much is to be cut off its first tokens.
+
+    Attributes:
+        sentences: each begins with the blank before it.
+        borders: int64 [sentences + 1], rising: tokens before each sentence, and all of them, after that cut.
+        more: the sentence before the first one, and before that, where tokens in the whole text are fewer.
+    """
+
+    sentences: list[str]
+    borders: np.ndarray
+    more: Callable[[], str]
+
+
 class Haystack:
     """A text whose sentences are tokenized one by one and laid in a ring.
 
@@ -34,8 +51,13 @@ class Haystack:
 
     def __init__(self, tokenizer: Tokenizer, text: str) -> None:
         sentences = [" ".join(part.split()) for part in re.split(r"(?<=[.!?])\s+|(?<=[。！？])|\n\s*\n", text)]
-        encoded = [tokenizer.encode(f" {sentence}") for sentence in sentences if sentence]
-        encoded = [ids[at : at + _LONGEST] for ids in encoded for at in range(0, len(ids), _LONGEST)]
+        encoded: list[list[int]] = []
+        self._texts: list[str] = []
+        for sentence in (f" {sentence}" for sentence in sentences if sentence):
+            ids, offsets = encode_inside(tokenizer, sentence)
+            for first, stop in _cuts(offsets):
+                encoded.append(ids[first:stop])
+                self._texts.append(sentence[offsets[first - 1][1] if first else 0 : offsets[stop - 1][1]])
         if not encoded:
             raise ConfigError("haystack", repr(text[:20]), "holds no text", "Name a file with sentences")
         self._ring = np.concatenate([np.asarray(ids, dtype=np.int64) for ids in encoded])
@@ -50,9 +72,47 @@ class Haystack:
         starts = np.flatnonzero(self._is_start[index])
         return Filler(self._ring[index], np.unique(np.concatenate([[0], starts, [length]])))
 
+    def draw_text(self, rng: np.random.Generator, length: int) -> FillerText:
+        """As `draw`, with the same draws, in text."""
+        lengths = np.diff(self._ends, prepend=0)
+        last = int(np.searchsorted(self._ends, rng.choice(self._ends)))
+        rounds = length // len(self._ring) + 1  # as many sentences as are needed for sure
+        index = np.arange(last - rounds * len(lengths), last + 1) % len(lengths)
+        counts = lengths[index][::-1].cumsum()[::-1]  # tokens from each of these sentences to the end
+        first = int(np.searchsorted(-counts, -length, side="right")) - 1 if length else len(index)
+        borders = length - np.append(counts[first:], 0)
+        backwards = (self._texts[i % len(lengths)] for i in _down_from(last - (len(index) - first)))
+        sentences = [self._texts[i] for i in index[first:]]
+        return FillerText(sentences, np.maximum(borders, 0), backwards.__next__)
 
-def fill_with(sentences: list[np.ndarray], length: int) -> Filler:
-    """The last `length` tokens of `sentences`, which have as many at least."""
-    tokens = np.concatenate([*sentences, np.zeros(0, dtype=np.int64)])
-    starts = np.cumsum([0, *map(len, sentences)]) - (len(tokens) - length)
-    return Filler(tokens[len(tokens) - length :], np.unique(np.concatenate([[0], starts[starts >= 0], [length]])))
+
+def fill_with(tokenizer: Tokenizer, sentences: Iterator[str], length: int) -> FillerText:
+    """The last of as many of endless `sentences` as have `length` tokens or more."""
+    taken: list[str] = []
+    counts: list[int] = []
+    total = 0
+    while total < length:
+        taken.append(next(sentences))
+        counts.append(len(encode_inside(tokenizer, taken[-1])[0]))
+        total += counts[-1]
+    starts = length - np.append(np.cumsum(counts[::-1], dtype=np.int64)[::-1], 0)
+    first = max(0, int(np.searchsorted(starts, 0, side="right")) - 1)
+    return FillerText(taken[first:], np.maximum(starts[first:], 0), sentences.__next__)
+
+
+def _cuts(offsets: Offsets) -> Iterator[tuple[int, int]]:
+    """Parts of up to 64 tokens, first and stop, that end with a character; of a character of more tokens all."""
+    first = 0
+    clean = [i for i in range(1, len(offsets)) if offsets[i - 1][1] <= offsets[i][0]]
+    for stop, following in zip(clean, [*clean[1:], len(offsets)], strict=False):
+        if following - first > _LONGEST:
+            yield first, stop
+            first = stop
+    if offsets:
+        yield first, len(offsets)
+
+
+def _down_from(number: int) -> Iterator[int]:
+    while True:
+        yield number
+        number -= 1

@@ -21,7 +21,7 @@ import numpy as np
 from s2train.data.needles import ADJECTIVES, NOUNS, Split, draw_pair, split_of
 from s2train.errors import ConfigError
 
-Fact = tuple[str, str]  # head and tail of a sentence, tokenized apart as a question and its answer are
+Fact = tuple[str, str]  # head and tail of a sentence: a question and its answer
 
 ASK = ("one", "all")
 _MOST_NEEDLES = 100  # the evaluation's keys are a few hundred
@@ -47,6 +47,11 @@ class Puzzle:
     distractors: tuple[Fact, ...] = ()
     in_order: bool = False
     lines: Callable[[np.random.Generator], Iterator[Fact]] | None = field(default=None, compare=False)
+
+    @property
+    def values(self) -> tuple[str, ...]:
+        """What the answer names, one by one."""
+        return tuple(self.answer.strip(" .").split(", "))
 
 
 class Task(Protocol):

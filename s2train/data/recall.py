@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from s2train.config import NeedleDocumentsConfig
 from s2train.data.haystack import Haystack
+from s2train.data.inside_text import encode_inside
 from s2train.data.needle_tasks import Fact, key_value_lines, magic
 from s2train.data.needles import ADJECTIVES, NOUNS, split_of
 from s2train.data.tokenizers import Tokenizer
@@ -81,7 +82,9 @@ class RecallDocuments:
     def __init__(self, cfg: NeedleDocumentsConfig, tokenizer: Tokenizer, haystack: str, facts: list[Fact]) -> None:
         self._cfg, self._eod = cfg, tokenizer.eod
         self._haystack = Haystack(tokenizer, haystack)
-        heads, tails = ([tokenizer.encode(text) for text in dict.fromkeys(part)] for part in zip(*facts, strict=True))
+        heads, tails = (
+            [encode_inside(tokenizer, text)[0] for text in dict.fromkeys(part)] for part in zip(*facts, strict=True)
+        )
         self._heads = len(heads)
         # Tails evenly over their first tokens: numbers that begin with a rare one would be copied less surely.
         _, kind, counts = np.unique([tail[0] for tail in tails], return_inverse=True, return_counts=True)

@@ -17,6 +17,9 @@ END_OF_DOCUMENT_NAMES = ("<|endoftext|>", "</s>", "<eod>", "<|end_of_text|>", "<
 SMALLEST_BPE = 257  # ids: the bytes and the end of document
 
 
+Offsets = list[tuple[int, int]]  # first character of each token in a text, and one past its last
+
+
 class Tokenizer(Protocol):
     """What the rest of s2train, and Megatron's datasets, ask of a tokenizer.
 
@@ -49,6 +52,9 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]: ...
 
+    def encode_with_offsets(self, text: str) -> tuple[list[int], Offsets]:
+        """Ids as `encode`'s, and the characters of each; of a token that is part of a character all of that."""
+
     def encode_many(self, texts: list[str]) -> list[npt.NDArray[np.integer]]:
         """Ids [n] of each text, the same as `encode`'s, in less time."""
 
@@ -71,6 +77,11 @@ class ByteTokenizer:
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], Offsets]:
+        if text.isascii():
+            return self.encode(text), list(zip(range(len(text)), range(1, len(text) + 1), strict=True))
+        return self.encode(text), [(i, i + 1) for i, character in enumerate(text) for _ in character.encode()]
 
     def encode_many(self, texts: list[str]) -> list[npt.NDArray[np.integer]]:
         return [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts]
@@ -123,6 +134,10 @@ class FileTokenizer:
         if len(text) > SEGMENT:
             return encode_long(self._tokenizer, text).tolist()
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], Offsets]:
+        encoded = self._tokenizer.encode(text, add_special_tokens=False)
+        return list(encoded.ids), list(encoded.offsets)
 
     def encode_many(self, texts: list[str]) -> list[npt.NDArray[np.integer]]:
         # without offsets into the texts, which nobody asks for

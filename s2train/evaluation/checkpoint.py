@@ -45,6 +45,7 @@ def evaluate(cfg: NeedleConfig) -> None:
         "haystack_text": request.haystack_fingerprint,
         "depth_jitter": cfg.depth_jitter,
         "trials": cfg.trials,
+        "extra_tokens": cfg.extra_tokens,
         "seed": cfg.seed,
         "attention_backend": cfg.attention_backend,
     }
@@ -72,6 +73,7 @@ def evaluate(cfg: NeedleConfig) -> None:
                 request.folder,
                 batch_size=cfg.batch_size,
                 batch_tokens=cfg.batch_tokens,
+                extra_tokens=cfg.extra_tokens,
                 device=device,
                 trained_length=request.trained.train.seq_length,
                 ranks=ranks,

@@ -1,7 +1,8 @@
-"""Needle retrieval over length x depth: does greedy decoding give exactly the answer?"""
+"""Needle retrieval over length x depth: does greedy decoding give exactly the answer, or text that contains it?"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import groupby, islice, zip_longest
 
 import numpy as np
@@ -55,9 +56,14 @@ class NeedleGrid:
 
     def sample(self, sampler: TaskSampler, length: int, depth: float, trial: int) -> TaskSample:
         """The question of one trial."""
-        rng = self.rng(length, depth, trial)
-        offset = self.jitter * (2 * rng.spawn(1)[0].random() - 1)
-        return sampler.sample(rng, length, float(np.clip(depth + offset, 0, 1)), "eval")
+        return _sample(self, sampler, length, depth, trial)
+
+
+@lru_cache(maxsize=32)  # a cell's trials are asked for again by its reach, and long ones take long to tokenize
+def _sample(grid: NeedleGrid, sampler: TaskSampler, length: int, depth: float, trial: int) -> TaskSample:
+    rng = grid.rng(length, depth, trial)
+    offset = grid.jitter * (2 * rng.spawn(1)[0].random() - 1)
+    return sampler.sample(rng, length, float(np.clip(depth + offset, 0, 1)), "eval")
 
 
 @dataclass(frozen=True)
@@ -111,6 +117,7 @@ def evaluate_grid(
     batch_size: int,
     device: torch.device,
     batch_tokens: int | None = None,
+    extra_tokens: int = 0,
     ranks: Ranks | None = None,
     finished: Mapping[tuple[int, float], Cell] | None = None,
 ) -> Iterator[Cell]:
@@ -122,6 +129,7 @@ def evaluate_grid(
         decode: greedy continuation of prompts (`s2train.evaluation.generate`).
         batch_size: sequences decoded at once, on a rank; fewer, but one at least, where they would have more than
             `batch_tokens`.
+        extra_tokens: decoded after as many as the answer has, for whether the text contains the answer's values.
         finished: cells known already, by (length, depth); taken as they are. The same on all ranks.
     """
     ranks, finished = ranks or Ranks(), finished or {}
@@ -131,14 +139,15 @@ def evaluate_grid(
             continue
         trials = range(ranks.index, grid.trials, ranks.count)
         samples = [grid.sample(sampler, length, depth, trial) for trial in trials]
-        counts = torch.zeros(5, dtype=torch.int64, device=device)
+        counts = torch.zeros(7, dtype=torch.int64, device=device)
         at_once = batch_size if batch_tokens is None else max(1, min(batch_size, batch_tokens // length))
         for batch in _batches(samples, at_once):
-            counts += _score(decode, batch, sampler.tokenizer, device)
+            counts += _score(decode, batch, sampler.tokenizer, extra_tokens, device)
         if ranks.count > 1:
             dist.all_reduce(counts, group=ranks.group)
-        correct, right_tokens, tokens, right_characters, characters = counts.tolist()
-        yield Cell(length, depth, correct, grid.trials, right_tokens / tokens, right_characters / characters)
+        correct, right_tokens, tokens, right_characters, characters, found, values = counts.tolist()
+        accuracies = right_tokens / tokens, right_characters / characters
+        yield Cell(length, depth, correct, grid.trials, *accuracies, values_found=found, values=values)
 
 
 def _batches(samples: Sequence[TaskSample], batch_size: int) -> Iterator[list[TaskSample]]:
@@ -152,18 +161,26 @@ def _batches(samples: Sequence[TaskSample], batch_size: int) -> Iterator[list[Ta
             yield batch
 
 
-def _score(decode: Decode, batch: Sequence[TaskSample], tokenizer: Tokenizer, device: torch.device) -> Tensor:
-    """int64 [5]: answers that match exactly; answer tokens that match, of how many; letters and digits likewise."""
+def _score(
+    decode: Decode, batch: Sequence[TaskSample], tokenizer: Tokenizer, extra_tokens: int, device: torch.device
+) -> Tensor:
+    """int64 [7]: answers that match exactly; answer tokens that match, of how many; letters and digits likewise; values
+    that the text contains likewise, whatever else it says (RULER's string_match_all, in either case)."""
     prompts = torch.from_numpy(np.stack([sample.prompt for sample in batch])).to(device)
     answers = torch.from_numpy(np.stack([sample.answer for sample in batch])).to(device)
-    given = decode(prompts, answers.shape[1])
+    decoded = decode(prompts, answers.shape[1] + extra_tokens)
+    given = decoded[:, : answers.shape[1]]
     hits = given == answers
-    right = total = 0
+    right = total = found = 0
     for told, asked in zip(given.tolist(), answers.tolist(), strict=True):
         pairs = list(zip_longest(_characters(tokenizer, told), _characters(tokenizer, asked), fillvalue=""))
         right += sum(one == other for one, other in pairs if other.isalnum())
         total += sum(other.isalnum() for _, other in pairs)
-    counts = [int(hits.all(dim=1).sum()), int(hits.sum()), hits.numel(), right, total]
+    for sample, ids in zip(batch, decoded.tolist(), strict=True):
+        text = tokenizer.decode(ids[: ids.index(tokenizer.eod)] if tokenizer.eod in ids else ids).lower()
+        found += sum(value.lower() in text for value in sample.values)
+    values = sum(len(sample.values) for sample in batch)
+    counts = [int(hits.all(dim=1).sum()), int(hits.sum()), hits.numel(), right, total, found, values]
     return torch.tensor(counts, dtype=torch.int64, device=device)
 
 

@@ -62,15 +62,17 @@ def draw_heat_map(results: NeedleResults, path: Path, title: str = "Needle retri
 
 
 def score_table(results: NeedleResults) -> Table:
-    """The heat map in figures: per cent exact, and per cent of letters and digits where that says more."""
+    """The heat map in figures: per cent exact; where that is not all, per cent of values that the text contains and of
+    letters and digits right."""
     caption = (
         "· n: it takes the last n layers to carry the needle to the question"
         if any(_layers(cell) for cell in results.asked)
         else None
     )
-    score = results.score
-    in_all = "" if score is None else f": {_percent(score.share, 1)} in all"
-    title = f"Exact answers, % (letters and digits right, %){in_all}"
+    scores = [score for score in (results.score, results.contained) if score is not None]
+    in_all = f": {' / '.join(_percent(score.share, 1) for score in scores)} in all" if scores else ""
+    found = " / values that the text contains, %" if results.contained else ""
+    title = f"Exact answers, %{found} (letters and digits right, %){in_all}"
     table = Table(title=title, caption=caption)
     lengths, depths, _ = _score_matrix(results)
     table.add_column("depth", justify="right")
@@ -86,7 +88,8 @@ def _figures(cell: Cell | None) -> str:
     if cell is None:
         return "-"
     exact = _percent(cell.score.share)
-    told = exact if cell.correct == cell.trials else f"{exact} ({100 * cell.character_accuracy:.0f})"
+    found = "" if cell.contained is None else f" / {_percent(cell.contained.share)}"
+    told = exact if cell.correct == cell.trials else f"{exact}{found} ({100 * cell.character_accuracy:.0f})"
     if cell.reach is None:
         return told
     return f"{told} · {cell.reach.from_last}" if cell.reach.from_last >= 0 else f"{told} · never"

@@ -76,6 +76,8 @@ def read_request(cfg: NeedleConfig, world_size: int, hardware: Hardware) -> Requ
         raise ConfigError("batch_size", cfg.batch_size, "no sequence in a batch", "Use 1 or more")
     if cfg.batch_tokens is not None and cfg.batch_tokens < 1:
         raise ConfigError("batch_tokens", cfg.batch_tokens, "no token in a batch", "Use 1 or more, or null")
+    if cfg.extra_tokens < 0:
+        raise ConfigError("extra_tokens", cfg.extra_tokens, "fewer tokens than the answer has", "Use 0 or more")
     if not 0 < cfg.threshold <= 1:
         raise ConfigError("threshold", cfg.threshold, "no share of right answers", "Use more than 0 and up to 1")
     choose_mode(cfg.wandb, "wandb")  # refused now, if at all
@@ -97,7 +99,8 @@ def read_request(cfg: NeedleConfig, world_size: int, hardware: Hardware) -> Requ
         grid = choose_grid(cfg, trained.train.seq_length, sampler)
         check_fit(sampler, grid)
         problems.append(Problem(name, asdict(task), sampler, grid))  # type: ignore[call-overload]
-    _check_layout(checkpoint, trained, max(length for problem in problems for length in problem.grid.lengths))
+    longest = max(length for problem in problems for length in problem.grid.lengths)
+    _check_layout(checkpoint, trained, longest, cfg.extra_tokens)
     folder = output_folder(cfg)
     check_writable("output", folder if cfg.output is None else cfg.output)  # as given: an empty Path would be "."
     return Request(checkpoint, trained, tuple(problems), folder, hashlib.sha256(haystack.encode()).hexdigest()[:16])
@@ -130,10 +133,10 @@ def _find_checkpoint(where: str) -> Path:
     return found
 
 
-def _check_layout(checkpoint: Path, trained: PretrainConfig, length: int) -> None:
+def _check_layout(checkpoint: Path, trained: PretrainConfig, length: int, extra_tokens: int) -> None:
     """Refuse settings that make no layout (its file of masks was moved), and a length for which that file holds none;
     positions are rotary, and go on without end."""
-    last = torch.tensor([-(-length // trained.layout.block_size) - 1])
+    last = torch.tensor([-(-(length + extra_tokens) // trained.layout.block_size) - 1])
     try:
         hybrid = hybrid_layout(trained)
     except ConfigError as error:  # on a setting that this program has not
@@ -145,7 +148,8 @@ def _check_layout(checkpoint: Path, trained: PretrainConfig, length: int) -> Non
                 head.keep(last, last)
     except ConfigError as error:
         problem = f"the checkpoint's layout ends before ({error.setting}: {error.problem})"
-        raise ConfigError("lengths", length, problem, "Use shorter ones") from error
+        remedy = "Use shorter ones" + (", or extra_tokens=0" if extra_tokens else "")
+        raise ConfigError("lengths", length, problem, remedy) from error
 
 
 def _haystack(given: Any) -> str:

@@ -47,6 +47,8 @@ class Cell:
         character_accuracy: share of the answers' letters and digits that stand in their places in the decoded text.
         reach: None where the layout is not known.
         seconds: that its trials took; None in files that don't tell.
+        values_found, values: of the values that the answers name so many stood in the decoded text, of so many in all
+            trials: RULER's score. None in files that don't tell.
     """
 
     length: int
@@ -57,10 +59,17 @@ class Cell:
     character_accuracy: float
     reach: CellReach | None = None
     seconds: float | None = None
+    values_found: int | None = None
+    values: int | None = None
 
     @property
     def score(self) -> Score:
         return Score(self.correct, self.trials)
+
+    @property
+    def contained(self) -> Score | None:
+        """Of values, not answers."""
+        return None if self.values_found is None or self.values is None else Score(self.values_found, self.values)
 
 
 @dataclass
@@ -98,19 +107,29 @@ class NeedleResults:
         return _sum(self.asked)
 
     @property
+    def contained(self) -> Score | None:
+        """Values that the decoded text contains, over `asked`; None if a cell doesn't tell."""
+        return _sum_contained(self.asked)
+
+    @property
     def columns(self) -> list[tuple[int, Score]]:
         """Lengths of which all depths are known, short ones first, and their scores."""
-        found = []
-        for length in sorted(self.lengths):
-            cells = [cell for cell in self.asked if cell.length == length]
-            if len(cells) == len(self.depths) and (score := _sum(cells)) is not None:
-                found.append((length, score))
-        return found
+        return [(length, score) for length, cells in self._whole_columns() if (score := _sum(cells)) is not None]
+
+    @property
+    def contained_columns(self) -> list[tuple[int, Score]]:
+        """As `columns`, of `contained`; without lengths of which a cell doesn't tell."""
+        columns = self._whole_columns()
+        return [(length, score) for length, cells in columns if (score := _sum_contained(cells)) is not None]
 
     @property
     def effective_length(self) -> int | None:
         """Of `columns`; see `s2train.evaluation.scores.effective_length`."""
         return effective_length(self.columns, self.threshold)
+
+    def _whole_columns(self) -> list[tuple[int, list[Cell]]]:
+        found = [(length, [cell for cell in self.asked if cell.length == length]) for length in sorted(self.lengths)]
+        return [(length, cells) for length, cells in found if len(cells) == len(self.depths)]
 
     def add(self, cell: Cell) -> None:
         """Put a cell in, in place of an older one of the same length and depth."""
@@ -123,11 +142,25 @@ class NeedleResults:
             "total": self.score and self.score.as_json(),
             "effective_length": self.effective_length,
             "columns": [{"length": length, **score.as_json()} for length, score in self.columns],
+            "contains": self._contained_json(),
             **asdict(self),
             "cells": [asdict(cell) | cell.score.as_json() for cell in self.cells],
         }
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+    def _contained_json(self) -> dict[str, object] | None:
+        """RULER's score, beside the strict one; None if a cell doesn't tell."""
+        if (total := self.contained) is None:
+            return None
+        columns = self.contained_columns
+        return {
+            "values_found": total.correct,
+            "values": total.trials,
+            "score": total.share,
+            "effective_length": effective_length(columns, self.threshold),
+            "columns": [{"length": length, "score": score.share} for length, score in columns],
+        }
 
 
 def load_results(path: Path) -> NeedleResults | None:
@@ -150,6 +183,14 @@ def results_from(content: dict[str, Any]) -> NeedleResults:
 
 def _sum(cells: list[Cell]) -> Score | None:
     return Score(sum(cell.correct for cell in cells), sum(cell.trials for cell in cells)) if cells else None
+
+
+def _sum_contained(cells: list[Cell]) -> Score | None:
+    scores = [cell.contained for cell in cells]
+    told = [score for score in scores if score is not None]
+    if not told or len(told) < len(scores):
+        return None
+    return Score(sum(score.correct for score in told), sum(score.trials for score in told))
 
 
 def _cell(content: dict[str, Any]) -> Cell:

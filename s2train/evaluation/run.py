@@ -29,6 +29,7 @@ def run_needles(
     batch_size: int,
     device: torch.device,
     batch_tokens: int | None = None,
+    extra_tokens: int = 0,
     trained_length: int | None = None,
     ranks: Ranks | None = None,
     reach: Callable[[int, float], CellReach] | None = None,
@@ -61,8 +62,8 @@ def run_needles(
     results = replace(asked, cells=earlier.cells, command=earlier.command, environment=earlier.environment)
     finished = {(cell.length, cell.depth): cell for cell in earlier.cells}
     cells = evaluate_grid(
-        decode, sampler, grid, batch_size=batch_size, batch_tokens=batch_tokens, device=device, ranks=ranks,
-        finished=finished,
+        decode, sampler, grid, batch_size=batch_size, batch_tokens=batch_tokens, extra_tokens=extra_tokens,
+        device=device, ranks=ranks, finished=finished,
     )  # fmt: skip
     columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
@@ -79,7 +80,9 @@ def run_needles(
             if is_writer and is_new:
                 results.save(table_path)
             took = f"{cell.seconds:.1f} s" if is_new else "known"
-            told = f"{cell.correct}/{cell.trials} exact{_told(cell.reach)}, {took}"
+            contained = cell.contained
+            found = "" if contained is None else f", {contained.correct}/{contained.trials} values found"
+            told = f"{cell.correct}/{cell.trials} exact{found}{_told(cell.reach)}, {took}"
             progress.console.print(f"{name}  length {cell.length:>7,}  depth {cell.depth:>6.1%}  {told}")
             progress.advance(task)
             began = time.perf_counter()
@@ -97,7 +100,9 @@ def _summary(results: NeedleResults) -> str:
     low, high = score.interval
     length = results.effective_length
     reached = f"effective length {length:,}" if length else "no effective length"
-    return f"score {score.share:.4f} ({low:.4f} to {high:.4f})   {reached} (score {results.threshold:g} or more)"
+    exact = f"score {score.share:.4f} ({low:.4f} to {high:.4f})   {reached} (score {results.threshold:g} or more)"
+    contained = results.contained
+    return exact if contained is None else f"{exact}   values found {contained.share:.4f}"
 
 
 def _told(reach: CellReach | None) -> str:

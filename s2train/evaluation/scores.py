@@ -18,7 +18,7 @@ def wilson_interval(correct: int, trials: int) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Score:
-    """So many of `trials` answers exact."""
+    """So many of `trials` right: answers, or values."""
 
     correct: int
     trials: int

@@ -11,7 +11,7 @@ from s2train.wandb_run import RunInfo, WandbRun, place_of
 
 COLUMNS = (
     *("task", "length", "depth", "correct", "trials", "score", "low", "high"),
-    *("token accuracy", "character accuracy", "layers from first", "layers from last"),
+    *("token accuracy", "character accuracy", "contains", "layers from first", "layers from last"),
     *("direct heads", "heads"),
 )
 Row = tuple[str | int | float | None, ...]
@@ -24,7 +24,8 @@ def rows(found: Mapping[str, NeedleResults]) -> list[Row]:
         for cell in results.asked:
             score, reach = cell.score, cell.reach
             layers = (None,) * 4 if reach is None else astuple(reach)
-            accuracies = cell.token_accuracy, cell.character_accuracy
+            contained = None if cell.contained is None else cell.contained.share
+            accuracies = cell.token_accuracy, cell.character_accuracy, contained
             counts = cell.correct, cell.trials, score.share, *score.interval
             made.append((task, cell.length, cell.depth, *counts, *accuracies, *layers))
     return made
@@ -58,7 +59,14 @@ def log_needles(found: Mapping[str, NeedleResults], trained: PretrainConfig, fol
     run.table("needle/cells", list(COLUMNS), [list(row) for row in rows(found)], place)
     for task, results in found.items():
         run.picture(f"needle/{task}/heat_map", folder / f"{file_name(task)}.png", place)
-        score, length = results.score and results.score.share, results.effective_length
-        run.log({f"needle/{task}/score": score, f"needle/{task}/effective_length": length, **place})
+        score, contained = results.score and results.score.share, results.contained and results.contained.share
+        run.log(
+            {
+                f"needle/{task}/score": score,
+                f"needle/{task}/contains": contained,
+                f"needle/{task}/effective_length": results.effective_length,
+                **place,
+            }
+        )
     run.close()
     return run.id

@@ -99,6 +99,35 @@ def test_a_solver_scores_everywhere_in_every_task_and_one_mistake_is_counted(
     assert first.character_accuracy == pytest.approx(1 - 1 / (3 * counted))
 
 
+def test_a_value_in_other_words_is_contained_and_not_exact(sampler: TaskSampler) -> None:
+    """What a model says around it is not asked for; what comes after the end of its document doesn't count."""
+
+    def decode(prompts: Tensor, new_tokens: int) -> Tensor:
+        answers = greedy_decode(copier, prompts, 9)
+        said = [b": " + bytes(answer)[1:8] for answer in answers.tolist()]
+        said[0] = said[0][:4] + bytes([ByteTokenizer.eod - 1]) + said[0][4:]
+        rows = [list(text.ljust(new_tokens)) for text in said]
+        rows[0] = [ByteTokenizer.eod if token == ByteTokenizer.eod - 1 else token for token in rows[0]]
+        return torch.tensor(rows)[:, :new_tokens]
+
+    (cell,) = evaluate_grid(
+        decode, sampler, NeedleGrid((200,), (0.5,), 4, seed=1), batch_size=4, device=CPU, extra_tokens=3
+    )
+    assert (cell.correct, cell.values_found, cell.values) == (0, 3, 4)
+
+
+def test_each_value_of_an_answer_counts_by_itself() -> None:
+    sampler = TaskSampler(ByteTokenizer(), task=find_task("multi", {"needles": 3, "ask": "all"}))
+
+    def decode(prompts: Tensor, new_tokens: int) -> Tensor:
+        answers = solve(prompts, new_tokens)
+        answers[:, :8] = ord("-")  # the first of three numbers
+        return answers
+
+    (cell,) = evaluate_grid(decode, sampler, NeedleGrid((512,), (0.5,), 2, seed=1), batch_size=2, device=CPU)
+    assert (cell.correct, cell.trials, cell.values_found, cell.values) == (0, 2, 4, 6)
+
+
 def test_longer_sequences_come_in_smaller_batches(sampler: TaskSampler) -> None:
     taken: dict[int, set[int]] = {}
 

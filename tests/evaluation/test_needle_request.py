@@ -39,6 +39,7 @@ def read(checkpoint: Path, world_size: int = 1, hardware: Hardware = CPU, **sett
 
 
 BAD: list[tuple[str, Any]] = [
+    ("extra_tokens", -1),
     ("attention_backend", "foo"),
     ("attention_backend", "triton"),
     ("haystack", 5),
@@ -134,9 +135,12 @@ def test_a_length_past_the_layouts_masks_is_refused(tmp_path: Path) -> None:
     write_masks(tmp_path / "masks.npz", {0: np.tri(8, dtype=bool)[None].repeat(4, 0)}, 64)
     layout = LayoutConfig("SD", pattern=PatternConfig(kind="file", file=str(tmp_path / "masks.npz")))
     run = save(tmp_path / "run", layout=layout)
-    assert read(run, lengths=[512])
+    assert read(run, lengths=[512], extra_tokens=0)
+    assert read(run, lengths=[508], extra_tokens=4)
     with pytest.raises(ConfigError, match=r"lengths=513: the checkpoint's layout ends before .* 8 blocks"):
-        read(run, lengths=[128, 513])
+        read(run, lengths=[128, 513], extra_tokens=0)
+    with pytest.raises(ConfigError, match=r"lengths=512: .* Use shorter ones, or extra_tokens=0"):
+        read(run, lengths=[512])
 
 
 def test_a_layout_whose_file_was_moved_is_not_blamed_on_the_lengths(tmp_path: Path) -> None:

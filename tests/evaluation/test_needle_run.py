@@ -96,6 +96,8 @@ def test_json_holds_checkpoint_settings_score_and_every_cell(tmp_path: Path) -> 
         "character_accuracy": 1.0,
         "reach": None,
         "seconds": None,
+        "values_found": 2,
+        "values": 2,
         "score": 1.0,
         "interval": [pytest.approx(0.342, abs=1e-3), 1.0],
     }

@@ -38,3 +38,11 @@ def test_a_length_counts_once_all_its_depths_are_known() -> None:
     results = NeedleResults("runs/x", 1, {}, [512, 256], [0.0, 1.0], cells)
     assert results.columns == [(256, Score(7, 8))]
     assert results.effective_length == 256
+
+
+def test_values_found_are_summed_only_where_every_cell_tells_them() -> None:
+    cells = [Cell(256, depth, 0, 4, 0, 0, values_found=found, values=4) for depth, found in ((0.0, 4), (1.0, 3))]
+    results = NeedleResults("runs/x", 1, {}, [256], [0.0, 1.0], cells)
+    assert (results.contained, results.contained_columns) == (Score(7, 8), [(256, Score(7, 8))])
+    results.add(Cell(256, 1.0, 0, 4, 0, 0))  # of a file that doesn't tell
+    assert (results.contained, results.contained_columns) == (None, [])
