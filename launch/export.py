@@ -18,10 +18,13 @@ def export(composed: DictConfig) -> None:
     cfg = config.to_object(composed)
     apex_available()  # Megatron would import an impostor
     from s2train.export.exporting import export  # imports Megatron: slow
+    from s2train.export.tokenizer_files import adds_tokens
 
     folder = export(cfg)
     files = ", ".join(sorted(path.name for path in folder.iterdir()))
     print(f"{folder}: {files}")
+    if adds_tokens(folder):
+        print("training added no tokens to a text; this tokenizer's own call does: pass add_special_tokens=False")
 
 
 @hydra.main(config_path="../conf", config_name="export", version_base="1.3")

@@ -1,7 +1,7 @@
-"""Import a Llama's weights (config.json and .safetensors) as a checkpoint to start a run from.
+"""Import a Llama's weights (config.json and .safetensors), or an export, as a checkpoint to start a run from.
 
 python launch/import.py weights=Llama-3.2-1B output=runs/llama
-torchrun … launch/pretrain.py +model=… checkpoint.resume=runs/llama layout=…   # the line that the import prints
+python launch/pretrain.py +model=imported/llama checkpoint.resume=runs/llama …   # the line that the import prints
 """
 
 import hydra
@@ -18,11 +18,11 @@ def import_weights(composed: DictConfig) -> None:
     """Import, and tell how to start from it."""
     cfg = config.to_object(composed)
     apex_available()  # Megatron would import an impostor
-    from s2train.export.importing import import_llama, run_settings  # imports Megatron: slow
+    from s2train.export.importing import import_llama  # imports Megatron: slow
 
-    checkpoint, model = import_llama(cfg)
-    print(f"{checkpoint}: start from it, in any layout, with")
-    print(f"launch/pretrain.py +model=NAME {' '.join(run_settings(model))} checkpoint.resume={cfg.output} run_dir=…")
+    checkpoint, files = import_llama(cfg)
+    print(f"{checkpoint}: start from it, with the settings of {files.path}, by")
+    print(files.command(cfg.output))
 
 
 @hydra.main(config_path="../conf", config_name="import", version_base="1.3")

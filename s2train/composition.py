@@ -27,7 +27,13 @@ _HYDRA_GROUPS = {
 def config_groups(folder: Path) -> dict[str, list[str]]:
     """The names that each group of a configuration folder has, such as layout: [dense, …]."""
     return {
-        group.name: sorted(file.stem for file in group.glob("*.yaml")) for group in folder.iterdir() if group.is_dir()
+        group.name: [
+            file.relative_to(group).as_posix().removesuffix(".yaml")
+            for pattern in ("*.yaml", "imported/*.yaml")  # the latter by launch/import.py
+            for file in sorted(group.glob(pattern))
+        ]
+        for group in folder.iterdir()
+        if group.is_dir()
     }
 
 

@@ -379,6 +379,8 @@ class ImportConfig:
     output: str = MISSING  # run folder to make, for checkpoint.resume
     vocab_size: int | None = None  # rows of the embedding, of zeros where there are more; None: as many as there are
     precision: str = "bf16"  # of the weights kept: bf16, fp32
+    # folder of configuration groups for the run's settings, model/imported/NAME.yaml; None: conf/ beside launch/
+    conf: str | None = None
 
 
 @dataclass

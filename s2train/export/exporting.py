@@ -5,13 +5,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import tokenizers as hf
-
 from s2train.config import ExportConfig, ParallelConfig, PretrainConfig
 from s2train.data.tokenizers import FileTokenizer, Tokenizer, load_tokenizer
 from s2train.errors import ConfigError
 from s2train.export.folder import require_safetensors, write_weights
 from s2train.export.layout_json import layout_json
+from s2train.export.run_settings import KEY, settings_json
+from s2train.export.tokenizer_files import write_tokenizer
 from s2train.export.weights import EMBEDDING, OUTPUT, head_dim, to_llama, with_rows
 from s2train.megatron.checkpoint import find_checkpoint, load_for_inference, read_config
 from s2train.megatron.model import unwrap
@@ -23,7 +23,7 @@ _DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
 
 def export(cfg: ExportConfig) -> Path:
-    """Write `output`: config.json, .safetensors, the tokenizer if it is a file, and modeling_s2.py.
+    """Write `output`: config.json, .safetensors, the tokenizer's files, modeling_s2.py and the layout's files of masks.
 
     A model without sparse layers, whose heads turn whole, is written as a plain Llama, which needs no modelling file.
     In one process; the folder is written under another name and renamed when whole.
@@ -36,8 +36,7 @@ def export(cfg: ExportConfig) -> Path:
     require_safetensors("output", cfg.output)
     if output.exists():
         raise ConfigError("output", output, "it exists", "Name a folder that doesn't")
-    setting = "tokenizer" if cfg.tokenizer else "data.tokenizer"
-    tokenizer = load_tokenizer(cfg.tokenizer or trained.data.tokenizer, setting, trained.data.end_token)
+    tokenizer = load_tokenizer(cfg.tokenizer or trained.data.tokenizer, "tokenizer", trained.data.end_token)
     rows = trained.model.vocab_size if cfg.vocab_size is None else cfg.vocab_size
     if not tokenizer.vocab_size <= rows <= trained.model.vocab_size:
         problem = f"the tokenizer has {tokenizer.vocab_size} ids, the model {trained.model.vocab_size} rows"
@@ -53,11 +52,11 @@ def export(cfg: ExportConfig) -> Path:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     config = llama_config(trained, rows, tokenizer)
+    config[KEY] = settings_json(trained, temporary, not isinstance(tokenizer, FileTokenizer))
     (temporary / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     if "layout" in config:
         shutil.copyfile(Path(__file__).with_name(MODELING), temporary / MODELING)
-    if isinstance(tokenizer, FileTokenizer):
-        _write_tokenizer(temporary, tokenizer)
+    write_tokenizer(temporary, tokenizer, trained.train.seq_length)
     write_weights(temporary, weights)
     temporary.rename(output)
     shutdown()
@@ -98,10 +97,3 @@ def llama_config(cfg: PretrainConfig, vocab_size: int, tokenizer: Tokenizer) -> 
         "eos_token_id": tokenizer.eod,
         **({} if is_plain else {"layout": layout_json(hybrid)}),
     }
-
-
-def _write_tokenizer(folder: Path, tokenizer: FileTokenizer) -> None:
-    shutil.copyfile(tokenizer.name, folder / "tokenizer.json")
-    end = hf.Tokenizer.from_file(tokenizer.name).id_to_token(tokenizer.eod)
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")

@@ -39,7 +39,10 @@ def write_weights(folder: Path, weights: Mapping[str, Tensor], shard_bytes: int 
     of_name: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        (folder / name).touch()  # with the mode that the umask asks for: safetensors makes its files the owner's alone
+        mode = (folder / name).stat().st_mode
         save_file(shard, folder / name, metadata={"format": "pt"})
+        (folder / name).chmod(mode)
         of_name |= dict.fromkeys(shard, name)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": of_name}

@@ -1,14 +1,28 @@
-"""A Llama's weights as a checkpoint that a run starts from."""
+"""A Llama's weights, or an export's, as a checkpoint that a run starts from."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from s2train.config import ImportConfig, LayoutConfig, ModelConfig, ParallelConfig, PretrainConfig, TrainConfig
+from s2train.config import (
+    DataConfig,
+    ImportConfig,
+    LayoutConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    PretrainConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
 from s2train.errors import ConfigError
 from s2train.export.folder import WeightsFolder, require_safetensors
+from s2train.export.layout_json import layout_json
+from s2train.export.run_settings import KEY, ModelFiles, copy_masks, model_name, read_settings
+from s2train.export.tokenizer_files import TOKENIZER
 from s2train.export.weights import EMBEDDING, OUTPUT, from_llama, llama_shapes, with_rows
 from s2train.megatron.backends import choose_backend
 from s2train.megatron.checkpoint import Progress, folder_name, sharding_metadata, write_config
@@ -18,7 +32,9 @@ from s2train.megatron.model import DTYPES, build_model, transformer_config, unwr
 from s2train.megatron.setup import initialize, shutdown
 from s2train.planning import hybrid_layout
 
-_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
+_HYBRID = "S2ForCausalLM"  # of launch/export.py
+_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", _HYBRID)
+_LONGEST = 8192  # tokens of a first run's sequences: more is to be asked for
 # What would change the computation: config.json's name, and what it must be where it is there.
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
@@ -26,19 +42,19 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "mlp_bias": (False, None),
     "rope_scaling": (None,),
     "sliding_window": (None,),
-    "partial_rotary_factor": (1, None),
     "quantization_config": (None,),
 }
 
 
-def import_llama(cfg: ImportConfig) -> tuple[Path, ModelConfig]:
-    """Write OUTPUT/checkpoints/iter_0000000, a checkpoint of weights alone; returns it and the model's shape.
+def import_llama(cfg: ImportConfig) -> tuple[Path, ModelFiles]:
+    """Write OUTPUT/checkpoints/iter_0000000, a checkpoint of weights alone, and the settings of a run from it.
 
     A run with `checkpoint.resume=OUTPUT` starts from it at step 0, under any layout, optimizer and division. Rows
-    that `vocab_size` adds are zeros.
+    that `vocab_size` adds are zeros. Of an export of launch/export.py the layout and the tokenizer come along.
 
     Raises:
-        ConfigError: no such folder or weights, an architecture that is no plain Llama, an output that exists.
+        ConfigError: no such folder or weights, an architecture that is neither a plain Llama nor an export, an output
+            that exists.
     """
     require_safetensors("weights", cfg.weights)
     folder = WeightsFolder(Path(cfg.weights), "weights")
@@ -55,14 +71,29 @@ def import_llama(cfg: ImportConfig) -> tuple[Path, ModelConfig]:
     if Path(cfg.output).exists():
         raise ConfigError("output", cfg.output, "it exists", "Name a folder that doesn't")
 
-    length = int(folder.config.get("max_position_embeddings", 2048))
+    output, length = Path(cfg.output), int(folder.config.get("max_position_embeddings", 2048))
+    model.name = model_name(output)
+    layout, schedule = _layout(folder, output)
     run = PretrainConfig(
         model=model,
-        layout=LayoutConfig(layers="D"),
-        train=TrainConfig(steps=1, seq_length=length, global_batch_size=1, precision=cfg.precision),
+        layout=layout or LayoutConfig(layers="D"),
+        schedule=schedule or ScheduleConfig(),
+        data=DataConfig(tokenizer=_tokenizer(folder, output)),
+        optim=OptimConfig(lr=3e-5, min_lr=3e-6),
+        train=TrainConfig(steps=1000, seq_length=length, global_batch_size=16, precision=cfg.precision),
         run_dir=cfg.output,
         backend="local",  # whose parameters have plain names; a run with another reads the checkpoint
     )
+    first = replace(run, train=replace(run.train, seq_length=min(length, _LONGEST)))
+    files = ModelFiles(first, cfg.conf, layout is not None)
+    temporary = final.with_name(f".{final.name}.partial")
+    temporary.mkdir(parents=True)
+    try:
+        copy_masks(run.layout, folder.path)
+        _check_layout(folder, run)
+    except (ConfigError, OSError):
+        shutil.rmtree(output)
+        raise
     device = initialize(ParallelConfig(), run.seed)
     (chunk,) = build_model(run, transformer_config(run), hybrid_layout(run), choose_backend(run.backend), device)
     gpt = unwrap(chunk)
@@ -72,8 +103,6 @@ def import_llama(cfg: ImportConfig) -> tuple[Path, ModelConfig]:
             weights[name] = with_rows(weights[name], model.vocab_size)
     gpt.load_state_dict(_checked(from_llama(weights, model), gpt), strict=False)
 
-    temporary = final.with_name(f".{final.name}.partial")
-    temporary.mkdir(parents=True)
     metadata = sharding_metadata()
     plain = {key: value for key, value in metadata.items() if isinstance(value, str)}
     save_checkpoint_shards(
@@ -81,18 +110,45 @@ def import_llama(cfg: ImportConfig) -> tuple[Path, ModelConfig]:
     )
     write_config(run, temporary / CONFIG)
     Progress(0, 0, {}, None, weights_only=True).write(temporary / PROGRESS)
-    if (Path(cfg.weights) / "tokenizer.json").is_file():
-        shutil.copyfile(Path(cfg.weights) / "tokenizer.json", Path(cfg.output) / "tokenizer.json")
+    if (folder.path / TOKENIZER).is_file():
+        shutil.copyfile(folder.path / TOKENIZER, output / TOKENIZER)
     temporary.rename(final)
+    files.write()
     shutdown()
-    return final, model
+    return final, files
+
+
+def _layout(folder: WeightsFolder, output: Path) -> tuple[LayoutConfig, ScheduleConfig] | tuple[None, None]:
+    """That of an export; None of other weights, for which a run chooses."""
+    if KEY in folder.config:
+        return read_settings(folder.config[KEY], folder.path, output)
+    if (folder.config.get("architectures") or [""])[0] == _HYBRID:
+        problem = "config.json tells every head's blocks, and not the settings that they come from"
+        raise ConfigError("weights", folder.path, problem, "Export the run again with this version")
+    return None, None
+
+
+def _check_layout(folder: WeightsFolder, run: PretrainConfig) -> None:
+    """Whether the settings of an export still give the blocks that its config.json tells."""
+    told = folder.config.get("layout")
+    if told is not None and layout_json(hybrid_layout(run)) != told:
+        problem = f"its settings ({KEY}.layout, {KEY}.schedule) give other blocks than its layout tells"
+        raise ConfigError("weights", folder.path, problem, "Mend config.json, or export the run again")
+
+
+def _tokenizer(folder: WeightsFolder, output: Path) -> str:
+    """As `data.tokenizer` takes it; where the weights bring none, a run refuses until there is one."""
+    if folder.config.get(KEY, {}).get("tokenizer") == "bytes":
+        return "bytes"
+    return str(output.absolute() / TOKENIZER)
 
 
 def llama_model(folder: WeightsFolder) -> ModelConfig:
     """The shape that config.json tells of.
 
     Raises:
-        ConfigError: no plain Llama: another architecture, biases, scaled or partial rotation, a sliding window.
+        ConfigError: no plain Llama or export: another architecture, biases, scaled rotation, a sliding window; of a
+            plain Llama partial rotation too.
     """
     config, remedy = folder.config, "Only Llama's architecture without these can be imported"
     names = config.get("architectures") or ["none"]
@@ -104,6 +160,9 @@ def llama_model(folder: WeightsFolder) -> ModelConfig:
     for name, values in _PLAIN.items():
         if name in config and config[name] not in values:
             raise ConfigError("weights", folder.path, f"config.json has {name}={config[name]}", remedy)
+    percent = config.get("partial_rotary_factor", rope.get("partial_rotary_factor")) or 1.0
+    if percent != 1 and names[0] != _HYBRID:
+        raise ConfigError("weights", folder.path, f"config.json has partial_rotary_factor={percent}", remedy)
     theta = float(config.get("rope_theta", rope.get("rope_theta", 10_000)))
     if theta != int(theta):
         raise ConfigError("weights", folder.path, f"rope_theta={theta} is no whole number", remedy)
@@ -119,6 +178,7 @@ def llama_model(folder: WeightsFolder) -> ModelConfig:
             head_dim=config.get("head_dim"),
             vocab_size=config["vocab_size"],
             rotary_base=int(theta),
+            rotary_percent=float(percent),
             norm_epsilon=config["rms_norm_eps"],
             init_std=config.get("initializer_range", 0.02),
             tie_embeddings=config.get("tie_word_embeddings", False),
@@ -151,15 +211,5 @@ def _checked(weights: dict[str, torch.Tensor], gpt: torch.nn.Module) -> dict[str
     return weights
 
 
-def run_settings(model: ModelConfig) -> list[str]:
-    """Command-line settings of a run with this model, of whatever name."""
-    values = {name: value for name, value in vars(model).items() if name not in ("name", "init_std")}
-    shown = {
-        name: str(value).lower() if isinstance(value, bool) or value is None else value
-        for name, value in values.items()
-    }
-    return [f"model.{name}={'null' if value == 'none' else value}" for name, value in shown.items()]
-
-
 def _list() -> str:
-    return " and ".join(_ARCHITECTURES)
+    return ", ".join(_ARCHITECTURES)

@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import random
+import shlex
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,7 +17,9 @@ from s2train.config import ModelConfig
 from s2train.export.folder import write_weights
 from s2train.export.modeling_s2 import S2ForCausalLM
 from s2train.export.weights import llama_shapes
-from tests.program import SMALL, error_line, metrics, pretrain, run
+from s2train.layouts.patterns.file import write_masks
+from s2train.megatron.checkpoint import read_config
+from tests.program import SMALL, Outcome, error_line, metrics, pretrain, run
 
 pytestmark = [pytest.mark.slow]
 
@@ -34,6 +38,12 @@ def megatron_logits(checkpoint: Path, tokens: np.ndarray, folder: Path) -> torch
     done = run("tests.export.logits_program", *files, processes=0)
     assert done.status == 0, done.err[-3000:]
     return torch.from_numpy(np.load(folder / "logits.npy"))
+
+
+def import_weights(weights: Path, output: Path, *settings: str) -> Outcome:
+    """By launch/import.py, with the run's settings in a `conf` beside the output, not in the repository's."""
+    arguments = [f"weights={weights}", f"output={output}", f"conf={output.parent / 'conf'}", *settings]
+    return run("import.py", *arguments, processes=0)
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -151,9 +161,7 @@ def write_llama(folder: Path, *, hybrid: bool = False, tie: bool = False, groups
 @pytest.mark.parametrize("tie", [False, True])
 def test_an_imported_llama_gives_its_logits_and_comes_back_as_it_was(tmp_path: Path, tie: bool) -> None:
     llama = write_llama(tmp_path / "llama", tie=tie, groups=random.choice([1, 2, 4]))
-    done = run(
-        "import.py", f"weights={llama}", f"output={tmp_path / 'run'}", "precision=fp32", "vocab_size=288", processes=0
-    )  # fmt: skip
+    done = import_weights(llama, tmp_path / "run", "precision=fp32", "vocab_size=288")
     assert done.status == 0, done.err
     tokens = tokens_of(VOCABULARY)
     with torch.no_grad():
@@ -162,9 +170,10 @@ def test_an_imported_llama_gives_its_logits_and_comes_back_as_it_was(tmp_path: P
     assert relative(found[..., :VOCABULARY], expected) < TOLERANCE
     assert not found[..., VOCABULARY:].any()
 
-    done = run(
-        "export.py", f"checkpoint={tmp_path / 'run'}", f"output={tmp_path / 'back'}", "vocab_size=272", processes=0
-    )  # fmt: skip
+    back_as = [f"checkpoint={tmp_path / 'run'}", f"output={tmp_path / 'back'}", "vocab_size=272"]
+    refused = run("export.py", *back_as, processes=0)  # the Llama came without
+    assert error_line(refused).startswith(f"error: tokenizer={tmp_path / 'run' / 'tokenizer.json'}: no such file. Set")
+    done = run("export.py", *back_as, "tokenizer=bytes", processes=0)
     assert done.status == 0, done.err
     back, there = (S2ForCausalLM.from_folder(str(folder)).state_dict() for folder in (tmp_path / "back", llama))
     assert back.keys() == there.keys()
@@ -187,7 +196,7 @@ def test_an_imported_llama_gives_its_logits_and_comes_back_as_it_was(tmp_path: P
 )
 def test_a_hybrid_run_starts_from_an_imported_llama(tmp_path: Path, processes: int, settings: list[str]) -> None:
     llama = write_llama(tmp_path / "llama")
-    assert run("import.py", f"weights={llama}", f"output={tmp_path / 'start'}", processes=0).status == 0
+    assert import_weights(llama, tmp_path / "start").status == 0
     shape = ["model.tie_embeddings=false", "model.head_dim=16", "model.rotary_base=5000", "model.norm_epsilon=1e-6"]
     own = [
         *shape,
@@ -224,6 +233,9 @@ def test_a_hybrid_run_starts_from_an_imported_llama(tmp_path: Path, processes: i
         ({"num_hidden_layers": 5}, ["it lacks model.layers.4"]),
         ({"hidden_size": 72}, ["config.json tells of"]),
         ({"rope_theta": 0.5}, ["rope_theta=0.5"]),
+        ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor=0.5"]),
+        ({"architectures": ["S2ForCausalLM"]}, ["every head's blocks", "Export the run again"]),
+        ({"s2train": {"layout": {"layer": "D"}, "schedule": {}}}, ["settings that can't be read", "layer"]),
     ],
 )
 def test_what_is_no_plain_llama_is_refused(tmp_path: Path, changed: dict[str, Any], words: list[str]) -> None:
@@ -233,21 +245,52 @@ def test_what_is_no_plain_llama_is_refused(tmp_path: Path, changed: dict[str, An
 
     llama = write_llama(tmp_path / "llama", **changed)
     with pytest.raises(ConfigError) as refused:
-        import_llama(ImportConfig(str(llama), str(tmp_path / "run")))
+        import_llama(ImportConfig(str(llama), str(tmp_path / "run"), conf=str(tmp_path / "conf")))
     assert str(refused.value).startswith(f"weights={llama}: ")
     assert all(word in str(refused.value) for word in words), str(refused.value)
     assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "conf").exists()
+
+
+def test_a_hybrid_goes_out_and_comes_back_and_trains_on(tmp_path: Path) -> None:
+    masks = np.tril(np.random.default_rng().random((4, 8, 8)) < 0.5) | np.eye(8, dtype=bool)
+    write_masks(tmp_path / "masks.npz", {2: masks}, 16)
+    layers = ["layout.layers=DSFS", f"+layout.patterns.F={{kind:file,file:{tmp_path / 'masks.npz'}}}"]
+    own = ["train.precision=fp32", "model.rotary_percent=0.5", "schedule=two_dense_heads", "schedule.dense_heads=1"]
+    trained = pretrain(tmp_path / "run", *layers, *own, "train.steps=2", "optim.warmup_steps=1", "model.init_std=0.2")
+    assert trained.status == 0, trained.err
+    exported = tmp_path / "out"
+    done = run("export.py", f"checkpoint={tmp_path / 'run'}", f"output={exported}", processes=0)
+    assert done.status == 0, done.err
+    tokens = np.random.default_rng().integers(0, 257, (2, 128))
+    expected = megatron_logits(tmp_path / "run", tokens, tmp_path)
+    (tmp_path / "masks.npz").unlink()
+    done = import_weights(exported, tmp_path / "start", "precision=fp32")
+    assert done.status == 0, done.err
+    assert torch.equal(megatron_logits(tmp_path / "start", tokens, tmp_path), expected)
+
+    program, *arguments = shlex.split(done.out.splitlines()[-1])[1:]
+    assert len(done.out.splitlines()[-1]) < 120 + 4 * len(str(tmp_path))
+    assert program == "launch/pretrain.py"
+    few = ["train.exit_step=2", "data.num_workers=0", "tracking.wandb=disabled", "tracking.log_interval=1"]
+    further = [argument for argument in arguments if not argument.startswith("run_dir=")]
+    done = run("pretrain.py", *further, f"run_dir={tmp_path / 'further'}", *few, "evaluation.interval=0")
+    assert done.status == 0, done.err
+    went_on = read_config(tmp_path / "further" / "checkpoints" / "iter_0000002")
+    began = read_config(tmp_path / "run" / "checkpoints" / "iter_0000002")
+    assert (went_on.schedule, went_on.layout.layers) == (began.schedule, "DSFS")
+    assert went_on.model == replace(began.model, name="start", head_dim=16, init_std=went_on.model.init_std)
 
 
 def test_a_run_of_another_shape_than_the_imported_is_refused(tmp_path: Path) -> None:
     llama = write_llama(tmp_path / "llama")
-    assert run("import.py", f"weights={llama}", f"output={tmp_path / 'start'}", processes=0).status == 0
+    assert import_weights(llama, tmp_path / "start").status == 0
     refused = run(
         "pretrain.py", *SMALL, f"run_dir={tmp_path / 'run'}", f"checkpoint.resume={tmp_path / 'start'}", processes=0
     )  # fmt: skip
     assert error_line(refused).startswith("error: model.rotary_base=10000: ")
     assert "was trained with model.rotary_base=5000. Set it so" in error_line(refused)
-    existing = run("import.py", f"weights={llama}", f"output={tmp_path / 'start'}", processes=0)
+    existing = import_weights(llama, tmp_path / "start")
     assert error_line(existing).startswith(f"error: output={tmp_path / 'start'}: it exists")
     missing = run("export.py", "checkpoint=nowhere", f"output={tmp_path / 'out'}", processes=0)
     assert error_line(missing).startswith("error: checkpoint=nowhere: no checkpoint there")
