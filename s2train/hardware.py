@@ -108,7 +108,7 @@ def detect_own() -> Hardware:
 
 
 def check_gpus() -> None:
-    """Whether CUDA sees GPUs where the machine or the scheduler says that there are some.
+    """Whether CUDA sees GPUs where the machine, the scheduler or the user says that there are some.
 
     Raises:
         ConfigError: it sees none. With CUDA_VISIBLE_DEVICES naming none, that is as wished for.
@@ -116,7 +116,7 @@ def check_gpus() -> None:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if torch.cuda.is_available() or visible in ("", "-1", "NoDevFiles"):  # the last is Slurm's, for a job without GPUs
         return
-    if sign := _sign_of_gpus():
+    if sign := _sign_of_gpus(visible):
         cuda = torch.version.cuda
         cause = "this torch is built without CUDA" if cuda is None else f"torch is built for CUDA {cuda}"
         raise ConfigError(
@@ -128,15 +128,15 @@ def check_gpus() -> None:
         )
 
 
-def _sign_of_gpus() -> str:
-    """What tells that there are GPUs; empty if nothing does."""
+def _sign_of_gpus(visible: str | None) -> str:
+    """What tells that there are GPUs, or that they are wanted; empty if nothing does."""
     if _GPU_FILE.exists():
         return f"{_GPU_FILE} is there"
     # The number of GPUs; and the number of each, of which 0 is one.
     for name, none in (("SLURM_GPUS_ON_NODE", ("", "0")), ("SLURM_JOB_GPUS", ("",))):
         if (value := os.environ.get(name, "")) not in none:
             return f"{name}={value}"
-    return ""
+    return "" if visible is None else "it asks for GPUs"
 
 
 def _ram() -> int:

@@ -31,10 +31,8 @@ def test_a_machine_without_gpus_trains_on_its_cpu(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("given", [{"SLURM_GPUS_ON_NODE": "8"}, {"SLURM_JOB_GPUS": "0"}, {"CUDA_VISIBLE_DEVICES": "0"}])
 def test_gpus_that_cuda_does_not_see_are_refused(
-    given: dict[str, str], no_gpu: Path, monkeypatch: pytest.MonkeyPatch
+    given: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if "CUDA_VISIBLE_DEVICES" in given:
-        no_gpu.touch()
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.version, "cuda", "12.8")
@@ -42,6 +40,12 @@ def test_gpus_that_cuda_does_not_see_are_refused(
         check_gpus()
     monkeypatch.setattr(torch.version, "cuda", None)
     with pytest.raises(ConfigError, match=r"this torch is built without CUDA"):
+        check_gpus()
+
+
+def test_a_device_file_tells_of_gpus_too(no_gpu: Path) -> None:
+    no_gpu.touch()
+    with pytest.raises(ConfigError, match=r"^CUDA_VISIBLE_DEVICES=\(not set\): .*nvidia0 is there, but torch sees no GPU"):
         check_gpus()
 
 
