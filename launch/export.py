@@ -3,6 +3,8 @@
 python launch/export.py checkpoint=runs/tiny_hybrid output=exported
 """
 
+import _surroundings  # noqa: F401 (tells what keeps the rest from starting)
+
 import hydra
 from omegaconf import DictConfig
 

@@ -10,6 +10,8 @@ import shlex
 import sys
 from pathlib import Path
 
+import _surroundings  # noqa: F401 (tells what keeps the rest from starting)
+
 from rich.console import Console
 
 from s2train.command_line import run_command, settings_before_options

@@ -5,6 +5,8 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+import _surroundings  # noqa: F401 (tells what keeps the rest from starting)
+
 from rich.console import Console
 
 from s2train.command_line import run_command

@@ -7,6 +7,8 @@ torchrun --nproc-per-node 8 launch/needle.py checkpoint=runs/7b_hybrid tp=2 leng
 Settings: `NeedleConfig` in s2train/config.py. After an interruption, run it again to go on.
 """
 
+import _surroundings  # noqa: F401 (tells what keeps the rest from starting)
+
 import hydra
 from omegaconf import DictConfig
 
@@ -14,6 +16,7 @@ from s2train import config
 from s2train.apex import apex_available
 from s2train.command_line import run_command, run_hydra
 from s2train.hardware import check_gpus
+from s2train.meeting import check_ranks
 
 config.register()
 
@@ -21,6 +24,7 @@ config.register()
 def needle(composed: DictConfig) -> None:
     """Evaluate."""
     cfg = config.to_object(composed)
+    check_ranks()
     check_gpus()
     apex_available()  # Megatron would import an impostor
     from s2train.evaluation.checkpoint import evaluate  # imports Megatron: slow

@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import _surroundings  # noqa: F401 (tells what keeps the rest from starting)
+
 from rich.console import Console
 from rich.table import Table
 
@@ -214,7 +216,10 @@ class Deadline:
             is_over = True
             program.terminate()  # training saves first
             program.wait()
-        finally:  # Ctrl-C too: without a status then, if the program goes on for a while to save
+        except KeyboardInterrupt:  # the program has got the Ctrl-C too, and saves
+            program.wait()
+            raise
+        finally:
             seconds = time.monotonic() - started
             if record:
                 _append(record, {"command": command, "seconds": round(seconds, 3), "status": program.poll()})

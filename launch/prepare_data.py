@@ -3,6 +3,8 @@
 python launch/prepare_data.py 'input=[a.txt,b.jsonl]' output=runs/data/mine tokenizer=bytes
 """
 
+import _surroundings  # noqa: F401 (tells what keeps the rest from starting)
+
 import hydra
 from omegaconf import DictConfig
 

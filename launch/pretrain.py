@@ -8,6 +8,8 @@ with `plan.device=h100-80gb plan.count=8` for GPUs that are not here.
 
 import os
 
+import _surroundings  # noqa: F401 (tells what keeps the rest from starting)
+
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -19,7 +21,7 @@ from s2train.command_line import run_command, run_hydra
 from s2train.composition import CONF, config_groups
 from s2train.errors import ConfigError
 from s2train.hardware import check_gpus, detect_own
-from s2train.meeting import refusing_together
+from s2train.meeting import check_ranks, refusing_together
 from s2train.planning import check, epochs_of_plan, format_plan, planned_for, preview, resolve
 from s2train.sweeps import plugins
 
@@ -33,6 +35,7 @@ def pretrain(composed: DictConfig) -> None:
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         remedy = "Leave hydra/launcher out, or set it to s2train_local or s2train_slurm"
         raise ConfigError("hydra/launcher", "another", "jobs of a sweep need processes of their own", remedy)
+    check_ranks()
     world_size, is_first = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK", "0") == "0"
     with refusing_together():
         cfg = resolve(composed, MODELS)

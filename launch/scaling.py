@@ -20,6 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import _surroundings  # noqa: F401 (tells what keeps the rest from starting)
+
 from s2train.command_line import run_command, settings_before_options
 from s2train.comparison.runs import environment
 from s2train.errors import ConfigError

@@ -19,9 +19,33 @@ ARRIVAL = timedelta(minutes=10)  # for the slowest rank's imports from a shared 
 _HEARD = timedelta(seconds=30)  # that rank 0, which may keep the store, waits for the others to read why they end
 
 
+_PLACE = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun tells a rank of a job of several
+
+
 def is_alone() -> bool:
     """Whether this process is a job of one."""
-    return os.environ.get("WORLD_SIZE", "1") == "1" or "MASTER_PORT" not in os.environ
+    return os.environ.get("WORLD_SIZE", "1") == "1" or any(name not in os.environ for name in _PLACE)
+
+
+def check_ranks() -> None:
+    """Whether the environment says where to meet, if it says that there are several ranks.
+
+    Raises:
+        ConfigError: a variable is missing, no number, or out of range.
+    """
+    remedy = "Start several processes by launch/job.py or torchrun --nproc-per-node N, or unset it to start one"
+    numbers = {name: os.environ.get(name, "1") for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")}
+    numbers |= {name: os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK")}
+    for name, value in numbers.items():
+        if not value.isdecimal():
+            raise ConfigError(name, value, "is no whole number", remedy)
+    ranks = int(numbers["WORLD_SIZE"])
+    if ranks < 1:
+        raise ConfigError("WORLD_SIZE", ranks, "is no number of processes", remedy)
+    if int(numbers["RANK"]) >= ranks:
+        raise ConfigError("RANK", numbers["RANK"], f"ranks are 0 to WORLD_SIZE - 1 = {ranks - 1}", remedy)
+    if missing := [name for name in _PLACE if ranks > 1 and name not in os.environ]:
+        raise ConfigError("WORLD_SIZE", ranks, f"{', '.join(missing)} not set: no other process can be met", remedy)
 
 
 def meet(timeout: timedelta) -> tuple[Store, int, int]:

@@ -30,9 +30,7 @@ def test_a_machine_without_gpus_trains_on_its_cpu(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("given", [{"SLURM_GPUS_ON_NODE": "8"}, {"SLURM_JOB_GPUS": "0"}, {"CUDA_VISIBLE_DEVICES": "0"}])
-def test_gpus_that_cuda_does_not_see_are_refused(
-    given: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gpus_that_cuda_does_not_see_are_refused(given: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.version, "cuda", "12.8")
@@ -45,7 +43,9 @@ def test_gpus_that_cuda_does_not_see_are_refused(
 
 def test_a_device_file_tells_of_gpus_too(no_gpu: Path) -> None:
     no_gpu.touch()
-    with pytest.raises(ConfigError, match=r"^CUDA_VISIBLE_DEVICES=\(not set\): .*nvidia0 is there, but torch sees no GPU"):
+    with pytest.raises(
+        ConfigError, match=r"^CUDA_VISIBLE_DEVICES=\(not set\): .*nvidia0 is there, but torch sees no GPU"
+    ):
         check_gpus()
 
 

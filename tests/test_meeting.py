@@ -8,7 +8,7 @@ import torch
 
 from s2train import meeting
 from s2train.errors import ConfigError, MissingRankError, StartUpError
-from s2train.meeting import arrive, refusing_together
+from s2train.meeting import arrive, check_ranks, refusing_together
 from tests.threads import in_threads
 
 
@@ -46,6 +46,36 @@ def test_rank_0_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
         arrive(torch.distributed.HashStore(), 0, 2, "train.steps=-1")
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2: RANK, MASTER_ADDR, MASTER_PORT not set"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two: is no whole number"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0: "),
+        ({"RANK": "3"}, "RANK=3: ranks are 0 to WORLD_SIZE - 1 = 0"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK=-1: is no whole number"),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT=http: is no whole number"),
+    ],
+    ids=str,
+)
+def test_an_environment_in_which_ranks_cannot_meet_is_refused(
+    given: dict[str, str], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.environ", given)
+    with pytest.raises(ConfigError, match=rf"^{words}.*launch/job.py.*unset"):
+        check_ranks()
+
+
+@pytest.mark.parametrize(
+    "given", [{}, {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "here", "MASTER_PORT": "29500"}, {"WORLD_SIZE": "1"}]
+)
+def test_an_environment_in_which_ranks_can_meet_is_taken(
+    given: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.environ", given)
+    check_ranks()
+
+
 def test_a_job_of_one_refuses_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with pytest.raises(ConfigError, match=r"seed=-1"), refusing_together():
@@ -53,7 +83,7 @@ def test_a_job_of_one_refuses_by_itself(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_run_folder_that_another_job_holds_is_not_refused_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("MASTER_PORT", "1")
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError), refusing_together():
         raise ConfigError("run_dir", "a", "another job is at work there", "Wait for it") from BlockingIOError()

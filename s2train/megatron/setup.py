@@ -44,7 +44,7 @@ def initialize(
     if on_cpu:
         device = torch.device("cpu")
         # Ranks of one machine share its cores; torchrun's own default is one thread each.
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1").partition(",")[0]))  # it may be a list
     else:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)

@@ -217,6 +217,7 @@ def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., No
         script = Path(__file__).parents[2] / "launch" / "prepare_data.py"
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", [str(script), *arguments])
+        monkeypatch.syspath_prepend(script.parent)
         runpy.run_path(str(script), run_name="__main__")
 
     return run
@@ -236,7 +237,7 @@ def test_the_command_prepares_files_and_leaves_nothing_else(
     ("arguments", "problem"),
     [
         (["input=b.txt", "output=d/mine"], r"error: input=b\.txt: no such file\..*"),
-        (["input=b.txt"], r"error: output=missing: it has no value. Set output=…\."),
+        (["input=b.txt"], r"error: output=\(not set\): it has no value. Set output=…: prefix of the \.bin"),
     ],
 )
 def test_the_command_refuses_what_cannot_work_in_one_line(

@@ -31,4 +31,5 @@ if __name__ == "__main__":
     plant(Path(output) / "needle.json")
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job ignores
     sys.argv[0] = str(ROOT / "launch" / "needle.py")
+    sys.path.insert(0, str(ROOT / "launch"))
     runpy.run_path(sys.argv[0], run_name="__main__")

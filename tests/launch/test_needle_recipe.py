@@ -4,6 +4,7 @@ import json
 import math
 import runpy
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,13 @@ from tests.program import run
 
 ROOT = Path(__file__).parents[2]
 H100 = Hardware("NVIDIA H100 80GB HBM3", "cuda", 85_017_624_576)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def launch_on_the_path() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "launch")
+        yield
 
 
 @pytest.fixture(scope="module")

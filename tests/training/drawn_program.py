@@ -33,5 +33,6 @@ if __name__ == "__main__":
     tokens: list[torch.Tensor] = []
     record(tokens)
     sys.argv[0] = str(ROOT / "launch" / "pretrain.py")
+    sys.path.insert(0, str(ROOT / "launch"))
     runpy.run_path(sys.argv[0], run_name="__main__")
     torch.save(torch.cat(tokens), os.environ["S2TRAIN_TEST_DRAWN"])

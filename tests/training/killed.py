@@ -66,6 +66,7 @@ def attempt(draw: random.Random, settings: list[str], *, is_killed: bool) -> int
 if __name__ == "__main__":
     seed, kills = int(sys.argv[1]), int(sys.argv[2])
     importlib.import_module("s2train.training.run")
+    sys.path.insert(0, str(Path(PROGRAM).parent))
     generator = random.Random(seed)
     for _ in range(kills):
         if attempt(generator, sys.argv[3:], is_killed=True) != signal.SIGKILL:

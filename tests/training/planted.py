@@ -110,4 +110,5 @@ if __name__ == "__main__":
         if everywhere or int(os.environ["RANK"]) == rank:
             globals()[name](step)
     sys.argv[0] = str(ROOT / "launch" / "pretrain.py")
+    sys.path.insert(0, str(ROOT / "launch"))
     runpy.run_path(sys.argv[0], run_name="__main__")

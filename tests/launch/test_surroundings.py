@@ -1,0 +1,52 @@
+"""A program that can't start says why in one line."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.program import ROOT
+
+PROGRAMS = sorted(path.name for path in ROOT.glob("launch/*.py") if not path.name.startswith("_"))
+
+
+def started(program: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    """A program under a Python without packages."""
+    clean = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "RANK")}
+    command = [sys.executable, "-S", str(ROOT / "launch" / program)]
+    return subprocess.run(command, env=clean | environment, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_python_without_the_packages_is_told_how_to_get_them(program: str) -> None:
+    done = started(program)
+    assert done.returncode != 0
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: {sys.executable}: has no package ")
+    assert f"-m pip install -c constraints.txt -e . in {ROOT}" in line or f"Run it by {ROOT}/.venv" in line
+
+
+@pytest.mark.parametrize("program", ["pretrain.py", "job.py"])
+@pytest.mark.parametrize("threads", ["abc", "0", "", "2,x"])
+def test_a_thread_count_that_is_none_is_told(program: str, threads: str) -> None:
+    done = started(program, OMP_NUM_THREADS=threads)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: OMP_NUM_THREADS={threads}: ")
+    assert "unset it" in line
+
+
+@pytest.mark.parametrize("threads", ["1", "16", "4,2"])
+def test_what_openmp_reads_is_taken(threads: str) -> None:
+    assert "OMP_NUM_THREADS" not in started("pretrain.py", OMP_NUM_THREADS=threads).stderr
+
+
+def test_a_module_that_an_installed_package_lacks_is_told_with_its_stack(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text("import _surroundings\nimport json.nothing")
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "launch")}
+    command = [sys.executable, str(tmp_path / "program.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert "Traceback" in done.stderr
+    assert "has no package" not in done.stderr
