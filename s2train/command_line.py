@@ -1,6 +1,7 @@
 """What the programs in launch/ share: a composed config in, one clear error out."""
 
 import errno
+import json
 import os
 import re
 import socket
@@ -8,6 +9,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -68,10 +70,13 @@ def run_command(command: Callable[[], None]) -> None:
         if STATUS_FILE in os.environ:  # an earlier attempt may have left its own there
             Path(os.environ[STATUS_FILE]).write_text("0")
     except StoppedBySignal as stop:
-        _end_with_all(str(stop), stop.status)
+        _end_with_all(str(stop), stop.status, seconds=1.0)  # the ranks have just left together
     except KeyboardInterrupt:
-        if os.environ.get("RANK", "0") == "0":
+        if _speaks():
             print("interrupted; what was saved is kept", file=sys.stderr, flush=True)
+        if STATUS_FILE in os.environ:
+            Path(os.environ[STATUS_FILE]).write_text(str(INTERRUPTED_STATUS))
+        # Not with 0: where the other ranks were not interrupted, they would wait for this one.
         sys.exit(INTERRUPTED_STATUS)
     except DivergedError as error:
         _end_with_all(f"error: {error}", 1)
@@ -87,6 +92,9 @@ def run_command(command: Callable[[], None]) -> None:
         _end_with_all(_lines(error), USAGE_STATUS)
     except ConfigError as error:
         _refuse(str(error).splitlines()[0])
+    except Exception as error:  # whose stack Python prints
+        _record(f"{type(error).__name__}: {error}".splitlines()[0])
+        raise
 
 
 def settings_before_options(arguments: Sequence[str]) -> list[str]:
@@ -121,20 +129,40 @@ def _lines(error: StartUpError) -> str:
     return "\n".join(f"error: {problem}" for problem in error.problems)
 
 
-def _end(line: str, status: int) -> NoReturn:
-    """The last words of this process, and its status; torchrun ends the other ranks, and may start all again."""
-    if os.environ.get("RANK", "0") == "0":
+def _end(line: str, status: int, seconds: float = _SECONDS_TO_SPEAK) -> NoReturn:
+    """The last words of this process, and its status; torchrun ends the other ranks, and may start all again.
+
+    Args:
+        seconds: that rank 0 has to speak.
+    """
+    if _speaks():
         print(line, file=sys.stderr, flush=True)
+        _record(line)
     else:  # where another rank ended first, torchrun would kill rank 0 before it spoke
-        time.sleep(_SECONDS_TO_SPEAK)
+        time.sleep(seconds)
     sys.exit(status)
 
 
-def _end_with_all(line: str, status: int) -> NoReturn:
+def _speaks() -> bool:
+    """Whether this process tells what its job ends by: rank 0 does, and one whose rank is none."""
+    rank, ranks = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    return rank == "0" or not (rank.isdecimal() and ranks.isdecimal() and int(rank) < int(ranks))
+
+
+def _record(line: str) -> None:
+    """Let torchrun's own report of some 40 lines end with this one."""
+    if (path := os.environ.get("TORCHELASTIC_ERROR_FILE")) is None:
+        return
+    told = {"py_callstack": line, "timestamp": str(int(time.time()))}
+    with suppress(OSError):
+        Path(path).write_text(json.dumps({"message": {"message": line, "extraInfo": told}}))
+
+
+def _end_with_all(line: str, status: int, seconds: float = _SECONDS_TO_SPEAK) -> NoReturn:
     """As `_end`, where every rank ends so: nothing is started again."""
     if STATUS_FILE not in os.environ:
-        _end(line, status)
-    if os.environ.get("RANK", "0") == "0":
+        _end(line, status, seconds)
+    if _speaks():
         print(line, file=sys.stderr, flush=True)
     Path(os.environ[STATUS_FILE]).write_text(str(status))
     sys.exit(0)

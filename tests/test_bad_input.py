@@ -57,7 +57,18 @@ def test_an_apex_that_is_not_nvidias_is_refused(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "apex").mkdir()
     (tmp_path / "apex" / "__init__.py").write_text("raise RuntimeError('not this one')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    assert "pip uninstall apex" in error_line(attempt(tmp_path / "run", by_torchrun=True))
+    outcome = attempt(tmp_path / "run", processes=2, by_torchrun=True)
+    assert "pip uninstall apex" in (line := error_line(outcome))
+    assert outcome.err.splitlines()[-2].endswith(line)  # the root cause in torchrun's own report
+
+
+@pytest.mark.parametrize(("ranks", "rank"), [("2", "0"), ("1", "1")])
+def test_one_process_that_is_told_of_others_is_refused(
+    ranks: str, rank: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", ranks)
+    monkeypatch.setenv("RANK", rank)
+    assert "unset it to start one" in error_line(attempt(tmp_path / "run"))
 
 
 @pytest.mark.slow

@@ -70,10 +70,11 @@ def micro_batches(
 
 
 def outlive_group_signals(worker: int) -> None:
-    """In a data worker: of SIGTERMs only the rank's own ends it.
+    """In a data worker: of SIGTERMs only the rank's own ends it, and Ctrl-C doesn't.
 
-    torchrun signals a rank's whole process group, and the rank has steps and a save to finish.
+    torchrun and a terminal signal a rank's whole process group, and the rank has steps and a save to finish.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
     def wait() -> None:

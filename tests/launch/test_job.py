@@ -1,6 +1,7 @@
 """launch/job.py starts ranks again for what that may mend, and for nothing else."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -36,19 +37,24 @@ def job(*command: str, processes: int = 2, **environment: str) -> Outcome:
 
 
 @pytest.mark.parametrize(
-    ("error", "status", "attempts"),
+    ("error", "status", "attempts", "last"),
     [
-        ("DivergedError('nan')", 1, 1),
-        ("StartUpError(['torch is another'])", 2, 1),
-        ("TrainingError('the disk is full')", 1, 3),
-        ("MissingRankError(['rank 1 did not start'])", 1, 3),
-        ("RuntimeError('NCCL error')", 1, 3),
+        ("DivergedError('nan')", 1, 1, "error: nan"),
+        ("StartUpError(['torch is another'])", 2, 1, "error: torch is another"),
+        ("TrainingError('the disk is full')", 1, 3, "error: the disk is full"),
+        ("MissingRankError(['rank 1 did not start'])", 1, 3, "error: rank 1 did not start"),
+        ("RuntimeError('NCCL error')", 1, 3, "(local rank 0) ended with status 1: RuntimeError: NCCL error"),
+        ("os.kill(os.getpid(), 9)", 1, 3, "(local rank 0) ended with SIGKILL"),
     ],
 )
-def test_only_what_a_restart_may_mend_is_started_again(error: str, status: int, attempts: int, tmp_path: Path) -> None:
+def test_only_what_a_restart_may_mend_is_started_again_and_one_line_tells_the_end(
+    error: str, status: int, attempts: int, last: str, tmp_path: Path
+) -> None:
     (tmp_path / "fails.py").write_text(FAILS)
     done = job(str(tmp_path / "fails.py"), error, processes=1)
     assert (done.status, done.out.count("attempt\n")) == (status, attempts), done.err
+    assert [line for line in done.err.splitlines() if line.startswith("error: ")][-1].endswith(last)
+    assert "ChildFailedError" not in done.err
 
 
 @pytest.mark.parametrize(
@@ -98,6 +104,45 @@ def test_a_save_may_take_longer_than_half_a_minute(tmp_path: Path) -> None:
     running.terminate()
     running.wait(120)
     assert (tmp_path / "saved").exists()
+
+
+# Saves for ever.
+DEAF = """
+import pathlib, signal, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+signal.signal(signal.SIGINT, lambda *_: pathlib.Path(sys.argv[1], "saves").touch())
+pathlib.Path(sys.argv[1], "started").touch()
+until = time.monotonic() + 120
+while time.monotonic() < until:
+    time.sleep(0.1)
+"""
+
+
+def test_a_second_ctrl_c_ends_the_ranks_at_once(tmp_path: Path) -> None:
+    (tmp_path / "deaf.py").write_text(DEAF)
+    command = [sys.executable, "launch/job.py", "--standalone", "--nproc-per-node", "1", str(tmp_path / "deaf.py")]
+    with subprocess.Popen(
+        [*command, str(tmp_path)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as running:
+        await_that((tmp_path / "started").exists, "the rank to start")
+        os.killpg(running.pid, signal.SIGINT)
+        await_that((tmp_path / "saves").exists, "the rank to hear of it")
+        os.killpg(running.pid, signal.SIGINT)
+        _, told = running.communicate(timeout=20)
+    assert running.returncode == 128 + signal.SIGINT
+    assert told.splitlines()[-1] == "error: SIGINT: the ranks ended without saving"
+
+
+def test_without_arguments_it_says_what_it_takes() -> None:
+    surroundings = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "launch/job.py"], cwd=ROOT, env=surroundings, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "python launch/job.py --nproc-per-node 8 launch/pretrain.py" in done.stderr
 
 
 def test_a_process_for_each_gpu_where_there_is_none_is_refused_in_one_line() -> None:

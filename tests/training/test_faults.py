@@ -165,7 +165,8 @@ def test_a_signal_to_a_run_that_saves_nothing_ends_as_stopped_not_as_finished(tm
     assert done.out.count("new run in") == 1
 
 
-def test_a_signal_to_the_launcher_and_a_second_one_still_save(tmp_path: Path) -> None:
+@pytest.mark.parametrize("first", [signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_to_the_launcher_and_a_second_one_still_save(first: signal.Signals, tmp_path: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
     job = ["launch/job.py", "--standalone", "--nproc-per-node", "2", "launch/pretrain.py"]
     launcher = subprocess.Popen(
@@ -175,10 +176,11 @@ def test_a_signal_to_the_launcher_and_a_second_one_still_save(tmp_path: Path) ->
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
+        start_new_session=True,
     )
     assert launcher.stdout is not None
     assert any(" 3/100000 |" in line for line in launcher.stdout)
-    launcher.send_signal(signal.SIGUSR1)
+    os.killpg(launcher.pid, first)  # as a terminal does
     time.sleep(0.2)
     launcher.send_signal(signal.SIGTERM)
     launcher.stdout.read()
