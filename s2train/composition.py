@@ -14,6 +14,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from s2train.errors import ConfigError
+from s2train.overrides import why_unreadable
 
 CONF = Path(__file__).parents[1] / "conf"
 _PLAN = re.compile(r"^plan=(?!\{)")
@@ -62,14 +63,10 @@ def explain(error: HydraException, overrides: Sequence[str], groups: Mapping[str
         schema: the dataclass of the program's settings.
     """
     parser = OverridesParser.create()
-    for text in overrides:
-        try:
-            override = parser.parse_override(text)
-        except HydraException as unreadable:
-            # Hydra's own reason is the line after "Error parsing override …".
-            problem = next(line for line in str(unreadable).splitlines() if not line.startswith("Error parsing"))
-            return f"{text}: can't be read: {problem}. Write name=value, quoted for the shell."
-        fault = _fault(override, groups, schema)
+    for number, text in enumerate(overrides):
+        if problem := why_unreadable(overrides, number):
+            return f"{text}: {problem}"
+        fault = _fault(parser.parse_override(text), groups, schema)
         if fault is not None:
             return str(fault)
     return _condensed(error, overrides, groups, schema)

@@ -6,6 +6,7 @@ from hydra import compose, initialize_config_dir
 
 from s2train.composition import CONF, config_groups, spelt_out
 from s2train.config import PretrainConfig, register
+from s2train.overrides import readable
 from s2train.planning.checks import resolve
 
 
@@ -18,6 +19,6 @@ def compose_run(overrides: Sequence[str]) -> PretrainConfig:
     """
     register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = resolve(compose("pretrain", spelt_out(overrides, PretrainConfig)), config_groups(CONF)["model"])
+        cfg = resolve(compose("pretrain", readable(spelt_out(overrides, PretrainConfig))), config_groups(CONF)["model"])
     assert isinstance(cfg, PretrainConfig)
     return cfg

@@ -1,6 +1,5 @@
 """What a job of a sweep runs, as a process here or as a batch script."""
 
-import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,13 +22,6 @@ def environment(surrounding: Mapping[str, str], gpus: Sequence[str] | None) -> d
     clean = {name: value for name, value in surrounding.items() if not is_of_ranks(name)}
     clean.pop("HYDRA_FULL_ERROR", None)  # `run_hydra` set it for the sweep's own process
     return clean if gpus is None else clean | {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
-
-
-def quoted(value: object) -> str:
-    """A value that Hydra reads as this very text."""
-    # A backslash is one everywhere but before a quote, where it wants another.
-    text = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), str(value))
-    return f"'{text}'"
 
 
 def torchrun(python: str, nproc_per_node: int, program: Path, arguments: Sequence[str]) -> list[str]:

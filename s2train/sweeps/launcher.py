@@ -25,8 +25,8 @@ from s2train.command_line import INTERRUPTED_STATUS, USAGE_STATUS, run_command
 from s2train.config import SweepConfig
 from s2train.errors import ConfigError
 from s2train.hardware import Hardware
+from s2train.overrides import quoted
 from s2train.planning import check, resolve
-from s2train.sweeps.commands import quoted
 from s2train.sweeps.jobs import Job, Status, changed_setting, read_record, told_apart, write_record
 from s2train.sweeps.names import job_folder, label, setting_and_value
 
