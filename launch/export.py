@@ -36,4 +36,4 @@ def main(composed: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_hydra(main, config.ExportConfig)
+    run_hydra(main, config.ExportConfig, __doc__)

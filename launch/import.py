@@ -35,4 +35,4 @@ def main(composed: DictConfig) -> None:
 
 # Saving starts processes, which import this file again.
 if __name__ == "__main__":
-    run_hydra(main, config.ImportConfig)
+    run_hydra(main, config.ImportConfig, __doc__)

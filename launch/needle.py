@@ -39,4 +39,4 @@ def main(composed: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_hydra(main, config.NeedleConfig)
+    run_hydra(main, config.NeedleConfig, __doc__)

@@ -33,4 +33,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_hydra(main, PrepareConfig)
+    run_hydra(main, PrepareConfig, __doc__)

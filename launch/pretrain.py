@@ -63,4 +63,5 @@ def main(composed: DictConfig) -> None:
 
 # Saving starts processes, which import this file again.
 if __name__ == "__main__":
-    run_hydra(main, config.PretrainConfig)
+    of_sweeps = dict.fromkeys((config.LocalSweepConfig, config.SlurmSweepConfig), "hydra.launcher")
+    run_hydra(main, config.PretrainConfig, __doc__, of_sweeps)

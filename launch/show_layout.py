@@ -26,4 +26,4 @@ def main(composed: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_hydra(main, config.ShowLayoutConfig)
+    run_hydra(main, config.ShowLayoutConfig, __doc__)

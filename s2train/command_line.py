@@ -8,10 +8,11 @@ import socket
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import NoReturn
 
 from hydra.errors import HydraException
@@ -25,6 +26,8 @@ from s2train.errors import (
     StoppedBySignal,
     TrainingError,
 )
+from s2train.overrides import readable
+from s2train.usage import brief_usage, usage
 
 USAGE_STATUS = 2
 INTERRUPTED_STATUS = 130  # of Ctrl-C, as a shell tells it
@@ -36,12 +39,27 @@ _SECONDS_TO_SPEAK = 10.0
 _SETTING = re.compile(r"(\+{0,2}[A-Za-z_][\w./@]*=|~)")  # Hydra's, which options never look like
 
 
-def run_hydra(main: Callable[[], None], schema: type) -> None:
+def run_hydra(
+    main: Callable[[], None], schema: type, doc: str | None, others: Mapping[type, str] = MappingProxyType({})
+) -> None:
     """Run a program's `hydra.main`; what doesn't compose ends it as `run_command` ends a program on bad input.
 
-    Hydra would tell it on several lines, on every rank. HYDRA_FULL_ERROR=1 shows them, and the stack.
+    Hydra would tell it on several lines, on every rank. HYDRA_FULL_ERROR=1 shows them, and the stack. Without
+    arguments the program says what it takes, and with --help all of it.
+
+    Args:
+        schema: the dataclass of its settings.
+        doc: of its module.
+        others: dataclasses of settings of Hydra's parts, each with its prefix.
     """
-    sys.argv[1:] = spelt_out(sys.argv[1:], schema)
+    arguments, groups = sys.argv[1:], config_groups(CONF)
+    if not arguments:
+        _end_with_all(brief_usage(doc or "", schema, groups), USAGE_STATUS)
+    if {"--help", "-h"} & set(arguments):
+        if _speaks():
+            print(usage(doc or "", schema, groups, others))
+        return
+    sys.argv[1:] = readable(spelt_out(arguments, schema))
     if os.environ.get("HYDRA_FULL_ERROR") == "1":
         main()
         return
@@ -50,7 +68,7 @@ def run_hydra(main: Callable[[], None], schema: type) -> None:
         main()
     except HydraException as error:
         overrides = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
-        line = explain(error, overrides, config_groups(CONF), schema)
+        line = explain(error, overrides, groups, schema)
         run_command(partial(_refuse_composition, line))
     finally:
         os.environ.pop("HYDRA_FULL_ERROR", None)

@@ -12,6 +12,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from s2train.composition import check_names
 from s2train.errors import ConfigError
+from s2train.usage import meaning
 
 
 @dataclass
@@ -435,5 +436,6 @@ def to_object(cfg: DictConfig) -> Any:
     """
     check_names(cfg)
     if missing := sorted(OmegaConf.missing_keys(cfg)):
-        raise ConfigError(missing[0], "missing", "it has no value", f"Set {missing[0]}=….")
+        told = meaning(OmegaConf.get_type(cfg) or object, missing[0])
+        raise ConfigError(missing[0], "(not set)", "it has no value", f"Set {missing[0]}=…{told and f': {told}'}.")
     return OmegaConf.to_object(cfg)

@@ -27,7 +27,7 @@ def resolve(cfg: DictConfig, models: Sequence[str]) -> Any:
     """
     if OmegaConf.is_missing(cfg, "model"):
         names = ", ".join(models)
-        raise ConfigError("+model", "missing", "no model was named", f"Add +model=NAME; there are {names}.")
+        raise ConfigError("+model", "(not set)", "no model was named", f"Add +model=NAME; there are {names}.")
     resolved = to_object(cfg)
     if isinstance(resolved, PretrainConfig):
         resolved.optim.min_lr = resolved.optim.lowest_lr

@@ -1,0 +1,136 @@
+"""What a program's settings are called, hold and mean, for its help: read from the dataclasses and their comments."""
+
+import ast
+import dataclasses
+import inspect
+import io
+import json
+import textwrap
+import tokenize
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from omegaconf import MISSING
+
+Groups = Mapping[str, Sequence[str]]
+
+_COLUMN = 40  # where comments begin, of what is at most 120 wide
+
+
+def usage(doc: str, schema: type, groups: Groups, others: Mapping[type, str]) -> str:
+    """The whole help of a program.
+
+    Args:
+        doc: of its module, with its commands.
+        schema: the dataclass of its settings.
+        groups: names by configuration group, of which those are shown that the schema has a section for.
+        others: dataclasses of further settings, each with its prefix.
+    """
+    lines = [doc.strip()]
+    if named := _named(schema, groups):
+        lines += ["", "Named values, each a file of conf/ that sets several settings:", *named]
+    lines += ["", "Settings, with their defaults (null is None):", *_section(schema, "")]
+    for other, prefix in others.items():
+        lines += ["", *_wrapped(f"{prefix}: {_summary(other)}"), *_section(other, f"{prefix}.")]
+    return "\n".join(
+        [*lines, "", "Hydra's own options: --cfg job prints the settings in force, --hydra-help all others."]
+    )
+
+
+def brief_usage(doc: str, schema: type, groups: Groups) -> str:
+    """What a program that was given nothing says: its commands, and the settings that have no default."""
+    required = [field.name for field in dataclasses.fields(schema) if _default(field) == MISSING]
+    plain = [line for name in required if name not in groups for line in _entry(f"{name}=…", meaning(schema, name))]
+    named = _named(schema, {name: names for name, names in groups.items() if name in required})
+    return "\n".join([doc.strip(), "", "To be set:", *named, *plain, "", "--help shows every setting."])
+
+
+def meaning(schema: type, setting: str) -> str:
+    """The comment on a setting, or the summary of a section, by its dotted name; empty if it has none."""
+    first, _, rest = setting.partition(".")
+    kind = typing.get_type_hints(schema).get(first)
+    if rest and dataclasses.is_dataclass(kind):
+        return meaning(typing.cast(type, kind), rest)
+    return _comments(schema).get(first) or (_summary(kind) if dataclasses.is_dataclass(kind) else "")
+
+
+def _named(schema: type, groups: Groups) -> list[str]:
+    shown: list[str] = []
+    for field in dataclasses.fields(schema):
+        if field.name in groups:
+            plus = "+" if _default(field) == MISSING else ""  # Hydra's, for a group that has no default
+            shown += _entry(f"{plus}{field.name}=NAME", ", ".join(groups[field.name]))
+    return shown
+
+
+def _section(schema: type, prefix: str) -> Iterator[str]:
+    kinds, comments = typing.get_type_hints(schema), _comments(schema)
+    fields = [field for field in dataclasses.fields(schema) if not field.name.startswith("_")]
+    # A program's own settings before its sections.
+    for field in sorted(fields, key=lambda field: dataclasses.is_dataclass(kinds[field.name])):
+        kind, name, comment = kinds[field.name], prefix + field.name, comments.get(field.name, "")
+        if dataclasses.is_dataclass(kind):
+            yield ""
+            yield from _wrapped(f"{name}: {comment or _summary(kind)}")
+            yield from _section(typing.cast(type, kind), f"{name}.")
+            continue
+        value = _default(field)
+        shown = "…" if value == MISSING else value if isinstance(value, str) else json.dumps(value)
+        told = f"({_kind(kind)}) " if value is None or value == MISSING else ""
+        yield from _entry(f"{name}={shown}", told + comment)
+
+
+def _entry(name: str, comment: str) -> Iterator[str]:
+    first = f"  {name}  ".ljust(_COLUMN)
+    yield from textwrap.wrap(
+        comment, 120, initial_indent=first, subsequent_indent=" " * _COLUMN, break_on_hyphens=False
+    ) or [first.rstrip()]
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, 120, break_on_hyphens=False)
+
+
+def _kind(kind: Any) -> str:
+    """A type as a reader of Python writes it, without None, which the default shows."""
+    if kind is Any:
+        return "a value or a list"
+    arms = (
+        [arm for arm in typing.get_args(kind) if arm is not type(None)] if type(None) in typing.get_args(kind) else []
+    )
+    kind = arms[0] if len(arms) == 1 else kind
+    return kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)
+
+
+def _default(field: "dataclasses.Field[Any]") -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return None if dataclasses.is_dataclass(field.default_factory) else field.default_factory()
+    return MISSING if field.default is dataclasses.MISSING else field.default
+
+
+def _summary(kind: Any) -> str:
+    return (inspect.getdoc(kind) or "").split("\n\n")[0].replace("\n", " ")
+
+
+def _comments(schema: type) -> dict[str, str]:
+    """Of each field of a dataclass and its bases: the comment lines right above it, then the one behind it."""
+    found: dict[str, str] = {}
+    for part in reversed(schema.__mro__[:-1]):
+        source = textwrap.dedent(inspect.getsource(part))
+        comments, alone = {}, set()
+        for token in tokenize.generate_tokens(io.StringIO(source).readline):
+            if token.type == tokenize.COMMENT:
+                comments[token.start[0]] = token.string.lstrip("# ")
+                if token.line.lstrip().startswith("#"):
+                    alone.add(token.start[0])
+        (definition,) = ast.parse(source).body
+        assert isinstance(definition, ast.ClassDef)
+        for node in definition.body:
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                first = node.lineno
+                while first - 1 in alone:
+                    first -= 1
+                lines = [*range(first, node.lineno), node.end_lineno]
+                found[node.target.id] = " ".join(comments[line] for line in lines if line in comments)
+    return found
