@@ -1,7 +1,7 @@
-"""Tells in one line, from its import on, what keeps a program of this folder from starting.
+"""Prints in one line, from its import on, why a program of this folder can't start.
 
-A package that Python lacks, a thread count that is no number, Ctrl-C while imports take seconds. Imported before all
-that is not Python's own.
+A package is missing, OMP_NUM_THREADS is no number, Ctrl-C comes during imports. Import it before all that is not
+Python's own.
 """
 
 import importlib.util
@@ -22,10 +22,10 @@ def check_threads() -> None:
     given = os.environ.get("OMP_NUM_THREADS")
     if given is None or all(part.strip().isdecimal() and int(part) > 0 for part in given.split(",")):
         return
-    _refuse(f"OMP_NUM_THREADS={given}: is no number of threads. Set it to one, such as 1, or unset it")
+    _reject(f"OMP_NUM_THREADS={given}: not a number of threads. Set it to one, such as 1, or unset it")
 
 
-def _tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+def _report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """What Python calls for an exception that nobody caught."""
     if issubclass(kind, KeyboardInterrupt):
         if _is_first():
@@ -45,7 +45,7 @@ def _is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _refuse(line: str) -> NoReturn:
+def _reject(line: str) -> NoReturn:
     if _is_first():
         print(f"error: {line}", file=sys.stderr, flush=True)
     else:
@@ -53,5 +53,5 @@ def _refuse(line: str) -> NoReturn:
     sys.exit(_STATUS)
 
 
-sys.excepthook = _tell
+sys.excepthook = _report
 check_threads()

@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 export CUDA_VISIBLE_DEVICES=  # the demo shows the path on any machine
 run=runs/demo-$(date +%Y%m%d-%H%M%S)
 data=$run/corpus
-pretrain=(torchrun --nproc-per-node 2 launch/pretrain.py +model=tiny_hybrid "run_dir=$run" "data.path=$data" "$@")
+pretrain=(python launch/job.py --nproc-per-node 2 launch/pretrain.py +model=tiny_hybrid "run_dir=$run" "data.path=$data" "$@")
 
 echo "== 1/4 data: the bundled corpus as a Megatron dataset"
 python launch/prepare_data.py input=bundled "output=$data"
@@ -18,7 +18,7 @@ echo "== 3/4 training, resumed from its checkpoint"
 "${pretrain[@]}"
 
 echo "== 4/4 needles, read by the trained model"
-torchrun --nproc-per-node 2 launch/needle.py "checkpoint=$run"
+python launch/job.py --nproc-per-node 2 launch/needle.py "checkpoint=$run"
 
 echo "== pictures"
 ls "$run"/*.png "$run"/needle/*.png

@@ -3,7 +3,7 @@
 python launch/export.py checkpoint=runs/tiny_hybrid output=exported
 """
 
-import _surroundings  # noqa: F401 (tells what keeps the rest from starting)
+import _surroundings  # noqa: F401 (prints why the rest can't start)
 
 import hydra
 from omegaconf import DictConfig

@@ -6,7 +6,7 @@ size=$1 output=${2%.json}
 shift 2
 runs=runs/compare-$(basename "$output")
 for kind in hybrid dense; do
-    python3 -m torch.distributed.run --standalone --nproc-per-node "${NPROC:-1}" "$(dirname "$0")/pretrain.py" "+model=${size}_$kind" "run_dir=$runs/${size}_$kind" "$@"
+    python3 "$(dirname "$0")/job.py" --standalone --nproc-per-node "${NPROC:-1}" "$(dirname "$0")/pretrain.py" "+model=${size}_$kind" "run_dir=$runs/${size}_$kind" "$@"
 done
 python3 "$(dirname "$0")/compare.py" "$output" "$runs/${size}_hybrid" "$runs/${size}_dense" \
     --command "launch/hybrid_vs_dense.sh $size $output $*"

@@ -4,7 +4,7 @@ python launch/import.py weights=Llama-3.2-1B output=runs/llama
 python launch/pretrain.py +model=imported/llama checkpoint.resume=runs/llama …   # the line that the import prints
 """
 
-import _surroundings  # noqa: F401 (tells what keeps the rest from starting)
+import _surroundings  # noqa: F401 (prints why the rest can't start)
 
 import hydra
 from omegaconf import DictConfig

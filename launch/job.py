@@ -1,12 +1,12 @@
 """torchrun as a run wants it: `python launch/job.py --nproc-per-node 8 launch/pretrain.py +model=… [setting=value …]`.
 
 Takes torchrun's arguments, and does what torchrun alone does not:
-- what ends the job is told in one line, where torchrun writes 40 of its own;
+- it prints what ended the job in one line, where torchrun prints 40 of its own;
 - SIGUSR1 reaches the ranks as SIGTERM does, and after a signal or Ctrl-C they have ten minutes to save, not half a one;
   a second Ctrl-C ends them at once;
 - a run that saved and stopped for a signal ends with status 75, on every node, for a batch script to requeue (with
   128 + the signal's number under checkpoint.save=false);
-- what starting the ranks again can't mend ends at once under --max-restarts too, with status 2 if the run was refused
+- what starting the ranks again can't mend ends at once under --max-restarts too, with status 2 if the run was rejected
   and 1 if its loss diverged. (torchrun itself ends with 1, or starts the ranks again.)
 """
 
@@ -20,7 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
-import _surroundings  # noqa: F401 (tells what keeps the rest from starting)
+import _surroundings  # noqa: F401 (prints why the rest can't start)
 
 import psutil
 import torch
@@ -75,7 +75,7 @@ def main() -> int:
 
 
 def failure(error: ChildFailedError) -> str:
-    """One line on the rank of this node that ended first; empty if it has told why itself."""
+    """One line on the rank of this node that ended first; empty if it has printed why."""
     failed = sorted(error.failures.items(), key=lambda item: item[1].timestamp)
     # Of the others torchrun made an end.
     rank, first = next((item for item in failed if item[1].exitcode != -signal.SIGTERM), failed[0])
@@ -83,8 +83,8 @@ def failure(error: ChildFailedError) -> str:
     if message.startswith("error: "):
         return ""
     end = signal.Signals(-first.exitcode).name if first.exitcode < 0 else f"status {first.exitcode}"
-    told = f": {message}" if message else ""
-    return f"error: rank {rank} on {socket.gethostname()} (local rank {first.local_rank}) ended with {end}{told}"
+    reason = f": {message}" if message else ""
+    return f"error: rank {rank} on {socket.gethostname()} (local rank {first.local_rank}) ended with {end}{reason}"
 
 
 def heed_signals() -> None:

@@ -10,7 +10,7 @@ import shlex
 import sys
 from pathlib import Path
 
-import _surroundings  # noqa: F401 (tells what keeps the rest from starting)
+import _surroundings  # noqa: F401 (prints why the rest can't start)
 
 from rich.console import Console
 

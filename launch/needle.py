@@ -1,13 +1,13 @@
 """Score needle retrieval of a checkpoint over length x depth, in one task or several.
 
 python launch/needle.py checkpoint=runs/tiny_hybrid
-torchrun --nproc-per-node 8 launch/needle.py checkpoint=runs/7b_hybrid tp=2 lengths=[8192,32768] trials=100 \\
-    'task=[single,multi,key_value,variable_tracking]'
+python launch/job.py --nproc-per-node 8 launch/needle.py checkpoint=runs/7b_hybrid tp=2 trials=100 \\
+    lengths=[8192,32768] 'task=[single,multi,key_value,variable_tracking]'
 
-Settings: `NeedleConfig` in s2train/config.py. After an interruption, run it again to go on.
+After an interruption, run it again to go on.
 """
 
-import _surroundings  # noqa: F401 (tells what keeps the rest from starting)
+import _surroundings  # noqa: F401 (prints why the rest can't start)
 
 import hydra
 from omegaconf import DictConfig

@@ -3,7 +3,7 @@
 python launch/prepare_data.py 'input=[a.txt,b.jsonl]' output=runs/data/mine tokenizer=bytes
 """
 
-import _surroundings  # noqa: F401 (tells what keeps the rest from starting)
+import _surroundings  # noqa: F401 (prints why the rest can't start)
 
 import hydra
 from omegaconf import DictConfig

@@ -1,14 +1,14 @@
-"""Pretrain: `torchrun --nproc-per-node N launch/pretrain.py +model=tiny_hybrid [setting=value …]`.
+"""Pretrain: `python launch/job.py --nproc-per-node N launch/pretrain.py +model=tiny_hybrid [setting=value …]`.
 
+job.py is torchrun with errors in one line; torchrun itself works too, and python for one process.
 Sweep: `python launch/pretrain.py -m +model=tiny_hybrid layout=a,b seed=1,2` (s2train/sweeps).
-
-Settings: s2train/config.py; named values: conf/. `plan=true` prints what the run would cost and builds nothing,
-with `plan.device=h100-80gb plan.count=8` for GPUs that are not here.
+`plan=true` prints what the run would cost and builds nothing, with `plan.device=h100-80gb plan.count=8` for GPUs that
+are not here.
 """
 
 import os
 
-import _surroundings  # noqa: F401 (tells what keeps the rest from starting)
+import _surroundings  # noqa: F401 (prints why the rest can't start)
 
 import hydra
 from hydra.core.hydra_config import HydraConfig

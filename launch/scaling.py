@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import _surroundings  # noqa: F401 (tells what keeps the rest from starting)
+import _surroundings  # noqa: F401 (prints why the rest can't start)
 
 from s2train.command_line import run_command, settings_before_options
 from s2train.comparison.runs import environment

@@ -4,7 +4,7 @@ Takes the settings of a run (launch/pretrain.py), and `seq_length`, `layers=[0,1
 Prints coverage, reachability and costs; writes layout.png and layout.json. No GPU, no torchrun.
 """
 
-import _surroundings  # noqa: F401 (tells what keeps the rest from starting)
+import _surroundings  # noqa: F401 (prints why the rest can't start)
 
 import hydra
 from omegaconf import DictConfig

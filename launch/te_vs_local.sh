@@ -9,7 +9,7 @@ size=$1 output=${2%.json}
 shift 2
 here=$(dirname "$0")
 runs=runs/te-$(basename "$output")
-pretrain=(python3 -m torch.distributed.run --standalone --nproc-per-node "${NPROC:-1}" "$here/pretrain.py" "+model=${size}_hybrid" tracking.log_interval=1 "$@")
+pretrain=(python3 "$here/job.py" --standalone --nproc-per-node "${NPROC:-1}" "$here/pretrain.py" "+model=${size}_hybrid" tracking.log_interval=1 "$@")
 # Saved by backend=local, so that every run also loads across backends.
 "${pretrain[@]}" "run_dir=$runs/start" backend=local train.exit_step=1 profile.steps=null
 start=$runs/start/checkpoints/iter_0000001

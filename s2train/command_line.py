@@ -45,7 +45,7 @@ def run_hydra(
     """Run a program's `hydra.main`; what doesn't compose ends it as `run_command` ends a program on bad input.
 
     Hydra would tell it on several lines, on every rank. HYDRA_FULL_ERROR=1 shows them, and the stack. Without
-    arguments the program says what it takes, and with --help all of it.
+    arguments the program prints what it needs, with --help all settings.
 
     Args:
         schema: the dataclass of its settings.
@@ -162,7 +162,7 @@ def _end(line: str, status: int, seconds: float = _SECONDS_TO_SPEAK) -> NoReturn
 
 
 def _speaks() -> bool:
-    """Whether this process tells what its job ends by: rank 0 does, and one whose rank is none."""
+    """Whether this process prints why its job ends: rank 0 does, and one whose rank can't be."""
     rank, ranks = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     return rank == "0" or not (rank.isdecimal() and ranks.isdecimal() and int(rank) < int(ranks))
 
@@ -171,9 +171,9 @@ def _record(line: str) -> None:
     """Let torchrun's own report of some 40 lines end with this one."""
     if (path := os.environ.get("TORCHELASTIC_ERROR_FILE")) is None:
         return
-    told = {"py_callstack": line, "timestamp": str(int(time.time()))}
+    extra = {"py_callstack": line, "timestamp": str(int(time.time()))}
     with suppress(OSError):
-        Path(path).write_text(json.dumps({"message": {"message": line, "extraInfo": told}}))
+        Path(path).write_text(json.dumps({"message": {"message": line, "extraInfo": extra}}))
 
 
 def _end_with_all(line: str, status: int, seconds: float = _SECONDS_TO_SPEAK) -> NoReturn:

@@ -436,6 +436,6 @@ def to_object(cfg: DictConfig) -> Any:
     """
     check_names(cfg)
     if missing := sorted(OmegaConf.missing_keys(cfg)):
-        told = meaning(OmegaConf.get_type(cfg) or object, missing[0])
-        raise ConfigError(missing[0], "(not set)", "it has no value", f"Set {missing[0]}=…{told and f': {told}'}.")
+        means = meaning(OmegaConf.get_type(cfg) or object, missing[0])
+        raise ConfigError(missing[0], "(not set)", "it has no value", f"Set {missing[0]}=…{means and f': {means}'}.")
     return OmegaConf.to_object(cfg)

@@ -129,7 +129,7 @@ def check_gpus() -> None:
 
 
 def _sign_of_gpus(visible: str | None) -> str:
-    """What tells that there are GPUs, or that they are wanted; empty if nothing does."""
+    """What says that there are GPUs, or that the user wants them; empty if nothing does."""
     if _GPU_FILE.exists():
         return f"{_GPU_FILE} is there"
     # The number of GPUs; and the number of each, of which 0 is one.

@@ -19,7 +19,7 @@ ARRIVAL = timedelta(minutes=10)  # for the slowest rank's imports from a shared 
 _HEARD = timedelta(seconds=30)  # that rank 0, which may keep the store, waits for the others to read why they end
 
 
-_PLACE = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun tells a rank of a job of several
+_PLACE = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # torchrun sets them for each rank
 
 
 def is_alone() -> bool:
@@ -38,14 +38,16 @@ def check_ranks() -> None:
     numbers |= {name: os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK")}
     for name, value in numbers.items():
         if not value.isdecimal():
-            raise ConfigError(name, value, "is no whole number", remedy)
+            raise ConfigError(name, value, "not a whole number", remedy)
     ranks = int(numbers["WORLD_SIZE"])
     if ranks < 1:
-        raise ConfigError("WORLD_SIZE", ranks, "is no number of processes", remedy)
+        raise ConfigError("WORLD_SIZE", ranks, "not a number of processes", remedy)
     if int(numbers["RANK"]) >= ranks:
         raise ConfigError("RANK", numbers["RANK"], f"ranks are 0 to WORLD_SIZE - 1 = {ranks - 1}", remedy)
     if missing := [name for name in _PLACE if ranks > 1 and name not in os.environ]:
-        raise ConfigError("WORLD_SIZE", ranks, f"{', '.join(missing)} not set: no other process can be met", remedy)
+        raise ConfigError(
+            "WORLD_SIZE", ranks, f"{', '.join(missing)} not set, so that this process finds no other", remedy
+        )
 
 
 def meet(timeout: timedelta) -> tuple[Store, int, int]:

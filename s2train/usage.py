@@ -77,8 +77,8 @@ def _section(schema: type, prefix: str) -> Iterator[str]:
             continue
         value = _default(field)
         shown = "…" if value == MISSING else value if isinstance(value, str) else json.dumps(value)
-        told = f"({_kind(kind)}) " if value is None or value == MISSING else ""
-        yield from _entry(f"{name}={shown}", told + comment)
+        note = f"({_kind(kind)}) " if value is None or value == MISSING else ""
+        yield from _entry(f"{name}={shown}", note + comment)
 
 
 def _entry(name: str, comment: str) -> Iterator[str]:

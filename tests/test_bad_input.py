@@ -63,7 +63,7 @@ def test_an_apex_that_is_not_nvidias_is_refused(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize(("ranks", "rank"), [("2", "0"), ("1", "1")])
-def test_one_process_that_is_told_of_others_is_refused(
+def test_one_process_in_an_environment_of_several_is_rejected(
     ranks: str, rank: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", ranks)

@@ -50,15 +50,15 @@ def test_rank_0_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     ("given", "words"),
     [
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2: RANK, MASTER_ADDR, MASTER_PORT not set"),
-        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two: is no whole number"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two: not a whole number"),
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0: "),
         ({"RANK": "3"}, "RANK=3: ranks are 0 to WORLD_SIZE - 1 = 0"),
-        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK=-1: is no whole number"),
-        ({"MASTER_PORT": "http"}, "MASTER_PORT=http: is no whole number"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK=-1: not a whole number"),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT=http: not a whole number"),
     ],
     ids=str,
 )
-def test_an_environment_in_which_ranks_cannot_meet_is_refused(
+def test_an_environment_in_which_ranks_cannot_meet_is_rejected(
     given: dict[str, str], words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("os.environ", given)

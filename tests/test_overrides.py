@@ -65,5 +65,5 @@ def test_what_hydra_reads_or_what_may_be_meant_otherwise_stays_as_it_is(argument
     ],
 )
 def test_the_quotes_that_are_wanted_are_shown(arguments: list[str], remedy: str) -> None:
-    told = [told for number in range(len(arguments)) if (told := why_unreadable(arguments, number))]
-    assert told[0].endswith(remedy)
+    found = [why for number in range(len(arguments)) if (why := why_unreadable(arguments, number))]
+    assert found[0].endswith(remedy)

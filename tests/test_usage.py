@@ -47,18 +47,18 @@ def test_every_setting_has_its_default_and_its_comments() -> None:
 
 
 def test_what_has_no_default_is_asked_for() -> None:
-    told = brief_usage("Does it.", Outer, {})
-    assert "folder=…" in told
-    assert "where it goes" in told
-    assert "sizes" not in told
+    text = brief_usage("Does it.", Outer, {})
+    assert "folder=…" in text
+    assert "where it goes" in text
+    assert "sizes" not in text
 
 
 def test_a_group_is_shown_with_its_names_and_the_plus_that_it_wants() -> None:
-    told = usage("", config.PretrainConfig, config_groups(CONF), {config.LocalSweepConfig: "hydra.launcher"})
-    assert "  +model=NAME" in told
-    assert "  schedule=NAME" in told
-    assert "  hydra.launcher.n_jobs=1" in told
-    assert "_target_" not in told
+    text = usage("", config.PretrainConfig, config_groups(CONF), {config.LocalSweepConfig: "hydra.launcher"})
+    assert "  +model=NAME" in text
+    assert "  schedule=NAME" in text
+    assert "  hydra.launcher.n_jobs=1" in text
+    assert "_target_" not in text
 
 
 def test_a_setting_means_what_its_comment_says() -> None:

@@ -47,7 +47,7 @@ def job(*command: str, processes: int = 2, **environment: str) -> Outcome:
         ("os.kill(os.getpid(), 9)", 1, 3, "(local rank 0) ended with SIGKILL"),
     ],
 )
-def test_only_what_a_restart_may_mend_is_started_again_and_one_line_tells_the_end(
+def test_only_what_a_restart_may_mend_is_started_again_and_one_line_says_why_it_ended(
     error: str, status: int, attempts: int, last: str, tmp_path: Path
 ) -> None:
     (tmp_path / "fails.py").write_text(FAILS)
@@ -133,9 +133,9 @@ def test_a_second_ctrl_c_ends_the_ranks_at_once(tmp_path: Path) -> None:
         os.killpg(running.pid, signal.SIGINT)
         await_that((tmp_path / "saves").exists, "the rank to hear of it")
         os.killpg(running.pid, signal.SIGINT)
-        _, told = running.communicate(timeout=20)
+        _, err = running.communicate(timeout=20)
     assert running.returncode == 128 + signal.SIGINT
-    assert told.splitlines()[-1] == "error: SIGINT: the ranks ended without saving"
+    assert err.splitlines()[-1] == "error: SIGINT: the ranks ended without saving"
 
 
 def test_without_arguments_it_says_what_it_takes() -> None:

@@ -1,4 +1,4 @@
-"""A program that can't start says why in one line."""
+"""A program that can't start prints why in one line."""
 
 import os
 import subprocess
@@ -20,7 +20,7 @@ def started(program: str, **environment: str) -> "subprocess.CompletedProcess[st
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_a_python_without_the_packages_is_told_how_to_get_them(program: str) -> None:
+def test_a_python_without_the_packages_says_how_to_get_them(program: str) -> None:
     done = started(program)
     assert done.returncode != 0
     (line,) = done.stderr.splitlines()
@@ -30,7 +30,7 @@ def test_a_python_without_the_packages_is_told_how_to_get_them(program: str) -> 
 
 @pytest.mark.parametrize("program", ["pretrain.py", "job.py"])
 @pytest.mark.parametrize("threads", ["abc", "0", "", "2,x"])
-def test_a_thread_count_that_is_none_is_told(program: str, threads: str) -> None:
+def test_a_thread_count_that_is_no_number_is_rejected(program: str, threads: str) -> None:
     done = started(program, OMP_NUM_THREADS=threads)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
@@ -43,7 +43,7 @@ def test_what_openmp_reads_is_taken(threads: str) -> None:
     assert "OMP_NUM_THREADS" not in started("pretrain.py", OMP_NUM_THREADS=threads).stderr
 
 
-def test_a_module_that_an_installed_package_lacks_is_told_with_its_stack(tmp_path: Path) -> None:
+def test_a_module_that_an_installed_package_lacks_is_printed_with_its_stack(tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text("import _surroundings\nimport json.nothing")
     environment = os.environ | {"PYTHONPATH": str(ROOT / "launch")}
     command = [sys.executable, str(tmp_path / "program.py")]
