@@ -49,7 +49,10 @@ def main() -> int:
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
     heed_signals()
-    if parse_args(sys.argv[1:]).nproc_per_node == "gpu" and not torch.cuda.is_available():
+    processes = parse_args(sys.argv[1:]).nproc_per_node
+    if processes.isdecimal() and int(processes) > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does, with four lines on it
+    if processes == "gpu" and not torch.cuda.is_available():
         told = "--nproc-per-node=gpu (NPROC_PER_NODE is not set): torch sees no GPU"
         print(f"error: {told} on {socket.gethostname()}. Set it to the number of processes", file=sys.stderr)
         return USAGE_STATUS
@@ -82,7 +85,7 @@ def failure(error: ChildFailedError) -> str:
     message = first.message["message"] if isinstance(first.message, dict) else ""
     if message.startswith("error: "):
         return ""
-    end = signal.Signals(-first.exitcode).name if first.exitcode < 0 else f"status {first.exitcode}"
+    end = first.signal_name() if first.exitcode < 0 else f"status {first.exitcode}"
     reason = f": {message}" if message else ""
     return f"error: rank {rank} on {socket.gethostname()} (local rank {first.local_rank}) ended with {end}{reason}"
 

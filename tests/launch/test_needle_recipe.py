@@ -2,8 +2,11 @@
 
 import json
 import math
+import os
 import runpy
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -298,6 +301,18 @@ def test_what_a_program_took_is_kept_however_it_ends(
     assert [(each["command"], each["status"]) for each in found] == [(ended, 0), (failed, 3), (stopped, -15)]
     assert found[0]["seconds"] >= 0.3
     assert 1 <= found[2]["seconds"] < 60
+
+
+def test_ctrl_c_waits_for_the_program_that_saves(recipe: dict[str, Any], tmp_path: Path) -> None:
+    record, program = tmp_path / "programs.jsonl", tmp_path / "program.py"
+    program.write_text("import time; time.sleep(1); open(__file__ + '.saved', 'w')")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        recipe["Deadline"](1).run([str(program)], record)
+    signal.signal(signal.SIGINT, before)
+    assert Path(f"{program}.saved").exists()
+    assert json.loads(record.read_text())["status"] == 0
 
 
 def test_wall_seconds_are_of_all_starts_of_a_phase_and_its_command_is_the_first_that_trained(
