@@ -237,7 +237,7 @@ def test_the_command_prepares_files_and_leaves_nothing_else(
     ("arguments", "problem"),
     [
         (["input=b.txt", "output=d/mine"], r"error: input=b\.txt: no such file\..*"),
-        (["input=b.txt"], r"error: output=\(not set\): it has no value. Set output=…: prefix of the \.bin"),
+        (["input=b.txt"], r"error: output=\(not set\): it has no value. Set output=…: prefix of the .*"),
     ],
 )
 def test_the_command_refuses_what_cannot_work_in_one_line(
