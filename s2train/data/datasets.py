@@ -11,12 +11,14 @@ import torch
 from filelock import FileLock
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset, MockGPTLowLevelDataset
 from torch.utils.data import Dataset
 
 from s2train.config import PrepareConfig, PretrainConfig
 from s2train.data.blend import BUNDLED, BUNDLED_PREFIX, Blend, parse_blend
+from s2train.data.further_epochs import FurtherEpochs, further_epochs, seed_of_epoch
 from s2train.data.index_cache import remove_broken_sets
+from s2train.data.indexed import read_document_lengths
 from s2train.data.prepare import prepare
 from s2train.data.splits import megatron_split
 from s2train.data.tokenizers import Tokenizer
@@ -50,6 +52,7 @@ def build_datasets(
     num_valid_samples: int,
     *,
     is_built_on_rank: Callable[[], bool],
+    last_sample: int = 0,
 ) -> tuple[Samples, Samples]:
     """Training and held-out samples in a fixed order, as many as asked for or more (of a blend: no more).
 
@@ -59,14 +62,17 @@ def build_datasets(
     `data.attention_within_documents` position ids restart at 0 in each document.
 
     The order depends on the data (not on where they lie), `data.split`, `seed`, `train.seq_length` and the number of
-    samples.
+    samples: Megatron shuffles the epochs that they take together. It does not depend on `last_sample`: after those
+    epochs others follow, each dataset's one after the other.
     Collective when torch.distributed is initialised (which blends need with megatron-core 0.16): rank 0
     builds the indices, and the others read them from `data.cache`. Runs that share the folder build one at a time:
     Megatron takes a file that another is still writing for whole. What one that was killed left of it is built again.
 
     Args:
         tokenizer: that of the data (see `check_data`, which is to pass first).
+        num_train_samples: that the training order was begun for, at the run's start.
         is_built_on_rank: whether this rank wants the datasets; True on rank 0.
+        last_sample: how far the training order is to reach, if further than `num_train_samples`.
 
     Returns:
         (train, held out): None on ranks that don't want them, or when `data.split` or the number of samples
@@ -77,8 +83,8 @@ def build_datasets(
     cache = Path(cfg.data.cache)
     with _alone(cache, [cache, *(cache / _cache_name(prefix) for prefix in blend.prefixes)]):
         if blend.is_mock:
-            return _build(cfg, tokenizer, None, sizes, is_built_on_rank)
-        return _build_blend(cfg, tokenizer, blend, sizes, is_built_on_rank)
+            return _build_epochs(cfg, tokenizer, None, sizes, last_sample, is_built_on_rank)
+        return _build_blend(cfg, tokenizer, blend, sizes, last_sample, is_built_on_rank)
 
 
 @contextmanager
@@ -108,21 +114,25 @@ def _build_blend(
     tokenizer: Tokenizer,
     blend: Blend,
     sizes: tuple[int, int],
+    last_sample: int,
     is_built_on_rank: Callable[[], bool],
 ) -> tuple[Samples, Samples]:
     if len(blend.prefixes) == 1:
-        return _build(cfg, tokenizer, blend.prefixes[0], sizes, is_built_on_rank)
+        return _build_epochs(cfg, tokenizer, blend.prefixes[0], sizes, last_sample, is_built_on_rank)
 
     # Megatron's own blending asks each dataset for its share and a surplus, which can be too few for small
     # numbers of samples. A blend of exactly the number asked takes at most ⌈weight × samples⌉ of a dataset.
     parts = []
     for prefix, weight in zip(blend.prefixes, blend.weights, strict=True):
         shares = (ceil(weight * sizes[0]), ceil(weight * sizes[1]))
-        parts.append(_build(cfg, tokenizer, prefix, shares, is_built_on_rank))
+        last = ceil(weight * last_sample)
+        parts.append(_build_epochs(cfg, tokenizer, prefix, shares, last, is_built_on_rank))
+    # Megatron's choice of a dataset for each sample does not look ahead: a larger blend begins like a smaller one.
+    sizes = (max(sizes[0], last_sample), sizes[1])
     config = _config(cfg, tokenizer, blend.prefixes[0], cfg.data.cache, sizes)
     train, valid = (
         BlendedMegatronDatasetBuilder.build_generic_dataset(
-            BlendedDataset, is_built_on_rank, True, list(datasets), list(blend.weights), size, config
+            BlendedDataset, is_built_on_rank, True, _of_one_class(datasets), list(blend.weights), size, config
         )
         if part is not None  # the same on every rank, as the call is collective
         else None
@@ -131,15 +141,48 @@ def _build_blend(
     return train, valid
 
 
+def _of_one_class(datasets: tuple[Samples, ...]) -> list[Samples]:
+    """As Megatron wants the datasets of a blend, where further epochs follow in some of them."""
+    if not any(isinstance(dataset, FurtherEpochs) for dataset in datasets):
+        return list(datasets)
+    return [dataset if isinstance(dataset, FurtherEpochs) else FurtherEpochs([dataset]) for dataset in datasets]
+
+
+def _build_epochs(
+    cfg: PretrainConfig,
+    tokenizer: Tokenizer,
+    prefix: str | None,
+    sizes: tuple[int, int],
+    last_sample: int,
+    is_built_on_rank: Callable[[], bool],
+) -> tuple[Samples, Samples]:
+    """As `_build`, and of the training samples further epochs, until there are `last_sample`."""
+    train, valid = _build(cfg, tokenizer, prefix, sizes, is_built_on_rank)
+    if last_sample <= sizes[0]:
+        return train, valid
+    lengths = read_document_lengths(prefix) if prefix else MockGPTLowLevelDataset(tokenizer).sequence_lengths
+    # Of mock data Megatron takes another share than `data.split`.
+    (begin, end), *_ = _config(cfg, tokenizer, prefix, cfg.data.cache, sizes).split_matrix
+    own = lengths[round(begin * len(lengths)) : round(end * len(lengths))]
+    further = []
+    for number in range(1, further_epochs(own, cfg.train.seq_length, sizes[0], last_sample) + 1):
+        # One sample takes one epoch; how far the run goes must not change it.
+        epoch, _ = _build(cfg, tokenizer, prefix, (1, 0), is_built_on_rank, seed_of_epoch(cfg.seed, number))
+        further.append(epoch)
+    return (FurtherEpochs([train, *further]) if train is not None and further else train), valid
+
+
 def _build(
     cfg: PretrainConfig,
     tokenizer: Tokenizer,
     prefix: str | None,
     sizes: tuple[int, int],
     is_built_on_rank: Callable[[], bool],
+    seed: int | None = None,
 ) -> tuple[Samples, Samples]:
     cache = cfg.data.cache if prefix is None else str(Path(cfg.data.cache) / _cache_name(prefix))
     config = _config(cfg, tokenizer, prefix, cache, sizes)
+    config.random_seed = cfg.seed if seed is None else seed
     kind = MockGPTDataset if prefix is None else GPTDataset
     train, valid, _ = BlendedMegatronDatasetBuilder(kind, [*sizes, 0], is_built_on_rank, config).build()
     return train, valid

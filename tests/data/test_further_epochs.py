@@ -1,0 +1,102 @@
+"""The training order goes on after the epochs that a run began with, and what came before stays as it was."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from s2train.config import PrepareConfig, PretrainConfig
+from s2train.data.datasets import build_datasets
+from s2train.data.prepare import prepare
+from s2train.data.tokenizers import ByteTokenizer
+
+MakeConfig = Callable[..., PretrainConfig]
+Sample = tuple[int, ...]
+
+
+@pytest.fixture
+def numbers(tmp_path: Path) -> Callable[[str], str]:
+    """Makes a dataset of 40 documents of as many tokens as a sample takes, all different, begun by `letter`."""
+
+    def make(letter: str) -> str:
+        text = "".join(f"{letter}{number:02d}" + "x" * 27 + "\n" for number in range(40))
+        (tmp_path / f"{letter}.txt").write_text(text)
+        prefix = str(tmp_path / letter)
+        prepare(PrepareConfig(input=str(tmp_path / f"{letter}.txt"), output=prefix, document_chars=30))
+        return prefix
+
+    return make
+
+
+@pytest.fixture
+def world_of_one() -> Iterator[None]:
+    """megatron-core 0.16 blends only where torch.distributed is initialised."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def order(cfg: PretrainConfig, begun_for: int, last: int) -> list[Sample]:
+    """Samples [0, last) of a run that began for `begun_for` of them."""
+    train, _ = build_datasets(cfg, ByteTokenizer(), begun_for, 2, is_built_on_rank=lambda: True, last_sample=last)
+    built: Any = train
+    return [tuple(built[i]["tokens"].tolist()) for i in range(last)]
+
+
+@pytest.mark.parametrize("begun_for", [1, 20, 33, 40, 50, 70, 71, 200])
+def test_the_first_samples_stay_however_far_the_order_is_made_to_reach(
+    numbers: Callable[[str], str], config: MakeConfig, begun_for: int
+) -> None:
+    cfg = config(numbers("a"), seq_length=32)
+    begun = order(cfg, begun_for, begun_for)
+    assert order(cfg, begun_for, begun_for + 150)[:begun_for] == begun
+    assert order(cfg, begun_for, begun_for + 150) == order(cfg, begun_for, begun_for + 300)[: begun_for + 150]
+
+
+def test_every_further_epoch_takes_each_document_once_and_in_an_order_of_its_own(
+    numbers: Callable[[str], str], config: MakeConfig
+) -> None:
+    cfg = config(numbers("a"), seq_length=32)
+    epoch = (36 * 32 - 1) // 32  # of the 36 documents for training; the last label of the last one is missing
+    samples = order(cfg, 20, 5 * epoch)
+    epochs = [samples[start : start + epoch] for start in range(0, len(samples), epoch)]
+    for taken in epochs:
+        assert set(Counter(taken).values()) == {1}
+        texts = "".join(chr(token) for sample in taken for token in sample)
+        assert sum(f"a{number:02d}" in texts for number in range(40)) >= epoch
+    assert len({tuple(taken) for taken in epochs}) == len(epochs)
+
+
+@pytest.mark.usefixtures("world_of_one")
+def test_the_first_samples_of_a_blend_stay_and_its_weights_hold_on(
+    numbers: Callable[[str], str], config: MakeConfig
+) -> None:
+    cfg = config([0.8, numbers("a"), 0.2, numbers("b")], seq_length=32)
+    begun, longer = order(cfg, 40, 40), order(cfg, 40, 200)
+    assert longer[:40] == begun
+    assert sum(ord("a") in sample for sample in longer[40:]) == 128
+    assert order(cfg, 40, 120) == longer[:120]
+
+
+def test_mock_data_go_on_too(config: MakeConfig) -> None:
+    cfg = config("mock", seq_length=10_000_000)  # six samples an epoch
+    begun, longer = (
+        build_datasets(cfg, ByteTokenizer(), 2, 2, is_built_on_rank=lambda: True, last_sample=last)[0]
+        for last in (0, 15)
+    )
+    assert len(longer) >= 15  # type: ignore[arg-type]
+    assert torch.equal(begun[0]["tokens"], longer[0]["tokens"])  # type: ignore[index]
+
+
+def test_an_order_that_holds_enough_is_built_as_ever(corpus: str, config: MakeConfig) -> None:
+    cfg = config(corpus)
+    (train, _), (longer, _) = (
+        build_datasets(cfg, ByteTokenizer(), 40, 5, is_built_on_rank=lambda: True, last_sample=last)
+        for last in (0, 5000)  # both within the first epoch
+    )
+    assert type(train) is type(longer)
+    assert torch.equal(train[39]["tokens"], longer[39]["tokens"])  # type: ignore[index]
