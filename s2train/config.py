@@ -4,6 +4,7 @@ Hydra checks names and types against these (see `register`); `s2train.planning` 
 setting to judge. Only plain types here, so that a saved config reads back without this code.
 """
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,7 +100,7 @@ class DataConfig:
     cache: str = "runs/data/cache"  # Megatron's document and shuffle indices
     # a token sees its own document only, and the layout begins anew in each; else all that is packed into a sequence
     attention_within_documents: bool = False
-    # samples in the training order, fixed at a run's start since another number means another order;
+    # samples whose epochs are shuffled together, fixed at a run's start; after them the data follow epoch by epoch.
     # None: train.steps × train.global_batch_size (of a new phase its own steps)
     num_samples: int | None = None
     warn_epochs: float = 4.0  # passes over a dataset's training part, above which a warning comes (arXiv 2305.16264)
@@ -165,7 +166,7 @@ class TrainConfig:
     precision: str = "bf16"  # bf16, fp32
     recompute: str = "none"  # none, selective (core attention), full
     recompute_num_layers: int = 1  # layers recomputed together, with full; divides num_layers / (pp × vpp)
-    exit_step: int | None = None  # save and stop after this step, to be resumed (schedule unchanged)
+    exit_step: int | None = None  # save and stop after this step, of train.steps, to be resumed (schedule unchanged)
     # the same bits in every run of the same command on the same devices: deterministic kernels, fixed order of sums
     deterministic: bool = False
     max_skipped_steps: int = 10  # in a row, for a loss or gradient that isn't finite, before the run stops
@@ -189,6 +190,9 @@ class CheckpointConfig:
     # with `resume` naming another run: a new phase, which takes its data from their beginning, in their own order, and
     # may raise model.rotary_base for longer sequences
     new_data: bool = False
+    # settings of the experiment that a resumed run may have otherwise than the last checkpoint in its run folder: true
+    # (any), or their names: [optim.lr, train.global_batch_size]
+    allow_changes: Any = False
     keep: int | None = None  # keep only the last `keep` checkpoints; None: all
     keep_every: int | None = None  # steps: of those, the checkpoints at multiples of it stay as well
     async_save: bool = False  # write in the background while training goes on
@@ -426,6 +430,15 @@ def register() -> None:
     store.store(name="import_schema", node=ImportConfig)
     store.store(group="hydra/launcher", name="s2train_local", node=LocalSweepConfig)
     store.store(group="hydra/launcher", name="s2train_slurm", node=SlurmSweepConfig)
+
+
+def settings_by_name(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names and values of nested settings; an empty section has none."""
+    for name, value in node.items():
+        if isinstance(value, Mapping):
+            yield from settings_by_name(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def to_object(cfg: DictConfig) -> Any:

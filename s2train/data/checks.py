@@ -19,22 +19,15 @@ def samples_of_steps(cfg: PretrainConfig, first_step: int = 0) -> int:
 
 
 def num_train_samples(cfg: PretrainConfig, first_step: int = 0) -> int:
-    """Samples in the training order: `data.num_samples`, else what `train.steps` take from `first_step` on.
+    """Samples that the training order begins with: `data.num_samples`, else what `train.steps` take from `first_step`.
 
-    With path, split, seed and sequence length it fixes the order, so a run that is to go on later keeps it.
+    With path, split, seed and sequence length it fixes the order, so that a run keeps the number it began with; where
+    it takes more samples, further epochs follow.
 
     Args:
         first_step: at which these data begin, in a new phase (`checkpoint.new_data`) not 0.
-    Raises:
-        ConfigError: `data.num_samples` is too small.
     """
-    samples = samples_of_steps(cfg, first_step)
-    if cfg.data.num_samples is not None and cfg.data.num_samples < samples:
-        problem = f"train.steps × train.global_batch_size takes {samples} from step {first_step} on"
-        raise ConfigError(
-            "data.num_samples", cfg.data.num_samples, problem, f"Set data.num_samples to {samples} or more"
-        )
-    return cfg.data.num_samples or samples
+    return cfg.data.num_samples or samples_of_steps(cfg, first_step)
 
 
 def check_data(cfg: PretrainConfig, tokenizer: Tokenizer) -> None:

@@ -3,10 +3,10 @@
 import difflib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from typing import Any
 
-from s2train.config import CheckpointConfig, OptimConfig, PretrainConfig, TrackingConfig
+from s2train.config import CheckpointConfig, OptimConfig, PretrainConfig, TrackingConfig, settings_by_name
 from s2train.errors import ConfigError
 from s2train.layouts.hybrid import patterns_of
 from s2train.layouts.schedules import find_schedule
@@ -91,6 +91,8 @@ def check_values(cfg: PretrainConfig) -> None:
     _check_profile(cfg)
     _check_kept(cfg.checkpoint)
     _check_tracking(cfg.tracking)
+    _check_exit_step(cfg)
+    _check_allowed_changes(cfg)
 
 
 def check_seed(seed: int) -> None:
@@ -152,16 +154,6 @@ def _check_optimizer(cfg: PretrainConfig) -> None:
                 f"WSD decays over the last of {decay_steps} steps, {optim.warmup_steps} of them warm-up",
                 f"Set optim.wsd_decay_steps to {decay_steps - optim.warmup_steps} or less.",
             )
-    samples = cfg.train.steps * cfg.train.global_batch_size
-    # A new phase takes fewer, which its checkpoint tells: see `s2train.data.checks.num_train_samples`.
-    begins = not cfg.checkpoint.new_data
-    if begins and cfg.data.num_samples is not None and cfg.data.num_samples < samples:
-        raise ConfigError(
-            "data.num_samples",
-            cfg.data.num_samples,
-            f"train.steps × train.global_batch_size takes {samples}",
-            f"Set data.num_samples to {samples} or more.",
-        )
 
 
 def _check_lowest_lr(optim: OptimConfig) -> None:
@@ -207,6 +199,26 @@ def _check_tracking(tracking: TrackingConfig) -> None:
     if any(not 1 <= len(tag) <= _LONGEST_TAG for tag in tracking.tags):
         problem = f"wandb takes tags of 1 to {_LONGEST_TAG} characters"
         raise ConfigError("tracking.tags", tracking.tags, problem, "Shorten them, or put the text into tracking.notes.")
+
+
+def _check_exit_step(cfg: PretrainConfig) -> None:
+    exit_step, steps = cfg.train.exit_step, cfg.train.steps
+    if exit_step is not None and exit_step > steps:
+        problem = f"the run ends before it, at train.steps={steps}"
+        remedy = f"Set train.exit_step to {steps} or less, or more train.steps."
+        raise ConfigError("train.exit_step", exit_step, problem, remedy)
+
+
+def _check_allowed_changes(cfg: PretrainConfig) -> None:
+    allowed = cfg.checkpoint.allow_changes
+    if isinstance(allowed, bool):
+        return
+    known = [name for name, _ in settings_by_name(asdict(cfg))]
+    for name in allowed if isinstance(allowed, list | tuple) else [allowed]:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)[0]
+            remedy = f"Set checkpoint.allow_changes=true, or names of settings. Did you mean {near}?"
+            raise ConfigError("checkpoint.allow_changes", allowed, f"{name} is no setting", remedy)
 
 
 def _nearest(setting: str, value: object, choices: Sequence[str | int]) -> str:

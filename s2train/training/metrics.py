@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -12,6 +13,8 @@ from omegaconf import OmegaConf
 from s2train.config import PretrainConfig
 from s2train.files import set_aside
 from s2train.megatron.checkpoint import Progress
+from s2train.training.changes import Change
+from s2train.training.plots import read_records
 from s2train.versions import git_commit, versions
 from s2train.wandb_run import CONSUMED_TOKENS, RunInfo, WandbRun, choose_mode, place_of, say
 
@@ -48,6 +51,7 @@ class StepMetrics:
         mfu: model_tflops over the device's dense peak; None where the peak is not known.
         skipped: steps of the whole run that changed nothing, for a loss or gradient that was not finite.
         held_out_loss_by_position, held_out_short, held_out_long: see `s2train.training.positions.HeldOut`.
+        eta_s: seconds to the last step of this job, which `train.exit_step` may set.
         memory_gib: peak allocated on this rank's device; 0 on a CPU.
     """
 
@@ -79,8 +83,13 @@ class StepMetrics:
         row = {_WANDB_KEYS.get(name, name): value for name, value in values.items()}
         return row | {f"validation/loss_at/{start}": loss for start, _, loss in ranges}
 
-    def line(self, steps: int) -> str:
-        """One dense console line."""
+    def line(self, steps: int, last_step: int) -> str:
+        """One dense console line.
+
+        Args:
+            steps: of the whole run.
+            last_step: at which this job ends, which the ETA is of.
+        """
         parts = [f"step {self.step:>{len(str(steps))}}/{steps}", f"loss {self.loss:.4f}"]
         if self.held_out_loss is not None:
             parts.append(f"held out {self.held_out_loss:.4f}")
@@ -97,7 +106,8 @@ class StepMetrics:
             parts.append(f"{self.memory_gib:.1f} GiB")
         if self.skipped:
             parts.append(f"skipped {self.skipped}")
-        parts.append(f"ETA {timedelta(seconds=round(self.eta_s))}")
+        until = f" to step {last_step}" if last_step < steps else ""
+        parts.append(f"ETA {timedelta(seconds=round(self.eta_s))}{until}")
         return " | ".join(parts)
 
 
@@ -114,7 +124,7 @@ class Tracker:
         self, cfg: PretrainConfig, start: Progress, *, active: bool, plan: dict[str, Any] | None = None
     ) -> None:
         self._active = active
-        self._steps = cfg.train.steps
+        self._steps, self._last_step = cfg.train.steps, cfg.train.last_step
         self.wandb_id = start.wandb_id
         self._place = place_of(start.step, start.consumed_samples * cfg.train.seq_length)
         self._run: WandbRun | None = None
@@ -123,8 +133,7 @@ class Tracker:
         folder = Path(cfg.run_dir)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
-        if start.step == 0:
-            set_aside(path)
+        earlier = set_aside(path) if start.step == 0 else None
         whole = path.read_bytes().endswith(b"\n") if path.exists() and path.stat().st_size else True
         self._file = path.open("a", buffering=1)
         if not whole:  # the run was killed while it wrote
@@ -132,6 +141,8 @@ class Tracker:
         self.event("config", tokens_per_step=cfg.train.global_batch_size * cfg.train.seq_length)
         if start.step:
             self.event("resume", step=start.step)
+        if earlier is not None:
+            self._tell_of_earlier(earlier)
         code = {"commit": git_commit(), **versions()}
         self.event("code", **code)
         if (mode := choose_mode(cfg.tracking.wandb)) != "disabled":
@@ -156,12 +167,23 @@ class Tracker:
         if self._run is not None:
             self._run.checkpoint(path, step)
 
+    def changes(self, step: int, checkpoint: Path, changes: Sequence[Change]) -> None:
+        """Print and record what was set otherwise in the checkpoint that the run resumes from, after `step`."""
+        if not changes:
+            return
+        for change in changes:
+            self.note(f"changed since {checkpoint.name}: {change}")
+        pairs = {change.setting: [change.before, change.now] for change in changes}
+        self.event("changed settings", step=step, checkpoint=str(checkpoint), settings=pairs)
+        rows = [[step, str(change)] for change in changes]
+        self.table("changed settings", ["after step", "setting"], rows)
+
     def report(self, metrics: StepMetrics) -> None:
         """Print and record metrics."""
         if not self._active:
             return
         self._place = place_of(metrics.step, metrics.consumed_tokens)
-        say(metrics.line(self._steps))
+        say(metrics.line(self._steps, self._last_step))
         self._write(metrics.values())
         if self._run is not None:
             self._run.log(metrics.wandb_row())
@@ -187,6 +209,15 @@ class Tracker:
             self._run.close(seconds)
         if self._active:
             self._file.close()
+
+    def _tell_of_earlier(self, kept: Path) -> None:
+        """Say that this run starts where another one has been, without a checkpoint of it."""
+        last = max((record["step"] for record in read_records(kept) if "loss" in record), default=0)
+        self.event("earlier run", metrics=kept.name, last_step=last)
+        self.note(
+            f"starting from step 1, as {kept.parent} has no checkpoint to resume from; the metrics of an earlier run"
+            f" there, to step {last}, are kept as {kept.name}"
+        )
 
     def _write(self, values: dict[str, object]) -> None:
         if self._active:

@@ -4,20 +4,17 @@ import os
 import shutil
 import zlib
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from s2train.config import PretrainConfig
 from s2train.data.blend import parse_blend
-from s2train.data.checks import num_train_samples, samples_of_steps
+from s2train.data.checks import num_train_samples
 from s2train.data.splits import megatron_split
 from s2train.errors import ConfigError
 from s2train.files import FolderLock
-from s2train.layouts.patterns.registry import read_pattern, with_defaults
 from s2train.megatron.checkpoint import (
     Progress,
     checkpoints_in,
@@ -30,12 +27,13 @@ from s2train.megatron.checkpoint import (
     step_of,
 )
 from s2train.megatron.integrity import damage, doubt
-from s2train.planning.parameters import head_dim
+from s2train.training.changes import Change, changes_between, check_consent
 
 # What the shards depend on: these must agree between a checkpoint and the run that loads it.
 _ARCHITECTURE = ("model", "layout", "schedule")
-_NOT_IN_SHARDS = {("model", "name"), ("model", "init_std")}
-_OF_A_PHASE = {("model", "rotary_base")}  # raised for longer sequences (arXiv 2309.16039, section 2.1)
+_NOT_IN_SHARDS = {"model.name", "model.init_std"}
+_OF_A_PHASE = {"model.rotary_base"}  # raised for longer sequences (arXiv 2309.16039, section 2.1)
+_NUM_SAMPLES = "data.num_samples"
 
 
 @dataclass(frozen=True)
@@ -46,11 +44,13 @@ class Start:
         checkpoint: to load, None for a fresh run.
         progress: the run's, were it saved now.
         rng_ranks: of the checkpoint's progress.
+        changes: settings that differ from the checkpoint's, if its training goes on.
     """
 
     checkpoint: Path | None
     progress: Progress
     rng_ranks: list[int] | None = None
+    changes: list[Change] = field(default_factory=list)
 
 
 def find_start(cfg: PretrainConfig) -> Start:
@@ -58,7 +58,8 @@ def find_start(cfg: PretrainConfig) -> Start:
 
     Raises:
         ConfigError: `checkpoint.resume` names nothing or goes back in the run's own folder; the checkpoint is damaged
-            or of another architecture; the data or their order are others; there is nothing left to do.
+            or of another architecture; the data or their order are others; the run folder's own run had settings that
+            make another experiment, and `checkpoint.allow_changes` does not name them; there is nothing left to do.
     """
     checkpoint = _find(cfg)
     if checkpoint is None:
@@ -67,7 +68,8 @@ def find_start(cfg: PretrainConfig) -> Start:
         raise ConfigError("checkpoint.resume", checkpoint, problem, older_instead(checkpoint, "checkpoint.resume"))
     saved, lies_here = read_progress(checkpoint, "checkpoint.resume"), is_own(checkpoint, cfg.run_dir)
     is_new_phase = cfg.checkpoint.new_data and not lies_here
-    _check_same_architecture(cfg, checkpoint, weights_only=saved.weights_only, is_new_phase=is_new_phase)
+    changes = changes_between(read_config(checkpoint, "checkpoint.resume"), cfg)
+    _check_same_architecture(changes, checkpoint, weights_only=saved.weights_only, is_new_phase=is_new_phase)
     if saved.weights_only:
         return Start(checkpoint, Progress(0, 0, data_order(cfg), None))
     last = cfg.train.last_step
@@ -76,13 +78,17 @@ def find_start(cfg: PretrainConfig) -> Start:
         raise ConfigError("train.steps", last, problem, f"Set more than {saved.step} (train.exit_step too)")
     if is_new_phase:
         order = data_order(cfg, saved.step)
-        return Start(checkpoint, Progress(saved.step, 0, order, None, first_step=saved.step), saved.rng_ranks)
+        progress = Progress(saved.step, 0, order, None, first_step=saved.step)
+        return Start(checkpoint, progress, saved.rng_ranks, changes)
     order = data_order(cfg, saved.first_step)
-    _check_same_order(saved.order, order, checkpoint, samples_of_steps(cfg, saved.first_step))
+    if cfg.data.num_samples is None:  # the number of samples may be another one today
+        order[_NUM_SAMPLES] = saved.order.get(_NUM_SAMPLES)
+    _check_same_order(saved.order, order, checkpoint)
+    if lies_here:  # a branch into another run folder is an experiment of its own
+        check_consent(cfg, checkpoint, [change for change in changes if change.setting not in order])
     # A branch of another run is a run of its own in wandb.
-    return Start(
-        checkpoint, replace(saved, order=order, wandb_id=saved.wandb_id if lies_here else None), saved.rng_ranks
-    )
+    progress = replace(saved, order=order, wandb_id=saved.wandb_id if lies_here else None)
+    return Start(checkpoint, progress, saved.rng_ranks, changes)
 
 
 def data_order(cfg: PretrainConfig, first_step: int = 0) -> dict[str, Any]:
@@ -92,7 +98,7 @@ def data_order(cfg: PretrainConfig, first_step: int = 0) -> dict[str, Any]:
         "data.path": [[weight, prefix] for weight, prefix in zip(blend.weights, blend.prefixes, strict=True)],
         "the datasets' contents": [_contents(prefix) for prefix in blend.prefixes],
         "data.split": megatron_split(cfg.data.split),
-        "data.num_samples": num_train_samples(cfg, first_step),
+        _NUM_SAMPLES: num_train_samples(cfg, first_step),
         "train.seq_length": cfg.train.seq_length,
         "seed": cfg.seed,
     }
@@ -140,61 +146,34 @@ def _gone_back_over(cfg: PretrainConfig, start: Path | None) -> list[Path]:
 
 
 def _check_same_architecture(
-    cfg: PretrainConfig, checkpoint: Path, *, weights_only: bool = False, is_new_phase: bool = False
+    changes: list[Change], checkpoint: Path, *, weights_only: bool = False, is_new_phase: bool = False
 ) -> None:
     may_differ = _NOT_IN_SHARDS | (_OF_A_PHASE if is_new_phase else set())
-    saved = OmegaConf.structured(_with_defaults(read_config(checkpoint, "checkpoint.resume")))
-    now = OmegaConf.structured(_with_defaults(cfg))
-    for part in ("model",) if weights_only else _ARCHITECTURE:
-        for name in dict.fromkeys(_flat_names(now[part]) + _flat_names(saved[part])):
-            old, new = OmegaConf.select(saved[part], name), OmegaConf.select(now[part], name)
-            if old != new and (part, name) not in may_differ:
-                problem = f"{checkpoint} was trained with {part}.{name}={old}"
-                phase = ", or checkpoint.new_data=true for a new phase" if (part, name) in _OF_A_PHASE else ""
-                raise ConfigError(f"{part}.{name}", new, problem, f"Set it so, or start in another run_dir{phase}")
-    before, after = saved.parallel.distributed_optimizer, now.parallel.distributed_optimizer
-    if before != after and not weights_only:
-        problem = f"{checkpoint} holds the optimizer's state of the other kind"
-        remedy = f"Set parallel.distributed_optimizer={str(before).lower()}"
-        raise ConfigError("parallel.distributed_optimizer", after, problem, remedy)
+    parts = ("model",) if weights_only else _ARCHITECTURE
+    for change in changes:
+        name = change.setting
+        if name.partition(".")[0] in parts and name not in may_differ:
+            problem = f"{checkpoint} was trained with {name}={change.before}"
+            phase = ", or checkpoint.new_data=true for a new phase" if name in _OF_A_PHASE else ""
+            raise ConfigError(name, change.now, problem, f"Set it so, or start in another run_dir{phase}")
+        if name == "parallel.distributed_optimizer" and not weights_only:
+            problem = f"{checkpoint} holds the optimizer's state of the other kind"
+            raise ConfigError(name, change.now, problem, f"Set {name}={str(change.before).lower()}")
 
 
-def _with_defaults(cfg: PretrainConfig) -> PretrainConfig:
-    """With what is filled in: set or left to its default, a setting means the same."""
-    layout = cfg.layout
-    patterns = {
-        letter: with_defaults(read_pattern(given, f"layout.patterns.{letter}"))
-        for letter, given in layout.patterns.items()
-    }
-    model = replace(cfg.model, head_dim=head_dim(cfg.model))
-    return replace(cfg, model=model, layout=replace(layout, pattern=with_defaults(layout.pattern), patterns=patterns))
-
-
-def _flat_names(node: Any, prefix: str = "") -> list[str]:
-    names = []
-    for key in node:
-        child = OmegaConf.select(node, key)
-        names += _flat_names(child, f"{prefix}{key}.") if OmegaConf.is_dict(child) else [f"{prefix}{key}"]
-    return names
-
-
-def _check_same_order(before: dict[str, Any], now: dict[str, Any], checkpoint: Path, needed: int) -> None:
-    """`needed` samples are trained on."""
+def _check_same_order(before: dict[str, Any], now: dict[str, Any], checkpoint: Path) -> None:
     before = _under_todays_paths(before, now)
+    phase = f"checkpoint.resume={checkpoint} and checkpoint.new_data=true"
     for setting, value in now.items():
-        if before.get(setting) != value:
-            problem = (
-                f"{checkpoint} was trained with {before.get(setting)}, another order of the data: samples would come"
-                " twice or not at all"
-            )
-            back = "Set it so"
-            if setting == "data.num_samples" and needed > (saved := int(before.get(setting) or 0)):
-                back = f"Train no more steps than {saved} samples last for (set when a run starts, it leaves room)"
-            remedy = (
-                f"{back}, or start a new phase on these data: another run_dir, checkpoint.resume={checkpoint} and"
-                " checkpoint.new_data=true"
-            )
-            raise ConfigError(setting, value, problem, remedy)
+        if (saved := before.get(setting)) == value:
+            continue
+        problem = (
+            f"{checkpoint} was trained with {saved}, another order of the data: samples would come twice or not at all"
+        )
+        remedy = f"Set it so, or start a new phase on these data: another run_dir, {phase}"
+        if setting == _NUM_SAMPLES:
+            remedy = f"Leave it out: after the epochs of these {saved} others follow, as many as train.steps take"
+        raise ConfigError(setting, value, problem, remedy)
 
 
 def _under_todays_paths(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:

@@ -26,7 +26,6 @@ from s2train.meeting import refusing_together
 from s2train.megatron import setup
 from s2train.megatron.agreement import from_first
 from s2train.megatron.backends import Backend, choose_backend
-from s2train.megatron.checkpoint import write_config
 from s2train.megatron.model import build_model, transformer_config
 from s2train.planning import Plan, hybrid_layout
 from s2train.planning.report import figures, letter_rows
@@ -36,6 +35,7 @@ from s2train.training.metrics import Tracker
 from s2train.training.optimizer import build_optimizer, wrap_data_parallel
 from s2train.training.plots import draw_loss_curve
 from s2train.training.resume import Start, claim_run_dir, find_start
+from s2train.training.run_settings import write_settings
 from s2train.training.signals import StopSignals
 from s2train.training.start_times import StartTimes
 from s2train.training.startup import check_start
@@ -138,14 +138,19 @@ def _train(
         start.progress.order["data.num_samples"],
         held_out_samples,
         is_built_on_rank=lambda: True,
+        last_sample=start.progress.consumed_samples + samples_of_steps(cfg, start.progress.step),
     )
     assert train_set is not None  # check_data has seen to it
     times.end("data")
     tracker = Tracker(cfg, start.progress, active=is_first, plan=figures(plan))
     if is_first:
-        write_config(cfg, run_dir / "config.yaml")
+        kept = write_settings(cfg, run_dir, start.progress.step, start.changes)
         draw_layout(hybrid, cfg.train.seq_length, run_dir / "layout.png", title=cfg.model.name)
         say(_description(cfg, models, backend, tokenizer, device, start))
+        if start.checkpoint is not None:
+            tracker.changes(start.progress.step, start.checkpoint, start.changes)
+        if kept is not None:
+            say(f"{run_dir / 'config.yaml'}: the earlier settings are kept as {kept.name}")
         epochs = training_epochs(cfg.data, samples_of_steps(cfg, start.progress.first_step), cfg.train.seq_length)
         say("\n".join(describe_epochs(cfg.data, epochs)))
         tracker.event("data", epochs={one.prefix: one.epochs for one in epochs})

@@ -11,7 +11,7 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.distributed import Store
 
-from s2train.config import PretrainConfig
+from s2train.config import PretrainConfig, settings_by_name
 from s2train.data.blend import parse_blend
 from s2train.errors import ConfigError
 from s2train.meeting import arrive, end_together
@@ -167,15 +167,7 @@ def _problems_of(facts: Facts, first: Facts, checkpoint: int) -> Iterator[str]:
 
 def _comparable(cfg: PretrainConfig) -> dict[str, Any]:
     """Settings by dotted name, but for the run folder, in which the ranks follow rank 0."""
-    return {name: value for name, value in _flat(asdict(cfg)) if name != "run_dir"}
-
-
-def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in node.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
+    return {name: value for name, value in settings_by_name(asdict(cfg)) if name != "run_dir"}
 
 
 def _digest(settings: dict[str, Any]) -> str:

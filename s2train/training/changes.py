@@ -1,0 +1,118 @@
+"""Settings that a run has otherwise than the checkpoint it resumes from, and whether it may."""
+
+import json
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from s2train.config import PretrainConfig, settings_by_name
+from s2train.errors import ConfigError
+from s2train.layouts.patterns.registry import read_pattern, with_defaults
+from s2train.planning.parameters import head_dim
+
+CONSENT = "checkpoint.allow_changes"
+
+# Settings, and sections with a dot, that say where, how fast or how often something is done, and not what is trained.
+# Any other setting changes the experiment.
+KEEP_THE_EXPERIMENT = (
+    "attention_backend",
+    "backend",
+    "checkpoint.",
+    "data.cache",
+    "data.num_samples",  # the order goes on as the checkpoint began it
+    "data.num_workers",
+    "data.tokenizer",  # a path; the data tell their tokenizer
+    "dense_attention",
+    "evaluation.",
+    "model.name",
+    "parallel.",
+    "plan",
+    "profile.",
+    "run_dir",
+    "tracking.",
+    "train.deterministic",
+    "train.exit_step",
+    "train.max_skipped_steps",
+    "train.micro_batch_size",
+    "train.recompute",
+    "train.recompute_num_layers",
+    "train.spike_factor",
+    "train.steps",  # what follows from it, such as optim.decay_steps, counts by itself
+    "train.timeout_minutes",
+)
+
+
+@dataclass(frozen=True)
+class Change:
+    """A setting with another value than in the checkpoint; `1e-3` reads as a command line writes it."""
+
+    setting: str
+    before: Any
+    now: Any
+
+    def __str__(self) -> str:
+        return f"{self.setting} {_written(self.before)} → {_written(self.now)}"
+
+    @property
+    def is_of_the_experiment(self) -> bool:
+        """Whether it changes what is trained."""
+        return not any(
+            self.setting.startswith(name) if name.endswith(".") else self.setting == name
+            for name in KEEP_THE_EXPERIMENT
+        )
+
+
+def changes_between(before: PretrainConfig, now: PretrainConfig) -> list[Change]:
+    """What differs, by setting; what is left to its default and what is set to it are the same."""
+    # Through JSON, where tuples and lists are one.
+    old, new = (dict(settings_by_name(json.loads(json.dumps(asdict(with_values(cfg)))))) for cfg in (before, now))
+    return [
+        Change(name, old.get(name), new.get(name))
+        for name in dict.fromkeys([*new, *old])
+        if old.get(name) != new.get(name) and name != CONSENT
+    ]
+
+
+def check_consent(cfg: PretrainConfig, checkpoint: Path, changes: list[Change]) -> None:
+    """Whether `checkpoint.allow_changes` names all that changes the experiment of `checkpoint`.
+
+    Raises:
+        ConfigError: it doesn't.
+    """
+    allowed = cfg.checkpoint.allow_changes
+    names: Collection[str] = [allowed] if isinstance(allowed, str) else [] if isinstance(allowed, bool) else allowed
+    asked = [change for change in changes if change.is_of_the_experiment and change.setting not in names]
+    if allowed is True or not asked:
+        return
+    named = ",".join(dict.fromkeys([*names, *(change.setting for change in asked)]))
+    problem = f"{checkpoint} was trained with other settings: {', '.join(map(str, asked))}"
+    kept = next((c.before for c in asked if c.setting == "optim.decay_steps" and not cfg.optim.decay_steps), None)
+    keep = f"optim.decay_steps={kept} keeps the schedule of the learning rate, which train.steps sets otherwise. "
+    remedy = (
+        f"{'' if kept is None else keep}To resume with the new settings, set {CONSENT}=true or '{CONSENT}=[{named}]';"
+        " for another experiment, set another run_dir"
+    )
+    raise ConfigError(asked[0].setting, _written(asked[0].now), problem, remedy)
+
+
+def with_values(cfg: PretrainConfig) -> PretrainConfig:
+    """With the values that are left to defaults or to other settings filled in."""
+    layout, optim = cfg.layout, cfg.optim
+    patterns = {
+        letter: with_defaults(read_pattern(given, f"layout.patterns.{letter}"))
+        for letter, given in layout.patterns.items()
+    }
+    # A constant learning rate has no decay, however long it is kept.
+    decay_steps = optim.decay_steps or (None if optim.decay_style == "constant" else cfg.train.steps)
+    return replace(
+        cfg,
+        model=replace(cfg.model, head_dim=head_dim(cfg.model)),
+        layout=replace(layout, pattern=with_defaults(layout.pattern), patterns=patterns),
+        optim=replace(optim, decay_steps=decay_steps),
+    )
+
+
+def _written(value: Any) -> str:
+    """As a command line takes it."""
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))

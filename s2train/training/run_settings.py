@@ -1,0 +1,50 @@
+"""`config.yaml` of a run folder: the settings at work, what changed them, and the earlier ones beside it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError  # type: ignore[import-untyped]
+
+from s2train.config import PretrainConfig
+from s2train.files import replacing, set_aside
+from s2train.megatron.checkpoint import write_config
+from s2train.training.changes import Change
+
+
+def write_settings(cfg: PretrainConfig, run_dir: Path, step: int, changes: Sequence[Change]) -> Path | None:
+    """Write `config.yaml`, and keep one of other settings as `config.1.yaml`, `config.2.yaml`, ….
+
+    Comments at its head tell the history, one line for each change.
+
+    Args:
+        step: after which the run goes on; 0 for one that starts.
+        changes: from the checkpoint that it resumes from.
+    Returns:
+        where the earlier settings are kept; None where there are none, or the same.
+    """
+    path = run_dir / "config.yaml"
+    if not path.exists():
+        write_config(cfg, path)
+        return None
+    if _read(path) == OmegaConf.to_container(OmegaConf.structured(cfg)):
+        return None
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    history = [line for line in lines if line.startswith("#")] if step else []
+    kept = set_aside(path)
+    assert kept is not None
+    what = ", ".join(map(str, changes)) if step else "a run from its start"
+    history.append(f"# after step {step}: {what or 'settings written otherwise'}; before: {kept.name}")
+    with replacing(path) as temporary:
+        write_config(cfg, temporary)
+        temporary.write_text("\n".join([*history, temporary.read_text()]))
+    return kept
+
+
+def _read(path: Path) -> Any:
+    try:
+        return OmegaConf.to_container(OmegaConf.load(path))
+    except (ValueError, YAMLError, OmegaConfBaseException):  # a run was killed while it wrote
+        return None
