@@ -78,7 +78,7 @@ def summarize(run_dir: Path) -> Summary:
         name=run_dir.name,
         steps=last,
         # older runs don't tell what they consumed
-        tokens=reports[-1].get("consumed_tokens", last * (read_curves(path).tokens_per_step or 0)),
+        tokens=reports[-1].get("consumed_tokens", read_curves(path).tokens(last)),
         loss=reports[-1]["loss"],
         **{name: held_out[0].get(name) if held_out else None for name in HELD_OUT},
         step_time_s=median("step_time_s"),

@@ -88,7 +88,7 @@ def check_consent(cfg: PretrainConfig, checkpoint: Path, changes: list[Change]) 
     named = ",".join(dict.fromkeys([*names, *(change.setting for change in asked)]))
     problem = f"{checkpoint} was trained with other settings: {', '.join(map(str, asked))}"
     kept = next((c.before for c in asked if c.setting == "optim.decay_steps" and not cfg.optim.decay_steps), None)
-    keep = f"optim.decay_steps={kept} keeps the schedule of the learning rate, which train.steps sets otherwise. "
+    keep = f"optim.decay_steps={kept} keeps the learning-rate schedule (left unset, it is train.steps). "
     remedy = (
         f"{'' if kept is None else keep}To resume with the new settings, set {CONSENT}=true or '{CONSENT}=[{named}]';"
         " for another experiment, set another run_dir"

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import cycle
@@ -29,13 +29,24 @@ class Curves:
 
     Attributes:
         resumed: steps after which the run was started again.
-        tokens_per_step: None if the file doesn't tell.
+        batches: [steps done, tokens of each step from then on], oldest first; empty if the file doesn't tell.
     """
 
     train: dict[int, float] = field(default_factory=dict)
     held_out: dict[int, float] = field(default_factory=dict)
     resumed: list[int] = field(default_factory=list)
-    tokens_per_step: int | None = None
+    batches: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def tokens_per_step(self) -> int | None:
+        """Of all steps alike; None if they differ, or the file doesn't tell."""
+        sizes = {size for _, size in self.batches}
+        return sizes.pop() if len(sizes) == 1 else None
+
+    def tokens(self, step: int) -> int:
+        """That the first `step` steps took."""
+        ends = [start for start, _ in self.batches[1:]] + [step]
+        return sum(size * max(0, min(end, step) - start) for (start, size), end in zip(self.batches, ends, strict=True))
 
 
 def read_records(metrics: Path) -> list[dict[str, Any]]:
@@ -67,11 +78,17 @@ def read_curves(metrics: Path) -> Curves:
         ConfigError: no such file.
     """
     curves = Curves()
+    size: int | None = None
     for record in read_records(metrics):
         step = record.get("step")
+        size = record.get("tokens_per_step", size)
+        if size is not None and not curves.batches:
+            curves.batches = [(0, size)]
         if record.get("event") == "resume":
             curves.resumed.append(record["step"])
-        curves.tokens_per_step = record.get("tokens_per_step", curves.tokens_per_step)
+            if size is not None:  # told just before
+                earlier = [batch for batch in curves.batches if batch[0] < record["step"]]
+                curves.batches = [*earlier, (record["step"], size)]
         if "event" not in record and step is not None:
             for name, losses in (("loss", curves.train), ("held_out_loss", curves.held_out)):
                 if record.get(name) is not None:
@@ -87,8 +104,8 @@ def draw_loss_curve(metrics: Path, out: Path, baseline: float | None = None, tit
     """
     curves = read_curves(metrics)
     figure, axes = _new_figure(title)
-    axes.plot(*_points(curves.train, 1), color=COLOURS[0], alpha=0.6, linewidth=1.2)
-    axes.plot(*_points(curves.held_out, 1), color=COLOURS[1], linewidth=2.2, marker="o", markersize=3.5)
+    axes.plot(*_points(curves.train, float), color=COLOURS[0], alpha=0.6, linewidth=1.2)
+    axes.plot(*_points(curves.held_out, float), color=COLOURS[1], linewidth=2.2, marker="o", markersize=3.5)
     ends = _end("train", curves.train, COLOURS[0]) + _end("held out", curves.held_out, COLOURS[1])
     if baseline is not None:
         axes.axhline(baseline, color=GREY, linestyle="--", linewidth=1.2)
@@ -119,14 +136,14 @@ def draw_comparison(
     """
     curves = {name: read_curves(metrics) for name, metrics in runs.items()}
     for name, run in curves.items():
-        if x_axis == "tokens" and run.tokens_per_step is None:
+        if x_axis == "tokens" and not run.batches:
             raise ConfigError("x_axis", x_axis, f"{runs[name]} doesn't tell its tokens per step", "Use steps")
     figure, axes = _new_figure(title)
     ends: list[End] = []
     for (name, run), colour in zip(curves.items(), cycle(COLOURS), strict=False):
-        scale = (run.tokens_per_step or 1) if x_axis == "tokens" else 1
-        axes.plot(*_points(run.train, scale), color=colour, alpha=0.45, linewidth=0.9)
-        axes.plot(*_points(run.held_out, scale), color=colour, linewidth=2.4)
+        abscissa = run.tokens if x_axis == "tokens" else float
+        axes.plot(*_points(run.train, abscissa), color=colour, alpha=0.45, linewidth=0.9)
+        axes.plot(*_points(run.held_out, abscissa), color=colour, linewidth=2.4)
         ends += _end(name, run.held_out or run.train, colour)
     per_step = {run.tokens_per_step for run in curves.values()}
     common = next(iter(per_step)) if len(per_step) == 1 else None
@@ -160,9 +177,9 @@ def _end(name: str, losses: Mapping[int, float], colour: str) -> list[End]:
     return [End(f"{name} {last:.3f}", last, colour)] if finite else []
 
 
-def _points(losses: Mapping[int, float], scale: float) -> tuple[list[float], list[float]]:
+def _points(losses: Mapping[int, float], abscissa: Callable[[int], float]) -> tuple[list[float], list[float]]:
     steps = sorted(losses)
-    return [step * scale for step in steps], [losses[step] for step in steps]
+    return [abscissa(step) for step in steps], [losses[step] for step in steps]
 
 
 def _new_figure(title: str) -> tuple[Figure, Axes]:

@@ -35,8 +35,8 @@ def write_settings(cfg: PretrainConfig, run_dir: Path, step: int, changes: Seque
     history = [line for line in lines if line.startswith("#")] if step else []
     kept = set_aside(path)
     assert kept is not None
-    what = ", ".join(map(str, changes)) if step else "a run from its start"
-    history.append(f"# after step {step}: {what or 'settings written otherwise'}; before: {kept.name}")
+    what = ", ".join(map(str, changes)) if step else "a new run"
+    history.append(f"# from step {step + 1} on: {what or 'the same, written otherwise'}; before: {kept.name}")
     with replacing(path) as temporary:
         write_config(cfg, temporary)
         temporary.write_text("\n".join([*history, temporary.read_text()]))

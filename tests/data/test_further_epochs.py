@@ -1,5 +1,6 @@
 """The training order goes on after the epochs that a run began with, and what came before stays as it was."""
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,10 +24,10 @@ def numbers(tmp_path: Path) -> Callable[[str], str]:
     """Makes a dataset of 40 documents of as many tokens as a sample takes, all different, begun by `letter`."""
 
     def make(letter: str) -> str:
-        text = "".join(f"{letter}{number:02d}" + "x" * 27 + "\n" for number in range(40))
-        (tmp_path / f"{letter}.txt").write_text(text)
+        lines = [json.dumps({"text": f"{letter}{number:02d}" + "x" * 28}) for number in range(40)]
+        (tmp_path / f"{letter}.jsonl").write_text("\n".join(lines))
         prefix = str(tmp_path / letter)
-        prepare(PrepareConfig(input=str(tmp_path / f"{letter}.txt"), output=prefix, document_chars=30))
+        prepare(PrepareConfig(input=str(tmp_path / f"{letter}.jsonl"), output=prefix))
         return prefix
 
     return make

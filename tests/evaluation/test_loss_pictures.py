@@ -49,6 +49,15 @@ def test_steps_done_again_after_a_resume_replace_the_first_ones(tmp_path: Path) 
     assert curves.resumed == [1]
 
 
+def test_tokens_are_counted_by_the_batch_of_each_step(tmp_path: Path) -> None:
+    records: list[dict[str, Any]] = [{"event": "config", "tokens_per_step": 64}, {"step": 12, "loss": 5.0}]
+    for step, size in ((10, 32), (14, 128)):
+        records += [{"event": "config", "tokens_per_step": size}, {"event": "resume", "step": step}]
+    curves = read_curves(write(tmp_path / "m.jsonl", records))
+    assert [curves.tokens(step) for step in (5, 10, 12, 15)] == [320, 640, 704, 640 + 128 + 128]
+    assert curves.tokens_per_step is None
+
+
 def test_line_cut_short_is_passed_over(tmp_path: Path) -> None:
     path = write(tmp_path / "m.jsonl", [{"step": 1, "loss": 5.0}])
     path.write_text(path.read_text() + '{"step": 2, "lo')

@@ -175,6 +175,7 @@ VALUES: dict[str, tuple[Any, str]] = {
     "parallel__vpp": (0, "positive"),
     "model__num_layers": (0, "positive"),
     "train__exit_step": (0, "positive"),
+    "checkpoint__allow_changes": (["optim.lr", "optim.clip"], "optim.clip_grad"),
     "checkpoint__keep": (0, "positive"),
     "checkpoint__interval": (0, "positive"),
     "evaluation__batches": (0, "positive"),
@@ -192,7 +193,7 @@ VALUES: dict[str, tuple[Any, str]] = {
     "tracking__entity": ("", "tracking.entity=NAME"),
     "optim__beta2": (1.0, "such as"),
     "optim__warmup_steps": (1000, "less than 1000"),
-    "data__num_samples": (100, "16000"),
+    "data__num_samples": (0, "positive"),
     "train__seq_length": (32, "layout.block_size"),
 }
 
@@ -205,6 +206,12 @@ def test_a_value_out_of_its_range_is_refused(name: str) -> None:
     assert refusal.value.setting == name.replace("__", ".")
     assert refusal.value.value == value
     assert remedy in refusal.value.remedy
+
+
+def test_a_stop_after_the_end_of_the_run_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"train\.exit_step=1001: .*train\.steps=1000"):
+        check(config(train__exit_step=1001), 1, GPU)
+    assert check(config(train__exit_step=1000), 1, GPU)
 
 
 def test_keeping_checkpoints_where_none_are_saved_is_refused() -> None:

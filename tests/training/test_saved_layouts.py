@@ -9,6 +9,7 @@ from s2train.config import LayoutConfig, ModelConfig, PatternConfig, PretrainCon
 from s2train.errors import ConfigError
 from s2train.megatron.checkpoint import read_config, write_config
 from s2train.planning import hybrid_layout
+from s2train.training.changes import changes_between
 from s2train.training.resume import _check_same_architecture
 
 # As saved before patterns had kinds, schedules offsets, and plans settings.
@@ -31,12 +32,16 @@ def config(**layout: Any) -> PretrainConfig:
     )
 
 
+def resumed(now: PretrainConfig, checkpoint: Path) -> None:
+    _check_same_architecture(changes_between(read_config(checkpoint), now), checkpoint)
+
+
 def test_settings_saved_by_an_earlier_version_are_read_and_mean_what_they_did(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(EARLIER)
     saved, now = read_config(tmp_path), config()
     now.schedule.kind = "rotating"
     assert hybrid_layout(saved) == hybrid_layout(now)
-    _check_same_architecture(now, tmp_path)
+    resumed(now, tmp_path)
 
 
 def test_letters_and_ranges_come_back_as_they_were_saved(tmp_path: Path) -> None:
@@ -44,14 +49,12 @@ def test_letters_and_ranges_come_back_as_they_were_saved(tmp_path: Path) -> None
     cfg = config(layers="DSSW", pattern=pattern, patterns={"W": WINDOW})
     write_config(cfg, tmp_path / "config.yaml")
     assert read_config(tmp_path).layout == cfg.layout
-    _check_same_architecture(cfg, tmp_path)
+    resumed(cfg, tmp_path)
 
 
 def test_a_default_written_out_is_no_other_layout(tmp_path: Path) -> None:
     write_config(config(patterns={"W": WINDOW}), tmp_path / "config.yaml")
-    _check_same_architecture(
-        config(pattern=PatternConfig(local=8, stride=16), patterns={"W": WINDOW | {"sinks": 0}}), tmp_path
-    )
+    resumed(config(pattern=PatternConfig(local=8, stride=16), patterns={"W": WINDOW | {"sinks": 0}}), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -67,4 +70,4 @@ def test_a_default_written_out_is_no_other_layout(tmp_path: Path) -> None:
 def test_another_layout_is_refused_by_its_setting(tmp_path: Path, change: dict[str, Any], setting: str) -> None:
     write_config(config(patterns={"W": WINDOW}), tmp_path / "config.yaml")
     with pytest.raises(ConfigError, match=f"^{setting}="):
-        _check_same_architecture(config(**{"patterns": {"W": WINDOW}} | change), tmp_path)
+        resumed(config(**{"patterns": {"W": WINDOW}} | change), tmp_path)

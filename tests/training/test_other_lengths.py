@@ -1,0 +1,51 @@
+"""A run made longer, shorter, or of another batch size goes on with the samples that it has not seen."""
+
+import json
+import os
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+from s2train.config import PrepareConfig
+from s2train.data.prepare import prepare
+from tests.program import ROOT, SMALL, metrics, run
+
+pytestmark = [pytest.mark.slow]
+
+DRAWN = str(ROOT / "tests" / "training" / "drawn_program.py")
+
+
+def drawn(folder: Path, run_dir: str, *settings: str) -> torch.Tensor:
+    """Samples that a run takes, of data of 28 samples an epoch, all different."""
+    if not (folder / "data.idx").exists():
+        lines = [json.dumps({"text": f"document {number:04d}\n" * 8}) for number in range(36)]
+        (folder / "data.jsonl").write_text("\n".join(lines))
+        prepare(PrepareConfig(input=str(folder / "data.jsonl"), output=str(folder / "data")))
+    given = [f"run_dir={folder / run_dir}", f"data.path={folder / 'data'}", f"data.cache={folder / 'cache'}"]
+    with mock.patch.dict(os.environ, S2TRAIN_TEST_DRAWN=str(folder / "drawn.pt")):
+        done = run(DRAWN, *SMALL, *given, "optim.decay_steps=6", *settings, processes=0)
+    assert done.status == 0, done.err
+    samples: torch.Tensor = torch.load(folder / "drawn.pt")
+    return samples
+
+
+def test_a_run_that_is_made_longer_in_smaller_batches_takes_the_samples_of_one_run_to_the_same_end(
+    tmp_path: Path,
+) -> None:
+    first = drawn(tmp_path, "a", "train.steps=3")  # 24 samples: less than an epoch
+    smaller = ["train.global_batch_size=4", "checkpoint.allow_changes=train.global_batch_size"]
+    longer = drawn(tmp_path, "a", "train.steps=13", *smaller)
+    again = drawn(tmp_path, "a", "train.steps=14", *smaller)
+    whole = drawn(tmp_path, "b", "train.steps=9", "data.num_samples=24")
+    assert [len(samples) for samples in (first, longer, again, whole)] == [24, 40, 4, 72]
+    assert torch.equal(torch.cat([first, longer, again]), whole[:68])
+    assert metrics(tmp_path / "a")[-1]["step"] == 14
+
+
+def test_a_run_that_is_made_shorter_takes_the_first_samples_of_the_one_it_was_to_be(tmp_path: Path) -> None:
+    whole = drawn(tmp_path, "a", "train.steps=9")  # two epochs and more, shuffled together
+    stopped = drawn(tmp_path, "b", "train.steps=9", "train.exit_step=3")
+    shorter = drawn(tmp_path, "b", "train.steps=5")
+    assert torch.equal(torch.cat([stopped, shorter]), whole[:40])

@@ -1,0 +1,80 @@
+"""What a run folder keeps of a run's settings and metrics when it is started again."""
+
+import json
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from s2train.megatron.checkpoint import Progress, read_config
+from s2train.training.changes import Change
+from s2train.training.metrics import StepMetrics, Tracker
+from s2train.training.run_settings import write_settings
+from tests.test_configs import pretrain
+
+LR = [Change("optim.lr", 0.003, 0.001)]
+
+
+def test_earlier_settings_stay_beside_the_new_ones_with_what_changed(tmp_path: Path) -> None:
+    first, second = (pretrain("+model=tiny_hybrid", f"optim.lr={lr}") for lr in (0.003, 0.001))
+    assert write_settings(first, tmp_path, 0, []) is None
+    assert write_settings(second, tmp_path, 40, LR) == tmp_path / "config.1.yaml"
+    assert write_settings(first, tmp_path, 60, [Change("optim.lr", 0.001, 0.003)]) == tmp_path / "config.2.yaml"
+    lr = [OmegaConf.load(tmp_path / name).optim.lr for name in ("config.1.yaml", "config.2.yaml", "config.yaml")]
+    assert lr == [0.003, 0.001, 0.003]
+    assert (tmp_path / "config.yaml").read_text().splitlines()[:2] == [
+        "# from step 41 on: optim.lr 0.003 → 0.001; before: config.1.yaml",
+        "# from step 61 on: optim.lr 0.001 → 0.003; before: config.2.yaml",
+    ]
+    assert read_config(tmp_path) == first
+
+
+def test_the_same_settings_leave_the_file_alone(tmp_path: Path) -> None:
+    cfg = pretrain("+model=tiny_hybrid")
+    write_settings(cfg, tmp_path, 0, [])
+    before = (tmp_path / "config.yaml").stat().st_mtime_ns
+    assert write_settings(cfg, tmp_path, 40, []) is None
+    assert (tmp_path / "config.yaml").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("text", ["", "model: {name: sma", "optim:\n  lr: 1"])
+def test_a_file_of_a_run_that_was_killed_is_kept_too(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    kept = write_settings(pretrain("+model=tiny_hybrid"), tmp_path, 0, [])
+    assert kept is not None
+    assert kept.read_text() == text
+    assert (tmp_path / "config.yaml").read_text().startswith("# from step 1 on: a new run; before: config.1.yaml\n")
+
+
+def track(folder: Path, step: int, *changes: Change) -> list[dict[str, object]]:
+    cfg = pretrain("+model=tiny_hybrid", f"run_dir={folder}", "tracking.wandb=disabled")
+    tracker = Tracker(cfg, Progress(step, 0, {}, None), active=True)
+    tracker.changes(step, folder / "checkpoints" / "iter_0000040", changes)
+    tracker.close()
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_what_changed_is_printed_and_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (event,) = [record for record in track(tmp_path, 40, *LR) if record.get("event") == "changed settings"]
+    assert (event["step"], event["settings"]) == (40, {"optim.lr": [0.003, 0.001]})
+    assert capsys.readouterr().out == "changed since iter_0000040: optim.lr 0.003 → 0.001\n"
+
+
+def test_a_start_from_step_1_beside_earlier_metrics_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 52, "loss": 3.0}\n{"step": 5')
+    (event,) = [record for record in track(tmp_path, 0) if record.get("event") == "earlier run"]
+    assert (event["metrics"], event["last_step"]) == ("metrics.1.jsonl", 52)
+    out = capsys.readouterr().out
+    assert "starting from step 1" in out
+    assert "to step 52, are kept as metrics.1.jsonl" in out
+
+
+def test_a_first_start_tells_of_no_earlier_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    track(tmp_path, 0)
+    assert capsys.readouterr().out == ""
+
+
+def test_the_time_left_is_told_with_the_step_that_it_lasts_to() -> None:
+    metrics = StepMetrics(190, 2.0, None, 1e-3, 1.0, 0.5, 1e4, 1.0, None, 0.0, eta_s=5)
+    assert metrics.line(400, last_step=200).endswith("| ETA 0:00:05 to step 200")
+    assert metrics.line(400, last_step=400).endswith("| ETA 0:00:05")
