@@ -163,14 +163,16 @@ def _check_same_architecture(
 
 def _check_same_order(before: dict[str, Any], now: dict[str, Any], checkpoint: Path) -> None:
     before = _under_todays_paths(before, now)
-    phase = f"checkpoint.resume={checkpoint} and checkpoint.new_data=true"
     for setting, value in now.items():
         if (saved := before.get(setting)) == value:
             continue
         problem = (
             f"{checkpoint} was trained with {saved}, another order of the data: samples would come twice or not at all"
         )
-        remedy = f"Set it so, or start a new phase on these data: another run_dir, {phase}"
+        remedy = (
+            "Set it so, or train in another run_dir: from the start, or as a new phase on these data with"
+            f" checkpoint.resume={checkpoint} and checkpoint.new_data=true"
+        )
         if setting == _NUM_SAMPLES:
             remedy = f"Leave it out: after the epochs of these {saved} others follow, as many as train.steps take"
         raise ConfigError(setting, value, problem, remedy)
