@@ -100,7 +100,7 @@ class DataConfig:
     cache: str = "runs/data/cache"  # Megatron's document and shuffle indices
     # a token sees its own document only, and the layout begins anew in each; else all that is packed into a sequence
     attention_within_documents: bool = False
-    # samples whose epochs are shuffled together, fixed at a run's start; after them the data follow epoch by epoch.
+    # samples whose epochs are shuffled together; a run keeps the number that it began with, and further epochs follow.
     # None: train.steps × train.global_batch_size (of a new phase its own steps)
     num_samples: int | None = None
     warn_epochs: float = 4.0  # passes over a dataset's training part, above which a warning comes (arXiv 2305.16264)
@@ -190,8 +190,8 @@ class CheckpointConfig:
     # with `resume` naming another run: a new phase, which takes its data from their beginning, in their own order, and
     # may raise model.rotary_base for longer sequences
     new_data: bool = False
-    # settings of the experiment that a resumed run may have otherwise than the last checkpoint in its run folder: true
-    # (any), or their names: [optim.lr, train.global_batch_size]
+    # what may differ from the checkpoint in the run folder, of the settings that change the experiment: true (any), or
+    # names, as [optim.lr,train.global_batch_size]
     allow_changes: Any = False
     keep: int | None = None  # keep only the last `keep` checkpoints; None: all
     keep_every: int | None = None  # steps: of those, the checkpoints at multiples of it stay as well

@@ -19,10 +19,10 @@ def samples_of_steps(cfg: PretrainConfig, first_step: int = 0) -> int:
 
 
 def num_train_samples(cfg: PretrainConfig, first_step: int = 0) -> int:
-    """Samples that the training order begins with: `data.num_samples`, else what `train.steps` take from `first_step`.
+    """Samples that a new run's training order is built for: `data.num_samples`, else those that its steps take.
 
-    With path, split, seed and sequence length it fixes the order, so that a run keeps the number it began with; where
-    it takes more samples, further epochs follow.
+    With path, split, seed and sequence length the number fixes the order, so a resumed run keeps it; if it takes more
+    samples, further epochs follow.
 
     Args:
         first_step: at which these data begin, in a new phase (`checkpoint.new_data`) not 0.

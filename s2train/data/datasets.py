@@ -62,17 +62,17 @@ def build_datasets(
     `data.attention_within_documents` position ids restart at 0 in each document.
 
     The order depends on the data (not on where they lie), `data.split`, `seed`, `train.seq_length` and the number of
-    samples: Megatron shuffles the epochs that they take together. It does not depend on `last_sample`: after those
-    epochs others follow, each dataset's one after the other.
+    samples: Megatron shuffles the epochs that they take together. It does not depend on `last_sample`: further epochs
+    follow those, each shuffled by itself.
     Collective when torch.distributed is initialised (which blends need with megatron-core 0.16): rank 0
     builds the indices, and the others read them from `data.cache`. Runs that share the folder build one at a time:
     Megatron takes a file that another is still writing for whole. What one that was killed left of it is built again.
 
     Args:
         tokenizer: that of the data (see `check_data`, which is to pass first).
-        num_train_samples: that the training order was begun for, at the run's start.
+        num_train_samples: that the run began with; it keeps this number when its length changes.
         is_built_on_rank: whether this rank wants the datasets; True on rank 0.
-        last_sample: how far the training order is to reach, if further than `num_train_samples`.
+        last_sample: training samples wanted, if more than `num_train_samples`.
 
     Returns:
         (train, held out): None on ranks that don't want them, or when `data.split` or the number of samples
@@ -142,7 +142,7 @@ def _build_blend(
 
 
 def _of_one_class(datasets: tuple[Samples, ...]) -> list[Samples]:
-    """As Megatron wants the datasets of a blend, where further epochs follow in some of them."""
+    """Wrap all datasets of a blend if one has further epochs: Megatron blends datasets of one class."""
     if not any(isinstance(dataset, FurtherEpochs) for dataset in datasets):
         return list(datasets)
     return [dataset if isinstance(dataset, FurtherEpochs) else FurtherEpochs([dataset]) for dataset in datasets]
@@ -156,7 +156,7 @@ def _build_epochs(
     last_sample: int,
     is_built_on_rank: Callable[[], bool],
 ) -> tuple[Samples, Samples]:
-    """As `_build`, and of the training samples further epochs, until there are `last_sample`."""
+    """Build as `_build` does, and add further epochs until there are `last_sample` training samples."""
     train, valid = _build(cfg, tokenizer, prefix, sizes, is_built_on_rank)
     if last_sample <= sizes[0]:
         return train, valid
@@ -166,7 +166,7 @@ def _build_epochs(
     own = lengths[round(begin * len(lengths)) : round(end * len(lengths))]
     further = []
     for number in range(1, further_epochs(own, cfg.train.seq_length, sizes[0], last_sample) + 1):
-        # One sample takes one epoch; how far the run goes must not change it.
+        # Asked for one sample, Megatron builds one epoch, which so doesn't depend on the run's length.
         epoch, _ = _build(cfg, tokenizer, prefix, (1, 0), is_built_on_rank, seed_of_epoch(cfg.seed, number))
         further.append(epoch)
     return (FurtherEpochs([train, *further]) if train is not None and further else train), valid

@@ -1,4 +1,4 @@
-"""A dataset whose order goes on after its end: epoch after epoch, each shuffled by itself."""
+"""Extends a dataset by further epochs, each shuffled by itself."""
 
 from collections.abc import Sequence
 
@@ -9,10 +9,10 @@ from torch.utils.data import ConcatDataset
 
 
 class FurtherEpochs(ConcatDataset):
-    """Samples of datasets one after the other: a run's first order, then single epochs.
+    """Joins datasets: the epochs that a run began with, then single ones.
 
     Args:
-        parts: of the same documents and the same split, in their order.
+        parts: of the same documents and the same split, first to last.
     """
 
     def __init__(self, parts: Sequence[GPTDataset]) -> None:
@@ -26,9 +26,9 @@ class FurtherEpochs(ConcatDataset):
 
 
 def further_epochs(lengths: npt.NDArray[np.integer], seq_length: int, first_samples: int, wanted_samples: int) -> int:
-    """Epochs to add to a dataset that Megatron builds for `first_samples`, until it holds `wanted_samples`.
+    """Count the epochs to add to a dataset built for `first_samples`, so that it holds `wanted_samples`.
 
-    Megatron builds whole epochs, as many as hold the samples asked for, and drops the tokens left at the end.
+    Megatron builds as many whole epochs as hold the samples asked for, and drops the tokens left at the end.
 
     Args:
         lengths: tokens of each document.
@@ -41,5 +41,5 @@ def further_epochs(lengths: npt.NDArray[np.integer], seq_length: int, first_samp
 
 
 def seed_of_epoch(seed: int, number: int) -> int:
-    """The seed that shuffles a run's `number`-th further epoch (from 1 on), of 32 bits as NumPy takes them."""
+    """Derive the seed of a run's `number`-th further epoch, from 1 on; 32 bits, as NumPy takes."""
     return int(np.random.SeedSequence([seed, number]).generate_state(1)[0])

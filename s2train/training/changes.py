@@ -1,4 +1,4 @@
-"""Settings that a run has otherwise than the checkpoint it resumes from, and whether it may."""
+"""Compares a run's settings with those of the checkpoint it resumes from, and checks which may differ."""
 
 import json
 from collections.abc import Collection
@@ -13,24 +13,24 @@ from s2train.planning.parameters import head_dim
 
 CONSENT = "checkpoint.allow_changes"
 
-# Settings, and sections with a dot, that say where, how fast or how often something is done, and not what is trained.
+# Settings and sections that say where, how fast or how often something is done, and not what is trained.
 # Any other setting changes the experiment.
 KEEP_THE_EXPERIMENT = (
     "attention_backend",
     "backend",
-    "checkpoint.",
+    "checkpoint",
     "data.cache",
-    "data.num_samples",  # the order goes on as the checkpoint began it
+    "data.num_samples",  # a resumed run keeps the checkpoint's
     "data.num_workers",
-    "data.tokenizer",  # a path; the data tell their tokenizer
+    "data.tokenizer",  # a path; `check_data` compares tokenizers
     "dense_attention",
-    "evaluation.",
+    "evaluation",
     "model.name",
-    "parallel.",
+    "parallel",
     "plan",
-    "profile.",
+    "profile",
     "run_dir",
-    "tracking.",
+    "tracking",
     "train.deterministic",
     "train.exit_step",
     "train.max_skipped_steps",
@@ -38,14 +38,14 @@ KEEP_THE_EXPERIMENT = (
     "train.recompute",
     "train.recompute_num_layers",
     "train.spike_factor",
-    "train.steps",  # what follows from it, such as optim.decay_steps, counts by itself
+    "train.steps",  # optim.decay_steps, which follows from it, is compared too
     "train.timeout_minutes",
 )
 
 
 @dataclass(frozen=True)
 class Change:
-    """A setting with another value than in the checkpoint; `1e-3` reads as a command line writes it."""
+    """A setting whose value differs from the checkpoint's. As text: `optim.lr 0.003 → 0.001`."""
 
     setting: str
     before: Any
@@ -57,14 +57,11 @@ class Change:
     @property
     def is_of_the_experiment(self) -> bool:
         """Whether it changes what is trained."""
-        return not any(
-            self.setting.startswith(name) if name.endswith(".") else self.setting == name
-            for name in KEEP_THE_EXPERIMENT
-        )
+        return not any(self.setting == name or self.setting.startswith(f"{name}.") for name in KEEP_THE_EXPERIMENT)
 
 
 def changes_between(before: PretrainConfig, now: PretrainConfig) -> list[Change]:
-    """What differs, by setting; what is left to its default and what is set to it are the same."""
+    """List the settings that differ. A setting left to its default equals one set to it."""
     # Through JSON, where tuples and lists are one.
     old, new = (dict(settings_by_name(json.loads(json.dumps(asdict(with_values(cfg)))))) for cfg in (before, now))
     return [
@@ -75,10 +72,10 @@ def changes_between(before: PretrainConfig, now: PretrainConfig) -> list[Change]
 
 
 def check_consent(cfg: PretrainConfig, checkpoint: Path, changes: list[Change]) -> None:
-    """Whether `checkpoint.allow_changes` names all that changes the experiment of `checkpoint`.
+    """Check that `checkpoint.allow_changes` names all changes of the experiment.
 
     Raises:
-        ConfigError: it doesn't.
+        ConfigError: a change is not allowed; names all of them, and the setting that allows them.
     """
     allowed = cfg.checkpoint.allow_changes
     names: Collection[str] = [allowed] if isinstance(allowed, str) else [] if isinstance(allowed, bool) else allowed
@@ -97,13 +94,13 @@ def check_consent(cfg: PretrainConfig, checkpoint: Path, changes: list[Change]) 
 
 
 def with_values(cfg: PretrainConfig) -> PretrainConfig:
-    """With the values that are left to defaults or to other settings filled in."""
+    """Fill in values that are left to defaults or follow from other settings."""
     layout, optim = cfg.layout, cfg.optim
     patterns = {
         letter: with_defaults(read_pattern(given, f"layout.patterns.{letter}"))
         for letter, given in layout.patterns.items()
     }
-    # A constant learning rate has no decay, however long it is kept.
+    # A constant learning rate has no decay.
     decay_steps = optim.decay_steps or (None if optim.decay_style == "constant" else cfg.train.steps)
     return replace(
         cfg,

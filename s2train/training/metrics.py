@@ -88,7 +88,7 @@ class StepMetrics:
 
         Args:
             steps: of the whole run.
-            last_step: at which this job ends, which the ETA is of.
+            last_step: at which this job ends; the ETA counts to it.
         """
         parts = [f"step {self.step:>{len(str(steps))}}/{steps}", f"loss {self.loss:.4f}"]
         if self.held_out_loss is not None:
@@ -142,7 +142,7 @@ class Tracker:
         if start.step:
             self.event("resume", step=start.step)
         if earlier is not None:
-            self._tell_of_earlier(earlier)
+            self._log_earlier(earlier)
         code = {"commit": git_commit(), **versions()}
         self.event("code", **code)
         if (mode := choose_mode(cfg.tracking.wandb)) != "disabled":
@@ -168,7 +168,7 @@ class Tracker:
             self._run.checkpoint(path, step)
 
     def changes(self, step: int, checkpoint: Path, changes: Sequence[Change]) -> None:
-        """Print and record what was set otherwise in the checkpoint that the run resumes from, after `step`."""
+        """Log settings that differ from those of the checkpoint, which the run resumes from after `step`."""
         if not changes:
             return
         for change in changes:
@@ -176,7 +176,7 @@ class Tracker:
         pairs = {change.setting: [change.before, change.now] for change in changes}
         self.event("changed settings", step=step, checkpoint=str(checkpoint), settings=pairs)
         rows = [[step, str(change)] for change in changes]
-        self.table("changed settings", ["after step", "setting"], rows)
+        self.table("config/changed_settings", ["after step", "setting"], rows)
 
     def report(self, metrics: StepMetrics) -> None:
         """Print and record metrics."""
@@ -210,8 +210,8 @@ class Tracker:
         if self._active:
             self._file.close()
 
-    def _tell_of_earlier(self, kept: Path) -> None:
-        """Say that this run starts where another one has been, without a checkpoint of it."""
+    def _log_earlier(self, kept: Path) -> None:
+        """Log that the run starts from step 1 in the folder of an earlier run; `kept` are that run's metrics."""
         last = max((record["step"] for record in read_records(kept) if "loss" in record), default=0)
         self.event("earlier run", metrics=kept.name, last_step=last)
         self.note(

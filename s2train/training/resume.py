@@ -44,7 +44,7 @@ class Start:
         checkpoint: to load, None for a fresh run.
         progress: the run's, were it saved now.
         rng_ranks: of the checkpoint's progress.
-        changes: settings that differ from the checkpoint's, if its training goes on.
+        changes: settings that differ from the checkpoint's; none for a fresh run.
     """
 
     checkpoint: Path | None
@@ -58,8 +58,8 @@ def find_start(cfg: PretrainConfig) -> Start:
 
     Raises:
         ConfigError: `checkpoint.resume` names nothing or goes back in the run's own folder; the checkpoint is damaged
-            or of another architecture; the data or their order are others; the run folder's own run had settings that
-            make another experiment, and `checkpoint.allow_changes` does not name them; there is nothing left to do.
+            or of another architecture; the data or their order are others; the experiment of the run folder has other
+            settings, and `checkpoint.allow_changes` does not name them; there is nothing left to do.
     """
     checkpoint = _find(cfg)
     if checkpoint is None:
@@ -81,10 +81,10 @@ def find_start(cfg: PretrainConfig) -> Start:
         progress = Progress(saved.step, 0, order, None, first_step=saved.step)
         return Start(checkpoint, progress, saved.rng_ranks, changes)
     order = data_order(cfg, saved.first_step)
-    if cfg.data.num_samples is None:  # the number of samples may be another one today
+    if cfg.data.num_samples is None:  # the run's length may have changed; its order stays
         order[_NUM_SAMPLES] = saved.order.get(_NUM_SAMPLES)
     _check_same_order(saved.order, order, checkpoint)
-    if lies_here:  # a branch into another run folder is an experiment of its own
+    if lies_here:  # a branch in another run folder is an experiment of its own
         check_consent(cfg, checkpoint, [change for change in changes if change.setting not in order])
     # A branch of another run is a run of its own in wandb.
     progress = replace(saved, order=order, wandb_id=saved.wandb_id if lies_here else None)

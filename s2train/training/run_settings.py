@@ -1,4 +1,4 @@
-"""`config.yaml` of a run folder: the settings at work, what changed them, and the earlier ones beside it."""
+"""Writes `config.yaml` of a run folder, and keeps its earlier versions."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,15 +15,15 @@ from s2train.training.changes import Change
 
 
 def write_settings(cfg: PretrainConfig, run_dir: Path, step: int, changes: Sequence[Change]) -> Path | None:
-    """Write `config.yaml`, and keep one of other settings as `config.1.yaml`, `config.2.yaml`, ….
+    """Write `config.yaml`; keep one with other settings as `config.1.yaml`, `config.2.yaml`, ….
 
-    Comments at its head tell the history, one line for each change.
+    Comments at its head list the changes, one line for each resume that brought some.
 
     Args:
-        step: after which the run goes on; 0 for one that starts.
-        changes: from the checkpoint that it resumes from.
+        step: that the run resumes after; 0 for a new run.
+        changes: from the settings of the checkpoint.
     Returns:
-        where the earlier settings are kept; None where there are none, or the same.
+        where the earlier settings are kept; None if there are none, or the same.
     """
     path = run_dir / "config.yaml"
     if not path.exists():

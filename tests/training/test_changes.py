@@ -1,4 +1,4 @@
-"""What a resumed run has otherwise than its checkpoint, and what it may have so."""
+"""Which settings of a resumed run differ from its checkpoint, and which may."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +21,7 @@ def consented(*now: str, before: tuple[str, ...] = ()) -> None:
     check_consent(pretrain("+model=tiny_hybrid", *now), CHECKPOINT, changes(*now, before=before))
 
 
-def test_every_setting_that_differs_is_told_with_both_values() -> None:
+def test_every_setting_that_differs_is_listed_with_both_values() -> None:
     now = ("optim.lr=1e-3", "train.exit_step=7", "data.path=[0.5,a,0.5,b]", "layout.pattern.sinks=1")
     assert set(map(str, changes(*now))) == {
         "optim.lr 0.003 → 0.001",
@@ -81,7 +81,7 @@ def test_what_does_not_change_the_experiment_needs_no_consent(setting: str) -> N
         "fp8=hybrid",
     ],
 )
-def test_what_changes_the_experiment_is_refused_until_it_is_allowed(setting: str) -> None:
+def test_what_changes_the_experiment_is_rejected_until_it_is_allowed(setting: str) -> None:
     name = "optim.decay_steps" if setting == "train.steps=600" else setting.partition("=")[0]
     with pytest.raises(ConfigError, match=rf"^{name}=.* {name} .* → .*another run_dir") as refusal:
         consented(setting)
@@ -91,7 +91,7 @@ def test_what_changes_the_experiment_is_refused_until_it_is_allowed(setting: str
     consented(setting, f"checkpoint.allow_changes={name}")
 
 
-def test_one_refusal_names_all_that_is_not_allowed_and_the_list_to_set() -> None:
+def test_one_error_names_all_that_is_not_allowed_and_the_list_to_set() -> None:
     with pytest.raises(ConfigError) as refusal:
         consented("optim.lr=1e-3", "optim.beta2=0.99", "optim.eps=1e-6", "checkpoint.allow_changes=[optim.lr]")
     assert "optim.lr " not in refusal.value.problem
@@ -99,7 +99,7 @@ def test_one_refusal_names_all_that_is_not_allowed_and_the_list_to_set() -> None
     assert "'checkpoint.allow_changes=[optim.lr,optim.beta2,optim.eps]'" in refusal.value.remedy
 
 
-def test_more_steps_are_told_how_to_keep_the_learning_rate() -> None:
+def test_the_error_for_more_steps_says_how_to_keep_the_learning_rate() -> None:
     with pytest.raises(ConfigError, match=r"optim\.decay_steps=400 keeps the learning-rate schedule"):
         consented("train.steps=600")
     consented("train.steps=600", "optim.decay_steps=400")
@@ -108,4 +108,4 @@ def test_more_steps_are_told_how_to_keep_the_learning_rate() -> None:
 def test_what_keeps_the_experiment_is_named_by_settings_that_exist() -> None:
     names = [name for name, _ in settings_by_name(asdict(pretrain("+model=tiny_hybrid")))]
     for known in KEEP_THE_EXPERIMENT:
-        assert any(name.startswith(known) if known.endswith(".") else name == known for name in names), known
+        assert any(name == known or name.startswith(f"{known}.") for name in names), known

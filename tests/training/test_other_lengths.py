@@ -1,4 +1,4 @@
-"""A run made longer, shorter, or of another batch size goes on with the samples that it has not seen."""
+"""Runs resumed with more steps, fewer, or another batch size: no sample comes twice or is left out."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def drawn(folder: Path, run_dir: str, *settings: str) -> torch.Tensor:
     return samples
 
 
-def test_a_run_that_is_made_longer_in_smaller_batches_takes_the_samples_of_one_run_to_the_same_end(
+def test_a_longer_run_in_smaller_batches_takes_the_samples_of_an_unbroken_run(
     tmp_path: Path,
 ) -> None:
     first = drawn(tmp_path, "a", "train.steps=3")  # 24 samples: less than an epoch
@@ -44,7 +44,7 @@ def test_a_run_that_is_made_longer_in_smaller_batches_takes_the_samples_of_one_r
     assert metrics(tmp_path / "a")[-1]["step"] == 14
 
 
-def test_a_run_that_is_made_shorter_takes_the_first_samples_of_the_one_it_was_to_be(tmp_path: Path) -> None:
+def test_a_shortened_run_takes_the_first_samples_of_the_longer_one(tmp_path: Path) -> None:
     whole = drawn(tmp_path, "a", "train.steps=9")  # two epochs and more, shuffled together
     stopped = drawn(tmp_path, "b", "train.steps=9", "train.exit_step=3")
     shorter = drawn(tmp_path, "b", "train.steps=5")

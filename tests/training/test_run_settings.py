@@ -1,6 +1,7 @@
-"""What a run folder keeps of a run's settings and metrics when it is started again."""
+"""What a run folder keeps of earlier settings and metrics, and what is logged of them."""
 
 import json
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
@@ -60,7 +61,9 @@ def test_what_changed_is_printed_and_recorded(tmp_path: Path, capsys: pytest.Cap
     assert capsys.readouterr().out == "changed since iter_0000040: optim.lr 0.003 → 0.001\n"
 
 
-def test_a_start_from_step_1_beside_earlier_metrics_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_start_from_step_1_beside_earlier_metrics_is_logged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 52, "loss": 3.0}\n{"step": 5')
     (event,) = [record for record in track(tmp_path, 0) if record.get("event") == "earlier run"]
     assert (event["metrics"], event["last_step"]) == ("metrics.1.jsonl", 52)
@@ -69,12 +72,13 @@ def test_a_start_from_step_1_beside_earlier_metrics_is_told(tmp_path: Path, caps
     assert "to step 52, are kept as metrics.1.jsonl" in out
 
 
-def test_a_first_start_tells_of_no_earlier_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_first_start_logs_no_earlier_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     track(tmp_path, 0)
     assert capsys.readouterr().out == ""
 
 
-def test_the_time_left_is_told_with_the_step_that_it_lasts_to() -> None:
-    metrics = StepMetrics(190, 2.0, None, 1e-3, 1.0, 0.5, 1e4, 1.0, None, 0.0, eta_s=5)
+def test_the_eta_names_the_step_it_counts_to_if_that_is_not_the_last() -> None:
+    values = {field.name: 1.0 for field in fields(StepMetrics) if field.default is MISSING}
+    metrics = StepMetrics(**values | {"step": 190, "held_out_loss": None, "mfu": None, "eta_s": 5.0})
     assert metrics.line(400, last_step=200).endswith("| ETA 0:00:05 to step 200")
     assert metrics.line(400, last_step=400).endswith("| ETA 0:00:05")
