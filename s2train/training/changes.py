@@ -20,6 +20,7 @@ KEEP_THE_EXPERIMENT = (
     "backend",
     "checkpoint",
     "data.cache",
+    "data.end_token",  # the data tell theirs, and are compared
     "data.num_samples",  # a resumed run keeps the checkpoint's
     "data.num_workers",
     "data.tokenizer",  # a path; `check_data` compares tokenizers
@@ -27,7 +28,8 @@ KEEP_THE_EXPERIMENT = (
     "evaluation",
     "model.name",
     "parallel",
-    "plan",
+    "plan",  # of runs saved before it was a section
+    "plan.",
     "profile",
     "run_dir",
     "tracking",
@@ -106,7 +108,7 @@ def with_values(cfg: PretrainConfig) -> PretrainConfig:
         cfg,
         model=replace(cfg.model, head_dim=head_dim(cfg.model)),
         layout=replace(layout, pattern=with_defaults(layout.pattern), patterns=patterns),
-        optim=replace(optim, decay_steps=decay_steps),
+        optim=replace(optim, decay_steps=decay_steps, min_lr=optim.lowest_lr, min_lr_ratio=None),
     )
 
 
