@@ -45,7 +45,7 @@ TILE = gl.constexpr(64)  # keys of a warpgroup, queries of a step
 # a step in 32 bits: whether it needs a mask for each warpgroup's keys (2 bits), query tile, head within the group
 ACTIVE_BITS = gl.constexpr(2)
 QUERY_BITS = gl.constexpr(20)
-META = gl.constexpr(8)  # ints a pair: KV head, first key tile, second key tile, first step, masked steps, steps
+META = gl.constexpr(8)  # ints a pair: KV head, both key tiles, first step's index, masked steps, steps, first step
 PACKED_META = gl.constexpr(10)  # and: steps to skip after the masked ones, document's first tile, first row, length
 
 
@@ -67,6 +67,14 @@ def _work(meta_ptr, batch_size, PACKED: gl.constexpr):
     b = gl.program_id(0) % batch_size
     at = meta_ptr + w * (PACKED_META if PACKED else META)
     return b, gl.load(at), gl.load(at + 1), gl.load(at + 2), gl.load(at + 3), gl.load(at + 4), gl.load(at + 5)
+
+
+@gluon.jit
+def _first_step(meta_ptr, steps_ptr, first, batch_size, PACKED: gl.constexpr):
+    """Step 0, which lies beside a pair's other numbers, so that no load waits for another one."""
+    if PACKED:
+        return gl.load(steps_ptr + first)
+    return gl.load(meta_ptr + gl.program_id(0) // batch_size * META + 6)
 
 
 @gluon.jit
@@ -118,7 +126,7 @@ def _producer(
             key = (ka if c == 0 else kb) * TILE + start
             async_load(k_desc, [b, kv, key, 0], k_full, reinterpret(k_s.index(c), dt, T4, k_desc.layout))
             async_load(v_desc, [b, kv, key, 0], k_full, reinterpret(v_s.index(c), dt, T4, v_desc.layout))
-    entry = gl.load(steps_ptr + first)
+    entry = _first_step(meta_ptr, steps_ptr, first, batch_size, PACKED)
     for t in range(0, num_steps):
         following = _load_step(steps_ptr, meta_ptr, first, gl.minimum(t + 1, num_steps - 1), PACKED)
         head, tile = _unpack(entry, b, kv, group)
@@ -143,7 +151,7 @@ def _reducer(
     ROWS: gl.constexpr = acc_desc.block_shape[0]
     b, kv, _, _, first, _, num_steps = _work(meta_ptr, batch_size, PACKED)
     first_tile, _, _, _ = _document(meta_ptr, first_tile, 0, 0, PACKED)
-    entry = gl.load(steps_ptr + first)
+    entry = _first_step(meta_ptr, steps_ptr, first, batch_size, PACKED)
     for n in range(0, num_steps):
         following = _load_step(steps_ptr, meta_ptr, first, gl.minimum(n + 1, num_steps - 1), PACKED)
         head, tile = _unpack(entry, b, kv, group)
@@ -180,7 +188,7 @@ def _issue_dq(ds_s, k_s, buf, z, zq, C: gl.constexpr, D: gl.constexpr, HL: gl.co
 @gluon.jit
 def _step(
     q_s, dout_s, lse_s, delta_s, k_s, v_s, ds_s, dq_s, q_full, dout_full, ds_full, dq_free, dq_full,
-    t, active, dk, dv, scale_log2, zs, zq, key, column,
+    t, dk, dv, scale_log2, zs, zq, key, column,
     C: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, MASK: gl.constexpr, PL: gl.constexpr, HL: gl.constexpr,
 ):  # fmt: skip
     """One query tile: dP in flight while P is computed, dv while dS is, dk while dq leaves."""
@@ -202,8 +210,7 @@ def _step(
     scores = warpgroup_mma_wait(num_outstanding=1, deps=(s,))
     x = scores * scale_log2 - gl.expand_dims(lse, 0)
     if MASK:
-        row = gl.where(active, key, 2147483647)  # beyond any column
-        keep = gl.expand_dims(row, 1) <= gl.expand_dims(column, 0)
+        keep = gl.expand_dims(key, 1) <= gl.expand_dims(column, 0)
         x = gl.where(keep, x, float("-inf"))
     p = gl.exp2(x)
     p16 = gl.convert_layout(p.to(dt), PL)
@@ -226,6 +233,24 @@ def _step(
     dk = warpgroup_mma_wait(num_outstanding=0, deps=(dk,))
     ds16 = _keep(ds16)
     return dk, dv
+
+
+@gluon.jit
+def _idle_step(
+    k_s, ds_s, dq_s, ds_full, dq_free, dq_full, t, zs, zq, C: gl.constexpr, D: gl.constexpr, HL: gl.constexpr
+):  # fmt: skip
+    """A query tile that keeps the other warpgroup's keys alone: dS is 0, and half of dq comes of the other's."""
+    dt: gl.constexpr = k_s.dtype
+    z = _zero(t)
+    buf = t & 1
+    ds_s.index(buf * 2 + C).store(zs.to(dt))
+    fence_async_shared()
+    mbarrier.arrive(ds_full.index(buf * 2 + C), count=1)
+    mbarrier.wait(ds_full.index(buf * 2 + 1 - C), (t >> 1) & 1)
+    other = reinterpret(k_s.index(1 - C + z), dt, [2, TILE, D // 2], HL).index(C)
+    dq = warpgroup_mma(ds_s.index(buf * 2 + 1 - C).permute((1, 0)), other, zq, use_acc=False, is_async=True)
+    x = warpgroup_mma_wait(num_outstanding=0, deps=(dq,))
+    _store_dq(x, dq_s, dq_free, dq_full, t, C, D)
 
 
 @gluon.jit
@@ -252,21 +277,25 @@ def _consumer(
     zq = gl.zeros([TILE, D // 2], gl.float32, QL)
     dk = gl.zeros([TILE, D], gl.float32, OL)
     dv = gl.zeros([TILE, D], gl.float32, OL)
+    entry = _first_step(meta_ptr, steps_ptr, first, batch_size, PACKED)
     mbarrier.wait(k_full, 0)
     for t in range(0, num_masked):
-        entry = gl.load(steps_ptr + first + t)
         tile = (entry >> ACTIVE_BITS) & ((1 << QUERY_BITS) - 1)
-        active = ((entry >> C) & 1) != 0
         column = query + tile * TILE if CAUSAL else query * 0 + 2147483646
-        dk, dv = _step(
-            q_s, dout_s, lse_s, delta_s, k_s, v_s, ds_s, dq_s, q_full, dout_full, ds_full, dq_free, dq_full,
-            t, active, dk, dv, scale_log2, zs, zq, key, column,
-            C, D, STAGES, True, PL, HL,
-        )  # fmt: skip
+        is_kept = ((entry >> C) & 1) != 0
+        entry = gl.load(steps_ptr + first + gl.minimum(t + 1, num_steps - 1))
+        if is_kept:
+            dk, dv = _step(
+                q_s, dout_s, lse_s, delta_s, k_s, v_s, ds_s, dq_s, q_full, dout_full, ds_full, dq_free, dq_full,
+                t, dk, dv, scale_log2, zs, zq, key, column,
+                C, D, STAGES, True, PL, HL,
+            )  # fmt: skip
+        else:
+            _idle_step(k_s, ds_s, dq_s, ds_full, dq_free, dq_full, t, zs, zq, C, D, HL)
     for t in range(num_masked, num_steps):
         dk, dv = _step(
             q_s, dout_s, lse_s, delta_s, k_s, v_s, ds_s, dq_s, q_full, dout_full, ds_full, dq_free, dq_full,
-            t, True, dk, dv, scale_log2, zs, zq, key, query,
+            t, dk, dv, scale_log2, zs, zq, key, query,
             C, D, STAGES, False, PL, HL,
         )  # fmt: skip
     mbarrier.arrive(done.index(C), count=1)

@@ -21,7 +21,7 @@ MAX_GROUP = 2 ** (31 - ACTIVE_BITS - QUERY_BITS)
 class KeyPairs:
     """Int32 tensors on the layout's device.
 
-    - ``meta`` [pairs, 8], in `program_order`: KV head, both key tiles, first step, masked steps, steps, 0, 0.
+    - ``meta`` [pairs, 8], in `program_order`: KV head, both key tiles, first step's index, masked steps, steps, first step, 0.
     - ``steps`` [n]: bit 0 and 1 whether each key tile is kept, then query tile (of positions), then the head within
       the group. A pair's masked steps come first: those that keep one tile only, cross the diagonal or the last key.
       A pair that no query keeps has one step that keeps neither.
@@ -67,6 +67,7 @@ def _build(
     meta = torch.stack([metas[group] for group in groups])
     meta[:, :, 0] = torch.arange(num_kv_heads, device=device)[:, None]
     meta = meta.flatten(0, 1)
+    meta[:, 6] = torch.cat(parts)[meta[:, 3]]
     meta = meta[program_order(meta[:, 0], meta[:, 5])]
     return KeyPairs(meta.to(torch.int32), torch.cat(parts), first_tile, end_tile - first_tile)
 
