@@ -21,7 +21,8 @@ MAX_GROUP = 2 ** (31 - ACTIVE_BITS - QUERY_BITS)
 class KeyPairs:
     """Int32 tensors on the layout's device.
 
-    - ``meta`` [pairs, 8], in `program_order`: KV head, both key tiles, first step's index, masked steps, steps, first step, 0.
+    - ``meta`` [pairs, 8], in `program_order`: KV head, both key tiles, first step's index, masked steps, steps, first
+      step, 0.
     - ``steps`` [n]: bit 0 and 1 whether each key tile is kept, then query tile (of positions), then the head within
       the group. A pair's masked steps come first: those that keep one tile only, cross the diagonal or the last key.
       A pair that no query keeps has one step that keeps neither.
