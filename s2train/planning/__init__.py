@@ -4,7 +4,7 @@
 what can't run, naming the setting to change; `preview` and `format_plan` are what `plan=true` prints.
 """
 
-from s2train.planning.checks import check, hybrid_layout, preview, resolve
+from s2train.planning.checks import check, check_memory, hybrid_layout, preview, resolve
 from s2train.planning.composing import compose_run
 from s2train.planning.plan import Plan, make_plan
 from s2train.planning.report import epochs_of_plan, format_plan
@@ -13,6 +13,7 @@ from s2train.planning.targets import planned_for
 __all__ = [
     "Plan",
     "check",
+    "check_memory",
     "compose_run",
     "epochs_of_plan",
     "format_plan",

@@ -47,9 +47,18 @@ def check(cfg: PretrainConfig, world_size: int, hardware: Hardware) -> Plan:
     check_attention_backend(cfg.attention_backend, hardware)
     check_te(cfg, hardware)
     plan = _plan(cfg, world_size, hardware)
+    check_memory(plan)
+    return plan
+
+
+def check_memory(plan: Plan) -> None:
+    """Whether a plan fits its device.
+
+    Raises:
+        ConfigError: memory is short; names what takes it, and what would fit.
+    """
     if plan.remedy is not None:
         raise ConfigError(*_shortage(plan), plan.remedy)
-    return plan
 
 
 def _check_profiled_ranks(cfg: PretrainConfig, world_size: int) -> None:

@@ -7,6 +7,7 @@ from s2train.config import PretrainConfig
 from s2train.errors import ConfigError
 from s2train.hardware import Hardware, detect_own, gpu_rates
 from s2train.planning.division import smallest_world
+from s2train.planning.settings import check_values
 
 _GIB = 1024**3
 # Name -> torch's name, GiB that torch reports, rounded down, and compute capability.
@@ -44,8 +45,9 @@ def planned_for(cfg: PretrainConfig, world_size: int) -> tuple[int, Hardware]:
     Args:
         world_size: of this job, from which a number is taken that the settings don't name.
     Raises:
-        ConfigError: an unknown device; a number that can't hold whole copies of the model.
+        ConfigError: an unknown device; a number that can't hold whole copies of the model; a setting out of its range.
     """
+    check_values(cfg)
     count, copy = cfg.plan.count, smallest_world(cfg)
     if count is not None and count % copy:
         parallel = cfg.parallel

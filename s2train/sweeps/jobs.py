@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from s2train.comparison.runs import Summary, summarize
-from s2train.config import PretrainConfig
+from s2train.config import PretrainConfig, settings_by_name
 from s2train.errors import ConfigError
 from s2train.files import replacing
 from s2train.sweeps.names import setting_and_value
@@ -19,6 +19,8 @@ from s2train.training.plots import read_records
 RECORD, LOG = "sweep.json", "log.txt"
 RANK_LOGS = "logs"  # of each rank, in a job of several nodes: HOST/START/attempt_N/RANK/stderr.log
 _OWN = ("run_dir", "tracking.group")  # settings that the sweep gives each job
+# Settings that change no result. Of data.end_token a run saves what its data tell.
+_NO_RESULT = ("run_dir", "tracking.", "checkpoint.", "plan", "data.end_token")
 
 
 class Status(StrEnum):
@@ -118,18 +120,13 @@ def changed_setting(folder: Path, cfg: PretrainConfig) -> str | None:
     path = folder / "config.yaml"
     if not path.is_file():
         return None
-    before, now = _flat(OmegaConf.to_container(OmegaConf.load(path))), _flat(asdict(cfg))
-    for name in before.keys() & now.keys():
-        if before[name] != now[name] and not name.startswith(("run_dir", "tracking.", "checkpoint.", "plan")):
+    saved: Any = OmegaConf.to_container(OmegaConf.load(path))
+    # Through JSON, where tuples and lists are one.
+    before, now = (dict(settings_by_name(node)) for node in (saved, json.loads(json.dumps(asdict(cfg)))))
+    for name in now:
+        if name in before and before[name] != now[name] and not name.startswith(_NO_RESULT):
             return f"{name}={before[name]}"
     return None
-
-
-def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
-    """Values by dotted name."""
-    if not isinstance(node, dict):
-        return {prefix[:-1]: list(node) if isinstance(node, tuple) else node}
-    return {k: v for name, child in node.items() for k, v in _flat(child, f"{prefix}{name}.").items()}
 
 
 def last_error(log: Path) -> str:

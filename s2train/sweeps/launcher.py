@@ -22,11 +22,11 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from s2train.command_line import INTERRUPTED_STATUS, USAGE_STATUS, run_command
-from s2train.config import SweepConfig
+from s2train.config import PretrainConfig, SweepConfig
 from s2train.errors import ConfigError
 from s2train.hardware import Hardware
 from s2train.overrides import quoted
-from s2train.planning import check, resolve
+from s2train.planning import Plan, check, check_memory, planned_for, preview, resolve
 from s2train.sweeps.jobs import Job, Status, changed_setting, read_record, told_apart, write_record
 from s2train.sweeps.names import job_folder, label, setting_and_value
 
@@ -147,7 +147,7 @@ class SweepLauncher(Launcher):
             with open_dict(composed):
                 del composed["hydra"]
             cfg = resolve(composed, loader.get_group_options("model"))
-            plan = check(cfg, self.world_size(), self.hardware())
+            plan = self._plan(cfg)
         except (ConfigError, HydraException, OmegaConfBaseException) as error:
             job.status, job.error = Status.REFUSED, str(error).splitlines()[0]
             return job
@@ -162,6 +162,14 @@ class SweepLauncher(Launcher):
         elif cfg.plan.asked:
             job.status = Status.PLANNED
         return job
+
+    def _plan(self, cfg: PretrainConfig) -> Plan:
+        """Of a job on the machine that runs it, or on the one that it is to be planned for; raises as `check`."""
+        if cfg.plan.device is None and cfg.plan.count is None:
+            return check(cfg, self.world_size(), self.hardware())
+        plan = preview(cfg, *planned_for(cfg, self.world_size()))
+        check_memory(plan)
+        return plan
 
     def _run_batch(self, jobs: list[Job]) -> None:
         waiting = [job for job in jobs if job.status is Status.WAITING]

@@ -49,6 +49,12 @@ def test_a_count_that_holds_no_whole_copies_is_refused() -> None:
         planned_for(cfg, 1)
 
 
+@pytest.mark.parametrize("settings", [("plan.count=0",), ("plan.count=8", "parallel.tp=0")])
+def test_settings_out_of_their_range_are_rejected_before_they_are_divided_by(settings: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError, match=rf"{settings[-1]}: must be more than 0"):
+        planned_for(compose_run(["+model=7b_hybrid", *settings]), 1)
+
+
 def test_a_gpu_without_fp8_is_refused_where_fp8_is_asked_for() -> None:
     with pytest.raises(ConfigError, match=r"fp8=hybrid: NVIDIA A100.* below 8.9"):
         plan_of("+model=1b_hybrid", "plan.device=a100-80gb", "fp8=hybrid")

@@ -105,7 +105,7 @@ def test_a_search_with_some_losses_goes_on(sweep: Any) -> None:
 
 def test_a_planned_search_ends_well(sweep: Any) -> None:
     with pytest.raises(SystemExit) as ended:
-        learning(sweep, 1, "plan=true").launch(["seed=1", "plan=true"])
+        learning(sweep, 1, "plan.show=true").launch(["seed=1", "plan.show=true"])
     assert ended.value.code == 0
 
 
@@ -220,3 +220,14 @@ def test_ranks_are_told_how_to_sweep(
     with pytest.raises(SystemExit):
         sweep()
     assert "python launch/pretrain.py -m" in capsys.readouterr().err
+
+
+def test_jobs_are_planned_for_the_gpus_that_they_name(sweep: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    large = ["train.micro_batch_size=8192", "train.global_batch_size=65536"]  # more than this machine has room for
+    sweeper = sweep(*large, "plan.device=h200,l40s")
+    with pytest.raises(SystemExit):
+        sweeper.launch(*([*large, f"plan.device={name}", "plan.count=8"] for name in ("h200", "l40s")))
+    h200, l40s = sweeper.launcher.jobs.values()
+    assert (h200.status, h200.layers) == (Status.PLANNED, "DSSS")
+    assert l40s.status is Status.REFUSED
+    assert "NVIDIA L40S has 44.3" in l40s.error

@@ -57,6 +57,7 @@ def test_a_finished_run_with_other_settings_is_noticed(tmp_path: Path) -> None:
     assert changed_setting(tmp_path, cfg) is None
     cfg.tracking.wandb = "offline"
     cfg.run_dir = "moved"
+    cfg.data.end_token = "<|im_end|>"  # which a run takes from its data and saves
     assert changed_setting(tmp_path, cfg) is None
     cfg.optim.lr = 0.5
     assert changed_setting(tmp_path, cfg) == "optim.lr=0.0003"
