@@ -44,8 +44,8 @@ class Curves:
         return sizes.pop() if len(sizes) == 1 else None
 
     def tokens(self, step: int) -> int:
-        """That the first `step` steps took."""
-        ends = [start for start, _ in self.batches[1:]] + [step]
+        """That the first `step` steps took; 0 if the file doesn't tell."""
+        ends = [*(start for start, _ in self.batches), step][1:]
         return sum(size * max(0, min(end, step) - start) for (start, size), end in zip(self.batches, ends, strict=True))
 
 
