@@ -131,6 +131,7 @@ def _train(
         times.end("checkpoint")
     watchdog.beat("opening the data")
 
+    last_sample = start.progress.consumed_samples + samples_of_steps(cfg, start.progress.step)
     held_out_samples = cfg.evaluation.batches * cfg.train.global_batch_size if cfg.evaluation.interval else 0
     train_set, held_out_set = build_datasets(
         cfg,
@@ -138,7 +139,7 @@ def _train(
         start.progress.order["data.num_samples"],
         held_out_samples,
         is_built_on_rank=lambda: True,
-        last_sample=start.progress.consumed_samples + samples_of_steps(cfg, start.progress.step),
+        last_sample=last_sample,
     )
     assert train_set is not None  # check_data has seen to it
     times.end("data")
@@ -151,7 +152,7 @@ def _train(
             tracker.changes(start.progress.step, start.checkpoint, start.changes)
         if kept is not None:
             say(f"{run_dir / 'config.yaml'}: the earlier settings are kept as {kept.name}")
-        epochs = training_epochs(cfg.data, samples_of_steps(cfg, start.progress.first_step), cfg.train.seq_length)
+        epochs = training_epochs(cfg.data, last_sample, cfg.train.seq_length)
         say("\n".join(describe_epochs(cfg.data, epochs)))
         tracker.event("data", epochs={one.prefix: one.epochs for one in epochs})
     tracker.picture("layout/picture", run_dir / "layout.png")

@@ -42,6 +42,9 @@ def test_a_longer_run_in_smaller_batches_takes_the_samples_of_an_unbroken_run(
     assert [len(samples) for samples in (first, longer, again, whole)] == [24, 40, 4, 72]
     assert torch.equal(torch.cat([first, longer, again]), whole[:68])
     assert metrics(tmp_path / "a")[-1]["step"] == 14
+    records = map(json.loads, (tmp_path / "a" / "metrics.jsonl").read_text().splitlines())
+    epochs = [epoch for record in records for epoch in record.get("epochs", {}).values()]
+    assert [epoch / epochs[0] for epoch in epochs] == pytest.approx([1, 64 / 24, 68 / 24])
 
 
 def test_a_shortened_run_takes_the_first_samples_of_the_longer_one(tmp_path: Path) -> None:
