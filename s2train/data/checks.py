@@ -58,6 +58,10 @@ def check_data(cfg: PretrainConfig, tokenizer: Tokenizer) -> None:
             raise ConfigError("data.tokenizer", tokenizer.name, problem, remedy)
         elif metadata.end_token not in (None, tokenizer.end_token):
             problem = f"{prefix} was prepared with the end token {metadata.end_token}"
+            made = ((other, read_metadata(other)) for other in blend.prefixes)
+            if alike := [other for other, told in made if told and told.end_token == tokenizer.end_token]:
+                problem = f"{problem}, and {alike[0]} with {tokenizer.end_token}"
+                raise ConfigError("data.path", cfg.data.path, problem, "Prepare one of them again, with end_token")
             remedy = f"Set 'data.end_token=\"{metadata.end_token}\"', in both quotes, or prepare the text again"
             raise ConfigError("data.end_token", tokenizer.end_token, problem, remedy)
     check_writable("data.cache", cfg.data.cache)

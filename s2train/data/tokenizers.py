@@ -186,7 +186,8 @@ def load_tokenizer(name: str, setting: str = "data.tokenizer", end_token: str | 
         return FileTokenizer(Path(name), end_token)
     except EndTokenError as error:
         there = f"It has {', '.join(error.names[:8])}{', …' if len(error.names) > 8 else ''}. " if error.names else ""
-        remedy = f"{there}Name one: '{end_setting}=\"<eos>\"', in both quotes"
+        example = next((name for name in error.names if "end" in name or "eos" in name), (*error.names, "TOKEN")[0])
+        remedy = f"{there}Name one: '{end_setting}=\"{example}\"', in both quotes"
         if end_token is not None:
             raise ConfigError(end_setting, end_token, f"{name} has no such token", remedy) from error
         problem = f"has no end-of-document token, none of {', '.join(END_OF_DOCUMENT_NAMES)}"

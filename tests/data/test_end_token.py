@@ -119,6 +119,16 @@ def test_a_run_with_another_end_token_than_its_data_is_refused(settings: Prepare
         check_data(*run_tokenizer(wanted))
 
 
+def test_a_blend_of_different_end_tokens_is_rejected_by_both_names(settings: PrepareConfig, config: MakeConfig) -> None:
+    paths = []
+    for name, end in (("one", "<eos>"), ("two", "<fin>")):
+        paths.append(str(Path(settings.output).with_name(name)))
+        prepare(replace(settings, output=paths[-1], end_token=end))
+    told = rf"^data\.path=.*two was prepared with the end token <fin>, and {paths[0]} with <eos>\. Prepare one of them"
+    with pytest.raises(ConfigError, match=told):
+        check_data(*run_tokenizer(config(paths, tokenizer=settings.tokenizer, seq_length=4)))
+
+
 def test_data_whose_sidecar_names_no_end_token_end_with_the_usual_one(
     settings: PrepareConfig, config: MakeConfig
 ) -> None:
