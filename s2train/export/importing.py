@@ -78,8 +78,8 @@ def import_llama(cfg: ImportConfig) -> tuple[Path, ModelFiles]:
         model=model,
         layout=layout or LayoutConfig(layers="D"),
         schedule=schedule or ScheduleConfig(),
-        data=DataConfig(tokenizer=_tokenizer(folder, output)),
-        optim=OptimConfig(lr=3e-5, min_lr=3e-6),
+        data=DataConfig(tokenizer=_tokenizer(folder, output), end_token=folder.config.get(KEY, {}).get("end_token")),
+        optim=OptimConfig(lr=3e-5),
         train=TrainConfig(steps=1000, seq_length=length, global_batch_size=16, precision=cfg.precision),
         run_dir=cfg.output,
         backend="local",  # whose parameters have plain names; a run with another reads the checkpoint

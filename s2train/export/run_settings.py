@@ -23,13 +23,18 @@ IMPORTED = "imported"  # folder in conf/model, conf/layout and conf/schedule
 
 
 def settings_json(cfg: PretrainConfig, folder: Path, is_bytes: bool) -> dict[str, Any]:
-    """Layout, schedule and tokenizer of a run for config.json; files of masks are copied into `folder`."""
+    """Layout, schedule, tokenizer and end token for config.json; files of masks are copied into `folder`."""
     layout = asdict(cfg.layout)
     for number, pattern in enumerate(_with_file(layout)):
         name = f"masks-{number}.npz"
         shutil.copyfile(pattern["file"], folder / name)
         pattern["file"] = name
-    return {"layout": layout, "schedule": asdict(cfg.schedule), "tokenizer": "bytes" if is_bytes else TOKENIZER}
+    return {
+        "layout": layout,
+        "schedule": asdict(cfg.schedule),
+        "tokenizer": "bytes" if is_bytes else TOKENIZER,
+        "end_token": cfg.data.end_token,
+    }
 
 
 def read_settings(told: Mapping[str, Any], weights: Path, output: Path) -> tuple[LayoutConfig, ScheduleConfig]:
@@ -89,12 +94,15 @@ class ModelFiles:
                 text = f"# @package {group}\n" + OmegaConf.to_yaml(OmegaConf.create(asdict(settings)))
                 self._files[root / group / IMPORTED / f"{self._name}.yaml"] = text
         train, optim = cfg.train, cfg.optim
+        data = {"tokenizer": cfg.data.tokenizer}
+        if cfg.data.end_token is not None:
+            data["end_token"] = cfg.data.end_token
         content = {
             "defaults": defaults,
             "model": asdict(cfg.model),
-            "data": {"tokenizer": cfg.data.tokenizer},
+            "data": data,
             "train": {name: getattr(train, name) for name in ("steps", "seq_length", "global_batch_size", "precision")},
-            "optim": {name: getattr(optim, name) for name in ("lr", "min_lr", "warmup_steps")},
+            "optim": {name: getattr(optim, name) for name in ("lr", "warmup_steps")},
         }
         told = "Written by launch/import.py. Steps, length, batch and learning rate are yours to choose."
         head = f"# @package _global_\n# {told}\n"

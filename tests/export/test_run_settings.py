@@ -33,7 +33,7 @@ RUN = PretrainConfig(
     model=MODEL,
     layout=LAYOUT,
     schedule=ScheduleConfig("explicit", [[0, 1, 2, 3], [3, 2, 1, 0]]),
-    data=DataConfig(tokenizer="/a folder/tokenizer.json"),
+    data=DataConfig(tokenizer="/a folder/tokenizer.json", end_token="<|im_end|>"),
     train=TrainConfig(1000, 128, 16),
 )
 
@@ -56,7 +56,7 @@ def test_the_printed_command_composes_the_models_settings(tmp_path: Path) -> Non
     assert files.path == tmp_path / "model" / "imported" / "start.yaml"
     found = composed(files.command("runs/it's a start"))
     assert (found.model, found.layout, found.schedule) == (MODEL, LAYOUT, RUN.schedule)
-    assert (found.data.tokenizer, found.train) == (RUN.data.tokenizer, RUN.train)
+    assert (found.data.tokenizer, found.data.end_token, found.train) == (RUN.data.tokenizer, "<|im_end|>", RUN.train)
     assert (found.checkpoint.resume, found.run_dir) == ("runs/it's a start", "runs/start-trained")
 
 
