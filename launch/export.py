@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from s2train import config
 from s2train.apex import apex_available
 from s2train.command_line import run_command, run_hydra
+from s2train.meeting import check_alone
 
 config.register()
 
@@ -18,6 +19,7 @@ config.register()
 def export(composed: DictConfig) -> None:
     """Export, and tell how to load it."""
     cfg = config.to_object(composed)
+    check_alone()
     apex_available()  # Megatron would import an impostor
     from s2train.export.exporting import export  # imports Megatron: slow
     from s2train.export.tokenizer_files import adds_tokens

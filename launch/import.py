@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from s2train import config
 from s2train.apex import apex_available
 from s2train.command_line import run_command, run_hydra
+from s2train.meeting import check_alone
 
 config.register()
 
@@ -19,6 +20,7 @@ config.register()
 def import_weights(composed: DictConfig) -> None:
     """Import, and tell how to start from it."""
     cfg = config.to_object(composed)
+    check_alone()
     apex_available()  # Megatron would import an impostor
     from s2train.export.importing import import_llama  # imports Megatron: slow
 

@@ -27,8 +27,8 @@ import torch
 from torch.distributed.elastic.multiprocessing import PContext, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig
+from torch.distributed.run import config_from_args, parse_args
 from torch.distributed.run import main as torchrun
-from torch.distributed.run import parse_args
 
 from s2train.command_line import INTERRUPTED_STATUS, STATUS_FILE, USAGE_STATUS
 
@@ -55,6 +55,14 @@ def main() -> int:
     if processes == "gpu" and not torch.cuda.is_available():
         told = "--nproc-per-node=gpu (NPROC_PER_NODE is not set): torch sees no GPU"
         print(f"error: {told} on {socket.gethostname()}. Set it to the number of processes", file=sys.stderr)
+        return USAGE_STATUS
+    try:
+        given, _, _ = config_from_args(parse_args(sys.argv[1:]))
+        problem = "" if given.nproc_per_node > 0 else f"--nproc-per-node={processes}: not a number of processes"
+    except ValueError as error:  # torchrun would print its stack
+        problem = str(error)
+    if problem:
+        print(f"error: {problem}. {Path(__file__).name} takes torchrun's options, see --help", file=sys.stderr)
         return USAGE_STATUS
     with tempfile.TemporaryDirectory(prefix="s2train_") as folder:
         status = Path(folder) / "status"

@@ -50,6 +50,17 @@ def check_ranks() -> None:
         )
 
 
+def check_alone() -> None:
+    """Whether this process is a job of one, as of a program that writes one folder.
+
+    Raises:
+        ConfigError: the environment says that there are several ranks.
+    """
+    if (ranks := os.environ.get("WORLD_SIZE", "1")) != "1":
+        remedy = "Start it by python, without launch/job.py or torchrun, and unset WORLD_SIZE"
+        raise ConfigError("WORLD_SIZE", ranks, "this program runs in one process", remedy)
+
+
 def meet(timeout: timedelta) -> tuple[Store, int, int]:
     """A store that the ranks of the job share, this rank, and how many there are.
 

@@ -8,7 +8,7 @@ import torch
 
 from s2train import meeting
 from s2train.errors import ConfigError, MissingRankError, StartUpError
-from s2train.meeting import arrive, check_ranks, refusing_together
+from s2train.meeting import arrive, check_alone, check_ranks, refusing_together
 from tests.threads import in_threads
 
 
@@ -74,6 +74,14 @@ def test_an_environment_in_which_ranks_can_meet_is_taken(
 ) -> None:
     monkeypatch.setattr("os.environ", given)
     check_ranks()
+
+
+def test_a_program_of_one_process_is_not_started_as_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    check_alone()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"WORLD_SIZE=2: this program runs in one process"):
+        check_alone()
 
 
 def test_a_job_of_one_refuses_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -145,10 +145,14 @@ def test_without_arguments_it_says_what_it_takes() -> None:
     assert "python launch/job.py --nproc-per-node 8 launch/pretrain.py" in done.stderr
 
 
-def test_a_process_for_each_gpu_where_there_is_none_is_refused_in_one_line() -> None:
-    command = [sys.executable, "launch/job.py", "--nproc-per-node", "gpu", "launch/pretrain.py"]
+@pytest.mark.parametrize(
+    ("processes", "told"),
+    [("gpu", "torch sees no GPU"), ("two", "nproc_per_node value: two"), ("0", "=0: not a number of processes")],
+)
+def test_a_number_of_processes_that_there_is_not_is_rejected_in_one_line(processes: str, told: str) -> None:
+    command = [sys.executable, "launch/job.py", "--nproc-per-node", processes, "launch/pretrain.py"]
     surroundings = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=ROOT, env=surroundings, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
-    assert "torch sees no GPU" in done.stderr
+    assert told in done.stderr
     assert "Traceback" not in done.stderr
