@@ -5,7 +5,6 @@ import contextlib
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.bias import causal_lower_right
 
 # cuDNN's is the fastest on Hopper (1.7 times FlashAttention-2); torch's own order puts it behind.
 _CUDA_ORDER = {
@@ -51,6 +50,8 @@ def dense_causal_attention(
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     mask: torch.Tensor | None = None
     if 1 < s_q < s_k:
+        from torch.nn.attention.bias import causal_lower_right  # imports dynamo: slow
+
         # torch recognises this object and stays with a fused kernel; only a CPU needs the mask written out.
         bias = causal_lower_right(s_q, s_k)
         mask = bias if q.is_cuda else bias._materialize(q.device)

@@ -30,7 +30,7 @@ from torch.distributed.launcher.api import LaunchConfig
 from torch.distributed.run import config_from_args, parse_args
 from torch.distributed.run import main as torchrun
 
-from s2train.command_line import INTERRUPTED_STATUS, STATUS_FILE, USAGE_STATUS
+from s2train.errors import INTERRUPTED_STATUS, STATUS_FILE, USAGE_STATUS
 
 DEFAULTS = {
     "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",

@@ -6,9 +6,11 @@ Sweep: `python launch/pretrain.py -m +model=tiny_hybrid layout=a,b seed=1,2` (s2
 are not here.
 """
 
+import gc
 import os
 
-import _surroundings  # noqa: F401 (prints why the rest can't start)
+import _quick_imports  # noqa: F401 (pauses garbage collection)
+import _surroundings  # prints why the rest can't start
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -20,14 +22,18 @@ from s2train.apex import apex_available
 from s2train.command_line import run_command, run_hydra
 from s2train.composition import CONF, config_groups
 from s2train.errors import ConfigError
-from s2train.hardware import check_gpus, detect_own
+from s2train.hardware import check_gpus, detect_own, open_device
 from s2train.meeting import check_ranks, refusing_together
 from s2train.planning import check, epochs_of_plan, format_plan, planned_for, preview, resolve
 from s2train.sweeps import plugins
+from s2train.training.start_times import StartTimes
 
 config.register()
 plugins.register()
 MODELS = config_groups(CONF)["model"]
+gc.enable()
+TIMES = StartTimes(_surroundings.BEGAN)
+TIMES.end("imports")
 
 
 def pretrain(composed: DictConfig) -> None:
@@ -35,6 +41,7 @@ def pretrain(composed: DictConfig) -> None:
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         remedy = "Leave hydra/launcher out, or set it to s2train_local or s2train_slurm"
         raise ConfigError("hydra/launcher", "another", "jobs of a sweep need processes of their own", remedy)
+    TIMES.end("compose")
     check_ranks()
     world_size, is_first = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK", "0") == "0"
     with refusing_together():
@@ -44,15 +51,25 @@ def pretrain(composed: DictConfig) -> None:
                 print(format_plan(preview(cfg, *planned_for(cfg, world_size))))
                 print(epochs_of_plan(cfg))
             return
+        TIMES.end("plan")
         hardware = detect_own()
         check_gpus()
+        open_device()
+        TIMES.end("device")
         plan = check(cfg, world_size, hardware)
         apex_available()  # Megatron would import an impostor
     if is_first:
         print(format_plan(plan), flush=True)
-    from s2train.training.run import run  # imports Megatron: slow, and not needed to refuse a run
+    TIMES.end("plan")
+    # Slow, and not needed to refuse a run.
+    from s2train.megatron.lazy_imports import import_megatron
 
-    run(cfg, plan)
+    import_megatron()
+    from s2train.training.run import run
+
+    gc.freeze()  # what was imported stays: collections need not look at it again
+    TIMES.end("megatron")
+    run(cfg, plan, TIMES)
 
 
 @hydra.main(config_path="../conf", config_name="pretrain", version_base="1.3")

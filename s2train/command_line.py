@@ -19,6 +19,9 @@ from hydra.errors import HydraException
 
 from s2train.composition import CONF, config_groups, explain, spelt_out
 from s2train.errors import (
+    INTERRUPTED_STATUS,
+    STATUS_FILE,
+    USAGE_STATUS,
     ConfigError,
     DivergedError,
     MissingRankError,
@@ -29,12 +32,6 @@ from s2train.errors import (
 from s2train.overrides import readable
 from s2train.usage import brief_usage, usage
 
-USAGE_STATUS = 2
-INTERRUPTED_STATUS = 130  # of Ctrl-C, as a shell tells it
-# Names a file. If set, a rank that ends as all ranks do, for what no restart mends (a signal, a refusal, a loss that
-# diverged), writes its status there and ends with 0: torchrun takes any other for a failure, which it would restart
-# or report as its own 1. `launch/job.py` sets it.
-STATUS_FILE = "S2TRAIN_STATUS_FILE"
 _SECONDS_TO_SPEAK = 10.0
 _SETTING = re.compile(r"(\+{0,2}[A-Za-z_][\w./@]*=|~)")  # Hydra's, which options never look like
 

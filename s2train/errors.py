@@ -1,4 +1,4 @@
-"""Errors told to users in one line each, and the exit status that a launcher reads."""
+"""Errors told to users in one line each, and the exit statuses that a launcher reads."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,6 +7,12 @@ from signal import Signals
 # Of a run that saved and stopped because it was asked to (a time limit, a preemption): start it again to go on.
 # sysexits.h's "temporary failure". torchrun itself would end with 1; `launch/job.py` hands it on.
 EXIT_REQUEUE = 75
+USAGE_STATUS = 2
+INTERRUPTED_STATUS = 130  # of Ctrl-C, as a shell tells it
+# Names a file. If set, a rank that ends as all ranks do, for what no restart mends (a signal, a refusal, a loss that
+# diverged), writes its status there and ends with 0: torchrun takes any other for a failure, which it would restart
+# or report as its own 1. `launch/job.py` sets it.
+STATUS_FILE = "S2TRAIN_STATUS_FILE"
 
 
 class ConfigError(ValueError):

@@ -1,6 +1,8 @@
 """What the machine offers a rank: its device, how much memory, how fast at its peak."""
 
 import os
+import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -104,7 +106,25 @@ def detect_own() -> Hardware:
     Raises:
         ConfigError: as `detect`.
     """
-    return detect(int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return detect(_local_rank(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def open_device() -> None:
+    """Make the CUDA context of this rank's GPU in a thread, while the program imports the rest.
+
+    Does nothing without CUDA. Where it fails, so does the rank's own first use of the GPU, which says why.
+    """
+    if torch.cuda.is_available():
+        threading.Thread(target=_allocate, args=(_local_rank(),), name="CUDA context", daemon=True).start()
+
+
+def _allocate(local_rank: int) -> None:
+    with suppress(RuntimeError):
+        torch.zeros(1, device=torch.device("cuda", local_rank))
+
+
+def _local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def check_gpus() -> None:

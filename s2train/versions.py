@@ -1,5 +1,6 @@
 """Which code runs: versions of the packages that matter, and of this one."""
 
+import functools
 import hashlib
 import platform
 import subprocess
@@ -24,8 +25,12 @@ def versions() -> dict[str, str]:
     return found | {"s2train": f"{s2train.__version__}, sources {source_digest()}"}
 
 
+@functools.cache
 def source_digest() -> str:
-    """Tells one state of this package's sources from another, committed or not; 12 hexadecimal digits."""
+    """Tells one state of this package's sources from another, committed or not; 12 hexadecimal digits.
+
+    Read once a process, since runs ask for it several times.
+    """
     digest = hashlib.sha256()
     for folder in _folders():
         for path in sorted(folder.rglob("*.py")):
@@ -33,6 +38,7 @@ def source_digest() -> str:
     return digest.hexdigest()[:12]
 
 
+@functools.cache
 def git_commit() -> str | None:
     """The commit of this code's checkout, with `+changes` where files differ from it; None where there is no git."""
     commit = _git("rev-parse", "HEAD")

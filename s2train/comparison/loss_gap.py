@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 
 from s2train.errors import ConfigError
-from s2train.training.plots import read_records
+from s2train.training.records import read_records
 
 
 @dataclass(frozen=True)

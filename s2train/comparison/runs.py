@@ -5,18 +5,18 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-
-from matplotlib.ticker import EngFormatter
-from rich.table import Table
+from typing import TYPE_CHECKING
 
 from s2train.environment import environment
 from s2train.errors import ConfigError
 from s2train.files import check_writable, output_stem, replacing
-from s2train.training.plots import draw_comparison, read_curves, read_records
+from s2train.training.records import read_curves, read_records
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 HEADINGS = ("held out", "first 1/8", "last 1/2")  # of tables, for HELD_OUT
 HELD_OUT = ("held_out_loss", "held_out_short", "held_out_long")
-_COUNT = EngFormatter(places=1, sep="")  # 41.0k, 1.6M, as on axes
 
 
 @dataclass(frozen=True)
@@ -89,13 +89,20 @@ def summarize(run_dir: Path) -> Summary:
     )
 
 
-def compare(run_dirs: Sequence[Path], output: Path, command: str) -> Table:
+def compare(run_dirs: Sequence[Path], output: Path, command: str) -> "Table":
     """Write OUTPUT.json and OUTPUT.png (given with or without suffix) from finished runs; returns the table to print.
 
     Raises:
         ConfigError: a run has reported nothing, or two have one name; a file of OUTPUT exists already, or none can
             be written there.
     """
+    # slow, and a sweep, which summarises runs, comes here without
+    from matplotlib.ticker import EngFormatter
+    from rich.table import Table
+
+    from s2train.training.plots import draw_comparison
+
+    count = EngFormatter(places=1, sep="")  # 41.0k, 1.6M, as on axes
     stem = output_stem(output)
     table_path, picture_path = (stem.with_name(stem.name + suffix) for suffix in (".json", ".png"))
     for path in (table_path, picture_path):
@@ -115,7 +122,7 @@ def compare(run_dirs: Sequence[Path], output: Path, command: str) -> Table:
         table.add_row(
             s.name,
             str(s.steps),
-            _COUNT(s.tokens),
+            count(s.tokens),
             *s.losses(),
             f"{s.step_time_s * 1e3:.0f}",
             f"{s.tokens_per_s:,.0f}",

@@ -14,7 +14,7 @@ from s2train.config import PretrainConfig, settings_by_name
 from s2train.errors import ConfigError
 from s2train.files import replacing
 from s2train.sweeps.names import setting_and_value
-from s2train.training.plots import read_records
+from s2train.training.records import read_records
 
 RECORD, LOG = "sweep.json", "log.txt"
 RANK_LOGS = "logs"  # of each rank, in a job of several nodes: HOST/START/attempt_N/RANK/stderr.log

@@ -21,9 +21,9 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from s2train.command_line import INTERRUPTED_STATUS, USAGE_STATUS, run_command
+from s2train.command_line import run_command
 from s2train.config import PretrainConfig, SweepConfig
-from s2train.errors import ConfigError
+from s2train.errors import INTERRUPTED_STATUS, USAGE_STATUS, ConfigError
 from s2train.hardware import Hardware
 from s2train.overrides import quoted
 from s2train.planning import Plan, check, check_memory, planned_for, preview, resolve

@@ -14,10 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-
 RANGE = "s2train: "  # begins the names of our ranges
 LINEAR, ELEMENTWISE = "linear layers", "norms, elementwise, loss"
 COMMUNICATION, HIDDEN, DATA, HOST = "communication", "communication beside compute", "data", "host"
@@ -50,6 +46,10 @@ class Breakdown:
 
     def format(self) -> str:
         """A table, largest part first."""
+        from rich import box  # slow to import, and only a profile needs it
+        from rich.console import Console
+        from rich.table import Table
+
         table = Table("part", box=box.SIMPLE_HEAD, pad_edge=False)
         table.add_column("ms/step", justify="right")
         table.add_column("share", justify="right")

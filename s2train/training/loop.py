@@ -1,6 +1,7 @@
 """The training loop."""
 
 import math
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ from s2train.training.peak import PEAK_STEPS, report_peak
 from s2train.training.positions import HeldOut, position_edges
 from s2train.training.profile import StepProfiler
 from s2train.training.signals import StopSignals, signal_name
+from s2train.training.start_times import StartTimes
 from s2train.training.steps import run_step
 from s2train.training.watchdog import Watchdog
 
@@ -88,10 +90,11 @@ class Trainer:
         device: torch.device,
         signals: StopSignals,
         watchdog: Watchdog,
+        times: StartTimes,
     ) -> None:
         self.cfg, self.state, self.tracker, self.speed, self.device = cfg, state, tracker, speed, device
         self.train_set, self.held_out_set, self.timers = train_set, held_out_set, timers
-        self.signals, self.watchdog = signals, watchdog
+        self.signals, self.watchdog, self.times = signals, watchdog, times
         self.health = Health()
         self.saver = Saver(cfg, state, tracker.checkpoint)
 
@@ -121,6 +124,9 @@ class Trainer:
             if not self.health.skipped_in_row:
                 interval.losses.append(loss)
             if step == first:
+                self.times.end("first step")
+                self.tracker.note(f"step {step} done after {self.times}")
+                self.tracker.event("first step", seconds=self.times.seconds, modules=len(sys.modules))
                 for kernels in kernels_of(self.state.chunks):
                     self.tracker.note(f"sparse attention: {kernels}")
             has_state = step > first or progress.step > 0  # Adam's

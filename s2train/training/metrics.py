@@ -14,7 +14,7 @@ from s2train.config import PretrainConfig
 from s2train.files import set_aside
 from s2train.megatron.checkpoint import Progress
 from s2train.training.changes import Change
-from s2train.training.plots import read_records
+from s2train.training.records import read_records
 from s2train.versions import git_commit, versions
 from s2train.wandb_run import CONSUMED_TOKENS, RunInfo, WandbRun, choose_mode, place_of, say
 

@@ -1,6 +1,7 @@
 """A pretraining run from its configuration to its last checkpoint."""
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -21,7 +22,7 @@ from s2train.data.tokenizers import Tokenizer
 from s2train.errors import DivergedError, StoppedBySignal
 from s2train.kernels.attention import Backend as AttentionBackend
 from s2train.kernels.attention import resolve_backend
-from s2train.layouts.pictures import draw_layout
+from s2train.layouts.hybrid import HybridLayout
 from s2train.meeting import refusing_together
 from s2train.megatron import setup
 from s2train.megatron.agreement import from_first
@@ -30,10 +31,10 @@ from s2train.megatron.model import build_model, transformer_config
 from s2train.planning import Plan, hybrid_layout
 from s2train.planning.report import figures, letter_rows
 from s2train.training.checkpoint import TrainingState, load
+from s2train.training.kernel_caches import keep_kernels
 from s2train.training.loop import Speed, Trainer
 from s2train.training.metrics import Tracker
 from s2train.training.optimizer import build_optimizer, wrap_data_parallel
-from s2train.training.plots import draw_loss_curve
 from s2train.training.resume import Start, claim_run_dir, find_start
 from s2train.training.run_settings import write_settings
 from s2train.training.signals import StopSignals
@@ -41,6 +42,7 @@ from s2train.training.start_times import StartTimes
 from s2train.training.startup import check_start
 from s2train.training.warm_up import compile_kernels, first_on_each_machine
 from s2train.training.watchdog import Watchdog
+from s2train.versions import git_commit
 from s2train.wandb_run import choose_mode, say
 
 _WATCHDOG_LEAD = 2.0  # minutes that it has to name a rank before collective calls fail, which name none
@@ -48,18 +50,19 @@ _WATCHDOG_LEAD = 2.0  # minutes that it has to name a rank before collective cal
 _SECONDS_FOR_WANDB = 10.0  # after a signal: the scheduler kills what has not ended soon, and the other ranks wait
 
 
-def run(cfg: PretrainConfig, plan: Plan) -> None:
+def run(cfg: PretrainConfig, plan: Plan, times: StartTimes | None = None) -> None:
     """Check data and checkpoint, build, train, save. What can be refused is refused before a process group is made.
 
     Args:
         plan: of this run, checked by `s2train.planning.check`.
+        times: of what the program did before.
     Raises:
         ConfigError: data, tokenizer or checkpoint don't go with the run.
         StartUpError: ranks don't go together, or one of several refuses data, tokenizer or checkpoint.
         TrainingError: the run can't go on.
         StoppedBySignal: a signal asked it to save and end.
     """
-    times = StartTimes()
+    times = times or StartTimes()
     lock, start = None, None
     with refusing_together():
         backend = choose_backend(cfg.backend)
@@ -113,7 +116,15 @@ def _train(
 ) -> None:
     hybrid = hybrid_layout(cfg)
     is_first = torch.distributed.get_rank() == 0
+    beside = ThreadPoolExecutor(1, "records")
+    records = beside.submit(_prepare_records, cfg, hybrid) if is_first else None
+    beside.shutdown(wait=False)
     watchdog.beat("compiling the kernels")
+    if device.type == "cuda":
+        unkept = keep_kernels()
+        if os.environ["LOCAL_RANK"] == "0":
+            for line in unkept:
+                say(line)
     first_on_each_machine(partial(compile_kernels, cfg, hybrid, device))
     times.end("kernels")
     run_dir = Path(cfg.run_dir)
@@ -146,7 +157,8 @@ def _train(
     tracker = Tracker(cfg, start.progress, active=is_first, plan=figures(plan))
     if is_first:
         kept = write_settings(cfg, run_dir, start.progress.step, start.changes)
-        draw_layout(hybrid, cfg.train.seq_length, run_dir / "layout.png", title=cfg.model.name)
+        assert records is not None
+        records.result()
         say(_description(cfg, models, backend, tokenizer, device, start))
         if start.checkpoint is not None:
             tracker.changes(start.progress.step, start.checkpoint, start.changes)
@@ -177,6 +189,7 @@ def _train(
         device,
         signals,
         watchdog,
+        times,
     )
     try:
         saved = trainer.train(start.progress)
@@ -187,6 +200,8 @@ def _train(
         tracker.close()
         raise
     if is_first:
+        from s2train.training.plots import draw_loss_curve  # matplotlib: slow, and the start needs no curve
+
         baseline = unigram_baseline(cfg)
         draw_loss_curve(run_dir / "metrics.jsonl", run_dir / "loss.png", baseline, title=cfg.model.name)
         if baseline is not None:
@@ -198,6 +213,14 @@ def _train(
         )
     tracker.picture("train/loss_curve", run_dir / "loss.png")
     tracker.close()
+
+
+def _prepare_records(cfg: PretrainConfig, hybrid: HybridLayout) -> None:
+    """Make what rank 0 records and takes long, in a thread, while kernels are compiled and the model is built."""
+    git_commit()  # kept for the tracker
+    from s2train.layouts.pictures import draw_layout  # matplotlib: slow
+
+    draw_layout(hybrid, cfg.train.seq_length, Path(cfg.run_dir) / "layout.png", title=cfg.model.name)
 
 
 def unigram_baseline(cfg: PretrainConfig) -> float | None:

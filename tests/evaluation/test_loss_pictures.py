@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from s2train.errors import ConfigError
-from s2train.training.plots import draw_comparison, draw_loss_curve, read_curves
+from s2train.training.plots import draw_comparison, draw_loss_curve
+from s2train.training.records import read_curves
 
 
 def write(path: Path, records: list[dict[str, Any]]) -> Path:

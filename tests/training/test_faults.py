@@ -15,7 +15,7 @@ import pytest
 from s2train.errors import EXIT_REQUEUE
 from s2train.megatron.checkpoint import checkpoints_in, read_progress
 from s2train.megatron.integrity import damage
-from s2train.training.plots import read_records
+from s2train.training.records import read_records
 from tests.program import ROOT, SMALL, Outcome, error_line, pretrain, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("faults")]

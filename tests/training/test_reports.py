@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from s2train.megatron.checkpoint import read_progress
-from s2train.training.plots import read_records
+from s2train.training.records import read_records
 from tests.program import Outcome, metrics, pretrain
 
 pytestmark = [pytest.mark.slow]
@@ -50,19 +50,18 @@ def test_the_learning_rate_decays_no_further_than_its_ratio(outcome: Outcome, fo
 
 
 def test_a_run_says_where_the_time_before_its_first_step_went(outcome: Outcome, folder: Path) -> None:
-    (line,) = [line for line in outcome.out.splitlines() if line.startswith("ready after ")]
-    (ready,) = [record for record in read_records(folder / "metrics.jsonl") if record.get("event") == "ready"]
-    assert list(ready["seconds"]) == [
-        "imports and plan",
-        "checks",
-        "process groups",
-        "kernels",
-        "model",
-        "data",
-        "records",
-    ]
-    assert all(seconds >= 0 for seconds in ready["seconds"].values())
-    assert line.startswith(f"ready after {sum(ready['seconds'].values()):.1f} s (imports and plan ")
+    lines = outcome.out.splitlines()
+    (ready,) = [line for line in lines if line.startswith("ready after ")]
+    (first,) = [line for line in lines if line.startswith("step 1 done after ")]
+    events = {record["event"]: record for record in read_records(folder / "metrics.jsonl") if "event" in record}
+    before, until = events["ready"]["seconds"], events["first step"]["seconds"]
+    parts = ["python", "imports", "compose", "plan", "device", "megatron", "checks", "process groups", "kernels"]
+    parts += ["model", "data", "records"]
+    assert list(before) == parts
+    assert list(until) == [*parts, "first step"]
+    assert all(seconds >= 0 for seconds in until.values())
+    assert ready.startswith(f"ready after {sum(before.values()):.1f} s (python ")
+    assert first.startswith(f"step 1 done after {sum(until.values()):.1f} s (python ")
 
 
 def test_a_run_says_how_often_it_goes_through_its_data(outcome: Outcome, folder: Path) -> None:

@@ -9,7 +9,7 @@ from megatron.core import dist_checkpointing
 from s2train.files import FolderLock
 from s2train.megatron.checkpoint import older_instead, read_config, read_progress
 from s2train.megatron.integrity import damage
-from s2train.training.plots import read_curves
+from s2train.training.records import read_curves
 from tests.program import Outcome, error_line, metrics, pretrain
 
 pytestmark = [pytest.mark.slow]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from s2train.command_line import STATUS_FILE
+from s2train.errors import STATUS_FILE
 from s2train.training.signals import STOP_SIGNALS, StopSignals
 
 

@@ -1,0 +1,81 @@
+"""What `metrics.jsonl` holds."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from s2train.errors import ConfigError
+
+
+@dataclass
+class Curves:
+    """Losses in nats a token, by step.
+
+    Attributes:
+        resumed: steps after which the run was started again.
+        batches: [steps done, tokens of each step from then on], oldest first; empty if the file doesn't tell.
+    """
+
+    train: dict[int, float] = field(default_factory=dict)
+    held_out: dict[int, float] = field(default_factory=dict)
+    resumed: list[int] = field(default_factory=list)
+    batches: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def tokens_per_step(self) -> int | None:
+        """Of all steps alike; None if they differ, or the file doesn't tell."""
+        sizes = {size for _, size in self.batches}
+        return sizes.pop() if len(sizes) == 1 else None
+
+    def tokens(self, step: int) -> int:
+        """That the first `step` steps took."""
+        ends = [start for start, _ in self.batches[1:]] + [step]
+        return sum(size * max(0, min(end, step) - start) for (start, size), end in zip(self.batches, ends, strict=True))
+
+
+def read_records(metrics: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl in order, without those of steps that were done again after a resume.
+
+    Raises:
+        ConfigError: no such file.
+    """
+    if not metrics.is_file():
+        raise ConfigError("metrics", metrics, "no such file", "Name the metrics.jsonl of a run folder")
+    records: list[dict[str, Any]] = []
+    for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue  # cut short where the run was killed
+        if not isinstance(record, dict):
+            continue
+        if record.get("event") == "resume":
+            records = [r for r in records if "event" in r or r.get("step", 0) <= record["step"]]
+        records.append(record)
+    return records
+
+
+def read_curves(metrics: Path) -> Curves:
+    """Read `loss` and `held_out_loss` by step, `tokens_per_step` wherever it is, and events called `resume`.
+
+    Raises:
+        ConfigError: no such file.
+    """
+    curves = Curves()
+    size: int | None = None
+    for record in read_records(metrics):
+        step = record.get("step")
+        size = record.get("tokens_per_step", size)
+        if size is not None and not curves.batches:
+            curves.batches = [(0, size)]
+        if record.get("event") == "resume":
+            curves.resumed.append(record["step"])
+            if size is not None:  # told just before
+                earlier = [batch for batch in curves.batches if batch[0] < record["step"]]
+                curves.batches = [*earlier, (record["step"], size)]
+        if "event" not in record and step is not None:
+            for name, losses in (("loss", curves.train), ("held_out_loss", curves.held_out)):
+                if record.get(name) is not None:
+                    losses[step] = record[name]
+    return curves
