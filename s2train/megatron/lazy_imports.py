@@ -54,7 +54,8 @@ def compile_on_call(model: Callable[..., Any] | None = None, **options: Any) -> 
     @functools.wraps(model)
     def call(*arguments: Any, **named: Any) -> Any:
         if not compiled:
-            compiled.append(_compile(model, **options))
+            with _no_collection():  # it imports the compiler
+                compiled.append(_compile(model, **options))
         return compiled[0](*arguments, **named)
 
     call._torchdynamo_inline = model  # type: ignore[attr-defined]  # as torch.compile does, for calls in what it compiles
