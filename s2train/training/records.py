@@ -29,7 +29,9 @@ class Curves:
         return sizes.pop() if len(sizes) == 1 else None
 
     def tokens(self, step: int) -> int:
-        """That the first `step` steps took."""
+        """That the first `step` steps took; 0 if the file doesn't tell."""
+        if not self.batches:
+            return 0
         ends = [start for start, _ in self.batches[1:]] + [step]
         return sum(size * max(0, min(end, step) - start) for (start, size), end in zip(self.batches, ends, strict=True))
 
