@@ -1,6 +1,7 @@
 """Compares a run's settings with those of the checkpoint it resumes from, and checks which may differ."""
 
 import json
+import math
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,8 +29,7 @@ KEEP_THE_EXPERIMENT = (
     "evaluation",
     "model.name",
     "parallel",
-    "plan",  # of runs saved before it was a section
-    "plan.",
+    "plan",
     "profile",
     "run_dir",
     "tracking",
@@ -66,6 +66,8 @@ def changes_between(before: PretrainConfig, now: PretrainConfig) -> list[Change]
     """List the settings that differ. A setting left to its default equals one set to it."""
     # Through JSON, where tuples and lists are one.
     old, new = (dict(settings_by_name(json.loads(json.dumps(asdict(with_values(cfg)))))) for cfg in (before, now))
+    if math.isclose(now.optim.lowest_lr * before.optim.lr, before.optim.lowest_lr * now.optim.lr, rel_tol=1e-9):
+        new["optim.min_lr"] = old["optim.min_lr"]  # it follows optim.lr, which is listed
     return [
         Change(name, old.get(name), new.get(name))
         for name in dict.fromkeys([*new, *old])
@@ -92,7 +94,10 @@ def check_consent(cfg: PretrainConfig, checkpoint: Path, changes: list[Change]) 
         f"{'' if kept is None else keep}To resume with the new settings, set {CONSENT}=true or '{CONSENT}=[{named}]';"
         " for another experiment, set another run_dir"
     )
-    raise ConfigError(asked[0].setting, _written(asked[0].now), problem, remedy)
+    first = asked[0].setting
+    if first == "optim.decay_steps" and kept is not None:  # not set: name the setting that it follows from
+        raise ConfigError("train.steps", cfg.train.steps, problem, remedy)
+    raise ConfigError(first, _written(asked[0].now), problem, remedy)
 
 
 def with_values(cfg: PretrainConfig) -> PretrainConfig:

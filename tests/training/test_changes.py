@@ -31,6 +31,13 @@ def test_every_setting_that_differs_is_listed_with_both_values() -> None:
     }
 
 
+def test_the_lowest_learning_rate_is_listed_where_it_does_not_follow_the_learning_rate() -> None:
+    assert list(map(str, changes("optim.lr=1e-3"))) == ["optim.lr 0.003 → 0.001"]
+    assert list(map(str, changes("optim.min_lr_ratio=0.2"))) == ["optim.min_lr 0.0003 → 0.0006"]
+    kept = changes("optim.lr=1e-3", "optim.min_lr=1e-4", before=("optim.min_lr=2e-4",))
+    assert list(map(str, kept)) == ["optim.lr 0.003 → 0.001", "optim.min_lr 0.0002 → 0.0001"]
+
+
 def test_a_default_written_out_is_no_change() -> None:
     assert changes("model.head_dim=32", "layout.pattern.sinks=0", "optim.decay_steps=400", "data.num_workers=2") == []
 
@@ -83,7 +90,8 @@ def test_what_does_not_change_the_experiment_needs_no_consent(setting: str) -> N
 )
 def test_what_changes_the_experiment_is_rejected_until_it_is_allowed(setting: str) -> None:
     name = "optim.decay_steps" if setting == "train.steps=600" else setting.partition("=")[0]
-    with pytest.raises(ConfigError, match=rf"^{name}=.* {name} .* → .*another run_dir") as refusal:
+    blamed = setting.partition("=")[0]  # what the user set, where another setting follows from it
+    with pytest.raises(ConfigError, match=rf"^{blamed}=.* {name} .* → .*another run_dir") as refusal:
         consented(setting)
     assert f"checkpoint.allow_changes=[{name}]" in refusal.value.remedy
     consented(setting, "checkpoint.allow_changes=true")
