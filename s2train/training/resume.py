@@ -34,6 +34,8 @@ _ARCHITECTURE = ("model", "layout", "schedule")
 _NOT_IN_SHARDS = {"model.name", "model.init_std"}
 _OF_A_PHASE = {"model.rotary_base"}  # raised for longer sequences (arXiv 2309.16039, section 2.1)
 _NUM_SAMPLES = "data.num_samples"
+_PATH = "data.path"
+_CONTENTS = "the datasets' contents"  # in saved orders, beside settings
 
 
 @dataclass(frozen=True)
@@ -95,8 +97,8 @@ def data_order(cfg: PretrainConfig, first_step: int = 0) -> dict[str, Any]:
     """What fixes the order of the training samples from `first_step` on, by setting, and the datasets' contents."""
     blend = parse_blend(cfg.data.path)
     return {
-        "data.path": [[weight, prefix] for weight, prefix in zip(blend.weights, blend.prefixes, strict=True)],
-        "the datasets' contents": [_contents(prefix) for prefix in blend.prefixes],
+        _PATH: [[weight, prefix] for weight, prefix in zip(blend.weights, blend.prefixes, strict=True)],
+        _CONTENTS: [_contents(prefix) for prefix in blend.prefixes],
         "data.split": megatron_split(cfg.data.split),
         _NUM_SAMPLES: num_train_samples(cfg, first_step),
         "train.seq_length": cfg.train.seq_length,
@@ -166,16 +168,30 @@ def _check_same_order(before: dict[str, Any], now: dict[str, Any], checkpoint: P
     for setting, value in now.items():
         if (saved := before.get(setting)) == value:
             continue
-        problem = (
-            f"{checkpoint} was trained with {saved}, another order of the data: samples would come twice or not at all"
-        )
-        remedy = (
-            "Set it so, or train in another run_dir: from the start, or as a new phase on these data with"
+        elsewhere = (
+            "train in another run_dir: from the start, or as a new phase on these data with"
             f" checkpoint.resume={checkpoint} and checkpoint.new_data=true"
         )
+        if setting == _CONTENTS:
+            problem = f"{checkpoint} was trained on other contents of these files"
+            raise ConfigError(_PATH, _written(_PATH, now[_PATH]), problem, f"Restore them, or {elsewhere}")
+        problem = (
+            f"{checkpoint} was trained with {_written(setting, saved)}, another order of the data:"
+            " samples would come twice or not at all"
+        )
+        remedy = f"Set it so, or {elsewhere}"
         if setting == _NUM_SAMPLES:
             remedy = f"Leave it out: after the epochs of these {saved} others follow, as many as train.steps take"
-        raise ConfigError(setting, value, problem, remedy)
+        raise ConfigError(setting, _written(setting, value), problem, remedy)
+
+
+def _written(setting: str, value: Any) -> Any:
+    """As a command line has it."""
+    if setting != _PATH or not isinstance(value, list):
+        return value
+    if len(value) == 1:
+        return value[0][1]
+    return f"[{','.join(f'{weight:g},{prefix}' for weight, prefix in value)}]"
 
 
 def _under_todays_paths(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
@@ -183,14 +199,13 @@ def _under_todays_paths(before: dict[str, Any], now: dict[str, Any]) -> dict[str
 
     Megatron draws samples by seeds, weights and numbers of samples; paths only name files of its cache.
     """
-    path, contents = "data.path", "the datasets' contents"
-    saved, found = before.get(contents, []), now[contents]
+    saved, found = before.get(_CONTENTS, []), now[_CONTENTS]
     # Until the tokens had a sum too, contents were told by size and index alone: enough under one path.
     without_tokens = [told.rpartition(", ")[0] for told in found]
-    if before.get(path) == now[path] and saved == without_tokens:
-        return before | {contents: found}
-    if saved == found and [weight for weight, _ in before.get(path, [])] == [weight for weight, _ in now[path]]:
-        return before | {path: now[path]}
+    if before.get(_PATH) == now[_PATH] and saved == without_tokens:
+        return before | {_CONTENTS: found}
+    if saved == found and [weight for weight, _ in before.get(_PATH, [])] == [weight for weight, _ in now[_PATH]]:
+        return before | {_PATH: now[_PATH]}
     return before
 
 
