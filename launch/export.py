@@ -17,7 +17,7 @@ config.register()
 
 
 def export(composed: DictConfig) -> None:
-    """Export, and tell how to load it."""
+    """Export, and print the files."""
     cfg = config.to_object(composed)
     check_alone()
     apex_available()  # Megatron would import an impostor

@@ -1,7 +1,8 @@
 """Import a Llama's weights (config.json and .safetensors), or an export, as a checkpoint to start a run from.
 
 python launch/import.py weights=Llama-3.2-1B output=runs/llama
-python launch/pretrain.py +model=imported/llama checkpoint.resume=runs/llama …   # the line that the import prints
+
+Prints the commands that prepare data with its tokenizer and train it.
 """
 
 import _surroundings  # noqa: F401 (prints why the rest can't start)
@@ -18,14 +19,18 @@ config.register()
 
 
 def import_weights(composed: DictConfig) -> None:
-    """Import, and tell how to start from it."""
+    """Import, and print the commands that train it."""
     cfg = config.to_object(composed)
     check_alone()
     apex_available()  # Megatron would import an impostor
     from s2train.export.importing import import_llama  # imports Megatron: slow
 
     checkpoint, files = import_llama(cfg)
-    print(f"{checkpoint}: start from it, with the settings of {files.path}, by")
+    print(f"{checkpoint}; settings: {files.path}")
+    if files.data_command is not None:
+        print(f"Prepare data with its tokenizer (input: your own files), then train:\n{files.data_command}")
+    else:
+        print("Train:")
     print(files.command(cfg.output))
 
 

@@ -83,7 +83,7 @@ class ModelFiles:
     """
 
     def __init__(self, cfg: PretrainConfig, conf: str | None, has_layout: bool) -> None:
-        self._conf, self._name = conf, cfg.model.name
+        self._conf, self._name, self._tokenizer = conf, cfg.model.name, cfg.data.tokenizer
         root = CONF if conf is None else Path(conf)
         check_writable("conf", root)
         defaults: list[Any] = ["_self_"]
@@ -119,13 +119,26 @@ class ModelFiles:
             with replacing(path) as temporary:
                 temporary.write_text(text)
 
+    @property
+    def data_command(self) -> str | None:
+        """What prepares the bundled corpus for `command`, to be pasted into a shell; None: its own tokens serve."""
+        if self._tokenizer == "bytes":
+            return None
+        words = ["python", "launch/prepare_data.py", "input=bundled", _setting("output", self._data)]
+        return shlex.join([*words, _setting("tokenizer", self._tokenizer)])
+
     def command(self, start: str) -> str:
         """What starts a run from the import in `start`, to be pasted into a shell."""
         words = ["python", "launch/pretrain.py"]
         if self._conf is not None:
             words += ["--config-dir", self._conf]
         words += [f"+model={IMPORTED}/{self._name}", _setting("checkpoint.resume", start)]
-        return shlex.join([*words, _setting("run_dir", f"runs/{self._name}-trained")])
+        words += [_setting("run_dir", f"runs/{self._name}-trained")]
+        return shlex.join([*words, *([] if self.data_command is None else [_setting("data.path", self._data)])])
+
+    @property
+    def _data(self) -> str:
+        return f"runs/data/{self._name}"
 
 
 def model_name(output: Path) -> str:

@@ -58,6 +58,21 @@ def test_the_printed_command_composes_the_models_settings(tmp_path: Path) -> Non
     assert (found.model, found.layout, found.schedule) == (MODEL, LAYOUT, RUN.schedule)
     assert (found.data.tokenizer, found.data.end_token, found.train) == (RUN.data.tokenizer, "<|im_end|>", RUN.train)
     assert (found.checkpoint.resume, found.run_dir) == ("runs/it's a start", "runs/start-trained")
+    assert found.data.path == "runs/data/start"
+    assert shlex.split(files.data_command or "")[1:] == [
+        "launch/prepare_data.py",
+        "input=bundled",
+        "output=runs/data/start",
+        "tokenizer='/a folder/tokenizer.json'",
+    ]
+
+
+def test_an_import_of_bytes_trains_on_the_bundled_corpus(tmp_path: Path) -> None:
+    files = ModelFiles(replace(RUN, data=DataConfig()), str(tmp_path), True)
+    files.write()
+    assert files.data_command is None
+    assert composed(files.command("start")).data.path == "bundled"
+    assert composed(files.command("start"), "optim.lr=1e-6").optim.lowest_lr < 1e-6
 
 
 def test_another_layout_on_the_command_line_takes_the_place_of_the_models(tmp_path: Path) -> None:
