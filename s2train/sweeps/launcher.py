@@ -71,7 +71,9 @@ class SweepLauncher(Launcher):
         batch = [self._prepare(filter_overrides(overrides)) for overrides in job_overrides]
         run_command(lambda: self._run_batch(list({job.folder: job for job in batch}.values())))
         self.trials += len(batch)
-        if self.trials == OmegaConf.select(self.config, "hydra.sweeper.n_trials"):
+        trials = OmegaConf.select(self.config, "hydra.sweeper.n_trials")
+        is_planned = all(job.status is Status.PLANNED for job in batch)  # without a loss, no proposal would follow
+        if trials is not None and (is_planned or self.trials == trials):
             self._end_without_losses()
         return [
             JobReturn(overrides=list(overrides), status=JobStatus.COMPLETED, _return_value=job.loss())
@@ -179,7 +181,8 @@ class SweepLauncher(Launcher):
         if refused and not self.settings.skip_invalid:
             if self.trials:
                 self._print_report()  # of earlier batches
-            rest = "none of them was started. hydra.launcher.skip_invalid=true starts the others"
+            others = ". hydra.launcher.skip_invalid=true starts the others" if len(refused) < len(jobs) else ""
+            rest = f"none of them was started{others}"
             print(f"error: {len(refused)} of {len(jobs)} jobs can't run; {rest}", file=sys.stderr, flush=True)
             sys.exit(USAGE_STATUS)
         finished = sum(job.status is Status.FINISHED for job in jobs)
@@ -187,7 +190,7 @@ class SweepLauncher(Launcher):
         try:
             self.run(waiting)
         except KeyboardInterrupt:
-            print("interrupted; the same command goes on from here", file=sys.stderr, flush=True)
+            print("interrupted; the same command resumes the sweep", file=sys.stderr, flush=True)
             sys.exit(INTERRUPTED_STATUS)
         finally:
             self.record()

@@ -105,7 +105,8 @@ def test_a_search_with_some_losses_goes_on(sweep: Any) -> None:
 
 def test_a_planned_search_ends_well(sweep: Any) -> None:
     with pytest.raises(SystemExit) as ended:
-        learning(sweep, 1, "plan.show=true").launch(["seed=1", "plan.show=true"])
+        # the first batch, without losses to learn from
+        learning(sweep, 9, "plan.show=true").launch(["seed=1", "plan.show=true"])
     assert ended.value.code == 0
 
 
