@@ -307,12 +307,14 @@ def main(arguments: list[str] | None = None) -> None:
     phases = [number for number, phase in enumerate(PHASES) if phase.length <= given.longest]
     if not phases:
         parser.error(f"--longest {given.longest}: the first phase has {PHASES[0].length} tokens")
-    last = phases[-1]
+    last, train = phases[-1], f"train it first: python launch/needle_recipe.py train {variant} --root {root}"
     if given.action == "plan":
         Console(width=140).print(plan_table(root))
     elif given.action == "data":
         make_data(root, last, deadline)
     elif given.action == "train":
+        if not Path(tokenizer(root)).is_file():
+            sys.exit(f"no data in {root}: make them first: python launch/needle_recipe.py data --root {root}")
         for number in range(last + 1):
             if not is_trained(root, variant, number):
                 deadline.run([*train_command(root, variant, number), *settings], record)
@@ -320,12 +322,12 @@ def main(arguments: list[str] | None = None) -> None:
         folders = [run_folder(root, variant, number) / "checkpoints" for number in range(last + 1)]
         checkpoints = [path for folder in folders for path in sorted(folder.glob("iter_*"))]
         if not checkpoints:
-            sys.exit(f"no checkpoint of {variant} in {root}: train it first")
+            sys.exit(f"no checkpoint of {variant} in {root}: {train}")
         deadline.run_together(curve_commands(checkpoints), 6)  # on one GPU: starting takes longest
     else:
         trained = [number for number in range(last + 1) if is_trained(root, variant, number)]
         if not trained:
-            sys.exit(f"no phase of {variant} is trained: train it first")
+            sys.exit(f"no phase of {variant} is trained: {train}")
         lengths = [length for length in GRID if length <= given.longest]
         run = run_folder(root, variant, trained[-1])
         deadline.run(needle_command(run, lengths, 10, root / variant / "grid"), record)

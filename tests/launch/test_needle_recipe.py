@@ -142,8 +142,13 @@ def test_settings_that_an_action_would_not_use_are_refused(
 
 @pytest.mark.parametrize("action", ["evaluate", "curve"])
 def test_what_is_not_trained_is_not_evaluated(action: str, recipe: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=r"of hybrid .*: train it first"):
+    with pytest.raises(SystemExit, match=r"of hybrid .*needle_recipe\.py train hybrid --root"):
         recipe["main"]([action, "hybrid", "--root", str(tmp_path)])
+
+
+def test_training_without_data_names_the_command_that_makes_them(recipe: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"no data in .*needle_recipe\.py data --root"):
+        recipe["main"](["train", "hybrid", "--root", str(tmp_path)])
 
 
 def test_pictures_are_not_overwritten_nor_drawn_of_nothing(
