@@ -1,5 +1,7 @@
 """Everything about the data that can be found wrong from its files alone, before a run takes a device."""
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 from megatron.core.datasets.gpt_dataset import MockGPTLowLevelDataset
@@ -40,7 +42,8 @@ def check_data(cfg: PretrainConfig, tokenizer: Tokenizer) -> None:
     """
     if tokenizer.vocab_size > cfg.model.vocab_size:
         problem = f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size:,} ids"
-        remedy = f"Set at least {tokenizer.vocab_size}, a multiple of parallel.tp"
+        rows = math.ceil(tokenizer.vocab_size / cfg.parallel.tp) * cfg.parallel.tp
+        remedy = f"Set model.vocab_size={rows} or more, a multiple of parallel.tp"
         raise ConfigError("model.vocab_size", cfg.model.vocab_size, problem, remedy)
     blend = parse_blend(cfg.data.path)
     if blend.is_mock:
@@ -54,7 +57,10 @@ def check_data(cfg: PretrainConfig, tokenizer: Tokenizer) -> None:
                 _check_ends(prefix, tokenizer)
         elif metadata.fingerprint != tokenizer.fingerprint:
             problem = f"{prefix} was made with another tokenizer, {metadata.tokenizer}"
-            remedy = f"Set {metadata.tokenizer}, or prepare the text again with tokenizer={tokenizer.name}"
+            remedy = (
+                f"Set data.tokenizer={metadata.tokenizer}, or prepare the text again:"
+                f" python launch/prepare_data.py input=… output=… tokenizer={tokenizer.name}"
+            )
             raise ConfigError("data.tokenizer", tokenizer.name, problem, remedy)
         elif metadata.end_token not in (None, tokenizer.end_token):
             problem = f"{prefix} was prepared with the end token {metadata.end_token}"

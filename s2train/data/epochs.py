@@ -60,7 +60,7 @@ def describe_epochs(data: DataConfig, found: Sequence[Epochs]) -> list[str]:
         for one in found
     ] or ["mock: synthetic, without epochs"]
     return lines + [
-        f"warning: {one.prefix} is gone through {_times(one.epochs)} times, more often than data.warn_epochs="
+        f"warning: the run reads {one.prefix} {_times(one.epochs)} times over, above data.warn_epochs="
         f"{data.warn_epochs:g}. Take more data, "
         + ("a smaller weight in data.path, " if len(found) > 1 else "")
         + f"fewer train.steps, or set data.warn_epochs={math.ceil(one.epochs)}"

@@ -70,7 +70,9 @@ def prepare(cfg: PrepareConfig) -> Metadata:
     final = {name: output.with_name(output.name + name) for name in names}
     existing = [str(path) for path in final.values() if path.exists()]
     if existing and not cfg.overwrite and not (folder / "publishing").exists():
-        raise ConfigError("output", cfg.output, f"{', '.join(existing)} exists", "Add overwrite=true, or set another")
+        raise ConfigError(
+            "output", cfg.output, f"already there: {', '.join(existing)}", "Add overwrite=true, or set another"
+        )
     if cfg.tokenizer.startswith("bpe:"):
         _bpe_size(cfg.tokenizer)
     else:

@@ -102,7 +102,7 @@ def test_data_made_with_another_tokenizer_are_refused(corpus: str, config: MakeC
 
 
 def test_a_tokenizer_larger_than_the_models_vocabulary_is_refused(corpus: str, config: MakeConfig) -> None:
-    refused(config(corpus, vocab_size=256), "model.vocab_size", "257 ids.*at least 257")
+    refused(config(corpus, vocab_size=256), "model.vocab_size", r"257 ids.*Set model\.vocab_size=257 or more")
     refused(config("mock", vocab_size=256), "model.vocab_size", "257 ids")
 
 

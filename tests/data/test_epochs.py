@@ -54,7 +54,7 @@ def test_each_dataset_of_a_blend_has_its_own_by_weight(datasets: list[str]) -> N
     lines = describe_epochs(data, [one, two])
     assert lines[0] == f"{small}: 5.01 epochs of 1,000 training tokens, 0.5 of the samples"
     assert len(lines) == 3
-    assert lines[2].startswith(f"warning: {small} is gone through 5.01 times, more often than data.warn_epochs=4.")
+    assert lines[2].startswith(f"warning: the run reads {small} 5.01 times over, above data.warn_epochs=4.")
 
 
 def test_a_blend_without_weights_goes_through_all_alike(datasets: list[str]) -> None:
@@ -100,6 +100,6 @@ def test_a_plan_tells_epochs_and_says_where_data_are_not_here(tmp_path: Path, mo
     monkeypatch.chdir(tmp_path)
     many = epochs_of_plan(compose_run(["+model=tiny_hybrid", "train.steps=100000"]))
     assert "data          runs/data/bundled: " in many
-    assert "\nwarning: runs/data/bundled is gone through " in many
+    assert "\nwarning: the run reads runs/data/bundled " in many
     away = epochs_of_plan(compose_run(["+model=tiny_hybrid", "data.path=elsewhere"]))
     assert "epochs not counted: data.path=elsewhere: elsewhere.idx is missing" in away

@@ -165,7 +165,7 @@ def test_existing_output_is_kept_unless_told_to_overwrite(tmp_path: Path) -> Non
     prepare(PrepareConfig(input=str(text), output=str(output)))
     text.write_text("new text")
     before = (tmp_path / "out.bin").read_bytes()
-    with pytest.raises(ConfigError, match=r"output=.*exists.*overwrite=true"):
+    with pytest.raises(ConfigError, match=r"output=.*already there: .*overwrite=true"):
         prepare(PrepareConfig(input=str(text), output=str(output)))
     assert (tmp_path / "out.bin").read_bytes() == before
     prepare(PrepareConfig(input=str(text), output=str(output), overwrite=True))
