@@ -1,7 +1,7 @@
 """Pretrain: `python launch/job.py --nproc-per-node N launch/pretrain.py +model=tiny_hybrid [setting=value …]`.
 
 job.py is torchrun with errors in one line; torchrun itself works too, and python for one process.
-Sweep: `python launch/pretrain.py -m +model=tiny_hybrid layout=a,b seed=1,2` (s2train/sweeps).
+Sweep: `python launch/pretrain.py -m +model=tiny_hybrid layout=dense,s2_b16_l4_v4 seed=1,2` (s2train/sweeps).
 `plan=true` prints what the run would cost and builds nothing, with `plan.device=h100-80gb plan.count=8` for GPUs that
 are not here.
 """
@@ -61,7 +61,7 @@ def pretrain(composed: DictConfig) -> None:
     if is_first:
         print(format_plan(plan), flush=True)
     TIMES.end("plan")
-    # Slow, and not needed to refuse a run.
+    # Slow, and not needed to reject a run.
     from s2train.megatron.lazy_imports import import_megatron
 
     import_megatron()

@@ -100,7 +100,7 @@ def run_command(command: Callable[[], None]) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        _end(f"error: {error}. Make room; the same command goes on from the last checkpoint", 1)
+        _end(f"error: {error}. Make room; the same command resumes from the last checkpoint", 1)
     except MissingRankError as error:
         _end(_lines(error), USAGE_STATUS)
     except StartUpError as error:

@@ -53,7 +53,7 @@ class StoppedBySignal(Exception):
     def __init__(self, signal: str, step: int, checkpoint: Path | None) -> None:
         self.status = EXIT_REQUEUE if checkpoint else 128 + Signals[signal]
         saved = (
-            f"checkpoint {checkpoint} | the same command goes on" if checkpoint else "not saved: checkpoint.save=false"
+            f"checkpoint {checkpoint} | the same command resumes" if checkpoint else "not saved: checkpoint.save=false"
         )
         super().__init__(f"stopped by {signal} at step {step} | {saved}")
 

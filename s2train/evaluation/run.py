@@ -53,8 +53,8 @@ def run_needles(
     table_path, picture_path = folder / f"{name}.json", folder / f"{name}.png"
     if trained_length is not None and max(grid.lengths) > trained_length:
         console.print(
-            f"warning: lengths={max(grid.lengths)} is past the {trained_length} tokens trained on; rotary positions go"
-            " on, but what a model makes of distances it has not seen is not known"
+            f"warning: lengths={max(grid.lengths)} is past the {trained_length} tokens trained on: the model has not"
+            " seen such distances"
         )
     earlier = _earlier(asked, table_path, console) if is_writer else asked
     if dist.is_initialized():

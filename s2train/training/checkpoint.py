@@ -155,7 +155,7 @@ class Saver:
                 shutil.rmtree(temporary, ignore_errors=True)
             there = checkpoints_in(self._root)
             left = (
-                f"The checkpoints there are whole; the same command goes on from {there[-1].name}"
+                f"The checkpoints there are whole; the same command resumes from {there[-1].name}"
                 if there
                 else "There is no older one; the same command starts afresh"
             )

@@ -245,5 +245,5 @@ def _description(
         f" | optimizer {backend.optimizer}"
         f" | dp {parallel_state.get_data_parallel_world_size()}"
         f" | end of document {tokenizer.end_token or 'id'} {tokenizer.eod}\n"
-        + (f"going on from {start.checkpoint}" if start.checkpoint else f"new run in {cfg.run_dir}")
+        + (f"resuming from {start.checkpoint}" if start.checkpoint else f"new run in {cfg.run_dir}")
     )

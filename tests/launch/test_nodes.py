@@ -102,7 +102,7 @@ def test_a_node_that_dies_and_comes_back_goes_on_from_the_last_checkpoint(
     assert (first.returncode, second.returncode) == (0, 0), (tmp_path / "first.txt").read_text()[-3000:]
     assert metrics(folder)[-1]["step"] == 60
     outputs = [path.read_text() for path in (tmp_path / "logs").rglob("stdout.log")]
-    assert any("going on from" in text for text in outputs)
+    assert any("resuming from" in text for text in outputs)
 
 
 @pytest.mark.parametrize("nodes", [1, 2])

@@ -65,7 +65,7 @@ def test_an_interrupted_sweep_ends_its_ranks_and_goes_on_from_their_checkpoint(t
     process.send_signal(signal.SIGTERM)
     _, told = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert b"the same command goes on" in told
+    assert b"the same command resumes" in told
     assert subprocess.run(["pgrep", "-f", f"run_dir=.{folder}"], capture_output=True).stdout == b""
 
     again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)

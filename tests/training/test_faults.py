@@ -81,7 +81,7 @@ def test_a_run_killed_at_random_moments_ends_as_an_unbroken_one(
     kept = [read_progress(path).step for path in checkpoints_in(tmp_path / "killed" / "checkpoints")]
     assert kept == [third, 2 * third, 3 * third - 1, 3 * third]
     # An attempt that is killed in its first save has nothing to show; most are killed later.
-    assert done.out.count("going on from") >= kills // 4, (seed, done.out)
+    assert done.out.count("resuming from") >= kills // 4, (seed, done.out)
 
 
 @pytest.mark.parametrize(("rank", "launcher"), [(1, TORCHRUN), (0, "launch/job.py")])
@@ -91,7 +91,7 @@ def test_a_rank_that_dies_is_named_and_the_job_restarts_from_its_last_checkpoint
     done = planted(f"die:{rank}:4", tmp_path, STEPS, EVERY_STEP, launcher=launcher, restarts=2)
     assert done.status == 0, done.err
     assert f"(exitcode: -9) local_rank: {rank}" in done.err
-    assert f"going on from {tmp_path}/checkpoints/iter_0000003" in done.out
+    assert f"resuming from {tmp_path}/checkpoints/iter_0000003" in done.out
     assert [record["step"] for record in trace(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
