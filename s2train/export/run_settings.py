@@ -84,6 +84,7 @@ class ModelFiles:
 
     def __init__(self, cfg: PretrainConfig, conf: str | None, has_layout: bool) -> None:
         self._conf, self._name, self._tokenizer = conf, cfg.model.name, cfg.data.tokenizer
+        self._end_token = cfg.data.end_token
         root = CONF if conf is None else Path(conf)
         check_writable("conf", root)
         defaults: list[Any] = ["_self_"]
@@ -125,7 +126,8 @@ class ModelFiles:
         if self._tokenizer == "bytes":
             return None
         words = ["python", "launch/prepare_data.py", "input=bundled", _setting("output", self._data)]
-        return shlex.join([*words, _setting("tokenizer", self._tokenizer)])
+        end = [] if self._end_token is None else [_setting("end_token", self._end_token)]
+        return shlex.join([*words, _setting("tokenizer", self._tokenizer), *end])
 
     def command(self, start: str) -> str:
         """What starts a run from the import in `start`, to be pasted into a shell."""
