@@ -103,9 +103,8 @@ def test_a_search_with_some_losses_goes_on(sweep: Any) -> None:
     assert sweeper.launch(["seed=1"], ["seed=2"]) == [1.5, None]
 
 
-def test_a_planned_search_ends_well(sweep: Any) -> None:
+def test_a_planned_search_ends_well_after_its_first_batch(sweep: Any) -> None:
     with pytest.raises(SystemExit) as ended:
-        # the first batch, without losses to learn from
         learning(sweep, 9, "plan.show=true").launch(["seed=1", "plan.show=true"])
     assert ended.value.code == 0
 
