@@ -1,12 +1,20 @@
-"""Dense causal attention: torch's fused kernels, with the query range anywhere in the key range."""
+"""Dense causal attention by the kernels of torch or FlashAttention-4; the query range ends with the key range."""
 
 import contextlib
 
 import torch
 import torch.nn.functional as F
+from torch.backends.cuda import (
+    SDPAParams,
+    can_use_cudnn_attention,
+    can_use_efficient_attention,
+    can_use_flash_attention,
+)
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# cuDNN's is the fastest on Hopper (1.7 times FlashAttention-2); torch's own order puts it behind.
+from .flash4 import fa4_attention
+
+# cuDNN's is the fastest of torch's on Hopper (1.7 times FlashAttention-2); torch's own order puts it behind.
 _CUDA_ORDER = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -30,20 +38,23 @@ def dense_causal_attention(
         k, v: [s_k, b, h_kv, d], position 0 first; h is a multiple of h_kv.
         softmax_scale: factor of the scores.
         query_offset: s_k − s_q: the last query is at the last key.
-        implementation: on a GPU torch's fused kernels to take: cudnn, flash (FlashAttention-2), efficient, or auto, the
-            first of these that takes the tensors. A CPU has one.
+        implementation: on a GPU the kernels to take: fa4 (FlashAttention-4), or torch's cudnn, flash
+            (FlashAttention-2), efficient, or auto, the first of torch's that takes the tensors. A CPU has one.
     Returns:
         [s_q, b, h, d].
     Raises:
         ValueError: the query range does not end with the key range; there is no such implementation.
     """
     s_q, s_k = q.shape[0], k.shape[0]
-    if implementation not in ("auto", *_CUDA_ORDER):
-        raise ValueError(f"implementation={implementation!r} must be one of auto, {', '.join(_CUDA_ORDER)}")
+    if implementation not in ("auto", "fa4", *_CUDA_ORDER):
+        raise ValueError(f"implementation={implementation!r} must be one of auto, fa4, {', '.join(_CUDA_ORDER)}")
     if query_offset != s_k - s_q:
         raise ValueError(
             f"query_offset={query_offset} must be s_k - s_q = {s_k - s_q}: give the keys up to the last query"
         )
+    if implementation == "fa4":
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        return fa4_attention(q, k, v, softmax_scale=softmax_scale, deterministic=deterministic)
     q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
     if q.is_cuda and q.dtype == torch.float32 and q.shape[1] != k.shape[1]:
         # torch's only fused kernel in fp32 takes as many KV heads as query heads.
@@ -61,3 +72,20 @@ def dense_causal_attention(
             q, k, v, attn_mask=mask, is_causal=s_q == s_k, scale=softmax_scale, enable_gqa=True
         )
     return out.permute(2, 0, 1, 3)
+
+
+def torch_refuses(implementation: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
+    """Why torch's cudnn, flash or efficient kernels don't take such a call on this GPU; None if they do.
+
+    Arguments as of `dense_causal_attention`.
+    """
+    if q.dtype == torch.float32:
+        return None if implementation == "efficient" else "float32"
+    if implementation == "cudnn" and torch.are_deterministic_algorithms_enabled():
+        return "it has no deterministic backward"
+    q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
+    params = SDPAParams(q, k, v, None, 0.0, q.shape[2] == k.shape[2], q.shape[1] != k.shape[1])
+    usable = {"cudnn": can_use_cudnn_attention, "flash": can_use_flash_attention}.get(
+        implementation, can_use_efficient_attention
+    )
+    return None if usable(params) else "torch doesn't take these tensors"

@@ -275,9 +275,14 @@ class PretrainConfig:
     # sparse layers: auto (triton where CUDA is, torch on a CPU), triton (the fastest kernels for the GPU), portable
     # (Triton's alone, the same on every GPU), torch
     attention_backend: str = "auto"
-    # dense layers on a GPU: auto (the fastest that takes the shape: cudnn, flash, efficient, in this order), or one of
-    # these, which torch's scaled_dot_product_attention then runs or refuses
+    # dense layers on a GPU: auto (the fastest measured of those that serve the call), fa4 (FlashAttention-4), s2train
+    # (the sparse layers' kernels, every block kept), or torch's cudnn, flash (FlashAttention-2), efficient
     dense_attention: str = "auto"
+    # norms (of backend=local) and SwiGLU on a GPU: auto (liger where it is installed and was verified), torch, liger
+    elementwise: str = "auto"
+    # cross entropy on a GPU: auto, torch (Megatron's), liger (in one kernel each way), linear (liger's together with
+    # the output layer, so that no logits are kept and the backward computes them again; parallel.tp=1)
+    loss: str = "auto"
     plan: PlanConfig = field(default_factory=PlanConfig)
 
 

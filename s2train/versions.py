@@ -10,7 +10,7 @@ from pathlib import Path
 
 import s2train
 
-_PACKAGES = ("torch", "megatron-core", "triton", "transformer-engine")
+_PACKAGES = ("torch", "megatron-core", "triton", "transformer-engine", "flash-attn-4", "liger-kernel")
 _HERE = Path(__file__).parent
 
 

@@ -1,4 +1,5 @@
-"""Time the kernels beside dense cuDNN and FlashAttention-2 (torch SDPA), FlexAttention and, if installed, dkernel.
+"""Time the kernels beside dense cuDNN and FlashAttention-2 (torch SDPA), FlexAttention and what is installed of
+FlashAttention-4 (block-sparse and dense), FlashAttention-3 and dkernel.
 
 All run in this process on the same random inputs (bfloat16, batch 1), each in the format that suits it best: ours
 [s, b, h, d] as Megatron has it, the others [b, h, s, d]. Each is compared with a float64 oracle, at 2,048 tokens

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from ..attention import block_sparse_attention
+from ..flash4 import fa4_functions, fa4_problem, fa4_refuses
 from ..layout import BlockLayout
 from ..spec import Format
 from .cases import Case
@@ -85,6 +86,11 @@ def _flex_bytes(case: Case) -> int:
     """Four dense int32 index tensors that stay, and before there are results three of int64 while they are sorted."""
     stay, sorting = 4 * 4 * _block_pairs(case), 3 * 8 * _block_pairs(case)
     return stay + max(sorting, _results(case) + _rows(case))
+
+
+def _fa4_sparse_bytes(case: Case) -> int:
+    """Dense int32 index tensors of diagonal and whole blocks, by rows and by columns, and int64 while they sort."""
+    return _results(case) + 2 * _queries(case) + _rows(case) + (4 * 4 + 3 * 8) * _block_pairs(case)
 
 
 def _dkernel_bytes(case: Case) -> int:
@@ -177,11 +183,78 @@ def _dkernel(problem: Problem) -> Attention:
     return lambda q, k, v: op(q, k, v, sm_scale=case.dim**-0.5)
 
 
+def _fa4_lists(problem: Problem) -> tuple[Any, Any]:
+    """The layout for FlashAttention-4: of query blocks' keys, and of key blocks' queries for its backward."""
+    from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
+
+    mask, size = problem.layout.mask(), problem.case.block
+    on = torch.eye(mask.shape[-1], dtype=torch.bool, device=mask.device) & mask
+    below = mask & ~on
+    lists = []
+    for diagonal, whole in ((on, below), (on.mT, below.mT)):
+        counts = (*_counts_and_columns(diagonal), *_counts_and_columns(whole))
+        lists.append(BlockSparseTensorsTorch(*(x.contiguous() for x in counts), block_size=(size, size)))
+    return lists[0], lists[1]
+
+
+@cache
+def _fa4_causal() -> Callable[..., Any]:
+    """Its mask of the diagonal blocks, in its own language."""
+    import cutlass.cute as cute
+
+    @cute.jit
+    def causal(batch: Any, head: Any, query: Any, key: Any, seqlen_info: Any, aux_tensors: Any) -> Any:
+        return key <= query
+
+    function: Callable[..., Any] = causal
+    return function
+
+
+def _needs_fa4(problem: Problem) -> None:
+    if problem.device.type != "cuda":
+        raise NotSupportedError("needs CUDA")
+    if (why := fa4_problem()) is not None:
+        raise NotSupportedError(why)
+    if (why := fa4_refuses(torch.cuda.get_device_capability(), torch.bfloat16, problem.case.dim)) is not None:
+        raise NotSupportedError(why)
+
+
+def _fa4_sparse(problem: Problem) -> Attention:
+    if problem.case.block != 128:
+        raise NotSupportedError(f"its backward refuses blocks of {problem.case.block}")
+    _needs_fa4(problem)
+    whole, _ = fa4_functions()
+    forward, backward = _fa4_lists(problem)
+    options = {"mask_mod": _fa4_causal(), "block_sparse_tensors": forward, "block_sparse_tensors_bwd": backward}
+    return lambda q, k, v: whole(q, k, v, **options)[0]
+
+
+def _fa4_dense(problem: Problem) -> Attention:
+    _needs_fa4(problem)
+    whole, _ = fa4_functions()
+    return lambda q, k, v: whole(q, k, v, causal=True)[0]
+
+
+def _fa3_dense(problem: Problem) -> Attention:
+    """FlashAttention-3, which its repository's folder `hopper` builds as the module flash_attn_interface."""
+    try:
+        from flash_attn_interface import flash_attn_func
+    except Exception as error:  # a build for another torch raises what it likes
+        raise NotSupportedError(f"not importable: {type(error).__name__}: {error}"[:200]) from error
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out: Tensor | tuple[Tensor, ...] = flash_attn_func(q, k, v, causal=True)
+        return out[0] if isinstance(out, tuple) else out  # its first releases return the log-sum-exp too
+
+    return attend
+
+
 CONTENDERS = {
     contender.name: contender
     for contender in (
         Contender("ours", "s2train", "sbhd", True, _ours, _ours_bytes),
         Contender("flex", "FlexAttention", "bhsd", True, _flex, _flex_bytes),
+        Contender("fa4_sparse", "FlashAttention-4", "bshd", True, _fa4_sparse, _fa4_sparse_bytes),
         # it times 12 forward and 10 backward configurations of its own at every length, each about 9 times
         Contender("dkernel", "dkernel", "bhsd", True, _dkernel, _dkernel_bytes, passes=100),
         Contender("cudnn", "dense, cuDNN", "bhsd", False, _torch_dense(SDPBackend.CUDNN_ATTENTION), _dense_bytes(2)),
@@ -193,5 +266,7 @@ CONTENDERS = {
             _torch_dense(SDPBackend.FLASH_ATTENTION),
             _dense_bytes(4),
         ),
+        Contender("fa3", "dense, FlashAttention-3", "bshd", False, _fa3_dense, _dense_bytes(2)),
+        Contender("fa4", "dense, FlashAttention-4", "bshd", False, _fa4_dense, _dense_bytes(4)),
     )
 }

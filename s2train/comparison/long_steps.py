@@ -110,7 +110,7 @@ def measure(name: str, overrides: Sequence[str], steps: int, warmup: int) -> Row
     from megatron.core.timers import Timers  # slow to import, and not needed by the process that starts these
 
     from s2train.megatron import setup
-    from s2train.megatron.backends import choose_backend
+    from s2train.megatron.backends import backend_of
     from s2train.megatron.model import build_model, transformer_config
     from s2train.planning import hybrid_layout
     from s2train.training.optimizer import build_optimizer, wrap_data_parallel
@@ -120,7 +120,7 @@ def measure(name: str, overrides: Sequence[str], steps: int, warmup: int) -> Row
     setup.connect(cfg.parallel, device)
     megatron_config = transformer_config(cfg)
     megatron_config.timers = Timers(log_level=0, log_option="minmax")
-    models = build_model(cfg, megatron_config, hybrid_layout(cfg), choose_backend(cfg.backend), device)
+    models = build_model(cfg, megatron_config, hybrid_layout(cfg), backend_of(cfg), device)
     chunks = wrap_data_parallel(cfg, megatron_config, models)
     optimizer, _ = build_optimizer(cfg, megatron_config, chunks)
     batches = _random_batches(cfg, device)

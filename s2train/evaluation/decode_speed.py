@@ -24,7 +24,7 @@ from torch import Tensor
 
 from s2train.command_line import settings_before_options
 from s2train.config import ParallelConfig
-from s2train.megatron.backends import choose_backend
+from s2train.megatron.backends import backend_of
 from s2train.megatron.cached_model import CachedModel, hidden_states
 from s2train.megatron.kv_cache import kv_cache
 from s2train.megatron.model import build_model, transformer_config, unwrap
@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
     pretrain.train.recompute = "none"
     device = initialize(pretrain.parallel, pretrain.seed)
     config, hybrid = transformer_config(pretrain), hybrid_layout(pretrain)
-    (chunk,) = build_model(pretrain, config, hybrid, choose_backend(pretrain.backend), device)
+    (chunk,) = build_model(pretrain, config, hybrid, backend_of(pretrain), device)
     gpt = unwrap(chunk).eval()
     console, table = Console(width=160), Table(title=f"{pretrain.model.name}, random weights")
     for name in (

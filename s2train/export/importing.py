@@ -24,7 +24,7 @@ from s2train.export.layout_json import layout_json
 from s2train.export.run_settings import KEY, ModelFiles, copy_masks, model_name, read_settings
 from s2train.export.tokenizer_files import TOKENIZER
 from s2train.export.weights import EMBEDDING, OUTPUT, from_llama, llama_shapes, with_rows
-from s2train.megatron.backends import choose_backend
+from s2train.megatron.backends import backend_of
 from s2train.megatron.checkpoint import Progress, folder_name, sharding_metadata, write_config
 from s2train.megatron.compat import save_checkpoint_shards
 from s2train.megatron.integrity import CONFIG, PROGRESS
@@ -95,7 +95,7 @@ def import_llama(cfg: ImportConfig) -> tuple[Path, ModelFiles]:
         shutil.rmtree(output)
         raise
     device = initialize(ParallelConfig(), run.seed)
-    (chunk,) = build_model(run, transformer_config(run), hybrid_layout(run), choose_backend(run.backend), device)
+    (chunk,) = build_model(run, transformer_config(run), hybrid_layout(run), backend_of(run), device)
     gpt = unwrap(chunk)
     weights = {name: folder.read(name) for name in llama_shapes(model)}
     for name in (EMBEDDING, OUTPUT):

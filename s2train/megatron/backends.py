@@ -1,8 +1,9 @@
-"""Which implementations of linear layers, norms and optimizer a run uses."""
+"""Which implementations of linear layers, norms, SwiGLU and optimizer a run uses."""
 
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import (
@@ -10,9 +11,13 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.optimizer import Adam
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 
+from s2train.config import PretrainConfig
 from s2train.errors import ConfigError
+from s2train.liger import INSTALL as LIGER
+from s2train.liger import choose_elementwise, liger_problem
 from s2train.megatron.norm import RMSNorm
 from s2train.te import INSTALL, te_problem
 
@@ -27,6 +32,7 @@ class Backend:
         norm: the final norm's class.
         optimizer: what Megatron's `adam` stands for here, for the log.
         fuses_rotation: whether Megatron has a fused kernel for rotary embeddings with it.
+        mlp: the class to make of Megatron's MLP; None: left as it is.
     """
 
     name: str
@@ -34,15 +40,29 @@ class Backend:
     norm: type
     optimizer: str
     fuses_rotation: bool = False
+    mlp: type[MLP] | None = None
 
 
-def choose_backend(name: str) -> Backend:
+def backend_of(cfg: PretrainConfig) -> Backend:
+    """What a run's `backend` and `elementwise` come to on this process's device."""
+    return choose_backend(cfg.backend, choose_elementwise(cfg, own_capability()))
+
+
+def own_capability() -> tuple[int, int] | None:
+    """Compute capability of this process's GPU; None on a CPU."""
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+
+
+def choose_backend(name: str, elementwise: str = "torch") -> Backend:
     """`local`: Megatron's own layers on torch. `te`: transformer-engine's. `auto`: te where it works on a GPU.
 
     Megatron's Adam is the best one installed, whatever the backend: transformer-engine's, apex's, torch's.
 
+    Args:
+        elementwise: torch or liger.
+
     Raises:
-        ConfigError: te, and it is missing or broken; another name.
+        ConfigError: te or liger, and it is missing or broken; another name.
     """
     optimizer = f"{Adam.__module__}.{Adam.__qualname__}"
     if name == "te" and (problem := te_problem()) is not None:
@@ -50,17 +70,36 @@ def choose_backend(name: str) -> Backend:
     if name == "te" or (name == "auto" and torch.cuda.is_available() and te_problem() is None):
         from megatron.core.extensions.transformer_engine import TENorm  # no class where it is not installed
 
-        return Backend("te", _te_layer_spec, TENorm, optimizer, fuses_rotation=torch.cuda.is_available())
+        return Backend("te", _te_layer_spec, TENorm, optimizer, torch.cuda.is_available(), _fused_mlp(elementwise))
     if name in ("auto", "local"):
-        return Backend("local", _local_layer_spec, RMSNorm, optimizer)
+        mlp, norm = _fused_mlp(elementwise), _fused_norm(elementwise)
+        return Backend("local", partial(_local_layer_spec, norm), norm, optimizer, mlp=mlp)
     raise ConfigError("backend", name, "no such backend", "Use backend=auto, local or te")
 
 
-def _local_layer_spec() -> ModuleSpec:
+def _fused_mlp(elementwise: str) -> type[MLP] | None:
+    if elementwise != "liger":
+        return None
+    if (problem := liger_problem()) is not None:
+        raise ConfigError("elementwise", elementwise, problem, f"{LIGER}, or set elementwise=torch")
+    from s2train.megatron.fused import LigerMLP  # no class where it is not installed
+
+    return LigerMLP
+
+
+def _fused_norm(elementwise: str) -> type[RMSNorm]:
+    if elementwise != "liger":
+        return RMSNorm
+    from s2train.megatron.fused import LigerRMSNorm
+
+    return LigerRMSNorm
+
+
+def _local_layer_spec(norm: type) -> ModuleSpec:
     # Megatron hands out shared objects; a layer of ours must not change everybody's.
     spec = copy.deepcopy(get_gpt_layer_local_spec(normalization="RMSNorm"))
-    spec.submodules.input_layernorm = RMSNorm
-    spec.submodules.pre_mlp_layernorm = RMSNorm
+    spec.submodules.input_layernorm = norm
+    spec.submodules.pre_mlp_layernorm = norm
     return spec
 
 

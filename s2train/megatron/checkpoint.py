@@ -24,7 +24,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 from s2train.config import PretrainConfig
 from s2train.errors import ConfigError
 from s2train.megatron.across_backends import load_without_foreign_extra_state
-from s2train.megatron.backends import choose_backend
+from s2train.megatron.backends import backend_of
 from s2train.megatron.integrity import CONFIG, PROGRESS, damage, doubt
 from s2train.megatron.model import build_model, transformer_config, unwrap
 from s2train.planning import hybrid_layout
@@ -210,7 +210,7 @@ def load_for_inference(
     cfg.train.recompute = "none"
     # Any backend reads another's weights, and answers in the run's precision.
     cfg.backend, cfg.fp8 = backend or ("local" if cfg.backend == "local" else "auto"), "none"
-    (chunk,) = build_model(cfg, transformer_config(cfg), hybrid_layout(cfg), choose_backend(cfg.backend), device)
+    (chunk,) = build_model(cfg, transformer_config(cfg), hybrid_layout(cfg), backend_of(cfg), device)
     gpt = unwrap(chunk)
     gpt.parallel_output = False  # gathers the logits over tensor parallel ranks
     gpt.output_layer.gather_output = True

@@ -12,7 +12,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from s2train.kernels.attention import Backend, block_sparse_attention
 from s2train.kernels.choice import KernelsInUse, kernels_in_use
-from s2train.kernels.dense import dense_causal_attention
+from s2train.kernels.dense import dense_causal_attention, torch_refuses
+from s2train.kernels.dense_choice import DenseCall, DenseChoice, Kind, choose_dense
+from s2train.kernels.flash4 import fa4_attention
 from s2train.kernels.layout import BlockLayout
 from s2train.layouts.hybrid import LayerLayout
 from s2train.megatron.context_parallel.attention import attend_gathered, attend_overlapped, attend_together
@@ -167,20 +169,25 @@ class CausalCoreAttention(MegatronModule):
     def attend_documents(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedSeqParams
     ) -> torch.Tensor:
-        """Attention within each document of sequences [s, b, h, d], by the sparse op in dense layers too."""
+        """Attention within each document of sequences [s, b, h, d]."""
         if packed.qkv_format != "sbhd" or self.kv is not None or self.cp_group.size() > 1:
             raise NotImplementedError("packed documents come as packed_documents makes them, to train, without cp")
         layout = self.cache.get(self.layer_layout, key.shape[0], self.heads, query.device)
         parts = []
         # the op takes one packed sequence; q, k and v of one are read where they lie
         for q, k, v, bounds in zip(*(x.split(1, dim=1) for x in (query, key, value)), packed.cu_seqlens_q, strict=True):
-            if self.kernels is None:
-                self.kernels = kernels_in_use(q, k, v, layout, cu_seqlens=bounds, backend=self.backend)
-            out = block_sparse_attention(
-                q, k, v, layout, softmax_scale=self.softmax_scale, cu_seqlens=bounds, backend=self.backend
-            )
-            parts.append(out)
+            parts.append(self.attend_document(q, k, v, layout, bounds))
         return torch.cat(parts, dim=1)
+
+    def attend_document(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: BlockLayout, bounds: torch.Tensor
+    ) -> torch.Tensor:
+        """Attention within each document of one sequence [s, 1, h, d]; `bounds` int32 [documents + 1]."""
+        if self.kernels is None:
+            self.kernels = kernels_in_use(query, key, value, layout, cu_seqlens=bounds, backend=self.backend)
+        return block_sparse_attention(
+            query, key, value, layout, softmax_scale=self.softmax_scale, cu_seqlens=bounds, backend=self.backend
+        )
 
     def attend_across_ranks(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """As `attend`, of the two chunks of the sequence that this context parallel rank holds; all keys gathered."""
@@ -215,38 +222,92 @@ class CausalCoreAttention(MegatronModule):
 
 
 class DenseCoreAttention(CausalCoreAttention):
-    """Every head keeps everything. `implementation`: of `dense_causal_attention`, the run's `dense_attention`."""
+    """Every head keeps everything.
+
+    `implementation` is the run's `dense_attention`; `choices` are what it came to, by kind of call.
+    """
 
     implementation = "auto"
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.choices: dict[Kind, DenseChoice] = {}
+        self._chosen: dict[tuple[Any, ...], DenseChoice] = {}
+
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, query_offset: int) -> torch.Tensor:
-        layout = self.layout_of_later_queries(query, key, value, query_offset)
-        if layout is not None:
-            out = self.attend_by_layout(query, key, value, layout, query_offset, return_lse=False)
-            assert isinstance(out, torch.Tensor)
-            return out
+        implementation = "auto"
+        if query.is_cuda and query.shape[0] > 1:
+            kind: Kind = "whole" if query.shape[0] == key.shape[0] else "later"
+            implementation = self.choose(kind, query, key, value, query_offset).implementation
+            if implementation == "s2train":
+                layout = self.full_layout(key)
+                out = self.attend_by_layout(query, key, value, layout, query_offset, return_lse=False)
+                assert isinstance(out, torch.Tensor)
+                return out
         return dense_causal_attention(
             query,
             key,
             value,
             softmax_scale=self.softmax_scale,
             query_offset=query_offset,
-            implementation=self.implementation,
+            implementation=implementation,
         )
 
-    def layout_of_later_queries(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, query_offset: int
-    ) -> BlockLayout | None:
-        """With it Hopper's kernels take queries that don't begin with the keys; None: torch's kernels are as fast.
+    def attend_document(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: BlockLayout, bounds: torch.Tensor
+    ) -> torch.Tensor:
+        if query.is_cuda:
+            choice = self.choose("documents", query, key, value, 0, bounds)
+            if choice.implementation == "fa4":
+                deterministic = torch.are_deterministic_algorithms_enabled()
+                return fa4_attention(
+                    query, key, value, softmax_scale=self.softmax_scale, bounds=bounds, deterministic=deterministic
+                )
+        return super().attend_document(query, key, value, layout, bounds)
 
-        For those torch has FlashAttention-2 at best, which cuDNN and the sparse op with all kept outdo by 1.7.
-        """
-        if not query.is_cuda or self.implementation != "auto" or not 1 < query.shape[0] < key.shape[0]:
-            return None
+    def full_layout(self, key: torch.Tensor) -> BlockLayout:
+        """Every block of these keys kept, for the sparse op."""
         length = key.shape[0] if self.kv is None else self.kv.max_length
-        layout = self.cache.get(self.layer_layout, length, self.heads, query.device)
-        used = kernels_in_use(query, key, value, layout, query_offset=query_offset, backend=self.backend)
-        return layout if used.forward == used.backward == "hopper" else None
+        return self.cache.get(self.layer_layout, length, self.heads, key.device)
+
+    def choose(
+        self,
+        kind: Kind,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        query_offset: int,
+        bounds: torch.Tensor | None = None,
+    ) -> DenseChoice:
+        """The kernels for such a call; decided once for each sort, and kept in `choices`."""
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        sort = (kind, query.dtype, query.shape[1:], key.shape[1:], query.stride(), value.stride(), deterministic)
+        if sort in self._chosen:
+            return self._chosen[sort]
+        call = DenseCall(
+            kind,
+            query.dtype,
+            query.shape[-1],
+            query.shape[2] != key.shape[2],
+            deterministic,
+            torch.cuda.get_device_capability(query.device),
+        )
+
+        def serves(name: str) -> str | None:
+            if name != "s2train":
+                return torch_refuses(name, query, key, value)
+            layout, backend = self.full_layout(key), self.backend
+            used = kernels_in_use(
+                query, key, value, layout, query_offset=query_offset, cu_seqlens=bounds, backend=backend
+            )
+            # the portable kernels are slower than torch's, which have no documents
+            fast = used.forward == used.backward == "hopper"
+            return None if fast or kind == "documents" or self.implementation == name else str(used)
+
+        choice = choose_dense(call, self.implementation, serves)
+        self._chosen[sort] = choice
+        self.choices.setdefault(kind, choice)
+        return choice
 
 
 class SparseCoreAttention(CausalCoreAttention):
@@ -270,6 +331,12 @@ class SparseCoreAttention(CausalCoreAttention):
 
 
 def kernels_of(models: Iterable[torch.nn.Module]) -> list[str]:
-    """What the layers of these models that call the sparse op ran, each way once."""
-    layers = (m for model in models for m in model.modules() if isinstance(m, CausalCoreAttention))
-    return list(dict.fromkeys(str(layer.kernels) for layer in layers if layer.kernels is not None))
+    """What the attention layers of these models ran, a line for each way once."""
+    lines: dict[str, None] = {}
+    for layer in (m for model in models for m in model.modules() if isinstance(m, CausalCoreAttention)):
+        if isinstance(layer, DenseCoreAttention):
+            lines |= dict.fromkeys(f"dense attention, {choice}" for choice in layer.choices.values())
+        if layer.kernels is not None:
+            sort = "dense" if isinstance(layer, DenseCoreAttention) else "sparse"
+            lines[f"{sort} attention: {layer.kernels}"] = None
+    return list(lines)

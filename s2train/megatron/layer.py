@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
@@ -14,6 +15,7 @@ class HybridTransformerLayer(TransformerLayer):
     Args:
         layer_layout: attention of this layer.
         hybrid_layer_number: 1-based position in the whole model that the layout was made for.
+        mlp_class: whose forward pass the MLP takes; None: Megatron's.
     """
 
     def __init__(
@@ -23,8 +25,12 @@ class HybridTransformerLayer(TransformerLayer):
         *args: Any,
         layer_layout: LayerLayout,
         hybrid_layer_number: int,
+        mlp_class: type[MLP] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(config, submodules, *args, **kwargs)
         assert self.layer_number == hybrid_layer_number, "pipeline slicing gave the layer another's layout"
         self.layer_layout = layer_layout
+        if mlp_class is not None:
+            assert type(self.mlp) is MLP
+            self.mlp.__class__ = mlp_class  # a spec that names it would be no MLP to Megatron, in ways of each release

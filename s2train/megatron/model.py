@@ -1,5 +1,8 @@
 """GPTModel of a configuration, as many chunks of it as this rank holds."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -10,7 +13,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from s2train.apex import fuses_gradient_sums
 from s2train.config import PretrainConfig
 from s2train.layouts.hybrid import HybridLayout
-from s2train.megatron.backends import Backend, choose_backend, sum_gradients_in_place
+from s2train.liger import choose_loss
+from s2train.megatron.backends import Backend, choose_backend, own_capability, sum_gradients_in_place
 from s2train.megatron.core_attention import DenseCoreAttention, LayoutCache
 from s2train.megatron.initial_weights import draw_initial_weights
 from s2train.megatron.specs import block_spec
@@ -91,12 +95,12 @@ def build_model(
     [b, s / cp] in fp32, or logits [b, s / cp, vocab / tp] without labels. Initial weights depend on `cfg.seed` alone,
     not on the division over ranks.
     """
-    cache = LayoutCache()
+    cache, make_model = LayoutCache(), model_class(cfg)
     built: list[GPTModel] = []
     stages: list[int | None] = [None] if cfg.parallel.vpp is None else list(range(cfg.parallel.vpp))
     for stage in stages:
         where = {} if stage is None else {"ignore_virtual": False, "vp_stage": stage}
-        chunk = GPTModel(
+        chunk = make_model(
             config=config,
             transformer_layer_spec=block_spec(
                 config, hybrid, backend, cache, cfg.attention_backend, cfg.parallel.cp_exchange, stage
@@ -120,6 +124,16 @@ def build_model(
         built.append(chunk.to(device))
     draw_initial_weights(cfg.model, config, cfg.seed, built, device)
     return [Float16Module(config, chunk) if config.bf16 else chunk for chunk in built]
+
+
+def model_class(cfg: PretrainConfig) -> Callable[..., GPTModel]:
+    """Megatron's GPTModel, or ours with the loss that the run's `loss` comes to on this process's device."""
+    loss = choose_loss(cfg, own_capability())
+    if loss == "torch":
+        return GPTModel
+    from s2train.megatron.fused import LigerLossModel  # no class where Liger-Kernel is not installed
+
+    return partial(LigerLossModel, fuse_output=loss == "linear")
 
 
 def unwrap(module: torch.nn.Module) -> GPTModel:

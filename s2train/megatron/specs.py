@@ -24,7 +24,8 @@ def layer_spec(
     """Spec of one layer; `layer_number` counts from 1 over the whole model."""
     spec = backend.layer_spec()
     spec.module = HybridTransformerLayer
-    spec.params = {**(spec.params or {}), "layer_layout": layer, "hybrid_layer_number": layer_number}
+    own = {"layer_layout": layer, "hybrid_layer_number": layer_number, "mlp_class": backend.mlp}
+    spec.params = {**(spec.params or {}), **own}
     module, _, name = layer.kind.core_attention.partition(":")
     spec.submodules.self_attention.submodules.core_attention = ModuleSpec(
         module=getattr(import_module(module), name),

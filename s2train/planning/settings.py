@@ -24,7 +24,9 @@ _CHOICES: dict[str, tuple[str | int, ...]] = {
     "backend": ("auto", "local", "te"),
     "fp8": ("none", "hybrid", "e4m3"),
     "fp8_recipe": ("tensorwise", "blockwise", "mxfp8"),
-    "dense_attention": ("auto", "cudnn", "flash", "efficient"),
+    "dense_attention": ("auto", "fa4", "s2train", "cudnn", "flash", "efficient"),
+    "elementwise": ("auto", "torch", "liger"),
+    "loss": ("auto", "torch", "liger", "linear"),
     "attention_backend": ("auto", "triton", "portable", "torch"),
 }
 _POSITIVE: dict[str, tuple[str, ...]] = {

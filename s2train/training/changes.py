@@ -26,7 +26,9 @@ KEEP_THE_EXPERIMENT = (
     "data.num_workers",
     "data.tokenizer",  # a path; `check_data` compares tokenizers
     "dense_attention",
+    "elementwise",
     "evaluation",
+    "loss",
     "model.name",
     "parallel",
     "plan",

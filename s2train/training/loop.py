@@ -128,7 +128,7 @@ class Trainer:
                 self.tracker.note(f"step {step} done after {self.times}")
                 self.tracker.event("first step", seconds=self.times.seconds, modules=len(sys.modules))
                 for kernels in kernels_of(self.state.chunks):
-                    self.tracker.note(f"sparse attention: {kernels}")
+                    self.tracker.note(kernels)
             has_state = step > first or progress.step > 0  # Adam's
             if step == min(progress.step + PEAK_STEPS, last) and has_state:
                 report_peak(self.speed.planned_memory, self.tracker)

@@ -26,7 +26,7 @@ from s2train.layouts.hybrid import HybridLayout
 from s2train.meeting import refusing_together
 from s2train.megatron import setup
 from s2train.megatron.agreement import from_first
-from s2train.megatron.backends import Backend, choose_backend
+from s2train.megatron.backends import Backend, backend_of
 from s2train.megatron.model import build_model, transformer_config
 from s2train.planning import Plan, hybrid_layout
 from s2train.planning.report import figures, letter_rows
@@ -65,7 +65,7 @@ def run(cfg: PretrainConfig, plan: Plan, times: StartTimes | None = None) -> Non
     times = times or StartTimes()
     lock, start = None, None
     with refusing_together():
-        backend = choose_backend(cfg.backend)
+        backend = backend_of(cfg)
         cfg, tokenizer = run_tokenizer(cfg)
         if os.environ.get("RANK", "0") == "0":  # the others wait for it where they meet
             ensure_prepared(cfg)

@@ -5,7 +5,7 @@ import json
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 
-from s2train.megatron.backends import choose_backend
+from s2train.megatron.backends import backend_of
 from s2train.megatron.checkpoint import sharding_metadata
 from s2train.megatron.model import build_model, transformer_config
 from s2train.megatron.own_state import distributed_parts, load_own_state_alone
@@ -27,7 +27,7 @@ def main() -> None:
     cfg = compose_run([*SMALL, "run_dir=none", "train.steps=4"])
     device = initialize(cfg.parallel, cfg.seed)
     config = transformer_config(cfg)
-    models = build_model(cfg, config, hybrid_layout(cfg), choose_backend(cfg.backend), device)
+    models = build_model(cfg, config, hybrid_layout(cfg), backend_of(cfg), device)
     chunks = wrap_data_parallel(cfg, config, models)
     optimizer, scheduler = build_optimizer(cfg, config, chunks)
     (part,) = distributed_parts(optimizer)

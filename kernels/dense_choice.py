@@ -1,0 +1,117 @@
+"""Which kernels a dense layer runs for a call: the fastest measured of those that serve it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from .flash4 import fa4_problem, fa4_refuses, fa4_version
+from .verified import verified
+
+Kind = Literal["whole", "later", "documents"]
+IMPLEMENTATIONS = ("fa4", "s2train", "cudnn", "flash", "efficient")
+_TORCH = ("cudnn", "flash", "efficient")  # of torch's scaled_dot_product_attention
+
+# Fastest first, forward and backward together on an H100, 8k to 128k tokens, for whole sequences; the file of
+# `ORDER_FILE`. torch has no packed documents, and of cuDNN no later queries.
+_ORDER: dict[Kind, tuple[str, ...]] = {
+    "whole": ("fa4", "cudnn", "s2train", "flash", "efficient"),
+    "later": ("fa4", "s2train", "flash", "efficient"),
+    "documents": ("fa4", "s2train"),
+}
+ORDER_FILE = "2026-11-22-h100-benchmarks.json"
+
+
+@dataclass(frozen=True)
+class DenseCall:
+    """What a choice depends on, the same on every rank of a run.
+
+    Attributes:
+        kind: whole sequences; later queries, which end with the keys but begin after them; packed documents.
+        grouped: fewer KV heads than query heads.
+        deterministic: the same bits in every run are asked for.
+    """
+
+    kind: Kind
+    dtype: torch.dtype
+    head_dim: int
+    grouped: bool
+    deterministic: bool
+    capability: tuple[int, int] | None
+
+    @property
+    def name(self) -> str:
+        """Such as "whole bfloat16 d128 grouped deterministic"; the device is not in it."""
+        words = [self.kind, str(self.dtype).removeprefix("torch."), f"d{self.head_dim}"]
+        words += ["grouped"] * self.grouped + ["deterministic"] * self.deterministic
+        return " ".join(words)
+
+
+@dataclass(frozen=True)
+class DenseChoice:
+    """The kernels that a call runs.
+
+    Attributes:
+        kind: of the call.
+        implementation: one of `IMPLEMENTATIONS`.
+        passed: the faster ones that were passed over, and why.
+        by_name: it was asked for, not chosen.
+    """
+
+    kind: Kind
+    implementation: str
+    passed: tuple[tuple[str, str], ...] = ()
+    by_name: bool = False
+
+    def __str__(self) -> str:
+        """One line, such as "whole sequences: cudnn (not fa4: flash-attn-4 is not installed)"."""
+        kinds = {"whole": "whole sequences", "later": "later queries", "documents": "packed documents"}
+        label = "s2train, every block kept" if self.implementation == "s2train" else self.implementation
+        if self.by_name:
+            return f"{kinds[self.kind]}: {label} (as asked)"
+        why = "; ".join(f"not {name}: {reason}" for name, reason in self.passed) or "the fastest measured"
+        return f"{kinds[self.kind]}: {label} ({why})"
+
+
+def choose_dense(call: DenseCall, asked: str, serves: Callable[[str], str | None]) -> DenseChoice:
+    """The first implementation in the measured order that serves a call; with another `asked` than auto, that one.
+
+    Args:
+        serves: why one of this package's and torch's implementations can't run the call; None if it can.
+    Raises:
+        ValueError: the asked-for one doesn't serve the call, or none does.
+    """
+    if asked not in ("auto", *IMPLEMENTATIONS):
+        raise ValueError(f"implementation={asked!r} must be one of auto, {', '.join(IMPLEMENTATIONS)}")
+    if asked != "auto":
+        why = _refusal(call, asked, serves, by_name=True)
+        if why is not None:
+            raise ValueError(f"dense_attention={asked} can't run {call.name} ({why}): set dense_attention=auto")
+        return DenseChoice(call.kind, asked, by_name=True)
+    passed: list[tuple[str, str]] = []
+    for name in _ORDER[call.kind]:
+        why = _refusal(call, name, serves, by_name=False)
+        if why is None:
+            return DenseChoice(call.kind, name, tuple(passed))
+        passed.append((name, why))
+    reasons = "; ".join(f"{name}: {why}" for name, why in passed)
+    raise ValueError(f"no dense attention for {call.name}: {reasons}")
+
+
+def _refusal(call: DenseCall, name: str, serves: Callable[[str], str | None], *, by_name: bool) -> str | None:
+    if name not in _ORDER[call.kind] and not (by_name and name in _TORCH and call.kind == "later"):
+        return f"it has no {call.kind} queries" if call.kind == "later" else f"it has no packed {call.kind}"
+    if name != "fa4":
+        return serves(name)
+    if fa4_version() is None:
+        return "flash-attn-4 is not installed"
+    why = fa4_refuses(call.capability, call.dtype, call.head_dim)
+    if why is not None:
+        return why
+    file = verified("flash-attn-4", fa4_version(), call.capability, call.name)
+    if not by_name and file is None:
+        return f"flash-attn-4 {fa4_version()} was not checked for {call.name}"
+    return fa4_problem()

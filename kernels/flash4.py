@@ -1,0 +1,100 @@
+"""FlashAttention-4 (PyPI `flash-attn-4`): dense causal attention by its CuTe kernels, compiled when first called."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+INSTALL = "pip install 's2train[fa4]'"
+DTYPES = (torch.bfloat16, torch.float16)
+_ARCHITECTURES = (9, 10)  # major compute capabilities that have a backward
+
+
+@cache
+def fa4_version() -> str | None:
+    """The installed release of flash-attn-4, None where there is none. Imports nothing."""
+    try:
+        return version("flash-attn-4")
+    except PackageNotFoundError:
+        return None
+
+
+@cache
+def fa4_problem() -> str | None:
+    """Why FlashAttention-4 can't be imported, None if it can; imports it, which takes seconds."""
+    if fa4_version() is None:
+        return "flash-attn-4 is not installed"
+    # its compiled kernels stay on disk, so that a run's next start finds them
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+    try:
+        import_module("flash_attn.cute")
+    except Exception as error:  # its compiler's libraries raise what they like
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return f"flash-attn-4 can't be imported ({lines[0]})"
+    return None
+
+
+def fa4_refuses(capability: tuple[int, int] | None, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why FlashAttention-4 has no forward and backward for this GPU, dtype and head dimension; None if it has."""
+    if capability is None:
+        return "there is no CUDA device"
+    if capability[0] not in _ARCHITECTURES:
+        return f"compute capability {capability[0]}.{capability[1]} is not Hopper's or Blackwell's"
+    if dtype not in DTYPES:
+        return f"{str(dtype).removeprefix('torch.')} is neither bfloat16 nor float16"
+    largest = 256 if capability[0] == 9 else 128
+    if not 8 <= head_dim <= largest or head_dim % 8:
+        return f"head dimension {head_dim} is not a multiple of 8 up to {largest}"
+    return None
+
+
+@cache
+def fa4_functions() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """`flash_attn_func` and `flash_attn_varlen_func`.
+
+    Raises:
+        RuntimeError: flash-attn-4 can't be imported.
+    """
+    if (problem := fa4_problem()) is not None:
+        raise RuntimeError(f"{problem}: {INSTALL}")
+    module = import_module("flash_attn.cute")
+    return module.flash_attn_func, module.flash_attn_varlen_func
+
+
+def fa4_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float, bounds: Tensor | None = None, deterministic: bool = False
+) -> Tensor:
+    """Causal attention of every head; the last query is at the last key.
+
+    Args:
+        q: [s_q, b, h, d]; k, v: [s_k, b, h_kv, d], with s_k >= s_q. Read by their strides.
+        bounds: int32 [documents + 1], 0, ascending, s_q: documents packed along one sequence (b = 1, s_q = s_k),
+            each attended by itself.
+        deterministic: the same gradients in every run, at some cost.
+    Returns:
+        [s_q, b, h, d].
+    """
+    whole, packed = fa4_functions()
+    options: dict[str, Any] = {"softmax_scale": softmax_scale, "causal": True, "deterministic": deterministic}
+    if bounds is None:
+        out, _ = whole(q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), **options)
+        return out.transpose(0, 1)
+    length = q.shape[0]
+    out, _ = packed(
+        q.squeeze(1),
+        k.squeeze(1),
+        v.squeeze(1),
+        cu_seqlens_q=bounds,
+        cu_seqlens_k=bounds,
+        max_seqlen_q=length,
+        max_seqlen_k=length,
+        **options,
+    )
+    return out.unsqueeze(1)

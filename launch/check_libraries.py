@@ -1,0 +1,144 @@
+"""Are FlashAttention-4 and Liger-Kernel right and fast on this GPU? `python launch/check_libraries.py FOLDER`
+
+Writes dense.json, elementwise.json, losses.json, steps.json and benchmarks.json to FOLDER, each as it is measured. One
+GPU; what is not installed is left out. What these files call right, `kernels/verified.py` may list.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+PARTS = ("dense", "elementwise", "losses", "steps", "benchmarks")
+# What is compared in whole steps: name -> settings. The first is what runs without either library.
+WAYS = {
+    "torch": ["elementwise=torch", "loss=torch", "dense_attention=cudnn"],
+    "torch, FlashAttention-2": ["elementwise=torch", "loss=torch", "dense_attention=flash"],
+    "liger": ["elementwise=liger", "loss=liger", "dense_attention=cudnn"],
+    "liger, linear loss": ["elementwise=liger", "loss=linear", "dense_attention=cudnn"],
+    "fa4": ["elementwise=torch", "loss=torch", "dense_attention=fa4"],
+    "liger, linear loss, fa4": ["elementwise=liger", "loss=linear", "dense_attention=fa4"],
+}
+_BENCHMARKS = ["b128-l8-v16-32k", "b128-l8-v16-8k", "b128-l8-v16-32k-kv8"]
+_CONTENDERS = ["ours", "flex", "fa4_sparse", "cudnn", "flash2", "fa3", "fa4"]
+
+
+def main() -> None:
+    """The command line's entry."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    given.folder.mkdir(parents=True, exist_ok=True)
+    if given.part is not None:
+        {"elementwise": elementwise, "losses": losses, "steps": steps}[given.part](given.folder)
+        return
+    own = [sys.executable, str(Path(__file__).resolve()), str(given.folder), "--part"]
+    kernels = [sys.executable, "-m"]
+    commands = {
+        "dense": [*kernels, "s2train.kernels.check.dense", str(given.folder / "dense.json")],
+        "benchmarks": [*kernels, "s2train.kernels.benchmarks", "--output", str(given.folder / "benchmarks.json"),
+                       "--cases", *_BENCHMARKS, "--contenders", *_CONTENDERS, "--launches", "--budget-ms", "300",
+                       "--seconds", "70"],
+    }  # fmt: skip
+    failed = []
+    for part in given.parts:
+        began = time.monotonic()
+        print(f"== {part}", flush=True)
+        if subprocess.run(commands.get(part, [*own, part])).returncode:
+            failed.append(part)
+        print(f"== {part}: {time.monotonic() - began:.0f} s", flush=True)
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
+
+
+def _origin() -> dict[str, Any]:
+    from s2train.environment import environment
+
+    return {"command": f"python launch/check_libraries.py ({' '.join(sys.argv[1:])})", **environment()}
+
+
+def _save(path: Path, data: dict[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=1) + "\n")
+
+
+def elementwise(folder: Path) -> None:
+    """Norm, SwiGLU, loss and rotation."""
+    import torch
+    from s2train.kernels.benchmarks.timing import Clock
+
+    from s2train.comparison.elementwise import check, measure, operations
+    from s2train.megatron import setup
+    from s2train.planning import compose_run
+
+    device = setup.initialize(compose_run(["+model=1b_hybrid"]).parallel, seed=1)
+    torch.manual_seed(int.from_bytes(os.urandom(3)))
+    data: dict[str, Any] = {**_origin(), "checks": [], "times": []}
+    clock = Clock(device)
+    for operation in operations(2048, 8192, 32768, 32, 8):
+        for dtype in (torch.float32, torch.bfloat16):
+            data["checks"] += check(operation, dtype)
+        data["times"] += measure(operation, clock)
+        _save(folder / "elementwise.json", data)
+        torch.cuda.empty_cache()
+    for row in [*data["checks"], *data["times"]]:
+        print({key: value for key, value in row.items() if key != "limits"}, flush=True)
+    setup.shutdown()
+
+
+def losses(folder: Path) -> None:
+    """20 steps of the 125M hybrid: how far losses lie apart, rounding's own distance beside them."""
+    base = ["+model=125m_hybrid", "train.global_batch_size=2", "train.micro_batch_size=2", "optim.warmup_steps=2"]
+    fp32 = ["train.precision=fp32", "train.seq_length=2048", "dense_attention=efficient"]
+    runs = {f"bf16 {name}": [*base, *settings] for name, settings in WAYS.items()}
+    for name in ("torch", "liger", "liger, linear loss"):
+        runs[f"fp32 {name}"] = [*base, *WAYS[name][:2], *fp32]
+    runs["fp32 torch, attention in torch"] = [*base, *WAYS["torch"][:2], *fp32, "attention_backend=torch"]
+    _train(folder / "losses.json", runs, steps=20, traced=False)
+
+
+def steps(folder: Path) -> None:
+    """Steps of the 1B hybrid over 32k tokens."""
+    base = ["+model=1b_hybrid", "train.seq_length=32768", "train.global_batch_size=1", "layout.layers=DSSS"]
+    names = ("torch", "liger, linear loss", "liger, linear loss, fa4", "liger", "fa4")
+    _train(folder / "steps.json", {name: [*base, *WAYS[name]] for name in names}, steps=7, traced=True)
+
+
+def _train(path: Path, runs: dict[str, list[str]], steps: int, traced: bool) -> None:
+    import torch
+
+    from s2train.comparison.short_runs import run_steps
+    from s2train.hardware import detect_own
+    from s2train.megatron import setup
+    from s2train.planning import compose_run, preview
+
+    first = compose_run(next(iter(runs.values())))
+    device = setup.initialize(first.parallel, first.seed)
+    setup.connect(first.parallel, device)
+    data: dict[str, Any] = {**_origin(), "runs": {}}
+    hardware = detect_own()
+    for name, overrides in runs.items():
+        row: dict[str, Any] = {"settings": overrides}
+        try:
+            cfg = compose_run([*overrides, "backend=local"])
+            plan = preview(cfg, 1, hardware)
+            row["planned_bytes"] = plan.memory.total - plan.memory.overhead
+            row["flops_per_token"] = plan.flops.sparse
+            row |= asdict(run_steps(cfg, steps, device, traced=traced))
+        except Exception as error:
+            row["error"] = f"{type(error).__name__}: {error}"[:400]
+            torch.cuda.empty_cache()
+        data["runs"][name] = row
+        _save(path, data)
+        print(name, {k: v for k, v in row.items() if k not in ("settings", "kernels")}, flush=True)
+    setup.shutdown()
+
+
+if __name__ == "__main__":
+    main()

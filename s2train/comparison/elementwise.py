@@ -1,0 +1,204 @@
+"""Norm, SwiGLU, rotation and loss of a layer and model: each way of computing them, checked and timed on a GPU.
+
+Errors are relative, of output and gradients, against float64; a library's may be twice those of torch in the same
+dtype. Times are of forward and backward at the sizes of the 1B model over 32k tokens.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
+from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
+from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
+from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+from torch import Tensor
+
+from s2train.kernels.benchmarks.timing import Clock, time_passes
+from s2train.megatron.fused import LigerRMSNormFunction, linear_loss, swiglu, vocab_parallel_loss
+
+_EPSILON = 1e-5
+_FLOOR = 3e-7
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation.
+
+    Attributes:
+        inputs: makes its tensors of so many tokens, in a dtype; those of a float dtype get gradients.
+        exact: in plain torch, in whatever dtype.
+        ways: name -> function; the first is what runs without a library.
+    """
+
+    name: str
+    inputs: Callable[[int, torch.dtype], list[Tensor]]
+    exact: Callable[..., Tensor]
+    ways: dict[str, Callable[..., Tensor]]
+
+
+def _random(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    return (torch.randn(*shape, device="cuda") * scale).to(dtype)
+
+
+def _norm(x: Tensor, weight: Tensor) -> Tensor:
+    return F.rms_norm(x, weight.shape, weight, _EPSILON)
+
+
+def _swiglu(x: Tensor) -> Tensor:
+    gate, up = x.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+def _loss(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
+
+
+def operations(hidden: int, ffn: int, vocabulary: int, heads: int, kv_heads: int) -> Iterator[Operation]:
+    """Those of a layer and of the model's end, in these sizes."""
+    group = parallel_state.get_tensor_model_parallel_group()
+    dim = hidden // heads
+
+    def rotated(tokens: int, dtype: torch.dtype) -> list[Tensor]:
+        """Queries as a part of the projection, as the layer has them."""
+        projected = _random(tokens, 1, kv_heads, (heads // kv_heads + 2) * dim, dtype=dtype)
+        return [projected[..., : heads // kv_heads * dim].reshape(tokens, 1, heads, dim)]
+
+    angles = _angles(dim)
+    compiled = torch.compile(_apply_rotary_pos_emb_bshd, dynamic=False)
+
+    yield Operation(
+        "norm",
+        lambda n, t: [_random(n, 1, hidden, dtype=t), 1 + _random(hidden, dtype=t, scale=0.1)],
+        _norm,
+        {"torch": _norm, "liger": _liger_norm},
+    )
+    yield Operation(
+        "swiglu",
+        lambda n, t: [_random(n, 1, 2 * ffn, dtype=t)],
+        _swiglu,
+        {"megatron": lambda x: bias_swiglu_impl(x, None), "liger": swiglu},
+    )
+    yield Operation(
+        "loss liger",
+        lambda n, t: [_random(n, 1, vocabulary, dtype=t), torch.randint(vocabulary, (n, 1), device="cuda")],
+        _loss,
+        {
+            "megatron": vocab_parallel_cross_entropy,
+            "megatron fused": lambda x, y: fused_vocab_parallel_cross_entropy(x, y, group),
+            "liger": lambda x, y: vocab_parallel_loss(x, y, group),
+        },
+    )
+    yield Operation(
+        "loss linear",
+        lambda n, t: [
+            _random(n, 1, hidden, dtype=t),
+            _random(vocabulary, hidden, dtype=t, scale=hidden**-0.5),
+            torch.randint(vocabulary, (n, 1), device="cuda"),
+        ],
+        lambda x, w, y: _loss(x @ w.T, y),
+        {
+            "megatron": lambda x, w, y: vocab_parallel_cross_entropy(x @ w.T, y),
+            "megatron fused": lambda x, w, y: fused_vocab_parallel_cross_entropy(x @ w.T, y, group),
+            "liger": linear_loss,
+            "liger, logits kept": lambda x, w, y: vocab_parallel_loss(x @ w.T, y, group),
+        },
+    )
+    yield Operation(
+        "rotation",
+        rotated,
+        lambda x: _apply_rotary_pos_emb_bshd(x, angles(len(x)).to(torch.promote_types(x.dtype, torch.float32))),
+        {
+            "megatron": lambda x: _apply_rotary_pos_emb_bshd(x, angles(len(x))),
+            "compiled": lambda x: compiled(x, angles(len(x))),
+            **_te_rotation(angles),
+        },
+    )
+
+
+def _angles(dim: int) -> Callable[[int], Tensor]:
+    @cache
+    def angles(tokens: int) -> Tensor:
+        """fp32 [tokens, 1, 1, dim], as Megatron's rotary embedding gives them."""
+        frequencies = 10_000.0 ** (-torch.arange(0, dim, 2, device="cuda") / dim)
+        half = torch.outer(torch.arange(tokens, device="cuda").float(), frequencies)
+        return torch.cat((half, half), dim=-1)[:, None, None]
+
+    return angles
+
+
+def _liger_norm(x: Tensor, weight: Tensor) -> Tensor:
+    out: Tensor = LigerRMSNormFunction.apply(x, weight, _EPSILON, 0.0, "gemma", False, None)
+    return out
+
+
+def _te_rotation(angles: Callable[[int], Tensor]) -> dict[str, Callable[..., Tensor]]:
+    try:
+        from megatron.core.extensions.transformer_engine import fused_apply_rotary_pos_emb
+    except ImportError:
+        return {}
+    return {"te": lambda x: fused_apply_rotary_pos_emb(x, angles(len(x)))}
+
+
+def check(operation: Operation, dtype: torch.dtype, tokens: int = 512) -> list[dict[str, Any]]:
+    """A row for each way: errors, what the first way allows, and whether two runs are equal bit for bit."""
+    inputs = operation.inputs(tokens, dtype)
+    dout = torch.randn_like(operation.exact(*inputs), dtype=torch.float32)
+
+    def results(function: Callable[..., Tensor], as_dtype: torch.dtype) -> list[Tensor]:
+        # copies: Megatron's loss and Liger's SwiGLU write where their inputs lie
+        floats = [x.is_floating_point() for x in inputs]
+        cast = [
+            x.detach().to(as_dtype, copy=True).requires_grad_() if is_float else x
+            for x, is_float in zip(inputs, floats, strict=True)
+        ]
+        out = function(*cast)
+        leaves = [x for x in cast if x.requires_grad]
+        return [out.detach(), *torch.autograd.grad(out, leaves, dout.to(out.dtype))]
+
+    exact = results(operation.exact, torch.float64)
+    rows, limits = [], None
+    for name, way in operation.ways.items():
+        row: dict[str, Any] = {"operation": operation.name, "way": name, "dtype": str(dtype).removeprefix("torch.")}
+        try:
+            found, again = results(way, dtype), results(way, dtype)
+            errors = [
+                ((x.double() - y).norm() / y.norm().clamp(min=1e-30)).item() for x, y in zip(found, exact, strict=True)
+            ]
+            limits = [2 * error + _FLOOR for error in errors] if limits is None else limits
+            row |= {"errors": errors, "limits": limits}
+            row["ok"] = all(error <= limit for error, limit in zip(errors, limits, strict=True))
+            row["same bits"] = all(x.equal(y) for x, y in zip(found, again, strict=True))
+        except Exception as error:
+            row |= {"ok": False, "error": f"{type(error).__name__}: {error}"[:300]}
+        rows.append(row)
+    return rows
+
+
+def measure(operation: Operation, clock: Clock, tokens: int = 32768) -> list[dict[str, Any]]:
+    """A row for each way: ms of forward, backward and both, and bytes at the peak beside the inputs."""
+    inputs = [x.requires_grad_() if x.is_floating_point() else x for x in operation.inputs(tokens, torch.bfloat16)]
+    leaves = [x for x in inputs if x.requires_grad]
+    rows = []
+    for name, way in operation.ways.items():
+        row: dict[str, Any] = {"operation": operation.name, "way": name, "tokens": tokens}
+        try:
+            out = way(*inputs)
+            dout = torch.randn_like(out)
+            torch.autograd.grad(out, leaves, dout)
+            del out
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            backward = partial(torch.autograd.grad, inputs=leaves, grad_outputs=dout)
+            row |= time_passes(partial(way, *inputs), backward, clock, budget_ms=150)
+            row["peak_bytes"] = torch.cuda.max_memory_allocated() - before
+        except Exception as error:
+            row["error"] = f"{type(error).__name__}: {error}"[:300]
+        rows.append(row)
+        torch.cuda.empty_cache()
+    return rows

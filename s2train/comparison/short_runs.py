@@ -1,0 +1,120 @@
+"""Some training steps in this process: their losses, times, memory, and what the time goes to."""
+
+import gc
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from megatron.core.timers import Timers
+
+from s2train.config import PretrainConfig
+from s2train.megatron.backends import backend_of
+from s2train.megatron.core_attention import kernels_of
+from s2train.megatron.model import build_model, transformer_config
+from s2train.planning import hybrid_layout
+from s2train.training.breakdown import breakdown, read_trace
+from s2train.training.optimizer import build_optimizer, wrap_data_parallel
+from s2train.training.steps import run_step
+
+
+@dataclass(frozen=True)
+class ShortRun:
+    """What some steps came to.
+
+    Attributes:
+        losses: nats a token, of every step.
+        seconds: of every step; the first ones compile.
+        peak_bytes: tensors on the GPU, model and optimizer among them.
+        kernels: of attention, as a run says them.
+        parts: milliseconds of a step by what they went to; empty where no step was traced.
+    """
+
+    losses: list[float]
+    seconds: list[float]
+    peak_bytes: int
+    kernels: list[str]
+    parts: dict[str, float]
+
+
+def run_steps(cfg: PretrainConfig, steps: int, device: torch.device, *, traced: bool = False) -> ShortRun:
+    """Train on random tokens, the same for every run of such a shape, from the same weights.
+
+    After `setup.initialize`. Frees what it took.
+
+    Args:
+        traced: trace one more step.
+    """
+    torch.cuda.reset_peak_memory_stats()
+    result = _run(cfg, steps, device, traced)
+    gc.collect()  # model and optimizer are circles
+    torch.cuda.empty_cache()
+    return result
+
+
+def _run(cfg: PretrainConfig, steps: int, device: torch.device, traced: bool) -> ShortRun:
+    config = transformer_config(cfg)
+    config.timers = Timers(log_level=0, log_option="minmax")
+    models = build_model(cfg, config, hybrid_layout(cfg), backend_of(cfg), device)
+    _draw_weights(models, cfg)
+    chunks = wrap_data_parallel(cfg, config, models)
+    optimizer, scheduler = build_optimizer(cfg, config, chunks)
+    batches = random_batches(cfg, device)
+    losses, seconds = [], []
+
+    def step() -> None:
+        started = time.perf_counter()
+        chunks[0].zero_grad_buffer()
+        optimizer.zero_grad()
+        total, tokens = run_step(cfg, chunks, [batches], forward_only=False)[0].tolist()
+        optimizer.step()
+        scheduler.step(increment=cfg.train.global_batch_size)
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+        losses.append(total / tokens)
+
+    for _ in range(steps):
+        step()
+    peak, kernels = torch.cuda.max_memory_allocated(), kernels_of(chunks)
+    parts = _traced(step) if traced else {}
+    return ShortRun(losses[:steps], seconds[:steps], peak, kernels, parts)
+
+
+def random_batches(cfg: PretrainConfig, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
+    """Micro batches of random tokens, drawn by a generator of their own."""
+    shape = (cfg.train.micro_batch_size, cfg.train.seq_length)
+    generator = torch.Generator(device).manual_seed(cfg.seed)
+    while True:
+        tokens = torch.randint(cfg.model.vocab_size, shape, device=device, generator=generator)
+        yield {
+            "tokens": tokens,
+            "labels": tokens.roll(-1, dims=1),
+            "loss_mask": torch.ones(shape, device=device),
+            "position_ids": torch.arange(shape[1], device=device).expand(shape).contiguous(),
+        }
+
+
+def _draw_weights(models: list[torch.nn.Module], cfg: PretrainConfig) -> None:
+    """The same in every run: Megatron's own generators go on from run to run in one process."""
+    generator = torch.Generator(next(models[0].parameters()).device).manual_seed(cfg.seed)
+    for model in models:
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.data.normal_(0, cfg.model.init_std, generator=generator)
+
+
+def _traced(step: object) -> dict[str, float]:
+    from torch.profiler import ProfilerActivity, profile, schedule
+
+    assert callable(step)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+        with profile(activities=activities, schedule=schedule(wait=0, warmup=1, active=1)) as profiler:
+            for _ in range(2):
+                step()
+                profiler.step()
+        profiler.export_chrome_trace(str(path))
+        return breakdown(read_trace(path)).parts
