@@ -33,6 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--seconds", type=float, default=150, help="end a part that takes longer")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
@@ -51,7 +52,11 @@ def main() -> None:
     for part in given.parts:
         began = time.monotonic()
         print(f"== {part}", flush=True)
-        if subprocess.run(commands.get(part, [*own, part])).returncode:
+        try:
+            status = subprocess.run(commands.get(part, [*own, part]), timeout=given.seconds).returncode
+        except subprocess.TimeoutExpired:
+            status = 1
+        if status:
             failed.append(part)
         print(f"== {part}: {time.monotonic() - began:.0f} s", flush=True)
     if failed:

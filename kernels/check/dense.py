@@ -35,7 +35,7 @@ from ..origin import origin
 from ..reference import reference_attention
 from ..workers import run_tasks, serve
 
-_SECONDS = 120  # for one case, compilation included
+_SECONDS = 60  # for one case, compilation included
 _BLOCK = 128
 _NAMES = ("out", "dq", "dk", "dv")
 _FLOOR = 3e-7  # relative error that nothing is blamed for
@@ -262,7 +262,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m s2train.kernels.check.dense", description=__doc__)
     parser.add_argument("output", type=Path, nargs="?", help="JSON to write")
     parser.add_argument("--jobs", type=int, default=min(12, os.cpu_count() or 1), help="cases checked at a time")
-    parser.add_argument("--seconds", type=float, default=120, help="begin no timing after so long")
+    parser.add_argument("--seconds", type=float, default=90, help="begin no timing after so long")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:

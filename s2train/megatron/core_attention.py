@@ -236,7 +236,7 @@ class DenseCoreAttention(CausalCoreAttention):
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, query_offset: int) -> torch.Tensor:
         implementation = "auto"
-        if query.is_cuda and query.shape[0] > 1:
+        if query.shape[0] > 1 and (query.is_cuda or self.implementation == "s2train"):
             kind: Kind = "whole" if query.shape[0] == key.shape[0] else "later"
             implementation = self.choose(kind, query, key, value, query_offset).implementation
             if implementation == "s2train":
@@ -290,7 +290,7 @@ class DenseCoreAttention(CausalCoreAttention):
             query.shape[-1],
             query.shape[2] != key.shape[2],
             deterministic,
-            torch.cuda.get_device_capability(query.device),
+            torch.cuda.get_device_capability(query.device) if query.is_cuda else None,
         )
 
         def serves(name: str) -> str | None:
