@@ -13,16 +13,22 @@ from .verified import verified
 
 Kind = Literal["whole", "later", "documents"]
 IMPLEMENTATIONS = ("fa4", "s2train", "cudnn", "flash", "efficient")
-_TORCH = ("cudnn", "flash", "efficient")  # of torch's scaled_dot_product_attention
 
-# Fastest first, forward and backward together on an H100, 8k to 128k tokens, for whole sequences; the file of
-# `ORDER_FILE`. torch has no packed documents, and of cuDNN no later queries.
+# Fastest first, forward and backward together on an H100 (`ORDER_FILE`). Of later queries s2train took 1 % less than
+# fa4, within the spread. torch has no packed documents, and of cuDNN no later queries.
 _ORDER: dict[Kind, tuple[str, ...]] = {
-    "whole": ("fa4", "cudnn", "s2train", "flash", "efficient"),
+    "whole": ("fa4", "s2train", "cudnn", "flash", "efficient"),
     "later": ("fa4", "s2train", "flash", "efficient"),
     "documents": ("fa4", "s2train"),
 }
-ORDER_FILE = "2026-11-22-h100-benchmarks.json"
+_SHORT_ORDER = ("fa4", "cudnn", "s2train", "flash", "efficient")  # of whole sequences below `LONG` tokens
+LONG = 8192
+ORDER_FILE = "2026-11-28-h100-dense-check.json"  # in kernels/results
+
+
+def dense_order(kind: Kind, length: int) -> tuple[str, ...]:
+    """The implementations that have such calls over `length` keys, fastest first."""
+    return _SHORT_ORDER if kind == "whole" and length < LONG else _ORDER[kind]
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,7 @@ class DenseCall:
         kind: whole sequences; later queries, which end with the keys but begin after them; packed documents.
         grouped: fewer KV heads than query heads.
         deterministic: the same bits in every run are asked for.
+        length: keys, in tokens.
     """
 
     kind: Kind
@@ -41,10 +48,11 @@ class DenseCall:
     grouped: bool
     deterministic: bool
     capability: tuple[int, int] | None
+    length: int
 
     @property
     def name(self) -> str:
-        """Such as "whole bfloat16 d128 grouped deterministic"; the device is not in it."""
+        """Such as "whole bfloat16 d128 grouped deterministic"; device and length are not in it."""
         words = [self.kind, str(self.dtype).removeprefix("torch."), f"d{self.head_dim}"]
         words += ["grouped"] * self.grouped + ["deterministic"] * self.deterministic
         return " ".join(words)
@@ -92,7 +100,7 @@ def choose_dense(call: DenseCall, asked: str, serves: Callable[[str], str | None
             raise ValueError(f"dense_attention={asked} can't run {call.name} ({why}): set dense_attention=auto")
         return DenseChoice(call.kind, asked, by_name=True)
     passed: list[tuple[str, str]] = []
-    for name in _ORDER[call.kind]:
+    for name in dense_order(call.kind, call.length):
         why = _refusal(call, name, serves, by_name=False)
         if why is None:
             return DenseChoice(call.kind, name, tuple(passed))
@@ -101,17 +109,31 @@ def choose_dense(call: DenseCall, asked: str, serves: Callable[[str], str | None
     raise ValueError(f"no dense attention for {call.name}: {reasons}")
 
 
+def takes_fa4(
+    capability: tuple[int, int] | None, dtype: torch.dtype, head_dim: int, *, grouped: bool, deterministic: bool
+) -> bool:
+    """Whether `auto` takes FlashAttention-4 for some of a model's calls, if its import works. Imports nothing."""
+    return any(
+        _fa4_refusal(DenseCall(kind, dtype, head_dim, grouped, deterministic, capability, 0), by_name=False) is None
+        for kind in _ORDER
+    )
+
+
 def _refusal(call: DenseCall, name: str, serves: Callable[[str], str | None], *, by_name: bool) -> str | None:
-    if name not in _ORDER[call.kind] and not (by_name and name in _TORCH and call.kind == "later"):
-        return f"it has no {call.kind} queries" if call.kind == "later" else f"it has no packed {call.kind}"
+    if name not in _ORDER[call.kind]:
+        return "it has no packed documents" if call.kind == "documents" else "it has no later queries"
     if name != "fa4":
         return serves(name)
+    return _fa4_refusal(call, by_name=by_name) or fa4_problem()
+
+
+def _fa4_refusal(call: DenseCall, *, by_name: bool) -> str | None:
+    """Imports nothing."""
     if fa4_version() is None:
         return "flash-attn-4 is not installed"
     why = fa4_refuses(call.capability, call.dtype, call.head_dim)
-    if why is not None:
+    if why is not None or by_name:
         return why
-    file = verified("flash-attn-4", fa4_version(), call.capability, call.name)
-    if not by_name and file is None:
-        return f"flash-attn-4 {fa4_version()} was not checked for {call.name}"
-    return fa4_problem()
+    if verified("flash-attn-4", fa4_version(), call.capability, call.name) is None:
+        return f"flash-attn-4 {fa4_version()} was not checked for {call.name} on this GPU"
+    return None

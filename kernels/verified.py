@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import product
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Verified:
         release: as installed; another one is not verified.
         capability: compute capability of the GPU.
         file: the results, in `kernels/results` or `launch/results`.
-        cases: names, as the results have them: `DenseCall.name`, or `OPERATION dtype` of an elementwise one.
+        cases: `DenseCall.name`, or an elementwise operation and the run's precision, such as `swiglu bf16`.
     """
 
     library: str
@@ -29,7 +30,24 @@ class Verified:
     cases: frozenset[str]
 
 
-VERIFIED: tuple[Verified, ...] = ()
+def _dense_cases() -> frozenset[str]:
+    """Every sort of call in bfloat16, and float16 with head dimension 128, grouped heads and no determinism."""
+    kinds = ("whole", "later", "documents")
+    words = product(kinds, ("bfloat16 d64", "bfloat16 d128"), ("", " grouped"), ("", " deterministic"))
+    narrow = {f"{kind} {shape}{heads}{bits}" for kind, shape, heads, bits in words}
+    return frozenset(narrow | {f"{kind} float16 d128 grouped" for kind in kinds})
+
+
+VERIFIED: tuple[Verified, ...] = (
+    Verified("flash-attn-4", "4.0.0b36", (9, 0), "2026-11-28-h100-dense-check.json", _dense_cases()),
+    Verified(
+        "liger-kernel",
+        "0.8.5",
+        (9, 0),
+        "2026-11-28-h100-elementwise.json",
+        frozenset(f"{name} {dtype}" for name in ("swiglu", "loss liger", "loss linear") for dtype in ("bf16", "fp32")),
+    ),
+)
 
 
 def verified(

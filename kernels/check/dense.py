@@ -61,7 +61,8 @@ class DenseCase:
     @property
     def call(self) -> DenseCall:
         grouped = self.heads != self.kv_heads
-        return DenseCall(self.kind, getattr(torch, self.dtype), self.dim, grouped, self.deterministic, None)
+        dtype = getattr(torch, self.dtype)
+        return DenseCall(self.kind, dtype, self.dim, grouped, self.deterministic, None, self.length)
 
     @property
     def name(self) -> str:

@@ -13,7 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from s2train.kernels.attention import Backend, block_sparse_attention
 from s2train.kernels.choice import KernelsInUse, kernels_in_use
 from s2train.kernels.dense import dense_causal_attention, torch_refuses
-from s2train.kernels.dense_choice import DenseCall, DenseChoice, Kind, choose_dense
+from s2train.kernels.dense_choice import DenseCall, DenseChoice, Kind, choose_dense, dense_order
 from s2train.kernels.flash4 import fa4_attention
 from s2train.kernels.layout import BlockLayout
 from s2train.layouts.hybrid import LayerLayout
@@ -281,7 +281,8 @@ class DenseCoreAttention(CausalCoreAttention):
     ) -> DenseChoice:
         """The kernels for such a call; decided once for each sort, and kept in `choices`."""
         deterministic = torch.are_deterministic_algorithms_enabled()
-        sort = (kind, query.dtype, query.shape[1:], key.shape[1:], query.stride(), value.stride(), deterministic)
+        shapes = (query.shape[1:], key.shape[1:], query.stride(), value.stride())
+        sort = (kind, query.dtype, *shapes, deterministic, dense_order(kind, key.shape[0]))
         if sort in self._chosen:
             return self._chosen[sort]
         call = DenseCall(
@@ -291,6 +292,7 @@ class DenseCoreAttention(CausalCoreAttention):
             query.shape[2] != key.shape[2],
             deterministic,
             torch.cuda.get_device_capability(query.device) if query.is_cuda else None,
+            key.shape[0],
         )
 
         def serves(name: str) -> str | None:
@@ -300,8 +302,8 @@ class DenseCoreAttention(CausalCoreAttention):
             used = kernels_in_use(
                 query, key, value, layout, query_offset=query_offset, cu_seqlens=bounds, backend=backend
             )
-            # the portable kernels are slower than torch's, which have no documents
-            fast = used.forward == used.backward == "hopper"
+            # the portable kernels are slower than torch's, but for a deterministic backward; torch has no documents
+            fast = used.forward == "hopper" and (used.backward == "hopper" or deterministic)
             return None if fast or kind == "documents" or self.implementation == name else str(used)
 
         choice = choose_dense(call, self.implementation, serves)
