@@ -278,7 +278,7 @@ class PretrainConfig:
     # dense layers on a GPU: auto (the fastest measured of those that serve the call), fa4 (FlashAttention-4), s2train
     # (the sparse layers' kernels, every block kept), or torch's cudnn, flash (FlashAttention-2), efficient
     dense_attention: str = "auto"
-    # norms (of backend=local) and SwiGLU on a GPU: auto (liger where it is installed and was verified), torch, liger
+    # SwiGLU, and the rotation of backend=local, on a GPU: auto (liger where installed and verified), torch, liger
     elementwise: str = "auto"
     # cross entropy on a GPU: auto, torch (Megatron's), liger (in one kernel each way), linear (liger's together with
     # the output layer, so that no logits are kept and the backward computes them again; parallel.tp=1)

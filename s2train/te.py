@@ -4,6 +4,8 @@ import importlib
 import warnings
 from functools import cache
 
+import torch
+
 INSTALL = (
     "pip install 'transformer-engine[pytorch]' (it needs CUDA and builds against your torch), or set backend=local"
 )
@@ -23,6 +25,11 @@ def te_problem() -> str | None:
     except (ImportError, RuntimeError, OSError, AttributeError) as error:  # no CUDA, another torch, missing library
         return f"transformer-engine can't be imported ({_first_line(error)})"
     return None
+
+
+def uses_te_here(name: str) -> bool:
+    """Whether `backend=name` means transformer-engine's layers on this machine; `auto` does where they work."""
+    return name == "te" or (name == "auto" and torch.cuda.is_available() and te_problem() is None)
 
 
 def _first_line(error: Exception) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from liger_kernel.ops import LigerRMSNormFunction
 from megatron.core import parallel_state
 from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
 from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
@@ -19,7 +20,8 @@ from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from torch import Tensor
 
 from s2train.kernels.benchmarks.timing import Clock, time_passes
-from s2train.megatron.fused import LigerRMSNormFunction, linear_loss, swiglu, vocab_parallel_loss
+from s2train.megatron.fused import linear_loss, swiglu, vocab_parallel_loss
+from s2train.megatron.rotation import Rotation
 
 _EPSILON = 1e-5
 _FLOOR = 3e-7
@@ -69,6 +71,7 @@ def operations(hidden: int, ffn: int, vocabulary: int, heads: int, kv_heads: int
         return [projected[..., : heads // kv_heads * dim].reshape(tokens, 1, heads, dim)]
 
     angles = _angles(dim)
+    rotation = Rotation()
     compiled = torch.compile(_apply_rotary_pos_emb_bshd, dynamic=False)
 
     yield Operation(
@@ -115,6 +118,7 @@ def operations(hidden: int, ffn: int, vocabulary: int, heads: int, kv_heads: int
         {
             "megatron": lambda x: _apply_rotary_pos_emb_bshd(x, angles(len(x))),
             "compiled": lambda x: compiled(x, angles(len(x))),
+            "liger": lambda x: rotation(x, x[:, :, :kv_heads].detach(), angles(len(x)))[0],
             **_te_rotation(angles),
         },
     )
@@ -150,7 +154,7 @@ def check(operation: Operation, dtype: torch.dtype, tokens: int = 512) -> list[d
     dout = torch.randn_like(operation.exact(*inputs), dtype=torch.float32)
 
     def results(function: Callable[..., Tensor], as_dtype: torch.dtype) -> list[Tensor]:
-        # copies: Megatron's loss and Liger's SwiGLU write where their inputs lie
+        # copies: Megatron's loss and Liger's SwiGLU and rotation write where their inputs and gradients lie
         floats = [x.is_floating_point() for x in inputs]
         cast = [
             x.detach().to(as_dtype, copy=True).requires_grad_() if is_float else x
@@ -158,7 +162,7 @@ def check(operation: Operation, dtype: torch.dtype, tokens: int = 512) -> list[d
         ]
         out = function(*cast)
         leaves = [x for x in cast if x.requires_grad]
-        return [out.detach(), *torch.autograd.grad(out, leaves, dout.to(out.dtype))]
+        return [out.detach(), *torch.autograd.grad(out, leaves, dout.to(out.dtype, copy=True))]
 
     exact = results(operation.exact, torch.float64)
     rows, limits = [], None

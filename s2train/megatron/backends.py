@@ -1,4 +1,4 @@
-"""Which implementations of linear layers, norms, SwiGLU and optimizer a run uses."""
+"""Which implementations of linear layers, norms, SwiGLU, rotation and optimizer a run uses."""
 
 import copy
 from collections.abc import Callable
@@ -17,9 +17,9 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from s2train.config import PretrainConfig
 from s2train.errors import ConfigError
 from s2train.liger import INSTALL as LIGER
-from s2train.liger import choose_elementwise, liger_problem
+from s2train.liger import ROTATION, SWIGLU, liger_operations, liger_problem
 from s2train.megatron.norm import RMSNorm
-from s2train.te import INSTALL, te_problem
+from s2train.te import INSTALL, te_problem, uses_te_here
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Backend:
 
 def backend_of(cfg: PretrainConfig) -> Backend:
     """What a run's `backend` and `elementwise` come to on this process's device."""
-    return choose_backend(cfg.backend, choose_elementwise(cfg, own_capability()))
+    return choose_backend(cfg.backend, liger_operations(cfg, own_capability(), uses_te_here(cfg.backend)))
 
 
 def own_capability() -> tuple[int, int] | None:
@@ -53,53 +53,56 @@ def own_capability() -> tuple[int, int] | None:
     return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
 
 
-def choose_backend(name: str, elementwise: str = "torch") -> Backend:
+def choose_backend(name: str, liger: frozenset[str] = frozenset()) -> Backend:
     """`local`: Megatron's own layers on torch. `te`: transformer-engine's. `auto`: te where it works on a GPU.
 
     Megatron's Adam is the best one installed, whatever the backend: transformer-engine's, apex's, torch's.
 
     Args:
-        elementwise: torch or liger.
-
+        liger: of `s2train.liger.OPERATIONS`, those that Liger-Kernel computes.
     Raises:
         ConfigError: te or liger, and it is missing or broken; another name.
     """
     optimizer = f"{Adam.__module__}.{Adam.__qualname__}"
     if name == "te" and (problem := te_problem()) is not None:
         raise ConfigError("backend", name, problem, INSTALL)
-    if name == "te" or (name == "auto" and torch.cuda.is_available() and te_problem() is None):
+    mlp = _liger_mlp(liger)
+    if uses_te_here(name):
         from megatron.core.extensions.transformer_engine import TENorm  # no class where it is not installed
 
-        return Backend("te", _te_layer_spec, TENorm, optimizer, torch.cuda.is_available(), _fused_mlp(elementwise))
+        return Backend("te", _te_layer_spec, TENorm, optimizer, torch.cuda.is_available(), mlp)
     if name in ("auto", "local"):
-        mlp, norm = _fused_mlp(elementwise), _fused_norm(elementwise)
-        return Backend("local", partial(_local_layer_spec, norm), norm, optimizer, mlp=mlp)
+        return Backend("local", partial(_local_layer_spec, _rotating_attention(liger)), RMSNorm, optimizer, mlp=mlp)
     raise ConfigError("backend", name, "no such backend", "Use backend=auto, local or te")
 
 
-def _fused_mlp(elementwise: str) -> type[MLP] | None:
-    if elementwise != "liger":
+def _liger_mlp(liger: frozenset[str]) -> type[MLP] | None:
+    if liger and (problem := liger_problem()) is not None:
+        raise ConfigError("elementwise", "liger", problem, f"{LIGER}, or set elementwise=torch")
+    if SWIGLU not in liger:
         return None
-    if (problem := liger_problem()) is not None:
-        raise ConfigError("elementwise", elementwise, problem, f"{LIGER}, or set elementwise=torch")
     from s2train.megatron.fused import LigerMLP  # no class where it is not installed
 
     return LigerMLP
 
 
-def _fused_norm(elementwise: str) -> type[RMSNorm]:
-    if elementwise != "liger":
-        return RMSNorm
-    from s2train.megatron.fused import LigerRMSNorm
+def _rotating_attention(liger: frozenset[str]) -> ModuleSpec | None:
+    """Self attention with Liger-Kernel's rotation, its tables shared by all layers; None: Megatron's."""
+    if ROTATION not in liger:
+        return None
+    from s2train.megatron.rotation import RotatingSelfAttention, Rotation  # no class where it is not installed
 
-    return LigerRMSNorm
+    return ModuleSpec(module=RotatingSelfAttention, params={"rotation": Rotation()})
 
 
-def _local_layer_spec(norm: type) -> ModuleSpec:
+def _local_layer_spec(attention: ModuleSpec | None) -> ModuleSpec:
     # Megatron hands out shared objects; a layer of ours must not change everybody's.
     spec = copy.deepcopy(get_gpt_layer_local_spec(normalization="RMSNorm"))
-    spec.submodules.input_layernorm = norm
-    spec.submodules.pre_mlp_layernorm = norm
+    spec.submodules.input_layernorm = RMSNorm
+    spec.submodules.pre_mlp_layernorm = RMSNorm
+    if attention is not None:
+        own = spec.submodules.self_attention
+        own.module, own.params = attention.module, {**own.params, **attention.params}
     return spec
 
 

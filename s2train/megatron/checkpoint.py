@@ -210,6 +210,8 @@ def load_for_inference(
     cfg.train.recompute = "none"
     # Any backend reads another's weights, and answers in the run's precision.
     cfg.backend, cfg.fp8 = backend or ("local" if cfg.backend == "local" else "auto"), "none"
+    # The run's kernels may not be installed here, nor serve later queries; there is no loss.
+    cfg.dense_attention, cfg.elementwise, cfg.loss = "auto", "auto", "torch"
     (chunk,) = build_model(cfg, transformer_config(cfg), hybrid_layout(cfg), backend_of(cfg), device)
     gpt = unwrap(chunk)
     gpt.parallel_output = False  # gathers the logits over tensor parallel ranks

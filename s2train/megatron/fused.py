@@ -1,4 +1,4 @@
-"""Megatron's norm, MLP and loss with Liger-Kernel's Triton kernels in them: parameters and names stay Megatron's."""
+"""Megatron's MLP and loss with Liger-Kernel's Triton kernels in them: parameters and names stay Megatron's."""
 
 from typing import Any
 
@@ -6,7 +6,6 @@ import torch
 from liger_kernel.ops import (
     LigerFusedGateUpSiLUMulFunction,
     LigerFusedLinearCrossEntropyFunction,
-    LigerRMSNormFunction,
 )
 from liger_kernel.ops.vocab_parallel_cross_entropy import LigerVocabParallelCEFunction
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -14,18 +13,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.mlp import MLP
 from torch import Tensor
 
-from s2train.megatron.norm import RMSNorm
-
 _IGNORED = -100  # a label that no token has: positions without loss are masked afterwards
-
-
-class LigerRMSNorm(RMSNorm):
-    """As its parent, in one kernel each way. All in fp32 and rounded once at the end, as torch's does."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        offset, in_place = 0.0, False
-        out: Tensor = LigerRMSNormFunction.apply(x, self.weight, self.eps, offset, "gemma", in_place, None)
-        return out
 
 
 def swiglu(gate_up: Tensor) -> Tensor:

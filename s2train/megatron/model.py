@@ -12,13 +12,15 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from s2train.apex import fuses_gradient_sums
 from s2train.config import PretrainConfig
+from s2train.errors import ConfigError
 from s2train.layouts.hybrid import HybridLayout
-from s2train.liger import choose_loss
+from s2train.liger import INSTALL, choose_loss, liger_problem
 from s2train.megatron.backends import Backend, choose_backend, own_capability, sum_gradients_in_place
 from s2train.megatron.core_attention import DenseCoreAttention, LayoutCache
 from s2train.megatron.initial_weights import draw_initial_weights
 from s2train.megatron.specs import block_spec
 from s2train.planning.stages import Stages
+from s2train.te import uses_te_here
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -128,9 +130,11 @@ def build_model(
 
 def model_class(cfg: PretrainConfig) -> Callable[..., GPTModel]:
     """Megatron's GPTModel, or ours with the loss that the run's `loss` comes to on this process's device."""
-    loss = choose_loss(cfg, own_capability())
+    loss = choose_loss(cfg, own_capability(), uses_te_here(cfg.backend))
     if loss == "torch":
         return GPTModel
+    if (problem := liger_problem()) is not None:
+        raise ConfigError("loss", loss, problem, f"{INSTALL}, or set loss=torch")
     from s2train.megatron.fused import LigerLossModel  # no class where Liger-Kernel is not installed
 
     return partial(LigerLossModel, fuse_output=loss == "linear")

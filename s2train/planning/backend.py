@@ -6,7 +6,7 @@ from s2train.config import PretrainConfig
 from s2train.errors import ConfigError
 from s2train.hardware import Hardware
 from s2train.planning.parameters import head_dim
-from s2train.te import INSTALL, te_problem
+from s2train.te import INSTALL, te_problem, uses_te_here
 
 # Compute capability that a recipe's tensor cores and libraries begin at.
 _CAPABILITY = {"tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
@@ -50,9 +50,7 @@ def check_target(cfg: PretrainConfig, hardware: Hardware) -> None:
 def uses_te(cfg: PretrainConfig, hardware: Hardware) -> bool:
     """Whether layers are transformer-engine's; `backend=auto` takes them for this machine's GPU alone."""
     if cfg.backend == "auto" and cfg.fp8 == "none":
-        return (
-            hardware.kind == "cuda" and cfg.plan.device is None and torch.cuda.is_available() and te_problem() is None
-        )
+        return hardware.kind == "cuda" and cfg.plan.device is None and uses_te_here("auto")
     return cfg.backend != "local"
 
 

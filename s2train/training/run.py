@@ -23,10 +23,11 @@ from s2train.errors import DivergedError, StoppedBySignal
 from s2train.kernels.attention import Backend as AttentionBackend
 from s2train.kernels.attention import resolve_backend
 from s2train.layouts.hybrid import HybridLayout
+from s2train.liger import kernels_line
 from s2train.meeting import refusing_together
 from s2train.megatron import setup
 from s2train.megatron.agreement import from_first
-from s2train.megatron.backends import Backend, backend_of
+from s2train.megatron.backends import Backend, backend_of, own_capability
 from s2train.megatron.model import build_model, transformer_config
 from s2train.planning import Plan, hybrid_layout
 from s2train.planning.report import figures, letter_rows
@@ -239,10 +240,12 @@ def _description(
     start: Start,
 ) -> str:
     here = sum(parameter.numel() for model in models for parameter in model.parameters())
+    elementwise = kernels_line(cfg, own_capability(), backend.name == "te")
     sparse = resolve_backend(cast(AttentionBackend, cfg.attention_backend), device)
     return (
         f"{here:,} parameters on this rank | layers {backend.name} | sparse attention {sparse} on {device.type}"
-        f" | optimizer {backend.optimizer}"
+        + (f" | {elementwise}" if elementwise else "")
+        + f" | optimizer {backend.optimizer}"
         f" | dp {parallel_state.get_data_parallel_world_size()}"
         f" | end of document {tokenizer.end_token or 'id'} {tokenizer.eod}\n"
         + (f"resuming from {start.checkpoint}" if start.checkpoint else f"new run in {cfg.run_dir}")

@@ -1,0 +1,70 @@
+"""Rotary embedding of queries and keys by Liger-Kernel's Triton kernel, in self attention without Megatron's."""
+
+from typing import Any
+
+import torch
+from liger_kernel.ops import LigerRopeFunction
+from megatron.core.transformer.attention import SelfAttention
+from torch import Tensor
+
+
+class Rotation:
+    """Rotates; holds the cosines and sines of the last angles, which a model's layers share.
+
+    All in fp32 (fp64 for fp64 inputs) and rounded once at the end; Megatron's own rounds cosines and sines first.
+    """
+
+    def __init__(self) -> None:
+        self._angles: Tensor | None = None
+        self._tables: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, query: Tensor, key: Tensor, angles: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotated query [s, b, h, d] and key [s, b, h_kv, d].
+
+        Args:
+            query, key: overwritten where they are contiguous; so are their gradients in the backward.
+            angles: fp32 [s, 1 or b, 1, r] as Megatron's rotary embedding gives them, the second half as the first;
+                the r first dimensions of a head turn.
+        """
+        cos, sin = self._cos_sin(angles, query.shape[1], query.dtype)
+        rows = query.shape[0] * query.shape[1]  # each a token, as Liger has it, of one sequence
+        flat = (x.reshape(1, rows, *x.shape[2:]).transpose(1, 2) for x in (query, key))
+        turned = LigerRopeFunction.apply(*flat, cos, sin, None, 1, angles.shape[-1])
+        query, key = (x.transpose(1, 2).view(y.shape) for x, y in zip(turned, (query, key), strict=True))
+        return query, key
+
+    def _cos_sin(self, angles: Tensor, batch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Each [1, s · b, r / 2]."""
+        if self._angles is not angles:
+            self._angles, self._tables = angles, {}
+        wanted = (batch, torch.promote_types(dtype, torch.float32))
+        if wanted not in self._tables:
+            half = angles[..., : angles.shape[-1] // 2].expand(-1, batch, -1, -1).to(wanted[1])
+            rows = half.reshape(1, -1, half.shape[-1])
+            self._tables[wanted] = (rows.cos(), rows.sin())
+        return self._tables[wanted]
+
+
+class RotatingSelfAttention(SelfAttention):
+    """Megatron's, with `rotation` right after the projection: the same parameters, names and results.
+
+    Packed documents and context parallel are in the angles, as for Megatron's own.
+    """
+
+    def __init__(self, *args: Any, rotation: Rotation, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.rotation = rotation
+        self.angles: Tensor | None = None  # of the call in progress
+
+    def forward(self, *args: Any, rotary_pos_emb: Tensor | None = None, **kwargs: Any) -> Any:
+        self.angles = rotary_pos_emb
+        try:
+            return super().forward(*args, rotary_pos_emb=None, **kwargs)
+        finally:
+            self.angles = None
+
+    def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> Any:
+        query, key, *others = super().get_query_key_value_tensors(*args, **kwargs)
+        if self.angles is not None:
+            query, key = self.rotation(query, key, self.angles)
+        return (query, key, *others)

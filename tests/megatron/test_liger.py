@@ -1,0 +1,156 @@
+"""Liger-Kernel's SwiGLU, rotation and loss, in Triton's interpreter, are Megatron's in output and gradients."""
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from s2train.kernels.verified import VERIFIED
+from torch import Tensor
+
+from s2train import liger
+from s2train.config import PretrainConfig
+from s2train.liger import choose_loss, kernels_line, liger_operations
+from tests.planning.test_plan_refusals import config
+
+HOPPER = (9, 0)
+RELEASE = next(entry.release for entry in VERIFIED if entry.library == "liger-kernel")
+needs_liger = pytest.mark.skipif(liger.liger_problem() is not None, reason=str(liger.liger_problem()))
+
+
+def results(function: Callable[..., Tensor | tuple[Tensor, ...]], *inputs: Tensor) -> list[Tensor]:
+    """Outputs, and gradients of a random weighting of them, the same for every function."""
+    leaves = [x.clone().requires_grad_() if x.is_floating_point() else x for x in inputs]
+    found = function(*(x.clone() if x.is_floating_point() else x for x in leaves))
+    outs = (found,) if isinstance(found, Tensor) else found
+    generator = torch.Generator().manual_seed(1)
+    weights = [torch.randn(out.shape, generator=generator) for out in outs]
+    kept = [out.detach().clone() for out in outs]
+    total = sum(((out * weight).sum() for out, weight in zip(outs, weights, strict=True)), torch.zeros(()))
+    return [*kept, *torch.autograd.grad(total, [x for x in leaves if x.is_floating_point()])]
+
+
+def assert_alike(found: list[Tensor], expected: list[Tensor]) -> None:
+    for x, y in zip(found, expected, strict=True):
+        assert x.shape == y.shape
+        assert (x - y).norm() <= 2e-6 * y.norm()
+
+
+@needs_liger
+def test_swiglu_is_torchs() -> None:
+    from s2train.megatron.fused import swiglu
+
+    def plain(x: Tensor) -> Tensor:
+        gate, up = x.chunk(2, -1)
+        return F.silu(gate) * up
+
+    x = torch.randn(5, 2, 2 * 24)
+    assert_alike(results(swiglu, x), results(plain, x))
+
+
+@needs_liger
+@pytest.mark.parametrize(
+    ("batch", "heads", "kv_heads", "turning", "own_angles"),
+    [(1, 4, 2, 8, False), (2, 4, 1, 8, False), (2, 2, 2, 8, True), (1, 4, 2, 4, False)],
+    ids=["grouped heads", "two sequences", "a position for each sequence", "half of the dimensions"],
+)
+def test_rotation_is_megatrons(batch: int, heads: int, kv_heads: int, turning: int, own_angles: bool) -> None:
+    from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
+
+    from s2train.megatron.rotation import Rotation
+
+    length, dim, group = 6, 8, heads // kv_heads
+    half = 6 * torch.rand(length, batch if own_angles else 1, 1, turning // 2)
+    angles, rotation = torch.cat((half, half), -1), Rotation()
+
+    def split(projected: Tensor) -> tuple[Tensor, Tensor]:
+        """As Megatron does: the key a view of the projection."""
+        query, key, _ = projected.split([group * dim, dim, dim], dim=3)
+        return query.reshape(length, batch, heads, dim), key
+
+    def ours(projected: Tensor) -> tuple[Tensor, Tensor]:
+        return rotation(*split(projected), angles)
+
+    def theirs(projected: Tensor) -> tuple[Tensor, ...]:
+        return tuple(_apply_rotary_pos_emb_bshd(x, angles) for x in split(projected))
+
+    projected = torch.randn(length, batch, kv_heads, (group + 2) * dim)
+    found = results(ours, projected)
+    assert_alike(found, results(theirs, projected))
+    assert (found[0] - split(projected)[0]).norm() > 0.1  # it did turn
+
+
+@needs_liger
+def test_rotation_follows_angles_that_change() -> None:
+    from s2train.megatron.rotation import Rotation
+
+    rotation, query = Rotation(), torch.randn(3, 1, 2, 4)
+    angles = [torch.full((3, 1, 1, 4), angle) for angle in (0.0, 1.0, 0.0)]
+    turned = [rotation(query.clone(), query.clone(), each)[0] for each in angles]
+    assert turned[0].equal(turned[2])
+    assert not turned[0].equal(turned[1])
+
+
+@needs_liger
+def test_losses_are_torchs() -> None:
+    from s2train.megatron.fused import linear_loss, vocab_parallel_loss
+
+    hidden, weight, labels = torch.randn(7, 2, 16), torch.randn(40, 16), torch.randint(40, (7, 2))
+
+    def plain(hidden: Tensor, weight: Tensor) -> Tensor:
+        logits = hidden @ weight.T
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
+
+    def over_logits(hidden: Tensor, weight: Tensor) -> Tensor:
+        return vocab_parallel_loss(hidden @ weight.T, labels, None)
+
+    expected = results(plain, hidden, weight)
+    assert_alike(results(over_logits, hidden, weight), expected)
+    assert_alike(results(lambda x, w: linear_loss(x, w, labels), hidden, weight), expected)
+
+
+# what a run takes
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    monkeypatch.setattr(liger, "liger_version", lambda: RELEASE)
+    return monkeypatch
+
+
+def line(capability: tuple[int, int] | None = HOPPER, te: bool = False, **changes: object) -> str:
+    return kernels_line(config(**changes), capability, te)
+
+
+@pytest.mark.usefixtures("installed")
+def test_auto_takes_what_was_verified_and_the_linear_loss_without_tensor_parallelism() -> None:
+    cfg: PretrainConfig = config()
+    verified = {case.removesuffix(" bf16") for entry in VERIFIED for case in entry.cases if case.endswith(" bf16")}
+    assert liger_operations(cfg, HOPPER, te=False) == verified & set(liger.OPERATIONS)
+    assert choose_loss(cfg, HOPPER, te=False) == "linear"
+    assert choose_loss(config(parallel__tp=2), HOPPER, te=False) == "liger"
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize(("capability", "te"), [((8, 0), False), (None, False), (HOPPER, True)])
+def test_auto_takes_none_on_other_devices_or_beside_transformer_engine(
+    capability: tuple[int, int] | None, te: bool
+) -> None:
+    assert not liger_operations(config(), capability, te)
+    assert choose_loss(config(), capability, te) == "torch"
+
+
+def test_transformer_engine_keeps_its_own_rotation() -> None:
+    assert liger_operations(config(elementwise="liger"), HOPPER, te=True) == {"swiglu"}
+
+
+def test_the_log_says_what_runs_and_why_not_liger(installed: pytest.MonkeyPatch) -> None:
+    assert line(elementwise="liger", loss="linear") == "swiglu liger, rotation liger, loss linear"
+    assert line(elementwise="torch", loss="torch") == "swiglu torch, rotation torch, loss torch"
+    assert "swiglu liger" in line()
+    assert line(None) == ""
+    installed.setattr(liger, "liger_version", lambda: None)
+    assert line() == "swiglu torch, rotation torch, loss torch (liger-kernel is not installed)"
+    installed.setattr(liger, "liger_version", lambda: "9.9")
+    parts = line().split("; ")
+    assert "liger-kernel 9.9 was not checked for swiglu bf16 on compute capability 9.0" in parts[0]
+    assert all(first != second for first, second in pairwise(parts))
