@@ -12,6 +12,7 @@ from s2train.hardware import Hardware
 from s2train.layouts.hybrid import HybridLayout, build_hybrid_layout
 from s2train.planning.backend import check_target, check_te
 from s2train.planning.division import check_division, multiple_of, smallest_world
+from s2train.planning.libraries import check_fa4_serves, check_kernel_settings, check_libraries
 from s2train.planning.memory import GIB
 from s2train.planning.plan import Plan, make_plan
 from s2train.planning.settings import check_values
@@ -46,7 +47,9 @@ def check(cfg: PretrainConfig, world_size: int, hardware: Hardware) -> Plan:
     _check_profiled_ranks(cfg, world_size)
     check_attention_backend(cfg.attention_backend, hardware)
     check_te(cfg, hardware)
-    plan = _plan(cfg, world_size, hardware)
+    hybrid = _hybrid(cfg)
+    check_libraries(cfg, hybrid, hardware)
+    plan = make_plan(cfg, hybrid, world_size, hardware)
     check_memory(plan)
     return plan
 
@@ -107,13 +110,18 @@ def preview(cfg: PretrainConfig, world_size: int, hardware: Hardware) -> Plan:
     if hardware.kind == "cpu":  # they would share what the ranks here have
         hardware = replace(hardware, memory=hardware.memory * world_size // ranks)
     check_division(cfg, ranks)
-    return _plan(cfg, ranks, hardware)
+    hybrid = _hybrid(cfg)
+    if cfg.plan.device is not None:
+        check_fa4_serves(cfg, hybrid, hardware)
+    return make_plan(cfg, hybrid, ranks, hardware)
 
 
-def _plan(cfg: PretrainConfig, world_size: int, hardware: Hardware) -> Plan:
+def _hybrid(cfg: PretrainConfig) -> HybridLayout:
+    """The layout, which goes with the sequence and with the kernels that the settings name."""
     hybrid = hybrid_layout(cfg)
     check_blocks(cfg, hybrid)
-    return make_plan(cfg, hybrid, world_size, hardware)
+    check_kernel_settings(cfg, hybrid)
+    return hybrid
 
 
 def hybrid_layout(cfg: PretrainConfig) -> HybridLayout:

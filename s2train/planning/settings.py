@@ -88,7 +88,6 @@ def check_values(cfg: PretrainConfig) -> None:
     find_schedule(cfg.schedule)
     patterns_of(cfg.layout)
     _check_ranges(cfg)
-    _check_deterministic(cfg)
     _check_optimizer(cfg)
     _check_profile(cfg)
     _check_kept(cfg.checkpoint)
@@ -121,13 +120,6 @@ def _check_ranges(cfg: PretrainConfig) -> None:
         value = _get(cfg, setting)
         if value is not None and value < 0:
             raise ConfigError(setting, value, "must not be negative", f"Set {setting} to 0 or more.")
-
-
-def _check_deterministic(cfg: PretrainConfig) -> None:
-    if cfg.train.deterministic and cfg.dense_attention == "cudnn":
-        problem = "torch has no deterministic backward of cuDNN's attention"
-        remedy = "Set dense_attention=flash, or train.deterministic=false."
-        raise ConfigError("dense_attention", cfg.dense_attention, problem, remedy)
 
 
 def _check_optimizer(cfg: PretrainConfig) -> None:

@@ -147,7 +147,7 @@ def test_what_does_not_divide_is_refused(case: str) -> None:
 
 def test_deterministic_training_takes_no_kernel_that_is_not() -> None:
     cfg = config(train__deterministic=True, dense_attention="cudnn")
-    with pytest.raises(ConfigError, match="dense_attention=flash"):
+    with pytest.raises(ConfigError, match="Set dense_attention=auto"):
         check(cfg, 1, GPU)
 
 
