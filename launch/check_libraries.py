@@ -7,6 +7,7 @@ GPU; what is not installed is left out. What these files call right, `kernels/ve
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ WAYS = {
     "fa4": ["elementwise=torch", "loss=torch", "dense_attention=fa4"],
     "liger, linear loss, fa4": ["elementwise=liger", "loss=linear", "dense_attention=fa4"],
 }
+_WARM_UP = 3  # steps, which compile
 _BENCHMARKS = ["b128-l8-v16-32k", "b128-l8-v16-8k", "b128-l8-v16-32k-kv8"]
 _CONTENDERS = ["ours", "flex", "fa4_sparse", "cudnn", "flash2", "fa3", "fa4"]
 
@@ -109,8 +111,8 @@ def losses(folder: Path) -> None:
 
 
 def steps(folder: Path) -> None:
-    """Steps of the 1B hybrid over 32k tokens."""
-    base = ["+model=1b_hybrid", "train.seq_length=32768", "train.global_batch_size=1", "layout.layers=DSSS"]
+    """Steps of the 1B hybrid over two sequences of 32k tokens, as `launch/scaling.py` measures them."""
+    base = ["+model=1b_hybrid", "train.seq_length=32768", "train.global_batch_size=2"]
     names = ("torch", "liger, linear loss", "liger, linear loss, fa4", "liger", "fa4")
     _train(folder / "steps.json", {name: [*base, *WAYS[name]] for name in names}, steps=7, traced=True)
 
@@ -134,8 +136,13 @@ def _train(path: Path, runs: dict[str, list[str]], steps: int, traced: bool) -> 
             cfg = compose_run([*overrides, "backend=local"])
             plan = preview(cfg, 1, hardware)
             row["planned_bytes"] = plan.memory.total - plan.memory.overhead
-            row["flops_per_token"] = plan.flops.sparse
+            if plan.prediction is not None:
+                row["planned_s"], row["planned_parts_s"] = plan.prediction.time.total, plan.prediction.time.parts()
             row |= asdict(run_steps(cfg, steps, device, traced=traced))
+            step_s = row["step_s"] = statistics.median(row["seconds"][_WARM_UP:])
+            peak = hardware.peak_flops(cfg.train.precision)
+            tokens = cfg.train.global_batch_size * cfg.train.seq_length
+            row["mfu"] = tokens * plan.flops.sparse / step_s / peak if peak else None
         except Exception as error:
             row["error"] = f"{type(error).__name__}: {error}"[:400]
             torch.cuda.empty_cache()

@@ -33,6 +33,14 @@ class Rate:
         return Rate(factor * self.flops, self.row / factor)
 
 
+_DENSE_FIELDS = ("dense_forward", "dense_backward", "narrow_dense_forward", "narrow_dense_backward")
+# `kernels/results/2026-11-28-h100-dense-check.json`, times what steps leave of cuDNN's rates alone: 0.98, and 0.895
+# with head dim 64.
+_DENSE = {"fa4": (655e12, 610e12, 474e12, 481e12), "s2train": (650e12, 588e12, 385e12, 414e12)}
+# What a deterministic backward leaves of the rate.
+_DETERMINISTIC = {"fa4": 0.865, "s2train": 0.51, "flash": 0.585}
+
+
 @dataclass(frozen=True)
 class AttentionRates:
     """How fast one device computes attention; the defaults are an H100's (see above).
@@ -68,6 +76,22 @@ class AttentionRates:
             if "dense" not in field.name
         }
         return replace(self, **slower)
+
+    def dense_by(self, implementation: str, deterministic: bool = False) -> "AttentionRates":
+        """Of another implementation in dense layers (as `dense_attention` names it), in place of cuDNN."""
+        rates = self.flash() if implementation in ("flash", "efficient") else self
+        if implementation in _DENSE:
+            rates = replace(
+                rates, **{name: Rate(flops) for name, flops in zip(_DENSE_FIELDS, _DENSE[implementation], strict=True)}
+            )
+        if deterministic and implementation in _DETERMINISTIC:
+            slower = {
+                name: getattr(rates, name).scaled(_DETERMINISTIC[implementation])
+                for name in _DENSE_FIELDS
+                if "backward" in name
+            }
+            rates = replace(rates, **slower)
+        return rates
 
     def flash(self) -> "AttentionRates":
         """Of FlashAttention-2 in dense layers, in place of cuDNN; fitted as the others."""

@@ -8,13 +8,14 @@ from s2train.hardware import Hardware
 from s2train.planning.division import check_division
 from s2train.planning.memory import GIB, rank_memory
 from s2train.planning.stages import LayerCosts, pipeline_stages
+from s2train.planning.ways import Ways
 
 _ROOM = 0.9  # of a device: predictions hold within a tenth
 _RECOMPUTE = ("none", "selective", "full")  # the fastest first
 
 
 def memory_advice(
-    cfg: PretrainConfig, world_size: int, hardware: Hardware, costs: LayerCosts, layouts: int
+    cfg: PretrainConfig, world_size: int, hardware: Hardware, costs: LayerCosts, layouts: int, ways: Ways
 ) -> str | None:
     """Words naming less recomputation or the largest micro batch that fits a GPU; None: neither does.
 
@@ -26,7 +27,7 @@ def memory_advice(
     stages = pipeline_stages(cfg.model, cfg.parallel, costs)
 
     def total_of(changed: PretrainConfig) -> int:
-        return rank_memory(changed, world_size, stages, layouts, hardware.kind).total
+        return rank_memory(changed, world_size, stages, layouts, hardware.kind, ways).total
 
     found = []
     for recompute in _RECOMPUTE[: _RECOMPUTE.index(cfg.train.recompute)]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from s2train.config import PretrainConfig
 from s2train.planning.parameters import head_dim, stage_parameters, total_parameters
 from s2train.planning.stages import Stages
+from s2train.planning.ways import Ways
 
 GIB = 1024**3
 
@@ -55,16 +56,26 @@ def micro_batches(cfg: PretrainConfig, world_size: int) -> int:
     return cfg.train.global_batch_size // (data_parallel(cfg, world_size) * cfg.train.micro_batch_size)
 
 
-def rank_memory(cfg: PretrainConfig, world_size: int, stages: Stages, layouts: int, kind: str) -> Memory:
-    """The fullest pipeline stage's rank; `layouts` in bytes, `kind` "cuda" or "cpu"."""
+def rank_memory(
+    cfg: PretrainConfig, world_size: int, stages: Stages, layouts: int, kind: str, ways: Ways | None = None
+) -> Memory:
+    """The fullest pipeline stage's rank.
+
+    Args:
+        layouts: bytes.
+        kind: "cuda" or "cpu".
+        ways: what computes the loss and SwiGLU; None: no library beside torch and Megatron.
+    """
+    ways = ways or Ways()
     ranks = (
-        _stage_memory(cfg, world_size, stage, stages.of_rank(stage), layouts, kind) for stage in range(cfg.parallel.pp)
+        _stage_memory(cfg, world_size, stage, stages.of_rank(stage), layouts, kind, ways)
+        for stage in range(cfg.parallel.pp)
     )
     return max(ranks, key=lambda memory: memory.total)
 
 
 def _stage_memory(
-    cfg: PretrainConfig, world_size: int, stage: int, chunks: tuple[int, ...], layouts: int, kind: str
+    cfg: PretrainConfig, world_size: int, stage: int, chunks: tuple[int, ...], layouts: int, kind: str, ways: Ways
 ) -> Memory:
     weights = stage_parameters(cfg.model, cfg.parallel, stage, sum(chunks))
     bf16 = cfg.train.precision == "bf16"
@@ -73,7 +84,7 @@ def _stage_memory(
         weights=weights * (2 if bf16 else 4),
         gradients=weights * 4,
         optimizer=-(-weights * (12 if bf16 else 8) // shards),
-        activations=stage_activations(cfg, stage, chunks, micro_batches(cfg, world_size), kind),
+        activations=stage_activations(cfg, stage, chunks, micro_batches(cfg, world_size), kind, ways),
         layouts=layouts,
         overhead=_overhead(cfg, world_size) if kind == "cuda" else GIB // 2,
     )
@@ -92,9 +103,15 @@ def _overhead(cfg: PretrainConfig, world_size: int) -> int:
 
 
 def stage_activations(
-    cfg: PretrainConfig, stage: int, chunks: tuple[int, ...], num_micro_batches: int, kind: str
+    cfg: PretrainConfig,
+    stage: int,
+    chunks: tuple[int, ...],
+    num_micro_batches: int,
+    kind: str,
+    ways: Ways | None = None,
 ) -> int:
     """Bytes that a rank of pipeline stage `stage`, with so many layers in its `chunks`, holds at its peak."""
+    ways = ways or Ways()
     model, train, parallel = cfg.model, cfg.train, cfg.parallel
     width = 2 if train.precision == "bf16" else 4
     tokens = train.seq_length // parallel.cp * train.micro_batch_size
@@ -102,18 +119,32 @@ def stage_activations(
     stream = tokens * model.hidden_size * width // (parallel.tp if parallel.sequence_parallel else 1)
     whole, kept = layer_activations(cfg, stream, kind)
 
-    # Backward, one layer's MLP gradients lie beside its activations: gate, up, their product, streams.
-    layer = 3 * tokens * model.ffn_hidden_size * width // parallel.tp + 2 * stream
+    # Backward, one layer's MLP gradients lie beside its activations: gate, up (in their place with Liger-Kernel),
+    # their product, streams.
+    gradients = 1 if ways.fuses_swiglu(cfg) else 3
+    layer = gradients * tokens * model.ffn_hidden_size * width // parallel.tp + 2 * stream
     loss = 0
     if stage == parallel.pp - 1:
-        # Final norm, as above; logits and their gradient in `width`, softmax and its gradient in fp32.
-        loss = tokens * model.vocab_size * (2 * width + 8) // parallel.tp + 3 * stream
+        loss = _loss_bytes(cfg, tokens, width, ways.loss(cfg)) + 3 * stream  # of the final norm, as above
 
     in_flight = max(chunks) * _chunks_in_flight(cfg, stage, num_micro_batches)
     if train.recompute == "full":  # inputs of recomputed groups, and one group alive again, after the loss is through
         group = train.recompute_num_layers
         return in_flight // group * stream + max(group * whole + layer, loss)
     return in_flight * kept + max(layer, loss)
+
+
+def _loss_bytes(cfg: PretrainConfig, tokens: int, width: int, way: str) -> int:
+    """Bytes of the logits, and of what the loss makes of them, at its peak."""
+    model, parallel = cfg.model, cfg.parallel
+    if way == "linear":  # a piece of the logits, the weight's gradient in fp32 and in `width`
+        pieces = -(-model.vocab_size // model.hidden_size)
+        piece = min(1 << (-(-tokens // pieces) - 1).bit_length(), tokens)
+        return piece * model.vocab_size * width + model.vocab_size * model.hidden_size * (4 + width)
+    logits = tokens * model.vocab_size // parallel.tp
+    # Logits and their gradient in `width`, softmax in fp32: Liger-Kernel has no copy of the first beside the others;
+    # Megatron has another of the last.
+    return logits * (width + 4 if way == "liger" else 2 * width + 8)
 
 
 def layer_activations(cfg: PretrainConfig, stream: int, kind: str) -> tuple[int, int]:

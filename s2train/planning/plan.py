@@ -9,13 +9,13 @@ from s2train.layouts.coverage import CoverageReport, check_coverage
 from s2train.layouts.hybrid import HybridLayout
 from s2train.layouts.summary import LetterSummary, summarise
 from s2train.planning.advice import memory_advice
-from s2train.planning.backend import uses_te
 from s2train.planning.flops import TokenFlops, token_flops
 from s2train.planning.memory import Memory, data_parallel, micro_batches, rank_memory
 from s2train.planning.parameters import stage_parameters, total_parameters
 from s2train.planning.remedies import memory_remedy
 from s2train.planning.stages import Balance, balance, layer_costs, pipeline_stages
 from s2train.planning.step_time import Prediction, predict_step
+from s2train.planning.ways import Ways
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,12 @@ def make_plan(cfg: PretrainConfig, hybrid: HybridLayout, world_size: int, hardwa
         ConfigError: the layout leaves far blocks unseen, and `layout.allow_partial_coverage` is off.
     """
     seq_length = cfg.train.seq_length
-    layouts = layouts_nbytes(cfg, hybrid)
+    ways = Ways.of(cfg, hardware)
+    layouts = layouts_nbytes(cfg, hybrid, ways)
     costs = layer_costs(cfg.model, hybrid, seq_length)
     stages = pipeline_stages(cfg.model, cfg.parallel, costs)
     by_cost = pipeline_stages(cfg.model, replace(cfg.parallel, pipeline_split="cost"), costs)
-    memory = rank_memory(cfg, world_size, stages, layouts, hardware.kind)
+    memory = rank_memory(cfg, world_size, stages, layouts, hardware.kind, ways)
     fits = memory.total <= hardware.memory
     flops = token_flops(cfg.model, hybrid, seq_length)
     sparse = [layer for layer in hybrid.layers if not layer.is_dense]
@@ -88,17 +89,18 @@ def make_plan(cfg: PretrainConfig, hybrid: HybridLayout, world_size: int, hardwa
         pipeline=balance(stages, costs, micro_batches(cfg, world_size)),
         pipeline_by_cost=balance(by_cost, costs, micro_batches(cfg, world_size)),
         memory=memory,
-        prediction=predict_step(cfg, hybrid, stages, world_size, hardware, flops.sparse, uses_te(cfg, hardware)),
-        remedy=None if fits else memory_remedy(cfg, world_size, hardware, costs, layouts),
-        advice=memory_advice(cfg, world_size, hardware, costs, layouts) if fits else None,
+        prediction=predict_step(cfg, hybrid, stages, world_size, hardware, flops.sparse, ways),
+        remedy=None if fits else memory_remedy(cfg, world_size, hardware, costs, layouts, ways),
+        advice=memory_advice(cfg, world_size, hardware, costs, layouts, ways) if fits else None,
     )
 
 
-def layouts_nbytes(cfg: PretrainConfig, hybrid: HybridLayout) -> int:
-    """Bytes of a rank's block layouts at most: one for each sparse layer that differs, with all its heads.
+def layouts_nbytes(cfg: PretrainConfig, hybrid: HybridLayout, ways: Ways) -> int:
+    """Bytes of a rank's block layouts at most: one for each layer that differs, with all its heads.
 
     Under context parallel a rank has two, one for each of its chunks of the sequence.
     """
-    distinct = {layer for layer in hybrid.layers if not layer.is_dense}
+    dense_too = ways.dense(cfg) == "s2train"
+    distinct = {layer for layer in hybrid.layers if dense_too or not layer.is_dense}
     chunks = 2 if cfg.parallel.cp > 1 else 1
     return chunks * sum(layout_nbytes(layer, cfg.train.seq_length) for layer in distinct)

@@ -10,18 +10,21 @@ from s2train.hardware import Hardware
 from s2train.planning.division import check_division
 from s2train.planning.memory import rank_memory
 from s2train.planning.stages import LayerCosts, pipeline_stages
+from s2train.planning.ways import Ways
 
 _LARGEST_WORLD = 4096  # processes
 
 
-def memory_remedy(cfg: PretrainConfig, world_size: int, hardware: Hardware, costs: LayerCosts, layouts: int) -> str:
+def memory_remedy(
+    cfg: PretrainConfig, world_size: int, hardware: Hardware, costs: LayerCosts, layouts: int, ways: Ways
+) -> str:
     """A sentence: settings that fit on these processes, or else on more of them. `layouts`: bytes."""
     # More processes on a CPU would share the same memory.
     largest = world_size if hardware.kind == "cpu" else _LARGEST_WORLD
     world = world_size
     while world <= largest:
         for changes, candidate in _candidates(cfg):
-            if _works(candidate, world, hardware, costs, layouts):
+            if _works(candidate, world, hardware, costs, layouts, ways):
                 settings = f"Set {' '.join(changes)}" if changes else "Run it"
                 return f"{settings}{f' on {world} processes' if world > world_size else ''}."
         world *= 2
@@ -58,10 +61,14 @@ def _candidates(cfg: PretrainConfig) -> Iterator[tuple[list[str], PretrainConfig
         )
 
 
-def _works(cfg: PretrainConfig, world_size: int, hardware: Hardware, costs: LayerCosts, layouts: int) -> bool:
+def _works(
+    cfg: PretrainConfig, world_size: int, hardware: Hardware, costs: LayerCosts, layouts: int, ways: Ways
+) -> bool:
+    if cfg.loss == "linear" and cfg.parallel.tp > 1:
+        return False
     try:
         check_division(cfg, world_size)
     except ConfigError:
         return False
     stages = pipeline_stages(cfg.model, cfg.parallel, costs)
-    return rank_memory(cfg, world_size, stages, layouts, hardware.kind).total <= hardware.memory
+    return rank_memory(cfg, world_size, stages, layouts, hardware.kind, ways).total <= hardware.memory

@@ -21,6 +21,7 @@ from s2train.layouts.speed import AttentionRates, Seconds, attention_seconds
 from s2train.planning.memory import data_parallel, micro_batches
 from s2train.planning.parameters import head_dim, layer_parameters, stage_parameters
 from s2train.planning.stages import Stages
+from s2train.planning.ways import Ways
 
 MARGIN = 0.1  # of a measured step
 GPUS_PER_MACHINE = 8
@@ -30,6 +31,10 @@ _H100 = "NVIDIA H100 80GB HBM3"
 # Hidden size -> FLOP/s of its matrix products in bf16.
 _PRODUCTS = ((384, 400e12), (768, 700e12), (2048, 784e12), (4096, 730e12))
 _ELEMENTWISE = 0.104e-9  # seconds a token, layer and hidden dimension: norms, rotation, SwiGLU, residuals
+# Seconds that Liger-Kernel's kernels save (launch/results/2026-11-28-h100-elementwise.json): of SwiGLU for each of its
+# outputs, of rotation for each dimension of queries and keys (what torch.compile's saves, for Liger's too).
+_FUSED_SWIGLU, _FUSED_ROTATION = 0.26e-12, 24e-12
+_LOSS = {"torch": 15.5e-12, "liger": 7.6e-12, "linear": 8.0e-12}  # seconds a logit, without products; same file
 _SPLIT_SHARE = 0.3  # of them lies between a layer's products, and so is split over tensor parallel ranks
 _ADAM, _FUSED_ADAM = 38.9e-12, 17.5e-12  # seconds a parameter: torch's, transformer-engine's
 _USED_MEMORY, _USED_LINK = 0.8, 0.69  # of the peak
@@ -105,18 +110,18 @@ def predict_step(
     world_size: int,
     hardware: Hardware,
     flops_per_token: float,
-    te: bool,
+    ways: Ways,
 ) -> Prediction | None:
     """Time of a step on `world_size` ranks like `hardware`; None where nothing was measured to tell it by.
 
     That is: on a CPU, on a GPU of unknown peak, and in fp32.
 
     Args:
-        te: whether layers are transformer-engine's.
+        ways: what computes dense attention, SwiGLU, rotation and loss.
     """
     if hardware.kind != "cuda" or hardware.rates is None or cfg.train.precision != "bf16":
         return None
-    model = _Model(cfg, hybrid, world_size, hardware, hardware.rates, te)
+    model = _Model(cfg, hybrid, world_size, hardware, hardware.rates, ways)
     of_layer = {layer: model.layer(layer) for layer in set(hybrid.layers)}
     chunks, start = [], 0
     for size in stages.chunks:
@@ -135,7 +140,7 @@ def predict_step(
         tokens_per_s=tokens_per_s,
         mfu=tokens_per_s * flops_per_token / (world_size * hardware.rates.bf16),
         caveats=tuple(_caveats(cfg, world_size, hardware)),
-        te=te,
+        te=ways.te,
         waits_for_host=in_layers < SLOW_HOST,
     )
 
@@ -150,23 +155,23 @@ class _Model:
         world_size: int,
         hardware: Hardware,
         rates: GpuRates,
-        te: bool,
+        ways: Ways,
     ) -> None:
-        self.cfg, self.world_size, self.te, self.groups = cfg, world_size, te, hybrid.num_query_groups
+        self.cfg, self.world_size, self.ways, self.groups = cfg, world_size, ways, hybrid.num_query_groups
+        self.te = ways.te
         h100 = gpu_rates(_H100)
         assert h100 is not None
         self.compute, self.memory = rates.bf16 / h100.bf16, rates.memory / h100.memory
         self.bandwidth, self.link = _USED_MEMORY * rates.memory, rates.link
         self.tokens = cfg.train.micro_batch_size * cfg.train.seq_length // cfg.parallel.cp
-        self.attention = _attention_rates(cfg, hardware, self.compute)
+        self.attention = _attention_rates(cfg, hardware, ways, self.compute)
 
     def layer(self, layer: LayerLayout) -> StepTime:
         """One micro batch through one layer, forward and backward."""
         model, tp = self.cfg.model, self.cfg.parallel.tp
         linear = 6 * layer_parameters(model).matmul / tp * self.tokens / self._products()
-        elementwise = self.tokens * model.hidden_size * self._elementwise_rate() + self._sums(
-            layer_parameters(model).matmul
-        )
+        elementwise = self.tokens * (model.hidden_size * self._elementwise_rate() - self._fused() / tp)
+        elementwise += self._sums(layer_parameters(model).matmul)
         attention = self._attention(layer)
         units, again = self._tensor_parallel_units()
         found = StepTime(
@@ -188,9 +193,11 @@ class _Model:
         model, tp = self.cfg.model, self.cfg.parallel.tp
         weights = model.vocab_size * model.hidden_size
         logits = self.tokens * model.vocab_size / tp
+        loss = self.ways.loss(self.cfg)
+        products = 8 if loss == "linear" else 6  # the backward multiplies again
         return StepTime(
-            linear=6 * weights / tp * self.tokens / self._products(),
-            elementwise=16 * logits / self.bandwidth + self._sums(weights),
+            linear=products * weights / tp * self.tokens / self._products(),
+            elementwise=_LOSS[loss] * logits / self.memory + self._sums(weights),
             communication=self._tensor_parallel_units()[0] / 2 * self._unit(),
         )
 
@@ -230,6 +237,15 @@ class _Model:
         split = 1 / parallel.tp if parallel.sequence_parallel else 1 - _SPLIT_SHARE + _SPLIT_SHARE / parallel.tp
         return _ELEMENTWISE * share * split / self.memory
 
+    def _fused(self) -> float:
+        """Seconds a token and layer that Liger-Kernel's kernels save."""
+        model, saved = self.cfg.model, 0.0
+        if self.ways.fuses_swiglu(self.cfg):
+            saved += _FUSED_SWIGLU * model.ffn_hidden_size
+        if self.ways.fuses_rotation(self.cfg):
+            saved += _FUSED_ROTATION * (model.num_attention_heads + model.num_query_groups) * head_dim(model)
+        return saved / self.memory
+
     def _sums(self, weights: int) -> float:
         """Seconds to add the gradients of so many weights, divided over ranks, to fp32 ones."""
         return 0.0 if self.te else 10 * weights / self.cfg.parallel.tp / self.bandwidth
@@ -266,10 +282,8 @@ class _Model:
         return _USED_LINK * (self.link if ranks <= GPUS_PER_MACHINE else min(self.link, NETWORK))
 
 
-def _attention_rates(cfg: PretrainConfig, hardware: Hardware, factor: float) -> AttentionRates:
-    rates = AttentionRates()
-    if cfg.dense_attention in ("flash", "efficient") or cfg.train.deterministic:
-        rates = rates.flash()
+def _attention_rates(cfg: PretrainConfig, hardware: Hardware, ways: Ways, factor: float) -> AttentionRates:
+    rates = AttentionRates().dense_by(ways.dense(cfg), cfg.train.deterministic)
     on_hopper = hardware.capability is None or hardware.capability[0] == 9
     if not on_hopper or cfg.attention_backend == "portable" or cfg.train.deterministic or cfg.layout.block_size < 64:
         rates = rates.portable()

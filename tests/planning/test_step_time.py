@@ -14,6 +14,8 @@ from s2train.planning.targets import target_gpu
 
 RESULTS = Path(__file__).parents[2] / "launch" / "results"
 H100 = target_gpu("h100-80gb")
+# What computed the steps that were measured before FlashAttention-4 and Liger-Kernel came.
+BEFORE = ["dense_attention=cudnn", "elementwise=torch", "loss=torch"]
 LAYERS = ["parallel.tp=1", "parallel.sequence_parallel=false", "train.micro_batch_size=1", "model.vocab_size=8192"]
 
 
@@ -50,7 +52,11 @@ def measured_steps() -> Iterator[tuple[str, list[str], int, float]]:
         yield run["name"], [*four, *ways[run["name"]]], 1, run["step_time_s"]
     for model, found in read("2026-11-26-h100x2-scaling.json")["parts"]["scaling"]["models"].items():
         for way, row in found.items():
-            divided = {"cp2": ["parallel.cp=2"], "tp2": ["parallel.tp=2", "parallel.sequence_parallel=true"]}
+            # cuDNN is refused under context parallel; s2train has its rate
+            divided = {
+                "cp2": ["parallel.cp=2", "dense_attention=s2train"],
+                "tp2": ["parallel.tp=2", "parallel.sequence_parallel=true"],
+            }
             batch = f"train.global_batch_size={4 if way == 'dp2' else 2}"
             settings = [f"+model={model}", "train.seq_length=32768", batch, *divided.get(way, [])]
             yield f"{model} {way}", settings, 1 if way == "one" else 2, row["step_time_s"]
@@ -66,7 +72,17 @@ def measured_steps() -> Iterator[tuple[str, list[str], int, float]]:
                 yield f"30m {row['layout.layers']}", settings, 1, float(row["step_time_s"])
 
 
-STEPS = list(measured_steps())
+def steps_of_libraries() -> Iterator[tuple[str, list[str], dict]]:
+    """Name, settings and record of each measured by `launch/check_libraries.py --parts steps`."""
+    for path in sorted(RESULTS.glob("*-h100-library-steps.json")):
+        for name, row in json.loads(path.read_text())["runs"].items():
+            if "error" not in row:
+                yield f"{path.stem} {name}", row["settings"], row
+
+
+LIBRARY_STEPS = list(steps_of_libraries())
+STEPS = [(name, [*BEFORE, *settings], processes, seconds) for name, settings, processes, seconds in measured_steps()]
+STEPS += [(name, settings, 1, row["step_s"]) for name, settings, row in LIBRARY_STEPS]
 
 
 @pytest.mark.parametrize("step", STEPS, ids=[step[0] for step in STEPS])
@@ -75,7 +91,43 @@ def test_a_measured_step_is_met_within_the_stated_margin(step: tuple[str, list[s
     assert predicted(*settings, processes=processes).time.total == pytest.approx(seconds, rel=MARGIN)
 
 
+@pytest.mark.parametrize("step", LIBRARY_STEPS, ids=[step[0] for step in LIBRARY_STEPS])
+def test_memory_of_a_measured_step_is_planned_within_the_margin(step: tuple[str, list[str], dict]) -> None:
+    _, settings, row = step
+    memory = preview(compose_run(settings), 1, H100).memory
+    assert memory.total - memory.overhead == pytest.approx(row["peak_bytes"], rel=MARGIN)
+
+
 SEVEN = ["+model=7b_hybrid"]
+LIGER = ["elementwise=liger", "loss=liger"]
+
+
+def test_faster_kernels_make_the_predicted_step_shorter() -> None:
+    one = ["+model=1b_hybrid", "train.seq_length=32768", "train.global_batch_size=2"]
+    before = predicted(*one, *BEFORE).time
+    liger = predicted(*one, "dense_attention=cudnn", *LIGER).time
+    assert before.elementwise - liger.elementwise == pytest.approx(2 * (16 * 2.05e-3 + 8.5e-3), rel=0.15)
+    assert liger.attention == before.attention
+    linear = predicted(*one, "dense_attention=cudnn", "elementwise=liger", "loss=linear").time
+    assert linear.linear > liger.linear  # the logits again
+    fa4 = predicted(*one, "dense_attention=fa4", *LIGER).time
+    assert before.attention * 0.8 < fa4.attention < before.attention
+
+
+def test_less_memory_is_planned_where_logits_are_not_copied() -> None:
+    one = ["+model=1b_hybrid", "train.seq_length=32768", "train.global_batch_size=2", "elementwise=torch"]
+    torchs, ligers, linear = (
+        preview(compose_run([*one, f"loss={way}"]), 1, H100).memory.activations for way in ("torch", "liger", "linear")
+    )
+    logits = 32768 * 32768
+    assert torchs - ligers == 6 * logits
+    assert torchs - linear > 6 * logits
+
+
+def test_a_deterministic_dense_backward_takes_longer() -> None:
+    dense = ["+model=1b_dense", "train.seq_length=32768", "dense_attention=fa4"]
+    sure = predicted(*dense, "train.deterministic=true").time.attention
+    assert 1.05 * predicted(*dense).time.attention < sure < 1.2 * predicted(*dense).time.attention
 
 
 def test_the_parts_are_the_step_and_tell_its_speed() -> None:
