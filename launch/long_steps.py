@@ -1,7 +1,8 @@
-"""Step times at long sequences, hybrid beside dense: `python launch/long_steps.py OUTPUT [--lengths 8k 32k 128k]`.
+"""Step times at long sequences, hybrids beside dense models: `python launch/long_steps.py OUTPUT --lengths 8k 32k`.
 
 Writes OUTPUT.json and OUTPUT.png and prints a table. What OUTPUT.json has already is not measured again, so that a
-broken-off measurement goes on. Arguments `setting=value` go to every run, such as backend=local. Nothing is saved.
+broken-off measurement goes on. Each way has the fastest kernels installed for it; `--layouts DSSS D1S7` names hybrids.
+Arguments `setting=value` go to every run, such as model.vocab_size=8192. Nothing is saved.
 """
 
 import argparse
@@ -15,11 +16,13 @@ import _surroundings  # noqa: F401 (prints why the rest can't start)
 from rich.console import Console
 
 from s2train.command_line import run_command, settings_before_options
-from s2train.comparison.long_steps import Request, measure_all, run_case
+from s2train.comparison.long_steps import Request, measure_all, serve_cases
 from s2train.comparison.long_steps_report import draw, table
 from s2train.comparison.runs import environment
+from s2train.comparison.ways import ways_to_compare
 from s2train.errors import ConfigError
 from s2train.files import check_writable, output_stem
+from s2train.hardware import detect_own
 
 
 def tokens(text: str) -> int:
@@ -43,22 +46,37 @@ def main() -> None:
     parser.add_argument("--layers", type=layers, default=None, help="how many, or auto: as many as fit")
     parser.add_argument("--steps", type=int, default=7, help="measured")
     parser.add_argument("--warmup", type=int, default=4, help="steps before, which compile and tune")
-    parser.add_argument("--case", help=argparse.SUPPRESS)
+    parser.add_argument("--layouts", nargs="+", default=["DSSS"], help="layer strings of the hybrids, such as D1S7")
+    parser.add_argument("--ways", nargs="+", help="names of those to measure; all by default")
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_intermixed_args(settings_before_options(sys.argv[1:]))
-    if given.case is not None:
-        run_command(lambda: run_case(given.case))
-    else:
-        run_command(lambda: measure_and_show(given))
+    run_command(serve_cases if given.serve else lambda: measure_and_show(given))
 
 
 def measure_and_show(given: argparse.Namespace) -> None:
     """Measure what is missing, and show all."""
     output = output_stem(given.output)
     check_writable("output", output.parent)
-    console = Console(width=int(os.environ.get("COLUMNS", "120")))
-    request = Request(given.size, given.lengths, given.tokens, given.layers, given.steps, given.warmup, given.overrides)
+    console = Console(width=int(os.environ.get("COLUMNS", "160")))
+    request = Request(
+        given.size,
+        given.lengths,
+        given.tokens,
+        given.layers,
+        given.steps,
+        given.warmup,
+        given.overrides,
+        given.layouts,
+    )
+    ways = ways_to_compare(detect_own(), given.layouts)
+    if given.ways is not None:
+        if unknown := sorted(set(given.ways) - {way.name for way in ways}):
+            names = ", ".join(way.name for way in ways)
+            raise ConfigError("--ways", unknown[0], "there is no such way here", f"Name some of: {names}.")
+        ways = [way for way in ways if way.name in given.ways]
     made_by = {"command": shlex.join(["python", *sys.argv]), **environment()}
-    rows = measure_all(request, output, made_by, lambda text: print(text, flush=True))
+    serving = [str(Path(__file__).resolve()), str(output), "--serve"]
+    rows = measure_all(request, ways, output, serving, made_by, lambda text: print(text, flush=True))
     if not rows:
         raise ConfigError("output", given.output, "nothing was measured", "See the failures above")
     console.print(table(rows))

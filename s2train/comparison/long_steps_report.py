@@ -12,32 +12,46 @@ from s2train.comparison.long_steps import Row
 from s2train.files import replacing
 
 
+def best_dense(rows: Sequence[Row], length: int) -> Row | None:
+    """The fastest dense way at a length; None if none was measured."""
+    dense = [row for row in rows if row.seq_length == length and not row.is_hybrid]
+    return min(dense, key=lambda row: row.step_s, default=None)
+
+
+def gain(row: Row, over: Row | None) -> float | None:
+    """How many times as fast a hybrid's step is as another way's; None for a dense row, or without the other."""
+    return over.step_s / row.step_s if row.is_hybrid and over is not None else None
+
+
 def table(rows: Sequence[Row]) -> Table:
-    """One line a row, with the hybrid's gain over each dense one."""
+    """One line a row; of hybrids with their gain over the best dense way and over each other one."""
+    dense = list(dict.fromkeys(row.way for row in rows if not row.is_hybrid))
     found = Table(
-        *("tokens", "way", "layers", "recompute", "s/step", "tokens/s", "MFU", "peak GiB", "planned", "hybrid's gain"),
+        *("tokens", "way", "layers", "recompute", "s/step", "planned", "tokens/s", "MFU", "peak GiB", "planned"),
+        *("over best dense", *(f"over {way.removeprefix('dense ')}" for way in dense)),
         box=box.SIMPLE_HEAD,
     )
-    hybrid = {row.seq_length: row.step_s for row in rows if row.way == "hybrid"}
     for row in sorted(rows, key=lambda row: row.seq_length):
-        gain = row.step_s / hybrid[row.seq_length] if row.seq_length in hybrid and row.way != "hybrid" else None
+        at = {other.way: other for other in rows if other.seq_length == row.seq_length}
+        gains = [gain(row, best_dense(rows, row.seq_length)), *(gain(row, at.get(way)) for way in dense)]
         found.add_row(
             f"{row.seq_length:,}",
             row.way,
             str(row.layers),
             row.recompute,
             f"{row.step_s:.3f}",
+            "" if row.planned_s is None else f"{row.planned_s:.3f}",
             f"{row.tokens_per_s:,.0f}",
             "" if row.mfu is None else f"{row.mfu:.1%}",
             f"{row.peak_gib:.1f}" if row.peak_gib else "",
             f"{row.planned_gib:.1f}" if row.planned_gib else "",
-            "" if gain is None else f"{gain:.2f}×",
+            *("" if each is None else f"{each:.2f}×" for each in gains),
         )
     return found
 
 
 def draw(rows: Sequence[Row], path: Path, title: str) -> None:
-    """Bars of tokens/s by length, one for each way; above each dense one the hybrid's gain over it."""
+    """Bars of tokens/s by length, one for each way; above each hybrid its gain over the best dense one."""
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -50,8 +64,8 @@ def draw(rows: Sequence[Row], path: Path, title: str) -> None:
             if (row := of_length.get(way)) is None:
                 continue
             axis.bar(place, row.tokens_per_s, width=0.7, color=f"C{place}", label=way)
-            gain = of_length["hybrid"].tokens_per_s / row.tokens_per_s if "hybrid" in of_length else 1.0
-            text = "" if way == "hybrid" else f"{gain:.2f}×"
+            times = gain(row, best_dense(rows, length))
+            text = "" if times is None else f"{times:.2f}×"
             axis.annotate(text, (place, row.tokens_per_s), ha="center", va="bottom", fontsize=9)
         layers = next(iter(of_length.values())).layers
         axis.set_title(f"{length:,} tokens, {layers} layers", fontsize=10)
@@ -61,9 +75,10 @@ def draw(rows: Sequence[Row], path: Path, title: str) -> None:
         axis.set_ylim(top=1.12 * max(row.tokens_per_s for row in of_length.values()))
     axes[0][0].set_ylabel("tokens/s")
     handles = [plt.Rectangle((0, 0), 1, 1, color=f"C{place}") for place in range(len(ways))]
-    figure.legend(handles, ways, loc="lower center", ncols=len(ways), frameon=False)
-    figure.suptitle(f"{title} (above a bar: the hybrid's gain)", fontsize=11)
-    figure.tight_layout(rect=(0, 0.07, 1, 1))
+    columns = min(len(ways), 4)
+    figure.legend(handles, ways, loc="lower center", ncols=columns, frameon=False, fontsize=8)
+    figure.suptitle(f"{title} (above a bar: the gain over the best dense)", fontsize=11)
+    figure.tight_layout(rect=(0, 0.07 * -(-len(ways) // columns), 1, 1))
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=130, format="png")
     plt.close(figure)

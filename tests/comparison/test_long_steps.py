@@ -1,18 +1,32 @@
-"""launch/long_steps.py measures each way in a process of its own, and goes on where it was broken off."""
+"""launch/long_steps.py measures each way with its best stack, and goes on where it was broken off."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from s2train.comparison.long_steps import WAYS, case_overrides, fitting
+from s2train.comparison import ways
+from s2train.comparison.long_steps import Request, Row, case_overrides, fitting
+from s2train.comparison.long_steps_report import best_dense, gain
+from s2train.comparison.ways import Way, ways_to_compare
 from s2train.hardware import Hardware, gpu_rates
 from s2train.planning import compose_run
 from tests.program import run
 
 H100 = Hardware("NVIDIA H100 80GB HBM3", "cuda", 85_017_624_576, gpu_rates("NVIDIA H100 80GB HBM3"), (9, 0))
 SMALL = ["--size", "tiny", "--layers", "4", "--tokens", "512", "--steps", "1", "--warmup", "1"]
+BOTH = ("DSSS", "D1S7")
+
+
+@pytest.fixture
+def libraries(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """FlashAttention-4 and Liger-Kernel, not transformer-engine."""
+    monkeypatch.setattr(ways, "fa4_version", lambda: "4")
+    monkeypatch.setattr(ways, "liger_version", lambda: "1")
+    monkeypatch.setattr(ways, "te_problem", lambda: "transformer-engine is not installed")
+    return monkeypatch
 
 
 @pytest.mark.slow
@@ -24,20 +38,24 @@ def test_measures_what_is_missing_and_saves_nothing_else(tmp_path: Path) -> None
     assert done.status == 0, done.err
     content = json.loads((tmp_path / "long.json").read_text())
     assert [(row["way"], row["seq_length"], row["layers"]) for row in content["rows"]] == [
-        ("hybrid", 256, 4),
+        ("hybrid DSSS", 256, 4),
         ("dense", 256, 4),
     ]
     assert content["command"].endswith(f"{output} --lengths 256 {' '.join([*SMALL, f'run_dir={tmp_path}/run'])}")
     for row in content["rows"]:
         assert row["tokens_per_s"] == pytest.approx(512 / row["step_s"])
+    assert content["rows"][0]["stack"] == "layout.layers=DSSS"
+    assert content["rows"][0]["kernels"] == [
+        "sparse attention: forward torch (no CUDA device), backward torch (no CUDA device)"
+    ]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["long.json", "long.png"]
 
     content["rows"] = content["rows"][:1]
     (tmp_path / "long.json").write_text(json.dumps(content))
     again = run("long_steps.py", *arguments, processes=0)
     assert again.status == 0, again.err
-    assert "hybrid, 256" not in again.out
-    assert "dense, 256" in again.out
+    assert "hybrid DSSS, 256 tokens" not in again.out
+    assert "measured: dense, 256 tokens" in again.out
     assert json.loads((tmp_path / "long.json").read_text())["rows"][0] == content["rows"][0]
 
 
@@ -45,21 +63,61 @@ def test_a_way_that_fails_is_told_and_left_out(tmp_path: Path) -> None:
     arguments = [str(tmp_path / "long"), "--lengths", "256", *SMALL, "backend=te"]
     done = run("long_steps.py", *arguments, processes=0)
     assert done.status == 2
-    assert "failed: hybrid: error: backend=te" in done.out
+    assert "failed: hybrid DSSS: ConfigError: backend=te" in done.out
     assert not (tmp_path / "long.json").exists()
 
 
+def test_an_unknown_way_is_refused_with_those_that_there_are(tmp_path: Path) -> None:
+    done = run("long_steps.py", str(tmp_path / "long"), "--ways", "dense cuDNN 2", *SMALL, processes=0)
+    assert done.status == 2
+    assert "hybrid DSSS" in done.err
+
+
+@pytest.mark.usefixtures("libraries")
 def test_as_many_layers_as_fit_are_taken_the_same_for_every_way() -> None:
-    short, long = (fitting("7b", length, 131072, None, H100, ["model.vocab_size=8192"]) for length in (8192, 131072))
-    assert short[0] % 4 == long[0] % 4 == 0
+    request = Request("7b", (8192, 131072), 131072, None, 1, 1, ["model.vocab_size=8192"], BOTH)
+    compared = ways_to_compare(H100, BOTH)
+    short, long = (fitting(request, compared, length, H100) for length in (8192, 131072))
+    assert short[0] % 8 == long[0] % 8 == 0  # whole repetitions of D1S7
     assert short[0] >= long[0] > 0
     assert (short[1], long[1]) == ("none", "full")
 
 
-def test_dense_ways_differ_in_the_implementation_alone() -> None:
-    ours, cudnn, flash = (compose_run(case_overrides("7b", way, 8192, 131072, 4, "none")) for way in WAYS)
-    assert [cfg.dense_attention for cfg in (ours, cudnn, flash)] == ["auto", "cudnn", "flash"]
-    flash.dense_attention = "cudnn"
-    assert flash == cudnn
-    assert set(ours.layout.layers) == {"D", "S"}
-    assert ours.train.global_batch_size * ours.train.seq_length == 131072
+@pytest.mark.usefixtures("libraries")
+def test_ways_differ_in_layout_and_dense_kernels_and_share_the_best_of_the_rest() -> None:
+    compared = {way.name: way for way in ways_to_compare(H100, BOTH)}
+    assert list(compared) == [
+        *("hybrid DSSS", "hybrid D1S7"),
+        *("dense FlashAttention-4", "dense cuDNN", "dense FlashAttention-2"),
+    ]
+    cfgs = {n: compose_run(case_overrides("7b", way, 8192, 131072, 8, "none")) for n, way in compared.items()}
+    assert [cfg.dense_attention for cfg in cfgs.values()] == ["fa4", "fa4", "fa4", "cudnn", "flash"]
+    assert {(cfg.backend, cfg.elementwise, cfg.loss) for cfg in cfgs.values()} == {("local", "liger", "liger")}
+    assert [cfgs[f"hybrid {letters}"].layout.layers for letters in BOTH] == list(BOTH)
+    cfgs["dense cuDNN"].dense_attention = "flash"
+    assert cfgs["dense cuDNN"] == cfgs["dense FlashAttention-2"]
+    assert cfgs["hybrid DSSS"].train.global_batch_size * 8192 == 131072
+
+
+def test_ways_follow_what_is_installed(libraries: pytest.MonkeyPatch) -> None:
+    libraries.setattr(ways, "te_problem", lambda: None)
+    names = [way.name for way in ways_to_compare(H100, ["DSSS"])]
+    assert names[-4:] == [
+        *("hybrid DSSS, TE", "dense FlashAttention-4, TE"),
+        *("hybrid DSSS, TE FP8", "dense FlashAttention-4, TE FP8"),
+    ]
+    libraries.setattr(ways, "fa4_version", lambda: None)
+    libraries.setattr(ways, "liger_version", lambda: None)
+    without: Way = ways_to_compare(H100, ["DSSS"])[1]
+    assert without.name == "dense s2train"
+    assert {"dense_attention=s2train", "elementwise=torch", "loss=torch"} <= set(without.settings)
+
+
+def test_a_hybrids_gain_is_over_the_fastest_dense_way_of_its_length() -> None:
+    row = Row("hybrid DSSS", 8, 4, "none", 1, 3, 1.0, 1.0, 8.0, 1.0, None, 0.0, 0.0)
+    slow, fast = replace(row, way="dense cuDNN", step_s=3.0), replace(row, way="dense FlashAttention-4", step_s=2.5)
+    other = replace(row, way="dense cuDNN", seq_length=16, step_s=1.5)
+    assert best_dense([row, slow, fast, other], 8) == fast
+    assert gain(row, fast) == 2.5
+    assert gain(row, best_dense([row, other], 8)) is None
+    assert gain(slow, fast) is None
