@@ -102,7 +102,7 @@ def _local_layer_spec(attention: ModuleSpec | None) -> ModuleSpec:
     spec.submodules.pre_mlp_layernorm = RMSNorm
     if attention is not None:
         own = spec.submodules.self_attention
-        own.module, own.params = attention.module, {**own.params, **attention.params}
+        own.module, own.params = attention.module, {**(own.params or {}), **(attention.params or {})}
     return spec
 
 

@@ -1,5 +1,7 @@
 """Liger-Kernel's SwiGLU, rotation and loss, in Triton's interpreter, are Megatron's in output and gradients."""
 
+import json
+import random
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -13,6 +15,7 @@ from s2train import liger
 from s2train.config import PretrainConfig
 from s2train.liger import choose_loss, kernels_line, liger_operations
 from tests.planning.test_plan_refusals import config
+from tests.program import run
 
 HOPPER = (9, 0)
 RELEASE = next(entry.release for entry in VERIFIED if entry.library == "liger-kernel")
@@ -108,6 +111,18 @@ def test_losses_are_torchs() -> None:
     expected = results(plain, hidden, weight)
     assert_alike(results(over_logits, hidden, weight), expected)
     assert_alike(results(lambda x, w: linear_loss(x, w, labels), hidden, weight), expected)
+
+
+@needs_liger
+@pytest.mark.slow
+@pytest.mark.parametrize("tp", [1, 2])
+def test_a_model_trains_as_with_megatrons_kernels(tp: int) -> None:
+    seed = str(random.randrange(2**31))
+    print("seed", seed)
+    done = run("tests.megatron.liger_program", seed, str(tp), processes=tp, interpret=True)
+    assert done.status == 0, done.err[-3000:]
+    for case, found in json.loads(done.out.splitlines()[-1]).items():
+        assert max(found["losses"], found["gradients"]) < 1e-5, (case, found)
 
 
 # what a run takes

@@ -1,0 +1,82 @@
+"""Trains small random models once by Megatron's kernels and once by Liger-Kernel's; prints the differences as JSON.
+
+In a process of its own, since Megatron's groups and its CPU mode are global; under torchrun tensor parallel.
+"""
+
+import json
+import sys
+from dataclasses import replace
+
+import torch
+from megatron.core.models.gpt.gpt_model import GPTModel
+
+from s2train.config import ModelConfig, ParallelConfig, PretrainConfig, TrainConfig
+from s2train.liger import OPERATIONS
+from s2train.megatron.backends import choose_backend
+from s2train.megatron.core_attention import packed_documents
+from s2train.megatron.model import build_model, transformer_config, unwrap
+from s2train.megatron.rotation import RotatingSelfAttention
+from s2train.megatron.setup import initialize, shutdown
+from tests.megatron.cached_models import BLOCK, VOCABULARY, hybrid_of
+from tests.megatron.cached_program import positions_like
+
+LENGTH = 2 * BLOCK
+
+
+def build(cfg: PretrainConfig, operations: tuple[str, ...], device: torch.device) -> GPTModel:
+    backend = choose_backend("local", frozenset(operations))
+    (chunk,) = build_model(cfg, transformer_config(cfg), hybrid_of("hybrid"), backend, device)
+    return unwrap(chunk)
+
+
+def compare(cfg: PretrainConfig, loss: str, packed: bool, device: torch.device) -> dict[str, float]:
+    plain = build(replace(cfg, loss="torch"), (), device)
+    liger = build(replace(cfg, loss=loss), OPERATIONS, device)
+    assert any(isinstance(module, RotatingSelfAttention) for module in liger.modules())
+    assert list(plain.state_dict()) == list(liger.state_dict())
+    liger.load_state_dict(plain.state_dict())
+    tokens, labels = torch.randint(0, VOCABULARY, (2, 2, LENGTH), device=device)
+    weights = torch.rand(2, LENGTH, device=device)
+    bounds = torch.tensor([[0, 3, LENGTH]] * 2, dtype=torch.int32, device=device)
+    more = {"packed_seq_params": packed_documents(bounds, LENGTH)} if packed else {}
+    losses, gradients = [], []
+    for gpt in (plain, liger):
+        found = gpt(tokens, positions_like(tokens), None, labels=labels, **more)
+        (found * weights).sum().backward()
+        losses.append(found.detach())
+        gradients.append(torch.cat([p.grad.flatten() for p in gpt.parameters() if p.grad is not None]))
+    return {
+        "losses": float((losses[1] - losses[0]).norm() / losses[0].norm()),
+        "gradients": float((gradients[1] - gradients[0]).norm() / gradients[0].norm()),
+    }
+
+
+def main() -> None:
+    """Arguments: seed, tensor parallel size."""
+    seed, tp = map(int, sys.argv[1:])
+    parallel = ParallelConfig(tp=tp, sequence_parallel=tp > 1)
+    device = initialize(parallel, 1)
+    torch.manual_seed(seed)  # the same data on every rank
+    model = ModelConfig("test", len(hybrid_of("hybrid").layers), 64, 96, 4, 2, 16, VOCABULARY, init_std=0.2)
+    train = TrainConfig(steps=1, seq_length=LENGTH, global_batch_size=1, precision="fp32")
+    cfg = PretrainConfig(model=model, parallel=parallel, train=train, attention_backend="torch")
+    cases = {
+        "loss over logits": (cfg, "liger", False),
+        "packed documents": (cfg, "liger", True),
+        "half of the dimensions turn": (replace(cfg, model=replace(model, rotary_percent=0.5)), "liger", False),
+        "full recomputation": (replace(cfg, train=replace(train, recompute="full")), "liger", False),
+        "selective recomputation": (replace(cfg, train=replace(train, recompute="selective")), "liger", False),
+    }
+    if tp == 1:
+        cases |= {
+            "loss over hidden states": (cfg, "linear", False),
+            "tied embeddings": (replace(cfg, model=replace(model, tie_embeddings=True)), "linear", False),
+        }
+    found = {name: compare(*case, device) for name, case in cases.items()}
+    if torch.distributed.get_rank() == 0:
+        print(json.dumps(found))
+    shutdown()
+
+
+if __name__ == "__main__":
+    main()
