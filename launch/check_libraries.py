@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,12 @@ WAYS = {
     "liger": ["elementwise=liger", "loss=liger", "dense_attention=cudnn"],
     "liger, linear loss": ["elementwise=liger", "loss=linear", "dense_attention=cudnn"],
     "fa4": ["elementwise=torch", "loss=torch", "dense_attention=fa4"],
+    "liger, fa4": ["elementwise=liger", "loss=liger", "dense_attention=fa4"],
     "liger, linear loss, fa4": ["elementwise=liger", "loss=linear", "dense_attention=fa4"],
 }
 _WARM_UP = 3  # steps, which compile
+_STEP_WAYS = ("torch", "liger, fa4", "liger, linear loss, fa4")
+_LOSS_WAYS = ("torch", "torch, FlashAttention-2", "liger", "liger, linear loss, fa4")
 _BENCHMARKS = ["b128-l8-v16-32k", "b128-l8-v16-8k", "b128-l8-v16-32k-kv8"]
 _CONTENDERS = ["ours", "flex", "fa4_sparse", "cudnn", "flash2", "fa3", "fa4"]
 
@@ -36,13 +40,23 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--seconds", type=float, default=150, help="end a part that takes longer")
+    parser.add_argument("--operations", nargs="+", help="elementwise: those alone, such as rotation")
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), help="steps: those alone")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
     if given.part is not None:
-        {"elementwise": elementwise, "losses": losses, "steps": steps}[given.part](given.folder)
+        if given.part == "elementwise":
+            elementwise(given.folder, given.operations)
+        elif given.part == "losses":
+            losses(given.folder)
+        else:
+            steps(given.folder, given.ways or _STEP_WAYS)
         return
-    own = [sys.executable, str(Path(__file__).resolve()), str(given.folder), "--part"]
+    own = [sys.executable, str(Path(__file__).resolve()), str(given.folder)]
+    own += ["--operations", *given.operations] if given.operations else []
+    own += ["--ways", *given.ways] if given.ways else []
+    own += ["--part"]
     kernels = [sys.executable, "-m"]
     commands = {
         "dense": [*kernels, "s2train.kernels.check.dense", str(given.folder / "dense.json")],
@@ -75,8 +89,8 @@ def _save(path: Path, data: dict[str, Any]) -> None:
     path.write_text(json.dumps(data, indent=1) + "\n")
 
 
-def elementwise(folder: Path) -> None:
-    """Norm, SwiGLU, loss and rotation."""
+def elementwise(folder: Path, names: list[str] | None) -> None:
+    """Norm, SwiGLU, loss and rotation, or those of these names alone."""
     import torch
     from s2train.kernels.benchmarks.timing import Clock
 
@@ -89,6 +103,8 @@ def elementwise(folder: Path) -> None:
     data: dict[str, Any] = {**_origin(), "checks": [], "times": []}
     clock = Clock(device)
     for operation in operations(2048, 8192, 32768, 32, 8):
+        if names and operation.name not in names:
+            continue
         for dtype in (torch.float32, torch.bfloat16):
             data["checks"] += check(operation, dtype)
         data["times"] += measure(operation, clock)
@@ -103,18 +119,27 @@ def losses(folder: Path) -> None:
     """20 steps of the 125M hybrid: how far losses lie apart, rounding's own distance beside them."""
     base = ["+model=125m_hybrid", "train.global_batch_size=2", "train.micro_batch_size=2", "optim.warmup_steps=2"]
     fp32 = ["train.precision=fp32", "train.seq_length=2048", "dense_attention=efficient"]
-    runs = {f"bf16 {name}": [*base, *settings] for name, settings in WAYS.items()}
+    runs = {f"bf16 {name}": [*base, *WAYS[name]] for name in _LOSS_WAYS}
     for name in ("torch", "liger", "liger, linear loss"):
         runs[f"fp32 {name}"] = [*base, *WAYS[name][:2], *fp32]
     runs["fp32 torch, attention in torch"] = [*base, *WAYS["torch"][:2], *fp32, "attention_backend=torch"]
     _train(folder / "losses.json", runs, steps=20, traced=False)
+    print_gaps(json.loads((folder / "losses.json").read_text())["runs"])
 
 
-def steps(folder: Path) -> None:
+def print_gaps(runs: dict[str, dict[str, Any]]) -> None:
+    """How far the losses of each run lie from those of the first in its precision, at most and on the mean."""
+    for name, row in runs.items():
+        first = runs[f"{name.split()[0]} torch"]
+        if "losses" in row and "losses" in first and row is not first:
+            gaps = [abs(x - y) for x, y in zip(row["losses"], first["losses"], strict=True)]
+            print(f"{name}: losses differ by {max(gaps):.2e} at most, {sum(gaps) / len(gaps):.2e} on the mean")
+
+
+def steps(folder: Path, names: Sequence[str]) -> None:
     """Steps of the 1B hybrid over two sequences of 32k tokens, as `launch/scaling.py` measures them."""
     base = ["+model=1b_hybrid", "train.seq_length=32768", "train.global_batch_size=2"]
-    names = ("torch", "liger, linear loss", "liger, linear loss, fa4", "liger", "fa4")
-    _train(folder / "steps.json", {name: [*base, *WAYS[name]] for name in names}, steps=7, traced=True)
+    _train(folder / "steps.json", {name: [*base, *WAYS[name]] for name in names}, steps=6, traced=True)
 
 
 def _train(path: Path, runs: dict[str, list[str]], steps: int, traced: bool) -> None:
@@ -148,7 +173,7 @@ def _train(path: Path, runs: dict[str, list[str]], steps: int, traced: bool) -> 
             torch.cuda.empty_cache()
         data["runs"][name] = row
         _save(path, data)
-        print(name, {k: v for k, v in row.items() if k not in ("settings", "kernels")}, flush=True)
+        print(name, {k: v for k, v in row.items() if k not in ("settings", "kernels", "planned_parts_s")}, flush=True)
     setup.shutdown()
 
 
