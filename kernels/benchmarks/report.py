@@ -28,6 +28,12 @@ def best_peer(record: Record, part: str) -> tuple[str, float] | None:
     return min(peers.items(), key=lambda item: item[1]) if peers else None
 
 
+def best_dense(record: Record, part: str) -> tuple[str, float] | None:
+    """The fastest peer that computes full causal attention, and its time over ours."""
+    peers = {name: ratio for name, ratio in speedups(record, part).items() if not CONTENDERS[name].sparse}
+    return min(peers.items(), key=lambda item: item[1]) if peers else None
+
+
 def series(records: Sequence[Record], like: Case) -> list[Record]:
     """Records that differ from a case in length alone, shortest first."""
     fields = ("block", "local", "stride", "heads", "kv_heads", "dim")
@@ -69,7 +75,9 @@ def summary(records: Sequence[Record]) -> Record:
     """Ratios by case and part, and the break-even length and density against cuDNN by series and part."""
     ratios = {
         r["case"]: {
-            part: {"over": speedups(r, part), "best_peer": best_peer(r, part)} for part in PARTS if speedups(r, part)
+            part: {"over": speedups(r, part), "best_peer": best_peer(r, part), "best_dense": best_dense(r, part)}
+            for part in PARTS
+            if speedups(r, part)
         }
         for r in records
     }

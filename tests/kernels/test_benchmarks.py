@@ -112,6 +112,21 @@ def test_flex_attention_refuses_small_blocks() -> None:
         CONTENDERS["flex"].prepare(Problem(parse_case("b64-l2-v4-128-h4"), CPU))
 
 
+@pytest.mark.parametrize(
+    ("name", "sparse", "format"), [("fa4_sparse", True, "bshd"), ("fa4", False, "bshd"), ("fa3", False, "bshd")]
+)
+def test_newer_flash_attentions_are_contenders_that_say_what_they_lack(name: str, sparse: bool, format: str) -> None:
+    contender = CONTENDERS[name]
+    assert (contender.sparse, contender.format) == (sparse, format)
+    with pytest.raises(NotSupportedError, match=r"needs CUDA|not importable"):
+        contender.prepare(Problem(parse_case("b128-l2-v4-512-h4"), CPU))
+
+
+def test_flash_attention_4_has_no_sparse_backward_in_blocks_other_than_128() -> None:
+    with pytest.raises(NotSupportedError, match="blocks of 64"):
+        CONTENDERS["fa4_sparse"].prepare(Problem(parse_case("b64-l2-v4-512-h4"), CPU))
+
+
 def fake(name: str, factor: float, monkeypatch: pytest.MonkeyPatch, *, from_length: int = 0) -> None:
     """A sparse peer that is ours times a factor, from some length on."""
 
@@ -239,6 +254,9 @@ def test_summary_finds_break_even_density_and_best_peer() -> None:
     assert at == pytest.approx(0.5, rel=0.01)
     part = found["ratios"]["b128-l8-v4-32k"]["backward"]
     assert part["best_peer"] == ("dkernel", pytest.approx(1.3))
+    others = made_up(["b128-l8-v4-32k"], ours=2.0, cudnn=1.0, flash2=1.9, fa4=0.9)
+    dense = summary(others)["ratios"]["b128-l8-v4-32k"]["both"]["best_dense"]
+    assert dense == ("fa4", pytest.approx(0.9 / 2.0 / others[0]["density"]))
 
 
 def launched(word: str, eager: float, graph: float | None) -> dict[str, Any]:
