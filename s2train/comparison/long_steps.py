@@ -186,7 +186,9 @@ def measure_all(
         ConfigError: too few layers fit at one of the lengths; nothing was measured.
     """
     path = output.with_name(output.name + ".json")
-    rows = [Row(**row) for row in json.loads(path.read_text())["rows"]] if path.is_file() else []
+    before = json.loads(path.read_text()) if path.is_file() else {"rows": []}
+    rows = [Row(**row) for row in before["rows"]]
+    earlier = [*before.get("earlier_commands", []), *([before["command"]] if "command" in before else [])]
     hardware = detect_own()
     # all of them first: what can't fit is told before anything is measured
     fits = [fitting(request, ways, length, hardware) for length in request.lengths]
@@ -206,6 +208,7 @@ def measure_all(
         rows.append(Row(**found))
         say(f"measured: {rows[-1].way}, {rows[-1].seq_length:,} tokens: {rows[-1].step_s:.3f} s a step")
         with replacing(path) as temporary:
-            content = {**made_by, "request": asdict(request), "rows": [asdict(row) for row in rows]}
+            content = {**made_by, "earlier_commands": earlier, "request": asdict(request)}
+            content["rows"] = [asdict(row) for row in rows]
             temporary.write_text(json.dumps(content, indent=1) + "\n")
     return rows

@@ -56,7 +56,9 @@ def test_measures_what_is_missing_and_saves_nothing_else(tmp_path: Path) -> None
     assert again.status == 0, again.err
     assert "hybrid DSSS, 256 tokens" not in again.out
     assert "measured: dense, 256 tokens" in again.out
-    assert json.loads((tmp_path / "long.json").read_text())["rows"][0] == content["rows"][0]
+    now = json.loads((tmp_path / "long.json").read_text())
+    assert now["rows"][0] == content["rows"][0]
+    assert now["earlier_commands"] == [content["command"]]
 
 
 def test_a_way_that_fails_is_told_and_left_out(tmp_path: Path) -> None:
