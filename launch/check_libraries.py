@@ -5,6 +5,7 @@ GPU; what is not installed is left out. What these files call right, `kernels/ve
 """
 
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -170,7 +171,8 @@ def _train(path: Path, runs: dict[str, list[str]], steps: int, traced: bool) -> 
             row["mfu"] = tokens * plan.flops.sparse / step_s / peak if peak else None
         except Exception as error:
             row["error"] = f"{type(error).__name__}: {error}"[:400]
-            torch.cuda.empty_cache()
+        gc.collect()  # what a failed run leaves, whose error held it until here
+        torch.cuda.empty_cache()
         data["runs"][name] = row
         _save(path, data)
         print(name, {k: v for k, v in row.items() if k not in ("settings", "kernels", "planned_parts_s")}, flush=True)

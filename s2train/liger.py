@@ -12,6 +12,7 @@ INSTALL = "pip install 's2train[liger]'"
 # (launch/results/2026-11-28-h100-elementwise.json): norms stay torch's.
 SWIGLU, ROTATION = "swiglu", "rotation"
 OPERATIONS = (SWIGLU, ROTATION)
+_LOSS = "loss liger"
 
 
 @cache
@@ -52,12 +53,12 @@ def liger_operations(cfg: PretrainConfig, capability: tuple[int, int] | None, te
 def choose_loss(cfg: PretrainConfig, capability: tuple[int, int] | None, te: bool) -> str:
     """`torch`, `liger` or `linear`: what the run's `loss` stands for; arguments as of `liger_operations`.
 
-    `auto` is linear without tensor parallelism, liger with it, where that was verified in the run's precision.
+    `auto` is liger where that was verified in the run's precision, which is without tensor parallelism; linear takes
+    less memory and more time.
     """
     if cfg.loss != "auto":
         return cfg.loss
-    name = _auto_loss(cfg)
-    return name if _why_not(cfg, f"loss {name}", capability, te) is None else "torch"
+    return "liger" if _why_not(cfg, _LOSS, capability, te) is None else "torch"
 
 
 def kernels_line(cfg: PretrainConfig, capability: tuple[int, int] | None, te: bool) -> str:
@@ -69,15 +70,11 @@ def kernels_line(cfg: PretrainConfig, capability: tuple[int, int] | None, te: bo
     used["loss"] = loss
     reasons = []
     for name, way in used.items():
-        asked, case = (cfg.loss, f"loss {_auto_loss(cfg)}") if name == "loss" else (cfg.elementwise, name)
+        asked, case = (cfg.loss, _LOSS) if name == "loss" else (cfg.elementwise, name)
         if way == "torch" and asked == "auto" and (why := _why_not(cfg, case, capability, te)) not in reasons:
             reasons.append(why)
     why = f" ({'; '.join(filter(None, reasons))})" if reasons else ""
     return ", ".join(f"{name} {way}" for name, way in used.items()) + why
-
-
-def _auto_loss(cfg: PretrainConfig) -> str:
-    return "linear" if cfg.parallel.tp == 1 else "liger"
 
 
 def _why_not(cfg: PretrainConfig, operation: str, capability: tuple[int, int] | None, te: bool) -> str | None:
@@ -88,6 +85,8 @@ def _why_not(cfg: PretrainConfig, operation: str, capability: tuple[int, int] | 
         return "not with transformer-engine's layers, unless asked for"
     if liger_version() is None:
         return "liger-kernel is not installed"
+    if operation == _LOSS and cfg.parallel.tp > 1:
+        return "its loss was not checked under tensor parallelism"
     case = f"{operation} {cfg.train.precision}"
     if verified("liger-kernel", liger_version(), capability, case) is None:
         on = ".".join(map(str, capability))

@@ -112,9 +112,12 @@ def _traced(step: object) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
-        with profile(activities=activities, schedule=schedule(wait=0, warmup=1, active=1)) as profiler:
+        once = schedule(wait=0, warmup=1, active=1, repeat=1)
+        # written when the step ends: the profiler keeps no trace for later
+        with profile(
+            activities=activities, schedule=once, on_trace_ready=lambda trace: trace.export_chrome_trace(str(path))
+        ) as profiler:
             for _ in range(2):
                 step()
                 profiler.step()
-        profiler.export_chrome_trace(str(path))
         return breakdown(read_trace(path)).parts

@@ -137,12 +137,12 @@ def line(capability: tuple[int, int] | None = HOPPER, te: bool = False, **change
 
 
 @pytest.mark.usefixtures("installed")
-def test_auto_takes_what_was_verified_and_the_linear_loss_without_tensor_parallelism() -> None:
+def test_auto_takes_what_was_verified() -> None:
     cfg: PretrainConfig = config()
     verified = {case.removesuffix(" bf16") for entry in VERIFIED for case in entry.cases if case.endswith(" bf16")}
     assert liger_operations(cfg, HOPPER, te=False) == verified & set(liger.OPERATIONS)
-    assert choose_loss(cfg, HOPPER, te=False) == "linear"
-    assert choose_loss(config(parallel__tp=2), HOPPER, te=False) == "liger"
+    assert choose_loss(cfg, HOPPER, te=False) == "liger"
+    assert choose_loss(config(parallel__tp=2), HOPPER, te=False) == "torch"
 
 
 @pytest.mark.usefixtures("installed")
