@@ -23,12 +23,19 @@ _ORDER: dict[Kind, tuple[str, ...]] = {
 }
 _SHORT_ORDER = ("fa4", "cudnn", "s2train", "flash", "efficient")  # of whole sequences below `LONG` tokens
 LONG = 8192
+# Beyond the longest length measured s2train comes last: its layout of every block grows with the square of the length,
+# to gigabytes at a million tokens.
+LONGEST = 131_072
 ORDER_FILE = "2026-11-28-h100-dense-check.json"  # in kernels/results
 
 
 def dense_order(kind: Kind, length: int) -> tuple[str, ...]:
     """The implementations that have such calls over `length` keys, fastest first."""
-    return _SHORT_ORDER if kind == "whole" and length < LONG else _ORDER[kind]
+    if kind == "whole" and length < LONG:
+        return _SHORT_ORDER
+    if length > LONGEST:
+        return (*(name for name in _ORDER[kind] if name != "s2train"), "s2train")
+    return _ORDER[kind]
 
 
 @dataclass(frozen=True)

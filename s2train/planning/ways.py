@@ -6,7 +6,7 @@ import torch
 
 from s2train.config import PretrainConfig
 from s2train.hardware import Hardware
-from s2train.kernels.dense_choice import LONG, takes_fa4
+from s2train.kernels.dense_choice import LONG, LONGEST, takes_fa4
 from s2train.liger import ROTATION, SWIGLU, choose_loss, liger_operations
 from s2train.planning.backend import uses_te
 from s2train.planning.parameters import head_dim
@@ -49,7 +49,8 @@ class Ways:
         dtype = torch.bfloat16 if cfg.train.precision == "bf16" else torch.float32
         if takes_fa4(self.capability, dtype, dim, grouped=grouped, deterministic=deterministic):
             return "fa4"
-        if self._has_hopper_kernels(cfg) and (cfg.train.seq_length >= LONG or deterministic):
+        is_measured = cfg.train.seq_length <= LONGEST and (cfg.train.seq_length >= LONG or deterministic)
+        if is_measured and self._has_hopper_kernels(cfg):
             return "s2train"
         return "flash" if deterministic else "cudnn"
 

@@ -9,6 +9,7 @@ import torch
 from s2train.kernels import dense_choice
 from s2train.kernels.dense_choice import (
     LONG,
+    LONGEST,
     ORDER_FILE,
     DenseCall,
     Kind,
@@ -59,8 +60,9 @@ def test_without_it_our_own_kernels_come_before_cudnn() -> None:
 
 
 @pytest.mark.usefixtures("no_fa4")
-def test_cudnn_is_taken_for_short_sequences_where_it_was_faster() -> None:
+def test_cudnn_is_taken_for_sequences_of_other_lengths_than_ours_was_faster_at() -> None:
     assert choose_dense(call(length=LONG - 1), "auto", serves_all).implementation == "cudnn"
+    assert choose_dense(call(length=LONGEST + 1), "auto", serves_all).implementation == "cudnn"
 
 
 @pytest.mark.usefixtures("no_fa4")
