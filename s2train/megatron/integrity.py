@@ -14,6 +14,7 @@ from torch.distributed.checkpoint import FileSystemReader
 CONFIG, PROGRESS, COMMON = "config.yaml", "progress.json", "common.pt"
 _COMMON_IN_SHARDS = "common_state/"  # megatron-core 0.19 keeps there what 0.16 writes to common.pt
 _LOAD_FAILED = "load_failed.txt"
+_LAST_SETTING = "plan"  # of a run's settings, in every version
 
 
 def damage(checkpoint: Path) -> str | None:
@@ -90,11 +91,14 @@ def _check_json(path: Path) -> None:
 
 
 def _check_yaml(path: Path) -> None:
-    # Cut between two letters it would be YAML still, of fewer settings.
+    # Cut anywhere it would be YAML still, of fewer settings.
     if not path.read_text().endswith("\n"):
         raise ValueError("cut short")
-    if not OmegaConf.is_dict(OmegaConf.load(path)):
+    settings = OmegaConf.load(path)
+    if not OmegaConf.is_dict(settings):
         raise ValueError("no settings in it")
+    if _LAST_SETTING not in settings:
+        raise ValueError("cut short")
 
 
 def _check_memo(path: Path) -> None:
