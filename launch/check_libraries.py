@@ -17,6 +17,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import _surroundings  # noqa: F401 (prints why the rest can't start)
+
+from s2train.environment import environment
+
 PARTS = ("dense", "elementwise", "losses", "steps", "benchmarks")
 # What is compared in whole steps: name -> settings. The first is what runs without either library.
 WAYS = {
@@ -81,8 +85,6 @@ def main() -> None:
 
 
 def _origin() -> dict[str, Any]:
-    from s2train.environment import environment
-
     return {"command": f"python launch/check_libraries.py ({' '.join(sys.argv[1:])})", **environment()}
 
 

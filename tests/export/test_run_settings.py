@@ -64,6 +64,7 @@ def test_the_printed_command_composes_the_models_settings(tmp_path: Path) -> Non
         "input=bundled",
         "output=runs/data/start",
         "tokenizer='/a folder/tokenizer.json'",
+        "end_token='<|im_end|>'",
     ]
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
+from s2train.kernels.interpreter import repair_interpreter
 
 from s2train.config import ModelConfig, ParallelConfig, PretrainConfig, TrainConfig
 from s2train.liger import OPERATIONS
@@ -21,6 +22,7 @@ from tests.megatron.cached_models import BLOCK, VOCABULARY, hybrid_of
 from tests.megatron.cached_program import positions_like
 
 LENGTH = 2 * BLOCK
+repair_interpreter()  # Liger-Kernel's loops need it too
 
 
 def build(cfg: PretrainConfig, operations: tuple[str, ...], device: torch.device) -> GPTModel:
