@@ -68,9 +68,10 @@ def _build(
     meta = torch.stack([metas[group] for group in groups])
     meta[:, :, 0] = torch.arange(num_kv_heads, device=device)[:, None]
     meta = meta.flatten(0, 1)
-    meta[:, 6] = torch.cat(parts)[meta[:, 3]]
+    steps = torch.cat(parts)
+    meta[:, 6] = steps[meta[:, 3]]
     meta = meta[program_order(meta[:, 0], meta[:, 5])]
-    return KeyPairs(meta.to(torch.int32), torch.cat(parts), first_tile, end_tile - first_tile)
+    return KeyPairs(meta.to(torch.int32), steps, first_tile, end_tile - first_tile)
 
 
 def _step_order(pair: Tensor, masked: Tensor, member: Tensor, tile: Tensor) -> Tensor:
