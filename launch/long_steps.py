@@ -1,7 +1,7 @@
 """Step times at long sequences, hybrids beside dense models: `python launch/long_steps.py OUTPUT --lengths 8k 32k`.
 
 Writes OUTPUT.json and OUTPUT.png and prints a table. What OUTPUT.json has already is not measured again, so that a
-broken-off measurement goes on. Each way has the fastest kernels installed for it; `--layouts DSSS D1S7` names hybrids.
+broken-off measurement resumes. Each way has the fastest kernels installed for it; `--layouts DSSS D1S7` names hybrids.
 Arguments `setting=value` go to every run, such as model.vocab_size=8192. Nothing is saved.
 """
 

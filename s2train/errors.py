@@ -8,7 +8,7 @@ from signal import Signals
 # sysexits.h's "temporary failure". torchrun itself would end with 1; `launch/job.py` hands it on.
 EXIT_REQUEUE = 75
 USAGE_STATUS = 2
-INTERRUPTED_STATUS = 130  # of Ctrl-C, as a shell tells it
+INTERRUPTED_STATUS = 130  # of Ctrl-C, as a shell reports it
 # Names a file. If set, a rank that ends as all ranks do, for what no restart mends (a signal, a refusal, a loss that
 # diverged), writes its status there and ends with 0: torchrun takes any other for a failure, which it would restart
 # or report as its own 1. `launch/job.py` sets it.

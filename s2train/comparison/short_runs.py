@@ -97,7 +97,7 @@ def random_batches(cfg: PretrainConfig, device: torch.device) -> Iterator[dict[s
 
 
 def _draw_weights(models: list[torch.nn.Module], cfg: PretrainConfig) -> None:
-    """The same in every run: Megatron's own generators go on from run to run in one process."""
+    """The same in every run: Megatron's own generators keep their state between runs of a process."""
     generator = torch.Generator(next(models[0].parameters()).device).manual_seed(cfg.seed)
     for model in models:
         for parameter in model.parameters():

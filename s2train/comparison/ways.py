@@ -16,7 +16,7 @@ class Way:
     Attributes:
         name: begins with "hybrid" or "dense".
         variant: of the model, as in SIZE_variant.
-        settings: what tells it from others of the variant: layout, dense layers' kernels, the stack around.
+        settings: what distinguishes it from others of the variant: layout, dense layers' kernels, the stack around.
     """
 
     name: str

@@ -37,7 +37,7 @@ class Plan:
     pipeline: Balance  # of the stages as they are
     pipeline_by_cost: Balance  # as parallel.pipeline_split=cost would have them
     memory: Memory  # of the fullest rank
-    prediction: Prediction | None  # of a step's time; None where nothing measured tells
+    prediction: Prediction | None  # of a step's time; None where nothing was measured
     remedy: str | None  # what would fit, if this does not
     advice: str | None  # what else fits and is faster, if this fits
 

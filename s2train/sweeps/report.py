@@ -47,7 +47,7 @@ def report(sweep_dir: Path, console: Console | None = None) -> bool:
 
 
 def _best(jobs: list[Job]) -> str | None:
-    """The parameters of this sweep's lowest loss, as a sweeper is told it, in a line; None if there is no choice."""
+    """The parameters of this sweep's lowest loss, as a sweeper receives it, in a line; None if there is no choice."""
     losses = [(loss, job) for job in jobs if not job.is_earlier and (loss := job.loss()) is not None]
     if len(losses) < 2:
         return None

@@ -1,4 +1,4 @@
-"""How often a run goes through its data is told, for each dataset, and too often is warned of."""
+"""A run logs how often it goes through each dataset, and warns of too often."""
 
 from pathlib import Path
 

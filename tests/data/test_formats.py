@@ -1,4 +1,4 @@
-"""What an input file is told to be, by its content and its name."""
+"""An input file's format is recognized by its content and its name."""
 
 import bz2
 import gzip

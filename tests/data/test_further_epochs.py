@@ -1,4 +1,4 @@
-"""The training order goes on after the epochs that a run began with, and what came before stays as it was."""
+"""The training order continues after the epochs that a run began with; earlier samples keep their order."""
 
 import json
 from collections import Counter

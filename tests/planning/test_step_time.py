@@ -52,7 +52,7 @@ def measured_steps() -> Iterator[tuple[str, list[str], int, float]]:
         yield run["name"], [*four, *ways[run["name"]]], 1, run["step_time_s"]
     for model, found in read("2026-11-26-h100x2-scaling.json")["parts"]["scaling"]["models"].items():
         for way, row in found.items():
-            # cuDNN is refused under context parallel; s2train has its rate
+            # cuDNN is rejected under context parallel; s2train has its rate
             divided = {
                 "cp2": ["parallel.cp=2", "dense_attention=s2train"],
                 "tp2": ["parallel.tp=2", "parallel.sequence_parallel=true"],
