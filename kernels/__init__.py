@@ -1,7 +1,7 @@
 """Block-sparse attention over per-head block layouts, on GPUs (Triton) and CPUs (torch)."""
 
 from .attention import Backend, block_sparse_attention, resolve_backend
-from .choice import KernelsInUse, kernels_in_use
+from .dispatch import KernelsInUse, kernels_in_use
 from .layout import BLOCK_SIZES, BlockLayout
 from .reference import reference_attention
 from .spec import Format

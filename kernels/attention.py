@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .arguments import check_documents, check_positions, check_tensors
-from .compiled import attend
+from .custom_op import attend
 from .layout import BlockLayout
 from .spec import AttentionSpec, Format, shape_bhsd
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .handles import register
-from .layout_lines import MaskRule, Rule, column_lines, compress, row_lines
+from .layout_builder import MaskRule, Rule, column_lines, compress, row_lines
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 

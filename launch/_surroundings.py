@@ -15,7 +15,7 @@ from typing import NoReturn
 BEGAN = time.monotonic()  # for the times of a start
 
 _ROOT = Path(__file__).parents[1]
-_STATUS = 2  # of bad input, as in s2train/command_line.py, which may not be there
+_STATUS = 2  # of bad input, as in s2train/command_line/program.py, which may not be there
 _SECONDS_TO_SPEAK = 10.0  # that rank 0 has; torchrun ends all ranks when one has ended
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import _surroundings  # noqa: F401 (prints why the rest can't start)
 
-from s2train.environment import environment
+from s2train.environment.provenance import environment
 
 PARTS = ("dense", "elementwise", "losses", "steps", "benchmarks")
 # What is compared in whole steps: name -> settings. The first is what runs without either library.
@@ -149,7 +149,7 @@ def _train(path: Path, runs: dict[str, list[str]], steps: int, traced: bool) -> 
     import torch
 
     from s2train.comparison.short_runs import run_steps
-    from s2train.hardware import detect_own
+    from s2train.environment.hardware import detect_own
     from s2train.megatron import setup
     from s2train.planning import compose_run, preview
 

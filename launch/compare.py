@@ -8,7 +8,7 @@ import _surroundings  # noqa: F401 (prints why the rest can't start)
 
 from rich.console import Console
 
-from s2train.command_line import run_command
+from s2train.command_line.program import run_command
 from s2train.comparison.runs import compare
 
 

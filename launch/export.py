@@ -9,9 +9,9 @@ import hydra
 from omegaconf import DictConfig
 
 from s2train import config
-from s2train.apex import apex_available
-from s2train.command_line import run_command, run_hydra
-from s2train.meeting import check_alone
+from s2train.command_line.program import run_command, run_hydra
+from s2train.distributed.rendezvous import check_alone
+from s2train.environment.apex import apex_available
 
 config.register()
 
@@ -21,8 +21,8 @@ def export(composed: DictConfig) -> None:
     cfg = config.to_object(composed)
     check_alone()
     apex_available()  # Megatron would import an impostor
-    from s2train.export.exporting import export  # imports Megatron: slow
-    from s2train.export.tokenizer_files import adds_tokens
+    from s2train.checkpoints.hugging_face.exporting import export  # imports Megatron: slow
+    from s2train.checkpoints.hugging_face.tokenizer_files import adds_tokens
 
     folder = export(cfg)
     files = ", ".join(sorted(path.name for path in folder.iterdir()))

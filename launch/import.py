@@ -11,9 +11,9 @@ import hydra
 from omegaconf import DictConfig
 
 from s2train import config
-from s2train.apex import apex_available
-from s2train.command_line import run_command, run_hydra
-from s2train.meeting import check_alone
+from s2train.command_line.program import run_command, run_hydra
+from s2train.distributed.rendezvous import check_alone
+from s2train.environment.apex import apex_available
 
 config.register()
 
@@ -23,7 +23,7 @@ def import_weights(composed: DictConfig) -> None:
     cfg = config.to_object(composed)
     check_alone()
     apex_available()  # Megatron would import an impostor
-    from s2train.export.importing import import_llama  # imports Megatron: slow
+    from s2train.checkpoints.hugging_face.importing import import_llama  # imports Megatron: slow
 
     checkpoint, files = import_llama(cfg)
     print(f"{checkpoint}; settings: {files.path}")

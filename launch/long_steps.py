@@ -15,14 +15,14 @@ import _surroundings  # noqa: F401 (prints why the rest can't start)
 
 from rich.console import Console
 
-from s2train.command_line import run_command, settings_before_options
+from s2train.command_line.program import run_command, settings_before_options
 from s2train.comparison.long_steps import Request, measure_all, serve_cases
 from s2train.comparison.long_steps_report import draw, table
 from s2train.comparison.runs import environment
-from s2train.comparison.ways import ways_to_compare
+from s2train.comparison.stacks import ways_to_compare
+from s2train.environment.hardware import detect_own
 from s2train.errors import ConfigError
 from s2train.files import check_writable, output_stem
-from s2train.hardware import detect_own
 
 
 def tokens(text: str) -> int:

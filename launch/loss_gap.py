@@ -9,7 +9,7 @@ import _surroundings  # noqa: F401 (prints why the rest can't start)
 
 from rich.console import Console
 
-from s2train.command_line import run_command
+from s2train.command_line.program import run_command
 from s2train.comparison.loss_gap import gaps, table
 from s2train.files import output_stem, replacing
 

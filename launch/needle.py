@@ -13,10 +13,10 @@ import hydra
 from omegaconf import DictConfig
 
 from s2train import config
-from s2train.apex import apex_available
-from s2train.command_line import run_command, run_hydra
-from s2train.hardware import check_gpus
-from s2train.meeting import check_ranks
+from s2train.command_line.program import run_command, run_hydra
+from s2train.distributed.rendezvous import check_ranks
+from s2train.environment.apex import apex_available
+from s2train.environment.hardware import check_gpus
 
 config.register()
 
@@ -27,7 +27,7 @@ def needle(composed: DictConfig) -> None:
     check_ranks()
     check_gpus()
     apex_available()  # Megatron would import an impostor
-    from s2train.evaluation.checkpoint import evaluate  # imports Megatron: slow
+    from s2train.needles.evaluate_checkpoint import evaluate  # imports Megatron: slow
 
     evaluate(cfg)
 

@@ -20,11 +20,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
-from s2train.environment import environment
+from s2train.environment.provenance import environment
 from s2train.errors import USAGE_STATUS, ConfigError
-from s2train.evaluation.pictures import SCORE_COLOURS
-from s2train.evaluation.results import Cell, load_results, results_from
 from s2train.files import output_stem
+from s2train.needles.heat_map import SCORE_COLOURS
+from s2train.needles.results import Cell, load_results, results_from
 from s2train.training.records import read_records
 
 

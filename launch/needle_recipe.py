@@ -27,8 +27,8 @@ import _surroundings  # noqa: F401 (prints why the rest can't start)
 from rich.console import Console
 from rich.table import Table
 
+from s2train.costs.prediction import ModelCosts, model_costs
 from s2train.planning import compose_run, hybrid_layout
-from s2train.planning.prediction import ModelCosts, model_costs
 
 LAUNCH = Path(__file__).parent
 VARIANTS = ("hybrid", "dense", "sparse_shifted", "sparse_homogeneous", "hybrid_homogeneous")

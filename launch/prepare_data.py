@@ -8,7 +8,7 @@ import _surroundings  # noqa: F401 (prints why the rest can't start)
 import hydra
 from omegaconf import DictConfig
 
-from s2train.command_line import run_command, run_hydra
+from s2train.command_line.program import run_command, run_hydra
 from s2train.config import PrepareConfig, register, to_object
 
 register()
@@ -17,9 +17,9 @@ register()
 def prepare_data(settings: PrepareConfig) -> None:
     """Prepare, and print what was made."""
     from s2train.data.indexed import read_document_lengths
-    from s2train.data.prepare import prepare  # imports Megatron: slow
-    from s2train.data.summary import summary
     from s2train.data.tokenizers import load_tokenizer
+    from s2train.preparation.prepare import prepare  # imports Megatron: slow
+    from s2train.preparation.summary import summary
 
     made = prepare(settings)
     tokenizer = load_tokenizer(made.tokenizer, "tokenizer", made.end_token)

@@ -18,12 +18,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from s2train import config
-from s2train.apex import apex_available
-from s2train.command_line import run_command, run_hydra
-from s2train.composition import CONF, config_groups
+from s2train.command_line.composition import CONF, config_groups
+from s2train.command_line.program import run_command, run_hydra
+from s2train.distributed.rendezvous import check_ranks, fail_together
+from s2train.environment.apex import apex_available
+from s2train.environment.hardware import check_gpus, detect_own, open_device
 from s2train.errors import ConfigError
-from s2train.hardware import check_gpus, detect_own, open_device
-from s2train.meeting import check_ranks, refusing_together
 from s2train.planning import check, epochs_of_plan, format_plan, planned_for, preview, resolve
 from s2train.sweeps import plugins
 from s2train.training.start_times import StartTimes
@@ -44,7 +44,7 @@ def pretrain(composed: DictConfig) -> None:
     TIMES.end("compose")
     check_ranks()
     world_size, is_first = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK", "0") == "0"
-    with refusing_together():
+    with fail_together():
         cfg = resolve(composed, MODELS)
         if cfg.plan.asked:
             if is_first:

@@ -22,7 +22,7 @@ from typing import Any
 
 import _surroundings  # noqa: F401 (prints why the rest can't start)
 
-from s2train.command_line import run_command, settings_before_options
+from s2train.command_line.program import run_command, settings_before_options
 from s2train.comparison.runs import environment
 from s2train.errors import ConfigError
 from s2train.files import check_writable, output_stem, replacing

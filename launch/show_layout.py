@@ -10,8 +10,8 @@ import hydra
 from omegaconf import DictConfig
 
 from s2train import config
-from s2train.command_line import run_command, run_hydra
-from s2train.composition import CONF, config_groups
+from s2train.command_line.composition import CONF, config_groups
+from s2train.command_line.program import run_command, run_hydra
 from s2train.planning import resolve
 from s2train.planning.show import show
 

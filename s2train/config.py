@@ -11,9 +11,9 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from s2train.composition import check_names
+from s2train.command_line.composition import check_names
+from s2train.command_line.usage import meaning
 from s2train.errors import ConfigError
-from s2train.usage import meaning
 
 
 @dataclass
@@ -334,7 +334,7 @@ class NeedleDocumentsConfig:
     """
 
     # recall, recall_lines: many facts, each told again later, which asks for it; the facts of the tasks single and
-    # key_value. Or a task of the evaluation (`s2train.data.needle_tasks`): one of its samples in each document
+    # key_value. Or a task of the evaluation (`s2train.needles.tasks`): one of its samples in each document
     task: str = "recall"
     documents: int = 10_000
     length: int = 512  # tokens of every document, its end among them

@@ -84,8 +84,8 @@ def _serve() -> None:
     import matplotlib.pyplot  # noqa: F401
     import wandb  # noqa: F401
 
-    import s2train.command_line
-    import s2train.evaluation
+    import s2train.command_line.program
+    import s2train.needles.evaluate_checkpoint
     import s2train.planning.show
     import s2train.training.run  # noqa: F401
 

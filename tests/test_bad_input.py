@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from s2train.command_line import run_command
+from s2train.command_line.program import run_command
 from tests.program import SMALL, Outcome, error_line, run
 
 

@@ -9,10 +9,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from s2train.config import NeedleConfig, PretrainConfig, register
+from s2train.environment.hardware import Hardware
 from s2train.errors import ConfigError
-from s2train.hardware import Hardware
 from s2train.planning import check, resolve
-from s2train.planning.division import smallest_world
+from s2train.validation.division import smallest_world
 
 CONF = Path(__file__).parents[1] / "conf"
 H100 = Hardware("NVIDIA H100 80GB HBM3", "cuda", 85_017_624_576)

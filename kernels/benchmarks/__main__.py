@@ -30,7 +30,7 @@ import torch
 import triton
 from rich.console import Console
 
-from ..origin import origin
+from ..provenance import origin
 from .cases import DEFAULT, GROUPS, parse_case, parse_cases
 from .contenders import CONTENDERS
 from .plot import draw

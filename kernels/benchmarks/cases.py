@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..layout import BLOCK_SIZES, BlockLayout
-from ..layout_lines import ColumnRule
+from ..layout_builder import ColumnRule
 
 _UNITS = {"": 1, "k": 1024, "m": 1024**2}
 _WORD = re.compile(r"b(\d+)-l(\d+)-v(\d+)-(\d+)([km]?)(?:-h(\d+))?(?:-kv(\d+))?(?:-d(\d+))?")

@@ -27,8 +27,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ..attention import resolve_backend
-from ..decode.walk import decode_walk
-from ..origin import origin
+from ..decode.schedule import decode_walk
+from ..provenance import origin
 from .__main__ import _machine, _save
 from .cases import parse_case, tokens
 from .decode_problem import FUSED, ContiguousStep, DecodeCase, PagedStep, errors

@@ -16,7 +16,7 @@ from ..decode.op import block_sparse_decode
 from ..decode.pages import last_uses, read_tokens
 from ..decode.reference import kept_blocks
 from ..layout import BlockLayout
-from ..layout_lines import ColumnRule
+from ..layout_builder import ColumnRule
 from .cases import Case
 
 DTYPE = torch.bfloat16

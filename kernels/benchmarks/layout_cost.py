@@ -24,10 +24,10 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
-from ..hopper.key_pairs import key_pairs
-from ..hopper.work import forward_work
+from ..hopper.backward_schedule import key_pairs
+from ..hopper.forward_schedule import forward_work
 from ..layout import BlockLayout
-from ..layout_lines import Rule
+from ..layout_builder import Rule
 from .cases import Case, parse_case
 
 Record = dict[str, Any]

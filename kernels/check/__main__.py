@@ -22,7 +22,7 @@ import triton
 from torch import Tensor
 
 from .. import spec
-from ..origin import origin
+from ..provenance import origin
 from ..workers import run_tasks, serve
 from .cases import CASES, QUICK_TIMINGS, TIMINGS, Case, Timing, case_names
 from .run import check_case, time_case

@@ -30,8 +30,8 @@ from ..dense import dense_causal_attention
 from ..dense_choice import IMPLEMENTATIONS, DenseCall, Kind
 from ..flash4 import fa4_attention, fa4_version
 from ..layout import BlockLayout
-from ..layout_lines import ColumnRule
-from ..origin import origin
+from ..layout_builder import ColumnRule
+from ..provenance import origin
 from ..reference import reference_attention
 from ..workers import run_tasks, serve
 

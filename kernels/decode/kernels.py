@@ -22,7 +22,7 @@ from ..interpreter import repair_interpreter
 from ..layout import BlockLayout
 from ..spec import empty
 from ..tiles import last_contiguous
-from .walk import HEADS_PER_TILE, Walk, decode_walk, tiles_of_group
+from .schedule import HEADS_PER_TILE, Walk, decode_walk, tiles_of_group
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     repair_interpreter()

@@ -35,9 +35,9 @@ from ..forward import LOG2_E
 from ..layout import BlockLayout
 from ..spec import AttentionSpec, empty, empty_bhsd
 from ..tiles import strides, tile_of_document
-from .key_pairs import KeyPairs, key_pairs
+from .backward_schedule import KeyPairs, key_pairs
 from .launch import descriptor, launch
-from .packed_pairs import packed_pairs
+from .packed_backward_schedule import packed_pairs
 from .releases import async_load, async_store, reduce_add, reinterpret, thread_barrier
 from .support import fits_descriptor
 

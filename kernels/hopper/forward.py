@@ -30,10 +30,10 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from ..layout import BlockLayout
 from ..spec import AttentionSpec, empty, empty_bhsd
 from .documents import COLUMNS, document_table
+from .forward_schedule import TILE, forward_work
 from .launch import descriptor, launch, multiprocessors
 from .releases import async_load, async_store, reinterpret, thread_barrier
 from .support import PANEL, padded_to_panels
-from .work import TILE, forward_work
 
 _LOG2_E = 1.4426950408889634
 _LN_2 = gl.constexpr(0.6931471805599453)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..layout import BlockLayout
 from ..spec import AttentionSpec
-from .key_pairs import MAX_GROUP, QUERY_BITS
+from .backward_schedule import MAX_GROUP, QUERY_BITS
 
 PANEL = 64  # elements of a head dimension that one swizzled TMA box holds
 _BLOCKS = (64, 128, 256)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from s2train.environment import environment
+from s2train.environment.provenance import environment
 from s2train.errors import ConfigError
 from s2train.files import check_writable, output_stem, replacing
 from s2train.training.records import read_curves, read_records

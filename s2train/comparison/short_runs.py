@@ -11,12 +11,12 @@ import torch
 from megatron.core.timers import Timers
 
 from s2train.config import PretrainConfig
-from s2train.megatron.backends import backend_of
 from s2train.megatron.core_attention import kernels_of
+from s2train.megatron.layer_backends import backend_of
 from s2train.megatron.model import build_model, transformer_config
 from s2train.planning import hybrid_layout
-from s2train.training.breakdown import breakdown, read_trace
 from s2train.training.optimizer import build_optimizer, wrap_data_parallel
+from s2train.training.profile_table import breakdown, read_trace
 from s2train.training.steps import run_step
 
 

@@ -24,9 +24,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from s2train.command_line import run_command, settings_before_options
+from s2train.command_line.program import run_command, settings_before_options
 from s2train.comparison.import_times import file_seconds, import_times, table_of_imports
-from s2train.environment import environment
+from s2train.environment.provenance import environment
 from s2train.errors import ConfigError, TrainingError
 from s2train.files import replacing
 from s2train.training.records import read_records

@@ -14,35 +14,15 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset, MockGPTLowLevelDataset
 from torch.utils.data import Dataset
 
-from s2train.config import PrepareConfig, PretrainConfig
-from s2train.data.blend import BUNDLED, BUNDLED_PREFIX, Blend, parse_blend
+from s2train.config import PretrainConfig
+from s2train.data.blend import Blend, parse_blend
 from s2train.data.further_epochs import FurtherEpochs, further_epochs, seed_of_epoch
 from s2train.data.index_cache import remove_broken_sets
 from s2train.data.indexed import read_document_lengths
-from s2train.data.prepare import prepare
 from s2train.data.splits import megatron_split
 from s2train.data.tokenizers import Tokenizer
-from s2train.files import check_writable
 
 Samples = Dataset | None
-
-
-def ensure_prepared(cfg: PretrainConfig) -> None:
-    """Prepare the bundled corpus, as bytes, where the run names it and not all of its files are there.
-
-    For rank 0, before the others go on to `check_data` and `build_datasets`.
-
-    Raises ConfigError, on `data.path`, when the working directory can't take them.
-    """
-    path = cfg.data.path
-    if path != BUNDLED and not (isinstance(path, list | tuple) and BUNDLED in path):
-        return
-    folder = os.path.dirname(BUNDLED_PREFIX)
-    check_writable("data.path", folder)
-    os.makedirs(folder, exist_ok=True)
-    with FileLock(f"{BUNDLED_PREFIX}.lock"):  # several runs may start at once
-        if not all(os.path.isfile(BUNDLED_PREFIX + suffix) for suffix in (".bin", ".idx", ".json")):
-            prepare(PrepareConfig(input=BUNDLED, output=BUNDLED_PREFIX, overwrite=True))
 
 
 def build_datasets(

@@ -11,7 +11,7 @@ import torch
 from s2train.config import LayoutConfig, ScheduleConfig
 from s2train.errors import ConfigError
 from s2train.kernels.layout import BLOCK_SIZES, BlockLayout
-from s2train.kernels.layout_lines import ColumnRule, Rule
+from s2train.kernels.layout_builder import ColumnRule, Rule
 from s2train.layouts.kinds import KINDS, AttentionKind, KindContext
 from s2train.layouts.patterns import BandedPattern, Dense, HeadPatterns, LayerContext, Pattern
 from s2train.layouts.patterns.registry import build_patterns, read_pattern

@@ -11,9 +11,9 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from s2train.kernels.attention import Backend, block_sparse_attention
-from s2train.kernels.choice import KernelsInUse, kernels_in_use
 from s2train.kernels.dense import dense_causal_attention, torch_refuses
 from s2train.kernels.dense_choice import DenseCall, DenseChoice, Kind, choose_dense, dense_order
+from s2train.kernels.dispatch import KernelsInUse, kernels_in_use
 from s2train.kernels.flash4 import fa4_attention
 from s2train.kernels.layout import BlockLayout
 from s2train.layouts.hybrid import LayerLayout
@@ -43,7 +43,7 @@ class LayoutCache:
 
 
 class AttentionCache(Protocol):
-    """Keys and values of one layer while decoding; see `s2train.megatron.kv_cache`."""
+    """Keys and values of one layer while decoding; see `s2train.inference.kv_cache`."""
 
     max_length: int
 

@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from s2train.config import ModelConfig
-from s2train.planning.parameters import head_dim
+from s2train.costs.parameters import head_dim
 
 
 @dataclass(frozen=True)

@@ -10,17 +10,17 @@ from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from s2train.apex import fuses_gradient_sums
 from s2train.config import PretrainConfig
+from s2train.costs.stages import Stages
+from s2train.environment.apex import fuses_gradient_sums
+from s2train.environment.liger import INSTALL, choose_loss, liger_problem
+from s2train.environment.transformer_engine import uses_te_here
 from s2train.errors import ConfigError
 from s2train.layouts.hybrid import HybridLayout
-from s2train.liger import INSTALL, choose_loss, liger_problem
-from s2train.megatron.backends import Backend, choose_backend, own_capability, sum_gradients_in_place
 from s2train.megatron.core_attention import DenseCoreAttention, LayoutCache
 from s2train.megatron.initial_weights import draw_initial_weights
+from s2train.megatron.layer_backends import Backend, choose_backend, own_capability, sum_gradients_in_place
 from s2train.megatron.specs import block_spec
-from s2train.planning.stages import Stages
-from s2train.te import uses_te_here
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

@@ -12,7 +12,7 @@ from megatron.core import parallel_state, tensor_parallel
 from torch.distributed import PrefixStore, Store
 
 from s2train.config import ParallelConfig
-from s2train.meeting import meet, start_store
+from s2train.distributed.rendezvous import meet, start_store
 from s2train.megatron import cpu
 
 # Judges, on every rank, whether the ranks of a job go together: (a store that they share, rank, ranks).

@@ -8,9 +8,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from s2train.layouts.hybrid import HybridLayout, LayerLayout
-from s2train.megatron.backends import Backend
 from s2train.megatron.core_attention import LayoutCache
 from s2train.megatron.layer import HybridTransformerLayer
+from s2train.megatron.layer_backends import Backend
 
 
 def layer_spec(

@@ -11,7 +11,7 @@ import torch
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from s2train.megatron.own_state import distributed_parts
+from s2train.megatron.local_optimizer_state import distributed_parts
 
 
 def _affected(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:

@@ -5,7 +5,7 @@ what can't run, naming the setting to change; `preview` and `format_plan` are wh
 """
 
 from s2train.planning.checks import check, check_memory, hybrid_layout, preview, resolve
-from s2train.planning.composing import compose_run
+from s2train.planning.compose import compose_run
 from s2train.planning.plan import Plan, make_plan
 from s2train.planning.report import epochs_of_plan, format_plan
 from s2train.planning.targets import planned_for

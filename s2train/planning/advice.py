@@ -3,19 +3,24 @@
 from dataclasses import replace
 
 from s2train.config import PretrainConfig
+from s2train.costs.implementations import Implementations
+from s2train.costs.memory import GIB, rank_memory
+from s2train.costs.stages import LayerFlops, pipeline_stages
+from s2train.environment.hardware import Hardware
 from s2train.errors import ConfigError
-from s2train.hardware import Hardware
-from s2train.planning.division import check_division
-from s2train.planning.memory import GIB, rank_memory
-from s2train.planning.stages import LayerCosts, pipeline_stages
-from s2train.planning.ways import Ways
+from s2train.validation.division import check_division
 
 _ROOM = 0.9  # of a device: predictions hold within a tenth
 _RECOMPUTE = ("none", "selective", "full")  # the fastest first
 
 
 def memory_advice(
-    cfg: PretrainConfig, world_size: int, hardware: Hardware, costs: LayerCosts, layouts: int, ways: Ways
+    cfg: PretrainConfig,
+    world_size: int,
+    hardware: Hardware,
+    costs: LayerFlops,
+    layouts: int,
+    impl: Implementations,
 ) -> str | None:
     """Words naming less recomputation or the largest micro batch that fits a GPU; None: neither does.
 
@@ -27,7 +32,7 @@ def memory_advice(
     stages = pipeline_stages(cfg.model, cfg.parallel, costs)
 
     def total_of(changed: PretrainConfig) -> int:
-        return rank_memory(changed, world_size, stages, layouts, hardware.kind, ways).total
+        return rank_memory(changed, world_size, stages, layouts, hardware.kind, impl).total
 
     found = []
     for recompute in _RECOMPUTE[: _RECOMPUTE.index(cfg.train.recompute)]:

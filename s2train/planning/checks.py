@@ -7,15 +7,15 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from s2train.config import PretrainConfig, to_object
+from s2train.costs.memory import GIB
+from s2train.environment.hardware import Hardware
 from s2train.errors import ConfigError
-from s2train.hardware import Hardware
 from s2train.layouts.hybrid import HybridLayout, build_hybrid_layout
-from s2train.planning.backend import check_target, check_te
-from s2train.planning.division import check_division, multiple_of, smallest_world
-from s2train.planning.libraries import check_fa4_serves, check_kernel_settings, check_libraries
-from s2train.planning.memory import GIB
 from s2train.planning.plan import Plan, make_plan
-from s2train.planning.settings import check_values
+from s2train.validation.division import check_division, multiple_of, smallest_world
+from s2train.validation.libraries import check_fa4_serves, check_kernel_settings, check_libraries
+from s2train.validation.transformer_engine import check_target, check_te
+from s2train.validation.values import check_values
 
 
 def resolve(cfg: DictConfig, models: Sequence[str]) -> Any:

@@ -3,19 +3,19 @@
 from dataclasses import dataclass, replace
 
 from s2train.config import PretrainConfig
-from s2train.hardware import Hardware
-from s2train.layouts.costs import density, layout_nbytes, rank_spread
+from s2train.costs.attention import density, layout_nbytes, rank_spread
+from s2train.costs.flops import TokenFlops, token_flops
+from s2train.costs.implementations import Implementations
+from s2train.costs.memory import Memory, data_parallel, micro_batches, rank_memory
+from s2train.costs.parameters import stage_parameters, total_parameters
+from s2train.costs.stages import Balance, balance, layer_flops, pipeline_stages
+from s2train.costs.step_time import Prediction, predict_step
+from s2train.environment.hardware import Hardware
 from s2train.layouts.coverage import CoverageReport, check_coverage
 from s2train.layouts.hybrid import HybridLayout
-from s2train.layouts.summary import LetterSummary, summarise
 from s2train.planning.advice import memory_advice
-from s2train.planning.flops import TokenFlops, token_flops
-from s2train.planning.memory import Memory, data_parallel, micro_batches, rank_memory
-from s2train.planning.parameters import stage_parameters, total_parameters
+from s2train.planning.layout_summary import LetterSummary, summarise
 from s2train.planning.remedies import memory_remedy
-from s2train.planning.stages import Balance, balance, layer_costs, pipeline_stages
-from s2train.planning.step_time import Prediction, predict_step
-from s2train.planning.ways import Ways
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,12 @@ def make_plan(cfg: PretrainConfig, hybrid: HybridLayout, world_size: int, hardwa
         ConfigError: the layout leaves far blocks unseen, and `layout.allow_partial_coverage` is off.
     """
     seq_length = cfg.train.seq_length
-    ways = Ways.of(cfg, hardware)
-    layouts = layouts_nbytes(cfg, hybrid, ways)
-    costs = layer_costs(cfg.model, hybrid, seq_length)
+    impl = Implementations.of(cfg, hardware)
+    layouts = layouts_nbytes(cfg, hybrid, impl)
+    costs = layer_flops(cfg.model, hybrid, seq_length)
     stages = pipeline_stages(cfg.model, cfg.parallel, costs)
     by_cost = pipeline_stages(cfg.model, replace(cfg.parallel, pipeline_split="cost"), costs)
-    memory = rank_memory(cfg, world_size, stages, layouts, hardware.kind, ways)
+    memory = rank_memory(cfg, world_size, stages, layouts, hardware.kind, impl)
     fits = memory.total <= hardware.memory
     flops = token_flops(cfg.model, hybrid, seq_length)
     sparse = [layer for layer in hybrid.layers if not layer.is_dense]
@@ -89,18 +89,18 @@ def make_plan(cfg: PretrainConfig, hybrid: HybridLayout, world_size: int, hardwa
         pipeline=balance(stages, costs, micro_batches(cfg, world_size)),
         pipeline_by_cost=balance(by_cost, costs, micro_batches(cfg, world_size)),
         memory=memory,
-        prediction=predict_step(cfg, hybrid, stages, world_size, hardware, flops.sparse, ways),
-        remedy=None if fits else memory_remedy(cfg, world_size, hardware, costs, layouts, ways),
-        advice=memory_advice(cfg, world_size, hardware, costs, layouts, ways) if fits else None,
+        prediction=predict_step(cfg, hybrid, stages, world_size, hardware, flops.sparse, impl),
+        remedy=None if fits else memory_remedy(cfg, world_size, hardware, costs, layouts, impl),
+        advice=memory_advice(cfg, world_size, hardware, costs, layouts, impl) if fits else None,
     )
 
 
-def layouts_nbytes(cfg: PretrainConfig, hybrid: HybridLayout, ways: Ways) -> int:
+def layouts_nbytes(cfg: PretrainConfig, hybrid: HybridLayout, impl: Implementations) -> int:
     """Bytes of a rank's block layouts at most: one for each layer that differs, with all its heads.
 
     Under context parallel a rank has two, one for each of its chunks of the sequence.
     """
-    dense_too = ways.dense(cfg) == "s2train"
+    dense_too = impl.dense(cfg) == "s2train"
     distinct = {layer for layer in hybrid.layers if dense_too or not layer.is_dense}
     chunks = 2 if cfg.parallel.cp > 1 else 1
     return chunks * sum(layout_nbytes(layer, cfg.train.seq_length) for layer in distinct)

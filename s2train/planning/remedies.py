@@ -5,18 +5,23 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from s2train.config import PretrainConfig
+from s2train.costs.implementations import Implementations
+from s2train.costs.memory import rank_memory
+from s2train.costs.stages import LayerFlops, pipeline_stages
+from s2train.environment.hardware import Hardware
 from s2train.errors import ConfigError
-from s2train.hardware import Hardware
-from s2train.planning.division import check_division
-from s2train.planning.memory import rank_memory
-from s2train.planning.stages import LayerCosts, pipeline_stages
-from s2train.planning.ways import Ways
+from s2train.validation.division import check_division
 
 _LARGEST_WORLD = 4096  # processes
 
 
 def memory_remedy(
-    cfg: PretrainConfig, world_size: int, hardware: Hardware, costs: LayerCosts, layouts: int, ways: Ways
+    cfg: PretrainConfig,
+    world_size: int,
+    hardware: Hardware,
+    costs: LayerFlops,
+    layouts: int,
+    impl: Implementations,
 ) -> str:
     """A sentence: settings that fit on these processes, or else on more of them. `layouts`: bytes."""
     # More processes on a CPU would share the same memory.
@@ -24,7 +29,7 @@ def memory_remedy(
     world = world_size
     while world <= largest:
         for changes, candidate in _candidates(cfg):
-            if _works(candidate, world, hardware, costs, layouts, ways):
+            if _works(candidate, world, hardware, costs, layouts, impl):
                 settings = f"Set {' '.join(changes)}" if changes else "Run it"
                 return f"{settings}{f' on {world} processes' if world > world_size else ''}."
         world *= 2
@@ -62,7 +67,12 @@ def _candidates(cfg: PretrainConfig) -> Iterator[tuple[list[str], PretrainConfig
 
 
 def _works(
-    cfg: PretrainConfig, world_size: int, hardware: Hardware, costs: LayerCosts, layouts: int, ways: Ways
+    cfg: PretrainConfig,
+    world_size: int,
+    hardware: Hardware,
+    costs: LayerFlops,
+    layouts: int,
+    impl: Implementations,
 ) -> bool:
     if cfg.loss == "linear" and cfg.parallel.tp > 1:
         return False
@@ -71,4 +81,4 @@ def _works(
     except ConfigError:
         return False
     stages = pipeline_stages(cfg.model, cfg.parallel, costs)
-    return rank_memory(cfg, world_size, stages, layouts, hardware.kind, ways).total <= hardware.memory
+    return rank_memory(cfg, world_size, stages, layouts, hardware.kind, impl).total <= hardware.memory

@@ -5,12 +5,12 @@ from itertools import groupby
 from typing import Any
 
 from s2train.config import PretrainConfig
+from s2train.costs.memory import GIB
+from s2train.costs.stages import Balance
+from s2train.costs.step_time import MARGIN, SLOW_HOST, Prediction
 from s2train.data.epochs import describe_epochs, training_epochs
 from s2train.errors import ConfigError
-from s2train.planning.memory import GIB
 from s2train.planning.plan import Plan
-from s2train.planning.stages import Balance
-from s2train.planning.step_time import MARGIN, SLOW_HOST, Prediction
 from s2train.planning.targets import NAMES
 
 _UNEVEN = 0.05  # from which on ranks that wait are worth a remedy

@@ -11,17 +11,17 @@ from rich.console import Console
 from rich.table import Table
 
 from s2train.config import ShowLayoutConfig
+from s2train.costs.memory import GIB
+from s2train.costs.prediction import LENGTHS, ModelCosts, known_lengths, model_costs
 from s2train.errors import ConfigError
 from s2train.files import check_writable, replacing
 from s2train.layouts.coverage import coverage_report, percent, union_coverage
 from s2train.layouts.hybrid import HybridLayout, LayerLayout
-from s2train.layouts.pictures import choose_layers, draw_layout
-from s2train.layouts.pictures.style import tokens
 from s2train.layouts.reachability import DistanceRow, distance_table, reach
+from s2train.pictures import choose_layers, draw_layout
+from s2train.pictures.style import tokens
 from s2train.planning.checks import check_blocks, hybrid_layout
-from s2train.planning.memory import GIB
-from s2train.planning.prediction import LENGTHS, ModelCosts, known_lengths, model_costs
-from s2train.planning.settings import check_values
+from s2train.validation.values import check_values
 
 _TERA = 1e12
 _COLUMNS = 120  # of the tables, whatever the terminal has: in less, rich cuts digits off without a word

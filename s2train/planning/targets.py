@@ -4,10 +4,10 @@ import difflib
 from dataclasses import replace
 
 from s2train.config import PretrainConfig
+from s2train.environment.hardware import Hardware, detect_own, gpu_rates
 from s2train.errors import ConfigError
-from s2train.hardware import Hardware, detect_own, gpu_rates
-from s2train.planning.division import smallest_world
-from s2train.planning.settings import check_values
+from s2train.validation.division import smallest_world
+from s2train.validation.values import check_values
 
 _GIB = 1024**3
 # Name -> torch's name, GiB that torch reports, rounded down, and compute capability.

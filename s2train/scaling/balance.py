@@ -25,8 +25,8 @@ from s2train.layouts.kinds import KINDS
 from s2train.layouts.patterns import Dense, LocalVertical, Pattern
 from s2train.layouts.placement import place_balanced
 from s2train.megatron import setup
-from s2train.megatron.context_parallel.gathering import chunk_ids
-from s2train.megatron.context_parallel.shares import share_of
+from s2train.megatron.context_parallel.all_gather import chunk_ids
+from s2train.megatron.context_parallel.exchange_plan import share_of
 from s2train.scaling.cases import Case, Shape
 from s2train.scaling.timing import over_ranks, time_attention
 

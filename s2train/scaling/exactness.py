@@ -19,10 +19,10 @@ from s2train.config import ParallelConfig
 from s2train.kernels.attention import block_sparse_attention
 from s2train.kernels.reference import reference_attention
 from s2train.megatron import setup
-from s2train.megatron.context_parallel.gathering import chunk_ids
+from s2train.megatron.context_parallel.all_gather import chunk_ids
 from s2train.scaling.cases import Case, Shape
+from s2train.scaling.exchange_modes import ways
 from s2train.scaling.timing import over_ranks
-from s2train.scaling.ways import ways
 
 NAMES = ("out", "dq", "dk", "dv")
 CASES = (Case(64, 2, 4, "shifted"), Case(64, 1, 4, "grouped"), Case(128, 2, 8, "shifted"))

@@ -15,16 +15,16 @@ import torch
 from megatron.core import parallel_state
 
 from s2train.config import ParallelConfig
+from s2train.costs.attention import density
 from s2train.kernels.benchmarks.timing import Clock
-from s2train.layouts.costs import density
 from s2train.megatron import setup
+from s2train.megatron.context_parallel.all_gather import chunk_ids, gather_sequence
 from s2train.megatron.context_parallel.attention import rank_share
-from s2train.megatron.context_parallel.gathering import chunk_ids, gather_sequence
-from s2train.megatron.context_parallel.shares import exchanged_blocks, gathered_blocks
-from s2train.megatron.context_parallel.transfer import Transfer
+from s2train.megatron.context_parallel.exchange_plan import exchanged_blocks, gathered_blocks
+from s2train.megatron.context_parallel.kv_exchange import Transfer
 from s2train.scaling.cases import Case, Shape
+from s2train.scaling.exchange_modes import ways
 from s2train.scaling.timing import over_ranks, time_attention, time_call
-from s2train.scaling.ways import ways
 
 # At 128k tokens from 3 to 28 % of the causal positions. Heads of a KV group keep different columns (shifted, the
 # union is several times as much) or the same (grouped).

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from s2train.orphans import end_with_the_parent
+from s2train.distributed.parent_death_signal import end_with_the_parent
 
 _ROOT = Path(__file__).parents[2]
 

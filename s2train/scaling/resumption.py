@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from s2train.megatron.integrity import COMMON
+from s2train.checkpoints.integrity import COMMON
 from s2train.scaling.jobs import Job, Outcome, Runner
 
 STEPS, STOP = 20, 10

@@ -4,7 +4,7 @@ import statistics
 from typing import Any
 
 from s2train.scaling.jobs import Job, Outcome, Runner
-from s2train.training.breakdown import COMMUNICATION, HIDDEN
+from s2train.training.profile_table import COMMUNICATION, HIDDEN
 
 _STEPS, _WARM = 9, 3  # the last one is profiled
 GOALS = {"dp": 0.95, "cp": 0.85, "tp": 0.80}  # of linear, on two

@@ -21,11 +21,11 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from s2train.command_line import run_command
+from s2train.command_line.overrides import quoted
+from s2train.command_line.program import run_command
 from s2train.config import PretrainConfig, SweepConfig
+from s2train.environment.hardware import Hardware
 from s2train.errors import INTERRUPTED_STATUS, USAGE_STATUS, ConfigError
-from s2train.hardware import Hardware
-from s2train.overrides import quoted
 from s2train.planning import Plan, check, check_memory, planned_for, preview, resolve
 from s2train.sweeps.jobs import Job, Status, changed_setting, read_record, told_apart, write_record
 from s2train.sweeps.names import job_folder, label, setting_and_value

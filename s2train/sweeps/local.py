@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from s2train.config import LocalSweepConfig
-from s2train.hardware import Hardware, detect
+from s2train.environment.hardware import Hardware, detect
 from s2train.sweeps.commands import environment, torchrun
 from s2train.sweeps.gpus import shares, visible_gpus
 from s2train.sweeps.jobs import LOG, Job, Status, last_error

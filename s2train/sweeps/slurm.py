@@ -11,8 +11,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from s2train.config import SlurmSweepConfig
+from s2train.environment.hardware import Hardware
 from s2train.errors import ConfigError
-from s2train.hardware import Hardware
 from s2train.sweeps.commands import batch_script, environment
 from s2train.sweeps.jobs import LOG, Job, Status, last_error
 from s2train.sweeps.launcher import SweepLauncher

@@ -13,22 +13,22 @@ from megatron.core.timers import Timers
 from torch.profiler import record_function
 from torch.utils.data import Dataset
 
+from s2train.checkpoints.folders import Progress, checkpoints_in, own_checkpoints
+from s2train.checkpoints.random_state import rng_ranks_here
+from s2train.checkpoints.run_state import Saver, TrainingState
 from s2train.config import PretrainConfig
+from s2train.costs.memory import GIB, Memory
+from s2train.distributed.agreement import max_over_ranks
 from s2train.errors import DivergedError, StoppedBySignal
-from s2train.megatron.agreement import largest
-from s2train.megatron.checkpoint import Progress, checkpoints_in, own_checkpoints
 from s2train.megatron.core_attention import kernels_of
-from s2train.megatron.rng import rng_ranks_here
-from s2train.planning.memory import GIB, Memory
 from s2train.training.batches import Batch, micro_batches
-from s2train.training.breakdown import OPTIMIZER, RANGE
-from s2train.training.checkpoint import Saver, TrainingState
-from s2train.training.health import Health
+from s2train.training.loss_by_position import HeldOut, position_edges
+from s2train.training.loss_spikes import Health
 from s2train.training.metrics import StepMetrics, Tracker
 from s2train.training.optimizer import gradient_norm, take_step, whole_parameters
-from s2train.training.peak import PEAK_STEPS, report_peak
-from s2train.training.positions import HeldOut, position_edges
+from s2train.training.peak_memory import PEAK_STEPS, report_peak
 from s2train.training.profile import StepProfiler
+from s2train.training.profile_table import OPTIMIZER, RANGE
 from s2train.training.signals import StopSignals, signal_name
 from s2train.training.start_times import StartTimes
 from s2train.training.steps import run_step
@@ -194,7 +194,7 @@ class Trainer:
         with record_function(RANGE + OPTIMIZER):
             loss, grad_norm = total / tokens, gradient_norm(state.optimizer)
         is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
-        is_bad, signal = largest(not is_finite, self.signals.received)
+        is_bad, signal = max_over_ranks(not is_finite, self.signals.received)
         if is_bad:
             self._skip(step, loss, grad_norm, consumed)
         else:

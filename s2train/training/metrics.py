@@ -10,12 +10,12 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from s2train.checkpoints.folders import Progress
+from s2train.checkpoints.setting_changes import Change
 from s2train.config import PretrainConfig
+from s2train.environment.versions import git_commit, versions
 from s2train.files import set_aside
-from s2train.megatron.checkpoint import Progress
-from s2train.training.changes import Change
 from s2train.training.records import read_records
-from s2train.versions import git_commit, versions
 from s2train.wandb_run import CONSUMED_TOKENS, RunInfo, WandbRun, choose_mode, place_of, say
 
 # Names of `StepMetrics` in wandb, by section.
@@ -50,7 +50,7 @@ class StepMetrics:
         model_tflops: TFLOP/s per device, from the exact FLOPs of the layout, recomputation not counted.
         mfu: model_tflops over the device's dense peak; None where the peak is not known.
         skipped: steps of the whole run that changed nothing, for a loss or gradient that was not finite.
-        held_out_loss_by_position, held_out_short, held_out_long: see `s2train.training.positions.HeldOut`.
+        held_out_loss_by_position, held_out_short, held_out_long: see `s2train.training.loss_by_position.HeldOut`.
         eta_s: seconds to the last step of this job, which `train.exit_step` may set.
         memory_gib: peak allocated on this rank's device; 0 on a CPU.
     """

@@ -16,8 +16,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from s2train.config import PretrainConfig
+from s2train.megatron.local_optimizer_state import load_own_state_alone
 from s2train.megatron.model import DTYPES
-from s2train.megatron.own_state import load_own_state_alone
 from s2train.megatron.torch_adam import prepare_for_checkpoints
 
 

@@ -13,8 +13,8 @@ from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from s2train.config import PretrainConfig
 from s2train.megatron.core_attention import CausalCoreAttention
-from s2train.training.breakdown import RANGE, breakdown, read_trace
 from s2train.training.metrics import Tracker
+from s2train.training.profile_table import RANGE, breakdown, read_trace
 
 
 class _Edge(torch.autograd.Function):

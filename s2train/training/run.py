@@ -11,39 +11,40 @@ from megatron.core import parallel_state
 from megatron.core.timers import Timers
 from megatron.core.transformer.module import MegatronModule
 
+from s2train.checkpoints.resume import Start, claim_run_dir, find_start
+from s2train.checkpoints.run_state import TrainingState, load
 from s2train.config import PretrainConfig
 from s2train.data.blend import parse_blend
 from s2train.data.checks import check_data, samples_of_steps
-from s2train.data.datasets import build_datasets, ensure_prepared
+from s2train.data.datasets import build_datasets
 from s2train.data.end_token import run_tokenizer
 from s2train.data.epochs import describe_epochs, training_epochs
 from s2train.data.indexed import read_metadata
 from s2train.data.tokenizers import Tokenizer
+from s2train.distributed.agreement import broadcast_from_rank_0
+from s2train.distributed.rendezvous import fail_together
+from s2train.environment.liger import kernels_line
+from s2train.environment.versions import git_commit
 from s2train.errors import DivergedError, StoppedBySignal
 from s2train.kernels.attention import Backend as AttentionBackend
 from s2train.kernels.attention import resolve_backend
 from s2train.layouts.hybrid import HybridLayout
-from s2train.liger import kernels_line
-from s2train.meeting import refusing_together
 from s2train.megatron import setup
-from s2train.megatron.agreement import from_first
-from s2train.megatron.backends import Backend, backend_of, own_capability
+from s2train.megatron.layer_backends import Backend, backend_of, own_capability
 from s2train.megatron.model import build_model, transformer_config
 from s2train.planning import Plan, hybrid_layout
 from s2train.planning.report import figures, letter_rows
-from s2train.training.checkpoint import TrainingState, load
+from s2train.preparation.bundled_corpus import ensure_prepared
 from s2train.training.kernel_caches import keep_kernels
 from s2train.training.loop import Speed, Trainer
 from s2train.training.metrics import Tracker
 from s2train.training.optimizer import build_optimizer, wrap_data_parallel
-from s2train.training.resume import Start, claim_run_dir, find_start
 from s2train.training.run_settings import write_settings
 from s2train.training.signals import StopSignals
 from s2train.training.start_times import StartTimes
 from s2train.training.startup import check_start
 from s2train.training.warm_up import compile_kernels, first_on_each_machine
 from s2train.training.watchdog import Watchdog
-from s2train.versions import git_commit
 from s2train.wandb_run import choose_mode, say
 
 _WATCHDOG_LEAD = 2.0  # minutes that it has to name a rank before collective calls fail, which name none
@@ -65,7 +66,7 @@ def run(cfg: PretrainConfig, plan: Plan, times: StartTimes | None = None) -> Non
     """
     times = times or StartTimes()
     lock, start = None, None
-    with refusing_together():
+    with fail_together():
         backend = backend_of(cfg)
         cfg, tokenizer = run_tokenizer(cfg)
         if os.environ.get("RANK", "0") == "0":  # the others wait for it where they meet
@@ -87,7 +88,7 @@ def run(cfg: PretrainConfig, plan: Plan, times: StartTimes | None = None) -> Non
         timeout_minutes=minutes + _WATCHDOG_LEAD,
     )
     setup.connect(cfg.parallel, device)
-    start = from_first(start)  # each rank's own look at a shared disk could find something else
+    start = broadcast_from_rank_0(start)  # each rank's own look at a shared disk could find something else
     times.end("process groups")
     stop: StoppedBySignal | DivergedError | None = None
     with StopSignals().listening() as signals:
@@ -219,7 +220,7 @@ def _train(
 def _prepare_records(cfg: PretrainConfig, hybrid: HybridLayout) -> None:
     """Make what rank 0 records and takes long, in a thread, while kernels are compiled and the model is built."""
     git_commit()  # kept for the tracker
-    from s2train.layouts.pictures import draw_layout  # matplotlib: slow
+    from s2train.pictures import draw_layout  # matplotlib: slow
 
     draw_layout(hybrid, cfg.train.seq_length, Path(cfg.run_dir) / "layout.png", title=cfg.model.name)
 

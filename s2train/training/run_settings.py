@@ -8,10 +8,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
+from s2train.checkpoints.folders import write_config
+from s2train.checkpoints.setting_changes import Change
 from s2train.config import PretrainConfig
 from s2train.files import replacing, set_aside
-from s2train.megatron.checkpoint import write_config
-from s2train.training.changes import Change
 
 
 def write_settings(cfg: PretrainConfig, run_dir: Path, step: int, changes: Sequence[Change]) -> Path | None:

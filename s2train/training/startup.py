@@ -20,12 +20,12 @@ import torch
 from torch.distributed import Store
 
 from s2train.config import PretrainConfig, settings_by_name
+from s2train.costs.memory import GIB, checkpoint_bytes
 from s2train.data.blend import parse_blend
+from s2train.distributed.rendezvous import arrive, exit_on_any_problem
+from s2train.environment.versions import versions
 from s2train.errors import ConfigError
-from s2train.meeting import arrive, end_together
 from s2train.planning import Plan
-from s2train.planning.memory import GIB, checkpoint_bytes
-from s2train.versions import versions
 
 MAX_CLOCK_SKEW_S = 10.0  # far more than it takes to wake a rank, far less than what mixes up logs and file times
 _FOLDER_SEEN_S = 15.0  # a network file system may show a new file late
@@ -68,7 +68,7 @@ def check_start(cfg: PretrainConfig, plan: Plan, store: Store, rank: int, world_
         store: of this job alone.
     Raises:
         StartUpError: on every rank, with every problem.
-        MissingRankError: on rank 0; see `s2train.meeting.arrive`.
+        MissingRankError: on rank 0; see `s2train.distributed.rendezvous.arrive`.
     """
     settings = _comparable(cfg)
     arrive(store, rank, world_size)
@@ -108,7 +108,7 @@ def check_start(cfg: PretrainConfig, plan: Plan, store: Store, rank: int, world_
             path.unlink()
         needed = checkpoint_bytes(cfg) if cfg.checkpoint.save else 0
         found = list(problems([Facts(**json.loads(text)) for text in told], needed))
-    end_together(store, rank, world_size, "problems", found)
+    exit_on_any_problem(store, rank, world_size, "problems", found)
 
 
 def problems(ranks: Sequence[Facts], checkpoint: int) -> Iterator[str]:

@@ -12,8 +12,8 @@ from torch.profiler import record_function
 from s2train.config import PretrainConfig
 from s2train.megatron.core_attention import packed_documents
 from s2train.training.batches import Batch
-from s2train.training.breakdown import DATA, RANGE
-from s2train.training.positions import position_bins, sum_by_position
+from s2train.training.loss_by_position import position_bins, sum_by_position
+from s2train.training.profile_table import DATA, RANGE
 
 LossReport = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
 

@@ -8,11 +8,11 @@ import torch
 from megatron.core import parallel_state
 
 from s2train.config import PretrainConfig
+from s2train.costs.parameters import head_dim
 from s2train.kernels.attention import Backend, block_sparse_attention, resolve_backend
 from s2train.layouts.hybrid import HybridLayout, LayerLayout
-from s2train.megatron.context_parallel.gathering import chunk_ids
+from s2train.megatron.context_parallel.all_gather import chunk_ids
 from s2train.megatron.model import DTYPES
-from s2train.planning.parameters import head_dim
 
 
 def first_on_each_machine(work: Callable[[], None]) -> None:

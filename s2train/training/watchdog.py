@@ -28,8 +28,8 @@ _ANSWER_TICKS = 3  # that a silent rank has to speak up
 # waits where it reads a result: from the second row on.
 _WAITING = (
     "/distributed_c10d.py", "/param_and_grad_buffer.py", "/p2p_communication.py",
-    "s2train/training/loop.py", "s2train/megatron/agreement.py", "s2train/training/optimizer.py",
-    "s2train/training/peak.py", "core/optimizer/clip_grads.py", "torch/cuda/__init__.py",
+    "s2train/training/loop.py", "s2train/distributed/agreement.py", "s2train/training/optimizer.py",
+    "s2train/training/peak_memory.py", "core/optimizer/clip_grads.py", "torch/cuda/__init__.py",
 )  # fmt: skip
 
 

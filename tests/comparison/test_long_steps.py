@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from s2train.comparison import ways
+from s2train.comparison import stacks as ways
 from s2train.comparison.long_steps import Request, Row, case_overrides, fitting
 from s2train.comparison.long_steps_report import best_dense, gain
-from s2train.comparison.ways import Way, ways_to_compare
-from s2train.hardware import Hardware, gpu_rates
+from s2train.comparison.stacks import Way, ways_to_compare
+from s2train.environment.hardware import Hardware, gpu_rates
 from s2train.planning import compose_run
 from tests.program import run
 

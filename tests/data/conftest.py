@@ -13,7 +13,7 @@ from s2train.config import (
     PretrainConfig,
     TrainConfig,
 )
-from s2train.data.prepare import prepare
+from s2train.preparation.prepare import prepare
 
 MakeConfig = Callable[..., PretrainConfig]
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import tokenizers as hf
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from s2train.data.needles import NOISE
 from s2train.data.tokenizers import Tokenizer, load_tokenizer, train_bpe
+from s2train.needles.words import NOISE
 
 TEXTS = [NOISE] * 20 + [
     f"The magic number of {key} is {i}." for key in ("brisk-otter", "icy-eagle") for i in range(1_000_000, 1_000_300)

@@ -18,11 +18,11 @@ from s2train.data.blend import Blend, parse_blend
 from s2train.data.bundled import bundled_corpus_files
 from s2train.data.checks import check_data, num_train_samples
 from s2train.data.indexed import read_document_lengths
-from s2train.data.prepare import prepare
 from s2train.data.splits import megatron_split, split_documents_range
 from s2train.data.tokenizers import ByteTokenizer, load_tokenizer, train_bpe
 from s2train.errors import ConfigError
 from s2train.planning import compose_run
+from s2train.preparation.prepare import prepare
 
 MakeConfig = Callable[..., PretrainConfig]
 

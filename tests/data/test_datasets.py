@@ -16,10 +16,11 @@ from s2train.config import PrepareConfig, PretrainConfig
 from s2train.data.blend import BUNDLED_PREFIX
 from s2train.data.bundled import bundled_corpus_files
 from s2train.data.checks import check_data, num_train_samples
-from s2train.data.datasets import build_datasets, ensure_prepared
-from s2train.data.prepare import prepare
+from s2train.data.datasets import build_datasets
 from s2train.data.tokenizers import ByteTokenizer
 from s2train.errors import ConfigError
+from s2train.preparation.bundled_corpus import ensure_prepared
+from s2train.preparation.prepare import prepare
 
 MakeConfig = Callable[..., PretrainConfig]
 TOKENIZER = ByteTokenizer()

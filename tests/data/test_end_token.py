@@ -13,9 +13,9 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatase
 from s2train.config import NeedleDocumentsConfig, PrepareConfig, PretrainConfig
 from s2train.data.checks import check_data
 from s2train.data.end_token import run_tokenizer
-from s2train.data.prepare import prepare
 from s2train.data.tokenizers import load_tokenizer
 from s2train.errors import ConfigError
+from s2train.preparation.prepare import prepare
 
 MakeConfig = Callable[..., PretrainConfig]
 WORDS = {"<unk>": 0, "a": 1, "b": 2, "</s>": 3, "<eos>": 4, "<fin>": 5}

@@ -9,10 +9,10 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from s2train.config import DataConfig
 from s2train.data.blend import BUNDLED_PREFIX
-from s2train.data.datasets import ensure_prepared
 from s2train.data.epochs import describe_epochs, training_epochs
 from s2train.errors import ConfigError
 from s2train.planning import compose_run, epochs_of_plan
+from s2train.preparation.bundled_corpus import ensure_prepared
 from tests.data.test_datasets import MakeConfig, build
 
 

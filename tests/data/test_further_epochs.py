@@ -12,8 +12,8 @@ import torch.distributed as dist
 
 from s2train.config import PrepareConfig, PretrainConfig
 from s2train.data.datasets import build_datasets
-from s2train.data.prepare import prepare
 from s2train.data.tokenizers import ByteTokenizer
+from s2train.preparation.prepare import prepare
 
 MakeConfig = Callable[..., PretrainConfig]
 Sample = tuple[int, ...]

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 from s2train.kernels import BlockLayout, block_sparse_attention
-from s2train.kernels.hopper.key_pairs import key_pairs
-from s2train.kernels.hopper.work import forward_work
+from s2train.kernels.hopper.backward_schedule import key_pairs
+from s2train.kernels.hopper.forward_schedule import forward_work
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

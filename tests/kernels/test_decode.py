@@ -7,7 +7,7 @@ import torch
 from s2train.kernels import BlockLayout, reference_attention
 from s2train.kernels.decode.op import append_token, block_sparse_decode
 from s2train.kernels.decode.pages import last_uses, write_tokens
-from s2train.kernels.decode.walk import decode_walk
+from s2train.kernels.decode.schedule import decode_walk
 from torch import Tensor
 
 BACKENDS = ("torch", "triton")

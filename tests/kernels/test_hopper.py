@@ -6,13 +6,13 @@ import pytest
 import torch
 from s2train.kernels import BlockLayout
 from s2train.kernels.hopper import support as hopper_support
+from s2train.kernels.hopper.forward_schedule import TILE, ForwardWork, forward_work
 from s2train.kernels.hopper.support import (
     backward_choice,
     hopper_backward_supported,
     hopper_forward_supported,
     kernel_choice,
 )
-from s2train.kernels.hopper.work import TILE, ForwardWork, forward_work
 from s2train.kernels.spec import AttentionSpec
 from s2train.kernels.token_mask import token_mask
 

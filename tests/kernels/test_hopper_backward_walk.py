@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from s2train.kernels import BlockLayout, reference_attention
-from s2train.kernels.hopper.key_pairs import ACTIVE_BITS, QUERY_BITS, TILE
+from s2train.kernels.hopper.backward_schedule import ACTIVE_BITS, QUERY_BITS, TILE
 from s2train.kernels.spec import AttentionSpec
 from torch import Tensor
 

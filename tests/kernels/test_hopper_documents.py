@@ -5,7 +5,7 @@ import s2train.kernels.triton_backend  # noqa: F401  (repairs Triton's interpret
 import torch
 from s2train.kernels import BlockLayout, block_sparse_attention
 from s2train.kernels.hopper.documents import document_table
-from s2train.kernels.hopper.work import TILE, forward_work
+from s2train.kernels.hopper.forward_schedule import TILE, forward_work
 from s2train.kernels.token_mask import token_mask
 
 HALF = TILE // 2

@@ -9,9 +9,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from s2train.kernels import BlockLayout, layout_lines
+from s2train.kernels import BlockLayout
+from s2train.kernels import layout_builder as layout_lines
 from s2train.kernels.benchmarks.layout_cost import main, peak_bytes
-from s2train.kernels.layout_lines import ColumnRule, Rule
+from s2train.kernels.layout_builder import ColumnRule, Rule
 
 
 def random_mask(*shape: int) -> torch.Tensor:

@@ -5,7 +5,7 @@ import heapq
 import pytest
 import torch
 from s2train.kernels.benchmarks.cases import parse_case
-from s2train.kernels.hopper.key_pairs import key_pairs
+from s2train.kernels.hopper.backward_schedule import key_pairs
 from s2train.kernels.hopper.program_order import HOPPER_MULTIPROCESSORS, program_order
 from torch import Tensor
 

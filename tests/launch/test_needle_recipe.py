@@ -17,10 +17,10 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 
 from s2train.config import PrepareConfig, PretrainConfig, register, to_object
-from s2train.data.needle_documents import needle_documents
 from s2train.data.tokenizers import ByteTokenizer
-from s2train.evaluation.results import Cell, CellReach
-from s2train.hardware import Hardware
+from s2train.environment.hardware import Hardware
+from s2train.needles.documents import needle_documents
+from s2train.needles.results import Cell, CellReach
 from s2train.planning import check, compose_run
 from tests.program import run
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from s2train.config import PatternConfig
+from s2train.costs.attention import kept_positions
 from s2train.errors import ConfigError
-from s2train.layouts.costs import kept_positions
 from s2train.layouts.coverage import coverage_report
 from s2train.layouts.hybrid import HybridLayout
 from s2train.layouts.patterns.file import write_masks

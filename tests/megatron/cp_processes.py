@@ -13,9 +13,9 @@ from s2train.kernels import BlockLayout, block_sparse_attention
 from torch import Tensor
 
 from s2train.config import PatternConfig
+from s2train.megatron.context_parallel.all_gather import chunk_ids
 from s2train.megatron.context_parallel.attention import attend_overlapped, attend_together
-from s2train.megatron.context_parallel.gathering import chunk_ids
-from s2train.megatron.context_parallel.shares import exchanged_blocks
+from s2train.megatron.context_parallel.exchange_plan import exchanged_blocks
 from tests.layouts.layout_cases import make_hybrid
 
 NAMES = ("out", "dq", "dk", "dv")

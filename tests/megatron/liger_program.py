@@ -12,14 +12,14 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from s2train.kernels.interpreter import repair_interpreter
 
 from s2train.config import ModelConfig, ParallelConfig, PretrainConfig, TrainConfig
-from s2train.liger import OPERATIONS
-from s2train.megatron.backends import choose_backend
+from s2train.environment.liger import OPERATIONS
 from s2train.megatron.core_attention import packed_documents
+from s2train.megatron.layer_backends import choose_backend
 from s2train.megatron.model import build_model, transformer_config, unwrap
 from s2train.megatron.rotation import RotatingSelfAttention
 from s2train.megatron.setup import initialize, shutdown
-from tests.megatron.cached_models import BLOCK, VOCABULARY, hybrid_of
-from tests.megatron.cached_program import positions_like
+from tests.inference.cached_models import BLOCK, VOCABULARY, hybrid_of
+from tests.inference.cached_program import positions_like
 
 LENGTH = 2 * BLOCK
 repair_interpreter()  # Liger-Kernel's loops need it too

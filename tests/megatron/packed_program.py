@@ -13,8 +13,8 @@ from s2train.config import ParallelConfig
 from s2train.megatron.core_attention import packed_documents
 from s2train.megatron.setup import initialize, shutdown
 from s2train.training.batches import document_bounds
-from tests.megatron.cached_models import BLOCK, NUM_BLOCKS, VOCABULARY
-from tests.megatron.cached_program import build, positions_like
+from tests.inference.cached_models import BLOCK, NUM_BLOCKS, VOCABULARY
+from tests.inference.cached_program import build, positions_like
 
 LENGTH = BLOCK * NUM_BLOCKS - 3
 

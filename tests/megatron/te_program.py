@@ -3,8 +3,8 @@
 import os
 import sys
 
-from s2train.command_line import run_command
-from s2train.hardware import detect_own
+from s2train.command_line.program import run_command
+from s2train.environment.hardware import detect_own
 from s2train.planning import compose_run, preview
 from tests.megatron import fake_transformer_engine
 

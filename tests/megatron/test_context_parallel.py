@@ -6,8 +6,8 @@ import pytest
 import torch
 from s2train.kernels import BlockLayout
 
-from s2train.megatron.context_parallel.gathering import chunk_ids
-from s2train.megatron.context_parallel.shares import exchanged_blocks, gathered_blocks, needed_blocks, share_of
+from s2train.megatron.context_parallel.all_gather import chunk_ids
+from s2train.megatron.context_parallel.exchange_plan import exchanged_blocks, gathered_blocks, needed_blocks, share_of
 from tests.megatron.cp_processes import BLOCK, CASES, NAMES, WAYS, Result, run
 
 Results = dict[tuple[str, str, torch.dtype], list[Result]]

@@ -12,11 +12,11 @@ from s2train.kernels.interpreter import repair_interpreter
 from s2train.kernels.verified import VERIFIED
 from torch import Tensor
 
-from s2train import liger
 from s2train.config import PretrainConfig
-from s2train.liger import choose_loss, kernels_line, liger_operations
-from tests.planning.test_plan_refusals import config
+from s2train.environment import liger
+from s2train.environment.liger import choose_loss, kernels_line, liger_operations
 from tests.program import run
+from tests.validation.test_rejections import config
 
 HOPPER = (9, 0)
 RELEASE = next(entry.release for entry in VERIFIED if entry.library == "liger-kernel")

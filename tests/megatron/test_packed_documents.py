@@ -31,7 +31,7 @@ def test_losses_and_gradients_are_those_of_the_documents_one_by_one(tp: int) -> 
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Holds the dataset `mine`, of documents of some dozen bytes, and a run of one process on it."""
     from s2train.config import PrepareConfig
-    from s2train.data.prepare import prepare
+    from s2train.preparation.prepare import prepare
 
     folder = tmp_path_factory.mktemp("packed")
     texts = ["".join(random.choices("ab c", k=random.randint(1, 90))) + "x" for _ in range(400)]

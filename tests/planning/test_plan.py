@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from s2train.config import LayoutConfig, ModelConfig, ParallelConfig, PretrainConfig, TrainConfig
-from s2train.hardware import Hardware, gpu_rates
+from s2train.costs.flops import token_flops
+from s2train.costs.memory import rank_memory, stage_activations
+from s2train.costs.parameters import stage_parameters, total_parameters
+from s2train.environment.hardware import Hardware, gpu_rates
 from s2train.planning import Plan, check, format_plan, hybrid_layout, make_plan, preview
-from s2train.planning.flops import token_flops
-from s2train.planning.memory import rank_memory, stage_activations
-from s2train.planning.parameters import stage_parameters, total_parameters
 
 GIB = 1024**3
 H100 = Hardware("NVIDIA H100 80GB HBM3", "cuda", 85_017_624_576, gpu_rates("NVIDIA H100 80GB HBM3"))

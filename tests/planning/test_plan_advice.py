@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from s2train.planning import check, format_plan
-from tests.planning.test_plan_refusals import CPU, GIB, GPU, config
+from tests.validation.test_rejections import CPU, GIB, GPU, config
 
 
 def test_a_gpu_with_room_is_told_of_less_recomputation_and_a_larger_micro_batch() -> None:

@@ -7,9 +7,9 @@ import psutil
 import pytest
 import torch
 
-from s2train.apex import apex_available
+from s2train.environment.apex import apex_available
+from s2train.environment.hardware import Hardware, detect, gpu_rates
 from s2train.errors import ConfigError
-from s2train.hardware import Hardware, detect, gpu_rates
 
 
 @pytest.mark.parametrize(

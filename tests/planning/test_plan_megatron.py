@@ -16,12 +16,12 @@ ROOT = Path(__file__).parents[2]
 MEASURE = """
 import json, sys
 import torch
-from s2train.megatron.backends import choose_backend
+from s2train.megatron.layer_backends import choose_backend
 from s2train.megatron.model import build_model, transformer_config
 from s2train.megatron.setup import initialize, shutdown
 from s2train.planning import compose_run, hybrid_layout
-from s2train.planning.memory import stage_activations
-from s2train.planning.parameters import total_parameters
+from s2train.costs.memory import stage_activations
+from s2train.costs.parameters import total_parameters
 
 results, device = [], None
 for overrides in json.loads(sys.argv[1]):

@@ -2,10 +2,10 @@
 
 import pytest
 
-from s2train.composition import spelt_out
+from s2train.command_line.composition import spelt_out
 from s2train.config import NeedleConfig, PretrainConfig
+from s2train.environment.hardware import Hardware
 from s2train.errors import ConfigError
-from s2train.hardware import Hardware
 from s2train.planning import compose_run, format_plan, planned_for, preview
 from s2train.planning.targets import NAMES, target_gpu
 from tests.program import error_line, run

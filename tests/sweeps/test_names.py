@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from s2train.overrides import quoted
+from s2train.command_line.overrides import quoted
 from s2train.sweeps.names import folder_name, job_folder, label
 
 OVERRIDES = ["+model=tiny_hybrid", "layout.pattern.stride=8", "seed=1"]

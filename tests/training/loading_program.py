@@ -5,13 +5,13 @@ import json
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 
-from s2train.megatron.backends import backend_of
-from s2train.megatron.checkpoint import sharding_metadata
+from s2train.checkpoints.folders import sharding_metadata
+from s2train.checkpoints.run_state import TrainingState, _sharded_state
+from s2train.megatron.layer_backends import backend_of
+from s2train.megatron.local_optimizer_state import distributed_parts, load_own_state_alone
 from s2train.megatron.model import build_model, transformer_config
-from s2train.megatron.own_state import distributed_parts, load_own_state_alone
 from s2train.megatron.setup import initialize, shutdown
 from s2train.planning import compose_run, hybrid_layout
-from s2train.training.checkpoint import TrainingState, _sharded_state
 from s2train.training.optimizer import build_optimizer, wrap_data_parallel
 from tests.program import SMALL
 

@@ -55,7 +55,7 @@ def nan(step: int) -> None:
     measure, take = loop.gradient_norm, loop.Trainer._step
     is_here = os.environ["RANK"] == os.environ["S2TRAIN_TEST_FAULT"].split(":")[1]
 
-    def told(self: Any, batches: Any, number: int, consumed: int) -> Any:
+    def recorded(self: Any, batches: Any, number: int, consumed: int) -> Any:
         if number != step:
             return take(self, batches, number, consumed)
         before = fingerprint(self.state)
@@ -66,7 +66,7 @@ def nan(step: int) -> None:
         print(f"rank {os.environ['RANK']} step {step} left its state {'alone' if same else 'changed'}", flush=True)
         return result
 
-    loop.Trainer._step = told
+    loop.Trainer._step = recorded
 
 
 def fingerprint(state: Any) -> str:
@@ -97,7 +97,7 @@ def full_disk(step: int) -> None:
 
 def short_of_memory(step: int) -> None:
     """The machine has no room for a copy of the optimizer's state on every rank."""
-    from s2train.training import checkpoint
+    from s2train.checkpoints import run_state as checkpoint
 
     checkpoint.lacks_room_for_copies = lambda chunks: True
 

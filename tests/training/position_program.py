@@ -5,11 +5,11 @@ import warnings
 
 import torch
 
+from s2train.checkpoints.folders import load_for_inference
 from s2train.config import ParallelConfig
 from s2train.data.checks import num_train_samples
 from s2train.data.datasets import build_datasets
 from s2train.data.tokenizers import load_tokenizer
-from s2train.megatron.checkpoint import load_for_inference
 from s2train.megatron.setup import initialize, shutdown
 
 

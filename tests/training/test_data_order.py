@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from s2train.checkpoints.resume import _check_same_order, data_order
 from s2train.config import PrepareConfig
-from s2train.data.prepare import prepare
 from s2train.errors import ConfigError
-from s2train.training.resume import _check_same_order, data_order
+from s2train.preparation.prepare import prepare
 from tests.test_configs import pretrain
 
 CONTENTS = "the datasets' contents"

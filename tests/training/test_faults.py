@@ -12,9 +12,9 @@ from unittest import mock
 
 import pytest
 
+from s2train.checkpoints.folders import checkpoints_in, read_progress
+from s2train.checkpoints.integrity import damage
 from s2train.errors import EXIT_REQUEUE
-from s2train.megatron.checkpoint import checkpoints_in, read_progress
-from s2train.megatron.integrity import damage
 from s2train.training.records import read_records
 from tests.program import ROOT, SMALL, Outcome, error_line, pretrain, run
 

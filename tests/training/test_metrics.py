@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from s2train.checkpoints.folders import Progress
 from s2train.config import ModelConfig, PretrainConfig, TrackingConfig, TrainConfig
-from s2train.megatron.checkpoint import Progress
 from s2train.training.metrics import StepMetrics, Tracker
 from tests.test_wandb_run import fake
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from s2train.config import PrepareConfig
-from s2train.data.prepare import prepare
+from s2train.preparation.prepare import prepare
 from tests.program import ROOT, SMALL, metrics, run
 
 pytestmark = [pytest.mark.slow]

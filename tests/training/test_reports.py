@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from s2train.megatron.checkpoint import read_progress
+from s2train.checkpoints.folders import read_progress
 from s2train.training.records import read_records
 from tests.program import Outcome, metrics, pretrain
 

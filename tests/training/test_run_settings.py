@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from s2train.megatron.checkpoint import Progress, read_config
-from s2train.training.changes import Change
+from s2train.checkpoints.folders import Progress, read_config
+from s2train.checkpoints.setting_changes import Change
 from s2train.training.metrics import StepMetrics, Tracker
 from s2train.training.run_settings import write_settings
 from tests.test_configs import pretrain

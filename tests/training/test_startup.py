@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from s2train import meeting
+from s2train.costs.memory import checkpoint_bytes
+from s2train.costs.parameters import total_parameters
+from s2train.distributed import rendezvous as meeting
+from s2train.environment.hardware import Hardware
 from s2train.errors import MissingRankError, StartUpError
-from s2train.hardware import Hardware
-from s2train.planning.memory import checkpoint_bytes
-from s2train.planning.parameters import total_parameters
 from s2train.training import startup
 from s2train.training.startup import Facts, check_start, problems
 from tests.test_configs import pretrain
@@ -34,12 +34,12 @@ FIRST = Facts(
 SECOND = replace(FIRST, rank=8, host="beta")
 
 
-def told(**changes: Any) -> list[str]:
+def problems_of(**changes: Any) -> list[str]:
     return list(problems([FIRST, replace(SECOND, **changes)], checkpoint=100))
 
 
 def test_ranks_that_agree_start() -> None:
-    assert told(clock=1e9 + 1) == []
+    assert problems_of(clock=1e9 + 1) == []
 
 
 @pytest.mark.parametrize(
@@ -60,16 +60,16 @@ def test_ranks_that_agree_start() -> None:
 def test_a_rank_that_does_not_fit_is_told_in_one_line_with_its_host_and_a_remedy(
     changes: dict[str, Any], words: list[str]
 ) -> None:
-    (line,) = told(**changes)
+    (line,) = problems_of(**changes)
     assert line.startswith("rank 8 on beta: ")
     assert all(word in line for word in words), line
     assert "\n" not in line
 
 
 def test_two_ranks_on_one_gpu_are_told() -> None:
-    (line,) = told(host="alpha", rank=1)
+    (line,) = problems_of(host="alpha", rank=1)
     assert line.startswith("rank 1 on alpha: it has the GPU of rank 0 (GPU-0). Start one process for each GPU")
-    assert told(host="alpha", rank=1, device_id="GPU-1") == []
+    assert problems_of(host="alpha", rank=1, device_id="GPU-1") == []
 
 
 def test_what_a_whole_machine_has_wrong_is_told_once() -> None:

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from s2train.kernels.layout import BlockLayout
-from s2train.megatron.context_parallel.gathering import chunk_ids, gather_sequence
-from s2train.megatron.context_parallel.shares import Share, share_of
-from s2train.megatron.context_parallel.transfer import Transfer
+from s2train.megatron.context_parallel.all_gather import chunk_ids, gather_sequence
+from s2train.megatron.context_parallel.exchange_plan import Share, share_of
+from s2train.megatron.context_parallel.kv_exchange import Transfer
 
 
 class Attend(Protocol):

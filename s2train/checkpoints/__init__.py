@@ -1,0 +1,1 @@
+"""Checkpoints: folders, run state, resuming, conversion."""

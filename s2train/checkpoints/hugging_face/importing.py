@@ -1,0 +1,215 @@
+"""A Llama's weights, or an export's, as a checkpoint that a run starts from."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from s2train.checkpoints.folders import Progress, folder_name, sharding_metadata, write_config
+from s2train.checkpoints.hugging_face.folder import WeightsFolder, require_safetensors
+from s2train.checkpoints.hugging_face.layout_json import layout_json
+from s2train.checkpoints.hugging_face.run_settings import KEY, ModelFiles, copy_masks, model_name, read_settings
+from s2train.checkpoints.hugging_face.tokenizer_files import TOKENIZER
+from s2train.checkpoints.hugging_face.weights import EMBEDDING, OUTPUT, from_llama, llama_shapes, with_rows
+from s2train.checkpoints.integrity import CONFIG, PROGRESS
+from s2train.config import (
+    DataConfig,
+    ImportConfig,
+    LayoutConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    PretrainConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+from s2train.errors import ConfigError
+from s2train.megatron.compat import save_checkpoint_shards
+from s2train.megatron.layer_backends import backend_of
+from s2train.megatron.model import DTYPES, build_model, transformer_config, unwrap
+from s2train.megatron.setup import initialize, shutdown
+from s2train.planning import hybrid_layout
+
+_HYBRID = "S2ForCausalLM"  # of launch/export.py
+_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", _HYBRID)
+_LONGEST = 8192  # tokens of a first run's sequences: more is to be asked for
+# What would change the computation: config.json's name, and what it must be where it is there.
+_PLAIN: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu",),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "rope_scaling": (None,),
+    "sliding_window": (None,),
+    "quantization_config": (None,),
+}
+
+
+def import_llama(cfg: ImportConfig) -> tuple[Path, ModelFiles]:
+    """Write OUTPUT/checkpoints/iter_0000000, a checkpoint of weights alone, and the settings of a run from it.
+
+    A run with `checkpoint.resume=OUTPUT` starts from it at step 0, under any layout, optimizer and division. Rows
+    that `vocab_size` adds are zeros. Of an export of launch/export.py the layout and the tokenizer come along.
+
+    Raises:
+        ConfigError: no such folder or weights, an architecture that is neither a plain Llama nor an export, an output
+            that exists.
+    """
+    require_safetensors("weights", cfg.weights)
+    folder = WeightsFolder(Path(cfg.weights), "weights")
+    model = llama_model(folder)
+    _check_weights(folder, model)
+    if cfg.precision not in DTYPES:
+        raise ConfigError("precision", cfg.precision, "unknown value", f"Set it to one of {', '.join(DTYPES)}")
+    if cfg.vocab_size is not None:
+        if cfg.vocab_size < model.vocab_size:
+            problem = f"the weights have {model.vocab_size} rows"
+            raise ConfigError("vocab_size", cfg.vocab_size, problem, f"Set {model.vocab_size} or more")
+        model.vocab_size = cfg.vocab_size
+    final = Path(cfg.output) / "checkpoints" / folder_name(0)
+    if Path(cfg.output).exists():
+        raise ConfigError("output", cfg.output, "it exists", "Name a folder that doesn't")
+
+    output, length = Path(cfg.output), int(folder.config.get("max_position_embeddings", 2048))
+    model.name = model_name(output)
+    layout, schedule = _layout(folder, output)
+    run = PretrainConfig(
+        model=model,
+        layout=layout or LayoutConfig(layers="D"),
+        schedule=schedule or ScheduleConfig(),
+        data=DataConfig(tokenizer=_tokenizer(folder, output), end_token=folder.config.get(KEY, {}).get("end_token")),
+        optim=OptimConfig(lr=3e-5),
+        train=TrainConfig(steps=1000, seq_length=length, global_batch_size=16, precision=cfg.precision),
+        run_dir=cfg.output,
+        backend="local",  # whose parameters have plain names; a run with another reads the checkpoint
+    )
+    first = replace(run, train=replace(run.train, seq_length=min(length, _LONGEST)))
+    files = ModelFiles(first, cfg.conf, layout is not None)
+    temporary = final.with_name(f".{final.name}.partial")
+    temporary.mkdir(parents=True)
+    try:
+        copy_masks(run.layout, folder.path)
+        _check_layout(folder, run)
+    except (ConfigError, OSError):
+        shutil.rmtree(output)
+        raise
+    device = initialize(ParallelConfig(), run.seed)
+    (chunk,) = build_model(run, transformer_config(run), hybrid_layout(run), backend_of(run), device)
+    gpt = unwrap(chunk)
+    weights = {name: folder.read(name) for name in llama_shapes(model)}
+    for name in (EMBEDDING, OUTPUT):
+        if name in weights:
+            weights[name] = with_rows(weights[name], model.vocab_size)
+    gpt.load_state_dict(_checked(from_llama(weights, model), gpt), strict=False)
+
+    metadata = sharding_metadata()
+    plain = {key: value for key, value in metadata.items() if isinstance(value, str)}
+    save_checkpoint_shards(
+        {"model": gpt.sharded_state_dict(metadata=metadata)}, str(temporary), plain, in_background=False
+    )
+    write_config(run, temporary / CONFIG)
+    Progress(0, 0, {}, None, weights_only=True).write(temporary / PROGRESS)
+    if (folder.path / TOKENIZER).is_file():
+        shutil.copyfile(folder.path / TOKENIZER, output / TOKENIZER)
+    temporary.rename(final)
+    files.write()
+    shutdown()
+    return final, files
+
+
+def _layout(folder: WeightsFolder, output: Path) -> tuple[LayoutConfig, ScheduleConfig] | tuple[None, None]:
+    """That of an export; None of other weights, for which a run chooses."""
+    if KEY in folder.config:
+        return read_settings(folder.config[KEY], folder.path, output)
+    if (folder.config.get("architectures") or [""])[0] == _HYBRID:
+        problem = "config.json tells every head's blocks, and not the settings that they come from"
+        raise ConfigError("weights", folder.path, problem, "Export the run again with this version")
+    return None, None
+
+
+def _check_layout(folder: WeightsFolder, run: PretrainConfig) -> None:
+    """Whether the settings of an export still give the blocks that its config.json tells."""
+    told = folder.config.get("layout")
+    if told is not None and layout_json(hybrid_layout(run)) != told:
+        problem = f"its settings ({KEY}.layout, {KEY}.schedule) give other blocks than its layout tells"
+        raise ConfigError("weights", folder.path, problem, "Mend config.json, or export the run again")
+
+
+def _tokenizer(folder: WeightsFolder, output: Path) -> str:
+    """As `data.tokenizer` takes it; where the weights bring none, a run refuses until there is one."""
+    if folder.config.get(KEY, {}).get("tokenizer") == "bytes":
+        return "bytes"
+    return str(output.absolute() / TOKENIZER)
+
+
+def llama_model(folder: WeightsFolder) -> ModelConfig:
+    """The shape that config.json tells of.
+
+    Raises:
+        ConfigError: no plain Llama or export: another architecture, biases, scaled rotation, a sliding window; of a
+            plain Llama partial rotation too.
+    """
+    config, remedy = folder.config, "Only Llama's architecture without these can be imported"
+    names = config.get("architectures") or ["none"]
+    if names[0] not in _ARCHITECTURES:
+        raise ConfigError("weights", folder.path, f"its architecture is {names[0]}", f"{_list()} can be imported")
+    rope = config.get("rope_parameters") or {}  # where transformers 5 has theta and scaling
+    if rope.get("rope_type", "default") != "default":
+        raise ConfigError("weights", folder.path, f"config.json has rope_parameters={rope}", remedy)
+    for name, values in _PLAIN.items():
+        if name in config and config[name] not in values:
+            raise ConfigError("weights", folder.path, f"config.json has {name}={config[name]}", remedy)
+    percent = config.get("partial_rotary_factor", rope.get("partial_rotary_factor")) or 1.0
+    if percent != 1 and names[0] != _HYBRID:
+        raise ConfigError("weights", folder.path, f"config.json has partial_rotary_factor={percent}", remedy)
+    theta = float(config.get("rope_theta", rope.get("rope_theta", 10_000)))
+    if theta != int(theta):
+        raise ConfigError("weights", folder.path, f"rope_theta={theta} is no whole number", remedy)
+    try:
+        heads = config["num_attention_heads"]
+        return ModelConfig(
+            name=folder.path.resolve().name,
+            num_layers=config["num_hidden_layers"],
+            hidden_size=config["hidden_size"],
+            ffn_hidden_size=config["intermediate_size"],
+            num_attention_heads=heads,
+            num_query_groups=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim"),
+            vocab_size=config["vocab_size"],
+            rotary_base=int(theta),
+            rotary_percent=float(percent),
+            norm_epsilon=config["rms_norm_eps"],
+            init_std=config.get("initializer_range", 0.02),
+            tie_embeddings=config.get("tie_word_embeddings", False),
+        )
+    except KeyError as error:
+        problem = f"config.json has no {error.args[0]}"
+        raise ConfigError("weights", folder.path, problem, "Add it") from error
+
+
+def _check_weights(folder: WeightsFolder, model: ModelConfig) -> None:
+    found, expected = folder.shapes, llama_shapes(model)
+    extra = {name for name in found if not name.endswith("rotary_emb.inv_freq")} - set(expected)
+    if model.tie_embeddings:
+        extra -= {OUTPUT}  # a copy of the embedding
+    if extra:
+        problem = f"it has weights that a plain Llama has not, such as {min(extra)}"
+        raise ConfigError("weights", folder.path, problem, f"{_list()} without biases can be imported")
+    for name, shape in expected.items():
+        if name not in found:
+            raise ConfigError("weights", folder.path, f"it lacks {name}", "Download it again")
+        if found[name] != shape:
+            problem = f"{name} is {list(found[name])} where config.json tells of {list(shape)}"
+            raise ConfigError("weights", folder.path, problem, "Mend config.json")
+
+
+def _checked(weights: dict[str, torch.Tensor], gpt: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The weights, which are all of the model's parameters and nothing else."""
+    names = {name for name, _ in gpt.named_parameters()}
+    assert names == set(weights), names ^ set(weights)
+    return weights
+
+
+def _list() -> str:
+    return ", ".join(_ARCHITECTURES)

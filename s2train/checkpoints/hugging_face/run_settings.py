@@ -1,0 +1,155 @@
+"""What a run needs beside weights: in an export's config.json, and as files that `+model=imported/NAME` composes."""
+
+import re
+import shlex
+import shutil
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from s2train.checkpoints.hugging_face.tokenizer_files import TOKENIZER
+from s2train.command_line.composition import CONF
+from s2train.config import LayoutConfig, PretrainConfig, ScheduleConfig
+from s2train.errors import ConfigError
+from s2train.files import check_writable, replacing
+
+KEY = "s2train"  # in config.json
+IMPORTED = "imported"  # folder in conf/model, conf/layout and conf/schedule
+
+
+def settings_json(cfg: PretrainConfig, folder: Path, is_bytes: bool) -> dict[str, Any]:
+    """Layout, schedule, tokenizer and end token for config.json; files of masks are copied into `folder`."""
+    layout = asdict(cfg.layout)
+    for number, pattern in enumerate(_with_file(layout)):
+        name = f"masks-{number}.npz"
+        shutil.copyfile(pattern["file"], folder / name)
+        pattern["file"] = name
+    return {
+        "layout": layout,
+        "schedule": asdict(cfg.schedule),
+        "tokenizer": "bytes" if is_bytes else TOKENIZER,
+        "end_token": cfg.data.end_token,
+    }
+
+
+def read_settings(told: Mapping[str, Any], weights: Path, output: Path) -> tuple[LayoutConfig, ScheduleConfig]:
+    """The inverse of `settings_json`, with files of masks as they will lie in `output` (see `copy_masks`).
+
+    Raises:
+        ConfigError: on `weights`, settings that this version has not.
+    """
+    layout = deepcopy(dict(told["layout"]))
+    for pattern in _with_file(layout):
+        pattern["file"] = str(output.absolute() / pattern["file"])
+    try:
+        parts = [
+            OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), given))
+            for kind, given in ((LayoutConfig, layout), (ScheduleConfig, told["schedule"]))
+        ]
+    except (OmegaConfBaseException, KeyError) as error:
+        problem = f"config.json tells settings that can't be read ({str(error).splitlines()[0]})"
+        raise ConfigError("weights", weights, problem, "Export the run again with this version") from error
+    return parts[0], parts[1]  # type: ignore[return-value]
+
+
+def copy_masks(layout: LayoutConfig, weights: Path) -> None:
+    """Copy files of masks from an export to where `layout` has them."""
+    for pattern in _with_file(asdict(layout)):
+        shutil.copyfile(weights / Path(pattern["file"]).name, pattern["file"])
+
+
+def _with_file(layout: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The patterns of a layout's settings that read a file."""
+    for pattern in (layout.get("pattern"), *layout.get("patterns", {}).values()):
+        if isinstance(pattern, dict) and pattern.get("file") is not None:
+            yield pattern
+
+
+class ModelFiles:
+    """Settings of an imported model as files in conf/model/imported, conf/layout/imported and conf/schedule/imported.
+
+    Args:
+        cfg: settings to start a run with; its model's name is the files'.
+        conf: folder of configuration groups; None: that of the programs.
+        has_layout: whether the layout and the schedule are the model's own; else the command line chooses.
+
+    Raises:
+        ConfigError: a file of that name has other settings, or the folder can't be written.
+    """
+
+    def __init__(self, cfg: PretrainConfig, conf: str | None, has_layout: bool) -> None:
+        self._conf, self._name, self._tokenizer = conf, cfg.model.name, cfg.data.tokenizer
+        self._end_token = cfg.data.end_token
+        root = CONF if conf is None else Path(conf)
+        check_writable("conf", root)
+        defaults: list[Any] = ["_self_"]
+        self._files: dict[Path, str] = {}
+        if has_layout:
+            for group, settings in (("layout", cfg.layout), ("schedule", cfg.schedule)):
+                defaults.append({f"override /{group}": f"{IMPORTED}/{self._name}"})
+                text = f"# @package {group}\n" + OmegaConf.to_yaml(OmegaConf.create(asdict(settings)))
+                self._files[root / group / IMPORTED / f"{self._name}.yaml"] = text
+        train, optim = cfg.train, cfg.optim
+        data = {"tokenizer": cfg.data.tokenizer}
+        if cfg.data.end_token is not None:
+            data["end_token"] = cfg.data.end_token
+        content = {
+            "defaults": defaults,
+            "model": asdict(cfg.model),
+            "data": data,
+            "train": {name: getattr(train, name) for name in ("steps", "seq_length", "global_batch_size", "precision")},
+            "optim": {name: getattr(optim, name) for name in ("lr", "warmup_steps")},
+        }
+        told = "Written by launch/import.py. Steps, length, batch and learning rate are yours to choose."
+        head = f"# @package _global_\n# {told}\n"
+        self.path = root / "model" / IMPORTED / f"{self._name}.yaml"
+        self._files[self.path] = head + OmegaConf.to_yaml(OmegaConf.create(content))
+        for path, text in self._files.items():
+            if path.exists() and path.read_text() != text:
+                problem = f"{path} has other settings, of an earlier import"
+                raise ConfigError("output", self._name, problem, "Name another folder, or remove that file")
+
+    def write(self) -> None:
+        """Write them, the model's last."""
+        for path, text in self._files.items():
+            with replacing(path) as temporary:
+                temporary.write_text(text)
+
+    @property
+    def data_command(self) -> str | None:
+        """What prepares the bundled corpus for `command`, to be pasted into a shell; None: its own tokens serve."""
+        if self._tokenizer == "bytes":
+            return None
+        words = ["python", "launch/prepare_data.py", "input=bundled", _setting("output", self._data)]
+        end = [] if self._end_token is None else [_setting("end_token", self._end_token)]
+        return shlex.join([*words, _setting("tokenizer", self._tokenizer), *end])
+
+    def command(self, start: str) -> str:
+        """What starts a run from the import in `start`, to be pasted into a shell."""
+        words = ["python", "launch/pretrain.py"]
+        if self._conf is not None:
+            words += ["--config-dir", self._conf]
+        words += [f"+model={IMPORTED}/{self._name}", _setting("checkpoint.resume", start)]
+        words += [_setting("run_dir", f"runs/{self._name}-trained")]
+        return shlex.join([*words, *([] if self.data_command is None else [_setting("data.path", self._data)])])
+
+    @property
+    def _data(self) -> str:
+        return f"runs/data/{self._name}"
+
+
+def model_name(output: Path) -> str:
+    """Of the last part of a path, with what neither Hydra nor a shell must quote."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", output.absolute().name).strip("-.") or "model"
+
+
+def _setting(name: str, value: str) -> str:
+    if re.fullmatch(r"[A-Za-z0-9._/-]+", value):
+        return f"{name}={value}"
+    escaped = value.replace("'", "\\'")
+    return f"{name}='{escaped}'"

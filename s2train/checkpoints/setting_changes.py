@@ -1,0 +1,124 @@
+"""Compares a run's settings with those of the checkpoint it resumes from, and checks which may differ."""
+
+import json
+import math
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from s2train.config import PretrainConfig, settings_by_name
+from s2train.costs.parameters import head_dim
+from s2train.errors import ConfigError
+from s2train.layouts.patterns.registry import read_pattern, with_defaults
+
+CONSENT = "checkpoint.allow_changes"
+
+# Settings and sections that say where, how fast or how often something is done, and not what is trained.
+# Any other setting changes the experiment.
+KEEP_THE_EXPERIMENT = (
+    "attention_backend",
+    "backend",
+    "checkpoint",
+    "data.cache",
+    "data.end_token",  # the data tell theirs, and are compared
+    "data.num_samples",  # a resumed run keeps the checkpoint's
+    "data.num_workers",
+    "data.tokenizer",  # a path; `check_data` compares tokenizers
+    "dense_attention",
+    "elementwise",
+    "evaluation",
+    "loss",
+    "model.name",
+    "parallel",
+    "plan",
+    "profile",
+    "run_dir",
+    "tracking",
+    "train.deterministic",
+    "train.exit_step",
+    "train.max_skipped_steps",
+    "train.micro_batch_size",
+    "train.recompute",
+    "train.recompute_num_layers",
+    "train.spike_factor",
+    "train.steps",  # optim.decay_steps, which follows from it, is compared too
+    "train.timeout_minutes",
+)
+
+
+@dataclass(frozen=True)
+class Change:
+    """A setting whose value differs from the checkpoint's. As text: `optim.lr 0.003 → 0.001`."""
+
+    setting: str
+    before: Any
+    now: Any
+
+    def __str__(self) -> str:
+        return f"{self.setting} {_written(self.before)} → {_written(self.now)}"
+
+    @property
+    def is_of_the_experiment(self) -> bool:
+        """Whether it changes what is trained."""
+        return not any(self.setting == name or self.setting.startswith(f"{name}.") for name in KEEP_THE_EXPERIMENT)
+
+
+def changes_between(before: PretrainConfig, now: PretrainConfig) -> list[Change]:
+    """List the settings that differ. A setting left to its default equals one set to it."""
+    # Through JSON, where tuples and lists are one.
+    old, new = (dict(settings_by_name(json.loads(json.dumps(asdict(with_values(cfg)))))) for cfg in (before, now))
+    if math.isclose(now.optim.lowest_lr * before.optim.lr, before.optim.lowest_lr * now.optim.lr, rel_tol=1e-9):
+        new["optim.min_lr"] = old["optim.min_lr"]  # it follows optim.lr, which is listed
+    return [
+        Change(name, old.get(name), new.get(name))
+        for name in dict.fromkeys([*new, *old])
+        if old.get(name) != new.get(name) and name != CONSENT
+    ]
+
+
+def check_consent(cfg: PretrainConfig, checkpoint: Path, changes: list[Change]) -> None:
+    """Check that `checkpoint.allow_changes` names all changes of the experiment.
+
+    Raises:
+        ConfigError: a change is not allowed; names all of them, and the setting that allows them.
+    """
+    allowed = cfg.checkpoint.allow_changes
+    names: Collection[str] = [allowed] if isinstance(allowed, str) else [] if isinstance(allowed, bool) else allowed
+    asked = [change for change in changes if change.is_of_the_experiment and change.setting not in names]
+    if allowed is True or not asked:
+        return
+    named = ",".join(dict.fromkeys([*names, *(change.setting for change in asked)]))
+    problem = f"{checkpoint} was trained with other settings: {', '.join(map(str, asked))}"
+    kept = next((c.before for c in asked if c.setting == "optim.decay_steps" and not cfg.optim.decay_steps), None)
+    keep = f"optim.decay_steps={kept} keeps the learning-rate schedule (left unset, it is train.steps). "
+    remedy = (
+        f"{'' if kept is None else keep}To resume with the new settings, set {CONSENT}=true or '{CONSENT}=[{named}]';"
+        " for another experiment, set another run_dir"
+    )
+    first = asked[0].setting
+    if first == "optim.decay_steps" and kept is not None:  # not set: name the setting that it follows from
+        raise ConfigError("train.steps", cfg.train.steps, problem, remedy)
+    raise ConfigError(first, _written(asked[0].now), problem, remedy)
+
+
+def with_values(cfg: PretrainConfig) -> PretrainConfig:
+    """Fill in values that are left to defaults or follow from other settings."""
+    layout, optim = cfg.layout, cfg.optim
+    patterns = {
+        letter: with_defaults(read_pattern(given, f"layout.patterns.{letter}"))
+        for letter, given in layout.patterns.items()
+    }
+    # A constant learning rate has no decay.
+    decay_steps = optim.decay_steps or (None if optim.decay_style == "constant" else cfg.train.steps)
+    return replace(
+        cfg,
+        model=replace(cfg.model, head_dim=head_dim(cfg.model)),
+        layout=replace(layout, pattern=with_defaults(layout.pattern), patterns=patterns),
+        optim=replace(optim, decay_steps=decay_steps, min_lr=optim.lowest_lr, min_lr_ratio=None),
+    )
+
+
+def _written(value: Any) -> str:
+    """As a command line takes it."""
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))

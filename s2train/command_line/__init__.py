@@ -1,0 +1,1 @@
+"""Command lines: composing settings, their help, and one clear error."""

@@ -1,0 +1,183 @@
+"""Why a command line doesn't compose, in one line with the nearest name: Hydra's own messages name none."""
+
+import dataclasses
+import difflib
+import re
+import typing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+
+from s2train.command_line.overrides import why_unreadable
+from s2train.errors import ConfigError
+
+CONF = Path(__file__).parents[2] / "conf"
+_PLAN = re.compile(r"^plan=(?!\{)")
+_SPLIT = re.compile(r"^(\+{0,2}data\.split=)([\d., ]*,[\d., ]*)$")
+_HYDRA_GROUPS = {
+    "hydra/launcher": "s2train_local and s2train_slurm",
+    "hydra/sweeper": "basic, and optuna with the extra `sweep` (pip install -e '.[sweep]')",
+}
+
+
+def config_groups(folder: Path) -> dict[str, list[str]]:
+    """The names that each group of a configuration folder has, such as layout: [dense, …]."""
+    return {
+        group.name: [
+            file.relative_to(group).as_posix().removesuffix(".yaml")
+            for pattern in ("*.yaml", "imported/*.yaml")  # the latter by launch/import.py
+            for file in sorted(group.glob(pattern))
+        ]
+        for group in folder.iterdir()
+        if group.is_dir()
+    }
+
+
+def spelt_out(arguments: Sequence[str], schema: type) -> list[str]:
+    """A program's arguments in the form that Hydra takes.
+
+    `plan=true` becomes `plan.show=true`: Hydra sets no section to a value. `data.split=90,10` becomes one value, as its
+    default is written: Hydra takes commas for a list of values to sweep over. In a sweep (-m) it stays such a list.
+
+    Args:
+        schema: the dataclass of the program's settings.
+    """
+    if _type_of("plan.show", schema) is not None:
+        arguments = [_PLAN.sub("plan.show=", argument) for argument in arguments]
+    if {"-m", "--multirun"} & set(arguments):
+        return list(arguments)
+    return [_SPLIT.sub(r'\1"\2"', argument) for argument in arguments]
+
+
+def explain(error: HydraException, overrides: Sequence[str], groups: Mapping[str, Sequence[str]], schema: type) -> str:
+    """One line on a composition that failed: the override at fault, and the nearest name to it.
+
+    Args:
+        overrides: of the command line, such as ``layout.pattern.stride=16``.
+        groups: names by configuration group.
+        schema: the dataclass of the program's settings.
+    """
+    parser = OverridesParser.create()
+    for number, text in enumerate(overrides):
+        if problem := why_unreadable(overrides, number):
+            return f"{text}: {problem}"
+        fault = _fault(parser.parse_override(text), groups, schema)
+        if fault is not None:
+            return str(fault)
+    return _condensed(error, overrides, groups, schema)
+
+
+def check_names(cfg: DictConfig) -> None:
+    """Whether a composed configuration has its schema's settings alone: an override with a plus adds any.
+
+    Raises:
+        ConfigError: it has another, told with the nearest name.
+    """
+    for name, value in _unknown(cfg, ""):
+        schema = OmegaConf.get_type(cfg)
+        assert schema is not None
+        raise _unknown_name(name, value, schema, ())
+
+
+def _unknown(node: DictConfig, prefix: str) -> Iterator[tuple[str, Any]]:
+    schema = OmegaConf.get_type(node)
+    if not dataclasses.is_dataclass(schema):
+        return
+    names = {field.name for field in dataclasses.fields(schema)}
+    for key in node:
+        name = prefix + str(key)
+        if key not in names:
+            yield name, OmegaConf.select(node, str(key))
+        elif not OmegaConf.is_missing(node, key) and OmegaConf.is_dict(node[key]):
+            yield from _unknown(node[key], f"{name}.")
+
+
+def _fault(override: Override, groups: Mapping[str, Sequence[str]], schema: type) -> ConfigError | None:
+    """What is wrong with the names of an override, if anything is."""
+    key = override.key_or_group
+    if key.partition(".")[0] == "hydra" or "/" in key:
+        return None
+    plus = "+" if override.is_add() else ""
+    if key in groups:
+        for value in _values(override):
+            if isinstance(value, str) and value not in groups[key]:
+                near = _nearest(value, groups[key])
+                # `model` is the group without a default, so that it wants the plus.
+                plus = "+" if key == "model" else plus
+                remedy = f"Did you mean {plus}{key}={near}? There are {', '.join(groups[key])}."
+                return ConfigError(f"{plus if override.is_add() else ''}{key}", value, "unknown name", remedy)
+        return None
+    shown = (override.input_line or "").partition("=")[2]
+    found = _type_of(key, schema)
+    if found is None:
+        return _unknown_name(key, shown, schema, groups)
+    return None
+
+
+def _values(override: Override) -> Iterable[Any]:
+    if override.is_sweep_override():
+        return override.sweep_string_iterator()
+    value = override.value()
+    return value if isinstance(value, list) else [value]
+
+
+def _unknown_name(key: str, value: object, schema: type, groups: Iterable[str]) -> ConfigError:
+    every = list(_names(schema, ""))
+    if "." in key:
+        near = _nearest(key, every)
+    else:  # a group, a section, or a setting whose section was left out
+        short = {name.rpartition(".")[2]: name for name in reversed(every)} | {group: group for group in groups}
+        near = short[_nearest(key, list(short))]
+    section = near.rpartition(".")[0]
+    siblings = [name.rpartition(".")[2] for name in every if name.rpartition(".")[0] == section]
+    there = f"{section} has" if section else "There are"
+    return ConfigError(key, value, "no such setting", f"Did you mean {near}? {there} {', '.join(siblings)}.")
+
+
+def _nearest(name: str, choices: Sequence[str]) -> str:
+    return difflib.get_close_matches(name, choices, n=1, cutoff=0.0)[0]
+
+
+def _names(schema: type, prefix: str) -> Iterator[str]:
+    """Every setting and section by its dotted name."""
+    for name, kind in typing.get_type_hints(schema).items():
+        yield f"{prefix}{name}"
+        if dataclasses.is_dataclass(kind):
+            yield from _names(typing.cast(type, kind), f"{prefix}{name}.")
+
+
+def _type_of(key: str, schema: Any) -> Any:
+    """The type of a setting by its dotted name; None if there is no such setting."""
+    for part in key.split("."):
+        if not dataclasses.is_dataclass(schema):
+            return schema if typing.get_origin(schema) is dict or schema is Any else None  # anything may lie below
+        schema = typing.get_type_hints(schema).get(part)
+    return schema
+
+
+def _condensed(
+    error: HydraException, overrides: Sequence[str], groups: Mapping[str, Sequence[str]], schema: type
+) -> str:
+    """Hydra's and OmegaConf's messages at their shortest, with the remedy where it is plain."""
+    message = str(error).splitlines()
+    cause = str(error.__cause__).splitlines()[0].rstrip(".") if error.__cause__ else ""
+    for text in overrides:
+        key, _, value = text.lstrip("+~").partition("=")
+        if f"'{key}'" in message[0] and not text.startswith("+") and message[0].startswith("Could not override"):
+            return str(ConfigError(key, value, "nothing there to override", f"Write +{text} to add it."))
+        if key in _HYDRA_GROUPS and f"{key}/{value}" in " ".join(message):
+            return str(ConfigError(key, value, "unknown name", f"There are {_HYDRA_GROUPS[key]}."))
+        if message[0] == f"Ambiguous value for argument '{text}'":
+            return str(ConfigError(key, value, "a list or a sweep", f"Write '{key}=[{value}]', or -m for a sweep."))
+        if text in message[0] and cause:
+            kind = _type_of(key, schema)
+            remedy = f"It takes {kind.__name__ if isinstance(kind, type) else kind}."
+            if dataclasses.is_dataclass(kind):
+                remedy = f"Set one of {', '.join(f'{key}.{field.name}' for field in dataclasses.fields(kind))}."
+            return str(ConfigError(key, value, cause, remedy))
+    return ": ".join(line.strip() for line in (*message[:1], cause) if line)

@@ -1,0 +1,1 @@
+"""Costs of a model: FLOPs, parameters, memory, traffic, cache, predicted time."""

@@ -1,0 +1,48 @@
+"""FLOPs of a training step, as utilisation counts them: forward and backward, no recomputation.
+
+Two FLOPs a multiply-add; the backward pass costs twice the forward.
+"""
+
+from dataclasses import dataclass
+
+from s2train.config import ModelConfig
+from s2train.costs.attention import attention_flops
+from s2train.costs.parameters import head_dim, layer_parameters
+from s2train.layouts.hybrid import HybridLayout
+
+
+@dataclass(frozen=True)
+class TokenFlops:
+    """FLOPs per trained token, averaged over the sequence.
+
+    Attributes:
+        matmul: linear layers and LM head.
+        attention: QK and PV over the positions the layout keeps, exactly.
+        dense_attention: the same, were every layer dense and causal.
+    """
+
+    matmul: float
+    attention: float
+    dense_attention: float
+
+    @property
+    def sparse(self) -> float:
+        return self.matmul + self.attention
+
+    @property
+    def dense(self) -> float:
+        return self.matmul + self.dense_attention
+
+
+def token_flops(model: ModelConfig, hybrid: HybridLayout, seq_length: int) -> TokenFlops:
+    """FLOPs a token of training, means over a sequence of `seq_length`: exact for the layout, and if all were dense."""
+    dim = head_dim(model)
+    weights = model.num_layers * layer_parameters(model).matmul + model.vocab_size * model.hidden_size
+    forward = {layer: attention_flops(layer, seq_length, dim) for layer in set(hybrid.layers)}
+    causal = seq_length * (seq_length + 1) // 2
+    dense = model.num_layers * model.num_attention_heads * 4 * dim * causal
+    return TokenFlops(
+        matmul=6.0 * weights,
+        attention=3 * sum(forward[layer] for layer in hybrid.layers) / seq_length,
+        dense_attention=3 * dense / seq_length,
+    )

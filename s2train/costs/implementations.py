@@ -1,0 +1,65 @@
+"""What computes dense attention, SwiGLU, rotation and loss in a planned run, as far as a plan depends on it."""
+
+from dataclasses import dataclass
+
+import torch
+
+from s2train.config import PretrainConfig
+from s2train.costs.parameters import head_dim
+from s2train.environment.hardware import Hardware
+from s2train.environment.liger import ROTATION, SWIGLU, choose_loss, liger_operations
+from s2train.environment.transformer_engine import uses_te
+from s2train.kernels.dense_choice import LONG, LONGEST, takes_fa4
+
+
+@dataclass(frozen=True)
+class Implementations:
+    """By device; what `auto` comes to follows the libraries that are installed here. The defaults: a CPU's.
+
+    Attributes:
+        capability: the GPU's compute capability; None: a CPU, or not known, which is planned without libraries.
+        te: layers are transformer-engine's.
+    """
+
+    capability: tuple[int, int] | None = None
+    te: bool = False
+
+    @classmethod
+    def of(cls, cfg: PretrainConfig, hardware: Hardware) -> "Implementations":
+        return cls(hardware.capability, uses_te(cfg, hardware))
+
+    def loss(self, cfg: PretrainConfig) -> str:
+        """`torch`, `liger` or `linear`."""
+        return choose_loss(cfg, self.capability, self.te)
+
+    def fuses_swiglu(self, cfg: PretrainConfig) -> bool:
+        """Whether Liger-Kernel computes it, in place in the backward."""
+        return SWIGLU in liger_operations(cfg, self.capability, self.te)
+
+    def fuses_rotation(self, cfg: PretrainConfig) -> bool:
+        """Whether Liger-Kernel rotates."""
+        return ROTATION in liger_operations(cfg, self.capability, self.te)
+
+    def dense(self, cfg: PretrainConfig) -> str:
+        """The implementation that most of a dense layer's calls take; see `s2train.kernels.dense_choice`."""
+        if cfg.dense_attention != "auto":
+            return cfg.dense_attention
+        model, deterministic = cfg.model, cfg.train.deterministic
+        dim, grouped = head_dim(model), model.num_query_groups < model.num_attention_heads
+        dtype = torch.bfloat16 if cfg.train.precision == "bf16" else torch.float32
+        if takes_fa4(self.capability, dtype, dim, grouped=grouped, deterministic=deterministic):
+            return "fa4"
+        is_measured = cfg.train.seq_length <= LONGEST and (cfg.train.seq_length >= LONG or deterministic)
+        if is_measured and self._has_hopper_kernels(cfg):
+            return "s2train"
+        return "flash" if deterministic else "cudnn"
+
+    def _has_hopper_kernels(self, cfg: PretrainConfig) -> bool:
+        return (
+            self.capability is not None
+            and self.capability[0] == 9
+            and cfg.attention_backend in ("auto", "triton")
+            and cfg.train.precision == "bf16"
+            and cfg.layout.block_size >= 64
+            and head_dim(cfg.model) in (64, 128)
+        )

@@ -1,0 +1,193 @@
+"""Memory of one rank, by part, in bytes. An estimate from above; what it assumes stands beside each term."""
+
+from dataclasses import dataclass, fields
+
+from s2train.config import PretrainConfig
+from s2train.costs.implementations import Implementations
+from s2train.costs.parameters import head_dim, stage_parameters, total_parameters
+from s2train.costs.stages import Stages
+
+GIB = 1024**3
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of the fullest rank.
+
+    Attributes:
+        weights: in the run's precision.
+        gradients: fp32, all of them (Megatron's main gradients).
+        optimizer: fp32 Adam moments, and fp32 weights where the run's are bf16; shared over data and context
+            parallel ranks by the distributed optimizer.
+        activations: kept for the backward pass, with the largest temporary of one layer or of the loss.
+        layouts: block layouts of the sparse layers.
+        overhead: CUDA context, libraries' workspaces and communicators; Python and torch on a CPU.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    layouts: int
+    overhead: int
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, part.name) for part in fields(self))
+
+
+def checkpoint_bytes(cfg: PretrainConfig) -> int:
+    """Bytes of a checkpoint on disk: weights in the run's precision, Adam's moments, and fp32 weights beside bf16.
+
+    The distributed optimizer saves fp32 weights in any precision.
+    """
+    bf16 = cfg.train.precision == "bf16"
+    optimizer = 12 if bf16 or cfg.parallel.distributed_optimizer else 8
+    return total_parameters(cfg.model) * ((2 if bf16 else 4) + optimizer)
+
+
+def data_parallel(cfg: PretrainConfig, world_size: int) -> int:
+    """How many copies of the model `world_size` ranks hold."""
+    return world_size // (cfg.parallel.tp * cfg.parallel.pp * cfg.parallel.cp)
+
+
+def micro_batches(cfg: PretrainConfig, world_size: int) -> int:
+    """Micro batches a step on each data-parallel rank."""
+    return cfg.train.global_batch_size // (data_parallel(cfg, world_size) * cfg.train.micro_batch_size)
+
+
+def rank_memory(
+    cfg: PretrainConfig,
+    world_size: int,
+    stages: Stages,
+    layouts: int,
+    kind: str,
+    impl: Implementations | None = None,
+) -> Memory:
+    """The fullest pipeline stage's rank.
+
+    Args:
+        layouts: bytes.
+        kind: "cuda" or "cpu".
+        impl: what computes the loss and SwiGLU; None: no library beside torch and Megatron.
+    """
+    impl = impl or Implementations()
+    ranks = (
+        _stage_memory(cfg, world_size, stage, stages.of_rank(stage), layouts, kind, impl)
+        for stage in range(cfg.parallel.pp)
+    )
+    return max(ranks, key=lambda memory: memory.total)
+
+
+def _stage_memory(
+    cfg: PretrainConfig,
+    world_size: int,
+    stage: int,
+    chunks: tuple[int, ...],
+    layouts: int,
+    kind: str,
+    impl: Implementations,
+) -> Memory:
+    weights = stage_parameters(cfg.model, cfg.parallel, stage, sum(chunks))
+    bf16 = cfg.train.precision == "bf16"
+    shards = data_parallel(cfg, world_size) * cfg.parallel.cp if cfg.parallel.distributed_optimizer else 1
+    return Memory(
+        weights=weights * (2 if bf16 else 4),
+        gradients=weights * 4,
+        optimizer=-(-weights * (12 if bf16 else 8) // shards),
+        activations=stage_activations(cfg, stage, chunks, micro_batches(cfg, world_size), kind, impl),
+        layouts=layouts,
+        overhead=_overhead(cfg, world_size) if kind == "cuda" else GIB // 2,
+    )
+
+
+def _overhead(cfg: PretrainConfig, world_size: int) -> int:
+    """Bytes outside of torch's allocator on a GPU: context and libraries, and a communicator for each group in use.
+
+    Measured on an H100: 0.6 GiB, 0.15 GiB, and 8.1 GiB for all 21 communicators of a job of one rank, here 0.45 each.
+    NVIDIA/nccl#964 has 0.53 GiB for two ranks and 0.67 GiB for more.
+    """
+    parallel = cfg.parallel
+    # World, tensor and data parallel, the gradients' norm's; the pipeline's and its embeddings'; context parallel's.
+    groups = 4 + 2 * (parallel.pp > 1) + (parallel.cp > 1)
+    return int((0.75 + groups * (0.45 if world_size == 1 else 0.7)) * GIB)
+
+
+def stage_activations(
+    cfg: PretrainConfig,
+    stage: int,
+    chunks: tuple[int, ...],
+    num_micro_batches: int,
+    kind: str,
+    impl: Implementations | None = None,
+) -> int:
+    """Bytes that a rank of pipeline stage `stage`, with so many layers in its `chunks`, holds at its peak."""
+    impl = impl or Implementations()
+    model, train, parallel = cfg.model, cfg.train, cfg.parallel
+    width = 2 if train.precision == "bf16" else 4
+    tokens = train.seq_length // parallel.cp * train.micro_batch_size
+    # Sequence parallelism splits what lies between the blocks: residual stream and norms.
+    stream = tokens * model.hidden_size * width // (parallel.tp if parallel.sequence_parallel else 1)
+    whole, kept = layer_activations(cfg, stream, kind)
+
+    # Backward, one layer's MLP gradients lie beside its activations: gate, up (in their place with Liger-Kernel),
+    # their product, streams.
+    gradients = 1 if impl.fuses_swiglu(cfg) else 3
+    layer = gradients * tokens * model.ffn_hidden_size * width // parallel.tp + 2 * stream
+    loss = 0
+    if stage == parallel.pp - 1:
+        loss = _loss_bytes(cfg, tokens, width, impl.loss(cfg)) + 3 * stream  # of the final norm, as above
+
+    in_flight = max(chunks) * _chunks_in_flight(cfg, stage, num_micro_batches)
+    if train.recompute == "full":  # inputs of recomputed groups, and one group alive again, after the loss is through
+        group = train.recompute_num_layers
+        return in_flight // group * stream + max(group * whole + layer, loss)
+    return in_flight * kept + max(layer, loss)
+
+
+def _loss_bytes(cfg: PretrainConfig, tokens: int, width: int, way: str) -> int:
+    """Bytes of the logits, and of what the loss makes of them, at its peak."""
+    model, parallel = cfg.model, cfg.parallel
+    if way == "linear":  # a piece of the logits, the weight's gradient in fp32 and in `width`
+        pieces = -(-model.vocab_size // model.hidden_size)
+        piece = min(1 << (-(-tokens // pieces) - 1).bit_length(), tokens)
+        return piece * model.vocab_size * width + model.vocab_size * model.hidden_size * (4 + width)
+    logits = tokens * model.vocab_size // parallel.tp
+    # Logits and their gradient in `width`, softmax in fp32: Liger-Kernel has no copy of the first beside the others;
+    # Megatron has another of the last.
+    return logits * (width + 4 if way == "liger" else 2 * width + 8)
+
+
+def layer_activations(cfg: PretrainConfig, stream: int, kind: str) -> tuple[int, int]:
+    """Bytes that a layer saves for one micro batch: without recomputation, and as `train.recompute` has it.
+
+    Flash-like attention: nothing of sequence length squared. `stream`: bytes of a tensor [s, b, hidden].
+    """
+    model, train, parallel = cfg.model, cfg.train, cfg.parallel
+    width = 2 if train.precision == "bf16" else 4
+    tokens = train.seq_length // parallel.cp * train.micro_batch_size
+    queries = tokens * model.num_attention_heads * head_dim(model) * width // parallel.tp
+    keys = tokens * model.num_query_groups * head_dim(model) * width // parallel.tp
+    ffn = tokens * model.ffn_hidden_size * width // parallel.tp
+
+    fused = kind == "cuda"  # RMSNorm and SwiGLU
+    # Input and output of both norms; what they are before the weight too where not fused.
+    residual = (4 if fused else 6) * stream
+    # q and k after RoPE, beside the projection's output that v is a view of; attention's output.
+    attention = (queries + keys) + (queries + 2 * keys) + queries
+    # Log-sum-exp in fp32; keys and values of all context parallel ranks (sparse layers may hold fewer).
+    core = tokens * model.num_attention_heads * 4 // parallel.tp
+    if parallel.cp > 1:
+        core += 2 * keys * parallel.cp
+    # Gate, up, their product; SiLU of the gate and a copy of up too where not fused.
+    mlp = (3 if fused else 5) * ffn
+    whole = residual + attention + core + mlp
+    return whole, whole - core if train.recompute == "selective" else whole
+
+
+def _chunks_in_flight(cfg: PretrainConfig, stage: int, num_micro_batches: int) -> int:
+    """Forward passes of one model chunk that wait for their backward at most: Megatron's 1F1B schedules."""
+    pp, vpp = cfg.parallel.pp, cfg.parallel.vpp
+    if vpp is None:
+        return min(num_micro_batches, pp - stage)
+    return min(num_micro_batches * vpp, (pp - stage - 1) * 2 + (vpp - 1) * pp + 1)

@@ -1,0 +1,104 @@
+"""Which layers each pipeline stage holds, and how long the slowest makes the others wait."""
+
+from dataclasses import dataclass
+from itertools import accumulate
+
+from s2train.config import ModelConfig, ParallelConfig
+from s2train.costs.attention import attention_flops
+from s2train.costs.parameters import head_dim, layer_parameters
+from s2train.layouts.hybrid import HybridLayout
+
+
+@dataclass(frozen=True)
+class LayerFlops:
+    """Forward FLOPs of one sequence in each layer, and in the LM head; the backward pass takes twice as many."""
+
+    layers: tuple[int, ...]
+    head: int
+
+
+def layer_flops(model: ModelConfig, hybrid: HybridLayout, seq_length: int) -> LayerFlops:
+    """A dense layer costs what its dense attention does, a sparse one what its heads keep."""
+    linear = 2 * seq_length * layer_parameters(model).matmul
+    attention = {layer: attention_flops(layer, seq_length, head_dim(model)) for layer in set(hybrid.layers)}
+    return LayerFlops(
+        tuple(linear + attention[layer] for layer in hybrid.layers),
+        head=2 * seq_length * model.hidden_size * model.vocab_size,
+    )
+
+
+@dataclass(frozen=True)
+class Stages:
+    """Layers in each model chunk, in the model's order; chunk c lies on pipeline rank c mod `pp`."""
+
+    chunks: tuple[int, ...]
+    pp: int
+
+    def of_rank(self, rank: int) -> tuple[int, ...]:
+        """Layers in each chunk that pipeline rank `rank` holds."""
+        return self.chunks[rank :: self.pp]
+
+    def megatron_layout(self) -> str:
+        """As `pipeline_model_parallel_layout` of Megatron's TransformerConfig wants it, such as Ett|ttt|ttL."""
+        parts = ["t" * layers for layers in self.chunks]
+        return "|".join(["E" + parts[0], *parts[1:]]) + "L" if len(parts) > 1 else f"E{parts[0]}L"
+
+
+def pipeline_stages(model: ModelConfig, parallel: ParallelConfig, costs: LayerFlops) -> Stages:
+    """The division that `parallel.pipeline_split` names: as many layers in each chunk, or as much work.
+
+    `model` and `parallel` have passed `check_division`.
+    """
+    number = parallel.pp * (parallel.vpp or 1)
+    if parallel.pipeline_split == "even":
+        return Stages((model.num_layers // number,) * number, parallel.pp)
+    return Stages(_least_largest_part(costs, number), parallel.pp)
+
+
+def _least_largest_part(costs: LayerFlops, number: int) -> tuple[int, ...]:
+    """Sizes of `number` runs of layers of which the dearest costs least; among equals, the most alike."""
+    work = [*costs.layers[:-1], costs.layers[-1] + costs.head]
+    sums = [0, *accumulate(work)]
+    # best[end]: (dearest run, sum of squares, sizes) of the first `end` layers in the runs so far
+    best: dict[int, tuple[int, int, tuple[int, ...]]] = {0: (0, 0, ())}
+    for run in range(1, number + 1):
+        following = {}
+        for end in range(run, len(work) - (number - run) + 1):
+            options = []
+            for start, (dearest, squares, sizes) in best.items():
+                if start < end:
+                    cost = sums[end] - sums[start]
+                    options.append((max(dearest, cost), squares + cost**2, (*sizes, end - start)))
+            following[end] = min(options)
+        best = following
+    return best[len(work)][2]
+
+
+@dataclass(frozen=True)
+class Balance:
+    """How evenly the work lies on pipeline ranks, and the share of a step in which they wait.
+
+    Attributes:
+        imbalance: the busiest rank's work over the mean, less 1.
+        idle: 1 - work / (ranks × time) of Megatron's 1F1B schedules without communication: m micro batches take
+            m t_max + (Σt - t_max) / vpp, for t the time that one takes on each rank.
+    """
+
+    stages: Stages
+    imbalance: float
+    idle: float
+
+
+def balance(stages: Stages, costs: LayerFlops, num_micro_batches: int) -> Balance:
+    """How evenly pipeline stages share out the work, and how long they wait for one another at a step's ends."""
+    sums = [0, *accumulate(costs.layers)]
+    ends = list(accumulate(stages.chunks))
+    chunks = [sums[end] - sums[end - layers] for end, layers in zip(ends, stages.chunks, strict=True)]
+    chunks[-1] += costs.head
+    ranks = [sum(chunks[rank :: stages.pp]) for rank in range(stages.pp)]
+    whole, largest = sum(ranks), max(ranks)
+    virtual = len(chunks) // stages.pp
+    time = num_micro_batches * largest + (whole - largest) / virtual
+    return Balance(
+        stages, imbalance=largest * stages.pp / whole - 1, idle=1 - num_micro_batches * whole / (stages.pp * time)
+    )

@@ -1,0 +1,1 @@
+"""Agreement and failure across the ranks of a job."""

@@ -1,0 +1,22 @@
+"""What a result was got on, for the file that holds it."""
+
+import platform
+from contextlib import suppress
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from s2train.environment.versions import versions
+
+_MAY_LACK = ("triton", "megatron-core", "transformer-engine", "apex")
+
+
+def environment() -> dict[str, Any]:
+    """Date, device and versions, this code's among them; None for a package that is not installed."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU"
+    found: dict[str, str | None] = {**dict.fromkeys(_MAY_LACK), **versions()}
+    with suppress(PackageNotFoundError):
+        found["apex"] = version("apex")
+    return {"date": date.today().isoformat(), "device": device, **found}

@@ -1,0 +1,62 @@
+"""Which code runs: versions of the packages that matter, and of this one."""
+
+import functools
+import hashlib
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+import s2train
+
+_PACKAGES = ("torch", "megatron-core", "triton", "transformer-engine", "flash-attn-4", "liger-kernel")
+_HERE = Path(__file__).parents[1]
+
+
+def versions() -> dict[str, str]:
+    """Versions by name, this code's among them: packages that are not installed are left out."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found | {"s2train": f"{s2train.__version__}, sources {source_digest()}"}
+
+
+@functools.cache
+def source_digest() -> str:
+    """Tells one state of this package's sources from another, committed or not; 12 hexadecimal digits.
+
+    Read once a process, since runs ask for it several times.
+    """
+    digest = hashlib.sha256()
+    for folder in _folders():
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(f"{path.relative_to(folder)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+@functools.cache
+def git_commit() -> str | None:
+    """The commit of this code's checkout, with `+changes` where files differ from it; None where there is no git."""
+    commit = _git("rev-parse", "HEAD")
+    if not commit:
+        return None
+    return commit + ("+changes" if _git("status", "--porcelain", "--untracked-files=no") else "")
+
+
+def _folders() -> list[Path]:
+    kernels = find_spec("s2train.kernels")
+    assert kernels is not None
+    assert kernels.origin is not None
+    return [_HERE, Path(kernels.origin).parent]
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(_HERE), *arguments], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,0 +1,1 @@
+"""Inference: KV cache, pages, generation, and their speed."""

@@ -1,0 +1,208 @@
+"""Time a whole model's prefill and decoding steps, with random weights, and count the bytes of its cache.
+
+The model is composed as for training: overrides such as +model=7b_hybrid. Tokens are random, one process. A step is
+timed as it is and, on a GPU, replayed from a CUDA graph; both with a wait for the device after the last token only.
+The prefill's seconds are those of the last run, with all kernels compiled; beside them those of training's forward
+pass, uncached, over the same prompts whole, one after the other. A batch of `most` is the largest whose cache fits.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.models.gpt.gpt_model import GPTModel
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from s2train.command_line.program import settings_before_options
+from s2train.config import ParallelConfig
+from s2train.environment.versions import versions
+from s2train.inference.cached_model import CachedModel, hidden_states
+from s2train.inference.kv_cache import kv_cache
+from s2train.inference.page_pool import OutOfPagesError
+from s2train.megatron.layer_backends import backend_of
+from s2train.megatron.model import build_model, transformer_config, unwrap
+from s2train.megatron.setup import initialize, shutdown
+from s2train.planning import compose_run, hybrid_layout
+
+Record = dict[str, Any]
+_WARM_STEPS = 3  # the first is run, the second captured
+_WORKING_BYTES = 2 << 30  # a step's tensors, the graph's own memory, and what torch can't give back
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line's entry; 1 where a cache held something else than predicted."""
+    parser = argparse.ArgumentParser(prog="python -m s2train.inference.decode_speed", description=__doc__)
+    parser.add_argument("overrides", nargs="*", default=["+model=7b_hybrid"], help="as of launch/pretrain.py")
+    parser.add_argument("--lengths", nargs="+", type=int, default=[8192, 32768, 131072], help="prompt tokens")
+    parser.add_argument("--batches", nargs="+", type=_batch, default=[1, 8], help="sequences, or most")
+    parser.add_argument("--tokens", type=int, default=64, help="timed steps")
+    parser.add_argument("--chunk", type=int, default=8192, help="of the prefill, tokens")
+    parser.add_argument(
+        "--no-prefill", action="store_true", help="decode over random keys and values: prompts take long"
+    )
+    parser.add_argument("--output", type=Path, default=None, help="JSON")
+    args = parser.parse_args(settings_before_options(sys.argv[1:] if arguments is None else arguments))
+    if min(*args.lengths, *(batch or 1 for batch in args.batches), args.tokens - 1, args.chunk) < 1:
+        parser.error("lengths, batches and chunk must be at least 1, tokens 2")
+    if args.output is not None and args.output.exists():
+        parser.error(f"{args.output} exists: results are not overwritten, name another --output")
+    pretrain = compose_run(args.overrides)
+    pretrain.parallel = ParallelConfig()
+    pretrain.train.recompute = "none"
+    device = initialize(pretrain.parallel, pretrain.seed)
+    config, hybrid = transformer_config(pretrain), hybrid_layout(pretrain)
+    (chunk,) = build_model(pretrain, config, hybrid, backend_of(pretrain), device)
+    gpt = unwrap(chunk).eval()
+    console, table = Console(width=160), Table(title=f"{pretrain.model.name}, random weights")
+    for name in (
+        "prompt",
+        "batch",
+        "prefill s",
+        "tokens/s",
+        "forward s",
+        "ms a step",
+        "from a graph",
+        "KV MB",
+        "predicted",
+        "dense",
+    ):
+        table.add_column(name, justify="right")
+    records: list[Record] = []
+    data = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", "-m", "s2train.inference.decode_speed", *(arguments or sys.argv[1:])]),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "versions": versions(),
+        "model": pretrain.model.name,
+        "layers": "".join(layer.kind.letter for layer in hybrid.layers),
+        "cases": records,
+    }
+    for length in args.lengths:
+        for batch in args.batches:
+            count = batch or most_sequences(gpt, length + args.tokens + _WARM_STEPS, device)
+            records.append(measure(gpt, length, count, args.tokens, None if args.no_prefill else args.chunk, device))
+            table.add_row(*_row(records[-1]))
+            console.print(records[-1])
+            if args.output is not None:
+                args.output.write_text(json.dumps(data, indent=1) + "\n")
+    console.print(table)
+    shutdown()
+    return int(any(record.get("kv_bytes") != record.get("predicted_bytes") for record in records))
+
+
+def _batch(text: str) -> int | None:
+    return None if text == "most" else int(text)
+
+
+def most_sequences(gpt: GPTModel, length: int, device: torch.device) -> int:
+    """How many sequences of `length` tokens have room on the device beside the model; 1 on a CPU."""
+    if device.type != "cuda":
+        return 1
+    with kv_cache(gpt, 1, length) as cache:
+        sequence = 2 * cache.pool.keys.nbytes
+    del cache
+    torch.cuda.empty_cache()
+    return max(1, (torch.cuda.mem_get_info(device)[0] - _WORKING_BYTES) // sequence)
+
+
+def measure(gpt: GPTModel, length: int, batch: int, tokens: int, chunk: int | None, device: torch.device) -> Record:
+    """Seconds and bytes after a prompt of `length` tokens and `tokens` steps; or "error" where memory does not do.
+
+    Args:
+        chunk: of the prefill; None: random keys and values in place of a prompt's.
+    """
+    record: Record = {"length": length, "batch": batch, "chunk": chunk}
+    try:
+        for cuda_graph in (False, True) if device.type == "cuda" else (False,):
+            with kv_cache(gpt, batch, length + tokens + _WARM_STEPS) as cache:
+                model = CachedModel(gpt, cache, cuda_graph)
+                prompt = torch.randint(0, gpt.vocab_size, (batch, length), device=device)
+                _forget_peak(device)
+                began = _now()
+                if chunk is None:
+                    cache.fill(np.full(batch, length))
+                else:
+                    model.prefill(prompt, chunk=chunk)
+                    record["prefill_s"] = _now() - began
+                    record |= _peak("prefill", device)
+                for _ in range(_WARM_STEPS):
+                    model.decode(prompt[:, -1])
+                began = _now()
+                for _ in range(tokens - 1):  # not the last: after it nothing is needed any more
+                    model.decode(prompt[:, -1])
+                record["graph_ms" if cuda_graph else "step_ms"] = 1e3 * (_now() - began) / (tokens - 1)
+                record |= _peak("decode", device)
+                record |= {"kv_bytes": cache.bytes_in_use, "predicted_bytes": cache.predicted_bytes()}
+                record |= {"dense_bytes": cache.dense_bytes(), "pool_bytes": 2 * cache.pool.keys.nbytes}
+            del cache, model  # before the next pass takes as much
+        if chunk is not None:
+            torch.cuda.empty_cache()
+            record["forward_s"] = forward_seconds(gpt, prompt)
+    except (torch.OutOfMemoryError, OutOfPagesError):
+        record["error"] = "out of memory"
+    torch.cuda.empty_cache()
+    return record
+
+
+@torch.no_grad()
+def forward_seconds(gpt: GPTModel, prompts: Tensor) -> float:
+    """Seconds of the forward pass as in training, without a cache, over prompts [b, s] one by one, compiled.
+
+    Up to the last layer: of the logits a prefill makes those of one token, which cost nothing.
+    """
+    size = prompts.shape[1]
+    angles, positions = gpt.rotary_pos_emb(size), torch.arange(size, device=prompts.device)[None]
+    hidden_states(gpt, prompts[:1], positions, angles)  # compiles
+    began = _now()
+    for prompt in prompts[:, None]:
+        hidden_states(gpt, prompt, positions, angles)
+    return _now() - began
+
+
+def _forget_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def _peak(part: str, device: torch.device) -> dict[str, int]:
+    """Bytes of all tensors at their most, weights and pool among them, since this was last asked."""
+    if device.type != "cuda":
+        return {}
+    found = {f"{part}_peak_bytes": torch.cuda.max_memory_allocated(device)}
+    _forget_peak(device)
+    return found
+
+
+def _now() -> float:
+    """Seconds, with the device idle."""
+    torch.cuda.synchronize()  # means nothing on a CPU
+    return time.perf_counter()
+
+
+def _row(record: Record) -> list[str]:
+    first = [f"{record['length']:,}", str(record["batch"])]
+    if "kv_bytes" not in record:
+        return [*first, record["error"]]
+    seconds, forward = record.get("prefill_s"), record.get("forward_s")
+    graph_ms = f"{record['graph_ms']:.2f}" if "graph_ms" in record else record.get("error", "-")
+    return [
+        *first,
+        *((f"{seconds:.3f}", f"{record['length'] * record['batch'] / seconds:,.0f}") if seconds else ("-", "-")),
+        f"{forward:.3f}" if forward else "-",
+        f"{record['step_ms']:.2f}",
+        graph_ms,
+        *(f"{record[name] / 1e6:,.1f}" for name in ("kv_bytes", "predicted_bytes", "dense_bytes")),
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,275 @@
+"""Keys and values of a batch while it is decoded, page by page: only blocks that a later query needs have a page."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from megatron.core.models.gpt.gpt_model import GPTModel
+
+from s2train.inference.page_pool import PagePool
+from s2train.kernels.decode.op import append_token, block_sparse_decode
+from s2train.kernels.decode.pages import last_uses, most_pages_held, pages_held, read_tokens, write_tokens
+from s2train.kernels.layout import BlockLayout
+from s2train.megatron.core_attention import CausalCoreAttention
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What a prefill writes now: tokens [start, stop) of every sequence; `lengths` [b] are known afterwards."""
+
+    start: int
+    stop: int
+    lengths: np.ndarray
+
+
+class KVCache:
+    """Pages of all layers for `batch_size` sequences, on this tensor parallel rank. Made by `kv_cache`.
+
+    After `lengths[i]` tokens sequence i holds the key blocks that some query at a later position needs, of each KV
+    head and layer, and nothing else: `bytes_in_use` and `predicted_bytes` say so from both sides.
+
+    Attributes:
+        lengths: int64 [b] on the host: tokens seen.
+        positions: int32 [b] on the device: where the next token goes, -1 for a finished sequence.
+        chunk: what a prefill writes now; None while decoding.
+    """
+
+    def __init__(
+        self,
+        cores: list[CausalCoreAttention],
+        batch_size: int,
+        max_length: int,
+        num_pages: int | None,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        first = cores[0]
+        self.block_size, self.max_length = first.layer_layout.block_size, max_length
+        self.num_blocks = first.layer_layout.num_blocks(max_length)
+        self.layers = [LayerCache(self, number, core, device) for number, core in enumerate(cores)]
+        self.last_use = np.stack([layer.last_use.numpy() for layer in self.layers])  # [layers, H_kv, n_blocks]
+        self.pool = PagePool(
+            batch_size * sum(most_pages_held(layer.last_use) for layer in self.layers)
+            if num_pages is None
+            else num_pages,
+            self.block_size,
+            first.config.kv_channels,
+            dtype,
+            device,
+        )
+        # By layer, head and block, -1 where there is none; the device's copy follows the host's.
+        self.pages = np.full((batch_size, *self.last_use.shape), -1, dtype=np.int32)
+        self.table = torch.full(self.pages.shape, -1, dtype=torch.int32, device=device)
+        self.lengths = np.zeros(batch_size, dtype=np.int64)
+        self.finished = np.zeros(batch_size, dtype=bool)
+        self.positions = torch.zeros(batch_size, dtype=torch.int32, device=device)
+        self.chunk: Chunk | None = None
+        # Blocks in the order of their last use, so that those that expire are found without a search.
+        flat = self.last_use.ravel()
+        self._by_last_use = np.argsort(flat, kind="stable")
+        self._expiry_bounds = np.searchsorted(flat[self._by_last_use], np.arange(self.num_blocks + 1))
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def bytes_in_use(self) -> int:
+        """Of pages that hold something, in all layers and sequences, by the free list."""
+        return self.pool.used * self.pool.page_bytes
+
+    def predicted_bytes(self) -> int:
+        """What `bytes_in_use` must be by the layout and the lengths alone."""
+        lengths = [int(n) for n, done in zip(self.lengths, self.finished, strict=True) if not done]
+        count = sum(pages_held(layer.last_use, n, self.block_size) for n in lengths for layer in self.layers)
+        return count * self.pool.page_bytes
+
+    def dense_bytes(self) -> int:
+        """What the same sequences hold where every layer keeps everything."""
+        blocks = sum(-(-int(n) // self.block_size) for n in self.lengths[~self.finished])
+        return blocks * self.last_use.shape[0] * self.last_use.shape[1] * self.pool.page_bytes
+
+    def begin_step(self) -> None:
+        """Make room for one token of every sequence.
+
+        Raises:
+            ValueError: a sequence is full.
+            OutOfPagesError: no page is free.
+        """
+        active = np.flatnonzero(~self.finished)
+        if (self.lengths[active] >= self.max_length).any():
+            raise ValueError(
+                f"a sequence has {self.max_length} tokens already: open the cache with a larger max_length"
+            )
+        indices = []
+        for sequence in active[self.lengths[active] % self.block_size == 0]:
+            block = int(self.lengths[sequence]) // self.block_size
+            layer, head = np.nonzero(self.last_use[:, :, block] >= block)
+            indices.append(np.ravel_multi_index((np.full_like(layer, sequence), layer, head, block), self.pages.shape))
+        if indices:
+            index = np.concatenate(indices)
+            self._assign(index, self.pool.take(len(index)))
+
+    def end_step(self) -> None:
+        """Count the token, and free what no later query needs."""
+        self.lengths[~self.finished] += 1
+        self.positions += self.positions >= 0
+        size = self.last_use.size
+        expired = [
+            self._by_last_use[slice(*self._expiry_bounds[n // self.block_size - 1 :][:2])] + sequence * size
+            for sequence, n in enumerate(self.lengths)
+            if not self.finished[sequence] and n % self.block_size == 0
+        ]
+        if expired:
+            self._free(np.concatenate(expired))
+
+    def finish(self, sequence: int) -> None:
+        """Free all pages of a sequence; it takes no part in later steps."""
+        self.finished[sequence] = True
+        self.positions[sequence] = -1
+        size = self.last_use.size
+        self._free(np.arange(sequence * size, (sequence + 1) * size))
+
+    def end_prefill(self, lengths: np.ndarray) -> None:
+        """The sequences have `lengths` [b] tokens, all written."""
+        self.chunk = None
+        self.lengths[:] = lengths
+        self.positions.copy_(torch.from_numpy(lengths.astype(np.int32)))
+
+    def fill(self, lengths: np.ndarray) -> None:
+        """As after a prompt of `lengths` [b] tokens, with random keys and values: for timing what follows.
+
+        Raises:
+            OutOfPagesError: the pool is too small.
+        """
+        for layer in self.layers:
+            layer.hold(lengths)
+        self.pool.keys.normal_()
+        self.pool.values.normal_()
+        self.end_prefill(lengths)
+
+    def _free(self, index: np.ndarray) -> None:
+        index = index[self.pages.reshape(-1)[index] >= 0]
+        self.pool.give(self.pages.reshape(-1)[index])
+        self._assign(index, np.full(len(index), -1, dtype=np.int32))
+
+    def _assign(self, index: np.ndarray, pages: np.ndarray) -> None:
+        """Write pages at flat indices of the table, here and on the device, without waiting for it."""
+        self.pages.reshape(-1)[index] = pages
+        update = _to_device(np.stack([index, pages.astype(np.int64)]), self.table.device)
+        self.table.view(-1)[update[0]] = update[1].int()
+
+
+class LayerCache:
+    """One layer's part of a cache; what its core attention asks.
+
+    Attributes:
+        last_use: int32 [H_kv, n_blocks] on the host: the last query block that needs a key block.
+    """
+
+    def __init__(self, cache: KVCache, number: int, core: CausalCoreAttention, device: torch.device) -> None:
+        self.cache, self.number, self.max_length = cache, number, cache.max_length
+        self.layout: BlockLayout | None = core.layout(cache.max_length, device)
+        if self.layout is None:
+            shape = (core.num_kv_heads, cache.num_blocks)
+            self.last_use = torch.full(shape, cache.num_blocks - 1, dtype=torch.int32)
+        else:
+            self.last_use = last_uses(self.layout, core.num_kv_heads)
+
+    def attend(
+        self, core: CausalCoreAttention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
+        """Attention of new tokens over the cache and themselves, and their way into it. Shapes as in `core.attend`."""
+        pool, table = self.cache.pool, self.cache.table[:, self.number]
+        chunk = self.cache.chunk
+        if chunk is None:
+            backend, positions = core.backend, self.cache.positions
+            append_token(key[0], value[0], pool.keys, pool.values, table, positions, backend=backend)
+            out, _ = block_sparse_decode(
+                query[0],
+                pool.keys,
+                pool.values,
+                table,
+                positions,
+                self.layout,
+                softmax_scale=core.softmax_scale,
+                backend=backend,
+            )
+            return out[None]
+        all_keys, all_values = key, value
+        if chunk.start > 0:
+            all_keys, all_values = (
+                _after_earlier(pages, table, new, chunk) for pages, new in ((pool.keys, key), (pool.values, value))
+            )
+        out = core.attend(query, all_keys, all_values, query_offset=chunk.start)
+        self.hold(chunk.lengths)
+        write_tokens(pool.keys, table, key.permute(1, 2, 0, 3), chunk.start)
+        write_tokens(pool.values, table, value.permute(1, 2, 0, 3), chunk.start)
+        return out
+
+    def hold(self, lengths: np.ndarray) -> None:
+        """Have pages for just what queries after `lengths` [b] tokens need."""
+        block_size, pool = self.cache.block_size, self.cache.pool
+        blocks = np.arange(self.cache.num_blocks)
+        written = blocks < -(-lengths[:, None, None] // block_size)
+        needed = written & (self.last_use.numpy() >= lengths[:, None, None] // block_size)
+        pages = self.cache.pages[:, self.number]
+        dropped, new = (pages >= 0) & ~needed, (pages < 0) & needed
+        pool.give(pages[dropped])
+        pages[dropped] = -1
+        pages[new] = pool.take(int(new.sum()))
+        self.cache.table[:, self.number] = _to_device(pages, self.cache.table.device)
+
+
+def _after_earlier(pages: torch.Tensor, table: torch.Tensor, new: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+    """A chunk's `new` tokens [s, b, h, d] after those in the cache, [chunk.stop, b, h, d]: a copy, whose place in
+    memory is the pages' order."""
+    tokens = read_tokens(pages, table, chunk.stop)
+    tokens[:, :, chunk.start :] = new.permute(1, 2, 0, 3)
+    return tokens.permute(2, 0, 1, 3)
+
+
+def _to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A copy on a GPU that the host does not wait for; the array itself on a CPU."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+@contextmanager
+def kv_cache(gpt: GPTModel, batch_size: int, max_length: int, *, num_pages: int | None = None) -> Iterator[KVCache]:
+    """Attach a cache to every core attention of `gpt` for the while.
+
+    Args:
+        gpt: in eval mode, whole on each tensor parallel group; not sequence parallel.
+        max_length: tokens of the longest sequence, prompt and continuation.
+        num_pages: of the pool, on this rank; by default what sequences of this length can need at most.
+    Raises:
+        ValueError: a model that can't decode so, or a size below 1.
+    """
+    config = gpt.config
+    if config.sequence_parallel or config.context_parallel_size > 1 or config.pipeline_model_parallel_size > 1:
+        raise ValueError(
+            "decoding takes tensor parallel models only: load with sequence, pipeline and context parallel off"
+        )
+    if gpt.training:
+        raise ValueError("the model is in training mode: call model.eval() before decoding")
+    if min(batch_size, max_length) < 1 or (num_pages is not None and num_pages < 1):
+        raise ValueError(f"sizes must be at least 1, got batch_size={batch_size}, {max_length=}, {num_pages=}")
+    cores = [module for module in gpt.modules() if isinstance(module, CausalCoreAttention)]
+    if len(cores) != config.num_layers or any(core.kv is not None for core in cores):
+        raise ValueError(f"{len(cores)} of {config.num_layers} layers take a cache, or one is attached already")
+    weight = next(gpt.parameters())
+    cache = KVCache(cores, batch_size, max_length, num_pages, weight.dtype, weight.device)
+    for core, layer in zip(cores, cache.layers, strict=True):
+        core.kv = layer
+    # transformer-engine's fused rotation takes one position for all sequences
+    fuses_rotation, config.apply_rope_fusion = config.apply_rope_fusion, False
+    try:
+        yield cache
+    finally:
+        config.apply_rope_fusion = fuses_rotation
+        for core, layer in zip(cores, cache.layers, strict=True):
+            core.kv = None
+            del layer.cache  # a circle: the pool's memory would wait for the garbage collector

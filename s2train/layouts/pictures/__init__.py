@@ -1,5 +1,0 @@
-"""Pictures of a layout."""
-
-from s2train.layouts.pictures.glance import choose_layers, draw_layout
-
-__all__ = ["choose_layers", "draw_layout"]

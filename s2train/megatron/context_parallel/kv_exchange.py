@@ -1,0 +1,105 @@
+"""Key and value blocks to the ranks whose queries keep them, and their gradients back; both ways in the background."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from s2train.megatron.context_parallel.exchange_plan import Share
+
+
+class Transfer:
+    """One layer's exchange: at most one collective of it is under way.
+
+    Forward: `send`, anything else, `receive`. In the backward the gradients of what was received leave as soon as
+    they are known, and are waited for when those of the keys are: what ran between `send` and `receive` hides both.
+    Autograd sees an empty tensor go from `send` to `receive`: what is on its way is no tensor to compute with.
+    """
+
+    def __init__(self, share: Share, block_size: int, group: torch.distributed.ProcessGroup) -> None:
+        self.share, self.block_size, self._group = share, block_size, group
+        self._under_way: tuple[torch.distributed.Work, Tensor, Tensor] | None = None
+
+    def send(self, key: Tensor, value: Tensor) -> Tensor:
+        """Start sending this rank's [s / cp, b, H_kv, d] keys and values; returns what `receive` takes."""
+        return _Send.apply(key, value, self)
+
+    def receive(self, token: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+        """Keys (of dimension `dim`) and values of the other ranks, [slots · block_size, b, H_kv, …]; 0 where none."""
+        return _Receive.apply(token, dim, self)
+
+    def start(self, packed: Tensor, sent: Sequence[int], received: Sequence[int]) -> None:
+        """Exchange rows of `packed`: so many to and from each rank."""
+        result = packed.new_empty(sum(received), *packed.shape[1:])
+        work = torch.distributed.all_to_all_single(
+            result, packed, list(received), list(sent), group=self._group, async_op=True
+        )
+        assert work is not None
+        self._under_way = (work, packed, result)
+
+    def wait(self) -> Tensor:
+        """What the exchange brought."""
+        assert self._under_way is not None
+        work, _, result = self._under_way
+        work.wait()
+        self._under_way = None
+        return result
+
+    def blocks(self, x: Tensor) -> Tensor:
+        """View [H_kv, blocks, b, block_size, d] of [s, b, H_kv, d]."""
+        return x.unflatten(0, (-1, self.block_size)).permute(3, 0, 2, 1, 4)
+
+
+class _Send(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, key: Tensor, value: Tensor, transfer: Transfer) -> Tensor:
+        ctx.transfer, ctx.shapes = transfer, (key.shape, value.shape)
+        share = transfer.share
+        heads, blocks = (torch.cat(parts) for parts in zip(*share.sent, strict=True))
+        packed = torch.cat([transfer.blocks(x)[heads, blocks] for x in (key, value)], dim=-1)
+        transfer.start(packed, share.sent_counts, share.received)
+        return key.new_empty(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, Tensor, None]:
+        transfer = ctx.transfer
+        packed, share = transfer.wait(), transfer.share
+        parts = packed.split([shape[-1] for shape in ctx.shapes], dim=-1)
+        gradients = []
+        for shape, part in zip(ctx.shapes, parts, strict=True):
+            # summed in the order of ranks, so that every run has the same bits
+            total = packed.new_zeros(shape, dtype=torch.promote_types(packed.dtype, torch.float32))
+            blocks = transfer.blocks(total)
+            for where, of_rank in zip(share.sent, part.split(share.sent_counts), strict=True):
+                blocks[where] += of_rank
+            gradients.append(total.to(packed.dtype))
+        return gradients[0], gradients[1], None
+
+
+class _Receive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, _: Tensor, dim: int, transfer: Transfer) -> tuple[Tensor, Tensor]:
+        ctx.transfer = transfer
+        packed, share = transfer.wait(), transfer.share
+        num_kv_heads = len(share.columns)
+        results = []
+        for part in packed.split([dim, packed.shape[-1] - dim], dim=-1):
+            shape = (share.slots * transfer.block_size, packed.shape[1], num_kv_heads, part.shape[-1])
+            # kernels read tiles that are hidden in part: what no block fills must be finite
+            full = len(packed) == num_kv_heads * share.slots
+            result = packed.new_empty(shape) if full else packed.new_zeros(shape)
+            transfer.blocks(result)[share.heads, share.places] = part
+            results.append(result)
+        return results[0], results[1]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        transfer, share = ctx.transfer, ctx.transfer.share
+        where = (share.heads, share.places)
+        packed = torch.cat([transfer.blocks(gradient)[where] for gradient in gradients], dim=-1)
+        transfer.start(packed, share.received, share.sent_counts)
+        return packed.new_empty(0), None, None

@@ -1,0 +1,1 @@
+"""Needle retrieval: tasks, training documents, evaluation."""

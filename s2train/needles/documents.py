@@ -1,0 +1,126 @@
+"""Training documents for needle retrieval, of any task: deterministic by seed, made by several processes."""
+
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from s2train.config import NeedleDocumentsConfig
+from s2train.data.bundled import bundled_corpus_files
+from s2train.data.tokenizers import Tokenizer
+from s2train.errors import ConfigError
+from s2train.needles.recall import Ids, RecallDocuments, recall_facts
+from s2train.needles.samples import TaskSampler
+from s2train.needles.tasks import TASKS, find_task
+from s2train.needles.words import NOISE, text_haystack
+
+RECALLS = ("recall", "recall_lines")
+_CHUNK = 64  # documents that share a seed, and are made at once
+
+
+class Documents(Protocol):
+    """Draws documents of one length."""
+
+    def document(self, rng: np.random.Generator) -> Ids:
+        """One document, int64 [length], its end of document last."""
+
+
+class TaskDocuments:
+    """One sample of an evaluation's task in each document, of the training split, at any depth."""
+
+    def __init__(self, cfg: NeedleDocumentsConfig, tokenizer: Tokenizer, haystack: str) -> None:
+        self._length, self._eod = cfg.length, tokenizer.eod
+        self._sampler = TaskSampler(tokenizer, haystack, find_task(cfg.task, {}))
+
+    def document(self, rng: np.random.Generator) -> Ids:
+        """One document, int64 [length]."""
+        try:
+            sample = self._sampler.sample(rng, self._length - 1, float(rng.random()), "train")
+        except ConfigError as error:
+            problem = f"{error.problem}, and the end of document one"
+            raise ConfigError("needles.length", self._length, problem, "Use that many or more") from error
+        return np.concatenate([sample.prompt, sample.answer, [self._eod]])
+
+
+def needle_documents(cfg: NeedleDocumentsConfig, tokenizer: Tokenizer, seed: int) -> Iterator[Ids]:
+    """`cfg.documents` documents, int64 [length] each; the same for a seed, whatever the number of workers.
+
+    Raises ConfigError for settings that can't work.
+    """
+    _check(cfg)
+    haystack = haystack_text(cfg.haystack)
+    source: Documents
+    if cfg.task in RECALLS:
+        source = RecallDocuments(cfg, tokenizer, haystack, recall_facts(cfg.task, seed))
+    else:
+        source = TaskDocuments(cfg, tokenizer, haystack)
+    sizes = [min(_CHUNK, cfg.documents - first) for first in range(0, cfg.documents, _CHUNK)]
+    if cfg.workers == 1:
+        for number, size in enumerate(sizes):
+            yield from _chunk(source, seed, number, size)
+        return
+    with ProcessPoolExecutor(cfg.workers, get_context("spawn"), _Worker.start, (source,)) as pool:
+        ahead = 4 * cfg.workers  # chunks in memory
+        for first in range(0, len(sizes), ahead):
+            numbers = range(first, min(first + ahead, len(sizes)))
+            for documents in pool.map(partial(_Worker.chunk, seed), numbers, [sizes[n] for n in numbers]):
+                yield from documents
+
+
+def _chunk(source: Documents, seed: int, number: int, size: int) -> Ids:
+    rng = np.random.default_rng([seed, number])
+    return np.stack([source.document(rng) for _ in range(size)])
+
+
+class _Worker:
+    """A process that keeps its source, which would take long to send with each chunk."""
+
+    source: Documents
+
+    @classmethod
+    def start(cls, source: Documents) -> None:
+        cls.source = source
+
+    @classmethod
+    def chunk(cls, seed: int, number: int, size: int) -> Ids:
+        return _chunk(cls.source, seed, number, size)
+
+
+def needle_texts(cfg: NeedleDocumentsConfig, seed: int) -> Iterator[str]:
+    """What such documents say, to train a tokenizer on: facts of every kind, and about as much filler."""
+    _check(cfg)
+    facts = ["".join(fact) for task in RECALLS for fact in recall_facts(task, seed)[:10_000]]
+    filler = haystack_text(cfg.haystack)
+    yield from facts
+    yield from [filler] * max(1, sum(map(len, facts)) // len(filler))
+
+
+def haystack_text(given: Any) -> str:
+    """The text that `needles.haystack` names; ConfigError if there is none."""
+    if given == "noise":
+        return NOISE
+    if given == "bundled":
+        return text_haystack(bundled_corpus_files())
+    files = [given] if isinstance(given, str) else given
+    if not isinstance(files, list | tuple) or not files or not all(isinstance(file, str) for file in files):
+        remedy = "Set noise, bundled, a text file, or [file, …]"
+        raise ConfigError("needles.haystack", given, "names no text", remedy)
+    return text_haystack([Path(file) for file in files], "needles.haystack")
+
+
+def _check(cfg: NeedleDocumentsConfig) -> None:
+    if cfg.task not in (*RECALLS, *TASKS):
+        raise ConfigError("needles.task", cfg.task, "no such task", f"Set one of {', '.join((*RECALLS, *TASKS))}")
+    for name in ("documents", "workers"):
+        if (count := getattr(cfg, name)) < 1:
+            raise ConfigError(f"needles.{name}", count, "none", "Set 1 or more")
+    if not 0 <= cfg.questions_last <= 1:
+        raise ConfigError("needles.questions_last", cfg.questions_last, "is no share", "Set 0 to 1")
+    for name, pair, most in (("share", cfg.share, 1.0), ("facts", cfg.facts, np.inf)):
+        if len(pair) != 2 or not 0 < pair[0] <= pair[1] <= most:
+            remedy = f"Set a pair [low, high] with 0 < low <= high{' <= 1' if most == 1 else ''}"
+            raise ConfigError(f"needles.{name}", pair, "is no such range", remedy)

@@ -1,0 +1,161 @@
+"""What an evaluation is asked for, checked: everything that files and settings can tell, before a device is taken."""
+
+import hashlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError  # type: ignore[import-untyped]
+
+from s2train.checkpoints.folders import find_checkpoint, read_config
+from s2train.checkpoints.integrity import CONFIG
+from s2train.config import NeedleConfig, PretrainConfig
+from s2train.data.tokenizers import load_tokenizer
+from s2train.environment.hardware import Hardware
+from s2train.errors import ConfigError
+from s2train.files import check_writable
+from s2train.needles.results import output_folder
+from s2train.needles.retrieval import NeedleGrid, check_fit, choose_grid
+from s2train.needles.samples import TaskSampler
+from s2train.needles.tasks import TASKS, Task, find_task, has_setting
+from s2train.needles.words import NOISE, text_haystack
+from s2train.planning import hybrid_layout
+from s2train.planning.checks import check_attention_backend
+from s2train.validation.division import check_tensor_parallel
+from s2train.validation.values import check_choice, check_seed
+from s2train.wandb_run import choose_mode
+
+_TASK_SETTINGS = ("needles", "ask", "distractors", "hops", "chains")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One task to evaluate on a grid.
+
+    Attributes:
+        settings: of the task, by name.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    sampler: TaskSampler
+    grid: NeedleGrid
+
+
+@dataclass(frozen=True)
+class Request:
+    """A needle evaluation that can start.
+
+    Attributes:
+        checkpoint: the iter_* folder.
+        trained: settings of the run that wrote it.
+        folder: where results go.
+        haystack_fingerprint: of its text, which may change under its name.
+    """
+
+    checkpoint: Path
+    trained: PretrainConfig
+    problems: tuple[Problem, ...]
+    folder: Path
+    haystack_fingerprint: str
+
+
+def read_request(cfg: NeedleConfig, world_size: int, hardware: Hardware) -> Request:
+    """Read and check what `cfg` names, for `world_size` processes on devices like `hardware`; writes nothing.
+
+    Raises:
+        ConfigError: a setting that can't work, a file that is missing, an output that can't be written.
+    """
+    check_seed(cfg.seed)
+    check_choice("attention_backend", cfg.attention_backend)
+    check_attention_backend(cfg.attention_backend, hardware)
+    if cfg.batch_size < 1:
+        raise ConfigError("batch_size", cfg.batch_size, "no sequence in a batch", "Use 1 or more")
+    if cfg.batch_tokens is not None and cfg.batch_tokens < 1:
+        raise ConfigError("batch_tokens", cfg.batch_tokens, "no token in a batch", "Use 1 or more, or null")
+    if cfg.extra_tokens < 0:
+        raise ConfigError("extra_tokens", cfg.extra_tokens, "fewer tokens than the answer has", "Use 0 or more")
+    if not 0 < cfg.threshold <= 1:
+        raise ConfigError("threshold", cfg.threshold, "no share of right answers", "Use more than 0 and up to 1")
+    choose_mode(cfg.wandb, "wandb")  # refused now, if at all
+    tasks = _tasks(cfg)
+    haystack = _haystack(cfg.haystack)
+    checkpoint = _find_checkpoint(cfg.checkpoint)
+    trained = read_config(checkpoint)
+    if cfg.tp < 1 or world_size % cfg.tp:
+        remedy = f"Use a divisor of {world_size}, or start more processes with torchrun --nproc-per-node"
+        raise ConfigError("tp", cfg.tp, f"does not divide the {world_size} processes of this job", remedy)
+    check_tensor_parallel(trained.model, cfg.tp, "tp")
+    tokenizer = load_tokenizer(cfg.tokenizer or trained.data.tokenizer, "tokenizer", trained.data.end_token)
+    if tokenizer.vocab_size > (rows := trained.model.vocab_size):
+        problem = f"it has {tokenizer.vocab_size:,} ids, and the model {rows:,}"
+        raise ConfigError("tokenizer", tokenizer.name, problem, "Name the one that the run was trained with")
+    problems = []
+    for name, task in tasks.items():
+        sampler = TaskSampler(tokenizer, haystack, task)
+        grid = choose_grid(cfg, trained.train.seq_length, sampler)
+        check_fit(sampler, grid)
+        problems.append(Problem(name, asdict(task), sampler, grid))  # type: ignore[call-overload]
+    longest = max(length for problem in problems for length in problem.grid.lengths)
+    _check_layout(checkpoint, trained, longest, cfg.extra_tokens)
+    folder = output_folder(cfg)
+    check_writable("output", folder if cfg.output is None else cfg.output)  # as given: an empty Path would be "."
+    return Request(checkpoint, trained, tuple(problems), folder, hashlib.sha256(haystack.encode()).hexdigest()[:16])
+
+
+def _tasks(cfg: NeedleConfig) -> dict[str, Task]:
+    """The tasks asked for, by name; a setting must be one of a task among them."""
+    names = [cfg.task] if isinstance(cfg.task, str) else cfg.task
+    if not isinstance(names, list) or not names or len(set(map(str, names))) < len(names):
+        raise ConfigError("task", cfg.task, "names no task, or one twice", f"Set one or a list of {', '.join(TASKS)}")
+    given = {name: getattr(cfg, name) for name in _TASK_SETTINGS}
+    own = {str(name): {key: given[key] for key in given if has_setting(str(name), key)} for name in names}
+    unused = {key: value for key, value in given.items() if not any(key in settings for settings in own.values())}
+    return {name: find_task(name, settings | unused) for name, settings in own.items()}
+
+
+def _find_checkpoint(where: str) -> Path:
+    """As `find_checkpoint`; weights without the settings of their run are refused: they fit many layouts."""
+    found = find_checkpoint(where)
+    if not (found / CONFIG).is_file():
+        problem = f"{found.name} has no {CONFIG}, which tells its layout"
+        raise ConfigError("checkpoint", where, problem, f"Copy the run's {CONFIG} into it")
+    try:
+        layers = OmegaConf.select(OmegaConf.load(found / CONFIG), "layout.layers", throw_on_missing=False)
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException):
+        layers = None
+    if not isinstance(layers, str):
+        problem = f"its {CONFIG} tells no layout (layout.layers)"
+        raise ConfigError("checkpoint", found, problem, "Restore the run's settings there")
+    return found
+
+
+def _check_layout(checkpoint: Path, trained: PretrainConfig, length: int, extra_tokens: int) -> None:
+    """Refuse settings that make no layout (its file of masks was moved), and a length for which that file holds none;
+    positions are rotary, and go on without end."""
+    last = torch.tensor([-(-(length + extra_tokens) // trained.layout.block_size) - 1])
+    try:
+        hybrid = hybrid_layout(trained)
+    except ConfigError as error:  # on a setting that this program has not
+        problem = f"the layout in its {CONFIG} can't be made ({error.setting}={error.value}: {error.problem})"
+        raise ConfigError("checkpoint", checkpoint, problem, "Restore that file, or what it names") from error
+    try:
+        for layer in hybrid.layers:
+            for head in layer.heads:
+                head.keep(last, last)
+    except ConfigError as error:
+        problem = f"the checkpoint's layout ends before ({error.setting}: {error.problem})"
+        remedy = "Use shorter ones" + (", or extra_tokens=0" if extra_tokens else "")
+        raise ConfigError("lengths", length, problem, remedy) from error
+
+
+def _haystack(given: Any) -> str:
+    if given == "noise":
+        return NOISE
+    files = [given] if isinstance(given, str) else given
+    if not isinstance(files, list) or not files or not all(isinstance(file, str) and file for file in files):
+        raise ConfigError("haystack", given, "names no text", "Set noise, a text file, or [file, …]")
+    return text_haystack([Path(file) for file in files])

@@ -1,0 +1,72 @@
+"""Needle results in the wandb run of the training that they are of: cells as a table, scores, heat maps."""
+
+from collections.abc import Mapping
+from dataclasses import astuple, replace
+from pathlib import Path
+
+from s2train.checkpoints.folders import read_progress
+from s2train.config import PretrainConfig
+from s2train.needles.results import NeedleResults, file_name
+from s2train.wandb_run import RunInfo, WandbRun, place_of
+
+COLUMNS = (
+    *("task", "length", "depth", "correct", "trials", "score", "low", "high"),
+    *("token accuracy", "character accuracy", "contains", "layers from first", "layers from last"),
+    *("direct heads", "heads"),
+)
+Row = tuple[str | int | float | None, ...]
+
+
+def rows(found: Mapping[str, NeedleResults]) -> list[Row]:
+    """A row of `COLUMNS` for each cell asked for, by task."""
+    made: list[Row] = []
+    for task, results in found.items():
+        for cell in results.asked:
+            score, reach = cell.score, cell.reach
+            layers = (None,) * 4 if reach is None else astuple(reach)
+            contained = None if cell.contained is None else cell.contained.share
+            accuracies = cell.token_accuracy, cell.character_accuracy, contained
+            counts = cell.correct, cell.trials, score.share, *score.interval
+            made.append((task, cell.length, cell.depth, *counts, *accuracies, *layers))
+    return made
+
+
+def log_needles(found: Mapping[str, NeedleResults], trained: PretrainConfig, folder: Path, mode: str) -> str:
+    """All cells, and each task's heat map, score and effective length, at the checkpoint's step.
+
+    Args:
+        found: results by task, of one checkpoint; at least one.
+        trained: settings of the run that wrote the checkpoint; a run that had no wandb run gets one here.
+        folder: where the heat maps are.
+        mode: offline or online.
+    Returns:
+        The id of the wandb run.
+    """
+    first = next(iter(found.values()))
+    checkpoint = Path(first.checkpoint)
+    progress = read_progress(checkpoint)
+    run = WandbRun(
+        RunInfo(
+            mode=mode,
+            id=progress.wandb_id,
+            folder=checkpoint.resolve().parents[1],
+            config={},
+            # the name that the training gave it, wherever its folder was moved to
+            tracking=replace(trained.tracking, name=trained.tracking.name or Path(trained.run_dir).name),
+        )
+    )
+    place = place_of(first.step, progress.consumed_samples * trained.train.seq_length)
+    run.table("needle/cells", list(COLUMNS), [list(row) for row in rows(found)], place)
+    for task, results in found.items():
+        run.picture(f"needle/{task}/heat_map", folder / f"{file_name(task)}.png", place)
+        score, contained = results.score and results.score.share, results.contained and results.contained.share
+        run.log(
+            {
+                f"needle/{task}/score": score,
+                f"needle/{task}/contains": contained,
+                f"needle/{task}/effective_length": results.effective_length,
+                **place,
+            }
+        )
+    run.close()
+    return run.id

@@ -1,0 +1,5 @@
+"""Pictures of a layout."""
+
+from s2train.pictures.overview import choose_layers, draw_layout
+
+__all__ = ["choose_layers", "draw_layout"]

@@ -1,0 +1,24 @@
+"""The settings of a training run, composed outside of Hydra's own program."""
+
+from collections.abc import Sequence
+
+from hydra import compose, initialize_config_dir
+
+from s2train.command_line.composition import CONF, config_groups, spelt_out
+from s2train.command_line.overrides import readable
+from s2train.config import PretrainConfig, register
+from s2train.planning.checks import resolve
+
+
+def compose_run(overrides: Sequence[str]) -> PretrainConfig:
+    """What `launch/pretrain.py` would run with these overrides, such as ``+model=7b_hybrid``. Checks no values.
+
+    Raises:
+        ConfigError: no model was named, or a setting has no value.
+        hydra.errors.HydraException: the overrides don't compose.
+    """
+    register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = resolve(compose("pretrain", readable(spelt_out(overrides, PretrainConfig))), config_groups(CONF)["model"])
+    assert isinstance(cfg, PretrainConfig)
+    return cfg

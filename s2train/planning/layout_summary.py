@@ -1,0 +1,43 @@
+"""A layout in a few lines, for plans: what each letter of its sparse layers stands for."""
+
+from dataclasses import dataclass
+
+from s2train.costs.attention import density
+from s2train.layouts.hybrid import HybridLayout
+from s2train.layouts.patterns import Dense
+
+
+@dataclass(frozen=True)
+class LetterSummary:
+    """The sparse layers of one letter."""
+
+    letter: str
+    form: str  # of its heads' patterns, without their offsets
+    density: float  # mean over its layers
+    kv_efficient: bool  # every head of its layers is
+
+    def format(self) -> str:
+        """A line."""
+        efficiency = "KV-efficient" if self.kv_efficient else "not KV-efficient"
+        return f"{self.form}: density {self.density:.4f}, {efficiency}"
+
+
+def summarise(hybrid: HybridLayout, seq_length: int) -> tuple[LetterSummary, ...]:
+    """The letters of the sparse layers in the order of their first, at a length in tokens."""
+    summaries = []
+    for letter in dict.fromkeys(layer.kind.letter for layer in hybrid.layers if not layer.is_dense):
+        layers = [layer for layer in hybrid.layers if layer.kind.letter == letter]
+        of_layer = {layer: density(layer, seq_length) for layer in set(layers)}
+        heads = {head for layer in of_layer for head in layer.heads}
+        forms = list(dict.fromkeys(head.form() for head in layers[0].heads if not isinstance(head, Dense)))
+        if dense := sum(isinstance(head, Dense) for head in layers[0].heads):
+            forms.append(f"{dense} dense head{'s' if dense > 1 else ''}")
+        summaries.append(
+            LetterSummary(
+                letter,
+                "; ".join(forms),
+                sum(of_layer[layer] for layer in layers) / len(layers),
+                all(head.kv_efficient for head in heads),
+            )
+        )
+    return tuple(summaries)

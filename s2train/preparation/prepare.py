@@ -1,0 +1,334 @@
+"""Text files, or documents made for needle retrieval, to Megatron indexed datasets."""
+
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from filelock import FileLock, Timeout
+from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+from s2train.config import PrepareConfig
+from s2train.data.bundled import count_ids, unigram_entropy
+from s2train.data.indexed import Metadata, read_document_lengths, read_metadata
+from s2train.data.tokenizers import SMALLEST_BPE, Tokenizer, load_tokenizer, train_bpe
+from s2train.errors import ConfigError, TrainingError
+from s2train.files import check_writable, replacing
+from s2train.needles.documents import needle_documents, needle_texts
+from s2train.preparation.cutting import split_documents
+from s2train.preparation.documents import bad_document, read_documents
+from s2train.preparation.formats import FORMATS
+from s2train.preparation.inputs import NEEDLES, find_sources
+from s2train.preparation.progress import Meter
+from s2train.preparation.resumable_writer import Spool, open_folder
+from s2train.preparation.sources import PIECE_BYTES, BadDocumentError, Piece, Source, read_pieces
+from s2train.preparation.tokenizing import Encoding, encode_all
+
+_TOKENIZER = "-tokenizer.json"
+_BYTES_OF_A_WORKER = 4 << 20  # with less to do, starting it takes longer than its work
+_TRAINING_CHARS = 1 << 20  # longer texts are cut for a BPE's training, which takes many times their size
+_VERSION = 2  # of what a folder of half-done work holds
+
+
+def prepare(cfg: PrepareConfig) -> Metadata:
+    """Write OUTPUT.bin, OUTPUT.idx and the sidecar OUTPUT.json; same input and settings, same bytes.
+
+    Documents end with the tokenizer's end of document, which no text may encode to. They are shuffled such that each
+    source is spread evenly, so that a held-out part, which Megatron takes from the end, holds its share of every one.
+
+    The work is done in a folder .OUTPUT.partial and renamed when complete, the .idx last: where there is an .idx,
+    the rest is whole. What interrupts it, a kill or a full disk, leaves the folder: the same settings on the same
+    files go on from there, others begin anew.
+
+    Files without text are left out, as the sidecar tells, unless all are.
+
+    Raises ConfigError for input that is missing or holds no text, a tokenizer that can't be used, output that exists
+    already, unless `overwrite`, and output that another process is at work on; TrainingError when the disk is full.
+    """
+    for setting, value in {"document_chars": cfg.document_chars, "workers": cfg.workers}.items():
+        if value is not None and value < 1:
+            raise ConfigError(setting, value, "must be 1 or more", f"Set {setting} to 1 or more, or leave it out")
+    sources = find_sources(cfg)
+    output = Path(cfg.output)
+    if not output.name:
+        raise ConfigError("output", cfg.output, "names no file", "Set a prefix, e.g. runs/data/mine")
+    if output.suffix in (".bin", ".idx"):
+        problem = "is a prefix, to which .bin and .idx are added"
+        raise ConfigError("output", cfg.output, problem, f"Set output={output.with_suffix('')}")
+    folder = output.with_name(f".{output.name}.partial")
+    # in the order of renaming
+    names = [*([_TOKENIZER] if cfg.tokenizer.startswith("bpe:") else []), ".bin", ".json", ".idx"]
+    final = {name: output.with_name(output.name + name) for name in names}
+    existing = [str(path) for path in final.values() if path.exists()]
+    if existing and not cfg.overwrite and not (folder / "publishing").exists():
+        raise ConfigError(
+            "output", cfg.output, f"already there: {', '.join(existing)}", "Add overwrite=true, or set another"
+        )
+    if cfg.tokenizer.startswith("bpe:"):
+        _bpe_size(cfg.tokenizer)
+    else:
+        load_tokenizer(cfg.tokenizer, "tokenizer", cfg.end_token)
+
+    check_writable("output", output.parent)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ConfigError("output", cfg.output, "another process prepares it", "Wait, or set another") from error
+    try:
+        goes_on = open_folder(folder, _key(cfg, sources))
+        if not (goes_on and (folder / "publishing").exists()):
+            if existing and not cfg.overwrite:  # of other work than what was about to be published
+                raise ConfigError("output", cfg.output, f"{existing[0]} exists", "Add overwrite=true")
+            _write(cfg, sources, folder, str(final.get(_TOKENIZER, cfg.tokenizer)))
+            (folder / "publishing").touch()
+        if (folder / "out.idx").exists():
+            final[".idx"].unlink(missing_ok=True)  # so that no old index ever stands beside a new .bin
+        for name in names:
+            if (folder / f"out{name}").exists():
+                (folder / f"out{name}").replace(final[name])
+    except ConfigError as error:
+        # Going on would lead there again, unless a disk failed for a moment.
+        if getattr(error.__cause__, "errno", None) is None:
+            shutil.rmtree(folder)
+        raise
+    except OSError as error:
+        raise TrainingError(f"{output}: {error}. {folder} keeps what is done: run it again to go on") from error
+    finally:
+        lock.release()
+    # In one step: a folder half removed would look like work that has just begun, on an output that is there.
+    done = folder.with_suffix(".done")
+    shutil.rmtree(done, ignore_errors=True)
+    shutil.rmtree(folder.rename(done))
+    metadata = read_metadata(str(output))
+    assert metadata is not None
+    return metadata
+
+
+def _write(cfg: PrepareConfig, sources: list[Source], folder: Path, tokenizer_name: str) -> None:
+    """Make out.bin, out.json, out.idx, and out-tokenizer.json if asked for, in `folder`."""
+    path = cfg.tokenizer
+    if path.startswith("bpe:"):
+        path = str(folder / f"out{_TOKENIZER}")
+        if not Path(path).exists():
+            texts = needle_texts(cfg.needles, cfg.seed) if cfg.input == NEEDLES else _texts(cfg, sources)
+            with replacing(Path(path)) as temporary:
+                train_bpe(texts, _bpe_size(cfg.tokenizer), temporary, cfg.end_token)
+    tokenizer = load_tokenizer(path, "tokenizer", cfg.end_token)
+    if cfg.tokenizer.startswith("bpe:") and tokenizer.vocab_size < _bpe_size(cfg.tokenizer):
+        problem = f"the text yields no more than {tokenizer.vocab_size:,} ids"
+        raise ConfigError("tokenizer", cfg.tokenizer, problem, f"Set bpe:{tokenizer.vocab_size}, or give more text")
+    dtype = DType.optimal_dtype(tokenizer.vocab_size)
+    metadata = Metadata(
+        tokenizer=tokenizer_name,
+        fingerprint=tokenizer.fingerprint,
+        vocab_size=tokenizer.vocab_size,
+        documents=0,
+        tokens=0,
+        unigram_entropy=0.0,
+        sources={},
+        end_token=tokenizer.end_token,
+    )
+    if cfg.input == NEEDLES:
+        documents = _without_inner_ends(needle_documents(cfg.needles, tokenizer, cfg.seed), tokenizer)
+        _assemble(folder, documents, cfg.needles.documents, dtype)
+    else:
+        encoding = Encoding(path, np.dtype(dtype).name, cfg.text_key, cfg.end_token)
+        metadata = _assemble_files(cfg, sources, folder, encoding, metadata)
+    with ThreadPoolExecutor(cfg.workers or _cores()) as pool:
+        paths = [source.path for source in sources]
+        sums = dict(zip(map(str, paths), pool.map(_sha256, paths), strict=True))
+    _describe(folder, replace(metadata, sources=sums), dtype)
+
+
+def _without_inner_ends(
+    documents: Iterable[npt.NDArray[np.integer]], tokenizer: Tokenizer
+) -> Iterator[npt.NDArray[np.integer]]:
+    """Documents that hold their end of document at the end alone, as they come."""
+    for document in documents:
+        if (document[:-1] == tokenizer.eod).any():
+            problem = f"sentences of the needles or the haystack hold the end token {tokenizer.end_token}"
+            remedy = "Take it out of needles.haystack, or set end_token to one that no text holds"
+            raise ConfigError("end_token", tokenizer.end_token, problem, remedy)
+        yield document
+
+
+def _texts(cfg: PrepareConfig, sources: list[Source]) -> Iterator[str]:
+    """All documents, to train a tokenizer on; long ones in parts."""
+    sizes = [source.path.stat().st_size for source in sources]
+    meter, read, documents, size = Meter("reading for the tokenizer", sum(sizes)), 0, 0, 0
+
+    def on_position(position: int) -> None:
+        meter.update(read + position, documents, size)
+
+    for source, length in zip(sources, sizes, strict=True):
+        for text in read_documents(source, cfg.text_key, on_position):
+            documents, size = documents + 1, size + len(text.encode())
+            yield from split_documents(io.StringIO(text), _TRAINING_CHARS)
+        read += length
+    meter.close()
+    if not documents:
+        raise _no_text(sources)
+
+
+def _assemble_files(
+    cfg: PrepareConfig, sources: list[Source], folder: Path, encoding: Encoding, metadata: Metadata
+) -> Metadata:
+    """Tokenize what the spool lacks, and write its documents in the order that spreads every source.
+
+    Returns `metadata` with what became of the files.
+    """
+    spool = Spool(folder, encoding.dtype)
+    if not spool.done.complete:
+        _tokenize(cfg, sources, spool, encoding)
+
+    tokens, lengths, source_of = spool.read()
+    starts = np.cumsum(lengths) - lengths
+    order = spread_order(source_of, cfg.seed)
+    dtype: type[np.number] = np.dtype(encoding.dtype).type
+    _assemble(folder, (tokens[starts[i] : starts[i] + lengths[i]] for i in order), len(lengths), dtype)
+    documents = np.bincount(source_of, minlength=len(sources)).tolist()
+    cut = [n for n, source in zip(documents, sources, strict=True) if n > 1 and source.format.kind == "text"]
+    return replace(
+        metadata,
+        formats=dict(Counter(str(source.format) for source in sources)),
+        document_chars=next((source.document_chars for source in sources if source.document_chars), None),
+        files_cut=len(cut),
+        documents_cut=sum(cut),
+        blank_rows=spool.done.blank,
+        replaced_surrogates=spool.done.replaced,
+        files_without_text=[str(source.path) for source, count in zip(sources, documents, strict=True) if not count],
+    )
+
+
+def _tokenize(cfg: PrepareConfig, sources: list[Source], spool: Spool, encoding: Encoding) -> None:
+    """Fill the spool with what it lacks."""
+    sizes = [source.path.stat().st_size for source in sources]
+    starts = [0, *np.cumsum(sizes).tolist()]
+    # Bytes as ids take less time to make than to hand from process to process (launch/results/2026-11-22-prepare.json).
+    most = 1 if encoding.tokenizer == "bytes" else _cores()
+    if all(source.format.kind == "text" and source.document_chars is None for source in sources):
+        most = min(most, len(sources))  # a piece each; the tokenizer works on parts of a long one in several threads
+    workers = min(cfg.workers or most, max(1, sum(sizes) // _BYTES_OF_A_WORKER))
+    skipped, before = spool.done.pieces, spool.done.text_bytes
+    meter: Meter | None = None
+    with spool.writing():
+        pieces = _pieces(cfg, sources)
+        try:
+            for piece in encode_all(islice(pieces, skipped, None), encoding, workers):
+                spool.add(piece)
+                done = starts[piece.source] + piece.position
+                if meter is None:
+                    meter = Meter("tokenizing", starts[-1], before=done if skipped else 0)
+                meter.update(done, spool.done.documents, spool.done.text_bytes - before)
+        except BadDocumentError as error:
+            raise bad_document(sources[error.source].path, error) from error
+        if not spool.done.documents:
+            raise _no_text(sources)
+        spool.finish()
+    if meter is not None:
+        meter.close()
+
+
+def _pieces(cfg: PrepareConfig, sources: list[Source]) -> Iterator[Piece]:
+    for number, source in enumerate(sources):
+        yield from read_pieces(source, number, cfg.text_key)
+
+
+def _no_text(sources: list[Source]) -> ConfigError:
+    """For input that holds none."""
+    given = sources[0].path if len(sources) == 1 else f"[{sources[0].path},…]"
+    problem = "holds no text" if len(sources) == 1 else f"none of {len(sources)} files holds text"
+    return ConfigError("input", given, problem, f"Give files that hold text: {FORMATS}")
+
+
+def _assemble(folder: Path, documents: Iterable[npt.NDArray[np.integer]], count: int, dtype: type[np.number]) -> None:
+    """Write `count` documents to out.bin and out.idx, which are on disk when this returns."""
+    builder = IndexedDatasetBuilder(str(folder / "out.bin"), dtype=dtype)
+    meter = Meter("writing", count)
+    size = 0
+    for number, document in enumerate(documents, start=1):
+        builder.add_document(document, [len(document)])
+        size += document.nbytes
+        meter.update(number, number, size)
+    builder.finalize(str(folder / "out.idx"))
+    meter.close()
+    for name in ("out.bin", "out.idx"):
+        with (folder / name).open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def _describe(folder: Path, metadata: Metadata, dtype: type[np.number]) -> None:
+    """Write out.json of what lies in out.bin and out.idx, found sound."""
+    tokens = np.memmap(folder / "out.bin", dtype=dtype, mode="r")
+    replace(
+        metadata,
+        documents=len(read_document_lengths(str(folder / "out"))),
+        tokens=len(tokens),
+        unigram_entropy=unigram_entropy(count_ids(tokens, metadata.vocab_size)),
+    ).write(folder / "out.json")
+
+
+def spread_order(source_of: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.int64]:
+    """An order of documents, int64 [n], in which every stretch holds each source's share, give or take one.
+
+    Within a source the order is random; the k-th of its n documents is placed at (k + u)/n of the whole, with
+    one random u in [0, 1) a source, so that many sources of few documents mix as well.
+
+    Args:
+        source_of: number of the source of each document, int64 [n].
+    """
+    rng = np.random.default_rng(seed)
+    place = np.empty(len(source_of))
+    for source in np.unique(source_of):
+        own = np.flatnonzero(source_of == source)
+        place[rng.permutation(own)] = (np.arange(len(own)) + rng.random()) / len(own)
+    return np.argsort(place, kind="stable")
+
+
+def _key(cfg: PrepareConfig, sources: list[Source]) -> str:
+    """What a folder's half-done work depends on."""
+    files = [(source, source.path.resolve(), source.path.stat()) for source in sources]
+    tokenizer = cfg.tokenizer
+    if not tokenizer.startswith("bpe:"):
+        tokenizer = load_tokenizer(tokenizer, "tokenizer", cfg.end_token).fingerprint
+    return json.dumps(
+        {
+            "version": _VERSION,
+            "sources": [
+                [str(path), stat.st_size, stat.st_mtime_ns, str(source.format), source.document_chars]
+                for source, path, stat in files
+            ],
+            "tokenizer": [cfg.tokenizer, tokenizer, cfg.end_token],
+            "cut": [cfg.text_key, PIECE_BYTES],
+            "seed": cfg.seed,
+            "needles": asdict(cfg.needles) if cfg.input == NEEDLES else None,
+        }
+    )
+
+
+def _cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _bpe_size(tokenizer: str) -> int:
+    size = tokenizer.removeprefix("bpe:")
+    if not size.isdecimal() or int(size) < SMALLEST_BPE:
+        raise ConfigError("tokenizer", tokenizer, f"is no size of {SMALLEST_BPE} or more", "Set e.g. bpe:4096")
+    return int(size)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,142 @@
+"""Pieces of text to token ids in several processes."""
+
+import functools
+import os
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import connection, get_context, parent_process
+
+import numpy as np
+import numpy.typing as npt
+
+from s2train.data.tokenizers import Tokenizer, load_tokenizer
+from s2train.errors import TrainingError
+from s2train.preparation.sources import BadDocumentError, Piece
+
+_AHEAD = 4  # pieces in flight, a worker
+_CHARS_AHEAD = 1 << 30  # of text in flight, which whole files may be long
+_MOST_TOKENS = 2**31 - 1  # of a document, in an index of Megatron's
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How pieces are tokenized.
+
+    Attributes:
+        tokenizer: as `load_tokenizer` takes it.
+        dtype: of the ids, a name of NumPy's.
+        text_key: see `Piece.documents`.
+        end_token: as `load_tokenizer` takes it.
+    """
+
+    tokenizer: str
+    dtype: str
+    text_key: str
+    end_token: str | None = None
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A tokenized piece.
+
+    Attributes:
+        source, position: of the piece.
+        lengths: tokens of each document, its end included, int64 [n].
+        tokens: of all documents, one after the other.
+        text_bytes: of the documents, as UTF-8.
+        blank, replaced: see `Documents`.
+    """
+
+    source: int
+    position: int
+    lengths: npt.NDArray[np.int64]
+    tokens: npt.NDArray[np.integer]
+    text_bytes: int
+    blank: int
+    replaced: int
+
+
+def encode(piece: Piece, encoding: Encoding) -> Encoded:
+    """Tokenize a piece in this process; BadDocumentError for what can't be read, or ends within its text."""
+    tokenizer = _tokenizer(encoding.tokenizer, encoding.end_token)
+    documents = piece.documents(encoding.text_key)
+    texts = documents.texts
+    encoded = tokenizer.encode_many(texts)
+    for number, text, ids in zip(documents.numbers, texts, encoded, strict=True):
+        if (ids == tokenizer.eod).any():
+            raise BadDocumentError(
+                f"the text of {piece.unit} {number} holds the end token {tokenizer.end_token} (id {tokenizer.eod})"
+                f"{_surroundings(text, tokenizer.end_token)}, which would end the document there",
+                piece.source,
+                "Take it out of the text, or set end_token to one that no text holds",
+            )
+        if len(ids) >= _MOST_TOKENS:
+            problem = f"{piece.unit} {number} has {len(ids):,} tokens, more than an index takes of a document"
+            raise BadDocumentError(problem, piece.source, "Cut it: a text file by document_chars")
+    ends = np.array([tokenizer.eod])
+    parts = [part for ids in encoded for part in (ids, ends)]
+    tokens = np.concatenate(parts).astype(encoding.dtype) if parts else np.empty(0, encoding.dtype)
+    lengths = np.array([len(ids) + 1 for ids in encoded], dtype=np.int64)
+    text_bytes = sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
+    return Encoded(piece.source, piece.position, lengths, tokens, text_bytes, documents.blank, documents.replaced)
+
+
+def _surroundings(text: str, word: str | None) -> str:
+    """Some characters around a word in a text, to be recognised by."""
+    at = text.find(word) if word else -1
+    return f" in {text[max(0, at - 20) : at + len(word or '') + 20]!r}" if at >= 0 else ""
+
+
+def encode_all(pieces: Iterable[Piece], encoding: Encoding, workers: int) -> Iterator[Encoded]:
+    """Tokenize pieces, in their order, in `workers` processes; in this one if that is 1.
+
+    Raises:
+        BadDocumentError: a piece can't be read.
+        TrainingError: a worker was killed.
+    """
+    if workers == 1:
+        yield from (encode(piece, encoding) for piece in pieces)
+        return
+    # Spawned: threads of this process, torch's and the tokenizer's, would not survive a fork.
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_end_with_parent)
+    try:
+        waiting: deque[tuple[int, Future[Encoded]]] = deque()
+        size = 0
+        for piece in pieces:
+            chars = len(piece.texts) if isinstance(piece.texts, bytes) else sum(map(len, piece.texts))
+            waiting.append((chars, pool.submit(encode, piece, encoding)))
+            size += chars
+            while len(waiting) >= _AHEAD * workers or (waiting and size > _CHARS_AHEAD):
+                chars, first = waiting.popleft()
+                size -= chars
+                yield first.result()
+        for _, encoded in waiting:
+            yield encoded.result()
+    except BrokenProcessPool as error:
+        raise TrainingError(
+            "a worker was killed, perhaps for want of memory. Run it again to go on, with fewer workers"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@functools.cache
+def _tokenizer(name: str, end_token: str | None) -> Tokenizer:
+    return load_tokenizer(name, "tokenizer", end_token)
+
+
+def _end_with_parent() -> None:
+    """A worker's start: it ends when its parent is killed, and leaves the other cores to the other workers."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    parent = parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

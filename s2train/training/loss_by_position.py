@@ -1,0 +1,71 @@
+"""Loss by position in the sequence: does a model make use of what is far before?"""
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from s2train.megatron.context_parallel.all_gather import chunk_ids
+
+_OCTAVES = 8
+
+
+def position_edges(seq_length: int) -> list[int]:
+    """Borders of ranges that double: 0, S/128, S/64, … S/2, S (tokens, rounded down); fewer where S is below 128."""
+    return sorted({0, *(seq_length >> power for power in range(_OCTAVES))})
+
+
+def position_bins(edges: list[int], cp_rank: int, cp_size: int, device: torch.device) -> Tensor:
+    """The range that each position belongs to which a context parallel rank holds: int64 [s / cp], in its order."""
+    positions = torch.arange(edges[-1], device=device)
+    chunks = positions.chunk(2 * cp_size)
+    own = torch.cat([chunks[i] for i in chunk_ids(cp_rank, cp_size)]) if cp_size > 1 else positions
+    return torch.bucketize(own, torch.tensor(edges[1:], device=device), right=True)
+
+
+def sum_by_position(losses: Tensor, weights: Tensor, bins: Tensor, count: int) -> Tensor:
+    """Sums of losses and of weights in each range.
+
+    Args:
+        losses, weights: float [b, s / cp].
+        bins: as of `position_bins`, in `count` ranges.
+    Returns:
+        float64 [count, 2].
+    """
+    both = torch.stack([losses.double() * weights, weights.double()], dim=-1).sum(dim=0)  # [s / cp, 2]
+    return both.new_zeros(count, 2).index_add_(0, bins, both)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Losses of a held-out set, in nats per token; None where no token was counted, or the loss is not finite.
+
+    Attributes:
+        loss: over all positions.
+        by_position: [first position, one past the last, loss] of each range.
+        short, long: over the first eighth and the last half of the positions.
+    """
+
+    loss: float
+    by_position: list[tuple[int, int, float | None]]
+    short: float | None
+    long: float | None
+
+    @classmethod
+    def of(cls, loss: float, edges: list[int], sums: Tensor) -> "HeldOut":
+        """From `sums`, float64 [ranges, 2], of loss and tokens between `edges`."""
+        ranges = list(itertools.pairwise(edges))
+        length = edges[-1]
+        return cls(
+            loss,
+            [(start, stop, _mean(part)) for (start, stop), part in zip(ranges, sums, strict=True)],
+            _mean(sums[[stop <= length >> 3 for _, stop in ranges]].sum(dim=0)),
+            _mean(sums[[start >= length >> 1 for start, _ in ranges]].sum(dim=0)),
+        )
+
+
+def _mean(part: Tensor) -> float | None:
+    total, tokens = part.tolist()
+    return total / tokens if tokens and math.isfinite(total) else None

@@ -1,0 +1,1 @@
+"""Validation of settings before anything is allocated."""

@@ -1,0 +1,95 @@
+"""Whether the asked-for backend and FP8 can be had: transformer-engine, the GPU, and the sizes of FP8 products."""
+
+import torch
+
+from s2train.config import PretrainConfig
+from s2train.costs.parameters import head_dim
+from s2train.environment.hardware import Hardware
+from s2train.environment.transformer_engine import INSTALL, te_problem
+from s2train.errors import ConfigError
+
+# Compute capability that a recipe's tensor cores and libraries begin at.
+_CAPABILITY = {"tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
+_BLOCKWISE_CUDA = (12, 9)
+
+
+def check_te(cfg: PretrainConfig, hardware: Hardware) -> None:
+    """Whether `backend` and `fp8` can be had on `hardware`, here.
+
+    Raises:
+        ConfigError: transformer-engine was asked for, by name or by `fp8`, and is missing or broken; the GPU has no
+            FP8; a dimension that FP8 products can't have.
+    """
+    wants_fp8 = cfg.fp8 != "none"
+    if wants_fp8:
+        check_fp8_settings(cfg)
+    if not wants_fp8 and cfg.backend != "te":
+        return
+    setting, value = ("backend", cfg.backend) if cfg.backend == "te" else ("fp8", cfg.fp8)
+    if hardware.kind != "cuda":
+        raise ConfigError(setting, value, "transformer-engine needs a CUDA device", "Set backend=local fp8=none")
+    if wants_fp8:
+        _check_capability(cfg, hardware)
+        if cfg.fp8_recipe == "blockwise":
+            _check_cuda(torch.version.cuda)
+    if (problem := te_problem()) is not None:
+        raise ConfigError(setting, value, problem, INSTALL + (" fp8=none" if wants_fp8 else ""))
+
+
+def check_target(cfg: PretrainConfig, hardware: Hardware) -> None:
+    """Whether `fp8` can be had on a GPU to plan for, whatever is installed here.
+
+    Raises:
+        ConfigError: settings that FP8 doesn't go with, or a GPU without it.
+    """
+    if cfg.fp8 != "none":
+        check_fp8_settings(cfg)
+        _check_capability(cfg, hardware)
+
+
+def check_fp8_settings(cfg: PretrainConfig) -> None:
+    """Whether the settings go with FP8, leaving the machine aside.
+
+    Raises:
+        ConfigError: another backend or precision, or a dimension of a product that FP8 can't have.
+    """
+    if cfg.backend == "local":
+        raise ConfigError("fp8", cfg.fp8, "backend=local has no FP8 layers", "Set backend=te, or fp8=none")
+    if cfg.train.precision != "bf16":
+        problem = f"it stands beside train.precision=bf16, not {cfg.train.precision}"
+        raise ConfigError("fp8", cfg.fp8, problem, "Set train.precision=bf16, or fp8=none")
+    model, parallel = cfg.model, cfg.parallel
+    unit = 32 if cfg.fp8_recipe == "mxfp8" else 16  # of FP8 products, in every dimension
+    heads, groups = model.num_attention_heads, model.num_query_groups
+    tokens = cfg.train.seq_length * cfg.train.micro_batch_size // parallel.cp
+    sizes = {
+        "model.hidden_size": model.hidden_size,
+        "model.ffn_hidden_size": model.ffn_hidden_size // parallel.tp,
+        "model.head_dim": (heads + 2 * groups) * head_dim(model) // parallel.tp,
+        "train.seq_length": tokens // (parallel.tp if parallel.sequence_parallel else 1),
+    }
+    for setting, size in sizes.items():
+        if size % unit:
+            problem = f"{setting} gives a rank's products a dimension of {size}, no multiple of {unit}"
+            raise ConfigError("fp8", cfg.fp8, problem, f"Change {setting}, or set fp8=none")
+
+
+def _check_capability(cfg: PretrainConfig, hardware: Hardware) -> None:
+    least = _CAPABILITY[cfg.fp8_recipe]
+    if hardware.capability is not None and hardware.capability < least:
+        raise ConfigError(
+            "fp8" if hardware.capability < _CAPABILITY["tensorwise"] else "fp8_recipe",
+            cfg.fp8 if hardware.capability < _CAPABILITY["tensorwise"] else cfg.fp8_recipe,
+            f"{hardware.name} has compute capability {_version(hardware.capability)}, below {_version(least)}",
+            "Set fp8=none" if hardware.capability < _CAPABILITY["tensorwise"] else "Set fp8_recipe=tensorwise",
+        )
+
+
+def _check_cuda(version: str | None) -> None:
+    if version is not None and tuple(map(int, version.split(".")[:2])) < _BLOCKWISE_CUDA:
+        problem = f"it needs CUDA {_version(_BLOCKWISE_CUDA)}, and this torch was built with {version}"
+        raise ConfigError("fp8_recipe", "blockwise", problem, "Set fp8_recipe=tensorwise")
+
+
+def _version(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))

@@ -1,0 +1,296 @@
+"""Checkpoints exported, weights imported: the same logits everywhere."""
+
+import importlib.util
+import json
+import random
+import shlex
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from s2train.checkpoints.folders import read_config
+from s2train.checkpoints.hugging_face.folder import write_weights
+from s2train.checkpoints.hugging_face.modeling_s2 import S2ForCausalLM
+from s2train.checkpoints.hugging_face.weights import llama_shapes
+from s2train.config import ModelConfig
+from s2train.layouts.patterns.file import write_masks
+from tests.program import SMALL, Outcome, error_line, metrics, pretrain, run
+
+pytestmark = [pytest.mark.slow]
+
+VOCABULARY, LENGTH = 272, 203
+# fp32: a few roundings of sums over some hundred terms, in another order
+TOLERANCE = 2e-5
+
+
+def tokens_of(vocabulary: int = 257) -> np.ndarray:
+    return np.random.default_rng().integers(0, vocabulary, (2, LENGTH))
+
+
+def megatron_logits(checkpoint: Path, tokens: np.ndarray, folder: Path) -> torch.Tensor:
+    np.save(folder / "tokens.npy", tokens)
+    files = [str(path) for path in (checkpoint, folder / "tokens.npy", folder / "logits.npy")]
+    done = run("tests.checkpoints.hugging_face.logits_program", *files, processes=0)
+    assert done.status == 0, done.err[-3000:]
+    return torch.from_numpy(np.load(folder / "logits.npy"))
+
+
+def import_weights(weights: Path, output: Path, *settings: str) -> Outcome:
+    """By launch/import.py, with the run's settings in a `conf` beside the output, not in the repository's."""
+    arguments = [f"weights={weights}", f"output={output}", f"conf={output.parent / 'conf'}", *settings]
+    return run("import.py", *arguments, processes=0)
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+def load_file(path: Path) -> ModuleType:
+    """The exported modelling file as a module of its own, without s2train."""
+    assert "import s2train" not in path.read_text()
+    assert "from s2train" not in path.read_text()
+    spec = importlib.util.spec_from_file_location("exported_modeling", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["train.precision=fp32", "model.tie_embeddings=false"],
+        ["train.precision=fp32", "model.num_query_groups=1", "model.rotary_percent=0.5"],
+        ["train.precision=bf16", "layout.pattern.sinks=1"],
+    ],
+)
+def test_the_modelling_file_gives_the_logits_of_the_checkpoint(tmp_path: Path, settings: list[str]) -> None:
+    own = [*settings, "model.init_std=0.2", "train.steps=2", "optim.warmup_steps=1"]
+    trained = pretrain(tmp_path / "run", *own)
+    assert trained.status == 0, trained.err
+    done = run("export.py", f"checkpoint={tmp_path / 'run'}", f"output={tmp_path / 'out'}", processes=0)
+    assert done.status == 0, done.err
+    load = load_file(tmp_path / "out" / "modeling_s2.py").S2ForCausalLM.from_folder
+    tokens = tokens_of()
+
+    def logits() -> tuple[torch.Tensor, torch.Tensor]:
+        """In the model's precision, and in float64."""
+        with torch.no_grad():
+            return tuple(model(torch.from_numpy(tokens)).logits for model in (load(out), load(out).double()))
+
+    out = str(tmp_path / "out")
+    found, exact = logits()
+    assert relative(megatron_logits(tmp_path / "run", tokens, tmp_path), exact) < 2 * relative(found, exact)
+
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config | {"layout": None}))
+    dense, _ = logits()
+    assert relative(dense, exact) > 5 * relative(found, exact)
+
+
+def test_a_dense_model_whose_heads_turn_in_part_is_no_plain_llama(tmp_path: Path) -> None:
+    trained = pretrain(
+        tmp_path / "run",
+        "layout=dense",
+        "model.rotary_percent=0.5",
+        "train.precision=fp32",
+        "train.steps=2",
+        "optim.warmup_steps=1",
+    )
+    assert trained.status == 0, trained.err
+    done = run("export.py", f"checkpoint={tmp_path / 'run'}", f"output={tmp_path / 'out'}", processes=0)
+    assert done.status == 0, done.err
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["architectures"], config["partial_rotary_factor"]) == (["S2ForCausalLM"], 0.5)
+    model = S2ForCausalLM.from_folder(str(tmp_path / "out"))
+    tokens = tokens_of()
+    with torch.no_grad():
+        found = model(torch.from_numpy(tokens)).logits
+    assert relative(found, megatron_logits(tmp_path / "run", tokens, tmp_path)) < TOLERANCE
+
+
+def test_decoding_over_its_cache_is_decoding_without(tmp_path: Path) -> None:
+    # In float64, so that no choice is a matter of rounding.
+    model = S2ForCausalLM.from_folder(str(write_llama(tmp_path / "llama", hybrid=True))).double()
+    prompt = torch.randint(0, VOCABULARY, (2, 37))
+    tokens = model.greedy(prompt, 20)
+    with torch.no_grad():
+        logits = model(tokens[:, :-1]).logits[:, 36:]
+    assert torch.equal(tokens[:, 37:], logits.argmax(-1))
+
+
+def write_llama(folder: Path, *, hybrid: bool = False, tie: bool = False, groups: int = 2, **changed: Any) -> Path:
+    """A random Llama in Hugging Face's form, of SMALL's shape."""
+    model = ModelConfig("x", 4, 64, 96, 4, groups, 16, VOCABULARY, tie_embeddings=tie)
+    folder.mkdir()
+    weights = {
+        name: torch.randn(shape) * 0.2 if len(shape) > 1 else torch.rand(shape) + 0.5
+        for name, shape in llama_shapes(model).items()
+    }
+    write_weights(folder, weights, shard_bytes=100_000)
+    patterns = [{"kind": "local_vertical", "local": 1, "stride": 2, "offset": h, "sinks": 0} for h in range(2)]
+    layout = {"block_size": 8, "patterns": patterns, "layers": [[0, 1, 0, 1]] * 4}
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": groups,
+        "head_dim": 16,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 5000.0,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": tie,
+        **({"layout": layout} if hybrid else {}),
+        **changed,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_an_imported_llama_gives_its_logits_and_comes_back_as_it_was(tmp_path: Path, tie: bool) -> None:
+    llama = write_llama(tmp_path / "llama", tie=tie, groups=random.choice([1, 2, 4]))
+    done = import_weights(llama, tmp_path / "run", "precision=fp32", "vocab_size=288")
+    assert done.status == 0, done.err
+    tokens = tokens_of(VOCABULARY)
+    with torch.no_grad():
+        expected = S2ForCausalLM.from_folder(str(llama))(torch.from_numpy(tokens)).logits
+    found = megatron_logits(tmp_path / "run", tokens, tmp_path)
+    assert relative(found[..., :VOCABULARY], expected) < TOLERANCE
+    assert not found[..., VOCABULARY:].any()
+
+    back_as = [f"checkpoint={tmp_path / 'run'}", f"output={tmp_path / 'back'}", "vocab_size=272"]
+    refused = run("export.py", *back_as, processes=0)  # the Llama came without
+    assert error_line(refused).startswith(f"error: tokenizer={tmp_path / 'run' / 'tokenizer.json'}: no such file. Set")
+    done = run("export.py", *back_as, "tokenizer=bytes", processes=0)
+    assert done.status == 0, done.err
+    back, there = (S2ForCausalLM.from_folder(str(folder)).state_dict() for folder in (tmp_path / "back", llama))
+    assert back.keys() == there.keys()
+    assert all(torch.equal(back[name], there[name]) for name in there)
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert not (tmp_path / "back" / "modeling_s2.py").exists()
+    assert {name: config[name] for name in ("rope_theta", "rms_norm_eps", "tie_word_embeddings")} == {
+        "rope_theta": 5000.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": tie
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("processes", "settings"),
+    [
+        (0, ["train.precision=bf16", "parallel.distributed_optimizer=false"]),
+        (2, ["parallel.tp=2", "train.precision=fp32"]),
+        (2, ["parallel.pp=2", "parallel.vpp=2", "train.precision=bf16"]),
+    ],
+)
+def test_a_hybrid_run_starts_from_an_imported_llama(tmp_path: Path, processes: int, settings: list[str]) -> None:
+    llama = write_llama(tmp_path / "llama")
+    assert import_weights(llama, tmp_path / "start").status == 0
+    shape = ["model.tie_embeddings=false", "model.head_dim=16", "model.rotary_base=5000", "model.norm_epsilon=1e-6"]
+    own = [
+        *shape,
+        *settings,
+        f"checkpoint.resume={tmp_path / 'start'}",
+        "train.steps=2",
+        "optim.lr=1e-9",
+        "optim.warmup_steps=1",
+    ]
+    done = pretrain(tmp_path / "run", *own, "optim.min_lr=1e-9", processes=processes)
+    assert done.status == 0, done.err
+    losses = [record["loss"] for record in metrics(tmp_path / "run")]
+    assert len(losses) == 2
+
+    # an export of what it trained is the Llama, whose weights such small steps leave
+    done = run("export.py", f"checkpoint={tmp_path / 'run'}", f"output={tmp_path / 'back'}", processes=0)
+    assert done.status == 0, done.err
+    back, there = (S2ForCausalLM.from_folder(str(folder)).state_dict() for folder in (tmp_path / "back", llama))
+    for name, weight in there.items():
+        torch.testing.assert_close(back[name].float(), weight.bfloat16().float(), rtol=0, atol=1e-6)
+    assert losses[0] > 5.6  # of an untrained model of this width: far from that of small initial weights, 5.6 = ln 272
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, ["its architecture is GPT2LMHeadModel", "LlamaForCausalLM"]),
+        ({"attention_bias": True}, ["attention_bias=True"]),
+        ({"hidden_act": "gelu"}, ["hidden_act=gelu"]),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ["rope_scaling", "llama3"]),
+        ({"rope_parameters": {"rope_type": "yarn"}}, ["rope_parameters", "yarn"]),
+        ({"sliding_window": 4096}, ["sliding_window=4096"]),
+        ({"num_hidden_layers": 3}, ["weights that a plain Llama has not", "model.layers.3"]),
+        ({"num_hidden_layers": 5}, ["it lacks model.layers.4"]),
+        ({"hidden_size": 72}, ["config.json tells of"]),
+        ({"rope_theta": 0.5}, ["rope_theta=0.5"]),
+        ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor=0.5"]),
+        ({"architectures": ["S2ForCausalLM"]}, ["every head's blocks", "Export the run again"]),
+        ({"s2train": {"layout": {"layer": "D"}, "schedule": {}}}, ["settings that can't be read", "layer"]),
+    ],
+)
+def test_what_is_no_plain_llama_is_refused(tmp_path: Path, changed: dict[str, Any], words: list[str]) -> None:
+    from s2train.checkpoints.hugging_face.importing import import_llama
+    from s2train.config import ImportConfig
+    from s2train.errors import ConfigError
+
+    llama = write_llama(tmp_path / "llama", **changed)
+    with pytest.raises(ConfigError) as refused:
+        import_llama(ImportConfig(str(llama), str(tmp_path / "run"), conf=str(tmp_path / "conf")))
+    assert str(refused.value).startswith(f"weights={llama}: ")
+    assert all(word in str(refused.value) for word in words), str(refused.value)
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "conf").exists()
+
+
+def test_a_hybrid_goes_out_and_comes_back_and_trains_on(tmp_path: Path) -> None:
+    masks = np.tril(np.random.default_rng().random((4, 8, 8)) < 0.5) | np.eye(8, dtype=bool)
+    write_masks(tmp_path / "masks.npz", {2: masks}, 16)
+    layers = ["layout.layers=DSFS", f"+layout.patterns.F={{kind:file,file:{tmp_path / 'masks.npz'}}}"]
+    own = ["train.precision=fp32", "model.rotary_percent=0.5", "schedule=two_dense_heads", "schedule.dense_heads=1"]
+    trained = pretrain(tmp_path / "run", *layers, *own, "train.steps=2", "optim.warmup_steps=1", "model.init_std=0.2")
+    assert trained.status == 0, trained.err
+    exported = tmp_path / "out"
+    done = run("export.py", f"checkpoint={tmp_path / 'run'}", f"output={exported}", processes=0)
+    assert done.status == 0, done.err
+    tokens = np.random.default_rng().integers(0, 257, (2, 128))
+    expected = megatron_logits(tmp_path / "run", tokens, tmp_path)
+    (tmp_path / "masks.npz").unlink()
+    done = import_weights(exported, tmp_path / "start", "precision=fp32")
+    assert done.status == 0, done.err
+    assert torch.equal(megatron_logits(tmp_path / "start", tokens, tmp_path), expected)
+
+    program, *arguments = shlex.split(done.out.splitlines()[-1])[1:]
+    assert len(done.out.splitlines()[-1]) < 120 + 4 * len(str(tmp_path))
+    assert program == "launch/pretrain.py"
+    few = ["train.exit_step=2", "data.num_workers=0", "tracking.wandb=disabled", "tracking.log_interval=1"]
+    further = [argument for argument in arguments if not argument.startswith("run_dir=")]
+    done = run("pretrain.py", *further, f"run_dir={tmp_path / 'further'}", *few, "evaluation.interval=0")
+    assert done.status == 0, done.err
+    went_on = read_config(tmp_path / "further" / "checkpoints" / "iter_0000002")
+    began = read_config(tmp_path / "run" / "checkpoints" / "iter_0000002")
+    assert (went_on.schedule, went_on.layout.layers) == (began.schedule, "DSFS")
+    assert went_on.model == replace(began.model, name="start", head_dim=16, init_std=went_on.model.init_std)
+
+
+def test_a_run_of_another_shape_than_the_imported_is_refused(tmp_path: Path) -> None:
+    llama = write_llama(tmp_path / "llama")
+    assert import_weights(llama, tmp_path / "start").status == 0
+    refused = run(
+        "pretrain.py", *SMALL, f"run_dir={tmp_path / 'run'}", f"checkpoint.resume={tmp_path / 'start'}", processes=0
+    )  # fmt: skip
+    assert error_line(refused).startswith("error: model.rotary_base=10000: ")
+    assert "was trained with model.rotary_base=5000. Set it so" in error_line(refused)
+    existing = import_weights(llama, tmp_path / "start")
+    assert error_line(existing).startswith(f"error: output={tmp_path / 'start'}: it exists")
+    missing = run("export.py", "checkpoint=nowhere", f"output={tmp_path / 'out'}", processes=0)
+    assert error_line(missing).startswith("error: checkpoint=nowhere: no checkpoint there")

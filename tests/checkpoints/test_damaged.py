@@ -1,0 +1,183 @@
+"""A damaged checkpoint: told in one line, whose remedy works, and nothing that was saved is lost."""
+
+import itertools
+import os
+import pickletools
+import random
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from s2train.checkpoints.folders import checkpoints_in
+from s2train.checkpoints.integrity import damage
+from tests.program import error_line, metrics, pretrain
+
+pytestmark = [pytest.mark.slow]
+
+STEPS = "train.steps=6"
+# Of megatron-core 0.16; 0.19 writes no common.pt, and one shard less.
+FILES = [".metadata", "__0_0.distcp", "__0_1.distcp", "common.pt", "config.yaml", "metadata.json", "progress.json"]
+HARMS: dict[str, Callable[[Path], object]] = {
+    "cut": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "emptied": lambda path: os.truncate(path, 0),
+    "removed": Path.unlink,
+}
+ONE_HARM_EACH = list(zip(FILES, itertools.cycle(HARMS)))
+OTHERS = [of for of in itertools.product(FILES, HARMS) if of not in ONE_HARM_EACH]
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run stopped at step 5 of 6, with the checkpoints of steps 4 and 5."""
+    folder = tmp_path_factory.mktemp("stopped")
+    done = pretrain(folder, STEPS, "train.exit_step=5", "checkpoint.interval=1", "checkpoint.keep=2", processes=0)
+    assert done.status == 0, done.err
+    assert {path.name for path in last_of(folder).iterdir()} <= set(FILES)
+    return folder
+
+
+@pytest.fixture
+def run_dir(stopped: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(stopped, tmp_path / "run"))
+
+
+def last_of(run_dir: Path) -> Path:
+    return checkpoints_in(run_dir / "checkpoints")[-1]
+
+
+def remedy(line: str) -> str:
+    """The setting that the error's last sentence tells to use."""
+    (found,) = re.findall(r"checkpoint\.resume=\S+", line.rpartition(". ")[2])
+    return str(found)
+
+
+def folders(run_dir: Path) -> list[str]:
+    return sorted(path.name for path in (run_dir / "checkpoints").iterdir() if path.is_dir())
+
+
+def test_every_harm_to_every_file_is_seen_and_its_name_told(run_dir: Path, tmp_path: Path) -> None:
+    last = last_of(run_dir)
+    for number, (path, harm) in enumerate(itertools.product(sorted(last.iterdir()), HARMS)):
+        copy = Path(shutil.copytree(last, tmp_path / str(number)))
+        HARMS[harm](copy / path.name)
+        assert path.name in (damage(copy) or "nothing")
+
+
+@pytest.mark.parametrize(
+    ("name", "harm"), [*ONE_HARM_EACH, *(pytest.param(*of, marks=pytest.mark.long) for of in OTHERS)]
+)
+def test_whichever_file_is_damaged_the_remedy_that_is_told_trains_on(run_dir: Path, name: str, harm: str) -> None:
+    last = last_of(run_dir)
+    if not (last / name).exists():
+        pytest.skip("this megatron-core writes no such file")
+    HARMS[harm](last / name)
+    told = pretrain(run_dir, STEPS, processes=0)
+    assert told.status != 0
+    line = error_line(told)
+    assert line.startswith(f"error: checkpoint.resume={last}: its ")
+    assert name in line
+    assert remedy(line) == f"checkpoint.resume={run_dir}/checkpoints/iter_0000004"
+    done = pretrain(run_dir, STEPS, remedy(line), processes=0)
+    assert done.status == 0, done.err
+    assert [said for said in done.out.splitlines() if said.startswith(f"{last}: its ")]
+    assert metrics(run_dir)[-1]["step"] == 6
+    assert folders(run_dir) == ["damaged_iter_0000005", "iter_0000004", "iter_0000006"]
+
+
+def test_a_single_checkpoint_that_is_damaged_leaves_a_start_from_nothing(run_dir: Path) -> None:
+    shutil.rmtree(run_dir / "checkpoints" / "iter_0000004")
+    HARMS[random.choice(list(HARMS))](random.choice(sorted(last_of(run_dir).iterdir())))
+    line = error_line(pretrain(run_dir, STEPS, processes=0))
+    assert "another run_dir" in line
+    assert remedy(line) == "checkpoint.resume=never"
+    done = pretrain(run_dir, STEPS, remedy(line), processes=0)
+    assert done.status == 0, done.err
+    assert folders(run_dir) == ["damaged_iter_0000005", "iter_0000006"]
+
+
+def zero(shard: Path) -> None:
+    """Of the right length, but nothing of it was written: as after a power failure."""
+    shard.write_bytes(bytes(shard.stat().st_size))
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+def test_what_looks_whole_but_cannot_be_loaded_may_be_gone_back_over(run_dir: Path, processes: int) -> None:
+    last, older = last_of(run_dir), f"checkpoint.resume={run_dir}/checkpoints/iter_0000004"
+    before = error_line(pretrain(run_dir, STEPS, older, processes=0))
+    assert "checkpoint.resume=auto" in before  # nothing is known against the last one
+    zero(max(last.glob("*.distcp")))
+    line = error_line(pretrain(run_dir, STEPS, processes=processes))
+    assert line.startswith(f"error: checkpoint.resume={last}: its shards can't be loaded")
+    assert remedy(line) == older
+    done = pretrain(run_dir, STEPS, older, processes=processes)
+    assert done.status == 0, done.err
+    assert folders(run_dir) == ["damaged_iter_0000005", "iter_0000004", "iter_0000006"]
+
+
+def test_a_checkpoint_that_can_be_loaded_after_all_is_held_against_nobody(run_dir: Path) -> None:
+    last = last_of(run_dir)
+    shard = last / "__0_0.distcp"
+    content = shard.read_bytes()
+    zero(shard)
+    older = remedy(error_line(pretrain(run_dir, STEPS, processes=0)))
+    shard.write_bytes(content)
+    assert pretrain(run_dir, STEPS, "train.exit_step=6", "checkpoint.save=false", processes=0).status == 0
+    refused = error_line(pretrain(run_dir, STEPS, older, processes=0))
+    assert "iter_0000005" in refused
+    assert last.is_dir()
+
+
+def test_following_the_remedy_works_again_when_the_next_checkpoint_is_damaged_too(run_dir: Path) -> None:
+    (last_of(run_dir) / "config.yaml").unlink()
+    older = remedy(error_line(pretrain(run_dir, STEPS, processes=0)))
+    assert pretrain(run_dir, STEPS, older, "train.exit_step=5", processes=0).status == 0
+    (last_of(run_dir) / "metadata.json").unlink()
+    done = pretrain(run_dir, STEPS, older, processes=0)
+    assert done.status == 0, done.err
+    assert folders(run_dir) == ["damaged_iter_0000005", "damaged_iter_0000005.1", "iter_0000004", "iter_0000006"]
+
+
+def test_a_branch_started_again_does_not_begin_anew_where_its_own_checkpoint_is_damaged(
+    stopped: Path, tmp_path: Path
+) -> None:
+    branch = [STEPS, f"checkpoint.resume={stopped}/checkpoints/iter_0000004"]
+    assert pretrain(tmp_path, *branch, "train.exit_step=5", processes=0).status == 0
+    (last_of(tmp_path) / "progress.json").unlink()
+    line = error_line(pretrain(tmp_path, *branch, processes=0))
+    assert "progress.json is missing" in line
+    assert folders(tmp_path) == ["iter_0000005"]
+
+
+@pytest.mark.parametrize(("name", "problem"), [("common_state/shard_0_1", None), ("rng", "its common.pt is missing")])
+def test_what_all_ranks_share_is_in_the_shards_or_in_a_file_of_its_own(
+    run_dir: Path, tmp_path: Path, name: str, problem: str | None
+) -> None:
+    folder = tmp_path / "iter_0000001"
+    torch.distributed.checkpoint.save({name: torch.ones(3)}, checkpoint_id=folder, no_dist=True)
+    for file in ("config.yaml", "metadata.json", "progress.json"):
+        shutil.copy(last_of(run_dir) / file, folder)
+    assert damage(folder) == problem
+
+
+def test_a_flipped_bit_in_the_index_raises_nothing(run_dir: Path) -> None:
+    index = last_of(run_dir) / ".metadata"
+    content = bytearray(index.read_bytes())
+    for _ in range(200):  # most of them in names and numbers
+        flipped = content.copy()
+        flipped[random.randrange(len(content))] ^= 1 << random.randrange(8)
+        index.write_bytes(flipped)
+        damage(last_of(run_dir))  # raises nothing
+
+
+def test_a_flipped_bit_that_asks_for_gigabytes_is_found_before_it_gets_them(run_dir: Path) -> None:
+    index = last_of(run_dir) / ".metadata"
+    content = bytearray(index.read_bytes())
+    place = next(place for operation, _, place in pickletools.genops(bytes(content)) if operation.name == "BUILD")
+    content[place] ^= 1 << 4  # now LONG_BINPUT, of an object whose number the next four bytes are
+    content[place + 1 : place + 5] = (1 << 26).to_bytes(4, "little")
+    index.write_bytes(content)
+    assert damage(last_of(run_dir)) == "its index .metadata can't be read (ValueError)"

@@ -1,0 +1,71 @@
+"""Which checkpoints are kept, which are taken for whole, and who may write to a run folder."""
+
+import multiprocessing
+import os
+from pathlib import Path
+
+import pytest
+
+from s2train.checkpoints.resume import set_aside_name
+from s2train.checkpoints.run_state import surplus
+from s2train.files import FolderLock
+
+
+def folders(*steps: int) -> list[Path]:
+    return [Path(f"iter_{step:07d}") for step in steps]
+
+
+def test_the_last_ones_stay_and_those_at_multiples() -> None:
+    assert surplus(folders(100, 200, 300, 400, 500), keep=2, keep_every=200) == folders(100, 300)
+    assert surplus(folders(100, 200, 300), keep=1, keep_every=None) == folders(100, 200)
+
+
+def test_all_stay_where_nothing_says_otherwise() -> None:
+    assert surplus(folders(100, 200, 300), keep=None, keep_every=None) == []
+    assert surplus(folders(100, 200), keep=5, keep_every=None) == []
+
+
+def test_what_is_set_aside_overwrites_nothing(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "iter_0000003"
+    names = []
+    for _ in range(3):
+        names.append(set_aside_name(checkpoint).name)
+        set_aside_name(checkpoint).mkdir()
+    assert names == ["damaged_iter_0000003", "damaged_iter_0000003.1", "damaged_iter_0000003.2"]
+
+
+def attempt(path: Path, results: "multiprocessing.SimpleQueue[str]") -> None:
+    try:
+        FolderLock(path)
+        results.put("held")
+    except BlockingIOError:
+        results.put("refused")
+
+
+def from_another_process(path: Path) -> str:
+    context = multiprocessing.get_context("fork")
+    results: multiprocessing.SimpleQueue[str] = context.SimpleQueue()
+    other = context.Process(target=attempt, args=(path, results))
+    other.start()
+    other.join()
+    return results.get()
+
+
+def test_a_folder_has_one_holder_at_a_time(tmp_path: Path) -> None:
+    lock = FolderLock(tmp_path / "lock")
+    assert from_another_process(tmp_path / "lock") == "refused"
+    lock.release()
+    assert from_another_process(tmp_path / "lock") == "held"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_a_child_that_outlives_its_holder_holds_nothing(tmp_path: Path) -> None:
+    read, write = os.pipe()
+    if (holder := os.fork()) == 0:
+        FolderLock(tmp_path / "lock")
+        if os.fork() == 0:
+            os.read(read, 1)  # lives until the test has looked
+        os._exit(0)
+    os.waitpid(holder, 0)
+    assert from_another_process(tmp_path / "lock") == "held"
+    os.write(write, b"x")

@@ -1,0 +1,218 @@
+"""Stopping and resuming; what may be resumed, and what is left alone."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from megatron.core import dist_checkpointing
+
+from s2train.checkpoints.folders import older_instead, read_config, read_progress
+from s2train.checkpoints.integrity import damage
+from s2train.files import FolderLock
+from s2train.training.records import read_curves
+from tests.program import Outcome, error_line, metrics, pretrain
+
+pytestmark = [pytest.mark.slow]
+
+STEPS = "train.steps=6"
+REPORTS = "tracking.log_interval=2"  # so that the run stops between two
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two processes, stopped at step 3 of 6, with a checkpoint at every step."""
+    folder = tmp_path_factory.mktemp("stopped")
+    settings = [STEPS, REPORTS, "train.exit_step=3", "checkpoint.interval=1", "checkpoint.keep=2"]
+    done = pretrain(folder, *settings, processes=2)
+    assert done.status == 0, done.err
+    return folder
+
+
+def refused(outcome: Outcome, *words: str) -> None:
+    assert outcome.status != 0
+    line = error_line(outcome)
+    assert all(word in line for word in words), line
+
+
+def files(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+def test_only_the_last_checkpoints_are_kept(stopped: Path) -> None:
+    assert [path.name for path in sorted((stopped / "checkpoints").glob("iter_*"))] == ["iter_0000002", "iter_0000003"]
+
+
+def trace(folder: Path) -> dict[int, list[float]]:
+    """What a run reports of its steps, by step, but for their times."""
+    names = ("loss", "held_out_loss", "grad_norm", "lr")
+    return {record["step"]: [record[name] for name in names if name in record] for record in metrics(folder)}
+
+
+WHOLE = [STEPS, REPORTS, "evaluation.interval=6", "evaluation.batches=1"]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[float]]:
+    """What a run of two processes reports that nothing stops."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    done = pretrain(folder, *WHOLE, processes=2)
+    assert done.status == 0, done.err
+    return trace(folder)
+
+
+def test_stop_and_resume_equals_an_unbroken_run(
+    stopped: Path, unbroken: dict[int, list[float]], tmp_path: Path
+) -> None:
+    resumed = pretrain(tmp_path, *WHOLE, f"checkpoint.resume={stopped}", processes=2)
+    assert resumed.status == 0, resumed.err
+    assert trace(tmp_path) == {step: unbroken[step] for step in (4, 6)}  # bit for bit
+    assert trace(stopped)[2] == unbroken[2]
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        pytest.param(["train.deterministic=true"], marks=pytest.mark.long),  # a CPU is so anyway
+        ["train.precision=bf16"],
+        ["train.precision=bf16", "parallel.distributed_optimizer=false", "checkpoint.async_save=true"],
+        ["parallel.tp=2", "parallel.sequence_parallel=true"],
+        ["parallel.pp=2", "parallel.vpp=2", "train.precision=bf16"],
+    ],
+    ids=" ".join,
+)
+def test_other_ways_to_train_resume_bit_for_bit_too(way: list[str], tmp_path: Path) -> None:
+    settings = [*WHOLE, *way]
+    assert pretrain(tmp_path / "unbroken", *settings, processes=2).status == 0
+    for more in (["train.exit_step=3"], []):
+        done = pretrain(tmp_path / "resumed", *settings, *more, processes=2)
+        assert done.status == 0, done.err
+    expected, found = trace(tmp_path / "unbroken"), trace(tmp_path / "resumed")
+    assert {step: found[step] for step in expected} == expected
+
+
+@pytest.mark.parametrize("division", ["parallel.tp=2", "parallel.pp=2", "parallel.cp=2", "one process"])
+def test_data_parallel_shards_go_on_under_another_division(
+    stopped: Path, unbroken: dict[int, list[float]], division: str, tmp_path: Path
+) -> None:
+    processes, more = (1, []) if division == "one process" else (2, [division])
+    resumed = pretrain(tmp_path, *WHOLE, *more, f"checkpoint.resume={stopped}", processes=processes)
+    assert resumed.status == 0, resumed.err
+    for step in (4, 6):
+        assert trace(tmp_path)[step] == pytest.approx(unbroken[step], rel=1e-5)
+
+
+def test_a_finished_run_started_again_does_nothing(stopped: Path) -> None:
+    before = files(stopped)
+    done = pretrain(stopped, STEPS, "train.exit_step=3", "tracking.log_interval=5")
+    assert done.status == 0, done.err
+    assert "nothing to do" in done.out
+    assert files(stopped) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (["layout.pattern.stride=2"], ["layout.pattern.stride=2", "layout.pattern.stride=4"]),
+        (["model.ffn_hidden_size=128"], ["model.ffn_hidden_size=128", "=96"]),
+        (["parallel.distributed_optimizer=false"], ["parallel.distributed_optimizer=true"]),
+        (["checkpoint.resume=never"], ["checkpoint.resume=never", "auto"]),
+        (["checkpoint.resume={stopped}/checkpoints/iter_0000002"], ["iter_0000003", "run_dir"]),
+        (["optim.lr=0.1"], ["optim.lr 0.003 → 0.1", "checkpoint.allow_changes=[optim.lr]", "another run_dir"]),
+        (["train.steps=9"], ["optim.decay_steps 6 → 9", "optim.decay_steps=6 keeps"]),
+        (["data.num_samples=72"], ["data.num_samples=72", "with 48", "Leave it out"]),
+        (["model.rotary_base=20000"], ["model.rotary_base=20000", "=10000", "checkpoint.new_data=true"]),
+        (["seed=7"], ["seed=7", "1234"]),
+        (["train.seq_length=64"], ["train.seq_length=64", "128"]),
+        (["run_dir={stopped}_new", "checkpoint.resume={stopped}", "train.exit_step=3"], ["train.steps=3", "step 3"]),
+    ],
+    ids=lambda value: value[0].partition("=")[0] if "=" in value[0] else "",
+)
+def test_what_does_not_fit_the_checkpoint_is_refused_and_nothing_overwritten(
+    stopped: Path, change: list[str], words: list[str]
+) -> None:
+    before = files(stopped)
+    refused(pretrain(stopped, STEPS, *(setting.format(stopped=stopped) for setting in change), processes=0), *words)
+    assert files(stopped) == before
+
+
+def test_a_new_phase_takes_other_data_from_their_beginning(stopped: Path, tmp_path: Path) -> None:
+    changes = ["train.seq_length=64", "checkpoint.new_data=true", "model.rotary_base=20000"]
+    start = f"checkpoint.resume={stopped}"
+    done = pretrain(tmp_path, STEPS, start, *changes, "train.exit_step=4", processes=0)
+    assert done.status == 0, done.err
+    progress = read_progress(tmp_path / "checkpoints" / "iter_0000004")
+    assert (progress.step, progress.consumed_samples) == (4, 8)
+    # Of the samples that its own three steps take: among more, its first would come twice where documents are few.
+    assert progress.order["data.num_samples"] == 24
+    again = pretrain(tmp_path, STEPS, start, *changes, "checkpoint.resume=auto", processes=0)
+    assert again.status == 0, again.err
+    assert read_progress(tmp_path / "checkpoints" / "iter_0000006").consumed_samples == 24
+
+
+def test_a_save_that_was_killed_is_no_checkpoint(stopped: Path, tmp_path: Path) -> None:
+    (stopped / "checkpoints" / ".iter_0000009.0a1b2c3d.partial").mkdir()
+    (stopped / "checkpoints" / "latest_checkpointed_iteration.txt").unlink()
+    done = pretrain(tmp_path, STEPS, "train.exit_step=4", f"checkpoint.resume={stopped}", processes=0)
+    assert done.status == 0, done.err
+    assert "iter_0000003" in done.out
+    assert sorted(read_curves(tmp_path / "metrics.jsonl").train) == [4]
+
+
+@pytest.mark.parametrize("harm", ["cut short", "missing"])
+def test_a_damaged_checkpoint_is_told_and_the_run_goes_on_from_the_one_it_names(
+    stopped: Path, harm: str, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(stopped, run_dir)
+    last, older = (run_dir / "checkpoints" / name for name in ("iter_0000003", "iter_0000002"))
+    shard = sorted(last.glob("*.distcp"))[-1]
+    if harm == "missing":
+        shard.unlink()
+    else:
+        shard.write_bytes(shard.read_bytes()[:-100])
+    instead = f"checkpoint.resume={older}"
+    refused(pretrain(run_dir, STEPS, processes=0), "checkpoint.resume=", "iter_0000003", shard.name, harm, instead)
+    assert last.is_dir()
+    done = pretrain(run_dir, STEPS, "train.exit_step=3", instead, processes=0)
+    assert done.status == 0, done.err
+    assert [path.name for path in sorted((run_dir / "checkpoints").iterdir()) if path.is_dir()] == [
+        "damaged_iter_0000003",
+        "iter_0000002",
+        "iter_0000003",
+    ]
+
+
+def test_only_whole_checkpoints_are_offered_in_place_of_a_damaged_one(stopped: Path, tmp_path: Path) -> None:
+    shutil.copytree(stopped / "checkpoints", tmp_path / "checkpoints")
+    last, older = (tmp_path / "checkpoints" / name for name in ("iter_0000003", "iter_0000002"))
+    assert damage(last) is None
+    assert str(older) in older_instead(last)
+    (older / ".metadata").unlink()
+    assert ".metadata" in str(damage(older))
+    assert "no older one" in older_instead(last)
+
+
+def test_changed_hyperparameters_hold_after_a_resume(stopped: Path, tmp_path: Path) -> None:
+    changes = ["optim.lr=5e-4", "optim.min_lr=5e-4", "optim.beta2=0.5", "train.exit_step=4"]
+    done = pretrain(tmp_path, STEPS, f"checkpoint.resume={stopped}", *changes, processes=0)
+    assert done.status == 0, done.err
+    assert "changed since iter_0000003: optim.lr 0.003 → 0.0005" in done.out.splitlines()
+    assert metrics(tmp_path)[-1]["lr"] == pytest.approx(5e-4)
+    checkpoint = tmp_path / "checkpoints" / "iter_0000004"
+    assert read_config(checkpoint).optim.lr == 5e-4
+    saved = dist_checkpointing.load_common_state_dict(str(checkpoint))["optimizer"]["optimizer"]["param_groups"]
+    assert all(tuple(group["betas"]) == (0.9, 0.5) for group in saved)
+
+
+def test_a_run_that_diverges_stops_and_keeps_its_last_good_checkpoint(tmp_path: Path) -> None:
+    changes = ["optim.lr=1e20", "checkpoint.interval=1", "checkpoint.keep=1", "train.max_skipped_steps=2"]
+    done = pretrain(tmp_path, STEPS, *changes, processes=0)
+    refused(done, "Not saved", "train.max_skipped_steps=2", "optim.lr", "checkpoint.resume=")
+    assert sum("| skipped: loss" in line for line in done.out.splitlines()) == 3
+    assert len(list((tmp_path / "checkpoints").glob("iter_*"))) == 1
+
+
+def test_a_run_folder_is_one_jobs_alone(stopped: Path) -> None:
+    other = FolderLock(stopped / ".lock")
+    refused(pretrain(stopped, STEPS, processes=0), "run_dir=", "another job")
+    other.release()

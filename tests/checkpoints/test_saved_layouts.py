@@ -1,0 +1,73 @@
+"""Saved settings of layouts: those of earlier versions are read, and what means the same is no other layout."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from s2train.checkpoints.folders import read_config, write_config
+from s2train.checkpoints.resume import _check_same_architecture
+from s2train.checkpoints.setting_changes import changes_between
+from s2train.config import LayoutConfig, ModelConfig, PatternConfig, PretrainConfig, TrainConfig
+from s2train.errors import ConfigError
+from s2train.planning import hybrid_layout
+
+# As saved before patterns had kinds, schedules offsets, and plans settings.
+EARLIER = """
+model: {name: small, num_layers: 4, hidden_size: 64, ffn_hidden_size: 96, num_attention_heads: 4, num_query_groups: 2,
+  head_dim: null, vocab_size: 320, rotary_base: 10000, norm_epsilon: 1.0e-05, init_std: 0.02, tie_embeddings: false}
+layout: {layers: DSSS, block_size: 16, pattern: {local: 8, stride: 16, sinks: 0}, allow_partial_coverage: false}
+schedule: {kind: rotating}
+train: {steps: 10, seq_length: 256, global_batch_size: 8, micro_batch_size: 1}
+plan: false
+"""
+WINDOW = {"kind": "sliding_window", "window": 4}
+
+
+def config(**layout: Any) -> PretrainConfig:
+    return PretrainConfig(
+        model=ModelConfig("small", 4, 64, 96, 4, 2, vocab_size=320),
+        layout=LayoutConfig(**{"layers": "DSSS", "block_size": 16} | layout),
+        train=TrainConfig(10, 256, 8),
+    )
+
+
+def resumed(now: PretrainConfig, checkpoint: Path) -> None:
+    _check_same_architecture(changes_between(read_config(checkpoint), now), checkpoint)
+
+
+def test_settings_saved_by_an_earlier_version_are_read_and_mean_what_they_did(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(EARLIER)
+    saved, now = read_config(tmp_path), config()
+    now.schedule.kind = "rotating"
+    assert hybrid_layout(saved) == hybrid_layout(now)
+    resumed(now, tmp_path)
+
+
+def test_letters_and_ranges_come_back_as_they_were_saved(tmp_path: Path) -> None:
+    pattern = PatternConfig("ranges", ranges=[[4, 1], [None, 2]])
+    cfg = config(layers="DSSW", pattern=pattern, patterns={"W": WINDOW})
+    write_config(cfg, tmp_path / "config.yaml")
+    assert read_config(tmp_path).layout == cfg.layout
+    resumed(cfg, tmp_path)
+
+
+def test_a_default_written_out_is_no_other_layout(tmp_path: Path) -> None:
+    write_config(config(patterns={"W": WINDOW}), tmp_path / "config.yaml")
+    resumed(config(pattern=PatternConfig(local=8, stride=16), patterns={"W": WINDOW | {"sinks": 0}}), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "setting"),
+    [
+        ({"pattern": PatternConfig(sinks=1)}, "layout.pattern.sinks"),
+        ({"pattern": PatternConfig(kind="dense")}, "layout.pattern.kind"),
+        ({"patterns": {"W": WINDOW | {"window": 5}}}, "layout.patterns.W.window"),
+        ({"patterns": {}}, "layout.patterns.W.kind"),
+        ({"patterns": {"W": WINDOW, "V": {}}}, "layout.patterns.V.kind"),
+    ],
+)
+def test_another_layout_is_refused_by_its_setting(tmp_path: Path, change: dict[str, Any], setting: str) -> None:
+    write_config(config(patterns={"W": WINDOW}), tmp_path / "config.yaml")
+    with pytest.raises(ConfigError, match=f"^{setting}="):
+        resumed(config(**{"patterns": {"W": WINDOW}} | change), tmp_path)

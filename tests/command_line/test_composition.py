@@ -1,0 +1,146 @@
+"""What a command line gets wrong is told in one line, with the nearest name and the names there are."""
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+
+from s2train.command_line.composition import config_groups, explain, spelt_out
+from s2train.config import NeedleConfig, PretrainConfig, register, to_object
+from s2train.errors import ConfigError
+from tests.program import ROOT, Outcome, error_line, run
+
+CONF = ROOT / "conf"
+
+
+def explained(*overrides: str) -> str:
+    """The line on a command line that Hydra refuses."""
+    register()
+    with initialize_config_dir(str(CONF), version_base="1.3"), pytest.raises(HydraException) as error:
+        compose("pretrain", overrides=["+model=7b_hybrid", *overrides])
+    line = explain(error.value, overrides, config_groups(CONF), PretrainConfig)
+    assert "\n" not in line
+    return line
+
+
+@pytest.mark.parametrize(
+    ("override", "near", "there"),
+    [
+        ("layout=s2_b64_l16_v61", "layout=s2_b64_l16_v16", "dense, dilated_b64"),
+        ("schedule=shiftd", "schedule=shifted", "grouped, homogeneous"),
+        ("data=bundeled", "data=bundled", "bundled, mock"),
+        ("layout.patern.stride=16", "layout.pattern.stride", "layout.pattern has kind, local, stride"),
+        ("layout.pattern.strid=16", "layout.pattern.stride", "layout.pattern has kind, local, stride"),
+        ("layout.blocksize=64", "layout.block_size", "layout has layers, block_size"),
+        ("stride=16", "layout.pattern.stride", "layout.pattern has"),
+        ("layuot=dense", "layout?", "There are model, layout, schedule"),
+        ("train.stpes=5", "train.steps", "train has steps"),
+    ],
+)
+def test_a_misspelt_name_is_told_with_the_nearest_and_the_others(override: str, near: str, there: str) -> None:
+    line = explained(override)
+    assert line.startswith(override)
+    assert f"Did you mean {near}" in line
+    assert there in line
+
+
+def test_the_override_at_fault_is_found_among_right_ones() -> None:
+    assert explained("layout=dense", "train.steps=3", "schedule=shiftd", "seed=1").startswith("schedule=shiftd")
+
+
+def test_a_name_of_a_sweep_is_checked_too() -> None:
+    line = explained("layout=dense,s2_b16_l4_v5")
+    assert line.startswith("layout=s2_b16_l4_v5")
+    assert "layout=s2_b16_l4_v4" in line
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.steps=many", "train.steps=many: Value 'many' of type 'str' could not be converted to Integer"),
+        ("layout.pattern.stride=1.5", "could not be converted to Integer. It takes int | None."),
+        ("layout.pattern=5", "Set one of layout.pattern.kind, layout.pattern.local"),
+        ("layout.patterns.W.kind=dense", "Write +layout.patterns.W.kind=dense"),
+        ("optim.lr=[1", "optim.lr=[1: can't be read"),
+        ("data.split=90,10", "Write 'data.split=[90,10]', or -m for a sweep"),
+        ("train.steps", "train.steps: can't be read: missing EQUAL"),
+    ],
+)
+def test_a_value_that_cannot_be_is_told_with_what_can(override: str, words: str) -> None:
+    assert words in explained(override)
+
+
+@pytest.mark.parametrize("split", ["90,10", "90,10,0", "0.9,0.1", "50, 50"])
+def test_a_split_is_written_on_a_command_line_as_its_default_is(split: str) -> None:
+    register()
+    given = spelt_out(["+model=7b_hybrid", f"data.split={split}"], PretrainConfig)
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        assert to_object(compose("pretrain", overrides=given)).data.split == split
+
+
+@pytest.mark.parametrize("given", ["data.split=[90,10]", "data.split=100", "data.split='90,10'", "data.path=[1,a,2,b]"])
+def test_other_values_stay_as_they_are(given: str) -> None:
+    assert spelt_out([given], PretrainConfig) == [given]
+
+
+def test_a_split_is_swept_over_where_a_sweep_is_asked_for() -> None:
+    assert spelt_out(["-m", "data.split=90,80"], PretrainConfig) == ["-m", "data.split=90,80"]
+
+
+@pytest.mark.parametrize("override", ["+layout.pattern.stidre=3", "+optim.learning_rate=1", "+nonsense=1"])
+def test_a_plus_adds_no_setting_that_there_is_not(override: str) -> None:
+    register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        composed = compose("pretrain", overrides=["+model=7b_hybrid", override])
+    with pytest.raises(ConfigError, match=rf"^{override[1:].partition('=')[0]}=.*no such setting. Did you mean"):
+        to_object(composed)
+
+
+def test_a_plus_adds_a_letter_with_a_pattern_of_its_own() -> None:
+    register()
+    overrides = ["+model=7b_hybrid", "layout.layers=DSSW", "+layout.patterns.W={kind:sliding_window,window:8}"]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = to_object(compose("pretrain", overrides=overrides))
+    assert cfg.layout.patterns == {"W": {"kind": "sliding_window", "window": 8}}
+
+
+def test_other_programs_are_told_of_their_own_settings() -> None:
+    register()
+    with initialize_config_dir(str(CONF), version_base="1.3"), pytest.raises(HydraException) as error:
+        compose("needle", overrides=["chekpoint=runs/a"])
+    line = explain(error.value, ["chekpoint=runs/a"], config_groups(CONF), NeedleConfig)
+    assert line.startswith("chekpoint=runs/a: no such setting. Did you mean checkpoint?")
+
+
+def refused(program: str, *arguments: str, processes: int = 0) -> Outcome:
+    outcome = run(program, *arguments, processes=processes)
+    assert outcome.status != 0
+    assert "Traceback" not in outcome.out
+    return outcome
+
+
+@pytest.mark.parametrize(
+    ("arguments", "near"),
+    [
+        (["model=7b_hybird"], "+model=7b_hybrid"),
+        (["+model=7b_hybird"], "+model=7b_hybrid"),
+        (["model=7b_hybrid"], "Write +model=7b_hybrid"),
+        (["+model=7b_hybrid", "layout.pattern.kind=locl_vertical"], "local_vertical"),
+        (["+model=7b_hybrid", "layout.patern.stride=16"], "layout.pattern.stride"),
+    ],
+)
+def test_the_program_says_one_line_and_no_more(arguments: list[str], near: str) -> None:
+    outcome = refused("pretrain.py", *arguments)
+    assert outcome.status == 2
+    assert near in error_line(outcome)
+    assert len(outcome.err.splitlines()) == 1
+
+
+def test_the_other_programs_say_one_line_too() -> None:
+    assert "tokenizer" in error_line(refused("prepare_data.py", "tokeniser=bytes"))
+    assert "checkpoint" in error_line(refused("needle.py", "chekpoint=runs/a"))
+
+
+@pytest.mark.slow
+def test_of_two_ranks_one_says_it() -> None:
+    outcome = refused("pretrain.py", "+model=7b_hybrid", "schedule=shiftd", processes=2)
+    assert "schedule=shifted" in error_line(outcome)

@@ -1,0 +1,69 @@
+"""Settings are read as they are typed, or the quotes that they want are named."""
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from s2train.command_line.overrides import readable, why_unreadable
+
+
+def value(argument: str) -> object:
+    (again,) = readable([argument])
+    return OverridesParser.create().parse_override(again).value()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "für.txt",
+        "/mit leer/ein text.txt",
+        "a (1).txt",
+        "日本.txt",
+        "it's.txt",
+        'a"b',
+        "~/x",
+        "a[1].txt",
+        "a=b",
+        "C#\\ü\\",
+    ],
+)
+def test_a_text_is_taken_as_it_is(text: str) -> None:
+    assert value(f"input={text}") == text
+    assert value(f"+input={text}") == text
+
+
+def test_texts_of_a_list_are_taken_as_they_are() -> None:
+    assert value("data.path=[0.7,/für (1)/a, 0.3 ,/ein b]") == [0.7, "/für (1)/a", 0.3, "/ein b"]
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "input=[a,b]",
+        "seed=1,2",
+        "optim.lr=tag(log,interval(1e-4,1e-2))",
+        "layout.patterns.W={kind:x,window:ü}",
+        "input=ü,b",
+        "optim.lr=interval(1",
+        "input='ü",
+        "optim.lr=[1",
+        "--cfg=ü",
+        "für.txt",
+    ],
+)
+def test_what_hydra_reads_or_what_may_be_meant_otherwise_stays_as_it_is(argument: str) -> None:
+    assert readable([argument]) == [argument]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "remedy"),
+    [
+        (["input=ü,b"], "'input=\"ü,b\"'"),
+        (["input=['a',ü]"], '\'input=["…","…"]\''),
+        (["input=/mit", "leer/a.txt"], "quote both for the shell: 'input=/mit leer/a.txt'"),
+        (["input=[a.txt,", "b.txt]"], "'input=[a.txt, b.txt]'"),
+        (["train.steps"], "Write train.steps=VALUE."),
+    ],
+)
+def test_the_quotes_that_are_wanted_are_shown(arguments: list[str], remedy: str) -> None:
+    found = [why for number in range(len(arguments)) if (why := why_unreadable(arguments, number))]
+    assert found[0].endswith(remedy)

@@ -1,0 +1,334 @@
+"""Decodes small random models with a cache and without one, and prints what it measured as JSON.
+
+In a process of its own, since Megatron's groups and its CPU mode are global; under torchrun tensor parallel.
+"""
+
+import gc
+import json
+import os
+import sys
+import weakref
+from typing import Any
+
+import torch
+from megatron.core.models.gpt.gpt_model import GPTModel
+from torch import Tensor
+
+from s2train.config import ModelConfig, ParallelConfig, PretrainConfig, TrainConfig
+from s2train.errors import ConfigError
+from s2train.inference.cached_model import CachedModel
+from s2train.inference.generation import generate
+from s2train.inference.kv_cache import KVCache, kv_cache
+from s2train.inference.page_pool import OutOfPagesError
+from s2train.layouts.hybrid import HybridLayout
+from s2train.layouts.patterns.registry import PATTERNS
+from s2train.megatron.core_attention import CausalCoreAttention, DenseCoreAttention
+from s2train.megatron.layer_backends import choose_backend
+from s2train.megatron.model import build_model, transformer_config, unwrap
+from s2train.megatron.setup import initialize, shutdown
+from tests.inference.cached_models import BLOCK, HALF_TURNED, MODELS, NUM_BLOCKS, VOCABULARY, hybrid_of, registered
+from tests.inference.uncached import greedy_decode
+
+
+def build(
+    model_or_layout: str | HybridLayout, device: torch.device, tp: int = 1, backend: str = "auto"
+) -> tuple[GPTModel, HybridLayout]:
+    """A random model: one of MODELS by name, or of a layout of heads such as theirs."""
+    hybrid = hybrid_of(model_or_layout) if isinstance(model_or_layout, str) else model_or_layout
+    groups = hybrid.num_query_groups
+    model = ModelConfig("test", len(hybrid.layers), 64, 96, 4, groups, 16, VOCABULARY, init_std=0.2)
+    model.rotary_percent = 0.5 if model_or_layout in HALF_TURNED else 1.0
+    train = TrainConfig(steps=1, seq_length=hybrid.block_size * NUM_BLOCKS, global_batch_size=1, precision="fp32")
+    cfg = PretrainConfig(model=model, parallel=ParallelConfig(tp=tp), train=train, attention_backend=backend)
+    (chunk,) = build_model(cfg, transformer_config(cfg), hybrid, choose_backend("local"), device)
+    gpt = unwrap(chunk)
+    gpt.parallel_output = False
+    gpt.output_layer.gather_output = True
+    return gpt.eval(), hybrid
+
+
+def positions_like(tokens: Tensor) -> Tensor:
+    return torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens).contiguous()
+
+
+def brute_force_pages(cache: KVCache, hybrid: HybridLayout, length: int) -> int:
+    """Pages of a sequence, from the patterns by definition."""
+    query, key = torch.arange(cache.num_blocks)[:, None], torch.arange(cache.num_blocks)[None]
+    count = 0
+    for layer in hybrid.layers:
+        kept = torch.stack([head.keep(query, key) & (query >= key) for head in layer.heads])
+        grouped = kept.view(hybrid.num_query_groups, -1, *kept.shape[1:]).any(1)
+        needed = grouped[:, length // layer.block_size :].any(1)
+        count += int(needed[:, : layer.num_blocks(length)].sum())
+    return count
+
+
+@torch.no_grad()
+def compare(
+    model_or_layout: str | HybridLayout,
+    device: torch.device,
+    prompt: int,
+    chunk: int,
+    total: int,
+    tp: int = 1,
+    backend: str = "auto",
+    sequences: int = 2,
+) -> dict[str, Any]:
+    """Errors against float64 of all logits from the prompt's end on, and pages held after each token."""
+    gpt, hybrid = build(model_or_layout, device, tp, backend)
+    tokens = torch.randint(0, VOCABULARY, (sequences, total), device=device)
+    position_ids = positions_like(tokens)
+    plain = gpt(tokens, position_ids, None)[:, prompt - 1 :]
+    held, brute, predicted, stored = [], [], [], []
+    with kv_cache(gpt, sequences, total) as cache:
+        model = CachedModel(gpt, cache)
+        found = [model.prefill(tokens[:, :prompt], chunk=chunk)]
+        for at in range(prompt, total + 1):
+            held.append(cache.pool.used)
+            predicted.append(cache.predicted_bytes() // cache.pool.page_bytes)
+            stored.append([int((cache.table >= 0).sum()), int((cache.pages >= 0).sum())])
+            brute.append(sequences * brute_force_pages(cache, hybrid, at))
+            if at < total:
+                found.append(model.decode(tokens[:, at]))
+    cached = torch.stack(found, 1)
+    for core in gpt.modules():
+        if isinstance(core, CausalCoreAttention):
+            core.backend = "torch"  # which takes float64
+    exact = gpt.double()(tokens, position_ids, None)[:, prompt - 1 :]
+    return {
+        "error": float((cached.double() - exact).norm()),
+        "plain_error": float((plain.double() - exact).norm()),
+        "scale": float(exact.norm()),
+        "held": held,
+        "predicted": predicted,
+        "brute": brute,
+        "stored": stored,
+        "dense": sequences * len(hybrid.layers) * hybrid.num_query_groups * -(-total // hybrid.block_size),
+    }
+
+
+def unequal_prompts(device: torch.device) -> dict[str, Any]:
+    """Each sequence of a batch continues as it does alone; in float64, so that no choice is a matter of rounding."""
+    gpt = build("hybrid", device)[0].double()
+    lengths = [BLOCK - 1, 3 * BLOCK, 1, 2 * BLOCK + 5]
+    prompts = torch.randint(0, VOCABULARY, (4, 3 * BLOCK), device=device)
+    together = generate(gpt, prompts, 20, lengths=torch.tensor(lengths), prefill_chunk=BLOCK)
+    alone = [greedy_decode(gpt, prompts[i : i + 1, :n], 20) for i, n in enumerate(lengths)]
+    return {"together": together.tolist(), "alone": torch.cat(alone).tolist()}
+
+
+def unequal_pages(device: torch.device) -> dict[str, Any]:
+    """Pages of sequences at unequal lengths, after each step and by the definition."""
+    gpt, hybrid = build("scattered", device)
+    lengths, held, brute = [5, 2 * BLOCK + 1, 3 * BLOCK], [], []
+    with kv_cache(gpt, 3, 5 * BLOCK) as cache:
+        model = CachedModel(gpt, cache)
+        token = model.prefill(torch.zeros(3, 3 * BLOCK, dtype=torch.int64), torch.tensor(lengths), BLOCK).argmax(-1)
+        for step in range(2 * BLOCK):
+            held.append(cache.pool.used)
+            brute.append(sum(brute_force_pages(cache, hybrid, n + step) for n in lengths))
+            token = model.decode(token).argmax(-1)
+    return {"held": held, "brute": brute}
+
+
+def end_of_document(device: torch.device) -> dict[str, Any]:
+    """Sequences end at a token that they do write, and are filled up with it."""
+    gpt = build("sparse", device)[0].double()
+    prompts = torch.randint(0, VOCABULARY, (3, 20), device=device)
+    free = generate(gpt, prompts, 40)
+    eod = int(free[0, 9])
+    return {"eod": eod, "free": free.tolist(), "ended": generate(gpt, prompts, 40, eod=eod).tolist()}
+
+
+def finished_sequences(device: torch.device) -> dict[str, Any]:
+    """Pages of a finished sequence are free, and the other goes on as before."""
+    gpt, _ = build("hybrid", device)
+    tokens = torch.randint(0, VOCABULARY, (2, 60), device=device)
+    runs = []
+    for finish in (False, True):
+        with kv_cache(gpt, 2, 60) as cache:
+            model = CachedModel(gpt, cache)
+            model.prefill(tokens[:, :30])
+            before = cache.pool.used
+            if finish:
+                cache.finish(0)
+            after = cache.pool.used
+            logits = torch.stack([model.decode(tokens[:, at])[1] for at in range(30, 60)])
+            runs.append((logits, before, after, cache.bytes_in_use == cache.predicted_bytes()))
+    (plain, *_), (found, before, after, agrees) = runs
+    return {"same": torch.equal(plain, found), "before": before, "after": after, "agrees": agrees}
+
+
+def refusals(device: torch.device) -> dict[str, Any]:
+    gpt, _ = build("dense", device)
+    tokens = torch.randint(0, VOCABULARY, (1, 3 * BLOCK), device=device)
+
+    def said(action: Any, kind: type[Exception]) -> str:
+        try:
+            action()
+        except kind as error:
+            return str(error)
+        return "nothing"
+
+    def small_pool() -> None:
+        with kv_cache(gpt, 1, 4 * BLOCK, num_pages=5) as cache:
+            CachedModel(gpt, cache).prefill(tokens)
+
+    def full() -> None:
+        with kv_cache(gpt, 1, BLOCK) as cache:
+            model = CachedModel(gpt, cache)
+            model.prefill(tokens[:, :BLOCK])
+            model.decode(tokens[:, 0])
+
+    def nested() -> None:
+        with kv_cache(gpt, 1, BLOCK), kv_cache(gpt, 1, BLOCK):
+            pass
+
+    def sequence_parallel() -> None:
+        gpt.config.sequence_parallel = True
+        try:
+            generate(gpt, tokens, 1)
+        finally:
+            gpt.config.sequence_parallel = False
+
+    def training() -> None:
+        gpt.train()
+        generate(gpt, tokens, 1)
+
+    def unknown_token() -> None:
+        generate(gpt, tokens.clamp(min=gpt.vocab_size), 1)
+
+    def one_dimension() -> None:
+        generate(gpt, tokens[0], 1)
+
+    answers = {"pool": said(small_pool, OutOfPagesError), "full": said(full, ValueError)}
+    answers |= {"token": said(unknown_token, ValueError), "flat": said(one_dimension, ValueError)}
+    answers |= {"nested": said(nested, ValueError), "parallel": said(sequence_parallel, ValueError)}
+    answers["training"] = said(training, ValueError)
+    attached = [core.kv for core in gpt.modules() if isinstance(core, CausalCoreAttention)]
+    return answers | {"attached": sum(kv is not None for kv in attached)}
+
+
+def forgotten(device: torch.device) -> dict[str, Any]:
+    """The pool's memory goes with the context, and the model trains on as before."""
+    gpt, _ = build("hybrid", device)
+    tokens = torch.randint(0, VOCABULARY, (2, 40), device=device)
+    before = gpt(tokens, positions_like(tokens), None)
+    gc.disable()  # the memory is too large to wait for a collection
+    with kv_cache(gpt, 2, 40) as cache:
+        CachedModel(gpt, cache).prefill(tokens[:, :30])
+        pool = weakref.ref(cache.pool.keys)
+    del cache
+    gc.enable()
+    after = gpt(tokens, positions_like(tokens), None)
+    return {"gone": pool() is None, "same": torch.equal(before, after)}
+
+
+@torch.no_grad()
+def later_queries(device: torch.device) -> dict[str, Any]:
+    """A dense layer's chunk by torch, and by the sparse op as Hopper takes it."""
+    gpt, _ = build("hybrid", device)
+    (core, *_) = (m for m in gpt.modules() if isinstance(m, DenseCoreAttention))
+    s_k, s_q = 3 * BLOCK + 5, BLOCK + 3
+    q, k, v = (torch.randn(s, 2, h, 16, device=device) for s, h in ((s_q, 4), *2 * [(s_k, core.num_kv_heads)]))
+    outs = [core.attend(q, k, v, s_k - s_q)]
+    core.implementation = "s2train"
+    outs.append(core.attend(q, k, v, s_k - s_q))
+    return {"difference": float((outs[1] - outs[0]).norm() / outs[0].norm())}
+
+
+def longer_than_masks(device: torch.device) -> str:
+    """What is said where a cache is to have more blocks than a file's masks."""
+    gpt, _ = build(registered("file"), device)
+    try:
+        with kv_cache(gpt, 1, BLOCK * NUM_BLOCKS + 1):
+            return "nothing"
+    except ConfigError as error:
+        return str(error)
+
+
+def measure_registered(device: torch.device) -> dict[str, Any]:
+    """Every registered pattern, a schedule that goes on from layer to layer, and blocks of 64."""
+    results: dict[str, Any] = {"longer than masks": longer_than_masks(device)}
+    layouts = {kind: registered(kind) for kind in PATTERNS} | {"rotating": registered("local_vertical", "rotating")}
+    for name, layout in layouts.items():
+        results[name] = compare(layout, device, BLOCK + 5, BLOCK, BLOCK * NUM_BLOCKS)
+    for prompt in (127, 128, 129):
+        results[f"64 {prompt}"] = compare(hybrid_of("hybrid", 64), device, prompt, 64, 2 * 64 + 12, sequences=4)
+    return results
+
+
+def measure_triton(device: torch.device, tp: int) -> dict[str, Any]:
+    """By the interpreted kernels; few steps, since one takes half a second."""
+    if tp > 1:
+        return {"tp": compare("different heads in a group", device, 2 * BLOCK - 3, BLOCK, 2 * BLOCK + 3, tp, "triton")}
+    names = ("hybrid", "different heads in a group")
+    return {name: compare(name, device, BLOCK + 5, BLOCK, 2 * BLOCK + 4, backend="triton") for name in names}
+
+
+@torch.no_grad()
+def on_cuda(name: str, device: torch.device) -> dict[str, Any]:
+    """Steps run and steps replayed from a CUDA graph, beside the uncached forward."""
+    gpt, _ = build(name, device)
+    total, prompt = BLOCK * NUM_BLOCKS, 2 * BLOCK + 3
+    tokens = torch.randint(0, VOCABULARY, (3, total), device=device)
+    found = []
+    for cuda_graph in (False, True):
+        with kv_cache(gpt, 3, total) as cache:
+            model = CachedModel(gpt, cache, cuda_graph)
+            logits = [model.prefill(tokens[:, :prompt], chunk=BLOCK)]
+            logits += [model.decode(tokens[:, at]) for at in range(prompt, total)]
+            agrees = cache.bytes_in_use == cache.predicted_bytes()
+        found.append(torch.stack(logits, 1))
+    plain = gpt(tokens, positions_like(tokens), None)[:, prompt - 1 :]
+    return {
+        "replayed_as_run": torch.equal(*found),
+        "difference": float((found[0] - plain).norm() / plain.norm()),
+        "agrees": agrees,
+    }
+
+
+def main() -> None:
+    tp = int(os.environ.get("WORLD_SIZE", "1"))
+    device = initialize(ParallelConfig(tp=tp), seed=int(sys.argv[1]))
+    if sys.argv[2:] == ["cuda"]:
+        results = {name: on_cuda(name, device) for name in MODELS}
+    elif sys.argv[2:] == ["triton"]:
+        results = measure_triton(device, tp)
+    elif sys.argv[2:] == ["registered"]:
+        results = measure_registered(device)
+    else:
+        results = measure_models(device, tp)
+    if torch.distributed.get_rank() == 0:
+        print(json.dumps(results))
+    shutdown()
+
+
+def measure_models(device: torch.device, tp: int) -> dict[str, Any]:
+    """All of MODELS, and whatever else is asked of one rank."""
+    results: dict[str, Any] = {}
+    longest = BLOCK * NUM_BLOCKS
+    for name in MODELS:
+        if tp == 1 or MODELS[name][1] % tp == 0:
+            results[name] = compare(name, device, BLOCK + 5, longest, longest, tp)
+            results[f"{name} in chunks"] = compare(name, device, 4 * BLOCK + 3, BLOCK, longest, tp)
+    if tp == 1:
+        for prompt in (1, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK, 5 * BLOCK + 3):
+            for total in (prompt + 1, prompt + BLOCK + 2):
+                # of two sequences, the rounding of a single token's logits decides now and then
+                results[f"hybrid {prompt} {total}"] = compare("hybrid", device, prompt, 2 * BLOCK, total, sequences=4)
+        for scenario in (
+            unequal_prompts,
+            unequal_pages,
+            end_of_document,
+            finished_sequences,
+            refusals,
+            forgotten,
+            later_queries,
+        ):
+            results[scenario.__name__] = scenario(device)
+    return results
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""The timing of whole models, tried on a CPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prompts", ["read", "random"])
+def test_a_cache_is_timed_and_holds_what_is_predicted(tmp_path: Path, prompts: str) -> None:
+    output = tmp_path / "speed.json"
+    settings = ["+model=tiny_hybrid", "--lengths", "300", "--batches", "2", "--tokens", "5", "--chunk", "128"]
+    if prompts == "random":
+        settings.append("--no-prefill")
+    done = subprocess.run(
+        [sys.executable, "-m", "s2train.inference.decode_speed", *settings, "--output", str(output)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    data = json.loads(output.read_text())
+    assert "+model=tiny_hybrid" in data["command"]
+    assert data["device"] == "CPU"
+    (record,) = data["cases"]
+    assert all(record.get(name, 0) > 0 for name in ("prefill_s", "forward_s")) or prompts == "random"
+    assert record["step_ms"] > 0
+    assert 0 < record["kv_bytes"] == record["predicted_bytes"] < record["dense_bytes"]
+    assert record["kv_bytes"] <= record["pool_bytes"]

@@ -1,0 +1,78 @@
+"""The work lists of Hopper's one-pass backward, spelled out per token."""
+
+import pytest
+import torch
+from s2train.kernels import BlockLayout
+from s2train.kernels.hopper.backward_schedule import ACTIVE_BITS, QUERY_BITS, TILE, key_pairs
+from s2train.kernels.token_mask import token_mask
+
+
+@pytest.mark.parametrize(
+    ("block", "heads", "kv_heads", "s_q", "s_k", "offset", "causal", "keep"),
+    [
+        (64, 2, 1, 200, 200, 0, True, 0.4),
+        (128, 2, 2, 300, 300, 0, True, 0.4),
+        (64, 2, 2, 100, 230, 150, True, 0.4),
+        (128, 2, 1, 130, 150, 0, False, 0.4),
+        (256, 1, 1, 300, 300, 0, True, 0.9),
+        (64, 2, 1, 200, 90, 0, True, 0.05),
+    ],
+)
+def test_steps_cover_the_mask_once(
+    block: int, heads: int, kv_heads: int, s_q: int, s_k: int, offset: int, causal: bool, keep: float
+) -> None:
+    blocks = -(-(offset + s_q) // block), -(-s_k // block)
+    layout = BlockLayout.from_mask(torch.rand(heads, *blocks) < keep, block)
+    work = key_pairs(layout, kv_heads, s_q, s_k, offset, causal)
+    # room for the tiles' ends beyond the sequences
+    covered = torch.zeros(heads, offset + s_q + TILE, s_k + 3 * TILE, dtype=torch.int)
+    position, key = torch.arange(covered.shape[1])[:, None], torch.arange(covered.shape[2])
+    owned = set()
+    for kv, first_key, second_key, first, num_masked, num_steps, _, _ in work.meta.tolist():
+        assert num_steps >= 1
+        for side, key_tile in enumerate((first_key, second_key)):
+            owned.add((kv, key_tile))
+            for t in range(num_steps):
+                step = int(work.steps[first + t])
+                tile = step >> ACTIVE_BITS & (2**QUERY_BITS - 1)
+                head = kv * (heads // kv_heads) + (step >> (ACTIVE_BITS + QUERY_BITS))
+                kept = (position // TILE == tile) & (key // TILE == key_tile)
+                if t < num_masked:
+                    kept &= bool(step >> side & 1) & (key < s_k) & ((key <= position) | (not causal))
+                covered[head] += kept
+    assert {(kv, tile) for kv, tile in owned if tile * TILE < s_k} == {
+        (kv, tile) for kv in range(kv_heads) for tile in range(-(-s_k // TILE))
+    }
+    expected = token_mask(layout, s_q, s_k, causal=causal, query_offset=offset).int()
+    assert torch.equal(covered[:, offset : offset + s_q, :s_k], expected)
+    assert not covered[:, :, s_k:].any()
+
+
+def local_and_vertical(heads: int, kv_heads: int, shifted: bool, length: int = 8192) -> BlockLayout:
+    """L = V = 16 blocks of 64; head h has offset h mod 16, or every head of a group the group's."""
+    block = torch.arange(length // TILE)
+    distance = block[:, None] - block
+    patterns = torch.stack([((distance < 16) | ((block + 1 + h) % 16 == 0)) & (distance >= 0) for h in range(16)])
+    group = heads // kv_heads
+    return BlockLayout.from_patterns(patterns, [(h if shifted else h // group) % 16 for h in range(heads)], TILE)
+
+
+# ideal: every step has both key tiles active. A pair's two local windows, apart or neighbours, never quite match.
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "shifted", "over_ideal"),
+    [(16, 16, True, 1.10), (16, 4, False, 1.10), (16, 4, True, 1.25)],
+    ids=["one head each", "groups of like heads", "groups of unlike heads"],
+)
+def test_pairs_keep_what_alike_members_keep(heads: int, kv_heads: int, shifted: bool, over_ideal: float) -> None:
+    length = 8192
+    layout = local_and_vertical(heads, kv_heads, shifted, length)
+    work = key_pairs(layout, kv_heads, length, length, 0, True)
+    assert int(work.meta[:, 5].sum()) <= over_ideal * int(layout.mask().sum()) / 2
+
+
+def test_masks_without_an_order_cost_no_more_than_neighbours_as_they_lie() -> None:
+    n = 64
+    mask = (torch.rand(4, n, n) < 0.2).tril()
+    steps = int(key_pairs(BlockLayout.from_mask(mask, TILE), 1, n * TILE, n * TILE, 0, True).meta[:, 5].sum())
+    either = mask.view(4, n, n // 2, 2).any(-1)
+    assert steps <= int(either.sum()) + int((either.sum((0, 1)) == 0).sum())

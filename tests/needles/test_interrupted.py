@@ -1,0 +1,63 @@
+"""launch/needle.py, interrupted after its first cell, and the same command once more."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.program import ROOT, Outcome, pretrain, run
+
+pytestmark = [pytest.mark.slow]
+
+GRID = ["lengths=[112,128]", "depths=[0,1]", "trials=3"]
+
+
+def cells(output: Path) -> list[dict[str, Any]]:
+    return json.loads((output / "needle.json").read_text())["cells"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder: of a model that has learnt nothing."""
+    folder = tmp_path_factory.mktemp("run")
+    done = pretrain(folder, "train.steps=3", "data.path=mock", f"data.cache={folder / 'cache'}", processes=0)
+    assert done.status == 0, done.err
+    return folder
+
+
+@pytest.fixture(scope="module")
+def interrupted(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]:
+    """Output folder and end of a process that had Ctrl-C while it decoded for its second cell."""
+    output, program = tmp_path_factory.mktemp("interrupted"), ROOT / "tests" / "needles" / "interrupted.py"
+    done = run(str(program), f"checkpoint={checkpoint}", f"output={output}", *GRID, processes=0)
+    return output, done
+
+
+def test_an_interruption_ends_it_with_one_line_and_the_status_of_one(interrupted: tuple[Path, Outcome]) -> None:
+    _, done = interrupted
+    assert done.status == 130
+    assert done.err.splitlines() == ["interrupted; what was saved is kept"]
+
+
+def test_the_cells_finished_before_an_interruption_are_kept(interrupted: tuple[Path, Outcome]) -> None:
+    output, _ = interrupted
+    assert [(cell["length"], cell["depth"]) for cell in cells(output)] == [(112, 0.0)]
+
+
+def test_the_same_command_goes_on_from_the_finished_cells(
+    checkpoint: Path, interrupted: tuple[Path, Outcome], tmp_path: Path
+) -> None:
+    content = json.loads((interrupted[0] / "needle.json").read_text())
+    content["cells"][0]["token_accuracy"] = 2.0  # would be lost if it were asked again
+    (tmp_path / "needle.json").write_text(json.dumps(content))
+    done = run("needle.py", f"checkpoint={checkpoint}", f"output={tmp_path}", *GRID, processes=0)
+    assert done.status == 0, done.err
+    first, *others = cells(tmp_path)
+    assert first["token_accuracy"] == 2.0
+    assert [(cell["length"], cell["depth"], cell["trials"]) for cell in others] == [
+        (112, 1.0, 3),
+        (128, 0.0, 3),
+        (128, 1.0, 3),
+    ]
+    assert done.out.count(", known") == 1

@@ -1,0 +1,60 @@
+"""Folders import one way."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# Each folder imports from its own and from earlier lines only. Single files of s2train/ stand on one line.
+ORDER = [
+    {"kernels"},
+    {"errors", "files", "config", "wandb_run", "command_line", "distributed", "environment"},
+    {"layouts"},
+    {"costs"},
+    {"pictures", "validation"},
+    {"data"},
+    {"planning"},
+    {"megatron"},
+    {"checkpoints", "inference"},
+    {"needles"},
+    {"preparation"},
+    {"training"},
+    {"comparison"},
+    {"sweeps", "scaling"},
+]
+LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
+
+
+def imported_rooms(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        yield from (name.split(".")[1] for name in names if name.startswith("s2train."))
+
+
+@pytest.mark.parametrize("room", sorted(LEVEL))
+def test_a_room_imports_only_from_rooms_below(room: str) -> None:
+    place = ROOT / "kernels" if room == "kernels" else ROOT / "s2train" / room
+    paths = place.rglob("*.py") if place.is_dir() else [place.with_suffix(".py")]
+    found = {(str(path.relative_to(ROOT)), other) for path in paths for other in imported_rooms(path)}
+    same = ORDER[LEVEL[room]] if LEVEL[room] == 1 else {room}
+    allowed = same | {other for other in LEVEL if LEVEL[other] < LEVEL[room]}
+    assert {(path, other) for path, other in found if other not in allowed} == set()
+
+
+def test_every_room_has_a_place_in_the_order() -> None:
+    rooms = {
+        path.stem for path in (ROOT / "s2train").iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()
+    }
+    assert rooms - {"__init__"} | {"kernels"} == LEVEL.keys()
+
+
+def test_kernels_import_neither_megatron_nor_hydra() -> None:
+    for path in (ROOT / "kernels").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert not {name.split(".")[0] for name in names} & {"megatron", "hydra", "omegaconf"}, path

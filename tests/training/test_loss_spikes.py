@@ -1,0 +1,35 @@
+"""Steps that are skipped and losses that jump, counted."""
+
+import random
+
+import pytest
+
+from s2train.training.loss_spikes import Health
+
+
+def test_skipped_steps_count_in_a_row_until_one_is_taken() -> None:
+    health = Health().after_skip().after_skip().after_step(3.0).after_skip()
+    assert (health.skipped, health.skipped_in_row, health.steps) == (3, 1, 1)
+    assert health.mean_loss == 3.0
+
+
+def test_a_loss_far_above_the_running_mean_is_a_spike() -> None:
+    level = random.uniform(0.5, 10)
+    health = Health()
+    for _ in range(50):
+        health = health.after_step(level * random.uniform(0.95, 1.05))
+    assert health.spike(level * 1.5, factor=2) is None
+    assert health.spike(level * 3, factor=2) == pytest.approx(3, rel=0.06)
+
+
+def test_the_first_losses_are_no_spikes() -> None:
+    assert Health().after_step(1.0).spike(100.0, factor=2) is None
+
+
+def test_the_mean_follows_a_falling_loss() -> None:
+    health = Health()
+    for _ in range(600):
+        health = health.after_step(8.0)
+    for _ in range(600):
+        health = health.after_step(2.0)
+    assert health.mean_loss == pytest.approx(2.0, rel=0.01)

@@ -1,0 +1,111 @@
+"""A step's breakdown adds up, and puts each kernel or operator where it belongs."""
+
+from typing import Any
+
+import pytest
+
+from s2train.training.peak_memory import compare_peak
+from s2train.training.profile_table import breakdown
+
+GIB = 1 << 30
+
+
+def event(name: str, cat: str, start: float, dur: float, tid: Any = 1, **args: Any) -> dict[str, Any]:
+    return {"ph": "X", "name": name, "cat": cat, "ts": start, "dur": dur, "tid": tid, "args": args}
+
+
+def kernel(name: str, launched: float, start: float, dur: float, tid: int = 1) -> list[dict[str, Any]]:
+    number = hash((name, launched, start)) % 10**9
+    return [
+        event("cudaLaunchKernel", "cuda_runtime", launched, 1, tid, correlation=number),
+        event(name, "kernel", start, dur, "stream", correlation=number),
+    ]
+
+
+GPU_TRACE = [
+    event("ProfilerStep#3", "user_annotation", 0, 10_000),
+    event("ProfilerStep#3", "gpu_user_annotation", 5, 8_000, "stream"),
+    event("s2train: attention s2 forward", "user_annotation", 100, 50),
+    event("s2train: attention s2 backward", "user_annotation", 200, 50, 2),  # the backward's own thread
+    event("s2train: optimizer", "user_annotation", 300, 50),
+    *kernel("gluon_forward", 110, 1000, 700),
+    *kernel("a_gemm_in_attention", 120, 1700, 300),
+    *kernel("gluon_backward", 210, 2000, 1500, tid=2),
+    *kernel("outside_of_the_range", 210, 3500, 100, tid=1),
+    *kernel("nvjet_hsh_128x256", 160, 4000, 2000),
+    *kernel("adam", 310, 6000, 500),
+    *kernel("ncclDevKernel_ReduceScatter", 320, 6200, 1300),  # 300 of it beside adam
+    *kernel("gemm_of_the_next_step", 10_500, 11_000, 100),
+]
+
+
+def test_a_gpu_trace_is_shared_out_by_ranges_and_names() -> None:
+    found = breakdown(GPU_TRACE)
+    assert (found.device, found.steps, found.step_ms) == ("cuda", 1, 10.0)
+    assert found.parts == pytest.approx(
+        {
+            "attention s2 forward": 1.0,
+            "attention s2 backward": 1.5,
+            "norms, elementwise, loss": 0.1,
+            "linear layers": 2.0,
+            "optimizer": 0.5,
+            "communication": 1.0,
+            "communication beside compute": 0.3,
+            "host": 3.9,
+        }
+    )
+
+
+CPU_TRACE = [
+    event("ProfilerStep#3", "user_annotation", 0, 1000),
+    event("ProfilerStep#4", "user_annotation", 1000, 1000),
+    event("s2train: data", "user_annotation", 0, 100),
+    event("aten::to", "cpu_op", 10, 30),
+    event("aten::linear", "cpu_op", 100, 300),
+    event("aten::mm", "cpu_op", 120, 250),
+    event("aten::rms_norm", "cpu_op", 400, 100),
+    event("aten::mul", "cpu_op", 420, 60),
+    event("s2train: attention dense forward", "user_annotation", 500, 200),
+    event("aten::bmm", "cpu_op", 510, 150),
+    event("c10d::allreduce_", "cpu_op", 1200, 100),
+    event("aten::mm", "cpu_op", 1300, 70, 9),  # another thread's
+]
+
+
+def test_a_cpu_trace_counts_each_operator_once_and_not_what_it_calls() -> None:
+    found = breakdown(CPU_TRACE)
+    assert (found.device, found.steps, found.step_ms) == ("cpu", 2, 1.0)
+    assert found.parts == pytest.approx(
+        {
+            "data": 0.015,
+            "linear layers": 0.15,
+            "norms, elementwise, loss": 0.05,
+            "attention dense forward": 0.075,
+            "communication": 0.05,
+            "host": 0.66,
+        }
+    )
+
+
+@pytest.mark.parametrize("trace", [GPU_TRACE, CPU_TRACE], ids=["gpu", "cpu"])
+def test_parts_add_up_to_the_step(trace: list[dict[str, Any]]) -> None:
+    found = breakdown(trace)
+    hidden = found.parts.get("communication beside compute", 0.0)
+    assert sum(found.parts.values()) - hidden == pytest.approx(found.step_ms)
+
+
+def test_the_table_has_the_largest_part_first() -> None:
+    lines = breakdown(GPU_TRACE).format().splitlines()
+    assert lines[3].split() == ["host", "3.90", "39.0%"]
+    assert lines[-1].split() == ["step", "10.00"]
+
+
+def test_a_trace_without_steps_is_refused() -> None:
+    with pytest.raises(ValueError, match="ProfilerStep"):
+        breakdown(CPU_TRACE[2:])
+
+
+def test_the_peak_is_told_beside_the_plan() -> None:
+    assert "planned 10.80 GiB, peak 10.50 (3% below)" in compare_peak(round(10.8 * GIB), round(10.5 * GIB))
+    assert "(25% above)" in compare_peak(4 * GIB, 5 * GIB)
+    assert "(as planned)" in compare_peak(10_000, 10_004)

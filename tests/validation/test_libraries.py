@@ -1,0 +1,130 @@
+"""Kernels asked for by name are had where they can be, and refused with what to change elsewhere."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from s2train.kernels import dense_choice
+from s2train.kernels.verified import VERIFIED
+
+from s2train.errors import ConfigError
+from s2train.planning import check, preview
+from s2train.validation import libraries
+from tests.validation.test_rejections import CPU, GPU, config
+
+H100 = replace(GPU, capability=(9, 0))
+A100 = replace(GPU, capability=(8, 0))
+
+
+@pytest.fixture(autouse=True)
+def installed(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Both libraries, in the verified releases."""
+    releases = {entry.library: entry.release for entry in VERIFIED}
+    monkeypatch.setattr(libraries, "fa4_problem", lambda: None)
+    monkeypatch.setattr(libraries, "liger_problem", lambda: None)
+    monkeypatch.setattr(dense_choice, "fa4_version", lambda: releases["flash-attn-4"])
+    monkeypatch.setattr("s2train.environment.liger.liger_version", lambda: releases["liger-kernel"])
+    return monkeypatch
+
+
+def refusal(hardware: Any, processes: int = 1, **changes: Any) -> ConfigError:
+    with pytest.raises(ConfigError) as refused:
+        check(config(**changes), processes, hardware)
+    return refused.value
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dense_attention": "fa4"},
+        {"elementwise": "liger", "loss": "linear"},
+        {"loss": "liger", "dense_attention": "flash"},
+        {"dense_attention": "flash", "layout__layers": "S", "data__attention_within_documents": True},
+        {"dense_attention": "efficient", "model__num_query_groups": 8},
+        {"dense_attention": "s2train", "data__attention_within_documents": True, "train__deterministic": True},
+    ],
+    ids=str,
+)
+def test_what_serves_is_taken(changes: dict[str, Any]) -> None:
+    assert check(config(**changes), 1, H100).fits
+
+
+WRONG: dict[str, tuple[dict[str, Any], int, str, str]] = {
+    "linear loss over tensor parallel ranks": ({"loss": "linear", "parallel__tp": 2}, 2, "loss", "loss=liger"),
+    "documents in cuDNN": (
+        {"dense_attention": "cudnn", "data__attention_within_documents": True}, 1, "dense_attention", "s2train"
+    ),
+    "documents in FlashAttention-2": (
+        {"dense_attention": "flash", "data__attention_within_documents": True}, 1, "dense_attention", "auto"
+    ),
+    "cuDNN, deterministic": (
+        {"dense_attention": "cudnn", "train__deterministic": True}, 1, "dense_attention", "train.deterministic=false"
+    ),
+    "cuDNN under context parallel": ({"dense_attention": "cudnn", "parallel__cp": 2}, 2, "dense_attention", "auto"),
+    "fp32 in FlashAttention-4": (
+        {"dense_attention": "fa4", "train__precision": "fp32"}, 1, "dense_attention", "train.precision=bf16"
+    ),
+    "fp32 in cuDNN": ({"dense_attention": "cudnn", "train__precision": "fp32"}, 1, "dense_attention", "auto"),
+    "grouped heads in torch's efficient": ({"dense_attention": "efficient"}, 1, "dense_attention", "auto"),
+    "unknown loss": ({"loss": "linaer"}, 1, "loss", "loss=linear"),
+    "unknown elementwise": ({"elementwise": "ligher"}, 1, "elementwise", "elementwise=liger"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_kernels_that_do_not_serve_the_run_are_refused_in_plans_too(name: str) -> None:
+    changes, processes, setting, remedy = WRONG[name]
+    error = refusal(H100, processes, **changes)
+    assert error.setting == setting
+    assert remedy in error.remedy
+    with pytest.raises(ConfigError):
+        preview(config(**changes), processes, H100)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"), [("dense_attention", "fa4"), ("elementwise", "liger"), ("loss", "liger")]
+)
+def test_a_cpu_has_none_of_them(setting: str, value: str) -> None:
+    error = refusal(CPU, **{setting: value})
+    assert error.setting == setting
+    assert "CUDA" in error.problem
+
+
+def test_flash_attention_4_is_refused_on_a_gpu_or_head_that_it_has_no_kernels_for() -> None:
+    assert "8.0 is not Hopper's" in refusal(A100, dense_attention="fa4").problem
+    assert "head dimension 260" in refusal(H100, dense_attention="fa4", model__head_dim=260).problem
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "library", "extra"),
+    [
+        ("dense_attention", "fa4", "flash-attn-4", "s2train[fa4]"),
+        ("elementwise", "liger", "liger-kernel", "s2train[liger]"),
+        ("loss", "linear", "liger-kernel", "s2train[liger]"),
+    ],
+)
+def test_a_library_that_is_asked_for_and_missing_is_told_with_what_to_install(
+    setting: str, value: str, library: str, extra: str, installed: pytest.MonkeyPatch
+) -> None:
+    function = "fa4_problem" if setting == "dense_attention" else "liger_problem"
+    installed.setattr(libraries, function, lambda: f"{library} is not installed")
+    error = refusal(H100, **{setting: value})
+    assert error.setting == setting
+    assert extra in error.remedy
+
+
+def test_a_broken_import_of_what_auto_takes_is_refused_rather_than_replaced(installed: pytest.MonkeyPatch) -> None:
+    """Another rank, whose import works, would run other kernels."""
+    installed.setattr(libraries, "fa4_problem", lambda: "flash-attn-4 can't be imported (no libcuda)")
+    error = refusal(H100, model__head_dim=128)
+    assert (error.setting, error.value) == ("dense_attention", "auto")
+    assert "no libcuda" in error.problem
+    assert "dense_attention=s2train" in error.remedy
+    assert check(config(model__head_dim=128), 1, A100).fits  # where it is not taken, nobody imports it
+    installed.setattr(libraries, "fa4_problem", lambda: None)
+    installed.setattr(libraries, "liger_problem", lambda: "liger-kernel can't be imported (another Triton)")
+    assert "another Triton" in refusal(H100).problem
+
+
+def test_auto_takes_no_library_on_a_cpu() -> None:
+    assert check(config(), 1, CPU).fits

@@ -1,0 +1,347 @@
+"""A run that can't work is refused with the setting to change, before anything is allocated."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from s2train.config import (
+    LayoutConfig,
+    ModelConfig,
+    ParallelConfig,
+    PretrainConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+from s2train.environment.hardware import Hardware
+from s2train.errors import ConfigError
+from s2train.planning import check, preview
+
+GIB = 1024**3
+GPU = Hardware("GPU", "cuda", 80 * GIB)
+CPU = Hardware("CPU", "cpu", 8 * GIB)
+
+
+def config(**changes: Any) -> PretrainConfig:
+    """A hybrid of 8 layers; keywords are settings with `__` for the dot."""
+    cfg = PretrainConfig(
+        model=ModelConfig(
+            name="small",
+            num_layers=8,
+            hidden_size=256,
+            ffn_hidden_size=768,
+            num_attention_heads=8,
+            num_query_groups=4,
+            vocab_size=1024,
+        ),
+        layout=LayoutConfig(layers="DSSS", block_size=64),
+        schedule=ScheduleConfig(kind="shifted"),
+        train=TrainConfig(steps=1000, seq_length=4096, global_batch_size=16, micro_batch_size=2),
+    )
+    cfg.layout.pattern.stride = 8
+    for name, value in changes.items():
+        *sections, setting = name.split("__")
+        owner: Any = cfg
+        for section in sections:
+            owner = getattr(owner, section)
+        assert hasattr(owner, setting)
+        setattr(owner, setting, value)
+    return cfg
+
+
+# What is wrong: changes, processes, the setting that the error names, and what its remedy says.
+DIVISION: dict[str, tuple[dict[str, Any], int, str, str]] = {
+    "one process, tp 2": ({"parallel__tp": 2}, 1, "parallel.tp", "--nproc-per-node 2"),
+    "six processes, pp 4": ({"parallel__pp": 4}, 6, "parallel.pp", "--nproc-per-node 4"),
+    "heads by tp": ({"parallel__tp": 3}, 3, "parallel.tp", "model.num_attention_heads"),
+    "KV heads by tp": ({"parallel__tp": 8}, 8, "parallel.tp", "1, 2, 4"),
+    "vocabulary by tp": ({"parallel__tp": 4, "model__vocab_size": 1022}, 4, "parallel.tp", "vocab_size"),
+    "ffn by tp": ({"parallel__tp": 4, "model__ffn_hidden_size": 770}, 4, "parallel.tp", "ffn_hidden_size"),
+    "hidden by heads": ({"model__hidden_size": 260}, 1, "model.num_attention_heads", "model.head_dim"),
+    "heads by KV heads": ({"model__num_query_groups": 3}, 1, "model.num_query_groups", "2, 4"),
+    "odd head": ({"model__head_dim": 33}, 1, "model.head_dim", "even"),
+    "an odd number of dimensions that turn": ({"model__rotary_percent": 0.3}, 1, "model.rotary_percent", "0.25"),
+    "more dimensions than there are turn": (
+        {"model__rotary_percent": 1.5},
+        1,
+        "model.rotary_percent",
+        "rotary_percent=1.",
+    ),
+    "layers by pp": ({"parallel__pp": 3}, 3, "parallel.pp", "2, 4"),
+    "fewer layers than stages": (
+        {"parallel__pp": 16, "parallel__pipeline_split": "cost"},
+        16,
+        "parallel.pp",
+        "8 or less",
+    ),
+    "recomputed groups of stages split by cost": (
+        {
+            "parallel__pp": 3,
+            "parallel__pipeline_split": "cost",
+            "train__recompute": "full",
+            "train__recompute_num_layers": 2,
+            "train__global_batch_size": 12,
+        },
+        3,
+        "train.recompute_num_layers",
+        "pipeline_split=even",
+    ),
+    "layers by recomputed groups": (
+        {"parallel__pp": 2, "train__recompute": "full", "train__recompute_num_layers": 3},
+        2,
+        "train.recompute_num_layers",
+        "1, 2, 4",
+    ),
+    "layers of a virtual stage by recomputed groups": (
+        {
+            "parallel__pp": 2,
+            "parallel__vpp": 2,
+            "train__recompute": "full",
+            "train__recompute_num_layers": 4,
+        },
+        2,
+        "train.recompute_num_layers",
+        "1, 2",
+    ),
+    "layers by pp and vpp": ({"parallel__pp": 2, "parallel__vpp": 3}, 2, "parallel.vpp", "1, 2, 4"),
+    "vpp without pp": ({"parallel__vpp": 2}, 1, "parallel.vpp", "parallel.pp=2"),
+    "micro batches by pp under vpp": (
+        {"parallel__pp": 4, "parallel__vpp": 2, "train__global_batch_size": 12},
+        4,
+        "train.global_batch_size",
+        "multiple of 8, such as 16",
+    ),
+    "sequence parallel alone": (
+        {"parallel__sequence_parallel": True},
+        1,
+        "parallel.sequence_parallel",
+        "false",
+    ),
+    "sequence by tp": (
+        {"parallel__tp": 4, "parallel__sequence_parallel": True, "train__seq_length": 4098},
+        4,
+        "train.seq_length",
+        "4100",
+    ),
+    "sequence by cp and block": (
+        {"parallel__cp": 2, "train__seq_length": 4096 + 64},
+        2,
+        "train.seq_length",
+        "4352",
+    ),
+    "sequence by cp": ({"parallel__cp": 2, "train__seq_length": 4098}, 2, "train.seq_length", "4100"),
+    "batch by dp and micro batch": ({"train__global_batch_size": 18}, 2, "train.global_batch_size", "20"),
+    "batch below dp": ({"train__global_batch_size": 2}, 2, "train.global_batch_size", "such as 4"),
+}
+
+
+@pytest.mark.parametrize("case", DIVISION)
+def test_what_does_not_divide_is_refused(case: str) -> None:
+    changes, world_size, setting, remedy = DIVISION[case]
+    with pytest.raises(ConfigError) as refusal:
+        check(config(**changes), world_size, GPU)
+    assert refusal.value.setting == setting
+    assert remedy in refusal.value.remedy
+
+
+def test_deterministic_training_takes_no_kernel_that_is_not() -> None:
+    cfg = config(train__deterministic=True, dense_attention="cudnn")
+    with pytest.raises(ConfigError, match="Set dense_attention=auto"):
+        check(cfg, 1, GPU)
+
+
+VALUES: dict[str, tuple[Any, str]] = {
+    "train__max_skipped_steps": (-1, "train.max_skipped_steps to 0 or more"),
+    "train__spike_factor": (0.0, "train.spike_factor to a positive"),
+    "train__timeout_minutes": (0.0, "train.timeout_minutes to a positive"),
+    "checkpoint__keep_every": (1000, "checkpoint.keep too"),
+    "train__precision": ("fp61", "train.precision=fp"),
+    "train__recompute": ("selectiv", "train.recompute=selective"),
+    "optim__decay_style": ("cosin", "optim.decay_style=cosine"),
+    "tracking__wandb": ("on", "tracking.wandb=online"),
+    "tracking__x_axis": ("steps", "tracking.x_axis=step"),
+    "tracking__timing": (3, "0, 1, 2"),
+    "parallel__pipeline_split": ("costs", "parallel.pipeline_split=cost"),
+    "backend": ("lokal", "backend=local"),
+    "attention_backend": ("tritom", "attention_backend=triton"),
+    "dense_attention": ("cuddn", "dense_attention=cudnn"),
+    "profile__steps": ([10, 2], "profile.steps=[998,1000]"),
+    "profile__ranks": ([-1], "profile.ranks=[0]"),
+    "schedule__kind": ("shifty", "shifted"),
+    "train__micro_batch_size": (0, "positive"),
+    "train__steps": (-1, "positive"),
+    "parallel__tp": (0, "positive"),
+    "parallel__vpp": (0, "positive"),
+    "model__num_layers": (0, "positive"),
+    "train__exit_step": (0, "positive"),
+    "checkpoint__allow_changes": (["optim.lr", "optim.clip"], "optim.clip_grad"),
+    "checkpoint__keep": (0, "positive"),
+    "checkpoint__interval": (0, "positive"),
+    "evaluation__batches": (0, "positive"),
+    "tracking__log_interval": (0, "positive"),
+    "optim__lr": (float("inf"), "optim.lr"),
+    "optim__weight_decay": (-0.1, "0 or more"),
+    "run_dir": ("", "runs/mine"),
+    "layout__pattern__stride": (0, "1 or more"),
+    "layout__pattern__sinks": (-1, "0 or more"),
+    "layout__block_size": (48, "16, 32, 64, 128, 256"),
+    "layout__layers": ("DSXS", "D (dense), S (s2)"),
+    "optim__min_lr": (1.0, "or less, or optim.min_lr=null"),
+    "optim__min_lr_ratio": (1.5, "1 or less"),
+    "tracking__tags": (["a" * 65], "tracking.notes"),
+    "tracking__entity": ("", "tracking.entity=NAME"),
+    "optim__beta2": (1.0, "such as"),
+    "optim__warmup_steps": (1000, "less than 1000"),
+    "data__num_samples": (0, "positive"),
+    "train__seq_length": (32, "layout.block_size"),
+}
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_a_value_out_of_its_range_is_refused(name: str) -> None:
+    value, remedy = VALUES[name]
+    with pytest.raises(ConfigError) as refusal:
+        check(config(**{name: value}), 1, GPU)
+    assert refusal.value.setting == name.replace("__", ".")
+    assert refusal.value.value == value
+    assert remedy in refusal.value.remedy
+
+
+def test_a_stop_after_the_end_of_the_run_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"train\.exit_step=1001: .*train\.steps=1000"):
+        check(config(train__exit_step=1001), 1, GPU)
+    assert check(config(train__exit_step=1000), 1, GPU)
+
+
+def test_keeping_checkpoints_where_none_are_saved_is_refused() -> None:
+    kept = {"checkpoint__keep": 2, "checkpoint__interval": 300}
+    with pytest.raises(ConfigError, match=r"checkpoint\.keep_every=1000: .*checkpoint\.interval.* such as 900"):
+        check(config(checkpoint__keep_every=1000, **kept), 1, GPU)
+    assert check(config(checkpoint__keep_every=900, **kept), 1, GPU)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("optim__lr", "optim__min_lr", "optim__min_lr_ratio", "optim__weight_decay", "optim__clip_grad"),
+        *("optim__beta1", "model__init_std"),
+    ],
+)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_number_that_is_not_finite_is_refused(name: str, value: float) -> None:
+    with pytest.raises(ConfigError, match="finite") as refusal:
+        check(config(**{name: value}), 1, GPU)
+    assert refusal.value.setting == name.replace("__", ".")
+
+
+def test_the_lowest_learning_rate_is_set_in_one_way() -> None:
+    both = config(optim__lr=1e-3, optim__min_lr=2e-4, optim__min_lr_ratio=0.1)
+    with pytest.raises(ConfigError, match=r"optim\.min_lr_ratio=0\.1: .*0\.0001 .*0\.0002.*optim\.min_lr=null"):
+        check(both, 1, GPU)
+    both.optim.min_lr_ratio = 0.2  # the same
+    assert check(both, 1, GPU)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_that_a_generator_would_not_take_is_refused(seed: int) -> None:
+    with pytest.raises(ConfigError, match=f"seed={seed}"):
+        check(config(seed=seed), 1, GPU)
+    assert check(config(seed=2**32 - 1), 1, GPU)
+
+
+def test_groups_of_recomputed_layers_matter_to_full_recomputation_only() -> None:
+    assert check(config(train__recompute="selective", train__recompute_num_layers=3), 1, GPU)
+
+
+def test_wsd_needs_the_length_of_its_decay() -> None:
+    with pytest.raises(ConfigError) as refusal:
+        check(config(optim__decay_style="WSD"), 1, GPU)
+    assert refusal.value.setting == "optim.wsd_decay_steps"
+    assert check(config(optim__decay_style="WSD", optim__wsd_decay_steps=100), 1, GPU).fits
+
+
+@pytest.mark.parametrize("backend", ["triton", "portable"])
+def test_triton_is_refused_where_there_is_no_gpu(backend: str) -> None:
+    assert check(config(attention_backend=backend), 1, GPU)
+    with pytest.raises(ConfigError, match="attention_backend=auto"):
+        check(config(attention_backend=backend), 1, CPU)
+
+
+def test_far_blocks_that_no_head_sees_are_refused() -> None:
+    with pytest.raises(ConfigError) as refusal:
+        check(config(layout__pattern__stride=16), 1, GPU)
+    assert refusal.value.setting == "schedule.kind"
+    assert check(config(layout__pattern__stride=16, layout__allow_partial_coverage=True), 1, GPU)
+
+
+def test_blocks_do_not_matter_to_a_dense_model() -> None:
+    assert check(config(layout__layers="D", train__seq_length=48), 1, GPU)
+    assert check(config(layout__layers="D", train__seq_length=4100, parallel__cp=2), 2, GPU)
+
+
+def test_a_sequence_that_is_no_multiple_of_the_block_is_accepted_without_context_parallel() -> None:
+    assert check(config(train__seq_length=1000), 1, GPU)
+
+
+def test_one_line_names_setting_value_and_remedy() -> None:
+    with pytest.raises(ConfigError) as refusal:
+        check(config(parallel__tp=2), 1, GPU)
+    line = str(refusal.value)
+    assert line.startswith("parallel.tp=2: ")
+    assert "\n" not in line
+    assert line.endswith(refusal.value.remedy)
+
+
+def settings_of(remedy: str) -> dict[str, str]:
+    """`a.b=c` pairs of a remedy's sentence."""
+    return dict(word.rstrip(".").split("=") for word in remedy.split() if "=" in word)
+
+
+def applied(cfg: PretrainConfig, settings: dict[str, str]) -> PretrainConfig:
+    changes: dict[str, dict[str, Any]] = {"train": {}, "parallel": {}}
+    for name, text in settings.items():
+        section, setting = name.split(".")
+        changes[section][setting] = {"true": True, "false": False}.get(text, int(text) if text.isdigit() else text)
+    return replace(
+        cfg,
+        train=replace(cfg.train, **changes["train"]),
+        parallel=replace(cfg.parallel, **changes["parallel"]),
+    )
+
+
+@pytest.mark.parametrize("memory", [13, 9, 6.5, 5.5, 4.5])
+def test_a_run_that_does_not_fit_is_refused_with_settings_that_do(memory: float) -> None:
+    cfg = config(train__seq_length=65536, parallel=ParallelConfig(distributed_optimizer=False))
+    small = replace(GPU, memory=int(memory * GIB))
+    with pytest.raises(ConfigError) as refusal:
+        check(cfg, 4, small)
+    assert "GiB" in refusal.value.problem
+    settings = settings_of(refusal.value.remedy)
+    assert settings
+    found = preview(applied(cfg, settings), 4, small)
+    assert found.fits
+
+
+def test_a_model_too_large_for_one_process_is_sent_to_more() -> None:
+    cfg = config(model__hidden_size=8192, model__ffn_hidden_size=32768, train__micro_batch_size=1)
+    with pytest.raises(ConfigError) as refusal:
+        check(cfg, 1, GPU)
+    assert refusal.value.setting == "+model"
+    words = refusal.value.remedy.rstrip(".").split()
+    assert words[-1] == "processes"
+    assert check(applied(cfg, settings_of(refusal.value.remedy)), int(words[-2]), GPU).fits
+
+
+def test_more_processes_do_not_help_a_cpu() -> None:
+    cfg = config(model__hidden_size=8192, model__ffn_hidden_size=32768)
+    with pytest.raises(ConfigError, match="smaller model"):
+        check(cfg, 1, CPU)
+
+
+def test_a_rank_to_profile_that_is_not_there_is_refused() -> None:
+    traced = {"profile__steps": [3, 4], "profile__ranks": [0, 7]}
+    with pytest.raises(ConfigError, match=r"profile.ranks=\[0, 7\]: there are 2 ranks, and no rank 7. .*ranks=\[0\]"):
+        check(config(**traced), 2, GPU)
+    check(config(**traced), 8, GPU)
+    check(config(profile__ranks=[9]), 1, GPU)  # nothing is traced
