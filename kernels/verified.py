@@ -47,6 +47,13 @@ VERIFIED: tuple[Verified, ...] = (
         "2026-11-28-h100-elementwise.json",
         frozenset(f"{name} {dtype}" for name in ("swiglu", "loss liger", "loss linear") for dtype in ("bf16", "fp32")),
     ),
+    Verified(
+        "liger-kernel",
+        "0.8.5",
+        (9, 0),
+        "2026-11-28-h100-rotation.json",
+        frozenset({"rotation bf16", "rotation fp32"}),
+    ),
 )
 
 
