@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from megatron.core.timers import Timers
+from torch.profiler import record_function
 
 from s2train.config import PretrainConfig
 from s2train.megatron.core_attention import kernels_of
@@ -16,7 +17,8 @@ from s2train.megatron.layer_backends import backend_of
 from s2train.megatron.model import build_model, transformer_config
 from s2train.planning import hybrid_layout
 from s2train.training.optimizer import build_optimizer, wrap_data_parallel
-from s2train.training.profile_table import breakdown, read_trace
+from s2train.training.profile import attention_ranges
+from s2train.training.profile_table import OPTIMIZER, RANGE, breakdown, read_trace
 from s2train.training.steps import run_step
 
 
@@ -69,7 +71,8 @@ def _run(cfg: PretrainConfig, steps: int, device: torch.device, traced: bool) ->
         chunks[0].zero_grad_buffer()
         optimizer.zero_grad()
         total, tokens = run_step(cfg, chunks, [batches], forward_only=False)[0].tolist()
-        optimizer.step()
+        with record_function(RANGE + OPTIMIZER):
+            optimizer.step()
         scheduler.step(increment=cfg.train.global_batch_size)
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
@@ -78,7 +81,10 @@ def _run(cfg: PretrainConfig, steps: int, device: torch.device, traced: bool) ->
     for _ in range(steps):
         step()
     peak, kernels = torch.cuda.max_memory_allocated(), kernels_of(chunks)
-    parts = _traced(step) if traced else {}
+    parts: dict[str, float] = {}
+    if traced:
+        with attention_ranges(models):
+            parts = _traced(step)
     return ShortRun(losses[:steps], seconds[:steps], peak, kernels, parts)
 
 
