@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -97,8 +97,10 @@ def measure(request: Request, name: str, folder: Path, caches: Path) -> Start:
     return Start(name, ended - began, event["seconds"], event["modules"])
 
 
-def measure_all(request: Request, cold: int, warm: int, together: int) -> list[Start]:
-    """Cold starts, then warm ones; of `together` at once, each counts."""
+def measure_all(
+    request: Request, cold: int, warm: int, together: int, keep: Callable[[list[Start]], None]
+) -> list[Start]:
+    """Cold starts, then warm ones; of `together` at once, each counts. `keep` gets all so far after each."""
     starts: list[Start] = []
     with tempfile.TemporaryDirectory(prefix="s2train_starts_") as scratch, ThreadPoolExecutor(together) as pool:
         root, caches = Path(scratch), Path(scratch) / "warm"
@@ -113,6 +115,7 @@ def measure_all(request: Request, cold: int, warm: int, together: int) -> list[S
                 jobs = [pool.submit(measure, request, name, root / name.replace(" ", "_"), caches) for name in names]
                 starts += [job.result() for job in jobs]
                 print(f"{kind} {number}: {', '.join(f'{s.total_s:.1f} s' for s in starts[-together:])}", flush=True)
+                keep(starts)
     return starts
 
 
@@ -165,20 +168,25 @@ def measure_and_show(given: argparse.Namespace) -> None:
         )
     request = Request(given.overrides, given.nproc_per_node)
     console = Console(width=int(os.environ.get("COLUMNS", "160")))
-    starts = measure_all(request, given.cold, given.starts, given.together)
+    command = {"command": shlex.join(["python", *sys.orig_argv[1:]])}
+
+    def keep(starts: Sequence[Start], **more: object) -> None:
+        if given.output is not None:
+            content = {**command, **more, "starts": [asdict(start) for start in starts]}
+            with replacing(given.output) as temporary:
+                temporary.write_text(json.dumps(content, indent=1) + "\n")
+
+    starts = measure_all(request, given.cold, given.starts, given.together, keep)
     console.print(table(starts))
     asking, opening = file_seconds()
     print(f"a file's size takes {asking * 1e6:.0f} us to ask for, a module's file {opening * 1e6:.0f} us to read")
+    # not earlier: versions and the device's name take a CUDA context, and a start would find the driver awake
+    keep(starts, **environment(), file_stat_us=asking * 1e6, file_read_us=opening * 1e6)
     if given.imports:
         with tempfile.TemporaryDirectory(prefix="s2train_starts_") as scratch:
             plain = Request(given.overrides, 0)
             times = import_times(plain.command(Path(scratch) / "run", Path(scratch) / "caches"))
         console.print(table_of_imports(times))
-    if given.output is not None:
-        content = {"command": shlex.join(["python", *sys.orig_argv[1:]]), **environment()}
-        content |= {"file_stat_us": asking * 1e6, "file_read_us": opening * 1e6, "starts": [asdict(s) for s in starts]}
-        with replacing(given.output) as temporary:
-            temporary.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from s2train.comparison import starts
 from s2train.comparison.import_times import PackageTime, by_package
-from s2train.comparison.starts import Request, Start, measure, table
+from s2train.comparison.starts import Request, Start, measure, measure_all, table
 from s2train.errors import TrainingError
 from tests.program import SMALL
 
@@ -54,3 +55,16 @@ def test_a_start_is_measured_from_outside_and_by_its_parts(tmp_path: Path) -> No
 def test_a_run_that_fails_says_why(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"cold 1: the run ended with status 2: error: layout=nothing"):
         measure(Request([*SMALL, "layout=nothing"], 0), "cold 1", tmp_path / "run", tmp_path / "caches")
+
+
+def test_starts_are_kept_as_they_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail_third(request: Request, name: str, folder: Path, caches: Path) -> Start:
+        if name == "warm 2":
+            raise TrainingError("it failed")
+        return Start(name, 1.0, {}, 10)
+
+    monkeypatch.setattr(starts, "measure", fail_third)
+    kept: list[list[str]] = []
+    with pytest.raises(TrainingError):
+        measure_all(Request([], 0), 1, 2, 1, lambda found: kept.append([start.name for start in found]))
+    assert kept == [["cold 1"], ["cold 1", "warm 1"]]
