@@ -1,0 +1,60 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from s2train.config import (
+    DataConfig,
+    EvaluationConfig,
+    LayoutConfig,
+    ModelConfig,
+    PrepareConfig,
+    PretrainConfig,
+    TrainConfig,
+)
+from s2train.preparation.prepare import prepare
+
+MakeConfig = Callable[..., PretrainConfig]
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Prefix of the bundled corpus as bytes."""
+    prefix = str(tmp_path_factory.mktemp("corpus") / "bytes")
+    prepare(PrepareConfig(input="bundled", output=prefix))
+    return prefix
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> MakeConfig:
+    """Makes the settings of a run on `path`; other settings of `data` by keyword."""
+
+    def make(
+        path: Any,
+        *,
+        steps: int = 10,
+        seq_length: int = 64,
+        vocab_size: int = 257,
+        seed: int = 7,
+        evaluate: bool = True,
+        **data: Any,
+    ) -> PretrainConfig:
+        return PretrainConfig(
+            model=ModelConfig(
+                name="tiny",
+                num_layers=1,
+                hidden_size=8,
+                ffn_hidden_size=8,
+                num_attention_heads=1,
+                num_query_groups=1,
+                vocab_size=vocab_size,
+            ),
+            layout=LayoutConfig(layers="D"),
+            data=DataConfig(path=path, cache=str(tmp_path / "cache"), **data),
+            train=TrainConfig(steps=steps, seq_length=seq_length, global_batch_size=4),
+            evaluation=EvaluationConfig(interval=100 if evaluate else 0),
+            seed=seed,
+        )
+
+    return make

@@ -1,0 +1,1 @@
+from tests.data_fixtures import config, corpus  # noqa: F401
