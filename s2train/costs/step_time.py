@@ -3,8 +3,8 @@
 Products and elementwise work are those of profiled steps of two shapes, on one GPU and on two:
 `launch/results/2026-11-26-h100-te-breakdown.json` (four 7B layers) and `2026-11-26-h100x2-scaling.json` (1B);
 attention is `s2train.costs.attention_time`'s. Small hidden sizes are as whole steps have them (125M, and 30M, which
-waited for no host). Every whole step measured on H100s is met within `MARGIN` (tests/costs/test_step_time.py), but those
-that waited for a slow host (`2026-11-28-h100-library-losses.json`), which `Prediction.waits_for_host` warns of.
+waited for no host). Every whole step measured on H100s is met within `MARGIN` (tests/costs/test_step_time.py), but
+those that waited for a slow host (`2026-11-28-h100-library-losses.json`), which `Prediction.waits_for_host` warns of.
 
 Other GPUs are H100s slower or faster by the ratio of peak rates: products and attention by FLOP/s, elementwise work
 and the optimizer by memory, communication by links. Nobody has measured that: it is an estimate. So are divisions
