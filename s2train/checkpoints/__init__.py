@@ -1,1 +1,1 @@
-"""Checkpoints: folders, run state, resuming, conversion."""
+"""Saves, checks, loads and converts checkpoints."""

@@ -1,4 +1,4 @@
-"""The processes that write a checkpoint's shards for Megatron."""
+"""Starts the helper process for Megatron's asynchronous checkpoint writers."""
 
 import os
 import signal
@@ -16,30 +16,33 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 def start_results_manager() -> SyncManager:
-    """Start the process through which forked writers answer, in place of the one Megatron would start.
+    """Start the process through which forked writers return their results.
 
-    Megatron's lives on when its rank is killed, and dies of the SIGTERM that torchrun sends to a rank's whole process
-    group, so that the rank could not save any more. Keep the manager as long as something is saved.
+    It replaces Megatron's, which outlives a killed rank, and which dies from the SIGTERM that torchrun sends to a
+    rank's whole process group, so that the rank could no longer save. Keep the manager until the last save is done.
     """
-    # Orphaned writers would keep the GPU's memory from the ranks that come after.
+    # Orphaned writers would hold GPU memory that restarted ranks need.
     os.register_at_fork(after_in_child=end_with_the_parent)
     manager = SyncManager(ctx=get_context("fork"))
-    resource_tracker.ensure_running()  # else the manager's start would start it, and unblock SIGTERM afterwards
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # the new process inherits it
+    resource_tracker.ensure_running()  # otherwise starting the manager starts it too, and then unblocks SIGTERM
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # the new process inherits the mask
     try:
         manager.start(initializer=end_with_the_parent)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     filesystem_async._results_queue = manager.Queue()
-    _let_writers_say_why()
+    _raise_writer_errors()
     return manager
 
 
-def _let_writers_say_why() -> None:
-    """megatron-core 0.19 would tell only the class of an error in the writer that runs in the saving process itself."""
+def _raise_writer_errors() -> None:
+    """Raise the error of a writer that runs in the saving process itself.
+
+    megatron-core 0.19 would report only its class.
+    """
     writer = filesystem_async.FileSystemWriterAsync
     write = writer.write_preloaded_data
-    if isinstance(write, partial):  # done before
+    if isinstance(write, partial):  # already patched
         return
 
     writer.write_preloaded_data = staticmethod(partial(_write_or_raise, write))

@@ -1,11 +1,11 @@
-"""Checkpoints on disk, in Megatron's folder names, and the model in one.
+"""Finds checkpoints on disk, reads them, and loads their models.
 
     RUN_DIR/checkpoints/iter_0000100/                         Megatron's shards
     RUN_DIR/checkpoints/iter_0000100/config.yaml              settings of the run that wrote them
-    RUN_DIR/checkpoints/iter_0000100/progress.json            how far it was
+    RUN_DIR/checkpoints/iter_0000100/progress.json            progress of that run
     RUN_DIR/checkpoints/latest_checkpointed_iteration.txt     for Megatron's own tools
 
-A folder `iter_*` was whole once: it is written under another name and renamed.
+Folder names are Megatron's. A folder `iter_*` was complete once: it is written under another name and then renamed.
 """
 
 import json
@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch.distributed.checkpoint.api import CheckpointException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from s2train.checkpoints.integrity import CONFIG, PROGRESS, damage, doubt
+from s2train.checkpoints.integrity import CONFIG, PROGRESS, damage, known_problem
 from s2train.checkpoints.optimizer_state_conversion import load_without_foreign_extra_state
 from s2train.config import PretrainConfig
 from s2train.errors import ConfigError
@@ -32,18 +32,19 @@ from s2train.planning import hybrid_layout
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run was when it saved.
+    """Progress of a run when it saved.
 
     Attributes:
         step: steps done.
-        consumed_samples: of the data order that `order` tells; the next batch begins there.
-        order: what fixes the data order, setting by setting.
-        wandb_id: of its wandb run, None without.
-        losses: of the steps since the last report, which the next report's mean takes in.
-        health: `s2train.training.loss_spikes.Health`, field by field.
-        rng_ranks: [tp, pp] of the run, whose ranks' random generators the shards hold; None: they hold none.
-        first_step: at which the data order began: 0, but in a new phase on other data.
-        weights_only: there is no optimizer and no schedule in it; a run starts from it at step 0, in any layout.
+        consumed_samples: samples consumed of the data order `order`; the next batch begins there.
+        order: what determines the data order, by setting.
+        wandb_id: ID of its wandb run; None without wandb.
+        losses: losses of the steps since the last report, which the next report's mean includes.
+        health: fields of `s2train.training.loss_spikes.Health`.
+        rng_ranks: [tp, pp] of the run whose random number generators the shards hold; None: they hold none.
+        first_step: step at which the data order began: 0, except in a new phase on other data.
+        weights_only: the checkpoint has no optimizer state and no learning-rate schedule; a run starts from it at step
+            0, in any layout.
     """
 
     step: int
@@ -61,34 +62,40 @@ class Progress:
 
 
 def folder_name(step: int) -> str:
-    """Megatron's name of the checkpoint after `step` steps."""
+    """Megatron's folder name for the checkpoint after `step` steps."""
     return f"iter_{step:07d}"
 
 
 def step_of(checkpoint: Path) -> int:
-    """That its name tells."""
+    """Step in a checkpoint's folder name."""
     return int(checkpoint.name[5:])
 
 
 def checkpoints_in(root: Path) -> list[Path]:
-    """The checkpoints of a `checkpoints` folder, damaged or not, oldest first; none where there is no such folder."""
+    """List the checkpoints in a `checkpoints` folder, damaged or not, oldest first.
+
+    The list is empty if the folder does not exist.
+    """
     found = [path for path in root.glob("iter_*") if path.name[5:].isdigit() and path.is_dir()]
     return sorted(found, key=step_of)
 
 
 def own_checkpoints(run_dir: str) -> Path:
-    """The folder that a run keeps its checkpoints in."""
+    """Folder in which a run keeps its checkpoints."""
     return Path(run_dir) / "checkpoints"
 
 
 def is_own(checkpoint: Path, run_dir: str) -> bool:
-    """Whether a checkpoint lies in a run's own folder."""
+    """Whether a checkpoint is in a run's own folder."""
     return checkpoint.parent.resolve() == own_checkpoints(run_dir).resolve()
 
 
 def find_checkpoint(where: str | Path, setting: str = "checkpoint") -> Path:
-    """The checkpoint that `where` means: the last one of a run folder or a `checkpoints` folder, or one itself.
+    """Find the checkpoint that a path names.
 
+    Args:
+        where: a checkpoint, or a run folder or `checkpoints` folder, which names its last checkpoint.
+        setting: setting to name in an error.
     Raises:
         ConfigError: there is none.
     """
@@ -102,10 +109,12 @@ def find_checkpoint(where: str | Path, setting: str = "checkpoint") -> Path:
 
 
 def read_progress(checkpoint: Path, setting: str = "checkpoint") -> Progress:
-    """How far the run was that wrote a checkpoint, which `setting` names.
+    """Read the progress of the run that wrote a checkpoint.
 
+    Args:
+        setting: setting to name in an error.
     Raises:
-        ConfigError: the file is missing or unreadable, or of another version.
+        ConfigError: the file is missing or unreadable, or another version of s2train wrote it.
     """
     try:
         return Progress(**json.loads((checkpoint / PROGRESS).read_text()))
@@ -114,15 +123,17 @@ def read_progress(checkpoint: Path, setting: str = "checkpoint") -> Progress:
 
 
 def read_config(checkpoint: Path, setting: str = "checkpoint") -> PretrainConfig:
-    """The configuration of the run that wrote a checkpoint, which `setting` names.
+    """Read the configuration of the run that wrote a checkpoint.
 
+    Args:
+        setting: setting to name in an error.
     Raises:
-        ConfigError: it is missing or unreadable, or not a configuration of this version.
+        ConfigError: the file is missing or unreadable, or another version of s2train wrote it.
     """
     try:
         saved = OmegaConf.load(checkpoint / CONFIG)
         if isinstance(saved, DictConfig) and not OmegaConf.is_dict(saved.get("plan", {})):
-            del saved["plan"]  # of a version whose plan was true or false; a run that trains has false
+            del saved["plan"]  # in an earlier version plan was a bool, and false in every training run
         merged = OmegaConf.merge(OmegaConf.structured(PretrainConfig), saved)
         config = OmegaConf.to_object(merged)
     except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
@@ -133,8 +144,8 @@ def read_config(checkpoint: Path, setting: str = "checkpoint") -> PretrainConfig
 
 def _unreadable(setting: str, checkpoint: Path, name: str, error: Exception) -> ConfigError:
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    another = "Another version of s2train wrote it: use that one, or name another checkpoint"
-    remedy = older_instead(checkpoint, setting) if damage(checkpoint) else another
+    another = "Another version of s2train wrote it: use that version, or set another checkpoint"
+    remedy = remedy_for_damage(checkpoint, setting) if damage(checkpoint) else another
     return ConfigError(setting, checkpoint, f"its {name} can't be read ({reason})", remedy)
 
 
@@ -144,31 +155,34 @@ def write_config(cfg: PretrainConfig, path: Path) -> None:
 
 
 def load_shards(state: dict[str, Any], checkpoint: Path, setting: str = "checkpoint") -> dict[str, Any]:
-    """Megatron's loading of a sharded state dict.
+    """Load a sharded state dict through Megatron.
 
     Raises:
         ConfigError: the checkpoint's shards are damaged.
     """
     try:
         return load_without_foreign_extra_state(state, str(checkpoint))
-    except (Exception, CheckpointException) as error:  # many kinds for a missing or truncated file
+    except (Exception, CheckpointException) as error:  # a missing or truncated file raises many types
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         problem = f"its shards can't be loaded ({reason})"
-        raise ConfigError(setting, checkpoint, problem, older_instead(checkpoint, setting)) from error
+        raise ConfigError(setting, checkpoint, problem, remedy_for_damage(checkpoint, setting)) from error
 
 
-def older_instead(checkpoint: Path, setting: str = "checkpoint") -> str:
-    """The remedy for a damaged checkpoint, named by `setting`: the newest whole one before it."""
+def remedy_for_damage(checkpoint: Path, setting: str = "checkpoint") -> str:
+    """Remedy for a damaged checkpoint: the newest intact one before it."""
     older = [path for path in checkpoints_in(checkpoint.parent) if step_of(path) < step_of(checkpoint)]
-    whole = next((path for path in reversed(older) if doubt(path) is None), None)
-    if whole is not None:
-        return f"The last one before it that is whole: {setting}={whole}"
-    start = "start in another run_dir, or anew in this one (damaged ones stay, renamed): checkpoint.resume=never"
-    return f"There is no older one there that is whole; {start if setting == 'checkpoint.resume' else 'name another'}"
+    intact = next((path for path in reversed(older) if known_problem(path) is None), None)
+    if intact is not None:
+        return f"Use the last intact checkpoint before it: {setting}={intact}"
+    restart = (
+        "start in another run_dir, or from step 1 in this one (damaged checkpoints are renamed and kept):"
+        " checkpoint.resume=never"
+    )
+    return f"No older checkpoint there is intact; {restart if setting == 'checkpoint.resume' else 'set another one'}"
 
 
 def sharding_metadata() -> dict[str, Any]:
-    """How shards are laid out: such that any other number of ranks can load them."""
+    """Metadata of a shard layout that any number of ranks can load."""
     return {
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
         "distrib_optim_sharding_type": "fully_reshardable",
@@ -177,7 +191,7 @@ def sharding_metadata() -> dict[str, Any]:
 
 @dataclass
 class Loaded:
-    """A trained model, ready to evaluate."""
+    """A trained model in eval mode, with its configuration."""
 
     config: PretrainConfig
     model: MegatronModule
@@ -192,15 +206,15 @@ def load_for_inference(
     attention_backend: str = "auto",
     backend: str | None = None,
 ) -> Loaded:
-    """The model of a checkpoint in eval mode, whole on each tensor parallel group, without its optimizer.
+    """Load the model of a checkpoint in eval mode, without its optimizer.
 
-    Call after `s2train.megatron.setup.initialize` with this tp. The model takes (tokens [b, s] int64,
-    position_ids [b, s] int64, None) and gives logits [b, s, vocab].
+    Each tensor parallel group holds the whole model. Call after `s2train.megatron.setup.initialize` with this tp. The
+    model takes (tokens [b, s] int64, position_ids [b, s] int64, None) and returns logits [b, s, vocab].
 
     Args:
-        backend: of the layers around attention; None: as the run's, transformer-engine only where it works.
+        backend: backend of the layers around attention; None takes the run's, and transformer-engine only if it works.
     Raises:
-        ConfigError: no checkpoint there, or a damaged one.
+        ConfigError: there is no checkpoint, or it is damaged.
     """
     path = find_checkpoint(checkpoint)
     cfg = read_config(path)
@@ -208,9 +222,9 @@ def load_for_inference(
     cfg.parallel.tp, cfg.parallel.pp, cfg.parallel.vpp, cfg.parallel.cp = tp, 1, None, 1
     cfg.parallel.sequence_parallel = False
     cfg.train.recompute = "none"
-    # Any backend reads another's weights, and answers in the run's precision.
+    # Any backend loads another's weights, and computes in the run's precision.
     cfg.backend, cfg.fp8 = backend or ("local" if cfg.backend == "local" else "auto"), "none"
-    # The run's kernels may not be installed here, nor serve later queries; there is no loss.
+    # The run's kernels may not be installed here, or not support a query offset. No loss is computed.
     cfg.dense_attention, cfg.elementwise, cfg.loss = "auto", "auto", "torch"
     (chunk,) = build_model(cfg, transformer_config(cfg), hybrid_layout(cfg), backend_of(cfg), device)
     gpt = unwrap(chunk)

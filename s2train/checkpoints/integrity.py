@@ -1,4 +1,4 @@
-"""Whether a checkpoint's files are all there and as they were written, without loading its shards."""
+"""Checks a checkpoint's files for damage without loading its shards."""
 
 import json
 import pickletools
@@ -12,15 +12,16 @@ from omegaconf import OmegaConf
 from torch.distributed.checkpoint import FileSystemReader
 
 CONFIG, PROGRESS, COMMON = "config.yaml", "progress.json", "common.pt"
-_COMMON_IN_SHARDS = "common_state/"  # megatron-core 0.19 keeps there what 0.16 writes to common.pt
+_COMMON_IN_SHARDS = "common_state/"  # megatron-core 0.19 saves there what 0.16 writes to common.pt
 _LOAD_FAILED = "load_failed.txt"
-_LAST_SETTING = "plan"  # of a run's settings, in every version
+_LAST_SETTING = "plan"  # the last setting in config.yaml, in every version
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint in torch's distributed format, in a few words; None: nothing to be seen.
+    """Describe the damage of a checkpoint in torch's distributed format.
 
-    Reads the small files and the shards' sizes: a missing or truncated file is found, a flipped bit in a shard is not.
+    Reads the small files and the shards' sizes: it detects a missing or truncated file, but not a flipped bit in a
+    shard. Returns None if it finds no damage.
     """
     small: dict[str, Callable[[Path], None]] = {
         CONFIG: _check_yaml,
@@ -46,7 +47,7 @@ def damage(checkpoint: Path) -> str | None:
             found = (checkpoint / name).stat().st_size
             if found < size:
                 return f"its shard {name} is cut short: {found:,} of {size:,} bytes"
-    except Exception as error:  # a pickle: a flipped bit can end in any of them, and in names that are none
+    except Exception as error:  # unpickling damaged bytes can raise any exception
         return f"its index .metadata can't be read ({type(error).__name__})"
     return None
 
@@ -56,13 +57,16 @@ def _damage_of(file: Path, check: Callable[[Path], None]) -> str | None:
         return f"its {file.name} is missing"
     try:
         check(file)
-    except Exception as error:  # many kinds; whatever it is, the file is none to start from
+    except Exception as error:  # the parsers raise many types; any of them makes the file unusable
         return f"its {file.name} can't be read ({_first_line(error)})"
     return None
 
 
-def doubt(checkpoint: Path) -> str | None:
-    """Why a run may go back behind a checkpoint: its damage, or that a run could not load it; None: nothing known."""
+def known_problem(checkpoint: Path) -> str | None:
+    """Known problem of a checkpoint: its damage, or an earlier failure to load it.
+
+    A run may start from a checkpoint before one with a known problem. Returns None if there is none.
+    """
     if problem := damage(checkpoint):
         return problem
     with suppress(OSError):
@@ -70,54 +74,54 @@ def doubt(checkpoint: Path) -> str | None:
     return None
 
 
-def note_failed_load(checkpoint: Path, problem: str) -> None:
-    """Keep with a checkpoint why it could not be loaded, for `doubt`; any rank's work.
+def record_failed_load(checkpoint: Path, problem: str) -> None:
+    """Record in a checkpoint why loading it failed, for `known_problem`; call it on any rank.
 
-    It stays a checkpoint to start from, since the fault may have been another: a network file system, memory.
+    Runs can still start from the checkpoint, since the cause may lie elsewhere: a network file system, memory.
     """
     with suppress(OSError):
         (checkpoint / _LOAD_FAILED).write_text(problem + "\n")
 
 
-def forget_failed_load(checkpoint: Path) -> None:
-    """It could be loaded after all."""
+def clear_failed_load(checkpoint: Path) -> None:
+    """Remove the record of a failed load."""
     with suppress(OSError):
         (checkpoint / _LOAD_FAILED).unlink(missing_ok=True)
 
 
 def _check_json(path: Path) -> None:
     if not isinstance(json.loads(path.read_text()), dict):
-        raise ValueError("no settings in it")
+        raise ValueError("it holds no settings")
 
 
 def _check_yaml(path: Path) -> None:
-    # Cut anywhere it would be YAML still, of fewer settings.
+    # A truncated file would still be valid YAML, with fewer settings.
     if not path.read_text().endswith("\n"):
         raise ValueError("cut short")
     settings = OmegaConf.load(path)
     if not OmegaConf.is_dict(settings):
-        raise ValueError("no settings in it")
+        raise ValueError("it holds no settings")
     if _LAST_SETTING not in settings:
         raise ValueError("cut short")
 
 
 def _check_memo(path: Path) -> None:
-    """A pickle's numbered objects are no more than its bytes.
+    """Reject a pickle with a memo index larger than the file.
 
-    One flipped bit makes an operation of another kind "remember this as number n", n being the next four bytes: the
-    unpickler makes room for n, tens of gigabytes, before it sees anything wrong.
+    One flipped bit can turn another opcode into LONG_BINPUT, whose index is the next four bytes. The unpickler would
+    allocate memory for that index, tens of gigabytes, before it notices an error.
     """
     content = path.read_bytes()
     for operation, argument, _ in pickletools.genops(content):
         if operation.name == "LONG_BINPUT" and int(argument or 0) > len(content):
-            raise ValueError(f"an object numbered {argument:,}")
+            raise ValueError(f"memo index {argument:,}")
 
 
 def _check_zip(path: Path) -> None:
-    """What torch.save writes: a zip file, whose sums are checked without unpickling anything."""
+    """Verify the checksums of a zip file from torch.save, without unpickling it."""
     with zipfile.ZipFile(path) as archive:
         if damaged := archive.testzip():
-            raise ValueError(f"{damaged} in it is damaged")
+            raise ValueError(f"its member {damaged} is damaged")
 
 
 def _first_line(error: Exception) -> str:

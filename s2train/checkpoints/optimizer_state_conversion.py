@@ -1,8 +1,7 @@
-"""A checkpoint of one backend in a run of another.
+"""Loads a checkpoint of one backend into a run with another.
 
-Weights have the same names: Megatron names a norm after the linear layer that transformer-engine makes it a part of.
-Two things differ: extra state, which transformer-engine's norms have and torch's don't, and what an Adam keeps in its
-parameter groups.
+Weights have the same names: Megatron names a norm after the linear layer into which transformer-engine fuses it. Two
+things differ: extra state, which only transformer-engine's norms have, and the entries of Adam's parameter groups.
 """
 
 from typing import Any
@@ -17,9 +16,9 @@ _SUFFIX = "_extra_state"
 
 
 def load_without_foreign_extra_state(state: dict[str, Any], checkpoint: str) -> dict[str, Any]:
-    """Megatron's loading of a sharded state dict; extra state that the checkpoint has none of is loaded as None.
+    """Load a sharded state dict through Megatron; extra state missing from the checkpoint becomes None.
 
-    The recipes that s2train takes keep nothing in it.
+    The FP8 recipes that s2train supports store nothing in it.
     """
     wanted = [
         (section, name, value.unique_key)
@@ -30,8 +29,8 @@ def load_without_foreign_extra_state(state: dict[str, Any], checkpoint: str) -> 
     ]
     foreign: list[tuple[str, str]] = []
     if wanted:
-        there = load_sharded_metadata(checkpoint)
-        known = {value.unique_key for value in there.values() if isinstance(value, ShardedObject)}
+        saved = load_sharded_metadata(checkpoint)
+        known = {value.unique_key for value in saved.values() if isinstance(value, ShardedObject)}
         foreign = [(section, name) for section, name, key in wanted if key not in known]
     dropped = set(foreign)
     kept = {
@@ -42,32 +41,35 @@ def load_without_foreign_extra_state(state: dict[str, Any], checkpoint: str) -> 
         )
         for section, values in state.items()
     }
-    # Ranks ask for their own parts of the optimizer's state alone (`own_state`), not for all of every tensor.
+    # A rank requests only its own part of the optimizer's state (`megatron.local_optimizer_state`), so Megatron's
+    # check that all parts are requested would fail.
     loaded = dist_checkpointing.load(kept, checkpoint, validate_access_integrity=False)
     for section, name in foreign:
         loaded[section][name] = None
     return loaded
 
 
-def fit_groups(optimizer: MegatronOptimizer, loaded: Any) -> None:
-    """Give loaded optimizer state what this Adam keeps in its groups and the one that saved did not, and its count of
-    steps where this one has it: torch's in the parameters' state, others' in the group.
+def convert_param_groups(optimizer: MegatronOptimizer, loaded: Any) -> None:
+    """Convert loaded parameter groups to the form that this Adam expects.
+
+    Adds the entries that this Adam has and the one that saved does not, and moves the step count: torch's Adam keeps it
+    in the parameters' state, others in the group.
 
     Args:
-        loaded: as dist_checkpointing gives it; changed in place.
+        loaded: optimizer state from dist_checkpointing; changed in place.
     """
     inner = getattr(optimizer, "chained_optimizers", [optimizer])[0].optimizer
-    _fit(loaded, inner.defaults, is_torch=isinstance(inner, torch.optim.AdamW))
+    _convert(loaded, inner.defaults, is_torch=isinstance(inner, torch.optim.AdamW))
 
 
-def _fit(loaded: Any, defaults: dict[str, Any], is_torch: bool) -> None:
+def _convert(loaded: Any, defaults: dict[str, Any], is_torch: bool) -> None:
     if isinstance(loaded, list | tuple):
         for value in loaded:
-            _fit(value, defaults, is_torch)
+            _convert(value, defaults, is_torch)
     if not isinstance(loaded, dict):
         return
     groups, state = loaded.get("param_groups", []), loaded.get("state")
-    if groups and isinstance(state, dict):  # the plain optimizer's; the distributed one keeps the step in its groups
+    if groups and isinstance(state, dict):  # plain optimizer; the distributed one keeps the step in its groups
         if is_torch and "common_step" not in state and "step" in groups[0]:
             state["common_step"] = torch.tensor(float(groups[0]["step"]))
         elif not is_torch and "common_step" in state:
@@ -80,4 +82,4 @@ def _fit(loaded: Any, defaults: dict[str, Any], is_torch: bool) -> None:
         if not is_torch and group.get("step") is not None:
             group["step"] = int(group["step"])  # torch's is a float
     for value in loaded.values():
-        _fit(value, defaults, is_torch)
+        _convert(value, defaults, is_torch)

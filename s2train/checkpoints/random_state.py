@@ -1,7 +1,7 @@
-"""This rank's random generators in a checkpoint.
+"""Saves and restores this rank's random number generators.
 
-Nothing in a step of today's models draws from them (no dropout); they are saved so that a resumed run would go on
-alike if something did.
+Today's models draw nothing from them in a step (no dropout). They are saved so that a resumed run would continue
+identically if a model did.
 """
 
 import random
@@ -13,8 +13,11 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 
-def rng_ranks_here() -> list[int]:
-    """[tp, pp]: ranks that differ only in data or context parallel share their generators' states."""
+def current_rng_ranks() -> list[int]:
+    """Number of ranks with generator states of their own, as [tp, pp].
+
+    Ranks that differ only in data or context parallel rank share their generators' states.
+    """
     return [
         parallel_state.get_tensor_model_parallel_world_size(),
         parallel_state.get_pipeline_model_parallel_world_size(),
@@ -22,7 +25,7 @@ def rng_ranks_here() -> list[int]:
 
 
 def sharded_rng() -> ShardedObject:
-    """The states, for a sharded state dict, to save or to load."""
+    """Generator states as an entry of a sharded state dict, to save or to load."""
     states = {
         "python": random.getstate(),
         "numpy": np.random.get_state(),  # noqa: NPY002 (Megatron's datasets and others draw from it)
@@ -33,14 +36,14 @@ def sharded_rng() -> ShardedObject:
     return ShardedObject(
         "rng",
         states,
-        tuple(rng_ranks_here()),
+        tuple(current_rng_ranks()),
         (parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank()),
         replica_id=parallel_state.get_data_parallel_rank(with_context_parallel=True),
     )
 
 
 def set_rng(states: dict[str, Any]) -> None:
-    """Put loaded states in place."""
+    """Restore loaded generator states."""
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])  # noqa: NPY002
     torch.set_rng_state(states["torch"])

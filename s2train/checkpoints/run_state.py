@@ -1,4 +1,4 @@
-"""Saving and loading all that a run needs to go on."""
+"""Saves and loads the state that a run needs to resume."""
 
 import os
 import secrets
@@ -30,9 +30,9 @@ from s2train.checkpoints.folders import (
     step_of,
     write_config,
 )
-from s2train.checkpoints.integrity import CONFIG, PROGRESS, forget_failed_load, note_failed_load
-from s2train.checkpoints.optimizer_state_conversion import fit_groups
-from s2train.checkpoints.random_state import rng_ranks_here, set_rng, sharded_rng
+from s2train.checkpoints.integrity import CONFIG, PROGRESS, clear_failed_load, record_failed_load
+from s2train.checkpoints.optimizer_state_conversion import convert_param_groups
+from s2train.checkpoints.random_state import current_rng_ranks, set_rng, sharded_rng
 from s2train.config import OptimConfig, PretrainConfig
 from s2train.distributed.agreement import broadcast_from_rank_0, max_over_ranks
 from s2train.errors import ConfigError, TrainingError
@@ -52,45 +52,47 @@ class TrainingState:
 
 
 class Saver:
-    """Saves a run's checkpoints, every method on all ranks together.
+    """Saves a run's checkpoints; every method is collective.
 
-    A checkpoint is written under a temporary name of its own, and renamed once all ranks have written theirs. With
-    `checkpoint.async_save` forked processes write while training goes on; a new save waits for the one under way.
+    A checkpoint is written under a unique temporary name and renamed when all ranks have written their shards. With
+    `checkpoint.async_save`, forked processes write while training continues; a new save waits for the pending one.
 
     Args:
-        published: called with the step and the folder of each checkpoint once it is whole.
+        on_published: called with the step and the folder of each checkpoint when it is complete.
     """
 
-    def __init__(self, cfg: PretrainConfig, state: TrainingState, published: Callable[[int, Path], None]) -> None:
-        self._cfg, self._state, self._published = cfg, state, published
+    def __init__(self, cfg: PretrainConfig, state: TrainingState, on_published: Callable[[int, Path], None]) -> None:
+        self._cfg, self._state, self._on_published = cfg, state, on_published
         self._root = own_checkpoints(cfg.run_dir)
         self._is_first = torch.distributed.get_rank() == 0
         self._results = start_results_manager()
         self._queue = AsyncCallsQueue()
-        self._under_way: tuple[int, Path] | None = None
+        self._pending: tuple[int, Path] | None = None
 
     def save(self, progress: Progress) -> Path:
-        """Save, or begin to; returns where the checkpoint is or will be.
+        """Save a checkpoint, or start an asynchronous save.
 
+        Returns:
+            Folder of the checkpoint, which may still be written.
         Raises:
-            TrainingError: it can't be written, or the folder is there already: another job is at work there.
+            TrainingError: it can't be written, or the folder exists because another job is running there.
         """
         self.wait()
         cfg, metadata = self._cfg, sharding_metadata()
-        # Each data parallel rank gets the whole state over NCCL; or rank 0 alone does over gloo, which takes longer.
+        # Either each data parallel rank gathers the whole state over NCCL, or only rank 0 does over gloo, more slowly.
         (is_short,) = max_over_ranks(lacks_room_for_copies(self._state.chunks))
         metadata["distrib_optim_fully_reshardable_mem_efficient"] = bool(is_short)
         final = self._root / folder_name(progress.step)
-        # An orphan of a killed run may still be writing to a folder of its own.
+        # Unique, because an orphaned writer of a killed run may still be writing to its folder.
         temporary = broadcast_from_rank_0(
             self._root / f".{final.name}.{secrets.token_hex(4)}.partial" if self._is_first else None
         )
-        self._under_way = (progress.step, temporary)
-        with self._told():
+        self._pending = (progress.step, temporary)
+        with self._describe_errors():
             if self._is_first:
                 temporary.mkdir(parents=True)
             torch.distributed.barrier()
-            content = _sharded_state(self._state, metadata, is_loading=False)
+            content = sharded_state(self._state, metadata, is_loading=False)
             content["scheduler"] = self._state.scheduler.state_dict()
             content["rng"] = sharded_rng()
             tags = {k: v for k, v in metadata.items() if isinstance(v, str)}
@@ -104,29 +106,29 @@ class Saver:
         return final
 
     def poll(self) -> None:
-        """Finish a save whose writers are done; errors as `save`'s."""
-        with self._told():
+        """Finish a save whose writers are done; raises what `save` raises."""
+        with self._describe_errors():
             self._queue.maybe_finalize_async_calls(blocking=False)
 
     def wait(self) -> None:
-        """Finish a save that is under way; errors as `save`'s."""
-        with self._told():
+        """Wait for a pending save and finish it; raises what `save` raises."""
+        with self._describe_errors():
             self._queue.maybe_finalize_async_calls(blocking=True)
 
     def close(self) -> None:
-        """Finish, and end the helper process."""
+        """Finish a pending save, and stop the helper process."""
         self.wait()
         self._results.shutdown()
 
     def _publish(self, progress: Progress, temporary: Path, final: Path) -> None:
-        """Give a written checkpoint its name, and remove those that are no longer kept."""
+        """Rename a complete checkpoint to its final name, and remove surplus ones."""
         problem = self._rename(progress, temporary, final) if self._is_first else ""
         problem = broadcast_from_rank_0(problem)
         if problem:
             raise OSError(problem)
-        self._under_way = None
+        self._pending = None
         if self._is_first:
-            self._published(progress.step, final)
+            self._on_published(progress.step, final)
 
     def _rename(self, progress: Progress, temporary: Path, final: Path) -> str:
         keeping = self._cfg.checkpoint
@@ -134,11 +136,11 @@ class Saver:
             write_config(self._cfg, temporary / CONFIG)
             progress.write(temporary / PROGRESS)
             if final.exists():
-                return f"{final} exists: is another job at work in {self._cfg.run_dir}?"
+                return f"{final} exists: is another job running in {self._cfg.run_dir}?"
             temporary.rename(final)
             with replacing(self._root / "latest_checkpointed_iteration.txt") as latest:
                 latest.write_text(str(progress.step))
-            if not progress.health.get("skipped_in_row"):  # else the older ones may be the better ones
+            if not progress.health.get("skipped_in_row"):  # after a skipped step, older checkpoints may be better
                 for old in surplus(checkpoints_in(self._root), keeping.keep, keeping.keep_every):
                     _remove(old)
         except OSError as error:
@@ -146,51 +148,62 @@ class Saver:
         return ""
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
-        """Errors of writing, as one that tells what is left."""
+    def _describe_errors(self) -> Iterator[None]:
+        """Turn an error of writing into a TrainingError that says how to resume."""
         try:
             yield
-        except (Exception, CheckpointException) as error:  # a CheckpointException is no Exception
-            assert self._under_way is not None
-            step, temporary = self._under_way
+        except (Exception, CheckpointException) as error:  # CheckpointException is not an Exception
+            assert self._pending is not None
+            step, temporary = self._pending
             if self._is_first:
                 shutil.rmtree(temporary, ignore_errors=True)
-            there = checkpoints_in(self._root)
-            left = (
-                f"The checkpoints there are whole; the same command resumes from {there[-1].name}"
-                if there
-                else "There is no older one; the same command starts afresh"
+            saved = checkpoints_in(self._root)
+            restart = (
+                f"The earlier checkpoints are intact; the same command resumes from {saved[-1].name}"
+                if saved
+                else "There is no earlier checkpoint; the same command starts from step 1"
             )
             raise TrainingError(
-                f"run_dir={self._cfg.run_dir}: step {step} can't be saved ({_reason(error)}). {left}, once there is"
-                " room (checkpoint.keep=N keeps fewer) and the folder can be written"
+                f"run_dir={self._cfg.run_dir}: step {step} can't be saved ({_reason(error)}). {restart}, once the disk"
+                " has space (checkpoint.keep=N keeps fewer checkpoints) and the folder can be written"
             ) from error
 
 
 def lacks_room_for_copies(chunks: list[Any]) -> bool:
-    """Whether this machine's ranks could not hold a model's optimizer state each (12 bytes a parameter), and as much
-    again while writing, in the machine's memory."""
+    """Whether host memory is too small for a copy of the optimizer state on each rank.
+
+    A copy takes 12 bytes per parameter, and the same again while writing.
+    """
     parameters = sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
     needed = 2 * 12 * parameters * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return needed > psutil.virtual_memory().available
 
 
 def _remove(checkpoint: Path) -> None:
-    """Half removed, it would be taken for a damaged one; what is left under another name, the next run clears away."""
+    """Remove a checkpoint, renaming it first.
+
+    A half-removed checkpoint would look damaged. The next run removes what is left under the temporary name.
+    """
     hidden = checkpoint.with_name(f".{checkpoint.name}.{secrets.token_hex(4)}.partial")
     with suppress(FileNotFoundError):
         shutil.rmtree(checkpoint.rename(hidden), ignore_errors=True)
 
 
 def surplus(checkpoints: list[Path], keep: int | None, keep_every: int | None) -> list[Path]:
-    """Which checkpoints, of these from old to new, are not among the last `keep`, nor at multiples of `keep_every`."""
+    """List the checkpoints to remove.
+
+    These are neither among the last `keep` nor at multiples of `keep_every` steps.
+
+    Args:
+        checkpoints: oldest first.
+    """
     if keep is None:
         return []
     return [path for path in checkpoints[:-keep] if keep_every is None or step_of(path) % keep_every]
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of what went wrong, on whichever rank."""
+    """First line of an error, and the rank that raised it."""
     if isinstance(error, CheckpointException) and error.failures:
         rank, (cause, _) = next(iter(error.failures.items()))
         return f"rank {rank}: {_reason(cause)}"
@@ -198,10 +211,13 @@ def _reason(error: BaseException) -> str:
 
 
 def load(cfg: PretrainConfig, state: TrainingState, checkpoint: Path, rng_ranks: list[int] | None) -> None:
-    """Load model, optimizer and schedule in place, and this rank's random generators; of weights alone the model.
+    """Load a checkpoint into the training state.
+
+    Restores model, optimizer, learning-rate schedule and this rank's random number generators; only the model from a
+    checkpoint of weights.
 
     Args:
-        rng_ranks: [tp, pp] of the run whose generators the checkpoint holds; other ranks keep their fresh ones.
+        rng_ranks: [tp, pp] of the run whose generators the checkpoint holds; with others, generators stay as they are.
 
     Raises:
         ConfigError: the checkpoint is damaged.
@@ -210,25 +226,25 @@ def load(cfg: PretrainConfig, state: TrainingState, checkpoint: Path, rng_ranks:
     if weights_only:
         wanted = _sharded_model(state, sharding_metadata())
     else:
-        wanted = _sharded_state(state, sharding_metadata(), is_loading=True)
-    if has_rng := rng_ranks == rng_ranks_here():
+        wanted = sharded_state(state, sharding_metadata(), is_loading=True)
+    if has_rng := rng_ranks == current_rng_ranks():
         wanted["rng"] = sharded_rng()
-    may_go_back = is_own(checkpoint, cfg.run_dir)
+    is_in_run_dir = is_own(checkpoint, cfg.run_dir)
     try:
         loaded = load_shards(wanted, checkpoint, "checkpoint.resume")
     except ConfigError as error:
-        if may_go_back:  # behind it, then
-            note_failed_load(checkpoint, error.problem)
+        if is_in_run_dir:  # lets the next run start from an earlier checkpoint
+            record_failed_load(checkpoint, error.problem)
         raise
-    if may_go_back and torch.distributed.get_rank() == 0:
-        forget_failed_load(checkpoint)
+    if is_in_run_dir and torch.distributed.get_rank() == 0:
+        clear_failed_load(checkpoint)
     for chunk, name in zip(state.chunks, _chunk_names(state.chunks), strict=True):
         unwrap(chunk).load_state_dict(loaded[name])
     if weights_only:
-        state.optimizer.reload_model_params()  # its copies in fp32
+        state.optimizer.reload_model_params()  # updates its fp32 copies
         return
     _set_hyperparameters(cfg.optim, loaded["optimizer"])
-    fit_groups(state.optimizer, loaded["optimizer"])
+    convert_param_groups(state.optimizer, loaded["optimizer"])
     state.optimizer.load_state_dict(loaded["optimizer"])
     separate_steps(state.optimizer)
     state.scheduler.load_state_dict(loaded["scheduler"])
@@ -237,9 +253,9 @@ def load(cfg: PretrainConfig, state: TrainingState, checkpoint: Path, rng_ranks:
 
 
 def _set_hyperparameters(optim: OptimConfig, loaded: Any) -> None:
-    """Put the command line's into a loaded optimizer state, in place of the checkpoint's.
+    """Replace the hyperparameters in a loaded optimizer state by the run's.
 
-    Before Megatron loads it: 0.19 tells parameter groups apart by their learning rates.
+    Call it before Megatron loads the state: 0.19 distinguishes parameter groups by their learning rates.
     """
     if isinstance(loaded, dict):
         for group in loaded.get("param_groups", []):
@@ -262,7 +278,8 @@ def _sharded_model(state: TrainingState, metadata: dict[str, Any]) -> dict[str, 
     }
 
 
-def _sharded_state(state: TrainingState, metadata: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
+def sharded_state(state: TrainingState, metadata: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
+    """Sharded state dict of model and optimizer, to save or to load."""
     names = _chunk_names(state.chunks)
     model = _sharded_model(state, metadata)
     optimizer = state.optimizer.sharded_state_dict(

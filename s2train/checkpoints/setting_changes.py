@@ -1,4 +1,4 @@
-"""Compares a run's settings with those of the checkpoint it resumes from, and checks which may differ."""
+"""Compares a run's settings with its checkpoint's, and checks which may differ."""
 
 import json
 import math
@@ -14,14 +14,14 @@ from s2train.layouts.patterns.registry import read_pattern, with_defaults
 
 CONSENT = "checkpoint.allow_changes"
 
-# Settings and sections that say where, how fast or how often something is done, and not what is trained.
+# Settings and sections that determine where, how fast or how often something is done, but not what is trained.
 # Any other setting changes the experiment.
 KEEP_THE_EXPERIMENT = (
     "attention_backend",
     "backend",
     "checkpoint",
     "data.cache",
-    "data.end_token",  # the data tell theirs, and are compared
+    "data.end_token",  # recorded in the data, which are compared
     "data.num_samples",  # a resumed run keeps the checkpoint's
     "data.num_workers",
     "data.tokenizer",  # a path; `check_data` compares tokenizers
@@ -56,7 +56,7 @@ class Change:
     now: Any
 
     def __str__(self) -> str:
-        return f"{self.setting} {_written(self.before)} → {_written(self.now)}"
+        return f"{self.setting} {_as_typed(self.before)} → {_as_typed(self.now)}"
 
     @property
     def is_of_the_experiment(self) -> bool:
@@ -66,10 +66,10 @@ class Change:
 
 def changes_between(before: PretrainConfig, now: PretrainConfig) -> list[Change]:
     """List the settings that differ. A setting left to its default equals one set to it."""
-    # Through JSON, where tuples and lists are one.
+    # Through JSON, which turns tuples into lists.
     old, new = (dict(settings_by_name(json.loads(json.dumps(asdict(with_values(cfg)))))) for cfg in (before, now))
     if math.isclose(now.optim.lowest_lr * before.optim.lr, before.optim.lowest_lr * now.optim.lr, rel_tol=1e-9):
-        new["optim.min_lr"] = old["optim.min_lr"]  # it follows optim.lr, which is listed
+        new["optim.min_lr"] = old["optim.min_lr"]  # derived from optim.lr, which is listed
     return [
         Change(name, old.get(name), new.get(name))
         for name in dict.fromkeys([*new, *old])
@@ -81,7 +81,7 @@ def check_consent(cfg: PretrainConfig, checkpoint: Path, changes: list[Change]) 
     """Check that `checkpoint.allow_changes` names all changes of the experiment.
 
     Raises:
-        ConfigError: a change is not allowed; names all of them, and the setting that allows them.
+        ConfigError: some changes are not allowed; it names all of them, and the setting that allows them.
     """
     allowed = cfg.checkpoint.allow_changes
     names: Collection[str] = [allowed] if isinstance(allowed, str) else [] if isinstance(allowed, bool) else allowed
@@ -99,11 +99,11 @@ def check_consent(cfg: PretrainConfig, checkpoint: Path, changes: list[Change]) 
     first = asked[0].setting
     if first == "optim.decay_steps" and kept is not None:  # not set: name the setting that it follows from
         raise ConfigError("train.steps", cfg.train.steps, problem, remedy)
-    raise ConfigError(first, _written(asked[0].now), problem, remedy)
+    raise ConfigError(first, _as_typed(asked[0].now), problem, remedy)
 
 
 def with_values(cfg: PretrainConfig) -> PretrainConfig:
-    """Fill in values that are left to defaults or follow from other settings."""
+    """Fill in default values and values that follow from other settings."""
     layout, optim = cfg.layout, cfg.optim
     patterns = {
         letter: with_defaults(read_pattern(given, f"layout.patterns.{letter}"))
@@ -119,6 +119,6 @@ def with_values(cfg: PretrainConfig) -> PretrainConfig:
     )
 
 
-def _written(value: Any) -> str:
-    """As a command line takes it."""
+def _as_typed(value: Any) -> str:
+    """Format a value as on the command line."""
     return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))

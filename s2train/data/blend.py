@@ -1,4 +1,4 @@
-"""What `data.path` says: which datasets, in which proportions."""
+"""Parses `data.path` into datasets and their proportions."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,12 +9,12 @@ from s2train.data.indexed import read_document_lengths
 from s2train.errors import ConfigError
 
 BUNDLED, MOCK = "bundled", "mock"
-BUNDLED_PREFIX = "runs/data/bundled"  # where the bundled corpus lies once prepared, under the working directory
+BUNDLED_PREFIX = "runs/data/bundled"  # prefix of the prepared bundled corpus, under the working directory
 
 
 @dataclass(frozen=True)
 class Blend:
-    """Datasets to draw samples from, and the fraction of samples from each. No prefixes: mock data."""
+    """Datasets and the fraction of samples from each; mock data have no prefixes."""
 
     prefixes: tuple[str, ...]
     weights: tuple[float, ...]  # sum 1
@@ -25,11 +25,13 @@ class Blend:
 
 
 def parse_blend(path: Any) -> Blend:
-    """Read `data.path`: "mock", "bundled", a prefix, [prefix, …], or [weight, prefix, weight, prefix, …].
+    """Parse `data.path`.
 
-    Without weights, datasets are drawn from in proportion to their tokens.
+    It is "mock", "bundled", a prefix, [prefix, …], or [weight, prefix, weight, prefix, …]. Without weights, samples are
+    drawn in proportion to the datasets' tokens.
 
-    Raises ConfigError for anything else, and, where tokens must be counted, for missing or broken files.
+    Raises:
+        ConfigError: `path` is anything else, or a file whose tokens must be counted is missing or broken.
     """
     prefixes, weights = _parse(path)
     if weights is None:
@@ -39,12 +41,18 @@ def parse_blend(path: Any) -> Blend:
 
 
 def dataset_prefixes(path: Any) -> tuple[str, ...]:
-    """The datasets that `data.path` names, none for mock data; reads no file. Raises ConfigError as `parse_blend`."""
+    """List the datasets that `data.path` names, without reading files.
+
+    Mock data have none.
+
+    Raises:
+        ConfigError: `path` names no data.
+    """
     return _parse(path)[0]
 
 
 def _parse(path: Any) -> tuple[tuple[str, ...], list[float] | None]:
-    """Prefixes, and the weights if any are given."""
+    """Prefixes, and the weights or None."""
     remedy = "Set a prefix, [prefix, …], [weight, prefix, …], `bundled` or `mock`"
     entries = [path] if isinstance(path, str) else path
     if not isinstance(entries, list | tuple) or not entries:
@@ -55,7 +63,7 @@ def _parse(path: Any) -> tuple[tuple[str, ...], list[float] | None]:
         names, weights = list(entries[1::2]), list(entries[0::2])
         paired = len(names) == len(weights) and all(isinstance(name, str) for name in names)
         if not paired or not all(type(weight) in (int, float) and weight > 0 for weight in weights):
-            raise ConfigError("data.path", path, "is no list of pairs of a weight above 0 and a prefix", remedy)
+            raise ConfigError("data.path", path, "is not a list of pairs of a weight above 0 and a prefix", remedy)
     if names == [MOCK]:
         return (), []
     if MOCK in names:

@@ -1,26 +1,27 @@
-"""The corpus that comes with s2train, and the baseline that a model must beat on any corpus."""
+"""Locates the bundled corpus, and computes the unigram entropy of any corpus."""
 
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-# Its three texts are cut into documents, so that some can be held out.
+# The three texts are cut into documents, so that some can be held out.
 BUNDLED_DOCUMENT_CHARS = 10_000
 
 
 def bundled_corpus_files() -> list[Path]:
-    """Text files of the bundled corpus, in a fixed order; `corpus/LICENSE.md` tells what they are."""
+    """Text files of the bundled corpus in a fixed order; `corpus/LICENSE.md` describes them."""
     return sorted((Path(__file__).parent / "corpus").glob("*.txt"))
 
 
 def unigram_entropy(counts: npt.ArrayLike) -> float:
-    """Entropy of the tokens' frequencies, in nats per token: H = −Σ p ln p, with p = counts / Σ counts.
+    """Entropy of the token frequencies, in nats per token.
 
-    It is the lowest loss of a model that ignores context, so a language model that learns goes below it.
+    H = −Σ p ln p, with p = counts / Σ counts. It is the lowest loss of a model that ignores context, so a language
+    model that learns gets below it.
 
     Args:
-        counts: how often each token occurs, [vocab_size], at least one of them above 0.
+        counts: how often each token occurs, [vocab_size]; at least one is above 0.
     """
     occurring = np.asarray(counts, dtype=np.float64)
     occurring = occurring[occurring > 0]
@@ -29,7 +30,13 @@ def unigram_entropy(counts: npt.ArrayLike) -> float:
 
 
 def count_ids(tokens: npt.NDArray[np.integer], vocab_size: int) -> npt.NDArray[np.int64]:
-    """How often each id occurs in `tokens` [n], which may be a large memory map; int64 [vocab_size]."""
+    """Count how often each id occurs in `tokens`.
+
+    Args:
+        tokens: [n]; may be a large memory map.
+    Returns:
+        int64 [vocab_size].
+    """
     counts = np.zeros(vocab_size, dtype=np.int64)
     step = 1 << 24
     for start in range(0, len(tokens), step):

@@ -1,4 +1,4 @@
-"""Everything about the data that can be found wrong from its files alone, before a run takes a device."""
+"""Checks a run's data from files alone, before the run uses a device."""
 
 import math
 
@@ -16,29 +16,32 @@ from s2train.files import check_writable
 
 
 def samples_of_steps(cfg: PretrainConfig, first_step: int = 0) -> int:
-    """Samples that `train.steps` take from `first_step` on."""
+    """Number of samples that `train.steps` take from `first_step` on."""
     return (cfg.train.steps - first_step) * cfg.train.global_batch_size
 
 
 def num_train_samples(cfg: PretrainConfig, first_step: int = 0) -> int:
-    """Samples that a new run's training order is built for: `data.num_samples`, else those that its steps take.
+    """Number of samples for which a new run's training order is built.
 
-    With path, split, seed and sequence length the number fixes the order, so a resumed run keeps it; if it takes more
-    samples, further epochs follow.
+    It is `data.num_samples`, or else the number that the run's steps take. Together with path, split, seed and sequence
+    length it determines the order, so a resumed run keeps it. If the run needs more samples, further epochs follow.
 
     Args:
-        first_step: at which these data begin, in a new phase (`checkpoint.new_data`) not 0.
+        first_step: step at which these data begin; above 0 in a new phase (`checkpoint.new_data`).
     """
     return cfg.data.num_samples or samples_of_steps(cfg, first_step)
 
 
 def check_data(cfg: PretrainConfig, tokenizer: Tokenizer) -> None:
-    """Refuse data that can't serve the run; reads .idx and .json files, and of data without a .json some tokens.
+    """Reject data that the run can't use.
 
-    Raises ConfigError for files that are missing, empty or cut off; a tokenizer or an end token other than the data
-    were made with, or a tokenizer larger than the model's vocabulary; where no .json tells the tokenizer, ids outside
-    of the vocabulary among the first and the last million; a split without enough tokens for one sequence; a cache
-    that can't be written.
+    Reads .idx and .json files, and some tokens of data without a .json.
+
+    Raises:
+        ConfigError: a file is missing, empty or truncated; the tokenizer or the end token is not the one that made the
+            data; the tokenizer is larger than the model's vocabulary; no .json names the tokenizer, and the first or
+            the last million tokens hold an id outside the vocabulary; a part of the split is too short for one
+            sequence; or the cache can't be written.
     """
     if tokenizer.vocab_size > cfg.model.vocab_size:
         problem = f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size:,} ids"
@@ -65,8 +68,8 @@ def check_data(cfg: PretrainConfig, tokenizer: Tokenizer) -> None:
         elif metadata.end_token not in (None, tokenizer.end_token):
             problem = f"{prefix} was prepared with the end token {metadata.end_token}"
             made = ((other, read_metadata(other)) for other in blend.prefixes)
-            if alike := [other for other, told in made if told and told.end_token == tokenizer.end_token]:
-                problem = f"{problem}, and {alike[0]} with {tokenizer.end_token}"
+            if agreeing := [other for other, data in made if data and data.end_token == tokenizer.end_token]:
+                problem = f"{problem}, but {agreeing[0]} with {tokenizer.end_token}"
                 raise ConfigError("data.path", cfg.data.path, problem, "Prepare one of them again, with end_token")
             remedy = f"Set 'data.end_token=\"{metadata.end_token}\"', in both quotes, or prepare the text again"
             raise ConfigError("data.end_token", tokenizer.end_token, problem, remedy)
@@ -84,7 +87,10 @@ def _check_ids(cfg: PretrainConfig, prefix: str) -> None:
 
 
 def _check_ends(prefix: str, tokenizer: Tokenizer) -> None:
-    """Whether documents of other tools end as the tokenizer's do, by which attention tells them apart."""
+    """Check that documents made by other tools end with the tokenizer's end token.
+
+    Attention within documents separates them by that token.
+    """
     tokens, _ = read_ends(prefix, 1_000_000)
     last = np.cumsum(read_document_lengths(prefix), dtype=np.int64) - 1
     last = last[last < len(tokens)]
@@ -104,6 +110,6 @@ def _check_splits(cfg: PretrainConfig, data: str, lengths: npt.NDArray[np.int32]
             problem = f"leaves the {name} part of {data} without any of its {count}"
             raise ConfigError("data.split", cfg.data.split, problem, more_documents(len(lengths)))
         if tokens <= cfg.train.seq_length:
-            problem = f"the {name} part of {data} has {tokens:,} tokens; a sample takes one more than its length"
-            remedy = f"Set {tokens - 1} or less, or give that part more of data.split"
+            problem = f"the {name} part of {data} has {tokens:,} tokens; a sample needs one more than its length"
+            remedy = f"Set {tokens - 1} or less, or give that part a larger share in data.split"
             raise ConfigError("train.seq_length", cfg.train.seq_length, problem, remedy)

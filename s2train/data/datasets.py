@@ -1,4 +1,4 @@
-"""A run's training and held-out samples, from Megatron's GPTDataset."""
+"""Builds a run's training and held-out samples with Megatron's GPTDataset."""
 
 import hashlib
 import os
@@ -34,55 +34,59 @@ def build_datasets(
     is_built_on_rank: Callable[[], bool],
     last_sample: int = 0,
 ) -> tuple[Samples, Samples]:
-    """Training and held-out samples in a fixed order, as many as asked for or more (of a blend: no more).
+    """Build training and held-out samples in a fixed order.
 
-    A sample is a dict of `tokens`, `labels` and `position_ids`, int64 [seq_length], and `loss_mask`, float32
-    [seq_length]; of a blend also `dataset_id`. Documents follow each other within a sample, each closed by
-    the tokenizer's end of document; small datasets are gone through several times. With
-    `data.attention_within_documents` position ids restart at 0 in each document.
+    A dataset may have more samples than requested; a blend has exactly the number requested. A sample is a dict of
+    `tokens`, `labels` and `position_ids`, int64 [seq_length], and `loss_mask`, float32 [seq_length]; in a blend also
+    `dataset_id`. A sample holds consecutive documents, each closed by the tokenizer's end of document. Small datasets
+    are repeated for several epochs. With `data.attention_within_documents`, position ids restart at 0 in each document.
 
-    The order depends on the data (not on where they lie), `data.split`, `seed`, `train.seq_length` and the number of
-    samples: Megatron shuffles the epochs that they take together. It does not depend on `last_sample`: further epochs
-    follow those, each shuffled by itself.
-    Collective when torch.distributed is initialised (which blends need with megatron-core 0.16): rank 0
-    builds the indices, and the others read them from `data.cache`. Runs that share the folder build one at a time:
-    Megatron takes a file that another is still writing for whole. What one that was killed left of it is built again.
+    The order depends on the data (not on their path), `data.split`, `seed`, `train.seq_length` and the number of
+    samples: Megatron shuffles the epochs that these take together. It does not depend on `last_sample`: further epochs
+    follow, each shuffled separately.
+
+    Collective when torch.distributed is initialised (which blends need with megatron-core 0.16): rank 0 builds the
+    indices, and the others read them from `data.cache`. Runs that share this folder build one at a time, since Megatron
+    would read a file that another run is still writing. Indices that a killed run left incomplete are rebuilt.
 
     Args:
-        tokenizer: that of the data (see `check_data`, which is to pass first).
-        num_train_samples: that the run began with; it keeps this number when its length changes.
-        is_built_on_rank: whether this rank wants the datasets; True on rank 0.
-        last_sample: training samples wanted, if more than `num_train_samples`.
+        tokenizer: tokenizer of the data; call `check_data` first.
+        num_train_samples: number of samples that the run began with; it stays the same when the run's length changes.
+        is_built_on_rank: whether this rank needs the datasets; True on rank 0.
+        last_sample: training samples needed, if more than `num_train_samples`.
 
     Returns:
-        (train, held out): None on ranks that don't want them, or when `data.split` or the number of samples
-        leaves that part out.
+        (train, held out). Each is None on ranks that don't need it, or if `data.split` or the number of samples leaves
+        it out.
     """
     sizes = (num_train_samples, num_valid_samples)
     blend = parse_blend(cfg.data.path)
     cache = Path(cfg.data.cache)
-    with _alone(cache, [cache, *(cache / _cache_name(prefix) for prefix in blend.prefixes)]):
+    with _locked(cache, [cache, *(cache / _cache_name(prefix) for prefix in blend.prefixes)]):
         if blend.is_mock:
             return _build_epochs(cfg, tokenizer, None, sizes, last_sample, is_built_on_rank)
         return _build_blend(cfg, tokenizer, blend, sizes, last_sample, is_built_on_rank)
 
 
 @contextmanager
-def _alone(cache: Path, folders: list[Path]) -> Iterator[None]:
-    """Rank 0 keeps other runs out of `cache`, and clears away what is broken in these folders of it; its own other
-    ranks wait for it in Megatron's barriers."""
+def _locked(cache: Path, folders: list[Path]) -> Iterator[None]:
+    """Lock `cache` against other runs on rank 0, and remove broken indices.
+
+    The run's other ranks wait for rank 0 in Megatron's barriers.
+
+    Args:
+        folders: folders of `cache` from which broken indices are removed.
+    """
     if torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
         yield
         return
     cache.mkdir(parents=True, exist_ok=True)
     lock = FileLock(cache / "building.lock")
-    with suppress(NotImplementedError):  # a file system without locks
+    with suppress(NotImplementedError):  # the file system has no locks
         lock.acquire()
-        for folder in folders:  # without a lock, what looks broken may be being written
+        for folder in folders:  # only with the lock: without it, another run may still be writing the index
             if removed := remove_broken_sets(folder):
-                print(
-                    f"{folder}: an index that was not written to its end is built again: {removed[0].name}", flush=True
-                )
+                print(f"{folder}: rebuilding an incomplete index: {removed[0].name}", flush=True)
     try:
         yield
     finally:
@@ -100,14 +104,14 @@ def _build_blend(
     if len(blend.prefixes) == 1:
         return _build_epochs(cfg, tokenizer, blend.prefixes[0], sizes, last_sample, is_built_on_rank)
 
-    # Megatron's own blending asks each dataset for its share and a surplus, which can be too few for small
-    # numbers of samples. A blend of exactly the number asked takes at most ⌈weight × samples⌉ of a dataset.
+    # Megatron's own blending requests each dataset's share plus a margin, which can be too few for small numbers of
+    # samples. A blend of exactly the number requested takes at most ⌈weight × samples⌉ from a dataset.
     parts = []
     for prefix, weight in zip(blend.prefixes, blend.weights, strict=True):
         shares = (ceil(weight * sizes[0]), ceil(weight * sizes[1]))
         last = ceil(weight * last_sample)
         parts.append(_build_epochs(cfg, tokenizer, prefix, shares, last, is_built_on_rank))
-    # Megatron's choice of a dataset for each sample does not look ahead: a larger blend begins like a smaller one.
+    # Megatron chooses each sample's dataset without looking ahead: a larger blend begins with the smaller one.
     sizes = (max(sizes[0], last_sample), sizes[1])
     config = _config(cfg, tokenizer, blend.prefixes[0], cfg.data.cache, sizes)
     train, valid = (
@@ -122,7 +126,10 @@ def _build_blend(
 
 
 def _of_one_class(datasets: tuple[Samples, ...]) -> list[Samples]:
-    """Wrap all datasets of a blend if one has further epochs: Megatron blends datasets of one class."""
+    """Wrap all datasets of a blend if one has further epochs.
+
+    Megatron only blends datasets of the same class.
+    """
     if not any(isinstance(dataset, FurtherEpochs) for dataset in datasets):
         return list(datasets)
     return [dataset if isinstance(dataset, FurtherEpochs) else FurtherEpochs([dataset]) for dataset in datasets]
@@ -136,17 +143,17 @@ def _build_epochs(
     last_sample: int,
     is_built_on_rank: Callable[[], bool],
 ) -> tuple[Samples, Samples]:
-    """Build as `_build` does, and add further epochs until there are `last_sample` training samples."""
+    """Build datasets, and add further epochs up to `last_sample` training samples."""
     train, valid = _build(cfg, tokenizer, prefix, sizes, is_built_on_rank)
     if last_sample <= sizes[0]:
         return train, valid
     lengths = read_document_lengths(prefix) if prefix else MockGPTLowLevelDataset(tokenizer).sequence_lengths
-    # Of mock data Megatron takes another share than `data.split`.
+    # For mock data Megatron uses other shares than `data.split`.
     (begin, end), *_ = _config(cfg, tokenizer, prefix, cfg.data.cache, sizes).split_matrix
     own = lengths[round(begin * len(lengths)) : round(end * len(lengths))]
     further = []
     for number in range(1, further_epochs(own, cfg.train.seq_length, sizes[0], last_sample) + 1):
-        # Asked for one sample, Megatron builds one epoch, which so doesn't depend on the run's length.
+        # For one sample, Megatron builds one epoch, which therefore doesn't depend on the run's length.
         epoch, _ = _build(cfg, tokenizer, prefix, (1, 0), is_built_on_rank, seed_of_epoch(cfg.seed, number))
         further.append(epoch)
     return (FurtherEpochs([train, *further]) if train is not None and further else train), valid
@@ -183,8 +190,7 @@ def _config(
         eod_mask_loss=False,
         create_attention_mask=False,
     )
-    # Megatron would also build the test part, and others that nobody asks for, and never end with a part
-    # that has no documents.
+    # Megatron would also build the test part and other unused parts, and never finish for a part without documents.
     config.split_matrix = [
         part if size > 0 else None for part, size in zip(config.split_matrix, (*sizes, 0), strict=True)
     ]
@@ -192,10 +198,10 @@ def _config(
 
 
 def _cache_name(prefix: str) -> str:
-    """A folder of the cache for this state of the dataset.
+    """Name of the cache folder for this version of the dataset.
 
-    Megatron names a cached index by the dataset's path, not its content: once a text is prepared again, an
-    index made from the old documents would be taken for the new.
+    Megatron names a cached index by the dataset's path, not its content: after a text is prepared again, it would use
+    an index made from the old documents.
     """
     index = os.stat(f"{prefix}.idx")
     state = hashlib.sha256(f"{os.path.abspath(prefix)} {index.st_size} {index.st_mtime_ns}".encode())

@@ -1,4 +1,4 @@
-"""How often a run goes through each of its datasets."""
+"""Computes how many epochs of each dataset a run takes."""
 
 import math
 import os
@@ -17,11 +17,11 @@ from s2train.errors import ConfigError
 
 @dataclass(frozen=True)
 class Epochs:
-    """Of the training part of one dataset.
+    """Epochs of the training part of one dataset.
 
     Attributes:
-        share: of the run's samples.
-        tokens: in that part; of the bundled corpus before it is prepared, about as many.
+        share: share of the run's samples.
+        tokens: tokens in the training part; an estimate for the bundled corpus before it is prepared.
         epochs: how often each token is trained on.
     """
 
@@ -32,9 +32,13 @@ class Epochs:
 
 
 def training_epochs(data: DataConfig, samples: int, seq_length: int) -> list[Epochs]:
-    """How often `samples` of `seq_length` tokens go through each dataset of `data.path`; none of mock data.
+    """Compute the epochs of each dataset in `data.path`.
 
-    A dataset that a blend names twice is one, which gives the samples of both.
+    Mock data have none. A dataset that a blend names twice is counted once, with the samples of both.
+
+    Args:
+        samples: training samples of the run.
+        seq_length: tokens of a sample.
 
     Raises:
         ConfigError: a dataset is missing or broken, or its training part is empty.
@@ -53,15 +57,15 @@ def training_epochs(data: DataConfig, samples: int, seq_length: int) -> list[Epo
 
 
 def describe_epochs(data: DataConfig, found: Sequence[Epochs]) -> list[str]:
-    """A line for each dataset, and a warning for each that is gone through more often than `data.warn_epochs`."""
+    """Describe each dataset in a line, with a warning above `data.warn_epochs`."""
     lines = [
         f"{one.prefix}: {_times(one.epochs)} epochs of {one.tokens:,} training tokens"
         + (f", {one.share:.3g} of the samples" if len(found) > 1 else "")
         for one in found
     ] or ["mock: synthetic, without epochs"]
     return lines + [
-        f"warning: the run reads {one.prefix} {_times(one.epochs)} times over, above data.warn_epochs="
-        f"{data.warn_epochs:g}. Take more data, "
+        f"warning: the run takes {_times(one.epochs)} epochs of {one.prefix}, above data.warn_epochs="
+        f"{data.warn_epochs:g}. Use more data, "
         + ("a smaller weight in data.path, " if len(found) > 1 else "")
         + f"fewer train.steps, or set data.warn_epochs={math.ceil(one.epochs)}"
         for one in found
@@ -74,7 +78,7 @@ def _times(epochs: float) -> str:
 
 
 def _training_tokens(prefix: str, data: DataConfig) -> int:
-    if prefix == BUNDLED_PREFIX and not os.path.isfile(f"{prefix}.idx"):  # prepared on first use, a token a byte
+    if prefix == BUNDLED_PREFIX and not os.path.isfile(f"{prefix}.idx"):  # prepared on first use, one token per byte
         nbytes = sum(file.stat().st_size for file in bundled_corpus_files())
         train, _, _ = split_documents_range(data.split, 1000)
         return nbytes * len(train) // 1000

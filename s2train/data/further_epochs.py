@@ -1,4 +1,4 @@
-"""Extends a dataset by further epochs, each shuffled by itself."""
+"""Extends a dataset by further epochs, each shuffled separately."""
 
 from collections.abc import Sequence
 
@@ -9,15 +9,15 @@ from torch.utils.data import ConcatDataset
 
 
 class FurtherEpochs(ConcatDataset):
-    """Joins datasets: the epochs that a run began with, then single ones.
+    """Concatenates the epochs that a run began with and further single epochs.
 
     Args:
-        parts: of the same documents and the same split, first to last.
+        parts: datasets of the same documents and the same split, first to last.
     """
 
     def __init__(self, parts: Sequence[GPTDataset]) -> None:
         super().__init__(parts)
-        # What Megatron's BlendedDataset asks of the datasets in it.
+        # Megatron's BlendedDataset reads these attributes.
         self.index_split = parts[0].index_split
         self.unique_identifiers = {
             "class": type(self).__name__,
@@ -26,13 +26,14 @@ class FurtherEpochs(ConcatDataset):
 
 
 def further_epochs(lengths: npt.NDArray[np.integer], seq_length: int, first_samples: int, wanted_samples: int) -> int:
-    """Count the epochs to add to a dataset built for `first_samples`, so that it holds `wanted_samples`.
+    """Count the epochs to add so that a dataset holds `wanted_samples`.
 
-    Megatron builds as many whole epochs as hold the samples asked for, and drops the tokens left at the end.
+    Megatron builds enough whole epochs for the requested samples, and drops the tokens left at the end.
 
     Args:
         lengths: tokens of each document.
         seq_length: tokens of a sample, which reads one more for its last label.
+        first_samples: samples for which the dataset was built.
     """
     tokens = int(lengths.sum(dtype=np.int64))
     first_epochs = max(1, -(-(first_samples * seq_length + 1) // tokens))
@@ -41,5 +42,5 @@ def further_epochs(lengths: npt.NDArray[np.integer], seq_length: int, first_samp
 
 
 def seed_of_epoch(seed: int, number: int) -> int:
-    """Derive the seed of a run's `number`-th further epoch, from 1 on; 32 bits, as NumPy takes."""
+    """Derive the 32-bit seed of a run's `number`-th further epoch, counted from 1."""
     return int(np.random.SeedSequence([seed, number]).generate_state(1)[0])

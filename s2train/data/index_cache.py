@@ -1,6 +1,6 @@
-"""Megatron's cached indices: what a kill or a full disk left of a set half written is removed, to be built again.
+"""Removes Megatron's cached indices that a kill or a full disk left incomplete.
 
-Megatron writes them in place, and takes a set whose files are all there for whole.
+Megatron writes the files of an index in place, and uses an index whose files all exist.
 """
 
 import re
@@ -20,12 +20,13 @@ _NAME = re.compile(rf"([0-9a-f]{{32}}-({'|'.join(_SETS)})-[a-z]+)-(\w+\.(?:txt|n
 
 
 def remove_broken_sets(folder: Path) -> list[Path]:
-    """Remove the sets of a folder, not of those in it, that lack a file or have one that can't be read.
+    """Remove the indices in a folder that lack a file or have an unreadable one.
 
-    For a process that alone builds there. Runs that have a file open keep it, which writing in place would change.
+    Does not look into subfolders. Call it only while no other process builds there. Runs that have a file open keep
+    reading its old content, which rewriting it in place would change.
 
     Returns:
-        the files removed.
+        The files removed.
     """
     sets: dict[tuple[str, str], dict[str, Path]] = defaultdict(dict)
     for path in folder.glob("*-*-*-*"):
@@ -36,14 +37,14 @@ def remove_broken_sets(folder: Path) -> list[Path]:
     for (_, kind), files in sets.items():
         if not (files.keys() >= _SETS[kind] and all(map(_is_readable, files.values()))):
             for path in files.values():
-                with suppress(OSError):  # another user's
+                with suppress(OSError):  # the file may belong to another user
                     path.unlink()
                     removed.append(path)
     return sorted(removed)
 
 
 def _is_readable(path: Path) -> bool:
-    """As far as its length and header tell; nobody reads the description."""
+    """Whether a file's header and length are valid; Megatron never reads the description."""
     if path.suffix != ".npy":
         return True
     try:

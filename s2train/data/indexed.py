@@ -1,4 +1,4 @@
-"""One dataset on disk: PREFIX.bin and PREFIX.idx, in Megatron's formats, and our PREFIX.json beside them."""
+"""Reads a dataset on disk: Megatron's PREFIX.bin and PREFIX.idx, and the sidecar PREFIX.json."""
 
 import json
 import os
@@ -11,11 +11,11 @@ import numpy.typing as npt
 
 from s2train.errors import ConfigError
 
-# An .idx, little-endian, as megatron/core/datasets/indexed_dataset.py writes it: magic, version, dtype code,
+# An .idx file, little-endian, as megatron/core/datasets/indexed_dataset.py writes it: magic, version, dtype code,
 # number of sequences, number of document ends; then lengths (int32), byte offsets and document ends (int64).
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
-_AGAIN = "Prepare the data again, with launch/prepare_data.py and overwrite=true"
+_PREPARE_AGAIN = "Prepare the data again, with launch/prepare_data.py and overwrite=true"
 _DTYPES: dict[int, type[np.number]] = {
     1: np.uint8,
     2: np.int8,
@@ -28,22 +28,25 @@ _DTYPES: dict[int, type[np.number]] = {
 
 @dataclass(frozen=True)
 class Metadata:
-    """The sidecar PREFIX.json: how a dataset was made. Older ones lack what has a default."""
+    """The sidecar PREFIX.json, which records how a dataset was made.
 
-    tokenizer: str  # as `load_tokenizer` takes it
+    Older sidecars lack the fields that have defaults.
+    """
+
+    tokenizer: str  # name that `load_tokenizer` accepts
     fingerprint: str  # of the tokenizer
     vocab_size: int
     documents: int
     tokens: int
     unigram_entropy: float  # nats per token
     sources: dict[str, str]  # file -> sha256
-    end_token: str | None = None  # None: bytes, which have none, or not told
+    end_token: str | None = None  # None: bytes, which have none, or not recorded
     formats: dict[str, int] = field(default_factory=dict)  # format -> files
-    document_chars: int | None = None  # text files were cut into documents of so many characters or more
+    document_chars: int | None = None  # minimum characters of the documents that text files were cut into
     files_cut: int = 0
-    documents_cut: int = 0  # of these files
-    blank_rows: int = 0  # left out
-    replaced_surrogates: int = 0  # by U+FFFD
+    documents_cut: int = 0  # documents cut from these files
+    blank_rows: int = 0  # rows left out because they hold no text
+    replaced_surrogates: int = 0  # lone surrogates replaced by U+FFFD
     files_without_text: list[str] = field(default_factory=list)
 
     def write(self, path: Path) -> None:
@@ -51,7 +54,7 @@ class Metadata:
 
 
 def read_metadata(prefix: str) -> Metadata | None:
-    """The sidecar of `prefix`; None where there is none, as for datasets that other tools made."""
+    """Read the sidecar of `prefix`; None if there is none, as for other tools' datasets."""
     path = Path(f"{prefix}.json")
     if not path.is_file():
         return None
@@ -63,9 +66,12 @@ def read_metadata(prefix: str) -> Metadata | None:
 
 
 def read_document_lengths(prefix: str) -> npt.NDArray[np.int32]:
-    """Tokens of each sequence (for our files: document), int32 [documents], once both files are found sound.
+    """Read the number of tokens of each sequence, int32 [documents], and check both files.
 
-    Raises ConfigError, on `data.path`, when a file is missing, empty or cut off, or the two differ in size.
+    In our datasets a sequence is a document.
+
+    Raises:
+        ConfigError: on `data.path`; a file is missing, empty or truncated, or the sizes of the two disagree.
     """
     for suffix in (".idx", ".bin"):
         if not os.path.isfile(prefix + suffix):
@@ -78,31 +84,34 @@ def read_document_lengths(prefix: str) -> npt.NDArray[np.int32]:
     with open(f"{prefix}.idx", "rb") as file:
         file.seek(_HEADER.size)
         if index_bytes < _HEADER.size + 12 * sequences + 8 * document_ends:
-            raise ConfigError("data.path", prefix, f"{prefix}.idx is cut off", _AGAIN)
+            raise ConfigError("data.path", prefix, f"{prefix}.idx is truncated", _PREPARE_AGAIN)
         lengths = np.fromfile(file, dtype="<i4", count=sequences)
     expected = int(lengths.sum(dtype=np.int64)) * np.dtype(dtype).itemsize
     if expected == 0:
         raise ConfigError("data.path", prefix, "holds no tokens", "Prepare it from files that hold text")
     if (found := os.path.getsize(f"{prefix}.bin")) != expected:
-        problem = f"{prefix}.bin has {found:,} bytes where its .idx tells of {expected:,}"
-        raise ConfigError("data.path", prefix, problem, _AGAIN)
+        problem = f"{prefix}.bin has {found:,} bytes, but its .idx describes {expected:,}"
+        raise ConfigError("data.path", prefix, problem, _PREPARE_AGAIN)
     return lengths
 
 
 def read_ends(prefix: str, count: int) -> list[npt.NDArray[np.integer]]:
-    """The first and the last `count` tokens, or as many as there are, of data that `read_document_lengths` passed."""
+    """Read the first and the last `count` tokens of data, or all if there are fewer.
+
+    Call `read_document_lengths` first, which checks the files.
+    """
     dtype, _, _ = _read_header(prefix)
     tokens = np.memmap(f"{prefix}.bin", dtype=np.dtype(dtype).newbyteorder("<"), mode="r")
     return [tokens[:count], tokens[-count:]]
 
 
 def _read_header(prefix: str) -> tuple[type[np.number], int, int]:
-    """Type of a token, number of sequences, number of document ends."""
+    """Read the header of an .idx file: token dtype, number of sequences, number of document ends."""
     with open(f"{prefix}.idx", "rb") as file:
         header = file.read(_HEADER.size)
     if len(header) < _HEADER.size:
-        raise ConfigError("data.path", prefix, f"{prefix}.idx is empty or cut off", _AGAIN)
+        raise ConfigError("data.path", prefix, f"{prefix}.idx is empty or truncated", _PREPARE_AGAIN)
     magic, version, code, sequences, document_ends = _HEADER.unpack(header)
     if magic != _MAGIC or version != 1 or code not in _DTYPES:
-        raise ConfigError("data.path", prefix, f"{prefix}.idx is no index of Megatron's", _AGAIN)
+        raise ConfigError("data.path", prefix, f"{prefix}.idx is not a Megatron index", _PREPARE_AGAIN)
     return _DTYPES[code], sequences, document_ends

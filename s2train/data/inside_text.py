@@ -1,4 +1,7 @@
-"""Token ids of a piece of text as they are inside a longer text, which a tokenizer need not give for it alone."""
+"""Encodes a piece of text as inside a longer text.
+
+A tokenizer may give other ids for the piece alone.
+"""
 
 from s2train.data.tokenizers import Offsets, Tokenizer
 from s2train.errors import ConfigError
@@ -7,22 +10,27 @@ _BEFORE = (".", "\n", "x")
 
 
 def encode_inside(tokenizer: Tokenizer, text: str) -> tuple[list[int], Offsets]:
-    """Ids of `text` after other text, and each one's characters in `text` (start, stop).
+    """Encode `text` as it would be after other text.
 
-    Llama-2's and Mistral's tokenizers put a blank before whatever they encode: alone, " 7." has two of them.
+    Llama-2's and Mistral's tokenizers prepend a blank to any text they encode: encoded alone, " 7." has two blanks.
 
+    Returns:
+        Ids, and the characters of each in `text` as (start, stop).
     Raises:
-        ConfigError: the tokenizer makes one token of the beginning of `text` and whatever is before it.
+        ConfigError: the tokenizer merges the beginning of `text` with any text before it.
     """
     for before in _BEFORE:
         ids, offsets = tokenizer.encode_with_offsets(before + text)
         first = next((i for i, (_, stop) in enumerate(offsets) if stop > len(before)), len(ids))
         if first == len(ids) or offsets[first][0] >= len(before):
             return ids[first:], [(start - len(before), stop - len(before)) for start, stop in offsets[first:]]
-    problem = f"it makes one token of the beginning of {text!r} and what is before it"
+    problem = f"it merges the beginning of {text!r} and the text before it into one token"
     raise ConfigError("tokenizer", tokenizer.name, problem, "Use one that begins a token at each blank")
 
 
 def prepends_blank(tokenizer: Tokenizer) -> bool:
-    """Whether it puts a blank before what it encodes, so that a text should not begin with one itself."""
+    """Whether a tokenizer prepends a blank to the text it encodes.
+
+    If so, a text should not begin with a blank itself.
+    """
     return tokenizer.encode("x") == encode_inside(tokenizer, " x")[0]

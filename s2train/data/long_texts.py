@@ -1,6 +1,7 @@
-"""Long texts to token ids in bounded memory: in overlapping segments, joined where both sides agree.
+"""Encodes long texts in bounded memory.
 
-A tokenizer takes about two hundred times a text's size while it works.
+A tokenizer needs about two hundred times a text's size in memory. So a text is encoded in overlapping segments, which
+are joined where both sides agree.
 """
 
 from collections.abc import Iterator
@@ -11,23 +12,23 @@ import tokenizers as hf
 
 SEGMENT = 1 << 18  # characters
 _OVERLAP = 1 << 12
-_AT_ONCE = 8  # segments: the library tokenizes those of a batch on several threads
+_BATCH = 8  # segments; the library encodes the texts of a batch on several threads
 
 Ids = npt.NDArray[np.int64]
 
 
 def encode_long(tokenizer: hf.Tokenizer, text: str, segment: int = SEGMENT, overlap: int = _OVERLAP) -> Ids:
-    """Ids [n] of a text, those that it has as a whole.
+    """Encode a text in segments: ids [n], the same as for the whole text at once.
 
-    Neighbouring segments share `overlap` characters, and are joined in the middle of these where their tokens are
-    the same in the middle half: so what lies farther away, such as a segment's begin, makes no difference. Where they
-    differ, or a token is longer than that, the text is encoded at once.
+    Neighbouring segments share `overlap` characters. They are joined in the middle of the overlap if their tokens agree
+    in its middle half, which shows that the segments' ends have no influence there. If they disagree, or a token is
+    longer than the middle half, the whole text is encoded at once.
     """
     joined: list[Ids] = []
     left: Ids | None = None
     for shared, right in _segments(tokenizer, text, segment, overlap):
         if left is not None:
-            # Ends as `left` does, and begins as `right` does.
+            # `shared` is the end of `left` and the beginning of `right`.
             [encoded] = tokenizer.encode_batch([shared], add_special_tokens=False)
             ids, begins = _ids(encoded), np.array([begin for begin, _ in encoded.offsets], dtype=np.int64)
             low, middle, high = (int((begins < overlap * quarter // 4).sum()) for quarter in (1, 2, 3))
@@ -43,12 +44,11 @@ def encode_long(tokenizer: hf.Tokenizer, text: str, segment: int = SEGMENT, over
 
 
 def _segments(tokenizer: hf.Tokenizer, text: str, segment: int, overlap: int) -> Iterator[tuple[str, Ids]]:
-    """What each segment shares with the one before it, and its ids."""
+    """Yield the text that each segment shares with the one before it, and the segment's ids."""
     starts = range(0, max(1, len(text) - overlap), segment - overlap)
-    for first in range(0, len(starts), _AT_ONCE):
-        some = starts[first : first + _AT_ONCE]
-        texts = [text[start : start + segment] for start in some]
-        # without offsets into the texts, which take several times as long
+    for first in range(0, len(starts), _BATCH):
+        texts = [text[start : start + segment] for start in starts[first : first + _BATCH]]
+        # the fast method omits offsets, which would take several times longer
         for part, encoded in zip(texts, tokenizer.encode_batch_fast(texts, add_special_tokens=False), strict=True):
             yield part[:overlap], _ids(encoded)
 

@@ -1,4 +1,4 @@
-"""How `data.split` divides a dataset's documents into train, held out and test."""
+"""Divides a dataset's documents into train, held out and test by `data.split`."""
 
 import math
 import re
@@ -11,17 +11,20 @@ from s2train.errors import ConfigError
 
 _NUMBER = r"\d+(?:\.\d+)?"
 _WEIGHTS = re.compile(rf"\s*{_NUMBER}\s*([,/]\s*{_NUMBER}\s*){{0,2}}")
-# Quoted, as a shell takes it.
+# Quoted for a shell.
 EXAMPLE = "Set e.g. 'data.split=[90,10,0]' for train, held out and test (two weights: train and held out; one: train)"
 
 
 def split_documents_range(split: Any, documents: int) -> tuple[range, range, range]:
-    """Documents of train, held out and test: consecutive ranges of all documents, as Megatron rounds them.
+    """Compute the documents of train, held out and test.
+
+    These are consecutive ranges, rounded like Megatron's.
 
     Args:
-        split: weights such as "90,10,0", "90/10" or [90, 10, 0]: two are train and held out, one is train.
+        split: weights such as "90,10,0", "90/10" or [90, 10, 0]; two are train and held out, one is train.
 
-    Raises ConfigError, on `data.split`, for anything but weights of which one is above 0.
+    Raises:
+        ConfigError: on `data.split`; it is not a list of weights, or none is above 0.
     """
     weights = _weights(split)
     total = sum(weights)
@@ -32,12 +35,12 @@ def split_documents_range(split: Any, documents: int) -> tuple[range, range, ran
 
 
 def megatron_split(split: Any) -> str:
-    """The same as Megatron reads it, which is without exponents: "90,10,0"."""
+    """Format a split for Megatron, which reads no exponents: "90,10,0"."""
     return ",".join(np.format_float_positional(weight, trim="-") for weight in _weights(split))
 
 
 def more_documents(documents: int) -> str:
-    """What to do where a part of the split gets none of these documents."""
+    """Remedy for a split that leaves a part without documents."""
     if split_documents_range("90,10", documents)[1]:
         return "Set e.g. 'data.split=[90,10]' or evaluation.interval=0 to evaluate nothing"
     cut = "prepare text files with document_chars=10000 (characters) to cut them"
@@ -47,14 +50,14 @@ def more_documents(documents: int) -> str:
 
 
 def _weights(split: Any) -> list[float]:
-    """Three of them."""
+    """Parse a split into three weights."""
     if isinstance(split, str) and _WEIGHTS.fullmatch(split):
         weights = [float(weight) for weight in re.split("[,/]", split)]
     else:
         weights = list(split) if isinstance(split, list | tuple) else [split]
         sound = all(type(weight) in (int, float) and 0 <= weight < math.inf for weight in weights)
         if not sound or not 1 <= len(weights) <= 3:
-            raise ConfigError("data.split", split, "is no list of up to three weights", EXAMPLE)
+            raise ConfigError("data.split", split, "is not a list of up to three weights", EXAMPLE)
     if not any(weights):
         raise ConfigError("data.split", split, "all its weights are 0", EXAMPLE)
     return weights + [0.0] * (3 - len(weights))

@@ -1,4 +1,4 @@
-"""Text to token ids and back: bytes, or any `tokenizer.json` of Hugging Face's tokenizers."""
+"""Encodes text as bytes or with any Hugging Face `tokenizer.json`."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -12,58 +12,64 @@ import tokenizers as hf
 from s2train.data.long_texts import SEGMENT, encode_long
 from s2train.errors import ConfigError
 
-# Taken where no setting names the end token: the first that a tokenizer has.
+# Default end tokens: without a setting, the first of these that a tokenizer has.
 END_OF_DOCUMENT_NAMES = ("<|endoftext|>", "</s>", "<eod>", "<|end_of_text|>", "<eos>")
-SMALLEST_BPE = 257  # ids: the bytes and the end of document
+SMALLEST_BPE = 257  # ids: one for each byte, and the end of document
 
 
 Offsets = list[tuple[int, int]]  # first character of each token in a text, and one past its last
 
 
 class Tokenizer(Protocol):
-    """What the rest of s2train, and Megatron's datasets, ask of a tokenizer.
+    """Interface of a tokenizer for s2train and Megatron's datasets.
 
-    Megatron reads `vocab_size`, `eod` and `unique_identifiers`, and takes a missing `pad` to mean none.
+    Megatron reads `vocab_size`, `eod` and `unique_identifiers`; without `pad` it assumes that there is no such token.
     """
 
     @property
     def name(self) -> str:
-        """As `load_tokenizer` takes it."""
+        """Name that `load_tokenizer` accepts."""
 
     @property
     def fingerprint(self) -> str:
-        """Equal for two tokenizers exactly when they give the same ids."""
+        """Equal for two tokenizers if and only if they give the same ids."""
 
     @property
     def vocab_size(self) -> int:
-        """Ids are 0 … vocab_size − 1."""
+        """Number of ids, which are 0 … vocab_size − 1."""
 
     @property
     def eod(self) -> int:
-        """Id put after each document. No text may encode to it, which is checked while data are prepared."""
+        """Id appended to each document.
+
+        No text may encode to it, which is checked while data are prepared.
+        """
 
     @property
     def end_token(self) -> str | None:
-        """Name of that id; None: it has none."""
+        """Name of the token `eod`; None if it has none."""
 
     @property
     def unique_identifiers(self) -> dict[str, str]:
-        """What Megatron writes into the key of its index caches."""
+        """Entries for the key of Megatron's index caches."""
 
     def encode(self, text: str) -> list[int]: ...
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], Offsets]:
-        """Ids as `encode`'s, and the characters of each; of a token that is part of a character all of that."""
+        """Encode a text, and give the characters of each id.
+
+        A token that is part of a character has the whole character.
+        """
 
     def encode_many(self, texts: list[str]) -> list[npt.NDArray[np.integer]]:
-        """Ids [n] of each text, the same as `encode`'s, in less time."""
+        """Encode many texts, faster than by `encode`; ids [n] of each."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids`, without the ends of documents; broken UTF-8 becomes U+FFFD."""
+        """Decode ids, leaving out ends of documents; invalid UTF-8 becomes U+FFFD."""
 
 
 class ByteTokenizer:
-    """UTF-8 bytes as ids 0 … 255, and 256 as end of document."""
+    """Encodes UTF-8 bytes as ids 0 … 255; 256 is the end of document."""
 
     name = "bytes"
     fingerprint = "bytes"
@@ -91,33 +97,35 @@ class ByteTokenizer:
 
 
 class FileTokenizer:
-    """A `tokenizer.json`; special tokens written out in a text, and the end token, are encoded as plain text.
+    """A tokenizer from a `tokenizer.json`.
+
+    Special tokens and the end token are encoded as plain text if a text spells them out.
 
     Args:
-        end_token: ends documents; None: the first of `END_OF_DOCUMENT_NAMES` that the file has.
+        end_token: token that ends documents; None takes the first of `END_OF_DOCUMENT_NAMES` that the file has.
 
     Raises:
-        ValueError: the file is no tokenizer.
-        EndTokenError: it has no such token, or none of these.
+        ValueError: the file is not a tokenizer.
+        EndTokenError: the tokenizer has no such token, or none of the default ones.
     """
 
     def __init__(self, path: Path, end_token: str | None = None) -> None:
         content = path.read_bytes()
         try:
             self._tokenizer = hf.Tokenizer.from_buffer(content)
-        except Exception as error:  # the Rust side raises nothing narrower
-            raise ValueError(f"is no tokenizer.json of Hugging Face's tokenizers ({error})") from error
+        except Exception as error:  # the Rust library raises nothing more specific
+            raise ValueError(f"is not a Hugging Face tokenizer.json ({error})") from error
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
-        self.usual_end = next((name for name in END_OF_DOCUMENT_NAMES if name in ids), None)
-        end = end_token or self.usual_end
+        self.default_end = next((name for name in END_OF_DOCUMENT_NAMES if name in ids), None)
+        end = end_token or self.default_end
         if end not in ids:
             raise EndTokenError([token.content for token in self._tokenizer.get_added_tokens_decoder().values()])
-        # Where a file calls its end token an added token that isn't special, texts would encode to it.
+        # If the file declares its end token as an added token that isn't special, a text could encode to it.
         added = {token.content: token for token in self._tokenizer.get_added_tokens_decoder().values()}
         if end in added and not added[end].special:
             self._tokenizer.add_special_tokens([hf.AddedToken(end, special=True, normalized=False)])
         self._tokenizer.encode_special_tokens = True
-        # A file keeps both as its last user set them: documents would be cut, or filled up.
+        # A file saves both as last set by its user: documents would be truncated or padded.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.name = str(path)
@@ -140,7 +148,7 @@ class FileTokenizer:
         return list(encoded.ids), list(encoded.offsets)
 
     def encode_many(self, texts: list[str]) -> list[npt.NDArray[np.integer]]:
-        # without offsets into the texts, which nobody asks for
+        # the fast method omits offsets, which are not needed
         short = [text for text in texts if len(text) <= SEGMENT]
         encoded = iter(self._tokenizer.encode_batch_fast(short, add_special_tokens=False))
         return [
@@ -153,10 +161,10 @@ class FileTokenizer:
 
 
 class EndTokenError(ValueError):
-    """A tokenizer lacks the end token.
+    """Raised if a tokenizer lacks the end token.
 
     Args:
-        names: of its added tokens.
+        names: names of its added tokens.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -165,19 +173,21 @@ class EndTokenError(ValueError):
 
 
 def load_tokenizer(name: str, setting: str = "data.tokenizer", end_token: str | None = None) -> Tokenizer:
-    """The tokenizer called `name`: `bytes`, or the path of a `tokenizer.json`.
+    """Load the tokenizer called `name`: `bytes`, or the path of a `tokenizer.json`.
 
     Args:
-        end_token: ends documents; None: the usual one.
+        setting: setting to name in an error.
+        end_token: token that ends documents; None takes the default one.
 
-    Raises ConfigError, on `setting`, when there is no such file or it can't be used; on the setting of the end token,
-    whose name differs from `setting` in its last word, when the tokenizer has no such token.
+    Raises:
+        ConfigError: on `setting`: there is no such file, or it can't be used. On the setting of the end token, which is
+            `setting` with another last word: the tokenizer has no such token.
     """
     end_setting = setting.removesuffix("tokenizer") + "end_token"
     if name == "bytes":
         if end_token is not None:
-            problem = f"tokens of bytes have no names: documents end with the id {ByteTokenizer.eod}"
-            raise ConfigError(end_setting, end_token, problem, "Leave it out, or set a tokenizer.json")
+            problem = f"byte tokens have no names; documents end with the id {ByteTokenizer.eod}"
+            raise ConfigError(end_setting, end_token, problem, "Leave it unset, or set a tokenizer.json")
         return ByteTokenizer()
     remedy = "Set `bytes` or a tokenizer.json; launch/prepare_data.py makes one with tokenizer=bpe:4096"
     if not Path(name).is_file():
@@ -185,19 +195,19 @@ def load_tokenizer(name: str, setting: str = "data.tokenizer", end_token: str | 
     try:
         return FileTokenizer(Path(name), end_token)
     except EndTokenError as error:
-        there = f"It has {', '.join(error.names[:8])}{', …' if len(error.names) > 8 else ''}. " if error.names else ""
+        listed = f"It has {', '.join(error.names[:8])}{', …' if len(error.names) > 8 else ''}. " if error.names else ""
         example = next((name for name in error.names if "end" in name or "eos" in name), (*error.names, "TOKEN")[0])
-        remedy = f"{there}Name one: '{end_setting}=\"{example}\"', in both quotes"
+        remedy = f"{listed}Set one: '{end_setting}=\"{example}\"', in both quotes"
         if end_token is not None:
             raise ConfigError(end_setting, end_token, f"{name} has no such token", remedy) from error
-        problem = f"has no end-of-document token, none of {', '.join(END_OF_DOCUMENT_NAMES)}"
+        problem = f"has no end-of-document token (none of {', '.join(END_OF_DOCUMENT_NAMES)})"
         raise ConfigError(setting, name, problem, remedy) from error
     except ValueError as error:
         raise ConfigError(setting, name, str(error), remedy) from error
 
 
 def fingerprint(name: str) -> str | None:
-    """That of the tokenizer called `name`, in less time than loading it takes; None: there is no such file."""
+    """Compute the fingerprint of a tokenizer without loading it; None if there is no such file."""
     if name == "bytes":
         return ByteTokenizer.fingerprint
     return _fingerprint(Path(name).read_bytes()) if Path(name).is_file() else None
@@ -211,13 +221,13 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: Path, end_token: str 
     """Train a byte-level BPE on `texts` and save it as `path`.
 
     Args:
-        vocab_size: ids to have, `SMALLEST_BPE` at least; fewer come of texts with fewer pairs to merge.
-        end_token: ends documents; None: <|endoftext|>.
+        vocab_size: number of ids, `SMALLEST_BPE` or more; texts with too few pairs to merge give fewer.
+        end_token: token that ends documents; None: <|endoftext|>.
     Raises:
-        ValueError: it is below that.
+        ValueError: `vocab_size` is below `SMALLEST_BPE`.
     """
     if vocab_size < SMALLEST_BPE:
-        raise ValueError(f"a byte-level BPE needs {SMALLEST_BPE} ids at least, not {vocab_size}")
+        raise ValueError(f"a byte-level BPE needs at least {SMALLEST_BPE} ids, not {vocab_size}")
     tokenizer = hf.Tokenizer(hf.models.BPE())
     tokenizer.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = hf.decoders.ByteLevel()

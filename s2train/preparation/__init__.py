@@ -1,1 +1,1 @@
-"""From text files to Megatron indexed datasets."""
+"""Prepares Megatron indexed datasets from text files."""

@@ -1,4 +1,4 @@
-"""Prepare the bundled corpus for the runs that name it."""
+"""Prepares the bundled corpus for the runs that name it."""
 
 import os
 
@@ -11,11 +11,12 @@ from s2train.preparation.prepare import prepare
 
 
 def ensure_prepared(cfg: PretrainConfig) -> None:
-    """Prepare the bundled corpus, as bytes, if the run names it and a file is missing.
+    """Prepare the bundled corpus, as bytes, if the run needs it.
 
-    For rank 0, before the others go on to `check_data` and `build_datasets`.
+    Does nothing if all its files exist. Call it on rank 0, before `check_data` and `build_datasets` on any rank.
 
-    Raises ConfigError, on `data.path`, when the working directory can't take them.
+    Raises:
+        ConfigError: on `data.path`; the working directory can't be written.
     """
     path = cfg.data.path
     if path != BUNDLED and not (isinstance(path, list | tuple) and BUNDLED in path):

@@ -1,4 +1,4 @@
-"""The content of compressed files."""
+"""Opens compressed files."""
 
 import gzip
 import io
@@ -13,28 +13,35 @@ from typing import IO, Any, Literal, cast
 from s2train.errors import ConfigError
 
 Compression = Literal["", "gz", "zst", "bz2", "xz"]
-MEND = "Mend it, or leave it out"
+REPAIR = "Repair the file, or leave it out"
 
 
 @contextmanager
-def opened(path: Path, compression: Compression = "") -> Iterator[tuple[IO[bytes], Callable[[], int]]]:
-    """Open the content of a file; the function returns how many bytes of the file itself were read.
+def open_content(path: Path, compression: Compression = "") -> Iterator[tuple[IO[bytes], Callable[[], int]]]:
+    """Open a file, decompressed.
 
-    Raises ConfigError, on `input`: it can't be read, or a package to read it with is not installed.
+    Yields the content, and a function that returns how many bytes of the compressed file were read.
+
+    Raises:
+        ConfigError: on `input`; the file can't be read, or a package that is needed is not installed.
     """
     try:
         with path.open("rb") as raw:
             yield _content(raw, path, compression), raw.tell
     except (EOFError, OSError, zlib.error) as error:
-        raise ConfigError("input", path, f"can't be read ({error})", MEND) from error
+        raise ConfigError("input", path, f"can't be read ({error})", REPAIR) from error
 
 
-def find_package(name: str, path: Path, remedy: str = "pip install s2train[data]") -> ModuleType:
-    """Import what reading `path` takes; ConfigError, on `input`, where it is not installed."""
+def import_package(name: str, path: Path, remedy: str = "pip install s2train[data]") -> ModuleType:
+    """Import a package that is needed to read `path`.
+
+    Raises:
+        ConfigError: on `input`; it is not installed.
+    """
     try:
         return import_module(name)
     except ImportError as error:
-        problem = f"reading it takes {name.partition('.')[0]}, which is not installed"
+        problem = f"reading it needs {name.partition('.')[0]}, which is not installed"
         raise ConfigError("input", path, problem, remedy) from error
 
 
@@ -42,17 +49,17 @@ def _content(raw: IO[bytes], path: Path, compression: Compression) -> IO[bytes]:
     if compression == "gz":
         return cast(IO[bytes], gzip.GzipFile(fileobj=raw))
     if compression == "zst":
-        return io.BufferedReader(_Zstandard(raw, find_package("zstandard", path)), 1 << 20)
-    rebuilt = "Install a Python that was built with it"
+        return io.BufferedReader(_Zstandard(raw, import_package("zstandard", path)), 1 << 20)
+    remedy = "Install a Python that was built with it"
     if compression == "bz2":
-        return cast(IO[bytes], find_package("bz2", path, rebuilt).BZ2File(raw))
+        return cast(IO[bytes], import_package("bz2", path, remedy).BZ2File(raw))
     if compression == "xz":
-        return io.BufferedReader(_Xz(find_package("lzma", path, rebuilt).LZMAFile(raw)), 1 << 20)
+        return io.BufferedReader(_Xz(import_package("lzma", path, remedy).LZMAFile(raw)), 1 << 20)
     return raw
 
 
 class _Xz(io.RawIOBase):
-    """The content of an .xz file; damage raises OSError, as for the other formats."""
+    """Content of an .xz file; damage raises OSError, as in the other formats."""
 
     def __init__(self, file: Any) -> None:
         self._file = file
@@ -65,12 +72,15 @@ class _Xz(io.RawIOBase):
             return int(self._file.readinto(buffer))
         except EOFError:
             raise
-        except Exception as error:  # LZMAError, whose module may be absent
+        except Exception as error:  # LZMAError, whose module may be missing
             raise OSError(str(error)) from error
 
 
 class _Zstandard(io.RawIOBase):
-    """The content of zstandard frames, one after the other; zstandard's own reader takes a file cut off for whole."""
+    """Content of consecutive zstandard frames.
+
+    zstandard's own reader does not detect a truncated file.
+    """
 
     def __init__(self, raw: IO[bytes], zstandard: ModuleType) -> None:
         self._error = zstandard.ZstdError
@@ -85,7 +95,7 @@ class _Zstandard(io.RawIOBase):
             chunk = self._raw.read(1 << 17)
             if not chunk:
                 if self._frame is not None:
-                    raise EOFError("it is cut off")
+                    raise EOFError("it is truncated")
                 return 0
             self._ready = memoryview(self._decompress(chunk))
         count = min(len(buffer), len(self._ready))

@@ -1,4 +1,4 @@
-"""Long texts cut into documents."""
+"""Cuts long texts into documents."""
 
 import re
 from collections.abc import Iterator
@@ -8,11 +8,11 @@ _BLANK_LINE = re.compile(r"\n[ \t]*\n\s*(?<=\n)")
 
 
 def split_documents(file: TextIO, document_chars: int) -> Iterator[str]:
-    """Cut a long text into documents that, joined, are the text again.
+    """Cut a long text into documents whose concatenation is the text.
 
-    Each has at least `document_chars` characters (unless the text has fewer) and less than three times as
-    many. It ends at the first blank line after `document_chars` characters, else, where none comes within as
-    many again, at a line's end, else anywhere.
+    A document has at least `document_chars` characters (unless the text has fewer) and fewer than three times that. It
+    ends between `document_chars` and twice that: at the first blank line, or else at the first end of a line, or else
+    at the upper limit.
     """
     buffer = ""
     while chunk := file.read(max(1 << 20, document_chars)):

@@ -1,4 +1,4 @@
-"""Documents of one file after the other."""
+"""Reads the documents of a file."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,15 +10,16 @@ from s2train.preparation.sources import BadDocumentError, Source, read_pieces
 def read_documents(
     source: Source, text_key: str = "text", on_position: Callable[[int], None] | None = None
 ) -> Iterator[str]:
-    """Documents of a UTF-8 file, in order; those without text are left out.
+    """Read the documents of a UTF-8 file in order, without those that hold no text.
 
-    JSON lines hold one document a line, under `text_key`, a table one a row. Plain text is one document, or cut
-    into some by `split_documents`; its line ends are read as "\\n".
+    JSON lines hold one document per line, under `text_key`; a table holds one per row. Plain text is one document, or
+    is cut by `split_documents`; its line ends are read as "\\n".
 
     Args:
-        on_position: called now and then with the bytes of the file that were read so far.
+        on_position: called occasionally with the number of bytes of the file read so far.
 
-    Raises ConfigError, on `input`, for a file that holds no UTF-8, or no such JSON.
+    Raises:
+        ConfigError: on `input`; the file is not UTF-8, or a line is not such JSON.
     """
     for piece in read_pieces(source, 0, text_key):
         if on_position is not None:
@@ -30,5 +31,5 @@ def read_documents(
 
 
 def bad_document(path: Path, error: BadDocumentError) -> ConfigError:
-    """For a document of `path` that can't be read."""
+    """Make the error for a document of `path` that can't be read."""
     return ConfigError("input", path, error.problem, error.remedy)

@@ -1,28 +1,28 @@
-"""Which format an input file has, told by its content and its name."""
+"""Detects the format of an input file from its content and its name."""
 
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
 
 from s2train.errors import ConfigError
-from s2train.preparation.compression import Compression, opened
+from s2train.preparation.compression import Compression, open_content
 
 Kind = Literal["text", "jsonl", "parquet"]
 KINDS = ("text", "jsonl", "parquet")
 FORMATS = "text, JSON lines (.jsonl, .json, .ndjson), either as .gz, .zst, .bz2 or .xz, or .parquet"
 _JSON_LINES = (".jsonl", ".json", ".ndjson", ".jsonlines")
-_BY_SUFFIX: dict[str, Compression] = {".gz": "gz", ".zst": "zst", ".bz2": "bz2", ".xz": "xz"}
-_BY_CONTENT: dict[bytes, Compression] = {
-    b"\x1f\x8b": "gz",
-    b"\x28\xb5\x2f\xfd": "zst",
-    b"BZh": "bz2",  # followed by a digit and the next
-    b"\xfd7zXZ\x00": "xz",
+# Suffixes are the names with a dot; files begin with these bytes.
+_COMPRESSIONS: dict[Compression, re.Pattern[bytes]] = {
+    "gz": re.compile(rb"\x1f\x8b"),
+    "zst": re.compile(rb"\x28\xb5\x2f\xfd"),
+    "bz2": re.compile(rb"BZh.1AY&SY", re.DOTALL),
+    "xz": re.compile(rb"\xfd7zXZ\x00"),
 }
-_BZ2_BLOCK = b"1AY&SY"
-# What isn't read, by the bytes at an offset: as text it would be rejected for its encoding at best.
-_UNREAD = [
+# Unsupported formats, by the bytes at an offset. Read as text, they would at best be rejected for their encoding.
+_UNSUPPORTED = [
     (0, b"PK\x03\x04", "a zip archive"),
     (0, b"7z\xbc\xaf\x27\x1c", "a 7z archive"),
     (0, b"Rar!\x1a\x07", "a rar archive"),
@@ -36,8 +36,8 @@ _UNREAD = [
     (257, b"ustar\x00", "a tar archive"),
     (257, b"ustar  \x00", "a tar archive"),
 ]
-# These have no such bytes, or some that begin a text as well.
-_UNREAD_SUFFIXES = {
+# Unsupported formats without such bytes, or with bytes that a text may begin with.
+_UNSUPPORTED_SUFFIXES = {
     ".br": "brotli",
     ".csv": "comma-separated values",
     ".lz": "lzip",
@@ -52,7 +52,13 @@ _BOM = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True)
 class Format:
-    """What a file holds, what it is compressed by, and whether its content told that against its name."""
+    """Format of a file.
+
+    Attributes:
+        kind: what the file holds.
+        compression: how it is compressed.
+        by_content: whether its content determined the kind, although its name says otherwise.
+    """
 
     kind: Kind
     compression: Compression = ""
@@ -64,18 +70,20 @@ class Format:
 
 
 def find_format(path: Path, given: str = "auto") -> Format:
-    """The format of a file; its content decides where it is plain, else its name.
+    """Detect the format of a file from its content, or else from its name.
 
     A file whose first line is a JSON object holds JSON lines, whatever its name.
 
     Args:
         given: auto, or the kind to read it as.
 
-    Raises ConfigError, on `input`: it can't be read, or has a format that isn't. On `format`: there is no such.
+    Raises:
+        ConfigError: on `input`: the file can't be read, or its format is not supported. On `format`: there is no such
+            format, or the file doesn't have it.
     """
     if given not in ("auto", *KINDS):
         raise ConfigError("format", given, "no such format", f"Set auto, {', '.join(KINDS)}")
-    with opened(path) as (file, _):
+    with open_content(path) as (file, _):
         head = file.read(_HEAD)
         file.seek(-min(len(head), len(_PARQUET)), os.SEEK_END)
         is_table = head.startswith(_PARQUET) and file.read() == _PARQUET
@@ -83,48 +91,42 @@ def find_format(path: Path, given: str = "auto") -> Format:
         return Format("parquet")
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     last = suffixes[-1] if suffixes else ""
-    compression = _compression_of(head) or _BY_SUFFIX.get(last, "")
-    if last in _BY_SUFFIX:
+    by_suffix: Compression = next((name for name in _COMPRESSIONS if last == f".{name}"), "")
+    compression: Compression = next((name for name, magic in _COMPRESSIONS.items() if magic.match(head)), by_suffix)
+    if by_suffix:
         suffixes = suffixes[:-1]
     last = suffixes[-1] if suffixes else ""
     if given == "auto" and last == ".parquet":
-        return Format("parquet")  # a damaged one: for its reader to tell
+        return Format("parquet")  # damaged: its reader raises the error
     if given == "parquet":
         raise ConfigError("format", given, f"{path} holds no parquet table", "Set format=auto")
-    with opened(path, compression) as (file, _):
+    with open_content(path, compression) as (file, _):
         head = file.read(_HEAD)
-        _check_read(path, head, last, given)
+        _check_supported(path, head, last, given)
         if given != "auto":
             return Format("jsonl" if given == "jsonl" else "text", compression)
         text = head.removeprefix(_BOM).lstrip()
         if last in _JSON_LINES:
             if last == ".json" and text.startswith(b"["):
                 remedy = f"Convert it: jq -c '.[]' {path} > {path.with_suffix('.jsonl')}, or set format=text"
-                raise ConfigError("input", path, "is a JSON array, not one object a line", remedy)
+                raise ConfigError("input", path, "is a JSON array, not one object per line", remedy)
             return Format("jsonl", compression)
         is_json = text.startswith(b"{") and _is_object(text, file)
     return Format("jsonl" if is_json else "text", compression, by_content=is_json)
 
 
-def _compression_of(head: bytes) -> Compression:
-    for start, compression in _BY_CONTENT.items():
-        if head.startswith(start) and (compression != "bz2" or head[4:10] == _BZ2_BLOCK):
-            return compression
-    return ""
-
-
-def _check_read(path: Path, head: bytes, suffix: str, given: str) -> None:
+def _check_supported(path: Path, head: bytes, suffix: str, given: str) -> None:
     remedy = f"Convert it to one of these: {FORMATS}"
-    for offset, content, name in _UNREAD:
+    for offset, content, name in _UNSUPPORTED:
         if head[offset:].startswith(content):
-            raise ConfigError("input", path, f"is {name}, which isn't read", remedy)
-    if given == "auto" and suffix in _UNREAD_SUFFIXES:
-        problem = f"is named as {_UNREAD_SUFFIXES[suffix]}, which isn't read"
+            raise ConfigError("input", path, f"is {name}, which is not supported", remedy)
+    if given == "auto" and suffix in _UNSUPPORTED_SUFFIXES:
+        problem = f"its name says {_UNSUPPORTED_SUFFIXES[suffix]}, which is not supported"
         raise ConfigError("input", path, problem, f"{remedy}; or set format=text to train on it as it is")
 
 
 def _is_object(head: bytes, file: IO[bytes]) -> bool:
-    """Whether the first line, `head` and what follows in `file`, is a JSON object."""
+    """Whether the first line, which starts with `head` and continues in `file`, is a JSON object."""
     line = head if b"\n" in head else head + file.readline()
     try:
         return isinstance(json.loads(line.partition(b"\n")[0]), dict)

@@ -1,4 +1,4 @@
-"""Which files `input` names, and how each is to be read."""
+"""Finds the files that `input` names, and how to read each."""
 
 from glob import glob
 from pathlib import Path
@@ -14,9 +14,10 @@ NEEDLES = "needles"
 
 
 def find_sources(cfg: PrepareConfig) -> list[Source]:
-    """The files that `cfg.input` names; none of `needles`.
+    """Find the files that `cfg.input` names; `needles` names none.
 
-    Raises ConfigError for an input that names none, and for a file that is missing or has a format that isn't read.
+    Raises:
+        ConfigError: the input names no files, or a file is missing or has an unsupported format.
     """
     if cfg.input == NEEDLES:
         return []
@@ -35,10 +36,10 @@ def find_sources(cfg: PrepareConfig) -> list[Source]:
 
 
 def _named(name: str) -> list[Path]:
-    """The files of a name in which * may stand for any."""
+    """Files that match a name, in which * stands for any characters."""
     if "*" not in name:
         return [Path(name)]
     found = sorted(Path(path) for path in glob(name, recursive=True) if Path(path).is_file())
     if not found:
-        raise ConfigError("input", name, "no file has such a name", f"Give files that exist: {FORMATS}")
+        raise ConfigError("input", name, "no file matches", f"Give files that exist: {FORMATS}")
     return found

@@ -1,4 +1,4 @@
-"""Text files, or documents made for needle retrieval, to Megatron indexed datasets."""
+"""Prepares Megatron indexed datasets from text files or generated needle documents."""
 
 import hashlib
 import io
@@ -29,34 +29,37 @@ from s2train.preparation.documents import bad_document, read_documents
 from s2train.preparation.formats import FORMATS
 from s2train.preparation.inputs import NEEDLES, find_sources
 from s2train.preparation.progress import Meter
-from s2train.preparation.resumable_writer import Spool, open_folder
+from s2train.preparation.resumable_writer import ResumableWriter, open_folder
 from s2train.preparation.sources import PIECE_BYTES, BadDocumentError, Piece, Source, read_pieces
 from s2train.preparation.tokenizing import Encoding, encode_all
 
 _TOKENIZER = "-tokenizer.json"
-_BYTES_OF_A_WORKER = 4 << 20  # with less to do, starting it takes longer than its work
-_TRAINING_CHARS = 1 << 20  # longer texts are cut for a BPE's training, which takes many times their size
-_VERSION = 2  # of what a folder of half-done work holds
+_BYTES_PER_WORKER = 4 << 20  # with less input, starting a worker takes longer than its work
+_TRAINING_CHARS = 1 << 20  # longer texts are cut for training a BPE, which needs many times their size in memory
+_VERSION = 2  # version of the unfinished files in a folder .OUTPUT.partial
 
 
 def prepare(cfg: PrepareConfig) -> Metadata:
-    """Write OUTPUT.bin, OUTPUT.idx and the sidecar OUTPUT.json; same input and settings, same bytes.
+    """Write OUTPUT.bin, OUTPUT.idx and the sidecar OUTPUT.json.
 
-    Documents end with the tokenizer's end of document, which no text may encode to. They are shuffled such that each
-    source is spread evenly, so that a held-out part, which Megatron takes from the end, holds its share of every one.
+    The same input and settings give the same bytes. Documents end with the tokenizer's end of document, to which no
+    text may encode. They are shuffled so that each source is spread evenly. The held-out part, which Megatron takes
+    from the end, then holds a share of every source.
 
-    The work is done in a folder .OUTPUT.partial and renamed when complete, the .idx last: where there is an .idx,
-    the rest is whole. What interrupts it, a kill or a full disk, leaves the folder: the same settings on the same
-    files go on from there, others begin anew.
+    Files are written in a folder .OUTPUT.partial and renamed when complete, the .idx last: if there is an .idx, the
+    other files are complete. An interruption (a kill, a full disk) leaves the folder: the same settings on the same
+    files resume from it, others start over.
 
-    Files without text are left out, as the sidecar tells, unless all are.
+    Files without text are left out and recorded in the sidecar.
 
-    Raises ConfigError for input that is missing or holds no text, a tokenizer that can't be used, output that exists
-    already, unless `overwrite`, and output that another process is at work on; TrainingError when the disk is full.
+    Raises:
+        ConfigError: the input is missing or holds no text, the tokenizer can't be used, the output exists without
+            `overwrite`, or another process is writing it.
+        TrainingError: the disk is full.
     """
     for setting, value in {"document_chars": cfg.document_chars, "workers": cfg.workers}.items():
         if value is not None and value < 1:
-            raise ConfigError(setting, value, "must be 1 or more", f"Set {setting} to 1 or more, or leave it out")
+            raise ConfigError(setting, value, "must be 1 or more", f"Set {setting} to 1 or more, or leave it unset")
     sources = find_sources(cfg)
     output = Path(cfg.output)
     if not output.name:
@@ -71,7 +74,7 @@ def prepare(cfg: PrepareConfig) -> Metadata:
     existing = [str(path) for path in final.values() if path.exists()]
     if existing and not cfg.overwrite and not (folder / "publishing").exists():
         raise ConfigError(
-            "output", cfg.output, f"already there: {', '.join(existing)}", "Add overwrite=true, or set another"
+            "output", cfg.output, f"already exists: {', '.join(existing)}", "Add overwrite=true, or set another"
         )
     if cfg.tokenizer.startswith("bpe:"):
         _bpe_size(cfg.tokenizer)
@@ -84,29 +87,31 @@ def prepare(cfg: PrepareConfig) -> Metadata:
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise ConfigError("output", cfg.output, "another process prepares it", "Wait, or set another") from error
+        raise ConfigError("output", cfg.output, "another process is writing it", "Wait, or set another") from error
     try:
-        goes_on = open_folder(folder, _key(cfg, sources))
-        if not (goes_on and (folder / "publishing").exists()):
-            if existing and not cfg.overwrite:  # of other work than what was about to be published
+        resumes = open_folder(folder, _key(cfg, sources))
+        if not (resumes and (folder / "publishing").exists()):
+            if existing and not cfg.overwrite:  # not written by the interrupted renames
                 raise ConfigError("output", cfg.output, f"{existing[0]} exists", "Add overwrite=true")
             _write(cfg, sources, folder, str(final.get(_TOKENIZER, cfg.tokenizer)))
             (folder / "publishing").touch()
         if (folder / "out.idx").exists():
-            final[".idx"].unlink(missing_ok=True)  # so that no old index ever stands beside a new .bin
+            final[".idx"].unlink(missing_ok=True)  # no old index may be beside a new .bin
         for name in names:
             if (folder / f"out{name}").exists():
                 (folder / f"out{name}").replace(final[name])
     except ConfigError as error:
-        # Going on would lead there again, unless a disk failed for a moment.
+        # Resuming would raise the same error, unless it was an error of the disk.
         if getattr(error.__cause__, "errno", None) is None:
             shutil.rmtree(folder)
         raise
     except OSError as error:
-        raise TrainingError(f"{output}: {error}. {folder} keeps what is done: run it again to go on") from error
+        raise TrainingError(
+            f"{output}: {error}. {folder} keeps the progress: run the same command again to resume"
+        ) from error
     finally:
         lock.release()
-    # In one step: a folder half removed would look like work that has just begun, on an output that is there.
+    # Rename it first: a half-removed folder would look like new work on an existing output.
     done = folder.with_suffix(".done")
     shutil.rmtree(done, ignore_errors=True)
     shutil.rmtree(folder.rename(done))
@@ -116,7 +121,7 @@ def prepare(cfg: PrepareConfig) -> Metadata:
 
 
 def _write(cfg: PrepareConfig, sources: list[Source], folder: Path, tokenizer_name: str) -> None:
-    """Make out.bin, out.json, out.idx, and out-tokenizer.json if asked for, in `folder`."""
+    """Write out.bin, out.json, out.idx and, for a new BPE, out-tokenizer.json to `folder`."""
     path = cfg.tokenizer
     if path.startswith("bpe:"):
         path = str(folder / f"out{_TOKENIZER}")
@@ -126,7 +131,7 @@ def _write(cfg: PrepareConfig, sources: list[Source], folder: Path, tokenizer_na
                 train_bpe(texts, _bpe_size(cfg.tokenizer), temporary, cfg.end_token)
     tokenizer = load_tokenizer(path, "tokenizer", cfg.end_token)
     if cfg.tokenizer.startswith("bpe:") and tokenizer.vocab_size < _bpe_size(cfg.tokenizer):
-        problem = f"the text yields no more than {tokenizer.vocab_size:,} ids"
+        problem = f"the text yields only {tokenizer.vocab_size:,} ids"
         raise ConfigError("tokenizer", cfg.tokenizer, problem, f"Set bpe:{tokenizer.vocab_size}, or give more text")
     dtype = DType.optimal_dtype(tokenizer.vocab_size)
     metadata = Metadata(
@@ -154,17 +159,17 @@ def _write(cfg: PrepareConfig, sources: list[Source], folder: Path, tokenizer_na
 def _without_inner_ends(
     documents: Iterable[npt.NDArray[np.integer]], tokenizer: Tokenizer
 ) -> Iterator[npt.NDArray[np.integer]]:
-    """Documents that hold their end of document at the end alone, as they come."""
+    """Yield the documents, and reject one with an end of document inside."""
     for document in documents:
         if (document[:-1] == tokenizer.eod).any():
             problem = f"sentences of the needles or the haystack hold the end token {tokenizer.end_token}"
-            remedy = "Take it out of needles.haystack, or set end_token to one that no text holds"
+            remedy = "Remove it from needles.haystack, or set end_token to one that no text holds"
             raise ConfigError("end_token", tokenizer.end_token, problem, remedy)
         yield document
 
 
 def _texts(cfg: PrepareConfig, sources: list[Source]) -> Iterator[str]:
-    """All documents, to train a tokenizer on; long ones in parts."""
+    """Yield all documents to train a tokenizer on, long ones in parts."""
     sizes = [source.path.stat().st_size for source in sources]
     meter, read, documents, size = Meter("reading for the tokenizer", sum(sizes)), 0, 0, 0
 
@@ -184,15 +189,15 @@ def _texts(cfg: PrepareConfig, sources: list[Source]) -> Iterator[str]:
 def _assemble_files(
     cfg: PrepareConfig, sources: list[Source], folder: Path, encoding: Encoding, metadata: Metadata
 ) -> Metadata:
-    """Tokenize what the spool lacks, and write its documents in the order that spreads every source.
+    """Tokenize the files, and write their documents in an order that spreads every source.
 
-    Returns `metadata` with what became of the files.
+    Returns `metadata`, completed by statistics of the files.
     """
-    spool = Spool(folder, encoding.dtype)
-    if not spool.done.complete:
-        _tokenize(cfg, sources, spool, encoding)
+    writer = ResumableWriter(folder, encoding.dtype)
+    if not writer.done.complete:
+        _tokenize(cfg, sources, writer, encoding)
 
-    tokens, lengths, source_of = spool.read()
+    tokens, lengths, source_of = writer.read()
     starts = np.cumsum(lengths) - lengths
     order = spread_order(source_of, cfg.seed)
     dtype: type[np.number] = np.dtype(encoding.dtype).type
@@ -205,37 +210,37 @@ def _assemble_files(
         document_chars=next((source.document_chars for source in sources if source.document_chars), None),
         files_cut=len(cut),
         documents_cut=sum(cut),
-        blank_rows=spool.done.blank,
-        replaced_surrogates=spool.done.replaced,
+        blank_rows=writer.done.blank,
+        replaced_surrogates=writer.done.replaced,
         files_without_text=[str(source.path) for source, count in zip(sources, documents, strict=True) if not count],
     )
 
 
-def _tokenize(cfg: PrepareConfig, sources: list[Source], spool: Spool, encoding: Encoding) -> None:
-    """Fill the spool with what it lacks."""
+def _tokenize(cfg: PrepareConfig, sources: list[Source], writer: ResumableWriter, encoding: Encoding) -> None:
+    """Tokenize the pieces that `writer` does not hold yet."""
     sizes = [source.path.stat().st_size for source in sources]
     starts = [0, *np.cumsum(sizes).tolist()]
-    # Bytes as ids take less time to make than to hand from process to process (launch/results/2026-11-22-prepare.json).
+    # Byte ids take less time to compute than to send between processes (launch/results/2026-11-22-prepare.json).
     most = 1 if encoding.tokenizer == "bytes" else _cores()
     if all(source.format.kind == "text" and source.document_chars is None for source in sources):
-        most = min(most, len(sources))  # a piece each; the tokenizer works on parts of a long one in several threads
-    workers = min(cfg.workers or most, max(1, sum(sizes) // _BYTES_OF_A_WORKER))
-    skipped, before = spool.done.pieces, spool.done.text_bytes
+        most = min(most, len(sources))  # one piece each; the tokenizer encodes parts of a long one in threads
+    workers = min(cfg.workers or most, max(1, sum(sizes) // _BYTES_PER_WORKER))
+    skipped, before = writer.done.pieces, writer.done.text_bytes
     meter: Meter | None = None
-    with spool.writing():
+    with writer.writing():
         pieces = _pieces(cfg, sources)
         try:
             for piece in encode_all(islice(pieces, skipped, None), encoding, workers):
-                spool.add(piece)
+                writer.add(piece)
                 done = starts[piece.source] + piece.position
                 if meter is None:
                     meter = Meter("tokenizing", starts[-1], before=done if skipped else 0)
-                meter.update(done, spool.done.documents, spool.done.text_bytes - before)
+                meter.update(done, writer.done.documents, writer.done.text_bytes - before)
         except BadDocumentError as error:
             raise bad_document(sources[error.source].path, error) from error
-        if not spool.done.documents:
+        if not writer.done.documents:
             raise _no_text(sources)
-        spool.finish()
+        writer.finish()
     if meter is not None:
         meter.close()
 
@@ -246,14 +251,14 @@ def _pieces(cfg: PrepareConfig, sources: list[Source]) -> Iterator[Piece]:
 
 
 def _no_text(sources: list[Source]) -> ConfigError:
-    """For input that holds none."""
+    """Make the error for input that holds no text."""
     given = sources[0].path if len(sources) == 1 else f"[{sources[0].path},…]"
     problem = "holds no text" if len(sources) == 1 else f"none of {len(sources)} files holds text"
     return ConfigError("input", given, problem, f"Give files that hold text: {FORMATS}")
 
 
 def _assemble(folder: Path, documents: Iterable[npt.NDArray[np.integer]], count: int, dtype: type[np.number]) -> None:
-    """Write `count` documents to out.bin and out.idx, which are on disk when this returns."""
+    """Write `count` documents to out.bin and out.idx, and sync them to disk."""
     builder = IndexedDatasetBuilder(str(folder / "out.bin"), dtype=dtype)
     meter = Meter("writing", count)
     size = 0
@@ -269,7 +274,7 @@ def _assemble(folder: Path, documents: Iterable[npt.NDArray[np.integer]], count:
 
 
 def _describe(folder: Path, metadata: Metadata, dtype: type[np.number]) -> None:
-    """Write out.json of what lies in out.bin and out.idx, found sound."""
+    """Check out.bin and out.idx, and describe them in out.json."""
     tokens = np.memmap(folder / "out.bin", dtype=dtype, mode="r")
     replace(
         metadata,
@@ -280,13 +285,15 @@ def _describe(folder: Path, metadata: Metadata, dtype: type[np.number]) -> None:
 
 
 def spread_order(source_of: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.int64]:
-    """An order of documents, int64 [n], in which every stretch holds each source's share, give or take one.
+    """Order documents so that every stretch holds each source's share, within one document.
 
-    Within a source the order is random; the k-th of its n documents is placed at (k + u)/n of the whole, with
-    one random u in [0, 1) a source, so that many sources of few documents mix as well.
+    Within a source the order is random. The k-th of its n documents is placed at (k + u)/n of the whole, with one
+    random u in [0, 1) per source, so that many sources with few documents mix too.
 
     Args:
         source_of: number of the source of each document, int64 [n].
+    Returns:
+        int64 [n].
     """
     rng = np.random.default_rng(seed)
     place = np.empty(len(source_of))
@@ -297,7 +304,7 @@ def spread_order(source_of: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.
 
 
 def _key(cfg: PrepareConfig, sources: list[Source]) -> str:
-    """What a folder's half-done work depends on."""
+    """Everything that determines the unfinished files, as JSON: equal keys may resume."""
     files = [(source, source.path.resolve(), source.path.stat()) for source in sources]
     tokenizer = cfg.tokenizer
     if not tokenizer.startswith("bpe:"):
@@ -318,14 +325,16 @@ def _key(cfg: PrepareConfig, sources: list[Source]) -> str:
 
 
 def _cores() -> int:
-    """That this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _bpe_size(tokenizer: str) -> int:
     size = tokenizer.removeprefix("bpe:")
     if not size.isdecimal() or int(size) < SMALLEST_BPE:
-        raise ConfigError("tokenizer", tokenizer, f"is no size of {SMALLEST_BPE} or more", "Set e.g. bpe:4096")
+        raise ConfigError(
+            "tokenizer", tokenizer, f"its size is not a number of {SMALLEST_BPE} or more", "Set e.g. bpe:4096"
+        )
     return int(size)
 
 

@@ -1,4 +1,4 @@
-"""How far long work on files is: one line that is rewritten on a terminal, and now and then a line elsewhere."""
+"""Prints progress: a line rewritten on a terminal, an occasional line elsewhere."""
 
 import sys
 import time
@@ -7,13 +7,13 @@ from typing import TextIO
 
 
 class Meter:
-    """Progress of one stage.
+    """Prints the progress of one stage.
 
     Args:
-        stage: what is done, such as "tokenizing".
-        total: of the unit that `done` is told in.
-        before: what of it was done when this started, which says nothing about the speed now.
-        out: where to.
+        stage: name of the stage, such as "tokenizing".
+        total: total amount, in the unit of `done`.
+        before: amount done before this started, which doesn't count for the speed.
+        out: stream to write to; None: stderr.
         every: seconds between lines; None: 0.2 on a terminal, else 30.
     """
 
@@ -24,20 +24,20 @@ class Meter:
         self._on_terminal = self._out.isatty()
         self._every = every if every is not None else 0.2 if self._on_terminal else 30.0
         self._stage, self._total, self._before = stage, max(1, total), before
-        self._started = self._told = time.monotonic()
+        self._started = self._last_print = time.monotonic()
 
     def update(self, done: int, documents: int, size: int) -> None:
-        """Tell, if it is time to.
+        """Print the progress, unless the last line is too recent.
 
         Args:
-            done: of `total`.
-            documents: so far, all of them.
-            size: bytes of text, since this started.
+            done: amount done of `total`.
+            documents: all documents so far.
+            size: bytes of text since this started.
         """
         now = time.monotonic()
-        if now - self._told < self._every:
+        if now - self._last_print < self._every:
             return
-        self._told = now
+        self._last_print = now
         seconds = now - self._started
         text = f"{self._stage}: {done / self._total:.0%}, {documents:,} documents, {size / seconds / 1e6:,.1f} MB/s"
         if done > self._before:

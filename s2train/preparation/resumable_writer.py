@@ -1,4 +1,4 @@
-"""Tokenized documents on disk, in the order of the input, such that work goes on after a kill."""
+"""Writes tokenized documents to disk so that a killed process can resume."""
 
 import json
 import os
@@ -16,18 +16,18 @@ import numpy.typing as npt
 from s2train.files import replacing
 from s2train.preparation.tokenizing import Encoded
 
-JOURNAL_SECONDS = 5.0  # between two commits; what comes after the last is tokenized again
+JOURNAL_SECONDS = 5.0  # between two commits; pieces after the last commit are tokenized again
 
 
 @dataclass(frozen=True)
 class Done:
-    """What is safely on disk.
+    """What has been written.
 
     Attributes:
-        pieces, documents, tokens, text_bytes: how many.
-        sources_with_text: numbers of sources.
-        blank, replaced: rows left out and half surrogate pairs, see `s2train.preparation.sources.Documents`.
-        complete: all of the input.
+        pieces, documents, tokens, text_bytes: their numbers.
+        sources_with_text: numbers of the sources that hold text.
+        blank, replaced: rows left out and lone surrogates, see `s2train.preparation.sources.Documents`.
+        complete: whether all of the input is written.
     """
 
     pieces: int = 0
@@ -40,10 +40,10 @@ class Done:
     complete: bool = False
 
 
-class Spool:
-    """Two files that grow, `tokens` and `documents` (int64 [n, 2]: length and source), and a journal of what counts.
+class ResumableWriter:
+    """Appends to two files, `tokens` and `documents` (int64 [n, 2]: length and source), with a journal.
 
-    The journal is replaced once what it tells of is on disk. What lies beyond it is cut off on opening.
+    The journal is replaced after the data that it covers are on disk. Data beyond the journal are truncated on opening.
     """
 
     def __init__(self, folder: Path, dtype: str) -> None:
@@ -53,8 +53,8 @@ class Spool:
         self.done = Done(**json.loads(journal.read_text())) if journal.is_file() else Done()
 
     @contextmanager
-    def writing(self) -> Iterator["Spool"]:
-        """Open to `add`; what was added is committed at the end, an error's too, as far as the disk takes it."""
+    def writing(self) -> Iterator["ResumableWriter"]:
+        """Open for `add`; commits at the end, also after an error."""
         sizes = {"tokens": self.done.tokens * self._dtype.itemsize, "documents": self.done.documents * 16}
         self._files: list[IO[bytes]] = []
         for name, size in sizes.items():
@@ -76,7 +76,7 @@ class Spool:
         documents.write(np.stack([piece.lengths, np.full_like(piece.lengths, piece.source)], axis=1).tobytes())
         done = self.done
         is_new = len(piece.lengths) > 0 and piece.source not in done.sources_with_text[-1:]
-        self.done = Done(  # in one go, whatever interrupts this
+        self.done = Done(  # one assignment, so that an interrupt leaves it consistent
             pieces=done.pieces + 1,
             documents=done.documents + len(piece.lengths),
             tokens=done.tokens + len(piece.tokens),
@@ -89,11 +89,11 @@ class Spool:
             self._commit()
 
     def finish(self) -> None:
-        """Note that nothing is missing."""
+        """Mark the input as complete."""
         self.done = replace(self.done, complete=True)
 
     def read(self) -> tuple[npt.NDArray[np.integer], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Tokens, and of each document its length and its source."""
+        """Read all tokens, and the length and the source of each document."""
         if not self.done.documents:
             return np.empty(0, self._dtype), np.empty(0, np.int64), np.empty(0, np.int64)
         documents = np.fromfile(self._folder / "documents", dtype=np.int64).reshape(-1, 2)
@@ -110,7 +110,10 @@ class Spool:
 
 
 def open_folder(folder: Path, key: str) -> bool:
-    """Make `folder` ready for work of this `key`; what is there of other work is deleted. Whether work goes on."""
+    """Prepare `folder` for work with this `key`, and return whether it resumes earlier work.
+
+    Deletes files of work with another key.
+    """
     path = folder / "key"
     if path.is_file() and path.read_text() == key:
         return True

@@ -1,4 +1,7 @@
-"""Input files as pieces that can be tokenized by themselves: plain text, JSON lines and parquet, compressed or not."""
+"""Reads input files in pieces that can be tokenized independently.
+
+Supports plain text, JSON lines and parquet; text and JSON lines may be compressed.
+"""
 
 import io
 import json
@@ -9,18 +12,24 @@ from pathlib import Path
 from typing import IO, Any
 
 from s2train.errors import ConfigError
-from s2train.preparation.compression import MEND, find_package, opened
+from s2train.preparation.compression import REPAIR, import_package, open_content
 from s2train.preparation.cutting import split_documents
 from s2train.preparation.formats import Format, find_format
 
-PIECE_BYTES = 1 << 20  # about; a piece ends with a document
+PIECE_BYTES = 1 << 20  # approximate: a piece ends with a document
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 class BadDocumentError(ValueError):
-    """What is wrong with a document, in words that follow a file's name, the number of its source, and the remedy."""
+    """Raised if a document can't be read.
 
-    def __init__(self, problem: str, source: int, remedy: str = "Mend that line, or set format=text") -> None:
+    Args:
+        problem: what is wrong, in words that follow a file's name.
+        source: number of the document's source.
+        remedy: what to do.
+    """
+
+    def __init__(self, problem: str, source: int, remedy: str = "Repair that line, or set format=text") -> None:
         super().__init__(problem, source, remedy)
         self.problem, self.source, self.remedy = problem, source, remedy
 
@@ -30,7 +39,7 @@ class Source:
     """An input file, and how to read it.
 
     Attributes:
-        document_chars: plain text is cut into documents of so many characters or more; None: it is one document.
+        document_chars: minimum characters of the documents that plain text is cut into; None: it is one document.
     """
 
     path: Path
@@ -39,19 +48,19 @@ class Source:
 
     @classmethod
     def of(cls, path: Path, document_chars: int | None = None, given: str = "auto") -> "Source":
-        """A file whose format `find_format` finds."""
+        """Create a source, and detect its format."""
         return cls(path, find_format(path, given), document_chars)
 
 
 @dataclass(frozen=True)
 class Documents:
-    """What a piece holds.
+    """Documents of a piece.
 
     Attributes:
-        texts: of its documents, none of them blank.
-        numbers: of each text, the line, row or document of its file.
-        blank: rows that hold no text but white space, which are left out.
-        replaced: halves of surrogate pairs, which JSON can hold and UTF-8 can't, replaced by U+FFFD.
+        texts: texts of the documents; none is blank.
+        numbers: number of each text's line, row or document in its file.
+        blank: number of rows left out because they hold only white space.
+        replaced: number of lone surrogates, which JSON allows and UTF-8 doesn't, replaced by U+FFFD.
     """
 
     texts: list[str]
@@ -62,14 +71,14 @@ class Documents:
 
 @dataclass(frozen=True)
 class Piece:
-    """Documents in a row of one source.
+    """Consecutive documents of one source.
 
     Attributes:
-        source: its number.
-        texts: the documents, or JSON lines that hold them, as bytes.
-        unit: what is counted: line, row or document.
-        first: number of the first of those.
-        position: bytes of the source's file that were read so far, for a progress bar.
+        source: number of the source.
+        texts: the documents, or the bytes of JSON lines that hold them.
+        unit: unit by which documents are numbered: line, row or document.
+        first: number of the first line, row or document.
+        position: bytes of the source's file read so far, for a progress bar.
     """
 
     source: int
@@ -79,10 +88,10 @@ class Piece:
     position: int
 
     def documents(self, text_key: str) -> Documents:
-        """Its documents; JSON lines have theirs under `text_key`.
+        """Extract the documents; JSON lines hold them under `text_key`.
 
         Raises:
-            BadDocumentError: a line is no such JSON, or no UTF-8.
+            BadDocumentError: a line is not UTF-8, or not such JSON.
         """
         found, replaced = list[tuple[int, str]](), 0
         if isinstance(self.texts, list):
@@ -102,37 +111,37 @@ class Piece:
 
     def _text_of(self, line: bytes, number: int, text_key: str) -> str:
         try:
-            content = json.loads(line.decode())  # of bytes, json would take surrogates that are no UTF-8
+            content = json.loads(line.decode())  # from bytes, json would accept surrogates, which are invalid UTF-8
             text = content[text_key]
         except KeyError as error:
-            keys, remedy = ", ".join(content) or "none", "Set text_key to the text's, or mend that line"
+            keys, remedy = ", ".join(content) or "none", "Set text_key to the key of the text, or repair that line"
             problem = f'line {number} has no "{text_key}", its keys: {keys}'
             raise BadDocumentError(problem, self.source, remedy) from error
         except UnicodeDecodeError as error:
-            raise BadDocumentError(f"line {number} is not UTF-8 ({error})", self.source, "Mend that line") from error
+            raise BadDocumentError(f"line {number} is not UTF-8 ({error})", self.source, "Repair that line") from error
         except (ValueError, TypeError) as error:
             raise BadDocumentError(
-                f'line {number} is no JSON object with a "{text_key}" ({error!r})', self.source
+                f'line {number} is not a JSON object with a "{text_key}" ({error!r})', self.source
             ) from error
         if not isinstance(text, str):
-            raise BadDocumentError(f'"{text_key}" of line {number} is no string', self.source)
+            raise BadDocumentError(f'"{text_key}" of line {number} is not a string', self.source)
         return text
 
 
 def read_pieces(source: Source, number: int, text_key: str) -> Iterator[Piece]:
-    """A file in pieces, the same each time.
+    """Read a file in pieces, which are the same each time.
 
     Args:
-        number: of the source, which its pieces carry.
+        number: number of the source, stored in its pieces.
 
     Raises:
-        ConfigError: on `input`: it can't be read, or a package to read it with is not installed.
+        ConfigError: on `input`; the file can't be read, or a package that is needed is not installed.
     """
     if source.format.kind == "parquet":
         yield from _parquet_pieces(source.path, number, text_key)
         return
     try:
-        with opened(source.path, source.format.compression) as (file, position):
+        with open_content(source.path, source.format.compression) as (file, position):
             if source.format.kind == "jsonl":
                 yield from _line_pieces(file, number, position)
             else:
@@ -153,7 +162,9 @@ def _line_pieces(file: IO[bytes], source: int, position: Callable[[], int]) -> I
 def _text_pieces(
     file: IO[bytes], source: int, position: Callable[[], int], document_chars: int | None
 ) -> Iterator[Piece]:
-    decoded = io.TextIOWrapper(file, encoding="utf-8-sig")  # named: once collected it would close the file
+    decoded = io.TextIOWrapper(
+        file, encoding="utf-8-sig"
+    )  # kept in a variable: garbage collection would close the file
     if document_chars is None:
         yield Piece(source, [decoded.read()], "document", 1, position())
         return
@@ -171,7 +182,7 @@ def _text_pieces(
 
 
 def _parquet_pieces(path: Path, source: int, text_key: str) -> Iterator[Piece]:
-    pyarrow, parquet = find_package("pyarrow", path), find_package("pyarrow.parquet", path)
+    pyarrow, parquet = import_package("pyarrow", path), import_package("pyarrow.parquet", path)
     try:
         with parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
@@ -183,8 +194,8 @@ def _parquet_pieces(path: Path, source: int, text_key: str) -> Iterator[Piece]:
                 texts: list[Any] = batch.column(0).to_pylist()
                 if not all(isinstance(text, str) for text in texts):
                     row = seen + next(i for i, text in enumerate(texts) if not isinstance(text, str))
-                    raise ConfigError("input", path, f'"{text_key}" of row {row} is no string', MEND)
+                    raise ConfigError("input", path, f'"{text_key}" of row {row} is not a string', REPAIR)
                 yield Piece(source, texts, "row", seen, size * (seen + len(texts)) // rows)
                 seen += len(texts)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise ConfigError("input", path, f"can't be read ({str(error).splitlines()[0]})", MEND) from error
+        raise ConfigError("input", path, f"can't be read ({str(error).splitlines()[0]})", REPAIR) from error

@@ -1,4 +1,4 @@
-"""What `launch/prepare_data.py` prints of a dataset that it made."""
+"""Formats the summary that `launch/prepare_data.py` prints."""
 
 import numpy as np
 import numpy.typing as npt
@@ -8,14 +8,14 @@ from s2train.data.indexed import Metadata
 from s2train.data.splits import more_documents, split_documents_range
 from s2train.data.tokenizers import Tokenizer
 
-_NAMED = 5  # files, before they are only counted
+_LISTED_FILES = 5  # further ones are only counted
 
 
 def summary(prefix: str, made: Metadata, lengths: npt.NDArray[np.int32], tokenizer: Tokenizer) -> list[str]:
-    """Lines on documents, their lengths, what was cut or left out, and the end token.
+    """Describe a dataset: documents, lengths, what was cut or left out, the end token.
 
     Args:
-        lengths: tokens of each document, its end included.
+        lengths: tokens of each document, including its end.
     """
     lines = [
         f"{prefix}: {_count(made.documents, 'document')}, {made.tokens:,} tokens of {made.vocab_size:,} ids"
@@ -33,14 +33,14 @@ def summary(prefix: str, made: Metadata, lengths: npt.NDArray[np.int32], tokeniz
             f" {made.document_chars:,} characters or more (document_chars), shuffled"
         )
     elif texts:
-        lines.append("cut: nothing, a text file is one document (document_chars cuts)")
+        lines.append("cut: nothing; each text file is one document (set document_chars to cut them)")
     if made.blank_rows:
         lines.append(f"left out: {_count(made.blank_rows, 'row')} without text")
     if made.replaced_surrogates:
         lines.append(f"replaced by U+FFFD: {_count(made.replaced_surrogates, 'lone surrogate')}")
     if empty := made.files_without_text:
-        more = f" and {len(empty) - _NAMED:,} more" if len(empty) > _NAMED else ""
-        lines.append(f"skipped: {', '.join(empty[:_NAMED])}{more}: no text")
+        more = f" and {len(empty) - _LISTED_FILES:,} more" if len(empty) > _LISTED_FILES else ""
+        lines.append(f"skipped: {', '.join(empty[:_LISTED_FILES])}{more}: no text")
     split = DataConfig().split
     if not split_documents_range(split, made.documents)[1]:
         remedy = more_documents(made.documents)

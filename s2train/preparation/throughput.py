@@ -1,7 +1,8 @@
-"""How fast launch/prepare_data.py is here: `python -m s2train.preparation.throughput OUTPUT.json [--workers 1 8]`.
+"""Measures data preparation: `python -m s2train.preparation.throughput OUTPUT.json [--workers 1 8]`.
 
-The bundled corpus, repeated to the given size, in each format, by each tokenizer and number of processes, whole:
-reading, tokenizing, shuffling, writing and hashing. A BPE is trained beforehand, on the corpus once.
+Prepares the bundled corpus, repeated to the given size, in each format, with each tokenizer and number of processes.
+Times the whole preparation: reading, tokenizing, shuffling, writing and hashing. A BPE is trained beforehand on one
+copy of the corpus.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from s2train.preparation.prepare import prepare
 
 
 def write_inputs(folder: Path, size: int) -> dict[str, Path]:
-    """Files of `size` bytes of text, by format; those whose package is installed."""
+    """Write a file of `size` bytes of text in each format whose package is installed."""
     texts = [text for file in bundled_corpus_files() for text in split_documents(file.open(encoding="utf-8"), 4000)]
     texts *= max(1, size // sum(len(text.encode()) for text in texts))
     lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
@@ -63,7 +64,10 @@ def _write_parquet(path: Path, texts: list[str]) -> None:
 
 
 def measure(folder: Path, megabytes: int, vocabulary: int, workers: list[int]) -> list[dict[str, object]]:
-    """Seconds and text MB/s of every format with bytes, and of .jsonl with a BPE, by number of processes."""
+    """Measure seconds and MB/s of text for each case.
+
+    Cases are every format with bytes, and .jsonl with a BPE, each with every number of processes.
+    """
     files = write_inputs(folder, megabytes * 10**6)
     bpe = folder / "tokenizer.json"
     train_bpe((file.read_text(encoding="utf-8") for file in bundled_corpus_files()), vocabulary, bpe)
@@ -87,15 +91,15 @@ def measure(folder: Path, megabytes: int, vocabulary: int, workers: list[int]) -
 
 
 def main() -> None:
-    """The command line's entry."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--megabytes", type=int, default=200, help="of text")
-    parser.add_argument("--vocabulary", type=int, default=32768, help="of the BPE")
+    parser.add_argument("--megabytes", type=int, default=200, help="megabytes of text")
+    parser.add_argument("--vocabulary", type=int, default=32768, help="ids of the BPE")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, os.cpu_count() or 1])
     given = parser.parse_args()
     if given.output.exists():
-        raise ConfigError("output", given.output, "it exists", "Name another file")
+        raise ConfigError("output", given.output, "it exists", "Set another file")
     with tempfile.TemporaryDirectory() as folder:
         results = measure(Path(folder), given.megabytes, given.vocabulary, given.workers)
     about = {

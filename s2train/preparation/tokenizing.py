@@ -1,4 +1,4 @@
-"""Pieces of text to token ids in several processes."""
+"""Tokenizes pieces of text in several processes."""
 
 import functools
 import os
@@ -17,9 +17,9 @@ from s2train.data.tokenizers import Tokenizer, load_tokenizer
 from s2train.errors import TrainingError
 from s2train.preparation.sources import BadDocumentError, Piece
 
-_AHEAD = 4  # pieces in flight, a worker
-_CHARS_AHEAD = 1 << 30  # of text in flight, which whole files may be long
-_MOST_TOKENS = 2**31 - 1  # of a document, in an index of Megatron's
+_PIECES_AHEAD = 4  # pieces in flight per worker
+_CHARS_AHEAD = 1 << 30  # characters in flight, since a piece may be a whole file
+_MAX_TOKENS = 2**31 - 1  # tokens of a document in a Megatron index
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,10 @@ class Encoding:
     """How pieces are tokenized.
 
     Attributes:
-        tokenizer: as `load_tokenizer` takes it.
-        dtype: of the ids, a name of NumPy's.
+        tokenizer: name that `load_tokenizer` accepts.
+        dtype: NumPy name of the ids' dtype.
         text_key: see `Piece.documents`.
-        end_token: as `load_tokenizer` takes it.
+        end_token: end token for `load_tokenizer`.
     """
 
     tokenizer: str
@@ -44,10 +44,10 @@ class Encoded:
     """A tokenized piece.
 
     Attributes:
-        source, position: of the piece.
-        lengths: tokens of each document, its end included, int64 [n].
-        tokens: of all documents, one after the other.
-        text_bytes: of the documents, as UTF-8.
+        source, position: those of the piece.
+        lengths: tokens of each document, including its end, int64 [n].
+        tokens: tokens of all documents, concatenated.
+        text_bytes: UTF-8 bytes of the documents.
         blank, replaced: see `Documents`.
     """
 
@@ -61,7 +61,11 @@ class Encoded:
 
 
 def encode(piece: Piece, encoding: Encoding) -> Encoded:
-    """Tokenize a piece in this process; BadDocumentError for what can't be read, or ends within its text."""
+    """Tokenize a piece in this process.
+
+    Raises:
+        BadDocumentError: a document can't be read, is too long, or its text holds the end token.
+    """
     tokenizer = _tokenizer(encoding.tokenizer, encoding.end_token)
     documents = piece.documents(encoding.text_key)
     texts = documents.texts
@@ -72,11 +76,11 @@ def encode(piece: Piece, encoding: Encoding) -> Encoded:
                 f"the text of {piece.unit} {number} holds the end token {tokenizer.end_token} (id {tokenizer.eod})"
                 f"{_surroundings(text, tokenizer.end_token)}, which would end the document there",
                 piece.source,
-                "Take it out of the text, or set end_token to one that no text holds",
+                "Remove it from the text, or set end_token to one that no text holds",
             )
-        if len(ids) >= _MOST_TOKENS:
-            problem = f"{piece.unit} {number} has {len(ids):,} tokens, more than an index takes of a document"
-            raise BadDocumentError(problem, piece.source, "Cut it: a text file by document_chars")
+        if len(ids) >= _MAX_TOKENS:
+            problem = f"{piece.unit} {number} has {len(ids):,} tokens, more than an index allows for a document"
+            raise BadDocumentError(problem, piece.source, "Cut it: set document_chars for a text file")
     ends = np.array([tokenizer.eod])
     parts = [part for ids in encoded for part in (ids, ends)]
     tokens = np.concatenate(parts).astype(encoding.dtype) if parts else np.empty(0, encoding.dtype)
@@ -86,13 +90,13 @@ def encode(piece: Piece, encoding: Encoding) -> Encoded:
 
 
 def _surroundings(text: str, word: str | None) -> str:
-    """Some characters around a word in a text, to be recognised by."""
+    """Quote a word in a text with the characters around it."""
     at = text.find(word) if word else -1
     return f" in {text[max(0, at - 20) : at + len(word or '') + 20]!r}" if at >= 0 else ""
 
 
 def encode_all(pieces: Iterable[Piece], encoding: Encoding, workers: int) -> Iterator[Encoded]:
-    """Tokenize pieces, in their order, in `workers` processes; in this one if that is 1.
+    """Tokenize pieces in order, in `workers` processes; in this process if that is 1.
 
     Raises:
         BadDocumentError: a piece can't be read.
@@ -101,7 +105,7 @@ def encode_all(pieces: Iterable[Piece], encoding: Encoding, workers: int) -> Ite
     if workers == 1:
         yield from (encode(piece, encoding) for piece in pieces)
         return
-    # Spawned: threads of this process, torch's and the tokenizer's, would not survive a fork.
+    # Spawned, because the threads of torch and of the tokenizer would not survive a fork.
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_end_with_parent)
     try:
         waiting: deque[tuple[int, Future[Encoded]]] = deque()
@@ -110,7 +114,7 @@ def encode_all(pieces: Iterable[Piece], encoding: Encoding, workers: int) -> Ite
             chars = len(piece.texts) if isinstance(piece.texts, bytes) else sum(map(len, piece.texts))
             waiting.append((chars, pool.submit(encode, piece, encoding)))
             size += chars
-            while len(waiting) >= _AHEAD * workers or (waiting and size > _CHARS_AHEAD):
+            while len(waiting) >= _PIECES_AHEAD * workers or (waiting and size > _CHARS_AHEAD):
                 chars, first = waiting.popleft()
                 size -= chars
                 yield first.result()
@@ -118,7 +122,7 @@ def encode_all(pieces: Iterable[Piece], encoding: Encoding, workers: int) -> Ite
             yield encoded.result()
     except BrokenProcessPool as error:
         raise TrainingError(
-            "a worker was killed, perhaps for want of memory. Run it again to go on, with fewer workers"
+            "a worker was killed, perhaps because memory ran out. Run the same command with fewer workers to resume"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
@@ -130,7 +134,7 @@ def _tokenizer(name: str, end_token: str | None) -> Tokenizer:
 
 
 def _end_with_parent() -> None:
-    """A worker's start: it ends when its parent is killed, and leaves the other cores to the other workers."""
+    """Initialize a worker: exit when its parent is killed, and tokenize on one core."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     parent = parent_process()
     assert parent is not None

@@ -1,4 +1,4 @@
-"""From datasets to the micro batches of this rank."""
+"""Turns a dataset into the micro batches of this rank."""
 
 import os
 import signal
@@ -20,8 +20,8 @@ _KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 class MicroBatchSampler:
     """Dataset indices of this data parallel rank's micro batches, from sample `start` up to `stop`.
 
-    A global batch is `global_batch_size` samples in a row; micro batch m of rank r takes its `micro_batch_size`
-    samples from (m · dp + r) · micro_batch_size on, so that the samples of a step do not depend on dp.
+    A global batch is `global_batch_size` consecutive samples. Micro batch m of rank r starts at sample
+    (m · dp + r) · micro_batch_size, so that the samples of a step do not depend on dp.
     """
 
     def __init__(self, start: int, stop: int, micro_batch_size: int, rank: int, world: int) -> None:
@@ -38,9 +38,10 @@ class MicroBatchSampler:
 def micro_batches(
     cfg: PretrainConfig, dataset: Dataset, start: int, stop: int, device: torch.device
 ) -> Iterator[Batch]:
-    """Micro batches of samples [start, stop) on `device`: tokens, labels, loss_mask, position_ids, each [b, s / cp].
+    """Yield the micro batches of samples [start, stop) on `device`.
 
-    With `data.attention_within_documents` also `documents`, as `document_bounds` gives them.
+    Each holds tokens, labels, loss_mask and position_ids, all [b, s / cp]. With `data.attention_within_documents` it
+    also holds `documents`, from `document_bounds`.
     """
     within_documents = cfg.data.attention_within_documents
     sampler = MicroBatchSampler(
@@ -57,8 +58,9 @@ def micro_batches(
         collate_fn=collate_documents if within_documents else None,
         pin_memory=device.type == "cuda",
         persistent_workers=False,
-        worker_init_fn=outlive_group_signals,
-        generator=torch.Generator(),  # a loader would draw from the run's own, and a resumed run has one more
+        worker_init_fn=ignore_group_signals,
+        # The default would draw from the run's generator, and a resumed run creates one loader more.
+        generator=torch.Generator(),
     )
     cp_group = parallel_state.get_context_parallel_group()
     for item in loader:
@@ -69,10 +71,11 @@ def micro_batches(
         yield batch
 
 
-def outlive_group_signals(worker: int) -> None:
-    """In a data worker: of SIGTERMs only the rank's own ends it, and Ctrl-C doesn't.
+def ignore_group_signals(worker: int) -> None:
+    """Make a data worker ignore Ctrl-C, and SIGTERM unless its rank sends it.
 
-    torchrun and a terminal signal a rank's whole process group, and the rank has steps and a save to finish.
+    torchrun and a terminal signal a rank's whole process group, and the rank needs its workers to finish the step and
+    save.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -86,18 +89,22 @@ def outlive_group_signals(worker: int) -> None:
 
 
 def collate_documents(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """A micro batch on the CPU, with its `documents`: bounds made here keep the GPU from being waited for."""
+    """Collate samples into a micro batch on the CPU, with its `documents`.
+
+    Computing the bounds here avoids a GPU synchronisation.
+    """
     batch: dict[str, torch.Tensor] = default_collate(samples)
     return batch | {"documents": document_bounds(batch["position_ids"])}
 
 
 def document_bounds(position_ids: torch.Tensor) -> torch.Tensor:
-    """Where documents begin and end, int32 [b, n + 1]: first rows, then the sequence's end, repeated as needed.
+    """Bounds of the documents in each sequence: int32 [b, n + 1].
 
-    n is a power of two, so that few shapes occur.
+    A row holds the first position of each document, then the sequence length, repeated to fill the row. n is a power
+    of two, so that few shapes occur.
 
     Args:
-        position_ids: int64 [b, s], 0 where a document begins and at the sequence's beginning.
+        position_ids: int64 [b, s], 0 where a document begins and at the start of the sequence.
     """
     batch, length = position_ids.shape
     begins = position_ids == 0

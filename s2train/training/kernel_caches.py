@@ -1,19 +1,20 @@
-"""Where compiled kernels are kept between runs: Triton's, and those that torch.compile makes."""
+"""Chooses the folders that cache compiled kernels between runs (Triton's and torch.compile's)."""
 
 import os
 import tempfile
 from pathlib import Path
 
 
-def keep_kernels() -> list[str]:
-    """Name the folders to Triton and to inductor; before either compiles. Every process of a machine names the same.
+def set_cache_folders() -> list[str]:
+    """Set the cache folders of Triton and inductor through environment variables.
 
-    Triton's is its own default, ~/.triton/cache, also for the kernels of inductor, whose default is a temporary folder.
-    `TRITON_CACHE_DIR`, `TRITON_HOME` and `TORCHINDUCTOR_CACHE_DIR` name others. Where one can't be written, a temporary
-    folder takes its place.
+    Call before either compiles. Every process of a machine chooses the same folders. Triton's is its own default,
+    ~/.triton/cache, and serves inductor's Triton kernels too; inductor's own default would be a temporary folder.
+    `TRITON_CACHE_DIR`, `TRITON_HOME` and `TORCHINDUCTOR_CACHE_DIR` override them. A folder that can't be written is
+    replaced by a temporary one.
 
     Returns:
-        A line on each folder that can't be written.
+        One warning for each folder that can't be written.
     """
     home = Path(os.path.expanduser("~"))
     defaults = {
@@ -26,8 +27,8 @@ def keep_kernels() -> list[str]:
         if (problem := _problem(folder)) is not None:
             instead = Path(tempfile.gettempdir()) / f"s2train_kernels_{os.getuid()}" / folder.name
             lines.append(
-                f"compiled kernels can't be kept in {folder} ({problem}), and are in {instead} instead: set {name} to a"
-                " folder that lasts, or each new machine compiles again"
+                f"compiled kernels can't be cached in {folder} ({problem}) and are cached in {instead} instead. Set"
+                f" {name} to a persistent folder, or each new machine compiles them again"
             )
             folder = instead
         os.environ[name] = str(folder)
@@ -35,7 +36,7 @@ def keep_kernels() -> list[str]:
 
 
 def _problem(folder: Path) -> str | None:
-    """Why a folder, made here if need be, can't be written."""
+    """Why a folder can't be written, or None; creates the folder if it is missing."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

@@ -14,7 +14,7 @@ from torch.profiler import record_function
 from torch.utils.data import Dataset
 
 from s2train.checkpoints.folders import Progress, checkpoints_in, own_checkpoints
-from s2train.checkpoints.random_state import rng_ranks_here
+from s2train.checkpoints.random_state import current_rng_ranks
 from s2train.checkpoints.run_state import Saver, TrainingState
 from s2train.config import PretrainConfig
 from s2train.costs.memory import GIB, Memory
@@ -25,7 +25,7 @@ from s2train.training.batches import Batch, micro_batches
 from s2train.training.loss_by_position import HeldOut, position_edges
 from s2train.training.loss_spikes import Health
 from s2train.training.metrics import StepMetrics, Tracker
-from s2train.training.optimizer import gradient_norm, take_step, whole_parameters
+from s2train.training.optimizer import gradient_norm, take_step, up_to_date_parameters
 from s2train.training.peak_memory import PEAK_STEPS, report_peak
 from s2train.training.profile import StepProfiler
 from s2train.training.profile_table import OPTIMIZER, RANGE
@@ -37,13 +37,13 @@ from s2train.training.watchdog import Watchdog
 
 @dataclass(frozen=True)
 class Speed:
-    """What turns step times into rates.
+    """Constants that turn step times into rates.
 
     Attributes:
         flops_per_token: training FLOPs of the model, exact for its layout.
-        peak_flops: FLOP/s of a device, None where not known.
-        devices: ranks of the job.
-        planned_memory: of the fullest rank.
+        peak_flops: peak FLOP/s of a device; None if unknown.
+        devices: number of ranks of the job.
+        planned_memory: planned memory of the fullest rank.
     """
 
     flops_per_token: float
@@ -57,9 +57,9 @@ class Interval:
     """Sums since the last report.
 
     Attributes:
-        losses: of the steps that were taken, those before a resume among them.
-        steps: run by this process.
-        paused: seconds spent evaluating and saving, which are not the steps'.
+        losses: losses of the steps taken, including those before a resume.
+        steps: steps run by this process.
+        paused: seconds spent evaluating and saving, which don't count as step time.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -69,7 +69,7 @@ class Interval:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Time that does not count."""
+        """Exclude the time inside this context from the step time."""
         began = time.perf_counter()
         yield
         self.paused += time.perf_counter() - began
@@ -99,12 +99,14 @@ class Trainer:
         self.saver = Saver(cfg, state, tracker.checkpoint)
 
     def train(self, progress: Progress) -> Path | None:
-        """Train on from `progress` to the last step; returns the checkpoint saved there, if `checkpoint.save`.
+        """Train from `progress` to the last step.
 
+        Returns:
+            The checkpoint of the last step; None without `checkpoint.save`.
         Raises:
             DivergedError: too many steps in a row had a loss or gradient that is not finite.
             TrainingError: a checkpoint can't be written.
-            StoppedBySignal: the scheduler asked for it; all is saved.
+            StoppedBySignal: a signal stopped the run, after saving.
         """
         cfg, size = self.cfg, self.cfg.train.global_batch_size
         first, last = progress.step + 1, cfg.train.last_step
@@ -129,7 +131,7 @@ class Trainer:
                 self.tracker.event("first step", seconds=self.times.seconds, modules=len(sys.modules))
                 for kernels in kernels_of(self.state.chunks):
                     self.tracker.note(kernels)
-            has_state = step > first or progress.step > 0  # Adam's
+            has_state = step > first or progress.step > 0  # Adam's state exists
             if step == min(progress.step + PEAK_STEPS, last) and has_state:
                 report_peak(self.speed.planned_memory, self.tracker)
             is_last, is_stopping = step == last, bool(signal)
@@ -144,16 +146,16 @@ class Trainer:
                 self.tracker.report(self._metrics(step, last, consumed, interval, grad_norm, lr, held_out))
                 if cfg.tracking.timing:
                     self.tracker.note(self.timers.get_all_timers_string(normalizer=interval.steps))
-            if is_due:  # an early end's report is one more: the unbroken run has none here
+            if is_due:  # a report at an early end is extra: an uninterrupted run has none here
                 interval = Interval()
-            # What was taken before a step that was skipped may be what spoilt it.
+            # Don't save after a skipped step: the step taken before it may have spoilt the weights.
             is_save_due |= step % cfg.checkpoint.interval == 0
             with interval.pause():
                 if not cfg.checkpoint.save:
                     pass
                 elif is_last or is_stopping or (is_save_due and not self.health.skipped_in_row):
                     self.watchdog.beat(f"save after step {step}")
-                    losses = list(interval.losses)  # as they are now: a save in the background writes them later
+                    losses = list(interval.losses)  # a copy, since a background save writes them later
                     saved = self._save(replace(progress, step=step, consumed_samples=consumed, losses=losses))
                     is_save_due = False
                 else:
@@ -166,12 +168,12 @@ class Trainer:
         return saved
 
     def held_out_loss(self) -> HeldOut:
-        """Loss over the first `evaluation.batches` global batches of the held-out split."""
+        """Compute the loss over the first `evaluation.batches` held-out global batches."""
         cfg, chunks = self.cfg, self.state.chunks
         assert self.held_out_set is not None
         count, edges = cfg.evaluation.batches, position_edges(cfg.train.seq_length)
         batches = self._batches(self.held_out_set, 0, count * cfg.train.global_batch_size)
-        with torch.no_grad(), whole_parameters(cfg, chunks):
+        with torch.no_grad(), up_to_date_parameters(cfg, chunks):
             for chunk in chunks:
                 chunk.eval()
             steps = [run_step(cfg, chunks, batches, forward_only=True, edges=edges) for _ in range(count)]
@@ -181,9 +183,12 @@ class Trainer:
         return HeldOut.of(sum(losses) / count, edges, torch.stack(steps).sum(dim=0))
 
     def _step(self, batches: list[Iterator[Batch]], step: int, consumed: int) -> tuple[float, float, float, int]:
-        """Loss, gradient norm, the learning rate of this step, and the signal that any rank got (0: none).
+        """Run one training step.
 
-        Where loss or gradient is not finite on any rank, nothing changes on all of them.
+        If loss or gradient is not finite on any rank, all ranks skip the step.
+
+        Returns:
+            Loss, gradient norm, learning rate of this step, and the signal that any rank received (0 means none).
         """
         state = self.state
         lr = state.optimizer.param_groups[0]["lr"]
@@ -199,7 +204,7 @@ class Trainer:
             self._skip(step, loss, grad_norm, consumed)
         else:
             if factor := self.health.spike(loss, self.cfg.train.spike_factor):
-                self._tell_batch("spike", step, consumed, f"loss {loss:.4f} is {factor:.1f} × the running mean", loss)
+                self._log_batch("spike", step, consumed, f"loss {loss:.4f} is {factor:.1f} × the running mean", loss)
             with record_function(RANGE + OPTIMIZER):
                 take_step(state.optimizer, grad_norm)
             state.scheduler.step(1)
@@ -208,25 +213,29 @@ class Trainer:
 
     def _skip(self, step: int, loss: float, grad_norm: float, consumed: int) -> None:
         self.health = self.health.after_skip()
-        self._tell_batch("skipped", step, consumed, f"skipped: loss {loss}, gradient norm {grad_norm}", loss)
+        self._log_batch("skipped", step, consumed, f"skipped: loss {loss}, gradient norm {grad_norm}", loss)
         limit = self.cfg.train.max_skipped_steps
         if self.health.skipped_in_row > limit:
             self.saver.close()
-            there = checkpoints_in(own_checkpoints(self.cfg.run_dir))
+            saved = checkpoints_in(own_checkpoints(self.cfg.run_dir))
             raise DivergedError(
                 f"step {step}: loss {loss}, gradient norm {grad_norm}; train.max_skipped_steps={limit} steps in a row"
-                " were skipped before it for the like. Not saved; go on from an earlier checkpoint in another run_dir"
-                f" (checkpoint.resume={there[-1] if there else '…'}), with a lower optim.lr or optim.clip_grad"
+                " before it were skipped for the same reason. Nothing was saved. Resume from an earlier checkpoint in"
+                f" another run_dir (checkpoint.resume={saved[-1] if saved else '…'}), with a lower optim.lr or"
+                " optim.clip_grad"
             )
 
-    def _tell_batch(self, event: str, step: int, consumed: int, what: str, loss: float) -> None:
-        """Name the global batch of a step: positions in the order of the training samples."""
+    def _log_batch(self, event: str, step: int, consumed: int, what: str, loss: float) -> None:
+        """Log an event of a step with its range of training samples."""
         last = consumed + self.cfg.train.global_batch_size - 1
         self.tracker.note(f"step {step} | samples {consumed} to {last} | {what}")
         self.tracker.event(event, step=step, samples=[consumed, last], loss_of_step=loss, skipped=self.health.skipped)
 
     def _batches(self, dataset: Dataset, start: int, stop: int) -> list[Iterator[Batch]]:
-        """An iterator for each model chunk: under a virtual pipeline, first and last chunk both want the batch."""
+        """Make an iterator of micro batches for each model chunk.
+
+        Under a virtual pipeline, both the first and the last chunk need the batch.
+        """
         return [micro_batches(self.cfg, dataset, start, stop, self.device) for _ in self.state.chunks]
 
     def _metrics(
@@ -265,7 +274,7 @@ class Trainer:
 
     def _save(self, progress: Progress) -> Path:
         progress = replace(
-            progress, wandb_id=self.tracker.wandb_id, health=asdict(self.health), rng_ranks=rng_ranks_here()
+            progress, wandb_id=self.tracker.wandb_id, health=asdict(self.health), rng_ranks=current_rng_ranks()
         )
-        with whole_parameters(self.cfg, self.state.chunks):
+        with up_to_date_parameters(self.cfg, self.state.chunks):
             return self.saver.save(progress)

@@ -1,4 +1,4 @@
-"""Loss by position in the sequence: does a model make use of what is far before?"""
+"""Held-out loss by position in the sequence, which shows whether a model uses distant context."""
 
 import itertools
 import math
@@ -13,12 +13,15 @@ _OCTAVES = 8
 
 
 def position_edges(seq_length: int) -> list[int]:
-    """Borders of ranges that double: 0, S/128, S/64, … S/2, S (tokens, rounded down); fewer where S is below 128."""
+    """Edges of position ranges, each range as long as all before it together.
+
+    0, S/128, S/64, … S/2, S tokens, rounded down; fewer if S is below 128.
+    """
     return sorted({0, *(seq_length >> power for power in range(_OCTAVES))})
 
 
 def position_bins(edges: list[int], cp_rank: int, cp_size: int, device: torch.device) -> Tensor:
-    """The range that each position belongs to which a context parallel rank holds: int64 [s / cp], in its order."""
+    """Range index of each position that a context parallel rank holds: int64 [s / cp], in the rank's order."""
     positions = torch.arange(edges[-1], device=device)
     chunks = positions.chunk(2 * cp_size)
     own = torch.cat([chunks[i] for i in chunk_ids(cp_rank, cp_size)]) if cp_size > 1 else positions
@@ -26,11 +29,11 @@ def position_bins(edges: list[int], cp_rank: int, cp_size: int, device: torch.de
 
 
 def sum_by_position(losses: Tensor, weights: Tensor, bins: Tensor, count: int) -> Tensor:
-    """Sums of losses and of weights in each range.
+    """Sum losses and weights over each range of positions.
 
     Args:
         losses, weights: float [b, s / cp].
-        bins: as of `position_bins`, in `count` ranges.
+        bins: range index of each position, from `position_bins`; below `count`.
     Returns:
         float64 [count, 2].
     """
@@ -40,12 +43,14 @@ def sum_by_position(losses: Tensor, weights: Tensor, bins: Tensor, count: int) -
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Losses of a held-out set, in nats per token; None where no token was counted, or the loss is not finite.
+    """Losses of a held-out set, in nats per token.
+
+    A loss is None if no token was counted or the loss is not finite.
 
     Attributes:
-        loss: over all positions.
+        loss: mean over all positions.
         by_position: [first position, one past the last, loss] of each range.
-        short, long: over the first eighth and the last half of the positions.
+        short, long: mean over the first eighth and over the last half of the positions.
     """
 
     loss: float
@@ -55,7 +60,7 @@ class HeldOut:
 
     @classmethod
     def of(cls, loss: float, edges: list[int], sums: Tensor) -> "HeldOut":
-        """From `sums`, float64 [ranges, 2], of loss and tokens between `edges`."""
+        """Build from `sums`: float64 [ranges, 2], loss and tokens between `edges`."""
         ranges = list(itertools.pairwise(edges))
         length = edges[-1]
         return cls(

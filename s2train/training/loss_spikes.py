@@ -1,18 +1,22 @@
-"""Steps whose loss or gradient is not finite, and losses that jump."""
+"""Counts skipped steps and detects loss spikes."""
 
 from dataclasses import dataclass, replace
 
-_MEAN_OVER = 100  # steps that the running mean remembers, about
-_SETTLED = 20  # steps before it means something
+_MEAN_OVER = 100  # the running mean averages over about this many steps
+_SETTLED = 20  # no spike is reported before this many steps
 
 
 @dataclass(frozen=True)
 class Health:
-    """How a run has fared; saved with it, so that a resumed run counts on.
+    """Counts of skipped steps and the running mean loss of a run.
+
+    Saved in the checkpoint, so that a resumed run continues the counts.
 
     Attributes:
-        skipped, skipped_in_row: steps that changed nothing, in all and up to now without a break.
-        steps, mean_loss: steps taken, and the exponential mean of their losses, nats per token.
+        skipped: skipped steps in total.
+        skipped_in_row: skipped steps since the last step that was taken.
+        steps: steps taken.
+        mean_loss: exponential mean of their losses, in nats per token.
     """
 
     skipped: int = 0
@@ -21,17 +25,20 @@ class Health:
     mean_loss: float = 0.0
 
     def after_skip(self) -> "Health":
-        """After one more step that was skipped."""
+        """Count one more skipped step."""
         return replace(self, skipped=self.skipped + 1, skipped_in_row=self.skipped_in_row + 1)
 
     def after_step(self, loss: float) -> "Health":
-        """After one more step that was taken. A mean of the first steps is a plain one."""
+        """Count one more step that was taken.
+
+        The mean of the first steps is the arithmetic mean.
+        """
         steps = self.steps + 1
         mean = self.mean_loss + (loss - self.mean_loss) / min(steps, _MEAN_OVER)
         return replace(self, skipped_in_row=0, steps=steps, mean_loss=mean)
 
     def spike(self, loss: float, factor: float) -> float | None:
-        """How many times the running mean a loss is, where that is `factor` or more."""
+        """Ratio of a loss to the running mean, or None if it is below `factor`."""
         if self.steps < _SETTLED or loss < factor * self.mean_loss:
             return None
         return loss / self.mean_loss

@@ -1,4 +1,4 @@
-"""What a run reports while it trains: one line on the console, one JSON object in metrics.jsonl, one wandb row."""
+"""Reports a run's metrics: a console line, a JSON object in metrics.jsonl, a wandb row."""
 
 import json
 import math
@@ -18,7 +18,7 @@ from s2train.files import set_aside
 from s2train.training.records import read_records
 from s2train.wandb_run import CONSUMED_TOKENS, RunInfo, WandbRun, choose_mode, place_of, say
 
-# Names of `StepMetrics` in wandb, by section.
+# wandb's names for the fields of `StepMetrics`, by section.
 _WANDB_KEYS = {
     "consumed_tokens": CONSUMED_TOKENS,
     "loss": "train/loss",
@@ -43,16 +43,16 @@ class StepMetrics:
 
     Attributes:
         step: steps done.
-        consumed_tokens: of the run's data so far; a new phase counts its own.
-        loss, held_out_loss: nats per token; held out only where it was just measured.
+        consumed_tokens: tokens of the run's data so far; a new phase starts from 0.
+        loss, held_out_loss: nats per token; held_out_loss only if it was just measured.
         step_time_s: seconds.
-        tokens_per_s: of the whole job.
-        model_tflops: TFLOP/s per device, from the exact FLOPs of the layout, recomputation not counted.
-        mfu: model_tflops over the device's dense peak; None where the peak is not known.
-        skipped: steps of the whole run that changed nothing, for a loss or gradient that was not finite.
+        tokens_per_s: throughput of the whole job.
+        model_tflops: TFLOP/s per device, from the exact FLOPs of the layout, without recomputation.
+        mfu: model_tflops over the device's dense peak; None if the peak is unknown.
+        skipped: steps of the whole run skipped because the loss or gradient was not finite.
         held_out_loss_by_position, held_out_short, held_out_long: see `s2train.training.loss_by_position.HeldOut`.
         eta_s: seconds to the last step of this job, which `train.exit_step` may set.
-        memory_gib: peak allocated on this rank's device; 0 on a CPU.
+        memory_gib: peak memory allocated on this rank's device; 0 on a CPU.
     """
 
     step: int
@@ -73,22 +73,25 @@ class StepMetrics:
     skipped: int = 0
 
     def values(self) -> dict[str, Any]:
-        """What there is, by the names of metrics.jsonl."""
+        """Values that are not None, by their names in metrics.jsonl."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
     def wandb_row(self) -> dict[str, Any]:
-        """The same by wandb's names; the loss of positions from START on is `validation/loss_at/START`."""
+        """Values by their names in wandb.
+
+        The loss of the positions from START on is `validation/loss_at/START`.
+        """
         values = self.values()
         ranges = values.pop("held_out_loss_by_position", [])
         row = {_WANDB_KEYS.get(name, name): value for name, value in values.items()}
         return row | {f"validation/loss_at/{start}": loss for start, _, loss in ranges}
 
     def line(self, steps: int, last_step: int) -> str:
-        """One dense console line.
+        """Format one console line.
 
         Args:
-            steps: of the whole run.
-            last_step: at which this job ends; the ETA counts to it.
+            steps: steps of the whole run.
+            last_step: step at which this job ends, to which the ETA counts.
         """
         parts = [f"step {self.step:>{len(str(steps))}}/{steps}", f"loss {self.loss:.4f}"]
         if self.held_out_loss is not None:
@@ -112,10 +115,12 @@ class StepMetrics:
 
 
 class Tracker:
-    """Writes on one rank; on the others, construct it with `active=False` and every call does nothing.
+    """Writes console lines, metrics.jsonl and wandb rows on one rank.
+
+    On the other ranks, construct it with `active=False`: every call does nothing.
 
     Args:
-        start: where the run goes on from; step 0 is a fresh one, which sets an older metrics.jsonl aside.
+        start: progress from which the run starts; at step 0, an earlier metrics.jsonl is renamed.
         active: whether this rank writes.
         plan: figures of the run for wandb, by name.
     """
@@ -136,7 +141,7 @@ class Tracker:
         earlier = set_aside(path) if start.step == 0 else None
         whole = path.read_bytes().endswith(b"\n") if path.exists() and path.stat().st_size else True
         self._file = path.open("a", buffering=1)
-        if not whole:  # the run was killed while it wrote
+        if not whole:  # the run was killed while it wrote a line
             self._file.write("\n")
         self.event("config", tokens_per_step=cfg.train.global_batch_size * cfg.train.seq_length)
         if start.step:
@@ -158,17 +163,17 @@ class Tracker:
             self.wandb_id = self._run.id
 
     def event(self, name: str, **fields: object) -> None:
-        """Record something other than metrics, e.g. a resume."""
+        """Record an event other than metrics, such as a resume."""
         self._write({"event": name, **fields})
 
     def checkpoint(self, step: int, path: Path) -> None:
-        """Record that a checkpoint is whole."""
+        """Record that a checkpoint is complete."""
         self.event("checkpoint", step=step, path=str(path))
         if self._run is not None:
             self._run.checkpoint(path, step)
 
     def changes(self, step: int, checkpoint: Path, changes: Sequence[Change]) -> None:
-        """Log settings that differ from those of the checkpoint, which the run resumes from after `step`."""
+        """Log settings that differ from those of the checkpoint at `step`."""
         if not changes:
             return
         for change in changes:
@@ -189,7 +194,7 @@ class Tracker:
             self._run.log(metrics.wandb_row())
 
     def note(self, text: str | None) -> None:
-        """Print something for the reader."""
+        """Print a line on the console."""
         if self._active and text:
             say(text)
 
@@ -204,24 +209,31 @@ class Tracker:
             self._run.table(name, columns, rows, self._place)
 
     def close(self, seconds: float | None = None) -> None:
-        """Finish the files and the wandb run, the latter within `seconds` (None: as long as it is given at an end)."""
+        """Close the files and the wandb run.
+
+        Args:
+            seconds: time limit for the wandb run; None means its usual limit.
+        """
         if self._run is not None:
             self._run.close(seconds)
         if self._active:
             self._file.close()
 
     def _log_earlier(self, kept: Path) -> None:
-        """Log that the run starts from step 1 in the folder of an earlier run; `kept` are that run's metrics."""
+        """Log that the run starts from step 1 in the folder of an earlier run.
+
+        `kept` is the file that holds the earlier run's metrics.
+        """
         last = max((record["step"] for record in read_records(kept) if "loss" in record), default=0)
         self.event("earlier run", metrics=kept.name, last_step=last)
         self.note(
-            f"starting from step 1, as {kept.parent} has no checkpoint to resume from; the metrics of an earlier run"
+            f"starting from step 1: {kept.parent} has no checkpoint to resume from. The metrics of an earlier run"
             f" there, to step {last}, are kept as {kept.name}"
         )
 
     def _write(self, values: dict[str, object]) -> None:
         if self._active:
-            # JSON has no NaN: a diverged run's file must still be readable everywhere.
+            # JSON has no NaN, and any JSON parser must be able to read a diverged run's file.
             clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
             now = datetime.now(UTC).isoformat(timespec="milliseconds")
             self._file.write(json.dumps({"time": now, **clean}) + "\n")

@@ -1,4 +1,4 @@
-"""Megatron's data parallel wrapper, optimizer and learning-rate schedule from a configuration."""
+"""Builds Megatron's data parallel wrapper, optimizer and learning-rate schedule."""
 
 import contextlib
 from collections.abc import Iterator
@@ -24,16 +24,16 @@ from s2train.megatron.torch_adam import prepare_for_checkpoints
 def wrap_data_parallel(
     cfg: PretrainConfig, config: TransformerConfig, chunks: list[MegatronModule]
 ) -> list[DistributedDataParallel]:
-    """Megatron's DDP around each chunk; gradients are summed and kept in fp32."""
-    overlap = cfg.parallel.overlap_grad_reduce and _shards() > 1
+    """Wrap each chunk in Megatron's DDP; gradients are summed and kept in fp32."""
+    overlap = cfg.parallel.overlap_grad_reduce and _num_shards() > 1
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=cfg.parallel.distributed_optimizer,
         overlap_grad_reduce=overlap,
-        overlap_param_gather=_gathers_late(cfg),
+        overlap_param_gather=_overlaps_param_gather(cfg),
     )
     wrapped = [
-        # Later chunks' gradients come first: only the first chunk's are worth cutting into buckets.
+        # Gradients of later chunks are ready first, so only those of the first chunk are worth splitting into buckets.
         DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=i > 0)
         for i, chunk in enumerate(chunks)
     ]
@@ -49,7 +49,7 @@ def wrap_data_parallel(
 def build_optimizer(
     cfg: PretrainConfig, config: TransformerConfig, chunks: list[DistributedDataParallel]
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
-    """Adam over the chunks, and its schedule, counted in steps."""
+    """Build Adam over the chunks and its learning-rate schedule, counted in steps."""
     optim = cfg.optim
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
@@ -64,7 +64,7 @@ def build_optimizer(
             bf16=config.bf16,
             params_dtype=DTYPES[cfg.train.precision],
             use_distributed_optimizer=cfg.parallel.distributed_optimizer,
-            overlap_param_gather=_gathers_late(cfg),
+            overlap_param_gather=_overlaps_param_gather(cfg),
         ),
         chunks,
     )
@@ -86,7 +86,7 @@ def build_optimizer(
         wd_incr_style="constant",
         wsd_decay_steps=optim.wsd_decay_steps,
         lr_wsd_decay_style="linear" if optim.decay_style == "WSD" else None,
-        # A resumed run follows the schedule of its command line, from the checkpoint's step on.
+        # A resumed run follows the learning-rate schedule of its own settings from the checkpoint's step on.
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
     )
@@ -94,25 +94,34 @@ def build_optimizer(
 
 
 def gradient_norm(optimizer: MegatronOptimizer) -> float:
-    """Norm of the whole gradient before clipping, the same on every rank; collective. Makes it ready to `take_step`."""
+    """Norm of the whole gradient before clipping, the same on every rank.
+
+    Collective. Prepares the gradients for `take_step`.
+    """
     optimizer.prepare_grads()
     return float(optimizer.get_grad_norm())
 
 
 def take_step(optimizer: MegatronOptimizer, norm: float) -> None:
-    """Clip by what `gradient_norm` gave, and step. Megatron's own step would measure the norm again."""
-    measure = optimizer.get_grad_norm
+    """Clip by the norm from `gradient_norm`, and step.
+
+    Megatron's own step would compute the norm a second time.
+    """
+    get_grad_norm = optimizer.get_grad_norm
     optimizer.get_grad_norm = lambda: norm
     try:
         optimizer.step()
     finally:
-        optimizer.get_grad_norm = measure
+        optimizer.get_grad_norm = get_grad_norm
 
 
 @contextlib.contextmanager
-def whole_parameters(cfg: PretrainConfig, chunks: list[DistributedDataParallel]) -> Iterator[None]:
-    """With parameters gathered late, they are stale between steps: bring them up to date for a use outside training."""
-    if not _gathers_late(cfg):
+def up_to_date_parameters(cfg: PretrainConfig, chunks: list[DistributedDataParallel]) -> Iterator[None]:
+    """Bring the parameters up to date for use outside training.
+
+    With an overlapped parameter gather they are stale between steps.
+    """
+    if not _overlaps_param_gather(cfg):
         yield
         return
     for chunk in chunks:
@@ -122,15 +131,15 @@ def whole_parameters(cfg: PretrainConfig, chunks: list[DistributedDataParallel])
         chunk.enable_forward_pre_hook()
 
 
-def _gathers_late(cfg: PretrainConfig) -> bool:
+def _overlaps_param_gather(cfg: PretrainConfig) -> bool:
     parallel = cfg.parallel
     return (
         parallel.distributed_optimizer
         and parallel.overlap_param_gather
-        and parallel.overlap_grad_reduce  # Megatron wants both or neither
-        and _shards() > 1
+        and parallel.overlap_grad_reduce  # Megatron accepts both or neither
+        and _num_shards() > 1
     )
 
 
-def _shards() -> int:
+def _num_shards() -> int:
     return torch.distributed.get_world_size(group=parallel_state.get_data_parallel_group(with_context_parallel=True))

@@ -1,4 +1,4 @@
-"""The plan's memory beside the measured peak."""
+"""Compares the planned memory with the measured peak."""
 
 import torch
 
@@ -6,13 +6,13 @@ from s2train.costs.memory import GIB, Memory
 from s2train.distributed.agreement import max_over_ranks
 from s2train.training.metrics import Tracker
 
-PEAK_STEPS = 3  # after which the peak is taken: the first makes the optimizer's state, the others use it
+PEAK_STEPS = 3  # the peak is read after this many steps: the first creates the optimizer's state, the others use it
 
 
 def report_peak(planned: Memory, tracker: Tracker) -> None:
-    """Note and record the peak of the fullest rank beside what was planned for it; call on all ranks together.
+    """Log the peak memory of the fullest rank and its planned memory.
 
-    Nothing on a CPU, where torch does not count.
+    Collective: call it on all ranks. Does nothing on a CPU, where torch does not count memory.
     """
     if not torch.cuda.is_available():
         return
@@ -23,8 +23,8 @@ def report_peak(planned: Memory, tracker: Tracker) -> None:
     tensors = planned.total - planned.overhead
     tracker.note(compare_peak(tensors, peak))
     tracker.note(
-        f"memory outside of torch's allocator: planned {planned.overhead / GIB:.2f} GiB, "
-        f"{outside / GIB:.2f} on the fullest rank, other programs' included"
+        f"memory outside torch's allocator: planned {planned.overhead / GIB:.2f} GiB, "
+        f"{outside / GIB:.2f} on the fullest rank, including other programs"
     )
     tracker.event(
         "memory",
@@ -36,7 +36,7 @@ def report_peak(planned: Memory, tracker: Tracker) -> None:
 
 
 def compare_peak(planned: int, peak: int) -> str:
-    """One line; bytes."""
+    """Format planned and peak memory, given in bytes, as one line."""
     share = peak / planned - 1
     where = "as planned" if abs(share) < 0.005 else f"{abs(share):.0%} {'above' if share > 0 else 'below'}"
     return f"memory of tensors on the fullest rank: planned {planned / GIB:.2f} GiB, peak {peak / GIB:.2f} ({where})"

@@ -1,4 +1,4 @@
-"""Loss curves from `metrics.jsonl`."""
+"""Draws loss curves from `metrics.jsonl`."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -18,16 +18,16 @@ from s2train.errors import ConfigError
 from s2train.files import replacing
 from s2train.training.records import Curves, read_curves
 
-# Okabe and Ito's palette: told apart with any kind of colour vision
+# Okabe and Ito's palette, distinguishable with any kind of colour vision
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 GREY = "#777777"
 
 
 def draw_loss_curve(metrics: Path, out: Path, baseline: float | None = None, title: str = "Training loss") -> None:
-    """Train and held-out loss of one run over its steps, as a PNG.
+    """Draw train and held-out loss of one run over its steps, as a PNG.
 
     Args:
-        baseline: entropy of the corpus's unigrams in nats a token, the best loss without any context.
+        baseline: unigram entropy of the corpus in nats per token, the best loss without any context.
     """
     curves = read_curves(metrics)
     figure, axes = _new_figure(title)
@@ -51,20 +51,21 @@ def draw_comparison(
     x_axis: Literal["steps", "tokens"] = "steps",
     title: str = "Loss: train (thin), held out (bold)",
 ) -> None:
-    """Losses of several runs in one picture: train thin, held out bold, a colour a run; PNG.
+    """Draw the losses of several runs in one PNG.
 
-    With equal tokens per step in all runs, a second axis on top tells steps in tokens, or tokens in steps.
+    Train losses are thin, held-out losses bold, and each run has a colour. If all runs have the same tokens per step,
+    a second axis at the top converts steps to tokens, or tokens to steps.
 
     Args:
         runs: name of each run and its metrics.jsonl; colours repeat after six.
 
     Raises:
-        ConfigError: a missing file; x_axis "tokens" and a run that doesn't tell its tokens per step.
+        ConfigError: a file is missing, or x_axis is "tokens" and a run doesn't record its tokens per step.
     """
     curves = {name: read_curves(metrics) for name, metrics in runs.items()}
     for name, run in curves.items():
         if x_axis == "tokens" and not run.batches:
-            raise ConfigError("x_axis", x_axis, f"{runs[name]} doesn't tell its tokens per step", "Use steps")
+            raise ConfigError("x_axis", x_axis, f"{runs[name]} doesn't record its tokens per step", "Use steps")
     figure, axes = _new_figure(title)
     ends: list[End] = []
     for (name, run), colour in zip(curves.items(), cycle(COLOURS), strict=False):
@@ -90,7 +91,7 @@ def draw_comparison(
 
 @dataclass(frozen=True)
 class End:
-    """The words at the right end of a line, beside its last loss."""
+    """Label at the right end of a line, beside its last loss."""
 
     text: str
     loss: float
@@ -98,7 +99,7 @@ class End:
 
 
 def _end(name: str, losses: Mapping[int, float], colour: str) -> list[End]:
-    """The end of one line; none if it has no finite loss."""
+    """Label of one line; none if it has no finite loss."""
     finite = [step for step, loss in losses.items() if math.isfinite(loss)]
     last = losses[max(finite)] if finite else math.nan
     return [End(f"{name} {last:.3f}", last, colour)] if finite else []
@@ -114,7 +115,7 @@ def _new_figure(title: str) -> tuple[Figure, Axes]:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.set_title(title, loc="left", fontweight="bold", fontsize=12)
-    axes.set_ylabel("loss (nats a token)")
+    axes.set_ylabel("loss (nats per token)")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#E5E5E5", linewidth=0.8)
     axes.set_axisbelow(True)
@@ -130,9 +131,9 @@ def _finish(
     ends: list[End],
     baseline: float | None,
 ) -> None:
-    """Set the range of losses, then name each line at its right end, names kept apart from each other.
+    """Set the loss axis, then label each line at its right end without overlaps.
 
-    The first losses lie far above all that matters: the highest 3 % may run out of the top.
+    The first losses are far above the rest, so the axis cuts off the highest 3 %.
     """
     losses = sorted(v for run in curves for d in (run.train, run.held_out) for v in d.values() if math.isfinite(v))
     if losses:

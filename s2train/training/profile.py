@@ -1,4 +1,4 @@
-"""Traces of chosen steps (`profile.steps`), and the table of what their time went to."""
+"""Traces chosen steps (`profile.steps`) and logs a table of where their time went."""
 
 import contextlib
 import json
@@ -17,8 +17,8 @@ from s2train.training.metrics import Tracker
 from s2train.training.profile_table import RANGE, breakdown, read_trace
 
 
-class _Edge(torch.autograd.Function):
-    """Hands tensors on; in the backward pass calls a function when all their gradients are there."""
+class _BackwardHook(torch.autograd.Function):
+    """Identity that calls a function once all gradients of its outputs are there."""
 
     @staticmethod
     def forward(ctx: Any, call: Callable[[], None], *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -31,8 +31,8 @@ class _Edge(torch.autograd.Function):
         return (None, *gradients)
 
 
-class _Ranged:
-    """A core attention's forward with ranges around it and around its backward, by kind of attention."""
+class _AnnotatedForward:
+    """A core attention's forward, annotated with profiler ranges around forward and backward."""
 
     def __init__(self, module: CausalCoreAttention) -> None:
         self.module, self.forward = module, module.forward
@@ -45,33 +45,37 @@ class _Ranged:
             if not torch.is_grad_enabled():
                 return self.forward(query, key, value, *args, **kwargs)
             backward = contextlib.ExitStack()
-            query, key, value = _Edge.apply(backward.close, query, key, value)
+            query, key, value = _BackwardHook.apply(backward.close, query, key, value)
             out = self.forward(query, key, value, *args, **kwargs)
-            (out,) = _Edge.apply(lambda: backward.enter_context(record_function(f"{self.name} backward")), out)
+            (out,) = _BackwardHook.apply(lambda: backward.enter_context(record_function(f"{self.name} backward")), out)
             return out
 
 
 @contextlib.contextmanager
 def attention_ranges(models: Iterable[torch.nn.Module]) -> Iterator[None]:
-    """Ranges around the core attention of these models, forward and backward, by kind."""
+    """Annotate the core attention of these models with profiler ranges.
+
+    Forward and backward each have a range, named by the kind of attention.
+    """
     modules = [m for model in models for m in model.modules() if isinstance(m, CausalCoreAttention)]
     for module in modules:
-        module.forward = _Ranged(module)  # type: ignore[method-assign]
+        module.forward = _AnnotatedForward(module)  # type: ignore[method-assign]
     try:
         yield
     finally:
         for module in modules:
-            del module.forward  # the instance's: the class's shows again
+            del module.forward  # the instance attribute, which hid the class's method
 
 
 class StepProfiler:
-    """Traces steps `profile.steps` of a run on `profile.ranks`; on other ranks and without steps it does nothing.
+    """Traces steps `profile.steps` of a run on `profile.ranks`.
 
-    Writes `profile/trace-rank0.json.gz` (chrome://tracing, ui.perfetto.dev) and `profile/breakdown-rank0.json`.
+    Does nothing on other ranks or without steps. Writes `profile/trace-rank0.json.gz` (for chrome://tracing or
+    ui.perfetto.dev) and `profile/breakdown-rank0.json`.
 
     Args:
-        models: whose attention gets ranges.
-        tracker: told the table, on rank 0, and the event `profile`: the breakdown.
+        models: models whose attention is annotated.
+        tracker: logs the table, on rank 0, and the event `profile` with the breakdown.
     """
 
     def __init__(self, cfg: PretrainConfig, models: Sequence[torch.nn.Module], tracker: Tracker) -> None:
@@ -85,7 +89,7 @@ class StepProfiler:
 
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Around a step; `number` counts from 1."""
+        """Trace one step if it is a chosen one; `number` counts from 1."""
         if self._running is None and self._steps and self._steps[0] - 1 <= number <= self._steps[-1]:
             self._start(number)
         yield
@@ -99,12 +103,12 @@ class StepProfiler:
             self._running = self._profiler = None
 
     def pause_s(self) -> float:
-        """Seconds that writing took since the last call."""
+        """Seconds spent writing traces since the last call."""
         written, self._written_s = self._written_s, 0.0
         return written
 
     def _start(self, number: int) -> None:
-        warmup = int(number < self._steps[0])  # the tracer's own first use would count as the step's
+        warmup = int(number < self._steps[0])  # otherwise the profiler's own start-up would count as the step's time
         self._running = contextlib.ExitStack()
         self._running.enter_context(attention_ranges(self._models))
         self._profiler = profile(

@@ -1,7 +1,7 @@
-"""What a step's time goes to, from a trace of torch.profiler.
+"""Computes where a step's time goes, from a torch.profiler trace.
 
-On a GPU the times are the kernels': each belongs to the range that its launch lies in, else to what its name tells.
-On a CPU they are the operators' own times, without those that they call.
+On a GPU these are kernel times. A kernel belongs to the range in which it was launched, or else to the part that its
+name indicates. On a CPU these are the operators' self times, without the operators that they call.
 """
 
 import bisect
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-RANGE = "s2train: "  # begins the names of our ranges
+RANGE = "s2train: "  # prefix of our ranges' names
 LINEAR, ELEMENTWISE = "linear layers", "norms, elementwise, loss"
 COMMUNICATION, HIDDEN, DATA, HOST = "communication", "communication beside compute", "data", "host"
 OPTIMIZER = "optimizer"
@@ -29,14 +29,14 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True)
 class Breakdown:
-    """Milliseconds of a step, the mean over the traced ones.
+    """Milliseconds of each part of a step, averaged over the traced steps.
 
     Attributes:
-        steps: how many were traced.
+        steps: number of traced steps.
         device: "cuda" or "cpu".
-        step_ms: a step's whole time.
-        parts: time of each part. They add up to `step_ms`, but for `HIDDEN`: communication while kernels compute.
-            `HOST` is what remains: on a GPU, time in which it has nothing to do.
+        step_ms: time of a whole step.
+        parts: time of each part. They add up to `step_ms`, except `HIDDEN`, which is communication while kernels
+            compute. `HOST` is the remainder: on a GPU, the time in which the GPU is idle.
     """
 
     steps: int
@@ -45,7 +45,7 @@ class Breakdown:
     parts: dict[str, float]
 
     def format(self) -> str:
-        """A table, largest part first."""
+        """Format as a table, largest part first."""
         from rich import box  # slow to import, and only a profile needs it
         from rich.console import Console
         from rich.table import Table
@@ -63,13 +63,13 @@ class Breakdown:
 
 
 def read_trace(path: Path) -> list[dict[str, Any]]:
-    """The events of a chrome trace with a duration; times in microseconds."""
+    """Read the events with a duration from a Chrome trace; times are in microseconds."""
     with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
         return [event for event in json.load(file)["traceEvents"] if event.get("ph") == "X"]
 
 
 def breakdown(events: Sequence[dict[str, Any]]) -> Breakdown:
-    """Share out the time of the traced steps.
+    """Split the time of the traced steps into parts.
 
     Raises:
         ValueError: the trace holds no step.
@@ -78,12 +78,12 @@ def breakdown(events: Sequence[dict[str, Any]]) -> Breakdown:
         _interval(e) for e in events if e["name"].startswith("ProfilerStep#") and e.get("cat") != "gpu_user_annotation"
     ]
     if not steps:
-        raise ValueError("the trace holds no ProfilerStep: give one of torch.profiler with a schedule")
+        raise ValueError("the trace holds no ProfilerStep. Record it by torch.profiler with its schedule argument")
     ranges = _Ranges(events)
     kernels = [e for e in events if e.get("cat") in _KERNELS]
     times = _kernel_times(events, kernels, ranges, steps) if kernels else _operator_times(events, ranges, steps)
     whole = sum(end - start for start, end in steps)
-    # Ranges hold time that no operator or kernel has, such as waiting for a batch.
+    # The remainder is time without an operator or kernel, such as waiting for a batch.
     times[HOST] = max(whole - sum(time for name, time in times.items() if name != HIDDEN), 0.0)
     scale = 1e-3 / len(steps)
     parts = {name: time * scale for name, time in times.items() if time > 0}
@@ -91,7 +91,7 @@ def breakdown(events: Sequence[dict[str, Any]]) -> Breakdown:
 
 
 class _Ranges:
-    """Our ranges of each thread, to look a moment up in."""
+    """Our profiler ranges by thread, searchable by time."""
 
     def __init__(self, events: Iterable[dict[str, Any]]) -> None:
         self._of: dict[Any, list[tuple[float, float, str]]] = defaultdict(list)
@@ -102,10 +102,10 @@ class _Ranges:
             ranges.sort()
 
     def at(self, thread: Any, moment: float) -> str | None:
-        """The innermost range of a thread at a moment."""
+        """Name of a thread's innermost range at a moment, or None."""
         ranges = self._of.get(thread, [])
         place = bisect.bisect_right(ranges, (moment, float("inf"), ""))
-        # Ours nest two deep at most (recomputation within a backward): a few earlier ones are enough.
+        # Our ranges nest two deep at most (recomputation inside a backward), so a few earlier ones are enough.
         return next((name for _, end, name in reversed(ranges[max(place - 8, 0) : place]) if end > moment), None)
 
 
@@ -126,7 +126,7 @@ def _kernel_times(
     for kernel in kernels:
         launch = launches.get(kernel.get("args", {}).get("correlation"))
         if _COMMUNICATION.search(kernel["name"]):
-            if _within((launch or kernel)["ts"], steps):  # counted even if its launch was not traced
+            if _within((launch or kernel)["ts"], steps):  # count it even if its launch was not traced
                 communication.append(_interval(kernel))
             continue
         if launch is None or not _within(launch["ts"], steps):
@@ -139,7 +139,7 @@ def _kernel_times(
     busy, computing = _covered([*compute, *communication]), _covered(compute)
     times[COMMUNICATION] = busy - computing
     times[HIDDEN] = _covered(communication) - times[COMMUNICATION]
-    # Kernels of two streams at once would count twice: scale what they are to what was covered.
+    # Concurrent kernels on two streams would count twice: scale their sum to the time covered.
     summed = sum(end - start for start, end in compute)
     if summed > computing:
         for name in times:
@@ -157,18 +157,18 @@ def _operator_times(events: Iterable[dict[str, Any]], ranges: _Ranges, steps: Se
         key=lambda event: (event["ts"], -event["dur"]),
     )
     times: dict[str, float] = defaultdict(float)
-    open_ones: list[tuple[float, str]] = []  # end, part
+    stack: list[tuple[float, str]] = []  # end, part
     for event in operators:
         start, end = _interval(event)
         if not _within(start, steps):
             continue
-        while open_ones and open_ones[-1][0] <= start:
-            open_ones.pop()
-        part = ranges.at(main, start) or _part_of_operator(event["name"], open_ones[-1][1] if open_ones else None)
-        if open_ones:
-            times[open_ones[-1][1]] -= end - start  # the caller's own time is what its callees leave
+        while stack and stack[-1][0] <= start:
+            stack.pop()
+        part = ranges.at(main, start) or _part_of_operator(event["name"], stack[-1][1] if stack else None)
+        if stack:
+            times[stack[-1][1]] -= end - start  # self time of the caller excludes its callees
         times[part] += end - start
-        open_ones.append((end, part))
+        stack.append((end, part))
     return times
 
 
@@ -189,7 +189,7 @@ def _within(moment: float, intervals: Sequence[Interval]) -> bool:
 
 
 def _covered(intervals: Iterable[Interval]) -> float:
-    """Length of the union."""
+    """Total length of the union of intervals."""
     total, reached = 0.0, float("-inf")
     for start, end in sorted(intervals):
         total += max(end - max(start, reached), 0.0)

@@ -1,4 +1,4 @@
-"""What `metrics.jsonl` holds."""
+"""Reads `metrics.jsonl`."""
 
 import json
 from dataclasses import dataclass, field
@@ -10,11 +10,11 @@ from s2train.errors import ConfigError
 
 @dataclass
 class Curves:
-    """Losses in nats a token, by step.
+    """Losses of a run by step, in nats per token.
 
     Attributes:
-        resumed: steps after which the run was started again.
-        batches: [steps done, tokens of each step from then on], oldest first; empty if the file doesn't tell.
+        resumed: steps after which the run was resumed.
+        batches: (steps done, tokens of each step from then on), oldest first; empty if the file doesn't record them.
     """
 
     train: dict[int, float] = field(default_factory=dict)
@@ -24,12 +24,12 @@ class Curves:
 
     @property
     def tokens_per_step(self) -> int | None:
-        """Of all steps alike; None if they differ, or the file doesn't tell."""
+        """Tokens of every step; None if steps differ or the file doesn't record them."""
         sizes = {size for _, size in self.batches}
         return sizes.pop() if len(sizes) == 1 else None
 
     def tokens(self, step: int) -> int:
-        """That the first `step` steps took; 0 if the file doesn't tell."""
+        """Tokens of the first `step` steps; 0 if the file doesn't record them."""
         if not self.batches:
             return 0
         ends = [start for start, _ in self.batches[1:]] + [step]
@@ -37,7 +37,9 @@ class Curves:
 
 
 def read_records(metrics: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl in order, without those of steps that were done again after a resume.
+    """Read the records of a metrics.jsonl in order.
+
+    Leaves out records of steps that a resumed run repeated.
 
     Raises:
         ConfigError: no such file.
@@ -49,7 +51,7 @@ def read_records(metrics: Path) -> list[dict[str, Any]]:
         try:
             record = json.loads(line)
         except ValueError:
-            continue  # cut short where the run was killed
+            continue  # truncated because the run was killed
         if not isinstance(record, dict):
             continue
         if record.get("event") == "resume":
@@ -59,7 +61,9 @@ def read_records(metrics: Path) -> list[dict[str, Any]]:
 
 
 def read_curves(metrics: Path) -> Curves:
-    """Read `loss` and `held_out_loss` by step, `tokens_per_step` wherever it is, and events called `resume`.
+    """Read losses, tokens per step and resumes from a metrics.jsonl.
+
+    Reads `loss` and `held_out_loss` by step, `tokens_per_step` from any record, and events named `resume`.
 
     Raises:
         ConfigError: no such file.
@@ -73,7 +77,7 @@ def read_curves(metrics: Path) -> Curves:
             curves.batches = [(0, size)]
         if record.get("event") == "resume":
             curves.resumed.append(record["step"])
-            if size is not None:  # told just before
+            if size is not None:  # recorded just before the resume
                 earlier = [batch for batch in curves.batches if batch[0] < record["step"]]
                 curves.batches = [*earlier, (record["step"], size)]
         if "event" not in record and step is not None:

@@ -1,4 +1,4 @@
-"""A pretraining run from its configuration to its last checkpoint."""
+"""Runs pretraining from a configuration to the last checkpoint."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -35,7 +35,7 @@ from s2train.megatron.model import build_model, transformer_config
 from s2train.planning import Plan, hybrid_layout
 from s2train.planning.report import figures, letter_rows
 from s2train.preparation.bundled_corpus import ensure_prepared
-from s2train.training.kernel_caches import keep_kernels
+from s2train.training.kernel_caches import set_cache_folders
 from s2train.training.loop import Speed, Trainer
 from s2train.training.metrics import Tracker
 from s2train.training.optimizer import build_optimizer, wrap_data_parallel
@@ -43,33 +43,36 @@ from s2train.training.run_settings import write_settings
 from s2train.training.signals import StopSignals
 from s2train.training.start_times import StartTimes
 from s2train.training.startup import check_start
-from s2train.training.warm_up import compile_kernels, first_on_each_machine
+from s2train.training.warm_up import compile_kernels, run_once_per_machine
 from s2train.training.watchdog import Watchdog
 from s2train.wandb_run import choose_mode, say
 
-_WATCHDOG_LEAD = 2.0  # minutes that it has to name a rank before collective calls fail, which name none
+# Minutes between the watchdog's timeout, which names a rank, and the timeout of collective calls, which name none.
+_WATCHDOG_LEAD = 2.0
 
-_SECONDS_FOR_WANDB = 10.0  # after a signal: the scheduler kills what has not ended soon, and the other ranks wait
+_SECONDS_FOR_WANDB = 10.0  # after a signal: the scheduler soon kills the job, and the other ranks wait
 
 
 def run(cfg: PretrainConfig, plan: Plan, times: StartTimes | None = None) -> None:
-    """Check data and checkpoint, build, train, save. What can be refused is refused before a process group is made.
+    """Check data and checkpoint, build the model, train and save.
+
+    Rejects bad input before a process group exists.
 
     Args:
-        plan: of this run, checked by `s2train.planning.check`.
-        times: of what the program did before.
+        plan: plan of this run, checked by `s2train.planning.check`.
+        times: start times measured by the program so far.
     Raises:
-        ConfigError: data, tokenizer or checkpoint don't go with the run.
-        StartUpError: ranks don't go together, or one of several refuses data, tokenizer or checkpoint.
-        TrainingError: the run can't go on.
-        StoppedBySignal: a signal asked it to save and end.
+        ConfigError: data, tokenizer or checkpoint don't fit the run.
+        StartUpError: ranks are incompatible, or one of several rejects data, tokenizer or checkpoint.
+        TrainingError: the run can't continue.
+        StoppedBySignal: a signal asked it to save and exit.
     """
     times = times or StartTimes()
     lock, start = None, None
     with fail_together():
         backend = backend_of(cfg)
         cfg, tokenizer = run_tokenizer(cfg)
-        if os.environ.get("RANK", "0") == "0":  # the others wait for it where they meet
+        if os.environ.get("RANK", "0") == "0":  # the others wait for it at the rendezvous
             ensure_prepared(cfg)
             check_data(cfg, tokenizer)
             start = find_start(cfg)
@@ -77,7 +80,7 @@ def run(cfg: PretrainConfig, plan: Plan, times: StartTimes | None = None) -> Non
                 print(f"nothing to do: {start.checkpoint} is at step {done} of {cfg.train.steps}", flush=True)
             else:
                 lock = claim_run_dir(cfg, start)
-                choose_mode(cfg.tracking.wandb)  # refused now, if at all
+                choose_mode(cfg.tracking.wandb)  # reject a bad mode now
     times.end("checks")
     minutes = cfg.train.timeout_minutes
     device = setup.initialize(
@@ -88,7 +91,7 @@ def run(cfg: PretrainConfig, plan: Plan, times: StartTimes | None = None) -> Non
         timeout_minutes=minutes + _WATCHDOG_LEAD,
     )
     setup.connect(cfg.parallel, device)
-    start = broadcast_from_rank_0(start)  # each rank's own look at a shared disk could find something else
+    start = broadcast_from_rank_0(start)  # ranks that read a shared disk themselves could find different checkpoints
     times.end("process groups")
     stop: StoppedBySignal | DivergedError | None = None
     with StopSignals().listening() as signals:
@@ -118,16 +121,16 @@ def _train(
 ) -> None:
     hybrid = hybrid_layout(cfg)
     is_first = torch.distributed.get_rank() == 0
-    beside = ThreadPoolExecutor(1, "records")
-    records = beside.submit(_prepare_records, cfg, hybrid) if is_first else None
-    beside.shutdown(wait=False)
+    background = ThreadPoolExecutor(1, "records")
+    records = background.submit(_prepare_records, cfg, hybrid) if is_first else None
+    background.shutdown(wait=False)
     watchdog.beat("compiling the kernels")
     if device.type == "cuda":
-        unkept = keep_kernels()
+        warnings = set_cache_folders()
         if os.environ["LOCAL_RANK"] == "0":
-            for line in unkept:
-                say(line)
-    first_on_each_machine(partial(compile_kernels, cfg, hybrid, device))
+            for warning in warnings:
+                say(warning)
+    run_once_per_machine(partial(compile_kernels, cfg, hybrid, device))
     times.end("kernels")
     run_dir = Path(cfg.run_dir)
     by_cost = cfg.parallel.pp > 1 and cfg.parallel.pipeline_split == "cost"
@@ -154,7 +157,7 @@ def _train(
         is_built_on_rank=lambda: True,
         last_sample=last_sample,
     )
-    assert train_set is not None  # check_data has seen to it
+    assert train_set is not None  # check_data rejects data without training samples
     times.end("data")
     tracker = Tracker(cfg, start.progress, active=is_first, plan=figures(plan))
     if is_first:
@@ -207,7 +210,7 @@ def _train(
         baseline = unigram_baseline(cfg)
         draw_loss_curve(run_dir / "metrics.jsonl", run_dir / "loss.png", baseline, title=cfg.model.name)
         if baseline is not None:
-            say(f"unigram entropy of the data {baseline:.4f} nats per token: the loss to beat without any context")
+            say(f"unigram entropy of the data: {baseline:.4f} nats per token, the best loss without any context")
         say(
             f"{'finished' if cfg.train.last_step == cfg.train.steps else 'stopped'} at step {cfg.train.last_step} of"
             f" {cfg.train.steps} | checkpoint {saved or 'none'} | loss curve {run_dir / 'loss.png'}"
@@ -218,15 +221,21 @@ def _train(
 
 
 def _prepare_records(cfg: PretrainConfig, hybrid: HybridLayout) -> None:
-    """Make what rank 0 records and takes long, in a thread, while kernels are compiled and the model is built."""
-    git_commit()  # kept for the tracker
+    """Prepare rank 0's slow records in a thread.
+
+    Meanwhile kernels are compiled and the model is built.
+    """
+    git_commit()  # cached for the tracker
     from s2train.pictures import draw_layout  # matplotlib: slow
 
     draw_layout(hybrid, cfg.train.seq_length, Path(cfg.run_dir) / "layout.png", title=cfg.model.name)
 
 
 def unigram_baseline(cfg: PretrainConfig) -> float | None:
-    """Unigram entropy (nats per token) of the data, where it is one dataset that `prepare_data` made."""
+    """Unigram entropy of the data in nats per token.
+
+    None unless the data are one dataset that `prepare_data` made.
+    """
     prefixes = parse_blend(cfg.data.path).prefixes
     metadata = read_metadata(prefixes[0]) if len(prefixes) == 1 else None
     return metadata.unigram_entropy if metadata else None

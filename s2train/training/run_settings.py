@@ -15,15 +15,16 @@ from s2train.files import replacing, set_aside
 
 
 def write_settings(cfg: PretrainConfig, run_dir: Path, step: int, changes: Sequence[Change]) -> Path | None:
-    """Write `config.yaml`; keep one with other settings as `config.1.yaml`, `config.2.yaml`, ….
+    """Write `config.yaml`, and keep an earlier one with other settings.
 
-    Comments at its head list the changes, one line for each resume that brought some.
+    Earlier files are renamed to `config.1.yaml`, `config.2.yaml`, …. Comments at the head of the new file list the
+    changes, one line for each resume that changed settings.
 
     Args:
-        step: that the run resumes after; 0 for a new run.
-        changes: from the settings of the checkpoint.
+        step: step after which the run resumes; 0 for a new run.
+        changes: differences from the settings of the checkpoint.
     Returns:
-        where the earlier settings are kept; None if there are none, or the same.
+        Path of the earlier settings; None if there are none or they are the same.
     """
     path = run_dir / "config.yaml"
     if not path.exists():
@@ -36,7 +37,7 @@ def write_settings(cfg: PretrainConfig, run_dir: Path, step: int, changes: Seque
     kept = set_aside(path)
     assert kept is not None
     what = ", ".join(map(str, changes)) if step else "a new run"
-    history.append(f"# from step {step + 1} on: {what or 'the same, written otherwise'}; before: {kept.name}")
+    history.append(f"# from step {step + 1} on: {what or 'the same settings in another notation'}; before: {kept.name}")
     with replacing(path) as temporary:
         write_config(cfg, temporary)
         temporary.write_text("\n".join([*history, temporary.read_text()]))
@@ -46,5 +47,5 @@ def write_settings(cfg: PretrainConfig, run_dir: Path, step: int, changes: Seque
 def _read(path: Path) -> Any:
     try:
         return OmegaConf.to_container(OmegaConf.load(path))
-    except (ValueError, YAMLError, OmegaConfBaseException):  # a run was killed while it wrote
+    except (ValueError, YAMLError, OmegaConfBaseException):  # an earlier run was killed while it wrote the file
         return None

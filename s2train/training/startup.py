@@ -1,7 +1,8 @@
-"""Whether the ranks of a job go together, before anything is built: versions, settings, clocks, disks and GPUs.
+"""Checks before anything is built that the ranks of a job are compatible.
 
-The facts go through the store that the ranks met at, a few hundred bytes a rank, since NCCL hangs or fails obscurely
-on much of what is looked for. Settings are compared by their hash; only a rank whose hash differs reads rank 0's.
+Compares versions, settings, clocks, disks and GPUs. The facts go through the rendezvous store, a few hundred bytes per
+rank, since NCCL hangs or fails obscurely on many of these differences. Settings are compared by hash; only a rank
+whose hash differs reads rank 0's settings.
 """
 
 import hashlib
@@ -27,22 +28,22 @@ from s2train.environment.versions import versions
 from s2train.errors import ConfigError
 from s2train.planning import Plan
 
-MAX_CLOCK_SKEW_S = 10.0  # far more than it takes to wake a rank, far less than what mixes up logs and file times
-_FOLDER_SEEN_S = 15.0  # a network file system may show a new file late
+MAX_CLOCK_SKEW_S = 10.0  # far more than the time to wake a rank, far less than what disorders logs and file times
+_FILE_VISIBLE_S = 15.0  # a network file system may show a new file late
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a rank tells of itself.
+    """What a rank reports about itself.
 
     Attributes:
-        settings: those that differ from rank 0's: [this rank's, rank 0's].
+        settings: settings that differ from rank 0's, as [this rank's, rank 0's].
         clock: seconds since 1970, read when rank 0 asked.
-        free_bytes: on the run folder's disk.
+        free_bytes: free space on the run folder's disk.
         device: name of the GPU, or "CPU".
-        device_id: of the very GPU; empty on a CPU.
-        sees_run_dir: whether rank 0's run folder is here too.
-        missing: data that are not, such as "data.path runs/data/mine".
+        device_id: unique ID of the GPU; empty on a CPU.
+        sees_run_dir: whether rank 0's run folder is visible on this rank.
+        missing: data that are not visible on this rank, such as "data.path runs/data/mine".
     """
 
     rank: int
@@ -61,11 +62,13 @@ class Facts:
 
 
 def check_start(cfg: PretrainConfig, plan: Plan, store: Store, rank: int, world_size: int) -> None:
-    """Compare all ranks, on all ranks together, before there is a process group. Sets `cfg.run_dir` to rank 0's.
+    """Check that all ranks are compatible, before the process group exists.
+
+    Collective: call it on all ranks. Sets `cfg.run_dir` to rank 0's.
 
     Args:
-        plan: of this rank's own settings and device.
-        store: of this job alone.
+        plan: plan of this rank's settings and device.
+        store: store that only this job uses.
     Raises:
         StartUpError: on every rank, with every problem.
         MissingRankError: on rank 0; see `s2train.distributed.rendezvous.arrive`.
@@ -75,62 +78,64 @@ def check_start(cfg: PretrainConfig, plan: Plan, store: Store, rank: int, world_
     markers: list[Path] = []
     if rank == 0:
         markers = [Path(folder) / f".start-{uuid.uuid4().hex}" for folder in (cfg.run_dir, cfg.data.cache)]
-        for marker in markers:
-            marker.parent.mkdir(parents=True, exist_ok=True)
-            marker.touch()
-        seen, cached = map(str, markers)
-        go = {"run_dir": cfg.run_dir, "marker": seen, "cache_marker": cached, "hash": _digest(settings)}
+        for path in markers:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        marker, cache_marker = map(str, markers)
+        request = {"run_dir": cfg.run_dir, "marker": marker, "cache_marker": cache_marker, "hash": _digest(settings)}
         store.set("settings", json.dumps(settings))
-        store.set("go", json.dumps(go))
-    asked = json.loads(store.get("go"))
+        store.set("request", json.dumps(request))
+    request = json.loads(store.get("request"))
     clock = time.time()
-    # A name made of the time is another one on every rank.
-    cfg.run_dir = asked["run_dir"]
+    # A run folder named after the time has another name on every rank.
+    cfg.run_dir = request["run_dir"]
     facts = Facts(
         rank=rank,
         host=socket.gethostname(),
         versions=versions(),
         settings={}
-        if _digest(settings) == asked["hash"]
+        if _digest(settings) == request["hash"]
         else _differences(settings, json.loads(store.get("settings"))),
         clock=clock,
         free_bytes=_free_bytes(Path(cfg.run_dir)),
         device=plan.hardware.name,
         device_id=_device_id() if plan.hardware.kind == "cuda" else "",
-        sees_run_dir=_appears(Path(asked["marker"])),
-        missing=_missing(cfg, asked["cache_marker"]),
+        sees_run_dir=_becomes_visible(Path(request["marker"])),
+        missing=_missing(cfg, request["cache_marker"]),
     )
     store.set(f"facts/{rank}", json.dumps(asdict(facts)))
     found: list[str] = []
     if rank == 0:
-        told = store.multi_get([f"facts/{other}" for other in range(world_size)])
+        texts = store.multi_get([f"facts/{other}" for other in range(world_size)])
         for path in markers:
             path.unlink()
         needed = checkpoint_bytes(cfg) if cfg.checkpoint.save else 0
-        found = list(problems([Facts(**json.loads(text)) for text in told], needed))
+        found = list(problems([Facts(**json.loads(text)) for text in texts], needed))
     exit_on_any_problem(store, rank, world_size, "problems", found)
 
 
 def problems(ranks: Sequence[Facts], checkpoint: int) -> Iterator[str]:
-    """What keeps ranks from training together, in one line each: who, what, and the remedy.
+    """Describe what keeps ranks from training together.
+
+    Each line names the rank, the problem and the remedy.
 
     Args:
-        ranks: rank 0 first; the others are held against it.
+        ranks: facts of rank 0 first, with which the others are compared.
         checkpoint: bytes of one checkpoint; 0 if none is saved.
     """
-    told: set[tuple[str, str]] = set()
+    reported: set[tuple[str, str]] = set()
     for facts in ranks:
         for problem in _problems_of(facts, ranks[0], checkpoint):
-            if (facts.host, problem) not in told:  # once for each machine
-                told.add((facts.host, problem))
+            if (facts.host, problem) not in reported:  # once per machine
+                reported.add((facts.host, problem))
                 yield f"{facts}: {problem}"
     owners: dict[tuple[str, str], Facts] = {}
     for facts in ranks:
         owner = owners.setdefault((facts.host, facts.device_id), facts)
         if facts.device_id and owner is not facts:
             yield (
-                f"{facts}: it has the GPU of rank {owner.rank} ({facts.device_id}). Start one process for each GPU,"
-                " all in one torchrun, and let no process narrow CUDA_VISIBLE_DEVICES"
+                f"{facts}: it uses the same GPU as rank {owner.rank} ({facts.device_id}). Start one process per GPU,"
+                " all in one torchrun, and don't change CUDA_VISIBLE_DEVICES in any of them"
             )
 
 
@@ -138,35 +143,35 @@ def _problems_of(facts: Facts, first: Facts, checkpoint: int) -> Iterator[str]:
     for name in sorted(facts.versions.keys() | first.versions.keys()):
         mine, others = facts.versions.get(name, "not installed"), first.versions.get(name, "not installed")
         if mine != others:
-            yield f"{name} is {mine}, and {others} on {first}. Use one installation on all machines"
+            yield f"{name} is {mine}, but {others} on {first}. Use the same installation on all machines"
     for name, (mine, others) in facts.settings.items():
-        yield f"{name}={mine}, and {others} on {first}. Start every node by the same command"
+        yield f"{name}={mine}, but {others} on {first}. Start every node with the same command"
     skew = facts.clock - first.clock
     if abs(skew) > MAX_CLOCK_SKEW_S:
         yield (
-            f"its clock is {abs(skew):.0f} s {'ahead of' if skew > 0 else 'behind'} that of {first}."
+            f"its clock is {abs(skew):.0f} s {'ahead of' if skew > 0 else 'behind'} the clock of {first}."
             " Synchronise the machines' clocks (NTP, chrony)"
         )
     if not facts.sees_run_dir:
-        yield f"the run folder of {first} is not there. Set run_dir to a folder on a disk that all machines share"
+        yield f"it can't see the run folder of {first}. Set run_dir to a folder on a disk that all machines share"
     for name in facts.missing:
-        yield f"{name} is not there. Put it on a disk that all machines share, by its whole path"
+        yield f"it can't see {name}. Put it on a disk that all machines share, and set its absolute path"
     if facts.free_bytes < checkpoint:
         yield (
-            f"the run folder's disk has {facts.free_bytes / GIB:.1f} GiB free, and one checkpoint takes"
-            f" {checkpoint / GIB:.1f}. Free some, set run_dir to a folder on another disk, or checkpoint.save=false if"
-            " speed is all that is looked for"
+            f"the run folder's disk has {facts.free_bytes / GIB:.1f} GiB free, but one checkpoint takes"
+            f" {checkpoint / GIB:.1f}. Free some space, set run_dir to a folder on another disk, or set"
+            " checkpoint.save=false to measure speed only"
         )
     if facts.device != first.device:
         seen = "no GPU is visible" if facts.device == "CPU" else f"its GPU is a {facts.device}"
         yield (
-            f"{seen}, and {first} has {first.device}. Use machines of one kind, and look at nvidia-smi and"
-            " CUDA_VISIBLE_DEVICES there"
+            f"{seen}, but {first} has {first.device}. Use machines with the same GPUs, and check nvidia-smi and"
+            " CUDA_VISIBLE_DEVICES on this one"
         )
 
 
 def _comparable(cfg: PretrainConfig) -> dict[str, Any]:
-    """Settings by dotted name, but for the run folder, in which the ranks follow rank 0."""
+    """Settings by dotted name, without run_dir, which all ranks take from rank 0."""
     return {name: value for name, value in settings_by_name(asdict(cfg)) if name != "run_dir"}
 
 
@@ -175,7 +180,7 @@ def _digest(settings: dict[str, Any]) -> str:
 
 
 def _differences(mine: dict[str, Any], others: dict[str, Any]) -> dict[str, list[Any]]:
-    mine = json.loads(json.dumps(mine))  # tuples and lists are one
+    mine = json.loads(json.dumps(mine))  # turns tuples into lists
     return {
         name: [mine.get(name), others.get(name)]
         for name in sorted(mine.keys() | others.keys())
@@ -184,13 +189,13 @@ def _differences(mine: dict[str, Any], others: dict[str, Any]) -> dict[str, list
 
 
 def _free_bytes(folder: Path) -> int:
-    there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-    return shutil.disk_usage(there).free
+    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    return shutil.disk_usage(existing).free
 
 
-def _appears(path: Path) -> bool:
-    """Whether a file is there, or comes to be there soon."""
-    until = time.monotonic() + _FOLDER_SEEN_S
+def _becomes_visible(path: Path) -> bool:
+    """Whether a file exists, or becomes visible within `_FILE_VISIBLE_S`."""
+    until = time.monotonic() + _FILE_VISIBLE_S
     while not path.exists():
         if time.monotonic() > until:
             return False
@@ -201,10 +206,10 @@ def _appears(path: Path) -> bool:
 def _missing(cfg: PretrainConfig, cache_marker: str) -> list[str]:
     try:
         prefixes = parse_blend(cfg.data.path).prefixes
-    except ConfigError as error:  # a dataset whose size is needed
+    except ConfigError as error:  # the blend needs the size of a dataset that is not visible
         return [f"data.path {error.value}"]
-    missing = [f"data.path {prefix}" for prefix in prefixes if not _appears(Path(f"{prefix}.idx"))]
-    return missing if _appears(Path(cache_marker)) else [*missing, f"data.cache {cfg.data.cache}"]
+    missing = [f"data.path {prefix}" for prefix in prefixes if not _becomes_visible(Path(f"{prefix}.idx"))]
+    return missing if _becomes_visible(Path(cache_marker)) else [*missing, f"data.cache {cfg.data.cache}"]
 
 
 def _device_id() -> str:

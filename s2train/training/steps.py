@@ -1,4 +1,4 @@
-"""One step forward and backward through Megatron's schedules, and the held-out loss."""
+"""Runs one step through Megatron's pipeline schedules, for training or the held-out loss."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -19,13 +19,13 @@ LossReport = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
 
 
 def token_loss(loss_mask: torch.Tensor, edges: list[int] | None, losses: torch.Tensor) -> LossReport:
-    """Megatron's three-part loss: sum [], tokens [] int, report.
+    """Compute Megatron's three-part loss: sum [], tokens [] int, report.
 
-    The three-part form is normalised by tokens; the two-part one would be scaled by the context parallel size.
+    Megatron normalises the three-part form by tokens; it would scale the two-part form by the context parallel size.
 
     Args:
         loss_mask, losses: [b, s / cp], fp32.
-        edges: of ranges of positions to report by (`position_edges`); None: all in one.
+        edges: edges of the position ranges to report (`position_edges`); None reports all positions as one range.
     """
     total = (losses.float() * loss_mask).sum()
     tokens = loss_mask.sum()
@@ -44,7 +44,10 @@ def token_loss(loss_mask: torch.Tensor, edges: list[int] | None, losses: torch.T
 def forward_step(
     batches: Iterator[Batch], model: torch.nn.Module, edges: list[int] | None = None
 ) -> tuple[torch.Tensor, Callable[[torch.Tensor], LossReport]]:
-    """Megatron's forward step: per-token losses of the next micro batch, and how to sum them."""
+    """Run Megatron's forward step on the next micro batch.
+
+    Returns the per-token losses and the function that sums them.
+    """
     with record_function(RANGE + DATA):
         batch = next(batches)
     tokens, packed = batch["tokens"], {}
@@ -62,13 +65,13 @@ def run_step(
     forward_only: bool,
     edges: list[int] | None = None,
 ) -> torch.Tensor:
-    """One global batch through all micro batches: sums of loss (nats) and tokens, the same on every rank.
+    """Run one global batch, micro batch by micro batch.
 
     Args:
         batches: an iterator of micro batches for each model chunk.
-        edges: of ranges of positions; None: all in one.
+        edges: edges of the position ranges; None makes all positions one range.
     Returns:
-        float64 [ranges, 2].
+        Sums of loss (nats) and tokens, float64 [ranges, 2], the same on every rank.
     """
     train = cfg.train
     reports = get_forward_backward_func()(
@@ -86,7 +89,7 @@ def run_step(
 
 
 def _sum(reports: list[dict[str, torch.Tensor]], ranges: int) -> torch.Tensor:
-    """Sums over micro batches and ranks; only the last pipeline stage has reports."""
+    """Sum over micro batches and ranks; only the last pipeline stage has reports."""
     total = torch.zeros(ranges, 2, dtype=torch.float64, device=torch.cuda.current_device())
     for report in reports:
         total += report["loss"].double()

@@ -1,4 +1,7 @@
-"""Compiling the kernels of a run once on each machine: its first rank compiles, the others read Triton's disk cache."""
+"""Compiles a run's kernels once on each machine.
+
+The first rank of a machine compiles; the others read Triton's disk cache.
+"""
 
 import os
 from collections.abc import Callable
@@ -15,19 +18,22 @@ from s2train.megatron.context_parallel.all_gather import chunk_ids
 from s2train.megatron.model import DTYPES
 
 
-def first_on_each_machine(work: Callable[[], None]) -> None:
-    """Do `work` on local rank 0 of each machine while all other ranks wait; on all ranks together."""
+def run_once_per_machine(action: Callable[[], None]) -> None:
+    """Run `action` on local rank 0 of each machine while all other ranks wait.
+
+    Collective: call it on all ranks.
+    """
     if os.environ["LOCAL_RANK"] == "0":
-        work()
+        action()
     torch.distributed.barrier()
 
 
 def compile_kernels(cfg: PretrainConfig, hybrid: HybridLayout, device: torch.device) -> None:
-    """Run the sparse op once, forward and backward, for each sort of layer in the shapes of the run's steps.
+    """Run the sparse op once, forward and backward, for each distinct layer layout.
 
-    On zeros, so that no random number is drawn; of all layers and tensor parallel shares, since the machine's other
-    ranks may have others than this one. Frees what it took: call it before the model is built. Does nothing where
-    attention is torch's.
+    Uses the shapes of the run's steps, and zeros, so that no random number is drawn. Covers all layers and all tensor
+    parallel shares, since the machine's other ranks may have others than this one. Frees the memory that it took: call
+    it before the model is built. Does nothing if the sparse layers run on torch.
     """
     backend = cast(Backend, cfg.attention_backend)
     if resolve_backend(backend, device) == "torch":
@@ -47,26 +53,26 @@ def _run_once(
     cfg: PretrainConfig, layer: LayerLayout, heads: slice, groups: int, backend: Backend, device: torch.device
 ) -> None:
     train, width = cfg.train, head_dim(cfg.model)
-    for rows, seen in _chunks(train.seq_length):
-        layout = layer.block_layout(seen, heads=heads, device=device)
+    for rows, keys in _chunks(train.seq_length):
+        layout = layer.block_layout(keys, heads=heads, device=device)
         dtype = DTYPES[train.precision]
         batch = train.micro_batch_size
         query = torch.zeros(
             rows, batch, heads.stop - heads.start, width, dtype=dtype, device=device, requires_grad=True
         )
-        key = torch.zeros(seen, batch, groups, width, dtype=dtype, device=device, requires_grad=True)
-        # A view into the projection's output, as in the layer: strides are part of what a kernel is compiled for.
+        key = torch.zeros(keys, batch, groups, width, dtype=dtype, device=device, requires_grad=True)
+        # A view of the projection's output, as in the layer: a kernel is compiled for given strides.
         projected = (heads.stop - heads.start) // groups + 2
-        value = torch.zeros(seen, batch, groups, projected * width, dtype=dtype, device=device, requires_grad=True)
+        value = torch.zeros(keys, batch, groups, projected * width, dtype=dtype, device=device, requires_grad=True)
         out = block_sparse_attention(
-            query, key, value[..., -width:], layout, query_offset=seen - rows, backend=backend
+            query, key, value[..., -width:], layout, query_offset=keys - rows, backend=backend
         )  # fmt: skip
         assert isinstance(out, torch.Tensor)
         out.backward(torch.ones_like(out))
 
 
 def _chunks(seq_length: int) -> list[tuple[int, int]]:
-    """(query rows, keys that they see) of this rank's calls: under context parallel, of its chunks of the sequence."""
+    """(query rows, visible keys) of this rank's calls: one call for each of its chunks under context parallelism."""
     size = parallel_state.get_context_parallel_world_size()
     if size == 1:
         return [(seq_length, seq_length)]

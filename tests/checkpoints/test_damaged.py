@@ -1,4 +1,4 @@
-"""A damaged checkpoint: told in one line, whose remedy works, and nothing that was saved is lost."""
+"""A damaged checkpoint is reported with a remedy that works, and nothing saved is lost."""
 
 import itertools
 import os
@@ -19,15 +19,15 @@ from tests.program import error_line, metrics, pretrain
 pytestmark = [pytest.mark.slow]
 
 STEPS = "train.steps=6"
-# Of megatron-core 0.16; 0.19 writes no common.pt, and one shard less.
+# Files of megatron-core 0.16; 0.19 writes no common.pt, and one shard fewer.
 FILES = [".metadata", "__0_0.distcp", "__0_1.distcp", "common.pt", "config.yaml", "metadata.json", "progress.json"]
-HARMS: dict[str, Callable[[Path], object]] = {
+DAMAGES: dict[str, Callable[[Path], object]] = {
     "cut": lambda path: os.truncate(path, path.stat().st_size // 2),
     "emptied": lambda path: os.truncate(path, 0),
     "removed": Path.unlink,
 }
-ONE_HARM_EACH = list(zip(FILES, itertools.cycle(HARMS)))
-OTHERS = [of for of in itertools.product(FILES, HARMS) if of not in ONE_HARM_EACH]
+ONE_DAMAGE_EACH = list(zip(FILES, itertools.cycle(DAMAGES)))
+OTHERS = [of for of in itertools.product(FILES, DAMAGES) if of not in ONE_DAMAGE_EACH]
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def last_of(run_dir: Path) -> Path:
 
 
 def remedy(line: str) -> str:
-    """The setting that the error's last sentence tells to use."""
+    """The setting that the error's last sentence recommends."""
     (found,) = re.findall(r"checkpoint\.resume=\S+", line.rpartition(". ")[2])
     return str(found)
 
@@ -59,38 +59,38 @@ def folders(run_dir: Path) -> list[str]:
     return sorted(path.name for path in (run_dir / "checkpoints").iterdir() if path.is_dir())
 
 
-def test_every_harm_to_every_file_is_seen_and_its_name_told(run_dir: Path, tmp_path: Path) -> None:
+def test_any_damage_to_any_file_is_detected_and_the_file_named(run_dir: Path, tmp_path: Path) -> None:
     last = last_of(run_dir)
-    for number, (path, harm) in enumerate(itertools.product(sorted(last.iterdir()), HARMS)):
+    for number, (path, how) in enumerate(itertools.product(sorted(last.iterdir()), DAMAGES)):
         copy = Path(shutil.copytree(last, tmp_path / str(number)))
-        HARMS[harm](copy / path.name)
+        DAMAGES[how](copy / path.name)
         assert path.name in (damage(copy) or "nothing")
 
 
 @pytest.mark.parametrize(
-    ("name", "harm"), [*ONE_HARM_EACH, *(pytest.param(*of, marks=pytest.mark.long) for of in OTHERS)]
+    ("name", "how"), [*ONE_DAMAGE_EACH, *(pytest.param(*of, marks=pytest.mark.long) for of in OTHERS)]
 )
-def test_whichever_file_is_damaged_the_remedy_that_is_told_trains_on(run_dir: Path, name: str, harm: str) -> None:
+def test_whichever_file_is_damaged_the_remedy_resumes_training(run_dir: Path, name: str, how: str) -> None:
     last = last_of(run_dir)
     if not (last / name).exists():
         pytest.skip("this megatron-core writes no such file")
-    HARMS[harm](last / name)
-    told = pretrain(run_dir, STEPS, processes=0)
-    assert told.status != 0
-    line = error_line(told)
+    DAMAGES[how](last / name)
+    rejected = pretrain(run_dir, STEPS, processes=0)
+    assert rejected.status != 0
+    line = error_line(rejected)
     assert line.startswith(f"error: checkpoint.resume={last}: its ")
     assert name in line
     assert remedy(line) == f"checkpoint.resume={run_dir}/checkpoints/iter_0000004"
     done = pretrain(run_dir, STEPS, remedy(line), processes=0)
     assert done.status == 0, done.err
-    assert [said for said in done.out.splitlines() if said.startswith(f"{last}: its ")]
+    assert [line for line in done.out.splitlines() if line.startswith(f"{last}: its ")]
     assert metrics(run_dir)[-1]["step"] == 6
     assert folders(run_dir) == ["damaged_iter_0000005", "iter_0000004", "iter_0000006"]
 
 
-def test_a_single_checkpoint_that_is_damaged_leaves_a_start_from_nothing(run_dir: Path) -> None:
+def test_if_the_only_checkpoint_is_damaged_the_remedy_starts_from_step_1(run_dir: Path) -> None:
     shutil.rmtree(run_dir / "checkpoints" / "iter_0000004")
-    HARMS[random.choice(list(HARMS))](random.choice(sorted(last_of(run_dir).iterdir())))
+    DAMAGES[random.choice(list(DAMAGES))](random.choice(sorted(last_of(run_dir).iterdir())))
     line = error_line(pretrain(run_dir, STEPS, processes=0))
     assert "another run_dir" in line
     assert remedy(line) == "checkpoint.resume=never"
@@ -100,15 +100,15 @@ def test_a_single_checkpoint_that_is_damaged_leaves_a_start_from_nothing(run_dir
 
 
 def zero(shard: Path) -> None:
-    """Of the right length, but nothing of it was written: as after a power failure."""
+    """Overwrite a file with zeros of the same length, as after a power failure."""
     shard.write_bytes(bytes(shard.stat().st_size))
 
 
 @pytest.mark.parametrize("processes", [0, 2])
-def test_what_looks_whole_but_cannot_be_loaded_may_be_gone_back_over(run_dir: Path, processes: int) -> None:
+def test_a_run_may_start_before_a_checkpoint_that_failed_to_load(run_dir: Path, processes: int) -> None:
     last, older = last_of(run_dir), f"checkpoint.resume={run_dir}/checkpoints/iter_0000004"
     before = error_line(pretrain(run_dir, STEPS, older, processes=0))
-    assert "checkpoint.resume=auto" in before  # nothing is known against the last one
+    assert "checkpoint.resume=auto" in before  # no problem of the last one is known yet
     zero(max(last.glob("*.distcp")))
     line = error_line(pretrain(run_dir, STEPS, processes=processes))
     assert line.startswith(f"error: checkpoint.resume={last}: its shards can't be loaded")
@@ -118,7 +118,7 @@ def test_what_looks_whole_but_cannot_be_loaded_may_be_gone_back_over(run_dir: Pa
     assert folders(run_dir) == ["damaged_iter_0000005", "iter_0000004", "iter_0000006"]
 
 
-def test_a_checkpoint_that_can_be_loaded_after_all_is_held_against_nobody(run_dir: Path) -> None:
+def test_a_checkpoint_that_loads_again_counts_as_intact(run_dir: Path) -> None:
     last = last_of(run_dir)
     shard = last / "__0_0.distcp"
     content = shard.read_bytes()
@@ -126,12 +126,11 @@ def test_a_checkpoint_that_can_be_loaded_after_all_is_held_against_nobody(run_di
     older = remedy(error_line(pretrain(run_dir, STEPS, processes=0)))
     shard.write_bytes(content)
     assert pretrain(run_dir, STEPS, "train.exit_step=6", "checkpoint.save=false", processes=0).status == 0
-    refused = error_line(pretrain(run_dir, STEPS, older, processes=0))
-    assert "iter_0000005" in refused
+    assert "iter_0000005" in error_line(pretrain(run_dir, STEPS, older, processes=0))
     assert last.is_dir()
 
 
-def test_following_the_remedy_works_again_when_the_next_checkpoint_is_damaged_too(run_dir: Path) -> None:
+def test_the_remedy_works_again_if_the_next_checkpoint_is_damaged_too(run_dir: Path) -> None:
     (last_of(run_dir) / "config.yaml").unlink()
     older = remedy(error_line(pretrain(run_dir, STEPS, processes=0)))
     assert pretrain(run_dir, STEPS, older, "train.exit_step=5", processes=0).status == 0
@@ -141,9 +140,7 @@ def test_following_the_remedy_works_again_when_the_next_checkpoint_is_damaged_to
     assert folders(run_dir) == ["damaged_iter_0000005", "damaged_iter_0000005.1", "iter_0000004", "iter_0000006"]
 
 
-def test_a_branch_started_again_does_not_begin_anew_where_its_own_checkpoint_is_damaged(
-    stopped: Path, tmp_path: Path
-) -> None:
+def test_a_restarted_branch_does_not_start_over_if_its_checkpoint_is_damaged(stopped: Path, tmp_path: Path) -> None:
     branch = [STEPS, f"checkpoint.resume={stopped}/checkpoints/iter_0000004"]
     assert pretrain(tmp_path, *branch, "train.exit_step=5", processes=0).status == 0
     (last_of(tmp_path) / "progress.json").unlink()
@@ -153,7 +150,7 @@ def test_a_branch_started_again_does_not_begin_anew_where_its_own_checkpoint_is_
 
 
 @pytest.mark.parametrize(("name", "problem"), [("common_state/shard_0_1", None), ("rng", "its common.pt is missing")])
-def test_what_all_ranks_share_is_in_the_shards_or_in_a_file_of_its_own(
+def test_the_common_state_is_in_the_shards_or_in_a_separate_file(
     run_dir: Path, tmp_path: Path, name: str, problem: str | None
 ) -> None:
     folder = tmp_path / "iter_0000001"
@@ -173,11 +170,11 @@ def test_a_flipped_bit_in_the_index_raises_nothing(run_dir: Path) -> None:
         damage(last_of(run_dir))  # raises nothing
 
 
-def test_a_flipped_bit_that_asks_for_gigabytes_is_found_before_it_gets_them(run_dir: Path) -> None:
+def test_a_flipped_bit_that_would_allocate_gigabytes_is_detected_first(run_dir: Path) -> None:
     index = last_of(run_dir) / ".metadata"
     content = bytearray(index.read_bytes())
     place = next(place for operation, _, place in pickletools.genops(bytes(content)) if operation.name == "BUILD")
-    content[place] ^= 1 << 4  # now LONG_BINPUT, of an object whose number the next four bytes are
+    content[place] ^= 1 << 4  # now LONG_BINPUT, whose index is the next four bytes
     content[place + 1 : place + 5] = (1 << 26).to_bytes(4, "little")
     index.write_bytes(content)
     assert damage(last_of(run_dir)) == "its index .metadata can't be read (ValueError)"

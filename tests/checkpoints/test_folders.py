@@ -1,4 +1,4 @@
-"""Which checkpoints are kept, which are taken for whole, and who may write to a run folder."""
+"""Checkpoints are kept and renamed as configured, and one job locks a run folder."""
 
 import multiprocessing
 import os
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from s2train.checkpoints.resume import set_aside_name
+from s2train.checkpoints.resume import free_damaged_name
 from s2train.checkpoints.run_state import surplus
 from s2train.files import FolderLock
 
@@ -15,22 +15,22 @@ def folders(*steps: int) -> list[Path]:
     return [Path(f"iter_{step:07d}") for step in steps]
 
 
-def test_the_last_ones_stay_and_those_at_multiples() -> None:
+def test_the_last_checkpoints_and_those_at_multiples_stay() -> None:
     assert surplus(folders(100, 200, 300, 400, 500), keep=2, keep_every=200) == folders(100, 300)
     assert surplus(folders(100, 200, 300), keep=1, keep_every=None) == folders(100, 200)
 
 
-def test_all_stay_where_nothing_says_otherwise() -> None:
+def test_all_checkpoints_stay_by_default() -> None:
     assert surplus(folders(100, 200, 300), keep=None, keep_every=None) == []
     assert surplus(folders(100, 200), keep=5, keep_every=None) == []
 
 
-def test_what_is_set_aside_overwrites_nothing(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_renamed_to_a_free_name(tmp_path: Path) -> None:
     checkpoint = tmp_path / "iter_0000003"
     names = []
     for _ in range(3):
-        names.append(set_aside_name(checkpoint).name)
-        set_aside_name(checkpoint).mkdir()
+        names.append(free_damaged_name(checkpoint).name)
+        free_damaged_name(checkpoint).mkdir()
     assert names == ["damaged_iter_0000003", "damaged_iter_0000003.1", "damaged_iter_0000003.2"]
 
 
@@ -39,7 +39,7 @@ def attempt(path: Path, results: "multiprocessing.SimpleQueue[str]") -> None:
         FolderLock(path)
         results.put("held")
     except BlockingIOError:
-        results.put("refused")
+        results.put("rejected")
 
 
 def from_another_process(path: Path) -> str:
@@ -51,20 +51,20 @@ def from_another_process(path: Path) -> str:
     return results.get()
 
 
-def test_a_folder_has_one_holder_at_a_time(tmp_path: Path) -> None:
+def test_one_process_at_a_time_locks_a_folder(tmp_path: Path) -> None:
     lock = FolderLock(tmp_path / "lock")
-    assert from_another_process(tmp_path / "lock") == "refused"
+    assert from_another_process(tmp_path / "lock") == "rejected"
     lock.release()
     assert from_another_process(tmp_path / "lock") == "held"
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
-def test_a_child_that_outlives_its_holder_holds_nothing(tmp_path: Path) -> None:
+def test_a_child_that_outlives_the_lock_holder_does_not_keep_the_lock(tmp_path: Path) -> None:
     read, write = os.pipe()
     if (holder := os.fork()) == 0:
         FolderLock(tmp_path / "lock")
         if os.fork() == 0:
-            os.read(read, 1)  # lives until the test has looked
+            os.read(read, 1)  # lives until the test has tried the lock
         os._exit(0)
     os.waitpid(holder, 0)
     assert from_another_process(tmp_path / "lock") == "held"

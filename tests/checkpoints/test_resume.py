@@ -1,4 +1,4 @@
-"""Stopping and resuming; what may be resumed, and what is left alone."""
+"""A stopped run resumes bit for bit, and what doesn't fit its checkpoint is rejected."""
 
 import shutil
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from megatron.core import dist_checkpointing
 
-from s2train.checkpoints.folders import older_instead, read_config, read_progress
+from s2train.checkpoints.folders import read_config, read_progress, remedy_for_damage
 from s2train.checkpoints.integrity import damage
 from s2train.files import FolderLock
 from s2train.training.records import read_curves
@@ -15,12 +15,12 @@ from tests.program import Outcome, error_line, metrics, pretrain
 pytestmark = [pytest.mark.slow]
 
 STEPS = "train.steps=6"
-REPORTS = "tracking.log_interval=2"  # so that the run stops between two
+REPORTS = "tracking.log_interval=2"  # the run stops between two reports
 
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two processes, stopped at step 3 of 6, with a checkpoint at every step."""
+    """A run on two processes, stopped at step 3 of 6, with a checkpoint at every step."""
     folder = tmp_path_factory.mktemp("stopped")
     settings = [STEPS, REPORTS, "train.exit_step=3", "checkpoint.interval=1", "checkpoint.keep=2"]
     done = pretrain(folder, *settings, processes=2)
@@ -28,7 +28,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def refused(outcome: Outcome, *words: str) -> None:
+def assert_rejected(outcome: Outcome, *words: str) -> None:
     assert outcome.status != 0
     line = error_line(outcome)
     assert all(word in line for word in words), line
@@ -43,7 +43,7 @@ def test_only_the_last_checkpoints_are_kept(stopped: Path) -> None:
 
 
 def trace(folder: Path) -> dict[int, list[float]]:
-    """What a run reports of its steps, by step, but for their times."""
+    """What a run reports about its steps, by step, except their times."""
     names = ("loss", "held_out_loss", "grad_norm", "lr")
     return {record["step"]: [record[name] for name in names if name in record] for record in metrics(folder)}
 
@@ -52,27 +52,27 @@ WHOLE = [STEPS, REPORTS, "evaluation.interval=6", "evaluation.batches=1"]
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[float]]:
-    """What a run of two processes reports that nothing stops."""
-    folder = tmp_path_factory.mktemp("unbroken")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[float]]:
+    """What an uninterrupted run on two processes reports."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
     done = pretrain(folder, *WHOLE, processes=2)
     assert done.status == 0, done.err
     return trace(folder)
 
 
-def test_stop_and_resume_equals_an_unbroken_run(
-    stopped: Path, unbroken: dict[int, list[float]], tmp_path: Path
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    stopped: Path, uninterrupted: dict[int, list[float]], tmp_path: Path
 ) -> None:
     resumed = pretrain(tmp_path, *WHOLE, f"checkpoint.resume={stopped}", processes=2)
     assert resumed.status == 0, resumed.err
-    assert trace(tmp_path) == {step: unbroken[step] for step in (4, 6)}  # bit for bit
-    assert trace(stopped)[2] == unbroken[2]
+    assert trace(tmp_path) == {step: uninterrupted[step] for step in (4, 6)}  # bit for bit
+    assert trace(stopped)[2] == uninterrupted[2]
 
 
 @pytest.mark.parametrize(
-    "way",
+    "change",
     [
-        pytest.param(["train.deterministic=true"], marks=pytest.mark.long),  # a CPU is so anyway
+        pytest.param(["train.deterministic=true"], marks=pytest.mark.long),  # a CPU always is
         ["train.precision=bf16"],
         ["train.precision=bf16", "parallel.distributed_optimizer=false", "checkpoint.async_save=true"],
         ["parallel.tp=2", "parallel.sequence_parallel=true"],
@@ -80,28 +80,28 @@ def test_stop_and_resume_equals_an_unbroken_run(
     ],
     ids=" ".join,
 )
-def test_other_ways_to_train_resume_bit_for_bit_too(way: list[str], tmp_path: Path) -> None:
-    settings = [*WHOLE, *way]
-    assert pretrain(tmp_path / "unbroken", *settings, processes=2).status == 0
+def test_runs_with_other_settings_resume_bit_for_bit_too(change: list[str], tmp_path: Path) -> None:
+    settings = [*WHOLE, *change]
+    assert pretrain(tmp_path / "uninterrupted", *settings, processes=2).status == 0
     for more in (["train.exit_step=3"], []):
         done = pretrain(tmp_path / "resumed", *settings, *more, processes=2)
         assert done.status == 0, done.err
-    expected, found = trace(tmp_path / "unbroken"), trace(tmp_path / "resumed")
+    expected, found = trace(tmp_path / "uninterrupted"), trace(tmp_path / "resumed")
     assert {step: found[step] for step in expected} == expected
 
 
 @pytest.mark.parametrize("division", ["parallel.tp=2", "parallel.pp=2", "parallel.cp=2", "one process"])
-def test_data_parallel_shards_go_on_under_another_division(
-    stopped: Path, unbroken: dict[int, list[float]], division: str, tmp_path: Path
+def test_a_data_parallel_checkpoint_resumes_under_another_parallel_division(
+    stopped: Path, uninterrupted: dict[int, list[float]], division: str, tmp_path: Path
 ) -> None:
     processes, more = (1, []) if division == "one process" else (2, [division])
     resumed = pretrain(tmp_path, *WHOLE, *more, f"checkpoint.resume={stopped}", processes=processes)
     assert resumed.status == 0, resumed.err
     for step in (4, 6):
-        assert trace(tmp_path)[step] == pytest.approx(unbroken[step], rel=1e-5)
+        assert trace(tmp_path)[step] == pytest.approx(uninterrupted[step], rel=1e-5)
 
 
-def test_a_finished_run_started_again_does_nothing(stopped: Path) -> None:
+def test_starting_a_finished_run_again_does_nothing(stopped: Path) -> None:
     before = files(stopped)
     done = pretrain(stopped, STEPS, "train.exit_step=3", "tracking.log_interval=5")
     assert done.status == 0, done.err
@@ -119,7 +119,7 @@ def test_a_finished_run_started_again_does_nothing(stopped: Path) -> None:
         (["checkpoint.resume={stopped}/checkpoints/iter_0000002"], ["iter_0000003", "run_dir"]),
         (["optim.lr=0.1"], ["optim.lr 0.003 → 0.1", "checkpoint.allow_changes=[optim.lr]", "another run_dir"]),
         (["train.steps=9"], ["optim.decay_steps 6 → 9", "optim.decay_steps=6 keeps"]),
-        (["data.num_samples=72"], ["data.num_samples=72", "with 48", "Leave it out"]),
+        (["data.num_samples=72"], ["data.num_samples=72", "with 48", "Leave it unset"]),
         (["model.rotary_base=20000"], ["model.rotary_base=20000", "=10000", "checkpoint.new_data=true"]),
         (["seed=7"], ["seed=7", "1234"]),
         (["train.seq_length=64"], ["train.seq_length=64", "128"]),
@@ -127,11 +127,12 @@ def test_a_finished_run_started_again_does_nothing(stopped: Path) -> None:
     ],
     ids=lambda value: value[0].partition("=")[0] if "=" in value[0] else "",
 )
-def test_what_does_not_fit_the_checkpoint_is_refused_and_nothing_overwritten(
+def test_what_does_not_fit_the_checkpoint_is_rejected_and_nothing_overwritten(
     stopped: Path, change: list[str], words: list[str]
 ) -> None:
     before = files(stopped)
-    refused(pretrain(stopped, STEPS, *(setting.format(stopped=stopped) for setting in change), processes=0), *words)
+    arguments = [setting.format(stopped=stopped) for setting in change]
+    assert_rejected(pretrain(stopped, STEPS, *arguments, processes=0), *words)
     assert files(stopped) == before
 
 
@@ -142,14 +143,14 @@ def test_a_new_phase_takes_other_data_from_their_beginning(stopped: Path, tmp_pa
     assert done.status == 0, done.err
     progress = read_progress(tmp_path / "checkpoints" / "iter_0000004")
     assert (progress.step, progress.consumed_samples) == (4, 8)
-    # Of the samples that its own three steps take: among more, its first would come twice where documents are few.
+    # The samples of its own three steps: in a longer order, few documents would repeat its first samples.
     assert progress.order["data.num_samples"] == 24
     again = pretrain(tmp_path, STEPS, start, *changes, "checkpoint.resume=auto", processes=0)
     assert again.status == 0, again.err
     assert read_progress(tmp_path / "checkpoints" / "iter_0000006").consumed_samples == 24
 
 
-def test_a_save_that_was_killed_is_no_checkpoint(stopped: Path, tmp_path: Path) -> None:
+def test_an_incomplete_save_is_not_a_checkpoint(stopped: Path, tmp_path: Path) -> None:
     (stopped / "checkpoints" / ".iter_0000009.0a1b2c3d.partial").mkdir()
     (stopped / "checkpoints" / "latest_checkpointed_iteration.txt").unlink()
     done = pretrain(tmp_path, STEPS, "train.exit_step=4", f"checkpoint.resume={stopped}", processes=0)
@@ -158,41 +159,17 @@ def test_a_save_that_was_killed_is_no_checkpoint(stopped: Path, tmp_path: Path) 
     assert sorted(read_curves(tmp_path / "metrics.jsonl").train) == [4]
 
 
-@pytest.mark.parametrize("harm", ["cut short", "missing"])
-def test_a_damaged_checkpoint_is_told_and_the_run_goes_on_from_the_one_it_names(
-    stopped: Path, harm: str, tmp_path: Path
-) -> None:
-    run_dir = tmp_path / "run"
-    shutil.copytree(stopped, run_dir)
-    last, older = (run_dir / "checkpoints" / name for name in ("iter_0000003", "iter_0000002"))
-    shard = sorted(last.glob("*.distcp"))[-1]
-    if harm == "missing":
-        shard.unlink()
-    else:
-        shard.write_bytes(shard.read_bytes()[:-100])
-    instead = f"checkpoint.resume={older}"
-    refused(pretrain(run_dir, STEPS, processes=0), "checkpoint.resume=", "iter_0000003", shard.name, harm, instead)
-    assert last.is_dir()
-    done = pretrain(run_dir, STEPS, "train.exit_step=3", instead, processes=0)
-    assert done.status == 0, done.err
-    assert [path.name for path in sorted((run_dir / "checkpoints").iterdir()) if path.is_dir()] == [
-        "damaged_iter_0000003",
-        "iter_0000002",
-        "iter_0000003",
-    ]
-
-
-def test_only_whole_checkpoints_are_offered_in_place_of_a_damaged_one(stopped: Path, tmp_path: Path) -> None:
+def test_only_intact_checkpoints_are_recommended_instead_of_a_damaged_one(stopped: Path, tmp_path: Path) -> None:
     shutil.copytree(stopped / "checkpoints", tmp_path / "checkpoints")
     last, older = (tmp_path / "checkpoints" / name for name in ("iter_0000003", "iter_0000002"))
     assert damage(last) is None
-    assert str(older) in older_instead(last)
+    assert str(older) in remedy_for_damage(last)
     (older / ".metadata").unlink()
     assert ".metadata" in str(damage(older))
-    assert "no older one" in older_instead(last)
+    assert "No older checkpoint there is intact" in remedy_for_damage(last)
 
 
-def test_changed_hyperparameters_hold_after_a_resume(stopped: Path, tmp_path: Path) -> None:
+def test_changed_hyperparameters_apply_after_a_resume(stopped: Path, tmp_path: Path) -> None:
     changes = ["optim.lr=5e-4", "optim.min_lr=5e-4", "optim.beta2=0.5", "train.exit_step=4"]
     done = pretrain(tmp_path, STEPS, f"checkpoint.resume={stopped}", *changes, processes=0)
     assert done.status == 0, done.err
@@ -207,12 +184,12 @@ def test_changed_hyperparameters_hold_after_a_resume(stopped: Path, tmp_path: Pa
 def test_a_run_that_diverges_stops_and_keeps_its_last_good_checkpoint(tmp_path: Path) -> None:
     changes = ["optim.lr=1e20", "checkpoint.interval=1", "checkpoint.keep=1", "train.max_skipped_steps=2"]
     done = pretrain(tmp_path, STEPS, *changes, processes=0)
-    refused(done, "Not saved", "train.max_skipped_steps=2", "optim.lr", "checkpoint.resume=")
+    assert_rejected(done, "Nothing was saved", "train.max_skipped_steps=2", "optim.lr", "checkpoint.resume=")
     assert sum("| skipped: loss" in line for line in done.out.splitlines()) == 3
     assert len(list((tmp_path / "checkpoints").glob("iter_*"))) == 1
 
 
-def test_a_run_folder_is_one_jobs_alone(stopped: Path) -> None:
+def test_a_second_job_in_a_run_folder_is_rejected(stopped: Path) -> None:
     other = FolderLock(stopped / ".lock")
-    refused(pretrain(stopped, STEPS, processes=0), "run_dir=", "another job")
+    assert_rejected(pretrain(stopped, STEPS, processes=0), "run_dir=", "another job")
     other.release()

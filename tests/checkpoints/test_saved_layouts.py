@@ -1,4 +1,4 @@
-"""Saved settings of layouts: those of earlier versions are read, and what means the same is no other layout."""
+"""Saved layout settings are read, also from earlier versions, and compared by meaning."""
 
 from pathlib import Path
 from typing import Any
@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 
 from s2train.checkpoints.folders import read_config, write_config
-from s2train.checkpoints.resume import _check_same_architecture
+from s2train.checkpoints.resume import check_same_architecture
 from s2train.checkpoints.setting_changes import changes_between
 from s2train.config import LayoutConfig, ModelConfig, PatternConfig, PretrainConfig, TrainConfig
 from s2train.errors import ConfigError
 from s2train.planning import hybrid_layout
 
-# As saved before patterns had kinds, schedules offsets, and plans settings.
+# Saved before patterns had kinds, layout schedules had offsets, and plans had settings.
 EARLIER = """
 model: {name: small, num_layers: 4, hidden_size: 64, ffn_hidden_size: 96, num_attention_heads: 4, num_query_groups: 2,
   head_dim: null, vocab_size: 320, rotary_base: 10000, norm_epsilon: 1.0e-05, init_std: 0.02, tie_embeddings: false}
@@ -33,10 +33,10 @@ def config(**layout: Any) -> PretrainConfig:
 
 
 def resumed(now: PretrainConfig, checkpoint: Path) -> None:
-    _check_same_architecture(changes_between(read_config(checkpoint), now), checkpoint)
+    check_same_architecture(changes_between(read_config(checkpoint), now), checkpoint)
 
 
-def test_settings_saved_by_an_earlier_version_are_read_and_mean_what_they_did(tmp_path: Path) -> None:
+def test_settings_saved_by_an_earlier_version_keep_their_meaning(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(EARLIER)
     saved, now = read_config(tmp_path), config()
     now.schedule.kind = "rotating"
@@ -44,7 +44,7 @@ def test_settings_saved_by_an_earlier_version_are_read_and_mean_what_they_did(tm
     resumed(now, tmp_path)
 
 
-def test_letters_and_ranges_come_back_as_they_were_saved(tmp_path: Path) -> None:
+def test_letters_and_ranges_are_read_as_they_were_saved(tmp_path: Path) -> None:
     pattern = PatternConfig("ranges", ranges=[[4, 1], [None, 2]])
     cfg = config(layers="DSSW", pattern=pattern, patterns={"W": WINDOW})
     write_config(cfg, tmp_path / "config.yaml")
@@ -52,7 +52,7 @@ def test_letters_and_ranges_come_back_as_they_were_saved(tmp_path: Path) -> None
     resumed(cfg, tmp_path)
 
 
-def test_a_default_written_out_is_no_other_layout(tmp_path: Path) -> None:
+def test_an_explicit_default_is_the_same_layout(tmp_path: Path) -> None:
     write_config(config(patterns={"W": WINDOW}), tmp_path / "config.yaml")
     resumed(config(pattern=PatternConfig(local=8, stride=16), patterns={"W": WINDOW | {"sinks": 0}}), tmp_path)
 
@@ -67,7 +67,7 @@ def test_a_default_written_out_is_no_other_layout(tmp_path: Path) -> None:
         ({"patterns": {"W": WINDOW, "V": {}}}, "layout.patterns.V.kind"),
     ],
 )
-def test_another_layout_is_refused_by_its_setting(tmp_path: Path, change: dict[str, Any], setting: str) -> None:
+def test_another_layout_is_rejected_by_its_setting(tmp_path: Path, change: dict[str, Any], setting: str) -> None:
     write_config(config(patterns={"W": WINDOW}), tmp_path / "config.yaml")
     with pytest.raises(ConfigError, match=f"^{setting}="):
         resumed(config(**{"patterns": {"W": WINDOW}} | change), tmp_path)

@@ -1,4 +1,4 @@
-"""Which settings of a resumed run differ from its checkpoint, and which may."""
+"""Changed settings of a resumed run are listed, and some need consent."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -31,18 +31,18 @@ def test_every_setting_that_differs_is_listed_with_both_values() -> None:
     }
 
 
-def test_the_lowest_learning_rate_is_listed_where_it_does_not_follow_the_learning_rate() -> None:
+def test_the_lowest_learning_rate_is_listed_unless_it_follows_the_learning_rate() -> None:
     assert list(map(str, changes("optim.lr=1e-3"))) == ["optim.lr 0.003 → 0.001"]
     assert list(map(str, changes("optim.min_lr_ratio=0.2"))) == ["optim.min_lr 0.0003 → 0.0006"]
     kept = changes("optim.lr=1e-3", "optim.min_lr=1e-4", before=("optim.min_lr=2e-4",))
     assert list(map(str, kept)) == ["optim.lr 0.003 → 0.001", "optim.min_lr 0.0002 → 0.0001"]
 
 
-def test_a_default_written_out_is_no_change() -> None:
+def test_an_explicit_default_is_no_change() -> None:
     assert changes("model.head_dim=32", "layout.pattern.sinks=0", "optim.decay_steps=400", "data.num_workers=2") == []
 
 
-def test_other_steps_are_another_schedule_of_the_learning_rate() -> None:
+def test_other_steps_change_the_learning_rate_schedule() -> None:
     assert list(map(str, changes("train.steps=600"))) == ["optim.decay_steps 400 → 600", "train.steps 400 → 600"]
     assert list(map(str, changes("train.steps=600", "optim.decay_steps=400"))) == ["train.steps 400 → 600"]
     constant = "optim.decay_style=constant"
@@ -88,9 +88,9 @@ def test_what_does_not_change_the_experiment_needs_no_consent(setting: str) -> N
         "fp8=hybrid",
     ],
 )
-def test_what_changes_the_experiment_is_rejected_until_it_is_allowed(setting: str) -> None:
+def test_what_changes_the_experiment_is_rejected_unless_allowed(setting: str) -> None:
     name = "optim.decay_steps" if setting == "train.steps=600" else setting.partition("=")[0]
-    blamed = setting.partition("=")[0]  # what the user set, where another setting follows from it
+    blamed = setting.partition("=")[0]  # the setting that the user set, from which another may follow
     with pytest.raises(ConfigError, match=rf"^{blamed}=.* {name} .* → .*another run_dir") as refusal:
         consented(setting)
     assert f"checkpoint.allow_changes=[{name}]" in refusal.value.remedy
@@ -99,7 +99,7 @@ def test_what_changes_the_experiment_is_rejected_until_it_is_allowed(setting: st
     consented(setting, f"checkpoint.allow_changes={name}")
 
 
-def test_one_error_names_all_that_is_not_allowed_and_the_list_to_set() -> None:
+def test_one_error_names_all_changes_not_allowed_and_the_list_to_set() -> None:
     with pytest.raises(ConfigError) as refusal:
         consented("optim.lr=1e-3", "optim.beta2=0.99", "optim.eps=1e-6", "checkpoint.allow_changes=[optim.lr]")
     assert "optim.lr " not in refusal.value.problem
@@ -113,7 +113,7 @@ def test_the_error_for_more_steps_says_how_to_keep_the_learning_rate() -> None:
     consented("train.steps=600", "optim.decay_steps=400")
 
 
-def test_what_keeps_the_experiment_is_named_by_settings_that_exist() -> None:
+def test_settings_that_keep_the_experiment_exist() -> None:
     names = [name for name, _ in settings_by_name(asdict(pretrain("+model=tiny_hybrid")))]
     for known in KEEP_THE_EXPERIMENT:
         assert any(name == known or name.startswith(f"{known}.") for name in names), known

@@ -17,14 +17,17 @@ KINDS = ("llama-2", "mistral", "byte-level")
 
 
 def make_tokenizer(kind: str, folder: Path, size: int = 600) -> Tokenizer:
-    """llama-2: a normalizer puts ▁ first and for each blank; mistral: a pre-tokenizer does; byte-level: neither."""
+    """Train a small tokenizer that handles blanks like the named kind.
+
+    llama-2: a normalizer prepends ▁ and replaces each blank by it; mistral: a pre-tokenizer does; byte-level: neither.
+    """
     path = folder / f"{kind}.json"
     if kind == "byte-level":
         train_bpe(TEXTS, size, path)
         return load_tokenizer(str(path))
     made = hf.Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    # tokens begin at blanks, as SentencePiece's do, and digits stand alone
+    # tokens begin at blanks, as in SentencePiece, and each digit is a token
     words = pre_tokenizers.Split("▁", "merged_with_next")
     made.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.Digits(individual_digits=True)])
     trainer = trainers.BpeTrainer(

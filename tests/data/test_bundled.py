@@ -7,7 +7,7 @@ import pytest
 from s2train.data.bundled import bundled_corpus_files, count_ids, unigram_entropy
 
 
-def test_the_corpus_has_the_bytes_that_its_licence_note_tells() -> None:
+def test_the_corpus_has_the_sizes_and_hashes_in_its_licence_note() -> None:
     files = bundled_corpus_files()
     note = (files[0].parent / "LICENSE.md").read_text()
     assert [file.name for file in files] == ["alice29.txt", "asyoulik.txt", "plrabn12.txt"]
@@ -17,7 +17,7 @@ def test_the_corpus_has_the_bytes_that_its_licence_note_tells() -> None:
 
 
 @pytest.mark.parametrize("n", [1, 2, 257])
-def test_equally_frequent_tokens_have_the_entropy_of_their_number(n: int) -> None:
+def test_equally_frequent_tokens_have_the_entropy_log_n(n: int) -> None:
     assert unigram_entropy([5] * n + [0] * 3) == pytest.approx(math.log(n))
 
 

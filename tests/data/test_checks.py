@@ -29,24 +29,24 @@ MakeConfig = Callable[..., PretrainConfig]
 
 @pytest.fixture
 def copy(corpus: str, tmp_path: Path) -> str:
-    """Prefix of a copy of the corpus, to be damaged."""
+    """Prefix of a copy of the corpus that a test may damage."""
     for suffix in (".bin", ".idx", ".json"):
         shutil.copy(corpus + suffix, tmp_path / f"copy{suffix}")
     return str(tmp_path / "copy")
 
 
-def refused(cfg: PretrainConfig, setting: str, problem: str) -> None:
+def assert_rejected(cfg: PretrainConfig, setting: str, problem: str) -> None:
     with pytest.raises(ConfigError, match=problem) as error:
         check_data(cfg, ByteTokenizer())
     assert error.value.setting == setting
 
 
-def cut(path: str, size: int) -> None:
+def truncate(path: str, size: int) -> None:
     content = Path(path).read_bytes()
     Path(path).write_bytes(content[:size])
 
 
-def test_sound_data_pass(corpus: str, config: MakeConfig) -> None:
+def test_valid_data_pass(corpus: str, config: MakeConfig) -> None:
     check_data(config(corpus), ByteTokenizer())
     check_data(config([0.3, corpus, 0.7, corpus]), ByteTokenizer())
 
@@ -54,59 +54,59 @@ def test_sound_data_pass(corpus: str, config: MakeConfig) -> None:
 @pytest.mark.parametrize("suffix", [".bin", ".idx"])
 def test_a_missing_file_is_named(copy: str, config: MakeConfig, suffix: str) -> None:
     Path(copy + suffix).unlink()
-    refused(config(copy), "data.path", rf"copy\{suffix} is missing")
+    assert_rejected(config(copy), "data.path", rf"copy\{suffix} is missing")
 
 
 @pytest.mark.parametrize("size", [0, 20, 100, -1])
-def test_an_index_cut_off_is_refused(copy: str, config: MakeConfig, size: int) -> None:
-    cut(f"{copy}.idx", size)
-    refused(config(copy), "data.path", r"copy\.idx is (empty or )?cut off")
+def test_a_truncated_index_is_rejected(copy: str, config: MakeConfig, size: int) -> None:
+    truncate(f"{copy}.idx", size)
+    assert_rejected(config(copy), "data.path", r"copy\.idx is (empty or )?truncated")
 
 
-def test_tokens_cut_off_are_refused(copy: str, config: MakeConfig) -> None:
-    cut(f"{copy}.bin", -2)
-    refused(config(copy), "data.path", r"copy\.bin has [\d,]+ bytes where its \.idx tells of")
+def test_truncated_tokens_are_rejected(copy: str, config: MakeConfig) -> None:
+    truncate(f"{copy}.bin", -2)
+    assert_rejected(config(copy), "data.path", r"copy\.bin has [\d,]+ bytes, but its \.idx describes")
 
 
-def test_a_file_that_is_no_index_is_refused(copy: str, config: MakeConfig) -> None:
+def test_a_file_that_is_not_an_index_is_rejected(copy: str, config: MakeConfig) -> None:
     Path(f"{copy}.idx").write_bytes(b"x" * 100)
-    refused(config(copy), "data.path", "no index of Megatron's")
+    assert_rejected(config(copy), "data.path", "is not a Megatron index")
 
 
-def test_a_dataset_without_tokens_is_refused(tmp_path: Path, config: MakeConfig) -> None:
+def test_a_dataset_without_tokens_is_rejected(tmp_path: Path, config: MakeConfig) -> None:
     IndexedDatasetBuilder(str(tmp_path / "none.bin")).finalize(str(tmp_path / "none.idx"))
-    refused(config(str(tmp_path / "none")), "data.path", "holds no tokens")
+    assert_rejected(config(str(tmp_path / "none")), "data.path", "holds no tokens")
 
 
-def test_the_prefix_is_told_when_a_file_is_given_in_its_place(copy: str, config: MakeConfig) -> None:
-    refused(config(f"{copy}.bin"), "data.path", rf"Set {copy}$")
+def test_a_file_given_as_prefix_is_rejected_with_the_prefix_to_set(copy: str, config: MakeConfig) -> None:
+    assert_rejected(config(f"{copy}.bin"), "data.path", rf"Set {copy}$")
 
 
-def test_a_broken_sidecar_is_refused(copy: str, config: MakeConfig) -> None:
+def test_a_broken_sidecar_is_rejected(copy: str, config: MakeConfig) -> None:
     Path(f"{copy}.json").write_text("{")
-    refused(config(copy), "data.path", "sidecar")
+    assert_rejected(config(copy), "data.path", "sidecar")
 
 
-def test_data_of_other_tools_need_no_sidecar(copy: str, config: MakeConfig) -> None:
+def test_data_without_a_sidecar_pass(copy: str, config: MakeConfig) -> None:
     Path(f"{copy}.json").unlink()
     check_data(config(copy), ByteTokenizer())
 
 
-def test_data_made_with_another_tokenizer_are_refused(corpus: str, config: MakeConfig, tmp_path: Path) -> None:
+def test_data_made_with_another_tokenizer_are_rejected(corpus: str, config: MakeConfig, tmp_path: Path) -> None:
     output = str(tmp_path / "bpe")
     prepare(
         PrepareConfig(input=str(bundled_corpus_files()[0]), output=output, tokenizer="bpe:300", document_chars=5000)
     )
-    refused(config(output, seq_length=16, vocab_size=300), "data.tokenizer", rf"{output}-tokenizer\.json")
+    assert_rejected(config(output, seq_length=16, vocab_size=300), "data.tokenizer", rf"{output}-tokenizer\.json")
     check_data(config(output, seq_length=16, vocab_size=300), load_tokenizer(f"{output}-tokenizer.json"))
 
 
-def test_a_tokenizer_larger_than_the_models_vocabulary_is_refused(corpus: str, config: MakeConfig) -> None:
-    refused(config(corpus, vocab_size=256), "model.vocab_size", r"257 ids.*Set model\.vocab_size=257 or more")
-    refused(config("mock", vocab_size=256), "model.vocab_size", "257 ids")
+def test_a_tokenizer_larger_than_the_models_vocabulary_is_rejected(corpus: str, config: MakeConfig) -> None:
+    assert_rejected(config(corpus, vocab_size=256), "model.vocab_size", r"257 ids.*Set model\.vocab_size=257 or more")
+    assert_rejected(config("mock", vocab_size=256), "model.vocab_size", "257 ids")
 
 
-def test_a_moved_tokenizer_is_known_by_its_content(tmp_path: Path, config: MakeConfig) -> None:
+def test_a_moved_tokenizer_is_recognized_by_its_content(tmp_path: Path, config: MakeConfig) -> None:
     train_bpe(["text of a tokenizer " * 20], 280, tmp_path / "here.json")
     source, output = str(bundled_corpus_files()[0]), str(tmp_path / "out")
     prepare(PrepareConfig(input=source, output=output, tokenizer=str(tmp_path / "here.json"), document_chars=5000))
@@ -114,19 +114,19 @@ def test_a_moved_tokenizer_is_known_by_its_content(tmp_path: Path, config: MakeC
     check_data(config(output, vocab_size=300), load_tokenizer(str(tmp_path / "there.json")))
 
 
-def test_a_sample_longer_than_a_part_of_the_data_is_refused(corpus: str, config: MakeConfig) -> None:
+def test_a_sample_longer_than_a_part_of_the_data_is_rejected(corpus: str, config: MakeConfig) -> None:
     lengths = read_document_lengths(corpus)
     held_out = int(lengths[round(0.9 * len(lengths)) :].sum())
     check_data(config(corpus, seq_length=held_out - 1), ByteTokenizer())
-    refused(config(corpus, seq_length=held_out), "train.seq_length", f"held-out.*Set {held_out - 1} or less")
+    assert_rejected(config(corpus, seq_length=held_out), "train.seq_length", f"held-out.*Set {held_out - 1} or less")
     check_data(config(corpus, seq_length=held_out, evaluate=False), ByteTokenizer())
-    refused(config(corpus, seq_length=10**6, evaluate=False), "train.seq_length", "train part")
+    assert_rejected(config(corpus, seq_length=10**6, evaluate=False), "train.seq_length", "train part")
 
 
-def test_a_part_without_documents_is_refused_if_the_run_reads_it(corpus: str, config: MakeConfig) -> None:
-    refused(config(corpus, split="99.9,0.1,0"), "data.split", "held-out")
-    refused(config(corpus, split="100"), "data.split", "held-out")
-    refused(config(corpus, split="0,100,0", evaluate=False), "data.split", "train")
+def test_a_part_without_documents_is_rejected_if_the_run_reads_it(corpus: str, config: MakeConfig) -> None:
+    assert_rejected(config(corpus, split="99.9,0.1,0"), "data.split", "held-out")
+    assert_rejected(config(corpus, split="100"), "data.split", "held-out")
+    assert_rejected(config(corpus, split="0,100,0", evaluate=False), "data.split", "train")
     check_data(config(corpus, split="100", evaluate=False), ByteTokenizer())
 
 
@@ -134,7 +134,7 @@ def test_a_part_without_documents_is_refused_if_the_run_reads_it(corpus: str, co
 def test_the_remedy_for_a_part_without_documents_gives_it_some(
     tmp_path: Path, config: MakeConfig, documents: int
 ) -> None:
-    (tmp_path / "a.jsonl").write_text('{"text": "some text of its own"}\n' * documents)
+    (tmp_path / "a.jsonl").write_text('{"text": "some words of text"}\n' * documents)
     prepare(PrepareConfig(str(tmp_path / "a.jsonl"), str(tmp_path / "a")))
     cfg = config(str(tmp_path / "a"), seq_length=16, split="100")
     with pytest.raises(ConfigError, match="without any of its") as error:
@@ -147,14 +147,16 @@ def test_the_remedy_for_a_part_without_documents_gives_it_some(
     check_data(cfg, ByteTokenizer())
 
 
-def test_mock_data_are_split_as_others_are(config: MakeConfig) -> None:
+def test_mock_data_are_split_like_other_data(config: MakeConfig) -> None:
     check_data(config("mock"), ByteTokenizer())
-    refused(config("mock", split="100,0,0"), "data.split", "held-out part of mock data without any")
+    assert_rejected(config("mock", split="100,0,0"), "data.split", "held-out part of mock data without any")
     check_data(config("mock", split="100,0,0", evaluate=False), ByteTokenizer())
-    refused(config("mock", split="99.999,0.001,0", seq_length=5000), "train.seq_length", "held-out part of mock data")
+    assert_rejected(
+        config("mock", split="99.999,0.001,0", seq_length=5000), "train.seq_length", "held-out part of mock data"
+    )
 
 
-def test_ids_outside_of_the_vocabulary_are_refused_where_no_sidecar_tells_the_tokenizer(
+def test_ids_outside_the_vocabulary_are_rejected_if_no_sidecar_names_the_tokenizer(
     copy: str, config: MakeConfig
 ) -> None:
     Path(f"{copy}.json").unlink()
@@ -162,22 +164,22 @@ def test_ids_outside_of_the_vocabulary_are_refused_where_no_sidecar_tells_the_to
     for place in (0, -1):
         before, ids[place] = ids[place], 50_000
         ids.flush()
-        refused(config(copy), "model.vocab_size", r"copy\.bin holds the id 50,000")
+        assert_rejected(config(copy), "model.vocab_size", r"copy\.bin holds the id 50,000")
         check_data(config(copy, vocab_size=50_001), ByteTokenizer())
         ids[place] = before
         ids.flush()
     check_data(config(copy), ByteTokenizer())
 
 
-def test_a_cache_that_cannot_be_written_is_refused(corpus: str, config: MakeConfig, tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_written_is_rejected(corpus: str, config: MakeConfig, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for cache in (tmp_path / "file" / "cache", tmp_path / "file", ""):
         cfg = config(corpus)
         cfg.data.cache = str(cache)
-        refused(cfg, "data.cache", "no folder")
+        assert_rejected(cfg, "data.cache", "no folder")
 
 
-def test_a_cache_is_not_made_before_it_is_needed(corpus: str, config: MakeConfig, tmp_path: Path) -> None:
+def test_the_check_does_not_create_the_cache(corpus: str, config: MakeConfig, tmp_path: Path) -> None:
     check_data(config(corpus), ByteTokenizer())
     assert not (tmp_path / "cache").exists()
 
@@ -190,8 +192,8 @@ def test_a_cache_is_not_made_before_it_is_needed(corpus: str, config: MakeConfig
         *(None, True, {"train": 1}),
     ],
 )
-def test_a_split_that_is_no_weights_is_refused(corpus: str, config: MakeConfig, split: Any) -> None:
-    refused(config(corpus, split=split), "data.split", "weights")
+def test_a_split_that_is_not_weights_is_rejected(corpus: str, config: MakeConfig, split: Any) -> None:
+    assert_rejected(config(corpus, split=split), "data.split", "weights")
 
 
 @pytest.mark.parametrize(
@@ -203,11 +205,11 @@ def test_a_split_is_text_or_a_list(split: Any) -> None:
 
 
 @pytest.mark.parametrize("split", [100, "100"])
-def test_one_number_is_all_for_training(split: Any) -> None:
+def test_one_weight_means_training_only(split: Any) -> None:
     assert split_documents_range(split, 7) == (range(7), range(7, 7), range(7, 7))
 
 
-def test_small_weights_reach_megatron_whole() -> None:
+def test_small_weights_reach_megatron_exactly() -> None:
     assert parse_and_normalize_split(megatron_split([1.0, 1e-7])) == pytest.approx([1, 1e-7, 0])
 
 
@@ -219,10 +221,10 @@ def test_the_remedy_of_a_split_works_when_pasted_into_a_shell() -> None:
     assert split_documents_range(cfg.data.split, 10)[0] == range(9)
 
 
-def test_splits_are_rounded_as_megatron_does() -> None:
+def test_splits_are_rounded_like_megatrons() -> None:
     rng = np.random.default_rng()
     for _ in range(200):
-        split = ",".join(f"{weight:.3f}" for weight in rng.dirichlet([3, 1, 1]) * 100)  # no exponents: refused
+        split = ",".join(f"{weight:.3f}" for weight in rng.dirichlet([3, 1, 1]) * 100)  # exponents are rejected
         documents = int(rng.integers(1, 300))
         matrix = convert_split_vector_to_split_matrix(parse_and_normalize_split(split))
         theirs = [range(round(part[0] * documents), round(part[1] * documents)) for part in matrix if part]
@@ -230,7 +232,7 @@ def test_splits_are_rounded_as_megatron_does() -> None:
         assert [part for part in ours if part] == [part for part in theirs if part], (split, documents)
 
 
-def test_samples_in_the_order_are_those_of_all_steps_or_as_many_as_set(corpus: str, config: MakeConfig) -> None:
+def test_the_order_has_the_samples_of_all_steps_or_the_number_set(corpus: str, config: MakeConfig) -> None:
     assert num_train_samples(config(corpus, steps=10)) == 40
     assert num_train_samples(config(corpus, steps=10, num_samples=50)) == 50
 
@@ -252,6 +254,6 @@ def test_a_path_is_a_name_or_a_weighted_list(path: Any, blend: Blend) -> None:
 @pytest.mark.parametrize(
     "path", [None, [], 3, [1, "a", "b"], ["a", 1], [0, "a", 1, "b"], [True, "a"], ["mock", "a"], [1, 2]]
 )
-def test_a_path_that_is_neither_is_refused(path: Any) -> None:
+def test_a_path_that_is_neither_is_rejected(path: Any) -> None:
     with pytest.raises(ConfigError, match=r"data\.path="):
         parse_blend(path)

@@ -51,7 +51,7 @@ def world_of_one() -> Iterator[None]:
 
 @pytest.fixture
 def two_letters(tmp_path: Path) -> list[str]:
-    """Prefixes of two datasets: one of letters a only, and one, three times as large, of letters b."""
+    """Prefixes of two datasets: one of letters a, and one of letters b, three times as large."""
     for letter, times in (("a", 1), ("b", 3)):
         (tmp_path / f"{letter}.txt").write_text((letter * 60 + "\n") * 400 * times)
         prepare(
@@ -60,7 +60,7 @@ def two_letters(tmp_path: Path) -> list[str]:
     return [str(tmp_path / "a"), str(tmp_path / "b")]
 
 
-def test_runs_that_share_a_cache_build_in_it_one_at_a_time(corpus: str, config: MakeConfig) -> None:
+def test_runs_that_share_a_cache_build_one_at_a_time(corpus: str, config: MakeConfig) -> None:
     cfg = config(corpus)
     Path(cfg.data.cache).mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(1) as pool:
@@ -110,7 +110,7 @@ def test_a_sample_is_text_of_the_corpus_and_labels_are_the_next_tokens(
     assert whole > 0
 
 
-def test_an_epoch_goes_through_every_token_once(corpus: str, config: MakeConfig) -> None:
+def test_an_epoch_takes_every_token_once(corpus: str, config: MakeConfig) -> None:
     cfg = config(corpus, split="100,0,0", evaluate=False)
     dataset = IndexedDataset(corpus)
     number = (int(dataset.sequence_lengths.sum()) - 1) // 64
@@ -118,7 +118,7 @@ def test_an_epoch_goes_through_every_token_once(corpus: str, config: MakeConfig)
     seen = np.bincount(tokens(train, number).flatten(), minlength=257)
     there = np.bincount(np.fromfile(f"{corpus}.bin", dtype=np.uint16), minlength=257)
     assert (seen <= there).all()
-    assert there.sum() - seen.sum() <= 65  # what doesn't fill a sample
+    assert there.sum() - seen.sum() <= 65  # the rest doesn't fill a sample
 
 
 def test_held_out_samples_share_no_document_with_training(corpus: str, config: MakeConfig) -> None:
@@ -154,16 +154,16 @@ def test_another_seed_gives_another_order(corpus: str, config: MakeConfig) -> No
     assert not torch.equal(tokens(one, 40), tokens(other, 40))
 
 
-def test_small_data_is_gone_through_again_to_give_all_samples(corpus: str, config: MakeConfig) -> None:
+def test_small_data_are_repeated_to_give_all_samples(corpus: str, config: MakeConfig) -> None:
     train, valid = build(config(corpus, seq_length=4096), train=1000, valid=300)
     assert len(train) >= 1000
     assert len(valid) >= 300
     assert train[999]["tokens"].shape == (4096,)
 
 
-def test_data_prepared_again_is_not_read_through_an_old_index(tmp_path: Path, config: MakeConfig) -> None:
+def test_data_prepared_again_are_not_read_by_an_old_index(tmp_path: Path, config: MakeConfig) -> None:
     text, prefix = tmp_path / "a.txt", str(tmp_path / "a")
-    for size in (200, 20):  # an index of the larger would point beyond the smaller
+    for size in (200, 20):  # an index of the larger would exceed the smaller
         text.write_text("some words\n" * 20 * size)
         prepare(PrepareConfig(input=str(text), output=prefix, document_chars=300, overwrite=True))
         train, _ = build(config(prefix), train=50)
@@ -173,7 +173,7 @@ def test_data_prepared_again_is_not_read_through_an_old_index(tmp_path: Path, co
 
 @pytest.mark.usefixtures("world_of_one")
 @pytest.mark.parametrize("size", [1, 7, 400])
-def test_a_blend_draws_by_its_weights(two_letters: list[str], config: MakeConfig, size: int) -> None:
+def test_a_blend_samples_by_its_weights(two_letters: list[str], config: MakeConfig, size: int) -> None:
     a, b = two_letters
     train, valid = build(config([0.6, a, 0.4, b]), train=size, valid=size)
     for dataset in (train, valid):
@@ -183,20 +183,20 @@ def test_a_blend_draws_by_its_weights(two_letters: list[str], config: MakeConfig
 
 
 @pytest.mark.usefixtures("world_of_one")
-def test_a_blend_without_weights_draws_in_proportion_to_tokens(two_letters: list[str], config: MakeConfig) -> None:
+def test_a_blend_without_weights_samples_in_proportion_to_tokens(two_letters: list[str], config: MakeConfig) -> None:
     train, _ = build(config(two_letters), train=400)
     share = np.mean([bool((train[i]["tokens"] == ord("a")).any()) for i in range(400)])
     assert share == pytest.approx(0.25, abs=0.01)
 
 
-def test_parts_that_nobody_asks_for_are_not_built(corpus: str, config: MakeConfig) -> None:
-    # A split with a test part of no documents, of which Megatron would draw forever.
+def test_unused_parts_are_not_built(corpus: str, config: MakeConfig) -> None:
+    # The test part has no documents; Megatron would never finish building it.
     train, valid = build(config(corpus, split="98,1.9,0.1", evaluate=False), valid=0)
     assert len(train) >= 40
     assert valid is None
 
 
-def test_mock_data_needs_no_files_and_stays_in_the_vocabulary(config: MakeConfig, tmp_path: Path) -> None:
+def test_mock_data_need_no_files_and_stay_in_the_vocabulary(config: MakeConfig, tmp_path: Path) -> None:
     cfg = config("mock", seq_length=512)
     check_data(cfg, TOKENIZER)
     train, valid = build(cfg)
@@ -222,7 +222,7 @@ def test_the_bundled_corpus_is_prepared_on_first_use_and_then_kept(
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".idx", ".json"])
-def test_the_bundled_corpus_is_prepared_again_where_one_of_its_files_is_missing(
+def test_the_bundled_corpus_is_prepared_again_if_a_file_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: MakeConfig, suffix: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -234,7 +234,7 @@ def test_the_bundled_corpus_is_prepared_again_where_one_of_its_files_is_missing(
     assert Path(BUNDLED_PREFIX + suffix).is_file()
 
 
-def test_a_working_directory_that_cannot_take_the_bundled_corpus_is_refused(
+def test_a_working_directory_that_cannot_hold_the_bundled_corpus_is_rejected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: MakeConfig
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -244,15 +244,15 @@ def test_a_working_directory_that_cannot_take_the_bundled_corpus_is_refused(
 
 
 def test_a_split_given_as_a_list_builds_the_same_samples(corpus: str, config: MakeConfig) -> None:
-    listed, told = (build(config(corpus, split=split))[0] for split in ([90, 10, 0], "90,10,0"))
-    assert torch.equal(tokens(listed, 40), tokens(told, 40))
+    listed, text = (build(config(corpus, split=split))[0] for split in ([90, 10, 0], "90,10,0"))
+    assert torch.equal(tokens(listed, 40), tokens(text, 40))
 
 
-def test_other_data_do_not_make_the_bundled_corpus(
+def test_other_data_do_not_prepare_the_bundled_corpus(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: MakeConfig
 ) -> None:
     monkeypatch.chdir(tmp_path)
     ensure_prepared(config("mock"))
     ensure_prepared(config(["x", "y"]))
-    ensure_prepared(config(3))  # for `check_data` to refuse
+    ensure_prepared(config(3))  # `check_data` rejects it
     assert not (tmp_path / "runs").exists()

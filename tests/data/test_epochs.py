@@ -1,4 +1,4 @@
-"""A run logs how often it goes through each dataset, and warns of too often."""
+"""A run logs how many epochs of each dataset it takes, and warns of too many."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from tests.data.test_datasets import MakeConfig, build
 
 @pytest.fixture
 def datasets(tmp_path: Path) -> list[str]:
-    """Two of ten documents each: of 100 tokens, and of 1,000."""
+    """Two datasets of ten documents each, of 100 and of 1,000 tokens."""
     prefixes = []
     for length in (100, 1000):
         prefixes.append(str(tmp_path / str(length)))
@@ -29,22 +29,22 @@ def datasets(tmp_path: Path) -> list[str]:
     return prefixes
 
 
-def test_epochs_are_of_the_training_part(datasets: list[str]) -> None:
+def test_epochs_count_the_training_part(datasets: list[str]) -> None:
     (found,) = training_epochs(DataConfig(path=datasets[1], split="90,10,0"), 900, 100)
     assert (found.tokens, found.share) == (9000, 1)
     assert found.epochs == pytest.approx(10, rel=1e-3)
 
 
-def test_megatron_goes_through_the_data_as_often(config: MakeConfig, corpus: str) -> None:
+def test_megatron_takes_the_computed_number_of_epochs(config: MakeConfig, corpus: str) -> None:
     cfg = config(corpus)
     for samples in (5, 30_000):
         train, _ = build(cfg, samples)
         (found,) = training_epochs(cfg.data, samples, cfg.train.seq_length)
-        # It takes whole epochs to shuffle, and the last sample wants one token more.
+        # Megatron shuffles whole epochs, and the last sample needs one token more.
         assert len(train) / samples == pytest.approx(np.ceil(found.epochs) / found.epochs, abs=2 / samples)
 
 
-def test_each_dataset_of_a_blend_has_its_own_by_weight(datasets: list[str]) -> None:
+def test_epochs_of_a_blend_follow_its_weights(datasets: list[str]) -> None:
     small, large = datasets
     data = DataConfig(path=[0.5, small, 0.5, large], split="100,0,0")
     one, two = training_epochs(data, 1000, 10)
@@ -54,15 +54,15 @@ def test_each_dataset_of_a_blend_has_its_own_by_weight(datasets: list[str]) -> N
     lines = describe_epochs(data, [one, two])
     assert lines[0] == f"{small}: 5.01 epochs of 1,000 training tokens, 0.5 of the samples"
     assert len(lines) == 3
-    assert lines[2].startswith(f"warning: the run reads {small} 5.01 times over, above data.warn_epochs=4.")
+    assert lines[2].startswith(f"warning: the run takes 5.01 epochs of {small}, above data.warn_epochs=4.")
 
 
-def test_a_blend_without_weights_goes_through_all_alike(datasets: list[str]) -> None:
+def test_a_blend_without_weights_takes_equal_epochs_of_all(datasets: list[str]) -> None:
     one, two = training_epochs(DataConfig(path=datasets, split="100,0,0"), 2200, 10)
     assert one.epochs == pytest.approx(two.epochs, rel=2e-3)
 
 
-def test_a_dataset_named_twice_is_one(datasets: list[str]) -> None:
+def test_a_dataset_named_twice_is_counted_once(datasets: list[str]) -> None:
     data = DataConfig(path=[0.3, datasets[0], 0.4, datasets[1], 0.3, datasets[0]], split="100,0,0")
     one, _ = training_epochs(data, 1000, 10)
     assert one.share == pytest.approx(0.6)
@@ -81,7 +81,7 @@ def test_mock_data_have_no_epochs() -> None:
     assert describe_epochs(data, training_epochs(data, 1 << 40, 8192)) == ["mock: synthetic, without epochs"]
 
 
-def test_a_split_that_leaves_nothing_to_train_on_is_refused(datasets: list[str]) -> None:
+def test_a_split_that_leaves_nothing_to_train_on_is_rejected(datasets: list[str]) -> None:
     with pytest.raises(ConfigError, match=r"data\.split"):
         training_epochs(DataConfig(path=datasets[0], split="0,100,0"), 10, 10)
 
@@ -96,10 +96,10 @@ def test_the_bundled_corpus_is_counted_before_it_is_prepared(tmp_path: Path, mon
     assert before.epochs == pytest.approx(after.epochs, rel=0.2)
 
 
-def test_a_plan_tells_epochs_and_says_where_data_are_not_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_shows_epochs_or_that_the_data_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     many = epochs_of_plan(compose_run(["+model=tiny_hybrid", "train.steps=100000"]))
     assert "data          runs/data/bundled: " in many
-    assert "\nwarning: the run reads runs/data/bundled " in many
+    assert " epochs of runs/data/bundled, above data.warn_epochs" in many
     away = epochs_of_plan(compose_run(["+model=tiny_hybrid", "data.path=elsewhere"]))
     assert "epochs not counted: data.path=elsewhere: elsewhere.idx is missing" in away

@@ -21,7 +21,7 @@ Sample = tuple[int, ...]
 
 @pytest.fixture
 def numbers(tmp_path: Path) -> Callable[[str], str]:
-    """Makes a dataset of 40 documents of as many tokens as a sample takes, all different, begun by `letter`."""
+    """Function that makes a dataset of 40 different documents, each one sample long, that begin with `letter`."""
 
     def make(letter: str) -> str:
         lines = [json.dumps({"text": f"{letter}{number:02d}" + "x" * 28}) for number in range(40)]
@@ -42,14 +42,14 @@ def world_of_one() -> Iterator[None]:
 
 
 def order(cfg: PretrainConfig, begun_for: int, last: int) -> list[Sample]:
-    """Samples [0, last) of a run that began for `begun_for` of them."""
+    """Samples [0, last) of a run that began with `begun_for` samples."""
     train, _ = build_datasets(cfg, ByteTokenizer(), begun_for, 2, is_built_on_rank=lambda: True, last_sample=last)
     built: Any = train
     return [tuple(built[i]["tokens"].tolist()) for i in range(last)]
 
 
 @pytest.mark.parametrize("begun_for", [1, 20, 33, 40, 50, 70, 71, 200])
-def test_the_first_samples_stay_however_far_the_order_is_made_to_reach(
+def test_the_first_samples_stay_however_long_the_order_becomes(
     numbers: Callable[[str], str], config: MakeConfig, begun_for: int
 ) -> None:
     cfg = config(numbers("a"), seq_length=32)
@@ -58,7 +58,7 @@ def test_the_first_samples_stay_however_far_the_order_is_made_to_reach(
     assert order(cfg, begun_for, begun_for + 150) == order(cfg, begun_for, begun_for + 300)[: begun_for + 150]
 
 
-def test_every_further_epoch_takes_each_document_once_and_in_an_order_of_its_own(
+def test_every_further_epoch_takes_each_document_once_in_another_order(
     numbers: Callable[[str], str], config: MakeConfig
 ) -> None:
     cfg = config(numbers("a"), seq_length=32)
@@ -73,9 +73,7 @@ def test_every_further_epoch_takes_each_document_once_and_in_an_order_of_its_own
 
 
 @pytest.mark.usefixtures("world_of_one")
-def test_the_first_samples_of_a_blend_stay_and_its_weights_hold_on(
-    numbers: Callable[[str], str], config: MakeConfig
-) -> None:
+def test_the_first_samples_and_the_weights_of_a_blend_stay(numbers: Callable[[str], str], config: MakeConfig) -> None:
     cfg = config([0.8, numbers("a"), 0.2, numbers("b")], seq_length=32)
     begun, longer = order(cfg, 40, 40), order(cfg, 40, 200)
     assert longer[:40] == begun
@@ -83,8 +81,8 @@ def test_the_first_samples_of_a_blend_stay_and_its_weights_hold_on(
     assert order(cfg, 40, 120) == longer[:120]
 
 
-def test_mock_data_go_on_too(config: MakeConfig) -> None:
-    cfg = config("mock", seq_length=10_000_000)  # six samples an epoch
+def test_mock_data_get_further_epochs_too(config: MakeConfig) -> None:
+    cfg = config("mock", seq_length=10_000_000)  # six samples per epoch
     begun, longer = (
         build_datasets(cfg, ByteTokenizer(), 2, 2, is_built_on_rank=lambda: True, last_sample=last)[0]
         for last in (0, 15)
@@ -93,7 +91,7 @@ def test_mock_data_go_on_too(config: MakeConfig) -> None:
     assert torch.equal(begun[0]["tokens"], longer[0]["tokens"])  # type: ignore[index]
 
 
-def test_an_order_that_holds_enough_is_built_as_ever(corpus: str, config: MakeConfig) -> None:
+def test_an_order_with_enough_samples_gets_no_further_epochs(corpus: str, config: MakeConfig) -> None:
     cfg = config(corpus)
     (train, _), (longer, _) = (
         build_datasets(cfg, ByteTokenizer(), 40, 5, is_built_on_rank=lambda: True, last_sample=last)

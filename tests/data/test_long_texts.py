@@ -1,4 +1,4 @@
-"""Long texts have the ids that they have in one piece, and take little memory."""
+"""Long texts are encoded in segments, with the ids of the whole text."""
 
 import random
 from typing import Any
@@ -21,7 +21,7 @@ def bytes_bpe() -> hf.Tokenizer:
 
 
 def llama() -> hf.Tokenizer:
-    """As Llama 2's: a first blank is put before the text, and nothing divides it into words."""
+    """Like Llama 2's: a blank is prepended, and no pre-tokenizer splits words."""
     tokenizer = hf.Tokenizer(hf.models.BPE(unk_token="<unk>"))
     tokenizer.normalizer = hf.normalizers.Sequence([hf.normalizers.Prepend("▁"), hf.normalizers.Replace(" ", "▁")])
     return trained(tokenizer, hf.trainers.BpeTrainer(vocab_size=400, special_tokens=["<unk>"], show_progress=False))
@@ -66,7 +66,7 @@ def some_text() -> str:
 
 
 @pytest.mark.parametrize("make", [bytes_bpe, llama, unigram, word_piece])
-def test_ids_are_those_of_the_text_in_one_piece(make: Any) -> None:
+def test_ids_are_those_of_the_whole_text(make: Any) -> None:
     tokenizer = make()
     for _ in range(20):
         text = some_text()
@@ -75,7 +75,7 @@ def test_ids_are_those_of_the_text_in_one_piece(make: Any) -> None:
 
 
 class Counting:
-    """A tokenizer that notes the longest text it is given."""
+    """A tokenizer that records the longest text it encodes."""
 
     def __init__(self, tokenizer: hf.Tokenizer) -> None:
         self._tokenizer, self.longest = tokenizer, 0
@@ -91,7 +91,7 @@ class Counting:
 
 
 @pytest.mark.parametrize("make", [bytes_bpe, llama])
-def test_a_text_of_words_is_never_worked_on_as_a_whole(make: Any) -> None:
+def test_a_text_of_words_is_never_encoded_as_a_whole(make: Any) -> None:
     tokenizer = Counting(make())
     encode_long(tokenizer, CORPUS[:50_000], segment=2000, overlap=400)  # type: ignore[arg-type]
     assert tokenizer.longest == 2000

@@ -50,14 +50,14 @@ def test_bytes_decode_broken_utf8_to_replacement_characters() -> None:
     assert ByteTokenizer().decode("é!".encode()[1:]) == "\ufffd!"
 
 
-def test_bpe_has_the_size_asked_for_and_shortens_text(bpe: Path) -> None:
+def test_a_bpe_has_the_requested_size_and_shortens_text(bpe: Path) -> None:
     tokenizer = load_tokenizer(str(bpe))
     text = bundled_corpus_files()[0].read_text()[:2000]
     assert tokenizer.vocab_size == 600
     assert len(tokenizer.encode(text)) < 0.7 * len(text)
 
 
-def test_truncation_and_padding_that_a_file_keeps_are_not_applied(bpe: Path, tmp_path: Path) -> None:
+def test_truncation_and_padding_saved_in_a_file_are_not_applied(bpe: Path, tmp_path: Path) -> None:
     content = json.loads(bpe.read_text())
     content["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
     content["padding"] = {
@@ -76,12 +76,12 @@ def test_truncation_and_padding_that_a_file_keeps_are_not_applied(bpe: Path, tmp
     assert tokenizer.encode_many([text, "a"])[0].tolist() == whole
 
 
-def test_a_bpe_smaller_than_the_bytes_is_refused(tmp_path: Path) -> None:
+def test_a_bpe_smaller_than_the_bytes_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="257"):
         train_bpe(["text"], 256, tmp_path / "t.json")
 
 
-def test_fingerprints_tell_tokenizers_apart_by_content(bpe: Path, tmp_path: Path) -> None:
+def test_fingerprints_depend_on_content(bpe: Path, tmp_path: Path) -> None:
     copy, other = tmp_path / "copy.json", tmp_path / "other.json"
     copy.write_bytes(bpe.read_bytes())
     train_bpe(["other text"], 300, other)
@@ -90,28 +90,28 @@ def test_fingerprints_tell_tokenizers_apart_by_content(bpe: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("end", ["</s>", "<eod>", "<|end_of_text|>"])
-def test_the_end_of_document_is_found_under_its_usual_names(bpe: Path, tmp_path: Path, end: str) -> None:
+def test_the_end_of_document_is_found_by_its_default_names(bpe: Path, tmp_path: Path, end: str) -> None:
     path = tmp_path / "t.json"
     path.write_text(bpe.read_text().replace("<|endoftext|>", end))
     tokenizer = load_tokenizer(str(path))
     assert tokenizer.eod == load_tokenizer(str(bpe)).eod
 
 
-def test_a_tokenizer_without_end_of_document_is_refused(bpe: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_without_end_of_document_is_rejected(bpe: Path, tmp_path: Path) -> None:
     path = tmp_path / "t.json"
     path.write_text(bpe.read_text().replace("<|endoftext|>", "<odd>"))
     with pytest.raises(ConfigError, match=r"data\.tokenizer=.*no end-of-document token"):
         load_tokenizer(str(path))
 
 
-def test_a_file_that_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_tokenizer_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "t.json"
     path.write_text(json.dumps({"a": 1}))
-    with pytest.raises(ConfigError, match=r"data\.tokenizer=.*no tokenizer\.json"):
+    with pytest.raises(ConfigError, match=r"data\.tokenizer=.*is not a Hugging Face tokenizer\.json"):
         load_tokenizer(str(path))
 
 
 @pytest.mark.parametrize("name", ["byte", f"no{os.sep}tokenizer.json", ""])
-def test_a_name_that_is_no_file_is_refused(name: str) -> None:
+def test_a_name_that_is_not_a_file_is_rejected(name: str) -> None:
     with pytest.raises(ConfigError, match="no such file"):
         load_tokenizer(name)

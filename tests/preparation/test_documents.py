@@ -18,7 +18,7 @@ def documents(path: Path) -> list[str]:
 
 
 @given(st.text(alphabet="ab \n", max_size=400), st.integers(1, 40))
-def test_documents_joined_are_the_text_and_none_is_too_short_or_long(text: str, size: int) -> None:
+def test_concatenated_documents_are_the_text_and_none_is_too_short_or_long(text: str, size: int) -> None:
     documents = list(split_documents(io.StringIO(text), size))
     assert "".join(documents) == text
     if len(text) >= size:
@@ -33,29 +33,29 @@ def test_documents_joined_are_the_text_and_none_is_too_short_or_long(text: str, 
         (
             "aaaa\nbbbb\n\ncccc\ndddd\n\neeee\nffff",
             "aaaa\nbbbb\n\n",
-        ),  # at a blank line, though a line's end is nearer
-        ("aaaaaa\nbbbbbbbbbbbbbbbbbbbbbb", "aaaaaa\n"),  # at a line's end, without a blank line
+        ),  # at a blank line, although the end of a line is nearer
+        ("aaaaaa\nbbbbbbbbbbbbbbbbbbbbbb", "aaaaaa\n"),  # at the end of a line, without a blank line
         ("aaaaaaaaaaaaaaaaaaaaaaaaaaaaa", "aaaaaaaaaaaa"),  # anywhere, without either
     ],
 )
-def test_a_document_ends_at_a_blank_line_else_a_line_else_anywhere(text: str, first: str) -> None:
+def test_a_document_ends_at_a_blank_line_or_line_end_or_the_limit(text: str, first: str) -> None:
     assert next(split_documents(io.StringIO(text), 6)) == first
 
 
-def test_long_files_are_cut_the_same_however_they_are_buffered() -> None:
+def test_long_files_are_cut_across_reads() -> None:
     text = bundled_corpus_files()[2].read_text() * 5  # longer than one read
     documents = list(split_documents(io.StringIO(text), 3000))
     assert "".join(documents) == text
     assert sum(document.endswith("\n") for document in documents) >= len(documents) - 1
 
 
-def test_line_ends_of_dos_are_read_as_newlines(tmp_path: Path) -> None:
+def test_dos_line_ends_are_read_as_newlines(tmp_path: Path) -> None:
     path = tmp_path / "dos.txt"
     path.write_bytes(b"one\r\n\r\ntwo\r\n")
     assert documents(path) == ["one\n\ntwo\n"]
 
 
-def test_each_line_of_a_jsonl_file_is_a_document_as_it_is(tmp_path: Path) -> None:
+def test_each_line_of_a_jsonl_file_is_a_document(tmp_path: Path) -> None:
     texts = ["first\r\n\r\n" * 50, "zweite Zeile — é"]
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(json.dumps({"text": text, "id": 3}) for text in texts) + "\n\n")

@@ -32,7 +32,7 @@ def documents(prefix: str) -> list[str]:
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe:500"])
-def test_tokens_decode_to_the_texts_that_went_in(tmp_path: Path, tokenizer: str) -> None:
+def test_tokens_decode_to_the_input_texts(tmp_path: Path, tokenizer: str) -> None:
     output = str(tmp_path / "sub" / "out")
     prepare(PrepareConfig(input="bundled", output=output, tokenizer=tokenizer, document_chars=5000))
     cut = documents(output)
@@ -43,7 +43,7 @@ def test_tokens_decode_to_the_texts_that_went_in(tmp_path: Path, tokenizer: str)
     assert sum(map(len, cut)) == sum(len(file.read_text()) for file in bundled_corpus_files())
 
 
-def test_the_sidecar_tells_how_the_data_were_made(corpus: str) -> None:
+def test_the_sidecar_records_how_the_data_were_made(corpus: str) -> None:
     metadata = read_metadata(corpus)
     assert metadata is not None
     assert (metadata.tokenizer, metadata.vocab_size) == ("bytes", 257)
@@ -85,14 +85,14 @@ def test_a_text_file_is_one_document_unless_a_setting_cuts_it(tmp_path: Path) ->
     assert (made.files_cut, made.documents_cut, made.documents) == (1, 2, 4)
 
 
-def test_the_bundled_corpus_is_cut_into_documents_by_itself(tmp_path: Path) -> None:
-    for name, settings in {"itself": {}, "told": {"document_chars": 10_000}}.items():
+def test_the_bundled_corpus_is_cut_into_documents_by_default(tmp_path: Path) -> None:
+    for name, settings in {"default": {}, "explicit": {"document_chars": 10_000}}.items():
         prepare(PrepareConfig(input="bundled", output=str(tmp_path / name), **settings))
-    assert (tmp_path / "itself.bin").read_bytes() == (tmp_path / "told.bin").read_bytes()
-    assert len(documents(str(tmp_path / "itself"))) > 50
+    assert (tmp_path / "default.bin").read_bytes() == (tmp_path / "explicit.bin").read_bytes()
+    assert len(documents(str(tmp_path / "default"))) > 50
 
 
-def test_shards_without_text_are_skipped_and_named(tmp_path: Path) -> None:
+def test_files_without_text_are_skipped_and_listed(tmp_path: Path) -> None:
     contents = {"a.jsonl": b'{"text": "first"}\n', "b.jsonl": b"", "c.txt": b" \n", "d.jsonl": b'{"text": " "}\n'}
     contents |= {"e.txt.gz": gzip.compress(b""), "f.txt": b"last"}
     for name, content in contents.items():
@@ -105,7 +105,7 @@ def test_shards_without_text_are_skipped_and_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe:300"])
-def test_input_without_any_text_is_refused(tmp_path: Path, tokenizer: str) -> None:
+def test_input_without_any_text_is_rejected(tmp_path: Path, tokenizer: str) -> None:
     (tmp_path / "a.txt").write_text(" \n\n ")
     (tmp_path / "b.jsonl").write_text('{"text": ""}\n')
     files = [str(tmp_path / name) for name in ("a.txt", "b.jsonl")]
@@ -123,25 +123,25 @@ def test_rows_left_out_and_surrogates_replaced_are_counted(tmp_path: Path) -> No
     assert sorted(documents(str(tmp_path / "out"))) == ["a\ufffdb\ufffd", "\U0001f600"]
 
 
-def test_a_surrogate_written_as_bytes_is_no_utf8(tmp_path: Path) -> None:
+def test_a_surrogate_written_as_bytes_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "a\xed\xa0\x80b"}\n')
     with pytest.raises(ConfigError, match=r"a\.jsonl: line 1 is not UTF-8"):
         prepare(PrepareConfig(str(tmp_path / "a.jsonl"), str(tmp_path / "out")))
 
 
-def test_a_text_too_small_for_the_bpe_asked_for_is_refused_with_the_size_it_yields(tmp_path: Path) -> None:
+def test_a_text_too_small_for_the_requested_bpe_is_rejected_with_the_size_it_yields(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("some words\n" * 20)
     settings = PrepareConfig(str(tmp_path / "a.txt"), str(tmp_path / "out"), "bpe:32768")
-    with pytest.raises(ConfigError, match=r"^tokenizer=bpe:32768: the text yields no more than (\d+) ids") as error:
+    with pytest.raises(ConfigError, match=r"^tokenizer=bpe:32768: the text yields only (\d+) ids") as error:
         prepare(settings)
     size = int(re.findall(r"Set bpe:(\d+)", error.value.remedy)[0])
     assert prepare(replace(settings, tokenizer=f"bpe:{size}")).vocab_size == size
 
 
-def test_a_document_longer_than_an_index_can_tell_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("s2train.preparation.tokenizing._MOST_TOKENS", 20)
+def test_a_document_too_long_for_an_index_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("s2train.preparation.tokenizing._MAX_TOKENS", 20)
     (tmp_path / "a.txt").write_text("long text\n" * 2)
-    with pytest.raises(ConfigError, match=r"document 1 has 20 tokens, more than an index takes.*document_chars"):
+    with pytest.raises(ConfigError, match=r"document 1 has 20 tokens, more than an index allows.*document_chars"):
         prepare(PrepareConfig(str(tmp_path / "a.txt"), str(tmp_path / "out")))
 
 
@@ -153,26 +153,26 @@ def test_the_same_settings_give_the_same_bytes_and_another_seed_another_order(tm
     assert a != c
 
 
-def test_an_output_with_a_suffix_of_the_files_is_refused(tmp_path: Path) -> None:
+def test_an_output_with_a_file_suffix_is_rejected(tmp_path: Path) -> None:
     for suffix in (".bin", ".idx"):
         with pytest.raises(ConfigError, match=rf"prefix.*Set output={tmp_path}/out\.v2$"):
             prepare(PrepareConfig(input="bundled", output=f"{tmp_path}/out.v2{suffix}"))
 
 
-def test_existing_output_is_kept_unless_told_to_overwrite(tmp_path: Path) -> None:
+def test_existing_output_is_kept_without_overwrite(tmp_path: Path) -> None:
     text, output = tmp_path / "a.txt", tmp_path / "out"
     text.write_text("old")
     prepare(PrepareConfig(input=str(text), output=str(output)))
     text.write_text("new text")
     before = (tmp_path / "out.bin").read_bytes()
-    with pytest.raises(ConfigError, match=r"output=.*already there: .*overwrite=true"):
+    with pytest.raises(ConfigError, match=r"output=.*already exists: .*overwrite=true"):
         prepare(PrepareConfig(input=str(text), output=str(output)))
     assert (tmp_path / "out.bin").read_bytes() == before
     prepare(PrepareConfig(input=str(text), output=str(output), overwrite=True))
     assert documents(str(output)) == ["new text"]
 
 
-def test_a_run_that_fails_leaves_the_old_output_and_nothing_half_written(tmp_path: Path) -> None:
+def test_a_failed_run_leaves_the_old_output_and_nothing_incomplete(tmp_path: Path) -> None:
     good, bad = tmp_path / "good.txt", tmp_path / "bad.txt"
     good.write_text("good")
     bad.write_bytes(b"\xff")
@@ -211,7 +211,7 @@ def test_a_setting_that_cannot_work_is_named(
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
-    """Runs the script in `tmp_path`, within this process."""
+    """Function that runs the script in `tmp_path`, inside this process."""
 
     def run(*arguments: str) -> None:
         script = Path(__file__).parents[2] / "launch" / "prepare_data.py"
@@ -223,7 +223,7 @@ def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., No
     return run
 
 
-def test_the_command_prepares_files_and_leaves_nothing_else(
+def test_the_command_writes_only_the_dataset(
     command: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "hello"}))
@@ -240,7 +240,7 @@ def test_the_command_prepares_files_and_leaves_nothing_else(
         (["input=b.txt"], r"error: output=\(not set\): it has no value. Set output=…: prefix of the .*"),
     ],
 )
-def test_the_command_refuses_what_cannot_work_in_one_line(
+def test_the_command_rejects_bad_settings_in_one_line(
     command: Callable[..., None], arguments: list[str], problem: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stop:
@@ -249,7 +249,7 @@ def test_the_command_refuses_what_cannot_work_in_one_line(
     assert re.fullmatch(problem, capsys.readouterr().err.strip())
 
 
-def test_the_command_prints_lengths_what_was_cut_or_left_out_and_the_end_token(
+def test_the_command_prints_a_summary(
     command: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     texts = ["a" * 9, "b" * 19, "c\ud800", ""]
@@ -270,7 +270,7 @@ def test_the_command_prints_lengths_what_was_cut_or_left_out_and_the_end_token(
     ]
 
 
-def test_the_command_says_at_once_that_too_few_documents_can_be_held_out(
+def test_the_command_warns_that_no_document_is_held_out(
     command: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "a.txt").write_text("some words\n" * 3000)
@@ -278,11 +278,11 @@ def test_the_command_says_at_once_that_too_few_documents_can_be_held_out(
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("mine: 1 document, ")
     assert "end of document: <eos>, id 0" in lines
-    assert "cut: nothing, a text file is one document (document_chars cuts)" in lines
+    assert "cut: nothing; each text file is one document (set document_chars to cut them)" in lines
     assert re.match("note: data.split=90,10,0 would leave the held-out part without a document. .*10000", lines[-1])
 
 
-def test_reading_for_a_tokenizer_tells_how_far_it_is(
+def test_reading_for_a_tokenizer_shows_progress(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("s2train.preparation.prepare.Meter", partial(Meter, every=0))

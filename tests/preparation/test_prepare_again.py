@@ -1,4 +1,4 @@
-"""Work on data that was interrupted goes on or begins anew, and never leaves what looks whole and is not."""
+"""Interrupted preparation resumes or starts over, and never leaves incomplete output."""
 
 import multiprocessing
 import random
@@ -18,8 +18,7 @@ import pytest
 from s2train.config import PrepareConfig
 from s2train.data.indexed import read_document_lengths
 from s2train.errors import ConfigError, TrainingError
-from s2train.preparation import resumable_writer as spool
-from s2train.preparation import sources, tokenizing
+from s2train.preparation import resumable_writer, sources, tokenizing
 from s2train.preparation.prepare import prepare
 
 PIECE = 2000
@@ -27,9 +26,9 @@ PIECE = 2000
 
 @pytest.fixture
 def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PrepareConfig:
-    """Some hundred pieces of work."""
+    """Settings for a preparation of some hundred pieces."""
     monkeypatch.setattr(sources, "PIECE_BYTES", PIECE)
-    monkeypatch.setattr(spool, "JOURNAL_SECONDS", 0.0)
+    monkeypatch.setattr(resumable_writer, "JOURNAL_SECONDS", 0.0)
     return PrepareConfig(input="bundled", output=str(tmp_path / "out" / "mine"), document_chars=1000, workers=1)
 
 
@@ -48,7 +47,7 @@ def expected(work: PrepareConfig, tmp_path: Path) -> dict[str, bytes]:
 
 
 def interrupt_after(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, calls: int, error: BaseException) -> None:
-    """Make the method raise after some calls."""
+    """Make a method raise `error` after some calls."""
     true: Callable[..., Any] = getattr(owner, name)
     left = [calls]
 
@@ -61,12 +60,12 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call
     monkeypatch.setattr(owner, name, method)
 
 
-def test_interrupted_work_goes_on_where_it_stopped(
+def test_interrupted_work_resumes_where_it_stopped(
     work: PrepareConfig, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done = random.randint(1, 200)
     with monkeypatch.context() as patch:
-        interrupt_after(patch, spool.Spool, "add", done, KeyboardInterrupt())
+        interrupt_after(patch, resumable_writer.ResumableWriter, "add", done, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
             prepare(work)
     assert content(work.output) == {}
@@ -90,11 +89,11 @@ def sources_of() -> list[Path]:
 
 
 @pytest.mark.parametrize("changed", [{"document_chars": 1001}, {"seed": 5}, {"tokenizer": "bpe:300"}])
-def test_other_settings_begin_anew(
+def test_other_settings_start_over(
     work: PrepareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any]
 ) -> None:
     with monkeypatch.context() as patch:
-        interrupt_after(patch, spool.Spool, "add", 50, KeyboardInterrupt())
+        interrupt_after(patch, resumable_writer.ResumableWriter, "add", 50, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
             prepare(work)
     other = replace(work, **changed)
@@ -106,7 +105,7 @@ def test_other_settings_begin_anew(
 
 
 @pytest.mark.parametrize("renames", range(4))
-def test_what_stops_between_the_renames_leaves_no_index_and_is_finished_next_time(
+def test_an_interruption_between_the_renames_leaves_no_index_and_is_finished_next_time(
     work: PrepareConfig, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, renames: int
 ) -> None:
     with monkeypatch.context() as patch:
@@ -123,12 +122,12 @@ def test_what_stops_between_the_renames_leaves_no_index_and_is_finished_next_tim
     assert {path.name for path in Path(work.output).parent.iterdir()} == {"mine.bin", "mine.idx", "mine.json"}
 
 
-def test_a_full_disk_is_told_in_one_line_and_keeps_the_work(
+def test_a_full_disk_is_reported_in_one_line_and_keeps_the_progress(
     work: PrepareConfig, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        interrupt_after(patch, spool.Spool, "add", 20, OSError(28, "No space left on device"))
-        with pytest.raises(TrainingError, match=r"No space left on device.*run it again to go on"):
+        interrupt_after(patch, resumable_writer.ResumableWriter, "add", 20, OSError(28, "No space left on device"))
+        with pytest.raises(TrainingError, match=r"No space left on device.*run the same command again to resume"):
             prepare(work)
     prepare(work)
     assert content(work.output) == expected
@@ -139,18 +138,18 @@ def test_two_processes_do_not_prepare_the_same_output(work: PrepareConfig) -> No
 
     folder = Path(work.output).parent / ".mine.partial"
     folder.mkdir(parents=True)
-    with FileLock(folder / "lock"), pytest.raises(ConfigError, match=r"output=.*: another process prepares it. Wait"):
+    with FileLock(folder / "lock"), pytest.raises(ConfigError, match=r"output=.*: another process is writing it. Wait"):
         prepare(work)
 
 
 def _prepare_small_pieces(work: PrepareConfig) -> None:
     sources.PIECE_BYTES = PIECE
-    spool.JOURNAL_SECONDS = 0.0
+    resumable_writer.JOURNAL_SECONDS = 0.0
     prepare(work)
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_it_leaves_no_half_index_and_ends_with_the_same_files(
+def test_a_process_killed_at_any_moment_leaves_no_partial_index_and_the_same_files_in_the_end(
     work: PrepareConfig, expected: dict[str, bytes]
 ) -> None:
     context = multiprocessing.get_context("forkserver")
@@ -171,7 +170,7 @@ def test_killed_at_any_moment_it_leaves_no_half_index_and_ends_with_the_same_fil
             child.join(random.uniform(0, usual))
             child.kill()
             child.join()
-            if ".idx" in content(work.output):  # then all of it is there
+            if ".idx" in content(work.output):  # then the other files are complete
                 assert content(work.output) == expected, attempt
                 read_document_lengths(work.output)
                 break
@@ -183,14 +182,14 @@ def test_killed_at_any_moment_it_leaves_no_half_index_and_ends_with_the_same_fil
 
 @pytest.fixture
 def texts(tmp_path: Path) -> Path:
-    """A file that two workers share."""
+    """A file large enough for two workers."""
     path = tmp_path / "a.jsonl"
     path.write_text("".join(f'{{"text": "number {number}, {"x" * 900}"}}\n' for number in range(10_000)))
     return path
 
 
 @pytest.mark.slow
-def test_any_number_of_processes_writes_the_same_bytes(texts: Path, tmp_path: Path) -> None:
+def test_any_number_of_workers_writes_the_same_bytes(texts: Path, tmp_path: Path) -> None:
     for workers in (1, 2):
         prepare(PrepareConfig(input=str(texts), output=str(tmp_path / str(workers) / "mine"), workers=workers))
     assert content(str(tmp_path / "1" / "mine")) == content(str(tmp_path / "2" / "mine"))
@@ -205,7 +204,7 @@ def test_a_bad_line_is_named_from_a_worker_too(texts: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_workers_end_with_a_killed_parent(texts: Path, tmp_path: Path) -> None:
+def test_workers_exit_when_their_parent_is_killed(texts: Path, tmp_path: Path) -> None:
     texts.write_text(texts.read_text() * 10)
     code = (
         "if __name__ == '__main__':\n"  # workers import this file

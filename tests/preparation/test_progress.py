@@ -14,13 +14,13 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Its only entry is the time."""
+    """A list whose only entry is the current time."""
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     return now
 
 
-def test_a_line_tells_share_documents_speed_and_time_left(clock: list[float]) -> None:
+def test_a_line_shows_share_documents_speed_and_time_left(clock: list[float]) -> None:
     out = io.StringIO()
     meter = Meter("tokenizing", 400, out=out)
     clock[0] += 50
@@ -28,7 +28,7 @@ def test_a_line_tells_share_documents_speed_and_time_left(clock: list[float]) ->
     assert out.getvalue() == "tokenizing: 25%, 1,234 documents, 0.5 MB/s, 0:02:30 left\n"
 
 
-def test_what_was_done_before_says_nothing_about_the_time_left(clock: list[float]) -> None:
+def test_earlier_progress_does_not_count_for_the_time_left(clock: list[float]) -> None:
     out = io.StringIO()
     meter = Meter("tokenizing", 400, before=300, out=out)
     clock[0] += 50
@@ -37,7 +37,7 @@ def test_what_was_done_before_says_nothing_about_the_time_left(clock: list[float
     assert "0:00:50 left" in out.getvalue()
 
 
-def test_lines_come_half_a_minute_apart_and_on_a_terminal_one_is_rewritten(clock: list[float]) -> None:
+def test_a_log_gets_a_line_each_half_minute_and_a_terminal_a_rewritten_one(clock: list[float]) -> None:
     log, terminal = io.StringIO(), Terminal()
     meters = [Meter("writing", 100, out=out) for out in (log, terminal)]
     for step in range(100):

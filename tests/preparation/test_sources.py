@@ -25,7 +25,7 @@ def json_lines(texts: list[str], key: str = "text") -> bytes:
 
 
 def write(path: Path, texts: list[str], key: str = "text") -> Path:
-    """A file of `texts` in the format that its name says."""
+    """Write `texts` in the format of the file's name."""
     content = json_lines(texts, key)
     if path.suffix == ".gz":
         path.write_bytes(gzip.compress(content))
@@ -48,13 +48,13 @@ FORMATS = ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"]
 
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("key", ["text", "content"])
-def test_every_format_gives_the_documents_that_went_in(tmp_path: Path, name: str, key: str) -> None:
+def test_every_format_gives_its_documents(tmp_path: Path, name: str, key: str) -> None:
     texts = random_texts(50)
     assert documents(write(tmp_path / name, texts, key), text_key=key) == texts
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
-def test_compressed_text_is_cut_as_plain_text_is(tmp_path: Path, suffix: str) -> None:
+def test_compressed_text_is_cut_like_plain_text(tmp_path: Path, suffix: str) -> None:
     content = "\n\n".join(random_texts(300)).encode()
     (tmp_path / "a.txt").write_bytes(content)
     packed = gzip.compress(content) if suffix == ".gz" else zstandard.compress(content)
@@ -63,7 +63,7 @@ def test_compressed_text_is_cut_as_plain_text_is(tmp_path: Path, suffix: str) ->
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_long_file_comes_in_pieces_that_end_at_its_end(tmp_path: Path, name: str) -> None:
+def test_a_long_file_is_read_in_pieces_up_to_its_end(tmp_path: Path, name: str) -> None:
     texts = [random.choice("ab") * 5000 for _ in range(2 * PIECE_BYTES // 5000 + 3000)]
     path = write(tmp_path / name, texts)
     pieces = list(read_pieces(Source.of(path), 3, "text"))
@@ -89,26 +89,26 @@ def test_a_line_whose_text_has_another_key_names_its_keys_and_the_setting(tmp_pa
         documents(tmp_path / "a.jsonl")
 
 
-def test_a_line_that_is_no_object_is_to_be_mended(tmp_path: Path) -> None:
+def test_a_line_that_is_not_an_object_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('["x"]\n')
-    with pytest.raises(ConfigError, match=r'line 1 is no JSON object with a "text".* Mend that line'):
+    with pytest.raises(ConfigError, match=r'line 1 is not a JSON object with a "text".* Repair that line'):
         documents(tmp_path / "a.jsonl")
 
 
-def test_half_a_surrogate_pair_becomes_a_replacement_character(tmp_path: Path) -> None:
+def test_a_lone_surrogate_becomes_a_replacement_character(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "a\\ud800b"}\n{"text": "\\ud83d\\ude00"}\n')
     assert documents(tmp_path / "a.jsonl") == ["a\ufffdb", "\U0001f600"]
 
 
 @pytest.mark.parametrize("name", FORMATS[1:])
-@pytest.mark.parametrize("damage", ["cut off", "overwritten"])
-def test_a_damaged_file_is_refused(tmp_path: Path, name: str, damage: str) -> None:
+@pytest.mark.parametrize("damage", ["truncated", "overwritten"])
+def test_a_damaged_file_is_rejected(tmp_path: Path, name: str, damage: str) -> None:
     path = write(tmp_path / name, random_texts(500))
     content = path.read_bytes()
-    # of a .parquet the end tells what it is, of the others the beginning
+    # a .parquet file is recognized by its end, the others by their beginning
     overwritten = content[:-2] + b"no" if name == "a.parquet" else b"no" + content[2:]
-    path.write_bytes(content[: len(content) * 3 // 4] if damage == "cut off" else overwritten)
-    with pytest.raises(ConfigError, match=rf"^input=.*{name}: can't be read.*Mend it, or leave it out"):
+    path.write_bytes(content[: len(content) * 3 // 4] if damage == "truncated" else overwritten)
+    with pytest.raises(ConfigError, match=rf"^input=.*{name}: can't be read.*Repair the file, or leave it out"):
         documents(path)
 
 
@@ -122,13 +122,13 @@ def test_a_format_whose_package_is_missing_names_what_to_install(
         documents(path)
 
 
-def test_a_table_without_the_column_names_those_it_has(tmp_path: Path) -> None:
+def test_the_error_for_a_missing_column_lists_the_columns(tmp_path: Path) -> None:
     path = write(tmp_path / "a.parquet", ["a"], key="content")
     with pytest.raises(ConfigError, match=r"text_key=text: .* no such column. Set text_key to one of id, content"):
         documents(path)
 
 
-def test_a_row_without_text_is_named(tmp_path: Path) -> None:
+def test_a_row_without_text_is_rejected_by_its_number(tmp_path: Path) -> None:
     parquet.write_table(pyarrow.table({"text": ["a", None]}), tmp_path / "a.parquet")
-    with pytest.raises(ConfigError, match=r'"text" of row 1 is no string'):
+    with pytest.raises(ConfigError, match=r'"text" of row 1 is not a string'):
         documents(tmp_path / "a.parquet")

@@ -1,6 +1,6 @@
-"""launch/pretrain.py, to be run as that is, which leaves the samples that it trained on in S2TRAIN_TEST_DRAWN.
+"""Runs launch/pretrain.py and saves the samples that it trained on to the file S2TRAIN_TEST_DRAWN.
 
-In that file: int64 [samples, seq_length], in their order.
+The file holds int64 [samples, seq_length], in training order.
 """
 
 import os
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def record(drawn: list[torch.Tensor]) -> None:
-    """Have `drawn` end with every micro batch that a step takes."""
+    """Append every micro batch that a step takes to `drawn`."""
     from s2train.training import loop
 
     micro_batches = loop.micro_batches

@@ -1,7 +1,7 @@
-"""launch/pretrain.py again and again: `killed.py SEED KILLS [setting=value …]`, killed at random moments, then let be.
+"""Runs launch/pretrain.py repeatedly: `killed.py SEED KILLS [setting=value …]`.
 
-Two ranks, forked from a process that has imported all, so that an attempt takes seconds. Ends with the last attempt's
-status.
+Kills it at random moments KILLS times, then lets it finish. Forks two ranks from a process that has imported
+everything, so that an attempt takes seconds. Exits with the last attempt's status.
 """
 
 import importlib
@@ -22,7 +22,7 @@ RANKS = 2
 
 
 def plant(draw: random.Random) -> None:
-    """Kill this process within the first steps and saves, at any moment of a step and the save after it."""
+    """Kill this process at a random moment of one of the first steps or the save after it."""
     from s2train.training import loop
 
     run_step, armed, calls = loop.run_step, draw.randrange(2, 6), [time.monotonic()]
@@ -38,7 +38,10 @@ def plant(draw: random.Random) -> None:
 
 
 def attempt(draw: random.Random, settings: list[str], *, is_killed: bool) -> int:
-    """One job; returns its status. One of its ranks is killed, and then the others, as torchrun does."""
+    """Run one job and return its status.
+
+    If `is_killed`, one rank is killed. When a rank fails, the others are killed, as torchrun does.
+    """
     port, victim, ranks = free_port(), draw.randrange(RANKS), []
     for rank in range(RANKS):
         if (child := os.fork()) == 0:
@@ -70,5 +73,5 @@ if __name__ == "__main__":
     generator = random.Random(seed)
     for _ in range(kills):
         if attempt(generator, sys.argv[3:], is_killed=True) != signal.SIGKILL:
-            sys.exit("an attempt was to be killed, and ended otherwise")
+            sys.exit("an attempt that should have been killed ended otherwise")
     sys.exit(int(attempt(generator, sys.argv[3:], is_killed=False) != 0))

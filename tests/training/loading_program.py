@@ -1,4 +1,7 @@
-"""Asks for the optimizer's state as a load does, and prints what this rank asks for as JSON; see test_own_state.py."""
+"""Prints as JSON what each rank requests of the optimizer's state when it loads a checkpoint.
+
+Used by tests/megatron/test_local_optimizer_state.py.
+"""
 
 import json
 
@@ -6,7 +9,7 @@ import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 
 from s2train.checkpoints.folders import sharding_metadata
-from s2train.checkpoints.run_state import TrainingState, _sharded_state
+from s2train.checkpoints.run_state import TrainingState, sharded_state
 from s2train.megatron.layer_backends import backend_of
 from s2train.megatron.local_optimizer_state import distributed_parts, load_own_state_alone
 from s2train.megatron.model import build_model, transformer_config
@@ -17,7 +20,7 @@ from tests.program import SMALL
 
 
 class Copying(torch.optim.AdamW):
-    """As transformer-engine's, which copies all moments when it loads."""
+    """Stands for transformer-engine's Adam, which copies all moments when it loads."""
 
     def load_state_dict(self, state_dict: object) -> None:
         raise AssertionError("copied")
@@ -35,7 +38,7 @@ def main() -> None:
     load_own_state_alone(optimizer)
     moments = [state["exp_avg"].data_ptr() for state in part.optimizer.state.values()]
     state = TrainingState(chunks, optimizer, scheduler)
-    wanted = _sharded_state(state, sharding_metadata(), is_loading=True)["optimizer"]["param_state"]
+    wanted = sharded_state(state, sharding_metadata(), is_loading=True)["optimizer"]["param_state"]
     kept = sum(parameter.numel() for group in part.optimizer.param_groups for parameter in group["params"])
     mine = {
         "asked": sum(value.data.numel() for value in nested_values(wanted)),

@@ -1,6 +1,6 @@
-"""launch/pretrain.py with a fault planted in it, to be run as that is; S2TRAIN_TEST_FAULT names a function below.
+"""Runs launch/pretrain.py with an injected fault.
 
-As `name:rank:step`, of the job's first attempt.
+S2TRAIN_TEST_FAULT is `name:rank:step`; `name` is a function below. The fault occurs in the job's first attempt only.
 """
 
 import errno
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def at_step(step: int, fault: Callable[[], None]) -> None:
-    """Let `fault` happen where training comes to a step, within its forward pass."""
+    """Inject `fault` into the forward pass of a training step."""
     from s2train.training import loop
 
     run_step = loop.run_step
@@ -49,7 +49,10 @@ def user_signal(step: int) -> None:
 
 
 def nan(step: int) -> None:
-    """This rank's gradient norm is not a number at `step`. Every rank tells what the step left of its state."""
+    """Make this rank's gradient norm NaN at `step`.
+
+    Every rank prints whether the step changed its state.
+    """
     from s2train.training import loop
 
     measure, take = loop.gradient_norm, loop.Trainer._step
@@ -63,14 +66,17 @@ def nan(step: int) -> None:
         result = take(self, batches, number, consumed)
         loop.gradient_norm = measure
         same = fingerprint(self.state) == before
-        print(f"rank {os.environ['RANK']} step {step} left its state {'alone' if same else 'changed'}", flush=True)
+        print(f"rank {os.environ['RANK']} step {step}: state {'unchanged' if same else 'changed'}", flush=True)
         return result
 
     loop.Trainer._step = recorded
 
 
 def fingerprint(state: Any) -> str:
-    """Of the optimizer's weights and moments and of the schedule. (The model's weights may be gathered late.)"""
+    """Hash of the optimizer's weights and moments and the learning-rate schedule.
+
+    The model's weights may be stale until the next gather.
+    """
     digest = hashlib.sha256(str(state.scheduler.state_dict()).encode())
     for part in state.optimizer.chained_optimizers:
         for group in part.optimizer.param_groups:
@@ -83,7 +89,7 @@ def fingerprint(state: Any) -> str:
 
 
 def full_disk(step: int) -> None:
-    """The checkpoint after `step` finds no room for a shard."""
+    """Fail to write a shard of the checkpoint after `step`, as on a full disk."""
     fsync = os.fsync
 
     def planted(descriptor: int) -> None:
@@ -96,10 +102,10 @@ def full_disk(step: int) -> None:
 
 
 def short_of_memory(step: int) -> None:
-    """The machine has no room for a copy of the optimizer's state on every rank."""
-    from s2train.checkpoints import run_state as checkpoint
+    """Pretend that host memory is too small for a copy of the optimizer state on every rank."""
+    from s2train.checkpoints import run_state
 
-    checkpoint.lacks_room_for_copies = lambda chunks: True
+    run_state.lacks_room_for_copies = lambda chunks: True
 
 
 if __name__ == "__main__":

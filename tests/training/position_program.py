@@ -1,4 +1,4 @@
-"""Writes the held-out losses of a checkpoint, position by position, from its logits: [samples, s] fp32."""
+"""Writes the held-out losses of a checkpoint at each position, from its logits: [samples, s] fp32."""
 
 import sys
 import warnings

@@ -1,4 +1,4 @@
-"""When a checkpoint's order of the data is the run's: the same data in the same proportions, wherever they lie."""
+"""A resumed run needs the same data in the same proportions, at any path."""
 
 import shutil
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from s2train.checkpoints.resume import _check_same_order, data_order
+from s2train.checkpoints.resume import check_same_order, data_order
 from s2train.config import PrepareConfig
 from s2train.errors import ConfigError
 from s2train.preparation.prepare import prepare
@@ -17,7 +17,7 @@ CONTENTS = "the datasets' contents"
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder, the working one, with datasets a and b of documents of the same lengths."""
+    """Working folder with datasets a and b, whose documents have the same lengths."""
     monkeypatch.chdir(tmp_path)
     for name in "ab":
         (tmp_path / f"{name}.txt").write_text((name * 60 + "\n") * 400)
@@ -30,10 +30,10 @@ def order(*paths: Any) -> dict[str, Any]:
 
 
 def resumed(before: dict[str, Any], now: dict[str, Any]) -> None:
-    _check_same_order(before, now, Path("iter_0000003"))
+    check_same_order(before, now, Path("iter_0000003"))
 
 
-def test_the_same_files_under_another_path_go_on(here: Path) -> None:
+def test_the_same_files_at_another_path_are_accepted(here: Path) -> None:
     resumed(order("a"), order(here / "a"))
     resumed(order(0.3, "a", 0.7, "b"), order(0.3, here / "a", 0.7, here / "b"))
     (here / "moved").mkdir()
@@ -42,25 +42,29 @@ def test_the_same_files_under_another_path_go_on(here: Path) -> None:
     resumed(order("a"), order("moved/a"))
 
 
-def test_a_number_of_samples_that_is_set_otherwise_is_told_to_be_left_out(here: Path) -> None:
+def test_the_error_for_another_number_of_samples_says_to_leave_it_unset(here: Path) -> None:
     before, now = order("a") | {"data.num_samples": 80}, order("a") | {"data.num_samples": 112}
-    with pytest.raises(ConfigError, match=r"^data.num_samples=112: .* with 80, .* Leave it out: .* others follow"):
+    with pytest.raises(
+        ConfigError, match=r"^data.num_samples=112: .* with 80, .* Leave it unset: .* that train.steps need follow"
+    ):
         resumed(before, now)
 
 
-def test_other_data_of_the_same_size_are_refused_by_their_path(here: Path) -> None:
-    with pytest.raises(ConfigError, match=r"^data\.path=b: .* was trained with a, another order of the data"):
+def test_other_data_of_the_same_size_are_rejected_by_path(here: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"^data\.path=b: .* was trained with a, which gives another order of the data"
+    ):
         resumed(order("a"), order("b"))
 
 
-def test_the_same_files_in_another_order_or_other_proportions_are_refused(here: Path) -> None:
+def test_the_same_files_in_another_order_or_other_proportions_are_rejected(here: Path) -> None:
     before = order(0.3, "a", 0.7, "b")
     for now in (order(0.7, "b", 0.3, "a"), order(0.5, "a", 0.5, "b")):
         with pytest.raises(ConfigError, match=r"^data\.path=\[0\..* was trained with \[0\.3,a,0\.7,b\]"):
             resumed(before, now)
 
 
-def test_data_prepared_again_under_one_path_are_refused_as_other_contents(here: Path) -> None:
+def test_other_data_at_the_same_path_are_rejected_as_other_contents(here: Path) -> None:
     before = order("a")
     for suffix in (".bin", ".idx", ".json"):
         shutil.copy(f"b{suffix}", f"a{suffix}")
@@ -71,13 +75,13 @@ def test_data_prepared_again_under_one_path_are_refused_as_other_contents(here: 
         resumed(before, order("a"))
 
 
-def test_a_checkpoint_that_tells_contents_by_size_and_index_alone_goes_on_under_its_path(here: Path) -> None:
+def test_a_fingerprint_of_size_and_index_alone_is_accepted_at_the_same_path_only(here: Path) -> None:
     now = order("a")
-    old = now | {CONTENTS: [told.rpartition(", ")[0] for told in now[CONTENTS]]}
+    old = now | {CONTENTS: [fingerprint.rpartition(", ")[0] for fingerprint in now[CONTENTS]]}
     resumed(old, now)
-    with pytest.raises(ConfigError, match=r"^data.path="):  # other tokens could be of the same lengths
+    with pytest.raises(ConfigError, match=r"^data.path="):  # other tokens could have the same lengths
         resumed(old, order(here / "a"))
 
 
-def test_mock_data_go_on() -> None:
+def test_mock_data_are_accepted() -> None:
     resumed(order("mock"), order("mock"))

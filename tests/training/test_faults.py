@@ -1,4 +1,4 @@
-"""Whatever stops a run, the last good checkpoint is found and the run goes on as if nothing had happened."""
+"""After any fault, a run resumes from its last good checkpoint with the results of an uninterrupted run."""
 
 import os
 import random
@@ -34,7 +34,7 @@ def launch(*command: str, **environment: str) -> Outcome:
 
 
 def planted(fault: str, run_dir: Path, *arguments: str, launcher: str = "", restarts: int = 0) -> Outcome:
-    """Train the small model on two processes with a fault of tests/training/planted.py."""
+    """Train the small model on two processes with a fault from tests/training/planted.py."""
     program = [str(ROOT / "tests" / "training" / "planted.py"), *SMALL, f"run_dir={run_dir}", *arguments]
     if not launcher:
         with mock.patch.dict(os.environ, S2TRAIN_TEST_FAULT=fault):
@@ -44,7 +44,7 @@ def planted(fault: str, run_dir: Path, *arguments: str, launcher: str = "", rest
 
 
 def trace(run_dir: Path) -> list[dict[str, Any]]:
-    """What a run reports of its steps, but for their times."""
+    """What a run reports about its steps, except their times."""
     names = ("step", "loss", "held_out_loss", "grad_norm", "lr", "skipped")
     records = [record for record in read_records(run_dir / "metrics.jsonl") if "loss" in record]
     return [{name: record.get(name) for name in names} for record in records]
@@ -60,7 +60,7 @@ def trace(run_dir: Path) -> list[dict[str, Any]]:
         pytest.param(40, True, id="40, saved in the background", marks=pytest.mark.long),
     ],
 )
-def test_a_run_killed_at_random_moments_ends_as_an_unbroken_one(
+def test_a_run_killed_at_random_moments_ends_like_an_uninterrupted_one(
     kills: int, in_background: bool, tmp_path: Path
 ) -> None:
     third = 2 * kills  # an attempt takes five steps at most
@@ -75,12 +75,12 @@ def test_a_run_killed_at_random_moments_ends_as_an_unbroken_one(
     program = ["tests/training/killed.py", str(seed), str(kills), *SMALL, f"run_dir={tmp_path / 'killed'}"]
     done = launch(*program, *settings)
     assert done.status == 0, (seed, done.out, done.err)
-    unbroken = launch("tests/training/killed.py", "0", "0", *SMALL, f"run_dir={tmp_path / 'unbroken'}", *settings)
-    assert unbroken.status == 0, unbroken.err
-    assert trace(tmp_path / "killed") == trace(tmp_path / "unbroken"), seed  # bit for bit
+    whole = launch("tests/training/killed.py", "0", "0", *SMALL, f"run_dir={tmp_path / 'whole'}", *settings)
+    assert whole.status == 0, whole.err
+    assert trace(tmp_path / "killed") == trace(tmp_path / "whole"), seed  # bit for bit
     kept = [read_progress(path).step for path in checkpoints_in(tmp_path / "killed" / "checkpoints")]
     assert kept == [third, 2 * third, 3 * third - 1, 3 * third]
-    # An attempt that is killed in its first save has nothing to show; most are killed later.
+    # An attempt that is killed in its first save leaves no checkpoint; most are killed later.
     assert done.out.count("resuming from") >= kills // 4, (seed, done.out)
 
 
@@ -95,7 +95,7 @@ def test_a_rank_that_dies_is_named_and_the_job_restarts_from_its_last_checkpoint
     assert [record["step"] for record in trace(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_job_whose_store_is_on_a_frozen_rank_ends_too(tmp_path: Path) -> None:
+def test_a_job_whose_store_is_on_a_frozen_rank_is_aborted_too(tmp_path: Path) -> None:
     done = planted("freeze:0:3", tmp_path, STEPS, "train.timeout_minutes=0.2")
     assert done.status != 0
     (line,) = [line for line in done.err.splitlines() if line.startswith("error: ")]
@@ -103,8 +103,8 @@ def test_a_job_whose_store_is_on_a_frozen_rank_ends_too(tmp_path: Path) -> None:
     assert "rank 0" in line
 
 
-@pytest.mark.parametrize(("fault", "words"), [("hang", "planted.py"), ("freeze", "silent; last seen: ")])
-def test_a_rank_that_comes_no_further_ends_the_job_and_is_named(fault: str, words: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("fault", "words"), [("hang", "planted.py"), ("freeze", "not responding; last seen: ")])
+def test_a_rank_that_makes_no_progress_is_named_and_the_job_aborted(fault: str, words: str, tmp_path: Path) -> None:
     done = planted(f"{fault}:1:3", tmp_path, STEPS, EVERY_STEP, "train.timeout_minutes=0.2")
     assert done.status != 0
     line = error_line(done)
@@ -119,30 +119,30 @@ def test_a_gradient_that_is_not_finite_on_one_rank_changes_nothing_on_any(tmp_pa
     done = planted("nan:1:4", tmp_path, STEPS)
     assert done.status == 0, done.err
     for rank in (0, 1):
-        assert f"rank {rank} step 4 left its state alone" in done.out
+        assert f"rank {rank} step 4: state unchanged" in done.out
     (event,) = [r for r in read_records(tmp_path / "metrics.jsonl") if r.get("event") == "skipped"]
     assert (event["step"], event["samples"]) == (4, [24, 31])
     assert "step 4 | samples 24 to 31 | skipped" in done.out
     rates = [record["lr"] for record in trace(tmp_path)]
-    assert rates[4] == rates[3]  # the schedule waited
+    assert rates[4] == rates[3]  # the learning-rate schedule did not advance
     assert [record["skipped"] for record in trace(tmp_path)] == [0, 0, 0, 1, 1, 1]
     assert read_progress(checkpoints_in(tmp_path / "checkpoints")[-1]).health["skipped"] == 1
 
 
 @pytest.mark.parametrize("in_background", [False, True], ids=["saved at once", "saved in the background"])
-def test_a_full_disk_is_told_in_one_line_and_older_checkpoints_stay(in_background: bool, tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_in_one_line_and_older_checkpoints_stay(in_background: bool, tmp_path: Path) -> None:
     settings = [STEPS, EVERY_STEP, f"checkpoint.async_save={str(in_background).lower()}"]
     done = planted("full_disk:0:3", tmp_path, *settings)
     assert done.status != 0
     line = error_line(done)
     for words in (f"run_dir={tmp_path}", "step 3", "No space left on device", "iter_0000002", "checkpoint.keep=N"):
         assert words in line
-    there = sorted(path.name for path in (tmp_path / "checkpoints").iterdir() if path.is_dir())
-    assert there == ["iter_0000001", "iter_0000002"]
+    left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir() if path.is_dir())
+    assert left == ["iter_0000001", "iter_0000002"]
     assert all(damage(path) is None for path in checkpoints_in(tmp_path / "checkpoints"))
 
 
-def test_saved_with_little_memory_it_goes_on_as_an_unbroken_run(tmp_path: Path) -> None:
+def test_a_run_saved_with_little_memory_resumes_like_an_uninterrupted_one(tmp_path: Path) -> None:
     parts, whole = tmp_path / "parts", tmp_path / "whole"
     for more in (["train.exit_step=3"], []):
         done = planted("short_of_memory:1:0", parts, STEPS, *more)
@@ -151,14 +151,14 @@ def test_saved_with_little_memory_it_goes_on_as_an_unbroken_run(tmp_path: Path) 
     assert trace(parts)[-3:] == trace(whole)[-3:]
 
 
-def test_a_signal_to_one_rank_saves_all_and_ends_with_the_status_to_requeue(tmp_path: Path) -> None:
+def test_a_signal_to_one_rank_saves_and_exits_with_the_status_to_requeue(tmp_path: Path) -> None:
     done = planted("user_signal:1:3", tmp_path, STEPS, launcher="launch/job.py", restarts=2)
     assert done.status == EXIT_REQUEUE, done.err
     assert "stopped by SIGUSR1 at step 3" in done.err
     assert [path.name for path in checkpoints_in(tmp_path / "checkpoints")] == ["iter_0000003"]
 
 
-def test_a_signal_to_a_run_that_saves_nothing_ends_as_stopped_not_as_finished(tmp_path: Path) -> None:
+def test_a_signal_to_a_run_that_saves_nothing_exits_as_stopped_not_as_finished(tmp_path: Path) -> None:
     done = planted("user_signal:1:3", tmp_path, STEPS, "checkpoint.save=false", launcher="launch/job.py", restarts=2)
     assert done.status == 128 + signal.SIGUSR1, done.err
     assert "stopped by SIGUSR1 at step 3 | not saved: checkpoint.save=false" in done.err

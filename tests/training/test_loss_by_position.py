@@ -1,4 +1,4 @@
-"""Held-out loss by position."""
+"""Held-out loss is reported by position."""
 
 import itertools
 from pathlib import Path
@@ -13,14 +13,14 @@ from tests.program import metrics, pretrain, run
 CPU = torch.device("cpu")
 
 
-def test_ranges_double_from_an_eighth_of_a_sixteenth_on() -> None:
+def test_ranges_double_up_to_the_sequence_length() -> None:
     assert position_edges(8192) == [0, 64, 128, 256, 512, 1024, 2048, 4096, 8192]
     assert position_edges(200) == [0, 1, 3, 6, 12, 25, 50, 100, 200]
     assert position_edges(8) == [0, 1, 2, 4, 8]
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_ranks_of_context_parallel_together_sum_what_one_process_sums(size: int) -> None:
+def test_context_parallel_ranks_together_sum_what_one_process_sums(size: int) -> None:
     generator = torch.Generator().manual_seed(np.random.SeedSequence().entropy % 2**63)  # type: ignore[operator]
     length = 16 * int(torch.randint(1, 40, (), generator=generator))
     losses, weights = torch.rand(3, length, generator=generator), torch.rand(3, length, generator=generator) > 0.3
@@ -37,7 +37,7 @@ def test_ranks_of_context_parallel_together_sum_what_one_process_sums(size: int)
         assert loss == pytest.approx(float((losses[:, start:stop].double() * own).sum()))
 
 
-def test_short_and_long_are_the_first_eighth_and_the_last_half_weighed_by_tokens() -> None:
+def test_short_and_long_are_token_means_over_the_first_eighth_and_the_last_half() -> None:
     length = 256
     losses = torch.rand(2, length)
     edges = position_edges(length)
@@ -61,7 +61,7 @@ def test_ranges_without_a_token_have_no_loss() -> None:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of one process with held-out losses, and its checkpoint after the first step."""
+    """A run on one process with held-out losses and a checkpoint after the first step."""
     folder = tmp_path_factory.mktemp("positions")
     done = pretrain(folder, *SETTINGS, "checkpoint.interval=1")
     assert done.status == 0, done.err

@@ -1,4 +1,4 @@
-"""Loss curves from metrics.jsonl."""
+"""Loss curves are read from metrics.jsonl and drawn."""
 
 import json
 from pathlib import Path
@@ -38,7 +38,7 @@ def test_losses_are_read_by_step(metrics: Path) -> None:
     assert curves.tokens_per_step == 64
 
 
-def test_steps_done_again_after_a_resume_replace_the_first_ones(tmp_path: Path) -> None:
+def test_steps_repeated_after_a_resume_replace_the_first_ones(tmp_path: Path) -> None:
     records: list[dict[str, Any]] = [
         {"step": 1, "loss": 5.0},
         {"step": 2, "loss": 4.0},
@@ -59,13 +59,13 @@ def test_tokens_are_counted_by_the_batch_of_each_step(tmp_path: Path) -> None:
     assert curves.tokens_per_step is None
 
 
-def test_line_cut_short_is_passed_over(tmp_path: Path) -> None:
+def test_a_truncated_line_is_ignored(tmp_path: Path) -> None:
     path = write(tmp_path / "m.jsonl", [{"step": 1, "loss": 5.0}])
     path.write_text(path.read_text() + '{"step": 2, "lo')
     assert read_curves(path).train == {1: 5.0}
 
 
-def test_loss_curve_is_drawn_with_and_without_all_its_parts(metrics: Path, tmp_path: Path) -> None:
+def test_a_loss_curve_is_drawn_with_and_without_its_optional_parts(metrics: Path, tmp_path: Path) -> None:
     draw_loss_curve(metrics, tmp_path / "a.png", baseline=3.1, title="run")
     only_train = write(tmp_path / "m.jsonl", [{"step": 1, "loss": 5.0}, {"event": "resume", "step": 1}])
     draw_loss_curve(only_train, tmp_path / "b.png")
@@ -75,7 +75,7 @@ def test_loss_curve_is_drawn_with_and_without_all_its_parts(metrics: Path, tmp_p
 
 
 @pytest.mark.parametrize("x_axis", ["steps", "tokens"])
-def test_comparison_is_drawn_over_steps_and_over_tokens(
+def test_a_comparison_is_drawn_over_steps_and_over_tokens(
     metrics: Path, tmp_path: Path, x_axis: Literal["steps", "tokens"]
 ) -> None:
     draw_comparison({"dense": metrics, "hybrid": metrics}, tmp_path / "a.png", x_axis)
@@ -98,12 +98,12 @@ def test_ticks_of_close_losses_and_many_steps_are_written_out(tmp_path: Path, mo
     assert all(label.get_text().startswith("5.025") for label in axes.get_yticklabels())
 
 
-def test_comparison_over_tokens_wants_tokens_per_step(tmp_path: Path) -> None:
+def test_a_comparison_over_tokens_needs_tokens_per_step(tmp_path: Path) -> None:
     metrics = write(tmp_path / "m.jsonl", [{"step": 1, "loss": 5.0}])
     with pytest.raises(ConfigError, match="tokens per step"):
         draw_comparison({"dense": metrics}, tmp_path / "a.png", "tokens")
 
 
-def test_missing_file_is_refused(tmp_path: Path) -> None:
+def test_a_missing_file_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such file"):
         draw_loss_curve(tmp_path / "none.jsonl", tmp_path / "a.png")

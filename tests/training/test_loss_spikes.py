@@ -1,4 +1,4 @@
-"""Steps that are skipped and losses that jump, counted."""
+"""Skipped steps are counted and loss spikes detected."""
 
 import random
 
@@ -7,7 +7,7 @@ import pytest
 from s2train.training.loss_spikes import Health
 
 
-def test_skipped_steps_count_in_a_row_until_one_is_taken() -> None:
+def test_consecutive_skipped_steps_count_until_a_step_is_taken() -> None:
     health = Health().after_skip().after_skip().after_step(3.0).after_skip()
     assert (health.skipped, health.skipped_in_row, health.steps) == (3, 1, 1)
     assert health.mean_loss == 3.0
@@ -22,7 +22,7 @@ def test_a_loss_far_above_the_running_mean_is_a_spike() -> None:
     assert health.spike(level * 3, factor=2) == pytest.approx(3, rel=0.06)
 
 
-def test_the_first_losses_are_no_spikes() -> None:
+def test_the_first_losses_are_never_spikes() -> None:
     assert Health().after_step(1.0).spike(100.0, factor=2) is None
 
 

@@ -1,4 +1,4 @@
-"""What a report becomes: a line of metrics.jsonl, and a row in wandb."""
+"""A report becomes a line of metrics.jsonl and a row in wandb."""
 
 import json
 from dataclasses import fields
@@ -32,17 +32,19 @@ def metrics(step: int) -> StepMetrics:
     )
 
 
-def test_wandb_groups_what_a_report_tells_by_section() -> None:
+def test_wandb_groups_the_values_of_a_report_by_section() -> None:
     row = metrics(4).wandb_row()
     assert (row["step"], row["data/consumed_tokens"]) == (4, 4096)
     assert (row["train/loss"], row["validation/loss"], row["perf/mfu"]) == (2.0, 2.5, 0.5)
     assert (row["validation/loss_at/0"], row["validation/loss_at/64"]) == (3.0, 2.0)
     sections = {key.partition("/")[0] for key in row}
     assert sections == {"step", "data", "train", "validation", "perf"}
-    assert len(row) == len(fields(StepMetrics)) - 1 + 2  # all is there, the loss by position by two keys
+    assert len(row) == len(fields(StepMetrics)) - 1 + 2  # every field, the loss by position under two keys
 
 
-def test_rows_and_pictures_stand_at_the_same_step_and_tokens(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_rows_and_pictures_are_logged_at_the_same_step_and_tokens(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     wandb = fake(monkeypatch)
     cfg = PretrainConfig(
         model=ModelConfig(name="m"),

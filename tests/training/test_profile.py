@@ -1,4 +1,4 @@
-"""`profile.steps` writes a trace and a breakdown of those steps, and changes nothing else."""
+"""`profile.steps` writes a trace and a breakdown of those steps and changes nothing else."""
 
 import gzip
 import json
@@ -12,7 +12,7 @@ from tests.program import metrics, pretrain
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(torch.cuda.is_available(), reason="reads the trace of a CPU")]
 
 
-def test_chosen_steps_are_traced_and_shared_out(tmp_path: Path) -> None:
+def test_chosen_steps_are_traced_and_their_time_broken_down(tmp_path: Path) -> None:
     plain, traced = tmp_path / "plain", tmp_path / "traced"
     done = pretrain(traced, "train.steps=5", "profile.steps=[3,4]", "train.recompute=selective")
     assert done.status == 0, done.err
@@ -21,8 +21,10 @@ def test_chosen_steps_are_traced_and_shared_out(tmp_path: Path) -> None:
 
     found = json.loads((traced / "profile" / "breakdown-rank0.json").read_text())
     assert (found["steps"], found["device"]) == (2, "cpu")
-    ways = {f"attention {kind} {way}" for kind in ("dense", "s2") for way in ("forward", "backward")}
-    assert ways | {"linear layers", "norms, elementwise, loss", "optimizer", "data", "host"} <= found["parts"].keys()
+    attention = {f"attention {kind} {half}" for kind in ("dense", "s2") for half in ("forward", "backward")}
+    assert (
+        attention | {"linear layers", "norms, elementwise, loss", "optimizer", "data", "host"} <= found["parts"].keys()
+    )
     assert sum(found["parts"].values()) == pytest.approx(found["step_ms"])
     assert "where the time of steps 3 to 4 went (cpu)" in done.out
 
@@ -34,7 +36,7 @@ def test_chosen_steps_are_traced_and_shared_out(tmp_path: Path) -> None:
     assert names.count("s2train: attention s2 forward") == 2 * 2 * 4 * 3
 
 
-def test_each_chosen_rank_writes_its_own(tmp_path: Path) -> None:
+def test_only_chosen_ranks_write_traces(tmp_path: Path) -> None:
     done = pretrain(
         tmp_path, "train.steps=2", "optim.warmup_steps=1", "profile.steps=[1,2]", "profile.ranks=[1]", processes=2
     )

@@ -1,4 +1,4 @@
-"""A step's breakdown adds up, and puts each kernel or operator where it belongs."""
+"""A step's breakdown adds up and assigns each kernel or operator to its part."""
 
 from typing import Any
 
@@ -34,12 +34,12 @@ GPU_TRACE = [
     *kernel("outside_of_the_range", 210, 3500, 100, tid=1),
     *kernel("nvjet_hsh_128x256", 160, 4000, 2000),
     *kernel("adam", 310, 6000, 500),
-    *kernel("ncclDevKernel_ReduceScatter", 320, 6200, 1300),  # 300 of it beside adam
+    *kernel("ncclDevKernel_ReduceScatter", 320, 6200, 1300),  # 300 of it concurrent with adam
     *kernel("gemm_of_the_next_step", 10_500, 11_000, 100),
 ]
 
 
-def test_a_gpu_trace_is_shared_out_by_ranges_and_names() -> None:
+def test_a_gpu_trace_is_split_by_ranges_and_names() -> None:
     found = breakdown(GPU_TRACE)
     assert (found.device, found.steps, found.step_ms) == ("cuda", 1, 10.0)
     assert found.parts == pytest.approx(
@@ -72,7 +72,7 @@ CPU_TRACE = [
 ]
 
 
-def test_a_cpu_trace_counts_each_operator_once_and_not_what_it_calls() -> None:
+def test_a_cpu_trace_counts_each_operator_once_without_what_it_calls() -> None:
     found = breakdown(CPU_TRACE)
     assert (found.device, found.steps, found.step_ms) == ("cpu", 2, 1.0)
     assert found.parts == pytest.approx(
@@ -100,12 +100,12 @@ def test_the_table_has_the_largest_part_first() -> None:
     assert lines[-1].split() == ["step", "10.00"]
 
 
-def test_a_trace_without_steps_is_refused() -> None:
+def test_a_trace_without_steps_is_rejected() -> None:
     with pytest.raises(ValueError, match="ProfilerStep"):
         breakdown(CPU_TRACE[2:])
 
 
-def test_the_peak_is_told_beside_the_plan() -> None:
+def test_the_peak_is_compared_with_the_plan() -> None:
     assert "planned 10.80 GiB, peak 10.50 (3% below)" in compare_peak(round(10.8 * GIB), round(10.5 * GIB))
     assert "(25% above)" in compare_peak(4 * GIB, 5 * GIB)
     assert "(as planned)" in compare_peak(10_000, 10_004)

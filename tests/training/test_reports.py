@@ -1,10 +1,11 @@
-"""What a run leaves behind besides its checkpoint."""
+"""A run prints and records what happened, besides its checkpoints."""
 
 import re
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+import torch
 
 from s2train.checkpoints.folders import read_progress
 from s2train.training.records import read_records
@@ -33,7 +34,7 @@ def test_every_report_is_one_line_and_one_record(outcome: Outcome, folder: Path)
     for record in records:
         assert {"loss", "lr", "grad_norm", "step_time_s", "tokens_per_s", "model_tflops", "eta_s"} <= set(record)
     assert [record["consumed_tokens"] for record in records] == [1024, 2048, 3072, 4096]
-    # anywhere in a line: what other threads and wandb's own process print may come before
+    # anywhere in a line: other threads and wandb's process may print before it
     lines = re.findall(r"step \d/4 \| .*", outcome.out)
     assert len(lines) == 4, outcome.out
     assert "held out" in lines[1]
@@ -45,11 +46,11 @@ def test_every_line_has_a_time(outcome: Outcome, folder: Path) -> None:
     assert abs(datetime.now(UTC) - times[-1]) < timedelta(minutes=10)
 
 
-def test_the_learning_rate_decays_no_further_than_its_ratio(outcome: Outcome, folder: Path) -> None:
+def test_the_learning_rate_decays_to_its_ratio_and_not_below(outcome: Outcome, folder: Path) -> None:
     assert [record["lr"] for record in metrics(folder)] == [0, 0.0015, 0.003, 0.003]
 
 
-def test_a_run_says_where_the_time_before_its_first_step_went(outcome: Outcome, folder: Path) -> None:
+def test_a_run_logs_where_the_time_before_its_first_step_went(outcome: Outcome, folder: Path) -> None:
     lines = outcome.out.splitlines()
     (ready,) = [line for line in lines if line.startswith("ready after ")]
     (first,) = [line for line in lines if line.startswith("step 1 done after ")]
@@ -64,27 +65,44 @@ def test_a_run_says_where_the_time_before_its_first_step_went(outcome: Outcome, 
     assert first.startswith(f"step 1 done after {sum(until.values()):.1f} s (python ")
 
 
-def test_a_run_says_how_often_it_goes_through_its_data(outcome: Outcome, folder: Path) -> None:
+def test_a_run_logs_how_many_epochs_of_its_data_it_takes(outcome: Outcome, folder: Path) -> None:
     (event,) = [record for record in read_records(folder / "metrics.jsonl") if record.get("event") == "data"]
     ((prefix, epochs),) = event["epochs"].items()
     assert f"{prefix}: {epochs:.3g} epochs of " in outcome.out
 
 
-def test_throughput_follows_from_the_step_time_and_exact_flops(outcome: Outcome, folder: Path) -> None:
+def test_throughput_is_computed_from_the_step_time(outcome: Outcome, folder: Path) -> None:
     for record in metrics(folder):
         assert record["tokens_per_s"] == pytest.approx(8 * 128 / record["step_time_s"])
         assert record["model_tflops"] > 0
 
 
-def test_megatrons_timers_are_printed_where_asked(outcome: Outcome, folder: Path) -> None:
+def test_megatrons_timers_are_printed_on_request(outcome: Outcome, folder: Path) -> None:
     assert "forward-backward" in outcome.out
 
 
-def test_pictures_and_settings_lie_in_the_run_folder(outcome: Outcome, folder: Path) -> None:
+def test_pictures_and_settings_are_in_the_run_folder(outcome: Outcome, folder: Path) -> None:
     assert all((folder / name).is_file() for name in ("loss.png", "layout.png", "config.yaml"))
 
 
-def test_the_wandb_run_is_named_in_the_checkpoint(outcome: Outcome, folder: Path) -> None:
+def test_the_checkpoint_records_the_wandb_run(outcome: Outcome, folder: Path) -> None:
     identifier = read_progress(folder / "checkpoints" / "iter_0000004").wandb_id
     assert identifier is not None
     assert list((folder / "wandb").glob(f"offline-run-*-{identifier}"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="checks what a CPU runs")
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_the_first_step_logs_which_kernels_ran_and_why(backend: str, tmp_path: Path) -> None:
+    done = pretrain(tmp_path, "train.steps=4", f"attention_backend={backend}")
+    assert done.status == 0, done.err
+    lines = [line for line in done.out.splitlines() if line.startswith("sparse attention:")]
+    why = {"auto": "no CUDA device", "torch": "backend=torch"}[backend]
+    assert lines == [f"sparse attention: forward torch ({why}), backward torch ({why})"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="checks what a CPU runs")
+def test_a_dense_model_logs_no_kernels(tmp_path: Path) -> None:
+    done = pretrain(tmp_path, "train.steps=3", "layout.layers=D")
+    assert done.status == 0, done.err
+    assert "sparse attention:" not in done.out

@@ -1,4 +1,4 @@
-"""What a run folder keeps of earlier settings and metrics, and what is logged of them."""
+"""A run folder keeps earlier settings and metrics, and the run logs changes."""
 
 import json
 from dataclasses import MISSING, fields
@@ -16,7 +16,7 @@ from tests.test_configs import pretrain
 LR = [Change("optim.lr", 0.003, 0.001)]
 
 
-def test_earlier_settings_stay_beside_the_new_ones_with_what_changed(tmp_path: Path) -> None:
+def test_earlier_settings_are_kept_and_changes_listed(tmp_path: Path) -> None:
     first, second = (pretrain("+model=tiny_hybrid", f"optim.lr={lr}") for lr in (0.003, 0.001))
     assert write_settings(first, tmp_path, 0, []) is None
     assert write_settings(second, tmp_path, 40, LR) == tmp_path / "config.1.yaml"
@@ -30,7 +30,7 @@ def test_earlier_settings_stay_beside_the_new_ones_with_what_changed(tmp_path: P
     assert read_config(tmp_path) == first
 
 
-def test_the_same_settings_leave_the_file_alone(tmp_path: Path) -> None:
+def test_the_same_settings_do_not_rewrite_the_file(tmp_path: Path) -> None:
     cfg = pretrain("+model=tiny_hybrid")
     write_settings(cfg, tmp_path, 0, [])
     before = (tmp_path / "config.yaml").stat().st_mtime_ns
@@ -39,7 +39,7 @@ def test_the_same_settings_leave_the_file_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "model: {name: sma", "optim:\n  lr: 1"])
-def test_a_file_of_a_run_that_was_killed_is_kept_too(tmp_path: Path, text: str) -> None:
+def test_a_truncated_settings_file_is_kept_too(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.yaml").write_text(text)
     kept = write_settings(pretrain("+model=tiny_hybrid"), tmp_path, 0, [])
     assert kept is not None
@@ -55,13 +55,13 @@ def track(folder: Path, step: int, *changes: Change) -> list[dict[str, object]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_what_changed_is_printed_and_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_changed_settings_are_printed_and_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (event,) = [record for record in track(tmp_path, 40, *LR) if record.get("event") == "changed settings"]
     assert (event["step"], event["settings"]) == (40, {"optim.lr": [0.003, 0.001]})
     assert capsys.readouterr().out == "changed since iter_0000040: optim.lr 0.003 → 0.001\n"
 
 
-def test_a_start_from_step_1_beside_earlier_metrics_is_logged(
+def test_a_start_from_step_1_in_an_earlier_runs_folder_is_logged(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 52, "loss": 3.0}\n{"step": 5')
@@ -77,7 +77,7 @@ def test_a_first_start_logs_no_earlier_run(tmp_path: Path, capsys: pytest.Captur
     assert capsys.readouterr().out == ""
 
 
-def test_the_eta_names_the_step_it_counts_to_if_that_is_not_the_last() -> None:
+def test_the_eta_names_its_step_if_that_is_not_the_last() -> None:
     values = {field.name: 1.0 for field in fields(StepMetrics) if field.default is MISSING}
     metrics = StepMetrics(**values | {"step": 190, "held_out_loss": None, "mfu": None, "eta_s": 5.0})
     assert metrics.line(400, last_step=200).endswith("| ETA 0:00:05 to step 200")

@@ -1,4 +1,4 @@
-"""What a run makes of the signals that ask it to end."""
+"""A run handles the signals that ask it to save and exit."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ from s2train.training.signals import STOP_SIGNALS, StopSignals
 
 @pytest.fixture(autouse=True)
 def as_in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Handlers as Python sets them, and a job of one."""
+    """Python's default handlers and a job of one process."""
     for name in ("RANK", "TORCHELASTIC_RUN_ID", STATUS_FILE):
         monkeypatch.delenv(name, raising=False)
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
@@ -23,7 +23,7 @@ def as_in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
-def test_the_first_signal_is_remembered(number: signal.Signals) -> None:
+def test_the_first_signal_is_stored(number: signal.Signals) -> None:
     with StopSignals().listening() as signals:
         os.kill(os.getpid(), number)
         os.kill(os.getpid(), signal.SIGTERM if number != signal.SIGTERM else signal.SIGUSR1)
@@ -31,14 +31,17 @@ def test_the_first_signal_is_remembered(number: signal.Signals) -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_ctrl_c_says_what_it_does_and_what_a_second_one_would(capfd: pytest.CaptureFixture[str]) -> None:
+def test_ctrl_c_prints_what_it_does_and_what_a_second_one_does(capfd: pytest.CaptureFixture[str]) -> None:
     with StopSignals().listening():
         os.kill(os.getpid(), signal.SIGINT)
         assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL  # ends the process
-    assert capfd.readouterr().err == "SIGINT: saves after this step and ends; a second Ctrl-C ends at once\n"
+    assert (
+        capfd.readouterr().err
+        == "SIGINT: saving after this step, then exiting; press Ctrl-C again to exit immediately\n"
+    )
 
 
-def test_of_several_ranks_one_says_it(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_rank_0_prints_it(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     with StopSignals().listening():
         os.kill(os.getpid(), signal.SIGINT)
@@ -50,7 +53,7 @@ def test_of_several_ranks_one_says_it(capfd: pytest.CaptureFixture[str], monkeyp
     [([], False), (["TORCHELASTIC_RUN_ID"], True), (["TORCHELASTIC_RUN_ID", STATUS_FILE], False)],
     ids=["python", "torchrun", "job.py"],
 )
-def test_a_second_ctrl_c_comes_as_sigterm_from_torchrun_alone(
+def test_a_second_ctrl_c_arrives_as_sigterm_from_plain_torchrun_only(
     launcher: list[str], ends: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in launcher:
@@ -60,7 +63,7 @@ def test_a_second_ctrl_c_comes_as_sigterm_from_torchrun_alone(
         assert (signal.getsignal(signal.SIGTERM) is signal.SIG_DFL) == ends
 
 
-def test_ctrl_c_is_not_meant_for_a_shells_background_job() -> None:
+def test_a_shells_background_job_ignores_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with StopSignals().listening() as signals:
         os.kill(os.getpid(), signal.SIGINT)

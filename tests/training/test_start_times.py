@@ -1,4 +1,4 @@
-"""Where the time before the first step goes."""
+"""The time before the first step is measured by part."""
 
 import os
 import time
@@ -13,7 +13,7 @@ def _plain(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
 
 
-def test_parts_follow_each_other_and_may_come_in_pieces() -> None:
+def test_parts_are_listed_in_order_and_may_come_in_pieces() -> None:
     times = StartTimes(time.monotonic() - 2)
     for part in ("imports", "plan", "imports"):
         time.sleep(0.02)
@@ -24,12 +24,12 @@ def test_parts_follow_each_other_and_may_come_in_pieces() -> None:
     assert str(times).startswith(f"{sum(times.seconds.values()):.1f} s (python ")
 
 
-def test_what_the_process_did_before_is_told_too() -> None:
+def test_the_time_before_the_programs_code_is_included() -> None:
     lived = time.clock_gettime(time.CLOCK_BOOTTIME) - _started(os.getpid())
     assert StartTimes().seconds["python"] == pytest.approx(lived, abs=0.5)
 
 
-def test_a_launchers_own_time_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_launchers_time_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a")
     expected = _started(os.getpid()) - _started(os.getppid())
     times = StartTimes()
@@ -37,13 +37,13 @@ def test_a_launchers_own_time_comes_first(monkeypatch: pytest.MonkeyPatch) -> No
     assert times.seconds["launcher"] == pytest.approx(expected, abs=0.05)
 
 
-def test_a_rank_that_was_started_again_leaves_its_launchers_time_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_restarted_rank_leaves_out_its_launchers_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert list(StartTimes().seconds) == ["python"]
 
 
 def _started(process: int) -> float:
-    """Seconds after the machine's start."""
+    """Start time of a process, in seconds after boot."""
     with open(f"/proc/{process}/stat") as file:
         return int(file.read().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")

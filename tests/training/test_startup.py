@@ -1,4 +1,4 @@
-"""What keeps the ranks of a job from starting together, and how it is told."""
+"""Incompatible ranks of a job are rejected at the start, with a remedy."""
 
 from dataclasses import replace
 from datetime import timedelta
@@ -45,19 +45,19 @@ def test_ranks_that_agree_start() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"versions": FIRST.versions | {"torch": "2.9.0"}}, ["torch is 2.9.0, and 2.11.0", "one installation"]),
+        ({"versions": FIRST.versions | {"torch": "2.9.0"}}, ["torch is 2.9.0, but 2.11.0", "same installation"]),
         ({"versions": {"torch": "2.11.0"}}, ["s2train is not installed"]),
-        ({"settings": {"optim.lr": [0.1, 0.2]}}, ["optim.lr=0.1, and 0.2", "same command"]),
+        ({"settings": {"optim.lr": [0.1, 0.2]}}, ["optim.lr=0.1, but 0.2", "same command"]),
         ({"clock": 1e9 - 60}, ["60 s behind", "NTP"]),
         ({"clock": 1e9 + 3600}, ["3600 s ahead of", "NTP"]),
         ({"free_bytes": 99}, ["GiB free", "run_dir", "checkpoint.save=false"]),
         ({"sees_run_dir": False}, ["run folder", "all machines share"]),
-        ({"missing": ["data.cache runs/cache"]}, ["data.cache runs/cache is not there", "all machines share"]),
+        ({"missing": ["data.cache runs/cache"]}, ["can't see data.cache runs/cache", "all machines share"]),
         ({"device": "CPU"}, ["no GPU is visible", "NVIDIA H100", "CUDA_VISIBLE_DEVICES"]),
         ({"device": "NVIDIA A100"}, ["its GPU is a NVIDIA A100"]),
     ],
 )
-def test_a_rank_that_does_not_fit_is_told_in_one_line_with_its_host_and_a_remedy(
+def test_an_incompatible_rank_is_reported_in_one_line_with_its_host_and_a_remedy(
     changes: dict[str, Any], words: list[str]
 ) -> None:
     (line,) = problems_of(**changes)
@@ -66,25 +66,24 @@ def test_a_rank_that_does_not_fit_is_told_in_one_line_with_its_host_and_a_remedy
     assert "\n" not in line
 
 
-def test_two_ranks_on_one_gpu_are_told() -> None:
+def test_two_ranks_on_one_gpu_are_rejected() -> None:
     (line,) = problems_of(host="alpha", rank=1)
-    assert line.startswith("rank 1 on alpha: it has the GPU of rank 0 (GPU-0). Start one process for each GPU")
+    assert line.startswith("rank 1 on alpha: it uses the same GPU as rank 0 (GPU-0). Start one process per GPU")
     assert problems_of(host="alpha", rank=1, device_id="GPU-1") == []
 
 
-def test_what_a_whole_machine_has_wrong_is_told_once() -> None:
+def test_a_problem_of_a_whole_machine_is_reported_once() -> None:
     ranks = [replace(SECOND, rank=8 + i, device_id=f"GPU-{i}", free_bytes=0) for i in range(8)]
     assert len(list(problems([FIRST, *ranks], checkpoint=100))) == 1
 
 
 def start(run_dirs: list[Path], more: tuple[str, ...] = (), **changes: dict[int, dict[str, Any]]) -> list[Any]:
-    """What `check_start` ends with on each rank, ranks being threads."""
+    """Run `check_start` with a thread per rank; each rank's run folder or error."""
     store, ends = torch.distributed.HashStore(), {}
     plan: Any = SimpleNamespace(hardware=Hardware("CPU", "cpu", 1 << 40))
 
-    cfgs = [
-        pretrain("+model=tiny_hybrid", f"run_dir={run_dir}", *more) for run_dir in run_dirs
-    ]  # Hydra is no friend of threads
+    # Composed here, because Hydra is not thread-safe.
+    cfgs = [pretrain("+model=tiny_hybrid", "data.path=mock", f"run_dir={run_dir}", *more) for run_dir in run_dirs]
 
     def one(rank: int) -> None:
         cfg = cfgs[rank]
@@ -100,20 +99,20 @@ def start(run_dirs: list[Path], more: tuple[str, ...] = (), **changes: dict[int,
     return [ends[rank] for rank in range(len(run_dirs))]
 
 
-def test_ranks_take_the_run_folder_of_the_first(tmp_path: Path) -> None:
+def test_all_ranks_take_the_run_folder_of_rank_0(tmp_path: Path) -> None:
     assert start([tmp_path / "a", tmp_path / "b", tmp_path / "c"]) == [str(tmp_path / "a")] * 3
     assert list(tmp_path.rglob("*")) == [tmp_path / "a"]
 
 
-def test_every_rank_stops_where_one_has_another_setting(tmp_path: Path) -> None:
+def test_every_rank_stops_if_one_has_another_setting(tmp_path: Path) -> None:
     ends = start([tmp_path] * 3, settings={2: {"seed": 7}})
     assert all(isinstance(end, StartUpError) for end in ends)
     (line,) = ends[0].problems
     assert "rank 2" in line
-    assert "seed=7, and 1234 on rank 0" in line
+    assert "seed=7, but 1234 on rank 0" in line
 
 
-def test_a_run_that_saves_nothing_needs_no_room_for_a_checkpoint(
+def test_a_run_that_saves_nothing_needs_no_space_for_a_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(startup, "_free_bytes", lambda folder: 1)
@@ -123,7 +122,7 @@ def test_a_run_that_saves_nothing_needs_no_room_for_a_checkpoint(
     assert start([tmp_path], more=("checkpoint.save=false",)) == [str(tmp_path)]
 
 
-def test_a_rank_that_never_comes_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_that_never_starts_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(meeting, "ARRIVAL", timedelta(seconds=0.2))
     plan: Any = SimpleNamespace(hardware=Hardware("CPU", "cpu", 1 << 40))
     cfg = pretrain("+model=tiny_hybrid", f"run_dir={tmp_path}")
@@ -135,7 +134,7 @@ def test_a_rank_that_never_comes_is_named(tmp_path: Path, monkeypatch: pytest.Mo
     ("precision", "distributed", "expected"),
     [("bf16", True, 14), ("bf16", False, 14), ("fp32", True, 16), ("fp32", False, 12)],
 )
-def test_a_checkpoint_holds_weights_and_the_optimizers_fp32(precision: str, distributed: bool, expected: int) -> None:
+def test_a_checkpoint_holds_weights_and_fp32_optimizer_state(precision: str, distributed: bool, expected: int) -> None:
     cfg = pretrain("+model=tiny_hybrid", f"train.precision={precision}")
     cfg.parallel.distributed_optimizer = distributed
     assert checkpoint_bytes(cfg) == expected * total_parameters(cfg.model)

@@ -8,24 +8,24 @@ import torch
 
 from s2train.planning import hybrid_layout
 from s2train.training import warm_up
-from s2train.training.warm_up import compile_kernels, first_on_each_machine
+from s2train.training.warm_up import compile_kernels, run_once_per_machine
 from tests.test_configs import pretrain
 
 
 @pytest.mark.parametrize(("local_rank", "expected"), [("0", ["compiled", "met"]), ("1", ["met"]), ("7", ["met"])])
-def test_the_first_of_a_machine_compiles_before_the_others_go_on(
+def test_the_first_rank_of_a_machine_compiles_before_the_others_continue(
     local_rank: str, expected: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done: list[str] = []
     monkeypatch.setenv("LOCAL_RANK", local_rank)
     monkeypatch.setattr(torch.distributed, "barrier", lambda: done.append("met"))
-    first_on_each_machine(lambda: done.append("compiled"))
+    run_once_per_machine(lambda: done.append("compiled"))
     assert done == expected
 
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Stands for the op on a GPU: writes down the shapes, and differentiates."""
+    """Calls of a stand-in for the op on a GPU, which records shapes and is differentiable."""
     made: list[Any] = []
 
     def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Any, **how: Any) -> torch.Tensor:
@@ -47,7 +47,7 @@ def compile_for(monkeypatch: pytest.MonkeyPatch, *settings: str, cp: tuple[int, 
     compile_kernels(cfg, hybrid_layout(cfg), torch.device("cpu"))
 
 
-def test_each_sort_of_sparse_layer_runs_once_forward_and_backward(
+def test_each_distinct_sparse_layer_runs_once_forward_and_backward(
     calls: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     state = torch.get_rng_state()
@@ -56,10 +56,10 @@ def test_each_sort_of_sparse_layer_runs_once_forward_and_backward(
     assert (call.q, call.k, call.v) == ((256, 2, 4, 32), (256, 2, 2, 32), (256, 2, 2, 32))
     assert call.dtype == torch.bfloat16
     assert call.is_backward
-    assert torch.equal(torch.get_rng_state(), state)  # weights are drawn as without it
+    assert torch.equal(torch.get_rng_state(), state)  # the weights' initialisation is unchanged
 
 
-def test_tensor_and_context_parallel_shares_run_in_their_own_shapes(
+def test_tensor_and_context_parallel_shares_run_in_their_shapes(
     calls: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compile_for(monkeypatch, "parallel.tp=2", cp=(1, 2))
@@ -68,7 +68,7 @@ def test_tensor_and_context_parallel_shares_run_in_their_own_shapes(
 
 
 @pytest.mark.parametrize("settings", [["attention_backend=torch"], ["layout=dense"]])
-def test_nothing_runs_where_no_kernel_is_compiled(
+def test_nothing_runs_if_no_kernel_is_compiled(
     settings: list[str], calls: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compile_for(monkeypatch, *settings)

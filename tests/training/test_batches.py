@@ -1,9 +1,11 @@
+"""Micro batches carry the bounds of their documents."""
+
 import torch
 
 from s2train.training.batches import collate_documents, document_bounds
 
 
-def test_bounds_are_first_rows_and_then_the_end_repeated() -> None:
+def test_bounds_are_first_positions_and_then_the_length_repeated() -> None:
     positions = torch.tensor([[0, 1, 2, 0, 0, 1], [0, 1, 2, 3, 4, 5]])
     assert document_bounds(positions).tolist() == [[0, 3, 4, 6, 6], [0, 6, 6, 6, 6]]
     assert document_bounds(positions).dtype == torch.int32

@@ -1,4 +1,4 @@
-"""Runs resumed with more steps, fewer, or another batch size: no sample comes twice or is left out."""
+"""A run takes the samples that its data, mixture and length determine, also after a resume."""
 
 import json
 import os
@@ -7,31 +7,67 @@ from unittest import mock
 
 import pytest
 import torch
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from s2train.config import PrepareConfig
+from s2train.data.bundled import bundled_corpus_files
+from s2train.data.tokenizers import ByteTokenizer
 from s2train.preparation.prepare import prepare
 from tests.program import ROOT, SMALL, metrics, run
 
 pytestmark = [pytest.mark.slow]
 
-DRAWN = str(ROOT / "tests" / "training" / "drawn_program.py")
+DRAWN_PROGRAM = str(ROOT / "tests" / "training" / "drawn_program.py")
+TOKENIZER = ByteTokenizer()
+
+
+def text_of(ids: torch.Tensor) -> str:
+    """Decode ids to text; the end of a document becomes U+0100."""
+    return "".join(map(chr, ids.tolist()))
+
+
+def prepared(output: Path, *settings: str) -> str:
+    """All documents of a dataset from launch/prepare_data.py, concatenated."""
+    done = run("prepare_data.py", f"output={output}", *settings, processes=0)
+    assert done.status == 0, done.err
+    dataset = IndexedDataset(str(output))
+    return "".join(text_of(dataset[i]) for i in range(len(dataset)))
+
+
+def test_a_run_on_a_mixture_trains_on_samples_in_their_shares(tmp_path: Path) -> None:
+    names = {"corpus": [f"input={bundled_corpus_files()[0]}", "document_chars=10000"]}
+    names["needles"] = ["input=needles", "needles.documents=300", "needles.length=200"]
+    texts = {name: prepared(tmp_path / name, *settings) for name, settings in names.items()}
+    path = f"data.path=[0.9,{tmp_path / 'corpus'},0.1,{tmp_path / 'needles'}]"
+    settings = [*SMALL, f"run_dir={tmp_path / 'run'}", path, f"data.cache={tmp_path / 'cache'}", "train.steps=5"]
+    with mock.patch.dict(os.environ, S2TRAIN_TEST_DRAWN=str(tmp_path / "drawn.pt")):
+        done = run(DRAWN_PROGRAM, *settings)
+    assert done.status == 0, done.err
+    samples = [text_of(sample) for sample in torch.load(tmp_path / "drawn.pt")]
+    end = chr(TOKENIZER.eod)
+    drawn = {
+        name: sum(all(piece in text for piece in sample.split(end)) for sample in samples)
+        for name, text in texts.items()
+    }
+    assert len(samples) == 40
+    assert drawn == {"corpus": 36, "needles": 4}
 
 
 def drawn(folder: Path, run_dir: str, *settings: str) -> torch.Tensor:
-    """Samples that a run takes, of data of 28 samples an epoch, all different."""
+    """Samples that a run takes from data of 28 samples per epoch, all different."""
     if not (folder / "data.idx").exists():
         lines = [json.dumps({"text": f"document {number:04d}\n" * 8}) for number in range(36)]
         (folder / "data.jsonl").write_text("\n".join(lines))
         prepare(PrepareConfig(input=str(folder / "data.jsonl"), output=str(folder / "data")))
     given = [f"run_dir={folder / run_dir}", f"data.path={folder / 'data'}", f"data.cache={folder / 'cache'}"]
     with mock.patch.dict(os.environ, S2TRAIN_TEST_DRAWN=str(folder / "drawn.pt")):
-        done = run(DRAWN, *SMALL, *given, "optim.decay_steps=6", *settings, processes=0)
+        done = run(DRAWN_PROGRAM, *SMALL, *given, "optim.decay_steps=6", *settings, processes=0)
     assert done.status == 0, done.err
     samples: torch.Tensor = torch.load(folder / "drawn.pt")
     return samples
 
 
-def test_a_longer_run_in_smaller_batches_takes_the_samples_of_an_unbroken_run(
+def test_a_longer_run_in_smaller_batches_takes_the_samples_of_an_uninterrupted_run(
     tmp_path: Path,
 ) -> None:
     first = drawn(tmp_path, "a", "train.steps=3")  # 24 samples: less than an epoch
