@@ -1,1 +1,1 @@
-"""Needle retrieval: tasks, training documents, evaluation."""
+"""Needle retrieval tasks, their training documents and their evaluation."""

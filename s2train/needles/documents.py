@@ -1,4 +1,7 @@
-"""Training documents for needle retrieval, of any task: deterministic by seed, made by several processes."""
+"""Generates training documents for needle retrieval in several processes.
+
+The documents depend only on the seed and the settings.
+"""
 
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -19,37 +22,43 @@ from s2train.needles.tasks import TASKS, find_task
 from s2train.needles.words import NOISE, text_haystack
 
 RECALLS = ("recall", "recall_lines")
-_CHUNK = 64  # documents that share a seed, and are made at once
+_CHUNK = 64  # documents that share a seed and are generated together
 
 
 class Documents(Protocol):
     """Draws documents of one length."""
 
     def document(self, rng: np.random.Generator) -> Ids:
-        """One document, int64 [length], its end of document last."""
+        """Draw one document, int64 [length], with its end of document."""
 
 
 class TaskDocuments:
-    """One sample of an evaluation's task in each document, of the training split, at any depth."""
+    """Draws documents of one sample of an evaluation task each.
+
+    Samples are of the training split, with needles at any depth.
+    """
 
     def __init__(self, cfg: NeedleDocumentsConfig, tokenizer: Tokenizer, haystack: str) -> None:
         self._length, self._eod = cfg.length, tokenizer.eod
         self._sampler = TaskSampler(tokenizer, haystack, find_task(cfg.task, {}))
 
     def document(self, rng: np.random.Generator) -> Ids:
-        """One document, int64 [length]."""
+        """Draw one document, int64 [length]."""
         try:
             sample = self._sampler.sample(rng, self._length - 1, float(rng.random()), "train")
         except ConfigError as error:
-            problem = f"{error.problem}, and the end of document one"
+            problem = f"{error.problem}, and the end of document takes one"
             raise ConfigError("needles.length", self._length, problem, "Use that many or more") from error
         return np.concatenate([sample.prompt, sample.answer, [self._eod]])
 
 
 def needle_documents(cfg: NeedleDocumentsConfig, tokenizer: Tokenizer, seed: int) -> Iterator[Ids]:
-    """`cfg.documents` documents, int64 [length] each; the same for a seed, whatever the number of workers.
+    """Generate `cfg.documents` documents, int64 [length] each.
 
-    Raises ConfigError for settings that can't work.
+    They are the same for a seed, with any number of workers.
+
+    Raises:
+        ConfigError: a setting can't work.
     """
     _check(cfg)
     haystack = haystack_text(cfg.haystack)
@@ -77,7 +86,10 @@ def _chunk(source: Documents, seed: int, number: int, size: int) -> Ids:
 
 
 class _Worker:
-    """A process that keeps its source, which would take long to send with each chunk."""
+    """A worker process that keeps its source.
+
+    Sending it with each chunk would be slow.
+    """
 
     source: Documents
 
@@ -91,7 +103,10 @@ class _Worker:
 
 
 def needle_texts(cfg: NeedleDocumentsConfig, seed: int) -> Iterator[str]:
-    """What such documents say, to train a tokenizer on: facts of every kind, and about as much filler."""
+    """Yield texts to train a tokenizer on.
+
+    Facts of every kind, and an equal amount of filler.
+    """
     _check(cfg)
     facts = ["".join(fact) for task in RECALLS for fact in recall_facts(task, seed)[:10_000]]
     filler = haystack_text(cfg.haystack)
@@ -100,7 +115,11 @@ def needle_texts(cfg: NeedleDocumentsConfig, seed: int) -> Iterator[str]:
 
 
 def haystack_text(given: Any) -> str:
-    """The text that `needles.haystack` names; ConfigError if there is none."""
+    """Read the text that `needles.haystack` names.
+
+    Raises:
+        ConfigError: it names no text.
+    """
     if given == "noise":
         return NOISE
     if given == "bundled":
@@ -117,10 +136,10 @@ def _check(cfg: NeedleDocumentsConfig) -> None:
         raise ConfigError("needles.task", cfg.task, "no such task", f"Set one of {', '.join((*RECALLS, *TASKS))}")
     for name in ("documents", "workers"):
         if (count := getattr(cfg, name)) < 1:
-            raise ConfigError(f"needles.{name}", count, "none", "Set 1 or more")
+            raise ConfigError(f"needles.{name}", count, "is below 1", "Set 1 or more")
     if not 0 <= cfg.questions_last <= 1:
-        raise ConfigError("needles.questions_last", cfg.questions_last, "is no share", "Set 0 to 1")
+        raise ConfigError("needles.questions_last", cfg.questions_last, "is not between 0 and 1", "Set 0 to 1")
     for name, pair, most in (("share", cfg.share, 1.0), ("facts", cfg.facts, np.inf)):
         if len(pair) != 2 or not 0 < pair[0] <= pair[1] <= most:
             remedy = f"Set a pair [low, high] with 0 < low <= high{' <= 1' if most == 1 else ''}"
-            raise ConfigError(f"needles.{name}", pair, "is no such range", remedy)
+            raise ConfigError(f"needles.{name}", pair, "is not a valid range", remedy)

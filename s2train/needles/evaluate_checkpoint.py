@@ -1,4 +1,4 @@
-"""Needle evaluation of a checkpoint, from its settings to its results."""
+"""Evaluates needle retrieval of a checkpoint."""
 
 import os
 import shlex
@@ -27,10 +27,10 @@ from s2train.wandb_run import choose_mode
 
 
 def evaluate(cfg: NeedleConfig) -> None:
-    """Load the checkpoint and evaluate it, on all ranks together.
+    """Load a checkpoint and evaluate it; collective.
 
     Raises:
-        ConfigError: a setting that can't work; before a process group is made, unless the checkpoint is damaged.
+        ConfigError: a setting can't work; before a process group exists, unless the checkpoint is damaged.
     """
     hardware = detect_own()
     request = read_request(cfg, int(os.environ.get("WORLD_SIZE", "1")), hardware)
@@ -55,14 +55,14 @@ def evaluate(cfg: NeedleConfig) -> None:
         parallel_state.get_data_parallel_group(),
     )
     hybrid = hybrid_layout(request.trained)
-    command, surroundings = shlex.join(sys.argv), environment()
+    command, machine = shlex.join(sys.argv), environment()
     found = {}
     for problem in request.problems:
         sampler, grid = problem.sampler, problem.grid
         own = {"task": problem.name, **problem.settings, "tokenizer": sampler.tokenizer.fingerprint, **settings}
         asked = NeedleResults(
             str(loaded.path), loaded.step, own, list(grid.lengths), list(grid.depths), threshold=cfg.threshold,
-            command=command, environment=surroundings,
+            command=command, environment=machine,
         )  # fmt: skip
         try:
             found[problem.name] = run_needles(
@@ -82,9 +82,9 @@ def evaluate(cfg: NeedleConfig) -> None:
                 title=f"{TITLES[problem.name]}: {request.trained.model.name}",
             )
         except (torch.OutOfMemoryError, OutOfPagesError) as error:
-            problem_told = f"out of memory with lengths up to {max(grid.lengths)}"
-            remedy = "Use fewer sequences at once, or more tp; finished cells are kept"
-            raise ConfigError("batch_size", cfg.batch_size, problem_told, remedy) from error
+            reason = f"out of memory with lengths up to {max(grid.lengths)}"
+            remedy = "Use a smaller batch_size or a larger tp; finished cells are kept"
+            raise ConfigError("batch_size", cfg.batch_size, reason, remedy) from error
     if mode != "disabled":
         print(f"wandb run {log_needles(found, request.trained, request.folder, mode)}", flush=True)
     shutdown()

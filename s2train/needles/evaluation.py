@@ -1,4 +1,7 @@
-"""A task's evaluation from start to end: go on from what is known, show progress, leave a table and a picture."""
+"""Evaluates a task, from earlier results to the picture.
+
+Resumes from earlier results, shows progress, and saves a table and a picture.
+"""
 
 import time
 from collections.abc import Callable
@@ -36,25 +39,24 @@ def run_needles(
     name: str = "needle",
     title: str = "Needle retrieval",
 ) -> NeedleResults:
-    """Evaluate the cells that `folder` lacks; write `NAME.json` after each one and `NAME.png` at the end.
+    """Evaluate the cells that are missing in `folder`.
 
-    Call it on all ranks; global rank 0 reads, writes and talks. A `NAME.json` of other settings, and
-    its picture, are kept there under another name.
+    Collective: call it on all ranks; global rank 0 reads, writes and prints. Writes `NAME.json` after each cell and
+    `NAME.png` at the end. A `NAME.json` of other settings and its picture are kept there under another name.
 
     Args:
-        grid: one that `s2train.needles.retrieval.check_fit` passed.
-        asked: results without cells, with the settings that a known cell must agree with, and the command and
-            environment of new ones.
-        reach: of a cell's length and depth, for the results; needs no model.
-        trained_length: tokens; longer cells are evaluated all the same, with a note.
+        grid: a grid that passed `s2train.needles.retrieval.check_fit`.
+        asked: results without cells; known cells must have their settings, new cells get their command and environment.
+        reach: computes a cell's reach from its length and depth, without the model.
+        trained_length: tokens; longer cells are evaluated too, with a warning.
     """
     is_writer = not dist.is_initialized() or dist.get_rank() == 0
     console = Console(quiet=not is_writer, soft_wrap=True)
     table_path, picture_path = folder / f"{name}.json", folder / f"{name}.png"
     if trained_length is not None and max(grid.lengths) > trained_length:
         console.print(
-            f"warning: lengths={max(grid.lengths)} is past the {trained_length} tokens trained on: the model has not"
-            " seen such distances"
+            f"warning: lengths={max(grid.lengths)} exceeds the trained length of {trained_length} tokens: the model has"
+            " not seen such distances"
         )
     earlier = _earlier(asked, table_path, console) if is_writer else asked
     if dist.is_initialized():
@@ -79,15 +81,15 @@ def run_needles(
             results.add(cell)
             if is_writer and is_new:
                 results.save(table_path)
-            took = f"{cell.seconds:.1f} s" if is_new else "known"
+            time_taken = f"{cell.seconds:.1f} s" if is_new else "from earlier results"
             contained = cell.contained
             found = "" if contained is None else f", {contained.correct}/{contained.trials} values found"
-            told = f"{cell.correct}/{cell.trials} exact{found}{_told(cell.reach)}, {took}"
-            progress.console.print(f"{name}  length {cell.length:>7,}  depth {cell.depth:>6.1%}  {told}")
+            outcome = f"{cell.correct}/{cell.trials} exact{found}{_describe_reach(cell.reach)}, {time_taken}"
+            progress.console.print(f"{name}  length {cell.length:>7,}  depth {cell.depth:>6.1%}  {outcome}")
             progress.advance(task)
             began = time.perf_counter()
     if is_writer:
-        results.save(table_path)  # with the score of the grid asked for, though all its cells were known
+        results.save(table_path)  # updates the score for this grid even if all its cells were known
         draw_heat_map(results, picture_path, title)
     console.print(score_table(results))
     console.print(f"{_summary(results)}   table {table_path}   heat map {picture_path}")
@@ -96,7 +98,7 @@ def run_needles(
 
 def _summary(results: NeedleResults) -> str:
     score = results.score
-    assert score is not None  # a grid has a cell
+    assert score is not None  # a grid has at least one cell
     low, high = score.interval
     length = results.effective_length
     reached = f"effective length {length:,}" if length else "no effective length"
@@ -105,23 +107,23 @@ def _summary(results: NeedleResults) -> str:
     return exact if contained is None else f"{exact}   values found {contained.share:.4f}"
 
 
-def _told(reach: CellReach | None) -> str:
-    """What to add on a cell's reach, where the layout limits it."""
+def _describe_reach(reach: CellReach | None) -> str:
+    """Describe a cell's reach if the layout limits it."""
     if reach is None:
         return ""
     if reach.from_last != 1:
-        return ", no way through the layers" if reach.from_last < 0 else f", {reach.from_last} layers away"
+        return ", out of the layers' reach" if reach.from_last < 0 else f", {reach.from_last} layers away"
     is_limited = reach.direct_heads is not None and reach.direct_heads != reach.heads
     return f", seen by {reach.direct_heads} of {reach.heads} heads" if is_limited else ""
 
 
 def _earlier(asked: NeedleResults, path: Path, console: Console) -> NeedleResults:
-    """What `path` holds, if its cells are what `asked` would find; else `asked`."""
+    """Load earlier results with the settings of `asked`, or return `asked`."""
     earlier = load_results(path)
     if earlier is not None and earlier.settings == asked.settings:
         return earlier
     if (aside := set_aside(path)) is not None:
-        if (picture := path.with_suffix(".png")).exists():  # of the same results: it must not stand beside other ones
+        if (picture := path.with_suffix(".png")).exists():  # it shows the earlier results
             picture.rename(aside.with_suffix(".png"))
-        console.print(f"{path} holds results of other weights or settings: kept as {aside.name}")
+        console.print(f"{path} held results of other weights or settings; kept as {aside.name}")
     return asked

@@ -1,4 +1,4 @@
-"""Filler text, and the same as tokens, cut between sentences."""
+"""Draws filler as text or tokens, cut between sentences."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -10,16 +10,16 @@ from s2train.data.inside_text import encode_inside
 from s2train.data.tokenizers import Offsets, Tokenizer
 from s2train.errors import ConfigError
 
-_LONGEST = 64  # tokens between two cuts
+_LONGEST = 64  # maximum tokens between two cuts
 
 
 @dataclass(frozen=True)
 class Filler:
-    """Tokens to hide needles in.
+    """Tokens in which needles are hidden.
 
     Attributes:
         tokens: int64 [n].
-        borders: int64 [k], rising: where something may be put in; 0 and n are the first and the last.
+        borders: int64 [k], ascending: positions at which something may be inserted, from 0 to n.
     """
 
     tokens: np.ndarray
@@ -28,12 +28,15 @@ class Filler:
 
 @dataclass(frozen=True)
 class FillerText:
-    """Text to hide needles in, somewhat more than was asked for: what is too much is to be cut off its first tokens.
+    """Text in which needles are hidden, slightly longer than requested.
+
+    The caller removes the surplus from its first tokens.
 
     Attributes:
         sentences: each begins with the blank before it.
-        borders: int64 [sentences + 1], rising: tokens before each sentence, and all of them, after that cut.
-        more: the sentence before the first one, and before that, where tokens in the whole text are fewer.
+        borders: int64 [sentences + 1], ascending: tokens before each sentence, and their total, after that removal.
+        more: returns the sentence before the first one, then the one before that, and so on; needed if the whole text
+            has fewer tokens than its sentences together.
     """
 
     sentences: list[str]
@@ -42,11 +45,13 @@ class FillerText:
 
 
 class Haystack:
-    """A text whose sentences are tokenized one by one and laid in a ring.
+    """A ring of sentences, each tokenized separately.
 
     Args:
-        text: cut at ends of sentences, and within those of more than 64 tokens (a list, a language with other stops):
-            needles go to the nearest cut, so cuts must lie close. ConfigError if it has no words.
+        text: cut at ends of sentences, and inside sentences of more than 64 tokens (a list, a language with other full
+            stops), because a needle is inserted at the nearest cut.
+    Raises:
+        ConfigError: `text` has no words.
     """
 
     def __init__(self, tokenizer: Tokenizer, text: str) -> None:
@@ -66,17 +71,20 @@ class Haystack:
         self._is_start[self._ends % len(self._ring)] = True
 
     def draw(self, rng: np.random.Generator, length: int) -> Filler:
-        """`length` tokens in a row that end with a sentence, so that only the first sentence can be cut."""
+        """Draw `length` consecutive tokens that end with a sentence.
+
+        Only the first sentence can be incomplete.
+        """
         stop = int(rng.choice(self._ends))
         index = np.arange(stop - length, stop) % len(self._ring)
         starts = np.flatnonzero(self._is_start[index])
         return Filler(self._ring[index], np.unique(np.concatenate([[0], starts, [length]])))
 
     def draw_text(self, rng: np.random.Generator, length: int) -> FillerText:
-        """As `draw`, with the same draws, in text."""
+        """Draw like `draw`, with the same random numbers, as text."""
         lengths = np.diff(self._ends, prepend=0)
         last = int(np.searchsorted(self._ends, rng.choice(self._ends)))
-        rounds = length // len(self._ring) + 1  # as many sentences as are needed for sure
+        rounds = length // len(self._ring) + 1  # enough sentences in any case
         index = np.arange(last - rounds * len(lengths), last + 1) % len(lengths)
         counts = lengths[index][::-1].cumsum()[::-1]  # tokens from each of these sentences to the end
         first = int(np.searchsorted(-counts, -length, side="right")) - 1 if length else len(index)
@@ -87,7 +95,11 @@ class Haystack:
 
 
 def fill_with(tokenizer: Tokenizer, sentences: Iterator[str], length: int) -> FillerText:
-    """The last of as many of endless `sentences` as have `length` tokens or more."""
+    """Take sentences until they have `length` tokens, in reverse order.
+
+    Args:
+        sentences: an endless iterator.
+    """
     taken: list[str] = []
     counts: list[int] = []
     total = 0
@@ -101,7 +113,10 @@ def fill_with(tokenizer: Tokenizer, sentences: Iterator[str], length: int) -> Fi
 
 
 def _cuts(offsets: Offsets) -> Iterator[tuple[int, int]]:
-    """Parts of up to 64 tokens, first and stop, that end with a character; of a character of more tokens all."""
+    """Cut tokens into parts (first, stop) of up to 64.
+
+    Each part ends with a whole character. A character of more tokens is one part.
+    """
     first = 0
     clean = [i for i in range(1, len(offsets)) if offsets[i - 1][1] <= offsets[i][0]]
     for stop, following in zip(clean, [*clean[1:], len(offsets)], strict=False):

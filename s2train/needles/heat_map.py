@@ -1,4 +1,4 @@
-"""Needle results for people: a heat map, and a table for the terminal."""
+"""Shows needle results as a heat map and a table."""
 
 import math
 from pathlib import Path
@@ -12,16 +12,16 @@ from rich.table import Table
 from s2train.files import replacing
 from s2train.needles.results import Cell, NeedleResults
 
-# Vermilion, pale yellow, bluish green of Okabe and Ito's palette: told apart with any kind of colour vision
+# Vermilion, pale yellow, bluish green of Okabe and Ito's palette, distinguishable with any kind of colour vision
 SCORE_COLOURS = LinearSegmentedColormap.from_list("score", ["#D55E00", "#F7EEC0", "#009E73"])
 NOT_EVALUATED = "#DDDDDD"
 
 
 def draw_heat_map(results: NeedleResults, path: Path, title: str = "Needle retrieval") -> None:
-    """Length across, depth down, share of exact answers in colour and in per cent; PNG.
+    """Draw exact answers by length and depth, as a PNG.
 
-    Cells that were not evaluated are grey. Where the layout is known, how many of the last layers it takes to carry
-    the needle to the question, small below the score.
+    Cells that were not evaluated are grey. If the layout is known, a small label below the score shows how many of the
+    last layers are needed to carry the needle to the question.
     """
     lengths, depths, scores = _score_matrix(results)
     width = max(2.6 + 0.85 * len(lengths), 0.115 * len(title))
@@ -47,13 +47,13 @@ def draw_heat_map(results: NeedleResults, path: Path, title: str = "Needle retri
     axes.set_xlabel("length (tokens)")
     axes.set_ylabel("depth of the needle")
     figure.suptitle(title, fontsize=12, fontweight="bold")
-    told = [f"step {results.step:,}"]
+    parts = [f"step {results.step:,}"]
     if (score := results.score) is not None:
-        told.append(f"{_percent(score.share, 1)} % of {score.trials:,} answers exact")
+        parts.append(f"{_percent(score.share, 1)} % of {score.trials:,} answers exact")
     length = results.effective_length
     reached = f"effective length {_tokens(length)}" if length else "no effective length"
-    told.append(f"\n{reached} ({100 * results.threshold:g} % or more)")
-    axes.set_title(" · ".join(told).replace(" · \n", "\n"), fontsize=9, color="#555555")
+    parts.append(f"\n{reached} ({100 * results.threshold:g} % or more)")
+    axes.set_title(" · ".join(parts).replace(" · \n", "\n"), fontsize=9, color="#555555")
     bar = figure.colorbar(image, ax=axes, ticks=[0, 0.5, 1], pad=0.02)
     bar.ax.set_yticklabels(["0 %", "50 %", "100 %"])
     bar.outline.set_visible(False)
@@ -62,17 +62,20 @@ def draw_heat_map(results: NeedleResults, path: Path, title: str = "Needle retri
 
 
 def score_table(results: NeedleResults) -> Table:
-    """The heat map in figures: per cent exact; where that is not all, per cent of values that the text contains and of
-    letters and digits right."""
+    """Format the results as a table.
+
+    A cell shows the percentage of exact answers. If that is below 100, it also shows the percentages of values that the
+    text contains and of correct letters and digits.
+    """
     caption = (
-        "· n: it takes the last n layers to carry the needle to the question"
+        "· n: the last n layers are needed to carry the needle to the question"
         if any(_layers(cell) for cell in results.asked)
         else None
     )
     scores = [score for score in (results.score, results.contained) if score is not None]
     in_all = f": {' / '.join(_percent(score.share, 1) for score in scores)} in all" if scores else ""
     found = " / values that the text contains, %" if results.contained else ""
-    title = f"Exact answers, %{found} (letters and digits right, %){in_all}"
+    title = f"Exact answers, %{found} (correct letters and digits, %){in_all}"
     table = Table(title=title, caption=caption)
     lengths, depths, _ = _score_matrix(results)
     table.add_column("depth", justify="right")
@@ -89,14 +92,17 @@ def _figures(cell: Cell | None) -> str:
         return "-"
     exact = _percent(cell.score.share)
     found = "" if cell.contained is None else f" / {_percent(cell.contained.share)}"
-    told = exact if cell.correct == cell.trials else f"{exact}{found} ({100 * cell.character_accuracy:.0f})"
+    figures = exact if cell.correct == cell.trials else f"{exact}{found} ({100 * cell.character_accuracy:.0f})"
     if cell.reach is None:
-        return told
-    return f"{told} · {cell.reach.from_last}" if cell.reach.from_last >= 0 else f"{told} · never"
+        return figures
+    return f"{figures} · {cell.reach.from_last}" if cell.reach.from_last >= 0 else f"{figures} · never"
 
 
 def _layers(cell: Cell) -> str:
-    """How far the needle is, in words; empty where that is not known."""
+    """Describe how many layers away the needle is.
+
+    Empty if that is not known.
+    """
     if cell.reach is None:
         return ""
     count = cell.reach.from_last
@@ -104,7 +110,10 @@ def _layers(cell: Cell) -> str:
 
 
 def _score_matrix(results: NeedleResults) -> tuple[list[int], list[float], np.ndarray]:
-    """Lengths, depths, share of exact answers: float64 [depths, lengths], NaN where not evaluated."""
+    """Lengths, depths and shares of exact answers.
+
+    The shares are float64 [depths, lengths], NaN if not evaluated.
+    """
     lengths, depths = sorted(results.lengths), sorted(results.depths)
     scores = np.full((len(depths), len(lengths)), np.nan)
     for cell in results.asked:
@@ -113,10 +122,13 @@ def _score_matrix(results: NeedleResults) -> tuple[list[int], list[float], np.nd
 
 
 def _percent(share: float, digits: int = 0) -> str:
-    """Rounded down: 100 means that nothing was missed."""
+    """Format a share in per cent, rounded down.
+
+    So 100 means all.
+    """
     return f"{math.floor(100 * 10**digits * share + 1e-9) / 10**digits:.{digits}f}"
 
 
 def _tokens(count: int) -> str:
-    """131072 as 128k, 1000 as 1000."""
+    """Format a token count: 131072 as 128k, 1000 as 1000."""
     return f"{count // 1024}k" if count >= 1024 and count % 1024 == 0 else str(count)

@@ -1,4 +1,4 @@
-"""Can a model's layout carry a needle to its question at all, and through how many layers?"""
+"""Computes how many layers carry a needle to its question."""
 
 from functools import lru_cache
 
@@ -10,16 +10,22 @@ from s2train.needles.samples import TaskSampler
 
 
 class NeedleReach:
-    """Layers between the needles of a grid's cells and the positions that their answers are read from."""
+    """Computes the reach of a grid's cells.
+
+    That is the number of layers between needles and the questions' ends.
+    """
 
     def __init__(self, hybrid: HybridLayout, sampler: TaskSampler, grid: NeedleGrid) -> None:
         self._hybrid, self._sampler, self._grid = hybrid, sampler, grid
         self._reach = lru_cache(maxsize=16)(self._reach_uncached)
 
     def __call__(self, length: int, depth: float) -> CellReach:
-        """Of the trial and the needle that need the most: from each of its blocks to the question's last token.
+        """Compute the reach of a cell.
 
-        A chain of needles may go from one to the next on the way, which this does not ask of it.
+        It is that of the trial and the needle that need the most layers.
+
+        Counts layers from each block of a needle to the question's last token. For a chain of needles, the path need
+        not go from one needle to the next.
         """
         first: list[int | None] = []
         last: list[int | None] = []

@@ -1,10 +1,12 @@
-"""Documents of many facts, each told again later, as token ids: the densest training for needle retrieval.
+"""Generates documents of many facts that are repeated later.
+
+They are the densest training for needle retrieval.
 
     <filler> The magic number of brisk-otter is 4093317. <filler> The magic number of misty-lemon is 7718203.
     <filler> The magic number of brisk-otter is 4093317. <filler> The magic number of misty-lemon is 7718203.<end>
 
-A fact told again is a question with its answer: its tail can be foretold from the first telling alone. So one
-document trains many look-ups, each at a distance of its own, in the very tokens of the evaluation's samples.
+A repeated fact is a question with its answer: its tail is predictable only from the first mention. So one document
+trains many look-ups at different distances, in the same tokens as the evaluation's samples.
 """
 
 from collections.abc import Sequence
@@ -24,16 +26,18 @@ from s2train.needles.words import ADJECTIVES, NOUNS, split_of
 
 Ids = npt.NDArray[np.int64]
 
-_TELLING = 0.97  # of the filler lies among the tellings where questions come last
-# What a long document would hardly have by chance, and needles near depth 0 need: facts with little before them.
-_AT_ONCE = 0.3  # of documents begin with a fact
-_EARLY = 0.5  # of those whose questions come last tell facts evenly over the logarithm of the filler before them
-_FEW = 50  # values that begin alike: where there are fewer, none is drawn so often that it is learned by heart
-_POOL = 1 << 15  # values, and keys of lines, to draw from: far more than a small model can learn by heart
+_FACTS_SHARE = 0.97  # share of the filler among the facts if all questions come last
+# Needles near depth 0 need training on facts with little before them, which are rare by chance in a long document.
+_BEGINS_WITH_FACT = 0.3  # share of documents that begin with a fact
+_EARLY = 0.5  # share of the documents with questions last whose facts are log-evenly placed over the filler
+_FEW = 50  # values with the same first token: if there are fewer, none is drawn often enough to be memorized
+_POOL = 1 << 15  # number of values, and of keys of lines, to draw from: far more than a small model can memorize
 
 
 def recall_facts(task: str, seed: int) -> list[Fact]:
-    """Facts whose heads and tails documents draw from, independently; keys and values are of the training split.
+    """Facts from which documents draw heads and tails independently.
+
+    Keys and values are of the training split.
 
     Args:
         task: recall or recall_lines.
@@ -48,7 +52,10 @@ def recall_facts(task: str, seed: int) -> list[Fact]:
 
 @dataclass(frozen=True)
 class Pieces:
-    """Token sequences laid end to end: the i-th is `tokens[starts[i] : starts[i] + lengths[i]]`. int64 each."""
+    """Concatenated token sequences; the i-th is `tokens[starts[i] : starts[i] + lengths[i]]`.
+
+    All arrays are int64.
+    """
 
     tokens: Ids
     starts: Ids
@@ -56,24 +63,24 @@ class Pieces:
 
     @classmethod
     def of(cls, sequences: Sequence[Sequence[int]]) -> "Pieces":
-        """The pieces of these token sequences."""
+        """Concatenate token sequences."""
         lengths = np.array([len(sequence) for sequence in sequences], dtype=np.int64)
         return cls(
             np.concatenate([np.array(s, dtype=np.int64) for s in sequences]), lengths.cumsum() - lengths, lengths
         )
 
     def joined(self, numbers: Ids) -> Ids:
-        """The pieces of these numbers, one after the other, int64 [sum of their lengths]."""
+        """Concatenate the sequences with these numbers: int64 [sum of their lengths]."""
         lengths = self.lengths[numbers]
         before = lengths.cumsum() - lengths
         return self.tokens[np.repeat(self.starts[numbers] - before, lengths) + np.arange(lengths.sum())]
 
 
 class RecallDocuments:
-    """Draws documents of exactly `cfg.length` tokens, the tokenizer's end of document at the end.
+    """Draws documents of exactly `cfg.length` tokens, including their end.
 
     Args:
-        facts: heads and tails to draw from, such as `recall_facts` gives.
+        facts: heads and tails to draw from, such as those of `recall_facts`.
 
     Raises:
         ConfigError: the length is too small.
@@ -86,18 +93,18 @@ class RecallDocuments:
             [encode_inside(tokenizer, text)[0] for text in dict.fromkeys(part)] for part in zip(*facts, strict=True)
         )
         self._heads = len(heads)
-        # Tails evenly over their first tokens: numbers that begin with a rare one would be copied less surely.
+        # Draw tails evenly over their first tokens: numbers with a rare first token would be copied less reliably.
         _, kind, counts = np.unique([tail[0] for tail in tails], return_inverse=True, return_counts=True)
         weights = 1 / np.maximum(counts, _FEW)[kind]
         self._tail_shares = np.cumsum(weights) / weights.sum()
         self._pieces = Pieces.of([*heads, *tails])
         self._longest = max(map(len, heads)) + max(map(len, tails))
         if cfg.length < (least := 2 * self._longest + 1):
-            problem = f"a fact, its question and the end of document take up to {least} tokens by themselves"
+            problem = f"a fact, its question and the end of document alone take up to {least} tokens"
             raise ConfigError("needles.length", cfg.length, problem, f"Use {least} or more")
 
     def document(self, rng: np.random.Generator) -> Ids:
-        """One document, int64 [length]."""
+        """Draw one document, int64 [length]."""
         cfg = self._cfg
         room = cfg.length - 1
         most = room // self._longest
@@ -105,35 +112,38 @@ class RecallDocuments:
         most = min(sentences // 2, self._heads)
         asks_last = cfg.questions_last > 0 and rng.random() < cfg.questions_last
         facts = most if asks_last else int(np.clip(round(_log_even(rng, cfg.facts)), 1, most))
-        told = np.append(np.arange(facts), rng.permutation(facts)) if asks_last else tell(rng, sentences, facts)
+        order = np.append(np.arange(facts), rng.permutation(facts)) if asks_last else order_facts(rng, sentences, facts)
         heads = rng.permutation(self._heads)[:facts]
         drawn = np.searchsorted(self._tail_shares, rng.random(facts), side="right")
         tails = self._heads + np.minimum(drawn, len(self._tail_shares) - 1)  # the last share may round to below 1
-        pieces = np.stack([heads[told], tails[told]], axis=1)
+        pieces = np.stack([heads[order], tails[order]], axis=1)
         text = self._pieces.joined(pieces.ravel())
         filler = self._haystack.draw(rng, room - len(text))
-        # The last sentence ends the document, as a question of the evaluation does.
-        places = np.append(rng.choice(filler.borders, len(told) - 1), len(filler.tokens))
+        # The last sentence ends the document, like the question of an evaluation's sample.
+        places = np.append(rng.choice(filler.borders, len(order) - 1), len(filler.tokens))
         if asks_last:
-            late = filler.borders >= _TELLING * len(filler.tokens)
+            late = filler.borders >= _FACTS_SHARE * len(filler.tokens)
             early = filler.borders[~late] if len(filler.tokens) else filler.borders  # the first one is 0
             places[:facts] = rng.choice(early, facts)
             if rng.random() < _EARLY:
                 after = np.exp(rng.random(facts) * np.log(len(filler.tokens) + 1)) - 1
                 places[:facts] = early[np.searchsorted(early, after, side="right") - 1]
             places[facts:-1] = rng.choice(filler.borders[late], facts - 1)
-        if rng.random() < _AT_ONCE:
+        if rng.random() < _BEGINS_WITH_FACT:
             places[0] = 0
         places = np.sort(places)
         places = np.repeat(places, self._pieces.lengths[pieces].sum(axis=1))
         return np.append(np.insert(filler.tokens, places, text), self._eod)
 
 
-def tell(rng: np.random.Generator, sentences: int, facts: int) -> Ids:
-    """Which fact each sentence tells, int64 [sentences]; facts are numbered in the order of their first telling.
+def order_facts(rng: np.random.Generator, sentences: int, facts: int) -> Ids:
+    """Draw the fact of each sentence: int64 [sentences].
 
-    First tellings lie anywhere but at the end; each other sentence repeats one of the facts told so far, evenly.
-    `facts` is less than `sentences`.
+    Facts are numbered in the order of their first mention. A first mention may be any sentence except the last. Every
+    other sentence repeats one of the facts mentioned before, drawn evenly.
+
+    Args:
+        facts: number of facts, below `sentences`.
     """
     is_first = np.zeros(sentences, dtype=bool)
     is_first[0] = True

@@ -1,4 +1,4 @@
-"""What an evaluation is asked for, checked: everything that files and settings can tell, before a device is taken."""
+"""Checks an evaluation's settings before it uses a device."""
 
 import hashlib
 from dataclasses import asdict, dataclass
@@ -36,7 +36,7 @@ class Problem:
     """One task to evaluate on a grid.
 
     Attributes:
-        settings: of the task, by name.
+        settings: settings of the task, by name.
     """
 
     name: str
@@ -47,13 +47,13 @@ class Problem:
 
 @dataclass(frozen=True)
 class Request:
-    """A needle evaluation that can start.
+    """A checked needle evaluation.
 
     Attributes:
         checkpoint: the iter_* folder.
         trained: settings of the run that wrote it.
-        folder: where results go.
-        haystack_fingerprint: of its text, which may change under its name.
+        folder: folder for the results.
+        haystack_fingerprint: fingerprint of the haystack's text, since a file may change under its name.
     """
 
     checkpoint: Path
@@ -64,23 +64,26 @@ class Request:
 
 
 def read_request(cfg: NeedleConfig, world_size: int, hardware: Hardware) -> Request:
-    """Read and check what `cfg` names, for `world_size` processes on devices like `hardware`; writes nothing.
+    """Read and check an evaluation's settings and files, without writing anything.
 
+    Args:
+        world_size: processes of the job.
+        hardware: device of a process.
     Raises:
-        ConfigError: a setting that can't work, a file that is missing, an output that can't be written.
+        ConfigError: a setting can't work, a file is missing, or the output can't be written.
     """
     check_seed(cfg.seed)
     check_choice("attention_backend", cfg.attention_backend)
     check_attention_backend(cfg.attention_backend, hardware)
     if cfg.batch_size < 1:
-        raise ConfigError("batch_size", cfg.batch_size, "no sequence in a batch", "Use 1 or more")
+        raise ConfigError("batch_size", cfg.batch_size, "a batch needs a sequence", "Use 1 or more")
     if cfg.batch_tokens is not None and cfg.batch_tokens < 1:
-        raise ConfigError("batch_tokens", cfg.batch_tokens, "no token in a batch", "Use 1 or more, or null")
+        raise ConfigError("batch_tokens", cfg.batch_tokens, "a batch needs a token", "Use 1 or more, or null")
     if cfg.extra_tokens < 0:
-        raise ConfigError("extra_tokens", cfg.extra_tokens, "fewer tokens than the answer has", "Use 0 or more")
+        raise ConfigError("extra_tokens", cfg.extra_tokens, "is negative", "Use 0 or more")
     if not 0 < cfg.threshold <= 1:
-        raise ConfigError("threshold", cfg.threshold, "no share of right answers", "Use more than 0 and up to 1")
-    choose_mode(cfg.wandb, "wandb")  # refused now, if at all
+        raise ConfigError("threshold", cfg.threshold, "is not a share of answers", "Use more than 0 and up to 1")
+    choose_mode(cfg.wandb, "wandb")  # reject a bad mode now
     tasks = _tasks(cfg)
     haystack = _haystack(cfg.haystack)
     checkpoint = _find_checkpoint(cfg.checkpoint)
@@ -91,8 +94,8 @@ def read_request(cfg: NeedleConfig, world_size: int, hardware: Hardware) -> Requ
     check_tensor_parallel(trained.model, cfg.tp, "tp")
     tokenizer = load_tokenizer(cfg.tokenizer or trained.data.tokenizer, "tokenizer", trained.data.end_token)
     if tokenizer.vocab_size > (rows := trained.model.vocab_size):
-        problem = f"it has {tokenizer.vocab_size:,} ids, and the model {rows:,}"
-        raise ConfigError("tokenizer", tokenizer.name, problem, "Name the one that the run was trained with")
+        problem = f"it has {tokenizer.vocab_size:,} ids, but the model has {rows:,}"
+        raise ConfigError("tokenizer", tokenizer.name, problem, "Set the one that the run was trained with")
     problems = []
     for name, task in tasks.items():
         sampler = TaskSampler(tokenizer, haystack, task)
@@ -102,15 +105,19 @@ def read_request(cfg: NeedleConfig, world_size: int, hardware: Hardware) -> Requ
     longest = max(length for problem in problems for length in problem.grid.lengths)
     _check_layout(checkpoint, trained, longest, cfg.extra_tokens)
     folder = output_folder(cfg)
-    check_writable("output", folder if cfg.output is None else cfg.output)  # as given: an empty Path would be "."
+    check_writable("output", folder if cfg.output is None else cfg.output)  # cfg.output as given, since Path("") is "."
     return Request(checkpoint, trained, tuple(problems), folder, hashlib.sha256(haystack.encode()).hexdigest()[:16])
 
 
 def _tasks(cfg: NeedleConfig) -> dict[str, Task]:
-    """The tasks asked for, by name; a setting must be one of a task among them."""
+    """Requested tasks by name.
+
+    Each given setting must belong to one of them.
+    """
     names = [cfg.task] if isinstance(cfg.task, str) else cfg.task
     if not isinstance(names, list) or not names or len(set(map(str, names))) < len(names):
-        raise ConfigError("task", cfg.task, "names no task, or one twice", f"Set one or a list of {', '.join(TASKS)}")
+        problem = "names no task, or one task twice"
+        raise ConfigError("task", cfg.task, problem, f"Set one or a list of {', '.join(TASKS)}")
     given = {name: getattr(cfg, name) for name in _TASK_SETTINGS}
     own = {str(name): {key: given[key] for key in given if has_setting(str(name), key)} for name in names}
     unused = {key: value for key, value in given.items() if not any(key in settings for settings in own.values())}
@@ -118,37 +125,39 @@ def _tasks(cfg: NeedleConfig) -> dict[str, Task]:
 
 
 def _find_checkpoint(where: str) -> Path:
-    """As `find_checkpoint`; weights without the settings of their run are refused: they fit many layouts."""
+    """Find a checkpoint; reject weights without settings, which could fit many layouts."""
     found = find_checkpoint(where)
     if not (found / CONFIG).is_file():
-        problem = f"{found.name} has no {CONFIG}, which tells its layout"
+        problem = f"{found.name} has no {CONFIG}, which describes its layout"
         raise ConfigError("checkpoint", where, problem, f"Copy the run's {CONFIG} into it")
     try:
         layers = OmegaConf.select(OmegaConf.load(found / CONFIG), "layout.layers", throw_on_missing=False)
     except (OSError, ValueError, YAMLError, OmegaConfBaseException):
         layers = None
     if not isinstance(layers, str):
-        problem = f"its {CONFIG} tells no layout (layout.layers)"
+        problem = f"its {CONFIG} has no layout (layout.layers)"
         raise ConfigError("checkpoint", found, problem, "Restore the run's settings there")
     return found
 
 
 def _check_layout(checkpoint: Path, trained: PretrainConfig, length: int, extra_tokens: int) -> None:
-    """Refuse settings that make no layout (its file of masks was moved), and a length for which that file holds none;
-    positions are rotary, and go on without end."""
+    """Check that the layout can be built and covers the longest length.
+
+    Rejects a layout whose mask file was moved, and lengths beyond that file's masks. Rotary positions have no limit.
+    """
     last = torch.tensor([-(-(length + extra_tokens) // trained.layout.block_size) - 1])
     try:
         hybrid = hybrid_layout(trained)
-    except ConfigError as error:  # on a setting that this program has not
-        problem = f"the layout in its {CONFIG} can't be made ({error.setting}={error.value}: {error.problem})"
-        raise ConfigError("checkpoint", checkpoint, problem, "Restore that file, or what it names") from error
+    except ConfigError as error:  # it names a setting that this program doesn't have
+        problem = f"the layout in its {CONFIG} can't be built ({error.setting}={error.value}: {error.problem})"
+        raise ConfigError("checkpoint", checkpoint, problem, "Restore that file, or the file that it names") from error
     try:
         for layer in hybrid.layers:
             for head in layer.heads:
                 head.keep(last, last)
     except ConfigError as error:
-        problem = f"the checkpoint's layout ends before ({error.setting}: {error.problem})"
-        remedy = "Use shorter ones" + (", or extra_tokens=0" if extra_tokens else "")
+        problem = f"the checkpoint's layout is shorter ({error.setting}: {error.problem})"
+        remedy = "Use shorter lengths" + (", or extra_tokens=0" if extra_tokens else "")
         raise ConfigError("lengths", length, problem, remedy) from error
 
 

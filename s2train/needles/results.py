@@ -1,4 +1,7 @@
-"""What a needle evaluation leaves behind: a JSON file a task, written cell by cell; a rerun goes on from it."""
+"""Stores needle results in one JSON file per task.
+
+It is written cell by cell, and a rerun resumes from it.
+"""
 
 import hashlib
 import json
@@ -10,7 +13,7 @@ from s2train.config import NeedleConfig, PretrainConfig
 from s2train.files import replacing
 from s2train.needles.scores import RULER_THRESHOLD, Score, effective_length
 
-_ENDS = 1 << 16  # bytes
+_END_BYTES = 1 << 16  # of each end of a shard, for its fingerprint
 
 TITLES = {
     "single": "Needle retrieval",
@@ -22,13 +25,15 @@ TITLES = {
 
 @dataclass(frozen=True)
 class CellReach:
-    """Through how many layers the layout carries a cell's needle to its question; -1: through none.
+    """Number of layers that carry a cell's needle to its question.
+
+    -1 means that no number of layers is enough.
 
     Attributes:
-        from_first: counted from the model's first layer on: from there the question's end can know the needle.
-        from_last: counted back from the last one: how early the needle has to be read at the latest.
-        direct_heads: how many of the model's `heads`, all layers' together, see all of it from the question's end in
-            one hop: of so many at least one must have learned to look it up. None in files that don't tell.
+        from_first: counted from the first layer: after that many layers the question's end can know the needle.
+        from_last: counted back from the last layer: the needle must be read that early at the latest.
+        direct_heads: number of the model's `heads`, in all layers together, that see the whole needle from the
+            question's end in one hop; at least one of them must learn to look it up. None in older files.
     """
 
     from_first: int
@@ -39,16 +44,16 @@ class CellReach:
 
 @dataclass(frozen=True)
 class Cell:
-    """One length (tokens) and depth of the grid.
+    """Results for one length (tokens) and depth of the grid.
 
     Attributes:
         correct: trials whose whole answer matched.
         token_accuracy: share of answer tokens that matched, over all trials.
-        character_accuracy: share of the answers' letters and digits that stand in their places in the decoded text.
-        reach: None where the layout is not known.
-        seconds: that its trials took; None in files that don't tell.
-        values_found, values: of the values that the answers name so many stood in the decoded text, of so many in all
-            trials: RULER's score. None in files that don't tell.
+        character_accuracy: share of the answers' letters and digits at their positions in the decoded text.
+        reach: None if the layout is not known.
+        seconds: time of the cell's trials; None in older files.
+        values_found, values: values of the answers that the decoded text contains, and all of them, over all trials:
+            RULER's score. None in older files.
     """
 
     length: int
@@ -68,22 +73,22 @@ class Cell:
 
     @property
     def contained(self) -> Score | None:
-        """Of values, not answers."""
+        """Score by contained values instead of exact answers."""
         return None if self.values_found is None or self.values is None else Score(self.values_found, self.values)
 
 
 @dataclass
 class NeedleResults:
-    """An evaluation, finished or not.
+    """Results of an evaluation, finished or not.
 
     Attributes:
-        checkpoint, step: what is evaluated.
-        settings: all that a cell's outcome depends on beside its length and depth; plain JSON values.
-        lengths, depths: the grid asked for.
-        cells: those known so far; a run on another grid may have left more than are asked for.
-        threshold: of `effective_length`.
-        command, environment: of the last run that evaluated a cell, as typed and as `s2train.environment` tells it;
-            None in files that don't tell. No cell's outcome is taken to depend on them.
+        checkpoint, step: the evaluated checkpoint.
+        settings: everything that determines a cell's outcome besides its length and depth; plain JSON values.
+        lengths, depths: the requested grid.
+        cells: cells known so far; earlier runs may have left cells outside the requested grid.
+        threshold: threshold of `effective_length`.
+        command, environment: command line of the last run that evaluated a cell, and its `s2train.environment`; None in
+            older files. Cells don't depend on them.
     """
 
     checkpoint: str
@@ -98,33 +103,33 @@ class NeedleResults:
 
     @property
     def asked(self) -> list[Cell]:
-        """The cells known so far of the grid asked for."""
+        """Known cells of the requested grid."""
         return [cell for cell in self.cells if cell.length in self.lengths and cell.depth in self.depths]
 
     @property
     def score(self) -> Score | None:
-        """Over `asked`; None if that is empty."""
+        """Score over `asked`; None if that is empty."""
         return _sum(self.asked)
 
     @property
     def contained(self) -> Score | None:
-        """Values that the decoded text contains, over `asked`; None if a cell doesn't tell."""
+        """Score by contained values over `asked`; None if a cell lacks it."""
         return _sum_contained(self.asked)
 
     @property
     def columns(self) -> list[tuple[int, Score]]:
-        """Lengths of which all depths are known, short ones first, and their scores."""
+        """Lengths whose depths are all known, shortest first, with their scores."""
         return [(length, score) for length, cells in self._whole_columns() if (score := _sum(cells)) is not None]
 
     @property
     def contained_columns(self) -> list[tuple[int, Score]]:
-        """As `columns`, of `contained`; without lengths of which a cell doesn't tell."""
+        """Like `columns`, with scores by contained values; without lengths that lack them."""
         columns = self._whole_columns()
         return [(length, score) for length, cells in columns if (score := _sum_contained(cells)) is not None]
 
     @property
     def effective_length(self) -> int | None:
-        """Of `columns`; see `s2train.needles.scores.effective_length`."""
+        """Effective length of `columns`; see `s2train.needles.scores.effective_length`."""
         return effective_length(self.columns, self.threshold)
 
     def _whole_columns(self) -> list[tuple[int, list[Cell]]]:
@@ -132,12 +137,15 @@ class NeedleResults:
         return [(length, cells) for length, cells in found if len(cells) == len(self.depths)]
 
     def add(self, cell: Cell) -> None:
-        """Put a cell in, in place of an older one of the same length and depth."""
+        """Add a cell, or replace the one in its place."""
         others = [c for c in self.cells if (c.length, c.depth) != (cell.length, cell.depth)]
         self.cells = sorted([*others, cell], key=lambda c: (c.length, c.depth))
 
     def save(self, path: Path) -> None:
-        """Write as JSON; an interruption leaves the old file or the new one."""
+        """Write as JSON.
+
+        After an interruption, either the old or the new file exists.
+        """
         content = {
             "total": self.score and self.score.as_json(),
             "effective_length": self.effective_length,
@@ -150,7 +158,7 @@ class NeedleResults:
             temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
     def _contained_json(self) -> dict[str, object] | None:
-        """RULER's score, beside the strict one; None if a cell doesn't tell."""
+        """RULER's score, as JSON; None if a cell lacks it."""
         if (total := self.contained) is None:
             return None
         columns = self.contained_columns
@@ -164,7 +172,10 @@ class NeedleResults:
 
 
 def load_results(path: Path) -> NeedleResults | None:
-    """Read what `NeedleResults.save` wrote; None if there is no such file, or it is none of ours."""
+    """Read a file of `NeedleResults.save`.
+
+    Returns None if it is missing or another file.
+    """
     try:
         return results_from(json.loads(path.read_text(encoding="utf-8")))
     except (FileNotFoundError, ValueError, KeyError, TypeError):
@@ -172,10 +183,10 @@ def load_results(path: Path) -> NeedleResults | None:
 
 
 def results_from(content: dict[str, Any]) -> NeedleResults:
-    """Of the JSON that holds their fields; those that have defaults may be missing.
+    """Build results from JSON; fields with defaults may be missing.
 
     Raises:
-        KeyError, TypeError: it holds others.
+        KeyError, TypeError: a field is missing or unknown.
     """
     cells = [_cell(cell) for cell in content["cells"]]
     return NeedleResults(**_own(NeedleResults, content) | {"cells": cells})
@@ -187,10 +198,10 @@ def _sum(cells: list[Cell]) -> Score | None:
 
 def _sum_contained(cells: list[Cell]) -> Score | None:
     scores = [cell.contained for cell in cells]
-    told = [score for score in scores if score is not None]
-    if not told or len(told) < len(scores):
+    known = [score for score in scores if score is not None]
+    if not known or len(known) < len(scores):
         return None
-    return Score(sum(score.correct for score in told), sum(score.trials for score in told))
+    return Score(sum(score.correct for score in known), sum(score.trials for score in known))
 
 
 def _cell(content: dict[str, Any]) -> Cell:
@@ -200,17 +211,20 @@ def _cell(content: dict[str, Any]) -> Cell:
 
 
 def _own(kind: type[NeedleResults] | type[Cell], content: dict[str, Any]) -> dict[str, Any]:
-    """What `content` holds of the fields of `kind`."""
+    """Entries of `content` that are fields of `kind`."""
     return {entry.name: content[entry.name] for entry in fields(kind) if entry.name in content}
 
 
 def file_name(task: str) -> str:
-    """Of a task's JSON and PNG, without the suffix."""
+    """Name of a task's JSON and PNG files, without suffix."""
     return "needle" if task == "single" else f"needle-{task}"
 
 
 def output_folder(cfg: NeedleConfig) -> Path:
-    """Where results go: `needle` in the run folder; for one named iteration, a folder of its own in there."""
+    """Folder for results.
+
+    `needle` in the run folder, or a subfolder for a named iteration.
+    """
     if cfg.output is not None:
         return Path(cfg.output)
     checkpoint = Path(cfg.checkpoint)
@@ -221,20 +235,25 @@ def output_folder(cfg: NeedleConfig) -> Path:
 
 
 def layout_fingerprint(trained: PretrainConfig) -> str:
-    """Tells what a run's attention keeps, and how it rotates, from what another's would with the same weights."""
-    told = [asdict(trained.layout), asdict(trained.schedule), trained.model.rotary_base, trained.model.rotary_percent]
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+    """Fingerprint of a run's attention layout and rotation."""
+    layout = [asdict(trained.layout), asdict(trained.schedule), trained.model.rotary_base, trained.model.rotary_percent]
+    return hashlib.sha256(json.dumps(layout, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def weights_fingerprint(checkpoint: Path) -> str:
-    """Tells a checkpoint's weights from others, however many ranks read them, so that cells of an earlier training in
-    the same folder are not taken for this one's: of the shards' names, lengths, and first and last 64 KiB."""
+    """Fingerprint of a checkpoint's weights.
+
+    It doesn't depend on the number of ranks that read them.
+
+    Hashes the shards' names, lengths, and first and last 64 KiB. It prevents cells of an earlier training in the same
+    folder from being reused.
+    """
     digest = hashlib.sha256()
     for shard in sorted(checkpoint.glob("*.distcp")):
         size = shard.stat().st_size
         digest.update(f"{shard.name} {size}\n".encode())
         with shard.open("rb") as file:
-            digest.update(file.read(_ENDS))
-            file.seek(max(0, size - _ENDS))
-            digest.update(file.read(_ENDS))
+            digest.update(file.read(_END_BYTES))
+            file.seek(max(0, size - _END_BYTES))
+            digest.update(file.read(_END_BYTES))
     return digest.hexdigest()[:16]

@@ -1,4 +1,7 @@
-"""Needle retrieval over length x depth: does greedy decoding give exactly the answer, or text that contains it?"""
+"""Evaluates needle retrieval over length × depth.
+
+Counts exact answers, and texts that contain the answer.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,10 +23,12 @@ from s2train.needles.samples import TaskSample, TaskSampler
 
 @dataclass(frozen=True)
 class NeedleGrid:
-    """What is asked: `trials` samples for each pair of length (tokens) and depth (0: beginning, 1: end).
+    """Grid of `trials` samples for each length and depth.
 
     Attributes:
-        jitter: how far a trial's own depth may be off, at most.
+        lengths: tokens.
+        depths: 0 is the beginning, 1 the end.
+        jitter: maximum deviation of a trial's depth from its cell's.
     """
 
     lengths: tuple[int, ...]
@@ -34,12 +39,12 @@ class NeedleGrid:
 
     def __post_init__(self) -> None:
         if not self.lengths or min(self.lengths) < 1:
-            raise ConfigError("lengths", list(self.lengths), "no length to evaluate", "Name one or more, in tokens")
+            raise ConfigError("lengths", list(self.lengths), "no length to evaluate", "Set one or more, in tokens")
         if not self.depths or not all(0 <= depth <= 1 for depth in self.depths):
             raise ConfigError("depths", list(self.depths), "not between 0 and 1", "Use e.g. [0,0.25,0.5,0.75,1]")
         for name, values in (("lengths", self.lengths), ("depths", self.depths)):
             if len(set(values)) < len(values):
-                raise ConfigError(name, list(values), "names a value twice", "Name each once")
+                raise ConfigError(name, list(values), "contains a value twice", "Set each value once")
         if not 0 <= self.jitter <= 0.5:
             raise ConfigError("depth_jitter", self.jitter, "not between 0 and 0.5", "Use e.g. 0.05, or 0 for none")
         if self.trials < 1:
@@ -47,19 +52,22 @@ class NeedleGrid:
 
     @property
     def cells(self) -> list[tuple[int, float]]:
-        """(length, depth) of every cell, short ones first."""
+        """(length, depth) of every cell, shortest first."""
         return [(length, depth) for length in sorted(self.lengths) for depth in self.depths]
 
     def rng(self, length: int, depth: float, trial: int) -> np.random.Generator:
-        """The randomness of one trial, whatever rank runs it and whatever else is in the grid."""
+        """Random generator of one trial.
+
+        It depends neither on the rank nor on the rest of the grid.
+        """
         return np.random.default_rng([self.seed, length, round(depth * 1_000_000), trial])
 
     def sample(self, sampler: TaskSampler, length: int, depth: float, trial: int) -> TaskSample:
-        """The question of one trial."""
+        """Sample of one trial."""
         return _sample(self, sampler, length, depth, trial)
 
 
-@lru_cache(maxsize=32)  # a cell's trials are asked for again by its reach, and long ones take long to tokenize
+@lru_cache(maxsize=32)  # a cell's reach needs its samples again, and long ones are slow to tokenize
 def _sample(grid: NeedleGrid, sampler: TaskSampler, length: int, depth: float, trial: int) -> TaskSample:
     rng = grid.rng(length, depth, trial)
     offset = grid.jitter * (2 * rng.spawn(1)[0].random() - 1)
@@ -68,7 +76,10 @@ def _sample(grid: NeedleGrid, sampler: TaskSampler, length: int, depth: float, t
 
 @dataclass(frozen=True)
 class Ranks:
-    """This rank among those that share the trials (data parallel); the default runs all of them here."""
+    """This rank among the data parallel ranks that share the trials.
+
+    By default, this rank runs all of them.
+    """
 
     index: int = 0
     count: int = 1
@@ -76,9 +87,9 @@ class Ranks:
 
 
 def needed_length(sampler: TaskSampler, grid: NeedleGrid, length: int) -> int:
-    """Tokens that needles, distractors, question and answer take in a sample that `grid` asks for at `length`.
+    """Tokens that the largest sample at `length` needs without filler.
 
-    Of the largest one, unless the first takes so little that none comes near `length`.
+    If the first sample needs at most half of `length`, returns its tokens, since no other sample comes near `length`.
     """
     rngs = (grid.rng(length, depth, trial) for depth in grid.depths for trial in range(grid.trials))
     needed = (sampler.needed_tokens(rng, "eval") for rng in rngs)
@@ -87,7 +98,10 @@ def needed_length(sampler: TaskSampler, grid: NeedleGrid, length: int) -> int:
 
 
 def choose_grid(cfg: NeedleConfig, trained_length: int, sampler: TaskSampler) -> NeedleGrid:
-    """The grid asked for; without lengths, quarters of `trained_length` as far as a needle fits in."""
+    """Choose the grid.
+
+    Without lengths, it has the quarters of `trained_length` that fit a needle.
+    """
     lengths = cfg.lengths if cfg.lengths is not None else [trained_length * n // 4 for n in (1, 2, 3, 4)]
     grid = NeedleGrid(tuple(lengths), tuple(cfg.depths), cfg.trials, cfg.seed, cfg.depth_jitter)
     if cfg.lengths is not None:
@@ -97,14 +111,18 @@ def choose_grid(cfg: NeedleConfig, trained_length: int, sampler: TaskSampler) ->
 
 
 def check_fit(sampler: TaskSampler, grid: NeedleGrid) -> None:
-    """Raise ConfigError where the needles do not fit a length of the grid."""
+    """Check that the needles fit all lengths of the grid.
+
+    Raises:
+        ConfigError: they don't fit a length.
+    """
     for length in sorted(grid.lengths):
         needed = needed_length(sampler, grid, length)
         if needed > length:
             raise ConfigError(
                 "lengths",
                 length,
-                f"needles, question and answer take up to {needed} tokens by themselves",
+                f"needles, question and answer alone take up to {needed} tokens",
                 f"Use {needed} or more" + sampler.remedy,
             )
 
@@ -121,16 +139,18 @@ def evaluate_grid(
     ranks: Ranks | None = None,
     finished: Mapping[tuple[int, float], Cell] | None = None,
 ) -> Iterator[Cell]:
-    """Every cell of the grid in order, each as soon as it is known, on all ranks alike.
+    """Evaluate every cell of the grid in order.
 
-    Trials of a cell are striped over `ranks`, and the counts summed over them. `grid` has passed `check_fit`.
+    Yields each as soon as it is known.
+
+    Collective: all ranks yield the same cells. Trials of a cell are striped over `ranks`, and their counts are summed.
 
     Args:
         decode: greedy continuation of prompts (`s2train.inference.generation`).
-        batch_size: sequences decoded at once, on a rank; fewer, but one at least, where they would have more than
-            `batch_tokens`.
-        extra_tokens: decoded after as many as the answer has, for whether the text contains the answer's values.
-        finished: cells known already, by (length, depth); taken as they are. The same on all ranks.
+        grid: a grid that passed `check_fit`.
+        batch_size: sequences decoded at once on a rank; fewer if they would exceed `batch_tokens`, but at least one.
+        extra_tokens: tokens decoded beyond the answer's length, to check whether the text contains its values.
+        finished: known cells by (length, depth), yielded unchanged; the same on all ranks.
     """
     ranks, finished = ranks or Ranks(), finished or {}
     for length, depth in grid.cells:
@@ -151,7 +171,10 @@ def evaluate_grid(
 
 
 def _batches(samples: Sequence[TaskSample], batch_size: int) -> Iterator[list[TaskSample]]:
-    """Batches of equally long prompts: a tokenizer may cut one value into more tokens than another."""
+    """Make batches of prompts of equal length.
+
+    Prompts of a cell may differ in length, since a tokenizer may split one value into more tokens than another.
+    """
 
     def answer_length(sample: TaskSample) -> int:
         return len(sample.answer)
@@ -164,16 +187,19 @@ def _batches(samples: Sequence[TaskSample], batch_size: int) -> Iterator[list[Ta
 def _score(
     decode: Decode, batch: Sequence[TaskSample], tokenizer: Tokenizer, extra_tokens: int, device: torch.device
 ) -> Tensor:
-    """int64 [7]: answers that match exactly; answer tokens that match, of how many; letters and digits likewise; values
-    that the text contains likewise, whatever else it says (RULER's string_match_all, in either case)."""
+    """Count correct answers of a batch: int64 [7].
+
+    In order: exact answers; matching answer tokens and their total; correct letters and digits and their total; values
+    that the text contains, whatever else it says (RULER's string_match_all, case-insensitive), and their total.
+    """
     prompts = torch.from_numpy(np.stack([sample.prompt for sample in batch])).to(device)
     answers = torch.from_numpy(np.stack([sample.answer for sample in batch])).to(device)
     decoded = decode(prompts, answers.shape[1] + extra_tokens)
     given = decoded[:, : answers.shape[1]]
     hits = given == answers
     right = total = found = 0
-    for told, asked in zip(given.tolist(), answers.tolist(), strict=True):
-        pairs = list(zip_longest(_characters(tokenizer, told), _characters(tokenizer, asked), fillvalue=""))
+    for ids, expected in zip(given.tolist(), answers.tolist(), strict=True):
+        pairs = list(zip_longest(_characters(tokenizer, ids), _characters(tokenizer, expected), fillvalue=""))
         right += sum(one == other for one, other in pairs if other.isalnum())
         total += sum(other.isalnum() for _, other in pairs)
     for sample, ids in zip(batch, decoded.tolist(), strict=True):
@@ -185,5 +211,8 @@ def _score(
 
 
 def _characters(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
-    """The text token by token: bytes that are no text count for one character each, and so does a token without any."""
+    """Decode token by token.
+
+    Bytes that are not text count as one character each, and so does a token without text.
+    """
     return "".join(tokenizer.decode([one]) or "\N{REPLACEMENT CHARACTER}" for one in ids)

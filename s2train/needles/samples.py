@@ -1,4 +1,4 @@
-"""Samples of a task at an exact length in tokens, its needles at chosen depths."""
+"""Draws samples of exact length with needles at chosen depths."""
 
 from dataclasses import dataclass, fields
 from itertools import accumulate
@@ -15,13 +15,13 @@ from s2train.needles.words import NOISE, Split
 
 @dataclass(frozen=True)
 class TaskSample:
-    """One question in its haystack.
+    """A haystack with needles, a question and its answer.
 
     Attributes:
-        prompt: int64 [p] token ids: filler with the needles in it, question.
-        answer: int64 [a] token ids; p + a is the length asked for.
-        spans: of each needle in `prompt`, in the puzzle's order: first token, one past the last.
-        values: what the answer names: one number, or several numbers or names.
+        prompt: int64 [p] token ids: filler with needles, then the question.
+        answer: int64 [a] token ids; p + a is the requested length.
+        spans: (first token, one past the last) of each needle in `prompt`, in the puzzle's order.
+        values: values in the answer: one number, or several numbers or names.
     """
 
     prompt: np.ndarray
@@ -31,37 +31,42 @@ class TaskSample:
 
 
 class TaskSampler:
-    """Draws samples of a task. A sample's draws follow from `rng` alone.
+    """Draws samples of a task; a sample depends on `rng` alone.
 
-    A sample is composed as text and tokenized in one piece, as a reader's prompt would be; the first tokens of the
-    filler are then left out, so that it has its exact length.
+    A sample is composed as text and tokenized as a whole, like a user's prompt. The first tokens of the filler are then
+    removed to give it its exact length.
 
     Args:
-        haystack: filler text, cut at ends of sentences; ConfigError if it has no words.
+        haystack: filler text, cut at ends of sentences.
+    Raises:
+        ConfigError: the haystack has no words.
     """
 
     def __init__(self, tokenizer: Tokenizer, haystack: str = NOISE, task: Task | None = None) -> None:
         self.tokenizer, self.task = tokenizer, task or Single()
         self._haystack = Haystack(tokenizer, haystack)
-        self._first_character = 1 if prepends_blank(tokenizer) else 0  # the tokenizer's own blank is the sample's
+        self._first_character = 1 if prepends_blank(tokenizer) else 0  # the tokenizer prepends the first blank itself
 
     @property
     def remedy(self) -> str:
-        """What to do, beside using longer samples, where the task does not fit a length."""
+        """Further remedy for a task that does not fit."""
         names = [entry.name for entry in fields(self.task) if entry.name != "ask"]  # type: ignore[arg-type]
         return f", or fewer {' or '.join(names)}" if names else ""
 
     def needed_tokens(self, rng: np.random.Generator, split: Split) -> int:
-        """Length without any filler of what `sample` would draw: needles, distractors, question and answer."""
+        """Tokens of the sample that `sample` would draw, without filler.
+
+        Counts needles, distractors, question and answer.
+        """
         return self._needed(self.task.draft(rng, split))
 
     def sample(self, rng: np.random.Generator, length: int, depth: float, split: Split) -> TaskSample:
-        """A sample of exactly `length` tokens, prompt and answer together.
+        """Draw a sample of exactly `length` tokens, prompt and answer together.
 
         Args:
-            depth: share of the filler before the first needle (0: it comes first, 1: right before the question),
-                moved to the nearest border of sentences. Distractors and other needles have depths of their own,
-                drawn evenly; those of a chain from `depth` on.
+            depth: share of the filler before the first needle (0: it comes first, 1: right before the question), moved
+                to the nearest border of sentences. Depths of distractors and other needles are drawn evenly; those of a
+                chain are drawn from `depth` on.
 
         Raises:
             ConfigError: `length` is too small for needles, distractors, question and answer.
@@ -78,7 +83,7 @@ class TaskSampler:
             others[:own] = depth + (1 - depth) * np.sort(others[:own])
         depths = np.array([depth, *others])
         places = [int(np.abs(filler.borders - d * room).argmin()) for d in depths]
-        # At one border the needle that was placed is the outermost, others stand by their depth.
+        # At a shared border the first needle is the outermost; the others are sorted by depth.
         depths[0] = depth if puzzle.in_order or depth < 1 else 2.0
         order = sorted(range(len(places)), key=lambda i: (places[i], depths[i], i))
         # Pieces of text: facts by number, sentences by None.
@@ -91,10 +96,10 @@ class TaskSampler:
     def _encode(
         self, puzzle: Puzzle, pieces: list[tuple[str, int | None]], length: int, filler: FillerText, first: int
     ) -> TaskSample:
-        """Tokens of the pieces and the question, with the filler cut to `length`.
+        """Encode the pieces and the question, and cut the filler to `length`.
 
         Args:
-            first: where in `pieces` a sentence more would go.
+            first: index in `pieces` at which one more sentence would be inserted.
         """
         while True:
             texts = [*(text for text, _ in pieces), puzzle.question, puzzle.answer]
@@ -104,7 +109,7 @@ class TaskSampler:
             pieces.insert(first, (filler.more(), None))
         ends = np.array([stop for _, stop in offsets], dtype=np.int64)
         stops = np.array(list(accumulate(map(len, texts)))) - self._first_character
-        # A token of two pieces belongs to the later one; one of the question and the answer is to be answered.
+        # A token across two pieces belongs to the later one; one across question and answer belongs to the answer.
         starts = np.searchsorted(ends, np.append(0, stops[:-1]), side="right")
         is_filler = np.zeros(len(ids), dtype=bool)
         spans: dict[int, tuple[int, int]] = {}
@@ -131,7 +136,7 @@ class TaskSampler:
         return len(self.tokenizer.encode(text[self._first_character :]))
 
     def _too_short(self, length: int, needed: int) -> ConfigError:
-        problem = f"needles, question and answer take {needed} tokens by themselves"
+        problem = f"needles, question and answer alone take {needed} tokens"
         return ConfigError("lengths", length, problem, f"Use {needed} or more" + self.remedy)
 
     def _filler(self, rng: np.random.Generator, length: int, puzzle: Puzzle) -> FillerText:
@@ -141,5 +146,5 @@ class TaskSampler:
 
 
 def _facts(puzzle: Puzzle) -> list[str]:
-    """Needles before distractors."""
+    """Facts of a puzzle as text, needles before distractors."""
     return ["".join(fact) for fact in (*puzzle.needles, *puzzle.distractors)]

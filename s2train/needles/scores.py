@@ -1,15 +1,18 @@
-"""Shares of right answers, how sure they are, and the length up to which a model can be relied on."""
+"""Computes scores, their confidence intervals and the effective length."""
 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-RULER_THRESHOLD = 0.856  # of Llama2-7B at 4k tokens, which RULER asks of a length to count as effective
+RULER_THRESHOLD = 0.856  # score of Llama2-7B at 4k tokens, which RULER requires of an effective length
 _Z = 1.959963984540054  # two-sided 95 % of a normal distribution
 
 
 def wilson_interval(correct: int, trials: int) -> tuple[float, float]:
-    """95 % confidence interval of a share, which has a width at 0 and 1 too (Wilson, 1927, JASA 22, 209-212)."""
+    """95 % confidence interval of a share (Wilson, 1927, JASA 22, 209-212).
+
+    Unlike simpler intervals, it has a width at 0 and 1 too.
+    """
     share, spread = correct / trials, _Z**2 / trials
     middle = (share + spread / 2) / (1 + spread)
     half = _Z / (1 + spread) * math.sqrt(share * (1 - share) / trials + spread / (4 * trials))
@@ -18,7 +21,7 @@ def wilson_interval(correct: int, trials: int) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Score:
-    """So many of `trials` right: answers, or values."""
+    """Number of correct answers, or of values found, among `trials`."""
 
     correct: int
     trials: int
@@ -43,9 +46,11 @@ class Score:
 
 
 def effective_length(scores: Iterable[tuple[int, Score]], threshold: float) -> int | None:
-    """The largest length whose score is `threshold` or more, as RULER defines it (arXiv:2404.06654); None: no length.
+    """Largest length whose score reaches `threshold`, or None.
+
+    RULER's definition (arXiv:2404.06654).
 
     Args:
-        scores: lengths (tokens) and what was scored there, over all depths.
+        scores: lengths (tokens) and their scores over all depths.
     """
     return max((length for length, score in scores if score.share >= threshold), default=None)

@@ -1,4 +1,4 @@
-"""What is hidden in a haystack and asked: tasks after RULER (Hsieh et al., 2024, arXiv:2404.06654), in short words.
+"""Needle tasks after RULER (Hsieh et al., 2024, arXiv:2404.06654), with short texts.
 
     single              The magic number of brisk-otter is 4093317. … The magic number of brisk-otter is| 4093317.
     multi, ask=one      four such needles, asked for one
@@ -6,9 +6,9 @@
     key_value           brisk-otter-417: 4093317. … brisk-otter-417:| 4093317.       among many such lines
     variable_tracking   XKQ = 4093317. … PLM = XKQ. … Names of 4093317:| XKQ, PLM.   ask=all; ask=one: PLM stands for| …
 
-A task is one class and one entry of `TASKS`; its fields are its settings. Keys, values and names belong to one split
-each, by their hash, those of distractors too: what evaluation asks for never occurs in training. Of a line's key that
-goes for the words before the number, which are a key of the other tasks.
+A task is one class and one entry of `TASKS`; its fields are its settings. Each key, value and name belongs to one split
+by its hash, also in distractors: what evaluation asks for never occurs in training. For the key of a line, the words
+before the number determine the split; they are a key of the other tasks.
 """
 
 import difflib
@@ -25,20 +25,20 @@ Fact = tuple[str, str]  # head and tail of a sentence: a question and its answer
 
 ASK = ("one", "all")
 _MOST_NEEDLES = 100  # the evaluation's keys are a few hundred
-_CONSONANTS = np.array(list("BCDFGHJKLMNPQRSTVWXZ"))  # no name is a word of the haystack's
-_LINES_AT_ONCE = 256
+_CONSONANTS = np.array(list("BCDFGHJKLMNPQRSTVWXZ"))  # so that no name is a word of the haystack
+_BATCH = 256  # lines drawn together, since drawing one by one is slow
 
 
 @dataclass(frozen=True)
 class Puzzle:
-    """What one sample hides and asks.
+    """Needles, question and answer of one sample.
 
     Attributes:
-        needles: what the answer follows from; the first one stands at the depth asked for.
+        needles: facts that determine the answer; the first one is placed at the requested depth.
         question, answer: the end of the sample.
-        distractors: hidden anywhere, of no use to the answer.
-        in_order: the other needles come after the first one, in their order; else anywhere.
-        lines: endless lines that take the haystack's place; None: the haystack's own text.
+        distractors: facts placed anywhere that don't help with the answer.
+        in_order: whether the other needles come after the first one, in order; otherwise they are placed anywhere.
+        lines: generates endless lines that replace the haystack's text; None: the haystack's text.
     """
 
     needles: tuple[Fact, ...]
@@ -50,7 +50,7 @@ class Puzzle:
 
     @property
     def values(self) -> tuple[str, ...]:
-        """What the answer names, one by one."""
+        """Values that the answer lists."""
         return tuple(self.answer.strip(" .").split(", "))
 
 
@@ -58,7 +58,7 @@ class Task(Protocol):
     """A kind of puzzle."""
 
     def draft(self, rng: np.random.Generator, split: Split) -> Puzzle:
-        """A puzzle whose keys, values and names are all of `split`."""
+        """Draw a puzzle whose keys, values and names are all of `split`."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Single:
 
 @dataclass(frozen=True)
 class Multi:
-    """Several needles; asked for the value of one, or of all in a row."""
+    """Several needles; asks for the value of one or all."""
 
     needles: int = 4
     ask: str = "one"
@@ -95,7 +95,10 @@ class Multi:
 
 @dataclass(frozen=True)
 class KeyValue:
-    """One line among many of its kind: `distractors` of them, None for a haystack of nothing else."""
+    """One line among `distractors` lines of the same kind.
+
+    With None, the haystack consists of such lines only.
+    """
 
     distractors: int | None = None
 
@@ -118,9 +121,11 @@ class KeyValue:
 
 @dataclass(frozen=True)
 class VariableTracking:
-    """A chain X1 = digits, X2 = X1, … of `hops` + 1 names, among `chains` - 1 others that are not asked for.
+    """A chain X1 = digits, X2 = X1, … among other chains.
 
-    Asked for all names of the value, as RULER does, or for the value that the chain's last name stands for.
+    It has `hops` + 1 names; there are `chains` - 1 other chains.
+
+    The question asks for all names of the value, like RULER, or for the value of the chain's last name.
     """
 
     hops: int = 4
@@ -163,10 +168,10 @@ TASKS: dict[str, type[Task]] = {
 
 
 def find_task(name: str, settings: Mapping[str, Any]) -> Task:
-    """The task `name` with `settings`, of which None means its default.
+    """Create the task `name`; a setting of None takes its default.
 
     Raises:
-        ConfigError: no such task, or a setting that it has not or that can't work.
+        ConfigError: there is no such task, it has no such setting, or a setting can't work.
     """
     if name not in TASKS:
         near = difflib.get_close_matches(str(name), TASKS, n=1, cutoff=0.0)[0]
@@ -175,38 +180,42 @@ def find_task(name: str, settings: Mapping[str, Any]) -> Task:
     for key, value in given.items():
         if not has_setting(name, key):
             having = [other for other in TASKS if has_setting(other, key)]
-            remedy = f"Leave it out, or set task={' or '.join(having)}" if having else "Leave it out"
+            remedy = f"Leave it unset, or set task={' or '.join(having)}" if having else "Leave it unset"
             raise ConfigError(key, value, f"task={name} has no such setting", remedy)
     return TASKS[name](**given)
 
 
 def has_setting(task: str, setting: str) -> bool:
-    """Whether there is such a task, and it has such a setting."""
+    """Whether the task exists and has such a setting."""
     return task in TASKS and setting in (entry.name for entry in fields(TASKS[task]))  # type: ignore[arg-type]
 
 
 def magic(key: str, value: str) -> Fact:
-    """The needle of `single` and `multi`; its head is the question too."""
+    """Needle of `single` and `multi`; its head is also the question."""
     return f" The magic number of {key} is", f" {value}."
 
 
 def key_value_lines(rng: np.random.Generator, split: Split, other_than: str | None) -> Iterator[tuple[str, str]]:
-    """Keys such as ``brisk-otter-417`` and values, without end; many at once, since one by one is slow."""
+    """Yield endless keys, such as ``brisk-otter-417``, and values.
+
+    Args:
+        other_than: a key to leave out.
+    """
     while True:
-        adjective, noun = (rng.integers(len(words), size=_LINES_AT_ONCE).tolist() for words in (ADJECTIVES, NOUNS))
-        number = rng.integers(100, 1000, size=_LINES_AT_ONCE).tolist()
+        adjective, noun = (rng.integers(len(words), size=_BATCH).tolist() for words in (ADJECTIVES, NOUNS))
+        number = rng.integers(100, 1000, size=_BATCH).tolist()
         pairs = (f"{ADJECTIVES[a]}-{NOUNS[n]}" for a, n in zip(adjective, noun, strict=True))
         keys = (f"{pair}-{i}" for pair, i in zip(pairs, number, strict=True) if split_of(pair) == split)
-        values = map(str, rng.integers(1_000_000, 10_000_000, size=_LINES_AT_ONCE).tolist())
+        values = map(str, rng.integers(1_000_000, 10_000_000, size=_BATCH).tolist())
         good_keys = [key for key in keys if key != other_than]
         yield from zip(good_keys, (value for value in values if split_of(value) == split), strict=False)
 
 
 def _check_number(setting: str, value: int, least: int, most: int) -> None:
     if not least <= value <= most:
-        raise ConfigError(setting, value, f"not from {least} to {most}", f"Use {least} to {most}")
+        raise ConfigError(setting, value, f"is not between {least} and {most}", f"Use {least} to {most}")
 
 
 def _check_ask(ask: str) -> None:
     if ask not in ASK:
-        raise ConfigError("ask", ask, "neither one nor all", "Set one or all")
+        raise ConfigError("ask", ask, "is neither one nor all", "Set one or all")

@@ -1,4 +1,7 @@
-"""Needle results in the wandb run of the training that they are of: cells as a table, scores, heat maps."""
+"""Logs needle results to the wandb run of their training.
+
+A table of cells, scores and heat maps.
+"""
 
 from collections.abc import Mapping
 from dataclasses import astuple, replace
@@ -18,7 +21,7 @@ Row = tuple[str | int | float | None, ...]
 
 
 def rows(found: Mapping[str, NeedleResults]) -> list[Row]:
-    """A row of `COLUMNS` for each cell asked for, by task."""
+    """Make a row of `COLUMNS` for each requested cell, by task."""
     made: list[Row] = []
     for task, results in found.items():
         for cell in results.asked:
@@ -32,15 +35,17 @@ def rows(found: Mapping[str, NeedleResults]) -> list[Row]:
 
 
 def log_needles(found: Mapping[str, NeedleResults], trained: PretrainConfig, folder: Path, mode: str) -> str:
-    """All cells, and each task's heat map, score and effective length, at the checkpoint's step.
+    """Log all cells, and each task's heat map, score and effective length.
+
+    They are logged at the checkpoint's step. Creates a wandb run if the training had none.
 
     Args:
-        found: results by task, of one checkpoint; at least one.
-        trained: settings of the run that wrote the checkpoint; a run that had no wandb run gets one here.
-        folder: where the heat maps are.
+        found: results of one checkpoint by task; at least one.
+        trained: settings of the run that wrote the checkpoint.
+        folder: folder of the heat maps.
         mode: offline or online.
     Returns:
-        The id of the wandb run.
+        ID of the wandb run.
     """
     first = next(iter(found.values()))
     checkpoint = Path(first.checkpoint)
@@ -51,7 +56,7 @@ def log_needles(found: Mapping[str, NeedleResults], trained: PretrainConfig, fol
             id=progress.wandb_id,
             folder=checkpoint.resolve().parents[1],
             config={},
-            # the name that the training gave it, wherever its folder was moved to
+            # the name that the training used, even if its folder was moved
             tracking=replace(trained.tracking, name=trained.tracking.name or Path(trained.run_dir).name),
         )
     )

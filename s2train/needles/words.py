@@ -1,7 +1,7 @@
-"""What needles are made of: words and numbers of two splits, and the text around them.
+"""Draws needles' words and numbers, and reads haystacks.
 
-Keys and values asked for in evaluation never occur in training: each belongs to one split, by its hash.
-The noise follows RULER's haystack (Hsieh et al., 2024, arXiv:2404.06654).
+Keys and values that evaluation asks for never occur in training: each belongs to one split by its hash. The noise
+follows RULER's haystack (Hsieh et al., 2024, arXiv:2404.06654).
 """
 
 import zlib
@@ -16,7 +16,7 @@ from s2train.errors import ConfigError
 Split = Literal["train", "eval"]
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
-EVAL_SHARE = 5  # one string in five is kept for evaluation
+EVAL_SHARE = 5  # one string in five is reserved for evaluation
 
 _ADJECTIVES = """
 able amber bold brave brisk calm clever coral crisp daring dusty eager early faint fancy fierce gentle giant
@@ -31,12 +31,15 @@ ADJECTIVES, NOUNS = _ADJECTIVES.split(), _NOUNS.split()
 
 
 def split_of(text: str) -> Split:
-    """The split that a key or a value belongs to, the same on every machine."""
+    """Split of a key or a value, the same on every machine."""
     return "eval" if zlib.crc32(text.encode()) % EVAL_SHARE == 0 else "train"
 
 
 def draw_pair(rng: np.random.Generator, split: Split) -> tuple[str, str]:
-    """A key such as ``brisk-otter`` and a value of seven digits, both of `split`."""
+    """Draw a key and a value of `split`.
+
+    Such as ``brisk-otter`` and seven digits.
+    """
     key = value = ""
     while not key or split_of(key) != split:
         key = f"{rng.choice(ADJECTIVES)}-{rng.choice(NOUNS)}"
@@ -46,7 +49,11 @@ def draw_pair(rng: np.random.Generator, split: Split) -> tuple[str, str]:
 
 
 def text_haystack(paths: Sequence[Path], setting: str = "haystack") -> str:
-    """The text of `paths` in a row, to hide needles in; ConfigError, on `setting`, if one can't be read or has none."""
+    """Read the concatenated text of `paths` as a haystack.
+
+    Raises:
+        ConfigError: on `setting`; a file can't be read or holds no text.
+    """
     texts = []
     for path in paths:
         try:
@@ -54,9 +61,9 @@ def text_haystack(paths: Sequence[Path], setting: str = "haystack") -> str:
         except OSError as error:
             problem = f"can't be read ({error.strerror})"
             raise ConfigError(setting, path, problem, "Set noise, a UTF-8 text file, or [file, …]") from error
-        except UnicodeDecodeError as error:  # replaced, it would be measured as if it were text
+        except UnicodeDecodeError as error:  # with replacement characters it would be evaluated as if it were text
             problem = f"is not UTF-8 ({error.reason} at byte {error.start})"
             raise ConfigError(setting, path, problem, "Convert it, e.g. with iconv") from error
         if not texts[-1].strip():
-            raise ConfigError(setting, path, "holds no text", "Name a file with sentences")
+            raise ConfigError(setting, path, "holds no text", "Set a file with sentences")
     return "\n".join(texts)

@@ -1,4 +1,4 @@
-"""Causal callables with a GPTModel's signature that are known to find needles, or not to; and a solver of all tasks."""
+"""Stand-ins for GPTModel that find needles or don't, and a solver of all tasks."""
 
 import re
 
@@ -23,19 +23,19 @@ def copier(tokens: Tensor, position_ids: Tensor, attention_mask: None, *, suffix
 
 
 def short_sighted_copier(tokens: Tensor, position_ids: Tensor, attention_mask: None) -> Tensor:
-    """A copier to which all but the last 120 tokens of the sequence are hidden."""
+    """A copier that sees only the last 120 tokens of the sequence."""
     hidden = tokens.clone()
     hidden[:, :-120] = 0
     return copier(hidden, position_ids, attention_mask)
 
 
 def parrot(tokens: Tensor, position_ids: Tensor, attention_mask: None) -> Tensor:
-    """Predicts token 0 always; no answer has it."""
+    """Always predicts token 0, which no answer contains."""
     return torch.nn.functional.one_hot(torch.zeros_like(tokens), VOCABULARY).float()
 
 
 def solve(prompts: Tensor, new_tokens: int) -> Tensor:
-    """Reads the prompts (bytes) and writes the answers of every task, as a model would that has understood them."""
+    """Solves the prompts (bytes) of every task, like a perfect model."""
     answers = [_answer(bytes(row).decode(errors="replace")) for row in prompts.tolist()]
     return torch.tensor([list(answer.encode().ljust(new_tokens)[:new_tokens]) for answer in answers])
 
@@ -58,6 +58,6 @@ def _answer(prompt: str) -> str:
     assert found is not None
     names, value = [], found[1]
     while value in known.values():
-        value = next(name for name, told in known.items() if told == value)
+        value = next(name for name, meaning in known.items() if meaning == value)
         names.append(value)
     return f" {', '.join(names)}."

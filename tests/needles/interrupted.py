@@ -1,4 +1,4 @@
-"""launch/needle.py, to be run as that is, with Ctrl-C while it decodes for the second cell.
+"""Runs launch/needle.py and sends it Ctrl-C while it decodes the second cell.
 
 That is, once `OUTPUT/needle.json` is there.
 """

@@ -1,4 +1,4 @@
-"""Retrieval over length x depth."""
+"""Retrieval is evaluated over length × depth."""
 
 from dataclasses import replace
 from functools import partial
@@ -35,22 +35,22 @@ def evaluate(model: LanguageModel, sampler: TaskSampler, grid: NeedleGrid = GRID
     return list(evaluate_grid(decode, sampler, grid, batch_size=2, device=CPU, **options))
 
 
-def test_model_that_copies_the_needle_scores_everywhere(sampler: TaskSampler) -> None:
+def test_a_model_that_copies_the_needle_scores_everywhere(sampler: TaskSampler) -> None:
     cells = evaluate(copier, sampler)
     assert [(cell.length, cell.depth) for cell in cells] == GRID.cells
     assert all(cell.correct == cell.trials == 3 and cell.token_accuracy == 1 for cell in cells)
 
 
-def test_model_that_never_copies_scores_nowhere(sampler: TaskSampler) -> None:
+def test_a_model_that_never_copies_scores_nowhere(sampler: TaskSampler) -> None:
     assert all(cell.correct == 0 and cell.token_accuracy == 0 for cell in evaluate(parrot, sampler))
 
 
-def test_model_that_sees_only_the_end_finds_only_the_deepest_needle(sampler: TaskSampler) -> None:
+def test_a_model_that_sees_only_the_end_finds_only_the_deepest_needle(sampler: TaskSampler) -> None:
     grid = NeedleGrid(lengths=(320,), depths=(0.0, 0.5, 1.0), trials=3, seed=1)
     assert [cell.correct for cell in evaluate(short_sighted_copier, sampler, grid)] == [0, 0, 3]
 
 
-def test_half_right_answer_counts_for_tokens_and_not_as_exact(sampler: TaskSampler) -> None:
+def test_a_half_correct_answer_counts_for_tokens_and_not_as_exact(sampler: TaskSampler) -> None:
     def decode(prompts: Tensor, new_tokens: int) -> Tensor:
         answer = greedy_decode(copier, prompts, new_tokens)
         answer[:, 6:] = 0  # 6 of " 1234567."
@@ -88,7 +88,7 @@ def test_a_solver_scores_everywhere_in_every_task_and_one_mistake_is_counted(
         calls += 1
         answers = solve(prompts, new_tokens)
         if calls == 1:
-            answers[0, 1] = 200  # no text, in place of the first letter or digit
+            answers[0, 1] = 200  # an invalid byte instead of the first letter or digit
         return answers
 
     first, *others = evaluate_grid(wrong_once, sampler, grid, batch_size=2, device=CPU)
@@ -100,7 +100,7 @@ def test_a_solver_scores_everywhere_in_every_task_and_one_mistake_is_counted(
 
 
 def test_a_value_in_other_words_is_contained_and_not_exact(sampler: TaskSampler) -> None:
-    """What a model says around it is not asked for; what comes after the end of its document doesn't count."""
+    """Other words around the value don't matter; words after the end of the document don't count."""
 
     def decode(prompts: Tensor, new_tokens: int) -> Tensor:
         answers = greedy_decode(copier, prompts, 9)
@@ -116,7 +116,7 @@ def test_a_value_in_other_words_is_contained_and_not_exact(sampler: TaskSampler)
     assert (cell.correct, cell.values_found, cell.values) == (0, 3, 4)
 
 
-def test_each_value_of_an_answer_counts_by_itself() -> None:
+def test_each_value_of_an_answer_counts_separately() -> None:
     sampler = TaskSampler(ByteTokenizer(), task=find_task("multi", {"needles": 3, "ask": "all"}))
 
     def decode(prompts: Tensor, new_tokens: int) -> Tensor:
@@ -128,7 +128,7 @@ def test_each_value_of_an_answer_counts_by_itself() -> None:
     assert (cell.correct, cell.trials, cell.values_found, cell.values) == (0, 2, 4, 6)
 
 
-def test_longer_sequences_come_in_smaller_batches(sampler: TaskSampler) -> None:
+def test_longer_sequences_are_decoded_in_smaller_batches(sampler: TaskSampler) -> None:
     taken: dict[int, set[int]] = {}
 
     def decode(prompts: Tensor, new_tokens: int) -> Tensor:
@@ -140,13 +140,13 @@ def test_longer_sequences_come_in_smaller_batches(sampler: TaskSampler) -> None:
     assert taken == {100: {3, 1}, 160: {1}, 320: {1}}
 
 
-def test_trials_of_a_cell_ask_about_their_depth_and_not_all_of_one_place(sampler: TaskSampler) -> None:
+def test_trials_of_a_cell_vary_around_its_depth(sampler: TaskSampler) -> None:
     seed = int(np.random.default_rng().integers(1 << 30))
     grid = NeedleGrid(lengths=(4096,), depths=(0.0, 0.5, 1.0), trials=80, seed=seed, jitter=0.05)
     for depth in grid.depths:
         starts = [grid.sample(sampler, 4096, depth, trial).spans[0][0] / 4096 for trial in range(80)]
         assert starts == [grid.sample(sampler, 4096, depth, trial).spans[0][0] / 4096 for trial in range(80)]
-        # Half of those near an end lie at it; that all 80 are in two of its four places has a chance below 1e-9.
+        # Half of the trials near an end are at it; all 80 share two of its four places with a chance below 1e-9.
         assert len({round(start * 4096 / 64) for start in starts}) > 2
         assert max(abs(start - depth) for start in starts) < 0.05 + 0.06  # the question, half a sentence
     still = replace(grid, jitter=0.0)
@@ -159,7 +159,7 @@ def test_batch_size_changes_no_result(sampler: TaskSampler) -> None:
     assert results[0] == results[1] == results[2]
 
 
-def test_finished_cells_are_taken_as_they_are(sampler: TaskSampler) -> None:
+def test_finished_cells_are_yielded_unchanged(sampler: TaskSampler) -> None:
     known = Cell(160, 0.5, correct=1, trials=3, token_accuracy=0.25, character_accuracy=0.25)
     cells = evaluate(copier, sampler, finished={(160, 0.5): known})
     assert cells[1] == known
@@ -211,17 +211,17 @@ def test_ranks_share_the_trials_and_agree_on_the_counts(sampler: TaskSampler, tm
         ("depth_jitter", {"jitter": 0.6}),
     ],
 )
-def test_grid_that_can_not_work_is_refused(setting: str, changed: dict[str, Any]) -> None:
+def test_a_grid_that_cannot_work_is_rejected(setting: str, changed: dict[str, Any]) -> None:
     with pytest.raises(ConfigError) as error:
         replace(NeedleGrid(lengths=(256,), depths=(0.5,), trials=1, seed=0), **changed)
     assert error.value.setting == setting
 
 
-def test_lengths_default_to_quarters_of_the_trained_one_where_a_needle_fits(sampler: TaskSampler) -> None:
+def test_default_lengths_are_the_quarters_of_the_trained_length_that_fit_a_needle(sampler: TaskSampler) -> None:
     cfg = NeedleConfig(checkpoint="run")
     assert choose_grid(cfg, 1024, sampler).lengths == (256, 512, 768, 1024)
     assert choose_grid(cfg, 256, sampler).lengths == (128, 192, 256)
 
 
-def test_lengths_asked_for_are_taken(sampler: TaskSampler) -> None:
+def test_requested_lengths_are_used(sampler: TaskSampler) -> None:
     assert choose_grid(NeedleConfig(checkpoint="run", lengths=[300, 200]), 128, sampler).lengths == (300, 200)

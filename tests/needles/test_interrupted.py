@@ -1,4 +1,4 @@
-"""launch/needle.py, interrupted after its first cell, and the same command once more."""
+"""An interrupted evaluation keeps its finished cells, and the same command resumes."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ def cells(output: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder: of a model that has learnt nothing."""
+    """Run folder of an untrained model."""
     folder = tmp_path_factory.mktemp("run")
     done = pretrain(folder, "train.steps=3", "data.path=mock", f"data.cache={folder / 'cache'}", processes=0)
     assert done.status == 0, done.err
@@ -28,13 +28,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def interrupted(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]:
-    """Output folder and end of a process that had Ctrl-C while it decoded for its second cell."""
+    """Output folder and outcome of a process that got Ctrl-C while it decoded its second cell."""
     output, program = tmp_path_factory.mktemp("interrupted"), ROOT / "tests" / "needles" / "interrupted.py"
     done = run(str(program), f"checkpoint={checkpoint}", f"output={output}", *GRID, processes=0)
     return output, done
 
 
-def test_an_interruption_ends_it_with_one_line_and_the_status_of_one(interrupted: tuple[Path, Outcome]) -> None:
+def test_an_interruption_prints_one_line_and_exits_with_its_status(interrupted: tuple[Path, Outcome]) -> None:
     _, done = interrupted
     assert done.status == 130
     assert done.err.splitlines() == ["interrupted; what was saved is kept"]
@@ -45,11 +45,11 @@ def test_the_cells_finished_before_an_interruption_are_kept(interrupted: tuple[P
     assert [(cell["length"], cell["depth"]) for cell in cells(output)] == [(112, 0.0)]
 
 
-def test_the_same_command_goes_on_from_the_finished_cells(
+def test_the_same_command_resumes_from_the_finished_cells(
     checkpoint: Path, interrupted: tuple[Path, Outcome], tmp_path: Path
 ) -> None:
     content = json.loads((interrupted[0] / "needle.json").read_text())
-    content["cells"][0]["token_accuracy"] = 2.0  # would be lost if it were asked again
+    content["cells"][0]["token_accuracy"] = 2.0  # would be lost if it were evaluated again
     (tmp_path / "needle.json").write_text(json.dumps(content))
     done = run("needle.py", f"checkpoint={checkpoint}", f"output={tmp_path}", *GRID, processes=0)
     assert done.status == 0, done.err
@@ -60,4 +60,4 @@ def test_the_same_command_goes_on_from_the_finished_cells(
         (128, 0.0, 3),
         (128, 1.0, 3),
     ]
-    assert done.out.count(", known") == 1
+    assert done.out.count("from earlier results") == 1

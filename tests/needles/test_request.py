@@ -1,4 +1,4 @@
-"""What a needle evaluation refuses before a device is taken."""
+"""A needle evaluation rejects bad settings before it uses a device."""
 
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ CPU, GPU = Hardware("CPU", "cpu", 1 << 30), Hardware("GPU", "cuda", 1 << 30)
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    """The settings of a run on bytes, where a checkpoint keeps them; its weights are not looked at here."""
+    """A checkpoint with the settings of a run on bytes and no weights."""
     return save(tmp_path / "run")
 
 
@@ -80,7 +80,7 @@ BAD: list[tuple[str, Any]] = [
 
 
 @pytest.mark.parametrize(("setting", "value"), BAD, ids=str)
-def test_a_setting_that_cannot_work_is_refused(checkpoint: Path, setting: str, value: Any) -> None:
+def test_a_setting_that_cannot_work_is_rejected(checkpoint: Path, setting: str, value: Any) -> None:
     with pytest.raises(ConfigError) as error:
         read(checkpoint, **{setting: value})
     assert error.value.setting == setting
@@ -89,7 +89,7 @@ def test_a_setting_that_cannot_work_is_refused(checkpoint: Path, setting: str, v
     assert not (checkpoint / "needle").exists()
 
 
-def test_an_output_that_cannot_be_written_is_refused(checkpoint: Path) -> None:
+def test_an_output_that_cannot_be_written_is_rejected(checkpoint: Path) -> None:
     file = checkpoint / "file"
     file.touch()
     for output in (file, file / "folder"):
@@ -99,15 +99,15 @@ def test_an_output_that_cannot_be_written_is_refused(checkpoint: Path) -> None:
     assert not (checkpoint / "new").exists()
 
 
-def test_an_unknown_task_is_told_the_nearest(checkpoint: Path) -> None:
+def test_an_unknown_task_is_rejected_with_the_nearest(checkpoint: Path) -> None:
     with pytest.raises(ConfigError, match=r"task=variable-tracking: no such task. Did you mean variable_tracking\?"):
         read(checkpoint, task="variable-tracking")
 
 
-def test_a_setting_belongs_to_some_task_asked_for(checkpoint: Path) -> None:
+def test_a_setting_must_belong_to_a_requested_task(checkpoint: Path) -> None:
     read(checkpoint, task=["single", "multi"], needles=2, lengths=[512])
     with pytest.raises(
-        ConfigError, match=r"needles=2: task=single has no such setting\. Leave it out, or set task=multi"
+        ConfigError, match=r"needles=2: task=single has no such setting\. Leave it unset, or set task=multi"
     ):
         read(checkpoint, needles=2)
 
@@ -120,26 +120,26 @@ def test_each_task_has_the_lengths_that_it_fits(checkpoint: Path) -> None:
     ]
 
 
-def test_needles_longer_than_a_length_are_refused_with_both_remedies(checkpoint: Path) -> None:
+def test_needles_longer_than_a_length_are_rejected_with_both_remedies(checkpoint: Path) -> None:
     with pytest.raises(ConfigError, match=r"lengths=128: needles, .* Use \d+ or more, or fewer needles"):
         read(checkpoint, task="multi", lengths=[512, 128])
     with pytest.raises(ConfigError, match=r"lengths=512: .* or fewer distractors"):
         read(checkpoint, task="key_value", distractors=30, lengths=[512])
 
 
-def test_a_length_past_the_trained_one_is_taken(checkpoint: Path) -> None:
+def test_a_length_beyond_the_trained_one_is_accepted(checkpoint: Path) -> None:
     assert read(checkpoint, lengths=[4096]).problems[0].grid.lengths == (4096,)
 
 
-def test_a_length_past_the_layouts_masks_is_refused(tmp_path: Path) -> None:
+def test_a_length_beyond_the_layouts_masks_is_rejected(tmp_path: Path) -> None:
     write_masks(tmp_path / "masks.npz", {0: np.tri(8, dtype=bool)[None].repeat(4, 0)}, 64)
     layout = LayoutConfig("SD", pattern=PatternConfig(kind="file", file=str(tmp_path / "masks.npz")))
     run = save(tmp_path / "run", layout=layout)
     assert read(run, lengths=[512], extra_tokens=0)
     assert read(run, lengths=[508], extra_tokens=4)
-    with pytest.raises(ConfigError, match=r"lengths=513: the checkpoint's layout ends before .* 8 blocks"):
+    with pytest.raises(ConfigError, match=r"lengths=513: the checkpoint's layout is shorter .* 8 blocks"):
         read(run, lengths=[128, 513], extra_tokens=0)
-    with pytest.raises(ConfigError, match=r"lengths=512: .* Use shorter ones, or extra_tokens=0"):
+    with pytest.raises(ConfigError, match=r"lengths=512: .* Use shorter lengths, or extra_tokens=0"):
         read(run, lengths=[512])
 
 
@@ -152,31 +152,31 @@ def test_a_layout_whose_file_was_moved_is_not_blamed_on_the_lengths(tmp_path: Pa
         read(run, lengths=[512])
 
 
-def test_a_checkpoint_without_its_layout_is_refused(checkpoint: Path) -> None:
+def test_a_checkpoint_without_its_layout_is_rejected(checkpoint: Path) -> None:
     (folder,) = (checkpoint / "checkpoints").iterdir()
     settings = folder / "config.yaml"
     whole = settings.read_text()
     for broken in (whole.replace("layers: D", "layers: null"), whole.replace("layout:", "leyout:"), "layout: [", ""):
         settings.write_text(broken)
-        with pytest.raises(ConfigError, match=r"its config\.yaml tells no layout"):
+        with pytest.raises(ConfigError, match=r"its config\.yaml has no layout"):
             read(checkpoint)
     settings.unlink()
     for where in (checkpoint, checkpoint / "checkpoints", folder):
-        with pytest.raises(ConfigError, match=r"iter_0000001 has no config\.yaml, which tells its layout"):
+        with pytest.raises(ConfigError, match=r"iter_0000001 has no config\.yaml, which describes its layout"):
             read(where)
 
 
-def test_heads_that_tp_does_not_divide_are_refused(checkpoint: Path) -> None:
+def test_heads_that_tp_does_not_divide_are_rejected(checkpoint: Path) -> None:
     with pytest.raises(ConfigError, match=r"tp=4: doesn't divide model\.num_query_groups=2"):
         read(checkpoint, world_size=4, tp=4)
     assert read(checkpoint, world_size=4, tp=2)
 
 
-def test_triton_is_taken_where_there_is_a_gpu(checkpoint: Path) -> None:
+def test_triton_is_accepted_on_a_gpu(checkpoint: Path) -> None:
     assert read(checkpoint, hardware=GPU, attention_backend="triton")
 
 
-def test_a_checkpoint_that_is_not_there_is_refused(tmp_path: Path) -> None:
+def test_a_missing_checkpoint_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="checkpoint="):
         read(tmp_path)
 
@@ -188,13 +188,13 @@ def test_haystacks_are_files_or_noise(checkpoint: Path, tmp_path: Path) -> None:
         assert read(checkpoint, haystack=haystack).problems[0].grid.lengths == (128, 256, 384, 512)
 
 
-def test_a_haystack_without_words_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_haystack_without_words_is_rejected(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text(" \n")
     with pytest.raises(ConfigError, match=r"haystack.*empty\.txt.*holds no text"):
         read(checkpoint, haystack=[str(tmp_path / "empty.txt")])
 
 
-def test_a_moved_tokenizer_is_named(tmp_path: Path) -> None:
+def test_a_moved_tokenizer_must_be_set(tmp_path: Path) -> None:
     train_bpe(["text of a tokenizer " * 20], 270, tmp_path / "there.json")
     run = save(tmp_path / "run", tokenizer=str(tmp_path / "here.json"))
     with pytest.raises(ConfigError, match=r"tokenizer=.*here\.json"):
@@ -204,7 +204,7 @@ def test_a_moved_tokenizer_is_named(tmp_path: Path) -> None:
     )
 
 
-def test_a_tokenizer_larger_than_the_models_vocabulary_is_refused(checkpoint: Path, tmp_path: Path) -> None:
-    train_bpe(["every word is another one, told apart by many pairs of letters " * 20], 300, tmp_path / "large.json")
-    with pytest.raises(ConfigError, match="the model 272"):
+def test_a_tokenizer_larger_than_the_models_vocabulary_is_rejected(checkpoint: Path, tmp_path: Path) -> None:
+    train_bpe(["every word differs from all others in many pairs of letters " * 20], 300, tmp_path / "large.json")
+    with pytest.raises(ConfigError, match="the model has 272"):
         read(checkpoint, tokenizer=str(tmp_path / "large.json"))

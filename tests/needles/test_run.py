@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind, and how it goes on."""
+"""An evaluation writes results, and resumes from them."""
 
 import io
 import json
@@ -70,7 +70,7 @@ def run_decoder(
 
 
 class CountingCopier:
-    """Decodes as the copier does; raises KeyboardInterrupt in place of its call number `stop`."""
+    """Decodes like the copier; raises KeyboardInterrupt at call number `stop`."""
 
     def __init__(self, stop: int | None = None) -> None:
         self.calls, self.stop = 0, stop
@@ -82,7 +82,7 @@ class CountingCopier:
         return greedy_decode(copier, prompts, new_tokens)
 
 
-def test_json_holds_checkpoint_settings_score_and_every_cell(tmp_path: Path) -> None:
+def test_the_json_holds_checkpoint_settings_score_and_every_cell(tmp_path: Path) -> None:
     run(copier, tmp_path)
     content = json.loads((tmp_path / "needle.json").read_text())
     assert (content["checkpoint"], content["step"], content["total"]["score"]) == ("runs/x", 100, 1.0)
@@ -104,7 +104,7 @@ def test_json_holds_checkpoint_settings_score_and_every_cell(tmp_path: Path) -> 
     assert [(cell["length"], cell["depth"]) for cell in content["cells"]] == GRID.cells
 
 
-def test_json_holds_command_device_date_versions_and_the_seconds_of_every_cell(
+def test_the_json_holds_command_device_date_versions_and_the_seconds_of_every_cell(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["launch/needle.py", "task=[single, multi]"])
@@ -121,7 +121,7 @@ def test_json_holds_command_device_date_versions_and_the_seconds_of_every_cell(
     assert all(0.05 <= cell["seconds"] < 60 for cell in content["cells"])
 
 
-def test_cells_got_by_another_command_elsewhere_are_taken_over(tmp_path: Path) -> None:
+def test_cells_of_another_command_and_machine_are_reused(tmp_path: Path) -> None:
     run(copier, tmp_path)
     content = json.loads((tmp_path / "needle.json").read_text())
     content |= {"command": "another", "environment": {"device": "another"}}
@@ -131,18 +131,18 @@ def test_cells_got_by_another_command_elsewhere_are_taken_over(tmp_path: Path) -
     model = CountingCopier()
     run_decoder(model, tmp_path)
     assert model.calls == 0
-    # Nothing was evaluated here: what is written is still where the cells are from.
+    # Nothing was evaluated here, so the file still names the command and machine of the cells.
     assert json.loads((tmp_path / "needle.json").read_text()) == content
 
 
-def test_new_cells_are_of_the_command_that_evaluated_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_json_names_the_command_of_new_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for command, depths in (("first", (0.0,)), ("second", (0.0, 1.0))):
         monkeypatch.setattr(sys, "argv", [command])
         found = run(copier, tmp_path, replace(GRID, depths=depths))
         assert found.command == command
 
 
-def test_results_without_command_environment_and_seconds_are_gone_on_from(tmp_path: Path) -> None:
+def test_results_without_command_environment_and_seconds_are_resumed(tmp_path: Path) -> None:
     run(copier, tmp_path)
     content = json.loads((tmp_path / "needle.json").read_text())
     del content["command"], content["environment"]
@@ -165,7 +165,7 @@ def test_committed_results_can_be_read(path: Path) -> None:
 
 
 @pytest.mark.parametrize("missing", ["checkpoint", "settings", "cells"])
-def test_a_file_that_lacks_what_results_always_had_is_none_of_ours(missing: str, tmp_path: Path) -> None:
+def test_a_file_without_a_required_field_is_not_read_as_results(missing: str, tmp_path: Path) -> None:
     run(copier, tmp_path)
     content = json.loads((tmp_path / "needle.json").read_text())
     del content[missing]
@@ -173,7 +173,7 @@ def test_a_file_that_lacks_what_results_always_had_is_none_of_ours(missing: str,
     assert load_results(tmp_path / "needle.json") is None
 
 
-def test_interrupted_evaluation_keeps_its_finished_cells_and_goes_on_from_them(tmp_path: Path) -> None:
+def test_an_interrupted_evaluation_resumes_from_its_finished_cells(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run_decoder(CountingCopier(stop=4), tmp_path)
     kept = load_results(tmp_path / "needle.json")
@@ -184,7 +184,7 @@ def test_interrupted_evaluation_keeps_its_finished_cells_and_goes_on_from_them(t
     assert again.calls == 1
 
 
-def test_an_evaluation_killed_at_any_time_leaves_whole_results(tmp_path: Path) -> None:
+def test_an_evaluation_killed_at_any_time_leaves_a_valid_file(tmp_path: Path) -> None:
     program = (
         "from pathlib import Path; from s2train.needles.results import Cell, NeedleResults\n"
         "results = NeedleResults('runs/x', 1, {}, list(range(1, 60)), [0.0])\n"
@@ -211,7 +211,7 @@ def test_an_evaluation_killed_at_any_time_leaves_whole_results(tmp_path: Path) -
         assert len(kept.cells) >= min(saves, 59)
 
 
-def test_wider_grid_evaluates_only_what_is_new_and_scores_all_of_it(tmp_path: Path) -> None:
+def test_a_larger_grid_evaluates_only_new_cells_and_scores_all(tmp_path: Path) -> None:
     run(parrot, tmp_path)
     model = CountingCopier()
     wider = NeedleGrid(lengths=(128, 160), depths=(0.0, 0.5, 1.0), trials=2, seed=3)
@@ -219,7 +219,7 @@ def test_wider_grid_evaluates_only_what_is_new_and_scores_all_of_it(tmp_path: Pa
     assert model.calls == 2
 
 
-def test_smaller_grid_scores_only_what_is_asked_and_keeps_the_rest(tmp_path: Path) -> None:
+def test_a_smaller_grid_scores_only_its_cells_and_keeps_the_rest(tmp_path: Path) -> None:
     run(copier, tmp_path, NeedleGrid((128,), (0.0,), 2, 3))
     run(parrot, tmp_path, NeedleGrid((160,), (0.0,), 2, 3))
     content = json.loads((tmp_path / "needle.json").read_text())
@@ -227,7 +227,7 @@ def test_smaller_grid_scores_only_what_is_asked_and_keeps_the_rest(tmp_path: Pat
     assert [cell["correct"] for cell in content["cells"]] == [2, 0]
 
 
-def test_results_of_other_settings_are_kept_aside_and_not_gone_on_from(tmp_path: Path) -> None:
+def test_results_of_other_settings_are_renamed_and_not_resumed(tmp_path: Path) -> None:
     run(parrot, tmp_path)
     before = (tmp_path / "needle.json").read_text()
     assert run(copier, tmp_path, settings={"trials": 2, "weights": "others"}).score == Score(8, 8)
@@ -243,13 +243,13 @@ def test_the_picture_of_other_settings_does_not_stay_beside_new_results(tmp_path
     assert (tmp_path / "needle.1.png").read_bytes() == before
 
 
-def test_unreadable_results_are_kept_aside(tmp_path: Path) -> None:
+def test_unreadable_results_are_renamed(tmp_path: Path) -> None:
     (tmp_path / "needle.json").write_text("{not json")
     assert run(copier, tmp_path).score == Score(8, 8)
     assert (tmp_path / "needle.1.json").read_text() == "{not json"
 
 
-def test_heat_map_is_a_picture_whose_cells_show_the_score(tmp_path: Path) -> None:
+def test_the_heat_map_shows_scores_as_colours(tmp_path: Path) -> None:
     cells = [Cell(128, 0.5, 4, 4, 1.0, 1.0), Cell(256, 0.5, 0, 4, 0.1, 0.1)]
     draw_heat_map(NeedleResults("runs/x", 1, {}, [128, 256], [0.5], cells), tmp_path / "needle.png")
     picture = Image.open(tmp_path / "needle.png").convert("RGB")
@@ -260,12 +260,12 @@ def test_heat_map_is_a_picture_whose_cells_show_the_score(tmp_path: Path) -> Non
     assert sorted(path.name for path in tmp_path.iterdir()) == ["needle.png"]
 
 
-def test_results_without_reach_are_gone_on_from_and_told_it(tmp_path: Path) -> None:
+def test_results_without_reach_get_it_when_resumed(tmp_path: Path) -> None:
     run(copier, tmp_path)
     content = json.loads((tmp_path / "needle.json").read_text())
-    without = [None, {"from_first": 1, "from_last": 1}]  # as files told it once
-    for cell, told in zip(content["cells"], 2 * without, strict=True):
-        cell["reach"] = told
+    without = [None, {"from_first": 1, "from_last": 1}]  # as in older files
+    for cell, old in zip(content["cells"], 2 * without, strict=True):
+        cell["reach"] = old
     (tmp_path / "needle.json").write_text(json.dumps(content))
     model = CountingCopier()
     sampler = TaskSampler(ByteTokenizer())
@@ -308,7 +308,9 @@ def test_a_needles_reach_is_that_of_its_farthest_block() -> None:
         assert (found.direct_heads, found.heads) == (min(seen), 12)
 
 
-def test_a_needle_that_few_heads_see_is_told_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_line_of_a_cell_says_how_few_heads_see_its_needle(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     sampler = TaskSampler(ByteTokenizer())
     hybrid = make_hybrid("S", num_layers=1, num_heads=4, local=1, block_size=64)
     asked = NeedleResults("runs/x", 100, {"trials": 2}, list(GRID.lengths), list(GRID.depths))
@@ -319,7 +321,7 @@ def test_a_needle_that_few_heads_see_is_told_so(tmp_path: Path, capsys: pytest.C
     assert "seen by 1 of 4 heads" in capsys.readouterr().out
 
 
-def test_needles_that_no_layers_carry_are_told_so_in_picture_and_table(tmp_path: Path) -> None:
+def test_picture_and_table_show_needles_out_of_reach(tmp_path: Path) -> None:
     cells = [Cell(128, 0.5, 0, 4, 0.0, 0.0, CellReach(-1, -1)), Cell(256, 0.5, 4, 4, 1.0, 1.0, CellReach(1, 2))]
     results = NeedleResults("runs/x", 1, {}, [128, 256], [0.5], cells)
     console = Console(record=True, width=80, file=io.StringIO())
@@ -333,7 +335,7 @@ def test_needles_that_no_layers_carry_are_told_so_in_picture_and_table(tmp_path:
     assert (pictures[0] != pictures[1]).any()
 
 
-def test_lengths_past_the_trained_one_are_evaluated_with_a_warning(
+def test_lengths_beyond_the_trained_one_are_evaluated_with_a_warning(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = NeedleResults("runs/x", 100, {}, list(GRID.lengths), list(GRID.depths))
@@ -344,10 +346,10 @@ def test_lengths_past_the_trained_one_are_evaluated_with_a_warning(
             decode, sampler, GRID, asked, folder, batch_size=8, device=torch.device("cpu"), trained_length=length
         )
         assert found.score == Score(8, 8)
-        assert ("lengths=160 is past the 159 tokens trained on" in capsys.readouterr().out) == (length == 159)
+        assert ("lengths=160 exceeds the trained length of 159 tokens" in capsys.readouterr().out) == (length == 159)
 
 
-def test_the_fingerprint_follows_the_shards(tmp_path: Path) -> None:
+def test_the_weights_fingerprint_depends_on_the_shards(tmp_path: Path) -> None:
     content = np.random.default_rng().integers(256, size=300_000, dtype=np.uint8)
     for name in ("__0_0.distcp", "__0_1.distcp"):
         (tmp_path / name).write_bytes(content.tobytes())
@@ -359,7 +361,7 @@ def test_the_fingerprint_follows_the_shards(tmp_path: Path) -> None:
     assert weights_fingerprint(tmp_path) != first
 
 
-def test_layouts_and_rotation_have_fingerprints_of_their_own() -> None:
+def test_the_layout_fingerprint_depends_on_layout_and_rotation() -> None:
     trained = PretrainConfig(model=ModelConfig(name="m"))
     wider = replace(trained, layout=replace(trained.layout, layers="DDSS"))
     slower = replace(trained, model=replace(trained.model, rotary_base=trained.model.rotary_base + 1))
@@ -374,9 +376,9 @@ def test_layouts_and_rotation_have_fingerprints_of_their_own() -> None:
         ("runs/x/checkpoints/iter_0000100", "runs/x/needle/iter_0000100"),
     ],
 )
-def test_results_go_beside_the_checkpoint(checkpoint: str, folder: str) -> None:
+def test_results_are_written_beside_the_checkpoint(checkpoint: str, folder: str) -> None:
     assert output_folder(NeedleConfig(checkpoint=checkpoint)).as_posix() == folder
 
 
-def test_results_go_where_asked() -> None:
+def test_results_are_written_to_the_output_folder() -> None:
     assert output_folder(NeedleConfig(checkpoint="runs/x", output="elsewhere")).as_posix() == "elsewhere"

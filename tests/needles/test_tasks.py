@@ -1,4 +1,4 @@
-"""What needle tasks hide and ask."""
+"""Needle tasks compose samples of exact length with needles and answers."""
 
 import re
 from dataclasses import asdict
@@ -46,7 +46,7 @@ def texts(sample: TaskSample) -> tuple[str, str, list[str]]:
 
 
 @pytest.mark.parametrize(("name", "settings"), VARIANTS, ids=str)
-def test_a_sample_has_exactly_its_length_and_its_needles_where_it_says(
+def test_a_sample_has_its_exact_length_and_its_needles_at_their_spans(
     name: str, settings: dict[str, Any], rng: np.random.Generator
 ) -> None:
     task = find_task(name, settings)
@@ -64,7 +64,7 @@ def test_a_sample_has_exactly_its_length_and_its_needles_where_it_says(
 
 
 @pytest.mark.parametrize(("name", "settings"), VARIANTS, ids=str)
-def test_the_first_needle_stands_at_its_depth(name: str, settings: dict[str, Any], rng: np.random.Generator) -> None:
+def test_the_first_needle_is_at_its_depth(name: str, settings: dict[str, Any], rng: np.random.Generator) -> None:
     made = sampler(name, settings)
     for depth in (0.0, 0.4, 1.0):
         sample = made.sample(rng, 4000, depth, "eval")
@@ -95,8 +95,8 @@ def test_all_keys_values_and_names_are_of_the_split(
     for split in ("train", "eval"):
         for _ in range(10):
             prompt, answer, _ = texts(sampler(name, settings).sample(rng, 900, 0.5, split))
-            start = prompt.index(".") + 1  # the first sentence may be cut
-            # of a line's key the words before its number
+            start = prompt.index(".") + 1  # the first sentence may be incomplete
+            # for a line's key, the words before its number
             words = re.findall(r"[a-z]+-[a-z]+\b|\b\d{7}\b|\b[A-Z]{3}\b", prompt[start:] + answer)
             assert len(words) >= 4
             assert {split_of(word) for word in words} == {split}
@@ -113,10 +113,10 @@ def test_multi_asks_for_one_needle_or_for_all(rng: np.random.Generator) -> None:
     assert every.answer == " " + ", ".join(fact[1].strip(" .") for fact in every.needles) + "."
 
 
-def test_a_key_value_haystack_is_nothing_but_lines_or_as_many_as_asked(rng: np.random.Generator) -> None:
+def test_a_key_value_haystack_is_lines_only_or_has_the_requested_number(rng: np.random.Generator) -> None:
     line = re.compile(r" [a-z]+-[a-z]+-\d{3}: \d{7}\.")
     prompt, _, needles = texts(sampler("key_value", {}).sample(rng, 3000, 0.5, "eval"))
-    body = prompt[prompt.index(".") + 1 : prompt.rindex(".") + 1]  # the first line may be cut
+    body = prompt[prompt.index(".") + 1 : prompt.rindex(".") + 1]  # the first line may be incomplete
     assert line.sub("", body) == ""
     assert len(line.findall(body)) > 100
     key = needles[0].split(":")[0]
@@ -142,7 +142,7 @@ def test_a_chain_leads_from_its_value_through_all_names(rng: np.random.Generator
     assert last.answer == last.needles[0][1]
 
 
-def test_samples_follow_from_the_seed_alone() -> None:
+def test_samples_depend_on_the_seed_alone() -> None:
     for name, settings in VARIANTS:
         first, second = (sampler(name, settings).sample(np.random.default_rng(7), 800, 0.3, "eval") for _ in range(2))
         assert first.prompt.tolist() == second.prompt.tolist()
@@ -159,7 +159,7 @@ def test_a_needles_value_has_the_tokens_of_the_answer_with_a_bpe(tmp_path: Path,
         assert sample.prompt[stop - len(sample.answer) : stop].tolist() == sample.answer.tolist()
 
 
-def test_haystacks_come_from_text_files(tmp_path: Path, rng: np.random.Generator) -> None:
+def test_haystacks_are_read_from_text_files(tmp_path: Path, rng: np.random.Generator) -> None:
     (tmp_path / "essay.txt").write_text("Call me Ishmael. Some years ago,\nnever mind how long.\n\nI went to sea!")
     made = TaskSampler(TOKENIZER, text_haystack([tmp_path / "essay.txt"]), find_task("variable_tracking", {}))
     prompt, _, _ = texts(made.sample(rng, 900, 0.5, "eval"))
@@ -168,7 +168,7 @@ def test_haystacks_come_from_text_files(tmp_path: Path, rng: np.random.Generator
 
 
 @pytest.mark.parametrize(("name", "settings"), VARIANTS, ids=str)
-def test_a_length_too_small_is_refused_with_the_least_that_works(name: str, settings: dict[str, Any]) -> None:
+def test_a_length_too_small_is_rejected_with_the_smallest_that_works(name: str, settings: dict[str, Any]) -> None:
     seed = np.random.SeedSequence().entropy
     made = sampler(name, settings)
     with pytest.raises(ConfigError, match=r"lengths=20: .* Use \d+ or more") as error:
@@ -179,7 +179,7 @@ def test_a_length_too_small_is_refused_with_the_least_that_works(name: str, sett
     assert len(sample.prompt) + len(sample.answer) == least
 
 
-def test_an_unknown_task_is_refused_with_the_nearest() -> None:
+def test_an_unknown_task_is_rejected_with_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"task=keyvalue: no such task. Did you mean key_value\?"):
         find_task("keyvalue", {})
 
@@ -198,13 +198,13 @@ def test_an_unknown_task_is_refused_with_the_nearest() -> None:
         ("variable_tracking", "ask", ""),
     ],
 )
-def test_settings_that_a_task_has_not_or_that_cannot_work_are_refused(name: str, setting: str, value: Any) -> None:
+def test_settings_that_a_task_lacks_or_that_cannot_work_are_rejected(name: str, setting: str, value: Any) -> None:
     with pytest.raises(ConfigError) as error:
         find_task(name, {setting: value})
     assert error.value.setting == setting
 
 
-def test_settings_left_out_have_their_defaults() -> None:
+def test_unset_settings_have_their_defaults() -> None:
     for name in TASKS:
         assert find_task(name, {"ask": None, "hops": None}) == find_task(name, {})
         assert all(has_setting(name, setting) for setting in asdict(find_task(name, {})))  # type: ignore[call-overload]

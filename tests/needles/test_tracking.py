@@ -1,4 +1,4 @@
-"""Needle results in the training's own wandb run."""
+"""Needle results are logged to the training's wandb run."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +26,7 @@ def wandb(monkeypatch: pytest.MonkeyPatch) -> FakeWandb:
 
 
 @pytest.mark.parametrize("known", ["run5", None])
-def test_cells_scores_and_heat_map_go_to_the_run_that_the_checkpoint_names(
+def test_cells_scores_and_heat_map_are_logged_to_the_run_in_the_checkpoint(
     wandb: FakeWandb, known: str | None, tmp_path: Path
 ) -> None:
     checkpoint = tmp_path / "run" / "checkpoints" / "iter_0000007"
@@ -35,11 +35,11 @@ def test_cells_scores_and_heat_map_go_to_the_run_that_the_checkpoint_names(
     trained = PretrainConfig(
         model=ModelConfig(name="m"), train=TrainConfig(seq_length=128), run_dir=str(tmp_path / "run")
     )
-    told = log_needles({"single": results(checkpoint)}, trained, tmp_path / "needle", "offline")
+    logged = log_needles({"single": results(checkpoint)}, trained, tmp_path / "needle", "offline")
     assert wandb.finished
     (settings,) = wandb.inits
-    assert settings["id"] == told
-    assert known is None or told == known
+    assert settings["id"] == logged
+    assert known is None or logged == known
     logged: dict[str, Any] = {}
     for row in wandb.rows:
         assert (row["step"], row["data/consumed_tokens"]) == (7, 56 * 128)

@@ -1,4 +1,4 @@
-"""Samples and documents are what a tokenizer gives for their text in one piece, whatever it does with blanks."""
+"""Samples and documents have the tokens of their whole text, however a tokenizer treats blanks."""
 
 from pathlib import Path
 from typing import Any
@@ -24,14 +24,14 @@ def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 
 def is_end_of_one_piece(tokenizer: Tokenizer, ids: list[int]) -> bool:
-    """Whether all but the first sentence, which may be cut in a word, is how the tokenizer writes the text."""
+    """Whether ids, except in the first sentence, are how the tokenizer encodes their text."""
     text = tokenizer.decode(ids)
     whole = tokenizer.encode(text)
     cut = len(tokenizer.encode(text[: text.index(".") + 1]))
     return whole[cut:] == ids[len(ids) - (len(whole) - cut) :]
 
 
-def test_the_tokenizers_here_treat_blanks_as_they_say(tokenizer: Tokenizer) -> None:
+def test_the_tokenizers_here_treat_blanks_as_described(tokenizer: Tokenizer) -> None:
     kind = Path(tokenizer.name).stem
     assert prepends_blank(tokenizer) == (kind != "byte-level")
     doubles = encode_inside(tokenizer, " 7.")[0] != tokenizer.encode(" 7.")  # mistral's puts none before a blank
@@ -40,7 +40,7 @@ def test_the_tokenizers_here_treat_blanks_as_they_say(tokenizer: Tokenizer) -> N
 
 
 @pytest.mark.parametrize(("name", "settings"), VARIANTS, ids=str)
-def test_a_sample_is_its_text_in_one_piece_at_its_length(
+def test_a_sample_has_the_tokens_of_its_whole_text_and_its_length(
     tokenizer: Tokenizer, name: str, settings: dict[str, Any]
 ) -> None:
     task = find_task(name, settings)
@@ -62,7 +62,7 @@ def test_a_sample_is_its_text_in_one_piece_at_its_length(
             assert tokenizer.decode(sample.prompt[slice(*span)].tolist()).strip() == "".join(fact).strip()
 
 
-def test_a_needle_at_the_beginning_has_the_blank_that_the_tokenizer_gives_it(tokenizer: Tokenizer) -> None:
+def test_a_needle_at_the_beginning_has_the_blank_that_the_tokenizer_prepends(tokenizer: Tokenizer) -> None:
     sample = TaskSampler(tokenizer).sample(np.random.default_rng(), 300, 0.0, "eval")
     start, stop = sample.spans[0]
     assert start == 0
@@ -80,7 +80,7 @@ def test_a_value_is_hidden_and_answered_in_the_same_tokens(tokenizer: Tokenizer)
 
 
 @pytest.mark.parametrize("task", ["recall", "recall_lines", "single", "key_value"])
-def test_training_documents_are_their_text_in_one_piece(tokenizer: Tokenizer, task: str) -> None:
+def test_training_documents_have_the_tokens_of_their_whole_text(tokenizer: Tokenizer, task: str) -> None:
     cfg = NeedleDocumentsConfig(task, documents=10, length=700)
     for document in needle_documents(cfg, tokenizer, int(np.random.default_rng().integers(1 << 30))):
         ids = document[:-1].tolist()
@@ -89,7 +89,7 @@ def test_training_documents_are_their_text_in_one_piece(tokenizer: Tokenizer, ta
         assert is_end_of_one_piece(tokenizer, ids) or "." not in tokenizer.decode(ids)
 
 
-def test_text_is_drawn_as_the_tokens_are(tokenizer: Tokenizer) -> None:
+def test_text_and_tokens_are_drawn_alike(tokenizer: Tokenizer) -> None:
     haystack = Haystack(tokenizer, f"{NOISE} {'word ' * 90}end. Schön ist das. 一二三。四五！")
     for length in (0, 1, *np.random.default_rng().integers(2, 600, size=20).tolist()):
         seed = int(np.random.default_rng().integers(1 << 30))
@@ -104,7 +104,7 @@ def test_text_is_drawn_as_the_tokens_are(tokenizer: Tokenizer) -> None:
         assert longer.sentences == [before, *text.sentences]
 
 
-def test_a_tokenizer_that_joins_a_text_with_what_is_before_it_is_refused() -> None:
+def test_a_tokenizer_that_merges_a_text_with_text_before_it_is_rejected() -> None:
     class Joining:
         name = "joining"
 
@@ -113,5 +113,5 @@ def test_a_tokenizer_that_joins_a_text_with_what_is_before_it_is_refused() -> No
 
     from s2train.errors import ConfigError
 
-    with pytest.raises(ConfigError, match="tokenizer=joining: it makes one token of"):
+    with pytest.raises(ConfigError, match="tokenizer=joining: it merges the beginning of"):
         encode_inside(Joining(), " 7.")  # type: ignore[arg-type]
