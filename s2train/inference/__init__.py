@@ -1,1 +1,1 @@
-"""Inference: KV cache, pages, generation, and their speed."""
+"""KV cache, page pool, generation, and their timing."""

@@ -1,4 +1,4 @@
-"""A GPTModel that reads a prompt in chunks and then goes on token by token, over a cache."""
+"""Runs a GPTModel over a KV cache: prefill in chunks, then decoding."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +13,10 @@ from s2train.inference.kv_cache import Chunk, KVCache
 
 @dataclass(frozen=True)
 class CapturedStep:
-    """A step in a CUDA graph, which reads `tokens` and writes `logits`."""
+    """A decoding step in a CUDA graph.
+
+    It reads `tokens` and writes `logits`.
+    """
 
     graph: torch.cuda.CUDAGraph
     tokens: Tensor
@@ -21,7 +24,10 @@ class CapturedStep:
 
     @classmethod
     def of(cls, step: Callable[[Tensor], Tensor], tokens: Tensor) -> "CapturedStep":
-        """Capture without running; other threads, such as NCCL's, may go on meanwhile."""
+        """Capture a step without running it.
+
+        Other threads, such as NCCL's, may continue.
+        """
         own, graph = tokens.clone(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             logits = step(own)
@@ -34,27 +40,37 @@ class CapturedStep:
 
 
 def hidden_states(gpt: GPTModel, tokens: Tensor, positions: Tensor, angles: Tensor) -> Tensor:
-    """After the last layer, [s, b, hidden], of tokens and positions [b, s]; over a cache where one is attached."""
+    """Compute hidden states after the last layer.
+
+    Uses the cache if one is attached.
+
+    Args:
+        tokens, positions: [b, s].
+    Returns:
+        [s, b, hidden].
+    """
     embedded = gpt.embedding(input_ids=tokens, position_ids=positions)
     return gpt.decoder(hidden_states=embedded, attention_mask=None, rotary_pos_emb=angles)
 
 
 class CachedModel:
-    """Logits of the next token, with `cache` attached to `gpt` (see `kv_cache`).
+    """Computes logits of the next token over a cache.
 
-    Positions and rotation count from each sequence's own beginning. Megatron's inference context is not used: it
-    keeps every key, unrotated.
+    `cache` is attached to `gpt`, see `kv_cache`.
+
+    Positions and rotation count from the beginning of each sequence. Megatron's inference context is not used, because
+    it keeps every key, unrotated.
 
     Args:
-        cuda_graph: run the first step of decoding as it is, capture the second, and replay it from then on, so that
-            launches cost next to nothing. On a CPU it changes nothing.
+        cuda_graph: run the first decoding step eagerly, capture the second in a CUDA graph, and replay it from then on,
+            which removes launch overhead. Has no effect on a CPU.
     Raises:
         ValueError: the model's positions are not rotary.
     """
 
     def __init__(self, gpt: GPTModel, cache: KVCache, cuda_graph: bool = False) -> None:
         if gpt.position_embedding_type != "rope":
-            raise ValueError(f"positions are {gpt.position_embedding_type}: cached decoding rotates (rope) only")
+            raise ValueError(f"positions are {gpt.position_embedding_type}: cached decoding supports rope only")
         self.gpt, self.cache = gpt, cache
         self._angles = gpt.rotary_pos_emb(cache.max_length)  # [max_length, 1, 1, d]
         self._steps = 0
@@ -63,26 +79,28 @@ class CachedModel:
 
     @torch.no_grad()
     def prefill(self, tokens: Tensor, lengths: Tensor | None = None, chunk: int = 8192) -> Tensor:
-        """Read the prompts of all sequences, from their beginning.
+        """Process the prompts of all sequences from their beginning.
 
         Args:
-            tokens: int64 [b, s]; shorter prompts are padded at the right, with any token.
-            lengths: int [b], 1 to s: of the prompts; None: all s.
+            tokens: int64 [b, s]; shorter prompts are padded on the right with any token.
+            lengths: int [b], 1 to s: lengths of the prompts; None: all s.
             chunk: tokens of a sequence that go through the model at once; rounded up to whole blocks.
         Returns:
-            Logits [b, vocab] after each prompt's last token, float32.
+            Logits after each prompt's last token, float32 [b, vocab].
         Raises:
-            ValueError: something was read already, or shapes or lengths don't fit the cache.
+            ValueError: the cache is not empty, or shapes or lengths don't fit it.
             OutOfPagesError: the pool is too small.
         """
         cache, (batch, size) = self.cache, tokens.shape
         known = np.full(batch, size) if lengths is None else lengths.cpu().numpy().astype(np.int64)
         if cache.lengths.any() or cache.pool.used:
-            raise ValueError("the cache holds tokens already: open another for new prompts")
+            raise ValueError("the cache already holds tokens: open another one for new prompts")
         if batch != cache.batch_size or size > cache.max_length:
             raise ValueError(f"tokens {[batch, size]} don't fit a cache of {[cache.batch_size, cache.max_length]}")
         if known.shape != (batch,) or known.min() < 1 or known.max() > size or chunk < 1:
-            raise ValueError(f"lengths must be {batch} of 1 to {size}, and chunk at least 1, got {known}, {chunk}")
+            raise ValueError(
+                f"lengths must be {batch} values from 1 to {size}, and chunk at least 1, got {known}, {chunk}"
+            )
         chunk = -(-chunk // cache.block_size) * cache.block_size
         last = torch.from_numpy(known - 1).to(tokens.device)
         ends = self._angles.new_zeros(())
@@ -100,14 +118,18 @@ class CachedModel:
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:
-        """Logits [b, vocab], float32, after one more token a sequence, int64 [b]; those of finished ones mean nothing.
+        """Process one more token of each sequence.
 
+        Args:
+            tokens: int64 [b].
+        Returns:
+            Logits, float32 [b, vocab]; those of finished sequences are meaningless.
         Raises:
             ValueError: a sequence is full.
             OutOfPagesError: the pool is too small.
         """
         self.cache.begin_step()
-        if self._captures and self._captured is None and self._steps > 0:  # kernels and walks are made by now
+        if self._captures and self._captured is None and self._steps > 0:  # kernels and schedules exist by now
             self._captured = CapturedStep.of(self._step, tokens)
         logits = self._step(tokens) if self._captured is None else self._captured(tokens)
         self.cache.end_step()
@@ -115,13 +137,13 @@ class CachedModel:
         return logits
 
     def _step(self, tokens: Tensor) -> Tensor:
-        """Device work of one step: nothing in it is read on the host."""
+        """Run one step on the device, without reading anything on the host."""
         positions = self.cache.positions.clamp(min=0).long()
         angles = self._angles[positions].transpose(0, 1)  # [1, b, 1, d]: rotation broadcasts over heads
         return self._logits(hidden_states(self.gpt, tokens[:, None], positions[:, None], angles))
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        """[b, vocab] of [1, b, hidden], gathered over tensor parallel ranks."""
+        """Compute logits [b, vocab] from [1, b, hidden], gathered over tensor parallel ranks."""
         gpt = self.gpt
         shared = gpt.shared_embedding_or_output_weight() if gpt.share_embeddings_and_output_weights else None
         logits, _ = gpt.output_layer(hidden, weight=shared, runtime_gather_output=True)

@@ -1,9 +1,10 @@
-"""Time a whole model's prefill and decoding steps, with random weights, and count the bytes of its cache.
+"""Times a model's prefill and decoding, and measures its cache.
 
-The model is composed as for training: overrides such as +model=7b_hybrid. Tokens are random, one process. A step is
-timed as it is and, on a GPU, replayed from a CUDA graph; both with a wait for the device after the last token only.
-The prefill's seconds are those of the last run, with all kernels compiled; beside them those of training's forward
-pass, uncached, over the same prompts whole, one after the other. A batch of `most` is the largest whose cache fits.
+The model has random weights and is composed as for training: overrides such as +model=7b_hybrid. Tokens are random.
+Runs one process. A step is timed eagerly and, on a GPU, replayed from a CUDA graph; both wait for the device only after
+the last token. The prefill's seconds are those of the last run, with all kernels compiled. For comparison, the forward
+pass of training is timed without a cache over the same whole prompts, one by one. A batch of `most` is the largest
+whose cache fits.
 """
 
 import argparse
@@ -34,27 +35,30 @@ from s2train.megatron.setup import initialize, shutdown
 from s2train.planning import compose_run, hybrid_layout
 
 Record = dict[str, Any]
-_WARM_STEPS = 3  # the first is run, the second captured
-_WORKING_BYTES = 2 << 30  # a step's tensors, the graph's own memory, and what torch can't give back
+_WARM_STEPS = 3  # the first runs eagerly, the second is captured
+_WORKING_BYTES = 2 << 30  # tensors of a step, memory of the graph, and memory that torch can't release
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line's entry; 1 where a cache held something else than predicted."""
+    """Run the command line.
+
+    Returns 1 if a cache's bytes differ from the prediction.
+    """
     parser = argparse.ArgumentParser(prog="python -m s2train.inference.decode_speed", description=__doc__)
-    parser.add_argument("overrides", nargs="*", default=["+model=7b_hybrid"], help="as of launch/pretrain.py")
+    parser.add_argument("overrides", nargs="*", default=["+model=7b_hybrid"], help="overrides of launch/pretrain.py")
     parser.add_argument("--lengths", nargs="+", type=int, default=[8192, 32768, 131072], help="prompt tokens")
     parser.add_argument("--batches", nargs="+", type=_batch, default=[1, 8], help="sequences, or most")
     parser.add_argument("--tokens", type=int, default=64, help="timed steps")
-    parser.add_argument("--chunk", type=int, default=8192, help="of the prefill, tokens")
+    parser.add_argument("--chunk", type=int, default=8192, help="tokens of a prefill chunk")
     parser.add_argument(
-        "--no-prefill", action="store_true", help="decode over random keys and values: prompts take long"
+        "--no-prefill", action="store_true", help="decode over random keys and values instead of slow prompts"
     )
-    parser.add_argument("--output", type=Path, default=None, help="JSON")
+    parser.add_argument("--output", type=Path, default=None, help="JSON file to write")
     args = parser.parse_args(settings_before_options(sys.argv[1:] if arguments is None else arguments))
     if min(*args.lengths, *(batch or 1 for batch in args.batches), args.tokens - 1, args.chunk) < 1:
         parser.error("lengths, batches and chunk must be at least 1, tokens 2")
     if args.output is not None and args.output.exists():
-        parser.error(f"{args.output} exists: results are not overwritten, name another --output")
+        parser.error(f"{args.output} exists: results are not overwritten, set another --output")
     pretrain = compose_run(args.overrides)
     pretrain.parallel = ParallelConfig()
     pretrain.train.recompute = "none"
@@ -69,8 +73,8 @@ def main(arguments: list[str] | None = None) -> int:
         "prefill s",
         "tokens/s",
         "forward s",
-        "ms a step",
-        "from a graph",
+        "ms/step",
+        "with graph",
         "KV MB",
         "predicted",
         "dense",
@@ -88,7 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
     }
     for length in args.lengths:
         for batch in args.batches:
-            count = batch or most_sequences(gpt, length + args.tokens + _WARM_STEPS, device)
+            count = batch or max_sequences(gpt, length + args.tokens + _WARM_STEPS, device)
             records.append(measure(gpt, length, count, args.tokens, None if args.no_prefill else args.chunk, device))
             table.add_row(*_row(records[-1]))
             console.print(records[-1])
@@ -103,8 +107,11 @@ def _batch(text: str) -> int | None:
     return None if text == "most" else int(text)
 
 
-def most_sequences(gpt: GPTModel, length: int, device: torch.device) -> int:
-    """How many sequences of `length` tokens have room on the device beside the model; 1 on a CPU."""
+def max_sequences(gpt: GPTModel, length: int, device: torch.device) -> int:
+    """Largest number of sequences that fit on the device.
+
+    They have `length` tokens. 1 on a CPU.
+    """
     if device.type != "cuda":
         return 1
     with kv_cache(gpt, 1, length) as cache:
@@ -115,10 +122,12 @@ def most_sequences(gpt: GPTModel, length: int, device: torch.device) -> int:
 
 
 def measure(gpt: GPTModel, length: int, batch: int, tokens: int, chunk: int | None, device: torch.device) -> Record:
-    """Seconds and bytes after a prompt of `length` tokens and `tokens` steps; or "error" where memory does not do.
+    """Measure one prompt of `length` tokens and `tokens` steps.
+
+    If memory runs out, the record holds "error".
 
     Args:
-        chunk: of the prefill; None: random keys and values in place of a prompt's.
+        chunk: tokens of a prefill chunk; None decodes over random keys and values instead of a prompt's.
     """
     record: Record = {"length": length, "batch": batch, "chunk": chunk}
     try:
@@ -126,7 +135,7 @@ def measure(gpt: GPTModel, length: int, batch: int, tokens: int, chunk: int | No
             with kv_cache(gpt, batch, length + tokens + _WARM_STEPS) as cache:
                 model = CachedModel(gpt, cache, cuda_graph)
                 prompt = torch.randint(0, gpt.vocab_size, (batch, length), device=device)
-                _forget_peak(device)
+                _reset_peak(device)
                 began = _now()
                 if chunk is None:
                     cache.fill(np.full(batch, length))
@@ -137,13 +146,13 @@ def measure(gpt: GPTModel, length: int, batch: int, tokens: int, chunk: int | No
                 for _ in range(_WARM_STEPS):
                     model.decode(prompt[:, -1])
                 began = _now()
-                for _ in range(tokens - 1):  # not the last: after it nothing is needed any more
+                for _ in range(tokens - 1):  # the last token needs no further step
                     model.decode(prompt[:, -1])
                 record["graph_ms" if cuda_graph else "step_ms"] = 1e3 * (_now() - began) / (tokens - 1)
                 record |= _peak("decode", device)
                 record |= {"kv_bytes": cache.bytes_in_use, "predicted_bytes": cache.predicted_bytes()}
                 record |= {"dense_bytes": cache.dense_bytes(), "pool_bytes": 2 * cache.pool.keys.nbytes}
-            del cache, model  # before the next pass takes as much
+            del cache, model  # frees the memory for the next pass
         if chunk is not None:
             torch.cuda.empty_cache()
             record["forward_s"] = forward_seconds(gpt, prompt)
@@ -155,9 +164,11 @@ def measure(gpt: GPTModel, length: int, batch: int, tokens: int, chunk: int | No
 
 @torch.no_grad()
 def forward_seconds(gpt: GPTModel, prompts: Tensor) -> float:
-    """Seconds of the forward pass as in training, without a cache, over prompts [b, s] one by one, compiled.
+    """Time the forward pass of training without a cache.
 
-    Up to the last layer: of the logits a prefill makes those of one token, which cost nothing.
+    It is compiled, and takes prompts [b, s] one by one.
+
+    It ends at the last layer, since a prefill computes the logits of one token only, at negligible cost.
     """
     size = prompts.shape[1]
     angles, positions = gpt.rotary_pos_emb(size), torch.arange(size, device=prompts.device)[None]
@@ -168,23 +179,26 @@ def forward_seconds(gpt: GPTModel, prompts: Tensor) -> float:
     return _now() - began
 
 
-def _forget_peak(device: torch.device) -> None:
+def _reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def _peak(part: str, device: torch.device) -> dict[str, int]:
-    """Bytes of all tensors at their most, weights and pool among them, since this was last asked."""
+    """Peak bytes of all tensors since the last call.
+
+    Includes weights and pool.
+    """
     if device.type != "cuda":
         return {}
     found = {f"{part}_peak_bytes": torch.cuda.max_memory_allocated(device)}
-    _forget_peak(device)
+    _reset_peak(device)
     return found
 
 
 def _now() -> float:
-    """Seconds, with the device idle."""
-    torch.cuda.synchronize()  # means nothing on a CPU
+    """Current time in seconds, after synchronizing the device."""
+    torch.cuda.synchronize()  # does nothing on a CPU
     return time.perf_counter()
 
 

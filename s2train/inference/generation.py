@@ -1,6 +1,6 @@
-"""Text generation.
+"""Generates text by greedy decoding.
 
-With s2train.megatron's setup and checkpoint:
+Example:
 
     device = initialize(ParallelConfig(), seed=1)
     loaded = load_for_inference("runs/7b_hybrid", device)
@@ -16,11 +16,11 @@ from s2train.inference.cached_model import CachedModel
 from s2train.inference.kv_cache import kv_cache
 from s2train.megatron.model import unwrap
 
-_TOKENS_BETWEEN_CHECKS = 8  # asking the device whether all sequences have ended stalls it
+_TOKENS_BETWEEN_CHECKS = 8  # checking whether all sequences have ended synchronizes the device
 
 
 class Decode(Protocol):
-    """Continues prompts: prompts int64 [b, s] and a count n -> the next n tokens, int64 [b, n]."""
+    """Continues prompts, int64 [b, s], by n tokens, int64 [b, n]."""
 
     def __call__(self, prompts: Tensor, new_tokens: int, /) -> Tensor: ...
 
@@ -36,29 +36,30 @@ def generate(
     prefill_chunk: int = 8192,
     cuda_graph: bool = False,
 ) -> Tensor:
-    """The most likely next token, `new_tokens` times, over a cache of the keys and values that the layout keeps.
+    """Decode greedily over a cache of what the layout keeps.
 
-    Every rank of a tensor parallel group calls it alike and gets the same tokens.
+    Collective: every rank of a tensor parallel group calls it and gets the same tokens.
 
     Args:
-        model: a GPTModel, bare or in Megatron's wrappers, in eval mode, whole on each tensor parallel group.
-        prompts: int64 [b, s], 1 token or more; shorter prompts are padded at the right.
-        lengths: int [b] of the prompts; None: all s.
-        eod: the token that ends a sequence; what follows it is filled with it, and its pages are freed. None: no end.
+        model: a GPTModel, with or without Megatron's wrappers, in eval mode; on each tensor parallel group in full.
+        prompts: int64 [b, s], 1 token or more; shorter prompts are padded on the right.
+        new_tokens: number of tokens to generate.
+        lengths: int [b], lengths of the prompts; None: all s.
+        eod: token that ends a sequence; the rest is filled with it, and the sequence's pages are freed. None: no end.
         prefill_chunk: prompt tokens of a sequence that go through the model at once.
-        cuda_graph: see `CachedModel`; worth it for more than about ten tokens.
+        cuda_graph: see `CachedModel`; pays off for more than about ten tokens.
 
     Returns:
         int64 [b, new_tokens].
 
     Raises:
-        ValueError: a model that can't decode (see `kv_cache`), prompts that are no tokens of its vocabulary, fewer than
-            0 new tokens, or lengths that don't fit the prompts.
+        ValueError: the model can't decode (see `kv_cache`), a prompt holds ids outside its vocabulary, new_tokens is
+            negative, or lengths don't fit the prompts.
     """
     gpt = unwrap(model)
     if prompts.dim() != 2 or prompts.dtype != torch.int64 or prompts.numel() == 0 or new_tokens < 0:
         raise ValueError(
-            f"prompts must be int64 [b, s] with a token or more and new_tokens 0 or more, got {prompts.dtype}"
+            f"prompts must be int64 [b, s] with at least one token, and new_tokens at least 0, got {prompts.dtype}"
             f" {list(prompts.shape)} and {new_tokens}"
         )
     least, most = int(prompts.min()), int(prompts.max())

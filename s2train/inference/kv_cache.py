@@ -1,4 +1,4 @@
-"""Keys and values of a batch while it is decoded, page by page: only blocks that a later query needs have a page."""
+"""A paged KV cache of the blocks that later queries need."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ from s2train.megatron.core_attention import CausalCoreAttention
 
 @dataclass(frozen=True)
 class Chunk:
-    """What a prefill writes now: tokens [start, stop) of every sequence; `lengths` [b] are known afterwards."""
+    """Tokens [start, stop) that a prefill writes now; `lengths` [b] is the cached length afterwards."""
 
     start: int
     stop: int
@@ -25,15 +25,16 @@ class Chunk:
 
 
 class KVCache:
-    """Pages of all layers for `batch_size` sequences, on this tensor parallel rank. Made by `kv_cache`.
+    """Pages of all layers for `batch_size` sequences on this tensor parallel rank.
 
-    After `lengths[i]` tokens sequence i holds the key blocks that some query at a later position needs, of each KV
-    head and layer, and nothing else: `bytes_in_use` and `predicted_bytes` say so from both sides.
+    Create it with `kv_cache`. After `lengths[i]` tokens, sequence i holds, for each KV head and layer, exactly the key
+    blocks that a query at a later position needs: `bytes_in_use` counts them, `predicted_bytes` derives them from the
+    layout.
 
     Attributes:
-        lengths: int64 [b] on the host: tokens seen.
-        positions: int32 [b] on the device: where the next token goes, -1 for a finished sequence.
-        chunk: what a prefill writes now; None while decoding.
+        lengths: int64 [b] on the host: tokens processed.
+        positions: int32 [b] on the device: position of the next token, -1 for a finished sequence.
+        chunk: tokens that a prefill writes now; None while decoding.
     """
 
     def __init__(
@@ -59,14 +60,14 @@ class KVCache:
             dtype,
             device,
         )
-        # By layer, head and block, -1 where there is none; the device's copy follows the host's.
+        # Page by layer, head and block; -1 if there is none. The device's copy follows the host's.
         self.pages = np.full((batch_size, *self.last_use.shape), -1, dtype=np.int32)
         self.table = torch.full(self.pages.shape, -1, dtype=torch.int32, device=device)
         self.lengths = np.zeros(batch_size, dtype=np.int64)
         self.finished = np.zeros(batch_size, dtype=bool)
         self.positions = torch.zeros(batch_size, dtype=torch.int32, device=device)
         self.chunk: Chunk | None = None
-        # Blocks in the order of their last use, so that those that expire are found without a search.
+        # Blocks sorted by last use, so that expiring ones are found without a search.
         flat = self.last_use.ravel()
         self._by_last_use = np.argsort(flat, kind="stable")
         self._expiry_bounds = np.searchsorted(flat[self._by_last_use], np.arange(self.num_blocks + 1))
@@ -77,22 +78,25 @@ class KVCache:
 
     @property
     def bytes_in_use(self) -> int:
-        """Of pages that hold something, in all layers and sequences, by the free list."""
+        """Bytes of used pages, counted by the free list.
+
+        In all layers and sequences.
+        """
         return self.pool.used * self.pool.page_bytes
 
     def predicted_bytes(self) -> int:
-        """What `bytes_in_use` must be by the layout and the lengths alone."""
+        """Expected `bytes_in_use`, computed from the layout and the lengths alone."""
         lengths = [int(n) for n, done in zip(self.lengths, self.finished, strict=True) if not done]
         count = sum(pages_held(layer.last_use, n, self.block_size) for n in lengths for layer in self.layers)
         return count * self.pool.page_bytes
 
     def dense_bytes(self) -> int:
-        """What the same sequences hold where every layer keeps everything."""
+        """Bytes that the same sequences would take if every layer kept everything."""
         blocks = sum(-(-int(n) // self.block_size) for n in self.lengths[~self.finished])
         return blocks * self.last_use.shape[0] * self.last_use.shape[1] * self.pool.page_bytes
 
     def begin_step(self) -> None:
-        """Make room for one token of every sequence.
+        """Allocate pages for one token of every sequence.
 
         Raises:
             ValueError: a sequence is full.
@@ -101,7 +105,7 @@ class KVCache:
         active = np.flatnonzero(~self.finished)
         if (self.lengths[active] >= self.max_length).any():
             raise ValueError(
-                f"a sequence has {self.max_length} tokens already: open the cache with a larger max_length"
+                f"a sequence already has {self.max_length} tokens: open the cache with a larger max_length"
             )
         indices = []
         for sequence in active[self.lengths[active] % self.block_size == 0]:
@@ -113,7 +117,7 @@ class KVCache:
             self._assign(index, self.pool.take(len(index)))
 
     def end_step(self) -> None:
-        """Count the token, and free what no later query needs."""
+        """Count the token, and free blocks that no later query needs."""
         self.lengths[~self.finished] += 1
         self.positions += self.positions >= 0
         size = self.last_use.size
@@ -126,26 +130,28 @@ class KVCache:
             self._free(np.concatenate(expired))
 
     def finish(self, sequence: int) -> None:
-        """Free all pages of a sequence; it takes no part in later steps."""
+        """Free all pages of a sequence, and exclude it from later steps."""
         self.finished[sequence] = True
         self.positions[sequence] = -1
         size = self.last_use.size
         self._free(np.arange(sequence * size, (sequence + 1) * size))
 
     def end_prefill(self, lengths: np.ndarray) -> None:
-        """The sequences have `lengths` [b] tokens, all written."""
+        """Record that the sequences' `lengths` [b] tokens are all written."""
         self.chunk = None
         self.lengths[:] = lengths
         self.positions.copy_(torch.from_numpy(lengths.astype(np.int32)))
 
     def fill(self, lengths: np.ndarray) -> None:
-        """As after a prompt of `lengths` [b] tokens, with random keys and values: for timing what follows.
+        """Fill the cache with random keys and values.
+
+        As after prompts of `lengths` [b] tokens. For timing the steps that follow.
 
         Raises:
             OutOfPagesError: the pool is too small.
         """
         for layer in self.layers:
-            layer.hold(lengths)
+            layer.keep(lengths)
         self.pool.keys.normal_()
         self.pool.values.normal_()
         self.end_prefill(lengths)
@@ -156,17 +162,20 @@ class KVCache:
         self._assign(index, np.full(len(index), -1, dtype=np.int32))
 
     def _assign(self, index: np.ndarray, pages: np.ndarray) -> None:
-        """Write pages at flat indices of the table, here and on the device, without waiting for it."""
+        """Write pages at flat indices of the table.
+
+        On the host and, asynchronously, on the device.
+        """
         self.pages.reshape(-1)[index] = pages
         update = _to_device(np.stack([index, pages.astype(np.int64)]), self.table.device)
         self.table.view(-1)[update[0]] = update[1].int()
 
 
 class LayerCache:
-    """One layer's part of a cache; what its core attention asks.
+    """One layer's part of a cache, used by its core attention.
 
     Attributes:
-        last_use: int32 [H_kv, n_blocks] on the host: the last query block that needs a key block.
+        last_use: int32 [H_kv, n_blocks] on the host: last query block that needs each key block.
     """
 
     def __init__(self, cache: KVCache, number: int, core: CausalCoreAttention, device: torch.device) -> None:
@@ -181,7 +190,10 @@ class LayerCache:
     def attend(
         self, core: CausalCoreAttention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
-        """Attention of new tokens over the cache and themselves, and their way into it. Shapes as in `core.attend`."""
+        """Attend over the cache and new tokens, and cache these.
+
+        Shapes are those of `core.attend`.
+        """
         pool, table = self.cache.pool, self.cache.table[:, self.number]
         chunk = self.cache.chunk
         if chunk is None:
@@ -204,13 +216,16 @@ class LayerCache:
                 _after_earlier(pages, table, new, chunk) for pages, new in ((pool.keys, key), (pool.values, value))
             )
         out = core.attend(query, all_keys, all_values, query_offset=chunk.start)
-        self.hold(chunk.lengths)
+        self.keep(chunk.lengths)
         write_tokens(pool.keys, table, key.permute(1, 2, 0, 3), chunk.start)
         write_tokens(pool.values, table, value.permute(1, 2, 0, 3), chunk.start)
         return out
 
-    def hold(self, lengths: np.ndarray) -> None:
-        """Have pages for just what queries after `lengths` [b] tokens need."""
+    def keep(self, lengths: np.ndarray) -> None:
+        """Keep exactly the pages that later queries need.
+
+        These are queries after `lengths` [b] tokens.
+        """
         block_size, pool = self.cache.block_size, self.cache.pool
         blocks = np.arange(self.cache.num_blocks)
         written = blocks < -(-lengths[:, None, None] // block_size)
@@ -224,34 +239,40 @@ class LayerCache:
 
 
 def _after_earlier(pages: torch.Tensor, table: torch.Tensor, new: torch.Tensor, chunk: Chunk) -> torch.Tensor:
-    """A chunk's `new` tokens [s, b, h, d] after those in the cache, [chunk.stop, b, h, d]: a copy, whose place in
-    memory is the pages' order."""
+    """Concatenate the cached tokens and a chunk's `new` tokens [s, b, h, d].
+
+    Returns:
+        [chunk.stop, b, h, d]: a copy, with the pages' memory order.
+    """
     tokens = read_tokens(pages, table, chunk.stop)
     tokens[:, :, chunk.start :] = new.permute(1, 2, 0, 3)
     return tokens.permute(2, 0, 1, 3)
 
 
 def _to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """A copy on a GPU that the host does not wait for; the array itself on a CPU."""
+    """Copy to a GPU asynchronously.
+
+    On a CPU, returns the array itself as a tensor.
+    """
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 @contextmanager
 def kv_cache(gpt: GPTModel, batch_size: int, max_length: int, *, num_pages: int | None = None) -> Iterator[KVCache]:
-    """Attach a cache to every core attention of `gpt` for the while.
+    """Attach a cache to every core attention of `gpt` inside this context.
 
     Args:
-        gpt: in eval mode, whole on each tensor parallel group; not sequence parallel.
+        gpt: model in eval mode, without sequence parallelism; each tensor parallel group holds all of it.
         max_length: tokens of the longest sequence, prompt and continuation.
-        num_pages: of the pool, on this rank; by default what sequences of this length can need at most.
+        num_pages: pages of the pool on this rank; by default the most that sequences of this length can need.
     Raises:
-        ValueError: a model that can't decode so, or a size below 1.
+        ValueError: the model can't decode with a cache, or a size is below 1.
     """
     config = gpt.config
     if config.sequence_parallel or config.context_parallel_size > 1 or config.pipeline_model_parallel_size > 1:
         raise ValueError(
-            "decoding takes tensor parallel models only: load with sequence, pipeline and context parallel off"
+            "decoding supports only tensor parallel models: load without sequence, pipeline and context parallelism"
         )
     if gpt.training:
         raise ValueError("the model is in training mode: call model.eval() before decoding")
@@ -259,12 +280,12 @@ def kv_cache(gpt: GPTModel, batch_size: int, max_length: int, *, num_pages: int 
         raise ValueError(f"sizes must be at least 1, got batch_size={batch_size}, {max_length=}, {num_pages=}")
     cores = [module for module in gpt.modules() if isinstance(module, CausalCoreAttention)]
     if len(cores) != config.num_layers or any(core.kv is not None for core in cores):
-        raise ValueError(f"{len(cores)} of {config.num_layers} layers take a cache, or one is attached already")
+        raise ValueError(f"{len(cores)} of {config.num_layers} layers support a cache, or one is already attached")
     weight = next(gpt.parameters())
     cache = KVCache(cores, batch_size, max_length, num_pages, weight.dtype, weight.device)
     for core, layer in zip(cores, cache.layers, strict=True):
         core.kv = layer
-    # transformer-engine's fused rotation takes one position for all sequences
+    # transformer-engine's fused rotation supports only one position for all sequences
     fuses_rotation, config.apply_rope_fusion = config.apply_rope_fusion, False
     try:
         yield cache
@@ -272,4 +293,4 @@ def kv_cache(gpt: GPTModel, batch_size: int, max_length: int, *, num_pages: int 
         config.apply_rope_fusion = fuses_rotation
         for core, layer in zip(cores, cache.layers, strict=True):
             core.kv = None
-            del layer.cache  # a circle: the pool's memory would wait for the garbage collector
+            del layer.cache  # a reference cycle: the pool's memory would wait for the garbage collector

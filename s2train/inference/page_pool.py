@@ -1,21 +1,23 @@
-"""Memory for keys and values in pages of one size, and which of them are free."""
+"""Allocates pages of keys and values from a pool."""
 
 import numpy as np
 import torch
 
 
 class OutOfPagesError(RuntimeError):
-    """More pages are needed than there are, or than the device has memory for."""
+    """Raised if pages or the device's memory run out."""
 
 
 class PagePool:
-    """`num_pages` pages of one key block of one KV head each, for all layers and sequences.
+    """Pool of `num_pages` pages for all layers and sequences.
+
+    A page holds one key block of one KV head.
 
     Attributes:
-        keys, values: [num_pages + 1, block_size, head_dim]; nobody reads the last page.
-        page_bytes: of one page, keys and values.
+        keys, values: [num_pages + 1, block_size, head_dim]; the last page is never read.
+        page_bytes: bytes of one page, keys and values together.
     Raises:
-        OutOfPagesError: the device has no memory for them.
+        OutOfPagesError: the device has no memory for the pool.
     """
 
     def __init__(
@@ -36,24 +38,24 @@ class PagePool:
 
     @property
     def used(self) -> int:
-        """Pages taken and not given back."""
+        """Number of pages in use."""
         return self.num_pages - self._num_free
 
     def take(self, count: int) -> np.ndarray:
-        """`count` free pages, int32.
+        """Allocate `count` pages: int32 [count].
 
         Raises:
-            OutOfPagesError: there are fewer; none is taken.
+            OutOfPagesError: fewer are free; then none is allocated.
         """
         if count > self._num_free:
             raise OutOfPagesError(
-                f"{count} pages of {self.page_bytes:,} bytes are needed and {self._num_free} of {self.num_pages} are "
+                f"{count} pages of {self.page_bytes:,} bytes are needed, but {self._num_free} of {self.num_pages} are "
                 "free: open the cache with more num_pages, a smaller batch_size or a smaller max_length"
             )
         self._num_free -= count
         return self._free[self._num_free : self._num_free + count].copy()
 
     def give(self, pages: np.ndarray) -> None:
-        """Take pages back."""
+        """Free pages."""
         self._free[self._num_free : self._num_free + len(pages)] = pages
         self._num_free += len(pages)

@@ -1,4 +1,4 @@
-"""Layouts of small models that are decoded in tests."""
+"""Layouts of small models for decoding tests."""
 
 import tempfile
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ BLOCK, VOCABULARY, NUM_BLOCKS = 16, 96, 6
 
 @dataclass(frozen=True)
 class Scattered:
-    """Keeps the diagonal and blocks without any order: what is dropped may be taken up again."""
+    """Keeps the diagonal and irregular blocks: a later query may need a block that earlier ones don't."""
 
     seed: int
 
@@ -36,9 +36,9 @@ def vertical(offset: int, sinks: int = 0) -> LocalVertical:
     return LocalVertical(1, 3, offset, sinks)
 
 
-# Models in which half of a head's dimensions turn.
+# Models that rotate half of a head's dimensions.
 HALF_TURNED = ("sinks", "mqa")
-# Heads of each layer, and how many KV heads they share.
+# Heads of each layer, and their number of KV heads.
 MODELS: dict[str, tuple[list[Sequence[Pattern]], int]] = {
     "dense": ([[Dense()] * 4] * 2, 2),
     "sparse": ([[vertical(h) for h in range(4)]] * 2, 4),
@@ -53,13 +53,15 @@ MODELS: dict[str, tuple[list[Sequence[Pattern]], int]] = {
 # Settings of each registered pattern, such that some heads drop blocks within NUM_BLOCKS.
 REGISTERED: dict[str, PatternConfig] = {
     "local_vertical": PatternConfig(local=1, stride=4, sinks=1),
-    "ranges": PatternConfig("ranges", ranges=[[1, 1], [2, 2], [None, 3]]),  # takes up again what it dropped
+    "ranges": PatternConfig(
+        "ranges", ranges=[[1, 1], [2, 2], [None, 3]]
+    ),  # later queries need blocks that earlier ones don't
     "sliding_window": PatternConfig("sliding_window", window=2, sinks=1),
     "global_blocks": PatternConfig("global_blocks", local=1, globals=[0, 3]),
     "dilated": PatternConfig("dilated", local=1, dilation=3),
     "dense": PatternConfig("dense"),
     "reference": PatternConfig("reference", local=1, stride=4, offset=1),
-    "file": PatternConfig("file", file=""),  # of random masks
+    "file": PatternConfig("file", file=""),  # random masks
 }
 
 

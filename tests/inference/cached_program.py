@@ -1,6 +1,6 @@
-"""Decodes small random models with a cache and without one, and prints what it measured as JSON.
+"""Decodes small random models with and without a cache, and prints measurements as JSON.
 
-In a process of its own, since Megatron's groups and its CPU mode are global; under torchrun tensor parallel.
+Runs in a separate process, since Megatron's groups and its CPU mode are global. Under torchrun it is tensor parallel.
 """
 
 import gc
@@ -33,7 +33,7 @@ from tests.inference.uncached import greedy_decode
 def build(
     model_or_layout: str | HybridLayout, device: torch.device, tp: int = 1, backend: str = "auto"
 ) -> tuple[GPTModel, HybridLayout]:
-    """A random model: one of MODELS by name, or of a layout of heads such as theirs."""
+    """Build a random model: one of MODELS by name, or with a given layout of heads."""
     hybrid = hybrid_of(model_or_layout) if isinstance(model_or_layout, str) else model_or_layout
     groups = hybrid.num_query_groups
     model = ModelConfig("test", len(hybrid.layers), 64, 96, 4, groups, 16, VOCABULARY, init_std=0.2)
@@ -52,7 +52,7 @@ def positions_like(tokens: Tensor) -> Tensor:
 
 
 def brute_force_pages(cache: KVCache, hybrid: HybridLayout, length: int) -> int:
-    """Pages of a sequence, from the patterns by definition."""
+    """Count pages of a sequence from the patterns' definition."""
     query, key = torch.arange(cache.num_blocks)[:, None], torch.arange(cache.num_blocks)[None]
     count = 0
     for layer in hybrid.layers:
@@ -74,7 +74,7 @@ def compare(
     backend: str = "auto",
     sequences: int = 2,
 ) -> dict[str, Any]:
-    """Errors against float64 of all logits from the prompt's end on, and pages held after each token."""
+    """Measure errors of all logits after the prompt against float64, and pages in use after each token."""
     gpt, hybrid = build(model_or_layout, device, tp, backend)
     tokens = torch.randint(0, VOCABULARY, (sequences, total), device=device)
     position_ids = positions_like(tokens)
@@ -93,7 +93,7 @@ def compare(
     cached = torch.stack(found, 1)
     for core in gpt.modules():
         if isinstance(core, CausalCoreAttention):
-            core.backend = "torch"  # which takes float64
+            core.backend = "torch"  # which supports float64
     exact = gpt.double()(tokens, position_ids, None)[:, prompt - 1 :]
     return {
         "error": float((cached.double() - exact).norm()),
@@ -108,7 +108,7 @@ def compare(
 
 
 def unequal_prompts(device: torch.device) -> dict[str, Any]:
-    """Each sequence of a batch continues as it does alone; in float64, so that no choice is a matter of rounding."""
+    """Decode sequences in a batch and alone, in float64, so that rounding changes no token."""
     gpt = build("hybrid", device)[0].double()
     lengths = [BLOCK - 1, 3 * BLOCK, 1, 2 * BLOCK + 5]
     prompts = torch.randint(0, VOCABULARY, (4, 3 * BLOCK), device=device)
@@ -118,7 +118,7 @@ def unequal_prompts(device: torch.device) -> dict[str, Any]:
 
 
 def unequal_pages(device: torch.device) -> dict[str, Any]:
-    """Pages of sequences at unequal lengths, after each step and by the definition."""
+    """Count pages of sequences of unequal lengths after each step, and by definition."""
     gpt, hybrid = build("scattered", device)
     lengths, held, brute = [5, 2 * BLOCK + 1, 3 * BLOCK], [], []
     with kv_cache(gpt, 3, 5 * BLOCK) as cache:
@@ -132,7 +132,7 @@ def unequal_pages(device: torch.device) -> dict[str, Any]:
 
 
 def end_of_document(device: torch.device) -> dict[str, Any]:
-    """Sequences end at a token that they do write, and are filled up with it."""
+    """Decode sequences that end at a token they generate, and are filled with it."""
     gpt = build("sparse", device)[0].double()
     prompts = torch.randint(0, VOCABULARY, (3, 20), device=device)
     free = generate(gpt, prompts, 40)
@@ -141,7 +141,7 @@ def end_of_document(device: torch.device) -> dict[str, Any]:
 
 
 def finished_sequences(device: torch.device) -> dict[str, Any]:
-    """Pages of a finished sequence are free, and the other goes on as before."""
+    """Finish one sequence; count its pages, and continue the other."""
     gpt, _ = build("hybrid", device)
     tokens = torch.randint(0, VOCABULARY, (2, 60), device=device)
     runs = []
@@ -159,11 +159,11 @@ def finished_sequences(device: torch.device) -> dict[str, Any]:
     return {"same": torch.equal(plain, found), "before": before, "after": after, "agrees": agrees}
 
 
-def refusals(device: torch.device) -> dict[str, Any]:
+def rejections(device: torch.device) -> dict[str, Any]:
     gpt, _ = build("dense", device)
     tokens = torch.randint(0, VOCABULARY, (1, 3 * BLOCK), device=device)
 
-    def said(action: Any, kind: type[Exception]) -> str:
+    def message_of(action: Any, kind: type[Exception]) -> str:
         try:
             action()
         except kind as error:
@@ -201,20 +201,20 @@ def refusals(device: torch.device) -> dict[str, Any]:
     def one_dimension() -> None:
         generate(gpt, tokens[0], 1)
 
-    answers = {"pool": said(small_pool, OutOfPagesError), "full": said(full, ValueError)}
-    answers |= {"token": said(unknown_token, ValueError), "flat": said(one_dimension, ValueError)}
-    answers |= {"nested": said(nested, ValueError), "parallel": said(sequence_parallel, ValueError)}
-    answers["training"] = said(training, ValueError)
+    answers = {"pool": message_of(small_pool, OutOfPagesError), "full": message_of(full, ValueError)}
+    answers |= {"token": message_of(unknown_token, ValueError), "flat": message_of(one_dimension, ValueError)}
+    answers |= {"nested": message_of(nested, ValueError), "parallel": message_of(sequence_parallel, ValueError)}
+    answers["training"] = message_of(training, ValueError)
     attached = [core.kv for core in gpt.modules() if isinstance(core, CausalCoreAttention)]
     return answers | {"attached": sum(kv is not None for kv in attached)}
 
 
 def forgotten(device: torch.device) -> dict[str, Any]:
-    """The pool's memory goes with the context, and the model trains on as before."""
+    """Check that leaving the context frees the pool's memory and restores the model."""
     gpt, _ = build("hybrid", device)
     tokens = torch.randint(0, VOCABULARY, (2, 40), device=device)
     before = gpt(tokens, positions_like(tokens), None)
-    gc.disable()  # the memory is too large to wait for a collection
+    gc.disable()  # the memory must be freed without a collection
     with kv_cache(gpt, 2, 40) as cache:
         CachedModel(gpt, cache).prefill(tokens[:, :30])
         pool = weakref.ref(cache.pool.keys)
@@ -226,7 +226,7 @@ def forgotten(device: torch.device) -> dict[str, Any]:
 
 @torch.no_grad()
 def later_queries(device: torch.device) -> dict[str, Any]:
-    """A dense layer's chunk by torch, and by the sparse op as Hopper takes it."""
+    """Compute a dense layer's chunk by torch, and by the sparse op as on Hopper."""
     gpt, _ = build("hybrid", device)
     (core, *_) = (m for m in gpt.modules() if isinstance(m, DenseCoreAttention))
     s_k, s_q = 3 * BLOCK + 5, BLOCK + 3
@@ -238,7 +238,7 @@ def later_queries(device: torch.device) -> dict[str, Any]:
 
 
 def longer_than_masks(device: torch.device) -> str:
-    """What is said where a cache is to have more blocks than a file's masks."""
+    """Error message for a cache with more blocks than a file's masks."""
     gpt, _ = build(registered("file"), device)
     try:
         with kv_cache(gpt, 1, BLOCK * NUM_BLOCKS + 1):
@@ -248,7 +248,7 @@ def longer_than_masks(device: torch.device) -> str:
 
 
 def measure_registered(device: torch.device) -> dict[str, Any]:
-    """Every registered pattern, a schedule that goes on from layer to layer, and blocks of 64."""
+    """Measure every registered pattern, a layout schedule that continues across layers, and blocks of 64."""
     results: dict[str, Any] = {"longer than masks": longer_than_masks(device)}
     layouts = {kind: registered(kind) for kind in PATTERNS} | {"rotating": registered("local_vertical", "rotating")}
     for name, layout in layouts.items():
@@ -259,7 +259,7 @@ def measure_registered(device: torch.device) -> dict[str, Any]:
 
 
 def measure_triton(device: torch.device, tp: int) -> dict[str, Any]:
-    """By the interpreted kernels; few steps, since one takes half a second."""
+    """Measure the interpreted kernels in few steps, since one takes half a second."""
     if tp > 1:
         return {"tp": compare("different heads in a group", device, 2 * BLOCK - 3, BLOCK, 2 * BLOCK + 3, tp, "triton")}
     names = ("hybrid", "different heads in a group")
@@ -268,7 +268,7 @@ def measure_triton(device: torch.device, tp: int) -> dict[str, Any]:
 
 @torch.no_grad()
 def on_cuda(name: str, device: torch.device) -> dict[str, Any]:
-    """Steps run and steps replayed from a CUDA graph, beside the uncached forward."""
+    """Compare eager steps and steps replayed from a CUDA graph with the uncached forward."""
     gpt, _ = build(name, device)
     total, prompt = BLOCK * NUM_BLOCKS, 2 * BLOCK + 3
     tokens = torch.randint(0, VOCABULARY, (3, total), device=device)
@@ -305,7 +305,7 @@ def main() -> None:
 
 
 def measure_models(device: torch.device, tp: int) -> dict[str, Any]:
-    """All of MODELS, and whatever else is asked of one rank."""
+    """Measure all of MODELS, and on one rank everything else."""
     results: dict[str, Any] = {}
     longest = BLOCK * NUM_BLOCKS
     for name in MODELS:
@@ -315,14 +315,14 @@ def measure_models(device: torch.device, tp: int) -> dict[str, Any]:
     if tp == 1:
         for prompt in (1, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK, 5 * BLOCK + 3):
             for total in (prompt + 1, prompt + BLOCK + 2):
-                # of two sequences, the rounding of a single token's logits decides now and then
+                # with two sequences, rounding of a single token's logits may change the result
                 results[f"hybrid {prompt} {total}"] = compare("hybrid", device, prompt, 2 * BLOCK, total, sequences=4)
         for scenario in (
             unequal_prompts,
             unequal_pages,
             end_of_document,
             finished_sequences,
-            refusals,
+            rejections,
             forgotten,
             later_queries,
         ):

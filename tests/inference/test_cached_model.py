@@ -1,4 +1,4 @@
-"""Cached decoding of whole models agrees with the uncached forward, and holds just the pages that the layout needs."""
+"""Cached decoding agrees with the uncached forward, and keeps only the pages that the layout needs."""
 
 import json
 import os
@@ -57,61 +57,61 @@ def registered() -> Results:
 
 def assert_agrees(result: dict[str, Any]) -> None:
     assert_agrees_on_a_rank(result)
-    assert result["held"] == result["brute"]  # by the definition
+    assert result["held"] == result["brute"]  # counted by definition
 
 
 def assert_agrees_on_a_rank(result: dict[str, Any]) -> None:
-    # At rounding level: as near to float64 as the uncached forward is.
+    # As close to float64 as the uncached forward is.
     assert result["error"] <= 2 * result["plain_error"]
     assert result["plain_error"] < 1e-5 * result["scale"]
-    # Counted by the free list, by the closed form, and in the tables.
+    # Counted by the free list, by the closed form and in the tables.
     assert result["held"] == result["predicted"]
     assert result["stored"] == [[count, count] for count in result["held"]]
 
 
 @pytest.mark.parametrize("prefill", ["", " in chunks"])
 @pytest.mark.parametrize("model", MODELS)
-def test_token_by_token_as_the_uncached_forward(alone: Results, model: str, prefill: str) -> None:
+def test_decoding_agrees_with_the_uncached_forward(alone: Results, model: str, prefill: str) -> None:
     assert_agrees(alone[model + prefill])
 
 
-def test_the_triton_kernels_in_a_model() -> None:
+def test_the_triton_kernels_agree_in_a_model() -> None:
     for result in measure(1, "triton", interpret=True).values():
         assert_agrees(result)
 
 
-def test_the_triton_kernels_under_tensor_parallel() -> None:
+def test_the_triton_kernels_agree_under_tensor_parallel() -> None:
     assert_agrees_on_a_rank(measure(2, "triton", interpret=True)["tp"])
 
 
 @pytest.mark.parametrize("kind", PATTERNS)
-def test_every_registered_pattern_as_the_uncached_forward(registered: Results, kind: str) -> None:
+def test_every_registered_pattern_agrees_with_the_uncached_forward(registered: Results, kind: str) -> None:
     assert_agrees(registered[kind])
 
 
-def test_layers_that_rotate_on_as_the_uncached_forward(registered: Results) -> None:
+def test_a_layout_schedule_across_layers_agrees_with_the_uncached_forward(registered: Results) -> None:
     assert_agrees(registered["rotating"])
 
 
 @pytest.mark.parametrize("prompt", [127, 128, 129])
-def test_blocks_of_64_whose_border_is_near_the_prompts_end(registered: Results, prompt: int) -> None:
+def test_blocks_of_64_with_a_border_near_the_prompts_end_agree(registered: Results, prompt: int) -> None:
     assert_agrees(registered[f"64 {prompt}"])
 
 
-def test_a_cache_longer_than_a_files_masks_is_refused(registered: Results) -> None:
-    said = str(registered["longer than masks"])
-    assert f"masks.npz: its masks end at {NUM_BLOCKS} blocks, and the sequence has {NUM_BLOCKS + 1}" in said
+def test_a_cache_longer_than_a_files_masks_is_rejected(registered: Results) -> None:
+    message = str(registered["longer than masks"])
+    assert f"masks.npz: its masks end at {NUM_BLOCKS} blocks, and the sequence has {NUM_BLOCKS + 1}" in message
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_steps_replayed_from_a_graph_are_those_run() -> None:
+def test_on_a_gpu_steps_replayed_from_a_graph_equal_eager_steps() -> None:
     for result in measure(1, "cuda", device=os.environ.get("CUDA_VISIBLE_DEVICES", "0")).values():
         assert result["replayed_as_run"]
         assert result["difference"] < 1e-5  # ten times the rounding of float32 on a CPU
         assert result["agrees"]
 
 
-def test_at_every_place_of_a_block(alone: Results) -> None:
+def test_prompts_may_end_at_every_position_of_a_block(alone: Results) -> None:
     cases = [name for name in alone if name.startswith("hybrid ") and name != "hybrid in chunks"]
     assert len(cases) == 12
     for name in cases:
@@ -119,31 +119,31 @@ def test_at_every_place_of_a_block(alone: Results) -> None:
 
 
 @pytest.mark.parametrize("model", ["sparse", "sinks", "hybrid", "scattered"])
-def test_less_is_held_than_a_dense_cache_would(alone: Results, model: str) -> None:
+def test_a_sparse_layout_keeps_fewer_pages_than_a_dense_cache(alone: Results, model: str) -> None:
     assert max(alone[model]["held"]) < 0.9 * alone[model]["dense"]
 
 
-def test_a_dense_model_holds_everything_until_the_end(alone: Results) -> None:
+def test_a_dense_model_keeps_everything_until_the_end(alone: Results) -> None:
     held, dense = alone["dense"]["held"], alone["dense"]["dense"]
     assert max(held) == dense
     assert held[-1] == 0  # no query comes after the last token
 
 
 @pytest.mark.parametrize("model", [name for name, (_, groups) in MODELS.items() if groups % 2 == 0])
-def test_tensor_parallel(tensor_parallel: Results, model: str) -> None:
+def test_tensor_parallel_ranks_agree_with_the_uncached_forward(tensor_parallel: Results, model: str) -> None:
     for prefill in ("", " in chunks"):
         assert_agrees_on_a_rank(tensor_parallel[model + prefill])
 
 
-def test_sequences_of_a_batch_continue_as_they_do_alone(alone: Results) -> None:
+def test_sequences_of_a_batch_continue_as_when_decoded_alone(alone: Results) -> None:
     assert alone["unequal_prompts"]["together"] == alone["unequal_prompts"]["alone"]
 
 
-def test_sequences_of_unequal_lengths_hold_what_each_needs(alone: Results) -> None:
+def test_sequences_of_unequal_lengths_keep_the_pages_that_each_needs(alone: Results) -> None:
     assert alone["unequal_pages"]["held"] == alone["unequal_pages"]["brute"]
 
 
-def test_what_follows_the_end_is_filled_with_it(alone: Results) -> None:
+def test_tokens_after_the_end_are_filled_with_the_end_token(alone: Results) -> None:
     result = alone["end_of_document"]
     eod, ends = result["eod"], 0
     for free, ended in zip(result["free"], result["ended"], strict=True):
@@ -153,28 +153,28 @@ def test_what_follows_the_end_is_filled_with_it(alone: Results) -> None:
     assert ends
 
 
-def test_a_finished_sequence_frees_its_pages_and_disturbs_no_other(alone: Results) -> None:
+def test_a_finished_sequence_frees_its_pages_and_leaves_others_unchanged(alone: Results) -> None:
     result = alone["finished_sequences"]
     assert result["same"]
     assert result["agrees"]
     assert result["after"] == result["before"] // 2 > 0
 
 
-def test_what_can_not_be_decoded_is_refused(alone: Results) -> None:
-    said = alone["refusals"]
-    assert "num_pages" in said["pool"]
-    assert f"{BLOCK} tokens already" in said["full"]
-    assert "attached already" in said["nested"]
-    assert "tensor parallel models only" in said["parallel"]
-    assert "training mode" in said["training"]
-    assert "the model's tokens are 0 to " in said["token"]
-    assert "prompts must be int64 [b, s]" in said["flat"]
+def test_models_and_prompts_that_cannot_be_decoded_are_rejected(alone: Results) -> None:
+    messages = alone["rejections"]
+    assert "num_pages" in messages["pool"]
+    assert f"{BLOCK} tokens: open" in messages["full"]
+    assert "already attached" in messages["nested"]
+    assert "only tensor parallel models" in messages["parallel"]
+    assert "training mode" in messages["training"]
+    assert "the model's tokens are 0 to " in messages["token"]
+    assert "prompts must be int64 [b, s]" in messages["flat"]
 
 
-def test_nothing_is_left_after_the_context(alone: Results) -> None:
-    assert alone["refusals"]["attached"] == 0
+def test_the_context_leaves_nothing_attached(alone: Results) -> None:
+    assert alone["rejections"]["attached"] == 0
     assert alone["forgotten"] == {"gone": True, "same": True}
 
 
-def test_a_dense_layers_later_queries_are_the_same_by_the_sparse_op(alone: Results) -> None:
+def test_a_dense_layers_later_chunk_is_the_same_by_the_sparse_op(alone: Results) -> None:
     assert 0 <= alone["later_queries"]["difference"] < 1e-6

@@ -1,4 +1,4 @@
-"""The timing of whole models, tried on a CPU."""
+"""The timing of whole models works on a CPU."""
 
 import json
 import os
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("prompts", ["read", "random"])
-def test_a_cache_is_timed_and_holds_what_is_predicted(tmp_path: Path, prompts: str) -> None:
+def test_a_cache_is_timed_and_has_the_predicted_bytes(tmp_path: Path, prompts: str) -> None:
     output = tmp_path / "speed.json"
     settings = ["+model=tiny_hybrid", "--lengths", "300", "--batches", "2", "--tokens", "5", "--chunk", "128"]
     if prompts == "random":

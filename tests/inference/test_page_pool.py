@@ -1,4 +1,4 @@
-"""Pages are lent once, and come back."""
+"""Pages are allocated once and can be freed."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ def pool(num_pages: int) -> PagePool:
     return PagePool(num_pages, 16, 8, torch.float32, torch.device("cpu"))
 
 
-def test_no_page_is_lent_twice() -> None:
+def test_no_page_is_allocated_twice() -> None:
     pages, rng = pool(20), np.random.default_rng()
     held: list[int] = []
     for _ in range(100):
@@ -24,10 +24,10 @@ def test_no_page_is_lent_twice() -> None:
         held = held[returned:]
 
 
-def test_more_than_there_are_is_refused_and_nothing_taken() -> None:
+def test_allocating_too_many_pages_is_rejected_and_allocates_none() -> None:
     pages = pool(3)
     pages.take(2)
-    with pytest.raises(OutOfPagesError, match="2 pages of 1,024 bytes are needed and 1 of 3 are free"):
+    with pytest.raises(OutOfPagesError, match="2 pages of 1,024 bytes are needed, but 1 of 3 are free"):
         pages.take(2)
     assert pages.used == 2
 

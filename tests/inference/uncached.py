@@ -1,4 +1,4 @@
-"""Decoding by whole forward passes: what decoding over a cache is held against."""
+"""Decodes by whole forward passes, as a reference for decoding over a cache."""
 
 from typing import Protocol
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class LanguageModel(Protocol):
-    """What is asked of a model: Megatron's GPTModel satisfies it, and so does any causal callable."""
+    """Interface of a model: Megatron's GPTModel, or any causal callable."""
 
     def __call__(self, tokens: Tensor, position_ids: Tensor, attention_mask: None, /) -> Tensor:
         """int64 [b, s], int64 [b, s], None -> logits [b, s, vocab] over the whole vocabulary."""
@@ -15,7 +15,7 @@ class LanguageModel(Protocol):
 
 @torch.no_grad()
 def greedy_decode(model: LanguageModel, prompts: Tensor, new_tokens: int) -> Tensor:
-    """The most likely next token, `new_tokens` times, by a full forward pass each (no cache).
+    """Decode greedily, with a full forward pass for each token and no cache.
 
     Every pass has the final length, with zeros where nothing is written yet: a causal model does not see
     them, and layouts and compiled kernels are made once instead of once a token.
