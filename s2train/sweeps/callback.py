@@ -1,4 +1,4 @@
-"""What Hydra does when a sweep has ended."""
+"""Reports a sweep's results at its end, as a Hydra callback."""
 
 import sys
 from pathlib import Path
@@ -8,8 +8,11 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 
-class AtTheEnd(Callback):
-    """Table and picture of all jobs, whichever sweeper proposed them; a sweep with failed jobs ends with status 1."""
+class SweepReport(Callback):
+    """Reports all jobs of a sweep in a table and a picture.
+
+    A sweep with failed jobs exits with status 1.
+    """
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         from s2train.sweeps.report import report  # matplotlib: slow, and no single run needs it

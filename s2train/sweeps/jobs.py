@@ -1,4 +1,4 @@
-"""The jobs of a sweep, and how far each is, judged from the plain files of its run folder."""
+"""Describes a sweep's jobs, with their state from their folders."""
 
 import json
 import re
@@ -17,23 +17,27 @@ from s2train.sweeps.names import setting_and_value
 from s2train.training.records import read_records
 
 RECORD, LOG = "sweep.json", "log.txt"
-RANK_LOGS = "logs"  # of each rank, in a job of several nodes: HOST/START/attempt_N/RANK/stderr.log
-_OWN = ("run_dir", "tracking.group")  # settings that the sweep gives each job
-# Settings that change no result. Of data.end_token a run saves what its data tell.
+RANK_LOGS = "logs"  # logs of each rank in a job on several nodes: HOST/START/attempt_N/RANK/stderr.log
+_SET_BY_SWEEP = ("run_dir", "tracking.group")  # settings that the sweep sets for each job
+# Settings that change no result. data.end_token is among them, since a run saves the one recorded in its data.
 _NO_RESULT = ("run_dir", "tracking.", "checkpoint.", "plan", "data.end_token")
 
 
 class Status(StrEnum):
-    """What became of a job."""
+    """State of a job."""
 
     WAITING = "waiting"
-    PLANNED = "planned"  # plan=true: judged, not started
-    REFUSED = "refused"  # its settings can't work
-    WRITTEN = "written"  # its batch script
+    PLANNED = "planned"  # plan=true: checked, not started
+    REJECTED = "rejected"  # its settings can't work
+    WRITTEN = "written"  # its batch script is written
     SUBMITTED = "submitted"
     STOPPED = "stopped"  # the sweep was interrupted
     FAILED = "failed"
     FINISHED = "finished"
+
+    @classmethod
+    def _missing_(cls, value: object) -> "Status | None":
+        return cls.REJECTED if value == "refused" else None  # its name in records of earlier versions
 
 
 @dataclass
@@ -41,14 +45,14 @@ class Job:
     """One run of a sweep.
 
     Attributes:
-        label: the swept settings, as typed.
-        swept: the same, by setting.
-        arguments: of the program.
-        layers: a letter a layer; empty if the settings were refused.
-        density: kept / causal positions of the whole model; None if the settings were refused.
-        last_step: at which the run is finished.
-        error: why it was refused, or failed, in one line.
-        is_earlier: of a sweep before, into the same folder.
+        label: the swept settings as typed.
+        swept: values of the swept settings.
+        arguments: arguments of the program.
+        layers: one letter per layer; empty if the settings were rejected.
+        density: kept / causal positions of the whole model; None if the settings were rejected.
+        last_step: step at which the run is finished.
+        error: why the job was rejected or failed, in one line.
+        is_earlier: whether an earlier sweep into the same folder ran it.
     """
 
     folder: Path
@@ -64,45 +68,53 @@ class Job:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run has saved its last step or, if it was to save nothing, done it, by its plain files."""
+        """Whether the run has saved its last step.
+
+        Or done it, if the run saves nothing.
+        """
         metrics, config = self.folder / "metrics.jsonl", self.folder / "config.yaml"
         if not metrics.is_file():
             return False
         saves = not config.is_file() or OmegaConf.select(OmegaConf.load(config), "checkpoint.save", default=True)
-        # a report has a step and a loss, other events have names
+        # a report has no event name
         done = [r["step"] for r in read_records(metrics) if r.get("event") == ("checkpoint" if saves else None)]
         return max(done, default=-1) >= self.last_step > 0
 
     def summary(self) -> Summary | None:
-        """What the run has come to so far; None if it has reported nothing."""
+        """Summarize the run so far; None if it has reported nothing."""
         try:
             return summarize(self.folder)
         except ConfigError:
             return None
 
     def loss(self) -> float | None:
-        """Held-out loss of a finished run, nats per token, or its last loss if none was measured; else None."""
-        summary = self.summary() if self.status is Status.FINISHED else None
-        return None if summary is None else summary.judged_by[1]
+        """Held-out loss of a finished run, or its last loss.
 
-    def told_loss(self) -> str:
-        """The same in words: `held out 2.1234`."""
+        In nats per token.
+
+        None if the run is not finished.
+        """
         summary = self.summary() if self.status is Status.FINISHED else None
-        name, value = ("loss", None) if summary is None else summary.judged_by
+        return None if summary is None else summary.ranking_loss[1]
+
+    def loss_text(self) -> str:
+        """Format the loss: `held out 2.1234`."""
+        summary = self.summary() if self.status is Status.FINISHED else None
+        name, value = ("loss", None) if summary is None else summary.ranking_loss
         return "no loss" if value is None else f"{name} {value:.4f}"
 
 
-def told_apart(jobs: list[Job]) -> list[Job]:
-    """The same jobs, each named by whatever of its arguments some other lacks or has otherwise.
+def relabel(jobs: list[Job]) -> list[Job]:
+    """Label jobs of several sweeps by all arguments in which they differ.
 
-    For jobs of several sweeps: what one swept may be fixed in another, and told by neither.
+    A setting swept in one sweep may be fixed in another, whose labels then lack it.
     """
     given = [dict(setting_and_value(word) for word in job.arguments if "=" in word) for job in jobs]
     swept = {setting for job in jobs for setting in job.swept}
     names = [
         name
         for name in dict.fromkeys(name for values in given for name in values)
-        if name in swept or (name not in _OWN and len({values.get(name) for values in given}) > 1)
+        if name in swept or (name not in _SET_BY_SWEEP and len({values.get(name) for values in given}) > 1)
     ]
     named = [{name: values[name] for name in names if name in values} for values in given]
     return [
@@ -112,16 +124,18 @@ def told_apart(jobs: list[Job]) -> list[Job]:
 
 
 def changed_setting(folder: Path, cfg: PretrainConfig) -> str | None:
-    """What the run in `folder` was trained with, where that differs from `cfg`: `optim.lr=0.001`; None if nothing does.
+    """Find a setting of a finished run that differs from `cfg`.
 
-    For files in conf/ may change under the same overrides. Settings that only one of the two knows are left out, and
-    those that change no result.
+    Such as `optim.lr=0.001`, as the run in `folder` had it.
+
+    Files in conf/ may change under the same overrides. Ignores settings that only one of the two has, and settings that
+    change no result. Returns None if nothing differs.
     """
     path = folder / "config.yaml"
     if not path.is_file():
         return None
     saved: Any = OmegaConf.to_container(OmegaConf.load(path))
-    # Through JSON, where tuples and lists are one.
+    # Through JSON, which turns tuples into lists.
     before, now = (dict(settings_by_name(node)) for node in (saved, json.loads(json.dumps(asdict(cfg)))))
     for name in now:
         if name in before and before[name] != now[name] and not name.startswith(_NO_RESULT):
@@ -130,10 +144,10 @@ def changed_setting(folder: Path, cfg: PretrainConfig) -> str | None:
 
 
 def last_error(log: Path) -> str:
-    """The line of a job's log that says why it failed: its last `error: …`, else the first exception, else the end.
+    """Find the line of a job's log that says why it failed.
 
-    The log of several nodes has their first ranks' lines alone; what tells nothing is looked for in the other ranks'
-    own before the end is taken.
+    It is the last `error: …`, or else the first exception, or else the last line. A job on several nodes logs only the
+    first rank of each node, so the logs of all ranks are searched before the last line is used.
     """
     lines = _lines(log)
     ranks = [line for rank in _rank_logs(log.parent / RANK_LOGS) for line in _lines(rank)]
@@ -141,23 +155,29 @@ def last_error(log: Path) -> str:
 
 
 def _lines(log: Path) -> list[str]:
-    """A log's lines, without the ranks before them (torchrun writes one, and torch another) and without empty ones."""
+    """Read a log's lines without empty ones and without rank prefixes.
+
+    Both torchrun and torch may add a prefix.
+    """
     text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
     return [re.sub(r"^(\[rank\d+\]:\s?)+", "", line).rstrip() for line in text.splitlines() if line.strip()]
 
 
 def _cause(lines: list[str]) -> str | None:
-    told = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    # ChildFailedError is torchrun's own and tells no cause.
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    # ChildFailedError is torchrun's and names no cause.
     raised = [line for line in lines if re.match(r"[\w.]*(Error|Exception)(:|$)", line) and "ChildFailed" not in line]
-    return next(iter(told[-1:] + raised[:1]), None)
+    return next(iter(errors[-1:] + raised[:1]), None)
 
 
 def _rank_logs(folder: Path) -> list[Path]:
-    """What the ranks of the newest attempt wrote, on all nodes; first the rank that ended first."""
+    """Logs of the newest attempt's ranks on all nodes.
+
+    The rank that ended first comes first.
+    """
     newest = max((attempt.stat().st_mtime for attempt in folder.glob("*/*/attempt_*")), default=0.0)
     written = [(log.stat().st_mtime, log) for log in folder.glob("*/*/attempt_*/*/stderr.log")]
-    # What was last written to before that attempt began is an earlier one's, or of a node that is no longer the job's.
+    # A log last written before that attempt began belongs to an earlier one, or to a node that left the job.
     return [log for time, log in sorted(written) if time >= newest]
 
 
@@ -169,7 +189,7 @@ def write_record(sweep_dir: Path, jobs: list[Job]) -> None:
 
 
 def read_record(sweep_dir: Path) -> list[Job]:
-    """The jobs that `write_record` wrote; none if it did not."""
+    """Read the jobs that `write_record` wrote; empty if there is no record."""
     path = sweep_dir / RECORD
     if not path.is_file():
         return []

@@ -1,8 +1,8 @@
-"""What Hydra's sweepers hand their jobs to: `python launch/pretrain.py -m …`.
+"""Launches the jobs of Hydra's sweepers: `python launch/pretrain.py -m …`.
 
-All jobs are composed and judged before the first starts. Each lives in a folder of its own under `hydra.sweep.dir`,
-named by its overrides, so that the same command again skips what is finished and goes on with the rest. Another sweep
-into the same folder adds its jobs to the table.
+All jobs are composed and checked before the first starts. Each has a folder under `hydra.sweep.dir` that is named by
+its overrides, so that the same command, started again, skips finished jobs and resumes the rest. Another sweep into the
+same folder adds its jobs to the table.
 """
 
 import os
@@ -27,16 +27,16 @@ from s2train.config import PretrainConfig, SweepConfig
 from s2train.environment.hardware import Hardware
 from s2train.errors import INTERRUPTED_STATUS, USAGE_STATUS, ConfigError
 from s2train.planning import Plan, check, check_memory, planned_for, preview, resolve
-from s2train.sweeps.jobs import Job, Status, changed_setting, read_record, told_apart, write_record
+from s2train.sweeps.jobs import Job, Status, changed_setting, read_record, relabel, write_record
 from s2train.sweeps.names import job_folder, label, setting_and_value
 
 
 @dataclass(frozen=True)
 class Program:
-    """What every job runs.
+    """Program that every job runs.
 
     Attributes:
-        arguments: which Hydra config, where not the program's own.
+        arguments: arguments that select the Hydra config.
     """
 
     python: str
@@ -46,27 +46,30 @@ class Program:
 
 
 class SweepLauncher(Launcher):
-    """Judges jobs, skips finished ones, has the rest run, and tells the sweeper their losses."""
+    """Checks and runs jobs, and returns losses to the sweeper.
+
+    Skips finished jobs.
+    """
 
     settings: SweepConfig
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Hydra's; refuses settings of the sweep itself."""
+        """Implement Hydra's interface; rejects bad settings of the sweep."""
         self.context, self.config = hydra_context, config
         self.sweep_dir = Path(config.hydra.runtime.cwd, config.hydra.sweep.dir)
         self.program = _program(config)
         self.swept = _swept_settings(hydra_context, config)
         self.jobs: dict[Path, Job] = {}
-        self.trials = 0  # proposals so far, repeated ones too
+        self.trials = 0  # proposals so far, including repeated ones
         self.earlier = [
             replace(job, is_earlier=True) for job in read_record(self.sweep_dir) if job.summary() is not None
         ]
         run_command(self._check_sweep)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Hydra's: run one batch of jobs.
+        """Run one batch of jobs (Hydra's interface).
 
-        A job without a loss returns None as COMPLETED: at a FAILED one Hydra's own sweeper would end the sweep.
+        A job without a loss returns None as COMPLETED, since a FAILED one would make Hydra's own sweeper end the sweep.
         """
         batch = [self._prepare(filter_overrides(overrides)) for overrides in job_overrides]
         run_command(lambda: self._run_batch(list({job.folder: job for job in batch}.values())))
@@ -82,29 +85,39 @@ class SweepLauncher(Launcher):
 
     @abstractmethod
     def check_settings(self) -> None:
-        """Raise ConfigError if jobs can't be started here as asked."""
+        """Check that jobs can be started here with these settings.
+
+        Raises:
+            ConfigError: they can't.
+        """
 
     @abstractmethod
     def hardware(self) -> Hardware:
-        """The device of one process of a job."""
+        """Device of one process of a job."""
 
     @abstractmethod
     def world_size(self) -> int:
-        """Processes of a job."""
+        """Number of processes of a job."""
 
     @abstractmethod
     def run(self, jobs: list[Job]) -> None:
-        """Run judged jobs, none of them finished, and set their status."""
+        """Run checked, unfinished jobs, and set their status."""
 
     def record(self) -> None:
-        """Keep what is known of all jobs so far, and of those that an earlier sweep ran in this folder."""
+        """Write the record of all jobs.
+
+        Includes jobs of earlier sweeps in this folder.
+        """
         jobs = list(self.jobs.values())
         known = {job.folder.name for job in jobs}
         earlier = [job for job in self.earlier if job.folder.name not in known]
-        write_record(self.sweep_dir, told_apart([*earlier, *jobs]) if earlier else jobs)
+        write_record(self.sweep_dir, relabel([*earlier, *jobs]) if earlier else jobs)
 
     def _end_without_losses(self) -> None:
-        """End the sweep if no trial has a loss: optuna's sweeper would look for the best one, and raise."""
+        """End the sweep if no trial has a loss.
+
+        Otherwise optuna's sweeper would look for the best one, and raise.
+        """
         jobs = list(self.jobs.values())
         if any(job.loss() is not None for job in jobs):
             return
@@ -123,19 +136,20 @@ class SweepLauncher(Launcher):
 
     def _check_sweep(self) -> None:
         if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-            remedy = "Sweep by `python launch/pretrain.py -m …`, with hydra.launcher.nproc_per_node=N"
-            raise ConfigError("-m", "multirun", "a sweep starts one torchrun for each job and is none itself", remedy)
+            remedy = "Start it with `python launch/pretrain.py -m …` and hydra.launcher.nproc_per_node=N"
+            problem = "a sweep starts a torchrun for each job, and must not run inside one"
+            raise ConfigError("-m", "multirun", problem, remedy)
         for name in ("nproc_per_node", "n_jobs", "nodes"):
             value = getattr(self.settings, name, 1)
             if value < 1:
                 raise ConfigError(f"hydra.launcher.{name}", value, "must be more than 0", f"Set {name} to 1 or more")
         for override in self.config.hydra.overrides.task:
             if setting_and_value(override)[0] == "run_dir":
-                raise ConfigError("run_dir", "…", "each job has a folder of its own", "Set hydra.sweep.dir=FOLDER")
+                raise ConfigError("run_dir", "…", "each job has its own folder", "Set hydra.sweep.dir=FOLDER")
         self.check_settings()
 
     def _prepare(self, overrides: Sequence[str]) -> Job:
-        """The job of some overrides, composed and judged."""
+        """Compose and check the job of some overrides."""
         folder = job_folder(self.sweep_dir, overrides, self.swept)
         if folder in self.jobs:
             return self.jobs[folder]
@@ -151,14 +165,14 @@ class SweepLauncher(Launcher):
             cfg = resolve(composed, loader.get_group_options("model"))
             plan = self._plan(cfg)
         except (ConfigError, HydraException, OmegaConfBaseException) as error:
-            job.status, job.error = Status.REFUSED, str(error).splitlines()[0]
+            job.status, job.error = Status.REJECTED, str(error).splitlines()[0]
             return job
         job.layers, job.density, job.last_step = plan.letters, plan.density, cfg.train.last_step
         if cfg.tracking.group is None:
             job.arguments.append(f"tracking.group={quoted(self.sweep_dir.name)}")
         if job.is_finished and (before := changed_setting(folder, cfg)) is not None:
-            job.status = Status.REFUSED
-            job.error = f"{folder} was trained with {before}; name another hydra.sweep.dir, or move it away"
+            job.status = Status.REJECTED
+            job.error = f"{folder} was trained with {before}; set another hydra.sweep.dir, or move the folder away"
         elif job.is_finished:
             job.status = Status.FINISHED
         elif cfg.plan.asked:
@@ -166,7 +180,13 @@ class SweepLauncher(Launcher):
         return job
 
     def _plan(self, cfg: PretrainConfig) -> Plan:
-        """Of a job on the machine that runs it, or on the one that it is to be planned for; raises as `check`."""
+        """Plan a job for its machine.
+
+        This is the machine that runs it, or the one in its plan settings.
+
+        Raises:
+            ConfigError: the job can't run there.
+        """
         if cfg.plan.device is None and cfg.plan.count is None:
             return check(cfg, self.world_size(), self.hardware())
         plan = preview(cfg, *planned_for(cfg, self.world_size()))
@@ -175,18 +195,18 @@ class SweepLauncher(Launcher):
 
     def _run_batch(self, jobs: list[Job]) -> None:
         waiting = [job for job in jobs if job.status is Status.WAITING]
-        refused = [job for job in jobs if job.status is Status.REFUSED]
-        for job in refused:
+        rejected = [job for job in jobs if job.status is Status.REJECTED]
+        for job in rejected:
             print(f"error: {job.label}: {job.error}", file=sys.stderr, flush=True)
-        if refused and not self.settings.skip_invalid:
+        if rejected and not self.settings.skip_invalid:
             if self.trials:
                 self._print_report()  # of earlier batches
-            others = ". hydra.launcher.skip_invalid=true starts the others" if len(refused) < len(jobs) else ""
-            rest = f"none of them was started{others}"
-            print(f"error: {len(refused)} of {len(jobs)} jobs can't run; {rest}", file=sys.stderr, flush=True)
+            others = ". hydra.launcher.skip_invalid=true starts the others" if len(rejected) < len(jobs) else ""
+            rest = f"no job was started{others}"
+            print(f"error: {len(rejected)} of {len(jobs)} jobs can't run; {rest}", file=sys.stderr, flush=True)
             sys.exit(USAGE_STATUS)
         finished = sum(job.status is Status.FINISHED for job in jobs)
-        print(f"{self.sweep_dir}: {len(jobs)} jobs, {finished} finished before, {len(waiting)} to run", flush=True)
+        print(f"{self.sweep_dir}: {len(jobs)} jobs, {finished} already finished, {len(waiting)} to run", flush=True)
         try:
             self.run(waiting)
         except KeyboardInterrupt:
@@ -205,7 +225,10 @@ def _program(config: DictConfig) -> Program:
 
 
 def _swept_settings(context: HydraContext, config: DictConfig) -> list[str]:
-    """Settings with more than one value: those given so on the command line, then those of the sweeper."""
+    """List the swept settings.
+
+    Those with several values on the command line come first, then the sweeper's.
+    """
     parser = OverridesParser.create(config_loader=context.config_loader)
     overrides = parser.parse_overrides(list(config.hydra.overrides.task))
     names = [override.get_key_element() for override in overrides if override.is_sweep_override()]

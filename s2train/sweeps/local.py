@@ -1,4 +1,4 @@
-"""The jobs of a sweep on this machine, some at a time."""
+"""Runs the jobs of a sweep on this machine."""
 
 import os
 import time
@@ -10,33 +10,36 @@ import torch
 from s2train.config import LocalSweepConfig
 from s2train.environment.hardware import Hardware, detect
 from s2train.sweeps.commands import environment, torchrun
-from s2train.sweeps.gpus import shares, visible_gpus
+from s2train.sweeps.gpus import divide_gpus, visible_gpus
 from s2train.sweeps.jobs import LOG, Job, Status, last_error
 from s2train.sweeps.launcher import SweepLauncher
 from s2train.sweeps.processes import Command, run_all
 
 
 class LocalLauncher(SweepLauncher):
-    """`hydra/launcher=s2train_local`; settings: `LocalSweepConfig`."""
+    """Launcher `hydra/launcher=s2train_local`, with settings `LocalSweepConfig`."""
 
     def __init__(self, **settings: Any) -> None:
         self.settings: LocalSweepConfig = LocalSweepConfig(**settings)
 
     def check_settings(self) -> None:
-        """Whether there are GPUs enough."""
-        self.shares = shares(self.settings, visible_gpus())
+        """Check that there are enough GPUs."""
+        self.gpus_per_job = divide_gpus(self.settings, visible_gpus())
 
     def hardware(self) -> Hardware:
-        """This machine's; on a CPU all processes at work together share the memory."""
+        """Device of this machine.
+
+        On a CPU, all concurrent processes share the memory.
+        """
         settings = self.settings
         return detect(0, settings.nproc_per_node * (1 if torch.cuda.is_available() else settings.n_jobs))
 
     def world_size(self) -> int:
-        """Processes of a job."""
+        """Number of processes of a job."""
         return self.settings.nproc_per_node
 
     def run(self, jobs: list[Job]) -> None:
-        """Run them all; one that fails doesn't end the others."""
+        """Run all jobs; a failed one doesn't stop the others."""
         program, settings = self.program, self.settings
         commands = [
             Command(
@@ -46,12 +49,12 @@ class LocalLauncher(SweepLauncher):
             )
             for job in jobs
         ]
-        environments = [environment(os.environ, gpus) for gpus in self.shares]
+        environments = [environment(os.environ, gpus) for gpus in self.gpus_per_job]
         started: dict[int, float] = {}
 
         def on_start(index: int) -> None:
             started[index] = time.monotonic()
-            jobs[index].status = Status.STOPPED  # until it has ended by itself
+            jobs[index].status = Status.STOPPED  # until it ends by itself
             print(f"started {jobs[index].label} | {commands[index].log}", flush=True)
 
         with closing(run_all(commands, environments, on_start, settings.grace_s)) as ended:
@@ -63,7 +66,7 @@ class LocalLauncher(SweepLauncher):
                     job.status, job.error = Status.FAILED, last_error(job.folder / LOG)
                 self.record()
                 print(
-                    f"{job.status} {job.label} | {job.error or job.told_loss()} | "
+                    f"{job.status} {job.label} | {job.error or job.loss_text()} | "
                     f"{time.monotonic() - started[index]:.0f} s",
                     flush=True,
                 )

@@ -1,4 +1,4 @@
-"""Names of a sweep's jobs: of their folders, and as people read them."""
+"""Names the folders of a sweep's jobs, and labels the jobs."""
 
 import hashlib
 import re
@@ -10,16 +10,21 @@ _DIGEST_LENGTH = 8
 
 
 def setting_and_value(override: str) -> tuple[str, str]:
-    """`+model=tiny` → (`model`, `tiny`); (`x`, ``) for a deletion `~x`."""
+    """Split an override into setting and value.
+
+    `+model=tiny` → (`model`, `tiny`); a deletion `~x` → (`x`, ``).
+    """
     setting, _, value = override.lstrip("+~").partition("=")
     return setting, value
 
 
 def folder_name(overrides: Sequence[str], swept: Iterable[str]) -> str:
-    """A name for a job's folder that a shell, a file system and Hydra take unquoted, at most 89 characters long.
+    """Build a folder name that needs no quoting.
 
-    The swept settings and a digest of all overrides, which does not depend on their order: two jobs share a name only
-    if they share all overrides.
+    It has at most 89 characters.
+
+    A shell, a file system and Hydra accept it unquoted. It consists of the swept settings and a digest of all overrides
+    that does not depend on their order: two jobs share a name only if they share all overrides.
     """
     words = [f"{setting.rpartition('.')[2]}-{value}" for setting, value in _swept(overrides, swept).items()]
     readable = re.sub(r"[^A-Za-z0-9._-]+", "-", "__".join(words))[:_READABLE_LENGTH].strip("-._")
@@ -28,14 +33,19 @@ def folder_name(overrides: Sequence[str], swept: Iterable[str]) -> str:
 
 
 def job_folder(sweep_dir: Path, overrides: Sequence[str], swept: Iterable[str]) -> Path:
-    """Where a job lives: the folder that has its digest already, whichever settings were swept then, or a new one."""
+    """Folder of a job, by its digest.
+
+    An existing folder with this digest, or a new one.
+
+    The existing folder may come from a sweep of other settings.
+    """
     name = folder_name(overrides, swept)
     digest = name[-_DIGEST_LENGTH - 1 :]
     return next((path for path in sorted(sweep_dir.glob(f"*{digest}")) if path.is_dir()), sweep_dir / name)
 
 
 def label(overrides: Sequence[str], swept: Iterable[str]) -> str:
-    """What tells a job from its sisters, as typed."""
+    """Label of a job: the swept settings as typed."""
     return " ".join(f"{setting}={value}" for setting, value in _swept(overrides, swept).items()) or "the only job"
 
 

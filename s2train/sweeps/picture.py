@@ -1,4 +1,4 @@
-"""Loss and speed of a sweep's runs against the density of their attention."""
+"""Draws loss and speed of runs against attention density."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from s2train.files import replacing
 from s2train.training.plots import COLOURS
 
 _MARKERS = "osD^"
-_MOST_NAMES = len(COLOURS) * len(_MARKERS)  # that can be told apart
+_MOST_NAMES = len(COLOURS) * len(_MARKERS)  # distinguishable names
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,11 @@ class Point:
     """A finished run.
 
     Attributes:
-        name: runs of one name are one thing measured more than once, as with other seeds.
+        name: runs with the same name are repetitions, such as other seeds.
         density: kept / causal positions of the whole model.
-        loss: nats a token.
-        tokens_per_s: of the whole job.
-        is_held_out: whether the loss is.
+        loss: nats per token.
+        tokens_per_s: throughput of the whole job.
+        is_held_out: whether the loss is a held-out loss.
     """
 
     name: str
@@ -37,9 +37,9 @@ class Point:
 
 
 def draw(points: Sequence[Point], out: Path) -> None:
-    """Two panels, loss and tokens/s against density, as a PNG: each run faint, the mean of each name bold.
+    """Draw loss and tokens/s against density in two panels, as a PNG.
 
-    More names than can be told apart are one colour, without a legend.
+    Runs are faint, the mean of each name is bold. Too many names to distinguish get one colour and no legend.
     """
     names = list(dict.fromkeys(point.name for point in points))
     figure = Figure(figsize=(11, 5), dpi=150, layout="constrained")
@@ -49,7 +49,7 @@ def draw(points: Sequence[Point], out: Path) -> None:
         title = "Held-out loss"
     else:
         title = "Loss, held out where measured" if any(point.is_held_out for point in points) else "Training loss"
-    _panel(left, points, names, lambda point: point.loss, f"{title} (nats a token)")
+    _panel(left, points, names, lambda point: point.loss, f"{title} (nats per token)")
     _panel(right, points, names, lambda point: point.tokens_per_s, "Tokens/s")
     right.yaxis.set_major_formatter(EngFormatter(sep=""))
     right.set_ylim(0, 1.08 * max(point.tokens_per_s for point in points))

@@ -1,4 +1,4 @@
-"""Hydra's way to the launchers."""
+"""Registers the launchers with Hydra."""
 
 import sys
 from types import ModuleType
@@ -8,12 +8,12 @@ from hydra.core.plugins import Plugins
 from s2train.sweeps.local import LocalLauncher
 from s2train.sweeps.slurm import SlurmLauncher
 
-PACKAGE = "hydra_plugins"  # Hydra takes plugins of this namespace package only
+PACKAGE = "hydra_plugins"  # Hydra accepts plugins only from this namespace package
 
 
 def register() -> None:
-    """Make the launchers known to Hydra; before `hydra.main`, and needing no installation."""
-    plugins = Plugins.instance()  # has looked for installed ones: the namespace is there if there are any
+    """Register the launchers with Hydra without installing them; call before `hydra.main`."""
+    plugins = Plugins.instance()  # scans for installed plugins, so the namespace exists if there are any
     module = ModuleType(f"{PACKAGE}.s2train")
     for launcher in (LocalLauncher, SlurmLauncher):
         launcher.__module__ = module.__name__

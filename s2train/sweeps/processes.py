@@ -1,4 +1,7 @@
-"""Jobs as processes of this machine: some at a time, each in a group of its own, all ended on an interrupt."""
+"""Runs jobs as concurrent processes, and stops them on an interrupt.
+
+Each job is a process group.
+"""
 
 import os
 import signal
@@ -16,7 +19,7 @@ import psutil
 from s2train.files import set_aside
 
 _POLL_S = 0.2
-_KILL_S = 5.0  # a killed process may take a moment to give up its GPU
+_KILL_S = 5.0  # a killed process may take a moment to release its GPU
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class Command:
     """A process to start.
 
     Attributes:
-        log: where its output goes; one that is there is set aside.
+        log: file for its output; an existing one is renamed.
     """
 
     arguments: Sequence[str]
@@ -38,10 +41,12 @@ def run_all(
     on_start: Callable[[int], None],
     grace_s: float,
 ) -> Generator[tuple[int, int], None, None]:
-    """Run commands, as many at a time as there are environments; yields (index, exit status) as each ends.
+    """Run commands concurrently, one per environment.
 
-    Ctrl-C or SIGTERM, or leaving the iteration, ends those at work: first by SIGTERM, after `grace_s` seconds by
-    SIGKILL, then goes on as KeyboardInterrupt.
+    Yields (index, exit status) as each ends.
+
+    Ctrl-C, SIGTERM or leaving the iteration stops the running commands, first with SIGTERM and after `grace_s` seconds
+    with SIGKILL. Ctrl-C and SIGTERM then raise KeyboardInterrupt.
     """
     waiting, free = deque(range(len(commands))), deque(environments)
     running: dict[int, tuple[subprocess.Popen[bytes], dict[str, str]]] = {}
@@ -79,16 +84,16 @@ def _start(command: Command, environment: dict[str, str]) -> "subprocess.Popen[b
 
 
 def stop(processes: Sequence["subprocess.Popen[bytes]"], grace_s: float) -> None:
-    """End processes and all that they started."""
+    """Stop processes and all their descendants."""
     family: list[psutil.Process] = []
     for process in processes:
-        # torchrun's ranks are sessions of their own, and would be orphans if it were killed.
+        # torchrun's ranks are separate sessions, and would be orphaned if torchrun were killed.
         try:
             family += [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
             os.killpg(process.pid, signal.SIGTERM)
         except (psutil.NoSuchProcess, ProcessLookupError):
             continue
-    with suppress(KeyboardInterrupt):  # a second Ctrl-C: no more grace
+    with suppress(KeyboardInterrupt):  # a second Ctrl-C ends the grace period
         _wait(family, grace_s)
     for member in filter(_is_alive, family):
         with suppress(psutil.NoSuchProcess):
@@ -105,7 +110,10 @@ def _wait(family: Sequence[psutil.Process], seconds: float) -> None:
 
 
 def _is_alive(process: psutil.Process) -> bool:
-    """Whether it does anything yet: an orphan that nobody reaps, as in a container without init, does not."""
+    """Whether a process still runs.
+
+    A zombie, as in a container without init, does not.
+    """
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -114,8 +122,8 @@ def _is_alive(process: psutil.Process) -> bool:
 
 @contextmanager
 def _terminate_as_interrupt() -> Iterator[None]:
-    """SIGTERM, which would end this process at once, does what Ctrl-C does."""
-    if threading.current_thread() is not threading.main_thread():  # the only one that may set handlers
+    """Make SIGTERM act like Ctrl-C instead of killing this process."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield
         return
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -1,4 +1,4 @@
-"""A sweep's results: a table to print, sweep.csv and sweep.png, all from plain files in its folder."""
+"""Reports a sweep as a table, sweep.csv and sweep.png."""
 
 import csv
 from dataclasses import asdict, dataclass
@@ -17,14 +17,20 @@ TABLE_WIDTH = 140
 
 @dataclass(frozen=True)
 class Result:
-    """A job and what its run has come to; `summary` is None if it has reported nothing."""
+    """A job and the summary of its run.
+
+    The summary is None if the run has reported nothing.
+    """
 
     job: Job
     summary: Summary | None
 
 
 def report(sweep_dir: Path, console: Console | None = None) -> bool:
-    """Print and draw; returns whether no job failed but those of earlier sweeps."""
+    """Print and draw the results.
+
+    Returns whether no job of this sweep failed.
+    """
     console = console or Console(width=TABLE_WIDTH)
     results = [Result(job, job.summary()) for job in read_record(sweep_dir)]
     if not results:
@@ -35,7 +41,7 @@ def report(sweep_dir: Path, console: Console | None = None) -> bool:
     if points := [point for result in results if (point := _point(result)) is not None]:
         draw(points, sweep_dir / "sweep.png")
         written.append(sweep_dir / "sweep.png")
-    bad = [result.job for result in results if result.job.status in (Status.FAILED, Status.REFUSED)]
+    bad = [result.job for result in results if result.job.status in (Status.FAILED, Status.REJECTED)]
     for job in bad:
         console.print(
             f"{job.status} {job.label}: {job.error}", style="red", highlight=False, markup=False, soft_wrap=True
@@ -47,16 +53,19 @@ def report(sweep_dir: Path, console: Console | None = None) -> bool:
 
 
 def _best(jobs: list[Job]) -> str | None:
-    """The parameters of this sweep's lowest loss, as a sweeper receives it, in a line; None if there is no choice."""
+    """Describe this sweep's job with the lowest loss.
+
+    None if fewer than two have one.
+    """
     losses = [(loss, job) for job in jobs if not job.is_earlier and (loss := job.loss()) is not None]
     if len(losses) < 2:
         return None
     _, job = min(losses, key=lambda pair: pair[0])
-    return f"best of {len(losses)}: {job.label} | {job.told_loss()} | {job.folder}"
+    return f"best of {len(losses)}: {job.label} | {job.loss_text()} | {job.folder}"
 
 
 def table(results: list[Result]) -> Table:
-    """A row a job, in the order of the sweep."""
+    """Build a table with one row per job, in order."""
     made = Table("job", "status", "layers", "density", "steps", "loss", *HEADINGS, "ms/step", "tokens/s")
     for result in results:
         job, s = result.job, result.summary
@@ -94,16 +103,22 @@ def _write_csv(results: list[Result], path: Path) -> None:
 
 
 def _point(result: Result) -> Point | None:
-    """A finished job in the picture; runs that differ in their seed alone share a name there."""
+    """Point of a finished job in the picture.
+
+    Runs that differ only in their seed share a name.
+    """
     job, summary = result.job, result.summary
     if summary is None or job.loss() is None or job.density is None:
         return None
-    measure, loss = summary.judged_by
+    measure, loss = summary.ranking_loss
     assert loss is not None
     name = " ".join(_value(setting, value) for setting, value in job.swept.items() if setting != "seed") or "all"
     return Point(name, job.density, loss, summary.tokens_per_s, measure == "held out")
 
 
 def _value(setting: str, value: str) -> str:
-    """A value as the legend shows it: a bare True says nothing without its setting."""
+    """Format a value for the legend.
+
+    A boolean gets its setting.
+    """
     return f"{setting.rsplit('.', 1)[-1]}={value}" if value.lower() in ("true", "false") else value

@@ -1,4 +1,4 @@
-"""The jobs of a sweep as Slurm batch jobs."""
+"""Submits the jobs of a sweep as Slurm batch jobs."""
 
 import os
 import shutil
@@ -22,31 +22,34 @@ _POLL_S = 15
 
 
 class SlurmLauncher(SweepLauncher):
-    """`hydra/launcher=s2train_slurm`; settings: `SlurmSweepConfig`."""
+    """Launcher `hydra/launcher=s2train_slurm`, with settings `SlurmSweepConfig`."""
 
     def __init__(self, **settings: Any) -> None:
         self.settings: SlurmSweepConfig = SlurmSweepConfig(**settings)
 
     def check_settings(self) -> None:
-        """Whether jobs can be submitted from here."""
+        """Check that jobs can be submitted from here."""
         if self.settings.submit and shutil.which("sbatch") is None:
-            remedy = "Sweep from a login node; hydra.launcher.submit=false only writes the scripts"
+            remedy = "Start the sweep on a login node; hydra.launcher.submit=false only writes the scripts"
             raise ConfigError("hydra/launcher", "s2train_slurm", "this machine has no sbatch", remedy)
         learns = OmegaConf.select(self.config, "hydra.sweeper.n_trials") is not None
         if learns and not (self.settings.submit and self.settings.wait):
-            problem = "hydra/sweeper learns from losses, which jobs have only when they have ended"
+            problem = "hydra/sweeper learns from losses, which are known only when jobs have ended"
             raise ConfigError("hydra.launcher.wait", self.settings.wait, problem, "Set hydra.launcher.wait=true")
 
     def hardware(self) -> Hardware:
-        """The nodes' is not known here: each job judges its memory itself."""
+        """Placeholder for the nodes' device, which is not known here.
+
+        Each job checks its memory itself.
+        """
         return Hardware("a node's GPU", "cuda", sys.maxsize)
 
     def world_size(self) -> int:
-        """Processes of a job."""
+        """Number of processes of a job."""
         return self.settings.nodes * self.settings.nproc_per_node
 
     def run(self, jobs: list[Job]) -> None:
-        """Write the scripts, then submit those of jobs that are not queued or at work already."""
+        """Write all scripts, and submit those not queued or running."""
         for job in jobs:
             self._write(job)
             job.status = Status.WRITTEN
@@ -76,7 +79,7 @@ class SlurmLauncher(SweepLauncher):
         if done.returncode:
             job.status, job.error = (
                 Status.FAILED,
-                f"sbatch: {(done.stderr.strip() or 'no reason told').splitlines()[-1]}",
+                f"sbatch: {(done.stderr.strip() or 'no reason given').splitlines()[-1]}",
             )
             return
         job_id = done.stdout.strip().split(";")[0]  # `ID;CLUSTER`
@@ -85,7 +88,10 @@ class SlurmLauncher(SweepLauncher):
         print(f"submitted {job.label} as {job_id}", flush=True)
 
     def _wait(self, jobs: list[Job]) -> None:
-        """Wait until Slurm is done with all of them; an interrupt ends the waiting alone."""
+        """Wait until all jobs have ended in Slurm.
+
+        An interrupt only ends the waiting.
+        """
         for job in jobs:
             while _in_queue(job.folder):
                 time.sleep(_POLL_S)
@@ -96,7 +102,7 @@ class SlurmLauncher(SweepLauncher):
 
 
 def _in_queue(folder: Path) -> bool:
-    """Whether the job that was last submitted for a folder waits or runs."""
+    """Whether the job last submitted for a folder is waiting or running."""
     job_id = folder / JOB_ID
     if not job_id.is_file():
         return False

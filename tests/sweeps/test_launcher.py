@@ -1,4 +1,4 @@
-"""What a sweeper sees of our launchers: jobs judged before any starts, finished ones skipped, losses handed back."""
+"""Launchers check all jobs before any starts, skip finished ones and return losses to the sweeper."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -23,7 +23,7 @@ MODEL = "+model=tiny_hybrid"
 
 @dataclass
 class Sweeper:
-    """Hands batches of jobs to a launcher whose jobs train nothing, and come to the losses given here."""
+    """Passes batches of jobs to a launcher whose jobs train nothing and get the losses given here."""
 
     launcher: LocalLauncher
     losses: dict[str, float]
@@ -50,7 +50,7 @@ class Sweeper:
 
 @pytest.fixture
 def sweep(tmp_path: Path) -> Iterator[Any]:
-    """Makes a sweeper in `tmp_path`, for settings given as on the command line."""
+    """Function that makes a sweeper in `tmp_path` from settings as on the command line."""
     config.register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
 
@@ -82,7 +82,7 @@ def test_batches_of_one_sweep_share_a_record(sweep: Any, tmp_path: Path) -> None
 
 
 def learning(sweep: Any, trials: int, *arguments: str, **settings: Any) -> Sweeper:
-    """A sweep of a sweeper that learns from the losses of so many trials."""
+    """Make a sweeper that learns from the losses of `trials` trials."""
     sweeper: Sweeper = sweep("seed=1,2", *arguments, **settings)
     with open_dict(sweeper.launcher.config):
         sweeper.launcher.config.hydra.sweeper = OmegaConf.create({"n_trials": trials})
@@ -98,18 +98,18 @@ def test_a_search_without_any_loss_ends_in_one_line(sweep: Any, capsys: pytest.C
     assert "error: none of 2 jobs has a loss" in capsys.readouterr().err
 
 
-def test_a_search_with_some_losses_goes_on(sweep: Any) -> None:
+def test_a_search_with_some_losses_continues(sweep: Any) -> None:
     sweeper = learning(sweep, 2, losses={"seed=1": 1.5})
     assert sweeper.launch(["seed=1"], ["seed=2"]) == [1.5, None]
 
 
-def test_a_planned_search_ends_well_after_its_first_batch(sweep: Any) -> None:
+def test_a_planned_search_ends_with_status_0_after_its_first_batch(sweep: Any) -> None:
     with pytest.raises(SystemExit) as ended:
         learning(sweep, 9, "plan.show=true").launch(["seed=1", "plan.show=true"])
     assert ended.value.code == 0
 
 
-def test_a_search_that_ends_early_shows_what_it_found(sweep: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_search_that_ends_early_prints_its_results(sweep: Any, capsys: pytest.CaptureFixture[str]) -> None:
     sweeper = sweep("train.seq_length=256,8", losses={"train.seq_length=256": 1.5})
     sweeper.launch(["train.seq_length=256"])
     with pytest.raises(SystemExit):
@@ -117,13 +117,13 @@ def test_a_search_that_ends_early_shows_what_it_found(sweep: Any, capsys: pytest
     assert "1.5000" in capsys.readouterr().out
 
 
-def test_a_proposal_made_twice_runs_once(sweep: Any) -> None:
+def test_a_repeated_proposal_runs_once(sweep: Any) -> None:
     sweeper = sweep("seed=1,2", losses={"seed=1": 1.5})
     assert sweeper.launch(["seed=1"], ["seed=1"]) + sweeper.launch(["seed=1"]) == [1.5] * 3
     assert sweeper.ran == ["seed=1"]
 
 
-def test_the_same_sweep_again_runs_what_is_not_finished(sweep: Any) -> None:
+def test_the_same_sweep_again_runs_unfinished_jobs(sweep: Any) -> None:
     jobs = [["seed=1"], ["seed=2"]]
     sweep("seed=1,2", losses={"seed=1": 1.5}).launch(*jobs)
     again = sweep("seed=1,2", losses={"seed=2": 2.5})
@@ -131,7 +131,7 @@ def test_the_same_sweep_again_runs_what_is_not_finished(sweep: Any) -> None:
     assert again.ran == ["seed=2"]
 
 
-def test_another_sweep_into_the_folder_keeps_the_jobs_of_the_first(sweep: Any, tmp_path: Path) -> None:
+def test_another_sweep_into_the_same_folder_keeps_the_jobs_of_the_first(sweep: Any, tmp_path: Path) -> None:
     sweep("seed=1,2", losses={"seed=1": 1.5}).launch(["seed=1"])
     sweep("seed=1", "train.steps=800", losses={"seed=1": 2.5}).launch(["seed=1", "train.steps=800"])
     first, second = read_record(tmp_path / "sweep")
@@ -146,33 +146,31 @@ def test_a_longer_run_is_another_job(sweep: Any) -> None:
     assert again.ran == ["seed=1"]
 
 
-def test_a_job_that_cannot_work_keeps_all_from_starting_and_all_such_jobs_are_listed(
-    sweep: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_invalid_jobs_keep_all_from_starting_and_are_all_listed(sweep: Any, capsys: pytest.CaptureFixture[str]) -> None:
     sweeper = sweep("train.seq_length=8,256,4", losses={"train.seq_length=256": 1.5})
     with pytest.raises(SystemExit) as ended:
         sweeper.launch(["train.seq_length=8"], ["train.seq_length=256"], ["train.seq_length=4"])
     assert ended.value.code == 2
     assert sweeper.ran == []
-    told = capsys.readouterr().err
-    assert "error: train.seq_length=8: train.seq_length=8: a sequence shorter than a block" in told
-    assert "error: train.seq_length=4" in told
-    assert "2 of 3 jobs can't run" in told
+    printed = capsys.readouterr().err
+    assert "error: train.seq_length=8: train.seq_length=8: a sequence shorter than a block" in printed
+    assert "error: train.seq_length=4" in printed
+    assert "2 of 3 jobs can't run" in printed
 
 
-def test_skip_invalid_goes_on_with_the_rest(sweep: Any, tmp_path: Path) -> None:
+def test_skip_invalid_runs_the_rest(sweep: Any, tmp_path: Path) -> None:
     sweeper = sweep("train.seq_length=8,256", losses={"train.seq_length=256": 1.5}, skip_invalid=True)
     assert sweeper.launch(["train.seq_length=8"], ["train.seq_length=256"]) == [None, 1.5]
-    assert [job.status for job in read_record(tmp_path / "sweep")] == [Status.REFUSED, Status.FINISHED]
+    assert [job.status for job in read_record(tmp_path / "sweep")] == [Status.REJECTED, Status.FINISHED]
 
 
-def test_a_name_that_does_not_exist_is_refused_too(sweep: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_config_name_is_rejected_too(sweep: Any, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         sweep("layout=dense,dens").launch(["layout=dens"])
     assert "Could not find 'layout/dens'" in capsys.readouterr().err
 
 
-def test_a_plan_is_told_and_nothing_started(sweep: Any, tmp_path: Path) -> None:
+def test_a_plan_is_reported_and_nothing_started(sweep: Any, tmp_path: Path) -> None:
     sweeper = sweep("layout=dense,s2_b16_l4_v4", "plan.show=true")
     assert sweeper.launch(["layout=dense", "plan.show=true"], ["layout=s2_b16_l4_v4", "plan.show=true"]) == [None, None]
     assert sweeper.ran == []
@@ -182,7 +180,7 @@ def test_a_plan_is_told_and_nothing_started(sweep: Any, tmp_path: Path) -> None:
     assert sparse.density < 1
 
 
-def test_jobs_are_one_group_in_wandb_unless_named_otherwise(sweep: Any, tmp_path: Path) -> None:
+def test_jobs_are_one_group_in_wandb_by_default(sweep: Any, tmp_path: Path) -> None:
     sweeper = sweep("seed=1,2")
     sweeper.launch(["seed=1"], ["seed=2", "tracking.group=mine"])
     first, second = read_record(tmp_path / "sweep")
@@ -191,28 +189,28 @@ def test_jobs_are_one_group_in_wandb_unless_named_otherwise(sweep: Any, tmp_path
     assert "tracking.group='sweep'" not in second.arguments
 
 
-def test_values_of_the_sweepers_own_settings_name_the_jobs(sweep: Any, tmp_path: Path) -> None:
+def test_values_of_the_sweepers_settings_label_the_jobs(sweep: Any, tmp_path: Path) -> None:
     sweep(params={"seed": "1,2"}).launch(["seed=1"])
     assert [job.label for job in read_record(tmp_path / "sweep")] == ["seed=1"]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "settings", "told"),
+    ("arguments", "settings", "message"),
     [
-        (["run_dir=runs/mine"], {}, "run_dir=…: each job has a folder of its own. Set hydra.sweep.dir"),
+        (["run_dir=runs/mine"], {}, "run_dir=…: each job has its own folder. Set hydra.sweep.dir"),
         ([], {"n_jobs": 0}, "hydra.launcher.n_jobs=0"),
         ([], {"nproc_per_node": -1}, "hydra.launcher.nproc_per_node=-1"),
     ],
 )
-def test_a_sweep_that_cannot_work_is_refused(
-    sweep: Any, capsys: pytest.CaptureFixture[str], arguments: list[str], settings: dict[str, int], told: str
+def test_a_sweep_that_cannot_work_is_rejected(
+    sweep: Any, capsys: pytest.CaptureFixture[str], arguments: list[str], settings: dict[str, int], message: str
 ) -> None:
     with pytest.raises(SystemExit):
         sweep(*arguments, **settings)
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
-def test_ranks_are_told_how_to_sweep(
+def test_the_error_inside_torchrun_says_how_to_sweep(
     sweep: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", "0")
@@ -222,12 +220,12 @@ def test_ranks_are_told_how_to_sweep(
     assert "python launch/pretrain.py -m" in capsys.readouterr().err
 
 
-def test_jobs_are_planned_for_the_gpus_that_they_name(sweep: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    large = ["train.micro_batch_size=8192", "train.global_batch_size=65536"]  # more than this machine has room for
+def test_jobs_are_planned_for_the_gpus_in_their_settings(sweep: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    large = ["train.micro_batch_size=8192", "train.global_batch_size=65536"]  # more than this machine's memory
     sweeper = sweep(*large, "plan.device=h200,l40s")
     with pytest.raises(SystemExit):
         sweeper.launch(*([*large, f"plan.device={name}", "plan.count=8"] for name in ("h200", "l40s")))
     h200, l40s = sweeper.launcher.jobs.values()
     assert (h200.status, h200.layers) == (Status.PLANNED, "DSSS")
-    assert l40s.status is Status.REFUSED
+    assert l40s.status is Status.REJECTED
     assert "NVIDIA L40S has 44.3" in l40s.error

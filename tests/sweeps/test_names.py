@@ -1,4 +1,4 @@
-"""Folders of a sweep's jobs."""
+"""Folders of a sweep's jobs have readable, unique names."""
 
 import random
 import shlex
@@ -15,7 +15,7 @@ OVERRIDES = ["+model=tiny_hybrid", "layout.pattern.stride=8", "seed=1"]
 SWEPT = ["layout.pattern.stride", "seed"]
 
 
-def test_the_name_tells_the_swept_settings() -> None:
+def test_the_name_contains_the_swept_settings() -> None:
     assert folder_name(OVERRIDES, SWEPT).startswith("stride-8__seed-1-")
     assert label(OVERRIDES, SWEPT) == "layout.pattern.stride=8 seed=1"
 
@@ -25,11 +25,11 @@ def test_the_order_of_overrides_makes_no_difference() -> None:
 
 
 @pytest.mark.parametrize("other", [["seed=2"], ["train.steps=3"], ["layout.pattern.stride=16"]])
-def test_a_changed_override_is_another_folder_swept_or_not(other: list[str]) -> None:
+def test_a_changed_override_gives_another_folder_swept_or_not(other: list[str]) -> None:
     assert folder_name([*OVERRIDES, *other], SWEPT) != folder_name(OVERRIDES, SWEPT)
 
 
-def test_any_value_makes_a_short_name_that_shell_and_hydra_take_unquoted() -> None:
+def test_any_value_gives_a_short_name_that_shell_and_hydra_accept_unquoted() -> None:
     for _ in range(200):
         value = "".join(random.choices(string.printable + "äß中/", k=random.randrange(300)))
         name = folder_name([f"x={value}"], ["x"])
@@ -39,7 +39,7 @@ def test_any_value_makes_a_short_name_that_shell_and_hydra_take_unquoted() -> No
         assert OverridesParser.create().parse_override(f"checkpoint={name}").value() == name
 
 
-def test_values_that_read_alike_have_folders_of_their_own() -> None:
+def test_similar_values_have_different_folders() -> None:
     assert folder_name(["x=a b"], ["x"]) != folder_name(["x=a/b"], ["x"])
 
 

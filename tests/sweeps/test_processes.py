@@ -1,4 +1,4 @@
-"""Jobs as processes."""
+"""Jobs run as concurrent processes and are stopped with all their descendants."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ import pytest
 
 from s2train.sweeps.processes import Command, run_all
 
-# A child in a session of its own, as torchrun's ranks are; `deaf` ones outlive SIGTERM.
+# A child in a separate session, like torchrun's ranks; `deaf` ones ignore SIGTERM.
 PARENT = """
 import signal, subprocess, sys, time
 deaf = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN);" if sys.argv[1] == "deaf" else ""
@@ -34,7 +34,7 @@ def nothing(index: int) -> None:
     pass
 
 
-def test_all_run_each_with_its_log_and_a_failure_ends_no_other(tmp_path: Path) -> None:
+def test_each_job_has_its_log_and_a_failure_stops_no_other(tmp_path: Path) -> None:
     commands = [
         command(tmp_path / str(n), f"import os; print(os.getcwd(), {n}); raise SystemExit({n})") for n in range(4)
     ]
@@ -47,7 +47,7 @@ def test_all_run_each_with_its_log_and_a_failure_ends_no_other(tmp_path: Path) -
     assert (tmp_path / "3" / "job" / "log.txt").read_text() == f"{tmp_path / '3'} 3\n"
 
 
-def test_no_two_jobs_have_one_environment_at_a_time(tmp_path: Path) -> None:
+def test_no_two_concurrent_jobs_share_an_environment(tmp_path: Path) -> None:
     code = """
 import os, pathlib, time
 slot = pathlib.Path(os.environ["SLOT"])
@@ -60,7 +60,7 @@ slot.rmdir()
     assert {status for _, status in run_all(commands, environments, nothing, grace_s=5)} == {0}
 
 
-def test_an_older_log_is_set_aside(tmp_path: Path) -> None:
+def test_an_older_log_is_renamed(tmp_path: Path) -> None:
     for word in ("first", "second"):
         list(run_all([command(tmp_path, f"print('{word}')")], [dict(os.environ)], nothing, grace_s=5))
     assert (tmp_path / "job" / "log.txt").read_text() == "second\n"
@@ -69,10 +69,10 @@ def test_an_older_log_is_set_aside(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("hearing", ["obedient", "deaf"])
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_ends_a_job_and_all_it_started(tmp_path: Path, sent: signal.Signals, hearing: str) -> None:
+def test_an_interrupt_stops_a_job_and_all_its_descendants(tmp_path: Path, sent: signal.Signals, hearing: str) -> None:
     job = command(tmp_path, PARENT, hearing)
     before = signal.getsignal(signal.SIGTERM)
-    given = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job ignores
+    given = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores SIGINT
 
     def interrupt() -> None:
         while not job.log.is_file() or not job.log.read_text().strip():
@@ -85,6 +85,6 @@ def test_an_interrupt_ends_a_job_and_all_it_started(tmp_path: Path, sent: signal
         list(ended)
     thread.join()
     signal.signal(signal.SIGINT, given)
-    with suppress(psutil.NoSuchProcess):  # without an init that reaps, what was killed stays a zombie
+    with suppress(psutil.NoSuchProcess):  # without an init process, a killed process stays a zombie
         assert psutil.Process(int(job.log.read_text())).status() == psutil.STATUS_ZOMBIE
     assert signal.getsignal(signal.SIGTERM) is before

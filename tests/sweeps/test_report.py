@@ -1,4 +1,4 @@
-"""Table, CSV and picture of a sweep, from plain files."""
+"""A sweep's folder gives its table, CSV file and picture."""
 
 import csv
 import json
@@ -13,12 +13,12 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from s2train.config import ModelConfig, PretrainConfig, TrainConfig
-from s2train.sweeps.jobs import Job, Status, changed_setting, last_error, read_record, told_apart, write_record
+from s2train.sweeps.jobs import Job, Status, changed_setting, last_error, read_record, relabel, write_record
 from s2train.sweeps.report import report
 
 
 def made(sweep: Path, layout: str, seed: int, *, steps: int = 20, saved: int | None = 20, loss: float = 2.0) -> Job:
-    """A job whose run has reported ten steps apart, and saved at step `saved`."""
+    """A job whose run has reported every ten steps, and saved at step `saved`."""
     folder = sweep / f"{layout}-{seed}"
     folder.mkdir()
     records: list[dict[str, object]] = [{"event": "config", "tokens_per_step": 100}]
@@ -51,36 +51,36 @@ def test_a_job_that_saves_nothing_is_finished_when_its_last_step_is_reported(tmp
         assert job.is_finished == (steps == 20)
 
 
-def test_a_finished_run_with_other_settings_is_noticed(tmp_path: Path) -> None:
+def test_a_changed_setting_of_a_finished_run_is_found(tmp_path: Path) -> None:
     cfg = PretrainConfig(model=ModelConfig(name="m"), train=TrainConfig(steps=20), run_dir=str(tmp_path))
     OmegaConf.save(OmegaConf.structured(cfg), tmp_path / "config.yaml")
     assert changed_setting(tmp_path, cfg) is None
     cfg.tracking.wandb = "offline"
     cfg.run_dir = "moved"
-    cfg.data.end_token = "<|im_end|>"  # which a run takes from its data and saves
+    cfg.data.end_token = "<|im_end|>"  # a run saves the one recorded in its data
     assert changed_setting(tmp_path, cfg) is None
     cfg.optim.lr = 0.5
     assert changed_setting(tmp_path, cfg) == "optim.lr=0.0003"
     assert changed_setting(tmp_path / "none", cfg) is None
 
 
-def test_a_sweeper_is_told_the_held_out_loss_or_else_the_last(tmp_path: Path) -> None:
+def test_the_loss_of_a_job_is_the_held_out_loss_or_else_the_last(tmp_path: Path) -> None:
     job = made(tmp_path, "a", 1)
-    assert (job.loss(), job.told_loss()) == (3.0, "held out 3.0000")
+    assert (job.loss(), job.loss_text()) == (3.0, "held out 3.0000")
     metrics = job.folder / "metrics.jsonl"
     metrics.write_text(metrics.read_text().replace("held_out_loss", "other"))
-    assert (job.loss(), job.told_loss()) == (2.05, "loss 2.0500")
+    assert (job.loss(), job.loss_text()) == (2.05, "loss 2.0500")
     job.status = Status.FAILED
-    assert (job.loss(), job.told_loss()) == (None, "no loss")
+    assert (job.loss(), job.loss_text()) == (None, "no loss")
 
 
-def test_a_record_reads_back(tmp_path: Path) -> None:
-    jobs = [made(tmp_path, "a", 1), Job(tmp_path / "b", "b", {}, ["x=1"], status=Status.REFUSED, error="why")]
+def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
+    jobs = [made(tmp_path, "a", 1), Job(tmp_path / "b", "b", {}, ["x=1"], status=Status.REJECTED, error="why")]
     write_record(tmp_path, jobs)
     assert read_record(tmp_path) == jobs
 
 
-def test_results_stand_in_the_table_the_csv_and_a_picture(tmp_path: Path) -> None:
+def test_results_are_in_the_table_the_csv_and_a_picture(tmp_path: Path) -> None:
     write_record(tmp_path, [made(tmp_path, layout, seed) for layout in ("a", "b") for seed in (1, 2)])
     good, text = printed(tmp_path)
     assert good
@@ -97,7 +97,7 @@ def test_results_stand_in_the_table_the_csv_and_a_picture(tmp_path: Path) -> Non
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_best_parameters_are_told_by_the_loss_that_a_sweeper_sees(tmp_path: Path) -> None:
+def test_the_best_job_is_chosen_by_the_loss_that_a_sweeper_gets(tmp_path: Path) -> None:
     better = made(tmp_path, "b", 1, loss=1.5)
     jobs = [made(tmp_path, "a", 1), better, made(tmp_path, "c", 2, loss=1.4)]
     earlier = replace(made(tmp_path, "d", 1, loss=1.0), is_earlier=True)
@@ -116,17 +116,17 @@ def test_ticks_of_close_losses_are_written_out(tmp_path: Path, monkeypatch: pyte
     write_record(tmp_path, [made(tmp_path, name, 3, loss=2 + tiny) for name, tiny in (("a", 1e-5), ("b", 2e-5))])
     printed(tmp_path)
     loss, _ = drawn[0].axes
-    assert loss.get_title(loc="left") == "Held-out loss (nats a token)"
+    assert loss.get_title(loc="left") == "Held-out loss (nats per token)"
     labels = [label.get_text() for label in loss.get_yticklabels()]
     assert all(text.startswith("5.000") for text in labels), labels
     assert {axis.get_offset_text().get_text() for axis in (loss.xaxis, loss.yaxis)} == {""}
 
 
-def test_jobs_of_two_sweeps_are_told_apart_by_what_differs(tmp_path: Path) -> None:
+def test_jobs_of_two_sweeps_are_labelled_by_all_differences(tmp_path: Path) -> None:
     first = Job(tmp_path / "a", "seed=1", {"seed": "1"}, ["+model=m", "seed=1", "run_dir='a'"])
     second = Job(tmp_path / "b", "seed=1", {"seed": "1"}, ["+model=m", "seed=1", "layout.layers=S", "run_dir='b'"])
-    assert [job.label for job in told_apart([first, second])] == ["seed=1", "seed=1 layout.layers=S"]
-    assert told_apart([first, second])[1].swept == {"seed": "1", "layout.layers": "S"}
+    assert [job.label for job in relabel([first, second])] == ["seed=1", "seed=1 layout.layers=S"]
+    assert relabel([first, second])[1].swept == {"seed": "1", "layout.layers": "S"}
 
 
 def test_an_earlier_sweeps_failure_is_shown_but_does_not_fail_this_one(tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_a_diverged_run_and_more_runs_than_colours_are_drawn(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("log", "told"),
+    ("log", "cause"),
     [
         ("setting up\nerror: seed=-1: is out of range\nTraceback\nChildFailedError: x\n", "seed=-1: is out of range"),
         (
@@ -169,9 +169,9 @@ def test_a_diverged_run_and_more_runs_than_colours_are_drawn(tmp_path: Path) -> 
         ("", "it wrote nothing"),
     ],
 )
-def test_the_line_that_tells_why_a_job_failed(tmp_path: Path, log: str, told: str) -> None:
+def test_the_cause_of_a_failure_is_found_in_the_log(tmp_path: Path, log: str, cause: str) -> None:
     (tmp_path / "log.txt").write_text(log)
-    assert last_error(tmp_path / "log.txt") == told
+    assert last_error(tmp_path / "log.txt") == cause
 
 
 def test_a_job_without_a_log_wrote_nothing(tmp_path: Path) -> None:
@@ -179,7 +179,7 @@ def test_a_job_without_a_log_wrote_nothing(tmp_path: Path) -> None:
 
 
 def write_rank(folder: Path, rank: str, text: str, second: int) -> None:
-    """What a rank wrote, as of a second: `HOST/START/attempt_N/RANK`."""
+    """Write a rank's log, last modified at `second`: `HOST/START/attempt_N/RANK`."""
     path = folder / "logs" / rank / "stderr.log"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
@@ -190,7 +190,7 @@ def begin_attempt(folder: Path, attempt: str, second: int) -> None:
     os.utime(folder / "logs" / attempt, (second, second))
 
 
-def test_an_error_that_the_log_lacks_is_found_with_the_rank_that_ended_first(tmp_path: Path) -> None:
+def test_an_error_missing_in_the_log_is_found_in_the_log_of_the_rank_that_ended_first(tmp_path: Path) -> None:
     (tmp_path / "log.txt").write_text("step 1\nsrun: error: node2: task 1: Exited with exit code 1\n")
     write_rank(tmp_path, "node1/9_a/attempt_0/0", "RuntimeError: connection reset by peer\n", 30)
     write_rank(tmp_path, "node2/9_b/attempt_0/1", "[rank3]: torch.OutOfMemoryError: CUDA out of memory\n", 20)
@@ -199,7 +199,7 @@ def test_an_error_that_the_log_lacks_is_found_with_the_rank_that_ended_first(tmp
     assert last_error(tmp_path / "log.txt") == "torch.OutOfMemoryError: CUDA out of memory"
 
 
-def test_an_error_of_an_earlier_attempt_is_not_taken_for_the_last(tmp_path: Path) -> None:
+def test_errors_of_earlier_attempts_are_ignored(tmp_path: Path) -> None:
     (tmp_path / "log.txt").write_text("step 1\nsrun: error: node2: task 1: Exited with exit code 1\n")
     write_rank(tmp_path, "node1/9_a/attempt_0/1", "ValueError: of another start\n", 20)
     write_rank(tmp_path, "node2/9_b/attempt_0/1", "ValueError: before the restart\n", 40)
@@ -209,14 +209,14 @@ def test_an_error_of_an_earlier_attempt_is_not_taken_for_the_last(tmp_path: Path
     assert last_error(tmp_path / "log.txt") == "ValueError: the last"
 
 
-def test_what_the_log_tells_goes_before_what_ranks_wrote(tmp_path: Path) -> None:
+def test_an_error_in_the_log_precedes_errors_of_ranks(tmp_path: Path) -> None:
     (tmp_path / "log.txt").write_text("[rank0]: error: the disk is full\n")
     write_rank(tmp_path, "node1/9_a/attempt_0/1", "RuntimeError: connection reset by peer\n", 20)
     begin_attempt(tmp_path, "node1/9_a/attempt_0", 10)
     assert last_error(tmp_path / "log.txt") == "the disk is full"
 
 
-def test_a_job_whose_ranks_tell_nothing_ended_as_its_log_does(tmp_path: Path) -> None:
+def test_without_any_error_the_last_line_of_the_log_is_the_cause(tmp_path: Path) -> None:
     (tmp_path / "log.txt").write_text("step 1\nslurmstepd: error: CANCELLED\n")
     write_rank(tmp_path, "node1/9_a/attempt_0/1", "warning: slow\n", 20)
     begin_attempt(tmp_path, "node1/9_a/attempt_0", 10)

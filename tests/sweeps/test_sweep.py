@@ -1,4 +1,4 @@
-"""Sweeps as a user starts them: `python launch/pretrain.py -m …`."""
+"""Sweeps run as a user starts them: `python launch/pretrain.py -m …`."""
 
 import csv
 import os
@@ -25,7 +25,7 @@ def sweep(folder: Path, *arguments: str) -> Outcome:
 
 
 @pytest.mark.slow
-def test_a_failing_job_ends_no_other_and_the_same_sweep_again_runs_that_alone(tmp_path: Path) -> None:
+def test_a_failing_job_stops_no_other_and_the_same_sweep_again_runs_only_that(tmp_path: Path) -> None:
     data = tmp_path / "later"
     arguments = ["layout=dense,s2_b16_l4_v4", f"data.path=bundled,{data}", "hydra.launcher.n_jobs=2"]
     first = sweep(tmp_path / "mine", *arguments)
@@ -43,15 +43,15 @@ def test_a_failing_job_ends_no_other_and_the_same_sweep_again_runs_that_alone(tm
     before = untouched.stat().st_mtime_ns
     second = sweep(tmp_path / "mine", *arguments)
     assert second.status == 0, second.err
-    assert "4 jobs, 2 finished before, 2 to run" in second.out
+    assert "4 jobs, 2 already finished, 2 to run" in second.out
     assert untouched.stat().st_mtime_ns == before
     again = list(csv.DictReader((tmp_path / "mine" / "sweep.csv").open()))
     assert [row["status"] for row in again] == ["finished"] * 4
-    assert again[0]["loss"] == again[1]["loss"]  # the same data under another name
+    assert again[0]["loss"] == again[1]["loss"]  # the same data at another path
 
 
 @pytest.mark.slow
-def test_an_interrupted_sweep_ends_its_ranks_and_goes_on_from_their_checkpoint(tmp_path: Path) -> None:
+def test_an_interrupted_sweep_stops_its_ranks_and_resumes_from_their_checkpoint(tmp_path: Path) -> None:
     folder = tmp_path / "mine"
     settings = [*SMALL, "train.steps=30", "checkpoint.interval=1", "checkpoint.keep=2", "seed=5"]
     command = [sys.executable, str(ROOT / "launch" / "pretrain.py"), "-m", *settings, f"hydra.sweep.dir={folder}"]
@@ -63,9 +63,9 @@ def test_an_interrupted_sweep_ends_its_ranks_and_goes_on_from_their_checkpoint(t
         assert time.monotonic() < deadline
         time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
-    _, told = process.communicate(timeout=120)
+    _, printed = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert b"the same command resumes" in told
+    assert b"the same command resumes" in printed
     assert subprocess.run(["pgrep", "-f", f"run_dir=.{folder}"], capture_output=True).stdout == b""
 
     again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
@@ -76,13 +76,13 @@ def test_an_interrupted_sweep_ends_its_ranks_and_goes_on_from_their_checkpoint(t
 
 
 @pytest.mark.slow
-def test_ranks_of_a_torchrun_are_told_how_to_sweep(tmp_path: Path) -> None:
+def test_a_sweep_inside_torchrun_is_rejected_with_the_right_command(tmp_path: Path) -> None:
     outcome = run("pretrain.py", "-m", *QUICK, "seed=1,2", f"hydra.sweep.dir={tmp_path / 'mine'}", processes=2)
     assert "python launch/pretrain.py -m" in error_line(outcome)
     assert not (tmp_path / "mine").exists()
 
 
-def test_jobs_in_one_process_are_refused(tmp_path: Path) -> None:
+def test_jobs_in_one_process_are_rejected(tmp_path: Path) -> None:
     line = error_line(sweep(tmp_path, "hydra/launcher=basic", "seed=1,2"))
     assert "s2train_local" in line
 
@@ -132,7 +132,7 @@ def test_a_sweeper_that_waits_for_slurm_gets_its_losses(tmp_path: Path, monkeypa
 
 
 @pytest.mark.slow
-def test_the_readmes_search_runs_as_printed_and_tells_the_best_parameters(tmp_path: Path) -> None:
+def test_the_readmes_search_runs_as_printed_and_prints_the_best_parameters(tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="needs the extra `sweep`")
     (printed,) = [line for line in (ROOT / "README.md").read_text().splitlines() if "hydra/sweeper=optuna" in line]
     words = shlex.split(printed, comments=True)
