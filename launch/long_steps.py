@@ -19,7 +19,7 @@ from s2train.command_line.program import run_command, settings_before_options
 from s2train.comparison.long_steps import Request, measure_all, serve_cases
 from s2train.comparison.long_steps_report import draw, table
 from s2train.comparison.runs import environment
-from s2train.comparison.stacks import ways_to_compare
+from s2train.comparison.stacks import stacks_to_compare
 from s2train.environment.hardware import detect_own
 from s2train.errors import ConfigError
 from s2train.files import check_writable, output_stem
@@ -68,7 +68,7 @@ def measure_and_show(given: argparse.Namespace) -> None:
         given.overrides,
         given.layouts,
     )
-    ways = ways_to_compare(detect_own(), given.layouts)
+    ways = stacks_to_compare(detect_own(), given.layouts)
     if given.ways is not None:
         if unknown := sorted(set(given.ways) - {way.name for way in ways}):
             names = ", ".join(way.name for way in ways)

@@ -1,1 +1,1 @@
-"""Runs side by side: finished ones, backends, step times."""
+"""Compares runs: finished ones, backends, step times."""

@@ -1,7 +1,7 @@
-"""Norm, SwiGLU, rotation and loss of a layer and model: each way of computing them, checked and timed on a GPU.
+"""Checks and times norm, SwiGLU, rotation and loss on GPUs.
 
-Errors are relative, of output and gradients, against float64; a library's may be twice those of torch in the same
-dtype. Times are of forward and backward at the sizes of the 1B model over 32k tokens.
+Errors are relative errors of output and gradients against float64; a library's may be twice those of torch in the same
+dtype. Times are those of forward and backward at the sizes of the 1B model over 32k tokens.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,18 +29,18 @@ _FLOOR = 3e-7
 
 @dataclass(frozen=True)
 class Operation:
-    """One operation.
+    """One operation and its implementations.
 
     Attributes:
-        inputs: makes its tensors of so many tokens, in a dtype; those of a float dtype get gradients.
-        exact: in plain torch, in whatever dtype.
-        ways: name -> function; the first is what runs without a library.
+        inputs: makes its tensors from a number of tokens and a dtype; floating-point tensors get gradients.
+        exact: plain torch implementation for any dtype.
+        implementations: name -> function; the first one is used if no library is installed.
     """
 
     name: str
     inputs: Callable[[int, torch.dtype], list[Tensor]]
     exact: Callable[..., Tensor]
-    ways: dict[str, Callable[..., Tensor]]
+    implementations: dict[str, Callable[..., Tensor]]
 
 
 def _random(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
@@ -61,12 +61,12 @@ def _loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def operations(hidden: int, ffn: int, vocabulary: int, heads: int, kv_heads: int) -> Iterator[Operation]:
-    """Those of a layer and of the model's end, in these sizes."""
+    """Yield the operations of a layer and the model's end."""
     group = parallel_state.get_tensor_model_parallel_group()
     dim = hidden // heads
 
     def rotated(tokens: int, dtype: torch.dtype) -> list[Tensor]:
-        """Queries as a part of the projection, as the layer has them."""
+        """Make queries as a part of the projection, as in the layer."""
         projected = _random(tokens, 1, kv_heads, (heads // kv_heads + 2) * dim, dtype=dtype)
         return [projected[..., : heads // kv_heads * dim].reshape(tokens, 1, heads, dim)]
 
@@ -127,7 +127,7 @@ def operations(hidden: int, ffn: int, vocabulary: int, heads: int, kv_heads: int
 def _angles(dim: int) -> Callable[[int], Tensor]:
     @cache
     def angles(tokens: int) -> Tensor:
-        """fp32 [tokens, 1, 1, dim], as Megatron's rotary embedding gives them."""
+        """Angles like those of Megatron's rotary embedding: fp32 [tokens, 1, 1, dim]."""
         frequencies = 10_000.0 ** (-torch.arange(0, dim, 2, device="cuda") / dim)
         half = torch.outer(torch.arange(tokens, device="cuda").float(), frequencies)
         return torch.cat((half, half), dim=-1)[:, None, None]
@@ -149,12 +149,15 @@ def _te_rotation(angles: Callable[[int], Tensor]) -> dict[str, Callable[..., Ten
 
 
 def check(operation: Operation, dtype: torch.dtype, tokens: int = 512) -> list[dict[str, Any]]:
-    """A row for each way: errors, what the first way allows, and whether two runs are equal bit for bit."""
+    """Check each implementation.
+
+    A row holds its errors, the limits set by the first implementation, and whether two runs are equal bit for bit.
+    """
     inputs = operation.inputs(tokens, dtype)
     dout = torch.randn_like(operation.exact(*inputs), dtype=torch.float32)
 
     def results(function: Callable[..., Tensor], as_dtype: torch.dtype) -> list[Tensor]:
-        # copies: Megatron's loss and Liger's SwiGLU and rotation write where their inputs and gradients lie
+        # copies, since Megatron's loss and Liger's SwiGLU and rotation overwrite their inputs and gradients
         floats = [x.is_floating_point() for x in inputs]
         cast = [
             x.detach().to(as_dtype, copy=True).requires_grad_() if is_float else x
@@ -166,10 +169,10 @@ def check(operation: Operation, dtype: torch.dtype, tokens: int = 512) -> list[d
 
     exact = results(operation.exact, torch.float64)
     rows, limits = [], None
-    for name, way in operation.ways.items():
+    for name, function in operation.implementations.items():
         row: dict[str, Any] = {"operation": operation.name, "way": name, "dtype": str(dtype).removeprefix("torch.")}
         try:
-            found, again = results(way, dtype), results(way, dtype)
+            found, again = results(function, dtype), results(function, dtype)
             errors = [
                 ((x.double() - y).norm() / y.norm().clamp(min=1e-30)).item() for x, y in zip(found, exact, strict=True)
             ]
@@ -184,14 +187,17 @@ def check(operation: Operation, dtype: torch.dtype, tokens: int = 512) -> list[d
 
 
 def measure(operation: Operation, clock: Clock, tokens: int = 32768) -> list[dict[str, Any]]:
-    """A row for each way: ms of forward, backward and both, and bytes at the peak beside the inputs."""
+    """Time each implementation.
+
+    A row holds ms of forward, backward and both, and peak bytes without the inputs.
+    """
     inputs = [x.requires_grad_() if x.is_floating_point() else x for x in operation.inputs(tokens, torch.bfloat16)]
     leaves = [x for x in inputs if x.requires_grad]
     rows = []
-    for name, way in operation.ways.items():
+    for name, function in operation.implementations.items():
         row: dict[str, Any] = {"operation": operation.name, "way": name, "tokens": tokens}
         try:
-            out = way(*inputs)
+            out = function(*inputs)
             dout = torch.randn_like(out)
             torch.autograd.grad(out, leaves, dout)
             del out
@@ -199,7 +205,7 @@ def measure(operation: Operation, clock: Clock, tokens: int = 32768) -> list[dic
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
             backward = partial(torch.autograd.grad, inputs=leaves, grad_outputs=dout)
-            row |= time_passes(partial(way, *inputs), backward, clock, budget_ms=150)
+            row |= time_passes(partial(function, *inputs), backward, clock, budget_ms=150)
             row["peak_bytes"] = torch.cuda.max_memory_allocated() - before
         except Exception as error:
             row["error"] = f"{type(error).__name__}: {error}"[:300]

@@ -1,4 +1,4 @@
-"""What a program's imports take, by package, and what a file costs here."""
+"""Measures import times by package, and the time to access a file."""
 
 import os
 import re
@@ -14,14 +14,14 @@ from rich.table import Table
 
 from s2train.errors import TrainingError
 
-# "import time:   own us |  with what it imports | name"
+# "import time:   self us |  cumulative us | name"
 _LINE = re.compile(r"^import time:\s+(\d+) \|\s+\d+ \| +(\S+)$", re.MULTILINE)
 _ROWS = 20
 
 
 @dataclass(frozen=True)
 class PackageTime:
-    """Modules of a package, and seconds that they took themselves."""
+    """Modules of a package, and the seconds of their own imports."""
 
     package: str
     modules: int
@@ -29,23 +29,25 @@ class PackageTime:
 
 
 def import_times(command: Sequence[str]) -> list[PackageTime]:
-    """Run a Python program under `-X importtime`; its packages, slowest first.
+    """Run a program under `-X importtime`, and list its packages.
 
-    Imports in several threads at once count what they wait for each other, too.
+    The slowest comes first.
+
+    Concurrent imports in several threads include the time that they wait for each other.
 
     Raises:
         TrainingError: the program failed.
     """
-    surrounding = os.environ | {"PYTHONPROFILEIMPORTTIME": "1"}
-    done = subprocess.run(command, env=surrounding, capture_output=True, text=True)
+    environment = os.environ | {"PYTHONPROFILEIMPORTTIME": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
-        told = "\n".join(line for line in done.stderr.splitlines() if not line.startswith("import time:"))
-        raise TrainingError(f"under -X importtime it ended with status {done.returncode}: {told[-1500:]}")
+        output = "\n".join(line for line in done.stderr.splitlines() if not line.startswith("import time:"))
+        raise TrainingError(f"under -X importtime it ended with status {done.returncode}: {output[-1500:]}")
     return by_package(done.stderr)
 
 
 def by_package(report: str) -> list[PackageTime]:
-    """Sum what `-X importtime` wrote, by top-level package; slowest first."""
+    """Sum the output of `-X importtime` by top-level package, slowest first."""
     found: dict[str, list[int]] = {}
     for own, name in _LINE.findall(report):
         found.setdefault(name.partition(".")[0], []).append(int(own))
@@ -54,7 +56,7 @@ def by_package(report: str) -> list[PackageTime]:
 
 
 def table_of_imports(times: Sequence[PackageTime]) -> Table:
-    """The slowest packages, and the sum of all."""
+    """Make a table of the slowest packages and the total."""
     table = Table("package", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("modules", justify="right")
     table.add_column("seconds", justify="right")
@@ -70,14 +72,17 @@ def table_of_imports(times: Sequence[PackageTime]) -> Table:
 
 
 def file_seconds() -> tuple[float, float]:
-    """Seconds to ask for a file's size, and to open and read it: means over torch's compiled modules, once read."""
+    """Measure mean seconds to stat a file, and to read it.
+
+    Uses torch's modules, after reading them once.
+    """
     files = sorted(Path(torch.__file__).parent.rglob("*.py"))[:500]
     for path in files:
         path.read_bytes()
     began = time.perf_counter()
     for path in files:
         path.stat()
-    asked = time.perf_counter()
+    stat_done = time.perf_counter()
     for path in files:
         path.read_bytes()
-    return (asked - began) / len(files), (time.perf_counter() - asked) / len(files)
+    return (stat_done - began) / len(files), (time.perf_counter() - stat_done) / len(files)

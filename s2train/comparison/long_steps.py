@@ -1,8 +1,10 @@
-"""Step time of layers of a model at long sequences, hybrids beside dense models, each with the best stack it can have.
+"""Measures step times of hybrids and dense models at long sequences.
 
-Random tokens, the whole step with gradients' norm and optimizer, nothing saved. The same number of layers at a length
-for every way of attending, as many as the plan says fit. One process measures one way after another; it is replaced
-when one fails.
+Each has its best stack.
+
+A step includes the gradient norm and the optimizer; tokens are random and nothing is saved. All variants at a length
+have the same number of layers, the largest that fits according to the plan. One process measures the variants in turn,
+and is replaced if one fails.
 """
 
 import json
@@ -14,7 +16,7 @@ from typing import Any
 
 import torch
 
-from s2train.comparison.stacks import Way
+from s2train.comparison.stacks import Stack
 from s2train.costs.memory import GIB
 from s2train.environment.hardware import Hardware, detect_own
 from s2train.errors import ConfigError
@@ -23,20 +25,21 @@ from s2train.kernels.workers import run_tasks, serve
 from s2train.layouts.hybrid import parse_layers
 from s2train.planning import Plan, check, compose_run, preview
 
-_SECONDS = 600.0  # for one way at one length
+_SECONDS = 600.0  # time limit for one variant at one length
 
 
 @dataclass(frozen=True)
 class Row:
-    """One way at one length.
+    """Measurement of one variant at one length.
 
     Attributes:
-        way: its name; hybrids' begin with "hybrid", dense ones' with "dense".
-        step_s: median of the measured steps' seconds; `slowest_s` their maximum.
-        flops_per_token: training FLOPs over kept positions, which MFU counts; recomputation is not counted.
-        planned_gib, peak_gib: tensors on the device, as the plan foretold and as measured; 0 on a CPU.
-        planned_s: the step as the plan foretold; None where it foretells none.
-        stack: settings of the way; `kernels` are attention's, as a run says them.
+        way: name of the variant, which begins with "hybrid" or "dense".
+        step_s, slowest_s: median and maximum of the measured steps' seconds.
+        flops_per_token: training FLOPs over kept positions, used for MFU, without recomputation.
+        planned_gib, peak_gib: planned and measured peak of tensors on the device; 0 on a CPU.
+        planned_s: step time predicted by the plan; None if it makes no prediction.
+        stack: settings of the variant.
+        kernels: attention kernels, as a run logs them.
     """
 
     way: str
@@ -63,7 +66,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Request:
-    """What to measure: a size of conf/model, lengths and tokens a step, layers (None: as many as fit)."""
+    """What to measure.
+
+    Attributes:
+        size: a model size in conf/model.
+        lengths: tokens of a sequence.
+        tokens: tokens of a step.
+        layers: number of layers; None: the largest that fits.
+    """
 
     size: str
     lengths: Sequence[int]
@@ -75,10 +85,10 @@ class Request:
     layouts: Sequence[str] = ("DSSS",)
 
 
-def case_overrides(size: str, way: Way, length: int, tokens: int, layers: int, recompute: str) -> list[str]:
+def case_overrides(size: str, stack: Stack, length: int, tokens: int, layers: int, recompute: str) -> list[str]:
     """Settings of one measurement."""
     return [
-        f"+model={size}_{way.variant}",
+        f"+model={size}_{stack.model}",
         "parallel.tp=1",
         "parallel.sequence_parallel=false",
         f"model.num_layers={layers}",
@@ -86,23 +96,25 @@ def case_overrides(size: str, way: Way, length: int, tokens: int, layers: int, r
         f"train.global_batch_size={max(tokens // length, 1)}",
         "train.micro_batch_size=1",
         f"train.recompute={recompute}",
-        *way.settings,
+        *stack.settings,
     ]
 
 
-def fitting(request: Request, ways: Sequence[Way], length: int, hardware: Hardware) -> tuple[int, str]:
-    """How many layers fit in every way, and with how much recomputation: none, if the fewest fit so.
+def choose_layers(request: Request, stacks: Sequence[Stack], length: int, hardware: Hardware) -> tuple[int, str]:
+    """Choose layers that fit with every stack, and the recomputation.
 
-    With `request.layers` that many; else whole repetitions of every layout, in groups of four, as many as fit with a
-    tenth of the memory to spare (fragments).
+    Uses no recomputation if any number of layers fits without it. The number is `request.layers`, or else the largest
+    multiple of four that repeats every layout and leaves a tenth of the memory free for fragmentation.
 
     Raises:
-        ConfigError: not even so many, or the fewest, fit with full recomputation.
+        ConfigError: the layers don't fit even with full recomputation.
     """
     counts = [request.layers] if request.layers else [n for n in range(32, 0, -4) if _divides(request.layouts, n)]
     for recompute in ("none", "full"):
         for count in counts:
-            settings = (case_overrides(request.size, way, length, request.tokens, count, recompute) for way in ways)
+            settings = (
+                case_overrides(request.size, stack, length, request.tokens, count, recompute) for stack in stacks
+            )
             plans = [_plan([*each, *request.overrides], hardware) for each in settings]
             if all(plan.memory.total <= 0.9 * hardware.memory for plan in plans):
                 return count, recompute
@@ -110,7 +122,7 @@ def fitting(request: Request, ways: Sequence[Way], length: int, hardware: Hardwa
         "--lengths",
         length,
         f"{counts[-1]} layers don't fit {hardware.name}",
-        "Leave it out, or add model.vocab_size=8192: its logits are smaller",
+        "Leave it out, or add model.vocab_size=8192 for smaller logits",
     )
 
 
@@ -126,8 +138,8 @@ def _plan(overrides: Sequence[str], hardware: Hardware) -> Plan:
 
 
 def measure(task: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """A `Row` of the task's `name`, `stack` and `overrides`, by so many `steps` after `warmup`."""
-    from s2train.comparison.short_runs import run_steps  # imports Megatron, which the asking process doesn't need
+    """Measure a task: `steps` steps after `warmup` ones, as a `Row`."""
+    from s2train.comparison.short_runs import run_steps  # imports Megatron, which the requesting process doesn't need
 
     cfg, hardware = compose_run(task["overrides"]), detect_own()
     plan = check(cfg, 1, hardware)
@@ -158,7 +170,7 @@ def measure(task: dict[str, Any], device: torch.device) -> dict[str, Any]:
 
 
 def serve_cases() -> None:
-    """The measuring process: answers cases from standard input, one after another."""
+    """Run the measuring process, which answers cases from standard input."""
     from s2train.megatron import setup
 
     joined: list[torch.device] = []
@@ -174,13 +186,15 @@ def serve_cases() -> None:
 
 
 def measure_all(
-    request: Request, ways: Sequence[Way], output: Path, command: list[str], made_by: dict[str, Any], say: Any
+    request: Request, stacks: Sequence[Stack], output: Path, command: list[str], made_by: dict[str, Any], say: Any
 ) -> list[Row]:
-    """Measure what OUTPUT.json has not yet, writing it after each; a way that fails is left out, and told.
+    """Measure the cases missing in OUTPUT.json, which is written after each.
+
+    A stack that fails is logged and left out.
 
     Args:
         command: Python's arguments for a process that calls `serve_cases`.
-        made_by: command, device, versions: what the file begins with.
+        made_by: command, device and versions, the first entries of the file.
 
     Raises:
         ConfigError: too few layers fit at one of the lengths; nothing was measured.
@@ -190,23 +204,24 @@ def measure_all(
     rows = [Row(**row) for row in before["rows"]]
     earlier = [*before.get("earlier_commands", []), *([before["command"]] if "command" in before else [])]
     hardware = detect_own()
-    # all of them first: what can't fit is told before anything is measured
-    fits = [fitting(request, ways, length, hardware) for length in request.lengths]
+    # all lengths first, so that one that can't fit is rejected before anything is measured
+    fits = [choose_layers(request, stacks, length, hardware) for length in request.lengths]
     tasks: list[dict[str, Any]] = []
     for length, (layers, recompute) in zip(request.lengths, fits, strict=True):
-        for way in ways:
-            if any((row.way, row.seq_length) == (way.name, length) for row in rows):
+        for stack in stacks:
+            if any((row.way, row.seq_length) == (stack.name, length) for row in rows):
                 continue
-            overrides = case_overrides(request.size, way, length, request.tokens, layers, recompute)
-            say(f"{way.name}, {length:,} tokens, {layers} layers, recompute {recompute}")
-            task = {"name": way.name, "stack": " ".join(way.settings), "overrides": [*overrides, *request.overrides]}
+            overrides = case_overrides(request.size, stack, length, request.tokens, layers, recompute)
+            say(f"{stack.name}, {length:,} tokens, {layers} layers, recompute {recompute}")
+            settings = [*overrides, *request.overrides]
+            task = {"name": stack.name, "stack": " ".join(stack.settings), "overrides": settings}
             tasks.append(task | {"steps": request.steps, "warmup": request.warmup})
     for task, found in zip(tasks, run_tasks(command, tasks, 1, _SECONDS), strict=True):
         if "error" in found:
             say(f"failed: {task['name']}: {found['error']}")
             continue
         rows.append(Row(**found))
-        say(f"measured: {rows[-1].way}, {rows[-1].seq_length:,} tokens: {rows[-1].step_s:.3f} s a step")
+        say(f"measured: {rows[-1].way}, {rows[-1].seq_length:,} tokens: {rows[-1].step_s:.3f} s per step")
         with replacing(path) as temporary:
             content = {**made_by, "earlier_commands": earlier, "request": asdict(request)}
             content["rows"] = [asdict(row) for row in rows]

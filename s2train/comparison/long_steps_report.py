@@ -1,4 +1,4 @@
-"""Long steps as a table and a picture."""
+"""Shows the times of long steps as a table and a picture."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,21 +13,27 @@ from s2train.files import replacing
 
 
 def best_dense(rows: Sequence[Row], length: int) -> Row | None:
-    """The fastest dense way at a length; None if none was measured."""
+    """Find the fastest dense variant at a length, or None."""
     dense = [row for row in rows if row.seq_length == length and not row.is_hybrid]
     return min(dense, key=lambda row: row.step_s, default=None)
 
 
 def gain(row: Row, over: Row | None) -> float | None:
-    """How many times as fast a hybrid's step is as another way's; None for a dense row, or without the other."""
+    """Speedup of a hybrid's step over another.
+
+    None for a dense row, or without the other.
+    """
     return over.step_s / row.step_s if row.is_hybrid and over is not None else None
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """One line a row; of hybrids with their gain over the best dense way and over each other one."""
+    """Make a table of all rows, with the hybrids' speedups.
+
+    They are relative to the dense variants.
+    """
     dense = list(dict.fromkeys(row.way for row in rows if not row.is_hybrid))
     found = Table(
-        *("tokens", "way", "layers", "recompute", "s/step", "planned", "tokens/s", "MFU", "peak GiB", "planned"),
+        *("tokens", "variant", "layers", "recompute", "s/step", "planned", "tokens/s", "MFU", "peak GiB", "planned"),
         *("over best dense", *(f"over {way.removeprefix('dense ')}" for way in dense)),
         box=box.SIMPLE_HEAD,
     )
@@ -51,19 +57,22 @@ def table(rows: Sequence[Row]) -> Table:
 
 
 def draw(rows: Sequence[Row], path: Path, title: str) -> None:
-    """Bars of tokens/s by length, one for each way; above each hybrid its gain over the best dense one."""
+    """Draw tokens/s by length as bars, one per variant.
+
+    The number above a hybrid is its speedup over the best dense variant.
+    """
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     lengths = sorted({row.seq_length for row in rows})
-    ways = list(dict.fromkeys(row.way for row in rows))
+    variants = list(dict.fromkeys(row.way for row in rows))
     figure, axes = plt.subplots(1, len(lengths), figsize=(3.2 * len(lengths) + 0.8, 3.6), squeeze=False)
     for axis, length in zip(axes[0], lengths, strict=True):
         of_length = {row.way: row for row in rows if row.seq_length == length}
-        for place, way in enumerate(ways):
-            if (row := of_length.get(way)) is None:
+        for place, variant in enumerate(variants):
+            if (row := of_length.get(variant)) is None:
                 continue
-            axis.bar(place, row.tokens_per_s, width=0.7, color=f"C{place}", label=way)
+            axis.bar(place, row.tokens_per_s, width=0.7, color=f"C{place}", label=variant)
             times = gain(row, best_dense(rows, length))
             text = "" if times is None else f"{times:.2f}×"
             axis.annotate(text, (place, row.tokens_per_s), ha="center", va="bottom", fontsize=9)
@@ -74,11 +83,11 @@ def draw(rows: Sequence[Row], path: Path, title: str) -> None:
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_ylim(top=1.12 * max(row.tokens_per_s for row in of_length.values()))
     axes[0][0].set_ylabel("tokens/s")
-    handles = [plt.Rectangle((0, 0), 1, 1, color=f"C{place}") for place in range(len(ways))]
-    columns = min(len(ways), 4)
-    figure.legend(handles, ways, loc="lower center", ncols=columns, frameon=False, fontsize=8)
-    figure.suptitle(f"{title} (above a bar: the gain over the best dense)", fontsize=11)
-    figure.tight_layout(rect=(0, 0.07 * -(-len(ways) // columns), 1, 1))
+    handles = [plt.Rectangle((0, 0), 1, 1, color=f"C{place}") for place in range(len(variants))]
+    columns = min(len(variants), 4)
+    figure.legend(handles, variants, loc="lower center", ncols=columns, frameon=False, fontsize=8)
+    figure.suptitle(f"{title} (above a bar: speedup over the best dense)", fontsize=11)
+    figure.tight_layout(rect=(0, 0.07 * -(-len(variants) // columns), 1, 1))
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=130, format="png")
     plt.close(figure)

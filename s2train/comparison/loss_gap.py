@@ -1,4 +1,4 @@
-"""Losses of runs beside those of a base run, step by step."""
+"""Compares losses of runs with a base run's, by step."""
 
 import statistics
 from collections.abc import Sequence
@@ -14,12 +14,14 @@ from s2train.training.records import read_records
 
 @dataclass(frozen=True)
 class Gap:
-    """Loss of a run minus the base run's at the same steps, nats per token.
+    """Loss of a run minus the base run's, nats per token.
+
+    At the same steps.
 
     Attributes:
-        first: at the first step that both report.
-        mean_size, largest: of its absolute value, over all of them.
-        last: mean (with its sign) over the last tenth.
+        first: gap at the first step that both report.
+        mean_size, largest: mean and maximum of its absolute value over all common steps.
+        last: signed mean over the last tenth of the steps.
     """
 
     name: str
@@ -42,7 +44,7 @@ def gaps(base: Path, runs: Sequence[Path]) -> list[Gap]:
         losses = _losses(run)
         differences = [losses[step] - expected[step] for step in sorted(losses.keys() & expected.keys())]
         if not differences:
-            raise ConfigError("runs", run, f"reports no step that {base} does too", "Set tracking.log_interval=1")
+            raise ConfigError("runs", run, f"has no reported step in common with {base}", "Set tracking.log_interval=1")
         tail = differences[-max(len(differences) // 10, 1) :]
         sizes = [abs(difference) for difference in differences]
         found.append(
@@ -52,7 +54,7 @@ def gaps(base: Path, runs: Sequence[Path]) -> list[Gap]:
 
 
 def table(base: Path, found: Sequence[Gap]) -> Table:
-    """One line a run."""
+    """Make a table with one line per run."""
     shown = Table(
         f"loss minus {base.name}'s", "steps", "first", "mean |gap|", "largest", "last tenth", box=box.SIMPLE_HEAD
     )
@@ -65,5 +67,5 @@ def table(base: Path, found: Sequence[Gap]) -> Table:
 def _losses(run: Path) -> dict[int, float]:
     path = run / "metrics.jsonl"
     if not path.is_file():
-        raise ConfigError("runs", run, "has no metrics.jsonl", "Name folders of runs")
+        raise ConfigError("runs", run, "has no metrics.jsonl", "Set folders of runs")
     return {record["step"]: record["loss"] for record in read_records(path) if record.get("loss") is not None}

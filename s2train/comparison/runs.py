@@ -1,4 +1,4 @@
-"""Finished runs side by side: a table, a picture, and what they ran on."""
+"""Compares finished runs: a table, a picture, and their environment."""
 
 import json
 import statistics
@@ -15,20 +15,20 @@ from s2train.training.records import read_curves, read_records
 if TYPE_CHECKING:
     from rich.table import Table
 
-HEADINGS = ("held out", "first 1/8", "last 1/2")  # of tables, for HELD_OUT
+HEADINGS = ("held out", "first 1/8", "last 1/2")  # table headings for HELD_OUT
 HELD_OUT = ("held_out_loss", "held_out_short", "held_out_long")
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What one run came to.
+    """Summary of one run.
 
     Attributes:
-        steps: done, at the last report.
-        loss, held_out_loss: last reported, nats per token; None if there is none, or it was not finite.
-        held_out_short, held_out_long: with it, over the first eighth and the last half of the positions.
+        steps: steps done at the last report.
+        loss, held_out_loss: last reported values, nats per token; None if there is none or it was not finite.
+        held_out_short, held_out_long: held-out loss over the first eighth and the last half of the positions.
         tokens_per_s, model_tflops, mfu, step_time_s: medians over the reports after the first tenth of the run.
-        peak_memory_gib: most allocated on rank 0's device; 0 on a CPU.
+        peak_memory_gib: peak memory allocated on rank 0's device; 0 on a CPU.
     """
 
     name: str
@@ -45,25 +45,31 @@ class Summary:
     peak_memory_gib: float
 
     @property
-    def judged_by(self) -> tuple[str, float | None]:
-        """The loss that runs are ranked by, and what it is: held out, or the last training loss if none is."""
+    def ranking_loss(self) -> tuple[str, float | None]:
+        """Name and value of the loss that ranks runs.
+
+        Held out, or else the last training loss.
+        """
         return ("loss", self.loss) if self.held_out_loss is None else ("held out", self.held_out_loss)
 
     def losses(self) -> list[str]:
-        """Loss and those of `HEADINGS` for a table; empty where there is none."""
+        """Format the loss and the losses of `HEADINGS`.
+
+        For a table; empty if there is none.
+        """
         values = (self.loss, self.held_out_loss, self.held_out_short, self.held_out_long)
         return ["" if value is None else f"{value:.4f}" for value in values]
 
 
 def summarize(run_dir: Path) -> Summary:
-    """Read a run folder's metrics; steps done again after a resume count once.
+    """Summarize a run folder's metrics; steps repeated after a resume count once.
 
     Raises:
         ConfigError: the run has reported nothing.
     """
     path = run_dir / "metrics.jsonl"
     if not path.is_file():
-        raise ConfigError("runs", run_dir, "has no metrics.jsonl", "Name folders of runs")
+        raise ConfigError("runs", run_dir, "has no metrics.jsonl", "Set folders of runs")
     reports = [record for record in read_records(path) if "tokens_per_s" in record]
     if not reports:
         raise ConfigError("runs", run_dir, "has reported no step yet", "Leave it out, or train it first")
@@ -77,7 +83,7 @@ def summarize(run_dir: Path) -> Summary:
     return Summary(
         name=run_dir.name,
         steps=last,
-        # older runs don't tell what they consumed
+        # older runs don't record consumed tokens
         tokens=reports[-1].get("consumed_tokens", read_curves(path).tokens(last)),
         loss=reports[-1]["loss"],
         **{name: held_out[0].get(name) if held_out else None for name in HELD_OUT},
@@ -90,13 +96,16 @@ def summarize(run_dir: Path) -> Summary:
 
 
 def compare(run_dirs: Sequence[Path], output: Path, command: str) -> "Table":
-    """Write OUTPUT.json and OUTPUT.png (given with or without suffix) from finished runs; returns the table to print.
+    """Compare finished runs in OUTPUT.json and OUTPUT.png.
 
+    Args:
+        output: with or without suffix.
+    Returns:
+        The table to print.
     Raises:
-        ConfigError: a run has reported nothing, or two have one name; a file of OUTPUT exists already, or none can
-            be written there.
+        ConfigError: a run has reported nothing, two runs share a name, a file of OUTPUT exists, or none can be written.
     """
-    # slow, and a sweep, which summarises runs, comes here without
+    # slow imports that a sweep, which uses only `summarize`, doesn't need
     from matplotlib.ticker import EngFormatter
     from rich.table import Table
 
@@ -107,7 +116,7 @@ def compare(run_dirs: Sequence[Path], output: Path, command: str) -> "Table":
     table_path, picture_path = (stem.with_name(stem.name + suffix) for suffix in (".json", ".png"))
     for path in (table_path, picture_path):
         if path.exists():
-            raise ConfigError("output", output, f"{path} exists", "Name another, or move it away")
+            raise ConfigError("output", output, f"{path} exists", "Set another, or move the file away")
     check_writable("output", output.parent)
     summaries = [summarize(run_dir) for run_dir in run_dirs]
     runs = {summary.name: run_dir / "metrics.jsonl" for summary, run_dir in zip(summaries, run_dirs, strict=True)}

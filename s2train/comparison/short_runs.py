@@ -1,4 +1,4 @@
-"""Some training steps in this process: their losses, times, memory, and what the time goes to."""
+"""Measures losses, times and memory of a few training steps."""
 
 import gc
 import tempfile
@@ -24,14 +24,14 @@ from s2train.training.steps import run_step
 
 @dataclass(frozen=True)
 class ShortRun:
-    """What some steps came to.
+    """Measurements of a few steps.
 
     Attributes:
-        losses: nats a token, of every step.
-        seconds: of every step; the first ones compile.
-        peak_bytes: tensors on the GPU, model and optimizer among them.
-        kernels: of attention, as a run says them.
-        parts: milliseconds of a step by what they went to; empty where no step was traced.
+        losses: loss of each step, nats per token.
+        seconds: time of each step; the first ones include compilation.
+        peak_bytes: peak of tensors on the GPU, including model and optimizer.
+        kernels: attention kernels, as a run logs them.
+        parts: milliseconds of each part of a step; empty if no step was traced.
     """
 
     losses: list[float]
@@ -42,16 +42,16 @@ class ShortRun:
 
 
 def run_steps(cfg: PretrainConfig, steps: int, device: torch.device, *, traced: bool = False) -> ShortRun:
-    """Train on random tokens, the same for every run of such a shape, from the same weights.
+    """Train on random tokens from fixed weights.
 
-    After `setup.initialize`. Frees what it took.
+    Runs of the same shape have the same tokens. Call after `setup.initialize`. Frees its memory.
 
     Args:
         traced: trace one more step.
     """
     torch.cuda.reset_peak_memory_stats()
     result = _run(cfg, steps, device, traced)
-    gc.collect()  # model and optimizer are circles
+    gc.collect()  # model and optimizer are reference cycles
     torch.cuda.empty_cache()
     return result
 
@@ -89,7 +89,7 @@ def _run(cfg: PretrainConfig, steps: int, device: torch.device, traced: bool) ->
 
 
 def random_batches(cfg: PretrainConfig, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
-    """Micro batches of random tokens, drawn by a generator of their own."""
+    """Yield micro batches of random tokens from a separate generator."""
     shape = (cfg.train.micro_batch_size, cfg.train.seq_length)
     generator = torch.Generator(device).manual_seed(cfg.seed)
     while True:
@@ -103,7 +103,10 @@ def random_batches(cfg: PretrainConfig, device: torch.device) -> Iterator[dict[s
 
 
 def _draw_weights(models: list[torch.nn.Module], cfg: PretrainConfig) -> None:
-    """The same in every run: Megatron's own generators keep their state between runs of a process."""
+    """Draw the same weights in every run.
+
+    Megatron's generators would keep their state between runs of a process.
+    """
     generator = torch.Generator(next(models[0].parameters()).device).manual_seed(cfg.seed)
     for model in models:
         for parameter in model.parameters():
@@ -119,7 +122,7 @@ def _traced(step: object) -> dict[str, float]:
         path = Path(folder) / "trace.json"
         activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
         once = schedule(wait=0, warmup=1, active=1, repeat=1)
-        # written when the step ends: the profiler keeps no trace for later
+        # written when the step ends, since the profiler discards the trace
         with profile(
             activities=activities, schedule=once, on_trace_ready=lambda trace: trace.export_chrome_trace(str(path))
         ) as profiler:

@@ -1,4 +1,7 @@
-"""The ways of attending that long steps compare, each with the fastest stack that is installed for it."""
+"""Lists the stacks that long steps compare.
+
+Each is the fastest installed for its attention.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,41 +13,42 @@ from s2train.kernels.flash4 import fa4_version
 
 
 @dataclass(frozen=True)
-class Way:
-    """One contender.
+class Stack:
+    """A model and the settings of its kernels and layers.
 
     Attributes:
         name: begins with "hybrid" or "dense".
-        variant: of the model, as in SIZE_variant.
-        settings: what distinguishes it from others of the variant: layout, dense layers' kernels, the stack around.
+        model: suffix of the model's name, SIZE_model.
+        settings: layout, kernels of dense layers, and the other layers.
     """
 
     name: str
-    variant: str
+    model: str
     settings: tuple[str, ...]
 
 
-def ways_to_compare(hardware: Hardware, layouts: Sequence[str]) -> list[Way]:
-    """Hybrids of these layer strings, then dense models: the fastest installed, cuDNN's, FlashAttention-2's.
+def stacks_to_compare(hardware: Hardware, layouts: Sequence[str]) -> list[Stack]:
+    """List stacks of hybrids with these layer strings, then of dense models.
 
-    All have the same elementwise work and loss, Liger-Kernel's where it is installed; with transformer-engine
-    installed, its layers in bf16 and FP8 are ways too.
+    Dense models use the fastest installed attention, cuDNN's and FlashAttention-2's. All have the same elementwise
+    operations and loss, Liger-Kernel's if it is installed. If transformer-engine is installed, stacks with its layers
+    in bf16 and FP8 are added.
     """
     hybrids = {f"hybrid {letters}": (f"layout.layers={letters}",) for letters in layouts}
     if hardware.kind != "cuda":
-        found = [Way(name, "hybrid", layout) for name, layout in hybrids.items()]
-        return [*found, Way("dense", "dense", ())]
-    around = ("elementwise=liger", "loss=liger") if liger_version() else ("elementwise=torch", "loss=torch")
-    local = ("backend=local", *around)
+        found = [Stack(name, "hybrid", layout) for name, layout in hybrids.items()]
+        return [*found, Stack("dense", "dense", ())]
+    elementwise = ("elementwise=liger", "loss=liger") if liger_version() else ("elementwise=torch", "loss=torch")
+    local = ("backend=local", *elementwise)
     best, label = ("fa4", "FlashAttention-4") if fa4_version() else ("s2train", "s2train")
     fastest = f"dense_attention={best}"
-    found = [Way(name, "hybrid", (*layout, fastest, *local)) for name, layout in hybrids.items()]
-    found.append(Way(f"dense {label}", "dense", (fastest, *local)))
-    found.append(Way("dense cuDNN", "dense", ("dense_attention=cudnn", *local)))
-    found.append(Way("dense FlashAttention-2", "dense", ("dense_attention=flash", *local)))
+    found = [Stack(name, "hybrid", (*layout, fastest, *local)) for name, layout in hybrids.items()]
+    found.append(Stack(f"dense {label}", "dense", (fastest, *local)))
+    found.append(Stack("dense cuDNN", "dense", ("dense_attention=cudnn", *local)))
+    found.append(Stack("dense FlashAttention-2", "dense", ("dense_attention=flash", *local)))
     if te_problem() is None:
         for suffix, te in {"TE": ("backend=te",), "TE FP8": ("backend=te", "fp8=hybrid")}.items():
-            settings = (fastest, *te, *around)
-            found += [Way(f"{name}, {suffix}", "hybrid", (*layout, *settings)) for name, layout in hybrids.items()]
-            found.append(Way(f"dense {label}, {suffix}", "dense", settings))
+            settings = (fastest, *te, *elementwise)
+            found += [Stack(f"{name}, {suffix}", "hybrid", (*layout, *settings)) for name, layout in hybrids.items()]
+            found.append(Stack(f"dense {label}, {suffix}", "dense", settings))
     return found

@@ -1,8 +1,10 @@
-"""Where the time from launch to step 1 goes: `python -m s2train.comparison.starts +model=NAME [setting=value …]`.
+"""Measures the time from launch to step 1.
 
-Starts a run some times to its first step and prints each start's parts: cold ones with empty folders of compiled
-kernels and of dataset indices, then warm ones, with those that the last cold one left. (What the operating system
-keeps of files is neither's to say: the first start after boot is colder.) Nothing is saved.
+`python -m s2train.comparison.starts +model=NAME [setting=value …]`
+
+Starts a run several times up to its first step, and prints the parts of each start. Cold starts have empty caches of
+compiled kernels and dataset indices; warm ones use the caches of the last cold one. (The operating system's file cache
+is not controlled: the first start after boot is colder.) Nothing is saved.
 """
 
 import argparse
@@ -44,13 +46,13 @@ _CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
 
 @dataclass(frozen=True)
 class Start:
-    """One start of a run.
+    """Measurements of one start.
 
     Attributes:
         name: such as "cold 1".
-        total_s: from launch to the end of step 1, by the clock outside of the run.
-        seconds: of each part, by the run itself.
-        modules: imported by rank 0 by then.
+        total_s: seconds from launch to the end of step 1, measured outside the run.
+        seconds: seconds of each part, measured by the run.
+        modules: number of modules imported by rank 0.
     """
 
     name: str
@@ -65,31 +67,31 @@ class Request:
 
     Attributes:
         overrides: settings of the run.
-        processes: ranks on this machine, by launch/job.py; 0: plain python.
+        processes: ranks on this machine, started by launch/job.py; 0: plain python.
     """
 
     overrides: Sequence[str]
     processes: int
 
     def command(self, folder: Path, caches: Path) -> list[str]:
-        """Of one start into `folder`."""
+        """Build the command of one start into `folder`."""
         job = [str(_LAUNCH / "job.py"), "--nproc-per-node", str(self.processes)] if self.processes else []
         settings = [*_SETTINGS, f"data.cache={caches / 'indices'}", f"run_dir={folder}", *self.overrides]
         return [sys.executable, *job, str(_LAUNCH / "pretrain.py"), *settings]
 
 
 def measure(request: Request, name: str, folder: Path, caches: Path) -> Start:
-    """Start a run to its first step, and wait until it has ended.
+    """Start a run up to its first step, and wait.
 
     Args:
-        folder: of the run; not there yet.
-        caches: of compiled kernels and dataset indices.
+        folder: run folder, which must not exist.
+        caches: folder of compiled kernels and dataset indices.
     Raises:
         TrainingError: the run failed.
     """
-    surrounding = os.environ | {name: str(caches / name.lower()) for name in _CACHES}
+    variables = os.environ | {name: str(caches / name.lower()) for name in _CACHES}
     began = time.time()
-    done = subprocess.run(request.command(folder, caches), env=surrounding, capture_output=True, text=True)
+    done = subprocess.run(request.command(folder, caches), env=variables, capture_output=True, text=True)
     if done.returncode:
         raise TrainingError(f"{name}: the run ended with status {done.returncode}: {done.stderr[-1500:].strip()}")
     (event,) = [e for e in read_records(folder / "metrics.jsonl") if e.get("event") == "first step"]
@@ -100,7 +102,7 @@ def measure(request: Request, name: str, folder: Path, caches: Path) -> Start:
 def measure_all(
     request: Request, cold: int, warm: int, together: int, keep: Callable[[list[Start]], None]
 ) -> list[Start]:
-    """Cold starts, then warm ones; of `together` at once, each counts. `keep` gets all so far after each."""
+    """Measure cold starts, then warm ones, `together` at once; `keep` gets all so far after each."""
     starts: list[Start] = []
     with tempfile.TemporaryDirectory(prefix="s2train_starts_") as scratch, ThreadPoolExecutor(together) as pool:
         root, caches = Path(scratch), Path(scratch) / "warm"
@@ -120,7 +122,10 @@ def measure_all(
 
 
 def table(starts: Sequence[Start]) -> Table:
-    """Seconds of each part, a column a start, and the median of each kind that has several."""
+    """Make a table of the seconds of each part.
+
+    It has a column for each start, and one for the median of each kind with several starts.
+    """
     kinds = {kind: [s for s in starts if s.name.startswith(kind)] for kind in ("cold", "warm")}
     medians = [kind for kind, members in kinds.items() if len(members) > 1]
     made = Table("seconds", box=box.SIMPLE_HEAD, pad_edge=False)
@@ -144,24 +149,26 @@ def table(starts: Sequence[Start]) -> Table:
 
 
 def main() -> None:
-    """The command line's entry."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", help="settings of the run")
     parser.add_argument("--starts", type=int, default=3, help="warm starts")
     parser.add_argument("--cold", type=int, default=1, help="cold starts, before the warm ones")
-    parser.add_argument("--nproc-per-node", type=int, default=0, help="ranks, by launch/job.py; 0: plain python")
-    parser.add_argument("--together", type=int, default=1, help="runs that start at once")
-    parser.add_argument("--imports", action="store_true", help="what the imports of one more start take, by package")
+    parser.add_argument(
+        "--nproc-per-node", type=int, default=0, help="ranks, started by launch/job.py; 0: plain python"
+    )
+    parser.add_argument("--together", type=int, default=1, help="concurrent runs")
+    parser.add_argument("--imports", action="store_true", help="measure the imports of one more start, by package")
     parser.add_argument("--output", type=Path, help="a .json file for the results")
     given = parser.parse_intermixed_args(settings_before_options(sys.argv[1:]))
     run_command(lambda: measure_and_show(given))
 
 
 def measure_and_show(given: argparse.Namespace) -> None:
-    """Measure, print the table, and write the file that was asked for."""
+    """Measure, print the table, and write the requested file."""
     for name in ("starts", "cold", "nproc_per_node"):
         if getattr(given, name) < 0:
-            raise ConfigError(f"--{name.replace('_', '-')}", getattr(given, name), "less than none", "Set 0 or more")
+            raise ConfigError(f"--{name.replace('_', '-')}", getattr(given, name), "is negative", "Set 0 or more")
     if given.together < 1 or given.starts + given.cold < 1:
         raise ConfigError(
             "--starts", given.starts, "nothing would be started", "Set --starts or --cold, and --together"
@@ -179,7 +186,7 @@ def measure_and_show(given: argparse.Namespace) -> None:
     starts = measure_all(request, given.cold, given.starts, given.together, keep)
     console.print(table(starts))
     asking, opening = file_seconds()
-    print(f"a file's size takes {asking * 1e6:.0f} us to ask for, a module's file {opening * 1e6:.0f} us to read")
+    print(f"stat of a file takes {asking * 1e6:.0f} us, reading a module's file {opening * 1e6:.0f} us")
     # not earlier: versions and the device's name take a CUDA context, and a start would find the driver awake
     keep(starts, **environment(), file_stat_us=asking * 1e6, file_read_us=opening * 1e6)
     if given.imports:

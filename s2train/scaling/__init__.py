@@ -1,1 +1,4 @@
-"""What several GPUs of one host give: parity, scaling, context parallel traffic, balance (`launch/scaling.py`)."""
+"""Measures several GPUs of one host: parity, scaling, context parallel traffic, balance.
+
+Run it with `launch/scaling.py`.
+"""

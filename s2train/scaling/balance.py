@@ -1,7 +1,7 @@
-"""How evenly attention lies over ranks, by time: run by torchrun, ranks to compare dealt to the devices.
+"""Measures how evenly attention time is divided among ranks.
 
-Tensor parallel: heads of unlike density, as listed and as `schedule.placement=balanced` places them. Context parallel:
-rows in one run a rank, and dealt zig-zag.
+Run it with torchrun, which times the compared ranks on its devices. Tensor parallel: heads of different density, as
+listed and as placed by `schedule.placement=balanced`. Context parallel: contiguous rows per rank, and zig-zag rows.
 
 `python -m torch.distributed.run --nproc-per-node N -m s2train.scaling.balance OUTPUT.json [--length 32768]`
 """
@@ -36,7 +36,10 @@ _Measured = tuple[Callable[[], Tensor], tuple[Tensor, ...], Tensor]
 
 
 def uneven_heads(shape: Shape) -> dict[str, tuple[Pattern, ...]]:
-    """Layers whose first heads keep most: a quarter of the KV groups dense; windows that shrink group by group."""
+    """Make layers whose first heads keep most.
+
+    In one, a quarter of the KV groups is dense; in the other, windows shrink from group to group.
+    """
     groups, size = shape.kv_heads, shape.heads // shape.kv_heads
     sparse = [LocalVertical(local=8, stride=16, offset=group) for group in range(groups)]
     some_dense = [Dense() if group < groups // 4 else sparse[group] for group in range(groups)]
@@ -46,18 +49,24 @@ def uneven_heads(shape: Shape) -> dict[str, tuple[Pattern, ...]]:
 
 
 def spread(times: list[float]) -> float:
-    """The slowest rank's over the mean, less 1: what the others wait."""
+    """Relative excess of the slowest rank's time over the mean.
+
+    The other ranks lose it waiting.
+    """
     return max(times) * len(times) / sum(times) - 1
 
 
 class Meter:
-    """Times ranks of groups of any size on the devices that there are."""
+    """Times the ranks of groups of any size on the available devices."""
 
     def __init__(self, shape: Shape, device: torch.device, passes: int) -> None:
         self.shape, self.device, self._passes, self._clock = shape, device, passes, Clock(device)
 
     def times(self, size: int, problem: Callable[[int], _Measured]) -> dict[str, Any]:
-        """Ms of forward and backward of each of `size` ranks, and their spread."""
+        """Measure forward and backward of each of `size` ranks.
+
+        Returns ms and their spread.
+        """
         world, own = torch.distributed.get_world_size(), torch.distributed.get_rank()
         mine: dict[int, dict[str, float]] = {}
         for rank in range(own, size, world):
@@ -68,21 +77,24 @@ class Meter:
         return {"ms": [found[rank] for rank in range(size)], "spread": spread(both)}
 
     def heads(self, layer: LayerLayout, size: int, rank: int) -> _Measured:
-        """A tensor parallel rank's heads."""
+        """Attention of a tensor parallel rank's heads."""
         shape, count = self.shape, self.shape.heads // size
         layout = layer.block_layout(shape.length, heads=slice(rank * count, (rank + 1) * count), device=self.device)
         *inputs, dout = shape.inputs(shape.length, shape.length, count, shape.kv_heads // size, self.device)
         return partial(block_sparse_attention, *inputs, layout), tuple(inputs), dout
 
-    def run_of_rows(self, layer: LayerLayout, size: int, rank: int) -> _Measured:
-        """A context parallel rank's rows if each had one run of them."""
+    def contiguous_rows(self, layer: LayerLayout, size: int, rank: int) -> _Measured:
+        """Attention of a context parallel rank with contiguous rows."""
         shape, rows = self.shape, self.shape.length // size
         layout = layer.block_layout(shape.length, device=self.device)
         *inputs, dout = shape.inputs(rows, rows * (rank + 1), shape.heads, shape.kv_heads, self.device)
         return partial(block_sparse_attention, *inputs, layout, query_offset=rows * rank), tuple(inputs), dout
 
     def zigzag_rows(self, layer: LayerLayout, size: int, rank: int) -> _Measured:
-        """A context parallel rank's two chunks of rows, over received and own keys."""
+        """Attention of a context parallel rank with two zig-zag chunks.
+
+        Over received and own keys.
+        """
         shape, rows = self.shape, self.shape.length // size
         layout = layer.block_layout(shape.length, device=self.device)
         share = share_of(layout, shape.kv_heads, rank, size)
@@ -92,7 +104,7 @@ class Meter:
 
 
 def balance(meter: Meter) -> dict[str, Any]:
-    """Times and spreads of both, for groups of `SIZES`."""
+    """Measure times and spreads of both parallelisms, for groups of `SIZES`."""
     tensor: dict[str, Any] = {}
     for name, heads in uneven_heads(meter.shape).items():
         listed = LayerLayout(KINDS["S"], heads, BLOCK)
@@ -107,7 +119,7 @@ def balance(meter: Meter) -> dict[str, Any]:
     }
     context = {
         f"{name} cp{size}": {
-            "before": meter.times(size, partial(meter.run_of_rows, layer, size)),
+            "before": meter.times(size, partial(meter.contiguous_rows, layer, size)),
             "after": meter.times(size, partial(meter.zigzag_rows, layer, size)),
             "chunks": [chunk_ids(rank, size) for rank in range(size)],
         }
@@ -118,7 +130,7 @@ def balance(meter: Meter) -> dict[str, Any]:
 
 
 def main() -> None:
-    """The command line's entry."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output", type=Path)
     parser.add_argument("--length", type=int, default=32_768)

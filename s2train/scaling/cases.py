@@ -1,4 +1,4 @@
-"""Layers of attention to measure by themselves."""
+"""Attention layers that are measured alone."""
 
 from dataclasses import dataclass
 
@@ -19,7 +19,10 @@ class Shape:
     dim: int = 128
 
     def inputs(self, rows: int, kv_rows: int, heads: int, kv_heads: int, device: torch.device) -> list[Tensor]:
-        """Random q, k, v (leaves) and the output's gradient of so many rows and heads; bf16, on a CPU fp32."""
+        """Draw q, k, v (leaves) and the output's gradient.
+
+        bf16, or fp32 on a CPU.
+        """
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         sizes = ((rows, heads), (kv_rows, kv_heads), (kv_rows, kv_heads), (rows, heads))
         tensors = [torch.randn(s, 1, h, self.dim, device=device, dtype=dtype) for s, h in sizes]
@@ -28,7 +31,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Case:
-    """One sparse layer: blocks, pattern and schedule."""
+    """One sparse layer: block size, pattern and layout schedule."""
 
     block: int
     local: int

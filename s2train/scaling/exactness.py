@@ -1,4 +1,6 @@
-"""Attention alone under context parallel in fp32, against one process and float64: run by torchrun on every device.
+"""Compares context parallel attention in fp32 with one process and float64.
+
+Run it with torchrun on all devices:
 
 `python -m torch.distributed.run --nproc-per-node N -m s2train.scaling.exactness OUTPUT.json [--length 4096]`
 """
@@ -21,7 +23,7 @@ from s2train.kernels.reference import reference_attention
 from s2train.megatron import setup
 from s2train.megatron.context_parallel.all_gather import chunk_ids
 from s2train.scaling.cases import Case, Shape
-from s2train.scaling.exchange_modes import ways
+from s2train.scaling.exchange_modes import exchange_modes
 from s2train.scaling.timing import over_ranks
 
 NAMES = ("out", "dq", "dk", "dv")
@@ -29,7 +31,10 @@ CASES = (Case(64, 2, 4, "shifted"), Case(64, 1, 4, "grouped"), Case(128, 2, 8, "
 
 
 def exactness(case: Case, shape: Shape, device: torch.device) -> dict[str, Any]:
-    """Relative errors against float64 of every way, the largest over the ranks; `one` is one process in fp32."""
+    """Measure relative errors of every exchange mode against float64.
+
+    Each is the largest over the ranks. `one` is one process in fp32.
+    """
     group = parallel_state.get_context_parallel_group()
     rank, size = group.rank(), group.size()
     layout = case.layer(shape).block_layout(shape.length, device=device)
@@ -47,20 +52,20 @@ def exactness(case: Case, shape: Shape, device: torch.device) -> dict[str, Any]:
 
     exact = results(lambda q, k, v: reference_attention(q, k, v, layout)[0], [x.double() for x in whole])
     found = {"one": [own(x) for x in results(partial(block_sparse_attention, layout=layout), whole)]}
-    for name, attend in ways(layout, group).items():
+    for name, attend in exchange_modes(layout, group).items():
         found[name] = results(attend, [own(x) for x in whole])
     errors = {
-        way: {
+        mode: {
             name: float((x - own(x64)).norm() / own(x64).norm()) for name, x, x64 in zip(NAMES, xs, exact, strict=True)
         }
-        for way, xs in found.items()
+        for mode, xs in found.items()
     }
     ranks: list[Any] = over_ranks(errors)
-    return {way: {name: max(of_rank[way][name] for of_rank in ranks) for name in NAMES} for way in errors}
+    return {mode: {name: max(of_rank[mode][name] for of_rank in ranks) for name in NAMES} for mode in errors}
 
 
 def main() -> None:
-    """The command line's entry."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output", type=Path)
     parser.add_argument("--length", type=int, default=4096)
@@ -69,7 +74,7 @@ def main() -> None:
     shape = Shape(given.length, heads=6, kv_heads=2, dim=64)
     errors = {case.name: exactness(case, shape, device) for case in CASES}
     agrees = all(
-        error[way][name] <= 2 * error["one"][name] for error in errors.values() for way in error for name in NAMES
+        error[mode][name] <= 2 * error["one"][name] for error in errors.values() for mode in error for name in NAMES
     )
     if torch.distributed.get_rank() == 0:
         given.output.write_text(json.dumps({"length": given.length, "errors": errors, "agrees": agrees}))

@@ -1,4 +1,6 @@
-"""What context parallel moves, and how long it takes, beside gathering all keys: run by torchrun on every device.
+"""Measures context parallel traffic and time against gathering all keys.
+
+Run it with torchrun on all devices:
 
 `python -m torch.distributed.run --nproc-per-node N -m s2train.scaling.exchange OUTPUT.json [--length 131072]`
 """
@@ -23,11 +25,11 @@ from s2train.megatron.context_parallel.attention import rank_share
 from s2train.megatron.context_parallel.exchange_plan import exchanged_blocks, gathered_blocks
 from s2train.megatron.context_parallel.kv_exchange import Transfer
 from s2train.scaling.cases import Case, Shape
-from s2train.scaling.exchange_modes import ways
+from s2train.scaling.exchange_modes import exchange_modes
 from s2train.scaling.timing import over_ranks, time_attention, time_call
 
-# At 128k tokens from 3 to 28 % of the causal positions. Heads of a KV group keep different columns (shifted, the
-# union is several times as much) or the same (grouped).
+# At 128k tokens these keep from 3 to 28 % of the causal positions. Heads of a KV group keep different columns (shifted,
+# whose union is several times larger) or the same columns (grouped).
 CASES = tuple(
     Case(128, local, stride, schedule)
     for local, stride in ((8, 64), (8, 16), (8, 8), (16, 4))
@@ -36,7 +38,12 @@ CASES = tuple(
 
 
 def measure(case: Case, shape: Shape, device: torch.device, passes: int) -> dict[str, Any]:
-    """Bytes of a forward (its backward moves as many) and ms of one layer, the slowest rank's."""
+    """Measure bytes and ms of one layer on each rank.
+
+    Bytes are those of a forward.
+
+    A backward moves the same number of bytes.
+    """
     group = parallel_state.get_context_parallel_group()
     rank, size = group.rank(), group.size()
     layer, clock = case.layer(shape), Clock(device)
@@ -59,7 +66,7 @@ def measure(case: Case, shape: Shape, device: torch.device, passes: int) -> dict
         "gather_ms": time_call(lambda: (gather_sequence(k, group), gather_sequence(v, group)), clock, passes),
         "attention_ms": {
             name: time_attention(partial(attend, q, k, v), (q, k, v), dout, clock, passes)
-            for name, attend in ways(layout, group).items()
+            for name, attend in exchange_modes(layout, group).items()
         },
         "sent_bytes": sum(share.sent_counts) * block_bytes,
         "gradients_bytes": sum(share.received) * block_bytes,
@@ -78,7 +85,7 @@ def measure(case: Case, shape: Shape, device: torch.device, passes: int) -> dict
 
 
 def main() -> None:
-    """The command line's entry."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output", type=Path)
     parser.add_argument("--length", type=int, default=131_072)

@@ -1,4 +1,4 @@
-"""The ways by which a sparse layer gets its keys under context parallel, for one layout."""
+"""Builds the attention function of each context parallel exchange mode."""
 
 from collections.abc import Callable
 from functools import partial
@@ -11,10 +11,13 @@ from s2train.kernels.layout import BlockLayout
 from s2train.megatron.context_parallel.attention import attend_gathered, attend_overlapped, attend_together
 
 
-def ways(
+def exchange_modes(
     layout: BlockLayout, group: torch.distributed.ProcessGroup
 ) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
-    """Attention of a rank's [s / cp, b, …] q, k and v by each value of `parallel.cp_exchange`."""
+    """Attention functions by value of `parallel.cp_exchange`.
+
+    They take a rank's q, k and v, [s / cp, b, …].
+    """
 
     def prefix(query: Tensor, key: Tensor, value: Tensor, query_offset: int) -> Tensor:
         return block_sparse_attention(query, key, value, layout, query_offset=query_offset)

@@ -1,4 +1,4 @@
-"""Programs under torchrun, as many side by side as there are devices, and what they left."""
+"""Runs programs under torchrun, concurrently on separate devices, and reads their results."""
 
 import json
 import os
@@ -23,7 +23,7 @@ _ROOT = Path(__file__).parents[2]
 
 @dataclass(frozen=True)
 class Job:
-    """A training run: its name, how many processes, and `launch/pretrain.py`'s settings."""
+    """A training run: its name, number of processes, and settings for `launch/pretrain.py`."""
 
     name: str
     processes: int
@@ -32,12 +32,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a job came to.
+    """Outcome of a job.
 
     Attributes:
-        records: of metrics.jsonl.
-        error: its last line that tells of one, None if it ended well.
-        seconds: from start to end.
+        records: records of metrics.jsonl.
+        error: line of its log that names an error; None if it succeeded.
+        seconds: time from start to end.
     """
 
     records: list[dict[str, Any]]
@@ -50,13 +50,13 @@ class Outcome:
 
 
 class Runner:
-    """Starts programs on this machine's devices, those that are not done yet.
+    """Runs programs on this machine's devices, unless they are already done.
 
     Args:
-        folder: for run folders and logs, of the same commands as before if it is there.
-        devices: GPUs, or processes where there are none, to use.
-        settings: of every training run, after its own.
-        timeout_s: for one program; it is killed then.
+        folder: folder for run folders and logs; if it exists, it must be of the same commands.
+        devices: number of GPUs to use, or of processes on a CPU.
+        settings: settings appended to those of every training run.
+        timeout_s: a program is killed after this time.
     """
 
     def __init__(self, folder: Path, devices: int, settings: Sequence[str] = (), timeout_s: float = 300) -> None:
@@ -64,10 +64,10 @@ class Runner:
         self._settings, self._timeout_s = tuple(settings), timeout_s
 
     def run(self, jobs: Sequence[Job], at_once: int = 1) -> dict[str, Outcome]:
-        """Jobs of one process side by side on a device each, then the others one after the other.
+        """Run jobs of one process concurrently, one per device, then the others.
 
         Args:
-            at_once: so many of the others together on all devices, where their speed does not matter.
+            at_once: number of the others to run concurrently on all devices, if their speed does not matter.
         """
         small = [job for job in jobs if job.processes == 1]
         outcomes: dict[str, Outcome] = {}
@@ -82,11 +82,14 @@ class Runner:
         return {job.name: outcomes[job.name] for job in jobs}
 
     def checkpoint(self, job: str, step: int) -> Path:
-        """Where a job saved this step."""
+        """Folder in which a job saved this step."""
         return self._path(job) / "checkpoints" / f"iter_{step:07d}"
 
     def worker(self, module: str, name: str, *arguments: str) -> dict[str, Any]:
-        """What a module, on all devices, wrote to the file that is its first argument; {"error": …} if it failed."""
+        """Run a module on all devices, and read its JSON file.
+
+        The file is its first argument. Returns {"error": …} if the module failed.
+        """
         output = self._path(name).with_suffix(".json")
         program = ["-m", module, str(output), *arguments]
         error = None if output.is_file() else self._start(name, self.devices, program, 0)
@@ -98,7 +101,7 @@ class Runner:
         program = [str(_ROOT / "launch" / "pretrain.py"), *job.settings, *self._settings, f"run_dir={run_dir}"]
         done, error = run_dir / "done", None
         if not done.is_file():
-            shutil.rmtree(run_dir, ignore_errors=True)  # broken off: its metrics would count twice
+            shutil.rmtree(run_dir, ignore_errors=True)  # of an interrupted run, whose metrics would count twice
             error = self._start(job.name, job.processes, program, first_device)
             if error is None:
                 done.touch()
@@ -109,7 +112,7 @@ class Runner:
         return outcome
 
     def _start(self, name: str, processes: int, program: Sequence[str], first_device: int) -> str | None:
-        """Run a program to its end; the error that it ended with, or None."""
+        """Run a program to its end; returns its error or None."""
         self.folder.mkdir(parents=True, exist_ok=True)
         log = self._path(name).with_suffix(".log")
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
@@ -120,7 +123,7 @@ class Runner:
                 stderr=subprocess.STDOUT,
                 env=_environment(first_device, processes),
                 start_new_session=True,
-                # torchrun and its ranks would hold the devices after this process was killed
+                # otherwise torchrun and its ranks would hold the devices after this process is killed
                 preexec_fn=partial(end_with_the_parent, signal.SIGTERM),
             )
             try:
@@ -133,8 +136,8 @@ class Runner:
                 raise
         if status == 0:
             return None
-        told = [line for line in log.read_text(errors="replace").splitlines() if "rror: " in line]
-        return (told[0].strip()[:300] if told else f"status {status}") + f"; see {log}"
+        errors = [line for line in log.read_text(errors="replace").splitlines() if "rror: " in line]
+        return (errors[0].strip()[:300] if errors else f"status {status}") + f"; see {log}"
 
     def _path(self, name: str) -> Path:
         return self.folder / name.replace(" ", "-")
@@ -143,7 +146,7 @@ class Runner:
 def _environment(first_device: int, count: int) -> dict[str, str]:
     environment = dict(os.environ)
     environment.setdefault("OMP_NUM_THREADS", "1")
-    environment.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron overlaps tensor parallelism only so
+    environment.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron needs it to overlap tensor parallelism
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_ROOT), environment.get("PYTHONPATH")]))
     if torch.cuda.is_available():
         named = environment.get("CUDA_VISIBLE_DEVICES")

@@ -1,4 +1,7 @@
-"""Every way to spread a model over two processes, from one checkpoint, against one process: losses within rounding."""
+"""Compares losses on two processes with those on one, for every parallelism.
+
+All runs start from one checkpoint; losses must agree within rounding.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +13,7 @@ from s2train.scaling.jobs import Job, Outcome, Runner
 STEPS = 20
 _PLAIN = "parallel.distributed_optimizer=false"
 
-# On two processes; what remains is data parallel.
+# On two processes; the remaining parallelism is data parallel.
 VARIANTS: dict[str, tuple[str, ...]] = {
     "tp2": ("parallel.tp=2",),
     "tp2 sp": ("parallel.tp=2", "parallel.sequence_parallel=true"),
@@ -24,15 +27,17 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 
 
 def parity(runner: Runner, model: str, attention_settings: Sequence[str], at_once: int = 1) -> dict[str, Any]:
-    """Losses of `STEPS` steps by each of `VARIANTS`, and how far they lie from those of one process.
+    """Compare losses of each of `VARIANTS` with one process.
 
-    The tolerance is twice the largest relative difference over the steps between runs of one process that differ in
-    rounding alone: in the micro batch, and on a GPU in the kernels of sparse and of dense layers. Attention alone
-    under context parallel is compared in fp32 too.
+    Over `STEPS` steps.
+
+    The tolerance is twice the largest relative difference over the steps between runs of one process that differ only
+    in rounding: in the micro batch and, on a GPU, in the kernels of sparse and of dense layers. Context parallel
+    attention alone is compared in fp32 too.
 
     Args:
         attention_settings: arguments of `s2train.scaling.exactness`.
-        at_once: runs of two processes together on the same devices, which hold the model that often.
+        at_once: number of two-process runs to run concurrently on the same devices, which then hold that many models.
     """
     common = (
         f"+model={model}", f"train.steps={STEPS + 1}", "train.global_batch_size=8", "train.micro_batch_size=1",
@@ -46,15 +51,15 @@ def parity(runner: Runner, model: str, attention_settings: Sequence[str], at_onc
         resume = (f"checkpoint.resume='{start}'", "checkpoint.save=false")
         return Job(name, processes, (*common, *settings, *resume))
 
-    twins = {"micro batch 2": ("train.micro_batch_size=2",)}
+    rounding = {"micro batch 2": ("train.micro_batch_size=2",)}
     if torch.cuda.is_available():
-        twins["portable kernels"] = ("attention_backend=portable",)
-        twins["FlashAttention-2 in dense layers"] = ("dense_attention=flash",)
-    jobs = [job("one", 1), *(job(name, 1, *settings) for name, settings in twins.items())]
+        rounding["portable kernels"] = ("attention_backend=portable",)
+        rounding["FlashAttention-2 in dense layers"] = ("dense_attention=flash",)
+    jobs = [job("one", 1), *(job(name, 1, *settings) for name, settings in rounding.items())]
     jobs += [job(name, 2, *settings) for name, settings in VARIANTS.items()]
     if all(outcome.error is None for outcome in outcomes.values()):
         outcomes |= runner.run(jobs, at_once)
-    result = verdict(outcomes, list(twins), list(VARIANTS)) | {"model": model, "settings": common}
+    result = compare_losses(outcomes, list(rounding), list(VARIANTS)) | {"model": model, "settings": common}
     attention = runner.worker("s2train.scaling.exactness", "cp attention", *attention_settings)
     return result | {
         "cp_attention_fp32": attention,
@@ -62,18 +67,24 @@ def parity(runner: Runner, model: str, attention_settings: Sequence[str], at_onc
     }
 
 
-def verdict(outcomes: dict[str, Outcome], twins: list[str], variants: list[str]) -> dict[str, Any]:
-    """Tolerance and deviations, relative, largest over the steps; `agrees` if every variant ran and is within."""
+def compare_losses(outcomes: dict[str, Outcome], rounding: list[str], variants: list[str]) -> dict[str, Any]:
+    """Compute the tolerance and each variant's deviation, relative, largest over the steps.
+
+    `agrees` if every variant ran and is within the tolerance.
+
+    Args:
+        rounding: names of runs on one process that differ only in rounding.
+    """
     errors = {name: outcome.error for name, outcome in outcomes.items() if outcome.error is not None}
     result: dict[str, Any] = {"agrees": False, "errors": errors}
-    if any(name not in outcomes or name in errors for name in ("one", *twins)):
+    if any(name not in outcomes or name in errors for name in ("one", *rounding)):
         return result
     one = outcomes["one"].losses
-    rounding = {name: deviation(outcomes[name].losses, one) for name in twins}
+    differences = {name: deviation(outcomes[name].losses, one) for name in rounding}
     found = {name: deviation(outcomes[name].losses, one) for name in variants if name not in errors}
-    tolerance = 2 * max(rounding.values())
+    tolerance = 2 * max(differences.values())
     return result | {
-        "rounding": rounding,
+        "rounding": differences,
         "tolerance": tolerance,
         "deviation": found,
         "agrees": not errors and all(value <= tolerance for value in found.values()),
@@ -82,5 +93,5 @@ def verdict(outcomes: dict[str, Outcome], twins: list[str], variants: list[str])
 
 
 def deviation(found: list[float], expected: list[float]) -> float:
-    """Largest relative difference of two traces; ValueError if one is shorter."""
+    """Largest relative difference of two traces of equal length."""
     return max(abs(x - y) / abs(y) for x, y in zip(found, expected, strict=True))

@@ -1,65 +1,65 @@
-"""Each part's result in a few lines."""
+"""Formats each part's result in a few lines."""
 
 from typing import Any
 
 
 def lines(part: str, result: dict[str, Any]) -> list[str]:
-    """What to print of the result of a part of `launch/scaling.py`."""
+    """Format the result of a part of `launch/scaling.py`."""
     if "error" in result:
         return [f"{part}: {result['error']}"]
     return _REPORTS[part](result)
 
 
 def _parity(result: dict[str, Any]) -> list[str]:
-    told = [f"{name}: {error}" for name, error in result["errors"].items()]
+    text = [f"{name}: {error}" for name, error in result["errors"].items()]
     for name, value in result.get("deviation", {}).items():
-        told.append(f"{name}: {value:.1e} from one process, rounding allows {result['tolerance']:.1e}")
+        text.append(f"{name}: {value:.1e} from one process, rounding allows {result['tolerance']:.1e}")
     for case, errors in result["cp_attention_fp32"].get("errors", {}).items():
-        largest = ", ".join(f"{way} {max(error.values()):.1e}" for way, error in errors.items())
-        told.append(f"attention alone, fp32, {case}: largest errors {largest}")
-    return [*told, f"parity: {'holds' if result['agrees'] else 'FAILS'}"]
+        largest = ", ".join(f"{mode} {max(error.values()):.1e}" for mode, error in errors.items())
+        text.append(f"attention alone, fp32, {case}: largest errors {largest}")
+    return [*text, f"parity: {'holds' if result['agrees'] else 'FAILS'}"]
 
 
 def _resume(result: dict[str, Any]) -> list[str]:
-    told = [f"{name}: {error}" for name, error in result["errors"].items()]
-    told += [
+    text = [f"{name}: {error}" for name, error in result["errors"].items()]
+    text += [
         f"{len(found)} {name.replace('_', ' ')}: {', '.join(map(str, found[:8]))}"
         for name in ("different_steps", "different_values")
         if (found := result.get(name))
     ]
-    equal = f"equals an unbroken run bit for bit, {result.get('saved_values')} saved values among it"
-    return [*told, f"a resumed run on {result['processes']}: {equal if result['agrees'] else 'DIFFERS'}"]
+    equal = f"equals an uninterrupted run bit for bit, including {result.get('saved_values')} saved values"
+    return [*text, f"a resumed run on {result['processes']}: {equal if result['agrees'] else 'DIFFERS'}"]
 
 
 def _scaling(result: dict[str, Any]) -> list[str]:
-    told = []
-    for model, rows in result["models"].items():
-        for name, row in rows.items():
-            told.append(f"{model} {name}: {row['error'] if 'error' in row else _figures(row)}")
-    return told
+    return [
+        f"{model} {name}: {row['error'] if 'error' in row else _figures(row)}"
+        for model, rows in result["models"].items()
+        for name, row in rows.items()
+    ]
 
 
 def _figures(row: dict[str, Any]) -> str:
-    shares = (("of linear", "efficiency"), ("MFU", "mfu"), ("communicating", "communication"))
+    shares = (("of linear scaling", "efficiency"), ("MFU", "mfu"), ("communication", "communication"))
     known = [f"{row[key]:.1%} {label}" for label, key in shares if row[key] is not None]
     return ", ".join([f"{row['tokens_per_s']:,.0f} tokens/s", *known, f"{row['memory_gib']:.1f} GiB"])
 
 
 def _cp_bytes(result: dict[str, Any]) -> list[str]:
-    told = []
+    text = []
     for case in result["cases"]:
-        slowest = {way: _slowest(case["ranks"], way) for way in case["ranks"][0]["attention_ms"]}
+        slowest = {mode: _slowest(case["ranks"], mode) for mode in case["ranks"][0]["attention_ms"]}
         alone = [max(rank[key] for rank in case["ranks"]) for key in ("exchange_ms", "gather_ms")]
-        times = ", ".join(f"{way} {ms:.2f}" for way, ms in slowest.items())
-        told.append(
+        times = ", ".join(f"{mode} {ms:.2f}" for mode, ms in slowest.items())
+        text.append(
             f"{case['case']}, density {case['density']:.3f}: {case['share_of_gathering']:.1%} of the bytes, "
-            f"{alone[0]:.2f} ms for {alone[1]:.2f}; forward and backward of attention in ms: {times}"
+            f"{alone[0]:.2f} ms instead of {alone[1]:.2f}; forward and backward of attention in ms: {times}"
         )
-    return told
+    return text
 
 
-def _slowest(ranks: list[dict[str, Any]], way: str) -> float:
-    return max(sum(rank["attention_ms"][way].values()) for rank in ranks)
+def _slowest(ranks: list[dict[str, Any]], mode: str) -> float:
+    return max(sum(rank["attention_ms"][mode].values()) for rank in ranks)
 
 
 def _balance(result: dict[str, Any]) -> list[str]:

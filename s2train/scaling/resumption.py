@@ -1,4 +1,4 @@
-"""Whether a run that is stopped and resumed equals an unbroken one, bit for bit, on this machine's devices."""
+"""Checks that a resumed run equals an uninterrupted one bit for bit."""
 
 from collections.abc import Mapping, Sequence
 from io import BytesIO
@@ -18,38 +18,41 @@ _REPORTED = ("loss", "held_out_loss", "grad_norm", "lr")
 
 
 def resumption(runner: Runner, model: str) -> dict[str, Any]:
-    """An unbroken run of `STEPS` deterministic steps beside one that is stopped after `STOP` of them and resumed.
+    """Compare a resumed run with an uninterrupted one.
 
-    On all of the runner's devices, data parallel. `agrees` if nothing differs in the reports after the stop, nor in
-    the last checkpoint: weights, optimizer, schedule, random generators.
+    The resumed run was stopped after `STOP` steps.
+
+    Both take `STEPS` deterministic steps, data parallel on all of the runner's devices. `agrees` if nothing differs in
+    the reports after the stop and in the last checkpoint: weights, optimizer, learning-rate schedule, random number
+    generators.
     """
     common = (
         f"+model={model}", "train.deterministic=true", f"train.steps={STEPS}", "train.global_batch_size=8",
         "train.micro_batch_size=1", "optim.warmup_steps=5", f"evaluation.interval={STEPS}", "evaluation.batches=1",
         "tracking.log_interval=1",
     )  # fmt: skip
-    names = ("unbroken", "stopped", "resumed")
+    names = ("uninterrupted", "stopped", "resumed")
     stopped = (*common, f"train.exit_step={STOP}")
     size = runner.devices
     outcomes = runner.run([Job(names[0], size, common), Job(names[1], size, stopped)], at_once=2)
     if outcomes[names[1]].error is None:
         resume = f"checkpoint.resume='{runner.checkpoint(names[1], STOP)}'"
         outcomes |= runner.run([Job(names[2], size, (*common, resume))])
-    result = compared(outcomes[names[0]], outcomes.get(names[2]))
+    result = compare_reports(outcomes[names[0]], outcomes.get(names[2]))
     errors = {name: outcome.error for name, outcome in outcomes.items() if outcome.error is not None}
     if not errors:
         last = [runner.checkpoint(name, STEPS) for name in (names[0], names[2])]
-        tensors, different = differing(*map(read_values, last))
+        tensors, different = find_differences(*map(read_values, last))
         result |= {"saved_values": tensors, "different_values": different}
         result["agrees"] = result["agrees"] and not different
     return result | {"errors": errors, "model": model, "settings": common, "processes": size}
 
 
-def compared(unbroken: Outcome, resumed: Outcome | None) -> dict[str, Any]:
-    """Steps after the stop whose reports differ in any figure but times."""
-    if resumed is None or unbroken.error is not None or resumed.error is not None:
+def compare_reports(uninterrupted: Outcome, resumed: Outcome | None) -> dict[str, Any]:
+    """Find the steps after the stop whose reports differ, except in times."""
+    if resumed is None or uninterrupted.error is not None or resumed.error is not None:
         return {"agrees": False}
-    expected, found = (_reports(outcome.records) for outcome in (unbroken, resumed))
+    expected, found = (_reports(outcome.records) for outcome in (uninterrupted, resumed))
     steps = range(STOP + 1, STEPS + 1)
     different = [step for step in steps if found.get(step) != expected[step]]
     return {"agrees": not different, "different_steps": different, "losses": [expected[step][0] for step in steps]}
@@ -60,7 +63,10 @@ def _reports(records: Sequence[Mapping[str, Any]]) -> dict[int, list[Any]]:
 
 
 def read_values(checkpoint: Path) -> dict[str, Any]:
-    """All that the shards of a checkpoint hold, by name: tensors, and bytes of other objects."""
+    """Read all values in a checkpoint's shards by name.
+
+    Tensors, and bytes of other objects.
+    """
     with TemporaryDirectory(dir=checkpoint.parent) as folder:
         file = Path(folder) / "values.pt"
         dcp_to_torch_save(checkpoint, file)
@@ -70,14 +76,14 @@ def read_values(checkpoint: Path) -> dict[str, Any]:
     return values
 
 
-def differing(first: Mapping[str, Any], second: Mapping[str, Any]) -> tuple[int, list[str]]:
-    """How many values there are, and the names of those that are not the same bits."""
+def find_differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> tuple[int, list[str]]:
+    """Count values, and name those that differ in any bit."""
     names = first.keys() | second.keys()
     return len(names), sorted(name for name in names if _bits(first.get(name)) != _bits(second.get(name)))
 
 
 def _bits(value: Any) -> Any:
-    """Something that is equal for the same bits alone."""
+    """Convert a value to one that is equal only for identical bits."""
     if isinstance(value, torch.Tensor):
         return value.dtype, value.shape, value.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
     if isinstance(value, np.ndarray):

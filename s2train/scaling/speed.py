@@ -1,4 +1,4 @@
-"""Tokens per second on 1, 2, 4, … GPUs, by data, context and tensor parallelism apart."""
+"""Measures tokens per second by parallelism and number of GPUs."""
 
 import statistics
 from typing import Any
@@ -7,18 +7,20 @@ from s2train.scaling.jobs import Job, Outcome, Runner
 from s2train.training.profile_table import COMMUNICATION, HIDDEN
 
 _STEPS, _WARM = 9, 3  # the last one is profiled
-GOALS = {"dp": 0.95, "cp": 0.85, "tp": 0.80}  # of linear, on two
+GOALS = {"dp": 0.95, "cp": 0.85, "tp": 0.80}  # share of linear scaling on two GPUs
 
 
 def speed(runner: Runner, models: tuple[str, ...], seq_length: int, sequences: int) -> dict[str, Any]:
-    """Each model on one device, and by every way on 2, 4, … up to the runner's.
+    """Measure each model on one device and on more.
 
-    Data parallel runs take `sequences` sequences a step on every device, the others as many in all.
+    On 2, 4, … devices with each parallelism.
+
+    A data parallel run takes `sequences` sequences per step on every device, the others take that number in total.
     """
     jobs = [_job(model, "one", 1, seq_length, sequences) for model in models]
     size = 2
     while size <= runner.devices:
-        jobs += [_job(model, way, size, seq_length, sequences) for model in models for way in GOALS]
+        jobs += [_job(model, mode, size, seq_length, sequences) for model in models for mode in GOALS]
         size *= 2
     outcomes = runner.run(jobs)
     rows: dict[str, Any] = {}
@@ -33,9 +35,10 @@ def speed(runner: Runner, models: tuple[str, ...], seq_length: int, sequences: i
 
 
 def summary(outcome: Outcome, processes: int, alone: float | None) -> dict[str, Any]:
-    """Medians over the steady steps; `efficiency` is tokens per second over `processes` times those of one device.
+    """Summarize a run by medians over its steady steps.
 
-    Communication and parts are those of rank 0's profiled step; communication includes its waiting for other ranks.
+    `efficiency` is tokens per second over `processes` times those of one device. Communication and parts are those of
+    rank 0's profiled step; communication includes waiting for other ranks.
     """
     if outcome.error is not None:
         return {"error": outcome.error}
@@ -43,7 +46,7 @@ def summary(outcome: Outcome, processes: int, alone: float | None) -> dict[str, 
     (profile,) = [record for record in outcome.records if record.get("event") == "profile"]
     steady = [
         record for record in steps if record["step"] < profile["traced"][0] - 1
-    ]  # the one before warms the tracer up
+    ]  # without the step before the traced ones, which warms up the profiler
     exposed, hidden = (profile["parts"].get(part, 0.0) / profile["step_ms"] for part in (COMMUNICATION, HIDDEN))
     tokens_per_s = statistics.median(record["tokens_per_s"] for record in steady)
     return {
@@ -60,18 +63,18 @@ def summary(outcome: Outcome, processes: int, alone: float | None) -> dict[str, 
     }
 
 
-def _job(model: str, way: str, size: int, seq_length: int, sequences: int) -> Job:
-    ways = {
+def _job(model: str, mode: str, size: int, seq_length: int, sequences: int) -> Job:
+    modes = {
         "one": (),
         "dp": (),
         "cp": (f"parallel.cp={size}",),
         "tp": (f"parallel.tp={size}", "parallel.sequence_parallel=true"),
     }
-    batch = sequences * (size if way == "dp" else 1)
+    batch = sequences * (size if mode == "dp" else 1)
     settings = (
         f"+model={model}", "data=mock", f"train.seq_length={seq_length}", f"train.steps={_STEPS}",
         f"train.global_batch_size={batch}", "train.micro_batch_size=1", "optim.warmup_steps=2",
         "evaluation.interval=0", "tracking.log_interval=1", f"profile.steps=[{_STEPS},{_STEPS}]",
-        "checkpoint.save=false", "checkpoint.resume=never", *ways[way],
+        "checkpoint.save=false", "checkpoint.resume=never", *modes[mode],
     )  # fmt: skip
-    return Job(f"{model} one" if way == "one" else f"{model} {way}{size}", size, settings)
+    return Job(f"{model} one" if mode == "one" else f"{model} {mode}{size}", size, settings)

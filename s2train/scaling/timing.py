@@ -1,4 +1,7 @@
-"""Times of attention on every rank, over a fixed number of passes: collectives must meet."""
+"""Times attention on every rank.
+
+The number of passes is fixed, so that collectives match.
+"""
 
 from collections.abc import Callable, Sequence
 from statistics import median
@@ -14,7 +17,10 @@ _WARM = 2
 def time_attention(
     forward: Callable[[], Tensor], inputs: Sequence[Tensor], dout: Tensor, clock: Clock, passes: int
 ) -> dict[str, float]:
-    """Median ms of forward and of the gradients of `inputs`, on this rank."""
+    """Measure median ms of forward and backward on this rank.
+
+    The backward computes the gradients of `inputs`.
+    """
     spans: list[tuple[object, object, object]] = []
     for _ in range(_WARM + passes):
         clock.start()
@@ -32,7 +38,7 @@ def time_attention(
 
 
 def time_call(call: Callable[[], object], clock: Clock, passes: int) -> float:
-    """Median ms of a call without gradients."""
+    """Measure median ms of a call without gradients."""
     spans = []
     with torch.no_grad():
         for _ in range(_WARM + passes):
@@ -45,7 +51,7 @@ def time_call(call: Callable[[], object], clock: Clock, passes: int) -> float:
 
 
 def over_ranks(value: object) -> list[object]:
-    """Every rank's value, in their order."""
+    """Gather every rank's value, in rank order."""
     values: list[object] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)
     return values

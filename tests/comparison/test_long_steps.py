@@ -1,4 +1,4 @@
-"""launch/long_steps.py measures each way with its best stack, and goes on where it was broken off."""
+"""launch/long_steps.py measures each stack, and resumes after an interruption."""
 
 import json
 from dataclasses import replace
@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from s2train.comparison import stacks as ways
-from s2train.comparison.long_steps import Request, Row, case_overrides, fitting
+from s2train.comparison import stacks
+from s2train.comparison.long_steps import Request, Row, case_overrides, choose_layers
 from s2train.comparison.long_steps_report import best_dense, gain
-from s2train.comparison.stacks import Way, ways_to_compare
+from s2train.comparison.stacks import Stack, stacks_to_compare
 from s2train.environment.hardware import Hardware, gpu_rates
 from s2train.planning import compose_run
 from tests.program import run
@@ -22,10 +22,10 @@ BOTH = ("DSSS", "D1S7")
 
 @pytest.fixture
 def libraries(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """FlashAttention-4 and Liger-Kernel, not transformer-engine."""
-    monkeypatch.setattr(ways, "fa4_version", lambda: "4")
-    monkeypatch.setattr(ways, "liger_version", lambda: "1")
-    monkeypatch.setattr(ways, "te_problem", lambda: "transformer-engine is not installed")
+    """FlashAttention-4 and Liger-Kernel are installed, transformer-engine is not."""
+    monkeypatch.setattr(stacks, "fa4_version", lambda: "4")
+    monkeypatch.setattr(stacks, "liger_version", lambda: "1")
+    monkeypatch.setattr(stacks, "te_problem", lambda: "transformer-engine is not installed")
     return monkeypatch
 
 
@@ -61,7 +61,7 @@ def test_measures_what_is_missing_and_saves_nothing_else(tmp_path: Path) -> None
     assert now["earlier_commands"] == [content["command"]]
 
 
-def test_a_way_that_fails_is_told_and_left_out(tmp_path: Path) -> None:
+def test_a_stack_that_fails_is_logged_and_left_out(tmp_path: Path) -> None:
     arguments = [str(tmp_path / "long"), "--lengths", "256", *SMALL, "backend=te"]
     done = run("long_steps.py", *arguments, processes=0)
     assert done.status == 2
@@ -69,30 +69,30 @@ def test_a_way_that_fails_is_told_and_left_out(tmp_path: Path) -> None:
     assert not (tmp_path / "long.json").exists()
 
 
-def test_an_unknown_way_is_refused_with_those_that_there_are(tmp_path: Path) -> None:
+def test_an_unknown_stack_is_rejected_with_the_known_ones(tmp_path: Path) -> None:
     done = run("long_steps.py", str(tmp_path / "long"), "--ways", "dense cuDNN 2", *SMALL, processes=0)
     assert done.status == 2
     assert "hybrid DSSS" in done.err
 
 
 @pytest.mark.usefixtures("libraries")
-def test_as_many_layers_as_fit_are_taken_the_same_for_every_way() -> None:
+def test_every_stack_has_the_largest_number_of_layers_that_fits_all() -> None:
     request = Request("7b", (8192, 131072), 131072, None, 1, 1, ["model.vocab_size=8192"], BOTH)
-    compared = ways_to_compare(H100, BOTH)
-    short, long = (fitting(request, compared, length, H100) for length in (8192, 131072))
+    compared = stacks_to_compare(H100, BOTH)
+    short, long = (choose_layers(request, compared, length, H100) for length in (8192, 131072))
     assert short[0] % 8 == long[0] % 8 == 0  # whole repetitions of D1S7
     assert short[0] >= long[0] > 0
     assert (short[1], long[1]) == ("none", "full")
 
 
 @pytest.mark.usefixtures("libraries")
-def test_ways_differ_in_layout_and_dense_kernels_and_share_the_best_of_the_rest() -> None:
-    compared = {way.name: way for way in ways_to_compare(H100, BOTH)}
+def test_stacks_differ_only_in_layout_and_dense_kernels() -> None:
+    compared = {stack.name: stack for stack in stacks_to_compare(H100, BOTH)}
     assert list(compared) == [
         *("hybrid DSSS", "hybrid D1S7"),
         *("dense FlashAttention-4", "dense cuDNN", "dense FlashAttention-2"),
     ]
-    cfgs = {n: compose_run(case_overrides("7b", way, 8192, 131072, 8, "none")) for n, way in compared.items()}
+    cfgs = {n: compose_run(case_overrides("7b", stack, 8192, 131072, 8, "none")) for n, stack in compared.items()}
     assert [cfg.dense_attention for cfg in cfgs.values()] == ["fa4", "fa4", "fa4", "cudnn", "flash"]
     assert {(cfg.backend, cfg.elementwise, cfg.loss) for cfg in cfgs.values()} == {("local", "liger", "liger")}
     assert [cfgs[f"hybrid {letters}"].layout.layers for letters in BOTH] == list(BOTH)
@@ -101,21 +101,21 @@ def test_ways_differ_in_layout_and_dense_kernels_and_share_the_best_of_the_rest(
     assert cfgs["hybrid DSSS"].train.global_batch_size * 8192 == 131072
 
 
-def test_ways_follow_what_is_installed(libraries: pytest.MonkeyPatch) -> None:
-    libraries.setattr(ways, "te_problem", lambda: None)
-    names = [way.name for way in ways_to_compare(H100, ["DSSS"])]
+def test_stacks_depend_on_the_installed_libraries(libraries: pytest.MonkeyPatch) -> None:
+    libraries.setattr(stacks, "te_problem", lambda: None)
+    names = [stack.name for stack in stacks_to_compare(H100, ["DSSS"])]
     assert names[-4:] == [
         *("hybrid DSSS, TE", "dense FlashAttention-4, TE"),
         *("hybrid DSSS, TE FP8", "dense FlashAttention-4, TE FP8"),
     ]
-    libraries.setattr(ways, "fa4_version", lambda: None)
-    libraries.setattr(ways, "liger_version", lambda: None)
-    without: Way = ways_to_compare(H100, ["DSSS"])[1]
+    libraries.setattr(stacks, "fa4_version", lambda: None)
+    libraries.setattr(stacks, "liger_version", lambda: None)
+    without: Stack = stacks_to_compare(H100, ["DSSS"])[1]
     assert without.name == "dense s2train"
     assert {"dense_attention=s2train", "elementwise=torch", "loss=torch"} <= set(without.settings)
 
 
-def test_a_hybrids_gain_is_over_the_fastest_dense_way_of_its_length() -> None:
+def test_a_hybrids_speedup_is_over_the_fastest_dense_stack_of_its_length() -> None:
     row = Row("hybrid DSSS", 8, 4, "none", 1, 3, 1.0, 1.0, 8.0, 1.0, None, 0.0, 0.0)
     slow, fast = replace(row, way="dense cuDNN", step_s=3.0), replace(row, way="dense FlashAttention-4", step_s=2.5)
     other = replace(row, way="dense cuDNN", seq_length=16, step_s=1.5)

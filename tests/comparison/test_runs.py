@@ -1,4 +1,4 @@
-"""Finished runs side by side."""
+"""Finished runs are summarized and compared."""
 
 import json
 from pathlib import Path
@@ -35,32 +35,32 @@ def test_a_summary_holds_the_last_losses_and_the_median_speed_after_the_first_te
     assert summary.mfu is None
 
 
-def test_a_line_cut_short_is_left_out(tmp_path: Path) -> None:
+def test_a_truncated_line_is_ignored(tmp_path: Path) -> None:
     run = write(tmp_path / "run", report(10), end=json.dumps(report(20))[:30])
     assert summarize(run).steps == 10
 
 
-def test_steps_done_again_after_a_resume_count_once(tmp_path: Path) -> None:
+def test_steps_repeated_after_a_resume_count_once(tmp_path: Path) -> None:
     lost = [report(step, tokens_per_s=1.0, loss=9.0) for step in (20, 30, 40)]
     again = [report(step, tokens_per_s=100.0) for step in (20, 30)]
     summary = summarize(write(tmp_path / "run", report(10), *lost, {"event": "resume", "step": 10}, *again))
     assert (summary.steps, summary.loss, summary.tokens_per_s) == (30, 4.7, 100)
 
 
-def test_a_run_that_diverged_has_no_loss(tmp_path: Path) -> None:
+def test_a_diverged_run_has_no_loss(tmp_path: Path) -> None:
     run = write(tmp_path / "run", report(10), report(20, loss=None))
     assert summarize(run).loss is None
     assert compare([run], tmp_path / "out", "").row_count == 1
 
 
-def test_a_run_that_has_reported_nothing_is_refused(tmp_path: Path) -> None:
+def test_a_run_that_has_reported_nothing_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"runs=.*run: has reported no step"):
         summarize(write(tmp_path / "run"))
     with pytest.raises(ConfigError, match=r"runs=.*none: has no metrics"):
         summarize(tmp_path / "none")
 
 
-def test_a_name_with_a_dot_stays_whole(tmp_path: Path) -> None:
+def test_an_output_name_may_contain_a_dot(tmp_path: Path) -> None:
     run = write(tmp_path / "run", report(10))
     compare([run], tmp_path / "out.v2", "a command")
     content = json.loads((tmp_path / "out.v2.json").read_text())
@@ -76,13 +76,13 @@ def test_an_output_may_be_named_with_its_suffix(tmp_path: Path, suffix: str) -> 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "out.png", "run"]
 
 
-def test_few_tokens_are_not_rounded_to_none(tmp_path: Path) -> None:
+def test_few_tokens_are_not_rounded_to_zero(tmp_path: Path) -> None:
     table = compare([write(tmp_path / "run", report(10, model_tflops=0.0123))], tmp_path / "out", "")
     cells = {str(column.header): list(column.cells) for column in table.columns}
     assert (cells["tokens"], cells["TFLOP/s"]) == (["1.0k"], ["0.0123"])
 
 
-def test_consumed_tokens_are_the_reported_ones(tmp_path: Path) -> None:
+def test_consumed_tokens_are_taken_from_the_reports(tmp_path: Path) -> None:
     older, newer = write(tmp_path / "a", report(10)), write(tmp_path / "b", report(10, consumed_tokens=700))
     assert (summarize(older).tokens, summarize(newer).tokens) == (1000, 700)
 
@@ -98,14 +98,14 @@ def test_nothing_is_overwritten(tmp_path: Path, suffix: str) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["run", kept.name])
 
 
-def test_an_output_that_names_no_file_is_refused(tmp_path: Path) -> None:
+def test_an_output_that_names_no_file_is_rejected(tmp_path: Path) -> None:
     run = write(tmp_path / "run", report(10))
     for output in (Path("."), tmp_path / ".json", run / "metrics.jsonl" / "out"):
         with pytest.raises(ConfigError, match="output="):
             compare([run], output, "")
 
 
-def test_two_runs_of_one_name_are_refused(tmp_path: Path) -> None:
+def test_two_runs_with_the_same_name_are_rejected(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     runs = [write(tmp_path / "run", report(10)), write(tmp_path / "other" / "run", report(10))]
     with pytest.raises(ConfigError, match="share a name"):

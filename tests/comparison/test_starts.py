@@ -1,4 +1,4 @@
-"""Starts are measured to their first step."""
+"""Starts are measured up to their first step."""
 
 import io
 import json
@@ -26,7 +26,7 @@ def test_imports_are_summed_by_package() -> None:
     assert by_package(REPORT) == [PackageTime("torch", 1, 0.0009), PackageTime("numpy", 2, 0.0005)]
 
 
-def test_the_table_has_a_column_a_start_and_medians_of_what_came_several_times() -> None:
+def test_the_table_has_a_column_per_start_and_medians_of_repeated_kinds() -> None:
     starts = [Start("cold 1", 9.0, {"imports": 5.0, "kernels": 4.0}, 10)]
     starts += [Start(f"warm {n}", n + 1.0, {"imports": float(n)}, 10) for n in (1, 2, 6)]
     console = Console(width=120, file=io.StringIO())
@@ -39,7 +39,7 @@ def test_the_table_has_a_column_a_start_and_medians_of_what_came_several_times()
 
 
 @pytest.mark.slow
-def test_a_start_is_measured_from_outside_and_by_its_parts(tmp_path: Path) -> None:
+def test_a_start_is_measured_in_total_and_by_parts(tmp_path: Path) -> None:
     request = Request([*SMALL, "train.steps=4"], 0)
     start = measure(request, "cold 1", tmp_path / "run", tmp_path / "caches")
     assert list(start.seconds)[:3] == ["python", "imports", "compose"]
@@ -52,7 +52,7 @@ def test_a_start_is_measured_from_outside_and_by_its_parts(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_a_run_that_fails_says_why(tmp_path: Path) -> None:
+def test_the_error_of_a_failed_run_is_reported(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"cold 1: the run ended with status 2: error: layout=nothing"):
         measure(Request([*SMALL, "layout=nothing"], 0), "cold 1", tmp_path / "run", tmp_path / "caches")
 

@@ -1,4 +1,4 @@
-"""`launch/scaling.py` on two processes of the CPU."""
+"""`launch/scaling.py` runs on two processes of the CPU."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ TINY = [
 ]
 
 
-def test_results_that_are_there_are_not_written_over(tmp_path: Path) -> None:
+def test_existing_results_are_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "two.json").write_text("{}")
     done = run("scaling.py", "two.json", "--parity", processes=0, cwd=tmp_path)  # the suffix is not added twice
     assert done.status == 2
@@ -24,7 +24,7 @@ def test_results_that_are_there_are_not_written_over(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_every_way_to_spread_a_model_agrees_with_one_process(tmp_path: Path) -> None:
+def test_every_parallelism_agrees_with_one_process(tmp_path: Path) -> None:
     options = [
         "--parity",
         "--parity-at-once",
@@ -45,7 +45,7 @@ def test_every_way_to_spread_a_model_agrees_with_one_process(tmp_path: Path) -> 
 
 
 @pytest.mark.long
-def test_a_resumed_run_of_two_processes_is_an_unbroken_one(tmp_path: Path) -> None:
+def test_a_resumed_run_on_two_processes_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     options = ["--resume", "--parity-model", "tiny_hybrid", "train.precision=bf16"]
     done = run("scaling.py", "two", *options, *TINY, processes=0, cwd=tmp_path, timeout=600)
     assert done.status == 0, done.err

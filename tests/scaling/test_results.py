@@ -1,4 +1,4 @@
-"""What is made of the runs' metrics."""
+"""Results are computed correctly from the runs' metrics."""
 
 from pathlib import Path
 from typing import Any
@@ -9,9 +9,9 @@ import torch
 
 from s2train.scaling.balance import spread
 from s2train.scaling.jobs import Job, Outcome, Runner
-from s2train.scaling.parity import verdict
+from s2train.scaling.parity import compare_losses
 from s2train.scaling.report import lines
-from s2train.scaling.resumption import STEPS, STOP, compared, differing
+from s2train.scaling.resumption import STEPS, STOP, compare_reports, find_differences
 from s2train.scaling.speed import summary
 
 
@@ -22,31 +22,31 @@ def run(*losses: float) -> Outcome:
 FAILED = Outcome([], "out of memory", 1.0)
 
 
-def judged(variant: Outcome) -> dict[str, Any]:
-    outcomes = {"one": run(4.0, 2.0), "twin": run(4.0, 2.002), "tp2": variant}
-    return verdict(outcomes, ["twin"], ["tp2"])
+def compare(variant: Outcome) -> dict[str, Any]:
+    outcomes = {"one": run(4.0, 2.0), "rounding run": run(4.0, 2.002), "tp2": variant}
+    return compare_losses(outcomes, ["rounding run"], ["tp2"])
 
 
-def test_losses_may_lie_twice_as_far_off_as_rounding_alone_takes_them() -> None:
-    result = judged(run(4.0, 2.0039))
+def test_losses_may_deviate_by_twice_the_rounding() -> None:
+    result = compare(run(4.0, 2.0039))
     assert result["tolerance"] == pytest.approx(0.002)
     assert result["deviation"]["tp2"] == pytest.approx(0.00195)
     assert result["agrees"]
-    assert not judged(run(4.0, 2.0041))["agrees"]
+    assert not compare(run(4.0, 2.0041))["agrees"]
 
 
-def test_a_step_in_the_middle_counts_as_the_last_does() -> None:
-    assert not judged(run(4.1, 2.0))["agrees"]
+def test_a_deviation_at_any_step_counts() -> None:
+    assert not compare(run(4.1, 2.0))["agrees"]
 
 
-def test_a_variant_that_failed_is_no_agreement() -> None:
-    result = judged(FAILED)
+def test_a_failed_variant_does_not_agree() -> None:
+    result = compare(FAILED)
     assert result["errors"] == {"tp2": "out of memory"}
     assert not result["agrees"]
 
 
-def test_nothing_agrees_with_a_reference_that_failed() -> None:
-    result = verdict({"one": FAILED, "twin": run(1.0), "tp2": run(1.0)}, ["twin"], ["tp2"])
+def test_nothing_agrees_with_a_failed_reference() -> None:
+    result = compare_losses({"one": FAILED, "rounding run": run(1.0), "tp2": run(1.0)}, ["rounding run"], ["tp2"])
     assert not result["agrees"]
     assert "deviation" not in result
 
@@ -68,12 +68,12 @@ def test_speed_leaves_out_first_and_profiled_steps() -> None:
     assert row["mfu"] is None
 
 
-def test_a_run_that_failed_is_told_as_such() -> None:
+def test_a_failed_run_is_reported_with_its_error() -> None:
     result = {"models": {"1b": {"one": summary(FAILED, 1, None)}}}
     assert lines("scaling", result) == ["1b one: out of memory"]
 
 
-def test_the_same_jobs_again_run_only_what_is_not_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_jobs_again_run_only_unfinished_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started = []
 
     def start(self: Runner, name: str, processes: int, program: list[str], first_device: int) -> str | None:
@@ -90,7 +90,7 @@ def test_the_same_jobs_again_run_only_what_is_not_done(tmp_path: Path, monkeypat
     assert again["a"].losses == [2.0]
 
 
-def test_spread_is_what_the_slowest_rank_adds_to_the_mean() -> None:
+def test_the_spread_is_the_excess_of_the_slowest_rank_over_the_mean() -> None:
     assert spread([1.0, 1.0, 1.0]) == 0
     assert spread([1.0, 3.0]) == pytest.approx(0.5)
 
@@ -104,16 +104,16 @@ def reports(first: int, **changed: float) -> Outcome:
     return Outcome([{"event": "config"}, *records], None, 1.0)
 
 
-def test_a_resumed_run_may_differ_in_times_alone() -> None:
-    assert compared(reports(1), reports(STOP + 1))["agrees"]
-    found = compared(reports(1), reports(STOP + 1, grad_norm=1.0 + 2**-52))
+def test_a_resumed_run_may_differ_only_in_times() -> None:
+    assert compare_reports(reports(1), reports(STOP + 1))["agrees"]
+    found = compare_reports(reports(1), reports(STOP + 1, grad_norm=1.0 + 2**-52))
     assert found["different_steps"] == [STEPS]
     assert not found["agrees"]
 
 
 def test_a_resumed_run_that_failed_or_lacks_a_step_does_not_agree() -> None:
-    assert not compared(reports(1), FAILED)["agrees"]
-    assert compared(reports(1), reports(STOP + 2))["different_steps"] == [STOP + 1]
+    assert not compare_reports(reports(1), FAILED)["agrees"]
+    assert compare_reports(reports(1), reports(STOP + 2))["different_steps"] == [STOP + 1]
 
 
 @pytest.mark.parametrize(
@@ -132,5 +132,5 @@ def test_one_bit_anywhere_in_a_checkpoint_is_a_difference(changed: dict[str, Any
         "generator": [{"numpy": ("MT19937", np.arange(624))}],
         "common.pt": {"optimizer": [{"step": 10}]},
     }
-    assert differing(values, dict(values)) == (3, [])
-    assert differing(values, values | changed)[1] == list(changed)
+    assert find_differences(values, dict(values)) == (3, [])
+    assert find_differences(values, values | changed)[1] == list(changed)
