@@ -36,7 +36,7 @@ def start_results_manager() -> SyncManager:
 
 
 def _raise_writer_errors() -> None:
-    """Raise the error of a writer that runs in the saving process itself.
+    """Raise errors of a writer that runs in the saving process.
 
     megatron-core 0.19 would report only its class.
     """

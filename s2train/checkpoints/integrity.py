@@ -63,7 +63,7 @@ def _damage_of(file: Path, check: Callable[[Path], None]) -> str | None:
 
 
 def known_problem(checkpoint: Path) -> str | None:
-    """Known problem of a checkpoint: its damage, or an earlier failure to load it.
+    """Known problem of a checkpoint: damage, or a failed load.
 
     A run may start from a checkpoint before one with a known problem. Returns None if there is none.
     """
@@ -75,7 +75,9 @@ def known_problem(checkpoint: Path) -> str | None:
 
 
 def record_failed_load(checkpoint: Path, problem: str) -> None:
-    """Record in a checkpoint why loading it failed, for `known_problem`; call it on any rank.
+    """Record in a checkpoint why loading it failed.
+
+    `known_problem` reads the record. Any rank may write it.
 
     Runs can still start from the checkpoint, since the cause may lie elsewhere: a network file system, memory.
     """

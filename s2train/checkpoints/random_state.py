@@ -25,7 +25,7 @@ def current_rng_ranks() -> list[int]:
 
 
 def sharded_rng() -> ShardedObject:
-    """Generator states as an entry of a sharded state dict, to save or to load."""
+    """Generator states as an entry of a sharded state dict."""
     states = {
         "python": random.getstate(),
         "numpy": np.random.get_state(),  # noqa: NPY002 (Megatron's datasets and others draw from it)

@@ -1,4 +1,4 @@
-"""Finds the checkpoint that a run starts from, and checks that the run fits it."""
+"""Finds a run's starting checkpoint, and checks that they fit."""
 
 import os
 import shutil
@@ -147,7 +147,10 @@ def _resumed_from(own: list[Path]) -> str | None:
 
 
 def _later_checkpoints(cfg: PretrainConfig, start: Path | None) -> list[Path]:
-    """Checkpoints of the run folder after `start`, among which a run would write its own."""
+    """Checkpoints of the run folder after `start`.
+
+    A run from `start` would write its own among them.
+    """
     own = checkpoints_in(own_checkpoints(cfg.run_dir))
     if start is None or not is_own(start, cfg.run_dir):
         return own
@@ -216,7 +219,7 @@ def _as_typed(setting: str, value: Any) -> Any:
 
 
 def _with_current_paths(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-    """A saved order with the current paths and contents, if the datasets are the same.
+    """Update the paths of a saved order if its datasets are unchanged.
 
     Megatron draws samples by seeds, weights and numbers of samples; paths only name its cache files.
     """
@@ -231,7 +234,9 @@ def _with_current_paths(before: dict[str, Any], now: dict[str, Any]) -> dict[str
 
 
 def claim_run_dir(cfg: PretrainConfig, start: Start) -> FolderLock:
-    """Create the run folder and lock it against other jobs until this process ends.
+    """Create the run folder, and lock it against other jobs.
+
+    The lock lasts until this process ends.
 
     Call it on rank 0. Removes incomplete saves. Renames checkpoints newer than the start that are damaged or could not
     be loaded to `damaged_iter_*`, and prints a line for each.

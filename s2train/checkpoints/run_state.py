@@ -149,7 +149,7 @@ class Saver:
 
     @contextmanager
     def _describe_errors(self) -> Iterator[None]:
-        """Turn an error of writing into a TrainingError that says how to resume."""
+        """Turn errors of writing into a TrainingError that says how to resume."""
         try:
             yield
         except (Exception, CheckpointException) as error:  # CheckpointException is not an Exception
@@ -170,7 +170,9 @@ class Saver:
 
 
 def lacks_room_for_copies(chunks: list[Any]) -> bool:
-    """Whether host memory is too small for a copy of the optimizer state on each rank.
+    """Whether host memory is too small for optimizer state copies.
+
+    Each rank would hold one.
 
     A copy takes 12 bytes per parameter, and the same again while writing.
     """

@@ -49,7 +49,10 @@ KEEP_THE_EXPERIMENT = (
 
 @dataclass(frozen=True)
 class Change:
-    """A setting whose value differs from the checkpoint's. As text: `optim.lr 0.003 → 0.001`."""
+    """A setting that differs from the checkpoint's.
+
+    As text: `optim.lr 0.003 → 0.001`.
+    """
 
     setting: str
     before: Any
@@ -65,7 +68,10 @@ class Change:
 
 
 def changes_between(before: PretrainConfig, now: PretrainConfig) -> list[Change]:
-    """List the settings that differ. A setting left to its default equals one set to it."""
+    """List the settings that differ.
+
+    A setting left to its default equals one set to it.
+    """
     # Through JSON, which turns tuples into lists.
     old, new = (dict(settings_by_name(json.loads(json.dumps(asdict(with_values(cfg)))))) for cfg in (before, now))
     if math.isclose(now.optim.lowest_lr * before.optim.lr, before.optim.lowest_lr * now.optim.lr, rel_tol=1e-9):

@@ -14,7 +14,10 @@ BUNDLED_PREFIX = "runs/data/bundled"  # prefix of the prepared bundled corpus, u
 
 @dataclass(frozen=True)
 class Blend:
-    """Datasets and the fraction of samples from each; mock data have no prefixes."""
+    """Datasets and the fraction of samples from each.
+
+    Mock data have no prefixes.
+    """
 
     prefixes: tuple[str, ...]
     weights: tuple[float, ...]  # sum 1

@@ -10,7 +10,10 @@ BUNDLED_DOCUMENT_CHARS = 10_000
 
 
 def bundled_corpus_files() -> list[Path]:
-    """Text files of the bundled corpus in a fixed order; `corpus/LICENSE.md` describes them."""
+    """Text files of the bundled corpus, in a fixed order.
+
+    `corpus/LICENSE.md` describes them.
+    """
     return sorted((Path(__file__).parent / "corpus").glob("*.txt"))
 
 

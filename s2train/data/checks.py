@@ -1,4 +1,4 @@
-"""Checks a run's data from files alone, before the run uses a device."""
+"""Checks a run's data from files, before using a device."""
 
 import math
 
@@ -87,7 +87,7 @@ def _check_ids(cfg: PretrainConfig, prefix: str) -> None:
 
 
 def _check_ends(prefix: str, tokenizer: Tokenizer) -> None:
-    """Check that documents made by other tools end with the tokenizer's end token.
+    """Check that other tools' documents end with the tokenizer's end token.
 
     Attention within documents separates them by that token.
     """

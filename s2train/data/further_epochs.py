@@ -42,5 +42,8 @@ def further_epochs(lengths: npt.NDArray[np.integer], seq_length: int, first_samp
 
 
 def seed_of_epoch(seed: int, number: int) -> int:
-    """Derive the 32-bit seed of a run's `number`-th further epoch, counted from 1."""
+    """Derive the seed of a run's `number`-th further epoch.
+
+    `number` counts from 1; the seed has 32 bits.
+    """
     return int(np.random.SeedSequence([seed, number]).generate_state(1)[0])

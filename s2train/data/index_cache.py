@@ -1,4 +1,6 @@
-"""Removes Megatron's cached indices that a kill or a full disk left incomplete.
+"""Removes incomplete indices from Megatron's cache.
+
+A kill or a full disk may leave them.
 
 Megatron writes the files of an index in place, and uses an index whose files all exist.
 """
@@ -20,7 +22,7 @@ _NAME = re.compile(rf"([0-9a-f]{{32}}-({'|'.join(_SETS)})-[a-z]+)-(\w+\.(?:txt|n
 
 
 def remove_broken_sets(folder: Path) -> list[Path]:
-    """Remove the indices in a folder that lack a file or have an unreadable one.
+    """Remove indices with missing or unreadable files from a folder.
 
     Does not look into subfolders. Call it only while no other process builds there. Runs that have a file open keep
     reading its old content, which rewriting it in place would change.
@@ -44,7 +46,10 @@ def remove_broken_sets(folder: Path) -> list[Path]:
 
 
 def _is_readable(path: Path) -> bool:
-    """Whether a file's header and length are valid; Megatron never reads the description."""
+    """Whether a file's header and length are valid.
+
+    Megatron never reads the description.
+    """
     if path.suffix != ".npy":
         return True
     try:

@@ -1,4 +1,7 @@
-"""Reads a dataset on disk: Megatron's PREFIX.bin and PREFIX.idx, and the sidecar PREFIX.json."""
+"""Reads a dataset on disk.
+
+Megatron's PREFIX.bin and PREFIX.idx, and our sidecar PREFIX.json.
+"""
 
 import json
 import os
@@ -34,7 +37,7 @@ class Metadata:
     """
 
     tokenizer: str  # name that `load_tokenizer` accepts
-    fingerprint: str  # of the tokenizer
+    fingerprint: str  # fingerprint of the tokenizer
     vocab_size: int
     documents: int
     tokens: int
@@ -54,7 +57,10 @@ class Metadata:
 
 
 def read_metadata(prefix: str) -> Metadata | None:
-    """Read the sidecar of `prefix`; None if there is none, as for other tools' datasets."""
+    """Read the sidecar of `prefix`, or None without one.
+
+    Datasets of other tools have none.
+    """
     path = Path(f"{prefix}.json")
     if not path.is_file():
         return None
@@ -66,7 +72,9 @@ def read_metadata(prefix: str) -> Metadata | None:
 
 
 def read_document_lengths(prefix: str) -> npt.NDArray[np.int32]:
-    """Read the number of tokens of each sequence, int32 [documents], and check both files.
+    """Read the tokens of each sequence: int32 [documents].
+
+    Checks both files.
 
     In our datasets a sequence is a document.
 
@@ -96,7 +104,9 @@ def read_document_lengths(prefix: str) -> npt.NDArray[np.int32]:
 
 
 def read_ends(prefix: str, count: int) -> list[npt.NDArray[np.integer]]:
-    """Read the first and the last `count` tokens of data, or all if there are fewer.
+    """Read the first and the last `count` tokens of data.
+
+    All tokens if there are fewer.
 
     Call `read_document_lengths` first, which checks the files.
     """
@@ -106,7 +116,10 @@ def read_ends(prefix: str, count: int) -> list[npt.NDArray[np.integer]]:
 
 
 def _read_header(prefix: str) -> tuple[type[np.number], int, int]:
-    """Read the header of an .idx file: token dtype, number of sequences, number of document ends."""
+    """Read the header of an .idx file.
+
+    Returns the token dtype, the number of sequences and the number of document ends.
+    """
     with open(f"{prefix}.idx", "rb") as file:
         header = file.read(_HEADER.size)
     if len(header) < _HEADER.size:

@@ -18,7 +18,9 @@ Ids = npt.NDArray[np.int64]
 
 
 def encode_long(tokenizer: hf.Tokenizer, text: str, segment: int = SEGMENT, overlap: int = _OVERLAP) -> Ids:
-    """Encode a text in segments: ids [n], the same as for the whole text at once.
+    """Encode a text in segments: ids [n].
+
+    They are the same as for the whole text at once.
 
     Neighbouring segments share `overlap` characters. They are joined in the middle of the overlap if their tokens agree
     in its middle half, which shows that the segments' ends have no influence there. If they disagree, or a token is
@@ -44,7 +46,7 @@ def encode_long(tokenizer: hf.Tokenizer, text: str, segment: int = SEGMENT, over
 
 
 def _segments(tokenizer: hf.Tokenizer, text: str, segment: int, overlap: int) -> Iterator[tuple[str, Ids]]:
-    """Yield the text that each segment shares with the one before it, and the segment's ids."""
+    """Yield each segment's overlap with the one before, and its ids."""
     starts = range(0, max(1, len(text) - overlap), segment - overlap)
     for first in range(0, len(starts), _BATCH):
         texts = [text[start : start + segment] for start in starts[first : first + _BATCH]]

@@ -32,7 +32,7 @@ class Tokenizer(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Equal for two tokenizers if and only if they give the same ids."""
+        """Equal exactly for tokenizers that give the same ids."""
 
     @property
     def vocab_size(self) -> int:
@@ -69,7 +69,10 @@ class Tokenizer(Protocol):
 
 
 class ByteTokenizer:
-    """Encodes UTF-8 bytes as ids 0 … 255; 256 is the end of document."""
+    """Encodes UTF-8 bytes as ids 0 … 255.
+
+    The end of document is 256.
+    """
 
     name = "bytes"
     fingerprint = "bytes"
@@ -207,7 +210,10 @@ def load_tokenizer(name: str, setting: str = "data.tokenizer", end_token: str | 
 
 
 def fingerprint(name: str) -> str | None:
-    """Compute the fingerprint of a tokenizer without loading it; None if there is no such file."""
+    """Compute the fingerprint of a tokenizer without loading it.
+
+    Returns None if there is no such file.
+    """
     if name == "bytes":
         return ByteTokenizer.fingerprint
     return _fingerprint(Path(name).read_bytes()) if Path(name).is_file() else None

@@ -59,7 +59,7 @@ def _content(raw: IO[bytes], path: Path, compression: Compression) -> IO[bytes]:
 
 
 class _Xz(io.RawIOBase):
-    """Content of an .xz file; damage raises OSError, as in the other formats."""
+    """Content of an .xz file; damage raises OSError."""
 
     def __init__(self, file: Any) -> None:
         self._file = file

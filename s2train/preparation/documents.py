@@ -10,7 +10,9 @@ from s2train.preparation.sources import BadDocumentError, Source, read_pieces
 def read_documents(
     source: Source, text_key: str = "text", on_position: Callable[[int], None] | None = None
 ) -> Iterator[str]:
-    """Read the documents of a UTF-8 file in order, without those that hold no text.
+    """Read the documents of a UTF-8 file in order.
+
+    Leaves out those that hold no text.
 
     JSON lines hold one document per line, under `text_key`; a table holds one per row. Plain text is one document, or
     is cut by `split_documents`; its line ends are read as "\\n".

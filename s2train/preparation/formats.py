@@ -1,4 +1,4 @@
-"""Detects the format of an input file from its content and its name."""
+"""Detects the format of a file from content and name."""
 
 import json
 import os
@@ -70,7 +70,7 @@ class Format:
 
 
 def find_format(path: Path, given: str = "auto") -> Format:
-    """Detect the format of a file from its content, or else from its name.
+    """Detect a file's format from its content, or its name.
 
     A file whose first line is a JSON object holds JSON lines, whatever its name.
 
@@ -126,7 +126,10 @@ def _check_supported(path: Path, head: bytes, suffix: str, given: str) -> None:
 
 
 def _is_object(head: bytes, file: IO[bytes]) -> bool:
-    """Whether the first line, which starts with `head` and continues in `file`, is a JSON object."""
+    """Whether the first line is a JSON object.
+
+    It starts with `head` and continues in `file`.
+    """
     line = head if b"\n" in head else head + file.readline()
     try:
         return isinstance(json.loads(line.partition(b"\n")[0]), dict)

@@ -189,7 +189,7 @@ def _texts(cfg: PrepareConfig, sources: list[Source]) -> Iterator[str]:
 def _assemble_files(
     cfg: PrepareConfig, sources: list[Source], folder: Path, encoding: Encoding, metadata: Metadata
 ) -> Metadata:
-    """Tokenize the files, and write their documents in an order that spreads every source.
+    """Tokenize the files, and write their documents with sources spread evenly.
 
     Returns `metadata`, completed by statistics of the files.
     """
@@ -285,7 +285,9 @@ def _describe(folder: Path, metadata: Metadata, dtype: type[np.number]) -> None:
 
 
 def spread_order(source_of: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.int64]:
-    """Order documents so that every stretch holds each source's share, within one document.
+    """Order documents so that sources are spread evenly.
+
+    Every stretch holds each source's share, within one document.
 
     Within a source the order is random. The k-th of its n documents is placed at (k + u)/n of the whole, with one
     random u in [0, 1) per source, so that many sources with few documents mix too.

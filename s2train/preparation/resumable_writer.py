@@ -41,9 +41,10 @@ class Done:
 
 
 class ResumableWriter:
-    """Appends to two files, `tokens` and `documents` (int64 [n, 2]: length and source), with a journal.
+    """Appends to two files, with a journal.
 
-    The journal is replaced after the data that it covers are on disk. Data beyond the journal are truncated on opening.
+    The files are `tokens` and `documents` (int64 [n, 2]: length and source). The journal is replaced after the data
+    that it covers are on disk. Data beyond the journal are truncated on opening.
     """
 
     def __init__(self, folder: Path, dtype: str) -> None:
@@ -110,7 +111,9 @@ class ResumableWriter:
 
 
 def open_folder(folder: Path, key: str) -> bool:
-    """Prepare `folder` for work with this `key`, and return whether it resumes earlier work.
+    """Prepare `folder` for work with this `key`.
+
+    Returns whether it resumes earlier work.
 
     Deletes files of work with another key.
     """

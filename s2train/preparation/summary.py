@@ -12,7 +12,7 @@ _LISTED_FILES = 5  # further ones are only counted
 
 
 def summary(prefix: str, made: Metadata, lengths: npt.NDArray[np.int32], tokenizer: Tokenizer) -> list[str]:
-    """Describe a dataset: documents, lengths, what was cut or left out, the end token.
+    """Describe a prepared dataset in a few lines.
 
     Args:
         lengths: tokens of each document, including its end.

@@ -29,7 +29,7 @@ from s2train.preparation.prepare import prepare
 
 
 def write_inputs(folder: Path, size: int) -> dict[str, Path]:
-    """Write a file of `size` bytes of text in each format whose package is installed."""
+    """Write `size` bytes of text in each installed format."""
     texts = [text for file in bundled_corpus_files() for text in split_documents(file.open(encoding="utf-8"), 4000)]
     texts *= max(1, size // sum(len(text.encode()) for text in texts))
     lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()

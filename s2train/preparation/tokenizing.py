@@ -96,7 +96,9 @@ def _surroundings(text: str, word: str | None) -> str:
 
 
 def encode_all(pieces: Iterable[Piece], encoding: Encoding, workers: int) -> Iterator[Encoded]:
-    """Tokenize pieces in order, in `workers` processes; in this process if that is 1.
+    """Tokenize pieces in order, in `workers` processes.
+
+    With one worker, in this process.
 
     Raises:
         BadDocumentError: a piece can't be read.
@@ -134,7 +136,10 @@ def _tokenizer(name: str, end_token: str | None) -> Tokenizer:
 
 
 def _end_with_parent() -> None:
-    """Initialize a worker: exit when its parent is killed, and tokenize on one core."""
+    """Initialize a worker.
+
+    It exits when its parent is killed, and tokenizes on one core.
+    """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     parent = parent_process()
     assert parent is not None

@@ -36,7 +36,10 @@ def set_cache_folders() -> list[str]:
 
 
 def _problem(folder: Path) -> str | None:
-    """Why a folder can't be written, or None; creates the folder if it is missing."""
+    """Why a folder can't be written, or None.
+
+    Creates the folder if it is missing.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

@@ -1,4 +1,7 @@
-"""Held-out loss by position in the sequence, which shows whether a model uses distant context."""
+"""Computes held-out loss by position in the sequence.
+
+It shows whether a model uses distant context.
+"""
 
 import itertools
 import math
@@ -13,7 +16,7 @@ _OCTAVES = 8
 
 
 def position_edges(seq_length: int) -> list[int]:
-    """Edges of position ranges, each range as long as all before it together.
+    """Edges of position ranges that double in length.
 
     0, S/128, S/64, … S/2, S tokens, rounded down; fewer if S is below 128.
     """
@@ -21,7 +24,10 @@ def position_edges(seq_length: int) -> list[int]:
 
 
 def position_bins(edges: list[int], cp_rank: int, cp_size: int, device: torch.device) -> Tensor:
-    """Range index of each position that a context parallel rank holds: int64 [s / cp], in the rank's order."""
+    """Range index of each position of a context parallel rank.
+
+    int64 [s / cp], in the rank's order.
+    """
     positions = torch.arange(edges[-1], device=device)
     chunks = positions.chunk(2 * cp_size)
     own = torch.cat([chunks[i] for i in chunk_ids(cp_rank, cp_size)]) if cp_size > 1 else positions

@@ -38,7 +38,7 @@ class Health:
         return replace(self, skipped_in_row=0, steps=steps, mean_loss=mean)
 
     def spike(self, loss: float, factor: float) -> float | None:
-        """Ratio of a loss to the running mean, or None if it is below `factor`."""
+        """Ratio of a loss to the mean, or None below `factor`."""
         if self.steps < _SETTLED or loss < factor * self.mean_loss:
             return None
         return loss / self.mean_loss

@@ -1,4 +1,4 @@
-"""Reports a run's metrics: a console line, a JSON object in metrics.jsonl, a wandb row."""
+"""Reports metrics on the console, in metrics.jsonl and in wandb."""
 
 import json
 import math
@@ -220,7 +220,7 @@ class Tracker:
             self._file.close()
 
     def _log_earlier(self, kept: Path) -> None:
-        """Log that the run starts from step 1 in the folder of an earlier run.
+        """Log a start from step 1 in an earlier run's folder.
 
         `kept` is the file that holds the earlier run's metrics.
         """

@@ -24,7 +24,7 @@ from s2train.megatron.torch_adam import prepare_for_checkpoints
 def wrap_data_parallel(
     cfg: PretrainConfig, config: TransformerConfig, chunks: list[MegatronModule]
 ) -> list[DistributedDataParallel]:
-    """Wrap each chunk in Megatron's DDP; gradients are summed and kept in fp32."""
+    """Wrap each chunk in Megatron's DDP, with gradients in fp32."""
     overlap = cfg.parallel.overlap_grad_reduce and _num_shards() > 1
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -86,7 +86,7 @@ def build_optimizer(
         wd_incr_style="constant",
         wsd_decay_steps=optim.wsd_decay_steps,
         lr_wsd_decay_style="linear" if optim.decay_style == "WSD" else None,
-        # A resumed run follows the learning-rate schedule of its own settings from the checkpoint's step on.
+        # A resumed run follows the learning-rate schedule of its settings from the checkpoint's step on.
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
     )

@@ -24,7 +24,7 @@ GREY = "#777777"
 
 
 def draw_loss_curve(metrics: Path, out: Path, baseline: float | None = None, title: str = "Training loss") -> None:
-    """Draw train and held-out loss of one run over its steps, as a PNG.
+    """Draw train and held-out loss of one run, as a PNG.
 
     Args:
         baseline: unigram entropy of the corpus in nats per token, the best loss without any context.
@@ -131,7 +131,7 @@ def _finish(
     ends: list[End],
     baseline: float | None,
 ) -> None:
-    """Set the loss axis, then label each line at its right end without overlaps.
+    """Set the loss axis, and label each line at its right end.
 
     The first losses are far above the rest, so the axis cuts off the highest 3 %.
     """

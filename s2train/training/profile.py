@@ -1,4 +1,4 @@
-"""Traces chosen steps (`profile.steps`) and logs a table of where their time went."""
+"""Traces chosen steps (`profile.steps`) and tabulates where their time went."""
 
 import contextlib
 import json
@@ -18,7 +18,7 @@ from s2train.training.profile_table import RANGE, breakdown, read_trace
 
 
 class _BackwardHook(torch.autograd.Function):
-    """Identity that calls a function once all gradients of its outputs are there."""
+    """Identity that calls a function when its outputs' gradients are complete."""
 
     @staticmethod
     def forward(ctx: Any, call: Callable[[], None], *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -89,7 +89,7 @@ class StepProfiler:
 
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Trace one step if it is a chosen one; `number` counts from 1."""
+        """Trace a step if it is chosen; `number` counts from 1."""
         if self._running is None and self._steps and self._steps[0] - 1 <= number <= self._steps[-1]:
             self._start(number)
         yield

@@ -63,7 +63,7 @@ class Breakdown:
 
 
 def read_trace(path: Path) -> list[dict[str, Any]]:
-    """Read the events with a duration from a Chrome trace; times are in microseconds."""
+    """Read the timed events of a Chrome trace, in microseconds."""
     with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
         return [event for event in json.load(file)["traceEvents"] if event.get("ph") == "X"]
 

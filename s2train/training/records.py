@@ -24,12 +24,12 @@ class Curves:
 
     @property
     def tokens_per_step(self) -> int | None:
-        """Tokens of every step; None if steps differ or the file doesn't record them."""
+        """Tokens of every step; None if unknown or not constant."""
         sizes = {size for _, size in self.batches}
         return sizes.pop() if len(sizes) == 1 else None
 
     def tokens(self, step: int) -> int:
-        """Tokens of the first `step` steps; 0 if the file doesn't record them."""
+        """Tokens of the first `step` steps; 0 if unknown."""
         if not self.batches:
             return 0
         ends = [start for start, _ in self.batches[1:]] + [step]

@@ -1,4 +1,7 @@
-"""Handles signals that ask a run to save and exit: a scheduler's, and Ctrl-C."""
+"""Handles signals that ask a run to save and exit.
+
+A scheduler sends them, or Ctrl-C.
+"""
 
 import os
 import signal

@@ -8,7 +8,7 @@ _LAUNCHED = "TORCHELASTIC_RUN_ID"  # torchrun, and so launch/job.py, sets it in 
 
 
 class StartTimes:
-    """Seconds of each part of a program's start, in order, measured by one clock.
+    """Seconds of each part of a program's start, in order.
 
     The part `launcher` is the launcher's run time before it started this process, if there is a launcher. The part
     `python` is this process's run time before `began`.
@@ -31,7 +31,10 @@ class StartTimes:
             self.seconds["python"] = max(0.0, age - ran)
 
     def end(self, part: str) -> None:
-        """Add the time since the last call to `part`; a part may come in pieces."""
+        """Add the time since the last call to `part`.
+
+        A part may come in pieces.
+        """
         now = time.monotonic()
         self.seconds[part] = self.seconds.get(part, 0.0) + now - self._last
         self._last = now

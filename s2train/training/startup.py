@@ -1,4 +1,6 @@
-"""Checks before anything is built that the ranks of a job are compatible.
+"""Checks early that the ranks of a job are compatible.
+
+This is before anything is built.
 
 Compares versions, settings, clocks, disks and GPUs. The facts go through the rendezvous store, a few hundred bytes per
 rank, since NCCL hangs or fails obscurely on many of these differences. Settings are compared by hash; only a rank
@@ -171,7 +173,10 @@ def _problems_of(facts: Facts, first: Facts, checkpoint: int) -> Iterator[str]:
 
 
 def _comparable(cfg: PretrainConfig) -> dict[str, Any]:
-    """Settings by dotted name, without run_dir, which all ranks take from rank 0."""
+    """Settings by dotted name, without run_dir.
+
+    All ranks take run_dir from rank 0.
+    """
     return {name: value for name, value in settings_by_name(asdict(cfg)) if name != "run_dir"}
 
 

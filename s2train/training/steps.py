@@ -1,4 +1,4 @@
-"""Runs one step through Megatron's pipeline schedules, for training or the held-out loss."""
+"""Runs one step through Megatron's pipeline schedules."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -89,7 +89,10 @@ def run_step(
 
 
 def _sum(reports: list[dict[str, torch.Tensor]], ranges: int) -> torch.Tensor:
-    """Sum over micro batches and ranks; only the last pipeline stage has reports."""
+    """Sum over micro batches and ranks.
+
+    Only the last pipeline stage has reports.
+    """
     total = torch.zeros(ranges, 2, dtype=torch.float64, device=torch.cuda.current_device())
     for report in reports:
         total += report["loss"].double()

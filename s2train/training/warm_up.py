@@ -19,7 +19,9 @@ from s2train.megatron.model import DTYPES
 
 
 def run_once_per_machine(action: Callable[[], None]) -> None:
-    """Run `action` on local rank 0 of each machine while all other ranks wait.
+    """Run `action` on one rank per machine while the others wait.
+
+    That rank is local rank 0.
 
     Collective: call it on all ranks.
     """
@@ -29,7 +31,9 @@ def run_once_per_machine(action: Callable[[], None]) -> None:
 
 
 def compile_kernels(cfg: PretrainConfig, hybrid: HybridLayout, device: torch.device) -> None:
-    """Run the sparse op once, forward and backward, for each distinct layer layout.
+    """Run the sparse op once for each distinct layer layout.
+
+    Forward and backward.
 
     Uses the shapes of the run's steps, and zeros, so that no random number is drawn. Covers all layers and all tensor
     parallel shares, since the machine's other ranks may have others than this one. Frees the memory that it took: call
@@ -72,7 +76,10 @@ def _run_once(
 
 
 def _chunks(seq_length: int) -> list[tuple[int, int]]:
-    """(query rows, visible keys) of this rank's calls: one call for each of its chunks under context parallelism."""
+    """(query rows, visible keys) of each of this rank's calls.
+
+    Under context parallelism there is one call for each of its chunks.
+    """
     size = parallel_state.get_context_parallel_world_size()
     if size == 1:
         return [(seq_length, seq_length)]

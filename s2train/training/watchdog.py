@@ -1,4 +1,4 @@
-"""Aborts a job in which a rank makes no progress, and names that rank.
+"""Aborts a job if a rank makes no progress, and names it.
 
 A collective call waits for all ranks. If one rank hangs, all others wait, and none of them knows for which rank. Here a
 thread on every rank publishes its rank's position to the job's store. If a rank makes no progress for the time
@@ -152,7 +152,7 @@ def find_culprits(positions: dict[int, Position]) -> list[int]:
 
 
 def describe_hang(positions: dict[int, Position], culprits: list[int], silent: list[int], minutes: float) -> str:
-    """Describe in one line which ranks hold up the job, and where they are."""
+    """Describe in one line which ranks hold up the job."""
     ranks = []
     for rank in sorted(culprits)[:8]:
         position = positions.get(rank)
@@ -171,7 +171,10 @@ def describe_hang(positions: dict[int, Position], culprits: list[int], silent: l
 
 
 def _describe(frame: FrameType | None) -> tuple[str, bool]:
-    """Describe a frame as `file:line function`, and whether it waits for other ranks."""
+    """Describe a frame, and whether it waits for other ranks.
+
+    The description is `file:line function`.
+    """
     if frame is None:
         return "no frame", False
     path = frame.f_code.co_filename

@@ -143,7 +143,7 @@ def test_a_new_phase_takes_other_data_from_their_beginning(stopped: Path, tmp_pa
     assert done.status == 0, done.err
     progress = read_progress(tmp_path / "checkpoints" / "iter_0000004")
     assert (progress.step, progress.consumed_samples) == (4, 8)
-    # The samples of its own three steps: in a longer order, few documents would repeat its first samples.
+    # The samples of its three steps: in a longer order, few documents would repeat its first samples.
     assert progress.order["data.num_samples"] == 24
     again = pretrain(tmp_path, STEPS, start, *changes, "checkpoint.resume=auto", processes=0)
     assert again.status == 0, again.err
