@@ -371,6 +371,28 @@ class PrepareConfig:
     needles: NeedleDocumentsConfig = field(default_factory=NeedleDocumentsConfig)  # of input=needles
 
 
+SOURCE_FILES = (
+    ".c", ".h", ".S", ".rs", ".py", ".pl", ".sh", ".rst", ".txt", ".yaml", ".dts", ".dtsi", "Makefile", "Kconfig",
+)  # fmt: skip
+
+
+@dataclass
+class CorpusConfig:
+    """A run of `launch/make_corpus.py`."""
+
+    tree: str = MISSING  # folder of source files
+    output: str = MISSING  # folder for train.jsonl, held-out.jsonl and corpus.json
+    # endings, or whole names, of the files to read
+    suffixes: list[str] = field(default_factory=lambda: list(SOURCE_FILES))
+    depth: int = 2  # levels of folders that name a subsystem: 2 for fs/ext4
+    held_out: list[str] = field(default_factory=list)  # subsystems; empty: chosen by a hash of their names
+    held_out_share: float = 0.02  # of all characters, where `held_out` names none
+    duplicate_share: float = 0.8  # of a file's lines, in groups of five, seen before: it is dropped
+    seed: int = 1234  # of the choice of held-out subsystems
+    workers: int | None = None  # processes that read files; None: one per core
+    overwrite: bool = False
+
+
 @dataclass
 class ExportConfig:
     """A run of `launch/export.py`."""
@@ -430,6 +452,7 @@ def register() -> None:
     store.store(name="pretrain_schema", node=PretrainConfig)
     store.store(name="show_layout_schema", node=ShowLayoutConfig)
     store.store(name="needle_schema", node=NeedleConfig)
+    store.store(name="corpus_schema", node=CorpusConfig)
     store.store(name="prepare_schema", node=PrepareConfig)
     store.store(name="export_schema", node=ExportConfig)
     store.store(name="import_schema", node=ImportConfig)
