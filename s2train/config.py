@@ -95,6 +95,8 @@ class DataConfig:
     # that comes with s2train, prepared on first use; "mock": Megatron's counting sequences, for speed runs
     path: Any = "bundled"
     split: Any = "90,10,0"  # weights of train, held out and test, the last may be left out; or 'data.split=[90,10]'
+    # datasets to evaluate on, written like `path`, all of which is then for training; None: held out by `split`
+    valid_path: Any = None
     tokenizer: str = "bytes"  # bytes, or a `tokenizer.json` of Hugging Face's tokenizers
     end_token: str | None = None  # of a tokenizer.json: ends documents; None: the one that the data were prepared with
     cache: str = "runs/data/cache"  # Megatron's document and shuffle indices

@@ -25,6 +25,7 @@ from s2train.checkpoints.setting_changes import Change, changes_between, check_c
 from s2train.config import PretrainConfig
 from s2train.data.blend import parse_blend
 from s2train.data.checks import num_train_samples
+from s2train.data.parts import training_part
 from s2train.data.splits import megatron_split
 from s2train.errors import ConfigError
 from s2train.files import FolderLock
@@ -102,7 +103,7 @@ def data_order(cfg: PretrainConfig, first_step: int = 0) -> dict[str, Any]:
     return {
         _PATH: [[weight, prefix] for weight, prefix in zip(blend.weights, blend.prefixes, strict=True)],
         _CONTENTS: [_contents(prefix) for prefix in blend.prefixes],
-        "data.split": megatron_split(cfg.data.split),
+        "data.split": megatron_split(training_part(cfg.data).split),
         _NUM_SAMPLES: num_train_samples(cfg, first_step),
         "train.seq_length": cfg.train.seq_length,
         "seed": cfg.seed,

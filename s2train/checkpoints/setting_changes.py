@@ -25,6 +25,7 @@ KEEP_THE_EXPERIMENT = (
     "data.num_samples",  # a resumed run keeps the checkpoint's
     "data.num_workers",
     "data.tokenizer",  # a path; `check_data` compares tokenizers
+    "data.valid_path",
     "dense_attention",
     "elementwise",
     "evaluation",

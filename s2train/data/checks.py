@@ -7,8 +7,9 @@ import numpy.typing as npt
 from megatron.core.datasets.gpt_dataset import MockGPTLowLevelDataset
 
 from s2train.config import PretrainConfig
-from s2train.data.blend import parse_blend
+from s2train.data.blend import dataset_prefixes, parse_blend
 from s2train.data.indexed import read_document_lengths, read_ends, read_metadata
+from s2train.data.parts import check_parts
 from s2train.data.splits import more_documents, split_documents_range
 from s2train.data.tokenizers import Tokenizer
 from s2train.errors import ConfigError
@@ -48,11 +49,26 @@ def check_data(cfg: PretrainConfig, tokenizer: Tokenizer) -> None:
         rows = math.ceil(tokenizer.vocab_size / cfg.parallel.tp) * cfg.parallel.tp
         remedy = f"Set model.vocab_size={rows} or more, a multiple of parallel.tp"
         raise ConfigError("model.vocab_size", cfg.model.vocab_size, problem, remedy)
+    check_parts(cfg)
     blend = parse_blend(cfg.data.path)
+    prefixes = list(blend.prefixes)
     if blend.is_mock:
         _check_splits(cfg, "mock data", MockGPTLowLevelDataset(tokenizer).sequence_lengths)
-    for prefix in blend.prefixes:
-        _check_splits(cfg, prefix, read_document_lengths(prefix))
+    elif cfg.data.valid_path is None:
+        for prefix in prefixes:
+            _check_splits(cfg, prefix, read_document_lengths(prefix))
+    else:
+        for prefix in prefixes:
+            _check_length(cfg, prefix, "train", read_document_lengths(prefix))
+        for prefix in dataset_prefixes(cfg.data.valid_path):
+            try:
+                _check_length(cfg, prefix, "held-out", read_document_lengths(prefix))
+            except ConfigError as error:
+                if error.setting != "data.path":
+                    raise
+                raise ConfigError("data.valid_path", prefix, error.problem, error.remedy) from error
+            prefixes.append(prefix)
+    for prefix in prefixes:
         metadata = read_metadata(prefix)
         if metadata is None:
             _check_ids(cfg, prefix)
@@ -67,7 +83,7 @@ def check_data(cfg: PretrainConfig, tokenizer: Tokenizer) -> None:
             raise ConfigError("data.tokenizer", tokenizer.name, problem, remedy)
         elif metadata.end_token not in (None, tokenizer.end_token):
             problem = f"{prefix} was prepared with the end token {metadata.end_token}"
-            made = ((other, read_metadata(other)) for other in blend.prefixes)
+            made = ((other, read_metadata(other)) for other in prefixes)
             if agreeing := [other for other, data in made if data and data.end_token == tokenizer.end_token]:
                 problem = f"{problem}, but {agreeing[0]} with {tokenizer.end_token}"
                 raise ConfigError("data.path", cfg.data.path, problem, "Prepare one of them again, with end_token")
@@ -109,7 +125,14 @@ def _check_splits(cfg: PretrainConfig, data: str, lengths: npt.NDArray[np.int32]
             count = f"{len(lengths)} document{'' if len(lengths) == 1 else 's'}"
             problem = f"leaves the {name} part of {data} without any of its {count}"
             raise ConfigError("data.split", cfg.data.split, problem, more_documents(len(lengths)))
-        if tokens <= cfg.train.seq_length:
-            problem = f"the {name} part of {data} has {tokens:,} tokens; a sample needs one more than its length"
-            remedy = f"Set {tokens - 1} or less, or give that part a larger share in data.split"
-            raise ConfigError("train.seq_length", cfg.train.seq_length, problem, remedy)
+        _check_length(cfg, data, name, lengths[part.start : part.stop])
+
+
+def _check_length(cfg: PretrainConfig, data: str, name: str, lengths: npt.NDArray[np.int32]) -> None:
+    tokens = int(lengths.sum(dtype=np.int64))
+    if tokens <= cfg.train.seq_length:
+        problem = f"the {name} part of {data} has {tokens:,} tokens; a sample needs one more than its length"
+        remedy = f"Set {tokens - 1} or less, or give that part a larger share in data.split"
+        if cfg.data.valid_path is not None:
+            remedy = f"Set {tokens - 1} or less, or a larger dataset"
+        raise ConfigError("train.seq_length", cfg.train.seq_length, problem, remedy)

@@ -4,6 +4,8 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
+from functools import partial
 from math import ceil
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from s2train.data.blend import Blend, parse_blend
 from s2train.data.further_epochs import FurtherEpochs, further_epochs, seed_of_epoch
 from s2train.data.index_cache import remove_broken_sets
 from s2train.data.indexed import read_document_lengths
+from s2train.data.parts import held_out_part, training_part
 from s2train.data.splits import megatron_split
 from s2train.data.tokenizers import Tokenizer
 
@@ -59,6 +62,12 @@ def build_datasets(
         (train, held out). Each is None on ranks that don't need it, or if `data.split` or the number of samples leaves
         it out.
     """
+    if cfg.data.valid_path is not None:
+        train, held_out = (replace(cfg, data=part(cfg.data)) for part in (training_part, held_out_part))
+        build = partial(build_datasets, tokenizer=tokenizer, is_built_on_rank=is_built_on_rank)
+        train_set, _ = build(train, num_train_samples=num_train_samples, num_valid_samples=0, last_sample=last_sample)
+        _, held_out_set = build(held_out, num_train_samples=0, num_valid_samples=num_valid_samples)
+        return train_set, held_out_set
     sizes = (num_train_samples, num_valid_samples)
     blend = parse_blend(cfg.data.path)
     cache = Path(cfg.data.cache)

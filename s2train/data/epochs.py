@@ -11,6 +11,7 @@ from s2train.config import DataConfig
 from s2train.data.blend import BUNDLED_PREFIX, parse_blend
 from s2train.data.bundled import bundled_corpus_files
 from s2train.data.indexed import read_document_lengths
+from s2train.data.parts import training_part
 from s2train.data.splits import split_documents_range
 from s2train.errors import ConfigError
 
@@ -43,6 +44,7 @@ def training_epochs(data: DataConfig, samples: int, seq_length: int) -> list[Epo
     Raises:
         ConfigError: a dataset is missing or broken, or its training part is empty.
     """
+    data = training_part(data)
     blend = parse_blend(data.path)
     shares: dict[str, float] = {}
     for prefix, weight in zip(blend.prefixes, blend.weights, strict=True):

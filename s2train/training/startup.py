@@ -24,7 +24,7 @@ from torch.distributed import Store
 
 from s2train.config import PretrainConfig, settings_by_name
 from s2train.costs.memory import GIB, checkpoint_bytes
-from s2train.data.blend import parse_blend
+from s2train.data.blend import dataset_prefixes, parse_blend
 from s2train.distributed.rendezvous import arrive, exit_on_any_problem
 from s2train.environment.versions import versions
 from s2train.errors import ConfigError
@@ -211,9 +211,11 @@ def _becomes_visible(path: Path) -> bool:
 def _missing(cfg: PretrainConfig, cache_marker: str) -> list[str]:
     try:
         prefixes = parse_blend(cfg.data.path).prefixes
+        held_out = () if cfg.data.valid_path is None else dataset_prefixes(cfg.data.valid_path)
     except ConfigError as error:  # the blend needs the size of a dataset that is not visible
         return [f"data.path {error.value}"]
     missing = [f"data.path {prefix}" for prefix in prefixes if not _becomes_visible(Path(f"{prefix}.idx"))]
+    missing += [f"data.valid_path {prefix}" for prefix in held_out if not _becomes_visible(Path(f"{prefix}.idx"))]
     return missing if _becomes_visible(Path(cache_marker)) else [*missing, f"data.cache {cfg.data.cache}"]
 
 

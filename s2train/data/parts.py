@@ -1,0 +1,43 @@
+"""Say which data a run trains on, and which it evaluates on."""
+
+from dataclasses import replace
+
+from s2train.config import DataConfig, PretrainConfig
+from s2train.data.blend import BUNDLED, MOCK, dataset_prefixes
+from s2train.errors import ConfigError
+
+_DEFAULT_SPLIT = DataConfig().split
+
+
+def training_part(data: DataConfig) -> DataConfig:
+    """`data` for training: with `valid_path`, all documents of `path`."""
+    return data if data.valid_path is None else replace(data, valid_path=None, split="1")
+
+
+def held_out_part(data: DataConfig) -> DataConfig:
+    """`data` for evaluation: with `valid_path`, all documents there; else the held-out weight of `split`."""
+    return data if data.valid_path is None else replace(data, path=data.valid_path, valid_path=None, split="0,1")
+
+
+def check_parts(cfg: PretrainConfig) -> None:
+    """Check `data.valid_path` against `data.path` and `data.split`; reads no file.
+
+    Raises:
+        ConfigError: it names no prefixes, or one that the run trains on; `data.split` is set beside it.
+    """
+    data = cfg.data
+    if data.valid_path is None:
+        return
+    remedy = "Set data.valid_path to a prefix that launch/prepare_data.py wrote, or null to hold out by data.split"
+    names = data.valid_path if isinstance(data.valid_path, list | tuple) else [data.valid_path]
+    if BUNDLED in names or MOCK in names:
+        raise ConfigError("data.valid_path", data.valid_path, "takes prefixes of datasets only", remedy)
+    try:
+        held_out = dataset_prefixes(data.valid_path)
+    except ConfigError as error:
+        raise ConfigError("data.valid_path", data.valid_path, "is no prefix and no list of prefixes", remedy) from error
+    if data.split != _DEFAULT_SPLIT:
+        problem = "divides data.path, all of which is for training with data.valid_path"
+        raise ConfigError("data.split", data.split, problem, "Leave data.split or data.valid_path out")
+    if shared := sorted(set(held_out) & set(dataset_prefixes(data.path))):
+        raise ConfigError("data.valid_path", data.valid_path, f"the run trains on {shared[0]} too", remedy)

@@ -1,0 +1,81 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from s2train.checkpoints.resume import data_order
+from s2train.config import PrepareConfig, PretrainConfig
+from s2train.data.checks import check_data
+from s2train.data.datasets import build_datasets
+from s2train.data.epochs import training_epochs
+from s2train.data.tokenizers import ByteTokenizer
+from s2train.errors import ConfigError
+from s2train.preparation.prepare import prepare
+
+MakeConfig = Callable[..., PretrainConfig]
+
+
+@pytest.fixture
+def letters(tmp_path: Path) -> dict[str, str]:
+    """Prefixes of two datasets, one of letters a, one of letters b."""
+    for letter, length in (("a", 40_000), ("b", 4_000)):
+        (tmp_path / f"{letter}.txt").write_text(letter * length)
+        prepare(PrepareConfig(input=str(tmp_path / f"{letter}.txt"), output=str(tmp_path / letter)))
+    return {letter: str(tmp_path / letter) for letter in "ab"}
+
+
+@pytest.fixture
+def run(letters: dict[str, str], config: MakeConfig) -> PretrainConfig:
+    """Trains on letters a and evaluates on letters b."""
+    cfg = config(letters["a"])
+    cfg.data.valid_path, cfg.data.split = letters["b"], PretrainConfig().data.split
+    return cfg
+
+
+def distinct(dataset: Any) -> set[str]:
+    return {chr(token) for n in range(len(dataset)) for token in dataset[n]["tokens"].tolist() if token < 256}
+
+
+def test_a_run_trains_on_all_of_path_and_evaluates_on_valid_path(run: PretrainConfig) -> None:
+    check_data(run, ByteTokenizer())
+    train, held_out = build_datasets(run, ByteTokenizer(), 600, 20, is_built_on_rank=lambda: True)
+    assert (distinct(train), distinct(held_out)) == ({"a"}, {"b"})
+    assert training_epochs(run.data, 600, 64)[0].tokens == 40_001
+
+
+def test_what_a_run_evaluates_on_does_not_change_what_it_trains_on(
+    run: PretrainConfig, letters: dict[str, str]
+) -> None:
+    before = data_order(run)
+    run.data.valid_path = [letters["b"], letters["b"]]
+    assert data_order(run) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "setting"),
+    [
+        ({"valid_path": "nowhere"}, "data.valid_path"),
+        ({"valid_path": "bundled"}, "data.valid_path"),
+        ({"valid_path": 3}, "data.valid_path"),
+        ({"split": "95,5"}, "data.split"),
+    ],
+)
+def test_bad_settings_are_named(run: PretrainConfig, changes: dict[str, Any], setting: str) -> None:
+    for name, value in changes.items():
+        setattr(run.data, name, value)
+    with pytest.raises(ConfigError) as caught:
+        check_data(run, ByteTokenizer())
+    assert caught.value.setting == setting
+
+
+def test_evaluating_on_training_data_is_rejected(run: PretrainConfig) -> None:
+    run.data.valid_path = run.data.path
+    with pytest.raises(ConfigError, match="trains on"):
+        check_data(run, ByteTokenizer())
+
+
+def test_held_out_data_shorter_than_a_sequence_are_rejected(run: PretrainConfig) -> None:
+    run.train.seq_length = 5_000
+    with pytest.raises(ConfigError, match=r"held-out part of .*b has 4,001 tokens"):
+        check_data(run, ByteTokenizer())
