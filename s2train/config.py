@@ -359,6 +359,8 @@ class PrepareConfig:
     input: Any = MISSING
     output: str = MISSING  # prefix of the .bin, .idx and .json to write
     tokenizer: str = "bytes"  # bytes, a tokenizer.json, or bpe:SIZE to train one, kept as OUTPUT-tokenizer.json
+    # of text that a bpe is trained on, about, taken evenly from all documents; less where there is less
+    tokenizer_chars: int = 200_000_000
     # of a tokenizer.json: put after each document; no text may encode to it. None: <|endoftext|>, </s>, <eod>,
     # <|end_of_text|> or <eos>, the first that there is. Written as 'end_token="<eos>"', in both quotes
     end_token: str | None = None

@@ -36,7 +36,7 @@ from s2train.preparation.tokenizing import Encoding, encode_all
 _TOKENIZER = "-tokenizer.json"
 _BYTES_PER_WORKER = 4 << 20  # with less input, starting a worker takes longer than its work
 _TRAINING_CHARS = 1 << 20  # longer texts are cut for training a BPE, which needs many times their size in memory
-_VERSION = 2  # version of the unfinished files in a folder .OUTPUT.partial
+_VERSION = 3  # version of the unfinished files in a folder .OUTPUT.partial
 
 
 def prepare(cfg: PrepareConfig) -> Metadata:
@@ -57,7 +57,11 @@ def prepare(cfg: PrepareConfig) -> Metadata:
             `overwrite`, or another process is writing it.
         TrainingError: the disk is full.
     """
-    for setting, value in {"document_chars": cfg.document_chars, "workers": cfg.workers}.items():
+    for setting, value in {
+        "document_chars": cfg.document_chars,
+        "workers": cfg.workers,
+        "tokenizer_chars": cfg.tokenizer_chars,
+    }.items():
         if value is not None and value < 1:
             raise ConfigError(setting, value, "must be 1 or more", f"Set {setting} to 1 or more, or leave it unset")
     sources = find_sources(cfg)
@@ -169,9 +173,12 @@ def _without_inner_ends(
 
 
 def _texts(cfg: PrepareConfig, sources: list[Source]) -> Iterator[str]:
-    """Yield all documents to train a tokenizer on, long ones in parts."""
+    """Yield about `tokenizer_chars` of text to train a tokenizer on, taken evenly from all documents."""
     sizes = [source.path.stat().st_size for source in sources]
     meter, read, documents, size = Meter("reading for the tokenizer", sum(sizes)), 0, 0, 0
+    share = min(1.0, cfg.tokenizer_chars / max(1, sum(sizes)))  # compressed files hold more, and give more
+    part_chars = _TRAINING_CHARS if share == 1.0 else _TRAINING_CHARS // 16  # smaller ones spread more evenly
+    due, taken = 0.0, 0  # characters
 
     def on_position(position: int) -> None:
         meter.update(read + position, documents, size)
@@ -179,7 +186,11 @@ def _texts(cfg: PrepareConfig, sources: list[Source]) -> Iterator[str]:
     for source, length in zip(sources, sizes, strict=True):
         for text in read_documents(source, cfg.text_key, on_position):
             documents, size = documents + 1, size + len(text.encode())
-            yield from split_documents(io.StringIO(text), _TRAINING_CHARS)
+            for part in split_documents(io.StringIO(text), part_chars):
+                due += share * len(part)
+                if due > taken:
+                    taken += len(part)
+                    yield part
         read += length
     meter.close()
     if not documents:
@@ -318,7 +329,7 @@ def _key(cfg: PrepareConfig, sources: list[Source]) -> str:
                 [str(path), stat.st_size, stat.st_mtime_ns, str(source.format), source.document_chars]
                 for source, path, stat in files
             ],
-            "tokenizer": [cfg.tokenizer, tokenizer, cfg.end_token],
+            "tokenizer": [cfg.tokenizer, tokenizer, cfg.end_token, cfg.tokenizer_chars],
             "cut": [cfg.text_key, PIECE_BYTES],
             "seed": cfg.seed,
             "needles": asdict(cfg.needles) if cfg.input == NEEDLES else None,
