@@ -161,7 +161,7 @@ def _train(path: Path, runs: dict[str, list[str]], steps: int, traced: bool) -> 
     for name, overrides in runs.items():
         row: dict[str, Any] = {"settings": overrides}
         try:
-            cfg = compose_run([*overrides, "backend=local"])
+            cfg = compose_run([*overrides, "layer_backend=local"])
             plan = preview(cfg, 1, hardware)
             row["planned_bytes"] = plan.memory.total - plan.memory.overhead
             if plan.prediction is not None:

@@ -12,6 +12,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from s2train.command_line.composition import check_names
+from s2train.command_line.old_names import accept_in_files
 from s2train.command_line.usage import meaning
 from s2train.errors import ConfigError
 
@@ -269,8 +270,8 @@ class PretrainConfig:
     seed: int = 1234
     # linear layers, norms, rotation: auto (te where it is installed and works on a GPU, else local), local (Megatron's
     # own on torch), te (transformer-engine)
-    backend: str = "auto"
-    fp8: str = "none"  # linear layers with backend=te: none, hybrid (E4M3, gradients E5M2), e4m3
+    layer_backend: str = "auto"
+    fp8: str = "none"  # linear layers with layer_backend=te: none, hybrid (E4M3, gradients E5M2), e4m3
     # how FP8 values are scaled: tensorwise (by each tensor's present maximum), blockwise (from Hopper on), mxfp8 (from
     # Blackwell on)
     fp8_recipe: str = "tensorwise"
@@ -280,7 +281,7 @@ class PretrainConfig:
     # dense layers on a GPU: auto (the fastest measured of those that serve the call), fa4 (FlashAttention-4), s2train
     # (the sparse layers' kernels, every block kept), or torch's cudnn, flash (FlashAttention-2), efficient
     dense_attention: str = "auto"
-    # SwiGLU, and the rotation of backend=local, on a GPU: auto (liger where installed and verified), torch, liger
+    # SwiGLU, and the rotation of layer_backend=local, on a GPU: auto (liger where installed and verified), torch, liger
     elementwise: str = "auto"
     # cross entropy on a GPU: auto, torch (Megatron's), liger (in one kernel each way), linear (liger's together with
     # the output layer, so that no logits are kept and the backward computes them again; parallel.tp=1)
@@ -451,7 +452,11 @@ class SlurmSweepConfig(SweepConfig):
 
 
 def register() -> None:
-    """Put the schemas where Hydra finds them, so that a typo or a wrong type is refused at compose time."""
+    """Put the schemas where Hydra finds them, so that a typo or a wrong type is refused at compose time.
+
+    YAML files may use old names of settings.
+    """
+    accept_in_files()
     store = ConfigStore.instance()
     store.store(name="pretrain_schema", node=PretrainConfig)
     store.store(name="show_layout_schema", node=ShowLayoutConfig)

@@ -23,6 +23,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 
 from s2train.checkpoints.integrity import CONFIG, PROGRESS, damage, known_problem
 from s2train.checkpoints.optimizer_state_conversion import load_without_foreign_extra_state
+from s2train.command_line.old_names import rename_saved
 from s2train.config import PretrainConfig
 from s2train.errors import ConfigError
 from s2train.megatron.layer_backends import backend_of
@@ -134,7 +135,9 @@ def read_config(checkpoint: Path, setting: str = "checkpoint") -> PretrainConfig
         saved = OmegaConf.load(checkpoint / CONFIG)
         if isinstance(saved, DictConfig) and not OmegaConf.is_dict(saved.get("plan", {})):
             del saved["plan"]  # in an earlier version plan was a bool, and false in every training run
-        merged = OmegaConf.merge(OmegaConf.structured(PretrainConfig), saved)
+        settings: Any = OmegaConf.to_container(saved)
+        rename_saved(settings)
+        merged = OmegaConf.merge(OmegaConf.structured(PretrainConfig), settings)
         config = OmegaConf.to_object(merged)
     except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
         raise _unreadable(setting, checkpoint, CONFIG, error) from error
@@ -204,7 +207,7 @@ def load_for_inference(
     device: torch.device,
     tp: int = 1,
     attention_backend: str = "auto",
-    backend: str | None = None,
+    layer_backend: str | None = None,
 ) -> Loaded:
     """Load the model of a checkpoint in eval mode, without its optimizer.
 
@@ -212,7 +215,7 @@ def load_for_inference(
     model takes (tokens [b, s] int64, position_ids [b, s] int64, None) and returns logits [b, s, vocab].
 
     Args:
-        backend: backend of the layers around attention; None takes the run's, and transformer-engine only if it works.
+        layer_backend: backend of the layers around attention; None takes the run's, and transformer-engine only if it works.
     Raises:
         ConfigError: there is no checkpoint, or it is damaged.
     """
@@ -223,7 +226,7 @@ def load_for_inference(
     cfg.parallel.sequence_parallel = False
     cfg.train.recompute = "none"
     # Any backend loads another's weights, and computes in the run's precision.
-    cfg.backend, cfg.fp8 = backend or ("local" if cfg.backend == "local" else "auto"), "none"
+    cfg.layer_backend, cfg.fp8 = layer_backend or ("local" if cfg.layer_backend == "local" else "auto"), "none"
     # The run's kernels may not be installed here, or not support a query offset. No loss is computed.
     cfg.dense_attention, cfg.elementwise, cfg.loss = "auto", "auto", "torch"
     (chunk,) = build_model(cfg, transformer_config(cfg), hybrid_layout(cfg), backend_of(cfg), device)

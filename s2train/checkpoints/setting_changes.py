@@ -18,7 +18,6 @@ CONSENT = "checkpoint.allow_changes"
 # Any other setting changes the experiment.
 KEEP_THE_EXPERIMENT = (
     "attention_backend",
-    "backend",
     "checkpoint",
     "data.cache",
     "data.end_token",  # recorded in the data, which are compared
@@ -29,6 +28,7 @@ KEEP_THE_EXPERIMENT = (
     "dense_attention",
     "elementwise",
     "evaluation",
+    "layer_backend",
     "loss",
     "model.name",
     "parallel",

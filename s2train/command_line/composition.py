@@ -13,7 +13,8 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from s2train.command_line.overrides import why_unreadable
+from s2train.command_line.old_names import OLD_NAMES, with_current_names
+from s2train.command_line.overrides import readable, why_unreadable
 from s2train.errors import ConfigError
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -36,6 +37,18 @@ def config_groups(folder: Path) -> dict[str, list[str]]:
         for group in folder.iterdir()
         if group.is_dir()
     }
+
+
+def hydra_arguments(arguments: Sequence[str], schema: type) -> list[str]:
+    """A program's arguments as Hydra takes them: current names, no shorthand, quotes where it wants them.
+
+    Args:
+        schema: the dataclass of the program's settings.
+    Raises:
+        ConfigError: a setting is given by its old name and by its current one.
+    """
+    old_names = {old: new for old, new in OLD_NAMES.items() if _type_of(new, schema) is not None}
+    return readable(spelt_out(with_current_names(arguments, old_names), schema))
 
 
 def spelt_out(arguments: Sequence[str], schema: type) -> list[str]:

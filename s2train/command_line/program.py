@@ -17,8 +17,9 @@ from typing import NoReturn
 
 from hydra.errors import HydraException
 
-from s2train.command_line.composition import CONF, config_groups, explain, spelt_out
-from s2train.command_line.overrides import readable
+from s2train.command_line.composition import CONF, config_groups, explain, hydra_arguments
+from s2train.command_line.messages import prints_messages
+from s2train.command_line.old_names import with_current_names
 from s2train.command_line.usage import brief_usage, usage
 from s2train.errors import (
     INTERRUPTED_STATUS,
@@ -53,16 +54,19 @@ def run_hydra(
     if not arguments:
         _end_with_all(brief_usage(doc or "", schema, groups), USAGE_STATUS)
     if {"--help", "-h"} & set(arguments):
-        if _speaks():
+        if prints_messages():
             print(usage(doc or "", schema, groups, others))
         return
-    sys.argv[1:] = readable(spelt_out(arguments, schema))
     if os.environ.get("HYDRA_FULL_ERROR") == "1":
+        sys.argv[1:] = hydra_arguments(arguments, schema)
         main()
         return
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that errors get here
     try:
+        sys.argv[1:] = hydra_arguments(arguments, schema)
         main()
+    except ConfigError as error:  # of names
+        run_command(partial(_refuse_composition, str(error)))
     except HydraException as error:
         overrides = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
         line = explain(error, overrides, groups, schema)
@@ -87,7 +91,7 @@ def run_command(command: Callable[[], None]) -> None:
     except StoppedBySignal as stop:
         _end_with_all(str(stop), stop.status, seconds=1.0)  # the ranks have just left together
     except KeyboardInterrupt:
-        if _speaks():
+        if prints_messages():
             print("interrupted; what was saved is kept", file=sys.stderr, flush=True)
         if STATUS_FILE in os.environ:
             Path(os.environ[STATUS_FILE]).write_text(str(INTERRUPTED_STATUS))
@@ -113,11 +117,13 @@ def run_command(command: Callable[[], None]) -> None:
 
 
 def settings_before_options(arguments: Sequence[str]) -> list[str]:
-    """A command line with its settings (`name=value`) moved before the first option.
+    """A command line with its settings (`name=value`) under current names and moved before the first option.
 
     For argparse, which takes every word after an option of several values for one more of them.
     """
     settings = [word for word in arguments if _SETTING.match(word)]
+    with suppress(ConfigError):  # of two names of one setting; raised again when the settings are composed
+        settings = with_current_names(settings)
     others = [word for word in arguments if not _SETTING.match(word)]
     first = next((number for number, word in enumerate(others) if word.startswith("-")), len(others))
     return [*others[:first], *settings, *others[first:]]
@@ -150,18 +156,12 @@ def _end(line: str, status: int, seconds: float = _SECONDS_TO_SPEAK) -> NoReturn
     Args:
         seconds: that rank 0 has to speak.
     """
-    if _speaks():
+    if prints_messages():
         print(line, file=sys.stderr, flush=True)
         _record(line)
     else:  # where another rank ended first, torchrun would kill rank 0 before it spoke
         time.sleep(seconds)
     sys.exit(status)
-
-
-def _speaks() -> bool:
-    """Whether this process prints why its job ends: rank 0 does, and one whose rank can't be."""
-    rank, ranks = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    return rank == "0" or not (rank.isdecimal() and ranks.isdecimal() and int(rank) < int(ranks))
 
 
 def _record(line: str) -> None:
@@ -177,7 +177,7 @@ def _end_with_all(line: str, status: int, seconds: float = _SECONDS_TO_SPEAK) ->
     """As `_end`, where every rank ends so: nothing is started again."""
     if STATUS_FILE not in os.environ:
         _end(line, status, seconds)
-    if _speaks():
+    if prints_messages():
         print(line, file=sys.stderr, flush=True)
     Path(os.environ[STATUS_FILE]).write_text(str(status))
     sys.exit(0)

@@ -39,7 +39,7 @@ def stacks_to_compare(hardware: Hardware, layouts: Sequence[str]) -> list[Stack]
         found = [Stack(name, "hybrid", layout) for name, layout in hybrids.items()]
         return [*found, Stack("dense", "dense", ())]
     elementwise = ("elementwise=liger", "loss=liger") if liger_version() else ("elementwise=torch", "loss=torch")
-    local = ("backend=local", *elementwise)
+    local = ("layer_backend=local", *elementwise)
     best, label = ("fa4", "FlashAttention-4") if fa4_version() else ("s2train", "s2train")
     fastest = f"dense_attention={best}"
     found = [Stack(name, "hybrid", (*layout, fastest, *local)) for name, layout in hybrids.items()]
@@ -47,7 +47,7 @@ def stacks_to_compare(hardware: Hardware, layouts: Sequence[str]) -> list[Stack]
     found.append(Stack("dense cuDNN", "dense", ("dense_attention=cudnn", *local)))
     found.append(Stack("dense FlashAttention-2", "dense", ("dense_attention=flash", *local)))
     if te_problem() is None:
-        for suffix, te in {"TE": ("backend=te",), "TE FP8": ("backend=te", "fp8=hybrid")}.items():
+        for suffix, te in {"TE": ("layer_backend=te",), "TE FP8": ("layer_backend=te", "fp8=hybrid")}.items():
             settings = (fastest, *te, *elementwise)
             found += [Stack(f"{name}, {suffix}", "hybrid", (*layout, *settings)) for name, layout in hybrids.items()]
             found.append(Stack(f"dense {label}, {suffix}", "dense", settings))

@@ -10,7 +10,8 @@ from s2train.config import PretrainConfig
 from s2train.environment.hardware import Hardware
 
 INSTALL = (
-    "pip install 'transformer-engine[pytorch]' (it needs CUDA and builds against your torch), or set backend=local"
+    "pip install 'transformer-engine[pytorch]' (it needs CUDA and builds against your torch),"
+    " or set layer_backend=local"
 )
 
 
@@ -31,15 +32,15 @@ def te_problem() -> str | None:
 
 
 def uses_te_here(name: str) -> bool:
-    """Whether `backend=name` means transformer-engine's layers on this machine; `auto` does where they work."""
+    """Whether `layer_backend=name` means transformer-engine's layers on this machine; `auto` does where they work."""
     return name == "te" or (name == "auto" and torch.cuda.is_available() and te_problem() is None)
 
 
 def uses_te(cfg: PretrainConfig, hardware: Hardware) -> bool:
-    """Whether layers are transformer-engine's; `backend=auto` takes them for this machine's GPU alone."""
-    if cfg.backend == "auto" and cfg.fp8 == "none":
+    """Whether layers are transformer-engine's; `layer_backend=auto` takes them for this machine's GPU alone."""
+    if cfg.layer_backend == "auto" and cfg.fp8 == "none":
         return hardware.kind == "cuda" and cfg.plan.device is None and uses_te_here("auto")
-    return cfg.backend != "local"
+    return cfg.layer_backend != "local"
 
 
 def _first_line(error: Exception) -> str:

@@ -27,7 +27,7 @@ class Backend:
     """Building blocks around our core attention.
 
     Attributes:
-        name: as in `backend=`.
+        name: as in `layer_backend=`.
         layer_spec: makes a fresh Megatron spec of one transformer layer.
         norm: the final norm's class.
         optimizer: what Megatron's `adam` stands for here, for the log.
@@ -45,7 +45,7 @@ class Backend:
 
 def backend_of(cfg: PretrainConfig) -> Backend:
     """What a run's `backend` and `elementwise` come to on this process's device."""
-    return choose_backend(cfg.backend, liger_operations(cfg, own_capability(), uses_te_here(cfg.backend)))
+    return choose_backend(cfg.layer_backend, liger_operations(cfg, own_capability(), uses_te_here(cfg.layer_backend)))
 
 
 def own_capability() -> tuple[int, int] | None:
@@ -65,7 +65,7 @@ def choose_backend(name: str, liger: frozenset[str] = frozenset()) -> Backend:
     """
     optimizer = f"{Adam.__module__}.{Adam.__qualname__}"
     if name == "te" and (problem := te_problem()) is not None:
-        raise ConfigError("backend", name, problem, INSTALL)
+        raise ConfigError("layer_backend", name, problem, INSTALL)
     mlp = _liger_mlp(liger)
     if uses_te_here(name):
         from megatron.core.extensions.transformer_engine import TENorm  # no class where it is not installed
@@ -73,7 +73,7 @@ def choose_backend(name: str, liger: frozenset[str] = frozenset()) -> Backend:
         return Backend("te", _te_layer_spec, TENorm, optimizer, torch.cuda.is_available(), mlp)
     if name in ("auto", "local"):
         return Backend("local", partial(_local_layer_spec, _rotating_attention(liger)), RMSNorm, optimizer, mlp=mlp)
-    raise ConfigError("backend", name, "no such backend", "Use backend=auto, local or te")
+    raise ConfigError("layer_backend", name, "no such backend", "Use layer_backend=auto, local or te")
 
 
 def _liger_mlp(liger: frozenset[str]) -> type[MLP] | None:

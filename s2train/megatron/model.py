@@ -72,7 +72,7 @@ def transformer_config(cfg: PretrainConfig, stages: Stages | None = None) -> Tra
         bias_dropout_fusion=False,
         # Rounds the gradient of the logits to bf16, whatever the precision.
         cross_entropy_loss_fusion=on_cuda and train.precision == "bf16",
-        apply_rope_fusion=choose_backend(cfg.backend).fuses_rotation,
+        apply_rope_fusion=choose_backend(cfg.layer_backend).fuses_rotation,
         fp8=None if cfg.fp8 == "none" else cfg.fp8,
         fp8_recipe=cfg.fp8_recipe,
         # Of Megatron's own linear layers: they add weight gradients to the fp32 buffers in the product itself.
@@ -130,7 +130,7 @@ def build_model(
 
 def model_class(cfg: PretrainConfig) -> Callable[..., GPTModel]:
     """Megatron's GPTModel, or ours with the loss that the run's `loss` comes to on this process's device."""
-    loss = choose_loss(cfg, own_capability(), uses_te_here(cfg.backend))
+    loss = choose_loss(cfg, own_capability(), uses_te_here(cfg.layer_backend))
     if loss == "torch":
         return GPTModel
     if (problem := liger_problem()) is not None:

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 
 from hydra import compose, initialize_config_dir
 
-from s2train.command_line.composition import CONF, config_groups, spelt_out
-from s2train.command_line.overrides import readable
+from s2train.command_line.composition import CONF, config_groups, hydra_arguments
 from s2train.config import PretrainConfig, register
 from s2train.planning.checks import resolve
 
@@ -14,11 +13,11 @@ def compose_run(overrides: Sequence[str]) -> PretrainConfig:
     """What `launch/pretrain.py` would run with these overrides, such as ``+model=7b_hybrid``. Checks no values.
 
     Raises:
-        ConfigError: no model was named, or a setting has no value.
+        ConfigError: no model was named, a setting has no value, or it is given by an old name and the current one.
         hydra.errors.HydraException: the overrides don't compose.
     """
     register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = resolve(compose("pretrain", readable(spelt_out(overrides, PretrainConfig))), config_groups(CONF)["model"])
+        cfg = resolve(compose("pretrain", hydra_arguments(overrides, PretrainConfig)), config_groups(CONF)["model"])
     assert isinstance(cfg, PretrainConfig)
     return cfg

@@ -120,7 +120,7 @@ def _time(plan: Plan) -> list[tuple[str, str]]:
 
 
 def _grounds(found: Prediction) -> str:
-    layers = "transformer-engine's layers" if found.te else "backend=local"
+    layers = "transformer-engine's layers" if found.te else "layer_backend=local"
     if found.caveats:
         return f"an estimate, {layers}: {'; '.join(found.caveats)}"
     return f"steps measured on H100s, {layers}, met within {MARGIN:.0%}"

@@ -9,6 +9,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from s2train.command_line.old_names import OLD_NAMES, rename_saved, renamed
 from s2train.comparison.runs import Summary, summarize
 from s2train.config import PretrainConfig, settings_by_name
 from s2train.errors import ConfigError
@@ -135,6 +136,7 @@ def changed_setting(folder: Path, cfg: PretrainConfig) -> str | None:
     if not path.is_file():
         return None
     saved: Any = OmegaConf.to_container(OmegaConf.load(path))
+    rename_saved(saved)
     # Through JSON, which turns tuples into lists.
     before, now = (dict(settings_by_name(node)) for node in (saved, json.loads(json.dumps(asdict(cfg)))))
     for name in now:
@@ -194,4 +196,15 @@ def read_record(sweep_dir: Path) -> list[Job]:
     if not path.is_file():
         return []
     content: list[dict[str, Any]] = json.loads(path.read_text())["jobs"]
-    return [Job(**job | {"folder": sweep_dir / job["folder"], "status": Status(job["status"])}) for job in content]
+    return [
+        Job(
+            **job
+            | {
+                "folder": sweep_dir / job["folder"],
+                "status": Status(job["status"]),
+                "swept": {OLD_NAMES.get(name, name): value for name, value in job["swept"].items()},
+                "arguments": renamed(job["arguments"], OLD_NAMES),
+            }
+        )
+        for job in content
+    ]

@@ -5,6 +5,8 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from s2train.command_line.old_names import OLD_NAMES, renamed
+
 _READABLE_LENGTH = 80
 _DIGEST_LENGTH = 8
 
@@ -33,15 +35,17 @@ def folder_name(overrides: Sequence[str], swept: Iterable[str]) -> str:
 
 
 def job_folder(sweep_dir: Path, overrides: Sequence[str], swept: Iterable[str]) -> Path:
-    """Folder of a job, by its digest.
+    """Folder of a job: an existing one with its digest, or a new one.
 
-    An existing folder with this digest, or a new one.
-
-    The existing folder may come from a sweep of other settings.
+    The existing folder may come from a sweep of other settings, or of a version with other names for settings.
     """
     name = folder_name(overrides, swept)
-    digest = name[-_DIGEST_LENGTH - 1 :]
-    return next((path for path in sorted(sweep_dir.glob(f"*{digest}")) if path.is_dir()), sweep_dir / name)
+    earlier = renamed(overrides, {new: old for old, new in OLD_NAMES.items()})
+    for named in (name, folder_name(earlier, ())):
+        digest = named[-_DIGEST_LENGTH - 1 :]
+        if there := [path for path in sorted(sweep_dir.glob(f"*{digest}")) if path.is_dir()]:
+            return there[0]
+    return sweep_dir / name
 
 
 def label(overrides: Sequence[str], swept: Iterable[str]) -> str:

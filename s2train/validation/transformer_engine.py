@@ -23,11 +23,11 @@ def check_te(cfg: PretrainConfig, hardware: Hardware) -> None:
     wants_fp8 = cfg.fp8 != "none"
     if wants_fp8:
         check_fp8_settings(cfg)
-    if not wants_fp8 and cfg.backend != "te":
+    if not wants_fp8 and cfg.layer_backend != "te":
         return
-    setting, value = ("backend", cfg.backend) if cfg.backend == "te" else ("fp8", cfg.fp8)
+    setting, value = ("layer_backend", cfg.layer_backend) if cfg.layer_backend == "te" else ("fp8", cfg.fp8)
     if hardware.kind != "cuda":
-        raise ConfigError(setting, value, "transformer-engine needs a CUDA device", "Set backend=local fp8=none")
+        raise ConfigError(setting, value, "transformer-engine needs a CUDA device", "Set layer_backend=local fp8=none")
     if wants_fp8:
         _check_capability(cfg, hardware)
         if cfg.fp8_recipe == "blockwise":
@@ -53,8 +53,8 @@ def check_fp8_settings(cfg: PretrainConfig) -> None:
     Raises:
         ConfigError: another backend or precision, or a dimension of a product that FP8 can't have.
     """
-    if cfg.backend == "local":
-        raise ConfigError("fp8", cfg.fp8, "backend=local has no FP8 layers", "Set backend=te, or fp8=none")
+    if cfg.layer_backend == "local":
+        raise ConfigError("fp8", cfg.fp8, "layer_backend=local has no FP8 layers", "Set layer_backend=te, or fp8=none")
     if cfg.train.precision != "bf16":
         problem = f"it stands beside train.precision=bf16, not {cfg.train.precision}"
         raise ConfigError("fp8", cfg.fp8, problem, "Set train.precision=bf16, or fp8=none")

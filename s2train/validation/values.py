@@ -21,7 +21,7 @@ _CHOICES: dict[str, tuple[str | int, ...]] = {
     "tracking.wandb": ("auto", "disabled", "offline", "online"),
     "tracking.timing": (0, 1, 2),
     "tracking.x_axis": ("step", "consumed_tokens"),
-    "backend": ("auto", "local", "te"),
+    "layer_backend": ("auto", "local", "te"),
     "fp8": ("none", "hybrid", "e4m3"),
     "fp8_recipe": ("tensorwise", "blockwise", "mxfp8"),
     "dense_attention": ("auto", "fa4", "s2train", "cudnn", "flash", "efficient"),

@@ -62,10 +62,10 @@ def test_measures_what_is_missing_and_saves_nothing_else(tmp_path: Path) -> None
 
 
 def test_a_stack_that_fails_is_logged_and_left_out(tmp_path: Path) -> None:
-    arguments = [str(tmp_path / "long"), "--lengths", "256", *SMALL, "backend=te"]
+    arguments = [str(tmp_path / "long"), "--lengths", "256", *SMALL, "layer_backend=te"]
     done = run("long_steps.py", *arguments, processes=0)
     assert done.status == 2
-    assert "failed: hybrid DSSS: ConfigError: backend=te" in done.out
+    assert "failed: hybrid DSSS: ConfigError: layer_backend=te" in done.out
     assert not (tmp_path / "long.json").exists()
 
 
@@ -94,7 +94,7 @@ def test_stacks_differ_only_in_layout_and_dense_kernels() -> None:
     ]
     cfgs = {n: compose_run(case_overrides("7b", stack, 8192, 131072, 8, "none")) for n, stack in compared.items()}
     assert [cfg.dense_attention for cfg in cfgs.values()] == ["fa4", "fa4", "fa4", "cudnn", "flash"]
-    assert {(cfg.backend, cfg.elementwise, cfg.loss) for cfg in cfgs.values()} == {("local", "liger", "liger")}
+    assert {(cfg.layer_backend, cfg.elementwise, cfg.loss) for cfg in cfgs.values()} == {("local", "liger", "liger")}
     assert [cfgs[f"hybrid {letters}"].layout.layers for letters in BOTH] == list(BOTH)
     cfgs["dense cuDNN"].dense_attention = "flash"
     assert cfgs["dense cuDNN"] == cfgs["dense FlashAttention-2"]

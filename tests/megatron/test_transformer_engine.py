@@ -26,7 +26,7 @@ def train(kind: str, run_dir: Path, *arguments: str, processes: int = 1) -> Outc
     backend = "te" if kind == "fake" else "local"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    settings = [*SMALL, f"run_dir={run_dir}", f"backend={backend}", f"train.steps={STEPS}", *arguments]
+    settings = [*SMALL, f"run_dir={run_dir}", f"layer_backend={backend}", f"train.steps={STEPS}", *arguments]
     done = subprocess.run(
         [*launcher, "-m", "tests.megatron.te_program", kind, *settings],
         cwd=ROOT,

@@ -163,7 +163,7 @@ VALUES: dict[str, tuple[Any, str]] = {
     "tracking__x_axis": ("steps", "tracking.x_axis=step"),
     "tracking__timing": (3, "0, 1, 2"),
     "parallel__pipeline_split": ("costs", "parallel.pipeline_split=cost"),
-    "backend": ("lokal", "backend=local"),
+    "layer_backend": ("lokal", "layer_backend=local"),
     "attention_backend": ("tritom", "attention_backend=triton"),
     "dense_attention": ("cuddn", "dense_attention=cudnn"),
     "profile__steps": ([10, 2], "profile.steps=[998,1000]"),

@@ -11,7 +11,7 @@ from s2train.validation import transformer_engine as backend
 from tests.validation.test_rejections import CPU, GPU, config
 
 H100 = replace(GPU, capability=(9, 0))
-WITH_FP8 = {"backend": "te", "fp8": "hybrid"}
+WITH_FP8 = {"layer_backend": "te", "fp8": "hybrid"}
 
 
 @pytest.fixture
@@ -32,17 +32,17 @@ def refusal(hardware: Any, **changes: Any) -> ConfigError:
 
 @pytest.mark.usefixtures("missing")
 def test_a_missing_transformer_engine_is_told_with_what_to_install() -> None:
-    error = refusal(H100, backend="te")
-    assert error.setting == "backend"
+    error = refusal(H100, layer_backend="te")
+    assert error.setting == "layer_backend"
     assert "transformer-engine[pytorch]" in error.remedy
-    assert "backend=local" in error.remedy
-    assert refusal(H100, fp8="hybrid").setting == "fp8"  # backend=auto finds none either
+    assert "layer_backend=local" in error.remedy
+    assert refusal(H100, fp8="hybrid").setting == "fp8"  # layer_backend=auto finds none either
     assert check(config(), 1, H100).fits
 
 
 @pytest.mark.usefixtures("installed")
 def test_a_cpu_has_no_transformer_engine() -> None:
-    assert "backend=local" in refusal(CPU, backend="te").remedy
+    assert "layer_backend=local" in refusal(CPU, layer_backend="te").remedy
     assert "fp8=none" in refusal(CPU, fp8="hybrid").remedy
 
 
@@ -59,7 +59,7 @@ def test_fp8_is_had_where_transformer_engine_and_the_gpu_have_it() -> None:
         ({}, (8, 0), "fp8", "fp8=none"),
         ({"fp8_recipe": "blockwise"}, (8, 9), "fp8_recipe", "fp8_recipe=tensorwise"),
         ({"fp8_recipe": "mxfp8"}, (9, 0), "fp8_recipe", "fp8_recipe=tensorwise"),
-        ({"backend": "local"}, (9, 0), "fp8", "backend=te"),
+        ({"layer_backend": "local"}, (9, 0), "fp8", "layer_backend=te"),
         ({"train__precision": "fp32"}, (9, 0), "fp8", "train.precision=bf16"),
         ({"model__ffn_hidden_size": 776}, (9, 0), "fp8", "model.ffn_hidden_size"),
         ({"train__seq_length": 4100}, (9, 0), "fp8", "train.seq_length"),

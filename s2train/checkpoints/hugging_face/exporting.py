@@ -43,7 +43,7 @@ def export(cfg: ExportConfig) -> Path:
         raise ConfigError("vocab_size", rows, problem, "Set it between these, or leave it out")
 
     # transformer-engine's layers have other names for their norms
-    loaded = load_for_inference(path, initialize(ParallelConfig(), trained.seed), backend="local")
+    loaded = load_for_inference(path, initialize(ParallelConfig(), trained.seed), layer_backend="local")
     weights = to_llama(unwrap(loaded.model).state_dict(), trained.model)
     for name in (EMBEDDING, OUTPUT):
         if name in weights:

@@ -82,7 +82,7 @@ def import_llama(cfg: ImportConfig) -> tuple[Path, ModelFiles]:
         optim=OptimConfig(lr=3e-5),
         train=TrainConfig(steps=1000, seq_length=length, global_batch_size=16, precision=cfg.precision),
         run_dir=cfg.output,
-        backend="local",  # whose parameters have plain names; a run with another reads the checkpoint
+        layer_backend="local",  # whose parameters have plain names; a run with another reads the checkpoint
     )
     first = replace(run, train=replace(run.train, seq_length=min(length, _LONGEST)))
     files = ModelFiles(first, cfg.conf, layout is not None)

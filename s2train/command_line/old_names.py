@@ -1,0 +1,151 @@
+"""Earlier names of settings, accepted on command lines, in YAML files and in checkpoints.
+
+To rename a setting, enter its old name here; nothing else reads old names.
+"""
+
+import re
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any
+
+from hydra._internal.core_plugins.file_config_source import FileConfigSource
+from hydra._internal.sources_registry import SourcesRegistry
+from hydra.core.plugins import Plugins
+from hydra.plugins.config_source import ConfigResult
+from omegaconf import DictConfig, OmegaConf
+
+from s2train.command_line.messages import warn
+from s2train.errors import ConfigError
+
+# Old dotted name -> current dotted name, in the same section.
+OLD_NAMES: Mapping[str, str] = {"backend": "layer_backend"}
+
+_SWEPT = "hydra.sweeper.params."
+_OVERRIDE = re.compile(
+    rf"^(?P<sign>\+{{0,2}}|~)(?P<prefix>{re.escape(_SWEPT)})?(?P<name>[A-Za-z_][\w.]*)(?P<rest>=.*)?$", re.S
+)
+
+
+def with_current_names(arguments: Sequence[str], old_names: Mapping[str, str] = OLD_NAMES) -> list[str]:
+    """Rename old settings of a command line, with one warning for each old name.
+
+    Raises:
+        ConfigError: the command line sets a setting by its old name and by its current one.
+    """
+    values = {match["name"]: (match["rest"] or "=")[1:] for match in map(_OVERRIDE.match, arguments) if match}
+    for old, new in old_names.items():
+        if old in values and new in values:
+            raise _named_twice(old, new, values[old])
+        if old in values:
+            warn(_renaming(old, new))
+    return renamed(arguments, old_names)
+
+
+def renamed(overrides: Sequence[str], names: Mapping[str, str]) -> list[str]:
+    """Overrides with the settings that `names` maps renamed, without a warning."""
+
+    def one(override: str) -> str:
+        match = _OVERRIDE.match(override)
+        if match is None or match["name"] not in names:
+            return override
+        return f"{match['sign']}{match['prefix'] or ''}{names[match['name']]}{match['rest'] or ''}"
+
+    return [one(override) for override in overrides]
+
+
+def rename_saved(
+    settings: MutableMapping[str, Any], package: str = "", old_names: Mapping[str, str] = OLD_NAMES
+) -> list[str]:
+    """Rename old settings in nested plain settings, in place.
+
+    Args:
+        package: dotted name of the section that the settings belong to; empty: all of them.
+    Returns:
+        one line for each renamed setting.
+    Raises:
+        ConfigError: a setting has its old name and its current one.
+    """
+    lines = []
+    for old, new in old_names.items():
+        section: Any = settings
+        *path, name = _within(package, old)
+        for part in path:
+            section = section.get(part) if isinstance(section, Mapping) else None
+        if not isinstance(section, MutableMapping) or name not in section:
+            continue
+        current = new.rpartition(".")[2]
+        if current in section:
+            raise _named_twice(old, new, section[name])
+        section[current] = section.pop(name)
+        lines.append(_renaming(old, new))
+    return lines
+
+
+def accept_in_files() -> None:
+    """Make Hydra rename old settings in the YAML files that it loads."""
+    Plugins.instance()  # registers Hydra's own source, which may be replaced only then
+    # Hydra makes a source for each composition: what was warned of is common to them. It knows sources by their name.
+    source = type(FileConfigSource.__name__, (_RenamingSource,), {"warned": set()})
+    SourcesRegistry.instance().types[FileConfigSource.scheme()] = source
+
+
+class _RenamingSource(FileConfigSource):
+    """YAML files with old names replaced, and one warning for each old name in a file."""
+
+    warned: set[str]
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        loaded = super().load_config(config_path)
+        if not isinstance(loaded.config, DictConfig):
+            return loaded
+        settings: Any = OmegaConf.to_container(loaded.config, resolve=False)
+        if not isinstance(settings, dict):
+            return loaded
+        package = _package(config_path, (loaded.header or {}).get("package"))
+        lines = rename_saved(settings, package)
+        if not package:
+            lines += _rename_swept(settings)
+        if lines:
+            loaded.config = OmegaConf.create(settings)
+        for line in lines:
+            if (text := f"{config_path}: {line}") not in self.warned:
+                self.warned.add(text)
+                warn(text)
+        return loaded
+
+
+def _rename_swept(settings: dict[str, Any]) -> list[str]:
+    """Rename old settings among those that a sweeper varies: `hydra.sweeper.params`, in place."""
+    swept: Any = settings
+    for part in _SWEPT.split(".")[:-1]:
+        swept = swept.get(part) if isinstance(swept, dict) else None
+    lines = []
+    for old, new in OLD_NAMES.items() if isinstance(swept, dict) else ():
+        if old in swept:
+            if new in swept:
+                raise _named_twice(old, new, swept[old])
+            swept[new] = swept.pop(old)
+            lines.append(_renaming(old, new))
+    return lines
+
+
+def _package(config_path: str, header: str | None) -> str:
+    """The section that Hydra puts a file's settings in; empty for the whole configuration."""
+    group = config_path.rpartition("/")[0].replace("/", ".")
+    if header is None or header == "_group_":
+        return group
+    return "" if header == "_global_" else header
+
+
+def _within(package: str, name: str) -> list[str]:
+    """The parts of a dotted name below a package; [""] (no setting's name) if it lies elsewhere."""
+    if not package:
+        return name.split(".")
+    return name.removeprefix(f"{package}.").split(".") if name.startswith(f"{package}.") else [""]
+
+
+def _renaming(old: str, new: str) -> str:
+    return f"the setting {old} is now called {new}; the old name still works"
+
+
+def _named_twice(old: str, new: str, value: object) -> ConfigError:
+    return ConfigError(old, value, f"it is the old name of {new}, which is set as well", f"Set {new} alone")
