@@ -215,7 +215,7 @@ def load_for_inference(
     model takes (tokens [b, s] int64, position_ids [b, s] int64, None) and returns logits [b, s, vocab].
 
     Args:
-        layer_backend: backend of the layers around attention; None takes the run's, and transformer-engine only if it works.
+        layer_backend: of the layers around attention; None takes the run's, transformer-engine only if it works.
     Raises:
         ConfigError: there is no checkpoint, or it is damaged.
     """
