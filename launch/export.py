@@ -1,4 +1,6 @@
-"""Export a checkpoint as Hugging Face safetensors, with a modelling file where layers are sparse.
+"""Export a checkpoint as Hugging Face safetensors.
+
+Adds a modelling file for sparse layers.
 
 python launch/export.py checkpoint=runs/tiny_hybrid output=exported
 """
@@ -10,17 +12,17 @@ from omegaconf import DictConfig
 
 from s2train import config
 from s2train.command_line.program import run_command, run_hydra
-from s2train.distributed.rendezvous import check_alone
+from s2train.distributed.rendezvous import check_single_process
 from s2train.environment.apex import apex_available
 
 config.register()
 
 
 def export(composed: DictConfig) -> None:
-    """Export, and print the files."""
+    """Export a checkpoint, and print the files."""
     cfg = config.to_object(composed)
-    check_alone()
-    apex_available()  # Megatron would import an impostor
+    check_single_process()
+    apex_available()  # rejects another package named apex, which Megatron would import
     from s2train.checkpoints.hugging_face.exporting import export  # imports Megatron: slow
     from s2train.checkpoints.hugging_face.tokenizer_files import adds_tokens
 
@@ -28,12 +30,12 @@ def export(composed: DictConfig) -> None:
     files = ", ".join(sorted(path.name for path in folder.iterdir()))
     print(f"{folder}: {files}")
     if adds_tokens(folder):
-        print("training added no tokens to a text; this tokenizer's own call does: pass add_special_tokens=False")
+        print("training added no special tokens, but this tokenizer does by default: pass add_special_tokens=False")
 
 
 @hydra.main(config_path="../conf", config_name="export", version_base="1.3")
 def main(composed: DictConfig) -> None:
-    """Hydra's entry."""
+    """Run Hydra's main."""
     run_command(lambda: export(composed))
 
 

@@ -1,8 +1,8 @@
-"""Import a Llama's weights (config.json and .safetensors), or an export, as a checkpoint to start a run from.
+"""Import Llama weights (config.json and .safetensors) or an export as a checkpoint.
 
 python launch/import.py weights=Llama-3.2-1B output=runs/llama
 
-Prints the commands that prepare data with its tokenizer and train it.
+A run can start from the checkpoint. Prints the commands to prepare data with its tokenizer and to train it.
 """
 
 import _surroundings  # noqa: F401 (prints why the rest can't start)
@@ -12,17 +12,17 @@ from omegaconf import DictConfig
 
 from s2train import config
 from s2train.command_line.program import run_command, run_hydra
-from s2train.distributed.rendezvous import check_alone
+from s2train.distributed.rendezvous import check_single_process
 from s2train.environment.apex import apex_available
 
 config.register()
 
 
 def import_weights(composed: DictConfig) -> None:
-    """Import, and print the commands that train it."""
+    """Import weights, and print the commands to train them."""
     cfg = config.to_object(composed)
-    check_alone()
-    apex_available()  # Megatron would import an impostor
+    check_single_process()
+    apex_available()  # rejects another package named apex, which Megatron would import
     from s2train.checkpoints.hugging_face.importing import import_llama  # imports Megatron: slow
 
     checkpoint, files = import_llama(cfg)
@@ -36,7 +36,7 @@ def import_weights(composed: DictConfig) -> None:
 
 @hydra.main(config_path="../conf", config_name="import", version_base="1.3")
 def main(composed: DictConfig) -> None:
-    """Hydra's entry."""
+    """Run Hydra's main."""
     run_command(lambda: import_weights(composed))
 
 

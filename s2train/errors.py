@@ -1,27 +1,27 @@
-"""Errors told to users in one line each, and the exit statuses that a launcher reads."""
+"""Errors that users see in one line, and exit statuses for launchers."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from signal import Signals
 
-# Of a run that saved and stopped because it was asked to (a time limit, a preemption): start it again to go on.
-# sysexits.h's "temporary failure". torchrun itself would end with 1; `launch/job.py` hands it on.
+# A run saved and stopped on request (a time limit, a preemption); the same command resumes it. Equals sysexits.h's
+# "temporary failure". torchrun itself would exit with 1; `launch/job.py` passes this status on.
 EXIT_REQUEUE = 75
 USAGE_STATUS = 2
-INTERRUPTED_STATUS = 130  # of Ctrl-C, as a shell reports it
-# Names a file. If set, a rank that ends as all ranks do, for what no restart mends (a signal, a refusal, a loss that
-# diverged), writes its status there and ends with 0: torchrun takes any other for a failure, which it would restart
-# or report as its own 1. `launch/job.py` sets it.
+INTERRUPTED_STATUS = 130  # after Ctrl-C, as a shell reports it
+# Environment variable with the path of a file. If set, a rank that exits together with all others for a reason that no
+# restart fixes (a signal, rejected settings, a diverged loss) writes its status there and exits with 0: torchrun would
+# restart the ranks after any other status, or report it as 1. `launch/job.py` sets it.
 STATUS_FILE = "S2TRAIN_STATUS_FILE"
 
 
 class ConfigError(ValueError):
-    """A setting that can't work, told in one line: which setting, its value, why, and the remedy.
+    """A setting that can't work: name, value, problem and remedy, one line.
 
     Args:
         setting: dotted name as typed on the command line, e.g. ``parallel.tp``.
         value: what it is set to.
-        problem: why that can't work.
+        problem: why this can't work.
         remedy: what to set instead.
     """
 
@@ -31,23 +31,29 @@ class ConfigError(ValueError):
 
 
 class TrainingError(RuntimeError):
-    """A run that can't go on, told in one line. All ranks raise it together, unless rank 0 does alone."""
+    """A run that can't continue, reported in one line.
+
+    Either all ranks raise it together, or rank 0 alone.
+    """
 
 
 class DivergedError(TrainingError):
-    """Too many steps in a row had a loss or gradient that is not finite. All ranks raise it; a restart repeats it."""
+    """Too many consecutive steps had a non-finite loss or gradient.
+
+    All ranks raise it; a restart would repeat it.
+    """
 
 
 class StoppedBySignal(Exception):
-    """A run that has saved and ends because the scheduler asked it to; to be started again.
+    """A run that saved and stops at the scheduler's request; resumable.
 
     Attributes:
-        status: to end with: EXIT_REQUEUE, or, where nothing was saved, a shell's 128 + the signal's number.
+        status: exit status: EXIT_REQUEUE, or 128 + the signal's number, as in a shell, if nothing was saved.
 
     Args:
         signal: its name, e.g. ``SIGTERM``.
         step: steps done.
-        checkpoint: where they are saved; None with checkpoint.save=false.
+        checkpoint: the last one; None with checkpoint.save=false.
     """
 
     def __init__(self, signal: str, step: int, checkpoint: Path | None) -> None:
@@ -59,9 +65,11 @@ class StoppedBySignal(Exception):
 
 
 class StartUpError(RuntimeError):
-    """A job that can't start: what a rank refuses, or ranks that don't go together; one line for each problem.
+    """A job that can't start; one line per problem.
 
-    All ranks raise it together, and a restart would repeat it, but for a `MissingRankError`.
+    A rank rejects its settings, or ranks differ.
+
+    All ranks raise it together, and a restart would repeat it, except for a `MissingRankError`.
     """
 
     def __init__(self, problems: Sequence[str]) -> None:
@@ -70,4 +78,7 @@ class StartUpError(RuntimeError):
 
 
 class MissingRankError(StartUpError):
-    """Ranks that never came. Rank 0 raises it alone, and a restart may bring them."""
+    """Ranks that did not start.
+
+    Only rank 0 raises it, and a restart may help.
+    """

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and folders that can hold them."""
+"""Writes files atomically, checks output folders and locks them."""
 
 import fcntl
 import os
@@ -11,7 +11,7 @@ from s2train.errors import ConfigError
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` to write to, renamed to `path` if all went well."""
+    """Yield a temporary path beside `path`; rename it to `path` on success."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -22,7 +22,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def set_aside(path: Path) -> Path | None:
-    """Rename a file to the first free name of `metrics.1.jsonl`, `metrics.2.jsonl`, …; None if there is none."""
+    """Rename a file to the first free of `metrics.1.jsonl`, `metrics.2.jsonl`, …
+
+    Returns the new path; None if the file doesn't exist.
+    """
     if not path.exists():
         return None
     number = 1
@@ -32,7 +35,7 @@ def set_aside(path: Path) -> Path | None:
 
 
 def output_stem(output: Path, setting: str = "output") -> Path:
-    """OUTPUT without a `.json` or `.png`, which programs add themselves.
+    """Strip `.json` or `.png` from OUTPUT; programs add these themselves.
 
     Raises:
         ConfigError: it names no file.
@@ -44,9 +47,10 @@ def output_stem(output: Path, setting: str = "output") -> Path:
 
 
 def check_writable(setting: str, folder: str | Path) -> None:
-    """Whether `folder` can be written, or be made. Makes nothing.
+    """Check that `folder` can be written or created, without creating it.
 
-    Raises ConfigError, on `setting`, if not.
+    Raises:
+        ConfigError: on `setting`, if it can't.
     """
     path = Path(folder).absolute()
     there = next(parent for parent in (path, *path.parents) if parent.exists())
@@ -56,10 +60,10 @@ def check_writable(setting: str, folder: str | Path) -> None:
 
 
 class FolderLock:
-    """Holds a lock file until `release` or the end of this process.
+    """Holds a lock file until `release` or until this process exits.
 
-    A POSIX record lock, since children don't inherit it: a forked writer that outlives a killed run for a moment must
-    not keep the run from being started again.
+    It is a POSIX record lock, which children don't inherit: a forked writer that briefly outlives a killed run must
+    not prevent a restart.
 
     Raises:
         BlockingIOError: another process holds it.
@@ -73,7 +77,7 @@ class FolderLock:
         except BlockingIOError:
             self._file.close()
             raise
-        except PermissionError as error:  # what some systems say for the same
+        except PermissionError as error:  # some systems raise this instead
             self._file.close()
             raise BlockingIOError(str(error)) from error
 

@@ -1,6 +1,6 @@
-"""A wandb run that never holds anybody up: all of it happens on a thread of its own.
+"""Logs to wandb from a background thread; training never waits for it.
 
-Numbers of a run are in its own files as well, so that whatever goes wrong here costs one line on the console.
+The run's own files hold the same numbers, so a failure here only prints one line.
 """
 
 import os
@@ -17,27 +17,27 @@ from typing import Any
 from s2train.config import TrackingConfig
 from s2train.errors import ConfigError
 
-STEP, CONSUMED_TOKENS = "step", "data/consumed_tokens"  # in every row: a chart's x-axis
+STEP, CONSUMED_TOKENS = "step", "data/consumed_tokens"  # in every row, as x-axis of charts
 _X_AXES = {"step": STEP, "consumed_tokens": CONSUMED_TOKENS}
 MODES = ("auto", "disabled", "offline", "online")
-INIT_TIMEOUT_S = 60.0  # then the run is kept offline, to be sent by `wandb sync` later
-CLOSE_TIMEOUT_S = 120.0  # for what is still to be sent at the end
-_CAPACITY = 10_000  # things to do that wait at most; further ones are dropped
+INIT_TIMEOUT_S = 60.0  # then the run is logged offline, to be sent by `wandb sync` later
+CLOSE_TIMEOUT_S = 120.0  # for sending the remaining data at the end
+_CAPACITY = 10_000  # queued tasks; further ones are dropped
 
 
 def say(text: str) -> None:
-    """Print a line in one piece: `print` writes the end of it apart, and another thread's line may come between."""
+    """Print a line in one write, which other threads can't split."""
     print(f"{text}\n", end="", flush=True)
 
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What a run is known by.
+    """Identifies a wandb run.
 
     Attributes:
         mode: offline or online.
         id: None for a new run.
-        folder: in which wandb keeps its files, under `wandb`.
+        folder: the run folder; wandb writes to `wandb` in it.
         tracking: project, entity, group, name, tags, notes and x-axis.
     """
 
@@ -49,19 +49,19 @@ class RunInfo:
 
 
 def choose_mode(wanted: str, setting: str = "tracking.wandb") -> str:
-    """disabled, offline or online, from a setting that may also be auto. Asks no network.
+    """Resolve a setting to disabled, offline or online, without network access.
 
-    auto: as WANDB_MODE has it; else online with an account (an API key), offline without one, and disabled where wandb
-    can't be imported.
+    auto: the value of WANDB_MODE if set; else online with an API key, offline without one, and disabled if wandb can't
+    be imported.
 
     Raises:
-        ConfigError: no such mode; a mode named outright that needs wandb, or an API key, where there is none.
+        ConfigError: unknown mode; or an explicit mode that needs wandb or an API key, which is missing.
     """
     if wanted not in MODES:
         raise ConfigError(setting, wanted, "unknown value", f"It may be {', '.join(MODES)}")
     if wanted == "disabled":
         return wanted
-    remedy = f"Set {setting}=offline, or disabled; the run's own files have the same numbers always"
+    remedy = f"Set {setting}=offline, or disabled; the run's own files always have the same numbers"
     try:
         import wandb
     except ImportError as error:
@@ -79,12 +79,12 @@ def choose_mode(wanted: str, setting: str = "tracking.wandb") -> str:
 
 
 class WandbRun:
-    """A run, begun in the background; its id is known at once.
+    """A wandb run created in the background, whose id is known immediately.
 
-    What is asked of it is done in order, later; nothing here waits but `close`, and that for a limited time.
+    Calls are queued and executed in order. Only `close` waits, for a limited time.
 
     Args:
-        say: told one line where something goes wrong.
+        say: called with one line when something fails.
     """
 
     def __init__(self, info: RunInfo, say: Callable[[str], None] = say) -> None:
@@ -97,19 +97,19 @@ class WandbRun:
         self._thread.start()
 
     def log(self, values: dict[str, Any]) -> None:
-        """A row of metrics; `STEP` and `CONSUMED_TOKENS` place it on the x-axis."""
+        """Log a row of metrics, with `STEP` and `CONSUMED_TOKENS` as x-axis."""
         self._do(lambda wandb, run: run.log(values))
 
     def picture(self, name: str, path: Path, place: dict[str, int]) -> None:
-        """A PNG, as it is at this moment or a little later; `place` is as of `place_of`."""
+        """Log a PNG; it may be read later. `place`: from `place_of`."""
         self._do(lambda wandb, run: run.log({name: wandb.Image(str(path)), **place}))
 
     def table(self, name: str, columns: list[str], rows: list[list[Any]], place: dict[str, int]) -> None:
-        """A table; cells are numbers or text; `place` is as of `place_of`."""
+        """Log a table of numbers and text; `place` comes from `place_of`."""
         self._do(lambda wandb, run: run.log({name: wandb.Table(columns=columns, data=rows), **place}))
 
     def checkpoint(self, path: Path, step: int) -> None:
-        """A checkpoint by its address: nothing of it is read or sent."""
+        """Log a reference to a checkpoint, without reading or sending its files."""
 
         def add(wandb: Any, run: Any) -> None:
             artifact = wandb.Artifact(f"checkpoint-{run.id}", type="model", metadata={"step": step, "path": str(path)})
@@ -119,17 +119,17 @@ class WandbRun:
         self._do(add)
 
     def close(self, seconds: float | None = None) -> None:
-        """Send what is left, for `seconds` at most; None: `CLOSE_TIMEOUT_S`."""
+        """Send the remaining data, within `seconds` at most; None: `CLOSE_TIMEOUT_S`."""
         seconds = CLOSE_TIMEOUT_S if seconds is None else seconds
         until = time.monotonic() + seconds
         try:
             self._todo.put(None, timeout=seconds)
         except queue.Full:
-            self._say(f"wandb: it takes too long; the run is left as it is ({self._remedy()})")
+            self._say(f"wandb: sending takes too long; the rest is not sent ({self._remedy()})")
             return
         self._thread.join(max(0.0, until - time.monotonic()))
         if self._thread.is_alive():
-            self._say(f"wandb: not all was sent within {seconds:.0f} s ({self._remedy()})")
+            self._say(f"wandb: not everything was sent within {seconds:.0f} s ({self._remedy()})")
 
     def _do(self, task: Callable[[Any, Any], None]) -> None:
         try:
@@ -137,7 +137,7 @@ class WandbRun:
         except queue.Full:
             if not self._is_full:
                 self._is_full = True
-                self._say("wandb: it is far behind; metrics are left out there from now on")
+                self._say("wandb: sending is far behind; further metrics are dropped there")
 
     def _work(self) -> None:
         try:
@@ -145,17 +145,17 @@ class WandbRun:
 
             self._run = self._begin(wandb)
         except Exception as error:
-            self._say(f"wandb: no run could be made ({_line(error)}); going on without")
-        told = False
+            self._say(f"wandb: can't create a run ({_line(error)}); continuing without wandb")
+        has_failed = False
         while (task := self._todo.get()) is not None:
             if self._run is None:
                 continue
             try:
                 task(wandb, self._run)
             except Exception as error:
-                if not told:
-                    self._say(f"wandb: {_line(error)}; going on")
-                told = True
+                if not has_failed:
+                    self._say(f"wandb: {_line(error)}; continuing")
+                has_failed = True
         if self._run is not None:
             try:
                 self._run.finish()
@@ -168,7 +168,7 @@ class WandbRun:
         except Exception as error:
             if self._info.mode != "online":
                 raise
-            self._say(f"wandb: no connection ({_line(error)}): this run is kept offline ({self._remedy()})")
+            self._say(f"wandb: no connection ({_line(error)}): this run is logged offline ({self._remedy()})")
             return self._init(wandb, "offline")
 
     def _init(self, wandb: Any, mode: str) -> Any:
@@ -189,7 +189,7 @@ class WandbRun:
                 init_timeout=INIT_TIMEOUT_S, finish_timeout=CLOSE_TIMEOUT_S, console="off", silent=mode == "offline"
             ),
         )
-        # Steps redone after a crash go over the old ones; wandb's own step only counts up.
+        # Repeated steps after a crash overwrite the old ones; wandb's own step can only increase.
         for axis in _X_AXES.values():
             run.define_metric(axis)
         run.define_metric("*", step_metric=_X_AXES[tracking.x_axis])
@@ -200,12 +200,12 @@ class WandbRun:
 
 
 def place_of(step: int, consumed_tokens: int) -> dict[str, int]:
-    """Where a row stands on either x-axis."""
+    """Return a row's position on either x-axis."""
     return {STEP: step, CONSUMED_TOKENS: consumed_tokens}
 
 
 def new_id() -> str:
-    """An id as wandb makes them."""
+    """Generate an id in wandb's format."""
     return "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))
 
 

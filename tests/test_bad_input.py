@@ -89,4 +89,4 @@ def test_ctrl_c_ends_a_program_in_one_line(capsys: pytest.CaptureFixture[str]) -
     with pytest.raises(SystemExit) as end:
         run_command(interrupted)
     assert end.value.code == 130
-    assert capsys.readouterr().err.splitlines() == ["interrupted; what was saved is kept"]
+    assert capsys.readouterr().err.splitlines() == ["interrupted; saved files are kept"]

@@ -143,7 +143,7 @@ def test_a_run_that_cannot_be_made_at_all_costs_one_line(monkeypatch: pytest.Mon
         run.log({"step": step})
     run.close()
     assert len(said) == 2  # that there is no connection, that there is no run
-    assert "going on without" in said[1]
+    assert "continuing without wandb" in said[1]
 
 
 def test_a_slow_connection_holds_nobody_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_a_slow_connection_holds_nobody_up(monkeypatch: pytest.MonkeyPatch, tmp_
     wandb.connected.set()
     run.close()
     assert [row["step"] for row in wandb.rows] == list(range(10))
-    assert said == ["wandb: it is far behind; metrics are left out there from now on"]
+    assert said == ["wandb: sending is far behind; further metrics are dropped there"]
 
 
 def test_the_end_waits_for_a_limited_time_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -179,7 +179,7 @@ def test_a_stop_may_wait_for_less(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     run.log({"step": 1})
     run.close(0.1)
     wandb.connected.set()
-    assert said[0].startswith("wandb: not all was sent within 0 s")
+    assert said[0].startswith("wandb: not everything was sent within 0 s")
 
 
 @pytest.mark.slow
@@ -197,7 +197,7 @@ def test_a_signal_waits_ten_seconds_at_most_for_a_network_that_is_dead(
     settings = [*SMALL, f"run_dir={tmp_path / 'run'}", "train.steps=6", "tracking.wandb=online"]
     done = run(program, *settings, by_torchrun=True, processes=0)
     assert done.status == EXIT_REQUEUE, done.err
-    assert "wandb: not all was sent within 10 s" in done.out
+    assert "wandb: not everything was sent within 10 s" in done.out
 
 
 @pytest.mark.slow

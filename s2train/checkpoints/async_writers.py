@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-from s2train.distributed.parent_death_signal import end_with_the_parent
+from s2train.distributed.parent_death_signal import signal_on_parent_death
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -22,12 +22,12 @@ def start_results_manager() -> SyncManager:
     rank's whole process group, so that the rank could no longer save. Keep the manager until the last save is done.
     """
     # Orphaned writers would hold GPU memory that restarted ranks need.
-    os.register_at_fork(after_in_child=end_with_the_parent)
+    os.register_at_fork(after_in_child=signal_on_parent_death)
     manager = SyncManager(ctx=get_context("fork"))
     resource_tracker.ensure_running()  # otherwise starting the manager starts it too, and then unblocks SIGTERM
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # the new process inherits the mask
     try:
-        manager.start(initializer=end_with_the_parent)
+        manager.start(initializer=signal_on_parent_death)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     filesystem_async._results_queue = manager.Queue()

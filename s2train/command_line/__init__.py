@@ -1,1 +1,1 @@
-"""Command lines: composing settings, their help, and one clear error."""
+"""Composes settings from command lines, and prints help and one-line errors."""

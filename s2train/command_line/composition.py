@@ -1,4 +1,7 @@
-"""Why a command line doesn't compose, in one line with the nearest name: Hydra's own messages name none."""
+"""Prepares arguments for Hydra, and explains composition errors in one line.
+
+The line suggests the nearest name, which Hydra's own messages don't.
+"""
 
 import dataclasses
 import difflib
@@ -14,7 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from s2train.command_line.old_names import OLD_NAMES, with_current_names
-from s2train.command_line.overrides import readable, why_unreadable
+from s2train.command_line.overrides import quote_where_needed, syntax_problem
 from s2train.errors import ConfigError
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -27,11 +30,11 @@ _HYDRA_GROUPS = {
 
 
 def config_groups(folder: Path) -> dict[str, list[str]]:
-    """The names that each group of a configuration folder has, such as layout: [dense, …]."""
+    """List the names in each configuration group, such as layout: [dense, …]."""
     return {
         group.name: [
             file.relative_to(group).as_posix().removesuffix(".yaml")
-            for pattern in ("*.yaml", "imported/*.yaml")  # the latter by launch/import.py
+            for pattern in ("*.yaml", "imported/*.yaml")  # launch/import.py writes the latter
             for file in sorted(group.glob(pattern))
         ]
         for group in folder.iterdir()
@@ -40,7 +43,7 @@ def config_groups(folder: Path) -> dict[str, list[str]]:
 
 
 def hydra_arguments(arguments: Sequence[str], schema: type) -> list[str]:
-    """A program's arguments as Hydra takes them: current names, no shorthand, quotes where it wants them.
+    """Convert arguments to Hydra's syntax: current names, no shorthand, quoted values.
 
     Args:
         schema: the dataclass of the program's settings.
@@ -48,14 +51,14 @@ def hydra_arguments(arguments: Sequence[str], schema: type) -> list[str]:
         ConfigError: a setting is given by its old name and by its current one.
     """
     old_names = {old: new for old, new in OLD_NAMES.items() if _type_of(new, schema) is not None}
-    return readable(spelt_out(with_current_names(arguments, old_names), schema))
+    return quote_where_needed(expand_shorthand(with_current_names(arguments, old_names), schema))
 
 
-def spelt_out(arguments: Sequence[str], schema: type) -> list[str]:
-    """A program's arguments in the form that Hydra takes.
+def expand_shorthand(arguments: Sequence[str], schema: type) -> list[str]:
+    """Expand the shorthand of a program's arguments.
 
-    `plan=true` becomes `plan.show=true`: Hydra sets no section to a value. `data.split=90,10` becomes one value, as its
-    default is written: Hydra takes commas for a list of values to sweep over. In a sweep (-m) it stays such a list.
+    `plan=true` becomes `plan.show=true`, since Hydra can't set a section to a value. `data.split=90,10` is quoted as
+    one value, since Hydra reads commas as a list of values to sweep over. In a sweep (-m) it stays such a list.
 
     Args:
         schema: the dataclass of the program's settings.
@@ -68,36 +71,38 @@ def spelt_out(arguments: Sequence[str], schema: type) -> list[str]:
 
 
 def explain(error: HydraException, overrides: Sequence[str], groups: Mapping[str, Sequence[str]], schema: type) -> str:
-    """One line on a composition that failed: the override at fault, and the nearest name to it.
+    """Explain a composition error in one line, with the nearest valid name.
 
     Args:
-        overrides: of the command line, such as ``layout.pattern.stride=16``.
+        overrides: the command line's, such as ``layout.pattern.stride=16``.
         groups: names by configuration group.
         schema: the dataclass of the program's settings.
     """
     parser = OverridesParser.create()
     for number, text in enumerate(overrides):
-        if problem := why_unreadable(overrides, number):
+        if problem := syntax_problem(overrides, number):
             return f"{text}: {problem}"
-        fault = _fault(parser.parse_override(text), groups, schema)
+        fault = _name_error(parser.parse_override(text), groups, schema)
         if fault is not None:
             return str(fault)
-    return _condensed(error, overrides, groups, schema)
+    return _shorten_message(error, overrides, groups, schema)
 
 
 def check_names(cfg: DictConfig) -> None:
-    """Whether a composed configuration has its schema's settings alone: an override with a plus adds any.
+    """Check that a composed configuration has no unknown settings.
+
+    An override with a plus can add any.
 
     Raises:
-        ConfigError: it has another, told with the nearest name.
+        ConfigError: it has one; the error suggests the nearest name.
     """
-    for name, value in _unknown(cfg, ""):
+    for name, value in _unknown_settings(cfg, ""):
         schema = OmegaConf.get_type(cfg)
         assert schema is not None
         raise _unknown_name(name, value, schema, ())
 
 
-def _unknown(node: DictConfig, prefix: str) -> Iterator[tuple[str, Any]]:
+def _unknown_settings(node: DictConfig, prefix: str) -> Iterator[tuple[str, Any]]:
     schema = OmegaConf.get_type(node)
     if not dataclasses.is_dataclass(schema):
         return
@@ -107,11 +112,11 @@ def _unknown(node: DictConfig, prefix: str) -> Iterator[tuple[str, Any]]:
         if key not in names:
             yield name, OmegaConf.select(node, str(key))
         elif not OmegaConf.is_missing(node, key) and OmegaConf.is_dict(node[key]):
-            yield from _unknown(node[key], f"{name}.")
+            yield from _unknown_settings(node[key], f"{name}.")
 
 
-def _fault(override: Override, groups: Mapping[str, Sequence[str]], schema: type) -> ConfigError | None:
-    """What is wrong with the names of an override, if anything is."""
+def _name_error(override: Override, groups: Mapping[str, Sequence[str]], schema: type) -> ConfigError | None:
+    """Return an error if the override has an unknown name."""
     key = override.key_or_group
     if key.partition(".")[0] == "hydra" or "/" in key:
         return None
@@ -120,7 +125,7 @@ def _fault(override: Override, groups: Mapping[str, Sequence[str]], schema: type
         for value in _values(override):
             if isinstance(value, str) and value not in groups[key]:
                 near = _nearest(value, groups[key])
-                # `model` is the group without a default, so that it wants the plus.
+                # `model` is the group without a default, so it needs the plus.
                 plus = "+" if key == "model" else plus
                 remedy = f"Did you mean {plus}{key}={near}? There are {', '.join(groups[key])}."
                 return ConfigError(f"{plus if override.is_add() else ''}{key}", value, "unknown name", remedy)
@@ -143,7 +148,7 @@ def _unknown_name(key: str, value: object, schema: type, groups: Iterable[str]) 
     every = list(_names(schema, ""))
     if "." in key:
         near = _nearest(key, every)
-    else:  # a group, a section, or a setting whose section was left out
+    else:  # a group, a section, or a setting without its section
         short = {name.rpartition(".")[2]: name for name in reversed(every)} | {group: group for group in groups}
         near = short[_nearest(key, list(short))]
     section = near.rpartition(".")[0]
@@ -157,7 +162,7 @@ def _nearest(name: str, choices: Sequence[str]) -> str:
 
 
 def _names(schema: type, prefix: str) -> Iterator[str]:
-    """Every setting and section by its dotted name."""
+    """Yield the dotted name of every setting and section."""
     for name, kind in typing.get_type_hints(schema).items():
         yield f"{prefix}{name}"
         if dataclasses.is_dataclass(kind):
@@ -165,28 +170,30 @@ def _names(schema: type, prefix: str) -> Iterator[str]:
 
 
 def _type_of(key: str, schema: Any) -> Any:
-    """The type of a setting by its dotted name; None if there is no such setting."""
+    """Return a setting's type by its dotted name; None if unknown."""
     for part in key.split("."):
         if not dataclasses.is_dataclass(schema):
-            return schema if typing.get_origin(schema) is dict or schema is Any else None  # anything may lie below
+            return schema if typing.get_origin(schema) is dict or schema is Any else None  # may hold any name
         schema = typing.get_type_hints(schema).get(part)
     return schema
 
 
-def _condensed(
+def _shorten_message(
     error: HydraException, overrides: Sequence[str], groups: Mapping[str, Sequence[str]], schema: type
 ) -> str:
-    """Hydra's and OmegaConf's messages at their shortest, with the remedy where it is plain."""
+    """Shorten Hydra's and OmegaConf's messages, and add a remedy for common mistakes."""
     message = str(error).splitlines()
     cause = str(error.__cause__).splitlines()[0].rstrip(".") if error.__cause__ else ""
     for text in overrides:
         key, _, value = text.lstrip("+~").partition("=")
         if f"'{key}'" in message[0] and not text.startswith("+") and message[0].startswith("Could not override"):
-            return str(ConfigError(key, value, "nothing there to override", f"Write +{text} to add it."))
+            return str(ConfigError(key, value, "no such entry to override", f"Write +{text} to add it."))
         if key in _HYDRA_GROUPS and f"{key}/{value}" in " ".join(message):
             return str(ConfigError(key, value, "unknown name", f"There are {_HYDRA_GROUPS[key]}."))
         if message[0] == f"Ambiguous value for argument '{text}'":
-            return str(ConfigError(key, value, "a list or a sweep", f"Write '{key}=[{value}]', or -m for a sweep."))
+            return str(
+                ConfigError(key, value, "ambiguous: a list or a sweep", f"Write '{key}=[{value}]', or -m for a sweep.")
+            )
         if text in message[0] and cause:
             kind = _type_of(key, schema)
             remedy = f"It takes {kind.__name__ if isinstance(kind, type) else kind}."

@@ -5,7 +5,7 @@ import sys
 
 
 def prints_messages() -> bool:
-    """Whether this process prints the job's messages: rank 0, or one whose rank is invalid."""
+    """Whether this process prints messages: rank 0, or an invalid rank."""
     rank, ranks = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     return rank == "0" or not (rank.isdecimal() and ranks.isdecimal() and int(rank) < int(ranks))
 

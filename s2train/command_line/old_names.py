@@ -1,4 +1,4 @@
-"""Earlier names of settings, accepted on command lines, in YAML files and in checkpoints.
+"""Accepts old names of settings on command lines, in YAML and checkpoints.
 
 To rename a setting, enter its old name here; nothing else reads old names.
 """
@@ -26,7 +26,7 @@ _OVERRIDE = re.compile(
 
 
 def with_current_names(arguments: Sequence[str], old_names: Mapping[str, str] = OLD_NAMES) -> list[str]:
-    """Rename old settings of a command line, with one warning for each old name.
+    """Rename old settings of a command line, with one warning each.
 
     Raises:
         ConfigError: the command line sets a setting by its old name and by its current one.
@@ -41,7 +41,7 @@ def with_current_names(arguments: Sequence[str], old_names: Mapping[str, str] = 
 
 
 def renamed(overrides: Sequence[str], names: Mapping[str, str]) -> list[str]:
-    """Overrides with the settings that `names` maps renamed, without a warning."""
+    """Rename the settings of overrides by `names`, without a warning."""
 
     def one(override: str) -> str:
         match = _OVERRIDE.match(override)
@@ -83,13 +83,13 @@ def rename_saved(
 def accept_in_files() -> None:
     """Make Hydra rename old settings in the YAML files that it loads."""
     Plugins.instance()  # registers Hydra's own source, which may be replaced only then
-    # Hydra makes a source for each composition: what was warned of is common to them. It knows sources by their name.
+    # Hydra creates a source for each composition; they share the set of warnings. It identifies sources by class name.
     source = type(FileConfigSource.__name__, (_RenamingSource,), {"warned": set()})
     SourcesRegistry.instance().types[FileConfigSource.scheme()] = source
 
 
 class _RenamingSource(FileConfigSource):
-    """YAML files with old names replaced, and one warning for each old name in a file."""
+    """Hydra's source of YAML files, which replaces old names and warns once."""
 
     warned: set[str]
 
@@ -129,7 +129,7 @@ def _rename_swept(settings: dict[str, Any]) -> list[str]:
 
 
 def _package(config_path: str, header: str | None) -> str:
-    """The section that Hydra puts a file's settings in; empty for the whole configuration."""
+    """Return the section of a file's settings; empty: the whole configuration."""
     group = config_path.rpartition("/")[0].replace("/", ".")
     if header is None or header == "_group_":
         return group
@@ -137,7 +137,7 @@ def _package(config_path: str, header: str | None) -> str:
 
 
 def _within(package: str, name: str) -> list[str]:
-    """The parts of a dotted name below a package; [""] (no setting's name) if it lies elsewhere."""
+    """Split a dotted name below a package; [""] if it is outside."""
     if not package:
         return name.split(".")
     return name.removeprefix(f"{package}.").split(".") if name.startswith(f"{package}.") else [""]

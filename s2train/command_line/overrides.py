@@ -1,4 +1,4 @@
-"""Settings as a user types them, in the quotes that Hydra's grammar wants."""
+"""Quotes settings as users type them for Hydra's grammar."""
 
 import re
 from collections.abc import Sequence
@@ -6,48 +6,48 @@ from collections.abc import Sequence
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-# Hydra's own functions: what looks like a call of one is none of a file's name.
+# Hydra's own functions: text that looks like a call of one is no file name.
 _CALL = re.compile(r"(choice|range|interval|glob|shuffle|sort|tag|extend_list|int|float|str|bool|json_str)\(")
 
 
 def quoted(value: object) -> str:
-    """A value that Hydra reads as this very text."""
-    # A backslash is one everywhere but before a quote, where it wants another.
+    """Quote a value so that Hydra reads exactly this text."""
+    # A backslash is literal, except before a quote, where it must be doubled.
     text = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), str(value))
     return f"'{text}'"
 
 
-def readable(arguments: Sequence[str]) -> list[str]:
-    """A command line whose plain texts, and lists of them, Hydra reads as they are.
+def quote_where_needed(arguments: Sequence[str]) -> list[str]:
+    """Quote plain texts, and lists of them, that Hydra can't parse unquoted.
 
-    Its grammar knows no letters but English ones outside quotes, and few signs. What it reads stays as it is, and so
-    does what may have been meant otherwise: with a comma outside a list, or with quotes, brackets or a call in it.
+    Outside quotes its grammar allows only English letters and a few signs. What it can parse stays unchanged, and so
+    does what could mean something else: values with a comma outside a list, quotes, brackets or a call.
     """
-    return [_readable(argument) for argument in arguments]
+    return [_quote_if_needed(argument) for argument in arguments]
 
 
-def why_unreadable(arguments: Sequence[str], number: int) -> str | None:
-    """Why Hydra can't read one argument of a command line, and in which quotes it would; None if it can."""
-    if (reason := _reason(arguments[number])) is None:
+def syntax_problem(arguments: Sequence[str], number: int) -> str | None:
+    """Explain, with a remedy, why Hydra can't parse an argument, or None."""
+    if (reason := _parse_error(arguments[number])) is None:
         return None
-    return f"can't be read: {reason}. {_remedy(arguments[number], arguments[:number], arguments[number + 1 :])}"
+    return f"can't be parsed: {reason}. {_remedy(arguments[number], arguments[:number], arguments[number + 1 :])}"
 
 
-def _readable(argument: str) -> str:
+def _quote_if_needed(argument: str) -> str:
     key, equals, value = argument.partition("=")
-    if not equals or argument.startswith("-") or _reason(argument) is None:
+    if not equals or argument.startswith("-") or _parse_error(argument) is None:
         return argument
     if value[:1] == "[" and value[-1:] == "]":
         texts = [text.strip() for text in value[1:-1].split(",")]
-        again = f"{key}=[{','.join(text if _reason(f'key={text}') is None else quoted(text) for text in texts)}]"
+        again = f"{key}=[{','.join(text if _parse_error(f'key={text}') is None else quoted(text) for text in texts)}]"
         is_plain = not re.search(r"[\[\]{}'\"]", value[1:-1])
     else:
         again, is_plain = f"{key}={quoted(value)}", not re.match(r"[\[{'\"]", value) and "," not in value
-    return again if is_plain and not _CALL.match(value) and _reason(again) is None else argument
+    return again if is_plain and not _CALL.match(value) and _parse_error(again) is None else argument
 
 
-def _reason(override: str) -> str | None:
-    """Why Hydra can't read an override, in its words; None if it can."""
+def _parse_error(override: str) -> str | None:
+    """Return Hydra's message if it can't parse an override, or None."""
     try:
         OverridesParser.create().parse_override(override)
     except HydraException as error:
@@ -59,10 +59,14 @@ def _reason(override: str) -> str | None:
 def _remedy(text: str, before: Sequence[str], after: Sequence[str]) -> str:
     key, equals, value = text.partition("=")
     if not equals:
-        whole = f" If it belongs to what precedes it, quote both for the shell: '{before[-1]} {text}'" if before else ""
+        whole = (
+            f" If it belongs to the preceding argument, quote both for the shell: '{before[-1]} {text}'"
+            if before
+            else ""
+        )
         return f"Write {text}=VALUE.{whole}"
     if value.count("[") > value.count("]"):
-        return f"Close the bracket. A list with blanks wants quotes: '{' '.join([text, *after[:1]]).rstrip(']')}]'"
+        return f"Close the bracket. A list with spaces needs quotes: '{' '.join([text, *after[:1]]).rstrip(']')}]'"
     if value.startswith("["):
-        return f'Put each text in quotes, within the shell\'s: \'{key}=["…","…"]\''
-    return f"Put it in quotes, within the shell's: '{key}=\"{value}\"'"
+        return f'Quote each text within the shell\'s quotes: \'{key}=["…","…"]\''
+    return f"Quote it within the shell's quotes: '{key}=\"{value}\"'"

@@ -1,4 +1,4 @@
-"""What a program's settings are called, hold and mean, for its help: read from the dataclasses and their comments."""
+"""Generates programs' help from the settings' dataclasses and their comments."""
 
 import ast
 import dataclasses
@@ -15,16 +15,16 @@ from omegaconf import MISSING
 
 Groups = Mapping[str, Sequence[str]]
 
-_COLUMN = 40  # where comments begin, of what is at most 120 wide
+_COLUMN = 40  # start of the comments, in lines of at most 120 characters
 
 
 def usage(doc: str, schema: type, groups: Groups, others: Mapping[type, str]) -> str:
-    """The whole help of a program.
+    """Format the whole help of a program.
 
     Args:
-        doc: of its module, with its commands.
+        doc: docstring of its module, with its commands.
         schema: the dataclass of its settings.
-        groups: names by configuration group, of which those are shown that the schema has a section for.
+        groups: names by configuration group; those that the schema has a section for are shown.
         others: dataclasses of further settings, each with its prefix.
     """
     lines = [doc.strip()]
@@ -34,20 +34,24 @@ def usage(doc: str, schema: type, groups: Groups, others: Mapping[type, str]) ->
     for other, prefix in others.items():
         lines += ["", *_wrapped(f"{prefix}: {_summary(other)}"), *_section(other, f"{prefix}.")]
     return "\n".join(
-        [*lines, "", "Hydra's own options: --cfg job prints the settings in force, --hydra-help all others."]
+        [*lines, "", "Hydra's own options: --cfg job prints the composed settings, --hydra-help lists the rest."]
     )
 
 
 def brief_usage(doc: str, schema: type, groups: Groups) -> str:
-    """What a program that was given nothing says: its commands, and the settings that have no default."""
+    """Format a program's short help: its commands and required settings."""
     required = [field.name for field in dataclasses.fields(schema) if _default(field) == MISSING]
     plain = [line for name in required if name not in groups for line in _entry(f"{name}=…", meaning(schema, name))]
     named = _named(schema, {name: names for name, names in groups.items() if name in required})
-    return "\n".join([doc.strip(), "", "To be set:", *named, *plain, "", "--help shows every setting."])
+    return "\n".join([doc.strip(), "", "Required:", *named, *plain, "", "--help shows every setting."])
 
 
 def meaning(schema: type, setting: str) -> str:
-    """The comment on a setting, or the summary of a section, by its dotted name; empty if it has none."""
+    """Return a setting's comment or a section's summary; may be empty.
+
+    Args:
+        setting: dotted name.
+    """
     first, _, rest = setting.partition(".")
     kind = typing.get_type_hints(schema).get(first)
     if rest and dataclasses.is_dataclass(kind):
@@ -59,7 +63,7 @@ def _named(schema: type, groups: Groups) -> list[str]:
     shown: list[str] = []
     for field in dataclasses.fields(schema):
         if field.name in groups:
-            plus = "+" if _default(field) == MISSING else ""  # Hydra's, for a group that has no default
+            plus = "+" if _default(field) == MISSING else ""  # Hydra's syntax for a group without a default
             shown += _entry(f"{plus}{field.name}=NAME", ", ".join(groups[field.name]))
     return shown
 
@@ -67,7 +71,7 @@ def _named(schema: type, groups: Groups) -> list[str]:
 def _section(schema: type, prefix: str) -> Iterator[str]:
     kinds, comments = typing.get_type_hints(schema), _comments(schema)
     fields = [field for field in dataclasses.fields(schema) if not field.name.startswith("_")]
-    # A program's own settings before its sections.
+    # Top-level settings come before sections.
     for field in sorted(fields, key=lambda field: dataclasses.is_dataclass(kinds[field.name])):
         kind, name, comment = kinds[field.name], prefix + field.name, comments.get(field.name, "")
         if dataclasses.is_dataclass(kind):
@@ -93,7 +97,7 @@ def _wrapped(text: str) -> list[str]:
 
 
 def _kind(kind: Any) -> str:
-    """A type as a reader of Python writes it, without None, which the default shows."""
+    """Format a type as in Python, without None, which the default shows."""
     if kind is Any:
         return "a value or a list"
     arms = (
@@ -114,7 +118,10 @@ def _summary(kind: Any) -> str:
 
 
 def _comments(schema: type) -> dict[str, str]:
-    """Of each field of a dataclass and its bases: the comment lines right above it, then the one behind it."""
+    """Collect each field's comments: those above, then the trailing one.
+
+    Fields of base classes are included.
+    """
     found: dict[str, str] = {}
     for part in reversed(schema.__mro__[:-1]):
         source = textwrap.dedent(inspect.getsource(part))

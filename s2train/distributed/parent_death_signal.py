@@ -1,11 +1,14 @@
-"""Helper processes that must not outlive a process that was killed. Imports nothing slow: they start with it."""
+"""Ends helper processes when their parent dies.
+
+Imports nothing slow, since helper processes start with it.
+"""
 
 import ctypes
 import signal
 
-_PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that this process gets when its parent dies
+_PR_SET_PDEATHSIG = 1  # Linux's prctl option: the signal to send when the parent dies
 
 
-def end_with_the_parent(by: signal.Signals = signal.SIGKILL) -> None:
-    """From now on, this process gets the signal when its parent's thread ends, however that comes about."""
+def signal_on_parent_death(by: signal.Signals = signal.SIGKILL) -> None:
+    """Have Linux signal this process when its parent's thread ends."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, by)

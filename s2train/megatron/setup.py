@@ -12,7 +12,7 @@ from megatron.core import parallel_state, tensor_parallel
 from torch.distributed import PrefixStore, Store
 
 from s2train.config import ParallelConfig
-from s2train.distributed.rendezvous import meet, start_store
+from s2train.distributed.rendezvous import open_job_store, start_store
 from s2train.megatron import cpu
 
 # Judges, on every rank, whether the ranks of a job go together: (a store that they share, rank, ranks).
@@ -50,7 +50,7 @@ def initialize(
         torch.cuda.set_device(device)
     if not torch.distributed.is_initialized():
         timeout = timedelta(minutes=timeout_minutes)
-        store, rank, world_size = meet(timeout)
+        store, rank, world_size = open_job_store(timeout)
         if check is not None:
             check(start_store(store), rank, world_size)
         # No device_id: with it every group of Megatron's gets a communicator, used or not: 8 GiB of an H100.

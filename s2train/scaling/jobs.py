@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from s2train.distributed.parent_death_signal import end_with_the_parent
+from s2train.distributed.parent_death_signal import signal_on_parent_death
 
 _ROOT = Path(__file__).parents[2]
 
@@ -124,7 +124,7 @@ class Runner:
                 env=_environment(first_device, processes),
                 start_new_session=True,
                 # otherwise torchrun and its ranks would hold the devices after this process is killed
-                preexec_fn=partial(end_with_the_parent, signal.SIGTERM),
+                preexec_fn=partial(signal_on_parent_death, signal.SIGTERM),
             )
             try:
                 status = process.wait(self._timeout_s)

@@ -25,7 +25,7 @@ from torch.distributed import Store
 from s2train.config import PretrainConfig, settings_by_name
 from s2train.costs.memory import GIB, checkpoint_bytes
 from s2train.data.blend import dataset_prefixes, parse_blend
-from s2train.distributed.rendezvous import arrive, exit_on_any_problem
+from s2train.distributed.rendezvous import raise_on_all_ranks, wait_for_all_ranks
 from s2train.environment.versions import versions
 from s2train.errors import ConfigError
 from s2train.planning import Plan
@@ -73,10 +73,10 @@ def check_start(cfg: PretrainConfig, plan: Plan, store: Store, rank: int, world_
         store: store that only this job uses.
     Raises:
         StartUpError: on every rank, with every problem.
-        MissingRankError: on rank 0; see `s2train.distributed.rendezvous.arrive`.
+        MissingRankError: on rank 0; see `s2train.distributed.rendezvous.wait_for_all_ranks`.
     """
     settings = _comparable(cfg)
-    arrive(store, rank, world_size)
+    wait_for_all_ranks(store, rank, world_size)
     markers: list[Path] = []
     if rank == 0:
         markers = [Path(folder) / f".start-{uuid.uuid4().hex}" for folder in (cfg.run_dir, cfg.data.cache)]
@@ -113,7 +113,7 @@ def check_start(cfg: PretrainConfig, plan: Plan, store: Store, rank: int, world_
             path.unlink()
         needed = checkpoint_bytes(cfg) if cfg.checkpoint.save else 0
         found = list(problems([Facts(**json.loads(text)) for text in texts], needed))
-    exit_on_any_problem(store, rank, world_size, "problems", found)
+    raise_on_all_ranks(store, rank, world_size, "problems", found)
 
 
 def problems(ranks: Sequence[Facts], checkpoint: int) -> Iterator[str]:

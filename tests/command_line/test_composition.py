@@ -4,7 +4,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 
-from s2train.command_line.composition import config_groups, explain, spelt_out
+from s2train.command_line.composition import config_groups, expand_shorthand, explain
 from s2train.config import NeedleConfig, PretrainConfig, register, to_object
 from s2train.errors import ConfigError
 from tests.program import ROOT, Outcome, error_line, run
@@ -60,9 +60,9 @@ def test_a_name_of_a_sweep_is_checked_too() -> None:
         ("layout.pattern.stride=1.5", "could not be converted to Integer. It takes int | None."),
         ("layout.pattern=5", "Set one of layout.pattern.kind, layout.pattern.local"),
         ("layout.patterns.W.kind=dense", "Write +layout.patterns.W.kind=dense"),
-        ("optim.lr=[1", "optim.lr=[1: can't be read"),
+        ("optim.lr=[1", "optim.lr=[1: can't be parsed"),
         ("data.split=90,10", "Write 'data.split=[90,10]', or -m for a sweep"),
-        ("train.steps", "train.steps: can't be read: missing EQUAL"),
+        ("train.steps", "train.steps: can't be parsed: missing EQUAL"),
     ],
 )
 def test_a_value_that_cannot_be_is_told_with_what_can(override: str, words: str) -> None:
@@ -72,18 +72,18 @@ def test_a_value_that_cannot_be_is_told_with_what_can(override: str, words: str)
 @pytest.mark.parametrize("split", ["90,10", "90,10,0", "0.9,0.1", "50, 50"])
 def test_a_split_is_written_on_a_command_line_as_its_default_is(split: str) -> None:
     register()
-    given = spelt_out(["+model=7b_hybrid", f"data.split={split}"], PretrainConfig)
+    given = expand_shorthand(["+model=7b_hybrid", f"data.split={split}"], PretrainConfig)
     with initialize_config_dir(str(CONF), version_base="1.3"):
         assert to_object(compose("pretrain", overrides=given)).data.split == split
 
 
 @pytest.mark.parametrize("given", ["data.split=[90,10]", "data.split=100", "data.split='90,10'", "data.path=[1,a,2,b]"])
 def test_other_values_stay_as_they_are(given: str) -> None:
-    assert spelt_out([given], PretrainConfig) == [given]
+    assert expand_shorthand([given], PretrainConfig) == [given]
 
 
 def test_a_split_is_swept_over_where_a_sweep_is_asked_for() -> None:
-    assert spelt_out(["-m", "data.split=90,80"], PretrainConfig) == ["-m", "data.split=90,80"]
+    assert expand_shorthand(["-m", "data.split=90,80"], PretrainConfig) == ["-m", "data.split=90,80"]
 
 
 @pytest.mark.parametrize("override", ["+layout.pattern.stidre=3", "+optim.learning_rate=1", "+nonsense=1"])

@@ -3,11 +3,11 @@
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from s2train.command_line.overrides import readable, why_unreadable
+from s2train.command_line.overrides import quote_where_needed, syntax_problem
 
 
 def value(argument: str) -> object:
-    (again,) = readable([argument])
+    (again,) = quote_where_needed([argument])
     return OverridesParser.create().parse_override(again).value()
 
 
@@ -51,7 +51,7 @@ def test_texts_of_a_list_are_taken_as_they_are() -> None:
     ],
 )
 def test_what_hydra_reads_or_what_may_be_meant_otherwise_stays_as_it_is(argument: str) -> None:
-    assert readable([argument]) == [argument]
+    assert quote_where_needed([argument]) == [argument]
 
 
 @pytest.mark.parametrize(
@@ -65,5 +65,5 @@ def test_what_hydra_reads_or_what_may_be_meant_otherwise_stays_as_it_is(argument
     ],
 )
 def test_the_quotes_that_are_wanted_are_shown(arguments: list[str], remedy: str) -> None:
-    found = [why for number in range(len(arguments)) if (why := why_unreadable(arguments, number))]
+    found = [why for number in range(len(arguments)) if (why := syntax_problem(arguments, number))]
     assert found[0].endswith(remedy)

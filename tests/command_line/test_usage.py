@@ -75,7 +75,7 @@ def test_a_program_that_is_given_nothing_says_what_it_takes(program: str) -> Non
     done = run(program, processes=0)
     assert done.status == 2
     assert f"launch/{program}" in done.err
-    assert "To be set:" in done.err
+    assert "Required:" in done.err
     assert "=missing" not in done.err
 
 

@@ -1,4 +1,4 @@
-"""What one rank of a job refuses before there is a process group ends all of them."""
+"""If one rank rejects its configuration before there is a process group, all ranks exit."""
 
 from datetime import timedelta
 from typing import Any
@@ -6,44 +6,44 @@ from typing import Any
 import pytest
 import torch
 
-from s2train.distributed import rendezvous as meeting
-from s2train.distributed.rendezvous import arrive, check_alone, check_ranks, fail_together
+from s2train.distributed import rendezvous
+from s2train.distributed.rendezvous import check_ranks, check_single_process, fail_together, wait_for_all_ranks
 from s2train.errors import ConfigError, MissingRankError, StartUpError
 from tests.threads import in_threads
 
 
-def meet(refusals: list[str]) -> list[Any]:
-    """What `arrive` ends with on each rank, ranks being threads: the problems told, or nothing."""
+def start(problems: list[str]) -> list[Any]:
+    """The problems that `wait_for_all_ranks` raises on each rank (a thread), or nothing."""
     store, ends = torch.distributed.HashStore(), {}
 
     def one(rank: int) -> None:
         try:
-            arrive(store, rank, len(refusals), refusals[rank])
+            wait_for_all_ranks(store, rank, len(problems), problems[rank])
             ends[rank] = []
         except StartUpError as error:
             ends[rank] = error.problems
 
-    in_threads(len(refusals), one)
-    return [ends[rank] for rank in range(len(refusals))]
+    in_threads(len(problems), one)
+    return [ends[rank] for rank in range(len(problems))]
 
 
-def test_ranks_that_refuse_nothing_go_on() -> None:
-    assert meet(["", "", ""]) == [[], [], []]
+def test_ranks_without_problems_continue() -> None:
+    assert start(["", "", ""]) == [[], [], []]
 
 
-def test_what_all_refuse_is_told_once() -> None:
-    assert meet(["train.steps=-1"] * 3) == [["train.steps=-1"]] * 3
+def test_a_problem_of_all_ranks_is_reported_once() -> None:
+    assert start(["train.steps=-1"] * 3) == [["train.steps=-1"]] * 3
 
 
-def test_what_a_later_rank_refuses_alone_is_told_with_its_rank_and_host(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_problem_of_a_later_rank_is_reported_with_rank_and_host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("socket.gethostname", lambda: "beta")
-    assert meet(["", "parallel.tp=3", "parallel.tp=3"]) == [["rank 1 on beta: parallel.tp=3"]] * 3
+    assert start(["", "parallel.tp=3", "parallel.tp=3"]) == [["rank 1 on beta: parallel.tp=3"]] * 3
 
 
 def test_rank_0_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(meeting, "ARRIVAL", timedelta(seconds=0.2))
+    monkeypatch.setattr(rendezvous, "START_TIMEOUT", timedelta(seconds=0.2))
     with pytest.raises(MissingRankError):
-        arrive(torch.distributed.HashStore(), 0, 2, "train.steps=-1")
+        wait_for_all_ranks(torch.distributed.HashStore(), 0, 2, "train.steps=-1")
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_rank_0_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
     ids=str,
 )
-def test_an_environment_in_which_ranks_cannot_meet_is_rejected(
+def test_an_environment_in_which_ranks_cannot_connect_is_rejected(
     given: dict[str, str], words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("os.environ", given)
@@ -69,7 +69,7 @@ def test_an_environment_in_which_ranks_cannot_meet_is_rejected(
 @pytest.mark.parametrize(
     "given", [{}, {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "here", "MASTER_PORT": "29500"}, {"WORLD_SIZE": "1"}]
 )
-def test_an_environment_in_which_ranks_can_meet_is_taken(
+def test_an_environment_in_which_ranks_can_connect_is_accepted(
     given: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("os.environ", given)
@@ -78,19 +78,19 @@ def test_an_environment_in_which_ranks_can_meet_is_taken(
 
 def test_a_program_of_one_process_is_not_started_as_several(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "1")
-    check_alone()
+    check_single_process()
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match=r"WORLD_SIZE=2: this program runs in one process"):
-        check_alone()
+        check_single_process()
 
 
-def test_a_job_of_one_refuses_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_of_one_process_raises_its_own_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with pytest.raises(ConfigError, match=r"seed=-1"), fail_together():
         raise ConfigError("seed", -1, "is out of range", "Set another")
 
 
-def test_a_run_folder_that_another_job_holds_is_not_refused_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_folder_that_another_job_holds_is_not_rejected_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError), fail_together():

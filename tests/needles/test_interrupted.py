@@ -37,7 +37,7 @@ def interrupted(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> t
 def test_an_interruption_prints_one_line_and_exits_with_its_status(interrupted: tuple[Path, Outcome]) -> None:
     _, done = interrupted
     assert done.status == 130
-    assert done.err.splitlines() == ["interrupted; what was saved is kept"]
+    assert done.err.splitlines() == ["interrupted; saved files are kept"]
 
 
 def test_the_cells_finished_before_an_interruption_are_kept(interrupted: tuple[Path, Outcome]) -> None:

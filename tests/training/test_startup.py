@@ -11,7 +11,7 @@ import torch
 
 from s2train.costs.memory import checkpoint_bytes
 from s2train.costs.parameters import total_parameters
-from s2train.distributed import rendezvous as meeting
+from s2train.distributed import rendezvous
 from s2train.environment.hardware import Hardware
 from s2train.errors import MissingRankError, StartUpError
 from s2train.training import startup
@@ -123,7 +123,7 @@ def test_a_run_that_saves_nothing_needs_no_space_for_a_checkpoint(
 
 
 def test_a_rank_that_never_starts_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(meeting, "ARRIVAL", timedelta(seconds=0.2))
+    monkeypatch.setattr(rendezvous, "START_TIMEOUT", timedelta(seconds=0.2))
     plan: Any = SimpleNamespace(hardware=Hardware("CPU", "cpu", 1 << 40))
     cfg = pretrain("+model=tiny_hybrid", f"run_dir={tmp_path}")
     with pytest.raises(MissingRankError, match="rank 1, 2 of 3 did not start within"):
