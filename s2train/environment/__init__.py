@@ -1,1 +1,1 @@
-"""The machine and the libraries of a run."""
+"""Detects the hardware, libraries and versions of a run."""

@@ -1,8 +1,8 @@
-"""Telling NVIDIA's apex from the unrelated package of that name on PyPI, without importing either.
+"""Distinguishes NVIDIA's apex from PyPI's unrelated package of that name.
 
-What s2train has of apex: FusedAdam and the fused norms of gradients, which Megatron takes by itself where
-transformer-engine brings none, and weight gradients summed in place. Its RMSNorm is not taken: torch's is one kernel
-too.
+Neither is imported. s2train uses apex's FusedAdam and fused gradient norms, which Megatron selects by itself if
+transformer-engine has none, and the accumulation of weight gradients in place. It doesn't use apex's RMSNorm: torch's
+is one kernel too.
 """
 
 from importlib.util import find_spec
@@ -10,14 +10,16 @@ from pathlib import Path
 
 from s2train.errors import ConfigError
 
-_BUILD = "build NVIDIA's from source (https://github.com/NVIDIA/apex) with its CUDA extensions, or do without"
+_BUILD = "build NVIDIA's from source (https://github.com/NVIDIA/apex) with its CUDA extensions, or run without it"
 
 
 def apex_available() -> bool:
-    """Whether NVIDIA's apex is installed with its CUDA extensions; Megatron then takes its optimizer.
+    """Whether NVIDIA's apex is installed with CUDA extensions.
+
+    Megatron then uses its optimizer.
 
     Raises:
-        ConfigError: a package named apex is there that Megatron would take for NVIDIA's.
+        ConfigError: another package named apex is installed, which Megatron would mistake for NVIDIA's.
     """
     spec = find_spec("apex")
     if spec is None:
@@ -42,5 +44,5 @@ def apex_available() -> bool:
 
 
 def fuses_gradient_sums() -> bool:
-    """Whether apex's extension is there that adds a weight gradient to an fp32 buffer within the product."""
+    """Whether apex can accumulate weight gradients in fp32 within the GEMM."""
     return apex_available() and find_spec("fused_weight_gradient_mlp_cuda") is not None

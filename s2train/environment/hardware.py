@@ -1,4 +1,4 @@
-"""What the machine offers a rank: its device, how much memory, how fast at its peak."""
+"""Detects a rank's device, its memory and its peak rates."""
 
 import os
 import threading
@@ -14,13 +14,13 @@ from s2train.errors import ConfigError
 
 
 class GpuRates(NamedTuple):
-    """What a GPU does at its peak, from the maker's data sheets.
+    """Peak rates of a GPU, from its data sheet.
 
     Attributes:
-        bf16: FLOP/s of the tensor cores, dense, summed in fp32.
+        bf16: dense FLOP/s of the tensor cores, with fp32 accumulation.
         fp32: FLOP/s without tensor cores: TF32 is off.
         memory: bytes/s.
-        link: bytes/s in one direction to the other GPUs of a machine: NVLink, or PCIe where there is none.
+        link: bytes/s in one direction to the machine's other GPUs: NVLink, or PCIe without it.
     """
 
     bf16: float
@@ -29,7 +29,7 @@ class GpuRates(NamedTuple):
     link: float
 
 
-# By part of the device's name, of which the first one found counts.
+# By part of the device's name; the first match counts.
 _GPUS: tuple[tuple[str, GpuRates], ...] = (
     ("GB200", GpuRates(2.5e15, 80e12, 8e12, 900e9)),
     ("B200", GpuRates(2.25e15, 75e12, 8e12, 900e9)),
@@ -58,8 +58,8 @@ class Hardware:
         name: the device's name, or "CPU".
         kind: "cuda" or "cpu".
         memory: bytes; a GPU's own memory, or this rank's share of the RAM.
-        rates: at its peak; None where not known.
-        capability: CUDA's compute capability, None where there is none or it is not known.
+        rates: peak rates; None if unknown.
+        capability: CUDA compute capability; None on a CPU or if unknown.
     """
 
     name: str
@@ -69,19 +69,23 @@ class Hardware:
     capability: tuple[int, int] | None = None
 
     def peak_flops(self, precision: str) -> float | None:
-        """FLOP/s that MFU is measured against, at `precision` bf16 or fp32; None where not known."""
+        """Return the FLOP/s that MFU refers to; None if unknown.
+
+        Args:
+            precision: bf16 or fp32.
+        """
         if self.rates is None:
             return None
         return self.rates.bf16 if precision == "bf16" else self.rates.fp32
 
 
 def gpu_rates(device_name: str) -> GpuRates | None:
-    """The peak rates of a GPU by the name torch gives it; None where not known."""
+    """Return a GPU's peak rates by torch's device name; None if unknown."""
     return next((rates for part, rates in _GPUS if part in device_name), None)
 
 
 def detect(local_rank: int = 0, local_world_size: int = 1) -> Hardware:
-    """The device of local rank `local_rank`. Allocates nothing on a GPU.
+    """Detect the device of a local rank, without allocating on it.
 
     Raises:
         ConfigError: more ranks on this machine than it has GPUs.
@@ -92,7 +96,7 @@ def detect(local_rank: int = 0, local_world_size: int = 1) -> Hardware:
         raise ConfigError(
             "--nproc-per-node",
             local_world_size,
-            f"this machine shows {gpus} GPU(s), and each process needs its own",
+            f"torch sees {gpus} GPU(s) on this machine, and each process needs its own",
             f"start torchrun with --nproc-per-node {gpus}",
         )
     properties = torch.cuda.get_device_properties(local_rank)
@@ -101,7 +105,7 @@ def detect(local_rank: int = 0, local_world_size: int = 1) -> Hardware:
 
 
 def detect_own() -> Hardware:
-    """The device of this rank, as torchrun numbers it; a plain `python` is rank 0 of 1.
+    """Detect this rank's device; without torchrun it is rank 0 of 1.
 
     Raises:
         ConfigError: as `detect`.
@@ -110,9 +114,9 @@ def detect_own() -> Hardware:
 
 
 def open_device() -> None:
-    """Make the CUDA context of this rank's GPU in a thread, while the program imports the rest.
+    """Create this rank's CUDA context in a thread, during other imports.
 
-    Does nothing without CUDA. Where it fails, so does the rank's own first use of the GPU, which says why.
+    Does nothing without CUDA. If it fails, the rank's first use of the GPU fails too and reports the reason.
     """
     if torch.cuda.is_available():
         threading.Thread(target=_allocate, args=(_local_rank(),), name="CUDA context", daemon=True).start()
@@ -128,13 +132,16 @@ def _local_rank() -> int:
 
 
 def check_gpus() -> None:
-    """Whether CUDA sees GPUs where the machine, the scheduler or the user says that there are some.
+    """Check that torch sees a GPU if there is evidence of one.
+
+    Evidence comes from the machine, the scheduler or the user.
 
     Raises:
-        ConfigError: it sees none. With CUDA_VISIBLE_DEVICES naming none, that is as wished for.
+        ConfigError: it sees none, although CUDA_VISIBLE_DEVICES doesn't hide them.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if torch.cuda.is_available() or visible in ("", "-1", "NoDevFiles"):  # the last is Slurm's, for a job without GPUs
+    # Slurm sets the last one for jobs without GPUs
+    if torch.cuda.is_available() or visible in ("", "-1", "NoDevFiles"):
         return
     if sign := _sign_of_gpus(visible):
         cuda = torch.version.cuda
@@ -143,16 +150,16 @@ def check_gpus() -> None:
             "CUDA_VISIBLE_DEVICES",
             "(not set)" if visible is None else visible,
             f"{sign}, but torch sees no GPU ({cause})",
-            "Install a build of torch with CUDA, or look at the driver there (nvidia-smi). To train on the CPU, set"
+            "Install a build of torch with CUDA, or check the driver (nvidia-smi). To train on the CPU, set"
             ' CUDA_VISIBLE_DEVICES=""',
         )
 
 
 def _sign_of_gpus(visible: str | None) -> str:
-    """What says that there are GPUs, or that the user wants them; empty if nothing does."""
+    """Return evidence that there are or should be GPUs, or ""."""
     if _GPU_FILE.exists():
-        return f"{_GPU_FILE} is there"
-    # The number of GPUs; and the number of each, of which 0 is one.
+        return f"{_GPU_FILE} exists"
+    # The first holds the number of GPUs; the second their indices, so 0 is a GPU.
     for name, none in (("SLURM_GPUS_ON_NODE", ("", "0")), ("SLURM_JOB_GPUS", ("",))):
         if (value := os.environ.get(name, "")) not in none:
             return f"{name}={value}"
@@ -160,7 +167,7 @@ def _sign_of_gpus(visible: str | None) -> str:
 
 
 def _ram() -> int:
-    """Bytes of RAM that this process may use: the machine's, or the container's limit (cgroup v2 or v1)."""
+    """Return the RAM of the machine or cgroup (v1, v2), in bytes."""
     sizes = [psutil.virtual_memory().total]
     for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:

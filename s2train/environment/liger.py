@@ -1,4 +1,7 @@
-"""Which operations Liger-Kernel computes in a run: those asked for by name, and with `auto` those verified."""
+"""Selects the operations that Liger-Kernel computes in a run.
+
+They are set explicitly, or with `auto` are the verified ones.
+"""
 
 import importlib
 from functools import cache
@@ -8,8 +11,8 @@ from s2train.config import PretrainConfig
 from s2train.kernels.verified import verified
 
 INSTALL = "pip install 's2train[liger]'"
-# What `elementwise` stands for; `loss` has its own setting. Liger's RMSNorm took 0.43 ms where torch's took 0.39
-# (launch/results/2026-11-28-h100-elementwise.json): norms stay torch's.
+# Operations of the setting `elementwise`; `loss` has its own. Norms stay torch's: Liger's RMSNorm takes 0.43 ms,
+# torch's 0.39 (launch/results/2026-11-28-h100-elementwise.json).
 SWIGLU, ROTATION = "swiglu", "rotation"
 OPERATIONS = (SWIGLU, ROTATION)
 _LOSS = "loss liger"
@@ -17,7 +20,7 @@ _LOSS = "loss liger"
 
 @cache
 def liger_version() -> str | None:
-    """The installed release, None where there is none. Imports nothing."""
+    """Return the installed version, None if there is none. Imports nothing."""
     try:
         return version("liger-kernel")
     except PackageNotFoundError:
@@ -26,23 +29,24 @@ def liger_version() -> str | None:
 
 @cache
 def liger_problem() -> str | None:
-    """Why Liger-Kernel can't be used, None if it can; imports its operations."""
+    """Import Liger-Kernel; explain why it can't be used, or None."""
     if liger_version() is None:
         return "liger-kernel is not installed"
     try:
-        importlib.import_module("torch.distributed.tensor")  # it takes torch to have loaded it
+        importlib.import_module("torch.distributed.tensor")  # it assumes that torch has imported it
         importlib.import_module("liger_kernel.ops")
-    except Exception as error:  # another Triton, a missing part
+    except Exception as error:  # wrong Triton version, missing module
         lines = str(error).strip().splitlines() or [type(error).__name__]
         return f"liger-kernel {liger_version()} can't be imported ({lines[0]})"
     return None
 
 
 def liger_operations(cfg: PretrainConfig, capability: tuple[int, int] | None, te: bool) -> frozenset[str]:
-    """Those of `OPERATIONS` that Liger-Kernel computes on a GPU of this compute capability (None: a CPU).
+    """Return the `OPERATIONS` that Liger-Kernel computes in this run.
 
     Args:
-        te: layers are transformer-engine's, which has a rotation of its own.
+        capability: the GPU's compute capability; None: a CPU.
+        te: layers are transformer-engine's, which has its own RoPE kernel.
     """
     own = {SWIGLU} if te else set(OPERATIONS)
     if cfg.elementwise != "auto":
@@ -51,10 +55,10 @@ def liger_operations(cfg: PretrainConfig, capability: tuple[int, int] | None, te
 
 
 def choose_loss(cfg: PretrainConfig, capability: tuple[int, int] | None, te: bool) -> str:
-    """`torch`, `liger` or `linear`: what the run's `loss` stands for; arguments as of `liger_operations`.
+    """Resolve the run's `loss` to torch, liger or linear.
 
-    `auto` is liger where that was verified in the run's precision, which is without tensor parallelism; linear takes
-    less memory and more time.
+    Arguments as of `liger_operations`. `auto` is liger if verified in the run's precision, which requires tp=1. linear
+    takes less memory and more time.
     """
     if cfg.loss != "auto":
         return cfg.loss
@@ -62,7 +66,10 @@ def choose_loss(cfg: PretrainConfig, capability: tuple[int, int] | None, te: boo
 
 
 def kernels_line(cfg: PretrainConfig, capability: tuple[int, int] | None, te: bool) -> str:
-    """What computes SwiGLU, rotation and loss, and why not Liger-Kernel, for the log; "" on a CPU."""
+    """Format for the log what computes SwiGLU, RoPE and loss.
+
+    Includes why it is not Liger-Kernel. Empty on a CPU.
+    """
     if capability is None:
         return ""
     chosen, loss = liger_operations(cfg, capability, te), choose_loss(cfg, capability, te)
@@ -78,7 +85,7 @@ def kernels_line(cfg: PretrainConfig, capability: tuple[int, int] | None, te: bo
 
 
 def _why_not(cfg: PretrainConfig, operation: str, capability: tuple[int, int] | None, te: bool) -> str | None:
-    """Why `auto` does not take Liger-Kernel for an operation; None if it does."""
+    """Explain why `auto` rejects Liger-Kernel for an operation, or None."""
     if capability is None:
         return "there is no CUDA device"
     if te:

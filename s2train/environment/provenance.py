@@ -1,4 +1,4 @@
-"""What a result was got on, for the file that holds it."""
+"""Records the environment of a result, for the file that holds it."""
 
 import platform
 from contextlib import suppress
@@ -14,7 +14,7 @@ _MAY_LACK = ("triton", "megatron-core", "transformer-engine", "apex")
 
 
 def environment() -> dict[str, Any]:
-    """Date, device and versions, this code's among them; None for a package that is not installed."""
+    """Return date, device and versions; None for packages not installed."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU"
     found: dict[str, str | None] = {**dict.fromkeys(_MAY_LACK), **versions()}
     with suppress(PackageNotFoundError):

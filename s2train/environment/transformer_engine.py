@@ -1,4 +1,4 @@
-"""Whether transformer-engine is there and works."""
+"""Checks whether transformer-engine is installed and works."""
 
 import importlib
 import warnings
@@ -17,7 +17,7 @@ INSTALL = (
 
 @cache
 def te_problem() -> str | None:
-    """Why transformer-engine's layers can't be used, None if they can; imports them."""
+    """Import transformer-engine; explain why it can't be used, or None."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -25,19 +25,23 @@ def te_problem() -> str | None:
     except ModuleNotFoundError as error:
         if error.name == "transformer_engine":
             return "transformer-engine is not installed"
-        return f"transformer-engine is installed without its part {error.name}"
-    except (ImportError, RuntimeError, OSError, AttributeError) as error:  # no CUDA, another torch, missing library
+        return f"transformer-engine is installed without its module {error.name}"
+    # no CUDA, wrong torch version, missing library
+    except (ImportError, RuntimeError, OSError, AttributeError) as error:
         return f"transformer-engine can't be imported ({_first_line(error)})"
     return None
 
 
 def uses_te_here(name: str) -> bool:
-    """Whether `layer_backend=name` means transformer-engine's layers on this machine; `auto` does where they work."""
+    """Whether `layer_backend=name` means transformer-engine here; `auto` does if it works."""
     return name == "te" or (name == "auto" and torch.cuda.is_available() and te_problem() is None)
 
 
 def uses_te(cfg: PretrainConfig, hardware: Hardware) -> bool:
-    """Whether layers are transformer-engine's; `layer_backend=auto` takes them for this machine's GPU alone."""
+    """Whether the run's layers are transformer-engine's.
+
+    `layer_backend=auto` selects them only for this machine's GPU.
+    """
     if cfg.layer_backend == "auto" and cfg.fp8 == "none":
         return hardware.kind == "cuda" and cfg.plan.device is None and uses_te_here("auto")
     return cfg.layer_backend != "local"

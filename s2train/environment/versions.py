@@ -1,4 +1,4 @@
-"""Which code runs: versions of the packages that matter, and of this one."""
+"""Returns versions of the relevant packages and of this code."""
 
 import functools
 import hashlib
@@ -15,7 +15,7 @@ _HERE = Path(__file__).parents[1]
 
 
 def versions() -> dict[str, str]:
-    """Versions by name, this code's among them: packages that are not installed are left out."""
+    """Return versions by name, including this code's; packages not installed are omitted."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -27,9 +27,9 @@ def versions() -> dict[str, str]:
 
 @functools.cache
 def source_digest() -> str:
-    """Tells one state of this package's sources from another, committed or not; 12 hexadecimal digits.
+    """Hash this package's sources, committed or not, to 12 hexadecimal digits.
 
-    Read once a process, since runs ask for it several times.
+    The sources are read once per process, since runs need the digest several times.
     """
     digest = hashlib.sha256()
     for folder in _folders():
@@ -40,7 +40,7 @@ def source_digest() -> str:
 
 @functools.cache
 def git_commit() -> str | None:
-    """The commit of this code's checkout, with `+changes` where files differ from it; None where there is no git."""
+    """Return the checkout's commit, plus `+changes` if files differ; None without git."""
     commit = _git("rev-parse", "HEAD")
     if not commit:
         return None

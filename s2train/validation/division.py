@@ -1,4 +1,4 @@
-"""What must divide what: heads, layers, sequence and batch over the ranks."""
+"""Checks that heads, layers, sequence and batch divide over the ranks."""
 
 import math
 from collections.abc import Sequence
@@ -8,15 +8,15 @@ from s2train.errors import ConfigError
 
 
 def smallest_world(cfg: PretrainConfig) -> int:
-    """Processes that hold one copy of the model."""
+    """Return the number of processes that hold one copy of the model."""
     return cfg.parallel.tp * cfg.parallel.pp * cfg.parallel.cp
 
 
 def check_division(cfg: PretrainConfig, world_size: int) -> None:
-    """Whether `world_size` processes can share out the model and the batch, leaving the layout aside.
+    """Check that `world_size` processes can split model and batch, ignoring the layout.
 
     Raises:
-        ConfigError: on the first setting that can't be divided.
+        ConfigError: on the first setting that doesn't divide.
     """
     _check_heads(cfg)
     check_tensor_parallel(cfg.model, cfg.parallel.tp, "parallel.tp")
@@ -27,7 +27,7 @@ def check_division(cfg: PretrainConfig, world_size: int) -> None:
 
 
 def multiple_of(setting: str, value: int, unit: int) -> str:
-    """The remedy for a value that should be a multiple of `unit`."""
+    """Format the remedy for a value that must be a multiple."""
     return f"Set {setting} to a multiple of {unit}, such as {-(-value // unit) * unit}."
 
 
@@ -46,13 +46,13 @@ def _check_heads(cfg: PretrainConfig) -> None:
         raise ConfigError(
             "model.head_dim",
             head_dim,
-            "rotary embeddings turn pairs",
+            "rotary embeddings rotate pairs",
             "Set model.head_dim to an even number.",
         )
-    turning = int(head_dim * model.rotary_percent)
-    if model.rotary_percent > 1 or turning % 2 or not turning:
-        problem = f"of {head_dim} dimensions {turning} would turn: rotary embeddings turn pairs"
-        remedy = f"Set model.rotary_percent={max(2, min(turning, head_dim) // 2 * 2) / head_dim:g}."
+    rotated = int(head_dim * model.rotary_percent)
+    if model.rotary_percent > 1 or rotated % 2 or not rotated:
+        problem = f"{rotated} of {head_dim} dimensions would be rotated: rotary embeddings rotate pairs"
+        remedy = f"Set model.rotary_percent={max(2, min(rotated, head_dim) // 2 * 2) / head_dim:g}."
         raise ConfigError("model.rotary_percent", model.rotary_percent, problem, remedy)
     _divides(
         "model.num_query_groups",
@@ -63,10 +63,10 @@ def _check_heads(cfg: PretrainConfig) -> None:
 
 
 def check_tensor_parallel(model: ModelConfig, tp: int, setting: str) -> None:
-    """Whether `tp` ranks, more than 0, can share out each layer of `model`.
+    """Check that `tp` ranks (at least 1) can split each layer.
 
     Raises:
-        ConfigError: on `setting`, the name that tp has on the command line.
+        ConfigError: on `setting`, the name of tp on the command line.
     """
     for name in ("num_attention_heads", "num_query_groups", "hidden_size", "ffn_hidden_size", "vocab_size"):
         _divides(setting, tp, f"model.{name}", getattr(model, name))
@@ -79,7 +79,7 @@ def _check_pipeline(cfg: PretrainConfig) -> None:
         raise ConfigError(
             "parallel.pp",
             pp,
-            f"each of its {pp * (vpp or 1)} stages needs a layer, and model.num_layers={layers}",
+            f"each of {pp * (vpp or 1)} stages needs a layer, and model.num_layers={layers}",
             f"Set parallel.pp to {layers // (vpp or 1)} or less.",
         )
     if not by_cost:
@@ -131,16 +131,16 @@ def _check_sequence(cfg: PretrainConfig) -> None:
         raise ConfigError(
             "parallel.sequence_parallel",
             True,
-            "it spreads the sequence over tensor parallel ranks, and there is one",
+            "it splits the sequence over tensor parallel ranks, and there is only one",
             "Set parallel.tp to 2 or more, or parallel.sequence_parallel=false.",
         )
-    # Context parallel gives each rank two chunks; sequence parallel then splits what a rank has.
+    # Context parallel gives each rank two chunks; sequence parallel then splits a rank's part.
     unit = parallel.cp * math.lcm(2 if parallel.cp > 1 else 1, parallel.tp if parallel.sequence_parallel else 1)
     if length % unit:
         raise ConfigError(
             "train.seq_length",
             length,
-            f"parallel.cp={parallel.cp} and sequence parallel over parallel.tp={parallel.tp} cut it up",
+            f"parallel.cp={parallel.cp} and sequence parallel over parallel.tp={parallel.tp} don't divide it",
             multiple_of("train.seq_length", length, unit),
         )
 
@@ -165,7 +165,7 @@ def _check_world(cfg: PretrainConfig, world_size: int) -> None:
         raise ConfigError(
             "train.global_batch_size",
             train.global_batch_size,
-            f"{dp} data parallel ranks × train.micro_batch_size={micro} can't share it out",
+            f"{dp} data parallel ranks × train.micro_batch_size={micro} don't divide it",
             multiple_of("train.global_batch_size", train.global_batch_size, unit),
         )
     micro_batches = train.global_batch_size // (dp * micro)

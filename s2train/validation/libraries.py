@@ -1,4 +1,4 @@
-"""Whether the asked-for kernels of dense layers, elementwise work and loss can be had: settings, libraries, GPU."""
+"""Checks kernels of dense layers, elementwise operations and loss."""
 
 import torch
 
@@ -18,19 +18,19 @@ _OF_TORCH = ("cudnn", "flash", "efficient")
 
 
 def check_kernel_settings(cfg: PretrainConfig, hybrid: HybridLayout) -> None:
-    """Whether `dense_attention` and `loss`, asked for by name, go with the other settings, on any machine.
+    """Check explicit `dense_attention` and `loss` against other settings, on any machine.
 
     Raises:
-        ConfigError: the kernels don't serve what the run's dense layers or its loss call for.
+        ConfigError: the kernels don't support the run's dense layers or its loss.
     """
     if cfg.loss == "linear" and cfg.parallel.tp > 1:
-        problem = f"parallel.tp={cfg.parallel.tp} cuts the output layer, which it multiplies whole"
+        problem = f"parallel.tp={cfg.parallel.tp} splits the output layer, which it needs whole"
         raise ConfigError("loss", cfg.loss, problem, "Set loss=liger, or parallel.tp=1.")
     name = cfg.dense_attention
     if name == "auto" or not any(layer.is_dense for layer in hybrid.layers):
         return
     if name in _OF_TORCH and cfg.data.attention_within_documents:
-        problem = "torch's kernels have no packed documents, which data.attention_within_documents=true asks for"
+        problem = "torch's kernels don't support packed documents (data.attention_within_documents=true)"
         _reject_dense(cfg, problem, "Set dense_attention=auto, fa4 or s2train.")
     if name == "cudnn" and cfg.train.deterministic:
         _reject_dense(
@@ -39,22 +39,22 @@ def check_kernel_settings(cfg: PretrainConfig, hybrid: HybridLayout) -> None:
             "Set dense_attention=auto, or train.deterministic=false.",
         )
     if name == "cudnn" and cfg.parallel.cp > 1:
-        problem = f"parallel.cp={cfg.parallel.cp} has fewer queries than keys on a rank, which cuDNN does not serve"
+        problem = f"parallel.cp={cfg.parallel.cp} gives a rank fewer queries than keys, which cuDNN does not support"
         _reject_dense(cfg, problem, "Set dense_attention=auto.")
     if name in ("fa4", "cudnn", "flash") and cfg.train.precision == "fp32":
-        _reject_dense(cfg, "it has no fp32", "Set dense_attention=auto, or train.precision=bf16.")
+        _reject_dense(cfg, "it does not support fp32", "Set dense_attention=auto, or train.precision=bf16.")
     grouped = cfg.model.num_query_groups < cfg.model.num_attention_heads
     if name == "efficient" and grouped and cfg.train.precision == "bf16":
-        problem = f"it has no grouped heads, and model.num_query_groups={cfg.model.num_query_groups}"
+        problem = f"it does not support grouped heads, and model.num_query_groups={cfg.model.num_query_groups}"
         _reject_dense(cfg, problem, "Set dense_attention=auto.")
 
 
 def check_libraries(cfg: PretrainConfig, hybrid: HybridLayout, hardware: Hardware) -> None:
-    """Whether FlashAttention-4 and Liger-Kernel work here where the run would use them; imports those.
+    """Import FlashAttention-4 and Liger-Kernel if used; check that they work.
 
     Raises:
-        ConfigError: asked for by name, and there is no GPU, or it is not installed, or doesn't serve the call; or
-            `auto` would take it, and its import fails: other ranks would run other kernels.
+        ConfigError: an explicitly set library has no GPU, is not installed, or doesn't support the call; or `auto`
+            would select a library whose import fails: other ranks would run other kernels.
     """
     _check_liger(cfg, hardware)
     if not any(layer.is_dense for layer in hybrid.layers):
@@ -64,11 +64,11 @@ def check_libraries(cfg: PretrainConfig, hybrid: HybridLayout, hardware: Hardwar
         if (problem := fa4_problem()) is not None:
             _reject_dense(cfg, problem, f"{FA4}, or set dense_attention=auto.")
     elif cfg.dense_attention == "auto" and _takes_fa4(cfg, hardware) and (problem := fa4_problem()) is not None:
-        _reject_dense(cfg, problem, "Mend or uninstall it, or set dense_attention=s2train.")
+        _reject_dense(cfg, problem, "Repair or uninstall it, or set dense_attention=s2train.")
 
 
 def check_fa4_serves(cfg: PretrainConfig, hybrid: HybridLayout, hardware: Hardware) -> None:
-    """Whether FlashAttention-4, if asked for by name, serves a GPU and the model's heads, installed or not.
+    """Check that dense_attention=fa4 supports GPU and heads, installed or not.
 
     Raises:
         ConfigError: it does not.
@@ -100,7 +100,7 @@ def _check_liger(cfg: PretrainConfig, hardware: Hardware) -> None:
         "elementwise": (cfg.elementwise, bool(liger_operations(cfg, hardware.capability, te))),
         "loss": (cfg.loss, choose_loss(cfg, hardware.capability, te) != "torch"),
     }
-    for setting, (value, used) in sorted(uses.items(), key=lambda use: use[1][0] == "auto"):  # by name first
+    for setting, (value, used) in sorted(uses.items(), key=lambda use: use[1][0] == "auto"):  # explicit values first
         if not used:
             continue
         if hardware.kind != "cuda":

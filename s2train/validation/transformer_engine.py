@@ -1,4 +1,4 @@
-"""Whether the asked-for backend and FP8 can be had: transformer-engine, the GPU, and the sizes of FP8 products."""
+"""Checks `layer_backend` and FP8: transformer-engine, the GPU, and sizes of FP8 GEMMs."""
 
 import torch
 
@@ -8,17 +8,17 @@ from s2train.environment.hardware import Hardware
 from s2train.environment.transformer_engine import INSTALL, te_problem
 from s2train.errors import ConfigError
 
-# Compute capability that a recipe's tensor cores and libraries begin at.
+# Least compute capability for each recipe.
 _CAPABILITY = {"tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
 _BLOCKWISE_CUDA = (12, 9)
 
 
 def check_te(cfg: PretrainConfig, hardware: Hardware) -> None:
-    """Whether `backend` and `fp8` can be had on `hardware`, here.
+    """Check that `layer_backend` and `fp8` work on `hardware` with the installed libraries.
 
     Raises:
-        ConfigError: transformer-engine was asked for, by name or by `fp8`, and is missing or broken; the GPU has no
-            FP8; a dimension that FP8 products can't have.
+        ConfigError: transformer-engine is required, explicitly or by `fp8`, and is missing or broken; the GPU has no
+            FP8; or FP8 GEMMs don't support a dimension.
     """
     wants_fp8 = cfg.fp8 != "none"
     if wants_fp8:
@@ -37,10 +37,10 @@ def check_te(cfg: PretrainConfig, hardware: Hardware) -> None:
 
 
 def check_target(cfg: PretrainConfig, hardware: Hardware) -> None:
-    """Whether `fp8` can be had on a GPU to plan for, whatever is installed here.
+    """Check `fp8` for a GPU to plan for, regardless of installed libraries.
 
     Raises:
-        ConfigError: settings that FP8 doesn't go with, or a GPU without it.
+        ConfigError: settings that FP8 doesn't support, or a GPU without it.
     """
     if cfg.fp8 != "none":
         check_fp8_settings(cfg)
@@ -48,18 +48,18 @@ def check_target(cfg: PretrainConfig, hardware: Hardware) -> None:
 
 
 def check_fp8_settings(cfg: PretrainConfig) -> None:
-    """Whether the settings go with FP8, leaving the machine aside.
+    """Check that the other settings are compatible with FP8, on any machine.
 
     Raises:
-        ConfigError: another backend or precision, or a dimension of a product that FP8 can't have.
+        ConfigError: a layer backend, precision or GEMM dimension that FP8 doesn't support.
     """
     if cfg.layer_backend == "local":
         raise ConfigError("fp8", cfg.fp8, "layer_backend=local has no FP8 layers", "Set layer_backend=te, or fp8=none")
     if cfg.train.precision != "bf16":
-        problem = f"it stands beside train.precision=bf16, not {cfg.train.precision}"
+        problem = f"it requires train.precision=bf16, not {cfg.train.precision}"
         raise ConfigError("fp8", cfg.fp8, problem, "Set train.precision=bf16, or fp8=none")
     model, parallel = cfg.model, cfg.parallel
-    unit = 32 if cfg.fp8_recipe == "mxfp8" else 16  # of FP8 products, in every dimension
+    unit = 32 if cfg.fp8_recipe == "mxfp8" else 16  # every dimension of FP8 GEMMs is a multiple of it
     heads, groups = model.num_attention_heads, model.num_query_groups
     tokens = cfg.train.seq_length * cfg.train.micro_batch_size // parallel.cp
     sizes = {
@@ -70,7 +70,7 @@ def check_fp8_settings(cfg: PretrainConfig) -> None:
     }
     for setting, size in sizes.items():
         if size % unit:
-            problem = f"{setting} gives a rank's products a dimension of {size}, no multiple of {unit}"
+            problem = f"{setting} gives a rank's GEMMs a dimension of {size}, which is not a multiple of {unit}"
             raise ConfigError("fp8", cfg.fp8, problem, f"Change {setting}, or set fp8=none")
 
 

@@ -1,4 +1,4 @@
-"""What each setting may be by itself, and the few that bound each other."""
+"""Checks the values of settings, and settings that limit each other."""
 
 import difflib
 import math
@@ -74,14 +74,14 @@ _LONGEST_TAG = 64  # wandb's limit
 
 
 def check_values(cfg: PretrainConfig) -> None:
-    """Names from fixed sets, numbers finite and within their range.
+    """Check that choices are known, and numbers finite and in range.
 
     Raises:
-        ConfigError: on the first setting out of its range.
+        ConfigError: on the first invalid setting.
     """
     for setting, value in _floats(cfg):
         if not math.isfinite(value):
-            raise ConfigError(setting, value, "is no finite number", f"Set {setting} to one.")
+            raise ConfigError(setting, value, "is not a finite number", f"Set {setting} to a finite number.")
     if not cfg.run_dir.strip():
         raise ConfigError("run_dir", cfg.run_dir, "names no folder", "Set run_dir, such as runs/mine.")
     check_seed(cfg.seed)
@@ -97,13 +97,17 @@ def check_values(cfg: PretrainConfig) -> None:
 
 
 def check_seed(seed: int) -> None:
-    """Whether every generator of random numbers takes `seed`; ConfigError if not."""
+    """Check that every random number generator accepts `seed`; ConfigError if not."""
     if not 0 <= seed <= _LARGEST_SEED:
         raise ConfigError("seed", seed, "is out of range", f"Set seed to 0 … {_LARGEST_SEED}.")
 
 
 def check_choice(setting: str, value: str | int) -> None:
-    """Whether a setting with a fixed set of values, named as in a run, has one of them; ConfigError if not."""
+    """Raise ConfigError if a setting is not one of its choices.
+
+    Args:
+        setting: name in a run's settings.
+    """
     choices = _CHOICES[setting]
     if value not in choices:
         raise ConfigError(setting, value, "unknown value", _nearest(setting, value, choices))
@@ -145,7 +149,7 @@ def _check_optimizer(cfg: PretrainConfig) -> None:
             raise ConfigError(
                 "optim.wsd_decay_steps",
                 last,
-                f"WSD decays over the last of {decay_steps} steps, {optim.warmup_steps} of them warm-up",
+                f"WSD decays over the last of {decay_steps} steps, of which {optim.warmup_steps} are warm-up",
                 f"Set optim.wsd_decay_steps to {decay_steps - optim.warmup_steps} or less.",
             )
 
@@ -155,7 +159,7 @@ def _check_lowest_lr(optim: OptimConfig) -> None:
     if ratio is not None and ratio > 1:
         raise ConfigError("optim.min_lr_ratio", ratio, "is a share of optim.lr", "Set it to 1 or less, such as 0.1.")
     if ratio is not None and lowest != optim.scaled_lr:
-        problem = f"makes {optim.scaled_lr:g} the lowest learning rate, and optim.min_lr={lowest:g} another"
+        problem = f"gives a lowest learning rate of {optim.scaled_lr:g}, which conflicts with optim.min_lr={lowest:g}"
         remedy = "Set optim.min_lr=null, or optim.min_lr_ratio=null."
         raise ConfigError("optim.min_lr_ratio", ratio, problem, remedy)
     if lowest > optim.lr:
@@ -178,12 +182,12 @@ def _check_kept(checkpoint: CheckpointConfig) -> None:
     if every is None:
         return
     if checkpoint.keep is None:
-        problem = "all checkpoints are kept without checkpoint.keep"
+        problem = "without checkpoint.keep all checkpoints are kept"
         raise ConfigError("checkpoint.keep_every", every, problem, "Set checkpoint.keep too, such as 2.")
     if every % interval:
-        problem = f"no checkpoint is saved at most of its multiples, checkpoint.interval being {interval}"
+        problem = f"checkpoint.interval={interval} saves no checkpoint at most of its multiples"
         near = interval * max(1, round(every / interval))
-        raise ConfigError("checkpoint.keep_every", every, problem, f"Set a multiple of it, such as {near}.")
+        raise ConfigError("checkpoint.keep_every", every, problem, f"Set a multiple of the interval, such as {near}.")
 
 
 def _check_tracking(tracking: TrackingConfig) -> None:
@@ -212,7 +216,7 @@ def _check_allowed_changes(cfg: PretrainConfig) -> None:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)[0]
             remedy = f"Set checkpoint.allow_changes=true, or names of settings. Did you mean {near}?"
-            raise ConfigError("checkpoint.allow_changes", allowed, f"{name} is no setting", remedy)
+            raise ConfigError("checkpoint.allow_changes", allowed, f"{name} is not a setting", remedy)
 
 
 def _nearest(setting: str, value: object, choices: Sequence[str | int]) -> str:
@@ -226,7 +230,7 @@ def _names(of_section: dict[str, tuple[str, ...]]) -> list[str]:
 
 
 def _floats(section: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
-    """Name and value of every float in a section and in those below it."""
+    """Yield name and value of every float in a section, recursively."""
     for field in fields(section):
         value = getattr(section, field.name)
         if is_dataclass(value):

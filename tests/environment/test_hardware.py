@@ -44,7 +44,7 @@ def test_gpus_that_cuda_does_not_see_are_refused(given: dict[str, str], monkeypa
 def test_a_device_file_is_a_sign_of_gpus_too(no_gpu: Path) -> None:
     no_gpu.touch()
     with pytest.raises(
-        ConfigError, match=r"^CUDA_VISIBLE_DEVICES=\(not set\): .*nvidia0 is there, but torch sees no GPU"
+        ConfigError, match=r"^CUDA_VISIBLE_DEVICES=\(not set\): .*nvidia0 exists, but torch sees no GPU"
     ):
         check_gpus()
 

@@ -153,7 +153,7 @@ def test_invalid_jobs_keep_all_from_starting_and_are_all_listed(sweep: Any, caps
     assert ended.value.code == 2
     assert sweeper.ran == []
     printed = capsys.readouterr().err
-    assert "error: train.seq_length=8: train.seq_length=8: a sequence shorter than a block" in printed
+    assert "error: train.seq_length=8: train.seq_length=8: the sequence is shorter than a block" in printed
     assert "error: train.seq_length=4" in printed
     assert "2 of 3 jobs can't run" in printed
 
