@@ -1,4 +1,4 @@
-"""Pictures of a layout."""
+"""Draws layouts."""
 
 from s2train.pictures.overview import choose_layers, draw_layout
 

@@ -1,4 +1,4 @@
-"""Block masks: each head's, their union, and how many heads keep a block."""
+"""Draws block masks: each head's, their union, and head counts."""
 
 from dataclasses import dataclass
 
@@ -15,21 +15,21 @@ from s2train.layouts.masks import mask_rows
 from s2train.layouts.patterns import BandedPattern, Dense, Dilated, Pattern
 from s2train.pictures.style import COUNTS, COVERED, DENSE, GREY, PAPER, UNSEEN, offset_of, plain, tokens
 
-_SQUARES = 128  # along a side of a reduced mask, at most
-LONGEST = 4096  # blocks drawn; what lies beyond would take long
-_LABEL, _GAP, _LARGEST = 0.12, 0.05, 1.1  # inches: over a head's mask, between masks, side of one
-_LABELLED = 0.33  # inches: smaller masks have no words over them
-_FIRST = 32  # blocks of a head's own mask, or more where its window and periods need them
+_SQUARES = 128  # most squares along a side of a reduced mask
+LONGEST = 4096  # most blocks drawn; more would take long
+_LABEL, _GAP, _LARGEST = 0.12, 0.05, 1.1  # inches: label above a mask, gap between masks, largest side of a mask
+_LABELLED = 0.33  # inches: smaller masks have no label
+_FIRST = 32  # least number of blocks drawn of a head's mask; its window and period may need more
 
 
 @dataclass(frozen=True)
 class Reduced:
-    """A layer's masks in squares of whole blocks, averaged over the causal pairs in each: float64 [m, m].
+    """A layer's masks averaged over causal pairs in squares: float64 [m, m].
 
     Attributes:
-        union: share of pairs that some head keeps; NaN where no pair is causal.
+        union: share of pairs that any head keeps; NaN in squares without causal pairs.
         heads: mean number of heads that keep a pair; NaN likewise.
-        num_blocks: that the m squares stand for.
+        num_blocks: number of blocks that the m squares cover.
     """
 
     union: np.ndarray
@@ -38,7 +38,10 @@ class Reduced:
 
 
 def reduce_masks(layer: LayerLayout, num_blocks: int) -> Reduced:
-    """Area averages: no stripe can alias, however fine. Squares that hold whole periods show none, and no beats."""
+    """Average a layer's masks over squares.
+
+    Area averages avoid aliasing of fine stripes. Squares hold whole periods if possible, which avoids moiré patterns.
+    """
     side, period = -(-num_blocks // _SQUARES), max(head.period for head in layer.heads)
     side = -(-side // period) * period if 2 * side > period else side
     of_pattern = {pattern: layer.heads.count(pattern) for pattern in dict.fromkeys(layer.heads)}
@@ -62,13 +65,17 @@ def reduce_masks(layer: LayerLayout, num_blocks: int) -> Reduced:
 
 
 def _pool(mask: Tensor, side: int) -> Tensor:
-    """Sums over squares, those at the end cut off: float32 [ceil(rows / side), ceil(columns / side)]."""
+    """Sum over squares.
+
+    Returns:
+        float32 [ceil(rows / side), ceil(columns / side)]; squares at the end may be partial.
+    """
     padded = F.pad(mask.float(), (0, -mask.shape[1] % side, 0, -mask.shape[0] % side))
     return F.avg_pool2d(padded[None, None], side, divisor_override=1)[0, 0]
 
 
 def first_blocks(layer: LayerLayout, num_blocks: int) -> int:
-    """How many blocks tell the heads of a layer apart: window, and two periods and more of each pattern."""
+    """Return how many blocks show a layer's differences: window and two periods."""
     needed = [_window(head) + 2 * head.period for head in set(layer.heads)]
     return min(num_blocks, max(_FIRST, *needed))
 
@@ -80,7 +87,7 @@ def _window(pattern: Pattern) -> int:
 
 
 def draw_heads(axes: Axes, layer: LayerLayout, num_blocks: int, colours: dict[str, str]) -> None:
-    """The first blocks of every head's mask, in a sheet of small squares with the head's number and its offset."""
+    """Draw the start of every head's mask, labelled with number and offset."""
     num_heads, shown = len(layer.heads), first_blocks(layer, num_blocks)
     box = axes.get_window_extent()
     width, height = box.width / axes.figure.dpi, box.height / axes.figure.dpi
@@ -102,12 +109,12 @@ def draw_heads(axes: Axes, layer: LayerLayout, num_blocks: int, colours: dict[st
 
 
 def _side(count: int, columns: int, width: float, height: float) -> float:
-    """The side of each of `count` squares in so many columns, inches."""
+    """Return the side of `count` squares in `columns` columns, in inches."""
     return min(width / columns - _GAP, height / -(-count // columns) - _LABEL - _GAP, _LARGEST)
 
 
 def _columns(count: int, width: float, height: float) -> int:
-    """The number of columns that makes `count` squares in the box largest; full rows are worth a little."""
+    """Return the number of columns with the largest squares, preferring full rows."""
     return max(
         range(1, count + 1),
         key=lambda columns: _side(count, columns, width, height) * (1 if count % columns == 0 else 0.8),
@@ -120,12 +127,12 @@ def _mask(pattern: Pattern, num_blocks: int) -> np.ndarray:
 
 
 def draw_union(axes: Axes, reduced: Reduced, block_size: int) -> None:
-    """The share that some head keeps."""
+    """Draw the share of pairs that any head keeps."""
     _draw(axes, COVERED(reduced.union), reduced, block_size)
 
 
 def draw_counts(axes: Axes, reduced: Reduced, num_heads: int, block_size: int) -> None:
-    """How many heads keep a block, on average; where none does, a colour of its own."""
+    """Draw the mean number of heads per block, marking unseen blocks."""
     norm = LogNorm(1, max(2, num_heads))
     image = COUNTS(norm(np.clip(np.nan_to_num(reduced.heads), 1, None)))
     image[reduced.heads == 0] = (*to_rgb(UNSEEN), 1)
@@ -140,7 +147,7 @@ def draw_counts(axes: Axes, reduced: Reduced, num_heads: int, block_size: int) -
 
 
 def _draw(axes: Axes, image: np.ndarray, reduced: Reduced, block_size: int) -> None:
-    """Colours [m, m, 4] of the causal squares, with tokens along the axes."""
+    """Draw colours [m, m, 4] of causal squares, with axes in tokens."""
     image[np.isnan(reduced.union)] = 1
     num_blocks = reduced.num_blocks
     axes.imshow(image, interpolation="antialiased", extent=(0, num_blocks, num_blocks, 0))

@@ -1,4 +1,4 @@
-"""The layer × head grid."""
+"""Draws the layer × head grid."""
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -11,13 +11,13 @@ from s2train.layouts.hybrid import HybridLayout
 from s2train.layouts.patterns import Dense, Pattern
 from s2train.pictures.style import DENSE, GREY, form_colours, offset_of, shade
 
-_POINTS_A_DIGIT = 4.6  # of a cell's width, for its offset to be written in it
+_POINTS_PER_DIGIT = 4.6  # least cell width to write the offset into it
 
 
 def draw_grid(axes: Axes, hybrid: HybridLayout, seq_length: int) -> None:
-    """A cell a head, layers downwards: colour by pattern, paler the sparser, with its offset where there is room.
+    """Draw one cell per head, coloured by pattern, paler if sparser.
 
-    Where there is none, a light bar in the cell stands where the offset lies within its period.
+    The cell shows the head's offset as a number or, if there is no room, as a bar at its position within the period.
     """
     colours = form_colours(hybrid)
     densities = _densities(hybrid, seq_length)
@@ -65,7 +65,7 @@ def _mark_offsets(axes: Axes, hybrid: HybridLayout, image: np.ndarray) -> None:
             if offset is None:
                 continue
             light = image[row, column].mean() > 0.6
-            if width >= _POINTS_A_DIGIT * digits and height >= 7:
+            if width >= _POINTS_PER_DIGIT * digits and height >= 7:
                 colour = "#1B2A3A" if light else "white"
                 axes.text(column, row, str(offset), ha="center", va="center_baseline", fontsize=size, color=colour)
             elif head.period > 1:

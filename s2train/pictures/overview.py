@@ -1,4 +1,4 @@
-"""A model's layout at a glance, in one picture."""
+"""Draws an overview of a model's layout in one picture."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,12 +22,14 @@ from s2train.pictures.style import GREY, REACHED, SPARSE, Sheet, form_colours, o
 
 WIDTH = 11.0  # inches
 _TOP, _ROW, _MARGIN = 6.05, 2.85, 0.05
-_MOST_ROWS = 3  # layers drawn if none are asked for
+_MOST_ROWS = 3  # layers drawn by default
 _BINS = 125  # across the receptive field
 
 
 def choose_layers(hybrid: HybridLayout, layers: Sequence[int] | None) -> list[int]:
-    """The layers to draw: those asked for, or the first of each kind that isn't dense, three at most.
+    """Return the layers to draw.
+
+    Those given, or the first of each distinct sparse layer, at most three.
 
     Raises:
         ConfigError: the model has no such layer.
@@ -47,10 +49,10 @@ def choose_layers(hybrid: HybridLayout, layers: Sequence[int] | None) -> list[in
 def draw_layout(
     hybrid: HybridLayout, seq_length: int, path: Path, layers: Sequence[int] | None = None, title: str = ""
 ) -> None:
-    """Write a PNG: the layer × head grid, the receptive field, shares over length, and masks of some layers.
+    """Write a PNG of grid, receptive field, costs and block masks.
 
     Args:
-        layers: whose masks to draw (`choose_layers`).
+        layers: layers whose masks to draw (`choose_layers`).
         title: the model's name.
     Raises:
         ConfigError: the model has no such layer.
@@ -63,9 +65,9 @@ def draw_layout(
     sheet.text(0.45, 0.2, f"{name}{len(hybrid.layers)} layers × {num_heads} heads", size=14, bold=True)
     sheet.text(0.45, 0.52, _subtitle(hybrid, seq_length), size=9, colour=GREY)
     draw_grid(sheet.axes(0.75, 1.45, 5.55, 4.0), hybrid, seq_length)
-    sheet.text(7.0, 0.98, "What the last position can reach", size=9.5, bold=True)
+    sheet.text(7.0, 0.98, "Positions that reach the last one", size=9.5, bold=True)
     _draw_field(sheet.axes(7.3, 1.25, 3.35, 1.72), hybrid, seq_length)
-    sheet.text(7.0, 3.52, "Share of a dense model's", size=9.5, bold=True)
+    sheet.text(7.0, 3.52, "Cost relative to a dense model", size=9.5, bold=True)
     _draw_shares(sheet.axes(7.3, 3.8, 3.35, 1.65), hybrid, seq_length)
     for row, number in enumerate(chosen):
         _draw_layer(sheet, _TOP + row * _ROW, hybrid, number, seq_length)
@@ -88,7 +90,7 @@ def _subtitle(hybrid: HybridLayout, seq_length: int) -> str:
 
 
 def _draw_field(axes: Axes, hybrid: HybridLayout, seq_length: int) -> None:
-    """Rows: through the last 1, 2, … layers; across: positions; colour: share of the positions reached."""
+    """Draw the share of positions reached, by position and layers."""
     found = reach(hybrid, seq_length)
     layers = found.from_last.numpy()
     slowest, num_layers = int(layers.max()), len(hybrid.layers)
@@ -112,7 +114,7 @@ def _draw_field(axes: Axes, hybrid: HybridLayout, seq_length: int) -> None:
 
 
 def _draw_shares(axes: Axes, hybrid: HybridLayout, seq_length: int) -> None:
-    """Density and KV cache over length, as shares of what dense layers would take."""
+    """Draw attention FLOPs and KV cache over length, relative to dense layers."""
     lengths = _lengths(hybrid, seq_length)
     caches = [model_cache_tokens(hybrid, length) for length in lengths]
     curves = (
@@ -134,7 +136,7 @@ def _draw_shares(axes: Axes, hybrid: HybridLayout, seq_length: int) -> None:
 
 
 def _lengths(hybrid: HybridLayout, seq_length: int) -> list[int]:
-    """Powers of two around the length, and itself."""
+    """Return powers of two around the length, and the length itself."""
     heads = (head for layer in hybrid.layers for head in layer.heads)
     longest = known_blocks(heads, 1 << 62) * hybrid.block_size
     power = max(1, seq_length.bit_length() - 1)
@@ -148,16 +150,16 @@ def _draw_layer(sheet: Sheet, top: float, hybrid: HybridLayout, number: int, seq
     num_blocks = min(all_blocks, LONGEST)
     alike = [str(other) for other, same in enumerate(hybrid.layers) if same == layer]
     shown = first_blocks(layer, num_blocks)
-    offsets = " · its offset" if any(offset_of(head) is not None for head in layer.heads) else ""
-    others = f" and {len(alike) - 1} more alike" if len(alike) > 1 else ""
+    offsets = " · offset" if any(offset_of(head) is not None for head in layer.heads) else ""
+    others = f" and {len(alike) - 1} equal ones" if len(alike) > 1 else ""
     sheet.text(0.45, top, f"Layer {number}{others}", size=10, bold=True)
-    sheet.text(0.45, top + 0.2, f"each head{offsets}: first {shown} × {shown} blocks", size=8, colour=GREY)
+    sheet.text(0.45, top + 0.2, f"head{offsets}: first {shown} × {shown} blocks", size=8, colour=GREY)
     draw_heads(sheet.axes(0.45, top + 0.44, 5.0, 2.2), layer, num_blocks, form_colours(hybrid))
     reduced = reduce_masks(layer, num_blocks)
     cut = f", first {num_blocks:,} blocks" if num_blocks < all_blocks else ""
     share = union_coverage(layer.heads, num_blocks).fraction
     none = "" if share == 1 else "; orange: none"
-    sheet.text(5.95, top + 0.2, f"some head sees {percent(share)}{none}{cut}", size=8, colour=GREY)
+    sheet.text(5.95, top + 0.2, f"any head sees {percent(share)}{none}{cut}", size=8, colour=GREY)
     draw_union(sheet.axes(5.95, top + 0.42, 2.0, 2.0), reduced, layer.block_size)
     sheet.text(8.55, top + 0.2, "heads that see a block", size=8, colour=GREY)
     draw_counts(sheet.axes(8.55, top + 0.42, 2.0, 2.0), reduced, len(layer.heads), layer.block_size)

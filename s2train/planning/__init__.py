@@ -1,7 +1,7 @@
-"""What a run will cost, and whether it can work, before anything is allocated.
+"""Plans and checks a run before anything is allocated.
 
-`compose_run` composes a run in code, `resolve` makes dataclasses of what Hydra's program composed; `check` refuses
-what can't run, naming the setting to change; `preview` and `format_plan` are what `plan=true` prints.
+`compose_run` composes a run in code; `resolve` converts what Hydra composed to dataclasses; `check` rejects a run that
+can't work and names the setting to change; `preview` and `format_plan` produce the output of `plan=true`.
 """
 
 from s2train.planning.checks import check, check_memory, hybrid_layout, preview, resolve

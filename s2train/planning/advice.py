@@ -1,4 +1,4 @@
-"""What else a plan that fits has room for, to go faster."""
+"""Suggests faster settings that a fitting plan has memory for."""
 
 from dataclasses import replace
 
@@ -10,8 +10,8 @@ from s2train.environment.hardware import Hardware
 from s2train.errors import ConfigError
 from s2train.validation.division import check_division
 
-_ROOM = 0.9  # of a device: predictions hold within a tenth
-_RECOMPUTE = ("none", "selective", "full")  # the fastest first
+_ROOM = 0.9  # share of a device's memory: predictions are within 10 %
+_RECOMPUTE = ("none", "selective", "full")  # fastest first
 
 
 def memory_advice(
@@ -22,10 +22,10 @@ def memory_advice(
     layouts: int,
     impl: Implementations,
 ) -> str | None:
-    """Words naming less recomputation or the largest micro batch that fits a GPU; None: neither does.
+    """Suggest less recomputation or a larger micro batch that fits, or None.
 
     Args:
-        layouts: bytes.
+        layouts: bytes of block layouts.
     """
     if hardware.kind != "cuda":
         return None

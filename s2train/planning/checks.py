@@ -1,4 +1,7 @@
-"""Refusing a run that can't work, before anything is allocated: one error with setting, value and remedy."""
+"""Rejects a run that can't work, before anything is allocated.
+
+The error names the setting, its value and a remedy.
+"""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,16 +22,18 @@ from s2train.validation.values import check_values
 
 
 def resolve(cfg: DictConfig, models: Sequence[str]) -> Any:
-    """A program's composed configuration as its dataclass; `models` are the names that `+model=` may have.
+    """Convert a program's composed configuration to its dataclass.
 
-    A run's lowest learning rate is filled in as `optim.min_lr`, so that saved settings tell it.
+    Sets a run's lowest learning rate as `optim.min_lr`, so that saved settings contain it.
 
+    Args:
+        models: the names that `+model=` accepts.
     Raises:
-        ConfigError: no model was named, or a setting has no value.
+        ConfigError: no model is set, or a setting has no value.
     """
     if OmegaConf.is_missing(cfg, "model"):
         names = ", ".join(models)
-        raise ConfigError("+model", "(not set)", "no model was named", f"Add +model=NAME; there are {names}.")
+        raise ConfigError("+model", "(not set)", "no model is set", f"Add +model=NAME; there are {names}.")
     resolved = to_object(cfg)
     if isinstance(resolved, PretrainConfig):
         resolved.optim.min_lr = resolved.optim.lowest_lr
@@ -36,10 +41,10 @@ def resolve(cfg: DictConfig, models: Sequence[str]) -> Any:
 
 
 def check(cfg: PretrainConfig, world_size: int, hardware: Hardware) -> Plan:
-    """The plan of a run that can start on `world_size` ranks like `hardware`.
+    """Check that a run can start on these ranks; returns its plan.
 
     Raises:
-        ConfigError: a setting is out of its range, two don't divide, blocks go unseen, or memory is short.
+        ConfigError: a setting is out of range, sizes don't divide, no head sees some blocks, or memory is too small.
     """
     check_values(cfg)
     check_documents(cfg)
@@ -55,10 +60,10 @@ def check(cfg: PretrainConfig, world_size: int, hardware: Hardware) -> Plan:
 
 
 def check_memory(plan: Plan) -> None:
-    """Whether a plan fits its device.
+    """Check that a plan fits its device's memory.
 
     Raises:
-        ConfigError: memory is short; names what takes it, and what would fit.
+        ConfigError: it doesn't; the error names what needs the memory, and settings that fit.
     """
     if plan.remedy is not None:
         raise ConfigError(*_shortage(plan), plan.remedy)
@@ -68,25 +73,25 @@ def _check_profiled_ranks(cfg: PretrainConfig, world_size: int) -> None:
     if cfg.profile.steps is None:
         return
     if beyond := [rank for rank in cfg.profile.ranks if rank >= world_size]:
-        problem = f"there {'is 1 rank' if world_size == 1 else f'are {world_size} ranks'}, and no rank {beyond[0]}"
+        problem = f"there {'is 1 rank' if world_size == 1 else f'are {world_size} ranks'}, but no rank {beyond[0]}"
         kept = [rank for rank in cfg.profile.ranks if rank < world_size] or [0]
         raise ConfigError("profile.ranks", cfg.profile.ranks, problem, f"Set profile.ranks={kept}.")
 
 
 def check_documents(cfg: PretrainConfig) -> None:
-    """Whether attention can be kept inside documents, where that is asked for.
+    """Check that attention can be limited to documents, if set.
 
     Raises:
-        ConfigError: context parallel, which cuts documents apart.
+        ConfigError: context parallel splits documents.
     """
     if cfg.data.attention_within_documents and cfg.parallel.cp > 1:
-        problem = f"parallel.cp={cfg.parallel.cp} spreads a sequence over ranks, and documents with it"
+        problem = f"parallel.cp={cfg.parallel.cp} splits a sequence, and with it documents, over ranks"
         remedy = "Set parallel.cp=1, or data.attention_within_documents=false."
         raise ConfigError("data.attention_within_documents", True, problem, remedy)
 
 
 def check_attention_backend(name: str, hardware: Hardware) -> None:
-    """Whether a backend of the attention op can run on `hardware`.
+    """Check that a backend of the attention op can run on `hardware`.
 
     Raises:
         ConfigError: Triton without CUDA.
@@ -96,10 +101,12 @@ def check_attention_backend(name: str, hardware: Hardware) -> None:
 
 
 def preview(cfg: PretrainConfig, world_size: int, hardware: Hardware) -> Plan:
-    """The plan to print, fitting or not; of more ranks where `world_size` can't hold the model once.
+    """Make the plan to print, whether it fits or not.
+
+    It has more ranks if `world_size` can't hold the model once.
 
     Raises:
-        ConfigError: as `check`, but for memory and the number of ranks.
+        ConfigError: as `check`, except for memory and the number of ranks.
     """
     check_values(cfg)
     check_documents(cfg)
@@ -107,7 +114,7 @@ def preview(cfg: PretrainConfig, world_size: int, hardware: Hardware) -> Plan:
         check_target(cfg, hardware)
     copy = smallest_world(cfg)
     ranks = copy if world_size % copy else world_size
-    if hardware.kind == "cpu":  # they would share what the ranks here have
+    if hardware.kind == "cpu":  # all ranks share this machine's RAM
         hardware = replace(hardware, memory=hardware.memory * world_size // ranks)
     check_division(cfg, ranks)
     hybrid = _hybrid(cfg)
@@ -117,7 +124,7 @@ def preview(cfg: PretrainConfig, world_size: int, hardware: Hardware) -> Plan:
 
 
 def _hybrid(cfg: PretrainConfig) -> HybridLayout:
-    """The layout, which goes with the sequence and with the kernels that the settings name."""
+    """Build the layout; check it against the sequence and the kernels."""
     hybrid = hybrid_layout(cfg)
     check_blocks(cfg, hybrid)
     check_kernel_settings(cfg, hybrid)
@@ -125,10 +132,10 @@ def _hybrid(cfg: PretrainConfig) -> HybridLayout:
 
 
 def hybrid_layout(cfg: PretrainConfig) -> HybridLayout:
-    """What every head of every layer of a run's model keeps.
+    """Build the layout of all heads and layers of a run's model.
 
     Raises:
-        ConfigError: layout or schedule don't go with the model's layers and heads.
+        ConfigError: layout or schedule don't fit the model's layers and heads.
     """
     model = cfg.model
     return build_hybrid_layout(
@@ -141,10 +148,10 @@ def hybrid_layout(cfg: PretrainConfig) -> HybridLayout:
 
 
 def check_blocks(cfg: PretrainConfig, hybrid: HybridLayout) -> None:
-    """Whether the sequence can be cut into blocks, where there are sparse layers.
+    """Check that sparse layers can split the sequence into blocks.
 
     Raises:
-        ConfigError: the sequence is shorter than a block, or context parallel cuts one.
+        ConfigError: the sequence is shorter than a block, or context parallel splits a block.
     """
     block, length, cp = cfg.layout.block_size, cfg.train.seq_length, cfg.parallel.cp
     if all(layer.is_dense for layer in hybrid.layers):
@@ -153,28 +160,28 @@ def check_blocks(cfg: PretrainConfig, hybrid: HybridLayout) -> None:
         raise ConfigError(
             "train.seq_length",
             length,
-            f"a sequence shorter than a block of {block} tokens",
+            f"the sequence is shorter than a block of {block} tokens",
             f"Set train.seq_length to {block} or more, or layout.block_size to {length} or less.",
         )
     if cp > 1 and length % (2 * cp * block):
         raise ConfigError(
             "train.seq_length",
             length,
-            f"parallel.cp={cp} cuts it into {2 * cp} chunks, which must be whole blocks of {block}",
+            f"parallel.cp={cp} splits it into {2 * cp} chunks, which must be whole blocks of {block}",
             multiple_of("train.seq_length", length, 2 * cp * block),
         )
 
 
 def _shortage(plan: Plan) -> tuple[str, object, str]:
-    """The setting behind the largest part of a plan that does not fit, and the problem in numbers."""
+    """Return setting, value and problem of the largest part of memory."""
     memory, train, device = plan.memory, plan.cfg.train, plan.hardware
     states = memory.weights + memory.gradients + memory.optimizer
     room = "its share of this machine's RAM is" if device.kind == "cpu" else f"{device.name} has"
     micro_batch = f"{train.micro_batch_size} × {train.seq_length:,} tokens"
     problem = (
         f"{plan.cfg.model.name} needs {memory.total / GIB:.1f} GiB on each process, "
-        f"{states / GIB:.1f} of it weights, gradients and optimizer, "
-        f"{memory.activations / GIB:.1f} activations of {micro_batch}, "
+        f"{states / GIB:.1f} of it for weights, gradients and optimizer, "
+        f"{memory.activations / GIB:.1f} for activations of {micro_batch}, "
         f"and {room} {device.memory / GIB:.1f}"
     )
     if states > memory.activations:

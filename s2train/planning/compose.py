@@ -1,4 +1,4 @@
-"""The settings of a training run, composed outside of Hydra's own program."""
+"""Composes the settings of a training run without Hydra's main program."""
 
 from collections.abc import Sequence
 
@@ -10,10 +10,12 @@ from s2train.planning.checks import resolve
 
 
 def compose_run(overrides: Sequence[str]) -> PretrainConfig:
-    """What `launch/pretrain.py` would run with these overrides, such as ``+model=7b_hybrid``. Checks no values.
+    """Compose the settings of `launch/pretrain.py` from overrides such as ``+model=7b_hybrid``.
+
+    Checks no values.
 
     Raises:
-        ConfigError: no model was named, a setting has no value, or it is given by an old name and the current one.
+        ConfigError: no model is set, a setting has no value, or it is given by an old name and the current one.
         hydra.errors.HydraException: the overrides don't compose.
     """
     register()

@@ -1,4 +1,4 @@
-"""A layout in a few lines, for plans: what each letter of its sparse layers stands for."""
+"""Summarises a layout for plans, one line per sparse letter."""
 
 from dataclasses import dataclass
 
@@ -9,21 +9,21 @@ from s2train.layouts.patterns import Dense
 
 @dataclass(frozen=True)
 class LetterSummary:
-    """The sparse layers of one letter."""
+    """Summary of the sparse layers of one letter."""
 
     letter: str
-    form: str  # of its heads' patterns, without their offsets
-    density: float  # mean over its layers
-    kv_efficient: bool  # every head of its layers is
+    form: str  # its heads' patterns, without offsets
+    density: float  # mean over these layers
+    kv_efficient: bool  # all heads of these layers are
 
     def format(self) -> str:
-        """A line."""
+        """Format one line."""
         efficiency = "KV-efficient" if self.kv_efficient else "not KV-efficient"
         return f"{self.form}: density {self.density:.4f}, {efficiency}"
 
 
 def summarise(hybrid: HybridLayout, seq_length: int) -> tuple[LetterSummary, ...]:
-    """The letters of the sparse layers in the order of their first, at a length in tokens."""
+    """Summarise the letters of sparse layers, in order of appearance."""
     summaries = []
     for letter in dict.fromkeys(layer.kind.letter for layer in hybrid.layers if not layer.is_dense):
         layers = [layer for layer in hybrid.layers if layer.kind.letter == letter]

@@ -1,4 +1,4 @@
-"""What a run costs: parameters, FLOPs per token, and memory per rank, from its configuration alone."""
+"""Computes a run's parameters, FLOPs and memory from its configuration alone."""
 
 from dataclasses import dataclass, replace
 
@@ -25,21 +25,21 @@ class Plan:
     cfg: PretrainConfig
     world_size: int
     hardware: Hardware
-    letters: str  # one a layer
-    density: float  # of the whole model; 1 is dense
-    sparse_density: float  # mean over its sparse layers; 1 if there is none
+    letters: str  # one per layer
+    density: float  # of the whole model; 1: dense
+    sparse_density: float  # mean over sparse layers; 1 if there are none
     sparse_letters: tuple[LetterSummary, ...]
     coverage: CoverageReport
     parameters: int
     rank_parameters: int  # on the fullest pipeline stage
     flops: TokenFlops
-    tp_spread: float  # the busiest tensor parallel rank over the mean, less 1, in the layer where it is largest
-    pipeline: Balance  # of the stages as they are
-    pipeline_by_cost: Balance  # as parallel.pipeline_split=cost would have them
+    tp_spread: float  # busiest tensor parallel rank over the mean, minus 1, in the most uneven layer
+    pipeline: Balance  # of the configured stages
+    pipeline_by_cost: Balance  # with parallel.pipeline_split=cost
     memory: Memory  # of the fullest rank
-    prediction: Prediction | None  # of a step's time; None where nothing was measured
-    remedy: str | None  # what would fit, if this does not
-    advice: str | None  # what else fits and is faster, if this fits
+    prediction: Prediction | None  # step time; None if nothing was measured for this case
+    remedy: str | None  # settings that fit, if this plan doesn't
+    advice: str | None  # faster settings that also fit, if this plan fits
 
     @property
     def data_parallel(self) -> int:
@@ -55,10 +55,10 @@ class Plan:
 
 
 def make_plan(cfg: PretrainConfig, hybrid: HybridLayout, world_size: int, hardware: Hardware) -> Plan:
-    """Count; `cfg` has passed `check_division` for `world_size` ranks. Builds nothing.
+    """Compute the plan without building anything; `cfg` has passed `check_division` for `world_size`.
 
     Raises:
-        ConfigError: the layout leaves far blocks unseen, and `layout.allow_partial_coverage` is off.
+        ConfigError: no head sees some far blocks, and `layout.allow_partial_coverage` is off.
     """
     seq_length = cfg.train.seq_length
     impl = Implementations.of(cfg, hardware)
@@ -96,9 +96,10 @@ def make_plan(cfg: PretrainConfig, hybrid: HybridLayout, world_size: int, hardwa
 
 
 def layouts_nbytes(cfg: PretrainConfig, hybrid: HybridLayout, impl: Implementations) -> int:
-    """Bytes of a rank's block layouts at most: one for each layer that differs, with all its heads.
+    """Return the largest size in bytes of a rank's block layouts.
 
-    Under context parallel a rank has two, one for each of its chunks of the sequence.
+    There is one per distinct layer, with all heads. Under context parallel a rank has two, one for each of its chunks
+    of the sequence.
     """
     dense_too = impl.dense(cfg) == "s2train"
     distinct = {layer for layer in hybrid.layers if dense_too or not layer.is_dense}

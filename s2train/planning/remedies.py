@@ -1,4 +1,4 @@
-"""When memory does not suffice: the smallest change of settings that would fit."""
+"""Finds the smallest change of settings that fits in memory."""
 
 import itertools
 from collections.abc import Iterator
@@ -23,8 +23,12 @@ def memory_remedy(
     layouts: int,
     impl: Implementations,
 ) -> str:
-    """A sentence: settings that fit on these processes, or else on more of them. `layouts`: bytes."""
-    # More processes on a CPU would share the same memory.
+    """Suggest settings that fit on these processes, or else on more.
+
+    Args:
+        layouts: bytes of block layouts.
+    """
+    # On a CPU, more processes would share the same memory.
     largest = world_size if hardware.kind == "cpu" else _LARGEST_WORLD
     world = world_size
     while world <= largest:
@@ -33,18 +37,18 @@ def memory_remedy(
                 settings = f"Set {' '.join(changes)}" if changes else "Run it"
                 return f"{settings}{f' on {world} processes' if world > world_size else ''}."
         world *= 2
-    return "Take a smaller model (+model=…), a shorter train.seq_length or a device with more memory."
+    return "Use a smaller model (+model=…), a shorter train.seq_length or a device with more memory."
 
 
 def _candidates(cfg: PretrainConfig) -> Iterator[tuple[list[str], PretrainConfig]]:
-    """Configurations in the order in which one would try them: what costs least speed first."""
+    """Yield changes and configurations to try, those that cost least speed first."""
     train, parallel = cfg.train, cfg.parallel
     levels = ("none", "selective", "full")
     recomputes = levels[levels.index(train.recompute) :]
     micros = [train.micro_batch_size >> i for i in range(train.micro_batch_size.bit_length())]
     tps = [parallel.tp * 2**i for i in range(4)]
     pps = [parallel.pp * 2**i for i in range(4)]
-    # Slowest loop first: splitting the model costs most, then recomputation, then smaller micro batches.
+    # Outermost loop first: splitting the model costs most speed, then recomputation, then smaller micro batches.
     splits = sorted(itertools.product(pps, tps), key=lambda split: (split[0] * split[1], split[0]))
     for (pp, tp), recompute, micro in itertools.product(splits, recomputes, micros):
         wanted = {

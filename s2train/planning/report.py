@@ -1,4 +1,4 @@
-"""A plan as text."""
+"""Formats a plan as text."""
 
 from dataclasses import fields
 from itertools import groupby
@@ -13,11 +13,11 @@ from s2train.errors import ConfigError
 from s2train.planning.plan import Plan
 from s2train.planning.targets import NAMES
 
-_UNEVEN = 0.05  # from which on ranks that wait are worth a remedy
+_UNEVEN = 0.05  # imbalance of ranks from which on to suggest a remedy
 
 
 def format_plan(plan: Plan) -> str:
-    """Layers, density, coverage, parameters, FLOPs, memory and time by part, and the verdict, on some 25 lines."""
+    """Format a plan in about 25 lines, ending with the verdict."""
     cfg, memory, flops = plan.cfg, plan.memory, plan.flops
     train, parallel = cfg.train, cfg.parallel
     rows = [
@@ -25,7 +25,7 @@ def format_plan(plan: Plan) -> str:
         ("sparse", f"blocks of {cfg.layout.block_size} tokens, schedule {cfg.schedule.kind}"),
         *((f"  {letter.letter}", letter.format()) for letter in plan.sparse_letters),
         ("density", f"{plan.density:.4f} of causal positions, {plan.sparse_density:.4f} in sparse layers"),
-        ("parameters", f"{_count(plan.parameters)}, {_count(plan.rank_parameters)} on a rank"),
+        ("parameters", f"{_count(plan.parameters)}, {_count(plan.rank_parameters)} per rank"),
         (
             "FLOPs/token",
             f"{_count(flops.sparse)} exact ({_count(flops.attention)} attention); "
@@ -58,9 +58,9 @@ def format_plan(plan: Plan) -> str:
 
 
 def epochs_of_plan(cfg: PretrainConfig) -> str:
-    """How often the run goes through its data, where they are here; a line each, warnings among them."""
+    """Format how often the run passes over each dataset, with warnings."""
     samples = cfg.train.steps * cfg.train.global_batch_size
-    most = "at most " if cfg.checkpoint.new_data else ""  # the steps before a new phase went through other data
+    most = "at most " if cfg.checkpoint.new_data else ""  # the steps before a new phase read other data
     try:
         lines = describe_epochs(cfg.data, training_epochs(cfg.data, samples, cfg.train.seq_length))
     except ConfigError as error:
@@ -80,19 +80,19 @@ def _verdict(plan: Plan) -> str:
     if plan.hardware.kind == "cuda":
         return f"It does not fit. {plan.remedy}"
     return (
-        "It does not fit this machine, which has no GPU. To plan for GPUs, name them: plan.device="
-        f"{', '.join(NAMES[:-1])} or {NAMES[-1]}, and plan.count=N for how many."
+        "It does not fit this machine, which has no GPU. To plan for GPUs, set plan.device="
+        f"{', '.join(NAMES[:-1])} or {NAMES[-1]}, and plan.count=N."
     )
 
 
 def _time(plan: Plan) -> list[tuple[str, str]]:
-    """The predicted step, its parts, and what the prediction rests on."""
+    """Format the predicted step time, its parts and its basis."""
     found, train = plan.prediction, plan.cfg.train
     if found is None:
         if plan.hardware.kind != "cuda":
             return []
         why = (
-            f"the peak of {plan.hardware.name} is not known"
+            f"the peak rate of {plan.hardware.name} is unknown"
             if plan.hardware.rates is None
             else "only bf16 was measured"
         )
@@ -102,28 +102,28 @@ def _time(plan: Plan) -> list[tuple[str, str]]:
     rows = [
         (
             "time",
-            f"{_seconds(seconds)} a step, {_count(found.tokens_per_s)} tokens/s"
-            f" ({_count(found.tokens_per_s / plan.world_size)} a GPU), MFU {found.mfu:.1%};"
+            f"{_seconds(seconds)} per step, {_count(found.tokens_per_s)} tokens/s"
+            f" ({_count(found.tokens_per_s / plan.world_size)} per GPU), MFU {found.mfu:.1%};"
             f" {train.steps:,} steps take {_duration(train.steps * seconds)}",
         ),
         ("  of which", ", ".join(f"{name} {part / seconds:.0%}" for name, part in shown.items())),
-        ("  rests on", _grounds(found)),
+        ("  based on", _basis(found)),
     ]
     if found.waits_for_host:
         rows.append(
             (
                 "  host",
-                f"a slow one takes up to {1e3 * SLOW_HOST:.0f} ms to start a layer of a micro batch, more than here",
+                f"a slow host takes up to {1e3 * SLOW_HOST:.0f} ms to launch a layer, more than predicted here",
             )
         )
     return rows
 
 
-def _grounds(found: Prediction) -> str:
+def _basis(found: Prediction) -> str:
     layers = "transformer-engine's layers" if found.te else "layer_backend=local"
     if found.caveats:
         return f"an estimate, {layers}: {'; '.join(found.caveats)}"
-    return f"steps measured on H100s, {layers}, met within {MARGIN:.0%}"
+    return f"steps measured on H100s, {layers}, reproduced within {MARGIN:.0%}"
 
 
 def _seconds(seconds: float) -> str:
@@ -138,16 +138,21 @@ def _duration(seconds: float) -> str:
 
 
 def _ranks(plan: Plan) -> list[tuple[str, str]]:
-    """How unevenly kept blocks lie on tensor parallel ranks."""
+    """Format how unevenly kept blocks are spread over tensor parallel ranks."""
     if plan.cfg.parallel.tp == 1 or not plan.coverage.runs:
         return []
-    mended = plan.tp_spread > _UNEVEN and plan.cfg.schedule.placement != "balanced"
-    advice = "; schedule.placement=balanced spreads heads (a new model: it moves them)" if mended else ""
-    return [("tp ranks", f"busiest {plan.tp_spread:.1%} over the mean of kept positions{advice}")]
+    can_balance = plan.tp_spread > _UNEVEN and plan.cfg.schedule.placement != "balanced"
+    advice = (
+        "; schedule.placement=balanced spreads heads (for new models only: it reorders heads)" if can_balance else ""
+    )
+    return [("tp ranks", f"busiest rank {plan.tp_spread:.1%} above the mean of kept positions{advice}")]
 
 
 def _pipeline(plan: Plan) -> list[tuple[str, str]]:
-    """Layers of each stage and what their imbalance costs; of an even split also what one by cost would."""
+    """Format layers and idle time of the pipeline stages.
+
+    For an even split, also those of a split by cost, if better.
+    """
     if plan.cfg.parallel.pp == 1:
         return []
     rows = [("pipeline", f"{_balance(plan.pipeline)}, split {plan.cfg.parallel.pipeline_split}")]
@@ -158,11 +163,11 @@ def _pipeline(plan: Plan) -> list[tuple[str, str]]:
 
 def _balance(found: Balance) -> str:
     layers = " ".join("+".join(map(str, found.stages.of_rank(rank))) for rank in range(found.stages.pp))
-    return f"layers {layers}; busiest stage {found.imbalance:.1%} over the mean; idle {found.idle:.1%} of the time"
+    return f"layers {layers}; busiest stage {found.imbalance:.1%} above the mean; idle {found.idle:.1%} of the time"
 
 
 def figures(plan: Plan) -> dict[str, Any]:
-    """What a plan comes to, by name, to compare runs by."""
+    """Return a plan's figures by name, to compare runs."""
     return {
         "layers": _layers(plan.letters),
         "density": plan.density,
@@ -177,12 +182,12 @@ def figures(plan: Plan) -> dict[str, Any]:
 
 
 def letter_rows(plan: Plan) -> list[list[Any]]:
-    """[letter, how many layers, what its heads keep, density] of the letters of sparse layers."""
+    """Return [letter, number of layers, patterns, density] per sparse letter."""
     return [[one.letter, plan.letters.count(one.letter), one.form, one.density] for one in plan.sparse_letters]
 
 
 def _layers(letters: str) -> str:
-    """The layer string at its shortest: its period and how often, such as DSSSx8."""
+    """Shorten a layer string to its period and count, such as DSSSx8."""
     length = len(letters)
     period = next(n for n in range(1, length + 1) if length % n == 0 and letters[:n] * (length // n) == letters)
     if period in (1, length):

@@ -1,4 +1,4 @@
-"""A layout's coverage, reach and costs in tables, a picture and a file."""
+"""Shows a layout's coverage, reach and costs: tables, picture, JSON."""
 
 import json
 from collections.abc import Sequence
@@ -24,20 +24,20 @@ from s2train.planning.checks import check_blocks, hybrid_layout
 from s2train.validation.values import check_values
 
 _TERA = 1e12
-_COLUMNS = 120  # of the tables, whatever the terminal has: in less, rich cuts digits off without a word
+_COLUMNS = 120  # width of the tables, whatever the terminal's: in narrower ones, rich silently truncates digits
 
 
 def show(cfg: ShowLayoutConfig) -> None:
     """Print the tables; write layout.png and layout.json to `cfg.output`.
 
-    Blocks that no head sees are shown, not refused.
+    Blocks that no head sees are shown, not rejected.
 
     Raises:
-        ConfigError: a setting that can't work, a layer that isn't there, or a folder that can't be written.
+        ConfigError: a setting can't work, a layer doesn't exist, or the folder can't be written.
     """
     if cfg.seq_length is not None:
         if cfg.seq_length < 1:
-            raise ConfigError("seq_length", cfg.seq_length, "no tokens", "Use 1 or more.")
+            raise ConfigError("seq_length", cfg.seq_length, "there are no tokens", "Set seq_length to 1 or more.")
         cfg.train.seq_length = cfg.seq_length
     check_values(cfg)
     hybrid, seq_length, folder = hybrid_layout(cfg), cfg.train.seq_length, Path(cfg.output)
@@ -64,8 +64,8 @@ def _lengths(hybrid: HybridLayout, seq_length: int) -> list[int]:
     return sorted({*known_lengths(hybrid, LENGTHS), seq_length})
 
 
-def _sorts(hybrid: HybridLayout) -> list[tuple[LayerLayout, list[int]]]:
-    """The different layers, each with the numbers of those alike."""
+def _distinct_layers(hybrid: HybridLayout) -> list[tuple[LayerLayout, list[int]]]:
+    """List the distinct layers, each with the indices of all equal layers."""
     return [
         (layer, [number for number, other in enumerate(hybrid.layers) if other == layer])
         for layer in dict.fromkeys(hybrid.layers)
@@ -73,7 +73,7 @@ def _sorts(hybrid: HybridLayout) -> list[tuple[LayerLayout, list[int]]]:
 
 
 def _forms(layer: LayerLayout) -> str:
-    """What the heads are, such as 2 dense, 30 local 8, stride 16."""
+    """Describe a layer's heads, such as 2 × dense; 30 × local 8."""
     counts: dict[str, int] = {}
     for head in layer.heads:
         counts[head.form()] = counts.get(head.form(), 0) + 1
@@ -81,7 +81,10 @@ def _forms(layer: LayerLayout) -> str:
 
 
 def _table(title: str, headings: Sequence[str], left: Sequence[str] = ()) -> Table:
-    """A table narrow enough for 80 columns that cuts no figure off; columns in `left` are words."""
+    """Create a table that fits 80 columns without truncating numbers.
+
+    Columns in `left` hold words.
+    """
     table = Table(
         title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title_justify="left", title_style="bold"
     )
@@ -92,8 +95,8 @@ def _table(title: str, headings: Sequence[str], left: Sequence[str] = ()) -> Tab
 
 def _layer_table(hybrid: HybridLayout, costs: ModelCosts, seq_length: int) -> Table:
     headings = ("layers", "heads", "density", "KV-efficient", "coverage", "KV", "peak")
-    table = _table("Layers (KV: cached tokens at the end, and at most, over a dense layer's)", headings, headings[:2])
-    for layer, numbers in _sorts(hybrid):
+    table = _table("Layers (KV: cached tokens at the end, and peak, relative to a dense layer)", headings, headings[:2])
+    for layer, numbers in _distinct_layers(hybrid):
         of_layer = costs.layers[numbers[0]]
         table.add_row(
             _runs(numbers),
@@ -108,7 +111,10 @@ def _layer_table(hybrid: HybridLayout, costs: ModelCosts, seq_length: int) -> Ta
 
 
 def _runs(numbers: Sequence[int]) -> str:
-    """1, 2, 3, 5 as 1-3, 5; long lists by their first and their number."""
+    """Format 1, 2, 3, 5 as 1-3, 5.
+
+    Long lists are shortened to their first runs and the count.
+    """
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:
@@ -120,11 +126,11 @@ def _runs(numbers: Sequence[int]) -> str:
 
 
 def _reach_table(rows: Sequence[DistanceRow], seq_length: int) -> Table:
-    """Near distances that all arrive through the last layer make one row."""
+    """Tabulate reach by distance; merge near distances that one layer reaches entirely."""
     layers = len(rows[0].within) if rows else 0
     shown = sorted({1, 2, 3, 4, 8, 16, 32, layers} & set(range(1, layers + 1)))
     headings = ("distance (tokens)", *(f"{count} layer{'s' if count > 1 else ''}" for count in shown))
-    table = _table("Positions that reach the last one through the model's last layers", headings)
+    table = _table("Share of positions that the last position reaches through the model's last layers", headings)
     near = 0
     while near < len(rows) and rows[near].within[0] == 1:
         near += 1
@@ -138,8 +144,8 @@ def _reach_table(rows: Sequence[DistanceRow], seq_length: int) -> Table:
 def _length_table(by_length: Sequence[ModelCosts]) -> Table:
     headings = ("tokens", "density", "TFLOP", "least", "streamed", "KV", "dense", "attention", "step")
     title = (
-        "One sequence: attention forward and backward, GiB that it moves; KV cache at most\n"
-        "(GiB, bf16), and if dense; predicted speed-ups over dense on an H100"
+        "One sequence: attention forward and backward, GiB moved; peak KV cache (GiB, bf16),\n"
+        "and if dense; predicted speed-ups over dense on an H100"
     )
     table = _table(title, headings)
     for costs in by_length:
@@ -158,9 +164,9 @@ def _length_table(by_length: Sequence[ModelCosts]) -> Table:
 
 
 def _figure(number: float) -> str:
-    """Three digits that count, and a unit."""
+    """Format a number with three significant digits and a unit."""
     for unit, size in (("M", 1e6), ("k", 1e3)):
-        if number >= 0.9995 * size:  # or it would round to 1e+03
+        if number >= 0.9995 * size:  # or it would be formatted as 1e+03
             return f"{number / size:.3g}{unit}"
     return f"{number:.3g}"
 
@@ -193,7 +199,7 @@ def _content(
                 "attention_bytes": asdict(here.layers[numbers[0]].traffic),
                 "kv_cache_tokens": asdict(here.layers[numbers[0]].cache),
             }
-            for layer, numbers in _sorts(hybrid)
+            for layer, numbers in _distinct_layers(hybrid)
         ],
         "reach_within_last_layers": [asdict(row) for row in distances],
         "costs": [costs.to_json() for costs in by_length],

@@ -1,4 +1,4 @@
-"""GPUs to plan for by name, on a machine that has none of them: `plan.device=h100-80gb plan.count=8`."""
+"""Defines GPUs to plan for without having them: `plan.device=h100-80gb plan.count=8`."""
 
 import difflib
 from dataclasses import replace
@@ -10,7 +10,7 @@ from s2train.validation.division import smallest_world
 from s2train.validation.values import check_values
 
 _GIB = 1024**3
-# Name -> torch's name, GiB that torch reports, rounded down, and compute capability.
+# Name -> torch's name, memory in GiB reported by torch (rounded down), compute capability.
 _TARGETS: dict[str, tuple[str, float, tuple[int, int]]] = {
     "a100-40gb": ("NVIDIA A100-SXM4-40GB", 39.3, (8, 0)),
     "a100-80gb": ("NVIDIA A100-SXM4-80GB", 79.1, (8, 0)),
@@ -23,16 +23,16 @@ NAMES = tuple(_TARGETS)
 
 
 def target_gpu(name: str) -> Hardware:
-    """The GPU of that name; without its memory (`h200`), if there is one alone.
+    """Return the GPU of a name; `h200` suffices if unambiguous.
 
     Raises:
-        ConfigError: there is none, or several.
+        ConfigError: no GPU or several GPUs match.
     """
     wanted = name.lower().replace("_", "-")
     found = [known for known in NAMES if wanted in (known, known.partition("-")[0])]
     if len(found) != 1:
         near = found or difflib.get_close_matches(wanted, NAMES, n=1, cutoff=0.0)
-        problem = "several GPUs have that name" if found else "no such GPU is known"
+        problem = "several GPUs match" if found else "unknown GPU"
         remedy = f"Did you mean {' or '.join(f'plan.device={known}' for known in near)}? There are {', '.join(NAMES)}"
         raise ConfigError("plan.device", name, problem, remedy)
     device, memory, capability = _TARGETS[found[0]]
@@ -40,23 +40,26 @@ def target_gpu(name: str) -> Hardware:
 
 
 def planned_for(cfg: PretrainConfig, world_size: int) -> tuple[int, Hardware]:
-    """How many processes to plan for and their device: the settings' target, else this job's own.
+    """Return the number of processes to plan for, and their device.
+
+    Defaults to this job's.
 
     Args:
-        world_size: of this job, from which a number is taken that the settings don't name.
+        world_size: of this job; the default if plan.count is not set.
     Raises:
-        ConfigError: an unknown device; a number that can't hold whole copies of the model; a setting out of its range.
+        ConfigError: unknown device; a count that doesn't hold whole copies of the model; a setting out of range.
     """
     check_values(cfg)
     count, copy = cfg.plan.count, smallest_world(cfg)
     if count is not None and count % copy:
         parallel = cfg.parallel
-        problem = f"the model takes parallel.tp × pp × cp = {parallel.tp} × {parallel.pp} × {parallel.cp} = {copy} GPUs"
+        sizes = f"{parallel.tp} × {parallel.pp} × {parallel.cp} = {copy}"
+        problem = f"one copy of the model takes parallel.tp × pp × cp = {sizes} GPUs"
         remedy = f"Set plan.count={-(-count // copy) * copy}, or a parallel.tp, pp and cp that divide {count}"
         raise ConfigError("plan.count", count, problem, remedy)
     if cfg.plan.device is not None:
         return count or world_size, target_gpu(cfg.plan.device)
     hardware = detect_own()
-    if hardware.kind == "cpu" and count is not None:  # they would share what the processes here have
+    if hardware.kind == "cpu" and count is not None:  # all processes share this machine's RAM
         hardware = replace(hardware, memory=hardware.memory * world_size // count)
     return count or world_size, hardware
