@@ -1,6 +1,6 @@
-"""Pauses garbage collection from its import on: imports make many objects and no garbage.
+"""Disables garbage collection when imported, until the program enables it again.
 
-It takes a fifth of their time. The program that imports this enables it again when it has imported all.
+Imports create many objects but no garbage, and collection takes a fifth of their time.
 """
 
 import gc

@@ -1,7 +1,7 @@
-"""Prints in one line, from its import on, why a program of this folder can't start.
+"""Reports in one line why a program of this folder can't start.
 
-A package is missing, OMP_NUM_THREADS is no number, Ctrl-C comes during imports. Import it before all that is not
-Python's own.
+Covers a missing package, an invalid OMP_NUM_THREADS, and Ctrl-C during imports. Import it before everything outside
+the standard library.
 """
 
 import importlib.util
@@ -12,15 +12,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
 
-BEGAN = time.monotonic()  # for the times of a start
+BEGAN = time.monotonic()  # start of the start-up times
 
 _ROOT = Path(__file__).parents[1]
-_STATUS = 2  # of bad input, as in s2train/command_line/program.py, which may not be there
-_SECONDS_TO_SPEAK = 10.0  # that rank 0 has; torchrun ends all ranks when one has ended
+_STATUS = 2  # bad input, as in s2train/command_line/program.py, which may not be importable
+_RANK_0_SECONDS = 10.0  # for rank 0 to print: torchrun kills all ranks when one exits
 
 
 def check_threads() -> None:
-    """Whether OMP_NUM_THREADS is what OpenMP reads: a number, or several with commas between; else exits."""
+    """Exit unless OMP_NUM_THREADS is a number or a comma-separated list of numbers."""
     given = os.environ.get("OMP_NUM_THREADS")
     if given is None or all(part.strip().isdecimal() and int(part) > 0 for part in given.split(",")):
         return
@@ -28,19 +28,19 @@ def check_threads() -> None:
 
 
 def _report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """What Python calls for an exception that nobody caught."""
+    """Report an uncaught exception; Python's excepthook."""
     if issubclass(kind, KeyboardInterrupt):
         if _is_first():
             print("interrupted", file=sys.stderr, flush=True)
-        return  # Python ends by the signal itself
+        return  # Python then exits by the signal
     package = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
     if not package or importlib.util.find_spec(package) is not None:
         sys.__excepthook__(kind, error, trace)
     elif _is_first():
         install = f"Install what s2train needs: {sys.executable} -m pip install -c constraints.txt -e . in {_ROOT}"
         ready = _ROOT / ".venv" / "bin" / "python"
-        remedy = f"Run it by {ready}" if ready.exists() and ready != Path(sys.executable) else install
-        print(f"error: {sys.executable}: has no package {package}. {remedy}", file=sys.stderr, flush=True)
+        remedy = f"Run it with {ready}" if ready.exists() and ready != Path(sys.executable) else install
+        print(f"error: {sys.executable}: package {package} is not installed. {remedy}", file=sys.stderr, flush=True)
 
 
 def _is_first() -> bool:
@@ -51,7 +51,7 @@ def _reject(line: str) -> NoReturn:
     if _is_first():
         print(f"error: {line}", file=sys.stderr, flush=True)
     else:
-        time.sleep(_SECONDS_TO_SPEAK)
+        time.sleep(_RANK_0_SECONDS)
     sys.exit(_STATUS)
 
 

@@ -1,7 +1,8 @@
-"""Are FlashAttention-4 and Liger-Kernel right and fast on this GPU? `python launch/check_libraries.py FOLDER`
+"""Check FlashAttention-4 and Liger-Kernel on this GPU: `python launch/check_libraries.py FOLDER`
 
-Writes dense.json, elementwise.json, losses.json, steps.json and benchmarks.json to FOLDER, each as it is measured. One
-GPU; what is not installed is left out. What these files call right, `kernels/verified.py` may list.
+Writes dense.json, elementwise.json, losses.json, steps.json and benchmarks.json to FOLDER, each as soon as it is
+measured. Uses one GPU and skips libraries that are not installed. Cases that these files report as correct may be
+listed in `kernels/verified.py`.
 """
 
 import argparse
@@ -22,7 +23,7 @@ import _surroundings  # noqa: F401 (prints why the rest can't start)
 from s2train.environment.provenance import environment
 
 PARTS = ("dense", "elementwise", "losses", "steps", "benchmarks")
-# What is compared in whole steps: name -> settings. The first is what runs without either library.
+# Variants compared in whole steps: name -> settings. The first uses neither library.
 WAYS = {
     "torch": ["elementwise=torch", "loss=torch", "dense_attention=cudnn"],
     "torch, FlashAttention-2": ["elementwise=torch", "loss=torch", "dense_attention=flash"],
@@ -32,7 +33,7 @@ WAYS = {
     "liger, fa4": ["elementwise=liger", "loss=liger", "dense_attention=fa4"],
     "liger, linear loss, fa4": ["elementwise=liger", "loss=linear", "dense_attention=fa4"],
 }
-_WARM_UP = 3  # steps, which compile
+_WARM_UP = 3  # steps that compile
 _STEP_WAYS = ("torch", "liger, fa4", "liger, linear loss, fa4")
 _LOSS_WAYS = ("torch", "torch, FlashAttention-2", "liger", "liger, linear loss, fa4")
 _BENCHMARKS = ["b128-l8-v16-32k", "b128-l8-v16-8k", "b128-l8-v16-32k-kv8"]
@@ -40,13 +41,13 @@ _CONTENDERS = ["ours", "flex", "fa4_sparse", "cudnn", "flash2", "fa3", "fa4"]
 
 
 def main() -> None:
-    """The command line's entry."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--seconds", type=float, default=150, help="end a part that takes longer")
-    parser.add_argument("--operations", nargs="+", help="elementwise: those alone, such as rotation")
-    parser.add_argument("--ways", nargs="+", choices=list(WAYS), help="steps: those alone")
+    parser.add_argument("--seconds", type=float, default=150, help="abort a part that takes longer")
+    parser.add_argument("--operations", nargs="+", help="elementwise: only these operations, such as rotation")
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), help="steps: only these variants")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
@@ -93,7 +94,7 @@ def _save(path: Path, data: dict[str, Any]) -> None:
 
 
 def elementwise(folder: Path, names: list[str] | None) -> None:
-    """Norm, SwiGLU, loss and rotation, or those of these names alone."""
+    """Check and time norm, SwiGLU, loss and RoPE, or those named."""
     import torch
     from s2train.kernels.benchmarks.timing import Clock
 
@@ -119,7 +120,7 @@ def elementwise(folder: Path, names: list[str] | None) -> None:
 
 
 def losses(folder: Path) -> None:
-    """20 steps of the 125M hybrid: how far losses lie apart, rounding's own distance beside them."""
+    """Compare losses over 20 steps of the 125M hybrid with rounding differences."""
     base = ["+model=125m_hybrid", "train.global_batch_size=2", "train.micro_batch_size=2", "optim.warmup_steps=2"]
     fp32 = ["train.precision=fp32", "train.seq_length=2048", "dense_attention=efficient"]
     runs = {f"bf16 {name}": [*base, *WAYS[name]] for name in _LOSS_WAYS}
@@ -131,7 +132,10 @@ def losses(folder: Path) -> None:
 
 
 def print_gaps(runs: dict[str, dict[str, Any]]) -> None:
-    """How far the losses of each run lie from those of the first in its precision, at most and on the mean."""
+    """Print each run's largest and mean loss difference from its reference.
+
+    The reference is the first run in the same precision.
+    """
     for name, row in runs.items():
         first = runs[f"{name.split()[0]} torch"]
         if "losses" in row and "losses" in first and row is not first:
@@ -140,7 +144,10 @@ def print_gaps(runs: dict[str, dict[str, Any]]) -> None:
 
 
 def steps(folder: Path, names: Sequence[str]) -> None:
-    """Steps of the 1B hybrid over two sequences of 32k tokens, as `launch/scaling.py` measures them."""
+    """Measure steps of the 1B hybrid on two sequences of 32k.
+
+    The steps are those of `launch/scaling.py`.
+    """
     base = ["+model=1b_hybrid", "train.seq_length=32768", "train.global_batch_size=2"]
     _train(folder / "steps.json", {name: [*base, *WAYS[name]] for name in names}, steps=6, traced=True)
 
@@ -173,7 +180,7 @@ def _train(path: Path, runs: dict[str, list[str]], steps: int, traced: bool) -> 
             row["mfu"] = tokens * plan.flops.sparse / step_s / peak if peak else None
         except Exception as error:
             row["error"] = f"{type(error).__name__}: {error}"[:400]
-        gc.collect()  # what a failed run leaves, whose error held it until here
+        gc.collect()  # frees a failed run's tensors, which its error referenced until here
         torch.cuda.empty_cache()
         data["runs"][name] = row
         _save(path, data)

@@ -1,4 +1,4 @@
-"""Put finished runs side by side: `python launch/compare.py OUTPUT RUN_DIR RUN_DIR …` writes OUTPUT.json and .png."""
+"""Compare finished runs: `python launch/compare.py OUTPUT RUN_DIR RUN_DIR …` writes OUTPUT.json and .png."""
 
 import argparse
 import os
@@ -13,11 +13,11 @@ from s2train.comparison.runs import compare
 
 
 def main() -> None:
-    """The command line's entry."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output", type=Path)
     parser.add_argument("runs", type=Path, nargs="+")
-    parser.add_argument("--command", default=os.environ.get("S2TRAIN_COMMAND", ""), help="what made the runs")
+    parser.add_argument("--command", default=os.environ.get("S2TRAIN_COMMAND", ""), help="command that made the runs")
     given = parser.parse_args()
     run_command(lambda: Console(width=140).print(compare(given.runs, given.output, given.command)))
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains a hybrid and its dense twin with the same settings, one after the other, and puts them side by side.
+# Trains a hybrid and a dense model of the same shape with the same settings, and compares them.
 #   launch/hybrid_vs_dense.sh SIZE OUTPUT [setting=value …]      e.g. 125m launch/results/2026-11-22-h100-125m train.steps=300
 set -euo pipefail
 size=$1 output=${2%.json}

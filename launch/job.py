@@ -1,13 +1,15 @@
-"""torchrun as a run wants it: `python launch/job.py --nproc-per-node 8 launch/pretrain.py +model=… [setting=value …]`.
+"""Run torchrun for a training job.
 
-Takes torchrun's arguments, and does what torchrun alone does not:
-- it prints what ended the job in one line, where torchrun prints 40 of its own;
-- SIGUSR1 reaches the ranks as SIGTERM does, and after a signal or Ctrl-C they have ten minutes to save, not half a one;
-  a second Ctrl-C ends them at once;
-- a run that saved and stopped for a signal ends with status 75, on every node, for a batch script to requeue (with
-  128 + the signal's number under checkpoint.save=false);
-- what starting the ranks again can't mend ends at once under --max-restarts too, with status 2 if the run was rejected
-  and 1 if its loss diverged. (torchrun itself ends with 1, or starts the ranks again.)
+python launch/job.py --nproc-per-node 8 launch/pretrain.py +model=… [setting=value …]
+
+Takes torchrun's arguments, and adds to torchrun:
+- It prints the reason for the job's end in one line, where torchrun prints 40.
+- It forwards SIGUSR1 to the ranks like SIGTERM. After a signal or Ctrl-C the ranks have ten minutes to save, instead of
+  30 seconds. A second Ctrl-C kills them at once.
+- If the run saved and stopped because of a signal, it exits with status 75 on every node, for a batch script to requeue
+  (with 128 + the signal's number under checkpoint.save=false).
+- If restarting the ranks can't help, it exits at once even under --max-restarts: with status 2 if the run was rejected,
+  with 1 if its loss diverged. (torchrun itself exits with 1, or restarts the ranks.)
 """
 
 import inspect
@@ -35,31 +37,31 @@ from s2train.errors import INTERRUPTED_STATUS, STATUS_FILE, USAGE_STATUS
 DEFAULTS = {
     "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
     "PET_SHUTDOWN_TIMEOUT": "600",
-    # torchrun's own store outlives its ranks: they would find the addresses of the dead ones there, and a node that
-    # comes back would never learn its address (torch 2.13). So rank 0 makes a store in each round.
+    # torchrun's own store outlives its ranks: restarted ranks would find the addresses of the dead ones there, and a
+    # node that rejoins would never learn its address (torch 2.13). So rank 0 creates a store in each round.
     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
 }
 
 
 def main() -> int:
-    """Run torchrun; returns the status to end with."""
+    """Run torchrun; returns the exit status."""
     if not sys.argv[1:]:
         print(f"{__doc__}\ntorchrun's own options: --help", file=sys.stderr)
         return USAGE_STATUS
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
-    heed_signals()
+    extend_signal_handling()
     processes = parse_args(sys.argv[1:]).nproc_per_node
     if processes.isdecimal() and int(processes) > 1:
-        os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does, with four lines on it
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does, which prints four lines about it
     if processes == "gpu" and not torch.cuda.is_available():
-        told = "--nproc-per-node=gpu (NPROC_PER_NODE is not set): torch sees no GPU"
-        print(f"error: {told} on {socket.gethostname()}. Set it to the number of processes", file=sys.stderr)
+        problem = "--nproc-per-node=gpu (NPROC_PER_NODE is not set): torch sees no GPU"
+        print(f"error: {problem} on {socket.gethostname()}. Set it to the number of processes", file=sys.stderr)
         return USAGE_STATUS
     try:
         given, _, _ = config_from_args(parse_args(sys.argv[1:]))
         problem = "" if given.nproc_per_node > 0 else f"--nproc-per-node={processes}: not a number of processes"
-    except ValueError as error:  # torchrun would print its stack
+    except ValueError as error:  # torchrun would print the stack
         problem = str(error)
     if problem:
         print(f"error: {problem}. {Path(__file__).name} takes torchrun's options, see --help", file=sys.stderr)
@@ -67,47 +69,47 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="s2train_") as folder:
         status = Path(folder) / "status"
         os.environ[STATUS_FILE] = str(status)
-        os.environ.setdefault("TORCHELASTIC_ERROR_FILE", str(Path(folder) / "error.json"))  # it complains without
+        os.environ.setdefault("TORCHELASTIC_ERROR_FILE", str(Path(folder) / "error.json"))  # torchrun warns if unset
         try:
             torchrun(sys.argv[1:])
         except SignalException as error:
             wait_for_ranks()
             if not status.exists():
-                print(f"error: {error.sigval.name}: the ranks ended without saving", file=sys.stderr)
+                print(f"error: {error.sigval.name}: the ranks exited without saving", file=sys.stderr)
                 return 128 + error.sigval
         except ChildFailedError as error:
             if line := failure(error):
                 print(line, file=sys.stderr)
             return 1
-        except KeyboardInterrupt:  # before there were ranks
+        except KeyboardInterrupt:  # before the ranks started
             print("interrupted", file=sys.stderr)
             return INTERRUPTED_STATUS
         return int(status.read_text()) if status.exists() else 0
 
 
 def failure(error: ChildFailedError) -> str:
-    """One line on the rank of this node that ended first; empty if it has printed why."""
+    """Describe this node's first failed rank; empty if it printed its error."""
     failed = sorted(error.failures.items(), key=lambda item: item[1].timestamp)
-    # Of the others torchrun made an end.
+    # torchrun terminated the others.
     rank, first = next((item for item in failed if item[1].exitcode != -signal.SIGTERM), failed[0])
     message = first.message["message"] if isinstance(first.message, dict) else ""
     if message.startswith("error: "):
         return ""
     end = first.signal_name() if first.exitcode < 0 else f"status {first.exitcode}"
     reason = f": {message}" if message else ""
-    return f"error: rank {rank} on {socket.gethostname()} (local rank {first.local_rank}) ended with {end}{reason}"
+    return f"error: rank {rank} on {socket.gethostname()} (local rank {first.local_rank}) exited with {end}{reason}"
 
 
-def heed_signals() -> None:
-    """Let a second Ctrl-C end the ranks at once, and a torch before 2.13 heed PET_SHUTDOWN_TIMEOUT.
+def extend_signal_handling() -> None:
+    """Let a second Ctrl-C kill the ranks, and respect PET_SHUTDOWN_TIMEOUT.
 
-    That torch kills the ranks half a minute after a signal.
+    torch before 2.13 kills the ranks 30 seconds after a signal.
     """
     close, is_patient = PContext.close, "shutdown_timeout" in inspect.signature(LaunchConfig).parameters
 
     def patient_close(self: PContext, death_sig: signal.Signals | None = None, timeout: int = 30) -> None:
         stop = sys.exc_info()[1]
-        if isinstance(stop, SignalException):  # a failed rank's peers may hang: they have half a minute
+        if isinstance(stop, SignalException):  # after a failure instead, other ranks may hang: they keep 30 seconds
             timeout = timeout if is_patient else int(os.environ["PET_SHUTDOWN_TIMEOUT"])
             if stop.sigval == signal.SIGINT:
                 signal.signal(signal.SIGINT, kill_ranks)
@@ -117,14 +119,17 @@ def heed_signals() -> None:
 
 
 def kill_ranks(number: int, frame: FrameType | None) -> None:
-    """End the ranks and what they started, now. What they saved is whole."""
+    """Kill the ranks and their child processes; completed checkpoints stay valid."""
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess):
             process.kill()
 
 
 def wait_for_ranks() -> None:
-    """Let ranks that are at work yet end by themselves: a second signal ends torchrun's own waiting."""
+    """Wait for the ranks to exit, even if further signals arrive.
+
+    A second signal ends torchrun's own waiting.
+    """
     for name in DEFAULTS["PET_SIGNALS_TO_HANDLE"].split(","):
         signal.signal(signal.Signals[name], kill_ranks if name == "SIGINT" else signal.SIG_IGN)
     psutil.wait_procs(psutil.Process().children(), timeout=float(os.environ["PET_SHUTDOWN_TIMEOUT"]))

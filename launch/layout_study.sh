@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Which layers should be dense, and does sharding by head help? One small model, one budget of tokens, two seeds, under: dense;
-# all sparse with heads alike (homogeneous) and shifted; dense layers first, last and interleaved; one in 3, 7 and 17.
+# Measures which layers should be dense, and whether different offsets per head help. Trains one small model with a fixed
+# number of tokens and two seeds: all dense; all sparse with equal (homogeneous) and with shifted heads; dense layers first,
+# last and interleaved; one dense layer in 3, 7 and 17.
 #   launch/layout_study.sh FOLDER [setting=value …]     e.g. launch/layout_study.sh runs/sweeps/layouts hydra.launcher.n_jobs=3
-# FOLDER/sweep.{csv,png} hold losses and tokens/s. Interrupted, the same command goes on.
+# FOLDER/sweep.{csv,png} contain losses and tokens/s. After an interruption the same command resumes.
 set -euo pipefail
 folder=$1
 shift

@@ -1,8 +1,10 @@
-"""Step times at long sequences, hybrids beside dense models: `python launch/long_steps.py OUTPUT --lengths 8k 32k`.
+"""Measure step times of hybrid and dense models at long sequences.
 
-Writes OUTPUT.json and OUTPUT.png and prints a table. What OUTPUT.json has already is not measured again, so that a
-broken-off measurement resumes. Each way has the fastest kernels installed for it; `--layouts DSSS D1S7` names hybrids.
-Arguments `setting=value` go to every run, such as model.vocab_size=8192. Nothing is saved.
+python launch/long_steps.py OUTPUT --lengths 8k 32k
+
+Writes OUTPUT.json and OUTPUT.png and prints a table. An interrupted measurement resumes: results in OUTPUT.json are not
+measured again. Each variant uses its fastest installed kernels; `--layouts DSSS D1S7` selects the hybrids' layers.
+Arguments `setting=value`, such as model.vocab_size=8192, apply to every run. The runs save no checkpoints.
 """
 
 import argparse
@@ -26,35 +28,37 @@ from s2train.files import check_writable, output_stem
 
 
 def tokens(text: str) -> int:
-    """8k as 8,192."""
+    """Parse 8k as 8,192."""
     return int(text[:-1]) * 1024 if text.endswith("k") else int(text)
 
 
 def layers(text: str) -> int | None:
-    """A number, or auto as None."""
+    """Parse a number, or auto as None."""
     return None if text == "auto" else int(text)
 
 
 def main() -> None:
-    """The command line's entry."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
     parser.add_argument("overrides", nargs="*", help="settings of every run")
-    parser.add_argument("--size", default="7b", help="of conf/model, as in SIZE_hybrid and SIZE_dense")
-    parser.add_argument("--lengths", type=tokens, nargs="+", default=[8192, 32768, 131072], help="such as 8k 32k")
-    parser.add_argument("--tokens", type=tokens, default=131072, help="a step, in sequences of a length")
-    parser.add_argument("--layers", type=layers, default=None, help="how many, or auto: as many as fit")
-    parser.add_argument("--steps", type=int, default=7, help="measured")
-    parser.add_argument("--warmup", type=int, default=4, help="steps before, which compile and tune")
+    parser.add_argument("--size", default="7b", help="model size: SIZE_hybrid and SIZE_dense of conf/model")
+    parser.add_argument(
+        "--lengths", type=tokens, nargs="+", default=[8192, 32768, 131072], help="sequence lengths, such as 8k 32k"
+    )
+    parser.add_argument("--tokens", type=tokens, default=131072, help="tokens per step")
+    parser.add_argument("--layers", type=layers, default=None, help="number of layers, or auto: as many as fit")
+    parser.add_argument("--steps", type=int, default=7, help="measured steps")
+    parser.add_argument("--warmup", type=int, default=4, help="steps before them, which compile and tune")
     parser.add_argument("--layouts", nargs="+", default=["DSSS"], help="layer strings of the hybrids, such as D1S7")
-    parser.add_argument("--ways", nargs="+", help="names of those to measure; all by default")
+    parser.add_argument("--ways", nargs="+", help="names of the variants to measure; default: all")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_intermixed_args(settings_before_options(sys.argv[1:]))
     run_command(serve_cases if given.serve else lambda: measure_and_show(given))
 
 
 def measure_and_show(given: argparse.Namespace) -> None:
-    """Measure what is missing, and show all."""
+    """Measure missing results, and show all."""
     output = output_stem(given.output)
     check_writable("output", output.parent)
     console = Console(width=int(os.environ.get("COLUMNS", "160")))
@@ -72,7 +76,7 @@ def measure_and_show(given: argparse.Namespace) -> None:
     if given.ways is not None:
         if unknown := sorted(set(given.ways) - {way.name for way in ways}):
             names = ", ".join(way.name for way in ways)
-            raise ConfigError("--ways", unknown[0], "there is no such way here", f"Name some of: {names}.")
+            raise ConfigError("--ways", unknown[0], "unknown or unavailable here", f"Choose from: {names}.")
         ways = [way for way in ways if way.name in given.ways]
     made_by = {"command": shlex.join(["python", *sys.argv]), **environment()}
     serving = [str(Path(__file__).resolve()), str(output), "--serve"]

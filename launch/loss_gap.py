@@ -1,4 +1,4 @@
-"""How far apart losses of finished runs are: `python launch/loss_gap.py BASE_RUN RUN … [--output FILE.json]`."""
+"""Compare losses of finished runs: `python launch/loss_gap.py BASE_RUN RUN … [--output FILE.json]`."""
 
 import argparse
 import json
@@ -15,7 +15,7 @@ from s2train.files import output_stem, replacing
 
 
 def main() -> None:
-    """The command line's entry."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("base", type=Path)
     parser.add_argument("runs", type=Path, nargs="+")
@@ -25,7 +25,7 @@ def main() -> None:
 
 
 def show(base: Path, runs: list[Path], output: Path | None) -> None:
-    """Print the table, and write it where asked."""
+    """Print the table, and write it to a file if given."""
     found = gaps(base, runs)
     Console(width=100).print(table(base, found))
     if output is not None:

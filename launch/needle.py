@@ -1,10 +1,10 @@
-"""Score needle retrieval of a checkpoint over length x depth, in one task or several.
+"""Score a checkpoint's needle retrieval over length and depth.
 
 python launch/needle.py checkpoint=runs/tiny_hybrid
 python launch/job.py --nproc-per-node 8 launch/needle.py checkpoint=runs/7b_hybrid tp=2 trials=100 \\
     lengths=[8192,32768] 'task=[single,multi,key_value,variable_tracking]'
 
-After an interruption, run it again to go on.
+After an interruption, the same command resumes.
 """
 
 import _surroundings  # noqa: F401 (prints why the rest can't start)
@@ -22,11 +22,11 @@ config.register()
 
 
 def needle(composed: DictConfig) -> None:
-    """Evaluate."""
+    """Evaluate a checkpoint."""
     cfg = config.to_object(composed)
     check_ranks()
     check_gpus()
-    apex_available()  # Megatron would import an impostor
+    apex_available()  # rejects another package named apex, which Megatron would import
     from s2train.needles.evaluate_checkpoint import evaluate  # imports Megatron: slow
 
     evaluate(cfg)
@@ -34,7 +34,7 @@ def needle(composed: DictConfig) -> None:
 
 @hydra.main(config_path="../conf", config_name="needle", version_base="1.3")
 def main(composed: DictConfig) -> None:
-    """Hydra's entry."""
+    """Run Hydra's main."""
     run_command(lambda: needle(composed))
 
 

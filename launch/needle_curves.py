@@ -1,8 +1,10 @@
-"""Pictures of needle_recipe.py's variants: `python launch/needle_curves.py ROOT OUTPUT` writes OUTPUT.json and .png.
+"""Draw the results of needle_recipe.py's variants.
 
-Above, the share of exact answers over training steps, a panel a length; below, the grids. Variants that shared their
-GPU while they trained are named after `--shared`: their times are left out. Each `--beside FILE` draws those of an
-earlier OUTPUT.json too; in the new one they are named with their files.
+python launch/needle_curves.py ROOT OUTPUT            writes OUTPUT.json and OUTPUT.png
+
+Top: share of exact answers over training steps, one panel per length. Bottom: the grids. List variants that shared a
+GPU during training after `--shared`: their times are omitted. Each `--beside FILE` also draws the variants of an
+earlier OUTPUT.json; the new OUTPUT.json lists them with their files.
 """
 
 import argparse
@@ -29,12 +31,13 @@ from s2train.training.records import read_records
 
 
 def read_variant(folder: Path) -> dict[str, Any]:
-    """A variant's points [step, length, correct, trials], of each phase the seconds that its steps took and the
-    held-out loss of its last evaluation (nats a token), which a phase under way has too; and its grid.
+    """Read a variant's points, times, held-out losses and grid.
 
-    Seconds are from metrics.jsonl: without starting, evaluating and saving. The first report after each start has
-    compilation in it: the median of the others counts in its place. Where they are known: the `seed` of all phases;
-    and of each phase the `wall_seconds` of its programs, and the command that began it, from programs.jsonl.
+    Points are [step, length, correct, trials]. Each phase, finished or not, has the seconds of its steps and the
+    held-out loss of its last evaluation (nats per token). Seconds come from metrics.jsonl and exclude starting,
+    evaluating and saving; the first report after each start includes compilation, so the median of the others replaces
+    it. If known, the result includes the `seed` of all phases and, from programs.jsonl, the `wall_seconds` of each
+    phase's programs and the command that started it.
     """
     points: list[tuple[int, int, int, int]] = []
     seconds: dict[str, float] = {}
@@ -51,8 +54,8 @@ def read_variant(folder: Path) -> dict[str, Any]:
     figures = {"seconds": seconds, "held_out_loss": held_out, **_programs(folder / "programs.jsonl")}
     seeds = {_seed(folder / phase / "config.yaml") for phase in seconds}
     seed = seeds.pop() if len(seeds) == 1 else None
-    told = {} if seed is None else {"seed": seed}
-    return {"points": sorted(points), **told, **figures, "grid": grid and asdict(grid)}
+    known = {} if seed is None else {"seed": seed}
+    return {"points": sorted(points), **known, **figures, "grid": grid and asdict(grid)}
 
 
 def _seed(config: Path) -> int | None:
@@ -60,12 +63,12 @@ def _seed(config: Path) -> int | None:
 
 
 def _programs(path: Path) -> dict[str, dict[str, Any]]:
-    """Of each phase trained the seconds of all its programs, and the first command that was not refused."""
+    """Return each trained phase's total seconds and first accepted command."""
     seconds: dict[str, float] = {}
     commands: dict[str, str] = {}
     for record in read_records(path) if path.is_file() else []:
         runs = [word for word in record["command"] if word.startswith("run_dir=")]
-        if runs:  # a training's
+        if runs:  # a training program
             phase = Path(runs[-1]).name
             seconds[phase] = round(seconds.get(phase, 0) + record["seconds"], 3)
             if record["status"] != USAGE_STATUS:
@@ -74,7 +77,7 @@ def _programs(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _seconds(records: list[dict[str, Any]]) -> float:
-    """What all steps reported took."""
+    """Return the total time of all reported steps."""
     reports = [index for index, record in enumerate(records) if "step_time_s" in record]
     starts = [index for index, record in enumerate(records) if record.get("event") == "config"]
     steps = np.array([records[index]["step"] for index in reports])
@@ -89,8 +92,8 @@ def _label(name: str, variant: dict[str, Any]) -> str:
     return name if variant.get("seed") is None else f"{name} (seed {variant['seed']})"
 
 
-def reach_told(cells: list[Cell]) -> str:
-    """Through how many of the last layers the needles of `cells` reach their questions; empty if that is not known."""
+def describe_reach(cells: list[Cell]) -> str:
+    """Describe after how many layers needles reach questions; empty if unknown."""
     layers = sorted({cell.reach.from_last for cell in cells if cell.reach})
     reached = [count for count in layers if count >= 0]
     if not layers:
@@ -103,7 +106,7 @@ def reach_told(cells: list[Cell]) -> str:
 
 
 def draw(variants: dict[str, dict[str, Any]], path: Path) -> None:
-    """Curves of all variants, and a heat map of each grid."""
+    """Draw curves of all variants, and a heat map of each grid."""
     grids = {name: results_from(variant["grid"]) for name, variant in variants.items() if variant["grid"]}
     figure = Figure(figsize=(3.2 * max(2, len(variants)), 7), dpi=140, layout="constrained")
     FigureCanvasAgg(figure)
@@ -133,20 +136,20 @@ def draw(variants: dict[str, dict[str, Any]], path: Path) -> None:
         axes.set_yticks(range(len(grid.depths)), [f"{100 * depth:.0f} %" for depth in grid.depths], fontsize=7)
         label = _label(name, variants[name])
         title = f"{label}: {100 * grid.score.share:.1f} %" if grid.score else label
-        axes.set_title(f"{title}\n{reach_told(grid.asked)}".rstrip(), fontsize=8)
+        axes.set_title(f"{title}\n{describe_reach(grid.asked)}".rstrip(), fontsize=8)
     figure.savefig(path, format="png")
 
 
 def read_earlier(file: Path) -> dict[str, dict[str, Any]]:
-    """The variants of an OUTPUT.json.
+    """Read the variants of an OUTPUT.json.
 
     Raises:
-        OSError, ValueError, KeyError, TypeError, ArithmeticError: it is none, or can't be drawn.
+        OSError, ValueError, KeyError, TypeError, ArithmeticError: it is invalid, or can't be drawn.
     """
     variants = json.loads(file.read_text(encoding="utf-8"))["variants"]
     if not isinstance(variants, dict):
         raise TypeError(variants)
-    for variant in variants.values():  # what `draw` takes of each
+    for variant in variants.values():  # checks what `draw` uses
         _ = [step + length + correct / trials for step, length, correct, trials in variant["points"]]
         _ = sum({**variant["seconds"]}.values())
         _ = variant["grid"] and results_from(variant["grid"]).columns
@@ -154,17 +157,19 @@ def read_earlier(file: Path) -> dict[str, dict[str, Any]]:
 
 
 def main() -> None:
-    """The command line's entry."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", type=Path)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--shared", nargs="*", default=[], metavar="VARIANT", help="trained beside others on one GPU")
     parser.add_argument(
-        "--beside", action="append", type=Path, default=[], metavar="FILE", help="earlier OUTPUT.json; may come again"
+        "--shared", nargs="*", default=[], metavar="VARIANT", help="variants trained with others on one GPU"
+    )
+    parser.add_argument(
+        "--beside", action="append", type=Path, default=[], metavar="FILE", help="earlier OUTPUT.json; may be repeated"
     )
     given = parser.parse_args()
     if not given.root.is_dir():
-        parser.error(f"{given.root}: no such folder; `launch/needle_recipe.py train` makes it")
+        parser.error(f"{given.root}: no such folder; `launch/needle_recipe.py train` creates it")
     try:
         stem = output_stem(given.output, "OUTPUT")
     except ConfigError as error:
@@ -172,7 +177,7 @@ def main() -> None:
     table, picture = (stem.with_name(stem.name + suffix) for suffix in (".json", ".png"))
     there = [str(path) for path in (table, picture) if path.exists()]
     if there:
-        parser.error(f"{there[0]} is there, and not overwritten: name another OUTPUT, or move it away")
+        parser.error(f"{there[0]} exists and is not overwritten: name another OUTPUT, or move it away")
     folders = [path for path in sorted(given.root.iterdir()) if any(path.glob("*/metrics.jsonl"))]
     variants = {folder.name: read_variant(folder) for folder in folders}
     for name in given.shared:
@@ -187,14 +192,14 @@ def main() -> None:
         try:
             earlier = read_earlier(file)
         except (OSError, ValueError, KeyError, TypeError, ArithmeticError):
-            parser.error(f"--beside {file}: no OUTPUT.json of this program")
+            parser.error(f"--beside {file}: not an OUTPUT.json of this program")
         if twice := sorted(drawn.keys() & earlier.keys()):
-            parser.error(f"--beside {file}: {', '.join(twice)} is there already; move the folder or leave the file out")
+            parser.error(f"--beside {file}: {', '.join(twice)} occurs twice; move the folder or omit the file")
         drawn |= earlier
         beside |= dict.fromkeys(earlier, str(file))
     draw(drawn, picture)
-    told = {"command": shlex.join(["python", *sys.argv]), **environment(), "variants": variants}
-    content = told | ({"beside": beside} if beside else {})
+    own = {"command": shlex.join(["python", *sys.argv]), **environment(), "variants": variants}
+    content = own | ({"beside": beside} if beside else {})
     table.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 

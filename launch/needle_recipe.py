@@ -1,14 +1,16 @@
-"""Trains a small model from scratch to find needles at 128k tokens, on one GPU, in phases of growing length.
+"""Train a small model to find needles at 128k tokens.
 
-python launch/needle_recipe.py plan                   phases, tokens and predicted seconds of every variant
-python launch/needle_recipe.py data                   all training documents, once for all variants
-python launch/needle_recipe.py train hybrid           all phases, one after the other
-python launch/needle_recipe.py evaluate hybrid        the grid up to the longest length, of the last phase trained
-python launch/needle_recipe.py curve hybrid           accuracy of every checkpoint, at two lengths
-                      each: --root runs/needle  --minutes 9; for train also settings of launch/pretrain.py
+It trains from scratch on one GPU, in phases of increasing length.
 
-Run `train` or `evaluate` again to go on where it stopped, as it does when --minutes are over. What their programs
-took is written to ROOT/VARIANT/programs.jsonl.
+python launch/needle_recipe.py plan                   print phases, tokens and predicted seconds of every variant
+python launch/needle_recipe.py data                   make the training documents of all variants
+python launch/needle_recipe.py train hybrid           train all phases, one after the other
+python launch/needle_recipe.py evaluate hybrid        evaluate the last trained phase up to the longest length
+python launch/needle_recipe.py curve hybrid           evaluate every checkpoint at two lengths
+                      each: --root runs/needle  --minutes 9; train also takes settings of launch/pretrain.py
+
+`train` and `evaluate` stop after --minutes; the same command resumes them. The times of their programs are written to
+ROOT/VARIANT/programs.jsonl.
 """
 
 import argparse
@@ -35,9 +37,9 @@ VARIANTS = ("hybrid", "dense", "sparse_shifted", "sparse_homogeneous", "hybrid_h
 DEPTHS = [n / 10 for n in range(11)]
 GRID = (8192, 16384, 32768, 65536, 131072)  # lengths of `evaluate`
 CURVE = (8192, 32768)  # lengths of `curve`
-_LEAST_SECONDS = 40  # to start, do something and save
-_OVER = "the time is over; run this again to go on"
-HELD_OUT = 0.02  # of the documents, for the loss after each phase
+_LEAST_SECONDS = 40  # to start, make progress and save
+_OVER = "time limit reached; the same command resumes"
+HELD_OUT = 0.02  # share of the documents, for the loss after each phase
 
 
 @dataclass(frozen=True)
@@ -45,13 +47,13 @@ class Phase:
     """Training at one length.
 
     Attributes:
-        length: tokens of a document, which is a sequence.
-        batch: sequences a step, and `micro` of them at once.
-        steps: of this phase.
-        share: range of a document's tokens that facts and questions take.
-        facts: range of different keys in a document.
-        questions_last: share of documents that ask at the end alone: look-ups over every distance.
-        blend: names of SOURCES, with their weights.
+        length: tokens per document, which is one sequence.
+        batch: sequences per step, in micro batches of `micro`.
+        steps: steps of this phase.
+        share: range of the share of a document's tokens in facts and questions.
+        facts: range of the number of different keys in a document.
+        questions_last: share of documents that ask only at the end, for look-ups over all distances.
+        blend: names of SOURCES with their weights.
     """
 
     length: int
@@ -72,9 +74,9 @@ class Phase:
         return self.batch * self.steps
 
 
-# Look-ups are learned at 512 tokens, where a document has the most of them; distance is no matter then (see
-# conf/model/size/needle.yaml), but ever more filler is. A long document is a step of its own: a text's gradients would
-# drown those of the facts.
+# The model learns look-ups at 512 tokens, where documents have the most of them. Longer distances are then no harder
+# (see conf/model/size/needle.yaml), but the growing amount of filler is. A long document is a whole step, so these
+# phases use no text: its gradients would drown those of the facts.
 _FACTS_ALONE = (("noise", 0.7), ("lines", 0.3))
 PHASES = (
     Phase(512, 64, 64, 7000, (0.1, 1.0), (1, 32), 0.0),
@@ -91,17 +93,17 @@ SOURCES = {
 
 
 def last_step(number: int) -> int:
-    """The step at which phase `number` ends: steps are counted through all phases."""
+    """Return the last step of phase `number`, counted through all phases."""
     return sum(phase.steps for phase in PHASES[: number + 1])
 
 
 def tokenizer(root: Path) -> Path:
-    """The tokenizer of all data: a byte-level BPE trained on the first of them."""
+    """Return the tokenizer: a byte-level BPE trained on the first documents."""
     return root / "data" / f"{PHASES[0].name}-{PHASES[0].blend[0][0]}-tokenizer.json"
 
 
 def data_commands(root: Path, phase: Phase) -> list[list[str]]:
-    """How the documents of `phase` are made, one program a source."""
+    """Return the commands that make a phase's documents, one per source."""
     commands = []
     for number, (name, weight) in enumerate(phase.blend):
         output = root / "data" / f"{phase.name}-{name}"
@@ -113,7 +115,7 @@ def data_commands(root: Path, phase: Phase) -> list[list[str]]:
                 f"output={output}",
                 "tokenizer=bpe:1024" if makes_tokenizer else f"tokenizer={tokenizer(root)}",
                 f"needles.length={phase.length}",
-                # a few more than are drawn, and for the held-out part at least two
+                # a few more than are drawn, and at least two in the held-out part
                 f"needles.documents={int(phase.samples * weight * 1.01 / (1 - HELD_OUT)) + 100}",
                 f"needles.share={list(phase.share)}",
                 f"needles.facts={list(phase.facts)}",
@@ -127,7 +129,7 @@ def data_commands(root: Path, phase: Phase) -> list[list[str]]:
 
 
 def train_command(root: Path, variant: str, number: int) -> list[str]:
-    """How phase `number` is trained: from its own last checkpoint, else from the phase before."""
+    """Return the command that trains or resumes phase `number`."""
     phase, run = PHASES[number], run_folder(root, variant, number)
     started = any((run / "checkpoints").glob("iter_*"))
     resume = [] if started or number == 0 else [f"checkpoint.resume={run_folder(root, variant, number - 1)}"]
@@ -156,7 +158,11 @@ def train_command(root: Path, variant: str, number: int) -> list[str]:
 
 
 def needle_command(checkpoint: Path, lengths: list[int], trials: int, output: Path) -> list[str]:
-    """How a checkpoint is evaluated; `trials` for each of eleven depths."""
+    """Return the command that evaluates a checkpoint at eleven depths.
+
+    Args:
+        trials: at each depth.
+    """
     return [
         str(LAUNCH / "needle.py"),
         f"checkpoint={checkpoint}",
@@ -170,7 +176,7 @@ def needle_command(checkpoint: Path, lengths: list[int], trials: int, output: Pa
 
 
 def curve_commands(checkpoints: Sequence[Path]) -> list[list[str]]:
-    """How those that were not are evaluated, each beside its run's checkpoints."""
+    """Return the commands that evaluate the remaining checkpoints, into their run folders."""
     outputs = [checkpoint.parents[1] / "needle" / checkpoint.name for checkpoint in checkpoints]
     return [
         needle_command(checkpoint, list(CURVE), 2, output)
@@ -184,26 +190,29 @@ def run_folder(root: Path, variant: str, number: int) -> Path:
 
 
 def is_trained(root: Path, variant: str, number: int) -> bool:
-    """Whether phase `number` is at its end."""
+    """Whether phase `number` is complete."""
     return (run_folder(root, variant, number) / "checkpoints" / f"iter_{last_step(number):07d}").is_dir()
 
 
 class Deadline:
-    """Runs programs until the time is over, and ends with status 1 then. Nothing is started in the last moments."""
+    """Runs programs until a time limit, then exits with status 1.
+
+    Starts no program shortly before the limit.
+    """
 
     def __init__(self, minutes: float) -> None:
         self._end = time.monotonic() + 60 * minutes
 
     @property
     def is_near(self) -> bool:
-        """Whether too little is left to start a program in, and to save."""
+        """Whether the time left is too short to start and save."""
         return time.monotonic() > self._end - _LEAST_SECONDS
 
     def run(self, command: list[str], record: Path | None = None) -> None:
-        """Run a program of launch/; exits with its status if it fails.
+        """Run a program of launch/; exit with its status if it fails.
 
         Args:
-            record: JSON lines, to which its command, seconds and status are appended when it ends or is stopped.
+            record: JSON lines file; the program's command, seconds and status are appended when it exits.
         """
         started = time.monotonic()
         if self.is_near:
@@ -216,7 +225,7 @@ class Deadline:
             is_over = True
             program.terminate()  # training saves first
             program.wait()
-        except KeyboardInterrupt:  # the program has got the Ctrl-C too, and saves
+        except KeyboardInterrupt:  # the program receives Ctrl-C too, and saves
             program.wait()
             raise
         finally:
@@ -228,7 +237,7 @@ class Deadline:
             sys.exit(_OVER if is_over else program.returncode)
 
     def run_together(self, commands: list[list[str]], at_once: int) -> None:
-        """Run programs of launch/ side by side; exits if any fails, or the time is over."""
+        """Run programs concurrently; exit if one fails or at the limit."""
         waiting, running = list(commands), []
         while waiting or running:
             while waiting and len(running) < at_once and not self.is_near:
@@ -254,7 +263,10 @@ def _append(path: Path, record: dict[str, Any]) -> None:
 
 
 def make_data(root: Path, last: int, deadline: Deadline) -> None:
-    """Documents of all phases up to `last`; the first program also makes the tokenizer, the others run side by side."""
+    """Make the documents of all phases up to `last`.
+
+    The first program also trains the tokenizer; the others run concurrently.
+    """
     first, *others = [
         (root / "data" / f"{phase.name}-{name}.idx", command)
         for phase in PHASES[: last + 1]
@@ -267,14 +279,14 @@ def make_data(root: Path, last: int, deadline: Deadline) -> None:
 
 
 def plan_table(root: Path) -> Table:
-    """Predicted seconds on an H100 of forward and backward, of each phase and variant; starts not counted."""
-    table = Table("phase", "steps", "tokens", *VARIANTS, title="predicted seconds, without starting and saving")
+    """Tabulate predicted H100 seconds of forward and backward per phase."""
+    table = Table("phase", "steps", "tokens", *VARIANTS, title="predicted seconds, excluding starting and saving")
     sums = dict.fromkeys(VARIANTS, 0.0)
     for number, phase in enumerate(PHASES):
         row = []
         for variant in VARIANTS:
             costs = phase_costs(root, variant, number)
-            # Rates were measured with heads of 128; those of 64 keep the tensor cores half as busy.
+            # Rates were measured with head_dim 128; 64 uses half of the tensor cores' rate.
             seconds = phase.samples * (costs.linear_seconds + 128 / costs.head_dim * costs.attention_seconds)
             sums[variant] += seconds
             row.append(f"{seconds:.0f}")
@@ -284,37 +296,37 @@ def plan_table(root: Path) -> Table:
 
 
 def phase_costs(root: Path, variant: str, number: int) -> ModelCosts:
-    """What a sequence of phase `number` costs."""
+    """Return the costs of one sequence of phase `number`."""
     cfg = compose_run(train_command(root, variant, number)[1:])
     return model_costs(cfg.model, hybrid_layout(cfg), cfg.train.seq_length)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command line's entry."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=("plan", "data", "train", "evaluate", "curve"))
     parser.add_argument("variant", choices=VARIANTS, nargs="?", default="hybrid")
     parser.add_argument("--root", type=Path, default=Path("runs/needle"))
-    parser.add_argument("--minutes", type=float, default=9)  # and some more to save what is under way
-    parser.add_argument("--longest", type=int, default=PHASES[-1].length, help="leave longer phases out")
+    parser.add_argument("--minutes", type=float, default=9)  # saving may take longer
+    parser.add_argument("--longest", type=int, default=PHASES[-1].length, help="skip longer phases")
     given, settings = parser.parse_known_args(arguments)
     if wrong := [setting for setting in settings if "=" not in setting or setting.startswith("-")]:
         parser.error(f"unknown: {' '.join(wrong)}")
     if settings and given.action != "train":
-        parser.error(f"settings ({' '.join(settings)}) go to train alone; {given.action} takes none")
+        parser.error(f"settings ({' '.join(settings)}) apply to train only; {given.action} takes none")
     deadline, root, variant = Deadline(given.minutes), given.root, given.variant
     record = root / variant / "programs.jsonl"
     phases = [number for number, phase in enumerate(PHASES) if phase.length <= given.longest]
     if not phases:
         parser.error(f"--longest {given.longest}: the first phase has {PHASES[0].length} tokens")
-    last, train = phases[-1], f"train it first: python launch/needle_recipe.py train {variant} --root {root}"
+    last, train = phases[-1], f"first run python launch/needle_recipe.py train {variant} --root {root}"
     if given.action == "plan":
         Console(width=140).print(plan_table(root))
     elif given.action == "data":
         make_data(root, last, deadline)
     elif given.action == "train":
         if not Path(tokenizer(root)).is_file():
-            sys.exit(f"no data in {root}: make them first: python launch/needle_recipe.py data --root {root}")
+            sys.exit(f"no data in {root}: first run python launch/needle_recipe.py data --root {root}")
         for number in range(last + 1):
             if not is_trained(root, variant, number):
                 deadline.run([*train_command(root, variant, number), *settings], record)
@@ -323,7 +335,7 @@ def main(arguments: list[str] | None = None) -> None:
         checkpoints = [path for folder in folders for path in sorted(folder.glob("iter_*"))]
         if not checkpoints:
             sys.exit(f"no checkpoint of {variant} in {root}: {train}")
-        deadline.run_together(curve_commands(checkpoints), 6)  # on one GPU: starting takes longest
+        deadline.run_together(curve_commands(checkpoints), 6)  # on one GPU: start-up dominates
     else:
         trained = [number for number in range(last + 1) if is_trained(root, variant, number)]
         if not trained:

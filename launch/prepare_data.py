@@ -15,7 +15,7 @@ register()
 
 
 def prepare_data(settings: PrepareConfig) -> None:
-    """Prepare, and print what was made."""
+    """Prepare a dataset, and print its summary."""
     from s2train.data.indexed import read_document_lengths
     from s2train.data.tokenizers import load_tokenizer
     from s2train.preparation.prepare import prepare  # imports Megatron: slow
@@ -28,7 +28,7 @@ def prepare_data(settings: PrepareConfig) -> None:
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="prepare_data")
 def main(cfg: DictConfig) -> None:
-    """Hydra's entry."""
+    """Run Hydra's main."""
     run_command(lambda: prepare_data(to_object(cfg)))
 
 

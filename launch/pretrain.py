@@ -1,9 +1,11 @@
-"""Pretrain: `python launch/job.py --nproc-per-node N launch/pretrain.py +model=tiny_hybrid [setting=value …]`.
+"""Pretrain a model.
 
-job.py is torchrun with errors in one line; torchrun itself works too, and python for one process.
+python launch/job.py --nproc-per-node N launch/pretrain.py +model=tiny_hybrid [setting=value …]
+
+job.py runs torchrun and reports errors in one line; plain torchrun works too, and python for one process.
 Sweep: `python launch/pretrain.py -m +model=tiny_hybrid layout=dense,s2_b16_l4_v4 seed=1,2` (s2train/sweeps).
-`plan=true` prints what the run would cost and builds nothing, with `plan.device=h100-80gb plan.count=8` for GPUs that
-are not here.
+`plan=true` prints what the run would cost and builds nothing; `plan.device=h100-80gb plan.count=8` plans for GPUs that
+this machine doesn't have.
 """
 
 import gc
@@ -37,10 +39,10 @@ TIMES.end("imports")
 
 
 def pretrain(composed: DictConfig) -> None:
-    """Judge the settings, then train."""
+    """Check the settings, then train."""
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         remedy = "Leave hydra/launcher out, or set it to s2train_local or s2train_slurm"
-        raise ConfigError("hydra/launcher", "another", "jobs of a sweep need processes of their own", remedy)
+        raise ConfigError("hydra/launcher", "(another)", "each job of a sweep needs its own processes", remedy)
     TIMES.end("compose")
     check_ranks()
     world_size, is_first = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK", "0") == "0"
@@ -57,7 +59,7 @@ def pretrain(composed: DictConfig) -> None:
         open_device()
         TIMES.end("device")
         plan = check(cfg, world_size, hardware)
-        apex_available()  # Megatron would import an impostor
+        apex_available()  # rejects another package named apex, which Megatron would import
     if is_first:
         print(format_plan(plan), flush=True)
     TIMES.end("plan")
@@ -67,18 +69,18 @@ def pretrain(composed: DictConfig) -> None:
     import_megatron()
     from s2train.training.run import run
 
-    gc.freeze()  # what was imported stays: collections need not look at it again
+    gc.freeze()  # imported objects stay alive: later collections skip them
     TIMES.end("megatron")
     run(cfg, plan, TIMES)
 
 
 @hydra.main(config_path="../conf", config_name="pretrain", version_base="1.3")
 def main(composed: DictConfig) -> None:
-    """Hydra's entry."""
+    """Run Hydra's main."""
     run_command(lambda: pretrain(composed))
 
 
-# Saving starts processes, which import this file again.
+# Saving starts processes that import this file again.
 if __name__ == "__main__":
     of_sweeps = dict.fromkeys((config.LocalSweepConfig, config.SlurmSweepConfig), "hydra.launcher")
     run_hydra(main, config.PretrainConfig, __doc__, of_sweeps)

@@ -1,14 +1,15 @@
-"""What several GPUs of this host give: `python launch/scaling.py OUTPUT --gpus 2` writes OUTPUT.json, part by part.
+"""Measure training on several GPUs of this host: `python launch/scaling.py OUTPUT --gpus 2`
 
---parity    every way to spread a model over two processes, against one: losses within rounding
---resume    a deterministic run stopped and resumed against an unbroken one: bit for bit
---scaling   tokens/s, MFU, time in communication and memory on 1, 2, 4, … GPUs
---cp-bytes  what context parallel moves, and its time, against gathering all keys
---balance   how evenly attention lies over tensor and context parallel ranks, before and after balancing
+Writes OUTPUT.json after each part:
+--parity    compare all parallel divisions of a model over two processes with one process: losses agree within rounding
+--resume    compare a stopped and resumed deterministic run with an uninterrupted one: bit-identical
+--scaling   measure tokens/s, MFU, communication time and memory on 1, 2, 4, … GPUs
+--cp-bytes  measure bytes and time of context parallel exchange, compared with gathering all keys
+--balance   measure how evenly attention is spread over tensor and context parallel ranks, with and without balancing
 
-None named: all of them. Settings that follow go to every training run, such as schedule.placement=balanced. Runs and
-logs are kept in runs/scaling-NAME; broken off, the same command goes on, and repeats what failed. Without a GPU,
-processes of the CPU take their place: for trying it, with options as in tests/scaling/test_program.py.
+Without these options, all parts run. Settings, such as schedule.placement=balanced, apply to every training run. Runs
+and logs are kept in runs/scaling-NAME. After an interruption the same command resumes and repeats failed parts. Without
+a GPU it uses CPU processes, to try the program: see the options in tests/scaling/test_program.py.
 """
 
 import argparse
@@ -36,10 +37,10 @@ Part = Callable[[], dict[str, Any]]
 
 
 def scaling(given: argparse.Namespace) -> None:
-    """Run the parts, and write after each.
+    """Run the parts, and write the results after each.
 
     Raises:
-        ConfigError: the output or its runs are there already, by another command, or the devices are not.
+        ConfigError: the output or its runs exist from another command, or devices are missing.
     """
     output = output_stem(given.output, "OUTPUT")
     path, runs = output.with_name(output.name + ".json"), Path("runs") / f"scaling-{output.name}"
@@ -74,15 +75,15 @@ def scaling(given: argparse.Namespace) -> None:
 
 
 def has_failed(result: Any) -> bool:
-    """Whether a part, or a program in it, ended with an error, told as text."""
+    """Whether a part or a program in it recorded an error."""
     if not isinstance(result, dict):
         return False
-    told = [result.get("error"), *result.get("errors", {}).values()]
-    return any(isinstance(error, str) for error in told) or any(map(has_failed, result.values()))
+    errors = [result.get("error"), *result.get("errors", {}).values()]
+    return any(isinstance(error, str) for error in errors) or any(map(has_failed, result.values()))
 
 
 def main() -> None:
-    """The command line's entry."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
     parser.add_argument("settings", nargs="*")
@@ -90,12 +91,16 @@ def main() -> None:
     for part in ("parity", "resume", "scaling", "cp-bytes", "balance"):
         parser.add_argument(f"--{part}", action="store_true")
     parser.add_argument("--parity-model", default="125m_hybrid")
-    parser.add_argument("--parity-at-once", type=int, default=1, help="runs together on the same GPUs, if memory does")
+    parser.add_argument(
+        "--parity-at-once", type=int, default=1, help="concurrent runs on the same GPUs, if memory suffices"
+    )
     parser.add_argument("--models", nargs="+", default=["1b_hybrid", "1b_dense"])
-    parser.add_argument("--seq-length", type=int, default=32_768, help="tokens of --scaling")
-    parser.add_argument("--sequences", type=int, default=2, help="of a step of --scaling, data parallel: on each GPU")
-    parser.add_argument("--attention-length", type=int, help="tokens where attention runs by itself")
-    parser.add_argument("--timeout", type=float, default=300, help="seconds for one program")
+    parser.add_argument("--seq-length", type=int, default=32_768, help="tokens per sequence of --scaling")
+    parser.add_argument(
+        "--sequences", type=int, default=2, help="sequences per step of --scaling; with data parallel, per GPU"
+    )
+    parser.add_argument("--attention-length", type=int, help="tokens of attention-only measurements")
+    parser.add_argument("--timeout", type=float, default=300, help="time limit of one program, in seconds")
     given = parser.parse_intermixed_args(settings_before_options(sys.argv[1:]))
     run_command(lambda: scaling(given))
 

@@ -1,7 +1,9 @@
-"""Show a layout before it is trained: `python launch/show_layout.py +model=7b_hybrid [layout=… seq_length=131072 …]`.
+"""Show a layout before training it.
 
-Takes the settings of a run (launch/pretrain.py), and `seq_length`, `layers=[0,1]` (whose masks to draw) and `output`.
-Prints coverage, reachability and costs; writes layout.png and layout.json. No GPU, no torchrun.
+python launch/show_layout.py +model=7b_hybrid [layout=… seq_length=131072 …]
+
+Takes the settings of launch/pretrain.py, and `seq_length`, `layers=[0,1]` (layers whose masks to draw) and `output`.
+Prints coverage, reachability and costs; writes layout.png and layout.json. Needs neither GPU nor torchrun.
 """
 
 import _surroundings  # noqa: F401 (prints why the rest can't start)
@@ -21,7 +23,7 @@ MODELS = config_groups(CONF)["model"]
 
 @hydra.main(config_path="../conf", config_name="show_layout", version_base="1.3")
 def main(composed: DictConfig) -> None:
-    """Hydra's entry."""
+    """Run Hydra's main."""
     run_command(lambda: show(resolve(composed, MODELS)))
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# transformer-engine beside Megatron's own layers: the same steps from the same checkpoint with layer_backend=local,
-# layer_backend=te, and FP8 linear layers, put side by side. A second local run with other attention kernels shows how far two
-# bf16 runs that should agree come apart.
+# Compares transformer-engine with Megatron's own layers: the same steps from the same checkpoint with
+# layer_backend=local, layer_backend=te, and FP8 linear layers. A second local run with other attention kernels shows how
+# much two equivalent bf16 runs diverge.
 #   launch/te_vs_local.sh SIZE OUTPUT [setting=value …]   e.g.
 #   launch/te_vs_local.sh 125m runs/te train.steps=100 optim.warmup_steps=10 train.global_batch_size=8 train.micro_batch_size=4
 set -euo pipefail
@@ -10,7 +10,7 @@ shift 2
 here=$(dirname "$0")
 runs=runs/te-$(basename "$output")
 pretrain=(python3 "$here/job.py" --standalone --nproc-per-node "${NPROC:-1}" "$here/pretrain.py" "+model=${size}_hybrid" tracking.log_interval=1 "$@")
-# Saved by layer_backend=local, so that every run also loads across backends.
+# Saved with layer_backend=local, so that the runs also test loading across layer backends.
 "${pretrain[@]}" "run_dir=$runs/start" layer_backend=local train.exit_step=1 profile.steps=null
 start=$runs/start/checkpoints/iter_0000001
 compared=("${pretrain[@]}" "checkpoint.resume=$start" checkpoint.save=false)

@@ -43,8 +43,8 @@ def job(*command: str, processes: int = 2, **environment: str) -> Outcome:
         ("StartUpError(['torch is another'])", 2, 1, "error: torch is another"),
         ("TrainingError('the disk is full')", 1, 3, "error: the disk is full"),
         ("MissingRankError(['rank 1 did not start'])", 1, 3, "error: rank 1 did not start"),
-        ("RuntimeError('NCCL error')", 1, 3, "(local rank 0) ended with status 1: RuntimeError: NCCL error"),
-        ("os.kill(os.getpid(), 9)", 1, 3, "(local rank 0) ended with SIGKILL"),
+        ("RuntimeError('NCCL error')", 1, 3, "(local rank 0) exited with status 1: RuntimeError: NCCL error"),
+        ("os.kill(os.getpid(), 9)", 1, 3, "(local rank 0) exited with SIGKILL"),
     ],
 )
 def test_only_what_a_restart_may_mend_is_started_again_and_one_line_says_why_it_ended(
@@ -135,7 +135,7 @@ def test_a_second_ctrl_c_ends_the_ranks_at_once(tmp_path: Path) -> None:
         os.killpg(running.pid, signal.SIGINT)
         _, err = running.communicate(timeout=20)
     assert running.returncode == 128 + signal.SIGINT
-    assert err.splitlines()[-1] == "error: SIGINT: the ranks ended without saving"
+    assert err.splitlines()[-1] == "error: SIGINT: the ranks exited without saving"
 
 
 def test_without_arguments_it_says_what_it_takes() -> None:

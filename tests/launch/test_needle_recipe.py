@@ -137,7 +137,7 @@ def test_settings_that_an_action_would_not_use_are_refused(
 ) -> None:
     with pytest.raises(SystemExit):
         recipe["main"]([action, "hybrid", "seed=2"])
-    assert f"go to train alone; {action} takes none" in capsys.readouterr().err
+    assert f"apply to train only; {action} takes none" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("action", ["evaluate", "curve"])
@@ -180,7 +180,7 @@ def test_earlier_pictures_variants_are_drawn_beside_and_named_with_their_file(
     assert draw("dense")["variants"]["dense"]["held_out_loss"] == {"512": 2.5}
     content = draw("hybrid", earlier)
     assert (content["variants"].keys(), content["beside"]) == ({"hybrid"}, {"dense": earlier})
-    for name, file, words in (("dense", earlier, "dense is there already"), ("spare", "none", "no OUTPUT.json")):
+    for name, file, words in (("dense", earlier, "dense occurs twice"), ("spare", "none", "not an OUTPUT.json")):
         with pytest.raises(SystemExit):
             draw(name, file)
         assert words in capsys.readouterr().err
@@ -225,7 +225,7 @@ def test_a_file_beside_that_cannot_be_drawn_is_refused_in_one_line(
     monkeypatch.setattr(sys, "argv", ["needle_curves.py", str(tmp_path), str(tmp_path / "new"), "--beside", str(file)])
     with pytest.raises(SystemExit):
         curves["main"]()
-    assert capsys.readouterr().err.splitlines()[-1].endswith(f"--beside {file}: no OUTPUT.json of this program")
+    assert capsys.readouterr().err.splitlines()[-1].endswith(f"--beside {file}: not an OUTPUT.json of this program")
     assert not (tmp_path / "new.png").exists()
 
 
@@ -266,7 +266,7 @@ def test_a_variant_is_named_with_its_seed_where_that_is_known(tmp_path: Path, cu
 )
 def test_a_grid_tells_how_far_its_needles_are(layers: list[int | None], told: str, curves: dict[str, Any]) -> None:
     reaches = [None if count is None else CellReach(1, count) for count in layers]
-    assert curves["reach_told"]([Cell(128, 0.5, 1, 2, 1.0, 1.0, reach) for reach in reaches]) == told
+    assert curves["describe_reach"]([Cell(128, 0.5, 1, 2, 1.0, 1.0, reach) for reach in reaches]) == told
 
 
 CELL = GRID["cells"][0]

@@ -107,7 +107,7 @@ def test_a_job_whose_time_is_up_is_queued_again_unless_it_is_finished_or_saved_n
         told, _ = batch.communicate(timeout=60)
     assert batch.returncode == status
     assert requests(tmp_path) == asked
-    assert ("queued again" in told) == bool(asked)
+    assert ("requeuing job" in told) == bool(asked)
 
 
 def test_a_job_that_fails_before_its_time_is_up_is_not_queued_again(job: dict[str, str], tmp_path: Path) -> None:
@@ -124,8 +124,8 @@ def test_a_job_that_slurm_does_not_queue_again_says_so_in_one_line(job: dict[str
         _, told = batch.communicate(timeout=60)
     assert batch.returncode == 75
     (line,) = told.splitlines()
-    assert line.startswith("error: 4711 was not queued again")
-    assert line.endswith("The same command submitted again goes on")
+    assert line.startswith("error: job 4711 was not requeued")
+    assert line.endswith("Submit the same command again to resume")
 
 
 def test_a_cancelled_job_of_one_node_lets_its_ranks_save(job: dict[str, str], tmp_path: Path) -> None:
