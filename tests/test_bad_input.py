@@ -1,4 +1,4 @@
-"""Bad input is refused with one clear line that names the setting and the remedy, and nothing is written."""
+"""Bad input is rejected with one clear line that names the setting and the remedy, and nothing is written."""
 
 from pathlib import Path
 
@@ -30,13 +30,13 @@ def attempt(run_dir: Path, *arguments: str, processes: int = 0, by_torchrun: boo
     ],
     ids=lambda value: value[0] if isinstance(value, list) and "=" in value[0] else "",
 )
-def test_a_setting_that_cannot_work_is_refused(tmp_path: Path, arguments: list[str], words: list[str]) -> None:
+def test_a_setting_that_cannot_work_is_rejected(tmp_path: Path, arguments: list[str], words: list[str]) -> None:
     line = error_line(attempt(tmp_path / "run", *arguments))
     assert all(word in line for word in words), line
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_a_typo_in_a_key_is_refused(tmp_path: Path) -> None:
+def test_a_typo_in_a_key_is_rejected(tmp_path: Path) -> None:
     assert "train.setps" in attempt(tmp_path / "run", "train.setps=3").err
 
 
@@ -47,13 +47,13 @@ def test_heads_that_tp_does_not_divide_are_refused_by_all_ranks_with_one_line(tm
     assert "parallel.tp=2" in line or "model.num_attention_heads=3" in line
 
 
-def test_an_empty_data_file_is_refused(tmp_path: Path) -> None:
+def test_an_empty_data_file_is_rejected(tmp_path: Path) -> None:
     for suffix in (".bin", ".idx"):
         (tmp_path / f"empty{suffix}").touch()
     assert "data.path" in error_line(attempt(tmp_path / "run", f"data.path={tmp_path / 'empty'}"))
 
 
-def test_an_apex_that_is_not_nvidias_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_apex_that_is_not_nvidias_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "apex").mkdir()
     (tmp_path / "apex" / "__init__.py").write_text("raise RuntimeError('not this one')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -73,7 +73,7 @@ def test_one_process_in_an_environment_of_several_is_rejected(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [0, 2])
-def test_a_run_folder_that_cannot_be_made_is_refused_by_its_name(tmp_path: Path, processes: int) -> None:
+def test_a_run_folder_that_cannot_be_created_is_rejected_by_its_name(tmp_path: Path, processes: int) -> None:
     (tmp_path / "file").touch()
     outcome = attempt(tmp_path / "file" / "run", processes=processes)
     assert outcome.status != 0

@@ -1,4 +1,4 @@
-"""Every configuration in conf/ composes, and what is misspelt is refused before anything runs."""
+"""Every configuration in conf/ composes, and misspelt names are rejected before anything runs."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -73,7 +73,7 @@ def test_dense_and_hybrid_of_a_size_differ_in_layout_alone(size: str) -> None:
 
 
 @pytest.mark.parametrize("layout", names("layout"))
-def test_a_layout_composes_and_wins_over_the_models_own(layout: str) -> None:
+def test_a_layout_composes_and_overrides_the_model_s(layout: str) -> None:
     model = "30m_hybrid" if layout == "s2_b64_l4_v6" else "350m_hybrid"  # whose layers the string stands for
     cfg = pretrain(f"+model={model}", f"layout={layout}")
     assert cfg.layout == OmegaConf.to_object(
@@ -141,21 +141,21 @@ def test_a_typo_or_a_wrong_type_is_refused_when_composed(override: str) -> None:
         composed("+model=tiny_hybrid", override)
 
 
-def test_an_unknown_model_is_refused_with_the_ones_there_are() -> None:
+def test_an_unknown_model_is_rejected_with_the_known_ones() -> None:
     with pytest.raises(HydraException, match="7b_hybrid"):
         composed("+model=8b_hybrid")
 
 
-def test_no_model_is_refused_with_the_ones_there_are() -> None:
-    with pytest.raises(ConfigError, match="7b_hybrid") as refusal:
+def test_no_model_is_rejected_with_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match="7b_hybrid") as rejection:
         pretrain()
-    assert refusal.value.setting == "+model"
+    assert rejection.value.setting == "+model"
 
 
 def test_a_setting_without_a_value_is_named() -> None:
-    with pytest.raises(ConfigError) as refusal:
+    with pytest.raises(ConfigError) as rejection:
         pretrain("+model=tiny_hybrid", "train.steps=???")
-    assert refusal.value.setting == "train.steps"
+    assert rejection.value.setting == "train.steps"
 
 
 def test_hydra_writes_nothing() -> None:
@@ -175,6 +175,6 @@ def test_the_needle_program_composes() -> None:
     assert cfg.lengths == [128, 256]
     with pytest.raises(HydraException):
         composed("chekpoint=runs/tiny_hybrid", program="needle")
-    with pytest.raises(ConfigError) as refusal:
+    with pytest.raises(ConfigError) as rejection:
         resolve(composed(program="needle"), [])
-    assert refusal.value.setting == "checkpoint"
+    assert rejection.value.setting == "checkpoint"

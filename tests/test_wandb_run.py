@@ -1,4 +1,4 @@
-"""A wandb run in the background: it never stops or slows what it is told of."""
+"""Logging to wandb in the background never stops or delays training."""
 
 import os
 import sys
@@ -69,7 +69,7 @@ def info(folder: Path, mode: str = "online", identifier: str | None = None, **tr
         ("online", True, "offline", "online"),
     ],
 )
-def test_auto_is_online_with_an_account_and_what_is_set_by_name_holds(
+def test_auto_is_online_with_an_account_and_explicit_modes_are_kept(
     wanted: str, key: bool, environment: str | None, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake(monkeypatch, key=key)
@@ -78,14 +78,14 @@ def test_auto_is_online_with_an_account_and_what_is_set_by_name_holds(
     assert choose_mode(wanted) == mode
 
 
-def test_without_wandb_auto_does_without_and_others_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_wandb_auto_is_disabled_and_other_modes_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert choose_mode("auto") == "disabled"
     with pytest.raises(ConfigError, match=r"tracking.wandb=offline: wandb can't be imported"):
         choose_mode("offline")
 
 
-def test_online_without_an_account_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_online_without_an_account_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     fake(monkeypatch)
     with pytest.raises(ConfigError, match=r"wandb=online: no API key .*wandb login"):
         choose_mode("online", "wandb")
@@ -146,7 +146,7 @@ def test_a_run_that_cannot_be_made_at_all_costs_one_line(monkeypatch: pytest.Mon
     assert "continuing without wandb" in said[1]
 
 
-def test_a_slow_connection_holds_nobody_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_slow_connection_does_not_delay_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     wandb = fake(monkeypatch, slow=True)
     monkeypatch.setattr(wandb_run, "_CAPACITY", 10)
     said: list[str] = []
@@ -160,7 +160,7 @@ def test_a_slow_connection_holds_nobody_up(monkeypatch: pytest.MonkeyPatch, tmp_
     assert said == ["wandb: sending is far behind; further metrics are dropped there"]
 
 
-def test_the_end_waits_for_a_limited_time_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_close_waits_for_a_limited_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     wandb = fake(monkeypatch, slow=True)
     monkeypatch.setattr(wandb_run, "CLOSE_TIMEOUT_S", 0.1)
     said: list[str] = []
@@ -172,7 +172,7 @@ def test_the_end_waits_for_a_limited_time_only(monkeypatch: pytest.MonkeyPatch, 
     assert "wandb sync" in said[0]
 
 
-def test_a_stop_may_wait_for_less(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_close_may_wait_for_less(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     wandb = fake(monkeypatch, slow=True)
     said: list[str] = []
     run = WandbRun(info(tmp_path), said.append)

@@ -1,4 +1,4 @@
-"""What a command line gets wrong is told in one line, with the nearest name and the names there are."""
+"""Errors of a command line are reported in one line, with the nearest and all valid names."""
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -13,7 +13,7 @@ CONF = ROOT / "conf"
 
 
 def explained(*overrides: str) -> str:
-    """The line on a command line that Hydra refuses."""
+    """The line on a command line that Hydra rejects."""
     register()
     with initialize_config_dir(str(CONF), version_base="1.3"), pytest.raises(HydraException) as error:
         compose("pretrain", overrides=["+model=7b_hybrid", *overrides])
@@ -36,7 +36,7 @@ def explained(*overrides: str) -> str:
         ("train.stpes=5", "train.steps", "train has steps"),
     ],
 )
-def test_a_misspelt_name_is_told_with_the_nearest_and_the_others(override: str, near: str, there: str) -> None:
+def test_a_misspelt_name_is_reported_with_the_nearest_and_the_others(override: str, near: str, there: str) -> None:
     line = explained(override)
     assert line.startswith(override)
     assert f"Did you mean {near}" in line
@@ -65,7 +65,7 @@ def test_a_name_of_a_sweep_is_checked_too() -> None:
         ("train.steps", "train.steps: can't be parsed: missing EQUAL"),
     ],
 )
-def test_a_value_that_cannot_be_is_told_with_what_can(override: str, words: str) -> None:
+def test_an_invalid_value_is_reported_with_a_remedy(override: str, words: str) -> None:
     assert words in explained(override)
 
 
@@ -87,7 +87,7 @@ def test_a_split_is_swept_over_where_a_sweep_is_asked_for() -> None:
 
 
 @pytest.mark.parametrize("override", ["+layout.pattern.stidre=3", "+optim.learning_rate=1", "+nonsense=1"])
-def test_a_plus_adds_no_setting_that_there_is_not(override: str) -> None:
+def test_a_plus_adds_no_unknown_setting(override: str) -> None:
     register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         composed = compose("pretrain", overrides=["+model=7b_hybrid", override])
@@ -95,7 +95,7 @@ def test_a_plus_adds_no_setting_that_there_is_not(override: str) -> None:
         to_object(composed)
 
 
-def test_a_plus_adds_a_letter_with_a_pattern_of_its_own() -> None:
+def test_a_plus_adds_a_letter_with_its_pattern() -> None:
     register()
     overrides = ["+model=7b_hybrid", "layout.layers=DSSW", "+layout.patterns.W={kind:sliding_window,window:8}"]
     with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -103,7 +103,7 @@ def test_a_plus_adds_a_letter_with_a_pattern_of_its_own() -> None:
     assert cfg.layout.patterns == {"W": {"kind": "sliding_window", "window": 8}}
 
 
-def test_other_programs_are_told_of_their_own_settings() -> None:
+def test_errors_of_other_programs_name_their_settings() -> None:
     register()
     with initialize_config_dir(str(CONF), version_base="1.3"), pytest.raises(HydraException) as error:
         compose("needle", overrides=["chekpoint=runs/a"])
@@ -111,7 +111,7 @@ def test_other_programs_are_told_of_their_own_settings() -> None:
     assert line.startswith("chekpoint=runs/a: no such setting. Did you mean checkpoint?")
 
 
-def refused(program: str, *arguments: str, processes: int = 0) -> Outcome:
+def rejected(program: str, *arguments: str, processes: int = 0) -> Outcome:
     outcome = run(program, *arguments, processes=processes)
     assert outcome.status != 0
     assert "Traceback" not in outcome.out
@@ -128,19 +128,19 @@ def refused(program: str, *arguments: str, processes: int = 0) -> Outcome:
         (["+model=7b_hybrid", "layout.patern.stride=16"], "layout.pattern.stride"),
     ],
 )
-def test_the_program_says_one_line_and_no_more(arguments: list[str], near: str) -> None:
-    outcome = refused("pretrain.py", *arguments)
+def test_the_program_prints_one_line_only(arguments: list[str], near: str) -> None:
+    outcome = rejected("pretrain.py", *arguments)
     assert outcome.status == 2
     assert near in error_line(outcome)
     assert len(outcome.err.splitlines()) == 1
 
 
 def test_the_other_programs_say_one_line_too() -> None:
-    assert "tokenizer" in error_line(refused("prepare_data.py", "tokeniser=bytes"))
-    assert "checkpoint" in error_line(refused("needle.py", "chekpoint=runs/a"))
+    assert "tokenizer" in error_line(rejected("prepare_data.py", "tokeniser=bytes"))
+    assert "checkpoint" in error_line(rejected("needle.py", "chekpoint=runs/a"))
 
 
 @pytest.mark.slow
-def test_of_two_ranks_one_says_it() -> None:
-    outcome = refused("pretrain.py", "+model=7b_hybrid", "schedule=shiftd", processes=2)
+def test_one_of_two_ranks_prints_the_line() -> None:
+    outcome = rejected("pretrain.py", "+model=7b_hybrid", "schedule=shiftd", processes=2)
     assert "schedule=shifted" in error_line(outcome)

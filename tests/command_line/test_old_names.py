@@ -80,7 +80,7 @@ def test_a_program_with_options_warns_once_however_often_it_composes(capsys: pyt
     assert capsys.readouterr().err.splitlines() == [WARNING]
 
 
-def test_the_plan_says_it_in_one_line_of_one_rank_and_rejects_both_names() -> None:
+def test_one_rank_of_a_plan_warns_in_one_line_and_both_names_are_rejected() -> None:
     planned = ["pretrain.py", "+model=7b_hybrid", "plan.device=h100-80gb", "plan.count=8", "backend=local"]
     both = run(*planned, "layer_backend=te", processes=0)
     assert (both.status, error_line(both)[:21]) == (2, "error: backend=local:")
@@ -109,7 +109,7 @@ def test_a_yaml_file_keeps_what_it_interpolates(tmp_path: Path) -> None:
     assert composed(folder, MODEL, "+mine=mine", "seed=7").run_dir == "runs/mine/7"
 
 
-def test_a_section_s_own_setting_of_that_name_is_left_alone(tmp_path: Path) -> None:
+def test_a_setting_of_that_name_in_another_section_is_not_renamed(tmp_path: Path) -> None:
     folder = file_in(tmp_path, "model/mine.yaml", "backend: local\nname: mine\n")
     with pytest.raises(Exception, match="Key 'backend' not in 'ModelConfig'"):
         composed(folder, "+model=mine")

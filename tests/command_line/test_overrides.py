@@ -1,4 +1,4 @@
-"""Settings are read as they are typed, or the quotes that they want are named."""
+"""Settings are read as typed, or the error shows the required quotes."""
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -26,12 +26,12 @@ def value(argument: str) -> object:
         "C#\\ü\\",
     ],
 )
-def test_a_text_is_taken_as_it_is(text: str) -> None:
+def test_a_text_is_read_unchanged(text: str) -> None:
     assert value(f"input={text}") == text
     assert value(f"+input={text}") == text
 
 
-def test_texts_of_a_list_are_taken_as_they_are() -> None:
+def test_texts_of_a_list_are_read_unchanged() -> None:
     assert value("data.path=[0.7,/für (1)/a, 0.3 ,/ein b]") == [0.7, "/für (1)/a", 0.3, "/ein b"]
 
 
@@ -64,6 +64,6 @@ def test_what_hydra_reads_or_what_may_be_meant_otherwise_stays_as_it_is(argument
         (["train.steps"], "Write train.steps=VALUE."),
     ],
 )
-def test_the_quotes_that_are_wanted_are_shown(arguments: list[str], remedy: str) -> None:
+def test_the_required_quotes_are_shown(arguments: list[str], remedy: str) -> None:
     found = [why for number in range(len(arguments)) if (why := syntax_problem(arguments, number))]
     assert found[0].endswith(remedy)

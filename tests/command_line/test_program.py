@@ -1,4 +1,4 @@
-"""What programs with options of their own make of a command line."""
+"""How programs with argparse options read a command line."""
 
 import argparse
 import shlex

@@ -1,4 +1,4 @@
-"""A program's help holds every setting, with the comment that the code has on it."""
+"""A program's help contains every setting with its comment."""
 
 from dataclasses import dataclass, field
 
@@ -53,7 +53,7 @@ def test_what_has_no_default_is_asked_for() -> None:
     assert "sizes" not in text
 
 
-def test_a_group_is_shown_with_its_names_and_the_plus_that_it_wants() -> None:
+def test_a_group_is_shown_with_its_names_and_the_plus_that_it_needs() -> None:
     text = usage("", config.PretrainConfig, config_groups(CONF), {config.LocalSweepConfig: "hydra.launcher"})
     assert "  +model=NAME" in text
     assert "  schedule=NAME" in text
@@ -61,7 +61,7 @@ def test_a_group_is_shown_with_its_names_and_the_plus_that_it_wants() -> None:
     assert "_target_" not in text
 
 
-def test_a_setting_means_what_its_comment_says() -> None:
+def test_the_meaning_of_a_setting_is_its_comment() -> None:
     assert meaning(config.NeedleConfig, "checkpoint").startswith("a run folder, its checkpoints folder")
     assert meaning(config.NeedleConfig, "nothing") == ""
 
@@ -71,7 +71,7 @@ def test_a_setting_within_a_section_has_a_meaning_too() -> None:
 
 
 @pytest.mark.parametrize("program", ["pretrain.py", "needle.py", "prepare_data.py", "export.py", "import.py"])
-def test_a_program_that_is_given_nothing_says_what_it_takes(program: str) -> None:
+def test_a_program_without_arguments_prints_its_required_settings(program: str) -> None:
     done = run(program, processes=0)
     assert done.status == 2
     assert f"launch/{program}" in done.err

@@ -40,7 +40,7 @@ def test_a_problem_of_a_later_rank_is_reported_with_rank_and_host(monkeypatch: p
     assert start(["", "parallel.tp=3", "parallel.tp=3"]) == [["rank 1 on beta: parallel.tp=3"]] * 3
 
 
-def test_rank_0_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rank_0_waits_for_a_limited_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rendezvous, "START_TIMEOUT", timedelta(seconds=0.2))
     with pytest.raises(MissingRankError):
         wait_for_all_ranks(torch.distributed.HashStore(), 0, 2, "train.steps=-1")

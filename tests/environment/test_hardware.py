@@ -1,4 +1,4 @@
-"""A machine whose GPUs are lost is told from one that has none."""
+"""A machine whose GPUs are lost is distinguished from one without GPUs."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ def test_a_machine_without_gpus_trains_on_its_cpu(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("given", [{"SLURM_GPUS_ON_NODE": "8"}, {"SLURM_JOB_GPUS": "0"}, {"CUDA_VISIBLE_DEVICES": "0"}])
-def test_gpus_that_cuda_does_not_see_are_refused(given: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_that_cuda_does_not_see_are_rejected(given: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.version, "cuda", "12.8")

@@ -1,4 +1,4 @@
-"""launch/job.py starts ranks again for what that may mend, and for nothing else."""
+"""launch/job.py restarts ranks only after failures that a restart may fix."""
 
 import os
 import signal
@@ -47,7 +47,7 @@ def job(*command: str, processes: int = 2, **environment: str) -> Outcome:
         ("os.kill(os.getpid(), 9)", 1, 3, "(local rank 0) exited with SIGKILL"),
     ],
 )
-def test_only_what_a_restart_may_mend_is_started_again_and_one_line_says_why_it_ended(
+def test_only_failures_that_a_restart_may_fix_are_restarted_and_one_line_gives_the_reason(
     error: str, status: int, attempts: int, last: str, tmp_path: Path
 ) -> None:
     (tmp_path / "fails.py").write_text(FAILS)
@@ -138,7 +138,7 @@ def test_a_second_ctrl_c_ends_the_ranks_at_once(tmp_path: Path) -> None:
     assert err.splitlines()[-1] == "error: SIGINT: the ranks exited without saving"
 
 
-def test_without_arguments_it_says_what_it_takes() -> None:
+def test_without_arguments_it_prints_its_help() -> None:
     surroundings = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "launch/job.py"], cwd=ROOT, env=surroundings, capture_output=True, text=True)
     assert done.returncode == 2
@@ -149,7 +149,7 @@ def test_without_arguments_it_says_what_it_takes() -> None:
     ("processes", "told"),
     [("gpu", "torch sees no GPU"), ("two", "nproc_per_node value: two"), ("0", "=0: not a number of processes")],
 )
-def test_a_number_of_processes_that_there_is_not_is_rejected_in_one_line(processes: str, told: str) -> None:
+def test_an_invalid_number_of_processes_is_rejected_in_one_line(processes: str, told: str) -> None:
     command = [sys.executable, "launch/job.py", "--nproc-per-node", processes, "launch/pretrain.py"]
     surroundings = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=ROOT, env=surroundings, capture_output=True, text=True, timeout=120)

@@ -95,7 +95,7 @@ def test_a_phase_begins_where_the_one_before_ended(recipe: dict[str, Any], tmp_p
     assert before.optim.decay_steps == before.train.steps
 
 
-def test_a_phase_under_way_goes_on_from_its_own_checkpoint(recipe: dict[str, Any], tmp_path: Path) -> None:
+def test_an_unfinished_phase_resumes_from_its_own_checkpoint(recipe: dict[str, Any], tmp_path: Path) -> None:
     (recipe["run_folder"](tmp_path, "dense", 1) / "checkpoints" / "iter_0004001").mkdir(parents=True)
     cfg = training(recipe, tmp_path, "dense", 1)
     assert (cfg.checkpoint.resume, cfg.checkpoint.new_data) == ("auto", False)
@@ -132,7 +132,7 @@ def test_an_unknown_variant_composes_to_nothing(recipe: dict[str, Any], tmp_path
 
 
 @pytest.mark.parametrize("action", ["plan", "data", "evaluate", "curve"])
-def test_settings_that_an_action_would_not_use_are_refused(
+def test_settings_that_an_action_would_not_use_are_rejected(
     action: str, recipe: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
@@ -216,7 +216,7 @@ def test_what_earlier_pictures_leave_behind_can_be_read_with_a_grid_and_without(
         {"dense": VARIANT | {"grid": [1]}},
     ],
 )
-def test_a_file_beside_that_cannot_be_drawn_is_refused_in_one_line(
+def test_an_earlier_file_that_cannot_be_drawn_is_rejected_in_one_line(
     variants: Any, tmp_path: Path, curves: dict[str, Any], monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -229,7 +229,7 @@ def test_a_file_beside_that_cannot_be_drawn_is_refused_in_one_line(
     assert not (tmp_path / "new.png").exists()
 
 
-def test_a_shared_variant_that_is_not_there_is_refused_in_one_line(
+def test_a_missing_shared_variant_is_rejected_in_one_line(
     tmp_path: Path, curves: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trained(tmp_path / "dense" / "512")
@@ -264,7 +264,7 @@ def test_a_variant_is_named_with_its_seed_where_that_is_known(tmp_path: Path, cu
         ([None], ""),
     ],
 )
-def test_a_grid_tells_how_far_its_needles_are(layers: list[int | None], told: str, curves: dict[str, Any]) -> None:
+def test_a_grid_shows_how_far_its_needles_are(layers: list[int | None], told: str, curves: dict[str, Any]) -> None:
     reaches = [None if count is None else CellReach(1, count) for count in layers]
     assert curves["describe_reach"]([Cell(128, 0.5, 1, 2, 1.0, 1.0, reach) for reach in reaches]) == told
 
@@ -300,7 +300,7 @@ def test_what_a_program_took_is_kept_however_it_ends(
     with pytest.raises(SystemExit) as failure:
         recipe["Deadline"](1).run(failed, record)
     assert failure.value.code == 3
-    with pytest.raises(SystemExit, match="run this again to go on"):
+    with pytest.raises(SystemExit, match="the same command resumes"):
         recipe["Deadline"](0.01).run(stopped, record)
     found = [json.loads(line) for line in record.read_text().splitlines()]
     assert [(each["command"], each["status"]) for each in found] == [(ended, 0), (failed, 3), (stopped, -15)]
@@ -344,12 +344,12 @@ def test_nothing_is_started_in_the_last_moments(recipe: dict[str, Any], tmp_path
     program = tmp_path / "program.py"
     program.write_text(f"open({str(tmp_path / 'started')!r}, 'w')")
     for start in (lambda late: late.run([str(program)]), lambda late: late.run_together([[str(program)]], 1)):
-        with pytest.raises(SystemExit, match="run this again to go on"):
+        with pytest.raises(SystemExit, match="the same command resumes"):
             start(recipe["Deadline"](0.1))
     assert not (tmp_path / "started").exists()
 
 
-def test_programs_side_by_side_have_ended_when_the_time_is_over(
+def test_concurrent_programs_have_ended_at_the_time_limit(
     recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(recipe["Deadline"].run.__globals__, "_LEAST_SECONDS", 0)
@@ -371,7 +371,7 @@ def test_programs_side_by_side_have_ended_when_the_time_is_over(
         def _end(self, end: float) -> None:
             pass
 
-    with pytest.raises(SystemExit, match="run this again to go on"):
+    with pytest.raises(SystemExit, match="the same command resumes"):
         OverOnceBothListen(1).run_together([[str(program), str(path)] for path in said], 2)
     assert [path.read_text() for path in said] == ["saved", "saved"]
 

@@ -77,7 +77,7 @@ def start() -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
             kill(process)
 
 
-def test_a_node_that_dies_and_comes_back_goes_on_from_the_last_checkpoint(
+def test_a_node_that_dies_and_rejoins_resumes_from_the_last_checkpoint(
     start: Callable[..., subprocess.Popen[bytes]], tmp_path: Path
 ) -> None:
     env = environment(tmp_path)
@@ -141,7 +141,7 @@ def test_what_a_rank_writes_is_in_the_log_at_once(
     assert job.poll() is None
 
 
-def test_what_one_node_refuses_ends_all_nodes_with_its_status(
+def test_if_one_node_rejects_the_run_all_nodes_exit_with_its_status(
     start: Callable[..., subprocess.Popen[bytes]], tmp_path: Path
 ) -> None:
     env = environment(tmp_path, MAX_RESTARTS=3)

@@ -98,7 +98,7 @@ def test_a_batch_job_starts_a_launcher_on_every_node(job: dict[str, str], tmp_pa
 
 
 @pytest.mark.parametrize(("status", "asked"), [(75, "requeue 4711\n"), (1, "requeue 4711\n"), (138, ""), (0, "")])
-def test_a_job_whose_time_is_up_is_queued_again_unless_it_is_finished_or_saved_nothing(
+def test_a_job_at_its_time_limit_is_requeued_unless_it_is_finished_or_saved_nothing(
     status: int, asked: str, job: dict[str, str], tmp_path: Path
 ) -> None:
     command = ["launch/slurm/pretrain.sbatch", "+model=7b_hybrid"]
@@ -110,14 +110,14 @@ def test_a_job_whose_time_is_up_is_queued_again_unless_it_is_finished_or_saved_n
     assert ("requeuing job" in told) == bool(asked)
 
 
-def test_a_job_that_fails_before_its_time_is_up_is_not_queued_again(job: dict[str, str], tmp_path: Path) -> None:
+def test_a_job_that_fails_before_its_time_limit_is_not_requeued(job: dict[str, str], tmp_path: Path) -> None:
     command = ["bash", "launch/slurm/pretrain.sbatch", "+model=7b_hybrid"]
     done = subprocess.run(command, env=job | {"STATUS": "75"}, cwd=tmp_path, timeout=60, check=False)
     assert done.returncode == 75
     assert requests(tmp_path) == ""
 
 
-def test_a_job_that_slurm_does_not_queue_again_says_so_in_one_line(job: dict[str, str], tmp_path: Path) -> None:
+def test_a_job_that_slurm_does_not_requeue_reports_it_in_one_line(job: dict[str, str], tmp_path: Path) -> None:
     command = ["launch/slurm/requeue.sh", str(tmp_path / "python")]
     with at_work(command, job | {"STATUS": "75", "REFUSES": "1"}, tmp_path, processes=2) as batch:
         batch.send_signal(signal.SIGUSR1)

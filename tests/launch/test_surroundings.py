@@ -20,7 +20,7 @@ def started(program: str, **environment: str) -> "subprocess.CompletedProcess[st
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_a_python_without_the_packages_says_how_to_get_them(program: str) -> None:
+def test_a_python_without_the_packages_prints_how_to_install_them(program: str) -> None:
     done = started(program)
     assert done.returncode != 0
     (line,) = done.stderr.splitlines()
@@ -39,7 +39,7 @@ def test_a_thread_count_that_is_no_number_is_rejected(program: str, threads: str
 
 
 @pytest.mark.parametrize("threads", ["1", "16", "4,2"])
-def test_what_openmp_reads_is_taken(threads: str) -> None:
+def test_thread_counts_that_openmp_reads_are_accepted(threads: str) -> None:
     assert "OMP_NUM_THREADS" not in started("pretrain.py", OMP_NUM_THREADS=threads).stderr
 
 

@@ -81,7 +81,7 @@ def test_by_default_the_first_of_each_sparse_sort_is_drawn() -> None:
     assert choose_layers(make_hybrid("D", num_layers=2, num_heads=4), None) == []
 
 
-def test_a_layer_that_is_not_there_is_refused() -> None:
+def test_a_missing_layer_is_rejected() -> None:
     with pytest.raises(ConfigError, match="no layer 4"):
         choose_layers(make_hybrid("S", num_layers=4, num_heads=4), [1, 4])
 

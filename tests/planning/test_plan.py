@@ -1,4 +1,4 @@
-"""Parameters, FLOPs and memory as counted from a configuration, against numbers known otherwise."""
+"""Parameters, FLOPs and memory computed from a configuration match known numbers."""
 
 import random
 from dataclasses import replace
@@ -172,7 +172,7 @@ def test_the_plan_is_of_the_fullest_stage() -> None:
     assert found.memory.activations == activations(cfg, 0)
 
 
-def test_layouts_are_counted_once_for_layers_alike() -> None:
+def test_layouts_are_counted_once_for_equal_layers() -> None:
     alike = plan(config(tp=8), 8).memory.layouts
     assert alike > 0
     rotating = config(tp=8)
@@ -182,7 +182,7 @@ def test_layouts_are_counted_once_for_layers_alike() -> None:
 
 
 @pytest.mark.parametrize(("tp", "cp"), [(1, 1), (2, 1), (1, 2), (2, 2)])
-def test_a_small_model_fits_and_says_what_it_needs(tp: int, cp: int) -> None:
+def test_a_small_model_fits_and_reports_its_memory(tp: int, cp: int) -> None:
     cfg = config(ModelConfig("small", 4, 256, 512, 16, 4, vocab_size=512), tp=tp, cp=cp)
     found = check(cfg, 4, H100)
     assert found.fits
@@ -191,7 +191,7 @@ def test_a_small_model_fits_and_says_what_it_needs(tp: int, cp: int) -> None:
     assert found.micro_batches * found.data_parallel == 64
 
 
-def test_a_preview_is_of_as_many_processes_as_the_model_takes() -> None:
+def test_a_preview_has_the_number_of_processes_that_the_model_takes() -> None:
     found = preview(config(tp=8, sequence_parallel=True), 1, H100)
     assert found.world_size == 8
     assert found.fits
@@ -205,7 +205,7 @@ def test_processes_on_a_cpu_share_its_memory() -> None:
     assert preview(config(tp=8), 1, H100).hardware.memory == H100.memory
 
 
-def test_the_report_says_what_was_counted() -> None:
+def test_the_report_contains_the_counts() -> None:
     text = format_plan(preview(config(tp=8, sequence_parallel=True), 8, H100))
     rows = text.partition("coverage")[0].splitlines()[1:]
     lines = dict(row.strip().split(maxsplit=1) for row in rows)
@@ -218,7 +218,7 @@ def test_the_report_says_what_was_counted() -> None:
     assert "coverage at 8,192 tokens" in text
 
 
-def test_the_report_says_what_would_fit() -> None:
+def test_the_report_suggests_settings_that_fit() -> None:
     found = preview(config(), 1, H100)
     text = format_plan(found)
     assert not found.fits

@@ -1,4 +1,4 @@
-"""A plan that fits says what else fits and is faster."""
+"""A plan that fits suggests faster settings that also fit."""
 
 from dataclasses import replace
 
@@ -6,7 +6,7 @@ from s2train.planning import check, format_plan
 from tests.validation.test_rejections import CPU, GIB, GPU, config
 
 
-def test_a_gpu_with_room_is_told_of_less_recomputation_and_a_larger_micro_batch() -> None:
+def test_with_free_memory_less_recomputation_and_a_larger_micro_batch_are_suggested() -> None:
     plan = check(config(train__recompute="full"), 1, GPU)
     assert plan.advice is not None
     assert "train.recompute=none" in plan.advice

@@ -66,19 +66,19 @@ def add(site: Path, *files: str) -> None:
 
 def test_another_package_named_apex_is_refused_and_not_imported(site: Path) -> None:
     add(site, "apex/__init__.py", "apex/models.py")
-    with pytest.raises(ConfigError, match="pip uninstall apex") as refusal:
+    with pytest.raises(ConfigError, match="pip uninstall apex") as rejection:
         apex_available()
-    assert refusal.value.value == str(site / "apex")
+    assert rejection.value.value == str(site / "apex")
     assert "apex" not in sys.modules
 
 
-def test_a_single_module_named_apex_is_refused(site: Path) -> None:
+def test_a_single_module_named_apex_is_rejected(site: Path) -> None:
     add(site, "apex.py")
     with pytest.raises(ConfigError, match="not NVIDIA's"):
         apex_available()
 
 
-def test_nvidias_apex_without_extensions_is_refused(site: Path) -> None:
+def test_nvidias_apex_without_extensions_is_rejected(site: Path) -> None:
     add(site, "apex/__init__.py", "apex/optimizers/fused_adam.py")
     with pytest.raises(ConfigError, match="amp_C"):
         apex_available()

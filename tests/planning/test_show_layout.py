@@ -47,12 +47,14 @@ def test_the_file_has_every_sort_of_layer_and_every_length(tmp_path: Path) -> No
     assert (tmp_path / "layout.png").is_file()
 
 
-def test_a_length_of_its_own_takes_the_place_of_the_runs(tmp_path: Path) -> None:
+def test_seq_length_overrides_the_run_s(tmp_path: Path) -> None:
     show(settings(tmp_path, seq_length=2048))
     assert contents(tmp_path)["seq_length"] == 2048
 
 
-def test_blocks_that_no_head_sees_are_shown_and_not_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_blocks_that_no_head_sees_are_shown_and_not_rejected(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     show(settings(tmp_path, "S", "homogeneous", seq_length=1024))
     out = capsys.readouterr().out
     assert "of the causal blocks seen in each layer" in out
@@ -80,7 +82,7 @@ def test_figures_are_whole_in_a_table_of_many_lengths(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("argument", ["layers=[4]", "seq_length=0", "schedule=shfted", "seq_lengthh=3"])
-def test_what_can_not_work_is_refused_in_one_line(tmp_path: Path, argument: str) -> None:
+def test_invalid_settings_are_rejected_in_one_line(tmp_path: Path, argument: str) -> None:
     done: Outcome = run("show_layout.py", "+model=tiny_hybrid", argument, f"output={tmp_path / 'out'}", processes=0)
     assert done.status == 2
     assert error_line(done).startswith(f"error: {argument.split('=')[0]}=")

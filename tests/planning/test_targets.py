@@ -43,7 +43,7 @@ def test_so_many_gpus_as_named_else_as_hold_the_model_once() -> None:
     assert plan_of("+model=7b_hybrid", "plan.device=h100-80gb", processes=32).startswith("7b_hybrid on 32 processes")
 
 
-def test_a_count_that_holds_no_whole_copies_is_refused() -> None:
+def test_a_count_that_is_no_multiple_of_a_copy_is_rejected() -> None:
     cfg = compose_run(["+model=7b_hybrid", "plan.device=h100-80gb", "plan.count=12"])
     with pytest.raises(ConfigError, match=r"plan.count=12: .* = 8 GPUs. Set plan.count=16"):
         planned_for(cfg, 1)
@@ -68,7 +68,7 @@ def test_a_machine_without_a_gpu_names_the_settings_to_plan_for_some() -> None:
     assert "plan.device=a100-40gb" in text.splitlines()[-1]
 
 
-def test_plan_true_stands_beside_a_device() -> None:
+def test_plan_true_can_be_combined_with_a_device() -> None:
     both = compose_run(["plan.device=h100-80gb", "+model=7b_hybrid", "plan=true"]).plan
     assert (both.show, both.device, both.asked) == (True, "h100-80gb", True)
     assert compose_run(["+model=7b_hybrid", "plan=false"]).plan.asked is False

@@ -1,4 +1,4 @@
-"""Kernels asked for by name are had where they can be, and refused with what to change elsewhere."""
+"""Explicitly selected kernels are used if supported, and rejected with a remedy otherwise."""
 
 from dataclasses import replace
 from typing import Any
@@ -27,10 +27,10 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
-def refusal(hardware: Any, processes: int = 1, **changes: Any) -> ConfigError:
-    with pytest.raises(ConfigError) as refused:
+def rejection(hardware: Any, processes: int = 1, **changes: Any) -> ConfigError:
+    with pytest.raises(ConfigError) as rejected:
         check(config(**changes), processes, hardware)
-    return refused.value
+    return rejected.value
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def refusal(hardware: Any, processes: int = 1, **changes: Any) -> ConfigError:
     ],
     ids=str,
 )
-def test_what_serves_is_taken(changes: dict[str, Any]) -> None:
+def test_supported_kernels_are_accepted(changes: dict[str, Any]) -> None:
     assert check(config(**changes), 1, H100).fits
 
 
@@ -72,9 +72,9 @@ WRONG: dict[str, tuple[dict[str, Any], int, str, str]] = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_kernels_that_do_not_serve_the_run_are_refused_in_plans_too(name: str) -> None:
+def test_kernels_that_do_not_support_the_run_are_rejected_in_plans_too(name: str) -> None:
     changes, processes, setting, remedy = WRONG[name]
-    error = refusal(H100, processes, **changes)
+    error = rejection(H100, processes, **changes)
     assert error.setting == setting
     assert remedy in error.remedy
     with pytest.raises(ConfigError):
@@ -85,14 +85,14 @@ def test_kernels_that_do_not_serve_the_run_are_refused_in_plans_too(name: str) -
     ("setting", "value"), [("dense_attention", "fa4"), ("elementwise", "liger"), ("loss", "liger")]
 )
 def test_a_cpu_has_none_of_them(setting: str, value: str) -> None:
-    error = refusal(CPU, **{setting: value})
+    error = rejection(CPU, **{setting: value})
     assert error.setting == setting
     assert "CUDA" in error.problem
 
 
 def test_flash_attention_4_is_refused_on_a_gpu_or_head_that_it_has_no_kernels_for() -> None:
-    assert "8.0 is not Hopper's" in refusal(A100, dense_attention="fa4").problem
-    assert "head dimension 260" in refusal(H100, dense_attention="fa4", model__head_dim=260).problem
+    assert "8.0 is not Hopper's" in rejection(A100, dense_attention="fa4").problem
+    assert "head dimension 260" in rejection(H100, dense_attention="fa4", model__head_dim=260).problem
 
 
 @pytest.mark.parametrize(
@@ -103,27 +103,29 @@ def test_flash_attention_4_is_refused_on_a_gpu_or_head_that_it_has_no_kernels_fo
         ("loss", "linear", "liger-kernel", "s2train[liger]"),
     ],
 )
-def test_a_library_that_is_asked_for_and_missing_is_told_with_what_to_install(
+def test_a_missing_library_is_reported_with_what_to_install(
     setting: str, value: str, library: str, extra: str, installed: pytest.MonkeyPatch
 ) -> None:
     function = "fa4_problem" if setting == "dense_attention" else "liger_problem"
     installed.setattr(libraries, function, lambda: f"{library} is not installed")
-    error = refusal(H100, **{setting: value})
+    error = rejection(H100, **{setting: value})
     assert error.setting == setting
     assert extra in error.remedy
 
 
-def test_a_broken_import_of_what_auto_takes_is_refused_rather_than_replaced(installed: pytest.MonkeyPatch) -> None:
+def test_a_broken_library_that_auto_would_select_is_rejected_rather_than_replaced(
+    installed: pytest.MonkeyPatch,
+) -> None:
     """Another rank, whose import works, would run other kernels."""
     installed.setattr(libraries, "fa4_problem", lambda: "flash-attn-4 can't be imported (no libcuda)")
-    error = refusal(H100, model__head_dim=128)
+    error = rejection(H100, model__head_dim=128)
     assert (error.setting, error.value) == ("dense_attention", "auto")
     assert "no libcuda" in error.problem
     assert "dense_attention=s2train" in error.remedy
     assert check(config(model__head_dim=128), 1, A100).fits  # where it is not taken, nobody imports it
     installed.setattr(libraries, "fa4_problem", lambda: None)
     installed.setattr(libraries, "liger_problem", lambda: "liger-kernel can't be imported (another Triton)")
-    assert "another Triton" in refusal(H100).problem
+    assert "another Triton" in rejection(H100).problem
 
 
 def test_auto_takes_no_library_on_a_cpu() -> None:

@@ -1,4 +1,4 @@
-"""A run that can't work is refused with the setting to change, before anything is allocated."""
+"""A run that can't work is rejected with the setting to change, before anything is allocated."""
 
 import math
 from dataclasses import replace
@@ -137,12 +137,12 @@ DIVISION: dict[str, tuple[dict[str, Any], int, str, str]] = {
 
 
 @pytest.mark.parametrize("case", DIVISION)
-def test_what_does_not_divide_is_refused(case: str) -> None:
+def test_what_does_not_divide_is_rejected(case: str) -> None:
     changes, world_size, setting, remedy = DIVISION[case]
-    with pytest.raises(ConfigError) as refusal:
+    with pytest.raises(ConfigError) as rejection:
         check(config(**changes), world_size, GPU)
-    assert refusal.value.setting == setting
-    assert remedy in refusal.value.remedy
+    assert rejection.value.setting == setting
+    assert remedy in rejection.value.remedy
 
 
 def test_deterministic_training_takes_no_kernel_that_is_not() -> None:
@@ -199,22 +199,22 @@ VALUES: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("name", VALUES)
-def test_a_value_out_of_its_range_is_refused(name: str) -> None:
+def test_a_value_out_of_its_range_is_rejected(name: str) -> None:
     value, remedy = VALUES[name]
-    with pytest.raises(ConfigError) as refusal:
+    with pytest.raises(ConfigError) as rejection:
         check(config(**{name: value}), 1, GPU)
-    assert refusal.value.setting == name.replace("__", ".")
-    assert refusal.value.value == value
-    assert remedy in refusal.value.remedy
+    assert rejection.value.setting == name.replace("__", ".")
+    assert rejection.value.value == value
+    assert remedy in rejection.value.remedy
 
 
-def test_a_stop_after_the_end_of_the_run_is_refused() -> None:
+def test_a_stop_after_the_end_of_the_run_is_rejected() -> None:
     with pytest.raises(ConfigError, match=r"train\.exit_step=1001: .*train\.steps=1000"):
         check(config(train__exit_step=1001), 1, GPU)
     assert check(config(train__exit_step=1000), 1, GPU)
 
 
-def test_keeping_checkpoints_where_none_are_saved_is_refused() -> None:
+def test_keeping_checkpoints_where_none_are_saved_is_rejected() -> None:
     kept = {"checkpoint__keep": 2, "checkpoint__interval": 300}
     with pytest.raises(ConfigError, match=r"checkpoint\.keep_every=1000: .*checkpoint\.interval.* such as 900"):
         check(config(checkpoint__keep_every=1000, **kept), 1, GPU)
@@ -229,10 +229,10 @@ def test_keeping_checkpoints_where_none_are_saved_is_refused() -> None:
     ],
 )
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_number_that_is_not_finite_is_refused(name: str, value: float) -> None:
-    with pytest.raises(ConfigError, match="finite") as refusal:
+def test_a_number_that_is_not_finite_is_rejected(name: str, value: float) -> None:
+    with pytest.raises(ConfigError, match="finite") as rejection:
         check(config(**{name: value}), 1, GPU)
-    assert refusal.value.setting == name.replace("__", ".")
+    assert rejection.value.setting == name.replace("__", ".")
 
 
 def test_the_lowest_learning_rate_is_set_in_one_way() -> None:
@@ -244,7 +244,7 @@ def test_the_lowest_learning_rate_is_set_in_one_way() -> None:
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32])
-def test_a_seed_that_a_generator_would_not_take_is_refused(seed: int) -> None:
+def test_a_seed_that_a_generator_would_not_take_is_rejected(seed: int) -> None:
     with pytest.raises(ConfigError, match=f"seed={seed}"):
         check(config(seed=seed), 1, GPU)
     assert check(config(seed=2**32 - 1), 1, GPU)
@@ -255,9 +255,9 @@ def test_groups_of_recomputed_layers_matter_to_full_recomputation_only() -> None
 
 
 def test_wsd_needs_the_length_of_its_decay() -> None:
-    with pytest.raises(ConfigError) as refusal:
+    with pytest.raises(ConfigError) as rejection:
         check(config(optim__decay_style="WSD"), 1, GPU)
-    assert refusal.value.setting == "optim.wsd_decay_steps"
+    assert rejection.value.setting == "optim.wsd_decay_steps"
     assert check(config(optim__decay_style="WSD", optim__wsd_decay_steps=100), 1, GPU).fits
 
 
@@ -268,10 +268,10 @@ def test_triton_is_refused_where_there_is_no_gpu(backend: str) -> None:
         check(config(attention_backend=backend), 1, CPU)
 
 
-def test_far_blocks_that_no_head_sees_are_refused() -> None:
-    with pytest.raises(ConfigError) as refusal:
+def test_far_blocks_that_no_head_sees_are_rejected() -> None:
+    with pytest.raises(ConfigError) as rejection:
         check(config(layout__pattern__stride=16), 1, GPU)
-    assert refusal.value.setting == "schedule.kind"
+    assert rejection.value.setting == "schedule.kind"
     assert check(config(layout__pattern__stride=16, layout__allow_partial_coverage=True), 1, GPU)
 
 
@@ -285,12 +285,12 @@ def test_a_sequence_that_is_no_multiple_of_the_block_is_accepted_without_context
 
 
 def test_one_line_names_setting_value_and_remedy() -> None:
-    with pytest.raises(ConfigError) as refusal:
+    with pytest.raises(ConfigError) as rejection:
         check(config(parallel__tp=2), 1, GPU)
-    line = str(refusal.value)
+    line = str(rejection.value)
     assert line.startswith("parallel.tp=2: ")
     assert "\n" not in line
-    assert line.endswith(refusal.value.remedy)
+    assert line.endswith(rejection.value.remedy)
 
 
 def settings_of(remedy: str) -> dict[str, str]:
@@ -314,10 +314,10 @@ def applied(cfg: PretrainConfig, settings: dict[str, str]) -> PretrainConfig:
 def test_a_run_that_does_not_fit_is_refused_with_settings_that_do(memory: float) -> None:
     cfg = config(train__seq_length=65536, parallel=ParallelConfig(distributed_optimizer=False))
     small = replace(GPU, memory=int(memory * GIB))
-    with pytest.raises(ConfigError) as refusal:
+    with pytest.raises(ConfigError) as rejection:
         check(cfg, 4, small)
-    assert "GiB" in refusal.value.problem
-    settings = settings_of(refusal.value.remedy)
+    assert "GiB" in rejection.value.problem
+    settings = settings_of(rejection.value.remedy)
     assert settings
     found = preview(applied(cfg, settings), 4, small)
     assert found.fits
@@ -325,12 +325,12 @@ def test_a_run_that_does_not_fit_is_refused_with_settings_that_do(memory: float)
 
 def test_a_model_too_large_for_one_process_is_sent_to_more() -> None:
     cfg = config(model__hidden_size=8192, model__ffn_hidden_size=32768, train__micro_batch_size=1)
-    with pytest.raises(ConfigError) as refusal:
+    with pytest.raises(ConfigError) as rejection:
         check(cfg, 1, GPU)
-    assert refusal.value.setting == "+model"
-    words = refusal.value.remedy.rstrip(".").split()
+    assert rejection.value.setting == "+model"
+    words = rejection.value.remedy.rstrip(".").split()
     assert words[-1] == "processes"
-    assert check(applied(cfg, settings_of(refusal.value.remedy)), int(words[-2]), GPU).fits
+    assert check(applied(cfg, settings_of(rejection.value.remedy)), int(words[-2]), GPU).fits
 
 
 def test_more_processes_do_not_help_a_cpu() -> None:
@@ -339,7 +339,7 @@ def test_more_processes_do_not_help_a_cpu() -> None:
         check(cfg, 1, CPU)
 
 
-def test_a_rank_to_profile_that_is_not_there_is_refused() -> None:
+def test_a_rank_to_profile_that_is_not_there_is_rejected() -> None:
     traced = {"profile__steps": [3, 4], "profile__ranks": [0, 7]}
     with pytest.raises(ConfigError, match=r"profile.ranks=\[0, 7\]: there are 2 ranks, but no rank 7. .*ranks=\[0\]"):
         check(config(**traced), 2, GPU)

@@ -1,4 +1,4 @@
-"""transformer-engine and FP8 are had where they can be, and refused with what to change elsewhere."""
+"""transformer-engine and FP8 are used if supported, and rejected with a remedy otherwise."""
 
 from dataclasses import replace
 from typing import Any
@@ -24,30 +24,30 @@ def missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "te_problem", lambda: "transformer-engine is not installed")
 
 
-def refusal(hardware: Any, **changes: Any) -> ConfigError:
-    with pytest.raises(ConfigError) as refused:
+def rejection(hardware: Any, **changes: Any) -> ConfigError:
+    with pytest.raises(ConfigError) as rejected:
         check(config(**changes), 1, hardware)
-    return refused.value
+    return rejected.value
 
 
 @pytest.mark.usefixtures("missing")
-def test_a_missing_transformer_engine_is_told_with_what_to_install() -> None:
-    error = refusal(H100, layer_backend="te")
+def test_a_missing_transformer_engine_is_reported_with_what_to_install() -> None:
+    error = rejection(H100, layer_backend="te")
     assert error.setting == "layer_backend"
     assert "transformer-engine[pytorch]" in error.remedy
     assert "layer_backend=local" in error.remedy
-    assert refusal(H100, fp8="hybrid").setting == "fp8"  # layer_backend=auto finds none either
+    assert rejection(H100, fp8="hybrid").setting == "fp8"  # layer_backend=auto finds none either
     assert check(config(), 1, H100).fits
 
 
 @pytest.mark.usefixtures("installed")
 def test_a_cpu_has_no_transformer_engine() -> None:
-    assert "layer_backend=local" in refusal(CPU, layer_backend="te").remedy
-    assert "fp8=none" in refusal(CPU, fp8="hybrid").remedy
+    assert "layer_backend=local" in rejection(CPU, layer_backend="te").remedy
+    assert "fp8=none" in rejection(CPU, fp8="hybrid").remedy
 
 
 @pytest.mark.usefixtures("installed")
-def test_fp8_is_had_where_transformer_engine_and_the_gpu_have_it() -> None:
+def test_fp8_is_accepted_if_transformer_engine_and_the_gpu_support_it() -> None:
     assert check(config(**WITH_FP8), 1, H100).fits
     assert check(config(fp8="e4m3"), 1, H100).fits
 
@@ -67,15 +67,15 @@ def test_fp8_is_had_where_transformer_engine_and_the_gpu_have_it() -> None:
         ({"fp8_recipe": "delayed"}, (9, 0), "fp8_recipe", "tensorwise"),
     ],
 )
-def test_fp8_that_cannot_be_is_refused(
+def test_unsupported_fp8_is_rejected(
     changes: dict[str, Any], capability: tuple[int, int], setting: str, remedy: str
 ) -> None:
-    error = refusal(replace(GPU, capability=capability), **{**WITH_FP8, **changes})
+    error = rejection(replace(GPU, capability=capability), **{**WITH_FP8, **changes})
     assert error.setting == setting
     assert remedy in error.remedy
 
 
-def test_a_device_of_unknown_capability_is_taken_at_its_word(installed: None) -> None:
+def test_fp8_is_accepted_on_a_device_of_unknown_capability(installed: None) -> None:
     assert check(config(**WITH_FP8), 1, GPU).fits
 
 
@@ -83,6 +83,6 @@ def test_a_device_of_unknown_capability_is_taken_at_its_word(installed: None) ->
 def test_blockwise_fp8_needs_a_newer_cuda_than_tensorwise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.version.cuda", "12.8")
     assert check(config(**WITH_FP8), 1, H100).fits
-    assert "fp8_recipe=tensorwise" in refusal(H100, **WITH_FP8, fp8_recipe="blockwise").remedy
+    assert "fp8_recipe=tensorwise" in rejection(H100, **WITH_FP8, fp8_recipe="blockwise").remedy
     monkeypatch.setattr("torch.version.cuda", "13.0")
     assert check(config(**WITH_FP8, fp8_recipe="blockwise"), 1, H100).fits
