@@ -5,6 +5,7 @@ from .dispatch import KernelsInUse, kernels_in_use
 from .layout import BLOCK_SIZES, BlockLayout
 from .reference import reference_attention
 from .spec import Format
+from .topk_layout import Layout, TopKLayout
 
 __all__ = [
     "BLOCK_SIZES",
@@ -12,6 +13,8 @@ __all__ = [
     "BlockLayout",
     "Format",
     "KernelsInUse",
+    "Layout",
+    "TopKLayout",
     "block_sparse_attention",
     "kernels_in_use",
     "reference_attention",

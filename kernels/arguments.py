@@ -7,11 +7,11 @@ import math
 import torch
 from torch import Tensor
 
-from .layout import BlockLayout
 from .spec import FORMATS, AttentionSpec, Format, shape_bhsd
+from .topk_layout import Layout, TopKLayout
 
 
-def check_tensors(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, format: Format) -> None:
+def check_tensors(q: Tensor, k: Tensor, v: Tensor, layout: Layout, format: Format) -> None:
     """Shapes, dtypes, devices and heads; ValueError where they don't fit together."""
     if format not in FORMATS:
         raise ValueError(f"format must be one of {FORMATS}, got {format!r}")
@@ -34,6 +34,14 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, format: 
         )
     if heads % kv_heads != 0:
         raise ValueError(f"q has {heads} heads, no multiple of the {kv_heads} KV heads of k: change one of them")
+    if layout.batch_size not in (1, b):
+        raise ValueError(
+            f"the layout is for {layout.batch_size} sequences but q has {b}: build it for the batch, or without a "
+            "batch axis"
+        )
+    if isinstance(layout, TopKLayout):
+        _check_lists(layout, b, heads, kv_heads)
+        return
     if layout.num_heads != heads:
         raise ValueError(
             f"the layout has {layout.num_heads} heads but q has {heads}: slice it with "
@@ -41,7 +49,15 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, format: 
         )
 
 
-def check_positions(q_shape: tuple[int, int, int, int], s_k: int, layout: BlockLayout, spec: AttentionSpec) -> None:
+def _check_lists(layout: TopKLayout, batch: int, heads: int, kv_heads: int) -> None:
+    if layout.num_heads != heads or layout.num_lists not in (heads, kv_heads) or layout.batch_size != batch:
+        raise ValueError(
+            f"the TopKLayout has {layout.batch_size} x {layout.num_lists} lists for {layout.num_heads} heads, but there "
+            f"are {batch} sequences, {heads} heads and {kv_heads} KV heads: give each head, or each KV head, a list"
+        )
+
+
+def check_positions(q_shape: tuple[int, int, int, int], s_k: int, layout: Layout, spec: AttentionSpec) -> None:
     """Scale, offset, room in the layout, and of `cu_seqlens` what the host knows; ValueError where they don't fit."""
     b, _, s_q, _ = q_shape
     # a comparison, not math.isfinite: torch.compile traces it for a symbolic scale too
@@ -52,6 +68,11 @@ def check_positions(q_shape: tuple[int, int, int, int], s_k: int, layout: BlockL
     if spec.cu_seqlens is None:
         _check_lengths(layout, spec.query_offset + s_q, s_k)
         return
+    if isinstance(layout, TopKLayout):
+        raise ValueError(
+            "cu_seqlens takes a BlockLayout, which restarts in every document; a TopKLayout names key blocks of the "
+            "whole sequence: name only the document's blocks, or pass one document a sequence"
+        )
     bounds = spec.cu_seqlens
     if bounds.dim() != 1 or bounds.numel() < 2 or bounds.dtype not in (torch.int32, torch.int64):
         raise ValueError(
@@ -67,7 +88,15 @@ def check_positions(q_shape: tuple[int, int, int, int], s_k: int, layout: BlockL
         )
 
 
-def check_documents(bounds: Tensor, s_q: int, layout: BlockLayout) -> None:
+def check_values(layout: Layout, spec: AttentionSpec, s_q: int) -> None:
+    """The values of `cu_seqlens` and of run-time indices: ValueError on a CPU, on a GPU a device-side assertion."""
+    if spec.cu_seqlens is not None:
+        check_documents(spec.cu_seqlens, s_q, layout)
+    if isinstance(layout, TopKLayout):
+        layout.check_values()
+
+
+def check_documents(bounds: Tensor, s_q: int, layout: Layout) -> None:
     """The values of `cu_seqlens`; ValueError on a CPU. On a GPU, where reading them would stall, the device asserts."""
     lengths = bounds.diff()
     if bounds.device.type == "cpu":
@@ -80,7 +109,7 @@ def check_documents(bounds: Tensor, s_q: int, layout: BlockLayout) -> None:
     torch._assert_async(sound, "cu_seqlens must ascend from 0 to q's rows, each document within the layout")
 
 
-def _check_lengths(layout: BlockLayout, end_of_queries: int, s_k: int) -> None:
+def _check_lengths(layout: Layout, end_of_queries: int, s_k: int) -> None:
     size = layout.block_size
     if end_of_queries > layout.num_query_blocks * size or s_k > layout.num_key_blocks * size:
         raise ValueError(

@@ -9,10 +9,10 @@ from typing import Literal, get_args, overload
 import torch
 from torch import Tensor
 
-from .arguments import check_documents, check_positions, check_tensors
-from .custom_op import attend
-from .layout import BlockLayout
+from .arguments import check_positions, check_tensors, check_values
+from .custom_op import attend, layout_arguments
 from .spec import AttentionSpec, Format, shape_bhsd
+from .topk_layout import Layout
 
 Backend = Literal["auto", "triton", "portable", "torch"]
 _TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -20,7 +20,7 @@ _TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 @overload
 def block_sparse_attention(
-    q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, *, softmax_scale: float | None = ...,
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, *, softmax_scale: float | None = ...,
     causal: bool = ..., query_offset: int = ..., cu_seqlens: Tensor | None = ..., format: Format = ...,
     return_lse: Literal[False] = ..., backend: Backend = ...,
 ) -> Tensor: ...  # fmt: skip
@@ -28,7 +28,7 @@ def block_sparse_attention(
 
 @overload
 def block_sparse_attention(
-    q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, *, softmax_scale: float | None = ...,
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, *, softmax_scale: float | None = ...,
     causal: bool = ..., query_offset: int = ..., cu_seqlens: Tensor | None = ..., format: Format = ...,
     return_lse: Literal[True], backend: Backend = ...,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
@@ -38,7 +38,7 @@ def block_sparse_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    layout: BlockLayout,
+    layout: Layout,
     *,
     softmax_scale: float | None = None,
     causal: bool = True,
@@ -56,12 +56,14 @@ def block_sparse_attention(
             padding. Read by its strides; only a strided last dimension is copied.
         k, v: [s_k, b, H_kv, d], [s_k, b, H_kv, d_v], q's dtype; d_v may differ from d. H is a multiple of H_kv: query
             head h reads KV head h // (H // H_kv), which is not expanded.
-        layout: of H heads, on q's device, large enough for all positions. Heads of a group may keep different blocks.
+        layout: of H heads, on q's device, large enough for all positions. Heads of a group may keep different blocks,
+            and so may sequences of a batch. A `BlockLayout` is made once; a `TopKLayout` is made of top-k indices on
+            the device, anew in every step, and indices get no gradient.
         softmax_scale: above 0; default 1 / sqrt(d).
         causal: key positions after the query's are hidden, token by token, whatever the layout keeps.
         query_offset: position, in tokens, of q's first row; key row j has position j. It may exceed s_k.
         cu_seqlens: int32 [documents + 1], 0, ascending, s_q: documents packed along the sequence, on q's device.
-            Positions, causality and layout restart in each. For b = 1, s_q = s_k and query_offset = 0.
+            Positions, causality and layout restart in each. For b = 1, s_q = s_k, query_offset = 0 and a BlockLayout.
         return_lse: also return the natural log-sum-exp of the scaled scores, to merge results over ranges of keys.
         backend: see `resolve_backend`; `kernels_in_use` tells which kernels that means for given arguments.
 
@@ -82,19 +84,21 @@ def block_sparse_attention(
     for the while.
 
     torch.compile: traced whole, as one operator (``fullgraph=True`` holds), also with return_lse, in training and with
-    checkpointing. The graph holds the layout by a number: keep the layout until the last backward is done, else
-    RuntimeError. Layouts are made outside of compiled functions. Other lengths and layouts compile anew twice at most;
-    from then on one graph serves all.
+    checkpointing. The graph holds a BlockLayout by a number: keep the layout until the last backward is done, else
+    RuntimeError. BlockLayouts are made outside of compiled functions; a TopKLayout may be made inside, and its indices
+    are an input like any other. Other lengths and layouts compile anew twice at most; from then on one graph serves
+    all.
 
     CUDA graphs: forward and backward can be captured after one call of each with the same layout and shapes, which
-    compiles the kernels and builds, from the device's answers, what the layout keeps for them.
+    compiles the kernels and builds, from the device's answers, what the layout keeps for them. A TopKLayout is built
+    within the graph, from what its indices hold at each replay.
 
     Checkpointing: ``torch.utils.checkpoint`` with ``use_reentrant=False``.
 
     Raises:
-        ValueError: arguments that don't fit together, naming argument and remedy. Values of cu_seqlens that don't fit
-            on a CPU, in a compiled call when it runs; on a GPU, where reading them would stall it, a device-side
-            assertion fails instead.
+        ValueError: arguments that don't fit together, naming argument and remedy. Values of cu_seqlens and indices that
+            don't fit on a CPU, in a compiled call when it runs; on a GPU, where reading them would stall it, a
+            device-side assertion fails instead.
     """
     check_tensors(q, k, v, layout, format)
     resolved = resolve_backend(backend, q.device)
@@ -107,11 +111,10 @@ def block_sparse_attention(
     lse: Tensor | None
     if torch.compiler.is_compiling():
         out, lse = attend(
-            q, k, v, cu_seqlens, layout.handle, scale, causal, query_offset, format, resolved, return_lse
+            q, k, v, cu_seqlens, *layout_arguments(layout), scale, causal, query_offset, format, resolved, return_lse
         )  # fmt: skip
     else:
-        if cu_seqlens is not None:
-            check_documents(cu_seqlens, q_shape[2], layout)
+        check_values(layout, spec, q_shape[2])
         if resolved == "torch":
             # imported here so that a process needs only the backend that it uses
             from .torch_backend import torch_attention

@@ -14,10 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import config_for, padded, shared_limit
-from .forward import LOG2_E, key_position, key_tiles, num_query_tiles, query_tile
-from .layout import BlockLayout
+from .forward import LOG2_E, key_position, key_tiles, num_query_tiles, pattern_stride, query_tile
 from .spec import AttentionSpec, empty, empty_bhsd
 from .tiles import check_launch, count_below, document_tiles, load_tile, store_tile, strides, tile_of_document
+from .topk_layout import Layout
 
 _LOG2_E = tl.constexpr(LOG2_E)
 _PREPROCESS_ROWS = 64
@@ -77,13 +77,24 @@ def _add_dq(
     return tl.dot(dscores, k, dq, input_precision="ieee")
 
 
-@triton.jit(do_not_specialize=["num_tiles", "num_heads", "group", "s_q", "s_k", "query_offset", "num_query_blocks"])
+@triton.jit(
+    do_not_specialize=[
+        "num_tiles",
+        "num_heads",
+        "group",
+        "s_q",
+        "s_k",
+        "query_offset",
+        "num_query_blocks",
+        "pattern_stride",
+    ]
+)
 def s2_attention_bwd_kernel_dq(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr,
     pattern_of_head, row_offsets, row_columns, tiles,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     dout_batch, dout_head, dout_row, dq_batch, dq_head, dq_row,
-    scale, scale_log2, num_tiles, num_heads, group, s_q, s_k, query_offset, num_query_blocks,
+    scale, scale_log2, num_tiles, num_heads, group, s_q, s_k, query_offset, num_query_blocks, pattern_stride,
     DIM: tl.constexpr, V_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PADDED_V_DIM: tl.constexpr,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
@@ -109,7 +120,7 @@ def s2_attention_bwd_kernel_dq(
 
     dq = tl.zeros([ROWS, PADDED_DIM], tl.float32)
     begin, full, stop = key_tiles(
-        pattern_of_head, row_offsets, row_columns, num_query_blocks, head, first, num_keys,
+        pattern_of_head + batch * pattern_stride, row_offsets, row_columns, num_query_blocks, head, first, num_keys,
         ROWS, STEPS, BLOCK, CAUSAL,
     )  # fmt: skip
     for tile in range(begin, full):
@@ -161,6 +172,7 @@ def _add_dkdv(
         "s_k",
         "query_offset",
         "num_key_blocks",
+        "pattern_stride",
     ]
 )
 def s2_attention_bwd_kernel_dkdv(
@@ -169,6 +181,7 @@ def s2_attention_bwd_kernel_dkdv(
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     dout_batch, dout_head, dout_row, dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row,
     scale, scale_log2, num_tiles, batch_size, num_kv_heads, s_q, s_k, query_offset, num_key_blocks,
+    pattern_stride,
     GROUP: tl.constexpr, DIM: tl.constexpr, V_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr, PADDED_V_DIM: tl.constexpr,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr,
@@ -182,9 +195,10 @@ def s2_attention_bwd_kernel_dkdv(
         low, high, num_keys, query_shift, key_shift = length * 0, length, length, start, start
     else:
         KEY_TILES: tl.constexpr = BLOCK // ROWS
+        # `batch_size` sequences share an entry, or each has its own
         entry = tl.load(order + program // (batch_size * KEY_TILES))
-        kv_head = entry // num_key_blocks
-        batch = program // KEY_TILES % batch_size
+        kv_head = entry // num_key_blocks % num_kv_heads
+        batch = program // KEY_TILES % batch_size + entry // num_key_blocks // num_kv_heads
         first = entry % num_key_blocks * BLOCK + program % KEY_TILES * ROWS
         low, high, num_keys = query_offset + 0, query_offset + s_q, s_k + 0
         query_shift, key_shift = 0 - query_offset, s_k * 0
@@ -214,7 +228,7 @@ def s2_attention_bwd_kernel_dkdv(
         q_base = q_ptr + b * q_batch + h * q_head + query_shift * q_row
         dout_base = dout_ptr + b * dout_batch + h * dout_head + query_shift * dout_row
         rows_at = (b * num_kv_heads * GROUP + h) * s_q + query_shift
-        column = tl.load(pattern_of_head + head) * num_key_blocks + j
+        column = tl.load(pattern_of_head + batch * pattern_stride + head) * num_key_blocks + j
         begin = tl.load(column_offsets + column)
         end = tl.load(column_offsets + column + 1)
         to_first, to_last = count_below(column_rows, begin, end, first_block, last_block, 256)
@@ -254,7 +268,7 @@ def s2_attention_bwd_kernel_dkdv(
 
 def backward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None,
-    layout: BlockLayout, spec: AttentionSpec,
+    layout: Layout, spec: AttentionSpec,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v (views [b, h, s, d], contiguous in `spec.format`).
 
@@ -288,7 +302,7 @@ def backward(
                 layout.pattern_of_head, layout.row_offsets, layout.row_columns, tiles,
                 *strides(q), *strides(k), *strides(v), *strides(dout), *strides(dq),
                 spec.softmax_scale, spec.softmax_scale * LOG2_E, num_tiles, num_heads,
-                num_heads // num_kv_heads, s_q, s_k, spec.query_offset, layout.num_query_blocks,
+                num_heads // num_kv_heads, s_q, s_k, spec.query_offset, layout.num_query_blocks, pattern_stride(layout),
                 **dims, BLOCK=block, ROWS=config.rows, STEPS=config.steps,
                 CAUSAL=spec.causal, PACKED=packed,
                 num_warps=config.num_warps, num_stages=config.num_stages,
@@ -304,8 +318,8 @@ def backward(
                 q, k, v, dout, lse, delta, dk, dv,
                 layout.pattern_of_head, layout.column_offsets, layout.column_rows, order, tiles,
                 *strides(q), *strides(k), *strides(v), *strides(dout), *strides(dk), *strides(dv),
-                spec.softmax_scale, spec.softmax_scale * LOG2_E, per_head, batch, num_kv_heads, s_q, s_k,
-                spec.query_offset, layout.num_key_blocks,
+                spec.softmax_scale, spec.softmax_scale * LOG2_E, per_head, batch // layout.batch_size,
+                num_kv_heads, s_q, s_k, spec.query_offset, layout.num_key_blocks, pattern_stride(layout),
                 GROUP=num_heads // num_kv_heads, **dims, BLOCK=block, ROWS=config.rows, STEPS=config.steps,
                 CAUSAL=spec.causal, PACKED=packed,
                 num_warps=config.num_warps, num_stages=config.num_stages,

@@ -1,7 +1,8 @@
 """The operation as torch.compile sees it: two custom operators, forward and backward, whose insides it never traces.
 
 Only traced calls come here: a custom operator costs the host 50 to 100 us more than an autograd function. Operators
-take tensors and numbers, so the layout travels as its handle.
+take tensors and numbers, so a `BlockLayout` travels as its handle, and a `TopKLayout` as its indices and sizes: nothing
+is registered for it, and the operators build from the indices what they walk.
 """
 
 from typing import Any, cast
@@ -9,27 +10,30 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from .arguments import check_documents
+from .arguments import check_values
 from .handles import registered
 from .layout import BlockLayout
 from .spec import AttentionSpec, Format, from_bhsd, shape_bhsd, to_bhsd
+from .topk_layout import Layout, TopKLayout
 from .torch_backend import lse_dtype, torch_attention, torch_gradients
 
 
 @torch.library.custom_op("s2train::block_sparse_attention", mutates_args=())
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, handle: int, softmax_scale: float, causal: bool,
-    query_offset: int, format: str, backend: str, with_lse: bool,
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, indices: Tensor | None, handle: int, block_size: int,
+    num_key_blocks: int, softmax_scale: float, causal: bool, query_offset: int, format: str, backend: str,
+    with_lse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output and log-sum-exp, as `block_sparse_attention`'s; the latter is empty unless `with_lse`.
 
     Args:
-        handle: the layout's.
+        indices, block_size, num_key_blocks: a TopKLayout's, whose handle is 0.
+        handle: a BlockLayout's, without `indices`.
         backend: "triton", "portable" or "torch".
     """
-    layout, spec = _resolved(cu_seqlens, handle, softmax_scale, causal, query_offset, format, backend)
-    if cu_seqlens is not None:
-        check_documents(cu_seqlens, shape_bhsd(q, spec.format)[2], layout)
+    spec = AttentionSpec(softmax_scale, causal, query_offset, cu_seqlens, _format(format), backend == "portable")
+    layout = _layout(indices, handle, block_size, num_key_blocks, shape_bhsd(q, spec.format)[1])
+    check_values(layout, spec, shape_bhsd(q, spec.format)[2])
     if backend == "torch":
         out, lse = torch_attention(q, k, v, layout, spec, with_lse=with_lse)
         return out, _no_lse(q) if lse is None else lse
@@ -43,8 +47,9 @@ def attend(
 
 @attend.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, handle: int, softmax_scale: float, causal: bool,
-    query_offset: int, format: str, backend: str, with_lse: bool,
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, indices: Tensor | None, handle: int, block_size: int,
+    num_key_blocks: int, softmax_scale: float, causal: bool, query_offset: int, format: str, backend: str,
+    with_lse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     out = q.new_empty((*q.shape[:3], v.shape[3]))
     if backend == "torch" and not with_lse:
@@ -55,11 +60,12 @@ def _(
 @torch.library.custom_op("s2train::block_sparse_attention_backward", mutates_args=())
 def attend_backward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor | None, dlse: Tensor | None,
-    cu_seqlens: Tensor | None, handle: int, softmax_scale: float, causal: bool, query_offset: int, format: str,
-    backend: str, with_lse: bool,
+    cu_seqlens: Tensor | None, indices: Tensor | None, handle: int, block_size: int, num_key_blocks: int,
+    softmax_scale: float, causal: bool, query_offset: int, format: str, backend: str, with_lse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k and v, contiguous; a gradient that is None is 0. The rest is `attend`'s."""
-    layout, spec = _resolved(cu_seqlens, handle, softmax_scale, causal, query_offset, format, backend)
+    spec = AttentionSpec(softmax_scale, causal, query_offset, cu_seqlens, _format(format), backend == "portable")
+    layout = _layout(indices, handle, block_size, num_key_blocks, shape_bhsd(q, spec.format)[1])
     if backend == "torch":
         return torch_gradients(q, k, v, dout, dlse if with_lse else None, layout, spec)
     from .tiles import last_contiguous
@@ -74,37 +80,45 @@ def attend_backward(
 @attend_backward.register_fake
 def _(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor | None, dlse: Tensor | None,
-    cu_seqlens: Tensor | None, handle: int, softmax_scale: float, causal: bool, query_offset: int, format: str,
-    backend: str, with_lse: bool,
+    cu_seqlens: Tensor | None, indices: Tensor | None, handle: int, block_size: int, num_key_blocks: int,
+    softmax_scale: float, causal: bool, query_offset: int, format: str, backend: str, with_lse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, cu_seqlens, *ctx.settings = inputs
-    ctx.save_for_backward(q, k, v, *output, cu_seqlens)
+    q, k, v, cu_seqlens, indices, *ctx.settings = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens, indices)
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
-    nothing = [None] * (1 + len(ctx.settings))
+    q, k, v, out, lse, cu_seqlens, indices = ctx.saved_tensors
+    nothing = [None] * (2 + len(ctx.settings))
     if dout is None and dlse is None:
         return None, None, None, *nothing
-    return *attend_backward(q, k, v, out, lse, dout, dlse, cu_seqlens, *ctx.settings), *nothing
+    return *attend_backward(q, k, v, out, lse, dout, dlse, cu_seqlens, indices, *ctx.settings), *nothing
 
 
 attend.register_autograd(_differentiate, setup_context=_keep)
 
 
-def _resolved(
-    cu_seqlens: Tensor | None, handle: int, softmax_scale: float, causal: bool, query_offset: int, format: str,
-    backend: str,
-) -> tuple[BlockLayout, AttentionSpec]:  # fmt: skip
-    spec = AttentionSpec(
-        softmax_scale, causal, query_offset, cu_seqlens, cast(Format, format), portable=backend == "portable"
-    )
-    return registered(handle), spec
+def layout_arguments(layout: Layout) -> tuple[Tensor | None, int, int, int]:
+    """`indices`, `handle`, `block_size` and `num_key_blocks` for the operators."""
+    if isinstance(layout, TopKLayout):
+        return layout.indices, 0, layout.block_size, layout.num_key_blocks
+    return None, layout.handle, 0, 0
+
+
+def _layout(indices: Tensor | None, handle: int, block_size: int, num_key_blocks: int, num_heads: int) -> Layout:
+    if indices is None:
+        found: BlockLayout = registered(handle)
+        return found
+    return TopKLayout(indices, block_size, num_heads, num_key_blocks)
+
+
+def _format(format: str) -> Format:
+    return cast(Format, format)
 
 
 def _no_lse(q: Tensor) -> Tensor:

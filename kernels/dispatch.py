@@ -14,9 +14,10 @@ from .arguments import check_positions, check_tensors
 from .attention import Backend, resolve_backend
 from .layout import BlockLayout
 from .spec import AttentionSpec, Format, shape_bhsd, to_bhsd
+from .topk_layout import Layout
 
 Kernels = Literal["hopper", "portable", "torch"]
-_Supported = Callable[[Tensor, Tensor, Tensor, BlockLayout, AttentionSpec], bool]
+_Supported = Callable[[Tensor, Tensor, Tensor, Layout, AttentionSpec], bool]
 _LENGTH = 1024
 
 
@@ -39,7 +40,7 @@ def kernels_in_use(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    layout: BlockLayout,
+    layout: Layout,
     *,
     causal: bool = True,
     query_offset: int = 0,
@@ -92,7 +93,7 @@ def _no_hopper(device: torch.device) -> str:
     return f"Triton {triton.__version__}: they run in {releases}, which torch 2.11 and 2.13 bring"
 
 
-def _reasons(supported: _Supported, q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, spec: AttentionSpec) -> str:
+def _reasons(supported: _Supported, q: Tensor, k: Tensor, v: Tensor, layout: Layout, spec: AttentionSpec) -> str:
     """What `supported` does not take of these arguments, with commas between; "" if it takes them.
 
     Found by asking it: each property by itself is put in the place of the same property of a call that it takes.
@@ -107,8 +108,8 @@ def _reasons(supported: _Supported, q: Tensor, k: Tensor, v: Tensor, layout: Blo
 
 
 def _one_by_one(
-    q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, spec: AttentionSpec
-) -> Iterator[tuple[str, tuple[Tensor, Tensor, Tensor, BlockLayout, AttentionSpec]]]:
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, spec: AttentionSpec
+) -> Iterator[tuple[str, tuple[Tensor, Tensor, Tensor, Layout, AttentionSpec]]]:
     """The call's properties, and the plainest calls that have only this one of them."""
     plain = _shaped((1, 1, _LENGTH, 128), torch.bfloat16)
     usual = BlockLayout.from_mask(torch.ones(1, _LENGTH // 128, _LENGTH // 128) > 0, 128)

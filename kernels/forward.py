@@ -13,9 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import config_for, padded, shared_limit
-from .layout import BlockLayout
 from .spec import AttentionSpec, empty, empty_bhsd
 from .tiles import check_launch, count_below, document_tiles, load_tile, store_tile, strides, tile_of_document
+from .topk_layout import Layout
 
 LOG2_E: float = 1.4426950408889634
 _LN_2 = tl.constexpr(0.6931471805599453)
@@ -108,11 +108,22 @@ def _attend(
     return acc, total, new_peak
 
 
-@triton.jit(do_not_specialize=["num_tiles", "num_heads", "group", "s_q", "s_k", "query_offset", "num_query_blocks"])
+@triton.jit(
+    do_not_specialize=[
+        "num_tiles",
+        "num_heads",
+        "group",
+        "s_q",
+        "s_k",
+        "query_offset",
+        "num_query_blocks",
+        "pattern_stride",
+    ]
+)
 def s2_attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, pattern_of_head, row_offsets, row_columns, tiles,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, out_batch, out_head, out_row,
-    scale_log2, num_tiles, num_heads, group, s_q, s_k, query_offset, num_query_blocks,
+    scale_log2, num_tiles, num_heads, group, s_q, s_k, query_offset, num_query_blocks, pattern_stride,
     DIM: tl.constexpr, V_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PADDED_V_DIM: tl.constexpr,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
@@ -134,7 +145,7 @@ def s2_attention_fwd_kernel(
     total = tl.zeros([ROWS], tl.float32)
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     begin, full, stop = key_tiles(
-        pattern_of_head, row_offsets, row_columns, num_query_blocks, head, first, num_keys,
+        pattern_of_head + batch * pattern_stride, row_offsets, row_columns, num_query_blocks, head, first, num_keys,
         ROWS, STEPS, BLOCK, CAUSAL,
     )  # fmt: skip
     for tile in range(begin, full):
@@ -162,7 +173,12 @@ def num_query_tiles(s_q: int, query_offset: int, rows: int) -> int:
     return -(-(query_offset + s_q) // rows) - query_offset // rows
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+def pattern_stride(layout: Layout) -> int:
+    """Elements of `pattern_of_head` between two sequences; 0 if all have the same patterns."""
+    return 0 if layout.batch_size == 1 else layout.num_heads
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, layout: Layout, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     """Output [b, h, s_q, d_v], contiguous in `spec.format`, and log-sum-exp float32 [b, h, s_q].
 
     q is a view [b, h, s_q, d], k [b, h_kv, s_k, d], v [b, h_kv, s_k, d_v], of any strides but the last.
@@ -185,7 +201,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, spec: Attentio
             q, k, v, out, lse, layout.pattern_of_head, layout.row_offsets, layout.row_columns, tiles,
             *strides(q), *strides(k), *strides(v), *strides(out),
             spec.softmax_scale * LOG2_E, num_tiles, num_heads, num_heads // num_kv_heads, s_q, s_k,
-            spec.query_offset, layout.num_query_blocks,
+            spec.query_offset, layout.num_query_blocks, pattern_stride(layout),
             DIM=dim, V_DIM=v_dim, PADDED_DIM=padded(dim), PADDED_V_DIM=padded(v_dim),
             BLOCK=layout.block_size, ROWS=config.rows, STEPS=config.steps,
             CAUSAL=spec.causal, PACKED=tiles is not None,

@@ -5,16 +5,16 @@ import math
 import torch
 from torch import Tensor
 
-from .layout import BlockLayout
 from .spec import Format, from_bhsd, to_bhsd
 from .token_mask import token_mask
+from .topk_layout import Layout
 
 
 def reference_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    layout: BlockLayout,
+    layout: Layout,
     *,
     softmax_scale: float | None = None,
     causal: bool = True,

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from .layout import BlockLayout
+from .topk_layout import Layout
 
 
 def token_mask(
-    layout: BlockLayout,
+    layout: Layout,
     s_q: int,
     s_k: int,
     *,
@@ -15,7 +15,7 @@ def token_mask(
     query_offset: int = 0,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """Bool [H, s_q, s_k]: which keys each query row sees.
+    """Bool [H, s_q, s_k], or with a batch axis if the layout has one: which keys each query row sees.
 
     With `cu_seqlens` positions restart at every document and rows see only their own document.
     """
@@ -27,7 +27,7 @@ def token_mask(
         document = torch.searchsorted(bounds, query, right=True) - 1
         query = key = query - bounds[document]
         same_document = document[:, None] == document[None, :]
-    mask = layout.mask()[:, query // layout.block_size][:, :, key // layout.block_size]
+    mask = layout.mask()[..., query // layout.block_size, :][..., key // layout.block_size]
     if causal:
         mask &= query[:, None] >= key[None, :]
     if same_document is not None:

@@ -4,10 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .layout import BlockLayout
 from .reference import reference_attention
 from .spec import AttentionSpec, from_bhsd, to_bhsd
 from .token_mask import token_mask
+from .topk_layout import Layout
 
 # masks kept with a layout: a few shapes in turn (training, evaluation, context-parallel chunks), none huge
 _CACHED_MASKS = 4
@@ -20,7 +20,7 @@ def lse_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def torch_attention(
-    q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, spec: AttentionSpec, *, with_lse: bool
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, spec: AttentionSpec, *, with_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Output in `spec.format`, and log-sum-exp [b, h, s_q] in `lse_dtype` where asked for, else None."""
     if q.is_cuda or with_lse:
@@ -41,12 +41,12 @@ def torch_attention(
     qh, kh, vh = (to_bhsd(x, spec.format) for x in (q, k, v))
     bias = _bias(layout, qh.shape[2], kh.shape[2], spec, q.dtype)
     grouped = qh.shape[1] != kh.shape[1]
-    out = F.scaled_dot_product_attention(qh, kh, vh, attn_mask=bias[None], scale=spec.softmax_scale, enable_gqa=grouped)
+    out = F.scaled_dot_product_attention(qh, kh, vh, attn_mask=bias, scale=spec.softmax_scale, enable_gqa=grouped)
     return from_bhsd(out, spec.format).contiguous(), None
 
 
 def torch_gradients(
-    q: Tensor, k: Tensor, v: Tensor, dout: Tensor | None, dlse: Tensor | None, layout: BlockLayout, spec: AttentionSpec
+    q: Tensor, k: Tensor, v: Tensor, dout: Tensor | None, dlse: Tensor | None, layout: Layout, spec: AttentionSpec
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, contiguous, from those of the results, of which None is 0.
 
@@ -78,12 +78,13 @@ def torch_gradients(
     return dq, dk, dv
 
 
-def _bias(layout: BlockLayout, s_q: int, s_k: int, spec: AttentionSpec, dtype: torch.dtype) -> Tensor:
-    """[H, s_q, s_k]: 0 where a row sees a key, else -inf. Of a bool mask torch would make it in every call."""
+def _bias(layout: Layout, s_q: int, s_k: int, spec: AttentionSpec, dtype: torch.dtype) -> Tensor:
+    """[1 or batch, H, s_q, s_k]: 0 where a row sees a key, else -inf; torch would make it of a bool mask every time."""
     key = ("bias", s_q, s_k, spec.causal, spec.query_offset, dtype)
     if spec.cu_seqlens is None and key in layout.cache:
         return layout.cache[key]
     keep = token_mask(layout, s_q, s_k, causal=spec.causal, query_offset=spec.query_offset, cu_seqlens=spec.cu_seqlens)
+    keep = keep if keep.dim() == 4 else keep[None]
     bias = torch.zeros(keep.shape, dtype=dtype, device=keep.device).masked_fill_(~keep, -torch.inf)
     if spec.cu_seqlens is None and bias.nbytes <= _CACHED_BYTES:
         cached = [name for name in layout.cache if name[0] == "bias"]

@@ -11,9 +11,9 @@ from .backward import backward
 from .forward import forward
 from .hopper.support import backward_choice, kernel_choice
 from .interpreter import repair_interpreter
-from .layout import BlockLayout
 from .spec import AttentionSpec, from_bhsd, to_bhsd
 from .tiles import last_contiguous
+from .topk_layout import Layout, TopKLayout
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     repair_interpreter()
@@ -24,11 +24,13 @@ class _TritonAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, spec: AttentionSpec
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: Layout, spec: AttentionSpec
     ) -> tuple[Tensor, Tensor]:
         q, k, v = last_contiguous(q), last_contiguous(k), last_contiguous(v)
         out, lse = run_forward(q, k, v, layout, spec)
-        ctx.save_for_backward(q, k, v, out, lse)
+        # indices too, so that autograd notices if they are written to before the backward
+        indices = layout.indices if isinstance(layout, TopKLayout) else None
+        ctx.save_for_backward(q, k, v, out, lse, indices)
         ctx.layout, ctx.spec = layout, spec
         ctx.set_materialize_grads(False)
         return out, lse
@@ -37,22 +39,20 @@ class _TritonAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         # read once: non-reentrant checkpointing recomputes at the first read and refuses a second
-        q, k, v, out, lse = ctx.saved_tensors
+        q, k, v, out, lse, _ = ctx.saved_tensors
         if dout is None and dlse is None:
             return None, None, None, None, None
         return *run_backward(q, k, v, out, lse, dout, dlse, ctx.layout, ctx.spec), None, None
 
 
-def triton_attention(
-    q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, spec: AttentionSpec
-) -> tuple[Tensor, Tensor]:
+def triton_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     """Output in `spec.format` and log-sum-exp float32 [b, h, s_q], both differentiable."""
     views = (to_bhsd(x, spec.format) for x in (q, k, v))
     out, lse = _TritonAttention.apply(*views, layout, spec)
     return from_bhsd(out, spec.format), lse
 
 
-def run_forward(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+def run_forward(q: Tensor, k: Tensor, v: Tensor, layout: Layout, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     """Output [b, h, s_q, d_v] and log-sum-exp of views [b, h, s, d] with stride 1 along d, by the kernels for them."""
     if not spec.portable and kernel_choice(q, k, v, layout, spec) == "hopper":
         # imported here so that other GPUs need no Gluon
@@ -64,7 +64,7 @@ def run_forward(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, spec: Atte
 
 def run_backward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor | None, dlse: Tensor | None,
-    layout: BlockLayout, spec: AttentionSpec,
+    layout: Layout, spec: AttentionSpec,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k and v from `run_forward`'s results and their gradients, of which None is 0."""
     dout = torch.zeros_like(out) if dout is None else last_contiguous(dout)

@@ -17,6 +17,7 @@ from ..hopper.support import backward_choice, is_hopper, kernel_choice
 from ..layout import BlockLayout
 from ..reference import reference_attention
 from ..spec import AttentionSpec, Format, from_bhsd, to_bhsd
+from ..topk_layout import Layout
 from .cases import Case, Timing
 
 _NAMES = ("out", "lse", "dq", "dk", "dv")
@@ -118,7 +119,7 @@ def _deterministic(enabled: bool) -> Iterator[None]:
 
 
 def kernels_run(
-    q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, *, causal: bool = True, query_offset: int = 0,
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, *, causal: bool = True, query_offset: int = 0,
     cu_seqlens: Tensor | None = None, format: Format = "sbhd",
 ) -> dict[str, str]:  # fmt: skip
     """Which kernels run forward and backward."""

@@ -31,7 +31,8 @@ def _last_uses(layout: BlockLayout, num_kv_heads: int) -> Tensor:
         return torch.full((num_kv_heads, layout.num_key_blocks), -1, dtype=torch.int32)
     last = torch.where(counts > 0, rows[(offsets[1:] - 1).clamp(min=0)], -1).view(-1, layout.num_key_blocks)
     last = torch.where(last >= torch.arange(layout.num_key_blocks), last, -1)
-    return last[layout.pattern_of_head.cpu().long()].view(num_kv_heads, -1, layout.num_key_blocks).amax(1).int()
+    of_head = last[layout.patterns_of_heads("a paged cache").cpu().long()]
+    return of_head.view(num_kv_heads, -1, layout.num_key_blocks).amax(1).int()
 
 
 def pages_held(last_use: Tensor, length: int, block_size: int) -> int:

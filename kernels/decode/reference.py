@@ -61,5 +61,5 @@ def kept_blocks(layout: BlockLayout, query_block: int) -> Tensor:
             kept[pattern, layout.row_columns[low:high].long()] = True
         if len(rows) >= _CACHED_ROWS:
             del rows[next(iter(rows))]
-        rows[query_block] = kept[layout.pattern_of_head.long()]
+        rows[query_block] = kept[layout.patterns_of_heads("decoding").long()]
     return rows[query_block]

@@ -50,7 +50,7 @@ def decode_walk(layout: BlockLayout, num_kv_heads: int) -> Walk:
 
 def _patterns_of_tiles(layout: BlockLayout, num_kv_heads: int) -> list[tuple[int, ...]]:
     group = layout.num_heads // num_kv_heads
-    patterns = layout.pattern_of_head.tolist()
+    patterns = layout.patterns_of_heads("decoding").tolist()
     tiles = []
     for first in range(0, layout.num_heads, group):
         heads = patterns[first : first + group]

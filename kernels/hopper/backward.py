@@ -32,21 +32,25 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..forward import LOG2_E
-from ..layout import BlockLayout
 from ..spec import AttentionSpec, empty, empty_bhsd
 from ..tiles import strides, tile_of_document
+from ..topk_layout import Layout, TopKLayout
 from .backward_schedule import KeyPairs, key_pairs
 from .launch import descriptor, launch
 from .packed_backward_schedule import packed_pairs
 from .releases import async_load, async_store, reduce_add, reinterpret, thread_barrier
 from .support import fits_descriptor
+from .topk_pairs import topk_pairs
 
 TILE = gl.constexpr(64)  # keys of a warpgroup, queries of a step
 # a step in 32 bits: whether it needs a mask for each warpgroup's keys (2 bits), query tile, head within the group
 ACTIVE_BITS = gl.constexpr(2)
 QUERY_BITS = gl.constexpr(20)
-META = gl.constexpr(8)  # ints a pair: KV head, both key tiles, first step's index, masked steps, steps, first step
-PACKED_META = gl.constexpr(10)  # and: steps to skip after the masked ones, document's first tile, first row, length
+# ints a pair: KV head, both key tiles, first step's index, masked steps, steps, first step, first sequence
+META = gl.constexpr(8)
+PACKED_META = gl.constexpr(
+    10
+)  # and after six of these: steps to skip after the masked ones, document's first tile, first row, length
 
 
 @gluon.jit
@@ -66,6 +70,8 @@ def _work(meta_ptr, batch_size, PACKED: gl.constexpr):
     w = gl.program_id(0) // batch_size
     b = gl.program_id(0) % batch_size
     at = meta_ptr + w * (PACKED_META if PACKED else META)
+    if not PACKED:
+        b += gl.load(at + 7)
     return b, gl.load(at), gl.load(at + 1), gl.load(at + 2), gl.load(at + 3), gl.load(at + 4), gl.load(at + 5)
 
 
@@ -475,7 +481,7 @@ ENTRY_REGISTERS = 168  # of a thread before the roles share them out: 65536 over
 
 def hopper_backward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None,
-    layout: BlockLayout, spec: AttentionSpec, config: HopperBackwardConfig | None = None,
+    layout: Layout, spec: AttentionSpec, config: HopperBackwardConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """As `backward`, for what `backward_choice` calls "hopper".
 
@@ -499,7 +505,8 @@ def hopper_backward(
     shape = (num_heads, s_q, work.first_tile, work.num_tiles, spec.query_offset)
     lse2, delta = empty((2, rows * TILE.value), torch.float32, q.device)
     acc = torch.zeros(rows * 2 * dim, 32, dtype=torch.float32, device=q.device)
-    arguments = launch_arguments(q, k, v, dout, lse2, delta, acc, dk, dv, work, spec, config)
+    sequences = batch // layout.batch_size  # that share a pair
+    arguments = launch_arguments(q, k, v, dout, lse2, delta, acc, dk, dv, work, sequences, spec, config)
     strides_in, strides_out = (*strides(out), *strides(dout)), strides(dq)
     before = (
         out, dout, lse, dlse, lse2, delta, work.tiles, *strides_in, *shape, dim, dlse is not None, packed
@@ -510,12 +517,12 @@ def hopper_backward(
     prepare_key = ("hopper_backward_prepare", *kind, dlse is None, aligned, _specialised(strides_in))
     main_key = ("hopper_backward_kernel", *kind, spec.causal, config)
     finish_key = ("hopper_backward_finish", *kind, _specialised(strides_out))
-    where: dict[str, Any] = {"cache": layout.cache, "device": q.device}
+    where: dict[str, Any] = {"cache": layout.compiled, "device": q.device}
     launch(
         s2_attention_bwd_kernel_hopper_prepare, (rows, 1, 1), before, key=prepare_key, num_warps=8, **where
     )  # fmt: skip
     launch(
-        s2_attention_bwd_kernel_hopper, (len(work.meta) * batch, 1, 1), arguments,
+        s2_attention_bwd_kernel_hopper, (len(work.meta) * sequences, 1, 1), arguments,
         key=main_key, num_warps=4, maxnreg=ENTRY_REGISTERS, **where,
     )  # fmt: skip
     launch(s2_attention_bwd_kernel_hopper_finish, (rows, 1, 1), after, key=finish_key, num_warps=4, **where)
@@ -527,8 +534,11 @@ def _specialised(numbers: tuple[int, ...]) -> tuple[tuple[bool, ...], ...]:
     return tuple((n == 1, n % 16 == 0, n < 2**31) for n in numbers)
 
 
-def backward_work(layout: BlockLayout, num_kv_heads: int, s_q: int, s_k: int, spec: AttentionSpec) -> KeyPairs:
+def backward_work(layout: Layout, num_kv_heads: int, s_q: int, s_k: int, spec: AttentionSpec) -> KeyPairs:
     """What the main kernel walks."""
+    if isinstance(layout, TopKLayout):
+        sizes = (num_kv_heads, s_q, s_k, spec.query_offset, spec.causal)
+        return layout.built(("key_pairs", *sizes), lambda: topk_pairs(layout, *sizes))
     if spec.cu_seqlens is not None:
         return packed_pairs(layout, num_kv_heads, spec.cu_seqlens, s_k)
     return key_pairs(layout, num_kv_heads, s_q, s_k, spec.query_offset, spec.causal)
@@ -536,17 +546,17 @@ def backward_work(layout: BlockLayout, num_kv_heads: int, s_q: int, s_k: int, sp
 
 def launch_arguments(
     q: Tensor, k: Tensor, v: Tensor, dout: Tensor, lse2: Tensor, delta: Tensor, acc: Tensor, dk: Tensor, dv: Tensor,
-    work: KeyPairs, spec: AttentionSpec, config: HopperBackwardConfig,
+    work: KeyPairs, sequences: int, spec: AttentionSpec, config: HopperBackwardConfig,
 ) -> tuple[Any, ...]:  # fmt: skip
     """The main kernel's arguments."""
-    batch, num_heads, _, dim = q.shape
+    _, num_heads, _, dim = q.shape
     _, head_stride, row_stride = strides(dk)  # and of dv
     return (
         _tiles(q), _tiles(k, half=True), _tiles(v), _tiles(dout),
         *(descriptor(x, [x.numel()], [1], [TILE.value], _FLAT) for x in (lse2, delta)),
         descriptor(acc, [acc.shape[0], 32], [32, 1], [dim, 32], _FRAGMENTS), _tiles(dk, half=True), _tiles(dv),
         work.meta, work.steps, dk, dv, head_stride, row_stride,
-        float(spec.softmax_scale), spec.softmax_scale * LOG2_E, batch, num_heads,
+        float(spec.softmax_scale), spec.softmax_scale * LOG2_E, sequences, num_heads,
         num_heads // k.shape[1], work.first_tile, work.num_tiles, spec.query_offset, k.shape[2],
         dim, config.stages, spec.causal, work.tiles is not None,
         config.consumer_registers, config.other_registers,

@@ -22,7 +22,7 @@ class KeyPairs:
     """Int32 tensors on the layout's device.
 
     - ``meta`` [pairs, 8], in `program_order`: KV head, both key tiles, first step's index, masked steps, steps, first
-      step, 0.
+      step, sequence of the batch (0 if all have the same pairs).
     - ``steps`` [n]: bit 0 and 1 whether each key tile is kept, then query tile (of positions), then the head within
       the group. A pair's masked steps come first: those that keep one tile only, cross the diagonal or the last key.
       A pair that no query keeps has one step that keeps neither.
@@ -66,11 +66,13 @@ def _build(
     if num_steps >= 2**31:
         raise ValueError(f"{num_steps} steps are too many for 32-bit indices: use larger blocks")
     meta = torch.stack([metas[group] for group in groups])
-    meta[:, :, 0] = torch.arange(num_kv_heads, device=device)[:, None]
+    number = torch.arange(len(groups), device=device)[:, None]
+    meta[:, :, 0] = number % num_kv_heads
+    meta[:, :, 7] = number // num_kv_heads
     meta = meta.flatten(0, 1)
     steps = torch.cat(parts)
     meta[:, 6] = steps[meta[:, 3]]
-    meta = meta[program_order(meta[:, 0], meta[:, 5])]
+    meta = meta[program_order(meta[:, 7] * num_kv_heads + meta[:, 0], meta[:, 5])]
     return KeyPairs(meta.to(torch.int32), steps, first_tile, end_tile - first_tile)
 
 
@@ -86,8 +88,8 @@ def _step_order(pair: Tensor, masked: Tensor, member: Tensor, tile: Tensor) -> T
 
 
 def groups_of_patterns(layout: BlockLayout, num_kv_heads: int) -> list[tuple[int, ...]]:
-    """For every KV head, the patterns of its group."""
-    return [tuple(x) for x in layout.pattern_of_head.view(num_kv_heads, -1).tolist()]
+    """For every KV head, of every sequence if these differ, the patterns of its group."""
+    return [tuple(x) for x in layout.pattern_of_head.reshape(layout.batch_size * num_kv_heads, -1).tolist()]
 
 
 def _pairs_of_group(

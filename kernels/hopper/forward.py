@@ -27,13 +27,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..layout import BlockLayout
 from ..spec import AttentionSpec, empty, empty_bhsd
+from ..topk_layout import Layout, TopKLayout
 from .documents import COLUMNS, document_table
 from .forward_schedule import TILE, forward_work
 from .launch import descriptor, launch, multiprocessors
 from .releases import async_load, async_store, reinterpret, thread_barrier
 from .support import PANEL, padded_to_panels
+from .topk_steps import topk_steps
+from .forward_schedule import TILE, ForwardWork, forward_work
 
 _LOG2_E = 1.4426950408889634
 _LN_2 = gl.constexpr(0.6931471805599453)
@@ -99,8 +101,8 @@ def _num_items(num_items):
 
 @gluon.jit
 def _item(
-    n, num_tiles, first_tile, num_heads, tiles_per_pattern, query_offset, s_q, head_order, head_slot, documents,
-    PACKED: gl.constexpr,
+    n, num_tiles, first_tile, num_heads, head_stride, tiles_per_pattern, query_offset, s_q, head_order, head_slot,
+    documents, PACKED: gl.constexpr,
 ):  # fmt: skip
     """Batch, head, tile and row of the step table of this program's n-th item, and its rows of q.
 
@@ -124,8 +126,9 @@ def _item(
         tile = first_tile + num_tiles - 1 - (item - batch_head * num_tiles)
     batch = batch_head // num_heads
     ranked = batch_head - batch * num_heads
-    head = gl.load(head_order + ranked)
-    row = gl.load(head_slot + ranked) * tiles_per_pattern + tile
+    at = ranked + batch * head_stride
+    head = gl.load(head_order + at)
+    row = gl.load(head_slot + at) * tiles_per_pattern + tile
     return batch, head, tile, row, shift, end
 
 
@@ -157,8 +160,8 @@ def _load_step(
 @gluon.jit
 def _produce(
     q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-    head_order, head_slot, step_offsets, chunks, documents,
-    num_items, num_tiles, first_tile, num_heads, group, tiles_per_pattern, query_offset, s_q, s_k,
+    head_order, head_slot, step_begins, step_ends, chunks, documents,
+    num_items, num_tiles, first_tile, num_heads, head_stride, group, tiles_per_pattern, query_offset, s_q, s_k,
     CHUNK: gl.constexpr, PACKED: gl.constexpr, Q_STAGES: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
 ):  # fmt: skip
     """The producer warp. Loads are started in the order in which the consumers wait for them."""
@@ -175,11 +178,11 @@ def _produce(
     v_count = 0
     for n in range(0, _num_items(num_items)):
         batch, head, tile, row, shift, _ = _item(
-            n, num_tiles, first_tile, num_heads, tiles_per_pattern, query_offset, s_q, head_order, head_slot,
-            documents, PACKED,
+            n, num_tiles, first_tile, num_heads, head_stride, tiles_per_pattern, query_offset, s_q,
+            head_order, head_slot, documents, PACKED,
         )  # fmt: skip
-        begin = gl.load(step_offsets + row)
-        end = gl.load(step_offsets + row + 1)
+        begin = gl.load(step_begins + row)
+        end = gl.load(step_ends + row)
         kv_head = head // group
         # the first keys before the queries, whose room is free later
         stage = k_count % K_STAGES
@@ -314,8 +317,8 @@ def _store_rows(box, out, begin, end, batch, head, first, out_batch, out_head, o
 def _consume(
     out_desc, out, out_batch, out_head, out_row, lse,
     q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-    head_order, head_slot, step_offsets, full_offsets, chunks, documents, scale_log2,
-    num_items, num_tiles, first_tile, num_heads, tiles_per_pattern, query_offset, s_q, s_k,
+    head_order, head_slot, step_begins, step_ends, full_offsets, chunks, documents, scale_log2,
+    num_items, num_tiles, first_tile, num_heads, head_stride, tiles_per_pattern, query_offset, s_q, s_k,
     HALF: gl.constexpr, V_ROW: gl.constexpr, CHUNK: gl.constexpr, CAUSAL: gl.constexpr,
     PACKED: gl.constexpr, PARTIAL: gl.constexpr,
     Q_STAGES: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
@@ -341,11 +344,11 @@ def _consume(
     count = 0
     for n in range(0, _num_items(num_items)):
         _, _, tile, row, shift, last = _item(
-            n, num_tiles, first_tile, num_heads, tiles_per_pattern, query_offset, s_q, head_order, head_slot,
-            documents, PACKED,
+            n, num_tiles, first_tile, num_heads, head_stride, tiles_per_pattern, query_offset, s_q,
+            head_order, head_slot, documents, PACKED,
         )  # fmt: skip
-        begin = gl.load(step_offsets + row)
-        end = gl.load(step_offsets + row + 1)
+        begin = gl.load(step_begins + row)
+        end = gl.load(step_ends + row)
         full = gl.load(full_offsets + row)
         first = tile * (2 * _HALF) + HALF * _HALF
         last_key = gl.full([_HALF], s_k - 1, gl.int32, rows_layout)
@@ -393,8 +396,8 @@ def _consume(
 
         # again, rather than kept in registers all along
         batch, head, tile, _, shift, last = _item(
-            n, num_tiles, first_tile, num_heads, tiles_per_pattern, query_offset, s_q, head_order, head_slot,
-            documents, PACKED,
+            n, num_tiles, first_tile, num_heads, head_stride, tiles_per_pattern, query_offset, s_q,
+            head_order, head_slot, documents, PACKED,
         )  # fmt: skip
         first = tile * (2 * _HALF) + HALF * _HALF + shift
         position = first + rows
@@ -426,14 +429,14 @@ def _consume(
 
 @gluon.jit(
     do_not_specialize=[
-        "num_items", "num_tiles", "first_tile", "num_heads", "group", "tiles_per_pattern", "query_offset", "s_q", "s_k",
-        "out_batch", "out_head", "out_row",
+        "num_items", "num_tiles", "first_tile", "num_heads", "head_stride", "group", "tiles_per_pattern",
+        "query_offset", "s_q", "s_k", "out_batch", "out_head", "out_row",
     ]
 )  # fmt: skip
 def s2_attention_fwd_kernel_hopper(
-    q_desc, k_desc, v_desc, out_desc, lse, head_order, head_slot, step_offsets, full_offsets, chunks, scale_log2,
-    num_items, num_tiles, first_tile, num_heads, group, tiles_per_pattern, query_offset, s_q, s_k,
-    documents, out, out_batch, out_head, out_row,
+    q_desc, k_desc, v_desc, out_desc, lse, head_order, head_slot, step_begins, step_ends, full_offsets, chunks,
+    scale_log2, num_items, num_tiles, first_tile, num_heads, head_stride, group, tiles_per_pattern, query_offset,
+    s_q, s_k, documents, out, out_batch, out_head, out_row,
     DIM: gl.constexpr, V_DIM: gl.constexpr, V_ROW: gl.constexpr, CHUNK: gl.constexpr, CAUSAL: gl.constexpr,
     PACKED: gl.constexpr, PARTIAL: gl.constexpr,
     Q_STAGES: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
@@ -472,21 +475,21 @@ def s2_attention_fwd_kernel_hopper(
         (_consume, (
             out_desc, out, out_batch, out_head, out_row, lse,
             q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-            head_order, head_slot, step_offsets, full_offsets, chunks, documents, scale_log2,
-            num_items, num_tiles, first_tile, num_heads, tiles_per_pattern, query_offset, s_q, s_k,
+            head_order, head_slot, step_begins, step_ends, full_offsets, chunks, documents, scale_log2,
+            num_items, num_tiles, first_tile, num_heads, head_stride, tiles_per_pattern, query_offset, s_q, s_k,
             0, V_ROW, CHUNK, CAUSAL, PACKED, PARTIAL, Q_STAGES, K_STAGES, V_STAGES,
         )),
         (_consume, (
             out_desc, out, out_batch, out_head, out_row, lse,
             q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-            head_order, head_slot, step_offsets, full_offsets, chunks, documents, scale_log2,
-            num_items, num_tiles, first_tile, num_heads, tiles_per_pattern, query_offset, s_q, s_k,
+            head_order, head_slot, step_begins, step_ends, full_offsets, chunks, documents, scale_log2,
+            num_items, num_tiles, first_tile, num_heads, head_stride, tiles_per_pattern, query_offset, s_q, s_k,
             1, V_ROW, CHUNK, CAUSAL, PACKED, PARTIAL, Q_STAGES, K_STAGES, V_STAGES,
         )),
         (_produce, (
             q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-            head_order, head_slot, step_offsets, chunks, documents,
-            num_items, num_tiles, first_tile, num_heads, group, tiles_per_pattern, query_offset, s_q, s_k,
+            head_order, head_slot, step_begins, step_ends, chunks, documents,
+            num_items, num_tiles, first_tile, num_heads, head_stride, group, tiles_per_pattern, query_offset, s_q, s_k,
             CHUNK, PACKED, Q_STAGES, K_STAGES, V_STAGES,
         )),
     ], [4, 1], [CONSUMER_REGS, PRODUCER_REGS])  # fmt: skip
@@ -515,25 +518,25 @@ _SWIZZLED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, ra
 
 
 def hopper_forward(
-    q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, spec: AttentionSpec, config: HopperConfig | None = None
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, spec: AttentionSpec, config: HopperConfig | None = None
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp as `forward.forward` returns them, for what `kernel_choice` calls "hopper"."""
     batch, num_heads, s_q, dim = q.shape
     out = empty_bhsd((batch, num_heads, s_q, v.shape[3]), q, spec.format)
     lse = empty((batch, num_heads, s_q), torch.float32, q.device)
     config = config or CONFIGS[padded_to_panels(dim), min(layout.block_size, TILE)]
-    documents = None if spec.cu_seqlens is None else document_table(spec.cu_seqlens, s_q, TILE, layout.cache)
+    documents = None if spec.cu_seqlens is None else document_table(spec.cu_seqlens, s_q, TILE, layout.compiled)
     num_items, arguments, constants = launch_arguments(q, k, v, out, lse, documents, layout, spec, config)
     launch(
         s2_attention_fwd_kernel_hopper, (min(num_items, multiprocessors(q.device)), 1, 1), (*arguments, *constants),
-        cache=layout.cache, key=("hopper_forward_kernel", q.dtype, *constants), device=q.device,
+        cache=layout.compiled, key=("hopper_forward_kernel", q.dtype, *constants), device=q.device,
         num_warps=4, maxnreg=ENTRY_REGISTERS,
     )  # fmt: skip
     return out, lse
 
 
 def launch_arguments(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, documents: Tensor | None, layout: BlockLayout,
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, documents: Tensor | None, layout: Layout,
     spec: AttentionSpec, config: HopperConfig,
 ) -> tuple[int, tuple[Any, ...], tuple[Any, ...]]:  # fmt: skip
     """At most how many tiles there are to share out among programs, and the kernel's arguments and constants."""
@@ -543,15 +546,16 @@ def launch_arguments(
     first_tile = offset // TILE
     num_tiles = -(-(offset + s_q) // TILE) - first_tile if documents is None else len(documents) - 1
     num_items = batch * num_heads * num_tiles
-    work = forward_work(layout, causal=spec.causal, query_end=offset + s_q, s_k=s_k)
+    work = _work(layout, causal=spec.causal, query_end=offset + s_q, s_k=s_k)
     chunk, padded_v_dim = work.chunk_keys, padded_to_panels(v_dim)
     partial = documents is not None or offset % TILE != 0
     out_rows = tuple(stride // v_dim for stride in out.stride()[:3])
     arguments = (
         _descriptor(q, TILE // 2, PANEL), _descriptor(k, chunk, PANEL), _descriptor(v, chunk, PANEL),
         _descriptor(out, TILE // 2, padded_v_dim),
-        lse, work.head_order, work.head_slot, work.step_offsets, work.full_offsets, work.chunks,
-        spec.softmax_scale * _LOG2_E, num_items, num_tiles, first_tile, num_heads, num_heads // num_kv_heads,
+        lse, work.head_order, work.head_slot, work.step_begins, work.step_ends, work.full_offsets, work.chunks,
+        spec.softmax_scale * _LOG2_E, num_items, num_tiles, first_tile, num_heads,
+        0 if layout.batch_size == 1 else num_heads, num_heads // num_kv_heads,
         work.tiles_per_pattern, offset, s_q, s_k,
         documents, *((out, *out_rows) if partial else (None, None, None, None)),
     )  # fmt: skip
@@ -561,6 +565,13 @@ def launch_arguments(
         config.consumer_registers, config.producer_registers,
     )  # fmt: skip
     return num_items, arguments, constants
+
+
+def _work(layout: Layout, *, causal: bool, query_end: int, s_k: int) -> ForwardWork:
+    if isinstance(layout, TopKLayout):
+        key = ("hopper_forward_work", causal, s_k)
+        return layout.built(key, lambda: topk_steps(layout, causal=causal, s_k=s_k))
+    return forward_work(layout, causal=causal, query_end=query_end, s_k=s_k)
 
 
 def _descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:

@@ -24,8 +24,9 @@ _HEAD_CLASSES = 16  # heads whose work differs by less than 1/16 of the largest 
 class ForwardWork:
     """Tiles are numbered `slot * tiles_per_pattern + tile`, one slot for every pattern in use. All int32.
 
-    - ``head_order`` [H]: heads, those with the most work first; ``head_slot`` [H]: their patterns' slots.
-    - ``step_offsets`` [tiles + 1]: first step of a tile, at least one each.
+    - ``head_order`` [1 or batch, H]: heads, those with the most work first; ``head_slot``, likewise: their patterns'
+      slots.
+    - ``step_begins``, ``step_ends`` [tiles]: a tile's steps, at least one each.
     - ``full_offsets`` [tiles]: its first step that needs no mask; never its first step.
     - ``chunks`` [steps * (128 // chunk_keys)]: chunk index * 4 + the halves that keep it. Padding is a chunk
       beyond the last key that no half keeps.
@@ -35,7 +36,8 @@ class ForwardWork:
     tiles_per_pattern: int
     head_order: Tensor
     head_slot: Tensor
-    step_offsets: Tensor
+    step_begins: Tensor
+    step_ends: Tensor
     full_offsets: Tensor
     chunks: Tensor
 
@@ -75,13 +77,15 @@ def _build(layout: BlockLayout, causal: bool, s_k: int | None) -> ForwardWork:
 
     work_of_slot = steps.view(len(used), num_tiles).sum(1)
     classes = work_of_slot * _HEAD_CLASSES // work_of_slot.max()
-    head_order = classes[slot_of_head].argsort(descending=True, stable=True)
+    head_order = classes[slot_of_head].argsort(dim=1, descending=True, stable=True)
+    offsets = step_offsets.to(torch.int32)
     return ForwardWork(
         chunk_keys=chunk_keys,
         tiles_per_pattern=num_tiles,
         head_order=head_order.to(torch.int32),
-        head_slot=slot_of_head[head_order].to(torch.int32),
-        step_offsets=step_offsets.to(torch.int32),
+        head_slot=slot_of_head.gather(1, head_order).to(torch.int32),
+        step_begins=offsets[:-1],
+        step_ends=offsets[1:],
         full_offsets=(step_offsets[:-1] + masked).to(torch.int32),
         chunks=chunks.to(torch.int32),
     )

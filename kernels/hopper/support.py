@@ -9,9 +9,10 @@ import torch
 import triton
 from torch import Tensor
 
-from ..layout import BlockLayout
 from ..spec import AttentionSpec
+from ..topk_layout import Layout, TopKLayout
 from .backward_schedule import MAX_GROUP, QUERY_BITS
+from .topk_steps import MAX_SLOTS
 
 PANEL = 64  # elements of a head dimension that one swizzled TMA box holds
 _BLOCKS = (64, 128, 256)
@@ -30,19 +31,19 @@ _BACKWARD_KINDS = frozenset((dtype, dim) for dtype in _DTYPES for dim in (64, 12
 Choice = Literal["hopper", "triton"]
 
 
-def kernel_choice(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, spec: AttentionSpec) -> Choice:
+def kernel_choice(q: Tensor, k: Tensor, v: Tensor, layout: Layout, spec: AttentionSpec) -> Choice:
     """The forward kernel for these arguments; q, k and v are views [b, h, s, d]."""
     return "hopper" if is_hopper(q.device) and hopper_forward_supported(q, k, v, layout, spec) else "triton"
 
 
-def backward_choice(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, spec: AttentionSpec) -> Choice:
+def backward_choice(q: Tensor, k: Tensor, v: Tensor, layout: Layout, spec: AttentionSpec) -> Choice:
     """The backward kernels for these arguments, whichever forward ran. "triton" is the deterministic one."""
     if torch.are_deterministic_algorithms_enabled() or not is_hopper(q.device):
         return "triton"
     return "hopper" if hopper_backward_supported(q, k, v, layout, spec) else "triton"
 
 
-def hopper_forward_supported(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, spec: AttentionSpec) -> bool:
+def hopper_forward_supported(q: Tensor, k: Tensor, v: Tensor, layout: Layout, spec: AttentionSpec) -> bool:
     """Whether the Hopper kernel takes these arguments, on whatever device they are."""
     dim, v_dim = q.shape[3], v.shape[3]
     return (
@@ -55,11 +56,12 @@ def hopper_forward_supported(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayou
         and q.numel() > 0
         and v.numel() > 0
         and max(spec.query_offset + q.shape[2], k.shape[2]) <= _LENGTH
+        and not (isinstance(layout, TopKLayout) and layout.slots > MAX_SLOTS)
         and all(fits_descriptor(x) for x in (q, k, v))
     )
 
 
-def hopper_backward_supported(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, spec: AttentionSpec) -> bool:
+def hopper_backward_supported(q: Tensor, k: Tensor, v: Tensor, layout: Layout, spec: AttentionSpec) -> bool:
     """Whether the one-pass backward for Hopper takes these arguments, on whatever device they are."""
     batch, num_heads, s_q, dim = q.shape
     tiles_per_block = layout.block_size // _BACKWARD_TILE

@@ -22,7 +22,7 @@ def renumber(layout: BlockLayout, rows: Tensor, columns: Tensor, num_rows: int, 
     variants: dict[tuple[int, int], int] = {}
     pattern_of_head = [
         variants.setdefault(pair, len(variants))
-        for pair in zip(layout.pattern_of_head.tolist(), set_of_head, strict=True)
+        for pair in zip(layout.patterns_of_heads("context parallelism").tolist(), set_of_head, strict=True)
     ]
     new_rows, new_columns = [], []
     for pattern, column_set in variants:
@@ -45,7 +45,7 @@ def renumber(layout: BlockLayout, rows: Tensor, columns: Tensor, num_rows: int, 
         num_heads=layout.num_heads,
         num_query_blocks=num_rows,
         num_key_blocks=num_columns,
-        pattern_of_head=torch.tensor(pattern_of_head, dtype=torch.int32, device=layout.device),
+        pattern_of_head=torch.tensor([pattern_of_head], dtype=torch.int32, device=layout.device),
         row_offsets=row_offsets,
         row_columns=row_columns,
         column_offsets=column_offsets,

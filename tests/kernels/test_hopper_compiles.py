@@ -113,7 +113,7 @@ def compiled_backward(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, spec
     work = backward_work(layout, 2, 256, 256, spec)
     statistics = torch.empty(2, 2 * 256)
     sums = torch.empty(2 * 4 * 2 * q.shape[3], 32)
-    arguments = launch_arguments(q, k, v, q, *statistics, sums, k, v, work, spec, CONFIGS[q.shape[3]])
+    arguments = launch_arguments(q, k, v, q, *statistics, sums, k, v, work, 1, spec, CONFIGS[q.shape[3]])
     return s2_attention_bwd_kernel_hopper.run(*arguments, grid=(1,), warmup=True, num_warps=4, maxnreg=ENTRY_REGISTERS)
 
 

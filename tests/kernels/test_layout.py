@@ -38,7 +38,7 @@ def test_rows_and_columns_are_ascending_and_say_the_same() -> None:
 def test_equal_heads_are_stored_once() -> None:
     a, b = torch.eye(4, dtype=torch.bool), torch.ones(4, 4, dtype=torch.bool)
     layout = BlockLayout.from_mask(torch.stack([a, b, a, a]), 64)
-    assert layout.pattern_of_head.tolist() == [0, 1, 0, 0]
+    assert layout.pattern_of_head.tolist() == [[0, 1, 0, 0]]
     assert layout.row_columns.numel() == 4 + 16
     assert layout.nbytes < BlockLayout.from_mask(torch.stack([a, b, b.triu(), a]), 64).nbytes
 

@@ -29,7 +29,7 @@ def needed_blocks(layout: BlockLayout, num_kv_heads: int, size: int) -> Tensor:
     for pattern in range(num_patterns):
         query, key = causal_pairs(layout, pattern)
         touched[pattern, owner[query], key] = True
-    of_head = touched[layout.pattern_of_head.long()]
+    of_head = touched[layout.patterns_of_heads("context parallelism").long()]
     return of_head.view(num_kv_heads, -1, size, num_blocks).any(1).transpose(0, 1)
 
 

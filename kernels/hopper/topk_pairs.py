@@ -1,0 +1,245 @@
+"""The Hopper backward's work of top-k lists: three launches and a cleared buffer, nothing read on the host.
+
+First the lists become bits, by key block: `atomic_or` gives the same in any order, also for a block that is named
+twice. Then each pair of key tiles counts its steps, takes room for them and writes them. Last the pairs are ordered.
+"""
+
+# Triton reads the annotations of its functions, and has none for their tensors.
+# mypy: allow-untyped-defs
+
+import torch
+import triton
+import triton.language as tl
+
+from ..topk_layout import TopKLayout
+from .key_pairs import ACTIVE_BITS, QUERY_BITS, TILE, KeyPairs
+from .launch import launch, multiprocessors
+from .program_order import HOPPER_MULTIPROCESSORS
+
+_SLOTS_AT_ONCE = 1024
+_TILES_AT_ONCE = 256
+_PAIRS_RANKED = 32
+_PAIRS_COMPARED = 256
+_LAG = (
+    1.5  # see `program_order`, which tries several: half of them end within 1 % of the best, nearly all with this one
+)
+_WORD = 32  # query blocks in a word
+_ACTIVE_BITS = tl.constexpr(ACTIVE_BITS)
+_QUERY_BITS = tl.constexpr(QUERY_BITS)
+_TILE = tl.constexpr(TILE)
+
+
+@triton.jit(do_not_specialize=["num_slots", "slots", "num_query_blocks", "num_key_blocks", "words"])
+def s2_attention_kernel_topk_bits(
+    indices, bits, num_slots, slots, num_query_blocks, num_key_blocks, words, AT_ONCE: tl.constexpr
+):  # fmt: skip
+    """Bits [lists, key blocks, words]: which query blocks name a key block."""
+    at = tl.program_id(0) * AT_ONCE + tl.arange(0, AT_ONCE)
+    column = tl.load(indices + at, mask=at < num_slots, other=-1)
+    row = at // slots
+    list_number = row // num_query_blocks
+    row = row % num_query_blocks
+    word = (list_number.to(tl.int64) * num_key_blocks + column) * words + row // 32
+    tl.atomic_or(bits + word, 1 << row % 32, mask=(column >= 0) & (column < num_key_blocks))
+
+
+@triton.jit
+def _steps(
+    bits, first_key, tiles, first_tile, num_key_blocks, words, s_k, PER_BLOCK: tl.constexpr, CAUSAL: tl.constexpr
+):  # fmt: skip
+    """Of a list and the key tiles `first_key` and the next: which are kept by query `tiles`, and who needs a mask.
+
+    Returns bit 0 and 1 for the two tiles, and two bools: steps that need a mask, and those that need none.
+    """
+    active = tiles * 0
+    row = tiles // PER_BLOCK
+    for side in tl.static_range(2):
+        key = first_key + side
+        column = key // PER_BLOCK
+        seen = (tiles >= first_tile) & (column < num_key_blocks) & (key * _TILE < s_k)
+        if CAUSAL:
+            seen = seen & (tiles >= key)
+        word = tl.load(bits + column * words + row // 32, mask=seen, other=0)
+        active = active | ((word >> row % 32) & 1) << side
+    masked = (active != 3) | ((first_key + 2) * _TILE > s_k)
+    if CAUSAL:
+        masked = masked | (tiles <= first_key + 1)
+    return active, (active != 0) & masked, (active != 0) & (masked == 0)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "num_key_blocks", "words", "num_kv_heads", "num_pairs", "lists", "copies", "first_tile", "end_tile", "s_k",
+    ]
+)  # fmt: skip
+def s2_attention_kernel_topk_pairs(
+    bits, taken, meta, steps,
+    num_key_blocks, words, num_kv_heads, num_pairs, lists, copies, first_tile, end_tile, s_k,
+    PER_BLOCK: tl.constexpr, AT_ONCE: tl.constexpr, CAUSAL: tl.constexpr,
+):  # fmt: skip
+    """A program writes the steps and the unordered `meta` of one pair of key tiles of one KV head of one sequence.
+
+    The KV head has `lists` lists, each for `copies` query heads. Where the steps lie depends on who comes first, their
+    order doesn't: masked ones first, then by member, then from the last query tile on.
+    """
+    program = tl.program_id(0)
+    kv_head = program // num_pairs
+    first_key = program % num_pairs * 2
+    low = first_tile + 0
+    if CAUSAL:
+        low = tl.maximum(low, first_key)
+    offset = tl.arange(0, AT_ONCE)
+    num_masked = program * 0
+    num_full = program * 0
+    for number in range(0, lists):
+        of_list = bits + (kv_head * lists + number).to(tl.int64) * num_key_blocks * words
+        for begin in range(low, end_tile, AT_ONCE):
+            tiles = begin + offset
+            _, masked, full = _steps(
+                of_list, first_key, tl.where(tiles < end_tile, tiles, -1), low, num_key_blocks, words, s_k,
+                PER_BLOCK, CAUSAL,
+            )  # fmt: skip
+            num_masked += tl.sum(masked.to(tl.int32), 0) * copies
+            num_full += tl.sum(full.to(tl.int32), 0) * copies
+
+    empty = num_masked + num_full == 0
+    total = tl.where(empty, 1, num_masked + num_full)
+    first = tl.atomic_add(taken, total)
+    base = steps + first
+    # a pair that nobody keeps has one step, which keeps neither tile
+    first_step = tl.where(empty, first_tile << _ACTIVE_BITS, 0)
+    tl.store(base, first_step, mask=empty)
+    masked_before = program * 0
+    full_before = num_masked
+    for number in range(0, lists):
+        of_list = bits + (kv_head * lists + number).to(tl.int64) * num_key_blocks * words
+        masked_of_list = program * 0
+        full_of_list = program * 0
+        for begin in range(low, end_tile, AT_ONCE):
+            tiles = begin + offset
+            _, masked, full = _steps(
+                of_list, first_key, tl.where(tiles < end_tile, tiles, -1), low, num_key_blocks, words, s_k,
+                PER_BLOCK, CAUSAL,
+            )  # fmt: skip
+            masked_of_list += tl.sum(masked.to(tl.int32), 0)
+            full_of_list += tl.sum(full.to(tl.int32), 0)
+        masked_seen = program * 0
+        full_seen = program * 0
+        for begin in range(0, end_tile - low, AT_ONCE):
+            tiles = end_tile - 1 - begin - offset
+            active, masked, full = _steps(
+                of_list, first_key, tiles, low, num_key_blocks, words, s_k, PER_BLOCK, CAUSAL
+            )  # fmt: skip
+            masked_place = masked_before + masked_seen + tl.cumsum(masked.to(tl.int32), 0) - 1
+            full_place = full_before + full_seen + tl.cumsum(full.to(tl.int32), 0) - 1
+            masked_seen += tl.sum(masked.to(tl.int32), 0)
+            full_seen += tl.sum(full.to(tl.int32), 0)
+            for copy in range(0, copies):
+                step = (number * copies + copy) << (_ACTIVE_BITS + _QUERY_BITS) | tiles << _ACTIVE_BITS | active
+                place = tl.where(masked, masked_place + copy * masked_of_list, full_place + copy * full_of_list)
+                tl.store(base + place, step, mask=masked | full)
+                first_step += tl.sum(tl.where((masked | full) & (place == 0), step, 0), 0)
+        masked_before += copies * masked_of_list
+        full_before += copies * full_of_list
+
+    row = meta + program.to(tl.int64) * 8
+    tl.store(row, kv_head % num_kv_heads)
+    tl.store(row + 1, first_key)
+    tl.store(row + 2, first_key + 1)
+    tl.store(row + 3, first)
+    tl.store(row + 4, tl.where(empty, 1, num_masked))
+    tl.store(row + 5, total)
+    tl.store(row + 6, first_step)
+    tl.store(row + 7, kv_head // num_kv_heads)
+
+
+@triton.jit
+def _order_key(meta, pair, num, num_pairs, num_heads, mean, shift):
+    """Smaller for programs that start earlier, and their steps."""
+    steps = tl.load(meta + pair.to(tl.int64) * 8 + 5, mask=pair < num, other=0)
+    late = tl.where(steps <= 2 * mean, shift, 0.0)
+    return (pair // num_pairs).to(tl.float32) + late, steps
+
+
+@triton.jit(do_not_specialize=["num", "num_pairs", "num_heads", "at_once"])
+def s2_attention_kernel_topk_order(
+    meta, ordered, num, num_pairs, num_heads, at_once, LAG: tl.constexpr,
+    RANKED: tl.constexpr, COMPARED: tl.constexpr,
+):  # fmt: skip
+    """Puts `meta` in the order of `program_order` with one lag, where a program is long above twice the mean."""
+    other = tl.arange(0, COMPARED)
+    total = tl.zeros([COMPARED], tl.int64)
+    longest = tl.zeros([COMPARED], tl.int32)
+    for begin in range(0, num, COMPARED):
+        steps = tl.load(meta + (begin + other).to(tl.int64) * 8 + 5, mask=begin + other < num, other=0)
+        total += steps
+        longest = tl.maximum(longest, steps)
+    sum_of_steps = tl.sum(total, 0).to(tl.float32)
+    # heads done while the longest program runs, and so far behind it the short ones of its head start
+    shift = LAG * tl.max(longest, 0).to(tl.float32) * at_once * num_heads / sum_of_steps
+    shift = tl.minimum(shift, num_heads.to(tl.float32))
+    mean = sum_of_steps / num
+
+    pair = tl.program_id(0) * RANKED + tl.arange(0, RANKED)
+    key, steps = _order_key(meta, pair, num, num_pairs, num_heads, mean, shift)
+    rank = tl.zeros([RANKED], tl.int32)
+    for begin in range(0, num, COMPARED):
+        number = begin + other
+        other_key, other_steps = _order_key(meta, number, num, num_pairs, num_heads, mean, shift)
+        same = other_key[None, :] == key[:, None]
+        sooner = same & (other_steps[None, :] > steps[:, None])
+        sooner = sooner | (same & (other_steps[None, :] == steps[:, None]) & (number[None, :] < pair[:, None]))
+        sooner = (sooner | (other_key[None, :] < key[:, None])) & (number < num)[None, :]
+        rank += tl.sum(sooner.to(tl.int32), 1)
+    column = tl.arange(0, 8)[None, :]
+    exists = (pair < num)[:, None]
+    values = tl.load(meta + pair.to(tl.int64)[:, None] * 8 + column, mask=exists, other=0)
+    tl.store(ordered + rank.to(tl.int64)[:, None] * 8 + column, values, mask=exists)
+
+
+def topk_pairs(
+    layout: TopKLayout, num_kv_heads: int, s_q: int, s_k: int, query_offset: int, causal: bool
+) -> KeyPairs:  # fmt: skip
+    """As `key_pairs`: neighbouring key tiles make a pair, and every slot has room for all steps that it can make."""
+    per_block = layout.block_size // TILE
+    first_tile, end_tile = query_offset // TILE, -(-(query_offset + s_q) // TILE)
+    num_pairs = -(-s_k // (2 * TILE))
+    kv_heads = layout.batch_size * num_kv_heads
+    lists = layout.num_lists // num_kv_heads
+    copies = layout.num_heads // layout.num_lists
+    num_query_blocks, num_key_blocks = layout.num_query_blocks, layout.num_key_blocks
+    words = -(-num_query_blocks // _WORD)
+    num_slots = layout.indices.numel()
+    num = kv_heads * num_pairs
+    capacity = num + layout.kept_blocks_of_heads * per_block * max(1, per_block // 2)
+    if capacity >= 2**31:
+        raise ValueError(f"{capacity} steps are too many for 32-bit indices: use larger blocks")
+
+    device, cache = layout.device, layout.compiled
+    num_words = layout.batch_size * layout.num_lists * num_key_blocks * words
+    cleared = torch.zeros(4 + num_words, dtype=torch.int32, device=device)
+    taken, bits = cleared[:4], cleared[4:]  # apart by 16 bytes
+    unordered, meta = torch.empty(2, num, 8, dtype=torch.int32, device=device)
+    steps = torch.empty(capacity, dtype=torch.int32, device=device)
+    launch(
+        s2_attention_kernel_topk_bits, (-(-num_slots // _SLOTS_AT_ONCE), 1, 1),
+        (
+            layout.indices, bits, num_slots, layout.slots, num_query_blocks, num_key_blocks, words, _SLOTS_AT_ONCE,
+        ),
+        cache=cache, key=("topk_bits", layout.indices.data_ptr() % 16 == 0), device=device, num_warps=4,
+    )  # fmt: skip
+    launch(
+        s2_attention_kernel_topk_pairs, (num, 1, 1),
+        (
+            bits, taken, unordered, steps, num_key_blocks, words, num_kv_heads, num_pairs, lists, copies,
+            first_tile, end_tile, s_k, per_block, _TILES_AT_ONCE, causal,
+        ),
+        cache=cache, key=("topk_pairs", per_block, causal), device=device, num_warps=4,
+    )  # fmt: skip
+    at_once = multiprocessors(device) if device.type == "cuda" else HOPPER_MULTIPROCESSORS
+    launch(
+        s2_attention_kernel_topk_order, (-(-num // _PAIRS_RANKED), 1, 1),
+        (unordered, meta, num, num_pairs, kv_heads, at_once, _LAG, _PAIRS_RANKED, _PAIRS_COMPARED),
+        cache=cache, key=("topk_order",), device=device, num_warps=4,
+    )  # fmt: skip
+    return KeyPairs(meta, steps, first_tile, end_tile - first_tile)

@@ -1,0 +1,207 @@
+"""Layouts made at run time: lists of key blocks for every query block, built on the device."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from .layout import BlockLayout, check_block_size, columns_by_work
+from .topk_lists import kept_columns, kept_rows
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class TopKLayout:
+    """Kept key blocks of every query block, as a top-k over block scores gives them.
+
+    Build it with `from_indices` or `from_mask` in every step. Nothing is read on the host, and no kernel is compiled
+    for new indices. What the kernels walk is built on the device when a call first needs it, forward and backward each
+    for itself, and is kept in ``cache`` as long as the layout lives.
+
+    Attributes:
+        indices: int32 [batch, H or H_kv, n_q, k], contiguous: key blocks in any order; -1 marks an unused slot. With
+            H_kv lists, the query heads of a KV head share one. A block that is named twice counts once. Key blocks
+            after the query block may be named: a causal call hides them. A list of -1 alone keeps nothing.
+        block_size: positions of a query block and of a key block.
+        num_heads: query heads H.
+        num_key_blocks: n_k; indices are below it.
+        cache: what backends derive from the indices; never part of the meaning.
+    """
+
+    indices: Tensor
+    block_size: int
+    num_heads: int
+    num_key_blocks: int
+    cache: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def from_indices(
+        cls, indices: Tensor, block_size: int, *, num_heads: int, num_key_blocks: int | None = None
+    ) -> TopKLayout:
+        """Layout of int32 or int64 indices [batch, H or H_kv, n_q, k]; see the class.
+
+        Args:
+            num_key_blocks: by default as many as query blocks.
+
+        Raises:
+            ValueError: another dtype or shape, heads that are no multiple of the lists, an unsupported block size, or
+                more slots than 32 bits can number. An index outside [-1, num_key_blocks) is a ValueError when the
+                layout is used on a CPU; on a GPU, where reading it would stall, a device-side assertion fails.
+        """
+        check_block_size(block_size)
+        if indices.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"indices must be int32 or int64, got {indices.dtype}: cast them")
+        if indices.dim() != 4 or 0 in indices.shape:
+            raise ValueError(
+                "indices must be [batch, heads or KV heads, query blocks, k], all at least 1, "
+                f"got {list(indices.shape)}"
+            )
+        if num_heads % indices.shape[1] != 0:
+            raise ValueError(
+                f"indices have {indices.shape[1]} lists a query block for {num_heads} heads: give one for each head, "
+                "or one for each KV head"
+            )
+        n_k = indices.shape[2] if num_key_blocks is None else num_key_blocks
+        if n_k < 1:
+            raise ValueError(f"num_key_blocks must be at least 1, got {n_k}")
+        if indices.numel() >= 2**31:
+            raise ValueError(f"{indices.numel()} slots are too many for 32-bit indices: use larger blocks")
+        return cls(indices.to(torch.int32).contiguous(), block_size, num_heads, n_k)
+
+    @classmethod
+    def from_mask(cls, mask: Tensor, block_size: int, *, num_heads: int | None = None) -> TopKLayout:
+        """Layout of a bool mask [batch, H or H_kv, n_q, n_k] (True: kept) on the device, with n_k slots a list.
+
+        Args:
+            num_heads: H; by default the mask's.
+        """
+        if mask.dtype != torch.bool or mask.dim() != 4:
+            raise ValueError(
+                f"the mask must be bool [batch, heads, query blocks, key blocks], got {mask.dtype} {list(mask.shape)}"
+            )
+        n_k = mask.shape[3]
+        indices = torch.where(mask, torch.arange(n_k, dtype=torch.int32, device=mask.device), -1)
+        return cls.from_indices(indices, block_size, num_heads=num_heads or mask.shape[1], num_key_blocks=n_k)
+
+    @property
+    def device(self) -> torch.device:
+        return self.indices.device
+
+    @property
+    def batch_size(self) -> int:
+        return self.indices.shape[0]
+
+    @property
+    def num_lists(self) -> int:
+        """Lists a query block: H, or H_kv where the heads of a group share one."""
+        return self.indices.shape[1]
+
+    @property
+    def num_query_blocks(self) -> int:
+        return self.indices.shape[2]
+
+    @property
+    def slots(self) -> int:
+        """Slots of a list, k."""
+        return self.indices.shape[3]
+
+    @property
+    def kept_blocks_of_heads(self) -> int:
+        """At most how many pairs all heads keep."""
+        lists = self.batch_size * self.num_heads * self.num_query_blocks
+        return lists * min(self.slots, self.num_key_blocks)
+
+    @property
+    def compiled(self) -> dict[Any, Any]:
+        """Compiled kernels of all such layouts on this device: a layout lives for one step."""
+        return _compiled_kernels(self.device)
+
+    def check_values(self) -> None:
+        """Reject indices outside [-1, num_key_blocks): ValueError on a CPU, a device-side assertion on a GPU."""
+        self.built("checked", self._check_values)
+
+    def _check_values(self) -> None:
+        least, most = self.indices.aminmax()
+        if self.device.type == "cpu":
+            if least < -1 or most >= self.num_key_blocks:
+                raise ValueError(
+                    f"indices must be -1 or key blocks below {self.num_key_blocks}, got {int(least)} to {int(most)}"
+                )
+        elif self.device.type != "meta":
+            sound = (least >= -1) & (most < self.num_key_blocks)
+            torch._assert_async(sound, "indices of a TopKLayout must be -1 or key blocks below num_key_blocks")
+
+    def mask(self) -> Tensor:
+        """Bool [batch, H, n_q, n_k], True where kept: the oracle for what the kernels walk."""
+        n_k = self.num_key_blocks
+        kept = torch.zeros(*self.indices.shape[:3], n_k + 1, dtype=torch.bool, device=self.device)
+        column = torch.where(self.indices < 0, n_k, self.indices).long()
+        kept = kept.scatter_(-1, column, True)[..., :n_k]
+        return kept.repeat_interleave(self.num_heads // self.num_lists, 1)
+
+    # in `BlockLayout`'s form, for the portable kernels; one pattern for every list, room for every slot
+
+    @property
+    def pattern_of_head(self) -> Tensor:
+        """Int32 [batch, H]."""
+        return self.built("pattern_of_head", self._pattern_of_head)
+
+    @property
+    def row_offsets(self) -> Tensor:
+        """Int32 [batch * lists * n_q + 1]."""
+        return self.built("rows", lambda: kept_rows(self.indices, self.num_key_blocks))[0]
+
+    @property
+    def row_columns(self) -> Tensor:
+        """Int32 [slots of all lists]; what lies beyond the last offset has no meaning."""
+        return self.built("rows", lambda: kept_rows(self.indices, self.num_key_blocks))[1]
+
+    @property
+    def column_offsets(self) -> Tensor:
+        """Int32 [batch * lists * n_k + 1]."""
+        return self.built("columns", lambda: kept_columns(self.indices, self.num_key_blocks))[0]
+
+    @property
+    def column_rows(self) -> Tensor:
+        """Int32 [slots of all lists]; what lies beyond the last offset has no meaning."""
+        return self.built("columns", lambda: kept_columns(self.indices, self.num_key_blocks))[1]
+
+    def columns_by_work(self, num_kv_heads: int) -> Tensor:
+        """As the function `columns_by_work`."""
+        sizes = (num_kv_heads, self.num_key_blocks)
+        return self.built(
+            ("columns by work", num_kv_heads),
+            lambda: columns_by_work(self.column_offsets, self.pattern_of_head, *sizes),
+        )
+
+    def built(self, name: Any, build: Callable[[], T]) -> T:
+        """What `build` returns, kept in ``cache`` as long as the indices are not written to.
+
+        A CUDA graph builds it in every replay, from what the indices then hold.
+        """
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return build()
+        version = 0 if self.indices.is_inference() else self.indices._version
+        kept = self.cache.get(name)
+        if kept is None or kept[0] != version:
+            kept = self.cache[name] = (version, build())
+        found: T = kept[1]
+        return found
+
+    def _pattern_of_head(self) -> Tensor:
+        lists = torch.arange(self.batch_size * self.num_lists, dtype=torch.int32, device=self.device)
+        return lists.repeat_interleave(self.num_heads // self.num_lists).view(self.batch_size, self.num_heads)
+
+
+@functools.cache
+def _compiled_kernels(device: torch.device) -> dict[Any, Any]:
+    return {}
+
+
+Layout = BlockLayout | TopKLayout
