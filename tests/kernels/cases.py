@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from s2train.kernels import BlockLayout, block_sparse_attention, reference_attention
+from s2train.kernels import BlockLayout, Layout, TopKLayout, block_sparse_attention, reference_attention
 from s2train.kernels.spec import from_bhsd
 from torch import Tensor
 
+# static for all sequences or for each; top-k lists of every head, or of the heads that share a KV head
+LayoutKind = Literal["static", "static batch", "top-k", "top-k shared"]
 NAMES = ("out", "lse", "dq", "dk", "dv")
 
 
@@ -29,13 +31,14 @@ class Problem:
     # With one key the output's gradient cancels in dq and dk, and what is left of it is rounding beside dlse's part.
     dout_scale: float = 1.0
     keep: float = 0.6  # of the blocks; below the diagonal too few to leave no row empty
+    layout: LayoutKind = "static"
     options: dict[str, Any] = field(default_factory=dict)
 
-    def make(self, device: torch.device) -> tuple[list[Tensor], BlockLayout, Tensor, Tensor]:
+    def make(self, device: torch.device) -> tuple[list[Tensor], Layout, Tensor, Tensor]:
         """q, k, v (leaves, in the format), layout, and the gradients of out and lse."""
         n_q = -(-(self.options.get("query_offset", 0) + self.s_q) // self.block)
         n_k = -(-self.s_k // self.block)
-        layout = BlockLayout.from_mask(torch.rand(self.heads, n_q, n_k) < self.keep, self.block, device=device)
+        layout = self._layout(n_q, n_k, device)
         shapes = [(self.heads, self.s_q, self.dim), (self.kv_heads, self.s_k, self.dim)]
         shapes.append((self.kv_heads, self.s_k, self.v_dim or self.dim))
         qkv = [self._random(shape, device).requires_grad_() for shape in shapes]
@@ -43,9 +46,26 @@ class Problem:
         dlse = torch.randn(self.batch, self.heads, self.s_q, device=device)
         return qkv, layout, dout, dlse
 
+    def _layout(self, n_q: int, n_k: int, device: torch.device) -> Layout:
+        if self.layout in ("static", "static batch"):
+            batch = (self.batch,) if self.layout == "static batch" else ()
+            mask = torch.rand(*batch, self.heads, n_q, n_k) < self.keep
+            return BlockLayout.from_mask(mask, self.block, device=device)
+        lists = self.heads if self.layout == "top-k" else self.kv_heads
+        indices = random_indices(self.batch, lists, n_q, n_k, self.keep).to(device)
+        return TopKLayout.from_indices(indices, self.block, num_heads=self.heads, num_key_blocks=n_k)
+
     def _random(self, shape: tuple[int, int, int], device: torch.device) -> Tensor:
         x = torch.randn(self.batch, *shape, device=device).to(self.dtype)
         return from_bhsd(x, self.options.get("format", "sbhd")).contiguous()
+
+
+def random_indices(batch: int, lists: int, n_q: int, n_k: int, keep: float) -> Tensor:
+    """Int32 [batch, lists, n_q, n_k + 1]: each block at probability `keep`, in any order, some twice, -1 between."""
+    blocks = torch.rand(batch, lists, n_q, n_k).argsort(-1)
+    blocks = torch.where(torch.rand(blocks.shape) < keep, blocks, -1)
+    again = blocks.gather(-1, torch.randint(n_k, (batch, lists, n_q, 1)))
+    return torch.cat([blocks, again], -1).to(torch.int32)
 
 
 def gradients(out: Tensor, lse: Tensor, inputs: list[Tensor], dout: Tensor, dlse: Tensor | None) -> tuple[Tensor, ...]:

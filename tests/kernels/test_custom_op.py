@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from s2train.kernels import BlockLayout, attention, block_sparse_attention
-from s2train.kernels.custom_op import attend, attend_backward
+from s2train.kernels import BlockLayout, Layout, TopKLayout, attention, block_sparse_attention
+from s2train.kernels.custom_op import attend, attend_backward, layout_arguments
 from s2train.kernels.handles import registered
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from tests.kernels.cases import Problem
+from tests.kernels.cases import LayoutKind, Problem, random_indices
 
 CASES = {
     "gqa": Problem(heads=4, kv_heads=2, s_q=50, s_k=50),
@@ -23,6 +23,8 @@ CASES = {
     "offset, v_dim differs": Problem(s_q=20, s_k=50, v_dim=24, options={"query_offset": 30}),
     "not causal": Problem(s_q=30, s_k=50, options={"causal": False}),
     "empty rows": Problem(s_q=90, s_k=90, keep=0.2),
+    "masks of each sequence": Problem(batch=2, s_q=50, s_k=50, layout="static batch"),
+    "top-k": Problem(heads=4, kv_heads=2, batch=2, s_q=50, s_k=50, layout="top-k shared"),
     "packed": Problem(s_q=50, s_k=50, options={"cu_seqlens": torch.tensor([0, 17, 17, 50], dtype=torch.int32)}),
 }
 
@@ -37,7 +39,7 @@ def nothing_compiled() -> Iterator[None]:
 def training_step(backend: str, with_lse: bool, **options: Any) -> Callable[..., tuple[Tensor, ...]]:
     """A function around the op, as a layer is: something before it and something after it."""
 
-    def step(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout) -> tuple[Tensor, ...]:
+    def step(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> tuple[Tensor, ...]:
         if not with_lse:
             return (block_sparse_attention(q * 1.5, k, v, layout, backend=backend, **options).sin(),)  # type: ignore[call-overload]
         out, lse = block_sparse_attention(q * 1.5, k, v, layout, backend=backend, return_lse=True, **options)  # type: ignore[call-overload]
@@ -48,7 +50,7 @@ def training_step(backend: str, with_lse: bool, **options: Any) -> Callable[...,
 
 def assert_same(
     step: Callable[..., tuple[Tensor, ...]], compiled: Callable[..., tuple[Tensor, ...]], inputs: list[Tensor],
-    layout: BlockLayout, **tolerance: float,
+    layout: Layout, **tolerance: float,
 ) -> None:  # fmt: skip
     eager, traced = step(*inputs, layout), compiled(*inputs, layout)
     weights = [torch.randn_like(x) for x in eager]
@@ -60,7 +62,7 @@ def assert_same(
 
 def assert_as_exact_as_eager(
     step: Callable[..., tuple[Tensor, ...]], compiled: Callable[..., tuple[Tensor, ...]], inputs: list[Tensor],
-    layout: BlockLayout, with_lse: bool = True, **options: Any,
+    layout: Layout, with_lse: bool = True, **options: Any,
 ) -> None:  # fmt: skip
     """What rounds at other places: its distance from float64 is at most twice the eager call's."""
     eager, traced = step(*inputs, layout), compiled(*inputs, layout)
@@ -133,16 +135,17 @@ def test_checkpointing_within_a_compiled_step(device: torch.device) -> None:
     inputs, layout, _, _ = CASES["gqa"].make(device)
     step = training_step("triton", False)
 
-    def recomputed(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout) -> tuple[Tensor, ...]:
+    def recomputed(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> tuple[Tensor, ...]:
         return (checkpoint(lambda *x: step(*x, layout)[0], q, k, v, use_reentrant=False),)
 
     assert_same(step, torch.compile(recomputed, backend="aot_eager", fullgraph=True), inputs, layout)
 
 
 @pytest.mark.parametrize("backend", ["torch", "portable"])
-def test_operators_keep_torchs_rules(backend: str, device: torch.device) -> None:
-    (q, k, v), layout, dout, dlse = Problem(heads=2, kv_heads=1, s_q=20, s_k=20).make(device)
-    settings = (None, layout.handle, 0.3, True, 0, "sbhd", backend, True)
+@pytest.mark.parametrize("kind", ["static", "top-k"])
+def test_operators_keep_torchs_rules(kind: LayoutKind, backend: str, device: torch.device) -> None:
+    (q, k, v), layout, dout, dlse = Problem(heads=2, kv_heads=1, s_q=20, s_k=20, layout=kind).make(device)
+    settings = (None, *layout_arguments(layout), 0.3, True, 0, "sbhd", backend, True)
     torch.library.opcheck(attend, (q, k, v, *settings))
     out, lse = (x.detach() for x in attend(q, k, v, *settings))
     finite = lse.masked_fill(lse == -torch.inf, 0)
@@ -180,6 +183,27 @@ def test_a_layout_let_go_before_the_backward_is_an_error_and_no_other_layout() -
     gc.collect()
     with pytest.raises(RuntimeError, match="keep the layout"):
         out.backward(dout)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_one_graph_serves_layouts_made_within_it(backend: str, device: torch.device) -> None:
+    graphs: list[torch.fx.GraphModule] = []
+
+    def count(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    def step(q: Tensor, k: Tensor, v: Tensor, indices: Tensor) -> tuple[Tensor, ...]:
+        layout = TopKLayout.from_indices(indices, 32, num_heads=2)
+        return training_step(backend, True)(q, k, v, layout)
+
+    compiled = torch.compile(step, backend=count, fullgraph=True)
+    inputs, _, _, _ = Problem(s_q=90, s_k=90).make(device)
+    for _ in range(5):
+        indices = random_indices(1, 2, 3, 3, 0.5).to(device)
+        for eager, traced in zip(step(*inputs, indices), compiled(*inputs, indices), strict=True):
+            torch.testing.assert_close(eager, traced)
+    assert len(graphs) == 1
 
 
 @pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])

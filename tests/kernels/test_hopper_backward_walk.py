@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from s2train.kernels import BlockLayout, reference_attention
+from s2train.kernels import reference_attention
 from s2train.kernels.hopper.backward_schedule import ACTIVE_BITS, QUERY_BITS, TILE
 from s2train.kernels.spec import AttentionSpec
 from torch import Tensor
+
+from tests.kernels.cases import Problem
 
 hopper_backward = pytest.importorskip("s2train.kernels.hopper.backward", reason="needs Triton's Gluon")
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="runs in Triton's interpreter")
@@ -47,8 +49,8 @@ class Walk:
         assert row_stride == dk.stride(2) == dv.stride(2)
         assert dk.shape[1] == 1 or head_stride == dk.stride(1) == dv.stride(1)
         for program in range(self.programs):
-            b = program % batch_size
             kv, ka, kb, first, num_masked, num_steps, skip, *document = meta[program // batch_size].tolist()
+            b = program % batch_size + (0 if packed else document[0])
             base_tile, shift, start, num_keys = first_tile, offset, 0, s_k
             if packed:
                 base_tile, start, num_keys = -document[0], document[1], document[2]
@@ -89,6 +91,12 @@ class Walk:
     ("block", "heads", "kv_heads", "s_q", "s_k", "options"),
     [
         (64, 4, 2, 200, 200, {}),
+        (128, 4, 2, 200, 200, {"batch": 2}),
+        (64, 4, 2, 200, 200, {"batch": 2, "layout": "static batch"}),
+        (64, 4, 2, 200, 200, {"batch": 2, "layout": "top-k"}),
+        (128, 4, 2, 250, 250, {"batch": 2, "layout": "top-k shared"}),
+        (256, 2, 1, 150, 300, {"query_offset": 150, "layout": "top-k"}),
+        (64, 2, 2, 100, 170, {"query_offset": 37, "causal": False, "layout": "top-k shared"}),
         (128, 2, 1, 150, 300, {"query_offset": 150}),
         (64, 2, 2, 100, 170, {"query_offset": 37, "causal": False}),
         (64, 4, 2, 233, 233, {"documents": (37, 0, 130, 1, 65)}),
@@ -104,8 +112,12 @@ def test_gradients(
     monkeypatch.setattr(hopper_backward, "s2_attention_bwd_kernel_hopper", Walk())
     offset, causal = options.get("query_offset", 0), options.get("causal", True)
     bounds = options.get("documents") and torch.tensor((0, *options["documents"])).cumsum(0).int()
-    layout = BlockLayout.from_mask(torch.rand(heads, -(-(offset + s_q) // block), -(-s_k // block)) < 0.6, block)
-    q, k, v = (torch.randn(s, 1, h, dim).requires_grad_() for s, h in ((s_q, heads), (s_k, kv_heads), (s_k, kv_heads)))
+    batch = options.get("batch", 1)
+    problem = Problem(
+        heads=heads, kv_heads=kv_heads, s_q=s_q, s_k=s_k, dim=dim, block=block, batch=batch,
+        layout=options.get("layout", "static"), options={"query_offset": offset},
+    )  # fmt: skip
+    (q, k, v), layout, _, _ = problem.make(torch.device("cpu"))
     settings = {"causal": causal, "query_offset": offset, "cu_seqlens": bounds}
     out, lse = reference_attention(q, k, v, layout, **settings)
     dout, dlse = torch.randn_like(out), torch.randn_like(lse)

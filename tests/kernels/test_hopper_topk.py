@@ -1,0 +1,122 @@
+"""What the Hopper kernels walk of top-k lists, built by interpreted kernels, beside the same masks' static work."""
+
+import os
+
+import pytest
+import torch
+from s2train.kernels import BlockLayout, TopKLayout
+from s2train.kernels.hopper.key_pairs import ACTIVE_BITS, QUERY_BITS, KeyPairs, key_pairs
+from s2train.kernels.hopper.program_order import HOPPER_MULTIPROCESSORS, _simulated_end
+from s2train.kernels.hopper.topk_pairs import topk_pairs
+from s2train.kernels.hopper.topk_steps import topk_steps
+from s2train.kernels.hopper.work import TILE, ForwardWork, forward_work
+
+from tests.kernels.cases import random_indices
+
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="runs in Triton's interpreter")
+N_Q, N_K = 3, 4
+
+
+def both_layouts(block: int, heads: int, lists: int, batch: int, keep: float) -> tuple[TopKLayout, BlockLayout]:
+    indices = random_indices(batch, lists, N_Q, N_K, keep)
+    layout = TopKLayout.from_indices(indices, block, num_heads=heads, num_key_blocks=N_K)
+    return layout, BlockLayout.from_mask(layout.mask(), block)
+
+
+def steps_of_tiles(work: ForwardWork, batch: int, tiles: int) -> dict[tuple[int, int, int], tuple[int, list[int]]]:
+    """By sequence, head and tile: how many steps need a mask, and the chunks of all."""
+    found = {}
+    per_step = TILE // work.chunk_keys
+    for b in range(batch):
+        tables = (x[b % len(x)].tolist() for x in (work.head_order, work.head_slot))
+        for head, slot in zip(*tables, strict=True):
+            for tile in range(tiles):
+                at = slot * work.tiles_per_pattern + tile
+                begin, end = int(work.step_begins[at]), int(work.step_ends[at])
+                chunks = work.chunks[begin * per_step : end * per_step].tolist()
+                found[b, head, tile] = (int(work.full_offsets[at]) - begin, chunks)
+    return found
+
+
+@pytest.mark.parametrize("block", [64, 128, 256])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("heads", "lists", "batch", "keep"), [(2, 2, 2, 0.5), (4, 2, 1, 0.2), (2, 1, 1, 1.0)])
+@pytest.mark.parametrize("missing", [0, 70])
+def test_forward_steps_are_those_of_the_same_mask(
+    block: int, causal: bool, heads: int, lists: int, batch: int, keep: float, missing: int
+) -> None:
+    layout, static = both_layouts(block, heads, lists, batch, keep)
+    s_q, s_k = N_Q * block - missing // 2, N_K * block - missing
+    tiles = -(-s_q // TILE)
+    expected = forward_work(static, causal=causal, query_end=s_q, s_k=s_k)
+    measured = topk_steps(layout, causal=causal, s_k=s_k)
+    assert steps_of_tiles(measured, batch, tiles) == steps_of_tiles(expected, batch, tiles)
+
+
+def pairs(work: KeyPairs) -> dict[tuple[int, int, int, int], tuple[int, int, list[int]]]:
+    """By sequence, KV head and key tiles: steps that need a mask, the first step, all steps."""
+    return {
+        (row[7], *row[:3]): (row[4], row[6], work.steps[row[3] : row[3] + row[5]].tolist())
+        for row in work.meta.tolist()
+    }
+
+
+@pytest.mark.parametrize("block", [128, 256])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("heads", "lists", "kv_heads", "batch", "keep"), [(4, 4, 2, 2, 0.5), (4, 2, 2, 1, 0.2)])
+@pytest.mark.parametrize("offset", [0, 100])
+def test_backward_steps_are_those_of_the_same_mask(
+    block: int, causal: bool, heads: int, lists: int, kv_heads: int, batch: int, keep: float, offset: int
+) -> None:
+    layout, static = both_layouts(block, heads, lists, batch, keep)
+    sizes = (kv_heads, N_Q * block - 37 - offset, N_K * block - 70, offset, causal)
+    measured, expected = topk_pairs(layout, *sizes), key_pairs(static, *sizes)
+    assert pairs(measured) == pairs(expected)
+    assert (measured.first_tile, measured.num_tiles) == (expected.first_tile, expected.num_tiles)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("lists", "batch"), [(4, 1), (2, 2)])
+def test_backward_steps_of_blocks_of_64_cover_the_mask_once(causal: bool, lists: int, batch: int) -> None:
+    block, heads, kv_heads = 64, 4, 2
+    layout, _ = both_layouts(block, heads, lists, batch, 0.5)
+    mask = layout.mask()
+    if causal:
+        mask &= torch.ones(N_Q, N_K, dtype=torch.bool).tril()
+    work = topk_pairs(layout, kv_heads, N_Q * block, N_K * block, 0, causal)
+    seen = torch.zeros(batch, heads, N_Q, N_K, dtype=torch.int)
+    for (b, kv, first, _), (num_masked, _, steps) in pairs(work).items():
+        for t, step in enumerate(steps):
+            head = kv * (heads // kv_heads) + (step >> (ACTIVE_BITS + QUERY_BITS))
+            tile = step >> ACTIVE_BITS & (2**QUERY_BITS - 1)
+            active = step & 3
+            assert t < num_masked or active == 3
+            for side in range(2):
+                seen[b, head, tile, first + side] += active >> side & 1
+    assert seen.equal(mask.int())
+
+
+def test_long_programs_start_early_enough_to_end_with_the_others() -> None:
+    n, k = 64, 8
+    scores = torch.rand(1, 4, n, n).masked_fill(torch.ones(n, n).triu(1) > 0, -1)
+    scores[..., 0] = 2  # all keep the first block
+    found = scores.topk(k)
+    indices = torch.where(found.values < 0, -1, found.indices)
+    layout = TopKLayout.from_indices(indices, 128, num_heads=32)
+    sizes = (4, n * 128, n * 128, 0, True)
+    static = BlockLayout.from_mask(layout.mask(), 128)
+    ends = []
+    for work in (topk_pairs(layout, *sizes), key_pairs(static, *sizes)):
+        steps = work.meta[:, 5].long()
+        ends.append(_simulated_end(steps, torch.ones_like(steps), HOPPER_MULTIPROCESSORS))
+    assert ends[0] <= 1.05 * ends[1]
+
+
+def test_the_order_of_slots_changes_nothing() -> None:
+    layout, _ = both_layouts(128, 2, 2, 1, 0.5)
+    order = torch.randperm(layout.slots)
+    other = TopKLayout.from_indices(layout.indices[..., order], 128, num_heads=2, num_key_blocks=N_K)
+    sizes = (2, N_Q * 128, N_K * 128, 0, True)
+    assert pairs(topk_pairs(layout, *sizes)) == pairs(topk_pairs(other, *sizes))
+    steps = [steps_of_tiles(topk_steps(x, causal=True, s_k=N_K * 128), 1, N_Q) for x in (layout, other)]
+    assert steps[0] == steps[1]
