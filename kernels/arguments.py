@@ -52,8 +52,8 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, layout: Layout, format: Forma
 def _check_lists(layout: TopKLayout, batch: int, heads: int, kv_heads: int) -> None:
     if layout.num_heads != heads or layout.num_lists not in (heads, kv_heads) or layout.batch_size != batch:
         raise ValueError(
-            f"the TopKLayout has {layout.batch_size} x {layout.num_lists} lists for {layout.num_heads} heads, but q and k "
-            f"have {batch} sequences, {heads} heads and {kv_heads} KV heads: give each head, or each KV head, a list"
+            f"the TopKLayout has {layout.batch_size} x {layout.num_lists} lists for {layout.num_heads} heads; q, k and "
+            f"v have {batch} sequences, {heads} heads and {kv_heads} KV heads: give each head, or each KV head, a list"
         )
 
 

@@ -20,6 +20,11 @@ def register(thing: Any) -> int:
     return number
 
 
+def living() -> list[int]:
+    """The numbers of all registered things that live."""
+    return list(_living)
+
+
 def registered(number: int) -> Any:
     """The thing with this number.
 

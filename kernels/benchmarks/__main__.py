@@ -10,6 +10,8 @@ keeps. Peak memory is what forward and backward take beside q, k, v and the outp
 cases: groups (targets, lengths, density, b64, gqa, gqa64, long, quick) or words such as b128-l8-v16-32k-kv8: blocks
 of 128, 8 local, every 16th, 32k tokens, 8 KV heads (and -h for heads, -d for their dimension). They run in the order
 given, the default's most important first, and the JSON is written after each, so that a run cut short loses one case.
+The group run-time, or words such as b128-k16-32k-kv8 (16 key blocks a query block, named on the device in every step),
+compares ours with itself: top-k lists with the static layout of the same mask. It runs before the others.
 
 dkernel's own autotuning compiles 22 configurations a length: one to three minutes for its first case of a block size.
 """
@@ -36,6 +38,7 @@ from .contenders import CONTENDERS
 from .plot import draw
 from .report import summary
 from .run import Record, Session, run_cases
+from .run_time import measure, run_time_table, split_words
 from .tables import break_even_table, case_table, launch_table, overview_table, short_table
 from .timing import Clock, matmul_ceiling
 
@@ -59,6 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
         "ceiling_tflops": matmul_ceiling(clock, device),
         "cases": [],
         "launches": [],
+        "run_time": [],
         "summary": {},
     }
     console.print(f"{data['machine']['device']}, ceiling {data['ceiling_tflops']:.0f} TFLOP/s (matrix product)")
@@ -88,6 +92,15 @@ def main(arguments: list[str] | None = None) -> int:
         console.print(case_table(record, data["ceiling_tflops"]))
         save()
 
+    for case in args.run_time:
+        if time.monotonic() > session.deadline:
+            progress(f"{case.name}: not run, out of time")
+            continue
+        progress(f"{case.name}: top-k lists")
+        data["run_time"].append(measure(case, clock, device, args.budget_ms))
+        save()
+    if args.run_time:
+        console.print(run_time_table(data["run_time"]))
     run_cases(session, args.cases, report, progress)
     if session.lost is None:
         data["ceiling_tflops_at_end"] = matmul_ceiling(clock, device)
@@ -108,9 +121,11 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         console.print(f"no plot: {error}")
     excused = ("not supported", "not run", "out of memory")
-    errors = [r["error"] for case in data["cases"] for r in case["results"].values() if "error" in r]
+    errors = [r["error"] for r in data["run_time"] if "error" in r]
+    errors += [r["error"] for case in data["cases"] for r in case["results"].values() if "error" in r]
     failed = [error for error in errors if not error.startswith(excused)]
-    console.print(f"{len(data['cases'])} cases in {data['seconds']:.0f} s, {len(failed)} failures: {args.output}")
+    count = len(data["cases"]) + len(data["run_time"])
+    console.print(f"{count} cases in {data['seconds']:.0f} s, {len(failed)} failures: {args.output}")
     return 1 if failed else 0
 
 
@@ -141,7 +156,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     if args.quick and args.cases:
         parser.error("--quick chooses the cases: leave out --cases")
     try:
-        args.cases = parse_cases(args.cases or (["quick"] if args.quick else DEFAULT))
+        words = args.cases or (["quick"] if args.quick else [*DEFAULT, "run-time"])
+        args.run_time, others = split_words(words)
+        args.cases = parse_cases(others)
         args.launches = list(_LAUNCHES) if args.launches is None else args.launches
         for word in (*args.launches, args.draw):
             parse_case(word)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,10 @@ class Case:
     dout_scale: float = 1.0  # of the output's gradient
     deterministic: bool = False  # torch.use_deterministic_algorithms, and equal gradients in two runs
     hopper_forward: bool = False  # fails if a Hopper GPU runs the portable forward
+    # static masks for all sequences or for each; top-k lists of each head, or of the heads that share a KV head
+    layout: Literal["static", "static batch", "top-k", "top-k shared"] = "static"
+    steps: int = 0  # so many with fresh top-k lists, which must not wait, compile nor leave anything behind
+    portable: bool = False  # the portable kernels on every GPU
 
 
 @dataclass(frozen=True)
@@ -160,6 +165,7 @@ def _cases() -> list[Case]:
         ]
     return [
         *cases,
+        *_run_time_cases(),
         Case("packed, 200 documents, MQA, Hopper", documents=(3, 40, 0, 17, 5) * 40, kv_heads=1, hopper_forward=True),
         Case("GQA 16/4 block 64, 3000 rows", heads=16, kv_heads=4, s_q=3000, keep=0.2),
         Case("large gradients, float16", dtype="float16", block=128, dout_scale=100.0),
@@ -169,12 +175,41 @@ def _cases() -> list[Case]:
     ]
 
 
+def _run_time_cases() -> list[Case]:
+    cases = []
+    for block in (64, 128, 256):
+        name = f"block {block}"
+        cases += [
+            Case(f"top-k, {name}", block=block, layout="top-k", hopper_forward=True, steps=1000),
+            Case(f"top-k shared, {name}, batch 3", block=block, batch=3, layout="top-k shared", steps=1000),
+            Case(f"top-k shared, {name}, 3001 rows", block=block, s_q=3001, layout="top-k shared", keep=0.1),
+            Case(f"top-k, {name}, mostly empty rows", block=block, s_q=2000, layout="top-k", keep=0.05),
+            Case(f"top-k shared, {name}, all kept, d 64", block=block, dim=64, layout="top-k shared", keep=1.0),
+            Case(f"top-k, {name}, not causal", block=block, s_q=333, s_k=1200, layout="top-k", causal=False),
+            Case(f"top-k shared, {name}, offset 301, bshd", block=block, s_q=700, query_offset=301, batch=2,
+                 format="bshd", layout="top-k shared"),
+            Case(f"top-k, {name}, gradient of lse alone", block=block, gradients="lse", layout="top-k"),
+            Case(f"top-k, {name}, MHA, fewer keys than rows", block=block, kv_heads=8, s_k=500, layout="top-k"),
+            Case(f"masks of each sequence, {name}", block=block, batch=3, layout="static batch", hopper_forward=True),
+            Case(f"top-k shared, {name}, portable", block=block, layout="top-k shared", portable=True, steps=1000),
+            Case(f"masks of each sequence, {name}, portable", block=block, batch=2, layout="static batch",
+                 portable=True),
+        ]  # fmt: skip
+    return [
+        *cases,
+        Case("top-k, block 32", block=32, layout="top-k", steps=100),
+        Case("top-k, deterministic", block=128, layout="top-k", deterministic=True),
+        Case("top-k shared, float16, MQA", block=64, dtype="float16", kv_heads=1, layout="top-k shared"),
+    ]
+
+
 CASES = {case.name: case for case in _cases()}
 _QUICK = (
     "bfloat16 block 64 d 128", "bfloat16 block 128 d 128", "bfloat16 block 16 d 128", "float32 block 64 d 128",
     "length 2049 block 128", "offset 777 block 128", "offset 256, block 128, batch 2", "deterministic",
     "packed block 64", "bfloat16 block 64 d 80", "bfloat16 block 128 d 64, packed",
     "float16 block 64 d 128, MHA, 1500 rows", "offset 65, block 128, Hopper",
+    "top-k, block 128", "top-k shared, block 64, batch 3", "masks of each sequence, block 128",
     "packed, uneven, block 64, d 128, Hopper", "packed, uneven, block 128, d 64, Hopper",
 )  # fmt: skip
 

@@ -12,13 +12,14 @@ import triton
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..attention import block_sparse_attention
+from ..attention import Backend, block_sparse_attention
 from ..hopper.support import backward_choice, is_hopper, kernel_choice
 from ..layout import BlockLayout
 from ..reference import reference_attention
 from ..spec import AttentionSpec, Format, from_bhsd, to_bhsd
-from ..topk_layout import Layout
+from ..topk_layout import Layout, TopKLayout
 from .cases import Case, Timing
+from .run_time import fresh_steps, random_indices
 
 _NAMES = ("out", "lse", "dq", "dk", "dv")
 _FLOOR = 3e-7  # relative error that no float32 result is blamed for
@@ -46,14 +47,13 @@ def compare(measured: list[Tensor], plain: list[Tensor], exact: list[Tensor]) ->
     return result
 
 
-def problem(case: Case, device: torch.device) -> tuple[list[Tensor], BlockLayout, dict[str, Any]]:
+def problem(case: Case, device: torch.device) -> tuple[list[Tensor], Layout, dict[str, Any]]:
     """Random q, k, v in the case's format, layout, and the options of `block_sparse_attention`."""
     dtype = getattr(torch, case.dtype)
     length = sum(case.documents) or case.s_q
     s_k = length if case.documents else case.s_k or case.query_offset + case.s_q
     n_q, n_k = -(-(case.query_offset + length) // case.block), -(-s_k // case.block)
-    mask = torch.rand(case.heads, n_q, n_k, device=device) < case.keep
-    layout = BlockLayout.from_mask(mask, case.block)
+    layout = _layout(case, n_q, n_k, device)
 
     def random(heads: int, s: int, dim: int) -> Tensor:
         x = torch.randn(case.batch, heads, s, dim, device=device).to(dtype)
@@ -67,11 +67,22 @@ def problem(case: Case, device: torch.device) -> tuple[list[Tensor], BlockLayout
         inputs.append(random(case.kv_heads, s_k, case.v_dim or case.dim))
     options: dict[str, Any] = {
         "causal": case.causal, "query_offset": case.query_offset, "format": case.format,
+        "backend": "portable" if case.portable else "triton",
     }  # fmt: skip
     if case.documents:
         bounds = torch.tensor((0, *case.documents), device=device).cumsum(0)
         options["cu_seqlens"] = bounds.to(torch.int32)
     return inputs, layout, options
+
+
+def _layout(case: Case, n_q: int, n_k: int, device: torch.device) -> Layout:
+    if case.layout in ("static", "static batch"):
+        batch = (case.batch,) if case.layout == "static batch" else ()
+        mask = torch.rand(*batch, case.heads, n_q, n_k, device=device) < case.keep
+        return BlockLayout.from_mask(mask, case.block)
+    lists = case.heads if case.layout == "top-k" else case.kv_heads
+    indices = random_indices(case.batch, lists, n_q, n_k, case.keep, device)
+    return TopKLayout.from_indices(indices, case.block, num_heads=case.heads, num_key_blocks=n_k)
 
 
 def check_case(case: Case, device: torch.device) -> dict[str, Any]:
@@ -81,7 +92,7 @@ def check_case(case: Case, device: torch.device) -> dict[str, Any]:
     q, k, v = leaves
 
     def attend() -> tuple[Tensor, Tensor]:
-        return block_sparse_attention(q, k, v, layout, return_lse=True, backend="triton", **options)
+        return block_sparse_attention(q, k, v, layout, return_lse=True, **options)
 
     with _deterministic(case.deterministic):
         out, lse = attend()
@@ -92,15 +103,22 @@ def check_case(case: Case, device: torch.device) -> dict[str, Any]:
         # once more, as a layout keeps compiled kernels for later calls
         again = _results(*attend(), leaves, dout, dlse)
 
+    shape_options = {name: value for name, value in options.items() if name != "backend"}
+
     def reference(dtype: torch.dtype) -> list[Tensor]:
         cast = [x.detach().to(dtype).requires_grad_() for x in inputs]
-        return _results(*reference_attention(cast[0], cast[1], cast[2], layout, **options), cast, dout, dlse)
+        return _results(*reference_attention(cast[0], cast[1], cast[2], layout, **shape_options), cast, dout, dlse)
 
     plain, exact = reference(q.dtype), reference(torch.float64)
     result = kernels | compare(measured, plain, exact)
     # rows without keys: -inf in the same places
     result["ok"] &= bool(((lse == -torch.inf) == (exact[1] == 0)).all())
     result["ok"] &= compare(again, plain, exact)["ok"]
+    if case.steps:
+        assert isinstance(layout, TopKLayout)
+        left = fresh_steps(leaves, layout, shape_options, case.keep, case.steps, options["backend"])
+        result |= left
+        result["ok"] &= (left["compiled"], left["registered"], left["grown bytes"]) == ([], 0, 0)
     if case.hopper_forward and is_hopper(device):
         result["ok"] &= result["forward"] == "hopper"
     if case.deterministic:
@@ -120,9 +138,11 @@ def _deterministic(enabled: bool) -> Iterator[None]:
 
 def kernels_run(
     q: Tensor, k: Tensor, v: Tensor, layout: Layout, *, causal: bool = True, query_offset: int = 0,
-    cu_seqlens: Tensor | None = None, format: Format = "sbhd",
+    cu_seqlens: Tensor | None = None, format: Format = "sbhd", backend: Backend = "triton",
 ) -> dict[str, str]:  # fmt: skip
     """Which kernels run forward and backward."""
+    if backend == "portable":
+        return {"forward": "triton", "backward": "triton"}
     spec = AttentionSpec(1.0, causal, query_offset, cu_seqlens, format)
     arguments = (to_bhsd(q, format), to_bhsd(k, format), to_bhsd(v, format), layout, spec)
     return {"forward": kernel_choice(*arguments), "backward": backward_choice(*arguments)}

@@ -101,8 +101,8 @@ def _num_items(num_items):
 
 @gluon.jit
 def _item(
-    n, num_tiles, first_tile, num_heads, head_stride, tiles_per_pattern, query_offset, s_q, head_order, head_slot,
-    documents, PACKED: gl.constexpr,
+    n, num_tiles, first_tile, num_heads, tiles_per_pattern, query_offset, s_q, head_order, head_slot, documents,
+    PACKED: gl.constexpr, BATCHED: gl.constexpr,
 ):  # fmt: skip
     """Batch, head, tile and row of the step table of this program's n-th item, and its rows of q.
 
@@ -126,10 +126,17 @@ def _item(
         tile = first_tile + num_tiles - 1 - (item - batch_head * num_tiles)
     batch = batch_head // num_heads
     ranked = batch_head - batch * num_heads
-    at = ranked + batch * head_stride
+    at = batch_head if BATCHED else ranked
     head = gl.load(head_order + at)
     row = gl.load(head_slot + at) * tiles_per_pattern + tile
     return batch, head, tile, row, shift, end
+
+
+@gluon.jit
+def _steps_of_row(step_offsets, row, BATCHED: gl.constexpr):
+    """First step of a row of the step table, and the first one after its last."""
+    at = step_offsets + (row * 2 if BATCHED else row)
+    return gl.load(at), gl.load(at + 1)
 
 
 @gluon.jit
@@ -160,9 +167,10 @@ def _load_step(
 @gluon.jit
 def _produce(
     q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-    head_order, head_slot, step_begins, step_ends, chunks, documents,
-    num_items, num_tiles, first_tile, num_heads, head_stride, group, tiles_per_pattern, query_offset, s_q, s_k,
-    CHUNK: gl.constexpr, PACKED: gl.constexpr, Q_STAGES: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
+    head_order, head_slot, step_offsets, chunks, documents,
+    num_items, num_tiles, first_tile, num_heads, group, tiles_per_pattern, query_offset, s_q, s_k,
+    CHUNK: gl.constexpr, PACKED: gl.constexpr, BATCHED: gl.constexpr,
+    Q_STAGES: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
 ):  # fmt: skip
     """The producer warp. Loads are started in the order in which the consumers wait for them."""
     PER_STEP: gl.constexpr = _STEP // CHUNK
@@ -178,11 +186,10 @@ def _produce(
     v_count = 0
     for n in range(0, _num_items(num_items)):
         batch, head, tile, row, shift, _ = _item(
-            n, num_tiles, first_tile, num_heads, head_stride, tiles_per_pattern, query_offset, s_q,
-            head_order, head_slot, documents, PACKED,
+            n, num_tiles, first_tile, num_heads, tiles_per_pattern, query_offset, s_q, head_order, head_slot,
+            documents, PACKED, BATCHED,
         )  # fmt: skip
-        begin = gl.load(step_begins + row)
-        end = gl.load(step_ends + row)
+        begin, end = _steps_of_row(step_offsets, row, BATCHED)
         kv_head = head // group
         # the first keys before the queries, whose room is free later
         stage = k_count % K_STAGES
@@ -317,10 +324,10 @@ def _store_rows(box, out, begin, end, batch, head, first, out_batch, out_head, o
 def _consume(
     out_desc, out, out_batch, out_head, out_row, lse,
     q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-    head_order, head_slot, step_begins, step_ends, full_offsets, chunks, documents, scale_log2,
-    num_items, num_tiles, first_tile, num_heads, head_stride, tiles_per_pattern, query_offset, s_q, s_k,
+    head_order, head_slot, step_offsets, full_offsets, chunks, documents, scale_log2,
+    num_items, num_tiles, first_tile, num_heads, tiles_per_pattern, query_offset, s_q, s_k,
     HALF: gl.constexpr, V_ROW: gl.constexpr, CHUNK: gl.constexpr, CAUSAL: gl.constexpr,
-    PACKED: gl.constexpr, PARTIAL: gl.constexpr,
+    PACKED: gl.constexpr, PARTIAL: gl.constexpr, BATCHED: gl.constexpr,
     Q_STAGES: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
 ):  # fmt: skip
     """A consumer warpgroup: its 64 rows of every tile. The output leaves through the room of the queries."""
@@ -344,11 +351,10 @@ def _consume(
     count = 0
     for n in range(0, _num_items(num_items)):
         _, _, tile, row, shift, last = _item(
-            n, num_tiles, first_tile, num_heads, head_stride, tiles_per_pattern, query_offset, s_q,
-            head_order, head_slot, documents, PACKED,
+            n, num_tiles, first_tile, num_heads, tiles_per_pattern, query_offset, s_q, head_order, head_slot,
+            documents, PACKED, BATCHED,
         )  # fmt: skip
-        begin = gl.load(step_begins + row)
-        end = gl.load(step_ends + row)
+        begin, end = _steps_of_row(step_offsets, row, BATCHED)
         full = gl.load(full_offsets + row)
         first = tile * (2 * _HALF) + HALF * _HALF
         last_key = gl.full([_HALF], s_k - 1, gl.int32, rows_layout)
@@ -396,8 +402,8 @@ def _consume(
 
         # again, rather than kept in registers all along
         batch, head, tile, _, shift, last = _item(
-            n, num_tiles, first_tile, num_heads, head_stride, tiles_per_pattern, query_offset, s_q,
-            head_order, head_slot, documents, PACKED,
+            n, num_tiles, first_tile, num_heads, tiles_per_pattern, query_offset, s_q, head_order, head_slot,
+            documents, PACKED, BATCHED,
         )  # fmt: skip
         first = tile * (2 * _HALF) + HALF * _HALF + shift
         position = first + rows
@@ -429,23 +435,23 @@ def _consume(
 
 @gluon.jit(
     do_not_specialize=[
-        "num_items", "num_tiles", "first_tile", "num_heads", "head_stride", "group", "tiles_per_pattern",
-        "query_offset", "s_q", "s_k", "out_batch", "out_head", "out_row",
+        "num_items", "num_tiles", "first_tile", "num_heads", "group", "tiles_per_pattern", "query_offset", "s_q", "s_k",
+        "out_batch", "out_head", "out_row",
     ]
 )  # fmt: skip
 def s2_attention_fwd_kernel_hopper(
-    q_desc, k_desc, v_desc, out_desc, lse, head_order, head_slot, step_begins, step_ends, full_offsets, chunks,
-    scale_log2, num_items, num_tiles, first_tile, num_heads, head_stride, group, tiles_per_pattern, query_offset,
-    s_q, s_k, documents, out, out_batch, out_head, out_row,
+    q_desc, k_desc, v_desc, out_desc, lse, head_order, head_slot, step_offsets, full_offsets, chunks, scale_log2,
+    num_items, num_tiles, first_tile, num_heads, group, tiles_per_pattern, query_offset, s_q, s_k,
+    documents, out, out_batch, out_head, out_row,
     DIM: gl.constexpr, V_DIM: gl.constexpr, V_ROW: gl.constexpr, CHUNK: gl.constexpr, CAUSAL: gl.constexpr,
-    PACKED: gl.constexpr, PARTIAL: gl.constexpr,
+    PACKED: gl.constexpr, PARTIAL: gl.constexpr, BATCHED: gl.constexpr,
     Q_STAGES: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
     CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
 ):  # fmt: skip
     """Room in shared memory, barriers and the three roles.
 
     PACKED: `documents` is a `document_table`. PARTIAL: tiles may begin before the first row of q or end inside of
-    `out`, whose rows have V_ROW elements; else neither is given.
+    `out`, whose rows have V_ROW elements; else neither is given. BATCHED: of `ForwardWork`.
     """
     if PACKED:
         num_tiles = gl.load(documents)
@@ -475,22 +481,22 @@ def s2_attention_fwd_kernel_hopper(
         (_consume, (
             out_desc, out, out_batch, out_head, out_row, lse,
             q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-            head_order, head_slot, step_begins, step_ends, full_offsets, chunks, documents, scale_log2,
-            num_items, num_tiles, first_tile, num_heads, head_stride, tiles_per_pattern, query_offset, s_q, s_k,
-            0, V_ROW, CHUNK, CAUSAL, PACKED, PARTIAL, Q_STAGES, K_STAGES, V_STAGES,
+            head_order, head_slot, step_offsets, full_offsets, chunks, documents, scale_log2,
+            num_items, num_tiles, first_tile, num_heads, tiles_per_pattern, query_offset, s_q, s_k,
+            0, V_ROW, CHUNK, CAUSAL, PACKED, PARTIAL, BATCHED, Q_STAGES, K_STAGES, V_STAGES,
         )),
         (_consume, (
             out_desc, out, out_batch, out_head, out_row, lse,
             q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-            head_order, head_slot, step_begins, step_ends, full_offsets, chunks, documents, scale_log2,
-            num_items, num_tiles, first_tile, num_heads, head_stride, tiles_per_pattern, query_offset, s_q, s_k,
-            1, V_ROW, CHUNK, CAUSAL, PACKED, PARTIAL, Q_STAGES, K_STAGES, V_STAGES,
+            head_order, head_slot, step_offsets, full_offsets, chunks, documents, scale_log2,
+            num_items, num_tiles, first_tile, num_heads, tiles_per_pattern, query_offset, s_q, s_k,
+            1, V_ROW, CHUNK, CAUSAL, PACKED, PARTIAL, BATCHED, Q_STAGES, K_STAGES, V_STAGES,
         )),
         (_produce, (
             q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-            head_order, head_slot, step_begins, step_ends, chunks, documents,
-            num_items, num_tiles, first_tile, num_heads, head_stride, group, tiles_per_pattern, query_offset, s_q, s_k,
-            CHUNK, PACKED, Q_STAGES, K_STAGES, V_STAGES,
+            head_order, head_slot, step_offsets, chunks, documents,
+            num_items, num_tiles, first_tile, num_heads, group, tiles_per_pattern, query_offset, s_q, s_k,
+            CHUNK, PACKED, BATCHED, Q_STAGES, K_STAGES, V_STAGES,
         )),
     ], [4, 1], [CONSUMER_REGS, PRODUCER_REGS])  # fmt: skip
 
@@ -525,7 +531,7 @@ def hopper_forward(
     out = empty_bhsd((batch, num_heads, s_q, v.shape[3]), q, spec.format)
     lse = empty((batch, num_heads, s_q), torch.float32, q.device)
     config = config or CONFIGS[padded_to_panels(dim), min(layout.block_size, TILE)]
-    documents = None if spec.cu_seqlens is None else document_table(spec.cu_seqlens, s_q, TILE, layout.compiled)
+    documents = None if spec.cu_seqlens is None else document_table(spec.cu_seqlens, s_q, TILE, layout.cache)
     num_items, arguments, constants = launch_arguments(q, k, v, out, lse, documents, layout, spec, config)
     launch(
         s2_attention_fwd_kernel_hopper, (min(num_items, multiprocessors(q.device)), 1, 1), (*arguments, *constants),
@@ -553,15 +559,14 @@ def launch_arguments(
     arguments = (
         _descriptor(q, TILE // 2, PANEL), _descriptor(k, chunk, PANEL), _descriptor(v, chunk, PANEL),
         _descriptor(out, TILE // 2, padded_v_dim),
-        lse, work.head_order, work.head_slot, work.step_begins, work.step_ends, work.full_offsets, work.chunks,
-        spec.softmax_scale * _LOG2_E, num_items, num_tiles, first_tile, num_heads,
-        0 if layout.batch_size == 1 else num_heads, num_heads // num_kv_heads,
+        lse, work.head_order, work.head_slot, work.step_offsets, work.full_offsets, work.chunks,
+        spec.softmax_scale * _LOG2_E, num_items, num_tiles, first_tile, num_heads, num_heads // num_kv_heads,
         work.tiles_per_pattern, offset, s_q, s_k,
         documents, *((out, *out_rows) if partial else (None, None, None, None)),
     )  # fmt: skip
     constants = (
         padded_to_panels(dim), padded_v_dim, v_dim if partial else padded_v_dim, chunk, spec.causal,
-        documents is not None, partial, config.q_stages, config.k_stages, config.v_stages,
+        documents is not None, partial, work.batched, config.q_stages, config.k_stages, config.v_stages,
         config.consumer_registers, config.producer_registers,
     )  # fmt: skip
     return num_items, arguments, constants

@@ -24,9 +24,10 @@ _HEAD_CLASSES = 16  # heads whose work differs by less than 1/16 of the largest 
 class ForwardWork:
     """Tiles are numbered `slot * tiles_per_pattern + tile`, one slot for every pattern in use. All int32.
 
-    - ``head_order`` [1 or batch, H]: heads, those with the most work first; ``head_slot``, likewise: their patterns'
-      slots.
-    - ``step_begins``, ``step_ends`` [tiles]: a tile's steps, at least one each.
+    - ``head_order`` [H], or [batch, H] if ``batched``: heads, those with the most work first; ``head_slot``, likewise:
+      their patterns' slots.
+    - ``step_offsets`` [tiles + 1]: first step of a tile, at least one each; if ``batched`` [tiles, 2]: its first step
+      and the one after its last.
     - ``full_offsets`` [tiles]: its first step that needs no mask; never its first step.
     - ``chunks`` [steps * (128 // chunk_keys)]: chunk index * 4 + the halves that keep it. Padding is a chunk
       beyond the last key that no half keeps.
@@ -36,10 +37,14 @@ class ForwardWork:
     tiles_per_pattern: int
     head_order: Tensor
     head_slot: Tensor
-    step_begins: Tensor
-    step_ends: Tensor
+    step_offsets: Tensor
     full_offsets: Tensor
     chunks: Tensor
+
+    @property
+    def batched(self) -> bool:
+        """Whether heads have slots of their own in every sequence."""
+        return self.head_order.dim() == 2
 
 
 def forward_work(layout: BlockLayout, *, causal: bool, query_end: int, s_k: int) -> ForwardWork:
@@ -58,7 +63,7 @@ def forward_work(layout: BlockLayout, *, causal: bool, query_end: int, s_k: int)
 
 
 def _build(layout: BlockLayout, causal: bool, s_k: int | None) -> ForwardWork:
-    used, slot_of_head = layout.pattern_of_head.unique(return_inverse=True)
+    used, slot_of_head = layout.pattern_of_head.squeeze(0).unique(return_inverse=True)
     n_q = layout.num_query_blocks
     bounds = layout.row_offsets[torch.stack([used * n_q, (used + 1) * n_q]).long()].tolist()
     num_tiles = -(-n_q * layout.block_size // TILE)
@@ -77,15 +82,14 @@ def _build(layout: BlockLayout, causal: bool, s_k: int | None) -> ForwardWork:
 
     work_of_slot = steps.view(len(used), num_tiles).sum(1)
     classes = work_of_slot * _HEAD_CLASSES // work_of_slot.max()
-    head_order = classes[slot_of_head].argsort(dim=1, descending=True, stable=True)
+    head_order = classes[slot_of_head].argsort(descending=True, stable=True)
     offsets = step_offsets.to(torch.int32)
     return ForwardWork(
         chunk_keys=chunk_keys,
         tiles_per_pattern=num_tiles,
         head_order=head_order.to(torch.int32),
-        head_slot=slot_of_head.gather(1, head_order).to(torch.int32),
-        step_begins=offsets[:-1],
-        step_ends=offsets[1:],
+        head_slot=slot_of_head.gather(-1, head_order).to(torch.int32),
+        step_offsets=offsets if layout.batch_size == 1 else torch.stack([offsets[:-1], offsets[1:]], 1),
         full_offsets=(step_offsets[:-1] + masked).to(torch.int32),
         chunks=chunks.to(torch.int32),
     )

@@ -7,9 +7,12 @@ twice. Then each pair of key tiles counts its steps, takes room for them and wri
 # Triton reads the annotations of its functions, and has none for their tensors.
 # mypy: allow-untyped-defs
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ..topk_layout import TopKLayout
 from .key_pairs import ACTIVE_BITS, QUERY_BITS, TILE, KeyPairs
@@ -219,7 +222,7 @@ def topk_pairs(
     num_words = layout.batch_size * layout.num_lists * num_key_blocks * words
     cleared = torch.zeros(4 + num_words, dtype=torch.int32, device=device)
     taken, bits = cleared[:4], cleared[4:]  # apart by 16 bytes
-    unordered, meta = torch.empty(2, num, 8, dtype=torch.int32, device=device)
+    unordered = torch.empty(num, 8, dtype=torch.int32, device=device)
     steps = torch.empty(capacity, dtype=torch.int32, device=device)
     launch(
         s2_attention_kernel_topk_bits, (-(-num_slots // _SLOTS_AT_ONCE), 1, 1),
@@ -236,10 +239,17 @@ def topk_pairs(
         ),
         cache=cache, key=("topk_pairs", per_block, causal), device=device, num_warps=4,
     )  # fmt: skip
+    return KeyPairs(in_order(unordered, kv_heads, cache), steps, first_tile, end_tile - first_tile)
+
+
+def in_order(meta: Tensor, num_heads: int, cache: dict[Any, Any]) -> Tensor:
+    """Rows of `meta` [heads * pairs, 8], which lie head by head, in the order in which their programs start."""
+    num, device = len(meta), meta.device
+    ordered = torch.empty_like(meta)
     at_once = multiprocessors(device) if device.type == "cuda" else HOPPER_MULTIPROCESSORS
     launch(
         s2_attention_kernel_topk_order, (-(-num // _PAIRS_RANKED), 1, 1),
-        (unordered, meta, num, num_pairs, kv_heads, at_once, _LAG, _PAIRS_RANKED, _PAIRS_COMPARED),
+        (meta, ordered, num, num // num_heads, num_heads, at_once, _LAG, _PAIRS_RANKED, _PAIRS_COMPARED),
         cache=cache, key=("topk_order",), device=device, num_warps=4,
     )  # fmt: skip
-    return KeyPairs(meta, steps, first_tile, end_tile - first_tile)
+    return ordered

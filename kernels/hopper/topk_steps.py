@@ -59,7 +59,7 @@ def _needs_mask(chunk, flags, tile, tail, ROWS: tl.constexpr, CAUSAL: tl.constex
     ]
 )
 def s2_attention_kernel_topk_steps(
-    indices, head_order, head_slot, step_begins, step_ends, full_offsets, chunks,
+    indices, head_order, head_slot, step_offsets, full_offsets, chunks,
     slots, num_query_blocks, num_key_blocks, num_tiles, num_heads, end, tail, capacity, group,
     SLOTS: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, AT_ONCE: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
@@ -117,8 +117,8 @@ def s2_attention_kernel_topk_steps(
     spare = tl.arange(0, 2)
     tl.store(base + num_masked + spare, spare * 0 + (num_key_blocks * PARTS << 2), mask=spare < padding)
     begin = program * capacity
-    tl.store(step_begins + program, begin)
-    tl.store(step_ends + program, begin + steps)
+    tl.store(step_offsets + program * 2, begin)
+    tl.store(step_offsets + program * 2 + 1, begin + steps)
     masked_steps = tl.maximum((num_masked + padding + ROWS - 1) // ROWS, 1)
     tl.store(full_offsets + program, begin + masked_steps)
     if tile == 0:
@@ -149,14 +149,14 @@ def topk_steps(layout: TopKLayout, *, causal: bool, s_k: int) -> ForwardWork:
 
     of_heads = (layout.batch_size, layout.num_heads)
     work = ForwardWork(
-        size, num_tiles, table(*of_heads), table(*of_heads), table(programs), table(programs), table(programs),
+        size, num_tiles, table(*of_heads), table(*of_heads), table(programs, 2), table(programs),
         table(programs * capacity * rows),
     )  # fmt: skip
     constants = (slots, rows, parts, at_once, causal)
     launch(
         s2_attention_kernel_topk_steps, (programs, 1, 1),
         (
-            layout.indices, work.head_order, work.head_slot, work.step_begins, work.step_ends, work.full_offsets,
+            layout.indices, work.head_order, work.head_slot, work.step_offsets, work.full_offsets,
             work.chunks, layout.slots, layout.num_query_blocks, layout.num_key_blocks, num_tiles, layout.num_heads,
             -(-s_k // size), s_k // size, capacity, layout.num_heads // layout.num_lists, *constants,
         ),

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from s2train.kernels import BlockLayout, Layout, TopKLayout, block_sparse_attention, reference_attention
+from s2train.kernels.check.run_time import random_indices
 from s2train.kernels.spec import from_bhsd
 from torch import Tensor
 
@@ -58,14 +59,6 @@ class Problem:
     def _random(self, shape: tuple[int, int, int], device: torch.device) -> Tensor:
         x = torch.randn(self.batch, *shape, device=device).to(self.dtype)
         return from_bhsd(x, self.options.get("format", "sbhd")).contiguous()
-
-
-def random_indices(batch: int, lists: int, n_q: int, n_k: int, keep: float) -> Tensor:
-    """Int32 [batch, lists, n_q, n_k + 1]: each block at probability `keep`, in any order, some twice, -1 between."""
-    blocks = torch.rand(batch, lists, n_q, n_k).argsort(-1)
-    blocks = torch.where(torch.rand(blocks.shape) < keep, blocks, -1)
-    again = blocks.gather(-1, torch.randint(n_k, (batch, lists, n_q, 1)))
-    return torch.cat([blocks, again], -1).to(torch.int32)
 
 
 def gradients(out: Tensor, lse: Tensor, inputs: list[Tensor], dout: Tensor, dlse: Tensor | None) -> tuple[Tensor, ...]:

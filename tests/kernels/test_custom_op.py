@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 from s2train.kernels import BlockLayout, Layout, TopKLayout, attention, block_sparse_attention
+from s2train.kernels.check.run_time import random_indices
 from s2train.kernels.custom_op import attend, attend_backward, layout_arguments
 from s2train.kernels.handles import registered
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from tests.kernels.cases import LayoutKind, Problem, random_indices
+from tests.kernels.cases import LayoutKind, Problem
 
 CASES = {
     "gqa": Problem(heads=4, kv_heads=2, s_q=50, s_k=50),

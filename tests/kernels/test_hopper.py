@@ -31,10 +31,10 @@ def walked(work: ForwardWork, layout: BlockLayout, s_k: int, causal: bool) -> to
     last_key = torch.full((rows,), s_k - 1)
     if causal:
         last_key = last_key.minimum(torch.arange(rows))
-    for head, slot in zip(work.head_order[0].tolist(), work.head_slot[0].tolist(), strict=True):
+    for head, slot in zip(work.head_order.tolist(), work.head_slot.tolist(), strict=True):
         for tile in range(work.tiles_per_pattern):
             place = slot * work.tiles_per_pattern + tile
-            begin, end = int(work.step_begins[place]), int(work.step_ends[place])
+            begin, end = work.step_offsets[place : place + 2].tolist()
             full = int(work.full_offsets[place])
             assert begin < full <= end
             for step in range(begin, end):
@@ -66,18 +66,18 @@ def test_local_and_vertical_pattern_needs_masks_only_near_the_diagonal() -> None
     i = torch.arange(64)
     keep = ((i[:, None] - i < 16) | ((i + 1) % 16 == 0)) & (i[:, None] >= i)
     work = forward_work(BlockLayout.from_mask(keep[None], 64), causal=True, query_end=4096, s_k=4096)
-    masked = work.full_offsets - work.step_begins
+    masked = work.full_offsets - work.step_offsets[:-1]
     assert masked.max() <= 2
     # the union of two blocks' chunks is at most one longer than either, and padded to pairs
     kept = keep.sum(1).view(-1, 2).max(1).values
-    assert ((work.step_ends - work.step_begins) <= (kept + 3) // 2).all()
+    assert (work.step_offsets.diff() <= (kept + 3) // 2).all()
 
 
 def test_heads_with_the_most_work_go_first() -> None:
     sparse, dense = torch.eye(8, dtype=torch.bool), torch.ones(8, 8, dtype=torch.bool).tril()
     layout = BlockLayout.from_mask(torch.stack([sparse, dense, sparse, dense]), 128)
     work = forward_work(layout, causal=True, query_end=1024, s_k=1024)
-    assert work.head_order.tolist() == [[1, 3, 0, 2]]
+    assert work.head_order.tolist() == [1, 3, 0, 2]
 
 
 def test_a_slice_of_heads_holds_only_its_patterns() -> None:

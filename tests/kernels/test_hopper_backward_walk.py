@@ -91,9 +91,9 @@ class Walk:
     ("block", "heads", "kv_heads", "s_q", "s_k", "options"),
     [
         (64, 4, 2, 200, 200, {}),
-        (128, 4, 2, 200, 200, {"batch": 2}),
-        (64, 4, 2, 200, 200, {"batch": 2, "layout": "static batch"}),
-        (64, 4, 2, 200, 200, {"batch": 2, "layout": "top-k"}),
+        (128, 2, 2, 130, 130, {"batch": 2}),
+        (64, 2, 1, 130, 130, {"batch": 2, "layout": "static batch"}),
+        (64, 2, 1, 130, 130, {"batch": 2, "layout": "top-k"}),
         (128, 4, 2, 250, 250, {"batch": 2, "layout": "top-k shared"}),
         (256, 2, 1, 150, 300, {"query_offset": 150, "layout": "top-k"}),
         (64, 2, 2, 100, 170, {"query_offset": 37, "causal": False, "layout": "top-k shared"}),

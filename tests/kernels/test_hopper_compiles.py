@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import triton
-from s2train.kernels import BlockLayout
+from s2train.kernels import BlockLayout, TopKLayout
 from s2train.kernels.spec import AttentionSpec
 from torch import Tensor
 from triton.backends.nvidia.compiler import get_ptxas
@@ -64,6 +64,17 @@ def test_compiles_for_hopper(case: Case) -> None:
     packed = (case[0], case[6]) == ("backward", "packed")
     assert found["spilled_bytes"] <= (SPILLED_BYTES_PACKED if packed else SPILLED_BYTES), found
     assert found["warnings"] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", [64, 128, 256])
+def test_what_builds_the_work_of_top_k_lists_compiles(block: int) -> None:
+    found = reported(__name__, ("top-k", "bfloat16", 128, 128, block, True, "whole"))
+    assert found["kernels"] == [
+        "s2_attention_kernel_topk_steps", "s2_attention_kernel_topk_bits", "s2_attention_kernel_topk_pairs",
+        "s2_attention_kernel_topk_order",
+    ]  # fmt: skip
+    assert found["spilled_bytes"] == 0, found
 
 
 class Hopper:
@@ -117,18 +128,47 @@ def compiled_backward(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, spec
     return s2_attention_bwd_kernel_hopper.run(*arguments, grid=(1,), warmup=True, num_warps=4, maxnreg=ENTRY_REGISTERS)
 
 
+def compiled_builders(block: int) -> list[Any]:
+    """Kernels compiled for lists of 16 of 256 blocks."""
+    from s2train.kernels.hopper import topk_pairs, topk_steps
+
+    kernels = []
+
+    def compiling(kernel: Any, grid: Any, arguments: Any, **options: Any) -> None:
+        kernels.append(kernel.run(*arguments, grid=grid, warmup=True, num_warps=options["num_warps"]))
+
+    topk_pairs.launch = topk_steps.launch = compiling  # type: ignore[attr-defined]
+    indices = torch.zeros(1, 2, 256, 16, dtype=torch.int32)
+    layout = TopKLayout.from_indices(indices, block, num_heads=4)
+    topk_steps.topk_steps(layout, causal=True, s_k=256 * block)
+    topk_pairs.topk_pairs(layout, 2, 256 * block, 256 * block, 0, True)
+    return kernels
+
+
+def ptxas_log(kernel: Any) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        ptx = Path(folder, "kernel.ptx")
+        ptx.write_text(kernel.asm["ptx"])
+        command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", str(ptx), "-o", str(ptx) + ".o"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+
+
 def report(direction: str, dtype: str, dim: int, v_dim: int, block: int, causal: bool, rows: str) -> dict[str, Any]:
     triton.runtime.driver.set_active(Hopper())
+    if direction == "top-k":
+        kernels = compiled_builders(block)
+        log = "".join(ptxas_log(kernel) for kernel in kernels)
+        return {
+            "kernels": [kernel.metadata.name for kernel in kernels],
+            "spilled_bytes": sum(int(x) for x in re.findall(r"(\d+) bytes spill", log)),
+            "registers": re.findall(r"Used (\d+) registers", log),
+        }
     q, k, v = (torch.empty(1, 2, 256, d, dtype=getattr(torch, dtype)) for d in (dim, dim, v_dim))
     layout = BlockLayout.from_mask(torch.ones(2, 256 // block, 256 // block) > 0, block)
     bounds = torch.tensor([0, 100, 256], dtype=torch.int32) if rows == "packed" else None
     spec = AttentionSpec(0.1, causal, 65 if rows == "offset" else 0, bounds, "bhsd")
     kernel = (compiled_forward if direction == "forward" else compiled_backward)(q, k, v, layout, spec)
-    with tempfile.TemporaryDirectory() as folder:
-        ptx = Path(folder, "kernel.ptx")
-        ptx.write_text(kernel.asm["ptx"])
-        command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", str(ptx), "-o", str(ptx) + ".o"]
-        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    log = ptxas_log(kernel)
     return {
         "shared": kernel.metadata.shared,
         "spilled_bytes": sum(int(x) for x in re.findall(r"(\d+) bytes spill", log)),

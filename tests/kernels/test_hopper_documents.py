@@ -59,10 +59,10 @@ def test_packed_documents_attend_to_what_the_layout_keeps(block: int, keep: floa
     table = document_table(packed(lengths, device), rows, TILE, {}).tolist()
     seen = torch.zeros(3, rows, rows, dtype=torch.bool)
     per_step = TILE // work.chunk_keys
-    for head, slot in zip(work.head_order[0].tolist(), work.head_slot[0].tolist(), strict=True):
+    for head, slot in zip(work.head_order.tolist(), work.head_slot.tolist(), strict=True):
         for start, length, tile, _ in table[1 : table[0][0] + 1]:
             place = slot * work.tiles_per_pattern + tile
-            begin, end = int(work.step_begins[place]), int(work.step_ends[place])
+            begin, end = work.step_offsets[place : place + 2].tolist()
             for step in range(begin, end):
                 for entry in work.chunks[step * per_step : (step + 1) * per_step].tolist():
                     keys = entry // 4 * work.chunk_keys + torch.arange(work.chunk_keys)

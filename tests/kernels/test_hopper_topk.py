@@ -5,13 +5,12 @@ import os
 import pytest
 import torch
 from s2train.kernels import BlockLayout, TopKLayout
+from s2train.kernels.check.run_time import random_indices
 from s2train.kernels.hopper.key_pairs import ACTIVE_BITS, QUERY_BITS, KeyPairs, key_pairs
 from s2train.kernels.hopper.program_order import HOPPER_MULTIPROCESSORS, _simulated_end
-from s2train.kernels.hopper.topk_pairs import topk_pairs
+from s2train.kernels.hopper.topk_pairs import in_order, topk_pairs
 from s2train.kernels.hopper.topk_steps import topk_steps
 from s2train.kernels.hopper.work import TILE, ForwardWork, forward_work
-
-from tests.kernels.cases import random_indices
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="runs in Triton's interpreter")
 N_Q, N_K = 3, 4
@@ -28,20 +27,21 @@ def steps_of_tiles(work: ForwardWork, batch: int, tiles: int) -> dict[tuple[int,
     found = {}
     per_step = TILE // work.chunk_keys
     for b in range(batch):
-        tables = (x[b % len(x)].tolist() for x in (work.head_order, work.head_slot))
+        tables = (x.view(-1, x.shape[-1])[b if work.batched else 0].tolist() for x in (work.head_order, work.head_slot))
         for head, slot in zip(*tables, strict=True):
             for tile in range(tiles):
                 at = slot * work.tiles_per_pattern + tile
-                begin, end = int(work.step_begins[at]), int(work.step_ends[at])
+                begin, end = (work.step_offsets[at] if work.batched else work.step_offsets[at : at + 2]).tolist()
                 chunks = work.chunks[begin * per_step : end * per_step].tolist()
                 found[b, head, tile] = (int(work.full_offsets[at]) - begin, chunks)
     return found
 
 
 @pytest.mark.parametrize("block", [64, 128, 256])
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize(("heads", "lists", "batch", "keep"), [(2, 2, 2, 0.5), (4, 2, 1, 0.2), (2, 1, 1, 1.0)])
-@pytest.mark.parametrize("missing", [0, 70])
+@pytest.mark.parametrize(
+    ("causal", "heads", "lists", "batch", "keep", "missing"),
+    [(True, 2, 2, 2, 0.5, 0), (True, 4, 2, 1, 0.2, 70), (False, 2, 1, 1, 0.6, 70), (False, 1, 1, 2, 1.0, 0)],
+)
 def test_forward_steps_are_those_of_the_same_mask(
     block: int, causal: bool, heads: int, lists: int, batch: int, keep: float, missing: int
 ) -> None:
@@ -62,9 +62,10 @@ def pairs(work: KeyPairs) -> dict[tuple[int, int, int, int], tuple[int, int, lis
 
 
 @pytest.mark.parametrize("block", [128, 256])
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize(("heads", "lists", "kv_heads", "batch", "keep"), [(4, 4, 2, 2, 0.5), (4, 2, 2, 1, 0.2)])
-@pytest.mark.parametrize("offset", [0, 100])
+@pytest.mark.parametrize(
+    ("causal", "heads", "lists", "kv_heads", "batch", "keep", "offset"),
+    [(True, 2, 2, 1, 2, 0.5, 0), (True, 4, 2, 2, 1, 0.2, 100), (False, 2, 2, 2, 1, 0.5, 0)],
+)
 def test_backward_steps_are_those_of_the_same_mask(
     block: int, causal: bool, heads: int, lists: int, kv_heads: int, batch: int, keep: float, offset: int
 ) -> None:
@@ -97,18 +98,17 @@ def test_backward_steps_of_blocks_of_64_cover_the_mask_once(causal: bool, lists:
 
 
 def test_long_programs_start_early_enough_to_end_with_the_others() -> None:
-    n, k = 64, 8
-    scores = torch.rand(1, 4, n, n).masked_fill(torch.ones(n, n).triu(1) > 0, -1)
+    n, k, kv_heads = 128, 8, 4
+    scores = torch.rand(kv_heads, n, n).masked_fill(torch.ones(n, n).triu(1) > 0, -1)
     scores[..., 0] = 2  # all keep the first block
-    found = scores.topk(k)
-    indices = torch.where(found.values < 0, -1, found.indices)
-    layout = TopKLayout.from_indices(indices, 128, num_heads=32)
-    sizes = (4, n * 128, n * 128, 0, True)
-    static = BlockLayout.from_mask(layout.mask(), 128)
-    ends = []
-    for work in (topk_pairs(layout, *sizes), key_pairs(static, *sizes)):
-        steps = work.meta[:, 5].long()
-        ends.append(_simulated_end(steps, torch.ones_like(steps), HOPPER_MULTIPROCESSORS))
+    mask = torch.zeros(kv_heads, n, n, dtype=torch.bool).scatter_(-1, scores.topk(k).indices, True).tril()
+    static = BlockLayout.from_patterns(mask, [head // 8 for head in range(32)], 128)
+    expected = key_pairs(static, kv_heads, n * 128, n * 128, 0, True).meta
+    unordered = expected[(expected[:, 0] * n + expected[:, 1] // 2).argsort()]
+    measured = in_order(unordered, kv_heads, {})
+    assert torch.equal(measured.unique(dim=0), expected.unique(dim=0))
+    steps = [x[:, 5].long() for x in (measured, expected)]
+    ends = [_simulated_end(x, torch.ones_like(x), HOPPER_MULTIPROCESSORS) for x in steps]
     assert ends[0] <= 1.05 * ends[1]
 
 

@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from s2train.kernels import BlockLayout, TopKLayout, block_sparse_attention, handles
+from s2train.kernels import Backend, BlockLayout, TopKLayout, block_sparse_attention
+from s2train.kernels.check import run_time
+from s2train.kernels.check.run_time import fresh_steps, random_indices
 from s2train.kernels.topk_lists import kept_columns, kept_rows
 
-from tests.kernels.cases import Problem, gradients, random_indices
+from tests.kernels.cases import LayoutKind, Problem, gradients
 
 
 def lists(offsets: torch.Tensor, members: torch.Tensor) -> list[list[int]]:
@@ -128,7 +130,7 @@ def test_indices_that_make_no_layout_are_rejected(change: dict[str, Any], tellin
     [
         (Problem(heads=4, kv_heads=4), INDICES, {}, "each head, or each KV head, a list"),
         (Problem(heads=2), INDICES, {}, "2 heads"),
-        (Problem(heads=4, kv_heads=2, batch=2), INDICES, {}, "have 2 sequences"),
+        (Problem(heads=4, kv_heads=2, batch=2), INDICES, {}, "v have 2 sequences"),
         (Problem(heads=4, kv_heads=2, batch=2), INDICES.expand(3, 2, 3, 2), {}, "3 sequences"),
         (Problem(heads=4, kv_heads=2, s_q=97, s_k=90), INDICES, {}, "too small"),
         (Problem(heads=4, kv_heads=2), INDICES, {"cu_seqlens": torch.tensor([0, 63])}, "takes a BlockLayout"),
@@ -158,9 +160,55 @@ def test_indices_written_to_between_calls_are_read_again(device: torch.device) -
 
 
 def test_a_thousand_layouts_leave_nothing_behind(device: torch.device) -> None:
-    inputs, _, _, _ = Problem(s_q=33, s_k=33).make(device)
-    known = len(handles._living)
-    for _ in range(1000):
-        layout = TopKLayout.from_indices(random_indices(1, 2, 2, 2, 0.5).to(device), 32, num_heads=2)
-        block_sparse_attention(*inputs, layout, backend="torch").sum().backward()
-    assert len(handles._living) == known
+    inputs, layout, _, _ = Problem(s_q=33, s_k=33, layout="top-k").make(device)
+    left = fresh_steps(inputs, layout, {}, 0.5, 1000, backend="torch")
+    assert left == {"steps": 1000, "compiled": [], "registered": 0, "grown bytes": 0}
+
+
+def test_what_steps_leave_behind_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, layout, _, _ = Problem(s_q=33, s_k=33, layout="top-k").make(torch.device("cpu"))
+    kept = []
+
+    def leaving(*arguments: Any, **options: Any) -> torch.Tensor:
+        kept.append(BlockLayout.from_mask(torch.ones(2, 2, 2) > 0, 32))
+        return block_sparse_attention(*arguments, **options)
+
+    monkeypatch.setattr(run_time, "block_sparse_attention", leaving)
+    assert fresh_steps(inputs, layout, {}, 0.5, 4, backend="torch")["registered"] == 4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton", "portable", "torch"])
+@pytest.mark.parametrize("block", [64, 128])
+@pytest.mark.parametrize("layout", ["top-k", "top-k shared"])
+def test_a_thousand_steps_on_a_gpu_never_wait_nor_compile(layout: LayoutKind, block: int, backend: Backend) -> None:
+    problem = Problem(
+        heads=8, kv_heads=2, batch=2, s_q=1000, s_k=1000, dim=128, block=block, dtype=torch.bfloat16, layout=layout
+    )
+    inputs, first, _, _ = problem.make(torch.device("cuda"))
+    left = fresh_steps(inputs, first, {}, 0.4, 1000 if backend != "torch" else 20, backend=backend)
+    assert (left["compiled"], left["registered"], left["grown bytes"]) == ([], 0, 0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("block", [64, 128])
+def test_a_replayed_graph_reads_the_indices_that_are_there(block: int) -> None:
+    problem = Problem(
+        heads=8, kv_heads=2, s_q=1000, s_k=1000, dim=128, block=block, dtype=torch.bfloat16, layout="top-k shared"
+    )
+    inputs, layout, dout, _ = problem.make(torch.device("cuda"))
+
+    def step() -> tuple[torch.Tensor, ...]:
+        out = block_sparse_attention(*inputs, layout)
+        return out, *torch.autograd.grad(out, inputs, dout)
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = step()
+    for _ in range(2):
+        layout.indices.copy_(random_indices(*layout.indices.shape[:3], layout.num_key_blocks, 0.4))
+        graph.replay()
+        for a, b in zip(replayed, step(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)

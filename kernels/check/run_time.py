@@ -1,0 +1,103 @@
+"""Layouts made in every step: random ones, and whether steps with new ones wait, compile or leave anything behind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton import knobs
+
+from .. import handles
+from ..attention import Backend, block_sparse_attention
+from ..topk_layout import TopKLayout
+
+_WARM_STEPS = 3  # which may compile, and fill the allocator
+
+
+def random_indices(
+    batch: int, lists: int, n_q: int, n_k: int, keep: float, device: torch.device | str = "cpu"
+) -> Tensor:  # fmt: skip
+    """Int32 [batch, lists, n_q, n_k + 1]: each block at probability `keep`, in any order, some twice, -1 between."""
+    blocks = torch.rand(batch, lists, n_q, n_k, device=device).argsort(-1)
+    blocks = torch.where(torch.rand(blocks.shape, device=device) < keep, blocks, -1)
+    again = blocks.gather(-1, torch.randint(n_k, (batch, lists, n_q, 1), device=device))
+    return torch.cat([blocks, again], -1).to(torch.int32)
+
+
+def fresh_steps(
+    inputs: list[Tensor], layout: TopKLayout, options: dict[str, Any], keep: float, steps: int,
+    backend: Backend = "triton",
+) -> dict[str, Any]:  # fmt: skip
+    """What `steps` forward and backward passes, each with new random lists, leave behind: nothing should remain.
+
+    On a GPU an operation that lets the host wait raises RuntimeError.
+
+    Args:
+        inputs: q, k and v, which require gradients.
+        layout: of as many lists and blocks as the new ones.
+
+    Returns:
+        "compiled": names of kernels compiled meanwhile; "registered": handles more than before; "grown bytes": device
+        memory more than before.
+    """
+    device = layout.device
+    gradient: Tensor | None = None
+
+    def step() -> None:
+        nonlocal gradient
+        sizes = (layout.batch_size, layout.num_lists, layout.num_query_blocks, layout.num_key_blocks)
+        fresh = TopKLayout.from_indices(
+            random_indices(*sizes, keep, device), layout.block_size, num_heads=layout.num_heads,
+            num_key_blocks=layout.num_key_blocks,
+        )  # fmt: skip
+        out = block_sparse_attention(*inputs, fresh, backend=backend, **options)  # type: ignore[call-overload]
+        gradient = torch.ones_like(out) if gradient is None else gradient
+        torch.autograd.grad(out, inputs, gradient)
+
+    for _ in range(_WARM_STEPS):
+        step()
+    registered, allocated = len(handles.living()), _allocated(device)
+    with _host_never_waits(device), _compiled() as names:
+        for _ in range(steps):
+            step()
+    return {
+        "steps": steps,
+        "compiled": names,
+        "registered": len(handles.living()) - registered,
+        "grown bytes": _allocated(device) - allocated,
+    }
+
+
+def _allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+@contextmanager
+def _host_never_waits(device: torch.device) -> Iterator[None]:
+    if device.type != "cuda":
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@contextmanager
+def _compiled() -> Iterator[list[str]]:
+    """Names of the Triton kernels that are compiled meanwhile."""
+    names: list[str] = []
+    before = knobs.runtime.jit_post_compile_hook
+
+    def note(**details: Any) -> None:
+        names.append(str(details.get("repr", "?"))[:80])
+
+    knobs.runtime.jit_post_compile_hook = note
+    try:
+        yield names
+    finally:
+        knobs.runtime.jit_post_compile_hook = before
