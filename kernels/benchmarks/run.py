@@ -82,7 +82,7 @@ class Session:
             return {"error": f"not run: {why}"}
         began = time.monotonic()
         result: Record = {}
-        with _failures() as failed:
+        with failures() as failed:
             result = self._checked_figures(contender, problem, mask, exact, samples)
         if failed:
             result = {"error": failed[0]}
@@ -170,7 +170,7 @@ class Session:
             if self.lost is not None or time.monotonic() > self.deadline:
                 record["results"][name] = {"error": "not run: out of time" if self.lost is None else self.lost}
                 continue
-            with _failures() as failed:
+            with failures() as failed:
                 record["results"][name] = self._launch(CONTENDERS[name], problem)
             if failed:
                 self._recover()
@@ -251,7 +251,7 @@ def _compare(results: dict[str, Record], samples: dict[str, Results], limits: di
 
 
 @contextmanager
-def _failures() -> Iterator[list[str]]:
+def failures() -> Iterator[list[str]]:
     """Collects what a contender raised, in words."""
     said: list[str] = []
     try:

@@ -17,11 +17,11 @@ from rich.table import Table
 from torch import Tensor
 
 from ..attention import block_sparse_attention
-from ..hopper.support import backward_choice, kernel_choice
+from ..choice import kernels_in_use
 from ..layout import BLOCK_SIZES, BlockLayout
-from ..spec import AttentionSpec, to_bhsd
 from ..topk_layout import Layout, TopKLayout
 from .cases import tokens
+from .run import failures
 from .timing import Clock, launch_costs, time_passes
 
 Record = dict[str, Any]
@@ -98,6 +98,14 @@ def _parse(match: re.Match[str]) -> RunTimeCase:
 
 
 def measure(case: RunTimeCase, clock: Clock, device: torch.device, budget_ms: float) -> Record:
+    """The record of a case; if it fails, why is under "error"."""
+    record: Record = {}
+    with failures() as failed:
+        record = _measure(case, clock, device, budget_ms)
+    return {"case": case.name, "error": failed[0]} if failed else record
+
+
+def _measure(case: RunTimeCase, clock: Clock, device: torch.device, budget_ms: float) -> Record:
     """Times with the static layout, with lists that are built once, and with lists that are built in every pass.
 
     "over_static" are the times of the last two over the first; "build" is what building alone costs, "differences" how
@@ -125,9 +133,8 @@ def measure(case: RunTimeCase, clock: Clock, device: torch.device, budget_ms: fl
 
     ways: dict[str, Callable[[], Layout]] = {"static": lambda: static, "built once": lambda: built, "built": lists}
     record: Record = {"case": case.name} | asdict(case) | {"kept_blocks": int(patterns.sum()), "results": {}}
-    spec = AttentionSpec(1.0, True, 0, None, "sbhd")
-    arguments = (*(to_bhsd(x, "sbhd") for x in (q, k, v)), built, spec)
-    record["kernels"] = [kernel_choice(*arguments), backward_choice(*arguments)] if clock.on_gpu else ["torch"] * 2
+    used = kernels_in_use(q, k, v, built)
+    record["kernels"] = [used.forward, used.backward]
     found = []
     for layout in ways.values():
         out = forward(layout)

@@ -1,4 +1,4 @@
-"""Are the kernels right and fast on this GPU? `python -m s2train.kernels.check [--quick] [--json FILE]`
+"""Are the kernels right and fast on this GPU? `python -m s2train.kernels.check [--quick | --only WORD …] [--json FILE]`
 
 Compiles the kernels and compares output, log-sum-exp and gradients with a float64 oracle, then times them beside
 torch's dense causal FlashAttention. A case that fails, hangs or breaks the CUDA context is one line of the table:
@@ -34,6 +34,7 @@ _SUMMARY = ("out", "lse", "dq", "dk", "dv")
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m s2train.kernels.check", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="few cases, 8k timings only")
+    parser.add_argument("--only", nargs="+", metavar="WORD", help="cases whose name contains any of these")
     parser.add_argument("--json", type=Path, help="write all results there")
     parser.add_argument("--jobs", type=int, default=min(12, os.cpu_count() or 1), help="cases checked at a time")
     parser.add_argument("--no-timing", action="store_true", help="only check results")
@@ -51,7 +52,9 @@ def main() -> int:
     began = time.monotonic()
     command = ["-m", "s2train.kernels.check", "--worker"]
     checks = []
-    cases = [CASES[name] for name in case_names(args.quick)]
+    cases = [CASES[name] for name in case_names(args.quick, args.only)]
+    if not cases:
+        parser.error(f"no case's name contains any of {args.only}")
     for case, result in zip(cases, run_tasks(command, [_task(x) for x in cases], args.jobs, _SECONDS), strict=True):
         checks.append({"case": case.name} | result)
         print(_check_line(checks[-1]), flush=True)

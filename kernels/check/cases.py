@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -222,5 +223,7 @@ TIMINGS = [
 QUICK_TIMINGS = TIMINGS[:4]
 
 
-def case_names(quick: bool) -> tuple[str, ...]:
-    return _QUICK if quick else tuple(CASES)
+def case_names(quick: bool, only: Sequence[str] | None = None) -> tuple[str, ...]:
+    """Names of all or a few cases; with `only`, those that contain any of these words."""
+    names = _QUICK if quick else tuple(CASES)
+    return names if only is None else tuple(name for name in names if any(word in name for word in only))

@@ -9,6 +9,8 @@ import torch
 from s2train.kernels import Backend, BlockLayout, block_sparse_attention, resolve_backend
 from s2train.kernels.tiles import check_launch
 
+from tests.kernels.cases import Problem
+
 HEADS, LENGTH, DIM = 4, 60, 16
 
 
@@ -84,3 +86,10 @@ def test_launches_beyond_32_bits_are_refused() -> None:
         check_launch(2**31, 1, 1)
     with pytest.raises(ValueError, match="share patterns"):
         check_launch(1, 2**28, 8)
+
+
+def test_a_layout_for_another_batch_is_rejected() -> None:
+    (q, k, v), layout, _, _ = Problem(batch=2, s_q=40, s_k=40, layout="static batch").make(torch.device("cpu"))
+    block_sparse_attention(q, k, v, layout)
+    with pytest.raises(ValueError, match="for 2 sequences but q has 1"):
+        block_sparse_attention(q[:, :1], k[:, :1], v[:, :1], layout)

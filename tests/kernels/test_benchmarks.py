@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from s2train.kernels.benchmarks import contenders, run
+from s2train.kernels import Layout, TopKLayout, block_sparse_attention
+from s2train.kernels.benchmarks import contenders, run, run_time
 from s2train.kernels.benchmarks.__main__ import main
 from s2train.kernels.benchmarks.cases import DEFAULT, GROUPS, Case, parse_case, parse_cases
 from s2train.kernels.benchmarks.contenders import CONTENDERS, NotSupportedError, Problem, flex_block_mask
@@ -16,7 +17,9 @@ from s2train.kernels.benchmarks.inputs import make_inputs
 from s2train.kernels.benchmarks.limits import pass_flops, refusal
 from s2train.kernels.benchmarks.plot import draw
 from s2train.kernels.benchmarks.report import break_even, kernel_paths, launch_ratios, summary
+from s2train.kernels.benchmarks.run_time import RUN_TIME, split_words
 from s2train.kernels.benchmarks.tables import short_table
+from s2train.kernels.benchmarks.timing import Clock
 from s2train.kernels.token_mask import token_mask
 from torch import Tensor
 
@@ -341,3 +344,52 @@ def test_the_program_writes_dated_numbers_and_never_over_others(tmp_path: Path) 
     assert output.with_suffix(".png").exists()
     with pytest.raises(SystemExit):
         main(words)
+
+
+# layouts made at run time
+RUN_TIME_WORD = "b16-k4-128-h4-kv2-d16"
+
+
+def test_words_of_run_time_layouts_are_told_from_the_others() -> None:
+    cases, others = split_words(["b128-l8-v16-32k-kv8", RUN_TIME_WORD, "targets", "run-time", RUN_TIME_WORD])
+    assert [case.name for case in cases] == [RUN_TIME_WORD, *RUN_TIME]
+    assert others == ["b128-l8-v16-32k-kv8", "targets"]
+
+
+@pytest.mark.parametrize("word", ["b16-k2-128", "b16-k9-128", "b48-k4-96", "b16-k4-100", "b16-k4-128-h3-kv2"])
+def test_run_time_layouts_that_can_not_be_made_are_rejected(word: str) -> None:
+    with pytest.raises(ValueError, match=word):
+        split_words([word])
+
+
+def test_run_time_lists_name_own_previous_and_first_block_and_none_later() -> None:
+    ((case,), _) = split_words([RUN_TIME_WORD])
+    indices = case.indices(torch.device("cpu"))
+    assert indices.shape == (1, 2, 8, 4)
+    for row, named in enumerate(indices[0, 0].tolist()):
+        found = [block for block in named if block >= 0]
+        assert {row, max(row - 1, 0), 0} <= set(found) <= set(range(row + 1))
+        assert len(set(found)) == len(found) == min(row + 1, 4)
+
+
+def test_run_time_layouts_are_timed_beside_the_static_one(tmp_path: Path) -> None:
+    output = tmp_path / "found.json"
+    words = ["--device", "cpu", "--output", str(output), "--contenders", "ours", "--budget-ms", "1", "--launches"]
+    assert main([*words, "--cases", RUN_TIME_WORD]) == 0
+    (record,) = json.loads(output.read_text())["run_time"]
+    assert record["kernels"] == ["torch", "torch"]
+    times = [record["results"][way]["ms"]["both"] for way in ("static", "built")]
+    assert record["over_static"]["built"]["both"] == pytest.approx(times[1] / times[0])
+    assert record["build"]["host_us"] > 0
+
+
+def test_run_time_layouts_with_other_results_get_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    def other(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout) -> torch.Tensor:
+        out = block_sparse_attention(q, k, v, layout)
+        return out * 1.1 if isinstance(layout, TopKLayout) else out
+
+    monkeypatch.setattr(run_time, "block_sparse_attention", other)
+    ((case,), _) = split_words([RUN_TIME_WORD])
+    record = run_time.measure(case, Clock(torch.device("cpu")), torch.device("cpu"), 1)
+    assert record["error"].startswith("differs")
+    assert record["results"] == {}

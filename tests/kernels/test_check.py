@@ -46,6 +46,26 @@ def test_names_are_unique() -> None:
     assert len({timing.name for timing in TIMINGS}) == len(TIMINGS)
 
 
+def test_cases_are_chosen_by_parts_of_their_names() -> None:
+    assert case_names(False, ["deterministic"]) == ("top-k, deterministic", "deterministic")
+    assert case_names(True, ["deterministic"]) == ("deterministic",)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("name", ["top-k shared, block 64, batch 3", "masks of each sequence, block 128, portable"])
+def test_run_time_layouts_pass(name: str, device: torch.device) -> None:
+    case = replace(CASES[name], **SMALL, batch=2)
+    result = check_case(replace(case, steps=min(case.steps, 2)), device)
+    assert result["ok"]
+    assert result.get("steps", 0) == min(case.steps, 2)
+
+
+def test_steps_that_leave_something_behind_fail(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    left = {"steps": 1, "compiled": [], "registered": 1, "grown bytes": 0}
+    monkeypatch.setattr(check_run, "fresh_steps", lambda *arguments: left)
+    assert not check_case(replace(CASES["top-k, block 128"], **SMALL), device)["ok"]
+
+
 def test_a_result_names_its_kernels(device: torch.device) -> None:
     result = check_case(replace(CASES["offset 777 block 128"], **SMALL), device)
     assert (result["forward"], result["backward"]) == ("triton", "triton")

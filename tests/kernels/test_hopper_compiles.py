@@ -24,7 +24,8 @@ from tests.program import reported
 SHARED_BYTES = 232448  # of a program on compute capability 9.0
 # Of all threads' roles, stores and loads. Packed documents add the stores of a partial tile, after the loops.
 SPILLED_BYTES, SPILLED_BYTES_PACKED = (32 if triton.__version__.startswith("3.6.") else 48), 128
-# direction, dtype, head dimensions of q and v, block, causal, what the rows are ("whole" tiles, "offset", "packed")
+# direction, dtype, head dimensions of q and v, block, causal, what the rows are ("whole" tiles, "offset", "packed";
+# "batched": whole, and each sequence has masks of its own)
 CASES = [
     ("forward", "bfloat16", 128, 128, 128, True, "whole"),
     ("forward", "bfloat16", 128, 128, 64, True, "whole"),
@@ -43,6 +44,8 @@ CASES = [
         )
     ),
     ("forward", "bfloat16", 128, 128, 64, False, "offset"),
+    ("forward", "bfloat16", 128, 128, 128, True, "batched"),
+    ("forward", "bfloat16", 128, 128, 64, True, "batched"),
     ("backward", "bfloat16", 128, 128, 128, True, "whole"),
     ("backward", "bfloat16", 128, 128, 64, False, "whole"),
     ("backward", "float16", 128, 128, 128, True, "whole"),
@@ -163,8 +166,9 @@ def report(direction: str, dtype: str, dim: int, v_dim: int, block: int, causal:
             "spilled_bytes": sum(int(x) for x in re.findall(r"(\d+) bytes spill", log)),
             "registers": re.findall(r"Used (\d+) registers", log),
         }
-    q, k, v = (torch.empty(1, 2, 256, d, dtype=getattr(torch, dtype)) for d in (dim, dim, v_dim))
-    layout = BlockLayout.from_mask(torch.ones(2, 256 // block, 256 // block) > 0, block)
+    q, k, v = (torch.empty(2, 2, 256, d, dtype=getattr(torch, dtype)) for d in (dim, dim, v_dim))
+    batch = (2,) if rows == "batched" else ()
+    layout = BlockLayout.from_mask(torch.ones(*batch, 2, 256 // block, 256 // block) > 0, block)
     bounds = torch.tensor([0, 100, 256], dtype=torch.int32) if rows == "packed" else None
     spec = AttentionSpec(0.1, causal, 65 if rows == "offset" else 0, bounds, "bhsd")
     kernel = (compiled_forward if direction == "forward" else compiled_backward)(q, k, v, layout, spec)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from s2train.kernels import BlockLayout
 from s2train.kernels import layout_builder as layout_lines
 from s2train.kernels.benchmarks.layout_cost import main, peak_bytes
+from s2train.kernels.decode.schedule import decode_walk
 from s2train.kernels.layout_builder import ColumnRule, Rule
 
 
@@ -87,6 +88,40 @@ def test_masks_of_other_dtypes_and_ranks_are_refused(mask: torch.Tensor) -> None
 
 @pytest.mark.parametrize("heads", [[], [2], [-1]])
 def test_patterns_that_do_not_exist_are_refused(heads: list[int]) -> None:
+    with pytest.raises(ValueError, match="pattern_of_head"):
+        BlockLayout.from_patterns(random_mask(2, 3, 3), heads, 64)
+
+
+# layouts whose sequences differ
+def test_masks_of_each_sequence_come_back() -> None:
+    mask = torch.rand(3, 4, 5, 6) < 0.5
+    layout = BlockLayout.from_mask(mask, 64)
+    assert (layout.batch_size, layout.num_heads) == (3, 4)
+    assert layout.mask().equal(mask)
+    assert layout.heads(1, 3).mask().equal(mask[:, 1:3])
+
+
+def test_equal_heads_of_different_sequences_are_stored_once() -> None:
+    mask = random_mask(2, 4, 4)
+    layout = BlockLayout.from_mask(torch.stack([mask, mask.flip(0)]), 64)
+    assert layout.pattern_of_head.tolist() == [[0, 1], [1, 0]]
+
+
+def test_columns_by_work_numbers_key_blocks_by_sequence_too() -> None:
+    mask = torch.zeros(2, 2, 3, 2, dtype=torch.bool)
+    mask[1, 1, :, 1] = True  # number (1 * 2 + 1) * 2 + 1
+    mask[0, 1, 0, 0] = True  # number (0 * 2 + 1) * 2
+    assert BlockLayout.from_mask(mask, 64).columns_by_work(2).tolist()[:2] == [7, 2]
+
+
+def test_decoding_takes_one_layout_for_all_sequences() -> None:
+    layout = BlockLayout.from_mask(torch.stack([random_mask(2, 4, 4), random_mask(2, 4, 4)]), 64)
+    with pytest.raises(ValueError, match="one layout for all sequences"):
+        decode_walk(layout, 2)
+
+
+@pytest.mark.parametrize("heads", [[[0, 1], [0]], [[]], [[0], [2]]])
+def test_patterns_of_sequences_that_do_not_fit_are_rejected(heads: list[list[int]]) -> None:
     with pytest.raises(ValueError, match="pattern_of_head"):
         BlockLayout.from_patterns(random_mask(2, 3, 3), heads, 64)
 
