@@ -19,7 +19,7 @@ from ..reference import reference_attention
 from ..spec import AttentionSpec, Format, from_bhsd, to_bhsd
 from ..topk_layout import Layout, TopKLayout
 from .cases import Case, Timing
-from .run_time import fresh_steps, random_indices
+from .run_time import fresh_steps, is_nothing, random_indices
 
 _NAMES = ("out", "lse", "dq", "dk", "dv")
 _FLOOR = 3e-7  # relative error that no float32 result is blamed for
@@ -118,7 +118,7 @@ def check_case(case: Case, device: torch.device) -> dict[str, Any]:
         assert isinstance(layout, TopKLayout)
         left = fresh_steps(leaves, layout, shape_options, case.keep, case.steps, options["backend"])
         result |= left
-        result["ok"] &= (left["compiled"], left["registered"], left["grown bytes"]) == ([], 0, 0)
+        result["ok"] &= is_nothing(left)
     if case.hopper_forward and is_hopper(device):
         result["ok"] &= result["forward"] == "hopper"
     if case.deterministic:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -31,7 +32,7 @@ def fresh_steps(
     inputs: list[Tensor], layout: TopKLayout, options: dict[str, Any], keep: float, steps: int,
     backend: Backend = "triton",
 ) -> dict[str, Any]:  # fmt: skip
-    """What `steps` forward and backward passes, each with new random lists, leave behind: nothing should remain.
+    """What `steps` forward and backward passes, each with new random lists, leave behind: `is_nothing` should hold.
 
     On a GPU an operation that lets the host wait raises RuntimeError.
 
@@ -72,7 +73,13 @@ def fresh_steps(
 
 
 def _allocated(device: torch.device) -> int:
+    gc.collect()  # else what others left goes away meanwhile
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def is_nothing(left: dict[str, Any]) -> bool:
+    """Whether steps that left this behind could go on for ever."""
+    return not left["compiled"] and left["registered"] <= 0 and left["grown bytes"] <= 0
 
 
 @contextmanager
