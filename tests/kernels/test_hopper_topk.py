@@ -6,6 +6,7 @@ import pytest
 import torch
 from s2train.kernels import BlockLayout, TopKLayout
 from s2train.kernels.check.run_time import random_indices
+from s2train.kernels.hopper import topk_pairs as topk_pairs_module
 from s2train.kernels.hopper.key_pairs import ACTIVE_BITS, QUERY_BITS, KeyPairs, key_pairs
 from s2train.kernels.hopper.program_order import HOPPER_MULTIPROCESSORS, _simulated_end
 from s2train.kernels.hopper.topk_pairs import in_order, topk_pairs
@@ -110,6 +111,18 @@ def test_long_programs_start_early_enough_to_end_with_the_others() -> None:
     steps = [x[:, 5].long() for x in (measured, expected)]
     ends = [_simulated_end(x, torch.ones_like(x), HOPPER_MULTIPROCESSORS) for x in steps]
     assert ends[0] <= 1.05 * ends[1]
+
+
+def test_many_pairs_are_sorted_into_the_order_that_few_are_ranked_into(monkeypatch: pytest.MonkeyPatch) -> None:
+    heads, pairs_of_head = 3, 50
+    meta = torch.zeros(heads * pairs_of_head, 8, dtype=torch.int32)
+    meta[:, 0] = torch.arange(len(meta)) // pairs_of_head
+    meta[:, 1] = torch.arange(len(meta))
+    meta[:, 5] = torch.randint(1, 20, (len(meta),))
+    meta[::pairs_of_head, 5] = 300
+    ranked = in_order(meta, heads, {})
+    monkeypatch.setattr(topk_pairs_module, "_MOST_RANKED", 0)
+    assert in_order(meta, heads, {}).equal(ranked)
 
 
 def test_the_order_of_slots_changes_nothing() -> None:
