@@ -17,7 +17,7 @@ from rich.table import Table
 from torch import Tensor
 
 from ..attention import block_sparse_attention
-from ..choice import kernels_in_use
+from ..dispatch import kernels_in_use
 from ..layout import BLOCK_SIZES, BlockLayout
 from ..topk_layout import Layout, TopKLayout
 from .cases import tokens
@@ -164,8 +164,8 @@ def _build(lists: Callable[[], TopKLayout], case: RunTimeCase) -> None:
     layout = lists()
     layout.check_values()
     if layout.device.type == "cuda" and case.block >= 64:
-        from ..hopper.topk_pairs import topk_pairs
-        from ..hopper.topk_steps import topk_steps
+        from ..hopper.topk_backward_schedule import topk_pairs
+        from ..hopper.topk_forward_schedule import topk_steps
 
         topk_steps(layout, causal=True, s_k=case.length)
         topk_pairs(layout, case.kv_heads, case.length, case.length, 0, True)

@@ -40,7 +40,7 @@ from .launch import descriptor, launch
 from .packed_backward_schedule import packed_pairs
 from .releases import async_load, async_store, reduce_add, reinterpret, thread_barrier
 from .support import fits_descriptor
-from .topk_pairs import topk_pairs
+from .topk_backward_schedule import topk_pairs
 
 TILE = gl.constexpr(64)  # keys of a warpgroup, queries of a step
 # a step in 32 bits: whether it needs a mask for each warpgroup's keys (2 bits), query tile, head within the group

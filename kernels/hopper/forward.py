@@ -30,12 +30,11 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from ..spec import AttentionSpec, empty, empty_bhsd
 from ..topk_layout import Layout, TopKLayout
 from .documents import COLUMNS, document_table
-from .forward_schedule import TILE, forward_work
+from .forward_schedule import TILE, ForwardWork, forward_work
 from .launch import descriptor, launch, multiprocessors
 from .releases import async_load, async_store, reinterpret, thread_barrier
 from .support import PANEL, padded_to_panels
-from .topk_steps import topk_steps
-from .forward_schedule import TILE, ForwardWork, forward_work
+from .topk_forward_schedule import topk_steps
 
 _LOG2_E = 1.4426950408889634
 _LN_2 = gl.constexpr(0.6931471805599453)

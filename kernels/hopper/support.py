@@ -12,7 +12,7 @@ from torch import Tensor
 from ..spec import AttentionSpec
 from ..topk_layout import Layout, TopKLayout
 from .backward_schedule import MAX_GROUP, QUERY_BITS
-from .topk_steps import MAX_SLOTS
+from .topk_forward_schedule import MAX_SLOTS
 
 PANEL = 64  # elements of a head dimension that one swizzled TMA box holds
 _BLOCKS = (64, 128, 256)

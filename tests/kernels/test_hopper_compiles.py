@@ -133,18 +133,18 @@ def compiled_backward(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, spec
 
 def compiled_builders(block: int) -> list[Any]:
     """Kernels compiled for lists of 16 of 256 blocks."""
-    from s2train.kernels.hopper import topk_pairs, topk_steps
+    from s2train.kernels.hopper import topk_backward_schedule, topk_forward_schedule
 
     kernels = []
 
     def compiling(kernel: Any, grid: Any, arguments: Any, **options: Any) -> None:
         kernels.append(kernel.run(*arguments, grid=grid, warmup=True, num_warps=options["num_warps"]))
 
-    topk_pairs.launch = topk_steps.launch = compiling  # type: ignore[attr-defined]
+    topk_backward_schedule.launch = topk_forward_schedule.launch = compiling  # type: ignore[attr-defined]
     indices = torch.zeros(1, 2, 256, 16, dtype=torch.int32)
     layout = TopKLayout.from_indices(indices, block, num_heads=4)
-    topk_steps.topk_steps(layout, causal=True, s_k=256 * block)
-    topk_pairs.topk_pairs(layout, 2, 256 * block, 256 * block, 0, True)
+    topk_forward_schedule.topk_steps(layout, causal=True, s_k=256 * block)
+    topk_backward_schedule.topk_pairs(layout, 2, 256 * block, 256 * block, 0, True)
     return kernels
 
 

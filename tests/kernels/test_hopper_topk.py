@@ -6,12 +6,12 @@ import pytest
 import torch
 from s2train.kernels import BlockLayout, TopKLayout
 from s2train.kernels.check.run_time import random_indices
-from s2train.kernels.hopper import topk_pairs as topk_pairs_module
-from s2train.kernels.hopper.key_pairs import ACTIVE_BITS, QUERY_BITS, KeyPairs, key_pairs
+from s2train.kernels.hopper import topk_backward_schedule
+from s2train.kernels.hopper.backward_schedule import ACTIVE_BITS, QUERY_BITS, KeyPairs, key_pairs
+from s2train.kernels.hopper.forward_schedule import TILE, ForwardWork, forward_work
 from s2train.kernels.hopper.program_order import HOPPER_MULTIPROCESSORS, _simulated_end
-from s2train.kernels.hopper.topk_pairs import in_order, topk_pairs
-from s2train.kernels.hopper.topk_steps import topk_steps
-from s2train.kernels.hopper.work import TILE, ForwardWork, forward_work
+from s2train.kernels.hopper.topk_backward_schedule import in_order, topk_pairs
+from s2train.kernels.hopper.topk_forward_schedule import topk_steps
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="runs in Triton's interpreter")
 N_Q, N_K = 3, 4
@@ -121,7 +121,7 @@ def test_many_pairs_are_sorted_into_the_order_that_few_are_ranked_into(monkeypat
     meta[:, 5] = torch.randint(1, 20, (len(meta),))
     meta[::pairs_of_head, 5] = 300
     ranked = in_order(meta, heads, {})
-    monkeypatch.setattr(topk_pairs_module, "_MOST_RANKED", 0)
+    monkeypatch.setattr(topk_backward_schedule, "_MOST_RANKED", 0)
     assert in_order(meta, heads, {}).equal(ranked)
 
 

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..topk_layout import TopKLayout
-from .key_pairs import ACTIVE_BITS, QUERY_BITS, TILE, KeyPairs
+from .backward_schedule import ACTIVE_BITS, QUERY_BITS, TILE, KeyPairs
 from .launch import launch, multiprocessors
 from .program_order import HOPPER_MULTIPROCESSORS
 

@@ -9,8 +9,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..topk_layout import TopKLayout
+from .forward_schedule import TILE, ForwardWork
 from .launch import launch
-from .work import TILE, ForwardWork
 
 MAX_SLOTS = 2048  # of a list: a program compares all candidates of a tile with each other
 _PAIRS_AT_ONCE = 8192  # candidates compared with others: what the registers hold
