@@ -65,7 +65,7 @@ class PatternConfig:
 
 @dataclass
 class LayoutConfig:
-    """Attention of each layer. Grammar of `layers`: `s2train.layouts.hybrid.parse_layers`."""
+    """Attention of each layer. Grammar of `layers`: `s2train.attention.hybrid.parse_layers`."""
 
     layers: str = MISSING  # one letter per layer, D dense, S sparse (s2): DSSS, D1S3x8; repeated to the model's depth
     block_size: int = 64  # tokens
@@ -74,6 +74,9 @@ class LayoutConfig:
     # on a command line '+layout.patterns.W={kind:sliding_window,window:8}'. (Hydra can't add entries to a dict of
     # dataclasses; `s2train.layouts.patterns.registry.read_pattern` checks them.)
     patterns: dict[str, Any] = field(default_factory=dict)
+    # kinds of attention for further letters, with their settings: {W: {kind: s2, pattern: {kind: dense}}}, on a
+    # command line '+layout.kinds.W={kind:s2,…}'; `s2train/attention/registry.py` lists the kinds
+    kinds: dict[str, Any] = field(default_factory=dict)
     allow_partial_coverage: bool = False  # accept layouts in which no head sees some far blocks (ablations)
 
 

@@ -13,6 +13,7 @@ ORDER = [
     {"kernels"},
     {"errors", "files", "config", "wandb_run", "command_line", "distributed", "environment"},
     {"layouts"},
+    {"attention"},
     {"costs"},
     {"pictures", "validation"},
     {"data"},

@@ -26,6 +26,7 @@ from s2train.checkpoints.optimizer_state_conversion import load_without_foreign_
 from s2train.command_line.old_names import rename_saved
 from s2train.config import PretrainConfig
 from s2train.errors import ConfigError
+from s2train.megatron.core_attention import CausalCoreAttention
 from s2train.megatron.layer_backends import backend_of
 from s2train.megatron.model import build_model, transformer_config, unwrap
 from s2train.planning import hybrid_layout
@@ -41,6 +42,7 @@ class Progress:
         order: what determines the data order, by setting.
         wandb_id: ID of its wandb run; None without wandb.
         losses: losses of the steps since the last report, which the next report's mean includes.
+        auxiliary: auxiliary losses of the same steps, by column and layer.
         health: fields of `s2train.training.loss_spikes.Health`.
         rng_ranks: [tp, pp] of the run whose random number generators the shards hold; None: they hold none.
         first_step: step at which the data order began: 0, except in a new phase on other data.
@@ -57,6 +59,7 @@ class Progress:
     rng_ranks: list[int] | None = None
     first_step: int = 0
     weights_only: bool = False
+    auxiliary: dict[str, list[float]] = field(default_factory=dict)
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), indent=1) + "\n")
@@ -235,4 +238,8 @@ def load_for_inference(
     gpt.output_layer.gather_output = True
     gpt.load_state_dict(load_shards({"model": gpt.sharded_state_dict(metadata=sharding_metadata())}, path)["model"])
     chunk.eval()
-    return Loaded(config=cfg, model=chunk, step=read_progress(path).step, path=path)
+    step = read_progress(path).step
+    for module in gpt.modules():
+        if isinstance(module, CausalCoreAttention):
+            module.step = step  # that its random numbers depend on
+    return Loaded(config=cfg, model=chunk, step=step, path=path)

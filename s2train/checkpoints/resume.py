@@ -9,6 +9,7 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
+from s2train.attention.registry import kinds_of
 from s2train.checkpoints.folders import (
     Progress,
     checkpoints_in,
@@ -72,7 +73,9 @@ def find_start(cfg: PretrainConfig) -> Start:
     saved, is_in_run_dir = read_progress(checkpoint, "checkpoint.resume"), is_own(checkpoint, cfg.run_dir)
     is_new_phase = cfg.checkpoint.new_data and not is_in_run_dir
     changes = changes_between(read_config(checkpoint, "checkpoint.resume"), cfg)
-    check_same_architecture(changes, checkpoint, weights_only=saved.weights_only, is_new_phase=is_new_phase)
+    check_same_architecture(
+        changes, checkpoint, _may_change(cfg), weights_only=saved.weights_only, is_new_phase=is_new_phase
+    )
     if saved.weights_only:
         return Start(checkpoint, Progress(0, 0, data_order(cfg), None))
     last = cfg.train.last_step
@@ -158,15 +161,28 @@ def _later_checkpoints(cfg: PretrainConfig, start: Path | None) -> list[Path]:
     return [path for path in own if step_of(path) > step_of(start)]
 
 
+def _may_change(cfg: PretrainConfig) -> set[str]:
+    """Return the settings of kinds of attention that may change on resume."""
+    kinds = kinds_of(cfg.layout)
+    return {f"layout.kinds.{letter}.{name}" for letter in cfg.layout.kinds for name in kinds[letter].may_change}
+
+
 def check_same_architecture(
-    changes: list[Change], checkpoint: Path, *, weights_only: bool = False, is_new_phase: bool = False
+    changes: list[Change],
+    checkpoint: Path,
+    of_kinds: set[str],
+    *,
+    weights_only: bool = False,
+    is_new_phase: bool = False,
 ) -> None:
     """Check that no change alters the checkpoint's shards.
 
+    Args:
+        of_kinds: settings of kinds of attention that their weights don't depend on.
     Raises:
         ConfigError: a setting of the architecture or the optimizer's sharding differs.
     """
-    may_differ = _NOT_IN_SHARDS | (_PHASE_MAY_CHANGE if is_new_phase else set())
+    may_differ = _NOT_IN_SHARDS | of_kinds | (_PHASE_MAY_CHANGE if is_new_phase else set())
     parts = ("model",) if weights_only else _ARCHITECTURE
     for change in changes:
         name = change.setting

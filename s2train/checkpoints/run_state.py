@@ -31,6 +31,7 @@ from s2train.checkpoints.folders import (
     write_config,
 )
 from s2train.checkpoints.integrity import CONFIG, PROGRESS, clear_failed_load, record_failed_load
+from s2train.checkpoints.missing_weights import leave_out_missing
 from s2train.checkpoints.optimizer_state_conversion import convert_param_groups
 from s2train.checkpoints.random_state import current_rng_ranks, set_rng, sharded_rng
 from s2train.config import OptimConfig, PretrainConfig
@@ -222,11 +223,13 @@ def load(cfg: PretrainConfig, state: TrainingState, checkpoint: Path, rng_ranks:
         rng_ranks: [tp, pp] of the run whose generators the checkpoint holds; with others, generators stay as they are.
 
     Raises:
-        ConfigError: the checkpoint is damaged.
+        ConfigError: the checkpoint is damaged, or lacks weights that it may not lack.
     """
     weights_only = read_progress(checkpoint).weights_only
+    initial: dict[str, dict[str, Any]] = {}
     if weights_only:
         wanted = _sharded_model(state, sharding_metadata())
+        initial = leave_out_missing(wanted, state.chunks, checkpoint)
     else:
         wanted = sharded_state(state, sharding_metadata(), is_loading=True)
     if has_rng := rng_ranks == current_rng_ranks():
@@ -241,7 +244,7 @@ def load(cfg: PretrainConfig, state: TrainingState, checkpoint: Path, rng_ranks:
     if is_in_run_dir and torch.distributed.get_rank() == 0:
         clear_failed_load(checkpoint)
     for chunk, name in zip(state.chunks, _chunk_names(state.chunks), strict=True):
-        unwrap(chunk).load_state_dict(loaded[name])
+        unwrap(chunk).load_state_dict(loaded[name] | initial.get(name, {}))
     if weights_only:
         state.optimizer.reload_model_params()  # updates its fp32 copies
         return

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from s2train.attention.registry import kind_values
 from s2train.config import PretrainConfig, settings_by_name
 from s2train.costs.parameters import head_dim
 from s2train.errors import ConfigError
@@ -121,7 +122,7 @@ def with_values(cfg: PretrainConfig) -> PretrainConfig:
     return replace(
         cfg,
         model=replace(cfg.model, head_dim=head_dim(cfg.model)),
-        layout=replace(layout, pattern=with_defaults(layout.pattern), patterns=patterns),
+        layout=replace(layout, pattern=with_defaults(layout.pattern), patterns=patterns, kinds=kind_values(layout)),
         optim=replace(optim, decay_steps=decay_steps, min_lr=optim.lowest_lr, min_lr_ratio=None),
     )
 

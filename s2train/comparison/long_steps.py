@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 
+from s2train.attention.hybrid import parse_layers
 from s2train.comparison.stacks import Stack
 from s2train.costs.memory import GIB
 from s2train.environment.hardware import Hardware, detect_own
 from s2train.errors import ConfigError
 from s2train.files import replacing
 from s2train.kernels.workers import run_tasks, serve
-from s2train.layouts.hybrid import parse_layers
 from s2train.planning import Plan, check, compose_run, preview
 
 _SECONDS = 600.0  # time limit for one variant at one length

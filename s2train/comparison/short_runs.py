@@ -12,7 +12,7 @@ from megatron.core.timers import Timers
 from torch.profiler import record_function
 
 from s2train.config import PretrainConfig
-from s2train.megatron.core_attention import kernels_of
+from s2train.megatron.block_attention import kernels_of
 from s2train.megatron.layer_backends import backend_of
 from s2train.megatron.model import build_model, transformer_config
 from s2train.planning import hybrid_layout

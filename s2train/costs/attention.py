@@ -1,33 +1,16 @@
-"""What a layout costs, counted exactly from the positions that its heads keep."""
+"""What a layout costs, counted from the positions that its heads keep, as their kind tells them."""
 
 from functools import lru_cache
 
-import torch
-
+from s2train.attention.hybrid import HybridLayout
+from s2train.attention.kind import LayerLayout
 from s2train.layouts.counting import kept_key_blocks
-from s2train.layouts.hybrid import HybridLayout, LayerLayout
-from s2train.layouts.patterns import Pattern
 
 
 @lru_cache(maxsize=256)  # a plan asks for FLOPs, density and shares of the same layers
-def kept_positions(layer: LayerLayout, seq_length: int) -> tuple[int, ...]:
-    """Kept causal (query, key) token pairs of every head.
-
-    Diagonal blocks are triangular, and the last block may be partial.
-    """
-    of_pattern = {pattern: _kept_positions(pattern, layer, seq_length) for pattern in set(layer.heads)}
-    return tuple(of_pattern[head] for head in layer.heads)
-
-
-def _kept_positions(pattern: Pattern, layer: LayerLayout, seq_length: int) -> int:
-    num_blocks = layer.num_blocks(seq_length)
-    blocks = torch.arange(num_blocks)
-    rows = torch.full((num_blocks,), layer.block_size)
-    rows[-1] = seq_length - (num_blocks - 1) * layer.block_size
-    diagonal = pattern.keep(blocks, blocks).long()
-    # Only the last block can be partial, and as a key block it is met on the diagonal alone.
-    before = (kept_key_blocks([pattern], num_blocks) - diagonal) * layer.block_size
-    return int((rows * before + diagonal * (rows * (rows + 1) // 2)).sum())
+def kept_positions(layer: LayerLayout, seq_length: int) -> tuple[float, ...]:
+    """Kept causal (query, key) token pairs of every head; of some kinds their expected number."""
+    return layer.kind.kept_positions(layer, seq_length)
 
 
 def layout_nbytes(layer: LayerLayout, seq_length: int) -> int:
@@ -54,6 +37,6 @@ def rank_spread(layer: LayerLayout, seq_length: int, tp: int) -> float:
     return max(ranks) * tp / sum(ranks) - 1
 
 
-def attention_flops(layer: LayerLayout, seq_length: int, head_dim: int) -> int:
+def attention_flops(layer: LayerLayout, seq_length: int, head_dim: int) -> float:
     """FLOPs of one sequence's forward pass: Q Kᵀ and P V take 2 head_dim each per kept position and head."""
     return 4 * head_dim * sum(kept_positions(layer, seq_length))

@@ -12,8 +12,8 @@ Dense layers with head dim 64, and the portable kernels, are as profiled steps h
 
 from dataclasses import dataclass, fields, replace
 
+from s2train.attention.kind import LayerLayout
 from s2train.costs.attention import attention_flops
-from s2train.layouts.hybrid import LayerLayout
 
 BACKWARD_FLOPS = 2.5  # per forward FLOP: five matrix products for two
 

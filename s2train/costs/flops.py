@@ -5,10 +5,10 @@ Two FLOPs a multiply-add; the backward pass costs twice the forward.
 
 from dataclasses import dataclass
 
+from s2train.attention.hybrid import HybridLayout
 from s2train.config import ModelConfig
 from s2train.costs.attention import attention_flops
-from s2train.costs.parameters import head_dim, layer_parameters
-from s2train.layouts.hybrid import HybridLayout
+from s2train.costs.parameters import attention_shape, layer_parameters
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class TokenFlops:
 
     Attributes:
         matmul: linear layers and LM head.
-        attention: QK and PV over the positions the layout keeps, exactly.
+        attention: QK and PV over the positions that the layers keep, exactly or as expected, and what their kinds add.
         dense_attention: the same, were every layer dense and causal.
     """
 
@@ -35,10 +35,15 @@ class TokenFlops:
 
 
 def token_flops(model: ModelConfig, hybrid: HybridLayout, seq_length: int) -> TokenFlops:
-    """FLOPs a token of training, means over a sequence of `seq_length`: exact for the layout, and if all were dense."""
-    dim = head_dim(model)
-    weights = model.num_layers * layer_parameters(model).matmul + model.vocab_size * model.hidden_size
-    forward = {layer: attention_flops(layer, seq_length, dim) for layer in set(hybrid.layers)}
+    """FLOPs a token of training, means over a sequence of `seq_length`: of its layers, and if all were dense."""
+    shape = attention_shape(model)
+    dim = shape.head_dim
+    matmul = {layer: layer_parameters(model, layer).matmul for layer in set(hybrid.layers)}
+    weights = sum(matmul[layer] for layer in hybrid.layers) + model.vocab_size * model.hidden_size
+    forward = {
+        layer: attention_flops(layer, seq_length, dim) + layer.kind.extra_flops(layer, seq_length, shape)
+        for layer in set(hybrid.layers)
+    }
     causal = seq_length * (seq_length + 1) // 2
     dense = model.num_layers * model.num_attention_heads * 4 * dim * causal
     return TokenFlops(

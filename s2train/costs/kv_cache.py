@@ -2,7 +2,7 @@
 
 While position t is decoded, a KV head's key block j is live if some query head of its group keeps it for the query
 block of t or a later one of the sequence. Counted exactly, for sequences of a known length: towards its end less is
-live than if it went on.
+live than if it went on. Where the data choose what is read, a key is live as long as some query may choose it.
 """
 
 from collections.abc import Iterable
@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from s2train.layouts.hybrid import HybridLayout, LayerLayout
+from s2train.attention.hybrid import HybridLayout
+from s2train.attention.kind import LayerLayout
 from s2train.layouts.masks import mask_rows
 from s2train.layouts.patterns import BandedPattern, Dense, DistancePattern, Pattern
 
@@ -81,9 +82,9 @@ def _sum_over_time(layers: Iterable[LayerLayout], num_query_groups: int, seq_len
     of_group: dict[tuple[frozenset[Pattern], int], tuple[Tensor, int]] = {}
     held, read, dense = torch.zeros(1, dtype=torch.int64), 0, 0
     for layer in layers:
-        size = len(layer.heads) // num_query_groups
-        for first in range(0, len(layer.heads), size):
-            group = frozenset(layer.heads[first : first + size])
+        size = len(layer.bound) // num_query_groups
+        for first in range(0, len(layer.bound), size):
+            group = frozenset(layer.bound[first : first + size])
             if any(isinstance(head, Dense) for head in group):
                 group = frozenset([Dense()])
             if (group, layer.block_size) not in of_group:

@@ -2,12 +2,15 @@
 
 from dataclasses import dataclass, fields
 
+from s2train.attention.hybrid import HybridLayout
+from s2train.attention.kind import LayerLayout
 from s2train.config import PretrainConfig
 from s2train.costs.implementations import Implementations
-from s2train.costs.parameters import head_dim, stage_parameters, total_parameters
+from s2train.costs.parameters import attention_shape, head_dim, stage_parameters, total_parameters
 from s2train.costs.stages import Stages
 
 GIB = 1024**3
+Chunks = tuple[tuple[LayerLayout, ...], ...]  # the layers of each model chunk of a rank
 
 
 @dataclass(frozen=True)
@@ -36,14 +39,14 @@ class Memory:
         return sum(getattr(self, part.name) for part in fields(self))
 
 
-def checkpoint_bytes(cfg: PretrainConfig) -> int:
+def checkpoint_bytes(cfg: PretrainConfig, hybrid: HybridLayout) -> int:
     """Bytes of a checkpoint on disk: weights in the run's precision, Adam's moments, and fp32 weights beside bf16.
 
     The distributed optimizer saves fp32 weights in any precision.
     """
     bf16 = cfg.train.precision == "bf16"
     optimizer = 12 if bf16 or cfg.parallel.distributed_optimizer else 8
-    return total_parameters(cfg.model) * ((2 if bf16 else 4) + optimizer)
+    return total_parameters(cfg.model, hybrid.layers) * ((2 if bf16 else 4) + optimizer)
 
 
 def data_parallel(cfg: PretrainConfig, world_size: int) -> int:
@@ -58,6 +61,7 @@ def micro_batches(cfg: PretrainConfig, world_size: int) -> int:
 
 def rank_memory(
     cfg: PretrainConfig,
+    hybrid: HybridLayout,
     world_size: int,
     stages: Stages,
     layouts: int,
@@ -73,7 +77,7 @@ def rank_memory(
     """
     impl = impl or Implementations()
     ranks = (
-        _stage_memory(cfg, world_size, stage, stages.of_rank(stage), layouts, kind, impl)
+        _stage_memory(cfg, world_size, stage, stages.layers_of_rank(hybrid, stage), layouts, kind, impl)
         for stage in range(cfg.parallel.pp)
     )
     return max(ranks, key=lambda memory: memory.total)
@@ -83,12 +87,12 @@ def _stage_memory(
     cfg: PretrainConfig,
     world_size: int,
     stage: int,
-    chunks: tuple[int, ...],
+    chunks: Chunks,
     layouts: int,
     kind: str,
     impl: Implementations,
 ) -> Memory:
-    weights = stage_parameters(cfg.model, cfg.parallel, stage, sum(chunks))
+    weights = stage_parameters(cfg.model, cfg.parallel, stage, [layer for chunk in chunks for layer in chunk])
     bf16 = cfg.train.precision == "bf16"
     shards = data_parallel(cfg, world_size) * cfg.parallel.cp if cfg.parallel.distributed_optimizer else 1
     return Memory(
@@ -116,12 +120,12 @@ def _overhead(cfg: PretrainConfig, world_size: int) -> int:
 def stage_activations(
     cfg: PretrainConfig,
     stage: int,
-    chunks: tuple[int, ...],
+    chunks: Chunks,
     num_micro_batches: int,
     kind: str,
     impl: Implementations | None = None,
 ) -> int:
-    """Bytes that a rank of pipeline stage `stage`, with so many layers in its `chunks`, holds at its peak."""
+    """Bytes that a rank of pipeline stage `stage`, with these layers in its chunks, holds at its peak."""
     impl = impl or Implementations()
     model, train, parallel = cfg.model, cfg.train, cfg.parallel
     width = 2 if train.precision == "bf16" else 4
@@ -138,11 +142,23 @@ def stage_activations(
     if stage == parallel.pp - 1:
         loss = _loss_bytes(cfg, tokens, width, impl.loss(cfg)) + 3 * stream  # of the final norm, as above
 
-    in_flight = max(chunks) * _chunks_in_flight(cfg, stage, num_micro_batches)
+    waiting = _chunks_in_flight(cfg, stage, num_micro_batches)
+    in_flight = max(map(len, chunks)) * waiting
+    own = [[kind_activations(cfg, layer) for layer in chunk] for chunk in chunks]
+    largest = max((nbytes for chunk in own for nbytes in chunk), default=0)
     if train.recompute == "full":  # inputs of recomputed groups, and one group alive again, after the loss is through
         group = train.recompute_num_layers
-        return in_flight // group * stream + max(group * whole + layer, loss)
-    return in_flight * kept + max(layer, loss)
+        return in_flight // group * stream + max(group * (whole + largest) + layer, loss)
+    if train.recompute == "selective":  # what the kind keeps is computed again with the core attention
+        return in_flight * kept + max(layer + largest, loss)
+    return in_flight * kept + waiting * max(map(sum, own)) + max(layer, loss)
+
+
+def kind_activations(cfg: PretrainConfig, layer: LayerLayout) -> int:
+    """Bytes that a layer's kind of attention keeps for one micro batch on a rank, beside what every kind does."""
+    width = 2 if cfg.train.precision == "bf16" else 4
+    whole = layer.kind.activation_bytes(layer, cfg.train.seq_length, attention_shape(cfg.model), width)
+    return whole * cfg.train.micro_batch_size // (cfg.parallel.tp * cfg.parallel.cp)
 
 
 def _loss_bytes(cfg: PretrainConfig, tokens: int, width: int, way: str) -> int:

@@ -1,7 +1,13 @@
-"""Exact parameter counts of the Llama-like model: no biases, SwiGLU, two RMSNorms a layer, one at the end."""
+"""Exact parameter counts of the Llama-like model: no biases, SwiGLU, two RMSNorms a layer, one at the end.
 
+Beside these a layer has the weights of its kind of attention.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from s2train.attention.kind import LayerLayout
+from s2train.attention.weights import AttentionShape
 from s2train.config import ModelConfig, ParallelConfig
 
 
@@ -10,37 +16,58 @@ def head_dim(model: ModelConfig) -> int:
     return model.head_dim if model.head_dim is not None else model.hidden_size // model.num_attention_heads
 
 
+def attention_shape(model: ModelConfig) -> AttentionShape:
+    """Sizes of the attention of each layer."""
+    return AttentionShape(model.hidden_size, model.num_attention_heads, model.num_query_groups, head_dim(model))
+
+
 @dataclass(frozen=True)
 class LayerParameters:
-    """Parameters of one layer: `matmul` are split over tensor parallel ranks, `norms` repeated on each."""
+    """Parameters of one layer, not divided over ranks.
+
+    Attributes:
+        matmul: of projections and MLP, split over tensor parallel ranks.
+        norms: repeated on each.
+        kind_split, kind_repeated: weights that the kind of attention adds, split or repeated.
+    """
 
     matmul: int
     norms: int
+    kind_split: int = 0
+    kind_repeated: int = 0
+
+    def on_rank(self, tp: int) -> int:
+        """What one of `tp` tensor parallel ranks holds."""
+        return self.matmul // tp + self.norms + self.kind_split // tp + self.kind_repeated
 
 
-def layer_parameters(model: ModelConfig) -> LayerParameters:
-    """Numbers of parameters of one layer, not divided over ranks."""
+def layer_parameters(model: ModelConfig, layer: LayerLayout) -> LayerParameters:
+    """Numbers of parameters of one layer."""
     queries, keys = model.num_attention_heads * head_dim(model), model.num_query_groups * head_dim(model)
     attention = model.hidden_size * (queries + 2 * keys) + queries * model.hidden_size
     mlp = 3 * model.hidden_size * model.ffn_hidden_size  # gate, up, down
-    return LayerParameters(matmul=attention + mlp, norms=2 * model.hidden_size)
+    own = layer.kind.weights(attention_shape(model))
+    return LayerParameters(
+        matmul=attention + mlp,
+        norms=2 * model.hidden_size,
+        kind_split=sum(weight.size for weight in own if weight.split is not None),
+        kind_repeated=sum(weight.size for weight in own if weight.split is None),
+    )
 
 
-def total_parameters(model: ModelConfig) -> int:
+def total_parameters(model: ModelConfig, layers: Sequence[LayerLayout]) -> int:
     """Parameters of the whole model; a tied embedding counts once."""
-    layer = layer_parameters(model)
     embeddings = (1 if model.tie_embeddings else 2) * model.vocab_size * model.hidden_size
-    return model.num_layers * (layer.matmul + layer.norms) + embeddings + model.hidden_size
+    return sum(layer_parameters(model, layer).on_rank(1) for layer in layers) + embeddings + model.hidden_size
 
 
-def stage_parameters(model: ModelConfig, parallel: ParallelConfig, stage: int, layers: int) -> int:
-    """Parameters that one rank of pipeline stage `stage`, of `layers` layers in all, holds.
+def stage_parameters(model: ModelConfig, parallel: ParallelConfig, stage: int, layers: Sequence[LayerLayout]) -> int:
+    """Parameters that one rank of pipeline stage `stage`, which has these layers in all, holds.
 
     The first stage holds the embedding, the last the head and the final norm; a tied embedding lies on both
     when they differ.
     """
-    layer = layer_parameters(model)
     first, last = stage == 0, stage == parallel.pp - 1
     tables = 1 if first and last and model.tie_embeddings else first + last
-    of_layers = layers * (layer.matmul // parallel.tp + layer.norms)
+    of_layers = sum(layer_parameters(model, layer).on_rank(parallel.tp) for layer in layers)
     return of_layers + tables * model.vocab_size * model.hidden_size // parallel.tp + last * model.hidden_size

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from s2train.attention.hybrid import HybridLayout
+from s2train.attention.kind import LayerLayout
 from s2train.config import ModelConfig
 from s2train.costs.attention import attention_flops, density
 from s2train.costs.attention_time import BACKWARD_FLOPS, AttentionRates, Seconds, attention_seconds, dense_seconds
@@ -17,7 +19,6 @@ from s2train.costs.flops import token_flops
 from s2train.costs.kv_cache import CacheTokens, cache_tokens, model_cache_tokens
 from s2train.costs.parameters import head_dim
 from s2train.costs.traffic import Traffic, attention_traffic, sum_traffic
-from s2train.layouts.hybrid import HybridLayout, LayerLayout
 from s2train.layouts.patterns import known_blocks
 
 # Hidden size -> FLOP/s of all but attention on an H100 in bf16, measured by `s2train.costs.measure`
@@ -62,7 +63,7 @@ class LayerCosts:
     """
 
     density: float
-    forward_flops: int
+    forward_flops: float
     backward_flops: int
     traffic: Traffic
     cache: CacheTokens
@@ -91,7 +92,7 @@ class ModelCosts:
         return sum(layer.density for layer in self.layers) / len(self.layers)
 
     @property
-    def forward_flops(self) -> int:
+    def forward_flops(self) -> float:
         return sum(layer.forward_flops for layer in self.layers)
 
     @property
@@ -171,5 +172,5 @@ def _layer_costs(
 
 def known_lengths(hybrid: HybridLayout, lengths: Sequence[int] = LENGTHS) -> tuple[int, ...]:
     """Those of `lengths` that masks from files, if any head has one, reach to."""
-    longest = known_blocks(hybrid.heads, max(lengths)) * hybrid.block_size
+    longest = known_blocks(hybrid.bounds, max(lengths)) * hybrid.block_size
     return tuple(length for length in lengths if length <= longest)

@@ -3,26 +3,32 @@
 from dataclasses import dataclass
 from itertools import accumulate
 
+from s2train.attention.hybrid import HybridLayout
+from s2train.attention.kind import LayerLayout
 from s2train.config import ModelConfig, ParallelConfig
 from s2train.costs.attention import attention_flops
-from s2train.costs.parameters import head_dim, layer_parameters
-from s2train.layouts.hybrid import HybridLayout
+from s2train.costs.parameters import attention_shape, layer_parameters
 
 
 @dataclass(frozen=True)
 class LayerFlops:
     """Forward FLOPs of one sequence in each layer, and in the LM head; the backward pass takes twice as many."""
 
-    layers: tuple[int, ...]
+    layers: tuple[float, ...]
     head: int
 
 
 def layer_flops(model: ModelConfig, hybrid: HybridLayout, seq_length: int) -> LayerFlops:
-    """A dense layer costs what its dense attention does, a sparse one what its heads keep."""
-    linear = 2 * seq_length * layer_parameters(model).matmul
-    attention = {layer: attention_flops(layer, seq_length, head_dim(model)) for layer in set(hybrid.layers)}
+    """A dense layer costs what its dense attention does, any other what its heads keep and its kind adds."""
+    shape = attention_shape(model)
+    of_layer = {
+        layer: 2 * seq_length * layer_parameters(model, layer).matmul
+        + attention_flops(layer, seq_length, shape.head_dim)
+        + layer.kind.extra_flops(layer, seq_length, shape)
+        for layer in set(hybrid.layers)
+    }
     return LayerFlops(
-        tuple(linear + attention[layer] for layer in hybrid.layers),
+        tuple(of_layer[layer] for layer in hybrid.layers),
         head=2 * seq_length * model.hidden_size * model.vocab_size,
     )
 
@@ -37,6 +43,12 @@ class Stages:
     def of_rank(self, rank: int) -> tuple[int, ...]:
         """Layers in each chunk that pipeline rank `rank` holds."""
         return self.chunks[rank :: self.pp]
+
+    def layers_of_rank(self, hybrid: HybridLayout, rank: int) -> tuple[tuple[LayerLayout, ...], ...]:
+        """The layers themselves of each chunk of pipeline rank `rank`."""
+        ends = list(accumulate(self.chunks))
+        chunks = [hybrid.layers[end - size : end] for end, size in zip(ends, self.chunks, strict=True)]
+        return tuple(chunks[rank :: self.pp])
 
     def megatron_layout(self) -> str:
         """As `pipeline_model_parallel_layout` of Megatron's TransformerConfig wants it, such as Ett|ttt|ttL."""
@@ -60,7 +72,7 @@ def _least_largest_part(costs: LayerFlops, number: int) -> tuple[int, ...]:
     work = [*costs.layers[:-1], costs.layers[-1] + costs.head]
     sums = [0, *accumulate(work)]
     # best[end]: (dearest run, sum of squares, sizes) of the first `end` layers in the runs so far
-    best: dict[int, tuple[int, int, tuple[int, ...]]] = {0: (0, 0, ())}
+    best: dict[int, tuple[float, float, tuple[int, ...]]] = {0: (0, 0, ())}
     for run in range(1, number + 1):
         following = {}
         for end in range(run, len(work) - (number - run) + 1):

@@ -14,15 +14,16 @@ over tensor parallel ranks beyond two, over pipeline stages, and over machines.
 import bisect
 from dataclasses import dataclass, fields
 
+from s2train.attention.hybrid import HybridLayout
+from s2train.attention.kind import LayerLayout
 from s2train.config import PretrainConfig
 from s2train.costs.attention import rank_spread
 from s2train.costs.attention_time import AttentionRates, Seconds, attention_seconds
 from s2train.costs.implementations import Implementations
-from s2train.costs.memory import data_parallel, micro_batches
+from s2train.costs.memory import Chunks, data_parallel, micro_batches
 from s2train.costs.parameters import head_dim, layer_parameters, stage_parameters
 from s2train.costs.stages import Stages
 from s2train.environment.hardware import GpuRates, Hardware, gpu_rates
-from s2train.layouts.hybrid import HybridLayout, LayerLayout
 
 MARGIN = 0.1  # of a measured step
 GPUS_PER_MACHINE = 8
@@ -115,12 +116,12 @@ def predict_step(
 ) -> Prediction | None:
     """Time of a step on `world_size` ranks like `hardware`; None where nothing was measured to tell it by.
 
-    That is: on a CPU, on a GPU of unknown peak, and in fp32.
+    That is: on a CPU, on a GPU of unknown peak, in fp32, and for layers that read what the data choose.
 
     Args:
         impl: what computes dense attention, SwiGLU, rotation and loss.
     """
-    if hardware.kind != "cuda" or hardware.rates is None or cfg.train.precision != "bf16":
+    if hardware.kind != "cuda" or hardware.rates is None or cfg.train.precision != "bf16" or not hybrid.is_static:
         return None
     model = _Model(cfg, hybrid, world_size, hardware, hardware.rates, impl)
     of_layer = {layer: model.layer(layer) for layer in set(hybrid.layers)}
@@ -133,7 +134,11 @@ def predict_step(
     slowest = max(range(stages.pp), key=lambda rank: ranks[rank].total)
     number = micro_batches(cfg, world_size)
     waiting = (sum(rank.total for rank in ranks) - ranks[slowest].total) / (cfg.parallel.vpp or 1)
-    time = ranks[slowest] * number + StepTime(pipeline=waiting) + model.ends(slowest, sum(stages.of_rank(slowest)))
+    time = (
+        ranks[slowest] * number
+        + StepTime(pipeline=waiting)
+        + model.ends(slowest, stages.layers_of_rank(hybrid, slowest))
+    )
     tokens_per_s = cfg.train.global_batch_size * cfg.train.seq_length / time.total
     in_layers = ranks[slowest].total / max(sum(stages.of_rank(slowest)), 1)
     return Prediction(
@@ -175,9 +180,10 @@ class _Model:
     def layer(self, layer: LayerLayout) -> StepTime:
         """One micro batch through one layer, forward and backward."""
         model, tp = self.cfg.model, self.cfg.parallel.tp
-        linear = 6 * layer_parameters(model).matmul / tp * self.tokens / self._products()
+        matmul = layer_parameters(model, layer).matmul
+        linear = 6 * matmul / tp * self.tokens / self._products()
         elementwise = self.tokens * (model.hidden_size * self._elementwise_rate() - self._fused() / tp)
-        elementwise += self._sums(layer_parameters(model).matmul)
+        elementwise += self._sums(matmul)
         attention = self._attention(layer)
         units, again = self._tensor_parallel_units()
         found = StepTime(
@@ -207,9 +213,10 @@ class _Model:
             communication=self._tensor_parallel_units()[0] / 2 * self._unit(),
         )
 
-    def ends(self, stage: int, layers: int) -> StepTime:
+    def ends(self, stage: int, chunks: Chunks) -> StepTime:
         """What a step does once: the optimizer, and sums and copies over data parallel ranks."""
         cfg = self.cfg
+        layers = [layer for chunk in chunks for layer in chunk]
         held = stage_parameters(cfg.model, cfg.parallel, stage, layers)
         shards = data_parallel(cfg, self.world_size) * cfg.parallel.cp
         nbytes = 6 if cfg.parallel.distributed_optimizer else 8  # fp32 gradients once and bf16 weights, or twice

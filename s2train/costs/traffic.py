@@ -21,8 +21,8 @@ from dataclasses import astuple, dataclass
 import torch
 from torch import Tensor
 
+from s2train.attention.kind import LayerLayout
 from s2train.layouts.counting import kept_key_blocks
-from s2train.layouts.hybrid import LayerLayout
 from s2train.layouts.masks import mask_rows
 from s2train.layouts.patterns import BandedPattern, DistancePattern, Pattern
 

@@ -9,6 +9,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
 from s2train.inference.kv_cache import Chunk, KVCache
+from s2train.megatron.core_attention import CausalCoreAttention
 
 
 @dataclass(frozen=True)
@@ -65,12 +66,14 @@ class CachedModel:
         cuda_graph: run the first decoding step eagerly, capture the second in a CUDA graph, and replay it from then on,
             which removes launch overhead. Has no effect on a CPU.
     Raises:
-        ValueError: the model's positions are not rotary.
+        ValueError: the model's positions are not rotary, or a layer can't be captured.
     """
 
     def __init__(self, gpt: GPTModel, cache: KVCache, cuda_graph: bool = False) -> None:
         if gpt.position_embedding_type != "rope":
             raise ValueError(f"positions are {gpt.position_embedding_type}: cached decoding supports rope only")
+        if cuda_graph and not all(m.captures_decoding for m in gpt.modules() if isinstance(m, CausalCoreAttention)):
+            raise ValueError("a layer's kind of attention decodes with the host's help: set cuda_graph=False")
         self.gpt, self.cache = gpt, cache
         self._angles = gpt.rotary_pos_emb(cache.max_length)  # [max_length, 1, 1, d]
         self._steps = 0

@@ -8,6 +8,9 @@ import numpy as np
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 
+from s2train.attention.features import Feature
+from s2train.attention.kind import lacking
+from s2train.errors import ConfigError
 from s2train.inference.page_pool import PagePool
 from s2train.kernels.decode.op import append_token, block_sparse_decode
 from s2train.kernels.decode.pages import last_uses, most_pages_held, pages_held, read_tokens, write_tokens
@@ -56,7 +59,7 @@ class KVCache:
             if num_pages is None
             else num_pages,
             self.block_size,
-            first.config.kv_channels,
+            first.shape.head_dim,
             dtype,
             device,
         )
@@ -180,7 +183,7 @@ class LayerCache:
 
     def __init__(self, cache: KVCache, number: int, core: CausalCoreAttention, device: torch.device) -> None:
         self.cache, self.number, self.max_length = cache, number, cache.max_length
-        self.layout: BlockLayout | None = core.layout(cache.max_length, device)
+        self.layout: BlockLayout | None = core.cached_layout(cache.max_length, device)
         if self.layout is None:
             shape = (core.num_kv_heads, cache.num_blocks)
             self.last_use = torch.full(shape, cache.num_blocks - 1, dtype=torch.int32)
@@ -216,10 +219,43 @@ class LayerCache:
                 _after_earlier(pages, table, new, chunk) for pages, new in ((pool.keys, key), (pool.values, value))
             )
         out = core.attend(query, all_keys, all_values, query_offset=chunk.start)
+        self._write(key, value, chunk)
+        return out
+
+    def attend_each(
+        self, core: CausalCoreAttention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
+        """As `attend`, by `core.attend` over all keys of one sequence after the other.
+
+        Right for every kind whose `attend` of later queries needs no earlier query, and slow: keys are copied out of
+        their pages, and the host waits. A kind that can do better has its own way.
+        """
+        cache, pool, table = self.cache, self.cache.pool, self.cache.table[:, self.number]
+        chunk = cache.chunk
+        if chunk is not None:
+            all_keys, all_values = key, value
+            if chunk.start > 0:
+                all_keys, all_values = (
+                    _after_earlier(pages, table, new, chunk) for pages, new in ((pool.keys, key), (pool.values, value))
+                )
+            out = core.attend(query, all_keys, all_values, query_offset=chunk.start)
+            self._write(key, value, chunk)
+            return out
+        append_token(key[0], value[0], pool.keys, pool.values, table, cache.positions, backend=core.backend)
+        out = torch.zeros_like(query)
+        for number in np.flatnonzero(~cache.finished).tolist():
+            length, row = int(cache.lengths[number]) + 1, table[number : number + 1]
+            keys, values = (read_tokens(pages, row, length).permute(2, 0, 1, 3) for pages in (pool.keys, pool.values))
+            one = slice(number, number + 1)
+            out[:, one] = core.attend(query[:, one], keys, values, query_offset=length - 1)
+        return out
+
+    def _write(self, key: torch.Tensor, value: torch.Tensor, chunk: Chunk) -> None:
+        """Write a chunk's keys and values to pages, those that later queries may read."""
+        pool, table = self.cache.pool, self.cache.table[:, self.number]
         self.keep(chunk.lengths)
         write_tokens(pool.keys, table, key.permute(1, 2, 0, 3), chunk.start)
         write_tokens(pool.values, table, value.permute(1, 2, 0, 3), chunk.start)
-        return out
 
     def keep(self, lengths: np.ndarray) -> None:
         """Keep exactly the pages that later queries need.
@@ -258,6 +294,10 @@ def _to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
+def _letters(cores: list[CausalCoreAttention]) -> str:
+    return "".join(core.layer_layout.kind.letter for core in cores)
+
+
 @contextmanager
 def kv_cache(gpt: GPTModel, batch_size: int, max_length: int, *, num_pages: int | None = None) -> Iterator[KVCache]:
     """Attach a cache to every core attention of `gpt` inside this context.
@@ -268,6 +308,7 @@ def kv_cache(gpt: GPTModel, batch_size: int, max_length: int, *, num_pages: int 
         num_pages: pages of the pool on this rank; by default the most that sequences of this length can need.
     Raises:
         ValueError: the model can't decode with a cache, or a size is below 1.
+        ConfigError: a layer's kind of attention doesn't support decoding.
     """
     config = gpt.config
     if config.sequence_parallel or config.context_parallel_size > 1 or config.pipeline_model_parallel_size > 1:
@@ -281,6 +322,9 @@ def kv_cache(gpt: GPTModel, batch_size: int, max_length: int, *, num_pages: int 
     cores = [module for module in gpt.modules() if isinstance(module, CausalCoreAttention)]
     if len(cores) != config.num_layers or any(core.kv is not None for core in cores):
         raise ValueError(f"{len(cores)} of {config.num_layers} layers support a cache, or one is already attached")
+    if kinds := lacking([core.layer_layout for core in cores], Feature.DECODING):
+        problem = f"{kinds[0].label} attention (letter {kinds[0].letter}) doesn't support decoding"
+        raise ConfigError("layout.layers", _letters(cores), problem, "Decode with a model of other kinds of attention")
     weight = next(gpt.parameters())
     cache = KVCache(cores, batch_size, max_length, num_pages, weight.dtype, weight.device)
     for core, layer in zip(cores, cache.layers, strict=True):

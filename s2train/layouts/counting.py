@@ -30,6 +30,21 @@ def kept_key_blocks(patterns: Iterable[Pattern], num_blocks: int) -> Tensor:
     return torch.cat(counts)
 
 
+def kept_positions(pattern: Pattern, block_size: int, seq_length: int) -> int:
+    """Causal (query, key) token pairs that one head keeps of a sequence.
+
+    Diagonal blocks are triangular, and the last block may be partial.
+    """
+    num_blocks = -(-seq_length // block_size)
+    blocks = torch.arange(num_blocks)
+    rows = torch.full((num_blocks,), block_size)
+    rows[-1] = seq_length - (num_blocks - 1) * block_size
+    diagonal = pattern.keep(blocks, blocks).long()
+    # Only the last block can be partial, and as a key block it is met on the diagonal alone.
+    before = (kept_key_blocks([pattern], num_blocks) - diagonal) * block_size
+    return int((rows * before + diagonal * (rows * (rows + 1) // 2)).sum())
+
+
 class _Union(Protocol):
     """Patterns of one form, over `num_blocks`."""
 

@@ -88,7 +88,8 @@ def _matrices(chunks: Sequence[GPTModel]) -> Iterator[tuple[str, Tensor]]:
     for chunk in chunks:
         layers = {f"decoder.layers.{i}.": layer.layer_number - 1 for i, layer in enumerate(chunk.decoder.layers)}
         for name, parameter in chunk.named_parameters():
-            if parameter.dim() < 2:  # norms start as ones
+            # Norms start as ones; what a kind of attention adds has its values, see `kind_weights`.
+            if parameter.dim() < 2 or ".core_attention." in name:
                 continue
             prefix = next((prefix for prefix in layers if name.startswith(prefix)), None)
             yield (

@@ -6,7 +6,7 @@ from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from s2train.layouts.hybrid import LayerLayout
+from s2train.attention.kind import LayerLayout
 
 
 class HybridTransformerLayer(TransformerLayer):

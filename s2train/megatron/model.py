@@ -10,16 +10,17 @@ from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from s2train.attention.hybrid import HybridLayout
 from s2train.config import PretrainConfig
 from s2train.costs.stages import Stages
 from s2train.environment.apex import fuses_gradient_sums
 from s2train.environment.liger import INSTALL, choose_loss, liger_problem
 from s2train.environment.transformer_engine import uses_te_here
 from s2train.errors import ConfigError
-from s2train.layouts.hybrid import HybridLayout
-from s2train.megatron.core_attention import DenseCoreAttention, LayoutCache
+from s2train.megatron.block_attention import DenseCoreAttention
 from s2train.megatron.initial_weights import draw_initial_weights
 from s2train.megatron.layer_backends import Backend, choose_backend, own_capability, sum_gradients_in_place
+from s2train.megatron.layout_cache import LayoutCache
 from s2train.megatron.specs import block_spec
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -105,7 +106,7 @@ def build_model(
         chunk = make_model(
             config=config,
             transformer_layer_spec=block_spec(
-                config, hybrid, backend, cache, cfg.attention_backend, cfg.parallel.cp_exchange, stage
+                config, hybrid, backend, cache, cfg.attention_backend, cfg.parallel.cp_exchange, cfg.seed, stage
             ),
             vocab_size=cfg.model.vocab_size,
             max_sequence_length=cfg.train.seq_length,

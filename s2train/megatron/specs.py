@@ -7,10 +7,11 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from s2train.layouts.hybrid import HybridLayout, LayerLayout
-from s2train.megatron.core_attention import LayoutCache
+from s2train.attention.hybrid import HybridLayout
+from s2train.attention.kind import LayerLayout
 from s2train.megatron.layer import HybridTransformerLayer
 from s2train.megatron.layer_backends import Backend
+from s2train.megatron.layout_cache import LayoutCache
 
 
 def layer_spec(
@@ -20,6 +21,7 @@ def layer_spec(
     cache: LayoutCache,
     attention_backend: str,
     cp_exchange: str,
+    seed: int,
 ) -> ModuleSpec:
     """Spec of one layer; `layer_number` counts from 1 over the whole model."""
     spec = backend.layer_spec()
@@ -29,7 +31,13 @@ def layer_spec(
     module, _, name = layer.kind.core_attention.partition(":")
     spec.submodules.self_attention.submodules.core_attention = ModuleSpec(
         module=getattr(import_module(module), name),
-        params={"layer_layout": layer, "cache": cache, "backend": attention_backend, "cp_exchange": cp_exchange},
+        params={
+            "layer_layout": layer,
+            "cache": cache,
+            "backend": attention_backend,
+            "cp_exchange": cp_exchange,
+            "seed": seed,
+        },
     )
     return spec
 
@@ -47,11 +55,12 @@ def block_spec(
     cache: LayoutCache,
     attention_backend: str,
     cp_exchange: str,
+    seed: int,
     vp_stage: int | None = None,
 ) -> TransformerBlockSubmodules:
     """Specs of the layers of this stage."""
     specs = [
-        layer_spec(hybrid.layers[i], i + 1, backend, cache, attention_backend, cp_exchange)
+        layer_spec(hybrid.layers[i], i + 1, backend, cache, attention_backend, cp_exchange, seed)
         for i in layer_ids(config, vp_stage)
     ]
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=backend.norm)

@@ -77,7 +77,7 @@ def evaluate(cfg: NeedleConfig) -> None:
                 device=device,
                 trained_length=request.trained.train.seq_length,
                 ranks=ranks,
-                reach=NeedleReach(hybrid, sampler, grid),
+                reach=NeedleReach(hybrid, sampler, grid) if hybrid.is_static else None,
                 name=file_name(problem.name),
                 title=f"{TITLES[problem.name]}: {request.trained.model.name}",
             )

@@ -2,8 +2,8 @@
 
 from functools import lru_cache
 
-from s2train.layouts.hybrid import HybridLayout
-from s2train.layouts.reachability import NEVER, Reach, direct_heads, reach
+from s2train.attention.hybrid import HybridLayout
+from s2train.attention.reachability import NEVER, Reach, direct_heads, reach
 from s2train.needles.results import CellReach
 from s2train.needles.retrieval import NeedleGrid
 from s2train.needles.samples import TaskSampler

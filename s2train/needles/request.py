@@ -10,6 +10,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
+from s2train.attention.features import Feature
+from s2train.attention.hybrid import HybridLayout
 from s2train.checkpoints.folders import find_checkpoint, read_config
 from s2train.checkpoints.integrity import CONFIG
 from s2train.config import NeedleConfig, PretrainConfig
@@ -24,6 +26,7 @@ from s2train.needles.tasks import TASKS, Task, find_task, has_setting
 from s2train.needles.words import NOISE, text_haystack
 from s2train.planning import hybrid_layout
 from s2train.planning.checks import check_attention_backend
+from s2train.validation.attention_kinds import require_feature
 from s2train.validation.division import check_tensor_parallel
 from s2train.validation.values import check_choice, check_seed
 from s2train.wandb_run import choose_mode
@@ -92,6 +95,7 @@ def read_request(cfg: NeedleConfig, world_size: int, hardware: Hardware) -> Requ
         remedy = f"Use a divisor of {world_size}, or start more processes with torchrun --nproc-per-node"
         raise ConfigError("tp", cfg.tp, f"does not divide the {world_size} processes of this job", remedy)
     check_tensor_parallel(trained.model, cfg.tp, "tp")
+    _check_kinds(checkpoint, trained, cfg.tp)
     tokenizer = load_tokenizer(cfg.tokenizer or trained.data.tokenizer, "tokenizer", trained.data.end_token)
     if tokenizer.vocab_size > (rows := trained.model.vocab_size):
         problem = f"it has {tokenizer.vocab_size:,} ids, but the model has {rows:,}"
@@ -146,19 +150,31 @@ def _check_layout(checkpoint: Path, trained: PretrainConfig, length: int, extra_
     Rejects a layout whose mask file was moved, and lengths beyond that file's masks. Rotary positions have no limit.
     """
     last = torch.tensor([-(-(length + extra_tokens) // trained.layout.block_size) - 1])
-    try:
-        hybrid = hybrid_layout(trained)
-    except ConfigError as error:  # it names a setting that this program doesn't have
-        problem = f"the layout in its {CONFIG} can't be built ({error.setting}={error.value}: {error.problem})"
-        raise ConfigError("checkpoint", checkpoint, problem, "Restore that file, or the file that it names") from error
+    hybrid = _hybrid(checkpoint, trained)
     try:
         for layer in hybrid.layers:
-            for head in layer.heads:
+            for head in layer.bound:
                 head.keep(last, last)
     except ConfigError as error:
         problem = f"the checkpoint's layout is shorter ({error.setting}: {error.problem})"
         remedy = "Use shorter lengths" + (", or extra_tokens=0" if extra_tokens else "")
         raise ConfigError("lengths", length, problem, remedy) from error
+
+
+def _check_kinds(checkpoint: Path, trained: PretrainConfig, tp: int) -> None:
+    """Whether the layers' kinds of attention can decode, on `tp` ranks."""
+    hybrid, remedy = _hybrid(checkpoint, trained), "Evaluate a model without such layers"
+    require_feature(hybrid, Feature.DECODING, "checkpoint", checkpoint, remedy)
+    if tp > 1:
+        require_feature(hybrid, Feature.TENSOR_PARALLEL, "tp", tp, "Use tp=1")
+
+
+def _hybrid(checkpoint: Path, trained: PretrainConfig) -> HybridLayout:
+    try:
+        return hybrid_layout(trained)
+    except ConfigError as error:  # on a setting that this program has not
+        problem = f"the layout in its {CONFIG} can't be made ({error.setting}={error.value}: {error.problem})"
+        raise ConfigError("checkpoint", checkpoint, problem, "Restore that file, or what it names") from error
 
 
 def _haystack(given: Any) -> str:

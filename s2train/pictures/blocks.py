@@ -10,7 +10,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, to_rgb
 from torch import Tensor
 
-from s2train.layouts.hybrid import LayerLayout
+from s2train.attention.kind import LayerLayout
 from s2train.layouts.masks import mask_rows
 from s2train.layouts.patterns import BandedPattern, Dense, Dilated, Pattern
 from s2train.pictures.style import COUNTS, COVERED, DENSE, GREY, PAPER, UNSEEN, offset_of, plain, tokens

@@ -6,8 +6,8 @@ from matplotlib.colors import to_rgb
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from s2train.attention.hybrid import HybridLayout
 from s2train.costs.attention import kept_positions
-from s2train.layouts.hybrid import HybridLayout
 from s2train.layouts.patterns import Dense, Pattern
 from s2train.pictures.style import DENSE, GREY, form_colours, offset_of, shade
 

@@ -8,14 +8,14 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.ticker import MaxNLocator
 
+from s2train.attention.coverage import coverage_report, percent, union_coverage
+from s2train.attention.hybrid import HybridLayout
+from s2train.attention.reachability import NEVER, reach
 from s2train.costs.attention import density
 from s2train.costs.kv_cache import model_cache_tokens
 from s2train.errors import ConfigError
 from s2train.files import replacing
-from s2train.layouts.coverage import coverage_report, percent, union_coverage
-from s2train.layouts.hybrid import HybridLayout
 from s2train.layouts.patterns import known_blocks
-from s2train.layouts.reachability import NEVER, reach
 from s2train.pictures.blocks import LONGEST, draw_counts, draw_heads, draw_union, first_blocks, reduce_masks
 from s2train.pictures.grid import draw_grid
 from s2train.pictures.style import GREY, REACHED, SPARSE, Sheet, form_colours, offset_of, plain, tokens

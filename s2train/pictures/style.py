@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
 
-from s2train.layouts.hybrid import HybridLayout
+from s2train.attention.hybrid import HybridLayout
 from s2train.layouts.patterns import Dense, Pattern
 
 DENSE = "#2E3440"

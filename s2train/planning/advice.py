@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from s2train.attention.hybrid import HybridLayout
 from s2train.config import PretrainConfig
 from s2train.costs.implementations import Implementations
 from s2train.costs.memory import GIB, rank_memory
@@ -16,6 +17,7 @@ _RECOMPUTE = ("none", "selective", "full")  # fastest first
 
 def memory_advice(
     cfg: PretrainConfig,
+    hybrid: HybridLayout,
     world_size: int,
     hardware: Hardware,
     costs: LayerFlops,
@@ -32,7 +34,7 @@ def memory_advice(
     stages = pipeline_stages(cfg.model, cfg.parallel, costs)
 
     def total_of(changed: PretrainConfig) -> int:
-        return rank_memory(changed, world_size, stages, layouts, hardware.kind, impl).total
+        return rank_memory(changed, hybrid, world_size, stages, layouts, hardware.kind, impl).total
 
     found = []
     for recompute in _RECOMPUTE[: _RECOMPUTE.index(cfg.train.recompute)]:

@@ -9,12 +9,13 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from s2train.attention.hybrid import HybridLayout, build_hybrid_layout
 from s2train.config import PretrainConfig, to_object
 from s2train.costs.memory import GIB
 from s2train.environment.hardware import Hardware
 from s2train.errors import ConfigError
-from s2train.layouts.hybrid import HybridLayout, build_hybrid_layout
 from s2train.planning.plan import Plan, make_plan
+from s2train.validation.attention_kinds import check_kinds
 from s2train.validation.division import check_division, multiple_of, smallest_world
 from s2train.validation.libraries import check_fa4_serves, check_kernel_settings, check_libraries
 from s2train.validation.transformer_engine import check_target, check_te
@@ -52,7 +53,7 @@ def check(cfg: PretrainConfig, world_size: int, hardware: Hardware) -> Plan:
     _check_profiled_ranks(cfg, world_size)
     check_attention_backend(cfg.attention_backend, hardware)
     check_te(cfg, hardware)
-    hybrid = _hybrid(cfg)
+    hybrid = _hybrid(cfg, hardware)
     check_libraries(cfg, hybrid, hardware)
     plan = make_plan(cfg, hybrid, world_size, hardware)
     check_memory(plan)
@@ -117,16 +118,17 @@ def preview(cfg: PretrainConfig, world_size: int, hardware: Hardware) -> Plan:
     if hardware.kind == "cpu":  # all ranks share this machine's RAM
         hardware = replace(hardware, memory=hardware.memory * world_size // ranks)
     check_division(cfg, ranks)
-    hybrid = _hybrid(cfg)
+    hybrid = _hybrid(cfg, hardware)
     if cfg.plan.device is not None:
         check_fa4_serves(cfg, hybrid, hardware)
     return make_plan(cfg, hybrid, ranks, hardware)
 
 
-def _hybrid(cfg: PretrainConfig) -> HybridLayout:
-    """Build the layout; check it against the sequence and the kernels."""
+def _hybrid(cfg: PretrainConfig, hardware: Hardware) -> HybridLayout:
+    """Build the layout; check it against the sequence, the features asked for, and the kernels."""
     hybrid = hybrid_layout(cfg)
     check_blocks(cfg, hybrid)
+    check_kinds(cfg, hybrid, hardware)
     check_kernel_settings(cfg, hybrid)
     return hybrid
 

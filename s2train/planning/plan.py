@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, replace
 
+from s2train.attention.coverage import CoverageReport, check_coverage
+from s2train.attention.hybrid import HybridLayout
 from s2train.config import PretrainConfig
 from s2train.costs.attention import density, layout_nbytes, rank_spread
 from s2train.costs.flops import TokenFlops, token_flops
@@ -11,8 +13,6 @@ from s2train.costs.parameters import stage_parameters, total_parameters
 from s2train.costs.stages import Balance, balance, layer_flops, pipeline_stages
 from s2train.costs.step_time import Prediction, predict_step
 from s2train.environment.hardware import Hardware
-from s2train.layouts.coverage import CoverageReport, check_coverage
-from s2train.layouts.hybrid import HybridLayout
 from s2train.planning.advice import memory_advice
 from s2train.planning.layout_summary import LetterSummary, summarise
 from s2train.planning.remedies import memory_remedy
@@ -29,6 +29,7 @@ class Plan:
     density: float  # of the whole model; 1: dense
     sparse_density: float  # mean over sparse layers; 1 if there are none
     sparse_letters: tuple[LetterSummary, ...]
+    counts_exactly: bool  # densities and FLOPs; else some are expected ones
     coverage: CoverageReport
     parameters: int
     rank_parameters: int  # on the fullest pipeline stage
@@ -66,7 +67,7 @@ def make_plan(cfg: PretrainConfig, hybrid: HybridLayout, world_size: int, hardwa
     costs = layer_flops(cfg.model, hybrid, seq_length)
     stages = pipeline_stages(cfg.model, cfg.parallel, costs)
     by_cost = pipeline_stages(cfg.model, replace(cfg.parallel, pipeline_split="cost"), costs)
-    memory = rank_memory(cfg, world_size, stages, layouts, hardware.kind, impl)
+    memory = rank_memory(cfg, hybrid, world_size, stages, layouts, hardware.kind, impl)
     fits = memory.total <= hardware.memory
     flops = token_flops(cfg.model, hybrid, seq_length)
     sparse = [layer for layer in hybrid.layers if not layer.is_dense]
@@ -75,14 +76,16 @@ def make_plan(cfg: PretrainConfig, hybrid: HybridLayout, world_size: int, hardwa
         cfg=cfg,
         world_size=world_size,
         hardware=hardware,
-        letters="".join(layer.kind.letter for layer in hybrid.layers),
+        letters=hybrid.letters,
         density=density(hybrid, seq_length),
         sparse_density=sum(densities[layer] for layer in sparse) / len(sparse) if sparse else 1.0,
         sparse_letters=summarise(hybrid, seq_length),
+        counts_exactly=all(layer.kind.counts_exactly for layer in hybrid.layers),
         coverage=check_coverage(hybrid, seq_length, cfg.layout),
-        parameters=total_parameters(cfg.model),
+        parameters=total_parameters(cfg.model, hybrid.layers),
         rank_parameters=max(
-            stage_parameters(cfg.model, cfg.parallel, s, sum(stages.of_rank(s))) for s in range(cfg.parallel.pp)
+            stage_parameters(cfg.model, cfg.parallel, stage, sum(stages.layers_of_rank(hybrid, stage), ()))
+            for stage in range(cfg.parallel.pp)
         ),
         flops=flops,
         tp_spread=max(rank_spread(layer, seq_length, cfg.parallel.tp) for layer in set(hybrid.layers)),
@@ -90,18 +93,18 @@ def make_plan(cfg: PretrainConfig, hybrid: HybridLayout, world_size: int, hardwa
         pipeline_by_cost=balance(by_cost, costs, micro_batches(cfg, world_size)),
         memory=memory,
         prediction=predict_step(cfg, hybrid, stages, world_size, hardware, flops.sparse, impl),
-        remedy=None if fits else memory_remedy(cfg, world_size, hardware, costs, layouts, impl),
-        advice=memory_advice(cfg, world_size, hardware, costs, layouts, impl) if fits else None,
+        remedy=None if fits else memory_remedy(cfg, hybrid, world_size, hardware, costs, layouts, impl),
+        advice=memory_advice(cfg, hybrid, world_size, hardware, costs, layouts, impl) if fits else None,
     )
 
 
 def layouts_nbytes(cfg: PretrainConfig, hybrid: HybridLayout, impl: Implementations) -> int:
     """Return the largest size in bytes of a rank's block layouts.
 
-    There is one per distinct layer, with all heads. Under context parallel a rank has two, one for each of its chunks
+    There is one per distinct static layer, with all heads. Under context parallel a rank has two, one for each of its chunks
     of the sequence.
     """
     dense_too = impl.dense(cfg) == "s2train"
-    distinct = {layer for layer in hybrid.layers if dense_too or not layer.is_dense}
+    distinct = {layer for layer in hybrid.layers if layer.is_static and (dense_too or not layer.is_dense)}
     chunks = 2 if cfg.parallel.cp > 1 else 1
     return chunks * sum(layout_nbytes(layer, cfg.train.seq_length) for layer in distinct)

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 
+from s2train.attention.hybrid import HybridLayout
 from s2train.config import PretrainConfig
 from s2train.costs.implementations import Implementations
 from s2train.costs.memory import rank_memory
@@ -17,6 +18,7 @@ _LARGEST_WORLD = 4096  # processes
 
 def memory_remedy(
     cfg: PretrainConfig,
+    hybrid: HybridLayout,
     world_size: int,
     hardware: Hardware,
     costs: LayerFlops,
@@ -33,7 +35,7 @@ def memory_remedy(
     world = world_size
     while world <= largest:
         for changes, candidate in _candidates(cfg):
-            if _works(candidate, world, hardware, costs, layouts, impl):
+            if _works(candidate, hybrid, world, hardware, costs, layouts, impl):
                 settings = f"Set {' '.join(changes)}" if changes else "Run it"
                 return f"{settings}{f' on {world} processes' if world > world_size else ''}."
         world *= 2
@@ -72,6 +74,7 @@ def _candidates(cfg: PretrainConfig) -> Iterator[tuple[list[str], PretrainConfig
 
 def _works(
     cfg: PretrainConfig,
+    hybrid: HybridLayout,
     world_size: int,
     hardware: Hardware,
     costs: LayerFlops,
@@ -85,4 +88,4 @@ def _works(
     except ConfigError:
         return False
     stages = pipeline_stages(cfg.model, cfg.parallel, costs)
-    return rank_memory(cfg, world_size, stages, layouts, hardware.kind, impl).total <= hardware.memory
+    return rank_memory(cfg, hybrid, world_size, stages, layouts, hardware.kind, impl).total <= hardware.memory

@@ -24,11 +24,12 @@ def format_plan(plan: Plan) -> str:
         ("layers", f"{len(plan.letters)}: {_layers(plan.letters)} ({_counts(plan)})"),
         ("sparse", f"blocks of {cfg.layout.block_size} tokens, schedule {cfg.schedule.kind}"),
         *((f"  {letter.letter}", letter.format()) for letter in plan.sparse_letters),
-        ("density", f"{plan.density:.4f} of causal positions, {plan.sparse_density:.4f} in sparse layers"),
+        ("density", f"{plan.density:.4f} of causal positions, {plan.sparse_density:.4f} in sparse layers{_how(plan)}"),
         ("parameters", f"{_count(plan.parameters)}, {_count(plan.rank_parameters)} per rank"),
         (
             "FLOPs/token",
-            f"{_count(flops.sparse)} exact ({_count(flops.attention)} attention); "
+            f"{_count(flops.sparse)} {'exact' if plan.counts_exactly else 'expected'}"
+            f" ({_count(flops.attention)} attention); "
             f"{_count(flops.dense)} if dense ({_count(flops.dense_attention)}); "
             f"ratio {flops.sparse / flops.dense:.3f}",
         ),
@@ -45,7 +46,7 @@ def format_plan(plan: Plan) -> str:
         *([("  room", plan.advice)] if plan.advice is not None else []),
         *_time(plan),
     ]
-    if not plan.coverage.runs:
+    if not plan.sparse_letters:
         rows = [row for row in rows if row[0] not in ("sparse", "density")]
     sequence = ", sequence parallel" if parallel.sequence_parallel else ""
     virtual = f", vpp {parallel.vpp}" if parallel.vpp else ""
@@ -55,6 +56,11 @@ def format_plan(plan: Plan) -> str:
         f"{train.precision}, recompute {train.recompute}"
     )
     return "\n".join([title, *(f"{name:<13} {text}" for name, text in rows), plan.coverage.format(), _verdict(plan)])
+
+
+def _how(plan: Plan) -> str:
+    """That some counts are expected ones, where they are."""
+    return "" if plan.counts_exactly else "; expected, where the data choose"
 
 
 def epochs_of_plan(cfg: PretrainConfig) -> str:
@@ -95,6 +101,8 @@ def _time(plan: Plan) -> list[tuple[str, str]]:
             f"the peak rate of {plan.hardware.name} is unknown"
             if plan.hardware.rates is None
             else "only bf16 was measured"
+            if plan.cfg.train.precision != "bf16"
+            else "no step was measured of layers that read what the data choose"
         )
         return [("time", f"not predicted: {why}")]
     time, seconds = found.time, found.time.total
@@ -139,7 +147,7 @@ def _duration(seconds: float) -> str:
 
 def _ranks(plan: Plan) -> list[tuple[str, str]]:
     """Format how unevenly kept blocks are spread over tensor parallel ranks."""
-    if plan.cfg.parallel.tp == 1 or not plan.coverage.runs:
+    if plan.cfg.parallel.tp == 1 or not plan.sparse_letters:
         return []
     can_balance = plan.tp_spread > _UNEVEN and plan.cfg.schedule.placement != "balanced"
     advice = (

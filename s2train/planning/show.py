@@ -10,17 +10,20 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from s2train.attention.coverage import coverage_report, percent, union_coverage
+from s2train.attention.features import Feature
+from s2train.attention.hybrid import HybridLayout
+from s2train.attention.kind import LayerLayout
+from s2train.attention.reachability import DistanceRow, distance_table, reach
 from s2train.config import ShowLayoutConfig
 from s2train.costs.memory import GIB
 from s2train.costs.prediction import LENGTHS, ModelCosts, known_lengths, model_costs
 from s2train.errors import ConfigError
 from s2train.files import check_writable, replacing
-from s2train.layouts.coverage import coverage_report, percent, union_coverage
-from s2train.layouts.hybrid import HybridLayout, LayerLayout
-from s2train.layouts.reachability import DistanceRow, distance_table, reach
 from s2train.pictures import choose_layers, draw_layout
 from s2train.pictures.style import tokens
 from s2train.planning.checks import check_blocks, hybrid_layout
+from s2train.validation.attention_kinds import require_feature
 from s2train.validation.values import check_values
 
 _TERA = 1e12
@@ -42,6 +45,8 @@ def show(cfg: ShowLayoutConfig) -> None:
     check_values(cfg)
     hybrid, seq_length, folder = hybrid_layout(cfg), cfg.train.seq_length, Path(cfg.output)
     check_blocks(cfg, hybrid)
+    remedy = "Run launch/pretrain.py with plan=true for its costs"
+    require_feature(hybrid, Feature.PICTURES, "layout.layers", cfg.layout.layers, remedy)
     choose_layers(hybrid, cfg.layers)
     check_writable("output", folder)
     here = model_costs(cfg.model, hybrid, seq_length)
@@ -187,7 +192,7 @@ def _content(
         "layers": [
             {
                 "layers": numbers,
-                "kind": layer.kind.name,
+                "kind": layer.kind.label,
                 "heads": [head.describe() for head in layer.heads],
                 "density": here.layers[numbers[0]].density,
                 "kv_efficient": all(head.kv_efficient for head in layer.heads),

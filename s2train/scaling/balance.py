@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from s2train.attention.kind import LayerLayout
+from s2train.attention.registry import LETTERS
 from s2train.config import ParallelConfig
 from s2train.kernels.attention import block_sparse_attention
 from s2train.kernels.benchmarks.timing import Clock
-from s2train.layouts.hybrid import LayerLayout
-from s2train.layouts.kinds import KINDS
 from s2train.layouts.patterns import Dense, LocalVertical, Pattern
 from s2train.layouts.placement import place_balanced
 from s2train.megatron import setup
@@ -107,8 +107,8 @@ def balance(meter: Meter) -> dict[str, Any]:
     """Measure times and spreads of both parallelisms, for groups of `SIZES`."""
     tensor: dict[str, Any] = {}
     for name, heads in uneven_heads(meter.shape).items():
-        listed = LayerLayout(KINDS["S"], heads, BLOCK)
-        placed = replace(listed, heads=place_balanced(heads, meter.shape.kv_heads))
+        listed = LayerLayout(LETTERS["S"], heads, BLOCK)
+        placed = replace(listed, bound=place_balanced(heads, meter.shape.kv_heads))
         for size in SIZES:
             tensor[f"{name} tp{size}"] = {
                 "before": meter.times(size, partial(meter.heads, listed, size)),

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from s2train.attention.hybrid import build_hybrid_layout
+from s2train.attention.kind import LayerLayout
 from s2train.config import LayoutConfig, PatternConfig, ScheduleConfig
-from s2train.layouts.hybrid import LayerLayout, build_hybrid_layout
 
 
 @dataclass(frozen=True)

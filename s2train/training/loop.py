@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -20,7 +21,8 @@ from s2train.config import PretrainConfig
 from s2train.costs.memory import GIB, Memory
 from s2train.distributed.agreement import max_over_ranks
 from s2train.errors import DivergedError, StoppedBySignal
-from s2train.megatron.core_attention import kernels_of
+from s2train.megatron.block_attention import kernels_of
+from s2train.training.auxiliary_losses import AuxiliaryLosses
 from s2train.training.batches import Batch, micro_batches
 from s2train.training.loss_by_position import HeldOut, position_edges
 from s2train.training.loss_spikes import Health
@@ -58,14 +60,22 @@ class Interval:
 
     Attributes:
         losses: losses of the steps taken, including those before a resume.
+        auxiliary: auxiliary losses of the same steps, by column and layer.
         steps: steps run by this process.
         paused: seconds spent evaluating and saving, which don't count as step time.
     """
 
     losses: list[float] = field(default_factory=list)
+    auxiliary: dict[str, list[float]] = field(default_factory=dict)
     steps: int = 0
     started: float = field(default_factory=time.perf_counter)
     paused: float = 0.0
+
+    def take_step(self, loss: float, auxiliary: dict[str, float]) -> None:
+        """Count the losses of a step that changed the weights."""
+        self.losses.append(loss)
+        for name, value in auxiliary.items():
+            self.auxiliary.setdefault(name, []).append(value)
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -91,10 +101,11 @@ class Trainer:
         signals: StopSignals,
         watchdog: Watchdog,
         times: StartTimes,
+        auxiliary: AuxiliaryLosses,
     ) -> None:
         self.cfg, self.state, self.tracker, self.speed, self.device = cfg, state, tracker, speed, device
         self.train_set, self.held_out_set, self.timers = train_set, held_out_set, timers
-        self.signals, self.watchdog, self.times = signals, watchdog, times
+        self.signals, self.watchdog, self.times, self.auxiliary = signals, watchdog, times, auxiliary
         self.health = Health()
         self.saver = Saver(cfg, state, tracker.checkpoint)
 
@@ -113,7 +124,8 @@ class Trainer:
         consumed = progress.consumed_samples
         batches = self._batches(self.train_set, consumed, consumed + (last - progress.step) * size)
         self.health = Health(**progress.health)
-        interval, saved = Interval(list(progress.losses)), None
+        earlier = {name: list(values) for name, values in progress.auxiliary.items()}
+        interval, saved = Interval(list(progress.losses), earlier), None
         profiler = StepProfiler(cfg, self.state.chunks, self.tracker)
         is_save_due = False
         for step in range(first, last + 1):
@@ -124,7 +136,7 @@ class Trainer:
             consumed += size
             interval.steps += 1
             if not self.health.skipped_in_row:
-                interval.losses.append(loss)
+                interval.take_step(loss, self.auxiliary.take())
             if step == first:
                 self.times.end("first step")
                 self.tracker.note(f"step {step} done after {self.times}")
@@ -155,8 +167,10 @@ class Trainer:
                     pass
                 elif is_last or is_stopping or (is_save_due and not self.health.skipped_in_row):
                     self.watchdog.beat(f"save after step {step}")
-                    losses = list(interval.losses)  # a copy, since a background save writes them later
-                    saved = self._save(replace(progress, step=step, consumed_samples=consumed, losses=losses))
+                    # copies, since a background save writes them later
+                    losses, auxiliary = list(interval.losses), deepcopy(interval.auxiliary)
+                    now = replace(progress, step=step, consumed_samples=consumed, losses=losses, auxiliary=auxiliary)
+                    saved = self._save(now)
                     is_save_due = False
                 else:
                     self.saver.poll()
@@ -195,6 +209,7 @@ class Trainer:
         for chunk in state.chunks:
             chunk.zero_grad_buffer()
         state.optimizer.zero_grad()
+        self.auxiliary.begin_step(step)
         ((total, tokens),) = run_step(self.cfg, state.chunks, batches, forward_only=False).tolist()
         with record_function(RANGE + OPTIMIZER):
             loss, grad_norm = total / tokens, gradient_norm(state.optimizer)
@@ -270,6 +285,7 @@ class Trainer:
             held_out_loss_by_position=None if held_out is None else held_out.by_position,
             held_out_short=None if held_out is None else held_out.short,
             held_out_long=None if held_out is None else held_out.long,
+            auxiliary={name: sum(values) / len(values) for name, values in interval.auxiliary.items()},
         )
 
     def _save(self, progress: Progress) -> Path:

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from s2train.checkpoints.setting_changes import Change
 from s2train.config import PretrainConfig
 from s2train.environment.versions import git_commit, versions
 from s2train.files import set_aside
+from s2train.training.auxiliary_losses import column_means, layer_values
 from s2train.training.records import read_records
 from s2train.wandb_run import CONSUMED_TOKENS, RunInfo, WandbRun, choose_mode, place_of, say
 
@@ -52,6 +53,7 @@ class StepMetrics:
         skipped: steps of the whole run skipped because the loss or gradient was not finite.
         held_out_loss_by_position, held_out_short, held_out_long: see `s2train.training.loss_by_position.HeldOut`.
         eta_s: seconds to the last step of this job, which `train.exit_step` may set.
+        auxiliary: losses and values of kinds of attention, by `s2train.training.auxiliary_losses`' names.
         memory_gib: peak memory allocated on this rank's device; 0 on a CPU.
     """
 
@@ -71,10 +73,18 @@ class StepMetrics:
     held_out_short: float | None = None
     held_out_long: float | None = None
     skipped: int = 0
+    auxiliary: dict[str, float] = field(default_factory=dict)
 
     def values(self) -> dict[str, Any]:
-        """Values that are not None, by their names in metrics.jsonl."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        """Values that are not None, by their names in metrics.jsonl.
+
+        `auxiliary` becomes the mean of each column, and its layers' values.
+        """
+        values = {name: value for name, value in asdict(self).items() if value is not None and name != "auxiliary"}
+        for name, mean in column_means(self.auxiliary).items():
+            values[name] = mean
+            values[f"{name}_by_layer"] = dict(layer_values(self.auxiliary, name))
+        return values
 
     def wandb_row(self) -> dict[str, Any]:
         """Values by their names in wandb.
@@ -82,6 +92,9 @@ class StepMetrics:
         The loss of the positions from START on is `validation/loss_at/START`.
         """
         values = self.values()
+        for name in column_means(self.auxiliary):
+            values[f"train/{name}"] = values.pop(name)
+            values |= {f"train/{name}/layer_{layer}": value for layer, value in values.pop(f"{name}_by_layer").items()}
         ranges = values.pop("held_out_loss_by_position", [])
         row = {_WANDB_KEYS.get(name, name): value for name, value in values.items()}
         return row | {f"validation/loss_at/{start}": loss for start, _, loss in ranges}
@@ -94,6 +107,7 @@ class StepMetrics:
             last_step: step at which this job ends, to which the ETA counts.
         """
         parts = [f"step {self.step:>{len(str(steps))}}/{steps}", f"loss {self.loss:.4f}"]
+        parts += [f"{name} {value:.4f}" for name, value in column_means(self.auxiliary).items()]
         if self.held_out_loss is not None:
             parts.append(f"held out {self.held_out_loss:.4f}")
         parts += [

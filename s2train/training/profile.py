@@ -36,7 +36,7 @@ class _AnnotatedForward:
 
     def __init__(self, module: CausalCoreAttention) -> None:
         self.module, self.forward = module, module.forward
-        self.name = f"{RANGE}attention {module.layer_layout.kind.name}"
+        self.name = f"{RANGE}attention {module.layer_layout.kind.label}"
 
     def __call__(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any

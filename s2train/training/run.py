@@ -11,6 +11,9 @@ from megatron.core import parallel_state
 from megatron.core.timers import Timers
 from megatron.core.transformer.module import MegatronModule
 
+from s2train.attention.features import Feature
+from s2train.attention.hybrid import HybridLayout
+from s2train.attention.kind import lacking
 from s2train.checkpoints.resume import Start, claim_run_dir, find_start
 from s2train.checkpoints.run_state import TrainingState, load
 from s2train.config import PretrainConfig
@@ -28,13 +31,13 @@ from s2train.environment.versions import git_commit
 from s2train.errors import DivergedError, StoppedBySignal
 from s2train.kernels.attention import Backend as AttentionBackend
 from s2train.kernels.attention import resolve_backend
-from s2train.layouts.hybrid import HybridLayout
 from s2train.megatron import setup
 from s2train.megatron.layer_backends import Backend, backend_of, own_capability
 from s2train.megatron.model import build_model, transformer_config
 from s2train.planning import Plan, hybrid_layout
 from s2train.planning.report import figures, letter_rows
 from s2train.preparation.bundled_corpus import ensure_prepared
+from s2train.training.auxiliary_losses import AuxiliaryLosses
 from s2train.training.kernel_caches import set_cache_folders
 from s2train.training.loop import Speed, Trainer
 from s2train.training.metrics import Tracker
@@ -172,7 +175,8 @@ def _train(
         epochs = training_epochs(cfg.data, last_sample, cfg.train.seq_length)
         say("\n".join(describe_epochs(cfg.data, epochs)))
         tracker.event("data", epochs={one.prefix: one.epochs for one in epochs})
-    tracker.picture("layout/picture", run_dir / "layout.png")
+    if has_picture := not lacking(hybrid.layers, Feature.PICTURES):
+        tracker.picture("layout/picture", run_dir / "layout.png")
     times.end("records")
     tracker.event("ready", seconds=times.seconds)
     if is_first:
@@ -195,6 +199,7 @@ def _train(
         signals,
         watchdog,
         times,
+        AuxiliaryLosses(cfg, hybrid, chunks, state.optimizer.scale_loss),
     )
     try:
         saved = trainer.train(start.progress)
@@ -214,7 +219,7 @@ def _train(
         say(
             f"{'finished' if cfg.train.last_step == cfg.train.steps else 'stopped'} at step {cfg.train.last_step} of"
             f" {cfg.train.steps} | checkpoint {saved or 'none'} | loss curve {run_dir / 'loss.png'}"
-            f" | layout {run_dir / 'layout.png'}"
+            + (f" | layout {run_dir / 'layout.png'}" if has_picture else "")
         )
     tracker.picture("train/loss_curve", run_dir / "loss.png")
     tracker.close()
@@ -226,6 +231,8 @@ def _prepare_records(cfg: PretrainConfig, hybrid: HybridLayout) -> None:
     Meanwhile kernels are compiled and the model is built.
     """
     git_commit()  # cached for the tracker
+    if lacking(hybrid.layers, Feature.PICTURES):
+        return
     from s2train.pictures import draw_layout  # matplotlib: slow
 
     draw_layout(hybrid, cfg.train.seq_length, Path(cfg.run_dir) / "layout.png", title=cfg.model.name)

@@ -28,7 +28,7 @@ from s2train.data.blend import dataset_prefixes, parse_blend
 from s2train.distributed.rendezvous import raise_on_all_ranks, wait_for_all_ranks
 from s2train.environment.versions import versions
 from s2train.errors import ConfigError
-from s2train.planning import Plan
+from s2train.planning import Plan, hybrid_layout
 
 MAX_CLOCK_SKEW_S = 10.0  # far more than the time to wake a rank, far less than what disorders logs and file times
 _FILE_VISIBLE_S = 15.0  # a network file system may show a new file late
@@ -111,7 +111,7 @@ def check_start(cfg: PretrainConfig, plan: Plan, store: Store, rank: int, world_
         texts = store.multi_get([f"facts/{other}" for other in range(world_size)])
         for path in markers:
             path.unlink()
-        needed = checkpoint_bytes(cfg) if cfg.checkpoint.save else 0
+        needed = checkpoint_bytes(cfg, hybrid_layout(cfg)) if cfg.checkpoint.save else 0
         found = list(problems([Facts(**json.loads(text)) for text in texts], needed))
     raise_on_all_ranks(store, rank, world_size, "problems", found)
 

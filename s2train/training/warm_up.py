@@ -10,10 +10,11 @@ from typing import cast
 import torch
 from megatron.core import parallel_state
 
+from s2train.attention.hybrid import HybridLayout
+from s2train.attention.kind import LayerLayout
 from s2train.config import PretrainConfig
 from s2train.costs.parameters import head_dim
 from s2train.kernels.attention import Backend, block_sparse_attention, resolve_backend
-from s2train.layouts.hybrid import HybridLayout, LayerLayout
 from s2train.megatron.context_parallel.all_gather import chunk_ids
 from s2train.megatron.model import DTYPES
 
@@ -31,7 +32,7 @@ def run_once_per_machine(action: Callable[[], None]) -> None:
 
 
 def compile_kernels(cfg: PretrainConfig, hybrid: HybridLayout, device: torch.device) -> None:
-    """Run the sparse op once for each distinct layer layout.
+    """Run the sparse op once for each distinct static layer layout.
 
     Forward and backward.
 
@@ -44,7 +45,7 @@ def compile_kernels(cfg: PretrainConfig, hybrid: HybridLayout, device: torch.dev
         return
     tp = cfg.parallel.tp
     heads, groups = cfg.model.num_attention_heads // tp, cfg.model.num_query_groups // tp
-    for layer in dict.fromkeys(layer for layer in hybrid.layers if not layer.is_dense):
+    for layer in dict.fromkeys(layer for layer in hybrid.layers if layer.is_static and not layer.is_dense):
         for share in range(tp):
             _run_once(cfg, layer, slice(share * heads, (share + 1) * heads), groups, backend, device)
     if device.type == "cuda":

@@ -2,6 +2,7 @@
 
 import torch
 
+from s2train.attention.hybrid import HybridLayout
 from s2train.config import PretrainConfig
 from s2train.costs.parameters import head_dim
 from s2train.environment.hardware import Hardware
@@ -12,7 +13,6 @@ from s2train.errors import ConfigError
 from s2train.kernels.dense_choice import takes_fa4
 from s2train.kernels.flash4 import INSTALL as FA4
 from s2train.kernels.flash4 import fa4_problem, fa4_refuses
-from s2train.layouts.hybrid import HybridLayout
 
 _OF_TORCH = ("cudnn", "flash", "efficient")
 

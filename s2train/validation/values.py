@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from typing import Any
 
+from s2train.attention.registry import kinds_of
 from s2train.config import CheckpointConfig, OptimConfig, PretrainConfig, TrackingConfig, settings_by_name
 from s2train.errors import ConfigError
-from s2train.layouts.hybrid import patterns_of
 from s2train.layouts.schedules import find_schedule
 
 _CHOICES: dict[str, tuple[str | int, ...]] = {
@@ -86,7 +86,8 @@ def check_values(cfg: PretrainConfig) -> None:
         raise ConfigError("run_dir", cfg.run_dir, "names no folder", "Set run_dir, such as runs/mine.")
     check_seed(cfg.seed)
     find_schedule(cfg.schedule)
-    patterns_of(cfg.layout)
+    for kind in kinds_of(cfg.layout).values():
+        kind.heads()
     _check_ranges(cfg)
     _check_optimizer(cfg)
     _check_profile(cfg)

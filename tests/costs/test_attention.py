@@ -2,10 +2,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from s2train.attention.kind import LayerLayout
+from s2train.attention.registry import LETTERS
 from s2train.costs.attention import attention_flops, density, kept_positions, layout_nbytes
 from s2train.layouts.counting import kept_key_blocks
-from s2train.layouts.hybrid import LayerLayout
-from s2train.layouts.kinds import KINDS
 from s2train.layouts.patterns import Dilated, LocalVertical, Pattern
 from tests.layouts.layout_cases import make_hybrid, mask_of, patterns
 
@@ -22,7 +22,7 @@ def count_tokens(pattern: Pattern, block_size: int, seq_length: int) -> int:
 def test_kept_positions_equal_the_token_masks_of_each_head(
     heads: list[Pattern], block_size: int, seq_length: int
 ) -> None:
-    layer = LayerLayout(KINDS["S"], tuple(heads), block_size)
+    layer = LayerLayout(LETTERS["S"], tuple(heads), block_size)
     assert kept_positions(layer, seq_length) == tuple(count_tokens(head, block_size, seq_length) for head in heads)
 
 
@@ -66,7 +66,7 @@ def test_heads_of_equal_pattern_share_their_index_tensors() -> None:
 
 def test_patterns_without_columns_are_counted_where_their_masks_come_in_chunks() -> None:
     num_blocks = 2500  # more than a chunk of whole rows
-    layer = LayerLayout(KINDS["S"], (Dilated(1, 7, 0),), 1)
+    layer = LayerLayout(LETTERS["S"], (Dilated(1, 7, 0),), 1)
     assert kept_positions(layer, num_blocks) == (sum(i // 7 + 1 for i in range(num_blocks)),)
     both = kept_key_blocks([Dilated(1, 2, 0), LocalVertical(1, 2, 0)], num_blocks)
     # Odd keys of even queries: an odd way apart, and no column.

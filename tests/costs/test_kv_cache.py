@@ -3,9 +3,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from s2train.attention.kind import LayerLayout
+from s2train.attention.registry import LETTERS
 from s2train.costs.kv_cache import CacheTokens, cache_tokens, model_cache_tokens
-from s2train.layouts.hybrid import LayerLayout
-from s2train.layouts.kinds import KINDS
 from s2train.layouts.patterns import Dilated, Pattern
 from tests.layouts.layout_cases import make_hybrid, mask_of, patterns
 
@@ -35,14 +35,14 @@ def test_the_cache_holds_what_any_later_position_takes_up(
     groups: list[list[Pattern]], block_size: int, seq_length: int
 ) -> None:
     heads = tuple(head for group in groups for head in group)
-    tokens = cache_tokens(LayerLayout(KINDS["S"], heads, block_size), len(groups), seq_length)
+    tokens = cache_tokens(LayerLayout(LETTERS["S"], heads, block_size), len(groups), seq_length)
     held = simulate(groups, block_size, seq_length)
     assert (tokens.peak, tokens.end, tokens.dense) == (max(held), held[-1], len(groups) * seq_length)
     assert tokens.read == tokens.end  # the last position has no later one
 
 
 def test_a_dilated_head_holds_nearly_all_until_the_end() -> None:
-    layer = LayerLayout(KINDS["S"], (Dilated(1, 3, 0),), 16)
+    layer = LayerLayout(LETTERS["S"], (Dilated(1, 3, 0),), 16)
     tokens = cache_tokens(layer, 1, 40 * 16)
     assert tokens.peak > 36 * 16
     assert tokens.end == 14 * 16

@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from s2train.attention.hybrid import HybridLayout, build_hybrid_layout
 from s2train.config import LayoutConfig, ModelConfig, PatternConfig, ScheduleConfig
 from s2train.costs.attention_time import AttentionRates, attention_seconds, dense_seconds
 from s2train.costs.prediction import LENGTHS, Efficiency, known_lengths, linear_rate, model_costs
-from s2train.layouts.hybrid import HybridLayout, build_hybrid_layout
 from s2train.layouts.patterns import MaskPattern
 
 RESULTS = Path(__file__).parents[2] / "kernels" / "results" / "2026-11-22-h100-benchmarks.json"
@@ -89,6 +89,6 @@ def test_masks_from_a_file_are_counted_as_far_as_they_reach() -> None:
     hybrid = hybrid_of("S")
     assert known_lengths(hybrid) == LENGTHS
     mask = MaskPattern.of(np.tri(256, dtype=bool), "masks.npz", "layout.pattern")
-    of_file = replace(hybrid, layers=(replace(hybrid.layers[0], heads=(mask,) * 32),) * 4)
+    of_file = replace(hybrid, layers=(replace(hybrid.layers[0], bound=(mask,) * 32),) * 4)
     assert known_lengths(of_file) == (8192, 16_384, 32_768)
     assert model_costs(MODEL, of_file, 32_768).density == 1

@@ -1,9 +1,9 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from s2train.attention.kind import LayerLayout
+from s2train.attention.registry import LETTERS
 from s2train.costs.traffic import attention_traffic
-from s2train.layouts.hybrid import LayerLayout
-from s2train.layouts.kinds import KINDS
 from s2train.layouts.patterns import Pattern
 from tests.layouts.layout_cases import make_hybrid, mask_of, patterns
 
@@ -36,7 +36,7 @@ def loaded(pattern: Pattern, num_blocks: int, block_size: int) -> tuple[int, int
 def test_the_kernels_load_what_their_tiles_keep(
     pair: list[Pattern], block_size: int, num_blocks: int, head_dim: int
 ) -> None:
-    layer = LayerLayout(KINDS["S"], (*pair, *pair), block_size)
+    layer = LayerLayout(LETTERS["S"], (*pair, *pair), block_size)
     seq_length = num_blocks * block_size
     moved = attention_traffic(layer, 2, seq_length, head_dim)
     keys = queries = 0
@@ -63,13 +63,13 @@ def test_each_tensor_once_is_the_least() -> None:
 
 @given(st.lists(patterns, min_size=1, max_size=3), st.integers(1, 2500))
 def test_streaming_never_moves_less_than_each_tensor_once(heads: list[Pattern], seq_length: int) -> None:
-    moved = attention_traffic(LayerLayout(KINDS["S"], tuple(heads), 64), len(heads), seq_length, 128)
+    moved = attention_traffic(LayerLayout(LETTERS["S"], tuple(heads), 64), len(heads), seq_length, 128)
     assert moved.forward_least <= moved.forward
     assert moved.backward_least <= moved.backward
 
 
 @given(patterns, st.integers(1, 40))
 def test_tiles_of_two_blocks_load_the_union_of_their_rows(pattern: Pattern, num_blocks: int) -> None:
-    moved = attention_traffic(LayerLayout(KINDS["S"], (pattern,), 64), 1, num_blocks * 64, 64)
+    moved = attention_traffic(LayerLayout(LETTERS["S"], (pattern,), 64), 1, num_blocks * 64, 64)
     keys = sum(int(rows.any(0).sum()) for rows in mask_of(pattern, num_blocks).split(2)) * 64
     assert moved.forward == num_blocks * 64 * (2 * 128 + 4) + 2 * keys * 128

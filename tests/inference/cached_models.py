@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from s2train.attention.hybrid import HybridLayout, build_hybrid_layout
+from s2train.attention.kind import LayerLayout
+from s2train.attention.registry import LETTERS
 from s2train.config import LayoutConfig, PatternConfig, ScheduleConfig
-from s2train.layouts.hybrid import HybridLayout, LayerLayout, build_hybrid_layout
-from s2train.layouts.kinds import KINDS
 from s2train.layouts.patterns import Dense, LocalVertical, Pattern
 from s2train.layouts.patterns.file import write_masks
 from s2train.layouts.schedules import find_schedule
@@ -68,7 +69,7 @@ REGISTERED: dict[str, PatternConfig] = {
 def hybrid_of(name: str, block_size: int = BLOCK) -> HybridLayout:
     """The layout of one of MODELS."""
     heads, groups = MODELS[name]
-    kinds = [KINDS["D" if all(isinstance(h, Dense) for h in layer) else "S"] for layer in heads]
+    kinds = [LETTERS["D" if all(isinstance(h, Dense) for h in layer) else "S"] for layer in heads]
     layers = tuple(LayerLayout(kind, tuple(layer), block_size) for kind, layer in zip(kinds, heads, strict=True))
     return HybridLayout(layers, block_size, groups, find_schedule(ScheduleConfig(kind="shifted")))
 

@@ -14,15 +14,16 @@ import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
+from s2train.attention.hybrid import HybridLayout
 from s2train.config import ModelConfig, ParallelConfig, PretrainConfig, TrainConfig
 from s2train.errors import ConfigError
 from s2train.inference.cached_model import CachedModel
 from s2train.inference.generation import generate
 from s2train.inference.kv_cache import KVCache, kv_cache
 from s2train.inference.page_pool import OutOfPagesError
-from s2train.layouts.hybrid import HybridLayout
 from s2train.layouts.patterns.registry import PATTERNS
-from s2train.megatron.core_attention import CausalCoreAttention, DenseCoreAttention
+from s2train.megatron.block_attention import DenseCoreAttention
+from s2train.megatron.core_attention import CausalCoreAttention
 from s2train.megatron.layer_backends import choose_backend
 from s2train.megatron.model import build_model, transformer_config, unwrap
 from s2train.megatron.setup import initialize, shutdown

@@ -9,8 +9,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from s2train.attention.hybrid import HybridLayout, build_hybrid_layout
 from s2train.config import LayoutConfig, PatternConfig, ScheduleConfig
-from s2train.layouts.hybrid import HybridLayout, build_hybrid_layout
 from s2train.layouts.patterns import (
     Dense,
     Dilated,

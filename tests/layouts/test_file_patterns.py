@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from s2train.attention.coverage import coverage_report
+from s2train.attention.hybrid import HybridLayout
 from s2train.config import PatternConfig
 from s2train.costs.attention import kept_positions
 from s2train.errors import ConfigError
-from s2train.layouts.coverage import coverage_report
-from s2train.layouts.hybrid import HybridLayout
 from s2train.layouts.patterns.file import write_masks
 from tests.layouts.layout_cases import make_hybrid
 

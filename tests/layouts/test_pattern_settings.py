@@ -8,9 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from s2train.attention.coverage import coverage_report, union_coverage
 from s2train.config import PatternConfig
 from s2train.errors import ConfigError
-from s2train.layouts.coverage import coverage_report, union_coverage
 from s2train.layouts.patterns import Dense, Dilated, GlobalBlocks, LocalVertical, Pattern, Ranges, SlidingWindow
 from s2train.layouts.patterns.registry import PATTERNS, REQUIRED, with_defaults
 from tests.layouts.layout_cases import make_hybrid, mask_of

@@ -6,10 +6,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from s2train.attention.coverage import coverage_report
+from s2train.attention.hybrid import HybridLayout, build_hybrid_layout
 from s2train.config import LayoutConfig, PatternConfig, ScheduleConfig
 from s2train.costs.attention import rank_spread
-from s2train.layouts.coverage import coverage_report
-from s2train.layouts.hybrid import HybridLayout, build_hybrid_layout
 from s2train.layouts.patterns import Dense, LocalVertical, MaskPattern, SlidingWindow
 from s2train.layouts.placement import balanced_order, place_balanced
 

@@ -7,10 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from s2train.attention.coverage import check_coverage, coverage_report
+from s2train.attention.hybrid import HybridLayout
+from s2train.attention.kind import LayerLayout
 from s2train.config import LayoutConfig, PatternConfig
 from s2train.errors import ConfigError
-from s2train.layouts.coverage import check_coverage, coverage_report
-from s2train.layouts.hybrid import HybridLayout, LayerLayout
 from s2train.layouts.schedules import SCHEDULES
 from tests.layouts.layout_cases import make_hybrid
 

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
+from s2train.attention.hybrid import HybridLayout
+from s2train.attention.kind import LayerLayout
+from s2train.attention.registry import LETTERS
 from s2train.errors import ConfigError
-from s2train.layouts.hybrid import HybridLayout, LayerLayout
-from s2train.layouts.kinds import KINDS
 from s2train.layouts.patterns import Dense, Dilated, LocalVertical, MaskPattern, Pattern, Ranges, SlidingWindow
 from s2train.pictures import choose_layers, draw_layout
 from s2train.pictures.blocks import reduce_masks
@@ -42,7 +43,7 @@ def test_heads_of_any_patterns_are_drawn_side_by_side(tmp_path: Path) -> None:
         Dense(), mask, Dilated(2, 4, 1), SlidingWindow(3, 1), Ranges(((4, 1), (None, 8)), 3), LocalVertical(2, 4, 1),
     )  # fmt: skip
     hybrid = make_hybrid("S", num_layers=2, num_heads=6)
-    mixed = replace(hybrid, layers=(replace(hybrid.layers[0], heads=heads), hybrid.layers[1]))
+    mixed = replace(hybrid, layers=(replace(hybrid.layers[0], bound=heads), hybrid.layers[1]))
     assert picture(mixed, tmp_path).std() > 0.1
 
 
@@ -89,7 +90,7 @@ def test_a_missing_layer_is_rejected() -> None:
 @settings(deadline=None)
 @given(st.lists(patterns, min_size=1, max_size=3), st.integers(1, 40))
 def test_short_masks_are_drawn_block_by_block(heads: list[Pattern], num_blocks: int) -> None:
-    reduced = reduce_masks(LayerLayout(KINDS["S"], tuple(heads), 16), num_blocks)
+    reduced = reduce_masks(LayerLayout(LETTERS["S"], tuple(heads), 16), num_blocks)
     causal = np.tri(num_blocks, dtype=bool)
     assert np.array_equal(np.isnan(reduced.union), ~causal)
     assert np.array_equal(reduced.union[causal], union_of(heads, num_blocks).numpy()[causal])

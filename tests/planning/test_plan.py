@@ -6,11 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from s2train.attention.kind import LayerLayout
+from s2train.attention.registry import LETTERS
 from s2train.config import LayoutConfig, ModelConfig, ParallelConfig, PretrainConfig, TrainConfig
 from s2train.costs.flops import token_flops
 from s2train.costs.memory import rank_memory, stage_activations
 from s2train.costs.parameters import stage_parameters, total_parameters
 from s2train.environment.hardware import Hardware, gpu_rates
+from s2train.layouts.patterns import Dense
 from s2train.planning import Plan, check, format_plan, hybrid_layout, make_plan, preview
 
 GIB = 1024**3
@@ -29,6 +32,11 @@ def config(model: ModelConfig = MISTRAL_7B, *, layers: str = "DSSS", **parallel:
     )
 
 
+def dense(model: ModelConfig) -> tuple[LayerLayout, ...]:
+    """Dense layers, as many as the model has."""
+    return (LayerLayout(LETTERS["D"], (Dense(),) * model.num_attention_heads, 64),) * model.num_layers
+
+
 def plan(cfg: PretrainConfig, world_size: int) -> Plan:
     return make_plan(cfg, hybrid_layout(cfg), world_size, H100)
 
@@ -38,12 +46,12 @@ def plan(cfg: PretrainConfig, world_size: int) -> Plan:
     [(LLAMA3_8B, 8_030_261_248), (MISTRAL_7B, 7_241_732_096), (TINYLLAMA, 1_100_048_384)],
 )
 def test_parameters_are_those_of_published_models(model: ModelConfig, published: int) -> None:
-    assert total_parameters(model) == published
+    assert total_parameters(model, dense(model)) == published
 
 
 def test_a_tied_embedding_counts_once() -> None:
     tied = replace(TINYLLAMA, tie_embeddings=True)
-    assert total_parameters(TINYLLAMA) - total_parameters(tied) == 32000 * 2048
+    assert total_parameters(TINYLLAMA, dense(tied)) - total_parameters(tied, dense(tied)) == 32000 * 2048
 
 
 @pytest.mark.parametrize("tie", [False, True])
@@ -51,10 +59,12 @@ def test_a_tied_embedding_counts_once() -> None:
 def test_ranks_together_hold_the_model_and_their_copies(tie: bool, tp: int, pp: int, vpp: int | None) -> None:
     model = replace(MISTRAL_7B, tie_embeddings=tie)
     parallel = ParallelConfig(tp=tp, pp=pp, vpp=vpp)
-    held = tp * sum(stage_parameters(model, parallel, stage, model.num_layers // pp) for stage in range(pp))
+    held = tp * sum(
+        stage_parameters(model, parallel, stage, dense(model)[: model.num_layers // pp]) for stage in range(pp)
+    )
     norms = (2 * model.num_layers + 1) * model.hidden_size * (tp - 1)  # every tensor parallel rank has them
     table = model.vocab_size * model.hidden_size if tie and pp > 1 else 0  # on the first stage and the last
-    assert held == total_parameters(model) + norms + table
+    assert held == total_parameters(model, dense(model)) + norms + table
 
 
 def test_dense_flops_are_those_of_a_count_over_every_matrix_product() -> None:
@@ -102,7 +112,7 @@ def test_weights_gradients_and_optimizer_take_18_bytes_a_parameter_in_bf16_and_1
         cfg.train.precision = precision
         memory = plan(cfg, 4).memory
         assert (memory.weights, memory.gradients, memory.optimizer) == tuple(
-            n * total_parameters(TINYLLAMA) for n in expected
+            n * total_parameters(TINYLLAMA, dense(TINYLLAMA)) for n in expected
         )
 
 
@@ -114,7 +124,7 @@ def test_the_distributed_optimizer_is_shared_over_data_and_context_parallel_rank
 
 def activations(cfg: PretrainConfig, stage: int = 0, micro_batches: int = 64) -> int:
     chunks = cfg.parallel.vpp or 1
-    layers = (cfg.model.num_layers // (cfg.parallel.pp * chunks),) * chunks
+    layers = (dense(cfg.model)[: cfg.model.num_layers // (cfg.parallel.pp * chunks)],) * chunks
     return stage_activations(cfg, stage, layers, micro_batches, "cuda")
 
 
@@ -167,8 +177,10 @@ def test_early_pipeline_stages_hold_more_micro_batches() -> None:
 def test_the_plan_is_of_the_fullest_stage() -> None:
     cfg = config(pp=4, tp=2)
     found = plan(cfg, 8)
-    assert found.rank_parameters == max(stage_parameters(cfg.model, cfg.parallel, stage, 8) for stage in range(4))
-    assert found.memory == rank_memory(cfg, 8, found.pipeline.stages, found.memory.layouts, "cuda")
+    assert found.rank_parameters == max(
+        stage_parameters(cfg.model, cfg.parallel, stage, dense(cfg.model)[:8]) for stage in range(4)
+    )
+    assert found.memory == rank_memory(cfg, hybrid_layout(cfg), 8, found.pipeline.stages, found.memory.layouts, "cuda")
     assert found.memory.activations == activations(cfg, 0)
 
 

@@ -41,8 +41,8 @@ for overrides in json.loads(sys.argv[1]):
     with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
         loss = model(tokens, torch.arange(shape[1]).expand(shape), None, labels=tokens)
     results.append(dict(
-        parameters=(sum(p.numel() for p in model.parameters()), total_parameters(cfg.model)),
-        activations=(sum(saved.values()), stage_activations(cfg, 0, (cfg.model.num_layers,), 1, "cpu")),
+        parameters=(sum(p.numel() for p in model.parameters()), total_parameters(cfg.model, hybrid_layout(cfg).layers)),
+        activations=(sum(saved.values()), stage_activations(cfg, 0, (hybrid_layout(cfg).layers,), 1, "cpu")),
     ))
 shutdown()
 print(json.dumps(results))

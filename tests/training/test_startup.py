@@ -14,6 +14,7 @@ from s2train.costs.parameters import total_parameters
 from s2train.distributed import rendezvous
 from s2train.environment.hardware import Hardware
 from s2train.errors import MissingRankError, StartUpError
+from s2train.planning import hybrid_layout
 from s2train.training import startup
 from s2train.training.startup import Facts, check_start, problems
 from tests.test_configs import pretrain
@@ -137,4 +138,5 @@ def test_a_rank_that_never_starts_is_named(tmp_path: Path, monkeypatch: pytest.M
 def test_a_checkpoint_holds_weights_and_fp32_optimizer_state(precision: str, distributed: bool, expected: int) -> None:
     cfg = pretrain("+model=tiny_hybrid", f"train.precision={precision}")
     cfg.parallel.distributed_optimizer = distributed
-    assert checkpoint_bytes(cfg) == expected * total_parameters(cfg.model)
+    hybrid = hybrid_layout(cfg)
+    assert checkpoint_bytes(cfg, hybrid) == expected * total_parameters(cfg.model, hybrid.layers)

@@ -5,18 +5,27 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from s2train.attention.features import Feature
 from s2train.checkpoints.folders import find_checkpoint, load_for_inference, read_config
 from s2train.checkpoints.hugging_face.folder import require_safetensors, write_weights
 from s2train.checkpoints.hugging_face.layout_json import layout_json
 from s2train.checkpoints.hugging_face.run_settings import KEY, settings_json
 from s2train.checkpoints.hugging_face.tokenizer_files import write_tokenizer
-from s2train.checkpoints.hugging_face.weights import EMBEDDING, OUTPUT, head_dim, to_llama, with_rows
+from s2train.checkpoints.hugging_face.weights import (
+    EMBEDDING,
+    OUTPUT,
+    head_dim,
+    to_llama,
+    unknown_weights,
+    with_rows,
+)
 from s2train.config import ExportConfig, ParallelConfig, PretrainConfig
 from s2train.data.tokenizers import FileTokenizer, Tokenizer, load_tokenizer
 from s2train.errors import ConfigError
 from s2train.megatron.model import unwrap
 from s2train.megatron.setup import initialize, shutdown
 from s2train.planning import hybrid_layout
+from s2train.validation.attention_kinds import require_feature
 
 MODELING = "modeling_s2.py"
 _DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
@@ -29,10 +38,13 @@ def export(cfg: ExportConfig) -> Path:
     In one process; the folder is written under another name and renamed when whole.
 
     Raises:
-        ConfigError: no checkpoint there, no such tokenizer, a folder that exists, or a vocabulary out of range.
+        ConfigError: no checkpoint there, a kind of attention or a weight that the format can't hold, no such tokenizer,
+            a folder that exists, or a vocabulary out of range.
     """
     path, output = find_checkpoint(cfg.checkpoint), Path(cfg.output)
     trained = read_config(path)
+    remedy = "Export a model without such layers"
+    require_feature(hybrid_layout(trained), Feature.EXPORT, "checkpoint", path, remedy)
     require_safetensors("output", cfg.output)
     if output.exists():
         raise ConfigError("output", output, "it exists", "Name a folder that doesn't")
@@ -44,7 +56,11 @@ def export(cfg: ExportConfig) -> Path:
 
     # transformer-engine's layers have other names for their norms
     loaded = load_for_inference(path, initialize(ParallelConfig(), trained.seed), layer_backend="local")
-    weights = to_llama(unwrap(loaded.model).state_dict(), trained.model)
+    state = unwrap(loaded.model).state_dict()
+    if unknown := unknown_weights(state, trained.model):
+        problem = f"its model has weights that the format has no place for, such as {unknown[0]}"
+        raise ConfigError("checkpoint", path, problem, "Export a model without them")
+    weights = to_llama(state, trained.model)
     for name in (EMBEDDING, OUTPUT):
         if name in weights:
             weights[name] = with_rows(weights[name], rows)

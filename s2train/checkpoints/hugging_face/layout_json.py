@@ -4,7 +4,7 @@ import base64
 from dataclasses import fields
 from typing import Any
 
-from s2train.layouts.hybrid import HybridLayout
+from s2train.attention.hybrid import HybridLayout
 from s2train.layouts.patterns import Dense, Pattern
 from s2train.layouts.patterns.dilated import Dilated
 from s2train.layouts.patterns.file import MaskPattern

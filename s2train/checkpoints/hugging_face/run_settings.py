@@ -65,7 +65,8 @@ def copy_masks(layout: LayoutConfig, weights: Path) -> None:
 
 def _with_file(layout: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """The patterns of a layout's settings that read a file."""
-    for pattern in (layout.get("pattern"), *layout.get("patterns", {}).values()):
+    of_kinds = [kind.get("pattern") for kind in layout.get("kinds", {}).values()]
+    for pattern in (layout.get("pattern"), *layout.get("patterns", {}).values(), *of_kinds):
         if isinstance(pattern, dict) and pattern.get("file") is not None:
             yield pattern
 

@@ -45,11 +45,22 @@ def llama_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes if model.tie_embeddings else shapes | {OUTPUT: (model.vocab_size, hidden)}
 
 
+def unknown_weights(weights: Mapping[str, Tensor], model: ModelConfig) -> list[str]:
+    """The names of a GPTModel's weights that a Llama has no place for; extra state doesn't count."""
+    known = {*_ENDS, *(f"decoder.layers.{n}.{name}" for n in range(model.num_layers) for name in (*_LAYER, _QKV, _FC1))}
+    return [name for name in weights if name not in known and not name.endswith("_extra_state")]
+
+
 def to_llama(weights: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
     """A whole GPTModel's weights as a Llama's.
 
     Megatron keeps the rows of a KV group together, its queries, key and value, [groups, (q + 2) · d, hidden].
+
+    Raises:
+        ValueError: a weight has no place there.
     """
+    if unknown := unknown_weights(weights, model):
+        raise ValueError(f"a Llama has no place for {', '.join(unknown)}")
     found = {new: weights[old] for old, new in _ENDS.items() if old in weights}
     group = model.num_attention_heads // model.num_query_groups
     for layer in range(model.num_layers):

@@ -9,10 +9,11 @@ import pytest
 import torch
 from s2train.kernels.token_mask import token_mask as true_token_mask
 
+from s2train.attention.hybrid import HybridLayout
+from s2train.attention.kind import LayerLayout
+from s2train.attention.registry import LETTERS
 from s2train.checkpoints.hugging_face.layout_json import layout_json, pattern_json
 from s2train.checkpoints.hugging_face.modeling_s2 import keeps, token_mask
-from s2train.layouts.hybrid import HybridLayout, LayerLayout
-from s2train.layouts.kinds import KINDS
 from s2train.layouts.patterns import Dense, LocalVertical, Pattern
 from s2train.layouts.patterns.dilated import Dilated
 from s2train.layouts.patterns.file import MaskPattern
@@ -57,7 +58,7 @@ def test_keeps_what_the_pattern_keeps(name: str) -> None:
 
 def test_a_layout_has_each_pattern_once_and_every_head_its_own() -> None:
     heads = (Dense(), LocalVertical(2, 3, 0), LocalVertical(2, 3, 1), Dense())
-    layers = (LayerLayout(KINDS["S"], heads, 32), LayerLayout(KINDS["D"], (Dense(),) * 4, 32))
+    layers = (LayerLayout(LETTERS["S"], heads, 32), LayerLayout(LETTERS["D"], (Dense(),) * 4, 32))
     written = layout_json(HybridLayout(layers, 32, 2, None))  # type: ignore[arg-type]
     assert written["block_size"] == 32
     assert len(written["patterns"]) == 3
@@ -66,7 +67,7 @@ def test_a_layout_has_each_pattern_once_and_every_head_its_own() -> None:
 
 def test_token_masks_are_the_kernels() -> None:
     heads = (PATTERNS["local vertical"](), PATTERNS["dilated"](), Dense(), PATTERNS["local vertical"]())
-    layer, size, length = LayerLayout(KINDS["S"], heads, 16), 16, any_of(50, 300)
+    layer, size, length = LayerLayout(LETTERS["S"], heads, 16), 16, any_of(50, 300)
     written = layout_json(HybridLayout((layer,), size, 1, None))  # type: ignore[arg-type]
     first = any_of(0, length - 1)
     found = token_mask(written["patterns"], written["layers"][0], size, first, length, torch.device("cpu"))

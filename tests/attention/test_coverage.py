@@ -5,11 +5,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from s2train.attention.coverage import check_coverage, coverage_report, percent, union_coverage
+from s2train.attention.hybrid import HybridLayout
 from s2train.config import LayoutConfig, PatternConfig
 from s2train.errors import ConfigError
 from s2train.layouts.counting import kept_key_blocks
-from s2train.layouts.coverage import check_coverage, coverage_report, percent, union_coverage
-from s2train.layouts.hybrid import HybridLayout
 from s2train.layouts.patterns import Pattern
 from s2train.layouts.schedules import SCHEDULES
 from tests.layouts.layout_cases import banded_patterns, make_hybrid, patterns, union_of

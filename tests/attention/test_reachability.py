@@ -5,11 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from s2train.attention.hybrid import HybridLayout
+from s2train.attention.kind import LayerLayout
+from s2train.attention.reachability import direct_heads, distance_table, reach
+from s2train.attention.registry import LETTERS
 from s2train.errors import ConfigError
-from s2train.layouts.hybrid import HybridLayout, LayerLayout
-from s2train.layouts.kinds import KINDS
 from s2train.layouts.patterns import Pattern
-from s2train.layouts.reachability import direct_heads, distance_table, reach
 from s2train.layouts.schedules import SCHEDULES
 from tests.layouts.layout_cases import make_hybrid, patterns, union_of
 
@@ -17,7 +18,7 @@ layers_of_heads = st.lists(st.lists(patterns, min_size=1, max_size=3), min_size=
 
 
 def hybrid_of(layers: list[list[Pattern]], block_size: int) -> HybridLayout:
-    kind = KINDS["S"]
+    kind = LETTERS["S"]
     return HybridLayout(
         tuple(LayerLayout(kind, tuple(heads), block_size) for heads in layers), block_size, 1, SCHEDULES["shifted"]
     )

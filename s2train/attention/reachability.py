@@ -4,20 +4,24 @@ A layer hands on to query position i what stands at every position j <= i that a
 already stays there (the residual stream). So information goes from key to query by hops backwards in the graph of
 kept blocks, at most one hop a layer, and may wait in place through any layer.
 
+Only layouts whose layers are all static have a reach: where the data choose, it isn't known before (TypeError).
+
 Counting by blocks is exact for tokens: every token of a query block keeps the same earlier key blocks, whole, and
 of its own block the tokens up to itself. So all keys of an earlier block arrive together.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from s2train.attention.hybrid import HybridLayout
+from s2train.attention.kind import LayerLayout
 from s2train.errors import ConfigError
-from s2train.layouts.hybrid import HybridLayout
-from s2train.layouts.masks import packed_unions, unpack
+from s2train.layouts.masks import packed_mask, unpack
+from s2train.layouts.patterns import Dense, Pattern
 
 NEVER = -1
 
@@ -77,7 +81,7 @@ def reach(hybrid: HybridLayout, seq_length: int, query: int | None = None) -> Re
         raise ConfigError("query", query, f"no position of {seq_length} tokens", f"Use 0 to {seq_length - 1}.")
     own = query // hybrid.block_size
     count = own + 1  # later blocks can't be seen
-    unions = packed_unions(hybrid.layers, count)
+    unions = _packed_unions(hybrid.layers, count)
     from_first = np.full(-(-seq_length // hybrid.block_size), NEVER, dtype=np.int64)
     fewest = from_first.copy()
     from_first[own] = fewest[own] = int(query % hybrid.block_size > 0)
@@ -116,6 +120,28 @@ def _step(reached: np.ndarray, union: np.ndarray | None) -> np.ndarray:
     if union is None:
         return np.arange(len(reached)) <= reached.nonzero()[0].max()
     return unpack(np.bitwise_or.reduce(union[reached], axis=0), len(reached)) | reached
+
+
+def _packed_unions(layers: Sequence[LayerLayout], num_blocks: int) -> list[np.ndarray | None]:
+    """For each layer what its heads keep together, as `packed_mask`; None where that is every causal block.
+
+    Layers of the same patterns share one array, and each pattern's mask is made once.
+    """
+    of_layer = [frozenset(layer.heads) for layer in layers]
+    unions: dict[frozenset[Pattern], np.ndarray | None] = {
+        heads: None if _has_dense(heads) else np.zeros((num_blocks, -(-num_blocks // 64)), dtype=np.uint64)
+        for heads in of_layer
+    }
+    for pattern in dict.fromkeys(head for heads, union in unions.items() if union is not None for head in heads):
+        mask = packed_mask(pattern, num_blocks)
+        for heads, union in unions.items():
+            if union is not None and pattern in heads:
+                union |= mask
+    return [unions[heads] for heads in of_layer]
+
+
+def _has_dense(heads: Iterable[Pattern]) -> bool:
+    return any(isinstance(head, Dense) for head in heads)
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
+from s2train.attention.hybrid import HybridLayout
+from s2train.attention.kind import LayerLayout
 from s2train.config import LayoutConfig
 from s2train.errors import ConfigError
 from s2train.layouts.counting import kept_key_blocks
-from s2train.layouts.hybrid import HybridLayout, LayerLayout, pattern_setting
 from s2train.layouts.patterns import Dense, Pattern
 from s2train.layouts.schedules import SCHEDULES
 
@@ -62,17 +63,18 @@ class CoverageReport:
     num_blocks: int
     schedule: str
     runs: tuple[RunCoverage, ...]
+    undefined: tuple[str, ...] = ()  # a line for each kind whose reads the data choose: which layers, and its name
 
     def format(self) -> str:
         """Lines for a log: one for each sort of run, naming its layers."""
         head = f"coverage at {self.seq_length:,} tokens ({self.num_blocks:,} blocks), schedule {self.schedule}"
-        if not self.runs:
+        if not self.runs and not self.undefined:
             return f"{head}: no sparse layers"
         alike: dict[str, list[str]] = {}
         for run in self.runs:
             alike.setdefault(_describe(run), []).append(run.numbers)
         lines = [f"  layers {', '.join(numbers)}: {text}" for text, numbers in alike.items()]
-        return "\n".join([f"{head}:", *lines])
+        return "\n".join([f"{head}:", *lines, *(f"  {line}" for line in self.undefined)])
 
 
 def union_coverage(heads: Sequence[Pattern], num_blocks: int) -> Coverage:
@@ -93,8 +95,8 @@ def coverage_report(hybrid: HybridLayout, seq_length: int) -> CoverageReport:
         return counted[distinct]
 
     runs = []
-    for is_dense, group in itertools.groupby(enumerate(hybrid.layers), lambda item: item[1].is_dense):
-        if is_dense:
+    for is_covered, group in itertools.groupby(enumerate(hybrid.layers), lambda item: _has_coverage(item[1])):
+        if not is_covered:
             continue
         numbers, layers = zip(*group, strict=True)
         layers_alone = tuple(union(layer.heads) for layer in layers)
@@ -108,7 +110,23 @@ def coverage_report(hybrid: HybridLayout, seq_length: int) -> CoverageReport:
                 tuple(sum(isinstance(head, Dense) for head in layer.heads) for layer in layers),
             )
         )
-    return CoverageReport(seq_length, num_blocks, hybrid.schedule.name, tuple(runs))
+    return CoverageReport(seq_length, num_blocks, hybrid.schedule.name, tuple(runs), _undefined(hybrid))
+
+
+def _has_coverage(layer: LayerLayout) -> bool:
+    """Whether fixed patterns keep less than everything, so that it can be counted what no head sees."""
+    return layer.is_static and not layer.is_dense
+
+
+def _undefined(hybrid: HybridLayout) -> tuple[str, ...]:
+    numbers: dict[str, list[int]] = {}
+    for number, layer in enumerate(hybrid.layers):
+        if not layer.is_static:
+            numbers.setdefault(layer.kind.label, []).append(number)
+    return tuple(
+        f"layers {', '.join(map(str, of_kind))}: not defined, {name} attention reads what the data choose"
+        for name, of_kind in numbers.items()
+    )
 
 
 def _shifts(layer: LayerLayout) -> list[Pattern]:
@@ -193,7 +211,8 @@ def _missing(patterns: Sequence[Pattern], num_blocks: int) -> tuple[int, list[in
 def _remedy(hybrid: HybridLayout, report: CoverageReport, numbers: range) -> str:
     """What would make the layers see everything."""
     layer = max((hybrid.layers[number] for number in numbers), key=lambda layer: _scheduled_head(layer).period)
-    head, setting = _scheduled_head(layer), pattern_setting(layer.kind.letter)
+    head, kind = _scheduled_head(layer), layer.kind
+    setting = kind.pattern_setting
     num_heads, groups = len(layer.heads), hybrid.num_query_groups
     shortest_run = min(len(run.layers) for run in report.runs)
     widest = {kind: schedule.widest_stride(num_heads, groups, shortest_run) for kind, schedule in SCHEDULES.items()}

@@ -3,8 +3,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from s2train.attention.hybrid import parse_layers
 from s2train.errors import ConfigError
-from s2train.layouts.hybrid import parse_layers
 from s2train.layouts.patterns import Dense, LocalVertical
 from tests.layouts.layout_cases import make_hybrid, mask_of
 

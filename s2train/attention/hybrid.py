@@ -6,15 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
-import torch
-
+from s2train.attention.kind import AttentionKind, KindContext, LayerLayout
+from s2train.attention.registry import LETTERS, kinds_of
 from s2train.config import LayoutConfig, ScheduleConfig
 from s2train.errors import ConfigError
-from s2train.kernels.layout import BLOCK_SIZES, BlockLayout
-from s2train.kernels.layout_builder import ColumnRule, Rule
-from s2train.layouts.kinds import KINDS, AttentionKind, KindContext
-from s2train.layouts.patterns import BandedPattern, Dense, HeadPatterns, LayerContext, Pattern
-from s2train.layouts.patterns.registry import build_patterns, read_pattern
+from s2train.kernels.layout import BLOCK_SIZES
+from s2train.layouts.patterns import LayerContext, Pattern
 from s2train.layouts.placement import place_balanced
 from s2train.layouts.schedules import Schedule, ScheduleContext, dense_head_numbers, find_schedule
 
@@ -22,7 +19,7 @@ _GROUP = re.compile(r"(?P<runs>(?:[A-Z][0-9]*)+)(?:x(?P<repeat>[0-9]+))?")
 _RUN = re.compile(r"([A-Z])([0-9]*)")
 
 
-def parse_layers(text: str, num_layers: int, kinds: Mapping[str, AttentionKind] = KINDS) -> tuple[str, ...]:
+def parse_layers(text: str, num_layers: int, kinds: Mapping[str, AttentionKind] = LETTERS) -> tuple[str, ...]:
     """The letter of every layer, from a string such as DSSS.
 
     Grammar (nothing in it that a shell would touch)::
@@ -51,10 +48,10 @@ def parse_layers(text: str, num_layers: int, kinds: Mapping[str, AttentionKind] 
 
 
 def _parse_group(group: str, text: str, kinds: Mapping[str, AttentionKind]) -> tuple[list[tuple[str, int]], int]:
-    valid = ", ".join(f"{letter} ({kind.name})" for letter, kind in kinds.items())
+    valid = ", ".join(f"{letter} ({kind.label})" for letter, kind in kinds.items())
     for letter in group:
         if letter.isalpha() and letter != "x" and letter not in kinds:
-            remedy = f"Letters: {valid}; layout.patterns declares further ones."
+            remedy = f"Letters: {valid}; layout.patterns and layout.kinds declare further ones."
             raise ConfigError("layout.layers", text, f"unknown letter {letter}", remedy)
     match = _GROUP.fullmatch(group)
     if not match:
@@ -72,48 +69,6 @@ def _parse_group(group: str, text: str, kinds: Mapping[str, AttentionKind]) -> t
 
 
 @dataclass(frozen=True)
-class LayerLayout:
-    """One layer: what each of its query heads keeps."""
-
-    kind: AttentionKind
-    heads: tuple[Pattern, ...]  # one per query head
-    block_size: int  # tokens
-
-    @property
-    def is_dense(self) -> bool:
-        return all(isinstance(head, Dense) for head in self.heads)
-
-    def num_blocks(self, seq_length: int) -> int:
-        """Blocks of a sequence; the last may be partial."""
-        return -(-seq_length // self.block_size)
-
-    def block_layout(
-        self, seq_length: int, *, heads: slice | None = None, device: torch.device | str = "cpu"
-    ) -> BlockLayout:
-        """The kept blocks over `seq_length` tokens, of all query heads or a slice of them, on `device`."""
-        patterns = self.heads if heads is None else self.heads[heads]
-        index = {pattern: number for number, pattern in enumerate(dict.fromkeys(patterns))}
-        num_blocks = self.num_blocks(seq_length)
-        return BlockLayout.from_rule(
-            [_rule(pattern, num_blocks) for pattern in index],
-            [index[pattern] for pattern in patterns],
-            self.block_size,
-            num_blocks,
-            num_blocks,
-            device=device,
-        )
-
-
-def _rule(pattern: Pattern, num_blocks: int) -> Rule:
-    """What `BlockLayout.from_rule` asks: in closed form where the pattern is a whole window and columns before it."""
-    if isinstance(pattern, BandedPattern) and len(pattern.limits) <= 1:
-        window = pattern.limits[0] if pattern.limits else 1  # the diagonal is always kept
-        if window == 1 or bool(pattern.columns(0, torch.arange(num_blocks)).all()):
-            return ColumnRule(window, partial(pattern.columns, len(pattern.limits)))
-    return pattern.keep
-
-
-@dataclass(frozen=True)
 class HybridLayout:
     """All layers of a model, first to last."""
 
@@ -124,47 +79,23 @@ class HybridLayout:
 
     @cached_property
     def heads(self) -> Counter[Pattern]:
-        """How many query heads, of all layers, have each pattern."""
+        """How many query heads, of all layers, have each pattern; TypeError if the data choose what one reads."""
         return Counter(head for layer in self.layers for head in layer.heads)
 
+    @cached_property
+    def bounds(self) -> Counter[Pattern]:
+        """How many query heads, of all layers, have each pattern, exactly or as a bound."""
+        return Counter(head for layer in self.layers for head in layer.bound)
 
-def letters_of(layout: LayoutConfig) -> dict[str, AttentionKind]:
-    """The letters that the layout's string may have: those of KINDS, and its own, of sparse layers.
+    @property
+    def letters(self) -> str:
+        """One a layer."""
+        return "".join(layer.kind.letter for layer in self.layers)
 
-    Raises:
-        ConfigError: `layout.patterns` declares no capital letter, or one that KINDS has.
-    """
-    kinds = dict(KINDS)
-    for letter, given in layout.patterns.items():
-        setting = f"layout.patterns.{letter}"
-        if not re.fullmatch("[A-Z]", letter):
-            raise ConfigError(setting, given, "its name is no capital letter", "Name it by one, such as W.")
-        if letter in KINDS:
-            problem = f"{letter} is the letter of {KINDS[letter].name} attention"
-            taken = ", ".join(KINDS)
-            raise ConfigError(setting, given, problem, f"Name it by another letter than {taken}.")
-        kinds[letter] = replace(KINDS["S"], letter=letter, name=read_pattern(given, setting).kind)
-    return kinds
-
-
-def patterns_of(layout: LayoutConfig) -> dict[str, HeadPatterns]:
-    """What the layout's letters keep where their kind asks for a pattern: `layout.pattern`, or their own.
-
-    Raises:
-        ConfigError: as `letters_of`, and for patterns that can't be.
-    """
-    default = build_patterns(layout.pattern, "layout.pattern")
-    patterns = {}
-    for letter in letters_of(layout):
-        setting = pattern_setting(letter)
-        given = layout.patterns.get(letter)
-        patterns[letter] = default if given is None else build_patterns(read_pattern(given, setting), setting)
-    return patterns
-
-
-def pattern_setting(letter: str) -> str:
-    """The setting with the pattern of a layer's letter."""
-    return "layout.pattern" if letter in KINDS else f"layout.patterns.{letter}"
+    @property
+    def is_static(self) -> bool:
+        """Whether no layer's reads depend on the data."""
+        return all(layer.is_static for layer in self.layers)
 
 
 def build_hybrid_layout(
@@ -185,27 +116,28 @@ def build_hybrid_layout(
             f"doesn't divide the {num_heads} query heads",
             "Set it to a divisor of model.num_attention_heads.",
         )
-    kinds, found = letters_of(layout), find_schedule(schedule)
+    kinds, found = kinds_of(layout), find_schedule(schedule)
     dense_heads = dense_head_numbers(schedule.dense_heads, num_heads)
-    patterns = patterns_of(layout)
+    heads_of = {letter: kind.heads() for letter, kind in kinds.items()}
     layers: list[LayerLayout] = []
-    sparse_layers = 0
+    sparse_layers = 0  # static ones, which the schedule counts
     for number, letter in enumerate(parse_layers(layout.layers, num_layers, kinds)):
+        kind = kinds[letter]
         context = LayerContext(
             number,
             num_heads,
             num_query_groups,
             layout.block_size,
             partial(_offsets, found, num_heads, num_query_groups, sparse_layers),
-            pattern_setting(letter),
+            kind.pattern_setting,
         )
-        heads = kinds[letter].heads(KindContext(context, patterns[letter], dense_heads))
-        if schedule.placement == "balanced":
-            heads = place_balanced(heads, num_query_groups)
-        # A layer that keeps everything is dense attention, by whatever letter.
-        layer = LayerLayout(kinds[letter], heads, layout.block_size)
-        layers.append(replace(layer, kind=KINDS["D"]) if layer.is_dense else layer)
-        sparse_layers += not layer.is_dense
+        heads = heads_of[letter](KindContext(context, dense_heads))
+        layer = LayerLayout(kind, heads, layout.block_size)
+        if layer.is_static and schedule.placement == "balanced":
+            layer = replace(layer, bound=place_balanced(heads, num_query_groups))
+        # A static layer that keeps everything is dense attention, by whatever letter.
+        layers.append(replace(layer, kind=LETTERS["D"]) if layer.is_dense else layer)
+        sparse_layers += layer.is_static and not layer.is_dense
     if sparse_layers % found.rows:
         raise ConfigError(
             "schedule.offsets",

@@ -1,0 +1,23 @@
+"""What a run or a program can ask of every layer's attention, and a kind may not have."""
+
+from enum import Enum
+
+
+class Feature(Enum):
+    """One thing that a kind of attention supports or not; the value is its name in messages."""
+
+    TENSOR_PARALLEL = "tensor parallel ranks"
+    SEQUENCE_PARALLEL = "sequence parallel ranks"
+    PIPELINE_PARALLEL = "pipeline parallel ranks"
+    CONTEXT_PARALLEL = "context parallel ranks"
+    PACKED_DOCUMENTS = "attention within documents"
+    RECOMPUTATION = "recomputation"
+    TRANSFORMER_ENGINE = "transformer-engine's layers"
+    FP8 = "FP8 layers"
+    DETERMINISTIC = "deterministic training"
+    DECODING = "decoding"
+    EXPORT = "export to Hugging Face's format"
+    PICTURES = "pictures of its layout"
+
+
+ALL_FEATURES = frozenset(Feature)

@@ -1,0 +1,232 @@
+"""The interface of a kind of attention, and a layer that has one.
+
+A kind answers for its layers what the rest of the program asks. Every answer is given by the kind itself: there is no
+default that stands for dense attention, and a feature that a kind doesn't list is rejected before anything is built.
+
+asked by                          question
+layout, pictures, coverage        `heads`: static patterns, or the bound of a data-dependent kind
+plan, FLOPs, MFU, stages          `kept_positions`, `counts_exactly`, `weights`, `extra_flops`, `activation_bytes`
+Megatron                          `core_attention`, `weights`, `columns`
+cache while decoding              `LayerLayout.bound`: a key stays as long as a later query may read it
+checkpoint, import                `weights`: names, division, what a weights-only start may lack
+program at its start              `features`, `check`, `may_change`
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+
+from s2train.attention.features import Feature
+from s2train.attention.weights import AttentionShape, Weight
+from s2train.config import PretrainConfig
+from s2train.errors import ConfigError
+from s2train.kernels.layout import BlockLayout
+from s2train.kernels.layout_builder import ColumnRule, Rule
+from s2train.layouts.counting import kept_positions
+from s2train.layouts.patterns import BandedPattern, Dense, LayerContext, Pattern
+
+
+@dataclass(frozen=True)
+class KindContext:
+    """What a kind makes a layer's patterns of."""
+
+    layer: LayerContext
+    dense_heads: frozenset[int] = frozenset()  # query heads that the schedule wants dense
+
+
+HeadsOf = Callable[[KindContext], tuple[Pattern, ...]]  # one pattern per query head
+
+
+@dataclass(frozen=True)
+class AttentionKind(ABC):
+    """A kind of attention with its settings.
+
+    A subclass sets the class attributes and answers the abstract methods. Two layers are alike only if letter and
+    settings are, so that counts may be kept by layer.
+
+    Class attributes:
+        name: in `layout.kinds.LETTER={kind: NAME}`, and at the head of its columns.
+        settings_type: a frozen dataclass of plain types; its fields are the settings.
+        core_attention: "module:Class", a `CausalCoreAttention`, imported to build a layer.
+        data_dependent: whether the data choose which keys are read. If not, the patterns are read in full.
+        counts_exactly: whether `kept_positions` are exact; else expected, which plans say.
+        features: what it supports. All others are rejected.
+        may_change: settings that a resumed run may have otherwise, as `checkpoint.allow_changes` permits.
+
+    Attributes:
+        letter: in `layout.layers`.
+        setting: where its settings come from, for errors, such as layout.kinds.E.
+    """
+
+    name: ClassVar[str]
+    settings_type: ClassVar[type]
+    core_attention: ClassVar[str]
+    data_dependent: ClassVar[bool]
+    counts_exactly: ClassVar[bool]
+    features: ClassVar[frozenset[Feature]] = frozenset()
+    may_change: ClassVar[frozenset[str]] = frozenset()
+
+    letter: str
+    settings: Any = field(hash=False)
+    setting: str = field(compare=False)
+
+    @property
+    def label(self) -> str:
+        """The name in messages."""
+        return self.name
+
+    @property
+    def pattern_setting(self) -> str:
+        """Where the patterns of its heads come from, for errors."""
+        return self.setting
+
+    def error(self, name: str, problem: str, remedy: str) -> ConfigError:
+        """The error about one of its settings."""
+        return ConfigError(f"{self.setting}.{name}", getattr(self.settings, name), problem, remedy)
+
+    @abstractmethod
+    def heads(self) -> HeadsOf:
+        """Check the settings by themselves; return what gives each query head of a layer its pattern.
+
+        Of a static kind the pattern is what the head reads. Of a data-dependent one it is a bound: no query ever reads
+        a key outside of it.
+
+        Raises:
+            ConfigError: a setting that can't be.
+        """
+
+    def check(self, cfg: PretrainConfig) -> None:  # noqa: B027 (many have nothing to check)
+        """Check the settings against those of the run.
+
+        Raises:
+            ConfigError: two that don't go together.
+        """
+
+    @abstractmethod
+    def weights(self, shape: AttentionShape) -> tuple[Weight, ...]:
+        """Weights of a layer beside its projections."""
+
+    @abstractmethod
+    def kept_positions(self, layer: "LayerLayout", seq_length: int) -> tuple[float, ...]:
+        """Causal (query, key) token pairs that each head reads, of one sequence: exact or expected."""
+
+    @abstractmethod
+    def extra_flops(self, layer: "LayerLayout", seq_length: int, shape: AttentionShape) -> float:
+        """Forward FLOPs of one sequence beside Q Kᵀ and P V; the backward pass is counted as twice as many."""
+
+    @abstractmethod
+    def activation_bytes(self, layer: "LayerLayout", seq_length: int, shape: AttentionShape, element_size: int) -> int:
+        """Bytes kept for the backward of one sequence beside q, k, v, output and log-sum-exp, over all heads."""
+
+    @abstractmethod
+    def columns(self) -> Mapping[str, float | None]:
+        """Auxiliary losses with their weights, and other values to log (None), by name.
+
+        The core attention hands in each with `add_loss` or `record`; the run logs it as `{kind}_{name}`.
+        """
+
+
+class StaticKind(AttentionKind):
+    """A kind whose heads read fixed patterns, and which adds nothing to the layer."""
+
+    data_dependent = False
+    counts_exactly = True
+
+    def weights(self, shape: AttentionShape) -> tuple[Weight, ...]:
+        return ()
+
+    def kept_positions(self, layer: "LayerLayout", seq_length: int) -> tuple[float, ...]:
+        kept = {pattern: kept_positions(pattern, layer.block_size, seq_length) for pattern in set(layer.heads)}
+        return tuple(kept[head] for head in layer.heads)
+
+    def extra_flops(self, layer: "LayerLayout", seq_length: int, shape: AttentionShape) -> float:
+        return 0
+
+    def activation_bytes(self, layer: "LayerLayout", seq_length: int, shape: AttentionShape, element_size: int) -> int:
+        return 0
+
+    def columns(self) -> Mapping[str, float | None]:
+        return {}
+
+
+class DataDependentKind(AttentionKind):
+    """A kind whose reads the data choose, out of every causal key unless `heads` says less."""
+
+    data_dependent = True
+
+    @abstractmethod
+    def check_settings(self) -> None:
+        """Check the settings by themselves; ConfigError, as `error` makes it, on the first that can't be."""
+
+    def heads(self) -> HeadsOf:
+        self.check_settings()
+        return lambda context: (Dense(),) * context.layer.num_heads
+
+
+@dataclass(frozen=True)
+class LayerLayout:
+    """One layer: its kind, and what each of its query heads reads at most."""
+
+    kind: AttentionKind
+    bound: tuple[Pattern, ...]  # one per query head
+    block_size: int  # tokens
+
+    @property
+    def is_static(self) -> bool:
+        """Whether each head reads its pattern in full, whatever the data."""
+        return not self.kind.data_dependent
+
+    @property
+    def heads(self) -> tuple[Pattern, ...]:
+        """What each query head reads.
+
+        Raises:
+            TypeError: the data choose it. Ask the kind, or reject it before.
+        """
+        if not self.is_static:
+            raise TypeError(f"layers of kind {self.kind.name} have no fixed patterns: the data choose what they read")
+        return self.bound
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether each head reads every causal key, whatever the data."""
+        return self.is_static and all(isinstance(head, Dense) for head in self.bound)
+
+    def num_blocks(self, seq_length: int) -> int:
+        """Blocks of a sequence; the last may be partial."""
+        return -(-seq_length // self.block_size)
+
+    def block_layout(
+        self, seq_length: int, *, heads: slice | None = None, device: torch.device | str = "cpu"
+    ) -> BlockLayout:
+        """The kept blocks over `seq_length` tokens, of all query heads or a slice of them, on `device`."""
+        patterns = self.heads if heads is None else self.heads[heads]
+        index = {pattern: number for number, pattern in enumerate(dict.fromkeys(patterns))}
+        num_blocks = self.num_blocks(seq_length)
+        return BlockLayout.from_rule(
+            [_rule(pattern, num_blocks) for pattern in index],
+            [index[pattern] for pattern in patterns],
+            self.block_size,
+            num_blocks,
+            num_blocks,
+            device=device,
+        )
+
+
+def _rule(pattern: Pattern, num_blocks: int) -> Rule:
+    """What `BlockLayout.from_rule` asks: in closed form where the pattern is a whole window and columns before it."""
+    if isinstance(pattern, BandedPattern) and len(pattern.limits) <= 1:
+        window = pattern.limits[0] if pattern.limits else 1  # the diagonal is always kept
+        if window == 1 or bool(pattern.columns(0, torch.arange(num_blocks)).all()):
+            return ColumnRule(window, partial(pattern.columns, len(pattern.limits)))
+    return pattern.keep
+
+
+def lacking(layers: Sequence[LayerLayout], feature: Feature) -> list[AttentionKind]:
+    """The kinds of these layers that don't support a feature, each once."""
+    kinds = dict.fromkeys(layer.kind for layer in layers)
+    return [kind for kind in kinds if feature not in kind.features]

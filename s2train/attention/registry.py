@@ -1,0 +1,120 @@
+"""Kinds of attention by name, and the letters that a run's layer string may have."""
+
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, fields, is_dataclass
+from typing import Any, TypeVar
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from s2train.attention.dense import DenseKind, DenseSettings
+from s2train.attention.kind import AttentionKind
+from s2train.attention.s2 import S2Kind, S2Settings
+from s2train.config import LayoutConfig, PatternConfig
+from s2train.errors import ConfigError
+from s2train.layouts.patterns.registry import read_pattern, with_defaults
+
+Kind = TypeVar("Kind", bound=type[AttentionKind])
+
+KINDS: dict[str, type[AttentionKind]] = {kind.name: kind for kind in (DenseKind, S2Kind)}
+
+# The letters that need no declaration, as a run without settings has them.
+LETTERS: dict[str, AttentionKind] = {
+    "D": DenseKind("D", DenseSettings(), "layout.layers"),
+    "S": S2Kind("S", S2Settings(), "layout.pattern"),
+}
+
+
+def register(kind: Kind) -> Kind:
+    """Add a kind from elsewhere, such as a test; usable as a decorator."""
+    KINDS[kind.name] = kind
+    return kind
+
+
+def kinds_of(layout: LayoutConfig) -> dict[str, AttentionKind]:
+    """The kind of every letter that the layout's string may have: D and S, and those that it declares.
+
+    Raises:
+        ConfigError: `layout.patterns` or `layout.kinds` declares no capital letter, or one twice; an unknown kind; a
+            setting that the kind hasn't, or a value of another type.
+    """
+    kinds = dict(LETTERS)
+    kinds["S"] = S2Kind("S", S2Settings(layout.pattern), "layout.pattern")
+    for letter, given in layout.patterns.items():
+        setting = _declare(f"layout.patterns.{letter}", letter, given, kinds)
+        kinds[letter] = S2Kind(letter, S2Settings(read_pattern(given, setting)), setting)
+    for letter, given in layout.kinds.items():
+        setting = _declare(f"layout.kinds.{letter}", letter, given, kinds)
+        kinds[letter] = read_kind(letter, given, setting)
+    return kinds
+
+
+def _declare(setting: str, letter: str, given: Any, kinds: Mapping[str, AttentionKind]) -> str:
+    if not re.fullmatch("[A-Z]", letter):
+        raise ConfigError(setting, given, "its name is no capital letter", "Name it by one, such as W.")
+    if letter in kinds:
+        problem = f"{letter} is the letter of {kinds[letter].label} attention"
+        raise ConfigError(setting, given, problem, f"Name it by another letter than {', '.join(kinds)}.")
+    return setting
+
+
+def read_kind(letter: str, given: Any, setting: str) -> AttentionKind:
+    """A kind from settings named `setting`, such as {kind: s2, pattern: {kind: sliding_window, window: 8}}.
+
+    Raises:
+        ConfigError: no mapping, no known kind, a setting that it hasn't, or a value of another type.
+    """
+    if not isinstance(given, Mapping) or "kind" not in given:
+        remedy = f"Write {{kind:NAME,…}}; kinds: {', '.join(KINDS)}."
+        raise ConfigError(setting, given, "names no kind of attention", remedy)
+    name = str(given["kind"])
+    if name not in KINDS:
+        nearest = difflib.get_close_matches(name, KINDS, n=1, cutoff=0.0)[0]
+        raise ConfigError(f"{setting}.kind", name, "unknown", f"Did you mean {nearest}? Kinds: {', '.join(KINDS)}.")
+    kind = KINDS[name]
+    own = {key: value for key, value in given.items() if key != "kind"}
+    known = [field.name for field in fields(kind.settings_type)]
+    for key, value in own.items():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)
+            hint = f"Did you mean {near[0]}? Settings: {', '.join(known)}." if near else "It has none."
+            raise ConfigError(f"{setting}.{key}", value, f"no setting of kind {name}", hint)
+    return kind(letter, _read_settings(kind.settings_type, own, setting), setting)
+
+
+def _read_settings(settings_type: type, given: Mapping[str, Any], setting: str) -> Any:
+    """An instance of the settings' dataclass; nested patterns keep their own messages."""
+    patterns = {
+        key: read_pattern(value, f"{setting}.{key}")
+        for key, value in given.items()
+        if isinstance(value, Mapping | PatternConfig) and _is_pattern(settings_type, key)
+    }
+    plain = {key: value for key, value in given.items() if key not in patterns}
+    try:
+        read = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(settings_type), plain))
+    except OmegaConfBaseException as error:
+        key = (error.full_key or "").split(".")[0].split("[")[0]
+        problem = str(error).splitlines()[0].rstrip(".")
+        raise ConfigError(f"{setting}.{key}", given.get(key), problem, "Set a value of that type.") from error
+    values = {field.name: getattr(read, field.name) for field in fields(settings_type)}
+    return settings_type(**values | patterns)
+
+
+def _is_pattern(settings_type: type, key: str) -> bool:
+    return any(field.name == key and field.type in (PatternConfig, "PatternConfig") for field in fields(settings_type))
+
+
+def kind_values(layout: LayoutConfig) -> dict[str, Any]:
+    """`layout.kinds` with every default filled in, so that what means the same is equal."""
+    found: dict[str, Any] = {}
+    for letter, given in layout.kinds.items():
+        kind = read_kind(letter, given, f"layout.kinds.{letter}")
+        values: dict[str, Any] = {"kind": kind.name}
+        for field in fields(kind.settings_type):
+            value = getattr(kind.settings, field.name)
+            value = with_defaults(value) if isinstance(value, PatternConfig) else value
+            values[field.name] = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+        found[letter] = values
+    return found

@@ -1,0 +1,45 @@
+"""The shape of a layer's attention, and the weights that a kind adds to it."""
+
+from dataclasses import dataclass
+from math import prod
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """Sizes of one layer's attention, not divided over ranks."""
+
+    hidden_size: int
+    num_heads: int  # query heads
+    num_query_groups: int  # KV heads
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One weight of a layer, beyond the projections that every kind has.
+
+    The core attention has it as a parameter of this name. Initial values depend on the run's seed, the layer and the
+    name alone. In checkpoints it is `decoder.layers.self_attention.core_attention.layer_N.NAME`, N from 0.
+
+    Attributes:
+        shape: of the whole weight.
+        split: the dimension that tensor parallel ranks divide in equal parts; None: each rank has the whole.
+        std: of normal initial values; None: all are `fill`.
+        may_be_missing: whether a checkpoint of which only weights are loaded may lack it; it keeps its initial values.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    split: int | None = None
+    std: float | None = None
+    fill: float = 0.0
+    may_be_missing: bool = False
+
+    @property
+    def size(self) -> int:
+        """Number of elements of the whole weight."""
+        return prod(self.shape)
+
+    def shape_on_rank(self, tp: int) -> tuple[int, ...]:
+        """The part of one of `tp` tensor parallel ranks."""
+        return tuple(size // tp if dim == self.split else size for dim, size in enumerate(self.shape))

@@ -1,0 +1,48 @@
+"""Loads weights into a model whose kinds of attention have weights that the checkpoint lacks."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
+
+from s2train.errors import ConfigError
+from s2train.megatron.core_attention import CausalCoreAttention
+from s2train.megatron.model import unwrap
+
+
+def leave_out_missing(wanted: dict[str, Any], chunks: Sequence[Any], checkpoint: Path) -> dict[str, dict[str, Any]]:
+    """Take what the checkpoint lacks, and may lack, out of the wanted shards.
+
+    Args:
+        wanted: sharded state of each chunk, by its name, in the chunks' order; changed in place.
+    Returns:
+        for each chunk its initial values of the weights left out, by name.
+    Raises:
+        ConfigError: the checkpoint lacks a weight that a layer can't do without.
+    """
+    found: dict[str, dict[str, Any]] = {name: {} for name in wanted}
+    cores = {
+        name: [(path, m) for path, m in unwrap(chunk).named_modules() if isinstance(m, CausalCoreAttention)]
+        for name, chunk in zip(wanted, chunks, strict=True)
+    }
+    if not any(core.own_weights for of_chunk in cores.values() for _, core in of_chunk):
+        return found
+    known = set(load_sharded_metadata(str(checkpoint)))
+    keys = {key.split("/shard_")[0] for key in known}
+    for name, of_chunk in cores.items():
+        for path, core in of_chunk:
+            for weight in core.own_weights:
+                entry = f"{path}.{weight.name}"
+                if wanted[name][entry].key in keys:
+                    continue
+                if not weight.may_be_missing:
+                    kind, layer = core.layer_layout.kind, core.layer_number - 1
+                    problem = f"it lacks the weight {weight.name} of {kind.label} attention in layer {layer}"
+                    remedy = "Resume from a model with such layers, or use another kind in layout.layers"
+                    raise ConfigError("checkpoint.resume", checkpoint, problem, remedy)
+                del wanted[name][entry]
+                parameter: torch.Tensor = getattr(core, weight.name)
+                found[name][entry] = parameter.detach().clone()
+    return found

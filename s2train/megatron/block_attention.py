@@ -1,0 +1,206 @@
+"""Core attention over fixed block layouts: dense and S2."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+
+from s2train.kernels.attention import block_sparse_attention
+from s2train.kernels.dense import dense_causal_attention, torch_refuses
+from s2train.kernels.dense_choice import DenseCall, DenseChoice, Kind, choose_dense, dense_order
+from s2train.kernels.dispatch import kernels_in_use
+from s2train.kernels.flash4 import fa4_attention
+from s2train.kernels.layout import BlockLayout
+from s2train.megatron.context_parallel.attention import attend_gathered, attend_overlapped, attend_together
+from s2train.megatron.core_attention import CausalCoreAttention
+
+
+class BlockCoreAttention(CausalCoreAttention):
+    """Attention of a static kind, by the layout of its layer. Under context parallel K and V come from other ranks."""
+
+    captures_decoding = True
+
+    def attend_documents(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedSeqParams
+    ) -> torch.Tensor:
+        """Attention within each document of sequences [s, b, h, d]; the layout restarts there too."""
+        if packed.qkv_format != "sbhd" or self.kv is not None or self.cp_group.size() > 1:
+            raise NotImplementedError("packed documents come as packed_documents makes them, to train, without cp")
+        layout = self.cache.get(self.layer_layout, key.shape[0], self.heads, query.device)
+        parts = []
+        # the op takes one packed sequence; q, k and v of one are read where they lie
+        for q, k, v, bounds in zip(*(x.split(1, dim=1) for x in (query, key, value)), packed.cu_seqlens_q, strict=True):
+            parts.append(self.attend_document(q, k, v, layout, bounds))
+        return torch.cat(parts, dim=1)
+
+    def attend_document(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: BlockLayout, bounds: torch.Tensor
+    ) -> torch.Tensor:
+        """Attention within each document of one sequence [s, 1, h, d]; `bounds` int32 [documents + 1]."""
+        if self.kernels is None:
+            self.kernels = kernels_in_use(query, key, value, layout, cu_seqlens=bounds, backend=self.backend)
+        return block_sparse_attention(
+            query, key, value, layout, softmax_scale=self.softmax_scale, cu_seqlens=bounds, backend=self.backend
+        )
+
+    def attend_across_ranks(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """As `attend`, of this context parallel rank's two chunks of the sequence; all keys gathered."""
+        return attend_gathered(self.attend, query, key, value, self.cp_group)
+
+    def attend_cached(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        assert self.kv is not None
+        return self.kv.attend(self, query, key, value)
+
+    def attend_by_layout(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        layout: BlockLayout,
+        query_offset: int,
+        return_lse: bool,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        if self.kernels is None:
+            self.kernels = kernels_in_use(
+                query, key, value, layout, query_offset=query_offset, backend=self.backend
+            )  # fmt: skip
+        scale, backend = self.softmax_scale, self.backend
+        if return_lse:
+            return block_sparse_attention(
+                query, key, value, layout, softmax_scale=scale, query_offset=query_offset, return_lse=True,
+                backend=backend,
+            )  # fmt: skip
+        return block_sparse_attention(
+            query, key, value, layout, softmax_scale=scale, query_offset=query_offset, backend=backend
+        )
+
+
+class DenseCoreAttention(BlockCoreAttention):
+    """Every head keeps everything.
+
+    `implementation` is the run's `dense_attention`; `choices` are what it came to, by kind of call.
+    """
+
+    implementation = "auto"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.choices: dict[Kind, DenseChoice] = {}
+        self._chosen: dict[tuple[Any, ...], DenseChoice] = {}
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, query_offset: int) -> torch.Tensor:
+        implementation = "auto"
+        if query.shape[0] > 1 and (query.is_cuda or self.implementation == "s2train"):
+            kind: Kind = "whole" if query.shape[0] == key.shape[0] else "later"
+            implementation = self.choose(kind, query, key, value, query_offset).implementation
+            if implementation == "s2train":
+                layout = self.full_layout(key)
+                out = self.attend_by_layout(query, key, value, layout, query_offset, return_lse=False)
+                assert isinstance(out, torch.Tensor)
+                return out
+        return dense_causal_attention(
+            query,
+            key,
+            value,
+            softmax_scale=self.softmax_scale,
+            query_offset=query_offset,
+            implementation=implementation,
+        )
+
+    def attend_document(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: BlockLayout, bounds: torch.Tensor
+    ) -> torch.Tensor:
+        if query.is_cuda:
+            choice = self.choose("documents", query, key, value, 0, bounds)
+            if choice.implementation == "fa4":
+                deterministic = torch.are_deterministic_algorithms_enabled()
+                return fa4_attention(
+                    query, key, value, softmax_scale=self.softmax_scale, bounds=bounds, deterministic=deterministic
+                )
+        return super().attend_document(query, key, value, layout, bounds)
+
+    def cached_layout(self, max_length: int, device: torch.device) -> None:
+        return None
+
+    def full_layout(self, key: torch.Tensor) -> BlockLayout:
+        """Every block of these keys kept, for the sparse op."""
+        length = key.shape[0] if self.kv is None else self.kv.max_length
+        return self.cache.get(self.layer_layout, length, self.heads, key.device)
+
+    def choose(
+        self,
+        kind: Kind,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        query_offset: int,
+        bounds: torch.Tensor | None = None,
+    ) -> DenseChoice:
+        """The kernels for such a call; decided once for each sort, and kept in `choices`."""
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        shapes = (query.shape[1:], key.shape[1:], query.stride(), value.stride())
+        sort = (kind, query.dtype, *shapes, deterministic, dense_order(kind, key.shape[0]))
+        if sort in self._chosen:
+            return self._chosen[sort]
+        call = DenseCall(
+            kind,
+            query.dtype,
+            query.shape[-1],
+            query.shape[2] != key.shape[2],
+            deterministic,
+            torch.cuda.get_device_capability(query.device) if query.is_cuda else None,
+            key.shape[0],
+        )
+
+        def serves(name: str) -> str | None:
+            if name != "s2train":
+                return torch_refuses(name, query, key, value)
+            layout, backend = self.full_layout(key), self.backend
+            used = kernels_in_use(
+                query, key, value, layout, query_offset=query_offset, cu_seqlens=bounds, backend=backend
+            )
+            # the portable kernels are slower than torch's, but for a deterministic backward; torch has no documents
+            fast = used.forward == "hopper" and (used.backward == "hopper" or deterministic)
+            return None if fast or kind == "documents" or self.implementation == name else str(used)
+
+        choice = choose_dense(call, self.implementation, serves)
+        self._chosen[sort] = choice
+        self.choices.setdefault(kind, choice)
+        return choice
+
+
+class SparseCoreAttention(BlockCoreAttention):
+    """Every head keeps the blocks of its pattern."""
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, query_offset: int) -> torch.Tensor:
+        layout = self.layout(key.shape[0] if self.kv is None else self.kv.max_length, query.device)
+        out = self.attend_by_layout(query, key, value, layout, query_offset, return_lse=False)
+        assert isinstance(out, torch.Tensor)
+        return out
+
+    def attend_across_ranks(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        if self.cp_exchange == "gather":
+            return super().attend_across_ranks(query, key, value)
+        layout = self.layout(key.shape[0] * self.cp_group.size(), query.device)
+        attend = attend_overlapped if self.cp_exchange == "overlapped" else attend_together
+        return attend(self.attend_by_layout, query, key, value, layout, self.cp_group)
+
+    def layout(self, seq_length: int, device: torch.device) -> BlockLayout:
+        """What this rank's heads keep of `seq_length` tokens."""
+        return self.cache.get(self.layer_layout, seq_length, self.heads, device)
+
+    def cached_layout(self, max_length: int, device: torch.device) -> BlockLayout:
+        return self.layout(max_length, device)
+
+
+def kernels_of(models: Iterable[torch.nn.Module]) -> list[str]:
+    """What the attention layers of these models ran, a line for each way once."""
+    lines: dict[str, None] = {}
+    for layer in (m for model in models for m in model.modules() if isinstance(m, CausalCoreAttention)):
+        if isinstance(layer, DenseCoreAttention):
+            lines |= dict.fromkeys(f"dense attention, {choice}" for choice in layer.choices.values())
+        if layer.kernels is not None:
+            sort = "dense" if isinstance(layer, DenseCoreAttention) else "sparse"
+            lines[f"{sort} attention: {layer.kernels}"] = None
+    return list(lines)

@@ -1,0 +1,28 @@
+"""Block layouts on the device, made once and shared by layers alike."""
+
+import torch
+
+from s2train.attention.kind import LayerLayout
+from s2train.kernels.layout import BlockLayout
+
+
+class LayoutCache:
+    """Device layouts by what they are made of: layers with the same heads share one.
+
+    Holds the `capacity` most recent, since an evaluation may bring many lengths.
+    """
+
+    def __init__(self, capacity: int = 64) -> None:
+        self._capacity = capacity
+        self._layouts: dict[tuple[LayerLayout, int, int, int, torch.device], BlockLayout] = {}
+
+    def get(self, layer: LayerLayout, seq_length: int, heads: tuple[int, int], device: torch.device) -> BlockLayout:
+        """Layout of heads [first, last) of a layer over `seq_length` tokens."""
+        key = (layer, seq_length, *heads, device)
+        layout = self._layouts.pop(key, None)
+        if layout is None:
+            layout = layer.block_layout(seq_length, heads=slice(*heads), device=device)
+            if len(self._layouts) >= self._capacity:
+                self._layouts.pop(next(iter(self._layouts)))
+        self._layouts[key] = layout
+        return layout

@@ -1,0 +1,89 @@
+"""Auxiliary losses of a step: their gradients' scale before it, their values over all ranks after it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+
+from s2train.attention.hybrid import HybridLayout
+from s2train.config import PretrainConfig
+from s2train.megatron.core_attention import CausalCoreAttention
+
+SEPARATOR = "/"  # between a column's name and the layer's number
+
+
+class AuxiliaryLosses:
+    """What the layers' kinds of attention record in each step; does nothing where none has columns.
+
+    Args:
+        chunks: of this rank.
+        loss_scale: of the language model's loss; None: 1.
+    """
+
+    def __init__(
+        self,
+        cfg: PretrainConfig,
+        hybrid: HybridLayout,
+        chunks: Sequence[torch.nn.Module],
+        loss_scale: Any = None,
+    ) -> None:
+        self._columns = [
+            (number, layer.kind.name, name)
+            for number, layer in enumerate(hybrid.layers)
+            for name in layer.kind.columns()
+        ]
+        self._cores = [m for chunk in chunks for m in chunk.modules() if isinstance(m, CausalCoreAttention)]
+        self._tp, self._loss_scale = cfg.parallel.tp, loss_scale
+        self._micro_batches = cfg.train.global_batch_size // (
+            cfg.train.micro_batch_size * parallel_state.get_data_parallel_world_size()
+        )
+
+    def begin_step(self, step: int) -> None:
+        """Prepare the layers for a training step, counted from 1.
+
+        Gradients are scaled as the language model's loss is: it is a mean over the tokens of a micro batch, divided by
+        the number of micro batches, and averaged over data parallel ranks with the gradients. Megatron's schedules do
+        this for the losses of its own layers only.
+        """
+        scale = 1.0 if self._loss_scale is None or not self._columns else float(self._loss_scale(torch.ones(1)))
+        for core in self._cores:
+            core.step, core.loss_scale = step, scale / self._micro_batches
+            core.records.take()
+
+    def take(self) -> dict[str, float]:
+        """Values of this step by `KIND_NAME/LAYER`, the same on every rank; collective.
+
+        A value is summed over tensor parallel ranks, which record parts of it, and averaged over micro batches and
+        data and context parallel ranks.
+        """
+        if not self._columns:
+            return {}
+        # zeros are on a GPU where there is one, as for the loss
+        table = torch.zeros(len(self._columns), 2, dtype=torch.float64, device=torch.cuda.current_device())
+        place = {(number, name): row for row, (number, _, name) in enumerate(self._columns)}
+        for core in self._cores:
+            for name, (total, count) in core.records.take().items():
+                row = place[core.layer_number - 1, name]
+                table[row, 0] += total.double()
+                table[row, 1] += count
+        torch.distributed.all_reduce(table)
+        return {
+            f"{kind}_{name}{SEPARATOR}{number}": total * self._tp / count
+            for (number, kind, name), (total, count) in zip(self._columns, table.tolist(), strict=True)
+            if count
+        }
+
+
+def column_means(values: Mapping[str, float]) -> dict[str, float]:
+    """The mean over layers of each column."""
+    columns: dict[str, list[float]] = {}
+    for key, value in values.items():
+        columns.setdefault(key.rpartition(SEPARATOR)[0], []).append(value)
+    return {name: sum(of_layers) / len(of_layers) for name, of_layers in columns.items()}
+
+
+def layer_values(values: Mapping[str, float], column: str) -> list[tuple[int, float]]:
+    """Numbers of the layers that have a column, each with its value."""
+    prefix = column + SEPARATOR
+    return [(int(key.removeprefix(prefix)), value) for key, value in values.items() if key.startswith(prefix)]

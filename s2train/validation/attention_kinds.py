@@ -1,0 +1,76 @@
+"""Rejects a run or a program that asks something of a kind of attention which it doesn't support."""
+
+from collections.abc import Iterator
+
+from s2train.attention.features import Feature
+from s2train.attention.hybrid import HybridLayout
+from s2train.attention.kind import AttentionKind, lacking
+from s2train.config import PretrainConfig
+from s2train.costs.parameters import attention_shape
+from s2train.environment.hardware import Hardware
+from s2train.environment.transformer_engine import uses_te
+from s2train.errors import ConfigError
+
+
+def check_kinds(cfg: PretrainConfig, hybrid: HybridLayout, hardware: Hardware) -> None:
+    """Check that every kind of the layout supports what the run asks for.
+
+    Raises:
+        ConfigError: a kind lacks a feature that a setting asks for, or rejects the settings itself.
+    """
+    for feature, setting, value, without in _asked(cfg, hardware):
+        require_feature(hybrid, feature, setting, value, without)
+    for kind in dict.fromkeys(layer.kind for layer in hybrid.layers):
+        kind.check(cfg)
+        _check_weights(cfg, kind)
+
+
+def require_feature(hybrid: HybridLayout, feature: Feature, setting: str, value: object, without: str) -> None:
+    """Check that all layers support a feature, before anything is built.
+
+    Args:
+        setting, value: that ask for it.
+        without: the remedy that leaves it out.
+    Raises:
+        ConfigError: a kind doesn't; names it and its letter.
+    """
+    for kind in lacking(hybrid.layers, feature):
+        problem = f"{kind.label} attention (letter {kind.letter}) doesn't support {feature.value}"
+        others = "another kind of attention in layout.layers"
+        raise ConfigError(setting, value, problem, f"{without.rstrip('.')}, or use {others}.")
+
+
+def _asked(cfg: PretrainConfig, hardware: Hardware) -> Iterator[tuple[Feature, str, object, str]]:
+    """The features that a run's settings ask for: setting, value, and how to do without."""
+    parallel, train = cfg.parallel, cfg.train
+    for name, feature in (
+        ("tp", Feature.TENSOR_PARALLEL),
+        ("pp", Feature.PIPELINE_PARALLEL),
+        ("cp", Feature.CONTEXT_PARALLEL),
+    ):
+        if (ranks := getattr(parallel, name)) > 1:
+            yield feature, f"parallel.{name}", ranks, f"Set parallel.{name}=1"
+    if parallel.sequence_parallel:
+        remedy = "Set parallel.sequence_parallel=false"
+        yield Feature.SEQUENCE_PARALLEL, "parallel.sequence_parallel", True, remedy
+    if cfg.data.attention_within_documents:
+        remedy = "Set data.attention_within_documents=false"
+        yield Feature.PACKED_DOCUMENTS, "data.attention_within_documents", True, remedy
+    if train.recompute != "none":
+        yield Feature.RECOMPUTATION, "train.recompute", train.recompute, "Set train.recompute=none"
+    if train.deterministic:
+        yield Feature.DETERMINISTIC, "train.deterministic", True, "Set train.deterministic=false"
+    if cfg.fp8 != "none":
+        yield Feature.FP8, "fp8", cfg.fp8, "Set fp8=none"
+    if cfg.backend == "te" or uses_te(cfg, hardware):
+        yield Feature.TRANSFORMER_ENGINE, "backend", cfg.backend, "Set backend=local"
+
+
+def _check_weights(cfg: PretrainConfig, kind: AttentionKind) -> None:
+    """Whether tensor parallel ranks can divide the weights that the kind adds."""
+    tp = cfg.parallel.tp
+    for weight in kind.weights(attention_shape(cfg.model)):
+        if weight.split is not None and weight.shape[weight.split] % tp:
+            size = weight.shape[weight.split]
+            problem = f"doesn't divide dimension {weight.split}, of {size}, of {kind.label} attention's {weight.name}"
+            raise ConfigError("parallel.tp", tp, problem, f"Set parallel.tp to a divisor of {size}.")
