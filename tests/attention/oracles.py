@@ -1,0 +1,95 @@
+"""For each kind of attention a case that the conformance suite runs, and its definition in plain torch."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from s2train.attention.kind import LayerLayout
+from s2train.megatron.core_attention import CausalCoreAttention
+
+Losses = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """A kind's settings, and what it should compute, written by definition.
+
+    Attributes:
+        layers, kinds: of the layout; one kind alone.
+        read: which keys each query reads: (core, key) -> bool [b, h, s, s].
+        losses: auxiliary losses as `add_loss` takes them: (core, weights by name, key, value) -> scalars by name.
+        counted_products: FLOPs of Q Kᵀ and P V, as the CPU path computes them, of one sequence; None: of no interest,
+            since the kind adds none of its own.
+    """
+
+    layers: str
+    read: Callable[[CausalCoreAttention, Tensor], Tensor]
+    kinds: dict[str, Any] = field(default_factory=dict)
+    losses: Callable[[CausalCoreAttention, dict[str, Tensor], Tensor, Tensor], Losses] = lambda *_: {}
+    counted_products: Callable[[CausalCoreAttention, int], int] | None = None
+
+    def attend(self, core: CausalCoreAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Softmax over the keys that are read, in the inputs' dtype: [s, b, h, d]."""
+        group = query.shape[2] // key.shape[2]
+        read = self.read(core, key)
+        keys, values = (x.repeat_interleave(group, dim=2) for x in (key, value))
+        scores = torch.einsum("qbhd,kbhd->bhqk", query, keys) * core.softmax_scale
+        return torch.einsum("bhqk,kbhd->qbhd", scores.masked_fill(~read, float("-inf")).softmax(-1), values)
+
+
+def _static(core: CausalCoreAttention, key: Tensor) -> Tensor:
+    return token_masks(core.layer_layout, key.shape[0])[slice(*core.heads)].expand(key.shape[1], -1, -1, -1)
+
+
+def token_masks(layer: LayerLayout, length: int) -> Tensor:
+    """What each head's pattern keeps, token by token: bool [h, s, s]."""
+    position = torch.arange(length)
+    block, causal = position // layer.block_size, position[:, None] >= position
+    return torch.stack([head.keep(block[:, None], block[None, :]) & causal for head in layer.bound])
+
+
+def _toy_directions(core: CausalCoreAttention) -> Tensor:
+    """Of this rank's heads, float64."""
+    parts = []
+    for head in range(core.heads[1] - core.heads[0]):
+        generator = core.random_generator(head, torch.device("cpu"))
+        drawn = torch.empty(core.shape.head_dim).normal_(generator=generator)
+        parts.append(core.direction[head].double() * core.scale.double() + drawn.double())
+    return torch.stack(parts).detach()
+
+
+def _toy_read(core: CausalCoreAttention, key: Tensor) -> Tensor:
+    directions = _toy_directions(core)
+    group = len(directions) // key.shape[2]
+    position = torch.arange(key.shape[0])
+    distance = position[:, None] - position
+    read = []
+    for head, direction in enumerate(directions):
+        chosen = (key[:, :, head // group].detach().double() @ direction).T > 0  # [b, s]
+        window = core.layer_layout.kind.settings.window
+        read.append(((distance < window) | chosen[:, None, :]) & (distance >= 0))
+    return torch.stack(read, dim=1)
+
+
+def _toy_losses(core: CausalCoreAttention, weights: dict[str, Tensor], key: Tensor, value: Tensor) -> Losses:
+    group = len(weights["direction"]) // key.shape[2]
+    total = torch.zeros((), dtype=key.dtype)
+    for head, direction in enumerate(weights["direction"]):
+        told = (key[:, :, head // group].detach() @ (direction * weights["scale"])).sigmoid()
+        aim = value[:, :, head // group].detach().mean(-1).sigmoid()
+        total = total + (told - aim).square().mean()
+    return {"agreement": total / core.shape.num_heads}
+
+
+def _whole_products(core: CausalCoreAttention, length: int) -> int:
+    return 4 * core.shape.num_heads * core.shape.head_dim * length**2
+
+
+ORACLES = {
+    "dense": Oracle("D", _static),
+    "s2": Oracle("S", _static),
+    "toy": Oracle("T", _toy_read, {"T": {"kind": "toy", "window": 5}}, _toy_losses, _whole_products),
+}

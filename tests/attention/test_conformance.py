@@ -1,0 +1,210 @@
+"""What every kind of attention must hold to, and a toy kind that lives here: see CONTRIBUTING.md.
+
+A new kind brings a case and its definition in `tests/attention/oracles.py`; the rest runs over it as it is.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from s2train.attention.features import Feature
+from s2train.attention.registry import KINDS, register
+from tests.attention.oracles import ORACLES
+from tests.attention.toy import ToyKind
+from tests.program import SMALL, Outcome, error_line, metrics, pretrain, run
+
+STEPS = 4
+TOLERANCE = 1e-5  # of another division, in fp32
+names = pytest.mark.parametrize("name", ORACLES)
+
+
+@pytest.fixture(autouse=True)
+def toy() -> Iterator[None]:
+    register(ToyKind)
+    yield
+    del KINDS["toy"]
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict[str, Any]:
+    outcome = run("tests.attention.conformance_program", processes=0)
+    assert outcome.status == 0, outcome.err[-3000:]
+    found: dict[str, Any] = json.loads(outcome.out.splitlines()[-1])
+    return found
+
+
+def test_every_kind_has_a_case() -> None:
+    assert KINDS.keys() == ORACLES.keys()
+
+
+@names
+def test_outputs_and_all_gradients_equal_the_oracles(measured: dict[str, Any], name: str) -> None:
+    parity = measured[name]["parity"]
+    for found, torch_error in zip(parity["found"], parity["torch"], strict=True):
+        assert found <= 2 * torch_error
+
+
+@names
+def test_auxiliary_losses_are_recorded_as_the_oracle_has_them(measured: dict[str, Any], name: str) -> None:
+    parity = measured[name]["parity"]
+    assert parity["recorded"] == pytest.approx(parity["losses"], rel=1e-5)
+    assert len(parity["losses"]) == sum(weight is not None for weight in kind_of(name).columns().values())
+
+
+@names
+def test_no_output_depends_on_a_later_token(measured: dict[str, Any], name: str) -> None:
+    assert all(measured[name]["future"]["kept"])
+    assert all(measured[name]["future"]["changed"])
+
+
+@names
+def test_the_plan_counts_parameters_and_flops_of_the_built_model(measured: dict[str, Any], name: str) -> None:
+    counts = measured[name]["counts"]
+    assert counts["parameters"][0] == counts["parameters"][1]
+    found, planned = counts["kept"]
+    assert found == (planned if counts["exact"] else pytest.approx(planned, rel=0.05))
+    assert counts["attention_flops"][0] == pytest.approx(counts["attention_flops"][1])
+    assert counts["extra"][0] == counts["extra"][1]
+    assert bool(counts["extra"][1]) == counts["own"]
+
+
+@names
+def test_recomputation_gives_the_same_gradients_and_records_each_value_once(
+    measured: dict[str, Any], name: str
+) -> None:
+    found = measured[name]["recomputation"]
+    if Feature.RECOMPUTATION not in KINDS[name].features:
+        assert found is None
+        return
+    assert all(found["gradients"])
+    assert all(found["records"])
+    assert found["missing"] == 0
+    assert set(found["per_layer"]) <= {1}
+
+
+@names
+def test_decoding_equals_the_uncached_pass_or_is_rejected(measured: dict[str, Any], name: str) -> None:
+    found = measured[name]["decoding"]
+    if Feature.DECODING in KINDS[name].features:
+        assert found["error"] < 2e-6
+    else:
+        assert "doesn't support decoding" in found["rejected"]
+
+
+def test_a_kind_that_does_not_decode_is_rejected(measured: dict[str, Any]) -> None:
+    assert "shy attention (letter T) doesn't support decoding" in measured["shy"]["decoding"]["rejected"]
+
+
+# One model with a layer of every kind, and two of the toy's.
+# The auxiliary loss weighs so much that its gradient is most of the gradient's norm.
+MIXED = [
+    "layout.layers=DSTT",
+    "+layout.kinds.T={kind:toy,window:5,loss_weight:50}",
+    f"train.steps={STEPS}",
+    "checkpoint.interval=2",
+    "optim.warmup_steps=1",
+]
+
+
+def train(run_dir: Path, *arguments: str, processes: int = 1) -> Outcome:
+    settings = [*SMALL, f"run_dir={run_dir}", *MIXED, *arguments]
+    return run("tests.attention.toy_program", "pretrain.py", *settings, processes=processes)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]:
+    folder = tmp_path_factory.mktemp("trained")
+    outcome = train(folder)
+    assert outcome.status == 0, outcome.err[-3000:]
+    return folder, outcome
+
+
+def values(run_dir: Path) -> list[dict[str, Any]]:
+    names = ("step", "loss", "grad_norm", "toy_agreement", "toy_agreement_by_layer", "toy_kept_share")
+    return [{name: record[name] for name in names} for record in metrics(run_dir)]
+
+
+def test_auxiliary_losses_have_columns_of_their_own(trained: tuple[Path, Outcome]) -> None:
+    folder, outcome = trained
+    for record in values(folder):
+        by_layer = record["toy_agreement_by_layer"]
+        assert list(by_layer) == ["2", "3"]
+        assert record["toy_agreement"] == pytest.approx(sum(by_layer.values()) / 2)
+        assert 0.3 < record["toy_kept_share"] < 0.8
+    last = metrics(folder)[-1]
+    assert f"| toy_agreement {last['toy_agreement']:.4f} | toy_kept_share {last['toy_kept_share']:.4f} |" in outcome.out
+
+
+def test_the_scorer_learns_from_its_loss_alone(trained: tuple[Path, Outcome], tmp_path: Path) -> None:
+    unweighted = train(tmp_path, "layout.kinds.T.loss_weight=0")
+    assert unweighted.status == 0, unweighted.err[-3000:]
+    with_loss, without = values(trained[0]), values(tmp_path)
+    assert with_loss[0]["loss"] == without[0]["loss"]
+    assert with_loss[0]["grad_norm"] > 2 * without[0]["grad_norm"]
+
+
+def test_a_resumed_run_has_the_same_bits(trained: tuple[Path, Outcome], tmp_path: Path) -> None:
+    start = trained[0] / "checkpoints" / "iter_0000002"
+    resumed = train(tmp_path, f"checkpoint.resume={start}")
+    assert resumed.status == 0, resumed.err[-3000:]
+    assert values(tmp_path) == values(trained[0])[2:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "division",
+    [
+        ["parallel.tp=2", "parallel.sequence_parallel=true"],
+        ["parallel.pp=2"],
+        [],
+    ],
+    ids=["tensor and sequence parallel", "pipeline parallel", "data parallel"],
+)
+def test_another_division_trains_alike(trained: tuple[Path, Outcome], division: list[str], tmp_path: Path) -> None:
+    done = train(tmp_path, *division, processes=2)
+    assert done.status == 0, done.err[-3000:]
+    for found, expected in zip(values(tmp_path), values(trained[0]), strict=True):
+        by_layer = expected.pop("toy_agreement_by_layer")
+        assert found.pop("toy_agreement_by_layer") == pytest.approx(by_layer, rel=TOLERANCE)
+        assert found == pytest.approx(expected, rel=TOLERANCE)
+
+
+def test_settings_that_weights_do_not_depend_on_may_change_with_consent(trained: tuple[Path, Outcome]) -> None:
+    loss_weight, window = "+layout.kinds.T={kind:toy,window:5,loss_weight:1}", "+layout.kinds.T={kind:toy,window:6}"
+    more = ["layout.layers=DSTT", f"train.steps={STEPS + 1}", "optim.decay_steps=4", "checkpoint.interval=2"]
+    settings = [*SMALL, f"run_dir={trained[0]}", *more, "optim.warmup_steps=1"]
+    rejected = run("tests.attention.toy_program", "pretrain.py", *settings, loss_weight, processes=1)
+    assert "layout.kinds.T.loss_weight=1.0" in error_line(rejected)
+    assert "checkpoint.allow_changes=true" in error_line(rejected)
+    consent = "checkpoint.allow_changes=true"
+    rejected = run("tests.attention.toy_program", "pretrain.py", *settings, consent, window, processes=1)
+    assert "layout.kinds.T.window=6" in error_line(rejected)
+    assert "was trained with layout.kinds.T.window=5" in error_line(rejected)
+
+
+@pytest.mark.slow
+def test_weights_alone_of_a_dense_model_start_a_model_of_another_kind(tmp_path: Path) -> None:
+    dense = pretrain(tmp_path / "dense", "layout.layers=D", "train.steps=3", "checkpoint.interval=1")
+    assert dense.status == 0, dense.err[-3000:]
+    start = tmp_path / "dense/checkpoints/iter_0000003"
+    progress = json.loads((start / "progress.json").read_text())
+    (start / "progress.json").write_text(json.dumps(progress | {"weights_only": True}))
+    done = train(tmp_path / "mixed", f"checkpoint.resume={start}")
+    assert done.status == 0, done.err[-3000:]
+    assert values(tmp_path / "mixed")[0]["toy_agreement"] > 0
+    assert metrics(tmp_path / "mixed")[0]["loss"] < metrics(tmp_path / "dense")[0]["loss"] - 0.05
+
+
+def test_export_of_a_kind_that_does_not_support_it_is_rejected(trained: tuple[Path, Outcome], tmp_path: Path) -> None:
+    arguments = [f"checkpoint={trained[0]}", f"output={tmp_path / 'out'}"]
+    outcome = run("tests.attention.toy_program", "export.py", *arguments, processes=0)
+    assert "toy attention (letter T) doesn't support export" in error_line(outcome)
+    assert not (tmp_path / "out").exists()
+
+
+def kind_of(name: str) -> Any:
+    kind = KINDS[name]
+    return kind("T", kind.settings_type(), "layout.kinds.T")
