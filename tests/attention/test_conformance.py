@@ -102,7 +102,7 @@ def test_a_kind_that_does_not_decode_is_rejected(measured: dict[str, Any]) -> No
 # The auxiliary loss weighs so much that its gradient is most of the gradient's norm.
 MIXED = [
     "layout.layers=DSTT",
-    "+layout.kinds.T={kind:toy,window:5,loss_weight:50}",
+    "+layout.kinds.T={kind:toy,window:5,loss_weight:20000}",
     f"train.steps={STEPS}",
     "checkpoint.interval=2",
     "optim.warmup_steps=1",
@@ -138,7 +138,7 @@ def test_auxiliary_losses_have_columns_of_their_own(trained: tuple[Path, Outcome
     assert f"| toy_agreement {last['toy_agreement']:.4f} | toy_kept_share {last['toy_kept_share']:.4f} |" in outcome.out
 
 
-def test_the_scorer_learns_from_its_loss_alone(trained: tuple[Path, Outcome], tmp_path: Path) -> None:
+def test_weights_of_the_kind_learn_from_the_auxiliary_loss(trained: tuple[Path, Outcome], tmp_path: Path) -> None:
     unweighted = train(tmp_path, "layout.kinds.T.loss_weight=0")
     assert unweighted.status == 0, unweighted.err[-3000:]
     with_loss, without = values(trained[0]), values(tmp_path)
