@@ -74,10 +74,10 @@ class LayoutConfig:
     # on a command line '+layout.patterns.W={kind:sliding_window,window:8}'. (Hydra can't add entries to a dict of
     # dataclasses; `s2train.layouts.patterns.registry.read_pattern` checks them.)
     patterns: dict[str, Any] = field(default_factory=dict)
+    allow_partial_coverage: bool = False  # accept layouts in which no head sees some far blocks (ablations)
     # kinds of attention for further letters, with their settings: {W: {kind: s2, pattern: {kind: dense}}}, on a
     # command line '+layout.kinds.W={kind:s2,…}'; `s2train/attention/registry.py` lists the kinds
     kinds: dict[str, Any] = field(default_factory=dict)
-    allow_partial_coverage: bool = False  # accept layouts in which no head sees some far blocks (ablations)
 
 
 @dataclass

@@ -14,7 +14,7 @@ program at its start              `features`, `check`, `may_change`
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
@@ -41,12 +41,12 @@ class KindContext:
 HeadsOf = Callable[[KindContext], tuple[Pattern, ...]]  # one pattern per query head
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AttentionKind(ABC):
     """A kind of attention with its settings.
 
-    A subclass sets the class attributes and answers the abstract methods. Two layers are alike only if letter and
-    settings are, so that counts may be kept by layer.
+    A subclass sets the class attributes and answers the abstract methods. Kinds are equal if class and letter are, and
+    where the data choose, the settings: of static kinds the patterns tell all, and a layer has these beside its kind.
 
     Class attributes:
         name: in `layout.kinds.LETTER={kind: NAME}`, and at the head of its columns.
@@ -71,8 +71,16 @@ class AttentionKind(ABC):
     may_change: ClassVar[frozenset[str]] = frozenset()
 
     letter: str
-    settings: Any = field(hash=False)
-    setting: str = field(compare=False)
+    settings: Any
+    setting: str
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, AttentionKind) or type(self) is not type(other):
+            return False
+        return self.letter == other.letter and (not self.data_dependent or self.settings == other.settings)
+
+    def __hash__(self) -> int:
+        return hash((type(self), self.letter))
 
     @property
     def label(self) -> str:

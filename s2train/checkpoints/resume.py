@@ -3,6 +3,7 @@
 import os
 import shutil
 import zlib
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import chain, count
@@ -74,7 +75,7 @@ def find_start(cfg: PretrainConfig) -> Start:
     is_new_phase = cfg.checkpoint.new_data and not is_in_run_dir
     changes = changes_between(read_config(checkpoint, "checkpoint.resume"), cfg)
     check_same_architecture(
-        changes, checkpoint, _may_change(cfg), weights_only=saved.weights_only, is_new_phase=is_new_phase
+        changes, checkpoint, of_kinds=_may_change(cfg), weights_only=saved.weights_only, is_new_phase=is_new_phase
     )
     if saved.weights_only:
         return Start(checkpoint, Progress(0, 0, data_order(cfg), None))
@@ -170,8 +171,8 @@ def _may_change(cfg: PretrainConfig) -> set[str]:
 def check_same_architecture(
     changes: list[Change],
     checkpoint: Path,
-    of_kinds: set[str],
     *,
+    of_kinds: Collection[str] = (),
     weights_only: bool = False,
     is_new_phase: bool = False,
 ) -> None:
@@ -182,7 +183,7 @@ def check_same_architecture(
     Raises:
         ConfigError: a setting of the architecture or the optimizer's sharding differs.
     """
-    may_differ = _NOT_IN_SHARDS | of_kinds | (_PHASE_MAY_CHANGE if is_new_phase else set())
+    may_differ = _NOT_IN_SHARDS | set(of_kinds) | (_PHASE_MAY_CHANGE if is_new_phase else set())
     parts = ("model",) if weights_only else _ARCHITECTURE
     for change in changes:
         name = change.setting

@@ -46,7 +46,9 @@ class AuxiliaryLosses:
         the number of micro batches, and averaged over data parallel ranks with the gradients. Megatron's schedules do
         this for the losses of its own layers only.
         """
-        scale = 1.0 if self._loss_scale is None or not self._columns else float(self._loss_scale(torch.ones(1)))
+        scale = 1.0
+        if self._loss_scale is not None and self._columns:
+            scale = float(self._loss_scale(torch.ones(1, device=torch.cuda.current_device())))
         for core in self._cores:
             core.step, core.loss_scale = step, scale / self._micro_batches
             core.records.take()
@@ -59,7 +61,6 @@ class AuxiliaryLosses:
         """
         if not self._columns:
             return {}
-        # zeros are on a GPU where there is one, as for the loss
         table = torch.zeros(len(self._columns), 2, dtype=torch.float64, device=torch.cuda.current_device())
         place = {(number, name): row for row, (number, _, name) in enumerate(self._columns)}
         for core in self._cores:
