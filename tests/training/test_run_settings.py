@@ -78,7 +78,7 @@ def test_a_first_start_logs_no_earlier_run(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_the_eta_names_its_step_if_that_is_not_the_last() -> None:
-    values = {field.name: 1.0 for field in fields(StepMetrics) if field.default is MISSING}
+    values = {field.name: 1.0 for field in fields(StepMetrics) if field.default is field.default_factory is MISSING}
     metrics = StepMetrics(**values | {"step": 190, "held_out_loss": None, "mfu": None, "eta_s": 5.0})
     assert metrics.line(400, last_step=200).endswith("| ETA 0:00:05 to step 200")
     assert metrics.line(400, last_step=400).endswith("| ETA 0:00:05")
