@@ -62,8 +62,8 @@ def _asked(cfg: PretrainConfig, hardware: Hardware) -> Iterator[tuple[Feature, s
         yield Feature.DETERMINISTIC, "train.deterministic", True, "Set train.deterministic=false"
     if cfg.fp8 != "none":
         yield Feature.FP8, "fp8", cfg.fp8, "Set fp8=none"
-    if cfg.backend == "te" or uses_te(cfg, hardware):
-        yield Feature.TRANSFORMER_ENGINE, "backend", cfg.backend, "Set backend=local"
+    if cfg.layer_backend == "te" or uses_te(cfg, hardware):
+        yield Feature.TRANSFORMER_ENGINE, "layer_backend", cfg.layer_backend, "Set layer_backend=local"
 
 
 def _check_weights(cfg: PretrainConfig, kind: AttentionKind) -> None:

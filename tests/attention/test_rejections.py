@@ -77,10 +77,10 @@ def test_transformer_engines_layers_and_fp8_are_rejected(monkeypatch: pytest.Mon
     from s2train.validation.attention_kinds import check_kinds
 
     cfg = config("shy", "fp8=hybrid")
-    for feature, setting in ((Feature.FP8, "fp8=hybrid"), (Feature.TRANSFORMER_ENGINE, "backend=")):
+    for feature, setting in ((Feature.FP8, "fp8=hybrid"), (Feature.TRANSFORMER_ENGINE, "layer_backend=")):
         monkeypatch.setattr(ShyKind, "features", frozenset(Feature) - {feature})
         if feature is Feature.TRANSFORMER_ENGINE:
-            cfg = config("shy", "backend=te")
+            cfg = config("shy", "layer_backend=te")
         with pytest.raises(ConfigError, match=f"^{setting}.*doesn't support {feature.value}"):
             check_kinds(cfg, hybrid_layout(cfg), GPU)
 
