@@ -1,4 +1,5 @@
-# make demo | test | test-all | check | format. Each sets up .venv by itself (PYTHON=python3.12 make … for another Python).
+# make install | demo | test | test-all | check | format. Each sets up .venv by itself.
+# Another Python: PYTHON=python3.12 make …
 PYTHON ?= python3
 # More to install: of what constraints.txt leaves open, for one.
 PACKAGES ?=
@@ -10,7 +11,9 @@ export OMP_NUM_THREADS ?= 1
 # One more than cores: many tests wait for processes and timeouts.
 WORKERS ?= $(shell expr $$(nproc) + 1)
 
-.PHONY: demo test test-all check format clean
+.PHONY: install demo test test-all check format clean
+
+install: $(READY)
 
 demo: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash launch/demo.sh

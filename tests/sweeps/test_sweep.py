@@ -132,11 +132,11 @@ def test_a_sweeper_that_waits_for_slurm_gets_its_losses(tmp_path: Path, monkeypa
 
 
 @pytest.mark.slow
-def test_the_readmes_search_runs_as_printed_and_prints_the_best_parameters(tmp_path: Path) -> None:
+def test_the_guides_search_runs_as_printed_and_prints_the_best_parameters(tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="needs the extra `sweep`")
-    (printed,) = [line for line in (ROOT / "README.md").read_text().splitlines() if "hydra/sweeper=optuna" in line]
+    (printed,) = [line for line in (ROOT / "docs/training.md").read_text().splitlines() if "sweeper=optuna" in line]
     words = shlex.split(printed, comments=True)
-    search = words[words.index("…") + 1 :]
+    search = words[words.index("+model=tiny_hybrid") + 1 :]
     short = ["hydra.sweeper.n_trials=4", "+hydra.sweeper.sampler.seed=1", "hydra.launcher.n_jobs=2"]
     outcome = sweep(tmp_path / "mine", *search, *short)
     assert outcome.status == 0, outcome.err
