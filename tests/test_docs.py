@@ -76,22 +76,25 @@ def execute(command: Command, clone: Path) -> Outcome:
     if program == "launch/pretrain.py" and "-m" in arguments:
         arguments.append("plan=true")  # whole sweeps: tests/sweeps
     elif program == "launch/pretrain.py" and not any(argument.startswith("plan") for argument in arguments):
-        if not is_imported(arguments):
+        if is_imported(arguments):
+            arguments = ["--config-dir", str(clone / "conf"), *arguments]
+            as_it_stands = run("pretrain.py", *arguments, "plan=true", processes=0, cwd=clone)
+            if as_it_stands.status:
+                return as_it_stands
+        else:
             plan(arguments, ranks)  # as it stands
-        arguments = shrunk(arguments, clone)
+        arguments += small(arguments)
     elif program == "launch/import.py":
         arguments.append(f"conf={clone / 'conf'}")  # not the repository's own
     return run(program.removeprefix("launch/"), *arguments, processes=ranks, cwd=clone)
 
 
-def shrunk(arguments: Sequence[str], clone: Path) -> list[str]:
-    """The arguments of a training, and then settings that make it short."""
-    named = dict(argument.split("=", 1) for argument in arguments)
+def small(arguments: Sequence[str]) -> list[str]:
+    """Settings that make a training short; imported weights give its shape."""
+    named = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
     steps = [f"{name}={min(int(named[name]), most)}" for name, most in STEPS.items() if name in named]
     quiet = [] if "tracking.wandb" in named else ["tracking.wandb=disabled"]
-    if is_imported(arguments):  # the weights give its shape
-        return ["--config-dir", str(clone / "conf"), *arguments, *LENGTH, *steps, *quiet]
-    return [*arguments, *SHAPE, *LENGTH, *steps, *quiet]
+    return [*([] if is_imported(arguments) else SHAPE), *LENGTH, *steps, *quiet]
 
 
 def is_imported(arguments: Sequence[str]) -> bool:
