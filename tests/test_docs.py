@@ -237,7 +237,11 @@ def named_settings(page: Path) -> Iterator[str]:
 @pytest.mark.parametrize("page", [*PAGES, CONTRIBUTING], ids=lambda page: page.stem)
 def test_settings_in_the_text_exist(page: Path) -> None:
     known = known_settings()
-    unknown = {name for name in named_settings(page) if name not in known and not name.startswith("layout.patterns.")}
+    unknown = {
+        name
+        for name in named_settings(page)
+        if name not in known and not name.startswith(("layout.patterns.", "layout.kinds."))
+    }
     assert unknown == set()
 
 
