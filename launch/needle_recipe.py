@@ -14,18 +14,15 @@ ROOT/VARIANT/programs.jsonl.
 """
 
 import argparse
-import json
 import os
-import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import _surroundings  # noqa: F401 (prints why the rest can't start)
 
+from _deadline import Deadline
 from rich.console import Console
 from rich.table import Table
 
@@ -37,8 +34,6 @@ VARIANTS = ("hybrid", "dense", "sparse_shifted", "sparse_homogeneous", "hybrid_h
 DEPTHS = [n / 10 for n in range(11)]
 GRID = (8192, 16384, 32768, 65536, 131072)  # lengths of `evaluate`
 CURVE = (8192, 32768)  # lengths of `curve`
-_LEAST_SECONDS = 40  # to start, make progress and save
-_OVER = "time limit reached; the same command resumes"
 HELD_OUT = 0.02  # share of the documents, for the loss after each phase
 
 
@@ -192,74 +187,6 @@ def run_folder(root: Path, variant: str, number: int) -> Path:
 def is_trained(root: Path, variant: str, number: int) -> bool:
     """Whether phase `number` is complete."""
     return (run_folder(root, variant, number) / "checkpoints" / f"iter_{last_step(number):07d}").is_dir()
-
-
-class Deadline:
-    """Runs programs until a time limit, then exits with status 1.
-
-    Starts no program shortly before the limit.
-    """
-
-    def __init__(self, minutes: float) -> None:
-        self._end = time.monotonic() + 60 * minutes
-
-    @property
-    def is_near(self) -> bool:
-        """Whether the time left is too short to start and save."""
-        return time.monotonic() > self._end - _LEAST_SECONDS
-
-    def run(self, command: list[str], record: Path | None = None) -> None:
-        """Run a program of launch/; exit with its status if it fails.
-
-        Args:
-            record: JSON lines file; the program's command, seconds and status are appended when it exits.
-        """
-        started = time.monotonic()
-        if self.is_near:
-            sys.exit(_OVER)
-        print("$ python", " ".join(command), flush=True)
-        program, is_over = subprocess.Popen([sys.executable, *command]), False
-        try:
-            program.wait(max(1.0, self._end - started))
-        except subprocess.TimeoutExpired:
-            is_over = True
-            program.terminate()  # training saves first
-            program.wait()
-        except KeyboardInterrupt:  # the program receives Ctrl-C too, and saves
-            program.wait()
-            raise
-        finally:
-            seconds = time.monotonic() - started
-            if record:
-                _append(record, {"command": command, "seconds": round(seconds, 3), "status": program.poll()})
-        print(f"# {seconds:.1f} s", flush=True)
-        if is_over or program.returncode:
-            sys.exit(_OVER if is_over else program.returncode)
-
-    def run_together(self, commands: list[list[str]], at_once: int) -> None:
-        """Run programs concurrently; exit if one fails or at the limit."""
-        waiting, running = list(commands), []
-        while waiting or running:
-            while waiting and len(running) < at_once and not self.is_near:
-                print("$ python", " ".join(waiting[0]), flush=True)
-                running.append(subprocess.Popen([sys.executable, *waiting.pop(0)]))
-            status = None if time.monotonic() < self._end and (running or not self.is_near) else _OVER
-            for job in [job for job in running if job.poll() is not None]:
-                running.remove(job)
-                status = job.returncode or status
-            if status:
-                for job in running:
-                    job.terminate()
-                for job in running:
-                    job.wait()
-                sys.exit(status)
-            time.sleep(0.2)
-
-
-def _append(path: Path, record: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
 
 
 def make_data(root: Path, last: int, deadline: Deadline) -> None:

@@ -417,6 +417,26 @@ class CorpusConfig:
 
 
 @dataclass
+class ProbesConfig:
+    """A run of `launch/probes.py`."""
+
+    checkpoint: str = MISSING  # a run folder, its checkpoints folder, or one iter_* in it
+    text: str = MISSING  # held-out documents: JSON lines or any other input of launch/prepare_data.py
+    text_key: str = "text"  # what a line's or a table's documents are called
+    tokenizer: str | None = None  # where the run's tokenizer.json was moved to; None: the run's own
+    # tokens of a prompt and its answer; the definition stands in the first 30 % of them
+    lengths: list[int] = field(default_factory=lambda: [1024, 4096, 16384])
+    trials: int = 100  # identifiers completed per length; fewer where the text holds fewer
+    batch_size: int = 8  # sequences decoded together
+    sequences: int = 32  # of the longest length, for the loss on second occurrences
+    seed: int = 1234  # of the choice of identifiers and sequences
+    output: str | None = None  # JSON file; None: `probes.json` in the run folder
+    overwrite: bool = False
+    attention_backend: str = "auto"  # sparse layers, as in a run
+    tp: int = 1  # tensor model parallel: as many processes as were started
+
+
+@dataclass
 class ExportConfig:
     """A run of `launch/export.py`."""
 
@@ -480,6 +500,7 @@ def register() -> None:
     store.store(name="show_layout_schema", node=ShowLayoutConfig)
     store.store(name="needle_schema", node=NeedleConfig)
     store.store(name="corpus_schema", node=CorpusConfig)
+    store.store(name="probes_schema", node=ProbesConfig)
     store.store(name="prepare_schema", node=PrepareConfig)
     store.store(name="export_schema", node=ExportConfig)
     store.store(name="import_schema", node=ImportConfig)

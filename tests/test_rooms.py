@@ -22,9 +22,10 @@ ORDER = [
     {"checkpoints", "inference"},
     {"needles"},
     {"preparation"},
+    {"probes"},
     {"training"},
     {"comparison"},
-    {"sweeps", "scaling"},
+    {"sweeps", "scaling", "study"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 

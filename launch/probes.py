@@ -1,0 +1,38 @@
+"""Probe how a checkpoint uses distant context: identifiers defined or seen far back in held-out text.
+
+python launch/probes.py checkpoint=runs/quality/hybrid text=runs/data/linux/held-out.jsonl
+"""
+
+import _surroundings  # noqa: F401 (prints why the rest can't start)
+
+import hydra
+from omegaconf import DictConfig
+
+from s2train import config
+from s2train.command_line.program import run_command, run_hydra
+from s2train.distributed.rendezvous import check_ranks
+from s2train.environment.apex import apex_available
+from s2train.environment.hardware import check_gpus
+
+config.register()
+
+
+def probes(composed: DictConfig) -> None:
+    """Run the probes."""
+    cfg = config.to_object(composed)
+    check_ranks()
+    check_gpus()
+    apex_available()  # Megatron would import an impostor
+    from s2train.probes.evaluate_checkpoint import evaluate  # imports Megatron: slow
+
+    evaluate(cfg)
+
+
+@hydra.main(config_path="../conf", config_name="probes", version_base="1.3")
+def main(composed: DictConfig) -> None:
+    """Hydra's entry."""
+    run_command(lambda: probes(composed))
+
+
+if __name__ == "__main__":
+    run_hydra(main, config.ProbesConfig, __doc__)

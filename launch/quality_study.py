@@ -1,0 +1,163 @@
+"""Compares kinds of attention on one corpus: same data, same budget, same probes.
+
+python launch/quality_study.py data --tree linux       a corpus of a source tree, tokenized
+python launch/quality_study.py sweep                   learning rate and batch, chosen on dense
+python launch/quality_study.py plan                    tokens, predicted seconds and memory of every run
+python launch/quality_study.py train hybrid window     one run per variant, one after the other
+python launch/quality_study.py evaluate hybrid         long-range probes of a trained run
+python launch/quality_study.py report                  table and picture of all results
+                      each: --root runs/quality  --minutes 9; train and evaluate: --phase 16k  --seed 1  --gpu 0
+
+Run an action again to resume it where it stopped, as it does when --minutes are over. Runs whose result is in
+ROOT/results are not trained again. Settings after the variants, such as train.steps=10, go to launch/pretrain.py.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import _surroundings  # noqa: F401 (prints why the rest can't start)
+
+from _deadline import Deadline
+from rich.console import Console
+
+from s2train.checkpoints.integrity import damage
+from s2train.command_line.program import run_command
+from s2train.errors import ConfigError
+from s2train.study import sweep
+from s2train.study.files import Folders, check_corpus, check_data, check_same_split, record_split
+from s2train.study.plan import plan_table
+from s2train.study.report import write_report
+from s2train.study.results import save_result
+from s2train.study.settings import (
+    Recipe,
+    corpus_command,
+    data_commands,
+    probes_command,
+    steps_of,
+    train_command,
+    train_settings,
+)
+from s2train.study.variants import PHASES, SEEDS, Run, find_run, run_density
+
+ACTIONS = ("data", "sweep", "plan", "train", "evaluate", "report")
+
+
+def make_data(folders: Folders, tree: Path | None, deadline: Deadline) -> None:
+    """Make the corpus if there is none, and tokenize what is not."""
+    if tree is not None and not folders.held_out_text.is_file():
+        deadline.run(corpus_command(folders, tree))
+    check_corpus(folders)
+    check_same_split(folders)
+    record_split(folders)
+    for index, command in data_commands(folders):
+        if not index.is_file():
+            deadline.run(command)
+
+
+def run_sweep(folders: Folders, gpus: int, settings: Sequence[str], deadline: Deadline) -> None:
+    """Run the trials that have no result, and print the choice."""
+    check_data(folders)
+    for trial in map(sweep.Trial, sweep.GRID):
+        if trial.name not in {row["name"] for row in sweep.read(folders)}:
+            deadline.run(train_command(folders, [*trial.settings(folders, gpus), *settings], gpus))
+            sweep.record(folders, trial)
+    print(f"chosen: {sweep.chosen(folders)}")
+
+
+def last_checkpoint(folders: Folders, run: Run, recipe: Recipe) -> Path:
+    """Folder of a finished run's checkpoint."""
+    return folders.run(run) / "checkpoints" / f"iter_{steps_of(run, recipe)[1]:07d}"
+
+
+def train(folders: Folders, run: Run, recipe: Recipe, gpus: int, settings: Sequence[str], deadline: Deadline) -> None:
+    """Train a run that has no result, after the run that it starts from, and write its result."""
+    if folders.result(run).is_file():
+        print(f"{run.name}: there is a result, {folders.result(run)}")
+        return
+    check_data(folders)
+    if run.before is not None and not last_checkpoint(folders, run.before, recipe).is_dir():
+        problem = f"{run.name} starts from {run.before.name}, which is not trained here"
+        remedy = f"Train it first: python launch/quality_study.py train {run.variant} --phase {run.before.phase}"
+        raise ConfigError("phase", run.phase, problem, f"{remedy} --seed {run.seed} --root {folders.root}")
+    own = [*train_settings(folders, run, recipe, gpus), *settings]
+    checkpoint = last_checkpoint(folders, run, recipe)
+    if not checkpoint.is_dir() or damage(checkpoint):
+        deadline.run(train_command(folders, own, gpus), folders.root / "programs.jsonl")
+    density = run_density(own, PHASES[run.phase].length)
+    first = steps_of(run, recipe)[0]
+    print(save_result(folders, run, recipe=recipe, density=density, gpus=gpus, settings=own, first_step=first))
+
+
+def evaluate(folders: Folders, run: Run, settings: Sequence[str], deadline: Deadline) -> None:
+    """Probe a trained run that was not probed."""
+    if folders.probes(run).is_file():
+        print(f"{run.name}: there is a result, {folders.probes(run)}")
+        return
+    check_corpus(folders)
+    check_same_split(folders)
+    if not folders.result(run).is_file():
+        remedy = f"Train it first: python launch/quality_study.py train {run.variant} --root {folders.root}"
+        raise ConfigError("variant", run.variant, f"{run.name} is not trained", remedy)
+    deadline.run([*probes_command(folders, run), *settings], folders.root / "programs.jsonl")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line's entry."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=ACTIONS)
+    parser.add_argument("words", nargs="*", metavar="VARIANT", help="variants, and settings of the program started")
+    parser.add_argument("--root", type=Path, default=Path("runs/quality"))
+    parser.add_argument("--minutes", type=float, default=9)
+    parser.add_argument("--phase", default="16k", help=", ".join(PHASES))
+    parser.add_argument("--seed", type=int, default=SEEDS[0])
+    parser.add_argument("--gpu", default="0", help="devices of this run, such as 0 or 0,1")
+    parser.add_argument("--tree", type=Path, help="source tree to make the corpus of")
+    parser.add_argument("--lr", type=float, help="learning rate, in place of the sweep's choice")
+    parser.add_argument("--batch-tokens", type=int, help="tokens of a step, in place of the sweep's choice")
+    parser.add_argument("--device", default="h100-80gb", help="GPU to plan for")
+    given = parser.parse_intermixed_args(arguments)
+    variants = [word for word in given.words if "=" not in word]
+    settings = [word for word in given.words if "=" in word]
+    if settings and given.action not in ("sweep", "train", "evaluate"):
+        parser.error(f"{given.action} takes no settings: {' '.join(settings)}")
+    if bool(variants) != (given.action in ("train", "evaluate")):
+        parser.error(f"{given.action} takes {'no variant' if variants else 'one variant or more'}")
+    if (given.lr is None) != (given.batch_tokens is None):
+        parser.error("--lr and --batch-tokens belong together")
+    run_command(lambda: act(given, variants, settings))
+
+
+def act(given: argparse.Namespace, variants: Sequence[str], settings: Sequence[str]) -> None:
+    """Run the action.
+
+    Raises:
+        ConfigError: something is missing, or a file doesn't fit.
+    """
+    folders = Folders(given.root, Path(__file__).parent)
+    devices = given.gpu.split(",")
+    deadline = Deadline(given.minutes, {"CUDA_VISIBLE_DEVICES": given.gpu})
+    recipe = None if given.lr is None else Recipe(given.lr, given.batch_tokens)
+    runs = [find_run(variant, given.phase, given.seed) for variant in variants]
+    if given.action == "data":
+        make_data(folders, given.tree, deadline)
+    elif given.action == "sweep":
+        run_sweep(folders, len(devices), settings, deadline)
+    elif given.action == "plan":
+        planned = recipe or (sweep.chosen(folders) if folders.sweep.is_file() else sweep.GRID[0])
+        print(asdict(planned))
+        Console(width=120).print(plan_table(folders, planned, len(devices), given.device))
+    elif given.action == "train":
+        for run in runs:
+            train(folders, run, recipe or sweep.chosen(folders), len(devices), settings, deadline)
+    elif given.action == "evaluate":
+        for run in runs:
+            evaluate(folders, run, settings, deadline)
+    else:
+        print(*write_report(folders), sep="\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

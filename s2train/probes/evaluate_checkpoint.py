@@ -1,0 +1,167 @@
+"""Runs the long-range probes on a checkpoint."""
+
+import hashlib
+import json
+import os
+import shlex
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from s2train.checkpoints.folders import find_checkpoint, load_for_inference, read_config
+from s2train.config import ParallelConfig, PretrainConfig, ProbesConfig
+from s2train.data.tokenizers import Tokenizer, load_tokenizer
+from s2train.environment.hardware import Hardware, detect_own
+from s2train.environment.provenance import environment
+from s2train.errors import ConfigError
+from s2train.files import check_writable, replacing
+from s2train.inference.generation import generate
+from s2train.megatron.setup import initialize, shutdown
+from s2train.needles.results import weights_fingerprint
+from s2train.planning.checks import check_attention_backend
+from s2train.probes.completion import NEAREST, Completion, find_completions, score
+from s2train.probes.documents import held_out_documents
+from s2train.probes.recurrence import Passage, by_distance, choose_sequences, measure
+from s2train.validation.division import check_tensor_parallel
+from s2train.validation.values import check_choice, check_seed
+
+
+@dataclass(frozen=True)
+class Request:
+    """Checked probes.
+
+    Attributes:
+        checkpoint: the iter_* folder.
+        completions: by length, shortest first.
+        passages: sequences for the loss on second occurrences.
+        output: file to write.
+    """
+
+    checkpoint: Path
+    trained: PretrainConfig
+    tokenizer: Tokenizer
+    completions: dict[int, list[Completion]]
+    passages: list[Passage]
+    output: Path
+
+
+def read_request(cfg: ProbesConfig, world_size: int, hardware: Hardware) -> Request:
+    """Check the settings, and choose what to probe; builds no model.
+
+    Raises:
+        ConfigError: a setting can't work, a file is missing, or the text holds nothing to probe.
+    """
+    check_seed(cfg.seed)
+    check_choice("attention_backend", cfg.attention_backend)
+    check_attention_backend(cfg.attention_backend, hardware)
+    for name in ("trials", "batch_size", "sequences"):
+        if getattr(cfg, name) < 1:
+            raise ConfigError(name, getattr(cfg, name), "must be 1 or more", f"Set {name}=8")
+    if not cfg.lengths or min(cfg.lengths) < 64 or len(set(cfg.lengths)) < len(cfg.lengths):
+        problem = "must hold different lengths of 64 tokens or more"
+        raise ConfigError("lengths", list(cfg.lengths), problem, "Set lengths=[1024,4096,16384]")
+    checkpoint = find_checkpoint(cfg.checkpoint)
+    trained = read_config(checkpoint)
+    if cfg.tp != world_size:
+        problem = f"does not equal the {world_size} processes of this job"
+        raise ConfigError("tp", cfg.tp, problem, f"Set tp={world_size}, or start as many processes")
+    check_tensor_parallel(trained.model, cfg.tp, "tp")
+    output = _output(cfg, checkpoint)
+    tokenizer = load_tokenizer(cfg.tokenizer or trained.data.tokenizer, "tokenizer", trained.data.end_token)
+    if tokenizer.vocab_size > (rows := trained.model.vocab_size):
+        problem = f"it has {tokenizer.vocab_size:,} ids, but the model has {rows:,}"
+        raise ConfigError("tokenizer", tokenizer.name, problem, "Set the one that the run was trained with")
+    documents = held_out_documents(cfg, tokenizer)
+    completions = {
+        length: find_completions(documents, length, cfg.trials, cfg.seed) for length in sorted(cfg.lengths)
+    }
+    for length, found in completions.items():
+        if not found:
+            problem = "the text holds no identifier that is defined once and used so far behind"
+            raise ConfigError("lengths", length, problem, "Set shorter lengths, or a text with longer documents")
+    passages = choose_sequences(documents, max(cfg.lengths), cfg.sequences, cfg.seed)
+    if not passages:
+        problem = "no part of the text that long holds a rare identifier twice"
+        raise ConfigError("lengths", max(cfg.lengths), problem, "Set shorter lengths, or a text with longer documents")
+    return Request(checkpoint, trained, tokenizer, completions, passages, output)
+
+
+def _output(cfg: ProbesConfig, checkpoint: Path) -> Path:
+    output = checkpoint.parent.parent / "probes.json" if cfg.output is None else Path(cfg.output)
+    if output.exists() and not cfg.overwrite:
+        raise ConfigError("output", output, "exists", "Add overwrite=true, or set another file")
+    check_writable("output", output.parent)
+    return output
+
+
+def evaluate(cfg: ProbesConfig) -> dict[str, Any]:
+    """Probe a checkpoint, and write the results; collective.
+
+    Raises:
+        ConfigError: a setting can't work; before a process group exists, unless the checkpoint is damaged.
+    """
+    request = read_request(cfg, int(os.environ.get("WORLD_SIZE", "1")), detect_own())
+    device = initialize(ParallelConfig(tp=cfg.tp), cfg.seed)
+    loaded = load_for_inference(request.checkpoint, device, cfg.tp, cfg.attention_backend)
+
+    def logits(tokens: Tensor) -> Tensor:
+        positions = torch.arange(tokens.shape[1], device=device)[None]
+        predicted: Tensor = loaded.model(tokens, positions, None)
+        return predicted
+
+    completed = []
+    for length, completions in request.completions.items():
+        decode = partial(generate, loaded.model)
+        with_definition, without = score(decode, completions, cfg.batch_size, device)
+        row = {
+            "length": length,
+            "distances": [min(one.distance for one in completions), max(one.distance for one in completions)],
+            "with_definition": with_definition.as_json(),
+            "without_definition": without.as_json(),
+        }
+        completed.append(row)
+    content = {
+        "checkpoint": str(loaded.path),
+        "step": loaded.step,
+        "weights": weights_fingerprint(loaded.path),
+        "text": {"file": cfg.text, "sha256": hashlib.sha256(Path(cfg.text).read_bytes()).hexdigest()[:16]},
+        "tokenizer": request.tokenizer.fingerprint,
+        "seed": cfg.seed,
+        "trained_length": request.trained.train.seq_length,
+        "nearest": NEAREST,
+        "completion": completed,
+        "recurrence": {
+            "sequences": len(request.passages),
+            "length": max(cfg.lengths),
+            "by_distance": by_distance(measure(logits, request.passages, device)),
+        },
+        "command": shlex.join(sys.argv),
+        "environment": environment(),
+    }
+    if os.environ.get("RANK", "0") == "0":
+        with replacing(request.output) as temporary:
+            temporary.write_text(json.dumps(content, indent=1) + "\n")
+        print(summary(content), f"results in {request.output}", sep="\n", flush=True)
+    shutdown()
+    return content
+
+
+def summary(content: dict[str, Any]) -> str:
+    """Format the results in a line per length and range of distance."""
+    lines = []
+    for row in content["completion"]:
+        shares = (f"{row[name]['correct']}/{row[name]['trials']}" for name in ("with_definition", "without_definition"))
+        given, control = shares
+        far, near = row["distances"][::-1]
+        lines.append(f"{row['length']:>7,} tokens: completed {given}, without the definition {control} ({near:,} to {far:,} back)")
+    for row in content["recurrence"]["by_distance"]:
+        lines.append(
+            f"{row['from']:>7,} to {row['to']:,} tokens back: {row['count']:,} identifiers, loss"
+            f" {row['second_loss']:.4f}, at their first occurrence {row['first_loss']:.4f}"
+        )
+    return "\n".join(lines)

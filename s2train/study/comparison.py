@@ -1,0 +1,107 @@
+"""Compares variants at equal tokens and at equal GPU time."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import mean
+
+import numpy as np
+
+from s2train.needles.scores import wilson_interval
+from s2train.study.results import Result
+from s2train.study.variants import PHASES, VARIANTS
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of one variant in one phase that differ in their seeds."""
+
+    variant: str
+    phase: str
+    results: tuple[Result, ...]
+
+    @property
+    def losses(self) -> list[float]:
+        """Held-out loss of each seed at the end."""
+        return [result.loss for result in self.results]
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Mean throughput of one GPU."""
+        return mean(result.summary.tokens_per_s / result.gpus for result in self.results)
+
+    @property
+    def mfu(self) -> float | None:
+        known = [result.summary.mfu for result in self.results if result.summary.mfu is not None]
+        return mean(known) if known else None
+
+    @property
+    def memory(self) -> float:
+        """Peak GiB of a GPU."""
+        return max(result.summary.peak_memory_gib for result in self.results)
+
+    def losses_at(self, gpu_seconds: float) -> list[float]:
+        """Held-out loss of each seed after that GPU time, between evaluations by straight lines."""
+        found = []
+        for result in self.results:
+            _, seconds, losses = zip(*result.held_out, strict=True)
+            found.append(float(np.interp(gpu_seconds, seconds, losses)))
+        return found
+
+    def by_position(self) -> list[tuple[int, int, float | None]]:
+        """Mean held-out loss of each range of positions; None where a seed has none."""
+        rows = []
+        for parts in zip(*(result.by_position for result in self.results), strict=True):
+            losses = [loss for _, _, loss in parts if loss is not None]
+            rows.append((parts[0][0], parts[0][1], mean(losses) if len(losses) == len(parts) else None))
+        return rows
+
+    def completions(self) -> dict[int, tuple[float, tuple[float, float], float]]:
+        """Share completed with the definition, its 95 % interval, and the share without, by length; seeds summed."""
+        counts: dict[int, list[int]] = defaultdict(lambda: [0, 0, 0])
+        for result in self.results:
+            for row in result.probes["completion"] if result.probes else ():
+                own = counts[row["length"]]
+                own[0] += row["with_definition"]["correct"]
+                own[1] += row["without_definition"]["correct"]
+                own[2] += row["with_definition"]["trials"]
+        return {
+            length: (given / trials, wilson_interval(given, trials), without / trials)
+            for length, (given, without, trials) in sorted(counts.items())
+        }
+
+    def recurrences(self) -> dict[int, tuple[int, float, float]]:
+        """Occurrences, loss on the second one and on the first, by the start of the distance range; seeds together."""
+        rows: dict[int, list[tuple[int, float, float]]] = defaultdict(list)
+        for result in self.results:
+            for row in result.probes["recurrence"]["by_distance"] if result.probes else ():
+                rows[row["from"]].append((row["count"], row["second_loss"], row["first_loss"]))
+        return {
+            start: (
+                sum(count for count, _, _ in own),
+                *(float(np.average([row[i] for row in own], weights=[row[0] for row in own])) for i in (1, 2)),
+            )
+            for start, own in sorted(rows.items())
+        }  # type: ignore[return-value]  # the starred part has two elements
+
+
+def groups(results: Sequence[Result]) -> dict[str, list[Group]]:
+    """Group results by phase, and in it by variant, in the study's order; others follow."""
+    by_key: dict[tuple[str, str], list[Result]] = defaultdict(list)
+    for result in results:
+        by_key[result.run.phase, result.run.variant].append(result)
+
+    def order(names: Sequence[str], name: str) -> tuple[int, str]:
+        return (names.index(name) if name in names else len(names), name)
+
+    keys = sorted(by_key, key=lambda key: (order(tuple(PHASES), key[0]), order(tuple(VARIANTS), key[1])))
+    grouped: dict[str, list[Group]] = {}
+    for phase, variant in keys:
+        own = sorted(by_key[phase, variant], key=lambda result: result.run.seed)
+        grouped.setdefault(phase, []).append(Group(variant, phase, tuple(own)))
+    return grouped
+
+
+def shared_gpu_seconds(phase: Sequence[Group]) -> float:
+    """GPU time of the fastest run of a phase, up to which all can be compared."""
+    return min(result.gpu_seconds for group in phase for result in group.results)

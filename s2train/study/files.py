@@ -1,0 +1,118 @@
+"""Names the files of a quality study, and checks that they belong together."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from s2train.errors import ConfigError
+from s2train.preparation.source_tree import DESCRIPTION, HELD_OUT, TRAIN
+from s2train.study.variants import Run
+
+
+@dataclass(frozen=True)
+class Folders:
+    """The study's folder, and the folder of its programs.
+
+    ROOT/corpus/                  train.jsonl, held-out.jsonl, corpus.json
+    ROOT/data/                    tokenized splits, the tokenizer, corpus.json of the split they were made of
+    ROOT/runs/RUN/                run folders
+    ROOT/results/RUN.json         results of training; RUN-probes.json: of the probes; sweep.json: what the sweep chose
+    """
+
+    root: Path
+    launch: Path
+
+    @property
+    def corpus(self) -> Path:
+        return self.root / "corpus"
+
+    @property
+    def train_text(self) -> Path:
+        return self.corpus / TRAIN
+
+    @property
+    def held_out_text(self) -> Path:
+        return self.corpus / HELD_OUT
+
+    @property
+    def data(self) -> Path:
+        return self.root / "data"
+
+    @property
+    def train_data(self) -> Path:
+        return self.data / "train"
+
+    @property
+    def held_out_data(self) -> Path:
+        return self.data / "held-out"
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.data / "train-tokenizer.json"
+
+    @property
+    def results(self) -> Path:
+        return self.root / "results"
+
+    @property
+    def sweep(self) -> Path:
+        return self.results / "sweep.json"
+
+    def program(self, name: str) -> str:
+        return str(self.launch / name)
+
+    def run(self, run: Run) -> Path:
+        return self.root / "runs" / run.name
+
+    def result(self, run: Run) -> Path:
+        return self.results / f"{run.name}.json"
+
+    def probes(self, run: Run) -> Path:
+        return self.results / f"{run.name}-probes.json"
+
+
+def check_corpus(folders: Folders) -> None:
+    """Check that both splits hold text.
+
+    Raises:
+        ConfigError: a split is missing or empty.
+    """
+    for path in (folders.train_text, folders.held_out_text):
+        if not path.is_file():
+            remedy = "Make the corpus: python launch/quality_study.py data --tree TREE"
+            raise ConfigError("root", folders.root, f"{path} is missing", remedy)
+        if path.stat().st_size == 0:
+            remedy = f"Delete {folders.corpus}, and make it with a larger held_out_share"
+            raise ConfigError("root", folders.root, f"{path} is empty", remedy)
+
+
+def record_split(folders: Folders) -> None:
+    """Record which split the tokenizer is trained on."""
+    folders.data.mkdir(parents=True, exist_ok=True)
+    (folders.data / DESCRIPTION).write_bytes((folders.corpus / DESCRIPTION).read_bytes())
+
+
+def check_same_split(folders: Folders) -> None:
+    """Check that the tokenizer was trained on the training split that is there.
+
+    Raises:
+        ConfigError: the corpus was made again with another split.
+    """
+    made, now = folders.data / DESCRIPTION, folders.corpus / DESCRIPTION
+    if made.is_file() and json.loads(made.read_text()) != json.loads(now.read_text()):
+        problem = f"{folders.tokenizer} was trained on another split than the one in {folders.corpus}"
+        raise ConfigError("root", folders.root, problem, f"Delete {folders.data} and run `data` again, or set another root")
+
+
+def check_data(folders: Folders) -> None:
+    """Check that the study can train and evaluate.
+
+    Raises:
+        ConfigError: data are missing, empty or of another split.
+    """
+    check_corpus(folders)
+    check_same_split(folders)
+    for prefix in (folders.train_data, folders.held_out_data):
+        if not prefix.with_name(prefix.name + ".idx").is_file():
+            remedy = f"Run python launch/quality_study.py data --root {folders.root}"
+            raise ConfigError("root", folders.root, f"{prefix}.idx is missing", remedy)

@@ -1,0 +1,102 @@
+"""Writes the quality study's report from its result files."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+
+from s2train.files import replacing
+from s2train.study.comparison import Group, groups, shared_gpu_seconds
+from s2train.study.files import Folders
+from s2train.study.picture import draw
+from s2train.study.results import read_results
+from s2train.study.variants import PHASES, RUNS
+
+NAME = "quality"  # of report and picture
+
+
+def write_report(folders: Folders) -> list[Path]:
+    """Write ROOT/quality.md and ROOT/quality.png.
+
+    Raises:
+        ConfigError: there are no results, or a file can't be read.
+    """
+    grouped = groups(read_results(folders))
+    text, picture = folders.root / f"{NAME}.md", folders.root / f"{NAME}.png"
+    draw(grouped, picture)
+    with replacing(text) as temporary:
+        temporary.write_text(report(grouped, picture.name))
+    return [text, picture]
+
+
+def report(grouped: dict[str, list[Group]], picture: str) -> str:
+    """Format the report as Markdown."""
+    parts = [f"# Quality study\n\n![Loss against tokens/s]({picture})\n"]
+    parts += [_phase(name, own) for name, own in grouped.items()]
+    there = {result.run for own in grouped.values() for group in own for result in group.results}
+    if missing := [run.name for run in RUNS if run not in there]:
+        parts.append(f"Runs without a result: {', '.join(missing)}.\n")
+    return "\n".join(parts)
+
+
+def _phase(name: str, own: Sequence[Group]) -> str:
+    phase = PHASES[name]
+    seconds = shared_gpu_seconds(own)
+    lengths = sorted({length for group in own for length in group.completions()})
+    distances = sorted({start for group in own for start in group.recurrences()})
+    heads = [
+        "variant", "seeds", "density", "held-out loss", f"at {seconds:,.0f} GPU-s", "tokens/s per GPU", "MFU", "peak GiB",
+        *(f"completed at {length:,} (without)" for length in lengths),
+        *(f"second occurrence from {start:,} (first)" for start in distances),
+    ]  # fmt: skip
+    rows = [_row(group, seconds, lengths, distances) for group in own]
+    ranges = [(start, stop) for start, stop, _ in own[0].by_position()]
+    positions = [
+        [group.variant, *("" if loss is None else f"{loss:.4f}" for _, _, loss in group.by_position())] for group in own
+    ]
+    recipes = {result.recipe for group in own for result in group.results}
+    said = "; ".join(f"learning rate {one.lr:g}, {one.batch_tokens:,} tokens a step" for one in recipes)
+    return "\n".join(
+        [
+            f"## {phase.length:,} tokens\n",
+            f"{phase.tokens / 1e6:,.0f}M tokens a run; {said}. Losses are nats per token: mean [least, most] over seeds.",
+            "At equal GPU time, a run that takes longer is read in the middle of its learning-rate schedule.",
+            "Completed: share of identifiers, with its 95 % interval, and in brackets the share without the definition.\n",
+            _table(heads, rows),
+            "Held-out loss by position:\n",
+            _table(["variant", *(f"{start:,}-{stop:,}" for start, stop in ranges)], positions),
+        ]
+    )
+
+
+def _row(group: Group, seconds: float, lengths: Sequence[int], distances: Sequence[int]) -> list[str]:
+    completions, recurrences = group.completions(), group.recurrences()
+    row = [
+        group.variant,
+        str(len(group.results)),
+        f"{group.results[0].density:.4f}",
+        _spread(group.losses),
+        _spread(group.losses_at(seconds)),
+        f"{group.tokens_per_s:,.0f}",
+        "" if group.mfu is None else f"{group.mfu:.1%}",
+        f"{group.memory:.1f}",
+    ]
+    for length in lengths:
+        if length not in completions:
+            row.append("")
+            continue
+        share, (low, high), without = completions[length]
+        row.append(f"{share:.0%} [{low:.0%}, {high:.0%}] ({without:.0%})")
+    for start in distances:
+        row.append("" if start not in recurrences else "{1:.3f} ({2:.3f}), n={0}".format(*recurrences[start]))
+    return row
+
+
+def _spread(values: Sequence[float]) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.4f}"
+    return f"{mean(values):.4f} [{min(values):.4f}, {max(values):.4f}]"
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"

@@ -1,0 +1,123 @@
+"""Collects what a run measured in one small file, and reads these files."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from s2train.comparison.runs import Summary, summarize
+from s2train.environment.provenance import environment
+from s2train.errors import ConfigError
+from s2train.files import replacing
+from s2train.study.files import Folders
+from s2train.study.settings import Recipe
+from s2train.study.variants import Run
+from s2train.training.records import read_records
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one run measured.
+
+    Attributes:
+        gpus: number of devices.
+        density: kept over causal positions.
+        held_out: (tokens, GPU-seconds, loss) of each evaluation; seconds are steps times the median step.
+        by_position: (first, one past the last, loss) at the end.
+        probes: content of RUN-probes.json; None: not probed.
+    """
+
+    run: Run
+    gpus: int
+    density: float
+    recipe: Recipe
+    summary: Summary
+    held_out: list[tuple[int, float, float]]
+    by_position: list[tuple[int, int, float | None]]
+    probes: dict[str, Any] | None = None
+
+    @property
+    def loss(self) -> float:
+        """Held-out loss at the end."""
+        return self.held_out[-1][2]
+
+    @property
+    def gpu_seconds(self) -> float:
+        """GPU time of the steps up to the last evaluation."""
+        return self.held_out[-1][1]
+
+
+def save_result(
+    folders: Folders, run: Run, *, recipe: Recipe, density: float, gpus: int, settings: Sequence[str], first_step: int = 0
+) -> Path:
+    """Write ROOT/results/RUN.json from a finished run's metrics.
+
+    Args:
+        first_step: steps of earlier phases.
+
+    Raises:
+        ConfigError: the run has not reported a held-out loss.
+    """
+    folder = folders.run(run)
+    summary = summarize(folder)
+    measured = [one for one in read_records(folder / "metrics.jsonl") if one.get("held_out_loss") is not None]
+    if not measured:
+        raise ConfigError("runs", folder, "has reported no finite held-out loss", "Train it again in another root")
+    content = {
+        "run": asdict(run),
+        "gpus": gpus,
+        "density": density,
+        "recipe": asdict(recipe),
+        "summary": asdict(summary),
+        "held_out": [
+            [
+                one["consumed_tokens"],
+                (one["step"] - first_step) * summary.step_time_s * gpus,
+                one["held_out_loss"],
+            ]
+            for one in measured
+        ],
+        "by_position": measured[-1]["held_out_loss_by_position"],
+        "settings": list(settings),
+        "environment": environment(),
+    }
+    path = folders.result(run)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+    return path
+
+
+def read_results(folders: Folders) -> list[Result]:
+    """Read all results of a study, in order of file names.
+
+    Raises:
+        ConfigError: there are none, or a file can't be read.
+    """
+    skipped = {folders.sweep.name}
+    paths = sorted(
+        path for path in folders.results.glob("*.json") if path.name not in skipped and "-probes" not in path.name
+    )
+    if not paths:
+        remedy = f"Run python launch/quality_study.py train VARIANT --root {folders.root}"
+        raise ConfigError("root", folders.root, f"{folders.results} holds no results", remedy)
+    return [_read(folders, path) for path in paths]
+
+
+def _read(folders: Folders, path: Path) -> Result:
+    try:
+        content = json.loads(path.read_text())
+        run = Run(**content["run"])
+        probes = folders.probes(run)
+        return Result(
+            run=run,
+            gpus=content["gpus"],
+            density=content["density"],
+            recipe=Recipe(**content["recipe"]),
+            summary=Summary(**content["summary"]),
+            held_out=[(int(tokens), float(seconds), float(loss)) for tokens, seconds, loss in content["held_out"]],
+            by_position=[(start, stop, loss) for start, stop, loss in content["by_position"]],
+            probes=json.loads(probes.read_text()) if probes.is_file() else None,
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError("root", path, f"is no result of this study ({error})", "Move the file away") from error

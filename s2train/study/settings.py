@@ -1,0 +1,125 @@
+"""Makes the commands of the quality study."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from s2train.study.files import Folders
+from s2train.study.variants import MODEL, PHASES, Run, attention_settings
+
+VOCABULARY = 32768
+EVALUATIONS = 10  # of the held-out loss, in a run
+HELD_OUT_TOKENS = 1 << 20  # of each evaluation
+PROBED = (1024, 4096, 16384, 32768, 65536)  # lengths of the probes, up to the trained one
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a sweep chooses, and all runs share.
+
+    Attributes:
+        lr: learning rate.
+        batch_tokens: tokens of a step.
+    """
+
+    lr: float
+    batch_tokens: int
+
+
+def corpus_command(folders: Folders, tree: Path) -> list[str]:
+    """How the tree becomes train.jsonl and held-out.jsonl."""
+    return [folders.program("make_corpus.py"), f"tree={tree}", f"output={folders.corpus}"]
+
+
+def data_commands(folders: Folders) -> list[tuple[Path, list[str]]]:
+    """How the two splits are tokenized, each after the .idx file it makes; the first also trains the tokenizer."""
+    train, held_out = folders.train_data, folders.held_out_data
+    programs = (
+        (train, folders.train_text, f"bpe:{VOCABULARY}"),
+        (held_out, folders.held_out_text, str(folders.tokenizer)),
+    )
+    return [
+        (
+            output.with_name(output.name + ".idx"),
+            [folders.program("prepare_data.py"), f"input={text}", f"output={output}", f"tokenizer={tokenizer}"]
+            + ["overwrite=true"],
+        )
+        for output, text, tokenizer in programs
+    ]
+
+
+def steps_of(run: Run, recipe: Recipe) -> tuple[int, int]:
+    """Steps before the run's phase, and at its end."""
+    before = 0 if run.before is None else steps_of(run.before, recipe)[1]
+    return before, before + -(-PHASES[run.phase].tokens // recipe.batch_tokens)
+
+
+def train_settings(
+    folders: Folders, run: Run, recipe: Recipe, gpus: int = 1, model: tuple[str, ...] = MODEL
+) -> list[str]:
+    """Settings of launch/pretrain.py for a run on `gpus` GPUs."""
+    phase = PHASES[run.phase]
+    before, last = steps_of(run, recipe)
+    sequences = max(1, recipe.batch_tokens // phase.length)
+    interval = max(1, (last - before) // EVALUATIONS)
+    settings = [
+        *model,
+        f"model.name={run.variant}",
+        *attention_settings(run.variant, phase, model),
+        f"run_dir={folders.run(run)}",
+        *data_settings(folders),
+        f"seed={run.seed}",
+        f"train.seq_length={phase.length}",
+        f"train.global_batch_size={sequences}",
+        f"train.micro_batch_size={micro_batch(phase.length, sequences, gpus)}",
+        f"train.steps={last}",
+        f"optim.lr={recipe.lr}",
+        f"optim.warmup_steps={max(1, (last if run.before is None else before) // 20)}",
+        f"evaluation.interval={interval}",
+        f"evaluation.batches={max(1, HELD_OUT_TOKENS // (sequences * phase.length))}",
+        f"checkpoint.interval={2 * interval}",
+        "checkpoint.keep=1",
+        "tracking.log_interval=10",
+        "tracking.wandb=disabled",
+    ]
+    if run.before is not None:
+        settings += [
+            f"checkpoint.resume={folders.run(run.before)}",
+            "checkpoint.new_data=true",
+            "checkpoint.allow_changes=true",
+            f"optim.decay_steps={before}",
+        ]
+    return settings
+
+
+def micro_batch(length: int, sequences: int, gpus: int) -> int:
+    """Sequences that go through a GPU at once: two of 16k tokens, where the batch divides so."""
+    return 2 if length <= 16384 and sequences % (2 * gpus) == 0 else 1
+
+
+def data_settings(folders: Folders) -> list[str]:
+    """Settings that name the study's data."""
+    return [
+        f"data.path={folders.train_data}",
+        f"data.valid_path={folders.held_out_data}",
+        f"data.tokenizer={folders.tokenizer}",
+        f"data.cache={folders.data / 'cache'}",
+    ]
+
+
+def train_command(folders: Folders, settings: Sequence[str], gpus: int) -> list[str]:
+    """How a run is started on `gpus` GPUs."""
+    program = [folders.program("pretrain.py"), *settings]
+    return program if gpus == 1 else [folders.program("job.py"), "--nproc-per-node", str(gpus), *program]
+
+
+def probes_command(folders: Folders, run: Run) -> list[str]:
+    """How a run's last checkpoint is probed."""
+    length = PHASES[run.phase].length
+    return [
+        folders.program("probes.py"),
+        f"checkpoint={folders.run(run)}",
+        f"text={folders.held_out_text}",
+        f"lengths={[probed for probed in PROBED if probed <= length] or [length]}",
+        f"output={folders.probes(run)}",
+    ]
