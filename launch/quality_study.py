@@ -9,7 +9,7 @@ python launch/quality_study.py report                  table and picture of all 
                       each: --root runs/quality  --minutes 9; train and evaluate: --phase 16k  --seed 1  --gpu 0
 
 Run an action again to resume it where it stopped, as it does when --minutes are over. Runs whose result is in
-ROOT/results are not trained again. Settings after the variants, such as train.steps=10, go to launch/pretrain.py.
+ROOT/results are not trained again. Settings after the variants, such as tracking.wandb=auto, go to launch/pretrain.py.
 """
 
 import argparse

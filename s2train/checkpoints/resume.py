@@ -3,7 +3,7 @@
 import os
 import shutil
 import zlib
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import chain, count
@@ -23,7 +23,7 @@ from s2train.checkpoints.folders import (
     step_of,
 )
 from s2train.checkpoints.integrity import damage, known_problem
-from s2train.checkpoints.setting_changes import Change, changes_between, check_consent
+from s2train.checkpoints.setting_changes import CONSENT, Change, changes_between, check_consent, consented
 from s2train.config import PretrainConfig
 from s2train.data.blend import parse_blend
 from s2train.data.checks import num_train_samples
@@ -36,6 +36,7 @@ from s2train.files import FolderLock
 _ARCHITECTURE = ("model", "layout", "schedule")
 _NOT_IN_SHARDS = {"model.name", "model.init_std"}
 _PHASE_MAY_CHANGE = {"model.rotary_base"}  # raised for longer sequences (arXiv 2309.16039, section 2.1)
+_WITHOUT_WEIGHTS = ("layout", "schedule")  # sections that a new phase may change where it is allowed
 _NUM_SAMPLES = "data.num_samples"
 _PATH = "data.path"
 _CONTENTS = "the datasets' contents"  # a key of saved orders, beside settings
@@ -74,8 +75,9 @@ def find_start(cfg: PretrainConfig) -> Start:
     saved, is_in_run_dir = read_progress(checkpoint, "checkpoint.resume"), is_own(checkpoint, cfg.run_dir)
     is_new_phase = cfg.checkpoint.new_data and not is_in_run_dir
     changes = changes_between(read_config(checkpoint, "checkpoint.resume"), cfg)
+    allowed = consented(cfg) if is_new_phase else None
     check_same_architecture(
-        changes, checkpoint, of_kinds=_may_change(cfg), weights_only=saved.weights_only, is_new_phase=is_new_phase
+        changes, checkpoint, of_kinds=_may_change(cfg), weights_only=saved.weights_only, allowed=allowed
     )
     if saved.weights_only:
         return Start(checkpoint, Progress(0, 0, data_order(cfg), None))
@@ -168,28 +170,40 @@ def _may_change(cfg: PretrainConfig) -> set[str]:
     return {f"layout.kinds.{letter}.{name}" for letter in cfg.layout.kinds for name in kinds[letter].may_change}
 
 
+def _is_without_weights(name: str) -> bool:
+    """Whether no weight depends on this setting of the layout: kinds of attention may have weights."""
+    return name.partition(".")[0] in _WITHOUT_WEIGHTS and not name.startswith("layout.kinds.")
+
+
 def check_same_architecture(
     changes: list[Change],
     checkpoint: Path,
     *,
     of_kinds: Collection[str] = (),
     weights_only: bool = False,
-    is_new_phase: bool = False,
+    allowed: Callable[[str], bool] | None = None,
 ) -> None:
-    """Check that no change alters the checkpoint's shards.
+    """Check that no change alters the checkpoint's architecture.
 
     Args:
         of_kinds: settings of kinds of attention that their weights don't depend on.
+        allowed: in a new phase, whether `checkpoint.allow_changes` names a setting. A setting of the layout that it
+            names may differ, since dense and S2 attention have no weights. None: no new phase.
     Raises:
         ConfigError: a setting of the architecture or the optimizer's sharding differs.
     """
-    may_differ = _NOT_IN_SHARDS | set(of_kinds) | (_PHASE_MAY_CHANGE if is_new_phase else set())
+    may_differ = _NOT_IN_SHARDS | set(of_kinds) | (set() if allowed is None else _PHASE_MAY_CHANGE)
     parts = ("model",) if weights_only else _ARCHITECTURE
     for change in changes:
         name = change.setting
-        if name.partition(".")[0] in parts and name not in may_differ:
+        section = name.partition(".")[0]
+        if allowed is not None and _is_without_weights(name) and allowed(name):
+            continue
+        if section in parts and name not in may_differ:
             problem = f"{checkpoint} was trained with {name}={change.before}"
             phase = ", or checkpoint.new_data=true for a new phase" if name in _PHASE_MAY_CHANGE else ""
+            if allowed is not None and _is_without_weights(name):
+                phase = f", or {CONSENT}=[{name}] for attention of another layout in this phase"
             raise ConfigError(name, change.now, problem, f"Set that value, or start in another run_dir{phase}")
         if name == "parallel.distributed_optimizer" and not weights_only:
             problem = f"{checkpoint} holds optimizer state saved with {name}={str(change.before).lower()}"

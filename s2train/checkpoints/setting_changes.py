@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -91,12 +91,11 @@ def check_consent(cfg: PretrainConfig, checkpoint: Path, changes: list[Change]) 
     Raises:
         ConfigError: some changes are not allowed; it names all of them, and the setting that allows them.
     """
-    allowed = cfg.checkpoint.allow_changes
-    names: Collection[str] = [allowed] if isinstance(allowed, str) else [] if isinstance(allowed, bool) else allowed
-    asked = [change for change in changes if change.is_of_the_experiment and change.setting not in names]
-    if allowed is True or not asked:
+    is_allowed = consented(cfg)
+    asked = [change for change in changes if change.is_of_the_experiment and not is_allowed(change.setting)]
+    if not asked:
         return
-    named = ",".join(dict.fromkeys([*names, *(change.setting for change in asked)]))
+    named = ",".join(dict.fromkeys([*_allowed_names(cfg), *(change.setting for change in asked)]))
     problem = f"{checkpoint} was trained with other settings: {', '.join(map(str, asked))}"
     kept = next((c.before for c in asked if c.setting == "optim.decay_steps" and not cfg.optim.decay_steps), None)
     keep = f"optim.decay_steps={kept} keeps the learning-rate schedule (left unset, it is train.steps). "
@@ -108,6 +107,17 @@ def check_consent(cfg: PretrainConfig, checkpoint: Path, changes: list[Change]) 
     if first == "optim.decay_steps" and kept is not None:  # not set: name the setting that it follows from
         raise ConfigError("train.steps", cfg.train.steps, problem, remedy)
     raise ConfigError(first, _as_typed(asked[0].now), problem, remedy)
+
+
+def consented(cfg: PretrainConfig) -> Callable[[str], bool]:
+    """Make the check whether `checkpoint.allow_changes` names a setting, or allows any."""
+    names = _allowed_names(cfg)
+    return lambda setting: cfg.checkpoint.allow_changes is True or setting in names
+
+
+def _allowed_names(cfg: PretrainConfig) -> Collection[str]:
+    allowed = cfg.checkpoint.allow_changes
+    return [allowed] if isinstance(allowed, str) else [] if isinstance(allowed, bool) else allowed
 
 
 def with_values(cfg: PretrainConfig) -> PretrainConfig:

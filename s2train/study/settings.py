@@ -54,18 +54,16 @@ def steps_of(run: Run, recipe: Recipe) -> tuple[int, int]:
     return before, before + -(-PHASES[run.phase].tokens // recipe.batch_tokens)
 
 
-def train_settings(
-    folders: Folders, run: Run, recipe: Recipe, gpus: int = 1, model: tuple[str, ...] = MODEL
-) -> list[str]:
+def train_settings(folders: Folders, run: Run, recipe: Recipe, gpus: int = 1) -> list[str]:
     """Settings of launch/pretrain.py for a run on `gpus` GPUs."""
     phase = PHASES[run.phase]
     before, last = steps_of(run, recipe)
     sequences = max(1, recipe.batch_tokens // phase.length)
     interval = max(1, (last - before) // EVALUATIONS)
     settings = [
-        *model,
+        *MODEL,
         f"model.name={run.variant}",
-        *attention_settings(run.variant, phase, model),
+        *attention_settings(run.variant, phase),
         f"run_dir={folders.run(run)}",
         *data_settings(folders),
         f"seed={run.seed}",

@@ -30,14 +30,14 @@ class Trial:
     def steps(self) -> int:
         return -(-TOKENS // self.recipe.batch_tokens)
 
-    def settings(self, folders: Folders, gpus: int = 1, model: tuple[str, ...] = MODEL) -> list[str]:
+    def settings(self, folders: Folders, gpus: int = 1) -> list[str]:
         """Settings of launch/pretrain.py; the held-out loss is measured at the end."""
         phase = PHASES["16k"]
         sequences = max(1, self.recipe.batch_tokens // phase.length)
         return [
-            *model,
+            *MODEL,
             "model.name=dense",
-            *attention_settings("dense", phase, model),
+            *attention_settings("dense", phase),
             f"run_dir={folders.root / 'sweep' / self.name}",
             *data_settings(folders),
             f"seed={SEEDS[0]}",

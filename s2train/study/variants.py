@@ -100,19 +100,19 @@ def find_run(variant: str, phase: str, seed: int) -> Run:
     return Run(variant, phase, seed)
 
 
-def attention_settings(variant: str, phase: Phase, model: tuple[str, ...] = MODEL) -> list[str]:
+def attention_settings(variant: str, phase: Phase) -> list[str]:
     """The variant's settings, with windows as wide as the reference's density asks at the phase's length."""
     settings = VARIANTS["dense" if phase.dense else variant]
     if not any(MATCHED in setting for setting in settings):
         return list(settings)
-    return [setting.replace(MATCHED, str(matched_window(settings, phase.length, model))) for setting in settings]
+    return [setting.replace(MATCHED, str(matched_window(settings, phase.length))) for setting in settings]
 
 
 @lru_cache
-def matched_window(settings: tuple[str, ...], length: int, model: tuple[str, ...] = MODEL) -> int:
+def matched_window(settings: tuple[str, ...], length: int) -> int:
     """Blocks of the window whose density comes nearest to the reference's at `length`."""
-    wanted = run_density([*model, *VARIANTS[REFERENCE]], length)
-    cfg = compose_run([*model, *(setting.replace(MATCHED, "1") for setting in settings)])
+    wanted = run_density([*MODEL, *VARIANTS[REFERENCE]], length)
+    cfg = compose_run([*MODEL, *(setting.replace(MATCHED, "1") for setting in settings)])
     letters = [setting.split("=")[0].rpartition(".")[2] for setting in settings if MATCHED in setting]
 
     def missed(window: int) -> float:

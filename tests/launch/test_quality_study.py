@@ -1,0 +1,128 @@
+"""launch/quality_study.py makes data, trains, probes and reports, and does nothing twice."""
+
+import json
+import runpy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from s2train.study import sweep
+from s2train.study.settings import Recipe
+from s2train.study.variants import PHASES, Phase
+from tests.probes.source_text import source
+from tests.program import run
+
+ROOT = Path(__file__).parents[2]
+SMALL = [
+    "model.num_layers=4",
+    "model.hidden_size=48",
+    "model.ffn_hidden_size=32",
+    "train.precision=fp32",
+    "data.num_workers=0",
+]
+
+
+@pytest.fixture(scope="module")
+def study() -> Iterator[dict[str, Any]]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "launch")
+        yield runpy.run_path(str(ROOT / "launch" / "quality_study.py"))
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """Six subsystems of three files."""
+    for number in range(18):
+        folder = tmp_path / "tree" / "fs" / f"part{number // 3}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"file{number % 3}.c").write_text(source(number, 60, 6))
+    return tmp_path / "tree"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train"], "train takes one variant or more"),
+        (["report", "hybrid"], "report takes no variant"),
+        (["plan", "seed=2"], "plan takes no settings"),
+        (["train", "hybrid", "--lr", "1e-3"], "--lr and --batch-tokens belong together"),
+    ],
+)
+def test_arguments_that_an_action_would_not_use_are_rejected(
+    study: dict[str, Any], arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        study["main"](arguments)
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "widow", "--lr", "1e-3", "--batch-tokens", "1024"], "Did you mean window?"),
+        (["train", "hybrid"], "lacks 6 of 6 trials"),
+        (["train", "hybrid", "--lr", "1e-3", "--batch-tokens", "1024"], "quality_study.py data --tree"),
+        (["evaluate", "hybrid"], "quality_study.py data --tree"),
+        (["data"], "quality_study.py data --tree"),
+        (["report"], "holds no results"),
+    ],
+)
+def test_what_is_missing_is_named_in_one_error(
+    study: dict[str, Any], arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        study["main"]([*arguments, "--root", str(tmp_path)])
+    error = capsys.readouterr().err
+    assert words in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.slow
+def test_a_small_study_goes_from_a_tree_to_a_report(
+    study: dict[str, Any], tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[str] = []
+
+    def start(self: object, command: list[str], record: Path | None = None) -> None:
+        program, *arguments = command
+        started.append(Path(program).name)
+        done = run(Path(program).name, *arguments, processes=0)
+        assert done.status == 0, done.err
+
+    monkeypatch.setattr(study["Deadline"], "run", start)
+    monkeypatch.setitem(PHASES, "16k", Phase("16k", 256, 4 * 512))
+    monkeypatch.setitem(PHASES, "32k", Phase("32k", 512, 4 * 512))
+    monkeypatch.setitem(PHASES, "64k", Phase("64k", 512, 2 * 512, after="32k", dense=True))
+    monkeypatch.setattr(sweep, "GRID", (Recipe(1e-3, 512), Recipe(2e-3, 512)))
+    monkeypatch.setattr(sweep, "TOKENS", 2 * 512)
+    root = ["--root", str(tmp_path / "study")]
+
+    def act(*arguments: str) -> None:
+        started.clear()
+        study["main"]([*arguments, *root])
+
+    def act_twice(*arguments: str, programs: list[str]) -> None:
+        act(*arguments)
+        assert started == programs
+        act(*arguments)
+        assert started == []
+
+    act_twice(
+        "data", "--tree", str(tree), programs=["make_corpus.py", "prepare_data.py", "prepare_data.py"]
+    )
+    act_twice("sweep", *SMALL, programs=["pretrain.py"] * 2)
+    act_twice("train", "hybrid", "window", *SMALL, programs=["pretrain.py"] * 2)
+    act_twice("evaluate", "hybrid", "window", "trials=5", programs=["probes.py"] * 2)
+    act_twice("train", "window", "--phase", "32k", *SMALL, programs=["pretrain.py"])
+    act_twice("train", "window", "--phase", "64k", *SMALL, programs=["pretrain.py"])
+    act("report")
+    report = (tmp_path / "study" / "quality.md").read_text()
+    assert report.count("\n| hybrid | 1 |") == 1
+    assert report.count("\n| window | 1 |") == 3
+    assert (tmp_path / "study" / "quality.png").is_file()
+    results = json.loads((tmp_path / "study" / "results" / "window-64k-seed1.json").read_text())
+    assert results["density"] == 1
+    probed = json.loads((tmp_path / "study" / "results" / "hybrid-16k-seed1-probes.json").read_text())
+    assert [row["length"] for row in probed["completion"]] == [256]

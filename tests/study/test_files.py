@@ -1,0 +1,42 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from s2train.errors import ConfigError
+from s2train.study.files import Folders, check_corpus, check_data, check_same_split, record_split
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Folders:
+    made = Folders(tmp_path, Path("launch"))
+    made.corpus.mkdir()
+    made.train_text.write_text('{"text": "a"}\n')
+    made.held_out_text.write_text('{"text": "b"}\n')
+    (made.corpus / "corpus.json").write_text(json.dumps({"held_out": ["fs"]}))
+    return made
+
+
+def test_an_empty_held_out_split_is_rejected(folders: Folders) -> None:
+    folders.held_out_text.write_text("")
+    with pytest.raises(ConfigError, match=r"held-out\.jsonl is empty"):
+        check_corpus(folders)
+
+
+def test_a_missing_corpus_names_the_command_that_makes_it(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"quality_study\.py data --tree"):
+        check_corpus(Folders(tmp_path, Path("launch")))
+
+
+def test_a_tokenizer_of_another_split_is_rejected(folders: Folders) -> None:
+    record_split(folders)
+    check_same_split(folders)
+    (folders.corpus / "corpus.json").write_text(json.dumps({"held_out": ["net"]}))
+    with pytest.raises(ConfigError, match="trained on another split"):
+        check_same_split(folders)
+
+
+def test_training_without_tokenized_data_is_rejected(folders: Folders) -> None:
+    record_split(folders)
+    with pytest.raises(ConfigError, match=r"train\.idx is missing.*quality_study\.py data"):
+        check_data(folders)

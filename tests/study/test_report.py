@@ -1,0 +1,107 @@
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from s2train.comparison.runs import Summary
+from s2train.errors import ConfigError
+from s2train.study.comparison import groups, shared_gpu_seconds
+from s2train.study.files import Folders
+from s2train.study.report import write_report
+from s2train.study.results import read_results, save_result
+from s2train.study.settings import Recipe
+from s2train.study.variants import Run
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Folders:
+    return Folders(tmp_path, Path("launch"))
+
+
+def summary(tokens_per_s: float) -> Summary:
+    return Summary("run", 20, 2000, 2.0, 2.5, None, None, 1.0, tokens_per_s, 1.0, 0.25, 10.0)
+
+
+def result(folders: Folders, run: Run, losses: list[float], step_s: float, gpus: int = 1) -> None:
+    content = {
+        "run": asdict(run), "gpus": gpus, "density": 0.5, "recipe": asdict(Recipe(1e-3, 100)),
+        "summary": asdict(summary(100 * gpus / step_s)),
+        "held_out": [[1000 * (i + 1), 10 * (i + 1) * step_s, loss] for i, loss in enumerate(losses)],
+        "by_position": [[0, 64, losses[-1] + 1], [64, 128, losses[-1] - 1]],
+    }  # fmt: skip
+    folders.results.mkdir(exist_ok=True)
+    folders.result(run).write_text(json.dumps(content))
+
+
+def probes(correct: int, trials: int, second: float, count: int) -> dict[str, Any]:
+    score = {"correct": correct, "trials": trials}
+    return {
+        "completion": [{"length": 1024, "with_definition": score, "without_definition": score | {"correct": 1}}],
+        "recurrence": {"by_distance": [{"from": 64, "count": count, "second_loss": second, "first_loss": 6.0}]},
+    }
+
+
+def test_losses_are_compared_at_the_gpu_time_of_the_fastest_run(folders: Folders) -> None:
+    result(folders, Run("dense"), [4.0, 2.0], step_s=2.0)
+    result(folders, Run("hybrid"), [5.0, 3.0], step_s=1.5)
+    dense, hybrid = groups(read_results(folders))["16k"]
+    seconds = shared_gpu_seconds([dense, hybrid])
+    assert seconds == 30
+    assert hybrid.losses_at(seconds) == [3.0]
+    assert dense.losses_at(seconds) == [3.0]  # halfway between 20 and 40 seconds
+
+
+def test_probes_of_seeds_are_counted_together(folders: Folders) -> None:
+    for run, own in ((Run("dense", seed=1), (3, 10, 1.0, 1)), (Run("dense", seed=2), (5, 10, 3.0, 3))):
+        result(folders, run, [4.0, 2.0], 1.0)
+        folders.probes(run).write_text(json.dumps(probes(*own)))
+    [[group]] = groups(read_results(folders)).values()
+    share, (low, high), without = group.completions()[1024]
+    assert (share, without) == (0.4, 0.1)
+    assert low < 0.4 < high
+    assert group.recurrences() == {64: (4, 2.5, 6.0)}
+
+
+def test_the_report_has_a_table_with_the_spread_of_seeds_and_a_picture(folders: Folders) -> None:
+    for seed, loss in ((1, 2.0), (2, 2.5)):
+        result(folders, Run("hybrid", seed=seed), [4.0, loss], 1.0)
+    result(folders, Run("window", "32k"), [4.0, 3.0], 1.0, gpus=2)
+    text, picture = write_report(folders)
+    report = text.read_text()
+    assert "| hybrid | 2 | 0.5000 | 2.2500 [2.0000, 2.5000] |" in report
+    assert "| window | 1 | 0.5000 | 3.0000 |" in report
+    assert "| 100 | 25.0% | 10.0 |" in report  # tokens/s of one GPU
+    assert "| hybrid | 3.2500 | 1.2500 |" in report
+    assert "dense-16k-seed1" in report.splitlines()[-1]  # without a result
+    with Image.open(picture) as drawn:
+        assert drawn.width > drawn.height  # two panels
+
+
+def test_a_result_is_made_of_metrics_and_counts_gpu_seconds(folders: Folders) -> None:
+    run = Run("dense", "64k")
+    report = {
+        "loss": 3.0, "step_time_s": 0.5, "tokens_per_s": 10.0, "model_tflops": 1.0, "memory_gib": 2.0,
+        "held_out_loss_by_position": [[0, 64, 3.5]],
+    }  # fmt: skip
+    records = [report | {"step": step, "consumed_tokens": 7 * step, "held_out_loss": 10 / step} for step in (12, 14)]
+    folders.run(run).mkdir(parents=True)
+    (folders.run(run) / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    save_result(folders, run, recipe=Recipe(1e-3, 100), density=1.0, gpus=2, settings=["a=b"], first_step=10)
+    [found] = read_results(folders)
+    assert found.held_out == [(84, 2 * 2 * 0.5, 10 / 12), (98, 4 * 2 * 0.5, 10 / 14)]
+    assert (found.run, found.gpus, found.by_position) == (run, 2, [(0, 64, 3.5)])
+
+
+def test_a_study_without_results_is_rejected(folders: Folders) -> None:
+    with pytest.raises(ConfigError, match="holds no results"):
+        write_report(folders)
+
+
+def test_another_file_among_the_results_is_rejected(folders: Folders) -> None:
+    folders.results.mkdir()
+    (folders.results / "other.json").write_text("{}")
+    with pytest.raises(ConfigError, match="no result of this study"):
+        read_results(folders)

@@ -1,0 +1,42 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from s2train.errors import ConfigError
+from s2train.planning import compose_run
+from s2train.study import sweep
+from s2train.study.files import Folders
+from s2train.study.sweep import GRID, Trial
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Folders:
+    return Folders(tmp_path, Path("launch"))
+
+
+def finish(folders: Folders, trial: Trial, loss: float) -> None:
+    run = folders.root / "sweep" / trial.name
+    run.mkdir(parents=True)
+    (run / "metrics.jsonl").write_text(json.dumps({"step": trial.steps, "loss": 1.0, "held_out_loss": loss}) + "\n")
+    sweep.record(folders, trial)
+
+
+def test_the_lowest_held_out_loss_is_chosen(folders: Folders) -> None:
+    for number, trial in enumerate(map(Trial, GRID)):
+        finish(folders, trial, 3.0 + abs(number - 2))
+    assert sweep.chosen(folders) == GRID[2]
+
+
+def test_an_unfinished_sweep_chooses_nothing(folders: Folders) -> None:
+    finish(folders, Trial(GRID[0]), 3.0)
+    with pytest.raises(ConfigError, match=f"lacks {len(GRID) - 1} of {len(GRID)} trials.*quality_study.py sweep"):
+        sweep.chosen(folders)
+
+
+def test_a_trial_has_its_own_schedule_to_the_end(folders: Folders) -> None:
+    for trial in map(Trial, GRID):
+        cfg = compose_run(trial.settings(folders))
+        assert cfg.train.steps * trial.recipe.batch_tokens == pytest.approx(sweep.TOKENS, rel=0.02)
+        assert (cfg.optim.lr, cfg.optim.decay_steps, cfg.layout.layers) == (trial.recipe.lr, None, "D")
+        assert cfg.train.global_batch_size * cfg.train.seq_length == trial.recipe.batch_tokens

@@ -1,0 +1,108 @@
+from pathlib import Path
+
+import pytest
+
+from s2train.environment.hardware import Hardware
+from s2train.errors import ConfigError
+from s2train.planning import check, compose_run
+from s2train.planning.targets import target_gpu
+from s2train.study import variants
+from s2train.study.files import Folders
+from s2train.study.plan import plan_table
+from s2train.study.settings import Recipe, steps_of, train_settings
+from s2train.study.variants import (
+    MATCHED,
+    MODEL,
+    PHASES,
+    RUNS,
+    SEEDS,
+    VARIANTS,
+    Run,
+    attention_settings,
+    find_run,
+    matched_window,
+    run_density,
+)
+
+RECIPE = Recipe(1e-3, 1 << 17)
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Folders:
+    return Folders(tmp_path, Path("launch"))
+
+
+def density(variant: str, phase: str) -> float:
+    return run_density([*MODEL, *attention_settings(variant, PHASES[phase])], PHASES[phase].length)
+
+
+@pytest.mark.parametrize("phase", ["16k", "32k"])
+@pytest.mark.parametrize("variant", ["window", "window_sinks"])
+def test_a_window_is_as_dense_as_the_hybrid(variant: str, phase: str) -> None:
+    # A block more or less of the window changes the density by about 0.005 at 16k tokens.
+    assert density(variant, phase) == pytest.approx(density("hybrid", phase), abs=0.003)
+
+
+def test_no_other_window_is_nearer_to_the_hybrids_density() -> None:
+    settings, wanted = VARIANTS["window"], density("hybrid", "16k")
+    found = matched_window(settings, 16384)
+    missed = {
+        window: abs(run_density([*MODEL, *(s.replace(MATCHED, str(window)) for s in settings)], 16384) - wanted)
+        for window in (found - 1, found, found + 1)
+    }
+    assert min(missed, key=missed.__getitem__) == found
+
+
+@pytest.mark.parametrize("run", [run for run in RUNS if run.seed == SEEDS[0]], ids=lambda run: run.name)
+def test_every_run_fits_an_h100(run: Run, folders: Folders) -> None:
+    cfg = compose_run([*train_settings(folders, run, RECIPE), "data.path=mock", "data.valid_path=null"])
+    h100: Hardware = target_gpu("h100-80gb")
+    assert check(cfg, 1, h100).fits
+    assert cfg.train.seq_length == PHASES[run.phase].length
+
+
+def test_variants_differ_in_attention_alone(folders: Folders) -> None:
+    first, *others = (compose_run(train_settings(folders, Run(variant), RECIPE)) for variant in VARIANTS)
+    for other in others:
+        assert (other.train, other.optim, other.data, other.seed) == (first.train, first.optim, first.data, first.seed)
+
+
+def test_a_new_variant_is_one_entry(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(VARIANTS, "mine", ("layout.layers=DS",))
+    cfg = compose_run(train_settings(folders, find_run("mine", "16k", 1), RECIPE))
+    assert (cfg.layout.layers, cfg.model.name) == ("DS", "mine")
+
+
+def test_the_64k_phase_is_dense_and_starts_from_the_32k_run(folders: Folders) -> None:
+    run = Run("window", "64k")
+    cfg = compose_run(train_settings(folders, run, RECIPE))
+    assert cfg.layout.layers == "D"
+    assert cfg.checkpoint.resume == str(folders.run(Run("window", "32k")))
+    before, last = steps_of(run, RECIPE)
+    assert (cfg.optim.decay_steps, cfg.train.steps) == (before, last)
+    assert (last - before) * RECIPE.batch_tokens == pytest.approx(20e6, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("variant", "phase", "setting"), [("widow", "16k", "variant"), ("window", "61k", "phase")]
+)
+def test_an_unknown_name_is_rejected_with_the_nearest(variant: str, phase: str, setting: str) -> None:
+    with pytest.raises(ConfigError, match="Did you mean") as caught:
+        find_run(variant, phase, 1)
+    assert caught.value.setting == setting
+
+
+def test_more_gpus_that_do_not_divide_the_batch_are_rejected(folders: Folders) -> None:
+    settings = [*train_settings(folders, Run("dense"), RECIPE, gpus=3), "data.path=mock", "data.valid_path=null"]
+    with pytest.raises(ConfigError, match="global_batch_size") as caught:
+        check(compose_run(settings), 3, target_gpu("h100-80gb"))
+    assert caught.value.setting == "train.global_batch_size"
+
+
+def test_two_gpus_take_half_as_long_as_one(folders: Folders) -> None:
+    runs = [variants.Run("hybrid")]
+    seconds = [
+        float(list(plan_table(folders, RECIPE, gpus, "h100-80gb", runs).columns[4].cells)[-1].replace(",", ""))
+        for gpus in (1, 2)
+    ]
+    assert seconds[1] == pytest.approx(seconds[0] / 2, rel=0.1)
