@@ -9,7 +9,8 @@ python launch/quality_study.py report                  table and picture of all 
                       each: --root runs/quality  --minutes 9; train and evaluate: --phase 16k  --seed 1  --gpu 0
 
 Run an action again to resume it where it stopped, as it does when --minutes are over. Runs whose result is in
-ROOT/results are not trained again. Settings after the variants, such as tracking.wandb=auto, go to launch/pretrain.py.
+ROOT/results are not trained again. Settings, such as tracking.wandb=auto, go to the program that an action starts:
+make_corpus.py (data), pretrain.py (sweep, train) or probes.py (evaluate).
 """
 
 import argparse
@@ -45,10 +46,12 @@ from s2train.study.variants import PHASES, SEEDS, Run, find_run, run_density
 ACTIONS = ("data", "sweep", "plan", "train", "evaluate", "report")
 
 
-def make_data(folders: Folders, tree: Path | None, deadline: Deadline) -> None:
+def make_data(folders: Folders, tree: Path | None, settings: Sequence[str], deadline: Deadline) -> None:
     """Make the corpus if there is none, and tokenize what is not."""
-    if tree is not None and not folders.held_out_text.is_file():
-        deadline.run(corpus_command(folders, tree))
+    if folders.held_out_text.is_file():
+        print(f"there is a corpus, {folders.corpus}")
+    elif tree is not None:
+        deadline.run([*corpus_command(folders, tree), *settings])
     check_corpus(folders)
     check_same_split(folders)
     record_split(folders)
@@ -121,7 +124,7 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_intermixed_args(arguments)
     variants = [word for word in given.words if "=" not in word]
     settings = [word for word in given.words if "=" in word]
-    if settings and given.action not in ("sweep", "train", "evaluate"):
+    if settings and given.action in ("plan", "report"):
         parser.error(f"{given.action} takes no settings: {' '.join(settings)}")
     if bool(variants) != (given.action in ("train", "evaluate")):
         parser.error(f"{given.action} takes {'no variant' if variants else 'one variant or more'}")
@@ -142,7 +145,7 @@ def act(given: argparse.Namespace, variants: Sequence[str], settings: Sequence[s
     recipe = None if given.lr is None else Recipe(given.lr, given.batch_tokens)
     runs = [find_run(variant, given.phase, given.seed) for variant in variants]
     if given.action == "data":
-        make_data(folders, given.tree, deadline)
+        make_data(folders, given.tree, settings, deadline)
     elif given.action == "sweep":
         run_sweep(folders, len(devices), settings, deadline)
     elif given.action == "plan":

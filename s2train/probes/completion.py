@@ -7,7 +7,7 @@ The prompt ends within the second occurrence of an identifier. Its first occurre
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -47,9 +47,7 @@ def find_completions(documents: Sequence[Document], length: int, trials: int, se
     The choice depends on the documents, the length and the seed.
     """
     places = [
-        (number, before, here)
-        for number, document in enumerate(documents)
-        for before, here in _pairs(document, length)
+        (number, before, here) for number, document in enumerate(documents) for before, here in _pairs(document, length)
     ]
     chosen: dict[str, Completion] = {}
     for index in np.random.default_rng([seed, length]).permutation(len(places)):
@@ -67,7 +65,7 @@ def find_completions(documents: Sequence[Document], length: int, trials: int, se
 def _pairs(document: Document, length: int) -> Iterator[tuple[Occurrence, Occurrence]]:
     """Neighbouring occurrences as far apart as `length` asks, of which the first is a definition."""
     for places in document.occurrences.values():
-        for before, here in zip(places, places[1:], strict=False):
+        for before, here in pairwise(places):
             if NEAREST * length <= here.first - before.first < length and is_definition(
                 document.text, before.start, before.stop
             ):

@@ -77,9 +77,7 @@ def read_request(cfg: ProbesConfig, world_size: int, hardware: Hardware) -> Requ
         problem = f"it has {tokenizer.vocab_size:,} ids, but the model has {rows:,}"
         raise ConfigError("tokenizer", tokenizer.name, problem, "Set the one that the run was trained with")
     documents = held_out_documents(cfg, tokenizer)
-    completions = {
-        length: find_completions(documents, length, cfg.trials, cfg.seed) for length in sorted(cfg.lengths)
-    }
+    completions = {length: find_completions(documents, length, cfg.trials, cfg.seed) for length in sorted(cfg.lengths)}
     for length, found in completions.items():
         if not found:
             problem = "the text holds no identifier that is defined once and used so far behind"
@@ -153,15 +151,19 @@ def evaluate(cfg: ProbesConfig) -> dict[str, Any]:
 
 def summary(content: dict[str, Any]) -> str:
     """Format the results in a line per length and range of distance."""
-    lines = []
-    for row in content["completion"]:
-        shares = (f"{row[name]['correct']}/{row[name]['trials']}" for name in ("with_definition", "without_definition"))
-        given, control = shares
-        far, near = row["distances"][::-1]
-        lines.append(f"{row['length']:>7,} tokens: completed {given}, without the definition {control} ({near:,} to {far:,} back)")
-    for row in content["recurrence"]["by_distance"]:
-        lines.append(
-            f"{row['from']:>7,} to {row['to']:,} tokens back: {row['count']:,} identifiers, loss"
-            f" {row['second_loss']:.4f}, at their first occurrence {row['first_loss']:.4f}"
-        )
+    lines = [
+        f"{row['length']:>7,} tokens, defined {low:,} to {high:,} back: completed {_share(row['with_definition'])},"
+        f" without the definition {_share(row['without_definition'])}"
+        for row in content["completion"]
+        for low, high in [row["distances"]]
+    ]
+    lines += [
+        f"{row['from']:>7,} to {row['to']:,} tokens back: {row['count']:,} identifiers, loss"
+        f" {row['second_loss']:.4f}, at their first occurrence {row['first_loss']:.4f}"
+        for row in content["recurrence"]["by_distance"]
+    ]
     return "\n".join(lines)
+
+
+def _share(score: dict[str, Any]) -> str:
+    return f"{score['correct']}/{score['trials']}"

@@ -1,7 +1,7 @@
 """Measures the loss on the second occurrence of rare identifiers, by distance.
 
-A rare identifier occurs in one document only, and a few times there. The loss on its first occurrence in the sequence is
-the baseline: what the model knows without having seen it.
+A rare identifier occurs in one document only, and a few times there. The loss on its first occurrence in the sequence
+is the baseline: what the model knows without having seen it.
 """
 
 import math

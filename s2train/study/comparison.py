@@ -76,13 +76,12 @@ class Group:
         for result in self.results:
             for row in result.probes["recurrence"]["by_distance"] if result.probes else ():
                 rows[row["from"]].append((row["count"], row["second_loss"], row["first_loss"]))
-        return {
-            start: (
-                sum(count for count, _, _ in own),
-                *(float(np.average([row[i] for row in own], weights=[row[0] for row in own])) for i in (1, 2)),
-            )
-            for start, own in sorted(rows.items())
-        }  # type: ignore[return-value]  # the starred part has two elements
+        found = {}
+        for start, own in sorted(rows.items()):
+            counts, second, first = zip(*own, strict=True)
+            means = (float(np.average(losses, weights=counts)) for losses in (second, first))
+            found[start] = (sum(counts), next(means), next(means))
+        return found
 
 
 def groups(results: Sequence[Result]) -> dict[str, list[Group]]:

@@ -101,7 +101,9 @@ def check_same_split(folders: Folders) -> None:
     made, now = folders.data / DESCRIPTION, folders.corpus / DESCRIPTION
     if made.is_file() and json.loads(made.read_text()) != json.loads(now.read_text()):
         problem = f"{folders.tokenizer} was trained on another split than the one in {folders.corpus}"
-        raise ConfigError("root", folders.root, problem, f"Delete {folders.data} and run `data` again, or set another root")
+        raise ConfigError(
+            "root", folders.root, problem, f"Delete {folders.data} and run `data` again, or set another root"
+        )
 
 
 def check_data(folders: Folders) -> None:

@@ -44,7 +44,8 @@ def _phase(name: str, own: Sequence[Group]) -> str:
     lengths = sorted({length for group in own for length in group.completions()})
     distances = sorted({start for group in own for start in group.recurrences()})
     heads = [
-        "variant", "seeds", "density", "held-out loss", f"at {seconds:,.0f} GPU-s", "tokens/s per GPU", "MFU", "peak GiB",
+        "variant", "seeds", "density", "held-out loss", f"at {seconds:,.0f} GPU-s", "tokens/s per GPU", "MFU",
+        "peak GiB",
         *(f"completed at {length:,} (without)" for length in lengths),
         *(f"second occurrence from {start:,} (first)" for start in distances),
     ]  # fmt: skip
@@ -58,9 +59,10 @@ def _phase(name: str, own: Sequence[Group]) -> str:
     return "\n".join(
         [
             f"## {phase.length:,} tokens\n",
-            f"{phase.tokens / 1e6:,.0f}M tokens a run; {said}. Losses are nats per token: mean [least, most] over seeds.",
+            f"{phase.tokens / 1e6:,.0f}M tokens a run; {said}.",
+            "Losses are in nats per token: mean [lowest, highest] over seeds.",
             "At equal GPU time, a run that takes longer is read in the middle of its learning-rate schedule.",
-            "Completed: share of identifiers, with its 95 % interval, and in brackets the share without the definition.\n",
+            "Completed: share of identifiers [95 % interval], and in brackets the share without the definition.\n",
             _table(heads, rows),
             "Held-out loss by position:\n",
             _table(["variant", *(f"{start:,}-{stop:,}" for start, stop in ranges)], positions),
@@ -87,7 +89,11 @@ def _row(group: Group, seconds: float, lengths: Sequence[int], distances: Sequen
         share, (low, high), without = completions[length]
         row.append(f"{share:.0%} [{low:.0%}, {high:.0%}] ({without:.0%})")
     for start in distances:
-        row.append("" if start not in recurrences else "{1:.3f} ({2:.3f}), n={0}".format(*recurrences[start]))
+        if start not in recurrences:
+            row.append("")
+            continue
+        count, second, first = recurrences[start]
+        row.append(f"{second:.3f} ({first:.3f}), n={count}")
     return row
 
 

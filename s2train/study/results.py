@@ -49,7 +49,14 @@ class Result:
 
 
 def save_result(
-    folders: Folders, run: Run, *, recipe: Recipe, density: float, gpus: int, settings: Sequence[str], first_step: int = 0
+    folders: Folders,
+    run: Run,
+    *,
+    recipe: Recipe,
+    density: float,
+    gpus: int,
+    settings: Sequence[str],
+    first_step: int = 0,
 ) -> Path:
     """Write ROOT/results/RUN.json from a finished run's metrics.
 

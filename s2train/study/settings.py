@@ -33,19 +33,14 @@ def corpus_command(folders: Folders, tree: Path) -> list[str]:
 
 def data_commands(folders: Folders) -> list[tuple[Path, list[str]]]:
     """How the two splits are tokenized, each after the .idx file it makes; the first also trains the tokenizer."""
-    train, held_out = folders.train_data, folders.held_out_data
-    programs = (
-        (train, folders.train_text, f"bpe:{VOCABULARY}"),
-        (held_out, folders.held_out_text, str(folders.tokenizer)),
-    )
-    return [
-        (
-            output.with_name(output.name + ".idx"),
-            [folders.program("prepare_data.py"), f"input={text}", f"output={output}", f"tokenizer={tokenizer}"]
-            + ["overwrite=true"],
-        )
-        for output, text, tokenizer in programs
-    ]
+    commands = []
+    for output, text, tokenizer in (
+        (folders.train_data, folders.train_text, f"bpe:{VOCABULARY}"),
+        (folders.held_out_data, folders.held_out_text, str(folders.tokenizer)),
+    ):
+        settings = [f"input={text}", f"output={output}", f"tokenizer={tokenizer}", "overwrite=true"]
+        commands.append((Path(f"{output}.idx"), [folders.program("prepare_data.py"), *settings]))
+    return commands
 
 
 def steps_of(run: Run, recipe: Recipe) -> tuple[int, int]:

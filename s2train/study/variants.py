@@ -96,7 +96,9 @@ def find_run(variant: str, phase: str, seed: int) -> Run:
     for setting, value, known in (("variant", variant, VARIANTS), ("phase", phase, PHASES)):
         if value not in known:
             near = difflib.get_close_matches(value, known, n=1, cutoff=0.0)[0]
-            raise ConfigError(setting, value, "is not in the study", f"Did you mean {near}? There are {', '.join(known)}")
+            raise ConfigError(
+                setting, value, "is not in the study", f"Did you mean {near}? There are {', '.join(known)}"
+            )
     return Run(variant, phase, seed)
 
 

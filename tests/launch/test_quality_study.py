@@ -109,9 +109,8 @@ def test_a_small_study_goes_from_a_tree_to_a_report(
         act(*arguments)
         assert started == []
 
-    act_twice(
-        "data", "--tree", str(tree), programs=["make_corpus.py", "prepare_data.py", "prepare_data.py"]
-    )
+    made = ["make_corpus.py", "prepare_data.py", "prepare_data.py"]
+    act_twice("data", "--tree", str(tree), "held_out=[fs/part5]", programs=made)
     act_twice("sweep", *SMALL, programs=["pretrain.py"] * 2)
     act_twice("train", "hybrid", "window", *SMALL, programs=["pretrain.py"] * 2)
     act_twice("evaluate", "hybrid", "window", "trials=5", programs=["probes.py"] * 2)

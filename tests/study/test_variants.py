@@ -83,9 +83,7 @@ def test_the_64k_phase_is_dense_and_starts_from_the_32k_run(folders: Folders) ->
     assert (last - before) * RECIPE.batch_tokens == pytest.approx(20e6, rel=0.01)
 
 
-@pytest.mark.parametrize(
-    ("variant", "phase", "setting"), [("widow", "16k", "variant"), ("window", "61k", "phase")]
-)
+@pytest.mark.parametrize(("variant", "phase", "setting"), [("widow", "16k", "variant"), ("window", "61k", "phase")])
 def test_an_unknown_name_is_rejected_with_the_nearest(variant: str, phase: str, setting: str) -> None:
     with pytest.raises(ConfigError, match="Did you mean") as caught:
         find_run(variant, phase, 1)
