@@ -150,6 +150,21 @@ def test_a_new_phase_takes_other_data_from_their_beginning(stopped: Path, tmp_pa
     assert read_progress(tmp_path / "checkpoints" / "iter_0000006").consumed_samples == 24
 
 
+def test_a_new_phase_may_become_dense_where_it_is_allowed(stopped: Path, tmp_path: Path) -> None:
+    phase = [f"checkpoint.resume={stopped}", "checkpoint.new_data=true", "layout.layers=D", "train.exit_step=4"]
+    rejected = pretrain(tmp_path, STEPS, *phase, processes=0)
+    assert_rejected(rejected, "layout.layers=D", "checkpoint.allow_changes=[layout.layers]")
+    done = pretrain(tmp_path, STEPS, *phase, "checkpoint.allow_changes=[layout.layers]", processes=0)
+    assert done.status == 0, done.err
+    assert sorted(read_curves(tmp_path / "metrics.jsonl").train) == [4]
+    assert read_config(tmp_path / "checkpoints" / "iter_0000004").layout.layers == "D"
+
+
+def test_outside_a_new_phase_no_consent_changes_the_layout(stopped: Path, tmp_path: Path) -> None:
+    branch = [f"checkpoint.resume={stopped}", "layout.layers=D", "checkpoint.allow_changes=true"]
+    assert_rejected(pretrain(tmp_path, STEPS, *branch, processes=0), "layout.layers=D", "was trained with")
+
+
 def test_an_incomplete_save_is_not_a_checkpoint(stopped: Path, tmp_path: Path) -> None:
     (stopped / "checkpoints" / ".iter_0000009.0a1b2c3d.partial").mkdir()
     (stopped / "checkpoints" / "latest_checkpointed_iteration.txt").unlink()
