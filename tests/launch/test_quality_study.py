@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from s2train.study import sweep
+from s2train.study import settings, sweep
 from s2train.study.settings import Recipe
 from s2train.study.variants import PHASES, Phase
 from tests.probes.source_text import source
@@ -19,6 +19,7 @@ SMALL = [
     "model.num_layers=4",
     "model.hidden_size=48",
     "model.ffn_hidden_size=32",
+    "model.vocab_size=512",
     "train.precision=fp32",
     "data.num_workers=0",
 ]
@@ -97,6 +98,9 @@ def test_a_small_study_goes_from_a_tree_to_a_report(
     monkeypatch.setitem(PHASES, "64k", Phase("64k", 512, 2 * 512, after="32k", dense=True))
     monkeypatch.setattr(sweep, "GRID", (Recipe(1e-3, 512), Recipe(2e-3, 512)))
     monkeypatch.setattr(sweep, "TOKENS", 2 * 512)
+    monkeypatch.setattr(settings, "VOCABULARY", 512)
+    for module in (settings, sweep):
+        monkeypatch.setattr(module, "HELD_OUT_TOKENS", 1024)
     root = ["--root", str(tmp_path / "study")]
 
     def act(*arguments: str) -> None:
