@@ -204,8 +204,8 @@ class CheckpointConfig:
     # and may raise model.rotary_base for longer sequences
     new_data: bool = False
     # settings that may differ from the run folder's checkpoint although they change the experiment: true (any), or
-    # names, such as [optim.lr,train.global_batch_size]; in a new phase (new_data) also
-    # settings of the layout and its head schedule: a sparse model may become dense
+    # names, such as [optim.lr,train.global_batch_size]; in a new phase (new_data) also settings of the layout and its
+    # head schedule: a sparse model may become dense
     allow_changes: Any = False
     keep: int | None = None  # keep only the last `keep` checkpoints; None: all
     keep_every: int | None = None  # steps: with `keep`, also keep the checkpoints at multiples of this
