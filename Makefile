@@ -3,6 +3,7 @@
 PYTHON ?= python3
 # More to install: of what constraints.txt leaves open, for one.
 PACKAGES ?=
+# Where: VENV=.venv-3.12 PYTHON=python3.12 sets up another one beside it.
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -10,6 +11,8 @@ READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 1
 # One more than cores: many tests wait for processes and timeouts.
 WORKERS ?= $(shell expr $$(nproc) + 1)
+# Files and folders of tests; none: all.
+TESTS ?=
 
 .PHONY: install demo test test-all check format clean
 
@@ -19,10 +22,10 @@ demo: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash launch/demo.sh
 
 test: $(READY)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder $(TESTS)
 
 test-all: $(READY)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder -m ""
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder -m "" $(TESTS)
 
 check: $(READY)
 	$(BIN)/ruff format --check .
@@ -42,4 +45,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .typecheck .mypy_cache .ruff_cache .pytest_cache *.egg-info
+	rm -rf .venv* .typecheck .mypy_cache .ruff_cache .pytest_cache *.egg-info
