@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("job")]
 # Counts the attempts; rank 0 ends each as the argument says.
 FAILS = """
 import os, sys
-from s2train.command_line import run_command
+from s2train.command_line.program import run_command
 from s2train.errors import *
 if os.environ["RANK"] == "0":
     print("attempt", flush=True)

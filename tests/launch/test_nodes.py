@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("nodes")]
 
 SAVES_WHEN_ASKED = """
 import os, pathlib, signal, sys, time
-from s2train.command_line import run_command
+from s2train.command_line.program import run_command
 from s2train.errors import StoppedBySignal
 folder = pathlib.Path(sys.argv[1])
 if (folder / "saved0").exists():
