@@ -9,7 +9,7 @@ import pytest
 
 from tests.program import metrics, pretrain
 
-STEPS = 10
+STEPS = 4  # of which three change the weights
 TOLERANCE = 1e-5
 
 pytestmark = [pytest.mark.slow]
@@ -42,7 +42,7 @@ def settings(optimizer: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """For each optimizer a run of one process: a checkpoint after its first step, and ten steps on from there."""
+    """For each optimizer a run of one process: a checkpoint after its first step, and STEPS more from there."""
     folders = {}
     for optimizer in ("distributed", "plain"):
         folders[optimizer] = tmp_path_factory.mktemp(optimizer)

@@ -75,7 +75,7 @@ def test_a_run_killed_at_random_moments_ends_like_an_uninterrupted_one(
     program = ["tests/training/killed.py", str(seed), str(kills), *SMALL, f"run_dir={tmp_path / 'killed'}"]
     done = launch(*program, *settings)
     assert done.status == 0, (seed, done.out, done.err)
-    whole = launch("tests/training/killed.py", "0", "0", *SMALL, f"run_dir={tmp_path / 'whole'}", *settings)
+    whole = pretrain(tmp_path / "whole", *settings, processes=2)
     assert whole.status == 0, whole.err
     assert trace(tmp_path / "killed") == trace(tmp_path / "whole"), seed  # bit for bit
     kept = [read_progress(path).step for path in checkpoints_in(tmp_path / "killed" / "checkpoints")]
@@ -84,7 +84,10 @@ def test_a_run_killed_at_random_moments_ends_like_an_uninterrupted_one(
     assert done.out.count("resuming from") >= kills // 4, (seed, done.out)
 
 
-@pytest.mark.parametrize(("rank", "launcher"), [(1, TORCHRUN), (0, "launch/job.py")])
+@pytest.mark.parametrize(
+    ("rank", "launcher"),
+    [pytest.param(1, TORCHRUN, marks=pytest.mark.long), (0, "launch/job.py")],  # which is torchrun's agent too
+)
 def test_a_rank_that_dies_is_named_and_the_job_restarts_from_its_last_checkpoint(
     rank: int, launcher: str, tmp_path: Path
 ) -> None:
@@ -165,7 +168,7 @@ def test_a_signal_to_a_run_that_saves_nothing_exits_as_stopped_not_as_finished(t
     assert done.out.count("new run in") == 1
 
 
-@pytest.mark.parametrize("first", [signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("first", [pytest.param(signal.SIGUSR1, marks=pytest.mark.long), signal.SIGINT])
 def test_a_signal_to_the_launcher_and_a_second_one_still_save(first: signal.Signals, tmp_path: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
     job = ["launch/job.py", "--standalone", "--nproc-per-node", "2", "launch/pretrain.py"]
