@@ -1,24 +1,31 @@
 """Changed settings of a resumed run are listed, and some need consent."""
 
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 from s2train.checkpoints.setting_changes import KEEP_THE_EXPERIMENT, Change, changes_between, check_consent
-from s2train.config import settings_by_name
+from s2train.config import PretrainConfig, settings_by_name
 from s2train.errors import ConfigError
 from tests.test_configs import pretrain
 
 CHECKPOINT = Path("runs/a/checkpoints/iter_0000002")
 
 
+@cache
+def run_of(*overrides: str) -> PretrainConfig:
+    """Settings of a run; not to be changed."""
+    return pretrain("+model=tiny_hybrid", *overrides)
+
+
 def changes(*now: str, before: tuple[str, ...] = ()) -> list[Change]:
-    return changes_between(pretrain("+model=tiny_hybrid", *before), pretrain("+model=tiny_hybrid", *now))
+    return changes_between(run_of(*before), run_of(*now))
 
 
 def consented(*now: str, before: tuple[str, ...] = ()) -> None:
-    check_consent(pretrain("+model=tiny_hybrid", *now), CHECKPOINT, changes(*now, before=before))
+    check_consent(run_of(*now), CHECKPOINT, changes(*now, before=before))
 
 
 def test_every_setting_that_differs_is_listed_with_both_values() -> None:

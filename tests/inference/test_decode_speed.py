@@ -1,32 +1,25 @@
 """The timing of whole models works on a CPU."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.program import run
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("prompts", ["read", "random"])
-def test_a_cache_is_timed_and_has_the_predicted_bytes(tmp_path: Path, prompts: str) -> None:
+def test_a_cache_is_timed_and_has_the_predicted_bytes(
+    prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     output = tmp_path / "speed.json"
     settings = ["+model=tiny_hybrid", "--lengths", "300", "--batches", "2", "--tokens", "5", "--chunk", "128"]
     if prompts == "random":
         settings.append("--no-prefill")
-    done = subprocess.run(
-        [sys.executable, "-m", "s2train.inference.decode_speed", *settings, "--output", str(output)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = run("s2train.inference.decode_speed", *settings, "--output", str(output), processes=0)
+    assert done.status == 0, done.err[-2000:]
     data = json.loads(output.read_text())
     assert "+model=tiny_hybrid" in data["command"]
     assert data["device"] == "CPU"

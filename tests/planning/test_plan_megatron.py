@@ -1,16 +1,13 @@
 """The plan against the real model: what Megatron builds, and what autograd saves."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.slow]
+from tests.program import run
 
-ROOT = Path(__file__).parents[2]
+pytestmark = [pytest.mark.slow]
 
 # In a process of its own, since Megatron's groups and its CPU mode are global.
 MEASURE = """
@@ -55,16 +52,12 @@ VARIANTS = [
 
 
 @pytest.fixture(scope="module")
-def measured() -> list[dict[str, list[int]]]:
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, json.dumps(VARIANTS)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    found: list[dict[str, list[int]]] = json.loads(done.stdout.splitlines()[-1])
+def measured(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[int]]]:
+    program: Path = tmp_path_factory.mktemp("program") / "measure.py"
+    program.write_text(MEASURE)
+    done = run(str(program), json.dumps(VARIANTS), processes=0)
+    assert done.status == 0, done.err
+    found: list[dict[str, list[int]]] = json.loads(done.out.splitlines()[-1])
     return found
 
 
