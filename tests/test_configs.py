@@ -33,7 +33,7 @@ def pretrain(*overrides: str) -> PretrainConfig:
 
 
 def test_the_tree_has_every_size_dense_and_hybrid() -> None:
-    sizes = ("tiny", "needle", "30m", "125m", "350m", "1b", "7b")
+    sizes = ("tiny", "demo", "needle", "30m", "125m", "350m", "1b", "7b")
     twins = [f"{size}_{kind}" for size in sizes for kind in ("dense", "hybrid")]
     ablations = ["needle_hybrid_homogeneous", "needle_sparse_homogeneous", "needle_sparse_shifted"]
     assert names("model") == sorted(twins + ablations)

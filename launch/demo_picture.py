@@ -1,0 +1,79 @@
+"""Draws needle evaluations side by side: `python launch/demo_picture.py OUTPUT.png NEEDLE.json … --least 0.75`.
+
+Each NEEDLE.json is what launch/needle.py wrote of one checkpoint. The program ends with status 1, after drawing, if the
+last of them scores less than `--least`, the share of exact answers in all.
+"""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+import _surroundings  # noqa: F401 (prints why the rest can't start)
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from s2train.evaluation.pictures import SCORE_COLOURS
+from s2train.evaluation.results import NeedleResults, load_results
+
+
+def draw(evaluations: list[NeedleResults], path: Path) -> None:
+    """Draw a heat map of each evaluation, exact answers in per cent over length and depth, as PNG."""
+    figure = Figure(figsize=(1.6 + 3.4 * len(evaluations), 3.4), dpi=160, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(evaluations), squeeze=False)[0]
+    for axes, results in zip(panels, evaluations, strict=True):
+        shares = {(cell.length, cell.depth): cell.score.share for cell in results.asked}
+        values = np.array([[shares.get((n, d), np.nan) for n in results.lengths] for d in results.depths])
+        image = axes.imshow(values, cmap=SCORE_COLOURS, vmin=0, vmax=1, aspect="auto")
+        for (row, column), share in np.ndenumerate(values):
+            axes.text(column, row, "" if np.isnan(share) else percent(share), ha="center", va="center", fontsize=9)
+        axes.set_xticks(range(len(results.lengths)), [str(length) for length in results.lengths])
+        axes.set_yticks(range(len(results.depths)), [f"{100 * depth:g} %" for depth in results.depths])
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        axes.set_xlabel("length (tokens)")
+        score = results.score
+        told = f"{percent(score.share)} % of {score.trials} exact" if score else "not evaluated"
+        axes.set_title(f"step {results.step:,}: {told}", fontsize=10)
+    panels[0].set_ylabel("depth of the needle")
+    bar = figure.colorbar(image, ax=panels, ticks=[0, 0.5, 1], pad=0.01)
+    bar.ax.set_yticklabels(["0 %", "50 %", "100 %"])
+    bar.outline.set_visible(False)
+    figure.suptitle(
+        "Needle retrieval: seven digits by their key, both never trained on", fontweight="bold", fontsize=11
+    )
+    figure.savefig(path, format="png")
+
+
+def percent(share: float) -> str:
+    """Round down: 100 means that nothing was missed."""
+    return str(math.floor(100 * share + 1e-9))
+
+
+def main() -> None:
+    """Draw, then judge the last evaluation."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path, metavar="OUTPUT.png")
+    parser.add_argument("needles", type=Path, nargs="+", metavar="NEEDLE.json")
+    parser.add_argument("--least", type=float, required=True, help="share of exact answers that the last one must have")
+    given = parser.parse_args()
+    evaluations = []
+    for path in given.needles:
+        results = load_results(path)
+        if results is None or results.score is None:
+            parser.error(f"{path}: no evaluation by launch/needle.py there")
+        evaluations.append(results)
+    draw(evaluations, given.output)
+    last = evaluations[-1].score
+    assert last is not None
+    told = f"{last.correct} of {last.trials} needles retrieved ({percent(last.share)} %)"
+    if last.share < given.least:
+        sys.exit(f"error: {told}; at least {100 * given.least:g} % were expected")
+    print(f"{told}, at least {100 * given.least:g} % were expected | picture {given.output}")
+
+
+if __name__ == "__main__":
+    main()
