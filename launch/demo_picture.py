@@ -1,7 +1,9 @@
-"""Draws needle evaluations side by side: `python launch/demo_picture.py OUTPUT.png NEEDLE.json … --least 0.75`.
+"""Draw needle evaluations side by side.
 
-Each NEEDLE.json is what launch/needle.py wrote of one checkpoint. The program ends with status 1, after drawing, if the
-last of them scores less than `--least`, the share of exact answers in all.
+python launch/demo_picture.py OUTPUT.png NAME=NEEDLE.json … --least 0.75
+
+Each NEEDLE.json is what launch/needle.py wrote of one checkpoint, and NAME the title of its panel. The program exits
+with status 1, after drawing, if the last of them scores less than `--least`, a share of exact answers.
 """
 
 import argparse
@@ -15,16 +17,16 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from s2train.evaluation.pictures import SCORE_COLOURS
-from s2train.evaluation.results import NeedleResults, load_results
+from s2train.needles.heat_map import SCORE_COLOURS
+from s2train.needles.results import NeedleResults, load_results
 
 
-def draw(evaluations: list[NeedleResults], path: Path) -> None:
-    """Draw a heat map of each evaluation, exact answers in per cent over length and depth, as PNG."""
+def draw(evaluations: dict[str, NeedleResults], path: Path) -> None:
+    """Draw a heat map of each evaluation, by its title: exact answers in per cent over length and depth; PNG."""
     figure = Figure(figsize=(1.6 + 3.4 * len(evaluations), 3.4), dpi=160, layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(evaluations), squeeze=False)[0]
-    for axes, results in zip(panels, evaluations, strict=True):
+    for axes, (name, results) in zip(panels, evaluations.items(), strict=True):
         shares = {(cell.length, cell.depth): cell.score.share for cell in results.asked}
         values = np.array([[shares.get((n, d), np.nan) for n in results.lengths] for d in results.depths])
         image = axes.imshow(values, cmap=SCORE_COLOURS, vmin=0, vmax=1, aspect="auto")
@@ -36,8 +38,8 @@ def draw(evaluations: list[NeedleResults], path: Path) -> None:
         axes.spines[:].set_visible(False)
         axes.set_xlabel("length (tokens)")
         score = results.score
-        told = f"{percent(score.share)} % of {score.trials} exact" if score else "not evaluated"
-        axes.set_title(f"step {results.step:,}: {told}", fontsize=10)
+        outcome = f"{percent(score.share)} % of {score.trials} exact" if score else "not evaluated"
+        axes.set_title(f"{name}: {outcome}", fontsize=9)
     panels[0].set_ylabel("depth of the needle")
     bar = figure.colorbar(image, ax=panels, ticks=[0, 0.5, 1], pad=0.01)
     bar.ax.set_yticklabels(["0 %", "50 %", "100 %"])
@@ -57,22 +59,22 @@ def main() -> None:
     """Draw, then judge the last evaluation."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path, metavar="OUTPUT.png")
-    parser.add_argument("needles", type=Path, nargs="+", metavar="NEEDLE.json")
+    parser.add_argument("needles", nargs="+", metavar="NAME=NEEDLE.json")
     parser.add_argument("--least", type=float, required=True, help="share of exact answers that the last one must have")
     given = parser.parse_args()
-    evaluations = []
-    for path in given.needles:
-        results = load_results(path)
+    evaluations = {}
+    for panel in given.needles:
+        name, _, path = panel.partition("=")
+        results = load_results(Path(path)) if path else None
         if results is None or results.score is None:
-            parser.error(f"{path}: no evaluation by launch/needle.py there")
-        evaluations.append(results)
+            parser.error(f"{panel}: not NAME=FILE with an evaluation by launch/needle.py in FILE")
+        evaluations[name] = results
     draw(evaluations, given.output)
-    last = evaluations[-1].score
-    assert last is not None
-    told = f"{last.correct} of {last.trials} needles retrieved ({percent(last.share)} %)"
-    if last.share < given.least:
-        sys.exit(f"error: {told}; at least {100 * given.least:g} % were expected")
-    print(f"{told}, at least {100 * given.least:g} % were expected | picture {given.output}")
+    score = results.score
+    outcome = f"{name}: {score.correct} of {score.trials} needles retrieved ({percent(score.share)} %)"
+    if score.share < given.least:
+        sys.exit(f"error: {outcome}; at least {100 * given.least:g} % were expected")
+    print(f"{outcome}, at least {100 * given.least:g} % were expected | picture {given.output}")
 
 
 if __name__ == "__main__":

@@ -1,40 +1,63 @@
 #!/usr/bin/env bash
-# Trains the hybrid that the demo ships (launch/results/demo/model), on one GPU in about two minutes.
+# Trains the hybrid that the demo ships, launch/results/demo/model, in ROOT. Run the actions in this order:
 #
-#   bash launch/demo_recipe.sh data ROOT               documents of 64, 128 and 512 tokens, and their tokenizer
-#   bash launch/demo_recipe.sh train ROOT [SETTING…]   one phase; settings go to launch/pretrain.py
-#   bash launch/demo_recipe.sh export ROOT             ROOT/model, as launch/export.py writes it
+#   bash launch/demo_recipe.sh data ROOT                documents of 64, 128 and 512 tokens for both phases, and their tokenizer
+#   bash launch/demo_recipe.sh train ROOT [SETTING…]    16M tokens at a high learning rate, on one GPU
+#   bash launch/demo_recipe.sh anneal ROOT [SETTING…]   3M tokens while the learning rate falls, on two CPU cores
+#   bash launch/demo_recipe.sh export ROOT              ROOT/model, as launch/export.py writes it, in bf16
+#
+# Settings go to launch/pretrain.py. The scores and the machines are in launch/results/demo/model/provenance.json.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-usage="usage: bash launch/demo_recipe.sh data|train|export ROOT [SETTING…]"
+usage="usage: bash launch/demo_recipe.sh data|train|anneal|export ROOT [SETTING…]"
 action=${1:?$usage} root=${2:?$usage}
 shift 2
-tokenizer=$root/data/64-tokenizer.json
+tokenizer=$root/train/64-tokenizer.json
 
-# documents LENGTH COUNT SETTING…: facts, each told again later among noise, as a Megatron dataset
+# documents PHASE SEED LENGTH COUNT SETTING…: facts, each told again later among noise, as a Megatron dataset
 documents() {
-  local length=$1 count=$2
-  shift 2
-  python launch/prepare_data.py input=needles "output=$root/data/$length" "needles.length=$length" \
-    "needles.documents=$count" "needles.workers=$(nproc)" "seed=$length" "$@"
+  local phase=$1 seed=$2 length=$3 count=$4
+  shift 4
+  python launch/prepare_data.py input=needles "output=$root/$phase/$length" "seed=$((seed + length))" \
+    "needles.length=$length" "needles.documents=$count" "needles.workers=$(nproc)" "$@"
+}
+
+# phase PHASE SEED COUNT64 COUNT128 COUNT512 TOKENIZER: the shortest documents are learned from first, the longest teach distance
+phase() {
+  documents "$1" "$2" 64 "$3" "tokenizer=$6" 'needles.share=[0.5,1.0]'
+  documents "$1" "$2" 128 "$4" "tokenizer=$tokenizer" 'needles.share=[0.15,1.0]' 'needles.facts=[1,4]' needles.questions_last=0.3
+  documents "$1" "$2" 512 "$5" "tokenizer=$tokenizer" 'needles.share=[0.05,1.0]' 'needles.facts=[1,16]' needles.questions_last=0.5
+}
+
+# pretrain PHASE SETTING…: sequences of 512 tokens, of one document or of several in a row
+pretrain() {
+  local data=$root/$1
+  shift
+  python launch/job.py --nproc-per-node "$processes" launch/pretrain.py +model=demo_hybrid "data.tokenizer=$tokenizer" \
+    "data.path=[0.3,$data/64,0.2,$data/128,0.5,$data/512]" "data.cache=$data/cache" train.seq_length=512 seed=3 "$@"
 }
 
 case $action in
-data)  # the shortest documents end the plateau early, the longest teach distance
-  documents 64 150000 tokenizer=bpe:768 'needles.share=[0.5,1.0]'
-  documents 128 50000 "tokenizer=$tokenizer" 'needles.share=[0.15,1.0]' 'needles.facts=[1,4]' needles.questions_last=0.3 &
-  documents 512 30000 "tokenizer=$tokenizer" 'needles.share=[0.05,1.0]' 'needles.facts=[1,16]' needles.questions_last=0.5
-  wait $!
+data)
+  phase train 0 150000 50000 30000 bpe:768
+  phase anneal 1000 16000 6000 4000 "$tokenizer"
   ;;
 train)
-  exec python launch/pretrain.py +model=demo_hybrid "run_dir=$root/run" "data.tokenizer=$tokenizer" \
-    "data.path=[0.3,$root/data/64,0.2,$root/data/128,0.5,$root/data/512]" "data.cache=$root/data/cache" \
-    data.split=[99,1,0] data.attention_within_documents=true train.seq_length=512 train.global_batch_size=64 \
-    train.micro_batch_size=64 train.precision=bf16 train.steps=1500 checkpoint.interval=500 checkpoint.keep=1 \
-    evaluation.interval=500 evaluation.batches=2 tracking.log_interval=25 elementwise=torch loss=torch "$@"
+  processes=1 pretrain train "run_dir=$root/first" train.precision=bf16 train.global_batch_size=64 \
+    train.micro_batch_size=64 train.steps=1500 train.exit_step=501 data.split=[99,1,0] evaluation.interval=500 \
+    evaluation.batches=2 elementwise=torch loss=torch "$@"
+  python launch/export.py "checkpoint=$root/first" "output=$root/first-weights"
+  ;;
+anneal)
+  python launch/import.py "weights=$root/first-weights" "output=$root/start" precision=fp32 "conf=$root/conf"
+  processes=2 pretrain anneal "run_dir=$root/last" "checkpoint.resume=$root/start" train.precision=fp32 \
+    train.global_batch_size=8 train.micro_batch_size=4 train.steps=700 optim.lr=2e-3 optim.warmup_steps=30 \
+    data.split=[98,2,0] evaluation.batches=4 "$@"
   ;;
 export)
-  python launch/export.py "checkpoint=$root/run" "output=$root/model"
+  python launch/export.py "checkpoint=$root/last" "output=$root/fp32"
+  python launch/import.py "weights=$root/fp32" "output=$root/bf16" precision=bf16 "conf=$root/conf"
+  python launch/export.py "checkpoint=$root/bf16" "output=$root/model"
   ;;
 *)
   echo "$usage" >&2
