@@ -183,11 +183,12 @@ class TopKLayout:
     def built(self, name: Any, build: Callable[[], T]) -> T:
         """What `build` returns, kept in ``cache`` as long as the indices are not written to.
 
-        A CUDA graph builds it in every replay, from what the indices then hold.
+        A CUDA graph builds it in every replay, from what the indices then hold. So does every use of indices made in
+        inference mode, which don't count writes.
         """
-        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if self.indices.is_inference() or (self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
             return build()
-        version = 0 if self.indices.is_inference() else self.indices._version
+        version = self.indices._version
         kept = self.cache.get(name)
         if kept is None or kept[0] != version:
             kept = self.cache[name] = (version, build())

@@ -7,7 +7,7 @@ from torch import Tensor
 from .reference import reference_attention
 from .spec import AttentionSpec, from_bhsd, to_bhsd
 from .token_mask import token_mask
-from .topk_layout import Layout
+from .topk_layout import Layout, TopKLayout
 
 # masks kept with a layout: a few shapes in turn (training, evaluation, context-parallel chunks), none huge
 _CACHED_MASKS = 4
@@ -81,14 +81,20 @@ def torch_gradients(
 def _bias(layout: Layout, s_q: int, s_k: int, spec: AttentionSpec, dtype: torch.dtype) -> Tensor:
     """[1 or batch, H, s_q, s_k]: 0 where a row sees a key, else -inf; torch would make it of a bool mask every time."""
     key = ("bias", s_q, s_k, spec.causal, spec.query_offset, dtype)
+    if isinstance(layout, TopKLayout):  # of one step: kept until its indices are written to
+        return layout.built(key, lambda: _bias_of(layout, s_q, s_k, spec, dtype))
     if spec.cu_seqlens is None and key in layout.cache:
         return layout.cache[key]
-    keep = token_mask(layout, s_q, s_k, causal=spec.causal, query_offset=spec.query_offset, cu_seqlens=spec.cu_seqlens)
-    keep = keep if keep.dim() == 4 else keep[None]
-    bias = torch.zeros(keep.shape, dtype=dtype, device=keep.device).masked_fill_(~keep, -torch.inf)
+    bias = _bias_of(layout, s_q, s_k, spec, dtype)
     if spec.cu_seqlens is None and bias.nbytes <= _CACHED_BYTES:
         cached = [name for name in layout.cache if name[0] == "bias"]
         if len(cached) >= _CACHED_MASKS:
             del layout.cache[cached[0]]
         layout.cache[key] = bias
     return bias
+
+
+def _bias_of(layout: Layout, s_q: int, s_k: int, spec: AttentionSpec, dtype: torch.dtype) -> Tensor:
+    keep = token_mask(layout, s_q, s_k, causal=spec.causal, query_offset=spec.query_offset, cu_seqlens=spec.cu_seqlens)
+    keep = keep if keep.dim() == 4 else keep[None]
+    return torch.zeros(keep.shape, dtype=dtype, device=keep.device).masked_fill_(~keep, -torch.inf)

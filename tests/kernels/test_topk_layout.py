@@ -1,5 +1,6 @@
 """Layouts of top-k lists: what they keep, what they reject, and that the kernels walk just that."""
 
+import contextlib
 import itertools
 from typing import Any
 
@@ -152,11 +153,14 @@ def test_indices_written_to_before_the_backward_are_an_error(device: torch.devic
         out.backward(dout)
 
 
-def test_indices_written_to_between_calls_are_read_again(device: torch.device) -> None:
-    (q, k, v), layout, _, _ = Problem(layout="top-k").make(device)
-    block_sparse_attention(q, k, v, layout, backend="portable")
-    layout.indices.fill_(-1)
-    assert not block_sparse_attention(q, k, v, layout, backend="portable").any()
+@pytest.mark.parametrize("mode", [contextlib.nullcontext, torch.inference_mode])
+@pytest.mark.parametrize("backend", ["torch", "portable"])
+def test_indices_written_to_between_calls_are_read_again(backend: Backend, mode: Any, device: torch.device) -> None:
+    with mode():
+        (q, k, v), layout, _, _ = Problem(layout="top-k").make(device)
+        assert block_sparse_attention(q, k, v, layout, backend=backend).any()
+        layout.indices.fill_(-1)
+        assert not block_sparse_attention(q, k, v, layout, backend=backend).any()
 
 
 def test_a_thousand_layouts_leave_nothing_behind(device: torch.device) -> None:
