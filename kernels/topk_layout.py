@@ -62,7 +62,7 @@ class TopKLayout:
                 "indices must be [batch, heads or KV heads, query blocks, k], all at least 1, "
                 f"got {list(indices.shape)}"
             )
-        if num_heads % indices.shape[1] != 0:
+        if num_heads < 1 or num_heads % indices.shape[1] != 0:
             raise ValueError(
                 f"indices have {indices.shape[1]} lists a query block for {num_heads} heads: give one for each head, "
                 "or one for each KV head"
@@ -72,6 +72,8 @@ class TopKLayout:
             raise ValueError(f"num_key_blocks must be at least 1, got {n_k}")
         if indices.numel() >= 2**31 - 2**16:  # kernels step over them in chunks with int32 counters
             raise ValueError(f"{indices.numel()} slots are too many for 32-bit indices: use larger blocks")
+        if indices.dtype == torch.int64:  # what is out of range stays so in 32 bits
+            indices = indices.clamp(-2, n_k)
         return cls(indices.to(torch.int32).contiguous(), block_size, num_heads, n_k)
 
     @classmethod

@@ -96,10 +96,10 @@ def test_a_later_token_changes_no_earlier_output(backend: str, device: torch.dev
     assert not after[token:].equal(before[token:])
 
 
-@pytest.mark.parametrize("value", [-2, 3])
+@pytest.mark.parametrize("value", [-2, 3, 2**32, 2**32 - 1, -(2**32)])
 def test_indices_that_are_no_key_block_are_rejected_on_a_cpu(value: int) -> None:
     (q, k, v), _, _, _ = Problem(s_q=90, s_k=90).make(torch.device("cpu"))
-    indices = torch.full((1, 2, 3, 2), value, dtype=torch.int32)
+    indices = torch.full((1, 2, 3, 2), value, dtype=torch.int32 if -2 <= value <= 3 else torch.int64)
     layout = TopKLayout.from_indices(indices, 32, num_heads=2)
     with pytest.raises(ValueError, match="key blocks below 3"):
         block_sparse_attention(q, k, v, layout)
@@ -115,6 +115,7 @@ INDICES = torch.zeros(1, 2, 3, 2, dtype=torch.int32)
         ({"indices": INDICES[0]}, "query blocks, k"),
         ({"indices": INDICES[..., :0]}, "at least 1"),
         ({"num_heads": 3}, "2 lists a query block for 3 heads"),
+        ({"num_heads": 0}, "2 lists a query block for 0 heads"),
         ({"block_size": 48}, "block_size"),
         ({"num_key_blocks": 0}, "num_key_blocks"),
     ],
