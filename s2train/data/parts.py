@@ -1,5 +1,6 @@
 """Say which data a run trains on, and which it evaluates on."""
 
+import os
 from dataclasses import replace
 
 from s2train.config import DataConfig, PretrainConfig
@@ -20,7 +21,7 @@ def held_out_part(data: DataConfig) -> DataConfig:
 
 
 def check_parts(cfg: PretrainConfig) -> None:
-    """Check `data.valid_path` against `data.path` and `data.split`; reads no file.
+    """Check `data.valid_path` against `data.path` and `data.split`; opens no file.
 
     Raises:
         ConfigError: it names no prefixes, or one that the run trains on; `data.split` is set beside it.
@@ -39,5 +40,11 @@ def check_parts(cfg: PretrainConfig) -> None:
     if data.split != _DEFAULT_SPLIT:
         problem = "divides data.path, all of which is for training with data.valid_path"
         raise ConfigError("data.split", data.split, problem, "Leave data.split or data.valid_path out")
-    if shared := sorted(set(held_out) & set(dataset_prefixes(data.path))):
+    trained_on = {_file(prefix) for prefix in dataset_prefixes(data.path)}
+    if shared := [prefix for prefix in held_out if _file(prefix) in trained_on]:
         raise ConfigError("data.valid_path", data.valid_path, f"the run trains on {shared[0]} too", remedy)
+
+
+def _file(prefix: str) -> str:
+    """The file of a dataset's tokens, the same however its path is spelled."""
+    return os.path.realpath(f"{prefix}.bin")

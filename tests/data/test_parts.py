@@ -69,8 +69,12 @@ def test_bad_settings_are_named(run: PretrainConfig, changes: dict[str, Any], se
     assert caught.value.setting == setting
 
 
-def test_evaluating_on_training_data_is_rejected(run: PretrainConfig) -> None:
-    run.data.valid_path = run.data.path
+@pytest.mark.parametrize("spelling", ["{}", "{}/../a", "link"])
+def test_evaluating_on_training_data_is_rejected(run: PretrainConfig, spelling: str, tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    for suffix in (".bin", ".idx", ".json"):
+        (tmp_path / f"link{suffix}").symlink_to(tmp_path / f"a{suffix}")
+    run.data.valid_path = str(tmp_path / spelling.format("a"))
     with pytest.raises(ConfigError, match="trains on"):
         check_data(run, ByteTokenizer())
 
