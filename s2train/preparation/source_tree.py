@@ -123,7 +123,7 @@ def _paths(tree: Path, suffixes: tuple[str, ...]) -> Iterator[str]:
     for folder, _, names in os.walk(tree):
         for name in names:
             path = Path(folder) / name
-            if (path.suffix in suffixes or name in suffixes) and not path.is_symlink():
+            if (path.suffix in suffixes or name in suffixes) and path.is_file() and not path.is_symlink():
                 yield path.relative_to(tree).as_posix()
 
 
@@ -157,6 +157,8 @@ def _kept(tree: Path, paths: Sequence[str], cfg: CorpusConfig) -> tuple[list[_Fi
 
 
 def _read(tree: str, path: str) -> _File:
+    if not path.isprintable():  # its name stands in the document; undecodable bytes are surrogates here
+        return _File(path, "unprintable name")
     content = (Path(tree) / path).read_bytes()
     if not content.strip():
         return _File(path, "empty")
@@ -212,11 +214,11 @@ def _held_out(subsystems: dict[str, list[_File]], cfg: CorpusConfig) -> set[str]
 def _write(path: Path, tree: Path, subsystems: dict[str, list[_File]], wanted: set[str]) -> tuple[int, int]:
     """Write the documents of `wanted` subsystems; their number and characters."""
     documents = chars = 0
-    with replacing(path) as temporary, temporary.open("w") as out:
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as out:
         for name, files in subsystems.items():
             if name not in wanted:
                 continue
-            parts = (f"{file.path}\n{(tree / file.path).read_text().rstrip()}\n" for file in files)
+            parts = (f"{file.path}\n{(tree / file.path).read_text(encoding='utf-8').rstrip()}\n" for file in files)
             text = "\n".join(parts)
             out.write(json.dumps({"name": name, "text": text}, ensure_ascii=False) + "\n")
             documents, chars = documents + 1, chars + len(text)

@@ -1,4 +1,5 @@
 import json
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,18 @@ def test_other_suffixes_and_links_are_not_read(tree: Path) -> None:
     made, train, _ = run(tree, held_out=["net/core"])
     assert made.files == 13
     assert "link.c" not in train["fs/b"]
+
+
+def test_names_that_are_no_text_are_dropped(tree: Path) -> None:
+    Path(os.fsdecode(os.fsencode(tree / "fs/b") + b"/\xff.c")).write_text(code(5))
+    made, train, _ = run(tree, held_out=["net/core"])
+    assert made.dropped == {"unprintable name": 1}
+    assert "\udcff" not in train["fs/b"]
+
+
+def test_pipes_are_not_read(tree: Path) -> None:
+    os.mkfifo(tree / "mm/pipe.c")  # to read it would take forever
+    assert run(tree, held_out=["net/core"])[0].files == 13
 
 
 def test_several_processes_make_the_same_bytes(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
