@@ -28,7 +28,13 @@ LETTERS: dict[str, AttentionKind] = {
 
 
 def register(kind: Kind) -> Kind:
-    """Add a kind from elsewhere, such as a test; usable as a decorator."""
+    """Add a kind from elsewhere, such as a test; usable as a decorator.
+
+    Raises:
+        ValueError: another kind has its name.
+    """
+    if KINDS.get(kind.name, kind) is not kind:
+        raise ValueError(f"{kind.__module__}.{kind.__name__}: another kind is named {kind.name}; choose another name")
     KINDS[kind.name] = kind
     return kind
 
@@ -91,13 +97,19 @@ def _read_settings(settings_type: type, given: Mapping[str, Any], setting: str) 
         for key, value in given.items()
         if isinstance(value, Mapping | PatternConfig) and _is_pattern(settings_type, key)
     }
-    plain = {key: value for key, value in given.items() if key not in patterns}
-    try:
-        read = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(settings_type), plain))
-    except OmegaConfBaseException as error:
-        key = (error.full_key or "").split(".")[0].split("[")[0]
-        problem = str(error).splitlines()[0].rstrip(".")
-        raise ConfigError(f"{setting}.{key}", given.get(key), problem, "Set a value of that type.") from error
+    merged = OmegaConf.structured(settings_type)
+    for key, value in given.items():
+        if key in patterns:
+            continue
+        if _is_pattern(settings_type, key):
+            remedy = "Write it as {kind:NAME,…}, such as {kind:sliding_window,window:8}."
+            raise ConfigError(f"{setting}.{key}", value, "is no pattern", remedy)
+        try:
+            merged = OmegaConf.merge(merged, {key: value})
+        except OmegaConfBaseException as error:
+            problem = str(error).splitlines()[0].rstrip(".")
+            raise ConfigError(f"{setting}.{key}", value, problem, "Set a value of that type.") from error
+    read = OmegaConf.to_object(merged)
     values = {field.name: getattr(read, field.name) for field in fields(settings_type)}
     return settings_type(**values | patterns)
 

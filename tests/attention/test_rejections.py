@@ -152,6 +152,13 @@ def test_only_static_layers_that_keep_everything_become_dense() -> None:
         _ = hybrid.layers[1].heads
 
 
+def test_a_kind_can_not_take_the_name_of_another() -> None:
+    impostor = type("Impostor", (ToyKind,), {"name": "dense"})
+    with pytest.raises(ValueError, match="another kind is named dense"):
+        register(impostor)
+    assert KINDS["dense"] is DenseKind
+
+
 @dataclass(frozen=True)
 class Case:
     """Settings that can't be, and what the error says."""
@@ -173,6 +180,7 @@ class Case:
         Case({"T": {"kind": "toy", "window": 0}}, "layout.kinds.T.window=0: a query reads itself"),
         Case({"T": {"kind": "dense", "window": 0}}, "layout.kinds.T.window=0: no setting of kind dense. It has none"),
         Case({"T": {"kind": "s2", "pattern": {"locl": 3}}}, "layout.kinds.T.pattern.locl=3"),
+        Case({"T": {"kind": "s2", "pattern": "sliding_window"}}, "layout.kinds.T.pattern=sliding_window: is no p"),
         Case({"T": {"kind": "s2", "pattern": {"local": 0}}}, "layout.kinds.T.pattern.local=0"),
     ],
 )
