@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from s2train.attention.dense import DenseKind
+from s2train.attention.dense import DenseKind, DenseSettings
 from s2train.attention.features import Feature
 from s2train.attention.hybrid import build_hybrid_layout
+from s2train.attention.kind import HeadsOf, StaticKind
 from s2train.attention.registry import KINDS, register
 from s2train.checkpoints.folders import write_config
 from s2train.checkpoints.hugging_face import exporting
@@ -150,6 +151,28 @@ def test_only_static_layers_that_keep_everything_become_dense() -> None:
     assert not hybrid.layers[1].is_dense
     with pytest.raises(TypeError, match="the data choose"):
         _ = hybrid.layers[1].heads
+
+
+class CappedKind(StaticKind):
+    """Reads every causal key, with a core attention of its own."""
+
+    name = "capped"
+    settings_type = DenseSettings
+    core_attention = "tests.attention.toy_core:ToyCoreAttention"
+
+    def heads(self) -> HeadsOf:
+        return lambda context: (Dense(),) * context.layer.num_heads
+
+
+def test_a_static_kind_that_computes_otherwise_stays_its_own_where_it_keeps_everything(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(KINDS, "capped", CappedKind)
+    cfg = config("capped")
+    assert [type(layer.kind) for layer in hybrid_layout(cfg).layers] == [DenseKind, CappedKind] * 2
+    assert make_plan(cfg, hybrid_layout(cfg), 1, CPU).letters == "DTDT"
+    with pytest.raises(ConfigError, match=r"capped attention \(letter T\) doesn't support recomputation"):
+        check(config("capped", "train.recompute=selective"), 1, CPU)
 
 
 def test_a_kind_can_not_take_the_name_of_another() -> None:

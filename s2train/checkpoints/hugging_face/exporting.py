@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from s2train.attention.dense import DenseKind
 from s2train.attention.features import Feature
 from s2train.checkpoints.folders import find_checkpoint, load_for_inference, read_config
 from s2train.checkpoints.hugging_face.folder import require_safetensors, write_weights
@@ -82,7 +83,7 @@ def export(cfg: ExportConfig) -> Path:
 def llama_config(cfg: PretrainConfig, vocab_size: int, tokenizer: Tokenizer) -> dict[str, Any]:
     """What `config.json` holds: a Llama's settings, and the layout where layers are sparse or turn in part."""
     model, hybrid = cfg.model, hybrid_layout(cfg)
-    is_plain = all(layer.is_dense for layer in hybrid.layers) and model.rotary_percent == 1
+    is_plain = all(isinstance(layer.kind, DenseKind) for layer in hybrid.layers) and model.rotary_percent == 1
     own: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
     if not is_plain:
         names = {"AutoConfig": "S2Config", "AutoModelForCausalLM": "S2ForCausalLM"}
