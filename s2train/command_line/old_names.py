@@ -35,7 +35,7 @@ def with_current_names(arguments: Sequence[str], old_names: Mapping[str, str] = 
     for old, new in old_names.items():
         if old in values and new in values:
             raise _named_twice(old, new, values[old])
-        if old in values:
+        if old in values or any(_interpolation(old) in value for value in values.values()):
             warn(_renaming(old, new))
     return renamed(arguments, old_names)
 
@@ -45,9 +45,12 @@ def renamed(overrides: Sequence[str], names: Mapping[str, str]) -> list[str]:
 
     def one(override: str) -> str:
         match = _OVERRIDE.match(override)
-        if match is None or match["name"] not in names:
+        if match is None:
             return override
-        return f"{match['sign']}{match['prefix'] or ''}{names[match['name']]}{match['rest'] or ''}"
+        rest = match["rest"] or ""
+        for old, new in names.items():
+            rest = rest.replace(_interpolation(old), _interpolation(new))
+        return f"{match['sign']}{match['prefix'] or ''}{names.get(match['name'], match['name'])}{rest}"
 
     return [one(override) for override in overrides]
 
@@ -97,11 +100,13 @@ class _RenamingSource(FileConfigSource):
         loaded = super().load_config(config_path)
         if not isinstance(loaded.config, DictConfig):
             return loaded
-        settings: Any = OmegaConf.to_container(loaded.config, resolve=False)
-        if not isinstance(settings, dict):
+        given: Any = OmegaConf.to_container(loaded.config, resolve=False)
+        if not isinstance(given, dict):
             return loaded
         package = _package(config_path, (loaded.header or {}).get("package"))
-        lines = rename_saved(settings, package)
+        settings = _with_current_interpolations(given)
+        lines = [_renaming(old, new) for old, new in OLD_NAMES.items() if _interpolation(old) in str(given)]
+        lines += rename_saved(settings, package)
         if not package:
             lines += _rename_swept(settings)
         if lines:
@@ -111,6 +116,22 @@ class _RenamingSource(FileConfigSource):
                 self.warned.add(text)
                 warn(text)
         return loaded
+
+
+def _with_current_interpolations(node: Any) -> Any:
+    """Copy nested plain settings, with `${NAME}` of an old name replaced by that of the current one."""
+    if isinstance(node, dict):
+        return {key: _with_current_interpolations(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_with_current_interpolations(value) for value in node]
+    if isinstance(node, str):
+        for old, new in OLD_NAMES.items():
+            node = node.replace(_interpolation(old), _interpolation(new))
+    return node
+
+
+def _interpolation(name: str) -> str:
+    return f"${{{name}}}"
 
 
 def _rename_swept(settings: dict[str, Any]) -> list[str]:

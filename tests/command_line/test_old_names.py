@@ -109,6 +109,14 @@ def test_a_yaml_file_keeps_what_it_interpolates(tmp_path: Path) -> None:
     assert composed(folder, MODEL, "+mine=mine", "seed=7").run_dir == "runs/mine/7"
 
 
+def test_old_names_may_be_interpolated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert compose_run([MODEL, "backend=local", "run_dir=runs/${backend}"]).run_dir == "runs/local"
+    assert compose_run([MODEL, "run_dir=runs/${backend}"]).run_dir == "runs/auto"
+    folder = file_in(tmp_path, "mine/mine.yaml", "# @package _global_\nrun_dir: runs/${backend}\n")
+    assert composed(folder, MODEL, "+mine=mine", "layer_backend=te").run_dir == "runs/te"
+    assert capsys.readouterr().err.splitlines() == [WARNING, WARNING, f"warning: mine/mine: {RENAMED}"]
+
+
 def test_a_setting_of_that_name_in_another_section_is_not_renamed(tmp_path: Path) -> None:
     folder = file_in(tmp_path, "model/mine.yaml", "backend: local\nname: mine\n")
     with pytest.raises(Exception, match="Key 'backend' not in 'ModelConfig'"):
