@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -248,9 +249,11 @@ def columns_by_work(column_offsets: Tensor, pattern_of_head: Tensor, num_kv_head
 
 def _by_sequence(pattern_of_head: Patterns, num_patterns: int) -> list[list[int]]:
     """Patterns [1 or batch][H]; ValueError unless they are some of `num_patterns`, for equally many heads."""
-    found: list[list[int]] = [[p for p in pattern_of_head if isinstance(p, int)]]
-    if not found[0]:
-        found = [list(heads) for heads in pattern_of_head if not isinstance(heads, int)]
+    alone = [int(p) for p in pattern_of_head if isinstance(p, Integral)]  # numpy's integers too
+    of_sequences = [list(map(int, heads)) for heads in pattern_of_head if not isinstance(heads, int | Integral)]
+    found = [alone] if alone else of_sequences
+    if alone and of_sequences:
+        raise ValueError(f"pattern_of_head mixes patterns with lists of patterns: {list(pattern_of_head)}")
     counts = {len(heads) for heads in found}
     if counts in (set(), {0}) or len(counts) > 1 or not all(0 <= p < num_patterns for heads in found for p in heads):
         raise ValueError(

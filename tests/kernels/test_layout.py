@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -120,7 +121,13 @@ def test_decoding_takes_one_layout_for_all_sequences() -> None:
         decode_walk(layout, 2)
 
 
-@pytest.mark.parametrize("heads", [[[0, 1], [0]], [[]], [[0], [2]]])
+def test_patterns_may_be_numpys_integers() -> None:
+    masks = random_mask(2, 3, 3)
+    layout = BlockLayout.from_patterns(masks, np.array([1, 0, 1]), 64)
+    assert torch.equal(layout.mask(), masks[[1, 0, 1]])
+
+
+@pytest.mark.parametrize("heads", [[[0, 1], [0]], [[]], [[0], [2]], [0, [1, 1]]])
 def test_patterns_of_sequences_that_do_not_fit_are_rejected(heads: list[list[int]]) -> None:
     with pytest.raises(ValueError, match="pattern_of_head"):
         BlockLayout.from_patterns(random_mask(2, 3, 3), heads, 64)
