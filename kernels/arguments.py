@@ -1,4 +1,4 @@
-"""Arguments of the public operation that don't fit together are refused, naming argument and remedy."""
+"""Check that arguments of the public operation fit together."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .topk_layout import Layout, TopKLayout
 
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor, layout: Layout, format: Format) -> None:
-    """Shapes, dtypes, devices and heads; ValueError where they don't fit together."""
+    """Check shapes, dtypes, devices and heads; raise ValueError on a mismatch."""
     if format not in FORMATS:
         raise ValueError(f"format must be one of {FORMATS}, got {format!r}")
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -33,7 +33,7 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, layout: Layout, format: Forma
             f"v {list(v.shape)}; q and k share batch and head dimension, k and v all but the head dimension"
         )
     if heads % kv_heads != 0:
-        raise ValueError(f"q has {heads} heads, no multiple of the {kv_heads} KV heads of k: change one of them")
+        raise ValueError(f"q has {heads} heads, not a multiple of the {kv_heads} KV heads of k: change one of them")
     if layout.batch_size not in (1, b):
         raise ValueError(
             f"the layout is for {layout.batch_size} sequences but q has {b}: build it for the batch, or without a "
@@ -58,9 +58,12 @@ def _check_lists(layout: TopKLayout, batch: int, heads: int, kv_heads: int) -> N
 
 
 def check_positions(q_shape: tuple[int, int, int, int], s_k: int, layout: Layout, spec: AttentionSpec) -> None:
-    """Scale, offset, room in the layout, and of `cu_seqlens` what the host knows; ValueError where they don't fit."""
+    """Check scale, offset, layout size and the shape of `cu_seqlens`.
+
+    Raises ValueError on a mismatch; reads nothing from the device.
+    """
     b, _, s_q, _ = q_shape
-    # a comparison, not math.isfinite: torch.compile traces it for a symbolic scale too
+    # a comparison instead of math.isfinite: torch.compile also traces it for a symbolic scale
     if not 0 < spec.softmax_scale < math.inf:
         raise ValueError(f"softmax_scale must be finite and above 0, got {spec.softmax_scale}")
     if spec.query_offset < 0:
@@ -70,14 +73,14 @@ def check_positions(q_shape: tuple[int, int, int, int], s_k: int, layout: Layout
         return
     if isinstance(layout, TopKLayout):
         raise ValueError(
-            "cu_seqlens takes a BlockLayout, which restarts in every document; a TopKLayout names key blocks of the "
-            "whole sequence: name only the document's blocks, or pass one document a sequence"
+            "cu_seqlens takes a BlockLayout, which restarts in every document; a TopKLayout lists key blocks of the "
+            "whole sequence: list only the document's blocks, or pass one document per sequence"
         )
     bounds = spec.cu_seqlens
     if bounds.dim() != 1 or bounds.numel() < 2 or bounds.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"cu_seqlens must be int32 [documents + 1], got {bounds.dtype} {list(bounds.shape)}: "
-            "pass the documents' first rows and the total"
+            "pass the first row of each document and the total"
         )
     if bounds.device.type != layout.device.type:
         raise ValueError(f"cu_seqlens is on {bounds.device}, q on {layout.device}: move it there")
@@ -89,7 +92,10 @@ def check_positions(q_shape: tuple[int, int, int, int], s_k: int, layout: Layout
 
 
 def check_values(layout: Layout, spec: AttentionSpec, s_q: int) -> None:
-    """The values of `cu_seqlens` and of run-time indices: ValueError on a CPU, on a GPU a device-side assertion."""
+    """Check the values of `cu_seqlens` and of run-time indices.
+
+    Raises ValueError on a CPU; on a GPU a device-side assertion fails.
+    """
     if spec.cu_seqlens is not None:
         check_documents(spec.cu_seqlens, s_q, layout)
     if isinstance(layout, TopKLayout):
@@ -97,7 +103,10 @@ def check_values(layout: Layout, spec: AttentionSpec, s_q: int) -> None:
 
 
 def check_documents(bounds: Tensor, s_q: int, layout: Layout) -> None:
-    """The values of `cu_seqlens`; ValueError on a CPU. On a GPU, where reading them would stall, the device asserts."""
+    """Check the values of `cu_seqlens`.
+
+    Raises ValueError on a CPU. On a GPU, where reading them would stall, a device-side assertion fails.
+    """
     lengths = bounds.diff()
     if bounds.device.type == "cpu":
         if bounds[0] != 0 or bounds[-1] != s_q or bool((lengths < 0).any()):

@@ -1,4 +1,4 @@
-"""Block-sparse attention with one layout per head: the public operation."""
+"""Public operation: block-sparse attention with one layout per head."""
 
 from __future__ import annotations
 
@@ -48,57 +48,60 @@ def block_sparse_attention(
     return_lse: bool = False,
     backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """softmax(scale * q k^T) v over the (query block, key block) pairs that `layout` keeps for every head.
+    """Compute softmax(scale * q k^T) v over the block pairs of a layout.
+
+    `layout` keeps (query block, key block) pairs for every head; all other pairs are masked.
 
     Args:
-        q: [s_q, b, H, d] in format "sbhd" ([b, s_q, H, d] in "bshd", [b, H, s_q, d] in "bhsd"); bfloat16,
-            float16 or float32 (the torch backend takes float64 too), d up to 256, others than powers of two by
-            padding. Read by its strides; only a strided last dimension is copied.
-        k, v: [s_k, b, H_kv, d], [s_k, b, H_kv, d_v], q's dtype; d_v may differ from d. H is a multiple of H_kv: query
-            head h reads KV head h // (H // H_kv), which is not expanded.
-        layout: of H heads, on q's device, large enough for all positions. Heads of a group may keep different blocks,
-            and so may sequences of a batch. A `BlockLayout` is made once; a `TopKLayout` is made of top-k indices on
-            the device, anew in every step, and indices get no gradient.
+        q: [s_q, b, H, d] in format "sbhd" ([b, s_q, H, d] in "bshd", [b, H, s_q, d] in "bhsd"). The dtype is bfloat16,
+            float16 or float32; the torch backend also takes float64. d is at most 256 and is padded to a power of two.
+            Strided tensors are read in place; only a strided last dimension is copied.
+        k, v: [s_k, b, H_kv, d] and [s_k, b, H_kv, d_v], in q's dtype; d_v may differ from d. H is a multiple of H_kv:
+            query head h reads KV head h // (H // H_kv), which is not expanded.
+        layout: for H heads, on q's device, large enough for all positions. Query heads that share a KV head may keep
+            different blocks, and so may sequences of a batch. A `BlockLayout` is built once. A `TopKLayout` is built
+            from top-k indices on the device in every step; the indices get no gradient.
         softmax_scale: above 0; default 1 / sqrt(d).
-        causal: key positions after the query's are hidden, token by token, whatever the layout keeps.
+        causal: mask keys after the query's position, token by token, whatever the layout keeps.
         query_offset: position, in tokens, of q's first row; key row j has position j. It may exceed s_k.
-        cu_seqlens: int32 [documents + 1], 0, ascending, s_q: documents packed along the sequence, on q's device.
-            Positions, causality and layout restart in each. For b = 1, s_q = s_k, query_offset = 0 and a BlockLayout.
+        cu_seqlens: int32 [documents + 1], ascending from 0 to s_q, on q's device: documents packed along the sequence.
+            Positions, causality and layout restart in each document. Requires b = 1, s_q = s_k, query_offset = 0 and
+            a BlockLayout.
         return_lse: also return the natural log-sum-exp of the scaled scores, to merge results over ranges of keys.
-        backend: see `resolve_backend`; `kernels_in_use` tells which kernels that means for given arguments.
+        backend: see `resolve_backend`; `kernels_in_use` returns the kernels that a call runs.
 
     Returns:
-        Output like q with d_v for d, contiguous; with `return_lse` also float32 [b, H, s_q] in every format (float64
-        for float64). Both are differentiable, once. Rows that see no key have output 0, log-sum-exp -inf and zero
-        gradients, whatever the gradient of their log-sum-exp.
+        Output with q's shape and d_v in place of d, contiguous. With `return_lse` also the log-sum-exp, float32
+        [b, H, s_q] in every format (float64 for float64). Both are differentiable once. Rows without any visible key
+        have output 0, log-sum-exp -inf and zero gradients, whatever the gradient of their log-sum-exp.
 
-    Precision: products in the inputs' dtype, summed in float32; float32 is never rounded to TF32, whatever
-    ``torch.backends.cuda.matmul.allow_tf32`` says.
+    Precision: matrix products take the inputs' dtype and accumulate in float32. float32 is never rounded to TF32,
+    whatever ``torch.backends.cuda.matmul.allow_tf32`` is set to.
 
-    Size: any number of elements (offsets have 64 bits) and of batch * H; fewer than 2**24 elements between the rows of
-    a head, 2**31 programs in a launch and 2**31 kept tiles in a layout, else ValueError.
+    Size: tensors may have any number of elements (offsets have 64 bits), and batch * H has no limit. ValueError unless
+    rows of a head are fewer than 2**24 elements apart, a launch has fewer than 2**31 programs and a layout fewer than
+    2**31 kept tiles.
 
-    Determinism: outputs are the same in every run. So are gradients under ``torch.use_deterministic_algorithms(True)``,
-    and always on the portable kernels. Hopper's own backward (16 bits, d = d_v = 64 or 128) sums dq in whatever
-    order its programs finish, so that its last bits differ from run to run; those sums take 4 * b * H * s_q * d bytes
-    for the while.
+    Determinism: outputs are the same in every run. Gradients are the same under
+    ``torch.use_deterministic_algorithms(True)``, and always with the portable kernels. The Hopper backward (16-bit
+    dtypes, d = d_v = 64 or 128) accumulates dq in the order in which its programs finish, so its last bits differ
+    between runs; the accumulator takes 4 * b * H * s_q * d bytes during the backward pass.
 
-    torch.compile: traced whole, as one operator (``fullgraph=True`` holds), also with return_lse, in training and with
-    checkpointing. The graph holds a BlockLayout by a number: keep the layout until the last backward is done, else
-    RuntimeError. BlockLayouts are made outside of compiled functions; a TopKLayout may be made inside, and its indices
-    are an input like any other. Other lengths and layouts compile anew twice at most; from then on one graph serves
-    all.
+    torch.compile: the call is traced as one operator (``fullgraph=True`` works), also with return_lse, in training and
+    with checkpointing. The graph refers to a BlockLayout by a number: keep the layout alive until the last backward
+    pass is done, else RuntimeError. Build BlockLayouts outside of compiled functions. A TopKLayout may be built inside;
+    its indices are an ordinary input. New lengths and layouts recompile at most twice; then one graph serves all.
 
-    CUDA graphs: forward and backward can be captured after one call of each with the same layout and shapes, which
-    compiles the kernels and builds, from the device's answers, what the layout keeps for them. A TopKLayout is built
-    within the graph, from what its indices hold at each replay.
+    CUDA graphs: forward and backward can be captured after one call of each with the same layout and shapes. That call
+    compiles the kernels and, with data read from the device, builds what the layout caches for them. A TopKLayout is
+    built within the graph, from the indices at each replay.
 
     Checkpointing: ``torch.utils.checkpoint`` with ``use_reentrant=False``.
 
     Raises:
-        ValueError: arguments that don't fit together, naming argument and remedy. Values of cu_seqlens and indices that
-            don't fit on a CPU, in a compiled call when it runs; on a GPU, where reading them would stall it, a
-            device-side assertion fails instead.
+        ValueError: arguments don't fit together; the message names the argument and the remedy. On a CPU, invalid
+            values of cu_seqlens and indices raise it too, in a compiled call when it runs. On a GPU, where reading them
+            would stall it, a device-side assertion fails instead.
     """
     check_tensors(q, k, v, layout, format)
     resolved = resolve_backend(backend, q.device)
@@ -116,7 +119,7 @@ def block_sparse_attention(
     else:
         check_values(layout, spec, q_shape[2])
         if resolved == "torch":
-            # imported here so that a process needs only the backend that it uses
+            # imported here so that a process loads only the backend that it uses
             from .torch_backend import torch_attention
 
             out, lse = torch_attention(q, k, v, layout, spec, with_lse=return_lse)
@@ -131,14 +134,16 @@ def block_sparse_attention(
 
 
 def resolve_backend(backend: Backend, device: torch.device | str) -> Literal["triton", "portable", "torch"]:
-    """The backend that runs: "auto" means triton on CUDA and torch on a CPU, and falls back to nothing else.
+    """Return the backend that runs on a device.
 
-    - "triton": the fastest kernels there are for the arguments: Hopper's own where they can, else the portable ones.
-    - "portable": the portable Triton kernels always, the same on every GPU.
-    - "torch": dense masks in torch. On CUDA slow, and only when asked for by name.
+    - "auto": triton on CUDA, torch on a CPU; there is no other fallback.
+    - "triton": the fastest kernels that take the arguments: Hopper's where possible, else the portable ones.
+    - "portable": always the portable Triton kernels, the same on every GPU.
+    - "torch": dense masks in torch; slow on CUDA, where it must be requested by name.
 
-    "triton" and "portable" on a CPU need Triton's interpreter (TRITON_INTERPRET=1 before the first import of triton),
-    else ValueError.
+    Raises:
+        ValueError: "triton" or "portable" on a CPU without Triton's interpreter (TRITON_INTERPRET=1 before the first
+            import of triton), an unknown backend, or another sort of device.
     """
     kind = torch.device(device).type
     if backend not in get_args(Backend):

@@ -1,6 +1,6 @@
-"""Tile sizes, warps and pipeline stages of the kernels, from an explicit table.
+"""Table of tile sizes, warps and pipeline stages of the kernels.
 
-Explicit, not autotuned: every rank takes the same configuration, so that runs repeat.
+The table replaces autotuning: every rank uses the same configuration, so that runs are reproducible.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ Kernel = Literal["forward", "dq", "dkdv"]
 
 @dataclass(frozen=True)
 class Config:
-    """One kernel's launch: `rows` (queries; keys for dk/dv) stay in a program, tiles of `steps` pass by."""
+    """Launch configuration of one kernel.
+
+    A program holds `rows` (queries; keys for dk/dv) and iterates over tiles of `steps`.
+    """
 
     rows: int
     steps: int
@@ -25,8 +28,8 @@ class Config:
     num_stages: int
 
 
-# By kernel, then by (tile limit, padded head dimension); the tile limit is the block size, at most 128.
-# 16-bit inputs. On Hopper 64 rows for each group of 4 warps keep the products on wgmma.
+# Keyed by kernel, then by (tile limit, padded head dimension); the tile limit is the block size, at most 128.
+# 16-bit inputs: on Hopper, 64 rows for each group of 4 warps keep the products on wgmma.
 _HALF: dict[Kernel, dict[tuple[int, int], Config]] = {
     "forward": {
         (128, 64): Config(128, 128, 8, 3),
@@ -71,7 +74,7 @@ _HALF: dict[Kernel, dict[tuple[int, int], Config]] = {
         (16, 256): Config(16, 16, 2, 2),
     },
 }
-# float32 inputs: products in full precision run on the ordinary cores, from registers.
+# float32 inputs: full-precision products run on the CUDA cores, from registers.
 _SINGLE: dict[tuple[int, int], Config] = {
     (32, 64): Config(32, 32, 8, 1),
     (32, 128): Config(32, 32, 8, 1),
@@ -83,19 +86,19 @@ _SINGLE: dict[tuple[int, int], Config] = {
 
 
 def padded(dim: int) -> int:
-    """Head dimension as the kernels hold it: a power of two, at least the 16 that a product needs."""
+    """Return the padded head dimension: a power of two, at least 16 for matrix products."""
     return max(16, 1 << (dim - 1).bit_length())
 
 
 def shared_bytes(kernel: Kernel, config: Config, dim: int, v_dim: int, itemsize: int) -> int:
-    """Shared memory that a program needs: what stays, and one copy a stage of what is walked."""
+    """Return a program's shared memory: resident tiles, and iterated tiles once per stage."""
     width = padded(dim) + padded(v_dim)
     resident = padded(dim) if kernel == "forward" else width
     return itemsize * (config.rows * resident + max(config.num_stages, 1) * config.steps * width) + 4096
 
 
 def shared_limit(device: torch.device) -> int | None:
-    """Bytes of shared memory that a program may have on `device`; None in the interpreter, without limit."""
+    """Return bytes of shared memory per program on `device`; None (no limit) in the interpreter."""
     if device.type != "cuda":
         return None
     return _shared_limit(torch.cuda.current_device() if device.index is None else device.index)
@@ -103,19 +106,19 @@ def shared_limit(device: torch.device) -> int | None:
 
 @cache
 def _shared_limit(index: int) -> int:
-    # Asked once: the query reads clock rates too, up to a millisecond in the driver, ten times that where eight
-    # processes ask at once (triton-lang/triton issue 3724).
+    # Queried once: the query also reads clock rates, which takes up to a millisecond in the driver, and ten times that
+    # when eight processes query at once (triton-lang/triton issue 3724).
     return triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
 
 
 @cache
 def config_for(kernel: Kernel, block_size: int, dim: int, v_dim: int, dtype: torch.dtype, limit: int | None) -> Config:
-    """The table's configuration, made smaller where it exceeds `limit` bytes of shared memory.
+    """Return the table's configuration, reduced to fit `limit` bytes of shared memory.
 
-    First stages go, then the tiles are halved. Raises ValueError if even the smallest does not fit.
+    First the stages are reduced, then the tiles are halved. Raises ValueError if even the smallest does not fit.
     """
     width = max(64, padded(dim), padded(v_dim))
-    # of a tensor core's product; in full float32 precision there is none, and fewer rows do
+    # the minimum for a tensor core product; full-precision float32 uses no tensor cores and can have fewer rows
     fewest_rows = 8 if dtype == torch.float32 else 16
     if width > 256:
         raise ValueError(f"head dimensions up to 256 are supported, got {dim} (q, k) and {v_dim} (v)")

@@ -1,8 +1,8 @@
-"""The operation as torch.compile sees it: two custom operators, forward and backward, whose insides it never traces.
+"""Custom operators for torch.compile: forward and backward, opaque to tracing.
 
-Only traced calls come here: a custom operator costs the host 50 to 100 us more than an autograd function. Operators
-take tensors and numbers, so a `BlockLayout` travels as its handle, and a `TopKLayout` as its indices and sizes: nothing
-is registered for it, and the operators build from the indices what they walk.
+Only traced calls use them: a custom operator costs the host 50 to 100 us more than an autograd function. Operators
+take tensors and numbers, so a `BlockLayout` is passed as its handle and a `TopKLayout` as its indices and sizes. A
+`TopKLayout` is not registered; the operators rebuild its index lists from the indices.
 """
 
 from typing import Any, cast
@@ -24,11 +24,13 @@ def attend(
     num_key_blocks: int, softmax_scale: float, causal: bool, query_offset: int, format: str, backend: str,
     with_lse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Output and log-sum-exp, as `block_sparse_attention`'s; the latter is empty unless `with_lse`.
+    """Compute output and log-sum-exp as `block_sparse_attention` does.
+
+    The log-sum-exp is empty unless `with_lse`.
 
     Args:
-        indices, block_size, num_key_blocks: a TopKLayout's, whose handle is 0.
-        handle: a BlockLayout's, without `indices`.
+        indices, block_size, num_key_blocks: of a TopKLayout, whose handle is 0.
+        handle: of a BlockLayout; `indices` is None then.
         backend: "triton", "portable" or "torch".
     """
     spec = AttentionSpec(softmax_scale, causal, query_offset, cu_seqlens, _format(format), backend == "portable")
@@ -63,7 +65,10 @@ def attend_backward(
     cu_seqlens: Tensor | None, indices: Tensor | None, handle: int, block_size: int, num_key_blocks: int,
     softmax_scale: float, causal: bool, query_offset: int, format: str, backend: str, with_lse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k and v, contiguous; a gradient that is None is 0. The rest is `attend`'s."""
+    """Compute contiguous gradients of q, k and v.
+
+    A gradient of None counts as 0. The other arguments are those of `attend`.
+    """
     spec = AttentionSpec(softmax_scale, causal, query_offset, cu_seqlens, _format(format), backend == "portable")
     layout = _layout(indices, handle, block_size, num_key_blocks, shape_bhsd(q, spec.format)[1])
     if backend == "torch":
@@ -104,7 +109,7 @@ attend.register_autograd(_differentiate, setup_context=_keep)
 
 
 def layout_arguments(layout: Layout) -> tuple[Tensor | None, int, int, int]:
-    """`indices`, `handle`, `block_size` and `num_key_blocks` for the operators."""
+    """Return `indices`, `handle`, `block_size` and `num_key_blocks` for the operators."""
     if isinstance(layout, TopKLayout):
         return layout.indices, 0, layout.block_size, layout.num_key_blocks
     return None, layout.handle, 0, 0

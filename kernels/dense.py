@@ -1,4 +1,7 @@
-"""Dense causal attention by the kernels of torch or FlashAttention-4; the query range ends with the key range."""
+"""Dense causal attention by the kernels of torch or FlashAttention-4.
+
+The query range ends with the key range.
+"""
 
 import contextlib
 
@@ -14,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .flash4 import fa4_attention
 
-# cuDNN's is the fastest of torch's on Hopper (1.7 times FlashAttention-2); torch's own order puts it behind.
+# cuDNN's is the fastest of torch's on Hopper (1.7 times FlashAttention-2); torch's default order tries it last.
 _CUDA_ORDER = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -31,19 +34,19 @@ def dense_causal_attention(
     query_offset: int = 0,
     implementation: str = "auto",
 ) -> torch.Tensor:
-    """Causal attention of every head over every key up to its query's position.
+    """Compute causal attention of every head over all keys up to the query.
 
     Args:
         q: [s_q, b, h, d]; row i is at position `query_offset` + i.
-        k, v: [s_k, b, h_kv, d], position 0 first; h is a multiple of h_kv.
+        k, v: [s_k, b, h_kv, d], starting at position 0; h is a multiple of h_kv.
         softmax_scale: factor of the scores.
-        query_offset: s_k − s_q: the last query is at the last key.
-        implementation: on a GPU the kernels to take: fa4 (FlashAttention-4), or torch's cudnn, flash
-            (FlashAttention-2), efficient, or auto, the first of torch's that takes the tensors. A CPU has one.
+        query_offset: s_k − s_q: the last query is at the last key's position.
+        implementation: kernels to use on a GPU: fa4 (FlashAttention-4), one of torch's (cudnn, flash for
+            FlashAttention-2, efficient), or auto, the first of torch's that takes the tensors. A CPU has only one.
     Returns:
         [s_q, b, h, d].
     Raises:
-        ValueError: the query range does not end with the key range; there is no such implementation.
+        ValueError: the query range does not end with the key range, or the implementation is unknown.
     """
     s_q, s_k = q.shape[0], k.shape[0]
     if implementation not in ("auto", "fa4", *_CUDA_ORDER):
@@ -57,13 +60,13 @@ def dense_causal_attention(
         return fa4_attention(q, k, v, softmax_scale=softmax_scale, deterministic=deterministic)
     q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
     if q.is_cuda and q.dtype == torch.float32 and q.shape[1] != k.shape[1]:
-        # torch's only fused kernel in fp32 takes as many KV heads as query heads.
+        # torch's only fused fp32 kernel needs as many KV heads as query heads.
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     mask: torch.Tensor | None = None
     if 1 < s_q < s_k:
         from torch.nn.attention.bias import causal_lower_right  # imports dynamo: slow
 
-        # torch recognises this object and stays with a fused kernel; only a CPU needs the mask written out.
+        # torch recognises this object and keeps using a fused kernel; only a CPU needs an explicit mask.
         bias = causal_lower_right(s_q, s_k)
         mask = bias if q.is_cuda else bias._materialize(q.device)
     order = list(_CUDA_ORDER.values()) if implementation == "auto" else [_CUDA_ORDER[implementation]]
@@ -75,9 +78,9 @@ def dense_causal_attention(
 
 
 def torch_refuses(implementation: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
-    """Why torch's cudnn, flash or efficient kernels don't take such a call on this GPU; None if they do.
+    """Return why torch's cudnn, flash or efficient kernels reject a call, or None.
 
-    Arguments as of `dense_causal_attention`.
+    The answer is for this GPU. Arguments are those of `dense_causal_attention`.
     """
     if q.dtype == torch.float32:
         return None if implementation == "efficient" else "float32"

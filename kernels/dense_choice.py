@@ -1,4 +1,4 @@
-"""Which kernels a dense layer runs for a call: the fastest measured of those that serve it."""
+"""Choose the kernels of a dense layer: the fastest measured that take its call."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from .verified import verified
 Kind = Literal["whole", "later", "documents"]
 IMPLEMENTATIONS = ("fa4", "s2train", "cudnn", "flash", "efficient")
 
-# Fastest first, forward and backward together on an H100 (`ORDER_FILE`). Of later queries s2train took 1 % less than
-# fa4, within the spread. torch has no packed documents, and of cuDNN no later queries.
+# Fastest first, forward and backward together, on an H100 (`ORDER_FILE`). For later queries s2train took 1 % less time
+# than fa4, within the spread. torch's kernels take no packed documents; cuDNN's take no later queries.
 _ORDER: dict[Kind, tuple[str, ...]] = {
     "whole": ("fa4", "s2train", "cudnn", "flash", "efficient"),
     "later": ("fa4", "s2train", "flash", "efficient"),
@@ -23,14 +23,14 @@ _ORDER: dict[Kind, tuple[str, ...]] = {
 }
 _SHORT_ORDER = ("fa4", "cudnn", "s2train", "flash", "efficient")  # of whole sequences below `LONG` tokens
 LONG = 8192
-# Beyond the longest length measured s2train comes last: its layout of every block grows with the square of the length,
-# to gigabytes at a million tokens.
+# Beyond the longest measured length s2train comes last: its layout, which keeps every block, grows with the square of
+# the length, to gigabytes at a million tokens.
 LONGEST = 131_072
 ORDER_FILE = "2026-11-28-h100-dense-check.json"  # in kernels/results
 
 
 def dense_order(kind: Kind, length: int) -> tuple[str, ...]:
-    """The implementations that have such calls over `length` keys, fastest first."""
+    """Return the implementations for such calls over `length` keys, fastest first."""
     if kind == "whole" and length < LONG:
         return _SHORT_ORDER
     if length > LONGEST:
@@ -40,12 +40,12 @@ def dense_order(kind: Kind, length: int) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class DenseCall:
-    """What a choice depends on, the same on every rank of a run.
+    """Properties of a call that the choice depends on; equal on all ranks.
 
     Attributes:
-        kind: whole sequences; later queries, which end with the keys but begin after them; packed documents.
+        kind: whole sequences; later queries, which end with the keys but start after them; packed documents.
         grouped: fewer KV heads than query heads.
-        deterministic: the same bits in every run are asked for.
+        deterministic: results must be the same bits in every run.
         length: keys, in tokens.
     """
 
@@ -59,7 +59,7 @@ class DenseCall:
 
     @property
     def name(self) -> str:
-        """Such as "whole bfloat16 d128 grouped deterministic"; device and length are not in it."""
+        """Such as "whole bfloat16 d128 grouped deterministic"; omits device and length."""
         words = [self.kind, str(self.dtype).removeprefix("torch."), f"d{self.head_dim}"]
         words += ["grouped"] * self.grouped + ["deterministic"] * self.deterministic
         return " ".join(words)
@@ -67,13 +67,13 @@ class DenseCall:
 
 @dataclass(frozen=True)
 class DenseChoice:
-    """The kernels that a call runs.
+    """The chosen kernels of a call.
 
     Attributes:
-        kind: of the call.
+        kind: the call's.
         implementation: one of `IMPLEMENTATIONS`.
-        passed: the faster ones that were passed over, and why.
-        by_name: it was asked for, not chosen.
+        passed: faster implementations that were skipped, each with its reason.
+        by_name: the implementation was requested, not chosen.
     """
 
     kind: Kind
@@ -82,7 +82,7 @@ class DenseChoice:
     by_name: bool = False
 
     def __str__(self) -> str:
-        """One line, such as "whole sequences: cudnn (not fa4: flash-attn-4 is not installed)"."""
+        """Format as one line: "whole sequences: cudnn (not fa4: flash-attn-4 is not installed)"."""
         kinds = {"whole": "whole sequences", "later": "later queries", "documents": "packed documents"}
         label = "s2train, every block kept" if self.implementation == "s2train" else self.implementation
         if self.by_name:
@@ -92,12 +92,14 @@ class DenseChoice:
 
 
 def choose_dense(call: DenseCall, asked: str, serves: Callable[[str], str | None]) -> DenseChoice:
-    """The first implementation in the measured order that serves a call; with another `asked` than auto, that one.
+    """Choose the first implementation in measured order that takes a call.
+
+    If `asked` is not "auto", return that implementation.
 
     Args:
-        serves: why one of this package's and torch's implementations can't run the call; None if it can.
+        serves: returns why an implementation can't run the call, or None if it can.
     Raises:
-        ValueError: the asked-for one doesn't serve the call, or none does.
+        ValueError: the requested implementation can't run the call, or none can.
     """
     if asked not in ("auto", *IMPLEMENTATIONS):
         raise ValueError(f"implementation={asked!r} must be one of auto, {', '.join(IMPLEMENTATIONS)}")
@@ -119,7 +121,10 @@ def choose_dense(call: DenseCall, asked: str, serves: Callable[[str], str | None
 def takes_fa4(
     capability: tuple[int, int] | None, dtype: torch.dtype, head_dim: int, *, grouped: bool, deterministic: bool
 ) -> bool:
-    """Whether `auto` takes FlashAttention-4 for some of a model's calls, if its import works. Imports nothing."""
+    """Return whether `auto` would use FlashAttention-4 in some of a model's calls.
+
+    Assumes that its import works; imports nothing.
+    """
     return any(
         _fa4_refusal(DenseCall(kind, dtype, head_dim, grouped, deterministic, capability, 0), by_name=False) is None
         for kind in _ORDER

@@ -1,4 +1,4 @@
-"""Which kernels a call runs, and what keeps it from Hopper's: for a training run to say once."""
+"""Report which kernels a call runs, and why not Hopper's."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ _LENGTH = 1024
 
 @dataclass(frozen=True)
 class KernelsInUse:
-    """Of one call's forward and backward: which kernels, and why not Hopper's ("" where they are those)."""
+    """Kernels of one call's forward and backward, and why not Hopper's.
+
+    A reason is "" where the kernels are Hopper's.
+    """
 
     forward: Kernels
     backward: Kernels
@@ -31,7 +34,7 @@ class KernelsInUse:
     why_backward: str
 
     def __str__(self) -> str:
-        """One line, such as "forward hopper, backward portable (head dimensions 64, 64)"."""
+        """Format as one line: "forward hopper, backward portable (head dimensions 64, 64)"."""
         forward, backward = (f" ({why})" if why else "" for why in (self.why_forward, self.why_backward))
         return f"forward {self.forward}{forward}, backward {self.backward}{backward}"
 
@@ -48,10 +51,10 @@ def kernels_in_use(
     format: Format = "sbhd",
     backend: Backend = "auto",
 ) -> KernelsInUse:
-    """The kernels that `block_sparse_attention` runs for these arguments, here and now. Computes nothing.
+    """Return the kernels that `block_sparse_attention` runs for these arguments.
 
-    Arguments and errors as there. The backward's answer holds while `torch.use_deterministic_algorithms` stays as it
-    is, and for an output gradient of any strides.
+    Computes nothing. Arguments and errors are those of `block_sparse_attention`. The answer for the backward holds
+    until `torch.use_deterministic_algorithms` changes, and for an output gradient of any strides.
     """
     check_tensors(q, k, v, layout, format)
     resolved = resolve_backend(backend, q.device)
@@ -69,7 +72,7 @@ def kernels_in_use(
     if backward_choice(*arguments) != "hopper":
         why_backward = _no_hopper(q.device) or _reasons(hopper_backward_supported, *arguments)
         if torch.are_deterministic_algorithms_enabled() and not why_backward:
-            why_backward = "deterministic algorithms are asked for"
+            why_backward = "deterministic algorithms are enabled"
     return KernelsInUse(
         "portable" if why_forward else "hopper", "portable" if why_backward else "hopper", why_forward, why_backward
     )
@@ -77,7 +80,7 @@ def kernels_in_use(
 
 @functools.cache
 def _no_hopper(device: torch.device) -> str:
-    """Why no Hopper kernel runs on this device at all; "" if they do."""
+    """Return why no Hopper kernel runs on this device, or ""."""
     import triton
 
     from .hopper.support import TRITON, is_hopper
@@ -90,13 +93,13 @@ def _no_hopper(device: torch.device) -> str:
     if (major, minor) != (9, 0):
         return f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, not 9.0"
     releases = " and ".join(f"{release}x" for release in TRITON)
-    return f"Triton {triton.__version__}: they run in {releases}, which torch 2.11 and 2.13 bring"
+    return f"Triton {triton.__version__}: Hopper kernels need {releases}, which torch 2.11 and 2.13 install"
 
 
 def _reasons(supported: _Supported, q: Tensor, k: Tensor, v: Tensor, layout: Layout, spec: AttentionSpec) -> str:
-    """What `supported` does not take of these arguments, with commas between; "" if it takes them.
+    """List the arguments that `supported` rejects, separated by commas, or "".
 
-    Found by asking it: each property by itself is put in the place of the same property of a call that it takes.
+    Each property of the call is tested alone: it replaces the same property of a call that `supported` accepts.
     """
     from .hopper.support import fits_descriptor
 
@@ -110,7 +113,7 @@ def _reasons(supported: _Supported, q: Tensor, k: Tensor, v: Tensor, layout: Lay
 def _one_by_one(
     q: Tensor, k: Tensor, v: Tensor, layout: Layout, spec: AttentionSpec
 ) -> Iterator[tuple[str, tuple[Tensor, Tensor, Tensor, Layout, AttentionSpec]]]:
-    """The call's properties, and the plainest calls that have only this one of them."""
+    """Yield each property of the call with an otherwise plain call that has it."""
     plain = _shaped((1, 1, _LENGTH, 128), torch.bfloat16)
     usual = BlockLayout.from_mask(torch.ones(1, _LENGTH // 128, _LENGTH // 128) > 0, 128)
     of_all = replace(spec, cu_seqlens=None, query_offset=0, causal=True)
@@ -140,5 +143,5 @@ def _one_by_one(
 
 
 def _shaped(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A tensor of this shape that takes no memory."""
+    """Make a tensor of this shape that takes no memory."""
     return torch.empty(shape, dtype=dtype, device="meta")

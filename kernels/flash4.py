@@ -1,4 +1,7 @@
-"""FlashAttention-4 (PyPI `flash-attn-4`): dense causal attention by its CuTe kernels, compiled when first called."""
+"""FlashAttention-4 (PyPI `flash-attn-4`): dense causal attention by CuTe kernels.
+
+The kernels are compiled at the first call.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,12 @@ from torch import Tensor
 
 INSTALL = "pip install 's2train[fa4]'"
 DTYPES = (torch.bfloat16, torch.float16)
-_ARCHITECTURES = (9, 10)  # major compute capabilities that have a backward
+_ARCHITECTURES = (9, 10)  # major compute capabilities with a backward
 
 
 @cache
 def fa4_version() -> str | None:
-    """The installed release of flash-attn-4, None where there is none. Imports nothing."""
+    """Return the installed version of flash-attn-4, or None. Imports nothing."""
     try:
         return version("flash-attn-4")
     except PackageNotFoundError:
@@ -28,21 +31,24 @@ def fa4_version() -> str | None:
 
 @cache
 def fa4_problem() -> str | None:
-    """Why FlashAttention-4 can't be imported, None if it can; imports it, which takes seconds."""
+    """Return why FlashAttention-4 can't be imported, or None; importing takes seconds."""
     if fa4_version() is None:
         return "flash-attn-4 is not installed"
-    # its compiled kernels stay on disk, so that a run's next start finds them
+    # keeps its compiled kernels on disk, so that a restarted run finds them
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
     try:
         import_module("flash_attn.cute")
-    except Exception as error:  # its compiler's libraries raise what they like
+    except Exception as error:  # its compiler's libraries raise any type of exception
         lines = str(error).strip().splitlines() or [type(error).__name__]
         return f"flash-attn-4 can't be imported ({lines[0]})"
     return None
 
 
 def fa4_refuses(capability: tuple[int, int] | None, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why FlashAttention-4 has no forward and backward for this GPU, dtype and head dimension; None if it has."""
+    """Return why FlashAttention-4 can't run here, or None.
+
+    Checks forward and backward for this GPU, dtype and head dimension.
+    """
     if capability is None:
         return "there is no CUDA device"
     if capability[0] not in _ARCHITECTURES:
@@ -57,7 +63,7 @@ def fa4_refuses(capability: tuple[int, int] | None, dtype: torch.dtype, head_dim
 
 @cache
 def fa4_functions() -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """`flash_attn_func` and `flash_attn_varlen_func`.
+    """Return `flash_attn_func` and `flash_attn_varlen_func`.
 
     Raises:
         RuntimeError: flash-attn-4 can't be imported.
@@ -71,13 +77,13 @@ def fa4_functions() -> tuple[Callable[..., Any], Callable[..., Any]]:
 def fa4_attention(
     q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float, bounds: Tensor | None = None, deterministic: bool = False
 ) -> Tensor:
-    """Causal attention of every head; the last query is at the last key.
+    """Compute causal attention of every head; the last query is at the last key.
 
     Args:
-        q: [s_q, b, h, d]; k, v: [s_k, b, h_kv, d], with s_k >= s_q. Read by their strides.
-        bounds: int32 [documents + 1], 0, ascending, s_q: documents packed along one sequence (b = 1, s_q = s_k),
-            each attended by itself.
-        deterministic: the same gradients in every run, at some cost.
+        q: [s_q, b, h, d]; k, v: [s_k, b, h_kv, d], with s_k >= s_q. Strided tensors are read in place.
+        bounds: int32 [documents + 1], ascending from 0 to s_q: documents packed along one sequence (b = 1, s_q = s_k);
+            each attends only to itself.
+        deterministic: compute the same gradients in every run, at some cost.
     Returns:
         [s_q, b, h, d].
     """

@@ -1,4 +1,4 @@
-"""Numbers that stand for objects where only numbers go: in the graphs that torch.compile makes."""
+"""Numbers that stand for objects in the graphs of torch.compile."""
 
 from __future__ import annotations
 
@@ -7,33 +7,33 @@ import secrets
 from typing import Any
 from weakref import WeakValueDictionary
 
-# Counted, so that a number names one object for good; from a random start, so that a number in a graph that another
-# process wrote names none here.
+# A counter, so that a number is never used twice. The start is random, so that a number in a graph from another process
+# is unknown here.
 _numbers = itertools.count(secrets.randbits(30) << 32 | 2)
 _living: WeakValueDictionary[int, Any] = WeakValueDictionary()
 
 
 def register(thing: Any) -> int:
-    """The thing's number, as long as it lives. Never given out again."""
+    """Return the object's number, valid while the object is alive; never reused."""
     number = next(_numbers)
     _living[number] = thing
     return number
 
 
 def living() -> list[int]:
-    """The numbers of all registered things that live."""
+    """Return the numbers of all registered objects that are alive."""
     return list(_living)
 
 
 def registered(number: int) -> Any:
-    """The thing with this number.
+    """Return the object with this number.
 
     Raises:
-        RuntimeError: it lives no longer, or was never in this process.
+        RuntimeError: the object was freed, or the number is from another process.
     """
     thing = _living.get(number)
     if thing is None:
         raise RuntimeError(
-            "the block layout of a compiled call is gone: keep the layout until the last backward of its calls is done"
+            "the block layout of a compiled call was freed: keep the layout until the last backward of its calls"
         )
     return thing

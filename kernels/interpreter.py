@@ -1,4 +1,4 @@
-"""Repairs of Triton's interpreter, in which the kernels run where there is no GPU (tests)."""
+"""Fix Triton's interpreter, which runs the kernels without a GPU (tests)."""
 
 from typing import Any
 
@@ -8,10 +8,12 @@ from triton.runtime import interpreter
 
 
 def repair_interpreter() -> None:
-    """Make the interpreter of Triton 3.5 to 3.7 compute what a GPU does. Call it before the first kernel.
+    """Make the interpreter of Triton 3.5 to 3.7 compute what a GPU does.
 
-    - Scalars are arrays of one element, which NumPy 2.4 refuses to take for the bound of a `range`.
-    - bfloat16 is held as uint16: products would multiply the bit patterns, and casts truncate.
+    Call it before the first kernel. It fixes two things:
+
+    - Scalars are arrays of one element, which NumPy 2.4 rejects as the bound of a `range`.
+    - bfloat16 is stored as uint16: products would multiply the bit patterns, and casts would truncate.
     """
     builder = interpreter.InterpreterBuilder
     if builder.cast_impl.__module__ == __name__:
@@ -51,7 +53,7 @@ def _from_bfloat16(bits: np.ndarray) -> np.ndarray:
 
 
 def _to_bfloat16(x: np.ndarray) -> np.ndarray:
-    """Bits of the nearest bfloat16, ties to even; NaN stays NaN."""
+    """Return the bits of the nearest bfloat16, ties to even; NaN stays NaN."""
     bits = np.ascontiguousarray(x).view(np.uint32)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     return np.where(np.isnan(x), 0x7FC0, rounded).astype(np.uint16)

@@ -1,4 +1,4 @@
-"""Which (query block, key block) pairs every head keeps, in the form that the kernels walk."""
+"""Block layouts: which (query block, key block) pairs every head keeps."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from .handles import register
 from .layout_builder import MaskRule, Rule, column_lines, compress, row_lines
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)
-# of each head; or of each sequence's heads
+# pattern index of each head, or of each head of each sequence
 Patterns = Sequence[int] | Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True, eq=False)
 class BlockLayout:
-    """Kept block pairs of every head, in global block coordinates.
+    """Kept block pairs of every head, in the form that kernels read.
 
-    Query block i covers positions [i*B, (i+1)*B) and key block j the same for keys. Heads with equal masks
-    share one pattern's storage. Build it with `from_mask`, `from_patterns` or `from_rule`; the host waits for the
-    device meanwhile. `TopKLayout` is for masks that change with every step. Tensors are int32 on one device:
+    Query block i covers positions [i*B, (i+1)*B); key block j covers the same range of keys. Heads with equal masks
+    share the storage of one pattern. Build a layout with `from_mask`, `from_patterns` or `from_rule`; building makes
+    the host wait for the device. For masks that change in every step use `TopKLayout`. All tensors are int32 and lie
+    on one device:
 
-    - ``pattern_of_head`` [1 or batch, H]: which of the P patterns a head has, in every sequence or in each of a batch.
-    - ``row_offsets`` [P*n_q + 1], ``row_columns`` [kept]: CSR; query block i of pattern p keeps key blocks
+    - ``pattern_of_head`` [1 or batch, H]: which of the P patterns a head has, for all sequences or for each one.
+    - ``row_offsets`` [P*n_q + 1], ``row_columns`` [kept]: CSR. Query block i of pattern p keeps key blocks
       ``row_columns[row_offsets[p*n_q + i] : row_offsets[p*n_q + i + 1]]``, ascending.
-    - ``column_offsets`` [P*n_k + 1], ``column_rows`` [kept]: CSC; the query blocks that keep a key block,
-      ascending.
+    - ``column_offsets`` [P*n_k + 1], ``column_rows`` [kept]: CSC. The query blocks that keep a key block, ascending.
     """
 
     block_size: int
@@ -43,22 +43,24 @@ class BlockLayout:
     row_columns: Tensor
     column_offsets: Tensor
     column_rows: Tensor
-    # what backends derive from the layout once (token masks, work order); never part of its meaning
+    # data that backends derive from the layout once (token masks, work order); not part of its meaning
     cache: dict[Any, Any] = field(default_factory=dict, repr=False)
-    # names this object in compiled graphs, which hold numbers only
+    # identifies this object in compiled graphs, which hold only numbers
     handle: int = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "handle", register(self))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # a copy is another object: with a handle and a cache of its own
+        # a copy is a separate object with its own handle and cache
         sizes = (self.block_size, self.num_heads, self.num_query_blocks, self.num_key_blocks)
         return BlockLayout, (*sizes, *self._tensors().values())
 
     @classmethod
     def from_mask(cls, mask: Tensor, block_size: int, *, device: torch.device | str | None = None) -> BlockLayout:
-        """Layout of a bool mask [H, n_q, n_k], or [batch, H, n_q, n_k] (True: kept); equal heads are stored once.
+        """Build a layout from a bool mask, True where kept.
+
+        The mask is [H, n_q, n_k], or [batch, H, n_q, n_k]; equal heads are stored once.
 
         Raises ValueError for a mask of another dtype or rank, or an unsupported block size.
         """
@@ -86,10 +88,12 @@ class BlockLayout:
         *,
         device: torch.device | str | None = None,
     ) -> BlockLayout:
-        """Layout of P patterns, bool [P, n_q, n_k]; head h has pattern ``pattern_of_head[h]``.
+        """Build a layout from P patterns, bool [P, n_q, n_k].
 
-        With a batch axis, head h of sequence b has pattern ``pattern_of_head[b][h]``. The tensors lie on `device`, by
-        default the masks'. Raises ValueError as `from_mask` does, and for pattern indices outside [0, P).
+        Head h has pattern ``pattern_of_head[h]``; with a batch axis, head h of sequence b has
+        ``pattern_of_head[b][h]``. The tensors lie on `device`, by default the masks'.
+
+        Raises ValueError as `from_mask` does, and for pattern indices outside [0, P).
         """
         masks = masks_of_distinct
         _check_mask(masks, block_size)
@@ -115,17 +119,17 @@ class BlockLayout:
         *,
         device: torch.device | str,
     ) -> BlockLayout:
-        """Layout of P rules, built on `device` without their masks; head h has rule ``pattern_of_head[h]``.
+        """Build a layout from P rules on `device`, without full masks.
 
-        With a batch axis, head h of sequence b has rule ``pattern_of_head[b][h]``.
+        Head h has rule ``pattern_of_head[h]``; with a batch axis, head h of sequence b has ``pattern_of_head[b][h]``.
 
-        A rule takes int64 block indices (query, key) on `device` that broadcast, several times, in pieces of rows
-        and of columns, and returns a bool of the shape that they broadcast to. Beside the layout, building takes
-        at most 40 MB however long the sequence, if rules take at most 16 bytes a pair. Of a `ColumnRule` no pair is
-        looked at one by one: the time goes with what it keeps.
+        A rule takes int64 block indices (query, key) on `device` that broadcast, and returns a bool of the broadcast
+        shape. It is called several times, for ranges of rows and of columns. Scratch memory is at most 40 MB for any
+        length, if rules take at most 16 bytes a pair. A `ColumnRule` is not evaluated pair by pair: its time grows
+        with the number of kept blocks.
 
-        Raises ValueError for an unsupported block size, no rules or blocks, pattern indices outside [0, P), a
-        rule that returns something else or changes its mind, and for more kept blocks than 32 bits can number.
+        Raises ValueError for an unsupported block size, no rules or no blocks, pattern indices outside [0, P), a rule
+        that returns another type or shape or gives different answers, and more kept blocks than 32 bits can index.
         """
         check_block_size(block_size)
         if min(len(rules), num_query_blocks, num_key_blocks) < 1:
@@ -157,30 +161,36 @@ class BlockLayout:
 
     @property
     def batch_size(self) -> int:
-        """Sequences that have patterns of their own; 1 if all have the same."""
+        """Number of sequences with their own patterns; 1 if all share them."""
         return self.pattern_of_head.shape[0]
 
     @property
     def compiled(self) -> dict[Any, Any]:
-        """Kernels that were compiled for this layout's device."""
+        """Kernels compiled for this layout's device."""
         return self.cache
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the index tensors (slices by `heads` share them)."""
+        """Bytes of the index tensors; slices made by `heads` share them."""
         return sum(t.nbytes for t in self._tensors().values())
 
     @property
     def kept_blocks_of_heads(self) -> int:
-        """About the number of kept pairs over all heads, patterns used alike: what the host knows without asking."""
+        """Estimate the kept pairs over all heads without reading the device.
+
+        Assumes that all patterns are used equally often.
+        """
         num_patterns = (self.row_offsets.numel() - 1) // self.num_query_blocks
         return self.row_columns.numel() * -(-self.pattern_of_head.numel() // num_patterns)
 
     def patterns_of_heads(self, purpose: str) -> Tensor:
-        """Int32 [H]: the heads' patterns in every sequence; ValueError if sequences of a batch differ.
+        """Return each head's pattern, int32 [H], the same for every sequence.
 
         Args:
-            purpose: what needs one layout for the whole batch, for the error.
+            purpose: what needs one layout for the whole batch; named in the error.
+
+        Raises:
+            ValueError: sequences of the batch have different patterns.
         """
         if self.batch_size != 1:
             raise ValueError(
@@ -190,7 +200,10 @@ class BlockLayout:
         return self.pattern_of_head[0]
 
     def mask(self) -> Tensor:
-        """Bool [H, n_q, n_k], True where kept; [batch, H, n_q, n_k] if sequences of a batch differ."""
+        """Return the bool mask [H, n_q, n_k], True where kept.
+
+        It is [batch, H, n_q, n_k] if sequences of a batch differ.
+        """
         num_rows = self.row_offsets.numel() - 1
         counts = self.row_offsets.diff().long()
         rows = torch.repeat_interleave(torch.arange(num_rows, device=self.device), counts)
@@ -200,7 +213,10 @@ class BlockLayout:
         return patterns[self.pattern_of_head.long().squeeze(0)]
 
     def heads(self, start: int, stop: int) -> BlockLayout:
-        """The layout of heads [start, stop), such as one tensor-parallel rank's; shares the index tensors."""
+        """Return the layout of heads [start, stop), sharing the index tensors.
+
+        For example, those of one tensor-parallel rank.
+        """
         if not 0 <= start < stop <= self.num_heads:
             raise ValueError(f"heads({start}, {stop}): the layout has heads 0 to {self.num_heads}")
         if (start, stop) == (0, self.num_heads):
@@ -208,14 +224,14 @@ class BlockLayout:
         return self._with(num_heads=stop - start, pattern_of_head=self.pattern_of_head[:, start:stop].contiguous())
 
     def to(self, device: torch.device | str) -> BlockLayout:
-        """This layout with its tensors on `device`; itself if they are there already."""
+        """Return this layout on `device`; itself if already there."""
         moved = {name: tensor.to(device) for name, tensor in self._tensors().items()}
         if moved["row_offsets"] is self.row_offsets:
             return self
         return self._with(**moved)
 
     def columns_by_work(self, num_kv_heads: int) -> Tensor:
-        """As the function `columns_by_work`, kept in the cache."""
+        """Call the function `columns_by_work` and cache its result."""
         key = ("columns_by_work", num_kv_heads)
         if key not in self.cache:
             self.cache[key] = columns_by_work(
@@ -233,10 +249,12 @@ class BlockLayout:
 
 
 def columns_by_work(column_offsets: Tensor, pattern_of_head: Tensor, num_kv_heads: int, num_key_blocks: int) -> Tensor:
-    """Key blocks of all KV heads, most read first: int32 [batch * H_kv * n_k].
+    """Sort the key blocks of all KV heads by queries, most first.
 
-    Key block j of KV head h in sequence b is number ``(b * H_kv + h) * n_k + j``; b is 0 if all sequences have the same
-    patterns. Programs that start with the longest columns finish together.
+    Returns int32 [batch * H_kv * n_k].
+
+    Key block j of KV head h in sequence b is number ``(b * H_kv + h) * n_k + j``; b is 0 if all sequences share their
+    patterns. Starting with the longest columns makes programs finish at about the same time.
 
     Args:
         column_offsets: int32 [P * n_k + 1], as in `BlockLayout`.
@@ -248,7 +266,10 @@ def columns_by_work(column_offsets: Tensor, pattern_of_head: Tensor, num_kv_head
 
 
 def _by_sequence(pattern_of_head: Patterns, num_patterns: int) -> list[list[int]]:
-    """Patterns [1 or batch][H]; ValueError unless they are some of `num_patterns`, for equally many heads."""
+    """Return patterns [1 or batch][H] after checking indices and lengths.
+
+    Raises ValueError for an index outside [0, num_patterns), no heads, or sequences with different numbers of heads.
+    """
     alone = [int(p) for p in pattern_of_head if isinstance(p, Integral)]  # numpy's integers too
     of_sequences = [list(map(int, heads)) for heads in pattern_of_head if not isinstance(heads, int | Integral)]
     found = [alone] if alone else of_sequences
@@ -257,8 +278,8 @@ def _by_sequence(pattern_of_head: Patterns, num_patterns: int) -> list[list[int]
     counts = {len(heads) for heads in found}
     if counts in (set(), {0}) or len(counts) > 1 or not all(0 <= p < num_patterns for heads in found for p in heads):
         raise ValueError(
-            f"pattern_of_head must name one of {num_patterns} patterns for each of at least one head, "
-            f"for as many heads in every sequence, got {list(pattern_of_head)}"
+            f"pattern_of_head must list one of {num_patterns} patterns for each of at least one head, "
+            f"with the same number of heads in every sequence, got {list(pattern_of_head)}"
         )
     return found
 
@@ -274,6 +295,6 @@ def _check_mask(mask: Tensor, block_size: int) -> None:
         raise ValueError(f"the mask must be bool, got {mask.dtype}: compare it with 0 first")
     if mask.dim() != 3 or 0 in mask.shape:
         raise ValueError(
-            f"the mask must be [heads, query blocks, key blocks], or that of each sequence, all at least 1, "
+            f"the mask must be [heads, query blocks, key blocks], with or without a batch axis, all at least 1, "
             f"got {list(mask.shape)}"
         )

@@ -1,8 +1,8 @@
-"""A layout's offsets and indices, filled piece by piece: scratch memory doesn't grow with the length.
+"""Fill a layout's offsets and indices in pieces, with bounded scratch memory.
 
-A line is a query block, and what it keeps are key blocks; or, for the other direction, a key block that query
-blocks keep. Lines are counted, then filled into a tensor of just that size, in order: nothing is sorted, and no
-mask of a whole pattern exists.
+A line is a query block with the key blocks that it keeps, or, in the other direction, a key block with the query
+blocks that keep it. Lines are counted first, then written in order into a tensor of exactly that size. Nothing is
+sorted, and no mask of a whole pattern is built.
 """
 
 from __future__ import annotations
@@ -14,25 +14,25 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-# (query, key) int64 block indices that broadcast, to a bool of the shape that they broadcast to: is the pair kept?
+# Maps (query, key) int64 block indices that broadcast to a bool of the broadcast shape: is the pair kept?
 Rule = Callable[[Tensor, Tensor], Tensor]
 
-# Scratch stays below about 40 MB: a rule may take 16 bytes for each pair that is looked at in one go, and
-# a column rule takes 56 for each kept one.
+# Limits scratch memory to about 40 MB: a rule may take 16 bytes per pair evaluated at once, and a column rule takes
+# 56 per kept pair.
 _PAIRS_AT_ONCE = 1 << 21
 _KEPT_AT_ONCE = 1 << 19
-_MOST_KEPT = 2**31 - 2**16  # kernels step over the indices in chunks with int32 counters
+_MOST_KEPT = 2**31 - 2**16  # kernels advance over the indices in chunks with int32 counters
 
 
 @dataclass(frozen=True)
 class ColumnRule:
-    """Keeps, up to the diagonal, the last `local` key blocks and whole columns: a rule whose lines need no mask.
+    """Rule that keeps a local window and whole columns; needs no mask.
 
     Pair (i, j) is kept if j <= i and (i - j < local or columns(j)).
 
     Attributes:
-        local: blocks of the window, the diagonal's among them; >= 1.
-        columns: int64 key blocks to bool of the same shape: is the block kept at every distance?
+        local: blocks of the window, including the diagonal's; >= 1.
+        columns: maps int64 key blocks to a bool of the same shape: is the block kept at every distance?
     """
 
     local: int
@@ -44,7 +44,7 @@ class ColumnRule:
 
 @dataclass(frozen=True, eq=False)
 class MaskRule:
-    """Keeps what a bool mask [query blocks, key blocks] says; its lines are slices of the mask."""
+    """Rule given as a bool mask [query blocks, key blocks]; lines are slices of it."""
 
     mask: Tensor
 
@@ -57,20 +57,23 @@ class Lines(Protocol):
 
     @property
     def at_once(self) -> int:
-        """Lines that may be filled in one go."""
+        """Lines that may be filled in one piece."""
         ...
 
     def counts(self) -> Tensor:
-        """Int64 [lines]: how many blocks each keeps."""
+        """Return the number of blocks that each line keeps, int64 [lines]."""
         ...
 
     def kept(self, begin: int, end: int, total: int) -> Tensor:
-        """Int64 [total]: what lines [begin, end) keep, line by line, each ascending; `total` is their counts' sum."""
+        """Return what lines [begin, end) keep, int64 [total].
+
+        Blocks come line by line, ascending in each; `total` is the sum of the lines' counts.
+        """
         ...
 
 
 def row_lines(rule: Rule, num_query_blocks: int, num_key_blocks: int, device: torch.device) -> Lines:
-    """What query blocks keep."""
+    """Return lines of query blocks with their kept key blocks."""
     if isinstance(rule, ColumnRule):
         return _ColumnRuleRows(rule, num_query_blocks, num_key_blocks, device)
     if isinstance(rule, MaskRule):
@@ -80,7 +83,7 @@ def row_lines(rule: Rule, num_query_blocks: int, num_key_blocks: int, device: to
 
 
 def column_lines(rule: Rule, num_query_blocks: int, num_key_blocks: int, device: torch.device) -> Lines:
-    """Which query blocks keep each key block."""
+    """Return lines of key blocks with the query blocks that keep them."""
     if isinstance(rule, ColumnRule):
         return _ColumnRuleColumns(rule, num_query_blocks, num_key_blocks, device)
     if isinstance(rule, MaskRule):
@@ -90,12 +93,15 @@ def column_lines(rule: Rule, num_query_blocks: int, num_key_blocks: int, device:
 
 
 def compress(lines_of: Callable[[int], Lines], num_patterns: int) -> tuple[Tensor, Tensor]:
-    """Offsets [all lines + 1] and what the lines of patterns 0, 1, … keep, both int32. The host waits for the counts.
+    """Build offsets [all lines + 1] and kept blocks of all patterns, both int32.
+
+    The host waits for the counts.
 
     Args:
-        lines_of: the lines of a pattern; asked for twice, so that no two patterns' are held at a time.
+        lines_of: returns the lines of a pattern; called twice a pattern, so that only one pattern's lines are in memory
+            at a time.
     Raises:
-        ValueError: more is kept than 32-bit indices can number, known before any index is stored.
+        ValueError: more blocks are kept than 32 bits can index; raised before any index is stored.
     """
     counts = torch.cat([lines_of(pattern).counts() for pattern in range(num_patterns)])
     offsets = torch.zeros(len(counts) + 1, dtype=torch.int64, device=counts.device)
@@ -116,7 +122,7 @@ def compress(lines_of: Callable[[int], Lines], num_patterns: int) -> tuple[Tenso
 
 
 def _pieces(bounds: Tensor, at_once: int) -> Iterator[tuple[int, int]]:
-    """Ranges of lines that may be filled in one go; `bounds` [lines + 1] are offsets, on the host."""
+    """Yield ranges of lines to fill in one piece; `bounds` [lines + 1] are offsets on the host."""
     begin, end = 0, len(bounds) - 1
     while begin < end:
         by_kept = int(torch.searchsorted(bounds, bounds[begin] + _KEPT_AT_ONCE, right=True)) - 1
@@ -127,10 +133,10 @@ def _pieces(bounds: Tensor, at_once: int) -> Iterator[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class _PieceLines:
-    """Lines of a mask that is made piece by piece.
+    """Lines of a mask that is computed in pieces.
 
     Attributes:
-        piece: (begin, end) to the bool mask of these lines, [end - begin, num_others] or broadcasting to it.
+        piece: maps (begin, end) to the bool mask of these lines, [end - begin, num_others] or broadcastable to it.
     """
 
     piece: Callable[[int, int], Tensor]
@@ -148,7 +154,7 @@ class _PieceLines:
     def kept(self, begin: int, end: int, total: int) -> Tensor:
         found = self._mask(begin, end).flatten().nonzero().flatten()
         if len(found) != total:
-            raise ValueError("a rule must keep the same pairs whenever it is asked: draw random ones beforehand")
+            raise ValueError("a rule must keep the same pairs in every call: draw random ones beforehand")
         return found.remainder_(self.num_others)
 
     def _mask(self, begin: int, end: int) -> Tensor:
@@ -159,7 +165,7 @@ class _PieceLines:
 
 
 class _ColumnRuleRows:
-    """A row keeps the columns before its window, then the window."""
+    """Rows of a `ColumnRule`: columns before the window, then the window."""
 
     at_once = 1 << 62
 
@@ -182,7 +188,7 @@ class _ColumnRuleRows:
         number = torch.arange(total, device=counts.device)
         line = torch.repeat_interleave(counts, output_size=total)
         in_line = number - first[line]
-        # the columns, and then all others: so the host needn't wait for their number
+        # first the columns, then all others, so that the host need not wait for their number
         columns = (~self._is_column).to(torch.int8).argsort(stable=True)
         column = columns[in_line.clamp(max=len(columns) - 1)]
         in_window = number.add_((self._window[begin:end] - far - first)[line])
@@ -190,7 +196,7 @@ class _ColumnRuleRows:
 
 
 class _ColumnRuleColumns:
-    """A column is kept from its diagonal on: to the end, or as long as the window lasts."""
+    """Columns of a `ColumnRule`: kept from the diagonal to the end, or to the window's end."""
 
     at_once = 1 << 62
 

@@ -1,4 +1,4 @@
-"""When, and by which command, a result was made: for the file that holds it."""
+"""Record the date and the command that produced a result file."""
 
 import datetime
 import shlex
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 def origin(program: str, arguments: Sequence[str] | None = None) -> dict[str, str]:
-    """Date (UTC, to the second) and command of `python -m s2train.kernels.PROGRAM`.
+    """Return the date (UTC, to the second) and the command `python -m s2train.kernels.PROGRAM`.
 
     Args:
         arguments: of the program; by default this process's.

@@ -1,4 +1,4 @@
-"""The oracle: block-sparse attention with an explicit softmax in plain torch, differentiable by autograd."""
+"""Reference block-sparse attention: an explicit softmax in plain torch."""
 
 import math
 
@@ -22,10 +22,11 @@ def reference_attention(
     cu_seqlens: Tensor | None = None,
     format: Format = "sbhd",
 ) -> tuple[Tensor, Tensor]:
-    """Output (as q, with v's head dimension) and log-sum-exp [b, h, s_q], both in q's dtype.
+    """Compute output and log-sum-exp [b, h, s_q]; differentiable by autograd.
 
-    Arguments as in `block_sparse_attention`. All arithmetic is in q's dtype: float64 makes it an oracle.
-    Memory is O(b * h * s_q * s_k). Rows that see no key give output 0, log-sum-exp -inf and zero gradients.
+    The output has q's shape with v's head dimension. Arguments are those of `block_sparse_attention`. All arithmetic
+    and both results are in q's dtype: float64 makes this the oracle. Memory is O(b * h * s_q * s_k). Rows without any
+    visible key have output 0, log-sum-exp -inf and zero gradients.
     """
     qh, kh, vh = (to_bhsd(x, format) for x in (q, k, v))
     group = qh.shape[1] // kh.shape[1]
@@ -34,7 +35,7 @@ def reference_attention(
     keep = token_mask(layout, qh.shape[2], kh.shape[2], causal=causal, query_offset=query_offset, cu_seqlens=cu_seqlens)
     empty_rows = ~keep.any(-1, keepdim=True)
     scores = (qh @ kh.mT * scale).masked_fill(~keep, -torch.inf)
-    # the shift cancels, so it needs no gradient; a finite one keeps empty rows free of inf - inf
+    # the shift cancels, so it needs no gradient; a finite shift avoids inf - inf in empty rows
     shift = torch.where(empty_rows, 0, _largest(scores.detach()))
     weights = (scores - shift).exp()
     total = weights.sum(-1, keepdim=True).masked_fill(empty_rows, 1)
@@ -44,7 +45,7 @@ def reference_attention(
 
 
 def _largest(scores: Tensor) -> Tensor:
-    """Row maxima [..., 1]; -inf without keys, where `amax` raises."""
+    """Return row maxima [..., 1]; -inf without keys, where `amax` would raise."""
     if scores.shape[-1] == 0:
         return scores.new_full((*scores.shape[:-1], 1), -torch.inf)
     return scores.amax(-1, keepdim=True)

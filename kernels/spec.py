@@ -1,4 +1,4 @@
-"""The settings of one attention call, and the tensor formats."""
+"""Settings of one attention call, and tensor formats."""
 
 from __future__ import annotations
 
@@ -11,46 +11,49 @@ from torch import Tensor
 Format = Literal["sbhd", "bshd", "bhsd"]
 FORMATS: tuple[str, ...] = get_args(Format)
 
-# x in this format, permuted so, is [b, h, s, d]; and back
+# permutation of a tensor in this format to [b, h, s, d]; and the inverse
 _TO_BHSD = {"sbhd": (1, 2, 0, 3), "bshd": (0, 2, 1, 3), "bhsd": (0, 1, 2, 3)}
 _FROM_BHSD = {"sbhd": (2, 0, 1, 3), "bshd": (0, 2, 1, 3), "bhsd": (0, 1, 2, 3)}
 
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """What a backend needs beside q, k, v and the layout; see `block_sparse_attention` for the meaning."""
+    """Settings of a call beside its tensors and layout; see `block_sparse_attention`."""
 
     softmax_scale: float
     causal: bool
     query_offset: int
     cu_seqlens: Tensor | None
     format: Format
-    portable: bool = False  # never a kernel for one kind of GPU
+    portable: bool = False  # never use kernels for one kind of GPU
 
 
 def to_bhsd(x: Tensor, format: Format) -> Tensor:
-    """View [b, h, s, d] of a tensor in `format`."""
+    """Return a view [b, h, s, d] of a tensor in `format`."""
     return x.permute(_TO_BHSD[format])
 
 
 def shape_bhsd(x: Tensor, format: Format) -> tuple[int, int, int, int]:
-    """Shape of that view, without making it: a call asks for it several times."""
+    """Return the shape of `to_bhsd`'s view without making the view.
+
+    A call needs the shape several times.
+    """
     b, h, s, d = _TO_BHSD[format]
     shape = x.shape
     return shape[b], shape[h], shape[s], shape[d]
 
 
 def from_bhsd(x: Tensor, format: Format) -> Tensor:
-    """View in `format` of a tensor [b, h, s, d]."""
+    """Return a view in `format` of a tensor [b, h, s, d]."""
     return x.permute(_FROM_BHSD[format])
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Where every kernel output is allocated, so that tests can poison what a kernel must overwrite."""
+    """Allocate a kernel output; tests poison it to find unwritten elements."""
     return torch.empty(shape, dtype=dtype, device=device)
 
 
 def empty_bhsd(shape: tuple[int, int, int, int], like: Tensor, format: Format) -> Tensor:
-    """New tensor of shape [b, h, s, d] whose memory is contiguous in `format`."""
+    """Allocate a tensor [b, h, s, d] whose memory is contiguous in `format`."""
     in_format = tuple(shape[i] for i in _FROM_BHSD[format])
     return to_bhsd(empty(in_format, like.dtype, like.device), format)

@@ -1,6 +1,6 @@
-"""What the Triton kernels share: tile loads, searches in the layout, and the tiles of packed documents."""
+"""Device functions that the Triton kernels share: tiles, layout searches, packed documents."""
 
-# Triton reads the annotations of its functions, and has none for their tensors.
+# Triton interprets the annotations of its functions, so tensor arguments have none.
 # mypy: allow-untyped-defs
 
 import torch
@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# a tile of at most 128 rows is addressed by 32-bit offsets from its 64-bit base
+# a tile has at most 128 rows: 32-bit offsets from its 64-bit base address reach all of it
 _MAX_ROW_STRIDE = 2**24
 
 
@@ -17,9 +17,12 @@ def load_tile(
     base, start, stride, in_range,
     ROWS: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr, MASK_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Rows [start, start + ROWS) of a [rows, DIM] matrix as [ROWS, PADDED_DIM], zero where masked."""
+    """Load rows [start, start + ROWS) of a [rows, DIM] matrix as [ROWS, PADDED_DIM].
+
+    Masked elements are zero.
+    """
     dims = tl.arange(0, PADDED_DIM)
-    # the 64-bit product is one scalar a tile; the offsets within do not change from tile to tile
+    # the 64-bit product is one scalar per tile; the offsets within are the same for all tiles
     pointers = base + start.to(tl.int64) * stride
     pointers = pointers + tl.arange(0, ROWS)[:, None] * stride + dims[None, :]
     if MASK_ROWS:
@@ -35,7 +38,7 @@ def load_tile(
 def store_tile(
     base, start, stride, in_range, values, ROWS: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr
 ):  # fmt: skip
-    """Write the rows of `values` [ROWS, PADDED_DIM] that are in range, cast to the pointer's type."""
+    """Store the in-range rows of `values` [ROWS, PADDED_DIM], cast to the pointer's type."""
     dims = tl.arange(0, PADDED_DIM)
     pointers = base + start.to(tl.int64) * stride
     pointers = pointers + tl.arange(0, ROWS)[:, None] * stride + dims[None, :]
@@ -45,7 +48,7 @@ def store_tile(
 
 @triton.jit
 def count_below(indices, begin, end, low, high, CHUNK: tl.constexpr):
-    """How many of the ascending indices[begin:end] are below `low`, and how many below `high`."""
+    """Count the ascending indices[begin:end] below `low` and below `high`."""
     below_low = begin * 0
     below_high = begin * 0
     for chunk in range(begin, end, CHUNK):
@@ -58,7 +61,7 @@ def count_below(indices, begin, end, low, high, CHUNK: tl.constexpr):
 
 @triton.jit
 def tile_of_document(tiles, tile, ROWS: tl.constexpr):
-    """First position of a tile of a packed document, and the document's first row and length."""
+    """Return a tile's first position in its document, and the document's first row and length."""
     entry = tiles + 3 * tile.to(tl.int64)
     start = tl.load(entry)
     length = tl.load(entry + 1)
@@ -67,9 +70,10 @@ def tile_of_document(tiles, tile, ROWS: tl.constexpr):
 
 
 def document_tiles(cu_seqlens: Tensor, num_rows: int, rows_per_tile: int) -> Tensor:
-    """Int32 [tiles, 3]: document start, document length and tile index within the document, for every tile.
+    """Compute document start, length and tile index for every tile: int32 [tiles, 3].
 
-    Its size depends only on the shapes, so that no device is waited for; surplus tiles have length 0.
+    The tile index counts within the document. The size depends only on shapes, so that the host need not wait; surplus
+    tiles have length 0.
     """
     bounds = cu_seqlens.to(torch.int64)
     lengths = bounds.diff()
@@ -84,9 +88,10 @@ def document_tiles(cu_seqlens: Tensor, num_rows: int, rows_per_tile: int) -> Ten
 
 
 def strides(x: Tensor) -> tuple[int, int, int]:
-    """Strides (b, h, s) of a view [b, h, s, d] for a kernel; 0 along dimensions of size 1.
+    """Return strides (b, h, s) of a view [b, h, s, d] for a kernel.
 
-    torch leaves those arbitrary, and the kernels are compiled anew for strides that are no multiple of 16.
+    Dimensions of size 1 get stride 0: torch leaves theirs arbitrary, and kernels are recompiled for strides that are
+    not a multiple of 16.
 
     Raises:
         ValueError: rows are too far apart for 32-bit offsets within a tile.
@@ -98,17 +103,17 @@ def strides(x: Tensor) -> tuple[int, int, int]:
 
 
 def last_contiguous(x: Tensor) -> Tensor:
-    """`x`, copied only if its last dimension is strided."""
+    """Return `x`, copied only if its last dimension is strided."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def check_launch(programs: int, kept_blocks: int, tiles_of_block: int) -> None:
-    """Whether the launch and its counters, tiles over the kept blocks, fit 32 bits; offsets into tensors have 64.
+    """Check that a launch and its tile counters fit in 32 bits.
 
-    Raises ValueError if not, with what to change.
+    Counters count tiles over the kept blocks; offsets into tensors have 64 bits. Raises ValueError with a remedy.
     """
     if programs >= 2**31:
-        raise ValueError(f"{programs} programs are more than a GPU launches at once: split the batch or the heads")
+        raise ValueError(f"{programs} programs are more than one GPU launch can have: split the batch or the heads")
     if kept_blocks * tiles_of_block >= 2**31:
         raise ValueError(
             f"{kept_blocks} kept blocks in {tiles_of_block} tiles each are too many for 32-bit counters: "

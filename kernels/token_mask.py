@@ -1,4 +1,4 @@
-"""A block layout spelled out per token, for the backends that compute with dense matrices."""
+"""Expand a block layout to a token mask, for backends that use dense masks."""
 
 import torch
 from torch import Tensor
@@ -15,9 +15,10 @@ def token_mask(
     query_offset: int = 0,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """Bool [H, s_q, s_k], or with a batch axis if the layout has one: which keys each query row sees.
+    """Build the bool mask of the keys that each query row sees.
 
-    With `cu_seqlens` positions restart at every document and rows see only their own document.
+    The shape is [H, s_q, s_k], with a leading batch axis if the layout has one. With `cu_seqlens`, positions restart in
+    every document and rows see only their own document.
     """
     device = layout.device
     query, key = torch.arange(s_q, device=device) + query_offset, torch.arange(s_k, device=device)

@@ -1,4 +1,4 @@
-"""Layouts made at run time: lists of key blocks for every query block, built on the device."""
+"""Layouts made at run time from top-k lists of key blocks."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, eq=False)
 class TopKLayout:
-    """Kept key blocks of every query block, as a top-k over block scores gives them.
+    """Kept key blocks of every query block, from a top-k over block scores.
 
-    Build it with `from_indices` or `from_mask` in every step. Nothing is read on the host, and no kernel is compiled
-    for new indices. What the kernels walk is built on the device when a call first needs it, forward and backward each
-    for itself, and is kept in ``cache`` as long as the layout lives.
+    Build it with `from_indices` or `from_mask` in every step. The host reads nothing, and new indices need no new
+    kernel. The index lists that kernels read are built on the device when a call first needs them, separately for
+    forward and backward. They stay in ``cache`` for the layout's lifetime.
 
     Attributes:
         indices: int32 [batch, H or H_kv, n_q, k], contiguous: key blocks in any order; -1 marks an unused slot. With
-            H_kv lists, the query heads of a KV head share one. A block that is named twice counts once. Key blocks
-            after the query block may be named: a causal call hides them. A list of -1 alone keeps nothing.
+            H_kv lists, the query heads of a KV head share one. A block that is listed twice counts once. Key blocks
+            after the query block are allowed: a causal call masks them. A list of only -1 keeps nothing.
         block_size: positions of a query block and of a key block.
         num_heads: query heads H.
         num_key_blocks: n_k; indices are below it.
-        cache: what backends derive from the indices; never part of the meaning.
+        cache: data that backends derive from the indices; not part of the layout's meaning.
     """
 
     indices: Tensor
@@ -44,15 +44,16 @@ class TopKLayout:
     def from_indices(
         cls, indices: Tensor, block_size: int, *, num_heads: int, num_key_blocks: int | None = None
     ) -> TopKLayout:
-        """Layout of int32 or int64 indices [batch, H or H_kv, n_q, k]; see the class.
+        """Build a layout from int32 or int64 indices [batch, H or H_kv, n_q, k].
 
         Args:
-            num_key_blocks: by default as many as query blocks.
+            num_key_blocks: by default the number of query blocks.
 
         Raises:
-            ValueError: another dtype or shape, heads that are no multiple of the lists, an unsupported block size, or
-                more slots than 32 bits can number. An index outside [-1, num_key_blocks) is a ValueError when the
-                layout is used on a CPU; on a GPU, where reading it would stall, a device-side assertion fails.
+            ValueError: the dtype or shape is wrong, H is not a multiple of the number of lists, the block size is
+                unsupported, or there are more slots than 32 bits can index. An index outside [-1, num_key_blocks)
+                raises ValueError when the layout is used on a CPU. On a GPU, where reading it would stall, a
+                device-side assertion fails.
         """
         check_block_size(block_size)
         if indices.dtype not in (torch.int32, torch.int64):
@@ -70,7 +71,7 @@ class TopKLayout:
         n_k = indices.shape[2] if num_key_blocks is None else num_key_blocks
         if n_k < 1:
             raise ValueError(f"num_key_blocks must be at least 1, got {n_k}")
-        if indices.numel() >= 2**31 - 2**16:  # kernels step over them in chunks with int32 counters
+        if indices.numel() >= 2**31 - 2**16:  # kernels advance in chunks with int32 counters
             raise ValueError(f"{indices.numel()} slots are too many for 32-bit indices: use larger blocks")
         if indices.dtype == torch.int64:  # what is out of range stays so in 32 bits
             indices = indices.clamp(-2, n_k)
@@ -78,7 +79,9 @@ class TopKLayout:
 
     @classmethod
     def from_mask(cls, mask: Tensor, block_size: int, *, num_heads: int | None = None) -> TopKLayout:
-        """Layout of a bool mask [batch, H or H_kv, n_q, n_k] (True: kept) on the device, with n_k slots a list.
+        """Build a layout on the device from a bool mask, True where kept.
+
+        The mask is [batch, H or H_kv, n_q, n_k]; each list gets n_k slots.
 
         Args:
             num_heads: H; by default the mask's.
@@ -101,7 +104,7 @@ class TopKLayout:
 
     @property
     def num_lists(self) -> int:
-        """Lists a query block: H, or H_kv where the heads of a group share one."""
+        """Lists per query block: H, or H_kv where a group shares one."""
         return self.indices.shape[1]
 
     @property
@@ -110,22 +113,25 @@ class TopKLayout:
 
     @property
     def slots(self) -> int:
-        """Slots of a list, k."""
+        """Slots per list, k."""
         return self.indices.shape[3]
 
     @property
     def kept_blocks_of_heads(self) -> int:
-        """At most how many pairs all heads keep."""
+        """Upper bound of the kept pairs over all heads."""
         lists = self.batch_size * self.num_heads * self.num_query_blocks
         return lists * min(self.slots, self.num_key_blocks)
 
     @property
     def compiled(self) -> dict[Any, Any]:
-        """Compiled kernels of all such layouts on this device: a layout lives for one step."""
+        """Kernels compiled on this device; shared by layouts, each of which lives one step."""
         return _compiled_kernels(self.device)
 
     def check_values(self) -> None:
-        """Reject indices outside [-1, num_key_blocks): ValueError on a CPU, a device-side assertion on a GPU."""
+        """Reject indices outside [-1, num_key_blocks).
+
+        Raises ValueError on a CPU; on a GPU a device-side assertion fails.
+        """
         self.built("checked", self._check_values)
 
     def _check_values(self) -> None:
@@ -140,14 +146,14 @@ class TopKLayout:
             torch._assert_async(sound, "indices of a TopKLayout must be -1 or key blocks below num_key_blocks")
 
     def mask(self) -> Tensor:
-        """Bool [batch, H, n_q, n_k], True where kept: the oracle for what the kernels walk."""
+        """Return the bool mask [batch, H, n_q, n_k], the kernels' oracle."""
         n_k = self.num_key_blocks
         kept = torch.zeros(*self.indices.shape[:3], n_k + 1, dtype=torch.bool, device=self.device)
         column = torch.where(self.indices < 0, n_k, self.indices).long()
         kept = kept.scatter_(-1, column, True)[..., :n_k]
         return kept.repeat_interleave(self.num_heads // self.num_lists, 1)
 
-    # in `BlockLayout`'s form, for the portable kernels; one pattern for every list, room for every slot
+    # the same fields as `BlockLayout`'s, for the portable kernels: one pattern per list, room for every slot
 
     @property
     def pattern_of_head(self) -> Tensor:
@@ -161,7 +167,7 @@ class TopKLayout:
 
     @property
     def row_columns(self) -> Tensor:
-        """Int32 [slots of all lists]; what lies beyond the last offset has no meaning."""
+        """Int32 [slots of all lists]; entries after the last offset are undefined."""
         return self.built("rows", lambda: kept_rows(self.indices, self.num_key_blocks))[1]
 
     @property
@@ -171,11 +177,11 @@ class TopKLayout:
 
     @property
     def column_rows(self) -> Tensor:
-        """Int32 [slots of all lists]; what lies beyond the last offset has no meaning."""
+        """Int32 [slots of all lists]; entries after the last offset are undefined."""
         return self.built("columns", lambda: kept_columns(self.indices, self.num_key_blocks))[1]
 
     def columns_by_work(self, num_kv_heads: int) -> Tensor:
-        """As the function `columns_by_work`."""
+        """Call the function `columns_by_work` and cache its result."""
         sizes = (num_kv_heads, self.num_key_blocks)
         return self.built(
             ("columns by work", num_kv_heads),
@@ -183,10 +189,10 @@ class TopKLayout:
         )
 
     def built(self, name: Any, build: Callable[[], T]) -> T:
-        """What `build` returns, kept in ``cache`` as long as the indices are not written to.
+        """Cache what `build` returns until the indices are written to.
 
-        A CUDA graph builds it in every replay, from what the indices then hold. So does every use of indices made in
-        inference mode, which don't count writes.
+        In a CUDA graph `build` is captured and runs in every replay, on the indices of that replay. Indices made in
+        inference mode don't count writes, so that every use builds anew.
         """
         if self.indices.is_inference() or (self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
             return build()

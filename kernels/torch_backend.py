@@ -1,4 +1,4 @@
-"""Block-sparse attention with dense masks in torch: for training short sequences on a CPU."""
+"""Block-sparse attention with dense masks in torch, for short sequences on CPUs."""
 
 import torch
 import torch.nn.functional as F
@@ -9,22 +9,25 @@ from .spec import AttentionSpec, from_bhsd, to_bhsd
 from .token_mask import token_mask
 from .topk_layout import Layout, TopKLayout
 
-# masks kept with a layout: a few shapes in turn (training, evaluation, context-parallel chunks), none huge
+# masks cached with a layout: a few shapes that alternate (training, evaluation, context-parallel chunks), none huge
 _CACHED_MASKS = 4
 _CACHED_BYTES = 64 * 2**20
 
 
 def lse_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of the log-sum-exp of inputs in `dtype`: float32, or float64 for float64."""
+    """Return the log-sum-exp's dtype: float32, or float64 for float64 inputs."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def torch_attention(
     q: Tensor, k: Tensor, v: Tensor, layout: Layout, spec: AttentionSpec, *, with_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Output in `spec.format`, and log-sum-exp [b, h, s_q] in `lse_dtype` where asked for, else None."""
+    """Compute output in `spec.format` and the log-sum-exp [b, h, s_q] in `lse_dtype`.
+
+    The log-sum-exp is None unless requested.
+    """
     if q.is_cuda or with_lse:
-        # torch's fused attention gives no log-sum-exp, and on CUDA not 0 for rows without keys
+        # torch's fused attention returns no log-sum-exp, and on CUDA rows without keys are not 0
         precise = lse_dtype(q.dtype)
         out, lse = reference_attention(
             q.to(precise),
@@ -48,9 +51,10 @@ def torch_attention(
 def torch_gradients(
     q: Tensor, k: Tensor, v: Tensor, dout: Tensor | None, dlse: Tensor | None, layout: Layout, spec: AttentionSpec
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, contiguous, from those of the results, of which None is 0.
+    """Compute contiguous gradients of q, k and v from those of the results.
 
-    The formulas of `backward.py`, for where autograd can't be used: within a custom operator.
+    A gradient of None counts as 0. Uses the formulas of `backward.py`, for custom operators, where autograd can't be
+    used.
     """
     precise = lse_dtype(q.dtype)
     qh, kh, vh = (to_bhsd(x, spec.format).to(precise) for x in (q, k, v))
@@ -79,7 +83,10 @@ def torch_gradients(
 
 
 def _bias(layout: Layout, s_q: int, s_k: int, spec: AttentionSpec, dtype: torch.dtype) -> Tensor:
-    """[1 or batch, H, s_q, s_k]: 0 where a row sees a key, else -inf; torch would make it of a bool mask every time."""
+    """Build the additive mask [1 or batch, H, s_q, s_k]: 0 where visible, else -inf.
+
+    torch would convert a bool mask in every call.
+    """
     key = ("bias", s_q, s_k, spec.causal, spec.query_offset, dtype)
     if isinstance(layout, TopKLayout):  # of one step: kept until its indices are written to
         return layout.built(key, lambda: _bias_of(layout, s_q, s_k, spec, dtype))

@@ -20,7 +20,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 
 class _TritonAttention(torch.autograd.Function):
-    """q, k, v as views [b, h, s, d]; returns output [b, h, s, d_v] and log-sum-exp [b, h, s]."""
+    """Map views q, k, v [b, h, s, d] to output [b, h, s, d_v] and log-sum-exp [b, h, s]."""
 
     @staticmethod
     def forward(
@@ -28,7 +28,7 @@ class _TritonAttention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         q, k, v = last_contiguous(q), last_contiguous(k), last_contiguous(v)
         out, lse = run_forward(q, k, v, layout, spec)
-        # indices too, so that autograd notices if they are written to before the backward
+        # save indices too, so that autograd detects writes to them before the backward
         indices = layout.indices if isinstance(layout, TopKLayout) else None
         ctx.save_for_backward(q, k, v, out, lse, indices)
         ctx.layout, ctx.spec = layout, spec
@@ -38,7 +38,7 @@ class _TritonAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        # read once: non-reentrant checkpointing recomputes at the first read and refuses a second
+        # read once: non-reentrant checkpointing recomputes at the first read and rejects a second
         q, k, v, out, lse, _ = ctx.saved_tensors
         if dout is None and dlse is None:
             return None, None, None, None, None
@@ -46,14 +46,17 @@ class _TritonAttention(torch.autograd.Function):
 
 
 def triton_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
-    """Output in `spec.format` and log-sum-exp float32 [b, h, s_q], both differentiable."""
+    """Compute output in `spec.format` and log-sum-exp float32 [b, h, s_q], both differentiable."""
     views = (to_bhsd(x, spec.format) for x in (q, k, v))
     out, lse = _TritonAttention.apply(*views, layout, spec)
     return from_bhsd(out, spec.format), lse
 
 
 def run_forward(q: Tensor, k: Tensor, v: Tensor, layout: Layout, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
-    """Output [b, h, s_q, d_v] and log-sum-exp of views [b, h, s, d] with stride 1 along d, by the kernels for them."""
+    """Compute output [b, h, s_q, d_v] and log-sum-exp with the kernels for these arguments.
+
+    Inputs are views [b, h, s, d] with stride 1 along d.
+    """
     if not spec.portable and kernel_choice(q, k, v, layout, spec) == "hopper":
         # imported here so that other GPUs need no Gluon
         from .hopper.forward import hopper_forward
@@ -66,7 +69,10 @@ def run_backward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor | None, dlse: Tensor | None,
     layout: Layout, spec: AttentionSpec,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k and v from `run_forward`'s results and their gradients, of which None is 0."""
+    """Compute gradients of q, k and v from `run_forward`'s results and their gradients.
+
+    A gradient of None counts as 0.
+    """
     dout = torch.zeros_like(out) if dout is None else last_contiguous(dout)
     dlse = None if dlse is None else dlse.contiguous()
     arguments = (q, k, v, out, lse, dout, dlse, layout, spec)

@@ -1,7 +1,7 @@
-"""What other libraries' kernels were checked for on a GPU, and where that is written down.
+"""Cases that other libraries' kernels passed on a GPU, with the results file.
 
-`auto` takes such a kernel for what is listed here and for nothing else. An entry is made of what
-`python launch/check_libraries.py` wrote: a case that it found right, in that release, on that architecture.
+`auto` uses such a kernel only for the cases listed here. Each entry comes from the output of
+`python launch/check_libraries.py`: a case with correct results, for one release on one architecture.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from itertools import product
 
 @dataclass(frozen=True)
 class Verified:
-    """Cases of one library's release that were found right on one GPU architecture.
+    """Cases of one library release that passed on one GPU architecture.
 
     Attributes:
         library: its name on PyPI.
-        release: as installed; another one is not verified.
+        release: the installed version; any other version counts as unverified.
         capability: compute capability of the GPU.
         file: the results, in `kernels/results` or `launch/results`.
         cases: `DenseCall.name`, or an elementwise operation and the run's precision, such as `swiglu bf16`.
@@ -31,7 +31,10 @@ class Verified:
 
 
 def _dense_cases() -> frozenset[str]:
-    """Every sort of call in bfloat16, and float16 with head dimension 128, grouped heads and no determinism."""
+    """Return all call types in bfloat16, and one group in float16.
+
+    The float16 calls have head dimension 128 and grouped heads, and are not deterministic.
+    """
     kinds = ("whole", "later", "documents")
     words = product(kinds, ("bfloat16 d64", "bfloat16 d128"), ("", " grouped"), ("", " deterministic"))
     narrow = {f"{kind} {shape}{heads}{bits}" for kind, shape, heads, bits in words}
@@ -64,10 +67,10 @@ def verified(
     case: str,
     entries: Iterable[Verified] | None = None,
 ) -> str | None:
-    """The file that a case of a library's release was found right in, on such a GPU; None if in none.
+    """Return the results file that verifies a case of a release on a GPU, or None.
 
     Args:
-        entries: the list to look in, `VERIFIED` by default.
+        entries: the list to search, by default `VERIFIED`.
     """
     for entry in VERIFIED if entries is None else entries:
         if (entry.library, entry.release, entry.capability) == (library, release, capability) and case in entry.cases:

@@ -1,4 +1,7 @@
-"""Tasks for a GPU in processes that are replaced when a task fails, hangs or breaks the CUDA context."""
+"""Run GPU tasks in worker processes that are replaced when one fails.
+
+A worker fails when a task raises, hangs or breaks the CUDA context.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ _MARK = "RESULT "
 
 
 def serve(handle: Callable[[Row], Row]) -> None:
-    """The worker's side: answer tasks from standard input until it ends."""
+    """Answer tasks from standard input until it closes (worker side)."""
     for line in sys.stdin:
         try:
             row = handle(json.loads(line))
@@ -30,10 +33,10 @@ def serve(handle: Callable[[Row], Row]) -> None:
 
 
 def run_tasks(command: list[str], tasks: list[Row], jobs: int, seconds: float) -> Iterator[Row]:
-    """Results in the tasks' order, each as soon as those before it are there.
+    """Yield results in the order of the tasks, each as early as possible.
 
-    `command` are Python's arguments for a worker. A task without an answer after `seconds`, or whose
-    worker died, gives {"ok": False, "error": why}; the others go on in a new worker.
+    `command` holds Python's arguments for a worker. A task without an answer after `seconds`, or whose worker died,
+    yields {"ok": False, "error": why}; the remaining tasks continue in a new worker.
     """
     idle: queue.SimpleQueue[_Worker | None] = queue.SimpleQueue()
     for _ in range(jobs):

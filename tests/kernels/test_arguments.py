@@ -27,7 +27,7 @@ REFUSED = {
     "devices": ({"v": torch.randn(LENGTH, 1, HEADS, DIM, device="meta")}, "move them to one device"),
     "k and v": ({"v": torch.randn(LENGTH - 1, 1, HEADS, DIM)}, "shapes don't match"),
     "head dimension": ({"q": torch.randn(LENGTH, 1, HEADS, 2 * DIM)}, "shapes don't match"),
-    "kv heads": ({n: torch.randn(LENGTH, 1, 3, DIM) for n in "kv"}, "no multiple of the 3 KV heads"),
+    "kv heads": ({n: torch.randn(LENGTH, 1, 3, DIM) for n in "kv"}, "not a multiple of the 3 KV heads"),
     "layout heads": ({"q": torch.randn(LENGTH, 1, 8, DIM)}, "slice it with layout.heads"),
     "short layout": ({"query_offset": 16}, "layout is too small.*at least 5 x 4 blocks"),
     "negative offset": ({"query_offset": -1}, "query_offset"),

@@ -93,7 +93,7 @@ def test_a_triton_that_they_do_not_run_in_is_named_beside_the_one_that_they_do(m
     monkeypatch.setattr(triton, "__version__", "3.9.0")
     # no other test's device: the answer is kept
     reason = choice._no_hopper(torch.device("cuda", 7))
-    assert reason == "Triton 3.9.0: they run in 3.6.x and 3.7.x, which torch 2.11 and 2.13 bring"
+    assert reason == "Triton 3.9.0: Hopper kernels need 3.6.x and 3.7.x, which torch 2.11 and 2.13 install"
 
 
 def test_a_cpu_runs_torch_and_says_so() -> None:
