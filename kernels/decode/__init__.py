@@ -1,1 +1,1 @@
-"""One new token a sequence, over pages of keys and values."""
+"""Decode one new token per sequence over paged keys and values."""

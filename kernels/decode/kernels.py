@@ -1,11 +1,11 @@
-"""Triton decoding: one query a sequence over the kept pages, split over keys, parts merged by their log-sum-exp.
+"""Triton decoding: one query per sequence over its kept pages, split over keys.
 
-A program serves one sequence, up to 16 query heads of one KV head as the rows of a product, and one share of the
-keys that any of them keeps. How many keys there are is read on the device: a launch depends on shapes alone, so
-that it can be captured in a CUDA graph and replayed at other positions.
+A program handles one sequence, up to 16 query heads of one KV head (the rows of a matrix product), and one part of the
+keys that any of these heads keeps. Parts are merged by their log-sum-exp. The number of keys is read on the device: a
+launch depends only on shapes, so it can be captured in a CUDA graph and replayed at other positions.
 """
 
-# Triton reads the annotations of its functions, and has none for their tensors.
+# Triton interprets the annotations of its functions, so tensor arguments have none.
 # mypy: allow-untyped-defs
 
 import os
@@ -29,9 +29,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 _LN_2 = tl.constexpr(0.6931471805599453)
 _MOST_SPLITS = 128  # parts that one program merges
-_RESIDENT = 3  # programs that a Hopper multiprocessor's shared memory holds at once
-_ROUNDS = 4  # of programs where keys are many: the last round, not full, then counts little
-_LEAST_STEPS = 8  # of a program in several rounds: what it writes is little beside what it reads
+_RESIDENT = 3  # programs that fit in a Hopper multiprocessor's shared memory at once
+_ROUNDS = 4  # waves of programs when there are many keys, so that a partly filled last wave matters little
+_LEAST_STEPS = 8  # steps of a program when there are several waves: its writes stay small beside its reads
 _INTERPRETER_PROGRAMS = 8
 
 
@@ -40,9 +40,9 @@ def _slots(
     first, begin, num_slots, position, n_k, columns, bits_ptr, table_row,
     PAGE: tl.constexpr, STEPS: tl.constexpr, DENSE: tl.constexpr, UNIFORM: tl.constexpr,
 ):  # fmt: skip
-    """Which of STEPS slots of a walk are seen, their rows in the pages, and who keeps them.
+    """Return which of STEPS slots are visible, their rows in the pages, and who keeps them.
 
-    A tile may span several pages, or a part of one: slots count the walk's keys, not the sequence's.
+    Slots count the schedule's keys, not the sequence's. A tile may span several pages or a part of one.
     """
     slot = first + tl.arange(0, STEPS)
     entry, offset = slot // PAGE, slot % PAGE
@@ -73,7 +73,7 @@ def s2_decode_kernel(
     q = tl.load(q_at, mask=is_head[:, None] & (dims < DIM)[None, :], other=0.0)
 
     position = tl.load(positions_ptr + b)
-    # -1, no query, walks the first row and sees none of its keys
+    # at position -1 (no query) the program visits the first row and masks all its keys
     query_block = tl.minimum(tl.maximum(position, 0) // PAGE, n_q - 1)
     if DENSE:
         begin = query_block * 0
@@ -96,8 +96,8 @@ def s2_decode_kernel(
         first * STEPS, begin, num_slots, position, n_k, columns, bits_ptr, table_row, PAGE, STEPS, DENSE, UNIFORM
     )
     for step in range(first, last):
-        # A tile's pages are looked up one step ahead: Triton loads keys and values several steps ahead (as the
-        # shared memory shows) only if their addresses come from no load of the same step.
+        # A tile's pages are looked up one step ahead. Triton prefetches keys and values several steps ahead (as its
+        # use of shared memory shows) only if their addresses come from no load in the same step.
         next_seen, next_key_row, next_bits = _slots(
             (step + 1) * STEPS, begin, num_slots, position, n_k, columns, bits_ptr, table_row,
             PAGE, STEPS, DENSE, UNIFORM,
@@ -178,7 +178,10 @@ def triton_decode(
     softmax_scale: float,
     num_splits: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """Output [b, H, d_v] and log-sum-exp float32 [b, H]; arguments as in `block_sparse_decode`."""
+    """Compute output [b, H, d_v] and log-sum-exp float32 [b, H].
+
+    Arguments are those of `block_sparse_decode`.
+    """
     q = last_contiguous(q)
     batch, num_heads, dim = q.shape
     num_kv_heads, n_k = table.shape[1:]
@@ -214,7 +217,7 @@ def triton_decode(
 
 
 def triton_append(k: Tensor, v: Tensor, keys: Tensor, values: Tensor, table: Tensor, positions: Tensor) -> None:
-    """`pages.write_token` of keys and values, in one launch."""
+    """Write the new token's keys and values in one launch, as `pages.write_token`."""
     k, v = last_contiguous(k), last_contiguous(v)
     batch, num_kv_heads, dim = k.shape
     block_size, v_dim = values.shape[1:]
@@ -232,11 +235,11 @@ def _walk_tensors(walk: Walk | None) -> tuple[Tensor | None, ...]:
 
 @cache
 def _tile(dim: int, v_dim: int, dtype: torch.dtype, limit: int | None) -> tuple[int, int]:
-    """Keys a step, and pipeline stages: as many as the device's shared memory holds."""
+    """Return keys per step and pipeline stages that fit in shared memory."""
     width = padded(dim) + padded(v_dim)
     steps = 64 if dtype.itemsize * width <= 512 else 32
     if dtype == torch.float32:
-        steps = 16  # products in full precision run on the ordinary cores, from registers
+        steps = 16  # full-precision products run on the CUDA cores, from registers
     stages = 3
     while limit is not None and stages > 1 and stages * steps * width * dtype.itemsize + 8192 > limit:
         stages -= 1
@@ -244,7 +247,10 @@ def _tile(dim: int, v_dim: int, dtype: torch.dtype, limit: int | None) -> tuple[
 
 
 def _splits(tiles: int, steps: int, device: torch.device) -> int:
-    """Shares of a walk of up to `steps` steps: all tiles together fill the device once, or several times if long."""
+    """Return the number of parts for up to `steps` steps.
+
+    All tiles together fill the device once, or in several waves if there are many keys.
+    """
     programs = _INTERPRETER_PROGRAMS
     if device.type == "cuda":
         programs = _RESIDENT * _processors(torch.cuda.current_device() if device.index is None else device.index)

@@ -1,4 +1,4 @@
-"""Decoding with block-sparse attention over paged keys and values: the public operations."""
+"""Public operations: decode with block-sparse attention over paged keys and values."""
 
 from __future__ import annotations
 
@@ -27,31 +27,33 @@ def block_sparse_decode(
     num_splits: int | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Attention of one new token a sequence over the pages that `layout` keeps for its query block.
+    """Compute attention of one new token per sequence over its kept pages.
 
     Args:
-        q: [b, H, d]; bfloat16, float16 or float32 (the torch backend takes float64 too).
-        keys, values: [pages + 1, B, d] and [pages + 1, B, d_v], contiguous: a page holds key block j of one KV head
-            of one sequence. The last is never read.
-        table: int32 [b, H_kv, n_blocks], the last dimension contiguous: the page of a key block, -1 where it is not
-            kept. H is a multiple of H_kv: query head h reads KV head h // (H // H_kv).
-        positions: int32 [b]: the query's position, with its own key and value in the pages already (`append_token`);
-            below n_blocks * B and within the layout. -1: the sequence has no query; output 0, log-sum-exp -inf.
-        layout: of H heads in blocks of B, on q's device; None keeps every block up to the query's. Positions after the
-            query's are hidden, and blocks without a page too, whatever it keeps.
+        q: [b, H, d]; bfloat16, float16 or float32 (the torch backend also takes float64).
+        keys, values: [pages + 1, B, d] and [pages + 1, B, d_v], contiguous. A page holds key block j of one KV head of
+            one sequence. The last page is never read.
+        table: int32 [b, H_kv, n_blocks], the last dimension contiguous: the page of each key block, or -1 if the block
+            is not kept. H is a multiple of H_kv: query head h reads KV head h // (H // H_kv).
+        positions: int32 [b]: position of each query, whose own key and value are already in the pages
+            (`append_token`); below n_blocks * B and within the layout. At -1 a sequence has no query: its output is 0
+            and its log-sum-exp -inf.
+        layout: for H heads in blocks of B, on q's device; None keeps every block up to the query's. Positions after the
+            query and blocks without a page are masked, whatever the layout keeps.
         softmax_scale: above 0; default 1 / sqrt(d).
-        num_splits: shares into which the keys are cut, 1 to 128; by default enough to fill the device.
+        num_splits: number of parts that the keys are split into, 1 to 128; by default enough to fill the device.
         backend: as in `block_sparse_attention`.
 
     Returns:
-        Output [b, H, d_v] in q's dtype and natural log-sum-exp float32 [b, H] (float64 for float64). No gradients.
-        Sums are in float32, in the same order in every run with the same shapes.
+        Output [b, H, d_v] in q's dtype and natural log-sum-exp float32 [b, H] (float64 for float64), without gradients.
+        Sums accumulate in float32, in the same order in every run with the same shapes.
 
-    On CUDA nothing is read on the host (the first call with a layout makes its walk, which waits): a call can be
-    captured in a CUDA graph and replayed with other contents of its tensors.
+    On CUDA the host reads nothing, except that the first call with a layout builds its schedule and waits for the
+    device. A call can be captured in a CUDA graph and replayed with other tensor contents.
 
     Raises:
-        ValueError: arguments that don't fit together, naming argument and remedy. Positions are checked on a CPU only.
+        ValueError: arguments don't fit together; the message names the argument and the remedy. Positions are checked
+            only on a CPU.
     """
     scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
     _check_pages(keys, values, table, positions)
@@ -64,7 +66,7 @@ def block_sparse_decode(
             cast_q, cast_keys, cast_values = (x.to(precise) for x in (q, keys, values))
             out, lse = reference_decode(cast_q, cast_keys, cast_values, table, positions, layout, scale)
             return out.to(q.dtype), lse
-        # imported here so that a process needs only the backend that it uses
+        # imported here so that a process loads only the backend that it uses
         from .kernels import triton_decode
 
         if q.dtype not in _TRITON_DTYPES:
@@ -75,14 +77,16 @@ def block_sparse_decode(
 def append_token(
     k: Tensor, v: Tensor, keys: Tensor, values: Tensor, table: Tensor, positions: Tensor, *, backend: Backend = "auto"
 ) -> None:
-    """Write the new token of every sequence into the page of its block; lost where the block has no page.
+    """Write each sequence's new token into the page of its block.
+
+    A token whose block has no page is dropped.
 
     Args:
         k, v: [b, H_kv, d] and [b, H_kv, d_v], in the pages' dtype.
         keys, values, table, positions: as in `block_sparse_decode`; a sequence at position -1 writes nothing.
 
     Raises:
-        ValueError: arguments that don't fit together, naming argument and remedy.
+        ValueError: arguments don't fit together; the message names the argument and the remedy.
     """
     _check_pages(keys, values, table, positions)
     for name, x, pages in (("k", k, keys), ("v", v, values)):
@@ -115,7 +119,7 @@ def _check_pages(keys: Tensor, values: Tensor, table: Tensor, positions: Tensor)
         )
     if positions.shape != table.shape[:1] or positions.dtype != torch.int32:
         raise ValueError(
-            f"positions must be int32 [{table.shape[0]}], as many as the table has sequences, got "
+            f"positions must be int32 [{table.shape[0]}], one per sequence of the table, got "
             f"{positions.dtype} {list(positions.shape)}"
         )
     for name, x in (("values", values), ("table", table), ("positions", positions)):
@@ -127,13 +131,13 @@ def _check(q: Tensor, keys: Tensor, table: Tensor, positions: Tensor, layout: Bl
     batch, num_kv_heads, num_blocks = table.shape
     if q.dim() != 3 or q.shape[0] != batch or q.shape[2] != keys.shape[2] or q.dtype != keys.dtype:
         raise ValueError(
-            f"q must be {keys.dtype} [{batch}, heads, {keys.shape[2]}] as table and keys have it, got "
+            f"q must be {keys.dtype} [{batch}, heads, {keys.shape[2]}] to match table and keys, got "
             f"{q.dtype} {list(q.shape)}"
         )
     if q.device != keys.device:
         raise ValueError(f"q is on {q.device} but keys on {keys.device}: move them to one device")
     if num_kv_heads == 0 or q.shape[1] % num_kv_heads:
-        raise ValueError(f"q has {q.shape[1]} heads, no multiple of the table's {num_kv_heads} KV heads")
+        raise ValueError(f"q has {q.shape[1]} heads, not a multiple of the table's {num_kv_heads} KV heads")
     if not (scale > 0 and math.isfinite(scale)):
         raise ValueError(f"softmax_scale must be finite and above 0, got {scale}")
     room = num_blocks * keys.shape[1]
@@ -141,7 +145,7 @@ def _check(q: Tensor, keys: Tensor, table: Tensor, positions: Tensor, layout: Bl
         if layout.num_heads != q.shape[1] or layout.block_size != keys.shape[1] or layout.device != q.device:
             raise ValueError(
                 f"the layout has {layout.num_heads} heads in blocks of {layout.block_size} on {layout.device}, but q "
-                f"{q.shape[1]} heads on {q.device} and the pages hold {keys.shape[1]}: build it for these"
+                f"has {q.shape[1]} heads on {q.device} and pages hold {keys.shape[1]}: build it for these"
             )
         room = min(room, layout.num_query_blocks * layout.block_size)
     if (

@@ -1,7 +1,7 @@
-"""Paged keys and values: which pages a layout needs at a length, and how tokens enter and leave them.
+"""Paged keys and values: which pages a layout needs, and token reads and writes.
 
-A page holds one key block of one KV head. `keys` [pages + 1, B, d] and `values` [pages + 1, B, d_v] end with a page
-that nobody reads: number -1 stands for a block that is not kept, and what is written there is lost.
+A page holds one key block of one KV head. `keys` [pages + 1, B, d] and `values` [pages + 1, B, d_v] end with a scratch
+page that is never read. Number -1 refers to it: it stands for blocks that are not kept, and writes to it are lost.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from ..layout import BlockLayout
 
 
 def last_uses(layout: BlockLayout, num_kv_heads: int) -> Tensor:
-    """The last query block that needs a key block: int32 [H_kv, n_k] on the CPU, -1 where none does.
+    """Return the last query block that needs each key block: int32 [H_kv, n_k].
 
-    A query head of the KV head's group needs it if it keeps it and is not before it. A block that is dropped and
-    taken up again is needed in between too: it can't be computed anew. Made once, kept in ``layout.cache``.
+    The result is on the CPU, -1 where no query block needs it. A key block is needed by a query block at or after it
+    that keeps it in any query head of the KV head's group. A block that is dropped and kept again later stays needed in
+    between, because it can't be recomputed. Computed once and kept in ``layout.cache``.
     """
     key = ("last_uses", num_kv_heads)
     if key not in layout.cache:
@@ -36,15 +37,19 @@ def _last_uses(layout: BlockLayout, num_kv_heads: int) -> Tensor:
 
 
 def pages_held(last_use: Tensor, length: int, block_size: int) -> int:
-    """Pages of a sequence after `length` tokens: its key blocks that a query at position >= `length` needs."""
+    """Count a sequence's pages after `length` tokens.
+
+    These are its key blocks that some query at position >= `length` needs.
+    """
     num_blocks = -(-length // block_size)
     return int((last_use[..., :num_blocks] >= length // block_size).sum())
 
 
 def most_pages_held(last_use: Tensor) -> int:
-    """The most pages of a sequence at any length, while the newest block is being written included.
+    """Return the maximum number of pages of a sequence at any length.
 
-    Heads are taken each at its own peak, since layers store a chunk one after another.
+    Includes the newest block while it is being written. Each head counts at its own peak, since layers store a chunk
+    one after another.
     """
     num_blocks = last_use.shape[-1]
     lines = last_use.reshape(-1, num_blocks).long()
@@ -56,16 +61,20 @@ def most_pages_held(last_use: Tensor) -> int:
 
 
 def write_tokens(pages: Tensor, table: Tensor, tokens: Tensor, position: int) -> None:
-    """Write tokens [b, H_kv, n, d] at positions `position` … of all sequences into the pages that `table` names.
+    """Write tokens [b, H_kv, n, d] to the pages in `table`, from `position` on.
 
-    `table` is int [b, H_kv, n_blocks]; tokens of blocks that are not kept are dropped.
+    All sequences have the same position. `table` is int [b, H_kv, n_blocks]; tokens of blocks that are not kept are
+    dropped.
     """
     block_size, positions = pages.shape[1], torch.arange(position, position + tokens.shape[2], device=tokens.device)
     pages[table[..., positions // block_size].long(), positions % block_size] = tokens
 
 
 def write_token(pages: Tensor, table: Tensor, token: Tensor, positions: Tensor) -> None:
-    """Write one token [b, H_kv, d] a sequence, at its own position (int [b]; -1: none); all on the device."""
+    """Write one token [b, H_kv, d] per sequence at its own position, on the device.
+
+    Positions are int [b]; -1 writes nothing.
+    """
     block_size = pages.shape[1]
     at = positions.long().clamp(min=0)[:, None]
     page = table.gather(2, (at // block_size)[..., None].expand(*table.shape[:2], 1)).squeeze(2).long()
@@ -73,9 +82,10 @@ def write_token(pages: Tensor, table: Tensor, token: Tensor, positions: Tensor) 
 
 
 def read_tokens(pages: Tensor, table: Tensor, length: int) -> Tensor:
-    """The first `length` tokens of every sequence, [b, H_kv, length, d]; zero where a block is not kept.
+    """Read the first `length` tokens of every sequence: [b, H_kv, length, d].
 
-    One pass over what is read: what stands for all dropped blocks, the page that nobody reads, is zeroed first.
+    Blocks that are not kept read as zero. One pass suffices, because the scratch page, which stands for all dropped
+    blocks, is zeroed first.
     """
     numbers = table[..., : -(-length // pages.shape[1])].long()
     pages[-1] = 0

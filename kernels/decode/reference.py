@@ -1,4 +1,4 @@
-"""Decoding in plain torch: the oracle, and what runs on a CPU."""
+"""Reference decoding in plain torch; also the CPU backend."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ def reference_decode(
     layout: BlockLayout | None,
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Output [b, H, d_v] and log-sum-exp [b, H]; arguments and meaning as in `block_sparse_decode`.
+    """Compute output [b, H, d_v] and log-sum-exp [b, H] in plain torch.
 
-    All arithmetic is in q's dtype: float64 makes it an oracle. Positions are read on the host.
+    Arguments are those of `block_sparse_decode`. All arithmetic is in q's dtype: float64 makes this the oracle. The
+    host reads the positions.
     """
     at = positions.tolist()
     batch, num_heads, _ = q.shape
@@ -50,7 +51,10 @@ def reference_decode(
 
 
 def kept_blocks(layout: BlockLayout, query_block: int) -> Tensor:
-    """Bool [H, n_k]: the key blocks that each head keeps for a query block; the last few are remembered."""
+    """Return the key blocks that each head keeps for a query block: bool [H, n_k].
+
+    The most recent results are cached.
+    """
     rows = layout.cache.setdefault("decode_rows", {})
     if query_block not in rows:
         num_patterns = (layout.row_offsets.numel() - 1) // layout.num_query_blocks

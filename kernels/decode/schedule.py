@@ -1,4 +1,4 @@
-"""What decoding walks: for every tile of query heads, the key blocks that any of its heads keeps, row by row."""
+"""Decoding schedule: the key blocks that each tile of query heads visits."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ from torch import Tensor
 
 from ..layout import BlockLayout
 
-HEADS_PER_TILE = 16  # query heads that one program serves: the least rows of a matrix product
-_PAIRS_AT_ONCE = 1 << 22  # of a mask in int32: 16 MB of scratch
+HEADS_PER_TILE = 16  # query heads per program: the minimum rows of a matrix product
+_PAIRS_AT_ONCE = 1 << 22  # mask elements in int32 per piece: 16 MB of scratch
 
 
 @dataclass(frozen=True)
 class Walk:
-    """Union of the kept key blocks over the heads of a tile; tiles with the same patterns share one. Tensors int32.
+    """Union of the kept key blocks over the heads of a tile.
 
-    - ``walk_of_tile`` [tiles]: which walk a tile takes; tiles are ordered by KV head.
+    Tiles with the same patterns share one walk. Tensors are int32.
+
+    - ``walk_of_tile`` [tiles]: the walk of each tile; tiles are ordered by KV head.
     - ``offsets`` [walks * n_q + 1], ``columns`` [walked]: query block i of walk w visits key blocks
       ``columns[offsets[w * n_q + i] : offsets[w * n_q + i + 1]]``, ascending.
     - ``bits`` [walked]: bit r is set where head r of the tile keeps the block; None where every head keeps all.
-    - ``longest``: most blocks in a row.
+    - ``longest``: maximum number of blocks in a row.
     """
 
     walk_of_tile: Tensor
@@ -32,15 +34,15 @@ class Walk:
 
 
 def tiles_of_group(group: int) -> int:
-    """Tiles of query heads that share one KV head, which `group` query heads read."""
+    """Return the number of tiles for a group of `group` query heads per KV head."""
     return -(-group // HEADS_PER_TILE)
 
 
 def decode_walk(layout: BlockLayout, num_kv_heads: int) -> Walk:
-    """The walk of a layout whose heads share `num_kv_heads` KV heads; made once, kept in ``layout.cache``.
+    """Return the walk of a layout whose heads share `num_kv_heads` KV heads.
 
-    Where the heads of every tile have one pattern it takes no memory beside the layout's. The host waits for the
-    device while it is made.
+    Built once and kept in ``layout.cache``; building makes the host wait for the device. If the heads of every tile
+    share one pattern, the walk reuses the layout's memory.
     """
     key = ("decode_walk", num_kv_heads)
     if key not in layout.cache:
@@ -90,7 +92,7 @@ def _make_walk(layout: BlockLayout, tiles: list[tuple[int, ...]]) -> Walk:
 
 
 def _members(layout: BlockLayout, offsets: list[int], tile: tuple[int, ...], begin: int, end: int) -> Tensor:
-    """Int32 [end - begin, n_k]: bit r of a pair is set where head r of the tile keeps it."""
+    """Return int32 [end - begin, n_k]: bit r is set where head r keeps the pair."""
     members = torch.zeros(end - begin, layout.num_key_blocks, dtype=torch.int32, device=layout.device)
     for pattern in set(tile):
         bits = sum(1 << slot for slot, of_slot in enumerate(tile) if of_slot == pattern)

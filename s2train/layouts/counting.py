@@ -1,4 +1,7 @@
-"""How many blocks patterns keep together, without H n² masks: patterns of one form are united in their form."""
+"""Count the blocks that patterns keep together, without H n² masks.
+
+Patterns of one form are united in that form.
+"""
 
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
@@ -10,11 +13,11 @@ from torch import Tensor
 
 from s2train.layouts.patterns import BandedPattern, Dense, DistancePattern, MaskPattern, Pattern
 
-_MASK_ELEMENTS = 1 << 22  # of a mask that is looked at in one go
+_MASK_ELEMENTS = 1 << 22  # mask elements evaluated at once
 
 
 def kept_key_blocks(patterns: Iterable[Pattern], num_blocks: int) -> Tensor:
-    """How many key blocks each query block keeps in at least one of the patterns: int64 [num_blocks]."""
+    """Count key blocks that any pattern keeps, per query block: int64 [num_blocks]."""
     distinct = list(dict.fromkeys(patterns))
     if any(isinstance(pattern, Dense) for pattern in distinct):
         return torch.arange(1, num_blocks + 1)
@@ -31,7 +34,7 @@ def kept_key_blocks(patterns: Iterable[Pattern], num_blocks: int) -> Tensor:
 
 
 def kept_positions(pattern: Pattern, block_size: int, seq_length: int) -> int:
-    """Causal (query, key) token pairs that one head keeps of a sequence.
+    """Count the causal (query, key) token pairs that one head keeps.
 
     Diagonal blocks are triangular, and the last block may be partial.
     """
@@ -40,20 +43,20 @@ def kept_positions(pattern: Pattern, block_size: int, seq_length: int) -> int:
     rows = torch.full((num_blocks,), block_size)
     rows[-1] = seq_length - (num_blocks - 1) * block_size
     diagonal = pattern.keep(blocks, blocks).long()
-    # Only the last block can be partial, and as a key block it is met on the diagonal alone.
+    # Only the last block can be partial; as a key block it occurs only on the diagonal.
     before = (kept_key_blocks([pattern], num_blocks) - diagonal) * block_size
     return int((rows * before + diagonal * (rows * (rows + 1) // 2)).sum())
 
 
 class _Union(Protocol):
-    """Patterns of one form, over `num_blocks`."""
+    """Union of patterns of one form over `num_blocks`."""
 
     def counts(self) -> Tensor:
-        """Key blocks that each query block keeps in any of them: int64 [num_blocks]."""
+        """Count key blocks that any pattern keeps, per query block: int64 [num_blocks]."""
         ...
 
     def mask(self, query: Tensor) -> Tensor:
-        """Bool [len(query), num_blocks] of query blocks."""
+        """Return the mask rows of query blocks: bool [len(query), num_blocks]."""
         ...
 
 
@@ -75,7 +78,7 @@ def _unite(patterns: Sequence[Pattern], num_blocks: int) -> list[_Union]:
 
 
 class _Bands:
-    """Columns between any two limits."""
+    """Union of banded patterns: columns between each two limits."""
 
     def __init__(self, patterns: Sequence[BandedPattern], num_blocks: int) -> None:
         self.key = torch.arange(num_blocks)
@@ -103,7 +106,7 @@ class _Bands:
 
 
 class _Distances:
-    """Distances that any of them keeps."""
+    """Union of distance patterns: distances that any pattern keeps."""
 
     def __init__(self, patterns: Sequence[DistancePattern], num_blocks: int) -> None:
         self.key = torch.arange(num_blocks)
@@ -120,7 +123,7 @@ class _Distances:
 
 
 class _Bits:
-    """One mask."""
+    """Union as one bit mask."""
 
     def __init__(self, patterns: Sequence[MaskPattern], num_blocks: int) -> None:
         width = -(-num_blocks // 8)
@@ -139,7 +142,7 @@ class _Bits:
 
 
 class _Masks:
-    """Patterns of any other form, one by one."""
+    """Union of patterns of any other form, evaluated one by one."""
 
     def __init__(self, patterns: Sequence[Pattern], num_blocks: int) -> None:
         self.patterns, self.key = patterns, torch.arange(num_blocks)

@@ -1,18 +1,21 @@
-"""Where heads of unlike density go: tensor parallel ranks hold neighbouring heads, and should have as much to do."""
+"""Place heads of different density so that tensor parallel ranks share work evenly.
+
+Each rank holds consecutive heads.
+"""
 
 from collections.abc import Sequence
 
 from s2train.layouts.counting import kept_key_blocks
 from s2train.layouts.patterns import Pattern, known_blocks
 
-_REFERENCE_BLOCKS = 1024  # fixed: where a head lies is part of the model, and no setting of a run may move it
+_REFERENCE_BLOCKS = 1024  # constant: head positions are part of the model and must not depend on the run's settings
 
 
 def place_balanced(heads: Sequence[Pattern], num_query_groups: int) -> tuple[Pattern, ...]:
-    """Patterns of a layer's heads in an order in which ranks keep about as many blocks each.
+    """Order a layer's heads so that ranks keep about equally many blocks.
 
-    Counted over 1,024 blocks, or as many as a file's masks have. KV groups stay together where all heads of each are
-    alike, since these share their K/V loads.
+    Blocks are counted over 1,024 blocks, or over the length of masks from a file. A KV group stays together if all its
+    heads are alike, since they share their K/V loads.
     """
     num_blocks = known_blocks(heads, _REFERENCE_BLOCKS)
     kept = {pattern: int(kept_key_blocks([pattern], num_blocks).sum()) for pattern in set(heads)}
@@ -26,10 +29,10 @@ def place_balanced(heads: Sequence[Pattern], num_query_groups: int) -> tuple[Pat
 
 
 def balanced_order(costs: Sequence[float]) -> tuple[int, ...]:
-    """Indices of `costs` in an order of which contiguous equal parts cost about the same.
+    """Order indices of `costs` so that contiguous equal parts cost about the same.
 
-    Halves first, then the halves of each (thirds where a number is odd, and so on): it serves every number of ranks
-    that divides this way, since a checkpoint may be resumed with another.
+    The order balances halves, then the halves of each half, and so on (thirds where the number is odd). It therefore
+    suits every number of ranks that divides this way, since a checkpoint may be resumed with another number.
     """
     return tuple(_arrange(list(range(len(costs))), costs))
 
@@ -41,7 +44,7 @@ def _arrange(members: list[int], costs: Sequence[float]) -> list[int]:
     room = len(members) // parts
     bins: list[list[int]] = [[] for _ in range(parts)]
     sums = [0.0] * parts
-    # the dearest first, each to the part that has least (Graham's rule), with room for as many in each
+    # most expensive first, each to the part with the least total (Graham's rule), all parts equal in number
     for member in sorted(members, key=lambda index: -costs[index]):
         least = min((b for b in range(parts) if len(bins[b]) < room), key=lambda b: sums[b])
         bins[least].append(member)

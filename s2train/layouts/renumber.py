@@ -1,4 +1,4 @@
-"""A layout of some of the query blocks over key blocks that lie elsewhere, each KV head's in places of its own."""
+"""Renumber some query and key blocks of a layout, per KV head."""
 
 import torch
 from torch import Tensor
@@ -7,14 +7,14 @@ from s2train.kernels.layout import BlockLayout
 
 
 def renumber(layout: BlockLayout, rows: Tensor, columns: Tensor, num_rows: int, num_columns: int) -> BlockLayout:
-    """The causal pairs of `layout` whose query and key block both have a new number, under these numbers.
+    """Build a layout from the causal pairs whose blocks both get new numbers.
 
-    Takes memory and time with what the layout keeps, on its device.
+    Memory and time grow with the number of kept blocks, on the layout's device.
 
     Args:
         layout: of H heads.
-        rows: int64 [query blocks]: new numbers below `num_rows`, none twice; -1: left out.
-        columns: int64 [H_kv, key blocks]: for the query heads of each KV head, as `rows`; H_kv divides H.
+        rows: int64 [query blocks]: unique new numbers below `num_rows`, or -1 to leave a block out.
+        columns: int64 [H_kv, key blocks]: the same for key blocks, per KV head; H_kv divides H.
         num_rows, num_columns: blocks of the new layout.
     """
     sets, set_of_group = columns.unique(dim=0, return_inverse=True)
@@ -54,7 +54,7 @@ def renumber(layout: BlockLayout, rows: Tensor, columns: Tensor, num_rows: int, 
 
 
 def causal_pairs(layout: BlockLayout, pattern: int) -> tuple[Tensor, Tensor]:
-    """Query and key blocks, int64 [pairs], that one of a layout's patterns keeps, none with the key block later."""
+    """Return the causal pairs of one pattern: query and key blocks, int64 [pairs]."""
     first = pattern * layout.num_query_blocks
     offsets = layout.row_offsets[first : first + layout.num_query_blocks + 1].long()
     blocks = torch.arange(layout.num_query_blocks, device=layout.device)
@@ -65,7 +65,10 @@ def causal_pairs(layout: BlockLayout, pattern: int) -> tuple[Tensor, Tensor]:
 
 
 def _lines(line: Tensor, member: Tensor, num_lines: int, num_members: int) -> tuple[Tensor, Tensor]:
-    """Offsets [lines + 1] and members, both int32, of (line, member) pairs in any order; members ascend in a line."""
+    """Sort (line, member) pairs in any order into offsets and members.
+
+    Returns offsets [lines + 1] and members, both int32; members ascend within a line.
+    """
     offsets = torch.zeros(num_lines + 1, dtype=torch.int32, device=line.device)
     offsets[1:] = torch.bincount(line, minlength=num_lines).cumsum(0)
     ordered = (line * num_members + member).sort().values

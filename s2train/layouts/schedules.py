@@ -1,23 +1,23 @@
-"""How the heads of a sparse layer get their offsets: H query heads, H_kv KV heads, stride V.
+"""Layout schedules: how heads of a sparse layer get their offsets.
 
-A far block (outside the local window) is seen by a layer if its column, modulo V, is the offset of some head.
-So a layer that sees everything needs all V offsets. V is the pattern's period: of context ranges the widest
-stride (an offset counts modulo each range's own), of a dilated pattern the dilation (distances in place of
-columns).
+H is the number of query heads, H_kv of KV heads, and V the stride. A layer sees a far block (outside the local window)
+if the block's column modulo V is the offset of some head, so a layer that sees everything needs all V offsets. V is
+the pattern's period: the widest stride of context ranges (each range takes the offset modulo its own stride), or the
+dilation of a dilated pattern (with distances in place of columns).
 
-With grouped-query attention the H / H_kv query heads of a group attend to the same K/V head: where they share
-an offset, one load of a K/V block serves them all, at the price of H_kv distinct offsets in place of H.
+With grouped-query attention the H / H_kv query heads of a group attend to the same K/V head. If they share an offset,
+one load of a K/V block serves all of them, but there are only H_kv distinct offsets instead of H.
 
 kind          offset of head h of group g, l-th sparse layer     sees every block if      group shares loads
 shifted       h mod V                                            V <= H, in each layer    no
 strided       floor(h V / H): evenly spread over V               V <= H, in each layer    where V <= H_kv
 grouped       floor(g V / H_kv), or g mod V where V <= H_kv      V <= H_kv, in each layer yes
-rotating      (l H_kv + g) mod V: goes on across sparse layers   V <= r H_kv, in a run    yes
+rotating      (l H_kv + g) mod V: continues across sparse layers V <= r H_kv, in a run    yes
                                                                  of r sparse layers
 homogeneous   0: an ablation                                     V = 1                    yes
-explicit      as `schedule.offsets` lists them                   the lists have all V     as listed
+explicit      as listed in `schedule.offsets`                    the lists have all V     as listed
 
-Dense heads (`schedule.dense_heads`) see every block by themselves, whatever the kind.
+Dense heads (`schedule.dense_heads`) see every block by themselves, with any kind of schedule.
 """
 
 import difflib
@@ -40,20 +40,20 @@ class ScheduleContext:
 
     @property
     def groups(self) -> list[int]:
-        """The KV head of every query head."""
+        """Return the KV head of every query head."""
         return [head * self.num_query_groups // self.num_heads for head in range(self.num_heads)]
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """A kind of schedule and what it promises."""
+    """A kind of schedule and the coverage that it guarantees."""
 
     name: str
     offsets: Callable[[ScheduleContext], tuple[int, ...]]  # one per query head, in [0, stride)
-    # (num_heads, num_query_groups, sparse layers in the run) -> the widest stride with every block seen
+    # (num_heads, num_query_groups, sparse layers in the run) -> the widest stride at which every block is seen
     widest_stride: Callable[[int, int, int], int]
-    per_run: bool = False  # the promise holds for the union of a run of consecutive sparse layers, not for each
-    rows: int = 1  # the sparse layers of a model must be a multiple of this
+    per_run: bool = False  # the guarantee covers the union of consecutive sparse layers, not each layer
+    rows: int = 1  # the number of sparse layers must be a multiple of this
 
 
 def _shifted(context: ScheduleContext) -> tuple[int, ...]:
@@ -95,10 +95,10 @@ EXPLICIT = "explicit"
 
 
 def find_schedule(settings: ScheduleConfig) -> Schedule:
-    """The schedule of these settings.
+    """Return the schedule of these settings.
 
     Raises:
-        ConfigError: no such kind; offsets missing, of another kind, or no lists of numbers.
+        ConfigError: the kind is unknown, or offsets are missing, belong to another kind, or are not lists of numbers.
     """
     kinds = [*SCHEDULES, EXPLICIT]
     if settings.kind not in kinds:
@@ -114,11 +114,14 @@ def find_schedule(settings: ScheduleConfig) -> Schedule:
 
 
 def _explicit(given: Any) -> Schedule:
-    """Offsets as listed: one list for all sparse layers, or one for each, repeated."""
+    """Make a schedule from listed offsets: one list, or one per sparse layer.
+
+    The lists repeat over the sparse layers.
+    """
     rows = given if isinstance(given, list) and given and isinstance(given[0], list) else [given]
     for row in rows:
         if not isinstance(row, list) or not row or not all(type(offset) is int for offset in row):
-            remedy = "Write one offset a query head, 'schedule.offsets=[0,1,2,3]', or such a list a sparse layer."
+            remedy = "Write one offset per query head, 'schedule.offsets=[0,1,2,3]', or a list per sparse layer."
             raise ConfigError("schedule.offsets", given, "no list of numbers", remedy)
 
     def offsets(context: ScheduleContext) -> tuple[int, ...]:
@@ -136,13 +139,13 @@ def _explicit(given: Any) -> Schedule:
 
 
 def dense_head_numbers(count: int, num_heads: int) -> frozenset[int]:
-    """Which query heads are the `count` dense ones.
+    """Return which query heads are the `count` dense ones.
 
-    Evenly spread: any two runs of heads of one length, such as KV groups or tensor parallel ranks, differ by one
-    at most.
+    They are evenly spread: any two runs of heads of one length, such as KV groups or tensor parallel ranks, differ by
+    at most one dense head.
 
     Raises:
-        ConfigError: not fewer than the heads.
+        ConfigError: `count` is not less than the number of heads.
     """
     if not 0 <= count < num_heads:
         remedy = f"Set it below {num_heads}, or write D in layout.layers for a dense layer."

@@ -187,7 +187,7 @@ def test_appended_tokens_lie_at_their_positions(backend: str) -> None:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"q": torch.randn(2, 3, 16)}, "no multiple"),
+        ({"q": torch.randn(2, 3, 16)}, "not a multiple"),
         ({"q": torch.randn(2, 4, 8)}, "q must be"),
         ({"table": torch.zeros(2, 2, 3)}, "table must be int32"),
         ({"positions": torch.zeros(3, dtype=torch.int32)}, "positions must be"),

@@ -1,4 +1,7 @@
-"""Which key blocks one head keeps, in closed form or by a mask. A pattern is one class; `registry` names them."""
+"""Patterns: which key blocks one head keeps.
+
+A pattern is one class, in closed form or from a mask; `registry` names them.
+"""
 
 from s2train.layouts.patterns.base import BandedPattern, DistancePattern, HeadPatterns, LayerContext, Pattern
 from s2train.layouts.patterns.dense import Dense

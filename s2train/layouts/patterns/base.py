@@ -1,7 +1,7 @@
-"""What every pattern is: which key blocks one head keeps.
+"""Base classes of patterns: which key blocks one head keeps.
 
-Coordinates are blocks: query block i, key block j, distance d = i - j. A pattern is causal (d >= 0), always
-keeps the diagonal, so that no row is empty, and is hashable: equal patterns share their storage and counts.
+Coordinates are blocks: query block i, key block j, distance d = i - j. A pattern is causal (d >= 0) and always keeps
+the diagonal, so that no row is empty. It is hashable: equal patterns share their storage and counts.
 """
 
 from abc import ABC, abstractmethod
@@ -14,9 +14,9 @@ from torch import Tensor
 
 
 class PatternError(ValueError):
-    """A pattern that can't be: which of its settings, the value, why, and the remedy.
+    """An invalid pattern setting: its name, value, problem and remedy.
 
-    Who knows the setting's full name (layout.pattern.stride) makes a `ConfigError` of it.
+    The caller that knows the setting's full name (layout.pattern.stride) converts it to a `ConfigError`.
     """
 
     def __init__(self, setting: str, value: object, problem: str, remedy: str) -> None:
@@ -25,67 +25,73 @@ class PatternError(ValueError):
 
 
 def at_least(least: int, **settings: int) -> None:
-    """Raises PatternError for the first setting below `least`."""
+    """Raise PatternError for the first setting below `least`."""
     for name, value in settings.items():
         if value < least:
             raise PatternError(name, value, "too small", f"Set it to {least} or more (blocks).")
 
 
 class Pattern(ABC):
-    """What a head keeps."""
+    """Which key blocks a head keeps."""
 
     @abstractmethod
     def keep(self, query: Tensor, key: Tensor) -> Tensor:
-        """Is (query, key) kept? int64 block indices in, bool of the shape that they broadcast to out."""
+        """Return whether (query, key) is kept.
+
+        Takes int64 block indices that broadcast, and returns a bool of the broadcast shape.
+        """
 
     @abstractmethod
     def form(self) -> str:
-        """A few words that tell it from other patterns, but not from those that a schedule shifts it to."""
+        """Describe the pattern in a few words, without its offset."""
 
     @property
     @abstractmethod
     def kv_efficient(self) -> bool:
-        """Does no later query take up a key block again that one has dropped, at any length?
+        """Whether a dropped key block is never read again, at any length.
 
-        Then its K/V can be freed while decoding.
+        Its K/V can then be freed while decoding.
         """
 
     @property
     def period(self) -> int:
-        """How many patterns a schedule makes of it, by offsets 0 to period - 1; 1: a schedule does nothing to it."""
+        """Number of distinct patterns that a schedule makes, by offsets 0 to period - 1.
+
+        1 means that a schedule changes nothing.
+        """
         return 1
 
     def shifted(self, offset: int) -> Self:
-        """The pattern at another offset."""
+        """Return the pattern with another offset."""
         return self
 
     def describe(self) -> str:
-        """`form`, and the offset where there is one."""
+        """Return `form`, with the offset if there is one."""
         return self.form()
 
     def narrower(self, widest: int) -> str:
-        """The setting that gives it a period of `widest` or less, for an error's remedy."""
+        """Return the setting that reduces the period to `widest`, for an error's remedy."""
         raise NotImplementedError(f"{self.form()}: no schedule shifts it")
 
 
 class BandedPattern(Pattern):
-    """Keeps, within each band of distances, whole columns: countable in O(n).
+    """Pattern that keeps whole columns within bands of distances; counted in O(n).
 
-    Band b holds the distances from ``limits[b - 1]`` (0 for the first) to below ``limits[b]``; the last band,
-    ``len(limits)``, has no end.
+    Band b holds the distances from ``limits[b - 1]`` (0 for the first) up to, not including, ``limits[b]``. The last
+    band, ``len(limits)``, is unlimited.
     """
 
     @property
     @abstractmethod
     def limits(self) -> tuple[int, ...]:
-        """Blocks, ascending."""
+        """Limits of the bands in blocks, ascending."""
 
     @abstractmethod
     def columns(self, band: int, key: Tensor) -> Tensor:
-        """Bool in the shape of `key` (int64 block indices): is the key block kept at the band's distances?"""
+        """Return which key blocks (int64) are kept in a band; bool in their shape."""
 
     def keep(self, query: Tensor, key: Tensor) -> Tensor:
-        # Compared, not subtracted: no int64 intermediate of the broadcast shape.
+        # Compare instead of subtracting: no int64 intermediate of the broadcast shape.
         limits = self.limits
         kept = self.columns(len(limits), key) & (query >= key + (limits[-1] if limits else 0))
         start = 0
@@ -96,11 +102,11 @@ class BandedPattern(Pattern):
 
 
 class DistancePattern(Pattern):
-    """Keeps whole diagonals, whatever the key block: countable in O(n)."""
+    """Pattern that keeps whole diagonals; counted in O(n)."""
 
     @abstractmethod
     def distances(self, distance: Tensor) -> Tensor:
-        """Bool in the shape of `distance` (int64 blocks, >= 0): is it kept?"""
+        """Return which distances (int64 blocks, >= 0) are kept; bool in their shape."""
 
     def keep(self, query: Tensor, key: Tensor) -> Tensor:
         distance = query - key
@@ -116,17 +122,17 @@ class LayerContext:
     num_query_groups: int  # KV heads; divides num_heads
     block_size: int  # tokens
     offsets: Callable[[int], tuple[int, ...]]  # period -> the schedule's offset of every query head
-    setting: str = "layout.pattern"  # that the pattern comes from, for errors
+    setting: str = "layout.pattern"  # the pattern's setting, for errors
 
 
 HeadPatterns = Callable[[LayerContext], tuple[Pattern, ...]]  # one pattern per query head
 
 
 def scheduled(pattern: Pattern) -> HeadPatterns:
-    """Heads of one pattern, shifted as the schedule says."""
+    """Give all heads one pattern, shifted by the schedule's offsets."""
     return lambda layer: tuple(pattern.shifted(offset) for offset in layer.offsets(pattern.period))
 
 
 def ones(key: Tensor) -> Tensor:
-    """True, in the shape of `key`."""
+    """Return True in the shape of `key`."""
     return torch.ones_like(key, dtype=torch.bool)

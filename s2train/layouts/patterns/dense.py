@@ -1,4 +1,4 @@
-"""Everything."""
+"""Pattern that keeps every causal block."""
 
 from dataclasses import dataclass
 

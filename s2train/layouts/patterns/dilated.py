@@ -1,4 +1,4 @@
-"""Distances at regular gaps."""
+"""Pattern of regularly spaced distances."""
 
 from dataclasses import dataclass, replace
 from typing import Self
@@ -10,9 +10,10 @@ from s2train.layouts.patterns.base import DistancePattern, PatternError, at_leas
 
 @dataclass(frozen=True)
 class Dilated(DistancePattern):
-    """Keeps d < local, and d with (d - offset) mod dilation = 0, those below `window` only where there is one.
+    """Keep d < local, and d with (d - offset) mod dilation = 0.
 
-    What a query keeps moves on with it, so that it isn't KV-efficient. The offset is stored modulo the dilation.
+    With `window`, only distances below it are kept. The kept keys move with the query, so the pattern isn't
+    KV-efficient. The offset is stored modulo the dilation.
 
     Raises:
         PatternError: local or dilation below 1, or a window below local.
@@ -39,7 +40,7 @@ class Dilated(DistancePattern):
     def kv_efficient(self) -> bool:
         if self.dilation == 1:
             return True
-        # Kept distances without a gap: nothing beyond the window, or one step right after it.
+        # The kept distances have no gap: none beyond the window, or the next one right after it.
         next_far = self.local + (self.offset - self.local) % self.dilation
         if self.window is None:
             return False

@@ -1,6 +1,6 @@
 """Masks from a file.
 
-An .npz file with, for each layer that reads it, an array ``layer_N`` (N counts the model's layers from 0): bool
+The .npz file holds, for each layer that reads it, an array ``layer_N`` (N counts the model's layers from 0): bool
 [heads, n, n], True where query block i keeps key block j; causal, with the diagonal. Sequences may have up to n
 blocks. ``block_size`` is an integer, in tokens.
 """
@@ -21,10 +21,10 @@ from s2train.layouts.patterns.base import HeadPatterns, LayerContext, Pattern, P
 
 @dataclass(frozen=True)
 class MaskPattern(Pattern):
-    """Keeps what a mask of n × n blocks says; equal masks are equal patterns.
+    """Pattern from a mask of n × n blocks; equal masks are equal patterns.
 
     Raises on use:
-        ConfigError: a block beyond the mask.
+        ConfigError: a block is beyond the mask.
     """
 
     file: str
@@ -36,7 +36,7 @@ class MaskPattern(Pattern):
 
     @classmethod
     def of(cls, mask: np.ndarray, file: str, setting: str) -> "MaskPattern":
-        """Of a bool mask [n, n], causal and with the diagonal."""
+        """Make a pattern from a bool mask [n, n], causal and with the diagonal."""
         bits = np.packbits(mask, axis=1, bitorder="little")
         dropped = ~mask & np.tri(len(mask), dtype=bool)
         returning = mask[1:] & dropped[:-1]
@@ -51,7 +51,7 @@ class MaskPattern(Pattern):
         return (bits[query, key >> 3] >> (key & 7).to(torch.uint8)) & 1 == 1
 
     def check_length(self, num_blocks: int) -> None:
-        """ConfigError if a sequence of `num_blocks` is longer than the mask."""
+        """Raise ConfigError if a sequence of `num_blocks` is longer than the mask."""
         if num_blocks > self.num_blocks:
             problem = f"its masks end at {self.num_blocks} blocks, and the sequence has {num_blocks}"
             remedy = "Write masks of that many blocks, or shorten the sequence."
@@ -69,16 +69,18 @@ class MaskPattern(Pattern):
 
 
 def known_blocks(heads: Iterable[Pattern], most: int) -> int:
-    """The most blocks of a sequence that all of `heads` can be asked about: what the least of their masks has, or
-    `most`."""
+    """Return the largest number of blocks, up to `most`, that all heads cover.
+
+    The smallest mask from a file limits it.
+    """
     return min([most, *(head.num_blocks for head in heads if isinstance(head, MaskPattern))])
 
 
 def file_heads(file: str) -> HeadPatterns:
-    """Heads with the masks of an .npz file, in the format that this module documents.
+    """Return heads with the masks of an .npz file, in this module's format.
 
-    Raises, when a layer asks for its heads:
-        PatternError: no such file, another format, or masks that don't fit the model.
+    Raises, when a layer requests its heads:
+        PatternError: the file doesn't exist, has another format, or its masks don't fit the model.
     """
 
     def heads(layer: LayerContext) -> tuple[MaskPattern, ...]:

@@ -1,4 +1,4 @@
-"""A local window and vertical strides."""
+"""Pattern of a local window and vertical strides."""
 
 from dataclasses import dataclass, replace
 from typing import Self
@@ -10,9 +10,9 @@ from s2train.layouts.patterns.base import BandedPattern, HeadPatterns, LayerCont
 
 @dataclass(frozen=True)
 class LocalVertical(BandedPattern):
-    """Keeps d < local, each key block with (j - offset) mod stride = 0, and the first `sinks` key blocks.
+    """Keep d < local, key blocks with (j - offset) mod stride = 0, and sinks.
 
-    The offset is stored modulo the stride.
+    The first `sinks` key blocks are kept by every query. The offset is stored modulo the stride.
 
     Raises:
         PatternError: local or stride below 1, or sinks below 0.
@@ -23,7 +23,7 @@ class LocalVertical(BandedPattern):
     offset: int
     sinks: int = 0
 
-    kv_efficient = True  # a key block that leaves the window stays if it is column or sink, else never returns
+    kv_efficient = True  # a key block outside the window is kept by all later queries (column or sink) or by none
 
     def __post_init__(self) -> None:
         at_least(1, local=self.local, stride=self.stride)
@@ -57,7 +57,7 @@ class LocalVertical(BandedPattern):
 
 @dataclass(frozen=True)
 class ReferenceVertical(LocalVertical):
-    """A head of the reference library's layout: its offset comes from a formula, and no schedule moves it."""
+    """A head of the reference library's layout; schedules do not move its offset."""
 
     @property
     def period(self) -> int:
@@ -71,11 +71,12 @@ class ReferenceVertical(LocalVertical):
 
 
 def reference_heads(local: int, stride: int, offset: int, per_kv_head: bool) -> HeadPatterns:
-    """Heads as the reference library (dkernel, and Phi-3-small's attention) lays them out, blind spots included.
+    """Return heads laid out as in the reference library, including its blind spots.
 
-    Head h keeps d < local and (j + h max(1, floor(stride / H)) + offset) mod stride = 0, with H query heads;
-    h counts query heads, or KV heads with `per_kv_head`, so that a group shares its columns. The deployed model
-    has 32 layers of 32 query and 8 KV heads, blocks of 64, local 16, stride 8, offset 1, every second layer dense.
+    The reference is dkernel, as in Phi-3-small's attention. Head h keeps d < local and
+    (j + h max(1, floor(stride / H)) + offset) mod stride = 0, with H query heads. h counts query heads, or KV heads
+    with `per_kv_head`, so that a group shares its columns. The deployed model has 32 layers of 32 query and 8 KV heads,
+    blocks of 64, local 16, stride 8, offset 1, and every second layer dense.
 
     Raises:
         PatternError: local or stride below 1.

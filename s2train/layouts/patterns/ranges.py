@@ -1,4 +1,4 @@
-"""Context ranges, each with a stride of its own."""
+"""Pattern of context ranges, each with its own stride."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,11 +14,11 @@ _EXAMPLE = "Write them nearest first as [limit, stride] in blocks, such as [[16,
 
 @dataclass(frozen=True)
 class Ranges(BandedPattern):
-    """Keeps, at distances up to each range's limit, the key blocks with (j - offset) mod stride = 0; and sinks.
+    """Keep, within each range, key blocks with (j - offset) mod stride = 0; and sinks.
 
-    ``ranges`` are (limit, stride), nearest first, limits exclusive; the last has limit None. A stride of 1 is the
-    local window. The diagonal is kept whatever the first stride. KV-efficient if each stride divides the next
-    one: the heads' one offset then agrees between them.
+    ``ranges`` are (limit, stride), nearest first, with exclusive limits; the last limit is None. A stride of 1 is the
+    local window. The diagonal is kept for any first stride. The pattern is KV-efficient if each stride divides the
+    next: the shared offset then selects matching columns in all ranges.
 
     Raises:
         PatternError: limits that don't ascend or end, or a stride below 1.
@@ -42,14 +42,17 @@ class Ranges(BandedPattern):
 
     @classmethod
     def read(cls, ranges: Any, sinks: int) -> Self:
-        """From a setting: a list of [limit, stride], the last limit null; PatternError for anything else."""
+        """Read ranges from a setting: a list of [limit, stride], the last limit null.
+
+        Raises PatternError for anything else.
+        """
         if not _is_ranges(ranges):
             raise PatternError("ranges", ranges, "no list of ranges", _EXAMPLE)
         return cls(tuple((limit, stride) for limit, stride in ranges), 0, sinks)
 
     @property
     def _bands(self) -> tuple[tuple[int | None, int], ...]:
-        """The ranges, the diagonal as one of its own unless the first stride is 1."""
+        """Return the ranges, with the diagonal as a separate one unless the first stride is 1."""
         return self.ranges if self.ranges[0][1] == 1 or self.ranges[0][0] == 1 else ((1, 1), *self.ranges)
 
     @property
@@ -58,7 +61,7 @@ class Ranges(BandedPattern):
 
     def columns(self, band: int, key: Tensor) -> Tensor:
         stride = self._bands[band][1]
-        if band == 0:  # holds the diagonal
+        if band == 0:  # includes the diagonal
             return ones(key)
         return ((key - self.offset) % stride == 0) | (key < self.sinks)
 

@@ -1,6 +1,6 @@
-"""Patterns by name: from the settings `layout.pattern.*` to the patterns of a layer's heads.
+"""Registry of patterns: build a layer's heads from `layout.pattern.*` settings.
 
-A new pattern is one class and one entry of `PATTERNS`; its settings are fields of `PatternConfig`.
+To add a pattern, write one class and one entry of `PATTERNS`; its settings are fields of `PatternConfig`.
 """
 
 import difflib
@@ -26,7 +26,7 @@ REQUIRED = object()
 
 @dataclass(frozen=True)
 class PatternKind:
-    """A kind of pattern: its settings with their defaults (or `REQUIRED`), and the heads that they make."""
+    """A kind of pattern: its settings, with defaults or `REQUIRED`, and its heads."""
 
     name: str
     settings: dict[str, Any]
@@ -71,10 +71,10 @@ PATTERNS: dict[str, PatternKind] = {
 
 
 def build_patterns(settings: PatternConfig, setting: str) -> HeadPatterns:
-    """The patterns that settings named `setting` (layout.pattern) stand for.
+    """Build the patterns of the settings named `setting` (layout.pattern).
 
-    Raises (as do the heads, when a layer asks for them):
-        ConfigError: an unknown kind, a setting that isn't the kind's or that it lacks, or a value it can't have.
+    Raises (as do the heads, when a layer requests them):
+        ConfigError: the kind is unknown, a setting isn't the kind's or is missing, or a value is invalid.
     """
     kind = _find(settings.kind, setting)
     _check_settings(kind, settings, setting)
@@ -90,10 +90,10 @@ def build_patterns(settings: PatternConfig, setting: str) -> HeadPatterns:
 
 
 def read_pattern(given: Any, setting: str) -> PatternConfig:
-    """Pattern settings named `setting`, from a mapping or as they are.
+    """Read pattern settings named `setting` from a mapping or a `PatternConfig`.
 
     Raises:
-        ConfigError: no mapping, an unknown name in it, or a value of another type.
+        ConfigError: not a mapping, an unknown name in it, or a value of another type.
     """
     if isinstance(given, PatternConfig):
         return given
@@ -115,7 +115,7 @@ def read_pattern(given: Any, setting: str) -> PatternConfig:
 
 
 def with_defaults(settings: PatternConfig) -> PatternConfig:
-    """The settings with what their kind fills in, so that what means the same is equal."""
+    """Fill in the kind's defaults, so that equivalent settings compare equal."""
     kind = PATTERNS.get(settings.kind)
     if kind is None:
         return settings
@@ -151,7 +151,7 @@ def _check_settings(kind: PatternKind, settings: PatternConfig, setting: str) ->
 
 @contextmanager
 def _named(setting: str) -> Iterator[None]:
-    """Gives a pattern's error the full name of its setting."""
+    """Convert a PatternError to a ConfigError with the setting's full name."""
     try:
         yield
     except PatternError as error:

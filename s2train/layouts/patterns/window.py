@@ -1,4 +1,4 @@
-"""A window, and blocks that every query keeps: the same for all heads."""
+"""Patterns that are the same for all heads: a window, and global blocks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from s2train.layouts.patterns.base import BandedPattern, PatternError, at_least,
 
 @dataclass(frozen=True)
 class SlidingWindow(BandedPattern):
-    """Keeps d < window and the first `sinks` key blocks.
+    """Keep d < window and the first `sinks` key blocks.
 
     Raises:
         PatternError: a window below 1, or sinks below 0.
@@ -39,7 +39,7 @@ class SlidingWindow(BandedPattern):
 
 @dataclass(frozen=True)
 class GlobalBlocks(BandedPattern):
-    """Keeps d < local and a fixed set of key blocks.
+    """Keep d < local and a fixed set of key blocks.
 
     Raises:
         PatternError: local below 1, or a block below 0.
@@ -58,7 +58,7 @@ class GlobalBlocks(BandedPattern):
 
     @classmethod
     def read(cls, local: int, globals: Sequence[int]) -> "GlobalBlocks":
-        """From the settings."""
+        """Make the pattern from its settings."""
         return cls(local, tuple(globals))
 
     @property
