@@ -1,4 +1,7 @@
-"""What a layout costs, counted from the positions that its heads keep, as their kind tells them."""
+"""Cost of a layout, from the positions that its heads keep.
+
+The kind of attention reports these positions.
+"""
 
 from functools import lru_cache
 
@@ -7,21 +10,27 @@ from s2train.attention.kind import LayerLayout
 from s2train.layouts.counting import kept_key_blocks
 
 
-@lru_cache(maxsize=256)  # a plan asks for FLOPs, density and shares of the same layers
+@lru_cache(maxsize=256)  # a plan needs FLOPs, density and balance of the same layers
 def kept_positions(layer: LayerLayout, seq_length: int) -> tuple[float, ...]:
-    """Kept causal (query, key) token pairs of every head; of some kinds their expected number."""
+    """Count each head's kept causal (query, key) token pairs; some kinds give expected numbers."""
     return layer.kind.kept_positions(layer, seq_length)
 
 
 def layout_nbytes(layer: LayerLayout, seq_length: int) -> int:
-    """Bytes of the layer's `BlockLayout`: int32 CSR and CSC of distinct patterns, and one index a head."""
+    """Return bytes of the layer's `BlockLayout`.
+
+    These are int32 CSR and CSC of its distinct patterns, and one index per head.
+    """
     num_blocks, distinct = layer.num_blocks(seq_length), set(layer.heads)
     kept = sum(int(kept_key_blocks([pattern], num_blocks).sum()) for pattern in distinct)
     return 4 * (len(layer.heads) + 2 * (len(distinct) * num_blocks + 1 + kept))
 
 
 def density(layout: LayerLayout | HybridLayout, seq_length: int) -> float:
-    """Kept positions over causal positions, s (s + 1) / 2; the mean over heads, and over layers."""
+    """Return kept positions over causal positions, the mean over heads and layers.
+
+    There are s (s + 1) / 2 causal positions.
+    """
     if isinstance(layout, HybridLayout):
         of_layer = {layer: density(layer, seq_length) for layer in set(layout.layers)}
         return sum(of_layer[layer] for layer in layout.layers) / len(layout.layers)
@@ -30,7 +39,10 @@ def density(layout: LayerLayout | HybridLayout, seq_length: int) -> float:
 
 
 def rank_spread(layer: LayerLayout, seq_length: int, tp: int) -> float:
-    """The busiest of `tp` tensor parallel ranks' kept positions over the mean, less 1: the others wait for it."""
+    """Return how far the busiest tensor parallel rank is above the mean.
+
+    This is its kept positions over the mean, minus 1: the other ranks wait for it.
+    """
     kept = kept_positions(layer, seq_length)
     size = len(kept) // tp
     ranks = [sum(kept[rank * size : (rank + 1) * size]) for rank in range(tp)]
@@ -38,5 +50,8 @@ def rank_spread(layer: LayerLayout, seq_length: int, tp: int) -> float:
 
 
 def attention_flops(layer: LayerLayout, seq_length: int, head_dim: int) -> float:
-    """FLOPs of one sequence's forward pass: Q Kᵀ and P V take 2 head_dim each per kept position and head."""
+    """Return forward FLOPs of one sequence's attention.
+
+    Q Kᵀ and P V each take 2 head_dim FLOPs per kept position and head.
+    """
     return 4 * head_dim * sum(kept_positions(layer, seq_length))

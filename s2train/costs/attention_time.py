@@ -1,12 +1,13 @@
-"""Predicted time of attention: FLOPs at a rate that does not depend on the mask, and a toll for every query row.
+"""Predict attention time: FLOPs at a fixed rate, plus time per query row.
 
-Both are fitted to the committed benchmark of an H100 (`kernels/results/2026-11-22-h100-benchmarks.json`, bf16, head
-dim 128, 8k to 128k tokens, densities 0.03 to 1) by least squares on relative error. The toll is what a row costs
-however little it keeps (q, out, the softmax's end; in the backward the sums of dq): why sparse masks run at lower
-rates. Each measurement is met within 5 % in the forward and 9 % in the backward, its ratio to dense within 13 %. At
-512k and 1M tokens the measured forward takes 7 to 21 % longer than this, the backward 10 to 32 %.
+The rate does not depend on the mask. Both terms are fitted to the committed benchmark of an H100
+(`kernels/results/2026-11-22-h100-benchmarks.json`, bf16, head dim 128, 8k to 128k tokens, densities 0.03 to 1) by least
+squares on relative error. The time per row is independent of what the row keeps (q, out, the end of the softmax; in the
+backward the sums of dq). It explains why sparse masks run at lower rates. The prediction is within 5 % of each forward
+measurement, 9 % of each backward one, and 13 % of each ratio to dense. At 512k and 1M tokens the measured forward takes
+7 to 21 % longer than predicted, the backward 10 to 32 %.
 
-Dense layers with head dim 64, and the portable kernels, are as profiled steps have them
+Rates of dense layers with head dim 64, and of the portable kernels, come from profiled steps
 (`launch/results/2026-11-26-h100x2-scaling.json`, `2026-11-26-h100-te-breakdown.json`).
 """
 
@@ -15,12 +16,15 @@ from dataclasses import dataclass, fields, replace
 from s2train.attention.kind import LayerLayout
 from s2train.costs.attention import attention_flops
 
-BACKWARD_FLOPS = 2.5  # per forward FLOP: five matrix products for two
+BACKWARD_FLOPS = 2.5  # per forward FLOP: five matrix products instead of two
 
 
 @dataclass(frozen=True)
 class Rate:
-    """A pass of attention: FLOP/s over kept positions, and seconds for each query row of each head."""
+    """Speed of one attention pass: FLOP/s over kept positions, seconds per row.
+
+    A row is one query of one head.
+    """
 
     flops: float
     row: float = 0.0
@@ -29,27 +33,27 @@ class Rate:
         return flops / self.flops + rows * self.row
 
     def scaled(self, factor: float) -> "Rate":
-        """`factor` times as fast."""
+        """Return this rate, `factor` times as fast."""
         return Rate(factor * self.flops, self.row / factor)
 
 
 _DENSE_FIELDS = ("dense_forward", "dense_backward", "narrow_dense_forward", "narrow_dense_backward")
-# `kernels/results/2026-11-28-h100-dense-check.json`, times what steps leave of cuDNN's rates alone: 0.98, and 0.895
-# with head dim 64.
+# From `kernels/results/2026-11-28-h100-dense-check.json`, times the fraction of cuDNN's standalone rates that steps
+# reach: 0.98, and 0.895 with head dim 64.
 _DENSE = {"fa4": (655e12, 610e12, 474e12, 481e12), "s2train": (650e12, 588e12, 385e12, 414e12)}
-# What a deterministic backward leaves of the rate.
+# Fraction of the rate that a deterministic backward reaches.
 _DETERMINISTIC = {"fa4": 0.865, "s2train": 0.51, "flash": 0.585}
 
 
 @dataclass(frozen=True)
 class AttentionRates:
-    """How fast one device computes attention; the defaults are an H100's (see above).
+    """Attention speed of one device; the defaults are an H100's (see above).
 
     Attributes:
         forward, backward: sparse layers in blocks of 128 tokens and more.
         forward_64, backward_64: in smaller blocks (measured with 64; smaller ones are slower).
-        backward_grouped, backward_64_grouped: with several query heads a KV head, whose loads coincide less.
-        dense_forward, dense_backward: cuDNN, in dense layers.
+        backward_grouped, backward_64_grouped: with several query heads per KV head, whose loads coincide less.
+        dense_forward, dense_backward: dense layers with cuDNN.
         narrow_dense_forward, narrow_dense_backward: the same with head dims up to 64.
     """
 
@@ -65,11 +69,11 @@ class AttentionRates:
     narrow_dense_backward: Rate = Rate(386e12)
 
     def scaled(self, factor: float) -> "AttentionRates":
-        """Of a device `factor` times as fast."""
+        """Return the rates of a device `factor` times as fast."""
         return AttentionRates(**{field.name: getattr(self, field.name).scaled(factor) for field in fields(self)})
 
     def portable(self) -> "AttentionRates":
-        """Of Triton's own kernels in sparse layers, in place of Hopper's."""
+        """Return rates with the portable Triton kernels in sparse layers instead of Hopper's."""
         slower = {
             field.name: getattr(self, field.name).scaled(1 / (1.96 if "forward" in field.name else 1.56))
             for field in fields(self)
@@ -78,7 +82,10 @@ class AttentionRates:
         return replace(self, **slower)
 
     def dense_by(self, implementation: str, deterministic: bool = False) -> "AttentionRates":
-        """Of another implementation in dense layers (as `dense_attention` names it), in place of cuDNN."""
+        """Return rates with another implementation than cuDNN in dense layers.
+
+        Its name is as in `dense_attention`.
+        """
         rates = self.flash() if implementation in ("flash", "efficient") else self
         if implementation in _DENSE:
             rates = replace(
@@ -94,7 +101,7 @@ class AttentionRates:
         return rates
 
     def flash(self) -> "AttentionRates":
-        """Of FlashAttention-2 in dense layers, in place of cuDNN; fitted as the others."""
+        """Return rates with FlashAttention-2 in dense layers, fitted the same way."""
         slower = {
             field.name: getattr(self, field.name).scaled(0.56 if "forward" in field.name else 0.59)
             for field in fields(self)
@@ -103,7 +110,7 @@ class AttentionRates:
         return replace(self, **slower)
 
     def of_dense(self, head_dim: int) -> tuple[Rate, Rate]:
-        """Forward and backward of a dense layer."""
+        """Return forward and backward rates of a dense layer."""
         if head_dim <= 64:
             return self.narrow_dense_forward, self.narrow_dense_backward
         return self.dense_forward, self.dense_backward
@@ -111,7 +118,7 @@ class AttentionRates:
 
 @dataclass(frozen=True)
 class Seconds:
-    """Time of attention over one sequence on one device."""
+    """Attention time of one sequence on one device."""
 
     forward: float
     backward: float
@@ -124,7 +131,7 @@ class Seconds:
 def attention_seconds(
     layer: LayerLayout, num_query_groups: int, seq_length: int, head_dim: int, rates: AttentionRates
 ) -> Seconds:
-    """Predicted time of one layer's attention over one sequence."""
+    """Predict the time of one layer's attention over one sequence."""
     flops, rows = attention_flops(layer, seq_length, head_dim), len(layer.heads) * seq_length
     if layer.is_dense:
         forward, backward = rates.of_dense(head_dim)
@@ -138,7 +145,7 @@ def attention_seconds(
 
 
 def dense_seconds(num_heads: int, seq_length: int, head_dim: int, rates: AttentionRates) -> Seconds:
-    """Predicted time of a dense causal layer's attention over one sequence."""
+    """Predict the time of a dense causal layer's attention over one sequence."""
     rows = num_heads * seq_length
     flops = 4 * head_dim * num_heads * (seq_length * (seq_length + 1) // 2)
     forward, backward = rates.of_dense(head_dim)

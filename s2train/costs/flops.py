@@ -1,6 +1,6 @@
-"""FLOPs of a training step, as utilisation counts them: forward and backward, no recomputation.
+"""FLOPs of a training step for utilisation: forward and backward without recomputation.
 
-Two FLOPs a multiply-add; the backward pass costs twice the forward.
+A multiply-add is two FLOPs; the backward pass costs twice the forward.
 """
 
 from dataclasses import dataclass
@@ -17,8 +17,8 @@ class TokenFlops:
 
     Attributes:
         matmul: linear layers and LM head.
-        attention: QK and PV over the positions that the layers keep, exactly or as expected, and what their kinds add.
-        dense_attention: the same, were every layer dense and causal.
+        attention: QK and PV over the positions that the layers keep (exact or expected), and what their kinds add.
+        dense_attention: the same if every layer were dense and causal.
     """
 
     matmul: float
@@ -35,7 +35,7 @@ class TokenFlops:
 
 
 def token_flops(model: ModelConfig, hybrid: HybridLayout, seq_length: int) -> TokenFlops:
-    """FLOPs a token of training, means over a sequence of `seq_length`: of its layers, and if all were dense."""
+    """Count training FLOPs per token, averaged over a sequence of `seq_length`."""
     shape = attention_shape(model)
     dim = shape.head_dim
     matmul = {layer: layer_parameters(model, layer).matmul for layer in set(hybrid.layers)}

@@ -1,4 +1,7 @@
-"""What computes dense attention, SwiGLU, rotation and loss in a planned run, as far as a plan depends on it."""
+"""Implementations in a planned run that the plan depends on.
+
+They compute dense attention, SwiGLU, rotation and loss.
+"""
 
 from dataclasses import dataclass
 
@@ -14,10 +17,12 @@ from s2train.kernels.dense_choice import LONG, LONGEST, takes_fa4
 
 @dataclass(frozen=True)
 class Implementations:
-    """By device; what `auto` comes to follows the libraries that are installed here. The defaults: a CPU's.
+    """Implementations by device; the defaults are a CPU's.
+
+    `auto` resolves by the libraries that are installed here.
 
     Attributes:
-        capability: the GPU's compute capability; None: a CPU, or not known, which is planned without libraries.
+        capability: the GPU's compute capability; None: a CPU, or unknown, which is planned without libraries.
         te: layers are transformer-engine's.
     """
 
@@ -33,15 +38,18 @@ class Implementations:
         return choose_loss(cfg, self.capability, self.te)
 
     def fuses_swiglu(self, cfg: PretrainConfig) -> bool:
-        """Whether Liger-Kernel computes it, in place in the backward."""
+        """Return whether Liger-Kernel computes SwiGLU, with an in-place backward."""
         return SWIGLU in liger_operations(cfg, self.capability, self.te)
 
     def fuses_rotation(self, cfg: PretrainConfig) -> bool:
-        """Whether Liger-Kernel rotates."""
+        """Return whether Liger-Kernel computes the rotation."""
         return ROTATION in liger_operations(cfg, self.capability, self.te)
 
     def dense(self, cfg: PretrainConfig) -> str:
-        """The implementation that most of a dense layer's calls take; see `s2train.kernels.dense_choice`."""
+        """Return the implementation of most dense attention calls.
+
+        See `s2train.kernels.dense_choice`.
+        """
         if cfg.dense_attention != "auto":
             return cfg.dense_attention
         model, deterministic = cfg.model, cfg.train.deterministic

@@ -1,8 +1,8 @@
-"""The KV cache while decoding: a key block is freed as soon as no later query takes it up, and no sooner.
+"""KV cache size while decoding: key blocks are freed after their last use.
 
 While position t is decoded, a KV head's key block j is live if some query head of its group keeps it for the query
-block of t or a later one of the sequence. Counted exactly, for sequences of a known length: towards its end less is
-live than if it went on. Where the data choose what is read, a key is live as long as some query may choose it.
+block of t or a later one of the sequence. Counts are exact for sequences of a known length: near its end fewer blocks
+are live than if it continued. If the data decide what is read, a key is live as long as some query may read it.
 """
 
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ from s2train.layouts.patterns import BandedPattern, Dense, DistancePattern, Patt
 
 
 def last_queries(pattern: Pattern, num_blocks: int) -> Tensor:
-    """For each key block, the last query block that keeps it: int64 [num_blocks]."""
+    """Return the last query block that keeps each key block: int64 [num_blocks]."""
     key = torch.arange(num_blocks)
     last = key.clone()
     if isinstance(pattern, BandedPattern):
@@ -27,7 +27,7 @@ def last_queries(pattern: Pattern, num_blocks: int) -> Tensor:
             within = pattern.columns(band, key) & (key + start < num_blocks)
             last = torch.where(within, (key + stop - 1).clamp(max=num_blocks - 1), last)
     elif isinstance(pattern, DistancePattern):
-        farthest = torch.where(pattern.distances(key), key, 0).cummax(0).values  # kept distance up to each
+        farthest = torch.where(pattern.distances(key), key, 0).cummax(0).values  # largest kept distance up to each one
         last += farthest.flip(0)
     else:
         for first, rows in mask_rows(pattern, num_blocks):
@@ -37,7 +37,7 @@ def last_queries(pattern: Pattern, num_blocks: int) -> Tensor:
 
 
 def live_blocks(heads: Iterable[Pattern], num_blocks: int) -> Tensor:
-    """How many key blocks one KV head holds while each query block is decoded: int64 [num_blocks].
+    """Count a KV head's live key blocks for each query block: int64 [num_blocks].
 
     Args:
         heads: the query heads of its group.
@@ -49,13 +49,13 @@ def live_blocks(heads: Iterable[Pattern], num_blocks: int) -> Tensor:
 
 @dataclass(frozen=True)
 class CacheTokens:
-    """Tokens whose key and value a cache holds, summed over KV heads (and layers).
+    """Cached tokens (key and value), summed over KV heads and layers.
 
     Attributes:
-        peak: the most while any position is decoded.
+        peak: the maximum while any position is decoded.
         end: when the last position is decoded.
-        read: that the last position attends to: what decoding it loads at least.
-        dense: held at the end by as many dense heads.
+        read: read by the last position: the least that decoding it loads.
+        dense: held at the end by the same number of dense heads.
     """
 
     peak: int
@@ -64,17 +64,20 @@ class CacheTokens:
     dense: int
 
     def nbytes(self, tokens: int, head_dim: int, element_size: int = 2) -> int:
-        """Bytes of so many cached tokens, key and value; two bytes an element for bf16."""
+        """Return bytes of cached tokens, key and value; two bytes per element for bf16."""
         return 2 * head_dim * element_size * tokens
 
 
 def cache_tokens(layer: LayerLayout, num_query_groups: int, seq_length: int) -> CacheTokens:
-    """What one layer's KV cache holds over a sequence of `seq_length` tokens, query heads in equal groups."""
+    """Count what one layer's KV cache holds over `seq_length` tokens.
+
+    Query heads form equal groups.
+    """
     return _sum_over_time([layer], num_query_groups, seq_length)
 
 
 def model_cache_tokens(hybrid: HybridLayout, seq_length: int) -> CacheTokens:
-    """What the KV caches of all layers hold; the peak is that of their sum."""
+    """Count what the KV caches of all layers hold; the peak is of their sum."""
     return _sum_over_time(hybrid.layers, hybrid.num_query_groups, seq_length)
 
 
@@ -97,11 +100,14 @@ def _sum_over_time(layers: Iterable[LayerLayout], num_query_groups: int, seq_len
 
 
 def _tokens(group: frozenset[Pattern], layer: LayerLayout, seq_length: int) -> tuple[Tensor, int]:
-    """Tokens held at the end of each query block, int64 [num_blocks], and those kept by the last position."""
+    """Count tokens held at the end of each query block, and read by the last position.
+
+    The first are int64 [num_blocks].
+    """
     num_blocks = layer.num_blocks(seq_length)
     newest = torch.full((num_blocks,), layer.block_size)
     newest[-1] = seq_length - (num_blocks - 1) * layer.block_size
-    # The newest block is always live, the others whole.
+    # The newest block is always live; the others are complete.
     held = (live_blocks(group, num_blocks) - 1) * layer.block_size + newest
     kept = int(_last_row(group, num_blocks).sum()) - 1
     return held, kept * layer.block_size + int(newest[-1])

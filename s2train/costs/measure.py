@@ -1,10 +1,10 @@
-"""How fast is a model apart from its attention? On this machine's GPU, in plain torch, forward and backward.
+"""Measure a model's speed without attention: forward and backward on this GPU.
 
     python -m s2train.costs.measure OUTPUT.json
 
-One layer's norms, projections and SwiGLU, and the LM head with its cross-entropy, at the shapes of our models. The
-figures stand behind the defaults of `s2train.costs.prediction`. The optimizer, communication and what Megatron
-does between the layers are not in them.
+Runs, in plain torch, one layer's norms, projections and SwiGLU, and the LM head with its cross-entropy, at the shapes
+of our models. The results are the defaults of `s2train.costs.prediction`. They don't include the optimizer,
+communication and Megatron's work between the layers.
 """
 
 import json
@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 TOKENS = 8192
 VOCABULARY = 32768
-# name -> hidden, feed-forward, key and value widths: conf/model/size
+# name -> hidden, feed-forward, key and value widths, as in conf/model/size
 SHAPES = {"125m": (768, 2048, 256), "350m": (1024, 2816, 256), "1b": (2048, 8192, 512), "7b": (4096, 14336, 1024)}
 
 
 class _Layer(nn.Module):
-    """A decoder layer whose attention hands on its queries."""
+    """A decoder layer whose attention returns its queries."""
 
     def __init__(self, hidden: int, ffn: int, kv: int) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class _Head(nn.Module):
 
 
 def rate(module: nn.Module, hidden: int) -> float:
-    """FLOP/s of forward and backward over TOKENS tokens: 6 a weight of a matrix and token."""
+    """Measure FLOP/s of forward and backward over TOKENS tokens: 6 per matrix weight and token."""
     x = torch.randn(TOKENS, hidden, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     weights = sum(parameter.numel() for parameter in module.parameters() if parameter.dim() == 2)
     times = []
@@ -66,7 +66,7 @@ def rate(module: nn.Module, hidden: int) -> float:
 
 
 def ceiling() -> float:
-    """FLOP/s of an 8192³ product in bf16."""
+    """Measure FLOP/s of an 8192³ product in bf16."""
     a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
     times = []
     for _ in range(30):
@@ -80,7 +80,7 @@ def ceiling() -> float:
 
 
 def measure() -> dict[str, object]:
-    """TFLOP/s of every shape's layer and head."""
+    """Measure TFLOP/s of every shape's layer and head."""
     shapes = {}
     for name, (hidden, ffn, kv) in SHAPES.items():
         modules = {"layer": _Layer(hidden, ffn, kv), "head": _Head(hidden)}

@@ -1,4 +1,7 @@
-"""Memory of one rank, by part, in bytes. An estimate from above; what it assumes stands beside each term."""
+"""Estimate one rank's memory by part, in bytes, from above.
+
+Each term's assumptions are stated beside it.
+"""
 
 from dataclasses import dataclass, fields
 
@@ -15,16 +18,16 @@ Chunks = tuple[tuple[LayerLayout, ...], ...]  # the layers of each model chunk o
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of the fullest rank.
+    """Bytes of the rank that needs the most memory.
 
     Attributes:
         weights: in the run's precision.
         gradients: fp32, all of them (Megatron's main gradients).
-        optimizer: fp32 Adam moments, and fp32 weights where the run's are bf16; shared over data and context
-            parallel ranks by the distributed optimizer.
-        activations: kept for the backward pass, with the largest temporary of one layer or of the loss.
+        optimizer: fp32 Adam moments, and fp32 weights if the run's are bf16; the distributed optimizer divides them
+            over data and context parallel ranks.
+        activations: saved for the backward pass, plus the largest temporary of one layer or of the loss.
         layouts: block layouts of the sparse layers.
-        overhead: CUDA context, libraries' workspaces and communicators; Python and torch on a CPU.
+        overhead: CUDA context, library workspaces and communicators; Python and torch on a CPU.
     """
 
     weights: int
@@ -40,9 +43,10 @@ class Memory:
 
 
 def checkpoint_bytes(cfg: PretrainConfig, hybrid: HybridLayout) -> int:
-    """Bytes of a checkpoint on disk: weights in the run's precision, Adam's moments, and fp32 weights beside bf16.
+    """Return bytes of a checkpoint on disk.
 
-    The distributed optimizer saves fp32 weights in any precision.
+    It has weights in the run's precision, Adam's moments, and fp32 weights beside bf16 ones. The distributed optimizer
+    saves fp32 weights in any precision.
     """
     bf16 = cfg.train.precision == "bf16"
     optimizer = 12 if bf16 or cfg.parallel.distributed_optimizer else 8
@@ -50,12 +54,12 @@ def checkpoint_bytes(cfg: PretrainConfig, hybrid: HybridLayout) -> int:
 
 
 def data_parallel(cfg: PretrainConfig, world_size: int) -> int:
-    """How many copies of the model `world_size` ranks hold."""
+    """Return the number of model copies that `world_size` ranks hold."""
     return world_size // (cfg.parallel.tp * cfg.parallel.pp * cfg.parallel.cp)
 
 
 def micro_batches(cfg: PretrainConfig, world_size: int) -> int:
-    """Micro batches a step on each data-parallel rank."""
+    """Return micro batches per step on each data-parallel rank."""
     return cfg.train.global_batch_size // (data_parallel(cfg, world_size) * cfg.train.micro_batch_size)
 
 
@@ -68,12 +72,12 @@ def rank_memory(
     kind: str,
     impl: Implementations | None = None,
 ) -> Memory:
-    """The fullest pipeline stage's rank.
+    """Estimate the memory of the pipeline rank that needs the most.
 
     Args:
         layouts: bytes.
         kind: "cuda" or "cpu".
-        impl: what computes the loss and SwiGLU; None: no library beside torch and Megatron.
+        impl: what computes the loss and SwiGLU; None: only torch and Megatron.
     """
     impl = impl or Implementations()
     ranks = (
@@ -106,13 +110,14 @@ def _stage_memory(
 
 
 def _overhead(cfg: PretrainConfig, world_size: int) -> int:
-    """Bytes outside of torch's allocator on a GPU: context and libraries, and a communicator for each group in use.
+    """Return GPU bytes outside of torch's allocator.
 
-    Measured on an H100: 0.6 GiB, 0.15 GiB, and 8.1 GiB for all 21 communicators of a job of one rank, here 0.45 each.
-    NVIDIA/nccl#964 has 0.53 GiB for two ranks and 0.67 GiB for more.
+    These are the CUDA context, libraries, and a communicator for each group in use. Measured on an H100: 0.6 GiB,
+    0.15 GiB, and 8.1 GiB for all 21 communicators of a job of one rank; here 0.45 GiB each. NVIDIA/nccl#964 reports
+    0.53 GiB for two ranks and 0.67 GiB for more.
     """
     parallel = cfg.parallel
-    # World, tensor and data parallel, the gradients' norm's; the pipeline's and its embeddings'; context parallel's.
+    # World, tensor and data parallel, gradient norm; pipeline and its embeddings; context parallel.
     groups = 4 + 2 * (parallel.pp > 1) + (parallel.cp > 1)
     return int((0.75 + groups * (0.45 if world_size == 1 else 0.7)) * GIB)
 
@@ -125,59 +130,66 @@ def stage_activations(
     kind: str,
     impl: Implementations | None = None,
 ) -> int:
-    """Bytes that a rank of pipeline stage `stage`, with these layers in its chunks, holds at its peak."""
+    """Return peak activation bytes of a rank of pipeline stage `stage`.
+
+    Its chunks have these layers.
+    """
     impl = impl or Implementations()
     model, train, parallel = cfg.model, cfg.train, cfg.parallel
     width = 2 if train.precision == "bf16" else 4
     tokens = train.seq_length // parallel.cp * train.micro_batch_size
-    # Sequence parallelism splits what lies between the blocks: residual stream and norms.
+    # Sequence parallelism divides the tensors between the blocks: residual stream and norms.
     stream = tokens * model.hidden_size * width // (parallel.tp if parallel.sequence_parallel else 1)
     whole, kept = layer_activations(cfg, stream, kind)
 
-    # Backward, one layer's MLP gradients lie beside its activations: gate, up (in their place with Liger-Kernel),
+    # In the backward, one layer's MLP gradients coexist with its activations: gate and up (in place with Liger-Kernel),
     # their product, streams.
     gradients = 1 if impl.fuses_swiglu(cfg) else 3
     layer = gradients * tokens * model.ffn_hidden_size * width // parallel.tp + 2 * stream
     loss = 0
     if stage == parallel.pp - 1:
-        loss = _loss_bytes(cfg, tokens, width, impl.loss(cfg)) + 3 * stream  # of the final norm, as above
+        loss = _loss_bytes(cfg, tokens, width, impl.loss(cfg)) + 3 * stream  # streams of the final norm, as above
 
     waiting = _chunks_in_flight(cfg, stage, num_micro_batches)
     in_flight = max(map(len, chunks)) * waiting
     own = [[kind_activations(cfg, layer) for layer in chunk] for chunk in chunks]
     largest = max((nbytes for chunk in own for nbytes in chunk), default=0)
-    if train.recompute == "full":  # inputs of recomputed groups, and one group alive again, after the loss is through
+    if train.recompute == "full":  # inputs of recomputed groups, and one group in full, when the loss is freed already
         group = train.recompute_num_layers
         return in_flight // group * stream + max(group * (whole + largest) + layer, loss)
-    if train.recompute == "selective":  # what the kind keeps is computed again with the core attention
+    if train.recompute == "selective":  # what the kind saves is recomputed with the core attention
         return in_flight * kept + max(layer + largest, loss)
     return in_flight * kept + waiting * max(map(sum, own)) + max(layer, loss)
 
 
 def kind_activations(cfg: PretrainConfig, layer: LayerLayout) -> int:
-    """Bytes that a layer's kind of attention keeps for one micro batch on a rank, beside what every kind does."""
+    """Return bytes that only this kind of attention saves for the backward.
+
+    They are those of one layer and micro batch on a rank, in addition to what every kind saves.
+    """
     width = 2 if cfg.train.precision == "bf16" else 4
     whole = layer.kind.activation_bytes(layer, cfg.train.seq_length, attention_shape(cfg.model), width)
     return whole * cfg.train.micro_batch_size // (cfg.parallel.tp * cfg.parallel.cp)
 
 
 def _loss_bytes(cfg: PretrainConfig, tokens: int, width: int, way: str) -> int:
-    """Bytes of the logits, and of what the loss makes of them, at its peak."""
+    """Return peak bytes of the logits and the loss's temporaries."""
     model, parallel = cfg.model, cfg.parallel
     if way == "linear":  # a piece of the logits, the weight's gradient in fp32 and in `width`
         pieces = -(-model.vocab_size // model.hidden_size)
         piece = min(1 << (-(-tokens // pieces) - 1).bit_length(), tokens)
         return piece * model.vocab_size * width + model.vocab_size * model.hidden_size * (4 + width)
     logits = tokens * model.vocab_size // parallel.tp
-    # Logits and their gradient in `width`, softmax in fp32: Liger-Kernel has no copy of the first beside the others;
-    # Megatron has another of the last.
+    # Logits and their gradient in `width`, softmax in fp32. Liger-Kernel has no second copy of the logits; Megatron has
+    # a second softmax.
     return logits * (width + 4 if way == "liger" else 2 * width + 8)
 
 
 def layer_activations(cfg: PretrainConfig, stream: int, kind: str) -> tuple[int, int]:
-    """Bytes that a layer saves for one micro batch: without recomputation, and as `train.recompute` has it.
+    """Return bytes saved per layer and micro batch: without recomputation, and with `train.recompute`.
 
-    Flash-like attention: nothing of sequence length squared. `stream`: bytes of a tensor [s, b, hidden].
+    Assumes flash-like attention: nothing grows with the square of the length. `stream`: bytes of a tensor
+    [s, b, hidden].
     """
     model, train, parallel = cfg.model, cfg.train, cfg.parallel
     width = 2 if train.precision == "bf16" else 4
@@ -186,23 +198,26 @@ def layer_activations(cfg: PretrainConfig, stream: int, kind: str) -> tuple[int,
     keys = tokens * model.num_query_groups * head_dim(model) * width // parallel.tp
     ffn = tokens * model.ffn_hidden_size * width // parallel.tp
 
-    fused = kind == "cuda"  # RMSNorm and SwiGLU
-    # Input and output of both norms; what they are before the weight too where not fused.
+    fused = kind == "cuda"  # RMSNorm and SwiGLU are fused
+    # Input and output of both norms; if not fused, also the values before the weight.
     residual = (4 if fused else 6) * stream
-    # q and k after RoPE, beside the projection's output that v is a view of; attention's output.
+    # q and k after RoPE, the projection's output (v is a view of it), and attention's output.
     attention = (queries + keys) + (queries + 2 * keys) + queries
     # Log-sum-exp in fp32; keys and values of all context parallel ranks (sparse layers may hold fewer).
     core = tokens * model.num_attention_heads * 4 // parallel.tp
     if parallel.cp > 1:
         core += 2 * keys * parallel.cp
-    # Gate, up, their product; SiLU of the gate and a copy of up too where not fused.
+    # Gate, up and their product; if not fused, also SiLU of the gate and a copy of up.
     mlp = (3 if fused else 5) * ffn
     whole = residual + attention + core + mlp
     return whole, whole - core if train.recompute == "selective" else whole
 
 
 def _chunks_in_flight(cfg: PretrainConfig, stage: int, num_micro_batches: int) -> int:
-    """Forward passes of one model chunk that wait for their backward at most: Megatron's 1F1B schedules."""
+    """Return the maximum of forward passes per model chunk that await their backward.
+
+    The pipeline schedule is Megatron's 1F1B.
+    """
     pp, vpp = cfg.parallel.pp, cfg.parallel.vpp
     if vpp is None:
         return min(num_micro_batches, pp - stage)

@@ -1,6 +1,7 @@
-"""Exact parameter counts of the Llama-like model: no biases, SwiGLU, two RMSNorms a layer, one at the end.
+"""Exact parameter counts of the Llama-like model.
 
-Beside these a layer has the weights of its kind of attention.
+It has no biases, SwiGLU, two RMSNorms per layer and one at the end. A layer also has the weights of its kind of
+attention.
 """
 
 from collections.abc import Sequence
@@ -12,12 +13,12 @@ from s2train.config import ModelConfig, ParallelConfig
 
 
 def head_dim(model: ModelConfig) -> int:
-    """Of queries, keys and values; as set, or the hidden size shared out among the query heads."""
+    """Return the head dimension: as set, or hidden size over query heads."""
     return model.head_dim if model.head_dim is not None else model.hidden_size // model.num_attention_heads
 
 
 def attention_shape(model: ModelConfig) -> AttentionShape:
-    """Sizes of the attention of each layer."""
+    """Return the sizes of each layer's attention."""
     return AttentionShape(model.hidden_size, model.num_attention_heads, model.num_query_groups, head_dim(model))
 
 
@@ -26,9 +27,9 @@ class LayerParameters:
     """Parameters of one layer, not divided over ranks.
 
     Attributes:
-        matmul: of projections and MLP, split over tensor parallel ranks.
+        matmul: of projections and MLP, divided over tensor parallel ranks.
         norms: repeated on each.
-        kind_split, kind_repeated: weights that the kind of attention adds, split or repeated.
+        kind_split, kind_repeated: weights that the kind of attention adds, divided or repeated.
     """
 
     matmul: int
@@ -37,12 +38,12 @@ class LayerParameters:
     kind_repeated: int = 0
 
     def on_rank(self, tp: int) -> int:
-        """What one of `tp` tensor parallel ranks holds."""
+        """Return what one of `tp` tensor parallel ranks holds."""
         return self.matmul // tp + self.norms + self.kind_split // tp + self.kind_repeated
 
 
 def layer_parameters(model: ModelConfig, layer: LayerLayout) -> LayerParameters:
-    """Numbers of parameters of one layer."""
+    """Count the parameters of one layer."""
     queries, keys = model.num_attention_heads * head_dim(model), model.num_query_groups * head_dim(model)
     attention = model.hidden_size * (queries + 2 * keys) + queries * model.hidden_size
     mlp = 3 * model.hidden_size * model.ffn_hidden_size  # gate, up, down
@@ -56,16 +57,16 @@ def layer_parameters(model: ModelConfig, layer: LayerLayout) -> LayerParameters:
 
 
 def total_parameters(model: ModelConfig, layers: Sequence[LayerLayout]) -> int:
-    """Parameters of the whole model; a tied embedding counts once."""
+    """Count the parameters of the whole model; a tied embedding counts once."""
     embeddings = (1 if model.tie_embeddings else 2) * model.vocab_size * model.hidden_size
     return sum(layer_parameters(model, layer).on_rank(1) for layer in layers) + embeddings + model.hidden_size
 
 
 def stage_parameters(model: ModelConfig, parallel: ParallelConfig, stage: int, layers: Sequence[LayerLayout]) -> int:
-    """Parameters that one rank of pipeline stage `stage`, which has these layers in all, holds.
+    """Count the parameters on one rank of pipeline stage `stage`.
 
-    The first stage holds the embedding, the last the head and the final norm; a tied embedding lies on both
-    when they differ.
+    `layers` are all layers of the stage. The first stage holds the embedding, the last the head and the final norm; a
+    tied embedding lies on both if they differ.
     """
     first, last = stage == 0, stage == parallel.pp - 1
     tables = 1 if first and last and model.tie_embeddings else first + last

@@ -1,8 +1,8 @@
-"""What a layout gains at each length, before it is trained: FLOPs, bytes, cache and predicted speed-ups.
+"""Predict a layout's gains at each length before training.
 
-Times are those of forward and backward on one device without parallelism, communication or optimizer; ratios of them
-hold as long as these stay in the background. Measured figures to hold against them: `kernels/benchmarks` (attention)
-and `launch/hybrid_vs_dense.sh` (whole steps).
+Reports FLOPs, bytes, cache and speed-ups. Times are of forward and backward on one device, without parallelism,
+communication or optimizer; their ratios hold as long as these take little time. Measured figures to compare with:
+`kernels/benchmarks` (attention) and `launch/hybrid_vs_dense.sh` (whole steps).
 """
 
 import bisect
@@ -21,7 +21,7 @@ from s2train.costs.parameters import head_dim
 from s2train.costs.traffic import Traffic, attention_traffic, sum_traffic
 from s2train.layouts.patterns import known_blocks
 
-# Hidden size -> FLOP/s of all but attention on an H100 in bf16, measured by `s2train.costs.measure`
+# Hidden size -> FLOP/s of everything but attention on an H100 in bf16, measured by `s2train.costs.measure`
 # (launch/results/2026-11-22-h100-linear.json): 0.2 to 0.8 of an 8192³ product's rate.
 _LINEAR_RATES = ((768, 144e12), (1024, 295e12), (2048, 507e12), (4096, 591e12))
 
@@ -29,7 +29,7 @@ LENGTHS = tuple(1024 * n for n in (8, 16, 32, 64, 128, 256, 512, 1024))  # token
 
 
 def linear_rate(hidden_size: int) -> float:
-    """FLOP/s of a layer's norms, projections and MLP: measured sizes, joined by straight lines."""
+    """Return FLOP/s of norms, projections and MLP, interpolated linearly between measurements."""
     sizes, rates = zip(*_LINEAR_RATES, strict=True)
     place = bisect.bisect_left(sizes, hidden_size)
     if place == 0 or place == len(sizes):
@@ -40,10 +40,10 @@ def linear_rate(hidden_size: int) -> float:
 
 @dataclass(frozen=True)
 class Efficiency:
-    """What predictions rest on.
+    """Assumptions of predictions.
 
     Attributes:
-        linear: FLOP/s of all but attention; None: measured on an H100 at a like hidden size.
+        linear: FLOP/s of everything but attention; None: measured on an H100 at a similar hidden size.
     """
 
     attention: AttentionRates = field(default_factory=AttentionRates)
@@ -52,11 +52,11 @@ class Efficiency:
 
 @dataclass(frozen=True)
 class LayerCosts:
-    """One sequence through one layer's attention.
+    """Costs of one sequence in one layer's attention.
 
     Attributes:
         density: kept over causal positions.
-        forward_flops, backward_flops: that the products take; the backward makes two of them again.
+        forward_flops, backward_flops: of the matrix products; the backward repeats two of them.
         traffic: bytes.
         cache: tokens, over KV heads.
         seconds: predicted.
@@ -72,12 +72,12 @@ class LayerCosts:
 
 @dataclass(frozen=True)
 class ModelCosts:
-    """One sequence of `seq_length` tokens through the whole model.
+    """Costs of one sequence of `seq_length` tokens in the whole model.
 
     Attributes:
-        cache: tokens over layers and KV heads; bytes by `cache.nbytes(tokens, head_dim)`.
-        linear_seconds: predicted time of all but attention, forward and backward.
-        dense_seconds: predicted time of attention, were every layer dense.
+        cache: tokens over layers and KV heads; in bytes `cache.nbytes(tokens, head_dim)`.
+        linear_seconds: predicted time of everything but attention, forward and backward.
+        dense_seconds: predicted time of attention if every layer were dense.
     """
 
     seq_length: int
@@ -109,16 +109,19 @@ class ModelCosts:
 
     @property
     def attention_speedup(self) -> float:
-        """Forward and backward of attention in all layers: dense over this layout."""
+        """Return the speed-up of attention over dense, forward and backward in all layers."""
         return self.dense_seconds / self.attention_seconds
 
     @property
     def step_speedup(self) -> float:
-        """The whole of forward and backward: dense over this layout."""
+        """Return the speed-up of the whole forward and backward over dense."""
         return (self.linear_seconds + self.dense_seconds) / (self.linear_seconds + self.attention_seconds)
 
     def to_json(self) -> dict[str, Any]:
-        """The model's sums as plain values: bytes for a cache in bf16, FLOPs, seconds, ratios."""
+        """Return the model's sums as plain values.
+
+        These are bytes (for a cache in bf16), FLOPs, seconds and ratios.
+        """
         nbytes = {name: self.cache.nbytes(getattr(self.cache, name), self.head_dim) for name in asdict(self.cache)}
         return {
             "seq_length": self.seq_length,
@@ -138,7 +141,7 @@ class ModelCosts:
 def model_costs(
     model: ModelConfig, hybrid: HybridLayout, seq_length: int, efficiency: Efficiency | None = None
 ) -> ModelCosts:
-    """What a sequence of `seq_length` tokens costs, counted exactly, and its predicted times."""
+    """Count exact costs of a sequence of `seq_length` tokens and predict its times."""
     efficiency, dim = efficiency or Efficiency(), head_dim(model)
     of_layer = {
         layer: _layer_costs(layer, hybrid.num_query_groups, seq_length, dim, efficiency.attention)
@@ -171,6 +174,6 @@ def _layer_costs(
 
 
 def known_lengths(hybrid: HybridLayout, lengths: Sequence[int] = LENGTHS) -> tuple[int, ...]:
-    """Those of `lengths` that masks from files, if any head has one, reach to."""
+    """Return those of `lengths` that all heads' masks from files cover."""
     longest = known_blocks(hybrid.bounds, max(lengths)) * hybrid.block_size
     return tuple(length for length in lengths if length <= longest)

@@ -1,4 +1,4 @@
-"""Which layers each pipeline stage holds, and how long the slowest makes the others wait."""
+"""Divide layers over pipeline stages and estimate how long stages wait."""
 
 from dataclasses import dataclass
 from itertools import accumulate
@@ -12,14 +12,20 @@ from s2train.costs.parameters import attention_shape, layer_parameters
 
 @dataclass(frozen=True)
 class LayerFlops:
-    """Forward FLOPs of one sequence in each layer, and in the LM head; the backward pass takes twice as many."""
+    """Forward FLOPs of one sequence per layer and in the LM head.
+
+    The backward pass takes twice as many.
+    """
 
     layers: tuple[float, ...]
     head: int
 
 
 def layer_flops(model: ModelConfig, hybrid: HybridLayout, seq_length: int) -> LayerFlops:
-    """A dense layer costs what its dense attention does, any other what its heads keep and its kind adds."""
+    """Count each layer's FLOPs: kept positions, and what the kind adds.
+
+    A dense layer costs what its dense attention does.
+    """
     shape = attention_shape(model)
     of_layer = {
         layer: 2 * seq_length * layer_parameters(model, layer).matmul
@@ -35,31 +41,34 @@ def layer_flops(model: ModelConfig, hybrid: HybridLayout, seq_length: int) -> La
 
 @dataclass(frozen=True)
 class Stages:
-    """Layers in each model chunk, in the model's order; chunk c lies on pipeline rank c mod `pp`."""
+    """Layers in each model chunk; chunk c lies on pipeline rank c mod `pp`.
+
+    Chunks are in the model's order.
+    """
 
     chunks: tuple[int, ...]
     pp: int
 
     def of_rank(self, rank: int) -> tuple[int, ...]:
-        """Layers in each chunk that pipeline rank `rank` holds."""
+        """Return the number of layers in each chunk of pipeline rank `rank`."""
         return self.chunks[rank :: self.pp]
 
     def layers_of_rank(self, hybrid: HybridLayout, rank: int) -> tuple[tuple[LayerLayout, ...], ...]:
-        """The layers themselves of each chunk of pipeline rank `rank`."""
+        """Return the layers in each chunk of pipeline rank `rank`."""
         ends = list(accumulate(self.chunks))
         chunks = [hybrid.layers[end - size : end] for end, size in zip(ends, self.chunks, strict=True)]
         return tuple(chunks[rank :: self.pp])
 
     def megatron_layout(self) -> str:
-        """As `pipeline_model_parallel_layout` of Megatron's TransformerConfig wants it, such as Ett|ttt|ttL."""
+        """Format as Megatron's `pipeline_model_parallel_layout`, such as Ett|ttt|ttL."""
         parts = ["t" * layers for layers in self.chunks]
         return "|".join(["E" + parts[0], *parts[1:]]) + "L" if len(parts) > 1 else f"E{parts[0]}L"
 
 
 def pipeline_stages(model: ModelConfig, parallel: ParallelConfig, costs: LayerFlops) -> Stages:
-    """The division that `parallel.pipeline_split` names: as many layers in each chunk, or as much work.
+    """Divide layers as `parallel.pipeline_split` says: equal numbers, or equal work.
 
-    `model` and `parallel` have passed `check_division`.
+    `model` and `parallel` must have passed `check_division`.
     """
     number = parallel.pp * (parallel.vpp or 1)
     if parallel.pipeline_split == "even":
@@ -68,10 +77,13 @@ def pipeline_stages(model: ModelConfig, parallel: ParallelConfig, costs: LayerFl
 
 
 def _least_largest_part(costs: LayerFlops, number: int) -> tuple[int, ...]:
-    """Sizes of `number` runs of layers of which the dearest costs least; among equals, the most alike."""
+    """Divide layers into `number` runs so that the most expensive costs least.
+
+    Returns the runs' sizes; among equals, the most similar ones.
+    """
     work = [*costs.layers[:-1], costs.layers[-1] + costs.head]
     sums = [0, *accumulate(work)]
-    # best[end]: (dearest run, sum of squares, sizes) of the first `end` layers in the runs so far
+    # best[end]: (most expensive run, sum of squares, sizes) of the first `end` layers in the runs so far
     best: dict[int, tuple[float, float, tuple[int, ...]]] = {0: (0, 0, ())}
     for run in range(1, number + 1):
         following = {}
@@ -88,12 +100,12 @@ def _least_largest_part(costs: LayerFlops, number: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Balance:
-    """How evenly the work lies on pipeline ranks, and the share of a step in which they wait.
+    """Balance of work over pipeline ranks, and their share of idle time.
 
     Attributes:
-        imbalance: the busiest rank's work over the mean, less 1.
-        idle: 1 - work / (ranks × time) of Megatron's 1F1B schedules without communication: m micro batches take
-            m t_max + (Σt - t_max) / vpp, for t the time that one takes on each rank.
+        imbalance: the busiest rank's work over the mean, minus 1.
+        idle: 1 - work / (ranks × time) of Megatron's 1F1B pipeline schedules without communication. m micro batches
+            take m t_max + (Σt - t_max) / vpp, where t is the time of one on each rank.
     """
 
     stages: Stages
@@ -102,7 +114,10 @@ class Balance:
 
 
 def balance(stages: Stages, costs: LayerFlops, num_micro_batches: int) -> Balance:
-    """How evenly pipeline stages share out the work, and how long they wait for one another at a step's ends."""
+    """Compute how evenly stages share the work, and how long they wait.
+
+    They wait at the beginning and end of a step.
+    """
     sums = [0, *accumulate(costs.layers)]
     ends = list(accumulate(stages.chunks))
     chunks = [sums[end] - sums[end - layers] for end, layers in zip(ends, stages.chunks, strict=True)]

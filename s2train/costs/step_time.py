@@ -1,14 +1,15 @@
-"""Predicted time of a training step, by part, from what the parts of an H100's steps were measured to take.
+"""Predict a training step's time by part, from measured parts of H100 steps.
 
-Products and elementwise work are those of profiled steps of two shapes, on one GPU and on two:
-`launch/results/2026-11-26-h100-te-breakdown.json` (four 7B layers) and `2026-11-26-h100x2-scaling.json` (1B);
-attention is `s2train.costs.attention_time`'s. Small hidden sizes are as whole steps have them (125M, and 30M, which
-waited for no host). Every whole step measured on H100s is met within `MARGIN` (tests/costs/test_step_time.py), but
-those that waited for a slow host (`2026-11-28-h100-library-losses.json`), which `Prediction.waits_for_host` warns of.
+Products and elementwise work come from profiled steps of two shapes, on one GPU and on two:
+`launch/results/2026-11-26-h100-te-breakdown.json` (four 7B layers) and `2026-11-26-h100x2-scaling.json` (1B).
+Attention comes from `s2train.costs.attention_time`. Small hidden sizes come from whole steps (125M, and 30M, which did
+not wait for the host). The prediction is within `MARGIN` of every whole step measured on H100s
+(tests/costs/test_step_time.py), except those that waited for a slow host (`2026-11-28-h100-library-losses.json`);
+`Prediction.waits_for_host` warns of these.
 
-Other GPUs are H100s slower or faster by the ratio of peak rates: products and attention by FLOP/s, elementwise work
-and the optimizer by memory, communication by links. Nobody has measured that: it is an estimate. So are divisions
-over tensor parallel ranks beyond two, over pipeline stages, and over machines.
+Other GPUs are estimated as H100s scaled by the ratio of peak rates: FLOP/s for products and attention, memory bandwidth
+for elementwise work and the optimizer, link bandwidth for communication. This is an estimate without measurements. So
+are more than two tensor parallel ranks, pipeline stages, and several machines.
 """
 
 import bisect
@@ -27,39 +28,39 @@ from s2train.environment.hardware import GpuRates, Hardware, gpu_rates
 
 MARGIN = 0.1  # of a measured step
 GPUS_PER_MACHINE = 8
-NETWORK = 50e9  # bytes/s of a GPU between machines: 400 Gb/s
+NETWORK = 50e9  # bytes/s per GPU between machines: 400 Gb/s
 
 _H100 = "NVIDIA H100 80GB HBM3"
 # Hidden size -> FLOP/s of its matrix products in bf16.
 _PRODUCTS = ((384, 400e12), (768, 700e12), (2048, 784e12), (4096, 730e12))
-_ELEMENTWISE = 0.104e-9  # seconds a token, layer and hidden dimension: norms, rotation, SwiGLU, residuals
-# Seconds that Liger-Kernel's kernels save: of SwiGLU for each of its outputs, of rotation for each dimension of queries
-# and keys (launch/results/2026-11-28-h100-elementwise.json, -rotation.json).
+_ELEMENTWISE = 0.104e-9  # seconds per token, layer and hidden dimension: norms, rotation, SwiGLU, residuals
+# Seconds that Liger-Kernel's kernels save: SwiGLU per output, rotation per dimension of queries and keys
+# (launch/results/2026-11-28-h100-elementwise.json, -rotation.json).
 _FUSED_SWIGLU, _FUSED_ROTATION = 0.26e-12, 25.4e-12
-_LOSS = {"torch": 15.5e-12, "liger": 7.6e-12, "linear": 8.0e-12}  # seconds a logit, without products; the first file
-_SPLIT_SHARE = 0.3  # of them lies between a layer's products, and so is split over tensor parallel ranks
-_ADAM, _FUSED_ADAM = 38.9e-12, 17.5e-12  # seconds a parameter: torch's, transformer-engine's
-_USED_MEMORY, _USED_LINK = 0.8, 0.69  # of the peak
+_LOSS = {"torch": 15.5e-12, "liger": 7.6e-12, "linear": 8.0e-12}  # seconds per logit, without products; the first file
+_SPLIT_SHARE = 0.3  # part of elementwise work between a layer's products, divided over tensor parallel ranks
+_ADAM, _FUSED_ADAM = 38.9e-12, 17.5e-12  # seconds per parameter: torch's, transformer-engine's
+_USED_MEMORY, _USED_LINK = 0.8, 0.69  # fractions of the peak
 _SLOWER_PRODUCTS = 0.1  # each time that tensor parallel halves them
-_CP_LINK = 0.12  # of the link's peak, waiting for the other ranks included
-_CP_SPARSE = 0.4  # of what a dense layer exchanges takes a sparse one
-_HOST = 0.45e-3  # seconds between kernels, a layer and micro batch
-SLOW_HOST = 8e-3  # seconds to start the kernels of a layer and micro batch, seen on the slowest host
+_CP_LINK = 0.12  # fraction of the link's peak, including waits for other ranks
+_CP_SPARSE = 0.4  # a sparse layer's exchange relative to a dense layer's
+_HOST = 0.45e-3  # seconds between kernels, per layer and micro batch
+SLOW_HOST = 8e-3  # seconds to launch the kernels of a layer and micro batch, measured on the slowest host
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a step, of the pipeline stage that the others wait for.
+    """Seconds of a step on the slowest pipeline stage.
 
     Attributes:
         linear: matrix products of layers and LM head.
         elementwise: norms, rotation, SwiGLU, loss, sums of gradients.
         attention: in all layers.
         recomputation: forward passes that `train.recompute` repeats.
-        communication: what does not hide behind the rest.
-        optimizer: Adam and the gradients' norm.
+        communication: what is not hidden behind other work.
+        optimizer: Adam and the gradient norm.
         host: between kernels.
-        pipeline: waiting for other stages as a step begins and ends.
+        pipeline: waiting for other stages at the beginning and end of a step.
     """
 
     linear: float = 0.0
@@ -87,14 +88,14 @@ class StepTime:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of a step.
+    """Prediction of a step.
 
     Attributes:
         tokens_per_s: of all GPUs.
         mfu: FLOPs that the layout keeps over the GPUs' peak.
-        caveats: what makes it an estimate; empty where such steps were measured.
+        caveats: reasons why it is an estimate; empty if such steps were measured.
         te: transformer-engine's layers.
-        waits_for_host: whether a slow host would take longer to start the kernels than the GPU to run them.
+        waits_for_host: whether a slow host would take longer to launch the kernels than the GPU to run them.
     """
 
     time: StepTime
@@ -114,9 +115,10 @@ def predict_step(
     flops_per_token: float,
     impl: Implementations,
 ) -> Prediction | None:
-    """Time of a step on `world_size` ranks like `hardware`; None where nothing was measured to tell it by.
+    """Predict the time of a step on `world_size` ranks like `hardware`.
 
-    That is: on a CPU, on a GPU of unknown peak, in fp32, and for layers that read what the data choose.
+    Returns None where no measurement applies: on a CPU, on a GPU of unknown peak, in fp32, and for layers whose reads
+    depend on the data.
 
     Args:
         impl: what computes dense attention, SwiGLU, rotation and loss.
@@ -152,7 +154,7 @@ def predict_step(
 
 
 class _Model:
-    """Times of one micro batch on one rank, and of a step's ends."""
+    """Times of one micro batch on one rank, and of a step's beginning and end."""
 
     def __init__(
         self,
@@ -178,7 +180,7 @@ class _Model:
         self.attention = _attention_rates(cfg, hardware, impl, self.compute)
 
     def layer(self, layer: LayerLayout) -> StepTime:
-        """One micro batch through one layer, forward and backward."""
+        """Return the time of one micro batch in one layer, forward and backward."""
         model, tp = self.cfg.model, self.cfg.parallel.tp
         matmul = layer_parameters(model, layer).matmul
         linear = 6 * matmul / tp * self.tokens / self._products()
@@ -201,12 +203,12 @@ class _Model:
         return found
 
     def head(self) -> StepTime:
-        """One micro batch through the LM head and the loss."""
+        """Return the time of one micro batch in the LM head and the loss."""
         model, tp = self.cfg.model, self.cfg.parallel.tp
         weights = model.vocab_size * model.hidden_size
         logits = self.tokens * model.vocab_size / tp
         loss = self.impl.loss(self.cfg)
-        products = 8 if loss == "linear" else 6  # the backward multiplies again
+        products = 8 if loss == "linear" else 6  # its backward repeats the product
         return StepTime(
             linear=products * weights / tp * self.tokens / self._products(),
             elementwise=_LOSS[loss] * logits / self.memory + self._sums(weights),
@@ -214,7 +216,10 @@ class _Model:
         )
 
     def ends(self, stage: int, chunks: Chunks) -> StepTime:
-        """What a step does once: the optimizer, and sums and copies over data parallel ranks."""
+        """Return the time of once-a-step work.
+
+        This is the optimizer, and sums and copies over data parallel ranks.
+        """
         cfg = self.cfg
         layers = [layer for chunk in chunks for layer in chunk]
         held = stage_parameters(cfg.model, cfg.parallel, stage, layers)
@@ -228,7 +233,7 @@ class _Model:
         )
 
     def _products(self) -> float:
-        """FLOP/s."""
+        """Return FLOP/s of matrix products."""
         sizes, rates = zip(*_PRODUCTS, strict=True)
         hidden = self.cfg.model.hidden_size
         place = bisect.bisect_left(sizes, hidden)
@@ -243,7 +248,7 @@ class _Model:
         return rate * self.compute / (1 + _SLOWER_PRODUCTS * (self.cfg.parallel.tp.bit_length() - 1))
 
     def _elementwise_rate(self) -> float:
-        """Seconds a token and hidden dimension of a layer."""
+        """Return seconds per token and hidden dimension of a layer."""
         parallel = self.cfg.parallel
         # Measured with transformer-engine's fused norms; FP8 adds its casts.
         share = (0.98 if self.cfg.fp8 != "none" else 0.61) if self.te else 1.0
@@ -251,7 +256,7 @@ class _Model:
         return _ELEMENTWISE * share * split / self.memory
 
     def _fused(self) -> float:
-        """Seconds a token and layer that Liger-Kernel's kernels save."""
+        """Return seconds per token and layer that Liger-Kernel's kernels save."""
         model, saved = self.cfg.model, 0.0
         if self.impl.fuses_swiglu(self.cfg):
             saved += _FUSED_SWIGLU * model.ffn_hidden_size
@@ -260,7 +265,10 @@ class _Model:
         return saved / self.memory
 
     def _sums(self, weights: int) -> float:
-        """Seconds to add the gradients of so many weights, divided over ranks, to fp32 ones."""
+        """Return seconds to add gradients of `weights` weights to fp32 ones.
+
+        The weights are divided over ranks.
+        """
         return 0.0 if self.te else 10 * weights / self.cfg.parallel.tp / self.bandwidth
 
     def _attention(self, layer: LayerLayout) -> Seconds:
@@ -271,13 +279,16 @@ class _Model:
         return Seconds(share * seconds.forward, share * seconds.backward)
 
     def _tensor_parallel_units(self) -> tuple[int, int]:
-        """Gathers and scatters of a layer's stream: forward and backward, and in a repeated forward."""
+        """Count gathers and scatters of a layer's stream: step, and repeated forward.
+
+        The first number is forward and backward.
+        """
         if self.cfg.parallel.tp == 1:
             return 0, 0
         return (10, 4) if self.cfg.parallel.sequence_parallel else (8, 4)  # a sum is a scatter and a gather
 
     def _unit(self) -> float:
-        """Seconds to gather or scatter the stream of a micro batch over tensor parallel ranks."""
+        """Return seconds to gather or scatter a micro batch's stream over tensor parallel ranks."""
         tp = self.cfg.parallel.tp
         return self.tokens * self.cfg.model.hidden_size * 2 * (tp - 1) / tp / self._speed(tp)
 
@@ -291,7 +302,7 @@ class _Model:
         return share * 4 * keys * (cp - 1) / cp / speed  # keys and values, and their gradients
 
     def _speed(self, ranks: int) -> float:
-        """Bytes/s over so many ranks in a row."""
+        """Return bytes/s over `ranks` consecutive ranks."""
         return _USED_LINK * (self.link if ranks <= GPUS_PER_MACHINE else min(self.link, NETWORK))
 
 

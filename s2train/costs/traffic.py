@@ -1,16 +1,19 @@
-"""Bytes that attention moves between GPU memory and chip: a lower bound, and what the kernels stream.
+"""Bytes that attention moves between GPU memory and chip.
 
-The lower bound touches each tensor once. The streaming estimate counts every load and store that the kernels for
-Hopper issue, as if none of the tiles stayed in a cache; what the L2 cache serves comes off it.
+There are two counts: a lower bound, and what the kernels stream.
+
+The lower bound touches each tensor once. The streaming estimate counts every load and store of the Hopper kernels, as
+if no tile stayed in a cache; whatever the L2 cache serves reduces it.
 
 forward (`kernels/hopper/forward.py`)   a tile of 128 queries of one head: q, out and the log-sum-exps once; key and
     value of every block that any of its queries keeps.
 backward (`kernels/hopper/backward.py`) first out and dout are read, delta is written, float32 sums of dq are cleared;
-    then a program holds 128 keys and values and walks the 64-query tiles of all heads of its group that keep them:
-    q, dout, log-sum-exps and deltas are read, dq is read and written in float32; dk and dv are written once; last, dq
-    is read and written in the model's dtype. In blocks of 64 a program holds two that are kept by alike queries, and
-    loads those once: here each block counts by itself, up to twice what is loaded.
-Blocks under 64 tokens take portable kernels, which are taken to load as those for blocks of 64 do, a block a tile.
+    then a program holds 128 keys and values and iterates over the 64-query tiles of all heads of its group that keep
+    them: q, dout, log-sum-exps and deltas are read, dq is read and written in float32; dk and dv are written once;
+    last, dq is read and written in the model's dtype. In blocks of 64 a program holds two blocks that similar queries
+    keep, and loads those queries once. Here each block counts separately, up to twice what is loaded.
+Blocks under 64 tokens use portable kernels. They are assumed to load as those for blocks of 64 do, one block
+a tile.
 """
 
 import bisect
@@ -36,7 +39,7 @@ class Traffic:
 
     Attributes:
         forward_least, backward_least: every tensor read or written once.
-        forward, backward: what the kernels load and store, no cache counted.
+        forward, backward: loads and stores of the kernels, without caches.
     """
 
     forward_least: int
@@ -46,14 +49,17 @@ class Traffic:
 
 
 def sum_traffic(parts: Iterable[Traffic]) -> Traffic:
-    """Of several layers."""
+    """Add up the traffic of several layers."""
     return Traffic(*(sum(column) for column in zip(*map(astuple, parts), strict=True)))
 
 
 def attention_traffic(
     layer: LayerLayout, num_query_groups: int, seq_length: int, head_dim: int, element_size: int = 2
 ) -> Traffic:
-    """Bytes moved by the attention of one layer and sequence; `element_size` bytes an element (2: bf16)."""
+    """Count bytes moved by one layer's attention over one sequence.
+
+    There are `element_size` bytes per element (2: bf16).
+    """
     heads, groups = len(layer.heads), num_query_groups
     query = heads * seq_length * head_dim * element_size  # one tensor of q's shape
     key = groups * seq_length * head_dim * element_size
@@ -78,30 +84,33 @@ def attention_traffic(
 
 
 def _walked(pattern: Pattern, layer: LayerLayout, seq_length: int) -> tuple[int, int]:
-    """Keys that a head's forward tiles load; queries that its backward tiles of keys load. Whole tiles."""
+    """Count keys loaded by forward tiles, and queries loaded by backward tiles.
+
+    The counts are for one head and whole tiles.
+    """
     num_blocks, size = layer.num_blocks(seq_length), layer.block_size
     kept = kept_key_blocks([pattern], num_blocks)
     pairs = int(kept.sum())
     if size < _TILE:
         seen = pairs if 2 * size < _TILE else int(_seen_in_twos(pattern, kept).sum())
         return seen * size, pairs * size
-    # Tiles of the diagonal block leave out what comes after the query, or before the key.
+    # Tiles of the diagonal block skip keys after the query, or queries before the key.
     tiles = size // _TILE
     loaded = ((pairs - num_blocks) * tiles**2 + num_blocks * tiles * (tiles + 1) // 2) * _TILE
     return loaded, loaded
 
 
 def _seen_in_twos(pattern: Pattern, kept: Tensor) -> Tensor:
-    """How many key blocks either of query blocks 2t and 2t + 1 keeps: int64 [ceil(n / 2)].
+    """Count key blocks that query block 2t or 2t + 1 keeps: int64 [ceil(n / 2)].
 
     Args:
-        kept: int64 [n], how many each query block keeps.
+        kept: int64 [n], the number that each query block keeps.
     """
     num_blocks = len(kept)
     key = torch.arange(num_blocks)
     second = key[1::2]
     if isinstance(pattern, BandedPattern):
-        # Seen from the second: its own bands, and those of the first, which lie one block farther off.
+        # Relative to the second query block: its own bands, and those of the first, one block farther away.
         starts = [0, *(start for start in pattern.limits if start < num_blocks)]
         cuts = sorted({*starts, *(start + 1 for start in starts), num_blocks})
         seen = torch.zeros_like(second)
