@@ -1,4 +1,7 @@
-"""Auxiliary losses inside layers, after Megatron's DSAIndexerLossAutoScaler: gradients and values to log."""
+"""Auxiliary losses inside layers: attach gradients and record values to log.
+
+Follows Megatron's DSAIndexerLossAutoScaler.
+"""
 
 from typing import Any
 
@@ -7,7 +10,7 @@ from torch import Tensor
 
 
 def attach_loss(out: Tensor, loss: Tensor, scale: float) -> Tensor:
-    """Return `out` unchanged; its backward pass starts `scale` times the backward pass of `loss` as well."""
+    """Return `out`; its backward pass also runs that of `loss`, times `scale`."""
     if not torch.is_grad_enabled() or not loss.requires_grad:
         return out
     attached: Tensor = _Attached.apply(out, loss, scale)
@@ -28,7 +31,7 @@ class _Attached(torch.autograd.Function):
 
 
 class Records:
-    """Sums of named scalars, and how many each is of. The device is not waited for."""
+    """Sums and counts of named scalars, kept on the device without synchronisation."""
 
     def __init__(self) -> None:
         self._sums: dict[str, tuple[Tensor, int]] = {}
@@ -40,6 +43,6 @@ class Records:
         self._sums[name] = (total + value, count + 1)
 
     def take(self) -> dict[str, tuple[Tensor, int]]:
-        """Return sums and counts by name, and begin anew."""
+        """Return sums and counts by name, and reset them."""
         sums, self._sums = self._sums, {}
         return sums

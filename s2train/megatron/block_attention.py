@@ -1,4 +1,4 @@
-"""Core attention over fixed block layouts: dense and S2."""
+"""Core attention over static block layouts: dense and S2."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -17,19 +17,22 @@ from s2train.megatron.core_attention import CausalCoreAttention
 
 
 class BlockCoreAttention(CausalCoreAttention):
-    """Attention of a static kind, by the layout of its layer. Under context parallel K and V come from other ranks."""
+    """Core attention of a static kind, computed from its layer's layout.
+
+    Under context parallel, K and V come from other ranks.
+    """
 
     captures_decoding = True
 
     def attend_documents(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedSeqParams
     ) -> torch.Tensor:
-        """Attention within each document of sequences [s, b, h, d]; the layout restarts there too."""
+        """Compute attention within each document of [s, b, h, d]; layouts restart too."""
         if packed.qkv_format != "sbhd" or self.kv is not None or self.cp_group.size() > 1:
             raise NotImplementedError("packed documents come as packed_documents makes them, to train, without cp")
         layout = self.cache.get(self.layer_layout, key.shape[0], self.heads, query.device)
         parts = []
-        # the op takes one packed sequence; q, k and v of one are read where they lie
+        # the op takes one packed sequence; q, k and v of a single sequence are read in place
         for q, k, v, bounds in zip(*(x.split(1, dim=1) for x in (query, key, value)), packed.cu_seqlens_q, strict=True):
             parts.append(self.attend_document(q, k, v, layout, bounds))
         return torch.cat(parts, dim=1)
@@ -37,7 +40,10 @@ class BlockCoreAttention(CausalCoreAttention):
     def attend_document(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: BlockLayout, bounds: torch.Tensor
     ) -> torch.Tensor:
-        """Attention within each document of one sequence [s, 1, h, d]; `bounds` int32 [documents + 1]."""
+        """Compute attention within each document of one sequence [s, 1, h, d].
+
+        `bounds` is int32 [documents + 1].
+        """
         if self.kernels is None:
             self.kernels = kernels_in_use(query, key, value, layout, cu_seqlens=bounds, backend=self.backend)
         return block_sparse_attention(
@@ -45,7 +51,10 @@ class BlockCoreAttention(CausalCoreAttention):
         )
 
     def attend_across_ranks(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """As `attend`, of this context parallel rank's two chunks of the sequence; all keys gathered."""
+        """Compute attention of this context parallel rank's two chunks, as `attend`.
+
+        All keys are gathered.
+        """
         return attend_gathered(self.attend, query, key, value, self.cp_group)
 
     def attend_cached(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -77,9 +86,9 @@ class BlockCoreAttention(CausalCoreAttention):
 
 
 class DenseCoreAttention(BlockCoreAttention):
-    """Every head keeps everything.
+    """Core attention in which every head keeps everything.
 
-    `implementation` is the run's `dense_attention`; `choices` are what it came to, by kind of call.
+    `implementation` is the run's `dense_attention`; `choices` are the kernels chosen for each kind of call.
     """
 
     implementation = "auto"
@@ -124,7 +133,7 @@ class DenseCoreAttention(BlockCoreAttention):
         return None
 
     def full_layout(self, key: torch.Tensor) -> BlockLayout:
-        """Every block of these keys kept, for the sparse op."""
+        """Return a layout that keeps every block of these keys, for the sparse op."""
         length = key.shape[0] if self.kv is None else self.kv.max_length
         return self.cache.get(self.layer_layout, length, self.heads, key.device)
 
@@ -137,7 +146,7 @@ class DenseCoreAttention(BlockCoreAttention):
         query_offset: int,
         bounds: torch.Tensor | None = None,
     ) -> DenseChoice:
-        """The kernels for such a call; decided once for each sort, and kept in `choices`."""
+        """Choose the kernels for a call; cached in `choices` per type of call."""
         deterministic = torch.are_deterministic_algorithms_enabled()
         shapes = (query.shape[1:], key.shape[1:], query.stride(), value.stride())
         sort = (kind, query.dtype, *shapes, deterministic, dense_order(kind, key.shape[0]))
@@ -160,7 +169,7 @@ class DenseCoreAttention(BlockCoreAttention):
             used = kernels_in_use(
                 query, key, value, layout, query_offset=query_offset, cu_seqlens=bounds, backend=backend
             )
-            # the portable kernels are slower than torch's, but for a deterministic backward; torch has no documents
+            # portable kernels are slower than torch's, except for a deterministic backward; torch takes no documents
             fast = used.forward == "hopper" and (used.backward == "hopper" or deterministic)
             return None if fast or kind == "documents" or self.implementation == name else str(used)
 
@@ -171,7 +180,7 @@ class DenseCoreAttention(BlockCoreAttention):
 
 
 class SparseCoreAttention(BlockCoreAttention):
-    """Every head keeps the blocks of its pattern."""
+    """Core attention in which every head keeps the blocks of its pattern."""
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, query_offset: int) -> torch.Tensor:
         layout = self.layout(key.shape[0] if self.kv is None else self.kv.max_length, query.device)
@@ -187,7 +196,7 @@ class SparseCoreAttention(BlockCoreAttention):
         return attend(self.attend_by_layout, query, key, value, layout, self.cp_group)
 
     def layout(self, seq_length: int, device: torch.device) -> BlockLayout:
-        """What this rank's heads keep of `seq_length` tokens."""
+        """Return the layout of this rank's heads over `seq_length` tokens."""
         return self.cache.get(self.layer_layout, seq_length, self.heads, device)
 
     def cached_layout(self, max_length: int, device: torch.device) -> BlockLayout:
@@ -195,7 +204,7 @@ class SparseCoreAttention(BlockCoreAttention):
 
 
 def kernels_of(models: Iterable[torch.nn.Module]) -> list[str]:
-    """What the attention layers of these models ran, a line for each way once."""
+    """List the kernels that the attention layers of these models ran, without duplicates."""
     lines: dict[str, None] = {}
     for layer in (m for model in models for m in model.modules() if isinstance(m, CausalCoreAttention)):
         if isinstance(layer, DenseCoreAttention):

@@ -1,4 +1,4 @@
-"""Where megatron-core 0.16 and 0.19 differ: every such place, and nothing else."""
+"""All differences between megatron-core 0.16 and 0.19, and nothing else."""
 
 import inspect
 from typing import Any
@@ -12,9 +12,9 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 def slice_batch_for_context_parallel(
     batch: dict[str, torch.Tensor], cp_group: torch.distributed.ProcessGroup
 ) -> dict[str, torch.Tensor]:
-    """This rank's zig-zag share of a batch of tensors [b, s].
+    """Return this rank's zig-zag part of a batch of tensors [b, s].
 
-    0.19 has the required argument `is_hybrid_cp`, and takes `cp_group=None` for the whole world.
+    0.19 requires the argument `is_hybrid_cp`, and treats `cp_group=None` as the whole world.
     """
     if "is_hybrid_cp" in inspect.signature(get_batch_on_this_cp_rank).parameters:
         return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=cp_group)
@@ -24,9 +24,9 @@ def slice_batch_for_context_parallel(
 def save_checkpoint_shards(
     state: dict[str, Any], folder: str, metadata: dict[str, str], *, in_background: bool
 ) -> AsyncRequest | None:
-    """Write a sharded state dict, or prepare to: then the request is returned that writes it.
+    """Write a sharded state dict, or return the request that will write it.
 
-    0.19 would otherwise pick a strategy that needs nvidia-resiliency-ext.
+    Without an explicit strategy, 0.19 would pick one that needs nvidia-resiliency-ext.
     """
     extra = {}
     if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:

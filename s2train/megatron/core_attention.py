@@ -1,4 +1,7 @@
-"""The core attention of one layer, in the place of Megatron's: what every kind of attention has in common."""
+"""Base class of core attention, which replaces Megatron's in every layer.
+
+It holds what all kinds of attention share.
+"""
 
 from typing import Any, Protocol
 
@@ -21,31 +24,37 @@ from s2train.megatron.layout_cache import LayoutCache
 
 
 class AttentionCache(Protocol):
-    """Keys and values of one layer while decoding; see `s2train.inference.kv_cache`."""
+    """One layer's keys and values while decoding; see `s2train.inference.kv_cache`."""
 
     max_length: int
 
     def attend(
         self, core: "CausalCoreAttention", query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
-        """Attention of new tokens [s_q, b, h, d] by the layer's fixed layout, over the cache and themselves."""
+        """Compute attention of new tokens [s_q, b, h, d] over cache and themselves.
+
+        The layer's static layout says what they read.
+        """
         ...
 
     def attend_each(
         self, core: "CausalCoreAttention", query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
-        """As `attend`, but by `core.attend` over all keys of a sequence, one sequence after the other."""
+        """Compute attention by `core.attend`, one sequence after the other.
+
+        As `attend`, but over all keys of each sequence.
+        """
         ...
 
 
 def packed_documents(bounds: torch.Tensor, seq_length: int) -> PackedSeqParams:
-    """What a model takes as `packed_seq_params` for documents packed along its sequences.
+    """Make a model's `packed_seq_params` for documents packed along its sequences.
 
-    Hidden states stay [s, b, h] and rotation goes on from document to document: rotary scores depend on distances
-    alone, so that cutting attention is all it takes.
+    Hidden states stay [s, b, h], and rotary positions continue across documents: rotary scores depend only on
+    distances, so restricting attention is enough.
 
     Args:
-        bounds: int32 [b, documents + 1], each row 0, ascending, `seq_length`; documents may be empty.
+        bounds: int32 [b, documents + 1], each row ascending from 0 to `seq_length`; documents may be empty.
     """
     return PackedSeqParams(
         qkv_format="sbhd",
@@ -57,27 +66,27 @@ def packed_documents(bounds: torch.Tensor, seq_length: int) -> PackedSeqParams:
 
 
 class CausalCoreAttention(KindWeights, MegatronModule):
-    """Causal attention of one layer; satisfies Megatron's core attention protocol.
+    """Causal attention of one layer; implements Megatron's core attention protocol.
 
-    A subclass answers `attend`, and of the other ways to attend those that its kind's features promise. Heads are
-    contiguous over tensor parallel ranks; sequence parallel does not reach it.
+    A subclass implements `attend`, and the other attend methods that its kind's features promise. Tensor parallel ranks
+    hold consecutive heads; sequence parallel does not affect this class.
 
     Args:
-        layer_layout: the layer's kind, and what its heads read at most, all of them.
-        cache: where device layouts are kept, shared by the layers of a model.
+        layer_layout: the layer's kind, and an upper bound of what all of its heads read.
+        cache: holds device layouts, shared by the layers of a model.
         backend: of the sparse op: auto, triton, portable or torch.
-        seed: of the run, for initial weights and random numbers.
-        cp_exchange: how sparse layers get keys of other context parallel ranks, as `parallel.cp_exchange`.
+        seed: the run's, for initial weights and random numbers.
+        cp_exchange: how sparse layers get keys from other context parallel ranks, as `parallel.cp_exchange`.
     Raises:
         NotImplementedError: attention dropout or biases.
 
     Attributes:
-        heads: first and last + 1 of this rank's query heads, in the whole layer.
-        step: that random numbers depend on: the one under way, counted from 1; 0 where none was trained.
-        loss_scale: of auxiliary losses' gradients, as the run sets it before each step.
+        heads: first and last + 1 of this rank's query heads within the layer.
+        step: the current step, on which random numbers depend, counted from 1; 0 before training.
+        loss_scale: scales gradients of auxiliary losses; the run sets it before each step.
         records: values of `add_loss` and `record`, summed over micro batches.
-        captures_decoding: whether a CUDA graph can hold a decoding step.
-        kernels: those of the sparse op that its first call ran, None where it has not been called.
+        captures_decoding: whether a CUDA graph can capture a decoding step.
+        kernels: the sparse op's kernels in its first call; None before that call.
     """
 
     kernels: KernelsInUse | None = None
@@ -133,14 +142,14 @@ class CausalCoreAttention(KindWeights, MegatronModule):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> torch.Tensor:
-        """Attend.
+        """Compute attention, called by Megatron's layer.
 
         Args:
             query: [s_q, b, heads / tp, d], rotated; under context parallel s_q = s / cp.
             key, value: [s_k, b, KV heads / tp, d], not expanded. Without context parallel the last query is at the
-                position of the last key, so that a chunk may follow cached keys.
-            attention_mask, attn_mask_type: ignored: attention is causal, as its kind says.
-            packed_seq_params: as `packed_documents` makes them; then attention restarts in each document.
+                last key's position, so that a chunk may follow cached keys.
+            attention_mask, attn_mask_type: ignored; attention is causal, as its kind says.
+            packed_seq_params: as made by `packed_documents`; attention then restarts in each document.
         Returns:
             [s_q, b, heads / tp · d].
         """
@@ -157,38 +166,43 @@ class CausalCoreAttention(KindWeights, MegatronModule):
         return out.reshape(*out.shape[:2], -1)
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, query_offset: int) -> torch.Tensor:
-        """Attention of [s_q, b, h, d] queries at positions `query_offset` … over [s_k, b, h_kv, d] keys from 0 on.
+        """Compute attention of queries from position `query_offset` on.
 
-        The last query is at the last key. Returns [s_q, b, h, d].
+        Queries are [s_q, b, h, d], keys [s_k, b, h_kv, d] from position 0 on. The last query is at the last key.
+        Returns [s_q, b, h, d].
         """
         raise self._missing("attention")
 
     def attend_documents(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedSeqParams
     ) -> torch.Tensor:
-        """Attention within each document of sequences [s, b, h, d]."""
+        """Compute attention within each document of sequences [s, b, h, d]."""
         raise self._missing("packed documents")
 
     def attend_across_ranks(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """As `attend`, of the two chunks of the sequence that this context parallel rank holds."""
+        """Compute attention of this context parallel rank's two chunks, as `attend`."""
         raise self._missing("context parallel")
 
     def attend_cached(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """As `attend`, of new tokens, with earlier keys in `self.kv`."""
+        """Compute attention of new tokens, as `attend`, with earlier keys in `self.kv`."""
         raise self._missing("decoding")
 
     def cached_layout(self, max_length: int, device: torch.device) -> BlockLayout | None:
-        """What later queries may read of this rank's keys, and so what a cache keeps; None: everything."""
+        """Return which of this rank's keys later queries may read; None: all.
+
+        A cache keeps exactly these.
+        """
         raise self._missing("decoding")
 
     def _missing(self, what: str) -> NotImplementedError:
         return NotImplementedError(f"{type(self).__name__}: {what} (its kind should not promise it)")
 
     def random_seed(self, head: int, purpose: str = "", *, each_step: bool = True) -> int:
-        """A seed for random numbers of one of this rank's query heads, the same under any division and on resume.
+        """Return a random seed for one of this rank's query heads.
 
-        It depends on run seed, layer, global head and `purpose`, and on the step unless `each_step` is off. All
-        sequences of a step share it, and a recomputed forward pass gets it again.
+        It is the same under any parallel division and after a resume. It depends on run seed, layer, global head and
+        `purpose`, and on the step unless `each_step` is off. All sequences of a step share it, and a recomputed forward
+        pass gets the same one.
         """
         step = self.step if each_step else 0
         return stateless_seed(self.seed, step, self.layer_number, self.heads[0] + head, purpose)
@@ -196,21 +210,22 @@ class CausalCoreAttention(KindWeights, MegatronModule):
     def random_generator(
         self, head: int, device: torch.device, purpose: str = "", *, each_step: bool = True
     ) -> torch.Generator:
-        """A generator of torch's seeded with `random_seed`."""
+        """Return a torch generator seeded with `random_seed`."""
         generator = torch.Generator(device)
         generator.manual_seed(self.random_seed(head, purpose, each_step=each_step))
         return generator
 
     def add_loss(self, out: torch.Tensor, name: str, loss: torch.Tensor) -> torch.Tensor:
-        """Return `out` so that its backward pass also sends the gradient of an auxiliary loss; log the loss.
+        """Attach an auxiliary loss to `out` and log it.
 
-        Call it in every training forward pass, or the weights that learn from it alone miss their gradient.
+        The backward pass of the returned tensor also sends the loss's gradient. Call this in every training forward
+        pass: otherwise weights that learn only from this loss miss their gradient.
 
         Args:
-            name: one of the kind's `columns`, which has the weight.
-            loss: scalar, of this rank's part: the mean over sequences and tokens here, summed over this rank's query
-                heads and divided by the number of all heads. So ranks' parts add up under tensor parallel, and are
-                averaged over micro batches and data parallel ranks, as the language model's loss is.
+            name: one of the kind's `columns`, with a weight.
+            loss: this rank's part, a scalar: the mean over its sequences and tokens, summed over its query heads and
+                divided by the number of all heads. Parts therefore add up over tensor parallel ranks and are averaged
+                over micro batches and data parallel ranks, as the language model's loss is.
         """
         weight = self.layer_layout.kind.columns()[name]
         assert weight is not None, f"{name} has no weight"
@@ -218,9 +233,9 @@ class CausalCoreAttention(KindWeights, MegatronModule):
         return attach_loss(out, loss, weight * self.loss_scale)
 
     def record(self, name: str, value: torch.Tensor) -> None:
-        """Log a scalar, a part as `add_loss` takes it, where the pass is one that gets gradients.
+        """Log a scalar part, as in `add_loss`, from passes that get gradients.
 
-        A pass whose gradient is computed by a second pass (recomputation) counts once.
+        A recomputed forward pass counts once.
         """
         if torch.is_grad_enabled():
             self.records.add(name, value)

@@ -1,8 +1,8 @@
-"""Megatron-core on a CPU.
+"""Run Megatron-core on a CPU.
 
 Megatron-core names CUDA throughout (`device="cuda"`, `torch.cuda.current_device()`, pinned memory, the CUDA
-generator). `install` makes those names mean the CPU where torch has no CUDA device, and does nothing where it
-has one. It holds for the whole process: call it from a program's start, never from a library.
+generator). `install` redirects those names to the CPU if torch has no CUDA device, and otherwise does nothing. It
+affects the whole process: call it when a program starts, never from a library.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -12,13 +12,13 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 _CPU = torch.device("cpu")
-# Streams and synchronisation have no meaning here; memory statistics are zero.
+# On a CPU streams and synchronisation do nothing; memory statistics are zero.
 _NO_OPS = ("synchronize", "empty_cache", "set_device", "reset_peak_memory_stats", "ipc_collect")
 _ZEROS = ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved")
 
 
 class _NullStream:
-    """Stands for every CUDA stream: all work on a CPU is in order anyway."""
+    """Replaces every CUDA stream: work on a CPU is always in order."""
 
     cuda_stream = 0
 
@@ -65,7 +65,10 @@ class _CudaMeansCpu(TorchFunctionMode):
 
 
 def install() -> bool:
-    """Redirect CUDA to the CPU if there is no CUDA device; returns whether that is so. Safe to call again."""
+    """Redirect CUDA to the CPU if there is no CUDA device.
+
+    Returns whether CUDA is redirected. Calling it again is safe.
+    """
     if torch.cuda.is_available():
         return False
     if isinstance(torch.cuda.current_stream, _Answer):
@@ -95,7 +98,7 @@ class _Answer:
 
 
 def _share_cpu_generator() -> None:
-    """Megatron's RNG tracker keeps CUDA generator states; here they are states of the CPU's generator."""
+    """Make Megatron's RNG tracker use the CPU generator's states."""
     import megatron.core.tensor_parallel.random as megatron_random
 
     def seed(value: int) -> None:

@@ -1,4 +1,7 @@
-"""Megatron's MLP and loss with Liger-Kernel's Triton kernels in them: parameters and names stay Megatron's."""
+"""Megatron's MLP and loss, computed by Liger-Kernel's Triton kernels.
+
+Parameters and their names stay Megatron's.
+"""
 
 from typing import Any
 
@@ -13,14 +16,14 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.mlp import MLP
 from torch import Tensor
 
-_IGNORED = -100  # a label that no token has: positions without loss are masked afterwards
+_IGNORED = -100  # not a label of any token: positions without loss are masked afterwards
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """SiLU of the first half of the last dimension times the second, [s, b, 2 f] to [s, b, f].
+    """Multiply SiLU of the first half by the second half.
 
-    The backward writes the gradient where `gate_up` lies, which nothing else reads: a linear layer's backward takes
-    its input, not its output.
+    Halves are of the last dimension: [s, b, 2 f] to [s, b, f]. The backward overwrites `gate_up` with the gradient,
+    which is safe: a linear layer's backward reads its input, not its output.
     """
     width = gate_up.shape[-1]
     out: Tensor = LigerFusedGateUpSiLUMulFunction.apply(gate_up.view(-1, width), True)
@@ -38,7 +41,10 @@ class LigerMLP(MLP):
 
 
 class DeferringOutput(ColumnParallelLinear):
-    """The output layer; while it `defers` it hands on its input, for the loss to multiply piece by piece."""
+    """Output layer that can leave its product to the loss.
+
+    While it `defers`, it returns its input, which the loss multiplies in pieces.
+    """
 
     defers = False
 
@@ -47,16 +53,20 @@ class DeferringOutput(ColumnParallelLinear):
 
 
 def vocab_parallel_loss(logits: Tensor, labels: Tensor, group: torch.distributed.ProcessGroup | None) -> Tensor:
-    """Cross entropy [s, b], fp32, of logits [s, b, vocab / tp] and labels [s, b]."""
+    """Compute cross entropy [s, b], fp32, from vocabulary-parallel logits.
+
+    Logits are [s, b, vocab / tp], labels [s, b].
+    """
     smoothing = (0.0, "megatron", "partition")
     loss: Tensor = LigerVocabParallelCEFunction.apply(logits, labels, group, _IGNORED, *smoothing)
     return loss
 
 
 def linear_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Cross entropy [s, b], fp32, of hidden [s, b, h] times weight [vocab, h]; no more than a piece of the logits.
+    """Compute cross entropy [s, b], fp32, without storing all logits.
 
-    The backward computes the logits again. Weight gradients are summed in fp32 over the pieces.
+    Hidden states are [s, b, h], the weight [vocab, h]. Logits exist in pieces only; the backward recomputes them.
+    Weight gradients accumulate in fp32 over the pieces.
     """
     options = (None, None, _IGNORED, 0.0, 0.0, "none", None, False, torch.float32)
     loss, *_ = LigerFusedLinearCrossEntropyFunction.apply(hidden.flatten(0, 1), weight, labels.flatten(), *options)
@@ -64,9 +74,10 @@ def linear_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 
 class LigerLossModel(GPTModel):
-    """A GPTModel whose loss is Liger's, over logits or (`fuse_output`, without tensor parallelism) over hidden states.
+    """A GPTModel with Liger-Kernel's loss.
 
-    The output layer is called either way, since the hooks of Megatron's data parallelism are on it.
+    The loss takes logits, or with `fuse_output` (without tensor parallelism) hidden states. The output layer is called
+    in both cases, because hooks of Megatron's data parallelism are attached to it.
     """
 
     def __init__(self, *args: Any, fuse_output: bool, **kwargs: Any) -> None:
@@ -75,7 +86,7 @@ class LigerLossModel(GPTModel):
         if self.fuse_output:
             assert type(self.output_layer) is ColumnParallelLinear
             assert self.config.tensor_model_parallel_size == 1
-            self.output_layer.__class__ = DeferringOutput  # Megatron's constructor names the class that it makes
+            self.output_layer.__class__ = DeferringOutput  # Megatron's constructor has a fixed class
 
     def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Tensor:
         if not self.fuse_output:
@@ -87,7 +98,7 @@ class LigerLossModel(GPTModel):
             self.output_layer.defers = False
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-        """Per-token losses [b, s] of labels [b, s], and of what the output layer gave."""
+        """Compute per-token losses [b, s] from labels [b, s] and the output layer's result."""
         labels = labels.transpose(0, 1).contiguous()
         if self.fuse_output:
             shared = self.share_embeddings_and_output_weights

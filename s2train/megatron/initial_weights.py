@@ -1,7 +1,7 @@
-"""Initial weights that don't depend on how the model is divided over ranks.
+"""Initial weights that don't depend on the parallel division.
 
-Megatron draws each rank's part by itself: from another seed on each tensor parallel rank of a GPU, and from another
-one on each pipeline stage. Here every rank repeats the draws of a model that is not divided, and keeps its part.
+Megatron draws each rank's part separately, with a different seed on each tensor parallel rank of a GPU and on each
+pipeline stage. Here every rank repeats the draws of the undivided model and keeps its part.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -23,11 +23,11 @@ class _Draw:
     """One matrix of the whole model.
 
     Attributes:
-        names: where it lies; layers count from 0 through the whole model. Tied embeddings lie in two places.
-        shape: [out, in], not divided.
+        names: the parameters that hold it; layers count from 0 over the whole model. Tied embeddings have two names.
+        shape: [out, in], undivided.
         draw: fills a tensor in place.
-        dim: that tensor parallel ranks divide.
-        parts: of that dimension, each of which the ranks divide (2: gate and up).
+        dim: the dimension that tensor parallel ranks divide.
+        parts: parts of that dimension, each divided over the ranks (2: gate and up).
     """
 
     names: tuple[str, ...]
@@ -40,16 +40,16 @@ class _Draw:
 def draw_initial_weights(
     model: ModelConfig, config: TransformerConfig, seed: int, chunks: Sequence[GPTModel], device: torch.device
 ) -> None:
-    """Give the matrices of this rank's `chunks` the values that one rank would draw from `seed`.
+    """Set this rank's matrices to the values that one rank would draw.
 
-    Does nothing where Megatron has just drawn so: without tensor and pipeline parallel. The state of the random
-    generators stays as it was. Holds one whole matrix at a time.
+    Does nothing without tensor and pipeline parallelism, where Megatron has just drawn these values. The random
+    generators' state is preserved. Only one whole matrix is in memory at a time.
     """
     tp, rank = config.tensor_model_parallel_size, parallel_state.get_tensor_model_parallel_rank()
     if tp == 1 and config.pipeline_model_parallel_size == 1:
         return
     here = dict(_matrices(chunks))
-    # As Megatron draws: in fp32 on a CPU, else in the parameters' own precision.
+    # As in Megatron: drawn in fp32 on a CPU, else in the parameters' precision.
     dtype = torch.float32 if config.use_cpu_initialization else config.params_dtype
     with torch.no_grad(), _generator_of_one_rank(seed, config):
         for matrix in _whole_model(model, config):
@@ -64,7 +64,7 @@ def draw_initial_weights(
 
 
 def _whole_model(model: ModelConfig, config: TransformerConfig) -> Iterator[_Draw]:
-    """All matrices in the order in which Megatron draws them on one rank."""
+    """Yield all matrices in the order in which Megatron draws them on one rank."""
     hidden, ffn, dim = model.hidden_size, model.ffn_hidden_size, head_dim(model)
     queries, groups = model.num_attention_heads * dim, model.num_query_groups * dim
     inner, outer, table = config.init_method, config.output_layer_init_method, config.embedding_init_method

@@ -1,4 +1,4 @@
-"""Parameters that a kind of attention adds to a layer: initial values, gradients, and their part of a checkpoint."""
+"""Parameters of a kind of attention: initial values, gradients, checkpoint shards."""
 
 from typing import Any
 
@@ -12,14 +12,14 @@ from s2train.attention.weights import Weight
 
 
 class KindWeights(torch.nn.Module):
-    """Mixed into a `MegatronModule` that has `seed`, `layer_number` (from 1) and `tp_group`."""
+    """Mixin for a `MegatronModule` with `seed`, `layer_number` (from 1) and `tp_group`."""
 
     seed: int
     layer_number: int
     tp_group: torch.distributed.ProcessGroup
 
     def make_weights(self, weights: tuple[Weight, ...], dtype: torch.dtype) -> None:
-        """Make this rank's part of each weight. No random number is taken from torch's own generators."""
+        """Make this rank's part of each weight, without using torch's random generators."""
         self.own_weights = weights
         tp, rank = self.tp_group.size(), self.tp_group.rank()
         for weight in weights:
@@ -32,10 +32,10 @@ class KindWeights(torch.nn.Module):
             self.register_parameter(weight.name, parameter)
 
     def weight(self, name: str) -> torch.Tensor:
-        """A weight to compute with.
+        """Return a weight to compute with.
 
-        Of one that every tensor parallel rank has, the gradient is the sum over ranks, which have a part of the heads,
-        and so of the loss, each.
+        A weight that every tensor parallel rank holds gets the sum of the ranks' gradients, because each rank has only
+        some of the heads and thus a part of the loss.
         """
         (weight,) = (weight for weight in self.own_weights if weight.name == name)
         parameter: torch.Tensor = getattr(self, name)
@@ -46,9 +46,9 @@ class KindWeights(torch.nn.Module):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Megatron's, with a name of their own for this layer's weights.
+        """Return Megatron's sharded state dict, with separate names for this layer's weights.
 
-        Megatron stacks a weight over all layers of a model, and other layers may be of another kind.
+        Megatron stacks a weight over all layers of a model, but other layers may be of another kind.
         """
         found: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)  # type: ignore[misc]
         groups = {"tp_group": self.tp_group, "dp_cp_group": (metadata or {})["dp_cp_group"]} if self.own_weights else {}
@@ -64,7 +64,7 @@ class KindWeights(torch.nn.Module):
 
 
 def initial_value(weight: Weight, seed: int, layer_number: int) -> torch.Tensor:
-    """The whole weight's initial values, float32 on the CPU."""
+    """Return the whole weight's initial values, float32 on the CPU."""
     if weight.std is None:
         return torch.full(weight.shape, weight.fill)
     generator = torch.Generator().manual_seed(stateless_seed(seed, "initial", layer_number, weight.name))

@@ -1,4 +1,4 @@
-"""The transformer layer of a hybrid model."""
+"""Transformer layer of a hybrid model."""
 
 from typing import Any
 
@@ -10,12 +10,12 @@ from s2train.attention.kind import LayerLayout
 
 
 class HybridTransformerLayer(TransformerLayer):
-    """Megatron's layer that knows its layout, and refuses to stand in another layer's place.
+    """Megatron's layer with a layout, checked against its position in the model.
 
     Args:
         layer_layout: attention of this layer.
         hybrid_layer_number: 1-based position in the whole model that the layout was made for.
-        mlp_class: whose forward pass the MLP takes; None: Megatron's.
+        mlp_class: class whose forward pass the MLP uses; None: Megatron's.
     """
 
     def __init__(
@@ -33,4 +33,4 @@ class HybridTransformerLayer(TransformerLayer):
         self.layer_layout = layer_layout
         if mlp_class is not None:
             assert type(self.mlp) is MLP
-            self.mlp.__class__ = mlp_class  # a spec that names it would be no MLP to Megatron, in ways of each release
+            self.mlp.__class__ = mlp_class  # Megatron releases test for MLP in different ways, so no spec can name it

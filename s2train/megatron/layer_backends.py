@@ -1,4 +1,4 @@
-"""Which implementations of linear layers, norms, SwiGLU, rotation and optimizer a run uses."""
+"""Choose the run's linear layers, norms, SwiGLU, rotation and optimizer."""
 
 import copy
 from collections.abc import Callable
@@ -28,11 +28,11 @@ class Backend:
 
     Attributes:
         name: as in `layer_backend=`.
-        layer_spec: makes a fresh Megatron spec of one transformer layer.
-        norm: the final norm's class.
-        optimizer: what Megatron's `adam` stands for here, for the log.
-        fuses_rotation: whether Megatron has a fused kernel for rotary embeddings with it.
-        mlp: the class to make of Megatron's MLP; None: left as it is.
+        layer_spec: makes a new Megatron spec of one transformer layer.
+        norm: class of the final norm.
+        optimizer: the class behind Megatron's `adam`, for the log.
+        fuses_rotation: whether Megatron has a fused rotary embedding kernel with this backend.
+        mlp: class to convert Megatron's MLP to; None: unchanged.
     """
 
     name: str
@@ -44,31 +44,32 @@ class Backend:
 
 
 def backend_of(cfg: PretrainConfig) -> Backend:
-    """What a run's `backend` and `elementwise` come to on this process's device."""
+    """Resolve a run's `layer_backend` and `elementwise` for this process's device."""
     return choose_backend(cfg.layer_backend, liger_operations(cfg, own_capability(), uses_te_here(cfg.layer_backend)))
 
 
 def own_capability() -> tuple[int, int] | None:
-    """Compute capability of this process's GPU; None on a CPU."""
+    """Return the compute capability of this process's GPU; None on a CPU."""
     return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
 
 
 def choose_backend(name: str, liger: frozenset[str] = frozenset()) -> Backend:
-    """`local`: Megatron's own layers on torch. `te`: transformer-engine's. `auto`: te where it works on a GPU.
+    """Choose the layer backend by name.
 
-    Megatron's Adam is the best one installed, whatever the backend: transformer-engine's, apex's, torch's.
+    `local` is Megatron's own layers on torch. `te` is transformer-engine's. `auto` is te if it works on a GPU, else
+    local. With any backend, Megatron's Adam is the best one installed: transformer-engine's, apex's, torch's.
 
     Args:
-        liger: of `s2train.environment.liger.OPERATIONS`, those that Liger-Kernel computes.
+        liger: those of `s2train.environment.liger.OPERATIONS` that Liger-Kernel computes.
     Raises:
-        ConfigError: te or liger, and it is missing or broken; another name.
+        ConfigError: te or Liger-Kernel is missing or broken, or the name is unknown.
     """
     optimizer = f"{Adam.__module__}.{Adam.__qualname__}"
     if name == "te" and (problem := te_problem()) is not None:
         raise ConfigError("layer_backend", name, problem, INSTALL)
     mlp = _liger_mlp(liger)
     if uses_te_here(name):
-        from megatron.core.extensions.transformer_engine import TENorm  # no class where it is not installed
+        from megatron.core.extensions.transformer_engine import TENorm  # not defined where it is not installed
 
         return Backend("te", _te_layer_spec, TENorm, optimizer, torch.cuda.is_available(), mlp)
     if name in ("auto", "local"):
@@ -81,22 +82,25 @@ def _liger_mlp(liger: frozenset[str]) -> type[MLP] | None:
         raise ConfigError("elementwise", "liger", problem, f"{LIGER}, or set elementwise=torch")
     if SWIGLU not in liger:
         return None
-    from s2train.megatron.fused import LigerMLP  # no class where it is not installed
+    from s2train.megatron.fused import LigerMLP  # not importable where it is not installed
 
     return LigerMLP
 
 
 def _rotating_attention(liger: frozenset[str]) -> ModuleSpec | None:
-    """Self attention with Liger-Kernel's rotation, its tables shared by all layers; None: Megatron's."""
+    """Return self attention with Liger-Kernel's rotation, or None for Megatron's.
+
+    All layers share the rotation's tables.
+    """
     if ROTATION not in liger:
         return None
-    from s2train.megatron.rotation import RotatingSelfAttention, Rotation  # no class where it is not installed
+    from s2train.megatron.rotation import RotatingSelfAttention, Rotation  # not importable where it is not installed
 
     return ModuleSpec(module=RotatingSelfAttention, params={"rotation": Rotation()})
 
 
 def _local_layer_spec(attention: ModuleSpec | None) -> ModuleSpec:
-    # Megatron hands out shared objects; a layer of ours must not change everybody's.
+    # Megatron returns shared objects: copy them, so that changes for our layers affect no others.
     spec = copy.deepcopy(get_gpt_layer_local_spec(normalization="RMSNorm"))
     spec.submodules.input_layernorm = RMSNorm
     spec.submodules.pre_mlp_layernorm = RMSNorm
@@ -107,14 +111,18 @@ def _local_layer_spec(attention: ModuleSpec | None) -> ModuleSpec:
 
 
 def _te_layer_spec() -> ModuleSpec:
-    """Norms are parts of the linear layers after them; the config's `normalization` says which."""
+    """Return transformer-engine's layer spec.
+
+    Norms are parts of the linear layers that follow them; the config's `normalization` selects them.
+    """
     return copy.deepcopy(get_gpt_layer_with_transformer_engine_spec())
 
 
 def sum_gradients_in_place(model: torch.nn.Module) -> None:
-    """Have transformer-engine's linear layers add weight gradients to Megatron's fp32 buffers in the product itself.
+    """Make transformer-engine's linear layers add weight gradients within the product.
 
-    Megatron's own setting for that wants apex for the output layer, which is not transformer-engine's.
+    They are added to Megatron's fp32 buffers. Megatron's own setting for this requires apex for the output layer, which
+    is not transformer-engine's.
     """
     for module in model.modules():
         if hasattr(module, "fuse_wgrad_accumulation"):

@@ -1,4 +1,4 @@
-"""Block layouts on the device, made once and shared by layers alike."""
+"""Cache of block layouts on the device, shared by layers."""
 
 import torch
 
@@ -7,9 +7,10 @@ from s2train.kernels.layout import BlockLayout
 
 
 class LayoutCache:
-    """Device layouts by what they are made of: layers with the same heads share one.
+    """Device layouts, keyed by what they are built from.
 
-    Holds the `capacity` most recent, since an evaluation may bring many lengths.
+    Layers with the same heads share one. Only the `capacity` most recent are kept, since an evaluation may use many
+    lengths.
     """
 
     def __init__(self, capacity: int = 64) -> None:
@@ -17,7 +18,7 @@ class LayoutCache:
         self._layouts: dict[tuple[LayerLayout, int, int, int, torch.device], BlockLayout] = {}
 
     def get(self, layer: LayerLayout, seq_length: int, heads: tuple[int, int], device: torch.device) -> BlockLayout:
-        """Layout of heads [first, last) of a layer over `seq_length` tokens."""
+        """Return the layout of a layer's heads [first, last) over `seq_length` tokens."""
         key = (layer, seq_length, *heads, device)
         layout = self._layouts.pop(key, None)
         if layout is None:

@@ -1,4 +1,7 @@
-"""Importing Megatron without what a run needs later, or never: half of all modules, and of the time."""
+"""Import Megatron without modules that a run needs later or never.
+
+These are half of all modules, and half of the import time.
+"""
 
 import functools
 import gc
@@ -11,38 +14,40 @@ from typing import Any
 
 import torch
 
-# Megatron's inference engine logs to it if it is there. A run imports it in a thread of its own (s2train/wandb_run.py).
+# Megatron's inference engine logs to wandb if installed. A run imports it in a separate thread (s2train/wandb_run.py).
 _OPTIONAL = ("wandb",)
 _compile = torch.compile
 
 
 def import_megatron() -> None:
-    """Import megatron.core; before anything else of Megatron, and once.
+    """Import megatron.core; call this once, before any other Megatron import.
 
-    Megatron compiles some 50 functions as its modules are imported, by torch.compile, which imports dynamo and
-    inductor (800 modules) though nothing is compiled before a call. Here that waits for the first call: a run on a CPU,
-    or one whose activations are not torch.compile's, never makes it.
+    While its modules are imported, Megatron decorates some 50 functions with torch.compile. That imports dynamo and
+    inductor (800 modules), although nothing is compiled before a call. Here these imports wait for the first call of
+    such a function, which never happens in a run on a CPU or one whose activations don't use torch.compile.
     """
     if "megatron.core" in sys.modules:
         return
-    # A run compiles a handful of small functions. Inductor would start a pool of processes for them, one a core, on
-    # every rank.
+    # A run compiles a few small functions. By default inductor would start a pool of processes for them, one per core,
+    # on every rank.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     torch.compile = compile_on_call
     try:
         with _left_out(_OPTIONAL), _no_collection():
-            importlib.import_module("megatron.core")  # its `jit_fuser` keeps `compile_on_call` for later modules
+            importlib.import_module("megatron.core")  # its `jit_fuser` binds `compile_on_call` for later modules
             importlib.import_module("megatron.core.timers")
-            importlib.import_module("torch._dynamo")  # torch's optimizers import it when they are made
+            importlib.import_module("torch._dynamo")  # torch's optimizers import it when constructed
     finally:
         torch.compile = _compile
 
 
 def compile_on_call(model: Callable[..., Any] | None = None, **options: Any) -> Any:
-    """torch.compile of a function, of which nothing is imported before the function's first call.
+    """Compile a function with torch.compile at its first call.
+
+    Nothing is imported before that call.
 
     Args:
-        model: a function; anything else is compiled at once. None: returns a decorator.
+        model: a function; anything else is compiled at once. None: return a decorator.
         options: torch.compile's.
     """
     if model is None:
@@ -54,17 +59,20 @@ def compile_on_call(model: Callable[..., Any] | None = None, **options: Any) -> 
     @functools.wraps(model)
     def call(*arguments: Any, **named: Any) -> Any:
         if not compiled:
-            with _no_collection():  # it imports the compiler
+            with _no_collection():  # imports the compiler
                 compiled.append(_compile(model, **options))
         return compiled[0](*arguments, **named)
 
-    call._torchdynamo_inline = model  # type: ignore[attr-defined]  # as torch.compile does, for calls in what it compiles
+    call._torchdynamo_inline = model  # type: ignore[attr-defined]  # as torch.compile does, for calls in compiled code
     return call
 
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Pause garbage collection: imports make many objects and no garbage, and it takes a third of their time."""
+    """Pause garbage collection during imports.
+
+    Imports make many objects and no garbage, and collection takes a third of their time.
+    """
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -76,9 +84,12 @@ def _no_collection() -> Iterator[None]:
 
 @contextmanager
 def _left_out(packages: tuple[str, ...]) -> Iterator[None]:
-    """Have imports of these packages raise ModuleNotFoundError, but for those that are imported already."""
+    """Make imports of these packages raise ModuleNotFoundError.
+
+    Packages that are already imported stay available.
+    """
     hidden = [package for package in packages if package not in sys.modules]
-    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None: not to be found
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None makes an import fail
     try:
         yield
     finally:

@@ -1,7 +1,7 @@
-"""The distributed optimizer's state as a rank loads it: the parameters that it keeps, and no second copy on the GPU.
+"""Load only a rank's own optimizer state, without a second GPU copy.
 
-Megatron has every data parallel rank read, and hold in its machine's memory, the state of the whole model, 12 bytes a
-parameter: on a node of eight GPUs 670 GB for 7B parameters, and eight times the reading.
+Megatron makes every data parallel rank read the whole model's state and hold it in host memory, 12 bytes a parameter.
+On a node of eight GPUs that is 670 GB for 7B parameters, and eight times the reading.
 """
 
 from collections import ChainMap
@@ -20,17 +20,20 @@ _STATES = ("param", "exp_avg", "exp_avg_sq")
 
 
 def distributed_parts(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
-    """The distributed optimizers among those that `optimizer` chains, or it alone."""
+    """Return the distributed optimizers that `optimizer` chains, or itself."""
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     return [part for part in parts if isinstance(part, DistributedOptimizer)]
 
 
 def load_own_state_alone(optimizer: MegatronOptimizer) -> None:
-    """Make its distributed parts load so; load without checking that ranks together ask for all of every tensor."""
+    """Make the distributed optimizers load only this rank's state.
+
+    The load does not check that all ranks together request every tensor completely.
+    """
     for part in distributed_parts(optimizer):
         whole = part.sharded_param_state_fully_reshardable
         part.sharded_param_state_fully_reshardable = partial(_sharded_state, part, whole)
-        # transformer-engine's Adam would copy moments that are fp32 already, both at once.
+        # transformer-engine's Adam would copy moments that are already fp32, all at once.
         inner = part.optimizer
         if type(inner).load_state_dict is not torch.optim.Optimizer.load_state_dict:
             inner.load_state_dict = partial(torch.optim.Optimizer.load_state_dict, inner)
@@ -43,7 +46,10 @@ def _sharded_state(
     is_loading: bool = False,
     metadata: dict[str, Any] | None = None,
 ) -> dict[int, dict[str, Any]]:
-    """`sharded_param_state_fully_reshardable`, which is `whole`; to load, of the parameters that have a part here."""
+    """Return the fully reshardable optimizer state; for a load, only this rank's.
+
+    `whole` is `sharded_param_state_fully_reshardable`. A load requests only parameters that have a part here.
+    """
     if not is_loading:
         saved: dict[int, dict[str, Any]] = whole(model_sharded_state_dict, is_loading, metadata)
         return saved
@@ -51,9 +57,9 @@ def _sharded_state(
     of_parameter = {value.data: value for value in nested_values(sharded)}
     wanted, index = {}, 0
     for buffer, ranges in zip(part.buffers, part.gbuf_ranges, strict=True):
-        (buckets,) = ranges.values()  # of one dtype
+        (buckets,) = ranges.values()  # all of one dtype
         own = ChainMap(*(bucket["param_map"] for bucket in buckets))
-        for parameter in buffer.param_index_map:  # Megatron counts all of them
+        for parameter in buffer.param_index_map:  # Megatron numbers all of them
             if parameter in own:
                 wanted[index] = {name: _like(of_parameter[parameter], name) for name in _STATES}
             index += 1
@@ -61,7 +67,7 @@ def _sharded_state(
 
 
 def _like(parameter: Any, state: str) -> Any:
-    """What is asked for as a parameter's state, in the machine's memory."""
+    """Return the tensor to request for a parameter's state, in host memory."""
     changes: dict[str, Any] = {
         "key": f"optimizer.state.{state}.{parameter.key}",
         "data": torch.empty(parameter.data.shape, dtype=torch.float32, device="cpu"),

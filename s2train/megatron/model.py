@@ -1,4 +1,4 @@
-"""GPTModel of a configuration, as many chunks of it as this rank holds."""
+"""Build this rank's chunks of a configured GPTModel."""
 
 from collections.abc import Callable
 from functools import partial
@@ -27,10 +27,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def transformer_config(cfg: PretrainConfig, stages: Stages | None = None) -> TransformerConfig:
-    """Megatron's configuration of a Llama-like model on the present device.
+    """Make Megatron's configuration of a Llama-like model for the current device.
 
     Args:
-        stages: layers of the pipeline stages; None: as many on each.
+        stages: layers of each pipeline stage; None: the same number on each.
     Raises:
         ConfigError: the backend is not installed.
     """
@@ -63,22 +63,22 @@ def transformer_config(cfg: PretrainConfig, stages: Stages | None = None) -> Tra
         recompute_granularity=None if train.recompute == "none" else train.recompute,
         recompute_method="uniform" if train.recompute == "full" else None,
         recompute_num_layers=train.recompute_num_layers if train.recompute == "full" else None,
-        # Parameters are drawn on the CPU there, since the CUDA generator is the CPU's.
+        # On a CPU parameters are drawn there, since the CUDA generator is replaced by the CPU's.
         use_cpu_initialization=not on_cuda,
         batch_p2p_comm=on_cuda,
-        # Freeing outputs while gloo still sends them is silently wrong.
+        # If gloo is still sending outputs while they are freed, results are silently wrong.
         deallocate_pipeline_outputs=on_cuda,
-        # Compiled by torch on a GPU; they gain nothing on a CPU.
+        # Compiled by torch on a GPU; not faster on a CPU.
         bias_activation_fusion=on_cuda,
         bias_dropout_fusion=False,
-        # Rounds the gradient of the logits to bf16, whatever the precision.
+        # Would round the logits' gradient to bf16 in any precision.
         cross_entropy_loss_fusion=on_cuda and train.precision == "bf16",
         apply_rope_fusion=choose_backend(cfg.layer_backend).fuses_rotation,
         fp8=None if cfg.fp8 == "none" else cfg.fp8,
         fp8_recipe=cfg.fp8_recipe,
-        # Of Megatron's own linear layers: they add weight gradients to the fp32 buffers in the product itself.
+        # For Megatron's own linear layers: add weight gradients to the fp32 buffers within the product.
         gradient_accumulation_fusion=on_cuda and fuses_gradient_sums(),
-        # Of layers that we don't use.
+        # For layers that we don't use.
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         deterministic_mode=train.deterministic,
@@ -92,11 +92,11 @@ def build_model(
     backend: Backend,
     device: torch.device,
 ) -> list[MegatronModule]:
-    """The model chunks of this rank, one a virtual pipeline stage, on `device`, in the run's precision.
+    """Build this rank's model chunks on `device`, in the run's precision.
 
-    A chunk takes (tokens [b, s / cp], position_ids [b, s / cp], None, labels=…) and gives per-token losses
-    [b, s / cp] in fp32, or logits [b, s / cp, vocab / tp] without labels. Initial weights depend on `cfg.seed` alone,
-    not on the division over ranks.
+    There is one chunk per virtual pipeline stage. A chunk takes (tokens [b, s / cp], position_ids [b, s / cp], None,
+    labels=…) and returns per-token losses [b, s / cp] in fp32, or without labels logits [b, s / cp, vocab / tp].
+    Initial weights depend only on `cfg.seed`, not on the parallel division.
     """
     cache, make_model = LayoutCache(), model_class(cfg)
     built: list[GPTModel] = []
@@ -130,19 +130,22 @@ def build_model(
 
 
 def model_class(cfg: PretrainConfig) -> Callable[..., GPTModel]:
-    """Megatron's GPTModel, or ours with the loss that the run's `loss` comes to on this process's device."""
+    """Return the GPTModel class for the run's `loss` on this device.
+
+    It is Megatron's, or ours with another loss.
+    """
     loss = choose_loss(cfg, own_capability(), uses_te_here(cfg.layer_backend))
     if loss == "torch":
         return GPTModel
     if (problem := liger_problem()) is not None:
         raise ConfigError("loss", loss, problem, f"{INSTALL}, or set loss=torch")
-    from s2train.megatron.fused import LigerLossModel  # no class where Liger-Kernel is not installed
+    from s2train.megatron.fused import LigerLossModel  # not importable where Liger-Kernel is not installed
 
     return partial(LigerLossModel, fuse_output=loss == "linear")
 
 
 def unwrap(module: torch.nn.Module) -> GPTModel:
-    """The GPTModel inside data-parallel and precision wrappers."""
+    """Return the GPTModel inside data-parallel and precision wrappers."""
     while not isinstance(module, GPTModel):
         module = module.get_submodule("module")
     return module

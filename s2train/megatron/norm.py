@@ -1,4 +1,4 @@
-"""RMSNorm of torch that works with sequence parallel."""
+"""torch's RMSNorm, made to work with sequence parallel."""
 
 from typing import Any
 
@@ -7,10 +7,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """Satisfies Megatron's norm protocol (`config`, `hidden_size`, `eps`); input and output [s, b, h].
+    """RMSNorm for Megatron's norm protocol (`config`, `hidden_size`, `eps`).
 
-    Megatron's own wrapper refuses sequence parallel. All it takes is the mark on the weight by which
-    `finalize_model_grads` sums its gradient over the tensor parallel ranks.
+    Input and output are [s, b, h]. Megatron's own wrapper rejects sequence parallel. It only needs a mark
+    on the weight, by which `finalize_model_grads` sums its gradient over the tensor parallel ranks.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:

@@ -1,4 +1,7 @@
-"""Rotary embedding of queries and keys by Liger-Kernel's Triton kernel, in self attention without Megatron's."""
+"""Rotary embedding of queries and keys by Liger-Kernel's Triton kernel.
+
+It replaces Megatron's within self attention.
+"""
 
 from typing import Any
 
@@ -9,9 +12,10 @@ from torch import Tensor
 
 
 class Rotation:
-    """Rotates; holds the cosines and sines of the last angles, which a model's layers share.
+    """Rotates queries and keys; caches cosines and sines for all layers.
 
-    All in fp32 (fp64 for fp64 inputs) and rounded once at the end; Megatron's own rounds cosines and sines first.
+    The cache holds those of the last angles. All arithmetic is fp32 (fp64 for fp64 inputs), rounded once at the end;
+    Megatron's own rounds cosines and sines first.
     """
 
     def __init__(self) -> None:
@@ -19,15 +23,15 @@ class Rotation:
         self._tables: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     def __call__(self, query: Tensor, key: Tensor, angles: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotated query [s, b, h, d] and key [s, b, h_kv, d].
+        """Rotate query [s, b, h, d] and key [s, b, h_kv, d].
 
         Args:
-            query, key: overwritten where they are contiguous; so are their gradients in the backward.
-            angles: fp32 [s, 1 or b, 1, r] as Megatron's rotary embedding gives them, the second half as the first;
-                the r first dimensions of a head turn.
+            query, key: overwritten if contiguous; so are their gradients in the backward.
+            angles: fp32 [s, 1 or b, 1, r] from Megatron's rotary embedding, whose second half equals the first; the
+                first r dimensions of a head are rotated.
         """
         cos, sin = self._cos_sin(angles, query.shape[1], query.dtype)
-        rows = query.shape[0] * query.shape[1]  # each a token, as Liger has it, of one sequence
+        rows = query.shape[0] * query.shape[1]  # tokens, which Liger-Kernel takes as one sequence
         flat = (x.reshape(1, rows, *x.shape[2:]).transpose(1, 2) for x in (query, key))
         turned = LigerRopeFunction.apply(*flat, cos, sin, None, 1, angles.shape[-1])
         query, key = (x.transpose(1, 2).view(y.shape) for x, y in zip(turned, (query, key), strict=True))
@@ -46,15 +50,16 @@ class Rotation:
 
 
 class RotatingSelfAttention(SelfAttention):
-    """Megatron's, with `rotation` right after the projection: the same parameters, names and results.
+    """Megatron's self attention with `rotation` right after the projection.
 
-    Packed documents and context parallel are in the angles, as for Megatron's own.
+    Parameters, names and results are unchanged. Packed documents and context parallel are in the angles, as for
+    Megatron's own.
     """
 
     def __init__(self, *args: Any, rotation: Rotation, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.rotation = rotation
-        self.angles: Tensor | None = None  # of the call in progress
+        self.angles: Tensor | None = None  # of the current call
 
     def forward(self, *args: Any, rotary_pos_emb: Tensor | None = None, **kwargs: Any) -> Any:
         self.angles = rotary_pos_emb

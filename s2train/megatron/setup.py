@@ -1,4 +1,4 @@
-"""Process groups, device and seeds of a run."""
+"""Set up a run's process groups, device and seeds."""
 
 import math
 import os
@@ -15,7 +15,7 @@ from s2train.config import ParallelConfig
 from s2train.distributed.rendezvous import open_job_store, start_store
 from s2train.megatron import cpu
 
-# Judges, on every rank, whether the ranks of a job go together: (a store that they share, rank, ranks).
+# Checks, on every rank, whether the ranks of a job fit together: (shared store, rank, number of ranks).
 StartCheck = Callable[[Store, int, int], None]
 
 
@@ -27,13 +27,14 @@ def initialize(
     deterministic: bool = False,
     timeout_minutes: float = 30,
 ) -> torch.device:
-    """Join the job that torchrun started (a plain `python` is a job of one) and make Megatron's process groups.
+    """Join the job and make Megatron's process groups; return this rank's device.
 
-    NCCL where CUDA is, gloo otherwise. Returns the device of this rank. Call `shutdown` at the end.
+    torchrun starts the job; a plain `python` is a job of one rank. The backend is NCCL with CUDA, else gloo. Call
+    `shutdown` at the end.
 
     Args:
-        check: called before there is a process group: NCCL hangs on what it should find.
-        deterministic: the same bits in every run: only deterministic kernels, sums in a fixed order.
+        check: called before a process group exists, because NCCL would hang on the problems that it finds.
+        deterministic: compute the same bits in every run, with only deterministic kernels and sums in a fixed order.
         timeout_minutes: a collective call that takes longer fails.
     """
     if deterministic:
@@ -53,7 +54,7 @@ def initialize(
         store, rank, world_size = open_job_store(timeout)
         if check is not None:
             check(start_store(store), rank, world_size)
-        # No device_id: with it every group of Megatron's gets a communicator, used or not: 8 GiB of an H100.
+        # No device_id: with it each of Megatron's groups gets a communicator, used or not: 8 GiB of an H100.
         torch.distributed.init_process_group(
             backend="gloo" if on_cpu else "nccl",
             store=PrefixStore("job", store),
@@ -61,7 +62,7 @@ def initialize(
             world_size=world_size,
             timeout=timeout,
         )
-        _sum(device, torch.distributed.group.WORLD)  # NCCL learns the device, which a barrier would guess from the rank
+        _sum(device, torch.distributed.group.WORLD)  # tells NCCL the device; a barrier would guess it from the rank
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
@@ -78,12 +79,12 @@ def initialize(
 
 
 def connect(parallel: ParallelConfig, device: torch.device) -> None:
-    """Make the communicators of the groups that training uses now, not at step 1's peak of memory.
+    """Make the communicators that training uses now.
 
-    After `initialize`, on all ranks together.
+    Otherwise step 1 would make them at its memory peak. Call it after `initialize`, on all ranks together.
     """
     groups = [
-        # of the gradients' norm
+        # for the gradient norm
         parallel_state.get_intra_distributed_optimizer_instance_group()
         if parallel.distributed_optimizer
         else parallel_state.get_model_parallel_group(),
@@ -105,13 +106,13 @@ def _sum(device: torch.device, group: torch.distributed.ProcessGroup | None) -> 
 
 
 def make_deterministic() -> None:
-    """Ask torch, cuBLAS, NCCL and transformer-engine for the same bits in every run of this process's program.
+    """Make torch, cuBLAS, NCCL and transformer-engine deterministic in this process.
 
-    Before the first CUDA call, since the libraries read their variables when they are set up. What has no
-    deterministic kernel raises RuntimeError when it runs.
+    Call it before the first CUDA call, since the libraries read their environment variables at initialisation. An
+    operation without a deterministic kernel raises RuntimeError when it runs.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    os.environ.setdefault("NCCL_ALGO", "Ring")  # a tree's or a switch's order of sums may change
+    os.environ.setdefault("NCCL_ALGO", "Ring")  # trees and switches may sum in a varying order
     os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
@@ -119,7 +120,7 @@ def make_deterministic() -> None:
 
 
 def shutdown() -> None:
-    """Leave the job: the other ranks have finished too."""
+    """Leave the job, when all ranks have finished."""
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         parallel_state.destroy_model_parallel()

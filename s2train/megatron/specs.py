@@ -1,4 +1,4 @@
-"""From a hybrid layout to Megatron's specs of this pipeline stage's layers."""
+"""Megatron's layer specs for the hybrid layout of one pipeline stage."""
 
 from importlib import import_module
 
@@ -23,7 +23,7 @@ def layer_spec(
     cp_exchange: str,
     seed: int,
 ) -> ModuleSpec:
-    """Spec of one layer; `layer_number` counts from 1 over the whole model."""
+    """Make the spec of one layer; `layer_number` counts from 1 over the model."""
     spec = backend.layer_spec()
     spec.module = HybridTransformerLayer
     own = {"layer_layout": layer, "hybrid_layer_number": layer_number, "mlp_class": backend.mlp}
@@ -43,7 +43,7 @@ def layer_spec(
 
 
 def layer_ids(config: TransformerConfig, vp_stage: int | None) -> list[int]:
-    """0-based numbers of the layers that this pipeline rank and virtual stage hold."""
+    """Return 0-based numbers of the layers on this pipeline rank and virtual stage."""
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
     return list(range(first, first + get_num_layers_to_build(config, vp_stage=vp_stage)))
 
@@ -58,7 +58,7 @@ def block_spec(
     seed: int,
     vp_stage: int | None = None,
 ) -> TransformerBlockSubmodules:
-    """Specs of the layers of this stage."""
+    """Make the specs of this stage's layers."""
     specs = [
         layer_spec(hybrid.layers[i], i + 1, backend, cache, attention_backend, cp_exchange, seed)
         for i in layer_ids(config, vp_stage)

@@ -1,7 +1,7 @@
-"""torch's AdamW under Megatron's distributed optimizer, where neither apex nor transformer-engine brings another.
+"""Use torch's AdamW under Megatron's distributed optimizer, without apex or transformer-engine.
 
-Megatron's checkpoint code expects a fused Adam whose `step` belongs to the group. torch keeps a `step` tensor for
-every parameter, which Megatron first can't find in a checkpoint and then replaces by one shared tensor that every
+Megatron's checkpoint code expects a fused Adam whose `step` belongs to the group. torch keeps one `step` tensor per
+parameter. Megatron first doesn't find these in a checkpoint and then replaces them by one shared tensor that every
 parameter advances: the loss after a resume would be silently wrong.
 """
 
@@ -19,7 +19,10 @@ def _affected(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
 
 
 def prepare_for_checkpoints(optimizer: MegatronOptimizer) -> None:
-    """Make the pair save and load its moments right. Nothing changes for another optimizer."""
+    """Make the optimizer save and load its moments correctly.
+
+    Other optimizers than torch's AdamW are left unchanged.
+    """
     for part in _affected(optimizer):
         for group in part.optimizer.param_groups:
             for parameter in group["params"]:
@@ -51,7 +54,7 @@ def _leave_out_step(part: DistributedOptimizer) -> None:
 
 
 def separate_steps(optimizer: MegatronOptimizer) -> None:
-    """After loading: give every parameter a step counter of its own again."""
+    """Give every parameter a separate step counter again, after loading."""
     for part in _affected(optimizer):
         for state in part.optimizer.state.values():
             state["step"] = state["step"].clone()

@@ -1,6 +1,7 @@
-"""Context parallel for any layout: queries stay where they are, keys and values come to them.
+"""Context parallel for any layout: queries stay, keys and values are exchanged.
 
-Megatron splits a sequence zig-zag: of 2·cp chunks, rank r holds chunks r and 2·cp − 1 − r, so that every rank has
-as much causal work. A layout may keep any far block: dense layers gather all keys and values (`gathering`), sparse
-ones exchange the blocks that they keep (`shares`: which; `transfer`: the exchange; `attention`: with them).
+Megatron splits a sequence zig-zag: of 2·cp chunks, rank r holds chunks r and 2·cp − 1 − r, so that all ranks have the
+same causal work. A layout may keep any distant block. Dense layers gather all keys and values (`all_gather`); sparse
+layers exchange only the blocks that they keep (`exchange_plan`: which blocks; `kv_exchange`: the exchange;
+`attention`: computing with them).
 """

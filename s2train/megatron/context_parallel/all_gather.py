@@ -1,16 +1,16 @@
-"""All keys and values of the sequence on every context parallel rank."""
+"""Gather all keys and values of a sequence on every context parallel rank."""
 
 import torch
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
 
 def chunk_ids(rank: int, size: int) -> tuple[int, int]:
-    """The two chunks of the sequence that context parallel rank `rank` of `size` holds, in its order."""
+    """Return the two chunks that context parallel rank `rank` holds, in order."""
     return rank, 2 * size - 1 - rank
 
 
 def gather_sequence(local: torch.Tensor, group: torch.distributed.ProcessGroup) -> torch.Tensor:
-    """All ranks' rows in the order of the sequence.
+    """Gather all ranks' rows in the order of the sequence.
 
     Args:
         local: [s / cp, …], this rank's two chunks.

@@ -1,4 +1,4 @@
-"""Attention of this rank's queries over the key blocks that they keep, wherever these come from."""
+"""Attention of this rank's queries over kept key blocks from any rank."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -13,12 +13,15 @@ from s2train.megatron.context_parallel.kv_exchange import Transfer
 
 
 class Attend(Protocol):
-    """The sparse op, its scale and backend chosen; see `s2train.kernels.attention.block_sparse_attention`."""
+    """The sparse op with scale and backend set.
+
+    See `s2train.kernels.attention.block_sparse_attention`.
+    """
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, query_offset: int, return_lse: bool
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Output [s_q, b, h, d] and, if asked for, log-sum-exp [b, h, s_q]."""
+        """Compute output [s_q, b, h, d] and, if requested, log-sum-exp [b, h, s_q]."""
         ...
 
 
@@ -29,18 +32,20 @@ def attend_gathered(
     value: Tensor,
     group: torch.distributed.ProcessGroup,
 ) -> Tensor:
-    """Attention over all keys of the sequence, chunk by chunk of this rank's queries, for any layout or none.
+    """Compute attention over all keys of the sequence, one query chunk at a time.
+
+    Works for any layout or none.
 
     Args:
-        attend: of queries, keys from position 0 on, values, and the position of the first query; the last query is at
+        attend: takes queries, keys from position 0 on, values, and the first query's position; the last query is at
             the last key.
-        query, key, value: as of `attend_together`.
+        query, key, value: as in `attend_together`.
     """
     key, value = gather_sequence(key, group), gather_sequence(value, group)
     rows = query.shape[0] // 2
     parts = []
     for chunk, part in zip(chunk_ids(group.rank(), group.size()), query.chunk(2), strict=True):
-        seen = (chunk + 1) * rows  # later keys are masked anyway
+        seen = (chunk + 1) * rows  # later keys are masked
         parts.append(attend(part, key[:seen], value[:seen], chunk * rows))
     return torch.cat(parts)
 
@@ -53,11 +58,11 @@ def attend_together(
     layout: BlockLayout,
     group: torch.distributed.ProcessGroup,
 ) -> Tensor:
-    """Attention over received and own keys in one call.
+    """Compute attention over received and own keys in one call.
 
     Args:
         query: [s / cp, b, h, d], this rank's two chunks of the sequence.
-        key, value: [s / cp, b, h_kv, d], the same.
+        key, value: [s / cp, b, h_kv, d], the same chunks.
         layout: of the whole sequence and this rank's heads.
     """
     transfer = Transfer(rank_share(layout, key.shape[2], group), layout.block_size, group)
@@ -77,9 +82,10 @@ def attend_overlapped(
     layout: BlockLayout,
     group: torch.distributed.ProcessGroup,
 ) -> Tensor:
-    """As `attend_together`, but over the own keys while the others are under way, the two results merged.
+    """Compute attention over own keys during the exchange, then over received keys.
 
-    Queries are read and results written twice: it pays where the exchange takes longer than that.
+    Arguments are those of `attend_together`; the two results are merged. Queries are read and results written twice,
+    so this is faster only if the exchange takes longer than that.
     """
     transfer = Transfer(rank_share(layout, key.shape[2], group), layout.block_size, group)
     token = transfer.send(key, value)
@@ -93,9 +99,10 @@ def attend_overlapped(
 
 
 def merge(near: tuple[Tensor, Tensor], far: tuple[Tensor, Tensor]) -> Tensor:
-    """One result of two over different keys, each [s, b, h, d] and its log-sum-exp [b, h, s].
+    """Merge two attention results over disjoint keys.
 
-    Rows of `far` may be without any key (log-sum-exp -inf), those of `near` not.
+    Each is [s, b, h, d] with its log-sum-exp [b, h, s]. Rows of `far` may see no key (log-sum-exp -inf); rows of `near`
+    always see one.
     """
     (out, lse), (far_out, far_lse) = near, far
     weight = torch.sigmoid(far_lse - lse).permute(2, 0, 1).unsqueeze(-1)  # exp(far) / (exp(near) + exp(far))
@@ -103,7 +110,7 @@ def merge(near: tuple[Tensor, Tensor], far: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def rank_share(layout: BlockLayout, num_kv_heads: int, group: torch.distributed.ProcessGroup) -> Share:
-    """What this rank of `group` sends and receives; computed once a layout."""
+    """Return what this rank of `group` sends and receives; cached in the layout."""
     name = ("context parallel share", num_kv_heads, group.rank(), group.size())
     if name not in layout.cache:
         layout.cache[name] = share_of(layout, *name[1:])
@@ -113,7 +120,7 @@ def rank_share(layout: BlockLayout, num_kv_heads: int, group: torch.distributed.
 
 
 def _part(part: str, layout: BlockLayout, share: Share) -> BlockLayout:
-    """The share's layout of that name; computed once."""
+    """Return the share's layout with that name; cached in the layout."""
     name = ("context parallel layout", part, share)
     if name not in layout.cache:
         layout.cache[name] = getattr(share, part)(layout)

@@ -1,4 +1,7 @@
-"""Which key blocks each context parallel rank needs of each other one: from the layout alone, alike on every rank."""
+"""Plan which key blocks context parallel ranks exchange.
+
+The plan depends only on the layout and is the same on every rank.
+"""
 
 from dataclasses import dataclass
 
@@ -8,19 +11,23 @@ from torch import Tensor
 from s2train.kernels.layout import BlockLayout
 from s2train.layouts.renumber import causal_pairs, renumber
 
-_ALIGNMENT = 128  # tokens: the first query's position is a multiple, as the kernels like it
+_ALIGNMENT = 128  # tokens: the first query's position is a multiple of it, which suits the kernels
 
 
 def owners(num_blocks: int, size: int, device: torch.device) -> Tensor:
-    """Int64 [num_blocks]: the rank of `size` that holds each block, of chunks dealt zig-zag."""
+    """Return the rank that holds each block, int64 [num_blocks].
+
+    Chunks are dealt zig-zag to `size` ranks.
+    """
     chunk = torch.arange(num_blocks, device=device) // (num_blocks // (2 * size))
     return torch.minimum(chunk, 2 * size - 1 - chunk)
 
 
 def needed_blocks(layout: BlockLayout, num_kv_heads: int, size: int) -> Tensor:
-    """Bool [size, H_kv, key blocks]: kept by any query block of a rank, in any head of a KV head's group.
+    """Return which blocks each rank's queries keep: bool [size, H_kv, key blocks].
 
-    Pairs of a key block after the query block don't count: attention is causal.
+    A block counts if any query block of the rank keeps it in any head of the KV head's group. Key blocks after the
+    query block don't count, because attention is causal.
     """
     num_blocks = layout.num_query_blocks
     owner = owners(num_blocks, size, layout.device)
@@ -34,10 +41,10 @@ def needed_blocks(layout: BlockLayout, num_kv_heads: int, size: int) -> Tensor:
 
 
 def exchanged_blocks(layout: BlockLayout, num_kv_heads: int, size: int) -> Tensor:
-    """Int64 [source, destination]: blocks of single KV heads that one rank sends another; 0 to itself.
+    """Count blocks sent between ranks, int64 [source, destination]; 0 to itself.
 
-    A block is `block_size` keys and values of one KV head: batch · block_size · (d + d_v) elements. A forward pass
-    moves it there, its backward moves as many elements back.
+    A block is `block_size` keys and values of one KV head: batch · block_size · (d + d_v) elements. The forward pass
+    sends it once; the backward pass sends the same number of elements back.
     """
     needed = needed_blocks(layout, num_kv_heads, size)
     owner = owners(layout.num_key_blocks, size, layout.device)
@@ -46,27 +53,27 @@ def exchanged_blocks(layout: BlockLayout, num_kv_heads: int, size: int) -> Tenso
 
 
 def gathered_blocks(layout: BlockLayout, num_kv_heads: int, size: int) -> Tensor:
-    """As `exchanged_blocks`, where every rank gets every block."""
+    """Count blocks as `exchanged_blocks`, if every rank gets every block."""
     each = num_kv_heads * layout.num_key_blocks // size
     return torch.full((size, size), each, device=layout.device).fill_diagonal_(0)
 
 
 @dataclass(frozen=True, eq=False)
 class Share:
-    """What one rank sends and receives, and where its queries and keys then lie.
+    """What one rank sends and receives, and the resulting positions.
 
-    Received blocks are packed: each KV head's fill its first places of `slots`, ascending, and this rank's own
-    blocks follow. So keys keep their order, every received key is before every query, and both chunks of queries
-    are one range from position `slots · block_size` on.
+    Received blocks are packed: those of each KV head fill its first `slots`, ascending, and this rank's own blocks
+    follow. Thus keys keep their order, every received key is before every query, and both chunks of queries form one
+    range from position `slots · block_size` on.
 
     Attributes:
         rank: in the context parallel group.
-        slots: places for received blocks, at least one; those that no block fills are in no layout.
-        sent: for each rank the (KV heads, own blocks) to send it, int64; none to itself.
-        heads, places: KV head and slot of the received blocks, rank by rank, int64.
-        received: how many come from each rank.
-        rows: new numbers of this rank's query blocks among all, int64 [query blocks]; -1 elsewhere.
-        columns: the slot of each received block, int64 [H_kv, key blocks]; -1 elsewhere.
+        slots: places for received blocks, at least one; unfilled places are in no layout.
+        sent: the (KV heads, own blocks) to send to each rank, int64; none to itself.
+        heads, places: KV head and slot of the received blocks, ordered by rank, int64.
+        received: number of blocks from each rank.
+        rows: new numbers of this rank's query blocks, int64 [query blocks]; -1 for other ranks' blocks.
+        columns: slot of each received block, int64 [H_kv, key blocks]; -1 for all others.
     """
 
     rank: int
@@ -80,7 +87,7 @@ class Share:
 
     @property
     def sent_counts(self) -> list[int]:
-        """How many blocks go to each rank."""
+        """Number of blocks sent to each rank."""
         return [len(heads) for heads, _ in self.sent]
 
     @property
@@ -88,16 +95,19 @@ class Share:
         return len(self.rows) // len(self.sent)
 
     def whole(self, layout: BlockLayout) -> BlockLayout:
-        """`layout` of this rank's queries over received and own keys: [slots + own] blocks each way."""
+        """Return `layout` of this rank's queries over received and own keys.
+
+        It has [slots + own] query and key blocks.
+        """
         columns = torch.where(self.columns >= 0, self.columns, self._moved(self.slots))
         return self._renumbered(layout, self.slots, columns, self.slots + self.own_blocks)
 
     def own(self, layout: BlockLayout) -> BlockLayout:
-        """`layout` of this rank's queries over its own keys, both numbered from 0."""
+        """Return `layout` of this rank's queries over its own keys, numbered from 0."""
         return self._renumbered(layout, 0, self.rows.expand_as(self.columns), self.own_blocks)
 
     def remote(self, layout: BlockLayout) -> BlockLayout:
-        """`layout` of this rank's queries, from block `slots` on, over received keys."""
+        """Return `layout` of this rank's queries, from block `slots` on, over received keys."""
         return self._renumbered(layout, self.slots, self.columns, self.slots)
 
     def _moved(self, by: int) -> Tensor:
@@ -108,13 +118,13 @@ class Share:
 
 
 def share_of(layout: BlockLayout, num_kv_heads: int, rank: int, size: int) -> Share:
-    """What `rank` of `size` sends and receives; the host waits for the counts.
+    """Compute what `rank` of `size` sends and receives; the host waits for counts.
 
     Args:
-        layout: of the whole sequence, as many query as key blocks, a multiple of 2 · size.
+        layout: of the whole sequence, with equal numbers of query and key blocks, a multiple of 2 · size.
         num_kv_heads: H_kv, a divisor of the layout's heads.
     Raises:
-        ValueError: the blocks can't be shared out evenly, two chunks a rank.
+        ValueError: the blocks can't be divided evenly into two chunks per rank.
     """
     num_blocks = layout.num_key_blocks
     if layout.num_query_blocks != num_blocks or num_blocks % (2 * size):

@@ -1,4 +1,7 @@
-"""Key and value blocks to the ranks whose queries keep them, and their gradients back; both ways in the background."""
+"""Exchange key and value blocks, and their gradients, in the background.
+
+Blocks go to the ranks whose queries keep them; gradients go back.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,11 +14,12 @@ from s2train.megatron.context_parallel.exchange_plan import Share
 
 
 class Transfer:
-    """One layer's exchange: at most one collective of it is under way.
+    """Exchange of one layer, with at most one collective in progress.
 
-    Forward: `send`, anything else, `receive`. In the backward the gradients of what was received leave as soon as
-    they are known, and are waited for when those of the keys are: what ran between `send` and `receive` hides both.
-    Autograd sees an empty tensor go from `send` to `receive`: what is on its way is no tensor to compute with.
+    Forward: call `send`, compute anything else, call `receive`. In the backward, gradients of received blocks are sent
+    as soon as they are known and awaited when the keys' gradients are needed. The work between `send` and `receive`
+    hides both exchanges. For autograd an empty tensor links `send` to `receive`, because data in transit can't be used
+    in a computation.
     """
 
     def __init__(self, share: Share, block_size: int, group: torch.distributed.ProcessGroup) -> None:
@@ -23,15 +27,21 @@ class Transfer:
         self._under_way: tuple[torch.distributed.Work, Tensor, Tensor] | None = None
 
     def send(self, key: Tensor, value: Tensor) -> Tensor:
-        """Start sending this rank's [s / cp, b, H_kv, d] keys and values; returns what `receive` takes."""
+        """Start sending this rank's keys and values [s / cp, b, H_kv, d].
+
+        Returns the token that `receive` takes.
+        """
         return _Send.apply(key, value, self)
 
     def receive(self, token: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-        """Keys (of dimension `dim`) and values of the other ranks, [slots · block_size, b, H_kv, …]; 0 where none."""
+        """Return other ranks' keys (of dimension `dim`) and values.
+
+        They are [slots · block_size, b, H_kv, …]; unfilled slots are 0.
+        """
         return _Receive.apply(token, dim, self)
 
     def start(self, packed: Tensor, sent: Sequence[int], received: Sequence[int]) -> None:
-        """Exchange rows of `packed`: so many to and from each rank."""
+        """Start exchanging rows of `packed`, with the given counts per rank."""
         result = packed.new_empty(sum(received), *packed.shape[1:])
         work = torch.distributed.all_to_all_single(
             result, packed, list(received), list(sent), group=self._group, async_op=True
@@ -40,7 +50,7 @@ class Transfer:
         self._under_way = (work, packed, result)
 
     def wait(self) -> Tensor:
-        """What the exchange brought."""
+        """Wait for the exchange and return its result."""
         assert self._under_way is not None
         work, _, result = self._under_way
         work.wait()
@@ -48,7 +58,7 @@ class Transfer:
         return result
 
     def blocks(self, x: Tensor) -> Tensor:
-        """View [H_kv, blocks, b, block_size, d] of [s, b, H_kv, d]."""
+        """Return a view [H_kv, blocks, b, block_size, d] of [s, b, H_kv, d]."""
         return x.unflatten(0, (-1, self.block_size)).permute(3, 0, 2, 1, 4)
 
 
@@ -70,7 +80,7 @@ class _Send(torch.autograd.Function):
         parts = packed.split([shape[-1] for shape in ctx.shapes], dim=-1)
         gradients = []
         for shape, part in zip(ctx.shapes, parts, strict=True):
-            # summed in the order of ranks, so that every run has the same bits
+            # summed in rank order, so that every run gives the same bits
             total = packed.new_zeros(shape, dtype=torch.promote_types(packed.dtype, torch.float32))
             blocks = transfer.blocks(total)
             for where, of_rank in zip(share.sent, part.split(share.sent_counts), strict=True):
@@ -88,7 +98,7 @@ class _Receive(torch.autograd.Function):
         results = []
         for part in packed.split([dim, packed.shape[-1] - dim], dim=-1):
             shape = (share.slots * transfer.block_size, packed.shape[1], num_kv_heads, part.shape[-1])
-            # kernels read tiles that are hidden in part: what no block fills must be finite
+            # kernels read partly masked tiles: unfilled slots must be finite
             full = len(packed) == num_kv_heads * share.slots
             result = packed.new_empty(shape) if full else packed.new_zeros(shape)
             transfer.blocks(result)[share.heads, share.places] = part
