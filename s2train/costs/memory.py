@@ -180,8 +180,8 @@ def _loss_bytes(cfg: PretrainConfig, tokens: int, width: int, way: str) -> int:
         piece = min(1 << (-(-tokens // pieces) - 1).bit_length(), tokens)
         return piece * model.vocab_size * width + model.vocab_size * model.hidden_size * (4 + width)
     logits = tokens * model.vocab_size // parallel.tp
-    # Logits and their gradient in `width`, softmax in fp32. Liger-Kernel has no second copy of the logits; Megatron has
-    # a second softmax.
+    # Logits and their gradient in `width`, softmax in fp32. Liger-Kernel has no copy of the logits beside the other
+    # two; Megatron has a second softmax.
     return logits * (width + 4 if way == "liger" else 2 * width + 8)
 
 
