@@ -1,4 +1,4 @@
-"""A checkpoint as a folder for Hugging Face's libraries."""
+"""Export a checkpoint as a folder for Hugging Face's libraries."""
 
 import json
 import shutil
@@ -33,14 +33,15 @@ _DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
 
 def export(cfg: ExportConfig) -> Path:
-    """Write `output`: config.json, .safetensors, the tokenizer's files, modeling_s2.py and the layout's files of masks.
+    """Write the folder `output` for Hugging Face's libraries.
 
-    A model without sparse layers, whose heads turn whole, is written as a plain Llama, which needs no modelling file.
-    In one process; the folder is written under another name and renamed when whole.
+    It holds config.json, .safetensors, the tokenizer's files, modeling_s2.py and the layout's mask files. A model
+    without sparse layers and with full rotation is written as a plain Llama, which needs no modelling file. The export
+    runs in one process; the folder is written under a temporary name and renamed when complete.
 
     Raises:
-        ConfigError: no checkpoint there, a kind of attention or a weight that the format can't hold, no such tokenizer,
-            a folder that exists, or a vocabulary out of range.
+        ConfigError: there is no checkpoint or tokenizer, the format can't hold a kind of attention or a weight, the
+            folder exists, or the vocabulary is out of range.
     """
     path, output = find_checkpoint(cfg.checkpoint), Path(cfg.output)
     trained = read_config(path)
@@ -55,7 +56,7 @@ def export(cfg: ExportConfig) -> Path:
         problem = f"the tokenizer has {tokenizer.vocab_size} ids, the model {trained.model.vocab_size} rows"
         raise ConfigError("vocab_size", rows, problem, "Set it between these, or leave it out")
 
-    # transformer-engine's layers have other names for their norms
+    # transformer-engine's layers name their norms differently
     loaded = load_for_inference(path, initialize(ParallelConfig(), trained.seed), layer_backend="local")
     state = unwrap(loaded.model).state_dict()
     if unknown := unknown_weights(state, trained.model):
@@ -81,7 +82,10 @@ def export(cfg: ExportConfig) -> Path:
 
 
 def llama_config(cfg: PretrainConfig, vocab_size: int, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What `config.json` holds: a Llama's settings, and the layout where layers are sparse or turn in part."""
+    """Return `config.json`: a Llama's settings, and the layout if needed.
+
+    The layout is included if layers are sparse or rotation is partial.
+    """
     model, hybrid = cfg.model, hybrid_layout(cfg)
     is_plain = all(isinstance(layer.kind, DenseKind) for layer in hybrid.layers) and model.rotary_percent == 1
     own: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}

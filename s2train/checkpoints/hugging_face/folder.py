@@ -1,4 +1,4 @@
-"""A folder of config.json and .safetensors, as Hugging Face's libraries have it."""
+"""Read and write Hugging Face folders of config.json and .safetensors."""
 
 import json
 import struct
@@ -15,16 +15,16 @@ INDEX = "model.safetensors.index.json"
 
 
 def require_safetensors(setting: str, value: str) -> None:
-    """Whether safetensors is installed; ConfigError, on `setting`, if not."""
+    """Raise ConfigError on `setting` if safetensors is not installed."""
     try:
         import safetensors.torch  # noqa: F401
     except ImportError as error:
-        problem = "it takes the package safetensors, which is not installed"
+        problem = "it needs the package safetensors, which is not installed"
         raise ConfigError(setting, value, problem, "pip install s2train[export]") from error
 
 
 def write_weights(folder: Path, weights: Mapping[str, Tensor], shard_bytes: int = SHARD_BYTES) -> None:
-    """Write model.safetensors, or several and their index where they take more than `shard_bytes`."""
+    """Write model.safetensors, or several files and an index above `shard_bytes`."""
     from safetensors.torch import save_file
 
     shards: list[dict[str, Tensor]] = [{}]
@@ -39,7 +39,7 @@ def write_weights(folder: Path, weights: Mapping[str, Tensor], shard_bytes: int 
     of_name: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        (folder / name).touch()  # with the mode that the umask asks for: safetensors makes its files the owner's alone
+        (folder / name).touch()  # with the umask's mode: safetensors would make files readable by their owner only
         mode = (folder / name).stat().st_mode
         save_file(shard, folder / name, metadata={"format": "pt"})
         (folder / name).chmod(mode)
@@ -50,12 +50,12 @@ def write_weights(folder: Path, weights: Mapping[str, Tensor], shard_bytes: int 
 
 
 class WeightsFolder:
-    """The weights of a folder, read one by one.
+    """Weights of a folder, read one by one.
 
     Args:
-        setting: that names it, for errors.
+        setting: the setting that names the folder, for errors.
     Raises:
-        ConfigError: no config.json or .safetensors there, or damaged ones.
+        ConfigError: config.json or .safetensors files are missing or damaged.
     """
 
     def __init__(self, folder: Path, setting: str) -> None:
@@ -76,11 +76,11 @@ class WeightsFolder:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of all weights."""
+        """Return the shapes of all weights."""
         return {name: tuple(self._headers[file][name]["shape"]) for name, file in self._files.items()}
 
     def read(self, name: str) -> Tensor:
-        """One weight, on the CPU."""
+        """Read one weight to the CPU."""
         from safetensors import safe_open
 
         with safe_open(self.path / self._files[name], framework="pt") as file:
@@ -94,7 +94,10 @@ class WeightsFolder:
         return found
 
     def _header(self, name: str) -> dict[str, Any]:
-        """Names, shapes and places; whether the file is as long as they say."""
+        """Read a file's header, and check the file's length against it.
+
+        The header has names, shapes and offsets.
+        """
         path = self.path / name
         try:
             with path.open("rb") as file:
@@ -103,7 +106,7 @@ class WeightsFolder:
             header.pop("__metadata__", None)
             expected = 8 + length + max((weight["data_offsets"][1] for weight in header.values()), default=0)
             if path.stat().st_size != expected:
-                raise ValueError(f"{path.stat().st_size:,} bytes where its header tells of {expected:,}")
+                raise ValueError(f"{path.stat().st_size:,} bytes where its header says {expected:,}")
         except (OSError, ValueError, struct.error, KeyError) as error:
             raise self._error(f"{name} can't be read ({error})", "Download it again") from error
         return header

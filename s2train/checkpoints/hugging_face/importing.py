@@ -1,4 +1,4 @@
-"""A Llama's weights, or an export's, as a checkpoint that a run starts from."""
+"""Import the weights of a Llama or of an export as a checkpoint."""
 
 import shutil
 from dataclasses import replace
@@ -34,8 +34,8 @@ from s2train.planning import hybrid_layout
 
 _HYBRID = "S2ForCausalLM"  # of launch/export.py
 _ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", _HYBRID)
-_LONGEST = 8192  # tokens of a first run's sequences: more is to be asked for
-# What would change the computation: config.json's name, and what it must be where it is there.
+_LONGEST = 8192  # default limit of the sequence length, in tokens; a run can set more
+# Settings that would change the computation: config.json's name, and the value required if present.
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "attention_bias": (False, None),
@@ -47,14 +47,15 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
 
 
 def import_llama(cfg: ImportConfig) -> tuple[Path, ModelFiles]:
-    """Write OUTPUT/checkpoints/iter_0000000, a checkpoint of weights alone, and the settings of a run from it.
+    """Write the checkpoint OUTPUT/checkpoints/iter_0000000 and settings to train from it.
 
-    A run with `checkpoint.resume=OUTPUT` starts from it at step 0, under any layout, optimizer and division. Rows
-    that `vocab_size` adds are zeros. Of an export of launch/export.py the layout and the tokenizer come along.
+    The checkpoint has only weights. A run with `checkpoint.resume=OUTPUT` starts from it at step 0, with any layout,
+    optimizer and parallel division. Rows that `vocab_size` adds are zeros. From an export of launch/export.py the
+    layout and the tokenizer are imported too.
 
     Raises:
-        ConfigError: no such folder or weights, an architecture that is neither a plain Llama nor an export, an output
-            that exists.
+        ConfigError: the folder or weights are missing, the architecture is neither a plain Llama nor an export, or the
+            output exists.
     """
     require_safetensors("weights", cfg.weights)
     folder = WeightsFolder(Path(cfg.weights), "weights")
@@ -82,7 +83,7 @@ def import_llama(cfg: ImportConfig) -> tuple[Path, ModelFiles]:
         optim=OptimConfig(lr=3e-5),
         train=TrainConfig(steps=1000, seq_length=length, global_batch_size=16, precision=cfg.precision),
         run_dir=cfg.output,
-        layer_backend="local",  # whose parameters have plain names; a run with another reads the checkpoint
+        layer_backend="local",  # its parameters have plain names; runs with other backends can read the checkpoint
     )
     first = replace(run, train=replace(run.train, seq_length=min(length, _LONGEST)))
     files = ModelFiles(first, cfg.conf, layout is not None)
@@ -119,42 +120,45 @@ def import_llama(cfg: ImportConfig) -> tuple[Path, ModelFiles]:
 
 
 def _layout(folder: WeightsFolder, output: Path) -> tuple[LayoutConfig, ScheduleConfig] | tuple[None, None]:
-    """That of an export; None of other weights, for which a run chooses."""
+    """Return an export's layout; None for other weights, whose run chooses one."""
     if KEY in folder.config:
         return read_settings(folder.config[KEY], folder.path, output)
     if (folder.config.get("architectures") or [""])[0] == _HYBRID:
-        problem = "config.json tells every head's blocks, and not the settings that they come from"
+        problem = "config.json has every head's blocks, but not the settings that they come from"
         raise ConfigError("weights", folder.path, problem, "Export the run again with this version")
     return None, None
 
 
 def _check_layout(folder: WeightsFolder, run: PretrainConfig) -> None:
-    """Whether the settings of an export still give the blocks that its config.json tells."""
+    """Check that an export's settings still produce the blocks in its config.json."""
     told = folder.config.get("layout")
     if told is not None and layout_json(hybrid_layout(run)) != told:
-        problem = f"its settings ({KEY}.layout, {KEY}.schedule) give other blocks than its layout tells"
-        raise ConfigError("weights", folder.path, problem, "Mend config.json, or export the run again")
+        problem = f"its settings ({KEY}.layout, {KEY}.schedule) give other blocks than its layout lists"
+        raise ConfigError("weights", folder.path, problem, "Fix config.json, or export the run again")
 
 
 def _tokenizer(folder: WeightsFolder, output: Path) -> str:
-    """As `data.tokenizer` takes it; where the weights bring none, a run refuses until there is one."""
+    """Return the value of `data.tokenizer`.
+
+    If the weights bring no tokenizer, a run is rejected until one is set.
+    """
     if folder.config.get(KEY, {}).get("tokenizer") == "bytes":
         return "bytes"
     return str(output.absolute() / TOKENIZER)
 
 
 def llama_model(folder: WeightsFolder) -> ModelConfig:
-    """The shape that config.json tells of.
+    """Return the model shape in config.json.
 
     Raises:
-        ConfigError: no plain Llama or export: another architecture, biases, scaled rotation, a sliding window; of a
-            plain Llama partial rotation too.
+        ConfigError: not a plain Llama or an export: another architecture, biases, scaled rotation or a sliding window;
+            in a plain Llama also partial rotation.
     """
     config, remedy = folder.config, "Only Llama's architecture without these can be imported"
     names = config.get("architectures") or ["none"]
     if names[0] not in _ARCHITECTURES:
         raise ConfigError("weights", folder.path, f"its architecture is {names[0]}", f"{_list()} can be imported")
-    rope = config.get("rope_parameters") or {}  # where transformers 5 has theta and scaling
+    rope = config.get("rope_parameters") or {}  # transformers 5 has theta and scaling here
     if rope.get("rope_type", "default") != "default":
         raise ConfigError("weights", folder.path, f"config.json has rope_parameters={rope}", remedy)
     for name, values in _PLAIN.items():
@@ -165,7 +169,7 @@ def llama_model(folder: WeightsFolder) -> ModelConfig:
         raise ConfigError("weights", folder.path, f"config.json has partial_rotary_factor={percent}", remedy)
     theta = float(config.get("rope_theta", rope.get("rope_theta", 10_000)))
     if theta != int(theta):
-        raise ConfigError("weights", folder.path, f"rope_theta={theta} is no whole number", remedy)
+        raise ConfigError("weights", folder.path, f"rope_theta={theta} is not an integer", remedy)
     try:
         heads = config["num_attention_heads"]
         return ModelConfig(
@@ -194,18 +198,18 @@ def _check_weights(folder: WeightsFolder, model: ModelConfig) -> None:
     if model.tie_embeddings:
         extra -= {OUTPUT}  # a copy of the embedding
     if extra:
-        problem = f"it has weights that a plain Llama has not, such as {min(extra)}"
+        problem = f"it has weights that a plain Llama doesn't have, such as {min(extra)}"
         raise ConfigError("weights", folder.path, problem, f"{_list()} without biases can be imported")
     for name, shape in expected.items():
         if name not in found:
             raise ConfigError("weights", folder.path, f"it lacks {name}", "Download it again")
         if found[name] != shape:
-            problem = f"{name} is {list(found[name])} where config.json tells of {list(shape)}"
-            raise ConfigError("weights", folder.path, problem, "Mend config.json")
+            problem = f"{name} is {list(found[name])} where config.json says {list(shape)}"
+            raise ConfigError("weights", folder.path, problem, "Fix config.json")
 
 
 def _checked(weights: dict[str, torch.Tensor], gpt: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The weights, which are all of the model's parameters and nothing else."""
+    """Return the weights after checking that they match the model's parameters exactly."""
     names = {name for name, _ in gpt.named_parameters()}
     assert names == set(weights), names ^ set(weights)
     return weights

@@ -1,4 +1,4 @@
-"""A layout as `config.json` holds it; `modeling_s2.py` reads it."""
+"""Write a layout as JSON for `config.json`, which `modeling_s2.py` reads."""
 
 import base64
 from dataclasses import fields
@@ -24,7 +24,10 @@ _KINDS: dict[type[Pattern], str] = {
 
 
 def layout_json(hybrid: HybridLayout) -> dict[str, Any]:
-    """Tokens of a block, the different patterns, and for each layer the number of every query head's pattern."""
+    """Return block size, distinct patterns, and each head's pattern index.
+
+    The block size is in tokens; indices are listed by layer and query head.
+    """
     patterns = list(dict.fromkeys(head for layer in hybrid.layers for head in layer.heads))
     return {
         "block_size": hybrid.block_size,
@@ -34,10 +37,10 @@ def layout_json(hybrid: HybridLayout) -> dict[str, Any]:
 
 
 def pattern_json(pattern: Pattern) -> dict[str, Any]:
-    """A pattern's kind and fields.
+    """Return a pattern's kind and fields.
 
     Raises:
-        NotImplementedError: a pattern that modeling_s2.py does not know.
+        NotImplementedError: modeling_s2.py does not support the pattern.
     """
     if isinstance(pattern, MaskPattern):
         bits = base64.b64encode(pattern.bits.cpu().numpy().tobytes()).decode()

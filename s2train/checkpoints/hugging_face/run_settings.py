@@ -1,4 +1,7 @@
-"""What a run needs beside weights: in an export's config.json, and as files that `+model=imported/NAME` composes."""
+"""Settings that a run needs beside weights.
+
+They are in an export's config.json, and in files that `+model=imported/NAME` composes.
+"""
 
 import re
 import shlex
@@ -23,7 +26,10 @@ IMPORTED = "imported"  # folder in conf/model, conf/layout and conf/schedule
 
 
 def settings_json(cfg: PretrainConfig, folder: Path, is_bytes: bool) -> dict[str, Any]:
-    """Layout, schedule, tokenizer and end token for config.json; files of masks are copied into `folder`."""
+    """Return layout, schedule, tokenizer and end token for config.json.
+
+    Mask files are copied into `folder`.
+    """
     layout = asdict(cfg.layout)
     for number, pattern in enumerate(_with_file(layout)):
         name = f"masks-{number}.npz"
@@ -38,10 +44,12 @@ def settings_json(cfg: PretrainConfig, folder: Path, is_bytes: bool) -> dict[str
 
 
 def read_settings(told: Mapping[str, Any], weights: Path, output: Path) -> tuple[LayoutConfig, ScheduleConfig]:
-    """The inverse of `settings_json`, with files of masks as they will lie in `output` (see `copy_masks`).
+    """Read what `settings_json` wrote; mask files get their paths in `output`.
+
+    `copy_masks` copies them there.
 
     Raises:
-        ConfigError: on `weights`, settings that this version has not.
+        ConfigError: on `weights`, if this version doesn't have the settings.
     """
     layout = deepcopy(dict(told["layout"]))
     for pattern in _with_file(layout):
@@ -52,19 +60,19 @@ def read_settings(told: Mapping[str, Any], weights: Path, output: Path) -> tuple
             for kind, given in ((LayoutConfig, layout), (ScheduleConfig, told["schedule"]))
         ]
     except (OmegaConfBaseException, KeyError) as error:
-        problem = f"config.json tells settings that can't be read ({str(error).splitlines()[0]})"
+        problem = f"config.json has settings that can't be read ({str(error).splitlines()[0]})"
         raise ConfigError("weights", weights, problem, "Export the run again with this version") from error
     return parts[0], parts[1]  # type: ignore[return-value]
 
 
 def copy_masks(layout: LayoutConfig, weights: Path) -> None:
-    """Copy files of masks from an export to where `layout` has them."""
+    """Copy mask files from an export to where `layout` expects them."""
     for pattern in _with_file(asdict(layout)):
         shutil.copyfile(weights / Path(pattern["file"]).name, pattern["file"])
 
 
 def _with_file(layout: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """The patterns of a layout's settings that read a file."""
+    """Yield a layout's patterns that read a file."""
     of_kinds = [kind.get("pattern") for kind in layout.get("kinds", {}).values()]
     for pattern in (layout.get("pattern"), *layout.get("patterns", {}).values(), *of_kinds):
         if isinstance(pattern, dict) and pattern.get("file") is not None:
@@ -72,12 +80,14 @@ def _with_file(layout: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 class ModelFiles:
-    """Settings of an imported model as files in conf/model/imported, conf/layout/imported and conf/schedule/imported.
+    """Settings files of an imported model.
+
+    They lie in conf/model/imported, conf/layout/imported and conf/schedule/imported.
 
     Args:
-        cfg: settings to start a run with; its model's name is the files'.
-        conf: folder of configuration groups; None: that of the programs.
-        has_layout: whether the layout and the schedule are the model's own; else the command line chooses.
+        cfg: settings to start a run with; the files are named after its model.
+        conf: folder of configuration groups; None: the programs'.
+        has_layout: whether layout and schedule come from the model; otherwise the command line chooses them.
 
     Raises:
         ConfigError: a file of that name has other settings, or the folder can't be written.
@@ -116,14 +126,17 @@ class ModelFiles:
                 raise ConfigError("output", self._name, problem, "Name another folder, or remove that file")
 
     def write(self) -> None:
-        """Write them, the model's last."""
+        """Write the files, the model's last."""
         for path, text in self._files.items():
             with replacing(path) as temporary:
                 temporary.write_text(text)
 
     @property
     def data_command(self) -> str | None:
-        """What prepares the bundled corpus for `command`, to be pasted into a shell; None: its own tokens serve."""
+        """Return a shell command that prepares the bundled corpus for `command`.
+
+        None if the model's own tokens work.
+        """
         if self._tokenizer == "bytes":
             return None
         words = ["python", "launch/prepare_data.py", "input=bundled", _setting("output", self._data)]
@@ -131,7 +144,7 @@ class ModelFiles:
         return shlex.join([*words, _setting("tokenizer", self._tokenizer), *end])
 
     def command(self, start: str) -> str:
-        """What starts a run from the import in `start`, to be pasted into a shell."""
+        """Return a shell command that starts a run from the import in `start`."""
         words = ["python", "launch/pretrain.py"]
         if self._conf is not None:
             words += ["--config-dir", self._conf]
@@ -145,7 +158,7 @@ class ModelFiles:
 
 
 def model_name(output: Path) -> str:
-    """Of the last part of a path, with what neither Hydra nor a shell must quote."""
+    """Return a path's last part, without characters that Hydra or a shell must quote."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", output.absolute().name).strip("-.") or "model"
 
 

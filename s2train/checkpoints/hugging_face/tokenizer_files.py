@@ -1,4 +1,4 @@
-"""A run's tokenizer as transformers loads it: tokenizer.json and tokenizer_config.json."""
+"""Write a run's tokenizer for transformers: tokenizer.json and tokenizer_config.json."""
 
 import json
 import shutil
@@ -12,10 +12,10 @@ TOKENIZER = "tokenizer.json"
 
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer, max_length: int) -> None:
-    """Write both files; a `tokenizer.json` is copied as it is, and `bytes` is written as one.
+    """Write both files; an existing `tokenizer.json` is copied, `bytes` is converted.
 
     Args:
-        max_length: tokens that the model was trained on at most.
+        max_length: maximum number of tokens that the model was trained on.
     """
     if isinstance(tokenizer, FileTokenizer):
         shutil.copyfile(tokenizer.name, folder / TOKENIZER)
@@ -25,21 +25,27 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, max_length: int) -> None
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": hf.Tokenizer.from_file(str(folder / TOKENIZER)).id_to_token(tokenizer.eod),
         "model_max_length": max_length,
-        "clean_up_tokenization_spaces": False,  # decoded text would lose the blanks before stops
+        "clean_up_tokenization_spaces": False,  # decoded text would lose spaces before punctuation
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
 def adds_tokens(folder: Path) -> bool:
-    """Whether transformers' call of the folder's tokenizer adds tokens to a text, such as <s>, as training did not."""
+    """Return whether transformers' tokenizer call adds tokens to a text, such as <s>.
+
+    Training did not add any.
+    """
     return bool(hf.Tokenizer.from_file(str(folder / TOKENIZER)).num_special_tokens_to_add(False))
 
 
 def byte_tokenizer() -> hf.Tokenizer:
-    """`ByteTokenizer` as a byte-level BPE without merges: UTF-8 bytes as ids 0 … 255, and 256 as end of document."""
+    """Convert `ByteTokenizer` to a byte-level BPE without merges.
+
+    UTF-8 bytes are ids 0 … 255, and 256 is the end of a document.
+    """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in set(printable)]
-    # GPT-2's characters for bytes: printable ones stand for themselves, the others for U+0100 and following
+    # GPT-2's characters for bytes: printable ones map to themselves, the others to U+0100 and following
     vocabulary = {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
     made = hf.Tokenizer(hf.models.BPE(vocab=vocabulary, merges=[]))
     made.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

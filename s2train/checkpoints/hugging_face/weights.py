@@ -1,4 +1,4 @@
-"""Names and shapes of a Llama's weights, and of the same weights in Megatron's GPTModel."""
+"""Convert weights between a Llama and Megatron's GPTModel."""
 
 from collections.abc import Mapping
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from s2train.config import ModelConfig
 from s2train.costs.parameters import head_dim
 
-# of a layer, Megatron's on the left: `decoder.layers.N.` and `model.layers.N.` go before them
+# weights of a layer, Megatron's on the left; prefixes are `decoder.layers.N.` and `model.layers.N.`
 _LAYER = {
     "input_layernorm.weight": "input_layernorm.weight",
     "self_attention.linear_proj.weight": "self_attn.o_proj.weight",
@@ -27,7 +27,10 @@ _ENDS = {
 
 
 def llama_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every weight of a Llama of this shape, by its name there. With tied embeddings there is no lm_head."""
+    """Return the shape of every weight of such a Llama, by name.
+
+    With tied embeddings there is no lm_head.
+    """
     hidden, ffn, dim = model.hidden_size, model.ffn_hidden_size, head_dim(model)
     queries, keys = model.num_attention_heads * dim, model.num_query_groups * dim
     of_layer = {
@@ -46,18 +49,18 @@ def llama_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def unknown_weights(weights: Mapping[str, Tensor], model: ModelConfig) -> list[str]:
-    """The names of a GPTModel's weights that a Llama has no place for; extra state doesn't count."""
+    """List a GPTModel's weights that a Llama has no place for, except extra state."""
     known = {*_ENDS, *(f"decoder.layers.{n}.{name}" for n in range(model.num_layers) for name in (*_LAYER, _QKV, _FC1))}
     return [name for name in weights if name not in known and not name.endswith("_extra_state")]
 
 
 def to_llama(weights: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
-    """A whole GPTModel's weights as a Llama's.
+    """Convert a whole GPTModel's weights to a Llama's.
 
-    Megatron keeps the rows of a KV group together, its queries, key and value, [groups, (q + 2) · d, hidden].
+    Megatron stores the rows of a KV group (queries, key, value) together: [groups, (q + 2) · d, hidden].
 
     Raises:
-        ValueError: a weight has no place there.
+        ValueError: a Llama has no place for a weight.
     """
     if unknown := unknown_weights(weights, model):
         raise ValueError(f"a Llama has no place for {', '.join(unknown)}")
@@ -75,7 +78,7 @@ def to_llama(weights: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Ten
 
 
 def from_llama(weights: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
-    """The inverse of `to_llama`."""
+    """Convert a Llama's weights to a GPTModel's; the inverse of `to_llama`."""
     found = {old: weights[new] for old, new in _ENDS.items() if new in weights}
     for layer in range(model.num_layers):
         old, new = f"model.layers.{layer}.", f"decoder.layers.{layer}."
@@ -87,7 +90,7 @@ def from_llama(weights: Mapping[str, Tensor], model: ModelConfig) -> dict[str, T
 
 
 def with_rows(weight: Tensor, rows: int) -> Tensor:
-    """An embedding [vocab, hidden] of another vocabulary: rows cut off at the end, or rows of zeros put there."""
+    """Resize an embedding [vocab, hidden]: cut rows off, or append rows of zeros."""
     if rows <= len(weight):
         return weight[:rows]
     return torch.cat([weight, weight.new_zeros(rows - len(weight), weight.shape[1])])
