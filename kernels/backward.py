@@ -1,11 +1,11 @@
-"""Triton backward of block-sparse attention, in two kernels without atomics: deterministic.
+"""Triton backward of block-sparse attention: two kernels without atomics, deterministic.
 
 With P = exp(scale * q k^T - lse), dP = do v^T and delta = rowsum(o * do) - dlse:
     dS = P * (dP - delta),  dq = scale * dS k,  dk = scale * dS^T q,  dv = P^T do.
-The log-sum-exp's own gradient enters only through delta, since d lse / d score = P.
+The log-sum-exp's gradient enters only through delta, since d lse / d score = P.
 """
 
-# Triton reads the annotations of its functions, and has none for their tensors.
+# Triton interprets the annotations of its functions, so tensor arguments have none.
 # mypy: allow-untyped-defs
 
 import torch
@@ -29,7 +29,7 @@ def s2_attention_bwd_kernel_preprocess(
     out_batch, out_head, out_row, dout_batch, dout_head, dout_row, num_tiles, num_heads, s_q,
     V_DIM: tl.constexpr, PADDED_V_DIM: tl.constexpr, ROWS: tl.constexpr, HAS_DLSE: tl.constexpr,
 ):  # fmt: skip
-    """delta = rowsum(o * do) - dlse; 0 for rows without keys, whose dlse may be anything."""
+    """delta = rowsum(o * do) - dlse; 0 for rows without keys, whatever their dlse."""
     program = tl.program_id(0)
     first = program % num_tiles * ROWS
     batch_head = (program // num_tiles).to(tl.int64)
@@ -50,7 +50,10 @@ def s2_attention_bwd_kernel_preprocess(
 
 @triton.jit
 def _load_lse(lse_ptr, at, in_range, MASK: tl.constexpr):
-    """Log-sum-exp in base 2; +inf, so that all weights are 0, for rows out of range or without keys."""
+    """Load log-sum-exp in base 2; +inf for rows out of range or without keys.
+
+    +inf makes all their weights 0.
+    """
     lse = tl.load(lse_ptr + at, mask=in_range, other=float("-inf")) if MASK else tl.load(lse_ptr + at)
     return tl.where(lse == float("-inf"), float("inf"), lse * _LOG2_E)
 
@@ -61,7 +64,7 @@ def _add_dq(
     DIM: tl.constexpr, V_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PADDED_V_DIM: tl.constexpr,
     STEPS: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """dq (not yet scaled) plus one key tile's part."""
+    """Add one key tile's part to dq (unscaled)."""
     keys = key + tl.arange(0, STEPS)
     in_range = keys < num_keys
     k = load_tile(k_base, key, k_stride, in_range, STEPS, DIM, PADDED_DIM, MASK)
@@ -98,7 +101,7 @@ def s2_attention_bwd_kernel_dq(
     DIM: tl.constexpr, V_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PADDED_V_DIM: tl.constexpr,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """A program owns one tile of query rows of one head and walks its key blocks, as the forward does."""
+    """A program owns one query tile of one head and visits its key blocks."""
     batch, head, first, low, high, num_keys, query_shift, key_shift = query_tile(
         tiles, num_tiles, num_heads, s_q, s_k, query_offset, ROWS, PACKED
     )
@@ -146,7 +149,7 @@ def _add_dkdv(
     DIM: tl.constexpr, V_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PADDED_V_DIM: tl.constexpr,
     STEPS: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """dk (not yet scaled) and dv plus one query tile's part. Products are [keys, queries]."""
+    """Add one query tile's part to dk (unscaled) and dv; products are [keys, queries]."""
     position = query + tl.arange(0, STEPS)
     in_range = (position >= low) & (position < high)
     q = load_tile(q_base, query, q_stride, in_range, STEPS, DIM, PADDED_DIM, MASK)
@@ -186,7 +189,10 @@ def s2_attention_bwd_kernel_dkdv(
     PADDED_DIM: tl.constexpr, PADDED_V_DIM: tl.constexpr,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """A program owns one tile of keys of one KV head and walks the query blocks of all heads of its group."""
+    """A program owns one key tile of one KV head.
+
+    It visits the query blocks of all heads of the group.
+    """
     PER_BLOCK: tl.constexpr = BLOCK // STEPS
     program = tl.program_id(0)
     if PACKED:
@@ -195,7 +201,7 @@ def s2_attention_bwd_kernel_dkdv(
         low, high, num_keys, query_shift, key_shift = length * 0, length, length, start, start
     else:
         KEY_TILES: tl.constexpr = BLOCK // ROWS
-        # `batch_size` sequences share an entry, or each has its own
+        # `batch_size` sequences share one entry, or each has a separate one
         entry = tl.load(order + program // (batch_size * KEY_TILES))
         kv_head = entry // num_key_blocks % num_kv_heads
         batch = program // KEY_TILES % batch_size + entry // num_key_blocks // num_kv_heads
@@ -216,8 +222,8 @@ def s2_attention_bwd_kernel_dkdv(
     dv = tl.zeros([ROWS, PADDED_V_DIM], tl.float32)
 
     j = first // BLOCK
-    first_block, last_block = low // BLOCK, (high + BLOCK - 1) // BLOCK  # that hold queries
-    first_full, last_full = (low + BLOCK - 1) // BLOCK, high // BLOCK  # that queries fill
+    first_block, last_block = low // BLOCK, (high + BLOCK - 1) // BLOCK  # blocks that contain queries
+    first_full, last_full = (low + BLOCK - 1) // BLOCK, high // BLOCK  # blocks full of queries
     if CAUSAL:
         first_block = tl.maximum(first_block, j)
         first_full = tl.maximum(first_full, j + 1)
@@ -233,11 +239,11 @@ def s2_attention_bwd_kernel_dkdv(
         end = tl.load(column_offsets + column + 1)
         to_first, to_last = count_below(column_rows, begin, end, first_block, last_block, 256)
         to_first_full, to_last_full = count_below(column_rows, begin, end, first_full, last_full, 256)
-        # masked tiles lie before and after the full ones; sums have no order, so one loop takes both
+        # masked tiles lie before and after the full ones; the sum's order doesn't matter, so one loop handles both
         head_begin = (begin + to_first) * PER_BLOCK
         num_head = tl.maximum(tl.minimum(to_first_full, to_last) - to_first, 0) * PER_BLOCK
         if CAUSAL and STEPS < BLOCK:
-            # of the diagonal block, only the tiles that end at or after the first key
+            # in the diagonal block, only tiles that end at or after the first key
             nearest = tl.load(column_rows + begin + to_first, mask=num_head > 0, other=-1)
             skipped = tl.where(nearest == j, first % BLOCK // STEPS, 0)
             head_begin += skipped
@@ -270,9 +276,10 @@ def backward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None,
     layout: Layout, spec: AttentionSpec,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k, v (views [b, h, s, d], contiguous in `spec.format`).
+    """Compute gradients of views q, k, v [b, h, s, d], contiguous in `spec.format`.
 
-    Arguments as in `forward`, with its results and their gradients; `dlse` None means 0. Equal in every run.
+    Takes the arguments of `forward`, its results and their gradients; a `dlse` of None counts as 0. Results are the
+    same in every run.
     """
     batch, num_heads, s_q, dim = q.shape
     num_kv_heads, s_k, v_dim = v.shape[1:]

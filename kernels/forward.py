@@ -1,10 +1,10 @@
-"""Triton forward of block-sparse attention: online softmax over the kept key blocks of a query tile.
+"""Triton forward of block-sparse attention: online softmax over kept key blocks.
 
-A program owns one tile of query rows of one head. Tiles are aligned to global blocks, so the first one of a
-call with a query offset may be partial. Positions count from the sequence's start, or the packed document's.
+A program owns one query tile of one head. Tiles are aligned to global blocks, so the first one of a call with a query
+offset may be partial. Positions count from the start of the sequence or of the packed document.
 """
 
-# Triton reads the annotations of its functions, and has none for their tensors.
+# Triton interprets the annotations of its functions, so tensor arguments have none.
 # mypy: allow-untyped-defs
 
 import torch
@@ -25,10 +25,10 @@ _LN_2 = tl.constexpr(0.6931471805599453)
 def query_tile(
     tiles, num_tiles, num_heads, s_q, s_k, query_offset, ROWS: tl.constexpr, PACKED: tl.constexpr
 ):  # fmt: skip
-    """Where this program's query tile lies.
+    """Locate this program's query tile.
 
-    Returns batch, head, first position, range of positions that have a query, number of keys, and what to add
-    to a position to get the row in q and in k. Late tiles see the most keys and go first.
+    Returns batch, head, first position, range of positions that have a query, number of keys, and the offsets from a
+    position to the row in q and in k. Late tiles see the most keys, so they start first.
     """
     program = tl.program_id(0)
     tile = num_tiles - 1 - program % num_tiles
@@ -48,9 +48,10 @@ def key_tiles(
     pattern_of_head, row_offsets, row_columns, num_query_blocks, head, first, num_keys,
     ROWS: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """begin, full, stop of a query tile's key tiles: [begin, full) need no mask, [full, stop) do.
+    """Return begin, full, stop of a query tile's key tiles.
 
-    Tiles are numbered over the CSR's columns, `PER_BLOCK` to each; `key_position` undoes it.
+    Tiles [begin, full) need no mask; [full, stop) do. They are numbered over the CSR's columns, `PER_BLOCK` to each;
+    `key_position` maps them back.
     """
     PER_BLOCK: tl.constexpr = BLOCK // STEPS
     i = first // BLOCK
@@ -66,7 +67,7 @@ def key_tiles(
     full = begin + num_full
     stop = (begin + num_kept) * PER_BLOCK
     if CAUSAL and ROWS < BLOCK:
-        # of the diagonal block, only the tiles that start at or before the last query
+        # in the diagonal block, only tiles that start at or before the last query
         diagonal = tl.load(row_columns + begin + num_kept - 1, mask=num_kept > 0, other=-1)
         beyond = PER_BLOCK - (first % BLOCK + ROWS - 1) // STEPS - 1
         stop = tl.where(diagonal == i, stop - beyond, stop)
@@ -75,7 +76,7 @@ def key_tiles(
 
 @triton.jit
 def key_position(row_columns, tile, STEPS: tl.constexpr, BLOCK: tl.constexpr):
-    """First key position of a tile counted by `key_tiles`."""
+    """Return the first key position of a tile counted by `key_tiles`."""
     PER_BLOCK: tl.constexpr = BLOCK // STEPS
     return tl.load(row_columns + tile // PER_BLOCK) * BLOCK + tile % PER_BLOCK * STEPS
 
@@ -86,7 +87,10 @@ def _attend(
     DIM: tl.constexpr, V_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PADDED_V_DIM: tl.constexpr,
     STEPS: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """One key tile of the online softmax. `peak` is the running maximum of the scores in base 2."""
+    """Process one key tile of the online softmax.
+
+    `peak` is the running maximum of the scores in base 2.
+    """
     keys = key + tl.arange(0, STEPS)
     in_range = keys < num_keys
     k = load_tile(k_base, key, k_stride, in_range, STEPS, DIM, PADDED_DIM, MASK)
@@ -99,7 +103,7 @@ def _attend(
     new_peak = tl.maximum(peak, tl.max(scores, 1) * scale_log2)
     shift = new_peak
     if MASK:
-        shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # a row without a key so far
+        shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # rows without a key so far
     weights = tl.exp2(scores * scale_log2 - shift[:, None])
     decay = tl.exp2(peak - shift)
     total = total * decay + tl.sum(weights, 1)
@@ -169,19 +173,20 @@ def s2_attention_fwd_kernel(
 
 
 def num_query_tiles(s_q: int, query_offset: int, rows: int) -> int:
-    """Tiles of `rows` positions, aligned to multiples of it, that hold s_q queries from `query_offset` on."""
+    """Count aligned tiles of `rows` positions that hold s_q queries from `query_offset`."""
     return -(-(query_offset + s_q) // rows) - query_offset // rows
 
 
 def pattern_stride(layout: Layout) -> int:
-    """Elements of `pattern_of_head` between two sequences; 0 if all have the same patterns."""
+    """Return the stride of `pattern_of_head` between sequences; 0 if all share patterns."""
     return 0 if layout.batch_size == 1 else layout.num_heads
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, layout: Layout, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
-    """Output [b, h, s_q, d_v], contiguous in `spec.format`, and log-sum-exp float32 [b, h, s_q].
+    """Compute output [b, h, s_q, d_v] and log-sum-exp float32 [b, h, s_q].
 
-    q is a view [b, h, s_q, d], k [b, h_kv, s_k, d], v [b, h_kv, s_k, d_v], of any strides but the last.
+    The output is contiguous in `spec.format`. q is a view [b, h, s_q, d], k [b, h_kv, s_k, d], v [b, h_kv, s_k, d_v];
+    all strides but the last are arbitrary.
     """
     batch, num_heads, s_q, dim = q.shape
     num_kv_heads, s_k, v_dim = v.shape[1:]

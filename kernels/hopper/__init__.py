@@ -1,1 +1,1 @@
-"""Kernels for Hopper GPUs, in Gluon, and what they walk."""
+"""Gluon kernels for Hopper GPUs, and their schedules."""
