@@ -1,16 +1,17 @@
-"""Backward for Hopper in one pass, in Gluon: two consumer warpgroups, a producer warp, and a warp each for reducing dq.
+"""Gluon backward for Hopper in one pass, specialised by warps.
 
-A program owns two 64-key tiles of one KV head, one for each consumer warpgroup, and walks the 64-query tiles that
-keep either (`KeyPairs`): the halves of one block where blocks have 128 keys, two blocks kept by alike queries where
-they have 64. Scores are [keys, queries], so that P^T and dS^T feed dv and dk from registers:
+A program has two consumer warpgroups, a producer warp, and one warp per warpgroup that reduces dq. It owns two 64-key
+tiles of one KV head, one per consumer warpgroup, and visits the 64-query tiles that keep either (`KeyPairs`). The key
+tiles are the halves of a block of 128 keys, or two blocks of 64 that similar queries keep. Scores are [keys, queries],
+so that P^T and dS^T feed dv and dk from registers:
     S^T = K Q^T,  dP^T = V dO^T,  P^T = exp2(S^T - lse),  dS^T = P^T (dP^T - delta),
-    dv += P^T dO,  dk += dS^T Q;   dS^T goes to shared memory, and each warpgroup makes half of the head dimensions of
-    dq = dS K over the keys of both, which a warp of its own adds to float32 memory (TMA reduce-add).
-dq is summed in the order of the warpgroup's registers, which `s2_attention_bwd_kernel_hopper_finish` undoes. The order
-in which programs add to it differs from run to run, and with it dq's last bits.
+    dv += P^T dO,  dk += dS^T Q;   dS^T goes to shared memory, and each warpgroup computes half of the head dimensions
+    of dq = dS K over the keys of both, which a separate warp adds to float32 memory (TMA reduce-add).
+dq is accumulated in the order of the warpgroup's registers, which `s2_attention_bwd_kernel_hopper_finish` reverts.
+Programs add to it in an order that differs between runs, and so do dq's last bits.
 """
 
-# Triton reads the annotations of its functions, and has none for their tensors.
+# Triton interprets the annotations of its functions, so tensor arguments have none.
 # mypy: allow-untyped-defs
 
 from dataclasses import dataclass
@@ -118,9 +119,9 @@ def _producer(
     meta_ptr, steps_ptr, batch_size, num_heads, group, first_tile, num_tiles, offset,
     STAGES: gl.constexpr, EXTRA: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
-    """Loads q and the log-sum-exps (EXTRA = 1), or dout and the deltas.
+    """Load q and the log-sum-exps (EXTRA = 1), or dout and the deltas.
 
-    With EXTRA = 1 also k and v.
+    With EXTRA = 1 also load k and v.
     """
     T4: gl.constexpr = x_desc.block_shape
     dt: gl.constexpr = x_desc.dtype
@@ -153,7 +154,10 @@ def _reducer(
     acc_desc, dq_s, dq_full, dq_free, free, meta_ptr, steps_ptr, batch_size, num_heads, group, first_tile, num_tiles,
     C: gl.constexpr, STAGES: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
-    """Adds each half of dq that its warpgroup leaves in shared memory. Frees the tiles of the step before."""
+    """Add each half of dq that its warpgroup leaves in shared memory.
+
+    Frees the tiles of the previous step.
+    """
     ROWS: gl.constexpr = acc_desc.block_shape[0]
     b, kv, _, _, first, _, num_steps = _work(meta_ptr, batch_size, PACKED)
     first_tile, _, _, _ = _document(meta_ptr, first_tile, 0, 0, PACKED)
@@ -467,14 +471,14 @@ def s2_attention_bwd_kernel_hopper_finish(
 
 @dataclass(frozen=True)
 class HopperBackwardConfig:
-    """Tiles of queries, and of the output's gradients, in flight; registers of a thread."""
+    """Stages for tiles of queries and output gradients; registers per thread."""
 
     stages: int
     consumer_registers: int = 240
     other_registers: int = 24
 
 
-# By head dimension; three stages of 128 take 226 KiB of shared memory in all.
+# Keyed by head dimension; three stages of 128 take 226 KiB of shared memory in all.
 CONFIGS = {128: HopperBackwardConfig(3), 64: HopperBackwardConfig(4)}
 ENTRY_REGISTERS = 168  # of a thread before the roles share them out: 65536 over 12 warps, in eights
 
@@ -483,18 +487,18 @@ def hopper_backward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None,
     layout: Layout, spec: AttentionSpec, config: HopperBackwardConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """As `backward`, for what `backward_choice` calls "hopper".
+    """Compute the gradients as `backward`, for calls that `backward_choice` names "hopper".
 
-    Not deterministic: the sums of dq differ in their last bits from run to run. Beside the gradients it takes
-    4 * b * h * s_q * d bytes of device memory, in which dq is summed in float32: twice as much as q.
+    Not deterministic: the last bits of dq differ between runs. Besides the gradients it needs
+    4 * b * h * s_q * d bytes of device memory to accumulate dq in float32: twice the size of q.
 
-    Packed documents: rows of one are multiplied by zero in the tiles of its neighbours, so that an infinite or NaN
-    row spoils these too.
+    Packed documents: rows of a document are multiplied by zero in the tiles of its neighbours, so an infinite or NaN
+    row makes these invalid too.
     """
     batch, num_heads, s_q, dim = q.shape
     num_kv_heads, s_k = k.shape[1:3]
     config = config or CONFIGS[dim]
-    if not fits_descriptor(dout):  # such as an expanded one
+    if not fits_descriptor(dout):  # for example an expanded one
         dout = dout.clone(memory_format=torch.contiguous_format)
     work = backward_work(layout, num_kv_heads, s_q, s_k, spec)
     packed = work.tiles is not None
@@ -505,7 +509,7 @@ def hopper_backward(
     shape = (num_heads, s_q, work.first_tile, work.num_tiles, spec.query_offset)
     lse2, delta = empty((2, rows * TILE.value), torch.float32, q.device)
     acc = torch.zeros(rows * 2 * dim, 32, dtype=torch.float32, device=q.device)
-    sequences = batch // layout.batch_size  # that share a pair
+    sequences = batch // layout.batch_size  # sequences that share a pair
     arguments = launch_arguments(q, k, v, dout, lse2, delta, acc, dk, dv, work, sequences, spec, config)
     strides_in, strides_out = (*strides(out), *strides(dout)), strides(dq)
     before = (
@@ -530,12 +534,12 @@ def hopper_backward(
 
 
 def _specialised(numbers: tuple[int, ...]) -> tuple[tuple[bool, ...], ...]:
-    """What Triton compiles for."""
+    """Return the properties that Triton compiles for."""
     return tuple((n == 1, n % 16 == 0, n < 2**31) for n in numbers)
 
 
 def backward_work(layout: Layout, num_kv_heads: int, s_q: int, s_k: int, spec: AttentionSpec) -> KeyPairs:
-    """What the main kernel walks."""
+    """Return the main kernel's schedule."""
     if isinstance(layout, TopKLayout):
         sizes = (num_kv_heads, s_q, s_k, spec.query_offset, spec.causal)
         return layout.built(("key_pairs", *sizes), lambda: topk_pairs(layout, *sizes))
@@ -548,7 +552,7 @@ def launch_arguments(
     q: Tensor, k: Tensor, v: Tensor, dout: Tensor, lse2: Tensor, delta: Tensor, acc: Tensor, dk: Tensor, dv: Tensor,
     work: KeyPairs, sequences: int, spec: AttentionSpec, config: HopperBackwardConfig,
 ) -> tuple[Any, ...]:  # fmt: skip
-    """The main kernel's arguments."""
+    """Return the main kernel's arguments."""
     _, num_heads, _, dim = q.shape
     _, head_stride, row_stride = strides(dk)  # and of dv
     return (
@@ -565,12 +569,15 @@ def launch_arguments(
 
 _FLAT = gl.NVMMASharedLayout.get_default_for([TILE.value], gl.float32)
 _FRAGMENTS = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
-# by bytes of a row of a panel; made once: checking a layout costs 15 us
+# keyed by bytes of a panel's row; made once, because checking a layout costs 15 us
 _PANELS = {width: gl.NVMMASharedLayout(swizzle_byte_width=width, element_bitwidth=16, rank=4) for width in (64, 128)}
 
 
 def _tiles(x: Tensor, half: bool = False) -> TensorDescriptor:
-    """Descriptor of 64-row tiles of a view [b, h, s, d], in panels of 64 dimensions, or of `half` of them."""
+    """Make a descriptor of 64-row tiles of a view [b, h, s, d].
+
+    Panels have 64 dimensions, or `half` of them.
+    """
     b, h, s, dim = x.shape
     strides = [stride if size > 1 else dim for size, stride in zip((b, h, s), x.stride(), strict=False)]
     return descriptor(x, [b, h, s, dim], [*strides, 1], [1, 1, TILE.value, dim], _PANELS[dim if half else 128])

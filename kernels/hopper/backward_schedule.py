@@ -1,4 +1,4 @@
-"""The work of the one-pass backward: pairs of 64-key tiles, and the 64-query tiles that keep either."""
+"""Backward schedule for Hopper: pairs of 64-key tiles with their 64-query tiles."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ MAX_GROUP = 2 ** (31 - ACTIVE_BITS - QUERY_BITS)
 
 @dataclass(frozen=True)
 class KeyPairs:
-    """Int32 tensors on the layout's device.
+    """Pairs of key tiles and their steps; int32 on the layout's device.
 
-    - ``meta`` [pairs, 8], in `program_order`: KV head, both key tiles, first step's index, masked steps, steps, first
-      step, sequence of the batch (0 if all have the same pairs).
-    - ``steps`` [n]: bit 0 and 1 whether each key tile is kept, then query tile (of positions), then the head within
-      the group. A pair's masked steps come first: those that keep one tile only, cross the diagonal or the last key.
-      A pair that no query keeps has one step that keeps neither.
+    - ``meta`` [pairs, 8], in `program_order`: KV head, both key tiles, first step's index, number of masked steps,
+      number of steps, first step, sequence of the batch (0 if all have the same pairs).
+    - ``steps`` [n]: bits 0 and 1 say whether each key tile is kept, then come the query tile (of positions) and the
+      head within the group. A pair's masked steps come first: those that keep only one tile, or cross the diagonal or
+      the last key. A pair that no query keeps has one step that keeps neither tile.
     """
 
     meta: Tensor
     steps: Tensor
     first_tile: int
     num_tiles: int
-    tiles: Tensor | None = None  # of packed documents: as `document_tiles` has them, of 64 rows
+    tiles: Tensor | None = None  # of packed documents, as in `document_tiles` with 64 rows
 
 
 def key_pairs(layout: BlockLayout, num_kv_heads: int, s_q: int, s_k: int, query_offset: int, causal: bool) -> KeyPairs:
-    """The pairs of every KV head; the last few lengths' are kept in the layout's cache."""
+    """Build the pairs of every KV head; recent lengths are cached in the layout."""
     kept: dict[Any, KeyPairs] = layout.cache.setdefault("key_pairs", {})
     key = (num_kv_heads, s_q, s_k, query_offset, causal)
     if key not in kept:
@@ -52,7 +52,7 @@ def _build(
     device = layout.device
     first_tile, end_tile = query_offset // TILE, -(-(query_offset + s_q) // TILE)
     groups = groups_of_patterns(layout, num_kv_heads)
-    # KV heads with the same patterns share their steps; one at a time, for less memory
+    # KV heads with the same patterns share their steps; one at a time, to save memory
     metas: dict[tuple[int, ...], Tensor] = {}
     parts: list[Tensor] = []
     num_steps = 0
@@ -77,9 +77,9 @@ def _build(
 
 
 def _step_order(pair: Tensor, masked: Tensor, member: Tensor, tile: Tensor) -> Tensor:
-    """A pair's masked steps first, then the others from the last query tile on.
+    """Order a pair's steps: masked first, then from the last query tile on.
 
-    All long pairs have the last queries in common, not the first ones: so they sweep the same rows together.
+    All long pairs have the last queries in common, not the first, so this makes them visit the same rows together.
     """
     order = tile.sort(descending=True, stable=True).indices
     for key in (member, (~masked).long(), pair):
@@ -88,14 +88,17 @@ def _step_order(pair: Tensor, masked: Tensor, member: Tensor, tile: Tensor) -> T
 
 
 def groups_of_patterns(layout: BlockLayout, num_kv_heads: int) -> list[tuple[int, ...]]:
-    """For every KV head, of every sequence if these differ, the patterns of its group."""
+    """Return the patterns of each KV head's group, per sequence if these differ."""
     return [tuple(x) for x in layout.pattern_of_head.reshape(layout.batch_size * num_kv_heads, -1).tolist()]
 
 
 def _pairs_of_group(
     kept: list[tuple[Tensor, Tensor]], ratio: int, first_tile: int, end_tile: int, s_k: int, causal: bool
 ) -> tuple[Tensor, Tensor]:
-    """`meta` and `steps` of one KV head, from the query and key tiles that every head of its group keeps."""
+    """Build `meta` and `steps` of one KV head from its group's kept tiles.
+
+    Tiles are the query and key tiles that every head of the group keeps.
+    """
     device = kept[0][0].device
     num_key_tiles = -(-s_k // TILE)
     num_pairs = -(-num_key_tiles // 2)
@@ -116,10 +119,11 @@ def pair_steps(
     kept: list[tuple[Tensor, Tensor]], tile_at: Tensor, needed: Tensor | None,
     first_tile: int, end_tile: int, s_k: int, causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Pair, whether it needs a mask, member, query tile and packed int32 of all steps of a group, in no order.
+    """Compute all steps of a group, unordered.
 
-    Key tiles ``tile_at[2j]`` and ``tile_at[2j + 1]`` make pair j. Where no head keeps a pair, it gets a step that keeps
-    nothing; with `needed` [pairs], so does each pair of which no head keeps that query tile.
+    Returns pair, whether it needs a mask, member, query tile and the packed int32. Key tiles ``tile_at[2j]`` and
+    ``tile_at[2j + 1]`` form pair j. A pair that no head keeps gets a step that keeps nothing; with `needed` [pairs], so
+    does each pair whose needed query tile no head keeps.
     """
     tile, key_tile = torch.cat([t for t, _ in kept]), torch.cat([k for _, k in kept])
     member = torch.cat([torch.full_like(t, m) for m, (t, _) in enumerate(kept)])
@@ -146,10 +150,11 @@ def pair_steps(
 
 
 def _cheapest_order(kept: list[tuple[Tensor, Tensor]], num_tiles: int, first_tile: int, num_key_tiles: int) -> Tensor:
-    """Key tiles in the order whose neighbours 2j, 2j + 1 make the fewest steps, of three orders.
+    """Return the order of key tiles with the fewest steps, of three orders.
 
-    As they lie, which suits a local window; by the number of queries that keep them; and, where members keep different
-    columns, those all keep alike as they lie, then by the member that keeps them most, then by number.
+    Neighbours 2j and 2j + 1 form pairs. The orders are: unchanged, which suits a local window; by the number of queries
+    that keep a tile; and, where members keep different columns, first the tiles that all keep alike, unchanged, then
+    the others by the member that keeps them most, then by number.
     """
     group = len(kept)
     row = torch.cat([tile - first_tile + member * num_tiles for member, (tile, _) in enumerate(kept)])
@@ -166,7 +171,10 @@ def _cheapest_order(kept: list[tuple[Tensor, Tensor]], num_tiles: int, first_til
 
 
 def _cost(order: Tensor, row: Tensor, key_tile: Tensor, num_rows: int) -> int:
-    """Steps of all pairs, if neighbours of the order make pairs: one where no query keeps a pair."""
+    """Count steps if neighbours in the order form pairs.
+
+    A pair that no query keeps counts one.
+    """
     place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     steps = torch.unique(place[key_tile] // 2 * num_rows + row)
     return steps.numel() + -(-len(order) // 2) - torch.unique_consecutive(steps // num_rows).numel()
@@ -175,7 +183,7 @@ def _cost(order: Tensor, row: Tensor, key_tile: Tensor, num_rows: int) -> int:
 def kept_tiles_of_group(
     layout: BlockLayout, group: tuple[int, ...], first_tile: int, end_tile: int, s_k: int, causal: bool
 ) -> list[tuple[Tensor, Tensor]]:
-    """Query tile in [first_tile, end_tile) and key tile of everything that each pattern of a group keeps."""
+    """Return query tiles in [first_tile, end_tile) and key tiles that each pattern keeps."""
     bounds = layout.column_offsets[:: layout.num_key_blocks].tolist()
     return [_kept_tiles(layout, p, bounds[p], bounds[p + 1], first_tile, end_tile, s_k, causal) for p in group]
 
@@ -183,7 +191,10 @@ def kept_tiles_of_group(
 def _kept_tiles(
     layout: BlockLayout, pattern: int, begin: int, end: int, first_tile: int, end_tile: int, s_k: int, causal: bool
 ) -> tuple[Tensor, Tensor]:
-    """Query tile and key tile of everything that a pattern keeps, in tiles of 64; its columns lie in [begin, end)."""
+    """Return query and key tiles of 64 that a pattern keeps.
+
+    The pattern's columns lie in [begin, end).
+    """
     n_k, device = layout.num_key_blocks, layout.device
     within = torch.arange(layout.block_size // TILE, device=device)
     counts = layout.column_offsets[pattern * n_k : (pattern + 1) * n_k + 1].diff().long()

@@ -1,6 +1,6 @@
-"""Which tiles of 128 query rows the documents of a packed sequence have, found on the device in one launch."""
+"""Find the 128-row query tiles of packed documents on the device, in one launch."""
 
-# Triton reads the annotations of its functions, and has none for their tensors.
+# Triton interprets the annotations of its functions, so tensor arguments have none.
 # mypy: allow-untyped-defs
 
 from typing import Any
@@ -22,7 +22,7 @@ def s2_attention_kernel_document_tiles(
     cu_seqlens, table, num_documents,
     TILE: tl.constexpr, TILES: tl.constexpr, DOCUMENTS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """A program places TILES tiles of one document; the first also counts the tiles of all."""
+    """A program places TILES tiles of one document; the first also counts all tiles."""
     document = tl.program_id(0)
     part = tl.program_id(1)
     start = tl.load(cu_seqlens + document).to(tl.int32)
@@ -38,7 +38,7 @@ def s2_attention_kernel_document_tiles(
             begin = tl.load(cu_seqlens + other, mask=exists, other=0).to(tl.int32)
             end = tl.load(cu_seqlens + other + 1, mask=exists, other=0).to(tl.int32)
             tiles = (end - begin + TILE - 1) // TILE
-            # tiles before ours: those further into their documents, and as far ones of earlier documents
+            # tiles before ours: those further into their documents, and equally far ones of earlier documents
             further = tl.maximum(tiles[None, :] - tile[:, None] - 1, 0)
             alike = (tiles[None, :] > tile[:, None]) & (other < document)[None, :]
             place += tl.sum(further + alike.to(tl.int32), 1)
@@ -53,11 +53,12 @@ def s2_attention_kernel_document_tiles(
 
 
 def document_table(cu_seqlens: Tensor, num_rows: int, tile: int, cache: dict[Any, Any]) -> Tensor:
-    """Int32 [1 + n, 4], where n is the most tiles that documents of any lengths have, so that no device is waited for.
+    """Build the table of document tiles: int32 [1 + n, 4].
 
-    Row 0 begins with the number of tiles t; rows 1 to t are the tiles, furthest into their documents first (they see
-    the most keys): document's first row, document's length, tile within the document. The rest is never written.
-    `cache` keeps the compiled kernel, of this device.
+    n is the maximum for documents of any lengths, so the host need not wait for the device. Row 0 starts with the
+    number of tiles t. Rows 1 to t are the tiles, furthest into their documents first, because they see the most keys:
+    document's first row, document's length, tile within the document. Later rows are never written. `cache` keeps the
+    compiled kernel for this device.
     """
     num_documents = cu_seqlens.numel() - 1
     rows = 1 + num_rows // tile + num_documents

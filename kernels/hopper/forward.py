@@ -1,12 +1,12 @@
-"""Gluon forward of block-sparse attention for Hopper: the work of `forward.py`, specialised by warps.
+"""Gluon forward of block-sparse attention for Hopper, specialised by warps.
 
-A program has one producer warp, which loads by TMA, and two consumer warpgroups of 64 query rows each. It is
-persistent: it takes tiles of 128 rows, late ones first, until none is left. Step by step (128 keys each) the
-product q k^T of this step and that of the last step's weights with v are in flight together, and the softmax
-runs under the second. The order of FlashAttention-3 (Shah et al., 2024, arXiv:2407.08608).
+It computes what `forward.py` does. A program has one producer warp, which loads by TMA, and two consumer warpgroups of
+64 query rows each. It is persistent: it takes tiles of 128 rows, late ones first, until none is left. In each step (128
+keys), the product q k^T of this step and the product of the previous step's weights with v are in flight together; the
+softmax runs during the second. This is the order of FlashAttention-3 (Shah et al., 2024, arXiv:2407.08608).
 """
 
-# Triton reads the annotations of its functions, and has none for their tensors.
+# Triton interprets the annotations of its functions, so tensor arguments have none.
 # mypy: allow-untyped-defs
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from .topk_forward_schedule import topk_steps
 
 _LOG2_E = 1.4426950408889634
 _LN_2 = gl.constexpr(0.6931471805599453)
-_LOWEST = gl.constexpr(-1.0e30)  # below every score; finite, so that rows without keys need no care
-_STEP = gl.constexpr(TILE)  # keys of a step
-_HALF = gl.constexpr(TILE // 2)  # query rows of a consumer
+_LOWEST = gl.constexpr(-1.0e30)  # below every score; finite, so that rows without keys need no special case
+_STEP = gl.constexpr(TILE)  # keys per step
+_HALF = gl.constexpr(TILE // 2)  # query rows per consumer
 _PANEL = gl.constexpr(PANEL)
 _COLUMNS = gl.constexpr(COLUMNS)
 _BARRIER = gl.constexpr(mbarrier.MBarrierLayout())
@@ -502,7 +502,7 @@ def s2_attention_fwd_kernel_hopper(
 
 @dataclass(frozen=True)
 class HopperConfig:
-    """Copies of the queries', keys' and values' room in shared memory; registers are those of a thread."""
+    """Stages in shared memory for queries, keys and values; registers per thread."""
 
     q_stages: int
     k_stages: int
@@ -511,7 +511,7 @@ class HopperConfig:
     producer_registers: int = 24
 
 
-# By padded head dimension and keys of a chunk; 227 KiB of shared memory hold seven tiles of 128 x 128.
+# Keyed by padded head dimension and keys per chunk; 227 KiB of shared memory hold seven tiles of 128 x 128.
 CONFIGS = {
     (64, 64): HopperConfig(2, 4, 4),
     (64, 128): HopperConfig(2, 4, 4),
@@ -525,7 +525,10 @@ _SWIZZLED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, ra
 def hopper_forward(
     q: Tensor, k: Tensor, v: Tensor, layout: Layout, spec: AttentionSpec, config: HopperConfig | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp as `forward.forward` returns them, for what `kernel_choice` calls "hopper"."""
+    """Compute output and log-sum-exp as `forward.forward`.
+
+    For calls that `kernel_choice` names "hopper".
+    """
     batch, num_heads, s_q, dim = q.shape
     out = empty_bhsd((batch, num_heads, s_q, v.shape[3]), q, spec.format)
     lse = empty((batch, num_heads, s_q), torch.float32, q.device)
@@ -544,7 +547,7 @@ def launch_arguments(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, documents: Tensor | None, layout: Layout,
     spec: AttentionSpec, config: HopperConfig,
 ) -> tuple[int, tuple[Any, ...], tuple[Any, ...]]:  # fmt: skip
-    """At most how many tiles there are to share out among programs, and the kernel's arguments and constants."""
+    """Return the maximum number of tiles, and the kernel's arguments and constants."""
     batch, num_heads, s_q, dim = q.shape
     num_kv_heads, s_k, v_dim = v.shape[1:]
     offset = spec.query_offset
@@ -579,9 +582,12 @@ def _work(layout: Layout, *, causal: bool, query_end: int, s_k: int) -> ForwardW
 
 
 def _descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """Of a view [b, h, s, d], in boxes of `rows` x `columns` of one batch and head."""
+    """Make a descriptor of a view [b, h, s, d].
+
+    Boxes are `rows` x `columns` of one batch and head.
+    """
     shape = list(x.shape)
     b, h, s, _ = x.stride()
-    # torch leaves strides along dimensions of size 1 arbitrary; TMA wants multiples of 16 bytes
+    # torch leaves strides along dimensions of size 1 arbitrary; TMA requires multiples of 16 bytes
     strides = [64 if shape[0] == 1 else b, 64 if shape[1] == 1 else h, 64 if shape[2] == 1 else s, 1]
     return descriptor(x, shape, strides, [1, 1, rows, columns], _SWIZZLED)

@@ -1,8 +1,8 @@
-"""What the Hopper forward walks: for every tile of 128 query rows, the chunks of keys that any of its rows sees.
+"""Forward schedule for Hopper: the key chunks of each 128-row query tile.
 
-A chunk is min(B, 128) keys, and a step takes 128 keys: one chunk, or two of 64 that need not be neighbours. Two
-query blocks of 64 share a tile and walk the union of their chunks; each half of the tile drops what it does not
-keep. So blocks of 64, 128 and 256 all have steps of 128 x 128, which keep the tensor cores busiest.
+A chunk is min(B, 128) keys. A step takes 128 keys: one chunk, or two of 64 that need not be adjacent. Two query blocks
+of 64 share a tile and visit the union of their chunks; each half of the tile drops what it does not keep. Thus blocks
+of 64, 128 and 256 all have steps of 128 x 128, which use the tensor cores best.
 """
 
 from __future__ import annotations
@@ -14,23 +14,25 @@ from torch import Tensor
 
 from ..layout import BlockLayout
 
-TILE = 128  # query rows of a tile, and keys of a step
+TILE = 128  # query rows per tile, and keys per step
 _HALVES = 2  # of 64 rows, each computed by one warpgroup
-_BOTH = 3  # flags: the halves that keep a chunk, as bits
+_BOTH = 3  # flags: bits of the halves that keep a chunk
 _HEAD_CLASSES = 16  # heads whose work differs by less than 1/16 of the largest keep their order
 
 
 @dataclass(frozen=True)
 class ForwardWork:
-    """Tiles are numbered `slot * tiles_per_pattern + tile`, one slot for every pattern in use. All int32.
+    """Steps of all tiles; int32 tensors.
 
-    - ``head_order`` [H], or [batch, H] if ``batched``: heads, those with the most work first; ``head_slot``, likewise:
-      their patterns' slots.
+    Tiles are numbered `slot * tiles_per_pattern + tile`, with one slot per pattern in use.
+
+    - ``head_order`` [H], or [batch, H] if ``batched``: heads, those with the most work first; ``head_slot``, the same
+      shape: the slots of their patterns.
     - ``step_offsets`` [tiles + 1]: first step of a tile, at least one each; if ``batched`` [tiles, 2]: its first step
       and the one after its last.
-    - ``full_offsets`` [tiles]: its first step that needs no mask; never its first step.
-    - ``chunks`` [steps * (128 // chunk_keys)]: chunk index * 4 + the halves that keep it. Padding is a chunk
-      beyond the last key that no half keeps.
+    - ``full_offsets`` [tiles]: a tile's first step that needs no mask; never its first step.
+    - ``chunks`` [steps * (128 // chunk_keys)]: chunk index * 4 + the halves that keep it. Padding is a chunk after the
+      last key that no half keeps.
     """
 
     chunk_keys: int
@@ -43,15 +45,15 @@ class ForwardWork:
 
     @property
     def batched(self) -> bool:
-        """Whether heads have slots of their own in every sequence."""
+        """Whether every sequence has separate slots for its heads."""
         return self.head_order.dim() == 2
 
 
 def forward_work(layout: BlockLayout, *, causal: bool, query_end: int, s_k: int) -> ForwardWork:
-    """Work of queries up to position `query_end` over `s_k` keys, built on the layout's device.
+    """Build the steps of queries up to `query_end` over `s_k` keys.
 
-    Kept in the layout's cache: one for the case that causality alone hides the keys from s_k on (any lengths),
-    and one for the last other s_k.
+    They are built on the layout's device and kept in its cache: one for the case that causality alone masks the keys
+    from s_k on (any lengths), and one for the most recent other s_k.
     """
     tail = None if causal and s_k >= query_end else s_k
     key = ("hopper_forward_work", causal, tail is None)
@@ -69,7 +71,7 @@ def _build(layout: BlockLayout, causal: bool, s_k: int | None) -> ForwardWork:
     num_tiles = -(-n_q * layout.block_size // TILE)
     chunk_keys = min(layout.block_size, TILE)
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
-    for pattern, begin, end in zip(used.tolist(), *bounds, strict=True):  # one at a time: less memory
+    for pattern, begin, end in zip(used.tolist(), *bounds, strict=True):  # one at a time, to save memory
         counts = layout.row_offsets[pattern * n_q : (pattern + 1) * n_q + 1].diff().long()
         row = torch.repeat_interleave(torch.arange(n_q, device=layout.device), counts, output_size=end - begin)
         column = layout.row_columns[begin:end].long()
@@ -98,7 +100,7 @@ def _build(layout: BlockLayout, causal: bool, s_k: int | None) -> ForwardWork:
 def _steps_of_pattern(
     row: Tensor, column: Tensor, layout: BlockLayout, num_tiles: int, causal: bool, s_k: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Steps of each tile, how many of them need a mask, and the chunks of all steps."""
+    """Return each tile's steps, how many need a mask, and the chunks of all steps."""
     tile, chunk, flags = _chunks_of_pattern(row, column, layout.block_size, causal)
     size = min(layout.block_size, TILE)
     num_chunks = -(-layout.num_key_blocks * layout.block_size // size)
@@ -111,7 +113,7 @@ def _steps_of_pattern(
     if s_k is not None:
         masked |= (chunk + 1) * size > s_k
 
-    # masked chunks first, each kind from the last key to the first
+    # masked chunks first; both kinds from the last key to the first
     order = ((tile * 2 + ~masked) * num_chunks + num_chunks - 1 - chunk).argsort()
     tile, chunk, flags, masked = tile[order], chunk[order], flags[order], masked[order]
     per_step = TILE // size
@@ -132,7 +134,10 @@ def _steps_of_pattern(
 
 
 def _chunks_of_pattern(row: Tensor, column: Tensor, block: int, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Tile, chunk and flags of every chunk that a tile keeps, without those that causality hides entirely."""
+    """Return tile, chunk and flags of every chunk that a tile keeps.
+
+    Chunks that causality masks entirely are left out.
+    """
     if block >= TILE:
         parts = torch.arange(block // TILE, device=row.device)
         tile, chunk = torch.broadcast_tensors(

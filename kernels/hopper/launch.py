@@ -1,4 +1,4 @@
-"""Launches of kernels that take TMA descriptors, at less cost to the host than Triton's own."""
+"""Launch kernels with TMA descriptors at less host cost than Triton's launcher."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime import driver
 
-# Triton 3.6 has `padding`, 3.7 `round_f32_to_tf32` too.
+# Triton 3.6 has the field `padding`; 3.7 also has `round_f32_to_tf32`.
 _DEFAULTS = {field.name: field.default for field in fields(TensorDescriptor) if field.default is not MISSING}
 
 
 def descriptor(
     base: Tensor, shape: list[int], strides: list[int], block_shape: list[int], layout: NVMMASharedLayout
 ) -> TensorDescriptor:
-    """`TensorDescriptor(...)` without its checks, two thirds of its time; `fits_descriptor` has made them."""
+    """Make a `TensorDescriptor` without its checks, which take two thirds of its time.
+
+    `fits_descriptor` has made these checks.
+    """
     made = object.__new__(TensorDescriptor)
     made.__dict__.update(_DEFAULTS, base=base, shape=shape, strides=strides, block_shape=block_shape, layout=layout)
     return made
@@ -30,10 +33,11 @@ def launch(
     kernel: Any, grid: tuple[int, int, int], arguments: tuple[Any, ...], *,
     cache: dict[Any, Any], key: Any, device: torch.device, **options: int,
 ) -> None:  # fmt: skip
-    """`kernel[grid](*arguments, **options)`, on `device`, past Triton's look at every argument in every call (100 us).
+    """Launch `kernel[grid](*arguments, **options)` on `device` without inspecting arguments.
 
-    The compiled kernel is kept in `cache`, of that device, under `key`: arguments of one key must not differ to the
-    compiler (constants, dtypes; what is specialised: alignment of pointers, divisibility by 16, integers that are 1).
+    Triton inspects every argument in every call, which takes 100 us. The compiled kernel is kept in `cache`, for this
+    device, under `key`. Arguments with one key must look the same to the compiler: constants, dtypes, and what it
+    specialises (alignment of pointers, divisibility by 16, integers that are 1).
     """
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
@@ -43,7 +47,7 @@ def launch(
     if compiled is None:
         cache[key] = kernel[grid](*arguments, **options)
     elif _watched(knobs.runtime.launch_enter_hook) or _watched(knobs.runtime.launch_exit_hook):
-        compiled[grid](*arguments)  # a profiler listens
+        compiled[grid](*arguments)  # a profiler is attached
     else:
         stream = driver.active.get_current_stream(device.index)
         # None: launch metadata and hooks, which only profilers read
@@ -57,5 +61,8 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def _watched(hook: Any) -> bool:
-    """Whether anyone listens: a chain of Triton's is always there, mostly empty."""
+    """Return whether a hook has listeners.
+
+    Triton always sets a chain of hooks, which is mostly empty.
+    """
     return bool(getattr(hook, "calls", hook))

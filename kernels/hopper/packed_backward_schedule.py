@@ -1,4 +1,4 @@
-"""The work of the one-pass backward over packed documents: the pairs of every document, without asking the device."""
+"""Backward schedule for packed documents, built without reading from the device."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ _LAST_TILE = 2**QUERY_BITS - 1
 
 @dataclass(frozen=True)
 class PackedSteps:
-    """Steps of a document as long as the layout; a shorter one's are the last of each pair's masked and unmasked ones.
+    """Steps of a document as long as the layout.
 
-    Key tiles 2j and 2j + 1 make pair j, whatever the length. Within a pair and phase (masked or not), steps go from
-    the last query tile on, and from member to member within a tile.
+    A shorter document's steps are the last of each pair's masked and unmasked ones. Key tiles 2j and 2j + 1 form pair j
+    at any length. Within a pair and phase (masked or not), steps go from the last query tile to the first, and over the
+    members within a tile.
 
     - ``steps`` int32 [n + 1], as in `KeyPairs`; the last one, of tile 0, keeps nothing.
     - ``order`` int64 [n + 1], ascending: (pair * 2 + phase) * 2^20 + 2^20 - 1 - query tile.
@@ -32,8 +33,11 @@ class PackedSteps:
 
 
 def packed_pairs(layout: BlockLayout, num_kv_heads: int, cu_seqlens: Tensor, num_rows: int) -> KeyPairs:
-    """As `pairs_of_documents`; the last are kept in the layout's cache: all layers of a step share `cu_seqlens`."""
-    # a CUDA graph must build them in every replay, from what `cu_seqlens` then holds
+    """Call `pairs_of_documents` and cache the last result in the layout.
+
+    All layers of a step share `cu_seqlens`.
+    """
+    # a CUDA graph must rebuild them in every replay, from the current contents of `cu_seqlens`
     capturing = cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()
     if capturing or cu_seqlens.is_inference():
         return pairs_of_documents(layout, num_kv_heads, cu_seqlens, num_rows)
@@ -47,11 +51,12 @@ def packed_pairs(layout: BlockLayout, num_kv_heads: int, cu_seqlens: Tensor, num
 
 
 def pairs_of_documents(layout: BlockLayout, num_kv_heads: int, cu_seqlens: Tensor, num_rows: int) -> KeyPairs:
-    """Causal work of documents that begin at rows `cu_seqlens` [documents + 1] of `num_rows`.
+    """Build the causal schedule of packed documents.
 
-    ``meta`` has ten columns: after `KeyPairs`' six the steps to leave out between masked and unmasked ones, the
-    document's first query tile (of `tiles`), first row and length. As many programs as any documents of `num_rows` rows
-    could need: those to spare have length 0 and one step that keeps nothing.
+    Documents start at rows `cu_seqlens` [documents + 1] of `num_rows`. ``meta`` has ten columns: after `KeyPairs`' six,
+    the steps to skip between masked and unmasked ones, the document's first query tile (of `tiles`), first row and
+    length. The number of programs suffices for any documents of `num_rows` rows; surplus programs have length 0 and one
+    step that keeps nothing.
     """
     key = ("packed_steps", num_kv_heads)
     if key not in layout.cache:
@@ -76,7 +81,7 @@ def pairs_of_documents(layout: BlockLayout, num_kv_heads: int, cu_seqlens: Tenso
     kv = torch.arange(num_kv_heads, device=start.device)[:, None].expand_as(first)
     columns = (kv, pair * 2, pair * 2 + 1, first, masked, num_steps, skipped, first_tile, start, length)
     meta = torch.stack([x.expand_as(first) for x in columns], -1)
-    # KV head by KV head, most steps first
+    # by KV head, most steps first
     longest = num_steps.argsort(dim=1, descending=True, stable=True)
     meta = meta.gather(1, longest[:, :, None].expand_as(meta)).flatten(0, 1)
     return KeyPairs(meta.to(torch.int32), work.steps, 0, len(tiles), tiles)
@@ -107,7 +112,7 @@ def _build(layout: BlockLayout, num_kv_heads: int) -> PackedSteps:
 def _steps_of_group(kept: list[tuple[Tensor, Tensor]], num_tiles: int, first_pair: int) -> tuple[Tensor, Tensor]:
     num_pairs = -(-num_tiles // 2)
     tile_at = torch.arange(num_pairs * 2, device=kept[0][0].device)
-    # every document that has a pair has the query tile of its first keys: with a step there it has at least one step
+    # a document with a pair has the query tile of its first keys: a step there gives the pair at least one step
     found = pair_steps(kept, tile_at, tile_at[::2], 0, num_tiles, num_tiles * TILE, True)
     pair, masked, member, tile, step = found
     order = ((first_pair + pair) * 2 + (~masked).long() << QUERY_BITS) + _LAST_TILE - tile

@@ -1,4 +1,4 @@
-"""The order in which the backward's programs start: it decides how well they fill the GPU and its L2 cache."""
+"""Start order of the backward's programs, for GPU utilisation and L2 cache hits."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from torch import Tensor
 
 from .launch import multiprocessors
 
-HOPPER_MULTIPROCESSORS = 132  # of an H100 or H200; where there is no GPU to ask
+HOPPER_MULTIPROCESSORS = 132  # of an H100 or H200; used where there is no GPU to query
 _LAGS = (0.0, 0.5, 1.0, 1.5, 2.0)  # tried in this order: less lag keeps more in the L2 cache
-_TOLERANCE = 1.01  # a lag that ends this close to the best is good enough
-_START_STEPS = 2  # what a program's start and end take, in steps
-_SIMULATED = 8192  # programs; of more, short neighbours count as one
+_TOLERANCE = 1.01  # a lag that ends this close to the best is accepted
+_START_STEPS = 2  # cost of a program's start and end, in steps
+_SIMULATED = 8192  # programs; of more, adjacent short ones count as one
 
 
 def program_order(kv_head: Tensor, steps: Tensor) -> Tensor:
-    """Orders programs so that they share the L2 cache and end together.
+    """Order programs so that they share the L2 cache and end together.
 
-    Programs go KV head by KV head, most steps first: those that run side by side then add to the same dq and read the
-    same q. But the last head's long programs would run on alone at the end. So the long programs (more than twice the
-    median's steps) of KV head h start with the short ones of head h - lag. The lag is the smallest of a few whose
+    Programs are ordered by KV head, most steps first: concurrent programs then add to the same dq and read the same q.
+    But the last head's long programs would run alone at the end. So the long programs (more than twice the median's
+    steps) of KV head h start with the short ones of head h - lag. The lag is the smallest of a few values whose
     simulated end is within one per cent of the best.
 
     Args:
-        kv_head, steps: int64 [programs]; one program runs on a multiprocessor at a time.
+        kv_head, steps: int64 [programs]; a multiprocessor runs one program at a time.
 
     Returns:
         int64 [programs], a permutation.
@@ -44,10 +44,13 @@ def program_order(kv_head: Tensor, steps: Tensor) -> Tensor:
 
 
 def _simulated_end(steps: Tensor, short: Tensor, at_once: int) -> float:
-    """Steps until the last program ends, if each starts where the first one ends."""
+    """Simulate when the last program ends, in steps.
+
+    Each program starts where the first running one ends.
+    """
     work = steps + _START_STEPS
     if len(work) > _SIMULATED:
-        # runs of short programs of one length end nearly as their sum does
+        # consecutive short programs of one length end about when their sum does
         run = torch.arange(len(work), device=work.device) // -(-len(work) // _SIMULATED)
         alone = short == 0
         first = torch.ones_like(alone)

@@ -1,4 +1,4 @@
-"""What the releases of Triton, 3.6 to 3.9, name differently in Gluon."""
+"""Gluon names that differ between Triton 3.6 and 3.9."""
 
 from typing import Any
 
@@ -15,13 +15,13 @@ async_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy
 
 @builtin
 def reinterpret(memory: Any, dtype: Any, shape: Any, layout: Any, _semantic: Any = None) -> Any:
-    """Shared memory as a tensor of another type, shape and layout."""
+    """View shared memory as a tensor of another type, shape and layout."""
     view = memory.reinterpret if hasattr(memory, "reinterpret") else memory._reinterpret
     return view(dtype, shape, layout, _semantic=_semantic)
 
 
 @builtin
 def reduce_add(tensor_desc: Any, coord: Any, src: Any, _semantic: Any = None) -> None:
-    """TMA reduce-add to device memory, which Gluon's tma module of triton 3.6 does not expose."""
+    """TMA reduce-add to device memory; Triton 3.6's tma module does not expose it."""
     coord = _semantic._convert_to_ir_values(coord, require_i64=False)
     _semantic.builder.create_async_tma_reduce(_ir.DESCRIPTOR_REDUCE_KIND.ADD, tensor_desc.handle, coord, src.handle)

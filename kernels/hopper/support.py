@@ -1,4 +1,4 @@
-"""Which kernels run: Gluon's for Hopper where they can, else the portable ones in Triton."""
+"""Choose the kernels: Gluon's for Hopper where possible, else portable Triton."""
 
 from __future__ import annotations
 
@@ -17,34 +17,37 @@ from .topk_forward_schedule import MAX_SLOTS
 PANEL = 64  # elements of a head dimension that one swizzled TMA box holds
 _BLOCKS = (64, 128, 256)
 _DTYPES = (torch.bfloat16, torch.float16)
-# Gluon is experimental and changes with every release: those in which the kernels ran on a GPU and agreed with the
-# oracle. For 3.9 they compile (releases.py), but none ran.
+# Gluon is experimental and changes with every release. Listed are releases in which the kernels ran on a GPU and agreed
+# with the oracle. With 3.9 they compile (releases.py), but none was run.
 TRITON = ("3.6.", "3.7.")
 _LENGTH = 2**30  # positions, in 32-bit numbers
 _INDICES = 2**31
-_ALIGNMENT = 16  # bytes, of addresses and strides in TMA descriptors
-_MAX_STRIDE = 2**40  # bytes, likewise
+_ALIGNMENT = 16  # bytes: alignment of addresses and strides in TMA descriptors
+_MAX_STRIDE = 2**40  # bytes: limit of strides in TMA descriptors
 _BACKWARD_TILE = 64
-# dtype and head dimension; float16 at 128 spills 32 bytes of registers a thread
+# dtype and head dimension; float16 at 128 spills 32 bytes of registers per thread
 _BACKWARD_KINDS = frozenset((dtype, dim) for dtype in _DTYPES for dim in (64, 128))
 
 Choice = Literal["hopper", "triton"]
 
 
 def kernel_choice(q: Tensor, k: Tensor, v: Tensor, layout: Layout, spec: AttentionSpec) -> Choice:
-    """The forward kernel for these arguments; q, k and v are views [b, h, s, d]."""
+    """Choose the forward kernel; q, k and v are views [b, h, s, d]."""
     return "hopper" if is_hopper(q.device) and hopper_forward_supported(q, k, v, layout, spec) else "triton"
 
 
 def backward_choice(q: Tensor, k: Tensor, v: Tensor, layout: Layout, spec: AttentionSpec) -> Choice:
-    """The backward kernels for these arguments, whichever forward ran. "triton" is the deterministic one."""
+    """Choose the backward kernels, whichever forward ran.
+
+    "triton" is the deterministic one.
+    """
     if torch.are_deterministic_algorithms_enabled() or not is_hopper(q.device):
         return "triton"
     return "hopper" if hopper_backward_supported(q, k, v, layout, spec) else "triton"
 
 
 def hopper_forward_supported(q: Tensor, k: Tensor, v: Tensor, layout: Layout, spec: AttentionSpec) -> bool:
-    """Whether the Hopper kernel takes these arguments, on whatever device they are."""
+    """Return whether the Hopper forward takes these arguments, on any device."""
     dim, v_dim = q.shape[3], v.shape[3]
     return (
         q.dtype in _DTYPES
@@ -52,7 +55,7 @@ def hopper_forward_supported(q: Tensor, k: Tensor, v: Tensor, layout: Layout, sp
         and (spec.causal or spec.cu_seqlens is None)
         and dim <= 2 * PANEL
         and v_dim % (_ALIGNMENT // v.element_size()) == 0  # the output's strides
-        and padded_to_panels(v_dim) <= padded_to_panels(dim)  # the output leaves through the queries' room
+        and padded_to_panels(v_dim) <= padded_to_panels(dim)  # the output reuses the queries' shared memory
         and q.numel() > 0
         and v.numel() > 0
         and max(spec.query_offset + q.shape[2], k.shape[2]) <= _LENGTH
@@ -62,7 +65,7 @@ def hopper_forward_supported(q: Tensor, k: Tensor, v: Tensor, layout: Layout, sp
 
 
 def hopper_backward_supported(q: Tensor, k: Tensor, v: Tensor, layout: Layout, spec: AttentionSpec) -> bool:
-    """Whether the one-pass backward for Hopper takes these arguments, on whatever device they are."""
+    """Return whether the Hopper backward takes these arguments, on any device."""
     batch, num_heads, s_q, dim = q.shape
     tiles_per_block = layout.block_size // _BACKWARD_TILE
     query_end = spec.query_offset + s_q
@@ -82,7 +85,7 @@ def hopper_backward_supported(q: Tensor, k: Tensor, v: Tensor, layout: Layout, s
         and k.numel() > 0
         and num_heads // k.shape[1] <= MAX_GROUP
         and longest <= 2**QUERY_BITS * _BACKWARD_TILE
-        and batch * num_heads * num_tiles * 2 * dim < _INDICES  # rows of the sums of dq
+        and batch * num_heads * num_tiles * 2 * dim < _INDICES  # rows of the dq accumulator
         and batch * k.shape[1] * num_pairs < _INDICES  # programs
         and layout.kept_blocks_of_heads * tiles_per_block**2 < _INDICES  # steps
         and all(fits_descriptor(x) for x in (q, k, v))
@@ -90,13 +93,16 @@ def hopper_backward_supported(q: Tensor, k: Tensor, v: Tensor, layout: Layout, s
 
 
 def padded_to_panels(dim: int) -> int:
-    """Head dimension as the kernel holds it."""
+    """Return the head dimension padded as in the kernel."""
     return -(-dim // PANEL) * PANEL
 
 
 @functools.cache
 def is_hopper(device: torch.device) -> bool:
-    """Whether the device has Hopper's instructions, and this Triton the Gluon that the kernel is written in."""
+    """Return whether device and Triton can run the Hopper kernels.
+
+    The device needs Hopper's instructions, and Triton the Gluon version that the kernels use.
+    """
     return (
         device.type == "cuda"
         and torch.version.cuda is not None
@@ -106,7 +112,7 @@ def is_hopper(device: torch.device) -> bool:
 
 
 def fits_descriptor(x: Tensor) -> bool:
-    """Whether TMA can read or write a view [b, h, s, d]."""
+    """Return whether TMA can read or write a view [b, h, s, d]."""
     size = x.element_size()
     *strides, last = x.stride()
     if last != 1 or x.data_ptr() % _ALIGNMENT != 0:

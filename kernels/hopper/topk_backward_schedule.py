@@ -1,10 +1,11 @@
-"""The Hopper backward's work of top-k lists: three launches and a cleared buffer, nothing read on the host.
+"""Backward schedule of top-k lists on Hopper, built without reading from the device.
 
-First the lists become bits, by key block: `atomic_or` gives the same in any order, also for a block that is named
-twice. Then each pair of key tiles counts its steps, takes room for them and writes them. Last the pairs are ordered.
+Three launches and a cleared buffer build it. First the lists become bits, by key block: `atomic_or` gives the same
+result in any order, and for a block that is listed twice. Then each pair of key tiles counts its steps, reserves space
+and writes them. Last the pairs are ordered.
 """
 
-# Triton reads the annotations of its functions, and has none for their tensors.
+# Triton interprets the annotations of its functions, so tensor arguments have none.
 # mypy: allow-untyped-defs
 
 from typing import Any
@@ -24,7 +25,7 @@ _TILES_AT_ONCE = 256
 _PAIRS_RANKED = 32
 _PAIRS_COMPARED = 256
 _MOST_RANKED = 16384
-_LAG = 1.5  # of `program_order`, which simulates several on the host
+_LAG = 1.5  # of `program_order`, which simulates several values on the host
 _WORD = 32  # query blocks in a word
 _ACTIVE_BITS = tl.constexpr(ACTIVE_BITS)
 _QUERY_BITS = tl.constexpr(QUERY_BITS)
@@ -35,7 +36,7 @@ _TILE = tl.constexpr(TILE)
 def s2_attention_kernel_topk_bits(
     indices, bits, num_slots, slots, num_query_blocks, num_key_blocks, words, AT_ONCE: tl.constexpr
 ):  # fmt: skip
-    """Bits [lists, key blocks, words]: which query blocks name a key block."""
+    """Set bits [lists, key blocks, words]: which query blocks list a key block."""
     at = tl.program_id(0) * AT_ONCE + tl.arange(0, AT_ONCE)
     column = tl.load(indices + at, mask=at < num_slots, other=-1)
     row = at // slots
@@ -49,9 +50,10 @@ def s2_attention_kernel_topk_bits(
 def _steps(
     bits, first_key, tiles, first_tile, num_key_blocks, words, s_k, PER_BLOCK: tl.constexpr, CAUSAL: tl.constexpr
 ):  # fmt: skip
-    """Of a list and the key tiles `first_key` and the next: which are kept by query `tiles`, and who needs a mask.
+    """Find which of two adjacent key tiles the query `tiles` of a list keep.
 
-    Returns bit 0 and 1 for the two tiles, and two bools: steps that need a mask, and those that need none.
+    The key tiles are `first_key` and the next. Returns bits 0 and 1 for the two tiles, and two bools: steps that need a
+    mask, and steps that need none.
     """
     active = tiles * 0
     row = tiles // PER_BLOCK
@@ -79,10 +81,11 @@ def s2_attention_kernel_topk_pairs(
     num_key_blocks, words, num_kv_heads, num_pairs, lists, copies, first_tile, end_tile, s_k,
     PER_BLOCK: tl.constexpr, AT_ONCE: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """A program writes the steps and the unordered `meta` of one pair of key tiles of one KV head of one sequence.
+    """A program writes the steps and the unordered `meta` of one pair.
 
-    The KV head has `lists` lists, each for `copies` query heads. Where the steps lie depends on who comes first, their
-    order doesn't: masked ones first, then by member, then from the last query tile on.
+    A pair has two key tiles of one KV head of one sequence. The KV head has `lists` lists, each for `copies` query
+    heads. Where the steps are stored depends on which program comes first, but their order doesn't: masked ones first,
+    then by member, then from the last query tile on.
     """
     program = tl.program_id(0)
     kv_head = program // num_pairs
@@ -108,7 +111,7 @@ def s2_attention_kernel_topk_pairs(
     total = tl.where(empty, 1, num_masked + num_full)
     first = tl.atomic_add(taken, total)
     base = steps + first
-    # a pair that nobody keeps has one step, which keeps neither tile
+    # a pair that no query keeps has one step, which keeps neither tile
     first_step = tl.where(empty, first_tile << _ACTIVE_BITS, 0)
     tl.store(base, first_step, mask=empty)
     masked_before = program * 0
@@ -157,7 +160,7 @@ def s2_attention_kernel_topk_pairs(
 
 @triton.jit
 def _order_key(meta, pair, num, num_pairs, num_heads, mean, shift):
-    """Smaller for programs that start earlier, and their steps."""
+    """Return a key that is smaller for programs that start earlier, and their steps."""
     steps = tl.load(meta + pair.to(tl.int64) * 8 + 5, mask=pair < num, other=0)
     late = tl.where(steps <= 2 * mean, shift, 0.0)
     return (pair // num_pairs).to(tl.float32) + late, steps
@@ -168,7 +171,10 @@ def s2_attention_kernel_topk_order(
     meta, ordered, num, num_pairs, num_heads, at_once, LAG: tl.constexpr,
     RANKED: tl.constexpr, COMPARED: tl.constexpr,
 ):  # fmt: skip
-    """Puts `meta` in the order of `program_order` with one lag, where a program is long above twice the mean."""
+    """Order `meta` as `program_order` with one lag.
+
+    A program counts as long if it has more than twice the mean steps.
+    """
     other = tl.arange(0, COMPARED)
     total = tl.zeros([COMPARED], tl.int64)
     longest = tl.zeros([COMPARED], tl.int32)
@@ -177,7 +183,7 @@ def s2_attention_kernel_topk_order(
         total += steps
         longest = tl.maximum(longest, steps)
     sum_of_steps = tl.sum(total, 0).to(tl.float32)
-    # heads done while the longest program runs, and so far behind it the short ones of its head start
+    # heads done while the longest program runs; a head's short programs start this far behind its long ones
     shift = LAG * tl.max(longest, 0).to(tl.float32) * at_once * num_heads / sum_of_steps
     shift = tl.minimum(shift, num_heads.to(tl.float32))
     mean = sum_of_steps / num
@@ -202,7 +208,10 @@ def s2_attention_kernel_topk_order(
 def topk_pairs(
     layout: TopKLayout, num_kv_heads: int, s_q: int, s_k: int, query_offset: int, causal: bool
 ) -> KeyPairs:  # fmt: skip
-    """As `key_pairs`: neighbouring key tiles make a pair, and every slot has room for all steps that it can make."""
+    """Build the schedule of top-k lists, as `key_pairs`.
+
+    Adjacent key tiles form a pair, and every pair has space for all steps that it can have.
+    """
     per_block = layout.block_size // TILE
     first_tile, end_tile = query_offset // TILE, -(-(query_offset + s_q) // TILE)
     num_pairs = -(-s_k // (2 * TILE))
@@ -220,7 +229,7 @@ def topk_pairs(
     device, cache = layout.device, layout.compiled
     num_words = layout.batch_size * layout.num_lists * num_key_blocks * words
     cleared = torch.zeros(4 + num_words, dtype=torch.int32, device=device)
-    taken, bits = cleared[:4], cleared[4:]  # apart by 16 bytes
+    taken, bits = cleared[:4], cleared[4:]  # 16 bytes apart
     unordered = torch.empty(num, 8, dtype=torch.int32, device=device)
     steps = torch.empty(capacity, dtype=torch.int32, device=device)
     launch(
@@ -242,9 +251,10 @@ def topk_pairs(
 
 
 def in_order(meta: Tensor, num_heads: int, cache: dict[Any, Any]) -> Tensor:
-    """Rows of `meta` [heads * pairs, 8], which lie head by head, in the order in which their programs start.
+    """Order rows of `meta` [heads * pairs, 8] by the start of their programs.
 
-    A few are ranked by one kernel that compares all with all; many are sorted.
+    The rows come ordered by head. A small number is ranked by one kernel that compares all with all; larger numbers are
+    sorted.
     """
     num, device = len(meta), meta.device
     at_once = multiprocessors(device) if device.type == "cuda" else HOPPER_MULTIPROCESSORS
@@ -260,7 +270,7 @@ def in_order(meta: Tensor, num_heads: int, cache: dict[Any, Any]) -> Tensor:
 
 
 def _sorted(meta: Tensor, num_heads: int, at_once: int) -> Tensor:
-    """As `s2_attention_kernel_topk_order`, in torch operators: the host never waits."""
+    """Order rows as `s2_attention_kernel_topk_order`, without host waits, in torch operators."""
     steps = meta[:, 5]
     total = steps.sum().float()
     shift = (_LAG * steps.max().float() * at_once * num_heads / total).clamp(max=num_heads)

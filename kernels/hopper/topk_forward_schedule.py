@@ -1,6 +1,9 @@
-"""The Hopper forward's work of top-k lists: one launch, nothing sorted, nothing read on the host."""
+"""Forward schedule of top-k lists on Hopper: one launch, no host reads.
 
-# Triton reads the annotations of its functions, and has none for their tensors.
+Nothing is sorted.
+"""
+
+# Triton interprets the annotations of its functions, so tensor arguments have none.
 # mypy: allow-untyped-defs
 
 import torch
@@ -12,8 +15,8 @@ from ..topk_layout import TopKLayout
 from .forward_schedule import TILE, ForwardWork
 from .launch import launch
 
-MAX_SLOTS = 2048  # of a list: a program compares all candidates of a tile with each other
-_PAIRS_AT_ONCE = 8192  # candidates compared with others: what the registers hold
+MAX_SLOTS = 2048  # per list: a program compares all candidates of a tile with each other
+_PAIRS_AT_ONCE = 8192  # candidate comparisons at once: limited by registers
 
 
 @triton.jit
@@ -21,7 +24,7 @@ def _candidates(
     indices, index, list_number, tile, slots, num_query_blocks, num_key_blocks, end,
     SLOTS: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """Chunk, half of the tile that names it, and whether it is to be seen, of candidates `index`."""
+    """Return chunk, half of the tile that lists it, and visibility of candidates `index`."""
     half = index // (SLOTS * PARTS)
     slot = index // PARTS % SLOTS
     row = tile * ROWS // PARTS + half
@@ -38,7 +41,7 @@ def _candidates(
 
 @triton.jit
 def _needs_mask(chunk, flags, tile, tail, ROWS: tl.constexpr, CAUSAL: tl.constexpr):
-    """Whether some row of the tile does not see all of a chunk."""
+    """Return whether some row of the tile does not see all of a chunk."""
     masked = (flags != 3) | (chunk >= tail)
     if CAUSAL:
         masked = masked | (chunk >= tile * ROWS)
@@ -63,10 +66,11 @@ def s2_attention_kernel_topk_steps(
     slots, num_query_blocks, num_key_blocks, num_tiles, num_heads, end, tail, capacity, group,
     SLOTS: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, AT_ONCE: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """A program makes the steps of one tile of one list; the first of a list places its heads.
+    """A program builds the steps of one tile of one list.
 
-    ROWS: query blocks of a tile. PARTS: chunks of a key block. `end`: chunks that hold keys. `tail`: the first chunk
-    that reaches beyond the last key. Among equal chunks the first candidate counts, with the flags of all.
+    The first program of a list also places its heads. ROWS: query blocks per tile. PARTS: chunks per key block. `end`:
+    number of chunks that hold keys. `tail`: the first chunk that reaches beyond the last key. Among equal chunks the
+    first candidate counts, with the flags of all.
     """
     CANDIDATES: tl.constexpr = SLOTS * ROWS * PARTS
     program = tl.program_id(0)
@@ -107,7 +111,7 @@ def s2_attention_kernel_topk_steps(
     flags = named_by if ROWS == 2 else tl.full([CANDIDATES], 3, tl.int32)
     masked = _needs_mask(chunk, flags, tile, tail, ROWS, CAUSAL)
 
-    # masked chunks, padding, full chunks: each kind from the last key to the first
+    # masked chunks, padding, full chunks: both kinds from the last key to the first
     kept = num_masked + num_full
     steps = tl.maximum((kept + ROWS - 1) // ROWS, 1)
     padding = steps * ROWS - kept
@@ -129,7 +133,10 @@ def s2_attention_kernel_topk_steps(
 
 
 def topk_steps(layout: TopKLayout, *, causal: bool, s_k: int) -> ForwardWork:
-    """Work over `s_k` keys: every tile has room for all that its lists name. Heads go in their order."""
+    """Build the steps over `s_k` keys; heads keep their order.
+
+    Every tile has space for everything that its lists can name.
+    """
     size = min(layout.block_size, TILE)
     rows, parts = max(1, TILE // layout.block_size), max(1, layout.block_size // TILE)
     num_tiles = -(-layout.num_query_blocks // rows) * parts

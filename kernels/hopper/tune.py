@@ -1,7 +1,8 @@
-"""Variants of the Hopper kernels, compared and timed: `python -m s2train.kernels.hopper.tune [--backward]`.
+"""Compare and time variants of the Hopper kernels.
 
-Several processes compile all variants. Then one compares each with a float32 oracle (the backward with the portable
-kernels) and times it (median). Whether a kernel is right in every feature, `s2train.kernels.check` says.
+`python -m s2train.kernels.hopper.tune [--backward]`: several processes compile all variants. Then one process compares
+each with a float32 oracle (the backward with the portable kernels) and takes its median time. To check a kernel in
+every feature, use `s2train.kernels.check`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from ..workers import run_tasks, serve
 from .backward import HopperBackwardConfig, hopper_backward
 from .forward import CONFIGS, HopperConfig, hopper_forward
 
-_SECONDS = 60.0  # after which an item hangs
+_SECONDS = 60.0  # time limit of an item
 _VARIANTS: dict[str, HopperConfig | None] = {
     "q2 k2 v3": HopperConfig(2, 2, 3),
     "q2 k3 v2": HopperConfig(2, 3, 2),
@@ -53,7 +54,10 @@ _HEADS = 32
 
 @dataclass(frozen=True)
 class Item:
-    """A variant's time on the local + vertical mask, bfloat16, batch 1, 32 heads; length 0: only compile it."""
+    """A variant's time on the local + vertical mask; length 0: only compile it.
+
+    bfloat16, batch 1, 32 heads.
+    """
 
     variant: str
     length: int
@@ -110,7 +114,7 @@ def _items(lengths: list[int]) -> list[Item]:
             items += [Item(variant, length, block) for variant in _VARIANTS if "d 64" not in variant]
             items += [Item(variant, length, block, kv_heads=8) for variant in ("q2 k2 v3", "q1 k3 v3")]
     items += [Item("d 64", lengths[0], b, dim=64) for b in (128, 64)]
-    # by problem, so that its tensors are made once
+    # grouped by problem, so that its tensors are made once
     return sorted(items, key=lambda item: (item.length, item.dim, item.block, item.kv_heads))
 
 
@@ -129,7 +133,7 @@ def _backward_items(lengths: list[int]) -> list[Item]:
 
 @dataclass(frozen=True)
 class Problem:
-    """Tensors as views [b, h, s, d], the layout and its patterns, and exact rows of some heads."""
+    """Tensors as views [b, h, s, d], layout, patterns, and exact rows of some heads."""
 
     q: Tensor
     k: Tensor
@@ -226,7 +230,7 @@ def _problem(length: int, item: Item) -> Problem:
 def _exact(
     q: Tensor, k: Tensor, v: Tensor, patterns: Tensor, item: Item, head: int, start: int, stop: int
 ) -> tuple[int, int, Tensor, Tensor]:
-    """Rows [start, stop) of a head's output and log-sum-exp, in float32."""
+    """Compute rows [start, stop) of a head's output and log-sum-exp in float32."""
     kv_head = head // (_HEADS // item.kv_heads)
     scores = q[0, head, start:stop].float() @ k[0, kv_head, :stop].float().T / math.sqrt(item.dim)
     query, key = torch.arange(start, stop, device=q.device), torch.arange(stop, device=q.device)
