@@ -1,1 +1,4 @@
-"""Are the kernels right on this GPU? `python -m s2train.kernels.check`, and `.sanitize` under compute-sanitizer."""
+"""Check the kernels on this GPU: `python -m s2train.kernels.check`.
+
+`python -m s2train.kernels.check.sanitize` runs them under compute-sanitizer.
+"""

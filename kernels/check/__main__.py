@@ -1,8 +1,9 @@
-"""Are the kernels right and fast on this GPU? `python -m s2train.kernels.check [--quick | --only WORD …] [--json FILE]`
+"""Check and time the kernels on this GPU.
 
-Compiles the kernels and compares output, log-sum-exp and gradients with a float64 oracle, then times them beside
-torch's dense causal FlashAttention. A case that fails, hangs or breaks the CUDA context is one line of the table:
-those after it run in new processes. Exits with 1 if any fails.
+`python -m s2train.kernels.check [--quick | --only WORD …] [--json FILE]` compiles the kernels and compares output,
+log-sum-exp and gradients with a float64 oracle, then times them beside torch's dense causal FlashAttention. A case that
+fails, hangs or breaks the CUDA context is reported in one line of the table; later cases run in new processes. Exits
+with 1 if any case fails.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from ..workers import run_tasks, serve
 from .cases import CASES, QUICK_TIMINGS, TIMINGS, Case, Timing, case_names
 from .run import check_case, time_case
 
-_SECONDS = 240  # for one case, compilation included
+_SECONDS = 240  # per case, including compilation
 _SUMMARY = ("out", "lse", "dq", "dk", "dv")
 
 
@@ -96,7 +97,7 @@ def _run_one(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def _poison(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Allocate kernel outputs as NaN, so that what a kernel leaves unwritten shows."""
+    """Allocate kernel outputs filled with NaN, so that unwritten elements are detected."""
     return torch.full(shape, torch.nan, dtype=dtype, device=device)
 
 

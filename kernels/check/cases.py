@@ -1,4 +1,4 @@
-"""The cases of `s2train.kernels.check`."""
+"""Cases of `s2train.kernels.check`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Case:
-    """Random problem to compare with the oracle; each head keeps random blocks at probability `keep`."""
+    """A random problem to compare with the oracle.
+
+    Each head keeps random blocks with probability `keep`.
+    """
 
     name: str
     dtype: str = "bfloat16"
@@ -26,20 +29,23 @@ class Case:
     format: str = "sbhd"
     documents: tuple[int, ...] = ()  # lengths; packed if given
     keep: float = 0.3
-    gradients: str = "both"  # whose are given: "both", "out" or "lse"
-    fused: bool = False  # q, k, v are views of one tensor, as a fused projection's output has them
-    dout_scale: float = 1.0  # of the output's gradient
+    gradients: str = "both"  # which outputs get gradients: "both", "out" or "lse"
+    fused: bool = False  # q, k, v are views of one tensor, as in a fused projection's output
+    dout_scale: float = 1.0  # scale of the output's gradient
     deterministic: bool = False  # torch.use_deterministic_algorithms, and equal gradients in two runs
     hopper_forward: bool = False  # fails if a Hopper GPU runs the portable forward
-    # static masks for all sequences or for each; top-k lists of each head, or of the heads that share a KV head
+    # static masks for all sequences or for each; top-k lists for each head, or for the heads that share a KV head
     layout: Literal["static", "static batch", "top-k", "top-k shared"] = "static"
-    steps: int = 0  # so many with fresh top-k lists, which must not wait, compile nor leave anything behind
+    steps: int = 0  # number of steps with new top-k lists; these must not wait, compile or leak anything
     portable: bool = False  # the portable kernels on every GPU
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Local window + vertical stride, head offsets h mod V; bfloat16, batch 1, head dimension 128."""
+    """A timing with local window and vertical stride, head offsets h mod V.
+
+    bfloat16, batch 1, head dimension 128.
+    """
 
     name: str
     length: int
@@ -92,7 +98,7 @@ def _cases() -> list[Case]:
         Case("mostly empty rows", keep=0.05, block=32),
         Case("d 128, v 64", v_dim=64),
     ]
-    # Hopper's kernels where there are any: what the cases above leave out
+    # Hopper's kernels where available: features that the cases above don't cover
     for block in (64, 128, 256):
         name = f"block {block}"
         cases += [
@@ -121,7 +127,7 @@ def _cases() -> list[Case]:
             Case(f"gradient of lse alone, {name}", gradients="lse", block=block),
             Case(f"fused q, k, v, {name}", fused=True, kv_heads=8, batch=2, block=block),
         ]
-    # tiles that begin before the first row, or end where the next document begins
+    # tiles that start before the first row, or extend into the next document
     uneven = (0, 300, 1, 0, 129, 128, 64, 400, 127, 0)
     for block in (64, 128, 256):
         for offset in (1, 65, 300, 777):
@@ -224,6 +230,6 @@ QUICK_TIMINGS = TIMINGS[:4]
 
 
 def case_names(quick: bool, only: Sequence[str] | None = None) -> tuple[str, ...]:
-    """Names of all or a few cases; with `only`, those that contain any of these words."""
+    """Return names of all or a few cases; with `only`, those containing any word."""
     names = _QUICK if quick else tuple(CASES)
     return names if only is None else tuple(name for name in names if any(word in name for word in only))

@@ -1,8 +1,8 @@
-"""Are dense layers' kernels right and fast on this GPU? `python -m s2train.kernels.check.dense OUTPUT.json`
+"""Check and time dense layers' kernels on this GPU: `python -m s2train.kernels.check.dense OUTPUT.json`.
 
-Compares every implementation of dense causal attention with a float64 oracle in each sort of call that a model makes
-(whole sequences, later queries, packed documents; grouped heads or not; deterministic or not), then times those that
-are right. What the file calls right is what `kernels/verified.py` may list.
+Compares every implementation of dense causal attention with a float64 oracle in each type of call that a model makes
+(whole sequences, later queries, packed documents; grouped heads or not; deterministic or not), then times the correct
+ones. `kernels/verified.py` may list what the file reports as right.
 """
 
 from __future__ import annotations
@@ -35,16 +35,19 @@ from ..provenance import origin
 from ..reference import reference_attention
 from ..workers import run_tasks, serve
 
-_SECONDS = 60  # for one case, compilation included
+_SECONDS = 60  # per case, including compilation
 _BLOCK = 128
 _NAMES = ("out", "dq", "dk", "dv")
-_FLOOR = 3e-7  # relative error that nothing is blamed for
+_FLOOR = 3e-7  # relative error that is always accepted
 _DOCUMENTS = (37, 0, 700, 1, 333, 29)
 
 
 @dataclass(frozen=True)
 class DenseCase:
-    """One sort of call by one implementation. `length` of the keys; `queries` of them are the last."""
+    """One type of call by one implementation.
+
+    `length` counts the keys; the last `queries` of them have queries.
+    """
 
     implementation: str
     kind: Kind
@@ -86,11 +89,11 @@ def _check_cases() -> list[DenseCase]:
             found.append(
                 DenseCase(implementation, kind, dtype, dim, 8, kv_heads, deterministic, 1100, queries, batch, documents)
             )
-    return sorted(found, key=lambda case: case.implementation != "fa4")  # what compiles longest begins first
+    return sorted(found, key=lambda case: case.implementation != "fa4")  # start with the longest compilation
 
 
 def _timings() -> list[list[DenseCase]]:
-    """Groups of cases that differ in the implementation alone, the most telling first."""
+    """Return groups of cases that differ only in implementation, the most informative first."""
     k = 1024
 
     def group(kind: Kind, length: int, kv_heads: int, names: str, **options: Any) -> list[DenseCase]:
@@ -113,21 +116,24 @@ def _timings() -> list[list[DenseCase]]:
 
 
 def full_layout(case: DenseCase, device: torch.device) -> BlockLayout:
-    """Everything kept."""
+    """Return a layout that keeps everything."""
     blocks = -(-case.length // _BLOCK)
     rule = ColumnRule(1, lambda key: torch.ones_like(key, dtype=torch.bool))
     return BlockLayout.from_rule([rule], [0] * case.heads, _BLOCK, blocks, blocks, device=device)
 
 
 def bounds_of(case: DenseCase, device: torch.device) -> Tensor | None:
-    """Of the documents, int32 [documents + 1]; None where there are none."""
+    """Return document bounds, int32 [documents + 1]; None without documents."""
     if not case.documents:
         return None
     return torch.tensor((0, *case.documents), device=device).cumsum(0).to(torch.int32)
 
 
 def make_inputs(case: DenseCase, device: torch.device) -> list[Tensor]:
-    """Random q, k, v in the layer's format [s, b, h, d] and the output's gradient; v a part of a projection."""
+    """Make random q, k, v in the layer's format [s, b, h, d] and the output's gradient.
+
+    v is a part of a projection.
+    """
     dtype = getattr(torch, case.dtype)
 
     def random(rows: int, heads: int, width: int) -> Tensor:
@@ -139,7 +145,7 @@ def make_inputs(case: DenseCase, device: torch.device) -> list[Tensor]:
 
 
 def attention(case: DenseCase, device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """The case's implementation, of q, k and v."""
+    """Return the case's implementation as a function of q, k and v."""
     bounds, scale, offset = bounds_of(case, device), case.dim**-0.5, case.length - case.queries
     if case.implementation == "s2train":
         layout = full_layout(case, device)
@@ -156,14 +162,17 @@ def attention(case: DenseCase, device: torch.device) -> Callable[[Tensor, Tensor
 
 
 def check_case(case: DenseCase) -> dict[str, Any]:
-    """Errors against float64, beside those of plain torch in the case's dtype; and whether two runs are equal."""
+    """Compute errors against float64, and whether two runs are equal.
+
+    Errors of plain torch in the case's dtype are reported beside.
+    """
     device = torch.device("cuda")
     *inputs, dout = make_inputs(case, device)
     layout, bounds = full_layout(case, device), bounds_of(case, device)
     attend = attention(case, device)
 
     def results(function: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
-        # a view of its projection as it is, so that strides are the layer's
+        # a view of its projection, so that strides are the layer's
         leaves = [x.detach() if x.dtype == dtype else x.detach().to(dtype) for x in inputs]
         leaves = [x.requires_grad_() for x in leaves]
         out = function(*leaves)
@@ -190,7 +199,7 @@ def check_case(case: DenseCase) -> dict[str, Any]:
 
 
 def _same_bits(case: DenseCase) -> bool:
-    """Whether gradients of a call that fills the GPU are the same in four runs."""
+    """Return whether gradients of a call that fills the GPU are equal in four runs."""
     large = DenseCase(**asdict(case) | {"heads": 32, "kv_heads": 8 if case.call.grouped else 32, "batch": 1,
                       "length": 4096, "queries": 4096 if case.kind != "later" else 1024,
                       "documents": (1000, 96, 3000) if case.documents else ()})  # fmt: skip
@@ -203,7 +212,7 @@ def _same_bits(case: DenseCase) -> bool:
 
 
 def time_group(cases: list[DenseCase], clock: Clock) -> list[dict[str, Any]]:
-    """ms of each implementation, and how far its results are from the first one's that has some."""
+    """Time each implementation in ms, and compare results with the first available one."""
     device, rows = torch.device("cuda"), []
     *inputs, dout = make_inputs(cases[0], device)
     leaves = [x.detach().requires_grad_() for x in inputs]
@@ -234,7 +243,10 @@ def time_group(cases: list[DenseCase], clock: Clock) -> list[dict[str, Any]]:
 
 
 def _relative(x: Tensor, y: Tensor) -> float:
-    """Norm of the difference over the norm, piece by piece, so that float64 copies are small."""
+    """Compute the norm of the difference over the norm.
+
+    It is computed in pieces, so that float64 copies are small.
+    """
     pieces = [
         ((a.double() - b.double()).square().sum(), b.double().square().sum()) for a, b in zip(x, y, strict=True)
     ] if len(x) <= 2048 else [((x.float() - y.float()).square().sum(), y.float().square().sum())]  # fmt: skip
@@ -259,7 +271,7 @@ def _answer(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> int:
-    """The command line's entry; 1 if a case is wrong."""
+    """Run the command line; return 1 if a case is wrong."""
     parser = argparse.ArgumentParser(prog="python -m s2train.kernels.check.dense", description=__doc__)
     parser.add_argument("output", type=Path, nargs="?", help="JSON to write")
     parser.add_argument("--jobs", type=int, default=min(12, os.cpu_count() or 1), help="cases checked at a time")

@@ -1,4 +1,4 @@
-"""One comparison or timing of `s2train.kernels.check`, on the current CUDA device."""
+"""Run one comparison or timing of `s2train.kernels.check` on the current device."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from .cases import Case, Timing
 from .run_time import fresh_steps, is_nothing, random_indices
 
 _NAMES = ("out", "lse", "dq", "dk", "dv")
-_FLOOR = 3e-7  # relative error that no float32 result is blamed for
+_FLOOR = 3e-7  # relative error that is always accepted
 
 
 def _results(out: Tensor, lse: Tensor, inputs: list[Tensor], dout: Tensor | None, dlse: Tensor | None) -> list[Tensor]:
-    """out, lse (0 in place of -inf), dq, dk, dv."""
+    """Return out, lse (0 in place of -inf), dq, dk, dv."""
     finite = lse.masked_fill(lse == -torch.inf, 0)
     given = [(x, dx.to(x.dtype)) for x, dx in ((out, dout), (finite, dlse)) if dx is not None]
     gradients = torch.autograd.grad(
@@ -36,7 +36,10 @@ def _results(out: Tensor, lse: Tensor, inputs: list[Tensor], dout: Tensor | None
 
 
 def compare(measured: list[Tensor], plain: list[Tensor], exact: list[Tensor]) -> dict[str, Any]:
-    """Relative errors (kernel, plain torch) by name; ok if no kernel's is above twice torch's."""
+    """Return relative errors (kernel, plain torch) by name, and whether all are ok.
+
+    An error is ok if it is at most twice torch's.
+    """
     result: dict[str, Any] = {"ok": True}
     for name, x, same_dtype, x64 in zip(_NAMES[: len(exact)], measured, plain, exact, strict=True):
         norm = x64.norm().clamp(min=1e-30)
@@ -48,7 +51,7 @@ def compare(measured: list[Tensor], plain: list[Tensor], exact: list[Tensor]) ->
 
 
 def problem(case: Case, device: torch.device) -> tuple[list[Tensor], Layout, dict[str, Any]]:
-    """Random q, k, v in the case's format, layout, and the options of `block_sparse_attention`."""
+    """Make random q, k, v, a layout and options of `block_sparse_attention`."""
     dtype = getattr(torch, case.dtype)
     length = sum(case.documents) or case.s_q
     s_k = length if case.documents else case.s_k or case.query_offset + case.s_q
@@ -86,7 +89,10 @@ def _layout(case: Case, n_q: int, n_k: int, device: torch.device) -> Layout:
 
 
 def check_case(case: Case, device: torch.device) -> dict[str, Any]:
-    """Errors of the kernels against float64, beside those of plain torch in the case's dtype."""
+    """Compute errors of the kernels and of plain torch against float64.
+
+    Plain torch uses the case's dtype.
+    """
     inputs, layout, options = problem(case, device)
     leaves = [x.requires_grad_() for x in inputs]
     q, k, v = leaves
@@ -100,7 +106,7 @@ def check_case(case: Case, device: torch.device) -> dict[str, Any]:
         dlse = None if case.gradients == "out" else torch.randn_like(lse)
         measured = _results(out, lse, leaves, dout, dlse)
         kernels = kernels_run(q, k, v, layout, **options)
-        # once more, as a layout keeps compiled kernels for later calls
+        # run again, since a layout keeps compiled kernels for later calls
         again = _results(*attend(), leaves, dout, dlse)
 
     shape_options = {name: value for name, value in options.items() if name != "backend"}
@@ -140,7 +146,7 @@ def kernels_run(
     q: Tensor, k: Tensor, v: Tensor, layout: Layout, *, causal: bool = True, query_offset: int = 0,
     cu_seqlens: Tensor | None = None, format: Format = "sbhd", backend: Backend = "triton",
 ) -> dict[str, str]:  # fmt: skip
-    """Which kernels run forward and backward."""
+    """Return which kernels run forward and backward."""
     if backend == "portable":
         return {"forward": "triton", "backward": "triton"}
     spec = AttentionSpec(1.0, causal, query_offset, cu_seqlens, format)
@@ -149,7 +155,10 @@ def kernels_run(
 
 
 def time_case(case: Timing) -> dict[str, Any]:
-    """Median milliseconds forward and backward, after a check of the first KV group's heads; and torch's dense."""
+    """Measure median milliseconds forward and backward, and torch's dense attention.
+
+    The first KV group's heads are checked before.
+    """
     q, k, v, dout = (
         torch.randn(case.length, 1, heads, case.dim, device="cuda", dtype=torch.bfloat16)
         for heads in (case.heads, case.kv_heads, case.kv_heads, case.heads)
@@ -202,7 +211,10 @@ def time_case(case: Timing) -> dict[str, Any]:
 def _check_one_head(
     case: Timing, patterns: Tensor, leaves: list[Tensor], dout: Tensor, out: Tensor, grads: tuple[Tensor, ...]
 ) -> dict[str, Any]:
-    """Relative errors of the last KV head's part against float32, whose scores fit the memory head by head."""
+    """Compute relative errors of the last KV head's part against float32.
+
+    The scores of a single head fit in memory.
+    """
     group = case.heads // case.kv_heads
     first = case.heads - group
     k, v = (x[:, :, -1:].detach().float().requires_grad_() for x in leaves[1:])

@@ -1,4 +1,4 @@
-"""Layouts made in every step: random ones, and whether steps with new ones wait, compile or leave anything behind."""
+"""Check layouts made in every step: new ones must not wait, compile or leak."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ from .. import handles
 from ..attention import Backend, block_sparse_attention
 from ..topk_layout import TopKLayout
 
-_WARM_STEPS = 3  # which may compile, and fill the allocator
+_WARM_STEPS = 3  # may compile and fill the allocator
 
 
 def random_indices(
     batch: int, lists: int, n_q: int, n_k: int, keep: float, device: torch.device | str = "cpu"
 ) -> Tensor:  # fmt: skip
-    """Int32 [batch, lists, n_q, n_k + 1]: each block at probability `keep`, in any order, some twice, -1 between."""
+    """Draw top-k lists, int32 [batch, lists, n_q, n_k + 1].
+
+    Each block is listed with probability `keep`, in any order, some twice, with -1 between.
+    """
     blocks = torch.rand(batch, lists, n_q, n_k, device=device).argsort(-1)
     blocks = torch.where(torch.rand(blocks.shape, device=device) < keep, blocks, -1)
     again = blocks.gather(-1, torch.randint(n_k, (batch, lists, n_q, 1), device=device))
@@ -32,17 +35,18 @@ def fresh_steps(
     inputs: list[Tensor], layout: TopKLayout, options: dict[str, Any], keep: float, steps: int,
     backend: Backend = "triton",
 ) -> dict[str, Any]:  # fmt: skip
-    """What `steps` forward and backward passes, each with new random lists, leave behind: `is_nothing` should hold.
+    """Run `steps` passes with new random lists and report what they leave behind.
 
-    On a GPU an operation that lets the host wait raises RuntimeError.
+    Each pass is forward and backward. `is_nothing` should hold for the result. On a GPU an operation that makes the
+    host wait raises RuntimeError.
 
     Args:
         inputs: q, k and v, which require gradients.
-        layout: of as many lists and blocks as the new ones.
+        layout: has the same number of lists and blocks as the new ones.
 
     Returns:
-        "compiled": names of kernels compiled meanwhile; "registered": handles more than before; "grown bytes": device
-        memory more than before.
+        "compiled": names of kernels compiled meanwhile; "registered": additional handles; "grown bytes": additional
+        device memory.
     """
     device = layout.device
     gradient: Tensor | None = None
@@ -73,12 +77,12 @@ def fresh_steps(
 
 
 def _allocated(device: torch.device) -> int:
-    gc.collect()  # else what others left goes away meanwhile
+    gc.collect()  # otherwise garbage of earlier code could be freed meanwhile
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
 def is_nothing(left: dict[str, Any]) -> bool:
-    """Whether steps that left this behind could go on for ever."""
+    """Return whether steps that leave this behind could continue forever."""
     return not left["compiled"] and left["registered"] <= 0 and left["grown bytes"] <= 0
 
 
@@ -96,7 +100,7 @@ def _host_never_waits(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _compiled() -> Iterator[list[str]]:
-    """Names of the Triton kernels that are compiled meanwhile."""
+    """Collect names of Triton kernels that are compiled meanwhile."""
     names: list[str] = []
     before = knobs.runtime.jit_post_compile_hook
 

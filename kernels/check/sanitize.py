@@ -1,13 +1,12 @@
-"""compute-sanitizer over small calls: `python -m s2train.kernels.check.sanitize [--tool TOOL …] [--out FILE]`
+"""Run compute-sanitizer on small calls: `python -m s2train.kernels.check.sanitize [--tool TOOL …] [--out FILE]`.
 
-Each tool (memcheck, racecheck, initcheck, synccheck) runs every case of sanitize_cases in a process of its own, one
-tool after the other; before them all cases once without a tool, which compiles their kernels. The JSON has what each
-printed: errors found, warnings, kinds of reports, how many name a kernel of ours, the first in full, the last lines.
-Only our kernels are checked, except by initcheck, which must see everybody's writes. Exits with 1 if anything but
-"clean" came of a case.
+All cases of sanitize_cases run once without a tool, which compiles their kernels. Then each tool (memcheck, racecheck,
+initcheck, synccheck) runs every case in a separate process, one tool after the other. The JSON has for each run: errors
+found, warnings, kinds of reports, how many name a kernel of ours, the first in full, the last lines. Only our kernels
+are checked, except by initcheck, which must see all writes. Exits with 1 if any case is not "clean".
 
-racecheck knows ordinary barriers. What it says of memory that asynchronous copies and mbarriers hand over between
-specialised warps is recorded as it says it, to be judged by a reader.
+racecheck supports ordinary barriers. Its reports on memory that asynchronous copies and mbarriers hand over between
+specialised warps are recorded unchanged; a reader must judge them.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ Row = dict[str, Any]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line's entry."""
+    """Run the command line."""
     args = _parse(arguments)
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
@@ -74,22 +73,22 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def command(sanitizer: str, tool: str, option: str) -> list[str]:
-    """compute-sanitizer and its options for a tool; `option` filters by kernel name."""
+    """Return compute-sanitizer's command for a tool; `option` filters by kernel name."""
     words = [sanitizer, "--tool", tool, "--print-limit", "200", "--error-exitcode", "99"]
     return words if tool == "initcheck" else [*words, option, f"kernel_substring={KERNELS}"]
 
 
 def kernel_option(usage: str) -> str:
-    """--kernel-name, as the manual has it, or what older versions call it."""
+    """Return --kernel-name, as in the manual, or the older versions' name for it."""
     return next((option for option in ("--kernel-name", "--kernel-regex") if option in usage), "--filter")
 
 
 def run_one(tool: str, case: str, program: list[str], seconds: float) -> Row:
-    """Run a program for at most so long; what it and the tool said, and a verdict on it."""
+    """Run a program with a time limit; return its output's findings and a verdict."""
     row: Row = {"tool": tool, "case": case}
     if seconds <= 0:
         return row | {"verdict": "not run: out of time", "seconds": 0.0}
-    env = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # or a pool would hide what lies past a tensor
+    env = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # a pool would hide accesses past a tensor
     began = time.monotonic()
     process = subprocess.Popen(
         program, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
@@ -105,7 +104,7 @@ def run_one(tool: str, case: str, program: list[str], seconds: float) -> Row:
     row |= {"status": process.returncode} | asdict(found)
     if late:
         verdict = f"stopped after {seconds:.0f} s"
-    elif found.errors or found.warnings or found.kinds:  # also of launches that it could not follow
+    elif found.errors or found.warnings or found.kinds:  # includes launches that it could not follow
         verdict = "found something"
     elif not done:
         verdict = "the program failed"
@@ -119,7 +118,7 @@ def run_one(tool: str, case: str, program: list[str], seconds: float) -> Row:
 
 
 def line(row: Row) -> str:
-    """A row for a terminal."""
+    """Format a row for a terminal."""
     words = f"{row['tool']:<10} {row['case']:<34} {row['verdict']:<22} {row['seconds']:>6.1f} s"
     if row.get("errors") is not None:
         words += f"  {row['errors']} errors, {row['warnings']} warnings, {row['in_ours']} reports name our kernels"

@@ -1,7 +1,8 @@
-"""Small problems for compute-sanitizer; as a program, one of them: output and gradients, nothing compared.
+"""Small problems for compute-sanitizer.
 
-`python -m s2train.kernels.check.sanitize_cases NAME` prints which kernels ran. On an H100 both paths do: blocks of 64
-and 128 in bfloat16 take Hopper's kernels where these can.
+`python -m s2train.kernels.check.sanitize_cases NAME` computes output and gradients of one problem, compares nothing,
+and prints which kernels ran. On an H100 both paths run: blocks of 64 and 128 in bfloat16 use Hopper's kernels where
+possible.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from .run import kernels_run, problem
 DONE = "S2TRAIN DONE"
 """What a case prints as its last line."""
 
-# the last tile of every case is partly empty; masks are random, so that kept and dropped blocks mix
+# every case's last tile is partly empty; masks are random, so that kept and dropped blocks mix
 CASES = {
     case.name: case
     for case in (
@@ -35,7 +36,10 @@ CASES = {
 
 
 def run(case: Case, device: torch.device) -> dict[str, str]:
-    """Output, log-sum-exp and the gradients of both; which kernels ran. Raises RuntimeError if any is NaN."""
+    """Compute output, log-sum-exp and gradients of both; return which kernels ran.
+
+    Raises RuntimeError if any result is NaN.
+    """
     inputs, layout, options = problem(case, device)
     q, k, v = (x.requires_grad_() for x in inputs)
     torch.use_deterministic_algorithms(case.deterministic)

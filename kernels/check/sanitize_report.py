@@ -1,4 +1,4 @@
-"""What compute-sanitizer printed, as numbers."""
+"""Parse the output of compute-sanitizer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 
-KERNELS = "s2_attention"  # in the name of every kernel of ours
+KERNELS = "s2_attention"  # in the name of all our kernels
 _MARK = "========= "
 _ERRORS = re.compile(r"^========= ERROR SUMMARY: (\d+) errors?", re.MULTILINE)
 _RACES = re.compile(
@@ -16,19 +16,19 @@ _HEADS = (
     "Invalid ", "Uninitialized ", "Misaligned ", "Barrier error", "Divergent ", "Out-of-range ", "Missing wait",
     "Error: ", "Warning: ", "Program hit ", "Unused memory", "Internal Sanitizer Error", "Leaked ",
 )  # fmt: skip
-_KINDS = 8  # different reports that a summary lists
+_KINDS = 8  # maximum number of different reports in a summary
 _LAST_LINES = 12
 
 
 @dataclass(frozen=True)
 class Findings:
-    """One run of one tool.
+    """Result of one run of one tool.
 
     Attributes:
-        errors: of its summary; None if it printed none (it was stopped, or crashed).
+        errors: number in its summary; None without a summary (it was stopped, or crashed).
         warnings: racecheck's; 0 for the other tools.
-        kinds: first lines of its reports and where, without addresses, and how many of each.
-        in_ours: reports that name a kernel of ours.
+        kinds: first lines and places of its reports, without addresses, with the number of each.
+        in_ours: number of reports that name a kernel of ours.
         first_report: in full, one of ours if there is any.
     """
 
@@ -41,7 +41,7 @@ class Findings:
 
 
 def parse(output: str) -> Findings:
-    """Findings of what compute-sanitizer and the program under it wrote, interleaved as they may be."""
+    """Parse the interleaved output of compute-sanitizer and its program."""
     errors, races = _ERRORS.findall(output), _RACES.findall(output)
     counted = [int(n) for n in errors] + [int(found) for _, found, _ in races]
     lines = output.splitlines()
@@ -60,13 +60,13 @@ def parse(output: str) -> Findings:
 
 
 def _kind(report: list[str]) -> str:
-    """What and where, without what differs between reports of one kind."""
+    """Return a report's message and place, without details that vary within a kind."""
     where = [line.strip() for line in report[1:2] if line.strip().startswith(("at ", "and "))]
     return re.sub(r"0x[0-9a-f]+|\(\d+,\d+,\d+\)|\[\d+ hazards?\]", "…", " ".join([report[0].strip(), *where])).strip()
 
 
 def _report(lines: list[str], start: int) -> list[str]:
-    """From its first line to the empty one that ends it, 20 at most."""
+    """Return a report from its first line to the next empty line, at most 20 lines."""
     report: list[str] = []
     for line in lines[start : start + 20]:
         if line.rstrip() == _MARK.rstrip() or not line.startswith(_MARK):
