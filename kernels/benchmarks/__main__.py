@@ -1,19 +1,20 @@
-"""Time the kernels beside dense cuDNN and FlashAttention-2 (torch SDPA), FlexAttention and what is installed of
-FlashAttention-4 (block-sparse and dense), FlashAttention-3 and dkernel.
+"""Time the kernels beside other implementations of attention.
 
-All run in this process on the same random inputs (bfloat16, batch 1), each in the format that suits it best: ours
-[s, b, h, d] as Megatron has it, the others [b, h, s, d]. Each is compared with a float64 oracle, at 2,048 tokens
-whole and at full length in samples, and gets no time if it fails. Times are the device's, with the host ahead;
-backward counts 2.5 times the forward's 4 * d FLOPs a position, over the positions that the contender's own mask
-keeps. Peak memory is what forward and backward take beside q, k, v and the output's gradient, indices included.
+These are dense cuDNN and FlashAttention-2 (torch SDPA), FlexAttention, and, if installed, FlashAttention-4
+(block-sparse and dense), FlashAttention-3 and dkernel. All run in this process on the same random inputs (bfloat16,
+batch 1), each in its best format: ours [s, b, h, d] as in Megatron, the others [b, h, s, d]. Each is compared with a
+float64 oracle, completely at 2,048 tokens and in samples at full length, and is not timed if it fails. Times are the
+device's, with the host ahead. The backward counts 2.5 times the forward's 4 * d FLOPs a position, over the positions
+that the contender's own mask keeps. Peak memory is what forward and backward need beside q, k, v and the output's
+gradient, including indices.
 
 cases: groups (targets, lengths, density, b64, gqa, gqa64, long, quick) or words such as b128-l8-v16-32k-kv8: blocks
-of 128, 8 local, every 16th, 32k tokens, 8 KV heads (and -h for heads, -d for their dimension). They run in the order
-given, the default's most important first, and the JSON is written after each, so that a run cut short loses one case.
-The group run-time, or words such as b128-k16-32k-kv8 (16 key blocks a query block, named on the device in every step),
-compares ours with itself: top-k lists with the static layout of the same mask. It runs before the others.
+of 128, 8 local, every 16th, 32k tokens, 8 KV heads (and -h for heads, -d for their dimension). They run in the given
+order; the default starts with the most important. The JSON is written after each, so that an interrupted run loses one
+case. The group run-time, or words such as b128-k16-32k-kv8 (16 key blocks per query block, listed on the device in
+every step), compare our top-k lists with the static layout of the same mask. They run before the others.
 
-dkernel's own autotuning compiles 22 configurations a length: one to three minutes for its first case of a block size.
+dkernel autotunes 22 configurations per length: one to three minutes for its first case of a block size.
 """
 
 from __future__ import annotations
@@ -47,7 +48,10 @@ _LAUNCH_SECONDS = 15
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line's entry; 1 if a contender failed for another reason than memory, support or time."""
+    """Run the command line; return 1 if a contender failed unexpectedly.
+
+    Expected reasons are memory, support and time.
+    """
     args = _parse(arguments)
     began = time.monotonic()
     device = torch.device(args.device)
@@ -66,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
         "summary": {},
     }
     console.print(f"{data['machine']['device']}, ceiling {data['ceiling_tflops']:.0f} TFLOP/s (matrix product)")
-    # the last of the time is for the launches: a failed capture could cost the cases the device
+    # the last of the time is reserved for launches: a failed capture could make the device unusable for cases
     deadline = began + args.seconds
     session = Session(
         device,
@@ -141,17 +145,17 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         "--quick", action="store_true", help=f"the cases {' '.join(GROUPS['quick'])}, in about a minute"
     )
     parser.add_argument(
-        "--output", type=Path, default=Path(f"{today}-benchmarks.json"), help="JSON; the plot lies beside"
+        "--output", type=Path, default=Path(f"{today}-benchmarks.json"), help="JSON; the plot is written beside it"
     )
     parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS))
     parser.add_argument("--launches", nargs="*", default=None, help="cases whose launch costs are measured")
     parser.add_argument("--budget-ms", type=float, default=None, help="device time of one contender's timed passes")
-    parser.add_argument("--seconds", type=float, default=500, help="begin nothing new after so long")
+    parser.add_argument("--seconds", type=float, default=500, help="start nothing new after this time")
     parser.add_argument(
-        "--limit-seconds", type=float, default=20, help="leave out who surely needs more for a case's passes"
+        "--limit-seconds", type=float, default=20, help="skip contenders that need more for a case's passes"
     )
     parser.add_argument("--draw", default="b128-l8-v16-32k", help="mask and heads of the plot, length of its densities")
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: to try the program")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: to test the program")
     args = parser.parse_args(arguments)
     if args.quick and args.cases:
         parser.error("--quick chooses the cases: leave out --cases")
@@ -167,7 +171,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     if args.output.exists():
         parser.error(f"{args.output} exists: results are not overwritten, name another --output")
     if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("no CUDA device; --device cpu tries the program with torch's kernels")
+        parser.error("no CUDA device; --device cpu tests the program with torch's kernels")
     args.budget_ms = args.budget_ms or (100 if args.quick else 1000)
     args.contenders = tuple(dict.fromkeys(args.contenders))
     return args

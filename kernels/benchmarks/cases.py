@@ -1,4 +1,7 @@
-"""What is measured: block mask, length and heads, written as one word such as `b128-l8-v16-32k-kv8`."""
+"""Benchmark cases: block mask, length and heads in one word.
+
+For example `b128-l8-v16-32k-kv8`.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,10 @@ _WORD = re.compile(r"b(\d+)-l(\d+)-v(\d+)-(\d+)([km]?)(?:-h(\d+))?(?:-kv(\d+))?(
 
 @dataclass(frozen=True)
 class Case:
-    """Local window of `local` blocks and every `stride`-th key block, shifted by head; causal, batch 1."""
+    """A local window and every `stride`-th key block, shifted by head.
+
+    Causal, batch 1; the window has `local` blocks.
+    """
 
     block: int
     local: int
@@ -52,7 +58,7 @@ class Case:
         return min(self.stride, self.heads)
 
     def keeps(self, head: int | Tensor, query: Tensor, key: Tensor) -> Tensor:
-        """Which pairs of positions (int64, broadcast) a head keeps, causality included."""
+        """Return which pairs of positions (int64, broadcast) a head keeps, including causality."""
         i, j = query // self.block, key // self.block
         vertical = (j - head % self.num_patterns) % self.stride == 0
         return (query >= key) & ((i - j < self.local) | vertical)
@@ -73,7 +79,7 @@ class Case:
         )
 
     def kept_positions(self) -> int:
-        """(query, key) pairs of all heads, the diagonal blocks counted token by token."""
+        """Count (query, key) pairs of all heads; diagonal blocks count by token."""
         n = self.length // self.block
         j = torch.arange(n, dtype=torch.int64)
         below = n - 1 - j  # query blocks after key block j
@@ -85,12 +91,12 @@ class Case:
         return sum(kept[h % self.num_patterns] * self.block**2 + in_diagonal for h in range(self.heads))
 
     def density(self) -> float:
-        """Kept positions over causal positions."""
+        """Return kept positions over causal positions."""
         return self.kept_positions() / (self.heads * (self.length * (self.length + 1) // 2))
 
 
 def tokens(count: int) -> str:
-    """131072 as 128k."""
+    """Format 131072 as 128k."""
     for unit, size in (("m", 1024**2), ("k", 1024)):
         if count >= size and count % size == 0:
             return f"{count // size}{unit}"
@@ -98,7 +104,10 @@ def tokens(count: int) -> str:
 
 
 def parse_case(word: str) -> Case:
-    """Case of a word b<block>-l<local>-v<stride>-<length>[-h<heads>][-kv<KV heads>][-d<head dimension>]."""
+    """Parse a case's word.
+
+    Its form is b<block>-l<local>-v<stride>-<length>[-h<heads>][-kv<KV heads>][-d<head dimension>].
+    """
     match = _WORD.fullmatch(word)
     if match is None:
         raise ValueError(
@@ -118,7 +127,7 @@ def parse_case(word: str) -> Case:
     )
 
 
-_LENGTHS = (1, 2, 4, 8, 16, 32, 64, 128)  # k; 1k to see on which side of 2k break-even lies
+_LENGTHS = (1, 2, 4, 8, 16, 32, 64, 128)  # k; 1k shows whether break-even is below 2k
 GROUPS: dict[str, tuple[str, ...]] = {
     "quick": ("b128-l8-v16-2k", "b128-l8-v16-8k", "b128-l8-v16-32k", "b64-l16-v16-32k"),
     "targets": (
@@ -132,11 +141,11 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "gqa64": tuple(f"b64-l16-v16-{n}k-kv8" for n in _LENGTHS),
     "long": ("b128-l8-v16-512k", "b64-l16-v16-512k", "b128-l8-v16-512k-kv8", "b128-l8-v16-1m-kv8", "b128-l8-v16-1m"),
 }  # fmt: skip
-DEFAULT = ("targets", "lengths", "density", "b64", "gqa", "gqa64", "long")  # what matters most first
+DEFAULT = ("targets", "lengths", "density", "b64", "gqa", "gqa64", "long")  # the most important first
 
 
 def parse_cases(words: Sequence[str]) -> list[Case]:
-    """Cases of names and groups, in their order, each once."""
+    """Parse names and groups into cases, in order and without duplicates."""
     cases: dict[Case, None] = {}
     for word in words:
         for name in GROUPS.get(word, (word,)):

@@ -1,4 +1,7 @@
-"""Ours and its peers behind one signature: q, k, v to output, each in the format that suits it best."""
+"""Our kernels and others behind one signature, each in its best format.
+
+The signature is q, k, v to output.
+"""
 
 from __future__ import annotations
 
@@ -40,11 +43,11 @@ class Problem:
 
 @dataclass(frozen=True)
 class Contender:
-    """One row of the table. `prepare` returns the attention, or raises NotSupportedError.
+    """One row of the table.
 
-    Those that are not `sparse` compute full causal attention, whatever the mask. `bytes_needed` is an estimate of
-    the peak beside q, k, v and the output's gradient; `passes` is how many are run at least: one that is checked,
-    three that are timed, and a contender's own tuning.
+    `prepare` returns the attention, or raises NotSupportedError. Contenders that are not `sparse` compute full causal
+    attention for any mask. `bytes_needed` estimates the peak memory beside q, k, v and the output's gradient. `passes`
+    is the minimum number of passes: one that is checked, three that are timed, and a contender's own tuning.
     """
 
     name: str
@@ -57,7 +60,7 @@ class Contender:
 
 
 def _results(case: Case) -> int:
-    """Output, dq, dk, dv in bfloat16, the least that anybody allocates."""
+    """Return bytes of output, dq, dk, dv in bfloat16, which everyone allocates."""
     return 2 * case.length * case.dim * (2 * case.heads + 2 * case.kv_heads)
 
 
@@ -66,7 +69,7 @@ def _queries(case: Case) -> int:
 
 
 def _rows(case: Case) -> int:
-    """Log-sum-exp, its gradient and the backward's delta."""
+    """Return bytes of log-sum-exp, its gradient and the backward's delta."""
     return 3 * 4 * case.heads * case.length
 
 
@@ -74,8 +77,8 @@ def _block_pairs(case: Case) -> int:
     return case.heads * (case.length // case.block) ** 2
 
 
-# The multiples of q's bytes below are those of measured peaks: sums of dq in float32, and for grouped heads
-# dk and dv of every query head.
+# The multiples of q's bytes below are from measured peaks: dq accumulated in float32, and with grouped heads dk and dv
+# of every query head.
 def _ours_bytes(case: Case) -> int:
     pairs = _block_pairs(case) * case.num_patterns // case.heads
     indices = 48 * int(pairs * case.density() / 2)
@@ -83,13 +86,19 @@ def _ours_bytes(case: Case) -> int:
 
 
 def _flex_bytes(case: Case) -> int:
-    """Four dense int32 index tensors that stay, and before there are results three of int64 while they are sorted."""
+    """Return bytes of FlexAttention's index tensors.
+
+    Four dense int32 tensors remain; before there are results, three of int64 exist while they are sorted.
+    """
     stay, sorting = 4 * 4 * _block_pairs(case), 3 * 8 * _block_pairs(case)
     return stay + max(sorting, _results(case) + _rows(case))
 
 
 def _fa4_sparse_bytes(case: Case) -> int:
-    """Dense int32 index tensors of diagonal and whole blocks, by rows and by columns, and int64 while they sort."""
+    """Return bytes of FlashAttention-4's index tensors.
+
+    They are dense int32, of diagonal and whole blocks, by rows and by columns, and int64 while they are sorted.
+    """
     return _results(case) + 2 * _queries(case) + _rows(case) + (4 * 4 + 3 * 8) * _block_pairs(case)
 
 
@@ -130,7 +139,10 @@ def _causal(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
 
 
 def flex_block_mask(layout: BlockLayout) -> BlockMask:
-    """The layout for compiled FlexAttention: blocks below the diagonal whole, those on it masked by token."""
+    """Convert the layout for compiled FlexAttention.
+
+    Blocks below the diagonal are whole; those on it are masked by token.
+    """
     mask = layout.mask()
     n = mask.shape[-1]
     below = mask & torch.ones(n, n, dtype=torch.bool, device=mask.device).tril(-1)
@@ -141,16 +153,19 @@ def flex_block_mask(layout: BlockLayout) -> BlockMask:
 
 
 def _counts_and_columns(kept: Tensor) -> tuple[Tensor, Tensor]:
-    """Of bool [H, n, n]: how many columns a row keeps, int32 [1, H, n], and those first, int32 [1, H, n, n]."""
+    """Return the number of columns that each row keeps, and the columns, kept first.
+
+    From bool [H, n, n]: int32 [1, H, n] and int32 [1, H, n, n].
+    """
     columns = kept.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
     return kept.sum(-1, dtype=torch.int32)[None], columns.to(torch.int32)[None]
 
 
 @cache
 def _compiled_flex() -> Callable[..., Any]:
-    from torch._dynamo import config  # a second's import, for this contender alone
+    from torch._dynamo import config  # a second's import, only for this contender
 
-    # static shapes are its fastest; each length and head count is then a compilation of its own
+    # fastest with static shapes; each length and head count is then compiled separately
     config.recompile_limit = 64
     return torch.compile(flex_attention, dynamic=False)
 
@@ -158,7 +173,7 @@ def _compiled_flex() -> Callable[..., Any]:
 def _flex(problem: Problem) -> Attention:
     case = problem.case
     if case.block % 128:
-        raise NotSupportedError(f"its kernels refuse blocks of {case.block}")
+        raise NotSupportedError(f"its kernels reject blocks of {case.block}")
     if problem.device.type != "cuda":
         raise NotSupportedError("uncompiled, it computes dense matrices")
     compiled, mask = _compiled_flex(), flex_block_mask(problem.layout)
@@ -167,11 +182,11 @@ def _flex(problem: Problem) -> Attention:
 
 
 def dkernel_op(problem: Problem) -> Any:
-    """dkernel's module for a problem; raises NotSupportedError."""
+    """Return dkernel's module for a problem; raise NotSupportedError if it can't run."""
     case = problem.case
     try:
         from dkernel import SparseAttention  # type: ignore[import-not-found, unused-ignore]
-    except Exception as error:  # its import runs whatever it likes
+    except Exception as error:  # its import can run anything
         raise NotSupportedError(f"not importable: {type(error).__name__}: {error}"[:200]) from error
     if case.heads != case.kv_heads:
         raise NotSupportedError("takes fewer KV heads and reads outside of them")
@@ -184,7 +199,10 @@ def _dkernel(problem: Problem) -> Attention:
 
 
 def _fa4_lists(problem: Problem) -> tuple[Any, Any]:
-    """The layout for FlashAttention-4: of query blocks' keys, and of key blocks' queries for its backward."""
+    """Convert the layout for FlashAttention-4.
+
+    Returns keys of query blocks, and queries of key blocks for its backward.
+    """
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
 
     mask, size = problem.layout.mask(), problem.case.block
@@ -199,7 +217,7 @@ def _fa4_lists(problem: Problem) -> tuple[Any, Any]:
 
 @cache
 def _fa4_causal() -> Callable[..., Any]:
-    """Its mask of the diagonal blocks, in its own language."""
+    """Return its mask of the diagonal blocks, in its own language."""
     import cutlass.cute as cute
 
     @cute.jit
@@ -221,7 +239,7 @@ def _needs_fa4(problem: Problem) -> None:
 
 def _fa4_sparse(problem: Problem) -> Attention:
     if problem.case.block != 128:
-        raise NotSupportedError(f"its backward refuses blocks of {problem.case.block}")
+        raise NotSupportedError(f"its backward rejects blocks of {problem.case.block}")
     _needs_fa4(problem)
     whole, _ = fa4_functions()
     forward, backward = _fa4_lists(problem)
@@ -236,15 +254,18 @@ def _fa4_dense(problem: Problem) -> Attention:
 
 
 def _fa3_dense(problem: Problem) -> Attention:
-    """FlashAttention-3, which its repository's folder `hopper` builds as the module flash_attn_interface."""
+    """Return FlashAttention-3, the module flash_attn_interface.
+
+    Its repository's folder `hopper` builds it.
+    """
     try:
         from flash_attn_interface import flash_attn_func
-    except Exception as error:  # a build for another torch raises what it likes
+    except Exception as error:  # a build for another torch can raise anything
         raise NotSupportedError(f"not importable: {type(error).__name__}: {error}"[:200]) from error
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out: Tensor | tuple[Tensor, ...] = flash_attn_func(q, k, v, causal=True)
-        return out[0] if isinstance(out, tuple) else out  # its first releases return the log-sum-exp too
+        return out[0] if isinstance(out, tuple) else out  # its first releases also return the log-sum-exp
 
     return attend
 
@@ -255,7 +276,7 @@ CONTENDERS = {
         Contender("ours", "s2train", "sbhd", True, _ours, _ours_bytes),
         Contender("flex", "FlexAttention", "bhsd", True, _flex, _flex_bytes),
         Contender("fa4_sparse", "FlashAttention-4", "bshd", True, _fa4_sparse, _fa4_sparse_bytes),
-        # it times 12 forward and 10 backward configurations of its own at every length, each about 9 times
+        # it times 12 forward and 10 backward configurations at every length, each about 9 times
         Contender("dkernel", "dkernel", "bhsd", True, _dkernel, _dkernel_bytes, passes=100),
         Contender("cudnn", "dense, cuDNN", "bhsd", False, _torch_dense(SDPBackend.CUDNN_ATTENTION), _dense_bytes(2)),
         Contender(

@@ -1,4 +1,4 @@
-"""Is a contender right? A whole short problem, and a sample of the full-length one, against float64."""
+"""Check a contender against float64: a short problem, and samples at full length."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ..spec import Format
 from .cases import Case
 from .inputs import head_values, make_inputs, positions_of
 
-_SHORT = 2048  # tokens of the whole problem: a multiple of every block, more than every window measured
-_TAIL = 384  # last positions, of which the sample has every key
-_ROWS = 32  # further query rows of the sample
-_FLOOR = 3e-7  # relative error that nothing is blamed for
+_SHORT = 2048  # tokens of the short problem: a multiple of every block, longer than every measured window
+_TAIL = 384  # last positions, for which the sample has every key
+_ROWS = 32  # additional query rows of the sample
+_FLOOR = 3e-7  # relative error that is always accepted
 _NAMES = ("out", "dq", "dk", "dv")
 
 Results = dict[str, Tensor]
@@ -25,7 +25,7 @@ Results = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Exact:
-    """What should come out at some positions, and the relative error allowed for each result."""
+    """Exact results at some positions, and the allowed relative error of each."""
 
     case: Case
     seed: int
@@ -35,17 +35,17 @@ class Exact:
     limits: dict[str, float]
 
     def errors(self, out: Tensor, gradients: tuple[Tensor, ...], format: Format) -> dict[str, float]:
-        """Relative errors of a contender's output and gradients (dq, dk, dv) in its format."""
+        """Return relative errors of a contender's output, dq, dk and dv in its format."""
         found = sample(out, gradients, format, self.rows, self.keys)
         return {name: relative_error(found[name], self.results[name]) for name in _NAMES}
 
     def wrong(self, errors: dict[str, float]) -> list[str]:
-        """Which are out of bounds, NaN included."""
+        """Return the names of results out of bounds, including NaN."""
         return [name for name, error in errors.items() if not error <= self.limits[name]]
 
 
 def sample(out: Tensor, gradients: tuple[Tensor, ...], format: Format, rows: Tensor, keys: Tensor) -> Results:
-    """The results at query positions `rows` and key positions `keys`."""
+    """Return the results at query positions `rows` and key positions `keys`."""
     dq, dk, dv = gradients
     return {
         "out": positions_of(out, format, rows),
@@ -56,17 +56,20 @@ def sample(out: Tensor, gradients: tuple[Tensor, ...], format: Format, rows: Ten
 
 
 def relative_error(measured: Tensor, exact: Tensor) -> float:
-    """Norm of the difference over the norm of `exact`; tensors of one shape."""
+    """Return the norm of the difference over the norm of `exact`; equal shapes."""
     return ((measured - exact).norm() / exact.norm().clamp(min=1e-30)).item()
 
 
 def shortened(case: Case) -> Case:
-    """The case at a length at which all of it can be computed in float64."""
+    """Return the case at a length short enough for float64."""
     return replace(case, length=min(case.length, _SHORT))
 
 
 def short_problem(short: Case, seed: int, device: torch.device) -> Exact:
-    """The whole of a short case. Allowed is twice the error of plain torch in bfloat16."""
+    """Compute a whole short case.
+
+    The allowed error is twice that of plain torch in bfloat16.
+    """
     everything = torch.arange(short.length, device=device)
 
     def reference(dtype: torch.dtype) -> Results:
@@ -83,14 +86,15 @@ def short_problem(short: Case, seed: int, device: torch.device) -> Exact:
 
 @torch.no_grad()
 def full_problem(case: Case, seed: int, limits: dict[str, float], device: torch.device) -> Exact:
-    """The case at its length: output and dq of some rows, dk and dv of the last keys.
+    """Compute a sample of the case at full length.
 
-    Those keys are seen by the last rows alone, all of which are in the sample, so that no row needs the others.
+    The sample has output and dq of some rows, and dk and dv of the last keys. Only the last rows see those keys, and
+    all of these are in the sample, so no other rows are needed.
     """
     tail = torch.arange(max(0, case.length - _TAIL), case.length, device=device)
     rows = torch.cat([torch.randint(case.length, (_ROWS,), device=device), tail])
     keys = torch.arange(case.length, device=device)
-    # a row that was drawn twice must not count twice in dk and dv
+    # a row drawn twice must count only once in dk and dv
     in_tail = slice(_ROWS, None)
     scale = 1 / math.sqrt(case.dim)
     group = case.heads // case.kv_heads

@@ -1,11 +1,11 @@
-"""Time one decoding step of attention, a layer's, over paged keys and values beside dense decoding.
+"""Time one layer's attention in a decoding step over paged keys and values.
 
-For each mask, schedule of heads, length and batch: ours over the pages that the layout keeps, the same kernel over
-all pages, and torch's SDPA over contiguous keys, the fastest of its fused kernels. bfloat16, random inputs. Each is
-compared with float64 first, at this very length, and gets no time if it errs by more than twice what plain torch
-in bfloat16 does. ms: of the device, caches emptied, with the host ahead; host_us: launching; graph_ms: from a CUDA
+For each mask, head schedule, length and batch it compares: ours over the pages that the layout keeps, the same kernel
+over all pages, and torch's SDPA over contiguous keys (the fastest of its fused kernels). Inputs are random bfloat16.
+Each contender is first compared with float64 at the same length, and is not timed if its error exceeds twice that of
+plain torch in bfloat16. ms: device time, caches emptied, with the host ahead; host_us: launching; graph_ms: from a CUDA
 graph. GB/s counts the keys and values read. KV bytes are counted in the pages and predicted by the layout's rule.
-The largest batch is what fits into --memory-gb beside --weights-gb, all --layers dense, all sparse, or one dense
+The largest batch is what fits into --memory-gb beside --weights-gb, with all --layers dense, all sparse, or one dense
 in --dense-every.
 """
 
@@ -41,7 +41,7 @@ GB = 1e9
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line's entry; 1 if a contender computed something wrong or failed unexpectedly."""
+    """Run the command line; return 1 on a wrong result or unexpected failure."""
     args = _parse(arguments)
     device = torch.device(args.device)
     clock, console = Clock(device), Console(width=200)
@@ -74,7 +74,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def measure(step: DecodeCase, args: argparse.Namespace, clock: Clock, device: torch.device, deadline: float) -> Record:
-    """Figures of every contender under "results", or why it has none; bytes and batches that fit beside them."""
+    """Measure every contender; also return bytes and the batches that fit.
+
+    Figures are under "results", or the reason why there are none.
+    """
     backend = resolve_backend("auto", device)
     case = step.case
     layout = step.layout(device)
@@ -143,7 +146,7 @@ def _empty(device: torch.device) -> None:
 
 
 def _largest_batches(kv: dict[str, int | None], batch: int, args: argparse.Namespace) -> dict[str, int]:
-    """Sequences whose keys and values fit, by bytes of a sequence and layer."""
+    """Return the number of sequences that fit, from bytes per sequence and layer."""
     sparse, dense = kv["sparse"] or kv["predicted"], kv["dense"]
     assert sparse is not None
     assert dense is not None
@@ -158,7 +161,7 @@ def _largest_batches(kv: dict[str, int | None], batch: int, args: argparse.Names
 
 
 def best_sdpa(results: Record) -> tuple[str, float] | None:
-    """The fastest of torch's kernels, and its ms."""
+    """Return the fastest of torch's kernels and its ms."""
     times = [(r["device_ms"], name.removeprefix("sdpa ")) for name, r in results.items() if name.startswith("sdpa")
              and "device_ms" in r]  # fmt: skip
     return (min(times)[1], min(times)[0]) if times else None
@@ -228,13 +231,13 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--kv", nargs="+", type=int, default=[8, 32], help="KV heads")
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--schedules", nargs="+", choices=("shifted", "grouped"), default=["shifted", "grouped"])
-    parser.add_argument("--splits", type=int, default=None, help="shares of the keys; default: the op's own choice")
+    parser.add_argument("--splits", type=int, default=None, help="parts of the keys; default: the op's own choice")
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--dense-every", type=int, default=4, help="of the hybrid whose largest batch is told")
+    parser.add_argument("--dense-every", type=int, default=4, help="of the hybrid whose largest batch is reported")
     parser.add_argument("--memory-gb", type=float, default=80.0)
     parser.add_argument("--weights-gb", type=float, default=14.5, help="7.25B parameters in bfloat16")
-    parser.add_argument("--seconds", type=float, default=500, help="begin nothing new after so long")
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: to try the program")
+    parser.add_argument("--seconds", type=float, default=500, help="start nothing new after this time")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: to test the program")
     today = datetime.date.today().isoformat()
     parser.add_argument("--output", type=Path, default=Path(f"{today}-decode.json"))
     args = parser.parse_args(arguments)
@@ -247,7 +250,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     if args.output.exists():
         parser.error(f"{args.output} exists: results are not overwritten, name another --output")
     if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("no CUDA device; --device cpu tries the program with torch's kernels")
+        parser.error("no CUDA device; --device cpu tests the program with torch's kernels")
     return args
 
 

@@ -1,4 +1,4 @@
-"""One decoding step to be measured: paged keys and values at a length, and what must come out of it."""
+"""One decoding step to measure: paged keys and values, and the expected result."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..layout_builder import ColumnRule
 from .cases import Case
 
 DTYPE = torch.bfloat16
-_CHECKED_HEADS = 2  # KV heads of one sequence, against float64
+_CHECKED_HEADS = 2  # KV heads of one sequence compared with float64
 FUSED = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -31,10 +31,10 @@ FUSED = {
 
 @dataclass(frozen=True)
 class DecodeCase:
-    """A step of `batch` sequences of `case.length` tokens, the newest one included.
+    """A step of `batch` sequences of `case.length` tokens, including the newest.
 
     Attributes:
-        grouped: heads of a KV group keep the same blocks; otherwise each head its own.
+        grouped: heads of a KV group keep the same blocks; otherwise each head keeps different ones.
     """
 
     case: Case
@@ -51,7 +51,7 @@ class DecodeCase:
 
     @property
     def dense_bytes(self) -> int:
-        """KV bytes of one layer where every block is kept."""
+        """Return KV bytes of one layer if every block is kept."""
         return self.batch * self.case.kv_heads * (self.case.length // self.case.block) * self.page_bytes
 
     def offset(self, head: int) -> int:
@@ -59,7 +59,10 @@ class DecodeCase:
         return number % self.case.num_patterns
 
     def predicted_bytes(self) -> int:
-        """KV bytes of one layer by the rule itself: the window, and before it the columns of each group."""
+        """Return KV bytes of one layer by the rule.
+
+        The rule keeps the window, and before it the columns of each group.
+        """
         case, group = self.case, self.case.heads // self.case.kv_heads
         num_blocks = case.length // case.block
         count = min(case.local, num_blocks) * case.kv_heads
@@ -69,7 +72,7 @@ class DecodeCase:
         return self.batch * count * self.page_bytes
 
     def layout(self, device: torch.device) -> BlockLayout:
-        """Made for one block more, so that the newest block is still to be read."""
+        """Build the layout for one more block, so that the newest is still needed."""
         case = self.case
 
         def rule(offset: int) -> ColumnRule:
@@ -82,7 +85,10 @@ class DecodeCase:
 
 
 class PagedStep:
-    """The step over pages that hold just what `layout` needs (None: everything), filled with random numbers."""
+    """The step over exactly the pages that `layout` needs (None: all).
+
+    Pages are filled with random numbers.
+    """
 
     def __init__(
         self,
@@ -103,7 +109,7 @@ class PagedStep:
         held = held.expand(step.batch, -1, -1)
         count = int(held.sum())
         table = torch.full(held.shape, -1, dtype=torch.int32)
-        table[held] = torch.randperm(count).int()  # as after many allocations: neighbours lie apart
+        table[held] = torch.randperm(count).int()  # as after many allocations: adjacent blocks are far apart
         self.table = table.to(device)
         self.keys, self.values = (
             torch.empty(count + 1, case.block, case.dim, dtype=DTYPE, device=device).normal_() for _ in range(2)
@@ -127,13 +133,13 @@ class PagedStep:
         return out
 
     def tokens(self, sequence: int, kv: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [length, d] of one head."""
+        """Return keys and values [length, d] of one head."""
         table = self.table[sequence : sequence + 1, kv : kv + 1]
         keys, values = (read_tokens(pages, table, self.length)[0, 0] for pages in (self.keys, self.values))
         return keys, values
 
     def seen(self, head: int) -> Tensor:
-        """Bool [length]: the keys that a query head sees."""
+        """Return the keys that a query head sees, bool [length]."""
         key = torch.arange(self.length, device=self.query.device)
         if self.layout is None:
             return torch.ones_like(key, dtype=torch.bool)
@@ -142,7 +148,7 @@ class PagedStep:
 
 
 class ContiguousStep:
-    """The step of torch's fused attention over one tensor each of keys and values."""
+    """The step with torch's fused attention over contiguous keys and values."""
 
     def __init__(self, step: DecodeCase, kernel: str, device: torch.device) -> None:
         case = step.case
@@ -169,7 +175,10 @@ class ContiguousStep:
 
 
 def errors(step: PagedStep | ContiguousStep, kv_heads: int) -> tuple[float, float]:
-    """Relative error against float64 of a random sequence's heads, and the same for plain torch in bfloat16."""
+    """Compute relative errors against float64: ours, and plain torch's in bfloat16.
+
+    They are of a random sequence's heads.
+    """
     out = step()
     sequence = int(torch.randint(out.shape[0], ()))
     group = out.shape[1] // kv_heads

@@ -1,4 +1,4 @@
-"""Random inputs that can be made again, head by head and in either format, from a seed."""
+"""Random inputs, reproducible from a seed by head and in either format."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _NAMES: tuple[Name, ...] = ("q", "k", "v", "dout")
 
 
 def head_values(case: Case, name: Name, head: int, seed: int, device: torch.device) -> Tensor:
-    """Normal bfloat16 [length, dim] of one head of a tensor: the same for the same arguments."""
+    """Return normal bfloat16 [length, dim] of one head; equal arguments give equal values."""
     generator = torch.Generator(device).manual_seed((seed * 4 + _NAMES.index(name)) * 4096 + head)
     return torch.randn(case.length, case.dim, generator=generator, device=device, dtype=torch.bfloat16)
 
 
 def make_inputs(case: Case, seed: int, format: Format, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q, k, v (leaves that require gradients) and dout, contiguous in `format`."""
+    """Make q, k, v (leaves that require gradients) and dout, contiguous in `format`."""
     made = []
     for name in _NAMES:
         heads = case.kv_heads if name in ("k", "v") else case.heads
@@ -37,7 +37,7 @@ def make_inputs(case: Case, seed: int, format: Format, device: torch.device) -> 
 
 
 def positions_of(x: Tensor, format: Format, positions: Tensor) -> Tensor:
-    """float64 [heads, positions, dim] of a tensor of batch 1."""
+    """Return float64 [heads, positions, dim] of a tensor of batch 1."""
     x = x.detach().select(format.index("b"), 0)
     picked = x.index_select(format.replace("b", "").index("s"), positions)
     return (picked.transpose(0, 1) if format in ("sbhd", "bshd") else picked).double()

@@ -1,8 +1,8 @@
-"""What layouts and the work lists derived from them cost to build: time, memory, waits of the host.
+"""Measure the cost of building layouts and schedules: time, memory, host waits.
 
-For each case (words such as b64-l16-v16-128k): the layout from columns, as models have it; from a rule that is
-asked pair by pair; and, where it takes at most 2^27 pairs, from whole masks. All must be equal. Then what the
-Hopper kernels walk, from that layout. Peak memory is what the build takes at most, its result included.
+For each case (words such as b64-l16-v16-128k) the layout is built from columns, as in models; from a rule that is
+evaluated pair by pair; and, if that is at most 2^27 pairs, from whole masks. All must be equal. Then the schedules of
+the Hopper kernels are built from that layout. Peak memory is the maximum during the build, including its result.
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ _TENSORS = ("pattern_of_head", "row_offsets", "row_columns", "column_offsets", "
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line's entry; 1 if two layouts of a case differ or a build failed for another reason than memory."""
+    """Run the command line; return 1 if layouts differ or a build failed.
+
+    A failure for lack of memory does not count.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m s2train.kernels.benchmarks.layout_cost",
         description=__doc__,
@@ -78,14 +81,17 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def measure_case(case: Case, device: torch.device, repeats: int) -> Record:
-    """Costs of a case's builds by name, and which layouts ("differing") are not equal to the first."""
+    """Measure a case's builds by name; list layouts that differ from the first.
+
+    These are under "differing".
+    """
     layouts = {"columns": lambda: case.layout(device), "pairs": lambda: layout_of_pairs(case, device)}
     if case.num_patterns * (case.length // case.block) ** 2 <= _MOST_PAIRS_OF_MASKS:
         layouts["masks"] = lambda: layout_of_masks(case, device)
     record: Record = {"case": case.name, "heads": case.heads, "kv_heads": case.kv_heads, "builds": {}, "differing": []}
     layout = case.layout(device)
     record |= {"nbytes": layout.nbytes, "kept_blocks": layout.row_columns.numel()}
-    del layout  # not there while the others are built: 1M tokens take a GB
+    del layout  # free it while the others are built: 1M tokens take a GB
     for name, build in layouts.items():
         record["builds"][name] = _cost(build, device, repeats)
     layout = case.layout(device)
@@ -102,7 +108,7 @@ def measure_case(case: Case, device: torch.device, repeats: int) -> Record:
 
 
 def layout_of_pairs(case: Case, device: torch.device) -> BlockLayout:
-    """The case's layout from `Case.keeps`, pair by pair."""
+    """Build the case's layout from `Case.keeps`, pair by pair."""
     num_blocks = case.length // case.block
     patterns = [h % case.num_patterns for h in range(case.heads)]
     rules = [_rule(case, pattern) for pattern in range(case.num_patterns)]
@@ -110,7 +116,7 @@ def layout_of_pairs(case: Case, device: torch.device) -> BlockLayout:
 
 
 def layout_of_masks(case: Case, device: torch.device) -> BlockLayout:
-    """The case's layout from `Case.keeps`, as masks."""
+    """Build the case's layout from `Case.keeps`, as masks."""
     block = torch.arange(case.length // case.block, device=device)
     masks = torch.stack([_rule(case, p)(block[:, None], block) for p in range(case.num_patterns)])
     return BlockLayout.from_patterns(masks, [h % case.num_patterns for h in range(case.heads)], case.block)
@@ -122,14 +128,17 @@ def _rule(case: Case, pattern: int) -> Rule:
 
 
 def equal(one: BlockLayout, other: BlockLayout) -> bool:
-    """Do both store the same?"""
+    """Return whether both store the same tensors."""
     return all(torch.equal(getattr(one, name), getattr(other, name)) for name in _TENSORS)
 
 
 def _cost(
     build: Callable[[], object], device: torch.device, repeats: int, before: Callable[[], object] | None = None
 ) -> Record:
-    """Milliseconds of the first build and the median of `repeats` more, peak bytes and waits; or an "error"."""
+    """Return ms of the first build, median ms of `repeats` more, peak bytes and waits.
+
+    A failed build has "error" instead.
+    """
 
     def milliseconds() -> float:
         if before:
@@ -157,7 +166,7 @@ def _cost(
 
 
 def peak_bytes(build: Callable[[], object], device: torch.device) -> int:
-    """Bytes that tensors take at most during a call, beside those there before."""
+    """Return the maximum additional bytes of tensors during a call."""
     if device.type == "cuda":
         _wait(device)
         there = torch.cuda.memory_allocated(device)
@@ -179,7 +188,7 @@ def peak_bytes(build: Callable[[], object], device: torch.device) -> int:
 
 
 def host_waits(build: Callable[[], object], device: torch.device) -> int | None:
-    """How often PyTorch lets the host wait for the GPU during a call; None on a CPU."""
+    """Count how often PyTorch makes the host wait in a call; None on a CPU."""
     if device.type != "cuda":
         return None
     with warnings.catch_warnings(record=True) as caught:

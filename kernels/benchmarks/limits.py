@@ -1,20 +1,20 @@
-"""What is not worth beginning: cases that surely do not fit the device's memory, or the time."""
+"""Skip cases that exceed the device's memory or the time limit."""
 
 from __future__ import annotations
 
 from .cases import Case
 from .contenders import Contender
 
-_USABLE = 0.94  # of the device's memory: its context and the allocator's gaps take the rest
+_USABLE = 0.94  # of the device's memory: its context and gaps in the allocator take the rest
 
 
 def refusal(
     contender: Contender, case: Case, mask: Case, memory: int | None, ceiling_tflops: float, limit_seconds: float
 ) -> str | None:
-    """Why a contender is not run on a case whose kept positions are `mask`'s; None if it is.
+    """Return why a contender is not run on a case; None if it is run.
 
-    `memory` is the device's, in bytes. The time is a lower bound: every pass at the device's measured rate of
-    matrix products.
+    `mask` is the case whose positions it keeps. `memory` is the device's, in bytes. The time is a lower bound: all
+    passes at the device's measured rate of matrix products.
     """
     needed = input_bytes(case) + contender.bytes_needed(case)
     if memory is not None and needed > _USABLE * memory:
@@ -29,10 +29,10 @@ def refusal(
 
 
 def pass_flops(mask: Case) -> float:
-    """Of forward and backward: 3.5 times 4 * d a kept position."""
+    """Return FLOPs of forward and backward: 3.5 times 4 * d per kept position."""
     return 3.5 * 4 * mask.dim * mask.kept_positions()
 
 
 def input_bytes(case: Case) -> int:
-    """q, k, v and the output's gradient, bfloat16."""
+    """Return bytes of q, k, v and the output's gradient in bfloat16."""
     return 2 * case.length * case.dim * (2 * case.heads + 2 * case.kv_heads)

@@ -1,4 +1,4 @@
-"""Time and speed-up over length, from the JSON: `python -m s2train.kernels.benchmarks.plot FILE.json [FILE.png]`."""
+"""Plot time and speed-up over length: `python -m s2train.kernels.benchmarks.plot FILE.json [FILE.png]`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from .cases import Case, parse_case, tokens
 from .report import Record, density_series, launch_ratios, series, speedups
 
-# Okabe and Ito's palette, and a mark of its own for each: told apart with any kind of colour vision, and in grey
+# Okabe and Ito's palette, with a distinct marker for each: distinguishable with any colour vision, and in grey
 _STYLES = {
     "ours": ("#D55E00", "o", "s2train"),
     "flex": ("#0072B2", "s", "FlexAttention"),
@@ -28,11 +28,11 @@ _PARTS = {"forward": "forward", "both": "forward + backward"}
 
 
 def draw(data: Record, path: Path, case: str = "b128-l8-v16-32k") -> None:
-    """PNG of a case's mask over length, forward in the upper row and forward + backward in the lower.
+    """Draw a PNG of a case's mask over length.
 
-    A third column has the speed-up over density at the case's length, and that of single calls (eager and from
-    CUDA graphs) at the lengths whose launches were measured; either is left blank without data (fewer than three
-    densities). Raises ValueError where there is nothing to draw.
+    Forward is in the upper row, forward + backward in the lower. A third column has the speed-up over density at the
+    case's length, and that of single calls (eager and from CUDA graphs) at the lengths whose launches were measured.
+    Either is blank without data (fewer than three densities). Raises ValueError if there is nothing to draw.
     """
     like = parse_case(case)
     along = [record for record in series(data["cases"], like) if _times(record, "both")]
@@ -91,7 +91,10 @@ def _draw_times(axes: Axes, records: list[Record], part: str) -> None:
 
 
 def _draw_speedups(axes: Axes, records: list[Record], key: str, part: str) -> None:
-    """Each peer's line, its last length's (or lowest density's) ratio written beside it."""
+    """Draw each peer's line, labelled with the ratio at its end.
+
+    The end is the largest length or the lowest density.
+    """
     ends: list[tuple[float, float, str]] = []
     for name, (colour, mark, label) in _STYLES.items():
         found = [(r[key], speedups(r, part).get(name)) for r in records]
@@ -116,7 +119,10 @@ def _draw_density(axes: Axes, records: list[Record], like: Case) -> None:
 
 
 def _draw_calls(axes: Axes, records: list[Record]) -> None:
-    """Single calls, forward + backward: host time and idle gaps included (hollow marks), and from CUDA graphs."""
+    """Draw single calls, forward + backward.
+
+    Hollow marks include host time and idle gaps; filled ones are from CUDA graphs.
+    """
     if not records:
         axes.set_axis_off()
         return
@@ -138,7 +144,7 @@ def _draw_calls(axes: Axes, records: list[Record]) -> None:
 
 
 def _write_ends(axes: Axes, ends: list[tuple[float, float, str]], right: bool) -> None:
-    """The ratios at the lines' ends, those that would overlap moved apart."""
+    """Write the ratios at the lines' ends, moved apart where they would overlap."""
     low, high = axes.get_ylim()
     apart = (high / low) ** 0.055
     above = 0.0
@@ -188,7 +194,7 @@ def _tidy(axes: Axes) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m s2train.kernels.benchmarks.plot", description=__doc__)
-    parser.add_argument("json", type=Path, help="what the benchmark wrote")
+    parser.add_argument("json", type=Path, help="output of the benchmark")
     parser.add_argument("png", type=Path, nargs="?", help="default: beside it")
     parser.add_argument("--case", default="b128-l8-v16-32k", help="mask, heads and (for densities) length to draw")
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""From records to ratios, break-even points, and which kernels ran."""
+"""Compute ratios, break-even points and kernel paths from records."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PARTS = ("forward", "backward", "both")
 
 
 def speedups(record: Record, part: str) -> dict[str, float]:
-    """Time of each peer over ours, for the peers that have one."""
+    """Return each measured peer's time over ours."""
     results = record["results"]
     ours = results.get("ours", {}).get("ms")
     if ours is None:
@@ -23,19 +23,19 @@ def speedups(record: Record, part: str) -> dict[str, float]:
 
 
 def best_peer(record: Record, part: str) -> tuple[str, float] | None:
-    """The fastest peer that computes the same mask, and its time over ours."""
+    """Return the fastest peer for the same mask, and its time over ours."""
     peers = {name: ratio for name, ratio in speedups(record, part).items() if CONTENDERS[name].sparse}
     return min(peers.items(), key=lambda item: item[1]) if peers else None
 
 
 def best_dense(record: Record, part: str) -> tuple[str, float] | None:
-    """The fastest peer that computes full causal attention, and its time over ours."""
+    """Return the fastest peer for full causal attention, and its time over ours."""
     peers = {name: ratio for name, ratio in speedups(record, part).items() if not CONTENDERS[name].sparse}
     return min(peers.items(), key=lambda item: item[1]) if peers else None
 
 
 def series(records: Sequence[Record], like: Case) -> list[Record]:
-    """Records that differ from a case in length alone, shortest first."""
+    """Return records that differ from a case only in length, shortest first."""
     fields = ("block", "local", "stride", "heads", "kv_heads", "dim")
     return sorted(
         (r for r in records if all(r[f] == getattr(like, f) for f in fields)), key=lambda record: record["length"]
@@ -43,7 +43,7 @@ def series(records: Sequence[Record], like: Case) -> list[Record]:
 
 
 def density_series(records: Sequence[Record], like: Case) -> list[Record]:
-    """Records with a case's length, block and heads and any pattern, sparsest first."""
+    """Return records of any pattern with a case's length, block and heads, sparsest first."""
     fields = ("block", "length", "heads", "kv_heads", "dim")
     return sorted(
         (r for r in records if all(r[f] == getattr(like, f) for f in fields)), key=lambda record: record["density"]
@@ -51,13 +51,15 @@ def density_series(records: Sequence[Record], like: Case) -> list[Record]:
 
 
 def break_even(points: Sequence[tuple[float, float]]) -> dict[str, Any]:
-    """Where a speed-up over x passes 1, between measured points linear in the logarithms of both.
+    """Find where a speed-up over x passes 1.
+
+    Between measured points it is interpolated linearly in the logarithms of both.
 
     Args:
         points: (x, speed-up), ascending in x.
     Returns:
-        "at": the first x from which on (in the order given) the speed-up is at least 1; None if it never is.
-        "bound": "measured" where it is between two points, "end" where it already holds at the first.
+        "at": the first x from which on (in the given order) the speed-up is at least 1; None if there is none.
+        "bound": "measured" if it is between two points, "end" if it already holds at the first.
     """
     if points[-1][1] < 1:
         return {"at": None, "bound": "measured"}
@@ -72,7 +74,10 @@ def break_even(points: Sequence[tuple[float, float]]) -> dict[str, Any]:
 
 
 def summary(records: Sequence[Record]) -> Record:
-    """Ratios by case and part, and the break-even length and density against cuDNN by series and part."""
+    """Return ratios by case and part, and break-even points against cuDNN.
+
+    Break-even length and density are given by series and part.
+    """
     ratios = {
         r["case"]: {
             part: {"over": speedups(r, part), "best_peer": best_peer(r, part), "best_dense": best_dense(r, part)}
@@ -102,7 +107,10 @@ def _points(records: Sequence[Record], key: str, part: str) -> list[tuple[float,
 
 
 def kernel_paths(result: Record) -> str:
-    """Which kernels of ours ran, forward / backward, by the names of those launched: "hopper / triton"."""
+    """Return which of our kernels ran forward / backward, such as "hopper / triton".
+
+    This is derived from the names of launched kernels.
+    """
     return " / ".join(_path(result.get("kernels", ()), part) for part in ("_fwd_", "_bwd_"))
 
 
@@ -114,9 +122,10 @@ def _path(kernels: Sequence[str], part: str) -> str:
 
 
 def launch_ratios(record: Record, measure: str) -> dict[str, tuple[float, float]]:
-    """Peers' time of one call over ours, forward and forward + backward; measure "eager_ms", "graph_ms", "device_ms".
+    """Return peers' time of one call over ours, forward and forward + backward.
 
-    Peers without it (a failed capture) are left out, all of them where ours has none.
+    `measure` is "eager_ms", "graph_ms" or "device_ms". Peers without it (a failed capture) are left out; if ours has
+    none, all are.
     """
     times = {
         name: (result["forward"][measure], result["both"][measure])

@@ -1,4 +1,4 @@
-"""The cases one after another, each with every contender: checked first, then timed."""
+"""Run cases one after another: check every contender, then time it."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from .limits import refusal
 from .timing import Clock, launch_costs, time_passes
 
 Record = dict[str, Any]
-_COMPARED_KEYS = 64  # whose dk and dv the sparse contenders must agree on
+_COMPARED_KEYS = 64  # keys whose dk and dv the sparse contenders must agree on
 
 
 @dataclass
 class Session:
-    """What the cases of one run share.
+    """State that the cases of one run share.
 
     Attributes:
         budget_ms: device time for the passes of one contender in one case.
-        deadline: `time.monotonic()` after which nothing new is begun.
+        deadline: `time.monotonic()` after which nothing new is started.
         seed: of every input.
         ceiling_tflops: the device's measured rate of matrix products.
         limit_seconds: contenders whose passes of a case take longer, even at that rate, are not run.
@@ -44,20 +44,20 @@ class Session:
     clock: Clock
     ceiling_tflops: float
     limit_seconds: float = math.inf
-    lost: str | None = None  # why the device can't be used any more
+    lost: str | None = None  # why the device can no longer be used
     _short: dict[Case, Exact] = field(default_factory=dict)
     _passed: dict[tuple[str, Case], Record] = field(default_factory=dict)
     _dense: dict[tuple[str, Case], Record] = field(default_factory=dict)
 
     def run_case(self, case: Case, progress: Callable[[str], None] = lambda line: None) -> Record:
-        """Figures of every contender, under "results"; those without figures say why under "error".
+        """Measure every contender, under "results"; failures have "error".
 
         `progress` gets a line before each contender.
         """
         record: Record = {"case": case.name} | asdict(case) | {"density": case.density(), "results": {}}
         problem = Problem(case, self.device)
         samples: dict[str, Results] = {}
-        exact: dict[Case, Exact] = {}  # for the sparse mask and, where there is one, the dense contenders'
+        exact: dict[Case, Exact] = {}  # of the sparse mask and, if needed, the dense contenders'
         for name in self.contenders:
             contender = CONTENDERS[name]
             mask = case if contender.sparse else _dense_twin(case)
@@ -129,7 +129,7 @@ class Session:
         case = problem.case
         q, k, v, dout = make_inputs(case, self.seed, contender.format, self.device)
         shared = problem.layout.nbytes if contender.name == "ours" else 0
-        gc.collect()  # what another contender left must not go away meanwhile
+        gc.collect()  # another contender's garbage must not be freed meanwhile
         before = self._allocated()
         attend = contender.prepare(problem)
 
@@ -139,7 +139,7 @@ class Session:
         def backward(out: Tensor) -> tuple[Tensor, ...]:
             return torch.autograd.grad(out, (q, k, v), dout)
 
-        # not for the peers: their launchers are not Triton's own
+        # not for the peers, whose launchers are not Triton's
         with _launched_kernels() if contender.name == "ours" else nullcontext(set[str]()) as kernels:
             out = forward()
             gradients = backward(out)
@@ -163,7 +163,10 @@ class Session:
         return figures | {"format": contender.format, "kernels": sorted(kernels), "checks": checks}
 
     def launches(self, case: Case) -> Record:
-        """Launch costs of every contender: forward without gradients, and forward with backward."""
+        """Measure launch costs of every contender.
+
+        Forward runs without gradients, and then with backward.
+        """
         record: Record = {"case": case.name, "results": {}}
         problem = Problem(case, self.device)
         for name in self.contenders:
@@ -188,7 +191,7 @@ class Session:
             step()
         both = launch_costs(step, self.clock)
         with torch.no_grad():
-            # compiled contenders compile anew without gradients
+            # compiled contenders recompile without gradients
             for _ in range(3):
                 attend(q, k, v)
             forward = launch_costs(lambda: attend(q, k, v), self.clock)
@@ -203,7 +206,7 @@ class Session:
             torch.cuda.reset_peak_memory_stats()
 
     def _recover(self) -> None:
-        """Give back what a failed contender held, and see whether the device still answers."""
+        """Free what a failed contender held, and check that the device still works."""
         gc.collect()
         if self.device.type != "cuda":
             return
@@ -215,13 +218,16 @@ class Session:
 
 
 class WrongResultError(Exception):
-    """A contender computed something else than the oracle."""
+    """A contender's result differs from the oracle's."""
 
 
 def run_cases(
     session: Session, cases: Iterable[Case], report: Callable[[Record], None], progress: Callable[[str], None]
 ) -> None:
-    """One case after another; `report` gets the record of each as it is made, `progress` a line for what begins."""
+    """Run cases one after another.
+
+    `report` gets each finished record, `progress` a line for each start.
+    """
     for case in cases:
         report(session.run_case(case, progress))
         if session.device.type == "cuda" and session.lost is None:
@@ -229,14 +235,14 @@ def run_cases(
 
 
 def _dense_twin(case: Case) -> Case:
-    """The problem of the contenders that ignore the mask: the same for every mask."""
+    """Return the problem of contenders that ignore the mask: equal for every mask."""
     return Case(128 if case.length % 128 == 0 else case.block, 1, 1, case.length, case.heads, case.kv_heads, case.dim)
 
 
 def _compare(results: dict[str, Record], samples: dict[str, Results], limits: dict[str, float]) -> None:
-    """Take the times from sparse contenders that disagree with ours at full length, and from ours.
+    """Remove times of sparse contenders that disagree with ours at full length.
 
-    Each may err by its limit, so that two may differ by twice that.
+    Our times are removed too. Each may err by its limit, so two may differ by twice that.
     """
     if "ours" not in samples:
         return
@@ -252,7 +258,7 @@ def _compare(results: dict[str, Record], samples: dict[str, Results], limits: di
 
 @contextmanager
 def failures() -> Iterator[list[str]]:
-    """Collects what a contender raised, in words."""
+    """Collect a contender's exception as text."""
     said: list[str] = []
     try:
         yield said
@@ -268,7 +274,7 @@ def failures() -> Iterator[list[str]]:
 
 @contextmanager
 def _launched_kernels() -> Iterator[set[str]]:
-    """Names of the Triton kernels launched meanwhile, so that the table can say which path ran."""
+    """Collect names of launched Triton kernels, to report which path ran."""
     names: set[str] = set()
     try:
         from triton import knobs

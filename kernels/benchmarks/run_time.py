@@ -1,7 +1,8 @@
-"""Layouts of top-k lists: time over the static layout's with the same mask, and what building them costs.
+"""Compare top-k lists with the static layout of the same mask.
 
-A case is a word such as b128-k16-32k-kv8: blocks of 128, 16 key blocks a query block (its own, the one before, the
-first, others at random), 32k tokens, one list for each of 8 KV heads (and -h for heads, -d for their dimension).
+Measures their time and the cost of building them. A case is a word such as b128-k16-32k-kv8: blocks of 128, 16 key
+blocks per query block (its own, the one before, the first, others at random), 32k tokens, one list for each of 8 KV
+heads (and -h for heads, -d for their dimension).
 """
 
 from __future__ import annotations
@@ -28,12 +29,15 @@ Record = dict[str, Any]
 _WORD = re.compile(r"b(\d+)-k(\d+)-(\d+)(k?)(?:-h(\d+))?(?:-kv(\d+))?(?:-d(\d+))?")
 RUN_TIME = ("b128-k16-32k-kv8", "b128-k16-32k", "b64-k32-32k-kv8", "b128-k16-8k-kv8", "b128-k16-128k-kv8")
 _PARTS = ("forward", "backward", "both")
-_DIFFERENCE = 1e-2  # relative, of two bfloat16 results of one mask
+_DIFFERENCE = 1e-2  # allowed relative difference between two bfloat16 results of one mask
 
 
 @dataclass(frozen=True)
 class RunTimeCase:
-    """`slots` key blocks of `block` for every query block of every KV head; causal, batch 1, bfloat16."""
+    """`slots` key blocks of `block` for every query block of every KV head.
+
+    Causal, batch 1, bfloat16.
+    """
 
     block: int
     slots: int
@@ -59,7 +63,10 @@ class RunTimeCase:
         return word + (f"-d{self.dim}" if self.dim != 128 else "")
 
     def indices(self, device: torch.device) -> Tensor:
-        """Int32 [1, KV heads, query blocks, slots]: own, previous and first block, then others drawn before it."""
+        """Draw indices, int32 [1, KV heads, query blocks, slots].
+
+        They are the own, previous and first block, then others drawn from earlier ones.
+        """
         n = self.length // self.block
         block = torch.arange(n, device=device)
         scores = torch.rand(1, self.kv_heads, n, n, device=device)
@@ -71,7 +78,10 @@ class RunTimeCase:
 
 
 def split_words(words: Sequence[str]) -> tuple[list[RunTimeCase], list[str]]:
-    """Cases of top-k lists, for which the group run-time stands too, each once; and the other words."""
+    """Split words into cases of top-k lists, without duplicates, and other words.
+
+    The group run-time stands for cases of top-k lists, too.
+    """
     cases: dict[RunTimeCase, None] = {}
     others = []
     for word in words:
@@ -98,7 +108,7 @@ def _parse(match: re.Match[str]) -> RunTimeCase:
 
 
 def measure(case: RunTimeCase, clock: Clock, device: torch.device, budget_ms: float) -> Record:
-    """The record of a case; if it fails, why is under "error"."""
+    """Measure a case; if it fails, the reason is under "error"."""
     record: Record = {}
     with failures() as failed:
         record = _measure(case, clock, device, budget_ms)
@@ -106,10 +116,10 @@ def measure(case: RunTimeCase, clock: Clock, device: torch.device, budget_ms: fl
 
 
 def _measure(case: RunTimeCase, clock: Clock, device: torch.device, budget_ms: float) -> Record:
-    """Times with the static layout, with lists that are built once, and with lists that are built in every pass.
+    """Time the static layout, lists built once, and lists built in every pass.
 
-    "over_static" are the times of the last two over the first; "build" is what building alone costs, "differences" how
-    far the results are from the static layout's. "error" is there if they are too far.
+    "over_static" are the times of the last two over the first; "build" is the cost of building alone; "differences" are
+    the results' differences from the static layout's. "error" is present if these are too large.
     """
     make = partial(torch.randn, device=device, dtype=torch.bfloat16)
     q, dout = (make(case.length, 1, case.heads, case.dim) for _ in range(2))
@@ -160,7 +170,7 @@ def _measure(case: RunTimeCase, clock: Clock, device: torch.device, budget_ms: f
 
 
 def _build(lists: Callable[[], TopKLayout], case: RunTimeCase) -> None:
-    """All that the kernels for a case walk, forward and backward, and the check of the indices."""
+    """Build the kernels' schedules of a case, forward and backward, and check the indices."""
     layout = lists()
     layout.check_values()
     if layout.device.type == "cuda" and case.block >= 64:
@@ -179,7 +189,7 @@ def _relative(x: Tensor, y: Tensor) -> float:
 
 
 def run_time_table(records: list[Record]) -> Table:
-    """A line a case: the static layout's ms, the others' times over it, and building alone."""
+    """Make a table: static ms, the others' times over it, and building alone."""
     table = Table(title="top-k lists: time over the static layout's with the same mask", title_justify="left", box=None)
     table.add_column("", no_wrap=True)
     headings = ("kernels", "static ms", "built once", "built in every pass", "build: device us", "alone us", "host us")

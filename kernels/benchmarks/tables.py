@@ -1,4 +1,4 @@
-"""Records as tables for a terminal."""
+"""Format records as terminal tables."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from .report import PARTS, Record, kernel_paths, launch_ratios, speedups
 
 
 def case_table(record: Record, ceiling: float) -> Table:
-    """One case: time, rate, share of the ceiling and memory of each contender, its time over ours, our kernels."""
+    """Tabulate one case: each contender's figures, its time over ours, our kernels.
+
+    Figures are time, rate, share of the ceiling and memory.
+    """
     table = _table(f"{record['case']}, density {record['density']:.3f}")
     for heading in ("forward ms", "TFLOP/s", "backward ms", "TFLOP/s", "both ms", "TFLOP/s", "of ceiling", "over ours",
                     "GiB", "spread", "kernels"):  # fmt: skip
@@ -42,7 +45,7 @@ def case_table(record: Record, ceiling: float) -> Table:
 
 
 def overview_table(records: Sequence[Record]) -> Table:
-    """A line a case: our ms and TFLOP/s, and each peer's time over ours."""
+    """Tabulate cases: our ms and TFLOP/s, and each peer's time over ours."""
     peers = [name for name in CONTENDERS if any(name in speedups(record, "both") for record in records)]
     table = _table("s2train's ms (TFLOP/s), and peers' time over it: forward / backward / both")
     for heading in ("density", "kernels", "forward", "backward", "both", *(CONTENDERS[name].label for name in peers)):
@@ -62,7 +65,7 @@ def overview_table(records: Sequence[Record]) -> Table:
 
 
 def launch_table(record: Record) -> Table:
-    """Host time and what graphs save, at one case."""
+    """Tabulate host time and the savings by graphs at one case."""
     table = _table(f"launches at {record['case']}: forward / forward and backward")
     for heading in ("host us", "eager ms", "graph ms", "device ms"):
         table.add_column(heading, justify="right")
@@ -84,7 +87,10 @@ def launch_table(record: Record) -> Table:
 
 
 def short_table(records: Sequence[Record]) -> Table:
-    """Of launch records: peers' time of one call over ours, eager and from CUDA graphs; whom ours does not beat."""
+    """Tabulate peers' time of one call over ours, eager and from CUDA graphs.
+
+    Takes launch records, and lists peers that are faster.
+    """
     table = _table("one call, peers' time over s2train's: forward / forward and backward")
     peers = [name for name in CONTENDERS if any(name in record["results"] for record in records) and name != "ours"]
     for heading in ("", *(CONTENDERS[name].label for name in peers)):
@@ -106,7 +112,7 @@ def short_table(records: Sequence[Record]) -> Table:
 
 
 def break_even_table(found: Record) -> Table:
-    """Where s2train becomes faster than cuDNN's dense attention."""
+    """Tabulate where s2train becomes faster than cuDNN's dense attention."""
     table = _table("break-even with dense cuDNN")
     for part in PARTS:
         table.add_column(part, justify="right")

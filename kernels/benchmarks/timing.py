@@ -1,7 +1,7 @@
-"""Times on the device and on the host.
+"""Measure times on the device and on the host.
 
-Device times are taken with the host ahead of the device, as it is in a training step: a short sleep is queued
-first, so that launches are no part of them. What launches cost is measured apart, by `launch_costs`.
+Device times are measured with the host ahead of the device, as in a training step: a short sleep is queued first, so
+that they exclude launches. `launch_costs` measures the cost of launches separately.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _CEILING_SIZE = 8192
 
 
 class Clock:
-    """Marks in the order of the device's work; on a CPU, in the host's."""
+    """Time marks in the order of the device's work; on a CPU, the host's."""
 
     def __init__(self, device: torch.device) -> None:
         self.on_gpu = device.type == "cuda"
@@ -50,9 +50,9 @@ class Clock:
 def time_passes(
     forward: Callable[[], Tensor], backward: Callable[[Tensor], object], clock: Clock, budget_ms: float
 ) -> dict[str, Any]:
-    """Median ms of forward, backward and both in a row, over 3 to 30 passes that take about `budget_ms`.
+    """Return median ms of forward, backward and both in a row.
 
-    `spread` is the range of both over its median. Call it warm.
+    It runs 3 to 30 passes that take about `budget_ms`. `spread` is the range of both over its median. Call it warm.
     """
 
     def one() -> tuple[Any, ...]:
@@ -79,7 +79,10 @@ def time_passes(
 
 
 def matmul_ceiling(clock: Clock, device: torch.device) -> float:
-    """TFLOP/s of an 8192 x 8192 x 8192 bfloat16 product of random matrices, median of 20."""
+    """Return TFLOP/s of an 8192 x 8192 x 8192 bfloat16 product of random matrices.
+
+    It is the median of 20.
+    """
     n = _CEILING_SIZE if clock.on_gpu else 256
     a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
     for _ in range(3):
@@ -95,10 +98,10 @@ def matmul_ceiling(clock: Clock, device: torch.device) -> float:
 
 
 def launch_costs(call: Callable[[], object], clock: Clock, calls: int = 40) -> dict[str, Any]:
-    """What a call costs beside the device's work; call it warm.
+    """Measure a call's cost beyond the device's work; call it warm.
 
-    host_us: host time of one call, the device being busy. eager_ms: alone, from an idle device to its end.
-    device_ms: with the host ahead. graph_ms: replayed from a CUDA graph, None (and why) where capture fails.
+    host_us: host time of one call while the device is busy. eager_ms: a single call, from an idle device to its end.
+    device_ms: with the host ahead. graph_ms: replayed from a CUDA graph; None (with the reason) if capture fails.
     """
     clock.wait()
     if clock.on_gpu:
