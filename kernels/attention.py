@@ -48,7 +48,7 @@ def block_sparse_attention(
     return_lse: bool = False,
     backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Compute softmax(scale * q k^T) v over the block pairs of a layout.
+    """Compute softmax(scale * q k^T) v over a layout's block pairs.
 
     `layout` keeps (query block, key block) pairs for every head; all other pairs are masked.
 

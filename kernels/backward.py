@@ -29,7 +29,10 @@ def s2_attention_bwd_kernel_preprocess(
     out_batch, out_head, out_row, dout_batch, dout_head, dout_row, num_tiles, num_heads, s_q,
     V_DIM: tl.constexpr, PADDED_V_DIM: tl.constexpr, ROWS: tl.constexpr, HAS_DLSE: tl.constexpr,
 ):  # fmt: skip
-    """delta = rowsum(o * do) - dlse; 0 for rows without keys, whatever their dlse."""
+    """delta = rowsum(o * do) - dlse.
+
+    0 for rows without keys, whatever their dlse.
+    """
     program = tl.program_id(0)
     first = program % num_tiles * ROWS
     batch_head = (program // num_tiles).to(tl.int64)
@@ -50,7 +53,9 @@ def s2_attention_bwd_kernel_preprocess(
 
 @triton.jit
 def _load_lse(lse_ptr, at, in_range, MASK: tl.constexpr):
-    """Load log-sum-exp in base 2; +inf for rows out of range or without keys.
+    """Load log-sum-exp in base 2.
+
+    +inf for rows out of range or without keys.
 
     +inf makes all their weights 0.
     """
@@ -101,7 +106,7 @@ def s2_attention_bwd_kernel_dq(
     DIM: tl.constexpr, V_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PADDED_V_DIM: tl.constexpr,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """A program owns one query tile of one head and visits its key blocks."""
+    """A program visits the key blocks of one query tile and head."""
     batch, head, first, low, high, num_keys, query_shift, key_shift = query_tile(
         tiles, num_tiles, num_heads, s_q, s_k, query_offset, ROWS, PACKED
     )
@@ -149,7 +154,10 @@ def _add_dkdv(
     DIM: tl.constexpr, V_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PADDED_V_DIM: tl.constexpr,
     STEPS: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """Add one query tile's part to dk (unscaled) and dv; products are [keys, queries]."""
+    """Add one query tile's part to dk (unscaled) and dv.
+
+    Products are [keys, queries].
+    """
     position = query + tl.arange(0, STEPS)
     in_range = (position >= low) & (position < high)
     q = load_tile(q_base, query, q_stride, in_range, STEPS, DIM, PADDED_DIM, MASK)
@@ -276,7 +284,9 @@ def backward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None,
     layout: Layout, spec: AttentionSpec,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Compute gradients of views q, k, v [b, h, s, d], contiguous in `spec.format`.
+    """Compute gradients of q, k and v.
+
+    Inputs are views [b, h, s, d]; gradients are contiguous in `spec.format`.
 
     Takes the arguments of `forward`, its results and their gradients; a `dlse` of None counts as 0. Results are the
     same in every run.

@@ -86,19 +86,28 @@ _SINGLE: dict[tuple[int, int], Config] = {
 
 
 def padded(dim: int) -> int:
-    """Return the padded head dimension: a power of two, at least 16 for matrix products."""
+    """Return the padded head dimension: a power of two, at least 16.
+
+    Matrix products need at least 16.
+    """
     return max(16, 1 << (dim - 1).bit_length())
 
 
 def shared_bytes(kernel: Kernel, config: Config, dim: int, v_dim: int, itemsize: int) -> int:
-    """Return a program's shared memory: resident tiles, and iterated tiles once per stage."""
+    """Return a program's shared memory in bytes.
+
+    It holds resident tiles, and iterated tiles once per stage.
+    """
     width = padded(dim) + padded(v_dim)
     resident = padded(dim) if kernel == "forward" else width
     return itemsize * (config.rows * resident + max(config.num_stages, 1) * config.steps * width) + 4096
 
 
 def shared_limit(device: torch.device) -> int | None:
-    """Return bytes of shared memory per program on `device`; None (no limit) in the interpreter."""
+    """Return bytes of shared memory per program on `device`.
+
+    None (no limit) in the interpreter.
+    """
     if device.type != "cuda":
         return None
     return _shared_limit(torch.cuda.current_device() if device.index is None else device.index)

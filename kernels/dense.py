@@ -34,7 +34,9 @@ def dense_causal_attention(
     query_offset: int = 0,
     implementation: str = "auto",
 ) -> torch.Tensor:
-    """Compute causal attention of every head over all keys up to the query.
+    """Compute causal attention of every head over all earlier keys.
+
+    A query also sees the key at its own position.
 
     Args:
         q: [s_q, b, h, d]; row i is at position `query_offset` + i.
@@ -78,7 +80,9 @@ def dense_causal_attention(
 
 
 def torch_refuses(implementation: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
-    """Return why torch's cudnn, flash or efficient kernels reject a call, or None.
+    """Return why torch's kernels reject a call, or None.
+
+    They are cudnn, flash and efficient.
 
     The answer is for this GPU. Arguments are those of `dense_causal_attention`.
     """

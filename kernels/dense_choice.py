@@ -1,4 +1,4 @@
-"""Choose the kernels of a dense layer: the fastest measured that take its call."""
+"""Choose a dense layer's kernels: the fastest measured for its call."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ def dense_order(kind: Kind, length: int) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class DenseCall:
-    """Properties of a call that the choice depends on; equal on all ranks.
+    """Properties of a call that the choice depends on.
+
+    Equal on all ranks.
 
     Attributes:
         kind: whole sequences; later queries, which end with the keys but start after them; packed documents.
@@ -82,7 +84,10 @@ class DenseChoice:
     by_name: bool = False
 
     def __str__(self) -> str:
-        """Format as one line: "whole sequences: cudnn (not fa4: flash-attn-4 is not installed)"."""
+        """Format as one line.
+
+        For example "whole sequences: cudnn (not fa4: flash-attn-4 is not installed)".
+        """
         kinds = {"whole": "whole sequences", "later": "later queries", "documents": "packed documents"}
         label = "s2train, every block kept" if self.implementation == "s2train" else self.implementation
         if self.by_name:

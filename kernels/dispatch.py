@@ -113,7 +113,7 @@ def _reasons(supported: _Supported, q: Tensor, k: Tensor, v: Tensor, layout: Lay
 def _one_by_one(
     q: Tensor, k: Tensor, v: Tensor, layout: Layout, spec: AttentionSpec
 ) -> Iterator[tuple[str, tuple[Tensor, Tensor, Tensor, Layout, AttentionSpec]]]:
-    """Yield each property of the call with an otherwise plain call that has it."""
+    """Yield each property, with an otherwise plain call that has it."""
     plain = _shaped((1, 1, _LENGTH, 128), torch.bfloat16)
     usual = BlockLayout.from_mask(torch.ones(1, _LENGTH // 128, _LENGTH // 128) > 0, 128)
     of_all = replace(spec, cu_seqlens=None, query_offset=0, causal=True)

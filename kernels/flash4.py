@@ -77,7 +77,9 @@ def fa4_functions() -> tuple[Callable[..., Any], Callable[..., Any]]:
 def fa4_attention(
     q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float, bounds: Tensor | None = None, deterministic: bool = False
 ) -> Tensor:
-    """Compute causal attention of every head; the last query is at the last key.
+    """Compute causal attention of every head.
+
+    The last query is at the last key.
 
     Args:
         q: [s_q, b, h, d]; k, v: [s_k, b, h_kv, d], with s_k >= s_q. Strided tensors are read in place.

@@ -8,7 +8,9 @@ from triton.runtime import interpreter
 
 
 def repair_interpreter() -> None:
-    """Make the interpreter of Triton 3.5 to 3.7 compute what a GPU does.
+    """Make Triton's interpreter compute what a GPU does.
+
+    This applies to Triton 3.5 to 3.7.
 
     Call it before the first kernel. It fixes two things:
 
@@ -53,7 +55,10 @@ def _from_bfloat16(bits: np.ndarray) -> np.ndarray:
 
 
 def _to_bfloat16(x: np.ndarray) -> np.ndarray:
-    """Return the bits of the nearest bfloat16, ties to even; NaN stays NaN."""
+    """Return the bits of the nearest bfloat16, ties to even.
+
+    NaN stays NaN.
+    """
     bits = np.ascontiguousarray(x).view(np.uint32)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     return np.where(np.isnan(x), 0x7FC0, rounded).astype(np.uint16)

@@ -44,7 +44,10 @@ class ColumnRule:
 
 @dataclass(frozen=True, eq=False)
 class MaskRule:
-    """Rule given as a bool mask [query blocks, key blocks]; lines are slices of it."""
+    """Rule given as a bool mask [query blocks, key blocks].
+
+    Lines are slices of it.
+    """
 
     mask: Tensor
 
@@ -93,7 +96,9 @@ def column_lines(rule: Rule, num_query_blocks: int, num_key_blocks: int, device:
 
 
 def compress(lines_of: Callable[[int], Lines], num_patterns: int) -> tuple[Tensor, Tensor]:
-    """Build offsets [all lines + 1] and kept blocks of all patterns, both int32.
+    """Build offsets and kept blocks of all patterns, both int32.
+
+    Offsets are [all lines + 1].
 
     The host waits for the counts.
 
@@ -122,7 +127,10 @@ def compress(lines_of: Callable[[int], Lines], num_patterns: int) -> tuple[Tenso
 
 
 def _pieces(bounds: Tensor, at_once: int) -> Iterator[tuple[int, int]]:
-    """Yield ranges of lines to fill in one piece; `bounds` [lines + 1] are offsets on the host."""
+    """Yield ranges of lines to fill in one piece.
+
+    `bounds` [lines + 1] are offsets on the host.
+    """
     begin, end = 0, len(bounds) - 1
     while begin < end:
         by_kept = int(torch.searchsorted(bounds, bounds[begin] + _KEPT_AT_ONCE, right=True)) - 1
@@ -196,7 +204,10 @@ class _ColumnRuleRows:
 
 
 class _ColumnRuleColumns:
-    """Columns of a `ColumnRule`: kept from the diagonal to the end, or to the window's end."""
+    """Columns of a `ColumnRule`.
+
+    A column is kept from the diagonal to the end, or to the window's end.
+    """
 
     at_once = 1 << 62
 

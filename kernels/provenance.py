@@ -7,7 +7,9 @@ from collections.abc import Sequence
 
 
 def origin(program: str, arguments: Sequence[str] | None = None) -> dict[str, str]:
-    """Return the date (UTC, to the second) and the command `python -m s2train.kernels.PROGRAM`.
+    """Return date and command.
+
+    The date is in UTC, to the second; the command is `python -m s2train.kernels.PROGRAM`.
 
     Args:
         arguments: of the program; by default this process's.

@@ -17,7 +17,9 @@ def load_tile(
     base, start, stride, in_range,
     ROWS: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr, MASK_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Load rows [start, start + ROWS) of a [rows, DIM] matrix as [ROWS, PADDED_DIM].
+    """Load a tile of rows, zero where masked.
+
+    These are rows [start, start + ROWS) of a [rows, DIM] matrix, as [ROWS, PADDED_DIM].
 
     Masked elements are zero.
     """
@@ -38,7 +40,10 @@ def load_tile(
 def store_tile(
     base, start, stride, in_range, values, ROWS: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr
 ):  # fmt: skip
-    """Store the in-range rows of `values` [ROWS, PADDED_DIM], cast to the pointer's type."""
+    """Store the in-range rows of `values`, cast to the pointer's type.
+
+    They are [ROWS, PADDED_DIM].
+    """
     dims = tl.arange(0, PADDED_DIM)
     pointers = base + start.to(tl.int64) * stride
     pointers = pointers + tl.arange(0, ROWS)[:, None] * stride + dims[None, :]
@@ -61,7 +66,10 @@ def count_below(indices, begin, end, low, high, CHUNK: tl.constexpr):
 
 @triton.jit
 def tile_of_document(tiles, tile, ROWS: tl.constexpr):
-    """Return a tile's first position in its document, and the document's first row and length."""
+    """Locate a tile of a packed document.
+
+    Returns its first position, and the document's first row and length.
+    """
     entry = tiles + 3 * tile.to(tl.int64)
     start = tl.load(entry)
     length = tl.load(entry + 1)
@@ -70,7 +78,9 @@ def tile_of_document(tiles, tile, ROWS: tl.constexpr):
 
 
 def document_tiles(cu_seqlens: Tensor, num_rows: int, rows_per_tile: int) -> Tensor:
-    """Compute document start, length and tile index for every tile: int32 [tiles, 3].
+    """Compute each tile's document start, length and tile index.
+
+    The result is int32 [tiles, 3].
 
     The tile index counts within the document. The size depends only on shapes, so that the host need not wait; surplus
     tiles have length 0.
@@ -88,7 +98,9 @@ def document_tiles(cu_seqlens: Tensor, num_rows: int, rows_per_tile: int) -> Ten
 
 
 def strides(x: Tensor) -> tuple[int, int, int]:
-    """Return strides (b, h, s) of a view [b, h, s, d] for a kernel.
+    """Return a view's strides (b, h, s) for a kernel.
+
+    The view is [b, h, s, d].
 
     Dimensions of size 1 get stride 0: torch leaves theirs arbitrary, and kernels are recompiled for strides that are
     not a multiple of 16.

@@ -1,4 +1,4 @@
-"""Expand a block layout to a token mask, for backends that use dense masks."""
+"""Expand a block layout to a token mask, for dense backends."""
 
 import torch
 from torch import Tensor

@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, eq=False)
 class TopKLayout:
-    """Kept key blocks of every query block, from a top-k over block scores.
+    """Kept key blocks of every query block, from a top-k.
 
     Build it with `from_indices` or `from_mask` in every step. The host reads nothing, and new indices need no new
     kernel. The index lists that kernels read are built on the device when a call first needs them, separately for
@@ -44,7 +44,9 @@ class TopKLayout:
     def from_indices(
         cls, indices: Tensor, block_size: int, *, num_heads: int, num_key_blocks: int | None = None
     ) -> TopKLayout:
-        """Build a layout from int32 or int64 indices [batch, H or H_kv, n_q, k].
+        """Build a layout from indices [batch, H or H_kv, n_q, k].
+
+        They are int32 or int64.
 
         Args:
             num_key_blocks: by default the number of query blocks.
@@ -79,7 +81,9 @@ class TopKLayout:
 
     @classmethod
     def from_mask(cls, mask: Tensor, block_size: int, *, num_heads: int | None = None) -> TopKLayout:
-        """Build a layout on the device from a bool mask, True where kept.
+        """Build a layout from a bool mask, on its device.
+
+        True means kept.
 
         The mask is [batch, H or H_kv, n_q, n_k]; each list gets n_k slots.
 
@@ -124,7 +128,10 @@ class TopKLayout:
 
     @property
     def compiled(self) -> dict[Any, Any]:
-        """Kernels compiled on this device; shared by layouts, each of which lives one step."""
+        """Kernels compiled on this device.
+
+        Shared by layouts, each of which lives one step.
+        """
         return _compiled_kernels(self.device)
 
     def check_values(self) -> None:

@@ -51,7 +51,7 @@ def torch_attention(
 def torch_gradients(
     q: Tensor, k: Tensor, v: Tensor, dout: Tensor | None, dlse: Tensor | None, layout: Layout, spec: AttentionSpec
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute contiguous gradients of q, k and v from those of the results.
+    """Compute contiguous gradients of q, k and v.
 
     A gradient of None counts as 0. Uses the formulas of `backward.py`, for custom operators, where autograd can't be
     used.
@@ -83,7 +83,9 @@ def torch_gradients(
 
 
 def _bias(layout: Layout, s_q: int, s_k: int, spec: AttentionSpec, dtype: torch.dtype) -> Tensor:
-    """Build the additive mask [1 or batch, H, s_q, s_k]: 0 where visible, else -inf.
+    """Build the additive mask: 0 where visible, else -inf.
+
+    It is [1 or batch, H, s_q, s_k].
 
     torch would convert a bool mask in every call.
     """

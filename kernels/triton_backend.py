@@ -20,7 +20,10 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 
 class _TritonAttention(torch.autograd.Function):
-    """Map views q, k, v [b, h, s, d] to output [b, h, s, d_v] and log-sum-exp [b, h, s]."""
+    """The kernels' forward and backward for autograd.
+
+    Maps views q, k, v [b, h, s, d] to output [b, h, s, d_v] and log-sum-exp [b, h, s].
+    """
 
     @staticmethod
     def forward(
@@ -53,7 +56,9 @@ def triton_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, spec: Atte
 
 
 def run_forward(q: Tensor, k: Tensor, v: Tensor, layout: Layout, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
-    """Compute output [b, h, s_q, d_v] and log-sum-exp with the kernels for these arguments.
+    """Compute output [b, h, s_q, d_v] and log-sum-exp.
+
+    The arguments decide which kernels run.
 
     Inputs are views [b, h, s, d] with stride 1 along d.
     """
@@ -69,7 +74,9 @@ def run_backward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor | None, dlse: Tensor | None,
     layout: Layout, spec: AttentionSpec,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Compute gradients of q, k and v from `run_forward`'s results and their gradients.
+    """Compute gradients of q, k and v.
+
+    They follow from `run_forward`'s results and their gradients.
 
     A gradient of None counts as 0.
     """

@@ -1,4 +1,4 @@
-"""Cases that other libraries' kernels passed on a GPU, with the results file.
+"""Cases that other libraries' kernels passed on a GPU.
 
 `auto` uses such a kernel only for the cases listed here. Each entry comes from the output of
 `python launch/check_libraries.py`: a case with correct results, for one release on one architecture.
@@ -67,7 +67,9 @@ def verified(
     case: str,
     entries: Iterable[Verified] | None = None,
 ) -> str | None:
-    """Return the results file that verifies a case of a release on a GPU, or None.
+    """Return the results file that verifies a case, or None.
+
+    The case is one of a release on a GPU.
 
     Args:
         entries: the list to search, by default `VERIFIED`.

@@ -33,7 +33,7 @@ def serve(handle: Callable[[Row], Row]) -> None:
 
 
 def run_tasks(command: list[str], tasks: list[Row], jobs: int, seconds: float) -> Iterator[Row]:
-    """Yield results in the order of the tasks, each as early as possible.
+    """Yield results in task order, each as early as possible.
 
     `command` holds Python's arguments for a worker. A task without an answer after `seconds`, or whose worker died,
     yields {"ok": False, "error": why}; the remaining tasks continue in a new worker.

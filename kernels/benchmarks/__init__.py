@@ -1,1 +1,4 @@
-"""Speed of the kernels beside their peers, in one process on the same inputs."""
+"""Benchmarks of the kernels and their peers.
+
+All run in one process on the same inputs.
+"""

@@ -31,7 +31,7 @@ class NotSupportedError(Exception):
 
 @dataclass
 class Problem:
-    """A case on a device, with the layout that the sparse contenders share."""
+    """A case on a device, with the sparse contenders' layout."""
 
     case: Case
     device: torch.device
@@ -153,7 +153,7 @@ def flex_block_mask(layout: BlockLayout) -> BlockMask:
 
 
 def _counts_and_columns(kept: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the number of columns that each row keeps, and the columns, kept first.
+    """Return each row's number of kept columns, and columns, kept first.
 
     From bool [H, n, n]: int32 [1, H, n] and int32 [1, H, n, n].
     """

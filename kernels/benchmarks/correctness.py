@@ -1,4 +1,7 @@
-"""Check a contender against float64: a short problem, and samples at full length."""
+"""Check a contender against float64.
+
+It is checked on a whole short problem, and in samples at full length.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,10 @@ class Exact:
     limits: dict[str, float]
 
     def errors(self, out: Tensor, gradients: tuple[Tensor, ...], format: Format) -> dict[str, float]:
-        """Return relative errors of a contender's output, dq, dk and dv in its format."""
+        """Return relative errors of output, dq, dk and dv.
+
+        These are in the contender's format.
+        """
         found = sample(out, gradients, format, self.rows, self.keys)
         return {name: relative_error(found[name], self.results[name]) for name in _NAMES}
 
@@ -56,7 +62,10 @@ def sample(out: Tensor, gradients: tuple[Tensor, ...], format: Format, rows: Ten
 
 
 def relative_error(measured: Tensor, exact: Tensor) -> float:
-    """Return the norm of the difference over the norm of `exact`; equal shapes."""
+    """Return the norm of the difference over the norm of `exact`.
+
+    Equal shapes.
+    """
     return ((measured - exact).norm() / exact.norm().clamp(min=1e-30)).item()
 
 

@@ -1,4 +1,4 @@
-"""Time one layer's attention in a decoding step over paged keys and values.
+"""Time one layer's attention in a decoding step.
 
 For each mask, head schedule, length and batch it compares: ours over the pages that the layout keeps, the same kernel
 over all pages, and torch's SDPA over contiguous keys (the fastest of its fused kernels). Inputs are random bfloat16.
@@ -41,7 +41,10 @@ GB = 1e9
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; return 1 on a wrong result or unexpected failure."""
+    """Run the command line.
+
+    Return 1 on a wrong result or unexpected failure.
+    """
     args = _parse(arguments)
     device = torch.device(args.device)
     clock, console = Clock(device), Console(width=200)
@@ -146,7 +149,7 @@ def _empty(device: torch.device) -> None:
 
 
 def _largest_batches(kv: dict[str, int | None], batch: int, args: argparse.Namespace) -> dict[str, int]:
-    """Return the number of sequences that fit, from bytes per sequence and layer."""
+    """Return how many sequences fit, from bytes per sequence and layer."""
     sparse, dense = kv["sparse"] or kv["predicted"], kv["dense"]
     assert sparse is not None
     assert dense is not None

@@ -1,4 +1,4 @@
-"""One decoding step to measure: paged keys and values, and the expected result."""
+"""One decoding step to measure, and its expected result."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class DecodeCase:
         return self.batch * count * self.page_bytes
 
     def layout(self, device: torch.device) -> BlockLayout:
-        """Build the layout for one more block, so that the newest is still needed."""
+        """Build the layout for one more block, so that the newest stays needed."""
         case = self.case
 
         def rule(offset: int) -> ColumnRule:

@@ -15,13 +15,19 @@ _NAMES: tuple[Name, ...] = ("q", "k", "v", "dout")
 
 
 def head_values(case: Case, name: Name, head: int, seed: int, device: torch.device) -> Tensor:
-    """Return normal bfloat16 [length, dim] of one head; equal arguments give equal values."""
+    """Return normal bfloat16 [length, dim] of one head.
+
+    Equal arguments give equal values.
+    """
     generator = torch.Generator(device).manual_seed((seed * 4 + _NAMES.index(name)) * 4096 + head)
     return torch.randn(case.length, case.dim, generator=generator, device=device, dtype=torch.bfloat16)
 
 
 def make_inputs(case: Case, seed: int, format: Format, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Make q, k, v (leaves that require gradients) and dout, contiguous in `format`."""
+    """Make q, k, v and dout, contiguous in `format`.
+
+    q, k and v are leaves that require gradients.
+    """
     made = []
     for name in _NAMES:
         heads = case.kv_heads if name in ("k", "v") else case.heads

@@ -37,7 +37,9 @@ _TENSORS = ("pattern_of_head", "row_offsets", "row_columns", "column_offsets", "
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; return 1 if layouts differ or a build failed.
+    """Run the command line.
+
+    Return 1 if layouts differ or a build failed.
 
     A failure for lack of memory does not count.
     """
@@ -81,7 +83,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def measure_case(case: Case, device: torch.device, repeats: int) -> Record:
-    """Measure a case's builds by name; list layouts that differ from the first.
+    """Measure a case's builds by name.
+
+    List layouts that differ from the first.
 
     These are under "differing".
     """
@@ -135,7 +139,9 @@ def equal(one: BlockLayout, other: BlockLayout) -> bool:
 def _cost(
     build: Callable[[], object], device: torch.device, repeats: int, before: Callable[[], object] | None = None
 ) -> Record:
-    """Return ms of the first build, median ms of `repeats` more, peak bytes and waits.
+    """Measure a build's time, peak bytes and waits.
+
+    Times are ms of the first build, and the median of `repeats` more.
 
     A failed build has "error" instead.
     """
@@ -188,7 +194,10 @@ def peak_bytes(build: Callable[[], object], device: torch.device) -> int:
 
 
 def host_waits(build: Callable[[], object], device: torch.device) -> int | None:
-    """Count how often PyTorch makes the host wait in a call; None on a CPU."""
+    """Count how often PyTorch makes the host wait in a call.
+
+    None on a CPU.
+    """
     if device.type != "cuda":
         return None
     with warnings.catch_warnings(record=True) as caught:

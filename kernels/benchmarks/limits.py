@@ -11,7 +11,9 @@ _USABLE = 0.94  # of the device's memory: its context and gaps in the allocator 
 def refusal(
     contender: Contender, case: Case, mask: Case, memory: int | None, ceiling_tflops: float, limit_seconds: float
 ) -> str | None:
-    """Return why a contender is not run on a case; None if it is run.
+    """Return why a contender is not run on a case.
+
+    None if it is run.
 
     `mask` is the case whose positions it keeps. `memory` is the device's, in bytes. The time is a lower bound: all
     passes at the device's measured rate of matrix products.
@@ -29,7 +31,10 @@ def refusal(
 
 
 def pass_flops(mask: Case) -> float:
-    """Return FLOPs of forward and backward: 3.5 times 4 * d per kept position."""
+    """Return FLOPs of forward and backward.
+
+    They are 3.5 times 4 * d per kept position.
+    """
     return 3.5 * 4 * mask.dim * mask.kept_positions()
 
 

@@ -144,7 +144,7 @@ def _draw_calls(axes: Axes, records: list[Record]) -> None:
 
 
 def _write_ends(axes: Axes, ends: list[tuple[float, float, str]], right: bool) -> None:
-    """Write the ratios at the lines' ends, moved apart where they would overlap."""
+    """Write ratios at the lines' ends, without overlaps."""
     low, high = axes.get_ylim()
     apart = (high / low) ** 0.055
     above = 0.0

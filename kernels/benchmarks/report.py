@@ -23,13 +23,13 @@ def speedups(record: Record, part: str) -> dict[str, float]:
 
 
 def best_peer(record: Record, part: str) -> tuple[str, float] | None:
-    """Return the fastest peer for the same mask, and its time over ours."""
+    """Return the fastest same-mask peer, and its time over ours."""
     peers = {name: ratio for name, ratio in speedups(record, part).items() if CONTENDERS[name].sparse}
     return min(peers.items(), key=lambda item: item[1]) if peers else None
 
 
 def best_dense(record: Record, part: str) -> tuple[str, float] | None:
-    """Return the fastest peer for full causal attention, and its time over ours."""
+    """Return the fastest dense causal peer, and its time over ours."""
     peers = {name: ratio for name, ratio in speedups(record, part).items() if not CONTENDERS[name].sparse}
     return min(peers.items(), key=lambda item: item[1]) if peers else None
 
@@ -43,7 +43,10 @@ def series(records: Sequence[Record], like: Case) -> list[Record]:
 
 
 def density_series(records: Sequence[Record], like: Case) -> list[Record]:
-    """Return records of any pattern with a case's length, block and heads, sparsest first."""
+    """Return records with a case's length, block and heads, sparsest first.
+
+    Their patterns may differ.
+    """
     fields = ("block", "length", "heads", "kv_heads", "dim")
     return sorted(
         (r for r in records if all(r[f] == getattr(like, f) for f in fields)), key=lambda record: record["density"]
@@ -107,7 +110,7 @@ def _points(records: Sequence[Record], key: str, part: str) -> list[tuple[float,
 
 
 def kernel_paths(result: Record) -> str:
-    """Return which of our kernels ran forward / backward, such as "hopper / triton".
+    """Return our kernels forward / backward, such as "hopper / triton".
 
     This is derived from the names of launched kernels.
     """
@@ -122,7 +125,9 @@ def _path(kernels: Sequence[str], part: str) -> str:
 
 
 def launch_ratios(record: Record, measure: str) -> dict[str, tuple[float, float]]:
-    """Return peers' time of one call over ours, forward and forward + backward.
+    """Return peers' times of one call over ours.
+
+    There are two: forward, and forward + backward.
 
     `measure` is "eager_ms", "graph_ms" or "device_ms". Peers without it (a failed capture) are left out; if ours has
     none, all are.

@@ -206,7 +206,7 @@ class Session:
             torch.cuda.reset_peak_memory_stats()
 
     def _recover(self) -> None:
-        """Free what a failed contender held, and check that the device still works."""
+        """Free a failed contender's memory, and check that the device works."""
         gc.collect()
         if self.device.type != "cuda":
             return
@@ -235,7 +235,10 @@ def run_cases(
 
 
 def _dense_twin(case: Case) -> Case:
-    """Return the problem of contenders that ignore the mask: equal for every mask."""
+    """Return the problem of contenders that ignore the mask.
+
+    It is the same for every mask.
+    """
     return Case(128 if case.length % 128 == 0 else case.block, 1, 1, case.length, case.heads, case.kv_heads, case.dim)
 
 

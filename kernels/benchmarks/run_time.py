@@ -34,7 +34,7 @@ _DIFFERENCE = 1e-2  # allowed relative difference between two bfloat16 results o
 
 @dataclass(frozen=True)
 class RunTimeCase:
-    """`slots` key blocks of `block` for every query block of every KV head.
+    """`slots` key blocks for every query block of every KV head.
 
     Causal, batch 1, bfloat16.
     """
@@ -116,7 +116,7 @@ def measure(case: RunTimeCase, clock: Clock, device: torch.device, budget_ms: fl
 
 
 def _measure(case: RunTimeCase, clock: Clock, device: torch.device, budget_ms: float) -> Record:
-    """Time the static layout, lists built once, and lists built in every pass.
+    """Time the static layout, prebuilt lists, and lists built every pass.
 
     "over_static" are the times of the last two over the first; "build" is the cost of building alone; "differences" are
     the results' differences from the static layout's. "error" is present if these are too large.
@@ -170,7 +170,7 @@ def _measure(case: RunTimeCase, clock: Clock, device: torch.device, budget_ms: f
 
 
 def _build(lists: Callable[[], TopKLayout], case: RunTimeCase) -> None:
-    """Build the kernels' schedules of a case, forward and backward, and check the indices."""
+    """Build a case's forward and backward schedules, and check the indices."""
     layout = lists()
     layout.check_values()
     if layout.device.type == "cuda" and case.block >= 64:
@@ -189,7 +189,7 @@ def _relative(x: Tensor, y: Tensor) -> float:
 
 
 def run_time_table(records: list[Record]) -> Table:
-    """Make a table: static ms, the others' times over it, and building alone."""
+    """Tabulate static ms, the others' times over it, and build times."""
     table = Table(title="top-k lists: time over the static layout's with the same mask", title_justify="left", box=None)
     table.add_column("", no_wrap=True)
     headings = ("kernels", "static ms", "built once", "built in every pass", "build: device us", "alone us", "host us")

@@ -87,7 +87,7 @@ def launch_table(record: Record) -> Table:
 
 
 def short_table(records: Sequence[Record]) -> Table:
-    """Tabulate peers' time of one call over ours, eager and from CUDA graphs.
+    """Tabulate peers' single calls over ours, eager and from CUDA graphs.
 
     Takes launch records, and lists peers that are faster.
     """

@@ -20,7 +20,10 @@ _CEILING_SIZE = 8192
 
 
 class Clock:
-    """Time marks in the order of the device's work; on a CPU, the host's."""
+    """Time marks in the order of the device's work.
+
+    On a CPU, the host's.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.on_gpu = device.type == "cuda"
@@ -79,7 +82,9 @@ def time_passes(
 
 
 def matmul_ceiling(clock: Clock, device: torch.device) -> float:
-    """Return TFLOP/s of an 8192 x 8192 x 8192 bfloat16 product of random matrices.
+    """Measure TFLOP/s of a large bfloat16 product.
+
+    Matrices are random, 8192 x 8192.
 
     It is the median of 20.
     """

@@ -42,7 +42,9 @@ class Case:
 
 @dataclass(frozen=True)
 class Timing:
-    """A timing with local window and vertical stride, head offsets h mod V.
+    """A timing with local window and vertical stride.
+
+    Head offsets are h mod V.
 
     bfloat16, batch 1, head dimension 128.
     """
@@ -230,6 +232,9 @@ QUICK_TIMINGS = TIMINGS[:4]
 
 
 def case_names(quick: bool, only: Sequence[str] | None = None) -> tuple[str, ...]:
-    """Return names of all or a few cases; with `only`, those containing any word."""
+    """Return names of all or a few cases.
+
+    With `only`, those containing any word.
+    """
     names = _QUICK if quick else tuple(CASES)
     return names if only is None else tuple(name for name in names if any(word in name for word in only))

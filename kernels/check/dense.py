@@ -93,7 +93,10 @@ def _check_cases() -> list[DenseCase]:
 
 
 def _timings() -> list[list[DenseCase]]:
-    """Return groups of cases that differ only in implementation, the most informative first."""
+    """Return groups of cases that differ only in implementation.
+
+    The most informative come first.
+    """
     k = 1024
 
     def group(kind: Kind, length: int, kv_heads: int, names: str, **options: Any) -> list[DenseCase]:
@@ -130,7 +133,9 @@ def bounds_of(case: DenseCase, device: torch.device) -> Tensor | None:
 
 
 def make_inputs(case: DenseCase, device: torch.device) -> list[Tensor]:
-    """Make random q, k, v in the layer's format [s, b, h, d] and the output's gradient.
+    """Make random q, k, v and the output's gradient.
+
+    They are in the layer's format [s, b, h, d].
 
     v is a part of a projection.
     """
@@ -199,7 +204,10 @@ def check_case(case: DenseCase) -> dict[str, Any]:
 
 
 def _same_bits(case: DenseCase) -> bool:
-    """Return whether gradients of a call that fills the GPU are equal in four runs."""
+    """Return whether four runs give the same gradients.
+
+    The call is large enough to fill the GPU.
+    """
     large = DenseCase(**asdict(case) | {"heads": 32, "kv_heads": 8 if case.call.grouped else 32, "batch": 1,
                       "length": 4096, "queries": 4096 if case.kind != "later" else 1024,
                       "documents": (1000, 96, 3000) if case.documents else ()})  # fmt: skip
@@ -212,7 +220,7 @@ def _same_bits(case: DenseCase) -> bool:
 
 
 def time_group(cases: list[DenseCase], clock: Clock) -> list[dict[str, Any]]:
-    """Time each implementation in ms, and compare results with the first available one."""
+    """Time each implementation in ms, and compare results with the first."""
     device, rows = torch.device("cuda"), []
     *inputs, dout = make_inputs(cases[0], device)
     leaves = [x.detach().requires_grad_() for x in inputs]
@@ -275,7 +283,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m s2train.kernels.check.dense", description=__doc__)
     parser.add_argument("output", type=Path, nargs="?", help="JSON to write")
     parser.add_argument("--jobs", type=int, default=min(12, os.cpu_count() or 1), help="cases checked at a time")
-    parser.add_argument("--seconds", type=float, default=90, help="begin no timing after so long")
+    parser.add_argument("--seconds", type=float, default=90, help="start no timing after this time")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:

@@ -36,7 +36,9 @@ def _results(out: Tensor, lse: Tensor, inputs: list[Tensor], dout: Tensor | None
 
 
 def compare(measured: list[Tensor], plain: list[Tensor], exact: list[Tensor]) -> dict[str, Any]:
-    """Return relative errors (kernel, plain torch) by name, and whether all are ok.
+    """Compare errors of the kernels with those of plain torch.
+
+    Returns relative errors (kernel, plain torch) by name, and whether all are ok.
 
     An error is ok if it is at most twice torch's.
     """

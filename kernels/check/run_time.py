@@ -1,4 +1,7 @@
-"""Check layouts made in every step: new ones must not wait, compile or leak."""
+"""Check layouts made in every step.
+
+Steps with new ones must not wait, compile or leak.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,7 @@ def fresh_steps(
     inputs: list[Tensor], layout: TopKLayout, options: dict[str, Any], keep: float, steps: int,
     backend: Backend = "triton",
 ) -> dict[str, Any]:  # fmt: skip
-    """Run `steps` passes with new random lists and report what they leave behind.
+    """Run `steps` passes with new lists and report what they leave.
 
     Each pass is forward and backward. `is_nothing` should hold for the result. On a GPU an operation that makes the
     host wait raises RuntimeError.

@@ -79,12 +79,18 @@ def command(sanitizer: str, tool: str, option: str) -> list[str]:
 
 
 def kernel_option(usage: str) -> str:
-    """Return --kernel-name, as in the manual, or the older versions' name for it."""
+    """Return --kernel-name, or the older versions' name for it.
+
+    The manual has the former.
+    """
     return next((option for option in ("--kernel-name", "--kernel-regex") if option in usage), "--filter")
 
 
 def run_one(tool: str, case: str, program: list[str], seconds: float) -> Row:
-    """Run a program with a time limit; return its output's findings and a verdict."""
+    """Run a program with a time limit.
+
+    Return its output's findings and a verdict.
+    """
     row: Row = {"tool": tool, "case": case}
     if seconds <= 0:
         return row | {"verdict": "not run: out of time", "seconds": 0.0}
@@ -142,7 +148,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     today = datetime.date.today().isoformat()
     parser.add_argument("--tool", nargs="+", choices=TOOLS, default=list(TOOLS))
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES), metavar="CASE")
-    parser.add_argument("--seconds", type=float, default=540, help="begin nothing after so long")
+    parser.add_argument("--seconds", type=float, default=540, help="start nothing after this time")
     parser.add_argument("--case-seconds", type=float, default=100, help="for one case under one tool")
     parser.add_argument("--jobs", type=int, default=5, help="processes that share the GPU")
     parser.add_argument("--out", type=Path, default=Path(f"{today}-sanitizer.json"), help="JSON")

@@ -60,13 +60,13 @@ def parse(output: str) -> Findings:
 
 
 def _kind(report: list[str]) -> str:
-    """Return a report's message and place, without details that vary within a kind."""
+    """Return a report's message and place, without varying details."""
     where = [line.strip() for line in report[1:2] if line.strip().startswith(("at ", "and "))]
     return re.sub(r"0x[0-9a-f]+|\(\d+,\d+,\d+\)|\[\d+ hazards?\]", "…", " ".join([report[0].strip(), *where])).strip()
 
 
 def _report(lines: list[str], start: int) -> list[str]:
-    """Return a report from its first line to the next empty line, at most 20 lines."""
+    """Return a report up to its empty line, at most 20 lines."""
     report: list[str] = []
     for line in lines[start : start + 20]:
         if line.rstrip() == _MARK.rstrip() or not line.startswith(_MARK):

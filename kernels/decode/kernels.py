@@ -1,4 +1,4 @@
-"""Triton decoding: one query per sequence over its kept pages, split over keys.
+"""Triton decoding: one query per sequence, split over kept keys.
 
 A program handles one sequence, up to 16 query heads of one KV head (the rows of a matrix product), and one part of the
 keys that any of these heads keeps. Parts are merged by their log-sum-exp. The number of keys is read on the device: a
@@ -40,7 +40,9 @@ def _slots(
     first, begin, num_slots, position, n_k, columns, bits_ptr, table_row,
     PAGE: tl.constexpr, STEPS: tl.constexpr, DENSE: tl.constexpr, UNIFORM: tl.constexpr,
 ):  # fmt: skip
-    """Return which of STEPS slots are visible, their rows in the pages, and who keeps them.
+    """Return visible slots, their rows in the pages, and who keeps them.
+
+    There are STEPS slots.
 
     Slots count the schedule's keys, not the sequence's. A tile may span several pages or a part of one.
     """

@@ -1,4 +1,4 @@
-"""Paged keys and values: which pages a layout needs, and token reads and writes.
+"""Paged keys and values: needed pages, token reads and writes.
 
 A page holds one key block of one KV head. `keys` [pages + 1, B, d] and `values` [pages + 1, B, d_v] end with a scratch
 page that is never read. Number -1 refers to it: it stands for blocks that are not kept, and writes to it are lost.
@@ -13,7 +13,9 @@ from ..layout import BlockLayout
 
 
 def last_uses(layout: BlockLayout, num_kv_heads: int) -> Tensor:
-    """Return the last query block that needs each key block: int32 [H_kv, n_k].
+    """Return the last query block that needs each key block.
+
+    The result is int32 [H_kv, n_k].
 
     The result is on the CPU, -1 where no query block needs it. A key block is needed by a query block at or after it
     that keeps it in any query head of the KV head's group. A block that is dropped and kept again later stays needed in
@@ -61,7 +63,9 @@ def most_pages_held(last_use: Tensor) -> int:
 
 
 def write_tokens(pages: Tensor, table: Tensor, tokens: Tensor, position: int) -> None:
-    """Write tokens [b, H_kv, n, d] to the pages in `table`, from `position` on.
+    """Write tokens [b, H_kv, n, d] to pages, from `position` on.
+
+    The pages are in `table`.
 
     All sequences have the same position. `table` is int [b, H_kv, n_blocks]; tokens of blocks that are not kept are
     dropped.
@@ -71,7 +75,9 @@ def write_tokens(pages: Tensor, table: Tensor, tokens: Tensor, position: int) ->
 
 
 def write_token(pages: Tensor, table: Tensor, token: Tensor, positions: Tensor) -> None:
-    """Write one token [b, H_kv, d] per sequence at its own position, on the device.
+    """Write one token [b, H_kv, d] per sequence at its position.
+
+    Everything stays on the device.
 
     Positions are int [b]; -1 writes nothing.
     """

@@ -51,7 +51,9 @@ def reference_decode(
 
 
 def kept_blocks(layout: BlockLayout, query_block: int) -> Tensor:
-    """Return the key blocks that each head keeps for a query block: bool [H, n_k].
+    """Return the key blocks that each head keeps for a query block.
+
+    The result is bool [H, n_k].
 
     The most recent results are cached.
     """

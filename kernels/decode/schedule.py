@@ -34,7 +34,7 @@ class Walk:
 
 
 def tiles_of_group(group: int) -> int:
-    """Return the number of tiles for a group of `group` query heads per KV head."""
+    """Return the number of tiles for `group` query heads per KV head."""
     return -(-group // HEADS_PER_TILE)
 
 
@@ -92,7 +92,10 @@ def _make_walk(layout: BlockLayout, tiles: list[tuple[int, ...]]) -> Walk:
 
 
 def _members(layout: BlockLayout, offsets: list[int], tile: tuple[int, ...], begin: int, end: int) -> Tensor:
-    """Return int32 [end - begin, n_k]: bit r is set where head r keeps the pair."""
+    """Return which heads of a tile keep each pair.
+
+    The result is int32 [end - begin, n_k]: bit r is set where head r keeps the pair.
+    """
     members = torch.zeros(end - begin, layout.num_key_blocks, dtype=torch.int32, device=layout.device)
     for pattern in set(tile):
         bits = sum(1 << slot for slot, of_slot in enumerate(tile) if of_slot == pattern)

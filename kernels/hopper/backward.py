@@ -56,7 +56,10 @@ PACKED_META = gl.constexpr(
 
 @gluon.jit
 def _keep(x):
-    """No instruction, but holds the registers of x, which a wgmma in flight reads, until here."""
+    """Keep the registers of x alive until here; no instruction.
+
+    A wgmma in flight reads them.
+    """
     return gl.inline_asm_elementwise("", "=r,0", [x], dtype=x.dtype, is_pure=False, pack=2)
 
 
@@ -78,7 +81,10 @@ def _work(meta_ptr, batch_size, PACKED: gl.constexpr):
 
 @gluon.jit
 def _first_step(meta_ptr, steps_ptr, first, batch_size, PACKED: gl.constexpr):
-    """Step 0, which lies beside a pair's other numbers, so that no load waits for another one."""
+    """Load step 0 from beside a pair's other numbers.
+
+    So no load waits for another one.
+    """
     if PACKED:
         return gl.load(steps_ptr + first)
     return gl.load(meta_ptr + gl.program_id(0) // batch_size * META + 6)
@@ -86,7 +92,9 @@ def _first_step(meta_ptr, steps_ptr, first, batch_size, PACKED: gl.constexpr):
 
 @gluon.jit
 def _document(meta_ptr, first_tile, offset, s_k, PACKED: gl.constexpr):
-    """Number of the first query tile, position of row 0, first row of the keys, number of keys.
+    """Locate a document.
+
+    Returns number of the first query tile, position of row 0, first row of the keys, number of keys.
 
     A document's query tiles are numbered on from those of the documents before.
     """
@@ -99,7 +107,10 @@ def _document(meta_ptr, first_tile, offset, s_k, PACKED: gl.constexpr):
 
 @gluon.jit
 def _load_step(steps_ptr, meta_ptr, first, t, PACKED: gl.constexpr):
-    """Step t; a document leaves out the first of the unmasked ones, whose queries lie beyond its end."""
+    """Load step t.
+
+    A document skips the first unmasked ones, whose queries lie beyond its end.
+    """
     at = steps_ptr + first + t
     if PACKED:
         work = meta_ptr + gl.program_id(0) * PACKED_META
@@ -119,7 +130,7 @@ def _producer(
     meta_ptr, steps_ptr, batch_size, num_heads, group, first_tile, num_tiles, offset,
     STAGES: gl.constexpr, EXTRA: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
-    """Load q and the log-sum-exps (EXTRA = 1), or dout and the deltas.
+    """Load q and log-sum-exps (EXTRA = 1), or dout and deltas.
 
     With EXTRA = 1 also load k and v.
     """
@@ -177,7 +188,10 @@ def _reducer(
 
 @gluon.jit
 def _store_dq(dq, dq_s, dq_free, dq_full, n, C: gl.constexpr, D: gl.constexpr):
-    """The n-th half of dq for the reducer, in the order of the registers: four neighbours a thread."""
+    """Store the n-th half of dq for the reducer.
+
+    It is in the order of the registers: four neighbours a thread.
+    """
     x = dq.reshape([4, 2, 8, D // 16, 4, 2]).permute(3, 0, 2, 4, 1, 5).reshape([D, 32])
     mbarrier.wait(dq_free.index(C), (n & 1) ^ 1)
     dq_s.index(C).store(x)
@@ -187,7 +201,10 @@ def _store_dq(dq, dq_s, dq_free, dq_full, n, C: gl.constexpr, D: gl.constexpr):
 
 @gluon.jit
 def _issue_dq(ds_s, k_s, buf, z, zq, C: gl.constexpr, D: gl.constexpr, HL: gl.constexpr):
-    """Half C of the head dimensions of dS K, this warpgroup's keys first."""
+    """Start half C of the head dimensions of dS K.
+
+    This warpgroup's keys come first.
+    """
     dt: gl.constexpr = k_s.dtype
     own = reinterpret(k_s.index(C + z), dt, [2, TILE, D // 2], HL).index(C)
     other = reinterpret(k_s.index(1 - C + z), dt, [2, TILE, D // 2], HL).index(C)
@@ -201,7 +218,10 @@ def _step(
     t, dk, dv, scale_log2, zs, zq, key, column,
     C: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, MASK: gl.constexpr, PL: gl.constexpr, HL: gl.constexpr,
 ):  # fmt: skip
-    """One query tile: dP in flight while P is computed, dv while dS is, dk while dq leaves."""
+    """Process one query tile.
+
+    dP is in flight while P is computed, dv while dS is, dk while dq leaves.
+    """
     SL: gl.constexpr = zs.type.layout
     CS: gl.constexpr = gl.SliceLayout(0, SL)
     dt: gl.constexpr = q_s.dtype
@@ -249,7 +269,10 @@ def _step(
 def _idle_step(
     k_s, ds_s, dq_s, ds_full, dq_free, dq_full, t, zs, zq, C: gl.constexpr, D: gl.constexpr, HL: gl.constexpr
 ):  # fmt: skip
-    """A query tile that keeps the other warpgroup's keys alone: dS is 0, and half of dq comes of the other's."""
+    """Process a query tile that keeps only the other warpgroup's keys.
+
+    dS is 0, and half of dq is computed from the other's.
+    """
     dt: gl.constexpr = k_s.dtype
     z = _zero(t)
     buf = t & 1
@@ -413,7 +436,10 @@ def s2_attention_bwd_kernel_hopper(
 
 @triton.jit
 def _rows_of_tile(tiles, num_heads, s_q, first_tile, num_tiles, offset, PACKED: tl.constexpr):
-    """Batch * head, batch and head in 64 bits; a program's 64 rows, and which of them there are."""
+    """Return batch * head, batch, head, and a program's 64 rows.
+
+    The first three are in 64 bits. The last result says which of the rows exist.
+    """
     program = tl.program_id(0)
     tile = program % num_tiles
     batch_head = (program // num_tiles).to(tl.int64)
@@ -433,7 +459,10 @@ def s2_attention_bwd_kernel_hopper_prepare(
     out_batch, out_head, out_row, dout_batch, dout_head, dout_row, num_heads, s_q, first_tile, num_tiles, offset,
     D: tl.constexpr, HAS_DLSE: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """For every query tile: log-sum-exp in base 2, +inf for rows that do not exist or have no key; delta."""
+    """Prepare log-sum-exp in base 2 and delta of every query tile.
+
+    The log-sum-exp is +inf for rows that do not exist or have no key.
+    """
     batch_head, b, h, row, in_range = _rows_of_tile(tiles, num_heads, s_q, first_tile, num_tiles, offset, PACKED)
     dims = tl.arange(0, D)
     out_at = out_ptr + b * out_batch + h * out_head + row[:, None] * out_row + dims[None, :]
@@ -456,7 +485,10 @@ def s2_attention_bwd_kernel_hopper_finish(
     acc_ptr, dq_ptr, tiles, dq_batch, dq_head, dq_row, scale, num_heads, s_q, first_tile, num_tiles, offset,
     D: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """dq from its sums, which lie in the order of a warpgroup's registers (`_store_dq`)."""
+    """Convert accumulated dq to its final order and dtype.
+
+    The sums are in the order of a warpgroup's registers (`_store_dq`).
+    """
     HALF: tl.constexpr = D // 2
     _, b, h, row, in_range = _rows_of_tile(tiles, num_heads, s_q, first_tile, num_tiles, offset, PACKED)
     dq_base = dq_ptr + b * dq_batch + h * dq_head + row[:, None] * dq_row
@@ -574,7 +606,9 @@ _PANELS = {width: gl.NVMMASharedLayout(swizzle_byte_width=width, element_bitwidt
 
 
 def _tiles(x: Tensor, half: bool = False) -> TensorDescriptor:
-    """Make a descriptor of 64-row tiles of a view [b, h, s, d].
+    """Make a descriptor of a view's 64-row tiles.
+
+    The view is [b, h, s, d].
 
     Panels have 64 dimensions, or `half` of them.
     """

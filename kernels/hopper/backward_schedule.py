@@ -36,7 +36,10 @@ class KeyPairs:
 
 
 def key_pairs(layout: BlockLayout, num_kv_heads: int, s_q: int, s_k: int, query_offset: int, causal: bool) -> KeyPairs:
-    """Build the pairs of every KV head; recent lengths are cached in the layout."""
+    """Build the pairs of every KV head.
+
+    Recent lengths are cached in the layout.
+    """
     kept: dict[Any, KeyPairs] = layout.cache.setdefault("key_pairs", {})
     key = (num_kv_heads, s_q, s_k, query_offset, causal)
     if key not in kept:
@@ -77,7 +80,7 @@ def _build(
 
 
 def _step_order(pair: Tensor, masked: Tensor, member: Tensor, tile: Tensor) -> Tensor:
-    """Order a pair's steps: masked first, then from the last query tile on.
+    """Order a pair's steps: masked first, then the last query tiles.
 
     All long pairs have the last queries in common, not the first, so this makes them visit the same rows together.
     """
@@ -88,14 +91,14 @@ def _step_order(pair: Tensor, masked: Tensor, member: Tensor, tile: Tensor) -> T
 
 
 def groups_of_patterns(layout: BlockLayout, num_kv_heads: int) -> list[tuple[int, ...]]:
-    """Return the patterns of each KV head's group, per sequence if these differ."""
+    """Return each KV head's patterns, per sequence if these differ."""
     return [tuple(x) for x in layout.pattern_of_head.reshape(layout.batch_size * num_kv_heads, -1).tolist()]
 
 
 def _pairs_of_group(
     kept: list[tuple[Tensor, Tensor]], ratio: int, first_tile: int, end_tile: int, s_k: int, causal: bool
 ) -> tuple[Tensor, Tensor]:
-    """Build `meta` and `steps` of one KV head from its group's kept tiles.
+    """Build `meta` and `steps` of one KV head from kept tiles.
 
     Tiles are the query and key tiles that every head of the group keeps.
     """
@@ -150,7 +153,9 @@ def pair_steps(
 
 
 def _cheapest_order(kept: list[tuple[Tensor, Tensor]], num_tiles: int, first_tile: int, num_key_tiles: int) -> Tensor:
-    """Return the order of key tiles with the fewest steps, of three orders.
+    """Return the best of three orders of key tiles.
+
+    The best has the fewest steps.
 
     Neighbours 2j and 2j + 1 form pairs. The orders are: unchanged, which suits a local window; by the number of queries
     that keep a tile; and, where members keep different columns, first the tiles that all keep alike, unchanged, then
@@ -183,7 +188,10 @@ def _cost(order: Tensor, row: Tensor, key_tile: Tensor, num_rows: int) -> int:
 def kept_tiles_of_group(
     layout: BlockLayout, group: tuple[int, ...], first_tile: int, end_tile: int, s_k: int, causal: bool
 ) -> list[tuple[Tensor, Tensor]]:
-    """Return query tiles in [first_tile, end_tile) and key tiles that each pattern keeps."""
+    """Return query and key tiles that each pattern keeps.
+
+    Query tiles are in [first_tile, end_tile).
+    """
     bounds = layout.column_offsets[:: layout.num_key_blocks].tolist()
     return [_kept_tiles(layout, p, bounds[p], bounds[p + 1], first_tile, end_tile, s_k, causal) for p in group]
 

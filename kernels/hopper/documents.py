@@ -1,4 +1,7 @@
-"""Find the 128-row query tiles of packed documents on the device, in one launch."""
+"""Find query tiles of packed documents on the device, in one launch.
+
+A tile has 128 rows.
+"""
 
 # Triton interprets the annotations of its functions, so tensor arguments have none.
 # mypy: allow-untyped-defs
@@ -22,7 +25,10 @@ def s2_attention_kernel_document_tiles(
     cu_seqlens, table, num_documents,
     TILE: tl.constexpr, TILES: tl.constexpr, DOCUMENTS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """A program places TILES tiles of one document; the first also counts all tiles."""
+    """A program places TILES tiles of one document.
+
+    The first also counts all tiles.
+    """
     document = tl.program_id(0)
     part = tl.program_id(1)
     start = tl.load(cu_seqlens + document).to(tl.int32)

@@ -54,7 +54,10 @@ def _stay_live(x):
 
 @gluon.jit
 def _pack(x, dtype: gl.constexpr):
-    """Float32 [m, n] as int32 [m, n / 2] of two 16-bit numbers: so LLVM carries whole registers from step to step."""
+    """Pack float32 [m, n] into int32 [m, n / 2].
+
+    Each holds two 16-bit numbers, so that LLVM carries whole registers from step to step.
+    """
     even, odd = gl.split(gl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
     kind: gl.constexpr = "bf16x2" if dtype == gl.bfloat16 else "f16x2"
     return gl.inline_asm_elementwise(
@@ -77,7 +80,9 @@ def _unpack(x, dtype: gl.constexpr, layout: gl.constexpr):
 
 @gluon.jit
 def _compute_here(x):
-    """x >= 0, whose computation may not move below: without this ptxas waits for the product before the exponentials.
+    """Return x >= 0, whose computation may not move below.
+
+    Without this ptxas waits for the product before the exponentials.
 
     A store that never happens. A branch in its place would make ptxas run all products one by one (C7518).
     """
@@ -103,7 +108,9 @@ def _item(
     n, num_tiles, first_tile, num_heads, tiles_per_pattern, query_offset, s_q, head_order, head_slot, documents,
     PACKED: gl.constexpr, BATCHED: gl.constexpr,
 ):  # fmt: skip
-    """Batch, head, tile and row of the step table of this program's n-th item, and its rows of q.
+    """Locate this program's n-th item.
+
+    Returns batch, head, tile and row of the step table, and its rows of q.
 
     Those are the positions plus the fifth, where that is at least 0 and the sum below the sixth. Items go round the
     programs and back, so that none gets the longest of every round.
@@ -133,14 +140,14 @@ def _item(
 
 @gluon.jit
 def _steps_of_row(step_offsets, row, BATCHED: gl.constexpr):
-    """First step of a row of the step table, and the first one after its last."""
+    """Return begin and end of the steps of a table row."""
     at = step_offsets + (row * 2 if BATCHED else row)
     return gl.load(at), gl.load(at + 1)
 
 
 @gluon.jit
 def _load_panels(desc, batch, head, row, panels, first, STRIDE: gl.constexpr, PANELS: gl.constexpr, barrier):
-    """Start the loads of one box of rows, all panels of the head dimension."""
+    """Start loading one box of rows, all panels."""
     for panel in gl.static_range(PANELS):
         async_load(desc, [batch, head, row, panel * _PANEL], barrier, panels.index(first + panel * STRIDE))
 
@@ -171,7 +178,10 @@ def _produce(
     CHUNK: gl.constexpr, PACKED: gl.constexpr, BATCHED: gl.constexpr,
     Q_STAGES: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The producer warp. Loads are started in the order in which the consumers wait for them."""
+    """Run the producer warp.
+
+    Loads are started in the order in which the consumers wait for them.
+    """
     PER_STEP: gl.constexpr = _STEP // CHUNK
     dtype: gl.constexpr = q_desc.dtype
     box_q: gl.constexpr = q_desc.layout
@@ -231,7 +241,10 @@ def _produce(
 
 @gluon.jit
 def _masked(scores, chunks, step, last_key, columns, HALF: gl.constexpr, CHUNK: gl.constexpr):
-    """Scores, -inf where this half does not keep the chunk or the key lies beyond the row's last."""
+    """Mask scores.
+
+    They are -inf where this half does not keep the chunk or the key lies beyond the row's last.
+    """
     PER_STEP: gl.constexpr = _STEP // CHUNK
     entry = gl.load(chunks + step * PER_STEP)
     # relative to the step's first column; below all columns for a chunk that the half does not keep
@@ -247,7 +260,10 @@ def _masked(scores, chunks, step, last_key, columns, HALF: gl.constexpr, CHUNK: 
 
 @gluon.jit
 def _softmax(scores, peak, total, scale_log2):
-    """Weights, and the running maximum (base 2) and sum with the factor by which older sums shrink."""
+    """Compute weights, and update the running maximum and sum.
+
+    The maximum is in base 2. Also returns the factor by which older sums shrink.
+    """
     new_peak = gl.maximum(peak, gl.max(scores, 1) * scale_log2)
     decay = gl.exp2(peak - new_peak)
     weights = gl.exp2(scores * scale_log2 - gl.expand_dims(new_peak, 1))
@@ -261,7 +277,10 @@ def _attend(
     HALF: gl.constexpr, CHUNK: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
     MASK: gl.constexpr,
 ):  # fmt: skip
-    """Scores and weights of step `count`, while the weights of the step before are multiplied with its values."""
+    """Compute scores and weights of step `count`.
+
+    Meanwhile the weights of the step before are multiplied with its values.
+    """
     dtype: gl.constexpr = v_smem.dtype
     operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=acc.type.layout, k_width=2)
     stage = count % K_STAGES
@@ -286,7 +305,9 @@ def _attend(
 
 @gluon.jit
 def _clear_beyond(v_smem, stage, chunks, step, num_keys, CHUNK: gl.constexpr):
-    """Zero the values of a step's keys from `num_keys` on: another document's, whose infinities times 0 are NaN.
+    """Zero the values of a step's keys from `num_keys` on.
+
+    They are another document's, whose infinities times 0 are NaN.
 
     Both consumers do it, so that neither waits for the other: what they write is the same.
     """
@@ -307,7 +328,10 @@ def _clear_beyond(v_smem, stage, chunks, step, num_keys, CHUNK: gl.constexpr):
 
 @gluon.jit
 def _store_rows(box, out, begin, end, batch, head, first, out_batch, out_head, out_row, V_ROW: gl.constexpr):
-    """Write those of a tile's rows that lie in [begin, end): `out` has rows of V_ROW, strides are counted in them."""
+    """Write a tile's rows that lie in [begin, end).
+
+    `out` has rows of V_ROW; strides count such rows.
+    """
     ROWS: gl.constexpr = box.shape[0]
     COLUMNS: gl.constexpr = box.shape[1]
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // COLUMNS, COLUMNS // 8], [4, 1], [1, 0])
@@ -329,7 +353,10 @@ def _consume(
     PACKED: gl.constexpr, PARTIAL: gl.constexpr, BATCHED: gl.constexpr,
     Q_STAGES: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
 ):  # fmt: skip
-    """A consumer warpgroup: its 64 rows of every tile. The output leaves through the room of the queries."""
+    """Run a consumer warpgroup: its 64 rows of every tile.
+
+    The output reuses the shared memory of the queries.
+    """
     dtype: gl.constexpr = v_smem.dtype
     DIM: gl.constexpr = q_smem.shape[2]
     V_DIM: gl.constexpr = v_smem.shape[2]

@@ -100,7 +100,7 @@ def _build(layout: BlockLayout, causal: bool, s_k: int | None) -> ForwardWork:
 def _steps_of_pattern(
     row: Tensor, column: Tensor, layout: BlockLayout, num_tiles: int, causal: bool, s_k: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return each tile's steps, how many need a mask, and the chunks of all steps."""
+    """Return steps and masked steps of each tile, and all chunks."""
     tile, chunk, flags = _chunks_of_pattern(row, column, layout.block_size, causal)
     size = min(layout.block_size, TILE)
     num_chunks = -(-layout.num_key_blocks * layout.block_size // size)

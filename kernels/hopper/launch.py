@@ -20,7 +20,9 @@ _DEFAULTS = {field.name: field.default for field in fields(TensorDescriptor) if 
 def descriptor(
     base: Tensor, shape: list[int], strides: list[int], block_shape: list[int], layout: NVMMASharedLayout
 ) -> TensorDescriptor:
-    """Make a `TensorDescriptor` without its checks, which take two thirds of its time.
+    """Make a `TensorDescriptor` without its checks.
+
+    The checks take two thirds of its time.
 
     `fits_descriptor` has made these checks.
     """

@@ -1,4 +1,7 @@
-"""Start order of the backward's programs, for GPU utilisation and L2 cache hits."""
+"""Start order of the backward's programs.
+
+It decides how well they use the GPU and its L2 cache.
+"""
 
 from __future__ import annotations
 

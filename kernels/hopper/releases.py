@@ -22,6 +22,9 @@ def reinterpret(memory: Any, dtype: Any, shape: Any, layout: Any, _semantic: Any
 
 @builtin
 def reduce_add(tensor_desc: Any, coord: Any, src: Any, _semantic: Any = None) -> None:
-    """TMA reduce-add to device memory; Triton 3.6's tma module does not expose it."""
+    """TMA reduce-add to device memory.
+
+    Triton 3.6's tma module does not expose it.
+    """
     coord = _semantic._convert_to_ir_values(coord, require_i64=False)
     _semantic.builder.create_async_tma_reduce(_ir.DESCRIPTOR_REDUCE_KIND.ADD, tensor_desc.handle, coord, src.handle)

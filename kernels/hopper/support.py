@@ -32,7 +32,10 @@ Choice = Literal["hopper", "triton"]
 
 
 def kernel_choice(q: Tensor, k: Tensor, v: Tensor, layout: Layout, spec: AttentionSpec) -> Choice:
-    """Choose the forward kernel; q, k and v are views [b, h, s, d]."""
+    """Choose the forward kernel.
+
+    Q, k and v are views [b, h, s, d].
+    """
     return "hopper" if is_hopper(q.device) and hopper_forward_supported(q, k, v, layout, spec) else "triton"
 
 
@@ -112,7 +115,7 @@ def is_hopper(device: torch.device) -> bool:
 
 
 def fits_descriptor(x: Tensor) -> bool:
-    """Return whether TMA can read or write a view [b, h, s, d]."""
+    """Return whether TMA can access a view [b, h, s, d]."""
     size = x.element_size()
     *strides, last = x.stride()
     if last != 1 or x.data_ptr() % _ALIGNMENT != 0:

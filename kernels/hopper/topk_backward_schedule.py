@@ -1,4 +1,4 @@
-"""Backward schedule of top-k lists on Hopper, built without reading from the device.
+"""Backward schedule of top-k lists on Hopper, without host reads.
 
 Three launches and a cleared buffer build it. First the lists become bits, by key block: `atomic_or` gives the same
 result in any order, and for a block that is listed twice. Then each pair of key tiles counts its steps, reserves space
@@ -36,7 +36,10 @@ _TILE = tl.constexpr(TILE)
 def s2_attention_kernel_topk_bits(
     indices, bits, num_slots, slots, num_query_blocks, num_key_blocks, words, AT_ONCE: tl.constexpr
 ):  # fmt: skip
-    """Set bits [lists, key blocks, words]: which query blocks list a key block."""
+    """Set bits for the query blocks that list a key block.
+
+    They are [lists, key blocks, words].
+    """
     at = tl.program_id(0) * AT_ONCE + tl.arange(0, AT_ONCE)
     column = tl.load(indices + at, mask=at < num_slots, other=-1)
     row = at // slots
@@ -50,7 +53,9 @@ def s2_attention_kernel_topk_bits(
 def _steps(
     bits, first_key, tiles, first_tile, num_key_blocks, words, s_k, PER_BLOCK: tl.constexpr, CAUSAL: tl.constexpr
 ):  # fmt: skip
-    """Find which of two adjacent key tiles the query `tiles` of a list keep.
+    """Find which of two key tiles the query `tiles` keep.
+
+    The key tiles are adjacent; the query tiles are of one list.
 
     The key tiles are `first_key` and the next. Returns bits 0 and 1 for the two tiles, and two bools: steps that need a
     mask, and steps that need none.
@@ -160,7 +165,10 @@ def s2_attention_kernel_topk_pairs(
 
 @triton.jit
 def _order_key(meta, pair, num, num_pairs, num_heads, mean, shift):
-    """Return a key that is smaller for programs that start earlier, and their steps."""
+    """Return sort keys by start of programs, and their steps.
+
+    Programs with smaller keys start earlier.
+    """
     steps = tl.load(meta + pair.to(tl.int64) * 8 + 5, mask=pair < num, other=0)
     late = tl.where(steps <= 2 * mean, shift, 0.0)
     return (pair // num_pairs).to(tl.float32) + late, steps
@@ -251,7 +259,7 @@ def topk_pairs(
 
 
 def in_order(meta: Tensor, num_heads: int, cache: dict[Any, Any]) -> Tensor:
-    """Order rows of `meta` [heads * pairs, 8] by the start of their programs.
+    """Order `meta` [heads * pairs, 8] by the start of programs.
 
     The rows come ordered by head. A small number is ranked by one kernel that compares all with all; larger numbers are
     sorted.

@@ -24,7 +24,10 @@ def _candidates(
     indices, index, list_number, tile, slots, num_query_blocks, num_key_blocks, end,
     SLOTS: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """Return chunk, half of the tile that lists it, and visibility of candidates `index`."""
+    """Return chunk, half of the tile, and visibility of candidates `index`.
+
+    The half is the one that lists the chunk.
+    """
     half = index // (SLOTS * PARTS)
     slot = index // PARTS % SLOTS
     row = tile * ROWS // PARTS + half
@@ -41,7 +44,10 @@ def _candidates(
 
 @triton.jit
 def _needs_mask(chunk, flags, tile, tail, ROWS: tl.constexpr, CAUSAL: tl.constexpr):
-    """Return whether some row of the tile does not see all of a chunk."""
+    """Return whether a chunk is partly masked for a tile.
+
+    It is if some row of the tile does not see all of it.
+    """
     masked = (flags != 3) | (chunk >= tail)
     if CAUSAL:
         masked = masked | (chunk >= tile * ROWS)

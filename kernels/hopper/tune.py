@@ -54,7 +54,9 @@ _HEADS = 32
 
 @dataclass(frozen=True)
 class Item:
-    """A variant's time on the local + vertical mask; length 0: only compile it.
+    """A variant's time on the local + vertical mask.
+
+    Length 0: only compile it.
 
     bfloat16, batch 1, 32 heads.
     """
@@ -133,7 +135,10 @@ def _backward_items(lengths: list[int]) -> list[Item]:
 
 @dataclass(frozen=True)
 class Problem:
-    """Tensors as views [b, h, s, d], layout, patterns, and exact rows of some heads."""
+    """Tensors, layout, patterns, and exact rows of some heads.
+
+    Tensors are views [b, h, s, d].
+    """
 
     q: Tensor
     k: Tensor

@@ -12,7 +12,10 @@ from s2train.layouts.counting import kept_key_blocks
 
 @lru_cache(maxsize=256)  # a plan needs FLOPs, density and balance of the same layers
 def kept_positions(layer: LayerLayout, seq_length: int) -> tuple[float, ...]:
-    """Count each head's kept causal (query, key) token pairs; some kinds give expected numbers."""
+    """Count each head's kept causal (query, key) token pairs.
+
+    Some kinds give expected numbers.
+    """
     return layer.kind.kept_positions(layer, seq_length)
 
 

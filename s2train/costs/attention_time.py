@@ -1,4 +1,6 @@
-"""Predict attention time: FLOPs at a fixed rate, plus time per query row.
+"""Predict attention time from FLOPs and query rows.
+
+It is FLOPs at a fixed rate, plus a time per query row.
 
 The rate does not depend on the mask. Both terms are fitted to the committed benchmark of an H100
 (`kernels/results/2026-11-22-h100-benchmarks.json`, bf16, head dim 128, 8k to 128k tokens, densities 0.03 to 1) by least
@@ -73,7 +75,7 @@ class AttentionRates:
         return AttentionRates(**{field.name: getattr(self, field.name).scaled(factor) for field in fields(self)})
 
     def portable(self) -> "AttentionRates":
-        """Return rates with the portable Triton kernels in sparse layers instead of Hopper's."""
+        """Return rates with portable kernels in sparse layers, not Hopper's."""
         slower = {
             field.name: getattr(self, field.name).scaled(1 / (1.96 if "forward" in field.name else 1.56))
             for field in fields(self)

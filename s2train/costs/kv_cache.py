@@ -1,4 +1,6 @@
-"""KV cache size while decoding: key blocks are freed after their last use.
+"""KV cache size while decoding.
+
+Key blocks are freed right after their last use.
 
 While position t is decoded, a KV head's key block j is live if some query head of its group keeps it for the query
 block of t or a later one of the sequence. Counts are exact for sequences of a known length: near its end fewer blocks
@@ -37,7 +39,9 @@ def last_queries(pattern: Pattern, num_blocks: int) -> Tensor:
 
 
 def live_blocks(heads: Iterable[Pattern], num_blocks: int) -> Tensor:
-    """Count a KV head's live key blocks for each query block: int64 [num_blocks].
+    """Count a KV head's live key blocks for each query block.
+
+    The result is int64 [num_blocks].
 
     Args:
         heads: the query heads of its group.
@@ -64,7 +68,10 @@ class CacheTokens:
     dense: int
 
     def nbytes(self, tokens: int, head_dim: int, element_size: int = 2) -> int:
-        """Return bytes of cached tokens, key and value; two bytes per element for bf16."""
+        """Return bytes of cached tokens, key and value.
+
+        Two bytes per element for bf16.
+        """
         return 2 * head_dim * element_size * tokens
 
 
@@ -77,7 +84,10 @@ def cache_tokens(layer: LayerLayout, num_query_groups: int, seq_length: int) -> 
 
 
 def model_cache_tokens(hybrid: HybridLayout, seq_length: int) -> CacheTokens:
-    """Count what the KV caches of all layers hold; the peak is of their sum."""
+    """Count what the KV caches of all layers hold.
+
+    The peak is of their sum.
+    """
     return _sum_over_time(hybrid.layers, hybrid.num_query_groups, seq_length)
 
 
@@ -100,7 +110,9 @@ def _sum_over_time(layers: Iterable[LayerLayout], num_query_groups: int, seq_len
 
 
 def _tokens(group: frozenset[Pattern], layer: LayerLayout, seq_length: int) -> tuple[Tensor, int]:
-    """Count tokens held at the end of each query block, and read by the last position.
+    """Count held and read tokens.
+
+    Tokens are held at the end of each query block, and read by the last position.
 
     The first are int64 [num_blocks].
     """

@@ -186,7 +186,9 @@ def _loss_bytes(cfg: PretrainConfig, tokens: int, width: int, way: str) -> int:
 
 
 def layer_activations(cfg: PretrainConfig, stream: int, kind: str) -> tuple[int, int]:
-    """Return bytes saved per layer and micro batch: without recomputation, and with `train.recompute`.
+    """Return bytes that a layer saves per micro batch.
+
+    The first number is without recomputation, the second with `train.recompute`.
 
     Assumes flash-like attention: nothing grows with the square of the length. `stream`: bytes of a tensor
     [s, b, hidden].
@@ -214,7 +216,9 @@ def layer_activations(cfg: PretrainConfig, stream: int, kind: str) -> tuple[int,
 
 
 def _chunks_in_flight(cfg: PretrainConfig, stage: int, num_micro_batches: int) -> int:
-    """Return the maximum of forward passes per model chunk that await their backward.
+    """Return the most forward passes that await their backward.
+
+    They are counted per model chunk.
 
     The pipeline schedule is Megatron's 1F1B.
     """

@@ -109,7 +109,10 @@ class ModelCosts:
 
     @property
     def attention_speedup(self) -> float:
-        """Return the speed-up of attention over dense, forward and backward in all layers."""
+        """Return the speed-up of attention over dense.
+
+        It is of forward and backward in all layers.
+        """
         return self.dense_seconds / self.attention_seconds
 
     @property
@@ -141,7 +144,10 @@ class ModelCosts:
 def model_costs(
     model: ModelConfig, hybrid: HybridLayout, seq_length: int, efficiency: Efficiency | None = None
 ) -> ModelCosts:
-    """Count exact costs of a sequence of `seq_length` tokens and predict its times."""
+    """Count a sequence's exact costs and predict its times.
+
+    It has `seq_length` tokens.
+    """
     efficiency, dim = efficiency or Efficiency(), head_dim(model)
     of_layer = {
         layer: _layer_costs(layer, hybrid.num_query_groups, seq_length, dim, efficiency.attention)

@@ -41,7 +41,9 @@ def layer_flops(model: ModelConfig, hybrid: HybridLayout, seq_length: int) -> La
 
 @dataclass(frozen=True)
 class Stages:
-    """Layers in each model chunk; chunk c lies on pipeline rank c mod `pp`.
+    """Layers in each model chunk.
+
+    Chunk c lies on pipeline rank c mod `pp`.
 
     Chunks are in the model's order.
     """

@@ -1,4 +1,4 @@
-"""Predict a training step's time by part, from measured parts of H100 steps.
+"""Predict a step's time by part, from measured H100 steps.
 
 Products and elementwise work come from profiled steps of two shapes, on one GPU and on two:
 `launch/results/2026-11-26-h100-te-breakdown.json` (four 7B layers) and `2026-11-26-h100x2-scaling.json` (1B).
@@ -154,7 +154,10 @@ def predict_step(
 
 
 class _Model:
-    """Times of one micro batch on one rank, and of a step's beginning and end."""
+    """Times of a micro batch, and of a step's ends.
+
+    They are of one rank.
+    """
 
     def __init__(
         self,
@@ -180,7 +183,7 @@ class _Model:
         self.attention = _attention_rates(cfg, hardware, impl, self.compute)
 
     def layer(self, layer: LayerLayout) -> StepTime:
-        """Return the time of one micro batch in one layer, forward and backward."""
+        """Return a micro batch's time in one layer, forward and backward."""
         model, tp = self.cfg.model, self.cfg.parallel.tp
         matmul = layer_parameters(model, layer).matmul
         linear = 6 * matmul / tp * self.tokens / self._products()
@@ -203,7 +206,7 @@ class _Model:
         return found
 
     def head(self) -> StepTime:
-        """Return the time of one micro batch in the LM head and the loss."""
+        """Return a micro batch's time in the LM head and loss."""
         model, tp = self.cfg.model, self.cfg.parallel.tp
         weights = model.vocab_size * model.hidden_size
         logits = self.tokens * model.vocab_size / tp
@@ -288,7 +291,10 @@ class _Model:
         return (10, 4) if self.cfg.parallel.sequence_parallel else (8, 4)  # a sum is a scatter and a gather
 
     def _unit(self) -> float:
-        """Return seconds to gather or scatter a micro batch's stream over tensor parallel ranks."""
+        """Return seconds to gather or scatter a micro batch's stream.
+
+        It is divided over tensor parallel ranks.
+        """
         tp = self.cfg.parallel.tp
         return self.tokens * self.cfg.model.hidden_size * 2 * (tp - 1) / tp / self._speed(tp)
 

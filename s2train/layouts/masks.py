@@ -1,4 +1,4 @@
-"""Block masks of any pattern over long sequences: packed bits and row pieces."""
+"""Block masks over long sequences: packed bits and row pieces."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,6 @@
-"""Place heads of different density so that tensor parallel ranks share work evenly.
+"""Place heads so that tensor parallel ranks share work evenly.
+
+Heads may differ in density.
 
 Each rank holds consecutive heads.
 """
@@ -29,7 +31,9 @@ def place_balanced(heads: Sequence[Pattern], num_query_groups: int) -> tuple[Pat
 
 
 def balanced_order(costs: Sequence[float]) -> tuple[int, ...]:
-    """Order indices of `costs` so that contiguous equal parts cost about the same.
+    """Order `costs` so that contiguous equal parts cost about the same.
+
+    Returns indices.
 
     The order balances halves, then the halves of each half, and so on (thirds where the number is odd). It therefore
     suits every number of ranks that divides this way, since a checkpoint may be resumed with another number.

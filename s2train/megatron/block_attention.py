@@ -27,7 +27,10 @@ class BlockCoreAttention(CausalCoreAttention):
     def attend_documents(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedSeqParams
     ) -> torch.Tensor:
-        """Compute attention within each document of [s, b, h, d]; layouts restart too."""
+        """Compute attention within each document of [s, b, h, d].
+
+        Layouts restart too.
+        """
         if packed.qkv_format != "sbhd" or self.kv is not None or self.cp_group.size() > 1:
             raise NotImplementedError("packed documents come as packed_documents makes them, to train, without cp")
         layout = self.cache.get(self.layer_layout, key.shape[0], self.heads, query.device)
@@ -133,7 +136,7 @@ class DenseCoreAttention(BlockCoreAttention):
         return None
 
     def full_layout(self, key: torch.Tensor) -> BlockLayout:
-        """Return a layout that keeps every block of these keys, for the sparse op."""
+        """Return a layout that keeps every block, for the sparse op."""
         length = key.shape[0] if self.kv is None else self.kv.max_length
         return self.cache.get(self.layer_layout, length, self.heads, key.device)
 
@@ -146,7 +149,10 @@ class DenseCoreAttention(BlockCoreAttention):
         query_offset: int,
         bounds: torch.Tensor | None = None,
     ) -> DenseChoice:
-        """Choose the kernels for a call; cached in `choices` per type of call."""
+        """Choose the kernels for a call.
+
+        Cached in `choices` per type of call.
+        """
         deterministic = torch.are_deterministic_algorithms_enabled()
         shapes = (query.shape[1:], key.shape[1:], query.stride(), value.stride())
         sort = (kind, query.dtype, *shapes, deterministic, dense_order(kind, key.shape[0]))
@@ -204,7 +210,10 @@ class SparseCoreAttention(BlockCoreAttention):
 
 
 def kernels_of(models: Iterable[torch.nn.Module]) -> list[str]:
-    """List the kernels that the attention layers of these models ran, without duplicates."""
+    """List the kernels that these models' attention layers ran.
+
+    Duplicates are left out.
+    """
     lines: dict[str, None] = {}
     for layer in (m for model in models for m in model.modules() if isinstance(m, CausalCoreAttention)):
         if isinstance(layer, DenseCoreAttention):

@@ -24,7 +24,7 @@ def slice_batch_for_context_parallel(
 def save_checkpoint_shards(
     state: dict[str, Any], folder: str, metadata: dict[str, str], *, in_background: bool
 ) -> AsyncRequest | None:
-    """Write a sharded state dict, or return the request that will write it.
+    """Write a sharded state dict, or return the request to.
 
     Without an explicit strategy, 0.19 would pick one that needs nvidia-resiliency-ext.
     """

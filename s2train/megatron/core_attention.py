@@ -31,7 +31,9 @@ class AttentionCache(Protocol):
     def attend(
         self, core: "CausalCoreAttention", query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
-        """Compute attention of new tokens [s_q, b, h, d] over cache and themselves.
+        """Compute attention of new tokens over cache and themselves.
+
+        They are [s_q, b, h, d].
 
         The layer's static layout says what they read.
         """

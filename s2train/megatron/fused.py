@@ -98,7 +98,10 @@ class LigerLossModel(GPTModel):
             self.output_layer.defers = False
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-        """Compute per-token losses [b, s] from labels [b, s] and the output layer's result."""
+        """Compute per-token losses [b, s] from the output layer's result.
+
+        Labels are [b, s].
+        """
         labels = labels.transpose(0, 1).contiguous()
         if self.fuse_output:
             shared = self.share_embeddings_and_output_weights

@@ -64,7 +64,7 @@ def draw_initial_weights(
 
 
 def _whole_model(model: ModelConfig, config: TransformerConfig) -> Iterator[_Draw]:
-    """Yield all matrices in the order in which Megatron draws them on one rank."""
+    """Yield all matrices in Megatron's order of drawing on one rank."""
     hidden, ffn, dim = model.hidden_size, model.ffn_hidden_size, head_dim(model)
     queries, groups = model.num_attention_heads * dim, model.num_query_groups * dim
     inner, outer, table = config.init_method, config.output_layer_init_method, config.embedding_init_method
@@ -100,7 +100,10 @@ def _matrices(chunks: Sequence[GPTModel]) -> Iterator[tuple[str, Tensor]]:
 
 @contextmanager
 def _generator_of_one_rank(seed: int, config: TransformerConfig) -> Iterator[None]:
-    """The random generator that Megatron draws weights from, as it is at the start of a job of one rank."""
+    """Return Megatron's random generator of initial weights.
+
+    It is in the state at the start of a job of one rank.
+    """
     tracker = tensor_parallel.get_cuda_rng_tracker()
     states, cpu, cuda = tracker.get_states(), torch.get_rng_state(), torch.cuda.get_rng_state()
     torch.manual_seed(seed)

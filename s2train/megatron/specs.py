@@ -23,7 +23,10 @@ def layer_spec(
     cp_exchange: str,
     seed: int,
 ) -> ModuleSpec:
-    """Make the spec of one layer; `layer_number` counts from 1 over the model."""
+    """Make the spec of one layer.
+
+    `layer_number` counts from 1 over the model.
+    """
     spec = backend.layer_spec()
     spec.module = HybridTransformerLayer
     own = {"layer_layout": layer, "hybrid_layer_number": layer_number, "mlp_class": backend.mlp}
@@ -43,7 +46,7 @@ def layer_spec(
 
 
 def layer_ids(config: TransformerConfig, vp_stage: int | None) -> list[int]:
-    """Return 0-based numbers of the layers on this pipeline rank and virtual stage."""
+    """Return 0-based layers of this pipeline rank and virtual stage."""
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
     return list(range(first, first + get_num_layers_to_build(config, vp_stage=vp_stage)))
 

@@ -1,4 +1,4 @@
-"""Import the weights of a Llama or of an export as a checkpoint."""
+"""Import the weights of a Llama or an export as a checkpoint."""
 
 import shutil
 from dataclasses import replace

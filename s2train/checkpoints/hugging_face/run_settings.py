@@ -144,7 +144,10 @@ class ModelFiles:
         return shlex.join([*words, _setting("tokenizer", self._tokenizer), *end])
 
     def command(self, start: str) -> str:
-        """Return a shell command that starts a run from the import in `start`."""
+        """Return a shell command that starts a run from `start`.
+
+        `start` is the import.
+        """
         words = ["python", "launch/pretrain.py"]
         if self._conf is not None:
             words += ["--config-dir", self._conf]
@@ -158,7 +161,10 @@ class ModelFiles:
 
 
 def model_name(output: Path) -> str:
-    """Return a path's last part, without characters that Hydra or a shell must quote."""
+    """Return a path's last part, without characters that need quotes.
+
+    These are characters that Hydra or a shell must quote.
+    """
     return re.sub(r"[^A-Za-z0-9._-]+", "-", output.absolute().name).strip("-.") or "model"
 
 

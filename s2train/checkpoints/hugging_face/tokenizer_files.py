@@ -31,7 +31,7 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, max_length: int) -> None
 
 
 def adds_tokens(folder: Path) -> bool:
-    """Return whether transformers' tokenizer call adds tokens to a text, such as <s>.
+    """Return whether transformers' tokenizer adds tokens such as <s>.
 
     Training did not add any.
     """

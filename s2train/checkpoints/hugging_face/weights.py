@@ -49,7 +49,10 @@ def llama_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def unknown_weights(weights: Mapping[str, Tensor], model: ModelConfig) -> list[str]:
-    """List a GPTModel's weights that a Llama has no place for, except extra state."""
+    """List a GPTModel's weights that a Llama has no place for.
+
+    Extra state doesn't count.
+    """
     known = {*_ENDS, *(f"decoder.layers.{n}.{name}" for n in range(model.num_layers) for name in (*_LAYER, _QKV, _FC1))}
     return [name for name in weights if name not in known and not name.endswith("_extra_state")]
 
@@ -90,7 +93,7 @@ def from_llama(weights: Mapping[str, Tensor], model: ModelConfig) -> dict[str, T
 
 
 def with_rows(weight: Tensor, rows: int) -> Tensor:
-    """Resize an embedding [vocab, hidden]: cut rows off, or append rows of zeros."""
+    """Resize an embedding [vocab, hidden]: cut rows or append zeros."""
     if rows <= len(weight):
         return weight[:rows]
     return torch.cat([weight, weight.new_zeros(rows - len(weight), weight.shape[1])])

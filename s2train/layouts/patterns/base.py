@@ -55,7 +55,9 @@ class Pattern(ABC):
 
     @property
     def period(self) -> int:
-        """Number of distinct patterns that a schedule makes, by offsets 0 to period - 1.
+        """Number of distinct patterns that a schedule makes.
+
+        Their offsets are 0 to period - 1.
 
         1 means that a schedule changes nothing.
         """
@@ -70,7 +72,10 @@ class Pattern(ABC):
         return self.form()
 
     def narrower(self, widest: int) -> str:
-        """Return the setting that reduces the period to `widest`, for an error's remedy."""
+        """Return the setting that reduces the period to `widest`.
+
+        It is an error's remedy.
+        """
         raise NotImplementedError(f"{self.form()}: no schedule shifts it")
 
 
@@ -88,7 +93,10 @@ class BandedPattern(Pattern):
 
     @abstractmethod
     def columns(self, band: int, key: Tensor) -> Tensor:
-        """Return which key blocks (int64) are kept in a band; bool in their shape."""
+        """Return which key blocks (int64) are kept in a band.
+
+        Bool in their shape.
+        """
 
     def keep(self, query: Tensor, key: Tensor) -> Tensor:
         # Compare instead of subtracting: no int64 intermediate of the broadcast shape.
@@ -106,7 +114,10 @@ class DistancePattern(Pattern):
 
     @abstractmethod
     def distances(self, distance: Tensor) -> Tensor:
-        """Return which distances (int64 blocks, >= 0) are kept; bool in their shape."""
+        """Return which distances (int64 blocks, >= 0) are kept.
+
+        Bool in their shape.
+        """
 
     def keep(self, query: Tensor, key: Tensor) -> Tensor:
         distance = query - key

@@ -21,7 +21,9 @@ from s2train.layouts.patterns.base import HeadPatterns, LayerContext, Pattern, P
 
 @dataclass(frozen=True)
 class MaskPattern(Pattern):
-    """Pattern from a mask of n × n blocks; equal masks are equal patterns.
+    """Pattern from a mask of n × n blocks.
+
+    Equal masks are equal patterns.
 
     Raises on use:
         ConfigError: a block is beyond the mask.
@@ -36,7 +38,10 @@ class MaskPattern(Pattern):
 
     @classmethod
     def of(cls, mask: np.ndarray, file: str, setting: str) -> "MaskPattern":
-        """Make a pattern from a bool mask [n, n], causal and with the diagonal."""
+        """Make a pattern from a bool mask [n, n].
+
+        The mask must be causal, with the diagonal.
+        """
         bits = np.packbits(mask, axis=1, bitorder="little")
         dropped = ~mask & np.tri(len(mask), dtype=bool)
         returning = mask[1:] & dropped[:-1]
@@ -69,7 +74,7 @@ class MaskPattern(Pattern):
 
 
 def known_blocks(heads: Iterable[Pattern], most: int) -> int:
-    """Return the largest number of blocks, up to `most`, that all heads cover.
+    """Return the most blocks that all heads cover, up to `most`.
 
     The smallest mask from a file limits it.
     """
@@ -77,7 +82,9 @@ def known_blocks(heads: Iterable[Pattern], most: int) -> int:
 
 
 def file_heads(file: str) -> HeadPatterns:
-    """Return heads with the masks of an .npz file, in this module's format.
+    """Return heads with the masks of an .npz file.
+
+    The file has this module's format.
 
     Raises, when a layer requests its heads:
         PatternError: the file doesn't exist, has another format, or its masks don't fit the model.

@@ -10,7 +10,9 @@ from s2train.layouts.patterns.base import BandedPattern, HeadPatterns, LayerCont
 
 @dataclass(frozen=True)
 class LocalVertical(BandedPattern):
-    """Keep d < local, key blocks with (j - offset) mod stride = 0, and sinks.
+    """Keep a local window, strided columns and sinks.
+
+    These are d < local, key blocks with (j - offset) mod stride = 0, and sinks.
 
     The first `sinks` key blocks are kept by every query. The offset is stored modulo the stride.
 
@@ -57,7 +59,10 @@ class LocalVertical(BandedPattern):
 
 @dataclass(frozen=True)
 class ReferenceVertical(LocalVertical):
-    """A head of the reference library's layout; schedules do not move its offset."""
+    """A head of the reference library's layout.
+
+    Schedules do not move its offset.
+    """
 
     @property
     def period(self) -> int:
@@ -71,7 +76,7 @@ class ReferenceVertical(LocalVertical):
 
 
 def reference_heads(local: int, stride: int, offset: int, per_kv_head: bool) -> HeadPatterns:
-    """Return heads laid out as in the reference library, including its blind spots.
+    """Return heads as in the reference library, including blind spots.
 
     The reference is dkernel, as in Phi-3-small's attention. Head h keeps d < local and
     (j + h max(1, floor(stride / H)) + offset) mod stride = 0, with H query heads. h counts query heads, or KV heads

@@ -14,7 +14,9 @@ _EXAMPLE = "Write them nearest first as [limit, stride] in blocks, such as [[16,
 
 @dataclass(frozen=True)
 class Ranges(BandedPattern):
-    """Keep, within each range, key blocks with (j - offset) mod stride = 0; and sinks.
+    """Keep strided columns within each range, and sinks.
+
+    A range keeps the key blocks with (j - offset) mod stride = 0.
 
     ``ranges`` are (limit, stride), nearest first, with exclusive limits; the last limit is None. A stride of 1 is the
     local window. The diagonal is kept for any first stride. The pattern is KV-efficient if each stride divides the
@@ -42,7 +44,9 @@ class Ranges(BandedPattern):
 
     @classmethod
     def read(cls, ranges: Any, sinks: int) -> Self:
-        """Read ranges from a setting: a list of [limit, stride], the last limit null.
+        """Read ranges from a setting.
+
+        It is a list of [limit, stride], the last limit null.
 
         Raises PatternError for anything else.
         """
@@ -52,7 +56,10 @@ class Ranges(BandedPattern):
 
     @property
     def _bands(self) -> tuple[tuple[int | None, int], ...]:
-        """Return the ranges, with the diagonal as a separate one unless the first stride is 1."""
+        """Return the ranges, adding one for the diagonal if needed.
+
+        It is needed unless the first stride is 1.
+        """
         return self.ranges if self.ranges[0][1] == 1 or self.ranges[0][0] == 1 else ((1, 1), *self.ranges)
 
     @property

@@ -26,7 +26,10 @@ REQUIRED = object()
 
 @dataclass(frozen=True)
 class PatternKind:
-    """A kind of pattern: its settings, with defaults or `REQUIRED`, and its heads."""
+    """A kind of pattern: its settings and heads.
+
+    Settings have defaults or `REQUIRED`.
+    """
 
     name: str
     settings: dict[str, Any]

@@ -1,4 +1,4 @@
-"""Patterns that are the same for all heads: a window, and global blocks."""
+"""Patterns equal for all heads: a window, and global blocks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Gather all keys and values of a sequence on every context parallel rank."""
+"""Gather a sequence's keys and values on every context parallel rank."""
 
 import torch
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region

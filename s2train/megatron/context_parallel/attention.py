@@ -21,7 +21,10 @@ class Attend(Protocol):
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, query_offset: int, return_lse: bool
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Compute output [s_q, b, h, d] and, if requested, log-sum-exp [b, h, s_q]."""
+        """Compute output and, if requested, log-sum-exp.
+
+        Their shapes are [s_q, b, h, d] and [b, h, s_q].
+        """
         ...
 
 
@@ -32,7 +35,9 @@ def attend_gathered(
     value: Tensor,
     group: torch.distributed.ProcessGroup,
 ) -> Tensor:
-    """Compute attention over all keys of the sequence, one query chunk at a time.
+    """Compute attention over all keys, one query chunk at a time.
+
+    The keys are those of the whole sequence.
 
     Works for any layout or none.
 
@@ -110,7 +115,10 @@ def merge(near: tuple[Tensor, Tensor], far: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def rank_share(layout: BlockLayout, num_kv_heads: int, group: torch.distributed.ProcessGroup) -> Share:
-    """Return what this rank of `group` sends and receives; cached in the layout."""
+    """Return what this rank of `group` sends and receives.
+
+    Cached in the layout.
+    """
     name = ("context parallel share", num_kv_heads, group.rank(), group.size())
     if name not in layout.cache:
         layout.cache[name] = share_of(layout, *name[1:])

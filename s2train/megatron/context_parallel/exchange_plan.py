@@ -103,11 +103,17 @@ class Share:
         return self._renumbered(layout, self.slots, columns, self.slots + self.own_blocks)
 
     def own(self, layout: BlockLayout) -> BlockLayout:
-        """Return `layout` of this rank's queries over its own keys, numbered from 0."""
+        """Return `layout` of this rank's queries over its own keys.
+
+        Both are numbered from 0.
+        """
         return self._renumbered(layout, 0, self.rows.expand_as(self.columns), self.own_blocks)
 
     def remote(self, layout: BlockLayout) -> BlockLayout:
-        """Return `layout` of this rank's queries, from block `slots` on, over received keys."""
+        """Return `layout` of this rank's queries over received keys.
+
+        Queries are numbered from block `slots` on.
+        """
         return self._renumbered(layout, self.slots, self.columns, self.slots)
 
     def _moved(self, by: int) -> Tensor:
@@ -118,7 +124,9 @@ class Share:
 
 
 def share_of(layout: BlockLayout, num_kv_heads: int, rank: int, size: int) -> Share:
-    """Compute what `rank` of `size` sends and receives; the host waits for counts.
+    """Compute what `rank` of `size` sends and receives.
+
+    The host waits for counts.
 
     Args:
         layout: of the whole sequence, with equal numbers of query and key blocks, a multiple of 2 · size.

@@ -27,7 +27,9 @@ class Transfer:
         self._under_way: tuple[torch.distributed.Work, Tensor, Tensor] | None = None
 
     def send(self, key: Tensor, value: Tensor) -> Tensor:
-        """Start sending this rank's keys and values [s / cp, b, H_kv, d].
+        """Start sending this rank's keys and values.
+
+        They are [s / cp, b, H_kv, d].
 
         Returns the token that `receive` takes.
         """
@@ -58,7 +60,7 @@ class Transfer:
         return result
 
     def blocks(self, x: Tensor) -> Tensor:
-        """Return a view [H_kv, blocks, b, block_size, d] of [s, b, H_kv, d]."""
+        """View [s, b, H_kv, d] as [H_kv, blocks, b, block_size, d]."""
         return x.unflatten(0, (-1, self.block_size)).permute(3, 0, 2, 1, 4)
 
 
