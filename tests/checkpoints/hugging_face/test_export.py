@@ -289,7 +289,7 @@ def test_a_run_of_another_shape_than_the_imported_is_refused(tmp_path: Path) -> 
         "pretrain.py", *SMALL, f"run_dir={tmp_path / 'run'}", f"checkpoint.resume={tmp_path / 'start'}", processes=0
     )  # fmt: skip
     assert error_line(refused).startswith("error: model.rotary_base=10000: ")
-    assert "was trained with model.rotary_base=5000. Set it so" in error_line(refused)
+    assert "was trained with model.rotary_base=5000. Set that value" in error_line(refused)
     existing = import_weights(llama, tmp_path / "start")
     assert error_line(existing).startswith(f"error: output={tmp_path / 'start'}: it exists")
     missing = run("export.py", "checkpoint=nowhere", f"output={tmp_path / 'out'}", processes=0)
