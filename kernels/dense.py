@@ -62,7 +62,7 @@ def dense_causal_attention(
         return fa4_attention(q, k, v, softmax_scale=softmax_scale, deterministic=deterministic)
     q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
     if q.is_cuda and q.dtype == torch.float32 and q.shape[1] != k.shape[1]:
-        # torch's only fused fp32 kernel needs as many KV heads as query heads.
+        # torch's only fused fp32 kernel needs equal numbers of KV and query heads.
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     mask: torch.Tensor | None = None
     if 1 < s_q < s_k:

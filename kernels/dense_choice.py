@@ -138,14 +138,14 @@ def takes_fa4(
 
 def _refusal(call: DenseCall, name: str, serves: Callable[[str], str | None], *, by_name: bool) -> str | None:
     if name not in _ORDER[call.kind]:
-        return "it has no packed documents" if call.kind == "documents" else "it has no later queries"
+        return "it takes no packed documents" if call.kind == "documents" else "it takes no later queries"
     if name != "fa4":
         return serves(name)
     return _fa4_refusal(call, by_name=by_name) or fa4_problem()
 
 
 def _fa4_refusal(call: DenseCall, *, by_name: bool) -> str | None:
-    """Imports nothing."""
+    """Return why FlashAttention-4 can't run a call, or None; imports nothing."""
     if fa4_version() is None:
         return "flash-attn-4 is not installed"
     why = fa4_refuses(call.capability, call.dtype, call.head_dim)

@@ -1,8 +1,9 @@
-"""Check and time dense layers' kernels on this GPU: `python -m s2train.kernels.check.dense OUTPUT.json`.
+"""Check and time dense layers' kernels on this GPU.
 
-Compares every implementation of dense causal attention with a float64 oracle in each type of call that a model makes
-(whole sequences, later queries, packed documents; grouped heads or not; deterministic or not), then times the correct
-ones. `kernels/verified.py` may list what the file reports as right.
+`python -m s2train.kernels.check.dense OUTPUT.json` compares every implementation of dense causal attention with a
+float64 oracle in each type of call that a model makes (whole sequences, later queries, packed documents; grouped heads
+or not; deterministic or not), then times the correct ones. `kernels/verified.py` may list what the file reports as
+right.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Run compute-sanitizer on small calls: `python -m s2train.kernels.check.sanitize [--tool TOOL …] [--out FILE]`.
+"""Run compute-sanitizer on small calls of the kernels.
+
+    python -m s2train.kernels.check.sanitize [--tool TOOL …] [--out FILE]
 
 All cases of sanitize_cases run once without a tool, which compiles their kernels. Then each tool (memcheck, racecheck,
 initcheck, synccheck) runs every case in a separate process, one tool after the other. The JSON has for each run: errors

@@ -378,7 +378,7 @@ def s2_attention_bwd_kernel_hopper(
     BL: gl.constexpr = mbarrier.MBarrierLayout()
     dt: gl.constexpr = q_desc.dtype
     ML: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    # of k and its halves: panels as wide as half the head dimensions, so that a half is memory of its own
+    # of k and its halves: panels half as wide as the head dimension, so that each half is a separate region
     HL: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=D, element_bitwidth=16, rank=2)
     k_s = gl.allocate_shared_memory(dt, [2, TILE, D], HL)
     v_s = gl.allocate_shared_memory(dt, [2, TILE, D], ML)

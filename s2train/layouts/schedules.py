@@ -108,7 +108,7 @@ def find_schedule(settings: ScheduleConfig) -> Schedule:
     if settings.kind == EXPLICIT:
         return _explicit(settings.offsets)
     if settings.offsets is not None:
-        problem = f"no setting of schedule.kind={settings.kind}, which has its own"
+        problem = f"no setting of schedule.kind={settings.kind}, whose offsets are fixed"
         raise ConfigError("schedule.offsets", settings.offsets, problem, f"Set schedule.kind={EXPLICIT}.")
     return SCHEDULES[settings.kind]
 
@@ -124,7 +124,7 @@ def _explicit(given: Any) -> Schedule:
     for row in rows:
         if not isinstance(row, list) or not row or not all(type(offset) is int for offset in row):
             remedy = "Write one offset per query head, 'schedule.offsets=[0,1,2,3]', or a list per sparse layer."
-            raise ConfigError("schedule.offsets", given, "no list of numbers", remedy)
+            raise ConfigError("schedule.offsets", given, "not a list of numbers", remedy)
 
     def offsets(context: ScheduleContext) -> tuple[int, ...]:
         number = context.sparse_layer_index % len(rows)

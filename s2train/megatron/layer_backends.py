@@ -74,7 +74,7 @@ def choose_backend(name: str, liger: frozenset[str] = frozenset()) -> Backend:
         return Backend("te", _te_layer_spec, TENorm, optimizer, torch.cuda.is_available(), mlp)
     if name in ("auto", "local"):
         return Backend("local", partial(_local_layer_spec, _rotating_attention(liger)), RMSNorm, optimizer, mlp=mlp)
-    raise ConfigError("layer_backend", name, "no such backend", "Use layer_backend=auto, local or te")
+    raise ConfigError("layer_backend", name, "unknown backend", "Use layer_backend=auto, local or te")
 
 
 def _liger_mlp(liger: frozenset[str]) -> type[MLP] | None:

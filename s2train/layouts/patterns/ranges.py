@@ -51,7 +51,7 @@ class Ranges(BandedPattern):
         Raises PatternError for anything else.
         """
         if not _is_ranges(ranges):
-            raise PatternError("ranges", ranges, "no list of ranges", _EXAMPLE)
+            raise PatternError("ranges", ranges, "not a list of ranges", _EXAMPLE)
         return cls(tuple((limit, stride) for limit, stride in ranges), 0, sinks)
 
     @property

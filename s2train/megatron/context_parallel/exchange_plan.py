@@ -126,7 +126,7 @@ class Share:
 def share_of(layout: BlockLayout, num_kv_heads: int, rank: int, size: int) -> Share:
     """Compute what `rank` of `size` sends and receives.
 
-    The host waits for counts.
+    The host waits for the counts.
 
     Args:
         layout: of the whole sequence, with equal numbers of query and key blocks, a multiple of 2 · size.
