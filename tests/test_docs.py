@@ -38,6 +38,8 @@ SCHEMAS = {
     "prepare_data": config.PrepareConfig,
     "export": config.ExportConfig,
     "import": config.ImportConfig,
+    "make_corpus": config.CorpusConfig,
+    "probes": config.ProbesConfig,
 }
 # Appended to every training that runs here: its own layout and data, in a model and for steps that take a second.
 SHAPE = ["model.num_layers=4", "model.hidden_size=48", "model.ffn_hidden_size=64", "model.num_attention_heads=4"]
@@ -119,7 +121,7 @@ def check(command: Command) -> None:
             assert set(extras[2:-1].split(",")) <= declared.keys()
         case "wandb":
             assert command.arguments[0] in ("login", "sync")
-        case "source" | "mkdir":
+        case "source" | "mkdir" | "apt-get" | "dpkg" | "tar":
             pass
         case "launch/hybrid_vs_dense.sh" | "launch/te_vs_local.sh":
             size, _, *settings = command.arguments
@@ -228,7 +230,7 @@ def named_settings(page: Path) -> Iterator[str]:
     sections = "|".join(sorted({name.partition(".")[0] for name in known_settings() if "." in name}))
     for code in re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S)):
         for word in code.split():
-            if word.endswith((".png", ".json")):
+            if word.rstrip(",").endswith((".png", ".json", ".jsonl")):
                 continue
             if match := re.match(rf"'?\+?([a-z][\w./]*)=|((?:{sections})\.\w+(?:\.\w+)*)$", word):
                 yield match[1] or match[2]
