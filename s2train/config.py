@@ -379,8 +379,6 @@ class PrepareConfig:
     input: Any = MISSING
     output: str = MISSING  # prefix of the .bin, .idx and .json files to write
     tokenizer: str = "bytes"  # bytes, a tokenizer.json, or bpe:SIZE to train one, saved as OUTPUT-tokenizer.json
-    # characters of text to train a bpe on, about, taken evenly from all documents; fewer if there are fewer
-    tokenizer_chars: int = 200_000_000
     # token of a tokenizer.json to append to each document; no text may encode to it. None: the first of <|endoftext|>,
     # </s>, <eod>, <|end_of_text|> and <eos> that the tokenizer has. Write 'end_token="<eos>"', with both quotes
     end_token: str | None = None
@@ -389,6 +387,8 @@ class PrepareConfig:
     # cut each text file into documents of at least this many characters, shuffled like others; None: one document per
     # file (the bundled corpus is cut at 10,000)
     document_chars: int | None = None
+    # characters of text to train a bpe on, about, taken evenly from all documents; fewer if there are fewer
+    tokenizer_chars: int = 200_000_000
     seed: int = 1234  # seed of the order of documents
     workers: int | None = None  # processes that tokenize; None: one per core, fewer for small input or bytes
     overwrite: bool = False

@@ -1,6 +1,7 @@
 """Layouts of top-k lists: what they keep, what they reject, and that the kernels walk just that."""
 
 import contextlib
+import gc
 import itertools
 from typing import Any
 
@@ -166,8 +167,10 @@ def test_indices_written_to_between_calls_are_read_again(backend: Backend, mode:
 
 def test_a_thousand_layouts_leave_nothing_behind(device: torch.device) -> None:
     inputs, layout, _, _ = Problem(s_q=33, s_k=33, layout="top-k").make(device)
+    gc.collect()  # layouts of earlier tests
     left = fresh_steps(inputs, layout, {}, 0.5, 1000, backend="torch")
-    assert left == {"steps": 1000, "compiled": [], "registered": 0, "grown bytes": 0}
+    assert left["steps"] == 1000
+    assert run_time.is_nothing(left)
 
 
 def test_what_steps_leave_behind_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
