@@ -199,7 +199,7 @@ class TopKLayout:
         """Cache what `build` returns until the indices are written to.
 
         In a CUDA graph `build` is captured and runs in every replay, on the indices of that replay. Indices made in
-        inference mode don't count writes, so that every use builds anew.
+        inference mode don't count writes, so that every use rebuilds.
         """
         if self.indices.is_inference() or (self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
             return build()

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A tiny hybrid starts to learn to retrieve needles, on a CPU with two processes: data, training with one stop and
 # resume. Beside it stands launch/results/demo/model, the same model as launch/demo_recipe.sh trained it for longer.
-# `make demo` runs it in minutes; each run has a folder of its own under runs/. Settings given to the script go to
+# `make demo` runs it in minutes; each run has its own folder under runs/. Settings given to the script go to
 # training: `bash launch/demo.sh seed=2`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -18,7 +18,7 @@ needles() {
   "${job[@]}" launch/needle.py "checkpoint=$1" 'lengths=[64,128,256,512]' trials=16 batch_size=40
 }
 
-echo "== 1/5 data: documents of 64 tokens, facts that are told again later, as a Megatron dataset"
+echo "== 1/5 data: documents of 64 tokens, facts that are repeated later, as a Megatron dataset"
 python launch/prepare_data.py input=needles "output=$run/data/64" "tokenizer=$shipped/tokenizer.json" \
   needles.length=64 needles.documents=30000 'needles.share=[0.5,1.0]'
 

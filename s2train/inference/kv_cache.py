@@ -213,34 +213,20 @@ class LayerCache:
                 backend=backend,
             )
             return out[None]
-        all_keys, all_values = key, value
-        if chunk.start > 0:
-            all_keys, all_values = (
-                _after_earlier(pages, table, new, chunk) for pages, new in ((pool.keys, key), (pool.values, value))
-            )
-        out = core.attend(query, all_keys, all_values, query_offset=chunk.start)
-        self._write(key, value, chunk)
-        return out
+        return self._attend_chunk(core, query, key, value, chunk)
 
     def attend_each(
         self, core: CausalCoreAttention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
-        """As `attend`, by `core.attend` over all keys of one sequence after the other.
+        """Attend as `attend` does, by `core.attend` on one sequence after the other.
 
-        Right for every kind whose `attend` of later queries needs no earlier query, and slow: keys are copied out of
-        their pages, and the host waits. A kind that can do better has its own way.
+        Serves every kind whose `attend` of later queries needs no earlier query. It is slow: it copies keys out of
+        their pages, and the host waits.
         """
         cache, pool, table = self.cache, self.cache.pool, self.cache.table[:, self.number]
         chunk = cache.chunk
         if chunk is not None:
-            all_keys, all_values = key, value
-            if chunk.start > 0:
-                all_keys, all_values = (
-                    _after_earlier(pages, table, new, chunk) for pages, new in ((pool.keys, key), (pool.values, value))
-                )
-            out = core.attend(query, all_keys, all_values, query_offset=chunk.start)
-            self._write(key, value, chunk)
-            return out
+            return self._attend_chunk(core, query, key, value, chunk)
         append_token(key[0], value[0], pool.keys, pool.values, table, cache.positions, backend=core.backend)
         out = torch.zeros_like(query)
         for number in np.flatnonzero(~cache.finished).tolist():
@@ -250,12 +236,21 @@ class LayerCache:
             out[:, one] = core.attend(query[:, one], keys, values, query_offset=length - 1)
         return out
 
-    def _write(self, key: torch.Tensor, value: torch.Tensor, chunk: Chunk) -> None:
-        """Write a chunk's keys and values to pages, those that later queries may read."""
+    def _attend_chunk(
+        self, core: CausalCoreAttention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, chunk: Chunk
+    ) -> torch.Tensor:
+        """Attend from a prompt's chunk to earlier and new tokens, and cache those that later queries may read."""
         pool, table = self.cache.pool, self.cache.table[:, self.number]
+        all_keys, all_values = key, value
+        if chunk.start > 0:
+            all_keys, all_values = (
+                _after_earlier(pages, table, new, chunk) for pages, new in ((pool.keys, key), (pool.values, value))
+            )
+        out = core.attend(query, all_keys, all_values, query_offset=chunk.start)
         self.keep(chunk.lengths)
         write_tokens(pool.keys, table, key.permute(1, 2, 0, 3), chunk.start)
         write_tokens(pool.values, table, value.permute(1, 2, 0, 3), chunk.start)
+        return out
 
     def keep(self, lengths: np.ndarray) -> None:
         """Keep exactly the pages that later queries need.
