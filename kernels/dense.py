@@ -79,7 +79,7 @@ def dense_causal_attention(
     return out.permute(2, 0, 1, 3)
 
 
-def torch_refuses(implementation: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
+def torch_unsupported_reason(implementation: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
     """Return why torch's kernels reject a call, or None.
 
     They are cudnn, flash and efficient.

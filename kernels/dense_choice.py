@@ -8,8 +8,9 @@ from typing import Literal
 
 import torch
 
-from .flash4 import fa4_problem, fa4_refuses, fa4_version
+from .flash4 import PACKAGE, fa4_problem, fa4_unsupported_reason
 from .verified import verified
+from .versions import installed_version
 
 Kind = Literal["whole", "later", "documents"]
 IMPLEMENTATIONS = ("fa4", "s2train", "cudnn", "flash", "efficient")
@@ -109,13 +110,13 @@ def choose_dense(call: DenseCall, asked: str, serves: Callable[[str], str | None
     if asked not in ("auto", *IMPLEMENTATIONS):
         raise ValueError(f"implementation={asked!r} must be one of auto, {', '.join(IMPLEMENTATIONS)}")
     if asked != "auto":
-        why = _refusal(call, asked, serves, by_name=True)
+        why = _unsupported_reason(call, asked, serves, by_name=True)
         if why is not None:
             raise ValueError(f"dense_attention={asked} can't run {call.name} ({why}): set dense_attention=auto")
         return DenseChoice(call.kind, asked, by_name=True)
     passed: list[tuple[str, str]] = []
     for name in dense_order(call.kind, call.length):
-        why = _refusal(call, name, serves, by_name=False)
+        why = _unsupported_reason(call, name, serves, by_name=False)
         if why is None:
             return DenseChoice(call.kind, name, tuple(passed))
         passed.append((name, why))
@@ -131,26 +132,31 @@ def takes_fa4(
     Assumes that its import works; imports nothing.
     """
     return any(
-        _fa4_refusal(DenseCall(kind, dtype, head_dim, grouped, deterministic, capability, 0), by_name=False) is None
+        _fa4_unsupported_reason(DenseCall(kind, dtype, head_dim, grouped, deterministic, capability, 0), by_name=False)
+        is None
         for kind in _ORDER
     )
 
 
-def _refusal(call: DenseCall, name: str, serves: Callable[[str], str | None], *, by_name: bool) -> str | None:
+def _unsupported_reason(
+    call: DenseCall, name: str, serves: Callable[[str], str | None], *, by_name: bool
+) -> str | None:
+    """Return why an implementation can't run a call, or None."""
     if name not in _ORDER[call.kind]:
         return "it takes no packed documents" if call.kind == "documents" else "it takes no later queries"
     if name != "fa4":
         return serves(name)
-    return _fa4_refusal(call, by_name=by_name) or fa4_problem()
+    return _fa4_unsupported_reason(call, by_name=by_name) or fa4_problem()
 
 
-def _fa4_refusal(call: DenseCall, *, by_name: bool) -> str | None:
+def _fa4_unsupported_reason(call: DenseCall, *, by_name: bool) -> str | None:
     """Return why FlashAttention-4 can't run a call, or None; imports nothing."""
-    if fa4_version() is None:
+    release = installed_version(PACKAGE)
+    if release is None:
         return "flash-attn-4 is not installed"
-    why = fa4_refuses(call.capability, call.dtype, call.head_dim)
+    why = fa4_unsupported_reason(call.capability, call.dtype, call.head_dim)
     if why is not None or by_name:
         return why
-    if verified("flash-attn-4", fa4_version(), call.capability, call.name) is None:
-        return f"flash-attn-4 {fa4_version()} was not checked for {call.name} on this GPU"
+    if verified(PACKAGE, release, call.capability, call.name) is None:
+        return f"{PACKAGE} {release} was not checked for {call.name} on this GPU"
     return None

@@ -9,30 +9,23 @@ import os
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .versions import installed_version
+
+PACKAGE = "flash-attn-4"
 INSTALL = "pip install 's2train[fa4]'"
 DTYPES = (torch.bfloat16, torch.float16)
 _ARCHITECTURES = (9, 10)  # major compute capabilities with a backward
 
 
 @cache
-def fa4_version() -> str | None:
-    """Return the installed version of flash-attn-4, or None. Imports nothing."""
-    try:
-        return version("flash-attn-4")
-    except PackageNotFoundError:
-        return None
-
-
-@cache
 def fa4_problem() -> str | None:
     """Return why FlashAttention-4 can't be imported, or None; importing takes seconds."""
-    if fa4_version() is None:
+    if installed_version(PACKAGE) is None:
         return "flash-attn-4 is not installed"
     # keeps its compiled kernels on disk, so that a restarted run finds them
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
@@ -44,7 +37,7 @@ def fa4_problem() -> str | None:
     return None
 
 
-def fa4_refuses(capability: tuple[int, int] | None, dtype: torch.dtype, head_dim: int) -> str | None:
+def fa4_unsupported_reason(capability: tuple[int, int] | None, dtype: torch.dtype, head_dim: int) -> str | None:
     """Return why FlashAttention-4 can't run here, or None.
 
     Checks forward and backward for this GPU, dtype and head dimension.

@@ -69,10 +69,10 @@ class _Worker:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         self.answers: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        self.complaints: deque[str] = deque(maxlen=20)
+        self.error_lines: deque[str] = deque(maxlen=20)
         self.threads = [
             threading.Thread(target=self._read, args=(self.process.stdout, self._answer), daemon=True),
-            threading.Thread(target=self._read, args=(self.process.stderr, self._complain), daemon=True),
+            threading.Thread(target=self._read, args=(self.process.stderr, self._keep_line), daemon=True),
         ]
         for thread in self.threads:
             thread.start()
@@ -90,7 +90,7 @@ class _Worker:
         if answer is None:
             status = self.process.wait()
             self.threads[1].join(2)
-            last = next((x.strip() for x in reversed(self.complaints) if x.strip()), "no output")
+            last = next((x.strip() for x in reversed(self.error_lines) if x.strip()), "no output")
             return {"ok": False, "error": f"exit status {status}: {last}"[:300]}
         row: Row = json.loads(answer)
         return row
@@ -105,9 +105,9 @@ class _Worker:
         elif line.startswith(_MARK):
             self.answers.put(line.removeprefix(_MARK))
 
-    def _complain(self, line: str | None) -> None:
+    def _keep_line(self, line: str | None) -> None:
         if line is not None:
-            self.complaints.append(line)
+            self.error_lines.append(line)
 
     @staticmethod
     def _read(stream: IO[str], put: Callable[[str | None], None]) -> None:

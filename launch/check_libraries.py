@@ -24,7 +24,7 @@ from s2train.environment.provenance import environment
 
 PARTS = ("dense", "elementwise", "losses", "steps", "benchmarks")
 # Variants compared in whole steps: name -> settings. The first uses neither library.
-WAYS = {
+VARIANTS = {
     "torch": ["elementwise=torch", "loss=torch", "dense_attention=cudnn"],
     "torch, FlashAttention-2": ["elementwise=torch", "loss=torch", "dense_attention=flash"],
     "liger": ["elementwise=liger", "loss=liger", "dense_attention=cudnn"],
@@ -34,8 +34,8 @@ WAYS = {
     "liger, linear loss, fa4": ["elementwise=liger", "loss=linear", "dense_attention=fa4"],
 }
 _WARM_UP = 3  # steps that compile
-_STEP_WAYS = ("torch", "liger, fa4", "liger, linear loss, fa4")
-_LOSS_WAYS = ("torch", "torch, FlashAttention-2", "liger", "liger, linear loss, fa4")
+_STEP_VARIANTS = ("torch", "liger, fa4", "liger, linear loss, fa4")
+_LOSS_VARIANTS = ("torch", "torch, FlashAttention-2", "liger", "liger, linear loss, fa4")
 _BENCHMARKS = ["b128-l8-v16-32k", "b128-l8-v16-8k", "b128-l8-v16-32k-kv8"]
 _CONTENDERS = ["ours", "flex", "fa4_sparse", "cudnn", "flash2", "fa3", "fa4"]
 
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--seconds", type=float, default=150, help="abort a part that takes longer")
     parser.add_argument("--operations", nargs="+", help="elementwise: only these operations, such as rotation")
-    parser.add_argument("--ways", nargs="+", choices=list(WAYS), help="steps: only these variants")
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), help="steps: only these variants")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
@@ -57,11 +57,11 @@ def main() -> None:
         elif given.part == "losses":
             losses(given.folder)
         else:
-            steps(given.folder, given.ways or _STEP_WAYS)
+            steps(given.folder, given.variants or _STEP_VARIANTS)
         return
     own = [sys.executable, str(Path(__file__).resolve()), str(given.folder)]
     own += ["--operations", *given.operations] if given.operations else []
-    own += ["--ways", *given.ways] if given.ways else []
+    own += ["--variants", *given.variants] if given.variants else []
     own += ["--part"]
     kernels = [sys.executable, "-m"]
     commands = {
@@ -123,10 +123,10 @@ def losses(folder: Path) -> None:
     """Compare losses over 20 steps of the 125M hybrid with rounding differences."""
     base = ["+model=125m_hybrid", "train.global_batch_size=2", "train.micro_batch_size=2", "optim.warmup_steps=2"]
     fp32 = ["train.precision=fp32", "train.seq_length=2048", "dense_attention=efficient"]
-    runs = {f"bf16 {name}": [*base, *WAYS[name]] for name in _LOSS_WAYS}
+    runs = {f"bf16 {name}": [*base, *VARIANTS[name]] for name in _LOSS_VARIANTS}
     for name in ("torch", "liger", "liger, linear loss"):
-        runs[f"fp32 {name}"] = [*base, *WAYS[name][:2], *fp32]
-    runs["fp32 torch, attention in torch"] = [*base, *WAYS["torch"][:2], *fp32, "attention_backend=torch"]
+        runs[f"fp32 {name}"] = [*base, *VARIANTS[name][:2], *fp32]
+    runs["fp32 torch, attention in torch"] = [*base, *VARIANTS["torch"][:2], *fp32, "attention_backend=torch"]
     _train(folder / "losses.json", runs, steps=20, traced=False)
     print_gaps(json.loads((folder / "losses.json").read_text())["runs"])
 
@@ -149,7 +149,7 @@ def steps(folder: Path, names: Sequence[str]) -> None:
     The steps are those of `launch/scaling.py`.
     """
     base = ["+model=1b_hybrid", "train.seq_length=32768", "train.global_batch_size=2"]
-    _train(folder / "steps.json", {name: [*base, *WAYS[name]] for name in names}, steps=6, traced=True)
+    _train(folder / "steps.json", {name: [*base, *VARIANTS[name]] for name in names}, steps=6, traced=True)
 
 
 def _train(path: Path, runs: dict[str, list[str]], steps: int, traced: bool) -> None:

@@ -17,6 +17,7 @@ import _surroundings  # noqa: F401 (prints why the rest can't start)
 
 from rich.console import Console
 
+from s2train.command_line.messages import warn
 from s2train.command_line.program import run_command, settings_before_options
 from s2train.comparison.long_steps import Request, measure_all, serve_cases
 from s2train.comparison.long_steps_report import draw, table
@@ -51,9 +52,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=7, help="measured steps")
     parser.add_argument("--warmup", type=int, default=4, help="steps before them, which compile and tune")
     parser.add_argument("--layouts", nargs="+", default=["DSSS"], help="layer strings of the hybrids, such as D1S7")
-    parser.add_argument("--ways", nargs="+", help="names of the variants to measure; default: all")
+    parser.add_argument("--variants", nargs="+", help="names of the variants to measure; default: all")
+    parser.add_argument("--ways", nargs="+", help=argparse.SUPPRESS)  # the earlier name of --variants
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_intermixed_args(settings_before_options(sys.argv[1:]))
+    if given.ways is not None:
+        warn("--ways is now --variants")
+        given.variants = given.ways
     run_command(serve_cases if given.serve else lambda: measure_and_show(given))
 
 
@@ -72,15 +77,15 @@ def measure_and_show(given: argparse.Namespace) -> None:
         given.overrides,
         given.layouts,
     )
-    ways = stacks_to_compare(detect_own(), given.layouts)
-    if given.ways is not None:
-        if unknown := sorted(set(given.ways) - {way.name for way in ways}):
-            names = ", ".join(way.name for way in ways)
-            raise ConfigError("--ways", unknown[0], "unknown or unavailable here", f"Choose from: {names}.")
-        ways = [way for way in ways if way.name in given.ways]
+    stacks = stacks_to_compare(detect_own(), given.layouts)
+    if given.variants is not None:
+        if unknown := sorted(set(given.variants) - {stack.name for stack in stacks}):
+            names = ", ".join(stack.name for stack in stacks)
+            raise ConfigError("--variants", unknown[0], "unknown or unavailable here", f"Choose from: {names}.")
+        stacks = [stack for stack in stacks if stack.name in given.variants]
     made_by = {"command": shlex.join(["python", *sys.argv]), **environment()}
     serving = [str(Path(__file__).resolve()), str(output), "--serve"]
-    rows = measure_all(request, ways, output, serving, made_by, lambda text: print(text, flush=True))
+    rows = measure_all(request, stacks, output, serving, made_by, lambda text: print(text, flush=True))
     if not rows:
         raise ConfigError("output", given.output, "nothing was measured", "See the failures above")
     console.print(table(rows))

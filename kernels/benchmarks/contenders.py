@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from ..attention import block_sparse_attention
-from ..flash4 import fa4_functions, fa4_problem, fa4_refuses
+from ..flash4 import fa4_functions, fa4_problem, fa4_unsupported_reason
 from ..layout import BlockLayout
 from ..spec import Format
 from .cases import Case
@@ -233,7 +233,8 @@ def _needs_fa4(problem: Problem) -> None:
         raise NotSupportedError("needs CUDA")
     if (why := fa4_problem()) is not None:
         raise NotSupportedError(why)
-    if (why := fa4_refuses(torch.cuda.get_device_capability(), torch.bfloat16, problem.case.dim)) is not None:
+    capability = torch.cuda.get_device_capability()
+    if (why := fa4_unsupported_reason(capability, torch.bfloat16, problem.case.dim)) is not None:
         raise NotSupportedError(why)
 
 

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..attention import resolve_backend
-from ..decode.schedule import decode_walk
+from ..decode.schedule import decode_schedule
 from ..provenance import origin
 from .__main__ import _machine, _save
 from .cases import parse_case, tokens
@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
         data["cases"].append(record)
         _save(data, args.output)
         table.add_row(*_row(record))
-        console.print(f"{record['case']}: {_told(record)}")
+        console.print(f"{record['case']}: {_describe(record)}")
     console.print(table)
     failures = [r["error"] for c in data["cases"] for r in c["results"].values() if "error" in r]
     failures = [error for error in failures if not error.startswith(("out of memory", "not run", "not supported"))]
@@ -84,11 +84,11 @@ def measure(step: DecodeCase, args: argparse.Namespace, clock: Clock, device: to
     backend = resolve_backend("auto", device)
     case = step.case
     layout = step.layout(device)
-    walk = decode_walk(layout, case.kv_heads)
-    walked = walk.offsets.view(-1)
+    schedule = decode_schedule(layout, case.kv_heads)
+    walked = schedule.offsets.view(-1)
     row = case.length // case.block - 1
     n_q = layout.num_query_blocks
-    counts = [int(walked[int(w) * n_q + row + 1] - walked[int(w) * n_q + row]) for w in walk.walk_of_tile]
+    counts = [int(walked[int(w) * n_q + row + 1] - walked[int(w) * n_q + row]) for w in schedule.list_of_tile]
     read = {"sparse": step.batch * sum(counts) * step.page_bytes, "dense": step.dense_bytes}
     in_use: dict[str, int | None] = {"sparse": None, "dense": None}
     results: Record = {}
@@ -112,7 +112,7 @@ def measure(step: DecodeCase, args: argparse.Namespace, clock: Clock, device: to
     return {
         "case": step.name, "mask": case.mask_name, "length": case.length, "batch": step.batch, "heads": case.heads,
         "kv_heads": case.kv_heads, "dim": case.dim, "grouped": step.grouped, "results": results, "kv_bytes": kv,
-        "read_bytes": read, "walk_bytes": walk.columns.nbytes * (walk.bits is not None) * 2 + layout.nbytes,
+        "read_bytes": read, "walk_bytes": schedule.columns.nbytes * (schedule.bits is not None) * 2 + layout.nbytes,
         "largest_batch": _largest_batches(kv, step.batch, args),
     }  # fmt: skip
 
@@ -202,7 +202,7 @@ def _row(record: Record) -> list[str]:
     ]  # fmt: skip
 
 
-def _told(record: Record) -> str:
+def _describe(record: Record) -> str:
     parts = [
         f"{n} {r['device_ms']:.4f} ms" if "device_ms" in r else f"{n}: {r['error']}"
         for n, r in record["results"].items()

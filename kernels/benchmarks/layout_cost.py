@@ -24,8 +24,8 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
-from ..hopper.backward_schedule import key_pairs
-from ..hopper.forward_schedule import forward_work
+from ..hopper.backward_schedule import backward_schedule
+from ..hopper.forward_schedule import forward_schedule
 from ..layout import BlockLayout
 from ..layout_builder import Rule
 from .cases import Case, parse_case
@@ -104,8 +104,8 @@ def measure_case(case: Case, device: torch.device, repeats: int) -> Record:
             record["differing"].append(name)
     lists: dict[str, Callable[[], object]] = {"columns by work": lambda: layout.columns_by_work(case.kv_heads)}
     if case.block >= 64:
-        lists["forward work"] = lambda: forward_work(layout, causal=True, query_end=case.length, s_k=case.length)
-        lists["key pairs"] = lambda: key_pairs(layout, case.kv_heads, case.length, case.length, 0, True)
+        lists["forward work"] = lambda: forward_schedule(layout, causal=True, query_end=case.length, s_k=case.length)
+        lists["key pairs"] = lambda: backward_schedule(layout, case.kv_heads, case.length, case.length, 0, True)
     for name, build_list in lists.items():
         record["builds"][name] = _cost(build_list, device, repeats, layout.cache.clear)
     return record

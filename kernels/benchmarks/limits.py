@@ -8,7 +8,7 @@ from .contenders import Contender
 _USABLE = 0.94  # of the device's memory: its context and gaps in the allocator take the rest
 
 
-def refusal(
+def skip_reason(
     contender: Contender, case: Case, mask: Case, memory: int | None, ceiling_tflops: float, limit_seconds: float
 ) -> str | None:
     """Return why a contender is not run on a case.

@@ -17,7 +17,7 @@ from .cases import Case
 from .contenders import CONTENDERS, Attention, Contender, NotSupportedError, Problem
 from .correctness import Exact, Results, full_problem, relative_error, sample, short_problem, shortened
 from .inputs import make_inputs
-from .limits import refusal
+from .limits import skip_reason
 from .timing import Clock, launch_costs, time_passes
 
 Record = dict[str, Any]
@@ -77,7 +77,7 @@ class Session:
         if time.monotonic() > self.deadline:
             return {"error": "not run: out of time"}
         memory = torch.cuda.get_device_properties(self.device).total_memory if self.device.type == "cuda" else None
-        why = refusal(contender, problem.case, mask, memory, self.ceiling_tflops, self.limit_seconds)
+        why = skip_reason(contender, problem.case, mask, memory, self.ceiling_tflops, self.limit_seconds)
         if why is not None:
             return {"error": f"not run: {why}"}
         began = time.monotonic()

@@ -141,12 +141,12 @@ def _measure(case: RunTimeCase, clock: Clock, device: torch.device, budget_ms: f
     def backward(out: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad(out, leaves, dout)
 
-    ways: dict[str, Callable[[], Layout]] = {"static": lambda: static, "built once": lambda: built, "built": lists}
+    layouts: dict[str, Callable[[], Layout]] = {"static": lambda: static, "built once": lambda: built, "built": lists}
     record: Record = {"case": case.name} | asdict(case) | {"kept_blocks": int(patterns.sum()), "results": {}}
     used = kernels_in_use(q, k, v, built)
     record["kernels"] = [used.forward, used.backward]
     found = []
-    for layout in ways.values():
+    for layout in layouts.values():
         out = forward(layout)
         found.append((out.detach(), *backward(out)))
         del out
@@ -158,7 +158,7 @@ def _measure(case: RunTimeCase, clock: Clock, device: torch.device, budget_ms: f
     if not all(x <= _DIFFERENCE for x in record["differences"].values()):
         record["error"] = f"differs from the static layout: {record['differences']}"
         return record
-    for name, layout in ways.items():
+    for name, layout in layouts.items():
         record["results"][name] = time_passes(partial(forward, layout), backward, clock, budget_ms)
     base = record["results"]["static"]["ms"]
     record["over_static"] = {
@@ -174,11 +174,11 @@ def _build(lists: Callable[[], TopKLayout], case: RunTimeCase) -> None:
     layout = lists()
     layout.check_values()
     if layout.device.type == "cuda" and case.block >= 64:
-        from ..hopper.topk_backward_schedule import topk_pairs
-        from ..hopper.topk_forward_schedule import topk_steps
+        from ..hopper.topk_backward_schedule import topk_backward_schedule
+        from ..hopper.topk_forward_schedule import topk_forward_schedule
 
-        topk_steps(layout, causal=True, s_k=case.length)
-        topk_pairs(layout, case.kv_heads, case.length, case.length, 0, True)
+        topk_forward_schedule(layout, causal=True, s_k=case.length)
+        topk_backward_schedule(layout, case.kv_heads, case.length, case.length, 0, True)
     else:
         assert layout.row_columns.numel() == layout.column_rows.numel()
         layout.columns_by_work(case.kv_heads)

@@ -29,11 +29,12 @@ from ..attention import block_sparse_attention
 from ..benchmarks.timing import Clock, time_passes
 from ..dense import dense_causal_attention
 from ..dense_choice import IMPLEMENTATIONS, DenseCall, Kind
-from ..flash4 import fa4_attention, fa4_version
+from ..flash4 import PACKAGE, fa4_attention
 from ..layout import BlockLayout
 from ..layout_builder import ColumnRule
 from ..provenance import origin
 from ..reference import reference_attention
+from ..versions import installed_version
 from ..workers import run_tasks, serve
 
 _SECONDS = 60  # per case, including compilation
@@ -297,7 +298,7 @@ def main() -> int:
         **origin("check.dense"),
         "device": torch.cuda.get_device_name(),
         "capability": torch.cuda.get_device_capability(),
-        "versions": {"torch": torch.__version__, "triton": triton.__version__, "flash-attn-4": fa4_version()},
+        "versions": {"torch": torch.__version__, "triton": triton.__version__, PACKAGE: installed_version(PACKAGE)},
         "checks": [],
         "times": [],
     }

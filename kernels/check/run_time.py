@@ -67,14 +67,14 @@ def fresh_steps(
 
     for _ in range(_WARM_STEPS):
         step()
-    registered, allocated = len(handles.living()), _allocated(device)
+    registered, allocated = len(handles.live_numbers()), _allocated(device)
     with _host_never_waits(device), _compiled() as names:
         for _ in range(steps):
             step()
     return {
         "steps": steps,
         "compiled": names,
-        "registered": len(handles.living()) - registered,
+        "registered": len(handles.live_numbers()) - registered,
         "grown bytes": _allocated(device) - allocated,
     }
 

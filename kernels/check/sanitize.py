@@ -49,13 +49,13 @@ def main(arguments: list[str] | None = None) -> int:
     until = time.monotonic() + args.seconds
     data: Row = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "sanitizer": _said([sanitizer, "--version"]).splitlines()[-1:],
+        "sanitizer": _output([sanitizer, "--version"]).splitlines()[-1:],
         "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU",
         "torch": torch.__version__,
         "triton": triton.__version__,
         "runs": [],
     }
-    option = kernel_option(_said([sanitizer, "--help"]))
+    option = kernel_option(_output([sanitizer, "--help"]))
 
     for tool in (_PLAIN, *args.tool):
         prefix = [] if tool == _PLAIN else command(sanitizer, tool, option)
@@ -137,7 +137,7 @@ def line(row: Row) -> str:
     return "\n".join([words, *(kinds or ["    " + text for text in row.get("last_lines", [])[-3:]])])
 
 
-def _said(program: list[str]) -> str:
+def _output(program: list[str]) -> str:
     return subprocess.run(program, capture_output=True, text=True, check=False).stdout
 
 

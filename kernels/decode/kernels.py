@@ -22,7 +22,7 @@ from ..interpreter import repair_interpreter
 from ..layout import BlockLayout
 from ..spec import empty
 from ..tiles import last_contiguous
-from .schedule import HEADS_PER_TILE, Walk, decode_walk, tiles_of_group
+from .schedule import HEADS_PER_TILE, DecodeSchedule, decode_schedule, tiles_of_group
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     repair_interpreter()
@@ -48,17 +48,17 @@ def _slots(
     """
     slot = first + tl.arange(0, STEPS)
     entry, offset = slot // PAGE, slot % PAGE
-    in_walk = slot < num_slots
-    column = entry if DENSE else tl.load(columns + begin + entry, mask=in_walk, other=0)
-    seen = in_walk & (column * PAGE + offset <= position) & (column < n_k)
+    in_list = slot < num_slots
+    column = entry if DENSE else tl.load(columns + begin + entry, mask=in_list, other=0)
+    seen = in_list & (column * PAGE + offset <= position) & (column < n_k)
     page = tl.load(table_row + column, mask=seen, other=-1)
-    bits = column if UNIFORM else tl.load(bits_ptr + begin + entry, mask=in_walk, other=0)
+    bits = column if UNIFORM else tl.load(bits_ptr + begin + entry, mask=in_list, other=0)
     return seen & (page >= 0), page.to(tl.int64) * PAGE + offset, bits
 
 
 @triton.jit(do_not_specialize=["group", "num_heads", "n_q", "n_k", "num_splits"])
 def s2_decode_kernel(
-    q_ptr, keys_ptr, values_ptr, table_ptr, positions_ptr, walk_of_tile, offsets, columns, bits_ptr,
+    q_ptr, keys_ptr, values_ptr, table_ptr, positions_ptr, list_of_tile, offsets, columns, bits_ptr,
     part_ptr, part_lse_ptr,
     q_batch, q_head, table_batch, table_head, scale_log2, group, num_heads, n_q, n_k, num_splits,
     DIM: tl.constexpr, V_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PADDED_V_DIM: tl.constexpr,
@@ -81,7 +81,7 @@ def s2_decode_kernel(
         begin = query_block * 0
         count = query_block + 1
     else:
-        row = tl.load(walk_of_tile + tile) * n_q + query_block
+        row = tl.load(list_of_tile + tile) * n_q + query_block
         begin = tl.load(offsets + row)
         count = tl.load(offsets + row + 1) - begin
     num_slots = count * PAGE
@@ -189,12 +189,12 @@ def triton_decode(
     num_kv_heads, n_k = table.shape[1:]
     block_size, v_dim = values.shape[1:]
     group = num_heads // num_kv_heads
-    walk = None if layout is None else decode_walk(layout, num_kv_heads)
+    schedule = None if layout is None else decode_schedule(layout, num_kv_heads)
     tiles = num_kv_heads * tiles_of_group(group)
     num_rows = n_k if layout is None else layout.num_query_blocks
     steps, stages = _tile(dim, v_dim, q.dtype, shared_limit(q.device))
     if num_splits is None:
-        longest = n_k if walk is None else walk.longest
+        longest = n_k if schedule is None else schedule.longest
         num_splits = _splits(batch * tiles, -(-longest * block_size // steps), q.device)
     out = empty((batch, num_heads, v_dim), q.dtype, q.device)
     lse = empty((batch, num_heads), torch.float32, q.device)
@@ -204,12 +204,12 @@ def triton_decode(
     part_lse = empty((batch, num_heads, num_splits), torch.float32, q.device)
     with torch.cuda.device_of(q):
         s2_decode_kernel[(num_splits, tiles, batch)](
-            q, keys, values, table, positions, *_walk_tensors(walk), part, part_lse,
+            q, keys, values, table, positions, *_schedule_tensors(schedule), part, part_lse,
             q.stride(0), q.stride(1), table.stride(0), table.stride(1),
             softmax_scale * LOG2_E, group, num_heads, num_rows, n_k, num_splits,
             DIM=dim, V_DIM=v_dim, PADDED_DIM=padded(dim), PADDED_V_DIM=padded(v_dim),
-            PAGE=block_size, ROWS=HEADS_PER_TILE, STEPS=steps, DENSE=walk is None,
-            UNIFORM=walk is None or walk.bits is None, num_warps=4, num_stages=stages,
+            PAGE=block_size, ROWS=HEADS_PER_TILE, STEPS=steps, DENSE=schedule is None,
+            UNIFORM=schedule is None or schedule.bits is None, num_warps=4, num_stages=stages,
         )  # fmt: skip
         s2_decode_merge_kernel[(batch * num_heads,)](
             part, part_lse, out, lse, num_splits,
@@ -231,8 +231,10 @@ def triton_append(k: Tensor, v: Tensor, keys: Tensor, values: Tensor, table: Ten
         )  # fmt: skip
 
 
-def _walk_tensors(walk: Walk | None) -> tuple[Tensor | None, ...]:
-    return (None,) * 4 if walk is None else (walk.walk_of_tile, walk.offsets, walk.columns, walk.bits)
+def _schedule_tensors(schedule: DecodeSchedule | None) -> tuple[Tensor | None, ...]:
+    if schedule is None:
+        return (None,) * 4
+    return schedule.list_of_tile, schedule.offsets, schedule.columns, schedule.bits
 
 
 @cache

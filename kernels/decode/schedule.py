@@ -14,19 +14,19 @@ _PAIRS_AT_ONCE = 1 << 22  # mask elements in int32 per piece: 16 MB of scratch
 
 
 @dataclass(frozen=True)
-class Walk:
-    """Union of the kept key blocks over the heads of a tile.
+class DecodeSchedule:
+    """Lists of the key blocks that the heads of each tile keep together.
 
-    Tiles with the same patterns share one walk. Tensors are int32.
+    Tiles with the same patterns share one list. Tensors are int32.
 
-    - ``walk_of_tile`` [tiles]: the walk of each tile; tiles are ordered by KV head.
-    - ``offsets`` [walks * n_q + 1], ``columns`` [walked]: query block i of walk w visits key blocks
+    - ``list_of_tile`` [tiles]: the list of each tile; tiles are ordered by KV head.
+    - ``offsets`` [lists * n_q + 1], ``columns`` [blocks]: query block i of list w visits key blocks
       ``columns[offsets[w * n_q + i] : offsets[w * n_q + i + 1]]``, ascending.
-    - ``bits`` [walked]: bit r is set where head r of the tile keeps the block; None where every head keeps all.
+    - ``bits`` [blocks]: bit r is set where head r of the tile keeps the block; None where every head keeps all.
     - ``longest``: maximum number of blocks in a row.
     """
 
-    walk_of_tile: Tensor
+    list_of_tile: Tensor
     offsets: Tensor
     columns: Tensor
     bits: Tensor | None
@@ -38,15 +38,15 @@ def tiles_of_group(group: int) -> int:
     return -(-group // HEADS_PER_TILE)
 
 
-def decode_walk(layout: BlockLayout, num_kv_heads: int) -> Walk:
-    """Return the walk of a layout whose heads share `num_kv_heads` KV heads.
+def decode_schedule(layout: BlockLayout, num_kv_heads: int) -> DecodeSchedule:
+    """Return the schedule of a layout whose heads share `num_kv_heads` KV heads.
 
     Built once and kept in ``layout.cache``; building makes the host wait for the device. If the heads of every tile
-    share one pattern, the walk reuses the layout's memory.
+    share one pattern, the schedule reuses the layout's memory.
     """
-    key = ("decode_walk", num_kv_heads)
+    key = ("decode_schedule", num_kv_heads)
     if key not in layout.cache:
-        layout.cache[key] = _make_walk(layout, _patterns_of_tiles(layout, num_kv_heads))
+        layout.cache[key] = _make_schedule(layout, _patterns_of_tiles(layout, num_kv_heads))
     return layout.cache[key]
 
 
@@ -60,11 +60,11 @@ def _patterns_of_tiles(layout: BlockLayout, num_kv_heads: int) -> list[tuple[int
     return tiles
 
 
-def _make_walk(layout: BlockLayout, tiles: list[tuple[int, ...]]) -> Walk:
+def _make_schedule(layout: BlockLayout, tiles: list[tuple[int, ...]]) -> DecodeSchedule:
     if all(len(set(tile)) == 1 for tile in tiles):
-        walk_of_tile = torch.tensor([tile[0] for tile in tiles], dtype=torch.int32, device=layout.device)
+        list_of_tile = torch.tensor([tile[0] for tile in tiles], dtype=torch.int32, device=layout.device)
         longest = int(layout.row_offsets.diff().max())
-        return Walk(walk_of_tile, layout.row_offsets, layout.row_columns, None, longest)
+        return DecodeSchedule(list_of_tile, layout.row_offsets, layout.row_columns, None, longest)
     index = {tile: number for number, tile in enumerate(dict.fromkeys(tiles))}
     offsets = layout.row_offsets.tolist()
     rows_at_once = max(1, _PAIRS_AT_ONCE // layout.num_key_blocks)
@@ -81,9 +81,9 @@ def _make_walk(layout: BlockLayout, tiles: list[tuple[int, ...]]) -> Walk:
     starts = torch.zeros(len(walked) + 1, dtype=torch.int64, device=layout.device)
     torch.cumsum(walked, 0, out=starts[1:])
     if int(starts[-1]) >= 2**31:
-        raise ValueError(f"{int(starts[-1])} key blocks to walk are too many for 32-bit indices: use larger blocks")
-    return Walk(
-        walk_of_tile=torch.tensor([index[tile] for tile in tiles], dtype=torch.int32, device=layout.device),
+        raise ValueError(f"{int(starts[-1])} key blocks to visit are too many for 32-bit indices: use larger blocks")
+    return DecodeSchedule(
+        list_of_tile=torch.tensor([index[tile] for tile in tiles], dtype=torch.int32, device=layout.device),
         offsets=starts.to(torch.int32),
         columns=torch.cat(columns),
         bits=torch.cat(bits),

@@ -1,9 +1,9 @@
 """Gluon backward for Hopper in one pass, specialised by warps.
 
 A program has two consumer warpgroups, a producer warp, and one warp per warpgroup that reduces dq. It owns two 64-key
-tiles of one KV head, one per consumer warpgroup, and visits the 64-query tiles that keep either (`KeyPairs`). The key
-tiles are the halves of a block of 128 keys, or two blocks of 64 that similar queries keep. Scores are [keys, queries],
-so that P^T and dS^T feed dv and dk from registers:
+tiles of one KV head, one per consumer warpgroup, and visits the 64-query tiles that keep either
+(`BackwardSchedule`). The key tiles are the halves of a block of 128 keys, or two blocks of 64 that similar queries
+keep. Scores are [keys, queries], so that P^T and dS^T feed dv and dk from registers:
     S^T = K Q^T,  dP^T = V dO^T,  P^T = exp2(S^T - lse),  dS^T = P^T (dP^T - delta),
     dv += P^T dO,  dk += dS^T Q;   dS^T goes to shared memory, and each warpgroup computes half of the head dimensions
     of dq = dS K over the keys of both, which a separate warp adds to float32 memory (TMA reduce-add).
@@ -36,12 +36,12 @@ from ..forward import LOG2_E
 from ..spec import AttentionSpec, empty, empty_bhsd
 from ..tiles import strides, tile_of_document
 from ..topk_layout import Layout, TopKLayout
-from .backward_schedule import KeyPairs, key_pairs
+from .backward_schedule import BackwardSchedule, backward_schedule
 from .launch import descriptor, launch
-from .packed_backward_schedule import packed_pairs
+from .packed_backward_schedule import packed_backward_schedule
 from .releases import async_load, async_store, reduce_add, reinterpret, thread_barrier
 from .support import fits_descriptor
-from .topk_backward_schedule import topk_pairs
+from .topk_backward_schedule import topk_backward_schedule
 
 TILE = gl.constexpr(64)  # keys of a warpgroup, queries of a step
 # a step in 32 bits: whether it needs a mask for each warpgroup's keys (2 bits), query tile, head within the group
@@ -532,22 +532,22 @@ def hopper_backward(
     config = config or CONFIGS[dim]
     if not fits_descriptor(dout):  # for example an expanded one
         dout = dout.clone(memory_format=torch.contiguous_format)
-    work = backward_work(layout, num_kv_heads, s_q, s_k, spec)
-    packed = work.tiles is not None
+    schedule = schedule_of_call(layout, num_kv_heads, s_q, s_k, spec)
+    packed = schedule.tiles is not None
     dq = empty_bhsd((batch, num_heads, s_q, dim), q, spec.format)
     dk = empty_bhsd((batch, num_kv_heads, s_k, dim), q, spec.format)
     dv = empty_bhsd((batch, num_kv_heads, s_k, dim), q, spec.format)
-    rows = batch * num_heads * work.num_tiles
-    shape = (num_heads, s_q, work.first_tile, work.num_tiles, spec.query_offset)
+    rows = batch * num_heads * schedule.num_tiles
+    shape = (num_heads, s_q, schedule.first_tile, schedule.num_tiles, spec.query_offset)
     lse2, delta = empty((2, rows * TILE.value), torch.float32, q.device)
     acc = torch.zeros(rows * 2 * dim, 32, dtype=torch.float32, device=q.device)
     sequences = batch // layout.batch_size  # sequences that share a pair
-    arguments = launch_arguments(q, k, v, dout, lse2, delta, acc, dk, dv, work, sequences, spec, config)
+    arguments = launch_arguments(q, k, v, dout, lse2, delta, acc, dk, dv, schedule, sequences, spec, config)
     strides_in, strides_out = (*strides(out), *strides(dout)), strides(dq)
     before = (
-        out, dout, lse, dlse, lse2, delta, work.tiles, *strides_in, *shape, dim, dlse is not None, packed
+        out, dout, lse, dlse, lse2, delta, schedule.tiles, *strides_in, *shape, dim, dlse is not None, packed
     )  # fmt: skip
-    after = (acc, dq, work.tiles, *strides_out, float(spec.softmax_scale), *shape, dim, packed)
+    after = (acc, dq, schedule.tiles, *strides_out, float(spec.softmax_scale), *shape, dim, packed)
     kind = (q.dtype, dim, packed)
     aligned = tuple(x is None or x.data_ptr() % 16 == 0 for x in (out, dout, lse, dlse))
     prepare_key = ("hopper_backward_prepare", *kind, dlse is None, aligned, _specialised(strides_in))
@@ -558,7 +558,7 @@ def hopper_backward(
         s2_attention_bwd_kernel_hopper_prepare, (rows, 1, 1), before, key=prepare_key, num_warps=8, **where
     )  # fmt: skip
     launch(
-        s2_attention_bwd_kernel_hopper, (len(work.meta) * sequences, 1, 1), arguments,
+        s2_attention_bwd_kernel_hopper, (len(schedule.meta) * sequences, 1, 1), arguments,
         key=main_key, num_warps=4, maxnreg=ENTRY_REGISTERS, **where,
     )  # fmt: skip
     launch(s2_attention_bwd_kernel_hopper_finish, (rows, 1, 1), after, key=finish_key, num_warps=4, **where)
@@ -570,19 +570,19 @@ def _specialised(numbers: tuple[int, ...]) -> tuple[tuple[bool, ...], ...]:
     return tuple((n == 1, n % 16 == 0, n < 2**31) for n in numbers)
 
 
-def backward_work(layout: Layout, num_kv_heads: int, s_q: int, s_k: int, spec: AttentionSpec) -> KeyPairs:
+def schedule_of_call(layout: Layout, num_kv_heads: int, s_q: int, s_k: int, spec: AttentionSpec) -> BackwardSchedule:
     """Return the main kernel's schedule."""
     if isinstance(layout, TopKLayout):
         sizes = (num_kv_heads, s_q, s_k, spec.query_offset, spec.causal)
-        return layout.built(("key_pairs", *sizes), lambda: topk_pairs(layout, *sizes))
+        return layout.built(("backward_schedule", *sizes), lambda: topk_backward_schedule(layout, *sizes))
     if spec.cu_seqlens is not None:
-        return packed_pairs(layout, num_kv_heads, spec.cu_seqlens, s_k)
-    return key_pairs(layout, num_kv_heads, s_q, s_k, spec.query_offset, spec.causal)
+        return packed_backward_schedule(layout, num_kv_heads, spec.cu_seqlens, s_k)
+    return backward_schedule(layout, num_kv_heads, s_q, s_k, spec.query_offset, spec.causal)
 
 
 def launch_arguments(
     q: Tensor, k: Tensor, v: Tensor, dout: Tensor, lse2: Tensor, delta: Tensor, acc: Tensor, dk: Tensor, dv: Tensor,
-    work: KeyPairs, sequences: int, spec: AttentionSpec, config: HopperBackwardConfig,
+    schedule: BackwardSchedule, sequences: int, spec: AttentionSpec, config: HopperBackwardConfig,
 ) -> tuple[Any, ...]:  # fmt: skip
     """Return the main kernel's arguments."""
     _, num_heads, _, dim = q.shape
@@ -591,10 +591,10 @@ def launch_arguments(
         _tiles(q), _tiles(k, half=True), _tiles(v), _tiles(dout),
         *(descriptor(x, [x.numel()], [1], [TILE.value], _FLAT) for x in (lse2, delta)),
         descriptor(acc, [acc.shape[0], 32], [32, 1], [dim, 32], _FRAGMENTS), _tiles(dk, half=True), _tiles(dv),
-        work.meta, work.steps, dk, dv, head_stride, row_stride,
+        schedule.meta, schedule.steps, dk, dv, head_stride, row_stride,
         float(spec.softmax_scale), spec.softmax_scale * LOG2_E, sequences, num_heads,
-        num_heads // k.shape[1], work.first_tile, work.num_tiles, spec.query_offset, k.shape[2],
-        dim, config.stages, spec.causal, work.tiles is not None,
+        num_heads // k.shape[1], schedule.first_tile, schedule.num_tiles, spec.query_offset, k.shape[2],
+        dim, config.stages, spec.causal, schedule.tiles is not None,
         config.consumer_registers, config.other_registers,
     )  # fmt: skip
 

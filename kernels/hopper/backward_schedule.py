@@ -18,7 +18,7 @@ MAX_GROUP = 2 ** (31 - ACTIVE_BITS - QUERY_BITS)
 
 
 @dataclass(frozen=True)
-class KeyPairs:
+class BackwardSchedule:
     """Pairs of key tiles and their steps; int32 on the layout's device.
 
     - ``meta`` [pairs, 8], in `program_order`: KV head, both key tiles, first step's index, number of masked steps,
@@ -35,12 +35,14 @@ class KeyPairs:
     tiles: Tensor | None = None  # of packed documents, as in `document_tiles` with 64 rows
 
 
-def key_pairs(layout: BlockLayout, num_kv_heads: int, s_q: int, s_k: int, query_offset: int, causal: bool) -> KeyPairs:
+def backward_schedule(
+    layout: BlockLayout, num_kv_heads: int, s_q: int, s_k: int, query_offset: int, causal: bool
+) -> BackwardSchedule:
     """Build the pairs of every KV head.
 
     Recent lengths are cached in the layout.
     """
-    kept: dict[Any, KeyPairs] = layout.cache.setdefault("key_pairs", {})
+    kept: dict[Any, BackwardSchedule] = layout.cache.setdefault("backward_schedule", {})
     key = (num_kv_heads, s_q, s_k, query_offset, causal)
     if key not in kept:
         while len(kept) >= _LENGTHS_KEPT:
@@ -51,7 +53,7 @@ def key_pairs(layout: BlockLayout, num_kv_heads: int, s_q: int, s_k: int, query_
 
 def _build(
     layout: BlockLayout, num_kv_heads: int, s_q: int, s_k: int, query_offset: int, causal: bool
-) -> KeyPairs:  # fmt: skip
+) -> BackwardSchedule:  # fmt: skip
     device = layout.device
     first_tile, end_tile = query_offset // TILE, -(-(query_offset + s_q) // TILE)
     groups = groups_of_patterns(layout, num_kv_heads)
@@ -76,7 +78,7 @@ def _build(
     steps = torch.cat(parts)
     meta[:, 6] = steps[meta[:, 3]]
     meta = meta[program_order(meta[:, 7] * num_kv_heads + meta[:, 0], meta[:, 5])]
-    return KeyPairs(meta.to(torch.int32), steps, first_tile, end_tile - first_tile)
+    return BackwardSchedule(meta.to(torch.int32), steps, first_tile, end_tile - first_tile)
 
 
 def _step_order(pair: Tensor, masked: Tensor, member: Tensor, tile: Tensor) -> Tensor:

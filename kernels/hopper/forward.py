@@ -30,11 +30,11 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from ..spec import AttentionSpec, empty, empty_bhsd
 from ..topk_layout import Layout, TopKLayout
 from .documents import COLUMNS, document_table
-from .forward_schedule import TILE, ForwardWork, forward_work
+from .forward_schedule import TILE, ForwardSchedule, forward_schedule
 from .launch import descriptor, launch, multiprocessors
 from .releases import async_load, async_store, reinterpret, thread_barrier
 from .support import PANEL, padded_to_panels
-from .topk_forward_schedule import topk_steps
+from .topk_forward_schedule import topk_forward_schedule
 
 _LOG2_E = 1.4426950408889634
 _LN_2 = gl.constexpr(0.6931471805599453)
@@ -477,7 +477,7 @@ def s2_attention_fwd_kernel_hopper(
     """Room in shared memory, barriers and the three roles.
 
     PACKED: `documents` is a `document_table`. PARTIAL: tiles may begin before the first row of q or end inside of
-    `out`, whose rows have V_ROW elements; else neither is given. BATCHED: of `ForwardWork`.
+    `out`, whose rows have V_ROW elements; else neither is given. BATCHED: of `ForwardSchedule`.
     """
     if PACKED:
         num_tiles = gl.load(documents)
@@ -581,31 +581,31 @@ def launch_arguments(
     first_tile = offset // TILE
     num_tiles = -(-(offset + s_q) // TILE) - first_tile if documents is None else len(documents) - 1
     num_items = batch * num_heads * num_tiles
-    work = _work(layout, causal=spec.causal, query_end=offset + s_q, s_k=s_k)
-    chunk, padded_v_dim = work.chunk_keys, padded_to_panels(v_dim)
+    schedule = _schedule(layout, causal=spec.causal, query_end=offset + s_q, s_k=s_k)
+    chunk, padded_v_dim = schedule.chunk_keys, padded_to_panels(v_dim)
     partial = documents is not None or offset % TILE != 0
     out_rows = tuple(stride // v_dim for stride in out.stride()[:3])
     arguments = (
         _descriptor(q, TILE // 2, PANEL), _descriptor(k, chunk, PANEL), _descriptor(v, chunk, PANEL),
         _descriptor(out, TILE // 2, padded_v_dim),
-        lse, work.head_order, work.head_slot, work.step_offsets, work.full_offsets, work.chunks,
+        lse, schedule.head_order, schedule.head_slot, schedule.step_offsets, schedule.full_offsets, schedule.chunks,
         spec.softmax_scale * _LOG2_E, num_items, num_tiles, first_tile, num_heads, num_heads // num_kv_heads,
-        work.tiles_per_pattern, offset, s_q, s_k,
+        schedule.tiles_per_pattern, offset, s_q, s_k,
         documents, *((out, *out_rows) if partial else (None, None, None, None)),
     )  # fmt: skip
     constants = (
         padded_to_panels(dim), padded_v_dim, v_dim if partial else padded_v_dim, chunk, spec.causal,
-        documents is not None, partial, work.batched, config.q_stages, config.k_stages, config.v_stages,
+        documents is not None, partial, schedule.batched, config.q_stages, config.k_stages, config.v_stages,
         config.consumer_registers, config.producer_registers,
     )  # fmt: skip
     return num_items, arguments, constants
 
 
-def _work(layout: Layout, *, causal: bool, query_end: int, s_k: int) -> ForwardWork:
+def _schedule(layout: Layout, *, causal: bool, query_end: int, s_k: int) -> ForwardSchedule:
     if isinstance(layout, TopKLayout):
-        key = ("hopper_forward_work", causal, s_k)
-        return layout.built(key, lambda: topk_steps(layout, causal=causal, s_k=s_k))
-    return forward_work(layout, causal=causal, query_end=query_end, s_k=s_k)
+        key = ("hopper_forward_schedule", causal, s_k)
+        return layout.built(key, lambda: topk_forward_schedule(layout, causal=causal, s_k=s_k))
+    return forward_schedule(layout, causal=causal, query_end=query_end, s_k=s_k)
 
 
 def _descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:

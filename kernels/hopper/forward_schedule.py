@@ -21,7 +21,7 @@ _HEAD_CLASSES = 16  # heads whose work differs by less than 1/16 of the largest 
 
 
 @dataclass(frozen=True)
-class ForwardWork:
+class ForwardSchedule:
     """Steps of all tiles; int32 tensors.
 
     Tiles are numbered `slot * tiles_per_pattern + tile`, with one slot per pattern in use.
@@ -49,22 +49,22 @@ class ForwardWork:
         return self.head_order.dim() == 2
 
 
-def forward_work(layout: BlockLayout, *, causal: bool, query_end: int, s_k: int) -> ForwardWork:
+def forward_schedule(layout: BlockLayout, *, causal: bool, query_end: int, s_k: int) -> ForwardSchedule:
     """Build the steps of queries up to `query_end` over `s_k` keys.
 
     They are built on the layout's device and kept in its cache: one for the case that causality alone masks the keys
     from s_k on (any lengths), and one for the most recent other s_k.
     """
     tail = None if causal and s_k >= query_end else s_k
-    key = ("hopper_forward_work", causal, tail is None)
+    key = ("hopper_forward_schedule", causal, tail is None)
     cached = layout.cache.get(key)
     if cached is None or cached[0] != tail:
         cached = layout.cache[key] = (tail, _build(layout, causal, tail))
-    work: ForwardWork = cached[1]
-    return work
+    schedule: ForwardSchedule = cached[1]
+    return schedule
 
 
-def _build(layout: BlockLayout, causal: bool, s_k: int | None) -> ForwardWork:
+def _build(layout: BlockLayout, causal: bool, s_k: int | None) -> ForwardSchedule:
     used, slot_of_head = layout.pattern_of_head.squeeze(0).unique(return_inverse=True)
     n_q = layout.num_query_blocks
     bounds = layout.row_offsets[torch.stack([used * n_q, (used + 1) * n_q]).long()].tolist()
@@ -86,7 +86,7 @@ def _build(layout: BlockLayout, causal: bool, s_k: int | None) -> ForwardWork:
     classes = work_of_slot * _HEAD_CLASSES // work_of_slot.max()
     head_order = classes[slot_of_head].argsort(descending=True, stable=True)
     offsets = step_offsets.to(torch.int32)
-    return ForwardWork(
+    return ForwardSchedule(
         chunk_keys=chunk_keys,
         tiles_per_pattern=num_tiles,
         head_order=head_order.to(torch.int32),

@@ -9,20 +9,20 @@ from torch import Tensor
 
 from ..layout import BlockLayout
 from ..tiles import document_tiles
-from .backward_schedule import QUERY_BITS, TILE, KeyPairs, groups_of_patterns, kept_tiles_of_group, pair_steps
+from .backward_schedule import QUERY_BITS, TILE, BackwardSchedule, groups_of_patterns, kept_tiles_of_group, pair_steps
 
 _LAST_TILE = 2**QUERY_BITS - 1
 
 
 @dataclass(frozen=True)
-class PackedSteps:
+class DocumentSteps:
     """Steps of a document as long as the layout.
 
     A shorter document's steps are the last of each pair's masked and unmasked ones. Key tiles 2j and 2j + 1 form pair j
     at any length. Within a pair and phase (masked or not), steps go from the last query tile to the first, and over the
     members within a tile.
 
-    - ``steps`` int32 [n + 1], as in `KeyPairs`; the last one, of tile 0, keeps nothing.
+    - ``steps`` int32 [n + 1], as in `BackwardSchedule`; the last one, of tile 0, keeps nothing.
     - ``order`` int64 [n + 1], ascending: (pair * 2 + phase) * 2^20 + 2^20 - 1 - query tile.
     - ``first_pair`` int64 [KV heads]: number of a KV head's pair 0.
     """
@@ -32,7 +32,9 @@ class PackedSteps:
     first_pair: Tensor
 
 
-def packed_pairs(layout: BlockLayout, num_kv_heads: int, cu_seqlens: Tensor, num_rows: int) -> KeyPairs:
+def packed_backward_schedule(
+    layout: BlockLayout, num_kv_heads: int, cu_seqlens: Tensor, num_rows: int
+) -> BackwardSchedule:
     """Call `pairs_of_documents` and cache the last result in the layout.
 
     All layers of a step share `cu_seqlens`.
@@ -41,41 +43,41 @@ def packed_pairs(layout: BlockLayout, num_kv_heads: int, cu_seqlens: Tensor, num
     capturing = cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()
     if capturing or cu_seqlens.is_inference():
         return pairs_of_documents(layout, num_kv_heads, cu_seqlens, num_rows)
-    key, state = ("packed_pairs", num_kv_heads), (cu_seqlens._version, num_rows)
+    key, state = ("packed_backward_schedule", num_kv_heads), (cu_seqlens._version, num_rows)
     kept = layout.cache.get(key)
     if kept is None or kept[0] is not cu_seqlens or kept[1] != state:
-        work = pairs_of_documents(layout, num_kv_heads, cu_seqlens, num_rows)
-        kept = layout.cache[key] = (cu_seqlens, state, work)
-    pairs: KeyPairs = kept[2]
-    return pairs
+        schedule = pairs_of_documents(layout, num_kv_heads, cu_seqlens, num_rows)
+        kept = layout.cache[key] = (cu_seqlens, state, schedule)
+    found: BackwardSchedule = kept[2]
+    return found
 
 
-def pairs_of_documents(layout: BlockLayout, num_kv_heads: int, cu_seqlens: Tensor, num_rows: int) -> KeyPairs:
+def pairs_of_documents(layout: BlockLayout, num_kv_heads: int, cu_seqlens: Tensor, num_rows: int) -> BackwardSchedule:
     """Build the causal schedule of packed documents.
 
-    Documents start at rows `cu_seqlens` [documents + 1] of `num_rows`. ``meta`` has ten columns: after `KeyPairs`' six,
-    the steps to skip between masked and unmasked ones, the document's first query tile (of `tiles`), first row and
-    length. The number of programs suffices for any documents of `num_rows` rows; surplus programs have length 0 and one
-    step that keeps nothing.
+    Documents start at rows `cu_seqlens` [documents + 1] of `num_rows`. ``meta`` has ten columns: after the first six of
+    `BackwardSchedule`, the steps to skip between masked and unmasked ones, the document's first query tile
+    (of `tiles`), first row and length. The number of programs suffices for any documents of `num_rows` rows; surplus
+    programs have length 0 and one step that keeps nothing.
     """
     key = ("packed_steps", num_kv_heads)
     if key not in layout.cache:
         layout.cache[key] = _build(layout, num_kv_heads)
-    work: PackedSteps = layout.cache[key]
+    document: DocumentSteps = layout.cache[key]
     tiles = document_tiles(cu_seqlens, num_rows, TILE)
     start, length, pair = document_tiles(cu_seqlens, num_rows, 2 * TILE).long().T.contiguous()
     first_tile = torch.searchsorted(tiles[:, 0].long().contiguous(), start)  # documents without rows have no tiles
     last = (length - 1) // TILE  # query tile
 
-    phase = (work.first_pair[:, None] + pair) * 2 << QUERY_BITS  # [KV heads, programs]
+    phase = (document.first_pair[:, None] + pair) * 2 << QUERY_BITS  # [KV heads, programs]
     next_phase = phase + (1 << QUERY_BITS)
     wanted = torch.stack(
         [phase + _LAST_TILE - last, next_phase, next_phase + _LAST_TILE - last, next_phase + (1 << QUERY_BITS)]
     )
-    first, masked_end, full, end = torch.searchsorted(work.order, wanted)
+    first, masked_end, full, end = torch.searchsorted(document.order, wanted)
     masked, skipped = masked_end - first, full - masked_end
     spare = length == 0
-    first = torch.where(spare, len(work.steps) - 1, first)
+    first = torch.where(spare, len(document.steps) - 1, first)
     masked = torch.where(spare, 1, masked)
     num_steps = torch.where(spare, 1, masked + end - full)
     kv = torch.arange(num_kv_heads, device=start.device)[:, None].expand_as(first)
@@ -84,10 +86,10 @@ def pairs_of_documents(layout: BlockLayout, num_kv_heads: int, cu_seqlens: Tenso
     # by KV head, most steps first
     longest = num_steps.argsort(dim=1, descending=True, stable=True)
     meta = meta.gather(1, longest[:, :, None].expand_as(meta)).flatten(0, 1)
-    return KeyPairs(meta.to(torch.int32), work.steps, 0, len(tiles), tiles)
+    return BackwardSchedule(meta.to(torch.int32), document.steps, 0, len(tiles), tiles)
 
 
-def _build(layout: BlockLayout, num_kv_heads: int) -> PackedSteps:
+def _build(layout: BlockLayout, num_kv_heads: int) -> DocumentSteps:
     num_tiles = min(layout.num_query_blocks, layout.num_key_blocks) * layout.block_size // TILE
     num_pairs = -(-num_tiles // 2)
     parts: list[tuple[Tensor, Tensor]] = []
@@ -102,7 +104,7 @@ def _build(layout: BlockLayout, num_kv_heads: int) -> PackedSteps:
     steps = torch.cat([*(steps for steps, _ in parts), keep_nothing])
     if len(steps) >= 2**31:
         raise ValueError(f"{len(steps)} steps are too many for 32-bit indices: use larger blocks")
-    return PackedSteps(
+    return DocumentSteps(
         steps=steps,
         order=torch.cat([*(order for _, order in parts), beyond]),
         first_pair=torch.tensor([first_pair[group] for group in groups], device=layout.device),

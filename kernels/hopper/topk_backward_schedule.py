@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..topk_layout import TopKLayout
-from .backward_schedule import ACTIVE_BITS, QUERY_BITS, TILE, KeyPairs
+from .backward_schedule import ACTIVE_BITS, QUERY_BITS, TILE, BackwardSchedule
 from .launch import launch, multiprocessors
 from .program_order import HOPPER_MULTIPROCESSORS
 
@@ -213,10 +213,10 @@ def s2_attention_kernel_topk_order(
     tl.store(ordered + rank.to(tl.int64)[:, None] * 8 + column, values, mask=exists)
 
 
-def topk_pairs(
+def topk_backward_schedule(
     layout: TopKLayout, num_kv_heads: int, s_q: int, s_k: int, query_offset: int, causal: bool
-) -> KeyPairs:  # fmt: skip
-    """Build the schedule of top-k lists, as `key_pairs`.
+) -> BackwardSchedule:  # fmt: skip
+    """Build the schedule of top-k lists, as `backward_schedule`.
 
     Adjacent key tiles form a pair, and every pair has space for all steps that it can have.
     """
@@ -253,9 +253,9 @@ def topk_pairs(
             bits, taken, unordered, steps, num_key_blocks, words, num_kv_heads, num_pairs, lists, copies,
             first_tile, end_tile, s_k, per_block, _TILES_AT_ONCE, causal,
         ),
-        cache=cache, key=("topk_pairs", per_block, causal), device=device, num_warps=4,
+        cache=cache, key=("topk_backward_schedule", per_block, causal), device=device, num_warps=4,
     )  # fmt: skip
-    return KeyPairs(in_order(unordered, kv_heads, cache), steps, first_tile, end_tile - first_tile)
+    return BackwardSchedule(in_order(unordered, kv_heads, cache), steps, first_tile, end_tile - first_tile)
 
 
 def in_order(meta: Tensor, num_heads: int, cache: dict[Any, Any]) -> Tensor:

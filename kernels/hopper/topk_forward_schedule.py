@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..topk_layout import TopKLayout
-from .forward_schedule import TILE, ForwardWork
+from .forward_schedule import TILE, ForwardSchedule
 from .launch import launch
 
 MAX_SLOTS = 2048  # per list: a program compares all candidates of a tile with each other
@@ -138,7 +138,7 @@ def s2_attention_kernel_topk_steps(
             tl.store(head_slot + at, list_number)
 
 
-def topk_steps(layout: TopKLayout, *, causal: bool, s_k: int) -> ForwardWork:
+def topk_forward_schedule(layout: TopKLayout, *, causal: bool, s_k: int) -> ForwardSchedule:
     """Build the steps over `s_k` keys; heads keep their order.
 
     Every tile has space for everything that its lists can name.
@@ -161,7 +161,7 @@ def topk_steps(layout: TopKLayout, *, causal: bool, s_k: int) -> ForwardWork:
         return torch.empty(shape, dtype=torch.int32, device=layout.device)
 
     of_heads = (layout.batch_size, layout.num_heads)
-    work = ForwardWork(
+    schedule = ForwardSchedule(
         size, num_tiles, table(*of_heads), table(*of_heads), table(programs, 2), table(programs),
         table(programs * capacity * rows),
     )  # fmt: skip
@@ -169,11 +169,11 @@ def topk_steps(layout: TopKLayout, *, causal: bool, s_k: int) -> ForwardWork:
     launch(
         s2_attention_kernel_topk_steps, (programs, 1, 1),
         (
-            layout.indices, work.head_order, work.head_slot, work.step_offsets, work.full_offsets,
-            work.chunks, layout.slots, layout.num_query_blocks, layout.num_key_blocks, num_tiles, layout.num_heads,
+            layout.indices, schedule.head_order, schedule.head_slot, schedule.step_offsets, schedule.full_offsets,
+            schedule.chunks, layout.slots, layout.num_query_blocks, layout.num_key_blocks, num_tiles, layout.num_heads,
             -(-s_k // size), s_k // size, capacity, layout.num_heads // layout.num_lists, *constants,
         ),
-        cache=layout.compiled, key=("topk_steps", *constants, layout.indices.data_ptr() % 16 == 0),
+        cache=layout.compiled, key=("topk_forward_schedule", *constants, layout.indices.data_ptr() % 16 == 0),
         device=layout.device, num_warps=4,
     )  # fmt: skip
-    return work
+    return schedule

@@ -216,20 +216,20 @@ def _remedy(hybrid: HybridLayout, report: CoverageReport, numbers: range) -> str
     num_heads, groups = len(layer.heads), hybrid.num_query_groups
     shortest_run = min(len(run.layers) for run in report.runs)
     widest = {kind: schedule.widest_stride(num_heads, groups, shortest_run) for kind, schedule in SCHEDULES.items()}
-    ways = []
+    remedies = []
     if union_coverage(_shifts(layer), report.num_blocks).complete:
         if others := [kind for kind in widest if widest[kind] >= head.period]:
-            ways.append(f"schedule.kind={' or '.join(others)}")
+            remedies.append(f"schedule.kind={' or '.join(others)}")
         else:
             run = -(-head.period // groups)
-            ways.append(f"schedule.kind=rotating and layout.layers with {run} or more sparse layers in a row")
+            remedies.append(f"schedule.kind=rotating and layout.layers with {run} or more sparse layers in a row")
         if (narrower := widest.get(hybrid.schedule.name, num_heads)) > 1:
-            ways.append(f"{setting}.{head.narrower(narrower)}")
+            remedies.append(f"{setting}.{head.narrower(narrower)}")
     else:
-        ways.append(f"{setting}.kind=local_vertical, or another that the schedule can spread")
-    ways.append("schedule.dense_heads=1")
-    ways.append("layout.allow_partial_coverage=true to go on all the same")
-    return f"Set {', or '.join(ways)}."
+        remedies.append(f"{setting}.kind=local_vertical, or another that the schedule can spread")
+    remedies.append("schedule.dense_heads=1")
+    remedies.append("layout.allow_partial_coverage=true to train without full coverage")
+    return f"Set {', or '.join(remedies)}."
 
 
 def percent(fraction: float) -> str:

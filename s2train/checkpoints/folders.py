@@ -43,7 +43,7 @@ class Progress:
         wandb_id: ID of its wandb run; None without wandb.
         losses: losses of the steps since the last report, which the next report's mean includes.
         auxiliary: auxiliary losses of the same steps, by column and layer.
-        health: fields of `s2train.training.loss_spikes.Health`.
+        health: fields of `s2train.training.loss_spikes.LossHistory`; the name is that of saved checkpoints.
         rng_ranks: [tp, pp] of the run whose random number generators the shards hold; None: they hold none.
         first_step: step at which the data order began: 0, except in a new phase on other data.
         weights_only: the checkpoint has no optimizer state and no learning-rate schedule; a run starts from it at step

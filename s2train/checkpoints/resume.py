@@ -23,7 +23,7 @@ from s2train.checkpoints.folders import (
     step_of,
 )
 from s2train.checkpoints.integrity import damage, known_problem
-from s2train.checkpoints.setting_changes import CONSENT, Change, changes_between, check_consent, consented
+from s2train.checkpoints.setting_changes import ALLOW_CHANGES, Change, allowed_changes, changes_between, check_allowed
 from s2train.config import PretrainConfig
 from s2train.data.blend import parse_blend
 from s2train.data.checks import num_train_samples
@@ -75,7 +75,7 @@ def find_start(cfg: PretrainConfig) -> Start:
     saved, is_in_run_dir = read_progress(checkpoint, "checkpoint.resume"), is_own(checkpoint, cfg.run_dir)
     is_new_phase = cfg.checkpoint.new_data and not is_in_run_dir
     changes = changes_between(read_config(checkpoint, "checkpoint.resume"), cfg)
-    allowed = consented(cfg) if is_new_phase else None
+    allowed = allowed_changes(cfg) if is_new_phase else None
     check_same_architecture(
         changes, checkpoint, of_kinds=_may_change(cfg), weights_only=saved.weights_only, allowed=allowed
     )
@@ -94,7 +94,7 @@ def find_start(cfg: PretrainConfig) -> Start:
         order[_NUM_SAMPLES] = saved.order.get(_NUM_SAMPLES)
     check_same_order(saved.order, order, checkpoint)
     if is_in_run_dir:  # a branch in another run folder is a separate experiment
-        check_consent(cfg, checkpoint, [change for change in changes if change.setting not in order])
+        check_allowed(cfg, checkpoint, [change for change in changes if change.setting not in order])
     # A branch of another run is a separate run in wandb.
     progress = replace(saved, order=order, wandb_id=saved.wandb_id if is_in_run_dir else None)
     return Start(checkpoint, progress, saved.rng_ranks, changes)
@@ -203,7 +203,7 @@ def check_same_architecture(
             problem = f"{checkpoint} was trained with {name}={change.before}"
             phase = ", or checkpoint.new_data=true for a new phase" if name in _PHASE_MAY_CHANGE else ""
             if allowed is not None and _is_without_weights(name):
-                phase = f", or {CONSENT}=[{name}] for attention of another layout in this phase"
+                phase = f", or {ALLOW_CHANGES}=[{name}] for attention of another layout in this phase"
             raise ConfigError(name, change.now, problem, f"Set that value, or start in another run_dir{phase}")
         if name == "parallel.distributed_optimizer" and not weights_only:
             problem = f"{checkpoint} holds optimizer state saved with {name}={str(change.before).lower()}"

@@ -122,7 +122,7 @@ class Saver:
         self._results.shutdown()
 
     def _publish(self, progress: Progress, temporary: Path, final: Path) -> None:
-        """Rename a complete checkpoint to its final name, and remove surplus ones."""
+        """Rename a complete checkpoint to its final name, and remove checkpoints_to_remove ones."""
         problem = self._rename(progress, temporary, final) if self._is_first else ""
         problem = broadcast_from_rank_0(problem)
         if problem:
@@ -142,7 +142,7 @@ class Saver:
             with replacing(self._root / "latest_checkpointed_iteration.txt") as latest:
                 latest.write_text(str(progress.step))
             if not progress.health.get("skipped_in_row"):  # after a skipped step, older checkpoints may be better
-                for old in surplus(checkpoints_in(self._root), keeping.keep, keeping.keep_every):
+                for old in checkpoints_to_remove(checkpoints_in(self._root), keeping.keep, keeping.keep_every):
                     _remove(old)
         except OSError as error:
             return str(error)
@@ -192,7 +192,7 @@ def _remove(checkpoint: Path) -> None:
         shutil.rmtree(checkpoint.rename(hidden), ignore_errors=True)
 
 
-def surplus(checkpoints: list[Path], keep: int | None, keep_every: int | None) -> list[Path]:
+def checkpoints_to_remove(checkpoints: list[Path], keep: int | None, keep_every: int | None) -> list[Path]:
     """List the checkpoints to remove.
 
     These are neither among the last `keep` nor at multiples of `keep_every` steps.

@@ -13,7 +13,7 @@ from s2train.costs.parameters import head_dim
 from s2train.errors import ConfigError
 from s2train.layouts.patterns.registry import read_pattern, with_defaults
 
-CONSENT = "checkpoint.allow_changes"
+ALLOW_CHANGES = "checkpoint.allow_changes"
 
 # Settings and sections that determine where, how fast or how often something is done, but not what is trained.
 # Any other setting changes the experiment.
@@ -81,17 +81,17 @@ def changes_between(before: PretrainConfig, now: PretrainConfig) -> list[Change]
     return [
         Change(name, old.get(name), new.get(name))
         for name in dict.fromkeys([*new, *old])
-        if old.get(name) != new.get(name) and name != CONSENT
+        if old.get(name) != new.get(name) and name != ALLOW_CHANGES
     ]
 
 
-def check_consent(cfg: PretrainConfig, checkpoint: Path, changes: list[Change]) -> None:
+def check_allowed(cfg: PretrainConfig, checkpoint: Path, changes: list[Change]) -> None:
     """Check that `checkpoint.allow_changes` names all changes of the experiment.
 
     Raises:
         ConfigError: some changes are not allowed; it names all of them, and the setting that allows them.
     """
-    is_allowed = consented(cfg)
+    is_allowed = allowed_changes(cfg)
     asked = [change for change in changes if change.is_of_the_experiment and not is_allowed(change.setting)]
     if not asked:
         return
@@ -100,8 +100,8 @@ def check_consent(cfg: PretrainConfig, checkpoint: Path, changes: list[Change]) 
     kept = next((c.before for c in asked if c.setting == "optim.decay_steps" and not cfg.optim.decay_steps), None)
     keep = f"optim.decay_steps={kept} keeps the learning-rate schedule (left unset, it is train.steps). "
     remedy = (
-        f"{'' if kept is None else keep}To resume with the new settings, set {CONSENT}=true or '{CONSENT}=[{named}]';"
-        " for another experiment, set another run_dir"
+        f"{'' if kept is None else keep}To resume with the new settings, set {ALLOW_CHANGES}=true or "
+        f"'{ALLOW_CHANGES}=[{named}]'; for another experiment, set another run_dir"
     )
     first = asked[0].setting
     if first == "optim.decay_steps" and kept is not None:  # not set: name the setting that it follows from
@@ -109,7 +109,7 @@ def check_consent(cfg: PretrainConfig, checkpoint: Path, changes: list[Change]) 
     raise ConfigError(first, _as_typed(asked[0].now), problem, remedy)
 
 
-def consented(cfg: PretrainConfig) -> Callable[[str], bool]:
+def allowed_changes(cfg: PretrainConfig) -> Callable[[str], bool]:
     """Make the check whether `checkpoint.allow_changes` names a setting, or allows any."""
     names = _allowed_names(cfg)
     return lambda setting: cfg.checkpoint.allow_changes is True or setting in names

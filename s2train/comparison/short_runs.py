@@ -18,7 +18,7 @@ from s2train.megatron.model import build_model, transformer_config
 from s2train.planning import hybrid_layout
 from s2train.training.optimizer import build_optimizer, wrap_data_parallel
 from s2train.training.profile import attention_ranges
-from s2train.training.profile_table import OPTIMIZER, RANGE, breakdown, read_trace
+from s2train.training.profile_table import OPTIMIZER, RANGE, profile_table, read_trace
 from s2train.training.steps import run_step
 
 
@@ -129,4 +129,4 @@ def _traced(step: object) -> dict[str, float]:
             for _ in range(2):
                 step()
                 profiler.step()
-        return breakdown(read_trace(path)).parts
+        return profile_table(read_trace(path)).parts

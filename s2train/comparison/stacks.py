@@ -6,10 +6,11 @@ Each is the fastest installed for its attention.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from s2train.environment import liger
 from s2train.environment.hardware import Hardware
-from s2train.environment.liger import liger_version
 from s2train.environment.transformer_engine import te_problem
-from s2train.kernels.flash4 import fa4_version
+from s2train.kernels import flash4
+from s2train.kernels.versions import installed_version
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,11 @@ def stacks_to_compare(hardware: Hardware, layouts: Sequence[str]) -> list[Stack]
     if hardware.kind != "cuda":
         found = [Stack(name, "hybrid", layout) for name, layout in hybrids.items()]
         return [*found, Stack("dense", "dense", ())]
-    elementwise = ("elementwise=liger", "loss=liger") if liger_version() else ("elementwise=torch", "loss=torch")
+    elementwise = (
+        ("elementwise=liger", "loss=liger") if installed_version(liger.PACKAGE) else ("elementwise=torch", "loss=torch")
+    )
     local = ("layer_backend=local", *elementwise)
-    best, label = ("fa4", "FlashAttention-4") if fa4_version() else ("s2train", "s2train")
+    best, label = ("fa4", "FlashAttention-4") if installed_version(flash4.PACKAGE) else ("s2train", "s2train")
     fastest = f"dense_attention={best}"
     found = [Stack(name, "hybrid", (*layout, fastest, *local)) for name, layout in hybrids.items()]
     found.append(Stack(f"dense {label}", "dense", (fastest, *local)))

@@ -5,11 +5,12 @@ They are set explicitly, or with `auto` are the verified ones.
 
 import importlib
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 
 from s2train.config import PretrainConfig
 from s2train.kernels.verified import verified
+from s2train.kernels.versions import installed_version
 
+PACKAGE = "liger-kernel"
 INSTALL = "pip install 's2train[liger]'"
 # Operations of the setting `elementwise`; `loss` has its own. Norms stay torch's: Liger's RMSNorm takes 0.43 ms,
 # torch's 0.39 (launch/results/2026-11-28-h100-elementwise.json).
@@ -19,25 +20,17 @@ _LOSS = "loss liger"
 
 
 @cache
-def liger_version() -> str | None:
-    """Return the installed version, None if there is none. Imports nothing."""
-    try:
-        return version("liger-kernel")
-    except PackageNotFoundError:
-        return None
-
-
-@cache
 def liger_problem() -> str | None:
     """Import Liger-Kernel; explain why it can't be used, or None."""
-    if liger_version() is None:
-        return "liger-kernel is not installed"
+    release = installed_version(PACKAGE)
+    if release is None:
+        return f"{PACKAGE} is not installed"
     try:
         importlib.import_module("torch.distributed.tensor")  # it assumes that torch has imported it
         importlib.import_module("liger_kernel.ops")
     except Exception as error:  # wrong Triton version, missing module
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        return f"liger-kernel {liger_version()} can't be imported ({lines[0]})"
+        return f"{PACKAGE} {release} can't be imported ({lines[0]})"
     return None
 
 
@@ -90,12 +83,13 @@ def _why_not(cfg: PretrainConfig, operation: str, capability: tuple[int, int] | 
         return "there is no CUDA device"
     if te:
         return "not with transformer-engine's layers, unless asked for"
-    if liger_version() is None:
-        return "liger-kernel is not installed"
+    release = installed_version(PACKAGE)
+    if release is None:
+        return f"{PACKAGE} is not installed"
     if operation == _LOSS and cfg.parallel.tp > 1:
         return "its loss was not checked under tensor parallelism"
     case = f"{operation} {cfg.train.precision}"
-    if verified("liger-kernel", liger_version(), capability, case) is None:
+    if verified(PACKAGE, release, capability, case) is None:
         on = ".".join(map(str, capability))
-        return f"liger-kernel {liger_version()} was not checked for {case} on compute capability {on}"
+        return f"{PACKAGE} {release} was not checked for {case} on compute capability {on}"
     return None

@@ -4,11 +4,11 @@ import functools
 import hashlib
 import platform
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
 import s2train
+from s2train.kernels.versions import installed_version
 
 _PACKAGES = ("torch", "megatron-core", "triton", "transformer-engine", "flash-attn-4", "liger-kernel")
 _HERE = Path(__file__).parents[1]
@@ -18,10 +18,8 @@ def versions() -> dict[str, str]:
     """Return versions by name, including this code's; packages not installed are omitted."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
+        if (release := installed_version(package)) is not None:
+            found[package] = release
     return found | {"s2train": f"{s2train.__version__}, sources {source_digest()}"}
 
 

@@ -7,12 +7,12 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from s2train.kernels.attention import block_sparse_attention
-from s2train.kernels.dense import dense_causal_attention, torch_refuses
+from s2train.kernels.dense import dense_causal_attention, torch_unsupported_reason
 from s2train.kernels.dense_choice import DenseCall, DenseChoice, Kind, choose_dense, dense_order
 from s2train.kernels.dispatch import kernels_in_use
 from s2train.kernels.flash4 import fa4_attention
 from s2train.kernels.layout import BlockLayout
-from s2train.megatron.context_parallel.attention import attend_gathered, attend_overlapped, attend_together
+from s2train.megatron.context_parallel.attention import attend_after_exchange, attend_gathered, attend_overlapped
 from s2train.megatron.core_attention import CausalCoreAttention
 
 
@@ -170,7 +170,7 @@ class DenseCoreAttention(BlockCoreAttention):
 
         def serves(name: str) -> str | None:
             if name != "s2train":
-                return torch_refuses(name, query, key, value)
+                return torch_unsupported_reason(name, query, key, value)
             layout, backend = self.full_layout(key), self.backend
             used = kernels_in_use(
                 query, key, value, layout, query_offset=query_offset, cu_seqlens=bounds, backend=backend
@@ -198,7 +198,7 @@ class SparseCoreAttention(BlockCoreAttention):
         if self.cp_exchange == "gather":
             return super().attend_across_ranks(query, key, value)
         layout = self.layout(key.shape[0] * self.cp_group.size(), query.device)
-        attend = attend_overlapped if self.cp_exchange == "overlapped" else attend_together
+        attend = attend_overlapped if self.cp_exchange == "overlapped" else attend_after_exchange
         return attend(self.attend_by_layout, query, key, value, layout, self.cp_group)
 
     def layout(self, seq_length: int, device: torch.device) -> BlockLayout:

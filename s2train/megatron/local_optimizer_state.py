@@ -25,7 +25,7 @@ def distributed_parts(optimizer: MegatronOptimizer) -> list[DistributedOptimizer
     return [part for part in parts if isinstance(part, DistributedOptimizer)]
 
 
-def load_own_state_alone(optimizer: MegatronOptimizer) -> None:
+def load_only_local_state(optimizer: MegatronOptimizer) -> None:
     """Make the distributed optimizers load only this rank's state.
 
     The load does not check that all ranks together request every tensor completely.

@@ -8,13 +8,14 @@ from s2train.config import PretrainConfig
 from s2train.costs.attention import density, layout_nbytes, rank_spread
 from s2train.costs.flops import TokenFlops, token_flops
 from s2train.costs.implementations import Implementations
-from s2train.costs.memory import Memory, data_parallel, micro_batches, rank_memory
+from s2train.costs.memory import Memory, data_parallel, micro_batches
 from s2train.costs.parameters import stage_parameters, total_parameters
 from s2train.costs.stages import Balance, balance, layer_flops, pipeline_stages
 from s2train.costs.step_time import Prediction, predict_step
 from s2train.environment.hardware import Hardware
 from s2train.planning.advice import memory_advice
 from s2train.planning.layout_summary import LetterSummary, summarise
+from s2train.planning.memory_budget import MemoryBudget
 from s2train.planning.remedies import memory_remedy
 
 
@@ -63,11 +64,11 @@ def make_plan(cfg: PretrainConfig, hybrid: HybridLayout, world_size: int, hardwa
     """
     seq_length = cfg.train.seq_length
     impl = Implementations.of(cfg, hardware)
-    layouts = layouts_nbytes(cfg, hybrid, impl)
     costs = layer_flops(cfg.model, hybrid, seq_length)
     stages = pipeline_stages(cfg.model, cfg.parallel, costs)
     by_cost = pipeline_stages(cfg.model, replace(cfg.parallel, pipeline_split="cost"), costs)
-    memory = rank_memory(cfg, hybrid, world_size, stages, layouts, hardware.kind, impl)
+    budget = MemoryBudget(hybrid, hardware, costs, layouts_nbytes(cfg, hybrid, impl), impl)
+    memory = budget.memory(cfg, world_size)
     fits = memory.total <= hardware.memory
     flops = token_flops(cfg.model, hybrid, seq_length)
     sparse = [layer for layer in hybrid.layers if not layer.is_dense]
@@ -93,8 +94,8 @@ def make_plan(cfg: PretrainConfig, hybrid: HybridLayout, world_size: int, hardwa
         pipeline_by_cost=balance(by_cost, costs, micro_batches(cfg, world_size)),
         memory=memory,
         prediction=predict_step(cfg, hybrid, stages, world_size, hardware, flops.sparse, impl),
-        remedy=None if fits else memory_remedy(cfg, hybrid, world_size, hardware, costs, layouts, impl),
-        advice=memory_advice(cfg, hybrid, world_size, hardware, costs, layouts, impl) if fits else None,
+        remedy=None if fits else memory_remedy(cfg, world_size, budget),
+        advice=memory_advice(cfg, world_size, budget) if fits else None,
     )
 
 

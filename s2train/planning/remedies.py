@@ -4,38 +4,20 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 
-from s2train.attention.hybrid import HybridLayout
 from s2train.config import PretrainConfig
-from s2train.costs.implementations import Implementations
-from s2train.costs.memory import rank_memory
-from s2train.costs.stages import LayerFlops, pipeline_stages
-from s2train.environment.hardware import Hardware
-from s2train.errors import ConfigError
-from s2train.validation.division import check_division
+from s2train.planning.memory_budget import MemoryBudget
 
 _LARGEST_WORLD = 4096  # processes
 
 
-def memory_remedy(
-    cfg: PretrainConfig,
-    hybrid: HybridLayout,
-    world_size: int,
-    hardware: Hardware,
-    costs: LayerFlops,
-    layouts: int,
-    impl: Implementations,
-) -> str:
-    """Suggest settings that fit on these processes, or else on more.
-
-    Args:
-        layouts: bytes of block layouts.
-    """
+def memory_remedy(cfg: PretrainConfig, world_size: int, budget: MemoryBudget) -> str:
+    """Suggest settings that fit on these processes, or else on more."""
     # On a CPU, more processes would share the same memory.
-    largest = world_size if hardware.kind == "cpu" else _LARGEST_WORLD
+    largest = world_size if budget.hardware.kind == "cpu" else _LARGEST_WORLD
     world = world_size
     while world <= largest:
         for changes, candidate in _candidates(cfg):
-            if _works(candidate, hybrid, world, hardware, costs, layouts, impl):
+            if _fits(candidate, world, budget):
                 settings = f"Set {' '.join(changes)}" if changes else "Run it"
                 return f"{settings}{f' on {world} processes' if world > world_size else ''}."
         world *= 2
@@ -72,20 +54,8 @@ def _candidates(cfg: PretrainConfig) -> Iterator[tuple[list[str], PretrainConfig
         )
 
 
-def _works(
-    cfg: PretrainConfig,
-    hybrid: HybridLayout,
-    world_size: int,
-    hardware: Hardware,
-    costs: LayerFlops,
-    layouts: int,
-    impl: Implementations,
-) -> bool:
+def _fits(cfg: PretrainConfig, world_size: int, budget: MemoryBudget) -> bool:
     if cfg.loss == "linear" and cfg.parallel.tp > 1:
         return False
-    try:
-        check_division(cfg, world_size)
-    except ConfigError:
-        return False
-    stages = pipeline_stages(cfg.model, cfg.parallel, costs)
-    return rank_memory(cfg, hybrid, world_size, stages, layouts, hardware.kind, impl).total <= hardware.memory
+    total = budget.total_if_divisible(cfg, world_size)
+    return total is not None and total <= budget.hardware.memory

@@ -26,7 +26,7 @@ from s2train.layouts.patterns import Dense, LocalVertical, Pattern
 from s2train.layouts.placement import place_balanced
 from s2train.megatron import setup
 from s2train.megatron.context_parallel.all_gather import chunk_ids
-from s2train.megatron.context_parallel.exchange_plan import share_of
+from s2train.megatron.context_parallel.exchange_plan import exchange_plan
 from s2train.scaling.cases import Case, Shape
 from s2train.scaling.timing import over_ranks, time_attention
 
@@ -97,10 +97,10 @@ class Meter:
         """
         shape, rows = self.shape, self.shape.length // size
         layout = layer.block_layout(shape.length, device=self.device)
-        share = share_of(layout, shape.kv_heads, rank, size)
-        offset = share.slots * layout.block_size
+        plan = exchange_plan(layout, shape.kv_heads, rank, size)
+        offset = plan.slots * layout.block_size
         *inputs, dout = shape.inputs(rows, rows + offset, shape.heads, shape.kv_heads, self.device)
-        return partial(block_sparse_attention, *inputs, share.whole(layout), query_offset=offset), tuple(inputs), dout
+        return partial(block_sparse_attention, *inputs, plan.whole(layout), query_offset=offset), tuple(inputs), dout
 
 
 def balance(meter: Meter) -> dict[str, Any]:

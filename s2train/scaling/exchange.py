@@ -21,9 +21,9 @@ from s2train.costs.attention import density
 from s2train.kernels.benchmarks.timing import Clock
 from s2train.megatron import setup
 from s2train.megatron.context_parallel.all_gather import chunk_ids, gather_sequence
-from s2train.megatron.context_parallel.attention import rank_share
+from s2train.megatron.context_parallel.attention import rank_exchange_plan
 from s2train.megatron.context_parallel.exchange_plan import exchanged_blocks, gathered_blocks
-from s2train.megatron.context_parallel.kv_exchange import Transfer
+from s2train.megatron.context_parallel.kv_exchange import KVExchange
 from s2train.scaling.cases import Case, Shape
 from s2train.scaling.exchange_modes import exchange_modes
 from s2train.scaling.timing import over_ranks, time_attention, time_call
@@ -49,7 +49,7 @@ def measure(case: Case, shape: Shape, device: torch.device, passes: int) -> dict
     layer, clock = case.layer(shape), Clock(device)
     layout = layer.block_layout(shape.length, device=device)
     began = time.perf_counter()
-    share = rank_share(layout, shape.kv_heads, group)
+    plan = rank_exchange_plan(layout, shape.kv_heads, group)
     clock.wait()
     seconds = time.perf_counter() - began
     rows = shape.length // size
@@ -57,8 +57,8 @@ def measure(case: Case, shape: Shape, device: torch.device, passes: int) -> dict
     block_bytes = case.block * 2 * shape.dim * k.element_size()
 
     def exchange() -> None:
-        transfer = Transfer(share, case.block, group)
-        transfer.receive(transfer.send(k, v), shape.dim)
+        started = KVExchange(plan, case.block, group)
+        started.receive(started.send(k, v), shape.dim)
 
     mine = {
         "setup_s": seconds,
@@ -68,8 +68,8 @@ def measure(case: Case, shape: Shape, device: torch.device, passes: int) -> dict
             name: time_attention(partial(attend, q, k, v), (q, k, v), dout, clock, passes)
             for name, attend in exchange_modes(layout, group).items()
         },
-        "sent_bytes": sum(share.sent_counts) * block_bytes,
-        "gradients_bytes": sum(share.received) * block_bytes,
+        "sent_bytes": sum(plan.sent_counts) * block_bytes,
+        "gradients_bytes": sum(plan.received) * block_bytes,
         "chunks": chunk_ids(rank, size),
     }
     predicted = exchanged_blocks(layout, shape.kv_heads, size).cpu()

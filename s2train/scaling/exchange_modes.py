@@ -8,7 +8,7 @@ from torch import Tensor
 
 from s2train.kernels.attention import block_sparse_attention
 from s2train.kernels.layout import BlockLayout
-from s2train.megatron.context_parallel.attention import attend_gathered, attend_overlapped, attend_together
+from s2train.megatron.context_parallel.attention import attend_after_exchange, attend_gathered, attend_overlapped
 
 
 def exchange_modes(
@@ -24,7 +24,7 @@ def exchange_modes(
 
     return {
         "gather": partial(attend_gathered, prefix, group=group),
-        "blocks": partial(attend_together, _attend, layout=layout, group=group),
+        "blocks": partial(attend_after_exchange, _attend, layout=layout, group=group),
         "overlapped": partial(attend_overlapped, _attend, layout=layout, group=group),
     }
 

@@ -25,7 +25,7 @@ from s2train.megatron.block_attention import kernels_of
 from s2train.training.auxiliary_losses import AuxiliaryLosses
 from s2train.training.batches import Batch, micro_batches
 from s2train.training.loss_by_position import HeldOut, position_edges
-from s2train.training.loss_spikes import Health
+from s2train.training.loss_spikes import LossHistory
 from s2train.training.metrics import StepMetrics, Tracker
 from s2train.training.optimizer import gradient_norm, take_step, up_to_date_parameters
 from s2train.training.peak_memory import PEAK_STEPS, report_peak
@@ -106,7 +106,7 @@ class Trainer:
         self.cfg, self.state, self.tracker, self.speed, self.device = cfg, state, tracker, speed, device
         self.train_set, self.held_out_set, self.timers = train_set, held_out_set, timers
         self.signals, self.watchdog, self.times, self.auxiliary = signals, watchdog, times, auxiliary
-        self.health = Health()
+        self.loss_history = LossHistory()
         self.saver = Saver(cfg, state, tracker.checkpoint)
 
     def train(self, progress: Progress) -> Path | None:
@@ -123,7 +123,7 @@ class Trainer:
         first, last = progress.step + 1, cfg.train.last_step
         consumed = progress.consumed_samples
         batches = self._batches(self.train_set, consumed, consumed + (last - progress.step) * size)
-        self.health = Health(**progress.health)
+        self.loss_history = LossHistory(**progress.health)
         earlier = {name: list(values) for name, values in progress.auxiliary.items()}
         interval, saved = Interval(list(progress.losses), earlier), None
         profiler = StepProfiler(cfg, self.state.chunks, self.tracker)
@@ -135,7 +135,7 @@ class Trainer:
             interval.paused += profiler.pause_s()
             consumed += size
             interval.steps += 1
-            if not self.health.skipped_in_row:
+            if not self.loss_history.skipped_in_row:
                 interval.take_step(loss, self.auxiliary.take())
             if step == first:
                 self.times.end("first step")
@@ -165,7 +165,7 @@ class Trainer:
             with interval.pause():
                 if not cfg.checkpoint.save:
                     pass
-                elif is_last or is_stopping or (is_save_due and not self.health.skipped_in_row):
+                elif is_last or is_stopping or (is_save_due and not self.loss_history.skipped_in_row):
                     self.watchdog.beat(f"save after step {step}")
                     # copies, since a background save writes them later
                     losses, auxiliary = list(interval.losses), deepcopy(interval.auxiliary)
@@ -218,19 +218,19 @@ class Trainer:
         if is_bad:
             self._skip(step, loss, grad_norm, consumed)
         else:
-            if factor := self.health.spike(loss, self.cfg.train.spike_factor):
+            if factor := self.loss_history.spike(loss, self.cfg.train.spike_factor):
                 self._log_batch("spike", step, consumed, f"loss {loss:.4f} is {factor:.1f} × the running mean", loss)
             with record_function(RANGE + OPTIMIZER):
                 take_step(state.optimizer, grad_norm)
             state.scheduler.step(1)
-            self.health = self.health.after_step(loss)
+            self.loss_history = self.loss_history.after_step(loss)
         return loss, grad_norm, lr, signal
 
     def _skip(self, step: int, loss: float, grad_norm: float, consumed: int) -> None:
-        self.health = self.health.after_skip()
+        self.loss_history = self.loss_history.after_skip()
         self._log_batch("skipped", step, consumed, f"skipped: loss {loss}, gradient norm {grad_norm}", loss)
         limit = self.cfg.train.max_skipped_steps
-        if self.health.skipped_in_row > limit:
+        if self.loss_history.skipped_in_row > limit:
             self.saver.close()
             saved = checkpoints_in(own_checkpoints(self.cfg.run_dir))
             raise DivergedError(
@@ -244,7 +244,9 @@ class Trainer:
         """Log an event of a step with its range of training samples."""
         last = consumed + self.cfg.train.global_batch_size - 1
         self.tracker.note(f"step {step} | samples {consumed} to {last} | {what}")
-        self.tracker.event(event, step=step, samples=[consumed, last], loss_of_step=loss, skipped=self.health.skipped)
+        self.tracker.event(
+            event, step=step, samples=[consumed, last], loss_of_step=loss, skipped=self.loss_history.skipped
+        )
 
     def _batches(self, dataset: Dataset, start: int, stop: int) -> list[Iterator[Batch]]:
         """Make an iterator of micro batches for each model chunk.
@@ -275,7 +277,7 @@ class Trainer:
             held_out_loss=None if held_out is None else held_out.loss,
             lr=lr,
             grad_norm=grad_norm,
-            skipped=self.health.skipped,
+            skipped=self.loss_history.skipped,
             step_time_s=step_time,
             tokens_per_s=tokens_per_s,
             model_tflops=flops / 1e12,
@@ -290,7 +292,7 @@ class Trainer:
 
     def _save(self, progress: Progress) -> Path:
         progress = replace(
-            progress, wandb_id=self.tracker.wandb_id, health=asdict(self.health), rng_ranks=current_rng_ranks()
+            progress, wandb_id=self.tracker.wandb_id, health=asdict(self.loss_history), rng_ranks=current_rng_ranks()
         )
         with up_to_date_parameters(self.cfg, self.state.chunks):
             return self.saver.save(progress)

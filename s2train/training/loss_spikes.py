@@ -7,7 +7,7 @@ _SETTLED = 20  # no spike is reported before this many steps
 
 
 @dataclass(frozen=True)
-class Health:
+class LossHistory:
     """Counts of skipped steps and the running mean loss of a run.
 
     Saved in the checkpoint, so that a resumed run continues the counts.
@@ -24,11 +24,11 @@ class Health:
     steps: int = 0
     mean_loss: float = 0.0
 
-    def after_skip(self) -> "Health":
+    def after_skip(self) -> "LossHistory":
         """Count one more skipped step."""
         return replace(self, skipped=self.skipped + 1, skipped_in_row=self.skipped_in_row + 1)
 
-    def after_step(self, loss: float) -> "Health":
+    def after_step(self, loss: float) -> "LossHistory":
         """Count one more step that was taken.
 
         The mean of the first steps is the arithmetic mean.

@@ -16,7 +16,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from s2train.config import PretrainConfig
-from s2train.megatron.local_optimizer_state import load_own_state_alone
+from s2train.megatron.local_optimizer_state import load_only_local_state
 from s2train.megatron.model import DTYPES
 from s2train.megatron.torch_adam import prepare_for_checkpoints
 
@@ -69,7 +69,7 @@ def build_optimizer(
         chunks,
     )
     prepare_for_checkpoints(optimizer)
-    load_own_state_alone(optimizer)
+    load_only_local_state(optimizer)
     config.grad_scale_func = optimizer.scale_loss
     decay_steps = optim.decay_steps or cfg.train.steps
     scheduler = OptimizerParamScheduler(

@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile, record_function, schedule
 from s2train.config import PretrainConfig
 from s2train.megatron.core_attention import CausalCoreAttention
 from s2train.training.metrics import Tracker
-from s2train.training.profile_table import RANGE, breakdown, read_trace
+from s2train.training.profile_table import RANGE, profile_table, read_trace
 
 
 class _BackwardHook(torch.autograd.Function):
@@ -75,7 +75,7 @@ class StepProfiler:
 
     Args:
         models: models whose attention is annotated.
-        tracker: logs the table, on rank 0, and the event `profile` with the breakdown.
+        tracker: logs the table, on rank 0, and the event `profile` with the same numbers.
     """
 
     def __init__(self, cfg: PretrainConfig, models: Sequence[torch.nn.Module], tracker: Tracker) -> None:
@@ -123,7 +123,7 @@ class StepProfiler:
         self._folder.mkdir(parents=True, exist_ok=True)
         trace = self._folder / f"trace-rank{self._rank}.json.gz"
         profiler.export_chrome_trace(str(trace))
-        found = breakdown(read_trace(trace))
+        found = profile_table(read_trace(trace))
         (self._folder / f"breakdown-rank{self._rank}.json").write_text(json.dumps(asdict(found), indent=1) + "\n")
         steps = f"{self._steps[0]} to {self._steps[-1]}"
         self._tracker.event("profile", traced=list(self._steps), **asdict(found))

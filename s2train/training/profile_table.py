@@ -28,7 +28,7 @@ Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
-class Breakdown:
+class ProfileTable:
     """Milliseconds of each part of a step, averaged over the traced steps.
 
     Attributes:
@@ -68,7 +68,7 @@ def read_trace(path: Path) -> list[dict[str, Any]]:
         return [event for event in json.load(file)["traceEvents"] if event.get("ph") == "X"]
 
 
-def breakdown(events: Sequence[dict[str, Any]]) -> Breakdown:
+def profile_table(events: Sequence[dict[str, Any]]) -> ProfileTable:
     """Split the time of the traced steps into parts.
 
     Raises:
@@ -87,7 +87,7 @@ def breakdown(events: Sequence[dict[str, Any]]) -> Breakdown:
     times[HOST] = max(whole - sum(time for name, time in times.items() if name != HIDDEN), 0.0)
     scale = 1e-3 / len(steps)
     parts = {name: time * scale for name, time in times.items() if time > 0}
-    return Breakdown(len(steps), "cuda" if kernels else "cpu", whole * scale, parts)
+    return ProfileTable(len(steps), "cuda" if kernels else "cpu", whole * scale, parts)
 
 
 class _Ranges:

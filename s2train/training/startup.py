@@ -2,7 +2,7 @@
 
 This is before anything is built.
 
-Compares versions, settings, clocks, disks and GPUs. The facts go through the rendezvous store, a few hundred bytes per
+Compares versions, settings, clocks, disks and GPUs. The report go through the rendezvous store, a few hundred bytes per
 rank, since NCCL hangs or fails obscurely on many of these differences. Settings are compared by hash; only a rank
 whose hash differs reads rank 0's settings.
 """
@@ -35,7 +35,7 @@ _FILE_VISIBLE_S = 15.0  # a network file system may show a new file late
 
 
 @dataclass(frozen=True)
-class Facts:
+class RankReport:
     """What a rank reports about itself.
 
     Attributes:
@@ -91,7 +91,7 @@ def check_start(cfg: PretrainConfig, plan: Plan, store: Store, rank: int, world_
     clock = time.time()
     # A run folder named after the time has another name on every rank.
     cfg.run_dir = request["run_dir"]
-    facts = Facts(
+    report = RankReport(
         rank=rank,
         host=socket.gethostname(),
         versions=versions(),
@@ -105,67 +105,67 @@ def check_start(cfg: PretrainConfig, plan: Plan, store: Store, rank: int, world_
         sees_run_dir=_becomes_visible(Path(request["marker"])),
         missing=_missing(cfg, request["cache_marker"]),
     )
-    store.set(f"facts/{rank}", json.dumps(asdict(facts)))
+    store.set(f"report/{rank}", json.dumps(asdict(report)))
     found: list[str] = []
     if rank == 0:
-        texts = store.multi_get([f"facts/{other}" for other in range(world_size)])
+        texts = store.multi_get([f"report/{other}" for other in range(world_size)])
         for path in markers:
             path.unlink()
         needed = checkpoint_bytes(cfg, hybrid_layout(cfg)) if cfg.checkpoint.save else 0
-        found = list(problems([Facts(**json.loads(text)) for text in texts], needed))
+        found = list(problems([RankReport(**json.loads(text)) for text in texts], needed))
     raise_on_all_ranks(store, rank, world_size, "problems", found)
 
 
-def problems(ranks: Sequence[Facts], checkpoint: int) -> Iterator[str]:
+def problems(ranks: Sequence[RankReport], checkpoint: int) -> Iterator[str]:
     """Describe what keeps ranks from training together.
 
     Each line names the rank, the problem and the remedy.
 
     Args:
-        ranks: facts of rank 0 first, with which the others are compared.
+        ranks: report of rank 0 first, with which the others are compared.
         checkpoint: bytes of one checkpoint; 0 if none is saved.
     """
     reported: set[tuple[str, str]] = set()
-    for facts in ranks:
-        for problem in _problems_of(facts, ranks[0], checkpoint):
-            if (facts.host, problem) not in reported:  # once per machine
-                reported.add((facts.host, problem))
-                yield f"{facts}: {problem}"
-    owners: dict[tuple[str, str], Facts] = {}
-    for facts in ranks:
-        owner = owners.setdefault((facts.host, facts.device_id), facts)
-        if facts.device_id and owner is not facts:
+    for report in ranks:
+        for problem in _problems_of(report, ranks[0], checkpoint):
+            if (report.host, problem) not in reported:  # once per machine
+                reported.add((report.host, problem))
+                yield f"{report}: {problem}"
+    owners: dict[tuple[str, str], RankReport] = {}
+    for report in ranks:
+        owner = owners.setdefault((report.host, report.device_id), report)
+        if report.device_id and owner is not report:
             yield (
-                f"{facts}: it uses the same GPU as rank {owner.rank} ({facts.device_id}). Start one process per GPU,"
+                f"{report}: it uses the same GPU as rank {owner.rank} ({report.device_id}). Start one process per GPU,"
                 " all in one torchrun, and don't change CUDA_VISIBLE_DEVICES in any of them"
             )
 
 
-def _problems_of(facts: Facts, first: Facts, checkpoint: int) -> Iterator[str]:
-    for name in sorted(facts.versions.keys() | first.versions.keys()):
-        mine, others = facts.versions.get(name, "not installed"), first.versions.get(name, "not installed")
+def _problems_of(report: RankReport, first: RankReport, checkpoint: int) -> Iterator[str]:
+    for name in sorted(report.versions.keys() | first.versions.keys()):
+        mine, others = report.versions.get(name, "not installed"), first.versions.get(name, "not installed")
         if mine != others:
             yield f"{name} is {mine}, but {others} on {first}. Use the same installation on all machines"
-    for name, (mine, others) in facts.settings.items():
+    for name, (mine, others) in report.settings.items():
         yield f"{name}={mine}, but {others} on {first}. Start every node with the same command"
-    skew = facts.clock - first.clock
+    skew = report.clock - first.clock
     if abs(skew) > MAX_CLOCK_SKEW_S:
         yield (
             f"its clock is {abs(skew):.0f} s {'ahead of' if skew > 0 else 'behind'} the clock of {first}."
             " Synchronise the machines' clocks (NTP, chrony)"
         )
-    if not facts.sees_run_dir:
+    if not report.sees_run_dir:
         yield f"it can't see the run folder of {first}. Set run_dir to a folder on a disk that all machines share"
-    for name in facts.missing:
+    for name in report.missing:
         yield f"it can't see {name}. Put it on a disk that all machines share, and set its absolute path"
-    if facts.free_bytes < checkpoint:
+    if report.free_bytes < checkpoint:
         yield (
-            f"the run folder's disk has {facts.free_bytes / GIB:.1f} GiB free, but one checkpoint takes"
+            f"the run folder's disk has {report.free_bytes / GIB:.1f} GiB free, but one checkpoint takes"
             f" {checkpoint / GIB:.1f}. Free some space, set run_dir to a folder on another disk, or set"
             " checkpoint.save=false to measure speed only"
         )
-    if facts.device != first.device:
-        seen = "no GPU is visible" if facts.device == "CPU" else f"its GPU is a {facts.device}"
+    if report.device != first.device:
+        seen = "no GPU is visible" if report.device == "CPU" else f"its GPU is a {report.device}"
         yield (
             f"{seen}, but {first} has {first.device}. Use machines with the same GPUs, and check nvidia-smi and"
             " CUDA_VISIBLE_DEVICES on this one"

@@ -12,7 +12,7 @@ from s2train.environment.transformer_engine import uses_te
 from s2train.errors import ConfigError
 from s2train.kernels.dense_choice import takes_fa4
 from s2train.kernels.flash4 import INSTALL as FA4
-from s2train.kernels.flash4 import fa4_problem, fa4_refuses
+from s2train.kernels.flash4 import fa4_problem, fa4_unsupported_reason
 
 _OF_TORCH = ("cudnn", "flash", "efficient")
 
@@ -79,7 +79,7 @@ def check_fa4_serves(cfg: PretrainConfig, hybrid: HybridLayout, hardware: Hardwa
         _reject_dense(cfg, "it needs a CUDA device", "Set dense_attention=auto.")
     if hardware.capability is None:
         return
-    why = fa4_refuses(hardware.capability, _dtype(cfg), head_dim(cfg.model))
+    why = fa4_unsupported_reason(hardware.capability, _dtype(cfg), head_dim(cfg.model))
     if why is not None:
         _reject_dense(cfg, why, "Set dense_attention=auto.")
 

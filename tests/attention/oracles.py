@@ -78,9 +78,9 @@ def _toy_losses(core: CausalCoreAttention, weights: dict[str, Tensor], key: Tens
     group = len(weights["direction"]) // key.shape[2]
     total = torch.zeros((), dtype=key.dtype)
     for head, direction in enumerate(weights["direction"]):
-        told = (key[:, :, head // group].detach() @ (direction * weights["scale"])).sigmoid()
+        predicted = (key[:, :, head // group].detach() @ (direction * weights["scale"])).sigmoid()
         aim = value[:, :, head // group].detach().mean(-1).sigmoid()
-        total = total + (told - aim).square().mean()
+        total = total + (predicted - aim).square().mean()
     return {"agreement": total / core.shape.num_heads}
 
 

@@ -103,7 +103,7 @@ def test_the_error_names_missing_blocks_and_every_way_out() -> None:
     )
     assert error.value.remedy == (
         "Set schedule.kind=rotating, or layout.pattern.stride=16 or less, or schedule.dense_heads=1, "
-        "or layout.allow_partial_coverage=true to go on all the same."
+        "or layout.allow_partial_coverage=true to train without full coverage."
     )
 
 

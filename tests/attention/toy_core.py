@@ -24,8 +24,8 @@ class ToyCoreAttention(CausalCoreAttention):
         out = torch.einsum("bhqk,kbhd->qbhd", weights, values)
         if not torch.is_grad_enabled():
             return out
-        told = torch.einsum("sbhd,hd->bhs", keys.detach(), learned).sigmoid()
-        error = (told - values.detach().mean(-1).sigmoid().permute(1, 2, 0)).square()
+        predicted = torch.einsum("sbhd,hd->bhs", keys.detach(), learned).sigmoid()
+        error = (predicted - values.detach().mean(-1).sigmoid().permute(1, 2, 0)).square()
         heads = self.shape.num_heads
         causal = (rows >= position).float().sum()
         self.record("kept_share", read.float().sum() / (causal * read.shape[0] * heads))

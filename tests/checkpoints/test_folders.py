@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from s2train.checkpoints.resume import free_damaged_name
-from s2train.checkpoints.run_state import surplus
+from s2train.checkpoints.run_state import checkpoints_to_remove
 from s2train.files import FolderLock
 
 
@@ -16,13 +16,13 @@ def folders(*steps: int) -> list[Path]:
 
 
 def test_the_last_checkpoints_and_those_at_multiples_stay() -> None:
-    assert surplus(folders(100, 200, 300, 400, 500), keep=2, keep_every=200) == folders(100, 300)
-    assert surplus(folders(100, 200, 300), keep=1, keep_every=None) == folders(100, 200)
+    assert checkpoints_to_remove(folders(100, 200, 300, 400, 500), keep=2, keep_every=200) == folders(100, 300)
+    assert checkpoints_to_remove(folders(100, 200, 300), keep=1, keep_every=None) == folders(100, 200)
 
 
 def test_all_checkpoints_stay_by_default() -> None:
-    assert surplus(folders(100, 200, 300), keep=None, keep_every=None) == []
-    assert surplus(folders(100, 200), keep=5, keep_every=None) == []
+    assert checkpoints_to_remove(folders(100, 200, 300), keep=None, keep_every=None) == []
+    assert checkpoints_to_remove(folders(100, 200), keep=5, keep_every=None) == []
 
 
 def test_a_damaged_checkpoint_is_renamed_to_a_free_name(tmp_path: Path) -> None:

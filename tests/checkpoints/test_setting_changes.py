@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from s2train.checkpoints.setting_changes import KEEP_THE_EXPERIMENT, Change, changes_between, check_consent
+from s2train.checkpoints.setting_changes import KEEP_THE_EXPERIMENT, Change, changes_between, check_allowed
 from s2train.config import PretrainConfig, settings_by_name
 from s2train.errors import ConfigError
 from tests.test_configs import pretrain
@@ -24,8 +24,8 @@ def changes(*now: str, before: tuple[str, ...] = ()) -> list[Change]:
     return changes_between(run_of(*before), run_of(*now))
 
 
-def consented(*now: str, before: tuple[str, ...] = ()) -> None:
-    check_consent(run_of(*now), CHECKPOINT, changes(*now, before=before))
+def check(*now: str, before: tuple[str, ...] = ()) -> None:
+    check_allowed(run_of(*now), CHECKPOINT, changes(*now, before=before))
 
 
 def test_every_setting_that_differs_is_listed_with_both_values() -> None:
@@ -77,7 +77,7 @@ def test_other_steps_change_the_learning_rate_schedule() -> None:
 )
 def test_what_does_not_change_the_experiment_needs_no_consent(setting: str) -> None:
     assert changes(setting)
-    consented(setting)
+    check(setting)
 
 
 @pytest.mark.parametrize(
@@ -98,26 +98,26 @@ def test_what_does_not_change_the_experiment_needs_no_consent(setting: str) -> N
 def test_what_changes_the_experiment_is_rejected_unless_allowed(setting: str) -> None:
     name = "optim.decay_steps" if setting == "train.steps=600" else setting.partition("=")[0]
     blamed = setting.partition("=")[0]  # the setting that the user set, from which another may follow
-    with pytest.raises(ConfigError, match=rf"^{blamed}=.* {name} .* → .*another run_dir") as refusal:
-        consented(setting)
-    assert f"checkpoint.allow_changes=[{name}]" in refusal.value.remedy
-    consented(setting, "checkpoint.allow_changes=true")
-    consented(setting, f"checkpoint.allow_changes=[{name}]")
-    consented(setting, f"checkpoint.allow_changes={name}")
+    with pytest.raises(ConfigError, match=rf"^{blamed}=.* {name} .* → .*another run_dir") as rejection:
+        check(setting)
+    assert f"checkpoint.allow_changes=[{name}]" in rejection.value.remedy
+    check(setting, "checkpoint.allow_changes=true")
+    check(setting, f"checkpoint.allow_changes=[{name}]")
+    check(setting, f"checkpoint.allow_changes={name}")
 
 
 def test_one_error_names_all_changes_not_allowed_and_the_list_to_set() -> None:
-    with pytest.raises(ConfigError) as refusal:
-        consented("optim.lr=1e-3", "optim.beta2=0.99", "optim.eps=1e-6", "checkpoint.allow_changes=[optim.lr]")
-    assert "optim.lr " not in refusal.value.problem
-    assert "optim.beta2 0.95 → 0.99, optim.eps 1e-08 → 1e-06" in refusal.value.problem
-    assert "'checkpoint.allow_changes=[optim.lr,optim.beta2,optim.eps]'" in refusal.value.remedy
+    with pytest.raises(ConfigError) as rejection:
+        check("optim.lr=1e-3", "optim.beta2=0.99", "optim.eps=1e-6", "checkpoint.allow_changes=[optim.lr]")
+    assert "optim.lr " not in rejection.value.problem
+    assert "optim.beta2 0.95 → 0.99, optim.eps 1e-08 → 1e-06" in rejection.value.problem
+    assert "'checkpoint.allow_changes=[optim.lr,optim.beta2,optim.eps]'" in rejection.value.remedy
 
 
 def test_the_error_for_more_steps_says_how_to_keep_the_learning_rate() -> None:
     with pytest.raises(ConfigError, match=r"optim\.decay_steps=400 keeps the learning-rate schedule"):
-        consented("train.steps=600")
-    consented("train.steps=600", "optim.decay_steps=400")
+        check("train.steps=600")
+    check("train.steps=600", "optim.decay_steps=400")
 
 
 def test_settings_that_keep_the_experiment_exist() -> None:

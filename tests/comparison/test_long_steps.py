@@ -23,8 +23,7 @@ BOTH = ("DSSS", "D1S7")
 @pytest.fixture
 def libraries(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """FlashAttention-4 and Liger-Kernel are installed, transformer-engine is not."""
-    monkeypatch.setattr(stacks, "fa4_version", lambda: "4")
-    monkeypatch.setattr(stacks, "liger_version", lambda: "1")
+    monkeypatch.setattr(stacks, "installed_version", lambda _: "1")
     monkeypatch.setattr(stacks, "te_problem", lambda: "transformer-engine is not installed")
     return monkeypatch
 
@@ -70,9 +69,16 @@ def test_a_stack_that_fails_is_logged_and_left_out(tmp_path: Path) -> None:
 
 
 def test_an_unknown_stack_is_rejected_with_the_known_ones(tmp_path: Path) -> None:
-    done = run("long_steps.py", str(tmp_path / "long"), "--ways", "dense cuDNN 2", *SMALL, processes=0)
+    done = run("long_steps.py", str(tmp_path / "long"), "--variants", "dense cuDNN 2", *SMALL, processes=0)
     assert done.status == 2
+    assert "--variants=dense cuDNN 2 is unknown" in done.err
     assert "hybrid DSSS" in done.err
+
+
+def test_the_earlier_name_of_an_option_is_accepted_with_a_warning(tmp_path: Path) -> None:
+    done = run("long_steps.py", str(tmp_path / "long"), "--ways", "dense cuDNN 2", *SMALL, processes=0)
+    assert "warning: --ways is now --variants\n" in done.err
+    assert "--variants=dense cuDNN 2" in done.err
 
 
 @pytest.mark.usefixtures("libraries")
@@ -108,8 +114,7 @@ def test_stacks_depend_on_the_installed_libraries(libraries: pytest.MonkeyPatch)
         *("hybrid DSSS, TE", "dense FlashAttention-4, TE"),
         *("hybrid DSSS, TE FP8", "dense FlashAttention-4, TE FP8"),
     ]
-    libraries.setattr(stacks, "fa4_version", lambda: None)
-    libraries.setattr(stacks, "liger_version", lambda: None)
+    libraries.setattr(stacks, "installed_version", lambda _: None)
     without: Stack = stacks_to_compare(H100, ["DSSS"])[1]
     assert without.name == "dense s2train"
     assert {"dense_attention=s2train", "elementwise=torch", "loss=torch"} <= set(without.settings)

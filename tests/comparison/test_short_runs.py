@@ -13,8 +13,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(torch.cuda.is_available(), re
 def test_attention_and_the_optimizer_are_parts_of_their_own() -> None:
     done = run("tests.comparison.short_run_program", processes=0)
     assert done.status == 0, done.err[-3000:]
-    ways = {f"attention {kind} {way}" for kind in ("dense", "s2") for way in ("forward", "backward")}
+    passes = {f"attention {kind} {way}" for kind in ("dense", "s2") for way in ("forward", "backward")}
     assert (
-        ways | {"linear layers", "norms, elementwise, loss", "optimizer"}
+        passes | {"linear layers", "norms, elementwise, loss", "optimizer"}
         <= json.loads(done.out.splitlines()[-1]).keys()
     )

@@ -42,14 +42,14 @@ def measured_steps() -> Iterator[tuple[str, list[str], int, float]]:
         ]
         yield f"{row['way']} {row['seq_length']}", [*LAYERS, *settings], 1, row["step_s"]
     four = [*LAYERS, "+model=7b_hybrid", "model.num_layers=4", "train.seq_length=8192", "train.global_batch_size=4"]
-    ways = {
+    settings = {
         "local": ["layer_backend=local"],
         "local_other_kernels": ["layer_backend=local", "attention_backend=portable"],
         "te": ["layer_backend=te"],
         "te_fp8": ["layer_backend=te", "fp8=hybrid"],
     }
     for run in read("2026-11-26-h100-te.json")["runs"]:
-        yield run["name"], [*four, *ways[run["name"]]], 1, run["step_time_s"]
+        yield run["name"], [*four, *settings[run["name"]]], 1, run["step_time_s"]
     for model, found in read("2026-11-26-h100x2-scaling.json")["parts"]["scaling"]["models"].items():
         for way, row in found.items():
             # cuDNN is rejected under context parallel; s2train has its rate

@@ -1,9 +1,9 @@
-"""The work lists of Hopper's one-pass backward, spelled out per token."""
+"""The schedule of Hopper's one-pass backward, spelled out per token."""
 
 import pytest
 import torch
 from s2train.kernels import BlockLayout
-from s2train.kernels.hopper.backward_schedule import ACTIVE_BITS, QUERY_BITS, TILE, key_pairs
+from s2train.kernels.hopper.backward_schedule import ACTIVE_BITS, QUERY_BITS, TILE, backward_schedule
 from s2train.kernels.token_mask import token_mask
 
 
@@ -23,17 +23,17 @@ def test_steps_cover_the_mask_once(
 ) -> None:
     blocks = -(-(offset + s_q) // block), -(-s_k // block)
     layout = BlockLayout.from_mask(torch.rand(heads, *blocks) < keep, block)
-    work = key_pairs(layout, kv_heads, s_q, s_k, offset, causal)
+    schedule = backward_schedule(layout, kv_heads, s_q, s_k, offset, causal)
     # room for the tiles' ends beyond the sequences
     covered = torch.zeros(heads, offset + s_q + TILE, s_k + 3 * TILE, dtype=torch.int)
     position, key = torch.arange(covered.shape[1])[:, None], torch.arange(covered.shape[2])
     owned = set()
-    for kv, first_key, second_key, first, num_masked, num_steps, _, _ in work.meta.tolist():
+    for kv, first_key, second_key, first, num_masked, num_steps, _, _ in schedule.meta.tolist():
         assert num_steps >= 1
         for side, key_tile in enumerate((first_key, second_key)):
             owned.add((kv, key_tile))
             for t in range(num_steps):
-                step = int(work.steps[first + t])
+                step = int(schedule.steps[first + t])
                 tile = step >> ACTIVE_BITS & (2**QUERY_BITS - 1)
                 head = kv * (heads // kv_heads) + (step >> (ACTIVE_BITS + QUERY_BITS))
                 kept = (position // TILE == tile) & (key // TILE == key_tile)
@@ -66,13 +66,13 @@ def local_and_vertical(heads: int, kv_heads: int, shifted: bool, length: int = 8
 def test_pairs_keep_what_alike_members_keep(heads: int, kv_heads: int, shifted: bool, over_ideal: float) -> None:
     length = 8192
     layout = local_and_vertical(heads, kv_heads, shifted, length)
-    work = key_pairs(layout, kv_heads, length, length, 0, True)
-    assert int(work.meta[:, 5].sum()) <= over_ideal * int(layout.mask().sum()) / 2
+    schedule = backward_schedule(layout, kv_heads, length, length, 0, True)
+    assert int(schedule.meta[:, 5].sum()) <= over_ideal * int(layout.mask().sum()) / 2
 
 
 def test_masks_without_an_order_cost_no_more_than_neighbours_as_they_lie() -> None:
     n = 64
     mask = (torch.rand(4, n, n) < 0.2).tril()
-    steps = int(key_pairs(BlockLayout.from_mask(mask, TILE), 1, n * TILE, n * TILE, 0, True).meta[:, 5].sum())
+    steps = int(backward_schedule(BlockLayout.from_mask(mask, TILE), 1, n * TILE, n * TILE, 0, True).meta[:, 5].sum())
     either = mask.view(4, n, n // 2, 2).any(-1)
     assert steps <= int(either.sum()) + int((either.sum((0, 1)) == 0).sum())

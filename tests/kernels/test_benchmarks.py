@@ -14,7 +14,7 @@ from s2train.kernels.benchmarks.cases import DEFAULT, GROUPS, Case, parse_case, 
 from s2train.kernels.benchmarks.contenders import CONTENDERS, NotSupportedError, Problem, flex_block_mask
 from s2train.kernels.benchmarks.correctness import full_problem, short_problem, shortened
 from s2train.kernels.benchmarks.inputs import make_inputs
-from s2train.kernels.benchmarks.limits import pass_flops, refusal
+from s2train.kernels.benchmarks.limits import pass_flops, skip_reason
 from s2train.kernels.benchmarks.plot import draw
 from s2train.kernels.benchmarks.report import break_even, kernel_paths, launch_ratios, summary
 from s2train.kernels.benchmarks.run_time import RUN_TIME, split_words
@@ -187,12 +187,12 @@ def test_what_surely_takes_too_long_is_refused_with_a_reason() -> None:
     flops = 3.5 * 4 * 128 * 32 * (case.length * (case.length + 1) // 2)
     assert pass_flops(mask) == pytest.approx(flops)
     # 800 TFLOP/s: four dense passes need 39 s at least, the sparse ones a fifteenth
-    why = refusal(dense, case, mask, None, 800, 20)
+    why = skip_reason(dense, case, mask, None, 800, 20)
     assert why is not None
     assert f"4 passes would take {4 * flops / 8e14:.0f} s" in why
-    assert refusal(dense, case, mask, None, 800, 40) is None
-    assert refusal(ours, case, case, None, 800, 20) is None
-    assert refusal(CONTENDERS["dkernel"], case, case, None, 800, 20) is not None  # its own tuning
+    assert skip_reason(dense, case, mask, None, 800, 40) is None
+    assert skip_reason(ours, case, case, None, 800, 20) is None
+    assert skip_reason(CONTENDERS["dkernel"], case, case, None, 800, 20) is not None  # its own tuning
 
 
 @pytest.mark.parametrize(
@@ -206,7 +206,7 @@ def test_what_surely_takes_too_long_is_refused_with_a_reason() -> None:
 )
 def test_what_does_not_fit_80_gb_is_refused_with_a_reason(word: str, contender: str, fits: bool) -> None:
     case = parse_case(word)
-    why = refusal(CONTENDERS[contender], case, case, 85_017_493_504, 800, 1e9)
+    why = skip_reason(CONTENDERS[contender], case, case, 85_017_493_504, 800, 1e9)
     assert why is None if fits else why is not None and "the device has 85" in why
 
 

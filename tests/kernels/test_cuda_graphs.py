@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 from s2train.kernels import BlockLayout, block_sparse_attention
-from s2train.kernels.hopper.backward_schedule import key_pairs
-from s2train.kernels.hopper.forward_schedule import forward_work
+from s2train.kernels.hopper.backward_schedule import backward_schedule
+from s2train.kernels.hopper.forward_schedule import forward_schedule
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -114,6 +114,6 @@ def test_hoppers_work_lists_are_read_from_the_device_once() -> None:
     layout = BlockLayout.from_mask(torch.rand(4, 8, 8) < 0.5, 64)
     for expected in (True, False):
         with Waits() as waits:
-            forward_work(layout, causal=True, query_end=512, s_k=512)
-            key_pairs(layout, 2, 512, 512, 0, True)
+            forward_schedule(layout, causal=True, query_end=512, s_k=512)
+            backward_schedule(layout, 2, 512, 512, 0, True)
         assert bool(waits.found) == expected

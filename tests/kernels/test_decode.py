@@ -7,7 +7,7 @@ import torch
 from s2train.kernels import BlockLayout, reference_attention
 from s2train.kernels.decode.op import append_token, block_sparse_decode
 from s2train.kernels.decode.pages import last_uses, write_tokens
-from s2train.kernels.decode.schedule import decode_walk
+from s2train.kernels.decode.schedule import decode_schedule
 from torch import Tensor
 
 BACKENDS = ("torch", "triton")
@@ -142,24 +142,24 @@ def test_half_precision(backend: str, dtype: torch.dtype) -> None:
 
 def test_groups_that_keep_the_same_walk_the_layouts_own_rows() -> None:
     layout = shared_layout(8, 4, 5, 16)
-    walk = decode_walk(layout, 2)
-    assert walk.bits is None
-    assert walk.columns is layout.row_columns
+    schedule = decode_schedule(layout, 2)
+    assert schedule.bits is None
+    assert schedule.columns is layout.row_columns
     assert_as_exact_as_torch(Paged.make(layout, [79, 33], 8, 2, 16, 5), "triton")
 
 
 def test_a_walk_is_the_union_of_its_heads() -> None:
     heads, kv_heads, num_blocks = 40, 2, 7  # 20 heads a group: tiles of 16 and 4
     layout = random_layout(heads, num_blocks, 16, keep=0.1)
-    walk, mask = decode_walk(layout, kv_heads), layout.mask()
-    assert walk.bits is not None
+    schedule, mask = decode_schedule(layout, kv_heads), layout.mask()
+    assert schedule.bits is not None
     tiles = [range(0, 16), range(16, 20), range(20, 36), range(36, 40)]
     longest = 0
     for tile, members in enumerate(tiles):
         for row in range(num_blocks):
-            line = int(walk.walk_of_tile[tile]) * num_blocks + row
-            low, high = int(walk.offsets[line]), int(walk.offsets[line + 1])
-            found = dict(zip(walk.columns[low:high].tolist(), walk.bits[low:high].tolist(), strict=True))
+            line = int(schedule.list_of_tile[tile]) * num_blocks + row
+            low, high = int(schedule.offsets[line]), int(schedule.offsets[line + 1])
+            found = dict(zip(schedule.columns[low:high].tolist(), schedule.bits[low:high].tolist(), strict=True))
             expected = {}
             for column in range(num_blocks):
                 bits = sum(1 << slot for slot, head in enumerate(members) if mask[head, row, column])
@@ -167,8 +167,8 @@ def test_a_walk_is_the_union_of_its_heads() -> None:
                     expected[column] = bits
             assert found == expected
             longest = max(longest, high - low)
-    assert walk.longest == longest
-    assert decode_walk(layout, kv_heads) is walk
+    assert schedule.longest == longest
+    assert decode_schedule(layout, kv_heads) is schedule
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -185,7 +185,7 @@ def test_appended_tokens_lie_at_their_positions(backend: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "expected"),
     [
         ({"q": torch.randn(2, 3, 16)}, "not a multiple"),
         ({"q": torch.randn(2, 4, 8)}, "q must be"),
@@ -199,7 +199,7 @@ def test_appended_tokens_lie_at_their_positions(backend: str) -> None:
         ({"values": torch.zeros(2, 16, 16)}, "keys and values"),
     ],
 )
-def test_arguments_that_do_not_fit_are_refused(change: dict, told: str) -> None:
+def test_arguments_that_do_not_fit_are_refused(change: dict, expected: str) -> None:
     arguments = {
         "q": torch.randn(2, 4, 16),
         "keys": torch.zeros(5, 16, 16),
@@ -208,7 +208,7 @@ def test_arguments_that_do_not_fit_are_refused(change: dict, told: str) -> None:
         "positions": torch.zeros(2, dtype=torch.int32),
         "layout": random_layout(4, 3, 16),
     }
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=expected):
         block_sparse_decode(**(arguments | change))
 
 

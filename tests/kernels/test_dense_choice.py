@@ -35,14 +35,14 @@ def serves_all(_: str) -> None:
 @pytest.fixture
 def fa4(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """FlashAttention-4 in the verified release."""
-    monkeypatch.setattr(dense_choice, "fa4_version", lambda: RELEASE)
+    monkeypatch.setattr(dense_choice, "installed_version", lambda _: RELEASE)
     monkeypatch.setattr(dense_choice, "fa4_problem", lambda: None)
     return monkeypatch
 
 
 @pytest.fixture
 def no_fa4(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dense_choice, "fa4_version", lambda: None)
+    monkeypatch.setattr(dense_choice, "installed_version", lambda _: None)
 
 
 @pytest.mark.usefixtures("fa4")
@@ -76,7 +76,7 @@ def test_kernels_that_do_not_serve_a_call_are_passed_over_with_the_reason() -> N
 
 
 def test_another_release_or_gpu_is_not_taken_unless_asked_for(fa4: pytest.MonkeyPatch) -> None:
-    fa4.setattr(dense_choice, "fa4_version", lambda: "4.0.0b37")
+    fa4.setattr(dense_choice, "installed_version", lambda _: "4.0.0b37")
     choice = choose_dense(call(), "auto", serves_all)
     assert choice.implementation == "s2train"
     assert "flash-attn-4 4.0.0b37 was not checked for whole bfloat16 d128 grouped" in str(choice)

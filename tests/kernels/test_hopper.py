@@ -1,4 +1,4 @@
-"""Around the Hopper kernels: what the forward walks and when they are chosen. The kernels themselves need a GPU."""
+"""The Hopper forward's schedule, and when the Hopper kernels are chosen. The kernels themselves need a GPU."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from s2train.kernels import BlockLayout
 from s2train.kernels.hopper import support as hopper_support
-from s2train.kernels.hopper.forward_schedule import TILE, ForwardWork, forward_work
+from s2train.kernels.hopper.forward_schedule import TILE, ForwardSchedule, forward_schedule
 from s2train.kernels.hopper.support import (
     backward_choice,
     hopper_backward_supported,
@@ -23,24 +23,24 @@ def random_layout(block: int, n_q: int, n_k: int, keep: float = 0.4, heads: int 
     return BlockLayout.from_mask(torch.rand(heads, n_q, n_k) < keep, block)
 
 
-def walked(work: ForwardWork, layout: BlockLayout, s_k: int, causal: bool) -> torch.Tensor:
-    """Bool [H, rows, keys] that the kernel attends to, going through the work as it does; each pair once."""
-    per_step = TILE // work.chunk_keys
-    rows = work.tiles_per_pattern * TILE
+def walked(schedule: ForwardSchedule, layout: BlockLayout, s_k: int, causal: bool) -> torch.Tensor:
+    """Bool [H, rows, keys] that the kernel attends to, following the schedule as it does; each pair once."""
+    per_step = TILE // schedule.chunk_keys
+    rows = schedule.tiles_per_pattern * TILE
     seen = torch.zeros(layout.num_heads, rows, s_k, dtype=torch.bool)
     last_key = torch.full((rows,), s_k - 1)
     if causal:
         last_key = last_key.minimum(torch.arange(rows))
-    for head, slot in zip(work.head_order.tolist(), work.head_slot.tolist(), strict=True):
-        for tile in range(work.tiles_per_pattern):
-            place = slot * work.tiles_per_pattern + tile
-            begin, end = work.step_offsets[place : place + 2].tolist()
-            full = int(work.full_offsets[place])
+    for head, slot in zip(schedule.head_order.tolist(), schedule.head_slot.tolist(), strict=True):
+        for tile in range(schedule.tiles_per_pattern):
+            place = slot * schedule.tiles_per_pattern + tile
+            begin, end = schedule.step_offsets[place : place + 2].tolist()
+            full = int(schedule.full_offsets[place])
             assert begin < full <= end
             for step in range(begin, end):
-                for entry in work.chunks[step * per_step : (step + 1) * per_step].tolist():
-                    first = entry // 4 * work.chunk_keys
-                    keys = torch.arange(first, first + work.chunk_keys)
+                for entry in schedule.chunks[step * per_step : (step + 1) * per_step].tolist():
+                    first = entry // 4 * schedule.chunk_keys
+                    keys = torch.arange(first, first + schedule.chunk_keys)
                     keys = keys[keys < s_k]
                     for half in range(2):
                         row = torch.arange(tile * TILE + half * 64, tile * TILE + half * 64 + 64)
@@ -57,44 +57,44 @@ def walked(work: ForwardWork, layout: BlockLayout, s_k: int, causal: bool) -> to
 @pytest.mark.parametrize(("s_q", "s_k"), [(512, 512), (330, 330), (150, 450), (450, 150), (1, 1)])
 def test_work_covers_exactly_what_the_layout_keeps(block: int, causal: bool, s_q: int, s_k: int) -> None:
     layout = random_layout(block, -(-s_q // block), -(-s_k // block))
-    work = forward_work(layout, causal=causal, query_end=s_q, s_k=s_k)
+    schedule = forward_schedule(layout, causal=causal, query_end=s_q, s_k=s_k)
     expected = token_mask(layout, s_q, s_k, causal=causal)
-    assert walked(work, layout, s_k, causal)[:, :s_q].equal(expected)
+    assert walked(schedule, layout, s_k, causal)[:, :s_q].equal(expected)
 
 
 def test_local_and_vertical_pattern_needs_masks_only_near_the_diagonal() -> None:
     i = torch.arange(64)
     keep = ((i[:, None] - i < 16) | ((i + 1) % 16 == 0)) & (i[:, None] >= i)
-    work = forward_work(BlockLayout.from_mask(keep[None], 64), causal=True, query_end=4096, s_k=4096)
-    masked = work.full_offsets - work.step_offsets[:-1]
+    schedule = forward_schedule(BlockLayout.from_mask(keep[None], 64), causal=True, query_end=4096, s_k=4096)
+    masked = schedule.full_offsets - schedule.step_offsets[:-1]
     assert masked.max() <= 2
     # the union of two blocks' chunks is at most one longer than either, and padded to pairs
     kept = keep.sum(1).view(-1, 2).max(1).values
-    assert (work.step_offsets.diff() <= (kept + 3) // 2).all()
+    assert (schedule.step_offsets.diff() <= (kept + 3) // 2).all()
 
 
 def test_heads_with_the_most_work_go_first() -> None:
     sparse, dense = torch.eye(8, dtype=torch.bool), torch.ones(8, 8, dtype=torch.bool).tril()
     layout = BlockLayout.from_mask(torch.stack([sparse, dense, sparse, dense]), 128)
-    work = forward_work(layout, causal=True, query_end=1024, s_k=1024)
-    assert work.head_order.tolist() == [1, 3, 0, 2]
+    schedule = forward_schedule(layout, causal=True, query_end=1024, s_k=1024)
+    assert schedule.head_order.tolist() == [1, 3, 0, 2]
 
 
 def test_a_slice_of_heads_holds_only_its_patterns() -> None:
     layout = random_layout(128, 8, 8).heads(1, 3)
-    work = forward_work(layout, causal=False, query_end=1024, s_k=1024)
-    assert work.full_offsets.numel() == 2 * 8
-    assert walked(work, layout, 1024, False).equal(token_mask(layout, 1024, 1024, causal=False))
+    schedule = forward_schedule(layout, causal=False, query_end=1024, s_k=1024)
+    assert schedule.full_offsets.numel() == 2 * 8
+    assert walked(schedule, layout, 1024, False).equal(token_mask(layout, 1024, 1024, causal=False))
 
 
 def test_work_is_built_once_for_all_causal_lengths() -> None:
     layout = random_layout(64, 16, 16)
-    first = forward_work(layout, causal=True, query_end=100, s_k=100)
-    assert forward_work(layout, causal=True, query_end=900, s_k=1000) is first
-    tail = forward_work(layout, causal=True, query_end=900, s_k=800)
+    first = forward_schedule(layout, causal=True, query_end=100, s_k=100)
+    assert forward_schedule(layout, causal=True, query_end=900, s_k=1000) is first
+    tail = forward_schedule(layout, causal=True, query_end=900, s_k=800)
     assert tail is not first
-    assert forward_work(layout, causal=True, query_end=900, s_k=800) is tail
-    assert forward_work(layout, causal=True, query_end=900, s_k=801) is not tail
+    assert forward_schedule(layout, causal=True, query_end=900, s_k=800) is tail
+    assert forward_schedule(layout, causal=True, query_end=900, s_k=801) is not tail
 
 
 def arguments(block: int = 128, dtype: torch.dtype = torch.bfloat16, dim: int = 128, v_dim: int = 128, **spec: object):  # type: ignore[no-untyped-def]

@@ -126,15 +126,15 @@ def compiled_backward(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, spec
     from s2train.kernels.hopper.backward import (
         CONFIGS,
         ENTRY_REGISTERS,
-        backward_work,
         launch_arguments,
         s2_attention_bwd_kernel_hopper,
+        schedule_of_call,
     )
 
-    work = backward_work(layout, 2, 256, 256, spec)
+    schedule = schedule_of_call(layout, 2, 256, 256, spec)
     statistics = torch.empty(2, 2 * 256)
     sums = torch.empty(2 * 4 * 2 * q.shape[3], 32)
-    arguments = launch_arguments(q, k, v, q, *statistics, sums, k, v, work, 1, spec, CONFIGS[q.shape[3]])
+    arguments = launch_arguments(q, k, v, q, *statistics, sums, k, v, schedule, 1, spec, CONFIGS[q.shape[3]])
     return s2_attention_bwd_kernel_hopper.run(*arguments, grid=(1,), warmup=True, num_warps=4, maxnreg=ENTRY_REGISTERS)
 
 
@@ -150,8 +150,8 @@ def compiled_builders(block: int) -> list[Any]:
     topk_backward_schedule.launch = topk_forward_schedule.launch = compiling  # type: ignore[attr-defined]
     indices = torch.zeros(1, 2, 256, 16, dtype=torch.int32)
     layout = TopKLayout.from_indices(indices, block, num_heads=4)
-    topk_forward_schedule.topk_steps(layout, causal=True, s_k=256 * block)
-    topk_backward_schedule.topk_pairs(layout, 2, 256 * block, 256 * block, 0, True)
+    topk_forward_schedule.topk_forward_schedule(layout, causal=True, s_k=256 * block)
+    topk_backward_schedule.topk_backward_schedule(layout, 2, 256 * block, 256 * block, 0, True)
     return kernels
 
 

@@ -5,7 +5,7 @@ import s2train.kernels.triton_backend  # noqa: F401  (repairs Triton's interpret
 import torch
 from s2train.kernels import BlockLayout, block_sparse_attention
 from s2train.kernels.hopper.documents import document_table
-from s2train.kernels.hopper.forward_schedule import TILE, forward_work
+from s2train.kernels.hopper.forward_schedule import TILE, forward_schedule
 from s2train.kernels.token_mask import token_mask
 
 HALF = TILE // 2
@@ -55,24 +55,24 @@ def test_packed_documents_attend_to_what_the_layout_keeps(block: int, keep: floa
     lengths = random_documents()
     rows, longest = sum(lengths), max(lengths)
     layout = BlockLayout.from_mask(torch.rand(3, -(-longest // block), -(-longest // block)) < keep, block)
-    work = forward_work(layout, causal=True, query_end=rows, s_k=rows)
+    schedule = forward_schedule(layout, causal=True, query_end=rows, s_k=rows)
     table = document_table(packed(lengths, device), rows, TILE, {}).tolist()
     seen = torch.zeros(3, rows, rows, dtype=torch.bool)
-    per_step = TILE // work.chunk_keys
-    for head, slot in zip(work.head_order.tolist(), work.head_slot.tolist(), strict=True):
+    per_step = TILE // schedule.chunk_keys
+    for head, slot in zip(schedule.head_order.tolist(), schedule.head_slot.tolist(), strict=True):
         for start, length, tile, _ in table[1 : table[0][0] + 1]:
-            place = slot * work.tiles_per_pattern + tile
-            begin, end = work.step_offsets[place : place + 2].tolist()
+            place = slot * schedule.tiles_per_pattern + tile
+            begin, end = schedule.step_offsets[place : place + 2].tolist()
             for step in range(begin, end):
-                for entry in work.chunks[step * per_step : (step + 1) * per_step].tolist():
-                    keys = entry // 4 * work.chunk_keys + torch.arange(work.chunk_keys)
+                for entry in schedule.chunks[step * per_step : (step + 1) * per_step].tolist():
+                    keys = entry // 4 * schedule.chunk_keys + torch.arange(schedule.chunk_keys)
                     if entry % 4 and keys[-1] >= length:
                         assert step == begin, "values beyond the document are cleared in the first step only"
                     for half in range(2):
                         query = tile * TILE + half * HALF + torch.arange(HALF)
                         query = query[query < length]
                         part = torch.ones(len(query), len(keys), dtype=torch.bool)
-                        if step < int(work.full_offsets[place]):
+                        if step < int(schedule.full_offsets[place]):
                             part = (keys <= query[:, None]) & bool(entry >> half & 1)
                         visible = keys[part.any(0)]
                         assert not (visible >= length).any()

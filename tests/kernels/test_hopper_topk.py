@@ -1,4 +1,4 @@
-"""What the Hopper kernels walk of top-k lists, built by interpreted kernels, beside the same masks' static work."""
+"""Hopper's schedules of top-k lists, built by interpreted kernels, equal those of the same static masks."""
 
 import os
 
@@ -6,12 +6,11 @@ import pytest
 import torch
 from s2train.kernels import BlockLayout, TopKLayout
 from s2train.kernels.check.run_time import random_indices
-from s2train.kernels.hopper import topk_backward_schedule
-from s2train.kernels.hopper.backward_schedule import ACTIVE_BITS, QUERY_BITS, KeyPairs, key_pairs
-from s2train.kernels.hopper.forward_schedule import TILE, ForwardWork, forward_work
+from s2train.kernels.hopper.backward_schedule import ACTIVE_BITS, QUERY_BITS, BackwardSchedule, backward_schedule
+from s2train.kernels.hopper.forward_schedule import TILE, ForwardSchedule, forward_schedule
 from s2train.kernels.hopper.program_order import HOPPER_MULTIPROCESSORS, _simulated_end
-from s2train.kernels.hopper.topk_backward_schedule import in_order, topk_pairs
-from s2train.kernels.hopper.topk_forward_schedule import topk_steps
+from s2train.kernels.hopper.topk_backward_schedule import in_order, topk_backward_schedule
+from s2train.kernels.hopper.topk_forward_schedule import topk_forward_schedule
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="runs in Triton's interpreter")
 N_Q, N_K = 3, 4
@@ -23,18 +22,25 @@ def both_layouts(block: int, heads: int, lists: int, batch: int, keep: float) ->
     return layout, BlockLayout.from_mask(layout.mask(), block)
 
 
-def steps_of_tiles(work: ForwardWork, batch: int, tiles: int) -> dict[tuple[int, int, int], tuple[int, list[int]]]:
+def steps_of_tiles(
+    schedule: ForwardSchedule, batch: int, tiles: int
+) -> dict[tuple[int, int, int], tuple[int, list[int]]]:
     """By sequence, head and tile: how many steps need a mask, and the chunks of all."""
     found = {}
-    per_step = TILE // work.chunk_keys
+    per_step = TILE // schedule.chunk_keys
     for b in range(batch):
-        tables = (x.view(-1, x.shape[-1])[b if work.batched else 0].tolist() for x in (work.head_order, work.head_slot))
+        tables = (
+            x.view(-1, x.shape[-1])[b if schedule.batched else 0].tolist()
+            for x in (schedule.head_order, schedule.head_slot)
+        )
         for head, slot in zip(*tables, strict=True):
             for tile in range(tiles):
-                at = slot * work.tiles_per_pattern + tile
-                begin, end = (work.step_offsets[at] if work.batched else work.step_offsets[at : at + 2]).tolist()
-                chunks = work.chunks[begin * per_step : end * per_step].tolist()
-                found[b, head, tile] = (int(work.full_offsets[at]) - begin, chunks)
+                at = slot * schedule.tiles_per_pattern + tile
+                begin, end = (
+                    schedule.step_offsets[at] if schedule.batched else schedule.step_offsets[at : at + 2]
+                ).tolist()
+                chunks = schedule.chunks[begin * per_step : end * per_step].tolist()
+                found[b, head, tile] = (int(schedule.full_offsets[at]) - begin, chunks)
     return found
 
 
@@ -49,16 +55,16 @@ def test_forward_steps_are_those_of_the_same_mask(
     layout, static = both_layouts(block, heads, lists, batch, keep)
     s_q, s_k = N_Q * block - missing // 2, N_K * block - missing
     tiles = -(-s_q // TILE)
-    expected = forward_work(static, causal=causal, query_end=s_q, s_k=s_k)
-    measured = topk_steps(layout, causal=causal, s_k=s_k)
+    expected = forward_schedule(static, causal=causal, query_end=s_q, s_k=s_k)
+    measured = topk_forward_schedule(layout, causal=causal, s_k=s_k)
     assert steps_of_tiles(measured, batch, tiles) == steps_of_tiles(expected, batch, tiles)
 
 
-def pairs(work: KeyPairs) -> dict[tuple[int, int, int, int], tuple[int, int, list[int]]]:
+def pairs(schedule: BackwardSchedule) -> dict[tuple[int, int, int, int], tuple[int, int, list[int]]]:
     """By sequence, KV head and key tiles: steps that need a mask, the first step, all steps."""
     return {
-        (row[7], *row[:3]): (row[4], row[6], work.steps[row[3] : row[3] + row[5]].tolist())
-        for row in work.meta.tolist()
+        (row[7], *row[:3]): (row[4], row[6], schedule.steps[row[3] : row[3] + row[5]].tolist())
+        for row in schedule.meta.tolist()
     }
 
 
@@ -72,7 +78,7 @@ def test_backward_steps_are_those_of_the_same_mask(
 ) -> None:
     layout, static = both_layouts(block, heads, lists, batch, keep)
     sizes = (kv_heads, N_Q * block - 37 - offset, N_K * block - 70, offset, causal)
-    measured, expected = topk_pairs(layout, *sizes), key_pairs(static, *sizes)
+    measured, expected = topk_backward_schedule(layout, *sizes), backward_schedule(static, *sizes)
     assert pairs(measured) == pairs(expected)
     assert (measured.first_tile, measured.num_tiles) == (expected.first_tile, expected.num_tiles)
 
@@ -85,9 +91,9 @@ def test_backward_steps_of_blocks_of_64_cover_the_mask_once(causal: bool, lists:
     mask = layout.mask()
     if causal:
         mask &= torch.ones(N_Q, N_K, dtype=torch.bool).tril()
-    work = topk_pairs(layout, kv_heads, N_Q * block, N_K * block, 0, causal)
+    schedule = topk_backward_schedule(layout, kv_heads, N_Q * block, N_K * block, 0, causal)
     seen = torch.zeros(batch, heads, N_Q, N_K, dtype=torch.int)
-    for (b, kv, first, _), (num_masked, _, steps) in pairs(work).items():
+    for (b, kv, first, _), (num_masked, _, steps) in pairs(schedule).items():
         for t, step in enumerate(steps):
             head = kv * (heads // kv_heads) + (step >> (ACTIVE_BITS + QUERY_BITS))
             tile = step >> ACTIVE_BITS & (2**QUERY_BITS - 1)
@@ -104,7 +110,7 @@ def test_long_programs_start_early_enough_to_end_with_the_others() -> None:
     scores[..., 0] = 2  # all keep the first block
     mask = torch.zeros(kv_heads, n, n, dtype=torch.bool).scatter_(-1, scores.topk(k).indices, True).tril()
     static = BlockLayout.from_patterns(mask, [head // 8 for head in range(32)], 128)
-    expected = key_pairs(static, kv_heads, n * 128, n * 128, 0, True).meta
+    expected = backward_schedule(static, kv_heads, n * 128, n * 128, 0, True).meta
     unordered = expected[(expected[:, 0] * n + expected[:, 1] // 2).argsort()]
     measured = in_order(unordered, kv_heads, {})
     assert torch.equal(measured.unique(dim=0), expected.unique(dim=0))
@@ -121,7 +127,7 @@ def test_many_pairs_are_sorted_into_the_order_that_few_are_ranked_into(monkeypat
     meta[:, 5] = torch.randint(1, 20, (len(meta),))
     meta[::pairs_of_head, 5] = 300
     ranked = in_order(meta, heads, {})
-    monkeypatch.setattr(topk_backward_schedule, "_MOST_RANKED", 0)
+    monkeypatch.setattr("s2train.kernels.hopper.topk_backward_schedule._MOST_RANKED", 0)
     assert in_order(meta, heads, {}).equal(ranked)
 
 
@@ -130,6 +136,6 @@ def test_the_order_of_slots_changes_nothing() -> None:
     order = torch.randperm(layout.slots)
     other = TopKLayout.from_indices(layout.indices[..., order], 128, num_heads=2, num_key_blocks=N_K)
     sizes = (2, N_Q * 128, N_K * 128, 0, True)
-    assert pairs(topk_pairs(layout, *sizes)) == pairs(topk_pairs(other, *sizes))
-    steps = [steps_of_tiles(topk_steps(x, causal=True, s_k=N_K * 128), 1, N_Q) for x in (layout, other)]
+    assert pairs(topk_backward_schedule(layout, *sizes)) == pairs(topk_backward_schedule(other, *sizes))
+    steps = [steps_of_tiles(topk_forward_schedule(x, causal=True, s_k=N_K * 128), 1, N_Q) for x in (layout, other)]
     assert steps[0] == steps[1]

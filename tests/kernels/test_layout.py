@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from s2train.kernels import BlockLayout
 from s2train.kernels import layout_builder as layout_lines
 from s2train.kernels.benchmarks.layout_cost import main, peak_bytes
-from s2train.kernels.decode.schedule import decode_walk
+from s2train.kernels.decode.schedule import decode_schedule
 from s2train.kernels.layout_builder import ColumnRule, Rule
 
 
@@ -118,7 +118,7 @@ def test_columns_by_work_numbers_key_blocks_by_sequence_too() -> None:
 def test_decoding_takes_one_layout_for_all_sequences() -> None:
     layout = BlockLayout.from_mask(torch.stack([random_mask(2, 4, 4), random_mask(2, 4, 4)]), 64)
     with pytest.raises(ValueError, match="one layout for all sequences"):
-        decode_walk(layout, 2)
+        decode_schedule(layout, 2)
 
 
 def test_patterns_may_be_numpys_integers() -> None:

@@ -1,4 +1,4 @@
-"""The work of Hopper's one-pass backward over packed documents, spelled out per token."""
+"""The schedule of Hopper's one-pass backward over packed documents, spelled out per token."""
 
 import random
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from s2train.kernels import BlockLayout
 from s2train.kernels.hopper.backward_schedule import ACTIVE_BITS, QUERY_BITS, TILE
-from s2train.kernels.hopper.packed_backward_schedule import packed_pairs
+from s2train.kernels.hopper.packed_backward_schedule import packed_backward_schedule
 from s2train.kernels.token_mask import token_mask
 
 LENGTHS = [(37, 0, 200, 1, 130), (0, 0, 5), (256,), (64, 128, 192, 0), (1, 1, 1), (63, 65, 127, 129)]
@@ -25,8 +25,8 @@ def test_steps_cover_every_documents_mask_once(
     blocks = 512 // block
     layout = BlockLayout.from_mask(torch.rand(heads, blocks, blocks) < keep, block)
     total = sum(lengths)
-    work = packed_pairs(layout, kv_heads, bounds_of(lengths), total)
-    assert work.tiles is not None
+    schedule = packed_backward_schedule(layout, kv_heads, bounds_of(lengths), total)
+    assert schedule.tiles is not None
     room = total + 3 * TILE  # tiles' ends lie beyond
     covered = torch.zeros(heads, room, room, dtype=torch.int)
     expected = torch.zeros_like(covered)
@@ -37,15 +37,15 @@ def test_steps_cover_every_documents_mask_once(
             expected[:, start:end, start:end] = token_mask(layout, length, length, causal=True, query_offset=0).int()
         start = end
     owned = []
-    for kv, *key_tiles, first, num_masked, num_steps, skip, first_tile, start, length in work.meta.tolist():
+    for kv, *key_tiles, first, num_masked, num_steps, skip, first_tile, start, length in schedule.meta.tolist():
         assert num_steps >= 1
         owned += [(kv, start, key) for key in key_tiles if key * TILE < length]
         for t in range(num_steps):
-            step = int(work.steps[first + t + (skip if t >= num_masked else 0)])
+            step = int(schedule.steps[first + t + (skip if t >= num_masked else 0)])
             tile = step >> ACTIVE_BITS & (2**QUERY_BITS - 1)
             head = kv * (heads // kv_heads) + (step >> (ACTIVE_BITS + QUERY_BITS))
             if length:
-                assert work.tiles[first_tile + tile].tolist() == [start, length, tile]
+                assert schedule.tiles[first_tile + tile].tolist() == [start, length, tile]
             position = tile * TILE + torch.arange(TILE)[:, None]
             for side, key_tile in enumerate(key_tiles):
                 key = key_tile * TILE + torch.arange(TILE)
@@ -55,15 +55,15 @@ def test_steps_cover_every_documents_mask_once(
                 rows, keys = start + position.expand_as(kept)[kept], start + key.expand_as(kept)[kept]
                 covered[head].index_put_((rows, keys), torch.ones(len(rows), dtype=torch.int), accumulate=True)
     assert torch.equal(covered, expected)
-    every = [(kv, int(s), int(t)) for kv in range(kv_heads) for s, n, t in work.tiles.tolist() if t * TILE < n]
+    every = [(kv, int(s), int(t)) for kv in range(kv_heads) for s, n, t in schedule.tiles.tolist() if t * TILE < n]
     assert sorted(owned) == sorted(every)  # each key tile of each document is written by one program
 
 
 def test_sizes_depend_on_the_shapes_alone() -> None:
     layout = BlockLayout.from_mask(torch.rand(2, 8, 8) < 0.5, 64)
     cuts = sorted(random.sample(range(500), 3))
-    a = packed_pairs(layout, 2, torch.tensor([0, *cuts, 500], dtype=torch.int32), 500)
-    b = packed_pairs(layout, 2, torch.tensor([0, 0, 0, 0, 500], dtype=torch.int32), 500)
+    a = packed_backward_schedule(layout, 2, torch.tensor([0, *cuts, 500], dtype=torch.int32), 500)
+    b = packed_backward_schedule(layout, 2, torch.tensor([0, 0, 0, 0, 500], dtype=torch.int32), 500)
     assert a.meta.shape == b.meta.shape
     assert a.num_tiles == b.num_tiles
 
@@ -71,8 +71,8 @@ def test_sizes_depend_on_the_shapes_alone() -> None:
 def test_changed_bounds_are_noticed() -> None:
     layout = BlockLayout.from_mask(torch.rand(2, 8, 8) < 0.5, 64)
     bounds = bounds_of((100, 100))
-    first = packed_pairs(layout, 2, bounds, 200)
-    assert packed_pairs(layout, 2, bounds, 200) is first
+    first = packed_backward_schedule(layout, 2, bounds, 200)
+    assert packed_backward_schedule(layout, 2, bounds, 200) is first
     bounds[1] = 30
-    assert int(packed_pairs(layout, 2, bounds, 200).meta[:, 9].max()) == 170
-    assert int(packed_pairs(layout, 2, bounds_of((200, 0)), 200).meta[:, 9].max()) == 200
+    assert int(packed_backward_schedule(layout, 2, bounds, 200).meta[:, 9].max()) == 170
+    assert int(packed_backward_schedule(layout, 2, bounds_of((200, 0)), 200).meta[:, 9].max()) == 200

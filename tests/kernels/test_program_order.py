@@ -5,7 +5,7 @@ import heapq
 import pytest
 import torch
 from s2train.kernels.benchmarks.cases import parse_case
-from s2train.kernels.hopper.backward_schedule import key_pairs
+from s2train.kernels.hopper.backward_schedule import backward_schedule
 from s2train.kernels.hopper.program_order import HOPPER_MULTIPROCESSORS, program_order
 from torch import Tensor
 
@@ -13,7 +13,9 @@ from torch import Tensor
 def programs(word: str) -> tuple[Tensor, Tensor]:
     """KV head and steps of each program of a benchmark's case, in the order in which they start."""
     case = parse_case(word)
-    meta = key_pairs(case.layout(torch.device("cpu")), case.kv_heads, case.length, case.length, 0, True).meta.long()
+    meta = backward_schedule(
+        case.layout(torch.device("cpu")), case.kv_heads, case.length, case.length, 0, True
+    ).meta.long()
     return meta[:, 0], meta[:, 5]
 
 

@@ -146,13 +146,13 @@ def test_without_arguments_it_prints_its_help() -> None:
 
 
 @pytest.mark.parametrize(
-    ("processes", "told"),
+    ("processes", "expected"),
     [("gpu", "torch sees no GPU"), ("two", "nproc_per_node value: two"), ("0", "=0: not a number of processes")],
 )
-def test_an_invalid_number_of_processes_is_rejected_in_one_line(processes: str, told: str) -> None:
+def test_an_invalid_number_of_processes_is_rejected_in_one_line(processes: str, expected: str) -> None:
     command = [sys.executable, "launch/job.py", "--nproc-per-node", processes, "launch/pretrain.py"]
     surroundings = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=ROOT, env=surroundings, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
-    assert told in done.stderr
+    assert expected in done.stderr
     assert "Traceback" not in done.stderr

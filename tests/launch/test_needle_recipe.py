@@ -236,8 +236,8 @@ def test_a_missing_shared_variant_is_rejected_in_one_line(
     monkeypatch.setattr(sys, "argv", ["needle_curves.py", str(tmp_path), str(tmp_path / "new"), "--shared", "hybrid"])
     with pytest.raises(SystemExit):
         curves["main"]()
-    told = f"--shared hybrid: not among the variants of {tmp_path}: dense"
-    assert capsys.readouterr().err.splitlines()[-1].endswith(told)
+    expected = f"--shared hybrid: not among the variants of {tmp_path}: dense"
+    assert capsys.readouterr().err.splitlines()[-1].endswith(expected)
 
 
 def test_a_variant_is_named_with_its_seed_where_that_is_known(tmp_path: Path, curves: dict[str, Any]) -> None:
@@ -255,7 +255,7 @@ def test_a_variant_is_named_with_its_seed_where_that_is_known(tmp_path: Path, cu
 
 
 @pytest.mark.parametrize(
-    ("layers", "told"),
+    ("layers", "expected"),
     [
         ([1, 1], "needle → question: last 1 layer"),
         ([4, None, 2, 3], "needle → question: last 2 to 4 layers"),
@@ -264,9 +264,9 @@ def test_a_variant_is_named_with_its_seed_where_that_is_known(tmp_path: Path, cu
         ([None], ""),
     ],
 )
-def test_a_grid_shows_how_far_its_needles_are(layers: list[int | None], told: str, curves: dict[str, Any]) -> None:
+def test_a_grid_shows_how_far_its_needles_are(layers: list[int | None], expected: str, curves: dict[str, Any]) -> None:
     reaches = [None if count is None else CellReach(1, count) for count in layers]
-    assert curves["describe_reach"]([Cell(128, 0.5, 1, 2, 1.0, 1.0, reach) for reach in reaches]) == told
+    assert curves["describe_reach"]([Cell(128, 0.5, 1, 2, 1.0, 1.0, reach) for reach in reaches]) == expected
 
 
 CELL = GRID["cells"][0]

@@ -152,6 +152,6 @@ def test_if_one_node_rejects_the_run_all_nodes_exit_with_its_status(
     ]
     await_that(lambda: all(node.poll() is not None for node in nodes), "the end", seconds=200)
     assert [node.returncode for node in nodes] == [2, 2]
-    told = [line for path in tmp_path.glob("*.txt") for line in path.read_text().splitlines() if "error: " in line]
-    assert len(told) == 1
-    assert "train.global_batch_size=3" in told[0]
+    found = [line for path in tmp_path.glob("*.txt") for line in path.read_text().splitlines() if "error: " in line]
+    assert len(found) == 1
+    assert "train.global_batch_size=3" in found[0]

@@ -104,10 +104,10 @@ def test_a_job_at_its_time_limit_is_requeued_unless_it_is_finished_or_saved_noth
     command = ["launch/slurm/pretrain.sbatch", "+model=7b_hybrid"]
     with at_work(command, job | {"STATUS": str(status)}, tmp_path, processes=4) as batch:
         batch.send_signal(signal.SIGUSR1)
-        told, _ = batch.communicate(timeout=60)
+        output, _ = batch.communicate(timeout=60)
     assert batch.returncode == status
     assert requests(tmp_path) == asked
-    assert ("requeuing job" in told) == bool(asked)
+    assert ("requeuing job" in output) == bool(asked)
 
 
 def test_a_job_that_fails_before_its_time_limit_is_not_requeued(job: dict[str, str], tmp_path: Path) -> None:
@@ -121,9 +121,9 @@ def test_a_job_that_slurm_does_not_requeue_reports_it_in_one_line(job: dict[str,
     command = ["launch/slurm/requeue.sh", str(tmp_path / "python")]
     with at_work(command, job | {"STATUS": "75", "REFUSES": "1"}, tmp_path, processes=2) as batch:
         batch.send_signal(signal.SIGUSR1)
-        _, told = batch.communicate(timeout=60)
+        _, errors = batch.communicate(timeout=60)
     assert batch.returncode == 75
-    (line,) = told.splitlines()
+    (line,) = errors.splitlines()
     assert line.startswith("error: job 4711 was not requeued")
     assert line.endswith("Submit the same command again to resume")
 

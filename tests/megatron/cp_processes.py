@@ -14,13 +14,13 @@ from torch import Tensor
 
 from s2train.config import PatternConfig
 from s2train.megatron.context_parallel.all_gather import chunk_ids
-from s2train.megatron.context_parallel.attention import attend_overlapped, attend_together
+from s2train.megatron.context_parallel.attention import attend_after_exchange, attend_overlapped
 from s2train.megatron.context_parallel.exchange_plan import exchanged_blocks
 from tests.layouts.layout_cases import make_hybrid
 
 NAMES = ("out", "dq", "dk", "dv")
 BLOCK, DIM, BATCH = 16, 8, 2
-WAYS = {"blocks": attend_together, "overlapped": attend_overlapped}
+WAYS = {"blocks": attend_after_exchange, "overlapped": attend_overlapped}
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,12 @@ import torch
 from s2train.kernels import BlockLayout
 
 from s2train.megatron.context_parallel.all_gather import chunk_ids
-from s2train.megatron.context_parallel.exchange_plan import exchanged_blocks, gathered_blocks, needed_blocks, share_of
+from s2train.megatron.context_parallel.exchange_plan import (
+    exchange_plan,
+    exchanged_blocks,
+    gathered_blocks,
+    needed_blocks,
+)
 from tests.megatron.cp_processes import BLOCK, CASES, NAMES, WAYS, Result, run
 
 Results = dict[tuple[str, str, torch.dtype], list[Result]]
@@ -63,20 +68,20 @@ def test_gathering_is_never_less() -> None:
 
 def test_what_one_rank_sends_is_what_the_other_expects() -> None:
     size, layout = 4, random_layout(6, 16)
-    shares = [share_of(layout, 3, rank, size) for rank in range(size)]
+    plans = [exchange_plan(layout, 3, rank, size) for rank in range(size)]
     expected = exchanged_blocks(layout, 3, size)
     for source in range(size):
-        assert shares[source].sent_counts == expected[source].tolist()
-        assert [share.received[source] for share in shares] == expected[source].tolist()
+        assert plans[source].sent_counts == expected[source].tolist()
+        assert [plan.received[source] for plan in plans] == expected[source].tolist()
 
 
 def test_the_parts_of_a_rank_keep_each_pair_of_its_queries_once() -> None:
     size, kv_heads, layout = 2, 3, random_layout(6, 12)
     for rank in range(size):
-        share = share_of(layout, kv_heads, rank, size)
-        own, remote, whole = (part(layout).mask() for part in (share.own, share.remote, share.whole))
-        assert whole[:, share.slots :, share.slots :].equal(own)
-        assert whole[:, :, : share.slots].equal(remote)
+        plan = exchange_plan(layout, kv_heads, rank, size)
+        own, remote, whole = (part(layout).mask() for part in (plan.own, plan.remote, plan.whole))
+        assert whole[:, plan.slots :, plan.slots :].equal(own)
+        assert whole[:, :, : plan.slots].equal(remote)
         rows = [row for chunk in chunk_ids(rank, size) for row in range(3 * chunk, 3 * chunk + 3)]
         mine = layout.mask()[:, rows]
         assert own.equal(mine[:, :, rows].tril())
@@ -88,4 +93,4 @@ def test_the_parts_of_a_rank_keep_each_pair_of_its_queries_once() -> None:
 
 def test_blocks_that_cannot_be_dealt_are_refused() -> None:
     with pytest.raises(ValueError, match="a multiple of 8 blocks"):
-        share_of(random_layout(2, 12), 1, 0, 4)
+        exchange_plan(random_layout(2, 12), 1, 0, 4)

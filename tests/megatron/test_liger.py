@@ -130,7 +130,7 @@ def test_a_model_trains_as_with_megatrons_kernels(tp: int) -> None:
 # what a run takes
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    monkeypatch.setattr(liger, "liger_version", lambda: RELEASE)
+    monkeypatch.setattr(liger, "installed_version", lambda _: RELEASE)
     return monkeypatch
 
 
@@ -165,9 +165,9 @@ def test_the_log_says_what_runs_and_why_not_liger(installed: pytest.MonkeyPatch)
     assert line(elementwise="torch", loss="torch") == "swiglu torch, rotation torch, loss torch"
     assert "swiglu liger" in line()
     assert line(None) == ""
-    installed.setattr(liger, "liger_version", lambda: None)
+    installed.setattr(liger, "installed_version", lambda _: None)
     assert line() == "swiglu torch, rotation torch, loss torch (liger-kernel is not installed)"
-    installed.setattr(liger, "liger_version", lambda: "9.9")
+    installed.setattr(liger, "installed_version", lambda _: "9.9")
     parts = line().split("; ")
     assert "liger-kernel 9.9 was not checked for swiglu bf16 on compute capability 9.0" in parts[0]
     assert all(first != second for first, second in pairwise(parts))

@@ -11,7 +11,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from s2train.checkpoints.folders import sharding_metadata
 from s2train.checkpoints.run_state import TrainingState, sharded_state
 from s2train.megatron.layer_backends import backend_of
-from s2train.megatron.local_optimizer_state import distributed_parts, load_own_state_alone
+from s2train.megatron.local_optimizer_state import distributed_parts, load_only_local_state
 from s2train.megatron.model import build_model, transformer_config
 from s2train.megatron.setup import initialize, shutdown
 from s2train.planning import compose_run, hybrid_layout
@@ -35,7 +35,7 @@ def main() -> None:
     optimizer, scheduler = build_optimizer(cfg, config, chunks)
     (part,) = distributed_parts(optimizer)
     part.optimizer.__class__ = Copying
-    load_own_state_alone(optimizer)
+    load_only_local_state(optimizer)
     moments = [state["exp_avg"].data_ptr() for state in part.optimizer.state.values()]
     state = TrainingState(chunks, optimizer, scheduler)
     wanted = sharded_state(state, sharding_metadata(), is_loading=True)["optimizer"]["param_state"]

@@ -1,11 +1,11 @@
-"""A step's breakdown adds up and assigns each kernel or operator to its part."""
+"""A step's profile table adds up and assigns each kernel or operator to its part."""
 
 from typing import Any
 
 import pytest
 
 from s2train.training.peak_memory import compare_peak
-from s2train.training.profile_table import breakdown
+from s2train.training.profile_table import profile_table
 
 GIB = 1 << 30
 
@@ -40,7 +40,7 @@ GPU_TRACE = [
 
 
 def test_a_gpu_trace_is_split_by_ranges_and_names() -> None:
-    found = breakdown(GPU_TRACE)
+    found = profile_table(GPU_TRACE)
     assert (found.device, found.steps, found.step_ms) == ("cuda", 1, 10.0)
     assert found.parts == pytest.approx(
         {
@@ -73,7 +73,7 @@ CPU_TRACE = [
 
 
 def test_a_cpu_trace_counts_each_operator_once_without_what_it_calls() -> None:
-    found = breakdown(CPU_TRACE)
+    found = profile_table(CPU_TRACE)
     assert (found.device, found.steps, found.step_ms) == ("cpu", 2, 1.0)
     assert found.parts == pytest.approx(
         {
@@ -89,20 +89,20 @@ def test_a_cpu_trace_counts_each_operator_once_without_what_it_calls() -> None:
 
 @pytest.mark.parametrize("trace", [GPU_TRACE, CPU_TRACE], ids=["gpu", "cpu"])
 def test_parts_add_up_to_the_step(trace: list[dict[str, Any]]) -> None:
-    found = breakdown(trace)
+    found = profile_table(trace)
     hidden = found.parts.get("communication beside compute", 0.0)
     assert sum(found.parts.values()) - hidden == pytest.approx(found.step_ms)
 
 
 def test_the_table_has_the_largest_part_first() -> None:
-    lines = breakdown(GPU_TRACE).format().splitlines()
+    lines = profile_table(GPU_TRACE).format().splitlines()
     assert lines[3].split() == ["host", "3.90", "39.0%"]
     assert lines[-1].split() == ["step", "10.00"]
 
 
 def test_a_trace_without_steps_is_rejected() -> None:
     with pytest.raises(ValueError, match="ProfilerStep"):
-        breakdown(CPU_TRACE[2:])
+        profile_table(CPU_TRACE[2:])
 
 
 def test_the_peak_is_compared_with_the_plan() -> None:

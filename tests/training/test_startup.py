@@ -16,11 +16,11 @@ from s2train.environment.hardware import Hardware
 from s2train.errors import MissingRankError, StartUpError
 from s2train.planning import hybrid_layout
 from s2train.training import startup
-from s2train.training.startup import Facts, check_start, problems
+from s2train.training.startup import RankReport, check_start, problems
 from tests.test_configs import pretrain
 from tests.threads import in_threads
 
-FIRST = Facts(
+FIRST = RankReport(
     rank=0,
     host="alpha",
     versions={"torch": "2.11.0", "s2train": "0.1.0, sources abc"},

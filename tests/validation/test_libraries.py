@@ -22,8 +22,8 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     releases = {entry.library: entry.release for entry in VERIFIED}
     monkeypatch.setattr(libraries, "fa4_problem", lambda: None)
     monkeypatch.setattr(libraries, "liger_problem", lambda: None)
-    monkeypatch.setattr(dense_choice, "fa4_version", lambda: releases["flash-attn-4"])
-    monkeypatch.setattr("s2train.environment.liger.liger_version", lambda: releases["liger-kernel"])
+    monkeypatch.setattr(dense_choice, "installed_version", releases.get)
+    monkeypatch.setattr("s2train.environment.liger.installed_version", releases.get)
     return monkeypatch
 
 

@@ -43,7 +43,7 @@ def settings_json(cfg: PretrainConfig, folder: Path, is_bytes: bool) -> dict[str
     }
 
 
-def read_settings(told: Mapping[str, Any], weights: Path, output: Path) -> tuple[LayoutConfig, ScheduleConfig]:
+def read_settings(saved: Mapping[str, Any], weights: Path, output: Path) -> tuple[LayoutConfig, ScheduleConfig]:
     """Read what `settings_json` wrote; mask files get their paths in `output`.
 
     `copy_masks` copies them there.
@@ -51,13 +51,13 @@ def read_settings(told: Mapping[str, Any], weights: Path, output: Path) -> tuple
     Raises:
         ConfigError: on `weights`, if this version doesn't have the settings.
     """
-    layout = deepcopy(dict(told["layout"]))
+    layout = deepcopy(dict(saved["layout"]))
     for pattern in _with_file(layout):
         pattern["file"] = str(output.absolute() / pattern["file"])
     try:
         parts = [
             OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), given))
-            for kind, given in ((LayoutConfig, layout), (ScheduleConfig, told["schedule"]))
+            for kind, given in ((LayoutConfig, layout), (ScheduleConfig, saved["schedule"]))
         ]
     except (OmegaConfBaseException, KeyError) as error:
         problem = f"config.json has settings that can't be read ({str(error).splitlines()[0]})"
@@ -116,8 +116,8 @@ class ModelFiles:
             "train": {name: getattr(train, name) for name in ("steps", "seq_length", "global_batch_size", "precision")},
             "optim": {name: getattr(optim, name) for name in ("lr", "warmup_steps")},
         }
-        told = "Written by launch/import.py. Steps, length, batch and learning rate are yours to choose."
-        head = f"# @package _global_\n# {told}\n"
+        saved = "Written by launch/import.py. Steps, length, batch and learning rate are yours to choose."
+        head = f"# @package _global_\n# {saved}\n"
         self.path = root / "model" / IMPORTED / f"{self._name}.yaml"
         self._files[self.path] = head + OmegaConf.to_yaml(OmegaConf.create(content))
         for path, text in self._files.items():

@@ -126,17 +126,17 @@ def _read(file: str, layer: LayerContext) -> np.ndarray:
 
 
 def _check(file: str, name: str, masks: np.ndarray, num_heads: int) -> None:
-    def refuse(problem: str, remedy: str) -> PatternError:
+    def error(problem: str, remedy: str) -> PatternError:
         return PatternError("file", file, f"{name} {problem}", remedy)
 
     if masks.dtype != np.bool_:
-        raise refuse(f"is {masks.dtype}", "Save bool masks, True where a block is kept.")
+        raise error(f"is {masks.dtype}", "Save bool masks, True where a block is kept.")
     if masks.ndim != 3 or masks.shape[0] != num_heads or masks.shape[1] != masks.shape[2] or 0 in masks.shape:
-        raise refuse(f"has shape {list(masks.shape)}", f"Save [{num_heads} heads, n query blocks, n key blocks].")
+        raise error(f"has shape {list(masks.shape)}", f"Save [{num_heads} heads, n query blocks, n key blocks].")
     if np.triu(masks, 1).any():
         head, query, key = np.argwhere(np.triu(masks, 1))[0].tolist()
         problem = f"keeps key block {key} for query block {query} of head {head}: not causal"
-        raise refuse(problem, "Clear what lies above the diagonal (numpy.tril).")
+        raise error(problem, "Clear what lies above the diagonal (numpy.tril).")
     if not masks.diagonal(axis1=1, axis2=2).all():
         head, query = np.argwhere(~masks.diagonal(axis1=1, axis2=2))[0].tolist()
-        raise refuse(f"drops query block {query}'s own key block in head {head}", "Keep the whole diagonal.")
+        raise error(f"drops query block {query}'s own key block in head {head}", "Keep the whole diagonal.")

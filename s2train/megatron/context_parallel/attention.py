@@ -8,8 +8,8 @@ from torch import Tensor
 
 from s2train.kernels.layout import BlockLayout
 from s2train.megatron.context_parallel.all_gather import chunk_ids, gather_sequence
-from s2train.megatron.context_parallel.exchange_plan import Share, share_of
-from s2train.megatron.context_parallel.kv_exchange import Transfer
+from s2train.megatron.context_parallel.exchange_plan import ExchangePlan, exchange_plan
+from s2train.megatron.context_parallel.kv_exchange import KVExchange
 
 
 class Attend(Protocol):
@@ -44,7 +44,7 @@ def attend_gathered(
     Args:
         attend: takes queries, keys from position 0 on, values, and the first query's position; the last query is at
             the last key.
-        query, key, value: as in `attend_together`.
+        query, key, value: as in `attend_after_exchange`.
     """
     key, value = gather_sequence(key, group), gather_sequence(value, group)
     rows = query.shape[0] // 2
@@ -55,7 +55,7 @@ def attend_gathered(
     return torch.cat(parts)
 
 
-def attend_together(
+def attend_after_exchange(
     attend: Attend,
     query: Tensor,
     key: Tensor,
@@ -70,11 +70,11 @@ def attend_together(
         key, value: [s / cp, b, h_kv, d], the same chunks.
         layout: of the whole sequence and this rank's heads.
     """
-    transfer = Transfer(rank_share(layout, key.shape[2], group), layout.block_size, group)
-    far_key, far_value = transfer.receive(transfer.send(key, value), key.shape[-1])
+    exchange = KVExchange(rank_exchange_plan(layout, key.shape[2], group), layout.block_size, group)
+    far_key, far_value = exchange.receive(exchange.send(key, value), key.shape[-1])
     keys, values = torch.cat([far_key, key]), torch.cat([far_value, value])
-    offset = transfer.share.slots * layout.block_size
-    out = attend(query, keys, values, _part("whole", layout, transfer.share), offset, return_lse=False)
+    offset = exchange.plan.slots * layout.block_size
+    out = attend(query, keys, values, _part("whole", layout, exchange.plan), offset, return_lse=False)
     assert isinstance(out, Tensor)
     return out
 
@@ -89,15 +89,15 @@ def attend_overlapped(
 ) -> Tensor:
     """Compute attention over own keys during the exchange, then over received keys.
 
-    Arguments are those of `attend_together`; the two results are merged. Queries are read and results written twice,
-    so this is faster only if the exchange takes longer than that.
+    Arguments are those of `attend_after_exchange`; the two results are merged. Queries are read and results
+    written twice, so this is faster only if the exchange takes longer than that.
     """
-    transfer = Transfer(rank_share(layout, key.shape[2], group), layout.block_size, group)
-    token = transfer.send(key, value)
-    near = attend(query, key, value, _part("own", layout, transfer.share), 0, return_lse=True)
-    far_key, far_value = transfer.receive(token, key.shape[-1])
-    offset = transfer.share.slots * layout.block_size
-    far = attend(query, far_key, far_value, _part("remote", layout, transfer.share), offset, return_lse=True)
+    exchange = KVExchange(rank_exchange_plan(layout, key.shape[2], group), layout.block_size, group)
+    token = exchange.send(key, value)
+    near = attend(query, key, value, _part("own", layout, exchange.plan), 0, return_lse=True)
+    far_key, far_value = exchange.receive(token, key.shape[-1])
+    offset = exchange.plan.slots * layout.block_size
+    far = attend(query, far_key, far_value, _part("remote", layout, exchange.plan), offset, return_lse=True)
     assert isinstance(near, tuple)
     assert isinstance(far, tuple)
     return merge(near, far)
@@ -114,24 +114,21 @@ def merge(near: tuple[Tensor, Tensor], far: tuple[Tensor, Tensor]) -> Tensor:
     return torch.lerp(out.to(weight.dtype), far_out.to(weight.dtype), weight).to(out.dtype)
 
 
-def rank_share(layout: BlockLayout, num_kv_heads: int, group: torch.distributed.ProcessGroup) -> Share:
-    """Return what this rank of `group` sends and receives.
-
-    Cached in the layout.
-    """
-    name = ("context parallel share", num_kv_heads, group.rank(), group.size())
+def rank_exchange_plan(layout: BlockLayout, num_kv_heads: int, group: torch.distributed.ProcessGroup) -> ExchangePlan:
+    """Return the exchange plan of this rank; cached in the layout."""
+    name = ("context parallel plan", num_kv_heads, group.rank(), group.size())
     if name not in layout.cache:
-        layout.cache[name] = share_of(layout, *name[1:])
-    share = layout.cache[name]
-    assert isinstance(share, Share)
-    return share
+        layout.cache[name] = exchange_plan(layout, *name[1:])
+    plan = layout.cache[name]
+    assert isinstance(plan, ExchangePlan)
+    return plan
 
 
-def _part(part: str, layout: BlockLayout, share: Share) -> BlockLayout:
-    """Return the share's layout with that name; cached in the layout."""
-    name = ("context parallel layout", part, share)
+def _part(part: str, layout: BlockLayout, plan: ExchangePlan) -> BlockLayout:
+    """Return the plan's layout with that name; cached in the layout."""
+    name = ("context parallel layout", part, plan)
     if name not in layout.cache:
-        layout.cache[name] = getattr(share, part)(layout)
+        layout.cache[name] = getattr(plan, part)(layout)
     found = layout.cache[name]
     assert isinstance(found, BlockLayout)
     return found

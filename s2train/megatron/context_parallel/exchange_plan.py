@@ -59,7 +59,7 @@ def gathered_blocks(layout: BlockLayout, num_kv_heads: int, size: int) -> Tensor
 
 
 @dataclass(frozen=True, eq=False)
-class Share:
+class ExchangePlan:
     """What one rank sends and receives, and the resulting positions.
 
     Received blocks are packed: those of each KV head fill its first `slots`, ascending, and this rank's own blocks
@@ -123,7 +123,7 @@ class Share:
         return renumber(layout, self._moved(first_row), columns, first_row + self.own_blocks, num_columns)
 
 
-def share_of(layout: BlockLayout, num_kv_heads: int, rank: int, size: int) -> Share:
+def exchange_plan(layout: BlockLayout, num_kv_heads: int, rank: int, size: int) -> ExchangePlan:
     """Compute what `rank` of `size` sends and receives.
 
     The host waits for the counts.
@@ -155,4 +155,4 @@ def share_of(layout: BlockLayout, num_kv_heads: int, rank: int, size: int) -> Sh
         received.append((remote & (owner == other)).nonzero(as_tuple=True))
     heads, blocks = (torch.cat(parts) for parts in zip(*received, strict=True))
     counts = tuple(len(head) for head, _ in received)
-    return Share(rank, slots, tuple(sent), heads, columns[heads, blocks], counts, rows, columns)
+    return ExchangePlan(rank, slots, tuple(sent), heads, columns[heads, blocks], counts, rows, columns)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from s2train.megatron.context_parallel.exchange_plan import Share
+from s2train.megatron.context_parallel.exchange_plan import ExchangePlan
 
 
-class Transfer:
+class KVExchange:
     """Exchange of one layer, with at most one collective in progress.
 
     Forward: call `send`, compute anything else, call `receive`. In the backward, gradients of received blocks are sent
@@ -22,8 +22,8 @@ class Transfer:
     in a computation.
     """
 
-    def __init__(self, share: Share, block_size: int, group: torch.distributed.ProcessGroup) -> None:
-        self.share, self.block_size, self._group = share, block_size, group
+    def __init__(self, plan: ExchangePlan, block_size: int, group: torch.distributed.ProcessGroup) -> None:
+        self.plan, self.block_size, self._group = plan, block_size, group
         self._under_way: tuple[torch.distributed.Work, Tensor, Tensor] | None = None
 
     def send(self, key: Tensor, value: Tensor) -> Tensor:
@@ -66,26 +66,26 @@ class Transfer:
 
 class _Send(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, key: Tensor, value: Tensor, transfer: Transfer) -> Tensor:
-        ctx.transfer, ctx.shapes = transfer, (key.shape, value.shape)
-        share = transfer.share
-        heads, blocks = (torch.cat(parts) for parts in zip(*share.sent, strict=True))
-        packed = torch.cat([transfer.blocks(x)[heads, blocks] for x in (key, value)], dim=-1)
-        transfer.start(packed, share.sent_counts, share.received)
+    def forward(ctx: Any, key: Tensor, value: Tensor, exchange: KVExchange) -> Tensor:
+        ctx.exchange, ctx.shapes = exchange, (key.shape, value.shape)
+        plan = exchange.plan
+        heads, blocks = (torch.cat(parts) for parts in zip(*plan.sent, strict=True))
+        packed = torch.cat([exchange.blocks(x)[heads, blocks] for x in (key, value)], dim=-1)
+        exchange.start(packed, plan.sent_counts, plan.received)
         return key.new_empty(0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor, Tensor, None]:
-        transfer = ctx.transfer
-        packed, share = transfer.wait(), transfer.share
+        exchange = ctx.exchange
+        packed, plan = exchange.wait(), exchange.plan
         parts = packed.split([shape[-1] for shape in ctx.shapes], dim=-1)
         gradients = []
         for shape, part in zip(ctx.shapes, parts, strict=True):
             # summed in rank order, so that every run gives the same bits
             total = packed.new_zeros(shape, dtype=torch.promote_types(packed.dtype, torch.float32))
-            blocks = transfer.blocks(total)
-            for where, of_rank in zip(share.sent, part.split(share.sent_counts), strict=True):
+            blocks = exchange.blocks(total)
+            for where, of_rank in zip(plan.sent, part.split(plan.sent_counts), strict=True):
                 blocks[where] += of_rank
             gradients.append(total.to(packed.dtype))
         return gradients[0], gradients[1], None
@@ -93,25 +93,25 @@ class _Send(torch.autograd.Function):
 
 class _Receive(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, _: Tensor, dim: int, transfer: Transfer) -> tuple[Tensor, Tensor]:
-        ctx.transfer = transfer
-        packed, share = transfer.wait(), transfer.share
-        num_kv_heads = len(share.columns)
+    def forward(ctx: Any, _: Tensor, dim: int, exchange: KVExchange) -> tuple[Tensor, Tensor]:
+        ctx.exchange = exchange
+        packed, plan = exchange.wait(), exchange.plan
+        num_kv_heads = len(plan.columns)
         results = []
         for part in packed.split([dim, packed.shape[-1] - dim], dim=-1):
-            shape = (share.slots * transfer.block_size, packed.shape[1], num_kv_heads, part.shape[-1])
+            shape = (plan.slots * exchange.block_size, packed.shape[1], num_kv_heads, part.shape[-1])
             # kernels read partly masked tiles: unfilled slots must be finite
-            full = len(packed) == num_kv_heads * share.slots
+            full = len(packed) == num_kv_heads * plan.slots
             result = packed.new_empty(shape) if full else packed.new_zeros(shape)
-            transfer.blocks(result)[share.heads, share.places] = part
+            exchange.blocks(result)[plan.heads, plan.places] = part
             results.append(result)
         return results[0], results[1]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        transfer, share = ctx.transfer, ctx.transfer.share
-        where = (share.heads, share.places)
-        packed = torch.cat([transfer.blocks(gradient)[where] for gradient in gradients], dim=-1)
-        transfer.start(packed, share.received, share.sent_counts)
+        exchange, plan = ctx.exchange, ctx.exchange.plan
+        where = (plan.heads, plan.places)
+        packed = torch.cat([exchange.blocks(gradient)[where] for gradient in gradients], dim=-1)
+        exchange.start(packed, plan.received, plan.sent_counts)
         return packed.new_empty(0), None, None

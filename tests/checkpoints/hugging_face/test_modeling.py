@@ -108,11 +108,11 @@ def test_what_it_would_have_to_overlook_is_refused(
 def test_what_says_what_holds_anyway_changes_nothing(model: S2ForCausalLM, tokens: Tensor) -> None:
     mask = (torch.arange(PROMPT) < 18).long().expand(2, -1)
     positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 1)  # as transformers counts them
-    told = model(
+    output = model(
         tokens, attention_mask=mask, position_ids=positions, output_attentions=False, return_dict=True, use_cache=False
     )
-    torch.testing.assert_close(told.logits, model(tokens).logits)
-    torch.testing.assert_close(model(tokens, logits_to_keep=4).logits, told.logits[:, -4:])
+    torch.testing.assert_close(output.logits, model(tokens).logits)
+    torch.testing.assert_close(model(tokens, logits_to_keep=4).logits, output.logits[:, -4:])
 
 
 @pytest.mark.slow

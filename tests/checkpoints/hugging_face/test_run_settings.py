@@ -120,9 +120,9 @@ def test_files_of_masks_go_with_the_settings(tmp_path: Path) -> None:
     (tmp_path / "mine.npz").write_bytes(b"masks")
     pattern = PatternConfig(kind="file", file=str(tmp_path / "mine.npz"))
     (tmp_path / "export").mkdir()
-    told = settings_json(replace(RUN, layout=replace(LAYOUT, pattern=pattern)), tmp_path / "export", True)
-    assert (tmp_path / "export" / told["layout"]["pattern"]["file"]).read_bytes() == b"masks"
-    layout, schedule = read_settings(told, tmp_path / "export", tmp_path / "run")
+    saved = settings_json(replace(RUN, layout=replace(LAYOUT, pattern=pattern)), tmp_path / "export", True)
+    assert (tmp_path / "export" / saved["layout"]["pattern"]["file"]).read_bytes() == b"masks"
+    layout, schedule = read_settings(saved, tmp_path / "export", tmp_path / "run")
     assert layout == replace(LAYOUT, pattern=replace(pattern, file=str(tmp_path / "run" / "masks-0.npz")))
     assert schedule == RUN.schedule
 
