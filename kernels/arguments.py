@@ -86,7 +86,7 @@ def check_positions(q_shape: tuple[int, int, int, int], s_k: int, layout: Layout
         raise ValueError(f"cu_seqlens is on {bounds.device}, q on {layout.device}: move it there")
     if b != 1 or s_q != s_k or spec.query_offset != 0:
         raise ValueError(
-            f"cu_seqlens needs batch 1, as many queries as keys and query_offset 0, got batch {b}, {s_q} "
+            f"cu_seqlens needs batch 1, equal numbers of queries and keys and query_offset 0, got batch {b}, {s_q} "
             f"queries, {s_k} keys, query_offset {spec.query_offset}: pack all documents along the sequence"
         )
 

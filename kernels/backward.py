@@ -29,9 +29,9 @@ def s2_attention_bwd_kernel_preprocess(
     out_batch, out_head, out_row, dout_batch, dout_head, dout_row, num_tiles, num_heads, s_q,
     V_DIM: tl.constexpr, PADDED_V_DIM: tl.constexpr, ROWS: tl.constexpr, HAS_DLSE: tl.constexpr,
 ):  # fmt: skip
-    """delta = rowsum(o * do) - dlse.
+    """Compute delta = rowsum(o * do) - dlse.
 
-    0 for rows without keys, whatever their dlse.
+    It is 0 for rows without keys, whatever their dlse.
     """
     program = tl.program_id(0)
     first = program % num_tiles * ROWS
@@ -55,9 +55,7 @@ def s2_attention_bwd_kernel_preprocess(
 def _load_lse(lse_ptr, at, in_range, MASK: tl.constexpr):
     """Load log-sum-exp in base 2.
 
-    +inf for rows out of range or without keys.
-
-    +inf makes all their weights 0.
+    For rows out of range or without keys, return +inf, which makes all their weights 0.
     """
     lse = tl.load(lse_ptr + at, mask=in_range, other=float("-inf")) if MASK else tl.load(lse_ptr + at)
     return tl.where(lse == float("-inf"), float("inf"), lse * _LOG2_E)
@@ -286,10 +284,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Compute gradients of q, k and v.
 
-    Inputs are views [b, h, s, d]; gradients are contiguous in `spec.format`.
-
-    Takes the arguments of `forward`, its results and their gradients; a `dlse` of None counts as 0. Results are the
-    same in every run.
+    Inputs are views [b, h, s, d]; gradients are contiguous in `spec.format`. Takes the arguments of `forward`, its
+    results and their gradients; a `dlse` of None counts as 0. Results are the same in every run.
     """
     batch, num_heads, s_q, dim = q.shape
     num_kv_heads, s_k, v_dim = v.shape[1:]

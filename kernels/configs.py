@@ -96,7 +96,7 @@ def padded(dim: int) -> int:
 def shared_bytes(kernel: Kernel, config: Config, dim: int, v_dim: int, itemsize: int) -> int:
     """Return a program's shared memory in bytes.
 
-    It holds resident tiles, and iterated tiles once per stage.
+    Counts resident tiles, and iterated tiles once per stage.
     """
     width = padded(dim) + padded(v_dim)
     resident = padded(dim) if kernel == "forward" else width
@@ -106,7 +106,7 @@ def shared_bytes(kernel: Kernel, config: Config, dim: int, v_dim: int, itemsize:
 def shared_limit(device: torch.device) -> int | None:
     """Return bytes of shared memory per program on `device`.
 
-    None (no limit) in the interpreter.
+    Return None (no limit) in the interpreter.
     """
     if device.type != "cuda":
         return None

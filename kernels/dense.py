@@ -80,9 +80,7 @@ def dense_causal_attention(
 
 
 def torch_unsupported_reason(implementation: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
-    """Return why torch's kernels reject a call, or None.
-
-    They are cudnn, flash and efficient.
+    """Return why torch's cudnn, flash or efficient kernels reject a call, or None.
 
     The answer is for this GPU. Arguments are those of `dense_causal_attention`.
     """

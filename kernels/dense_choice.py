@@ -41,9 +41,7 @@ def dense_order(kind: Kind, length: int) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class DenseCall:
-    """Properties of a call that the choice depends on.
-
-    Equal on all ranks.
+    """Properties of a call that the choice depends on; equal on all ranks.
 
     Attributes:
         kind: whole sequences; later queries, which end with the keys but start after them; packed documents.

@@ -10,9 +10,7 @@ from triton.runtime import interpreter
 def repair_interpreter() -> None:
     """Make Triton's interpreter compute what a GPU does.
 
-    This applies to Triton 3.5 to 3.7.
-
-    Call it before the first kernel. It fixes two things:
+    Applies to Triton 3.5 to 3.7. Call it before the first kernel. It fixes two things:
 
     - Scalars are arrays of one element, which NumPy 2.4 rejects as the bound of a `range`.
     - bfloat16 is stored as uint16: products would multiply the bit patterns, and casts would truncate.

@@ -60,9 +60,8 @@ class BlockLayout:
     def from_mask(cls, mask: Tensor, block_size: int, *, device: torch.device | str | None = None) -> BlockLayout:
         """Build a layout from a bool mask, True where kept.
 
-        The mask is [H, n_q, n_k], or [batch, H, n_q, n_k]; equal heads are stored once.
-
-        Raises ValueError for a mask of another dtype or rank, or an unsupported block size.
+        The mask is [H, n_q, n_k], or [batch, H, n_q, n_k]; equal heads are stored once. Raises ValueError for a mask of
+        another dtype or rank, or an unsupported block size.
         """
         masks = mask.flatten(0, 1) if mask.dim() == 4 else mask
         _check_mask(masks, block_size)
@@ -121,12 +120,11 @@ class BlockLayout:
     ) -> BlockLayout:
         """Build a layout from P rules on `device`, without full masks.
 
-        Head h has rule ``pattern_of_head[h]``; with a batch axis, head h of sequence b has ``pattern_of_head[b][h]``.
-
-        A rule takes int64 block indices (query, key) on `device` that broadcast, and returns a bool of the broadcast
+        Head h has rule ``pattern_of_head[h]``; with a batch axis, head h of sequence b has ``pattern_of_head[b][h]``. A
+        rule takes int64 block indices (query, key) on `device` that broadcast, and returns a bool of the broadcast
         shape. It is called several times, for ranges of rows and of columns. Scratch memory is at most 40 MB for any
-        length, if rules take at most 16 bytes a pair. A `ColumnRule` is not evaluated pair by pair: its time grows
-        with the number of kept blocks.
+        length, if rules take at most 16 bytes a pair. A `ColumnRule` is not evaluated pair by pair: its time grows with
+        the number of kept blocks.
 
         Raises ValueError for an unsupported block size, no rules or no blocks, pattern indices outside [0, P), a rule
         that returns another type or shape or gives different answers, and more kept blocks than 32 bits can index.
@@ -202,7 +200,7 @@ class BlockLayout:
     def mask(self) -> Tensor:
         """Return the bool mask [H, n_q, n_k], True where kept.
 
-        It is [batch, H, n_q, n_k] if sequences of a batch differ.
+        If sequences of a batch differ, the mask is [batch, H, n_q, n_k].
         """
         num_rows = self.row_offsets.numel() - 1
         counts = self.row_offsets.diff().long()
@@ -251,10 +249,9 @@ class BlockLayout:
 def columns_by_work(column_offsets: Tensor, pattern_of_head: Tensor, num_kv_heads: int, num_key_blocks: int) -> Tensor:
     """Sort the key blocks of all KV heads by queries, most first.
 
-    Returns int32 [batch * H_kv * n_k].
-
-    Key block j of KV head h in sequence b is number ``(b * H_kv + h) * n_k + j``; b is 0 if all sequences share their
-    patterns. Starting with the longest columns makes programs finish at about the same time.
+    Returns int32 [batch * H_kv * n_k]. Key block j of KV head h in sequence b is number ``(b * H_kv + h) * n_k + j``; b
+    is 0 if all sequences share their patterns. Starting with the longest columns makes programs finish at about the
+    same time.
 
     Args:
         column_offsets: int32 [P * n_k + 1], as in `BlockLayout`.

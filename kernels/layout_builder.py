@@ -96,9 +96,7 @@ def column_lines(rule: Rule, num_query_blocks: int, num_key_blocks: int, device:
 
 
 def compress(lines_of: Callable[[int], Lines], num_patterns: int) -> tuple[Tensor, Tensor]:
-    """Build offsets and kept blocks of all patterns, both int32.
-
-    Offsets are [all lines + 1].
+    """Build int32 offsets [all lines + 1] and kept blocks of all patterns.
 
     The host waits for the counts.
 

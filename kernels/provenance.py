@@ -9,7 +9,7 @@ from collections.abc import Sequence
 def origin(program: str, arguments: Sequence[str] | None = None) -> dict[str, str]:
     """Return date and command.
 
-    The date is in UTC, to the second; the command is `python -m s2train.kernels.PROGRAM`.
+    The date is in UTC, to the second. The command is `python -m s2train.kernels.PROGRAM`.
 
     Args:
         arguments: of the program; by default this process's.

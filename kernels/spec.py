@@ -18,7 +18,7 @@ _FROM_BHSD = {"sbhd": (2, 0, 1, 3), "bshd": (0, 2, 1, 3), "bhsd": (0, 1, 2, 3)}
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """Settings of a call beside its tensors and layout; see `block_sparse_attention`."""
+    """Settings of a call besides its tensors and layout; see `block_sparse_attention`."""
 
     softmax_scale: float
     causal: bool

@@ -17,11 +17,9 @@ def load_tile(
     base, start, stride, in_range,
     ROWS: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr, MASK_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Load a tile of rows, zero where masked.
+    """Load rows [start, start + ROWS) of a matrix, zero where masked.
 
-    These are rows [start, start + ROWS) of a [rows, DIM] matrix, as [ROWS, PADDED_DIM].
-
-    Masked elements are zero.
+    The matrix is [rows, DIM], the tile [ROWS, PADDED_DIM].
     """
     dims = tl.arange(0, PADDED_DIM)
     # the 64-bit product is one scalar per tile; the offsets within are the same for all tiles
@@ -42,7 +40,7 @@ def store_tile(
 ):  # fmt: skip
     """Store the in-range rows of `values`, cast to the pointer's type.
 
-    They are [ROWS, PADDED_DIM].
+    `values` is [ROWS, PADDED_DIM].
     """
     dims = tl.arange(0, PADDED_DIM)
     pointers = base + start.to(tl.int64) * stride
@@ -78,9 +76,7 @@ def tile_of_document(tiles, tile, ROWS: tl.constexpr):
 
 
 def document_tiles(cu_seqlens: Tensor, num_rows: int, rows_per_tile: int) -> Tensor:
-    """Compute each tile's document start, length and tile index.
-
-    The result is int32 [tiles, 3].
+    """Compute each tile's document start, length and tile index, int32 [tiles, 3].
 
     The tile index counts within the document. The size depends only on shapes, so that the host need not wait; surplus
     tiles have length 0.
@@ -98,9 +94,7 @@ def document_tiles(cu_seqlens: Tensor, num_rows: int, rows_per_tile: int) -> Ten
 
 
 def strides(x: Tensor) -> tuple[int, int, int]:
-    """Return a view's strides (b, h, s) for a kernel.
-
-    The view is [b, h, s, d].
+    """Return strides (b, h, s) of a view [b, h, s, d] for a kernel.
 
     Dimensions of size 1 get stride 0: torch leaves theirs arbitrary, and kernels are recompiled for strides that are
     not a multiple of 16.

@@ -44,9 +44,7 @@ class TopKLayout:
     def from_indices(
         cls, indices: Tensor, block_size: int, *, num_heads: int, num_key_blocks: int | None = None
     ) -> TopKLayout:
-        """Build a layout from indices [batch, H or H_kv, n_q, k].
-
-        They are int32 or int64.
+        """Build a layout from int32 or int64 indices [batch, H or H_kv, n_q, k].
 
         Args:
             num_key_blocks: by default the number of query blocks.
@@ -81,9 +79,7 @@ class TopKLayout:
 
     @classmethod
     def from_mask(cls, mask: Tensor, block_size: int, *, num_heads: int | None = None) -> TopKLayout:
-        """Build a layout from a bool mask, on its device.
-
-        True means kept.
+        """Build a layout from a bool mask, True where kept, on its device.
 
         The mask is [batch, H or H_kv, n_q, n_k]; each list gets n_k slots.
 

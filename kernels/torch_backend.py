@@ -83,11 +83,9 @@ def torch_gradients(
 
 
 def _bias(layout: Layout, s_q: int, s_k: int, spec: AttentionSpec, dtype: torch.dtype) -> Tensor:
-    """Build the additive mask: 0 where visible, else -inf.
+    """Build the additive mask [1 or batch, H, s_q, s_k]: 0 or -inf.
 
-    It is [1 or batch, H, s_q, s_k].
-
-    torch would convert a bool mask in every call.
+    0 marks visible keys. torch would convert a bool mask in every call.
     """
     key = ("bias", s_q, s_k, spec.causal, spec.query_offset, dtype)
     if isinstance(layout, TopKLayout):  # of one step: kept until its indices are written to

@@ -58,9 +58,7 @@ def triton_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, spec: Atte
 def run_forward(q: Tensor, k: Tensor, v: Tensor, layout: Layout, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     """Compute output [b, h, s_q, d_v] and log-sum-exp.
 
-    The arguments decide which kernels run.
-
-    Inputs are views [b, h, s, d] with stride 1 along d.
+    The arguments decide which kernels run. Inputs are views [b, h, s, d] with stride 1 along d.
     """
     if not spec.portable and kernel_choice(q, k, v, layout, spec) == "hopper":
         # imported here so that other GPUs need no Gluon
@@ -76,9 +74,7 @@ def run_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Compute gradients of q, k and v.
 
-    They follow from `run_forward`'s results and their gradients.
-
-    A gradient of None counts as 0.
+    Takes `run_forward`'s results and their gradients. A gradient of None counts as 0.
     """
     dout = torch.zeros_like(out) if dout is None else last_contiguous(dout)
     dlse = None if dlse is None else dlse.contiguous()

@@ -48,7 +48,7 @@ def main() -> None:
         "--lengths", type=tokens, nargs="+", default=[8192, 32768, 131072], help="sequence lengths, such as 8k 32k"
     )
     parser.add_argument("--tokens", type=tokens, default=131072, help="tokens per step")
-    parser.add_argument("--layers", type=layers, default=None, help="number of layers, or auto: as many as fit")
+    parser.add_argument("--layers", type=layers, default=None, help="number of layers, or auto: the most that fit")
     parser.add_argument("--steps", type=int, default=7, help="measured steps")
     parser.add_argument("--warmup", type=int, default=4, help="steps before them, which compile and tune")
     parser.add_argument("--layouts", nargs="+", default=["DSSS"], help="layer strings of the hybrids, such as D1S7")

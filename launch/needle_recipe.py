@@ -1,6 +1,6 @@
 """Train a small model to find needles at 128k tokens.
 
-It trains from scratch on one GPU, in phases of increasing length.
+Trains from scratch on one GPU, in phases of increasing length.
 
 python launch/needle_recipe.py plan                   print phases, tokens and predicted seconds of every variant
 python launch/needle_recipe.py data                   make the training documents of all variants

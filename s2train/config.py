@@ -362,7 +362,7 @@ class NeedleDocumentsConfig:
     share: list[float] = field(default_factory=lambda: [0.05, 1.0])
     # number of a recall's facts; at most half of its sentences
     facts: list[int] = field(default_factory=lambda: [1, 64])
-    # share of recalls that state as many facts as fit and ask for each once, all at the end, so that look-up distances
+    # share of recalls that state all facts that fit and ask for each once, all at the end, so that look-up distances
     # are spread over the whole document; the other recalls repeat each fact many times, and one look-up in a hundred
     # goes back over half the document
     questions_last: float = 0.0
@@ -434,7 +434,7 @@ class ProbesConfig:
     output: str | None = None  # JSON file; None: `probes.json` in the run folder
     overwrite: bool = False
     attention_backend: str = "auto"  # sparse layers, as in a run
-    tp: int = 1  # tensor model parallel: as many processes as were started
+    tp: int = 1  # tensor model parallel: the number of started processes
 
 
 @dataclass

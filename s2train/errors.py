@@ -67,9 +67,8 @@ class StoppedBySignal(Exception):
 class StartUpError(RuntimeError):
     """A job that can't start; one line per problem.
 
-    A rank rejects its settings, or ranks differ.
-
-    All ranks raise it together, and a restart would repeat it, except for a `MissingRankError`.
+    Either a rank rejects its settings, or ranks differ. All ranks raise it together, and a restart would repeat it,
+    except for a `MissingRankError`.
     """
 
     def __init__(self, problems: Sequence[str]) -> None:

@@ -1,15 +1,15 @@
-"""Time the kernels beside other implementations of attention.
+"""Time the kernels and other implementations of attention.
 
 These are dense cuDNN and FlashAttention-2 (torch SDPA), FlexAttention, and, if installed, FlashAttention-4
 (block-sparse and dense), FlashAttention-3 and dkernel. All run in this process on the same random inputs (bfloat16,
 batch 1), each in its best format: ours [s, b, h, d] as in Megatron, the others [b, h, s, d]. Each is compared with a
 float64 oracle, completely at 2,048 tokens and in samples at full length, and is not timed if it fails. Times are the
 device's, with the host ahead. The backward counts 2.5 times the forward's 4 * d FLOPs a position, over the positions
-that the contender's own mask keeps. Peak memory is what forward and backward need beside q, k, v and the output's
+that the contender's own mask keeps. Peak memory is what forward and backward need besides q, k, v and the output's
 gradient, including indices.
 
-cases: groups (targets, lengths, density, b64, gqa, gqa64, long, quick) or words such as b128-l8-v16-32k-kv8: blocks
-of 128, 8 local, every 16th, 32k tokens, 8 KV heads (and -h for heads, -d for their dimension). They run in the given
+cases: groups (targets, lengths, density, b64, gqa, gqa64, long, quick) or words such as b128-l8-v16-32k-kv8: blocks of
+128, 8 local, every 16th, 32k tokens, 8 KV heads (and -h for heads, -d for their dimension). They run in the given
 order; the default starts with the most important. The JSON is written after each, so that an interrupted run loses one
 case. The group run-time, or words such as b128-k16-32k-kv8 (16 key blocks per query block, listed on the device in
 every step), compare our top-k lists with the static layout of the same mask. They run before the others.

@@ -46,7 +46,7 @@ class Contender:
     """One row of the table.
 
     `prepare` returns the attention, or raises NotSupportedError. Contenders that are not `sparse` compute full causal
-    attention for any mask. `bytes_needed` estimates the peak memory beside q, k, v and the output's gradient. `passes`
+    attention for any mask. `bytes_needed` estimates the peak memory besides q, k, v and the output's gradient. `passes`
     is the minimum number of passes: one that is checked, three that are timed, and a contender's own tuning.
     """
 

@@ -40,7 +40,7 @@ class Exact:
     def errors(self, out: Tensor, gradients: tuple[Tensor, ...], format: Format) -> dict[str, float]:
         """Return relative errors of output, dq, dk and dv.
 
-        These are in the contender's format.
+        The tensors are in the contender's format.
         """
         found = sample(out, gradients, format, self.rows, self.keys)
         return {name: relative_error(found[name], self.results[name]) for name in _NAMES}

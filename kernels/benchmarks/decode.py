@@ -4,9 +4,9 @@ For each mask, head schedule, length and batch it compares: ours over the pages 
 over all pages, and torch's SDPA over contiguous keys (the fastest of its fused kernels). Inputs are random bfloat16.
 Each contender is first compared with float64 at the same length, and is not timed if its error exceeds twice that of
 plain torch in bfloat16. ms: device time, caches emptied, with the host ahead; host_us: launching; graph_ms: from a CUDA
-graph. GB/s counts the keys and values read. KV bytes are counted in the pages and predicted by the layout's rule.
-The largest batch is what fits into --memory-gb beside --weights-gb, with all --layers dense, all sparse, or one dense
-in --dense-every.
+graph. GB/s counts the keys and values read. KV bytes are counted in the pages and predicted by the layout's rule. The
+largest batch is what fits into --memory-gb with --weights-gb, with all --layers dense, all sparse, or one dense in
+--dense-every.
 """
 
 from __future__ import annotations

@@ -177,7 +177,7 @@ class ContiguousStep:
 def errors(step: PagedStep | ContiguousStep, kv_heads: int) -> tuple[float, float]:
     """Compute relative errors against float64: ours, and plain torch's in bfloat16.
 
-    They are of a random sequence's heads.
+    Compares the heads of one random sequence.
     """
     out = step()
     sequence = int(torch.randint(out.shape[0], ()))

@@ -39,9 +39,7 @@ _TENSORS = ("pattern_of_head", "row_offsets", "row_columns", "column_offsets", "
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line.
 
-    Return 1 if layouts differ or a build failed.
-
-    A failure for lack of memory does not count.
+    Return 1 if layouts differ or a build failed. A failure for lack of memory does not count.
     """
     parser = argparse.ArgumentParser(
         prog="python -m s2train.kernels.benchmarks.layout_cost",
@@ -83,11 +81,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def measure_case(case: Case, device: torch.device, repeats: int) -> Record:
-    """Measure a case's builds by name.
+    """Measure a case's builds by name; list differing layouts.
 
-    List layouts that differ from the first.
-
-    These are under "differing".
+    "differing" names the layouts that differ from the first.
     """
     layouts = {"columns": lambda: case.layout(device), "pairs": lambda: layout_of_pairs(case, device)}
     if case.num_patterns * (case.length // case.block) ** 2 <= _MOST_PAIRS_OF_MASKS:
@@ -141,9 +137,7 @@ def _cost(
 ) -> Record:
     """Measure a build's time, peak bytes and waits.
 
-    Times are ms of the first build, and the median of `repeats` more.
-
-    A failed build has "error" instead.
+    Times are ms of the first build, and the median of `repeats` more. A failed build has "error" instead.
     """
 
     def milliseconds() -> float:
@@ -196,7 +190,7 @@ def peak_bytes(build: Callable[[], object], device: torch.device) -> int:
 def host_waits(build: Callable[[], object], device: torch.device) -> int | None:
     """Count how often PyTorch makes the host wait in a call.
 
-    None on a CPU.
+    Return None on a CPU.
     """
     if device.type != "cuda":
         return None

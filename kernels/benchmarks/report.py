@@ -112,7 +112,7 @@ def _points(records: Sequence[Record], key: str, part: str) -> list[tuple[float,
 def kernel_paths(result: Record) -> str:
     """Return our kernels forward / backward, such as "hopper / triton".
 
-    This is derived from the names of launched kernels.
+    Derived from the names of launched kernels.
     """
     return " / ".join(_path(result.get("kernels", ()), part) for part in ("_fwd_", "_bwd_"))
 
@@ -125,9 +125,7 @@ def _path(kernels: Sequence[str], part: str) -> str:
 
 
 def launch_ratios(record: Record, measure: str) -> dict[str, tuple[float, float]]:
-    """Return peers' times of one call over ours.
-
-    There are two: forward, and forward + backward.
+    """Return peers' times of one call over ours: forward, and forward + backward.
 
     `measure` is "eager_ms", "graph_ms" or "device_ms". Peers without it (a failed capture) are left out; if ours has
     none, all are.

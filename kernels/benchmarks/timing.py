@@ -20,10 +20,7 @@ _CEILING_SIZE = 8192
 
 
 class Clock:
-    """Time marks in the order of the device's work.
-
-    On a CPU, the host's.
-    """
+    """Mark times in the order of the device's work (on a CPU, the host's)."""
 
     def __init__(self, device: torch.device) -> None:
         self.on_gpu = device.type == "cuda"
@@ -55,7 +52,7 @@ def time_passes(
 ) -> dict[str, Any]:
     """Return median ms of forward, backward and both in a row.
 
-    It runs 3 to 30 passes that take about `budget_ms`. `spread` is the range of both over its median. Call it warm.
+    Runs 3 to 30 passes, for about `budget_ms`. `spread` is the range of both over its median. Call it warm.
     """
 
     def one() -> tuple[Any, ...]:
@@ -84,9 +81,7 @@ def time_passes(
 def matmul_ceiling(clock: Clock, device: torch.device) -> float:
     """Measure TFLOP/s of a large bfloat16 product.
 
-    Matrices are random, 8192 x 8192.
-
-    It is the median of 20.
+    Takes the median of 20 products of random 8192 x 8192 matrices.
     """
     n = _CEILING_SIZE if clock.on_gpu else 256
     a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))

@@ -1,7 +1,7 @@
 """Check and time the kernels on this GPU.
 
 `python -m s2train.kernels.check [--quick | --only WORD …] [--json FILE]` compiles the kernels and compares output,
-log-sum-exp and gradients with a float64 oracle, then times them beside torch's dense causal FlashAttention. A case that
+log-sum-exp and gradients with a float64 oracle, then times them and torch's dense causal FlashAttention. A case that
 fails, hangs or breaks the CUDA context is reported in one line of the table; later cases run in new processes. Exits
 with 1 if any case fails.
 """

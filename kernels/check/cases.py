@@ -44,9 +44,7 @@ class Case:
 class Timing:
     """A timing with local window and vertical stride.
 
-    Head offsets are h mod V.
-
-    bfloat16, batch 1, head dimension 128.
+    Head h has offset h mod V. Tensors are bfloat16, with batch 1 and head dimension 128.
     """
 
     name: str
@@ -234,7 +232,7 @@ QUICK_TIMINGS = TIMINGS[:4]
 def case_names(quick: bool, only: Sequence[str] | None = None) -> tuple[str, ...]:
     """Return names of all or a few cases.
 
-    With `only`, those containing any word.
+    With `only`, return those that contain one of its words.
     """
     names = _QUICK if quick else tuple(CASES)
     return names if only is None else tuple(name for name in names if any(word in name for word in only))

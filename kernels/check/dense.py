@@ -137,9 +137,7 @@ def bounds_of(case: DenseCase, device: torch.device) -> Tensor | None:
 def make_inputs(case: DenseCase, device: torch.device) -> list[Tensor]:
     """Make random q, k, v and the output's gradient.
 
-    They are in the layer's format [s, b, h, d].
-
-    v is a part of a projection.
+    Tensors are in the layer's format [s, b, h, d]; v is a slice of a projection.
     """
     dtype = getattr(torch, case.dtype)
 
@@ -171,7 +169,7 @@ def attention(case: DenseCase, device: torch.device) -> Callable[[Tensor, Tensor
 def check_case(case: DenseCase) -> dict[str, Any]:
     """Compute errors against float64, and whether two runs are equal.
 
-    Errors of plain torch in the case's dtype are reported beside.
+    Also reports the errors of plain torch in the case's dtype.
     """
     device = torch.device("cuda")
     *inputs, dout = make_inputs(case, device)
@@ -255,7 +253,7 @@ def time_group(cases: list[DenseCase], clock: Clock) -> list[dict[str, Any]]:
 def _relative(x: Tensor, y: Tensor) -> float:
     """Compute the norm of the difference over the norm.
 
-    It is computed in pieces, so that float64 copies are small.
+    Computes in pieces, so that float64 copies are small.
     """
     pieces = [
         ((a.double() - b.double()).square().sum(), b.double().square().sum()) for a, b in zip(x, y, strict=True)

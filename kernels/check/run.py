@@ -38,9 +38,8 @@ def _results(out: Tensor, lse: Tensor, inputs: list[Tensor], dout: Tensor | None
 def compare(measured: list[Tensor], plain: list[Tensor], exact: list[Tensor]) -> dict[str, Any]:
     """Compare errors of the kernels with those of plain torch.
 
-    Returns relative errors (kernel, plain torch) by name, and whether all are ok.
-
-    An error is ok if it is at most twice torch's.
+    Returns relative errors (kernel, plain torch) by name, and whether all are ok. An error is ok if it is at most twice
+    torch's.
     """
     result: dict[str, Any] = {"ok": True}
     for name, x, same_dtype, x64 in zip(_NAMES[: len(exact)], measured, plain, exact, strict=True):
@@ -159,7 +158,7 @@ def kernels_run(
 def time_case(case: Timing) -> dict[str, Any]:
     """Measure median milliseconds forward and backward, and torch's dense attention.
 
-    The first KV group's heads are checked before.
+    Checks the first KV group's heads first.
     """
     q, k, v, dout = (
         torch.randn(case.length, 1, heads, case.dim, device="cuda", dtype=torch.bfloat16)

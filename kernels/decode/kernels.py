@@ -31,7 +31,7 @@ _LN_2 = tl.constexpr(0.6931471805599453)
 _MOST_SPLITS = 128  # parts that one program merges
 _RESIDENT = 3  # programs that fit in a Hopper multiprocessor's shared memory at once
 _ROUNDS = 4  # waves of programs when there are many keys, so that a partly filled last wave matters little
-_LEAST_STEPS = 8  # steps of a program when there are several waves: its writes stay small beside its reads
+_LEAST_STEPS = 8  # steps of a program when there are several waves: its writes stay small compared with its reads
 _INTERPRETER_PROGRAMS = 8
 
 
@@ -40,9 +40,7 @@ def _slots(
     first, begin, num_slots, position, n_k, columns, bits_ptr, table_row,
     PAGE: tl.constexpr, STEPS: tl.constexpr, DENSE: tl.constexpr, UNIFORM: tl.constexpr,
 ):  # fmt: skip
-    """Return visible slots, their rows in the pages, and who keeps them.
-
-    There are STEPS slots.
+    """Return STEPS slots: whether visible, page row, which heads keep them.
 
     Slots count the schedule's keys, not the sequence's. A tile may span several pages or a part of one.
     """

@@ -13,13 +13,11 @@ from ..layout import BlockLayout
 
 
 def last_uses(layout: BlockLayout, num_kv_heads: int) -> Tensor:
-    """Return the last query block that needs each key block.
+    """Return the last query block that needs each key block, int32 [H_kv, n_k].
 
-    The result is int32 [H_kv, n_k].
-
-    The result is on the CPU, -1 where no query block needs it. A key block is needed by a query block at or after it
-    that keeps it in any query head of the KV head's group. A block that is dropped and kept again later stays needed in
-    between, because it can't be recomputed. Computed once and kept in ``layout.cache``.
+    The result is on the CPU, and -1 where no query block needs the key block. A key block is needed by a query block at
+    or after it that keeps it in any query head of the KV head's group. A block that is dropped and kept again later
+    stays needed in between, because it can't be recomputed. Computed once and kept in ``layout.cache``.
     """
     key = ("last_uses", num_kv_heads)
     if key not in layout.cache:
@@ -41,7 +39,7 @@ def _last_uses(layout: BlockLayout, num_kv_heads: int) -> Tensor:
 def pages_held(last_use: Tensor, length: int, block_size: int) -> int:
     """Count a sequence's pages after `length` tokens.
 
-    These are its key blocks that some query at position >= `length` needs.
+    Counts its key blocks that some query at position >= `length` needs.
     """
     num_blocks = -(-length // block_size)
     return int((last_use[..., :num_blocks] >= length // block_size).sum())
@@ -65,10 +63,8 @@ def most_pages_held(last_use: Tensor) -> int:
 def write_tokens(pages: Tensor, table: Tensor, tokens: Tensor, position: int) -> None:
     """Write tokens [b, H_kv, n, d] to pages, from `position` on.
 
-    The pages are in `table`.
-
-    All sequences have the same position. `table` is int [b, H_kv, n_blocks]; tokens of blocks that are not kept are
-    dropped.
+    All sequences have the same position. `table` int [b, H_kv, n_blocks] holds the pages; tokens of blocks that are not
+    kept are dropped.
     """
     block_size, positions = pages.shape[1], torch.arange(position, position + tokens.shape[2], device=tokens.device)
     pages[table[..., positions // block_size].long(), positions % block_size] = tokens
@@ -77,9 +73,7 @@ def write_tokens(pages: Tensor, table: Tensor, tokens: Tensor, position: int) ->
 def write_token(pages: Tensor, table: Tensor, token: Tensor, positions: Tensor) -> None:
     """Write one token [b, H_kv, d] per sequence at its position.
 
-    Everything stays on the device.
-
-    Positions are int [b]; -1 writes nothing.
+    Everything stays on the device. Positions are int [b]; -1 writes nothing.
     """
     block_size = pages.shape[1]
     at = positions.long().clamp(min=0)[:, None]

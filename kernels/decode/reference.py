@@ -51,9 +51,7 @@ def reference_decode(
 
 
 def kept_blocks(layout: BlockLayout, query_block: int) -> Tensor:
-    """Return the key blocks that each head keeps for a query block.
-
-    The result is bool [H, n_k].
+    """Return which key blocks each head keeps for a query block: bool [H, n_k].
 
     The most recent results are cached.
     """

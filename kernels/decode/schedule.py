@@ -92,9 +92,9 @@ def _make_schedule(layout: BlockLayout, tiles: list[tuple[int, ...]]) -> DecodeS
 
 
 def _members(layout: BlockLayout, offsets: list[int], tile: tuple[int, ...], begin: int, end: int) -> Tensor:
-    """Return which heads of a tile keep each pair.
+    """Return which heads of a tile keep each pair, int32 [end - begin, n_k].
 
-    The result is int32 [end - begin, n_k]: bit r is set where head r keeps the pair.
+    Bit r is set where head r keeps the pair.
     """
     members = torch.zeros(end - begin, layout.num_key_blocks, dtype=torch.int32, device=layout.device)
     for pattern in set(tile):

@@ -44,28 +44,27 @@ from .support import fits_descriptor
 from .topk_backward_schedule import topk_backward_schedule
 
 TILE = gl.constexpr(64)  # keys of a warpgroup, queries of a step
-# a step in 32 bits: whether it needs a mask for each warpgroup's keys (2 bits), query tile, head within the group
+# A step has 32 bits: whether each warpgroup's keys need a mask (2 bits), query tile, head within the group.
 ACTIVE_BITS = gl.constexpr(2)
 QUERY_BITS = gl.constexpr(20)
-# ints a pair: KV head, both key tiles, first step's index, masked steps, steps, first step, first sequence
+# ints per pair: KV head, both key tiles, first step's index, masked steps, steps, first step, first sequence
 META = gl.constexpr(8)
-PACKED_META = gl.constexpr(
-    10
-)  # and after six of these: steps to skip after the masked ones, document's first tile, first row, length
+# the first six of these, then: steps to skip after the masked ones, document's first tile, first row, length
+PACKED_META = gl.constexpr(10)
 
 
 @gluon.jit
 def _keep(x):
-    """Keep the registers of x alive until here; no instruction.
+    """Keep the registers of x alive until here, for a wgmma in flight.
 
-    A wgmma in flight reads them.
+    Costs no instruction.
     """
     return gl.inline_asm_elementwise("", "=r,0", [x], dtype=x.dtype, is_pure=False, pack=2)
 
 
 @gluon.jit
 def _zero(t):
-    """0, unknown to the compiler."""
+    """Return 0 in a way that the compiler can't see."""
     return gl.inline_asm_elementwise("and.b32 $0, $1, 0;", "=r,r", [t], dtype=gl.int32, is_pure=False, pack=1)
 
 
@@ -81,9 +80,9 @@ def _work(meta_ptr, batch_size, PACKED: gl.constexpr):
 
 @gluon.jit
 def _first_step(meta_ptr, steps_ptr, first, batch_size, PACKED: gl.constexpr):
-    """Load step 0 from beside a pair's other numbers.
+    """Load step 0, which the pair's row of `meta` repeats.
 
-    So no load waits for another one.
+    Thus this load does not wait for another one.
     """
     if PACKED:
         return gl.load(steps_ptr + first)
@@ -94,9 +93,8 @@ def _first_step(meta_ptr, steps_ptr, first, batch_size, PACKED: gl.constexpr):
 def _document(meta_ptr, first_tile, offset, s_k, PACKED: gl.constexpr):
     """Locate a document.
 
-    Returns number of the first query tile, position of row 0, first row of the keys, number of keys.
-
-    A document's query tiles are numbered on from those of the documents before.
+    Returns number of the first query tile, position of row 0, first row of the keys, number of keys. Query tiles are
+    numbered through all documents.
     """
     if PACKED:
         at = meta_ptr + gl.program_id(0) * PACKED_META  # batch 1
@@ -109,7 +107,7 @@ def _document(meta_ptr, first_tile, offset, s_k, PACKED: gl.constexpr):
 def _load_step(steps_ptr, meta_ptr, first, t, PACKED: gl.constexpr):
     """Load step t.
 
-    A document skips the first unmasked ones, whose queries lie beyond its end.
+    A document skips the first unmasked steps, because their queries lie after its end.
     """
     at = steps_ptr + first + t
     if PACKED:
@@ -120,7 +118,7 @@ def _load_step(steps_ptr, meta_ptr, first, t, PACKED: gl.constexpr):
 
 @gluon.jit
 def _unpack(entry, b, kv, group):
-    """Head and query tile of a step."""
+    """Return head and query tile of a step."""
     return kv * group + (entry >> (ACTIVE_BITS + QUERY_BITS)), (entry >> ACTIVE_BITS) & ((1 << QUERY_BITS) - 1)
 
 
@@ -130,10 +128,7 @@ def _producer(
     meta_ptr, steps_ptr, batch_size, num_heads, group, first_tile, num_tiles, offset,
     STAGES: gl.constexpr, EXTRA: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
-    """Load q and log-sum-exps (EXTRA = 1), or dout and deltas.
-
-    With EXTRA = 1 also load k and v.
-    """
+    """Load q, log-sum-exps, k and v (EXTRA = 1), or dout and deltas."""
     T4: gl.constexpr = x_desc.block_shape
     dt: gl.constexpr = x_desc.dtype
     b, kv, ka, kb, first, _, num_steps = _work(meta_ptr, batch_size, PACKED)
@@ -165,9 +160,9 @@ def _reducer(
     acc_desc, dq_s, dq_full, dq_free, free, meta_ptr, steps_ptr, batch_size, num_heads, group, first_tile, num_tiles,
     C: gl.constexpr, STAGES: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
-    """Add each half of dq that its warpgroup leaves in shared memory.
+    """Add the half of dq that a warpgroup leaves in shared memory.
 
-    Frees the tiles of the previous step.
+    Also free the tiles of the previous step.
     """
     ROWS: gl.constexpr = acc_desc.block_shape[0]
     b, kv, _, _, first, _, num_steps = _work(meta_ptr, batch_size, PACKED)
@@ -178,7 +173,7 @@ def _reducer(
         head, tile = _unpack(entry, b, kv, group)
         row = (((b * num_heads + head) * num_tiles + tile - first_tile) * 2 + C) * ROWS
         mbarrier.wait(dq_full.index(C), n & 1)
-        # dq(n) is there, so its warpgroup has gone through step n-1 and needs its tiles no more
+        # dq(n) has been written, so its warpgroup has finished step n-1 and no longer needs its tiles
         mbarrier.arrive(free.index((n - 1) % STAGES), count=1, pred=n >= 1)
         reduce_add(acc_desc, [row, 0], dq_s.index(C))
         tma.store_wait(pendings=0)
@@ -190,7 +185,7 @@ def _reducer(
 def _store_dq(dq, dq_s, dq_free, dq_full, n, C: gl.constexpr, D: gl.constexpr):
     """Store the n-th half of dq for the reducer.
 
-    It is in the order of the registers: four neighbours a thread.
+    Elements are in the order of the registers: four adjacent ones per thread.
     """
     x = dq.reshape([4, 2, 8, D // 16, 4, 2]).permute(3, 0, 2, 4, 1, 5).reshape([D, 32])
     mbarrier.wait(dq_free.index(C), (n & 1) ^ 1)
@@ -201,7 +196,7 @@ def _store_dq(dq, dq_s, dq_free, dq_full, n, C: gl.constexpr, D: gl.constexpr):
 
 @gluon.jit
 def _issue_dq(ds_s, k_s, buf, z, zq, C: gl.constexpr, D: gl.constexpr, HL: gl.constexpr):
-    """Start half C of the head dimensions of dS K.
+    """Start computing half C of the head dimensions of dS K.
 
     This warpgroup's keys come first.
     """
@@ -227,7 +222,7 @@ def _step(
     dt: gl.constexpr = q_s.dtype
     st = t % STAGES
     phase = (t // STAGES) & 1
-    z = _zero(t)  # else all descriptors of k and v are kept in registers, and spilled
+    z = _zero(t)  # otherwise the compiler keeps all descriptors of k and v in registers, and spills
     k = k_s.index(C + z)
     v = v_s.index(C + z)
     q = q_s.index(st)
@@ -271,7 +266,7 @@ def _idle_step(
 ):  # fmt: skip
     """Process a query tile that keeps only the other warpgroup's keys.
 
-    dS is 0, and half of dq is computed from the other's.
+    dS is 0 for this warpgroup's keys; its half of dq comes from the other warpgroup's.
     """
     dt: gl.constexpr = k_s.dtype
     z = _zero(t)
@@ -332,18 +327,18 @@ def _consumer(
             C, D, STAGES, False, PL, HL,
         )  # fmt: skip
     mbarrier.arrive(done.index(C), count=1)
-    _, _, start, num_keys = _document(meta_ptr, 0, 0, s_k, PACKED)  # again: registers were short
+    _, _, start, num_keys = _document(meta_ptr, 0, 0, s_k, PACKED)  # computed again, to save registers
     row = key_tile * TILE + start
-    if PACKED and (key_tile + 1) * TILE > num_keys:  # TMA would write over the first rows of the document behind
+    if PACKED and (key_tile + 1) * TILE > num_keys:  # TMA would overwrite the first rows of the next document
         head = kv.to(gl.int64) * head_stride
         _store_part(dv, dv_ptr + head, row_stride, row, start + num_keys, D)
         _store_part(dk * scale, dk_ptr + head, row_stride, row, start + num_keys, D)
     else:
-        v_s.index(C).store(dv.to(dt))  # this warpgroup alone read its half of v
+        v_s.index(C).store(dv.to(dt))  # only this warpgroup read its half of v
         fence_async_shared()
         thread_barrier()
         async_store(dv_desc, [b, kv, row, 0], reinterpret(v_s.index(C), dt, T4, dv_desc.layout))
-        mbarrier.wait(done.index(1 - C), 0)  # the other has read this half of k for its last dq
+        mbarrier.wait(done.index(1 - C), 0)  # the other warpgroup has read this half of k for its last dq
         k_s.index(C).store((dk * scale).to(dt))
         fence_async_shared()
         thread_barrier()
@@ -353,7 +348,7 @@ def _consumer(
 
 @gluon.jit
 def _store_part(x, base, stride, row, end, D: gl.constexpr):
-    """Those rows [row, row + 64) of x that lie before `end`."""
+    """Slice those of the rows [row, row + 64) of x that lie before `end`."""
     L: gl.constexpr = x.type.layout
     rows = row + gl.arange(0, TILE, layout=gl.SliceLayout(1, L))
     dims = gl.arange(0, D, layout=gl.SliceLayout(0, L))
@@ -374,11 +369,11 @@ def s2_attention_bwd_kernel_hopper(
     D: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, PACKED: gl.constexpr,
     CONSUMER_REGS: gl.constexpr, OTHER_REGS: gl.constexpr,
 ):  # fmt: skip
-    """Room in shared memory, barriers and the six roles."""
+    """Allocate shared memory and barriers, and start the six roles."""
     BL: gl.constexpr = mbarrier.MBarrierLayout()
     dt: gl.constexpr = q_desc.dtype
     ML: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    # of k and its halves: panels half as wide as the head dimension, so that each half is a separate region
+    # layout of k and its halves: panels half as wide as the head dimension, so that each half is a separate region
     HL: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=D, element_bitwidth=16, rank=2)
     k_s = gl.allocate_shared_memory(dt, [2, TILE, D], HL)
     v_s = gl.allocate_shared_memory(dt, [2, TILE, D], ML)
@@ -436,9 +431,9 @@ def s2_attention_bwd_kernel_hopper(
 
 @triton.jit
 def _rows_of_tile(tiles, num_heads, s_q, first_tile, num_tiles, offset, PACKED: tl.constexpr):
-    """Return batch * head, batch, head, and a program's 64 rows.
+    """Return batch * head, batch, head, a program's 64 rows, and which exist.
 
-    The first three are in 64 bits. The last result says which of the rows exist.
+    The first three have 64 bits.
     """
     program = tl.program_id(0)
     tile = program % num_tiles
@@ -512,17 +507,18 @@ class HopperBackwardConfig:
 
 # Keyed by head dimension; three stages of 128 take 226 KiB of shared memory in all.
 CONFIGS = {128: HopperBackwardConfig(3), 64: HopperBackwardConfig(4)}
-ENTRY_REGISTERS = 168  # of a thread before the roles share them out: 65536 over 12 warps, in eights
+# registers per thread before they are divided among roles: 65536 over 12 warps, in multiples of 8
+ENTRY_REGISTERS = 168
 
 
 def hopper_backward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None,
     layout: Layout, spec: AttentionSpec, config: HopperBackwardConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Compute the gradients as `backward`, for calls that `backward_choice` names "hopper".
+    """Compute the gradients as `backward`, for calls assigned to "hopper".
 
-    Not deterministic: the last bits of dq differ between runs. Besides the gradients it needs
-    4 * b * h * s_q * d bytes of device memory to accumulate dq in float32: twice the size of q.
+    `backward_choice` assigns them. Not deterministic: the last bits of dq differ between runs. Besides the gradients it
+    needs 4 * b * h * s_q * d bytes of device memory to accumulate dq in float32: twice the size of q.
 
     Packed documents: rows of a document are multiplied by zero in the tiles of its neighbours, so an infinite or NaN
     row makes these invalid too.
@@ -601,14 +597,12 @@ def launch_arguments(
 
 _FLAT = gl.NVMMASharedLayout.get_default_for([TILE.value], gl.float32)
 _FRAGMENTS = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
-# keyed by bytes of a panel's row; made once, because checking a layout costs 15 us
+# keyed by the bytes of a panel's row; made once, because checking a layout takes 15 us
 _PANELS = {width: gl.NVMMASharedLayout(swizzle_byte_width=width, element_bitwidth=16, rank=4) for width in (64, 128)}
 
 
 def _tiles(x: Tensor, half: bool = False) -> TensorDescriptor:
-    """Make a descriptor of a view's 64-row tiles.
-
-    The view is [b, h, s, d].
+    """Make a descriptor of the 64-row tiles of a view [b, h, s, d].
 
     Panels have 64 dimensions, or `half` of them.
     """

@@ -155,9 +155,7 @@ def pair_steps(
 
 
 def _cheapest_order(kept: list[tuple[Tensor, Tensor]], num_tiles: int, first_tile: int, num_key_tiles: int) -> Tensor:
-    """Return the best of three orders of key tiles.
-
-    The best has the fewest steps.
+    """Return the order of key tiles with the fewest steps, of three.
 
     Neighbours 2j and 2j + 1 form pairs. The orders are: unchanged, which suits a local window; by the number of queries
     that keep a tile; and, where members keep different columns, first the tiles that all keep alike, unchanged, then

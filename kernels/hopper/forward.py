@@ -48,15 +48,15 @@ _BARRIER = gl.constexpr(mbarrier.MBarrierLayout())
 
 @gluon.jit
 def _stay_live(x):
-    """x, whose registers a product in flight still reads: costs no instruction."""
+    """Keep the registers of x alive for a product in flight; no instruction."""
     return gl.inline_asm_elementwise("", "=r,0", [x], dtype=x.dtype, is_pure=False, pack=1)
 
 
 @gluon.jit
 def _pack(x, dtype: gl.constexpr):
-    """Pack float32 [m, n] into int32 [m, n / 2].
+    """Pack float32 [m, n] into int32 [m, n / 2], two 16-bit numbers in each.
 
-    Each holds two 16-bit numbers, so that LLVM carries whole registers from step to step.
+    Thus LLVM carries whole registers from step to step.
     """
     even, odd = gl.split(gl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
     kind: gl.constexpr = "bf16x2" if dtype == gl.bfloat16 else "f16x2"
@@ -67,7 +67,7 @@ def _pack(x, dtype: gl.constexpr):
 
 @gluon.jit
 def _unpack(x, dtype: gl.constexpr, layout: gl.constexpr):
-    """What `_pack` packed, as the first operand of a product."""
+    """Unpack the result of `_pack` as the first operand of a product."""
     even = gl.inline_asm_elementwise(
         "{ .reg .b16 h; mov.b32 {$0, h}, $1; }", "=h,r", [x], dtype=gl.int16, is_pure=True, pack=1
     )
@@ -80,11 +80,10 @@ def _unpack(x, dtype: gl.constexpr, layout: gl.constexpr):
 
 @gluon.jit
 def _compute_here(x):
-    """Return x >= 0, whose computation may not move below.
+    """Return x >= 0, computed here: the compiler may not move it below.
 
-    Without this ptxas waits for the product before the exponentials.
-
-    A store that never happens. A branch in its place would make ptxas run all products one by one (C7518).
+    Without this, ptxas waits for the product before it computes the exponentials. It is a store that never happens;
+    with a branch instead, ptxas would run all products one by one (C7518).
     """
     return gl.inline_asm_elementwise(
         "{ .reg .pred p; setp.lt.f32 p, $1, 0f00000000; @p st.volatile.shared.b32 [$1], $1; mov.b32 $0, $1; }",
@@ -94,7 +93,7 @@ def _compute_here(x):
 
 @gluon.jit
 def _num_items(num_items):
-    """How many of the items are this program's."""
+    """Count this program's items."""
     programs = gl.num_programs(0)
     whole = num_items // programs
     place = gl.program_id(0)
@@ -110,10 +109,9 @@ def _item(
 ):  # fmt: skip
     """Locate this program's n-th item.
 
-    Returns batch, head, tile and row of the step table, and its rows of q.
-
-    Those are the positions plus the fifth, where that is at least 0 and the sum below the sixth. Items go round the
-    programs and back, so that none gets the longest of every round.
+    Returns batch, head, tile, row of the step table, offset and end. The row of q at a position is position + offset;
+    it exists if it is at least 0 and below the end. Items are dealt to the programs back and forth, so that no program
+    gets the longest item of every round.
     """
     programs = gl.num_programs(0)
     place = gl.program_id(0)
@@ -147,7 +145,7 @@ def _steps_of_row(step_offsets, row, BATCHED: gl.constexpr):
 
 @gluon.jit
 def _load_panels(desc, batch, head, row, panels, first, STRIDE: gl.constexpr, PANELS: gl.constexpr, barrier):
-    """Start loading one box of rows, all panels."""
+    """Start loading all panels of one box of rows."""
     for panel in gl.static_range(PANELS):
         async_load(desc, [batch, head, row, panel * _PANEL], barrier, panels.index(first + panel * STRIDE))
 
@@ -164,7 +162,7 @@ def _load_step(
         entry = gl.load(chunks + step * PER_STEP + part)
         key = (entry >> 2) * CHUNK
         if PACKED:
-            # padding reads zeros from beyond the last row, not another document's values
+            # padding reads zeros after the last row, not another document's values
             key = gl.where(entry & 3 == 0, s_k, key + shift)
         first = stage * (PANELS * PER_STEP) + part
         _load_panels(desc, batch, head, key, panels, first, PER_STEP, PANELS, barrier)
@@ -180,7 +178,7 @@ def _produce(
 ):  # fmt: skip
     """Run the producer warp.
 
-    Loads are started in the order in which the consumers wait for them.
+    It starts loads in the order in which the consumers wait for them.
     """
     PER_STEP: gl.constexpr = _STEP // CHUNK
     dtype: gl.constexpr = q_desc.dtype
@@ -200,7 +198,7 @@ def _produce(
         )  # fmt: skip
         begin, end = _steps_of_row(step_offsets, row, BATCHED)
         kv_head = head // group
-        # the first keys before the queries, whose room is free later
+        # first keys, then queries: the memory of the queries becomes free later
         stage = k_count % K_STAGES
         mbarrier.wait(k_empty.index(stage), (k_count // K_STAGES & 1) ^ 1)
         _load_step(
@@ -241,13 +239,13 @@ def _produce(
 
 @gluon.jit
 def _masked(scores, chunks, step, last_key, columns, HALF: gl.constexpr, CHUNK: gl.constexpr):
-    """Mask scores.
+    """Set scores to -inf for chunks not kept and keys after the row's last.
 
-    They are -inf where this half does not keep the chunk or the key lies beyond the row's last.
+    Chunks are those that this half does not keep.
     """
     PER_STEP: gl.constexpr = _STEP // CHUNK
     entry = gl.load(chunks + step * PER_STEP)
-    # relative to the step's first column; below all columns for a chunk that the half does not keep
+    # relative to the step's first column; below all columns if the half does not keep the chunk
     last_column = gl.where((entry >> HALF) & 1 == 1, last_key - (entry >> 2) * CHUNK, -1)
     last_column = gl.expand_dims(last_column, 1)
     columns = gl.expand_dims(columns, 0)
@@ -260,9 +258,9 @@ def _masked(scores, chunks, step, last_key, columns, HALF: gl.constexpr, CHUNK: 
 
 @gluon.jit
 def _softmax(scores, peak, total, scale_log2):
-    """Compute weights, and update the running maximum and sum.
+    """Compute weights, and update the running maximum (in base 2) and sum.
 
-    The maximum is in base 2. Also returns the factor by which older sums shrink.
+    Also returns the factor by which earlier sums are scaled.
     """
     new_peak = gl.maximum(peak, gl.max(scores, 1) * scale_log2)
     decay = gl.exp2(peak - new_peak)
@@ -279,7 +277,7 @@ def _attend(
 ):  # fmt: skip
     """Compute scores and weights of step `count`.
 
-    Meanwhile the weights of the step before are multiplied with its values.
+    Meanwhile, multiply the previous step's weights by its values.
     """
     dtype: gl.constexpr = v_smem.dtype
     operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=acc.type.layout, k_width=2)
@@ -307,9 +305,8 @@ def _attend(
 def _clear_beyond(v_smem, stage, chunks, step, num_keys, CHUNK: gl.constexpr):
     """Zero the values of a step's keys from `num_keys` on.
 
-    They are another document's, whose infinities times 0 are NaN.
-
-    Both consumers do it, so that neither waits for the other: what they write is the same.
+    They belong to another document, and 0 times its infinities would be NaN. Both consumers write the same zeros, so
+    that neither waits for the other.
     """
     PER_STEP: gl.constexpr = _STEP // CHUNK
     PANELS: gl.constexpr = v_smem.shape[2] // _PANEL
@@ -328,9 +325,9 @@ def _clear_beyond(v_smem, stage, chunks, step, num_keys, CHUNK: gl.constexpr):
 
 @gluon.jit
 def _store_rows(box, out, begin, end, batch, head, first, out_batch, out_head, out_row, V_ROW: gl.constexpr):
-    """Write a tile's rows that lie in [begin, end).
+    """Write the rows of a tile that lie in [begin, end).
 
-    `out` has rows of V_ROW; strides count such rows.
+    Rows of `out` have V_ROW elements; strides count rows.
     """
     ROWS: gl.constexpr = box.shape[0]
     COLUMNS: gl.constexpr = box.shape[1]
@@ -426,7 +423,7 @@ def _consume(
         acc = warpgroup_mma_wait(num_outstanding=0, deps=(product,))
         mbarrier.arrive(v_empty.index(v_stage), count=1)
 
-        # again, rather than kept in registers all along
+        # computed again, which takes fewer registers than keeping it
         batch, head, tile, _, shift, last = _item(
             n, num_tiles, first_tile, num_heads, tiles_per_pattern, query_offset, s_q, head_order, head_slot,
             documents, PACKED, BATCHED,
@@ -439,7 +436,7 @@ def _consume(
         gl.store(lse + at + position, (peak + gl.log2(total)) * _LN_2, mask=in_range)
         inverse = 1.0 / gl.where(total == 0.0, 1.0, total)
         acc = acc * gl.expand_dims(gl.convert_layout(inverse, gl.SliceLayout(1, acc_layout)), 1)
-        # all products with q are done: its room takes the output
+        # all products with q are done: the output takes its memory
         out_slot = slot * (DIM // V_DIM)
         out_rows.index(out_slot).store(acc.to(dtype))
         fence_async_shared()
@@ -474,10 +471,10 @@ def s2_attention_fwd_kernel_hopper(
     Q_STAGES: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
     CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
 ):  # fmt: skip
-    """Room in shared memory, barriers and the three roles.
+    """Allocate shared memory and barriers, and start the three roles.
 
-    PACKED: `documents` is a `document_table`. PARTIAL: tiles may begin before the first row of q or end inside of
-    `out`, whose rows have V_ROW elements; else neither is given. BATCHED: of `ForwardSchedule`.
+    PACKED: `documents` is a `document_table`. PARTIAL: tiles may begin before the first row of q, or end inside `out`,
+    whose rows have V_ROW elements; otherwise neither is given. BATCHED: see `ForwardSchedule`.
     """
     if PACKED:
         num_tiles = gl.load(documents)
@@ -545,7 +542,8 @@ CONFIGS = {
     (128, 64): HopperConfig(2, 3, 2),
     (128, 128): HopperConfig(2, 2, 3),
 }
-ENTRY_REGISTERS = 168  # of a thread before the roles share them out: 65536 over 12 warps, in eights
+# registers per thread before they are divided among roles: 65536 over 12 warps, in multiples of 8
+ENTRY_REGISTERS = 168
 _SWIZZLED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
 
 
@@ -554,7 +552,7 @@ def hopper_forward(
 ) -> tuple[Tensor, Tensor]:
     """Compute output and log-sum-exp as `forward.forward`.
 
-    For calls that `kernel_choice` names "hopper".
+    Takes the calls that `kernel_choice` assigns to "hopper".
     """
     batch, num_heads, s_q, dim = q.shape
     out = empty_bhsd((batch, num_heads, s_q, v.shape[3]), q, spec.format)

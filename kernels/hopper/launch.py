@@ -22,9 +22,7 @@ def descriptor(
 ) -> TensorDescriptor:
     """Make a `TensorDescriptor` without its checks.
 
-    The checks take two thirds of its time.
-
-    `fits_descriptor` has made these checks.
+    The checks would take two thirds of the time; `fits_descriptor` has already made them.
     """
     made = object.__new__(TensorDescriptor)
     made.__dict__.update(_DEFAULTS, base=base, shape=shape, strides=strides, block_shape=block_shape, layout=layout)

@@ -1,6 +1,6 @@
 """Start order of the backward's programs.
 
-It decides how well they use the GPU and its L2 cache.
+The order decides how well the programs use the GPU and its L2 cache.
 """
 
 from __future__ import annotations

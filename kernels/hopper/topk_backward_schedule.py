@@ -36,10 +36,7 @@ _TILE = tl.constexpr(TILE)
 def s2_attention_kernel_topk_bits(
     indices, bits, num_slots, slots, num_query_blocks, num_key_blocks, words, AT_ONCE: tl.constexpr
 ):  # fmt: skip
-    """Set bits for the query blocks that list a key block.
-
-    They are [lists, key blocks, words].
-    """
+    """Set bits [lists, key blocks, words] for query blocks that list a key block."""
     at = tl.program_id(0) * AT_ONCE + tl.arange(0, AT_ONCE)
     column = tl.load(indices + at, mask=at < num_slots, other=-1)
     row = at // slots
@@ -55,10 +52,8 @@ def _steps(
 ):  # fmt: skip
     """Find which of two key tiles the query `tiles` keep.
 
-    The key tiles are adjacent; the query tiles are of one list.
-
-    The key tiles are `first_key` and the next. Returns bits 0 and 1 for the two tiles, and two bools: steps that need a
-    mask, and steps that need none.
+    The key tiles are `first_key` and the next one; the query tiles belong to one list. Returns bits 0 and 1 for the two
+    tiles, and two bools: steps that need a mask, and steps that need none.
     """
     active = tiles * 0
     row = tiles // PER_BLOCK

@@ -46,7 +46,7 @@ def _candidates(
 def _needs_mask(chunk, flags, tile, tail, ROWS: tl.constexpr, CAUSAL: tl.constexpr):
     """Return whether a chunk is partly masked for a tile.
 
-    It is if some row of the tile does not see all of it.
+    True if some row of the tile does not see all of the chunk.
     """
     masked = (flags != 3) | (chunk >= tail)
     if CAUSAL:

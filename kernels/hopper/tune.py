@@ -56,9 +56,7 @@ _HEADS = 32
 class Item:
     """A variant's time on the local + vertical mask.
 
-    Length 0: only compile it.
-
-    bfloat16, batch 1, 32 heads.
+    With length 0, only compile it. Tensors are bfloat16, with batch 1 and 32 heads.
     """
 
     variant: str

@@ -45,7 +45,7 @@ def parse_layers(text: str, num_layers: int, kinds: Mapping[str, AttentionKind] 
             "layout.layers",
             text,
             f"stands for {length} layers, which doesn't divide the model's {num_layers}",
-            f"Write as many layers as one of: {lengths}.",
+            f"Write one of these numbers of layers: {lengths}.",
         )
     letters = "".join("".join(letter * count for letter, count in runs) * repeat for runs, repeat in groups)
     return tuple(letters * (num_layers // length))
@@ -148,7 +148,7 @@ def build_hybrid_layout(
             "schedule.offsets",
             f"({found.rows} lists)",
             f"don't divide the model's {sparse_layers} sparse layers",
-            f"Write a list for each of {sparse_layers} layers, or for as many as divide them.",
+            f"Write {sparse_layers} lists, one per sparse layer, or a number of lists that divides {sparse_layers}.",
         )
     return HybridLayout(tuple(layers), layout.block_size, num_query_groups, found)
 

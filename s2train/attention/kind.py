@@ -46,7 +46,7 @@ class AttentionKind(ABC):
     """A kind of attention with its settings.
 
     A subclass sets the class attributes and answers the abstract methods. Kinds are equal if class and letter are, and
-    where the data choose, the settings: of static kinds the patterns tell all, and a layer has these beside its kind.
+    settings, if the data choose what is read; the patterns of static kinds say everything.
 
     Class attributes:
         name: in `layout.kinds.LETTER={kind: NAME}`, and at the head of its columns.
@@ -116,7 +116,7 @@ class AttentionKind(ABC):
 
     @abstractmethod
     def weights(self, shape: AttentionShape) -> tuple[Weight, ...]:
-        """Weights of a layer beside its projections."""
+        """Weights of a layer besides its projections."""
 
     @abstractmethod
     def kept_positions(self, layer: "LayerLayout", seq_length: int) -> tuple[float, ...]:
@@ -124,17 +124,17 @@ class AttentionKind(ABC):
 
     @abstractmethod
     def extra_flops(self, layer: "LayerLayout", seq_length: int, shape: AttentionShape) -> float:
-        """Forward FLOPs of one sequence beside Q Kᵀ and P V; the backward pass is counted as twice as many."""
+        """Forward FLOPs of one sequence besides Q Kᵀ and P V; the backward pass counts as twice that."""
 
     @abstractmethod
     def activation_bytes(self, layer: "LayerLayout", seq_length: int, shape: AttentionShape, element_size: int) -> int:
-        """Bytes kept for the backward of one sequence beside q, k, v, output and log-sum-exp, over all heads."""
+        """Bytes kept for the backward of one sequence besides q, k, v, output and log-sum-exp, over all heads."""
 
     @abstractmethod
     def columns(self) -> Mapping[str, float | None]:
         """Auxiliary losses with their weights, and other values to log (None), by name.
 
-        The core attention hands in each with `add_loss` or `record`; the run logs it as `{kind}_{name}`.
+        The core attention passes each to `add_loss` or `record`; the run logs it as `{kind}_{name}`.
         """
 
 

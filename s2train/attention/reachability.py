@@ -1,13 +1,13 @@
 """After how many layers can what stands at one position arrive at another?
 
-A layer hands on to query position i what stands at every position j <= i that any of its heads keeps; what i holds
-already stays there (the residual stream). So information goes from key to query by hops backwards in the graph of
-kept blocks, at most one hop a layer, and may wait in place through any layer.
+A layer passes to query position i what is at every position j <= i that any of its heads keeps; what i holds already
+stays there (the residual stream). So information goes from key to query by hops backwards in the graph of kept blocks,
+at most one hop a layer, and may wait in place through any layer.
 
 Only layouts whose layers are all static have a reach: where the data choose, it isn't known before (TypeError).
 
-Counting by blocks is exact for tokens: every token of a query block keeps the same earlier key blocks, whole, and
-of its own block the tokens up to itself. So all keys of an earlier block arrive together.
+Counting by blocks is exact for tokens: every token of a query block keeps the same earlier key blocks, whole, and of
+its own block the tokens up to itself. So all keys of an earlier block arrive together.
 """
 
 from collections.abc import Iterable, Sequence
@@ -160,7 +160,7 @@ class DistanceRow:
 def distance_table(found: Reach) -> tuple[DistanceRow, ...]:
     """Shares of the keys that arrive through the last 1, 2, … layers, by distance: 1 token, 2 to 3, 4 to 7, …
 
-    Counts of layers as in `Reach.from_last`; as many as the slowest key needs, of those that ever arrive.
+    Counts layers as `Reach.from_last`: the number that the slowest key needs, of the keys that ever arrive.
     """
     distances = torch.arange(1, found.query + 1)
     layers = found.from_last[(found.query - distances) // found.block_size]

@@ -77,9 +77,8 @@ def known_problem(checkpoint: Path) -> str | None:
 def record_failed_load(checkpoint: Path, problem: str) -> None:
     """Record in a checkpoint why loading it failed.
 
-    `known_problem` reads the record. Any rank may write it.
-
-    Runs can still start from the checkpoint, since the cause may lie elsewhere: a network file system, memory.
+    `known_problem` reads the record. Any rank may write it. Runs can still start from the checkpoint, since the cause
+    may lie elsewhere: a network file system, memory.
     """
     with suppress(OSError):
         (checkpoint / _LOAD_FAILED).write_text(problem + "\n")

@@ -18,9 +18,7 @@ _SUFFIX = "_extra_state"
 def load_without_foreign_extra_state(state: dict[str, Any], checkpoint: str) -> dict[str, Any]:
     """Load a sharded state dict through Megatron.
 
-    Extra state missing from the checkpoint becomes None.
-
-    The FP8 recipes that s2train supports store nothing in it.
+    Extra state missing from the checkpoint becomes None. The FP8 recipes that s2train supports store nothing in it.
     """
     wanted = [
         (section, name, value.unique_key)

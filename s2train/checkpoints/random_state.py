@@ -14,7 +14,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 
 def current_rng_ranks() -> list[int]:
-    """Number of ranks with generator states of their own, as [tp, pp].
+    """Number of ranks with separate generator states, as [tp, pp].
 
     Ranks that differ only in data or context parallel rank share their generators' states.
     """

@@ -268,10 +268,8 @@ def _with_current_paths(before: dict[str, Any], now: dict[str, Any]) -> dict[str
 def claim_run_dir(cfg: PretrainConfig, start: Start) -> FolderLock:
     """Create the run folder, and lock it against other jobs.
 
-    The lock lasts until this process ends.
-
-    Call it on rank 0. Removes incomplete saves. Renames checkpoints newer than the start that are damaged or could not
-    be loaded to `damaged_iter_*`, and prints a line for each.
+    The lock lasts until this process ends. Call it on rank 0. Removes incomplete saves. Renames checkpoints newer than
+    the start that are damaged or could not be loaded to `damaged_iter_*`, and prints a line for each.
 
     Raises:
         ConfigError: the folder can't be written, or another job holds it.

@@ -171,9 +171,7 @@ class Saver:
 
 
 def lacks_room_for_copies(chunks: list[Any]) -> bool:
-    """Whether host memory is too small for optimizer state copies.
-
-    Each rank would hold one.
+    """Whether host memory is too small for one optimizer state copy per rank.
 
     A copy takes 12 bytes per parameter, and the same again while writing.
     """

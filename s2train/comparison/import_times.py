@@ -31,9 +31,7 @@ class PackageTime:
 def import_times(command: Sequence[str]) -> list[PackageTime]:
     """Run a program under `-X importtime`, and list its packages.
 
-    The slowest comes first.
-
-    Concurrent imports in several threads include the time that they wait for each other.
+    The slowest comes first. Concurrent imports in several threads include the time that they wait for each other.
 
     Raises:
         TrainingError: the program failed.

@@ -1,10 +1,8 @@
 """Measures step times of hybrids and dense models at long sequences.
 
-Each has its best stack.
-
-A step includes the gradient norm and the optimizer; tokens are random and nothing is saved. All variants at a length
-have the same number of layers, the largest that fits according to the plan. One process measures the variants in turn,
-and is replaced if one fails.
+Each model uses its fastest installed kernels. A step includes the gradient norm and the optimizer; tokens are random
+and nothing is saved. All variants at a length have the same number of layers, the largest that fits according to the
+plan. One process measures the variants in turn, and is replaced if one fails.
 """
 
 import json

@@ -21,16 +21,13 @@ def best_dense(rows: Sequence[Row], length: int) -> Row | None:
 def gain(row: Row, over: Row | None) -> float | None:
     """Speedup of a hybrid's step over another.
 
-    None for a dense row, or without the other.
+    None for a dense row, or if the other is missing.
     """
     return over.step_s / row.step_s if row.is_hybrid and over is not None else None
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """Make a table of all rows, with the hybrids' speedups.
-
-    They are relative to the dense variants.
-    """
+    """Make a table of all rows, with the hybrids' speedups over dense variants."""
     dense = list(dict.fromkeys(row.way for row in rows if not row.is_hybrid))
     found = Table(
         *("tokens", "variant", "layers", "recompute", "s/step", "planned", "tokens/s", "MFU", "peak GiB", "planned"),

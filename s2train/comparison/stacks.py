@@ -1,6 +1,6 @@
 """Lists the stacks that long steps compare.
 
-Each is the fastest installed for its attention.
+Each consists of the fastest installed kernels for its attention.
 """
 
 from collections.abc import Sequence

@@ -44,7 +44,7 @@ def density(layout: LayerLayout | HybridLayout, seq_length: int) -> float:
 def rank_spread(layer: LayerLayout, seq_length: int, tp: int) -> float:
     """Return how far the busiest tensor parallel rank is above the mean.
 
-    This is its kept positions over the mean, minus 1: the other ranks wait for it.
+    Computes its kept positions over the mean, minus 1: the other ranks wait for it.
     """
     kept = kept_positions(layer, seq_length)
     size = len(kept) // tp

@@ -1,6 +1,6 @@
 """Implementations in a planned run that the plan depends on.
 
-They compute dense attention, SwiGLU, rotation and loss.
+These compute dense attention, SwiGLU, rotation and loss.
 """
 
 from dataclasses import dataclass

@@ -1,10 +1,9 @@
 """KV cache size while decoding.
 
-Key blocks are freed right after their last use.
-
-While position t is decoded, a KV head's key block j is live if some query head of its group keeps it for the query
-block of t or a later one of the sequence. Counts are exact for sequences of a known length: near its end fewer blocks
-are live than if it continued. If the data decide what is read, a key is live as long as some query may read it.
+Key blocks are freed right after their last use. While position t is decoded, a KV head's key block j is live if some
+query head of its group keeps it for the query block of t or a later one of the sequence. Counts are exact for sequences
+of a known length: near its end fewer blocks are live than if it continued. If the data decide what is read, a key is
+live as long as some query may read it.
 """
 
 from collections.abc import Iterable
@@ -39,9 +38,7 @@ def last_queries(pattern: Pattern, num_blocks: int) -> Tensor:
 
 
 def live_blocks(heads: Iterable[Pattern], num_blocks: int) -> Tensor:
-    """Count a KV head's live key blocks for each query block.
-
-    The result is int64 [num_blocks].
+    """Count a KV head's live key blocks for each query block: int64 [num_blocks].
 
     Args:
         heads: the query heads of its group.
@@ -110,11 +107,9 @@ def _sum_over_time(layers: Iterable[LayerLayout], num_query_groups: int, seq_len
 
 
 def _tokens(group: frozenset[Pattern], layer: LayerLayout, seq_length: int) -> tuple[Tensor, int]:
-    """Count held and read tokens.
+    """Count tokens held at each query block's end, and read by the last position.
 
-    Tokens are held at the end of each query block, and read by the last position.
-
-    The first are int64 [num_blocks].
+    The first result is int64 [num_blocks].
     """
     num_blocks = layer.num_blocks(seq_length)
     newest = torch.full((num_blocks,), layer.block_size)

@@ -53,7 +53,7 @@ class _Head(nn.Module):
 def rate(module: nn.Module, hidden: int) -> float:
     """Measure FLOP/s of forward and backward over TOKENS tokens.
 
-    They are 6 FLOPs per matrix weight and token.
+    Counts 6 FLOPs per matrix weight and token.
     """
     x = torch.randn(TOKENS, hidden, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     weights = sum(parameter.numel() for parameter in module.parameters() if parameter.dim() == 2)

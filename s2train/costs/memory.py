@@ -1,6 +1,6 @@
 """Estimate one rank's memory by part, in bytes, from above.
 
-Each term's assumptions are stated beside it.
+Each term states its assumptions.
 """
 
 from dataclasses import dataclass, fields
@@ -45,8 +45,8 @@ class Memory:
 def checkpoint_bytes(cfg: PretrainConfig, hybrid: HybridLayout) -> int:
     """Return bytes of a checkpoint on disk.
 
-    It has weights in the run's precision, Adam's moments, and fp32 weights beside bf16 ones. The distributed optimizer
-    saves fp32 weights in any precision.
+    It has weights in the run's precision, Adam's moments, and fp32 weights in addition to bf16 ones. The distributed
+    optimizer saves fp32 weights in any precision.
     """
     bf16 = cfg.train.precision == "bf16"
     optimizer = 12 if bf16 or cfg.parallel.distributed_optimizer else 8
@@ -188,10 +188,8 @@ def _loss_bytes(cfg: PretrainConfig, tokens: int, width: int, way: str) -> int:
 def layer_activations(cfg: PretrainConfig, stream: int, kind: str) -> tuple[int, int]:
     """Return bytes that a layer saves per micro batch.
 
-    The first number is without recomputation, the second with `train.recompute`.
-
-    Assumes flash-like attention: nothing grows with the square of the length. `stream`: bytes of a tensor
-    [s, b, hidden].
+    The first number is without recomputation, the second with `train.recompute`. Assumes flash-like attention: nothing
+    grows with the square of the length. `stream`: bytes of a tensor [s, b, hidden].
     """
     model, train, parallel = cfg.model, cfg.train, cfg.parallel
     width = 2 if train.precision == "bf16" else 4
@@ -216,9 +214,7 @@ def layer_activations(cfg: PretrainConfig, stream: int, kind: str) -> tuple[int,
 
 
 def _chunks_in_flight(cfg: PretrainConfig, stage: int, num_micro_batches: int) -> int:
-    """Return the most forward passes that await their backward.
-
-    They are counted per model chunk.
+    """Return the most forward passes of model chunks that await their backward.
 
     The pipeline schedule is Megatron's 1F1B.
     """

@@ -1,7 +1,7 @@
 """Exact parameter counts of the Llama-like model.
 
-It has no biases, SwiGLU, two RMSNorms per layer and one at the end. A layer also has the weights of its kind of
-attention.
+The model has SwiGLU, two RMSNorms per layer and one at the end, and no biases. A layer also has the weights of its kind
+of attention.
 """
 
 from collections.abc import Sequence

@@ -123,7 +123,7 @@ class ModelCosts:
     def to_json(self) -> dict[str, Any]:
         """Return the model's sums as plain values.
 
-        These are bytes (for a cache in bf16), FLOPs, seconds and ratios.
+        The values are bytes (for a cache in bf16), FLOPs, seconds and ratios.
         """
         nbytes = {name: self.cache.nbytes(getattr(self.cache, name), self.head_dim) for name in asdict(self.cache)}
         return {

@@ -14,7 +14,7 @@ from s2train.costs.parameters import attention_shape, layer_parameters
 class LayerFlops:
     """Forward FLOPs of one sequence per layer and in the LM head.
 
-    The backward pass takes twice as many.
+    The backward pass takes twice that.
     """
 
     layers: tuple[float, ...]
@@ -43,9 +43,7 @@ def layer_flops(model: ModelConfig, hybrid: HybridLayout, seq_length: int) -> La
 class Stages:
     """Layers in each model chunk.
 
-    Chunk c lies on pipeline rank c mod `pp`.
-
-    Chunks are in the model's order.
+    Chunk c lies on pipeline rank c mod `pp`. Chunks are in the model's order.
     """
 
     chunks: tuple[int, ...]
@@ -118,7 +116,7 @@ class Balance:
 def balance(stages: Stages, costs: LayerFlops, num_micro_batches: int) -> Balance:
     """Compute how evenly stages share the work, and how long they wait.
 
-    They wait at the beginning and end of a step.
+    Stages wait at the beginning and end of a step.
     """
     sums = [0, *accumulate(costs.layers)]
     ends = list(accumulate(stages.chunks))

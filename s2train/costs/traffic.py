@@ -1,9 +1,8 @@
 """Bytes that attention moves between GPU memory and chip.
 
-There are two counts: a lower bound, and what the kernels stream.
-
-The lower bound touches each tensor once. The streaming estimate counts every load and store of the Hopper kernels, as
-if no tile stayed in a cache; whatever the L2 cache serves reduces it.
+Gives two counts: a lower bound, and what the kernels stream. The lower bound touches each tensor once. The streaming
+estimate counts every load and store of the Hopper kernels, as if no tile stayed in a cache; whatever the L2 cache
+serves reduces it.
 
 forward (`kernels/hopper/forward.py`)   a tile of 128 queries of one head: q, out and the log-sum-exps once; key and
     value of every block that any of its queries keeps.
@@ -101,9 +100,7 @@ def _walked(pattern: Pattern, layer: LayerLayout, seq_length: int) -> tuple[int,
 
 
 def _seen_in_twos(pattern: Pattern, kept: Tensor) -> Tensor:
-    """Count key blocks that query block 2t or 2t + 1 keeps.
-
-    The result is int64 [ceil(n / 2)].
+    """Count key blocks that query block 2t or 2t + 1 keeps: int64 [ceil(n / 2)].
 
     Args:
         kept: int64 [n], the number that each query block keeps.

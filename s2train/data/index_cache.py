@@ -1,8 +1,7 @@
 """Removes incomplete indices from Megatron's cache.
 
-A kill or a full disk may leave them.
-
-Megatron writes the files of an index in place, and uses an index whose files all exist.
+A killed job or a full disk may leave them. Megatron writes the files of an index in place, and uses an index whose
+files all exist.
 """
 
 import re

@@ -74,9 +74,7 @@ def read_metadata(prefix: str) -> Metadata | None:
 def read_document_lengths(prefix: str) -> npt.NDArray[np.int32]:
     """Read the tokens of each sequence: int32 [documents].
 
-    Checks both files.
-
-    In our datasets a sequence is a document.
+    Checks both files. In our datasets a sequence is a document.
 
     Raises:
         ConfigError: on `data.path`; a file is missing, empty or truncated, or the sizes of the two disagree.
@@ -106,9 +104,7 @@ def read_document_lengths(prefix: str) -> npt.NDArray[np.int32]:
 def read_ends(prefix: str, count: int) -> list[npt.NDArray[np.integer]]:
     """Read the first and the last `count` tokens of data.
 
-    All tokens if there are fewer.
-
-    Call `read_document_lengths` first, which checks the files.
+    Read all tokens if there are fewer. Call `read_document_lengths` first, which checks the files.
     """
     dtype, _, _ = _read_header(prefix)
     tokens = np.memmap(f"{prefix}.bin", dtype=np.dtype(dtype).newbyteorder("<"), mode="r")

@@ -24,7 +24,7 @@ def check_parts(cfg: PretrainConfig) -> None:
     """Check `data.valid_path` against `data.path` and `data.split`; opens no file.
 
     Raises:
-        ConfigError: it names no prefixes, or one that the run trains on; `data.split` is set beside it.
+        ConfigError: it names no prefixes, or one that the run trains on; `data.split` is set too.
     """
     data = cfg.data
     if data.valid_path is None:

@@ -18,7 +18,7 @@ EXAMPLE = "Set e.g. 'data.split=[90,10,0]' for train, held out and test (two wei
 def split_documents_range(split: Any, documents: int) -> tuple[range, range, range]:
     """Compute the documents of train, held out and test.
 
-    These are consecutive ranges, rounded like Megatron's.
+    They are consecutive ranges, rounded as in Megatron.
 
     Args:
         split: weights such as "90,10,0", "90/10" or [90, 10, 0]; two are train and held out, one is train.

@@ -1,6 +1,6 @@
 """Selects the operations that Liger-Kernel computes in a run.
 
-They are set explicitly, or with `auto` are the verified ones.
+A setting names them; `auto` selects the verified ones.
 """
 
 import importlib

@@ -57,10 +57,8 @@ def hidden_states(gpt: GPTModel, tokens: Tensor, positions: Tensor, angles: Tens
 class CachedModel:
     """Computes logits of the next token over a cache.
 
-    `cache` is attached to `gpt`, see `kv_cache`.
-
-    Positions and rotation count from the beginning of each sequence. Megatron's inference context is not used, because
-    it keeps every key, unrotated.
+    `cache` is attached to `gpt`, see `kv_cache`. Positions and rotation count from the beginning of each sequence.
+    Megatron's inference context is not used, because it keeps every key, unrotated.
 
     Args:
         cuda_graph: run the first decoding step eagerly, capture the second in a CUDA graph, and replay it from then on,

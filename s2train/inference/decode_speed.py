@@ -166,9 +166,8 @@ def measure(gpt: GPTModel, length: int, batch: int, tokens: int, chunk: int | No
 def forward_seconds(gpt: GPTModel, prompts: Tensor) -> float:
     """Time the forward pass of training without a cache.
 
-    It is compiled, and takes prompts [b, s] one by one.
-
-    It ends at the last layer, since a prefill computes the logits of one token only, at negligible cost.
+    The pass is compiled, and takes prompts [b, s] one by one. It ends at the last layer, since a prefill computes the
+    logits of one token only, at negligible cost.
     """
     size = prompts.shape[1]
     angles, positions = gpt.rotary_pos_emb(size), torch.arange(size, device=prompts.device)[None]

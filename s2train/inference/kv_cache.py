@@ -83,7 +83,7 @@ class KVCache:
     def bytes_in_use(self) -> int:
         """Bytes of used pages, counted by the free list.
 
-        In all layers and sequences.
+        Counts all layers and sequences.
         """
         return self.pool.used * self.pool.page_bytes
 
@@ -148,7 +148,7 @@ class KVCache:
     def fill(self, lengths: np.ndarray) -> None:
         """Fill the cache with random keys and values.
 
-        As after prompts of `lengths` [b] tokens. For timing the steps that follow.
+        The cache is then as after prompts of `lengths` [b] tokens, so that the next steps can be timed.
 
         Raises:
             OutOfPagesError: the pool is too small.
@@ -167,7 +167,7 @@ class KVCache:
     def _assign(self, index: np.ndarray, pages: np.ndarray) -> None:
         """Write pages at flat indices of the table.
 
-        On the host and, asynchronously, on the device.
+        Writes on the host and, asynchronously, on the device.
         """
         self.pages.reshape(-1)[index] = pages
         update = _to_device(np.stack([index, pages.astype(np.int64)]), self.table.device)

@@ -1,8 +1,6 @@
 """Place heads so that tensor parallel ranks share work evenly.
 
-Heads may differ in density.
-
-Each rank holds consecutive heads.
+Heads may differ in density, and each rank holds consecutive heads.
 """
 
 from collections.abc import Sequence
@@ -33,10 +31,9 @@ def place_balanced(heads: Sequence[Pattern], num_query_groups: int) -> tuple[Pat
 def balanced_order(costs: Sequence[float]) -> tuple[int, ...]:
     """Order `costs` so that contiguous equal parts cost about the same.
 
-    Returns indices.
-
-    The order balances halves, then the halves of each half, and so on (thirds where the number is odd). It therefore
-    suits every number of ranks that divides this way, since a checkpoint may be resumed with another number.
+    Returns their indices. The order balances halves, then the halves of each half, and so on (thirds where the number
+    is odd). It therefore suits every number of ranks that divides this way, since a checkpoint may be resumed with
+    another number.
     """
     return tuple(_arrange(list(range(len(costs))), costs))
 

@@ -9,9 +9,7 @@ from s2train.kernels.layout import BlockLayout
 def renumber(layout: BlockLayout, rows: Tensor, columns: Tensor, num_rows: int, num_columns: int) -> BlockLayout:
     """Build a layout from causal pairs whose blocks get new numbers.
 
-    Both blocks of a pair must get one.
-
-    Memory and time grow with the number of kept blocks, on the layout's device.
+    Both blocks of a pair must get one. Memory and time grow with the number of kept blocks, on the layout's device.
 
     Args:
         layout: of H heads.
@@ -58,7 +56,7 @@ def renumber(layout: BlockLayout, rows: Tensor, columns: Tensor, num_rows: int, 
 def causal_pairs(layout: BlockLayout, pattern: int) -> tuple[Tensor, Tensor]:
     """Return the causal pairs of one pattern.
 
-    They are query and key blocks, int64 [pairs].
+    Returns query and key blocks, int64 [pairs].
     """
     first = pattern * layout.num_query_blocks
     offsets = layout.row_offsets[first : first + layout.num_query_blocks + 1].long()

@@ -114,9 +114,7 @@ def find_schedule(settings: ScheduleConfig) -> Schedule:
 
 
 def _explicit(given: Any) -> Schedule:
-    """Make a schedule from listed offsets.
-
-    There is one list, or one per sparse layer.
+    """Make a schedule from listed offsets: one list, or one per sparse layer.
 
     The lists repeat over the sparse layers.
     """

@@ -31,9 +31,7 @@ class AttentionCache(Protocol):
     def attend(
         self, core: "CausalCoreAttention", query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
-        """Compute attention of new tokens over cache and themselves.
-
-        They are [s_q, b, h, d].
+        """Compute attention of new tokens [s_q, b, h, d] over cache and themselves.
 
         The layer's static layout says what they read.
         """
@@ -44,7 +42,7 @@ class AttentionCache(Protocol):
     ) -> torch.Tensor:
         """Compute attention by `core.attend`, one sequence after the other.
 
-        As `attend`, but over all keys of each sequence.
+        Equals `attend` over all keys of each sequence.
         """
         ...
 

@@ -102,7 +102,7 @@ def _matrices(chunks: Sequence[GPTModel]) -> Iterator[tuple[str, Tensor]]:
 def _generator_of_one_rank(seed: int, config: TransformerConfig) -> Iterator[None]:
     """Return Megatron's random generator of initial weights.
 
-    It is in the state at the start of a job of one rank.
+    Its state is that of a job of one rank at the start.
     """
     tracker = tensor_parallel.get_cuda_rng_tracker()
     states, cpu, cuda = tracker.get_states(), torch.get_rng_state(), torch.cuda.get_rng_state()

@@ -121,8 +121,8 @@ def _te_layer_spec() -> ModuleSpec:
 def sum_gradients_in_place(model: torch.nn.Module) -> None:
     """Make transformer-engine's linear layers add weight gradients within the product.
 
-    They are added to Megatron's fp32 buffers. Megatron's own setting for this requires apex for the output layer, which
-    is not transformer-engine's.
+    Adds them to Megatron's fp32 buffers. Megatron's own setting for this requires apex for the output layer, which is
+    not transformer-engine's.
     """
     for module in model.modules():
         if hasattr(module, "fuse_wgrad_accumulation"):

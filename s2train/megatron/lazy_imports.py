@@ -1,6 +1,6 @@
 """Import Megatron without modules that a run needs later or never.
 
-These are half of all modules, and half of the import time.
+These make up half of all modules, and half of the import time.
 """
 
 import functools

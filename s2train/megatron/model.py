@@ -132,7 +132,7 @@ def build_model(
 def model_class(cfg: PretrainConfig) -> Callable[..., GPTModel]:
     """Return the GPTModel class for the run's `loss` on this device.
 
-    It is Megatron's, or ours with another loss.
+    Returns Megatron's class, or ours with another loss.
     """
     loss = choose_loss(cfg, own_capability(), uses_te_here(cfg.layer_backend))
     if loss == "torch":

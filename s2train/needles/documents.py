@@ -55,7 +55,7 @@ class TaskDocuments:
 def needle_documents(cfg: NeedleDocumentsConfig, tokenizer: Tokenizer, seed: int) -> Iterator[Ids]:
     """Generate `cfg.documents` documents, int64 [length] each.
 
-    They are the same for a seed, with any number of workers.
+    A seed gives the same documents with any number of workers.
 
     Raises:
         ConfigError: a setting can't work.

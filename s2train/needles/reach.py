@@ -22,10 +22,8 @@ class NeedleReach:
     def __call__(self, length: int, depth: float) -> CellReach:
         """Compute the reach of a cell.
 
-        It is that of the trial and the needle that need the most layers.
-
-        Counts layers from each block of a needle to the question's last token. For a chain of needles, the path need
-        not go from one needle to the next.
+        Takes the trial and the needle that need the most layers. Counts layers from each block of a needle to the
+        question's last token. For a chain of needles, the path need not go from one needle to the next.
         """
         first: list[int | None] = []
         last: list[int | None] = []

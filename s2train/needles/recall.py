@@ -1,6 +1,6 @@
 """Generates documents of many facts that are repeated later.
 
-They are the densest training for needle retrieval.
+Such documents are the densest training for needle retrieval.
 
     <filler> The magic number of brisk-otter is 4093317. <filler> The magic number of misty-lemon is 7718203.
     <filler> The magic number of brisk-otter is 4093317. <filler> The magic number of misty-lemon is 7718203.<end>

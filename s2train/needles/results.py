@@ -1,6 +1,6 @@
 """Stores needle results in one JSON file per task.
 
-It is written cell by cell, and a rerun resumes from it.
+Writes cell by cell; a rerun resumes from the file.
 """
 
 import hashlib
@@ -243,10 +243,8 @@ def layout_fingerprint(trained: PretrainConfig) -> str:
 def weights_fingerprint(checkpoint: Path) -> str:
     """Fingerprint of a checkpoint's weights.
 
-    It doesn't depend on the number of ranks that read them.
-
-    Hashes the shards' names, lengths, and first and last 64 KiB. It prevents cells of an earlier training in the same
-    folder from being reused.
+    The fingerprint doesn't depend on the number of ranks. Hashes the shards' names, lengths, and first and last 64 KiB.
+    It prevents cells of an earlier training in the same folder from being reused.
     """
     digest = hashlib.sha256()
     for shard in sorted(checkpoint.glob("*.distcp")):

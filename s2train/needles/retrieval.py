@@ -141,9 +141,8 @@ def evaluate_grid(
 ) -> Iterator[Cell]:
     """Evaluate every cell of the grid in order.
 
-    Yields each as soon as it is known.
-
-    Collective: all ranks yield the same cells. Trials of a cell are striped over `ranks`, and their counts are summed.
+    Yields each cell as soon as it is known. Collective: all ranks yield the same cells. Trials of a cell are striped
+    over `ranks`, and their counts are summed.
 
     Args:
         decode: greedy continuation of prompts (`s2train.inference.generation`).

@@ -123,9 +123,8 @@ class KeyValue:
 class VariableTracking:
     """A chain X1 = digits, X2 = X1, … among other chains.
 
-    It has `hops` + 1 names; there are `chains` - 1 other chains.
-
-    The question asks for all names of the value, like RULER, or for the value of the chain's last name.
+    The chain has `hops` + 1 names; there are `chains` - 1 other chains. The question asks for all names of the value,
+    like RULER, or for the value of the chain's last name.
     """
 
     hops: int = 4

@@ -37,7 +37,7 @@ def rows(found: Mapping[str, NeedleResults]) -> list[Row]:
 def log_needles(found: Mapping[str, NeedleResults], trained: PretrainConfig, folder: Path, mode: str) -> str:
     """Log all cells, and each task's heat map, score and effective length.
 
-    They are logged at the checkpoint's step. Creates a wandb run if the training had none.
+    Logs at the checkpoint's step. Creates a wandb run if the training had none.
 
     Args:
         found: results of one checkpoint by task; at least one.

@@ -38,7 +38,7 @@ def split_of(text: str) -> Split:
 def draw_pair(rng: np.random.Generator, split: Split) -> tuple[str, str]:
     """Draw a key and a value of `split`.
 
-    Such as ``brisk-otter`` and seven digits.
+    Keys are words such as ``brisk-otter``, values seven digits.
     """
     key = value = ""
     while not key or split_of(key) != split:

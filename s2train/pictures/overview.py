@@ -29,7 +29,7 @@ _BINS = 125  # across the receptive field
 def choose_layers(hybrid: HybridLayout, layers: Sequence[int] | None) -> list[int]:
     """Return the layers to draw.
 
-    Those given, or the first of each distinct sparse layer, at most three.
+    Returns those given, or the first of each distinct sparse layer, at most three.
 
     Raises:
         ConfigError: the model has no such layer.

@@ -104,7 +104,7 @@ def check_attention_backend(name: str, hardware: Hardware) -> None:
 def preview(cfg: PretrainConfig, world_size: int, hardware: Hardware) -> Plan:
     """Make the plan to print, whether it fits or not.
 
-    It has more ranks if `world_size` can't hold the model once.
+    The plan has more ranks if `world_size` can't hold the model once.
 
     Raises:
         ConfigError: as `check`, except for memory and the number of ranks.

@@ -102,8 +102,8 @@ def make_plan(cfg: PretrainConfig, hybrid: HybridLayout, world_size: int, hardwa
 def layouts_nbytes(cfg: PretrainConfig, hybrid: HybridLayout, impl: Implementations) -> int:
     """Return the largest size in bytes of a rank's block layouts.
 
-    There is one per distinct static layer, with all heads. Under context parallel a rank has two, one for each of its
-    chunks of the sequence.
+    Counts one layout per distinct static layer, with all heads. Under context parallel a rank has two, one for each of
+    its chunks of the sequence.
     """
     dense_too = impl.dense(cfg) == "s2train"
     distinct = {layer for layer in hybrid.layers if layer.is_static and (dense_too or not layer.is_dense)}

@@ -12,10 +12,8 @@ def read_documents(
 ) -> Iterator[str]:
     """Read the documents of a UTF-8 file in order.
 
-    Leaves out those that hold no text.
-
-    JSON lines hold one document per line, under `text_key`; a table holds one per row. Plain text is one document, or
-    is cut by `split_documents`; its line ends are read as "\\n".
+    Omits documents without text. JSON lines hold one document per line, under `text_key`; a table holds one per
+    row. Plain text is one document, or is cut by `split_documents`; its line ends are read as "\\n".
 
     Args:
         on_position: called occasionally with the number of bytes of the file read so far.

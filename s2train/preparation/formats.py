@@ -128,7 +128,7 @@ def _check_supported(path: Path, head: bytes, suffix: str, given: str) -> None:
 def _is_object(head: bytes, file: IO[bytes]) -> bool:
     """Whether the first line is a JSON object.
 
-    It starts with `head` and continues in `file`.
+    The line starts with `head` and continues in `file`.
     """
     line = head if b"\n" in head else head + file.readline()
     try:

@@ -100,7 +100,7 @@ def prepare(cfg: PrepareConfig) -> Metadata:
             _write(cfg, sources, folder, str(final.get(_TOKENIZER, cfg.tokenizer)))
             (folder / "publishing").touch()
         if (folder / "out.idx").exists():
-            final[".idx"].unlink(missing_ok=True)  # no old index may be beside a new .bin
+            final[".idx"].unlink(missing_ok=True)  # no old index may belong to a new .bin
         for name in names:
             if (folder / f"out{name}").exists():
                 (folder / f"out{name}").replace(final[name])
@@ -298,10 +298,9 @@ def _describe(folder: Path, metadata: Metadata, dtype: type[np.number]) -> None:
 def spread_order(source_of: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.int64]:
     """Order documents so that sources are spread evenly.
 
-    Every stretch holds each source's share, within one document.
-
-    Within a source the order is random. The k-th of its n documents is placed at (k + u)/n of the whole, with one
-    random u in [0, 1) per source, so that many sources with few documents mix too.
+    Every stretch holds each source's share, within one document. Within a source the order is random. The k-th of its n
+    documents is placed at (k + u)/n of the whole, with one random u in [0, 1) per source, so that many sources with few
+    documents mix too.
 
     Args:
         source_of: number of the source of each document, int64 [n].

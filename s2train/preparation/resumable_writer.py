@@ -113,9 +113,7 @@ class ResumableWriter:
 def open_folder(folder: Path, key: str) -> bool:
     """Prepare `folder` for work with this `key`.
 
-    Returns whether it resumes earlier work.
-
-    Deletes files of work with another key.
+    Returns whether it resumes earlier work. Deletes files of work with another key.
     """
     path = folder / "key"
     if path.is_file() and path.read_text() == key:

@@ -69,7 +69,7 @@ def read_request(cfg: ProbesConfig, world_size: int, hardware: Hardware) -> Requ
     trained = read_config(checkpoint)
     if cfg.tp != world_size:
         problem = f"does not equal the {world_size} processes of this job"
-        raise ConfigError("tp", cfg.tp, problem, f"Set tp={world_size}, or start as many processes")
+        raise ConfigError("tp", cfg.tp, problem, f"Set tp={world_size}, or start {cfg.tp} processes")
     check_tensor_parallel(trained.model, cfg.tp, "tp")
     output = _output(cfg, checkpoint)
     tokenizer = load_tokenizer(cfg.tokenizer or trained.data.tokenizer, "tokenizer", trained.data.end_token)

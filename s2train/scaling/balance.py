@@ -93,7 +93,7 @@ class Meter:
     def zigzag_rows(self, layer: LayerLayout, size: int, rank: int) -> _Measured:
         """Attention of a context parallel rank with two zig-zag chunks.
 
-        Over received and own keys.
+        Attends over received and own keys.
         """
         shape, rows = self.shape, self.shape.length // size
         layout = layer.block_layout(shape.length, device=self.device)

@@ -40,9 +40,7 @@ CASES = tuple(
 def measure(case: Case, shape: Shape, device: torch.device, passes: int) -> dict[str, Any]:
     """Measure bytes and ms of one layer on each rank.
 
-    Bytes are those of a forward.
-
-    A backward moves the same number of bytes.
+    Bytes are those of a forward; a backward moves the same number.
     """
     group = parallel_state.get_context_parallel_group()
     rank, size = group.rank(), group.size()

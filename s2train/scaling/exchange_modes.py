@@ -16,7 +16,7 @@ def exchange_modes(
 ) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
     """Attention functions by value of `parallel.cp_exchange`.
 
-    They take a rank's q, k and v, [s / cp, b, …].
+    Each takes a rank's q, k and v, [s / cp, b, …].
     """
 
     def prefix(query: Tensor, key: Tensor, value: Tensor, query_offset: int) -> Tensor:

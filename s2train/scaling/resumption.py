@@ -20,11 +20,9 @@ _REPORTED = ("loss", "held_out_loss", "grad_norm", "lr")
 def resumption(runner: Runner, model: str) -> dict[str, Any]:
     """Compare a resumed run with an uninterrupted one.
 
-    The resumed run was stopped after `STOP` steps.
-
-    Both take `STEPS` deterministic steps, data parallel on all of the runner's devices. `agrees` if nothing differs in
-    the reports after the stop and in the last checkpoint: weights, optimizer, learning-rate schedule, random number
-    generators.
+    The resumed run was stopped after `STOP` steps. Both take `STEPS` deterministic steps, data parallel on all of the
+    runner's devices. `agrees` if nothing differs in the reports after the stop and in the last checkpoint: weights,
+    optimizer, learning-rate schedule, random number generators.
     """
     common = (
         f"+model={model}", "train.deterministic=true", f"train.steps={STEPS}", "train.global_batch_size=8",

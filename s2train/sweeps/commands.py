@@ -46,7 +46,7 @@ def batch_script(
     """Build a job's sbatch script, which logs to its folder.
 
     At the time limit the ranks save, and the job is requeued. On one node, the batch step itself starts the ranks
-    (`slurm/requeue.sh` beside the program); on several, `slurm/run.sh` does, as in `slurm/pretrain.sbatch`.
+    (`slurm/requeue.sh` in the program's folder); on several, `slurm/run.sh` does, as in `slurm/pretrain.sbatch`.
     """
     options: dict[str, object] = {
         "job-name": name,

@@ -18,7 +18,7 @@ def visible_gpus() -> list[str]:
 def divide_gpus(settings: LocalSweepConfig, gpus: list[str]) -> list[list[str] | None]:
     """Assign GPUs to each concurrent job.
 
-    None means all GPUs, if there are none or `split_gpus` is off.
+    None stands for all GPUs: there are none, or `split_gpus` is off.
 
     Raises:
         ConfigError: there are fewer GPUs than processes.

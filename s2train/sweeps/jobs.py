@@ -89,9 +89,7 @@ class Job:
             return None
 
     def loss(self) -> float | None:
-        """Held-out loss of a finished run, or its last loss.
-
-        In nats per token.
+        """Held-out loss of a finished run, or its last loss, in nats per token.
 
         None if the run is not finished.
         """
@@ -127,10 +125,9 @@ def relabel(jobs: list[Job]) -> list[Job]:
 def changed_setting(folder: Path, cfg: PretrainConfig) -> str | None:
     """Find a setting of a finished run that differs from `cfg`.
 
-    Such as `optim.lr=0.001`, as the run in `folder` had it.
-
-    Files in conf/ may change under the same overrides. Ignores settings that only one of the two has, and settings that
-    change no result. Returns None if nothing differs.
+    Returns it as the run in `folder` had it, such as `optim.lr=0.001`. Files in conf/ may change under the same
+    overrides. Ignores settings that only one of the two has, and settings that change no result. Returns None if
+    nothing differs.
     """
     path = folder / "config.yaml"
     if not path.is_file():

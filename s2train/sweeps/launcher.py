@@ -180,9 +180,7 @@ class SweepLauncher(Launcher):
         return job
 
     def _plan(self, cfg: PretrainConfig) -> Plan:
-        """Plan a job for its machine.
-
-        This is the machine that runs it, or the one in its plan settings.
+        """Plan a job for the machine that runs it, or that of its plan settings.
 
         Raises:
             ConfigError: the job can't run there.

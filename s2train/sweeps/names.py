@@ -21,9 +21,7 @@ def setting_and_value(override: str) -> tuple[str, str]:
 
 
 def folder_name(overrides: Sequence[str], swept: Iterable[str]) -> str:
-    """Build a folder name that needs no quoting.
-
-    It has at most 89 characters.
+    """Build a folder name of at most 89 characters that needs no quoting.
 
     A shell, a file system and Hydra accept it unquoted. It consists of the swept settings and a digest of all overrides
     that does not depend on their order: two jobs share a name only if they share all overrides.

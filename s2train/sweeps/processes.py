@@ -43,10 +43,8 @@ def run_all(
 ) -> Generator[tuple[int, int], None, None]:
     """Run commands concurrently, one per environment.
 
-    Yields (index, exit status) as each ends.
-
-    Ctrl-C, SIGTERM or leaving the iteration stops the running commands, first with SIGTERM and after `grace_s` seconds
-    with SIGKILL. Ctrl-C and SIGTERM then raise KeyboardInterrupt.
+    Yields (index, exit status) as each ends. Ctrl-C, SIGTERM or leaving the iteration stops the running commands, first
+    with SIGTERM and after `grace_s` seconds with SIGKILL. Ctrl-C and SIGTERM then raise KeyboardInterrupt.
     """
     waiting, free = deque(range(len(commands))), deque(environments)
     running: dict[int, tuple[subprocess.Popen[bytes], dict[str, str]]] = {}

@@ -55,7 +55,7 @@ def report(sweep_dir: Path, console: Console | None = None) -> bool:
 def _best(jobs: list[Job]) -> str | None:
     """Describe this sweep's job with the lowest loss.
 
-    None if fewer than two have one.
+    Return None if fewer than two jobs have a loss.
     """
     losses = [(loss, job) for job in jobs if not job.is_earlier and (loss := job.loss()) is not None]
     if len(losses) < 2:

@@ -44,7 +44,7 @@ class AuxiliaryLosses:
 
         Gradients are scaled as the language model's loss is: it is a mean over the tokens of a micro batch, divided by
         the number of micro batches, and averaged over data parallel ranks with the gradients. Megatron's schedules do
-        this for the losses of its own layers only.
+        this only for the losses of its layers.
         """
         scale = 1.0
         if self._loss_scale is not None and self._columns:

@@ -20,10 +20,8 @@ _KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 class MicroBatchSampler:
     """Yields dataset indices of this data parallel rank's micro batches.
 
-    From sample `start` up to `stop`.
-
-    A global batch is `global_batch_size` consecutive samples. Micro batch m of rank r starts at sample
-    (m · dp + r) · micro_batch_size, so that the samples of a step do not depend on dp.
+    Samples run from `start` up to `stop`. A global batch is `global_batch_size` consecutive samples. Micro batch m of
+    rank r starts at sample (m · dp + r) · micro_batch_size, so that the samples of a step do not depend on dp.
     """
 
     def __init__(self, start: int, stop: int, micro_batch_size: int, rank: int, world: int) -> None:
@@ -74,9 +72,7 @@ def micro_batches(
 
 
 def ignore_group_signals(worker: int) -> None:
-    """Make a data worker ignore Ctrl-C and SIGTERM.
-
-    Except a SIGTERM from its rank.
+    """Make a data worker ignore Ctrl-C, and SIGTERM unless its rank sent it.
 
     torchrun and a terminal signal a rank's whole process group, and the rank needs its workers to finish the step and
     save.

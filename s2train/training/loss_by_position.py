@@ -1,6 +1,6 @@
 """Computes held-out loss by position in the sequence.
 
-It shows whether a model uses distant context.
+The losses show whether a model uses distant context.
 """
 
 import itertools

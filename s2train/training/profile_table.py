@@ -1,7 +1,7 @@
 """Computes where a step's time goes, from a torch.profiler trace.
 
-On a GPU these are kernel times. A kernel belongs to the range in which it was launched, or else to the part that its
-name indicates. On a CPU these are the operators' self times, without the operators that they call.
+On a GPU the times are those of kernels. A kernel belongs to the range in which it was launched, or else to the part
+that its name indicates. On a CPU these are the operators' self times, without the operators that they call.
 """
 
 import bisect

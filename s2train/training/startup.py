@@ -1,9 +1,7 @@
-"""Checks early that the ranks of a job are compatible.
+"""Checks that the ranks of a job are compatible, before anything is built.
 
-This is before anything is built.
-
-Compares versions, settings, clocks, disks and GPUs. The report go through the rendezvous store, a few hundred bytes per
-rank, since NCCL hangs or fails obscurely on many of these differences. Settings are compared by hash; only a rank
+Compares versions, settings, clocks, disks and GPUs. The reports go through the rendezvous store, a few hundred bytes
+per rank, since NCCL hangs or fails obscurely on many of these differences. Settings are compared by hash; only a rank
 whose hash differs reads rank 0's settings.
 """
 
@@ -105,10 +103,10 @@ def check_start(cfg: PretrainConfig, plan: Plan, store: Store, rank: int, world_
         sees_run_dir=_becomes_visible(Path(request["marker"])),
         missing=_missing(cfg, request["cache_marker"]),
     )
-    store.set(f"report/{rank}", json.dumps(asdict(report)))
+    store.set(f"reports/{rank}", json.dumps(asdict(report)))
     found: list[str] = []
     if rank == 0:
-        texts = store.multi_get([f"report/{other}" for other in range(world_size)])
+        texts = store.multi_get([f"reports/{other}" for other in range(world_size)])
         for path in markers:
             path.unlink()
         needed = checkpoint_bytes(cfg, hybrid_layout(cfg)) if cfg.checkpoint.save else 0
@@ -122,7 +120,7 @@ def problems(ranks: Sequence[RankReport], checkpoint: int) -> Iterator[str]:
     Each line names the rank, the problem and the remedy.
 
     Args:
-        ranks: report of rank 0 first, with which the others are compared.
+        ranks: reports, rank 0's first; the others are compared with it.
         checkpoint: bytes of one checkpoint; 0 if none is saved.
     """
     reported: set[tuple[str, str]] = set()

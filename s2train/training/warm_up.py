@@ -20,9 +20,7 @@ from s2train.megatron.model import DTYPES
 
 
 def run_once_per_machine(action: Callable[[], None]) -> None:
-    """Run `action` on one rank per machine while the others wait.
-
-    That rank is local rank 0.
+    """Run `action` on local rank 0 of each machine while the others wait.
 
     Collective: call it on all ranks.
     """
@@ -32,9 +30,7 @@ def run_once_per_machine(action: Callable[[], None]) -> None:
 
 
 def compile_kernels(cfg: PretrainConfig, hybrid: HybridLayout, device: torch.device) -> None:
-    """Run the sparse op once for each distinct static layer layout.
-
-    Forward and backward.
+    """Run the sparse op, forward and backward, for each distinct static layout.
 
     Uses the shapes of the run's steps, and zeros, so that no random number is drawn. Covers all layers and all tensor
     parallel shares, since the machine's other ranks may have others than this one. Frees the memory that it took: call

@@ -142,7 +142,7 @@ class Watchdog:
 def find_culprits(positions: dict[int, Position]) -> list[int]:
     """Find the ranks that hold up the job, if all ranks publish.
 
-    These are the ranks that are behind; if none is, the ranks that don't wait for others.
+    Culprits are the ranks that are behind; if none is, the ranks that don't wait for others.
     """
     least = min(position.beats for position in positions.values())
     behind = [rank for rank, position in positions.items() if position.beats == least]

@@ -1,4 +1,4 @@
-"""Settings that a run needs beside weights.
+"""Settings that a run needs besides weights.
 
 They are in an export's config.json, and in files that `+model=imported/NAME` composes.
 """
@@ -135,7 +135,7 @@ class ModelFiles:
     def data_command(self) -> str | None:
         """Return a shell command that prepares the bundled corpus for `command`.
 
-        None if the model's own tokens work.
+        Return None if the model's own tokens work.
         """
         if self._tokenizer == "bytes":
             return None
@@ -161,9 +161,9 @@ class ModelFiles:
 
 
 def model_name(output: Path) -> str:
-    """Return a path's last part, without characters that need quotes.
+    """Return a path's last part without characters that need quoting.
 
-    These are characters that Hydra or a shell must quote.
+    Hydra or a shell would have to quote them.
     """
     return re.sub(r"[^A-Za-z0-9._-]+", "-", output.absolute().name).strip("-.") or "model"
 

@@ -57,9 +57,7 @@ class Pattern(ABC):
     def period(self) -> int:
         """Number of distinct patterns that a schedule makes.
 
-        Their offsets are 0 to period - 1.
-
-        1 means that a schedule changes nothing.
+        Their offsets are 0 to period - 1. 1 means that a schedule changes nothing.
         """
         return 1
 
@@ -74,7 +72,7 @@ class Pattern(ABC):
     def narrower(self, widest: int) -> str:
         """Return the setting that reduces the period to `widest`.
 
-        It is an error's remedy.
+        Errors suggest it as the remedy.
         """
         raise NotImplementedError(f"{self.form()}: no schedule shifts it")
 

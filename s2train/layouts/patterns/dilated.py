@@ -12,10 +12,9 @@ from s2train.layouts.patterns.base import DistancePattern, PatternError, at_leas
 class Dilated(DistancePattern):
     """Keep a local window and regularly spaced distances.
 
-    These are d < local, and d with (d - offset) mod dilation = 0.
-
-    With `window`, only distances below it are kept. The kept keys move with the query, so the pattern isn't
-    KV-efficient. The offset is stored modulo the dilation.
+    Keeps distances d < local, and d with (d - offset) mod dilation = 0. With `window`, only distances below it are
+    kept. The kept keys move with the query, so the pattern isn't KV-efficient. The offset is stored modulo the
+    dilation.
 
     Raises:
         PatternError: local or dilation below 1, or a window below local.

@@ -12,9 +12,8 @@ from s2train.layouts.patterns.base import BandedPattern, HeadPatterns, LayerCont
 class LocalVertical(BandedPattern):
     """Keep a local window, strided columns and sinks.
 
-    These are d < local, key blocks with (j - offset) mod stride = 0, and sinks.
-
-    The first `sinks` key blocks are kept by every query. The offset is stored modulo the stride.
+    Keeps distances d < local, key blocks with (j - offset) mod stride = 0, and sinks. The first `sinks` key blocks are
+    kept by every query. The offset is stored modulo the stride.
 
     Raises:
         PatternError: local or stride below 1, or sinks below 0.

@@ -16,11 +16,10 @@ _EXAMPLE = "Write them nearest first as [limit, stride] in blocks, such as [[16,
 class Ranges(BandedPattern):
     """Keep strided columns within each range, and sinks.
 
-    A range keeps the key blocks with (j - offset) mod stride = 0.
-
-    ``ranges`` are (limit, stride), nearest first, with exclusive limits; the last limit is None. A stride of 1 is the
-    local window. The diagonal is kept for any first stride. The pattern is KV-efficient if each stride divides the
-    next: the shared offset then selects matching columns in all ranges.
+    A range keeps the key blocks with (j - offset) mod stride = 0. ``ranges`` are (limit, stride), nearest first, with
+    exclusive limits; the last limit is None. A stride of 1 is the local window. The diagonal is kept for any first
+    stride. The pattern is KV-efficient if each stride divides the next: the shared offset then selects matching columns
+    in all ranges.
 
     Raises:
         PatternError: limits that don't ascend or end, or a stride below 1.
@@ -46,9 +45,7 @@ class Ranges(BandedPattern):
     def read(cls, ranges: Any, sinks: int) -> Self:
         """Read ranges from a setting.
 
-        It is a list of [limit, stride], the last limit null.
-
-        Raises PatternError for anything else.
+        The setting is a list of [limit, stride]; the last limit is null. Raises PatternError for anything else.
         """
         if not _is_ranges(ranges):
             raise PatternError("ranges", ranges, "not a list of ranges", _EXAMPLE)
@@ -58,7 +55,7 @@ class Ranges(BandedPattern):
     def _bands(self) -> tuple[tuple[int | None, int], ...]:
         """Return the ranges, adding one for the diagonal if needed.
 
-        It is needed unless the first stride is 1.
+        A first stride of 1 needs none.
         """
         return self.ranges if self.ranges[0][1] == 1 or self.ranges[0][0] == 1 else ((1, 1), *self.ranges)
 

@@ -37,9 +37,7 @@ def attend_gathered(
 ) -> Tensor:
     """Compute attention over all keys, one query chunk at a time.
 
-    The keys are those of the whole sequence.
-
-    Works for any layout or none.
+    Gathers the keys of the whole sequence. Works for any layout or none.
 
     Args:
         attend: takes queries, keys from position 0 on, values, and the first query's position; the last query is at

@@ -97,7 +97,7 @@ class ExchangePlan:
     def whole(self, layout: BlockLayout) -> BlockLayout:
         """Return `layout` of this rank's queries over received and own keys.
 
-        It has [slots + own] query and key blocks.
+        The layout has [slots + own] query and key blocks.
         """
         columns = torch.where(self.columns >= 0, self.columns, self._moved(self.slots))
         return self._renumbered(layout, self.slots, columns, self.slots + self.own_blocks)
@@ -105,14 +105,14 @@ class ExchangePlan:
     def own(self, layout: BlockLayout) -> BlockLayout:
         """Return `layout` of this rank's queries over its own keys.
 
-        Both are numbered from 0.
+        Numbers queries and keys from 0.
         """
         return self._renumbered(layout, 0, self.rows.expand_as(self.columns), self.own_blocks)
 
     def remote(self, layout: BlockLayout) -> BlockLayout:
         """Return `layout` of this rank's queries over received keys.
 
-        Queries are numbered from block `slots` on.
+        Numbers queries from block `slots` on.
         """
         return self._renumbered(layout, self.slots, self.columns, self.slots)
 

@@ -27,9 +27,7 @@ class KVExchange:
         self._under_way: tuple[torch.distributed.Work, Tensor, Tensor] | None = None
 
     def send(self, key: Tensor, value: Tensor) -> Tensor:
-        """Start sending this rank's keys and values.
-
-        They are [s / cp, b, H_kv, d].
+        """Start sending this rank's keys and values [s / cp, b, H_kv, d].
 
         Returns the token that `receive` takes.
         """
@@ -38,7 +36,7 @@ class KVExchange:
     def receive(self, token: Tensor, dim: int) -> tuple[Tensor, Tensor]:
         """Return other ranks' keys (of dimension `dim`) and values.
 
-        They are [slots · block_size, b, H_kv, …]; unfilled slots are 0.
+        Their shape is [slots · block_size, b, H_kv, …]; unfilled slots are 0.
         """
         return _Receive.apply(token, dim, self)
 
