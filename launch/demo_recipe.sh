@@ -19,7 +19,7 @@ documents() {
   local phase=$1 seed=$2 length=$3 count=$4
   shift 4
   python launch/prepare_data.py input=needles "output=$root/$phase/$length" "seed=$((seed + length))" \
-    "needles.length=$length" "needles.documents=$count" "needles.workers=$(nproc)" "$@"
+    "needles.length=$length" "needles.documents=$count" "$@"
 }
 
 # phase PHASE SEED COUNT64 COUNT128 COUNT512 TOKENIZER: the shortest documents are learned from first, the longest teach distance

@@ -14,7 +14,6 @@ ROOT/VARIANT/programs.jsonl.
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from s2train.costs.prediction import ModelCosts, model_costs
+from s2train.environment.cores import available_cores
 from s2train.planning import compose_run, hybrid_layout
 
 LAUNCH = Path(__file__).parent
@@ -192,17 +192,19 @@ def is_trained(root: Path, variant: str, number: int) -> bool:
 def make_data(root: Path, last: int, deadline: Deadline) -> None:
     """Make the documents of all phases up to `last`.
 
-    The first program also trains the tokenizer; the others run concurrently.
+    The first program also trains the tokenizer. The others run concurrently and divide the cores by their tokens.
     """
     first, *others = [
-        (root / "data" / f"{phase.name}-{name}.idx", command)
+        (root / "data" / f"{phase.name}-{name}.idx", weight * phase.samples * phase.length, command)
         for phase in PHASES[: last + 1]
-        for (name, _), command in zip(phase.blend, data_commands(root, phase), strict=True)
+        for (name, weight), command in zip(phase.blend, data_commands(root, phase), strict=True)
     ]
     if not first[0].is_file():
-        deadline.run(first[1])
-    waiting = [command for index, command in others if not index.is_file()]
-    deadline.run_together(waiting, os.cpu_count() or 1)
+        deadline.run(first[2])
+    waiting = [(tokens, command) for index, tokens, command in others if not index.is_file()]
+    cores, total = available_cores(), sum(tokens for tokens, _ in waiting)
+    commands = [[*command, f"needles.workers={max(1, round(cores * n / total))}"] for n, command in waiting]
+    deadline.run_together(commands, cores)
 
 
 def plan_table(root: Path) -> Table:

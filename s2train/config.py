@@ -367,7 +367,8 @@ class NeedleDocumentsConfig:
     # goes back over half the document
     questions_last: float = 0.0
     haystack: Any = "noise"  # filler text: noise (RULER's repeated sentences), bundled, a text file, or [file, …]
-    workers: int = 1  # processes; the documents don't depend on their number
+    # processes; the documents don't depend on their number; None: one per core, fewer for few documents
+    workers: int | None = None
 
 
 @dataclass

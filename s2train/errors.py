@@ -29,6 +29,10 @@ class ConfigError(ValueError):
         self.setting, self.value, self.problem, self.remedy = setting, value, problem, remedy
         super().__init__(f"{setting}={value}: {problem}. {remedy}")
 
+    def __reduce__(self) -> tuple[type["ConfigError"], tuple[str, object, str, str]]:
+        """Pickle the four arguments, so that worker processes can raise it."""
+        return ConfigError, (self.setting, self.value, self.problem, self.remedy)
+
 
 class TrainingError(RuntimeError):
     """A run that can't continue, reported in one line.

@@ -20,7 +20,8 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 from s2train.config import PrepareConfig
 from s2train.data.bundled import count_ids, unigram_entropy
 from s2train.data.indexed import Metadata, read_document_lengths, read_metadata
-from s2train.data.tokenizers import SMALLEST_BPE, Tokenizer, load_tokenizer, train_bpe
+from s2train.data.tokenizers import SMALLEST_BPE, load_tokenizer, train_bpe
+from s2train.environment.cores import available_cores
 from s2train.errors import ConfigError, TrainingError
 from s2train.files import check_writable, replacing
 from s2train.needles.documents import needle_documents, needle_texts
@@ -149,27 +150,15 @@ def _write(cfg: PrepareConfig, sources: list[Source], folder: Path, tokenizer_na
         end_token=tokenizer.end_token,
     )
     if cfg.input == NEEDLES:
-        documents = _without_inner_ends(needle_documents(cfg.needles, tokenizer, cfg.seed), tokenizer)
+        documents = needle_documents(cfg.needles, tokenizer, cfg.seed)
         _assemble(folder, documents, cfg.needles.documents, dtype)
     else:
         encoding = Encoding(path, np.dtype(dtype).name, cfg.text_key, cfg.end_token)
         metadata = _assemble_files(cfg, sources, folder, encoding, metadata)
-    with ThreadPoolExecutor(cfg.workers or _cores()) as pool:
+    with ThreadPoolExecutor(cfg.workers or available_cores()) as pool:
         paths = [source.path for source in sources]
         sums = dict(zip(map(str, paths), pool.map(_sha256, paths), strict=True))
     _describe(folder, replace(metadata, sources=sums), dtype)
-
-
-def _without_inner_ends(
-    documents: Iterable[npt.NDArray[np.integer]], tokenizer: Tokenizer
-) -> Iterator[npt.NDArray[np.integer]]:
-    """Yield the documents, and reject one with an end of document inside."""
-    for document in documents:
-        if (document[:-1] == tokenizer.eod).any():
-            problem = f"sentences of the needles or the haystack hold the end token {tokenizer.end_token}"
-            remedy = "Remove it from needles.haystack, or set end_token to one that no text holds"
-            raise ConfigError("end_token", tokenizer.end_token, problem, remedy)
-        yield document
 
 
 def _texts(cfg: PrepareConfig, sources: list[Source]) -> Iterator[str]:
@@ -232,7 +221,7 @@ def _tokenize(cfg: PrepareConfig, sources: list[Source], writer: ResumableWriter
     sizes = [source.path.stat().st_size for source in sources]
     starts = [0, *np.cumsum(sizes).tolist()]
     # Byte ids take less time to compute than to send between processes (launch/results/2026-11-22-prepare.json).
-    most = 1 if encoding.tokenizer == "bytes" else _cores()
+    most = 1 if encoding.tokenizer == "bytes" else available_cores()
     if all(source.format.kind == "text" and source.document_chars is None for source in sources):
         most = min(most, len(sources))  # one piece each; the tokenizer encodes parts of a long one in threads
     workers = min(cfg.workers or most, max(1, sum(sizes) // _BYTES_PER_WORKER))
@@ -334,11 +323,6 @@ def _key(cfg: PrepareConfig, sources: list[Source]) -> str:
             "needles": asdict(cfg.needles) if cfg.input == NEEDLES else None,
         }
     )
-
-
-def _cores() -> int:
-    """Number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _bpe_size(tokenizer: str) -> int:

@@ -11,12 +11,12 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
-from multiprocessing import get_context
 from pathlib import Path, PurePosixPath
 
 from s2train.config import CorpusConfig
+from s2train.distributed.worker_pool import worker_pool
+from s2train.environment.cores import available_cores
 from s2train.errors import ConfigError
 from s2train.files import check_writable, replacing
 
@@ -129,9 +129,9 @@ def _paths(tree: Path, suffixes: tuple[str, ...]) -> Iterator[str]:
 
 def _kept(tree: Path, paths: Sequence[str], cfg: CorpusConfig) -> tuple[list[_File], Counter[str]]:
     """Files to keep, in order, and how many are dropped for which reason; of near-duplicates the first is kept."""
-    workers = cfg.workers or len(os.sched_getaffinity(0))
+    workers = cfg.workers or available_cores()
     if workers > 1 and len(paths) > FILES_FOR_PROCESSES:
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        with worker_pool(workers) as pool:
             read = list(pool.map(_read, [str(tree)] * len(paths), paths, chunksize=64))
     else:
         read = [_read(str(tree), path) for path in paths]

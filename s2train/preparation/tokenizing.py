@@ -1,20 +1,16 @@
 """Tokenizes pieces of text in several processes."""
 
 import functools
-import os
-import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future
 from dataclasses import dataclass
-from multiprocessing import connection, get_context, parent_process
 
 import numpy as np
 import numpy.typing as npt
 
 from s2train.data.tokenizers import Tokenizer, load_tokenizer
-from s2train.errors import TrainingError
+from s2train.distributed.worker_pool import worker_pool
 from s2train.preparation.sources import BadDocumentError, Piece
 
 _PIECES_AHEAD = 4  # pieces in flight per worker
@@ -96,9 +92,7 @@ def _surroundings(text: str, word: str | None) -> str:
 
 
 def encode_all(pieces: Iterable[Piece], encoding: Encoding, workers: int) -> Iterator[Encoded]:
-    """Tokenize pieces in order, in `workers` processes.
-
-    With one worker, in this process.
+    """Tokenize pieces in order, in `workers` processes (one: in this process).
 
     Raises:
         BadDocumentError: a piece can't be read.
@@ -107,9 +101,7 @@ def encode_all(pieces: Iterable[Piece], encoding: Encoding, workers: int) -> Ite
     if workers == 1:
         yield from (encode(piece, encoding) for piece in pieces)
         return
-    # Spawned, because the threads of torch and of the tokenizer would not survive a fork.
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_end_with_parent)
-    try:
+    with worker_pool(workers) as pool:
         waiting: deque[tuple[int, Future[Encoded]]] = deque()
         size = 0
         for piece in pieces:
@@ -122,30 +114,8 @@ def encode_all(pieces: Iterable[Piece], encoding: Encoding, workers: int) -> Ite
                 yield first.result()
         for _, encoded in waiting:
             yield encoded.result()
-    except BrokenProcessPool as error:
-        raise TrainingError(
-            "a worker was killed, perhaps because memory ran out. Run the same command with fewer workers to resume"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 @functools.cache
 def _tokenizer(name: str, end_token: str | None) -> Tokenizer:
     return load_tokenizer(name, "tokenizer", end_token)
-
-
-def _end_with_parent() -> None:
-    """Initialize a worker.
-
-    It exits when its parent is killed, and tokenizes on one core.
-    """
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    parent = parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        connection.wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()

@@ -175,6 +175,13 @@ def test_documents_depend_on_the_seed_and_not_on_the_number_of_workers() -> None
     assert not np.array_equal(alone, np.stack(list(needle_documents(cfg, BYTES, seed=2))))
 
 
+@pytest.mark.slow
+def test_a_worker_that_rejects_a_setting_ends_the_work_with_that_error() -> None:
+    cfg = NeedleDocumentsConfig(task="single", documents=150, length=50, workers=2)
+    with pytest.raises(ConfigError, match=r"needles\.length=50: .* \d+ tokens.* end of document takes one.*or more"):
+        list(needle_documents(cfg, BYTES, seed=1))
+
+
 def test_facts_are_numbered_by_first_mention_and_the_last_sentence_repeats_one() -> None:
     rng = np.random.default_rng()
     for _ in range(200):
