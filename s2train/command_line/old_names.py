@@ -41,7 +41,10 @@ def with_current_names(arguments: Sequence[str], old_names: Mapping[str, str] = 
 
 
 def renamed(overrides: Sequence[str], names: Mapping[str, str]) -> list[str]:
-    """Rename the settings of overrides by `names`, without a warning."""
+    """Rename the settings of overrides by `names`, without a warning.
+
+    A renamed setting loses its `+`: that adds a setting, and the current name exists already.
+    """
 
     def one(override: str) -> str:
         match = _OVERRIDE.match(override)
@@ -50,7 +53,8 @@ def renamed(overrides: Sequence[str], names: Mapping[str, str]) -> list[str]:
         rest = match["rest"] or ""
         for old, new in names.items():
             rest = rest.replace(_interpolation(old), _interpolation(new))
-        return f"{match['sign']}{match['prefix'] or ''}{names.get(match['name'], match['name'])}{rest}"
+        sign = "" if match["sign"] == "+" and match["name"] in names else match["sign"]
+        return f"{sign}{match['prefix'] or ''}{names.get(match['name'], match['name'])}{rest}"
 
     return [one(override) for override in overrides]
 

@@ -52,7 +52,7 @@ def test_a_renamed_setting_stays_in_its_section_and_its_new_name_is_final() -> N
         assert new not in OLD_NAMES
 
 
-@pytest.mark.parametrize("sign", ["", "++"])
+@pytest.mark.parametrize("sign", ["", "+", "++"])
 def test_a_command_line_sets_the_setting_by_its_old_name(sign: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert compose_run([MODEL, f"{sign}backend=local"]).layer_backend == "local"
     assert capsys.readouterr().err.splitlines() == [WARNING]
