@@ -11,6 +11,8 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from torch.distributed.checkpoint import FileSystemReader
 
+from s2train.kernels.versions import installed_version
+
 CONFIG, PROGRESS, COMMON = "config.yaml", "progress.json", "common.pt"
 _COMMON_IN_SHARDS = "common_state/"  # megatron-core 0.19 saves there what 0.16 writes to common.pt
 _LOAD_FAILED = "load_failed.txt"
@@ -50,6 +52,21 @@ def damage(checkpoint: Path) -> str | None:
     except Exception as error:  # unpickling damaged bytes can raise any exception
         return f"its index .metadata can't be read ({type(error).__name__})"
     return None
+
+
+def is_of_later_megatron(checkpoint: Path) -> bool:
+    """Whether megatron-core 0.19 or later wrote a checkpoint, and an earlier one is installed.
+
+    Those versions keep all state in shards; earlier ones look for `common.pt`.
+    """
+    installed = installed_version("megatron-core")
+    if installed is None or tuple(map(int, installed.split(".")[:2])) >= (0, 19) or (checkpoint / COMMON).exists():
+        return False
+    try:
+        index = FileSystemReader(checkpoint).read_metadata()
+    except Exception:  # damaged: unpickling can raise any exception
+        return False
+    return any(str(name).startswith(_COMMON_IN_SHARDS) for name in index.state_dict_metadata)
 
 
 def _damage_of(file: Path, check: Callable[[Path], None]) -> str | None:

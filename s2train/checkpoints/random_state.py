@@ -12,6 +12,8 @@ import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
+from s2train.command_line.messages import warn
+
 
 def current_rng_ranks() -> list[int]:
     """Number of ranks with separate generator states, as [tp, pp].
@@ -43,9 +45,16 @@ def sharded_rng() -> ShardedObject:
 
 
 def set_rng(states: dict[str, Any]) -> None:
-    """Restore loaded generator states."""
+    """Restore loaded generator states.
+
+    If a GPU's run continues on a CPU, or the reverse, its device generators keep their state, with one warning: the
+    states of the two don't fit each other.
+    """
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])  # noqa: NPY002
     torch.set_rng_state(states["torch"])
+    if states["cuda"].shape != torch.cuda.get_rng_state().shape:
+        warn("the checkpoint is another device's: random number generators of the device start anew")
+        return
     torch.cuda.set_rng_state(states["cuda"])
     tensor_parallel.get_cuda_rng_tracker().set_states(states["tracker"])

@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from s2train.checkpoints.async_writers import start_results_manager
 from s2train.checkpoints.folders import (
     Progress,
+    check_megatron_version,
     checkpoints_in,
     folder_name,
     is_own,
@@ -223,6 +224,7 @@ def load(cfg: PretrainConfig, state: TrainingState, checkpoint: Path, rng_ranks:
     Raises:
         ConfigError: the checkpoint is damaged, or lacks weights that it may not lack.
     """
+    check_megatron_version(checkpoint, "checkpoint.resume")
     weights_only = read_progress(checkpoint).weights_only
     initial: dict[str, dict[str, Any]] = {}
     if weights_only:
