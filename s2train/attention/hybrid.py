@@ -4,7 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 
 from s2train.attention.dense import DenseKind
 from s2train.attention.kind import AttentionKind, KindContext, LayerLayout
@@ -15,7 +15,7 @@ from s2train.errors import ConfigError
 from s2train.kernels.layout import BLOCK_SIZES
 from s2train.layouts.patterns import LayerContext, Pattern
 from s2train.layouts.placement import place_balanced
-from s2train.layouts.schedules import Schedule, ScheduleContext, dense_head_numbers, find_schedule
+from s2train.layouts.schedules import Schedule, dense_head_numbers, find_schedule
 
 _GROUP = re.compile(r"(?P<runs>(?:[A-Z][0-9]*)+)(?:x(?P<repeat>[0-9]+))?")
 _RUN = re.compile(r"([A-Z])([0-9]*)")
@@ -132,7 +132,7 @@ def build_hybrid_layout(
             num_heads,
             num_query_groups,
             layout.block_size,
-            partial(_offsets, found, num_heads, num_query_groups, sparse_layers),
+            found.of_layer(num_heads, num_query_groups, sparse_layers),
             kind.pattern_setting,
         )
         heads = heads_of[letter](KindContext(context, dense_heads))
@@ -151,12 +151,3 @@ def build_hybrid_layout(
             f"Write {sparse_layers} lists, one per sparse layer, or a number of lists that divides {sparse_layers}.",
         )
     return HybridLayout(tuple(layers), layout.block_size, num_query_groups, found)
-
-
-def _offsets(
-    schedule: Schedule, num_heads: int, num_query_groups: int, sparse_layer: int, period: int
-) -> tuple[int, ...]:
-    """Every query head's offset for a pattern of `period`, in the sparse layer of this number."""
-    if period == 1:
-        return (0,) * num_heads
-    return schedule.offsets(ScheduleContext(num_heads, num_query_groups, period, sparse_layer))

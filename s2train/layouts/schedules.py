@@ -55,6 +55,20 @@ class Schedule:
     per_run: bool = False  # the guarantee covers the union of consecutive sparse layers, not each layer
     rows: int = 1  # the number of sparse layers must be a multiple of this
 
+    def of_layer(self, num_heads: int, num_query_groups: int, sparse_layer: int) -> Callable[[int], tuple[int, ...]]:
+        """Return the function from a pattern's period to a layer's offsets.
+
+        Args:
+            sparse_layer: number among the model's sparse layers, from 0.
+        """
+
+        def offsets(period: int) -> tuple[int, ...]:
+            if period == 1:
+                return (0,) * num_heads
+            return self.offsets(ScheduleContext(num_heads, num_query_groups, period, sparse_layer))
+
+        return offsets
+
 
 def _shifted(context: ScheduleContext) -> tuple[int, ...]:
     return tuple(head % context.stride for head in range(context.num_heads))
