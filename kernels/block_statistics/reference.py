@@ -1,0 +1,150 @@
+"""Reference statistics in plain torch, one key block at a time; also the CPU backend.
+
+All arithmetic is in q's dtype: float64 makes these the oracles.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..topk_layout import TopKLayout
+from .blocks import block_of_row, query_blocks, rows_of_block
+
+LEAST_KEPT = 1e-30  # below it nothing is left of a row
+
+
+def reference_mass(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    block_size: int,
+    layout: TopKLayout | None,
+    softmax_scale: float,
+    causal: bool,
+    query_offset: int,
+    per_head: bool,
+) -> Tensor:
+    """Compute `block_mass` of views q, k [b, h, s, d].
+
+    The largest temporaries are [b, H, s_q, block] and [b, H, s_q, n_k].
+    """
+    (b, heads, s_q, _), (kv_heads, s_k) = q.shape, k.shape[1:3]
+    p = torch.stack(
+        [
+            probabilities(q, k[:, :, j : j + block_size], lse, softmax_scale, causal, query_offset, j).sum(-1)
+            for j in range(0, s_k, block_size)
+        ],
+        -1,
+    )
+    first, count = query_blocks(s_q, query_offset, block_size)
+    place = block_of_row(s_q, query_offset, block_size, q.device)
+    rows = rows_of_block(s_q, query_offset, block_size, q.device)
+    mass = p.new_zeros(b, heads, count, p.shape[-1]).index_add_(2, place, p) / rows[:, None]
+    if layout is not None:
+        indices = layout.indices[:, :, first : first + count]
+        indices = indices.repeat_interleave(heads // layout.num_lists, 1)
+        # blocks after the last key have no mass
+        mass = torch.nn.functional.pad(mass, (0, max(0, layout.num_key_blocks - mass.shape[-1])))
+        mass = mass.gather(-1, indices.clamp(min=0).long()).masked_fill(~first_mentions(indices), 0)
+    return mass if per_head else mass.unflatten(1, (kv_heads, -1)).mean(2)
+
+
+def probabilities(
+    q: Tensor, keys: Tensor, lse: Tensor, softmax_scale: float, causal: bool, query_offset: int, first_key: int
+) -> Tensor:
+    """Compute A [b, H, s_q, n] of n keys from position `first_key`.
+
+    Rows with log-sum-exp -inf have 0.
+    """
+    group = q.shape[1] // keys.shape[1]
+    scores = q @ keys.repeat_interleave(group, 1).mT * softmax_scale
+    hidden = (lse == -torch.inf)[..., None]
+    if causal:
+        position = torch.arange(q.shape[2], device=q.device) + query_offset
+        key = torch.arange(keys.shape[2], device=q.device) + first_key
+        hidden = hidden | (key > position[:, None])
+    return (scores - lse[..., None]).masked_fill(hidden, -torch.inf).exp()
+
+
+def first_mentions(indices: Tensor) -> Tensor:
+    """Mark the slots in use whose block no earlier slot of the list names."""
+    slot = torch.arange(indices.shape[-1], device=indices.device)
+    same = (indices[..., :, None] == indices[..., None, :]) & (slot[None, :] < slot[:, None])
+    return (indices >= 0) & ~same.any(-1)
+
+
+def reference_block_effects(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    delta: Tensor,
+    block_size: int,
+    softmax_scale: float,
+    causal: bool,
+    query_offset: int,
+) -> Tensor:
+    """Compute the sums of `block_effects`, [4, H, n_q, n_k], of views [b, h, s, d]."""
+    p, h = _removed(q, k, v, lse, dout, delta, block_size, softmax_scale, causal, query_offset)
+    # sums over the other blocks, added up: not 1 - p, which cancels
+    others = 1 - torch.eye(p.shape[-1], dtype=p.dtype, device=p.device)
+    effect = _effect(p, h, p @ others, h @ others, torch.zeros_like(p))
+    return _sums(effect, p, block_of_row(q.shape[2], query_offset, block_size, q.device))
+
+
+def reference_rule_effects(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    delta: Tensor,
+    rules: Tensor,
+    block_size: int,
+    softmax_scale: float,
+    causal: bool,
+    query_offset: int,
+) -> Tensor:
+    """Compute the sums of `rule_effects`, [4, H, R, n_q], of views [b, h, s, d]."""
+    p, h = _removed(q, k, v, lse, dout, delta, block_size, softmax_scale, causal, query_offset)
+    place = block_of_row(q.shape[2], query_offset, block_size, q.device)
+    kept = rules[:, :, place].to(p.dtype)  # [H, R, s_q, n_k]
+    sums = [torch.einsum("bhin,hrin->bhir", x, weight) for weight in (1 - kept, kept) for x in (p, h)]
+    nothing_left = -delta.masked_fill(lse == -torch.inf, 0)[..., None].expand_as(sums[0])
+    return _sums(_effect(*sums, nothing_left), sums[0], place).mT.contiguous()
+
+
+def _removed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    delta: Tensor,
+    block_size: int,
+    softmax_scale: float,
+    causal: bool,
+    query_offset: int,
+) -> tuple[Tensor, Tensor]:
+    """Compute sum A and sum A (delta - dP) of each key block, both [b, H, s_q, n_k]."""
+    p, h, group = [], [], q.shape[1] // k.shape[1]
+    for j in range(0, k.shape[2], block_size):
+        a = probabilities(q, k[:, :, j : j + block_size], lse, softmax_scale, causal, query_offset, j)
+        dp = dout @ v[:, :, j : j + block_size].repeat_interleave(group, 1).mT
+        p.append(a.sum(-1))
+        h.append((a * (delta[..., None] - dp)).sum(-1))
+    return torch.stack(p, -1), torch.stack(h, -1)
+
+
+def _effect(p: Tensor, h: Tensor, p_kept: Tensor, h_kept: Tensor, nothing_left: Tensor) -> Tensor:
+    """Combine the sums over removed and kept keys."""
+    effect = torch.where(p > 0.5, -h_kept, h) / p_kept.clamp(min=LEAST_KEPT)
+    return torch.where(p_kept < LEAST_KEPT, nothing_left, effect)
+
+
+def _sums(effect: Tensor, p: Tensor, place: Tensor) -> Tensor:
+    """Sum [b, H, s_q, x] over sequences and a query block's rows: [4, H, n_q, x]."""
+    values = torch.stack([effect, effect.abs(), effect.square(), p]).sum(1)
+    return values.new_zeros(*values.shape[:2], int(place[-1]) + 1, values.shape[-1]).index_add_(2, place, values)
