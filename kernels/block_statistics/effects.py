@@ -9,7 +9,7 @@ exactly so if the loss is linear in the row's output, whatever P_R. E > 0: remov
 a rule that removes many has one set R in each row, and one division.
 
 In float32 neither 1 - P_R nor the sum over R holds its digits where P_R is nearly 1. The sums over the kept keys do:
-E_iR = sum_kept A_ij (dP_ij - delta_i) / sum_kept A_ij. So this form is taken where P_R > 1/2.
+E_iR = sum_kept A_ij (dP_ij - delta_i) / sum_kept A_ij. This form is taken where P_R > 5/8.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def rule_effects(
 
     Args:
         rules: bool [H or 1, R, n_q, n_k], True where a rule keeps the block; 1: the same rules for all heads. Query
-            blocks are those of the result, key blocks all that hold keys. At most 64 rules.
+            blocks are those of the result, key blocks all that hold keys.
         out: float32 [4, H, R, n_q] of an earlier call, which the sums are added to in place and which is returned.
 
     Returns:
@@ -178,8 +178,8 @@ def _checked_rules(rules: Tensor, heads: int, n_q: int, n_k: int, device: torch.
             f"{list(rules.shape)} on {rules.device}"
         )
     of_heads, number, *blocks = rules.shape
-    if of_heads not in (1, heads) or blocks != [n_q, n_k] or not 1 <= number <= 64:
-        raise ValueError(f"rules must be [{heads} or 1, 1 to 64 rules, {n_q}, {n_k}], got {list(rules.shape)}")
+    if of_heads not in (1, heads) or blocks != [n_q, n_k] or number < 1:
+        raise ValueError(f"rules must be [{heads} or 1, rules, {n_q}, {n_k}], got {list(rules.shape)}")
     return rules.expand(heads, number, n_q, n_k)
 
 

@@ -12,6 +12,8 @@ from ..topk_layout import TopKLayout
 from .blocks import block_of_row, query_blocks, rows_of_block
 
 LEAST_KEPT = 1e-30  # below it nothing is left of a row
+# Above it a removed block's effect comes from the kept sums. Above 1/2, so that rounding leaves one such block a row.
+LARGE = 0.625
 
 
 def reference_mass(
@@ -140,7 +142,7 @@ def _removed(
 
 def _effect(p: Tensor, h: Tensor, p_kept: Tensor, h_kept: Tensor, nothing_left: Tensor) -> Tensor:
     """Combine the sums over removed and kept keys."""
-    effect = torch.where(p > 0.5, -h_kept, h) / p_kept.clamp(min=LEAST_KEPT)
+    effect = torch.where(p > LARGE, -h_kept, h) / p_kept.clamp(min=LEAST_KEPT)
     return torch.where(p_kept < LEAST_KEPT, nothing_left, effect)
 
 

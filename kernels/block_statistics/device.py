@@ -1,0 +1,43 @@
+"""Device functions that the kernels of block statistics share."""
+
+# Triton interprets the annotations of its functions, so tensor arguments have none.
+# mypy: allow-untyped-defs
+
+import os
+
+import triton
+import triton.language as tl
+
+from ..forward import LOG2_E
+from ..interpreter import repair_interpreter
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    repair_interpreter()
+
+_LOG2_E = tl.constexpr(LOG2_E)
+
+
+@triton.jit
+def base_2(pointers, in_range):
+    """Load log-sum-exp in base 2, +inf for rows out of range or without keys.
+
+    +inf makes all their weights 0.
+    """
+    lse = tl.load(pointers, mask=in_range, other=float("-inf"))
+    return tl.where(lse == float("-inf"), float("inf"), lse * _LOG2_E)
+
+
+@triton.jit
+def visible_tiles(
+    first, num_keys, ROWS: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr, CAUSAL: tl.constexpr
+):  # fmt: skip
+    """Return full, stop of the key tiles of a query tile from position `first`.
+
+    Tiles [0, full) need no mask; [full, stop) do, and end with a whole block.
+    """
+    full = num_keys // STEPS
+    blocks = (num_keys + BLOCK - 1) // BLOCK
+    if CAUSAL:
+        full = tl.minimum(full, (first + 1) // STEPS)
+        blocks = tl.minimum(blocks, (first + ROWS - 1) // BLOCK + 1)
+    return full, blocks * (BLOCK // STEPS)

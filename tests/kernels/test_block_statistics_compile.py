@@ -1,0 +1,100 @@
+"""The kernels of block statistics compile for Hopper without a GPU, and spill nothing.
+
+In a process of its own: Triton compiles only where it does not interpret.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton
+from triton.backends.nvidia.compiler import get_ptxas
+
+from tests.program import reported
+
+SHARED_BYTES = 232448  # of a program on compute capability 9.0
+# kernel, dtype, head dimension, block
+CASES = [
+    ("mass", "bfloat16", 128, 128),
+    ("listed mass", "bfloat16", 128, 128),
+    ("effects", "bfloat16", 128, 128),
+    ("rules", "bfloat16", 128, 128),
+]
+Case = tuple[str, str, int, int]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_compiles_for_hopper(case: Case) -> None:
+    found = reported(__name__, case)
+    assert found["spilled_bytes"] == 0
+    assert found["shared"] <= SHARED_BYTES
+
+
+class Hopper:
+    """Stands in for Triton's driver: a GPU of compute capability 9.0 that nothing is launched on."""
+
+    def get_current_target(self) -> Any:
+        return triton.backends.compiler.GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def report(kernel: str, dtype: str, dim: int, block: int) -> dict[str, Any]:
+    from s2train.kernels.block_statistics import effects_kernel, mass_kernel
+    from s2train.kernels.configs import config_for
+
+    triton.runtime.driver.set_active(Hopper())
+    element = getattr(torch, dtype)
+    x, rows, lists = torch.empty(2, 32, dim, dtype=element), torch.empty(64), torch.empty(64, dtype=torch.int32)
+    strides = (4096 * dim, dim, 32 * dim)
+    if kernel.endswith("mass"):
+        config = config_for("forward", block, dim, dim, element, SHARED_BYTES)
+        listed = kernel == "listed mass"
+        compiled = mass_kernel.s2_block_mass_kernel.run(
+            x, x, rows, lists if listed else None, rows, *strides, *strides,
+            0.1, 32, 4, 4096, 4096, 0, 0, 32, 16 if listed else 32, 4, 32, 4,
+            DIM=dim, PADDED_DIM=dim, BLOCK=block, ROWS=config.rows, STEPS=config.steps, SLOTS=16 if listed else 1,
+            CAUSAL=True, LISTED=listed, num_warps=config.num_warps, num_stages=config.num_stages,
+            grid=(1,), warmup=True,
+        )  # fmt: skip
+    else:
+        config = config_for("dq", block, dim, dim, element, SHARED_BYTES)
+        constants = effects_kernel._constants(x, x, block, config, True)
+        sizes = (0.1, 32, 4, 1, 4096, 4096, 0, 0, 32, 32)
+        tensors = (x, x, x, x, rows, rows)
+        if kernel == "effects":
+            compiled = effects_kernel.s2_block_effects_kernel.run(
+                *tensors, rows, *strides * 4, *sizes, **constants, grid=(1,), warmup=True
+            )
+        else:
+            rules = torch.empty(64, dtype=torch.uint8)
+            compiled = effects_kernel.s2_rule_effects_kernel.run(
+                *tensors, rules, rows, *strides * 4, 12288, 1024, 32, *sizes, 12,
+                RULES=effects_kernel._RULES, **constants, grid=(1,), warmup=True,
+            )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        ptx = Path(folder, "kernel.ptx")
+        ptx.write_text(compiled.asm["ptx"])
+        command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", str(ptx), "-o", str(ptx) + ".o"]
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return {
+        "shared": compiled.metadata.shared,
+        "registers": [int(n) for n in re.findall(r"Used (\d+) registers", log)],
+        "warps": config.num_warps,
+        "spilled_bytes": sum(int(n) for n in re.findall(r"(\d+) bytes spill", log)),
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(report(*json.loads(sys.argv[1]))))
