@@ -132,6 +132,26 @@ class CausalCoreAttention(KindWeights, MegatronModule):
         self.records = Records()
         self.make_weights(layer_layout.kind.weights(self.shape), config.params_dtype)
 
+    @classmethod
+    def compile_kernels(
+        cls,
+        layer: LayerLayout,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        query_offset: int,
+        backend: Backend,
+    ) -> None:
+        """Run the layer's kernels once, so that no step waits for their compilation.
+
+        Called before the model exists, for each distinct layer of a data-dependent kind, if kernels are Triton's. Run
+        what the layer runs in a step, forward and backward. By default nothing runs.
+
+        Args:
+            query, key, value: zeros in the shapes, strides and dtype of a step, as `attend` gets them on one tensor
+                parallel rank; leaves that want gradients.
+        """
+
     def forward(
         self,
         query: torch.Tensor,

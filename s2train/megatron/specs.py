@@ -8,10 +8,18 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from s2train.attention.hybrid import HybridLayout
-from s2train.attention.kind import LayerLayout
+from s2train.attention.kind import AttentionKind, LayerLayout
+from s2train.megatron.core_attention import CausalCoreAttention
 from s2train.megatron.layer import HybridTransformerLayer
 from s2train.megatron.layer_backends import Backend
 from s2train.megatron.layout_cache import LayoutCache
+
+
+def core_attention_class(kind: AttentionKind) -> type[CausalCoreAttention]:
+    """Import the core attention that a kind names."""
+    module, _, name = kind.core_attention.partition(":")
+    found: type[CausalCoreAttention] = getattr(import_module(module), name)
+    return found
 
 
 def layer_spec(
@@ -31,9 +39,8 @@ def layer_spec(
     spec.module = HybridTransformerLayer
     own = {"layer_layout": layer, "hybrid_layer_number": layer_number, "mlp_class": backend.mlp}
     spec.params = {**(spec.params or {}), **own}
-    module, _, name = layer.kind.core_attention.partition(":")
     spec.submodules.self_attention.submodules.core_attention = ModuleSpec(
-        module=getattr(import_module(module), name),
+        module=core_attention_class(layer.kind),
         params={
             "layer_layout": layer,
             "cache": cache,

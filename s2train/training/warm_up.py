@@ -17,6 +17,7 @@ from s2train.costs.parameters import head_dim
 from s2train.kernels.attention import Backend, block_sparse_attention, resolve_backend
 from s2train.megatron.context_parallel.all_gather import chunk_ids
 from s2train.megatron.model import DTYPES
+from s2train.megatron.specs import core_attention_class
 
 
 def run_once_per_machine(action: Callable[[], None]) -> None:
@@ -30,7 +31,9 @@ def run_once_per_machine(action: Callable[[], None]) -> None:
 
 
 def compile_kernels(cfg: PretrainConfig, hybrid: HybridLayout, device: torch.device) -> None:
-    """Run the sparse op, forward and backward, for each distinct static layout.
+    """Run what each distinct sparse layer runs in a step, once.
+
+    Forward and backward. Layers of a data-dependent kind run what their core attention's `compile_kernels` does.
 
     Uses the shapes of the run's steps, and zeros, so that no random number is drawn. Covers all layers and all tensor
     parallel shares, since the machine's other ranks may have others than this one. Frees the memory that it took: call
@@ -41,35 +44,41 @@ def compile_kernels(cfg: PretrainConfig, hybrid: HybridLayout, device: torch.dev
         return
     tp = cfg.parallel.tp
     heads, groups = cfg.model.num_attention_heads // tp, cfg.model.num_query_groups // tp
-    for layer in dict.fromkeys(layer for layer in hybrid.layers if layer.is_static and not layer.is_dense):
-        for share in range(tp):
-            _run_once(cfg, layer, slice(share * heads, (share + 1) * heads), groups, backend, device)
+    for layer in dict.fromkeys(layer for layer in hybrid.layers if not layer.is_dense):
+        for rows, keys in _chunks(cfg.train.seq_length):
+            inputs = _zeros(cfg, rows, keys, heads, groups, device)
+            if layer.is_static:
+                for share in range(tp):
+                    _run_static(layer, keys, slice(share * heads, (share + 1) * heads), inputs, backend)
+            else:
+                core_attention_class(layer.kind).compile_kernels(layer, *inputs, keys - rows, backend)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def _run_once(
-    cfg: PretrainConfig, layer: LayerLayout, heads: slice, groups: int, backend: Backend, device: torch.device
+def _zeros(
+    cfg: PretrainConfig, rows: int, keys: int, heads: int, groups: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Make query, key and value of one call, leaves or views of leaves that want gradients."""
+    batch, width, dtype = cfg.train.micro_batch_size, head_dim(cfg.model), DTYPES[cfg.train.precision]
+    query = torch.zeros(rows, batch, heads, width, dtype=dtype, device=device, requires_grad=True)
+    key = torch.zeros(keys, batch, groups, width, dtype=dtype, device=device, requires_grad=True)
+    # A view of the projection's output, as in the layer: a kernel is compiled for given strides.
+    projected = heads // groups + 2
+    value = torch.zeros(keys, batch, groups, projected * width, dtype=dtype, device=device, requires_grad=True)
+    return query, key, value[..., -width:]
+
+
+def _run_static(
+    layer: LayerLayout, keys: int, heads: slice, inputs: tuple[torch.Tensor, ...], backend: Backend
 ) -> None:
-    train, width = cfg.train, head_dim(cfg.model)
-    for rows, keys in _chunks(train.seq_length):
-        layout = layer.block_layout(keys, heads=heads, device=device)
-        dtype = DTYPES[train.precision]
-        batch = train.micro_batch_size
-        query = torch.zeros(
-            rows, batch, heads.stop - heads.start, width, dtype=dtype, device=device, requires_grad=True
-        )
-        key = torch.zeros(keys, batch, groups, width, dtype=dtype, device=device, requires_grad=True)
-        # A view of the projection's output, as in the layer: a kernel is compiled for given strides.
-        projected = (heads.stop - heads.start) // groups + 2
-        value = torch.zeros(keys, batch, groups, projected * width, dtype=dtype, device=device, requires_grad=True)
-        out = block_sparse_attention(
-            query, key, value[..., -width:], layout, query_offset=keys - rows, backend=backend
-        )  # fmt: skip
-        assert isinstance(out, torch.Tensor)
-        out.backward(torch.ones_like(out))
+    query, key, value = inputs
+    layout = layer.block_layout(keys, heads=heads, device=query.device)
+    out = block_sparse_attention(query, key, value, layout, query_offset=keys - query.shape[0], backend=backend)
+    assert isinstance(out, torch.Tensor)
+    out.backward(torch.ones_like(out))
 
 
 def _chunks(seq_length: int) -> list[tuple[int, int]]:

@@ -6,9 +6,12 @@ from typing import Any
 import pytest
 import torch
 
+from s2train.attention.kind import LayerLayout
+from s2train.attention.registry import KINDS
 from s2train.planning import hybrid_layout
 from s2train.training import warm_up
 from s2train.training.warm_up import compile_kernels, run_once_per_machine
+from tests.attention.toy import ToyKind
 from tests.test_configs import pretrain
 
 
@@ -64,7 +67,27 @@ def test_tensor_and_context_parallel_shares_run_in_their_shapes(
 ) -> None:
     compile_for(monkeypatch, "parallel.tp=2", cp=(1, 2))
     shapes = [(call.q[0], call.k[0], call.q[2], call.query_offset) for call in calls]
-    assert shapes == [(64, 128, 2, 64), (64, 192, 2, 128)] * 2
+    assert shapes == [(64, 128, 2, 64)] * 2 + [(64, 192, 2, 128)] * 2
+
+
+def test_layers_whose_reads_the_data_choose_run_what_their_core_attention_says(
+    calls: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[Any] = []
+
+    class Core:
+        @staticmethod
+        def compile_kernels(
+            layer: LayerLayout, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, offset: int, backend: str
+        ) -> None:
+            ran.append((layer.kind.letter, tuple(query.shape), tuple(key.shape), tuple(value.shape), offset, backend))
+            (query.sum() + key.sum() + value.sum()).backward()
+
+    monkeypatch.setitem(KINDS, "toy", ToyKind)
+    monkeypatch.setattr(warm_up, "core_attention_class", lambda kind: Core)
+    compile_for(monkeypatch, "+layout.kinds.T={kind:toy}", "layout.layers=TDTT", "parallel.tp=2")
+    assert ran == [("T", (256, 2, 2, 32), (256, 2, 1, 32), (256, 2, 1, 32), 0, "auto")]
+    assert calls == []
 
 
 @pytest.mark.parametrize("settings", [["attention_backend=torch"], ["layout=dense"]])
