@@ -113,9 +113,11 @@ def reference_rule_effects(
     p, h = _removed(q, k, v, lse, dout, delta, block_size, softmax_scale, causal, query_offset)
     place = block_of_row(q.shape[2], query_offset, block_size, q.device)
     kept = rules[:, :, place].to(p.dtype)  # [H, R, s_q, n_k]
-    sums = [torch.einsum("bhin,hrin->bhir", x, weight) for weight in (1 - kept, kept) for x in (p, h)]
-    nothing_left = -delta.masked_fill(lse == -torch.inf, 0)[..., None].expand_as(sums[0])
-    return _sums(_effect(*sums, nothing_left), sums[0], place).mT.contiguous()
+    p_gone, h_gone, p_kept, h_kept = (
+        torch.einsum("bhin,hrin->bhir", x, weight) for weight in (1 - kept, kept) for x in (p, h)
+    )
+    nothing_left = -delta.masked_fill(lse == -torch.inf, 0)[..., None].expand_as(p_gone)
+    return _sums(_effect(p_gone, h_gone, p_kept, h_kept, nothing_left), p_gone, place).mT.contiguous()
 
 
 def _removed(

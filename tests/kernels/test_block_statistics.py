@@ -10,6 +10,11 @@ import pytest
 import torch
 from s2train.kernels import BlockLayout, TopKLayout, reference_attention, spec
 from s2train.kernels.block_statistics import block_effects, block_mass, mass_kernel, output_delta, rule_effects
+from s2train.kernels.block_statistics.reference import (
+    reference_block_effects,
+    reference_mass,
+    reference_rule_effects,
+)
 from s2train.kernels.spec import from_bhsd, to_bhsd
 from torch import Tensor
 
@@ -125,6 +130,19 @@ def poisoned_mass(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mass_kernel, "empty", lambda *args: spec.empty(*args).fill_(torch.nan))
 
 
+def in_torch(statistic: str, problem: Problem, inputs: Inputs, *rest: Any) -> Tensor:
+    """A statistic in plain torch, products in the inputs' dtype and sums in float32."""
+    q, k, v, lse, dout, delta = inputs.cast()
+    q, k, v, dout = (to_bhsd(x, problem.format) for x in (q, k, v, dout))
+    options = (problem.dim**-0.5, problem.causal, problem.offset)
+    if statistic == "mass":
+        return reference_mass(q, k, lse, problem.block, None, *options, *rest)
+    if statistic == "effects":
+        return reference_block_effects(q, k, v, lse, dout, delta, problem.block, *options)
+    rules = rest[0].expand(problem.heads, -1, -1, -1)
+    return reference_rule_effects(q, k, v, lse, dout, delta, rules, problem.block, *options)
+
+
 def assert_as_exact(name: str, x: Tensor, exact: Tensor, plain: Tensor, scale: Tensor | None = None) -> None:
     """Error at most twice that of plain torch in the inputs' dtype, both relative to `scale` or the exact result."""
     norm = (exact if scale is None else scale).norm() + 1e-30
@@ -159,8 +177,7 @@ def test_mass_is_the_mean_probability_of_a_block_pair(problem: Problem, backend:
     q, k, _, lse, _, _ = inputs.cast()
     per_head = problem.batch > 1
     mass = block_mass(q, k, lse, **problem.options, per_head=per_head, backend=backend)
-    q, k, _, lse, _, _ = inputs.cast(torch.float32)
-    plain = block_mass(q, k, lse, **problem.options, per_head=per_head, backend="torch")
+    plain = in_torch("mass", problem, inputs, per_head)
     assert mass.dtype == torch.float32
     assert_as_exact("mass", mass, defined_mass(problem, inputs, per_head), plain)
 
@@ -301,17 +318,16 @@ def test_kernels_of_effects_are_as_exact_as_torch(problem: Problem, device: torc
     inputs = problem.make(device)
     _, n_q, n_k = problem.blocks
     arguments, exact = inputs.cast(), inputs.cast(torch.float64)
-    plain = inputs.cast(torch.float32)
     assert_sums_as_exact(
         block_effects(*arguments, **problem.options, backend="triton"),
         block_effects(*exact, **problem.options, backend="torch"),
-        block_effects(*plain, **problem.options, backend="torch"),
+        in_torch("effects", problem, inputs),
     )
     rules = torch.rand(1, 3, n_q, n_k, device=device) < 0.6
     assert_sums_as_exact(
         rule_effects(*arguments, rules, **problem.options, backend="triton"),
         rule_effects(*exact, rules, **problem.options, backend="torch"),
-        rule_effects(*plain, rules, **problem.options, backend="torch"),
+        in_torch("rules", problem, inputs, rules),
     )
 
 
