@@ -46,9 +46,9 @@ class PatternConfig:
     the kind's default.
     """
 
-    # local_vertical (local 8, stride 16, sinks 0), ranges (ranges, sinks 0), sliding_window (window, sinks 0),
-    # global_blocks (local 8, globals), dilated (local 1, dilation, window), dense,
-    # reference (local, stride, offset 0, per_kv_head false), file (file)
+    # local_vertical (local 8, stride 16, sinks 0, offset), ranges (ranges, sinks 0), sliding_window (window, sinks 0),
+    # global_blocks (local 8, globals), dilated (local 1, dilation, window), dense, span (base, slope 0, sinks 0),
+    # reference (local, stride, offset 0, per_kv_head false), file (file), per_head (rules, heads)
     kind: str = "local_vertical"
     local: int | None = None  # keep the last `local` blocks, including the query's own
     stride: int | None = None  # and keep every stride-th block before them, shifted by the head's offset
@@ -58,9 +58,14 @@ class PatternConfig:
     window: int | None = None  # keep the last `window` blocks; for dilated: keep nothing before them
     dilation: int | None = None  # keep every dilation-th distance, shifted by the head's offset
     globals: list[int] | None = None  # key blocks that every query keeps
-    offset: int | None = None  # for all heads, in the reference library's formula
+    # for all heads: in the reference library's formula; in local_vertical, instead of the schedule's offsets
+    offset: int | None = None
     per_kv_head: bool | None = None  # count KV heads instead of query heads in the reference library's formula
     file: str | None = None  # .npz file of masks; format: s2train/layouts/patterns/file.py
+    base: int | None = None  # keep the last base + slope · n blocks, where n is the number of blocks up to the query
+    slope: float | None = None
+    rules: Any = None  # patterns by number, [{kind: dense}, {kind: span, base: 4}, …]
+    heads: Any = None  # numbers in `rules`: a list for each layer of the model, with one for each query head
 
 
 @dataclass

@@ -138,6 +138,9 @@ def build_hybrid_layout(
         heads = heads_of[letter](KindContext(context, dense_heads))
         layer = LayerLayout(kind, heads, layout.block_size)
         if layer.is_static and schedule.placement == "balanced":
+            if kind.names_heads:
+                problem = f"would reorder the heads whose patterns {kind.pattern_setting} names"
+                raise ConfigError("schedule.placement", "balanced", problem, "Set schedule.placement=as_is.")
             layer = replace(layer, bound=place_balanced(heads, num_query_groups))
         # A layer that keeps everything is dense attention, by whatever letter, unless its kind computes otherwise.
         is_plain = layer.is_dense and kind.core_attention in _OF_PATTERNS_ALONE

@@ -92,6 +92,11 @@ class AttentionKind(ABC):
         """Where the patterns of its heads come from, for errors."""
         return self.setting
 
+    @property
+    def names_heads(self) -> bool:
+        """Whether its settings name each head's pattern, so that heads must not change places."""
+        return False
+
     def error(self, name: str, problem: str, remedy: str) -> ConfigError:
         """The error about one of its settings."""
         return ConfigError(f"{self.setting}.{name}", getattr(self.settings, name), problem, remedy)

@@ -6,6 +6,7 @@ from s2train.attention.features import ALL_FEATURES
 from s2train.attention.kind import HeadsOf, KindContext, StaticKind
 from s2train.config import PatternConfig
 from s2train.layouts.patterns import Dense, Pattern
+from s2train.layouts.patterns.per_head import NAME as PER_HEAD
 from s2train.layouts.patterns.registry import build_patterns
 
 
@@ -33,6 +34,10 @@ class S2Kind(StaticKind):
     @property
     def pattern_setting(self) -> str:
         return f"{self.setting}.pattern" if self.setting.startswith("layout.kinds.") else self.setting
+
+    @property
+    def names_heads(self) -> bool:
+        return self.settings.pattern.kind == PER_HEAD
 
     def heads(self) -> HeadsOf:
         build = build_patterns(self.settings.pattern, self.pattern_setting)

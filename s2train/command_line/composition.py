@@ -16,6 +16,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
+from s2train.command_line.layout_files import PREFIX, store_layout_files
 from s2train.command_line.old_names import OLD_NAMES, with_current_names
 from s2train.command_line.overrides import quote_where_needed, syntax_problem
 from s2train.errors import ConfigError
@@ -48,8 +49,10 @@ def hydra_arguments(arguments: Sequence[str], schema: type) -> list[str]:
     Args:
         schema: the dataclass of the program's settings.
     Raises:
-        ConfigError: a setting is given by its old name and by its current one.
+        ConfigError: a setting is given by its old name and by its current one, or `layout=file:…` names no layout.
     """
+    if _type_of("layout", schema) is not None:
+        store_layout_files(arguments)
     old_names = {old: new for old, new in OLD_NAMES.items() if _type_of(new, schema) is not None}
     return quote_where_needed(expand_shorthand(with_current_names(arguments, old_names), schema))
 
@@ -123,7 +126,7 @@ def _name_error(override: Override, groups: Mapping[str, Sequence[str]], schema:
     plus = "+" if override.is_add() else ""
     if key in groups:
         for value in _values(override):
-            if isinstance(value, str) and value not in groups[key]:
+            if isinstance(value, str) and value not in groups[key] and not value.startswith(PREFIX):
                 near = _nearest(value, groups[key])
                 # `model` is the group without a default, so it needs the plus.
                 plus = "+" if key == "model" else plus

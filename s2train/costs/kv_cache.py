@@ -15,7 +15,7 @@ from torch import Tensor
 from s2train.attention.hybrid import HybridLayout
 from s2train.attention.kind import LayerLayout
 from s2train.layouts.masks import mask_rows
-from s2train.layouts.patterns import BandedPattern, Dense, DistancePattern, Pattern
+from s2train.layouts.patterns import BandedPattern, Dense, DistancePattern, Pattern, Span
 
 
 def last_queries(pattern: Pattern, num_blocks: int) -> Tensor:
@@ -30,6 +30,11 @@ def last_queries(pattern: Pattern, num_blocks: int) -> Tensor:
     elif isinstance(pattern, DistancePattern):
         farthest = torch.where(pattern.distances(key), key, 0).cummax(0).values  # largest kept distance up to each one
         last += farthest.flip(0)
+    elif isinstance(pattern, Span):
+        # A block leaves the window once: the last query that keeps it is before the first one that doesn't.
+        farthest = (key - pattern.window(key)).clamp(min=-1)  # the last block before each query's window
+        last = torch.searchsorted(farthest.cummax(0).values, key) - 1
+        last = torch.where(key < pattern.sinks, num_blocks - 1, last)
     else:
         for first, rows in mask_rows(pattern, num_blocks):
             query = torch.arange(first, first + len(rows))[:, None]

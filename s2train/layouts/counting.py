@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from s2train.layouts.patterns import BandedPattern, Dense, DistancePattern, MaskPattern, Pattern
+from s2train.layouts.patterns import BandedPattern, Dense, DistancePattern, MaskPattern, Pattern, Span
+from s2train.layouts.patterns.span import union_counts, widest
 
 _MASK_ELEMENTS = 1 << 22  # mask elements evaluated at once
 
@@ -64,7 +65,8 @@ def _unite(patterns: Sequence[Pattern], num_blocks: int) -> list[_Union]:
     banded = [pattern for pattern in patterns if isinstance(pattern, BandedPattern)]
     distances = [pattern for pattern in patterns if isinstance(pattern, DistancePattern)]
     masks = [pattern for pattern in patterns if isinstance(pattern, MaskPattern)]
-    others = [p for p in patterns if not isinstance(p, BandedPattern | DistancePattern | MaskPattern)]
+    spans = [pattern for pattern in patterns if isinstance(pattern, Span)]
+    others = [p for p in patterns if not isinstance(p, BandedPattern | DistancePattern | MaskPattern | Span)]
     unions: list[_Union] = []
     if banded:
         unions.append(_Bands(banded, num_blocks))
@@ -72,6 +74,8 @@ def _unite(patterns: Sequence[Pattern], num_blocks: int) -> list[_Union]:
         unions.append(_Distances(distances, num_blocks))
     if masks:
         unions.append(_Bits(masks, num_blocks))
+    if spans:
+        unions.append(_Spans(spans, num_blocks))
     if others:
         unions.append(_Masks(others, num_blocks))
     return unions
@@ -139,6 +143,21 @@ class _Bits:
     def mask(self, query: Tensor) -> Tensor:
         rows = np.unpackbits(self.bits[query.numpy()], axis=1, count=self.num_blocks, bitorder="little")
         return torch.from_numpy(rows).bool()
+
+
+class _Spans:
+    """Union of spans: the widest window and the most sinks."""
+
+    def __init__(self, patterns: Sequence[Span], num_blocks: int) -> None:
+        self.patterns, self.key = list(patterns), torch.arange(num_blocks)
+        self.window, self.sinks = widest(self.patterns, num_blocks), max(pattern.sinks for pattern in patterns)
+
+    def counts(self) -> Tensor:
+        return union_counts(self.patterns, len(self.key))
+
+    def mask(self, query: Tensor) -> Tensor:
+        query = query[:, None]
+        return (query >= self.key) & ((query < self.key + self.window[query]) | (self.key < self.sinks))
 
 
 class _Masks:

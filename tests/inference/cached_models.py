@@ -62,6 +62,12 @@ REGISTERED: dict[str, PatternConfig] = {
     "dilated": PatternConfig("dilated", local=1, dilation=3),
     "dense": PatternConfig("dense"),
     "reference": PatternConfig("reference", local=1, stride=4, offset=1),
+    "span": PatternConfig("span", base=1, slope=0.4, sinks=1),
+    "per_head": PatternConfig(
+        "per_head",
+        rules=[{"kind": "span", "base": 2}, {"kind": "local_vertical", "local": 1, "stride": 3, "offset": 2}],
+        heads=[[0, 1, 1, 0], [1, 1, 0, 0]],
+    ),
     "file": PatternConfig("file", file=""),  # random masks
 }
 

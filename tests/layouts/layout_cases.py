@@ -21,6 +21,7 @@ from s2train.layouts.patterns import (
     Ranges,
     ReferenceVertical,
     SlidingWindow,
+    Span,
 )
 
 local_verticals = st.builds(
@@ -75,11 +76,12 @@ def _masks(draw: st.DrawFn) -> MaskPattern:
 windows = st.builds(SlidingWindow, st.integers(1, 20), st.integers(0, 5))
 global_blocks = st.builds(GlobalBlocks, st.integers(1, 8), st.lists(st.integers(0, 45), max_size=4).map(tuple))
 references = st.builds(ReferenceVertical, st.integers(1, 20), st.integers(1, 12), st.integers(-20, 20))
+spans = st.builds(Span, st.integers(1, 8), st.sampled_from([0, 0.1, 0.25, 0.5, 0.7, 0.95]), st.integers(0, 5))
 ranges, dilated, masks = _ranges(), _dilated(), _masks()
 banded_patterns: st.SearchStrategy[Pattern] = st.one_of(
     local_verticals, ranges, windows, global_blocks, references, st.builds(Dense)
 )
-patterns: st.SearchStrategy[Pattern] = st.one_of(banded_patterns, dilated, masks, st.builds(Triangle))
+patterns: st.SearchStrategy[Pattern] = st.one_of(banded_patterns, dilated, masks, spans, st.builds(Triangle))
 
 
 def mask_of(pattern: Pattern, num_blocks: int) -> Tensor:

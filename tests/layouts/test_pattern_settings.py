@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from s2train.attention.coverage import coverage_report, union_coverage
 from s2train.config import PatternConfig
 from s2train.errors import ConfigError
-from s2train.layouts.patterns import Dense, Dilated, GlobalBlocks, LocalVertical, Pattern, Ranges, SlidingWindow
+from s2train.layouts.patterns import Dense, Dilated, GlobalBlocks, LocalVertical, Pattern, Ranges, SlidingWindow, Span
 from s2train.layouts.patterns.registry import PATTERNS, REQUIRED, with_defaults
 from tests.layouts.layout_cases import make_hybrid, mask_of
 
@@ -22,6 +22,7 @@ EXAMPLES: dict[str, tuple[dict[str, Any], Pattern]] = {
     "global_blocks": ({"local": 2, "globals": [7, 0, 7]}, GlobalBlocks(2, (0, 7))),
     "dilated": ({"dilation": 4, "window": 12}, Dilated(1, 4, 0, 12)),
     "dense": ({}, Dense()),
+    "span": ({"base": 2, "slope": 0.5, "sinks": 1}, Span(2, 0.5, 1)),
 }
 
 

@@ -19,6 +19,7 @@ from s2train.layouts.patterns import (
     Pattern,
     Ranges,
     SlidingWindow,
+    Span,
 )
 from s2train.layouts.patterns.base import PatternError
 from tests.layouts.layout_cases import (
@@ -30,6 +31,7 @@ from tests.layouts.layout_cases import (
     masks,
     patterns,
     ranges,
+    spans,
     union_of,
     windows,
 )
@@ -67,6 +69,18 @@ def test_ranges_keep_the_columns_of_the_first_range_that_the_distance_is_in(patt
 def test_a_sliding_window_keeps_itself_and_sinks(pattern: SlidingWindow, num_blocks: int) -> None:
     mask = mask_of(pattern, num_blocks)
     assert all(mask[i, j].item() == (i - j < pattern.window or j < pattern.sinks) for i, j in pairs(num_blocks))
+
+
+@given(spans, st.integers(1, 40))
+def test_a_span_keeps_a_share_of_what_is_before_the_query_and_sinks(pattern: Span, num_blocks: int) -> None:
+    mask = mask_of(pattern, num_blocks)
+    for i, j in pairs(num_blocks):
+        assert mask[i, j].item() == (i - j < pattern.base + int(pattern.slope * (i + 1)) or j < pattern.sinks)
+
+
+@given(spans, st.integers(1, 40), st.integers(1, 40))
+def test_a_prefix_is_attended_as_in_a_longer_sequence(pattern: Span, few: int, more: int) -> None:
+    assert torch.equal(mask_of(pattern, few), mask_of(pattern, few + more)[:few, :few])
 
 
 @given(global_blocks, st.integers(1, 40))

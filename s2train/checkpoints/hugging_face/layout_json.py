@@ -10,6 +10,7 @@ from s2train.layouts.patterns.dilated import Dilated
 from s2train.layouts.patterns.file import MaskPattern
 from s2train.layouts.patterns.local_vertical import LocalVertical, ReferenceVertical
 from s2train.layouts.patterns.ranges import Ranges
+from s2train.layouts.patterns.span import Span
 from s2train.layouts.patterns.window import GlobalBlocks, SlidingWindow
 
 _KINDS: dict[type[Pattern], str] = {
@@ -20,6 +21,7 @@ _KINDS: dict[type[Pattern], str] = {
     SlidingWindow: "sliding_window",
     GlobalBlocks: "global_blocks",
     Dilated: "dilated",
+    Span: "span",
 }
 
 

@@ -93,6 +93,9 @@ def keeps(pattern: dict, query: Tensor, key: Tensor) -> Tensor:
         if pattern["window"] is not None:
             far = far & (distance < pattern["window"])
         kept = (distance < pattern["local"]) | far
+    elif kind == "span":  # a window that grows with the query's position
+        window = pattern["base"] + ((query + 1).double() * pattern["slope"]).floor().long()
+        kept = (distance < window) | (key < pattern["sinks"])
     elif kind == "ranges":  # (limit, stride), nearest first
         kept, start = distance == 0, 0
         for limit, stride in pattern["ranges"]:

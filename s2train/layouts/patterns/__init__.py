@@ -9,6 +9,7 @@ from s2train.layouts.patterns.dilated import Dilated
 from s2train.layouts.patterns.file import MaskPattern, known_blocks
 from s2train.layouts.patterns.local_vertical import LocalVertical, ReferenceVertical
 from s2train.layouts.patterns.ranges import Ranges
+from s2train.layouts.patterns.span import Span
 from s2train.layouts.patterns.window import GlobalBlocks, SlidingWindow
 
 __all__ = [
@@ -25,5 +26,6 @@ __all__ = [
     "Ranges",
     "ReferenceVertical",
     "SlidingWindow",
+    "Span",
     "known_blocks",
 ]

@@ -5,7 +5,7 @@ from typing import Self
 
 from torch import Tensor
 
-from s2train.layouts.patterns.base import BandedPattern, HeadPatterns, LayerContext, at_least, ones
+from s2train.layouts.patterns.base import BandedPattern, HeadPatterns, LayerContext, at_least, ones, scheduled
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,18 @@ class LocalVertical(BandedPattern):
 
     def narrower(self, widest: int) -> str:
         return f"stride={widest} or less"
+
+
+def local_vertical_heads(local: int, stride: int, sinks: int, offset: int | None) -> HeadPatterns:
+    """Return heads at the schedule's offsets, or all at one offset.
+
+    Raises:
+        PatternError: local or stride below 1, or sinks below 0.
+    """
+    if offset is None:
+        return scheduled(LocalVertical(local, stride, 0, sinks))
+    pattern = LocalVertical(local, stride, offset, sinks)
+    return lambda layer: (pattern,) * layer.num_heads
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,11 @@ from s2train.layouts.patterns.base import HeadPatterns, LayerContext, Pattern, P
 from s2train.layouts.patterns.dense import Dense
 from s2train.layouts.patterns.dilated import Dilated
 from s2train.layouts.patterns.file import file_heads
-from s2train.layouts.patterns.local_vertical import LocalVertical, reference_heads
+from s2train.layouts.patterns.local_vertical import local_vertical_heads, reference_heads
+from s2train.layouts.patterns.per_head import NAME as PER_HEAD
+from s2train.layouts.patterns.per_head import per_head
 from s2train.layouts.patterns.ranges import Ranges
+from s2train.layouts.patterns.span import Span
 from s2train.layouts.patterns.window import GlobalBlocks, SlidingWindow
 
 REQUIRED = object()
@@ -41,8 +44,8 @@ PATTERNS: dict[str, PatternKind] = {
     for kind in (
         PatternKind(
             "local_vertical",
-            {"local": 8, "stride": 16, "sinks": 0},
-            lambda local, stride, sinks: scheduled(LocalVertical(local, stride, 0, sinks)),
+            {"local": 8, "stride": 16, "sinks": 0, "offset": None},
+            local_vertical_heads,
         ),
         PatternKind(
             "ranges", {"ranges": REQUIRED, "sinks": 0}, lambda ranges, sinks: scheduled(Ranges.read(ranges, sinks))
@@ -64,11 +67,19 @@ PATTERNS: dict[str, PatternKind] = {
         ),
         PatternKind("dense", {}, lambda: scheduled(Dense())),
         PatternKind(
+            "span",
+            {"base": REQUIRED, "slope": 0.0, "sinks": 0},
+            lambda base, slope, sinks: scheduled(Span(base, slope, sinks)),
+        ),
+        PatternKind(
             "reference",
             {"local": REQUIRED, "stride": REQUIRED, "offset": 0, "per_kv_head": False},
             reference_heads,
         ),
         PatternKind("file", {"file": REQUIRED}, file_heads),
+        PatternKind(
+            PER_HEAD, {"rules": REQUIRED, "heads": REQUIRED}, lambda rules, heads: per_head(rules, heads, build_rule)
+        ),
     )
 }
 
@@ -90,6 +101,18 @@ def build_patterns(settings: PatternConfig, setting: str) -> HeadPatterns:
             return build(layer)
 
     return heads
+
+
+def build_rule(given: Any, setting: str) -> HeadPatterns:
+    """Build the patterns of one rule of `per_head`.
+
+    Raises:
+        ConfigError: as `read_pattern` and `build_patterns`; or it is itself a list of rules.
+    """
+    settings = read_pattern(given, setting)
+    if settings.kind == PER_HEAD:
+        raise ConfigError(f"{setting}.kind", PER_HEAD, "a rule within rules", "Name another kind of pattern.")
+    return build_patterns(settings, setting)
 
 
 def read_pattern(given: Any, setting: str) -> PatternConfig:

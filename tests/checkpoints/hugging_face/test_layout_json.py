@@ -19,6 +19,7 @@ from s2train.layouts.patterns.dilated import Dilated
 from s2train.layouts.patterns.file import MaskPattern
 from s2train.layouts.patterns.local_vertical import ReferenceVertical
 from s2train.layouts.patterns.ranges import Ranges
+from s2train.layouts.patterns.span import Span
 from s2train.layouts.patterns.window import GlobalBlocks, SlidingWindow
 
 BLOCKS = 45
@@ -43,6 +44,7 @@ PATTERNS: dict[str, Any] = {
     "global blocks": lambda: GlobalBlocks(any_of(1, 9), tuple(random.sample(range(BLOCKS), 3))),
     "dilated": lambda: Dilated(any_of(1, 4), any_of(1, 9), any_of(0, 9)),
     "dilated in a window": lambda: Dilated(any_of(1, 4), any_of(1, 9), any_of(0, 9), any_of(4, 30)),
+    "span": lambda: Span(any_of(1, 9), random.random() * 0.9, any_of(0, 3)),
     "mask": random_mask,
 }
 
