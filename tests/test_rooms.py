@@ -22,7 +22,7 @@ ORDER = [
     {"checkpoints", "inference"},
     {"needles"},
     {"preparation"},
-    {"probes"},
+    {"probes", "semsa"},
     {"training"},
     {"comparison"},
     {"sweeps", "scaling", "study"},

@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch.distributed.checkpoint.api import CheckpointException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
+from s2train.attention.hybrid import HybridLayout
 from s2train.checkpoints.integrity import CONFIG, PROGRESS, damage, is_of_later_megatron, known_problem
 from s2train.checkpoints.optimizer_state_conversion import load_without_foreign_extra_state
 from s2train.command_line.old_names import rename_saved
@@ -228,6 +229,11 @@ def load_for_inference(
     tp: int = 1,
     attention_backend: str = "auto",
     layer_backend: str | None = None,
+    *,
+    hybrid: HybridLayout | None = None,
+    seq_length: int | None = None,
+    precision: str | None = None,
+    recompute: str = "none",
 ) -> Loaded:
     """Load the model of a checkpoint in eval mode, without its optimizer.
 
@@ -236,6 +242,9 @@ def load_for_inference(
 
     Args:
         layer_backend: of the layers around attention; None takes the run's, transformer-engine only if it works.
+        hybrid: attention of other kinds without weights, over the same heads; None: the run's.
+        seq_length, precision: None: the run's.
+        recompute: as in a run, for backward passes in train mode.
     Raises:
         ConfigError: there is no checkpoint, or it is damaged.
     """
@@ -244,12 +253,13 @@ def load_for_inference(
     cfg.attention_backend = attention_backend
     cfg.parallel.tp, cfg.parallel.pp, cfg.parallel.vpp, cfg.parallel.cp = tp, 1, None, 1
     cfg.parallel.sequence_parallel = False
-    cfg.train.recompute = "none"
+    cfg.train.recompute, cfg.train.recompute_num_layers = recompute, 1
+    cfg.train.seq_length, cfg.train.precision = seq_length or cfg.train.seq_length, precision or cfg.train.precision
     # Any backend loads another's weights, and computes in the run's precision.
     cfg.layer_backend, cfg.fp8 = layer_backend or ("local" if cfg.layer_backend == "local" else "auto"), "none"
     # The run's kernels may not be installed here, or not support a query offset. No loss is computed.
     cfg.dense_attention, cfg.elementwise, cfg.loss = "auto", "auto", "torch"
-    (chunk,) = build_model(cfg, transformer_config(cfg), hybrid_layout(cfg), backend_of(cfg), device)
+    (chunk,) = build_model(cfg, transformer_config(cfg), hybrid or hybrid_layout(cfg), backend_of(cfg), device)
     gpt = unwrap(chunk)
     gpt.parallel_output = False  # gathers the logits over tensor parallel ranks
     gpt.output_layer.gather_output = True

@@ -55,5 +55,5 @@ def test_rules_and_heads_that_cannot_be_are_rejected(changed: dict[str, Any], me
 
 
 def test_a_placement_that_would_move_heads_is_rejected() -> None:
-    with pytest.raises(ConfigError, match="^schedule.placement=balanced: would reorder the heads"):
+    with pytest.raises(ConfigError, match=r"^schedule\.placement=balanced: would reorder the heads"):
         layout(placement="balanced")
