@@ -458,14 +458,14 @@ class LibraryConfig:
     """Rules that a head may get, in blocks; with `dense`, at most 64."""
 
     # [[base, slope], …]: the last base + slope · n blocks, where n is the number of blocks up to the query
-    spans: list[list[float]] = field(
+    spans: Any = field(
         default_factory=lambda: [[1, 0], [2, 0], [4, 0], [8, 0], [16, 0], [2, 0.125], [2, 0.25], [2, 0.5]]
     )
     # [[local, stride], …]: the last `local` blocks and every stride-th block, at the offset head modulo stride
-    stripes: list[list[int]] = field(default_factory=lambda: [[1, 4], [1, 8], [4, 8], [4, 16]])
+    stripes: Any = field(default_factory=lambda: [[1, 4], [1, 8], [4, 8], [4, 16]])
     # [[local, count], …]: the last `local` blocks and the `count` columns that matter most to the KV group in
     # `columns_from`
-    columns: list[list[int]] = field(default_factory=list)
+    columns: Any = field(default_factory=list)
     sinks: int = 1  # first blocks, which every rule keeps
     dense: bool = True  # every block
 

@@ -188,9 +188,8 @@ def _rules_table(profile: Profile, choice: Choice) -> Table:
 def _costs_table(choice: Choice) -> Table:
     title = "Predicted for one sequence: change of the loss per token (nats), attention on one H100"
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
-    headings = ("tokens", "budget", "density", "ΔL (2nd order)", "ΔL (1st)", "dropped mass")
-    headings += ("TFLOP", "KV GiB", "dense", "attention", "step")
-    for name in headings:
+    first = ("tokens", "budget", "density", "ΔL (2nd order)", "ΔL (1st)", "dropped mass")
+    for name in (*first, "TFLOP", "KV GiB", "dense", "attention", "step"):
         table.add_column(name, justify="right", overflow="fold")
     for row in zip(choice.lengths, choice.budgets, choice.densities, choice.change, choice.costs, strict=True):
         length, budget, density, change, costs = row

@@ -150,10 +150,9 @@ def _layouts(cfg: FrontierConfig, profile: Profile) -> Iterator[tuple[str, float
 
 def _speedup(layers: Layers, profile: Profile) -> float:
     """Predict the speed-up of attention over dense, forward and backward on one H100."""
-    found = tuple(
-        LayerLayout(LETTERS["D" if all(isinstance(head, Dense) for head in row) else "S"], tuple(row), profile.block_size)
-        for row in layers
-    )  # fmt: skip
+    kinds = [LETTERS["D" if all(isinstance(head, Dense) for head in row) else "S"] for row in layers]
+    size = profile.block_size
+    found = tuple(LayerLayout(kind, tuple(row), size) for kind, row in zip(kinds, layers, strict=True))
     hybrid = HybridLayout(found, profile.block_size, profile.model.num_query_groups, find_schedule(ScheduleConfig()))
     return model_costs(profile.model, hybrid, profile.seq_length).attention_speedup
 

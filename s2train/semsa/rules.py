@@ -77,9 +77,10 @@ def make_library(library: LibraryConfig) -> tuple[Rule, ...]:
         ConfigError: none, too many, or one that can't be.
     """
     for name, example in (("spans", "[[4,0],[2,0.25]]"), ("stripes", "[[4,16]]"), ("columns", "[[4,8]]")):
-        for given in getattr(library, name):
-            if len(given) != 2:
-                raise ConfigError(f"library.{name}", given, "not a pair", f"Write pairs, such as {example}.")
+        given = getattr(library, name)
+        pairs = isinstance(given, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in given)
+        if not pairs or not all(isinstance(value, int | float) for pair in given for value in pair):
+            raise ConfigError(f"library.{name}", given, "no list of pairs", f"Write pairs, such as {example}.")
     found: list[dict[str, Any]] = []
     for base, slope in library.spans:
         if base != int(base):

@@ -72,23 +72,23 @@ def verify(
         blocks, rules = sums.sums(parallel_state.get_data_parallel_group())
         ranks = parallel_state.get_data_parallel_world_size()
         estimated[str(labels)] = blocks / ranks, rules / ranks
-    blocks = _blocks(cfg, request, model, estimated, texts, device)
-    rules = _rules(cfg, request, model, estimated, texts, device)
+    of_blocks = _blocks(cfg, request, model, estimated, texts, device)
+    of_rules = _rules(cfg, request, model, estimated, texts, device)
     if torch.distributed.get_rank() == 0:
         content = {
             "checkpoint": str(request.subject.checkpoint),
             "samples": cfg.verify_samples,
             "command": shlex.join(sys.argv),
             "environment": environment(),
-            "correlations": {"blocks": correlations(blocks), "rules": correlations(rules)},
-            "error_by_mass": error_by_mass(blocks),
-            "blocks": [asdict(case) for case in blocks],
-            "rules": [asdict(case) for case in rules],
+            "correlations": {"blocks": correlations(of_blocks), "rules": correlations(of_rules)},
+            "error_by_mass": error_by_mass(of_blocks),
+            "blocks": [asdict(case) for case in of_blocks],
+            "rules": [asdict(case) for case in of_rules],
         }
         stem = request.output.with_suffix("")
         with replacing(stem.with_name(f"{stem.name}-verify.json")) as temporary:
             temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        draw(stem.with_name(f"{stem.name}-verify.png"), blocks, rules, request.subject.trained.model.name)
+        draw(stem.with_name(f"{stem.name}-verify.png"), of_blocks, of_rules, request.subject.trained.model.name)
         Console(soft_wrap=True, width=120).print(*_tables(content))
         print(f"verification {stem}-verify.json and .png", flush=True)
 
@@ -210,7 +210,7 @@ def spearman(first: np.ndarray, second: np.ndarray) -> float | None:
         ranks.append((np.cumsum(count) - (count + 1) / 2)[place])
     if any(rank.std() == 0 for rank in ranks):
         return None
-    return float(np.corrcoef(*ranks)[0, 1])
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
 
 
 def error_by_mass(cases: Sequence[Case]) -> list[dict[str, float | None]]:
@@ -222,7 +222,12 @@ def error_by_mass(cases: Sequence[Case]) -> list[dict[str, float | None]]:
             continue
         true = np.array([case.change for case in own])
         estimate = np.array([case.estimates["signed, data"] for case in own])
-        row = {"from": low, "to": high, "count": len(own), "median_change": float(np.median(np.abs(true)))}
+        row: dict[str, float | None] = {
+            "from": low,
+            "to": high,
+            "count": len(own),
+            "median_change": float(np.median(np.abs(true))),
+        }
         error = float(np.abs(estimate - true).sum() / np.abs(true).sum()) if true.any() else None
         rows.append(row | {"relative_error": error, "spearman": spearman(estimate, true) if len(own) > 2 else None})
     return rows
