@@ -461,7 +461,7 @@ class LibraryConfig:
     spans: Any = field(
         default_factory=lambda: [[1, 0], [2, 0], [4, 0], [8, 0], [16, 0], [2, 0.125], [2, 0.25], [2, 0.5]]
     )
-    # [[local, stride], …]: the last `local` blocks and every stride-th block, at the offset head modulo stride
+    # [[local, stride], …]: the last `local` blocks and every stride-th block, at the offset KV head modulo stride
     stripes: Any = field(default_factory=lambda: [[1, 4], [1, 8], [4, 8], [4, 16]])
     # [[local, count], …]: the last `local` blocks and the `count` columns that matter most to the KV group in
     # `columns_from`

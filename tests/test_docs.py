@@ -40,6 +40,9 @@ SCHEMAS = {
     "import": config.ImportConfig,
     "make_corpus": config.CorpusConfig,
     "probes": config.ProbesConfig,
+    "profile_attention": config.ProfileAttentionConfig,
+    "choose_layout": config.ChooseLayoutConfig,
+    "layout_frontier": config.FrontierConfig,
 }
 # Appended to every training that runs here: its own layout and data, in a model and for steps that take a second.
 SHAPE = ["model.num_layers=4", "model.hidden_size=48", "model.ffn_hidden_size=64", "model.num_attention_heads=4"]
@@ -78,8 +81,9 @@ def execute(command: Command, clone: Path) -> Outcome:
     if program == "launch/pretrain.py" and "-m" in arguments:
         arguments.append("plan=true")  # whole sweeps: tests/sweeps
     elif program == "launch/pretrain.py" and not any(argument.startswith("plan") for argument in arguments):
-        if is_imported(arguments):
-            arguments = ["--config-dir", str(clone / "conf"), *arguments]
+        if is_imported(arguments) or any(argument.startswith("layout=file:") for argument in arguments):
+            if is_imported(arguments):
+                arguments = ["--config-dir", str(clone / "conf"), *arguments]
             as_it_stands = run("pretrain.py", *arguments, "plan=true", processes=0, cwd=clone)
             if as_it_stands.status:
                 return as_it_stands

@@ -61,7 +61,13 @@ class Accumulator:
         key = number if self.columns is not None else 0  # without columns, layers have the same rules
         if key not in self._masks:
             columns = None if self.columns is None else self.columns[number]
-            self._masks[key] = rule_masks(self.rules, range(*core.heads), columns, self.num_blocks).to(device)
+            self._masks[key] = rule_masks(
+                self.rules,
+                range(*core.heads),
+                core.shape.num_heads // core.shape.num_query_groups,
+                columns,
+                self.num_blocks,
+            ).to(device)
         return self._masks[key]
 
     def sums(self, data_group: torch.distributed.ProcessGroup) -> tuple[np.ndarray, np.ndarray]:

@@ -22,7 +22,7 @@ from s2train.files import check_writable, replacing
 from s2train.kernels.block_statistics.effects import SUMS
 from s2train.semsa.layouts import Candidates, build_layout, layout_settings, sees_everything, write_layout
 from s2train.semsa.pictures import draw_choice
-from s2train.semsa.profile import Profile, load_profile
+from s2train.semsa.profile import Profile, group_size, load_profile
 from s2train.semsa.solving import Balance, Budget, Solution, solve
 
 _TERA = 1e12
@@ -105,7 +105,7 @@ def choose(cfg: ChooseLayoutConfig, profile: Profile) -> Choice:
             raise ConfigError("density", budget, problem, remedy)
     blocks = [-(-length // profile.block_size) for length in lengths]
     cost = sum(profile.costs(cfg.cost, count) for count in blocks) / len(blocks)
-    group = model.num_attention_heads // model.num_query_groups if cfg.whole_groups else 1
+    group = group_size(model) if cfg.whole_groups else 1
     solution = solve(
         np.asarray(cost),
         [Budget(of_rule, budget) for of_rule, budget in zip(density, budgets, strict=True)],

@@ -36,7 +36,7 @@ from s2train.semsa.calibration import Subject, load_studied, read_subject, sampl
 from s2train.semsa.layouts import Candidates
 from s2train.semsa.measuring import loss_per_token
 from s2train.semsa.pictures import curve
-from s2train.semsa.profile import Profile, check_same_model, load_profile
+from s2train.semsa.profile import Profile, check_same_model, group_size, load_profile
 from s2train.semsa.solving import Budget, solve
 
 _NAMES = {
@@ -133,7 +133,7 @@ def _read_request(cfg: FrontierConfig) -> tuple[Profile, Subject, Path]:
 def _layouts(cfg: FrontierConfig, profile: Profile) -> Iterator[tuple[str, float, Layers]]:
     """Yield each layout that meets a density, with its name; those that can't meet it are left out."""
     model, candidates = profile.model, Candidates.of(profile)
-    group = model.num_attention_heads // model.num_query_groups if cfg.whole_groups else 1
+    group = group_size(model) if cfg.whole_groups else 1
     share = candidates.density(profile.block_size, profile.seq_length)
     costs = {name: profile.costs(name) for name in SUMS}
     for density in sorted(cfg.densities):

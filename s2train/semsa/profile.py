@@ -26,7 +26,7 @@ class Profile:
         blocks: float32 [4, layers, heads, n, n], in the order of `SUMS`, of removing one key block from the rows of a
             query block.
         rules: float32 [4, layers, heads, rules, n], of what each rule drops from the rows of a query block.
-        columns: int64 [layers, heads, n], key blocks that `Rule.of_head` takes; None without such rules.
+        columns: int64 [layers, heads, n], key blocks that `Rule.of_group` takes; None without such rules.
         about: what was measured and how, as plain values.
     """
 
@@ -59,7 +59,7 @@ class Profile:
     def settings_of(self, rule: int, layer: int, head: int) -> dict[str, Any]:
         """Return the settings of a head's pattern under a rule."""
         columns = () if self.columns is None else self.columns[layer, head].tolist()
-        return self.library[rule].of_head(head, columns)
+        return self.library[rule].of_group(head // group_size(self.model), columns)
 
     def costs(self, name: str, num_blocks: int | None = None) -> np.ndarray:
         """Estimate what each rule does to a head: float64 [layers, heads, rules].
@@ -131,6 +131,11 @@ def ranked_columns(blocks: np.ndarray, num_query_groups: int, local: int = 1) ->
     order = np.argsort(-of_group, axis=-1, kind="stable")
     ranked: np.ndarray = np.repeat(order, heads // num_query_groups, axis=1)
     return ranked
+
+
+def group_size(model: ModelConfig) -> int:
+    """Return how many query heads share a KV head."""
+    return model.num_attention_heads // model.num_query_groups
 
 
 def about_profile(rules: Sequence[Rule], **values: Any) -> dict[str, Any]:

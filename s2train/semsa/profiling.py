@@ -66,6 +66,9 @@ def read_request(cfg: ProfileAttentionConfig, world_size: int, hardware: Hardwar
         raise ConfigError("output", cfg.output, "is no .npz file", "Name one, such as runs/semsa/profile.npz.")
     if output.exists() and not cfg.overwrite:
         raise ConfigError("output", output, "exists", "Add overwrite=true, or set another file.")
+    if cfg.verify and verification_file(output).exists() and not cfg.overwrite:
+        problem = f"{verification_file(output)} exists"
+        raise ConfigError("verify", cfg.verify, problem, "Add overwrite=true, or set another output.")
     check_writable("output", output.parent)
     subject = read_subject(
         cfg.checkpoint, cfg.data, seq_length=cfg.seq_length, held_out=False, tp=cfg.tp, seed=cfg.seed,
@@ -111,6 +114,11 @@ def _read_columns(
     blocks = -(-length // block_size)
     local = min(rule.settings["local"] for rule in rules if rule.takes_columns)
     return ranked_columns(earlier.blocks[..., :blocks, :blocks], subject.trained.model.num_query_groups, local)
+
+
+def verification_file(output: Path) -> Path:
+    """Return where the comparison with real masks is written."""
+    return output.with_name(f"{output.stem}-verify.json")
 
 
 def profile_checkpoint(cfg: ProfileAttentionConfig) -> None:
@@ -164,7 +172,7 @@ def profile_checkpoint(cfg: ProfileAttentionConfig) -> None:
     if cfg.verify:
         from s2train.semsa.verification import verify  # it takes this module's Request
 
-        verify(cfg, request, loaded.model, sums, device)
+        verify(cfg, request, loaded.model, sums, device, verification_file(request.output))
     shutdown()
 
 

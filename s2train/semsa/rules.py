@@ -13,7 +13,7 @@ from s2train.layouts.patterns import LayerContext, Pattern
 from s2train.layouts.patterns.registry import build_rule
 
 MOST_RULES = 64  # that the kernel takes at once
-_BY_HEAD = "head"  # offset: the head's number modulo the stride
+_BY_GROUP = "group"  # offset: the number of the KV group modulo the stride
 _TOP = "top"  # globals: as many of the KV group's columns, those that matter most first
 
 
@@ -22,22 +22,22 @@ class Rule:
     """A candidate for every head.
 
     Attributes:
-        settings: of its pattern, as in `layout.pattern`; a stripe's offset is "head", and chosen columns are
+        settings: of its pattern, as in `layout.pattern`; a stripe's offset is "group", and chosen columns are
             {"top": count}.
     """
 
     settings: Mapping[str, Any]
 
-    def of_head(self, head: int, columns: Sequence[int] = ()) -> dict[str, Any]:
-        """Return the settings of one head's pattern.
+    def of_group(self, group: int, columns: Sequence[int] = ()) -> dict[str, Any]:
+        """Return the settings of the pattern of a KV group's heads, which share their loads.
 
         Args:
-            head: query head within its layer.
-            columns: key blocks of its KV group, those that matter most first.
+            group: KV head within its layer.
+            columns: its key blocks, those that matter most first.
         """
         own = dict(self.settings)
-        if own.get("offset") == _BY_HEAD:
-            own["offset"] = head % own["stride"]
+        if own.get("offset") == _BY_GROUP:
+            own["offset"] = group % own["stride"]
         if isinstance(own.get("globals"), Mapping):
             chosen = list(columns[: own["globals"][_TOP]])
             own["globals"] = sorted({*range(own.pop("sinks", 0)), *map(int, chosen)})
@@ -51,7 +51,7 @@ class Rule:
         """Describe it in a few words."""
         if self.takes_columns:
             return f"local {self.settings['local']}, {self.settings['globals'][_TOP]} chosen columns"
-        return pattern_of(self.of_head(0)).form()
+        return pattern_of(self.of_group(0)).form()
 
 
 def pattern_of(settings: Mapping[str, Any], block_size: int = 64) -> Pattern:
@@ -87,7 +87,7 @@ def make_library(library: LibraryConfig) -> tuple[Rule, ...]:
             raise ConfigError("library.spans", base, "a base that is no whole block", "Write [base, slope].")
         found.append({"kind": "span", "base": int(base), "slope": float(slope), "sinks": library.sinks})
     for local, stride in library.stripes:
-        own = {"local": local, "stride": stride, "offset": _BY_HEAD, "sinks": library.sinks}
+        own = {"local": local, "stride": stride, "offset": _BY_GROUP, "sinks": library.sinks}
         found.append({"kind": "local_vertical"} | own)
     for local, count in library.columns:
         if count < 1:
@@ -102,20 +102,24 @@ def make_library(library: LibraryConfig) -> tuple[Rule, ...]:
         raise ConfigError("library", "(these rules)", problem, f"Name 1 to {MOST_RULES} different ones.")
     rules = tuple(Rule(settings) for settings in distinct)
     for rule in rules:
-        pattern_of(rule.of_head(0))  # rejects what can't be
+        pattern_of(rule.of_group(0))  # rejects what can't be
     return rules
 
 
-def rule_masks(rules: Sequence[Rule], heads: range, columns: np.ndarray | None, num_blocks: int) -> torch.Tensor:
+def rule_masks(
+    rules: Sequence[Rule], heads: range, group_size: int, columns: np.ndarray | None, num_blocks: int
+) -> torch.Tensor:
     """Return what each head would keep under each rule: bool [heads, rules, n, n].
 
     Args:
+        heads: within their layer.
+        group_size: query heads of a KV head.
         columns: int [all heads, n], key blocks of each head's KV group by importance; None without such rules.
     """
     cache: dict[str, torch.Tensor] = {}
 
     def mask(rule: Rule, head: int) -> torch.Tensor:
-        settings = rule.of_head(head, () if columns is None else columns[head])
+        settings = rule.of_group(head // group_size, () if columns is None else columns[head])
         return cache.setdefault(str(settings), keeps(settings, num_blocks))
 
     return torch.stack([torch.stack([mask(rule, head) for rule in rules]) for head in heads])

@@ -25,6 +25,7 @@ from s2train.pictures.style import GREY, SPARSE, Sheet, plain
 from s2train.semsa.accumulation import Accumulator
 from s2train.semsa.calibration import Labels, Sample, label_seed, samples, token_losses
 from s2train.semsa.measuring import loss_with_head_masked, summed_loss
+from s2train.semsa.profile import group_size
 from s2train.semsa.rules import keeps
 
 if TYPE_CHECKING:
@@ -56,9 +57,14 @@ class Case:
 
 
 def verify(
-    cfg: ProfileAttentionConfig, request: "Request", model: torch.nn.Module, sums: Accumulator, device: torch.device
+    cfg: ProfileAttentionConfig,
+    request: "Request",
+    model: torch.nn.Module,
+    sums: Accumulator,
+    device: torch.device,
+    output: Path,
 ) -> None:
-    """Mask `cfg.verify` blocks and rules one at a time; print, write OUTPUT-verify.json and .png; collective."""
+    """Mask `cfg.verify` blocks and rules one at a time; print, write JSON and PNG; collective."""
     texts = _texts(cfg, request)
     # the estimates are of the very samples that are masked: what is left is the estimate's own error
     estimated: dict[str, tuple[np.ndarray, np.ndarray]] = {}
@@ -85,12 +91,11 @@ def verify(
             "blocks": [asdict(case) for case in of_blocks],
             "rules": [asdict(case) for case in of_rules],
         }
-        stem = request.output.with_suffix("")
-        with replacing(stem.with_name(f"{stem.name}-verify.json")) as temporary:
+        with replacing(output) as temporary:
             temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        draw(stem.with_name(f"{stem.name}-verify.png"), of_blocks, of_rules, request.subject.trained.model.name)
+        draw(output.with_suffix(".png"), of_blocks, of_rules, request.subject.trained.model.name)
         Console(soft_wrap=True, width=120).print(*_tables(content))
-        print(f"verification {stem}-verify.json and .png", flush=True)
+        print(f"verification {output} and {output.with_suffix('.png')}", flush=True)
 
 
 def _texts(cfg: ProfileAttentionConfig, request: "Request") -> list[Sample]:
@@ -157,7 +162,7 @@ def _rules(
     def kept(place: tuple[int, ...]) -> torch.Tensor:
         layer, head, rule = place
         columns = () if request.columns is None else request.columns[layer, head].tolist()
-        return keeps(request.rules[rule].of_head(head, columns), n)
+        return keeps(request.rules[rule].of_group(head // group_size(request.subject.trained.model), columns), n)
 
     changes = _changes(model, [(place[0], place[1], kept(place)) for place in chosen], texts, device)
     return [

@@ -82,7 +82,7 @@ def test_chosen_columns_are_those_that_matter_to_the_group() -> None:
     order = ranked_columns(blocks, 2)
     assert order[0, :, 0].tolist() == [2, 2, 1, 1]
     (rule,) = make_library(LibraryConfig(spans=[], stripes=[], columns=[[2, 1]], sinks=1, dense=False))
-    found = rule.of_head(3, order[0, 3].tolist())
+    found = rule.of_group(1, order[0, 3].tolist())
     assert found == {"kind": "global_blocks", "local": 2, "globals": [0, 1]}
 
 

@@ -58,7 +58,9 @@ def profile_of(distances: list[int], library: LibraryConfig = LIBRARY, layers: i
 def _effects(distances: list[int], rules: tuple[Rule, ...], seed: int) -> tuple[Tensor, Tensor]:
     q, k, v, out, lse, dout = attended(distances, seed)
     tensors = (q, k, v, lse, dout, output_delta(out, dout))
-    masks = rule_masks(rules, range(HEADS), torch.zeros(HEADS, BLOCKS, dtype=torch.int64).numpy(), BLOCKS)
+    masks = rule_masks(
+        rules, range(HEADS), HEADS // GROUPS, torch.zeros(HEADS, BLOCKS, dtype=torch.int64).numpy(), BLOCKS
+    )
     return block_effects(*tensors, block_size=BLOCK), rule_effects(*tensors, masks, block_size=BLOCK)
 
 

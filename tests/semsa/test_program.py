@@ -1,0 +1,111 @@
+"""launch/profile_attention.py on a trained model: under any division, after an interruption, and what is rejected."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from s2train.config import CalibrationDataConfig, LibraryConfig, ProfileAttentionConfig
+from s2train.environment.hardware import detect_own
+from s2train.errors import ConfigError
+from s2train.semsa.profile import Profile, load_profile
+from s2train.semsa.profiling import read_request
+from tests.program import SMALL, Outcome, run
+
+SETTINGS = ["train.steps=2", "evaluation.interval=0", "layout.block_size=16"]
+PROFILE = ["samples=4", "library.spans=[[1,0],[2,0.25]]", "library.stripes=[[1,4]]"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense checkpoint of two steps, and a sparse one."""
+    folder = tmp_path_factory.mktemp("semsa")
+    for name, layout in (("dense", "dense"), ("sparse", "s2_b16_l2_v4")):
+        outcome = run("pretrain.py", *SMALL, f"layout={layout}", *SETTINGS, f"run_dir={folder / name}", cwd=folder)
+        assert outcome.status == 0, outcome.err
+    return folder
+
+
+def profiled(folder: Path, name: str, *changed: str, processes: int = 1) -> tuple[Profile, Outcome]:
+    output = folder / f"{name}.npz"
+    arguments = [f"checkpoint={folder / 'dense'}", f"output={output}", *PROFILE, *changed]
+    outcome = run("profile_attention.py", *arguments, processes=processes, cwd=folder)
+    assert outcome.status == 0, outcome.err
+    return load_profile(output), outcome
+
+
+def assert_same(found: Profile, expected: Profile, tolerance: float) -> None:
+    for name in ("blocks", "rules"):
+        a, b = getattr(found, name), getattr(expected, name)
+        scale = np.abs(b).reshape(4, -1).max(1)
+        error = np.abs(a - b).reshape(4, -1).max(1)
+        assert (error <= tolerance * scale).all(), (name, error / scale)
+    assert found.tokens == expected.tokens
+
+
+@pytest.mark.slow
+def test_every_division_measures_the_same(folder: Path) -> None:
+    alone, _ = profiled(folder, "alone", "verify=5", "verify_samples=1")
+    assert alone.blocks.shape == (4, 4, 4, 8, 8)
+    assert alone.rules.shape == (4, 4, 4, 4, 8)
+    mass, dense = alone.blocks[3].astype(np.float64), alone.rules[:, :, :, 3]
+    assert np.allclose(mass.sum((2, 3)), 4 * 128)  # each row's probabilities sum to 1
+    assert np.abs(dense).max() < 1e-6  # what keeps everything has no effect
+    verified = json.loads((folder / "alone-verify.json").read_text())
+    assert verified["correlations"]["rules"]["signed, data"] > 0.9
+    for name, changed in (("tp", ["tp=2"]), ("dp", [])):
+        shared, _ = profiled(folder, name, *changed, processes=2)
+        assert_same(shared, alone, 2e-5)
+    again, _ = profiled(folder, "recomputed", "recompute=true")
+    assert_same(again, alone, 2e-5)
+
+
+@pytest.mark.slow
+def test_an_interrupted_profile_resumes_from_its_sums(folder: Path) -> None:
+    whole, _ = profiled(folder, "whole", "labels=data")
+    half, _ = profiled(folder, "half", "labels=data", "samples=2")
+    about = dict(half.about) | {"samples": 4, "done": 2}
+    Profile(half.blocks, half.rules, None, about).save(folder / "rest.unfinished.npz")
+    rest, outcome = profiled(folder, "rest", "labels=data")
+    assert "resumed after 2" in outcome.out
+    assert not (folder / "rest.unfinished.npz").exists()
+    assert_same(rest, whole, 2e-6)
+    Profile(half.blocks, half.rules, None, about | {"seed": 5}).save(folder / "other.unfinished.npz")
+    arguments = [f"checkpoint={folder / 'dense'}", f"output={folder / 'other.npz'}", *PROFILE, "labels=data"]
+    outcome = run("profile_attention.py", *arguments, cwd=folder)
+    assert outcome.status == 2
+    assert "is unfinished, and was made with another seed" in outcome.err
+
+
+def request(folder: Path, world_size: int = 1, **changed: Any) -> None:
+    own = {"checkpoint": str(folder / "dense"), "output": str(folder / "new.npz")} | changed
+    read_request(ProfileAttentionConfig(**own), world_size, detect_own())
+
+
+@pytest.mark.slow
+def test_what_cannot_be_profiled_is_rejected(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    (folder / "there.npz").write_bytes(b"")
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"checkpoint": str(folder / "sparse")}, "checkpoint=.*layers 0, 1, 2, 3 don't attend to everything: what is"),
+        ({"checkpoint": str(folder / "none")}, "checkpoint=.*no checkpoint there"),
+        ({"seq_length": 256}, "seq_length=256: .* was trained with 128 tokens"),
+        ({"block_size": 48}, "block_size=48: not supported"),
+        ({"block_size": 128}, "block_size=128: sequences of 128 tokens have no two"),
+        ({"samples": 0}, "samples=0: too small"),
+        ({"samples": 3, "world_size": 2}, "samples=3: 2 data parallel ranks can't share"),
+        ({"tp": 3}, "tp=3: does not divide the 1 processes"),
+        ({"labels": "mine"}, "labels=mine: unknown"),
+        ({"temperature": 0.0}, "temperature=0.0: must be above 0"),
+        ({"precision": "fp8"}, "precision=fp8: unknown"),
+        ({"output": str(folder / "there.npz")}, "output=.*there.npz: exists"),
+        ({"output": "profile.json"}, "output=profile.json: is no .npz file"),
+        ({"library": LibraryConfig(columns=[[1, 2]])}, "library.columns=.*: no profile says which columns matter"),
+        ({"columns_from": "p.npz"}, "columns_from=p.npz: no rule has columns"),
+        ({"data": CalibrationDataConfig(path="nothing")}, "data.path=.*nothing"),
+    ]
+    for changed, message in cases:
+        with pytest.raises(ConfigError, match=f"^{message}"):
+            request(folder, **changed)
