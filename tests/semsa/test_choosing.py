@@ -74,6 +74,11 @@ def test_tensor_parallel_ranks_keep_about_equally_many_blocks(profile: Profile) 
     assert max(halves) <= 1.15 * sum(halves) / 2
 
 
+@pytest.mark.parametrize(("rules", "complete"), [([0, 1], False), ([0, 5, 6], True)])
+def test_a_layout_that_sees_not_everything_permits_it(profile: Profile, rules: list[int], complete: bool) -> None:
+    assert choose(settings(density=0.6, rules=rules), profile).layout.allow_partial_coverage is not complete
+
+
 def test_chosen_columns_are_those_that_matter_to_the_group() -> None:
     blocks = np.zeros((4, 1, 4, 6, 6), dtype=np.float32)
     blocks[2, 0, 1, 4:, 2] = 5  # squared, of the second head of the first group
@@ -93,7 +98,6 @@ def test_a_written_layout_is_what_was_chosen(profile: Profile, tmp_path: Path) -
     shape = ["model.num_layers=1", "model.hidden_size=128", "model.num_query_groups=2"]
     run = compose_run(["+model=tiny_dense", f"layout=file:{tmp_path / 'c.yaml'}", *shape])
     assert hybrid_layout(run).layers == build_layout(chosen.layout, profile).layers
-    assert run.layout.allow_partial_coverage  # no head sees all far blocks
     assert json.loads((tmp_path / "c.json").read_text())["heads"] == chosen.solution.rules.tolist()
     assert (tmp_path / "c.png").stat().st_size > 1000
 
