@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.ticker import MaxNLocator
 
 from s2train.attention.hybrid import HybridLayout
 from s2train.costs.attention import kept_positions
@@ -40,6 +41,8 @@ def _heads(sheet: Sheet, left: float, title: str, values: np.ndarray, low: float
     image = axes.imshow(values, aspect="auto", cmap="Blues", vmin=low, vmax=high, interpolation="nearest")
     axes.set_xlabel("head", fontsize=8, color=GREY)
     axes.set_ylabel("layer", fontsize=8, color=GREY)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
     plain(axes, 8)
     bar = sheet.figure.colorbar(image, cax=sheet.axes(left + 4.0, 1.15, 0.12, 3.0))
     bar.ax.tick_params(labelsize=7, length=2, colors=GREY)
