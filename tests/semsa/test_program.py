@@ -109,3 +109,40 @@ def test_what_cannot_be_profiled_is_rejected(folder: Path, monkeypatch: pytest.M
     for changed, message in cases:
         with pytest.raises(ConfigError, match=f"^{message}"):
             request(folder, **changed)
+
+
+@pytest.mark.slow
+def test_columns_are_chosen_by_an_earlier_profile(folder: Path) -> None:
+    profiled(folder, "first", "samples=1")
+    found, _ = profiled(
+        folder, "columns", "samples=1", "library.columns=[[1,2]]", f"columns_from={folder / 'first.npz'}"
+    )
+    number = next(number for number, rule in enumerate(found.library) if rule.takes_columns)
+    assert found.columns is not None
+    chosen = found.columns[3, 2, :2].tolist()
+    settings = found.settings_of(number, 3, 2)
+    assert settings == {"kind": "global_blocks", "local": 1, "globals": sorted({0, *chosen})}
+    # what the rule drops is what it doesn't name
+    mass = found.blocks[3, 3, 2].astype(np.float64)
+    kept = np.eye(8, dtype=bool) | np.isin(np.arange(8), settings["globals"])[None]
+    assert np.allclose(found.rules[3, 3, 2, number].sum(), mass[~kept & np.tri(8, dtype=bool)].sum(), rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_frontier_keeps_budgets_and_changes_nothing_where_everything_is_kept(folder: Path) -> None:
+    pytest.importorskip("scipy", reason="the extra semsa is not installed")
+    profiled(folder, "of-frontier", "samples=1")
+    output, names = folder / "frontier.json", ("squared", "mass", "window")
+    arguments = [f"checkpoint={folder / 'dense'}", f"profile={folder / 'of-frontier.npz'}", f"output={output}"]
+    outcome = run("layout_frontier.py", *arguments, "samples=1", "densities=[0.7,1.0]", "draws=1", cwd=folder)
+    assert outcome.status == 0, outcome.err
+    content = json.loads(output.read_text())
+    rows = content["rows"]
+    assert all(row["density"] <= row["budget"] for row in rows)
+    assert {row["layout"] for row in rows} >= {*names, "signed", "absolute", "random"}
+    for row in rows:
+        if row["budget"] == 1.0 and row["layout"] in names:
+            assert abs(row["change"]) < 1e-6 * content["dense_loss"]
+        elif row["layout"] == "window":
+            assert abs(row["change"]) > 1e-6 * content["dense_loss"]
+    assert output.with_suffix(".png").stat().st_size > 1000
