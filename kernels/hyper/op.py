@@ -1,0 +1,103 @@
+"""Public operation: HyperAttention, attention in near-linear time."""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from ..spec import FORMATS, Format, shape_bhsd
+from .reference import reference_hyper_attention
+from .settings import HyperSettings
+
+
+@overload
+def hyper_attention(
+    q: Tensor, k: Tensor, v: Tensor, settings: HyperSettings, projection_seeds: Tensor, sample_seeds: Tensor, *,
+    softmax_scale: float | None = ..., causal: bool = ..., format: Format = ..., return_lse: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def hyper_attention(
+    q: Tensor, k: Tensor, v: Tensor, settings: HyperSettings, projection_seeds: Tensor, sample_seeds: Tensor, *,
+    softmax_scale: float | None = ..., causal: bool = ..., format: Format = ..., return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+def hyper_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    settings: HyperSettings,
+    projection_seeds: Tensor,
+    sample_seeds: Tensor,
+    *,
+    softmax_scale: float | None = None,
+    causal: bool = True,
+    format: Format = "sbhd",
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Estimate softmax attention from exact keys, buckets of similar keys, and samples.
+
+    A query reads exactly its own interval of `settings.shortest` tokens, a window and the first keys. The rest of its
+    past is tiled by complete, aligned intervals, whose keys are sorted by an angular hash. In each it reads the bucket
+    of its own hash exactly, and of the other keys a sample, weighted by the inverse of the probability of being drawn:
+    numerator and denominator of the softmax are unbiased. One softmax covers all parts, and gradients are exact.
+    Outputs depend on no later token.
+
+    Args:
+        q: [n, b, H, d] in format "sbhd" ([b, n, H, d] in "bshd", [b, H, n, d] in "bhsd").
+        k, v: [n, b, H_kv, d] and [n, b, H_kv, d_v], in q's dtype. H is a multiple of H_kv: query head h reads KV head
+            h // (H // H_kv). Keys are hashed and sampled once per KV head, queries of a group hash each by itself.
+        projection_seeds, sample_seeds: int64 [H_kv] on q's device: one seed of a KV head's hash, one of its samples.
+            Equal seeds give equal results; nothing else is drawn. Sequences of a batch share them.
+        softmax_scale: above 0; default 1 / sqrt(d).
+        causal: mask keys after the query. False: one interval of all keys (above `shortest`), and a window both ways.
+        return_lse: also return the natural log-sum-exp of weighted scores, float32 [b, H, n] (float64 for float64).
+
+    Returns:
+        Output with q's shape and d_v in place of d, contiguous; with `return_lse` also the log-sum-exp. Both are
+        differentiable.
+
+    Raises:
+        ValueError: arguments don't fit together; the message names the argument and the remedy.
+    """
+    check_arguments(q, k, v, projection_seeds, sample_seeds, format)
+    precise = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v)]
+    out, lse = reference_hyper_attention(
+        *precise, settings, projection_seeds, sample_seeds, softmax_scale=softmax_scale, causal=causal, format=format
+    )
+    out = out.to(q.dtype)
+    return (out, lse) if return_lse else out
+
+
+def check_arguments(
+    q: Tensor, k: Tensor, v: Tensor, projection_seeds: Tensor, sample_seeds: Tensor, format: Format
+) -> None:
+    """Check shapes, dtypes and devices; raise ValueError on a mismatch."""
+    if format not in FORMATS:
+        raise ValueError(f"format must be one of {FORMATS}, got {format!r}")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 4:
+            raise ValueError(f"{name} must have the four dimensions {format!r}, got shape {list(x.shape)}")
+        if x.dtype != q.dtype or not x.dtype.is_floating_point:
+            raise ValueError(f"q is {q.dtype} and {name} {x.dtype}: cast them to one floating-point dtype")
+        if x.device != q.device:
+            raise ValueError(f"q is on {q.device} but {name} on {x.device}: move them to one device")
+    (b, heads, length, dim), k_shape = shape_bhsd(q, format), shape_bhsd(k, format)
+    kv_heads = k_shape[1]
+    if k_shape != (b, kv_heads, length, dim) or shape_bhsd(v, format)[:3] != k_shape[:3] or 0 in (dim, kv_heads):
+        raise ValueError(
+            f"shapes don't match in format {format!r}: q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}; q and "
+            "k share batch, length and head dimension, k and v all but the head dimension"
+        )
+    if heads % kv_heads:
+        raise ValueError(f"q has {heads} heads, not a multiple of the {kv_heads} KV heads of k: change one of them")
+    for name, seeds in (("projection_seeds", projection_seeds), ("sample_seeds", sample_seeds)):
+        if seeds.dtype != torch.int64 or seeds.shape != (kv_heads,) or seeds.device != q.device:
+            raise ValueError(
+                f"{name} must be int64 [{kv_heads}] on {q.device}, one for each KV head, got {seeds.dtype} "
+                f"{list(seeds.shape)} on {seeds.device}"
+            )
