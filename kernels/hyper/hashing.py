@@ -34,21 +34,22 @@ def projections(seeds: Tensor, dim: int, number: int) -> Tensor:
     return radius * (2 * math.pi * uniform(seeds, counters + 1)).cos()
 
 
-def sample_slots(seeds: Tensor, level: int, interval: int, size: int, samples: int) -> tuple[Tensor, Tensor]:
+def sample_slots(seeds: Tensor, level: int, interval: int | Tensor, size: int, samples: int) -> tuple[Tensor, Tensor]:
     """Draw one slot of each of `samples` strata of an interval's sorted keys.
 
     Strata are consecutive slots, equal but for one slot: each slot is drawn with probability 1 over its stratum's size.
 
     Args:
-        seeds: int64 [heads].
+        seeds: int64 [heads], or [heads, 1] for several intervals.
+        interval: its number, or int64 [intervals, 1].
     Returns:
-        Slots, int64 [heads, samples], and the strata's sizes, int64 [samples].
+        Slots, int64 [heads, samples] or [heads, intervals, samples], and the strata's sizes, int64 [samples].
     """
     samples = min(samples, size)
     bounds = torch.arange(samples + 1, device=seeds.device) * size // samples
     sizes = bounds.diff()
     counters = ((level << 32) + interval << 24) + torch.arange(samples, device=seeds.device)
-    within = (uniform(seeds[:, None], counters) * sizes).long()
+    within = (uniform(seeds[..., None], counters) * sizes).long()
     return bounds[:-1] + within, sizes
 
 

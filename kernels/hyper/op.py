@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
-from ..spec import FORMATS, Format, shape_bhsd
+from ..attention import _TRITON_DTYPES, Backend, resolve_backend
+from ..spec import FORMATS, AttentionSpec, Format, shape_bhsd
 from .reference import reference_hyper_attention
 from .settings import HyperSettings
 
@@ -16,6 +18,7 @@ from .settings import HyperSettings
 def hyper_attention(
     q: Tensor, k: Tensor, v: Tensor, settings: HyperSettings, projection_seeds: Tensor, sample_seeds: Tensor, *,
     softmax_scale: float | None = ..., causal: bool = ..., format: Format = ..., return_lse: Literal[False] = ...,
+    backend: Backend = ...,
 ) -> Tensor: ...  # fmt: skip
 
 
@@ -23,6 +26,7 @@ def hyper_attention(
 def hyper_attention(
     q: Tensor, k: Tensor, v: Tensor, settings: HyperSettings, projection_seeds: Tensor, sample_seeds: Tensor, *,
     softmax_scale: float | None = ..., causal: bool = ..., format: Format = ..., return_lse: Literal[True],
+    backend: Backend = ...,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
@@ -38,6 +42,7 @@ def hyper_attention(
     causal: bool = True,
     format: Format = "sbhd",
     return_lse: bool = False,
+    backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Estimate softmax attention from exact keys, buckets of similar keys, and samples.
 
@@ -55,6 +60,7 @@ def hyper_attention(
             Equal seeds give equal results; nothing else is drawn. Sequences of a batch share them.
         softmax_scale: above 0; default 1 / sqrt(d).
         causal: mask keys after the query. False: one interval of all keys (above `shortest`), and a window both ways.
+        backend: see `resolve_backend`; exact keys take Hopper's kernels where possible.
         return_lse: also return the natural log-sum-exp of weighted scores, float32 [b, H, n] (float64 for float64).
 
     Returns:
@@ -65,9 +71,22 @@ def hyper_attention(
         ValueError: arguments don't fit together; the message names the argument and the remedy.
     """
     check_arguments(q, k, v, projection_seeds, sample_seeds, format)
+    resolved = resolve_backend(backend, q.device)
+    scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
+    if not 0 < scale < math.inf:
+        raise ValueError(f"softmax_scale must be finite and above 0, got {scale}")
+    if resolved != "torch":
+        if q.dtype not in _TRITON_DTYPES:
+            raise ValueError(f"q is {q.dtype}: the {resolved} backend takes {_TRITON_DTYPES}; cast q, k and v")
+        # imported here so that a process loads only the backend that it uses
+        from .triton_backend import triton_hyper_attention
+
+        spec = AttentionSpec(scale, causal, 0, None, format, portable=resolved == "portable")
+        out, lse = triton_hyper_attention(q, k, v, settings, projection_seeds, sample_seeds, spec)
+        return (out, lse) if return_lse else out
     precise = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v)]
     out, lse = reference_hyper_attention(
-        *precise, settings, projection_seeds, sample_seeds, softmax_scale=softmax_scale, causal=causal, format=format
+        *precise, settings, projection_seeds, sample_seeds, softmax_scale=scale, causal=causal, format=format
     )
     out = out.to(q.dtype)
     return (out, lse) if return_lse else out

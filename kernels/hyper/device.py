@@ -1,0 +1,56 @@
+"""Device functions that the kernels of HyperAttention share."""
+
+# Triton interprets the annotations of its functions, so tensor arguments have none.
+# mypy: allow-untyped-defs
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def gather_tile(base, rows, stride, in_range, DIM: tl.constexpr, PADDED_DIM: tl.constexpr):
+    """Load rows of a [rows, DIM] matrix by their numbers, zero where masked."""
+    dims = tl.arange(0, PADDED_DIM)
+    pointers = base + rows.to(tl.int64)[:, None] * stride + dims[None, :]
+    return tl.load(pointers, mask=in_range[:, None] & (dims < DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def not_exact(
+    positions, keys, sinks, window_blocks, BLOCK: tl.constexpr, WINDOW: tl.constexpr
+):  # fmt: skip
+    """Return which keys no query reads exactly: neither sinks nor in its window.
+
+    WINDOW is false without any exact window; queries are rows, keys are columns.
+    """
+    far = (keys >= sinks)[None, :]
+    if WINDOW:
+        block = positions // BLOCK
+        first = (block - window_blocks) * BLOCK
+        end = (block + window_blocks + 1) * BLOCK
+        far = far & ((keys[None, :] < first[:, None]) | (keys[None, :] >= end[:, None]))
+    return far
+
+
+@triton.jit
+def level_of(level, length, samples, SHORTEST: tl.constexpr, CAUSAL: tl.constexpr):
+    """Return size, count, period, shift and samples of a level's intervals, as `settings.levels`."""
+    if CAUSAL:
+        size = SHORTEST << level
+        count = (length + size - 1) // (2 * size)
+        period = 2 * size
+        shift = size
+    else:
+        size = length + 0
+        count = length * 0 + 1
+        period = length * 0
+        shift = length * 0
+    return size, count, period, shift, tl.minimum(samples, size)
+
+
+@triton.jit
+def interval_of(first, size, period, CAUSAL: tl.constexpr):
+    """Return the interval that the queries from `first` read at a level, and 1 if they read any."""
+    if CAUSAL:
+        return first // period, (first // size) % 2
+    return first * 0, first * 0 + 1

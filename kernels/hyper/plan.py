@@ -1,0 +1,229 @@
+"""What one call reads: sorted keys, each query's buckets, samples, and the order of work.
+
+Everything is computed on the device, in sizes that follow from shapes alone, so that the host never waits. A row is a KV
+head of a sequence. Arrays are flat and ordered by level, then row, then interval: all levels share one sort of keys,
+one search and one sort of queries, and each level's part is a range known to the host.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from .hashing import sample_slots
+from .settings import HyperSettings, Level, levels
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """Where a level's part of the flat arrays begins, and what an interval of it has."""
+
+    level: Level
+    buckets: int  # of an interval
+    samples: int
+    interval_base: int
+    key_base: int
+    bucket_base: int
+    query_base: int
+    sample_base: int
+    weight_base: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Keys and queries of all levels in the order in which kernels read them; all int32 but `sample_weights`.
+
+    Attributes:
+        keys: positions of keys, sorted by hash in each interval: [levels, rows, intervals, size] flat.
+        own_buckets: each query's bucket in its interval, in order of positions: [levels, rows, group, intervals, size].
+        queries: queries sorted by bucket, as member * length + position within a row.
+        bucket_starts: [buckets of all levels + 1]: the range of `queries` of each bucket.
+        sample_keys, sample_buckets: positions and buckets of sampled keys: [levels, rows, intervals, samples].
+        sample_weights: float32 base-2 logarithms of the samples' weights: [levels, samples].
+    """
+
+    length: int
+    rows: int
+    group: int
+    ranges: tuple[Ranges, ...]
+    keys: Tensor
+    own_buckets: Tensor
+    queries: Tensor
+    bucket_starts: Tensor
+    sample_keys: Tensor
+    sample_buckets: Tensor
+    sample_weights: Tensor
+
+    @staticmethod
+    def names() -> tuple[str, ...]:
+        """Name the arrays, which autograd saves."""
+        return (
+            "keys", "own_buckets", "queries", "bucket_starts", "sample_keys", "sample_buckets", "sample_weights",
+        )  # fmt: skip
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Return the arrays in the order of `names`."""
+        return tuple(getattr(self, name) for name in self.names())
+
+
+def ranges_of(settings: HyperSettings, length: int, causal: bool, rows: int, group: int) -> tuple[Ranges, ...]:
+    """Return the ranges of all levels, from shapes alone."""
+    found = levels(settings, length, causal)
+    buckets = [-(-level.size // settings.bucket) for level in found]
+    samples = [min(settings.samples, level.size) for level in found]
+    counts = [level.count for level in found]
+    sizes = [level.size for level in found]
+
+    def bases(of_interval: list[int], times: int) -> list[int]:
+        each = (times * count * x for count, x in zip(counts, of_interval, strict=True))
+        return list(accumulate(each, initial=0))
+
+    columns = (
+        bases([1] * len(found), rows),
+        bases(sizes, rows),
+        bases(buckets, rows),
+        bases(sizes, rows * group),
+        bases(samples, rows),
+        list(accumulate(samples, initial=0)),
+    )
+    return tuple(
+        Ranges(level, buckets[i], samples[i], *(column[i] for column in columns)) for i, level in enumerate(found)
+    )
+
+
+def make_plan(q_ranks: Tensor, k_ranks: Tensor, settings: HyperSettings, sample_seeds: Tensor, causal: bool) -> Plan:
+    """Sort keys and queries by their hashes, int32 [b, H, n] and [b, H_kv, n], and draw samples.
+
+    There is at least one level: the sequence is longer than the shortest interval. Raises ValueError for more entries
+    than 32 bits can count.
+    """
+    batch, kv_heads, length = k_ranks.shape
+    rows, group = batch * kv_heads, q_ranks.shape[1] // kv_heads
+    ranges = ranges_of(settings, length, causal, rows, group)
+    last = ranges[-1]
+    entries = last.query_base + rows * group * last.level.count * last.level.size
+    if max(entries, group * length) >= 2**31:
+        raise ValueError(f"{entries} pairs of queries and intervals are too many: split the batch or the heads")
+    intervals = last.interval_base + rows * last.level.count
+    dtype = torch.int32 if intervals << settings.projections < 2**31 else torch.int64
+    tagged_keys = torch.cat([_tagged(k_ranks.view(rows, 1, length), r, settings, dtype, 0) for r in ranges])
+    ordered, where = tagged_keys.sort(stable=True)
+    keys = torch.cat([_positions(r, rows, 1, 0, length, where.device) for r in ranges])[where]
+
+    firsts = torch.cat(
+        [_of_level(ordered, r, rows)[..., :: settings.bucket].flatten() for r in ranges]
+    )  # of each bucket: ascending over all of them
+    tagged = torch.cat([_tagged(q_ranks.view(rows, group, length), r, settings, dtype, r.level.shift) for r in ranges])
+    own_buckets, of_all = _buckets(tagged, firsts, ranges, rows, group)
+    by_bucket, where = of_all.sort(stable=True)
+    queries = torch.cat([_positions(r, rows, group, r.level.shift, length, where.device) for r in ranges])[where]
+    every = torch.arange(len(firsts) + 1, dtype=torch.int32, device=where.device)
+    bucket_starts = torch.searchsorted(by_bucket, every, out_int32=True)
+    return Plan(
+        length, rows, group, ranges, keys, own_buckets, queries, bucket_starts,
+        *_samples(keys, ranges, rows, kv_heads, settings, sample_seeds),
+    )  # fmt: skip
+
+
+def tiles(plan: Plan, tile_rows: int) -> tuple[Tensor, list[tuple[int, int]]]:
+    """Cut each bucket's queries into tiles.
+
+    Returns:
+        int32 [tiles, 3]: bucket counted over all levels (-1: no tile), first query and end of the bucket's queries; and
+        each level's range of tiles. Ranges are as long as the tiles can become.
+    """
+    starts = plan.bucket_starts.long()
+    of_bucket = (starts.diff() + tile_rows - 1) // tile_rows
+    ends = of_bucket.cumsum(0)
+    ranges, parts, first = [], [], 0
+    for r in plan.ranges:
+        buckets = plan.rows * r.level.count * r.buckets
+        most = plan.rows * plan.group * r.level.reading(plan.length) // tile_rows + buckets
+        before = ends[r.bucket_base - 1] if r.bucket_base else torch.zeros_like(ends[0])
+        tile = torch.arange(most, device=starts.device) + before
+        parts.append(torch.where(tile < ends[r.bucket_base + buckets - 1], tile, -1))
+        ranges.append((first, first + most))
+        first += most
+    tile = torch.cat(parts)
+    bucket = torch.searchsorted(ends, tile, right=True)
+    start = starts[bucket] + (tile - ends[bucket] + of_bucket[bucket]) * tile_rows
+    table = torch.stack([torch.where(tile < 0, -1, bucket), start, starts[bucket + 1]], 1)
+    return table.to(torch.int32), ranges
+
+
+def _tagged(ranks: Tensor, r: Ranges, settings: HyperSettings, dtype: torch.dtype, shift: int) -> Tensor:
+    """Return a level's hashes with their interval's number in front, flat [rows, members, intervals, size].
+
+    Rows beyond the sequence, which only readers have, are -1.
+    """
+    rows, members, _ = ranks.shape
+    level = r.level
+    number = torch.arange(rows * level.count, dtype=dtype, device=ranks.device) + r.interval_base
+    number = number.view(rows, 1, level.count, 1) << settings.projections
+    taken = _windows(ranks, level, shift).to(dtype)
+    return torch.where(taken < 0, -1, taken + number).flatten()
+
+
+def _windows(x: Tensor, level: Level, shift: int) -> Tensor:
+    """Return [..., intervals, size] of x [..., length], from `shift` on every `period`; -1 beyond the length."""
+    if level.period == 0:
+        return x[..., None, :]
+    beyond = level.count * level.period - x.shape[-1]
+    x = torch.nn.functional.pad(x, (0, max(0, beyond)), value=-1)[..., : level.count * level.period]
+    return x.unflatten(-1, (level.count, level.period))[..., shift : shift + level.size]
+
+
+def _positions(r: Ranges, rows: int, members: int, shift: int, length: int, device: torch.device) -> Tensor:
+    """Return member * length + position of a level's entries, flat as in `_tagged`."""
+    level = r.level
+    member = torch.arange(members, dtype=torch.int32, device=device)[:, None, None] * length
+    interval = torch.arange(level.count, dtype=torch.int32, device=device)[:, None] * level.period + shift
+    at = member + interval + torch.arange(level.size, dtype=torch.int32, device=device)
+    return at.expand(rows, *at.shape).flatten()
+
+
+def _of_level(keys: Tensor, r: Ranges, rows: int) -> Tensor:
+    level = r.level
+    return keys[r.key_base : r.key_base + rows * level.count * level.size].view(rows, level.count, level.size)
+
+
+def _buckets(
+    tagged: Tensor, firsts: Tensor, ranges: tuple[Ranges, ...], rows: int, group: int
+) -> tuple[Tensor, Tensor]:
+    """Find each query's bucket: its number in the interval, and counted over all levels.
+
+    Of several buckets that hold its hash it is the middle one. Rows beyond the sequence come after all buckets.
+    """
+    lowest = torch.searchsorted(firsts, tagged, out_int32=True) - 1
+    highest = torch.searchsorted(firsts, tagged, right=True, out_int32=True) - 1
+    own, of_all = [], []
+    for r in ranges:
+        level = r.level
+        entries = slice(r.query_base, r.query_base + rows * group * level.count * level.size)
+        base = torch.arange(rows * level.count, dtype=torch.int32, device=tagged.device) * r.buckets + r.bucket_base
+        base = base.view(rows, 1, level.count, 1)
+        shape = (rows, group, level.count, level.size)
+        low = (lowest[entries].view(shape) - base).clamp(min=0)
+        high = (highest[entries].view(shape) - base).clamp(min=0)
+        bucket = (low + high + 1) // 2
+        own.append(bucket.flatten())
+        of_all.append(torch.where(tagged[entries].view(shape) < 0, len(firsts), bucket + base).flatten())
+    return torch.cat(own), torch.cat(of_all)
+
+
+def _samples(
+    keys: Tensor, ranges: tuple[Ranges, ...], rows: int, kv_heads: int, settings: HyperSettings, seeds: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw each interval's samples; return their positions, buckets and log-weights, flat."""
+    positions, buckets, weights = [], [], []
+    for r in ranges:
+        interval = torch.arange(r.level.count, device=keys.device)[:, None]
+        slots, sizes = sample_slots(seeds[:, None], r.level.number, interval, r.level.size, settings.samples)
+        slots = slots.expand(rows // kv_heads, *slots.shape).flatten(0, 1)  # [rows, intervals, samples]
+        positions.append(_of_level(keys, r, rows).gather(-1, slots).flatten())
+        buckets.append((slots // settings.bucket).to(torch.int32).flatten())
+        weights.append(sizes.float().log2())
+    return torch.cat(positions), torch.cat(buckets), torch.cat(weights)
