@@ -15,7 +15,7 @@ import triton.language as tl
 
 from ..forward import LOG2_E
 from ..tiles import load_tile, store_tile
-from .device import gather_tile, interval_of, level_of, not_exact
+from .device import bias_of, gather_tile, interval_of, level_of, outside_window
 from .forward import bucket_tile
 
 _LOG2_E = tl.constexpr(LOG2_E)
@@ -29,12 +29,26 @@ def _load_lse(pointers, mask):
 
 
 @triton.jit
-def _weights_and_dscores(q, k, v, dout, lse, delta, keep, bias, scale_log2):
-    """Return P and dS [queries, keys] in float32."""
+def _dscores(q, k, v, dout, lse, delta, keep, bias, scale_log2):
+    """Return dS [queries, keys] in float32."""
     scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2 + bias[None, :]
     weights = tl.where(keep, tl.exp2(scores - lse[:, None]), 0.0)
     dweights = tl.dot(dout, tl.trans(v), input_precision="ieee")
-    return weights, weights * (dweights - delta[:, None])
+    return weights * (dweights - delta[:, None])
+
+
+@triton.jit
+def _add_dkdv(dk, dv, q, k, v, dout, lse, delta, keep, bias, scale_log2):
+    """Add a query tile's part to dk (unscaled) and dv.
+
+    Scores are transposed, so that both products take their left operand from registers.
+    """
+    scores = tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2 + bias[:, None]
+    weights = tl.where(keep, tl.exp2(scores - lse[None, :]), 0.0)
+    dv = tl.dot(weights.to(dout.dtype), dout, dv, input_precision="ieee")
+    dweights = tl.dot(v, tl.trans(dout), input_precision="ieee")
+    dscores = (weights * (dweights - delta[None, :])).to(q.dtype)
+    return tl.dot(dscores, q, dk, input_precision="ieee"), dv
 
 
 @triton.jit(do_not_specialize=["num_tiles", "num_levels", "rows", "length", "samples", "sinks", "window_blocks"])
@@ -45,7 +59,7 @@ def s2_hyper_sample_dq_kernel(
     scale, scale_log2, num_tiles, num_levels, rows, group, kv_heads, length, samples, sinks, window_blocks,
     DIM: tl.constexpr, V_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PADDED_V_DIM: tl.constexpr,
     ROWS: tl.constexpr, STEPS: tl.constexpr, SHORTEST: tl.constexpr, BLOCK: tl.constexpr,
-    CAUSAL: tl.constexpr, LOCAL: tl.constexpr, WINDOW: tl.constexpr,
+    CAUSAL: tl.constexpr, LOCAL: tl.constexpr,
 ):  # fmt: skip
     """Add the samples' part to the exact keys' dq, and store it in float32."""
     program = tl.program_id(0)
@@ -79,21 +93,33 @@ def s2_hyper_sample_dq_kernel(
             bias = tl.load(sample_weights + weight_base + sample, mask=exists, other=0.0)
             k = load_tile(k_ptr + base * DIM, first * 0 + step, DIM, exists, STEPS, DIM, PADDED_DIM, True)
             v = load_tile(v_ptr + base * V_DIM, first * 0 + step, V_DIM, exists, STEPS, V_DIM, PADDED_V_DIM, True)
-            keep = exists[None, :] & (own[:, None] != bucket[None, :])
-            keep = keep & not_exact(position, keys, sinks, window_blocks, BLOCK, WINDOW)
-            _, dscores = _weights_and_dscores(q, k, v, dout, lse, delta, keep, bias, scale_log2)
+            bias = bias_of(bias, keys, exists, sinks)
+            keep = outside_window(position[:, None], keys[None, :], window_blocks, BLOCK, CAUSAL)
+            keep = keep & (own[:, None] != bucket[None, :])
+            dscores = _dscores(q, k, v, dout, lse, delta, keep, bias, scale_log2)
             dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision="ieee")
         sample_base += rows.to(tl.int64) * count * drawn
         query_base += rows.to(tl.int64) * group * count * size
         weight_base += drawn
     dq = dq * scale
     if LOCAL:
-        base = local_ptr + b * local_batch + h * local_head
-        dq += load_tile(base, first, local_row, in_range, ROWS, DIM, PADDED_DIM, True).to(tl.float32)
+        local_base = local_ptr + b * local_batch + h * local_head
+        dq += load_tile(local_base, first, local_row, in_range, ROWS, DIM, PADDED_DIM, True).to(tl.float32)
     store_tile(dq_ptr + batch_head * length * DIM, first, DIM, in_range, dq, ROWS, DIM, PADDED_DIM)
 
 
-@triton.jit(do_not_specialize=["chunks", "query_base", "sample_base", "length", "sinks", "window_blocks"])
+@triton.jit(
+    do_not_specialize=[
+        "chunks",
+        "query_base",
+        "sample_base",
+        "drawn",
+        "count",
+        "length",
+        "sinks",
+        "window_blocks",
+    ]
+)
 def s2_hyper_sample_dkdv_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
     own_buckets, sample_keys, sample_buckets, sample_weights,
@@ -101,7 +127,7 @@ def s2_hyper_sample_dkdv_kernel(
     scale, scale_log2, chunks, chunk_size, query_base, sample_base, drawn, count, size, period, shift,
     group, kv_heads, length, sinks, window_blocks,
     DIM: tl.constexpr, V_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PADDED_V_DIM: tl.constexpr,
-    ROWS: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr, WINDOW: tl.constexpr,
+    ROWS: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """Sum dk and dv of a tile of an interval's samples over one chunk of its readers, of all heads of the group.
 
@@ -120,7 +146,7 @@ def s2_hyper_sample_dkdv_kernel(
     base = sample_base + row_interval * drawn
     keys = tl.load(sample_keys + base + sample, mask=exists, other=0)
     bucket = tl.load(sample_buckets + base + sample, mask=exists, other=-1)
-    bias = tl.load(sample_weights + sample, mask=exists, other=0.0)
+    bias = bias_of(tl.load(sample_weights + sample, mask=exists, other=0.0), keys, exists, sinks)
     k = load_tile(k_ptr + base * DIM, tile * ROWS, DIM, exists, ROWS, DIM, PADDED_DIM, True)
     v = load_tile(v_ptr + base * V_DIM, tile * ROWS, V_DIM, exists, ROWS, V_DIM, PADDED_V_DIM, True)
     dk = tl.zeros([ROWS, PADDED_DIM], tl.float32)
@@ -144,24 +170,22 @@ def s2_hyper_sample_dkdv_kernel(
         delta = tl.load(delta_ptr + at, mask=in_range, other=0.0)
         entry = query_base + ((row * group + member) * count + interval) * size
         own = tl.load(own_buckets + entry + local + tl.arange(0, STEPS), mask=in_range, other=-1)
-        keep = exists[None, :] & (own[:, None] != bucket[None, :])
-        keep = keep & not_exact(position, keys, sinks, window_blocks, BLOCK, WINDOW)
-        weights, dscores = _weights_and_dscores(q, k, v, dout, lse, delta, keep, bias, scale_log2)
-        dv = tl.dot(tl.trans(weights.to(dout.dtype)), dout, dv, input_precision="ieee")
-        dk = tl.dot(tl.trans(dscores.to(q.dtype)), q, dk, input_precision="ieee")
+        keep = outside_window(position[None, :], keys[:, None], window_blocks, BLOCK, CAUSAL)
+        keep = keep & (own[None, :] != bucket[:, None])
+        dk, dv = _add_dkdv(dk, dv, q, k, v, dout, lse, delta, keep, bias, scale_log2)
     sums = (row_interval * chunks + chunk) * drawn
     store_tile(dk_ptr + sums * DIM, tile * ROWS, DIM, exists, dk * scale, ROWS, DIM, PADDED_DIM)
     store_tile(dv_ptr + sums * V_DIM, tile * ROWS, V_DIM, exists, dv, ROWS, V_DIM, PADDED_V_DIM)
 
 
-@triton.jit(do_not_specialize=["first_tile", "bucket_base", "length", "sinks", "window_blocks"])
+@triton.jit(do_not_specialize=["first_tile", "bucket_base", "buckets", "count", "length", "sinks", "window_blocks"])
 def s2_hyper_bucket_dq_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, tiles, queries, keys_ptr,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, dout_batch, dout_head, dout_row,
     scale, scale_log2, first_tile, bucket_base, buckets, count, period, size, group, kv_heads, length, sinks,
     window_blocks,
     DIM: tl.constexpr, V_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PADDED_V_DIM: tl.constexpr,
-    ROWS: tl.constexpr, STEPS: tl.constexpr, BUCKET: tl.constexpr, BLOCK: tl.constexpr, WINDOW: tl.constexpr,
+    ROWS: tl.constexpr, STEPS: tl.constexpr, BUCKET: tl.constexpr, BLOCK: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """Add one bucket's part to the dq of a tile of its queries."""
     tile = first_tile + tl.program_id(0)
@@ -183,15 +207,15 @@ def s2_hyper_bucket_dq_kernel(
     v_base = v_ptr + b * v_batch + kv * v_head
     sorted_keys = keys_ptr + row_interval.to(tl.int64) * size
     dq = tl.zeros([ROWS, PADDED_DIM], tl.float32)
-    bias = tl.zeros([STEPS], tl.float32)
     for step in range(0, BUCKET, STEPS):
         slot = bucket * BUCKET + step + tl.arange(0, STEPS)
         filled = slot < size
         keys = tl.load(sorted_keys + slot, mask=filled, other=0)
         k = gather_tile(k_base, keys, k_row, filled, DIM, PADDED_DIM)
         v = gather_tile(v_base, keys, v_row, filled, V_DIM, PADDED_V_DIM)
-        keep = filled[None, :] & not_exact(position, keys, sinks, window_blocks, BLOCK, WINDOW)
-        _, dscores = _weights_and_dscores(q, k, v, dout, lse, delta, keep, bias, scale_log2)
+        bias = bias_of(tl.zeros([STEPS], tl.float32), keys, filled, sinks)
+        keep = outside_window(position[:, None], keys[None, :], window_blocks, BLOCK, CAUSAL)
+        dscores = _dscores(q, k, v, dout, lse, delta, keep, bias, scale_log2)
         dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision="ieee")
     dims = tl.arange(0, PADDED_DIM)
     pointers = dq_ptr + at[:, None] * DIM + dims[None, :]
@@ -199,13 +223,13 @@ def s2_hyper_bucket_dq_kernel(
     tl.store(pointers, tl.load(pointers, mask=mask, other=0.0) + dq * scale, mask=mask)
 
 
-@triton.jit(do_not_specialize=["bucket_base", "length", "sinks", "window_blocks"])
+@triton.jit(do_not_specialize=["bucket_base", "buckets", "count", "length", "sinks", "window_blocks"])
 def s2_hyper_bucket_dkdv_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, bucket_starts, queries, keys_ptr,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, dout_batch, dout_head, dout_row,
     scale, scale_log2, bucket_base, buckets, count, size, group, kv_heads, length, sinks, window_blocks,
     DIM: tl.constexpr, V_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PADDED_V_DIM: tl.constexpr,
-    ROWS: tl.constexpr, STEPS: tl.constexpr, BUCKET: tl.constexpr, BLOCK: tl.constexpr, WINDOW: tl.constexpr,
+    ROWS: tl.constexpr, STEPS: tl.constexpr, BUCKET: tl.constexpr, BLOCK: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """Add to dk and dv of some keys of a bucket what all queries of the bucket contribute."""
     PER_BUCKET: tl.constexpr = BUCKET // ROWS
@@ -225,7 +249,7 @@ def s2_hyper_bucket_dkdv_kernel(
     end = tl.load(bucket_starts + bucket_base + local + 1)
     dk = tl.zeros([ROWS, PADDED_DIM], tl.float32)
     dv = tl.zeros([ROWS, PADDED_V_DIM], tl.float32)
-    bias = tl.zeros([ROWS], tl.float32)
+    bias = bias_of(tl.zeros([ROWS], tl.float32), keys, filled, sinks)
     for first in range(begin, end, STEPS):
         exists = first + tl.arange(0, STEPS) < end
         query = tl.load(queries + first + tl.arange(0, STEPS), mask=exists, other=0)
@@ -236,10 +260,8 @@ def s2_hyper_bucket_dkdv_kernel(
         at = row * group * length + query
         lse = _load_lse(lse_ptr + at, exists)
         delta = tl.load(delta_ptr + at, mask=exists, other=0.0)
-        keep = filled[None, :] & not_exact(position, keys, sinks, window_blocks, BLOCK, WINDOW)
-        weights, dscores = _weights_and_dscores(q, k, v, dout, lse, delta, keep, bias, scale_log2)
-        dv = tl.dot(tl.trans(weights.to(dout.dtype)), dout, dv, input_precision="ieee")
-        dk = tl.dot(tl.trans(dscores.to(q.dtype)), q, dk, input_precision="ieee")
+        keep = outside_window(position[None, :], keys[:, None], window_blocks, BLOCK, CAUSAL)
+        dk, dv = _add_dkdv(dk, dv, q, k, v, dout, lse, delta, keep, bias, scale_log2)
     at = row * length + keys
     dims = tl.arange(0, PADDED_DIM)
     pointers = dk_ptr + at[:, None] * DIM + dims[None, :]

@@ -16,20 +16,23 @@ def gather_tile(base, rows, stride, in_range, DIM: tl.constexpr, PADDED_DIM: tl.
 
 
 @triton.jit
-def not_exact(
-    positions, keys, sinks, window_blocks, BLOCK: tl.constexpr, WINDOW: tl.constexpr
-):  # fmt: skip
-    """Return which keys no query reads exactly: neither sinks nor in its window.
+def bias_of(log_weights, keys, exist, sinks):
+    """Return what to add to the keys' base-2 scores: -inf for sinks, which are read exactly, and missing keys."""
+    return tl.where(exist & (keys >= sinks), log_weights, float("-inf"))
 
-    WINDOW is false without any exact window; queries are rows, keys are columns.
+
+@triton.jit
+def outside_window(positions, keys, window_blocks, BLOCK: tl.constexpr, CAUSAL: tl.constexpr):
+    """Return which keys lie outside the blocks that a query reads exactly; both broadcast to a tile.
+
+    Causal: all keys are earlier than the query, and its own block is never among them. Else `window_blocks` is -1
+    without any window.
     """
-    far = (keys >= sinks)[None, :]
-    if WINDOW:
-        block = positions // BLOCK
-        first = (block - window_blocks) * BLOCK
-        end = (block + window_blocks + 1) * BLOCK
-        far = far & ((keys[None, :] < first[:, None]) | (keys[None, :] >= end[:, None]))
-    return far
+    block = positions // BLOCK
+    first = (block - window_blocks) * BLOCK
+    if CAUSAL:
+        return keys < first
+    return (keys < first) | (keys >= (block + window_blocks + 1) * BLOCK)
 
 
 @triton.jit

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from ..forward import LOG2_E
 from ..tiles import load_tile, store_tile
-from .device import gather_tile, interval_of, level_of, not_exact
+from .device import bias_of, gather_tile, interval_of, level_of, outside_window
 
 _LOG2_E = tl.constexpr(LOG2_E)
 _LN_2 = tl.constexpr(0.6931471805599453)
@@ -72,7 +72,7 @@ def s2_hyper_sample_fwd_kernel(
     scale_log2, num_tiles, num_levels, rows, group, kv_heads, length, samples, sinks, window_blocks,
     DIM: tl.constexpr, V_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PADDED_V_DIM: tl.constexpr,
     ROWS: tl.constexpr, STEPS: tl.constexpr, SHORTEST: tl.constexpr, BLOCK: tl.constexpr,
-    CAUSAL: tl.constexpr, LOCAL: tl.constexpr, WINDOW: tl.constexpr,
+    CAUSAL: tl.constexpr, LOCAL: tl.constexpr,
 ):  # fmt: skip
     """Add the samples of all intervals to a query tile's exact keys.
 
@@ -88,8 +88,8 @@ def s2_hyper_sample_fwd_kernel(
     q = load_tile(q_ptr + b * q_batch + h * q_head, first, q_row, in_range, ROWS, DIM, PADDED_DIM, True)
     at = batch_head * length + position
     if LOCAL:
-        base = local_ptr + b * local_batch + h * local_head
-        acc = load_tile(base, first, local_row, in_range, ROWS, V_DIM, PADDED_V_DIM, True).to(tl.float32)
+        local_base = local_ptr + b * local_batch + h * local_head
+        acc = load_tile(local_base, first, local_row, in_range, ROWS, V_DIM, PADDED_V_DIM, True).to(tl.float32)
         peak = tl.load(local_lse_ptr + at, mask=in_range, other=0.0) * _LOG2_E
         total = tl.where(peak == float("-inf"), 0.0, 1.0)
     else:
@@ -113,8 +113,9 @@ def s2_hyper_sample_fwd_kernel(
             bias = tl.load(sample_weights + weight_base + sample, mask=exists, other=0.0)
             k = load_tile(k_ptr + base * DIM, first * 0 + step, DIM, exists, STEPS, DIM, PADDED_DIM, True)
             v = load_tile(v_ptr + base * V_DIM, first * 0 + step, V_DIM, exists, STEPS, V_DIM, PADDED_V_DIM, True)
-            keep = exists[None, :] & (own[:, None] != bucket[None, :])
-            keep = keep & not_exact(position, keys, sinks, window_blocks, BLOCK, WINDOW)
+            bias = bias_of(bias, keys, exists, sinks)
+            keep = outside_window(position[:, None], keys[None, :], window_blocks, BLOCK, CAUSAL)
+            keep = keep & (own[:, None] != bucket[None, :])
             acc, total, peak = _attend(acc, total, peak, q, k, v, keep, bias, scale_log2)
         sample_base += rows.to(tl.int64) * count * drawn
         query_base += rows.to(tl.int64) * group * count * size
@@ -132,7 +133,8 @@ def bucket_tile(
 ):  # fmt: skip
     """Locate a tile of one bucket's queries.
 
-    Returns batch, KV head, row (in 64 bits), interval with its row, interval, bucket within, members, positions, and which exist.
+    Returns batch, KV head, row (in 64 bits), row with interval, bucket within the interval, members, positions, and
+    which queries exist.
     """
     first = tl.load(tiles + tile * 3 + 1)
     end = tl.load(tiles + tile * 3 + 2)
@@ -145,13 +147,13 @@ def bucket_tile(
     return row // kv_heads, row % kv_heads, row, row_interval, local % buckets, query // length, query % length, exists
 
 
-@triton.jit(do_not_specialize=["first_tile", "bucket_base", "length", "sinks", "window_blocks"])
+@triton.jit(do_not_specialize=["first_tile", "bucket_base", "buckets", "count", "length", "sinks", "window_blocks"])
 def s2_hyper_bucket_fwd_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, tiles, queries, keys_ptr,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     scale_log2, first_tile, bucket_base, buckets, count, period, size, group, kv_heads, length, sinks, window_blocks,
     DIM: tl.constexpr, V_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PADDED_V_DIM: tl.constexpr,
-    ROWS: tl.constexpr, STEPS: tl.constexpr, BUCKET: tl.constexpr, BLOCK: tl.constexpr, WINDOW: tl.constexpr,
+    ROWS: tl.constexpr, STEPS: tl.constexpr, BUCKET: tl.constexpr, BLOCK: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """Add one bucket's keys to the output and log-sum-exp of a tile of its queries.
 
@@ -173,14 +175,14 @@ def s2_hyper_bucket_fwd_kernel(
     acc = tl.zeros([ROWS, PADDED_V_DIM], tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     peak = tl.full([ROWS], float("-inf"), tl.float32)
-    bias = tl.zeros([STEPS], tl.float32)
     for step in range(0, BUCKET, STEPS):
         slot = bucket * BUCKET + step + tl.arange(0, STEPS)
         filled = slot < size
         keys = tl.load(sorted_keys + slot, mask=filled, other=0)
         k = gather_tile(k_base, keys, k_row, filled, DIM, PADDED_DIM)
         v = gather_tile(v_base, keys, v_row, filled, V_DIM, PADDED_V_DIM)
-        keep = filled[None, :] & not_exact(position, keys, sinks, window_blocks, BLOCK, WINDOW)
+        bias = bias_of(tl.zeros([STEPS], tl.float32), keys, filled, sinks)
+        keep = outside_window(position[:, None], keys[None, :], window_blocks, BLOCK, CAUSAL)
         acc, total, peak = _attend(acc, total, peak, q, k, v, keep, bias, scale_log2)
 
     at = row * group * length + member * length + position

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import spec as specs
 from ..backward import _PREPROCESS_ROWS, s2_attention_bwd_kernel_preprocess
-from ..configs import Config, Kernel, config_for, padded, shared_limit
+from ..configs import Config, padded, shared_limit
 from ..forward import LOG2_E
 from ..layout import BlockLayout
 from ..spec import AttentionSpec
@@ -23,6 +23,7 @@ from .backward import (
     s2_hyper_sample_dkdv_kernel,
     s2_hyper_sample_dq_kernel,
 )
+from .configs import Kernel, config_for
 from .forward import s2_hyper_bucket_fwd_kernel, s2_hyper_hash_kernel, s2_hyper_sample_fwd_kernel
 from .hashing import projections
 from .plan import Plan, Ranges, make_plan, tiles
@@ -57,15 +58,18 @@ class Call:
         return self.length <= self.settings.shortest
 
     @property
-    def window(self) -> bool:
-        return self.spec.causal or self.settings.window > 0
+    def window_blocks(self) -> int:
+        """Blocks on each side of a query's block that are exact; -1 if its own block isn't either."""
+        blocks = self.settings.window // self.settings.block
+        return blocks if blocks or self.spec.causal else -1
 
     def dims(self) -> dict[str, Any]:
         dims = {"DIM": self.dim, "V_DIM": self.v_dim, "PADDED_DIM": padded(self.dim)}
-        return dims | {"PADDED_V_DIM": padded(self.v_dim), "BLOCK": self.settings.block, "WINDOW": self.window}
+        return dims | {"PADDED_V_DIM": padded(self.v_dim), "BLOCK": self.settings.block, "CAUSAL": self.spec.causal}
 
-    def config(self, kernel: Kernel, block: int, q: Tensor) -> Config:
-        return config_for(kernel, min(block, 128), self.dim, self.v_dim, q.dtype, shared_limit(q.device))
+    def config(self, kernel: Kernel, q: Tensor) -> Config:
+        most = self.settings.bucket if kernel.startswith("bucket") else self.settings.shortest
+        return config_for(kernel, most, self.dim, self.v_dim, q.dtype, shared_limit(q.device))
 
     def layout(self, device: torch.device) -> BlockLayout:
         """Return the block layout of exact keys."""
@@ -123,7 +127,7 @@ def plan_of(q: Tensor, k: Tensor, call: Call, projection_seeds: Tensor, sample_s
 
 def sampled(x: Tensor, plan: Plan) -> Tensor:
     """Gather the sampled rows of k or v [b, h, n, d]: [all samples, d]."""
-    batch, kv_heads = x.shape[:2]
+    kv_heads = x.shape[1]
     parts = []
     for r, positions in _by_level(plan):
         row = torch.arange(plan.rows, device=x.device)[:, None]
@@ -150,7 +154,7 @@ def sample_forward(
     batch, heads, length, _ = q.shape
     out = specs.empty((batch, heads, length, call.v_dim), torch.float32, q.device)
     lse = specs.empty((batch, heads, length), torch.float32, q.device)
-    config = call.config("forward", call.settings.shortest, q)
+    config = call.config("sample forward", q)
     num_tiles = -(-length // config.rows)
     local_out, local_lse = (out, lse) if local is None else local
     with torch.cuda.device_of(q):
@@ -159,14 +163,14 @@ def sample_forward(
             plan.own_buckets, plan.sample_keys, plan.sample_buckets, plan.sample_weights,
             *strides(q), *strides(local_out), call.spec.softmax_scale * LOG2_E, num_tiles, *_sample_numbers(plan, call),
             **call.dims(), ROWS=config.rows, STEPS=config.steps, SHORTEST=call.settings.shortest,
-            CAUSAL=call.spec.causal, LOCAL=local is not None, num_warps=config.num_warps, num_stages=config.num_stages,
+            LOCAL=local is not None, num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     return out, lse
 
 
 def bucket_forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: Plan, call: Call) -> None:
     """Add each query's buckets to `out` and `lse`, level by level."""
-    config = call.config("forward", call.settings.bucket, q)
+    config = call.config("bucket forward", q)
     table, ranges = tiles(plan, config.rows)
     with torch.cuda.device_of(q):
         for r, (first, end) in zip(plan.ranges, ranges, strict=True):
@@ -214,7 +218,7 @@ def sample_dq(rows: Rows, k_s: Tensor, v_s: Tensor, local: Tensor | None, plan: 
     q = rows.q
     batch, heads, length, dim = q.shape
     dq = specs.empty((batch, heads, length, dim), torch.float32, q.device)
-    config = call.config("dq", call.settings.shortest, q)
+    config = call.config("sample dq", q)
     num_tiles = -(-length // config.rows)
     local_dq = dq if local is None else local
     with torch.cuda.device_of(q):
@@ -224,7 +228,7 @@ def sample_dq(rows: Rows, k_s: Tensor, v_s: Tensor, local: Tensor | None, plan: 
             *strides(q), *strides(rows.dout), *strides(local_dq),
             call.spec.softmax_scale, call.spec.softmax_scale * LOG2_E, num_tiles, *_sample_numbers(plan, call),
             **call.dims(), ROWS=config.rows, STEPS=config.steps, SHORTEST=call.settings.shortest,
-            CAUSAL=call.spec.causal, LOCAL=local is not None, num_warps=config.num_warps, num_stages=config.num_stages,
+            LOCAL=local is not None, num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     return dq
 
@@ -232,7 +236,7 @@ def sample_dq(rows: Rows, k_s: Tensor, v_s: Tensor, local: Tensor | None, plan: 
 def sample_dkdv(rows: Rows, k_s: Tensor, v_s: Tensor, dk: Tensor, dv: Tensor, plan: Plan, call: Call) -> None:
     """Add the samples' part to dk and dv, float32 [b, H_kv, n, d]."""
     q, length = rows.q, plan.length
-    config = call.config("dkdv", call.settings.shortest, q)
+    config = call.config("sample dkdv", q)
     for r, positions in _by_level(plan):
         level = r.level
         chunk = min(level.size, max(call.settings.shortest, _CHUNK // plan.group))
@@ -258,7 +262,7 @@ def sample_dkdv(rows: Rows, k_s: Tensor, v_s: Tensor, dk: Tensor, dv: Tensor, pl
 def bucket_dq(rows: Rows, k: Tensor, v: Tensor, dq: Tensor, plan: Plan, call: Call) -> None:
     """Add the buckets' part to dq, float32 [b, H, n, d], level by level."""
     q = rows.q
-    config = call.config("dq", call.settings.bucket, q)
+    config = call.config("bucket dq", q)
     table, ranges = tiles(plan, config.rows)
     with torch.cuda.device_of(q):
         for r, (first, end) in zip(plan.ranges, ranges, strict=True):
@@ -275,7 +279,7 @@ def bucket_dq(rows: Rows, k: Tensor, v: Tensor, dq: Tensor, plan: Plan, call: Ca
 def bucket_dkdv(rows: Rows, k: Tensor, v: Tensor, dk: Tensor, dv: Tensor, plan: Plan, call: Call) -> None:
     """Add the buckets' part to dk and dv, float32 [b, H_kv, n, d], level by level."""
     q = rows.q
-    config = call.config("dkdv", call.settings.bucket, q)
+    config = call.config("bucket dkdv", q)
     with torch.cuda.device_of(q):
         for r in plan.ranges:
             buckets = plan.rows * r.level.count * r.buckets
@@ -291,7 +295,7 @@ def bucket_dkdv(rows: Rows, k: Tensor, v: Tensor, dk: Tensor, dv: Tensor, plan: 
 
 def _numbers(plan: Plan, call: Call) -> tuple[int, ...]:
     settings = call.settings
-    return plan.group, call.kv_heads, plan.length, settings.sinks, settings.window // settings.block
+    return plan.group, call.kv_heads, plan.length, settings.sinks, call.window_blocks
 
 
 def _sample_numbers(plan: Plan, call: Call) -> tuple[int, ...]:

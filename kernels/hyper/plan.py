@@ -1,7 +1,7 @@
 """What one call reads: sorted keys, each query's buckets, samples, and the order of work.
 
-Everything is computed on the device, in sizes that follow from shapes alone, so that the host never waits. A row is a KV
-head of a sequence. Arrays are flat and ordered by level, then row, then interval: all levels share one sort of keys,
+Everything is computed on the device, in sizes that follow from shapes alone, so that the host never waits. A row is a
+KV head of a sequence. Arrays are flat and ordered by level, then row, then interval: all levels share one sort of keys,
 one search and one sort of queries, and each level's part is a range known to the host.
 """
 
@@ -159,8 +159,7 @@ def _tagged(ranks: Tensor, r: Ranges, settings: HyperSettings, dtype: torch.dtyp
 
     Rows beyond the sequence, which only readers have, are -1.
     """
-    rows, members, _ = ranks.shape
-    level = r.level
+    rows, level = len(ranks), r.level
     number = torch.arange(rows * level.count, dtype=dtype, device=ranks.device) + r.interval_base
     number = number.view(rows, 1, level.count, 1) << settings.projections
     taken = _windows(ranks, level, shift).to(dtype)
