@@ -103,29 +103,57 @@ def make_plan(q_ranks: Tensor, k_ranks: Tensor, settings: HyperSettings, sample_
     batch, kv_heads, length = k_ranks.shape
     rows, group = batch * kv_heads, q_ranks.shape[1] // kv_heads
     ranges = ranges_of(settings, length, causal, rows, group)
-    last = ranges[-1]
-    entries = last.query_base + rows * group * last.level.count * last.level.size
+    entries = ranges[-1].query_base + rows * group * ranges[-1].level.count * ranges[-1].level.size
     if max(entries, group * length) >= 2**31:
         raise ValueError(f"{entries} pairs of queries and intervals are too many: split the batch or the heads")
-    intervals = last.interval_base + rows * last.level.count
-    dtype = torch.int32 if intervals << settings.projections < 2**31 else torch.int64
-    tagged_keys = torch.cat([_tagged(k_ranks.view(rows, 1, length), r, settings, dtype, 0) for r in ranges])
-    ordered, where = tagged_keys.sort(stable=True)
-    keys = torch.cat([_positions(r, rows, 1, 0, length, where.device) for r in ranges])[where]
-
-    firsts = torch.cat(
-        [_of_level(ordered, r, rows)[..., :: settings.bucket].flatten() for r in ranges]
-    )  # of each bucket: ascending over all of them
-    tagged = torch.cat([_tagged(q_ranks.view(rows, group, length), r, settings, dtype, r.level.shift) for r in ranges])
-    own_buckets, of_all = _buckets(tagged, firsts, ranges, rows, group)
-    by_bucket, where = of_all.sort(stable=True)
-    queries = torch.cat([_positions(r, rows, group, r.level.shift, length, where.device) for r in ranges])[where]
-    every = torch.arange(len(firsts) + 1, dtype=torch.int32, device=where.device)
-    bucket_starts = torch.searchsorted(by_bucket, every, out_int32=True)
+    ordered, keys = sort_keys(k_ranks, ranges, settings)
+    own_buckets, of_all, num_buckets = find_buckets(q_ranks, ordered, ranges, settings, rows)
+    queries, bucket_starts = sort_queries(of_all, num_buckets, ranges, length, rows, group)
     return Plan(
         length, rows, group, ranges, keys, own_buckets, queries, bucket_starts,
-        *_samples(keys, ranges, rows, kv_heads, settings, sample_seeds),
+        *draw_samples(keys, ranges, rows, settings, sample_seeds),
     )  # fmt: skip
+
+
+def sort_keys(k_ranks: Tensor, ranges: tuple[Ranges, ...], settings: HyperSettings) -> tuple[Tensor, Tensor]:
+    """Sort keys by hash within each interval, in one sort over all.
+
+    Returns:
+        The sorted hashes, each with its interval's number in front, and the keys' positions.
+    """
+    batch, kv_heads, length = k_ranks.shape
+    rows, last = batch * kv_heads, ranges[-1]
+    intervals = last.interval_base + rows * last.level.count
+    dtype = torch.int32 if intervals << settings.projections < 2**31 else torch.int64
+    tagged = torch.cat([_tagged(k_ranks.reshape(rows, 1, length), r, settings, dtype, 0) for r in ranges])
+    ordered, where = tagged.sort(stable=True)
+    return ordered, torch.cat([_positions(r, rows, 1, 0, length, where.device) for r in ranges])[where]
+
+
+def find_buckets(
+    q_ranks: Tensor, ordered: Tensor, ranges: tuple[Ranges, ...], settings: HyperSettings, rows: int
+) -> tuple[Tensor, Tensor, int]:
+    """Find each query's bucket in the interval that it reads at each level.
+
+    Returns:
+        The bucket within the interval, the bucket counted over all levels, and how many these are.
+    """
+    length = q_ranks.shape[-1]
+    of_rows = q_ranks.reshape(rows, -1, length)
+    # of each bucket: ascending over all of them
+    firsts = torch.cat([_of_level(ordered, r, rows)[..., :: settings.bucket].flatten() for r in ranges])
+    tagged = torch.cat([_tagged(of_rows, r, settings, ordered.dtype, r.level.shift) for r in ranges])
+    return *_buckets(tagged, firsts, ranges, rows, of_rows.shape[1]), len(firsts)
+
+
+def sort_queries(
+    of_all: Tensor, num_buckets: int, ranges: tuple[Ranges, ...], length: int, rows: int, group: int
+) -> tuple[Tensor, Tensor]:
+    """Sort queries by bucket; return them, and where each bucket's begin."""
+    by_bucket, where = of_all.sort(stable=True)
+    positions = [_positions(r, rows, group, r.level.shift, length, where.device) for r in ranges]
+    every = torch.arange(num_buckets + 1, dtype=torch.int32, device=where.device)
+    return torch.cat(positions)[where], torch.searchsorted(by_bucket, every, out_int32=True)
 
 
 def tiles(plan: Plan, tile_rows: int) -> tuple[Tensor, list[tuple[int, int]]]:
@@ -213,15 +241,15 @@ def _buckets(
     return torch.cat(own), torch.cat(of_all)
 
 
-def _samples(
-    keys: Tensor, ranges: tuple[Ranges, ...], rows: int, kv_heads: int, settings: HyperSettings, seeds: Tensor
+def draw_samples(
+    keys: Tensor, ranges: tuple[Ranges, ...], rows: int, settings: HyperSettings, seeds: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Draw each interval's samples; return their positions, buckets and log-weights, flat."""
     positions, buckets, weights = [], [], []
     for r in ranges:
         interval = torch.arange(r.level.count, device=keys.device)[:, None]
         slots, sizes = sample_slots(seeds[:, None], r.level.number, interval, r.level.size, settings.samples)
-        slots = slots.expand(rows // kv_heads, *slots.shape).flatten(0, 1)  # [rows, intervals, samples]
+        slots = slots.expand(rows // len(seeds), *slots.shape).flatten(0, 1)  # [rows, intervals, samples]
         positions.append(_of_level(keys, r, rows).gather(-1, slots).flatten())
         buckets.append((slots // settings.bucket).to(torch.int32).flatten())
         weights.append(sizes.float().log2())
