@@ -50,11 +50,11 @@ _LENGTHS = {"4k": 4096, "8k": 8192, "16k": 16384, "32k": 32768, "64k": 65536, "1
 _PHASE_PASSES = 5
 _TUNED: dict[hyper_configs.Kernel, tuple[Config, ...]] = {
     "sample forward": (Config(128, 64, 8, 2), Config(64, 64, 4, 3)),
-    "bucket forward": (Config(128, 64, 8, 2), Config(64, 64, 4, 3), Config(64, 32, 4, 3)),
+    "bucket forward": (Config(64, 64, 4, 2), Config(64, 64, 4, 3), Config(128, 64, 8, 3)),
     "sample dq": (Config(128, 64, 8, 3), Config(64, 64, 4, 2)),
-    "bucket dq": (Config(128, 64, 8, 2), Config(64, 32, 4, 2)),
+    "bucket dq": (Config(64, 64, 4, 2), Config(64, 64, 4, 3), Config(128, 64, 8, 3)),
     "sample dkdv": (Config(64, 64, 4, 2), Config(128, 32, 8, 2)),
-    "bucket dkdv": (Config(64, 64, 4, 2), Config(128, 32, 8, 2), Config(128, 32, 8, 3)),
+    "bucket dkdv": (Config(128, 64, 8, 2), Config(128, 64, 8, 3), Config(64, 64, 4, 3)),
 }
 
 

@@ -207,10 +207,12 @@ def s2_hyper_bucket_dq_kernel(
     v_base = v_ptr + b * v_batch + kv * v_head
     sorted_keys = keys_ptr + row_interval.to(tl.int64) * size
     dq = tl.zeros([ROWS, PADDED_DIM], tl.float32)
+    slots = bucket * BUCKET + tl.arange(0, STEPS)
+    next_keys = tl.load(sorted_keys + slots, mask=slots < size, other=0)
     for step in range(0, BUCKET, STEPS):
-        slot = bucket * BUCKET + step + tl.arange(0, STEPS)
-        filled = slot < size
-        keys = tl.load(sorted_keys + slot, mask=filled, other=0)
+        keys = next_keys
+        filled = slots + step < size
+        next_keys = tl.load(sorted_keys + slots + step + STEPS, mask=slots + step + STEPS < size, other=0)
         k = gather_tile(k_base, keys, k_row, filled, DIM, PADDED_DIM)
         v = gather_tile(v_base, keys, v_row, filled, V_DIM, PADDED_V_DIM)
         bias = bias_of(tl.zeros([STEPS], tl.float32), keys, filled, sinks)
@@ -250,9 +252,12 @@ def s2_hyper_bucket_dkdv_kernel(
     dk = tl.zeros([ROWS, PADDED_DIM], tl.float32)
     dv = tl.zeros([ROWS, PADDED_V_DIM], tl.float32)
     bias = bias_of(tl.zeros([ROWS], tl.float32), keys, filled, sinks)
+    steps = tl.arange(0, STEPS)
+    next_query = tl.load(queries + begin + steps, mask=begin + steps < end, other=0)
     for first in range(begin, end, STEPS):
-        exists = first + tl.arange(0, STEPS) < end
-        query = tl.load(queries + first + tl.arange(0, STEPS), mask=exists, other=0)
+        query = next_query
+        exists = first + steps < end
+        next_query = tl.load(queries + first + STEPS + steps, mask=first + STEPS + steps < end, other=0)
         member, position = (query // length).to(tl.int64), query % length
         at_row = position.to(tl.int64)
         q = gather_tile(q_base, member * q_head + at_row * q_row, 1, exists, DIM, PADDED_DIM)

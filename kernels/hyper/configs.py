@@ -13,14 +13,15 @@ from ..configs import Config, padded
 Kernel = Literal["sample forward", "bucket forward", "sample dq", "bucket dq", "sample dkdv", "bucket dkdv"]
 
 # 16-bit inputs, by padded head dimension. A program holds `rows` (queries; keys for dk/dv) and iterates over tiles of
-# `steps`. Bucket kernels wait for gathered rows with few steps to hide it: small programs, several on a multiprocessor.
+# `steps`. Bucket kernels wait for gathered rows with few steps to hide it: small programs, two on a multiprocessor, and
+# three stages, since the first only looks up which rows to load.
 HALF: dict[Kernel, dict[int, Config]] = {
     "sample forward": {64: Config(128, 64, 8, 3), 128: Config(128, 64, 8, 3), 256: Config(64, 32, 8, 2)},
-    "bucket forward": {64: Config(64, 64, 4, 2), 128: Config(64, 64, 4, 2), 256: Config(64, 32, 8, 2)},
+    "bucket forward": {64: Config(64, 64, 4, 3), 128: Config(64, 32, 4, 3), 256: Config(64, 32, 8, 2)},
     "sample dq": {64: Config(128, 64, 8, 3), 128: Config(128, 64, 8, 2), 256: Config(64, 32, 8, 2)},
-    "bucket dq": {64: Config(64, 64, 4, 2), 128: Config(64, 64, 4, 2), 256: Config(64, 32, 8, 2)},
+    "bucket dq": {64: Config(64, 64, 4, 3), 128: Config(64, 32, 4, 3), 256: Config(64, 32, 8, 2)},
     "sample dkdv": {64: Config(128, 64, 8, 2), 128: Config(128, 64, 8, 2), 256: Config(64, 32, 8, 2)},
-    "bucket dkdv": {64: Config(128, 64, 8, 2), 128: Config(128, 64, 8, 2), 256: Config(64, 32, 8, 2)},
+    "bucket dkdv": {64: Config(128, 64, 8, 3), 128: Config(128, 32, 8, 3), 256: Config(64, 32, 8, 2)},
 }
 # float32: full-precision products run on the CUDA cores, from registers
 _SINGLE = {64: Config(32, 32, 8, 1), 128: Config(32, 32, 8, 1), 256: Config(16, 16, 4, 1)}

@@ -175,10 +175,13 @@ def s2_hyper_bucket_fwd_kernel(
     acc = tl.zeros([ROWS, PADDED_V_DIM], tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     peak = tl.full([ROWS], float("-inf"), tl.float32)
+    # keys of a step are looked up in the step before, so that gathered rows can be loaded ahead
+    slots = bucket * BUCKET + tl.arange(0, STEPS)
+    next_keys = tl.load(sorted_keys + slots, mask=slots < size, other=0)
     for step in range(0, BUCKET, STEPS):
-        slot = bucket * BUCKET + step + tl.arange(0, STEPS)
-        filled = slot < size
-        keys = tl.load(sorted_keys + slot, mask=filled, other=0)
+        keys = next_keys
+        filled = slots + step < size
+        next_keys = tl.load(sorted_keys + slots + step + STEPS, mask=slots + step + STEPS < size, other=0)
         k = gather_tile(k_base, keys, k_row, filled, DIM, PADDED_DIM)
         v = gather_tile(v_base, keys, v_row, filled, V_DIM, PADDED_V_DIM)
         bias = bias_of(tl.zeros([STEPS], tl.float32), keys, filled, sinks)

@@ -63,6 +63,9 @@ def hyper_attention(
         backend: see `resolve_backend`; exact keys take Hopper's kernels where possible.
         return_lse: also return the natural log-sum-exp of weighted scores, float32 [b, H, n] (float64 for float64).
 
+    torch.compile traces the kernels as one operator, which makes the plan (hashes and their order) once more for the
+    backward. Activation checkpointing needs ``use_reentrant=False``.
+
     Returns:
         Output with q's shape and d_v in place of d, contiguous; with `return_lse` also the log-sum-exp. Both are
         differentiable.
@@ -79,10 +82,12 @@ def hyper_attention(
         if q.dtype not in _TRITON_DTYPES:
             raise ValueError(f"q is {q.dtype}: the {resolved} backend takes {_TRITON_DTYPES}; cast q, k and v")
         # imported here so that a process loads only the backend that it uses
+        from .custom_op import traced
         from .triton_backend import triton_hyper_attention
 
         spec = AttentionSpec(scale, causal, 0, None, format, portable=resolved == "portable")
-        out, lse = triton_hyper_attention(q, k, v, settings, projection_seeds, sample_seeds, spec)
+        attend = traced if torch.compiler.is_compiling() else triton_hyper_attention
+        out, lse = attend(q, k, v, settings, projection_seeds, sample_seeds, spec)
         return (out, lse) if return_lse else out
     precise = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v)]
     out, lse = reference_hyper_attention(

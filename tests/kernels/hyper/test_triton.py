@@ -8,6 +8,7 @@ from s2train.kernels.hyper import HyperSettings, hyper_attention
 from s2train.kernels.hyper.hashing import gray_ranks, projections
 from s2train.kernels.hyper.plan import make_plan, tiles
 from s2train.kernels.hyper.reference import key_weights
+from torch.utils.checkpoint import checkpoint
 
 from tests.kernels.hyper.cases import SMALL, HyperProblem, assert_as_exact_as_torch
 
@@ -111,3 +112,28 @@ def test_on_a_gpu_as_exact_as_torch(dtype: torch.dtype, dim: int, causal: bool, 
     settings = HyperSettings(bucket=128, samples=96, projections=12, shortest=256, window=128, sinks=64)
     problem = HyperProblem(2333, heads=4, kv_heads=2, dim=dim, dtype=dtype, settings=settings)
     assert_as_exact_as_torch(replace(problem, options={"causal": causal}), "triton", device)
+
+
+def test_a_compiled_call_equals_an_eager_one(device: torch.device) -> None:
+    problem = HyperProblem(70, heads=1, settings=WIDE)
+    inputs, seeds, dout, dlse = problem.make(device)
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seeds: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return hyper_attention(q, k, v, WIDE, seeds[0], seeds[1], return_lse=True, backend="triton")
+
+    results = []
+    for function in (attend, torch.compile(attend, fullgraph=True, backend="aot_eager")):
+        out = function(*inputs, seeds)
+        results.append((*out, *torch.autograd.grad(out, inputs, (dout, dlse))))
+    assert all(a.equal(b) for a, b in zip(*results, strict=True))
+
+
+def test_checkpointing_recomputes_the_same(device: torch.device) -> None:
+    (q, k, v), seeds, dout, _ = HyperProblem(70, heads=1, settings=WIDE).make(device)
+
+    def attend(*qkv: torch.Tensor) -> torch.Tensor:
+        return hyper_attention(*qkv, WIDE, *seeds, backend="triton")
+
+    direct = torch.autograd.grad(attend(q, k, v), (q, k, v), dout)
+    again = torch.autograd.grad(checkpoint(attend, q, k, v, use_reentrant=False), (q, k, v), dout)
+    assert all(a.equal(b) for a, b in zip(direct, again, strict=True))
