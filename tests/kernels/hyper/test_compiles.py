@@ -1,0 +1,92 @@
+"""The kernels of HyperAttention compile for Hopper without a GPU, and fit in its shared memory.
+
+In a process of its own: Triton compiles only where it does not interpret.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton
+from triton.backends.nvidia.compiler import get_ptxas
+
+from tests.kernels.test_decode_compiles import SHARED_BYTES, Hopper
+from tests.program import reported
+
+KERNELS = ("hash", "sample_fwd", "bucket_fwd", "sample_dq", "sample_dkdv", "bucket_dq", "bucket_dkdv")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dim", "causal"), [(128, True), (64, False)])
+def test_compile_for_hopper(dim: int, causal: bool) -> None:
+    found = reported(__name__, [dim, causal])
+    assert set(found) == {f"s2_hyper_{name}_kernel" for name in KERNELS}
+    for name, kernel in found.items():
+        assert kernel["shared"] <= SHARED_BYTES, name
+        # what is kept over all steps of dk and dv is more than a program's registers
+        assert kernel["spilled_bytes"] <= (256 if "dkdv" in name else 16), name
+    # gathered rows are loaded ahead: not every wait is for all loads
+    for name in ("bucket_fwd", "bucket_dq", "bucket_dkdv"):
+        assert max(found[f"s2_hyper_{name}_kernel"]["waits"]) > 0, name
+
+
+def report(dim: int, causal: bool) -> dict[str, Any]:
+    """Compile what one forward and backward launches, without launching it."""
+    from s2train.kernels.hyper import HyperSettings, launches
+    from s2train.kernels.hyper.plan import make_plan
+    from s2train.kernels.spec import AttentionSpec
+
+    triton.runtime.driver.set_active(Hopper())
+    launches.shared_limit = lambda device: SHARED_BYTES  # type: ignore[assignment]
+    found: dict[str, Any] = {}
+    for name in KERNELS:
+        kernel = f"s2_hyper_{name}_kernel"
+        setattr(launches, kernel, Compiled(getattr(launches, kernel), found))
+    settings, length = HyperSettings(), 2048
+    q, k = (torch.zeros(1, heads, length, dim, dtype=torch.bfloat16) for heads in (8, 2))
+    call = launches.call_of(q, k, k, settings, AttentionSpec(0.1, causal, 0, None, "bhsd"))
+    launches.hash_all(q, k, torch.arange(2), settings.projections)
+    ranks = (torch.randint(65536, (1, heads, length), dtype=torch.int32) for heads in (8, 2))
+    plan = make_plan(*ranks, settings, torch.arange(2), causal)
+    k_s = launches.sampled(k, plan)
+    lse = torch.zeros(1, 8, length)
+    sums, _ = launches.sample_forward(q, k_s, k_s, (q, lse), plan, call)
+    launches.bucket_forward(q, k, k, sums, lse, plan, call)
+    rows, grads = launches.Rows(q, q, lse, lse), torch.zeros(2, *k.shape)
+    launches.bucket_dq(rows, k, k, launches.sample_dq(rows, k_s, k_s, q, plan, call), plan, call)
+    launches.sample_dkdv(rows, k_s, k_s, *grads, plan, call)
+    launches.bucket_dkdv(rows, k, k, *grads, plan, call)
+    return found
+
+
+class Compiled:
+    """Stands in for a kernel: compiles it for a launch's arguments, and notes what it takes."""
+
+    def __init__(self, kernel: Any, found: dict[str, Any]) -> None:
+        self.kernel, self.found = kernel, found
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return self.compile
+
+    def compile(self, *arguments: Any, **options: Any) -> None:
+        kernel = self.kernel.run(*arguments, grid=(1,), warmup=True, **options)
+        with tempfile.TemporaryDirectory() as folder:
+            ptx = Path(folder, "kernel.ptx")
+            ptx.write_text(kernel.asm["ptx"])
+            command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", str(ptx), "-o", str(ptx) + ".o"]
+            log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        self.found[self.kernel.fn.__name__] = {
+            "shared": kernel.metadata.shared,
+            "spilled_bytes": sum(int(x) for x in re.findall(r"(\d+) bytes spill stores", log)),
+            "waits": [int(x) for x in re.findall(r"cp.async.wait_group\s+(\d+)", kernel.asm["ptx"])],
+        }
+
+
+if __name__ == "__main__":
+    print(json.dumps(report(*json.loads(sys.argv[1]))))
