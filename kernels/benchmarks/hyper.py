@@ -99,9 +99,9 @@ def check(args: argparse.Namespace, device: torch.device, causal: bool) -> dict[
     ranks = launches.hash_all(*views, seeds[0], settings.projections) if device.type == "cuda" else None
 
     def results(dtype: torch.dtype) -> tuple[Tensor, ...]:
-        leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
-        out, _ = reference_hyper_attention(*leaves, settings, *seeds, causal=causal, ranks=ranks)
-        return out, *torch.autograd.grad(out, leaves, dout.to(dtype))
+        x, y, z = (x.detach().to(dtype).requires_grad_() for x in (q, k, v))
+        out, _ = reference_hyper_attention(x, y, z, settings, seeds[0], seeds[1], causal=causal, ranks=ranks)
+        return out, *torch.autograd.grad(out, (x, y, z), dout.to(dtype))
 
     out = hyper_attention(q, k, v, settings, *seeds, causal=causal)
     ours = (out, *torch.autograd.grad(out, (q, k, v), dout))
@@ -119,7 +119,7 @@ def measure(word: str, args: argparse.Namespace, clock: Clock, device: torch.dev
     seeds = torch.randint(1 << 60, (2, args.kv_heads), device=device)
     if device.type == "cuda":
         with failures() as failed:
-            record["phases"] = phases(*inputs, settings, seeds, causal, clock, args.tune)
+            record["phases"] = phases(inputs, settings, seeds, causal, clock, args.tune)
         if failed:
             record["layers"]["phases"] = {"error": failed[0]}
     makers: dict[str, tuple[str, Callable[[], Attention]]] = {
@@ -165,11 +165,10 @@ def layer(attend: Attention, inputs: tuple[Tensor, ...], format: str, clock: Clo
 
 
 def phases(
-    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, settings: HyperSettings, seeds: Tensor, causal: bool, clock: Clock,
-    tune: bool,
-) -> Record:  # fmt: skip
+    inputs: tuple[Tensor, ...], settings: HyperSettings, seeds: Tensor, causal: bool, clock: Clock, tune: bool
+) -> Record:
     """Return each phase's median ms in order; with `tune`, those of other tile sizes too."""
-    qh, kh, vh, dh = (to_bhsd(x.detach(), "sbhd") for x in (q, k, v, dout))
+    qh, kh, vh, dh = (to_bhsd(x.detach(), "sbhd") for x in inputs)
     spec = AttentionSpec(1 / math.sqrt(qh.shape[-1]), causal, 0, None, "sbhd")
     call = launches.call_of(qh, kh, vh, settings, spec)
     times: Record = {}
@@ -193,7 +192,7 @@ def phases(
     _, of_all, buckets = timed("find buckets", lambda: find_buckets(ranks[0], ordered, ranges, settings, rows))
     timed("sort queries", lambda: sort_queries(of_all, buckets, ranges, call.length, rows, group))
     timed("draw samples", lambda: draw_samples(keys, ranges, rows, settings, seeds[1]))
-    plan = make_plan(*ranks, settings, seeds[1], causal)
+    plan = make_plan(ranks[0], ranks[1], settings, seeds[1], causal)
     counts = plan.bucket_starts.diff()
     times["fullest bucket over mean"] = (counts.max() / counts.float().mean()).item()
     k_s, v_s = timed("gather samples", lambda: (launches.sampled(kh, plan), launches.sampled(vh, plan)))
@@ -208,8 +207,8 @@ def phases(
     delta = timed("delta", lambda: launches.delta_of(out, dh, lse, None))
     grads = None
     if call.local:
-        run = partial(launches.local_backward, qh, kh, vh, out, lse, dh, None, call)
-        grads = timed("exact keys backward", run)
+        local_backward = partial(launches.local_backward, qh, kh, vh, out, lse, dh, None, call)
+        grads = timed("exact keys backward", local_backward)
     read = launches.Rows(qh, dh, lse, delta)
     dq = timed("samples dq", lambda: launches.sample_dq(read, k_s, v_s, grads[0] if grads else None, plan, call))
     timed("buckets dq", lambda: launches.bucket_dq(read, kh, vh, dq, plan, call))

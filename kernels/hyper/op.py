@@ -89,9 +89,17 @@ def hyper_attention(
         attend = traced if torch.compiler.is_compiling() else triton_hyper_attention
         out, lse = attend(q, k, v, settings, projection_seeds, sample_seeds, spec)
         return (out, lse) if return_lse else out
-    precise = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v)]
+    precise = torch.promote_types(q.dtype, torch.float32)
     out, lse = reference_hyper_attention(
-        *precise, settings, projection_seeds, sample_seeds, softmax_scale=scale, causal=causal, format=format
+        q.to(precise),
+        k.to(precise),
+        v.to(precise),
+        settings,
+        projection_seeds,
+        sample_seeds,
+        softmax_scale=scale,
+        causal=causal,
+        format=format,
     )
     out = out.to(q.dtype)
     return (out, lse) if return_lse else out

@@ -57,16 +57,16 @@ class Plan:
     sample_buckets: Tensor
     sample_weights: Tensor
 
-    @staticmethod
-    def names() -> tuple[str, ...]:
-        """Name the arrays, which autograd saves."""
-        return (
-            "keys", "own_buckets", "queries", "bucket_starts", "sample_keys", "sample_buckets", "sample_weights",
-        )  # fmt: skip
+    def sizes(self) -> tuple[int, int, int, tuple[Ranges, ...]]:
+        """Return what is no array, in the order of the fields."""
+        return self.length, self.rows, self.group, self.ranges
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """Return the arrays in the order of `names`."""
-        return tuple(getattr(self, name) for name in self.names())
+        """Return the arrays in the order of the fields, to be saved by autograd."""
+        return (
+            self.keys, self.own_buckets, self.queries, self.bucket_starts, self.sample_keys, self.sample_buckets,
+            self.sample_weights,
+        )  # fmt: skip
 
 
 def ranges_of(settings: HyperSettings, length: int, causal: bool, rows: int, group: int) -> tuple[Ranges, ...]:

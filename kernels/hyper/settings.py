@@ -97,7 +97,7 @@ def levels(settings: HyperSettings, length: int, causal: bool) -> list[Level]:
         return []
     if not causal:
         return [Level(0, length, 1, 0, 0)]
-    found = []
+    found: list[Level] = []
     size = shortest
     while size < length:
         found.append(Level(len(found), size, -(-(length - size) // (2 * size)), 2 * size, size))

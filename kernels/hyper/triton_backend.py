@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,7 +29,7 @@ class _HyperAttention(torch.autograd.Function):
         call = call_of(q, k, v, settings, spec)
         out, lse, plan = run_forward(q, k, v, call, projection_seeds, sample_seeds)
         ctx.save_for_backward(q, k, v, out, lse, *(() if plan is None else plan.tensors()))
-        ctx.call, ctx.plan = call, None if plan is None else replace(plan, **dict.fromkeys(plan.names(), None))
+        ctx.call, ctx.sizes = call, None if plan is None else plan.sizes()
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -41,7 +40,7 @@ class _HyperAttention(torch.autograd.Function):
         nothing = (None,) * 4
         if dout is None and dlse is None:
             return None, None, None, *nothing
-        plan = None if ctx.plan is None else replace(ctx.plan, **dict(zip(ctx.plan.names(), arrays, strict=True)))
+        plan = None if ctx.sizes is None else Plan(*ctx.sizes, *arrays)
         return *run_backward(q, k, v, out, lse, dout, dlse, plan, ctx.call), *nothing
 
 
@@ -65,7 +64,7 @@ def run_forward(
     plan = launches.plan_of(q, k, call, projection_seeds, sample_seeds)
     out, lse = launches.sample_forward(q, launches.sampled(k, plan), launches.sampled(v, plan), local, plan, call)
     launches.bucket_forward(q, k, v, out, lse, plan, call)
-    return specs.empty_bhsd(tuple(out.shape), q, call.spec.format).copy_(out), lse, plan
+    return _cast(out, q, call), lse, plan
 
 
 def run_backward(
@@ -90,8 +89,13 @@ def run_backward(
     del local
     launches.sample_dkdv(rows, k_s, v_s, dk, dv, plan, call)
     launches.bucket_dkdv(rows, k, v, dk, dv, plan, call)
-    dq, dk, dv = (specs.empty_bhsd(tuple(x.shape), q, call.spec.format).copy_(x) for x in (dq, dk, dv))
-    return dq, dk, dv
+    return _cast(dq, q, call), _cast(dk, q, call), _cast(dv, q, call)
+
+
+def _cast(x: Tensor, like: Tensor, call: Call) -> Tensor:
+    """Copy [b, h, n, d] to `like`'s dtype, contiguous in the call's format."""
+    b, h, n, d = x.shape
+    return specs.empty_bhsd((b, h, n, d), like, call.spec.format).copy_(x)
 
 
 def _float32(x: Tensor) -> Tensor:
