@@ -34,8 +34,9 @@ from ..configs import Config
 from ..flash4 import fa4_functions, fa4_problem, fa4_refuses
 from ..hyper import HyperSettings, hyper_attention, launches, reference_hyper_attention
 from ..hyper import configs as hyper_configs
-from ..hyper.plan import draw_samples, find_buckets, make_plan, ranges_of, sort_keys, sort_queries
+from ..hyper.plan import draw_samples, make_plan, ranges_of
 from ..hyper.plan import tiles as bucket_tiles
+from ..hyper.plan_kernels import find_buckets, sort_keys, sort_queries
 from ..provenance import origin
 from ..spec import AttentionSpec, to_bhsd
 from .__main__ import _machine, _save
@@ -188,11 +189,12 @@ def phases(
     ranks = timed("hash", lambda: launches.hash_all(qh, kh, seeds[0], settings.projections))
     rows, group = kh.shape[0] * kh.shape[1], qh.shape[1] // kh.shape[1]
     ranges = ranges_of(settings, call.length, causal, rows, group)
-    ordered, keys = timed("sort keys", lambda: sort_keys(ranks[1], ranges, settings))
-    _, of_all, buckets = timed("find buckets", lambda: find_buckets(ranks[0], ordered, ranges, settings, rows))
-    timed("sort queries", lambda: sort_queries(of_all, buckets, ranges, call.length, rows, group))
+    ordered, keys = timed("sort keys", lambda: sort_keys(ranks[1], ranges, settings, causal))
+    _, of_all, buckets = timed("find buckets", lambda: find_buckets(ranks[0], ordered, ranges, settings, rows, causal))
+    sizes = (call.length, rows, group)
+    timed("sort queries", lambda: sort_queries(of_all, buckets, ranges, *sizes, settings, causal))
     timed("draw samples", lambda: draw_samples(keys, ranges, rows, settings, seeds[1]))
-    plan = make_plan(ranks[0], ranks[1], settings, seeds[1], causal)
+    plan = make_plan(ranks[0], ranks[1], settings, seeds[1], causal, kernels=True)
     counts = plan.bucket_starts.diff()
     times["fullest bucket over mean"] = (counts.max() / counts.float().mean()).item()
     k_s, v_s = timed("gather samples", lambda: (launches.sampled(kh, plan), launches.sampled(vh, plan)))
@@ -248,7 +250,9 @@ def phases(
 def case_table(record: Record) -> Table:
     """Tabulate phases and layers; ratios are the contender's time over ours."""
     title = f"{record['case']}: {record['heads']} heads, {record['kv_heads']} KV heads, head dimension {record['dim']}"
-    table = Table("", "forward ms", "backward ms", "both ms", "over hyper", "one call ms", "GB", title=title, box=None)
+    table = Table(
+        "phase ms", "forward ms", "backward ms", "both ms", "over hyper", "one call ms", "GB", title=title, box=None
+    )
     ours = record["layers"]["hyper"]
     for name, layer in record["layers"].items():
         if "error" in layer:

@@ -122,7 +122,7 @@ def hash_all(q: Tensor, k: Tensor, seeds: Tensor, number: int) -> tuple[Tensor, 
 def plan_of(q: Tensor, k: Tensor, call: Call, projection_seeds: Tensor, sample_seeds: Tensor) -> Plan:
     """Hash, sort and sample; there is at least one interval."""
     ranks = hash_all(q, k, projection_seeds, call.settings.projections)
-    return make_plan(*ranks, call.settings, sample_seeds, call.spec.causal)
+    return make_plan(*ranks, call.settings, sample_seeds, call.spec.causal, kernels=True)
 
 
 def sampled(x: Tensor, plan: Plan) -> Tensor:

@@ -94,11 +94,22 @@ def ranges_of(settings: HyperSettings, length: int, causal: bool, rows: int, gro
     )
 
 
-def make_plan(q_ranks: Tensor, k_ranks: Tensor, settings: HyperSettings, sample_seeds: Tensor, causal: bool) -> Plan:
+def make_plan(
+    q_ranks: Tensor,
+    k_ranks: Tensor,
+    settings: HyperSettings,
+    sample_seeds: Tensor,
+    causal: bool,
+    *,
+    kernels: bool = False,
+) -> Plan:
     """Sort keys and queries by their hashes, int32 [b, H, n] and [b, H_kv, n], and draw samples.
 
     There is at least one level: the sequence is longer than the shortest interval. Raises ValueError for more entries
     than 32 bits can count.
+
+    Args:
+        kernels: make the same plan with Triton kernels.
     """
     batch, kv_heads, length = k_ranks.shape
     rows, group = batch * kv_heads, q_ranks.shape[1] // kv_heads
@@ -106,13 +117,30 @@ def make_plan(q_ranks: Tensor, k_ranks: Tensor, settings: HyperSettings, sample_
     entries = ranges[-1].query_base + rows * group * ranges[-1].level.count * ranges[-1].level.size
     if max(entries, group * length) >= 2**31:
         raise ValueError(f"{entries} pairs of queries and intervals are too many: split the batch or the heads")
-    ordered, keys = sort_keys(k_ranks, ranges, settings)
-    own_buckets, of_all, num_buckets = find_buckets(q_ranks, ordered, ranges, settings, rows)
-    queries, bucket_starts = sort_queries(of_all, num_buckets, ranges, length, rows, group)
+    if kernels:
+        # imported here so that a process without Triton can make plans
+        from . import plan_kernels
+
+        ordered, keys = plan_kernels.sort_keys(k_ranks, ranges, settings, causal)
+        buckets = plan_kernels.find_buckets(q_ranks, ordered, ranges, settings, rows, causal)
+        own_buckets, of_all, num_buckets = buckets
+        queries, bucket_starts = plan_kernels.sort_queries(
+            of_all, num_buckets, ranges, length, rows, group, settings, causal
+        )
+    else:
+        ordered, keys = sort_keys(k_ranks, ranges, settings)
+        own_buckets, of_all, num_buckets = find_buckets(q_ranks, ordered, ranges, settings, rows)
+        queries, bucket_starts = sort_queries(of_all, num_buckets, ranges, length, rows, group)
     return Plan(
         length, rows, group, ranges, keys, own_buckets, queries, bucket_starts,
         *draw_samples(keys, ranges, rows, settings, sample_seeds),
     )  # fmt: skip
+
+
+def tag_dtype(ranges: tuple[Ranges, ...], rows: int, settings: HyperSettings) -> torch.dtype:
+    """Return the smallest dtype that holds every interval's number and a hash: it is sorted faster."""
+    intervals = ranges[-1].interval_base + rows * ranges[-1].level.count
+    return torch.int32 if intervals << settings.projections < 2**31 else torch.int64
 
 
 def sort_keys(k_ranks: Tensor, ranges: tuple[Ranges, ...], settings: HyperSettings) -> tuple[Tensor, Tensor]:
@@ -122,9 +150,7 @@ def sort_keys(k_ranks: Tensor, ranges: tuple[Ranges, ...], settings: HyperSettin
         The sorted hashes, each with its interval's number in front, and the keys' positions.
     """
     batch, kv_heads, length = k_ranks.shape
-    rows, last = batch * kv_heads, ranges[-1]
-    intervals = last.interval_base + rows * last.level.count
-    dtype = torch.int32 if intervals << settings.projections < 2**31 else torch.int64
+    rows, dtype = batch * kv_heads, tag_dtype(ranges, batch * kv_heads, settings)
     tagged = torch.cat([_tagged(k_ranks.reshape(rows, 1, length), r, settings, dtype, 0) for r in ranges])
     ordered, where = tagged.sort(stable=True)
     return ordered, torch.cat([_positions(r, rows, 1, 0, length, where.device) for r in ranges])[where]
@@ -245,12 +271,13 @@ def draw_samples(
     keys: Tensor, ranges: tuple[Ranges, ...], rows: int, settings: HyperSettings, seeds: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Draw each interval's samples; return their positions, buckets and log-weights, flat."""
-    positions, buckets, weights = [], [], []
+    slots_of_level, weights = [], []
     for r in ranges:
         interval = torch.arange(r.level.count, device=keys.device)[:, None]
         slots, sizes = sample_slots(seeds[:, None], r.level.number, interval, r.level.size, settings.samples)
-        slots = slots.expand(rows // len(seeds), *slots.shape).flatten(0, 1)  # [rows, intervals, samples]
-        positions.append(_of_level(keys, r, rows).gather(-1, slots).flatten())
-        buckets.append((slots // settings.bucket).to(torch.int32).flatten())
+        slots_of_level.append(slots.expand(rows // len(seeds), *slots.shape).flatten(0, 1))
         weights.append(sizes.float().log2())
-    return torch.cat(positions), torch.cat(buckets), torch.cat(weights)
+    found = zip(ranges, slots_of_level, strict=True)
+    positions = torch.cat([_of_level(keys, r, rows).gather(-1, slots).flatten() for r, slots in found])
+    buckets = torch.cat([slots.flatten() for slots in slots_of_level]) // settings.bucket
+    return positions, buckets.to(torch.int32), torch.cat(weights)

@@ -104,6 +104,29 @@ def test_the_plan_lists_what_the_oracle_weighs(length: int, causal: bool) -> Non
     assert found.view(expected.shape).equal(expected)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("length", "projections"), [(33, 8), (211, 3), (256, 30)])
+def test_the_kernels_make_the_plan_that_torch_makes(
+    length: int, projections: int, causal: bool, device: torch.device
+) -> None:
+    settings = replace(SMALL, projections=projections)
+    ranks = [torch.randint(min(1 << projections, 1 << 20), (2, h, length), device=device).int() for h in (4, 2)]
+    seeds = torch.randint(1 << 60, (2,), device=device)
+    plain, fast = (make_plan(*ranks, settings, seeds, causal, kernels=kernels) for kernels in (False, True))
+    assert plain.sizes() == fast.sizes()
+    used = int(plain.bucket_starts[-1])  # then come readers beyond the sequence
+    assert fast.queries[:used].equal(plain.queries[:used])
+    for name in ("keys", "bucket_starts", "sample_keys", "sample_buckets", "sample_weights"):
+        assert getattr(fast, name).equal(getattr(plain, name)), name
+    for r in plain.ranges:
+        shape = (plain.rows * plain.group, r.level.count, r.level.size)
+        entries = slice(r.query_base, r.query_base + shape[0] * shape[1] * shape[2])
+        for interval in range(r.level.count):
+            first, stop = r.level.readers(interval, length)
+            own = [x.own_buckets[entries].view(shape)[:, interval, : stop - first] for x in (plain, fast)]
+            assert own[0].equal(own[1])
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("dim", [64, 128])
