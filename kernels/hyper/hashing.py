@@ -34,23 +34,32 @@ def projections(seeds: Tensor, dim: int, number: int) -> Tensor:
     return radius * (2 * math.pi * uniform(seeds, counters + 1)).cos()
 
 
-def sample_slots(seeds: Tensor, level: int, interval: int | Tensor, size: int, samples: int) -> tuple[Tensor, Tensor]:
+def sample_slots(seeds: Tensor, level: int, interval: int, size: int, samples: int) -> tuple[Tensor, Tensor]:
     """Draw one slot of each of `samples` strata of an interval's sorted keys.
 
     Strata are consecutive slots, equal but for one slot: each slot is drawn with probability 1 over its stratum's size.
 
     Args:
-        seeds: int64 [heads], or [heads, 1] for several intervals.
-        interval: its number, or int64 [intervals, 1].
+        seeds: int64 [heads].
     Returns:
-        Slots, int64 [heads, samples] or [heads, intervals, samples], and the strata's sizes, int64 [samples].
+        Slots, int64 [heads, samples], and the strata's sizes, int64 [samples].
     """
+    intervals = torch.tensor([interval], device=seeds.device)
+    counters, firsts, sizes = strata(level, intervals, size, samples)
+    return draw_slots(seeds, counters[0], firsts, sizes), sizes
+
+
+def strata(level: int, intervals: Tensor, size: int, samples: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return counters [intervals, samples] of random numbers, and first slots and sizes [samples] of strata."""
     samples = min(samples, size)
-    bounds = torch.arange(samples + 1, device=seeds.device) * size // samples
-    sizes = bounds.diff()
-    counters = ((level << 32) + interval << 24) + torch.arange(samples, device=seeds.device)
-    within = (uniform(seeds[..., None], counters) * sizes).long()
-    return bounds[:-1] + within, sizes
+    number = torch.arange(samples + 1, device=intervals.device)
+    bounds = number * size // samples
+    return (((level << 32) + intervals[:, None]) << 24) + number[:-1], bounds[:-1], bounds.diff()
+
+
+def draw_slots(seeds: Tensor, counters: Tensor, firsts: Tensor, sizes: Tensor) -> Tensor:
+    """Draw a slot of each stratum, int64 [heads, strata], for int64 seeds [heads]."""
+    return firsts + (uniform(seeds[:, None], counters) * sizes).long()
 
 
 def gray_ranks(x: Tensor, directions: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..attention import _TRITON_DTYPES, Backend, resolve_backend
-from ..spec import FORMATS, AttentionSpec, Format, shape_bhsd
+from ..spec import FORMATS, AttentionSpec, Format, shape_bhsd, to_bhsd
+from .hashing import hash_ranks
 from .reference import reference_hyper_attention
 from .settings import HyperSettings
 
@@ -89,6 +90,8 @@ def hyper_attention(
         attend = traced if torch.compiler.is_compiling() else triton_hyper_attention
         out, lse = attend(q, k, v, settings, projection_seeds, sample_seeds, spec)
         return (out, lse) if return_lse else out
+    # in the inputs' dtype, as the kernels hash
+    ranks = hash_ranks(to_bhsd(q, format), to_bhsd(k, format), projection_seeds, settings.projections)
     precise = torch.promote_types(q.dtype, torch.float32)
     out, lse = reference_hyper_attention(
         q.to(precise),
@@ -100,6 +103,7 @@ def hyper_attention(
         softmax_scale=scale,
         causal=causal,
         format=format,
+        ranks=ranks,
     )
     out = out.to(q.dtype)
     return (out, lse) if return_lse else out

@@ -8,12 +8,13 @@ one search and one sort of queries, and each level's part is a range known to th
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from .hashing import sample_slots
+from .hashing import draw_slots, strata
 from .settings import HyperSettings, Level, levels
 
 
@@ -271,13 +272,33 @@ def draw_samples(
     keys: Tensor, ranges: tuple[Ranges, ...], rows: int, settings: HyperSettings, seeds: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Draw each interval's samples; return their positions, buckets and log-weights, flat."""
-    slots_of_level, weights = [], []
+    counters, firsts, sizes, weights = _strata(ranges, keys.device)
+    drawn = draw_slots(seeds, counters, firsts, sizes).split([r.level.count * r.samples for r in ranges], 1)
+    slots = [
+        x.view(-1, r.level.count, r.samples).repeat(rows // len(seeds), 1, 1)
+        for x, r in zip(drawn, ranges, strict=True)
+    ]
+    positions = [_of_level(keys, r, rows).gather(-1, x).flatten() for x, r in zip(slots, ranges, strict=True)]
+    buckets = torch.cat([x.flatten() for x in slots]) // settings.bucket
+    return torch.cat(positions), buckets.to(torch.int32), weights
+
+
+@lru_cache(maxsize=16)
+def _strata(ranges: tuple[Ranges, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return counters, first slots and sizes of all levels' strata, flat, and the strata's log-weights by level.
+
+    They follow from shapes, and are small: kept, so that a call need not launch what makes them.
+    """
+    with torch.inference_mode(False):  # a later call may save the weights for its backward
+        return _strata_of(ranges, device)
+
+
+def _strata_of(ranges: tuple[Ranges, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    parts, weights = [], []
     for r in ranges:
-        interval = torch.arange(r.level.count, device=keys.device)[:, None]
-        slots, sizes = sample_slots(seeds[:, None], r.level.number, interval, r.level.size, settings.samples)
-        slots_of_level.append(slots.expand(rows // len(seeds), *slots.shape).flatten(0, 1))
+        intervals = torch.arange(r.level.count, device=device)
+        counters, firsts, sizes = strata(r.level.number, intervals, r.level.size, r.samples)
+        parts.append(torch.stack([counters, firsts.expand_as(counters), sizes.expand_as(counters)]).flatten(1))
         weights.append(sizes.float().log2())
-    found = zip(ranges, slots_of_level, strict=True)
-    positions = torch.cat([_of_level(keys, r, rows).gather(-1, slots).flatten() for r, slots in found])
-    buckets = torch.cat([slots.flatten() for slots in slots_of_level]) // settings.bucket
-    return positions, buckets.to(torch.int32), torch.cat(weights)
+    counters, firsts, sizes = torch.cat(parts, 1)
+    return counters, firsts, sizes, torch.cat(weights)

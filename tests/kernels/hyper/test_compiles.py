@@ -19,14 +19,15 @@ from triton.backends.nvidia.compiler import get_ptxas
 from tests.kernels.test_decode_compiles import SHARED_BYTES, Hopper
 from tests.program import reported
 
-KERNELS = ("hash", "sample_fwd", "bucket_fwd", "sample_dq", "sample_dkdv", "bucket_dq", "bucket_dkdv")
+ATTENTION = ("hash", "sample_fwd", "bucket_fwd", "sample_dq", "sample_dkdv", "bucket_dq", "bucket_dkdv")
+PLAN = ("tag", "search", "locate")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("dim", "causal"), [(128, True), (64, False)])
 def test_compile_for_hopper(dim: int, causal: bool) -> None:
     found = reported(__name__, [dim, causal])
-    assert set(found) == {f"s2_hyper_{name}_kernel" for name in KERNELS}
+    assert set(found) == {f"s2_hyper_{name}_kernel" for name in (*ATTENTION, *PLAN)}
     for name, kernel in found.items():
         assert kernel["shared"] <= SHARED_BYTES, name
         # what is kept over all steps of dk and dv is more than a program's registers
@@ -38,21 +39,26 @@ def test_compile_for_hopper(dim: int, causal: bool) -> None:
 
 def report(dim: int, causal: bool) -> dict[str, Any]:
     """Compile what one forward and backward launches, without launching it."""
-    from s2train.kernels.hyper import HyperSettings, launches
-    from s2train.kernels.hyper.plan import make_plan
+    from s2train.kernels.hyper import HyperSettings, launches, plan_kernels
+    from s2train.kernels.hyper.plan import make_plan, ranges_of
     from s2train.kernels.spec import AttentionSpec
 
     triton.runtime.driver.set_active(Hopper())
     launches.shared_limit = lambda device: SHARED_BYTES  # type: ignore[assignment]
     found: dict[str, Any] = {}
-    for name in KERNELS:
-        kernel = f"s2_hyper_{name}_kernel"
-        setattr(launches, kernel, Compiled(getattr(launches, kernel), found))
+    for module, names in ((launches, ATTENTION), (plan_kernels, PLAN)):
+        for name in names:
+            kernel = f"s2_hyper_{name}_kernel"
+            setattr(module, kernel, Compiled(getattr(module, kernel), found))
     settings, length = HyperSettings(), 2048
     q, k = (torch.zeros(1, heads, length, dim, dtype=torch.bfloat16) for heads in (8, 2))
     call = launches.call_of(q, k, k, settings, AttentionSpec(0.1, causal, 0, None, "bhsd"))
     launches.hash_all(q, k, torch.arange(2), settings.projections)
-    ranks = (torch.randint(65536, (1, heads, length), dtype=torch.int32) for heads in (8, 2))
+    ranks = [torch.randint(65536, (1, heads, length), dtype=torch.int32) for heads in (8, 2)]
+    ranges = ranges_of(settings, length, causal, 2, 4)
+    ordered, _ = plan_kernels.sort_keys(ranks[1], ranges, settings, causal)
+    _, of_all, buckets = plan_kernels.find_buckets(ranks[0], ordered, ranges, settings, 2, causal)
+    plan_kernels.sort_queries(of_all, buckets, ranges, length, 2, 4, settings, causal)
     plan = make_plan(*ranks, settings, torch.arange(2), causal)
     k_s = launches.sampled(k, plan)
     lse = torch.zeros(1, 8, length)

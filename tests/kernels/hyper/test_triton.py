@@ -160,3 +160,13 @@ def test_checkpointing_recomputes_the_same(device: torch.device) -> None:
     direct = torch.autograd.grad(attend(q, k, v), (q, k, v), dout)
     again = torch.autograd.grad(checkpoint(attend, q, k, v, use_reentrant=False), (q, k, v), dout)
     assert all(a.equal(b) for a, b in zip(direct, again, strict=True))
+
+
+def test_a_call_in_inference_mode_leaves_nothing_that_training_can_not_save(device: torch.device) -> None:
+    settings = replace(WIDE, samples=7)
+    (q, k, v), seeds, *_ = HyperProblem(50, heads=1, settings=settings).make(device)
+    with torch.inference_mode():
+        evaluated = hyper_attention(q, k, v, settings, *seeds, backend="triton").clone()
+    trained = hyper_attention(q, k, v, settings, *seeds, backend="triton")
+    assert trained.equal(evaluated)
+    assert all(x.isfinite().all() for x in torch.autograd.grad(trained.sum(), (q, k, v)))
