@@ -61,7 +61,7 @@ _TUNED: dict[hyper_configs.Kernel, tuple[Config, ...]] = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; return 1 on a wrong result or an unexpected failure."""
+    """Run the command line; return 1 on an unexpected failure."""
     args = _parse(arguments)
     began, device, console = time.monotonic(), torch.device(args.device), Console(width=150)
     seed = int.from_bytes(os.urandom(3))
@@ -96,7 +96,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def check(args: argparse.Namespace, device: torch.device, causal: bool) -> dict[str, float]:
-    """Return each result's error against float64 over plain torch's in bfloat16, on the same buckets."""
+    """Return errors against float64 over those of plain torch.
+
+    Both are on the same buckets.
+    """
     settings, kv_heads = _settings(args), max(1, args.kv_heads // 4)
     length = settings.shortest * 2 + 333 if device.type == "cuda" else settings.shortest + 40
     heads = kv_heads * (args.heads // args.kv_heads)
@@ -147,7 +150,7 @@ def measure(word: str, args: argparse.Namespace, clock: Clock, device: torch.dev
 
 
 def layer(attend: Attention, inputs: tuple[Tensor, ...], format: str, clock: Clock, budget_ms: float) -> Record:
-    """Time forward, backward and both, in the contender's format; and a single call from an idle device."""
+    """Time forward, backward, both, and a single call when idle."""
     order = tuple("sbhd".index(axis) for axis in format)
     *leaves, dout = (x.detach().permute(order).contiguous() for x in inputs)
     q, k, v = (x.requires_grad_() for x in leaves)
@@ -174,7 +177,7 @@ def layer(attend: Attention, inputs: tuple[Tensor, ...], format: str, clock: Clo
 def phases(
     inputs: tuple[Tensor, ...], settings: HyperSettings, seeds: Tensor, causal: bool, clock: Clock, tune: bool
 ) -> Record:
-    """Return each phase's median ms in order; with `tune`, those of other tile sizes too."""
+    """Return each phase's median ms; with `tune`, other tiles' too."""
     qh, kh, vh, dh = (to_bhsd(x.detach(), "sbhd") for x in inputs)
     spec = AttentionSpec(1 / math.sqrt(qh.shape[-1]), causal, 0, None, "sbhd")
     call = launches.call_of(qh, kh, vh, settings, spec)
@@ -295,7 +298,10 @@ def _fa4(device: torch.device, dim: int, causal: bool) -> Attention:
 
 
 def _inputs(length: int, heads: int, kv_heads: int, dim: int, device: torch.device, skew: float) -> tuple[Tensor, ...]:
-    """Draw q, k, v (leaves) and the output's gradient, [length, 1, heads, dim]; queries are moved by `skew`."""
+    """Draw q, k, v (leaves) and the output's gradient.
+
+    Queries are moved by `skew`.
+    """
     counts = (heads, kv_heads, kv_heads, heads)
     made = [torch.randn(length, 1, h, dim, device=device, dtype=torch.bfloat16) for h in counts]
     made[0] += skew

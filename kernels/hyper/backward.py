@@ -23,7 +23,10 @@ _LOG2_E = tl.constexpr(LOG2_E)
 
 @triton.jit
 def _load_lse(pointers, mask):
-    """Load log-sum-exps in base 2; +inf, which makes all weights 0, for rows that don't exist or have no keys."""
+    """Load log-sum-exps in base 2.
+
+    Rows that don't exist or have no keys get +inf, which makes all weights 0.
+    """
     lse = tl.load(pointers, mask=mask, other=float("-inf"))
     return tl.where(lse == float("-inf"), float("inf"), lse * _LOG2_E)
 
@@ -61,7 +64,7 @@ def s2_hyper_sample_dq_kernel(
     ROWS: tl.constexpr, STEPS: tl.constexpr, SHORTEST: tl.constexpr, BLOCK: tl.constexpr,
     CAUSAL: tl.constexpr, LOCAL: tl.constexpr,
 ):  # fmt: skip
-    """Add the samples' part to the exact keys' dq, and store it in float32."""
+    """Add the samples' part to the exact keys' dq."""
     program = tl.program_id(0)
     first = (num_tiles - 1 - program % num_tiles) * ROWS
     batch_head = (program // num_tiles).to(tl.int64)
@@ -129,7 +132,9 @@ def s2_hyper_sample_dkdv_kernel(
     DIM: tl.constexpr, V_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PADDED_V_DIM: tl.constexpr,
     ROWS: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """Sum dk and dv of a tile of an interval's samples over one chunk of its readers, of all heads of the group.
+    """Sum a sample tile's dk and dv over a chunk of readers.
+
+    Readers are of all heads of the group.
 
     Results are float32 [rows, intervals, chunks, samples, DIM].
     """
@@ -187,7 +192,7 @@ def s2_hyper_bucket_dq_kernel(
     DIM: tl.constexpr, V_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PADDED_V_DIM: tl.constexpr,
     ROWS: tl.constexpr, STEPS: tl.constexpr, BUCKET: tl.constexpr, BLOCK: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """Add one bucket's part to the dq of a tile of its queries."""
+    """Add one bucket's part to a query tile's dq."""
     tile = first_tile + tl.program_id(0)
     if tl.load(tiles + tile * 3) < 0:
         return
@@ -233,7 +238,7 @@ def s2_hyper_bucket_dkdv_kernel(
     DIM: tl.constexpr, V_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PADDED_V_DIM: tl.constexpr,
     ROWS: tl.constexpr, STEPS: tl.constexpr, BUCKET: tl.constexpr, BLOCK: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """Add to dk and dv of some keys of a bucket what all queries of the bucket contribute."""
+    """Add all its queries' part to a bucket's dk and dv."""
     PER_BUCKET: tl.constexpr = BUCKET // ROWS
     program = tl.program_id(0)
     local = program // PER_BUCKET

@@ -29,7 +29,7 @@ _SINGLE = {64: Config(32, 32, 8, 1), 128: Config(32, 32, 8, 1), 256: Config(16, 
 
 @cache
 def config_for(kernel: Kernel, most: int, dim: int, v_dim: int, dtype: torch.dtype, limit: int | None) -> Config:
-    """Return the table's configuration with tiles of at most `most` rows and steps.
+    """Return a configuration with at most `most` rows and steps.
 
     Stages, then tiles are reduced to fit `limit` bytes of shared memory. Raises ValueError if even the smallest does
     not fit.
@@ -52,7 +52,10 @@ def config_for(kernel: Kernel, most: int, dim: int, v_dim: int, dtype: torch.dty
 
 
 def _shared_bytes(kernel: Kernel, config: Config, dim: int, v_dim: int, itemsize: int) -> int:
-    """Return a program's shared memory in bytes: resident tiles, and iterated tiles once per stage."""
+    """Return a program's shared memory in bytes.
+
+    It holds resident tiles, and iterated tiles once per stage.
+    """
     width = padded(dim) + padded(v_dim)
     resident = padded(dim) if kernel.endswith("forward") else width
     return itemsize * (config.rows * resident + max(config.num_stages, 1) * config.steps * width) + 8192

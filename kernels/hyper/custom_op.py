@@ -24,7 +24,10 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, projection_seeds: Tensor, sample_seeds: Tensor, settings: list[int],
     softmax_scale: float, causal: bool, format: str, portable: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Compute output and log-sum-exp as `hyper_attention` does; `settings` are those of `HyperSettings` in order."""
+    """Compute output and log-sum-exp as `hyper_attention` does.
+
+    `settings` are those of `HyperSettings` in order.
+    """
     views, call = _call(q, k, v, settings, softmax_scale, causal, format, portable)
     out, lse, _ = triton_backend.run_forward(*views, call, projection_seeds, sample_seeds)
     return from_bhsd(out, call.spec.format), lse
@@ -45,7 +48,10 @@ def attend_backward(
     projection_seeds: Tensor, sample_seeds: Tensor, settings: list[int], softmax_scale: float, causal: bool,
     format: str, portable: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Compute contiguous gradients of q, k and v; a gradient of None counts as 0."""
+    """Compute contiguous gradients of q, k and v.
+
+    A gradient of None counts as 0.
+    """
     views, call = _call(q, k, v, settings, softmax_scale, causal, format, portable)
     out = last_contiguous(to_bhsd(out, call.spec.format))
     dout = None if dout is None else to_bhsd(dout, call.spec.format)
@@ -84,7 +90,7 @@ def traced(
     q: Tensor, k: Tensor, v: Tensor, settings: HyperSettings, projection_seeds: Tensor, sample_seeds: Tensor,
     spec: AttentionSpec,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Call the operator with the arguments of `triton_hyper_attention`, but q, k, v in the format."""
+    """Call the operator as `triton_hyper_attention`."""
     numbers = list(astuple(settings))
     return attend(
         q, k, v, projection_seeds, sample_seeds, numbers, spec.softmax_scale, spec.causal, spec.format, spec.portable

@@ -9,7 +9,7 @@ import triton.language as tl
 
 @triton.jit
 def gather_tile(base, rows, stride, in_range, DIM: tl.constexpr, PADDED_DIM: tl.constexpr):
-    """Load rows of a [rows, DIM] matrix by their numbers, zero where masked."""
+    """Load numbered rows of a matrix, zero where masked."""
     dims = tl.arange(0, PADDED_DIM)
     pointers = base + rows.to(tl.int64)[:, None] * stride + dims[None, :]
     return tl.load(pointers, mask=in_range[:, None] & (dims < DIM)[None, :], other=0.0)
@@ -17,13 +17,16 @@ def gather_tile(base, rows, stride, in_range, DIM: tl.constexpr, PADDED_DIM: tl.
 
 @triton.jit
 def bias_of(log_weights, keys, exist, sinks):
-    """Return what to add to the keys' base-2 scores: -inf for sinks, which are read exactly, and missing keys."""
+    """Return what to add to the keys' base-2 scores.
+
+    It is -inf for sinks, which are read exactly, and for missing keys.
+    """
     return tl.where(exist & (keys >= sinks), log_weights, float("-inf"))
 
 
 @triton.jit
 def outside_window(positions, keys, window_blocks, BLOCK: tl.constexpr, CAUSAL: tl.constexpr):
-    """Return which keys lie outside the blocks that a query reads exactly; both broadcast to a tile.
+    """Return which keys lie outside a query's exact blocks.
 
     Causal: all keys are earlier than the query, and its own block is never among them. Else `window_blocks` is -1
     without any window.
@@ -37,7 +40,7 @@ def outside_window(positions, keys, window_blocks, BLOCK: tl.constexpr, CAUSAL: 
 
 @triton.jit
 def level_of(level, length, samples, SHORTEST: tl.constexpr, CAUSAL: tl.constexpr):
-    """Return size, count, period, shift and samples of a level's intervals, as `settings.levels`."""
+    """Return size, count, period, shift, samples, as `settings.levels`."""
     if CAUSAL:
         size = SHORTEST << level
         count = (length + size - 1) // (2 * size)
@@ -53,7 +56,7 @@ def level_of(level, length, samples, SHORTEST: tl.constexpr, CAUSAL: tl.constexp
 
 @triton.jit
 def interval_of(first, size, period, CAUSAL: tl.constexpr):
-    """Return the interval that the queries from `first` read at a level, and 1 if they read any."""
+    """Return a query tile's interval, and 1 if it reads it."""
     if CAUSAL:
         return first // period, (first // size) % 2
     return first * 0, first * 0 + 1

@@ -25,7 +25,10 @@ def s2_hyper_hash_kernel(
     x_ptr, directions_ptr, ranks_ptr, x_batch, x_head, x_row, num_tiles, heads, group, length,
     DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BITS: tl.constexpr, PADDED_BITS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Hash a tile of rows as `gray_ranks`; a row's hash depends on no other row."""
+    """Hash a tile of rows as `gray_ranks`.
+
+    A row's hash depends on no other row.
+    """
     program = tl.program_id(0)
     first = program % num_tiles * ROWS
     batch_head = (program // num_tiles).to(tl.int64)
@@ -52,7 +55,10 @@ def s2_hyper_hash_kernel(
 def _attend(
     acc, total, peak, q, k, v, keep, bias, scale_log2
 ):  # fmt: skip
-    """Process one key tile of the online softmax; `bias` holds base-2 log-weights of keys."""
+    """Process one key tile of the online softmax.
+
+    `bias` holds base-2 log-weights of keys.
+    """
     scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2 + bias[None, :]
     scores = tl.where(keep, scores, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(scores, 1))
@@ -155,7 +161,7 @@ def s2_hyper_bucket_fwd_kernel(
     DIM: tl.constexpr, V_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PADDED_V_DIM: tl.constexpr,
     ROWS: tl.constexpr, STEPS: tl.constexpr, BUCKET: tl.constexpr, BLOCK: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """Add one bucket's keys to the output and log-sum-exp of a tile of its queries.
+    """Add one bucket's keys to a query tile's output and log-sum-exp.
 
     keys_ptr is the level's part of the plan's sorted keys. Queries and keys are gathered, 2 * DIM bytes a row.
     """

@@ -1,4 +1,4 @@
-"""Stateless random numbers on any device, and the hash of queries and keys."""
+"""Draw stateless random numbers, and hash queries and keys."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def projections(seeds: Tensor, dim: int, number: int) -> Tensor:
 
 
 def sample_slots(seeds: Tensor, level: int, interval: int, size: int, samples: int) -> tuple[Tensor, Tensor]:
-    """Draw one slot of each of `samples` strata of an interval's sorted keys.
+    """Draw a slot of each stratum of an interval's sorted keys.
 
     Strata are consecutive slots, equal but for one slot: each slot is drawn with probability 1 over its stratum's size.
 
@@ -50,7 +50,10 @@ def sample_slots(seeds: Tensor, level: int, interval: int, size: int, samples: i
 
 
 def strata(level: int, intervals: Tensor, size: int, samples: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return counters [intervals, samples] of random numbers, and first slots and sizes [samples] of strata."""
+    """Return counters, first slots and sizes of strata.
+
+    Counters of random numbers are [intervals, samples], the others [samples].
+    """
     samples = min(samples, size)
     number = torch.arange(samples + 1, device=intervals.device)
     bounds = number * size // samples
@@ -58,12 +61,12 @@ def strata(level: int, intervals: Tensor, size: int, samples: int) -> tuple[Tens
 
 
 def draw_slots(seeds: Tensor, counters: Tensor, firsts: Tensor, sizes: Tensor) -> Tensor:
-    """Draw a slot of each stratum, int64 [heads, strata], for int64 seeds [heads]."""
+    """Draw a slot of each stratum, int64 [heads, strata]."""
     return firsts + (uniform(seeds[:, None], counters) * sizes).long()
 
 
 def gray_ranks(x: Tensor, directions: Tensor) -> Tensor:
-    """Hash rows to the rank of their signs in the reflected Gray code.
+    """Hash rows to their signs' rank in the Gray code.
 
     Neighbouring ranks differ in one sign.
 
@@ -82,7 +85,7 @@ def gray_ranks(x: Tensor, directions: Tensor) -> Tensor:
 
 
 def hash_ranks(q: Tensor, k: Tensor, seeds: Tensor, number: int) -> tuple[Tensor, Tensor]:
-    """Hash queries [b, H, n, d] and keys [b, H_kv, n, d] by their KV head's directions.
+    """Hash queries and keys by their KV head's directions.
 
     Products are in the inputs' dtype: keep the ranks for the backward, since another product can round differently.
     """

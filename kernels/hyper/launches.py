@@ -59,7 +59,10 @@ class Call:
 
     @property
     def window_blocks(self) -> int:
-        """Blocks on each side of a query's block that are exact; -1 if its own block isn't either."""
+        """Exact blocks on each side of a query's block.
+
+        -1 if its own block isn't exact either.
+        """
         blocks = self.settings.window // self.settings.block
         return blocks if blocks or self.spec.causal else -1
 
@@ -100,7 +103,10 @@ def _local_layout(settings: HyperSettings, length: int, heads: int, causal: bool
 
 
 def hash_rows(x: Tensor, directions: Tensor) -> Tensor:
-    """Hash x [b, h, n, d] by directions [H_kv, d, bits]: int32 [b, h, n]."""
+    """Hash rows of x, int32 [b, h, n].
+
+    x is [b, h, n, d], directions are [H_kv, d, bits].
+    """
     batch, heads, length, dim = x.shape
     ranks = torch.empty((batch, heads, length), dtype=torch.int32, device=x.device)
     bits = directions.shape[-1]
@@ -126,7 +132,7 @@ def plan_of(q: Tensor, k: Tensor, call: Call, projection_seeds: Tensor, sample_s
 
 
 def sampled(x: Tensor, plan: Plan) -> Tensor:
-    """Gather the sampled rows of k or v [b, h, n, d]: [all samples, d]."""
+    """Gather sampled rows of k or v, [all samples, d]."""
     kv_heads = x.shape[1]
     parts = []
     for r, positions in _by_level(plan):
@@ -150,7 +156,7 @@ def local_forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, 
 def sample_forward(
     q: Tensor, k_s: Tensor, v_s: Tensor, local: tuple[Tensor, Tensor] | None, plan: Plan, call: Call
 ) -> tuple[Tensor, Tensor]:
-    """Add samples to the exact keys' result: float32 output [b, H, n, d_v] and log-sum-exp [b, H, n]."""
+    """Add samples to the exact keys' output and log-sum-exp, in float32."""
     batch, heads, length, _ = q.shape
     out = specs.empty((batch, heads, length, call.v_dim), torch.float32, q.device)
     lse = specs.empty((batch, heads, length), torch.float32, q.device)
@@ -199,7 +205,10 @@ def delta_of(out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None) -> Ten
 def local_backward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, call: Call
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the exact keys' part of the gradients, from the merged output and log-sum-exp."""
+    """Compute the exact keys' part of the gradients.
+
+    out and lse are those of all parts.
+    """
     return run_backward(q, k, v, out, lse, dout, dlse, call.layout(q.device), call.spec)
 
 
@@ -234,7 +243,7 @@ def sample_dq(rows: Rows, k_s: Tensor, v_s: Tensor, local: Tensor | None, plan: 
 
 
 def sample_dkdv(rows: Rows, k_s: Tensor, v_s: Tensor, dk: Tensor, dv: Tensor, plan: Plan, call: Call) -> None:
-    """Add the samples' part to dk and dv, float32 [b, H_kv, n, d]."""
+    """Add the samples' part to dk and dv, in float32."""
     q, length = rows.q, plan.length
     config = call.config("sample dkdv", q)
     for r, positions in _by_level(plan):
@@ -260,7 +269,7 @@ def sample_dkdv(rows: Rows, k_s: Tensor, v_s: Tensor, dk: Tensor, dv: Tensor, pl
 
 
 def bucket_dq(rows: Rows, k: Tensor, v: Tensor, dq: Tensor, plan: Plan, call: Call) -> None:
-    """Add the buckets' part to dq, float32 [b, H, n, d], level by level."""
+    """Add the buckets' part to dq, level by level."""
     q = rows.q
     config = call.config("bucket dq", q)
     table, ranges = tiles(plan, config.rows)
@@ -277,7 +286,7 @@ def bucket_dq(rows: Rows, k: Tensor, v: Tensor, dq: Tensor, plan: Plan, call: Ca
 
 
 def bucket_dkdv(rows: Rows, k: Tensor, v: Tensor, dk: Tensor, dv: Tensor, plan: Plan, call: Call) -> None:
-    """Add the buckets' part to dk and dv, float32 [b, H_kv, n, d], level by level."""
+    """Add the buckets' part to dk and dv, level by level."""
     q = rows.q
     config = call.config("bucket dkdv", q)
     with torch.cuda.device_of(q):

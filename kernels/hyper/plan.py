@@ -1,4 +1,4 @@
-"""What one call reads: sorted keys, each query's buckets, samples, and the order of work.
+"""Plan a call: sort keys, find buckets, draw samples.
 
 Everything is computed on the device, in sizes that follow from shapes alone, so that the host never waits. A row is a
 KV head of a sequence. Arrays are flat and ordered by level, then row, then interval: all levels share one sort of keys,
@@ -20,7 +20,7 @@ from .settings import HyperSettings, Level, levels
 
 @dataclass(frozen=True)
 class Ranges:
-    """Where a level's part of the flat arrays begins, and what an interval of it has."""
+    """Where a level's part of the flat arrays begins."""
 
     level: Level
     buckets: int  # of an interval
@@ -35,7 +35,9 @@ class Ranges:
 
 @dataclass(frozen=True)
 class Plan:
-    """Keys and queries of all levels in the order in which kernels read them; all int32 but `sample_weights`.
+    """Keys and queries of all levels as kernels read them.
+
+    Arrays are int32 but for `sample_weights`.
 
     Attributes:
         keys: positions of keys, sorted by hash in each interval: [levels, rows, intervals, size] flat.
@@ -63,7 +65,7 @@ class Plan:
         return self.length, self.rows, self.group, self.ranges
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """Return the arrays in the order of the fields, to be saved by autograd."""
+        """Return the arrays in order, to be saved by autograd."""
         return (
             self.keys, self.own_buckets, self.queries, self.bucket_starts, self.sample_keys, self.sample_buckets,
             self.sample_weights,
@@ -104,7 +106,9 @@ def make_plan(
     *,
     kernels: bool = False,
 ) -> Plan:
-    """Sort keys and queries by their hashes, int32 [b, H, n] and [b, H_kv, n], and draw samples.
+    """Sort keys and queries by their hashes, and draw samples.
+
+    Hashes are int32 [b, H, n] and [b, H_kv, n].
 
     There is at least one level: the sequence is longer than the shortest interval. Raises ValueError for more entries
     than 32 bits can count.
@@ -139,7 +143,7 @@ def make_plan(
 
 
 def tag_dtype(ranges: tuple[Ranges, ...], rows: int, settings: HyperSettings) -> torch.dtype:
-    """Return the smallest dtype that holds every interval's number and a hash: it is sorted faster."""
+    """Return the smallest dtype for interval and hash: sorted faster."""
     intervals = ranges[-1].interval_base + rows * ranges[-1].level.count
     return torch.int32 if intervals << settings.projections < 2**31 else torch.int64
 
@@ -160,7 +164,7 @@ def sort_keys(k_ranks: Tensor, ranges: tuple[Ranges, ...], settings: HyperSettin
 def find_buckets(
     q_ranks: Tensor, ordered: Tensor, ranges: tuple[Ranges, ...], settings: HyperSettings, rows: int
 ) -> tuple[Tensor, Tensor, int]:
-    """Find each query's bucket in the interval that it reads at each level.
+    """Find each query's bucket at each level.
 
     Returns:
         The bucket within the interval, the bucket counted over all levels, and how many these are.
@@ -210,7 +214,9 @@ def tiles(plan: Plan, tile_rows: int) -> tuple[Tensor, list[tuple[int, int]]]:
 
 
 def _tagged(ranks: Tensor, r: Ranges, settings: HyperSettings, dtype: torch.dtype, shift: int) -> Tensor:
-    """Return a level's hashes with their interval's number in front, flat [rows, members, intervals, size].
+    """Return a level's hashes with their interval's number in front.
+
+    They are flat [rows, members, intervals, size].
 
     Rows beyond the sequence, which only readers have, are -1.
     """
@@ -222,7 +228,10 @@ def _tagged(ranks: Tensor, r: Ranges, settings: HyperSettings, dtype: torch.dtyp
 
 
 def _windows(x: Tensor, level: Level, shift: int) -> Tensor:
-    """Return [..., intervals, size] of x [..., length], from `shift` on every `period`; -1 beyond the length."""
+    """Cut x [..., length] into intervals [..., intervals, size].
+
+    They begin at `shift` in every `period`, with -1 beyond the length.
+    """
     if level.period == 0:
         return x[..., None, :]
     beyond = level.count * level.period - x.shape[-1]
@@ -231,7 +240,7 @@ def _windows(x: Tensor, level: Level, shift: int) -> Tensor:
 
 
 def _positions(r: Ranges, rows: int, members: int, shift: int, length: int, device: torch.device) -> Tensor:
-    """Return member * length + position of a level's entries, flat as in `_tagged`."""
+    """Return member * length + position of a level's entries."""
     level = r.level
     member = torch.arange(members, dtype=torch.int32, device=device)[:, None, None] * length
     interval = torch.arange(level.count, dtype=torch.int32, device=device)[:, None] * level.period + shift
@@ -247,7 +256,7 @@ def _of_level(keys: Tensor, r: Ranges, rows: int) -> Tensor:
 def _buckets(
     tagged: Tensor, firsts: Tensor, ranges: tuple[Ranges, ...], rows: int, group: int
 ) -> tuple[Tensor, Tensor]:
-    """Find each query's bucket: its number in the interval, and counted over all levels.
+    """Number each query's bucket, in its interval and over all levels.
 
     Of several buckets that hold its hash it is the middle one. Rows beyond the sequence come after all buckets.
     """
@@ -285,7 +294,7 @@ def draw_samples(
 
 @lru_cache(maxsize=16)
 def _strata(ranges: tuple[Ranges, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return counters, first slots and sizes of all levels' strata, flat, and the strata's log-weights by level.
+    """Return counters, first slots, sizes and log-weights of all strata.
 
     They follow from shapes, and are small: kept, so that a call need not launch what makes them.
     """

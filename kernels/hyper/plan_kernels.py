@@ -1,4 +1,4 @@
-"""Triton kernels of the plan: they replace some fifty small torch operations a level with four launches.
+"""Make the plan with Triton: few launches for all levels.
 
 Each function returns what its namesake in `plan.py` does.
 """
@@ -25,7 +25,7 @@ def s2_hyper_tag_kernel(
     ranks, tagged, num_tiles, num_levels, rows, length,
     BITS: tl.constexpr, ROWS: tl.constexpr, SHORTEST: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """Write keys' hashes with their interval's number in front, for each level at which an interval has them."""
+    """Write keys' hashes with their interval's number in front."""
     program = tl.program_id(0)
     first = program % num_tiles * ROWS
     row = (program // num_tiles).to(tl.int64)
@@ -49,7 +49,7 @@ def s2_hyper_tag_kernel(
 
 @triton.jit
 def _count_below(firsts, base, buckets, tag, STEPS: tl.constexpr, EQUAL: tl.constexpr):
-    """Count the ascending firsts[base : base + buckets] below each tag, or not above it if EQUAL."""
+    """Count ascending firsts below each tag, or up to it."""
     low = tl.zeros(tag.shape, tl.int32)
     high = low + buckets
     for _ in range(0, STEPS):
@@ -67,7 +67,7 @@ def s2_hyper_search_kernel(
     BITS: tl.constexpr, BUCKET: tl.constexpr, STEPS: tl.constexpr,
     ROWS: tl.constexpr, SHORTEST: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """Find the bucket of a tile of queries at each level, among the first hashes of their interval's buckets."""
+    """Find a query tile's buckets at each level."""
     program = tl.program_id(0)
     first = program % num_tiles * ROWS
     batch_head = (program // num_tiles).to(tl.int64)
@@ -101,7 +101,7 @@ def s2_hyper_locate_kernel(
     where_ptr, found_ptr, entries, num_levels, rows, members, length,
     READERS: tl.constexpr, ROWS: tl.constexpr, SHORTEST: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """Turn numbers of entries, of all levels, into member * length + position."""
+    """Turn entries' numbers into member * length + position."""
     at = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     where = tl.load(where_ptr + at, mask=at < entries, other=0)
     found = tl.zeros([ROWS], tl.int32)
@@ -142,7 +142,7 @@ def sort_keys(
 def find_buckets(
     q_ranks: Tensor, ordered: Tensor, ranges: tuple[Ranges, ...], settings: HyperSettings, rows: int, causal: bool
 ) -> tuple[Tensor, Tensor, int]:
-    """Find each query's bucket in the interval that it reads at each level."""
+    """Find each query's bucket at each level."""
     batch, heads, length = q_ranks.shape
     last = ranges[-1]
     firsts = torch.cat([x[:, :: settings.bucket].flatten() for x in _intervals(ordered, ranges, rows)])

@@ -53,7 +53,10 @@ def reference_hyper_attention(
 
 
 def exact_keys(settings: HyperSettings, length: int, causal: bool, device: torch.device) -> Tensor:
-    """Return which keys [n, n] a query always reads: own interval, window and sinks."""
+    """Return which keys a query always reads, bool [n, n].
+
+    These are its own interval, window and sinks.
+    """
     at = torch.arange(length, device=device)
     query, key = at[:, None], at[None, :]
     distance = query // settings.block - key // settings.block
@@ -71,7 +74,7 @@ def exact_keys(settings: HyperSettings, length: int, causal: bool, device: torch
 
 @torch.no_grad()
 def key_weights(q_ranks: Tensor, k_ranks: Tensor, settings: HyperSettings, seeds: Tensor, causal: bool) -> Tensor:
-    """Return each key's weight for each query, float64 [b, H, n, n], from their hashes."""
+    """Compute keys' weights for queries, float64 [b, H, n, n]."""
     batch, heads, length = q_ranks.shape
     kv_heads = k_ranks.shape[1]
     weights = torch.zeros(batch, kv_heads, heads // kv_heads, length, length, dtype=torch.float64, device=seeds.device)
@@ -94,7 +97,7 @@ def key_weights(q_ranks: Tensor, k_ranks: Tensor, settings: HyperSettings, seeds
 
 
 def _bucket(sorted_ranks: Tensor, ranks: Tensor, bucket: int) -> Tensor:
-    """Return the bucket of each rank: among buckets that hold it, the middle one.
+    """Return each rank's bucket, the middle one of those holding it.
 
     Buckets are told apart by their first ranks, as a search over few numbers.
     """

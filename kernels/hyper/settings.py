@@ -12,7 +12,7 @@ _MOST_PROJECTIONS = 30
 
 @dataclass(frozen=True)
 class HyperSettings:
-    """What a query reads: exact keys, a bucket and a sample of each interval.
+    """How many exact, similar and sampled keys a query reads.
 
     Attributes:
         bucket: keys of a bucket, a power of two from 16 to `shortest`.
@@ -59,7 +59,7 @@ class HyperSettings:
 
 @dataclass(frozen=True)
 class Level:
-    """Intervals of one size, each read by the queries of a range of their own.
+    """Intervals of one size, each with its own readers.
 
     Interval j covers keys [j * period, j * period + size). Its readers are queries from j * period + shift, `size` of
     them or up to the sequence's end.

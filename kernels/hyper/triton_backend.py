@@ -18,7 +18,7 @@ from .settings import HyperSettings
 
 
 class _HyperAttention(torch.autograd.Function):
-    """Maps views q, k, v [b, h, n, d] to output [b, H, n, d_v] and log-sum-exp [b, H, n]."""
+    """Maps views q, k, v to output and log-sum-exp."""
 
     @staticmethod
     def forward(
@@ -57,7 +57,10 @@ def triton_hyper_attention(
 def run_forward(
     q: Tensor, k: Tensor, v: Tensor, call: Call, projection_seeds: Tensor, sample_seeds: Tensor
 ) -> tuple[Tensor, Tensor, Plan | None]:
-    """Compute output, log-sum-exp, and the plan that the backward needs; None where all keys are exact."""
+    """Compute output, log-sum-exp, and the backward's plan.
+
+    The plan is None where all keys are exact.
+    """
     local = launches.local_forward(q, k, v, call) if call.local else None
     if local is not None and call.short:
         return *local, None
@@ -71,7 +74,10 @@ def run_backward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor | None, dlse: Tensor | None,
     plan: Plan | None, call: Call,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Compute gradients of q, k and v, contiguous in the call's format; a gradient of None counts as 0."""
+    """Compute gradients of q, k and v, contiguous in the format.
+
+    A gradient of None counts as 0.
+    """
     dout = torch.zeros_like(out) if dout is None else last_contiguous(dout)
     dlse = None if dlse is None else dlse.contiguous()
     local = launches.local_backward(q, k, v, out, lse, dout, dlse, call) if call.local else None
@@ -93,7 +99,7 @@ def run_backward(
 
 
 def _cast(x: Tensor, like: Tensor, call: Call) -> Tensor:
-    """Copy [b, h, n, d] to `like`'s dtype, contiguous in the call's format."""
+    """Copy to `like`'s dtype, contiguous in the call's format."""
     b, h, n, d = x.shape
     return specs.empty_bhsd((b, h, n, d), like, call.spec.format).copy_(x)
 
