@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..configs import Config
-from ..flash4 import fa4_functions, fa4_problem, fa4_refuses
+from ..flash4 import fa4_functions, fa4_problem, fa4_unsupported_reason
 from ..hyper import HyperSettings, hyper_attention, launches, reference_hyper_attention
 from ..hyper import configs as hyper_configs
 from ..hyper.hashing import hash_ranks
@@ -290,7 +290,7 @@ def _sdpa(backend: SDPBackend, device: torch.device, causal: bool) -> Attention:
 def _fa4(device: torch.device, dim: int, causal: bool) -> Attention:
     if device.type != "cuda":
         raise NotSupportedError("needs CUDA")
-    why = fa4_problem() or fa4_refuses(torch.cuda.get_device_capability(), torch.bfloat16, dim)
+    why = fa4_problem() or fa4_unsupported_reason(torch.cuda.get_device_capability(), torch.bfloat16, dim)
     if why is not None:
         raise NotSupportedError(why)
     whole, _ = fa4_functions()
