@@ -2,15 +2,16 @@
 
 python launch/quality_study.py data --tree linux       a corpus of a source tree, tokenized
 python launch/quality_study.py sweep                   learning rate and batch, chosen on dense
-python launch/quality_study.py plan                    tokens, predicted seconds and memory of every run
+python launch/quality_study.py speed hybrid            throughput and memory of a run's first steps
+python launch/quality_study.py plan                    tokens, predicted and measured seconds and memory of every run
 python launch/quality_study.py train hybrid window     one run per variant, one after the other
 python launch/quality_study.py evaluate hybrid         long-range probes of a trained run
 python launch/quality_study.py report                  table and picture of all results
-                      each: --root runs/quality  --minutes 9; train and evaluate: --phase 16k  --seed 1  --gpu 0
+                      each: --root runs/quality  --minutes 9; of a variant: --phase 16k  --seed 1  --gpu 0
 
 Run an action again to resume it where it stopped, as it does when --minutes are over. Runs whose result is in
 ROOT/results are not trained again. Settings, such as tracking.wandb=auto, go to the program that an action starts:
-make_corpus.py (data), pretrain.py (sweep, train) or probes.py (evaluate).
+make_corpus.py (data), pretrain.py (sweep, speed, train) or probes.py (evaluate).
 """
 
 import argparse
@@ -27,7 +28,7 @@ from rich.console import Console
 from s2train.checkpoints.integrity import damage
 from s2train.command_line.program import run_command
 from s2train.errors import ConfigError
-from s2train.study import sweep
+from s2train.study import speed, sweep
 from s2train.study.files import Folders, check_corpus, check_data, check_same_split, record_split
 from s2train.study.plan import plan_table
 from s2train.study.report import write_report
@@ -43,7 +44,8 @@ from s2train.study.settings import (
 )
 from s2train.study.variants import PHASES, SEEDS, Run, find_run, run_density
 
-ACTIONS = ("data", "sweep", "plan", "train", "evaluate", "report")
+ACTIONS = ("data", "sweep", "speed", "plan", "train", "evaluate", "report")
+OF_VARIANTS = ("speed", "train", "evaluate")
 
 
 def make_data(folders: Folders, tree: Path | None, settings: Sequence[str], deadline: Deadline) -> None:
@@ -61,13 +63,31 @@ def make_data(folders: Folders, tree: Path | None, settings: Sequence[str], dead
 
 
 def run_sweep(folders: Folders, gpus: int, settings: Sequence[str], deadline: Deadline) -> None:
-    """Run the trials that have no result, and print the choice."""
+    """Run the trials that have no result and that no other process runs, and print the choice."""
     check_data(folders)
     for trial in map(sweep.Trial, sweep.GRID):
-        if trial.name not in {row["name"] for row in sweep.read(folders)}:
-            deadline.run(train_command(folders, [*trial.settings(folders, gpus), *settings], gpus))
-            sweep.record(folders, trial)
-    print(f"chosen: {sweep.chosen(folders)}")
+        with sweep.claimed(folders, trial) as is_due:
+            if is_due:
+                deadline.run(train_command(folders, [*trial.settings(folders, gpus), *settings], gpus))
+                sweep.record(folders, trial)
+    if others := sweep.running(folders):
+        print(f"other processes run {', '.join(others)}")
+    else:
+        print(f"chosen: {sweep.chosen(folders)}")
+
+
+def measure_speed(
+    folders: Folders, run: Run, recipe: Recipe, gpus: int, settings: Sequence[str], deadline: Deadline
+) -> None:
+    """Run the first steps of a run that was not measured on as many GPUs."""
+    if speed.key(run, gpus) in speed.read(folders):
+        print(f"{speed.key(run, gpus)}: there is a result in {folders.speed}")
+        return
+    check_data(folders)
+    own = [*speed.speed_settings(folders, run, recipe, gpus), *settings]
+    deadline.run(train_command(folders, own, gpus), folders.root / "programs.jsonl")
+    row = speed.record(folders, run, gpus)
+    print(f"{row['name']}: {row['tokens_per_s']:,.0f} tokens/s, {row['peak_memory_gib']:.1f} GiB")
 
 
 def last_checkpoint(folders: Folders, run: Run, recipe: Recipe) -> Path:
@@ -126,7 +146,7 @@ def main(arguments: list[str] | None = None) -> None:
     settings = [word for word in given.words if "=" in word]
     if settings and given.action in ("plan", "report"):
         parser.error(f"{given.action} takes no settings: {' '.join(settings)}")
-    if bool(variants) != (given.action in ("train", "evaluate")):
+    if bool(variants) != (given.action in OF_VARIANTS):
         parser.error(f"{given.action} takes {'no variant' if variants else 'one variant or more'}")
     if (given.lr is None) != (given.batch_tokens is None):
         parser.error("--lr and --batch-tokens belong together")
@@ -152,6 +172,9 @@ def act(given: argparse.Namespace, variants: Sequence[str], settings: Sequence[s
         planned = recipe or (sweep.chosen(folders) if folders.sweep.is_file() else sweep.GRID[0])
         print(asdict(planned))
         Console(width=120).print(plan_table(folders, planned, len(devices), given.device))
+    elif given.action == "speed":
+        for run in runs:
+            measure_speed(folders, run, recipe or sweep.chosen(folders), len(devices), settings, deadline)
     elif given.action == "train":
         for run in runs:
             train(folders, run, recipe or sweep.chosen(folders), len(devices), settings, deadline)

@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from s2train.errors import ConfigError
 from s2train.preparation.source_tree import DESCRIPTION, HELD_OUT, TRAIN
@@ -16,7 +17,8 @@ class Folders:
     ROOT/corpus/                  train.jsonl, held-out.jsonl, corpus.json
     ROOT/data/                    tokenized splits, the tokenizer, corpus.json of the split they were made of
     ROOT/runs/RUN/                run folders
-    ROOT/results/RUN.json         results of training; RUN-probes.json: of the probes; sweep.json: what the sweep chose
+    ROOT/results/RUN.json         results of training; RUN-probes.json: of the probes; sweep.json: what the sweep chose;
+                                  speed.json: throughput of first steps
     """
 
     root: Path
@@ -57,6 +59,10 @@ class Folders:
     @property
     def sweep(self) -> Path:
         return self.results / "sweep.json"
+
+    @property
+    def speed(self) -> Path:
+        return self.results / "speed.json"
 
     def program(self, name: str) -> str:
         return str(self.launch / name)
@@ -99,20 +105,31 @@ def check_same_split(folders: Folders) -> None:
         ConfigError: the corpus was made again with another split.
     """
     made, now = folders.data / DESCRIPTION, folders.corpus / DESCRIPTION
-    if made.is_file() and json.loads(made.read_text()) != json.loads(now.read_text()):
+    if made.is_file() and now.is_file() and _split(made) != _split(now):
         problem = f"{folders.tokenizer} was trained on another split than the one in {folders.corpus}"
         raise ConfigError(
             "root", folders.root, problem, f"Delete {folders.data} and run `data` again, or set another root"
         )
 
 
+def _split(description: Path) -> dict[str, Any]:
+    """A split's description, without the places where it was made."""
+    content: dict[str, Any] = json.loads(description.read_text())
+    settings = content.get("settings", {})
+    kept = {name: value for name, value in settings.items() if name not in ("tree", "output", "workers")}
+    return content | {"settings": kept}
+
+
 def check_data(folders: Folders) -> None:
-    """Check that the study can train and evaluate.
+    """Check that the study can train.
+
+    Training needs the tokenized splits only: their text may be elsewhere.
 
     Raises:
         ConfigError: data are missing, empty or of another split.
     """
-    check_corpus(folders)
+    if not (folders.data / DESCRIPTION).is_file():
+        check_corpus(folders)
     check_same_split(folders)
     for prefix in (folders.train_data, folders.held_out_data):
         if not prefix.with_name(prefix.name + ".idx").is_file():

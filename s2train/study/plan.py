@@ -7,6 +7,7 @@ from rich.table import Table
 from s2train.costs.memory import GIB
 from s2train.planning import compose_run, hybrid_layout, make_plan
 from s2train.planning.targets import target_gpu
+from s2train.study import speed
 from s2train.study.files import Folders
 from s2train.study.settings import Recipe, train_settings
 from s2train.study.variants import PHASES, RUNS, Run
@@ -14,8 +15,9 @@ from s2train.study.variants import PHASES, RUNS, Run
 
 def plan_table(folders: Folders, recipe: Recipe, gpus: int, device: str, runs: Sequence[Run] = RUNS) -> Table:
     """Tabulate the runs; seconds are those of the steps, without starting, evaluating and saving."""
-    table = Table("run", "density", "tokens", "steps", "seconds", "GiB", title=f"on {gpus} × {device}")
-    total = 0.0
+    heads = ("run", "density", "tokens", "steps", "seconds", "measured", "GiB", "measured")
+    table = Table(*heads, title=f"on {gpus} × {device}")
+    measured, total = speed.read(folders), 0.0
     for run in runs:
         cfg = compose_run(train_settings(folders, run, recipe, gpus))
         made = make_plan(cfg, hybrid_layout(cfg), gpus, target_gpu(device))
@@ -24,6 +26,8 @@ def plan_table(folders: Folders, recipe: Recipe, gpus: int, device: str, runs: S
         total += seconds
         steps = -(-tokens // recipe.batch_tokens)
         row = (f"{made.density:.4f}", f"{tokens / 1e6:,.0f}M", f"{steps:,}", f"{seconds:,.0f}")
-        table.add_row(run.name, *row, f"{made.memory.total / GIB:.1f}")
-    table.add_row("all", "", "", "", f"{total:,.0f}", "")
+        own = measured.get(speed.key(run, gpus))
+        found = (f"{tokens / own['tokens_per_s']:,.0f}", f"{own['peak_memory_gib']:.1f}") if own else ("", "")
+        table.add_row(run.name, *row, found[0], f"{made.memory.total / GIB:.1f}", found[1])
+    table.add_row("all", "", "", "", f"{total:,.0f}")
     return table

@@ -101,7 +101,7 @@ def read_results(folders: Folders) -> list[Result]:
     Raises:
         ConfigError: there are none, or a file can't be read.
     """
-    skipped = {folders.sweep.name}
+    skipped = {folders.sweep.name, folders.speed.name}
     paths = sorted(
         path for path in folders.results.glob("*.json") if path.name not in skipped and "-probes" not in path.name
     )

@@ -10,6 +10,7 @@ from s2train.study.variants import MODEL, PHASES, Run, attention_settings
 VOCABULARY = 32768
 EVALUATIONS = 10  # of the held-out loss, in a run
 HELD_OUT_TOKENS = 1 << 20  # of each evaluation
+MICRO_BATCH_TOKENS = 1 << 16  # that go through a GPU at once: its kernels then hide the host's work; 41 of 80 GiB
 PROBED = (1024, 4096, 16384, 32768, 65536)  # lengths of the probes, up to the trained one
 
 
@@ -32,10 +33,14 @@ def corpus_command(folders: Folders, tree: Path) -> list[str]:
 
 
 def data_commands(folders: Folders) -> list[tuple[Path, list[str]]]:
-    """How the two splits are tokenized, each after the .idx file it makes; the first also trains the tokenizer."""
+    """How the two splits are tokenized, each after the .idx file it makes.
+
+    The first also trains the tokenizer, if there is none.
+    """
     commands = []
+    first = str(folders.tokenizer) if folders.tokenizer.is_file() else f"bpe:{VOCABULARY}"
     for output, text, tokenizer in (
-        (folders.train_data, folders.train_text, f"bpe:{VOCABULARY}"),
+        (folders.train_data, folders.train_text, first),
         (folders.held_out_data, folders.held_out_text, str(folders.tokenizer)),
     ):
         settings = [f"input={text}", f"output={output}", f"tokenizer={tokenizer}", "overwrite=true"]
@@ -86,8 +91,9 @@ def train_settings(folders: Folders, run: Run, recipe: Recipe, gpus: int = 1) ->
 
 
 def micro_batch(length: int, sequences: int, gpus: int) -> int:
-    """Sequences that go through a GPU at once: two of 16k tokens, where the batch divides so."""
-    return 2 if length <= 16384 and sequences % (2 * gpus) == 0 else 1
+    """Sequences that go through a GPU at once: up to four of 16k tokens, where the batch divides so."""
+    most = max(1, MICRO_BATCH_TOKENS // length)
+    return next(size for size in (4, 2, 1) if size <= most and (sequences % (size * gpus) == 0 or size == 1))
 
 
 def data_settings(folders: Folders) -> list[str]:

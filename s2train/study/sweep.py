@@ -1,9 +1,17 @@
-"""Chooses learning rate and batch on the dense model by short runs."""
+"""Chooses the learning rate on the dense model by short runs.
+
+The batch is fixed: short runs favour small batches, as they take more steps.
+"""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from filelock import FileLock, Timeout
+
+from s2train.data.indexed import read_metadata
 from s2train.environment.provenance import environment
 from s2train.errors import ConfigError
 from s2train.files import replacing
@@ -12,7 +20,7 @@ from s2train.study.settings import HELD_OUT_TOKENS, Recipe, data_settings, micro
 from s2train.study.variants import MODEL, PHASES, SEEDS, attention_settings
 from s2train.training.records import read_curves
 
-GRID = tuple(Recipe(lr, batch) for batch in (1 << 17, 1 << 18) for lr in (6e-4, 1.2e-3, 2.4e-3))
+GRID = tuple(Recipe(lr, 1 << 17) for lr in (6e-4, 1.2e-3, 2.4e-3, 4.8e-3))
 TOKENS = 16_000_000  # of each run
 
 
@@ -56,14 +64,49 @@ class Trial:
         ]
 
 
+@contextmanager
+def claimed(folders: Folders, trial: Trial) -> Iterator[bool]:
+    """Claim a trial, and yield whether it is to be run: not if it is finished, or another process runs it."""
+    folder = folders.root / "sweep"
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / f"{trial.name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield trial.name not in {row["name"] for row in read(folders)}
+    finally:
+        lock.release()
+
+
+def running(folders: Folders) -> list[str]:
+    """Trials that other processes run."""
+    names = []
+    for trial in map(Trial, GRID):
+        with claimed(folders, trial) as is_due:
+            if not is_due and trial.name not in {row["name"] for row in read(folders)}:
+                names.append(trial.name)
+    return names
+
+
 def record(folders: Folders, trial: Trial) -> None:
     """Add a finished trial's held-out loss to the results."""
     losses = read_curves(folders.root / "sweep" / trial.name / "metrics.jsonl").held_out
-    rows = [row for row in read(folders) if row["name"] != trial.name]
-    rows.append({"name": trial.name, **asdict(trial.recipe), "held_out_loss": losses.get(trial.steps)})
-    content = {"tokens": TOKENS, "trials": rows, "environment": environment()}
-    with replacing(folders.sweep) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
+    data = read_metadata(str(folders.train_data))
+    folders.results.mkdir(parents=True, exist_ok=True)
+    with FileLock(folders.root / "sweep" / "record.lock"):
+        rows = [row for row in read(folders) if row["name"] != trial.name]
+        rows.append({"name": trial.name, **asdict(trial.recipe), "held_out_loss": losses.get(trial.steps)})
+        content = {
+            "tokens": TOKENS,
+            "data_tokens": data and data.tokens,
+            "trials": sorted(rows, key=lambda row: (row["batch_tokens"], row["lr"])),
+            "environment": environment(),
+        }
+        with replacing(folders.sweep) as temporary:
+            temporary.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def read(folders: Folders) -> list[dict[str, Any]]:

@@ -63,7 +63,7 @@ def test_arguments_that_an_action_would_not_use_are_rejected(
     ("arguments", "words"),
     [
         (["train", "widow", "--lr", "1e-3", "--batch-tokens", "1024"], "Did you mean window?"),
-        (["train", "hybrid"], "lacks 6 of 6 trials"),
+        (["train", "hybrid"], "lacks 4 of 4 trials"),
         (["train", "hybrid", "--lr", "1e-3", "--batch-tokens", "1024"], "quality_study.py data --tree"),
         (["evaluate", "hybrid"], "quality_study.py data --tree"),
         (["data"], "quality_study.py data --tree"),
@@ -116,6 +116,7 @@ def test_a_small_study_goes_from_a_tree_to_a_report(
     made = ["make_corpus.py", "prepare_data.py", "prepare_data.py"]
     act_twice("data", "--tree", str(tree), "held_out=[fs/part5]", programs=made)
     act_twice("sweep", *SMALL, programs=["pretrain.py"] * 2)
+    act_twice("speed", "hybrid", *SMALL, programs=["pretrain.py"])
     act_twice("train", "hybrid", "window", *SMALL, programs=["pretrain.py"] * 2)
     act_twice("evaluate", "hybrid", "window", "trials=5", programs=["probes.py"] * 2)
     act_twice("train", "window", "--phase", "32k", *SMALL, programs=["pretrain.py"])

@@ -1,10 +1,12 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from s2train.errors import ConfigError
 from s2train.study.files import Folders, check_corpus, check_data, check_same_split, record_split
+from s2train.study.settings import data_commands
 
 
 @pytest.fixture
@@ -34,6 +36,32 @@ def test_a_tokenizer_of_another_split_is_rejected(folders: Folders) -> None:
     (folders.corpus / "corpus.json").write_text(json.dumps({"held_out": ["net"]}))
     with pytest.raises(ConfigError, match="trained on another split"):
         check_same_split(folders)
+
+
+def test_the_same_split_may_be_made_in_another_folder(folders: Folders) -> None:
+    here, there = ({"held_out": ["fs"], "settings": {"depth": 2, "tree": name, "output": name}} for name in "ab")
+    (folders.corpus / "corpus.json").write_text(json.dumps(here))
+    record_split(folders)
+    (folders.corpus / "corpus.json").write_text(json.dumps(there))
+    check_same_split(folders)
+    (folders.corpus / "corpus.json").write_text(json.dumps(there | {"settings": {"depth": 3}}))
+    with pytest.raises(ConfigError, match="trained on another split"):
+        check_same_split(folders)
+
+
+def test_training_needs_no_text_beside_the_tokenized_splits(folders: Folders) -> None:
+    record_split(folders)
+    for prefix in (folders.train_data, folders.held_out_data):
+        prefix.with_name(prefix.name + ".idx").touch()
+    shutil.rmtree(folders.corpus)
+    check_data(folders)
+
+
+def test_a_tokenizer_that_is_there_is_used(folders: Folders) -> None:
+    assert [command[-2] for _, command in data_commands(folders)] == ["tokenizer=bpe:32768", f"tokenizer={folders.tokenizer}"]
+    folders.data.mkdir()
+    folders.tokenizer.touch()
+    assert {command[-2] for _, command in data_commands(folders)} == {f"tokenizer={folders.tokenizer}"}
 
 
 def test_training_without_tokenized_data_is_rejected(folders: Folders) -> None:

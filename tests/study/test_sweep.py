@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from s2train.data.indexed import Metadata
 from s2train.errors import ConfigError
 from s2train.planning import compose_run
 from s2train.study import sweep
@@ -40,3 +41,29 @@ def test_a_trial_has_its_own_schedule_to_the_end(folders: Folders) -> None:
         assert cfg.train.steps * trial.recipe.batch_tokens == pytest.approx(sweep.TOKENS, rel=0.02)
         assert (cfg.optim.lr, cfg.optim.decay_steps, cfg.layout.layers) == (trial.recipe.lr, None, "D")
         assert cfg.train.global_batch_size * cfg.train.seq_length == trial.recipe.batch_tokens
+
+
+def test_processes_side_by_side_share_the_trials(folders: Folders) -> None:
+    first, second = map(Trial, GRID[:2])
+    with sweep.claimed(folders, first) as mine, sweep.claimed(folders, first) as taken:
+        assert (mine, taken) == (True, False)
+        with sweep.claimed(folders, second) as other:
+            assert other
+        assert sweep.running(folders) == [first.name]
+    assert sweep.running(folders) == []
+
+
+def test_a_finished_trial_is_not_run_again(folders: Folders) -> None:
+    first, second = map(Trial, GRID[:2])
+    finish(folders, first, 3.0)
+    with sweep.claimed(folders, first) as again, sweep.claimed(folders, second) as other:
+        assert (again, other) == (False, True)
+    assert sweep.running(folders) == []
+
+
+def test_the_sweep_says_on_how_many_tokens_it_ran(folders: Folders) -> None:
+    folders.data.mkdir(parents=True)
+    metadata = Metadata("bytes", "bytes", 257, 1, 1234, 5.0, {})
+    metadata.write(folders.train_data.with_name("train.json"))
+    finish(folders, Trial(GRID[0]), 3.0)
+    assert json.loads(folders.sweep.read_text())["data_tokens"] == 1234

@@ -9,7 +9,7 @@ from s2train.planning.targets import target_gpu
 from s2train.study import variants
 from s2train.study.files import Folders
 from s2train.study.plan import plan_table
-from s2train.study.settings import Recipe, steps_of, train_settings
+from s2train.study.settings import Recipe, micro_batch, steps_of, train_settings
 from s2train.study.variants import (
     MATCHED,
     MODEL,
@@ -88,6 +88,16 @@ def test_an_unknown_name_is_rejected_with_the_nearest(variant: str, phase: str, 
     with pytest.raises(ConfigError, match="Did you mean") as caught:
         find_run(variant, phase, 1)
     assert caught.value.setting == setting
+
+
+@pytest.mark.parametrize(
+    ("length", "sequences", "gpus", "size"),
+    [(16384, 8, 1, 4), (16384, 8, 2, 4), (16384, 8, 4, 2), (32768, 4, 1, 2), (65536, 2, 1, 1), (16384, 3, 1, 1)],
+)
+def test_micro_batches_hold_65536_tokens_where_the_batch_divides_so(
+    length: int, sequences: int, gpus: int, size: int
+) -> None:
+    assert micro_batch(length, sequences, gpus) == size
 
 
 def test_more_gpus_that_do_not_divide_the_batch_are_rejected(folders: Folders) -> None:

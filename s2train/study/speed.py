@@ -1,0 +1,62 @@
+"""Measures throughput and memory of a run's first steps, without evaluation and saving."""
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+from filelock import FileLock
+
+from s2train.comparison.runs import summarize
+from s2train.environment.provenance import environment
+from s2train.files import replacing
+from s2train.study.files import Folders
+from s2train.study.settings import Recipe, train_settings
+from s2train.study.variants import Run
+
+STEPS = 30
+
+
+def key(run: Run, gpus: int) -> str:
+    """Name of a measurement; it doesn't depend on the seed."""
+    return f"{run.variant}-{run.phase}-gpus{gpus}"
+
+
+def speed_settings(folders: Folders, run: Run, recipe: Recipe, gpus: int) -> list[str]:
+    """Settings of launch/pretrain.py for the first steps of a run, which starts from scratch in any phase."""
+    kept = [
+        setting
+        for setting in train_settings(folders, run, recipe, gpus)
+        if not setting.startswith(("run_dir=", "evaluation.", "checkpoint.", "tracking.", "optim.", "train.steps="))
+    ]
+    return [
+        *kept,
+        f"run_dir={folders.root / 'speed' / key(run, gpus)}",
+        f"optim.lr={recipe.lr}",
+        f"train.steps={STEPS}",
+        f"optim.warmup_steps={STEPS // 3}",
+        "evaluation.interval=0",
+        "checkpoint.save=false",
+        "tracking.log_interval=5",
+        "tracking.wandb=disabled",
+    ]
+
+
+def record(folders: Folders, run: Run, gpus: int) -> dict[str, Any]:
+    """Add a measurement to the results, and return it."""
+    name = key(run, gpus)
+    summary = summarize(folders.root / "speed" / name)
+    row = asdict(summary) | {"name": name, "gpus": gpus}
+    folders.results.mkdir(parents=True, exist_ok=True)
+    with FileLock(folders.root / "speed" / "record.lock"):
+        content = {"rows": {**read(folders), name: row}, "environment": environment()}
+        with replacing(folders.speed) as temporary:
+            temporary.write_text(json.dumps(content, indent=1) + "\n")
+    return row
+
+
+def read(folders: Folders) -> dict[str, dict[str, Any]]:
+    """Measurements by `key`."""
+    if not folders.speed.is_file():
+        return {}
+    rows: dict[str, dict[str, Any]] = json.loads(folders.speed.read_text())["rows"]
+    return rows

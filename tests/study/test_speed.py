@@ -1,0 +1,44 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from s2train.planning import compose_run
+from s2train.study import speed
+from s2train.study.files import Folders
+from s2train.study.plan import plan_table
+from s2train.study.settings import Recipe, train_settings
+from s2train.study.variants import Run
+
+RECIPE = Recipe(1e-3, 1 << 17)
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Folders:
+    return Folders(tmp_path, Path("launch"))
+
+
+@pytest.mark.parametrize("run", [Run("hybrid"), Run("window", "32k"), Run("window", "64k")], ids=lambda run: run.name)
+def test_first_steps_have_the_runs_shape_and_save_nothing(run: Run, folders: Folders) -> None:
+    cfg, whole = (
+        compose_run(settings)
+        for settings in (speed.speed_settings(folders, run, RECIPE, 2), train_settings(folders, run, RECIPE, 2))
+    )
+    for name in ("seq_length", "global_batch_size", "micro_batch_size"):
+        assert getattr(cfg.train, name) == getattr(whole.train, name)
+    assert (cfg.layout, cfg.model, cfg.data) == (whole.layout, whole.model, whole.data)
+    assert (cfg.train.steps, cfg.evaluation.interval, cfg.checkpoint.save) == (speed.STEPS, 0, False)
+    assert cfg.checkpoint.resume == "auto"
+    assert cfg.run_dir != whole.run_dir
+
+
+def test_the_plan_shows_measured_seconds_beside_predicted_ones(folders: Folders) -> None:
+    run = Run("hybrid", seed=2)
+    folder = folders.root / "speed" / speed.key(run, 2)
+    folder.mkdir(parents=True)
+    report = {"loss": 3.0, "step_time_s": 0.5, "tokens_per_s": 500_000, "model_tflops": 1.0, "memory_gib": 40.0}
+    (folder / "metrics.jsonl").write_text(json.dumps(report | {"step": 30, "consumed_tokens": 7}) + "\n")
+    speed.record(folders, run, 2)
+    assert speed.read(folders).keys() == {"hybrid-16k-gpus2"}
+    columns = plan_table(folders, RECIPE, 2, "h100-80gb", [Run("hybrid"), Run("dense")]).columns
+    assert [list(columns[index].cells) for index in (5, 7)] == [["600", "", ""], ["40.0", "", ""]]
