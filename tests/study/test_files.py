@@ -58,7 +58,10 @@ def test_training_needs_no_text_beside_the_tokenized_splits(folders: Folders) ->
 
 
 def test_a_tokenizer_that_is_there_is_used(folders: Folders) -> None:
-    assert [command[-2] for _, command in data_commands(folders)] == ["tokenizer=bpe:32768", f"tokenizer={folders.tokenizer}"]
+    assert [command[-2] for _, command in data_commands(folders)] == [
+        "tokenizer=bpe:32768",
+        f"tokenizer={folders.tokenizer}",
+    ]
     folders.data.mkdir()
     folders.tokenizer.touch()
     assert {command[-2] for _, command in data_commands(folders)} == {f"tokenizer={folders.tokenizer}"}
