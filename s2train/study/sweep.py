@@ -20,7 +20,7 @@ from s2train.study.settings import HELD_OUT_TOKENS, Recipe, data_settings, micro
 from s2train.study.variants import MODEL, PHASES, SEEDS, attention_settings
 from s2train.training.records import read_curves
 
-GRID = tuple(Recipe(lr, 1 << 17) for lr in (6e-4, 1.2e-3, 2.4e-3, 4.8e-3))
+GRID = tuple(Recipe(lr, 1 << 17) for lr in (1.5e-4, 3e-4, 6e-4, 1.2e-3))
 TOKENS = 16_000_000  # of each run
 
 
