@@ -11,6 +11,8 @@ from typing import Any
 
 from s2train.errors import TrainingError
 
+TOKENIZERS_PARALLELISM = "TOKENIZERS_PARALLELISM"  # the tokenizers library reads it in every call
+
 
 @contextmanager
 def worker_pool(
@@ -39,7 +41,7 @@ def worker_pool(
 
 
 def _start(start: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ[TOKENIZERS_PARALLELISM] = "false"
     parent = parent_process()
     assert parent is not None
 

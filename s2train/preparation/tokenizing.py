@@ -1,20 +1,25 @@
 """Tokenizes pieces of text in several processes."""
 
 import functools
+import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from s2train.data.tokenizers import Tokenizer, load_tokenizer
-from s2train.distributed.worker_pool import worker_pool
+from s2train.distributed.worker_pool import TOKENIZERS_PARALLELISM, worker_pool
 from s2train.preparation.sources import BadDocumentError, Piece
 
 _PIECES_AHEAD = 4  # pieces in flight per worker
 _CHARS_AHEAD = 1 << 30  # characters in flight, since a piece may be a whole file
+# Characters of a document that a worker tokenizes on several threads. On one, the largest document of Linux kept a
+# single core busy for 100 of 163 s (launch/results/2026-11-28-h200-quality-data.json).
+THREADED_CHARS = 8 << 20
 _MAX_TOKENS = 2**31 - 1  # tokens of a document in a Megatron index
 
 
@@ -65,7 +70,8 @@ def encode(piece: Piece, encoding: Encoding) -> Encoded:
     tokenizer = _tokenizer(encoding.tokenizer, encoding.end_token)
     documents = piece.documents(encoding.text_key)
     texts = documents.texts
-    encoded = tokenizer.encode_many(texts)
+    with _threads(texts):
+        encoded = tokenizer.encode_many(texts)
     for number, text, ids in zip(documents.numbers, texts, encoded, strict=True):
         if (ids == tokenizer.eod).any():
             raise BadDocumentError(
@@ -83,6 +89,19 @@ def encode(piece: Piece, encoding: Encoding) -> Encoded:
     lengths = np.array([len(ids) + 1 for ids in encoded], dtype=np.int64)
     text_bytes = sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
     return Encoded(piece.source, piece.position, lengths, tokens, text_bytes, documents.blank, documents.replaced)
+
+
+@contextmanager
+def _threads(texts: Sequence[str]) -> Iterator[None]:
+    """Let a worker tokenize on several threads, if a text is long."""
+    if os.environ.get(TOKENIZERS_PARALLELISM) != "false" or max(map(len, texts), default=0) < THREADED_CHARS:
+        yield
+        return
+    os.environ[TOKENIZERS_PARALLELISM] = "true"
+    try:
+        yield
+    finally:
+        os.environ[TOKENIZERS_PARALLELISM] = "false"
 
 
 def _surroundings(text: str, word: str | None) -> str:
