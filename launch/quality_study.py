@@ -29,7 +29,7 @@ from s2train.checkpoints.integrity import damage
 from s2train.command_line.program import run_command
 from s2train.errors import ConfigError
 from s2train.study import speed, sweep
-from s2train.study.files import Folders, check_corpus, check_data, check_same_split, record_split
+from s2train.study.files import Folders, check_corpus, check_data, check_held_out, check_same_split, record_split
 from s2train.study.plan import plan_table
 from s2train.study.report import write_report
 from s2train.study.results import save_result
@@ -119,7 +119,7 @@ def evaluate(folders: Folders, run: Run, settings: Sequence[str], deadline: Dead
     if folders.probes(run).is_file():
         print(f"{run.name}: there is a result, {folders.probes(run)}")
         return
-    check_corpus(folders)
+    check_held_out(folders)
     check_same_split(folders)
     if not folders.result(run).is_file():
         remedy = f"Train it first: python launch/quality_study.py train {run.variant} --root {folders.root}"

@@ -83,13 +83,26 @@ def check_corpus(folders: Folders) -> None:
     Raises:
         ConfigError: a split is missing or empty.
     """
-    for path in (folders.train_text, folders.held_out_text):
-        if not path.is_file():
-            remedy = "Make the corpus: python launch/quality_study.py data --tree TREE"
-            raise ConfigError("root", folders.root, f"{path} is missing", remedy)
-        if path.stat().st_size == 0:
-            remedy = f"Delete {folders.corpus}, and make it with a larger held_out_share"
-            raise ConfigError("root", folders.root, f"{path} is empty", remedy)
+    _check_text(folders, folders.train_text)
+    check_held_out(folders)
+
+
+def check_held_out(folders: Folders) -> None:
+    """Check that the held-out split holds text.
+
+    Raises:
+        ConfigError: it is missing or empty.
+    """
+    _check_text(folders, folders.held_out_text)
+
+
+def _check_text(folders: Folders, path: Path) -> None:
+    if not path.is_file():
+        remedy = "Make the corpus: python launch/quality_study.py data --tree TREE"
+        raise ConfigError("root", folders.root, f"{path} is missing", remedy)
+    if path.stat().st_size == 0:
+        remedy = f"Delete {folders.corpus}, and make it with a larger held_out_share"
+        raise ConfigError("root", folders.root, f"{path} is empty", remedy)
 
 
 def record_split(folders: Folders) -> None:

@@ -118,6 +118,7 @@ def test_a_small_study_goes_from_a_tree_to_a_report(
     act_twice("sweep", *SMALL, programs=["pretrain.py"] * 2)
     act_twice("speed", "hybrid", *SMALL, programs=["pretrain.py"])
     act_twice("train", "hybrid", "window", *SMALL, programs=["pretrain.py"] * 2)
+    (tmp_path / "study" / "corpus" / "train.jsonl").unlink()  # it need not be on the machine that trains and evaluates
     act_twice("evaluate", "hybrid", "window", "trials=5", programs=["probes.py"] * 2)
     act_twice("train", "window", "--phase", "32k", *SMALL, programs=["pretrain.py"])
     act_twice("train", "window", "--phase", "64k", *SMALL, programs=["pretrain.py"])
