@@ -1,6 +1,9 @@
-"""Programs as forks of a process that has imported everything: importing takes longer than most tests do.
+"""Runs programs as forks of a process that has imported everything, since importing takes longer than most tests.
 
 `python -m tests.forked` is that process. It reads a job a line from stdin, runs it, and writes its status to stdout.
+`python -m tests.forked PROGRAM …` imports everything and is then that program itself, for tests that signal it.
+
+The Python programs that a job starts, such as torchrun's ranks, are forks too (tests/forked_children.py).
 """
 
 import atexit
@@ -8,18 +11,18 @@ import contextlib
 import functools
 import json
 import os
-import runpy
 import secrets
 import signal
 import socket
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NoReturn
+
+from tests.forked_children import fork_python_programs, run_program
 
 ROOT = Path(__file__).parents[1]
 _SECONDS_TO_END = 10.0  # that ranks have after another one failed
@@ -80,7 +83,7 @@ def _server(*, interpret: bool) -> "subprocess.Popen[str]":
     return server
 
 
-def _serve() -> None:
+def _import_everything() -> None:
     import matplotlib.pyplot  # noqa: F401
     import wandb  # noqa: F401
 
@@ -89,6 +92,8 @@ def _serve() -> None:
     import s2train.planning.show
     import s2train.training.run  # noqa: F401
 
+
+def _serve() -> None:
     for line in sys.stdin:
         print(json.dumps(_run(Job(**json.loads(line)))), flush=True)
 
@@ -130,24 +135,8 @@ def _become(job: Job, rank: int, port: int) -> NoReturn:
     os.chdir(job.cwd)
     for number, path in enumerate((os.devnull, job.out, job.err)):
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND), number)
-    sys.argv = [job.program, *job.arguments]
-    status = 0
-    try:
-        if job.program.endswith(".py"):
-            sys.path[0] = str(Path(job.program).parent)
-            runpy.run_path(job.program, run_name="__main__")
-        else:
-            runpy.run_module(job.program, run_name="__main__")
-    except SystemExit as end:
-        status = end.code if isinstance(end.code, int) else int(end.code is not None)
-        if isinstance(end.code, str):
-            print(end.code, file=sys.stderr)
-    except BaseException:
-        traceback.print_exc()
-        status = 1
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    os._exit(status)  # taking the interpreter apart takes a second
+    fork_python_programs()
+    run_program(job.program, job.arguments)
 
 
 def free_port() -> int:
@@ -167,4 +156,8 @@ def free_port() -> int:
 
 
 if __name__ == "__main__":
+    _import_everything()
+    if sys.argv[1:]:
+        fork_python_programs()
+        run_program(sys.argv[1], sys.argv[2:])
     _serve()

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -79,6 +80,16 @@ def run(
         [*launcher, path, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout
     )
     return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+# A program that is signalled: `[*PRELOADED, program, …]` is the program itself, and what it starts are forks.
+PRELOADED = [sys.executable, "-m", "tests.forked"]
+
+
+def launch(launcher: str, *arguments: str, **environment: str) -> Outcome:
+    """Run launch/`launcher`, or a module, that starts ranks itself."""
+    with mock.patch.dict(os.environ, environment):
+        return run(launcher, *arguments, processes=0, timeout=1800)
 
 
 def reported(module: str, case: Sequence[Any]) -> Any:

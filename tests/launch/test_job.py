@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.launch.test_nodes import await_that
-from tests.program import ROOT, SMALL, Outcome, error_line
+from tests.program import ROOT, SMALL, Outcome, error_line, launch
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("job")]
 
@@ -27,13 +27,8 @@ run_command(work)
 
 
 def job(*command: str, processes: int = 2, **environment: str) -> Outcome:
-    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    kept |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment
-    launcher = [sys.executable, "launch/job.py", "--standalone", "--nproc-per-node", str(processes)]
-    done = subprocess.run(
-        [*launcher, "--max-restarts", "1", *command], cwd=ROOT, env=kept, capture_output=True, text=True, timeout=600
-    )
-    return Outcome(done.returncode, done.stdout, done.stderr)
+    options = ["--standalone", "--nproc-per-node", str(processes), "--max-restarts", "1"]
+    return launch("job.py", *options, *command, **environment)
 
 
 @pytest.mark.parametrize(

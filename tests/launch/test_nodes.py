@@ -1,6 +1,7 @@
 """Several nodes: two torchrun agents on this machine, as launch/multinode.sh starts them."""
 
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -16,7 +17,7 @@ import pytest
 from s2train.errors import EXIT_REQUEUE
 from tests.forked import free_port
 from tests.launch.slurm import write_slurm
-from tests.program import ROOT, SMALL, metrics
+from tests.program import PRELOADED, ROOT, SMALL, metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("nodes")]
 
@@ -43,6 +44,14 @@ def environment(folder: Path, **settings: object) -> dict[str, str]:
     clean = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTHONUNBUFFERED")}
     job = {"HEAD": f"localhost:{free_port()}", "JOB_ID": folder.name, "NNODES": "2"}
     return clean | job | own | {name: str(value) for name, value in settings.items()}
+
+
+def preloaded_python(folder: Path) -> Path:
+    """A Python that has imported everything, and whose ranks are forks."""
+    path = folder / "python"
+    path.write_text(f'#!/bin/sh\nexec {shlex.join(PRELOADED)} "$@"\n')
+    path.chmod(0o755)
+    return path
 
 
 def await_that(condition: Callable[[], bool], what: str, seconds: float = 400) -> None:
@@ -80,7 +89,7 @@ def start() -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
 def test_a_node_that_dies_and_rejoins_resumes_from_the_last_checkpoint(
     start: Callable[..., subprocess.Popen[bytes]], tmp_path: Path
 ) -> None:
-    env = environment(tmp_path)
+    env = environment(tmp_path, PYTHON=preloaded_python(tmp_path))
     folder = tmp_path / "run"
     run_dir = f"run_dir={folder}"
     settings = ["train.steps=60", "checkpoint.interval=5", "checkpoint.keep=2"]

@@ -6,7 +6,6 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from s2train.data.blend import BUNDLED_PREFIX
-from tests.program import ROOT, SMALL, Outcome, error_line, metrics, run
+from tests.program import PRELOADED, ROOT, SMALL, Outcome, error_line, metrics, run
 
 pytestmark = pytest.mark.xdist_group("sweeps")
 QUICK = [*SMALL, "train.steps=3"]
@@ -54,7 +53,7 @@ def test_a_failing_job_stops_no_other_and_the_same_sweep_again_runs_only_that(tm
 def test_an_interrupted_sweep_stops_its_ranks_and_resumes_from_their_checkpoint(tmp_path: Path) -> None:
     folder = tmp_path / "mine"
     settings = [*SMALL, "train.steps=30", "checkpoint.interval=1", "checkpoint.keep=2", "seed=5"]
-    command = [sys.executable, str(ROOT / "launch" / "pretrain.py"), "-m", *settings, f"hydra.sweep.dir={folder}"]
+    command = [*PRELOADED, str(ROOT / "launch" / "pretrain.py"), "-m", *settings, f"hydra.sweep.dir={folder}"]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 240

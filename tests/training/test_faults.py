@@ -4,7 +4,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,21 +15,13 @@ from s2train.checkpoints.folders import checkpoints_in, read_progress
 from s2train.checkpoints.integrity import damage
 from s2train.errors import EXIT_REQUEUE
 from s2train.training.records import read_records
-from tests.program import ROOT, SMALL, Outcome, error_line, pretrain, run
+from tests.program import PRELOADED, ROOT, SMALL, Outcome, error_line, launch, pretrain, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("faults")]
 
 STEPS = "train.steps=6"
 EVERY_STEP = "checkpoint.interval=1"
-TORCHRUN = "-m torch.distributed.run"
-
-
-def launch(*command: str, **environment: str) -> Outcome:
-    """Run a Python program."""
-    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    kept |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=kept, capture_output=True, text=True, timeout=1800)
-    return Outcome(done.returncode, done.stdout, done.stderr)
+TORCHRUN = "torch.distributed.run"
 
 
 def planted(fault: str, run_dir: Path, *arguments: str, launcher: str = "", restarts: int = 0) -> Outcome:
@@ -39,7 +30,7 @@ def planted(fault: str, run_dir: Path, *arguments: str, launcher: str = "", rest
     if not launcher:
         with mock.patch.dict(os.environ, S2TRAIN_TEST_FAULT=fault):
             return run(*program, processes=2)
-    job = [*launcher.split(), "--standalone", "--nproc-per-node", "2", "--max-restarts", str(restarts)]
+    job = [launcher, "--standalone", "--nproc-per-node", "2", "--max-restarts", str(restarts)]
     return launch(*job, *program, S2TRAIN_TEST_FAULT=fault)
 
 
@@ -72,7 +63,13 @@ def test_a_run_killed_at_random_moments_ends_like_an_uninterrupted_one(
         "tracking.log_interval=3",  # reports are means over steps before and after a kill
     ]
     seed = random.randrange(1 << 30)
-    program = ["tests/training/killed.py", str(seed), str(kills), *SMALL, f"run_dir={tmp_path / 'killed'}"]
+    program = [
+        str(ROOT / "tests" / "training" / "killed.py"),
+        str(seed),
+        str(kills),
+        *SMALL,
+        f"run_dir={tmp_path / 'killed'}",
+    ]
     done = launch(*program, *settings)
     assert done.status == 0, (seed, done.out, done.err)
     whole = pretrain(tmp_path / "whole", *settings, processes=2)
@@ -86,7 +83,7 @@ def test_a_run_killed_at_random_moments_ends_like_an_uninterrupted_one(
 
 @pytest.mark.parametrize(
     ("rank", "launcher"),
-    [pytest.param(1, TORCHRUN, marks=pytest.mark.long), (0, "launch/job.py")],  # which is torchrun's agent too
+    [pytest.param(1, TORCHRUN, marks=pytest.mark.long), (0, "job.py")],  # which is torchrun's agent too
 )
 def test_a_rank_that_dies_is_named_and_the_job_restarts_from_its_last_checkpoint(
     rank: int, launcher: str, tmp_path: Path
@@ -155,14 +152,14 @@ def test_a_run_saved_with_little_memory_resumes_like_an_uninterrupted_one(tmp_pa
 
 
 def test_a_signal_to_one_rank_saves_and_exits_with_the_status_to_requeue(tmp_path: Path) -> None:
-    done = planted("user_signal:1:3", tmp_path, STEPS, launcher="launch/job.py", restarts=2)
+    done = planted("user_signal:1:3", tmp_path, STEPS, launcher="job.py", restarts=2)
     assert done.status == EXIT_REQUEUE, done.err
     assert "stopped by SIGUSR1 at step 3" in done.err
     assert [path.name for path in checkpoints_in(tmp_path / "checkpoints")] == ["iter_0000003"]
 
 
 def test_a_signal_to_a_run_that_saves_nothing_exits_as_stopped_not_as_finished(tmp_path: Path) -> None:
-    done = planted("user_signal:1:3", tmp_path, STEPS, "checkpoint.save=false", launcher="launch/job.py", restarts=2)
+    done = planted("user_signal:1:3", tmp_path, STEPS, "checkpoint.save=false", launcher="job.py", restarts=2)
     assert done.status == 128 + signal.SIGUSR1, done.err
     assert "stopped by SIGUSR1 at step 3 | not saved: checkpoint.save=false" in done.err
     assert done.out.count("new run in") == 1
@@ -173,7 +170,7 @@ def test_a_signal_to_the_launcher_and_a_second_one_still_save(first: signal.Sign
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
     job = ["launch/job.py", "--standalone", "--nproc-per-node", "2", "launch/pretrain.py"]
     launcher = subprocess.Popen(
-        [sys.executable, *job, *SMALL, f"run_dir={tmp_path}", "train.steps=100000", "data.num_workers=1"],
+        [*PRELOADED, *job, *SMALL, f"run_dir={tmp_path}", "train.steps=100000", "data.num_workers=1"],
         cwd=ROOT,
         env=environment | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
