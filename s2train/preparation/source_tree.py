@@ -112,6 +112,8 @@ def _check(cfg: CorpusConfig) -> None:
         )
     if not 0 < cfg.duplicate_share <= 1:
         raise ConfigError("duplicate_share", cfg.duplicate_share, "must lie in (0, 1]", "Set duplicate_share=0.8")
+    if cfg.workers is not None and cfg.workers < 1:
+        raise ConfigError("workers", cfg.workers, "must be 1 or more", "Set workers=1 or more, or leave it unset")
     check_writable("output", cfg.output)
     existing = [name for name in (TRAIN, HELD_OUT) if (Path(cfg.output) / name).exists()]
     if existing and not cfg.overwrite:

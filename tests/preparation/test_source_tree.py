@@ -128,6 +128,8 @@ def test_several_processes_make_the_same_bytes(tree: Path, monkeypatch: pytest.M
         ({"held_out_share": 1.0}, "held_out_share"),
         ({"duplicate_share": 0.0}, "duplicate_share"),
         ({"depth": 0}, "depth"),
+        ({"workers": 0}, "workers"),
+        ({"workers": -1}, "workers"),
         ({"suffixes": [".java"]}, "tree"),
         ({"tree": "nowhere"}, "tree"),
         ({"overwrite": False}, "output"),
