@@ -1,6 +1,9 @@
 """Rejects a run or a program that asks something of a kind of attention which it doesn't support."""
 
 from collections.abc import Iterator
+from dataclasses import fields
+from itertools import islice
+from math import isfinite
 
 from s2train.attention.features import Feature
 from s2train.attention.hybrid import HybridLayout
@@ -22,6 +25,7 @@ def check_kinds(cfg: PretrainConfig, hybrid: HybridLayout, hardware: Hardware) -
         require_feature(hybrid, feature, setting, value, without)
     for kind in dict.fromkeys(layer.kind for layer in hybrid.layers):
         kind.check(cfg)
+        _check_loss_weights(kind)
         _check_weights(cfg, kind)
 
 
@@ -64,6 +68,17 @@ def _asked(cfg: PretrainConfig, hardware: Hardware) -> Iterator[tuple[Feature, s
         yield Feature.FP8, "fp8", cfg.fp8, "Set fp8=none"
     if cfg.layer_backend == "te" or uses_te(cfg, hardware):
         yield Feature.TRANSFORMER_ENGINE, "layer_backend", cfg.layer_backend, "Set layer_backend=local"
+
+
+def _check_loss_weights(kind: AttentionKind) -> None:
+    """Whether the weights of the kind's auxiliary losses are finite and 0 or more."""
+    for name, weight in kind.columns().items():
+        if weight is None or (isfinite(weight) and weight >= 0):
+            continue
+        of_loss = (field.name for field in fields(kind.settings) if getattr(kind.settings, field.name) is weight)
+        setting = ".".join([kind.setting, *islice(of_loss, 1)])
+        problem = f"weighs the auxiliary loss {name} of {kind.label} attention"
+        raise ConfigError(setting, weight, problem, "Set a finite number, 0 or more.")
 
 
 def _check_weights(cfg: PretrainConfig, kind: AttentionKind) -> None:

@@ -213,6 +213,13 @@ def test_settings_of_a_kind_that_can_not_be_are_rejected(case: Case) -> None:
         build_hybrid_layout(layout, ScheduleConfig(), num_layers=2, num_heads=4, num_query_groups=2)
 
 
+@pytest.mark.parametrize("weight", [".nan", ".inf", "-0.5"])
+def test_a_weight_of_an_auxiliary_loss_that_can_not_be_is_rejected(weight: str) -> None:
+    with pytest.raises(ConfigError, match=r"^layout.kinds.T.loss_weight=.*auxiliary loss agreement of toy attention"):
+        check(config(f"{{kind:toy,loss_weight:{weight.removeprefix('.')}}}"), 1, CPU)
+    check(config("{kind:toy,loss_weight:0}"), 1, CPU)
+
+
 def test_ranks_that_can_not_divide_a_weight_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = config("toy", "parallel.tp=2")
     direction, scale = hybrid_layout(cfg).layers[1].kind.weights(attention_shape(cfg.model))
