@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from s2train.attention.hybrid import HybridLayout, build_hybrid_layout
 from s2train.config import PretrainConfig, to_object
 from s2train.costs.memory import GIB
+from s2train.data.parts import check_parts
 from s2train.environment.hardware import Hardware
 from s2train.errors import ConfigError
 from s2train.planning.plan import Plan, make_plan
@@ -49,6 +50,7 @@ def check(cfg: PretrainConfig, world_size: int, hardware: Hardware) -> Plan:
     """
     check_values(cfg)
     check_documents(cfg)
+    check_parts(cfg)
     check_division(cfg, world_size)
     _check_profiled_ranks(cfg, world_size)
     check_attention_backend(cfg.attention_backend, hardware)
@@ -111,6 +113,7 @@ def preview(cfg: PretrainConfig, world_size: int, hardware: Hardware) -> Plan:
     """
     check_values(cfg)
     check_documents(cfg)
+    check_parts(cfg)
     if cfg.plan.device is not None:
         check_target(cfg, hardware)
     copy = smallest_world(cfg)

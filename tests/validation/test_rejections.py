@@ -345,3 +345,11 @@ def test_a_rank_to_profile_that_is_not_there_is_rejected() -> None:
         check(config(**traced), 2, GPU)
     check(config(**traced), 8, GPU)
     check(config(profile__ranks=[9]), 1, GPU)  # nothing is traced
+
+
+@pytest.mark.parametrize("valid_path", ["bundled", 3, "runs/data/mine"])
+def test_held_out_data_that_can_not_be_are_rejected_in_a_plan_too(valid_path: object) -> None:
+    cfg = config(data__path="runs/data/mine", data__valid_path=valid_path)
+    for planned in (check, preview):
+        with pytest.raises(ConfigError, match=r"^data.valid_path="):
+            planned(cfg, 1, CPU)
