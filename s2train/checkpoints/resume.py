@@ -74,7 +74,8 @@ def find_start(cfg: PretrainConfig) -> Start:
         raise ConfigError("checkpoint.resume", checkpoint, problem, remedy_for_damage(checkpoint, "checkpoint.resume"))
     saved, is_in_run_dir = read_progress(checkpoint, "checkpoint.resume"), is_own(checkpoint, cfg.run_dir)
     is_new_phase = cfg.checkpoint.new_data and not is_in_run_dir
-    changes = changes_between(read_config(checkpoint, "checkpoint.resume"), cfg)
+    trained = read_config(checkpoint, "checkpoint.resume")
+    changes = changes_between(trained, cfg)
     allowed = allowed_changes(cfg) if is_new_phase else None
     check_same_architecture(
         changes, checkpoint, of_kinds=_may_change(cfg), weights_only=saved.weights_only, allowed=allowed
@@ -92,6 +93,8 @@ def find_start(cfg: PretrainConfig) -> Start:
     order = data_order(cfg, saved.first_step)
     if cfg.data.num_samples is None:  # keep the order even if the run's length changed
         order[_NUM_SAMPLES] = saved.order.get(_NUM_SAMPLES)
+    if (trained.data.valid_path is None) != (cfg.data.valid_path is None):
+        _check_same_part(trained, cfg, checkpoint)
     check_same_order(saved.order, order, checkpoint)
     if is_in_run_dir:  # a branch in another run folder is a separate experiment
         check_allowed(cfg, checkpoint, [change for change in changes if change.setting not in order])
@@ -208,6 +211,24 @@ def check_same_architecture(
         if name == "parallel.distributed_optimizer" and not weights_only:
             problem = f"{checkpoint} holds optimizer state saved with {name}={str(change.before).lower()}"
             raise ConfigError(name, change.now, problem, f"Set {name}={str(change.before).lower()}")
+
+
+def _check_same_part(trained: PretrainConfig, cfg: PretrainConfig, checkpoint: Path) -> None:
+    """Check that with `data.valid_path`, or without, a run trains on the documents that its checkpoint trained on.
+
+    With it these are all of `data.path`, else the first part of `data.split`.
+    """
+    before, now = (megatron_split(training_part(each.data).split) for each in (trained, cfg))
+    if before == now:
+        return
+    given = "null" if (path := trained.data.valid_path) is None else path
+    problem = f"{checkpoint} was trained with data.valid_path={_typed_list(given)}, on other documents of data.path"
+    remedy = "Set that value, or train in another run_dir"
+    raise ConfigError("data.valid_path", _typed_list(cfg.data.valid_path), problem, remedy)
+
+
+def _typed_list(value: Any) -> Any:
+    return f"[{','.join(map(str, value))}]" if isinstance(value, list | tuple) else value
 
 
 def check_same_order(before: dict[str, Any], now: dict[str, Any], checkpoint: Path) -> None:
