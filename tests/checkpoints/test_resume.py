@@ -74,7 +74,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     "change",
     [
         pytest.param(["train.deterministic=true"], marks=pytest.mark.long),  # a CPU always is
-        ["train.precision=bf16"],
+        pytest.param(["train.precision=bf16"], marks=pytest.mark.long),  # in two of the next ones
         ["train.precision=bf16", "parallel.distributed_optimizer=false", "checkpoint.async_save=true"],
         ["parallel.tp=2", "parallel.sequence_parallel=true"],
         ["parallel.pp=2", "parallel.vpp=2", "train.precision=bf16"],
@@ -92,7 +92,14 @@ def test_runs_with_other_settings_resume_bit_for_bit_too(change: list[str], tmp_
     assert trace(tmp_path / "resumed") == {step: expected[step] for step in (4, 6)}
 
 
-@pytest.mark.parametrize("division", ["parallel.tp=2", "parallel.pp=2", "parallel.cp=2", "one process"])
+@pytest.mark.parametrize(
+    "division",
+    [
+        "parallel.tp=2",
+        "one process",
+        *(pytest.param(x, marks=pytest.mark.long) for x in ("parallel.pp=2", "parallel.cp=2")),
+    ],
+)
 def test_a_data_parallel_checkpoint_resumes_under_another_parallel_division(
     stopped: Path, uninterrupted: dict[int, list[float]], division: str, tmp_path: Path
 ) -> None:

@@ -80,12 +80,20 @@ def assert_as_exact_as_eager(
         assert (c.double() - a).norm() <= 2 * (b.double() - a).norm() + 3e-7 * a.norm()
 
 
-@pytest.mark.parametrize("with_lse", [True, False])
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("problem", CASES.values(), ids=CASES.keys())
+# Each case with LSE on one backend and without it on the other; `make test-all` adds the rest.
+@pytest.mark.parametrize(
+    ("name", "backend", "with_lse"),
+    [
+        pytest.param(name, backend, with_lse, marks=[] if (number + triton + with_lse) % 2 else pytest.mark.long)
+        for number, name in enumerate(CASES)
+        for triton, backend in enumerate(("torch", "triton"))
+        for with_lse in (True, False)
+    ],
+)
 def test_a_compiled_training_step_is_the_eager_one(
-    problem: Problem, backend: str, with_lse: bool, device: torch.device
+    name: str, backend: str, with_lse: bool, device: torch.device
 ) -> None:
+    problem = CASES[name]
     inputs, layout, _, _ = problem.make(device)
     options = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in problem.options.items()}
     step = training_step(backend, with_lse, **options)
@@ -96,7 +104,7 @@ def test_a_compiled_training_step_is_the_eager_one(
         assert_as_exact_as_eager(step, compiled, inputs, layout, with_lse, **options)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_inductor_takes_it_too(device: torch.device) -> None:
     inputs, layout, _, _ = CASES["gqa"].make(device)
     step = training_step("triton", True)
@@ -118,8 +126,15 @@ def test_other_lengths_and_layouts_are_compiled_anew_at_most_once_more(device: t
     assert len(graphs) <= 3  # the first length, then any number of blocks and any layout
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize(
+    ("backend", "dynamic"),
+    [
+        ("torch", True),
+        ("triton", None),
+        pytest.param("torch", None, marks=pytest.mark.long),
+        pytest.param("triton", True, marks=pytest.mark.long),
+    ],
+)
 def test_other_scales_and_head_dimensions_are_traced_whole(
     backend: str, dynamic: bool | None, device: torch.device
 ) -> None:
@@ -127,7 +142,7 @@ def test_other_scales_and_head_dimensions_are_traced_whole(
         return training_step(backend, True, softmax_scale=scale)(*inputs)
 
     compiled = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=dynamic)
-    for dim, scale in ((16, None), (32, None), (48, None), (16, 0.1), (16, 0.2), (32, 0.3)):
+    for dim, scale in ((16, None), (32, None), (16, 0.1), (32, 0.3)):
         inputs, layout, _, _ = Problem(dim=dim, s_q=40, s_k=40).make(device)
         assert_as_exact_as_eager(partial(step, scale), partial(compiled, scale), inputs, layout, softmax_scale=scale)
 
@@ -142,8 +157,15 @@ def test_checkpointing_within_a_compiled_step(device: torch.device) -> None:
     assert_same(step, torch.compile(recomputed, backend="aot_eager", fullgraph=True), inputs, layout)
 
 
-@pytest.mark.parametrize("backend", ["torch", "portable"])
-@pytest.mark.parametrize("kind", ["static", "top-k"])
+@pytest.mark.parametrize(
+    ("kind", "backend"),
+    [
+        ("static", "torch"),
+        ("top-k", "portable"),
+        pytest.param("static", "portable", marks=pytest.mark.long),
+        pytest.param("top-k", "torch", marks=pytest.mark.long),
+    ],
+)
 def test_operators_keep_torchs_rules(kind: LayoutKind, backend: str, device: torch.device) -> None:
     (q, k, v), layout, dout, dlse = Problem(heads=2, kv_heads=1, s_q=20, s_k=20, layout=kind).make(device)
     settings = (None, *layout_arguments(layout), 0.3, True, 0, "sbhd", backend, True)

@@ -104,7 +104,9 @@ def test_heads_of_a_group_keep_their_own_blocks(backend: str, heads: int, kv_hea
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("block", [16, 32, 64, 128, 256])
+@pytest.mark.parametrize(
+    "block", [16, 64, 128, pytest.param(32, marks=pytest.mark.long), pytest.param(256, marks=pytest.mark.long)]
+)
 def test_positions_around_a_blocks_borders(backend: str, block: int) -> None:
     layout = random_layout(2, 3, block, keep=0.7)
     positions = [block - 2, block - 1, block, 2 * block - 1, 2 * block, 3 * block - 1]
@@ -121,7 +123,7 @@ def test_sequences_without_a_query_give_zero(backend: str) -> None:
     assert_as_exact_as_torch(Paged.make(random_layout(2, 3, 16), [-1, 40], 2, 1, 16, 3), backend)
 
 
-@pytest.mark.parametrize("num_splits", [1, 2, 3, 7, 40])
+@pytest.mark.parametrize("num_splits", [1, 2, 7, 12])
 def test_keys_may_be_split_in_any_number_of_parts(num_splits: int) -> None:
     layout = random_layout(4, 9, 16, keep=0.8)
     assert_as_exact_as_torch(Paged.make(layout, [143, 70], 4, 2, 16, 9), "triton", num_splits)

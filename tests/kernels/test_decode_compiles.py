@@ -23,10 +23,11 @@ SHARED_BYTES = 232448  # of a program on compute capability 9.0
 CASES = [
     ("bfloat16", 128, 64, "bits"),
     ("bfloat16", 128, 128, "uniform"),
-    ("float16", 64, 16, "bits"),
     ("bfloat16", 128, 128, "dense"),
-    ("float32", 128, 64, "bits"),
-    ("bfloat16", 256, 64, "uniform"),
+    *(
+        pytest.param(case, marks=pytest.mark.long)
+        for case in (("float16", 64, 16, "bits"), ("float32", 128, 64, "bits"), ("bfloat16", 256, 64, "uniform"))
+    ),
 ]
 Case = tuple[str, int, int, str]
 

@@ -86,7 +86,7 @@ class Walk:
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [pytest.param(64, marks=pytest.mark.long), 128])
 @pytest.mark.parametrize(
     ("block", "heads", "kv_heads", "s_q", "s_k", "options"),
     [

@@ -35,7 +35,7 @@ def test_table_lists_every_tile_of_every_document(attempt: int, device: torch.de
     assert table[1 : len(expected) + 1, :3].tolist() == [[starts[d], lengths[d], tile] for tile, d in expected]
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("dtype", [torch.int32, pytest.param(torch.int64, marks=pytest.mark.long)])
 def test_table_of_more_documents_and_tiles_than_a_program_takes(dtype: torch.dtype, device: torch.device) -> None:
     lengths = [1] * 70 + [TILE * 130 + 1] + [0] * 70 + [3]
     table = document_table(packed(lengths, device).to(dtype), sum(lengths), TILE, {}).cpu()
@@ -84,7 +84,7 @@ def test_packed_documents_attend_to_what_the_layout_keeps(block: int, keep: floa
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered")  # NumPy's, in the interpreter
 @pytest.mark.parametrize("block", [64, 128, 256])
-@pytest.mark.parametrize("garbage", [torch.nan, torch.inf])
+@pytest.mark.parametrize("garbage", [torch.nan, pytest.param(torch.inf, marks=pytest.mark.long)])
 def test_infinities_stay_in_their_document(block: int, garbage: float, device: torch.device) -> None:
     lengths = [100, 150, 70]
     q, k, v = torch.randn(3, sum(lengths), 1, 2, 64, device=device).to(torch.bfloat16)

@@ -6,9 +6,17 @@ from s2train.kernels import BlockLayout, block_sparse_attention
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("is_compiled", [False, True])
-@pytest.mark.parametrize("return_lse", [False, True])
-@pytest.mark.parametrize(("s_q", "s_k"), [(40, 0), (0, 40), (0, 0)])
+@pytest.mark.parametrize(
+    ("s_q", "s_k", "return_lse", "is_compiled"),
+    [
+        (40, 0, True, False),
+        (0, 40, False, False),
+        (0, 0, True, False),
+        (40, 0, False, True),
+        pytest.param(0, 40, True, True, marks=pytest.mark.long),
+        pytest.param(0, 0, False, True, marks=pytest.mark.long),
+    ],
+)
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_output_and_gradients_are_zero_and_lse_is_minus_infinity(
     backend: str, s_q: int, s_k: int, return_lse: bool, is_compiled: bool, device: torch.device

@@ -158,7 +158,13 @@ def test_without_compute_sanitizer_there_is_one_clear_error(
     assert not (tmp_path / "x.json").exists()
 
 
-@pytest.mark.parametrize("name", sanitize_cases.CASES)
+AMONG_THEM = ("d 64, block 64", "deterministic, block 128", "packed, block 32")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [*AMONG_THEM, *(pytest.param(x, marks=pytest.mark.long) for x in sanitize_cases.CASES if x not in AMONG_THEM)],
+)
 def test_cases_run(name: str) -> None:
     """On a CPU by torch's kernels; which would run on a GPU is not known there."""
     case = sanitize_cases.CASES[name]

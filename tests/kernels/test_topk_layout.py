@@ -58,8 +58,14 @@ def test_lists_are_built_without_a_look_at_their_values() -> None:
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("backend", ["torch", "portable"])
-@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize(
+    ("backend", "shared"),
+    [
+        ("torch", False),
+        ("portable", True),
+        *(pytest.param(*x, marks=pytest.mark.long) for x in (("torch", True), ("portable", False))),
+    ],
+)
 def test_results_are_those_of_the_same_mask_given_statically(backend: str, shared: bool, device: torch.device) -> None:
     problem = Problem(
         heads=4, kv_heads=2, s_q=90, s_k=90, batch=2, keep=0.4, layout="top-k shared" if shared else "top-k"

@@ -47,8 +47,10 @@ def test_only_failures_that_a_restart_may_fix_are_restarted_and_one_line_gives_t
 ) -> None:
     (tmp_path / "fails.py").write_text(FAILS)
     done = job(str(tmp_path / "fails.py"), error, processes=1)
-    assert (done.status, done.out.count("attempt\n")) == (status, attempts), done.err
-    assert [line for line in done.err.splitlines() if line.startswith("error: ")][-1].endswith(last)
+    assert (done.status, done.out.count("attempt\n")) == (status, attempts), done
+    lines = [line for line in done.err.splitlines() if line.startswith("error: ")]
+    assert lines, done
+    assert lines[-1].endswith(last), done
     assert "ChildFailedError" not in done.err
 
 

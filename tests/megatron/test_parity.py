@@ -33,7 +33,11 @@ VARIANTS = {
 
 # What the plain optimizer does otherwise: gradients are summed whole, and its state is sharded by other rules.
 PLAIN = ("tp2 with sequence parallel", "vpp2", "dp2")
-CASES = [("distributed", name) for name in VARIANTS] + [("plain", name) for name in PLAIN]
+# Others train so too: tests/attention/test_conformance.py divides a model of all kinds by these.
+ELSEWHERE = ("tp2", "tp2 with sequence parallel", "pp2", "dp2 with overlap", "cp2 gathering")
+CASES = [
+    pytest.param("distributed", name, marks=pytest.mark.long if name in ELSEWHERE else []) for name in VARIANTS
+] + [("plain", name) for name in PLAIN]
 
 
 def settings(optimizer: str) -> list[str]:

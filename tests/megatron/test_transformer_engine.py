@@ -62,7 +62,7 @@ def run_of(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     [
         ("none", "fake", "distributed"),
         ("fake", "none", "distributed"),
-        ("fake", "fake", "plain"),
+        pytest.param("fake", "fake", "plain", marks=pytest.mark.long),
         pytest.param("fake", "fake", "distributed", marks=pytest.mark.long),
         pytest.param("none", "fake", "plain", marks=pytest.mark.long),
         pytest.param("fake", "none", "plain", marks=pytest.mark.long),

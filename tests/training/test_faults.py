@@ -45,7 +45,7 @@ def trace(run_dir: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("kills", "in_background"),
     [
-        pytest.param(3, False, id="3, saved at once"),
+        pytest.param(2, False, id="2, saved at once"),
         pytest.param(4, True, id="4, saved in the background", marks=pytest.mark.long),
         pytest.param(40, False, id="40, saved at once", marks=pytest.mark.long),
         pytest.param(40, True, id="40, saved in the background", marks=pytest.mark.long),

@@ -190,7 +190,7 @@ def test_an_imported_llama_gives_its_logits_and_comes_back_as_it_was(tmp_path: P
     ("processes", "settings"),
     [
         (0, ["train.precision=bf16", "parallel.distributed_optimizer=false"]),
-        (2, ["parallel.tp=2", "train.precision=fp32"]),
+        pytest.param(2, ["parallel.tp=2", "train.precision=fp32"], marks=pytest.mark.long),
         (2, ["parallel.pp=2", "parallel.vpp=2", "train.precision=bf16"]),
     ],
 )
