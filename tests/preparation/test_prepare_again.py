@@ -205,7 +205,7 @@ def test_a_bad_line_is_named_from_a_worker_too(texts: Path, tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_workers_exit_when_their_parent_is_killed(texts: Path, tmp_path: Path) -> None:
-    texts.write_text(texts.read_text() * 10)
+    texts.write_text(texts.read_text() * 5)
     code = (
         "if __name__ == '__main__':\n"  # workers import this file
         "    from s2train.config import PrepareConfig\n"
