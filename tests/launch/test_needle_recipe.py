@@ -412,6 +412,7 @@ def test_a_small_recipe_goes_from_data_to_grid_and_on_where_it_stopped(
     main, root = recipe["main"], ["--root", str(tmp_path)]
     # The functions' own globals, which are not the module's here.
     monkeypatch.setitem(main.__globals__, "PHASES", tuple(short))
+    monkeypatch.setitem(main.__globals__, "DEPTHS", [0.0, 1.0])
     main(["data", *root])
     main(["train", "hybrid", *root, "--longest", "128", *SMALL])
     assert not recipe["is_trained"](tmp_path, "hybrid", 1)
