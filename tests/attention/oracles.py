@@ -9,6 +9,7 @@ from torch import Tensor
 
 from s2train.attention.kind import LayerLayout
 from s2train.megatron.core_attention import CausalCoreAttention
+from tests.attention import block_selection_oracle as block_selection
 
 Losses = dict[str, Tensor]
 
@@ -19,28 +20,30 @@ class Oracle:
 
     Attributes:
         layers, kinds: of the layout; one kind alone.
-        read: which keys each query reads: (core, key) -> bool [b, h, s, s].
-        losses: auxiliary losses as `add_loss` takes them: (core, weights by name, key, value) -> scalars by name.
+        kind: its name.
+        read: which keys each query reads: (core, query, key) -> bool [b, h, s, s].
+        losses: auxiliary losses as `add_loss` takes them: (core, weights by name, query, key, value) -> scalars by name.
         counted_products: FLOPs of Q Kᵀ and P V, as the CPU path computes them, of one sequence; None: of no interest,
             since the kind adds none of its own.
     """
 
+    kind: str
     layers: str
-    read: Callable[[CausalCoreAttention, Tensor], Tensor]
+    read: Callable[[CausalCoreAttention, Tensor, Tensor], Tensor]
     kinds: dict[str, Any] = field(default_factory=dict)
-    losses: Callable[[CausalCoreAttention, dict[str, Tensor], Tensor, Tensor], Losses] = lambda *_: {}
+    losses: Callable[[CausalCoreAttention, dict[str, Tensor], Tensor, Tensor, Tensor], Losses] = lambda *_: {}
     counted_products: Callable[[CausalCoreAttention, int], int] | None = None
 
     def attend(self, core: CausalCoreAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Softmax over the keys that are read, in the inputs' dtype: [s, b, h, d]."""
         group = query.shape[2] // key.shape[2]
-        read = self.read(core, key)
+        read = self.read(core, query, key)
         keys, values = (x.repeat_interleave(group, dim=2) for x in (key, value))
         scores = torch.einsum("qbhd,kbhd->bhqk", query, keys) * core.softmax_scale
         return torch.einsum("bhqk,kbhd->qbhd", scores.masked_fill(~read, float("-inf")).softmax(-1), values)
 
 
-def _static(core: CausalCoreAttention, key: Tensor) -> Tensor:
+def _static(core: CausalCoreAttention, query: Tensor, key: Tensor) -> Tensor:
     return token_masks(core.layer_layout, key.shape[0])[slice(*core.heads)].expand(key.shape[1], -1, -1, -1)
 
 
@@ -61,7 +64,7 @@ def _toy_directions(core: CausalCoreAttention) -> Tensor:
     return torch.stack(parts).detach()
 
 
-def _toy_read(core: CausalCoreAttention, key: Tensor) -> Tensor:
+def _toy_read(core: CausalCoreAttention, query: Tensor, key: Tensor) -> Tensor:
     directions = _toy_directions(core)
     group = len(directions) // key.shape[2]
     position = torch.arange(key.shape[0])
@@ -74,7 +77,9 @@ def _toy_read(core: CausalCoreAttention, key: Tensor) -> Tensor:
     return torch.stack(read, dim=1)
 
 
-def _toy_losses(core: CausalCoreAttention, weights: dict[str, Tensor], key: Tensor, value: Tensor) -> Losses:
+def _toy_losses(
+    core: CausalCoreAttention, weights: dict[str, Tensor], query: Tensor, key: Tensor, value: Tensor
+) -> Losses:
     group = len(weights["direction"]) // key.shape[2]
     total = torch.zeros((), dtype=key.dtype)
     for head, direction in enumerate(weights["direction"]):
@@ -89,7 +94,22 @@ def _whole_products(core: CausalCoreAttention, length: int) -> int:
 
 
 ORACLES = {
-    "dense": Oracle("D", _static),
-    "s2": Oracle("S", _static),
-    "toy": Oracle("T", _toy_read, {"T": {"kind": "toy", "window": 5}}, _toy_losses, _whole_products),
+    "dense": Oracle("dense", "D", _static),
+    "s2": Oracle("s2", "S", _static),
+    "toy": Oracle("toy", "T", _toy_read, {"T": {"kind": "toy", "window": 5}}, _toy_losses, _whole_products),
+    **{
+        f"block selection by {name}": Oracle(
+            "block_selection",
+            "B",
+            block_selection.read,
+            {"B": {"kind": "block_selection", "scorer": name, "top_k": 1, "sinks": 0, "sampled_rows": 20} | settings},
+            block_selection.losses,
+            lambda *_: 0,  # torch's fused attention is not counted
+        )
+        for name, settings in (
+            ("moba", {}),
+            ("index", {"queries": "first_token", "index_dim": 8}),
+            ("sea", {"features": 8, "channels": 4}),
+        )
+    },
 }

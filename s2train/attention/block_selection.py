@@ -1,0 +1,149 @@
+"""Attention to key blocks that a scorer selects: MoBA, an index branch, SEA.
+
+They differ in the scorer alone. A query block reads its own block, the ones before it, the first ones, and the best of
+the complete blocks between, one list for each KV head. Its score is never of the block's own queries pooled: then later
+tokens would choose what earlier ones read.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from s2train.attention.features import Feature
+from s2train.attention.kind import DataDependentKind, LayerLayout
+from s2train.attention.selection.index import IndexScorer
+from s2train.attention.selection.lists import Budget
+from s2train.attention.selection.moba import MobaScorer
+from s2train.attention.selection.scorer import Scorer
+from s2train.attention.selection.sea import SeaScorer
+from s2train.attention.weights import AttentionShape, Weight
+from s2train.config import PretrainConfig
+
+PREVIOUS_BLOCK, FIRST_TOKEN = QUERIES = ("previous_block", "first_token")
+SCORERS = ("moba", "index", "sea")
+
+
+@dataclass(frozen=True)
+class BlockSelectionSettings:
+    """Settings of the kind; units are blocks, if not said otherwise."""
+
+    scorer: str = "index"  # moba (mean of keys, no weights), index (trained index branch), sea (features and CNN)
+    top_k: int | None = None  # best earlier blocks that a query block reads, beside those that are always kept
+    share: float | None = None  # in place of top_k: this share of the candidates, rounded up
+    window: int = 2  # the last blocks, with the query's own, always kept; at least 2
+    sinks: int = 1  # the first blocks, always kept
+    queries: str = PREVIOUS_BLOCK  # that choose for a block: the mean of the block before, or its first_token
+    warm_up_steps: int = 0  # first steps of the run, with dense attention, whose probabilities the scorer learns
+    # query tokens of a sequence, after the warm-up, whose probability over all blocks is computed in each step: the
+    # scorer learns from it, and it gives the logged recall
+    sampled_rows: int = 16
+    loss_weight: float = 1.0  # of the KL divergence of scorers that learn
+    mse_weight: float = 1.0  # of SEA's squared error
+    trunk_gradient: bool = False  # whether these losses also train queries and keys
+    index_dim: int = 32  # of the index branch, for each head
+    features: int = 32  # of SEA, for each KV head
+    channels: int = 16  # of SEA's CNN, for each KV head
+
+
+class BlockSelectionKind(DataDependentKind):
+    """Top-k key blocks by score, of blocks that are complete before the query's block begins."""
+
+    name = "block_selection"
+    settings_type = BlockSelectionSettings
+    core_attention = "s2train.megatron.block_selection:BlockSelectionCoreAttention"
+    counts_exactly = True
+    features = frozenset(
+        {
+            Feature.TENSOR_PARALLEL,
+            Feature.SEQUENCE_PARALLEL,
+            Feature.PIPELINE_PARALLEL,
+            Feature.RECOMPUTATION,
+            Feature.DETERMINISTIC,
+        }
+    )
+    may_change = frozenset(
+        {
+            "top_k", "share", "window", "sinks", "queries", "warm_up_steps", "sampled_rows", "loss_weight",
+            "mse_weight", "trunk_gradient",
+        }
+    )  # fmt: skip
+
+    settings: BlockSelectionSettings
+
+    @property
+    def label(self) -> str:
+        return f"{self.settings.scorer} block-selection"
+
+    @cached_property
+    def scorer(self) -> Scorer:
+        own = self.settings
+        if own.scorer == "moba":
+            return MobaScorer()
+        return IndexScorer(own.index_dim) if own.scorer == "index" else SeaScorer(own.features, own.channels)
+
+    @property
+    def budget(self) -> Budget:
+        own = self.settings
+        return Budget(own.window, own.sinks, own.top_k, own.share)
+
+    def check_settings(self) -> None:
+        own = self.settings
+        for name, known in (("scorer", SCORERS), ("queries", QUERIES)):
+            if getattr(own, name) not in known:
+                raise self.error(name, "unknown", f"Use {', '.join(known[:-1])} or {known[-1]}.")
+        if own.top_k is None and own.share is None:
+            raise self.error("top_k", "nothing says how many blocks to select", "Set top_k (blocks) or share.")
+        if own.top_k is not None and own.share is not None:
+            raise self.error("share", f"top_k={own.top_k} says how many blocks too", "Set one of the two.")
+        if own.top_k is not None and own.top_k < 1:
+            raise self.error("top_k", "a query block selects at least one block", "Set 1 or more (blocks).")
+        if own.share is not None and not 0 < own.share <= 1:
+            raise self.error("share", "is no share of the earlier blocks", "Set above 0 and at most 1.")
+        if own.window < 2:
+            problem = "a query block always keeps its own block and the one before"
+            raise self.error("window", problem, "Set 2 or more (blocks).")
+        for name, least in (
+            ("sinks", 0), ("warm_up_steps", 0), ("sampled_rows", 1), ("loss_weight", 0), ("mse_weight", 0),
+            ("index_dim", 1), ("features", 1), ("channels", 1),
+        ):  # fmt: skip
+            if getattr(own, name) < least:
+                raise self.error(name, "is too small", f"Set {least} or more.")
+
+    def check(self, cfg: PretrainConfig) -> None:
+        own, length, block = self.settings, cfg.train.seq_length, cfg.layout.block_size
+        blocks = -(-length // block)
+        sequence = f"a sequence of {length:,} tokens has {blocks} blocks of {block}"
+        room = blocks - own.window - own.sinks
+        if own.window + own.sinks >= blocks:
+            name = "window" if own.window >= own.sinks else "sinks"
+            problem = f"{sequence}, which window and sinks keep already: there is nothing to select"
+            raise self.error(name, problem, "Set smaller ones, or a longer train.seq_length.")
+        if own.top_k is not None and own.top_k > room:
+            problem = f"{sequence}, of which {room} can be selected beside window and sinks"
+            raise self.error("top_k", problem, f"Set 1 to {room}.")
+
+    def weights(self, shape: AttentionShape) -> tuple[Weight, ...]:
+        return self.scorer.weights(shape)
+
+    def kept_positions(self, layer: LayerLayout, seq_length: int) -> tuple[float, ...]:
+        size, total = layer.block_size, 0
+        for row in range(layer.num_blocks(seq_length)):
+            tokens = min(size, seq_length - row * size)
+            total += (self.budget.num_kept(row) - 1) * size * tokens + tokens * (tokens + 1) // 2
+        return (float(total),) * len(layer.bound)
+
+    def extra_flops(self, layer: LayerLayout, seq_length: int, shape: AttentionShape) -> float:
+        rows, complete = layer.num_blocks(seq_length), seq_length // layer.block_size
+        sampled = min(self.settings.sampled_rows, seq_length)
+        teacher = 2 * shape.num_heads * shape.head_dim * sampled * seq_length
+        return self.scorer.flops(rows, rows, complete * layer.block_size, shape) + teacher
+
+    def activation_bytes(self, layer: LayerLayout, seq_length: int, shape: AttentionShape, element_size: int) -> int:
+        rows = layer.num_blocks(seq_length)
+        return self.scorer.activation_bytes(rows, rows, seq_length, shape, element_size)
+
+    def columns(self) -> Mapping[str, float | None]:
+        own = self.settings
+        of_losses: dict[str, Any] = {"kl": own.loss_weight, "mse": own.mse_weight}
+        return {name: of_losses[name] for name in self.scorer.losses} | {"recall": None}

@@ -1,0 +1,38 @@
+"""Scores a key block by the mean of its keys; has no weights (MoBA, arXiv 2502.13189).
+
+Published MoBA scores for each token. Here a query block's list comes from one pooled query, which must not hold tokens
+of the block itself.
+"""
+
+import torch
+from torch import Tensor
+
+from s2train.attention.selection.scorer import MASKED, WeightOf, grouped, precise
+from s2train.attention.weights import AttentionShape, Weight
+
+
+class MobaScorer:
+    """The mean over a group's heads of the softmax over candidate blocks."""
+
+    losses: tuple[str, ...] = ()
+    earlier_rows = 0
+
+    def weights(self, shape: AttentionShape) -> tuple[Weight, ...]:
+        return ()
+
+    def feature_size(self, head_dim: int) -> int:
+        return head_dim
+
+    def pool_keys(self, keys: Tensor, weight: WeightOf) -> Tensor:
+        return keys.mean(2, dtype=precise(keys.dtype))
+
+    def scores(self, queries: Tensor, features: Tensor, candidates: Tensor, weight: WeightOf) -> Tensor:
+        found = torch.einsum("bhgrd,bnhd->bhgrn", grouped(queries, features.shape[2]), features)
+        found = found * queries.shape[-1] ** -0.5
+        return found.masked_fill(~candidates[:, :, None], MASKED).log_softmax(-1).logsumexp(2)
+
+    def flops(self, rows: int, blocks: int, tokens: int, shape: AttentionShape) -> int:
+        return 2 * shape.num_heads * shape.head_dim * rows * blocks
+
+    def activation_bytes(self, rows: int, blocks: int, tokens: int, shape: AttentionShape, element_size: int) -> int:
+        return 0

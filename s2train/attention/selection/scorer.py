@@ -1,0 +1,80 @@
+"""The protocol of a scorer: how a key block gets its score for a query block."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from s2train.attention.weights import AttentionShape, Weight
+
+WeightOf = Callable[[str], Tensor]  # a weight of this rank's heads, by name
+MASKED = -1e30  # score of a block that is no candidate: finite, so that a row without candidates has gradients
+
+
+class Scorer(Protocol):
+    """Scores complete earlier key blocks for each query block, for each KV head.
+
+    All sizes are those of this rank's heads. Scores of a row depend on its own queries, on those of `earlier_rows` rows
+    before it, and on keys of the rows' candidates only: nothing later enters.
+
+    Attributes:
+        losses: auxiliary losses that its weights learn from; empty: it has no weights.
+        earlier_rows: rows before a row that its scores depend on.
+    """
+
+    losses: tuple[str, ...]
+    earlier_rows: int
+
+    def weights(self, shape: AttentionShape) -> tuple[Weight, ...]:
+        """Weights of a layer; every one is split over KV heads or query heads by its first dimension."""
+        ...
+
+    def feature_size(self, head_dim: int) -> int:
+        """Numbers of a block's feature."""
+        ...
+
+    def pool_keys(self, keys: Tensor, weight: WeightOf) -> Tensor:
+        """Pool complete blocks' keys [b, n, B, h_kv, d] to features [b, n, h_kv, f] in `precise` dtype."""
+        ...
+
+    def scores(self, queries: Tensor, features: Tensor, candidates: Tensor, weight: WeightOf) -> Tensor:
+        """Score key blocks: [b, h_kv, rows, n_k].
+
+        Values of blocks that are no candidates have no meaning.
+
+        Args:
+            queries: [b, rows, h, d], one for each query block.
+            features: [b, n_k, h_kv, f] from `pool_keys`.
+            candidates: bool [1 or b, 1, rows, n_k].
+        """
+        ...
+
+    def flops(self, rows: int, blocks: int, tokens: int, shape: AttentionShape) -> int:
+        """Count FLOPs of a forward pass: `rows` x `blocks` scores, and `tokens` keys that are pooled."""
+        ...
+
+    def activation_bytes(self, rows: int, blocks: int, tokens: int, shape: AttentionShape, element_size: int) -> int:
+        """Count bytes that the backward pass of the scorer needs, over all heads."""
+        ...
+
+
+def precise(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of pooled values and scores: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def grouped(queries: Tensor, num_kv_heads: int) -> Tensor:
+    """View queries [b, rows, h, d] by KV head: [b, h_kv, group, rows, d]."""
+    return queries.unflatten(2, (num_kv_heads, -1)).permute(0, 2, 3, 1, 4)
+
+
+def log_products(queries: Tensor, features: Tensor) -> Tensor:
+    """Compute the log-sum-exp over m of queries [b, h, g, r, m] + features [b, n, h, m]: [b, h, g, r, n].
+
+    As a matrix product of exponentials. Maxima of a row and of a block keep them in range; both cancel.
+    """
+    most_q, most_k = queries.amax(-1, keepdim=True).detach(), features.amax(-1, keepdim=True).detach()
+    exp_q, exp_k = (queries - most_q).exp(), (features - most_k).exp()
+    product = torch.einsum("bhgrm,bnhm->bhgrn", exp_q, exp_k).clamp_min(1e-30)
+    return product.log() + most_q + most_k.squeeze(-1).transpose(1, 2)[:, :, None, None]

@@ -1,0 +1,137 @@
+"""Core attention over key blocks that a scorer selects."""
+
+import torch
+from torch import Tensor
+
+from s2train.attention.block_selection import FIRST_TOKEN, BlockSelectionKind
+from s2train.attention.kind import LayerLayout
+from s2train.attention.random_numbers import stateless_seed
+from s2train.attention.registry import LETTERS
+from s2train.attention.selection.lists import listed, select
+from s2train.attention.selection.scorer import precise
+from s2train.attention.selection.targets import LOSSES, row_mass, sampled_positions
+from s2train.kernels.attention import block_sparse_attention
+from s2train.kernels.block_statistics import block_mass
+from s2train.kernels.dispatch import kernels_in_use
+from s2train.kernels.topk_layout import Layout, TopKLayout
+from s2train.layouts.patterns import Dense
+from s2train.megatron.core_attention import CausalCoreAttention
+
+
+class BlockSelectionCoreAttention(CausalCoreAttention):
+    """Core attention of the kind `block_selection`.
+
+    During the run's first `warm_up_steps` steps it is dense, and the scorer learns from the probabilities of all rows.
+    Afterwards it reads selected blocks, and the scorer learns from those of a few sampled rows.
+    """
+
+    @property
+    def kind(self) -> BlockSelectionKind:
+        kind = self.layer_layout.kind
+        assert isinstance(kind, BlockSelectionKind)
+        return kind
+
+    @property
+    def warms_up(self) -> bool:
+        """Whether this step is dense; outside of training (step 0) none is."""
+        return 1 <= self.step <= self.kind.settings.warm_up_steps
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, query_offset: int) -> Tensor:
+        if query_offset:
+            raise NotImplementedError("queries without the ones before them: the blocks before choose what they read")
+        num_blocks = self.layer_layout.num_blocks(key.shape[0])
+        rows = torch.arange(num_blocks, device=query.device)[None, None]
+        candidates = self.kind.budget.candidates(rows, num_blocks)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and bool(self.kind.scorer.losses)):
+            scores = self.scores(query, key, candidates)
+        indices = select(scores, rows, self.kind.budget, self.kind.budget.most_chosen(num_blocks))
+        if self.warms_up:
+            layout: Layout = self.cache.get(self._dense, key.shape[0], self.heads, query.device)
+        else:
+            layout = TopKLayout.from_indices(indices, self.layer_layout.block_size, num_heads=query.shape[2])
+        if self.kernels is None:
+            self.kernels = kernels_in_use(query, key, value, layout, backend=self.backend)
+        scale, backend, lse = self.softmax_scale, self.backend, None
+        if self.warms_up:
+            out, lse = block_sparse_attention(
+                query, key, value, layout, softmax_scale=scale, return_lse=True, backend=backend
+            )
+        else:
+            out = block_sparse_attention(query, key, value, layout, softmax_scale=scale, backend=backend)
+        if not torch.is_grad_enabled():
+            return out
+        return self.learn(out, query.detach(), key.detach(), lse, scores, indices, candidates)
+
+    def scores(self, query: Tensor, key: Tensor, candidates: Tensor) -> Tensor:
+        """Score every key block for every query block: [b, h_kv, n, n]."""
+        if not self.kind.settings.trunk_gradient:
+            query, key = query.detach(), key.detach()
+        return self.kind.scorer.scores(self.speakers(query), self.features(key), candidates, self.weight)
+
+    def features(self, key: Tensor) -> Tensor:
+        """Pool the keys of complete blocks: [b, n, h_kv, f]; zeros for a partial block, which nobody selects."""
+        blocks = whole_blocks(key, self.layer_layout.block_size)
+        found = self.kind.scorer.pool_keys(blocks, self.weight)
+        missing = self.layer_layout.num_blocks(key.shape[0]) - found.shape[1]
+        return torch.nn.functional.pad(found, (0, 0, 0, 0, 0, missing))
+
+    def speakers(self, query: Tensor) -> Tensor:
+        """Pool the queries that choose for each query block: [b, n, h, d], never of the block's own tokens together."""
+        size = self.layer_layout.block_size
+        if self.kind.settings.queries == FIRST_TOKEN:
+            return query[::size].transpose(0, 1).to(precise(query.dtype))
+        count = self.layer_layout.num_blocks(query.shape[0])
+        means = whole_blocks(query, size)[:, : count - 1].mean(2, dtype=precise(query.dtype))
+        return torch.nn.functional.pad(means, (0, 0, 0, 0, 1, 0))
+
+    def learn(
+        self,
+        out: Tensor,
+        query: Tensor,
+        key: Tensor,
+        lse: Tensor | None,
+        scores: Tensor,
+        indices: Tensor,
+        candidates: Tensor,
+    ) -> Tensor:
+        """Attach the scorer's losses to `out`, and record the recall of the lists.
+
+        Args:
+            lse: log-sum-exp of dense attention; None: attention was sparse.
+        """
+        size, length = self.layer_layout.block_size, query.shape[0]
+        num_blocks = candidates.shape[-1]
+        if lse is not None:
+            target = block_mass(
+                query, key, lse.detach(), block_size=size, softmax_scale=self.softmax_scale, backend=self.backend
+            )
+            tokens = torch.full((num_blocks,), size, device=query.device)
+            tokens[-1] = length - (num_blocks - 1) * size
+            share = tokens / length
+        else:
+            seed = stateless_seed(self.seed, self.step, self.layer_number, "rows")
+            at = sampled_positions(length, self.kind.settings.sampled_rows, seed, query.device)
+            target = row_mass(query[at], key, at, size, self.softmax_scale)
+            rows = at // size
+            scores, indices, candidates = scores[:, :, rows], indices[:, :, rows], candidates[:, :, rows]
+            share = torch.full((len(at),), 1 / len(at), device=query.device)
+
+        def mean(of_rows: Tensor) -> Tensor:
+            """Mean over sequences and tokens, this rank's part of the mean over KV heads."""
+            return (of_rows * share).sum(-1).mean(0).sum() / self.shape.num_query_groups
+
+        self.record("recall", mean((target * listed(indices, num_blocks)).sum(-1)))
+        for name in self.kind.scorer.losses:
+            out = self.add_loss(out, name, mean(LOSSES[name](scores, target, candidates)))
+        return out
+
+    @property
+    def _dense(self) -> LayerLayout:
+        bound = (Dense(),) * self.shape.num_heads
+        return LayerLayout(LETTERS["D"], bound, self.layer_layout.block_size)
+
+
+def whole_blocks(tokens: Tensor, size: int) -> Tensor:
+    """View the complete blocks of [s, b, h, d]: [b, n, size, h, d]."""
+    count = tokens.shape[0] // size
+    return tokens[: count * size].unflatten(0, (count, size)).permute(2, 0, 1, 3, 4)
