@@ -187,6 +187,7 @@ class TrainConfig:
     # bit-identical results in every run of the same command on the same devices: deterministic kernels, fixed order of
     # sums
     deterministic: bool = False
+    freeze_trunk_steps: int = 0  # in the run's first steps, only weights that kinds of attention add learn
     max_skipped_steps: int = 10  # stop the run after more consecutive steps with a loss or gradient that isn't finite
     spike_factor: float = 2.0  # log a loss spike when the loss exceeds this multiple of its running mean
     timeout_minutes: float = 30.0  # abort when a rank makes no progress for this long
@@ -208,6 +209,9 @@ class CheckpointConfig:
     # with `resume` naming another run: start a new phase, which reads its data from the beginning, in their own order,
     # and may raise model.rotary_base for longer sequences
     new_data: bool = False
+    # with `resume` naming another run: load its weights alone, and train from step 1 with a new optimizer; the layout
+    # may differ, and weights that its kinds of attention add begin with their initial values
+    weights_only: bool = False
     # settings that may differ from the run folder's checkpoint although they change the experiment: true (any), or
     # names, such as [optim.lr,train.global_batch_size]; in a new phase (new_data) also settings of the layout and its
     # head schedule: a sparse model may become dense

@@ -139,6 +139,15 @@ class BlockSelectionKind(DataDependentKind):
         teacher = 2 * shape.num_heads * shape.head_dim * sampled * seq_length
         return self.scorer.flops(rows, rows, complete * layer.block_size, shape) + teacher
 
+    def warm_up_steps(self) -> int:
+        return self.settings.warm_up_steps
+
+    def warm_up_flops(self, layer: LayerLayout, seq_length: int, shape: AttentionShape) -> float:
+        rows, complete = layer.num_blocks(seq_length), seq_length // layer.block_size
+        causal = seq_length * (seq_length + 1) // 2
+        dense_and_mass = (4 + 2) * shape.num_heads * shape.head_dim * causal  # the mass computes Q Kᵀ again
+        return dense_and_mass + self.scorer.flops(rows, rows, complete * layer.block_size, shape)
+
     def activation_bytes(self, layer: LayerLayout, seq_length: int, shape: AttentionShape, element_size: int) -> int:
         rows = layer.num_blocks(seq_length)
         return self.scorer.activation_bytes(rows, rows, seq_length, shape, element_size)

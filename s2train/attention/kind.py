@@ -5,7 +5,8 @@ default that stands for dense attention, and a feature that a kind doesn't list 
 
 asked by                          question
 layout, pictures, coverage        `heads`: static patterns, or the bound of a data-dependent kind
-plan, FLOPs, MFU, stages          `kept_positions`, `counts_exactly`, `weights`, `extra_flops`, `activation_bytes`
+plan, FLOPs, MFU, stages          `kept_positions`, `counts_exactly`, `weights`, `extra_flops`, `activation_bytes`,
+                                  `warm_up_steps`, `warm_up_flops`
 Megatron                          `core_attention`, `weights`, `columns`
 cache while decoding              `LayerLayout.bound`: a key stays as long as a later query may read it
 checkpoint, import                `weights`: names, division, what a weights-only start may lack
@@ -130,6 +131,14 @@ class AttentionKind(ABC):
     @abstractmethod
     def extra_flops(self, layer: "LayerLayout", seq_length: int, shape: AttentionShape) -> float:
         """Forward FLOPs of one sequence besides Q Kᵀ and P V; the backward pass counts as twice that."""
+
+    def warm_up_steps(self) -> int:
+        """First steps of a run in which its layers compute something else, which costs `warm_up_flops`; 0: none."""
+        return 0
+
+    def warm_up_flops(self, layer: "LayerLayout", seq_length: int, shape: AttentionShape) -> float:
+        """Forward FLOPs of one sequence's attention in the warm-up, all together; the backward counts as twice."""
+        raise NotImplementedError(f"{self.name} has no warm-up")
 
     @abstractmethod
     def activation_bytes(self, layer: "LayerLayout", seq_length: int, shape: AttentionShape, element_size: int) -> int:

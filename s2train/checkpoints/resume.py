@@ -74,14 +74,14 @@ def find_start(cfg: PretrainConfig) -> Start:
         raise ConfigError("checkpoint.resume", checkpoint, problem, remedy_for_damage(checkpoint, "checkpoint.resume"))
     saved, is_in_run_dir = read_progress(checkpoint, "checkpoint.resume"), is_own(checkpoint, cfg.run_dir)
     is_new_phase = cfg.checkpoint.new_data and not is_in_run_dir
-    trained = read_config(checkpoint, "checkpoint.resume")
-    changes = changes_between(trained, cfg)
-    allowed = allowed_changes(cfg) if is_new_phase else None
-    check_same_architecture(
-        changes, checkpoint, of_kinds=_may_change(cfg), weights_only=saved.weights_only, allowed=allowed
-    )
-    if saved.weights_only:
+    before = read_config(checkpoint, "checkpoint.resume")
+    changes = changes_between(before, cfg)
+    weights_only = loads_weights_alone(cfg, checkpoint)
+    allowed = consented(cfg) if is_new_phase else None
+    check_same_architecture(changes, checkpoint, of_kinds=_may_change(cfg), weights_only=weights_only, allowed=allowed)
+    if weights_only:
         return Start(checkpoint, Progress(0, 0, data_order(cfg), None))
+    _check_frozen_trunk(cfg, before, saved.step, checkpoint)
     last = cfg.train.last_step
     if not is_in_run_dir and saved.step >= last:
         problem = f"{checkpoint} is already at step {saved.step}, so there is nothing to train"
@@ -101,6 +101,25 @@ def find_start(cfg: PretrainConfig) -> Start:
     # A branch of another run is a separate run in wandb.
     progress = replace(saved, order=order, wandb_id=saved.wandb_id if is_in_run_dir else None)
     return Start(checkpoint, progress, saved.rng_ranks, changes)
+
+
+def loads_weights_alone(cfg: PretrainConfig, checkpoint: Path) -> bool:
+    """Return whether the run takes only weights from a checkpoint, and begins at step 1.
+
+    Either that is all it holds, or `checkpoint.weights_only` asks for it and it is another run's.
+    """
+    if cfg.checkpoint.weights_only and not is_own(checkpoint, cfg.run_dir):
+        return True
+    return read_progress(checkpoint, "checkpoint.resume").weights_only
+
+
+def _check_frozen_trunk(cfg: PretrainConfig, before: PretrainConfig, step: int, checkpoint: Path) -> None:
+    """Reject freezing a trunk that has been trained: its optimizer state would move it."""
+    frozen = cfg.train.freeze_trunk_steps
+    if frozen > step > before.train.freeze_trunk_steps:
+        problem = f"{checkpoint} is at step {step}, and the optimizer state of its trunk would go on moving it"
+        remedy = f"Set at most {step}, or start from its weights with checkpoint.weights_only=true"
+        raise ConfigError("train.freeze_trunk_steps", frozen, problem, remedy)
 
 
 def data_order(cfg: PretrainConfig, first_step: int = 0) -> dict[str, Any]:

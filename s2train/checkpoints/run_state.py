@@ -26,7 +26,6 @@ from s2train.checkpoints.folders import (
     is_own,
     load_shards,
     own_checkpoints,
-    read_progress,
     sharding_metadata,
     step_of,
     write_config,
@@ -35,6 +34,7 @@ from s2train.checkpoints.integrity import CONFIG, PROGRESS, clear_failed_load, r
 from s2train.checkpoints.missing_weights import leave_out_missing
 from s2train.checkpoints.optimizer_state_conversion import convert_param_groups
 from s2train.checkpoints.random_state import current_rng_ranks, set_rng, sharded_rng
+from s2train.checkpoints.resume import loads_weights_alone
 from s2train.config import OptimConfig, PretrainConfig
 from s2train.distributed.agreement import broadcast_from_rank_0, max_over_ranks
 from s2train.errors import ConfigError, TrainingError
@@ -215,8 +215,8 @@ def _reason(error: BaseException) -> str:
 def load(cfg: PretrainConfig, state: TrainingState, checkpoint: Path, rng_ranks: list[int] | None) -> None:
     """Load a checkpoint into the training state.
 
-    Restores model, optimizer, learning-rate schedule and this rank's random number generators; only the model from a
-    checkpoint of weights.
+    Restores model, optimizer, learning-rate schedule and this rank's random number generators; only the model where
+    `loads_weights_alone`.
 
     Args:
         rng_ranks: [tp, pp] of the run whose generators the checkpoint holds; with others, generators stay as they are.
@@ -224,8 +224,7 @@ def load(cfg: PretrainConfig, state: TrainingState, checkpoint: Path, rng_ranks:
     Raises:
         ConfigError: the checkpoint is damaged, or lacks weights that it may not lack.
     """
-    check_megatron_version(checkpoint, "checkpoint.resume")
-    weights_only = read_progress(checkpoint).weights_only
+    weights_only = loads_weights_alone(cfg, checkpoint)
     initial: dict[str, dict[str, Any]] = {}
     if weights_only:
         wanted = _sharded_model(state, sharding_metadata())

@@ -10,6 +10,7 @@ from s2train.costs.flops import TokenFlops, token_flops
 from s2train.costs.implementations import Implementations
 from s2train.costs.memory import Memory, data_parallel, micro_batches
 from s2train.costs.parameters import stage_parameters, total_parameters
+from s2train.costs.phases import Phase, phases
 from s2train.costs.stages import Balance, balance, layer_flops, pipeline_stages
 from s2train.costs.step_time import Prediction, predict_step
 from s2train.environment.hardware import Hardware
@@ -35,6 +36,7 @@ class Plan:
     parameters: int
     rank_parameters: int  # on the fullest pipeline stage
     flops: TokenFlops
+    phases: tuple[Phase, ...]  # of the run: warm-ups, a frozen trunk; one alone if nothing differs
     tp_spread: float  # busiest tensor parallel rank over the mean, minus 1, in the most uneven layer
     pipeline: Balance  # of the configured stages
     pipeline_by_cost: Balance  # with parallel.pipeline_split=cost
@@ -89,6 +91,7 @@ def make_plan(cfg: PretrainConfig, hybrid: HybridLayout, world_size: int, hardwa
             for stage in range(cfg.parallel.pp)
         ),
         flops=flops,
+        phases=phases(cfg, hybrid),
         tp_spread=max(rank_spread(layer, seq_length, cfg.parallel.tp) for layer in set(hybrid.layers)),
         pipeline=balance(stages, costs, micro_batches(cfg, world_size)),
         pipeline_by_cost=balance(by_cost, costs, micro_batches(cfg, world_size)),

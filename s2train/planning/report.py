@@ -38,6 +38,7 @@ def format_plan(plan: Plan) -> str:
             f"{train.global_batch_size * train.seq_length:,} tokens: {plan.micro_batches} × "
             f"{train.micro_batch_size} × {train.seq_length:,} on each data parallel rank",
         ),
+        *_phases(plan),
         *_ranks(plan),
         *_pipeline(plan),
         ("memory", "GiB per rank" + (", fullest pipeline stage" if parallel.pp > 1 else "")),
@@ -56,6 +57,21 @@ def format_plan(plan: Plan) -> str:
         f"{train.precision}, recompute {train.recompute}"
     )
     return "\n".join([title, *(f"{name:<13} {text}" for name, text in rows), plan.coverage.format(), _verdict(plan)])
+
+
+def _phases(plan: Plan) -> list[tuple[str, str]]:
+    """Format what each phase of the run costs, if there are several."""
+    if len(plan.phases) == 1 and not plan.phases[0].warms_up and not plan.phases[0].is_trunk_frozen:
+        return []
+    rows = []
+    tokens = plan.cfg.train.global_batch_size * plan.cfg.train.seq_length
+    for phase in plan.phases:
+        what = [f"{label} attention warms up" for label in phase.warms_up]
+        what += ["trunk frozen, so only the weights that attention adds learn"] if phase.is_trunk_frozen else []
+        total = phase.flops * tokens * (phase.last - phase.first + 1)
+        cost = f"{_count(phase.flops)} FLOPs/token, {total:.2e} FLOPs"
+        rows.append(("", f"steps {phase.first} to {phase.last}: {cost}{''.join(f'; {one}' for one in what)}"))
+    return [("phases", rows[0][1]), *rows[1:]]
 
 
 def _how(plan: Plan) -> str:

@@ -24,6 +24,7 @@ from s2train.errors import DivergedError, StoppedBySignal
 from s2train.megatron.block_attention import kernels_of
 from s2train.training.auxiliary_losses import AuxiliaryLosses
 from s2train.training.batches import Batch, micro_batches
+from s2train.training.frozen_trunk import FrozenTrunk
 from s2train.training.loss_by_position import HeldOut, position_edges
 from s2train.training.loss_spikes import LossHistory
 from s2train.training.metrics import StepMetrics, Tracker
@@ -106,7 +107,7 @@ class Trainer:
         self.cfg, self.state, self.tracker, self.speed, self.device = cfg, state, tracker, speed, device
         self.train_set, self.held_out_set, self.timers = train_set, held_out_set, timers
         self.signals, self.watchdog, self.times, self.auxiliary = signals, watchdog, times, auxiliary
-        self.loss_history = LossHistory()
+        self.health, self.frozen = Health(), FrozenTrunk(state.chunks, cfg.train.freeze_trunk_steps)
         self.saver = Saver(cfg, state, tracker.checkpoint)
 
     def train(self, progress: Progress) -> Path | None:
@@ -211,6 +212,7 @@ class Trainer:
         state.optimizer.zero_grad()
         self.auxiliary.begin_step(step)
         ((total, tokens),) = run_step(self.cfg, state.chunks, batches, forward_only=False).tolist()
+        self.frozen.hold(state.optimizer, step)
         with record_function(RANGE + OPTIMIZER):
             loss, grad_norm = total / tokens, gradient_norm(state.optimizer)
         is_finite = math.isfinite(loss) and math.isfinite(grad_norm)

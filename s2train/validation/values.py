@@ -65,7 +65,7 @@ _POSITIVE: dict[str, tuple[str, ...]] = {
 _NOT_NEGATIVE: dict[str, tuple[str, ...]] = {
     "schedule": ("dense_heads",),
     "data": ("num_workers",),
-    "train": ("max_skipped_steps",),
+    "train": ("max_skipped_steps", "freeze_trunk_steps"),
     "optim": ("min_lr_ratio", "min_lr", "weight_decay", "clip_grad", "warmup_steps"),
     "evaluation": ("interval",),
 }
@@ -92,6 +92,7 @@ def check_values(cfg: PretrainConfig) -> None:
     _check_optimizer(cfg)
     _check_profile(cfg)
     _check_kept(cfg.checkpoint)
+    _check_start(cfg.checkpoint)
     _check_tracking(cfg.tracking)
     _check_exit_step(cfg)
     _check_allowed_changes(cfg)
@@ -189,6 +190,17 @@ def _check_kept(checkpoint: CheckpointConfig) -> None:
         problem = f"checkpoint.interval={interval} saves no checkpoint at most of its multiples"
         near = interval * max(1, round(every / interval))
         raise ConfigError("checkpoint.keep_every", every, problem, f"Set a multiple of the interval, such as {near}.")
+
+
+def _check_start(checkpoint: CheckpointConfig) -> None:
+    if not checkpoint.weights_only:
+        return
+    if checkpoint.resume in ("auto", "never"):
+        problem = f"checkpoint.resume={checkpoint.resume} names no run to take weights from"
+        raise ConfigError("checkpoint.weights_only", True, problem, "Set checkpoint.resume=RUN_DIR too.")
+    if checkpoint.new_data:
+        problem = "checkpoint.new_data=true takes the optimizer's state along"
+        raise ConfigError("checkpoint.weights_only", True, problem, "Set one of the two.")
 
 
 def _check_tracking(tracking: TrackingConfig) -> None:

@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from s2train.kernels.attention import block_sparse_attention
+from s2train.kernels.layout import BlockLayout
+from s2train.kernels.topk_layout import TopKLayout
 from torch import Tensor
 
 from s2train.attention.block_selection import QUERIES, SCORERS, BlockSelectionKind, BlockSelectionSettings
@@ -16,9 +19,6 @@ from s2train.attention.selection.targets import (
     squared_error,
 )
 from s2train.attention.weights import AttentionShape, Weight
-from s2train.kernels.attention import block_sparse_attention
-from s2train.kernels.layout import BlockLayout
-from s2train.kernels.topk_layout import TopKLayout
 
 BLOCK, BLOCKS = 16, 9
 LENGTH = BLOCK * BLOCKS - 5  # the last block is partial
@@ -86,7 +86,7 @@ def test_no_position_of_a_block_changes_an_earlier_output(scorer: str, queries: 
 
 def test_a_score_from_the_blocks_own_mean_would_be_caught() -> None:
     layer = Layer.of(torch.float32, scorer="moba", queries="first_token", top_k=1)
-    query, key, value = inputs(torch.float32)
+    query, key, _ = inputs(torch.float32)
     means = torch.nn.functional.pad(query, (0, 0, 0, 0, 0, 0, 0, 5)).unflatten(0, (BLOCKS, BLOCK)).mean(1)
     leaky = query.clone()
     leaky[::BLOCK] = means  # now the first token speaks for its whole block

@@ -1,0 +1,50 @@
+"""FLOPs of a run's phases: while kinds of attention warm up, while the trunk is frozen, and afterwards."""
+
+from dataclasses import dataclass
+
+from s2train.attention.hybrid import HybridLayout
+from s2train.config import PretrainConfig
+from s2train.costs.attention import attention_flops
+from s2train.costs.flops import token_flops
+from s2train.costs.parameters import attention_shape
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Steps `first` to `last` of a run, counted from 1.
+
+    Attributes:
+        flops: training FLOPs per token, with the backward pass of a frozen trunk, which runs.
+        warms_up: kinds of attention that warm up.
+        is_trunk_frozen: whether only weights that kinds of attention add learn.
+    """
+
+    first: int
+    last: int
+    flops: float
+    warms_up: tuple[str, ...]
+    is_trunk_frozen: bool
+
+
+def phases(cfg: PretrainConfig, hybrid: HybridLayout) -> tuple[Phase, ...]:
+    """Return the phases of a run, first to last; one alone if nothing differs."""
+    steps, frozen = cfg.train.steps, cfg.train.freeze_trunk_steps
+    ends = {min(steps, end) for end in (frozen, steps, *(layer.kind.warm_up_steps() for layer in hybrid.layers))}
+    found, first = [], 1
+    for last in sorted(ends - {0}):
+        warming = [layer for layer in hybrid.layers if layer.kind.warm_up_steps() >= last]
+        labels = tuple(dict.fromkeys(layer.kind.label for layer in warming))
+        flops = token_flops(cfg.model, hybrid, cfg.train.seq_length).sparse + _more(cfg, hybrid, last)
+        found.append(Phase(first, last, flops, labels, frozen >= last))
+        first = last + 1
+    return tuple(found)
+
+
+def _more(cfg: PretrainConfig, hybrid: HybridLayout, last: int) -> float:
+    """FLOPs per token that warm-ups cost beyond the layers' usual attention, in the phase that ends at `last`."""
+    length, shape, more = cfg.train.seq_length, attention_shape(cfg.model), 0.0
+    for layer in hybrid.layers:
+        if (kind := layer.kind).warm_up_steps() >= last:
+            usual = attention_flops(layer, length, shape.head_dim) + kind.extra_flops(layer, length, shape)
+            more += kind.warm_up_flops(layer, length, shape) - usual
+    return 3 * more / length

@@ -1,0 +1,33 @@
+"""Keeps the trunk as it is in a run's first steps, while weights that kinds of attention add learn."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from megatron.core.optimizer import MegatronOptimizer
+
+from s2train.megatron.core_attention import CausalCoreAttention
+
+
+class FrozenTrunk:
+    """Holds every parameter still that no kind of attention added, up to step `last` (0: none is held).
+
+    Their gradients are set to zero before the norm is taken, and nothing decays in these steps. Adam then moves them by
+    exactly 0, since it has seen no other gradient: moments stay 0, also through a checkpoint and in the distributed
+    optimizer. A learning rate of 0 would fill the moments, and let the trunk's gradients take part in clipping.
+    """
+
+    def __init__(self, chunks: Sequence[torch.nn.Module], last: int) -> None:
+        cores = [m for chunk in chunks for m in chunk.modules() if isinstance(m, CausalCoreAttention)]
+        own = {id(getattr(core, weight.name)) for core in cores for weight in core.own_weights}
+        self._last = last
+        self._trunk: list[Any] = [p for chunk in chunks for p in chunk.parameters() if id(p) not in own]
+
+    def hold(self, optimizer: MegatronOptimizer, step: int) -> None:
+        """Call it in each step, counted from 1, between the gradients' reduction and their norm."""
+        if step > self._last:
+            return
+        for parameter in self._trunk:
+            parameter.main_grad.zero_()
+        for group in optimizer.param_groups:
+            group["weight_decay"] = 0.0  # the schedule sets it again after the step
