@@ -60,6 +60,7 @@ class BlockSelectionKind(DataDependentKind):
             Feature.PIPELINE_PARALLEL,
             Feature.RECOMPUTATION,
             Feature.DETERMINISTIC,
+            Feature.DECODING,
         }
     )
     may_change = frozenset(

@@ -76,6 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
         "ms/step",
         "with graph",
         "KV MB",
+        "MB read",
         "predicted",
         "dense",
     ):
@@ -151,6 +152,7 @@ def measure(gpt: GPTModel, length: int, batch: int, tokens: int, chunk: int | No
                 record["graph_ms" if cuda_graph else "step_ms"] = 1e3 * (_now() - began) / (tokens - 1)
                 record |= _peak("decode", device)
                 record |= {"kv_bytes": cache.bytes_in_use, "predicted_bytes": cache.predicted_bytes()}
+                record |= {"state_bytes": cache.state_bytes, "read_bytes": cache.bytes_read()}
                 record |= {"dense_bytes": cache.dense_bytes(), "pool_bytes": 2 * cache.pool.keys.nbytes}
             del cache, model  # frees the memory for the next pass
         if chunk is not None:
@@ -213,7 +215,7 @@ def _row(record: Record) -> list[str]:
         f"{forward:.3f}" if forward else "-",
         f"{record['step_ms']:.2f}",
         graph_ms,
-        *(f"{record[name] / 1e6:,.1f}" for name in ("kv_bytes", "predicted_bytes", "dense_bytes")),
+        *(f"{record[name] / 1e6:,.1f}" for name in ("kv_bytes", "read_bytes", "predicted_bytes", "dense_bytes")),
     ]
 
 

@@ -52,7 +52,7 @@ class KVCache:
         first = cores[0]
         self.block_size, self.max_length = first.layer_layout.block_size, max_length
         self.num_blocks = first.layer_layout.num_blocks(max_length)
-        self.layers = [LayerCache(self, number, core, device) for number, core in enumerate(cores)]
+        self.layers = [LayerCache(self, number, core, batch_size, device) for number, core in enumerate(cores)]
         self.last_use = np.stack([layer.last_use.numpy() for layer in self.layers])  # [layers, H_kv, n_blocks]
         self.pool = PagePool(
             batch_size * sum(most_pages_held(layer.last_use) for layer in self.layers)
@@ -86,6 +86,20 @@ class KVCache:
         Counts all layers and sequences.
         """
         return self.pool.used * self.pool.page_bytes
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of tensors that kinds of attention keep beside keys and values, for sequences of the full length."""
+        return sum(state.nbytes for layer in self.layers for state in layer.state.values())
+
+    def bytes_read(self) -> int:
+        """Bytes of keys, values and state that the next decoding step reads, in all layers and sequences."""
+        lengths = [int(n) for n, done in zip(self.lengths, self.finished, strict=True) if not done]
+        return sum(
+            layer.core.cached_reads(layer, n // self.block_size, self.pool.page_bytes)
+            for layer in self.layers
+            for n in lengths
+        )
 
     def predicted_bytes(self) -> int:
         """Expected `bytes_in_use`, computed from the layout and the lengths alone."""
@@ -179,10 +193,14 @@ class LayerCache:
 
     Attributes:
         last_use: int32 [H_kv, n_blocks] on the host: last query block that needs each key block.
+        state: tensors of the kind's own, such as scores of pages, by name; the first dimension is the sequence.
     """
 
-    def __init__(self, cache: KVCache, number: int, core: CausalCoreAttention, device: torch.device) -> None:
-        self.cache, self.number, self.max_length = cache, number, cache.max_length
+    def __init__(
+        self, cache: KVCache, number: int, core: CausalCoreAttention, batch_size: int, device: torch.device
+    ) -> None:
+        self.cache, self.number, self.max_length, self.core = cache, number, cache.max_length, core
+        self.state = core.cached_state(batch_size, cache.num_blocks, device)
         self.layout: BlockLayout | None = core.cached_layout(cache.max_length, device)
         if self.layout is None:
             shape = (core.num_kv_heads, cache.num_blocks)
@@ -213,7 +231,52 @@ class LayerCache:
                 backend=backend,
             )
             return out[None]
-        return self._attend_chunk(core, query, key, value, chunk)
+        return self.attend_chunk(core, query, key, value, chunk)
+
+    @property
+    def chunk(self) -> Chunk | None:
+        """Tokens that a prefill writes now; None while decoding."""
+        return self.cache.chunk
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """Position of each sequence's new token, -1 for a finished one: int32 [b] on the device."""
+        return self.cache.positions
+
+    def append(self, core: CausalCoreAttention, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Cache one new token of each sequence: [1, b, h_kv, d]."""
+        pool, table = self.cache.pool, self.cache.table[:, self.number]
+        append_token(key[0], value[0], pool.keys, pool.values, table, self.positions, backend=core.backend)
+
+    def own_blocks(self) -> torch.Tensor:
+        """Read the keys of each sequence's newest block, as far as they are written: [b, h_kv, B, d]."""
+        block = (self.positions.clamp(min=0) // self.cache.block_size).long()
+        table = self.cache.table[:, self.number]
+        pages = table.gather(2, block[:, None, None].expand(-1, table.shape[1], 1)).squeeze(2)
+        return self.cache.pool.keys[pages.long()]
+
+    def attend_listed(self, core: CausalCoreAttention, query: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+        """Attend from one new token of each sequence to listed blocks; no other page is read.
+
+        Args:
+            query: [1, b, h, d].
+            blocks: int [b, h_kv, slots], -1 where unused; the token's own block is in the last slot.
+        """
+        pool, positions, size = self.cache.pool, self.positions, self.cache.block_size
+        table = self.cache.table[:, self.number].gather(2, blocks.clamp(min=0).long()).masked_fill(blocks < 0, -1)
+        # the listed pages in a row: all before the last are complete, so their order is free
+        within = (blocks.shape[2] - 1) * size + positions % size
+        out, _ = block_sparse_decode(
+            query[0],
+            pool.keys,
+            pool.values,
+            table,
+            torch.where(positions < 0, positions, within),
+            None,
+            softmax_scale=core.softmax_scale,
+            backend=core.backend,
+        )
+        return out[None]
 
     def attend_each(
         self, core: CausalCoreAttention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
@@ -226,7 +289,7 @@ class LayerCache:
         cache, pool, table = self.cache, self.cache.pool, self.cache.table[:, self.number]
         chunk = cache.chunk
         if chunk is not None:
-            return self._attend_chunk(core, query, key, value, chunk)
+            return self.attend_chunk(core, query, key, value, chunk)
         append_token(key[0], value[0], pool.keys, pool.values, table, cache.positions, backend=core.backend)
         out = torch.zeros_like(query)
         for number in np.flatnonzero(~cache.finished).tolist():
@@ -236,7 +299,7 @@ class LayerCache:
             out[:, one] = core.attend(query[:, one], keys, values, query_offset=length - 1)
         return out
 
-    def _attend_chunk(
+    def attend_chunk(
         self, core: CausalCoreAttention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, chunk: Chunk
     ) -> torch.Tensor:
         """Attend from a prompt's chunk to earlier and new tokens, and cache those that later queries may read."""
@@ -332,4 +395,4 @@ def kv_cache(gpt: GPTModel, batch_size: int, max_length: int, *, num_pages: int 
         config.apply_rope_fusion = fuses_rotation
         for core, layer in zip(cores, cache.layers, strict=True):
             core.kv = None
-            del layer.cache  # a reference cycle: the pool's memory would wait for the garbage collector
+            del layer.cache, layer.core  # reference cycles: the pool's memory would wait for the garbage collector

@@ -15,7 +15,16 @@ from s2train.kernels.block_statistics import block_mass
 from s2train.kernels.dispatch import kernels_in_use
 from s2train.kernels.topk_layout import Layout, TopKLayout
 from s2train.layouts.patterns import Dense
-from s2train.megatron.core_attention import CausalCoreAttention
+from s2train.megatron.core_attention import AttentionCache, CausalCoreAttention
+from s2train.megatron.selection_cache import (
+    cached_list,
+    cached_scores,
+    empty_state,
+    keep_chunk,
+    keep_token,
+    pooled_keys,
+    whole_blocks,
+)
 
 
 class BlockSelectionCoreAttention(CausalCoreAttention):
@@ -25,6 +34,8 @@ class BlockSelectionCoreAttention(CausalCoreAttention):
     Afterwards it reads selected blocks, and the scorer learns from those of a few sampled rows.
     """
 
+    captures_decoding = True
+
     @property
     def kind(self) -> BlockSelectionKind:
         kind = self.layer_layout.kind
@@ -33,22 +44,31 @@ class BlockSelectionCoreAttention(CausalCoreAttention):
 
     @property
     def warms_up(self) -> bool:
-        """Whether this step is dense; outside of training (step 0) none is."""
-        return 1 <= self.step <= self.kind.settings.warm_up_steps
+        """Whether this step is dense; outside of training (step 0) and over a cache none is."""
+        return self.kv is None and 1 <= self.step <= self.kind.settings.warm_up_steps
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, query_offset: int) -> Tensor:
+        num_blocks, first = self.layer_layout.num_blocks(key.shape[0]), query_offset // self.layer_layout.block_size
+        rows = torch.arange(first, num_blocks, device=query.device)[None, None]
         if query_offset:
-            raise NotImplementedError("queries without the ones before them: the blocks before choose what they read")
-        num_blocks = self.layer_layout.num_blocks(key.shape[0])
-        rows = torch.arange(num_blocks, device=query.device)[None, None]
+            if self.kv is None:
+                raise NotImplementedError("queries without those before them, which choose what they read")
+            scores = cached_scores(self, self.kv, rows, num_blocks)
+            indices = select(scores, rows, self.kind.budget, self.kind.budget.most_chosen(num_blocks))
+            indices = torch.nn.functional.pad(indices, (0, 0, first, 0), value=-1)  # lists of the earlier rows
+            layout: Layout = self.layout_of(indices, query)
+            return block_sparse_attention(
+                query, key, value, layout, softmax_scale=self.softmax_scale, query_offset=query_offset,
+                backend=self.backend,
+            )  # fmt: skip
         candidates = self.kind.budget.candidates(rows, num_blocks)
         with torch.set_grad_enabled(torch.is_grad_enabled() and bool(self.kind.scorer.losses)):
             scores = self.scores(query, key, candidates)
         indices = select(scores, rows, self.kind.budget, self.kind.budget.most_chosen(num_blocks))
         if self.warms_up:
-            layout: Layout = self.cache.get(self._dense, key.shape[0], self.heads, query.device)
+            layout = self.cache.get(self._dense, key.shape[0], self.heads, query.device)
         else:
-            layout = TopKLayout.from_indices(indices, self.layer_layout.block_size, num_heads=query.shape[2])
+            layout = self.layout_of(indices, query)
         if self.kernels is None:
             self.kernels = kernels_in_use(query, key, value, layout, backend=self.backend)
         scale, backend, lse = self.softmax_scale, self.backend, None
@@ -62,6 +82,32 @@ class BlockSelectionCoreAttention(CausalCoreAttention):
             return out
         return self.learn(out, query.detach(), key.detach(), lse, scores, indices, candidates)
 
+    def attend_cached(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        assert self.kv is not None
+        chunk = self.kv.chunk
+        if chunk is not None:
+            keep_chunk(self, self.kv, query, key, chunk)
+            return self.kv.attend_chunk(self, query, key, value, chunk)
+        self.kv.append(self, key, value)
+        keep_token(self, self.kv, query)
+        return self.kv.attend_listed(self, query, cached_list(self, self.kv))
+
+    def cached_layout(self, max_length: int, device: torch.device) -> None:
+        return None  # any block may be selected later
+
+    def cached_state(self, batch_size: int, num_blocks: int, device: torch.device) -> dict[str, Tensor]:
+        return empty_state(self, batch_size, num_blocks, device)
+
+    def cached_reads(self, kv: AttentionCache, block: int, page_bytes: int) -> int:
+        pages = self.kind.budget.num_kept(block) * page_bytes + page_bytes // 2  # its own block's keys once more
+        speakers, features = kv.state["speakers"][0], kv.state["features"][0]
+        rows = self.kind.scorer.earlier_rows + 1
+        return self.num_kv_heads * pages + features.nbytes + rows * speakers[0].nbytes
+
+    def layout_of(self, indices: Tensor, query: Tensor) -> TopKLayout:
+        """Make the layout of lists [b, h_kv, n, slots]."""
+        return TopKLayout.from_indices(indices, self.layer_layout.block_size, num_heads=query.shape[2])
+
     def scores(self, query: Tensor, key: Tensor, candidates: Tensor) -> Tensor:
         """Score every key block for every query block: [b, h_kv, n, n]."""
         if not self.kind.settings.trunk_gradient:
@@ -70,8 +116,7 @@ class BlockSelectionCoreAttention(CausalCoreAttention):
 
     def features(self, key: Tensor) -> Tensor:
         """Pool the keys of complete blocks: [b, n, h_kv, f]; zeros for a partial block, which nobody selects."""
-        blocks = whole_blocks(key, self.layer_layout.block_size)
-        found = self.kind.scorer.pool_keys(blocks, self.weight)
+        found = pooled_keys(self, key)
         missing = self.layer_layout.num_blocks(key.shape[0]) - found.shape[1]
         return torch.nn.functional.pad(found, (0, 0, 0, 0, 0, missing))
 
@@ -129,9 +174,3 @@ class BlockSelectionCoreAttention(CausalCoreAttention):
     def _dense(self) -> LayerLayout:
         bound = (Dense(),) * self.shape.num_heads
         return LayerLayout(LETTERS["D"], bound, self.layer_layout.block_size)
-
-
-def whole_blocks(tokens: Tensor, size: int) -> Tensor:
-    """View the complete blocks of [s, b, h, d]: [b, n, size, h, d]."""
-    count = tokens.shape[0] // size
-    return tokens[: count * size].unflatten(0, (count, size)).permute(2, 0, 1, 3, 4)

@@ -5,6 +5,7 @@ It holds what all kinds of attention share.
 
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -23,10 +24,38 @@ from s2train.megatron.kind_weights import KindWeights
 from s2train.megatron.layout_cache import LayoutCache
 
 
+class CachedChunk(Protocol):
+    """Tokens [start, stop) of all sequences that a prefill writes now.
+
+    `lengths` [b], on the host, is how many tokens of each sequence there are afterwards.
+    """
+
+    @property
+    def start(self) -> int: ...
+    @property
+    def stop(self) -> int: ...
+    @property
+    def lengths(self) -> np.ndarray: ...
+
+
 class AttentionCache(Protocol):
     """One layer's keys and values while decoding; see `s2train.inference.kv_cache`."""
 
     max_length: int
+    layout: BlockLayout | None
+    state: dict[str, torch.Tensor]
+
+    @property
+    def chunk(self) -> CachedChunk | None: ...
+    @property
+    def positions(self) -> torch.Tensor: ...
+
+    def append(self, core: "CausalCoreAttention", key: torch.Tensor, value: torch.Tensor) -> None: ...
+    def own_blocks(self) -> torch.Tensor: ...
+    def attend_listed(self, core: "CausalCoreAttention", query: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor: ...
+    def attend_chunk(
+        self, core: "CausalCoreAttention", query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, chunk: Any
+    ) -> torch.Tensor: ...
 
     def attend(
         self, core: "CausalCoreAttention", query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
@@ -213,6 +242,18 @@ class CausalCoreAttention(KindWeights, MegatronModule):
         A cache keeps exactly these.
         """
         raise self._missing("decoding")
+
+    def cached_state(self, batch_size: int, num_blocks: int, device: torch.device) -> dict[str, torch.Tensor]:
+        """Return tensors of the kind's own that a cache keeps for this layer, by name; sequences come first."""
+        return {}
+
+    def cached_reads(self, kv: AttentionCache, block: int, page_bytes: int) -> int:
+        """Return the bytes that a new token of query block `block` reads from the cache, of one sequence."""
+        layout = kv.layout
+        if layout is None:
+            return self.num_kv_heads * (block + 1) * page_bytes
+        kept = layout.mask()[:, block, : block + 1]  # [h, blocks]
+        return int(kept.unflatten(0, (self.num_kv_heads, -1)).any(1).sum()) * page_bytes
 
     def _missing(self, what: str) -> NotImplementedError:
         return NotImplementedError(f"{type(self).__name__}: {what} (its kind should not promise it)")

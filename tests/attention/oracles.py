@@ -22,7 +22,7 @@ class Oracle:
         layers, kinds: of the layout; one kind alone.
         kind: its name.
         read: which keys each query reads: (core, query, key) -> bool [b, h, s, s].
-        losses: auxiliary losses as `add_loss` takes them, by name: (core, weights by name, query, key, value) -> scalars.
+        losses: auxiliary losses as `add_loss` takes them, by name: (core, weights by name, query, key, value).
         counted_products: FLOPs of Q Kᵀ and P V, as the CPU path computes them, of one sequence; None: of no interest,
             since the kind adds none of its own.
     """

@@ -1,0 +1,104 @@
+"""What selection keeps of each block while decoding: the feature of its keys, and the query that chooses for it.
+
+A new token then reads the features, a small share of the keys, and the pages that its block's list names. All of it
+stays on the device, so that a CUDA graph can capture it.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from s2train.attention.block_selection import FIRST_TOKEN
+from s2train.attention.selection.lists import select
+from s2train.attention.selection.scorer import precise
+from s2train.megatron.core_attention import AttentionCache, CachedChunk
+
+if TYPE_CHECKING:
+    from s2train.megatron.block_selection import BlockSelectionCoreAttention
+
+
+def whole_blocks(tokens: Tensor, size: int) -> Tensor:
+    """View the complete blocks of [s, b, h, d]: [b, n, size, h, d]."""
+    count = tokens.shape[0] // size
+    return tokens[: count * size].unflatten(0, (count, size)).permute(2, 0, 1, 3, 4)
+
+
+def pooled_keys(core: "BlockSelectionCoreAttention", key: Tensor) -> Tensor:
+    """Pool the keys of complete blocks of [s, b, h_kv, d]: [b, n, h_kv, f]."""
+    return core.kind.scorer.pool_keys(whole_blocks(key, core.layer_layout.block_size), core.weight)
+
+
+def empty_state(
+    core: "BlockSelectionCoreAttention", batch_size: int, num_blocks: int, device: torch.device
+) -> dict[str, Tensor]:
+    """Make the state of an empty cache.
+
+    speakers: [b, num_blocks + 1, h, d], the query that chooses for each query block; with `queries=previous_block` the
+    sum so far of the block before, over the block size. features: [b, num_blocks, h_kv, f], as pooled.
+    """
+    dim, heads = core.shape.head_dim, core.heads[1] - core.heads[0]
+    dtype = precise(core.config.params_dtype)
+    size = core.kind.scorer.feature_size(dim)
+    return {
+        "speakers": torch.zeros(batch_size, num_blocks + 1, heads, dim, dtype=dtype, device=device),
+        "features": torch.zeros(batch_size, num_blocks, core.num_kv_heads, size, dtype=dtype, device=device),
+    }
+
+
+def keep_chunk(
+    core: "BlockSelectionCoreAttention", kv: AttentionCache, query: Tensor, key: Tensor, chunk: CachedChunk
+) -> None:
+    """Keep the state of a prompt's chunk, which begins with a block; padding after a sequence's end is left out."""
+    size = core.layer_layout.block_size
+    first, count = chunk.start // size, core.layer_layout.num_blocks(query.shape[0])
+    features, speakers = pooled_keys(core, key), kv.state["speakers"]
+    kv.state["features"][:, first : first + features.shape[1]] = features
+    if core.kind.settings.queries == FIRST_TOKEN:
+        speakers[:, first : first + count] = query[::size].transpose(0, 1).to(speakers.dtype)
+        return
+    position = torch.arange(chunk.start, chunk.stop, device=query.device)
+    written = position[:, None] < torch.from_numpy(chunk.lengths).to(query.device)  # [s, b]
+    sums = query.to(speakers.dtype).masked_fill(~written[..., None, None], 0)
+    sums = torch.nn.functional.pad(sums, (0, 0, 0, 0, 0, 0, 0, count * size - len(sums)))
+    speakers[:, first + 1 : first + 1 + count] = whole_blocks(sums, size).sum(2) / size
+
+
+def keep_token(core: "BlockSelectionCoreAttention", kv: AttentionCache, query: Tensor) -> None:
+    """Keep the state of one new token of each sequence, [1, b, h, d], whose key is in its page."""
+    size = core.layer_layout.block_size
+    position = kv.positions.clamp(min=0).long()
+    block, sequence = position // size, torch.arange(len(position), device=query.device)
+    # a block's feature counts once the block is complete; until then nobody selects it
+    own = kv.own_blocks().transpose(1, 2)[:, None]  # [b, 1, B, h_kv, d]
+    kv.state["features"][sequence, block] = core.kind.scorer.pool_keys(own, core.weight)[:, 0]
+    speakers = kv.state["speakers"]
+    new = query[0].to(speakers.dtype)
+    if core.kind.settings.queries == FIRST_TOKEN:
+        begins = (position % size == 0)[:, None, None]
+        speakers[sequence, block] = torch.where(begins, new, speakers[sequence, block])
+    else:
+        speakers[sequence, block + 1] += new / size
+
+
+def cached_scores(core: "BlockSelectionCoreAttention", kv: AttentionCache, rows: Tensor, num_blocks: int) -> Tensor:
+    """Score `num_blocks` key blocks for consecutive query blocks `rows` int64 [1 or b, 1, r]: [b, h_kv, r, n].
+
+    Rows before them are scored too, as far as a row's scores depend on them.
+    """
+    scorer, speakers, features = core.kind.scorer, kv.state["speakers"], kv.state["features"][:, :num_blocks]
+    earlier = torch.arange(-scorer.earlier_rows, 0, device=rows.device)
+    rows = torch.cat([rows[..., :1] + earlier, rows], -1)
+    at = rows.clamp(min=0)[:, 0, :, None, None].expand(len(speakers), -1, *speakers.shape[2:])
+    candidates = core.kind.budget.candidates(rows, num_blocks)
+    found = scorer.scores(speakers.gather(1, at), features, candidates, core.weight)
+    return found[:, :, scorer.earlier_rows :]
+
+
+def cached_list(core: "BlockSelectionCoreAttention", kv: AttentionCache) -> Tensor:
+    """Select the blocks that each sequence's new token reads: int32 [b, h_kv, slots]."""
+    num_blocks = kv.state["features"].shape[1]
+    rows = (kv.positions.clamp(min=0) // core.layer_layout.block_size).long()[:, None, None]
+    budget = core.kind.budget
+    scores = cached_scores(core, kv, rows, num_blocks)
+    return select(scores, rows, budget, budget.most_chosen(num_blocks))[:, :, 0]
