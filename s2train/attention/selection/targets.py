@@ -40,23 +40,33 @@ def sampled_positions(length: int, count: int, seed: int, device: torch.device) 
     return ((torch.arange(count, device=device) + drawn) * (length / count)).long().clamp_max(length - 1)
 
 
+_ELEMENTS = 1 << 27  # of the scores that `row_mass` holds at once: 512 MiB
+
+
 def row_mass(query: Tensor, key: Tensor, positions: Tensor, block_size: int, scale: float) -> Tensor:
     """Compute the true probability of key blocks for single queries: [b, h_kv, rows, n_k], without gradient.
 
-    The mean over a group's heads. It costs rows x keys, one KV head after the other.
+    The mean over a group's heads. It costs rows x keys; as many KV heads at once as memory should hold.
 
     Args:
         query: [rows, b, h, d], those at `positions`.
         key: [s, b, h_kv, d].
     """
     length, _, num_kv_heads, _ = key.shape
-    num_blocks = -(-length // block_size)
-    dtype, parts = precise(key.dtype), []
+    at_once = max(1, _ELEMENTS * num_kv_heads // (query.shape[:3].numel() * length))
     hidden = torch.arange(length, device=key.device) > positions[:, None]
+    queries = query.unflatten(2, (num_kv_heads, -1))
     with torch.no_grad():
-        for head, own in enumerate(query.unflatten(2, (num_kv_heads, -1)).unbind(2)):
-            scores = torch.einsum("rbgd,sbd->bgrs", own.to(dtype), key[:, :, head].to(dtype)) * scale
-            rows = scores.masked_fill_(hidden, float("-inf")).softmax(-1).mean(1)
-            padded = torch.nn.functional.pad(rows, (0, num_blocks * block_size - length))
-            parts.append(padded.unflatten(-1, (num_blocks, block_size)).sum(-1))
-    return torch.stack(parts, 1)
+        parts = [
+            _row_mass(q.to(precise(q.dtype)), k.to(precise(k.dtype)), hidden, block_size, scale)
+            for q, k in zip(queries.split(at_once, 2), key.split(at_once, 2), strict=True)
+        ]
+    return torch.cat(parts, 1)
+
+
+def _row_mass(query: Tensor, key: Tensor, hidden: Tensor, block_size: int, scale: float) -> Tensor:
+    """Compute `row_mass` of some KV heads: query [rows, b, h_kv, group, d]."""
+    scores = torch.einsum("rbhgd,sbhd->bhgrs", query, key) * scale
+    rows = scores.masked_fill_(hidden, float("-inf")).softmax(-1).mean(2)
+    padded = torch.nn.functional.pad(rows, (0, -len(key) % block_size))
+    return padded.unflatten(-1, (-1, block_size)).sum(-1)

@@ -1,0 +1,211 @@
+"""Times attention to selected blocks beside dense attention, and each phase of the selection.
+
+One layer's core attention, as in training: random queries, keys and values, bfloat16 on a GPU, batch 1, forward and
+backward. `attention` is the sparse op alone with lists made before; `whole` is the core attention with scorer,
+selection, lists, losses and their gradients. The phases are forward passes alone: pooled queries, pooled keys, scores,
+selection, and the lists that the kernels read. `target` is the true probability of sampled queries. Dense attention:
+FlashAttention-4 where it is installed, and torch's cuDNN. Device times with the host ahead; the JSON is written after
+each case.
+
+Run it on one GPU: python -m s2train.comparison.selection_speed --output FILE.json
+"""
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from s2train.attention.block_selection import SCORERS
+from s2train.attention.selection.lists import select
+from s2train.attention.selection.targets import row_mass, sampled_positions
+from s2train.config import LayoutConfig, ModelConfig, ParallelConfig, PretrainConfig, TrainConfig
+from s2train.environment.versions import versions
+from s2train.kernels.attention import block_sparse_attention
+from s2train.kernels.benchmarks.timing import Clock, time_passes
+from s2train.kernels.dense import dense_causal_attention
+from s2train.kernels.flash4 import fa4_problem
+from s2train.kernels.topk_layout import TopKLayout
+from s2train.megatron.block_selection import BlockSelectionCoreAttention
+from s2train.megatron.layer_backends import choose_backend
+from s2train.megatron.model import DTYPES, build_model, transformer_config
+from s2train.megatron.selection_cache import pooled_keys
+from s2train.megatron.setup import initialize, shutdown
+from s2train.planning import hybrid_layout
+
+Record = dict[str, Any]
+PHASES = ("pool queries", "pool keys", "scores", "select", "lists")  # before attention; `scores` without pooling
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(prog="python -m s2train.comparison.selection_speed", description=__doc__)
+    parser.add_argument("--lengths", nargs="+", type=int, default=[32768, 131072], help="tokens")
+    parser.add_argument("--scorers", nargs="+", choices=SCORERS, default=["moba", "index", "sea"])
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--kv-heads", type=int, default=8)
+    parser.add_argument("--dim", type=int, default=128, help="of a head")
+    parser.add_argument("--block", type=int, default=128, help="tokens")
+    parser.add_argument("--top-k", type=int, default=16, help="blocks, beside 2 of the window and 1 sink")
+    parser.add_argument("--budget-ms", type=float, default=300, help="of device time for each measurement")
+    parser.add_argument("--output", type=Path, default=None, help="JSON file to write")
+    args = parser.parse_args(arguments)
+    if args.output is not None and args.output.exists():
+        parser.error(f"{args.output} exists: results are not overwritten, set another --output")
+    device = initialize(ParallelConfig(), 1)
+    clock, cases = Clock(device), []
+    data: Record = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(
+            ["python", "-m", "s2train.comparison.selection_speed", *(arguments or sys.argv[1:])],
+        ),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "versions": versions(),
+        "settings": {name: value for name, value in vars(args).items() if name != "output"},
+        "cases": cases,
+    }
+    for length in args.lengths:
+        for name in ("dense", *args.scorers):
+            cases.append({"length": length, "case": name} | _measure(name, length, args, clock, device))
+            print(json.dumps(cases[-1]), flush=True)
+            if args.output is not None:
+                args.output.write_text(json.dumps(data, indent=1) + "\n")
+    shutdown()
+    return int(any("error" in case for case in cases))
+
+
+def _measure(name: str, length: int, args: argparse.Namespace, clock: Clock, device: torch.device) -> Record:
+    try:
+        if name == "dense":
+            return measure_dense(inputs(length, args, device), clock, args.budget_ms)
+        return measure_scorer(
+            build_core(name, length, args, device), inputs(length, args, device), clock, args.budget_ms
+        )
+    except torch.OutOfMemoryError:
+        return {"error": "out of memory"}
+    finally:
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def build_core(scorer: str, length: int, args: argparse.Namespace, device: torch.device) -> BlockSelectionCoreAttention:
+    """Build one layer of block selection as a model has it; return its core attention."""
+    selection = {"kind": "block_selection", "scorer": scorer, "top_k": args.top_k}
+    cfg = PretrainConfig(
+        model=ModelConfig("speed", 1, 256, 256, args.heads, args.kv_heads, head_dim=args.dim, vocab_size=64),
+        layout=LayoutConfig("B", args.block, kinds={"B": selection}),
+        parallel=ParallelConfig(),
+        train=TrainConfig(1, length, 1, precision="bf16" if device.type == "cuda" else "fp32"),
+    )
+    hybrid = hybrid_layout(cfg)
+    hybrid.layers[0].kind.check(cfg)
+    (model,) = build_model(cfg, transformer_config(cfg), hybrid, choose_backend("local"), device)
+    (core,) = (module for module in model.modules() if isinstance(module, BlockSelectionCoreAttention))
+    core.step = 1
+    return core
+
+
+def inputs(length: int, args: argparse.Namespace, device: torch.device) -> list[Tensor]:
+    """Draw query, key and value, with gradients."""
+    dtype = DTYPES["bf16" if device.type == "cuda" else "fp32"]
+    heads = (args.heads, args.kv_heads, args.kv_heads)
+    return [torch.randn(length, 1, n, args.dim, dtype=dtype, device=device, requires_grad=True) for n in heads]
+
+
+def measure_dense(leaves: list[Tensor], clock: Clock, budget_ms: float) -> Record:
+    """Time dense causal attention by each implementation that this machine has."""
+    record: Record = {}
+    scale = leaves[0].shape[-1] ** -0.5
+    names = ["cudnn"] if leaves[0].is_cuda else ["auto"]
+    if leaves[0].is_cuda:
+        if (problem := fa4_problem()) is None:
+            names.insert(0, "fa4")
+        else:
+            record["fa4"] = {"absent": problem}
+    for name in names:
+        record[name] = _passes(
+            lambda name=name: dense_causal_attention(*leaves, softmax_scale=scale, implementation=name),
+            leaves,
+            clock,
+            budget_ms,
+        )
+    return record
+
+
+def measure_scorer(core: BlockSelectionCoreAttention, leaves: list[Tensor], clock: Clock, budget_ms: float) -> Record:
+    """Time one scorer: whole core attention, the op alone, and each phase before it."""
+    query, key, value = leaves
+    size, length = core.layer_layout.block_size, query.shape[0]
+    count, budget = core.layer_layout.num_blocks(length), core.kind.budget
+    rows = torch.arange(count, device=query.device)[None, None]
+    candidates = budget.candidates(rows, count)
+    slots = budget.most_chosen(count)
+    with torch.no_grad():
+        speakers, features = core.speakers(query), core.features(key)
+        scores = core.kind.scorer.scores(speakers, features, candidates, core.weight)
+        indices = select(scores, rows, budget, slots)
+    layout = core.layout_of(indices, query)
+    at = sampled_positions(length, core.kind.settings.sampled_rows, 1, query.device)
+
+    def op(layout: TopKLayout) -> Tensor:
+        return block_sparse_attention(query, key, value, layout, softmax_scale=core.softmax_scale)
+
+    def lists() -> object:
+        return op(core.layout_of(indices, query))
+
+    phases: dict[str, Callable[[], object]] = {
+        "pool queries": lambda: core.speakers(query),
+        "pool keys": lambda: pooled_keys(core, key),
+        "scores": lambda: core.kind.scorer.scores(speakers, features, candidates, core.weight),
+        "select": lambda: select(scores, rows, budget, slots),
+        "target": lambda: row_mass(query[at], key, at, size, core.softmax_scale),
+    }
+    found: Record = {}
+    with torch.no_grad():
+        found["phases_ms"] = {name: _time(phase, clock, budget_ms / 4) for name, phase in phases.items()}
+        prebuilt = _time(lambda: op(layout), clock, budget_ms / 4)
+        found["phases_ms"]["lists"] = _time(lists, clock, budget_ms / 4) - prebuilt  # those of the forward pass
+    found["attention"] = _passes(lambda: op(layout), leaves, clock, budget_ms)
+    whole = [*leaves, *core.parameters()]
+    found["whole"] = _passes(lambda: core(query, key, value, None).view_as(query), whole, clock, budget_ms)
+    core.records.take()
+    both = found["whole"]["ms"]["both"]
+    found["selection_share"] = sum(found["phases_ms"][name] for name in PHASES) / both
+    found["beyond_attention_share"] = 1 - found["attention"]["ms"]["both"] / both
+    found["kept_blocks"] = int((indices >= 0).sum()) / (core.num_kv_heads * count)
+    return found
+
+
+def _passes(forward: Callable[[], Tensor], leaves: list[Tensor], clock: Clock, budget_ms: float) -> Record:
+    upstream = torch.randn_like(forward())
+
+    def backward(out: Tensor) -> object:
+        return torch.autograd.grad(out, leaves, upstream)
+
+    backward(forward())  # compiles
+    return time_passes(forward, backward, clock, budget_ms)
+
+
+def _time(call: Callable[[], object], clock: Clock, budget_ms: float) -> float:
+    """Median ms of a call, warm."""
+    call()
+    times: list[float] = []
+    while len(times) < 3 or (sum(times) < budget_ms and len(times) < 20):
+        clock.start()
+        before = clock.mark()
+        call()
+        after = clock.mark()
+        clock.wait()
+        times.append(clock.milliseconds(before, after))
+    return median(times)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""Measures the core attention of block selection on one process; prints JSON."""
+
+import json
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from s2train.config import ParallelConfig
+from s2train.inference.cached_model import CachedModel
+from s2train.inference.kv_cache import kv_cache
+from s2train.megatron.block_selection import BlockSelectionCoreAttention
+from s2train.megatron.selection_cache import cached_list
+from s2train.megatron.setup import initialize, shutdown
+from tests.attention import block_selection_oracle as oracle
+from tests.attention.conformance_program import BATCH, BLOCK, LENGTH, VOCABULARY, build, config_of, cores_of
+from tests.attention.oracles import Oracle
+
+Passed = tuple[Tensor, dict[str, Tensor], dict[str, float]]
+
+
+def make(**settings: Any) -> tuple[Any, Any, BlockSelectionCoreAttention]:
+    """Configuration, model and first core attention; every weight of the kind is random."""
+    kinds = {"B": {"kind": "block_selection", "sinks": 0} | settings}
+    if "share" not in settings:
+        kinds["B"]["top_k"] = settings.get("top_k", 1)
+    cfg = config_of(Oracle("block_selection", "B", oracle.read, kinds))
+    gpt = build(cfg)
+    for core in cores_of(gpt):
+        with torch.no_grad():
+            for weight in core.parameters():
+                weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(3)) * 0.3)
+    return cfg, gpt, cores_of(gpt)[0]
+
+
+def inputs() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(4)
+    return [torch.randn(LENGTH, BATCH, count, 8, generator=generator) for count in (4, 2, 2)]
+
+
+def passed(core: BlockSelectionCoreAttention, step: int = 1) -> Passed:
+    """Output, gradients by name, and recorded values of one training pass."""
+    core.step = step
+    core.zero_grad()
+    leaves = {name: x.requires_grad_() for name, x in zip("qkv", inputs(), strict=True)}
+    out = core(*leaves.values(), None)
+    (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+    grads = {name: x.grad for name, x in (leaves | dict(core.named_parameters())).items()}
+    recorded = {name: float(total / count) for name, (total, count) in core.records.take().items()}
+    return out, grads, recorded  # type: ignore[return-value]
+
+
+def pooled_oracle(core: BlockSelectionCoreAttention) -> dict[str, float]:
+    """The losses and the recall of a dense step by definition, in float64: of whole query blocks."""
+    query, key, _ = (x.double() for x in inputs())
+    weights = {weight.name: getattr(core, weight.name).detach().double() for weight in core.own_weights}
+    position = torch.arange(LENGTH)
+    scores = torch.einsum("qbhd,kbhd->bhqk", query, key.repeat_interleave(2, 2)) * core.softmax_scale
+    rows = scores.masked_fill(position > position[:, None], -torch.inf).softmax(-1).unflatten(1, (2, 2)).mean(2)
+    read = oracle.read(core, query, key)[:, ::2]
+    total = {"kl": 0.0, "mse": 0.0, "recall": float((rows * read).sum(-1).mean())}
+    for sequence in range(BATCH):
+        found = oracle.scores(core, weights, query[:, sequence], key[:, sequence])
+        for block in range(-(-LENGTH // BLOCK)):
+            chosen = oracle._candidates(core, block)
+            of_block = rows[sequence, :, block * BLOCK : (block + 1) * BLOCK]
+            share = of_block.shape[1] / LENGTH / BATCH / 2
+            for g in range(2) if chosen else ():
+                mass = torch.stack([of_block[g, :, c * BLOCK : (c + 1) * BLOCK].sum(-1).mean() for c in chosen])
+                estimate = found[g, block, chosen].softmax(-1)
+                total["kl"] += share * float((mass * (mass / mass.sum() / estimate).log()).sum())
+                total["mse"] += share * float((estimate * mass.sum() - mass).square().sum())
+    return total
+
+
+def dense_out() -> Tensor:
+    query, key, value = (x.permute(1, 2, 0, 3) for x in inputs())
+    out = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    return out.permute(2, 0, 1, 3).flatten(2)
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+def warm_up() -> dict[str, Any]:
+    core = make(scorer="sea", features=8, channels=4, warm_up_steps=2)[2]
+    during, _, recorded = passed(core, step=2)
+    after, outside = passed(core, step=3)[0], passed(core, step=0)[0]
+    return {
+        "during": error(during, dense_out()),
+        "after": error(after, dense_out()),
+        "outside": float((outside - after).abs().max()),
+        "recorded": recorded,
+        "oracle": pooled_oracle(core),
+    }
+
+
+def gradients() -> dict[str, Any]:
+    def of(**settings: Any) -> Passed:
+        return passed(make(scorer="index", index_dim=8, **settings)[2])
+
+    (_, alone, _), (_, learning, _) = of(loss_weight=0), of(loss_weight=2)
+    trunk = of(loss_weight=2, trunk_gradient=True)[1]
+    weights = [name for name in alone if name.startswith("index")]
+    return {
+        "without the loss": [float(alone[name].abs().max()) for name in weights],
+        "with the loss": [float(learning[name].abs().max()) for name in weights],
+        "trunk": [torch.equal(alone[name], learning[name]) for name in "qkv"],
+        "trunk asked": [torch.equal(alone[name], trunk[name]) for name in "qkv"],
+    }
+
+
+def recall_of_all() -> list[float]:
+    return [passed(make(scorer=name, share=1.0)[2], step=3)[2]["recall"] for name in ("moba", "index")]
+
+
+@torch.no_grad()
+def reads() -> dict[str, Any]:
+    """Bytes that a decoding step reads: as told, and of the pages that its lists name."""
+    _, gpt, _ = make(scorer="moba", top_k=1)
+    gpt.eval()
+    gpt.parallel_output = False
+    tokens = torch.randint(VOCABULARY, (BATCH, LENGTH))
+    with kv_cache(gpt, BATCH, LENGTH) as cache:
+        model = CachedModel(gpt, cache)
+        model.prefill(tokens[:, : 4 * BLOCK + 2], None, BLOCK)
+        told = cache.bytes_read()
+        model.decode(tokens[:, -1])
+        core = cores_of(gpt)[0]
+        listed = int((cached_list(core, cache.layers[0]) >= 0).sum())  # type: ignore[arg-type]
+        state = sum(x.nbytes for x in cache.layers[0].state.values())
+        page, dense = cache.pool.page_bytes, cache.dense_bytes()
+        return {"told": told, "pages": 2 * listed * page, "own": 2 * BATCH * 2 * page // 2, "state": 2 * state,
+                "dense": dense}  # fmt: skip
+
+
+def main() -> None:
+    initialize(ParallelConfig(), 1)
+    results = {"warm_up": warm_up(), "gradients": gradients(), "recall": recall_of_all(), "reads": reads()}
+    shutdown()
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""The core attention of block selection: dense steps, whose loss trains what, recall, and what decoding reads."""
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.program import run
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict[str, Any]:
+    outcome = run("tests.megatron.block_selection_program", processes=0)
+    assert outcome.status == 0, outcome.err[-3000:]
+    found: dict[str, Any] = json.loads(outcome.out.splitlines()[-1])
+    return found
+
+
+def test_attention_is_dense_in_the_warm_up_alone(measured: dict[str, Any]) -> None:
+    found = measured["warm_up"]
+    assert found["during"] < 1e-6
+    assert found["after"] > 1e-2
+    assert found["outside"] == 0
+
+
+def test_in_the_warm_up_the_scorer_learns_from_the_probability_of_all_rows(measured: dict[str, Any]) -> None:
+    found = measured["warm_up"]
+    assert found["recorded"] == pytest.approx(found["oracle"], rel=1e-5)
+    assert 0 < found["recorded"]["recall"] < 1
+
+
+def test_the_language_models_loss_sends_no_gradient_into_the_scorer(measured: dict[str, Any]) -> None:
+    found = measured["gradients"]
+    assert found["without the loss"] == [0, 0]
+    assert min(found["with the loss"]) > 0
+
+
+def test_the_scorers_loss_trains_queries_and_keys_only_if_asked(measured: dict[str, Any]) -> None:
+    found = measured["gradients"]
+    assert found["trunk"] == [True, True, True]
+    assert found["trunk asked"] == [False, False, True]
+
+
+def test_lists_of_all_blocks_recall_everything(measured: dict[str, Any]) -> None:
+    assert measured["recall"] == pytest.approx([1, 1])
+
+
+def test_a_decoding_step_reads_the_listed_pages_and_a_small_state(measured: dict[str, Any]) -> None:
+    found = measured["reads"]
+    assert found["pages"] + found["own"] < found["told"] <= found["pages"] + found["own"] + found["state"]
+    assert found["pages"] < found["dense"]
