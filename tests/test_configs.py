@@ -36,7 +36,8 @@ def test_the_tree_has_every_size_dense_and_hybrid() -> None:
     sizes = ("tiny", "demo", "needle", "30m", "125m", "350m", "1b", "7b")
     twins = [f"{size}_{kind}" for size in sizes for kind in ("dense", "hybrid")]
     ablations = ["needle_hybrid_homogeneous", "needle_sparse_homogeneous", "needle_sparse_shifted"]
-    assert names("model") == sorted(twins + ablations)
+    selected = [f"{size}_{scorer}" for size in ("tiny", "125m") for scorer in ("moba", "index", "sea")]
+    assert names("model") == sorted(twins + ablations + selected)
 
 
 def test_the_lowest_learning_rate_is_a_tenth_of_the_highest_unless_it_is_set() -> None:
@@ -70,6 +71,15 @@ def test_dense_and_hybrid_of_a_size_differ_in_layout_alone(size: str) -> None:
     dense, hybrid = pretrain(f"+model={size}_dense"), pretrain(f"+model={size}_hybrid")
     hybrid.layout, hybrid.model.name, hybrid.run_dir = dense.layout, dense.model.name, dense.run_dir
     assert dense == hybrid
+
+
+@pytest.mark.parametrize("scorer", ["moba", "index", "sea"])
+@pytest.mark.parametrize("size", ["tiny", "125m"])
+def test_selected_and_dense_of_a_size_differ_in_layout_alone(size: str, scorer: str) -> None:
+    dense, selected = pretrain(f"+model={size}_dense"), pretrain(f"+model={size}_{scorer}")
+    assert selected.layout.kinds["E"]["scorer"] == scorer
+    selected.layout, selected.model.name, selected.run_dir = dense.layout, dense.model.name, dense.run_dir
+    assert dense == selected
 
 
 @pytest.mark.parametrize("layout", names("layout"))

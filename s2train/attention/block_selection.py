@@ -61,6 +61,7 @@ class BlockSelectionKind(DataDependentKind):
             Feature.RECOMPUTATION,
             Feature.DETERMINISTIC,
             Feature.DECODING,
+            Feature.TRANSFORMER_ENGINE,
         }
     )
     may_change = frozenset(

@@ -1,6 +1,7 @@
 """Names what the quality study compares: kinds of attention, and phases of training."""
 
 import difflib
+import re
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -10,8 +11,10 @@ from s2train.planning import compose_run, hybrid_layout
 
 # 126M parameters, and a depth that layer strings of period 4, 8 and 16 divide.
 MODEL = ("+model=125m_hybrid", "model.num_layers=16")
-REFERENCE = "hybrid"  # whose density windows of width MATCHED have
-MATCHED = "MATCHED"  # the window in +layout.patterns.LETTER={…}, in blocks, computed by `matched_window`
+REFERENCE = "hybrid"  # whose density the numbers of blocks MATCHED give
+# a number of blocks in +layout.patterns.LETTER={…} or +layout.kinds.LETTER={…}, computed by `matched_window`
+MATCHED = "MATCHED"
+_WARM_UP = ",warm_up_steps:200"  # a scorer that learns has dense layers to learn from in these steps
 _PARTIAL = "layout.allow_partial_coverage=true"
 
 # A new kind of attention is one entry here: its settings of launch/pretrain.py.
@@ -28,7 +31,15 @@ VARIANTS: dict[str, tuple[str, ...]] = {
         f"+layout.patterns.W={{kind:sliding_window,window:{MATCHED},sinks:1}}",
         _PARTIAL,
     ),
+    **{
+        scorer: (
+            "layout.layers=DEEE",
+            f"+layout.kinds.E={{kind:block_selection,scorer:{scorer},top_k:{MATCHED}{warm_up}}}",
+        )
+        for scorer, warm_up in (("moba", ""), ("index", _WARM_UP), ("sea", _WARM_UP))
+    },
 }
+_MATCHED = re.compile(rf"\+layout\.(patterns|kinds)\.([A-Z])=.*\b(\w+):{MATCHED}\b")
 
 
 @dataclass(frozen=True)
@@ -103,7 +114,7 @@ def find_run(variant: str, phase: str, seed: int) -> Run:
 
 
 def attention_settings(variant: str, phase: Phase) -> list[str]:
-    """The variant's settings, with windows as wide as the reference's density asks at the phase's length."""
+    """The variant's settings, with as many blocks as the reference's density asks at the phase's length."""
     settings = VARIANTS["dense" if phase.dense else variant]
     if not any(MATCHED in setting for setting in settings):
         return list(settings)
@@ -112,14 +123,14 @@ def attention_settings(variant: str, phase: Phase) -> list[str]:
 
 @lru_cache
 def matched_window(settings: tuple[str, ...], length: int) -> int:
-    """Blocks of the window whose density comes nearest to the reference's at `length`."""
+    """Blocks of the window, or selected blocks, whose density comes nearest to the reference's at `length`."""
     wanted = run_density([*MODEL, *VARIANTS[REFERENCE]], length)
     cfg = compose_run([*MODEL, *(setting.replace(MATCHED, "1") for setting in settings)])
-    letters = [setting.split("=")[0].rpartition(".")[2] for setting in settings if MATCHED in setting]
+    places = [found.groups() for found in map(_MATCHED.match, settings) if found]
 
     def missed(window: int) -> float:
-        for letter in letters:
-            cfg.layout.patterns[letter]["window"] = window
+        for section, letter, name in places:
+            getattr(cfg.layout, section)[letter][name] = window
         return density(hybrid_layout(cfg), length) - wanted
 
     low, high = 1, length // cfg.layout.block_size  # density grows with the window

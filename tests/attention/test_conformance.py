@@ -100,10 +100,15 @@ def test_a_kind_that_does_not_decode_is_rejected(measured: dict[str, Any]) -> No
     assert "shy attention (letter T) doesn't support decoding" in measured["shy"]["decoding"]["rejected"]
 
 
-# One model with a layer of every kind, and two of the toy's.
+# One model with a layer of every kind, and two of the toy's and of selected blocks.
 # The auxiliary loss weighs so much that its gradient is most of the gradient's norm.
+LAYERS = [
+    "model.num_layers=6",
+    "layout.layers=DSTTEE",
+    "+layout.kinds.E={kind:block_selection,scorer:sea,top_k:2,warm_up_steps:2,loss_weight:100}",
+]
 MIXED = [
-    "layout.layers=DSTT",
+    *LAYERS,
     "+layout.kinds.T={kind:toy,window:5,loss_weight:20000}",
     f"train.steps={STEPS}",
     "checkpoint.interval=2",
@@ -126,6 +131,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]:
 
 def values(run_dir: Path) -> list[dict[str, Any]]:
     names = ("step", "loss", "grad_norm", "toy_agreement", "toy_agreement_by_layer", "toy_kept_share")
+    names += tuple(f"block_selection_{name}" for name in ("kl", "mse", "recall"))
     return [{name: record[name] for name in names} for record in metrics(run_dir)]
 
 
@@ -138,6 +144,7 @@ def test_auxiliary_losses_have_columns_of_their_own(trained: tuple[Path, Outcome
         assert 0.3 < record["toy_kept_share"] < 0.8
     last = metrics(folder)[-1]
     assert f"| toy_agreement {last['toy_agreement']:.4f} | toy_kept_share {last['toy_kept_share']:.4f} |" in outcome.out
+    assert list(last["block_selection_recall_by_layer"]) == ["4", "5"]
 
 
 def test_weights_of_the_kind_learn_from_the_auxiliary_loss(trained: tuple[Path, Outcome], tmp_path: Path) -> None:
@@ -176,7 +183,7 @@ def test_another_division_trains_alike(trained: tuple[Path, Outcome], division: 
 
 def test_settings_that_weights_do_not_depend_on_may_change_with_consent(trained: tuple[Path, Outcome]) -> None:
     loss_weight, window = "+layout.kinds.T={kind:toy,window:5,loss_weight:1}", "+layout.kinds.T={kind:toy,window:6}"
-    more = ["layout.layers=DSTT", f"train.steps={STEPS + 1}", "optim.decay_steps=4", "checkpoint.interval=2"]
+    more = [*LAYERS, f"train.steps={STEPS + 1}", "optim.decay_steps=4", "checkpoint.interval=2"]
     settings = [*SMALL, f"run_dir={trained[0]}", *more, "optim.warmup_steps=1"]
     rejected = run("tests.attention.toy_program", "pretrain.py", *settings, loss_weight, processes=1)
     assert "layout.kinds.T.loss_weight=1.0" in error_line(rejected)
@@ -189,7 +196,8 @@ def test_settings_that_weights_do_not_depend_on_may_change_with_consent(trained:
 
 @pytest.mark.slow
 def test_weights_alone_of_a_dense_model_start_a_model_of_another_kind(tmp_path: Path) -> None:
-    dense = pretrain(tmp_path / "dense", "layout.layers=D", "train.steps=3", "checkpoint.interval=1")
+    settings = ["model.num_layers=6", "layout.layers=D", "train.steps=3", "checkpoint.interval=1"]
+    dense = pretrain(tmp_path / "dense", *settings)
     assert dense.status == 0, dense.err[-3000:]
     start = tmp_path / "dense/checkpoints/iter_0000003"
     progress = json.loads((start / "progress.json").read_text())

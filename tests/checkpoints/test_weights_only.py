@@ -77,13 +77,18 @@ def test_a_run_resumes_bit_for_bit_from_within_the_frozen_steps(dense: Path, sel
 
 
 @pytest.mark.slow
-def test_a_trunk_that_was_trained_is_not_frozen(dense: Path, tmp_path: Path) -> None:
-    settings = [*SELECTED, "layout.layers=D", "train.steps=9", "train.freeze_trunk_steps=5"]
-    rejected = pretrain(tmp_path, *settings, f"checkpoint.resume={dense}")
-    assert "train.freeze_trunk_steps=5: no layer" in error_line(rejected)
-    settings = [*SELECTED, "train.steps=9", "train.freeze_trunk_steps=8", "checkpoint.new_data=true"]
-    rejected = pretrain(tmp_path / "b", *settings, f"checkpoint.resume={dense}")
-    assert "layout.layers=DEEE" in error_line(rejected)
+def test_a_trunk_that_was_trained_is_not_frozen(selected: Path, tmp_path: Path) -> None:
+    settings = [*SELECTED, "train.steps=9", "train.freeze_trunk_steps=8", f"checkpoint.resume={selected}"]
+    line = error_line(pretrain(tmp_path, *settings))
+    assert "train.freeze_trunk_steps=8: " in line
+    assert "is at step 4" in line
+    assert "checkpoint.weights_only=true" in line
+
+
+@pytest.mark.slow
+def test_weights_of_another_shape_are_rejected(dense: Path, tmp_path: Path) -> None:
+    settings = [*SELECTED, "model.num_query_groups=4", f"checkpoint.resume={dense}", "checkpoint.weights_only=true"]
+    assert "model.num_query_groups=4: " in error_line(pretrain(tmp_path, *settings))
 
 
 @pytest.mark.parametrize(

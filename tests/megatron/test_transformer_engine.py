@@ -79,3 +79,11 @@ def test_a_checkpoint_of_one_backend_goes_on_in_another(
 
 def test_both_backends_train_alike(run_of: Runs) -> None:
     assert losses(run_of("fake", "distributed")) == pytest.approx(losses(run_of("none", "distributed")), rel=TOLERANCE)
+
+
+def test_block_selection_trains_alike_on_both_backends(tmp_path: Path) -> None:
+    selection = ["layout.layers=DE", "+layout.kinds.E={kind:block_selection,scorer:index,top_k:1,warm_up_steps:2}"]
+    for kind in ("fake", "none"):
+        done = train(kind, tmp_path / kind, *selection)
+        assert done.status == 0, done.err
+    assert losses(tmp_path / "fake") == pytest.approx(losses(tmp_path / "none"), rel=TOLERANCE)

@@ -37,10 +37,16 @@ def density(variant: str, phase: str) -> float:
 
 
 @pytest.mark.parametrize("phase", ["16k", "32k"])
-@pytest.mark.parametrize("variant", ["window", "window_sinks"])
-def test_a_window_is_as_dense_as_the_hybrid(variant: str, phase: str) -> None:
+@pytest.mark.parametrize("variant", ["window", "window_sinks", "moba", "index", "sea"])
+def test_a_window_or_a_selection_is_as_dense_as_the_hybrid(variant: str, phase: str) -> None:
     # A block more or less of the window changes the density by about 0.005 at 16k tokens.
     assert density(variant, phase) == pytest.approx(density("hybrid", phase), abs=0.003)
+
+
+@pytest.mark.parametrize("variant", ["moba", "index", "sea"])
+def test_a_selection_fits_an_h100(variant: str, folders: Folders) -> None:
+    cfg = compose_run([*train_settings(folders, Run(variant), RECIPE), "data.path=mock", "data.valid_path=null"])
+    assert check(cfg, 1, target_gpu("h100-80gb")).fits
 
 
 def test_no_other_window_is_nearer_to_the_hybrids_density() -> None:

@@ -1,0 +1,84 @@
+"""Settings of block selection that can't be, and what it doesn't support, are rejected with one clear error."""
+
+from pathlib import Path
+
+import pytest
+
+from s2train.attention.features import Feature
+from s2train.attention.kind import lacking
+from s2train.checkpoints.folders import write_config
+from s2train.checkpoints.hugging_face import exporting
+from s2train.checkpoints.resume import check_same_architecture
+from s2train.checkpoints.setting_changes import changes_between
+from s2train.config import ExportConfig, PretrainConfig
+from s2train.environment.hardware import Hardware
+from s2train.errors import ConfigError
+from s2train.planning import check, compose_run, format_plan, hybrid_layout
+
+CPU = Hardware("CPU", "cpu", 1 << 36, None)
+
+
+def config(selection: str = "top_k:3", *settings: str) -> PretrainConfig:
+    return compose_run(
+        ["+model=tiny_hybrid", "layout.layers=DE", f"+layout.kinds.E={{kind:block_selection,{selection}}}", *settings]
+    )
+
+
+@pytest.mark.parametrize(
+    ("selection", "error"),
+    [
+        ("top_k:0", "layout.kinds.E.top_k=0: a query block selects at least one block"),
+        ("top_k:14", "layout.kinds.E.top_k=14: a sequence of 256 tokens has 16 blocks of 16, of which 13"),
+        ("window:2", "layout.kinds.E.top_k=None: nothing says how many"),
+        ("top_k:2,share:0.1", "layout.kinds.E.share=0.1: top_k=2 says how many"),
+        ("share:0", "layout.kinds.E.share=0.0: is no share"),
+        ("share:1.5", "layout.kinds.E.share=1.5: is no share"),
+        ("top_k:1,window:1", "layout.kinds.E.window=1: a query block always keeps its own block and the one before"),
+        ("top_k:1,window:17", "layout.kinds.E.window=17: a sequence of 256 tokens has 16 blocks of 16, which window"),
+        ("top_k:1,sinks:20", "layout.kinds.E.sinks=20: a sequence of 256 tokens has 16 blocks"),
+        ("top_k:1,scorer:mobo", "layout.kinds.E.scorer=mobo: unknown. Use moba, index or sea"),
+        ("top_k:1,queries:own_block", "layout.kinds.E.queries=own_block: unknown. Use previous_block or first_token"),
+        ("top_k:1,sampled_rows:0", "layout.kinds.E.sampled_rows=0: is too small"),
+        ("top_k:1,loss_weight:-1", "layout.kinds.E.loss_weight=-1.0: is too small"),
+        ("top_k:1,topk:3", "layout.kinds.E.topk=3: no setting of kind block_selection. Did you mean top_k?"),
+    ],
+)
+def test_settings_that_can_not_be_are_rejected(selection: str, error: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        check(config(selection), 1, CPU)
+    assert str(raised.value).startswith(error)
+
+
+@pytest.mark.parametrize(
+    ("setting", "world_size", "feature"),
+    [("parallel.cp=2", 2, "context parallel"), ("data.attention_within_documents=true", 1, "within documents")],
+)
+def test_a_run_that_it_does_not_support_is_rejected(setting: str, world_size: int, feature: str) -> None:
+    with pytest.raises(ConfigError, match=rf"index block-selection attention \(letter E\) doesn't support.*{feature}"):
+        check(config("top_k:3", setting), world_size, CPU)
+
+
+def test_export_is_rejected(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoints" / "iter_0000001"
+    checkpoint.mkdir(parents=True)
+    write_config(config(), checkpoint / "config.yaml")
+    with pytest.raises(ConfigError, match=r"index block-selection attention .* doesn't support export"):
+        exporting.export(ExportConfig(str(checkpoint), str(tmp_path / "out")))
+    assert lacking(hybrid_layout(config()).layers, Feature.EXPORT)
+
+
+def test_a_scorer_whose_weights_the_checkpoint_lacks_is_rejected() -> None:
+    changes = changes_between(config("top_k:3,scorer:moba"), config("top_k:3,scorer:index"))
+    with pytest.raises(ConfigError, match=r"layout.kinds.E.scorer=index: .* was trained with .*scorer=moba"):
+        check_same_architecture(changes, Path("iter_0000001"))
+
+
+def test_ranks_that_can_not_divide_the_scorers_weights_are_rejected() -> None:
+    with pytest.raises(ConfigError, match=r"parallel.tp=4: "):
+        check(config("top_k:3", "parallel.tp=4"), 4, CPU)
+
+
+def test_the_plan_names_the_scorer_and_counts_exactly() -> None:
+    text = format_plan(check(config("top_k:3,scorer:moba"), 1, CPU))
+    assert "moba block-selection, keys chosen by the data: density 0.57" in text
+    assert "exact" in text
