@@ -82,7 +82,9 @@ class BlockSelectionKind(DataDependentKind):
         own = self.settings
         if own.scorer == "moba":
             return MobaScorer()
-        return IndexScorer(own.index_dim) if own.scorer == "index" else SeaScorer(own.features, own.channels)
+        if own.scorer == "index":
+            return IndexScorer(own.index_dim)
+        return SeaScorer(own.features, own.channels)
 
     @property
     def budget(self) -> Budget:

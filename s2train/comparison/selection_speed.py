@@ -16,6 +16,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -60,7 +61,8 @@ def main(arguments: list[str] | None = None) -> int:
     if args.output is not None and args.output.exists():
         parser.error(f"{args.output} exists: results are not overwritten, set another --output")
     device = initialize(ParallelConfig(), 1)
-    clock, cases = Clock(device), []
+    clock = Clock(device)
+    cases: list[Record] = []
     data: Record = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(
@@ -131,7 +133,7 @@ def measure_dense(leaves: list[Tensor], clock: Clock, budget_ms: float) -> Recor
             record["fa4"] = {"absent": problem}
     for name in names:
         record[name] = _passes(
-            lambda name=name: dense_causal_attention(*leaves, softmax_scale=scale, implementation=name),
+            partial(dense_causal_attention, *leaves, softmax_scale=scale, implementation=name),
             leaves,
             clock,
             budget_ms,

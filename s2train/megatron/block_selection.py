@@ -1,6 +1,7 @@
 """Core attention over key blocks that a scorer selects."""
 
 import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from s2train.attention.block_selection import FIRST_TOKEN, BlockSelectionKind
@@ -35,6 +36,13 @@ class BlockSelectionCoreAttention(CausalCoreAttention):
     """
 
     captures_decoding = True
+
+    @property
+    def params_dtype(self) -> torch.dtype:
+        """Dtype of the model's weights, queries and keys."""
+        config = self.config
+        assert isinstance(config, TransformerConfig)
+        return config.params_dtype
 
     @property
     def kind(self) -> BlockSelectionKind:

@@ -38,7 +38,7 @@ def empty_state(
     sum so far of the block before, over the block size. features: [b, num_blocks, h_kv, f], as pooled.
     """
     dim, heads = core.shape.head_dim, core.heads[1] - core.heads[0]
-    dtype = precise(core.config.params_dtype)
+    dtype = precise(core.params_dtype)
     size = core.kind.scorer.feature_size(dim)
     return {
         "speakers": torch.zeros(batch_size, num_blocks + 1, heads, dim, dtype=dtype, device=device),

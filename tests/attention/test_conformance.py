@@ -178,7 +178,8 @@ def test_another_division_trains_alike(trained: tuple[Path, Outcome], division: 
     for found, expected in zip(values(tmp_path), values(trained[0]), strict=True):
         by_layer = expected.pop("toy_agreement_by_layer")
         assert found.pop("toy_agreement_by_layer") == pytest.approx(by_layer, rel=TOLERANCE)
-        assert found == pytest.approx(expected, rel=TOLERANCE)
+        # a KL divergence near 0 is a difference of logarithms in fp32
+        assert found == pytest.approx(expected, rel=TOLERANCE, abs=1e-8)
 
 
 def test_settings_that_weights_do_not_depend_on_may_change_with_consent(trained: tuple[Path, Outcome]) -> None:

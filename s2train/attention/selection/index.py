@@ -16,7 +16,7 @@ from s2train.attention.weights import AttentionShape, Weight
 class IndexScorer:
     """An index branch of `dim` dimensions a head."""
 
-    losses = ("kl",)
+    losses: tuple[str, ...] = ("kl",)
     earlier_rows = 0
 
     def __init__(self, dim: int) -> None:

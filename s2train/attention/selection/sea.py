@@ -20,7 +20,7 @@ _PADDING = (_COLUMNS // 2, _COLUMNS // 2, _ROWS - 1, 0)
 class SeaScorer:
     """`features` kernel features a head, and a CNN of `channels` channels a KV head."""
 
-    losses = ("kl", "mse")
+    losses: tuple[str, ...] = ("kl", "mse")
     earlier_rows = 2 * (_ROWS - 1)
 
     def __init__(self, features: int, channels: int) -> None:
