@@ -11,7 +11,7 @@ from s2train.attention.registry import LETTERS
 from s2train.attention.selection.lists import listed, select
 from s2train.attention.selection.scorer import precise
 from s2train.attention.selection.targets import LOSSES, row_mass, sampled_positions
-from s2train.kernels.attention import block_sparse_attention
+from s2train.kernels.attention import Backend, block_sparse_attention
 from s2train.kernels.block_statistics import block_mass
 from s2train.kernels.dispatch import kernels_in_use
 from s2train.kernels.topk_layout import Layout, TopKLayout
@@ -55,6 +55,26 @@ class BlockSelectionCoreAttention(CausalCoreAttention):
         """Whether this step is dense; outside of training (step 0) and over a cache none is."""
         return self.kv is None and 1 <= self.step <= self.kind.settings.warm_up_steps
 
+    @classmethod
+    def compile_kernels(
+        cls, layer: LayerLayout, query: Tensor, key: Tensor, value: Tensor, query_offset: int, backend: Backend
+    ) -> None:
+        """Run the sparse op over lists and, if a warm-up is set, what its dense steps run."""
+        kind, num_heads = layer.kind, query.shape[2]
+        assert isinstance(kind, BlockSelectionKind)
+        count = layer.num_blocks(key.shape[0])
+        rows = torch.arange(count, device=query.device)[None, None]
+        scores = torch.zeros(query.shape[1], key.shape[2], count, count, device=query.device)
+        indices = select(scores, rows, kind.budget, kind.budget.most_chosen(count))
+        layouts: list[Layout] = [TopKLayout.from_indices(indices, layer.block_size, num_heads=num_heads)]
+        if kind.settings.warm_up_steps:
+            layouts.append(dense_layer(num_heads, layer.block_size).block_layout(key.shape[0], device=query.device))
+        for layout in layouts:
+            out, lse = block_sparse_attention(query, key, value, layout, return_lse=True, backend=backend)
+            out.backward(torch.ones_like(out))
+        if kind.settings.warm_up_steps:
+            block_mass(query.detach(), key.detach(), lse.detach(), block_size=layer.block_size, backend=backend)
+
     def attend(self, query: Tensor, key: Tensor, value: Tensor, query_offset: int) -> Tensor:
         num_blocks, first = self.layer_layout.num_blocks(key.shape[0]), query_offset // self.layer_layout.block_size
         rows = torch.arange(first, num_blocks, device=query.device)[None, None]
@@ -74,7 +94,8 @@ class BlockSelectionCoreAttention(CausalCoreAttention):
             scores = self.scores(query, key, candidates)
         indices = select(scores, rows, self.kind.budget, self.kind.budget.most_chosen(num_blocks))
         if self.warms_up:
-            layout = self.cache.get(self._dense, key.shape[0], self.heads, query.device)
+            dense = dense_layer(self.shape.num_heads, self.layer_layout.block_size)
+            layout = self.cache.get(dense, key.shape[0], self.heads, query.device)
         else:
             layout = self.layout_of(indices, query)
         if self.kernels is None:
@@ -178,7 +199,7 @@ class BlockSelectionCoreAttention(CausalCoreAttention):
             out = self.add_loss(out, name, mean(LOSSES[name](scores, target, candidates)))
         return out
 
-    @property
-    def _dense(self) -> LayerLayout:
-        bound = (Dense(),) * self.shape.num_heads
-        return LayerLayout(LETTERS["D"], bound, self.layer_layout.block_size)
+
+def dense_layer(num_heads: int, block_size: int) -> LayerLayout:
+    """Make the layout of a layer that keeps every block."""
+    return LayerLayout(LETTERS["D"], (Dense(),) * num_heads, block_size)

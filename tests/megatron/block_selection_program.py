@@ -111,6 +111,14 @@ def gradients() -> dict[str, Any]:
     }
 
 
+def compiled() -> list[bool]:
+    """Whether running a layer's kernels before the model exists went through forward and backward."""
+    _, _, core = make(scorer="index", warm_up_steps=1)
+    leaves = [torch.zeros_like(x).requires_grad_() for x in inputs()]
+    type(core).compile_kernels(core.layer_layout, *leaves, 0, "auto")
+    return [x.grad is not None and bool(x.grad.isfinite().all()) for x in leaves]
+
+
 def recall_of_all() -> list[float]:
     return [passed(make(scorer=name, share=1.0)[2], step=3)[2]["recall"] for name in ("moba", "index")]
 
@@ -137,7 +145,13 @@ def reads() -> dict[str, Any]:
 
 def main() -> None:
     initialize(ParallelConfig(), 1)
-    results = {"warm_up": warm_up(), "gradients": gradients(), "recall": recall_of_all(), "reads": reads()}
+    results = {
+        "warm_up": warm_up(),
+        "gradients": gradients(),
+        "compiled": compiled(),
+        "recall": recall_of_all(),
+        "reads": reads(),
+    }
     shutdown()
     print(json.dumps(results))
 

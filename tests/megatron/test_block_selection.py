@@ -41,6 +41,10 @@ def test_the_scorers_loss_trains_queries_and_keys_only_if_asked(measured: dict[s
     assert found["trunk asked"] == [False, False, True]
 
 
+def test_its_kernels_run_before_the_model_exists(measured: dict[str, Any]) -> None:
+    assert measured["compiled"] == [True, True, True]
+
+
 def test_lists_of_all_blocks_recall_everything(measured: dict[str, Any]) -> None:
     assert measured["recall"] == pytest.approx([1, 1])
 
