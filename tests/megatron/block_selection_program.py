@@ -119,6 +119,16 @@ def compiled() -> list[bool]:
     return [x.grad is not None and bool(x.grad.isfinite().all()) for x in leaves]
 
 
+def short() -> list[float]:
+    """Difference from dense attention of sequences that window and sinks cover, with a partial block and without."""
+    _, _, core = make(scorer="sea", features=8, channels=4)
+    errors = []
+    for length in (1, BLOCK - 3, BLOCK, 2 * BLOCK - 1):
+        query, key, value = (x[:length] for x in inputs())
+        errors.append(error(core(query, key, value, None), dense_out()[:length]))
+    return errors
+
+
 def recall_of_all() -> list[float]:
     return [passed(make(scorer=name, share=1.0)[2], step=3)[2]["recall"] for name in ("moba", "index")]
 
@@ -149,6 +159,7 @@ def main() -> None:
         "warm_up": warm_up(),
         "gradients": gradients(),
         "compiled": compiled(),
+        "short": short(),
         "recall": recall_of_all(),
         "reads": reads(),
     }

@@ -45,6 +45,10 @@ def test_its_kernels_run_before_the_model_exists(measured: dict[str, Any]) -> No
     assert measured["compiled"] == [True, True, True]
 
 
+def test_short_sequences_read_everything(measured: dict[str, Any]) -> None:
+    assert max(measured["short"]) < 1e-6
+
+
 def test_lists_of_all_blocks_recall_everything(measured: dict[str, Any]) -> None:
     assert measured["recall"] == pytest.approx([1, 1])
 
