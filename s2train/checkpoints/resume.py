@@ -74,14 +74,14 @@ def find_start(cfg: PretrainConfig) -> Start:
         raise ConfigError("checkpoint.resume", checkpoint, problem, remedy_for_damage(checkpoint, "checkpoint.resume"))
     saved, is_in_run_dir = read_progress(checkpoint, "checkpoint.resume"), is_own(checkpoint, cfg.run_dir)
     is_new_phase = cfg.checkpoint.new_data and not is_in_run_dir
-    before = read_config(checkpoint, "checkpoint.resume")
-    changes = changes_between(before, cfg)
+    trained = read_config(checkpoint, "checkpoint.resume")
+    changes = changes_between(trained, cfg)
     weights_only = loads_weights_alone(cfg, checkpoint)
-    allowed = consented(cfg) if is_new_phase else None
+    allowed = allowed_changes(cfg) if is_new_phase else None
     check_same_architecture(changes, checkpoint, of_kinds=_may_change(cfg), weights_only=weights_only, allowed=allowed)
     if weights_only:
         return Start(checkpoint, Progress(0, 0, data_order(cfg), None))
-    _check_frozen_trunk(cfg, before, saved.step, checkpoint)
+    _check_frozen_trunk(cfg, trained, saved.step, checkpoint)
     last = cfg.train.last_step
     if not is_in_run_dir and saved.step >= last:
         problem = f"{checkpoint} is already at step {saved.step}, so there is nothing to train"

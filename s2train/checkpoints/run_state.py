@@ -224,6 +224,7 @@ def load(cfg: PretrainConfig, state: TrainingState, checkpoint: Path, rng_ranks:
     Raises:
         ConfigError: the checkpoint is damaged, or lacks weights that it may not lack.
     """
+    check_megatron_version(checkpoint, "checkpoint.resume")
     weights_only = loads_weights_alone(cfg, checkpoint)
     initial: dict[str, dict[str, Any]] = {}
     if weights_only:

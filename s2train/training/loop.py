@@ -107,7 +107,8 @@ class Trainer:
         self.cfg, self.state, self.tracker, self.speed, self.device = cfg, state, tracker, speed, device
         self.train_set, self.held_out_set, self.timers = train_set, held_out_set, timers
         self.signals, self.watchdog, self.times, self.auxiliary = signals, watchdog, times, auxiliary
-        self.health, self.frozen = Health(), FrozenTrunk(state.chunks, cfg.train.freeze_trunk_steps)
+        self.loss_history = LossHistory()
+        self.frozen = FrozenTrunk(state.chunks, cfg.train.freeze_trunk_steps)
         self.saver = Saver(cfg, state, tracker.checkpoint)
 
     def train(self, progress: Progress) -> Path | None:
