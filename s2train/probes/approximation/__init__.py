@@ -1,0 +1,1 @@
+"""Measures what approximate attention changes in a trained model: its loss, its outputs, its assumptions."""
