@@ -11,6 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from s2train.attention.block_selection import BlockSelectionKind
 from s2train.attention.dense import DenseKind, DenseSettings
+from s2train.attention.hyper import HyperKind
 from s2train.attention.kind import AttentionKind
 from s2train.attention.s2 import S2Kind, S2Settings
 from s2train.config import LayoutConfig, PatternConfig
@@ -19,7 +20,7 @@ from s2train.layouts.patterns.registry import read_pattern, with_defaults
 
 Kind = TypeVar("Kind", bound=type[AttentionKind])
 
-KINDS: dict[str, type[AttentionKind]] = {kind.name: kind for kind in (DenseKind, S2Kind, BlockSelectionKind)}
+KINDS: dict[str, type[AttentionKind]] = {kind.name: kind for kind in (DenseKind, S2Kind, HyperKind)}
 
 # The letters that need no declaration, as a run without settings has them.
 LETTERS: dict[str, AttentionKind] = {

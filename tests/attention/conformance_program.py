@@ -141,7 +141,8 @@ def counts(gpt: GPTModel, cfg: PretrainConfig, oracle: Oracle) -> dict[str, Any]
     kept = torch.zeros(shape.num_heads, dtype=torch.float64)
     for draw in range(draws):
         core.step = draw
-        kept += oracle.read(core, *random_inputs(core)[:2]).double().sum((2, 3)).mean(0) / draws
+        query, key, _ = random_inputs(core)
+        kept += (oracle.weights(core, query, key) > 0).double().sum((2, 3)).mean(0) / draws
     core.step = 0
     planned = kept_positions(layer, LENGTH)
     of_layers = 3 * 2 * (4 * shape.head_dim * sum(planned) + layer.kind.extra_flops(layer, LENGTH, shape))
@@ -150,7 +151,7 @@ def counts(gpt: GPTModel, cfg: PretrainConfig, oracle: Oracle) -> dict[str, Any]
         "kept": [kept.tolist(), list(planned)],
         "exact": layer.kind.counts_exactly,
         "attention_flops": [of_layers / LENGTH, token_flops(cfg.model, hybrid, LENGTH).attention],
-        "own": bool(layer.kind.weights(shape)),
+        "own": bool(layer.kind.weights(shape)) or oracle.counted_products is not None,
         "extra": [0, layer.kind.extra_flops(layer, LENGTH, shape)],
     }
     if oracle.counted_products is not None:
@@ -186,8 +187,11 @@ def recomputation(cfg: PretrainConfig) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def decoding(gpt: GPTModel, cfg: PretrainConfig) -> dict[str, Any]:
-    """Logits token by token against the uncached forward pass, sequences of unequal length; or the rejection."""
+def decoding(gpt: GPTModel, cfg: PretrainConfig, layers: str | None = None) -> dict[str, Any]:
+    """Logits token by token against the uncached forward pass, sequences of unequal length; or the rejection.
+
+    The uncached model has the same weights, and these layers if given.
+    """
     gpt.eval()
     gpt.parallel_output = False
     tokens = torch.randint(VOCABULARY, (BATCH, LENGTH))
@@ -200,6 +204,10 @@ def decoding(gpt: GPTModel, cfg: PretrainConfig) -> dict[str, Any]:
             found += [model.decode(token) for token in following]
     except ConfigError as error:
         return {"rejected": str(error)}
+    if layers is not None:
+        uncached = build(replace(cfg, layout=replace(cfg.layout, layers=layers)))
+        uncached.load_state_dict(gpt.state_dict())
+        gpt = uncached.eval()
     whole = logits_of(gpt, tokens)
     rows = [torch.stack([whole[i, n - 1 + step] for i, n in enumerate(lengths)]) for step in range(total + 1)]
     return {"error": relative(torch.stack(found), torch.stack(rows))}
@@ -223,7 +231,7 @@ def main() -> None:
             "parity": parity(core, oracle),
             "future": future(gpt),
             "counts": counts(gpt, cfg, oracle),
-            "decoding": decoding(gpt, cfg),
+            "decoding": decoding(gpt, cfg, oracle.decodes_as),
             "recomputation": recomputation(cfg) if Feature.RECOMPUTATION in kind.features else None,
         }
     register(ShyKind)

@@ -1,0 +1,48 @@
+"""Core attention of the kind `hyper`."""
+
+import torch
+from torch import Tensor
+
+from s2train.kernels.dense import dense_causal_attention
+from s2train.kernels.hyper import hyper_attention
+from s2train.megatron.core_attention import CausalCoreAttention
+
+
+class HyperCoreAttention(CausalCoreAttention):
+    """HyperAttention in training, exact attention over all cached keys in decoding.
+
+    One exact query reads as many keys as hashing them again would.
+    """
+
+    captures_decoding = True
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, query_offset: int) -> Tensor:
+        if self.kv is not None:
+            return dense_causal_attention(
+                query, key, value, softmax_scale=self.softmax_scale, query_offset=query_offset
+            )
+        assert query_offset == 0, "only a cache brings earlier keys"
+        kind = self.layer_layout.kind
+        return hyper_attention(
+            query,
+            key,
+            value,
+            kind.op_settings,
+            self._seeds("projections", query.device, each_step=not kind.settings.fixed_projections),
+            self._seeds("samples", query.device),
+            softmax_scale=self.softmax_scale,
+        )
+
+    def attend_cached(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        assert self.kv is not None
+        return self.kv.attend(self, query, key, value)
+
+    def cached_layout(self, max_length: int, device: torch.device) -> None:
+        return None
+
+    def _seeds(self, purpose: str, device: torch.device, *, each_step: bool = True) -> Tensor:
+        """Return a seed of each KV head, that of its first query head."""
+        first, last = self.heads
+        group = (last - first) // self.num_kv_heads
+        seeds = [self.random_seed(head, purpose, each_step=each_step) for head in range(0, last - first, group)]
+        return torch.tensor(seeds, dtype=torch.int64, device=device)
