@@ -11,11 +11,13 @@ from s2train.attention.hyper_reads import expected_reads
 from s2train.attention.kind import DataDependentKind, LayerLayout
 from s2train.attention.weights import AttentionShape, Weight
 from s2train.config import PretrainConfig
+from s2train.errors import ConfigError
 from s2train.kernels import hyper
 from s2train.kernels.hyper.settings import levels
 
 _BLOCK = 16  # tokens, of which exact keys are multiples
 _MOST_PROJECTIONS = 30
+_LARGEST_HEAD = 256  # dimensions, of the kernels
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class HyperKind(DataDependentKind):
             Feature.SEQUENCE_PARALLEL,
             Feature.PIPELINE_PARALLEL,
             Feature.RECOMPUTATION,
+            Feature.DETERMINISTIC,
             Feature.DECODING,
         }
     )
@@ -89,6 +92,10 @@ class HyperKind(DataDependentKind):
 
     def check(self, cfg: PretrainConfig) -> None:
         own, length = self.settings, cfg.train.seq_length
+        model = cfg.model
+        if (dim := model.head_dim or model.hidden_size // model.num_attention_heads) > _LARGEST_HEAD:
+            problem = f"{self.label} attention (letter {self.letter}) hashes heads of up to {_LARGEST_HEAD} dimensions"
+            raise ConfigError("model.head_dim", dim, problem, "Set more model.num_attention_heads, or another kind.")
         intervals = levels(self.op_settings, length, causal=True)
         if not intervals:
             problem = f"a sequence of train.seq_length={length:,} tokens is one interval, which is read exactly"
