@@ -36,8 +36,8 @@ def test_the_tree_has_every_size_dense_and_hybrid() -> None:
     sizes = ("tiny", "demo", "needle", "30m", "125m", "350m", "1b", "7b")
     twins = [f"{size}_{kind}" for size in sizes for kind in ("dense", "hybrid")]
     ablations = ["needle_hybrid_homogeneous", "needle_sparse_homogeneous", "needle_sparse_shifted"]
-    selected = [f"{size}_{scorer}" for size in ("tiny", "125m") for scorer in ("moba", "index", "sea")]
-    assert names("model") == sorted(twins + ablations + selected)
+    hyper = ["tiny_hyper", "125m_hyper"]
+    assert names("model") == sorted(twins + ablations + hyper)
 
 
 def test_the_lowest_learning_rate_is_a_tenth_of_the_highest_unless_it_is_set() -> None:
@@ -84,7 +84,8 @@ def test_selected_and_dense_of_a_size_differ_in_layout_alone(size: str, scorer: 
 
 @pytest.mark.parametrize("layout", names("layout"))
 def test_a_layout_composes_and_overrides_the_model_s(layout: str) -> None:
-    model = "30m_hybrid" if layout == "s2_b64_l4_v6" else "350m_hybrid"  # whose layers the string stands for
+    # whose layers the string stands for
+    model = {"s2_b64_l4_v6": "30m_hybrid", "hyper_b256": "125m_hybrid"}.get(layout, "350m_hybrid")
     cfg = pretrain(f"+model={model}", f"layout={layout}")
     assert cfg.layout == OmegaConf.to_object(
         OmegaConf.merge(OmegaConf.structured(type(cfg.layout)), OmegaConf.load(CONF / f"layout/{layout}.yaml"))

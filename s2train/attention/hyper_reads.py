@@ -15,7 +15,9 @@ def expected_reads(settings: HyperSettings, length: int) -> float:
     queries = np.arange(length)
     own = queries // settings.shortest * settings.shortest  # begin of a query's own interval
     total += float((queries - own + 1).sum())
-    nearest = (queries // settings.block - settings.window // settings.block) * settings.block  # first key of the window
+    nearest = (
+        queries // settings.block - settings.window // settings.block
+    ) * settings.block  # first key of the window
     for level in levels(settings, length, causal=True):
         missed = (1 - min(1.0, settings.bucket / level.size)) * (1 - min(1.0, settings.samples / level.size))
         for interval in range(level.count):

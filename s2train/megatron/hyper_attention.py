@@ -31,6 +31,7 @@ class HyperCoreAttention(CausalCoreAttention):
             self._seeds("projections", query.device, each_step=not kind.settings.fixed_projections),
             self._seeds("samples", query.device),
             softmax_scale=self.softmax_scale,
+            backend=self.backend,
         )
 
     def attend_cached(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

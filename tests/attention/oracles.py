@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from s2train.kernels.hyper.hashing import hash_ranks
+from s2train.kernels.hyper.reference import key_weights
 from torch import Tensor
 
 from s2train.attention.kind import LayerLayout
-from s2train.kernels.hyper.hashing import hash_ranks
-from s2train.kernels.hyper.reference import key_weights
 from s2train.megatron.core_attention import CausalCoreAttention
 from tests.attention import block_selection_oracle as block_selection
 
