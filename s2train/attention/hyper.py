@@ -1,6 +1,7 @@
 """HyperAttention: exact near keys, and of the rest a bucket of similar keys and a sample.
 
-Keys are hashed, so that a query finds those that point its way. What is exact and what is sampled: docs/hyperattention.md.
+Keys are hashed, so that a query finds those that point its way. What is exact, what is sampled:
+docs/hyperattention.md.
 """
 
 from collections.abc import Mapping

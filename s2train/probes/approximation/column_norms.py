@@ -1,11 +1,12 @@
 """Measures the column norms of attention matrices, which HyperAttention's theory assumes small.
 
-HyperAttention (arXiv 2310.05869) assumes that α = n · max_j ‖A e_j‖² grows slower than n, A being the matrix of attention
-probabilities of n tokens. Its causal form has heavy columns at the sequence's first tokens, which sinks read exactly.
+HyperAttention (arXiv 2310.05869) assumes that α = n · max_j ‖A e_j‖² grows slower than n, A being the matrix of
+attention probabilities of n tokens. In causal models the first tokens often have heavy columns: sinks are exact.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -53,7 +54,7 @@ def squared_column_norms(query: Tensor, key: Tensor, scale: float, lengths: Sequ
     sums = torch.zeros(batch, heads, length, device=query.device)
     found, wanted = [], list(lengths)
     bounds = sorted({*range(0, wanted[-1], _ROWS), *wanted})
-    for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for begin, end in pairwise(bounds):
         rows = query[begin:end].permute(1, 2, 0, 3).float()
         scores = rows @ keys[..., :end] * scale
         later = torch.arange(end, device=query.device) > torch.arange(begin, end, device=query.device)[:, None]

@@ -1,0 +1,46 @@
+"""Draws perplexity and error against the number of samples."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from s2train.files import replacing
+
+# Okabe and Ito's palette, distinguishable with any kind of colour vision
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+
+
+def draw_curves(
+    panels: Sequence[tuple[str, str, Mapping[str, Mapping[float, float]]]],
+    path: Path,
+    *,
+    abscissa: Sequence[str],
+    level: float | None = None,
+) -> None:
+    """Draw named curves, a panel each of (title, ordinate, curves), as a PNG; both axes are logarithmic.
+
+    Args:
+        abscissa: label of each panel's horizontal axis.
+        level: a horizontal line in the first panel, of the unchanged model.
+    """
+    figure = Figure(figsize=(6 * len(panels), 4.2), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    for number, (title, ordinate, curves) in enumerate(panels):
+        axes: Axes = figure.add_subplot(1, len(panels), number + 1)
+        for (name, curve), colour in zip(curves.items(), _COLOURS * len(curves), strict=False):
+            axes.plot(list(curve), list(curve.values()), marker="o", markersize=4, color=colour, label=name)
+        if level is not None and number == 0:
+            axes.axhline(level, color="#777777", linestyle="--", linewidth=1.2, label="unchanged")
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
+        axes.set_xlabel(abscissa[number])
+        axes.set_ylabel(ordinate)
+        axes.grid(color="#E5E5E5", linewidth=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=9)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
