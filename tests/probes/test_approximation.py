@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from s2train.kernels.hyper import HyperSettings
 
 from s2train.errors import ConfigError
-from s2train.kernels.hyper import HyperSettings
 from s2train.planning import compose_run
 from s2train.probes.approximation.column_norms import LEFT_OUT, columns, squared_column_norms
 from s2train.probes.approximation.errors import errors, synthetic
