@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from s2train.attention.hyper import HyperKind
 from s2train.kernels.dense import dense_causal_attention
 from s2train.kernels.hyper import hyper_attention
 from s2train.megatron.core_attention import CausalCoreAttention
@@ -23,6 +24,7 @@ class HyperCoreAttention(CausalCoreAttention):
             )
         assert query_offset == 0, "only a cache brings earlier keys"
         kind = self.layer_layout.kind
+        assert isinstance(kind, HyperKind)
         return hyper_attention(
             query,
             key,

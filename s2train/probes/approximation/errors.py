@@ -22,6 +22,10 @@ class Inputs:
     value: Tensor
     scale: float
 
+    def on(self, device: torch.device) -> "Inputs":
+        """Move the tensors."""
+        return replace(self, query=self.query.to(device), key=self.key.to(device), value=self.value.to(device))
+
 
 @dataclass(frozen=True)
 class Error:
@@ -41,14 +45,14 @@ def synthetic(length: int, heads: int, dim: int, seed: int) -> list[Inputs]:
 
     value = normal(length, 1, heads, dim)
     centres = torch.nn.functional.normalize(normal(_CLUSTERS, dim), dim=-1) * _NORM
-    around = [
+    query, key = (
         centres[torch.randint(_CLUSTERS, (length, 1, heads), generator=generator)] + _SPREAD * normal(*value.shape)
         for _ in range(2)
-    ]
-    of_keys = value + around[1] @ normal(dim, dim) / dim**0.5  # values that depend on their keys
+    )
+    of_keys = value + key @ normal(dim, dim) / dim**0.5  # values that depend on their keys
     return [
         Inputs("Gaussian", normal(*value.shape), normal(*value.shape), value, dim**-0.5),
-        Inputs("clustered", *around, of_keys, dim**-0.5),
+        Inputs("clustered", query, key, of_keys, dim**-0.5),
     ]
 
 

@@ -28,7 +28,7 @@ from s2train.needles.results import weights_fingerprint
 from s2train.probes.approximation import column_norms
 from s2train.probes.approximation.errors import Error, Inputs, errors, synthetic
 from s2train.probes.approximation.held_out import held_out_sequences
-from s2train.probes.approximation.pictures import draw_curves
+from s2train.probes.approximation.pictures import Panel, draw_curves
 from s2train.probes.approximation.replacement import (
     Grid,
     check_grid,
@@ -122,8 +122,8 @@ def replace_layers(source: Source, grid: Grid, settings: dict[str, Any], output:
     curves = {f"last {last}": perplexities(cells, last) for last in replaced}
     if curves:
         title = f"{cfg.model.name}: last layers replaced"
-        panel = (title, "held-out perplexity", curves)
-        draw_curves([panel], stem.with_name(f"{stem.name}.png"), abscissa=["samples of an interval"], level=unchanged)
+        panel = Panel(title, "samples of an interval", "held-out perplexity", curves)
+        draw_curves([panel], stem.with_name(f"{stem.name}.png"), level=unchanged)
     samples = sorted({cell.samples for cell in cells if cell.last})
     table = Table("layers replaced", *(f"m = {number}" for number in samples), title="held-out perplexity")
     table.add_row("0", *(f"{unchanged:.3f}" for _ in samples))
@@ -161,11 +161,10 @@ def diagnose(
             norms += [column_norms.columns(layer, n, one) for n, one in zip(lengths, found, strict=True)]
         heads, dim = cfg.model.num_attention_heads, model.gpt.config.kv_channels
         assert dim is not None
-        sorts = synthetic(source.length, heads, dim, cfg.seed)
-        sorts = [Inputs(o.name, *(x.to(model.device) for x in (o.query, o.key, o.value)), o.scale) for o in sorts]
+        sorts = [one.on(model.device) for one in synthetic(source.length, heads, dim, cfg.seed)]
         for layer, own in inputs.items():
-            first = (x[:, :1].float() for x in (own.query, own.key, own.value))
-            sorts.append(Inputs(f"layer {layer}", *first, own.scale))
+            query, key, value = (x[:, :1].float() for x in (own.query, own.key, own.value))
+            sorts.append(Inputs(f"layer {layer}", query, key, value, own.scale))
         measured = [one for sort in sorts for one in errors(sort, kind.op_settings, samples, draws)]
     content = {
         "checkpoint": str(path),
@@ -205,11 +204,12 @@ def _draw(norms: Sequence[column_norms.Columns], measured: Sequence[Error], path
         name: {one.samples: one.relative for one in measured if one.inputs == name}
         for name in dict.fromkeys(one.inputs for one in measured)
     }
+    without = f"α/n without {column_norms.LEFT_OUT} columns"
     panels = [
-        ("Error against samples", "relative error", curves),
-        (f"α/n without {column_norms.LEFT_OUT} columns", "α/n", by_layer | {"published": column_norms.PUBLISHED}),
+        Panel("Error against samples", "samples of an interval", "relative error", curves),
+        Panel(without, "n (tokens)", "α/n", by_layer | {"published": column_norms.PUBLISHED}),
     ]
-    draw_curves(panels, path, abscissa=["samples of an interval", "n (tokens)"])
+    draw_curves(panels, path)
 
 
 def _norm_table(norms: Sequence[column_norms.Columns], lengths: Sequence[int]) -> Table:

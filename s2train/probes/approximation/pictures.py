@@ -1,6 +1,7 @@
 """Draws perplexity and error against the number of samples."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -13,32 +14,40 @@ from s2train.files import replacing
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
+@dataclass(frozen=True)
+class Panel:
+    """Named curves, each a mapping from abscissa to ordinate."""
+
+    title: str
+    abscissa: str
+    ordinate: str
+    curves: Mapping[str, Mapping[int, float]]
+
+
 def draw_curves(
-    panels: Sequence[tuple[str, str, Mapping[str, Mapping[float, float]]]],
+    panels: Sequence[Panel],
     path: Path,
     *,
-    abscissa: Sequence[str],
     level: float | None = None,
 ) -> None:
-    """Draw named curves, a panel each of (title, ordinate, curves), as a PNG; both axes are logarithmic.
+    """Draw the panels side by side as a PNG; both axes are logarithmic.
 
     Args:
-        abscissa: label of each panel's horizontal axis.
         level: a horizontal line in the first panel, of the unchanged model.
     """
     figure = Figure(figsize=(6 * len(panels), 4.2), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    for number, (title, ordinate, curves) in enumerate(panels):
+    for number, panel in enumerate(panels):
         axes: Axes = figure.add_subplot(1, len(panels), number + 1)
-        for (name, curve), colour in zip(curves.items(), _COLOURS * len(curves), strict=False):
+        for (name, curve), colour in zip(panel.curves.items(), _COLOURS * len(panel.curves), strict=False):
             axes.plot(list(curve), list(curve.values()), marker="o", markersize=4, color=colour, label=name)
         if level is not None and number == 0:
             axes.axhline(level, color="#777777", linestyle="--", linewidth=1.2, label="unchanged")
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
-        axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
-        axes.set_xlabel(abscissa[number])
-        axes.set_ylabel(ordinate)
+        axes.set_title(panel.title, loc="left", fontsize=11, fontweight="bold")
+        axes.set_xlabel(panel.abscissa)
+        axes.set_ylabel(panel.ordinate)
         axes.grid(color="#E5E5E5", linewidth=0.8)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=9)
