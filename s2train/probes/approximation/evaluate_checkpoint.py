@@ -122,7 +122,7 @@ def replace_layers(source: Source, grid: Grid, settings: dict[str, Any], output:
     curves = {f"last {last}": perplexities(cells, last) for last in replaced}
     if curves:
         title = f"{cfg.model.name}: last layers replaced"
-        panel = Panel(title, "samples of an interval", "held-out perplexity", curves)
+        panel = Panel(title, "samples of an interval", "held-out perplexity", curves, scale="linear")
         draw_curves([panel], stem.with_name(f"{stem.name}.png"), level=unchanged)
     samples = sorted({cell.samples for cell in cells if cell.last})
     table = Table("layers replaced", *(f"m = {number}" for number in samples), title="held-out perplexity")

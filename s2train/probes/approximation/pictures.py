@@ -16,12 +16,13 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 @dataclass(frozen=True)
 class Panel:
-    """Named curves, each a mapping from abscissa to ordinate."""
+    """Named curves, each a mapping from abscissa, which is drawn by its logarithm, to ordinate."""
 
     title: str
     abscissa: str
     ordinate: str
     curves: Mapping[str, Mapping[int, float]]
+    scale: str = "log"  # of the ordinate; or linear
 
 
 def draw_curves(
@@ -30,7 +31,7 @@ def draw_curves(
     *,
     level: float | None = None,
 ) -> None:
-    """Draw the panels side by side as a PNG; both axes are logarithmic.
+    """Draw the panels side by side as a PNG.
 
     Args:
         level: a horizontal line in the first panel, of the unchanged model.
@@ -44,7 +45,7 @@ def draw_curves(
         if level is not None and number == 0:
             axes.axhline(level, color="#777777", linestyle="--", linewidth=1.2, label="unchanged")
         axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
+        axes.set_yscale(panel.scale)
         axes.set_title(panel.title, loc="left", fontsize=11, fontweight="bold")
         axes.set_xlabel(panel.abscissa)
         axes.set_ylabel(panel.ordinate)
