@@ -20,7 +20,7 @@ from s2train.layouts.patterns.registry import read_pattern, with_defaults
 
 Kind = TypeVar("Kind", bound=type[AttentionKind])
 
-KINDS: dict[str, type[AttentionKind]] = {kind.name: kind for kind in (DenseKind, S2Kind, HyperKind)}
+KINDS: dict[str, type[AttentionKind]] = {kind.name: kind for kind in (DenseKind, S2Kind, BlockSelectionKind, HyperKind)}
 
 # The letters that need no declaration, as a run without settings has them.
 LETTERS: dict[str, AttentionKind] = {

@@ -22,10 +22,11 @@ class Oracle:
 
     Attributes:
         layers, kinds: of the layout; one kind alone.
-        read: which keys each query reads: (core, key) -> bool [b, h, s, s]. None: those that `weigh` gives a weight.
+        kind: its name.
+        read: which keys each query reads: (core, query, key) -> bool [b, h, s, s]. None: those that `weigh` weighs.
         weigh: factor of each key's probability before all are divided by their sum: (core, query, key) -> [b, h, s, s];
             None: 1 for keys that are read.
-        losses: auxiliary losses as `add_loss` takes them: (core, weights by name, key, value) -> scalars by name.
+        losses: auxiliary losses as `add_loss` takes them, by name: (core, weights by name, query, key, value).
         counted_products: FLOPs of Q Kᵀ and P V, as the CPU path computes them, of one sequence; None: of no interest,
             since the kind adds none of its own.
         decodes_as: layers whose model decoding equals, with the same weights; None: `layers`.
@@ -33,7 +34,7 @@ class Oracle:
 
     kind: str
     layers: str
-    read: Callable[[CausalCoreAttention, Tensor], Tensor] | None
+    read: Callable[[CausalCoreAttention, Tensor, Tensor], Tensor] | None
     kinds: dict[str, Any] = field(default_factory=dict)
     losses: Callable[[CausalCoreAttention, dict[str, Tensor], Tensor, Tensor, Tensor], Losses] = lambda *_: {}
     counted_products: Callable[[CausalCoreAttention, int], int] | None = None
@@ -45,7 +46,7 @@ class Oracle:
         if self.weigh is not None:
             return self.weigh(core, query, key)
         assert self.read is not None
-        return self.read(core, key).to(query.dtype)
+        return self.read(core, query, key).to(query.dtype)
 
     def attend(self, core: CausalCoreAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Softmax over the keys that are read, in the inputs' dtype: [s, b, h, d]."""
@@ -119,10 +120,26 @@ def _whole_products(core: CausalCoreAttention, length: int) -> int:
 
 
 ORACLES = {
-    "dense": Oracle("D", _static),
-    "s2": Oracle("S", _static),
-    "toy": Oracle("T", _toy_read, {"T": {"kind": "toy", "window": 5}}, _toy_losses, _whole_products),
+    "dense": Oracle("dense", "D", _static),
+    "s2": Oracle("s2", "S", _static),
+    "toy": Oracle("toy", "T", _toy_read, {"T": {"kind": "toy", "window": 5}}, _toy_losses, _whole_products),
+    **{
+        f"block selection by {name}": Oracle(
+            "block_selection",
+            "B",
+            block_selection.read,
+            {"B": {"kind": "block_selection", "scorer": name, "top_k": 1, "sinks": 0, "sampled_rows": 20} | settings},
+            block_selection.losses,
+            lambda *_: 0,  # torch's fused attention is not counted
+        )
+        for name, settings in (
+            ("moba", {}),
+            ("index", {"queries": "first_token", "index_dim": 8}),
+            ("sea", {"features": 8, "channels": 4}),
+        )
+    },
     "hyper": Oracle(
+        "hyper",
         "H",
         None,
         {"H": {"kind": "hyper", "bucket": 16, "samples": 4, "projections": 8, "shortest": 16, "window": 0, "sinks": 0}},

@@ -100,14 +100,17 @@ def test_a_kind_that_does_not_decode_is_rejected(measured: dict[str, Any]) -> No
     assert "shy attention (letter T) doesn't support decoding" in measured["shy"]["decoding"]["rejected"]
 
 
-# One model with layers of every kind.
+# One model with a layer of every kind, and two of the toy's.
 # The auxiliary loss weighs so much that its gradient is most of the gradient's norm.
-LAYERS = ["model.num_layers=6", "layout.layers=DSTTHH"]
-HYPER = "+layout.kinds.H={kind:hyper,bucket:16,samples:8,projections:6,shortest:32,window:16,sinks:16}"
+LAYERS = [
+    "model.num_layers=6",
+    "layout.layers=DSTTEH",
+    "+layout.kinds.E={kind:block_selection,scorer:sea,top_k:2,warm_up_steps:2,loss_weight:100}",
+    "+layout.kinds.H={kind:hyper,bucket:16,samples:8,projections:6,shortest:32,window:16,sinks:16}",
+]
 MIXED = [
     *LAYERS,
     "+layout.kinds.T={kind:toy,window:5,loss_weight:20000}",
-    HYPER,
     f"train.steps={STEPS}",
     "checkpoint.interval=2",
     "optim.warmup_steps=1",
@@ -182,7 +185,7 @@ def test_another_division_trains_alike(trained: tuple[Path, Outcome], division: 
 
 def test_settings_that_weights_do_not_depend_on_may_change_with_consent(trained: tuple[Path, Outcome]) -> None:
     loss_weight, window = "+layout.kinds.T={kind:toy,window:5,loss_weight:1}", "+layout.kinds.T={kind:toy,window:6}"
-    more = [*LAYERS, HYPER, f"train.steps={STEPS + 1}", "optim.decay_steps=4", "checkpoint.interval=2"]
+    more = [*LAYERS, f"train.steps={STEPS + 1}", "optim.decay_steps=4", "checkpoint.interval=2"]
     settings = [*SMALL, f"run_dir={trained[0]}", *more, "optim.warmup_steps=1"]
     rejected = run("tests.attention.toy_program", "pretrain.py", *settings, loss_weight, processes=1)
     assert "layout.kinds.T.loss_weight=1.0" in error_line(rejected)
@@ -195,9 +198,8 @@ def test_settings_that_weights_do_not_depend_on_may_change_with_consent(trained:
 
 @pytest.mark.slow
 def test_weights_alone_of_a_dense_model_start_a_model_of_another_kind(tmp_path: Path) -> None:
-    dense = pretrain(
-        tmp_path / "dense", "model.num_layers=6", "layout.layers=D", "train.steps=3", "checkpoint.interval=1"
-    )
+    settings = ["model.num_layers=6", "layout.layers=D", "train.steps=3", "checkpoint.interval=1"]
+    dense = pretrain(tmp_path / "dense", *settings)
     assert dense.status == 0, dense.err[-3000:]
     start = tmp_path / "dense/checkpoints/iter_0000003"
     progress = json.loads((start / "progress.json").read_text())
