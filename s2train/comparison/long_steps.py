@@ -21,7 +21,8 @@ from s2train.environment.hardware import Hardware, detect_own
 from s2train.errors import ConfigError
 from s2train.files import replacing
 from s2train.kernels.workers import run_tasks, serve
-from s2train.planning import Plan, check, compose_run, preview
+from s2train.planning import Plan, check, compose_run, hybrid_layout, preview
+from s2train.validation.libraries import import_libraries
 
 _SECONDS = 600.0  # time limit for one variant at one length
 
@@ -141,6 +142,7 @@ def measure(task: dict[str, Any], device: torch.device) -> dict[str, Any]:
 
     cfg, hardware = compose_run(task["overrides"]), detect_own()
     plan = check(cfg, 1, hardware)
+    import_libraries(cfg, hybrid_layout(cfg), hardware)
     found = run_steps(cfg, task["warmup"] + task["steps"], device)
     measured = found.seconds[task["warmup"] :]
     step_s = statistics.median(measured)

@@ -10,12 +10,15 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 
 # Megatron's inference engine logs to wandb if installed. A run imports it in a separate thread (s2train/wandb_run.py).
 _OPTIONAL = ("wandb",)
+# Megatron's inference engine imports it if installed, with 480 modules. A run imports it only if its layers use it.
+_FA4 = "flash_attn.cute"
 _compile = torch.compile
 
 
@@ -31,9 +34,11 @@ def import_megatron() -> None:
     # A run compiles a few small functions. By default inductor would start a pool of processes for them, one per core,
     # on every rank.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    # transformer-engine, which Megatron imports if installed, may need FlashAttention-4 itself.
+    unused = _OPTIONAL if find_spec("transformer_engine") else (*_OPTIONAL, _FA4)
     torch.compile = compile_on_call
     try:
-        with _left_out(_OPTIONAL), _no_collection():
+        with _left_out(unused), _no_collection():
             importlib.import_module("megatron.core")  # its `jit_fuser` binds `compile_on_call` for later modules
             importlib.import_module("megatron.core.timers")
             importlib.import_module("torch._dynamo")  # torch's optimizers import it when constructed

@@ -48,6 +48,7 @@ from s2train.training.start_times import StartTimes
 from s2train.training.startup import check_start
 from s2train.training.warm_up import compile_kernels, run_once_per_machine
 from s2train.training.watchdog import Watchdog
+from s2train.validation.libraries import import_libraries
 from s2train.wandb_run import choose_mode, say
 
 # Minutes between the watchdog's timeout, which names a rank, and the timeout of collective calls, which name none.
@@ -73,6 +74,8 @@ def run(cfg: PretrainConfig, plan: Plan, times: StartTimes | None = None) -> Non
     times = times or StartTimes()
     lock, start = None, None
     with fail_together():
+        import_libraries(cfg, hybrid_layout(cfg), plan.hardware)
+        times.end("libraries")
         backend = backend_of(cfg)
         cfg, tokenizer = run_tokenizer(cfg)
         if os.environ.get("RANK", "0") == "0":  # the others wait for it at the rendezvous

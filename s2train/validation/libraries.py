@@ -5,15 +5,17 @@ import torch
 from s2train.attention.hybrid import HybridLayout
 from s2train.config import PretrainConfig
 from s2train.costs.parameters import head_dim
+from s2train.environment import liger
 from s2train.environment.hardware import Hardware
-from s2train.environment.liger import INSTALL as LIGER
 from s2train.environment.liger import choose_loss, liger_operations, liger_problem
 from s2train.environment.transformer_engine import uses_te
 from s2train.errors import ConfigError
+from s2train.kernels import flash4
 from s2train.kernels.dense_choice import takes_fa4
-from s2train.kernels.flash4 import INSTALL as FA4
 from s2train.kernels.flash4 import fa4_problem, fa4_unsupported_reason
+from s2train.kernels.versions import installed_version
 
+_REPAIR = "Repair or uninstall it, or set dense_attention=s2train."
 _OF_TORCH = ("cudnn", "flash", "efficient")
 
 
@@ -50,21 +52,43 @@ def check_kernel_settings(cfg: PretrainConfig, hybrid: HybridLayout) -> None:
 
 
 def check_libraries(cfg: PretrainConfig, hybrid: HybridLayout, hardware: Hardware) -> None:
-    """Import FlashAttention-4 and Liger-Kernel if used; check that they work.
+    """Check that FlashAttention-4 and Liger-Kernel are installed, if used.
+
+    Imports neither: on some machines that takes most of a run's plan. `import_libraries` does.
 
     Raises:
-        ConfigError: an explicitly set library has no GPU, is not installed, or doesn't support the call; or `auto`
-            would select a library whose import fails: other ranks would run other kernels.
+        ConfigError: an explicitly set library has no GPU, is not installed, or doesn't support the call.
     """
-    _check_liger(cfg, hardware)
+    for setting, value in _liger_settings(cfg, hardware):
+        if hardware.kind != "cuda":
+            raise ConfigError(setting, value, "Liger-Kernel needs a CUDA device", f"Set {setting}=auto.")
+        if installed_version(liger.PACKAGE) is None:
+            _reject_liger(setting, value, f"{liger.PACKAGE} is not installed")
+    check_fa4_serves(cfg, hybrid, hardware)
+    if uses_fa4(cfg, hybrid, hardware) and installed_version(flash4.PACKAGE) is None:
+        _reject_fa4(cfg, f"{flash4.PACKAGE} is not installed")
+
+
+def import_libraries(cfg: PretrainConfig, hybrid: HybridLayout, hardware: Hardware) -> None:
+    """Import FlashAttention-4 and Liger-Kernel, if used.
+
+    Call it before the process group exists.
+
+    Raises:
+        ConfigError: an import fails. `auto` selects no other kernels then: other ranks would not.
+    """
+    for setting, value in _liger_settings(cfg, hardware):
+        if (problem := liger_problem()) is not None:
+            _reject_liger(setting, value, problem)
+    if uses_fa4(cfg, hybrid, hardware) and (problem := fa4_problem()) is not None:
+        _reject_fa4(cfg, problem)
+
+
+def uses_fa4(cfg: PretrainConfig, hybrid: HybridLayout, hardware: Hardware) -> bool:
+    """Return whether FlashAttention-4 computes some dense layers; imports nothing."""
     if not any(layer.is_dense for layer in hybrid.layers):
-        return
-    if cfg.dense_attention == "fa4":
-        check_fa4_serves(cfg, hybrid, hardware)
-        if (problem := fa4_problem()) is not None:
-            _reject_dense(cfg, problem, f"{FA4}, or set dense_attention=auto.")
-    elif cfg.dense_attention == "auto" and _takes_fa4(cfg, hardware) and (problem := fa4_problem()) is not None:
-        _reject_dense(cfg, problem, "Repair or uninstall it, or set dense_attention=s2train.")
+        return False
+    return cfg.dense_attention == "fa4" or (cfg.dense_attention == "auto" and _takes_fa4(cfg, hardware))
 
 
 def check_fa4_serves(cfg: PretrainConfig, hybrid: HybridLayout, hardware: Hardware) -> None:
@@ -94,19 +118,13 @@ def _takes_fa4(cfg: PretrainConfig, hardware: Hardware) -> bool:
     )
 
 
-def _check_liger(cfg: PretrainConfig, hardware: Hardware) -> None:
+def _liger_settings(cfg: PretrainConfig, hardware: Hardware) -> list[tuple[str, str]]:
+    """Return the settings that use Liger-Kernel, with their values, explicit ones first."""
     te = uses_te(cfg, hardware)
-    uses = {
-        "elementwise": (cfg.elementwise, bool(liger_operations(cfg, hardware.capability, te))),
-        "loss": (cfg.loss, choose_loss(cfg, hardware.capability, te) != "torch"),
-    }
-    for setting, (value, used) in sorted(uses.items(), key=lambda use: use[1][0] == "auto"):  # explicit values first
-        if not used:
-            continue
-        if hardware.kind != "cuda":
-            raise ConfigError(setting, value, "Liger-Kernel needs a CUDA device", f"Set {setting}=auto.")
-        if (problem := liger_problem()) is not None:
-            raise ConfigError(setting, value, problem, f"{LIGER}, or set {setting}=torch.")
+    used = [("elementwise", cfg.elementwise)] if liger_operations(cfg, hardware.capability, te) else []
+    if choose_loss(cfg, hardware.capability, te) != "torch":
+        used.append(("loss", cfg.loss))
+    return sorted(used, key=lambda use: use[1] == "auto")
 
 
 def _dtype(cfg: PretrainConfig) -> torch.dtype:
@@ -115,3 +133,13 @@ def _dtype(cfg: PretrainConfig) -> torch.dtype:
 
 def _reject_dense(cfg: PretrainConfig, problem: str, remedy: str) -> None:
     raise ConfigError("dense_attention", cfg.dense_attention, problem, remedy)
+
+
+def _reject_fa4(cfg: PretrainConfig, problem: str) -> None:
+    by_name = cfg.dense_attention == "fa4"
+    remedy = f"{flash4.INSTALL}, or set dense_attention=auto." if by_name else _REPAIR
+    _reject_dense(cfg, problem, remedy)
+
+
+def _reject_liger(setting: str, value: str, problem: str) -> None:
+    raise ConfigError(setting, value, problem, f"{liger.INSTALL}, or set {setting}=torch.")

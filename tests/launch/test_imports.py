@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,30 @@ ROOT = Path(__file__).parents[2]
 # Of packages that may be installed beside, too: pulled in by another one, they would be noticed by their seconds only.
 NEVER = {"wandb", "networkx", "scipy", "pandas", "pyarrow", "transformers", "datasets", "IPython", "matplotlib", "rich"}
 NEVER |= {"torch._inductor.compile_fx", "torch._inductor.select_algorithm", "torch._functorch.aot_autograd"}
-BEFORE_THE_PLAN = NEVER | {"megatron", "sympy", "setuptools", "triton", "tokenizers", "torch._dynamo"}
+LIBRARIES = {"liger_kernel", "flash_attn", "cutlass", "quack", "tvm_ffi", "torch.distributed.tensor"}
+BEFORE_THE_PLAN = NEVER | LIBRARIES | {"megatron", "sympy", "setuptools", "triton", "tokenizers", "torch._dynamo"}
+
+# Of a Hopper GPU's plan, for libraries in the versions that `auto` takes, installed or not.
+PLAN = f"""
+import json, sys
+sys.path.insert(0, {str(ROOT / "launch")!r})
+import pretrain
+from s2train.kernels import dense_choice
+from s2train.kernels.verified import VERIFIED
+from s2train.environment import liger
+from s2train.planning import check, compose_run, hybrid_layout
+from s2train.planning.targets import target_gpu
+from s2train.validation import libraries
+releases = {{entry.library: entry.release for entry in VERIFIED}}
+for module in (dense_choice, liger, libraries):
+    module.installed_version = releases.get
+cfg = compose_run(["+model=125m_hybrid"])
+gpu = target_gpu("h100")
+plan = check(cfg, 1, gpu)
+assert libraries.uses_fa4(cfg, hybrid_layout(cfg), gpu)
+assert liger.choose_loss(cfg, gpu.capability, te=False) == "liger"
+print(json.dumps(sorted(sys.modules)))
+"""
 
 PROGRAM = f"""
 import gc, json, sys
@@ -38,13 +62,18 @@ print(json.dumps(stages))
 @pytest.fixture(scope="module")
 def stages() -> list[set[str]]:
     """Modules of launch/job.py; of launch/pretrain.py where it composes; of a run, with all that it imports."""
+    return [set(modules) for modules in last_line_of(PROGRAM)]
+
+
+def last_line_of(program: str) -> Any:
+    """Run a program in a new Python; return its last line, as JSON."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     environment.pop("COVERAGE_PROCESS_START", None)
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=240
+        [sys.executable, "-W", "ignore", "-c", program], env=environment, capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    return [set(modules) for modules in json.loads(done.stdout.splitlines()[-1])]
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def test_the_launcher_imports_torch_alone(stages: list[set[str]]) -> None:
@@ -57,6 +86,11 @@ def test_a_run_is_composed_and_planned_without_what_trains_it(stages: list[set[s
     assert not stages[1] & BEFORE_THE_PLAN
 
 
+def test_the_plan_of_a_gpu_imports_no_library_that_its_layers_use() -> None:
+    assert not set(last_line_of(PLAN)) & BEFORE_THE_PLAN
+
+
 def test_a_run_imports_no_compiler_and_nothing_that_draws_or_tracks(stages: list[set[str]]) -> None:
     assert {"megatron.core", "s2train.training.run"} <= stages[2]
     assert not stages[2] & NEVER
+    assert not stages[2] & {"flash_attn.cute", "cutlass"}  # Megatron imports them where they are installed

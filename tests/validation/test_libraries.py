@@ -8,7 +8,7 @@ from s2train.kernels import dense_choice
 from s2train.kernels.verified import VERIFIED
 
 from s2train.errors import ConfigError
-from s2train.planning import check, preview
+from s2train.planning import check, hybrid_layout, preview
 from s2train.validation import libraries
 from tests.validation.test_rejections import CPU, GPU, config
 
@@ -22,6 +22,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     releases = {entry.library: entry.release for entry in VERIFIED}
     monkeypatch.setattr(libraries, "fa4_problem", lambda: None)
     monkeypatch.setattr(libraries, "liger_problem", lambda: None)
+    monkeypatch.setattr(libraries, "installed_version", releases.get)
     monkeypatch.setattr(dense_choice, "installed_version", releases.get)
     monkeypatch.setattr("s2train.environment.liger.installed_version", releases.get)
     return monkeypatch
@@ -30,6 +31,17 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 def rejection(hardware: Any, processes: int = 1, **changes: Any) -> ConfigError:
     with pytest.raises(ConfigError) as rejected:
         check(config(**changes), processes, hardware)
+    return rejected.value
+
+
+def import_all(hardware: Any = H100, **changes: Any) -> None:
+    cfg = config(**changes)
+    libraries.import_libraries(cfg, hybrid_layout(cfg), hardware)
+
+
+def rejected_import(**changes: Any) -> ConfigError:
+    with pytest.raises(ConfigError) as rejected:
+        import_all(**changes)
     return rejected.value
 
 
@@ -106,26 +118,45 @@ def test_flash_attention_4_is_refused_on_a_gpu_or_head_that_it_has_no_kernels_fo
 def test_a_missing_library_is_reported_with_what_to_install(
     setting: str, value: str, library: str, extra: str, installed: pytest.MonkeyPatch
 ) -> None:
-    function = "fa4_problem" if setting == "dense_attention" else "liger_problem"
-    installed.setattr(libraries, function, lambda: f"{library} is not installed")
+    installed.setattr(libraries, "installed_version", lambda name: None if name == library else "1")
     error = rejection(H100, **{setting: value})
     assert error.setting == setting
+    assert f"{library} is not installed" in error.problem
     assert extra in error.remedy
 
 
-def test_a_broken_library_that_auto_would_select_is_rejected_rather_than_replaced(
-    installed: pytest.MonkeyPatch,
+BROKEN = {
+    "fa4_problem": "flash-attn-4 can't be imported (no libcuda)",
+    "liger_problem": "liger-kernel can't be imported (another Triton)",
+}
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "function", "remedy"),
+    [
+        ("dense_attention", "fa4", "fa4_problem", "s2train[fa4]"),
+        ("dense_attention", "auto", "fa4_problem", "dense_attention=s2train"),
+        ("elementwise", "liger", "liger_problem", "elementwise=torch"),
+        ("loss", "linear", "liger_problem", "loss=torch"),
+        ("elementwise", "auto", "liger_problem", "elementwise=torch"),
+    ],
+)
+def test_a_broken_library_is_rejected_rather_than_replaced(
+    setting: str, value: str, function: str, remedy: str, installed: pytest.MonkeyPatch
 ) -> None:
-    """Another rank, whose import works, would run other kernels."""
-    installed.setattr(libraries, "fa4_problem", lambda: "flash-attn-4 can't be imported (no libcuda)")
-    error = rejection(H100, model__head_dim=128)
-    assert (error.setting, error.value) == ("dense_attention", "auto")
-    assert "no libcuda" in error.problem
-    assert "dense_attention=s2train" in error.remedy
-    assert check(config(model__head_dim=128), 1, A100).fits  # where it is not taken, nobody imports it
-    installed.setattr(libraries, "fa4_problem", lambda: None)
-    installed.setattr(libraries, "liger_problem", lambda: "liger-kernel can't be imported (another Triton)")
-    assert "another Triton" in rejection(H100).problem
+    """With `auto` too: another rank, whose import works, would run other kernels."""
+    installed.setattr(libraries, function, lambda: BROKEN[function])
+    error = rejected_import(**{"model__head_dim": 128, setting: value})
+    assert (error.setting, error.value, error.problem) == (setting, value, BROKEN[function])
+    assert remedy in error.remedy
+
+
+def test_a_library_that_the_run_does_not_use_may_be_broken(installed: pytest.MonkeyPatch) -> None:
+    for function, problem in BROKEN.items():
+        installed.setattr(libraries, function, lambda problem=problem: problem)
+    import_all(A100, model__head_dim=128)
+    import_all(CPU)
+    import_all(dense_attention="s2train", elementwise="torch", loss="torch")
 
 
 def test_auto_takes_no_library_on_a_cpu() -> None:
