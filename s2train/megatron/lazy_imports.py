@@ -17,7 +17,7 @@ import torch
 
 # Megatron's inference engine logs to wandb if installed. A run imports it in a separate thread (s2train/wandb_run.py).
 _OPTIONAL = ("wandb",)
-# Megatron's inference engine imports it if installed, with 480 modules. A run imports it only if its layers use it.
+# Megatron's inference engine imports it if installed, with 420 modules. A run imports it only if its layers use it.
 _FA4 = "flash_attn.cute"
 _compile = torch.compile
 
@@ -41,6 +41,7 @@ def import_megatron() -> None:
         with _left_out(unused), _no_collection():
             importlib.import_module("megatron.core")  # its `jit_fuser` binds `compile_on_call` for later modules
             importlib.import_module("megatron.core.timers")
+            importlib.import_module("megatron.core.transformer.attention")  # tries to import FlashAttention-4
             importlib.import_module("torch._dynamo")  # torch's optimizers import it when constructed
     finally:
         torch.compile = _compile
