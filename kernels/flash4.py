@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from contextlib import suppress
 from functools import cache
 from importlib import import_module
-from threading import Thread
 from typing import Any
 
 import torch
@@ -20,7 +18,6 @@ from .versions import installed_version
 
 PACKAGE = "flash-attn-4"
 INSTALL = "pip install 's2train[fa4]'"
-_COMPILER = ("cutlass.cute", "tvm_ffi")
 DTYPES = (torch.bfloat16, torch.float16)
 _ARCHITECTURES = (9, 10)  # major compute capabilities with a backward
 
@@ -38,21 +35,6 @@ def fa4_problem() -> str | None:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         return f"flash-attn-4 can't be imported ({lines[0]})"
     return None
-
-
-def preload_compiler() -> None:
-    """Start to import FlashAttention-4's compiler in a thread.
-
-    The compiler is most of what FlashAttention-4 imports. It imports nothing of torch, so that the program can import
-    torch's modules meanwhile; FlashAttention-4 itself does. If the import fails, `fa4_problem` reports why.
-    """
-    Thread(target=_import_compiler, name="FlashAttention-4's compiler", daemon=True).start()
-
-
-def _import_compiler() -> None:
-    with suppress(Exception):
-        for module in _COMPILER:
-            import_module(module)
 
 
 def fa4_unsupported_reason(capability: tuple[int, int] | None, dtype: torch.dtype, head_dim: int) -> str | None:

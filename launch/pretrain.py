@@ -18,7 +18,6 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
-from s2train.kernels.flash4 import preload_compiler
 
 from s2train import config
 from s2train.command_line.composition import CONF, config_groups
@@ -27,10 +26,9 @@ from s2train.distributed.rendezvous import check_ranks, fail_together
 from s2train.environment.apex import apex_available
 from s2train.environment.hardware import check_gpus, detect_own, open_device
 from s2train.errors import ConfigError
-from s2train.planning import check, epochs_of_plan, format_plan, hybrid_layout, planned_for, preview, resolve
+from s2train.planning import check, epochs_of_plan, format_plan, planned_for, preview, resolve
 from s2train.sweeps import plugins
 from s2train.training.start_times import StartTimes
-from s2train.validation.libraries import uses_fa4
 
 config.register()
 plugins.register()
@@ -65,8 +63,6 @@ def pretrain(composed: DictConfig) -> None:
     if is_first:
         print(format_plan(plan), flush=True)
     TIMES.end("plan")
-    if uses_fa4(cfg, hybrid_layout(cfg), hardware):
-        preload_compiler()
     # Slow, and not needed to reject a run.
     from s2train.megatron.lazy_imports import import_megatron
 
