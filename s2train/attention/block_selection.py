@@ -35,8 +35,8 @@ class BlockSelectionSettings:
     sinks: int = 1  # the first blocks, always kept
     queries: str = PREVIOUS_BLOCK  # that choose for a block: the mean of the block before, or its first_token
     warm_up_steps: int = 0  # first steps of the run, with dense attention, whose probabilities the scorer learns
-    # query tokens of a sequence, after the warm-up, whose probability over all blocks is computed in each step: the
-    # scorer learns from it, and it gives the logged recall
+    # query tokens of a sequence, after the warm-up, whose probability over all blocks is computed: a scorer learns from
+    # it, and it gives the logged recall; for moba, which doesn't learn, in steps that log alone
     sampled_rows: int = 16
     loss_weight: float = 1.0  # of the KL divergence of scorers that learn
     mse_weight: float = 1.0  # of SEA's squared error
@@ -139,9 +139,18 @@ class BlockSelectionKind(DataDependentKind):
 
     def extra_flops(self, layer: LayerLayout, seq_length: int, shape: AttentionShape) -> float:
         rows, complete = layer.num_blocks(seq_length), seq_length // layer.block_size
-        sampled = min(self.settings.sampled_rows, seq_length)
-        teacher = 2 * shape.num_heads * shape.head_dim * sampled * seq_length
-        return self.scorer.flops(rows, rows, complete * layer.block_size, shape) + teacher
+        selection = self.scorer.flops(rows, rows, complete * layer.block_size, shape)
+        if not self.scorer.losses:
+            return selection
+        teacher = 2 * shape.num_heads * shape.head_dim * self._num_sampled(seq_length) * seq_length
+        return selection + self.scorer.flops(self._sampled_rows(seq_length), rows, 0, shape) + teacher
+
+    def _num_sampled(self, seq_length: int) -> int:
+        return min(self.settings.sampled_rows, seq_length)
+
+    def _sampled_rows(self, seq_length: int) -> int:
+        """Rows that are scored with gradients after the warm-up."""
+        return self._num_sampled(seq_length) * (self.scorer.earlier_rows + 1)
 
     def warm_up_steps(self) -> int:
         return self.settings.warm_up_steps
@@ -149,12 +158,15 @@ class BlockSelectionKind(DataDependentKind):
     def warm_up_flops(self, layer: LayerLayout, seq_length: int, shape: AttentionShape) -> float:
         rows, complete = layer.num_blocks(seq_length), seq_length // layer.block_size
         causal = seq_length * (seq_length + 1) // 2
-        dense_and_mass = (4 + 2) * shape.num_heads * shape.head_dim * causal  # the mass computes Q Kᵀ again
-        return dense_and_mass + self.scorer.flops(rows, rows, complete * layer.block_size, shape)
+        products = 4 + 2 * bool(self.scorer.losses)  # a scorer learns from the mass, which computes Q Kᵀ again
+        return products * shape.num_heads * shape.head_dim * causal + self.scorer.flops(
+            rows, rows, complete * layer.block_size, shape
+        )
 
     def activation_bytes(self, layer: LayerLayout, seq_length: int, shape: AttentionShape, element_size: int) -> int:
-        rows = layer.num_blocks(seq_length)
-        return self.scorer.activation_bytes(rows, rows, seq_length, shape, element_size)
+        blocks = layer.num_blocks(seq_length)
+        rows = blocks if self.settings.warm_up_steps else self._sampled_rows(seq_length)
+        return self.scorer.activation_bytes(rows, blocks, seq_length, shape, element_size)
 
     def columns(self) -> Mapping[str, float | None]:
         own = self.settings

@@ -89,9 +89,13 @@ class BlockSelectionCoreAttention(CausalCoreAttention):
                 query, key, value, layout, softmax_scale=self.softmax_scale, query_offset=query_offset,
                 backend=self.backend,
             )  # fmt: skip
-        candidates = self.kind.budget.candidates(rows, num_blocks)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and bool(self.kind.scorer.losses)):
-            scores = self.scores(query, key, candidates)
+        learns = torch.is_grad_enabled() and bool(self.kind.scorer.losses)
+        chosen_by = (query, key) if self.kind.settings.trunk_gradient else (query.detach(), key.detach())
+        with torch.set_grad_enabled(learns):
+            speakers, features = self.speakers(chosen_by[0]), self.features(chosen_by[1])
+        with torch.set_grad_enabled(learns and self.warms_up):
+            candidates = self.kind.budget.candidates(rows, num_blocks)
+            scores = self.kind.scorer.scores(speakers, features, candidates, self.weight)
         indices = select(scores, rows, self.kind.budget, self.kind.budget.most_chosen(num_blocks))
         if self.warms_up:
             dense = dense_layer(self.shape.num_heads, self.layer_layout.block_size)
@@ -107,9 +111,12 @@ class BlockSelectionCoreAttention(CausalCoreAttention):
             )
         else:
             out = block_sparse_attention(query, key, value, layout, softmax_scale=scale, backend=backend)
-        if not torch.is_grad_enabled():
+        if not learns and not (torch.is_grad_enabled() and self.is_logged):
             return out
-        return self.learn(out, query.detach(), key.detach(), lse, scores, indices, candidates)
+        query, key = query.detach(), key.detach()
+        if lse is not None:
+            return self.learn_from_all(out, query, key, lse, scores, indices)
+        return self.learn_from_sampled(out, query, key, speakers, features, indices)
 
     def attend_cached(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         assert self.kv is not None
@@ -137,12 +144,6 @@ class BlockSelectionCoreAttention(CausalCoreAttention):
         """Make the layout of lists [b, h_kv, n, slots]."""
         return TopKLayout.from_indices(indices, self.layer_layout.block_size, num_heads=query.shape[2])
 
-    def scores(self, query: Tensor, key: Tensor, candidates: Tensor) -> Tensor:
-        """Score every key block for every query block: [b, h_kv, n, n]."""
-        if not self.kind.settings.trunk_gradient:
-            query, key = query.detach(), key.detach()
-        return self.kind.scorer.scores(self.speakers(query), self.features(key), candidates, self.weight)
-
     def features(self, key: Tensor) -> Tensor:
         """Pool the keys of complete blocks: [b, n, h_kv, f]; zeros for a partial block, which nobody selects."""
         found = pooled_keys(self, key)
@@ -158,45 +159,66 @@ class BlockSelectionCoreAttention(CausalCoreAttention):
         means = whole_blocks(query, size)[:, : count - 1].mean(2, dtype=precise(query.dtype))
         return torch.nn.functional.pad(means, (0, 0, 0, 0, 1, 0))
 
+    def learn_from_all(
+        self, out: Tensor, query: Tensor, key: Tensor, lse: Tensor, scores: Tensor, indices: Tensor
+    ) -> Tensor:
+        """Attach the losses of all rows of a dense step, as `learn`; `lse` is that of dense attention."""
+        size, length, num_blocks = self.layer_layout.block_size, query.shape[0], scores.shape[-1]
+        target = block_mass(
+            query, key, lse.detach(), block_size=size, softmax_scale=self.softmax_scale, backend=self.backend
+        )
+        tokens = torch.full((num_blocks,), size, device=query.device)
+        tokens[-1] = length - (num_blocks - 1) * size
+        rows = torch.arange(num_blocks, device=query.device)
+        return self.learn(out, target, scores, indices, rows, tokens / length)
+
+    def learn_from_sampled(
+        self, out: Tensor, query: Tensor, key: Tensor, speakers: Tensor, features: Tensor, indices: Tensor
+    ) -> Tensor:
+        """Attach the losses of a few rows, as `learn`; only these are scored with gradients."""
+        size, length = self.layer_layout.block_size, query.shape[0]
+        seed = stateless_seed(self.seed, self.step, self.layer_number, "rows")
+        at = sampled_positions(length, self.kind.settings.sampled_rows, seed, query.device)
+        target = row_mass(query[at], key, at, size, self.softmax_scale)
+        rows = at // size
+        scores = self.scores_of(rows, speakers, features) if self.kind.scorer.losses else None
+        share = torch.full((len(at),), 1 / len(at), device=query.device)
+        return self.learn(out, target, scores, indices[:, :, rows], rows, share)
+
+    def scores_of(self, rows: Tensor, speakers: Tensor, features: Tensor) -> Tensor:
+        """Score key blocks for some query blocks `rows` [r]: [b, h_kv, r, n].
+
+        The rows before each, on which its scores depend, are scored with it.
+        """
+        scorer, earlier = self.kind.scorer, self.kind.scorer.earlier_rows
+        around = (rows[:, None] + torch.arange(-earlier, 1, device=rows.device)).flatten()
+        candidates = self.kind.budget.candidates(around[None, None], features.shape[1])
+        found = scorer.scores(speakers[:, around.clamp_min(0)], features, candidates, self.weight)
+        return found[:, :, earlier :: earlier + 1]
+
     def learn(
-        self,
-        out: Tensor,
-        query: Tensor,
-        key: Tensor,
-        lse: Tensor | None,
-        scores: Tensor,
-        indices: Tensor,
-        candidates: Tensor,
+        self, out: Tensor, target: Tensor, scores: Tensor | None, indices: Tensor, rows: Tensor, share: Tensor
     ) -> Tensor:
         """Attach the scorer's losses to `out`, and record the recall of the lists.
 
         Args:
-            lse: log-sum-exp of dense attention; None: attention was sparse.
+            target: true probability of key blocks, [b, h_kv, r, n].
+            scores: [b, h_kv, r, n]; None: the scorer has no losses.
+            indices: [b, h_kv, r, slots].
+            rows: [r], the query blocks.
+            share: [r], of the sequence's tokens, which a row stands for.
         """
-        size, length = self.layer_layout.block_size, query.shape[0]
-        num_blocks = candidates.shape[-1]
-        if lse is not None:
-            target = block_mass(
-                query, key, lse.detach(), block_size=size, softmax_scale=self.softmax_scale, backend=self.backend
-            )
-            tokens = torch.full((num_blocks,), size, device=query.device)
-            tokens[-1] = length - (num_blocks - 1) * size
-            share = tokens / length
-        else:
-            seed = stateless_seed(self.seed, self.step, self.layer_number, "rows")
-            at = sampled_positions(length, self.kind.settings.sampled_rows, seed, query.device)
-            target = row_mass(query[at], key, at, size, self.softmax_scale)
-            rows = at // size
-            scores, indices, candidates = scores[:, :, rows], indices[:, :, rows], candidates[:, :, rows]
-            share = torch.full((len(at),), 1 / len(at), device=query.device)
+        num_blocks = target.shape[-1]
 
         def mean(of_rows: Tensor) -> Tensor:
             """Mean over sequences and tokens, this rank's part of the mean over KV heads."""
             return (of_rows * share).sum(-1).mean(0).sum() / self.shape.num_query_groups
 
         self.record("recall", mean((target * listed(indices, num_blocks)).sum(-1)))
-        for name in self.kind.scorer.losses:
-            out = self.add_loss(out, name, mean(LOSSES[name](scores, target, candidates)))
+        if scores is not None:
+            candidates = self.kind.budget.candidates(rows[None, None], num_blocks)
+            for name in self.kind.scorer.losses:
+                out = self.add_loss(out, name, mean(LOSSES[name](scores, target, candidates)))
         return out
 
 

@@ -113,6 +113,8 @@ class CausalCoreAttention(KindWeights, MegatronModule):
         heads: first and last + 1 of this rank's query heads within the layer.
         step: the current step, on which random numbers depend, counted from 1; 0 before training.
         loss_scale: scales gradients of auxiliary losses; the run sets it before each step.
+        is_logged: whether the run logs after this step, so that a kind can record a costly value in such steps alone;
+            the run sets it before each step.
         records: values of `add_loss` and `record`, summed over micro batches.
         captures_decoding: whether a CUDA graph can capture a decoding step.
         kernels: the sparse op's kernels in its first call; None before that call.
@@ -157,7 +159,7 @@ class CausalCoreAttention(KindWeights, MegatronModule):
         self.shape = AttentionShape(config.hidden_size, config.num_attention_heads, groups, config.kv_channels)
         self.cache = cache
         self.kv: AttentionCache | None = None  # attached while decoding
-        self.seed, self.step, self.loss_scale = seed, 0, 1.0
+        self.seed, self.step, self.loss_scale, self.is_logged = seed, 0, 1.0, False
         self.records = Records()
         self.make_weights(layer_layout.kind.weights(self.shape), config.params_dtype)
 

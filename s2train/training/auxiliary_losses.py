@@ -39,8 +39,8 @@ class AuxiliaryLosses:
             cfg.train.micro_batch_size * parallel_state.get_data_parallel_world_size()
         )
 
-    def begin_step(self, step: int) -> None:
-        """Prepare the layers for a training step, counted from 1.
+    def begin_step(self, step: int, is_logged: bool) -> None:
+        """Prepare the layers for a training step, counted from 1; `is_logged` if the run logs after it.
 
         Gradients are scaled as the language model's loss is: it is a mean over the tokens of a micro batch, divided by
         the number of micro batches, and averaged over data parallel ranks with the gradients. Megatron's schedules do
@@ -50,7 +50,7 @@ class AuxiliaryLosses:
         if self._loss_scale is not None and self._columns:
             scale = float(self._loss_scale(torch.ones(1, device=torch.cuda.current_device())))
         for core in self._cores:
-            core.step, core.loss_scale = step, scale / self._micro_batches
+            core.step, core.loss_scale, core.is_logged = step, scale / self._micro_batches, is_logged
             core.records.take()
 
     def take(self) -> dict[str, float]:

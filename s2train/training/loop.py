@@ -149,13 +149,12 @@ class Trainer:
             if step == min(progress.step + PEAK_STEPS, last) and has_state:
                 report_peak(self.speed.planned_memory, self.tracker)
             is_last, is_stopping = step == last, bool(signal)
-            is_evaluated = self.held_out_set is not None and step % cfg.evaluation.interval == 0
             held_out: HeldOut | None = None
             with interval.pause():
-                if self.held_out_set is not None and (is_evaluated or is_last):
+                if self.held_out_set is not None and (self._is_evaluated(step) or is_last):
                     self.watchdog.beat(f"evaluation after step {step}")
                     held_out = self.held_out_loss()
-            is_due = step % cfg.tracking.log_interval == 0 or is_evaluated or step == cfg.train.steps
+            is_due = self._is_due(step)
             if is_due or is_last or is_stopping:
                 self.tracker.report(self._metrics(step, last, consumed, interval, grad_norm, lr, held_out))
                 if cfg.tracking.timing:
@@ -198,6 +197,14 @@ class Trainer:
         losses = [float(sums[:, 0].sum() / sums[:, 1].sum()) for sums in steps]
         return HeldOut.of(sum(losses) / count, edges, torch.stack(steps).sum(dim=0))
 
+    def _is_evaluated(self, step: int) -> bool:
+        return self.held_out_set is not None and step % self.cfg.evaluation.interval == 0
+
+    def _is_due(self, step: int) -> bool:
+        """Whether a report is due after a step, wherever the run starts or ends early."""
+        cfg = self.cfg
+        return step % cfg.tracking.log_interval == 0 or self._is_evaluated(step) or step == cfg.train.steps
+
     def _step(self, batches: list[Iterator[Batch]], step: int, consumed: int) -> tuple[float, float, float, int]:
         """Run one training step.
 
@@ -211,7 +218,7 @@ class Trainer:
         for chunk in state.chunks:
             chunk.zero_grad_buffer()
         state.optimizer.zero_grad()
-        self.auxiliary.begin_step(step)
+        self.auxiliary.begin_step(step, is_logged=self._is_due(step))
         ((total, tokens),) = run_step(self.cfg, state.chunks, batches, forward_only=False).tolist()
         self.frozen.hold(state.optimizer, step)
         with record_function(RANGE + OPTIMIZER):

@@ -38,9 +38,9 @@ def inputs() -> list[Tensor]:
     return [torch.randn(LENGTH, BATCH, count, 8, generator=generator) for count in (4, 2, 2)]
 
 
-def passed(core: BlockSelectionCoreAttention, step: int = 1) -> Passed:
+def passed(core: BlockSelectionCoreAttention, step: int = 1, is_logged: bool = True) -> Passed:
     """Output, gradients by name, and recorded values of one training pass."""
-    core.step = step
+    core.step, core.is_logged = step, is_logged
     core.zero_grad()
     leaves = {name: x.requires_grad_() for name, x in zip("qkv", inputs(), strict=True)}
     out = core(*leaves.values(), None)
@@ -133,6 +133,20 @@ def recall_of_all() -> list[float]:
     return [passed(make(scorer=name, share=1.0)[2], step=3)[2]["recall"] for name in ("moba", "index")]
 
 
+def unlogged() -> dict[str, Any]:
+    """What a step records that the run doesn't log, and whether its bits are those of a logged step."""
+    found = {}
+    for name in ("moba", "index"):
+        for warm_up_steps in (0, 3):
+            _, _, core = make(scorer=name, warm_up_steps=warm_up_steps)
+            out, grads, recorded = passed(core, 3, is_logged=False)
+            logged_out, logged_grads, _ = passed(core, 3)
+            same = [torch.equal(grads[one], logged_grads[one]) for one in grads]
+            case = f"{name}, {'warm-up' if warm_up_steps else 'selected'}"
+            found[case] = {"recorded": sorted(recorded), "same": [torch.equal(out, logged_out), *same]}
+    return found
+
+
 @torch.no_grad()
 def reads() -> dict[str, Any]:
     """Bytes that a decoding step reads: as told, and of the pages that its lists name."""
@@ -161,6 +175,7 @@ def main() -> None:
         "compiled": compiled(),
         "short": short(),
         "recall": recall_of_all(),
+        "unlogged": unlogged(),
         "reads": reads(),
     }
     shutdown()

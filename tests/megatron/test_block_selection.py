@@ -53,6 +53,13 @@ def test_lists_of_all_blocks_recall_everything(measured: dict[str, Any]) -> None
     assert measured["recall"] == pytest.approx([1, 1])
 
 
+def test_a_scorer_that_learns_nothing_computes_recall_in_logged_steps_alone(measured: dict[str, Any]) -> None:
+    found = measured["unlogged"]
+    assert [found[f"moba, {phase}"]["recorded"] for phase in ("warm-up", "selected")] == [[], []]
+    assert found["index, selected"]["recorded"] == found["index, warm-up"]["recorded"] == ["kl", "recall"]
+    assert all(all(case["same"]) for case in found.values())
+
+
 def test_a_decoding_step_reads_the_listed_pages_and_a_small_state(measured: dict[str, Any]) -> None:
     found = measured["reads"]
     assert found["pages"] + found["own"] < found["told"] <= found["pages"] + found["own"] + found["state"]

@@ -66,7 +66,8 @@ def row_mass(query: Tensor, key: Tensor, positions: Tensor, block_size: int, sca
 
 def _row_mass(query: Tensor, key: Tensor, hidden: Tensor, block_size: int, scale: float) -> Tensor:
     """Compute `row_mass` of some KV heads: query [rows, b, h_kv, group, d]."""
-    scores = torch.einsum("rbhgd,sbhd->bhgrs", query, key) * scale
-    rows = scores.masked_fill_(hidden, float("-inf")).softmax(-1).mean(2)
-    padded = torch.nn.functional.pad(rows, (0, -len(key) % block_size))
-    return padded.unflatten(-1, (-1, block_size)).sum(-1)
+    scores = torch.einsum("rbhgd,sbhd->bhgrs", query * scale, key)
+    rows = scores.masked_fill_(hidden, float("-inf")).softmax(-1)
+    if missing := -len(key) % block_size:
+        rows = torch.nn.functional.pad(rows, (0, missing))  # copies, even if nothing is missing
+    return rows.unflatten(-1, (-1, block_size)).sum(-1).mean(2)
