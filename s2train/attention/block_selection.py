@@ -14,6 +14,7 @@ from s2train.attention.features import Feature
 from s2train.attention.kind import DataDependentKind, LayerLayout
 from s2train.attention.selection.index import IndexScorer
 from s2train.attention.selection.lists import Budget
+from s2train.attention.selection.mixing import mixing_bytes, mixing_flops, mixing_weights
 from s2train.attention.selection.moba import MobaScorer
 from s2train.attention.selection.scorer import Scorer
 from s2train.attention.selection.sea import SeaScorer
@@ -44,6 +45,8 @@ class BlockSelectionSettings:
     index_dim: int = 32  # of the index branch, for each head
     features: int = 32  # of SEA, for each KV head
     channels: int = 16  # of SEA's CNN, for each KV head
+    # whether the output is mixed with the mean of all values so far, by a gate of each token and head, as SEA does
+    mix_mean: bool = False
 
 
 class BlockSelectionKind(DataDependentKind):
@@ -128,7 +131,7 @@ class BlockSelectionKind(DataDependentKind):
             raise self.error("top_k", problem, f"Set 1 to {room}.")
 
     def weights(self, shape: AttentionShape) -> tuple[Weight, ...]:
-        return self.scorer.weights(shape)
+        return self.scorer.weights(shape) + (mixing_weights(shape) if self.settings.mix_mean else ())
 
     def kept_positions(self, layer: LayerLayout, seq_length: int) -> tuple[float, ...]:
         size, total = layer.block_size, 0
@@ -140,10 +143,14 @@ class BlockSelectionKind(DataDependentKind):
     def extra_flops(self, layer: LayerLayout, seq_length: int, shape: AttentionShape) -> float:
         rows, complete = layer.num_blocks(seq_length), seq_length // layer.block_size
         selection = self.scorer.flops(rows, rows, complete * layer.block_size, shape)
+        selection += self._mixing_flops(layer, seq_length, shape)
         if not self.scorer.losses:
             return selection
         teacher = 2 * shape.num_heads * shape.head_dim * self._num_sampled(seq_length) * seq_length
         return selection + self.scorer.flops(self._sampled_rows(seq_length), rows, 0, shape) + teacher
+
+    def _mixing_flops(self, layer: LayerLayout, seq_length: int, shape: AttentionShape) -> int:
+        return mixing_flops(seq_length, layer.block_size, shape) if self.settings.mix_mean else 0
 
     def _num_sampled(self, seq_length: int) -> int:
         return min(self.settings.sampled_rows, seq_length)
@@ -159,14 +166,14 @@ class BlockSelectionKind(DataDependentKind):
         rows, complete = layer.num_blocks(seq_length), seq_length // layer.block_size
         causal = seq_length * (seq_length + 1) // 2
         products = 4 + 2 * bool(self.scorer.losses)  # a scorer learns from the mass, which computes Q Kᵀ again
-        return products * shape.num_heads * shape.head_dim * causal + self.scorer.flops(
-            rows, rows, complete * layer.block_size, shape
-        )
+        attention = products * shape.num_heads * shape.head_dim * causal + self._mixing_flops(layer, seq_length, shape)
+        return attention + self.scorer.flops(rows, rows, complete * layer.block_size, shape)
 
     def activation_bytes(self, layer: LayerLayout, seq_length: int, shape: AttentionShape, element_size: int) -> int:
         blocks = layer.num_blocks(seq_length)
         rows = blocks if self.settings.warm_up_steps else self._sampled_rows(seq_length)
-        return self.scorer.activation_bytes(rows, blocks, seq_length, shape, element_size)
+        mixing = mixing_bytes(seq_length, shape, element_size) if self.settings.mix_mean else 0
+        return mixing + self.scorer.activation_bytes(rows, blocks, seq_length, shape, element_size)
 
     def columns(self) -> Mapping[str, float | None]:
         own = self.settings

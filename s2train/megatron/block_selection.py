@@ -9,6 +9,7 @@ from s2train.attention.kind import LayerLayout
 from s2train.attention.random_numbers import stateless_seed
 from s2train.attention.registry import LETTERS
 from s2train.attention.selection.lists import listed, select
+from s2train.attention.selection.mixing import mix, running_means
 from s2train.attention.selection.scorer import precise
 from s2train.attention.selection.targets import LOSSES, row_mass, sampled_positions
 from s2train.kernels.attention import Backend, block_sparse_attention
@@ -23,6 +24,7 @@ from s2train.megatron.selection_cache import (
     empty_state,
     keep_chunk,
     keep_token,
+    mean_with_token,
     pooled_keys,
     whole_blocks,
 )
@@ -85,10 +87,11 @@ class BlockSelectionCoreAttention(CausalCoreAttention):
             indices = select(scores, rows, self.kind.budget, self.kind.budget.most_chosen(num_blocks))
             indices = torch.nn.functional.pad(indices, (0, 0, first, 0), value=-1)  # lists of the earlier rows
             layout: Layout = self.layout_of(indices, query)
-            return block_sparse_attention(
+            out = block_sparse_attention(
                 query, key, value, layout, softmax_scale=self.softmax_scale, query_offset=query_offset,
                 backend=self.backend,
             )  # fmt: skip
+            return self.mixed(out, query, value)
         learns = torch.is_grad_enabled() and bool(self.kind.scorer.losses)
         chosen_by = (query, key) if self.kind.settings.trunk_gradient else (query.detach(), key.detach())
         with torch.set_grad_enabled(learns):
@@ -111,6 +114,7 @@ class BlockSelectionCoreAttention(CausalCoreAttention):
             )
         else:
             out = block_sparse_attention(query, key, value, layout, softmax_scale=scale, backend=backend)
+        out = self.mixed(out, query, value)
         if not learns and not (torch.is_grad_enabled() and self.is_logged):
             return out
         query, key = query.detach(), key.detach()
@@ -122,11 +126,14 @@ class BlockSelectionCoreAttention(CausalCoreAttention):
         assert self.kv is not None
         chunk = self.kv.chunk
         if chunk is not None:
-            keep_chunk(self, self.kv, query, key, chunk)
+            keep_chunk(self, self.kv, query, key, value, chunk)
             return self.kv.attend_chunk(self, query, key, value, chunk)
         self.kv.append(self, key, value)
         keep_token(self, self.kv, query)
-        return self.kv.attend_listed(self, query, cached_list(self, self.kv))
+        out = self.kv.attend_listed(self, query, cached_list(self, self.kv))
+        if self.kind.settings.mix_mean:
+            out = mix(out, query, mean_with_token(self.kv, value), self.weight)
+        return out
 
     def cached_layout(self, max_length: int, device: torch.device) -> None:
         return None  # any block may be selected later
@@ -138,7 +145,17 @@ class BlockSelectionCoreAttention(CausalCoreAttention):
         pages = self.kind.budget.num_kept(block) * page_bytes + page_bytes // 2  # its own block's keys once more
         speakers, features = kv.state["speakers"][0], kv.state["features"][0]
         rows = self.kind.scorer.earlier_rows + 1
-        return self.num_kv_heads * pages + features.nbytes + rows * speakers[0].nbytes
+        state = features.nbytes + rows * speakers[0].nbytes
+        if self.kind.settings.mix_mean:
+            state += kv.state["value_sums"][0].nbytes
+        return self.num_kv_heads * pages + state
+
+    def mixed(self, out: Tensor, query: Tensor, value: Tensor) -> Tensor:
+        """Mix the output with means of values, if the kind does; the last query is at the last value."""
+        if not self.kind.settings.mix_mean:
+            return out
+        means = running_means(value, self.layer_layout.block_size)[value.shape[0] - query.shape[0] :]
+        return mix(out, query, means, self.weight)
 
     def layout_of(self, indices: Tensor, query: Tensor) -> TopKLayout:
         """Make the layout of lists [b, h_kv, n, slots]."""

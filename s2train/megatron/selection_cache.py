@@ -35,30 +35,43 @@ def empty_state(
     """Make the state of an empty cache.
 
     speakers: [b, num_blocks + 1, h, d], the query that chooses for each query block; with `queries=previous_block` the
-    sum so far of the block before, over the block size. features: [b, num_blocks, h_kv, f], as pooled.
+    sum so far of the block before, over the block size. features: [b, num_blocks, h_kv, f], as pooled. value_sums:
+    [b, h_kv, d], of all tokens so far, where the output is mixed with their mean.
     """
     dim, heads = core.shape.head_dim, core.heads[1] - core.heads[0]
     dtype = precise(core.params_dtype)
     size = core.kind.scorer.feature_size(dim)
-    return {
+    state = {
         "speakers": torch.zeros(batch_size, num_blocks + 1, heads, dim, dtype=dtype, device=device),
         "features": torch.zeros(batch_size, num_blocks, core.num_kv_heads, size, dtype=dtype, device=device),
     }
+    if core.kind.settings.mix_mean:
+        state["value_sums"] = torch.zeros(batch_size, core.num_kv_heads, dim, dtype=dtype, device=device)
+    return state
 
 
 def keep_chunk(
-    core: "BlockSelectionCoreAttention", kv: AttentionCache, query: Tensor, key: Tensor, chunk: CachedChunk
+    core: "BlockSelectionCoreAttention",
+    kv: AttentionCache,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    chunk: CachedChunk,
 ) -> None:
     """Keep the state of a prompt's chunk, which begins with a block; padding after a sequence's end is left out."""
     size = core.layer_layout.block_size
     first, count = chunk.start // size, core.layer_layout.num_blocks(query.shape[0])
+    position = torch.arange(chunk.start, chunk.stop, device=query.device)
+    written = position[:, None] < torch.from_numpy(chunk.lengths).to(query.device)  # [s, b]
+    if core.kind.settings.mix_mean:
+        sums = kv.state["value_sums"]
+        earlier = sums.clone() if chunk.start else torch.zeros_like(sums)
+        sums.copy_(earlier + value.to(sums.dtype).masked_fill(~written[..., None, None], 0).sum(0))
     features, speakers = pooled_keys(core, key), kv.state["speakers"]
     kv.state["features"][:, first : first + features.shape[1]] = features
     if core.kind.settings.queries == FIRST_TOKEN:
         speakers[:, first : first + count] = query[::size].transpose(0, 1).to(speakers.dtype)
         return
-    position = torch.arange(chunk.start, chunk.stop, device=query.device)
-    written = position[:, None] < torch.from_numpy(chunk.lengths).to(query.device)  # [s, b]
     sums = query.to(speakers.dtype).masked_fill(~written[..., None, None], 0)
     sums = torch.nn.functional.pad(sums, (0, 0, 0, 0, 0, 0, 0, count * size - len(sums)))
     speakers[:, first + 1 : first + 1 + count] = whole_blocks(sums, size).sum(2) / size
@@ -79,6 +92,13 @@ def keep_token(core: "BlockSelectionCoreAttention", kv: AttentionCache, query: T
         speakers[sequence, block] = torch.where(begins, new, speakers[sequence, block])
     else:
         speakers[sequence, block + 1] += new / size
+
+
+def mean_with_token(kv: AttentionCache, value: Tensor) -> Tensor:
+    """Add a new token's value [1, b, h_kv, d] to the sum of each sequence, and return the mean, of the same shape."""
+    sums = kv.state["value_sums"]
+    sums += value[0].to(sums.dtype)
+    return (sums / (kv.positions.clamp(min=0) + 1)[:, None, None])[None]
 
 
 def cached_scores(core: "BlockSelectionCoreAttention", kv: AttentionCache, rows: Tensor, num_blocks: int) -> Tensor:

@@ -96,6 +96,18 @@ def read(core: CausalCoreAttention, query: Tensor, key: Tensor) -> Tensor:
     return kept.repeat_interleave(size, 2).repeat_interleave(size, 3)[..., :length, :length] & causal
 
 
+def finish(weights: dict[str, Tensor], query: Tensor, value: Tensor, out: Tensor) -> Tensor:
+    """The output [s, b, h, d], mixed with the mean of values so far if a gate is there, one head at a time."""
+    if "gate_query" not in weights:
+        return out
+    group, mixed = query.shape[2] // value.shape[2], []
+    for head in range(query.shape[2]):
+        gate = (query[:, :, head] @ weights["gate_query"][head] + weights["gate_bias"][head]).sigmoid()[..., None]
+        means = torch.stack([value[: t + 1, :, head // group].mean(0) for t in range(len(value))])
+        mixed.append(gate * out[:, :, head] + (1 - gate) * means)
+    return torch.stack(mixed, 2)
+
+
 def losses(core: CausalCoreAttention, weights: dict[str, Tensor], query: Tensor, key: Tensor, value: Tensor) -> Losses:
     """The scorer's losses at the sampled queries, against dense attention."""
     kind, size = core.layer_layout.kind, core.layer_layout.block_size

@@ -90,7 +90,7 @@ def parity_of_draw(core: CausalCoreAttention, oracle: Oracle) -> dict[str, list[
     def by_oracle(dtype: torch.dtype) -> list[Tensor]:
         q, k, v = (x.to(dtype).requires_grad_() for x in inputs)
         weights = {w.name: getattr(core, w.name).detach().to(dtype).requires_grad_() for w in core.own_weights}
-        out = oracle.attend(core, q, k, v)
+        out = oracle.attend(core, weights, q, k, v)
         losses = oracle.losses(core, weights, q, k, v)
         columns = core.layer_layout.kind.columns()
         ((out * dout.to(dtype)).sum() + sum(columns[name] * loss for name, loss in losses.items())).backward()

@@ -30,6 +30,7 @@ class Oracle:
         counted_products: FLOPs of Q Kᵀ and P V, as the CPU path computes them, of one sequence; None: of no interest,
             since the kind adds none of its own.
         decodes_as: layers whose model decoding equals, with the same weights; None: `layers`.
+        finish: what becomes of the output [s, b, h, d]: (weights by name, query, value, output).
     """
 
     kind: str
@@ -40,6 +41,7 @@ class Oracle:
     counted_products: Callable[[CausalCoreAttention, int], int] | None = None
     weigh: Callable[[CausalCoreAttention, Tensor, Tensor], Tensor] | None = None
     decodes_as: str | None = None
+    finish: Callable[[dict[str, Tensor], Tensor, Tensor, Tensor], Tensor] = lambda _weights, _query, _value, out: out
 
     def weights(self, core: CausalCoreAttention, query: Tensor, key: Tensor) -> Tensor:
         """Factor of each key's probability, 0 for keys that are not read: [b, h, s, s]."""
@@ -48,13 +50,16 @@ class Oracle:
         assert self.read is not None
         return self.read(core, query, key).to(query.dtype)
 
-    def attend(self, core: CausalCoreAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Softmax over the keys that are read, in the inputs' dtype: [s, b, h, d]."""
+    def attend(
+        self, core: CausalCoreAttention, own: dict[str, Tensor], query: Tensor, key: Tensor, value: Tensor
+    ) -> Tensor:
+        """Softmax over the keys that are read, in the inputs' dtype: [s, b, h, d]; `own` weights by name."""
         group = query.shape[2] // key.shape[2]
         weights = self.weights(core, query, key).to(query.dtype)
         keys, values = (x.repeat_interleave(group, dim=2) for x in (key, value))
         scores = torch.einsum("qbhd,kbhd->bhqk", query, keys) * core.softmax_scale
-        return torch.einsum("bhqk,kbhd->qbhd", (scores + weights.log()).softmax(-1), values)
+        out = torch.einsum("bhqk,kbhd->qbhd", (scores + weights.log()).softmax(-1), values)
+        return self.finish(own, query, value, out)
 
 
 def _static(core: CausalCoreAttention, query: Tensor, key: Tensor) -> Tensor:
@@ -131,11 +136,12 @@ ORACLES = {
             {"B": {"kind": "block_selection", "scorer": name, "top_k": 1, "sinks": 0, "sampled_rows": 20} | settings},
             block_selection.losses,
             lambda *_: 0,  # torch's fused attention is not counted
+            finish=block_selection.finish,
         )
         for name, settings in (
             ("moba", {}),
             ("index", {"queries": "first_token", "index_dim": 8}),
-            ("sea", {"features": 8, "channels": 4}),
+            ("sea", {"features": 8, "channels": 4, "mix_mean": True}),
         )
     },
     "hyper": Oracle(

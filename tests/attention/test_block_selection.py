@@ -11,6 +11,7 @@ from torch import Tensor
 
 from s2train.attention.block_selection import QUERIES, SCORERS, BlockSelectionKind, BlockSelectionSettings
 from s2train.attention.selection.lists import Budget, listed, select
+from s2train.attention.selection.mixing import mix, running_means
 from s2train.attention.selection.scorer import Scorer
 from s2train.attention.selection.targets import (
     kl_divergence,
@@ -169,3 +170,27 @@ def test_losses_are_zero_at_the_target_and_ignore_rows_without_mass() -> None:
     assert float(squared_error(target.log() - 1, target, candidates)) == pytest.approx(0, abs=1e-12)
     assert float(kl_divergence(torch.randn(1, 1, 1, 4).double(), target, candidates)) > 0
     assert float(kl_divergence(torch.randn(1, 1, 1, 4).double(), target * 0, candidates)) == 0
+
+
+@pytest.mark.parametrize("length", [1, BLOCK - 1, BLOCK, LENGTH])
+def test_running_means_are_those_of_all_values_so_far(length: int) -> None:
+    value = torch.randn(length, 2, 2, 8, dtype=torch.float64, requires_grad=True)
+    means = running_means(value, BLOCK)
+    expected = torch.stack([value[: t + 1].mean(0) for t in range(length)])
+    torch.testing.assert_close(means, expected)
+    upstream = torch.randn_like(means)
+    (found,), (wanted,) = (torch.autograd.grad(x, value, upstream) for x in (means, expected))
+    torch.testing.assert_close(found, wanted)
+
+
+def test_running_means_of_bfloat16_are_summed_in_float32() -> None:
+    value = torch.ones(1000, 1, 1, 1, dtype=torch.bfloat16)  # bfloat16 counts to 256
+    assert torch.equal(running_means(value, BLOCK), torch.ones(1000, 1, 1, 1))
+
+
+def test_an_open_gate_gives_attention_and_a_closed_one_the_mean() -> None:
+    query, _, value = inputs()
+    out, means = torch.randn_like(query), running_means(value, BLOCK)
+    for bias, expected in ((100.0, out), (-100.0, means.repeat_interleave(2, 2))):
+        gate = {"gate_query": torch.zeros(4, 8).double(), "gate_bias": torch.full((4,), bias).double()}
+        torch.testing.assert_close(mix(out, query, means, gate.__getitem__), expected)

@@ -73,6 +73,12 @@ def test_a_scorer_whose_weights_the_checkpoint_lacks_is_rejected() -> None:
         check_same_architecture(changes, Path("iter_0000001"))
 
 
+def test_a_gate_that_the_checkpoint_lacks_is_rejected() -> None:
+    changes = changes_between(config("top_k:3,scorer:sea"), config("top_k:3,scorer:sea,mix_mean:true"))
+    with pytest.raises(ConfigError, match=r"layout.kinds.E.mix_mean=True: .* was trained with .*mix_mean=False"):
+        check_same_architecture(changes, Path("iter_0000001"))
+
+
 def test_ranks_that_can_not_divide_the_scorers_weights_are_rejected() -> None:
     with pytest.raises(ConfigError, match=r"parallel.tp=4: "):
         check(config("top_k:3", "parallel.tp=4"), 4, CPU)

@@ -105,7 +105,7 @@ def test_a_kind_that_does_not_decode_is_rejected(measured: dict[str, Any]) -> No
 LAYERS = [
     "model.num_layers=6",
     "layout.layers=DSTTEH",
-    "+layout.kinds.E={kind:block_selection,scorer:sea,top_k:2,warm_up_steps:2,loss_weight:100}",
+    "+layout.kinds.E={kind:block_selection,scorer:sea,top_k:2,warm_up_steps:2,loss_weight:100,mix_mean:true}",
     "+layout.kinds.H={kind:hyper,bucket:16,samples:8,projections:6,shortest:32,window:16,sinks:16}",
 ]
 MIXED = [
