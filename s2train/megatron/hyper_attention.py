@@ -48,4 +48,6 @@ class HyperCoreAttention(CausalCoreAttention):
         first, last = self.heads
         group = (last - first) // self.num_kv_heads
         seeds = [self.random_seed(head, purpose, each_step=each_step) for head in range(0, last - first, group)]
-        return torch.tensor(seeds, dtype=torch.int64, device=device)
+        values = torch.tensor(seeds, dtype=torch.int64)
+        # From pageable memory the host would wait for the device, in every layer.
+        return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
