@@ -1,6 +1,6 @@
 """Measure what HyperAttention assumes of a trained model, and its error against the number of samples.
 
-python launch/hyper_diagnostics.py runs/tiny_dense bucket=32 shortest=64 --lengths 256 512 1024 --output OUT
+python launch/hyper_diagnostics.py runs/tiny_dense bucket=32 shortest=64 window=16 sinks=16 --output OUT
 
 Writes OUT.json and OUT.png: the largest squared column norm of every layer's attention matrices, α/n, by length; and
 the error of every layer's attention, and of Gaussian and clustered inputs, by samples.

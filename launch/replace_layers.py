@@ -1,6 +1,6 @@
 """Replace a trained model's last layers by HyperAttention without training, and measure held-out perplexity.
 
-python launch/replace_layers.py runs/tiny_dense bucket=32 shortest=64 --last 1 2 --samples 8 32 --output OUT
+python launch/replace_layers.py runs/tiny_dense bucket=32 shortest=64 window=16 sinks=16 --last 1 2 --output OUT
 
 Words such as bucket=32 are settings of HyperAttention (docs/hyperattention.md). Writes OUT.json and OUT.png. Run it
 again to resume it, or with further layers and samples to add them.

@@ -134,6 +134,7 @@ def build_hybrid_layout(
             layout.block_size,
             found.of_layer(num_heads, num_query_groups, sparse_layers),
             kind.pattern_setting,
+            num_layers,
         )
         heads = heads_of[letter](KindContext(context, dense_heads))
         layer = LayerLayout(kind, heads, layout.block_size)

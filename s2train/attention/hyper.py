@@ -88,7 +88,7 @@ class HyperKind(DataDependentKind):
         for name in ("window", "sinks"):
             value = getattr(own, name)
             if value % _BLOCK or not 0 <= value <= own.shortest:
-                remedy = f"Set a multiple of {_BLOCK} from 0 to {own.shortest} (layout.kinds.{self.letter}.shortest)."
+                remedy = f"Set a multiple of {_BLOCK} from 0 to {own.shortest} ({self.setting}.shortest)."
                 raise self.error(name, f"exact keys are blocks of {_BLOCK}, up to the shortest interval", remedy)
 
     def check(self, cfg: PretrainConfig) -> None:

@@ -80,9 +80,13 @@ class Accumulator:
             if any(part is None for part in own):
                 gathered.append(np.zeros(0, dtype=np.float32))
                 continue
-            stacked = torch.stack([part for part in own if part is not None], 1).double()
-            torch.distributed.all_reduce(stacked, group=data_group)
-            gathered.append(gather_heads(stacked, self.layers[0].tp_group).float().cpu().numpy())
+            layers = []  # one at a time: all of them in float64 would take several times the sums' memory
+            for part in own:
+                assert part is not None
+                total = part[:, None].double()
+                torch.distributed.all_reduce(total, group=data_group)
+                layers.append(gather_heads(total, self.layers[0].tp_group).float().cpu())
+            gathered.append(torch.cat(layers, 1).numpy())
         return gathered[0], gathered[1]
 
 

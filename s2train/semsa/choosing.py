@@ -139,7 +139,9 @@ def _picked(values: np.ndarray, solution: Solution) -> np.ndarray:
 
 
 def _lengths(cfg: ChooseLayoutConfig, profile: Profile) -> tuple[int, ...]:
-    lengths = sorted(set(cfg.lengths or [profile.seq_length]))
+    lengths = sorted(cfg.lengths or [profile.seq_length])
+    if len(set(lengths)) < len(lengths):
+        raise ConfigError("lengths", cfg.lengths, "names a length twice", "Name each once.")
     if lengths[0] < profile.block_size:
         raise ConfigError("lengths", lengths, f"below a block of {profile.block_size}", "Set longer ones.")
     if lengths[-1] > profile.seq_length:

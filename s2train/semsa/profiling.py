@@ -130,7 +130,8 @@ def profile_checkpoint(cfg: ProfileAttentionConfig) -> None:
     request = read_request(cfg, int(os.environ.get("WORLD_SIZE", "1")), detect_own())
     subject, is_first = request.subject, os.environ.get("RANK", "0") == "0"
     about = _about(cfg, request)
-    base = _unfinished(request, about, cfg.overwrite) if is_first else None
+    ranks = int(os.environ.get("WORLD_SIZE", "1")) // cfg.tp
+    base = _unfinished(request, about, cfg.overwrite, ranks) if is_first else None
     device = initialize(ParallelConfig(tp=cfg.tp), cfg.seed)
     done = _from_rank_0(int(base.about["done"]) if base else 0, device)
     loaded = load_studied(
@@ -198,7 +199,7 @@ def _about(cfg: ProfileAttentionConfig, request: Request) -> dict[str, Any]:
     )
 
 
-def _unfinished(request: Request, about: Mapping[str, Any], overwrite: bool) -> Profile | None:
+def _unfinished(request: Request, about: Mapping[str, Any], overwrite: bool, ranks: int) -> Profile | None:
     """Read what an interrupted run of the same command has summed."""
     if not request.unfinished.exists():
         return None
@@ -210,6 +211,9 @@ def _unfinished(request: Request, about: Mapping[str, Any], overwrite: bool) -> 
     if others := [name for name in asked if name not in _MAY_DIFFER and base.about.get(name) != asked[name]]:
         problem = f"{request.unfinished} is unfinished, and was made with another {', '.join(others)}"
         raise ConfigError("output", request.output, problem, "Set another file, or overwrite=true to start again.")
+    if (done := int(base.about["done"])) % ranks:  # samples go to ranks in rounds
+        problem = f"{request.unfinished} holds {done} samples, which {ranks} data parallel ranks don't divide"
+        raise ConfigError("output", request.output, problem, "Start other ranks, or overwrite=true to start again.")
     return base
 
 

@@ -46,6 +46,7 @@ def test_a_layer_of_dense_rules_is_a_dense_layer() -> None:
         ({"heads": [0, 1]}, r"heads=\[0, 1\]: not lists of indices"),
         ({"heads": [[0, 1, 2, 4], [0] * 4]}, r"heads=4: layer 0 names rule 4, and there are 4"),
         ({"heads": HEADS[:1]}, r"heads=\(1 layers\): layer 1 isn't among them"),
+        ({"heads": [*HEADS, [0] * 4]}, r"heads=\(3 layers\): the model has 2 layers"),
         ({"num_heads": 8}, r"heads=\(4 heads\): layer 0 names 4 heads, and the model has 8"),
     ],
 )

@@ -120,6 +120,7 @@ def test_a_saved_profile_is_read_as_it_was(profile: Profile, tmp_path: Path) -> 
         ({"density": 1.5}, "density=1.5: no share"),
         ({"density": [0.5, 0.5]}, r"density=\[0.5, 0.5\]: 2 densities for 1 lengths"),
         ({"lengths": [LENGTH * 2]}, r"lengths=\[512\]: the profile ends at 256 tokens"),
+        ({"lengths": [LENGTH, LENGTH]}, r"lengths=\[256, 256\]: names a length twice"),
         ({"lengths": [8]}, r"lengths=\[8\]: below a block of 16"),
         ({"cost": "square"}, "cost=square: unknown"),
         ({"rules": [99]}, r"rules=\[99\]: the profile has no rule 99"),

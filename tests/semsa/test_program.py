@@ -77,6 +77,10 @@ def test_an_interrupted_profile_resumes_from_its_sums(folder: Path) -> None:
     outcome = run("profile_attention.py", *arguments, cwd=folder)
     assert outcome.status != 0
     assert "is unfinished, and was made with another seed" in outcome.err
+    Profile(half.blocks, half.rules, None, about | {"done": 1}).save(folder / "other.unfinished.npz")
+    outcome = run("profile_attention.py", *arguments, processes=2, cwd=folder)
+    assert outcome.status != 0
+    assert "holds 1 samples, which 2 data parallel ranks don't divide" in outcome.err
 
 
 def request(folder: Path, world_size: int = 1, **changed: Any) -> None:

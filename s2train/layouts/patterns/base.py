@@ -132,6 +132,7 @@ class LayerContext:
     block_size: int  # tokens
     offsets: Callable[[int], tuple[int, ...]]  # period -> the schedule's offset of every query head
     setting: str = "layout.pattern"  # the pattern's setting, for errors
+    num_layers: int | None = None  # of the model, if known
 
 
 HeadPatterns = Callable[[LayerContext], tuple[Pattern, ...]]  # one pattern per query head

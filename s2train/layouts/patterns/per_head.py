@@ -37,6 +37,9 @@ def per_head(rules: Any, heads: Any, build: Build) -> HeadPatterns:
         if layer.layer >= len(heads):
             problem = f"layer {layer.layer} isn't among them"
             raise PatternError("heads", f"({len(heads)} layers)", problem, "Name the layout of this model.")
+        if layer.num_layers is not None and len(heads) > layer.num_layers:
+            problem = f"the model has {layer.num_layers} layers"
+            raise PatternError("heads", f"({len(heads)} layers)", problem, "Name the layout of this model.")
         row = heads[layer.layer]
         if len(row) != layer.num_heads:
             problem = f"layer {layer.layer} names {len(row)} heads, and the model has {layer.num_heads}"
