@@ -55,7 +55,7 @@ class BlockSelectionCoreAttention(CausalCoreAttention):
     @property
     def warms_up(self) -> bool:
         """Whether this step is dense; outside of training (step 0) and over a cache none is."""
-        return self.kv is None and 1 <= self.step <= self.kind.settings.warm_up_steps
+        return self.training and self.kv is None and 1 <= self.step <= self.kind.settings.warm_up_steps
 
     @classmethod
     def compile_kernels(

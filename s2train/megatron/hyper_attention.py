@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 
 from s2train.attention.hyper import HyperKind
+from s2train.attention.kind import LayerLayout
+from s2train.kernels.attention import Backend
 from s2train.kernels.dense import dense_causal_attention
 from s2train.kernels.hyper import hyper_attention
 from s2train.megatron.core_attention import CausalCoreAttention
@@ -16,6 +18,16 @@ class HyperCoreAttention(CausalCoreAttention):
     """
 
     captures_decoding = True
+
+    @classmethod
+    def compile_kernels(
+        cls, layer: LayerLayout, query: Tensor, key: Tensor, value: Tensor, query_offset: int, backend: Backend
+    ) -> None:
+        """Run the op once, forward and backward."""
+        assert isinstance(layer.kind, HyperKind)
+        seeds = torch.zeros(key.shape[2], dtype=torch.int64, device=query.device)
+        out = hyper_attention(query, key, value, layer.kind.op_settings, seeds, seeds, backend=backend)
+        out.backward(torch.ones_like(out))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, query_offset: int) -> Tensor:
         if self.kv is not None:

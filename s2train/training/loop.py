@@ -226,6 +226,7 @@ class Trainer:
         is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
         is_bad, signal = max_over_ranks(not is_finite, self.signals.received)
         if is_bad:
+            state.scheduler.step(0)  # restores the weight decay, which is 0 in the steps of a frozen trunk
             self._skip(step, loss, grad_norm, consumed)
         else:
             if factor := self.loss_history.spike(loss, self.cfg.train.spike_factor):

@@ -87,8 +87,11 @@ def warm_up() -> dict[str, Any]:
     core = make(scorer="sea", features=8, channels=4, warm_up_steps=2)[2]
     during, _, recorded = passed(core, step=2)
     after, outside = passed(core, step=3)[0], passed(core, step=0)[0]
+    evaluated = passed(core.eval(), step=2)[0]
+    core.train()
     return {
         "during": error(during, dense_out()),
+        "evaluated": float((evaluated - after).abs().max()),
         "after": error(after, dense_out()),
         "outside": float((outside - after).abs().max()),
         "recorded": recorded,

@@ -23,6 +23,10 @@ def test_attention_is_dense_in_the_warm_up_alone(measured: dict[str, Any]) -> No
     assert found["outside"] == 0
 
 
+def test_an_evaluation_within_the_warm_up_reads_selected_blocks(measured: dict[str, Any]) -> None:
+    assert measured["warm_up"]["evaluated"] == 0
+
+
 def test_in_the_warm_up_the_scorer_learns_from_the_probability_of_all_rows(measured: dict[str, Any]) -> None:
     found = measured["warm_up"]
     assert found["recorded"] == pytest.approx(found["oracle"], rel=1e-5)
