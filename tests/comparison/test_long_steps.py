@@ -71,7 +71,7 @@ def test_a_stack_that_fails_is_logged_and_left_out(tmp_path: Path) -> None:
 def test_an_unknown_stack_is_rejected_with_the_known_ones(tmp_path: Path) -> None:
     done = run("long_steps.py", str(tmp_path / "long"), "--variants", "dense cuDNN 2", *SMALL, processes=0)
     assert done.status == 2
-    assert "--variants=dense cuDNN 2 is unknown" in done.err
+    assert "--variants=dense cuDNN 2: unknown or unavailable here" in done.err
     assert "hybrid DSSS" in done.err
 
 
