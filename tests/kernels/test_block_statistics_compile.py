@@ -5,20 +5,16 @@ In a process of its own: Triton compiles only where it does not interpret.
 
 import json
 import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import triton
-from triton.backends.nvidia.compiler import get_ptxas
 
+from tests.kernels.hopper_target import SHARED_BYTES, Hopper, ptxas_log
 from tests.program import reported
 
-SHARED_BYTES = 232448  # of a program on compute capability 9.0
 # kernel, dtype, head dimension, block
 CASES = [
     ("mass", "bfloat16", 128, 128),
@@ -35,19 +31,6 @@ def test_compiles_for_hopper(case: Case) -> None:
     found = reported(__name__, case)
     assert found["spilled_bytes"] == 0
     assert found["shared"] <= SHARED_BYTES
-
-
-class Hopper:
-    """Stands in for Triton's driver: a GPU of compute capability 9.0 that nothing is launched on."""
-
-    def get_current_target(self) -> Any:
-        return triton.backends.compiler.GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
 
 
 def report(kernel: str, dtype: str, dim: int, block: int) -> dict[str, Any]:
@@ -83,11 +66,7 @@ def report(kernel: str, dtype: str, dim: int, block: int) -> dict[str, Any]:
                 *tensors, rules, rows, *strides * 4, 12288, 1024, 32, *sizes, 12,
                 RULES=effects_kernel._RULES, **constants, grid=(1,), warmup=True,
             )  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder:
-        ptx = Path(folder, "kernel.ptx")
-        ptx.write_text(compiled.asm["ptx"])
-        command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", str(ptx), "-o", str(ptx) + ".o"]
-        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    log = ptxas_log(compiled)
     return {
         "shared": compiled.metadata.shared,
         "registers": [int(n) for n in re.findall(r"Used (\d+) registers", log)],

@@ -5,20 +5,16 @@ In a process of its own: Triton compiles only where it does not interpret.
 
 import json
 import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import triton
-from triton.backends.nvidia.compiler import get_ptxas
 
+from tests.kernels.hopper_target import SHARED_BYTES, Hopper, ptxas_log
 from tests.program import reported
 
-SHARED_BYTES = 232448  # of a program on compute capability 9.0
 # dtype, head dimension, block, walk
 CASES = [
     ("bfloat16", 128, 64, "bits"),
@@ -41,19 +37,6 @@ def test_compiles_for_hopper(case: Case) -> None:
     assert 2 * found["tile_bytes"] <= found["shared"] <= SHARED_BYTES
 
 
-class Hopper:
-    """Stands in for Triton's driver: a GPU of compute capability 9.0 that nothing is launched on."""
-
-    def get_current_target(self) -> Any:
-        return triton.backends.compiler.GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
 def report(dtype: str, dim: int, block: int, walk: str) -> dict[str, Any]:
     from s2train.kernels.decode.kernels import _tile, s2_decode_kernel
 
@@ -68,11 +51,7 @@ def report(dtype: str, dim: int, block: int, walk: str) -> dict[str, Any]:
         DIM=dim, V_DIM=dim, PADDED_DIM=dim, PADDED_V_DIM=dim, PAGE=block, ROWS=16, STEPS=steps,
         DENSE=walk == "dense", UNIFORM=walk != "bits", num_warps=4, num_stages=stages, grid=(1,), warmup=True,
     )  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder:
-        ptx = Path(folder, "kernel.ptx")
-        ptx.write_text(kernel.asm["ptx"])
-        command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", str(ptx), "-o", str(ptx) + ".o"]
-        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    log = ptxas_log(kernel)
     return {
         "shared": kernel.metadata.shared,
         "tile_bytes": steps * 2 * dim * element.itemsize,

@@ -5,18 +5,14 @@ In a process of its own: Triton compiles only where it does not interpret.
 
 import json
 import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import triton
-from triton.backends.nvidia.compiler import get_ptxas
 
-from tests.kernels.test_decode_compiles import SHARED_BYTES, Hopper
+from tests.kernels.hopper_target import SHARED_BYTES, Hopper, ptxas_log
 from tests.program import reported
 
 ATTENTION = ("hash", "sample_fwd", "bucket_fwd", "sample_dq", "sample_dkdv", "bucket_dq", "bucket_dkdv")
@@ -82,11 +78,7 @@ class Compiled:
 
     def compile(self, *arguments: Any, **options: Any) -> None:
         kernel = self.kernel.run(*arguments, grid=(1,), warmup=True, **options)
-        with tempfile.TemporaryDirectory() as folder:
-            ptx = Path(folder, "kernel.ptx")
-            ptx.write_text(kernel.asm["ptx"])
-            command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", str(ptx), "-o", str(ptx) + ".o"]
-            log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        log = ptxas_log(kernel)
         self.found[self.kernel.fn.__name__] = {
             "shared": kernel.metadata.shared,
             "spilled_bytes": sum(int(x) for x in re.findall(r"(\d+) bytes spill stores", log)),
