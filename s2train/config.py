@@ -505,7 +505,7 @@ class ChooseLayoutConfig:
     """A run of `launch/choose_layout.py`."""
 
     profile: str = MISSING  # .npz file of launch/profile_attention.py
-    output: str = MISSING  # .yaml file to write, for layout=file:…; its picture and figures stand beside it
+    output: str = MISSING  # .yaml file to write, for layout=file:…; its picture and figures go to the same folder
     density: Any = 0.25  # largest share of causal positions that heads keep on average; or a list, one for each length
     lengths: list[int] | None = None  # tokens at which `density` holds, and effects are summed; None: the profile's
     cost: str = "squared"  # sum to minimise: squared, absolute or signed effects, or mass (dropped probability)
@@ -524,7 +524,7 @@ class FrontierConfig:
 
     checkpoint: str = MISSING  # the profiled checkpoint
     profile: str = MISSING  # .npz file of launch/profile_attention.py
-    output: str = MISSING  # .json file to write; the picture stands beside it
+    output: str = MISSING  # .json file to write; the picture goes to the same folder
     data: CalibrationDataConfig = field(default_factory=CalibrationDataConfig)
     densities: list[float] = field(default_factory=lambda: [0.1, 0.15, 0.25, 0.4, 0.6])
     samples: int = 16  # held-out sequences, over all data parallel ranks

@@ -32,7 +32,7 @@ class HyperSettings:
         shortest: keys of the shortest interval; a query reads its own one exactly.
         window: keys before the query that are always exact, at least.
         sinks: first keys of the sequence, always exact.
-        fixed_projections: hash by the same directions in every step; samples are drawn anew in any case.
+        fixed_projections: hash by the same directions in every step; samples are redrawn in any case.
     """
 
     bucket: int = 256

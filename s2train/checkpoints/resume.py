@@ -117,7 +117,7 @@ def _check_frozen_trunk(cfg: PretrainConfig, before: PretrainConfig, step: int, 
     """Reject freezing a trunk that has been trained: its optimizer state would move it."""
     frozen = cfg.train.freeze_trunk_steps
     if frozen > step > before.train.freeze_trunk_steps:
-        problem = f"{checkpoint} is at step {step}, and the optimizer state of its trunk would go on moving it"
+        problem = f"{checkpoint} is at step {step}, and the optimizer state of its trunk would keep moving it"
         remedy = f"Set at most {step}, or start from its weights with checkpoint.weights_only=true"
         raise ConfigError("train.freeze_trunk_steps", frozen, problem, remedy)
 

@@ -1,6 +1,6 @@
 """The kernels of block statistics compile for Hopper without a GPU, and spill nothing.
 
-In a process of its own: Triton compiles only where it does not interpret.
+In a separate process: Triton compiles only where it does not interpret.
 """
 
 import json

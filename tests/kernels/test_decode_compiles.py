@@ -1,6 +1,6 @@
 """The decode kernel compiles for Hopper without a GPU, spills nothing, and loads keys and values ahead.
 
-In a process of its own: Triton compiles only where it does not interpret.
+In a separate process: Triton compiles only where it does not interpret.
 """
 
 import json

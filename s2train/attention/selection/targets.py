@@ -32,7 +32,7 @@ LOSSES = {"kl": kl_divergence, "mse": squared_error}
 
 
 def sampled_positions(length: int, count: int, seed: int, device: torch.device) -> Tensor:
-    """Draw `count` positions, one from each of as many equal parts of the sequence: int64, ascending."""
+    """Draw `count` positions, one from each of `count` equal parts of the sequence: int64, ascending."""
     count = min(count, length)
     generator = torch.Generator(device)
     generator.manual_seed(seed)

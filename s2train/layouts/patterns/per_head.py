@@ -18,7 +18,7 @@ Build = Callable[[Any, str], HeadPatterns]
 def per_head(rules: Any, heads: Any, build: Build) -> HeadPatterns:
     """Return heads that have the pattern named for them.
 
-    A rule without an offset of its own takes the schedule's offset of its head.
+    A rule without an offset takes the schedule's offset of its head.
 
     Raises, some when a layer requests its heads:
         PatternError: not lists of rules and indices, or not as many as the model has layers and heads.

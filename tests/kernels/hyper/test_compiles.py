@@ -1,6 +1,6 @@
 """The kernels of HyperAttention compile for Hopper without a GPU, and fit in its shared memory.
 
-In a process of its own: Triton compiles only where it does not interpret.
+In a separate process: Triton compiles only where it does not interpret.
 """
 
 import json
