@@ -143,11 +143,21 @@ def in_torch(statistic: str, problem: Problem, inputs: Inputs, *rest: Any) -> Te
     return reference_rule_effects(q, k, v, lse, dout, delta, rules, problem.block, *options)
 
 
-def assert_as_exact(name: str, x: Tensor, exact: Tensor, plain: Tensor, scale: Tensor | None = None) -> None:
-    """Error at most twice that of plain torch in the inputs' dtype, both relative to `scale` or the exact result."""
-    norm = (exact if scale is None else scale).norm() + 1e-30
-    error, allowed = (x.double() - exact).norm() / norm, (plain.double() - exact).norm() / norm
-    assert error <= 2 * allowed + 3e-7, f"{name}: relative error {error:.1e}, plain torch {allowed:.1e}"
+def rounded(inputs: Inputs) -> list[tuple[Tensor, ...]]:
+    """Three times the arguments in float64, each moved by two units in float32's last place, up or down."""
+    arguments = inputs.cast(torch.float64)
+    return [tuple(x * (1 + (4 * torch.randint_like(x, 2) - 2) * 2**-23) for x in arguments) for _ in range(3)]
+
+
+def assert_as_exact(name: str, x: Tensor, exact: Tensor, plain: Tensor, moved: list[Tensor], scale: Tensor) -> None:
+    """Error at most twice that of plain torch in the inputs' dtype, or that of exact results from rounded arguments.
+
+    The second bound is the problem's own sensitivity: h / (1 - p) magnifies a row's rounding where p is near 1, and
+    plain torch's error in one draw is then no measure of the kernel's. Both are relative to `scale`.
+    """
+    norm = scale.norm() + 1e-30
+    error, *allowed = ((y.double() - exact).norm() / norm for y in (x, plain, *moved))
+    assert error <= 2 * max(allowed), f"{name}: relative error {error:.1e}, allowed twice {max(allowed):.1e}"
 
 
 def defined_mass(problem: Problem, inputs: Inputs, per_head: bool) -> Tensor:
@@ -179,7 +189,12 @@ def test_mass_is_the_mean_probability_of_a_block_pair(problem: Problem, backend:
     mass = block_mass(q, k, lse, **problem.options, per_head=per_head, backend=backend)
     plain = in_torch("mass", problem, inputs, per_head)
     assert mass.dtype == torch.float32
-    assert_as_exact("mass", mass, defined_mass(problem, inputs, per_head), plain)
+    exact = defined_mass(problem, inputs, per_head)
+    moved = [
+        block_mass(q, k, lse, **problem.options, per_head=per_head, backend="torch")
+        for q, k, _, lse, _, _ in rounded(inputs)
+    ]
+    assert_as_exact("mass", mass, exact, plain, moved, exact)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -297,13 +312,13 @@ def test_rules_cost_what_masking_all_that_they_drop_changes(problem: Problem, de
         torch.testing.assert_close(found[:, :, r], expected, rtol=1e-9, atol=1e-9)
 
 
-def assert_sums_as_exact(x: Tensor, exact: Tensor, plain: Tensor) -> None:
+def assert_sums_as_exact(x: Tensor, exact: Tensor, plain: Tensor, moved: list[Tensor]) -> None:
     # a square doubles relative errors
-    x, exact, plain = (torch.stack([y[0], y[1], y[2].sqrt(), y[3]]) for y in (x, exact, plain))
+    x, exact, plain, *moved = (torch.stack([y[0], y[1], y[2].sqrt(), y[3]]) for y in (x, exact, plain, *moved))
     # signed sums cancel: their error is relative to the sum of |E|
     scales = (exact[1], exact[1], exact[2], exact[3])
     for i, name in enumerate(("signed", "absolute", "root of squared", "mass")):
-        assert_as_exact(name, x[i], exact[i], plain[i], scales[i])
+        assert_as_exact(name, x[i], exact[i], plain[i], [y[i] for y in moved], scales[i])
 
 
 @pytest.mark.parametrize(
@@ -317,17 +332,19 @@ def assert_sums_as_exact(x: Tensor, exact: Tensor, plain: Tensor) -> None:
 def test_kernels_of_effects_are_as_exact_as_torch(problem: Problem, device: torch.device) -> None:
     inputs = problem.make(device)
     _, n_q, n_k = problem.blocks
-    arguments, exact = inputs.cast(), inputs.cast(torch.float64)
+    arguments, exact, moved = inputs.cast(), inputs.cast(torch.float64), rounded(inputs)
     assert_sums_as_exact(
         block_effects(*arguments, **problem.options, backend="triton"),
         block_effects(*exact, **problem.options, backend="torch"),
         in_torch("effects", problem, inputs),
+        [block_effects(*x, **problem.options, backend="torch") for x in moved],
     )
     rules = torch.rand(1, 3, n_q, n_k, device=device) < 0.6
     assert_sums_as_exact(
         rule_effects(*arguments, rules, **problem.options, backend="triton"),
         rule_effects(*exact, rules, **problem.options, backend="torch"),
         in_torch("rules", problem, inputs, rules),
+        [rule_effects(*x, rules, **problem.options, backend="torch") for x in moved],
     )
 
 
