@@ -200,20 +200,24 @@ def _about(cfg: ProfileAttentionConfig, request: Request) -> dict[str, Any]:
 
 
 def _unfinished(request: Request, about: Mapping[str, Any], overwrite: bool, ranks: int) -> Profile | None:
-    """Read what an interrupted run of the same command has summed."""
+    """Read what an interrupted run of the same command has summed.
+
+    `overwrite` keeps it, so that a command restarted after preemption resumes, and drops that of another command.
+    """
     if not request.unfinished.exists():
-        return None
-    if overwrite:
-        request.unfinished.unlink()
         return None
     base = load_profile(request.unfinished, "output")
     asked = json.loads(json.dumps(dict(about)))
-    if others := [name for name in asked if name not in _MAY_DIFFER and base.about.get(name) != asked[name]]:
+    others = [name for name in asked if name not in _MAY_DIFFER and base.about.get(name) != asked[name]]
+    if others and overwrite:
+        request.unfinished.unlink()
+        return None
+    if others:
         problem = f"{request.unfinished} is unfinished, and was made with another {', '.join(others)}"
         raise ConfigError("output", request.output, problem, "Set another file, or overwrite=true to start again.")
     if (done := int(base.about["done"])) % ranks:  # samples go to ranks in rounds
         problem = f"{request.unfinished} holds {done} samples, which {ranks} data parallel ranks don't divide"
-        raise ConfigError("output", request.output, problem, "Start other ranks, or overwrite=true to start again.")
+        raise ConfigError("output", request.output, problem, "Start other ranks, or remove that file to start again.")
     return base
 
 

@@ -68,7 +68,8 @@ def test_an_interrupted_profile_resumes_from_its_sums(folder: Path) -> None:
     half, _ = profiled(folder, "half", "labels=data", "samples=2")
     about = dict(half.about) | {"samples": 4, "done": 2}
     Profile(half.blocks, half.rules, None, about).save(folder / "rest.unfinished.npz")
-    rest, outcome = profiled(folder, "rest", "labels=data")
+    half.save(folder / "rest.npz")  # what overwrite=true replaces, which a restart after preemption keeps
+    rest, outcome = profiled(folder, "rest", "labels=data", "overwrite=true")
     assert "resumed after 2" in outcome.out
     assert not (folder / "rest.unfinished.npz").exists()
     assert_same(rest, whole, 2e-6)
