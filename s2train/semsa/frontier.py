@@ -21,6 +21,7 @@ from s2train.attention.kind import LayerLayout
 from s2train.attention.registry import LETTERS
 from s2train.config import FrontierConfig, ParallelConfig, ScheduleConfig
 from s2train.costs.prediction import model_costs
+from s2train.distributed.agreement import broadcast_from_rank_0
 from s2train.environment.hardware import detect_own
 from s2train.environment.provenance import environment
 from s2train.errors import ConfigError
@@ -68,7 +69,9 @@ def measure_frontier(cfg: FrontierConfig) -> dict[str, Any]:
     length = profile.seq_length
     dense = loss_per_token(loaded.model, None, texts, length, device)
     rows: list[dict[str, Any]] = []
-    for name, budget, layers in _layouts(cfg, profile):
+    # solved on one rank: a solver under a time limit need not find the same on all
+    layouts = broadcast_from_rank_0(list(_layouts(cfg, profile)) if is_first else None)
+    for name, budget, layers in layouts:
         began = time.perf_counter()
         loss = loss_per_token(loaded.model, layers, texts, length, device)
         rows.append(
