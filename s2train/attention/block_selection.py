@@ -165,7 +165,8 @@ class BlockSelectionKind(DataDependentKind):
     def warm_up_flops(self, layer: LayerLayout, seq_length: int, shape: AttentionShape) -> float:
         rows, complete = layer.num_blocks(seq_length), seq_length // layer.block_size
         causal = seq_length * (seq_length + 1) // 2
-        products = 4 + 2 * bool(self.scorer.losses)  # a scorer learns from the mass, which computes Q Kᵀ again
+        # A scorer learns from the mass, which computes Q Kᵀ again: in the forward pass alone, a third of a step.
+        products = 4 + 2 / 3 * bool(self.scorer.losses)
         attention = products * shape.num_heads * shape.head_dim * causal + self._mixing_flops(layer, seq_length, shape)
         return attention + self.scorer.flops(rows, rows, complete * layer.block_size, shape)
 

@@ -1,5 +1,6 @@
 """FLOPs of a run's phases: while kinds of attention warm up, while the trunk is frozen, and afterwards."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from s2train.attention.hybrid import HybridLayout
@@ -38,6 +39,12 @@ def phases(cfg: PretrainConfig, hybrid: HybridLayout) -> tuple[Phase, ...]:
         found.append(Phase(first, last, flops, labels, frozen >= last))
         first = last + 1
     return tuple(found)
+
+
+def mean_flops(of_run: Sequence[Phase], first: int, last: int) -> float:
+    """Average the FLOPs per token over steps `first` to `last`."""
+    shares = [(max(0, min(last, p.last) - max(first, p.first) + 1), p.flops) for p in of_run]
+    return sum(steps * flops for steps, flops in shares) / sum(steps for steps, _ in shares)
 
 
 def _more(cfg: PretrainConfig, hybrid: HybridLayout, last: int) -> float:

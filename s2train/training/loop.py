@@ -19,6 +19,7 @@ from s2train.checkpoints.random_state import current_rng_ranks
 from s2train.checkpoints.run_state import Saver, TrainingState
 from s2train.config import PretrainConfig
 from s2train.costs.memory import GIB, Memory
+from s2train.costs.phases import Phase, mean_flops
 from s2train.distributed.agreement import max_over_ranks
 from s2train.errors import DivergedError, StoppedBySignal
 from s2train.megatron.block_attention import kernels_of
@@ -43,13 +44,13 @@ class Speed:
     """Constants that turn step times into rates.
 
     Attributes:
-        flops_per_token: training FLOPs of the model, exact for its layout.
+        phases: phases of the run, with their training FLOPs per token.
         peak_flops: peak FLOP/s of a device; None if unknown.
         devices: number of ranks of the job.
         planned_memory: planned memory of the fullest rank.
     """
 
-    flops_per_token: float
+    phases: tuple[Phase, ...]
     peak_flops: float | None
     devices: int
     planned_memory: Memory
@@ -280,7 +281,8 @@ class Trainer:
         losses = interval.losses
         step_time = (time.perf_counter() - interval.started - interval.paused) / interval.steps
         tokens_per_s = train.global_batch_size * train.seq_length / step_time
-        flops = tokens_per_s * self.speed.flops_per_token / self.speed.devices
+        flops_per_token = mean_flops(self.speed.phases, step - interval.steps + 1, step)
+        flops = tokens_per_s * flops_per_token / self.speed.devices
         return StepMetrics(
             step=step,
             consumed_tokens=consumed * train.seq_length,

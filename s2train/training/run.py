@@ -193,7 +193,7 @@ def _train(
         tracker,
         timers,
         Speed(
-            flops_per_token=plan.flops.sparse,
+            phases=plan.phases,
             peak_flops=plan.hardware.peak_flops(cfg.train.precision),
             devices=torch.distributed.get_world_size(),
             planned_memory=plan.memory,

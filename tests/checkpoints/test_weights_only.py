@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from s2train.costs.phases import mean_flops
 from s2train.environment.hardware import Hardware
 from s2train.errors import ConfigError
 from s2train.planning import check, compose_run, format_plan
@@ -122,6 +123,14 @@ def test_the_plan_says_what_each_phase_costs() -> None:
     lines = format_plan(plan)
     assert "phases        steps 1 to 1: " in lines
     assert "; index block-selection attention warms up; trunk frozen" in lines
+
+
+def test_flops_of_steps_are_those_of_the_phases_that_they_lie_in() -> None:
+    plan = check(compose_run([*SMALL, *SELECTED, "train.freeze_trunk_steps=1", "optim.warmup_steps=1"]), 1, CPU)
+    _, second, last = plan.phases
+    assert mean_flops(plan.phases, 1, 2) == second.flops
+    assert mean_flops(plan.phases, 2, 4) == pytest.approx((second.flops + 2 * last.flops) / 3)
+    assert mean_flops(plan.phases, 4, 4) == last.flops
 
 
 def test_a_plan_without_phases_prints_none() -> None:
