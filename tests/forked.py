@@ -1,14 +1,15 @@
 """Runs programs as forks of a process that has imported everything, since importing takes longer than most tests.
 
-`python -m tests.forked` is that process. It reads a job a line from stdin, runs it, and writes its status to stdout.
+`python -m tests.forked serve SOCKET OWNER` is that process: a server that reads a job from each connection, runs it and
+answers with its status. All workers of pytest-xdist share it; it ends when the process OWNER has ended.
 `python -m tests.forked PROGRAM …` imports everything and is then that program itself, for tests that signal it.
 
 The Python programs that a job starts, such as torchrun's ranks, are forks too (tests/forked_children.py).
 """
 
-import atexit
 import contextlib
 import functools
+import gc
 import json
 import os
 import secrets
@@ -16,11 +17,14 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NoReturn
+
+from filelock import FileLock
 
 from tests.forked_children import fork_python_programs, run_program
 
@@ -51,12 +55,10 @@ class Job:
 
 def run_job(job: Job) -> int:
     """Run a job in a fork of the server; its status as that of a process or, for ranks, of torchrun."""
-    server = _server(interpret=job.environment.get("TRITON_INTERPRET") == "1")
-    assert server.stdin is not None
-    assert server.stdout is not None
-    server.stdin.write(json.dumps(asdict(job)) + "\n")
-    server.stdin.flush()
-    answer = server.stdout.readline()
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(_server(interpret=job.environment.get("TRITON_INTERPRET") == "1"))
+        connection.sendall(json.dumps(asdict(job) | {"port": free_port()}).encode() + b"\n")
+        answer = connection.makefile().readline()
     assert answer, "the server of tests/forked.py ended"
     status = json.loads(answer)
     if status is None:
@@ -65,22 +67,23 @@ def run_job(job: Job) -> int:
 
 
 @functools.cache
-def _server(*, interpret: bool) -> "subprocess.Popen[str]":
+def _server(*, interpret: bool) -> str:
+    """Path of the socket of this test run's server, which the first worker to need it starts."""
+    owner = os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid()
     # Triton's functions are made for its interpreter, or not, as they are imported.
+    path = Path(tempfile.gettempdir(), f"s2train-forks-{owner}{'-interpret' * interpret}")
     kept = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
     if interpret:
         kept["TRITON_INTERPRET"] = "1"
-    server = subprocess.Popen(
-        [sys.executable, "-m", "tests.forked"],
-        cwd=ROOT,
-        env=kept,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    atexit.register(server.kill)
-    return server
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            command = [sys.executable, "-m", "tests.forked", "serve", str(path), str(owner)]
+            null = subprocess.DEVNULL
+            server = subprocess.Popen(command, cwd=ROOT, env=kept, stdin=null, stdout=null, stderr=null)
+            while not path.exists():
+                assert server.poll() is None, "the server of tests/forked.py did not start"
+                time.sleep(0.05)
+    return str(path)
 
 
 def _import_everything() -> None:
@@ -92,14 +95,51 @@ def _import_everything() -> None:
     import s2train.planning.show
     import s2train.training.run  # noqa: F401
 
-
-def _serve() -> None:
-    for line in sys.stdin:
-        print(json.dumps(_run(Job(**json.loads(line)))), flush=True)
+    gc.collect()
+    gc.freeze()  # so that a fork's garbage collector neither walks nor copies what was imported
 
 
-def _run(job: Job) -> int | None:
-    until, port = time.monotonic() + job.timeout, free_port()
+def _serve(path: Path, owner: int) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        new = f"{path}.new"
+        listener.bind(new)
+        listener.listen(16)
+        os.rename(new, path)
+        listener.settimeout(1.0)
+        while _is_alive(owner):
+            with contextlib.suppress(TimeoutError):
+                connection, _ = listener.accept()
+                if os.fork() == 0:
+                    _answer(connection)
+                connection.close()
+            with contextlib.suppress(ChildProcessError):
+                while os.waitpid(-1, os.WNOHANG)[0]:
+                    pass
+    for name in (path, f"{path}.lock"):
+        Path(name).unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _answer(connection: socket.socket) -> NoReturn:
+    """Run a connection's job, in a fork of the server."""
+    connection.settimeout(None)
+    try:
+        fields = json.loads(connection.makefile().readline())
+        port = fields.pop("port")
+        connection.sendall(json.dumps(_run(Job(**fields), port)).encode() + b"\n")
+    finally:
+        os._exit(0)
+
+
+def _run(job: Job, port: int) -> int | None:
+    until = time.monotonic() + job.timeout
     running: dict[int, int] = {}
     for rank in range(max(1, job.processes)):
         if (child := os.fork()) == 0:
@@ -157,7 +197,8 @@ def free_port() -> int:
 
 if __name__ == "__main__":
     _import_everything()
-    if sys.argv[1:]:
+    if sys.argv[1] == "serve":
+        _serve(Path(sys.argv[2]), int(sys.argv[3]))
+    else:
         fork_python_programs()
         run_program(sys.argv[1], sys.argv[2:])
-    _serve()
