@@ -1,5 +1,6 @@
 """Fix Triton's interpreter, which runs the kernels without a GPU (tests)."""
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -10,15 +11,17 @@ from triton.runtime import interpreter
 def repair_interpreter() -> None:
     """Make Triton's interpreter compute what a GPU does.
 
-    Applies to Triton 3.5 to 3.7. Call it before the first kernel. It fixes two things:
+    Applies to Triton 3.5 to 3.7. Call it before the first kernel. It fixes three things:
 
     - Scalars are arrays of one element, which NumPy 2.4 rejects as the bound of a `range`.
     - bfloat16 is stored as uint16: products would multiply the bit patterns, and casts would truncate.
+    - Every call of a device function patches `triton.language` again, which takes a third of all time.
     """
     builder = interpreter.InterpreterBuilder
     if builder.cast_impl.__module__ == __name__:
         return
     patch_tensor, cast, dot = interpreter._patch_lang_tensor, builder.cast_impl, builder.create_dot
+    patch_lang = interpreter._patch_lang
 
     def patch_lang_tensor(tensor: Any, scope: Any) -> None:
         patch_tensor(tensor, scope)
@@ -35,8 +38,19 @@ def repair_interpreter() -> None:
     def create_dot(self: Any, a: Any, b: Any, *args: Any) -> Any:
         return dot(self, _as_float32(a), _as_float32(b), *args)
 
-    interpreter._patch_lang_tensor = patch_lang_tensor
+    def patch_lang_once(fn: Any) -> Any:
+        if any(tl.core.is_builtin(module.load) for module in _language_modules(fn)):
+            return patch_lang(fn)
+        return interpreter._LangPatchScope()  # nothing to restore
+
+    interpreter._patch_lang_tensor, interpreter._patch_lang = patch_lang_tensor, patch_lang_once
     builder.cast_impl, builder.create_dot = cast_impl, create_dot
+
+
+@cache
+def _language_modules(fn: Any) -> list[Any]:
+    """Return the modules of `triton.language` that a function names."""
+    return [value for value in fn.__globals__.values() if value is tl or value is tl.core]
 
 
 def _as_float32(x: Any) -> Any:
