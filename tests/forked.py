@@ -30,6 +30,9 @@ from tests.forked_children import fork_python_programs, run_program
 
 ROOT = Path(__file__).parents[1]
 _SECONDS_TO_END = 10.0  # that ranks have after another one failed
+# Variables that libraries read as they are imported: a server of its own for each set of those that are "1".
+FAKE_TE = "S2TRAIN_TEST_FAKE_TE"  # tests/megatron/fake_transformer_engine.py stands in for transformer-engine
+_READ_AT_IMPORT = ("TRITON_INTERPRET", FAKE_TE)
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class Job:
 def run_job(job: Job) -> int:
     """Run a job in a fork of the server; its status as that of a process or, for ranks, of torchrun."""
     with socket.socket(socket.AF_UNIX) as connection:
-        connection.connect(_server(interpret=job.environment.get("TRITON_INTERPRET") == "1"))
+        connection.connect(_server(tuple(name for name in _READ_AT_IMPORT if job.environment.get(name) == "1")))
         connection.sendall(json.dumps(asdict(job) | {"port": free_port()}).encode() + b"\n")
         answer = connection.makefile().readline()
     assert answer, "the server of tests/forked.py ended"
@@ -67,14 +70,12 @@ def run_job(job: Job) -> int:
 
 
 @functools.cache
-def _server(*, interpret: bool) -> str:
+def _server(read_at_import: tuple[str, ...]) -> str:
     """Path of the socket of this test run's server, which the first worker to need it starts."""
     owner = os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid()
-    # Triton's functions are made for its interpreter, or not, as they are imported.
-    path = Path(tempfile.gettempdir(), f"s2train-forks-{owner}{'-interpret' * interpret}")
-    kept = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
-    if interpret:
-        kept["TRITON_INTERPRET"] = "1"
+    path = Path(tempfile.gettempdir(), "-".join(("s2train-forks", str(owner), *read_at_import)))
+    kept = {k: v for k, v in os.environ.items() if k not in _READ_AT_IMPORT} | {"OMP_NUM_THREADS": "1"}
+    kept |= dict.fromkeys(read_at_import, "1")
     with FileLock(f"{path}.lock"):
         if not path.exists():
             command = [sys.executable, "-m", "tests.forked", "serve", str(path), str(owner)]
@@ -87,6 +88,10 @@ def _server(*, interpret: bool) -> str:
 
 
 def _import_everything() -> None:
+    if os.environ.get(FAKE_TE) == "1":
+        from tests.megatron import fake_transformer_engine
+
+        fake_transformer_engine.install()
     import matplotlib.pyplot  # noqa: F401
     import wandb  # noqa: F401
 

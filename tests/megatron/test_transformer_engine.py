@@ -5,14 +5,14 @@ Names, wiring and checkpoints are tested here; its kernels and FP8 on a GPU, by 
 
 import functools
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
-from tests.program import ROOT, SMALL, Outcome, metrics, run
+from tests.forked import FAKE_TE
+from tests.program import SMALL, Outcome, metrics, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("te")]
 
@@ -24,15 +24,10 @@ OPTIMIZERS = {"distributed": [], "plain": ["parallel.distributed_optimizer=false
 
 def train(kind: str, run_dir: Path, *arguments: str) -> Outcome:
     backend = "te" if kind == "fake" else "local"
-    program = "tests.megatron.te_program"
-    settings = [kind, *SMALL, f"run_dir={run_dir}", f"layer_backend={backend}", f"train.steps={STEPS}", *arguments]
-    if kind == "none":
-        return run(program, *settings, processes=0)
-    # A process of its own: Megatron looks for transformer-engine as it is imported.
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", program, *settings]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
-    return Outcome(done.returncode, done.stdout, done.stderr)
+    settings = [*SMALL, f"run_dir={run_dir}", f"layer_backend={backend}", f"train.steps={STEPS}", *arguments]
+    # Megatron looks for transformer-engine as it is imported.
+    with mock.patch.dict(os.environ, {FAKE_TE: str(int(kind == "fake"))}):
+        return run("tests.megatron.te_program", *settings, processes=0)
 
 
 def losses(folder: Path) -> list[float]:
