@@ -105,7 +105,7 @@ def zero(shard: Path) -> None:
     shard.write_bytes(bytes(shard.stat().st_size))
 
 
-@pytest.mark.parametrize("processes", [0, 2])
+@pytest.mark.parametrize("processes", [pytest.param(0, marks=pytest.mark.long), 2])
 def test_a_run_may_start_before_a_checkpoint_that_failed_to_load(run_dir: Path, processes: int) -> None:
     last, older = last_of(run_dir), f"checkpoint.resume={run_dir}/checkpoints/iter_0000004"
     before = error_line(pretrain(run_dir, STEPS, older, processes=0))

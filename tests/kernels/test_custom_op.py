@@ -142,7 +142,7 @@ def test_other_scales_and_head_dimensions_are_traced_whole(
         return training_step(backend, True, softmax_scale=scale)(*inputs)
 
     compiled = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=dynamic)
-    for dim, scale in ((16, None), (32, None), (16, 0.1), (32, 0.3)):
+    for dim, scale in ((16, None), (32, None), (32, 0.3)):
         inputs, layout, _, _ = Problem(dim=dim, s_q=40, s_k=40).make(device)
         assert_as_exact_as_eager(partial(step, scale), partial(compiled, scale), inputs, layout, softmax_scale=scale)
 

@@ -143,12 +143,12 @@ def test_a_full_disk_is_reported_in_one_line_and_older_checkpoints_stay(in_backg
 
 
 def test_a_run_saved_with_little_memory_resumes_like_an_uninterrupted_one(tmp_path: Path) -> None:
-    parts, whole = tmp_path / "parts", tmp_path / "whole"
-    for more in (["train.exit_step=3"], []):
-        done = planted("short_of_memory:1:0", parts, STEPS, *more)
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    start = f"checkpoint.resume={whole / 'checkpoints' / 'iter_0000003'}"
+    for folder, more in ((whole, "checkpoint.interval=3"), (resumed, start)):
+        done = planted("short_of_memory:1:0", folder, STEPS, more)
         assert done.status == 0, done.err
-    assert pretrain(whole, STEPS, processes=2).status == 0
-    assert trace(parts)[-3:] == trace(whole)[-3:]
+    assert trace(resumed) == trace(whole)[3:]
 
 
 def test_a_signal_to_one_rank_saves_and_exits_with_the_status_to_requeue(tmp_path: Path) -> None:

@@ -65,8 +65,7 @@ def load_file(path: Path) -> ModuleType:
 @pytest.mark.parametrize(
     "settings",
     [
-        ["train.precision=fp32", "model.tie_embeddings=false"],
-        ["train.precision=fp32", "model.num_query_groups=1", "model.rotary_percent=0.5"],
+        ["train.precision=fp32", "model.tie_embeddings=false", "model.num_query_groups=1", "model.rotary_percent=0.5"],
         ["train.precision=bf16", "layout.pattern.sinks=1"],
     ],
 )

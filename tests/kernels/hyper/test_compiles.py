@@ -20,7 +20,10 @@ PLAN = ("tag", "search", "locate")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dim", "causal"), [(128, True), (64, False)])
+@pytest.mark.parametrize(
+    ("dim", "causal"),
+    [(64, True), *(pytest.param(*case, marks=pytest.mark.long) for case in ((128, True), (64, False)))],
+)
 def test_compile_for_hopper(dim: int, causal: bool) -> None:
     found = reported(__name__, [dim, causal])
     assert set(found) == {f"s2_hyper_{name}_kernel" for name in (*ATTENTION, *PLAN)}
