@@ -2,6 +2,7 @@
 
 `python -m tests.forked serve SOCKET OWNER` is that process: a server that reads a job from each connection, runs it and
 answers with its status. All workers of pytest-xdist share it; it ends when the process OWNER has ended.
+tests/fork_client.py is a program that the server forks for shell scripts.
 `python -m tests.forked PROGRAM …` imports everything and is then that program itself, for tests that signal it.
 
 The Python programs that a job starts, such as torchrun's ranks, are forks too (tests/forked_children.py).
@@ -13,6 +14,8 @@ import gc
 import json
 import os
 import secrets
+import select
+import shlex
 import signal
 import socket
 import subprocess
@@ -24,6 +27,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NoReturn
 
+import psutil
 from filelock import FileLock
 
 from tests.forked_children import fork_python_programs, run_program
@@ -67,6 +71,15 @@ def run_job(job: Job) -> int:
     if status is None:
         raise subprocess.TimeoutExpired(job.program, job.timeout)
     return int(status)
+
+
+def forking_python(folder: Path) -> Path:
+    """Make a program that is Python to those who start it, and has imported everything."""
+    path = folder / "python"
+    command = [sys.executable, "-S", str(ROOT / "tests" / "fork_client.py"), _server(())]
+    path.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
+    path.chmod(0o755)
+    return path
 
 
 @functools.cache
@@ -133,14 +146,41 @@ def _is_alive(process: int) -> bool:
 
 
 def _answer(connection: socket.socket) -> NoReturn:
-    """Run a connection's job, in a fork of the server."""
+    """Run what a connection asks for, in a fork of the server."""
     connection.settimeout(None)
     try:
-        fields = json.loads(connection.makefile().readline())
-        port = fields.pop("port")
-        connection.sendall(json.dumps(_run(Job(**fields), port)).encode() + b"\n")
+        text, streams, _, _ = socket.recv_fds(connection, 1 << 16, 3)
+        while not text.endswith(b"\n"):
+            text += connection.recv(1 << 16)
+        request = json.loads(text)
+        if streams:
+            _stand_for(connection, streams, **request)
+        else:
+            port = request.pop("port")
+            connection.sendall(json.dumps(_run(Job(**request), port)).encode() + b"\n")
     finally:
         os._exit(0)
+
+
+def _stand_for(
+    connection: socket.socket, streams: list[int], command: list[str], cwd: str, environment: dict[str, str]
+) -> None:
+    """Fork a program for tests/fork_client.py: tell its number and its status; kill it when the client is gone."""
+    if (child := os.fork()) == 0:
+        _enter(environment, cwd, streams)
+        words = [word for word in command if word != "-u"]
+        run_program(
+            *((words[1], words[2:]) if words[0] == "-m" else (words[0], words[1:])), is_unbuffered="-u" in command
+        )
+    connection.sendall(b"%d\n" % child)
+    connection.setblocking(False)
+    while not (found := os.waitpid(child, os.WNOHANG))[0]:
+        if select.select([connection], [], [], 0.02)[0] and not connection.recv(1):
+            for process in (*psutil.Process(child).children(recursive=True), psutil.Process(child)):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            return
+    connection.sendall(b"%d\n" % os.waitstatus_to_exitcode(found[1]))
 
 
 def _run(job: Job, port: int) -> int | None:
@@ -171,17 +211,27 @@ def _run(job: Job, port: int) -> int | None:
 
 
 def _become(job: Job, rank: int, port: int) -> NoReturn:
-    os.environ.clear()
-    os.environ |= job.environment
+    environment = dict(job.environment)
     if job.processes:
         ranks = str(job.processes)
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.chdir(job.cwd)
-    for number, path in enumerate((os.devnull, job.out, job.err)):
-        os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND), number)
-    fork_python_programs()
+        environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    _enter(
+        environment,
+        job.cwd,
+        [os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND) for path in (os.devnull, job.out, job.err)],
+    )
     run_program(job.program, job.arguments)
+
+
+def _enter(environment: dict[str, str], cwd: str, streams: Sequence[int]) -> None:
+    """Give this fork a program's environment, folder, and stdin, stdout and stderr."""
+    os.environ.clear()
+    os.environ |= environment
+    os.chdir(cwd)
+    for number, descriptor in enumerate(streams):
+        os.dup2(descriptor, number)
+    fork_python_programs()
 
 
 def free_port() -> int:

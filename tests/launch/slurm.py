@@ -8,10 +8,10 @@ echo "$@" >> "$ASKED.srun"
 while [[ $1 == --* ]]; do shift; done
 tasks=()
 for ((node = 0; node < SLURM_JOB_NUM_NODES; node++)); do "$@" & tasks+=($!); done
-trap 'kill -USR1 "${tasks[@]}"' USR1
+trap 'asked=yes; kill -USR1 "${tasks[@]}"' USR1
 worst=0
 for task in "${tasks[@]}"; do
-    while true; do wait "$task"; status=$?; kill -0 "$task" 2>/dev/null || break; done
+    while true; do asked=; wait "$task"; status=$?; [[ $asked ]] || break; done  # a signal also ends `wait`
     ((status > worst)) && worst=$status
 done
 exit $worst

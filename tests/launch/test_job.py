@@ -136,10 +136,9 @@ def test_a_second_ctrl_c_ends_the_ranks_at_once(tmp_path: Path) -> None:
 
 
 def test_without_arguments_it_prints_its_help() -> None:
-    surroundings = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "launch/job.py"], cwd=ROOT, env=surroundings, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "python launch/job.py --nproc-per-node 8 launch/pretrain.py" in done.stderr
+    done = launch("job.py")
+    assert done.status == 2
+    assert "python launch/job.py --nproc-per-node 8 launch/pretrain.py" in done.err
 
 
 @pytest.mark.parametrize(
@@ -147,9 +146,7 @@ def test_without_arguments_it_prints_its_help() -> None:
     [("gpu", "torch sees no GPU"), ("two", "nproc_per_node value: two"), ("0", "=0: not a number of processes")],
 )
 def test_an_invalid_number_of_processes_is_rejected_in_one_line(processes: str, expected: str) -> None:
-    command = [sys.executable, "launch/job.py", "--nproc-per-node", processes, "launch/pretrain.py"]
-    surroundings = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=ROOT, env=surroundings, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2
-    assert expected in done.stderr
-    assert "Traceback" not in done.stderr
+    done = launch("job.py", "--nproc-per-node", processes, "launch/pretrain.py", CUDA_VISIBLE_DEVICES="")
+    assert done.status == 2
+    assert expected in done.err
+    assert "Traceback" not in done.err

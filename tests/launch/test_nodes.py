@@ -1,11 +1,9 @@
 """Several nodes: two torchrun agents on this machine, as launch/multinode.sh starts them."""
 
 import os
-import shlex
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -15,9 +13,9 @@ import psutil
 import pytest
 
 from s2train.errors import EXIT_REQUEUE
-from tests.forked import free_port
+from tests.forked import forking_python, free_port
 from tests.launch.slurm import write_slurm
-from tests.program import PRELOADED, ROOT, SMALL, metrics
+from tests.program import ROOT, SMALL, metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("nodes")]
 
@@ -40,18 +38,15 @@ run_command(work)
 
 
 def environment(folder: Path, **settings: object) -> dict[str, str]:
-    own = {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "LOG_DIR": str(folder / "logs"), "NPROC_PER_NODE": "1"}
+    own = {
+        "PYTHON": str(forking_python(folder)),
+        "OMP_NUM_THREADS": "1",
+        "LOG_DIR": str(folder / "logs"),
+        "NPROC_PER_NODE": "1",
+    }
     clean = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTHONUNBUFFERED")}
     job = {"HEAD": f"localhost:{free_port()}", "JOB_ID": folder.name, "NNODES": "2"}
     return clean | job | own | {name: str(value) for name, value in settings.items()}
-
-
-def preloaded_python(folder: Path) -> Path:
-    """A Python that has imported everything, and whose ranks are forks."""
-    path = folder / "python"
-    path.write_text(f'#!/bin/sh\nexec {shlex.join(PRELOADED)} "$@"\n')
-    path.chmod(0o755)
-    return path
 
 
 def await_that(condition: Callable[[], bool], what: str, seconds: float = 400) -> None:
@@ -89,7 +84,7 @@ def start() -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
 def test_a_node_that_dies_and_rejoins_resumes_from_the_last_checkpoint(
     start: Callable[..., subprocess.Popen[bytes]], tmp_path: Path
 ) -> None:
-    env = environment(tmp_path, PYTHON=preloaded_python(tmp_path))
+    env = environment(tmp_path)
     folder = tmp_path / "run"
     run_dir = f"run_dir={folder}"
     settings = ["train.steps=30", "checkpoint.interval=5", "checkpoint.keep=2"]
@@ -124,7 +119,14 @@ def test_a_slurm_job_whose_time_is_up_saves_and_is_queued_again(
     number = free_port() - 20_000  # launch/slurm/run.sh makes a port of it
     slurm = {"SLURM_JOB_ID": number, "SLURM_JOB_NODELIST": "here", "SLURM_JOB_NUM_NODES": nodes, "ASKED": asked}
     env = environment(tmp_path, **slurm, MAX_RESTARTS=3, PATH=f"{tmp_path}:{os.environ['PATH']}")
-    one_node = ["launch/slurm/requeue.sh", sys.executable, "launch/job.py", "--standalone", "--nproc-per-node", "2"]
+    one_node = [
+        "launch/slurm/requeue.sh",
+        str(tmp_path / "python"),
+        "launch/job.py",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
     starts = one_node if nodes == 1 else ["launch/slurm/run.sh"]
     command = [*starts, str(tmp_path / "program.py"), str(tmp_path)]
 

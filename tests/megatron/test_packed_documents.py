@@ -49,10 +49,17 @@ def trace(run_dir: Path) -> list[float]:
 @pytest.mark.parametrize(
     ("processes", "arguments"),
     [
-        (2, ["parallel.tp=2", "parallel.sequence_parallel=true"]),
+        (
+            2,
+            [
+                "parallel.tp=2",
+                "parallel.sequence_parallel=true",
+                "train.recompute=selective",
+                "train.micro_batch_size=1",
+            ],
+        ),
         (2, ["parallel.pp=2", "parallel.vpp=2"]),
         (0, ["train.recompute=full", "train.micro_batch_size=4"]),
-        (0, ["train.recompute=selective", "train.micro_batch_size=1"]),
     ],
 )
 def test_trains_as_one_process_does(folder: Path, processes: int, arguments: list[str], tmp_path: Path) -> None:
