@@ -25,7 +25,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import psutil
 from filelock import FileLock
@@ -113,8 +113,23 @@ def _import_everything() -> None:
     import s2train.planning.show
     import s2train.training.run  # noqa: F401
 
+    _compose_once()
     gc.collect()
     gc.freeze()  # so that a fork's garbage collector neither walks nor copies what was imported
+
+
+def _compose_once() -> None:
+    """Have Hydra compose settings once: before, it composes all to read `hydra.mode`, which no file here sets."""
+    from hydra._internal.hydra import Hydra
+
+    mode_of = Hydra.get_mode
+
+    def get_mode(self: Hydra, config_name: str | None, overrides: list[str]) -> Any:
+        if {"-m", "--multirun"} & set(sys.argv) or any("hydra.mode" in override for override in overrides):
+            return mode_of(self, config_name, overrides)
+        return None
+
+    Hydra.get_mode = get_mode  # type: ignore[method-assign]
 
 
 def _serve(path: Path, owner: int) -> None:
