@@ -13,7 +13,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Groups of tests that wait most of their time, for timeouts and other processes: they begin first, in this order.
-_GROUPS_THAT_WAIT = {"faults": 0, "kills": 1, "nodes": 2, "sweeps": 3, "te": 4}
+_GROUPS_THAT_WAIT = {"faults": 0, "kills": 1, "nodes": 2, "sweeps": 3}
 
 # Time limits on examples fail by the machine's load, not by the code.
 settings.register_profile("no_deadline", deadline=None)

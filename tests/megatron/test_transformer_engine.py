@@ -14,7 +14,7 @@ import pytest
 from tests.forked import FAKE_TE
 from tests.program import SMALL, Outcome, metrics, run
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("te")]
+pytestmark = [pytest.mark.slow]
 
 STEPS = 6
 # Two formulations of norms and Adam in fp32: the loss agrees as the parallel variants of a run do.
