@@ -156,7 +156,7 @@ class OptimConfig:
 class ParallelConfig:
     """Split of the model over ranks; the remaining ranks are data parallel."""
 
-    tp: int = 1  # tensor model parallel: splits heads and hidden dimensions
+    tp: int = 1  # tensor model parallel: splits heads and hidden dimensions (KV heads are shared if there are fewer)
     pp: int = 1  # pipeline model parallel: splits layers
     vpp: int | None = None  # virtual pipeline stages per rank (interleaved pipeline schedule)
     pipeline_split: str = "even"  # even: equal layers per stage; cost: equal work, as dense layers cost more

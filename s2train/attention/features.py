@@ -7,6 +7,7 @@ class Feature(Enum):
     """One thing that a kind of attention supports or not; the value is its name in messages."""
 
     TENSOR_PARALLEL = "tensor parallel ranks"
+    SHARED_KV_HEADS = "more tensor parallel ranks than KV heads"
     SEQUENCE_PARALLEL = "sequence parallel ranks"
     PIPELINE_PARALLEL = "pipeline parallel ranks"
     CONTEXT_PARALLEL = "context parallel ranks"

@@ -54,6 +54,7 @@ class HyperKind(DataDependentKind):
     features = frozenset(
         {
             Feature.TENSOR_PARALLEL,
+            Feature.SHARED_KV_HEADS,
             Feature.SEQUENCE_PARALLEL,
             Feature.PIPELINE_PARALLEL,
             Feature.RECOMPUTATION,

@@ -14,6 +14,14 @@ class AttentionShape:
     head_dim: int
 
 
+def kv_heads_on_rank(num_query_groups: int, tp: int) -> int:
+    """Return how many KV heads each of `tp` tensor parallel ranks computes with.
+
+    With more ranks than KV heads, tp / num_query_groups consecutive ranks share each.
+    """
+    return max(1, num_query_groups // tp)
+
+
 @dataclass(frozen=True)
 class Weight:
     """One weight of a layer, beyond the projections that every kind has.

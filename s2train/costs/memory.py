@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 
 from s2train.attention.hybrid import HybridLayout
 from s2train.attention.kind import LayerLayout
+from s2train.attention.weights import kv_heads_on_rank
 from s2train.config import PretrainConfig
 from s2train.costs.implementations import Implementations
 from s2train.costs.parameters import attention_shape, head_dim, stage_parameters, total_parameters
@@ -146,6 +147,7 @@ def stage_activations(
     # their product, streams.
     gradients = 1 if impl.fuses_swiglu(cfg) else 3
     layer = gradients * tokens * model.ffn_hidden_size * width // parallel.tp + 2 * stream
+    layer = max(layer, gathered_projection(cfg))
     loss = 0
     if stage == parallel.pp - 1:
         loss = _loss_bytes(cfg, tokens, width, impl.loss(cfg)) + 3 * stream  # streams of the final norm, as above
@@ -172,6 +174,21 @@ def kind_activations(cfg: PretrainConfig, layer: LayerLayout) -> int:
     return whole * cfg.train.micro_batch_size // (cfg.parallel.tp * cfg.parallel.cp)
 
 
+def gathered_projection(cfg: PretrainConfig) -> int:
+    """Return bytes of the QKV projection's output that ranks gather if they share KV heads, else 0.
+
+    Counts the heads of all ranks and this rank's own part, for the tokens of a micro batch. Its gradient has the same
+    size in the backward pass.
+    """
+    model, train, parallel = cfg.model, cfg.train, cfg.parallel
+    if parallel.tp <= model.num_query_groups:
+        return 0
+    width = 2 if train.precision == "bf16" else 4
+    tokens = train.seq_length // parallel.cp * train.micro_batch_size
+    whole = (model.num_attention_heads + 2 * model.num_query_groups) * head_dim(model) * tokens * width
+    return whole + whole // parallel.tp
+
+
 def _loss_bytes(cfg: PretrainConfig, tokens: int, width: int, way: str) -> int:
     """Return peak bytes of the logits and the loss's temporaries."""
     model, parallel = cfg.model, cfg.parallel
@@ -195,14 +212,16 @@ def layer_activations(cfg: PretrainConfig, stream: int, kind: str) -> tuple[int,
     width = 2 if train.precision == "bf16" else 4
     tokens = train.seq_length // parallel.cp * train.micro_batch_size
     queries = tokens * model.num_attention_heads * head_dim(model) * width // parallel.tp
-    keys = tokens * model.num_query_groups * head_dim(model) * width // parallel.tp
+    keys = tokens * kv_heads_on_rank(model.num_query_groups, parallel.tp) * head_dim(model) * width
     ffn = tokens * model.ffn_hidden_size * width // parallel.tp
 
     fused = kind == "cuda"  # RMSNorm and SwiGLU are fused
     # Input and output of both norms; if not fused, also the values before the weight.
     residual = (4 if fused else 6) * stream
-    # q and k after RoPE, the projection's output (v is a view of it), and attention's output.
-    attention = (queries + keys) + (queries + 2 * keys) + queries
+    # q and k after RoPE, the projection's output (v is a view of it; ranks that share KV heads copy v instead), and
+    # attention's output.
+    shares = parallel.tp > model.num_query_groups
+    attention = (queries + keys) + (keys if shares else queries + 2 * keys) + queries
     # Log-sum-exp in fp32; keys and values of all context parallel ranks (sparse layers may hold fewer).
     core = tokens * model.num_attention_heads * 4 // parallel.tp
     if parallel.cp > 1:

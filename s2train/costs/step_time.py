@@ -17,6 +17,7 @@ from dataclasses import dataclass, fields
 
 from s2train.attention.hybrid import HybridLayout
 from s2train.attention.kind import LayerLayout
+from s2train.attention.weights import kv_heads_on_rank
 from s2train.config import PretrainConfig
 from s2train.costs.attention import rank_spread
 from s2train.costs.attention_time import AttentionRates, Seconds, attention_seconds
@@ -195,12 +196,13 @@ class _Model:
             linear=linear,
             elementwise=elementwise,
             attention=attention.both,
-            communication=units * self._unit() + self._context_parallel(layer),
+            communication=units * self._unit() + 2 * self._shared_projection() + self._context_parallel(layer),
             host=_HOST,
         )
         if self.cfg.train.recompute == "full":
             third = (linear + elementwise) / 3
-            return found + StepTime(recomputation=third + attention.forward, communication=again * self._unit())
+            repeated = again * self._unit() + self._shared_projection()
+            return found + StepTime(recomputation=third + attention.forward, communication=repeated)
         if self.cfg.train.recompute == "selective":
             return found + StepTime(recomputation=attention.forward)
         return found
@@ -298,11 +300,19 @@ class _Model:
         tp = self.cfg.parallel.tp
         return self.tokens * self.cfg.model.hidden_size * 2 * (tp - 1) / tp / self._speed(tp)
 
+    def _shared_projection(self) -> float:
+        """Return seconds to gather the QKV projection's output, if ranks share KV heads; its backward takes as long."""
+        model, tp = self.cfg.model, self.cfg.parallel.tp
+        if tp <= model.num_query_groups:
+            return 0.0
+        width = (model.num_attention_heads + 2 * model.num_query_groups) * head_dim(model)
+        return self.tokens * width * 2 * (tp - 1) / tp / self._speed(tp)
+
     def _context_parallel(self, layer: LayerLayout) -> float:
         cfg, cp = self.cfg, self.cfg.parallel.cp
         if cp == 1:
             return 0.0
-        keys = self.tokens * cp * self.groups * head_dim(cfg.model) * 2 // cfg.parallel.tp  # bytes
+        keys = self.tokens * cp * kv_heads_on_rank(self.groups, cfg.parallel.tp) * head_dim(cfg.model) * 2  # bytes
         share = 1.0 if layer.is_dense or cfg.parallel.cp_exchange == "gather" else _CP_SPARSE
         speed = self._speed(cfg.parallel.tp * cp) * _CP_LINK / _USED_LINK
         return share * 4 * keys * (cp - 1) / cp / speed  # keys and values, and their gradients

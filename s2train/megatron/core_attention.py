@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from s2train.attention.kind import LayerLayout
 from s2train.attention.random_numbers import stateless_seed
-from s2train.attention.weights import AttentionShape
+from s2train.attention.weights import AttentionShape, kv_heads_on_rank
 from s2train.kernels.attention import Backend
 from s2train.kernels.dispatch import KernelsInUse
 from s2train.kernels.layout import BlockLayout
@@ -98,10 +98,12 @@ class CausalCoreAttention(KindWeights, MegatronModule):
     """Causal attention of one layer; implements Megatron's core attention protocol.
 
     A subclass implements `attend`, and the other attend methods that its kind's features promise. Tensor parallel ranks
-    hold consecutive heads; sequence parallel does not affect this class.
+    hold consecutive heads. If there are more ranks than KV heads, several consecutive ranks hold the same KV head.
+    Sequence parallel does not affect this class.
 
     Args:
         layer_layout: the layer's kind, and an upper bound of what all of its heads read.
+        num_query_groups: the model's KV heads. `config` doesn't say: Megatron changes it if ranks share KV heads.
         cache: holds device layouts, shared by the layers of a model.
         backend: of the sparse op: auto, triton, portable or torch.
         seed: the run's, for initial weights and random numbers.
@@ -135,6 +137,7 @@ class CausalCoreAttention(KindWeights, MegatronModule):
         pg_collection: ProcessGroupCollection | None = None,
         *,
         layer_layout: LayerLayout,
+        num_query_groups: int,
         cache: LayoutCache,
         backend: Backend,
         seed: int,
@@ -154,9 +157,10 @@ class CausalCoreAttention(KindWeights, MegatronModule):
         local_heads = config.num_attention_heads // pg_collection.tp.size()
         first = local_heads * pg_collection.tp.rank()
         self.heads = (first, first + local_heads)
-        groups = config.num_query_groups or config.num_attention_heads
-        self.num_kv_heads = groups // pg_collection.tp.size()
-        self.shape = AttentionShape(config.hidden_size, config.num_attention_heads, groups, config.kv_channels)
+        self.num_kv_heads = kv_heads_on_rank(num_query_groups, pg_collection.tp.size())
+        self.shape = AttentionShape(
+            config.hidden_size, config.num_attention_heads, num_query_groups, config.kv_channels
+        )
         self.cache = cache
         self.kv: AttentionCache | None = None  # attached while decoding
         self.seed, self.step, self.loss_scale, self.is_logged = seed, 0, 1.0, False
@@ -197,8 +201,8 @@ class CausalCoreAttention(KindWeights, MegatronModule):
 
         Args:
             query: [s_q, b, heads / tp, d], rotated; under context parallel s_q = s / cp.
-            key, value: [s_k, b, KV heads / tp, d], not expanded. Without context parallel the last query is at the
-                last key's position, so that a chunk may follow cached keys.
+            key, value: [s_k, b, KV heads of this rank, d], not expanded. Without context parallel the last query is at
+                the last key's position, so that a chunk may follow cached keys.
             attention_mask, attn_mask_type: ignored; attention is causal, as its kind says.
             packed_seq_params: as made by `packed_documents`; attention then restarts in each document.
         Returns:

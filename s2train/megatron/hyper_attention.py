@@ -56,10 +56,14 @@ class HyperCoreAttention(CausalCoreAttention):
         return None
 
     def _seeds(self, purpose: str, device: torch.device, *, each_step: bool = True) -> Tensor:
-        """Return a seed of each KV head, that of its first query head."""
+        """Return a seed of each KV head, that of its first query head.
+
+        Ranks that share a KV head get the same one.
+        """
         first, last = self.heads
-        group = (last - first) // self.num_kv_heads
-        seeds = [self.random_seed(head, purpose, each_step=each_step) for head in range(0, last - first, group)]
+        group = self.shape.num_heads // self.shape.num_query_groups
+        heads = range(first // group * group, last, group)
+        seeds = [self.random_seed(head - first, purpose, each_step=each_step) for head in heads]
         values = torch.tensor(seeds, dtype=torch.int64)
         # From pageable memory the host would wait for the device, in every layer.
         return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)

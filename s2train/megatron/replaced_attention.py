@@ -69,6 +69,7 @@ def _core(old: CausalCoreAttention, layout: LayerLayout) -> CausalCoreAttention:
         "self",
         softmax_scale=old.softmax_scale,
         layer_layout=layout,
+        num_query_groups=old.shape.num_query_groups,
         cache=old.cache,
         backend=old.backend,
         seed=old.seed,

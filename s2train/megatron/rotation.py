@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from liger_kernel.ops import LigerRopeFunction
-from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
+
+from s2train.megatron.shared_kv_heads import KVSharingSelfAttention
 
 
 class Rotation:
@@ -49,7 +50,7 @@ class Rotation:
         return self._tables[wanted]
 
 
-class RotatingSelfAttention(SelfAttention):
+class RotatingSelfAttention(KVSharingSelfAttention):
     """Megatron's self attention with `rotation` right after the projection.
 
     Parameters, names and results are unchanged. Packed documents and context parallel are in the angles, as for

@@ -2,6 +2,7 @@
 
 from importlib import import_module
 
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -13,6 +14,7 @@ from s2train.megatron.core_attention import CausalCoreAttention
 from s2train.megatron.layer import HybridTransformerLayer
 from s2train.megatron.layer_backends import Backend
 from s2train.megatron.layout_cache import LayoutCache
+from s2train.megatron.shared_kv_heads import KVSharingSelfAttention
 
 
 def core_attention_class(kind: AttentionKind) -> type[CausalCoreAttention]:
@@ -25,6 +27,7 @@ def core_attention_class(kind: AttentionKind) -> type[CausalCoreAttention]:
 def layer_spec(
     layer: LayerLayout,
     layer_number: int,
+    num_query_groups: int,
     backend: Backend,
     cache: LayoutCache,
     attention_backend: str,
@@ -43,6 +46,7 @@ def layer_spec(
         module=core_attention_class(layer.kind),
         params={
             "layer_layout": layer,
+            "num_query_groups": num_query_groups,
             "cache": cache,
             "backend": attention_backend,
             "cp_exchange": cp_exchange,
@@ -70,7 +74,13 @@ def block_spec(
 ) -> TransformerBlockSubmodules:
     """Make the specs of this stage's layers."""
     specs = [
-        layer_spec(hybrid.layers[i], i + 1, backend, cache, attention_backend, cp_exchange, seed)
+        layer_spec(
+            hybrid.layers[i], i + 1, hybrid.num_query_groups, backend, cache, attention_backend, cp_exchange, seed
+        )
         for i in layer_ids(config, vp_stage)
     ]
+    if config.tensor_model_parallel_size > hybrid.num_query_groups:
+        for attention in (spec.submodules.self_attention for spec in specs):
+            if attention.module is SelfAttention:
+                attention.module = KVSharingSelfAttention
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=backend.norm)

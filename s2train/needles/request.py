@@ -26,7 +26,7 @@ from s2train.needles.tasks import TASKS, Task, find_task, has_setting
 from s2train.needles.words import NOISE, text_haystack
 from s2train.planning import hybrid_layout
 from s2train.planning.checks import check_attention_backend
-from s2train.validation.attention_kinds import require_feature
+from s2train.validation.attention_kinds import require_feature, require_tensor_parallel
 from s2train.validation.division import check_tensor_parallel
 from s2train.validation.values import check_choice, check_seed
 from s2train.wandb_run import choose_mode
@@ -165,8 +165,7 @@ def _check_kinds(checkpoint: Path, trained: PretrainConfig, tp: int) -> None:
     """Whether the layers' kinds of attention can decode, on `tp` ranks."""
     hybrid, remedy = _hybrid(checkpoint, trained), "Evaluate a model without such layers"
     require_feature(hybrid, Feature.DECODING, "checkpoint", checkpoint, remedy)
-    if tp > 1:
-        require_feature(hybrid, Feature.TENSOR_PARALLEL, "tp", tp, "Use tp=1")
+    require_tensor_parallel(hybrid, tp, "tp")
 
 
 def _hybrid(checkpoint: Path, trained: PretrainConfig) -> HybridLayout:

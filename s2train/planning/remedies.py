@@ -30,7 +30,9 @@ def _candidates(cfg: PretrainConfig) -> Iterator[tuple[list[str], PretrainConfig
     levels = ("none", "selective", "full")
     recomputes = levels[levels.index(train.recompute) :]
     micros = [train.micro_batch_size >> i for i in range(train.micro_batch_size.bit_length())]
-    tps = [parallel.tp * 2**i for i in range(4)]
+    # More ranks than KV heads gather the QKV projection: suggested only to runs that do so already.
+    most = max(parallel.tp, cfg.model.num_query_groups)
+    tps = [tp for tp in (parallel.tp * 2**i for i in range(4)) if tp <= most]
     pps = [parallel.pp * 2**i for i in range(4)]
     # Outermost loop first: splitting the model costs most speed, then recomputation, then smaller micro batches.
     splits = sorted(itertools.product(pps, tps), key=lambda split: (split[0] * split[1], split[0]))

@@ -23,10 +23,11 @@ from s2train.files import check_writable, replacing
 from s2train.inference.generation import generate
 from s2train.megatron.setup import initialize, shutdown
 from s2train.needles.results import weights_fingerprint
-from s2train.planning.checks import check_attention_backend
+from s2train.planning.checks import check_attention_backend, hybrid_layout
 from s2train.probes.completion import NEAREST, Completion, find_completions, score
 from s2train.probes.documents import held_out_documents
 from s2train.probes.recurrence import Passage, by_distance, choose_sequences, measure
+from s2train.validation.attention_kinds import require_tensor_parallel
 from s2train.validation.division import check_tensor_parallel
 from s2train.validation.values import check_choice, check_seed
 
@@ -71,6 +72,7 @@ def read_request(cfg: ProbesConfig, world_size: int, hardware: Hardware) -> Requ
         problem = f"does not equal the {world_size} processes of this job"
         raise ConfigError("tp", cfg.tp, problem, f"Set tp={world_size}, or start {cfg.tp} processes")
     check_tensor_parallel(trained.model, cfg.tp, "tp")
+    require_tensor_parallel(hybrid_layout(trained), cfg.tp, "tp")
     output = _output(cfg, checkpoint)
     tokenizer = load_tokenizer(cfg.tokenizer or trained.data.tokenizer, "tokenizer", trained.data.end_token)
     if tokenizer.vocab_size > (rows := trained.model.vocab_size):

@@ -12,6 +12,7 @@ from megatron.core import parallel_state
 
 from s2train.attention.hybrid import HybridLayout
 from s2train.attention.kind import LayerLayout
+from s2train.attention.weights import kv_heads_on_rank
 from s2train.config import PretrainConfig
 from s2train.costs.parameters import head_dim
 from s2train.kernels.attention import Backend, block_sparse_attention, resolve_backend
@@ -43,7 +44,7 @@ def compile_kernels(cfg: PretrainConfig, hybrid: HybridLayout, device: torch.dev
     if resolve_backend(backend, device) == "torch":
         return
     tp = cfg.parallel.tp
-    heads, groups = cfg.model.num_attention_heads // tp, cfg.model.num_query_groups // tp
+    heads, groups = cfg.model.num_attention_heads // tp, kv_heads_on_rank(cfg.model.num_query_groups, tp)
     for layer in dict.fromkeys(layer for layer in hybrid.layers if not layer.is_dense):
         for rows, keys in _chunks(cfg.train.seq_length):
             inputs = _zeros(cfg, rows, keys, heads, groups, device)
@@ -65,8 +66,9 @@ def _zeros(
     batch, width, dtype = cfg.train.micro_batch_size, head_dim(cfg.model), DTYPES[cfg.train.precision]
     query = torch.zeros(rows, batch, heads, width, dtype=dtype, device=device, requires_grad=True)
     key = torch.zeros(keys, batch, groups, width, dtype=dtype, device=device, requires_grad=True)
-    # A view of the projection's output, as in the layer: a kernel is compiled for given strides.
-    projected = heads // groups + 2
+    # A view of the projection's output, as in the layer: a kernel is compiled for given strides. Ranks that share a KV
+    # head copy its values.
+    projected = 1 if cfg.parallel.tp > cfg.model.num_query_groups else heads // groups + 2
     value = torch.zeros(keys, batch, groups, projected * width, dtype=dtype, device=device, requires_grad=True)
     return query, key, value[..., -width:]
 

@@ -21,6 +21,7 @@ def check_kinds(cfg: PretrainConfig, hybrid: HybridLayout, hardware: Hardware) -
     Raises:
         ConfigError: a kind lacks a feature that a setting asks for, or rejects the settings itself.
     """
+    require_tensor_parallel(hybrid, cfg.parallel.tp, "parallel.tp")
     for feature, setting, value, without in _asked(cfg, hardware):
         require_feature(hybrid, feature, setting, value, without)
     for kind in dict.fromkeys(layer.kind for layer in hybrid.layers):
@@ -48,14 +49,22 @@ def require_feature(hybrid: HybridLayout, feature: Feature, setting: str, value:
         raise ConfigError(setting, value, problem, f"{without.rstrip('.')}, or use {others}.")
 
 
+def require_tensor_parallel(hybrid: HybridLayout, tp: int, setting: str) -> None:
+    """Check that all layers' kinds of attention support `tp` tensor parallel ranks.
+
+    Raises:
+        ConfigError: on `setting`, the name of tp on the command line.
+    """
+    if tp > 1:
+        require_feature(hybrid, Feature.TENSOR_PARALLEL, setting, tp, f"Set {setting}=1")
+    if tp > (groups := hybrid.num_query_groups):
+        require_feature(hybrid, Feature.SHARED_KV_HEADS, setting, tp, f"Set {setting}={groups} or less")
+
+
 def _asked(cfg: PretrainConfig, hardware: Hardware) -> Iterator[tuple[Feature, str, object, str]]:
     """The features that a run's settings ask for: setting, value, and how to do without."""
     parallel, train = cfg.parallel, cfg.train
-    for name, feature in (
-        ("tp", Feature.TENSOR_PARALLEL),
-        ("pp", Feature.PIPELINE_PARALLEL),
-        ("cp", Feature.CONTEXT_PARALLEL),
-    ):
+    for name, feature in (("pp", Feature.PIPELINE_PARALLEL), ("cp", Feature.CONTEXT_PARALLEL)):
         if (ranks := getattr(parallel, name)) > 1:
             yield feature, f"parallel.{name}", ranks, f"Set parallel.{name}=1"
     if parallel.sequence_parallel:

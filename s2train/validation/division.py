@@ -65,11 +65,24 @@ def _check_heads(cfg: PretrainConfig) -> None:
 def check_tensor_parallel(model: ModelConfig, tp: int, setting: str) -> None:
     """Check that `tp` ranks (at least 1) can split each layer.
 
+    With more ranks than KV heads, the same number of ranks shares each KV head.
+
     Raises:
         ConfigError: on `setting`, the name of tp on the command line.
     """
-    for name in ("num_attention_heads", "num_query_groups", "hidden_size", "ffn_hidden_size", "vocab_size"):
+    for name in ("num_attention_heads", "hidden_size", "ffn_hidden_size", "vocab_size"):
         _divides(setting, tp, f"model.{name}", getattr(model, name))
+    heads, groups = model.num_attention_heads, model.num_query_groups
+    rows = (heads + 2 * groups) * (model.head_dim or model.hidden_size // heads)
+    fitting = [n for n in range(1, heads + 1) if heads % n == 0 and rows % n == 0 and 0 in (groups % n, n % groups)]
+    if tp in fitting:
+        return
+    if groups % tp and tp % groups:
+        problem = f"neither divides model.num_query_groups={groups} nor is a multiple of it"
+    else:
+        problem = f"doesn't divide the {rows} rows of the QKV projection, of which ranks that share KV heads hold parts"
+    near = sorted(sorted(fitting, key=lambda n: abs(n - tp))[:4])
+    raise ConfigError(setting, tp, problem, f"Set {setting} to one of {_list(near)}, or change model.num_query_groups.")
 
 
 def _check_pipeline(cfg: PretrainConfig) -> None:

@@ -47,6 +47,7 @@ def config(kind: str, *settings: str, layers: str = "DT") -> PretrainConfig:
     ("feature", "settings", "world_size", "setting"),
     [
         (Feature.TENSOR_PARALLEL, ["parallel.tp=2"], 2, "parallel.tp=2"),
+        (Feature.SHARED_KV_HEADS, ["parallel.tp=4"], 4, "parallel.tp=4"),
         (
             Feature.SEQUENCE_PARALLEL,
             ["parallel.tp=2", "parallel.sequence_parallel=true"],

@@ -51,8 +51,9 @@ MODELS: dict[str, tuple[list[Sequence[Pattern]], int]] = {
     "scattered": ([[Scattered(h) for h in range(4)], [Scattered(h + 4) for h in range(4)]], 2),
 }
 
-# What tensor parallel ranks decode too: dense layers, heads of which one is dense, heads of a group that differ.
-DIVIDED = ("hybrid", "a dense head", "different heads in a group")
+# What tensor parallel ranks decode too: dense layers, heads of which one is dense, heads of a group that differ, one KV
+# head for all ranks.
+DIVIDED = ("hybrid", "a dense head", "different heads in a group", "mqa")
 
 # Settings of each registered pattern, such that some heads drop blocks within NUM_BLOCKS.
 REGISTERED: dict[str, PatternConfig] = {

@@ -117,6 +117,23 @@ def compare(
     }
 
 
+def saved_by_attention(device: torch.device, tp: int) -> dict[str, int]:
+    """Elements of the largest tensor that self attention keeps for the backward pass, if ranks share one KV head."""
+    gpt, _ = build("mqa", device, tp)
+    attention, saved = gpt.decoder.layers[0].self_attention, [0]
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved.append(tensor.untyped_storage().nbytes() // tensor.element_size())
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    attention.register_forward_pre_hook(lambda *_: hooks.__enter__())
+    attention.register_forward_hook(lambda *_: hooks.__exit__())
+    tokens = torch.zeros(2, 4 * BLOCK, dtype=torch.int64, device=device)
+    gpt(tokens, positions_like(tokens), None)
+    return {"largest": max(saved), "stream": tokens.numel() * 64, "all_heads": tokens.numel() * (4 + 2) * 16}
+
+
 def unequal_prompts(device: torch.device) -> dict[str, Any]:
     """Decode sequences in a batch and alone, in float64, so that rounding changes no token."""
     gpt = build("hybrid", device)[0].double()
@@ -321,6 +338,8 @@ def measure_models(device: torch.device, tp: int) -> dict[str, Any]:
     for name in MODELS if tp == 1 else DIVIDED:
         results[name] = compare(name, device, BLOCK + 5, longest, longest, tp)
         results[f"{name} in chunks"] = compare(name, device, 4 * BLOCK + 3, BLOCK, longest, tp)
+    if tp > 1:
+        results["saved"] = saved_by_attention(device, tp)
     if tp == 1:
         for prompt in (1, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK, 5 * BLOCK + 3):
             total = prompt + (1 if prompt in (1, BLOCK) else BLOCK + 2)

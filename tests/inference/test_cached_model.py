@@ -135,6 +135,11 @@ def test_tensor_parallel_ranks_agree_with_the_uncached_forward(tensor_parallel: 
         assert_agrees_on_a_rank(tensor_parallel[model + prefill])
 
 
+def test_ranks_that_share_a_kv_head_keep_only_their_own_heads_for_the_backward(tensor_parallel: Results) -> None:
+    saved = tensor_parallel["saved"]
+    assert 0 < saved["largest"] <= saved["stream"] < saved["all_heads"]
+
+
 def test_sequences_of_a_batch_continue_as_when_decoded_alone(alone: Results) -> None:
     assert alone["unequal_prompts"]["together"] == alone["unequal_prompts"]["alone"]
 

@@ -70,3 +70,17 @@ def test_trains_as_one_process_does(references: dict[str, Path], optimizer: str,
     for (loss, norm), (expected_loss, expected_norm) in zip(found, expected, strict=True):
         assert loss == pytest.approx(expected_loss, rel=TOLERANCE)
         assert norm == pytest.approx(expected_norm, rel=TOLERANCE)
+
+
+def test_ranks_that_share_kv_heads_train_as_one_process_does_which_then_resumes(
+    references: dict[str, Path], tmp_path: Path
+) -> None:
+    """The model has two KV heads. The four ranks take two steps, then one process two more."""
+    start = f"checkpoint.resume={references['distributed'] / 'checkpoints' / 'iter_0000001'}"
+    shared = ["parallel.tp=4", "parallel.sequence_parallel=true", start, "train.exit_step=3"]
+    for arguments, processes in ((shared, 4), ([], 1)):
+        done = pretrain(tmp_path, *settings("distributed"), *arguments, processes=processes)
+        assert done.status == 0, done.err
+    found = [value for pair in trace(tmp_path) for value in pair]
+    assert len(found) == 2 * STEPS
+    assert found == pytest.approx([v for pair in trace(references["distributed"]) for v in pair], rel=TOLERANCE)

@@ -167,9 +167,13 @@ def test_a_checkpoint_without_its_layout_is_rejected(checkpoint: Path) -> None:
 
 
 def test_heads_that_tp_does_not_divide_are_rejected(checkpoint: Path) -> None:
-    with pytest.raises(ConfigError, match=r"tp=4: doesn't divide model\.num_query_groups=2"):
-        read(checkpoint, world_size=4, tp=4)
+    with pytest.raises(ConfigError, match=r"tp=3: doesn't divide model\.num_attention_heads=4"):
+        read(checkpoint, world_size=3, tp=3)
     assert read(checkpoint, world_size=4, tp=2)
+
+
+def test_more_ranks_than_kv_heads_are_accepted(checkpoint: Path) -> None:
+    assert read(checkpoint, world_size=4, tp=4).trained.model.num_query_groups == 2
 
 
 def test_triton_is_accepted_on_a_gpu(checkpoint: Path) -> None:

@@ -50,12 +50,19 @@ def config(**changes: Any) -> PretrainConfig:
     return cfg
 
 
+TWELVE_HEADS = {"model__num_attention_heads": 12, "model__hidden_size": 384, "model__vocab_size": 1032}
 # What is wrong: changes, processes, the setting that the error names, and what its remedy says.
 DIVISION: dict[str, tuple[dict[str, Any], int, str, str]] = {
     "one process, tp 2": ({"parallel__tp": 2}, 1, "parallel.tp", "--nproc-per-node 2"),
     "six processes, pp 4": ({"parallel__pp": 4}, 6, "parallel.pp", "--nproc-per-node 4"),
     "heads by tp": ({"parallel__tp": 3}, 3, "parallel.tp", "model.num_attention_heads"),
-    "KV heads by tp": ({"parallel__tp": 8}, 8, "parallel.tp", "1, 2, 4"),
+    "KV heads by tp": ({"parallel__tp": 4, "model__num_query_groups": 6} | TWELVE_HEADS, 4, "parallel.tp", "2, 3, 6"),
+    "rows of shared KV heads by tp": (
+        {"parallel__tp": 12, "model__head_dim": 16} | TWELVE_HEADS,
+        12,
+        "parallel.tp",
+        "1, 2, 4, or change model.num_query_groups",
+    ),
     "vocabulary by tp": ({"parallel__tp": 4, "model__vocab_size": 1022}, 4, "parallel.tp", "vocab_size"),
     "ffn by tp": ({"parallel__tp": 4, "model__ffn_hidden_size": 770}, 4, "parallel.tp", "ffn_hidden_size"),
     "hidden by heads": ({"model__hidden_size": 260}, 1, "model.num_attention_heads", "model.head_dim"),
