@@ -13,6 +13,8 @@ from s2train.kernels.dispatch import kernels_in_use
 from s2train.kernels.flash4 import fa4_attention
 from s2train.kernels.layout import BlockLayout
 from s2train.megatron.context_parallel.attention import attend_after_exchange, attend_gathered, attend_overlapped
+from s2train.megatron.context_parallel.document_exchange import attend_documents_exchanged
+from s2train.megatron.context_parallel.documents import DividedDocuments, attend_documents_gathered
 from s2train.megatron.core_attention import CausalCoreAttention
 
 
@@ -31,14 +33,45 @@ class BlockCoreAttention(CausalCoreAttention):
 
         Layouts restart too.
         """
+        if isinstance(packed, DividedDocuments):
+            return self.attend_divided_documents(query, key, value, packed)
         if packed.qkv_format != "sbhd" or self.kv is not None or self.cp_group.size() > 1:
-            raise NotImplementedError("packed documents come as packed_documents makes them, to train, without cp")
+            raise NotImplementedError("packed documents come as packed_documents or divided_documents makes them")
         layout = self.cache.get(self.layer_layout, key.shape[0], self.heads, query.device)
         parts = []
         # the op takes one packed sequence; q, k and v of a single sequence are read in place
         for q, k, v, bounds in zip(*(x.split(1, dim=1) for x in (query, key, value)), packed.cu_seqlens_q, strict=True):
             parts.append(self.attend_document(q, k, v, layout, bounds))
         return torch.cat(parts, dim=1)
+
+    def attend_divided_documents(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, documents: DividedDocuments
+    ) -> torch.Tensor:
+        """Compute attention within documents of this context parallel rank's two chunks.
+
+        All keys are gathered.
+        """
+        layout = self._layout_of(documents, query.device)
+
+        def later(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, query_offset: int) -> torch.Tensor:
+            return self.attend_later(q, k, v, layout, query_offset)
+
+        def begun(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
+            return self.attend_document(q, k, v, layout, bounds)
+
+        return attend_documents_gathered(later, begun, query, key, value, documents, self.cp_group)
+
+    def attend_later(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: BlockLayout, query_offset: int
+    ) -> torch.Tensor:
+        """Compute attention as `attend`, with a layout that may be of a longer sequence."""
+        out = self.attend_by_layout(query, key, value, layout, query_offset, return_lse=False)
+        assert isinstance(out, torch.Tensor)
+        return out
+
+    def _layout_of(self, documents: DividedDocuments, device: torch.device) -> BlockLayout:
+        assert documents.max_seqlen_q is not None
+        return self.cache.get(self.layer_layout, documents.max_seqlen_q, self.heads, device)
 
     def attend_document(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: BlockLayout, bounds: torch.Tensor
@@ -102,12 +135,17 @@ class DenseCoreAttention(BlockCoreAttention):
         self._chosen: dict[tuple[Any, ...], DenseChoice] = {}
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, query_offset: int) -> torch.Tensor:
+        return self.attend_later(query, key, value, None, query_offset)
+
+    def attend_later(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: BlockLayout | None, query_offset: int
+    ) -> torch.Tensor:
         implementation = "auto"
         if query.shape[0] > 1 and (query.is_cuda or self.implementation == "s2train"):
             kind: Kind = "whole" if query.shape[0] == key.shape[0] else "later"
             implementation = self.choose(kind, query, key, value, query_offset).implementation
             if implementation == "s2train":
-                layout = self.full_layout(key)
+                layout = self.full_layout(key) if layout is None else layout
                 out = self.attend_by_layout(query, key, value, layout, query_offset, return_lse=False)
                 assert isinstance(out, torch.Tensor)
                 return out
@@ -200,6 +238,21 @@ class SparseCoreAttention(BlockCoreAttention):
         layout = self.layout(key.shape[0] * self.cp_group.size(), query.device)
         attend = attend_overlapped if self.cp_exchange == "overlapped" else attend_after_exchange
         return attend(self.attend_by_layout, query, key, value, layout, self.cp_group)
+
+    def attend_divided_documents(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, documents: DividedDocuments
+    ) -> torch.Tensor:
+        if self.cp_exchange == "gather":
+            return super().attend_divided_documents(query, key, value, documents)
+        layout = self._layout_of(documents, query.device)
+
+        def begun(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
+            return self.attend_document(q, k, v, layout, bounds)
+
+        return attend_documents_exchanged(
+            self.attend_by_layout, begun, query, key, value, layout, documents, self.cp_group,
+            overlapped=self.cp_exchange == "overlapped",
+        )  # fmt: skip
 
     def layout(self, seq_length: int, device: torch.device) -> BlockLayout:
         """Return the layout of this rank's heads over `seq_length` tokens."""

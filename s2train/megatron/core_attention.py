@@ -204,7 +204,8 @@ class CausalCoreAttention(KindWeights, MegatronModule):
             key, value: [s_k, b, KV heads of this rank, d], not expanded. Without context parallel the last query is at
                 the last key's position, so that a chunk may follow cached keys.
             attention_mask, attn_mask_type: ignored; attention is causal, as its kind says.
-            packed_seq_params: as made by `packed_documents`; attention then restarts in each document.
+            packed_seq_params: as made by `packed_documents`, or under context parallel by `divided_documents`.
+                Attention then restarts in each document.
         Returns:
             [s_q, b, heads / tp · d].
         """
@@ -231,7 +232,10 @@ class CausalCoreAttention(KindWeights, MegatronModule):
     def attend_documents(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedSeqParams
     ) -> torch.Tensor:
-        """Compute attention within each document of sequences [s, b, h, d]."""
+        """Compute attention within each document of sequences [s, b, h, d].
+
+        Under context parallel `packed` is a `DividedDocuments`, for a kind whose features promise both.
+        """
         raise self._missing("packed documents")
 
     def attend_across_ranks(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

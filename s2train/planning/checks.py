@@ -49,7 +49,6 @@ def check(cfg: PretrainConfig, world_size: int, hardware: Hardware) -> Plan:
         ConfigError: a setting is out of range, sizes don't divide, no head sees some blocks, or memory is too small.
     """
     check_values(cfg)
-    check_documents(cfg)
     check_parts(cfg)
     check_division(cfg, world_size)
     _check_profiled_ranks(cfg, world_size)
@@ -81,18 +80,6 @@ def _check_profiled_ranks(cfg: PretrainConfig, world_size: int) -> None:
         raise ConfigError("profile.ranks", cfg.profile.ranks, problem, f"Set profile.ranks={kept}.")
 
 
-def check_documents(cfg: PretrainConfig) -> None:
-    """Check that attention can be limited to documents, if set.
-
-    Raises:
-        ConfigError: context parallel splits documents.
-    """
-    if cfg.data.attention_within_documents and cfg.parallel.cp > 1:
-        problem = f"parallel.cp={cfg.parallel.cp} splits a sequence, and with it documents, over ranks"
-        remedy = "Set parallel.cp=1, or data.attention_within_documents=false."
-        raise ConfigError("data.attention_within_documents", True, problem, remedy)
-
-
 def check_attention_backend(name: str, hardware: Hardware) -> None:
     """Check that a backend of the attention op can run on `hardware`.
 
@@ -112,7 +99,6 @@ def preview(cfg: PretrainConfig, world_size: int, hardware: Hardware) -> Plan:
         ConfigError: as `check`, except for memory and the number of ranks.
     """
     check_values(cfg)
-    check_documents(cfg)
     check_parts(cfg)
     if cfg.plan.device is not None:
         check_target(cfg, hardware)

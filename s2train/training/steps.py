@@ -6,10 +6,12 @@ from functools import partial
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch.profiler import record_function
 
 from s2train.config import PretrainConfig
+from s2train.megatron.context_parallel.documents import divided_documents
 from s2train.megatron.core_attention import packed_documents
 from s2train.training.batches import Batch
 from s2train.training.loss_by_position import position_bins, sum_by_position
@@ -52,9 +54,18 @@ def forward_step(
         batch = next(batches)
     tokens, packed = batch["tokens"], {}
     if "documents" in batch:
-        packed["packed_seq_params"] = packed_documents(batch["documents"], tokens.shape[1])
+        packed["packed_seq_params"] = _documents(batch)
     losses = model(tokens, batch["position_ids"], None, labels=batch["labels"], **packed)
     return losses, partial(token_loss, batch["loss_mask"], edges)
+
+
+def _documents(batch: Batch) -> PackedSeqParams:
+    tokens, bounds = batch["tokens"], batch["documents"]
+    size = parallel_state.get_context_parallel_world_size()
+    if size == 1:
+        return packed_documents(bounds, tokens.shape[1])
+    rank = parallel_state.get_context_parallel_rank()
+    return divided_documents(bounds, tokens.shape[1] * size, rank, size, tokens.device)
 
 
 def run_step(

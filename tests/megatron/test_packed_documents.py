@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.program import error_line, metrics, pretrain, run
+from tests.program import metrics, pretrain, run
 
 pytestmark = [pytest.mark.slow]
 
@@ -60,6 +60,8 @@ def trace(run_dir: Path) -> list[float]:
         ),
         (2, ["parallel.pp=2", "parallel.vpp=2"]),
         (0, ["train.recompute=full", "train.micro_batch_size=4"]),
+        (2, ["parallel.cp=2", "train.recompute=full"]),
+        (2, ["parallel.cp=2", "parallel.cp_exchange=gather"]),
     ],
 )
 def test_trains_as_one_process_does(folder: Path, processes: int, arguments: list[str], tmp_path: Path) -> None:
@@ -78,11 +80,3 @@ def test_is_another_loss_than_that_of_attention_across_documents(folder: Path, t
     # by the largest of all: of untrained models a single loss can be the same to five digits by chance
     apart = [abs(a / b - 1) for a, b in zip(trace(tmp_path), trace(folder / "alone"), strict=True)]
     assert max(apart) > 1e-4
-
-
-def test_context_parallel_is_refused(tmp_path: Path) -> None:
-    refused = pretrain(tmp_path, "data.attention_within_documents=true", "parallel.cp=2", processes=0)
-    assert refused.status == 2
-    line = error_line(refused)
-    assert "data.attention_within_documents=True: parallel.cp=2" in line
-    assert "Set parallel.cp=1, or data.attention_within_documents=false" in line

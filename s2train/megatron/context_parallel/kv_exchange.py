@@ -1,8 +1,9 @@
-"""Exchange key and value blocks, and their gradients, in the background.
+"""Exchange keys and values, and their gradients, in the background.
 
-Blocks go to the ranks whose queries keep them; gradients go back.
+They go to the ranks whose queries read them; gradients go back.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,18 +14,39 @@ from torch.autograd.function import once_differentiable
 from s2train.megatron.context_parallel.exchange_plan import ExchangePlan
 
 
-class KVExchange:
+class Exchange(ABC):
     """Exchange of one layer, with at most one collective in progress.
 
-    Forward: call `send`, compute anything else, call `receive`. In the backward, gradients of received blocks are sent
+    Forward: call `send`, compute anything else, call `receive`. In the backward, gradients of received keys are sent
     as soon as they are known and awaited when the keys' gradients are needed. The work between `send` and `receive`
     hides both exchanges. For autograd an empty tensor links `send` to `receive`, because data in transit can't be used
     in a computation.
+
+    Args:
+        sent_counts, received: rows that go to and come from each rank.
     """
 
-    def __init__(self, plan: ExchangePlan, block_size: int, group: torch.distributed.ProcessGroup) -> None:
-        self.plan, self.block_size, self._group = plan, block_size, group
+    def __init__(
+        self, sent_counts: Sequence[int], received: Sequence[int], group: torch.distributed.ProcessGroup
+    ) -> None:
+        self.sent_counts, self.received, self._group = sent_counts, received, group
         self._under_way: tuple[torch.distributed.Work, Tensor, Tensor] | None = None
+
+    @abstractmethod
+    def packed(self, x: Tensor) -> Tensor:
+        """Return the rows to send of own keys or values [s / cp, b, H_kv, d], ordered by receiver."""
+
+    @abstractmethod
+    def add(self, total: Tensor, packed: Tensor) -> None:
+        """Add gradients of sent rows to `total`, shaped as `packed` takes it, receiver by receiver."""
+
+    @abstractmethod
+    def unpacked(self, packed: Tensor) -> Tensor:
+        """Place received rows, ordered by sender."""
+
+    @abstractmethod
+    def repacked(self, x: Tensor) -> Tensor:
+        """Return the rows of the gradient of what `unpacked` returns: its transpose."""
 
     def send(self, key: Tensor, value: Tensor) -> Tensor:
         """Start sending this rank's keys and values [s / cp, b, H_kv, d].
@@ -34,10 +56,7 @@ class KVExchange:
         return _Send.apply(key, value, self)
 
     def receive(self, token: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-        """Return other ranks' keys (of dimension `dim`) and values.
-
-        Their shape is [slots · block_size, b, H_kv, …]; unfilled slots are 0.
-        """
+        """Return received keys (of dimension `dim`) and values, as `unpacked` places them."""
         return _Receive.apply(token, dim, self)
 
     def start(self, packed: Tensor, sent: Sequence[int], received: Sequence[int]) -> None:
@@ -57,59 +76,77 @@ class KVExchange:
         self._under_way = None
         return result
 
+
+class KVExchange(Exchange):
+    """Exchange of blocks of whole sequences.
+
+    Received keys and values are [slots · block_size, b, H_kv, …]; unfilled slots are 0.
+    """
+
+    def __init__(self, plan: ExchangePlan, block_size: int, group: torch.distributed.ProcessGroup) -> None:
+        super().__init__(plan.sent_counts, plan.received, group)
+        self.plan, self.block_size = plan, block_size
+
     def blocks(self, x: Tensor) -> Tensor:
         """View [s, b, H_kv, d] as [H_kv, blocks, b, block_size, d]."""
         return x.unflatten(0, (-1, self.block_size)).permute(3, 0, 2, 1, 4)
 
+    def packed(self, x: Tensor) -> Tensor:
+        heads, blocks = (torch.cat(parts) for parts in zip(*self.plan.sent, strict=True))
+        return self.blocks(x)[heads, blocks]
+
+    def add(self, total: Tensor, packed: Tensor) -> None:
+        blocks = self.blocks(total)
+        for where, of_rank in zip(self.plan.sent, packed.split(self.plan.sent_counts), strict=True):
+            blocks[where] += of_rank
+
+    def unpacked(self, packed: Tensor) -> Tensor:
+        plan, num_kv_heads = self.plan, len(self.plan.columns)
+        shape = (plan.slots * self.block_size, packed.shape[1], num_kv_heads, packed.shape[-1])
+        # kernels read partly masked tiles: unfilled slots must be finite
+        full = len(packed) == num_kv_heads * plan.slots
+        result = packed.new_empty(shape) if full else packed.new_zeros(shape)
+        self.blocks(result)[plan.heads, plan.places] = packed
+        return result
+
+    def repacked(self, x: Tensor) -> Tensor:
+        return self.blocks(x)[self.plan.heads, self.plan.places]
+
 
 class _Send(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, key: Tensor, value: Tensor, exchange: KVExchange) -> Tensor:
+    def forward(ctx: Any, key: Tensor, value: Tensor, exchange: Exchange) -> Tensor:
         ctx.exchange, ctx.shapes = exchange, (key.shape, value.shape)
-        plan = exchange.plan
-        heads, blocks = (torch.cat(parts) for parts in zip(*plan.sent, strict=True))
-        packed = torch.cat([exchange.blocks(x)[heads, blocks] for x in (key, value)], dim=-1)
-        exchange.start(packed, plan.sent_counts, plan.received)
+        packed = torch.cat([exchange.packed(x) for x in (key, value)], dim=-1)
+        exchange.start(packed, exchange.sent_counts, exchange.received)
         return key.new_empty(0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor, Tensor, None]:
-        exchange = ctx.exchange
-        packed, plan = exchange.wait(), exchange.plan
+        packed = ctx.exchange.wait()
         parts = packed.split([shape[-1] for shape in ctx.shapes], dim=-1)
         gradients = []
         for shape, part in zip(ctx.shapes, parts, strict=True):
             # summed in rank order, so that every run gives the same bits
             total = packed.new_zeros(shape, dtype=torch.promote_types(packed.dtype, torch.float32))
-            blocks = exchange.blocks(total)
-            for where, of_rank in zip(plan.sent, part.split(plan.sent_counts), strict=True):
-                blocks[where] += of_rank
+            ctx.exchange.add(total, part)
             gradients.append(total.to(packed.dtype))
         return gradients[0], gradients[1], None
 
 
 class _Receive(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, _: Tensor, dim: int, exchange: KVExchange) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, _: Tensor, dim: int, exchange: Exchange) -> tuple[Tensor, Tensor]:
         ctx.exchange = exchange
-        packed, plan = exchange.wait(), exchange.plan
-        num_kv_heads = len(plan.columns)
-        results = []
-        for part in packed.split([dim, packed.shape[-1] - dim], dim=-1):
-            shape = (plan.slots * exchange.block_size, packed.shape[1], num_kv_heads, part.shape[-1])
-            # kernels read partly masked tiles: unfilled slots must be finite
-            full = len(packed) == num_kv_heads * plan.slots
-            result = packed.new_empty(shape) if full else packed.new_zeros(shape)
-            exchange.blocks(result)[plan.heads, plan.places] = part
-            results.append(result)
-        return results[0], results[1]
+        packed = exchange.wait()
+        key, value = (exchange.unpacked(part) for part in packed.split([dim, packed.shape[-1] - dim], dim=-1))
+        return key, value
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        exchange, plan = ctx.exchange, ctx.exchange.plan
-        where = (plan.heads, plan.places)
-        packed = torch.cat([exchange.blocks(gradient)[where] for gradient in gradients], dim=-1)
-        exchange.start(packed, plan.received, plan.sent_counts)
+        exchange = ctx.exchange
+        packed = torch.cat([exchange.repacked(gradient) for gradient in gradients], dim=-1)
+        exchange.start(packed, exchange.received, exchange.sent_counts)
         return packed.new_empty(0), None, None
