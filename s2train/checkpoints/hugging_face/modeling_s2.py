@@ -8,13 +8,15 @@ Stands alone: it needs torch, and safetensors to load weights. Without transform
 
 With transformers 4.48 to 5.24: `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`.
 
-Attention is computed by torch with masks, for correctness everywhere; it does not skip what is masked. Documents start
-at position 0: pad on the right, and don't generate from padded prompts.
+On a GPU where s2train is installed, attention runs by its kernels, which skip the blocks that a head drops. Elsewhere
+torch computes it with masks and skips nothing. `set_attention` chooses one of them. Documents start at position 0, or
+after padding on the left: then pass the attention mask.
 """
 
 import base64
 import json
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,6 +33,11 @@ try:
 except ImportError:
     PretrainedConfig, GenerationMixin, Output = object, object, SimpleNamespace
     PreTrainedModel, DynamicCache, _CACHE = nn.Module, None, "past_key_values"
+
+try:
+    from s2train.kernels import BlockLayout, block_sparse_attention
+except ImportError:
+    BlockLayout = block_sparse_attention = None
 
 _ROWS = 256  # queries that attend at once, which bounds the masks' memory
 
@@ -125,6 +132,42 @@ def token_mask(patterns: list, heads: list, block_size: int, first: int, stop: i
     return kept[[names.index(head) for head in heads]]
 
 
+class Kernels:
+    """Whether s2train's kernels compute attention, and the layouts that they read.
+
+    Attributes:
+        choice: "auto", "kernels" or "masks"; see `set_attention`.
+    """
+
+    def __init__(self, config: S2Config) -> None:
+        self.choice = "auto"
+        self._config = config
+        self._layouts: dict[Any, Any] = {}
+
+    def runs_on(self, device: torch.device) -> bool:
+        if self.choice == "auto":
+            return BlockLayout is not None and device.type == "cuda"
+        return self.choice == "kernels"
+
+    def layout(self, layer: int, length: int, device: torch.device) -> Any:
+        """The kernels' layout of a layer's heads, for `length` tokens or more. Layers with equal heads share one."""
+        layout = self._config.layout
+        heads, size = layout["layers"][layer], layout["block_size"]
+        names = sorted(set(heads))
+        patterns = [layout["patterns"][name] for name in names]
+        needed = -(-length // size)
+        most = min((pattern["num_blocks"] for pattern in patterns if pattern["kind"] == "mask"), default=1 << 62)
+        if needed > most:
+            raise ValueError(f"the layout's masks end at {most} blocks: shorten the sequence")
+        key = (tuple(heads), device)
+        if key not in self._layouts or self._layouts[key].num_query_blocks < needed:
+            blocks = min(1 << (needed - 1).bit_length(), most)
+            rules = [partial(keeps, pattern) for pattern in patterns]
+            of_heads = [names.index(head) for head in heads]
+            self._layouts[key] = BlockLayout.from_rule(rules, of_heads, size, blocks, blocks, device=device)
+        return self._layouts[key]
+
+
 class Cache:
     """Keys and values of all layers so far, as transformers' DynamicCache has them."""
 
@@ -150,17 +193,17 @@ class RMSNorm(nn.RMSNorm):
 class Attention(nn.Module):
     """Grouped-query attention over the blocks that each head keeps."""
 
-    def __init__(self, config: S2Config, layer: int) -> None:
+    def __init__(self, config: S2Config, layer: int, kernels: Kernels) -> None:
         super().__init__()
-        self.config, self.layer = config, layer
+        self.config, self.layer, self.kernels = config, layer, kernels
         queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Any) -> Tensor:
-        """x: [b, s, hidden]; cos, sin: [s, dimensions that turn]."""
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Any, padding: list[int] | None) -> Tensor:
+        """x: [b, s, hidden]; cos, sin: [s or b, 1, s, dimensions that turn]; padding: on the left, of each sequence."""
         q, k, v = (
             projection(x).unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
@@ -172,13 +215,30 @@ class Attention(nn.Module):
             if whole is not None and k.shape[2] != whole:
                 problem = f"gives {k.shape[2]} keys back where {whole} are known"
                 raise ValueError(f"{type(cache).__name__} {problem}: use a cache that grows, such as DynamicCache")
-        return self.o_proj(self.attend(q, k, v).transpose(1, 2).flatten(2))
+        return self.o_proj(self.attend_padded(q, k, v, padding).transpose(1, 2).flatten(2))
+
+    def attend_padded(self, q: Tensor, k: Tensor, v: Tensor, padding: list[int] | None) -> Tensor:
+        """As `attend`, of sequences that begin after their padding; its own rows are 0."""
+        if padding is None:
+            return self.attend(q, k, v)
+        out, before = torch.zeros_like(q), k.shape[2] - q.shape[2]
+        for pad in set(padding):
+            of_pad = [number for number, other in enumerate(padding) if other == pad]
+            first = max(pad - before, 0)
+            if first < q.shape[2]:
+                out[of_pad, :, first:] = self.attend(q[of_pad, :, first:], k[of_pad, :, pad:], v[of_pad, :, pad:])
+        return out
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q: [b, heads, s_q, d], at the end of the keys; k, v: [b, KV heads, s_k, d]."""
-        layout, device = self.config.layout, q.device
+        layout, device, size = self.config.layout, q.device, k.shape[2]
         heads, patterns = layout["layers"][self.layer], layout["patterns"]
-        before = k.shape[2] - q.shape[2]
+        before, grouped = size - q.shape[2], k.shape[1] != q.shape[1]
+        if before == 0 and all(patterns[head]["kind"] == "dense" for head in heads):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+        if self.kernels.runs_on(device):
+            kept = self.kernels.layout(self.layer, size, device)
+            return block_sparse_attention(q, k, v, kept, query_offset=before, format="bhsd")
         parts = []
         for first in range(0, q.shape[2], _ROWS):
             rows = q[:, :, first : first + _ROWS]
@@ -186,7 +246,7 @@ class Attention(nn.Module):
             mask = token_mask(patterns, heads, layout["block_size"], before + first, stop, device)
             parts.append(
                 F.scaled_dot_product_attention(
-                    rows, k[:, :, :stop], v[:, :, :stop], attn_mask=mask[None], enable_gqa=k.shape[1] != q.shape[1]
+                    rows, k[:, :, :stop], v[:, :, :stop], attn_mask=mask[None], enable_gqa=grouped
                 )
             )
         return torch.cat(parts, dim=2)
@@ -195,7 +255,7 @@ class Attention(nn.Module):
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding of x [b, heads, s, d] in its first r dimensions: dimension i turns with i + r / 2.
 
-    cos, sin: [s, r].
+    cos, sin: [s, r], or [b, 1, s, r].
     """
     turning, still = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], dim=-1)
     low, high = turning.chunk(2, dim=-1)
@@ -218,15 +278,15 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     """Attention and MLP, each with a norm before it and added to its input."""
 
-    def __init__(self, config: S2Config, layer: int) -> None:
+    def __init__(self, config: S2Config, layer: int, kernels: Kernels) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = Attention(config, layer)
+        self.self_attn = Attention(config, layer, kernels)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Any) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Any, padding: list[int] | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, padding)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -235,45 +295,63 @@ class Decoder(nn.Module):
 
     def __init__(self, config: S2Config) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.kernels = config, Kernels(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config, layer) for layer in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Layer(config, layer, self.kernels) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, input_ids: Tensor, cache: Any, start: int) -> Tensor:
-        """input_ids: [b, s] at positions start, start + 1, …, which is how many tokens `cache` holds."""
+    def forward(self, input_ids: Tensor, cache: Any, start: int, padding: list[int] | None) -> Tensor:
+        """input_ids: [b, s] after the `start` tokens of `cache`; padding: how much of them, on the left."""
         x = self.embed_tokens(input_ids)
         dim = int(self.config.head_dim * self.config.partial_rotary_factor)
         positions = torch.arange(start, start + x.shape[1], device=x.device, dtype=torch.float32)
+        if padding is not None:
+            positions = (positions - positions.new_tensor(padding)[:, None, None]).clamp(min=0)  # [b, 1, s]
         exponents = torch.arange(0, dim, 2, device=x.device, dtype=torch.float32) / dim
-        angles = torch.outer(positions, 1.0 / (self.config.rope_theta**exponents)).repeat(1, 2)
+        angles = positions[..., None] * (1.0 / (self.config.rope_theta**exponents))
+        angles = torch.cat([angles, angles], dim=-1)
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         for layer in self.layers:
-            x = layer(x, cos, sin, cache)
+            x = layer(x, cos, sin, cache, padding)
         return self.norm(x)
 
 
-def _check_mask(mask: Any) -> None:
-    """Padding at the end only: anywhere else tokens would be shifted against the layout, or see what is padding."""
+def _left_padding(mask: Any, cache: Any, start: int, size: int) -> list[int] | None:
+    """How much of each sequence is padding on the left; None: nowhere any.
+
+    Padding on the right is ignored. Between tokens it would shift them against the layout.
+    """
     if mask is None:
-        return
+        if getattr(cache, "s2_padded", False):
+            raise ValueError("the cache holds padded sequences: pass the attention_mask of all tokens")
+        return None
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         raise ValueError("the layout makes the mask: pass none, or one of [b, s], and a cache that grows")
+    if mask.shape[1] != start + size:
+        raise ValueError(f"attention_mask has {mask.shape[1]} columns for {start} cached and {size} new tokens")
     kept = mask != 0
-    if not bool((kept[:, :-1] >= kept[:, 1:]).all()) or not bool(kept[:, :1].all()):
-        raise ValueError("padded before a token, which would shift the layout: pad on the right, and not in a prompt")
+    begins = kept & ~F.pad(kept, (1, 0))[:, :-1]
+    if not bool((begins.sum(1) == 1).all()):
+        raise ValueError("padded between tokens, or nothing but padding: pad at the ends of each sequence")
+    padding = begins.int().argmax(1).tolist()
+    if not any(padding):
+        return None
+    if cache is not None:
+        cache.s2_padded = True
+    return padding
 
 
-def _check_positions(positions: Tensor | None, start: int, input_ids: Tensor, mask: Tensor | None) -> None:
-    """Whether [s] or [b, s] positions are those that this model counts itself, where the mask keeps a token."""
+def _check_positions(positions: Tensor | None, first: list[int], input_ids: Tensor, mask: Tensor | None) -> None:
+    """Whether [s] or [b, s] positions count up from `first` of each sequence, where the mask keeps a token."""
     if positions is None:
         return
     size = input_ids.shape[1]
-    same = positions == torch.arange(start, start + size, device=positions.device)
+    expected = torch.tensor(first, device=positions.device)[:, None] + torch.arange(size, device=positions.device)
+    same = positions == expected
     if mask is not None:
         same = same | (mask[:, -size:] == 0)
     if not bool(same.all()):
-        raise ValueError(f"position_ids other than {start}, {start + 1}, …: documents start at 0 and have no gaps")
+        raise ValueError(f"position_ids other than {first[0]}, {first[0] + 1}, …: documents have no gaps")
 
 
 class S2ForCausalLM(PreTrainedModel, GenerationMixin):
@@ -306,6 +384,19 @@ class S2ForCausalLM(PreTrainedModel, GenerationMixin):
         model.load_state_dict(weights, assign=True)
         return model.eval()
 
+    def set_attention(self, choice: str) -> None:
+        """Choose what computes attention.
+
+        Args:
+            choice: "kernels": s2train's, which skip what a head drops (on a CPU only for tests); "masks": torch's own
+                attention with masks; "auto": kernels on a GPU where s2train is installed, else masks.
+        """
+        if choice not in ("auto", "kernels", "masks"):
+            raise ValueError(f"attention must be auto, kernels or masks, got {choice!r}")
+        if choice == "kernels" and BlockLayout is None:
+            raise ValueError("s2train is not installed: pip install it, or choose masks")
+        self.model.kernels.choice = choice
+
     def get_input_embeddings(self) -> nn.Module:
         return self.model.embed_tokens
 
@@ -332,7 +423,7 @@ class S2ForCausalLM(PreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: int64 [b, s], those after what the cache holds.
-            attention_mask: 0 where padded, at the right only, which needs no masking.
+            attention_mask: 0 where padded, at the ends of a sequence; [b, s], with the cached tokens before.
             past_key_values, cache: keys and values so far, by the name that transformers has until 5.23 or from 5.24
                 on; one that grows, such as DynamicCache.
             use_cache: make a cache where none is given.
@@ -349,10 +440,10 @@ class S2ForCausalLM(PreTrainedModel, GenerationMixin):
         if inputs_embeds is not None or return_dict is False or output_attentions or output_hidden_states:
             raise ValueError("it takes input_ids alone, and returns logits, loss and cache by name, nothing else")
         start = int(cache.get_seq_length()) if cache is not None else 0
-        _check_mask(attention_mask)
-        for positions in (position_ids, cache_position):
-            _check_positions(positions, start, input_ids, attention_mask)
-        hidden = self.model(input_ids, cache, start)
+        padding = _left_padding(attention_mask, cache, start, input_ids.shape[1])
+        _check_positions(position_ids, [start - pad for pad in padding or [0]], input_ids, attention_mask)
+        _check_positions(cache_position, [start], input_ids, attention_mask)
+        hidden = self.model(input_ids, cache, start, padding)
         if logits_to_keep:
             hidden = hidden[:, -logits_to_keep:]
         logits = F.linear(hidden, self.model.embed_tokens.weight) if self.config.tie_word_embeddings else None

@@ -21,9 +21,12 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, max_length: int) -> None
         shutil.copyfile(tokenizer.name, folder / TOKENIZER)
     else:
         (folder / TOKENIZER).write_text(byte_tokenizer().to_str(pretty=True) + "\n")
+    end = hf.Tokenizer.from_file(str(folder / TOKENIZER)).id_to_token(tokenizer.eod)
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": hf.Tokenizer.from_file(str(folder / TOKENIZER)).id_to_token(tokenizer.eod),
+        "eos_token": end,
+        "pad_token": end,
+        "padding_side": "left",  # of a batch of prompts
         "model_max_length": max_length,
         "clean_up_tokenization_spaces": False,  # decoded text would lose spaces before punctuation
     }

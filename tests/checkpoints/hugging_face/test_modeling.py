@@ -87,8 +87,9 @@ class FixedCache(Cache):
         ({"cache": Cache(), "past_key_values": Cache()}, "two caches"),
         ({"cache": FixedCache()}, "FixedCache gives 30 keys back where 21 are known: use a cache that grows"),
         ({"attention_mask": torch.ones(2, 1, PROMPT, PROMPT)}, "the layout makes the mask"),
-        ({"attention_mask": (torch.arange(PROMPT) > 0).expand(2, -1)}, "padded before a token"),
-        ({"attention_mask": (torch.arange(PROMPT) != 7).expand(2, -1)}, "padded before a token"),
+        ({"attention_mask": (torch.arange(PROMPT) != 7).expand(2, -1)}, "padded between tokens"),
+        ({"attention_mask": torch.zeros(2, PROMPT)}, "nothing but padding"),
+        ({"attention_mask": torch.ones(2, PROMPT + 1)}, "22 columns for 0 cached and 21 new tokens"),
         ({"position_ids": torch.arange(1, PROMPT + 1)[None]}, "position_ids other than 0, 1"),
         ({"cache_position": torch.arange(5, PROMPT + 5)}, "position_ids other than 0, 1"),
         ({"inputs_embeds": torch.ones(2, PROMPT, 32)}, "takes input_ids alone"),
@@ -115,6 +116,104 @@ def test_what_says_what_holds_anyway_changes_nothing(model: S2ForCausalLM, token
     torch.testing.assert_close(model(tokens, logits_to_keep=4).logits, output.logits[:, -4:])
 
 
+def padded(parts: list[Tensor], value: int = 0) -> tuple[Tensor, Tensor]:
+    """Tokens [b, s] padded on the left, and their mask."""
+    size = max(len(part) for part in parts)
+    pads = [size - len(part) for part in parts]
+    tokens = torch.stack([torch.nn.functional.pad(p, (n, 0), value=value) for p, n in zip(parts, pads, strict=True)])
+    return tokens, (torch.arange(size) >= torch.tensor(pads)[:, None]).long()
+
+
+@torch.no_grad()
+def test_a_sequence_after_padding_on_the_left_is_as_alone(model: S2ForCausalLM) -> None:
+    lengths = [PROMPT, *torch.randint(1, PROMPT, (3,)).tolist()]
+    parts = [torch.randint(0, VOCABULARY, (length,)) for length in lengths]
+    tokens, mask = padded(parts)
+    first = PROMPT - 4  # a shorter part is all padding so far
+    cache = Cache()
+    if all(length > 4 for length in lengths):
+        found = torch.cat(
+            [
+                model(tokens[:, :first], attention_mask=mask[:, :first], cache=cache).logits,
+                model(tokens[:, first:-1], attention_mask=mask[:, :-1], cache=cache).logits,
+                model(tokens[:, -1:], attention_mask=mask, cache=cache).logits,
+            ],
+            dim=1,
+        )
+    else:
+        found = model(tokens, attention_mask=mask).logits
+    for logits, part in zip(found, parts, strict=True):
+        torch.testing.assert_close(logits[-len(part) :], model(part[None]).logits[0])
+
+
+@torch.no_grad()
+def test_a_cache_of_padded_sequences_needs_the_mask(model: S2ForCausalLM) -> None:
+    tokens, mask = padded([torch.arange(9), torch.arange(5)])
+    cache = Cache()
+    model(tokens, attention_mask=mask, cache=cache)
+    with pytest.raises(ValueError, match="pass the attention_mask of all tokens"):
+        model(tokens[:, -1:], cache=cache)
+
+
+PATTERNS: list[dict[str, Any]] = [
+    {"kind": "dense"},
+    {"kind": "local_vertical", "local": 2, "stride": 3, "offset": 1, "sinks": 1},
+    {"kind": "sliding_window", "window": 2, "sinks": 1},
+    {"kind": "global_blocks", "local": 1, "blocks": [0, 3]},
+    {"kind": "dilated", "local": 1, "dilation": 2, "offset": 1, "window": 5},
+    {"kind": "span", "base": 1, "slope": 0.4, "sinks": 0},
+    {"kind": "ranges", "ranges": [[1, 1], [4, 2], [None, 3]], "offset": 0, "sinks": 0},
+    {"kind": "mask", "num_blocks": 8, "bits": "AQMHCREhQYE="},
+]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=lambda pattern: pattern["kind"])
+@torch.no_grad()
+def test_kernels_give_the_logits_of_masks(pattern: dict[str, Any]) -> None:
+    layout = {
+        "block_size": 16,
+        "patterns": [pattern, PATTERNS[1]],
+        "layers": [[0, 0, 0, 0], [0, 1, 0, 0], [1, 0, 1, 0]],
+    }
+    made = S2ForCausalLM(S2Config(**CONFIG | {"layout": layout})).double().eval()
+    for weight in made.parameters():
+        torch.nn.init.normal_(weight, std=0.5)
+    tokens, mask = padded([torch.randint(0, VOCABULARY, (length,)) for length in (113, 66)])
+    results = []
+    for choice in ("masks", "kernels"):
+        made.set_attention(choice)
+        cache, parts = Cache(), []
+        for start, stop in ((0, 79), (79, 112), (112, 113)):
+            output = made(tokens[:, start:stop], attention_mask=mask[:, :stop], cache=cache)
+            parts.append(output.logits)
+        results.append(torch.cat(parts, dim=1) * mask[..., None])
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("choice", ["auto", "masks"])
+def test_kernels_are_not_run_on_a_cpu_unless_chosen(
+    model: S2ForCausalLM, tokens: Tensor, choice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from s2train.checkpoints.hugging_face import modeling_s2
+
+    monkeypatch.setattr(modeling_s2, "block_sparse_attention", None)
+    model.set_attention(choice)
+    model(tokens)
+    model.set_attention("kernels")
+    with pytest.raises(ValueError, match="block_size must be one of"):  # the kernels' own
+        model(tokens)
+
+
+def test_kernels_that_are_not_installed_cannot_be_chosen(model: S2ForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    from s2train.checkpoints.hugging_face import modeling_s2
+
+    monkeypatch.setattr(modeling_s2, "BlockLayout", None)
+    with pytest.raises(ValueError, match="s2train is not installed"):
+        model.set_attention("kernels")
+    with pytest.raises(ValueError, match="auto, kernels or masks"):
+        model.set_attention("triton")
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="transformers isn't installed")
 def test_transformers_generates_with_and_without_a_cache_what_the_model_does(tmp_path: Path) -> None:
@@ -139,4 +238,5 @@ def test_transformers_generates_with_and_without_a_cache_what_the_model_does(tmp
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found.pop("static cache") in ("equal", "refused")
-    assert found == dict.fromkeys(["with a cache", "without", "a cache by hand", "saved again"], "equal")
+    cases = ["with a cache", "without", "a cache by hand", "saved again", "padded", "sampled", "beams"]
+    assert found == dict.fromkeys(cases, "equal")

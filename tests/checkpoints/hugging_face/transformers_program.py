@@ -45,6 +45,23 @@ def main() -> None:
         new = model(new, past_key_values=cache).logits[:, -1:].argmax(-1)
         tokens = torch.cat([tokens, new], dim=1)
     answers["a cache by hand"] = token_text(tokens)
+    # the second sequence, after padding on the left, as alone
+    short = prompt[1:, -23:]
+    batch = torch.cat([prompt[:1], torch.nn.functional.pad(short, (14, 0))])
+    mask = torch.ones_like(batch)
+    mask[1, :14] = 0
+    found = model.generate(batch, **options | {"attention_mask": mask})
+    alone = model.generate(short, **options | {"attention_mask": torch.ones_like(short)})
+    same = torch.equal(found[0], expected[0]) and torch.equal(found[1, 14:], alone[0])
+    answers["padded"] = "equal" if same else "another"
+    sampling = options | {"do_sample": True, "temperature": 1.5}
+    sampled = []
+    for use_cache in (True, False):
+        torch.manual_seed(7)
+        sampled.append(model.generate(prompt, use_cache=use_cache, **sampling))
+    answers["sampled"] = "equal" if torch.equal(*sampled) else "another"
+    beams = [model.generate(prompt, use_cache=use_cache, num_beams=3, **options) for use_cache in (True, False)]
+    answers["beams"] = "equal" if torch.equal(*beams) else "another"
     model.save_pretrained(f"{folder}-again")
     again = AutoModelForCausalLM.from_pretrained(f"{folder}-again", trust_remote_code=True).double().eval()
     answers["saved again"] = token_text(again.generate(prompt, **options))
