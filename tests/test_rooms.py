@@ -20,6 +20,7 @@ ORDER = [
     {"planning"},
     {"megatron"},
     {"checkpoints", "inference"},
+    {"serving"},
     {"needles"},
     {"preparation"},
     {"probes"},

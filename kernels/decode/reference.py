@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from ..layout import BlockLayout
-from .pages import read_tokens
 
 _CACHED_ROWS = 8
 
@@ -29,7 +28,7 @@ def reference_decode(
     batch, num_heads, _ = q.shape
     num_kv_heads, block_size = table.shape[1], keys.shape[1]
     length = max(max(at) + 1, 1)
-    k, v = (read_tokens(pages, table, length) for pages in (keys, values))
+    k, v = (_tokens(pages, table, length) for pages in (keys, values))
     key = torch.arange(length, device=q.device)
     seen = key <= positions[:, None]
     seen &= torch.tensor([p >= 0 for p in at], device=q.device)[:, None]
@@ -48,6 +47,13 @@ def reference_decode(
     out = (weights / total).view(batch, num_kv_heads, -1, length) @ v
     lse = (peak + total.log()).masked_fill(nothing, -torch.inf)
     return out.view(batch, num_heads, -1), lse.squeeze(-1)
+
+
+def _tokens(pages: Tensor, table: Tensor, length: int) -> Tensor:
+    """Read the first `length` tokens of every sequence, as `read_tokens`, and write to no page."""
+    numbers = table[..., : -(-length // pages.shape[1])].long()
+    found = pages[numbers.clamp(min=0)].masked_fill((numbers < 0)[..., None, None], 0)
+    return found.flatten(2, 3)[:, :, :length]
 
 
 def kept_blocks(layout: BlockLayout, query_block: int) -> Tensor:

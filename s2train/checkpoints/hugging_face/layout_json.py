@@ -1,8 +1,11 @@
-"""Write a layout as JSON for `config.json`, which `modeling_s2.py` reads."""
+"""A layout as JSON in `config.json`, which `modeling_s2.py` and `s2train.serving` read."""
 
 import base64
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
+
+import numpy as np
 
 from s2train.attention.hybrid import HybridLayout
 from s2train.layouts.patterns import Dense, Pattern
@@ -13,6 +16,7 @@ from s2train.layouts.patterns.ranges import Ranges
 from s2train.layouts.patterns.span import Span
 from s2train.layouts.patterns.window import GlobalBlocks, SlidingWindow
 
+FORMAT = 1  # of the layout; exports without a number have this one
 _KINDS: dict[type[Pattern], str] = {
     Dense: "dense",
     LocalVertical: "local_vertical",
@@ -32,6 +36,7 @@ def layout_json(hybrid: HybridLayout) -> dict[str, Any]:
     """
     patterns = list(dict.fromkeys(head for layer in hybrid.layers for head in layer.heads))
     return {
+        "format": FORMAT,
         "block_size": hybrid.block_size,
         "patterns": [pattern_json(pattern) for pattern in patterns],
         "layers": [[patterns.index(head) for head in layer.heads] for layer in hybrid.layers],
@@ -50,3 +55,23 @@ def pattern_json(pattern: Pattern) -> dict[str, Any]:
     if type(pattern) not in _KINDS:
         raise NotImplementedError(f"no export of {type(pattern).__name__} yet: add it here and to modeling_s2.py")
     return {"kind": _KINDS[type(pattern)]} | {field.name: getattr(pattern, field.name) for field in fields(pattern)}  # type: ignore[arg-type]
+
+
+def pattern_from_json(data: Mapping[str, Any]) -> Pattern:
+    """Return the pattern that `pattern_json` described.
+
+    A reference pattern comes back as the local_vertical pattern that keeps the same blocks.
+
+    Raises:
+        KeyError: this version does not know the kind.
+    """
+    if data["kind"] == "mask":
+        packed = np.frombuffer(base64.b64decode(data["bits"]), dtype=np.uint8).reshape(data["num_blocks"], -1)
+        mask = np.unpackbits(packed, axis=1, count=data["num_blocks"], bitorder="little").astype(bool)
+        return MaskPattern.of(mask, "config.json", "layout")
+    types = {name: kind for kind, name in _KINDS.items() if kind is not ReferenceVertical}
+    return types[data["kind"]](**{name: _tuples(value) for name, value in data.items() if name != "kind"})
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value

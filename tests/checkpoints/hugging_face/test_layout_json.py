@@ -12,7 +12,7 @@ from s2train.kernels.token_mask import token_mask as true_token_mask
 from s2train.attention.hybrid import HybridLayout
 from s2train.attention.kind import LayerLayout
 from s2train.attention.registry import LETTERS
-from s2train.checkpoints.hugging_face.layout_json import layout_json, pattern_json
+from s2train.checkpoints.hugging_face.layout_json import layout_json, pattern_from_json, pattern_json
 from s2train.checkpoints.hugging_face.modeling_s2 import keeps, token_mask
 from s2train.layouts.patterns import Dense, LocalVertical, Pattern
 from s2train.layouts.patterns.dilated import Dilated
@@ -56,6 +56,17 @@ def test_keeps_what_the_pattern_keeps(name: str) -> None:
         query, key = torch.arange(BLOCKS)[:, None], torch.arange(BLOCKS)[None]
         read = json.loads(json.dumps(pattern_json(pattern)))
         assert torch.equal(keeps(read, query, key), pattern.keep(query, key)), pattern
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_a_pattern_comes_back_from_json(name: str) -> None:
+    pattern: Pattern = PATTERNS[name]()
+    written = json.loads(json.dumps(pattern_json(pattern)))
+    back = pattern_from_json(written)
+    assert pattern_json(back) == pattern_json(pattern)
+    query, key = torch.arange(BLOCKS)[:, None], torch.arange(BLOCKS)[None]
+    assert torch.equal(back.keep(query, key), pattern.keep(query, key))
+    assert name == "mask" or name == "reference" or back == pattern
 
 
 def test_a_layout_has_each_pattern_once_and_every_head_its_own() -> None:

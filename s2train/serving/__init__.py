@@ -1,0 +1,1 @@
+"""Serving in vLLM: an out-of-tree plugin for exports with sparse layers."""

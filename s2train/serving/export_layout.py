@@ -1,0 +1,63 @@
+"""Read the layout of an export's config.json."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from s2train.attention.kind import LayerLayout
+from s2train.attention.registry import LETTERS
+from s2train.checkpoints.hugging_face.layout_json import FORMAT, pattern_from_json
+from s2train.errors import ConfigError
+from s2train.layouts.patterns import Dense, Pattern
+from s2train.layouts.patterns.file import MaskPattern
+
+
+@dataclass(frozen=True)
+class ExportLayout:
+    """What each query head of a model keeps.
+
+    Attributes:
+        block_size: tokens of a block.
+        num_kv_heads: of the whole model.
+        layers: the patterns of each layer's query heads.
+    """
+
+    block_size: int
+    num_kv_heads: int
+    layers: tuple[tuple[Pattern, ...], ...]
+
+    @classmethod
+    def read(cls, config: Mapping[str, Any], name: str) -> "ExportLayout":
+        """Read config.json's content; `name` is the model's, for errors.
+
+        Raises:
+            ConfigError: another version wrote the export, or it has a kind of attention that can't be served.
+        """
+        layout = config.get("layout")
+        remedy = "Export the checkpoint again with this version"
+        if not isinstance(layout, Mapping) or layout.get("format", 1) != FORMAT:
+            found = layout.get("format") if isinstance(layout, Mapping) else None
+            problem = f"its layout has format {found}, and this version of s2train reads format {FORMAT}"
+            raise ConfigError("model", name, problem, remedy)
+        try:
+            patterns = [pattern_from_json(pattern) for pattern in layout["patterns"]]
+            layers = tuple(tuple(patterns[index] for index in heads) for heads in layout["layers"])
+        except (KeyError, TypeError, ValueError) as error:
+            problem = f"vLLM can't serve this kind of attention, or another version wrote it ({error})"
+            raise ConfigError("model", name, problem, remedy) from error
+        return cls(layout["block_size"], config["num_key_value_heads"], layers)
+
+    def is_dense(self, layer: int) -> bool:
+        """Return whether every head of a layer keeps every key."""
+        return all(isinstance(head, Dense) for head in self.layers[layer])
+
+    @property
+    def longest(self) -> int | None:
+        """Return the maximum number of tokens of a sequence, which masks limit; None: no limit."""
+        masks = [head.num_blocks for heads in self.layers for head in heads if isinstance(head, MaskPattern)]
+        return min(masks) * self.block_size if masks else None
+
+
+def layer_layout(heads: tuple[Pattern, ...], block_size: int) -> LayerLayout:
+    """Make a layer of static patterns, to build the kernels' layouts from."""
+    return LayerLayout(LETTERS["S"], heads, block_size)
