@@ -95,8 +95,8 @@ class S2Metadata(AttentionMetadata):
 class S2MetadataBuilder(AttentionMetadataBuilder[S2Metadata]):
     """Reads the sequences' page tables once a step, for all layers of a group.
 
-    Our kernels count pages of one KV head's block: vLLM's page p is the pages 2 · c · p to 2 · c · p + c - 1 of keys, and
-    the next c of values, where c KV heads share it.
+    Our kernels count pages of one KV head's block: where c KV heads share vLLM's page p, it is pages 2cp to 2cp + c - 1
+    of keys and the next c of values.
     """
 
     _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE

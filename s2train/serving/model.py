@@ -81,7 +81,11 @@ def _backend_of_spec(backend: type[AttentionBackend], num_heads: int) -> type[At
     class Builder(builder):
         def __init__(self, spec: AttentionSpec, layers: list[str], config: VllmConfig, device: torch.device) -> None:
             super().__init__(spec, layers, config, device)
-            found = {"num_kv_heads": spec.num_kv_heads, "num_heads_kv": spec.num_kv_heads, "block_size": spec.block_size}
+            found = {
+                "num_kv_heads": spec.num_kv_heads,
+                "num_heads_kv": spec.num_kv_heads,
+                "block_size": spec.block_size,
+            }
             for name, value in (found | {"num_heads": num_heads, "num_heads_q": num_heads}).items():
                 if hasattr(self, name):
                     setattr(self, name, value)

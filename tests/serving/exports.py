@@ -27,7 +27,9 @@ def layers_of(*heads: Sequence[Pattern], block_size: int, num_kv_heads: int) -> 
     return HybridLayout(layers, block_size, num_kv_heads, find_schedule(ScheduleConfig(kind="shifted")))
 
 
-def write_export(folder: Path, layout: HybridLayout, *, length: int = 512, dtype: str = "float32", **changed: Any) -> Path:
+def write_export(
+    folder: Path, layout: HybridLayout, *, length: int = 512, dtype: str = "float32", **changed: Any
+) -> Path:
     """Write config.json and weights, whose greedy tokens don't depend on rounding."""
     num_heads = len(layout.layers[0].bound)
     model = ModelConfig(

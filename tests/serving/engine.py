@@ -1,0 +1,80 @@
+"""vLLM's engine in this process, on a CPU."""
+
+import gc
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+# Before vLLM's first import: one process, no compiling, no network.
+os.environ.update(
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    VLLM_CPU_KVCACHE_SPACE="1",
+    VLLM_CPU_OMP_THREADS_BIND="nobind",
+    VLLM_LOGGING_LEVEL="INFO",
+    VLLM_NO_USAGE_STATS="1",
+    HF_HUB_OFFLINE="1",
+    TORCHDYNAMO_DISABLE="1",
+)
+
+import torch
+from vllm import LLM, SamplingParams
+
+from s2train.checkpoints.hugging_face.modeling_s2 import S2ForCausalLM
+from tests.serving.exports import VOCABULARY
+
+
+class Engine:
+    """An export in vLLM.
+
+    Attributes:
+        scheduler: of vLLM's engine core.
+    """
+
+    def __init__(self, folder: Path, **settings: Any) -> None:
+        defaults = {
+            "skip_tokenizer_init": True,
+            "enforce_eager": True,
+            "dtype": "float32",
+            "max_num_batched_tokens": 40,  # prompts are prefilled in chunks, whose ends no block has
+            "max_num_seqs": 6,
+            "num_gpu_blocks_override": 600,
+        }
+        self.llm = LLM(str(folder), **defaults | settings)
+        self.scheduler = self.llm.llm_engine.engine_core.engine_core.scheduler
+
+    @property
+    def pool(self) -> Any:
+        return self.scheduler.kv_cache_manager.block_pool
+
+    def generate(self, prompts: Sequence[list[int]], count: int, **sampling: Any) -> list[Any]:
+        """Return vLLM's outputs of `count` greedy tokens for each prompt; no page is left in use."""
+        params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, detokenize=False, **sampling)
+        found = self.llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
+        assert self.pool.get_num_free_blocks() == self.pool.num_gpu_blocks - 1  # but the null page
+        return found
+
+    def tokens(self, prompts: Sequence[list[int]], count: int) -> list[list[int]]:
+        return [list(output.outputs[0].token_ids) for output in self.generate(prompts, count)]
+
+
+@contextmanager
+def engine(folder: Path, **settings: Any) -> Iterator[Engine]:
+    """Open an engine; its memory is free afterwards."""
+    opened = Engine(folder, **settings)
+    try:
+        yield opened
+    finally:
+        del opened
+        gc.collect()
+
+
+def random_prompts(*lengths: int) -> list[list[int]]:
+    return [torch.randint(0, VOCABULARY, (length,)).tolist() for length in lengths]
+
+
+def expected_tokens(folder: Path, prompts: Sequence[list[int]], count: int) -> list[list[int]]:
+    """The greedy tokens of the export's own file."""
+    model = S2ForCausalLM.from_folder(str(folder))
+    return [model.greedy(torch.tensor([prompt]), count)[0, len(prompt) :].tolist() for prompt in prompts]

@@ -1,0 +1,72 @@
+"""What can't be served is rejected in one line, before vLLM starts a worker."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from s2train.checkpoints.hugging_face.layout_json import layout_json
+from s2train.errors import ConfigError
+from s2train.layouts.patterns import Dense, LocalVertical
+from s2train.serving.checks import check
+from tests.serving.exports import layers_of
+
+LAYOUT = layout_json(
+    layers_of([Dense()] * 4, [LocalVertical(1, 3, head) for head in range(4)], block_size=256, num_kv_heads=4)
+)
+MASK = {"kind": "mask", "num_blocks": 2, "bits": "AQM="}
+
+
+def config(**changed: Any) -> Any:
+    """What the checks read of vLLM's configuration, with settings changed by name."""
+    names = ("pipeline_parallel_size", "decode_context_parallel_size", "prefill_context_parallel_size")
+    parts: dict[str, dict[str, Any]] = {
+        "parallel_config": {"tensor_parallel_size": 2, **dict.fromkeys(names, 1)},
+        "cache_config": {"cache_dtype": "auto"},
+        "scheduler_config": {"disable_hybrid_kv_cache_manager": None},
+        "hf_config": {"layout": LAYOUT, "num_key_value_heads": 4},
+        "model_config": {"max_model_len": 1024, "model": "runs/export"},
+    }
+    whole = {"speculative_config": None, "kv_transfer_config": None, "kv_events_config": None}
+    for name, value in changed.items():
+        owner = next((part for part in parts.values() if name in part), whole)
+        owner[name] = value
+    made = {name: SimpleNamespace(**part) for name, part in parts.items()}
+    made["model_config"].hf_config = made.pop("hf_config")
+    return SimpleNamespace(**made, **whole)
+
+
+def test_what_can_be_served_passes() -> None:
+    check(config())
+    check(config(tensor_parallel_size=4, cache_dtype="bfloat16", disable_hybrid_kv_cache_manager=False))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"tensor_parallel_size": 3}, "tensor_parallel_size=3: doesn't divide the model's 4 KV heads. Set it"),
+        ({"pipeline_parallel_size": 2}, "pipeline_parallel_size=2: sparse layers are divided by tensor parallel only"),
+        ({"decode_context_parallel_size": 2}, "decode_context_parallel_size=2: sparse layers"),
+        ({"cache_dtype": "fp8"}, "kv_cache_dtype=fp8: sparse layers keep keys and values in the model's dtype"),
+        ({"speculative_config": SimpleNamespace(method="ngram")}, "speculative_config=ngram: sparse layers decode"),
+        ({"disable_hybrid_kv_cache_manager": True}, "disable_hybrid_kv_cache_manager=True: without it vLLM"),
+        ({"kv_transfer_config": SimpleNamespace()}, "kv_transfer_config=SimpleNamespace: pages of sparse layers"),
+        ({"kv_events_config": SimpleNamespace(enable_kv_cache_events=True)}, "kv_events_config=SimpleNamespace: pages"),
+        ({"max_model_len": 1000}, "max_model_len=1000: isn't a multiple of the layout's block of 256"),
+        ({"layout": None}, "model=runs/export: its layout has format None, and this version of s2train reads format 1"),
+        ({"layout": LAYOUT | {"format": 7}}, "model=runs/export: its layout has format 7, and"),
+        (
+            {"layout": LAYOUT | {"patterns": [{"kind": "moba"}] * 5}},
+            "model=runs/export: vLLM can't serve this kind of attention, or another version wrote it ('moba')",
+        ),
+        (
+            {"layout": LAYOUT | {"patterns": [MASK] * 5}},
+            "max_model_len=1024: the layout's masks end at 512 tokens. Set --max-model-len 512 or less",
+        ),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_served_is_rejected_in_one_line(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as rejected:
+        check(config(**changed))
+    assert str(rejected.value).startswith(message)
+    assert "\n" not in str(rejected.value)

@@ -1,0 +1,155 @@
+"""vLLM's tokens are those of the export's own file, and of our engine."""
+
+import json
+import logging
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+from s2train.checkpoints.hugging_face.modeling_s2 import S2ForCausalLM
+from s2train.layouts.patterns import Dense, LocalVertical
+from s2train.layouts.patterns.window import SlidingWindow
+from tests.inference.cached_models import NUM_BLOCKS, REGISTERED, hybrid_of, registered
+from tests.serving.engine import engine, expected_tokens, random_prompts
+from tests.serving.exports import layers_of, write_export
+
+pytestmark = [pytest.mark.slow]
+
+LENGTH = 16 * NUM_BLOCKS
+SPARSE = [LocalVertical(1, 3, head) for head in range(4)]
+DENSE = [Dense()] * 4
+THREE: dict[str, Any] = {"num_kv_heads": 3, "block_size": 16}
+LAYOUTS = {
+    **{name: lambda name=name: registered(name) for name in REGISTERED},
+    **{name: lambda name=name: hybrid_of(name) for name in ("hybrid", "a dense head", "mqa")},
+    "different heads in a group": lambda: hybrid_of("different heads in a group"),
+    "three KV heads": lambda: layers_of([SlidingWindow(2, h) for h in range(6)], DENSE[:1] * 6, **THREE),
+    "blocks of 64": lambda: layers_of(SPARSE, DENSE, SPARSE, num_kv_heads=4, block_size=64),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_tokens_are_those_of_the_exports_own_file(name: str, tmp_path: Path) -> None:
+    layout = LAYOUTS[name]()
+    length = LENGTH if layout.block_size == 16 else 320
+    rotation = random.choice([0.5, 1.0])
+    folder = write_export(tmp_path / "export", layout, length=length, partial_rotary_factor=rotation)
+    size = layout.block_size
+    prompts = random_prompts(1, size - 1, size, size + 1, 3 * size - 1, 3 * size, 3 * size + 1)
+    with engine(folder, max_model_len=length) as served:
+        assert served.tokens(prompts, 2 * size + 3) == expected_tokens(folder, prompts, 2 * size + 3)
+
+
+def test_a_prefix_is_computed_once(tmp_path: Path) -> None:
+    folder = write_export(tmp_path / "export", layers_of(SPARSE, DENSE, SPARSE, num_kv_heads=2, block_size=32))
+    (prefix,) = random_prompts(200)
+    prompts = [
+        prefix,
+        *(prefix[:cut] + more for cut, more in zip((200, 130, 64, 31), random_prompts(40, 3, 1, 9), strict=True)),
+    ]
+    with engine(folder, max_model_len=512, enable_prefix_caching=True) as served:
+        for prompt, hit in zip(prompts, (0, 192, 128, 64, 0), strict=True):
+            (output,) = served.generate([prompt], 20)
+            assert list(output.outputs[0].token_ids) == expected_tokens(folder, [prompt], 20)[0]
+            assert output.num_cached_tokens == hit
+
+
+def test_preempted_sequences_go_on_with_the_same_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_export(tmp_path / "export", layers_of(SPARSE, DENSE, SPARSE, num_kv_heads=2, block_size=32))
+    prompts = random_prompts(60, 90, 33, 70)
+    with engine(folder, max_model_len=256, num_gpu_blocks_override=60, enable_prefix_caching=False) as served:
+        preempted: list[Any] = []
+        preempt = type(served.scheduler)._preempt_request
+        monkeypatch.setattr(
+            type(served.scheduler),
+            "_preempt_request",
+            lambda self, *given: (preempted.append(1), preempt(self, *given))[1],
+        )
+        assert served.tokens(prompts, 120) == expected_tokens(folder, prompts, 120)
+        assert preempted
+
+
+def test_dropped_pages_are_used_by_others_meanwhile(tmp_path: Path) -> None:
+    """More sequences are held at once than pages of everything would allow."""
+    folder = write_export(tmp_path / "export", layers_of([SlidingWindow(1)] * 4, num_kv_heads=2, block_size=16))
+    prompts = random_prompts(*[30] * 6)
+    with engine(folder, max_model_len=512, num_gpu_blocks_override=45, enable_prefix_caching=False) as served:
+        used: list[int] = []
+        take = served.pool.get_new_blocks
+        served.pool.get_new_blocks = lambda count: (take(count), used.append(44 - served.pool.get_num_free_blocks()))[0]
+        assert served.tokens(prompts, 200) == expected_tokens(folder, prompts, 200)
+    pages_of_everything = 6 * 2 * -(-230 // 16)
+    assert max(used) <= 44 < pages_of_everything
+
+
+def test_bf16_is_as_exact_as_the_exports_own_file(tmp_path: Path) -> None:
+    layout = layers_of(SPARSE, DENSE, SPARSE, num_kv_heads=2, block_size=32)
+    folder = write_export(tmp_path / "export", layout, dtype="bfloat16")
+    prompts = random_prompts(100, 33)
+    own = S2ForCausalLM.from_folder(str(folder))
+    exact = S2ForCausalLM.from_folder(str(folder)).double()
+    with engine(folder, max_model_len=512, dtype="bfloat16") as served, torch.no_grad():
+        for prompt, output in zip(prompts, served.generate(prompts, 30, logprobs=8), strict=True):
+            tokens = torch.tensor([prompt + list(output.outputs[0].token_ids)])
+            of_file, of_exact = (
+                m(tokens).logits[0, len(prompt) - 1 : -1].double().log_softmax(-1) for m in (own, exact)
+            )
+            ours = torch.zeros(2, dtype=torch.float64)
+            for position, found in enumerate(output.outputs[0].logprobs):
+                index = torch.tensor(list(found))
+                given = torch.tensor([value.logprob for value in found.values()], dtype=torch.float64)
+                right = of_exact[position, index]
+                ours += torch.stack([(given - right).square().sum(), (of_file[position, index] - right).square().sum()])
+            assert ours[0] < 4 * ours[1]  # squared: at most twice the error
+
+
+def test_the_log_names_what_is_freed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = write_export(tmp_path / "export", layers_of([SlidingWindow(1)] * 4, num_kv_heads=2, block_size=16))
+    logger = logging.getLogger("vllm")
+    logger.addHandler(caplog.handler)
+    try:
+        with engine(folder, max_model_len=160):
+            pass
+    finally:
+        logger.removeHandler(caplog.handler)
+    (line,) = [record.getMessage() for record in caplog.records if "pages are freed" in record.getMessage()]
+    assert (
+        "for each KV head: a sequence of 160 tokens holds at most 2 of 20 pages of its 1 sparse layers (10.0%)" in line
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype=fp8: sparse layers keep"),
+        ({"block_size": 48}, "block_size=48: doesn't divide the layout's block of 32"),
+        ({"tensor_parallel_size": 3}, "tensor_parallel_size=3: doesn't divide the model's 2 KV heads"),
+        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "speculative_config=ngram"),
+    ],
+)
+def test_vllm_rejects_at_load(settings: dict[str, Any], words: str, tmp_path: Path) -> None:
+    folder = write_export(tmp_path / "export", layers_of(SPARSE, num_kv_heads=2, block_size=32))
+    with pytest.raises(ValueError, match=words), engine(folder, max_model_len=256, **settings):
+        pass
+
+
+def test_tokens_are_those_of_our_engine(tmp_path: Path) -> None:
+    pytest.importorskip("megatron.core")
+    folder = write_export(tmp_path / "export", layers_of(SPARSE, DENSE, SPARSE, num_kv_heads=2, block_size=32))
+    prompts = random_prompts(70, 70)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.serving.our_engine_program", str(folder), json.dumps(prompts), "50"],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    with engine(folder, max_model_len=512) as served:
+        assert served.tokens(prompts, 50) == json.loads(done.stdout.splitlines()[-1])
