@@ -3,8 +3,8 @@
 Models have random weights and are composed as for training, such as 7b_hybrid; each runs in a process of its own, in
 vLLM with the same settings. Prompts are random tokens, without prefix caching. The time to the first token is that of
 the second prompt of its length. Output tokens per second are of decoding alone: the time of `--tokens` tokens less the
-time of one. The sequences that fit are those whose keys and values fit vLLM's pages while they decode; `most` is a batch
-of so many.
+time of one. The sequences that fit are those whose keys and values fit vLLM's pages while they decode; a batch of
+`most` has as many.
 """
 
 import argparse

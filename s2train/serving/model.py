@@ -132,7 +132,7 @@ class S2SelfAttention(nn.Module):
         scale = head_dim**-0.5
         if layout.is_dense(layer):
             parts = kv_heads // plan.dense_heads
-            names = [f"{prefix}.attn"] if parts == 1 else [f"{prefix}.attn.{part}" for part in range(parts)]
+            names = [f"{prefix}.attn"] if parts == 1 else [f"{prefix}.attn_{part}" for part in range(parts)]
             self.attn = nn.ModuleList(
                 DenseAttention(heads // parts, head_dim, scale, plan.dense_heads, prefix=name, **settings)
                 for name in names

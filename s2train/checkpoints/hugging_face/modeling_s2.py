@@ -37,7 +37,7 @@ except ImportError:
 try:
     from s2train.kernels import BlockLayout, block_sparse_attention
 except ImportError:
-    BlockLayout = block_sparse_attention = None
+    BlockLayout = block_sparse_attention = None  # type: ignore[assignment, misc]
 
 _ROWS = 256  # queries that attend at once, which bounds the masks' memory
 
