@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 from s2train.errors import ConfigError
 from s2train.serving.export_layout import ExportLayout
 from s2train.serving.pages import PagePlan
+from s2train.serving.plugin import TESTED
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-TESTED = ("0.24.0",)  # versions of vLLM
 _PAGE_TOKENS = "s2train_page_tokens"  # in VllmConfig.additional_config: of a dense layer's page
 _ALIGNMENT = 128  # vLLM's page tables have room for a multiple of so many tokens
 

@@ -1,14 +1,30 @@
 """Register exports' model, configuration and checks with vLLM.
 
-vLLM calls `register` in each of its processes (entry point group vllm.general_plugins). The attention backend and the
-KV cache spec register themselves where they are first needed: importing them here would load much of vLLM.
+vLLM calls `register` in each of its processes (entry point group vllm.general_plugins), whatever it serves. The KV
+cache spec registers itself where it is first needed: importing it here would load much of vLLM.
 """
 
 ARCHITECTURE, MODEL_TYPE = "S2ForCausalLM", "s2_llama"
+TESTED = ("0.24.0",)  # versions of vLLM
 
 
 def register() -> None:
-    """Register everything that `vllm serve EXPORT` needs; may run several times in a process."""
+    """Register everything that `vllm serve EXPORT` needs; may run several times in a process.
+
+    If this version of vLLM lacks a part, log it and register nothing: vLLM still serves other models.
+    """
+    import vllm
+    from vllm.logger import init_logger
+
+    try:
+        _register()
+    except (ImportError, AttributeError) as error:
+        logger, tested = init_logger("vllm.s2train"), ", ".join(TESTED)
+        problem = "s2train's exports can't be served: vLLM %s lacks a part (%s). Install one of %s"
+        logger.warning(problem, vllm.__version__, error, tested)
+
+
+def _register() -> None:
     from transformers import AutoConfig
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
     from vllm.model_executor.models.registry import ModelRegistry

@@ -17,6 +17,7 @@ from s2train.checkpoints.hugging_face.modeling_s2 import S2ForCausalLM
 from s2train.layouts.patterns import Dense, LocalVertical
 from s2train.layouts.patterns.window import SlidingWindow
 from s2train.serving.checks import warn_of_version
+from s2train.serving.plugin import register
 from tests.inference.cached_models import NUM_BLOCKS, REGISTERED, hybrid_of, registered
 from tests.serving.engine import assert_greedy, engine, random_prompts
 from tests.serving.exports import layers_of, write_export
@@ -131,6 +132,21 @@ def test_an_untested_version_is_named(monkeypatch: pytest.MonkeyPatch, caplog: p
     finally:
         logger.removeHandler(caplog.handler)
     assert caplog.messages == ["s2train is tested with vLLM 0.24.0, and this is 0.99.1"]
+
+
+def test_a_version_that_lacks_a_part_still_serves_other_models(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delattr("vllm.model_executor.models.config.MODELS_CONFIG_MAP")
+    logger = logging.getLogger("vllm.s2train")
+    logger.addHandler(caplog.handler)
+    try:
+        register()
+    finally:
+        logger.removeHandler(caplog.handler)
+    (message,) = caplog.messages
+    assert message.startswith("s2train's exports can't be served: vLLM 0.24.0 lacks a part (cannot import")
+    assert message.endswith("Install one of 0.24.0")
 
 
 def test_the_log_names_what_is_freed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
