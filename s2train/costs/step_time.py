@@ -8,8 +8,18 @@ not wait for the host). The prediction is within `MARGIN` of every whole step me
 `Prediction.waits_for_host` warns of these.
 
 Other GPUs are estimated as H100s scaled by the ratio of peak rates: FLOP/s for products and attention, memory bandwidth
-for elementwise work and the optimizer, link bandwidth for communication. This is an estimate without measurements. So
-are more than two tensor parallel ranks, pipeline stages, and several machines.
+for elementwise work and the optimizer, link bandwidth for communication. That predicts steps of a 125M model on H200s 6
+to 9 % too long (`2026-11-28-h200-quality-speed.json`); no other GPU was measured. More than two tensor or context
+parallel ranks, pipeline stages, and several machines are estimates too, from these assumptions:
+
+- Ranks are numbered as in Megatron: tensor parallel ranks next to each other, then context, data and pipeline parallel.
+- A collective operation between machines uses the network card of each GPU that takes part: a ring of four GPUs of
+  each machine moves four times what one card does, up to the link's speed.
+- Gradients are scattered beside the last micro batch's backward, and weights gathered beside the first one's forward.
+  Only what takes longer is exposed, but at least the time of the same bytes over the machine's own link: two GPUs lost
+  as much to waits and contention, although nearly all of it ran beside computation.
+- Stages send and receive activations and their gradients between micro batches, beside nothing.
+- A context parallel exchange takes a constant time, in which ranks wait for each other, and a time per byte.
 """
 
 import bisect
@@ -43,7 +53,9 @@ _SPLIT_SHARE = 0.3  # part of elementwise work between a layer's products, divid
 _ADAM, _FUSED_ADAM = 38.9e-12, 17.5e-12  # seconds per parameter: torch's, transformer-engine's
 _USED_MEMORY, _USED_LINK = 0.8, 0.69  # fractions of the peak
 _SLOWER_PRODUCTS = 0.1  # each time that tensor parallel halves them
-_CP_LINK = 0.12  # fraction of the link's peak, including waits for other ranks
+# Context parallel: fraction of the link's peak that gathers reach (launch/results/2026-11-26-h100x2-cp-bytes.json), and
+# seconds per dense layer and micro batch that ranks wait for each other (2026-11-26-h100x2-scaling.json).
+_CP_LINK, _CP_WAIT = 0.4, 0.87e-3
 _CP_SPARSE = 0.4  # a sparse layer's exchange relative to a dense layer's
 _HOST = 0.45e-3  # seconds between kernels, per layer and micro batch
 SLOW_HOST = 8e-3  # seconds to launch the kernels of a layer and micro batch, measured on the slowest host
@@ -133,6 +145,7 @@ def predict_step(
         chunks.append(sum((of_layer[layer] for layer in hybrid.layers[start : start + size]), StepTime()))
         start += size
     chunks[-1] += model.head()
+    chunks = [chunk + model.sends() for chunk in chunks]
     ranks = [sum(chunks[rank :: stages.pp], StepTime()) for rank in range(stages.pp)]
     slowest = max(range(stages.pp), key=lambda rank: ranks[rank].total)
     number = micro_batches(cfg, world_size)
@@ -140,7 +153,7 @@ def predict_step(
     time = (
         ranks[slowest] * number
         + StepTime(pipeline=waiting)
-        + model.ends(slowest, stages.layers_of_rank(hybrid, slowest))
+        + model.ends(slowest, stages.layers_of_rank(hybrid, slowest), ranks[slowest])
     )
     tokens_per_s = cfg.train.global_batch_size * cfg.train.seq_length / time.total
     in_layers = ranks[slowest].total / max(sum(stages.of_rank(slowest)), 1)
@@ -191,17 +204,19 @@ class _Model:
         elementwise = self.tokens * (model.hidden_size * self._elementwise_rate() - self._fused() / tp)
         elementwise += self._sums(matmul)
         attention = self._attention(layer)
+        exchange = self._context_parallel(layer)
         units, again = self._tensor_parallel_units()
         found = StepTime(
             linear=linear,
             elementwise=elementwise,
             attention=attention.both,
-            communication=units * self._unit() + 2 * self._shared_projection() + self._context_parallel(layer),
+            communication=units * self._unit() + 2 * self._shared_projection() + exchange,
             host=_HOST,
         )
         if self.cfg.train.recompute == "full":
             third = (linear + elementwise) / 3
-            repeated = again * self._unit() + self._shared_projection()
+            # keys and values, not their gradients
+            repeated = again * self._unit() + self._shared_projection() + exchange / 2
             return found + StepTime(recomputation=third + attention.forward, communication=repeated)
         if self.cfg.train.recompute == "selective":
             return found + StepTime(recomputation=attention.forward)
@@ -220,22 +235,55 @@ class _Model:
             communication=self._tensor_parallel_units()[0] / 2 * self._unit(),
         )
 
-    def ends(self, stage: int, chunks: Chunks) -> StepTime:
-        """Return the time of once-a-step work.
+    def sends(self) -> StepTime:
+        """Return a micro batch's time to send and receive activations of a model chunk.
 
-        This is the optimizer, and sums and copies over data parallel ranks.
+        Their gradients are included.
         """
         cfg = self.cfg
+        if cfg.parallel.pp == 1:
+            return StepTime()
+        split = cfg.parallel.tp if cfg.parallel.sequence_parallel else 1
+        nbytes = self.tokens * cfg.model.hidden_size * 2 / split
+        return StepTime(communication=2 * nbytes / self._speed(1, stride=self.world_size))
+
+    def ends(self, stage: int, chunks: Chunks, micro_batch: StepTime) -> StepTime:
+        """Return the time of once-a-step work.
+
+        This is the optimizer, and what sums and copies over data parallel ranks take longer than the work beside them.
+
+        Args:
+            micro_batch: a micro batch's time on the stage.
+        """
+        cfg, parallel = self.cfg, self.cfg.parallel
         layers = [layer for chunk in chunks for layer in chunk]
-        held = stage_parameters(cfg.model, cfg.parallel, stage, layers)
-        shards = data_parallel(cfg, self.world_size) * cfg.parallel.cp
-        nbytes = 6 if cfg.parallel.distributed_optimizer else 8  # fp32 gradients once and bf16 weights, or twice
+        held = stage_parameters(cfg.model, parallel, stage, layers)
+        shards = data_parallel(cfg, self.world_size) * parallel.cp
+        moved = held * (shards - 1) / shards
+        third = (micro_batch.linear + micro_batch.elementwise + micro_batch.attention) / 3
+        # fp32 gradients are scattered and bf16 weights gathered; or fp32 gradients are scattered and gathered
+        gradients, weights = (4, 2) if parallel.distributed_optimizer else (8, 0)
+        exposed = self._exposed(gradients * moved, 2 * third + micro_batch.recomputation, parallel.overlap_grad_reduce)
+        # Megatron accepts both overlaps or neither.
+        both = parallel.overlap_param_gather and parallel.overlap_grad_reduce
+        exposed += self._exposed(weights * moved, third, both)
         adam = (_FUSED_ADAM if self.te else _ADAM) / self.memory
-        inside = cfg.parallel.tp * cfg.parallel.cp * data_parallel(cfg, self.world_size)
         return StepTime(
-            optimizer=held / (shards if cfg.parallel.distributed_optimizer else 1) * adam,
-            communication=held * nbytes * (shards - 1) / shards / self._speed(inside),
+            optimizer=held / (shards if parallel.distributed_optimizer else 1) * adam,
+            communication=exposed,
         )
+
+    def _exposed(self, nbytes: float, beside: float, overlaps: bool) -> float:
+        """Return the seconds that data parallel ranks add to a step to move `nbytes`.
+
+        Args:
+            beside: seconds of the work beside which they can be moved.
+            overlaps: whether they are moved beside it.
+        """
+        parallel = self.cfg.parallel
+        ranks = data_parallel(self.cfg, self.world_size) * parallel.cp
+        whole = nbytes / self._speed(ranks, stride=parallel.tp)
+        return max(nbytes / (_USED_LINK * self.link), whole - beside) if overlaps else whole
 
     def _products(self) -> float:
         """Return FLOP/s of matrix products."""
@@ -298,7 +346,7 @@ class _Model:
         It is divided over tensor parallel ranks.
         """
         tp = self.cfg.parallel.tp
-        return self.tokens * self.cfg.model.hidden_size * 2 * (tp - 1) / tp / self._speed(tp)
+        return self.tokens * self.cfg.model.hidden_size * 2 * (tp - 1) / tp / self._speed(tp, stride=1)
 
     def _shared_projection(self) -> float:
         """Return seconds to gather the QKV projection's output, if ranks share KV heads; its backward takes as long."""
@@ -306,20 +354,29 @@ class _Model:
         if tp <= model.num_query_groups:
             return 0.0
         width = (model.num_attention_heads + 2 * model.num_query_groups) * head_dim(model)
-        return self.tokens * width * 2 * (tp - 1) / tp / self._speed(tp)
+        return self.tokens * width * 2 * (tp - 1) / tp / self._speed(tp, stride=1)
 
     def _context_parallel(self, layer: LayerLayout) -> float:
         cfg, cp = self.cfg, self.cfg.parallel.cp
         if cp == 1:
             return 0.0
         keys = self.tokens * cp * kv_heads_on_rank(self.groups, cfg.parallel.tp) * head_dim(cfg.model) * 2  # bytes
-        share = 1.0 if layer.is_dense or cfg.parallel.cp_exchange == "gather" else _CP_SPARSE
-        speed = self._speed(cfg.parallel.tp * cp) * _CP_LINK / _USED_LINK
-        return share * 4 * keys * (cp - 1) / cp / speed  # keys and values, and their gradients
+        gathers = layer.is_dense or cfg.parallel.cp_exchange == "gather"
+        # Each rank fetches other blocks, through its own network card.
+        speed = self._speed(cp, stride=cfg.parallel.tp, shares=gathers) * _CP_LINK / _USED_LINK
+        whole = _CP_WAIT + 4 * keys * (cp - 1) / cp / speed  # keys and values, and their gradients
+        return whole if gathers else _CP_SPARSE * whole
 
-    def _speed(self, ranks: int) -> float:
-        """Return bytes/s over `ranks` consecutive ranks."""
-        return _USED_LINK * (self.link if ranks <= GPUS_PER_MACHINE else min(self.link, NETWORK))
+    def _speed(self, ranks: int, stride: int, shares: bool = True) -> float:
+        """Return bytes/s over `ranks` ranks, each `stride` ranks after the one before.
+
+        Args:
+            shares: whether the GPUs of a machine share what arrives, so that the network cards of all carry it.
+        """
+        if ranks * stride <= GPUS_PER_MACHINE:
+            return _USED_LINK * self.link
+        together = max(1, min(ranks, GPUS_PER_MACHINE // stride)) if shares else 1
+        return _USED_LINK * min(self.link, together * NETWORK)
 
 
 def _attention_rates(cfg: PretrainConfig, hardware: Hardware, impl: Implementations, factor: float) -> AttentionRates:
@@ -337,6 +394,8 @@ def _caveats(cfg: PretrainConfig, world_size: int, hardware: Hardware) -> list[s
         found.append(f"an H100's, scaled by the peak rates of {hardware.name}")
     if cfg.parallel.tp > 2:
         found.append("no parallel.tp above 2 was measured")
+    if cfg.parallel.cp > 2:
+        found.append("no parallel.cp above 2 was measured")
     if cfg.parallel.pp > 1:
         found.append("no pipeline was measured")
     if world_size > GPUS_PER_MACHINE:

@@ -1,26 +1,35 @@
-"""Predicted step times, held against every whole step that was measured on H100s, and what they depend on."""
+"""Predicted step times, held against every whole step that was measured on H100s and H200s, and what they depend on."""
 
 import csv
 import json
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 
+from s2train.costs.memory import GIB
 from s2train.costs.step_time import MARGIN, Prediction
 from s2train.environment.hardware import Hardware
-from s2train.planning import compose_run, preview
+from s2train.planning import Plan, compose_run, preview
 from s2train.planning.targets import target_gpu
+from s2train.study.settings import micro_batch
+from s2train.study.variants import MODEL, PHASES, attention_settings
 
 RESULTS = Path(__file__).parents[2] / "launch" / "results"
-H100 = target_gpu("h100-80gb")
+H100, H200 = target_gpu("h100-80gb"), target_gpu("h200-141gb")
 # What computed the steps that were measured before FlashAttention-4 and Liger-Kernel came.
 BEFORE = ["dense_attention=cudnn", "elementwise=torch", "loss=torch"]
 LAYERS = ["parallel.tp=1", "parallel.sequence_parallel=false", "train.micro_batch_size=1", "model.vocab_size=8192"]
 
 
+@cache
+def planned(*settings: str, processes: int = 1, gpu: Hardware = H100) -> Plan:
+    return preview(compose_run(settings), processes, gpu)
+
+
 def predicted(*settings: str, processes: int = 1, gpu: Hardware = H100) -> Prediction:
-    found = preview(compose_run(settings), processes, gpu).prediction
+    found = planned(*settings, processes=processes, gpu=gpu).prediction
     assert found is not None
     return found
 
@@ -80,9 +89,43 @@ def steps_of_libraries() -> Iterator[tuple[str, list[str], dict]]:
                 yield f"{path.stem} {name}", row["settings"], row
 
 
+def long_steps_with_libraries() -> Iterator[tuple[str, list[str], dict]]:
+    """Name, settings and record of each measured by `launch/long_steps.py` since it records its settings."""
+    for name in ("2026-11-28-h100-long-steps-fa4", "2026-11-28-h100-long-steps-8k-128k"):
+        for row in read(f"{name}.json")["rows"]:
+            settings = [
+                "+model=7b_hybrid" if "hybrid" in row["way"] else "+model=7b_dense",
+                *row["stack"].replace("backend=local", "layer_backend=local").split(),
+                f"model.num_layers={row['layers']}",
+                f"train.seq_length={row['seq_length']}",
+                f"train.global_batch_size={row['sequences_a_step']}",
+                f"train.recompute={row['recompute']}",
+            ]
+            yield f"{name} {row['way']} {row['seq_length']}", [*LAYERS, *settings], row
+
+
+def steps_on_an_h200() -> Iterator[tuple[str, list[str], dict]]:
+    """Name, settings and record of each measured by `launch/quality_study.py`, but windows of a searched size."""
+    for name, row in read("2026-11-28-h200-quality-speed.json")["rows"].items():
+        variant, phase, _ = name.rsplit("-", 2)
+        if not variant.startswith("window"):
+            sequences = 131_072 // PHASES[phase].length
+            settings = [
+                f"train.seq_length={PHASES[phase].length}",
+                f"train.global_batch_size={sequences}",
+                f"train.micro_batch_size={micro_batch(PHASES[phase].length, sequences, gpus=1)}",
+            ]
+            kernels = ["dense_attention=fa4", "elementwise=liger", "loss=liger"]  # as the libraries of the file say
+            yield name, [*MODEL, *attention_settings(variant, PHASES[phase]), *settings, *kernels], row
+
+
 LIBRARY_STEPS = list(steps_of_libraries())
+LONG_STEPS, H200_STEPS = list(long_steps_with_libraries()), list(steps_on_an_h200())
 STEPS = [(name, [*BEFORE, *settings], processes, seconds) for name, settings, processes, seconds in measured_steps()]
-STEPS += [(name, settings, 1, row["step_s"]) for name, settings, row in LIBRARY_STEPS]
+STEPS += [(name, settings, 1, row["step_s"]) for name, settings, row in [*LIBRARY_STEPS, *LONG_STEPS]]
+PEAKS = [(name, settings, H100, row["peak_bytes"]) for name, settings, row in LIBRARY_STEPS]
+PEAKS += [(name, settings, H100, row["peak_gib"] * GIB) for name, settings, row in LONG_STEPS]
+PEAKS += [(name, settings, H200, row["peak_memory_gib"] * GIB) for name, settings, row in H200_STEPS]
 
 
 @pytest.mark.parametrize("step", STEPS, ids=[step[0] for step in STEPS])
@@ -91,11 +134,20 @@ def test_a_measured_step_is_met_within_the_stated_margin(step: tuple[str, list[s
     assert predicted(*settings, processes=processes).time.total == pytest.approx(seconds, rel=MARGIN)
 
 
-@pytest.mark.parametrize("step", LIBRARY_STEPS, ids=[step[0] for step in LIBRARY_STEPS])
-def test_memory_of_a_measured_step_is_planned_within_the_margin(step: tuple[str, list[str], dict]) -> None:
+@pytest.mark.parametrize("step", H200_STEPS, ids=[step[0] for step in H200_STEPS])
+def test_a_step_measured_on_an_h200_is_met_by_an_h100s_scaled_rates(step: tuple[str, list[str], dict]) -> None:
     _, settings, row = step
-    memory = preview(compose_run(settings), 1, H100).memory
-    assert memory.total - memory.overhead == pytest.approx(row["peak_bytes"], rel=MARGIN)
+    found = predicted(*settings, gpu=H200)
+    assert found.time.total == pytest.approx(row["step_time_s"], rel=MARGIN)
+
+
+@pytest.mark.parametrize("peak", PEAKS, ids=[peak[0] for peak in PEAKS])
+def test_memory_of_a_measured_step_is_planned_within_the_margin(
+    peak: tuple[str, list[str], Hardware, float],
+) -> None:
+    _, settings, gpu, nbytes = peak
+    memory = planned(*settings, gpu=gpu).memory
+    assert memory.total - memory.overhead == pytest.approx(nbytes, rel=MARGIN)
 
 
 SEVEN = ["+model=7b_hybrid"]
@@ -116,9 +168,7 @@ def test_faster_kernels_make_the_predicted_step_shorter() -> None:
 
 def test_less_memory_is_planned_where_logits_are_not_copied() -> None:
     one = ["+model=1b_hybrid", "train.seq_length=32768", "train.global_batch_size=2", "elementwise=torch"]
-    torchs, ligers, linear = (
-        preview(compose_run([*one, f"loss={way}"]), 1, H100).memory.activations for way in ("torch", "liger", "linear")
-    )
+    torchs, ligers, linear = (planned(*one, f"loss={way}").memory.activations for way in ("torch", "liger", "linear"))
     logits = 32768 * 32768
     assert torchs - ligers == 6 * logits
     assert torchs - linear > 6 * logits
@@ -166,11 +216,49 @@ def test_recomputation_and_tensor_parallel_cost_time() -> None:
     assert apart.time.elementwise > plain.time.elementwise
 
 
+APART = ["parallel.overlap_grad_reduce=false"]
+CARD = 0.69 * 50e9  # bytes/s
+
+
 def test_machines_are_joined_by_a_slower_network() -> None:
+    eight = [*SEVEN, *APART, "parallel.tp=8"]
+    one, two = (predicted(*eight, f"train.global_batch_size={8 * n}", processes=8 * n) for n in (1, 2))
+    parameters = planned(*eight, processes=8).rank_parameters
+    assert two.time.communication - one.time.communication == pytest.approx(3 * parameters / CARD, rel=1e-6)
+
+
+def test_gpus_of_a_machine_share_their_network_cards() -> None:
     near, far = (
-        predicted("+model=1b_hybrid", f"train.global_batch_size={16 * gpus}", processes=gpus) for gpus in (8, 16)
+        predicted("+model=1b_hybrid", *APART, f"train.global_batch_size={16 * gpus}", processes=gpus)
+        for gpus in (8, 16)
     )
-    assert far.time.communication > 5 * near.time.communication
+    assert near.time.communication < far.time.communication < 1.3 * near.time.communication
+
+
+def test_work_hides_what_data_parallel_ranks_move() -> None:
+    eight = [*SEVEN, "parallel.tp=8", "train.global_batch_size=16"]
+    hidden, apart = (predicted(*eight, *extra, processes=16).time.communication for extra in ([], APART))
+    assert hidden < apart
+
+
+def test_stages_send_activations_between_machines() -> None:
+    def between(processes: int) -> float:
+        staged = [*SEVEN, "parallel.tp=2", "parallel.pp=4", f"train.global_batch_size={8 * processes}"]
+        return predicted(
+            *staged, *APART, "parallel.distributed_optimizer=false", processes=processes
+        ).time.communication
+
+    sent = 64 * 2 * 32768 * 4096 * 2 / 2  # 64 micro batches, forth and back, over two tensor parallel ranks
+    assert between(8) > sent / (0.69 * 450e9)
+    assert between(16) - between(8) > sent / CARD - sent / (0.69 * 450e9)
+
+
+def test_recomputation_repeats_the_exchange_of_keys() -> None:
+    divided = [*SEVEN, "parallel.tp=1", "parallel.sequence_parallel=false", "parallel.cp=8", "train.seq_length=131072"]
+    once, again = (
+        predicted(*divided, f"train.recompute={name}", processes=8).time.communication for name in ("none", "full")
+    )
+    assert 1.2 * once < again < 1.5 * once
 
 
 def test_a_small_layer_waits_for_a_slow_host() -> None:
