@@ -5,7 +5,7 @@ python launch/job.py --nproc-per-node N launch/pretrain.py +model=tiny_hybrid [s
 job.py runs torchrun and reports errors in one line; plain torchrun works too, and python for one process.
 Sweep: `python launch/pretrain.py -m +model=tiny_hybrid layout=dense,s2_b16_l4_v4 seed=1,2` (s2train/sweeps).
 `plan=true` prints what the run would cost and builds nothing; `plan.device=h100-80gb plan.count=8` plans for GPUs that
-this machine doesn't have.
+this machine doesn't have. `plan.gpus=64 plan.device=h100-80gb` proposes how to divide the model over 64 of them.
 """
 
 import gc
@@ -26,7 +26,16 @@ from s2train.distributed.rendezvous import check_ranks, fail_together
 from s2train.environment.apex import apex_available
 from s2train.environment.hardware import check_gpus, detect_own, open_device
 from s2train.errors import ConfigError
-from s2train.planning import check, epochs_of_plan, format_plan, planned_for, preview, resolve
+from s2train.planning import (
+    check,
+    epochs_of_plan,
+    format_plan,
+    format_proposal,
+    planned_for,
+    preview,
+    propose,
+    resolve,
+)
 from s2train.sweeps import plugins
 from s2train.training.start_times import StartTimes
 
@@ -49,7 +58,9 @@ def pretrain(composed: DictConfig) -> None:
     with fail_together():
         cfg = resolve(composed, MODELS)
         if cfg.plan.asked:
-            if is_first:
+            if is_first and cfg.plan.gpus is not None:
+                print(format_proposal(propose(cfg)))
+            elif is_first:
                 print(format_plan(preview(cfg, *planned_for(cfg, world_size))))
                 print(epochs_of_plan(cfg))
             return

@@ -265,11 +265,12 @@ class PlanConfig:
     device: str | None = None
     # number of these GPUs; None: the number of started processes, or the fewest that hold the model
     count: int | None = None
+    gpus: int | None = None  # number of these GPUs to propose divisions for: tp, pp, cp, micro batch, recomputation
 
     @property
     def asked(self) -> bool:
         """Whether to plan instead of training."""
-        return self.show or self.device is not None or self.count is not None
+        return self.show or any(value is not None for value in (self.device, self.count, self.gpus))
 
 
 @dataclass

@@ -24,6 +24,7 @@ parallel ranks, pipeline stages, and several machines are estimates too, from th
 """
 
 import bisect
+from collections import Counter
 from dataclasses import dataclass, fields
 
 from s2train.attention.hybrid import HybridLayout
@@ -143,7 +144,8 @@ def predict_step(
     of_layer = {layer: model.layer(layer) for layer in set(hybrid.layers)}
     chunks, start = [], 0
     for size in stages.chunks:
-        chunks.append(sum((of_layer[layer] for layer in hybrid.layers[start : start + size]), StepTime()))
+        counts = Counter(hybrid.layers[start : start + size])
+        chunks.append(sum((of_layer[layer] * count for layer, count in counts.items()), StepTime()))
         start += size
     chunks[-1] += model.head()
     chunks = [chunk + model.sends() for chunk in chunks]

@@ -6,17 +6,17 @@ from s2train.config import PretrainConfig
 from s2train.costs.memory import GIB
 from s2train.planning.memory_budget import MemoryBudget
 
-_ROOM = 0.9  # share of a device's memory: predictions are within 10 %
-_RECOMPUTE = ("none", "selective", "full")  # fastest first
+ROOM = 0.9  # share of a device's memory: predictions are within 10 %
+RECOMPUTE = ("none", "selective", "full")  # fastest first
 
 
 def memory_advice(cfg: PretrainConfig, world_size: int, budget: MemoryBudget) -> str | None:
     """Suggest less recomputation or a larger micro batch that fits, or None."""
     if budget.hardware.kind != "cuda":
         return None
-    room = _ROOM * budget.hardware.memory
+    room = ROOM * budget.hardware.memory
     found = []
-    for recompute in _RECOMPUTE[: _RECOMPUTE.index(cfg.train.recompute)]:
+    for recompute in RECOMPUTE[: RECOMPUTE.index(cfg.train.recompute)]:
         changed = replace(cfg, train=replace(cfg.train, recompute=recompute))
         if (total := budget.memory(changed, world_size).total) <= room:
             found.append(f"train.recompute={recompute} ({total / GIB:.1f} GiB)")

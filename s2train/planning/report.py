@@ -25,12 +25,12 @@ def format_plan(plan: Plan) -> str:
         ("sparse", f"blocks of {cfg.layout.block_size} tokens, schedule {cfg.schedule.kind}"),
         *((f"  {letter.letter}", letter.format()) for letter in plan.sparse_letters),
         ("density", f"{plan.density:.4f} of causal positions, {plan.sparse_density:.4f} in sparse layers{_how(plan)}"),
-        ("parameters", f"{_count(plan.parameters)}, {_count(plan.rank_parameters)} per rank"),
+        ("parameters", f"{count(plan.parameters)}, {count(plan.rank_parameters)} per rank"),
         (
             "FLOPs/token",
-            f"{_count(flops.sparse)} {'exact' if plan.counts_exactly else 'expected'}"
-            f" ({_count(flops.attention)} attention); "
-            f"{_count(flops.dense)} if dense ({_count(flops.dense_attention)}); "
+            f"{count(flops.sparse)} {'exact' if plan.counts_exactly else 'expected'}"
+            f" ({count(flops.attention)} attention); "
+            f"{count(flops.dense)} if dense ({count(flops.dense_attention)}); "
             f"ratio {flops.sparse / flops.dense:.3f}",
         ),
         (
@@ -69,7 +69,7 @@ def _phases(plan: Plan) -> list[tuple[str, str]]:
         what = [f"{label} attention warms up" for label in phase.warms_up]
         what += ["trunk frozen, so only the weights that attention adds learn"] if phase.is_trunk_frozen else []
         total = phase.flops * tokens * (phase.last - phase.first + 1)
-        cost = f"{_count(phase.flops)} FLOPs/token, {total:.2e} FLOPs"
+        cost = f"{count(phase.flops)} FLOPs/token, {total:.2e} FLOPs"
         rows.append(("", f"steps {phase.first} to {phase.last}: {cost}{''.join(f'; {one}' for one in what)}"))
     return [("phases", rows[0][1]), *rows[1:]]
 
@@ -126,12 +126,12 @@ def _time(plan: Plan) -> list[tuple[str, str]]:
     rows = [
         (
             "time",
-            f"{_seconds(seconds)} per step, {_count(found.tokens_per_s)} tokens/s"
-            f" ({_count(found.tokens_per_s / plan.world_size)} per GPU), MFU {found.mfu:.1%};"
+            f"{time_text(seconds)} per step, {count(found.tokens_per_s)} tokens/s"
+            f" ({count(found.tokens_per_s / plan.world_size)} per GPU), MFU {found.mfu:.1%};"
             f" {train.steps:,} steps take {_duration(train.steps * seconds)}",
         ),
         ("  of which", ", ".join(f"{name} {part / seconds:.0%}" for name, part in shown.items())),
-        ("  based on", _basis(found)),
+        ("  based on", basis(found)),
     ]
     if found.waits_for_host:
         rows.append(
@@ -143,14 +143,16 @@ def _time(plan: Plan) -> list[tuple[str, str]]:
     return rows
 
 
-def _basis(found: Prediction) -> str:
+def basis(found: Prediction) -> str:
+    """Format what a prediction is based on."""
     layers = "transformer-engine's layers" if found.te else "layer_backend=local"
     if found.caveats:
         return f"an estimate, {layers}: {'; '.join(found.caveats)}"
     return f"steps measured on H100s, {layers}, reproduced within {MARGIN:.0%}"
 
 
-def _seconds(seconds: float) -> str:
+def time_text(seconds: float) -> str:
+    """Format seconds, in ms below one."""
     return f"{1e3 * seconds:.0f} ms" if seconds < 1 else f"{seconds:.2f} s"
 
 
@@ -225,7 +227,8 @@ def _counts(plan: Plan) -> str:
     return f"{dense} dense, {len(plan.letters) - dense} sparse"
 
 
-def _count(number: float) -> str:
+def count(number: float) -> str:
+    """Format a number with two decimals and a unit."""
     for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:
             return f"{number / size:.2f}{unit}"

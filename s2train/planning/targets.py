@@ -2,6 +2,7 @@
 
 import difflib
 from dataclasses import replace
+from typing import NamedTuple
 
 from s2train.config import PretrainConfig
 from s2train.environment.hardware import Hardware, detect_own, gpu_rates
@@ -10,14 +11,32 @@ from s2train.validation.division import smallest_world
 from s2train.validation.values import check_values
 
 _GIB = 1024**3
-# Name -> torch's name, memory in GiB reported by torch (rounded down), compute capability.
-_TARGETS: dict[str, tuple[str, float, tuple[int, int]]] = {
-    "a100-40gb": ("NVIDIA A100-SXM4-40GB", 39.3, (8, 0)),
-    "a100-80gb": ("NVIDIA A100-SXM4-80GB", 79.1, (8, 0)),
-    "l40s-48gb": ("NVIDIA L40S", 44.3, (8, 9)),
-    "h100-80gb": ("NVIDIA H100 80GB HBM3", 79.1, (9, 0)),
-    "h200-141gb": ("NVIDIA H200", 139.7, (9, 0)),
-    "b200-180gb": ("NVIDIA B200", 178.3, (10, 0)),
+
+
+class Target(NamedTuple):
+    """A GPU to plan for. Its peak rates: `s2train.environment.hardware`.
+
+    Attributes:
+        name: torch's.
+        memory: GiB reported by torch, rounded down.
+        capability: compute capability.
+        measured: files with its measured steps, which the prediction is tested against; empty: its rates are assumed
+            to be those of an H100, scaled by peak rates.
+    """
+
+    name: str
+    memory: float
+    capability: tuple[int, int]
+    measured: str = ""
+
+
+_TARGETS = {
+    "a100-40gb": Target("NVIDIA A100-SXM4-40GB", 39.3, (8, 0)),
+    "a100-80gb": Target("NVIDIA A100-SXM4-80GB", 79.1, (8, 0)),
+    "l40s-48gb": Target("NVIDIA L40S", 44.3, (8, 9)),
+    "h100-80gb": Target("NVIDIA H100 80GB HBM3", 79.1, (9, 0), "launch/results/*-h100-*.json and *-h100x2-*.json"),
+    "h200-141gb": Target("NVIDIA H200", 139.7, (9, 0), "launch/results/2026-11-28-h200-quality-speed.json"),
+    "b200-180gb": Target("NVIDIA B200", 178.3, (10, 0)),
 }
 NAMES = tuple(_TARGETS)
 
@@ -35,8 +54,14 @@ def target_gpu(name: str) -> Hardware:
         problem = "several GPUs match" if found else "unknown GPU"
         remedy = f"Did you mean {' or '.join(f'plan.device={known}' for known in near)}? There are {', '.join(NAMES)}"
         raise ConfigError("plan.device", name, problem, remedy)
-    device, memory, capability = _TARGETS[found[0]]
-    return Hardware(device, "cuda", int(memory * _GIB), gpu_rates(device), capability)
+    target = _TARGETS[found[0]]
+    return Hardware(target.name, "cuda", int(target.memory * _GIB), gpu_rates(target.name), target.capability)
+
+
+def rates_basis(hardware: Hardware) -> str:
+    """Format whether a GPU's rates were measured or are assumed."""
+    measured = next((target.measured for target in _TARGETS.values() if target.name == hardware.name), "")
+    return f"measured ({measured})" if measured else "assumed, as on an H100 in proportion to the peak rates"
 
 
 def planned_for(cfg: PretrainConfig, world_size: int) -> tuple[int, Hardware]:
@@ -50,6 +75,9 @@ def planned_for(cfg: PretrainConfig, world_size: int) -> tuple[int, Hardware]:
         ConfigError: unknown device; a count that doesn't hold whole copies of the model; a setting out of range.
     """
     check_values(cfg)
+    if cfg.plan.gpus is not None:  # in a sweep; `launch/pretrain.py` proposes instead
+        remedy = "Leave plan.gpus out, or set plan.count instead."
+        raise ConfigError("plan.gpus", cfg.plan.gpus, "a sweep plans the division that is set", remedy)
     count, copy = cfg.plan.count, smallest_world(cfg)
     if count is not None and count % copy:
         parallel = cfg.parallel

@@ -185,7 +185,7 @@ class SweepLauncher(Launcher):
         Raises:
             ConfigError: the job can't run there.
         """
-        if cfg.plan.device is None and cfg.plan.count is None:
+        if cfg.plan.device is None and cfg.plan.count is None and cfg.plan.gpus is None:
             return check(cfg, self.world_size(), self.hardware())
         plan = preview(cfg, *planned_for(cfg, self.world_size()))
         check_memory(plan)

@@ -60,7 +60,7 @@ _POSITIVE: dict[str, tuple[str, ...]] = {
     "checkpoint": ("interval", "keep", "keep_every"),
     "evaluation": ("batches",),
     "tracking": ("log_interval",),
-    "plan": ("count",),
+    "plan": ("count", "gpus"),
 }
 _NOT_NEGATIVE: dict[str, tuple[str, ...]] = {
     "schedule": ("dense_heads",),
