@@ -134,8 +134,8 @@ class OptimConfig:
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
-    clip_grad: float = 1.0
-    warmup_steps: int = 100
+    clip_grad: float = 1.0  # largest norm of all gradients; 0: no limit
+    warmup_steps: int = 100  # steps in which the learning rate rises to lr
     decay_style: str = "cosine"  # constant, linear, cosine, inverse-square-root, WSD
     decay_steps: int | None = None  # None: train.steps
     wsd_decay_steps: int | None = None  # length of WSD's final decay, in steps
@@ -165,8 +165,8 @@ class ParallelConfig:
     # those that the layout keeps), overlapped (the same, while attention over the rank's own keys runs; faster on slow
     # links), gather (all)
     cp_exchange: str = "blocks"
-    sequence_parallel: bool = False
-    distributed_optimizer: bool = True
+    sequence_parallel: bool = False  # tensor parallel ranks also split what is between their products; needs tp > 1
+    distributed_optimizer: bool = True  # data and context parallel ranks share the optimizer's state
     overlap_grad_reduce: bool = True  # needs dp > 1
     overlap_param_gather: bool = True  # needs the distributed optimizer as well
 
@@ -288,8 +288,8 @@ class PretrainConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
-    run_dir: str = "runs/${model.name}"
-    seed: int = 1234
+    run_dir: str = "runs/${model.name}"  # folder of the run's logs, pictures and checkpoints
+    seed: int = 1234  # seed of initial weights, the order of samples, and draws of attention
     # linear layers, norms and RoPE: auto (te if it is installed and works on this GPU, else local), local (Megatron's
     # own, on torch), te (transformer-engine)
     layer_backend: str = "auto"

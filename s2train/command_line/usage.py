@@ -32,7 +32,7 @@ def usage(doc: str, schema: type, groups: Groups, others: Mapping[type, str]) ->
         lines += ["", "Named values, each a file of conf/ that sets several settings:", *named]
     lines += ["", "Settings, with their defaults (null is None):", *_section(schema, "")]
     for other, prefix in others.items():
-        lines += ["", *_wrapped(f"{prefix}: {_summary(other)}"), *_section(other, f"{prefix}.")]
+        lines += ["", *_wrapped(f"{prefix}: {summary(other)}"), *_section(other, f"{prefix}.")]
     return "\n".join(
         [*lines, "", "Hydra's own options: --cfg job prints the composed settings, --hydra-help lists the rest."]
     )
@@ -56,7 +56,7 @@ def meaning(schema: type, setting: str) -> str:
     kind = typing.get_type_hints(schema).get(first)
     if rest and dataclasses.is_dataclass(kind):
         return meaning(typing.cast(type, kind), rest)
-    return _comments(schema).get(first) or (_summary(kind) if dataclasses.is_dataclass(kind) else "")
+    return _comments(schema).get(first) or (summary(kind) if dataclasses.is_dataclass(kind) else "")
 
 
 def _named(schema: type, groups: Groups) -> list[str]:
@@ -68,21 +68,53 @@ def _named(schema: type, groups: Groups) -> list[str]:
     return shown
 
 
-def _section(schema: type, prefix: str) -> Iterator[str]:
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """A setting as users type it.
+
+    Attributes:
+        value: its default in the syntax of a command line; "…" if it must be set.
+        kind: its type, without None.
+    """
+
+    name: str
+    value: str
+    kind: str
+    comment: str
+
+
+def settings_of(schema: type, prefix: str) -> Iterator[Setting]:
+    """Yield a section's own settings, without those of its sections."""
     kinds, comments = typing.get_type_hints(schema), _comments(schema)
-    fields = [field for field in dataclasses.fields(schema) if not field.name.startswith("_")]
-    # Top-level settings come before sections.
-    for field in sorted(fields, key=lambda field: dataclasses.is_dataclass(kinds[field.name])):
-        kind, name, comment = kinds[field.name], prefix + field.name, comments.get(field.name, "")
+    for field in _fields(schema):
+        if not dataclasses.is_dataclass(kinds[field.name]):
+            value = _default(field)
+            shown = "…" if value == MISSING else value if isinstance(value, str) else json.dumps(value)
+            yield Setting(prefix + field.name, shown, _kind(kinds[field.name]), comments.get(field.name, ""))
+
+
+def sections_of(schema: type) -> Iterator[tuple[str, type, str]]:
+    """Yield each section of a section: name, dataclass, and what it holds."""
+    kinds, comments = typing.get_type_hints(schema), _comments(schema)
+    for field in _fields(schema):
+        kind = kinds[field.name]
         if dataclasses.is_dataclass(kind):
-            yield ""
-            yield from _wrapped(f"{name}: {comment or _summary(kind)}")
-            yield from _section(typing.cast(type, kind), f"{name}.")
-            continue
-        value = _default(field)
-        shown = "…" if value == MISSING else value if isinstance(value, str) else json.dumps(value)
-        note = f"({_kind(kind)}) " if value is None or value == MISSING else ""
-        yield from _entry(f"{name}={shown}", note + comment)
+            yield field.name, typing.cast(type, kind), comments.get(field.name) or summary(kind)
+
+
+def _fields(schema: type) -> list["dataclasses.Field[Any]"]:
+    return [field for field in dataclasses.fields(schema) if not field.name.startswith("_")]
+
+
+def _section(schema: type, prefix: str) -> Iterator[str]:
+    # Top-level settings come before sections.
+    for setting in settings_of(schema, prefix):
+        note = f"({setting.kind}) " if setting.value in ("null", "…") else ""
+        yield from _entry(f"{setting.name}={setting.value}", note + setting.comment)
+    for name, section, comment in sections_of(schema):
+        yield ""
+        yield from _wrapped(f"{prefix}{name}: {comment}")
+        yield from _section(section, f"{prefix}{name}.")
 
 
 def _entry(name: str, comment: str) -> Iterator[str]:
@@ -113,7 +145,8 @@ def _default(field: "dataclasses.Field[Any]") -> Any:
     return MISSING if field.default is dataclasses.MISSING else field.default
 
 
-def _summary(kind: Any) -> str:
+def summary(kind: Any) -> str:
+    """Return the first paragraph of a class's docstring, in one line."""
     return (inspect.getdoc(kind) or "").split("\n\n")[0].replace("\n", " ")
 
 
