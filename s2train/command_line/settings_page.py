@@ -21,11 +21,11 @@ PAGE = CONF.parent / "docs" / "settings.md"
 _HEAD = """# Settings
 
 ```sh
-python launch/pretrain.py --help
+python launch/pretrain.py +model=tiny_hybrid train.steps=300 optim.lr=3e-4 plan=true
 ```
 
-This page lists the settings of every program, as `--help` does. Set them on the command line (`train.steps=300`) or in
-files of [conf/](../conf). Defaults have the command line's syntax: `null` is None, and … must be set.
+This page lists the settings of every program, as `--help` does. Set them on the command line, as above, or in files of
+[conf/](../conf). Defaults have the command line's syntax: `null` is None, and … must be set.
 
 The page is generated from the dataclasses and comments of [config.py](../s2train/config.py). To change it, change them,
 and run `python -m s2train.command_line.settings_page`. Settings of kinds of attention, in `layout.kinds`, are described

@@ -349,7 +349,7 @@ class _Model:
         It is divided over tensor parallel ranks.
         """
         tp = self.cfg.parallel.tp
-        return self.tokens * self.cfg.model.hidden_size * 2 * (tp - 1) / tp / self._speed(tp, stride=1)
+        return self.tokens * self.cfg.model.hidden_size * 2 * (tp - 1) / tp / self._speed(tp)
 
     def _shared_projection(self) -> float:
         """Return seconds to gather the QKV projection's output, if ranks share KV heads; its backward takes as long."""
@@ -370,7 +370,7 @@ class _Model:
         whole = _CP_WAIT + 4 * keys * (cp - 1) / cp / speed  # keys and values, and their gradients
         return whole if gathers else _CP_SPARSE * whole
 
-    def _speed(self, ranks: int, stride: int, shares: bool = True) -> float:
+    def _speed(self, ranks: int, stride: int = 1, shares: bool = True) -> float:
         """Return bytes/s over `ranks` ranks, each `stride` ranks after the one before.
 
         Args:
