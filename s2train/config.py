@@ -135,7 +135,7 @@ class OptimConfig:
     beta2: float = 0.95
     eps: float = 1e-8
     clip_grad: float = 1.0  # largest norm of all gradients; 0: no limit
-    warmup_steps: int = 100  # steps in which the learning rate rises to lr
+    warmup_steps: int = 100
     decay_style: str = "cosine"  # constant, linear, cosine, inverse-square-root, WSD
     decay_steps: int | None = None  # None: train.steps
     wsd_decay_steps: int | None = None  # length of WSD's final decay, in steps

@@ -13,6 +13,7 @@ from s2train.errors import ConfigError
 from s2train.planning.checks import hybrid_layout
 from s2train.planning.division import Search, can_divide, search
 from s2train.planning.targets import NAMES, target_gpu
+from s2train.validation.libraries import check_fa4_serves
 from s2train.validation.transformer_engine import check_target
 from s2train.validation.values import check_values
 
@@ -37,6 +38,7 @@ def propose(cfg: PretrainConfig) -> Search:
     check_target(cfg, hardware)
     cfg = _undivided(cfg)
     hybrid = hybrid_layout(cfg)
+    check_fa4_serves(cfg, hybrid, hardware)
     _check_predictable(cfg, hybrid, hardware)
     found = search(cfg, hybrid, gpus, hardware)
     if not found.fitting and not found.too_large:
