@@ -56,7 +56,7 @@ def pretrain(composed: DictConfig) -> None:
     check_ranks()
     world_size, is_first = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK", "0") == "0"
     with fail_together():
-        cfg = resolve(composed, MODELS)
+        cfg = resolve(composed, MODELS, HydraConfig.get().overrides.task)
         if cfg.plan.asked:
             if is_first and cfg.plan.gpus is not None:
                 print(format_proposal(propose(cfg)))

@@ -9,6 +9,7 @@ Prints coverage, reachability and costs; writes layout.png and layout.json. Need
 import _surroundings  # noqa: F401 (prints why the rest can't start)
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from s2train import config
@@ -24,7 +25,7 @@ MODELS = config_groups(CONF)["model"]
 @hydra.main(config_path="../conf", config_name="show_layout", version_base="1.3")
 def main(composed: DictConfig) -> None:
     """Run Hydra's main."""
-    run_command(lambda: show(resolve(composed, MODELS)))
+    run_command(lambda: show(resolve(composed, MODELS, HydraConfig.get().overrides.task)))
 
 
 if __name__ == "__main__":

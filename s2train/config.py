@@ -136,9 +136,12 @@ class OptimConfig:
     eps: float = 1e-8
     clip_grad: float = 1.0  # largest norm of all gradients; 0: no limit
     warmup_steps: int = 100
+    warmup_tokens: float | None = None  # instead of warmup_steps, which follow from it
     decay_style: str = "cosine"  # constant, linear, cosine, inverse-square-root, WSD
     decay_steps: int | None = None  # None: train.steps
+    decay_tokens: float | None = None  # instead of decay_steps, which follow from it
     wsd_decay_steps: int | None = None  # length of WSD's final decay, in steps
+    wsd_decay_tokens: float | None = None  # instead of wsd_decay_steps, which follow from it
 
     @property
     def lowest_lr(self) -> float:
@@ -191,6 +194,9 @@ class TrainConfig:
     max_skipped_steps: int = 10  # stop the run after more consecutive steps with a loss or gradient that isn't finite
     spike_factor: float = 2.0  # log a loss spike when the loss exceeds this multiple of its running mean
     timeout_minutes: float = 30.0  # abort when a rank makes no progress for this long
+    # tokens to train on, such as 1e9, instead of steps, which follow from it: rounded up to whole steps of
+    # global_batch_size × seq_length tokens; replaces the steps of the model's file
+    tokens: float | None = None
 
     @property
     def last_step(self) -> int:

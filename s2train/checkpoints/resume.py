@@ -31,6 +31,7 @@ from s2train.data.parts import training_part
 from s2train.data.splits import megatron_split
 from s2train.errors import ConfigError
 from s2train.files import FolderLock
+from s2train.validation.token_budgets import length, step_tokens, token_budgets
 
 # Sections that determine the shards: a run must have the same values as the checkpoint that it loads.
 _ARCHITECTURE = ("model", "layout", "schedule")
@@ -82,10 +83,13 @@ def find_start(cfg: PretrainConfig) -> Start:
     if weights_only:
         return Start(checkpoint, Progress(0, 0, data_order(cfg), None))
     _check_frozen_trunk(cfg, trained, saved.step, checkpoint)
+    _check_step_size(cfg, saved, checkpoint)
     last = cfg.train.last_step
     if not is_in_run_dir and saved.step >= last:
+        end = length(cfg, "train.steps")
         problem = f"{checkpoint} is already at step {saved.step}, so there is nothing to train"
-        raise ConfigError("train.steps", last, problem, f"Set more than {saved.step} (and train.exit_step, if set)")
+        remedy = f"Set more than {end.of(saved.step)} (and train.exit_step, if set)"
+        raise ConfigError(end.setting, last if end.unit == 1 else end.value, problem, remedy)
     if is_new_phase:
         order = data_order(cfg, saved.step)
         progress = Progress(saved.step, 0, order, None, first_step=saved.step)
@@ -111,6 +115,22 @@ def loads_weights_alone(cfg: PretrainConfig, checkpoint: Path) -> bool:
     if cfg.checkpoint.weights_only and not is_own(checkpoint, cfg.run_dir):
         return True
     return read_progress(checkpoint, "checkpoint.resume").weights_only
+
+
+def _check_step_size(cfg: PretrainConfig, saved: Progress, checkpoint: Path) -> None:
+    """Reject a length in tokens unless all steps so far had as many tokens as those to come."""
+    budgets, size = token_budgets(cfg), step_tokens(cfg)
+    consumed = saved.consumed_samples * cfg.train.seq_length
+    if not budgets or (consumed == saved.step * size and saved.first_step == 0):
+        return
+    given = budgets[0]
+    before = f" before step {saved.first_step}, and others" if saved.first_step else ""
+    problem = f"{checkpoint} is at step {saved.step} after {consumed:,} tokens{before}: steps here have {size:,}"
+    remedy = f"Set {given.setting}=null and steps instead"
+    if given.setting == "train.tokens" and given.value is not None and not before:
+        left = -(-max(0, given.value - consumed) // size)
+        remedy = f"Set train.tokens=null train.steps={saved.step + left}, and other lengths in steps too"
+    raise ConfigError(given.setting, given.value, problem, remedy)
 
 
 def _check_frozen_trunk(cfg: PretrainConfig, before: PretrainConfig, step: int, checkpoint: Path) -> None:

@@ -12,6 +12,7 @@ from s2train.config import PretrainConfig, settings_by_name
 from s2train.costs.parameters import head_dim
 from s2train.errors import ConfigError
 from s2train.layouts.patterns.registry import read_pattern, with_defaults
+from s2train.validation.token_budgets import length
 
 ALLOW_CHANGES = "checkpoint.allow_changes"
 
@@ -32,6 +33,9 @@ KEEP_THE_EXPERIMENT = (
     "layer_backend",
     "loss",
     "model.name",
+    "optim.decay_tokens",  # the steps that follow from it are compared; and of the other tokens below
+    "optim.warmup_tokens",
+    "optim.wsd_decay_tokens",
     "parallel",
     "plan",
     "profile",
@@ -46,6 +50,7 @@ KEEP_THE_EXPERIMENT = (
     "train.spike_factor",
     "train.steps",  # optim.decay_steps, which follows from it, is compared too
     "train.timeout_minutes",
+    "train.tokens",
 )
 
 
@@ -105,7 +110,8 @@ def check_allowed(cfg: PretrainConfig, checkpoint: Path, changes: list[Change]) 
     )
     first = asked[0].setting
     if first == "optim.decay_steps" and kept is not None:  # not set: name the setting that it follows from
-        raise ConfigError("train.steps", cfg.train.steps, problem, remedy)
+        found = length(cfg, "train.steps")
+        raise ConfigError(found.setting, found.value, problem, remedy)
     raise ConfigError(first, _as_typed(asked[0].now), problem, remedy)
 
 

@@ -13,6 +13,7 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig, OmegaConf
 
+from s2train.command_line.budgets import check_file
 from s2train.command_line.messages import warn
 from s2train.errors import ConfigError
 
@@ -113,6 +114,7 @@ class _RenamingSource(FileConfigSource):
         lines += rename_saved(settings, package)
         if not package:
             lines += _rename_swept(settings)
+        check_file(config_path, settings, package)
         if lines:
             loaded.config = OmegaConf.create(settings)
         for line in lines:

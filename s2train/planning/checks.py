@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from s2train.attention.hybrid import HybridLayout, build_hybrid_layout
+from s2train.command_line.budgets import steps_given
 from s2train.config import PretrainConfig, to_object
 from s2train.costs.memory import GIB
 from s2train.data.parts import check_parts
@@ -19,25 +20,32 @@ from s2train.planning.plan import Plan, make_plan
 from s2train.validation.attention_kinds import check_kinds
 from s2train.validation.division import check_division, multiple_of, smallest_world
 from s2train.validation.libraries import check_fa4_serves, check_kernel_settings, check_libraries
+from s2train.validation.token_budgets import derive_steps
 from s2train.validation.transformer_engine import check_target, check_te
 from s2train.validation.values import check_values
 
 
-def resolve(cfg: DictConfig, models: Sequence[str]) -> Any:
+def resolve(cfg: DictConfig, models: Sequence[str], overrides: Sequence[str] = ()) -> Any:
     """Convert a program's composed configuration to its dataclass.
 
-    Sets a run's lowest learning rate as `optim.min_lr`, so that saved settings contain it.
+    Sets a run's lowest learning rate as `optim.min_lr`, and the steps that follow from tokens, so that saved settings
+    contain them.
 
     Args:
         models: the names that `+model=` accepts.
+        overrides: the command line's.
     Raises:
-        ConfigError: no model is set, or a setting has no value.
+        ConfigError: no model is set, a setting has no value, or steps and tokens contradict each other.
     """
     if OmegaConf.is_missing(cfg, "model"):
         names = ", ".join(models)
-        raise ConfigError("+model", "(not set)", "no model is set", f"Add +model=NAME; there are {names}.")
+        remedy = f"Add +model=NAME, or an +experiment=NAME that names one; models are {names}."
+        raise ConfigError("+model", "(not set)", "no model is set", remedy)
+    if OmegaConf.select(cfg, "train.tokens") is not None and OmegaConf.is_missing(cfg.train, "steps"):
+        cfg.train.steps = 0  # until it is derived
     resolved = to_object(cfg)
     if isinstance(resolved, PretrainConfig):
+        derive_steps(resolved, steps_given(overrides))
         resolved.optim.min_lr = resolved.optim.lowest_lr
     return resolved
 

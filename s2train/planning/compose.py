@@ -15,11 +15,13 @@ def compose_run(overrides: Sequence[str]) -> PretrainConfig:
     Checks no values.
 
     Raises:
-        ConfigError: no model is set, a setting has no value, or it is given by an old name and the current one.
+        ConfigError: no model is set, a setting has no value, or it is given by an old name and the current one, or in
+            steps and in tokens.
         hydra.errors.HydraException: the overrides don't compose.
     """
     register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = resolve(compose("pretrain", hydra_arguments(overrides, PretrainConfig)), config_groups(CONF)["model"])
+        arguments = hydra_arguments(overrides, PretrainConfig)
+        cfg = resolve(compose("pretrain", arguments), config_groups(CONF)["model"], arguments)
     assert isinstance(cfg, PretrainConfig)
     return cfg

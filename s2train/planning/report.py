@@ -12,6 +12,7 @@ from s2train.data.epochs import describe_epochs, training_epochs
 from s2train.errors import ConfigError
 from s2train.planning.plan import Plan
 from s2train.planning.targets import NAMES
+from s2train.validation.token_budgets import token_budgets
 
 _UNEVEN = 0.05  # imbalance of ranks from which on to suggest a remedy
 
@@ -38,6 +39,7 @@ def format_plan(plan: Plan) -> str:
             f"{train.global_batch_size * train.seq_length:,} tokens: {plan.micro_batches} × "
             f"{train.micro_batch_size} × {train.seq_length:,} on each data parallel rank",
         ),
+        *([("budget", ", ".join(map(str, budgets)))] if (budgets := token_budgets(cfg)) else []),
         *_phases(plan),
         *_ranks(plan),
         *_pipeline(plan),

@@ -162,7 +162,7 @@ class SweepLauncher(Launcher):
             composed = loader.load_sweep_config(self.config, list(overrides))
             with open_dict(composed):
                 del composed["hydra"]
-            cfg = resolve(composed, loader.get_group_options("model"))
+            cfg = resolve(composed, loader.get_group_options("model"), overrides)
             plan = self._plan(cfg)
         except (ConfigError, HydraException, OmegaConfBaseException) as error:
             job.status, job.error = Status.REJECTED, str(error).splitlines()[0]

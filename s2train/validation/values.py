@@ -10,6 +10,7 @@ from s2train.attention.registry import kinds_of
 from s2train.config import CheckpointConfig, OptimConfig, PretrainConfig, TrackingConfig, settings_by_name
 from s2train.errors import ConfigError
 from s2train.layouts.schedules import find_schedule
+from s2train.validation.token_budgets import length
 
 _CHOICES: dict[str, tuple[str | int, ...]] = {
     "train.precision": ("bf16", "fp32"),
@@ -135,24 +136,23 @@ def _check_optimizer(cfg: PretrainConfig) -> None:
         if not 0 <= beta < 1:
             raise ConfigError(setting, beta, "a decay rate lies in [0, 1)", f"Set {setting}, such as 0.9.")
     _check_lowest_lr(optim)
-    decay_steps, name = (
-        (optim.decay_steps, "optim.decay_steps") if optim.decay_steps else (cfg.train.steps, "train.steps")
-    )
+    decay_steps = optim.decay_steps or cfg.train.steps
     if optim.warmup_steps >= decay_steps:
+        warm_up, end = length(cfg, "optim.warmup_steps"), "optim.decay_steps" if optim.decay_steps else "train.steps"
         raise ConfigError(
-            "optim.warmup_steps",
-            optim.warmup_steps,
-            f"the warm-up would not end before {name}={decay_steps}",
-            f"Set optim.warmup_steps to less than {decay_steps}, such as {decay_steps // 10}.",
+            warm_up.setting,
+            warm_up.value,
+            f"the warm-up would not end before {length(cfg, end)}",
+            f"Set {warm_up.setting} to less than {warm_up.of(decay_steps)}, such as {warm_up.of(decay_steps // 10)}.",
         )
     if optim.decay_style == "WSD":
-        last = optim.wsd_decay_steps
-        if last is None or last > decay_steps - optim.warmup_steps:
+        last, most = length(cfg, "optim.wsd_decay_steps"), decay_steps - optim.warmup_steps
+        if last.steps is None or last.steps > most:
             raise ConfigError(
-                "optim.wsd_decay_steps",
-                last,
+                last.setting,
+                last.value,
                 f"WSD decays over the last of {decay_steps} steps, of which {optim.warmup_steps} are warm-up",
-                f"Set optim.wsd_decay_steps to {decay_steps - optim.warmup_steps} or less.",
+                f"Set {last.setting} to {last.of(most)} or less.",
             )
 
 
@@ -215,8 +215,9 @@ def _check_tracking(tracking: TrackingConfig) -> None:
 def _check_exit_step(cfg: PretrainConfig) -> None:
     exit_step, steps = cfg.train.exit_step, cfg.train.steps
     if exit_step is not None and exit_step > steps:
-        problem = f"the run ends before it, at train.steps={steps}"
-        remedy = f"Set train.exit_step to {steps} or less, or more train.steps."
+        end = length(cfg, "train.steps")
+        problem = f"the run ends before it, at {end}"
+        remedy = f"Set train.exit_step to {steps} or less, or more {end.setting}."
         raise ConfigError("train.exit_step", exit_step, problem, remedy)
 
 

@@ -70,6 +70,27 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert trace(stopped)[2] == uninterrupted[2]
 
 
+BUDGET = ["train.tokens=6144", "optim.warmup_tokens=2048"]  # six steps of 8 × 128 tokens, two of them warm-up
+
+
+def test_a_run_in_tokens_resumes_as_in_steps(
+    stopped: Path, uninterrupted: dict[int, list[float]], tmp_path: Path
+) -> None:
+    resumed = pretrain(tmp_path, *BUDGET, *WHOLE[1:], f"checkpoint.resume={stopped}", processes=2)
+    assert resumed.status == 0, resumed.err
+    assert trace(tmp_path) == {step: uninterrupted[step] for step in (4, 6)}
+    saved = read_config(tmp_path / "checkpoints" / "iter_0000006")
+    assert (saved.train.steps, saved.optim.warmup_steps) == (6, 2)
+    assert (saved.train.tokens, saved.optim.warmup_tokens) == (6144, 2048)
+    assert "budget        train.tokens=6,144 (6 steps), optim.warmup_tokens=2,048 (2 steps)\n" in resumed.out
+
+
+def test_a_run_in_tokens_keeps_the_size_of_its_steps(stopped: Path, tmp_path: Path) -> None:
+    start = [f"checkpoint.resume={stopped}", "optim.warmup_tokens=null", "train.global_batch_size=4"]
+    resumed = pretrain(tmp_path, BUDGET[0], *start, processes=0)
+    assert_rejected(resumed, "train.tokens=6144: ", "after 3,072 tokens", "train.tokens=null train.steps=9")
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -81,6 +81,23 @@ def test_batches_of_one_sweep_share_a_record(sweep: Any, tmp_path: Path) -> None
     assert [job.label for job in read_record(tmp_path / "sweep")] == ["seed=1", "seed=2"]
 
 
+def test_a_sweep_over_tokens_runs_the_steps_that_follow(sweep: Any, tmp_path: Path) -> None:
+    swept = ["train.tokens=204_800", "train.tokens=409_600"]  # steps of 4,096 tokens
+    sweep("train.tokens=204_800,409_600").launch(*([one] for one in swept))
+    assert [job.last_step for job in read_record(tmp_path / "sweep")] == [50, 100]
+
+
+def test_a_sweep_rejects_jobs_whose_tokens_contradict_their_steps(
+    sweep: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        sweep("train.tokens=204_800,409_600", "train.steps=100").launch(
+            *([f"train.tokens={tokens}", "train.steps=100"] for tokens in ("204_800", "409_600"))
+        )
+    assert "error: train.tokens=204_800: train.steps=100: " in (err := capsys.readouterr().err)
+    assert "1 of 2 jobs can't run" in err
+
+
 def learning(sweep: Any, trials: int, *arguments: str, **settings: Any) -> Sweeper:
     """Make a sweeper that learns from the losses of `trials` trials."""
     sweeper: Sweeper = sweep("seed=1,2", *arguments, **settings)
