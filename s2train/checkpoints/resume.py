@@ -79,7 +79,14 @@ def find_start(cfg: PretrainConfig) -> Start:
     changes = changes_between(trained, cfg)
     weights_only = loads_weights_alone(cfg, checkpoint)
     allowed = allowed_changes(cfg) if is_new_phase else None
-    check_same_architecture(changes, checkpoint, of_kinds=_may_change(cfg), weights_only=weights_only, allowed=allowed)
+    check_same_architecture(
+        changes,
+        checkpoint,
+        of_kinds=_may_change(cfg),
+        weights_only=weights_only,
+        new_start=weights_only and cfg.checkpoint.weights_only,
+        allowed=allowed,
+    )
     if weights_only:
         return Start(checkpoint, Progress(0, 0, data_order(cfg), None))
     _check_frozen_trunk(cfg, trained, saved.step, checkpoint)
@@ -223,18 +230,20 @@ def check_same_architecture(
     *,
     of_kinds: Collection[str] = (),
     weights_only: bool = False,
+    new_start: bool = False,
     allowed: Callable[[str], bool] | None = None,
 ) -> None:
     """Check that no change alters the checkpoint's architecture.
 
     Args:
         of_kinds: settings of kinds of attention that their weights don't depend on.
+        new_start: whether `checkpoint.weights_only` asks for a run from step 1, which may rotate positions otherwise.
         allowed: in a new phase, whether `checkpoint.allow_changes` names a setting. A setting of the layout that it
             names may differ, since dense and S2 attention have no weights. None: no new phase.
     Raises:
         ConfigError: a setting of the architecture or the optimizer's sharding differs.
     """
-    may_differ = _NOT_IN_SHARDS | set(of_kinds) | (set() if allowed is None else _PHASE_MAY_CHANGE)
+    may_differ = _NOT_IN_SHARDS | set(of_kinds) | (set() if allowed is None and not new_start else _PHASE_MAY_CHANGE)
     parts = ("model",) if weights_only else _ARCHITECTURE
     for change in changes:
         name = change.setting
@@ -243,7 +252,11 @@ def check_same_architecture(
             continue
         if section in parts and name not in may_differ:
             problem = f"{checkpoint} was trained with {name}={change.before}"
-            phase = ", or checkpoint.new_data=true for a new phase" if name in _PHASE_MAY_CHANGE else ""
+            phase = (
+                ", or checkpoint.new_data=true for a new phase, or checkpoint.weights_only=true"
+                if name in _PHASE_MAY_CHANGE
+                else ""
+            )
             if allowed is not None and _is_without_weights(name):
                 phase = f", or {ALLOW_CHANGES}=[{name}] for attention of another layout in this phase"
             raise ConfigError(name, change.now, problem, f"Set that value, or start in another run_dir{phase}")
