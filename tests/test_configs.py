@@ -1,6 +1,8 @@
 """Every configuration in conf/ composes, and misspelt names are rejected before anything runs."""
 
+import math
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -8,11 +10,16 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from s2train.config import NeedleConfig, PretrainConfig, register
+from s2train.checkpoints.setting_changes import changes_between
+from s2train.config import NeedleConfig, PretrainConfig, register, settings_by_name
 from s2train.environment.hardware import Hardware
 from s2train.errors import ConfigError
-from s2train.planning import check, resolve
+from s2train.planning import check, compose_run, resolve
+from s2train.study.files import Folders
+from s2train.study.settings import Recipe, train_settings
+from s2train.study.variants import Run
 from s2train.validation.division import smallest_world
+from s2train.validation.token_budgets import step_tokens
 
 CONF = Path(__file__).parents[1] / "conf"
 H100 = Hardware("NVIDIA H100 80GB HBM3", "cuda", 85_017_624_576)
@@ -109,9 +116,50 @@ def test_other_groups_compose(group: str) -> None:
         assert pretrain("+model=1b_dense", f"{group}={name}")
 
 
+@pytest.mark.parametrize("experiment", names("experiment"))
+def test_an_experiment_composes_with_its_model_and_fits_one_gpu(experiment: str) -> None:
+    more = ["checkpoint.resume=runs/layout_study"] if experiment == "long_context" else []
+    cfg = pretrain(f"+experiment={experiment}", *more)
+    assert (cfg.model.name, cfg.run_dir) == (experiment, f"runs/{experiment}")
+    assert cfg.train.steps == math.ceil(cfg.train.tokens / (cfg.train.seq_length * cfg.train.global_batch_size))
+    assert check(cfg, 1, H100).fits
+
+
+def test_the_layout_study_s_experiment_is_the_study_s_hybrid() -> None:
+    experiment = compose_run(["+experiment=layout_study"])
+    study = compose_run(train_settings(Folders(Path("runs/study"), Path()), Run("hybrid"), Recipe(3e-4, 1 << 17)))
+    own = {"data", "run_dir", "seed", "tracking"}
+    found, expected = (
+        {name: value for name, value in settings_by_name(asdict(cfg)) if name.partition(".")[0] not in own}
+        for cfg in (experiment, study)
+    )
+    in_tokens = {"model.name": "layout_study", "train.tokens": 300_000_000, "optim.warmup_tokens": 14_942_208}
+    assert found == expected | in_tokens
+
+
+def test_the_long_context_experiment_continues_the_layout_study_s_at_four_times_its_length() -> None:
+    before, after = (compose_run([f"+experiment={name}", *more]) for name, more in (
+        ("layout_study", []), ("long_context", ["checkpoint.resume=runs/layout_study"])
+    ))  # fmt: skip
+    assert after.train.seq_length == 4 * before.train.seq_length
+    assert step_tokens(after) == step_tokens(before)
+    changed = {str(change).partition(" ")[0] for change in changes_between(before, after)}
+    assert {name for name in changed if name.startswith(("model.", "layout."))} == {"model.name", "model.rotary_base"}
+
+
+def test_steps_on_the_command_line_contradict_an_experiment_s_tokens() -> None:
+    with pytest.raises(ConfigError, match=r"^train.steps=5: train.tokens=300000000 is 2289 steps"):
+        compose_run(["+experiment=layout_study", "train.steps=5"])
+    assert compose_run(["+experiment=layout_study", "train.tokens=null", "train.steps=5"]).train.steps == 5
+
+
+def test_a_model_replaces_the_experiment_s_without_a_plus() -> None:
+    assert compose_run(["+experiment=layout_study", "model=tiny_hybrid"]).model.hidden_size == 128
+
+
 def test_every_group_is_covered_here() -> None:
     groups = {path.name for path in CONF.iterdir() if path.is_dir()}
-    assert groups == {"model", "layout", "schedule", "data", "optim"}
+    assert groups == {"model", "layout", "schedule", "data", "optim", "experiment"}
 
 
 @pytest.mark.parametrize(

@@ -189,6 +189,9 @@ def _shorten_message(
     cause = str(error.__cause__).splitlines()[0].rstrip(".") if error.__cause__ else ""
     for text in overrides:
         key, _, value = text.lstrip("+~").partition("=")
+        if message[0].startswith(f"Multiple values for {key}.") and text.startswith("+"):
+            problem = "another file, such as the experiment's, names one already"
+            return str(ConfigError(f"+{key}", value, problem, f"Write {key}={value} to replace it."))
         if f"'{key}'" in message[0] and not text.startswith("+") and message[0].startswith("Could not override"):
             return str(ConfigError(key, value, "no such entry to override", f"Write +{text} to add it."))
         if key in _HYDRA_GROUPS and f"{key}/{value}" in " ".join(message):

@@ -15,6 +15,7 @@ from omegaconf import MISSING
 
 Groups = Mapping[str, Sequence[str]]
 
+EXPERIMENT = "experiment"  # group of files that set a whole run, its model too
 _COLUMN = 40  # start of the comments, in lines of at most 120 characters
 
 
@@ -61,6 +62,8 @@ def meaning(schema: type, setting: str) -> str:
 
 def _named(schema: type, groups: Groups) -> list[str]:
     shown: list[str] = []
+    if EXPERIMENT in groups and "model" in typing.get_type_hints(schema):
+        shown += _entry(f"+{EXPERIMENT}=NAME", ", ".join(groups[EXPERIMENT]))
     for field in dataclasses.fields(schema):
         if field.name in groups:
             plus = "+" if _default(field) == MISSING else ""  # Hydra's syntax for a group without a default
