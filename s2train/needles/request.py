@@ -5,17 +5,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError  # type: ignore[import-untyped]
-
-from s2train.attention.features import Feature
-from s2train.attention.hybrid import HybridLayout
-from s2train.checkpoints.folders import find_checkpoint, read_config
-from s2train.checkpoints.integrity import CONFIG
+from s2train.checkpoints.trained import Trained
 from s2train.config import NeedleConfig, PretrainConfig
-from s2train.data.tokenizers import load_tokenizer
 from s2train.environment.hardware import Hardware
 from s2train.errors import ConfigError
 from s2train.files import check_writable
@@ -24,10 +15,7 @@ from s2train.needles.retrieval import NeedleGrid, check_fit, choose_grid
 from s2train.needles.samples import TaskSampler
 from s2train.needles.tasks import TASKS, Task, find_task, has_setting
 from s2train.needles.words import NOISE, text_haystack
-from s2train.planning import hybrid_layout
 from s2train.planning.checks import check_attention_backend
-from s2train.validation.attention_kinds import require_feature, require_tensor_parallel
-from s2train.validation.division import check_tensor_parallel
 from s2train.validation.values import check_choice, check_seed
 from s2train.wandb_run import choose_mode
 
@@ -89,28 +77,25 @@ def read_request(cfg: NeedleConfig, world_size: int, hardware: Hardware) -> Requ
     choose_mode(cfg.wandb, "wandb")  # reject a bad mode now
     tasks = _tasks(cfg)
     haystack = _haystack(cfg.haystack)
-    checkpoint = _find_checkpoint(cfg.checkpoint)
-    trained = read_config(checkpoint)
+    trained = Trained.find(cfg.checkpoint)
     if cfg.tp < 1 or world_size % cfg.tp:
         remedy = f"Use a divisor of {world_size}, or start more processes with torchrun --nproc-per-node"
         raise ConfigError("tp", cfg.tp, f"does not divide the {world_size} processes of this job", remedy)
-    check_tensor_parallel(trained.model, cfg.tp, "tp")
-    _check_kinds(checkpoint, trained, cfg.tp)
-    tokenizer = load_tokenizer(cfg.tokenizer or trained.data.tokenizer, "tokenizer", trained.data.end_token)
-    if tokenizer.vocab_size > (rows := trained.model.vocab_size):
-        problem = f"it has {tokenizer.vocab_size:,} ids, but the model has {rows:,}"
-        raise ConfigError("tokenizer", tokenizer.name, problem, "Set the one that the run was trained with")
+    trained.check_decoding(cfg.tp)
+    tokenizer = trained.tokenizer(cfg.tokenizer)
     problems = []
     for name, task in tasks.items():
         sampler = TaskSampler(tokenizer, haystack, task)
-        grid = choose_grid(cfg, trained.train.seq_length, sampler)
+        grid = choose_grid(cfg, trained.config.train.seq_length, sampler)
         check_fit(sampler, grid)
         problems.append(Problem(name, asdict(task), sampler, grid))  # type: ignore[call-overload]
     longest = max(length for problem in problems for length in problem.grid.lengths)
-    _check_layout(checkpoint, trained, longest, cfg.extra_tokens)
+    remedy = ", or extra_tokens=0" if cfg.extra_tokens else ""
+    trained.check_length(longest + cfg.extra_tokens, "lengths", longest, remedy)
     folder = output_folder(cfg)
     check_writable("output", folder if cfg.output is None else cfg.output)  # cfg.output as given, since Path("") is "."
-    return Request(checkpoint, trained, tuple(problems), folder, hashlib.sha256(haystack.encode()).hexdigest()[:16])
+    haystack_fingerprint = hashlib.sha256(haystack.encode()).hexdigest()[:16]
+    return Request(trained.checkpoint, trained.config, tuple(problems), folder, haystack_fingerprint)
 
 
 def _tasks(cfg: NeedleConfig) -> dict[str, Task]:
@@ -126,54 +111,6 @@ def _tasks(cfg: NeedleConfig) -> dict[str, Task]:
     own = {str(name): {key: given[key] for key in given if has_setting(str(name), key)} for name in names}
     unused = {key: value for key, value in given.items() if not any(key in settings for settings in own.values())}
     return {name: find_task(name, settings | unused) for name, settings in own.items()}
-
-
-def _find_checkpoint(where: str) -> Path:
-    """Find a checkpoint; reject weights without settings, which could fit many layouts."""
-    found = find_checkpoint(where)
-    if not (found / CONFIG).is_file():
-        problem = f"{found.name} has no {CONFIG}, which describes its layout"
-        raise ConfigError("checkpoint", where, problem, f"Copy the run's {CONFIG} into it")
-    try:
-        layers = OmegaConf.select(OmegaConf.load(found / CONFIG), "layout.layers", throw_on_missing=False)
-    except (OSError, ValueError, YAMLError, OmegaConfBaseException):
-        layers = None
-    if not isinstance(layers, str):
-        problem = f"its {CONFIG} has no layout (layout.layers)"
-        raise ConfigError("checkpoint", found, problem, "Restore the run's settings there")
-    return found
-
-
-def _check_layout(checkpoint: Path, trained: PretrainConfig, length: int, extra_tokens: int) -> None:
-    """Check that the layout can be built and covers the longest length.
-
-    Rejects a layout whose mask file was moved, and lengths beyond that file's masks. Rotary positions have no limit.
-    """
-    last = torch.tensor([-(-(length + extra_tokens) // trained.layout.block_size) - 1])
-    hybrid = _hybrid(checkpoint, trained)
-    try:
-        for layer in hybrid.layers:
-            for head in layer.bound:
-                head.keep(last, last)
-    except ConfigError as error:
-        problem = f"the checkpoint's layout is shorter ({error.setting}: {error.problem})"
-        remedy = "Use shorter lengths" + (", or extra_tokens=0" if extra_tokens else "")
-        raise ConfigError("lengths", length, problem, remedy) from error
-
-
-def _check_kinds(checkpoint: Path, trained: PretrainConfig, tp: int) -> None:
-    """Whether the layers' kinds of attention can decode, on `tp` ranks."""
-    hybrid, remedy = _hybrid(checkpoint, trained), "Evaluate a model without such layers"
-    require_feature(hybrid, Feature.DECODING, "checkpoint", checkpoint, remedy)
-    require_tensor_parallel(hybrid, tp, "tp")
-
-
-def _hybrid(checkpoint: Path, trained: PretrainConfig) -> HybridLayout:
-    try:
-        return hybrid_layout(trained)
-    except ConfigError as error:  # on a setting that this program has not
-        problem = f"the layout in its {CONFIG} can't be made ({error.setting}={error.value}: {error.problem})"
-        raise ConfigError("checkpoint", checkpoint, problem, "Restore that file, or what it names") from error
 
 
 def _haystack(given: Any) -> str:

@@ -4,13 +4,12 @@ A table of cells, scores and heat maps.
 """
 
 from collections.abc import Mapping
-from dataclasses import astuple, replace
+from dataclasses import astuple
 from pathlib import Path
 
-from s2train.checkpoints.folders import read_progress
+from s2train.checkpoints.training_run import training_run
 from s2train.config import PretrainConfig
 from s2train.needles.results import NeedleResults, file_name
-from s2train.wandb_run import RunInfo, WandbRun, place_of
 
 COLUMNS = (
     *("task", "length", "depth", "correct", "trials", "score", "low", "high"),
@@ -48,19 +47,7 @@ def log_needles(found: Mapping[str, NeedleResults], trained: PretrainConfig, fol
         ID of the wandb run.
     """
     first = next(iter(found.values()))
-    checkpoint = Path(first.checkpoint)
-    progress = read_progress(checkpoint)
-    run = WandbRun(
-        RunInfo(
-            mode=mode,
-            id=progress.wandb_id,
-            folder=checkpoint.resolve().parents[1],
-            config={},
-            # the name that the training used, even if its folder was moved
-            tracking=replace(trained.tracking, name=trained.tracking.name or Path(trained.run_dir).name),
-        )
-    )
-    place = place_of(first.step, progress.consumed_samples * trained.train.seq_length)
+    run, place = training_run(Path(first.checkpoint), trained, mode)
     run.table("needle/cells", list(COLUMNS), [list(row) for row in rows(found)], place)
     for task, results in found.items():
         run.picture(f"needle/{task}/heat_map", folder / f"{file_name(task)}.png", place)
