@@ -1,6 +1,6 @@
 """Runs a GPTModel over a KV cache: prefill in chunks, then decoding."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +10,8 @@ from torch import Tensor
 
 from s2train.inference.kv_cache import Chunk, KVCache
 from s2train.megatron.core_attention import CausalCoreAttention
+
+_LOGIT_ROWS = 1024  # tokens whose logits are computed at once
 
 
 @dataclass(frozen=True)
@@ -92,30 +94,74 @@ class CachedModel:
             ValueError: the cache is not empty, or shapes or lengths don't fit it.
             OutOfPagesError: the pool is too small.
         """
+        known, last = self._open(tokens, lengths)
+        rows, ends = torch.arange(len(known), device=tokens.device), self._angles.new_zeros(())
+        for start, end, hidden in self._chunks(tokens, known, chunk):
+            inside = (last >= start) & (last < end)
+            at = (last - start).clamp(0, end - start - 1)
+            ends = hidden[at, rows].where(inside[:, None], ends.to(hidden.dtype))
+        return self._logits(ends[None])
+
+    @torch.no_grad()
+    def losses(
+        self, tokens: Tensor, targets: Tensor, lengths: Tensor | None = None, chunk: int = 8192
+    ) -> tuple[Tensor, Tensor]:
+        """Process whole sequences, and compute how well each next token is predicted.
+
+        Logits of about a thousand tokens exist at a time.
+
+        Args:
+            tokens, lengths, chunk: as for `prefill`.
+            targets: int64 [b, s]: the token after each.
+        Returns:
+            Negative log-likelihoods of the targets, in nats, float32 [b, s], and whether each is the likeliest token,
+            bool [b, s]. Both are meaningless from a sequence's length on.
+        Raises:
+            ValueError: as for `prefill`.
+            OutOfPagesError: the pool is too small.
+        """
+        known, _ = self._open(tokens, lengths)
+        found = torch.zeros(tokens.shape, device=tokens.device)
+        likeliest = torch.zeros_like(found, dtype=torch.bool)
+        rows = max(1, _LOGIT_ROWS // len(known))
+        for start, end, hidden in self._chunks(tokens, known, chunk):
+            for first in range(start, end, rows):
+                stop = min(first + rows, end)
+                logits = self._all_logits(hidden[first - start : stop - start])  # [n, b, vocab]
+                wanted = targets[:, first:stop].T
+                own = logits.gather(-1, wanted[..., None]).squeeze(-1)
+                found[:, first:stop] = (logits.logsumexp(-1) - own).T
+                likeliest[:, first:stop] = (logits.argmax(-1) == wanted).T
+        return found, likeliest
+
+    def _open(self, tokens: Tensor, lengths: Tensor | None) -> tuple[np.ndarray, Tensor]:
+        """Check prompts against the empty cache; returns their lengths, and the positions of their last tokens."""
         cache, (batch, size) = self.cache, tokens.shape
         known = np.full(batch, size) if lengths is None else lengths.cpu().numpy().astype(np.int64)
         if cache.lengths.any() or cache.pool.used:
             raise ValueError("the cache already holds tokens: open another one for new prompts")
         if batch != cache.batch_size or size > cache.max_length:
             raise ValueError(f"tokens {[batch, size]} don't fit a cache of {[cache.batch_size, cache.max_length]}")
-        if known.shape != (batch,) or known.min() < 1 or known.max() > size or chunk < 1:
-            raise ValueError(
-                f"lengths must be {batch} values from 1 to {size}, and chunk at least 1, got {known}, {chunk}"
-            )
+        if known.shape != (batch,) or known.min() < 1 or known.max() > size:
+            raise ValueError(f"lengths must be {batch} values from 1 to {size}, got {known}")
+        return known, torch.from_numpy(known - 1).to(tokens.device)
+
+    def _chunks(self, tokens: Tensor, known: np.ndarray, chunk: int) -> Iterator[tuple[int, int, Tensor]]:
+        """Run the prompts through the model and into the cache.
+
+        Yields:
+            A chunk's first position, one past its last, and its hidden states [s, b, hidden].
+        """
+        if chunk < 1:
+            raise ValueError(f"chunk must be at least 1, got {chunk}")
+        cache, stop = self.cache, int(known.max())
         chunk = -(-chunk // cache.block_size) * cache.block_size
-        last = torch.from_numpy(known - 1).to(tokens.device)
-        ends = self._angles.new_zeros(())
-        stop = int(known.max())
         for start in range(0, stop, chunk):
             end = min(start + chunk, stop)
             cache.chunk = Chunk(start, end, np.minimum(known, end))
-            positions = torch.arange(start, end, device=tokens.device).expand(batch, -1)
-            hidden = hidden_states(self.gpt, tokens[:, start:end], positions, self._angles[start:end])
-            inside = (last >= start) & (last < end)
-            at = (last - start).clamp(0, end - start - 1)
-            ends = hidden[at, torch.arange(batch, device=at.device)].where(inside[:, None], ends.to(hidden.dtype))
+            positions = torch.arange(start, end, device=tokens.device).expand(len(known), -1)
+            yield start, end, hidden_states(self.gpt, tokens[:, start:end], positions, self._angles[start:end])
         cache.end_prefill(known)
-        return self._logits(ends[None])
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:
@@ -145,7 +191,11 @@ class CachedModel:
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """Compute logits [b, vocab] from [1, b, hidden], gathered over tensor parallel ranks."""
+        return self._all_logits(hidden)[0]
+
+    def _all_logits(self, hidden: Tensor) -> Tensor:
+        """Compute logits, float32 [s, b, vocab], from [s, b, hidden]."""
         gpt = self.gpt
         shared = gpt.shared_embedding_or_output_weight() if gpt.share_embeddings_and_output_weights else None
         logits, _ = gpt.output_layer(hidden, weight=shared, runtime_gather_output=True)
-        return logits[0].float()
+        return logits.float()

@@ -1,4 +1,4 @@
-"""Generates text by greedy decoding.
+"""Generates text over a KV cache: greedily, or by sampling.
 
 Example:
 
@@ -7,6 +7,7 @@ Example:
     tokens = generate(loaded.model, prompts, 100, lengths=lengths, eod=0)
 """
 
+from collections.abc import Generator
 from typing import Protocol
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from s2train.inference.cached_model import CachedModel
 from s2train.inference.kv_cache import kv_cache
+from s2train.inference.sampling import Choose, greedy
 from s2train.megatron.model import unwrap
 
 _TOKENS_BETWEEN_CHECKS = 8  # checking whether all sequences have ended synchronizes the device
@@ -33,10 +35,11 @@ def generate(
     *,
     lengths: Tensor | None = None,
     eod: int | None = None,
+    choose: Choose = greedy,
     prefill_chunk: int = 8192,
     cuda_graph: bool = False,
 ) -> Tensor:
-    """Decode greedily over a cache of what the layout keeps.
+    """Decode over a cache of what the layout keeps.
 
     Collective: every rank of a tensor parallel group calls it and gets the same tokens.
 
@@ -46,6 +49,7 @@ def generate(
         new_tokens: number of tokens to generate.
         lengths: int [b], lengths of the prompts; None: all s.
         eod: token that ends a sequence; the rest is filled with it, and the sequence's pages are freed. None: no end.
+        choose: chooses the next tokens.
         prefill_chunk: prompt tokens of a sequence that go through the model at once.
         cuda_graph: see `CachedModel`; pays off for more than about ten tokens.
 
@@ -56,28 +60,53 @@ def generate(
         ValueError: the model can't decode (see `kv_cache`), a prompt holds ids outside its vocabulary, new_tokens is
             negative, or lengths don't fit the prompts.
     """
-    gpt = unwrap(model)
-    if prompts.dim() != 2 or prompts.dtype != torch.int64 or prompts.numel() == 0 or new_tokens < 0:
-        raise ValueError(
-            f"prompts must be int64 [b, s] with at least one token, and new_tokens at least 0, got {prompts.dtype}"
-            f" {list(prompts.shape)} and {new_tokens}"
-        )
-    least, most = int(prompts.min()), int(prompts.max())
-    if not 0 <= least <= most < gpt.vocab_size:
-        raise ValueError(f"prompts hold {least} to {most}: the model's tokens are 0 to {gpt.vocab_size - 1}")
-    batch, size = prompts.shape
-    out = prompts.new_full((batch, new_tokens), 0 if eod is None else eod)
+    _check(model, prompts, new_tokens)
+    out = prompts.new_full((len(prompts), new_tokens), 0 if eod is None else eod)
+    steps = stream(
+        model,
+        prompts,
+        new_tokens,
+        lengths=lengths,
+        eod=eod,
+        choose=choose,
+        prefill_chunk=prefill_chunk,
+        cuda_graph=cuda_graph,
+    )
+    for index, token in enumerate(steps):
+        out[:, index] = token
+    return out
+
+
+@torch.no_grad()
+def stream(
+    model: torch.nn.Module,
+    prompts: Tensor,
+    new_tokens: int,
+    *,
+    lengths: Tensor | None = None,
+    eod: int | None = None,
+    choose: Choose = greedy,
+    prefill_chunk: int = 8192,
+    cuda_graph: bool = False,
+) -> Generator[Tensor, None, None]:
+    """Decode as `generate` does, and yield each token of all sequences as soon as it is chosen.
+
+    Yields:
+        int64 [b], up to new_tokens times; fewer if all sequences end.
+    """
+    _check(model, prompts, new_tokens)
     if new_tokens == 0:
-        return out
-    with kv_cache(gpt, batch, size + new_tokens) as cache:
-        cached = CachedModel(gpt, cache, cuda_graph)
-        token = cached.prefill(prompts, lengths, prefill_chunk).argmax(-1)
+        return
+    batch, size = prompts.shape
+    with kv_cache(unwrap(model), batch, size + new_tokens) as cache:
+        cached = CachedModel(unwrap(model), cache, cuda_graph)
+        token = choose(cached.prefill(prompts, lengths, prefill_chunk))
         ended = torch.zeros_like(token, dtype=torch.bool)
         for index in range(new_tokens):
             if eod is not None:
                 token = torch.where(ended, eod, token)
                 ended |= token == eod
-            out[:, index] = token
+            yield token
             if index + 1 == new_tokens:
                 break
             if eod is not None and index % _TOKENS_BETWEEN_CHECKS == 0:
@@ -86,5 +115,15 @@ def generate(
                         cache.finish(sequence)
                 if cache.finished.all():
                     break
-            token = cached.decode(token).argmax(-1)
-    return out
+            token = choose(cached.decode(token))
+
+
+def _check(model: torch.nn.Module, prompts: Tensor, new_tokens: int) -> None:
+    if prompts.dim() != 2 or prompts.dtype != torch.int64 or prompts.numel() == 0 or new_tokens < 0:
+        raise ValueError(
+            f"prompts must be int64 [b, s] with at least one token, and new_tokens at least 0, got {prompts.dtype}"
+            f" {list(prompts.shape)} and {new_tokens}"
+        )
+    rows, (least, most) = unwrap(model).vocab_size, (int(prompts.min()), int(prompts.max()))
+    if not 0 <= least <= most < rows:
+        raise ValueError(f"prompts hold {least} to {most}: the model's tokens are 0 to {rows - 1}")

@@ -21,6 +21,7 @@ from s2train.inference.cached_model import CachedModel
 from s2train.inference.generation import generate
 from s2train.inference.kv_cache import KVCache, kv_cache
 from s2train.inference.page_pool import OutOfPagesError
+from s2train.inference.sampling import Sampler
 from s2train.layouts.patterns.registry import PATTERNS
 from s2train.megatron.block_attention import DenseCoreAttention
 from s2train.megatron.core_attention import CausalCoreAttention
@@ -156,6 +157,49 @@ def unequal_pages(device: torch.device) -> dict[str, Any]:
             brute.append(sum(brute_force_pages(cache, hybrid, n + step) for n in lengths))
             token = model.decode(token).argmax(-1)
     return {"held": held, "brute": brute}
+
+
+@torch.no_grad()
+def losses(name: str, device: torch.device, tp: int = 1) -> dict[str, Any]:
+    """Measure errors of the losses of unequal sequences against float64, and agreement on the likeliest tokens."""
+    gpt, _ = build(name, device, tp)
+    lengths, total = [2 * BLOCK + 3, 5 * BLOCK, 2], 5 * BLOCK
+    tokens = torch.randint(0, VOCABULARY, (3, total), device=device)
+    targets = torch.randint(0, VOCABULARY, (3, total), device=device)
+    known = torch.arange(total)[None] < torch.tensor(lengths)[:, None]
+    with kv_cache(gpt, 3, total) as cache:
+        found, likeliest = CachedModel(gpt, cache).losses(tokens, targets, torch.tensor(lengths), chunk=2 * BLOCK)
+        agrees = cache.bytes_in_use == cache.predicted_bytes()
+    plain = gpt(tokens, positions_like(tokens), None)
+    for core in gpt.modules():
+        if isinstance(core, CausalCoreAttention):
+            core.backend = "torch"
+    exact = gpt.double()(tokens, positions_like(tokens), None)
+    entropy = [torch.nn.functional.cross_entropy(x.transpose(1, 2), targets, reduction="none") for x in (plain, exact)]
+    return {
+        "error": float((found.double() - entropy[1])[known].norm()),
+        "plain_error": float((entropy[0].double() - entropy[1])[known].norm()),
+        "scale": float(entropy[1][known].norm()),
+        "likeliest": float((likeliest == (plain.argmax(-1) == targets))[known].double().mean()),
+        "agrees": agrees,
+    }
+
+
+def sampled(device: torch.device) -> dict[str, Any]:
+    """Sample sequences in a batch and alone, in float64, so that rounding changes no token."""
+    gpt = build("hybrid", device)[0].double()
+    prompts = torch.randint(0, VOCABULARY, (3, 2 * BLOCK + 1), device=device)
+
+    def sample(numbers: list[int], seed: int = 7) -> list[list[int]]:
+        choose = Sampler(seed, numbers, temperature=1.0, top_k=50, top_p=0.95)
+        return generate(gpt, prompts[numbers], 12, choose=choose).tolist()
+
+    return {
+        "together": sample([0, 1, 2]),
+        "alone": [sample([number])[0] for number in range(3)],
+        "again": sample([0, 1, 2], seed=8),
+        "greedy": generate(gpt, prompts, 12).tolist(),
+    }
 
 
 def end_of_document(device: torch.device) -> dict[str, Any]:
@@ -338,6 +382,7 @@ def measure_models(device: torch.device, tp: int) -> dict[str, Any]:
     for name in MODELS if tp == 1 else DIVIDED:
         results[name] = compare(name, device, BLOCK + 5, longest, longest, tp)
         results[f"{name} in chunks"] = compare(name, device, 4 * BLOCK + 3, BLOCK, longest, tp)
+        results[f"losses {name}"] = losses(name, device, tp)
     if tp > 1:
         results["saved"] = saved_by_attention(device, tp)
     if tp == 1:
@@ -349,6 +394,7 @@ def measure_models(device: torch.device, tp: int) -> dict[str, Any]:
             unequal_prompts,
             unequal_pages,
             end_of_document,
+            sampled,
             finished_sequences,
             rejections,
             forgotten,

@@ -140,6 +140,29 @@ def test_ranks_that_share_a_kv_head_keep_only_their_own_heads_for_the_backward(t
     assert 0 < saved["largest"] <= saved["stream"] < saved["all_heads"]
 
 
+def assert_losses_agree(result: dict[str, Any]) -> None:
+    assert result["error"] <= 2 * result["plain_error"]
+    assert result["plain_error"] < 1e-5 * result["scale"]
+    assert result["likeliest"] == 1
+    assert result["agrees"]  # the cache holds what the layout needs
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_losses_agree_with_the_uncached_forward(alone: Results, model: str) -> None:
+    assert_losses_agree(alone[f"losses {model}"])
+
+
+@pytest.mark.parametrize("model", DIVIDED)
+def test_losses_on_tensor_parallel_ranks_agree(tensor_parallel: Results, model: str) -> None:
+    assert_losses_agree(tensor_parallel[f"losses {model}"])
+
+
+def test_sampled_sequences_of_a_batch_are_those_sampled_alone(alone: Results) -> None:
+    result = alone["sampled"]
+    assert result["together"] == result["alone"]
+    assert len({str(result[name]) for name in ("together", "again", "greedy")}) == 3
+
+
 def test_sequences_of_a_batch_continue_as_when_decoded_alone(alone: Results) -> None:
     assert alone["unequal_prompts"]["together"] == alone["unequal_prompts"]["alone"]
 
