@@ -19,6 +19,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from s2train import config
 from s2train.command_line.composition import CONF, config_groups
+from s2train.generation import config as generation
 from s2train.planning import compose_run, format_plan, preview
 from s2train.planning.targets import target_gpu
 from s2train.validation.division import smallest_world
@@ -43,6 +44,7 @@ SCHEMAS = {
     "profile_attention": config.ProfileAttentionConfig,
     "choose_layout": config.ChooseLayoutConfig,
     "layout_frontier": config.FrontierConfig,
+    "generate": generation.GenerateConfig,
 }
 # Appended to every training that runs here: its own layout and data, in a model and for steps that take a second.
 SHAPE = ["model.num_layers=4", "model.hidden_size=48", "model.ffn_hidden_size=64", "model.num_attention_heads=4"]
@@ -149,7 +151,8 @@ def check_program(command: Command) -> None:
     if name == "pretrain":
         plan([first_choice(setting) for setting in settings], ranks)
     elif name in SCHEMAS:
-        config.register()
+        for module in (config, generation):
+            module.register()
         with initialize_config_dir(str(CONF), version_base="1.3"):
             config.to_object(compose(name, settings))
     else:

@@ -23,7 +23,7 @@ ORDER = [
     {"serving"},
     {"needles"},
     {"preparation"},
-    {"probes"},
+    {"generation", "probes"},
     {"semsa"},
     {"training"},
     {"comparison"},

@@ -26,6 +26,20 @@ def quote_where_needed(arguments: Sequence[str]) -> list[str]:
     return [_quote_if_needed(argument) for argument in arguments]
 
 
+def quote_text(arguments: Sequence[str], setting: str) -> list[str]:
+    """Quote the values of a setting that holds text, so that Hydra reads exactly what was typed.
+
+    Leaves lists in brackets, and what is already in quotes.
+    """
+    return [
+        f"{key}={quoted(value.replace('${', chr(92) + '${'))}"
+        if equals and key.lstrip("+") == setting and not re.fullmatch(r"\[.*\]|'.*'|\".*\"", value, re.S)
+        else argument
+        for argument in arguments
+        for key, equals, value in [argument.partition("=")]
+    ]
+
+
 def syntax_problem(arguments: Sequence[str], number: int) -> str | None:
     """Explain, with a remedy, why Hydra can't parse an argument, or None."""
     if (reason := _parse_error(arguments[number])) is None:

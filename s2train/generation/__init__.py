@@ -1,0 +1,1 @@
+"""Text generation from a checkpoint: request, streaming to a terminal, and results."""
