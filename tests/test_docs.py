@@ -19,6 +19,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from s2train import config
 from s2train.command_line.composition import CONF, config_groups
+from s2train.evaluation import config as evaluation
 from s2train.generation import config as generation
 from s2train.planning import compose_run, format_plan, preview
 from s2train.planning.targets import target_gpu
@@ -45,6 +46,7 @@ SCHEMAS = {
     "choose_layout": config.ChooseLayoutConfig,
     "layout_frontier": config.FrontierConfig,
     "generate": generation.GenerateConfig,
+    "evaluate": evaluation.EvaluateConfig,
 }
 # Appended to every training that runs here: its own layout and data, in a model and for steps that take a second.
 SHAPE = ["model.num_layers=4", "model.hidden_size=48", "model.ffn_hidden_size=64", "model.num_attention_heads=4"]
@@ -151,7 +153,7 @@ def check_program(command: Command) -> None:
     if name == "pretrain":
         plan([first_choice(setting) for setting in settings], ranks)
     elif name in SCHEMAS:
-        for module in (config, generation):
+        for module in (config, generation, evaluation):
             module.register()
         with initialize_config_dir(str(CONF), version_base="1.3"):
             config.to_object(compose(name, settings))

@@ -26,7 +26,7 @@ ORDER = [
     {"generation", "probes"},
     {"semsa"},
     {"training"},
-    {"comparison"},
+    {"comparison", "evaluation"},
     {"sweeps", "scaling", "study"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
