@@ -20,7 +20,7 @@ from s2train.costs.step_time import GPUS_PER_MACHINE, Prediction, predict_step
 from s2train.environment.hardware import Hardware
 from s2train.errors import ConfigError
 from s2train.planning.advice import RECOMPUTE, ROOM
-from s2train.planning.checks import check_blocks, check_documents
+from s2train.planning.checks import check_blocks
 from s2train.planning.plan import layouts_nbytes
 from s2train.validation.attention_kinds import check_kinds
 from s2train.validation.division import check_division
@@ -135,7 +135,6 @@ def can_divide(cfg: PretrainConfig, hybrid: HybridLayout, gpus: int, hardware: H
 
 
 def _check(cfg: PretrainConfig, hybrid: HybridLayout, gpus: int, hardware: Hardware) -> None:
-    check_documents(cfg)
     check_division(cfg, gpus)
     check_blocks(cfg, hybrid)
     check_kinds(cfg, hybrid, hardware)
