@@ -16,6 +16,7 @@ from s2train.command_line.composition import check_names
 from s2train.command_line.old_names import accept_in_files
 from s2train.command_line.usage import meaning
 from s2train.errors import ConfigError
+from s2train.rope_scaling import RopeScalingConfig
 
 
 @dataclass
@@ -36,6 +37,7 @@ class ModelConfig:
     norm_epsilon: float = 1e-5
     init_std: float = 0.02
     tie_embeddings: bool = False
+    rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
 
 
 @dataclass

@@ -5,7 +5,7 @@ import shutil
 import zlib
 from collections.abc import Callable, Collection
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
@@ -31,12 +31,15 @@ from s2train.data.parts import training_part
 from s2train.data.splits import megatron_split
 from s2train.errors import ConfigError
 from s2train.files import FolderLock
+from s2train.rope_scaling import RopeScalingConfig
 from s2train.validation.token_budgets import length, step_tokens, token_budgets
 
 # Sections that determine the shards: a run must have the same values as the checkpoint that it loads.
 _ARCHITECTURE = ("model", "layout", "schedule")
 _NOT_IN_SHARDS = {"model.name", "model.init_std"}
-_PHASE_MAY_CHANGE = {"model.rotary_base"}  # raised for longer sequences (arXiv 2309.16039, section 2.1)
+# For longer sequences: a higher base (arXiv 2309.16039, section 2.1), or scaled frequencies. No shard depends on them.
+_SCALING = {f"model.rope_scaling.{one.name}" for one in fields(RopeScalingConfig)}
+_PHASE_MAY_CHANGE = {"model.rotary_base", *_SCALING}
 _WITHOUT_WEIGHTS = ("layout", "schedule")  # sections that a new phase may change where it is allowed
 _NUM_SAMPLES = "data.num_samples"
 _PATH = "data.path"
@@ -51,7 +54,7 @@ class Start:
         checkpoint: checkpoint to load; None for a new run.
         progress: progress that the run would save now.
         rng_ranks: `rng_ranks` of the checkpoint's progress.
-        changes: settings that differ from the checkpoint's; empty for a new run.
+        changes: settings that differ from the checkpoint's; from weights alone, those of RoPE; empty for a new run.
     """
 
     checkpoint: Path | None
@@ -79,16 +82,15 @@ def find_start(cfg: PretrainConfig) -> Start:
     changes = changes_between(trained, cfg)
     weights_only = loads_weights_alone(cfg, checkpoint)
     allowed = allowed_changes(cfg) if is_new_phase else None
-    check_same_architecture(
-        changes,
-        checkpoint,
-        of_kinds=_may_change(cfg),
-        weights_only=weights_only,
-        new_start=weights_only and cfg.checkpoint.weights_only,
-        allowed=allowed,
-    )
+    may_change = _may_change(cfg)
     if weights_only:
-        return Start(checkpoint, Progress(0, 0, data_order(cfg), None))
+        may_change |= set(
+            _PHASE_MAY_CHANGE if cfg.checkpoint.weights_only else filter(allowed_changes(cfg), _PHASE_MAY_CHANGE)
+        )
+    check_same_architecture(changes, checkpoint, may_change=may_change, weights_only=weights_only, allowed=allowed)
+    if weights_only:
+        rotation = [change for change in changes if change.setting in _PHASE_MAY_CHANGE]
+        return Start(checkpoint, Progress(0, 0, data_order(cfg), None), changes=rotation)
     _check_frozen_trunk(cfg, trained, saved.step, checkpoint)
     _check_step_size(cfg, saved, checkpoint)
     last = cfg.train.last_step
@@ -228,22 +230,20 @@ def check_same_architecture(
     changes: list[Change],
     checkpoint: Path,
     *,
-    of_kinds: Collection[str] = (),
+    may_change: Collection[str] = (),
     weights_only: bool = False,
-    new_start: bool = False,
     allowed: Callable[[str], bool] | None = None,
 ) -> None:
     """Check that no change alters the checkpoint's architecture.
 
     Args:
-        of_kinds: settings of kinds of attention that their weights don't depend on.
-        new_start: whether `checkpoint.weights_only` asks for a run from step 1, which may rotate positions otherwise.
+        may_change: settings that may differ: of kinds of attention that their weights do not depend on, or of RoPE.
         allowed: in a new phase, whether `checkpoint.allow_changes` names a setting. A setting of the layout that it
             names may differ, since dense and S2 attention have no weights. None: no new phase.
     Raises:
         ConfigError: a setting of the architecture or the optimizer's sharding differs.
     """
-    may_differ = _NOT_IN_SHARDS | set(of_kinds) | (set() if allowed is None and not new_start else _PHASE_MAY_CHANGE)
+    may_differ = _NOT_IN_SHARDS | set(may_change) | (set() if allowed is None else _PHASE_MAY_CHANGE)
     parts = ("model",) if weights_only else _ARCHITECTURE
     for change in changes:
         name = change.setting
@@ -252,11 +252,12 @@ def check_same_architecture(
             continue
         if section in parts and name not in may_differ:
             problem = f"{checkpoint} was trained with {name}={change.before}"
-            phase = (
-                ", or checkpoint.new_data=true for a new phase, or checkpoint.weights_only=true"
-                if name in _PHASE_MAY_CHANGE
-                else ""
-            )
+            phase = ""
+            if name in _PHASE_MAY_CHANGE:
+                phase = ", or checkpoint.new_data=true for a new phase, or checkpoint.weights_only=true"
+            if name in _PHASE_MAY_CHANGE and weights_only:
+                names = ",".join(one.setting for one in changes if one.setting in _PHASE_MAY_CHANGE)
+                phase = f", or '{ALLOW_CHANGES}=[{names}]' to rotate positions otherwise"
             if allowed is not None and _is_without_weights(name):
                 phase = f", or {ALLOW_CHANGES}=[{name}] for attention of another layout in this phase"
             raise ConfigError(name, change.now, problem, f"Set that value, or start in another run_dir{phase}")

@@ -12,6 +12,7 @@ from s2train.config import PretrainConfig, settings_by_name
 from s2train.costs.parameters import head_dim
 from s2train.errors import ConfigError
 from s2train.layouts.patterns.registry import read_pattern, with_defaults
+from s2train.rope_scaling import with_defaults as scaling_with_defaults
 from s2train.validation.token_budgets import length
 
 ALLOW_CHANGES = "checkpoint.allow_changes"
@@ -137,7 +138,9 @@ def with_values(cfg: PretrainConfig) -> PretrainConfig:
     decay_steps = optim.decay_steps or (None if optim.decay_style == "constant" else cfg.train.steps)
     return replace(
         cfg,
-        model=replace(cfg.model, head_dim=head_dim(cfg.model)),
+        model=replace(
+            cfg.model, head_dim=head_dim(cfg.model), rope_scaling=scaling_with_defaults(cfg.model.rope_scaling)
+        ),
         layout=replace(layout, pattern=with_defaults(layout.pattern), patterns=patterns, kinds=kind_values(layout)),
         optim=replace(optim, decay_steps=decay_steps, min_lr=optim.lowest_lr, min_lr_ratio=None),
     )

@@ -21,6 +21,7 @@ from s2train.megatron.block_attention import DenseCoreAttention
 from s2train.megatron.initial_weights import draw_initial_weights
 from s2train.megatron.layer_backends import Backend, choose_backend, own_capability, sum_gradients_in_place
 from s2train.megatron.layout_cache import LayoutCache
+from s2train.megatron.rope_scaling import scale_rotation, set_temperature
 from s2train.megatron.specs import block_spec
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -36,7 +37,7 @@ def transformer_config(cfg: PretrainConfig, stages: Stages | None = None) -> Tra
     """
     model, parallel, train = cfg.model, cfg.parallel, cfg.train
     dtype, on_cuda = DTYPES[train.precision], torch.cuda.is_available()
-    return TransformerConfig(
+    config = TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
@@ -83,6 +84,8 @@ def transformer_config(cfg: PretrainConfig, stages: Stages | None = None) -> Tra
         persist_layer_norm=False,
         deterministic_mode=train.deterministic,
     )
+    set_temperature(config, model)
+    return config
 
 
 def build_model(
@@ -98,7 +101,7 @@ def build_model(
     labels=…) and returns per-token losses [b, s / cp] in fp32, or without labels logits [b, s / cp, vocab / tp].
     Initial weights depend only on `cfg.seed`, not on the parallel division.
     """
-    cache, make_model = LayoutCache(), model_class(cfg)
+    cache, make_model, scaling = LayoutCache(), model_class(cfg), cfg.model.rope_scaling
     built: list[GPTModel] = []
     stages: list[int | None] = [None] if cfg.parallel.vpp is None else list(range(cfg.parallel.vpp))
     for stage in stages:
@@ -115,9 +118,11 @@ def build_model(
             position_embedding_type="rope",
             rotary_base=cfg.model.rotary_base,
             rotary_percent=cfg.model.rotary_percent,
+            seq_len_interpolation_factor=scaling.factor if scaling.kind == "linear" else None,
             share_embeddings_and_output_weights=cfg.model.tie_embeddings,
             vp_stage=stage,
         )
+        scale_rotation(chunk, cfg.model)
         chunk.model_type = ModelType.encoder_or_decoder
         for module in chunk.modules():
             if isinstance(module, DenseCoreAttention):

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from liger_kernel.ops import LigerRopeFunction
+from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import _yarn_get_concentration_factor_from_config
 from torch import Tensor
 
 from s2train.megatron.shared_kv_heads import KVSharingSelfAttention
@@ -21,32 +22,33 @@ class Rotation:
 
     def __init__(self) -> None:
         self._angles: Tensor | None = None
-        self._tables: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
+        self._tables: dict[tuple[int, torch.dtype, float], tuple[Tensor, Tensor]] = {}
 
-    def __call__(self, query: Tensor, key: Tensor, angles: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, query: Tensor, key: Tensor, angles: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:
         """Rotate query [s, b, h, d] and key [s, b, h_kv, d].
 
         Args:
             query, key: overwritten if contiguous; so are their gradients in the backward.
             angles: fp32 [s, 1 or b, 1, r] from Megatron's rotary embedding, whose second half equals the first; the
                 first r dimensions of a head are rotated.
+            factor: of cosines and sines, which is YaRN's temperature.
         """
-        cos, sin = self._cos_sin(angles, query.shape[1], query.dtype)
+        cos, sin = self._cos_sin(angles, query.shape[1], query.dtype, factor)
         rows = query.shape[0] * query.shape[1]  # tokens, which Liger-Kernel takes as one sequence
         flat = (x.reshape(1, rows, *x.shape[2:]).transpose(1, 2) for x in (query, key))
         turned = LigerRopeFunction.apply(*flat, cos, sin, None, 1, angles.shape[-1])
         query, key = (x.transpose(1, 2).view(y.shape) for x, y in zip(turned, (query, key), strict=True))
         return query, key
 
-    def _cos_sin(self, angles: Tensor, batch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _cos_sin(self, angles: Tensor, batch: int, dtype: torch.dtype, factor: float) -> tuple[Tensor, Tensor]:
         """Each [1, s · b, r / 2]."""
         if self._angles is not angles:
             self._angles, self._tables = angles, {}
-        wanted = (batch, torch.promote_types(dtype, torch.float32))
+        wanted = (batch, torch.promote_types(dtype, torch.float32), factor)
         if wanted not in self._tables:
             half = angles[..., : angles.shape[-1] // 2].expand(-1, batch, -1, -1).to(wanted[1])
             rows = half.reshape(1, -1, half.shape[-1])
-            self._tables[wanted] = (rows.cos(), rows.sin())
+            self._tables[wanted] = (rows.cos() * factor, rows.sin() * factor)
         return self._tables[wanted]
 
 
@@ -61,6 +63,7 @@ class RotatingSelfAttention(KVSharingSelfAttention):
         super().__init__(*args, **kwargs)
         self.rotation = rotation
         self.angles: Tensor | None = None  # of the current call
+        self.factor = _yarn_get_concentration_factor_from_config(self.config)
 
     def forward(self, *args: Any, rotary_pos_emb: Tensor | None = None, **kwargs: Any) -> Any:
         self.angles = rotary_pos_emb
@@ -72,5 +75,5 @@ class RotatingSelfAttention(KVSharingSelfAttention):
     def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> Any:
         query, key, *others = super().get_query_key_value_tensors(*args, **kwargs)
         if self.angles is not None:
-            query, key = self.rotation(query, key, self.angles)
+            query, key = self.rotation(query, key, self.angles, self.factor)
         return (query, key, *others)

@@ -236,7 +236,10 @@ def output_folder(cfg: NeedleConfig) -> Path:
 
 def layout_fingerprint(trained: PretrainConfig) -> str:
     """Fingerprint of a run's attention layout and rotation."""
-    layout = [asdict(trained.layout), asdict(trained.schedule), trained.model.rotary_base, trained.model.rotary_percent]
+    model = trained.model
+    layout = [asdict(trained.layout), asdict(trained.schedule), model.rotary_base, model.rotary_percent]
+    if model.rope_scaling.kind != "none":  # results of models without it keep their fingerprints
+        layout.append(asdict(model.rope_scaling))
     return hashlib.sha256(json.dumps(layout, sort_keys=True).encode()).hexdigest()[:16]
 
 

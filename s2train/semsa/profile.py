@@ -13,6 +13,7 @@ from s2train.config import ModelConfig
 from s2train.errors import ConfigError
 from s2train.files import replacing
 from s2train.kernels.block_statistics.effects import SUMS
+from s2train.rope_scaling import RopeScalingConfig
 from s2train.semsa.rules import Rule
 
 _VERSION = 1
@@ -41,7 +42,8 @@ class Profile:
 
     @property
     def model(self) -> ModelConfig:
-        return ModelConfig(**self.about["model"])
+        given = dict(self.about["model"])  # profiles made before RoPE was scaled have no settings of it
+        return ModelConfig(**given | {"rope_scaling": RopeScalingConfig(**given.get("rope_scaling", {}))})
 
     @property
     def block_size(self) -> int:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from s2train.config import ModelConfig, PretrainConfig
 from s2train.errors import ConfigError
+from s2train.validation.rope_scaling import check_rope_scaling
 
 
 def smallest_world(cfg: PretrainConfig) -> int:
@@ -54,6 +55,7 @@ def _check_heads(cfg: PretrainConfig) -> None:
         problem = f"{rotated} of {head_dim} dimensions would be rotated: rotary embeddings rotate pairs"
         remedy = f"Set model.rotary_percent={max(2, min(rotated, head_dim) // 2 * 2) / head_dim:g}."
         raise ConfigError("model.rotary_percent", model.rotary_percent, problem, remedy)
+    check_rope_scaling(model, cfg.parallel.cp)
     _divides(
         "model.num_query_groups",
         model.num_query_groups,

@@ -1,5 +1,6 @@
 """A stopped run resumes bit for bit, and what doesn't fit its checkpoint is rejected."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -158,6 +159,10 @@ def test_starting_a_finished_run_again_does_nothing(stopped: Path) -> None:
         (["train.steps=9"], ["optim.decay_steps 6 → 9", "optim.decay_steps=6 keeps"]),
         (["data.num_samples=72"], ["data.num_samples=72", "with 48", "Leave it unset"]),
         (["model.rotary_base=20000"], ["model.rotary_base=20000", "=10000", "checkpoint.new_data=true"]),
+        (
+            ["model.rope_scaling.kind=linear", "model.rope_scaling.factor=4"],
+            ["kind=linear", "checkpoint.new_data=true"],
+        ),
         (["seed=7"], ["seed=7", "1234"]),
         (["train.seq_length=64"], ["train.seq_length=64", "128"]),
         (["run_dir={stopped}_new", "checkpoint.resume={stopped}", "train.exit_step=3"], ["train.steps=3", "step 3"]),
@@ -192,6 +197,23 @@ def test_a_new_phase_takes_other_data_from_their_beginning(stopped: Path, tmp_pa
     again = pretrain(tmp_path, STEPS, start, *changes, "checkpoint.resume=auto", processes=0)
     assert again.status == 0, again.err
     assert read_progress(tmp_path / "checkpoints" / "iter_0000006").consumed_samples == 24
+
+
+def test_a_new_phase_scales_rope_and_logs_it_as_a_change(stopped: Path, tmp_path: Path) -> None:
+    scaling = "model.rope_scaling={kind:yarn,factor:4,original_length:128}"
+    phase = [f"checkpoint.resume={stopped}", "checkpoint.new_data=true", scaling, "train.seq_length=512"]
+    done = pretrain(tmp_path, STEPS, *phase, "train.exit_step=4", processes=0)
+    assert done.status == 0, done.err
+    assert "changed since iter_0000003: model.rope_scaling.kind none → yarn" in done.out
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    (changed,) = [record["settings"] for record in records if record.get("event") == "changed settings"]
+    assert changed["model.rope_scaling.factor"] == [None, 4.0]
+    assert changed["model.rope_scaling.attention_factor"] == [None, pytest.approx(1.1386, abs=1e-4)]
+    # a setting left to its default is the same: the run resumes
+    same = "model.rope_scaling={kind:yarn,factor:4,original_length:128,beta_slow:1,truncate:true}"
+    again = pretrain(tmp_path, STEPS, *phase[:2], same, *phase[3:], "train.exit_step=5", processes=0)
+    assert again.status == 0, again.err
+    assert "changed since" not in again.out
 
 
 def test_a_new_phase_may_become_dense_where_it_is_allowed(stopped: Path, tmp_path: Path) -> None:

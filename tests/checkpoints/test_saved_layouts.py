@@ -57,12 +57,14 @@ def test_an_explicit_default_is_the_same_layout(tmp_path: Path) -> None:
     resumed(config(pattern=PatternConfig(local=8, stride=16), patterns={"W": WINDOW | {"sinks": 0}}), tmp_path)
 
 
-def test_a_run_from_weights_alone_may_rotate_positions_otherwise(tmp_path: Path) -> None:
+def test_weights_alone_are_rotated_otherwise_only_where_it_is_allowed(tmp_path: Path) -> None:
     now = config()
     write_config(now, tmp_path / "config.yaml")
     now.model.rotary_base = 80_000
     changes = changes_between(read_config(tmp_path), now)
-    check_same_architecture(changes, tmp_path, weights_only=True, new_start=True)
+    check_same_architecture(changes, tmp_path, weights_only=True, may_change={"model.rotary_base"})
+    with pytest.raises(ConfigError, match=r"^model.rotary_base=80000: .*allow_changes=\[model.rotary_base\]"):
+        check_same_architecture(changes, tmp_path, weights_only=True)
     with pytest.raises(ConfigError, match=r"^model.rotary_base=80000: .*checkpoint.weights_only=true"):
         check_same_architecture(changes, tmp_path)
 

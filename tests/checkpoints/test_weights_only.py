@@ -135,3 +135,13 @@ def test_flops_of_steps_are_those_of_the_phases_that_they_lie_in() -> None:
 
 def test_a_plan_without_phases_prints_none() -> None:
     assert "phases" not in format_plan(check(compose_run(SMALL), 1, CPU))
+
+
+@pytest.mark.slow
+def test_a_new_start_from_weights_scales_rope_and_logs_it(dense: Path, tmp_path: Path) -> None:
+    start = [f"checkpoint.resume={dense}", "checkpoint.weights_only=true", "layout.layers=D", "train.steps=3"]
+    start += ["model.rope_scaling={kind:linear,factor:4}", "train.exit_step=1"]
+    done = pretrain(tmp_path, *start, processes=0)
+    assert done.status == 0, done.err
+    assert "model.rope_scaling.kind none → linear" in done.out
+    assert metrics(tmp_path)[0]["loss"] < metrics(dense)[0]["loss"] - 0.05

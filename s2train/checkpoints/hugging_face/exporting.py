@@ -10,6 +10,7 @@ from s2train.attention.features import Feature
 from s2train.checkpoints.folders import find_checkpoint, load_for_inference, read_config
 from s2train.checkpoints.hugging_face.folder import require_safetensors, write_weights
 from s2train.checkpoints.hugging_face.layout_json import layout_json
+from s2train.checkpoints.hugging_face.rope_scaling import longest_length, to_hugging_face
 from s2train.checkpoints.hugging_face.run_settings import KEY, settings_json
 from s2train.checkpoints.hugging_face.tokenizer_files import write_tokenizer
 from s2train.checkpoints.hugging_face.weights import (
@@ -96,6 +97,7 @@ def llama_config(cfg: PretrainConfig, vocab_size: int, tokenizer: Tokenizer) -> 
             "model_type": "s2_llama",
             "auto_map": {name: f"{Path(MODELING).stem}.{value}" for name, value in names.items()},
         }
+    scaling = to_hugging_face(model.rope_scaling)
     return own | {
         "vocab_size": vocab_size,
         "hidden_size": model.hidden_size,
@@ -108,7 +110,8 @@ def llama_config(cfg: PretrainConfig, vocab_size: int, tokenizer: Tokenizer) -> 
         "rms_norm_eps": model.norm_epsilon,
         "rope_theta": float(model.rotary_base),
         "partial_rotary_factor": model.rotary_percent,
-        "max_position_embeddings": cfg.train.seq_length,
+        **({} if scaling is None else {"rope_scaling": scaling}),
+        "max_position_embeddings": longest_length(model, cfg.train.seq_length),
         "tie_word_embeddings": model.tie_embeddings,
         "attention_bias": False,
         "mlp_bias": False,

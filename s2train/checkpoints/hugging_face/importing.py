@@ -10,6 +10,7 @@ import torch
 from s2train.checkpoints.folders import Progress, folder_name, sharding_metadata, write_config
 from s2train.checkpoints.hugging_face.folder import WeightsFolder, require_safetensors
 from s2train.checkpoints.hugging_face.layout_json import layout_json
+from s2train.checkpoints.hugging_face.rope_scaling import from_hugging_face
 from s2train.checkpoints.hugging_face.run_settings import KEY, ModelFiles, copy_masks, model_name, read_settings
 from s2train.checkpoints.hugging_face.tokenizer_files import TOKENIZER
 from s2train.checkpoints.hugging_face.weights import EMBEDDING, OUTPUT, from_llama, llama_shapes, with_rows
@@ -40,7 +41,6 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
-    "rope_scaling": (None,),
     "sliding_window": (None,),
     "quantization_config": (None,),
 }
@@ -151,16 +151,14 @@ def llama_model(folder: WeightsFolder) -> ModelConfig:
     """Return the model shape in config.json.
 
     Raises:
-        ConfigError: not a plain Llama or an export: another architecture, biases, scaled rotation or a sliding window;
-            in a plain Llama also partial rotation.
+        ConfigError: not a plain Llama or an export: another architecture, biases, rotation scaled in another way or a
+            sliding window; in a plain Llama also partial rotation.
     """
     config, remedy = folder.config, "Only Llama's architecture without these can be imported"
     names = config.get("architectures") or ["none"]
     if names[0] not in _ARCHITECTURES:
         raise ConfigError("weights", folder.path, f"its architecture is {names[0]}", f"{_list()} can be imported")
     rope = config.get("rope_parameters") or {}  # transformers 5 has theta and scaling here
-    if rope.get("rope_type", "default") != "default":
-        raise ConfigError("weights", folder.path, f"config.json has rope_parameters={rope}", remedy)
     for name, values in _PLAIN.items():
         if name in config and config[name] not in values:
             raise ConfigError("weights", folder.path, f"config.json has {name}={config[name]}", remedy)
@@ -172,7 +170,7 @@ def llama_model(folder: WeightsFolder) -> ModelConfig:
         raise ConfigError("weights", folder.path, f"rope_theta={theta} is not an integer", remedy)
     try:
         heads = config["num_attention_heads"]
-        return ModelConfig(
+        model = ModelConfig(
             name=folder.path.resolve().name,
             num_layers=config["num_hidden_layers"],
             hidden_size=config["hidden_size"],
@@ -190,6 +188,8 @@ def llama_model(folder: WeightsFolder) -> ModelConfig:
     except KeyError as error:
         problem = f"config.json has no {error.args[0]}"
         raise ConfigError("weights", folder.path, problem, "Add it") from error
+    model.rope_scaling = from_hugging_face(config, model, folder.path)
+    return model
 
 
 def _check_weights(folder: WeightsFolder, model: ModelConfig) -> None:

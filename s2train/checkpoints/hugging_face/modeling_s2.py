@@ -15,6 +15,7 @@ after padding on the left: then pass the attention mask.
 
 import base64
 import json
+import math
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -62,6 +63,8 @@ class S2Config(PretrainedConfig):
         max_position_embeddings: int = 2048,
         tie_word_embeddings: bool = False,
         layout: dict | None = None,
+        rope_scaling: dict | None = None,
+        rope_parameters: dict | None = None,
         **other: Any,
     ) -> None:
         self.vocab_size, self.hidden_size, self.intermediate_size = vocab_size, hidden_size, intermediate_size
@@ -72,6 +75,8 @@ class S2Config(PretrainedConfig):
         self.partial_rotary_factor = partial_rotary_factor
         self.max_position_embeddings = max_position_embeddings
         self.tie_word_embeddings = tie_word_embeddings
+        if scaling := rope_parameters or rope_scaling:  # by the name that transformers 5 saves
+            self.rope_parameters = scaling
         dense = [[0] * num_attention_heads] * num_hidden_layers
         self.layout = layout or {"block_size": 64, "patterns": [{"kind": "dense"}], "layers": dense}
         if PretrainedConfig is not object:
@@ -262,6 +267,41 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([turning * cos + torch.cat([-high, low], dim=-1) * sin, still], dim=-1)
 
 
+def scaled_frequencies(config: S2Config, device: torch.device) -> tuple[Tensor, float]:
+    """Radians per token of each pair of dimensions, fp32 [r / 2], and the factor of cosines and sines.
+
+    Scaled for longer sequences as `rope_scaling` says: linear (arXiv 2306.15595), yarn (arXiv 2309.00071), llama3.
+    """
+    dim, base = int(config.head_dim * config.partial_rotary_factor), config.rope_theta
+    powers = base ** (torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)
+    plain = 1.0 / powers
+    scaling = getattr(config, "rope_parameters", None) or {}
+    kind = scaling.get("rope_type", "default")
+    if kind == "default":
+        return plain, 1.0
+    scale = scaling["factor"]
+    divided = 1.0 / (scale * powers)
+    if kind == "linear":
+        return divided, 1.0
+    length = scaling["original_max_position_embeddings"]
+    if kind == "llama3":
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        kept = ((length * plain / (2 * math.pi) - low) / (high - low)).clamp(0, 1)  # by turns within the length
+        return (1 - kept) * divided + kept * plain, 1.0
+    if kind != "yarn":
+        raise ValueError(f"unknown kind of rope_scaling: {kind}")
+    # the dimension whose frequency makes so many turns within the original length
+    turns = [scaling.get("beta_fast", 32), scaling.get("beta_slow", 1)]
+    ends = [dim * math.log(length / (2 * math.pi * count)) / (2 * math.log(base)) for count in turns]
+    if scaling.get("truncate", True):
+        ends = [math.floor(ends[0]), math.ceil(ends[1])]
+    first, last = max(ends[0], 0), min(ends[1], dim - 1)
+    ramp = (torch.arange(dim // 2, device=device, dtype=torch.float32) - first) / (last - first or 0.001)
+    kept = 1 - ramp.clamp(0, 1)
+    factor = scaling.get("attention_factor")
+    return divided * (1 - kept) + plain * kept, 0.1 * math.log(scale) + 1 if factor is None else factor
+
+
 class MLP(nn.Module):
     """down(silu(gate(x)) · up(x))."""
 
@@ -303,14 +343,13 @@ class Decoder(nn.Module):
     def forward(self, input_ids: Tensor, cache: Any, start: int, padding: list[int] | None) -> Tensor:
         """input_ids: [b, s] after the `start` tokens of `cache`; padding: how much of them, on the left."""
         x = self.embed_tokens(input_ids)
-        dim = int(self.config.head_dim * self.config.partial_rotary_factor)
         positions = torch.arange(start, start + x.shape[1], device=x.device, dtype=torch.float32)
         if padding is not None:
             positions = (positions - positions.new_tensor(padding)[:, None, None]).clamp(min=0)  # [b, 1, s]
-        exponents = torch.arange(0, dim, 2, device=x.device, dtype=torch.float32) / dim
-        angles = positions[..., None] * (1.0 / (self.config.rope_theta**exponents))
+        frequencies, factor = scaled_frequencies(self.config, x.device)
+        angles = positions[..., None] * frequencies
         angles = torch.cat([angles, angles], dim=-1)
-        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        cos, sin = (angles.cos() * factor).to(x.dtype), (angles.sin() * factor).to(x.dtype)
         for layer in self.layers:
             x = layer(x, cos, sin, cache, padding)
         return self.norm(x)

@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from s2train.checkpoints.hugging_face.tokenizer_files import TOKENIZER
 from s2train.command_line.composition import CONF
-from s2train.config import LayoutConfig, PretrainConfig, ScheduleConfig
+from s2train.config import LayoutConfig, ModelConfig, PretrainConfig, ScheduleConfig
 from s2train.errors import ConfigError
 from s2train.files import check_writable, replacing
 
@@ -111,7 +111,7 @@ class ModelFiles:
             data["end_token"] = cfg.data.end_token
         content = {
             "defaults": defaults,
-            "model": asdict(cfg.model),
+            "model": _model(cfg.model),
             "data": data,
             "train": {name: getattr(train, name) for name in ("steps", "seq_length", "global_batch_size", "precision")},
             "optim": {name: getattr(optim, name) for name in ("lr", "warmup_steps")},
@@ -166,6 +166,13 @@ def model_name(output: Path) -> str:
     Hydra or a shell would have to quote them.
     """
     return re.sub(r"[^A-Za-z0-9._-]+", "-", output.absolute().name).strip("-.") or "model"
+
+
+def _model(model: ModelConfig) -> dict[str, Any]:
+    """Return the model's settings, without those of a scaling that are not set."""
+    settings, scaling = asdict(model), model.rope_scaling
+    del settings["rope_scaling"]
+    return settings if scaling.kind == "none" else settings | {"rope_scaling": {"kind": scaling.kind, **scaling.given}}
 
 
 def _setting(name: str, value: str) -> str:

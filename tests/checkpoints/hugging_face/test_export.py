@@ -66,7 +66,11 @@ def load_file(path: Path) -> ModuleType:
     "settings",
     [
         ["train.precision=fp32", "model.tie_embeddings=false", "model.num_query_groups=1", "model.rotary_percent=0.5"],
-        ["train.precision=bf16", "layout.pattern.sinks=1"],
+        [
+            "train.precision=bf16",
+            "layout.pattern.sinks=1",
+            "model.rope_scaling={kind:yarn,factor:4,original_length:128}",
+        ],
     ],
 )
 def test_the_modelling_file_gives_the_logits_of_the_checkpoint(tmp_path: Path, settings: list[str]) -> None:
@@ -159,7 +163,10 @@ def write_llama(folder: Path, *, hybrid: bool = False, tie: bool = False, groups
 
 @pytest.mark.parametrize("tie", [False, True])
 def test_an_imported_llama_gives_its_logits_and_comes_back_as_it_was(tmp_path: Path, tie: bool) -> None:
-    llama = write_llama(tmp_path / "llama", tie=tie, groups=random.choice([1, 2, 4]))
+    scaling = {"rope_type": "llama3", "factor": 4.0, "original_max_position_embeddings": 128}
+    scaling |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaled = {} if tie else {"rope_scaling": scaling}
+    llama = write_llama(tmp_path / "llama", tie=tie, groups=random.choice([1, 2, 4]), **scaled)
     done = import_weights(llama, tmp_path / "run", "precision=fp32", "vocab_size=288")
     assert done.status == 0, done.err
     tokens = tokens_of(VOCABULARY)
@@ -179,6 +186,7 @@ def test_an_imported_llama_gives_its_logits_and_comes_back_as_it_was(tmp_path: P
     assert all(torch.equal(back[name], there[name]) for name in there)
     config = json.loads((tmp_path / "back" / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
+    assert config.get("rope_scaling") == scaled.get("rope_scaling")
     assert not (tmp_path / "back" / "modeling_s2.py").exists()
     assert {name: config[name] for name in ("rope_theta", "rms_norm_eps", "tie_word_embeddings")} == {
         "rope_theta": 5000.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": tie
@@ -225,7 +233,7 @@ def test_a_hybrid_run_starts_from_an_imported_llama(tmp_path: Path, processes: i
         ({"architectures": ["GPT2LMHeadModel"]}, ["its architecture is GPT2LMHeadModel", "LlamaForCausalLM"]),
         ({"attention_bias": True}, ["attention_bias=True"]),
         ({"hidden_act": "gelu"}, ["hidden_act=gelu"]),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ["rope_scaling", "llama3"]),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 8.0}}, ["rope_scaling", "dynamic"]),
         ({"rope_parameters": {"rope_type": "yarn"}}, ["rope_parameters", "yarn"]),
         ({"sliding_window": 4096}, ["sliding_window=4096"]),
         ({"num_hidden_layers": 3}, ["weights that a plain Llama doesn't have", "model.layers.3"]),

@@ -1,0 +1,107 @@
+"""RoPE scaling in Hugging Face's form, as `rope_scaling` of config.json."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from s2train.config import ModelConfig
+from s2train.errors import ConfigError
+from s2train.rope_scaling import RopeScalingConfig, with_defaults
+from s2train.validation.rope_scaling import check_rope_scaling
+
+# Our settings by their names in Hugging Face's form.
+_NAMES = {
+    "factor": "factor",
+    "original_max_position_embeddings": "original_length",
+    "beta_fast": "beta_fast",
+    "beta_slow": "beta_slow",
+    "attention_factor": "attention_factor",
+    "truncate": "truncate",
+    "low_freq_factor": "low_freq_factor",
+    "high_freq_factor": "high_freq_factor",
+}
+# Read elsewhere, or without an effect on the angles.
+_OTHERS = {"type", "rope_type", "rope_theta", "partial_rotary_factor", "mscale", "mscale_all_dim"}
+_KINDS = ("linear", "yarn", "llama3")
+
+
+def to_hugging_face(scaling: RopeScalingConfig) -> dict[str, Any] | None:
+    """Return the value of `rope_scaling`; None without scaling."""
+    if scaling.kind == "none":
+        return None
+    filled = with_defaults(scaling).given
+    if filled.get("truncate"):
+        del filled["truncate"]  # the default; transformers before 4.56 warn of the name
+    if scaling.attention_factor is None:
+        filled.pop("attention_factor", None)
+    ours = {name: theirs for theirs, name in _NAMES.items()}
+    return {"rope_type": scaling.kind, **{ours[name]: value for name, value in filled.items()}}
+
+
+def longest_length(model: ModelConfig, trained: int) -> int:
+    """Return `max_position_embeddings` of a model trained on `trained` tokens.
+
+    Under YaRN it is factor · original_length: transformers 4.48 to 4.55 take the factor from it.
+    """
+    scaling = model.rope_scaling
+    if scaling.kind != "yarn":
+        return trained
+    assert scaling.factor is not None
+    assert scaling.original_length is not None
+    return round(scaling.factor * scaling.original_length)
+
+
+def from_hugging_face(config: dict[str, Any], model: ModelConfig, folder: Path) -> RopeScalingConfig:
+    """Read the scaling from a config.json, of transformers 4 (`rope_scaling`) or 5 (`rope_parameters`).
+
+    Args:
+        model: the model without scaling.
+        folder: folder of config.json, for errors.
+    Raises:
+        ConfigError: on `weights`, if the scaling is of another kind, or a setting is unknown, missing or out of range.
+    """
+    name = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+    given: dict[str, Any] = config.get(name) or {}
+    kind = given.get("rope_type", given.get("type", "default"))
+    if kind == "default":
+        return RopeScalingConfig()
+    if kind not in _KINDS:
+        raise _error(folder, name, given, f"kind {kind}", f"Models with {', '.join(_KINDS)} or no scaling can")
+    if unknown := sorted(given.keys() - _NAMES.keys() - _OTHERS):
+        raise _error(folder, name, given, f"{unknown[0]}, which is unknown here", "Remove what has no effect")
+    try:
+        scaling = _scaling(kind, given, config.get("max_position_embeddings"))
+        if scaling.factor == 1:
+            return RopeScalingConfig()  # all three forms leave the angles as they are
+        check_rope_scaling(replace(model, rope_scaling=scaling))
+    except ConfigError as error:
+        problem = f"{error.setting.rpartition('.')[2]}={error.value}: {error.problem}"
+        raise _error(folder, name, given, problem, "Fix config.json") from error
+    except (TypeError, ValueError) as error:
+        raise _error(folder, name, given, str(error), "Fix config.json") from error
+    return scaling
+
+
+def _scaling(kind: str, given: dict[str, Any], longest: int | None) -> RopeScalingConfig:
+    """Return unchecked settings.
+
+    Args:
+        longest: `max_position_embeddings`, from which missing settings follow as in transformers.
+    """
+    types = {"original_length": int, "truncate": bool}
+    read = {_NAMES[key]: value for key, value in given.items() if key in _NAMES and value is not None}
+    scaling = RopeScalingConfig(kind, **{name: types.get(name, float)(value) for name, value in read.items()})
+    if kind != "linear" and scaling.original_length is None:
+        scaling.original_length = longest
+    if kind == "yarn" and scaling.factor is None and longest and scaling.original_length:
+        scaling.factor = longest / scaling.original_length
+    parts = [given.get(name) for name in ("mscale", "mscale_all_dim")]
+    if kind == "yarn" and scaling.factor and scaling.attention_factor is None and all(parts):
+        above, below = (0.1 * float(part) * math.log(scaling.factor) + 1 for part in parts if part)
+        scaling.attention_factor = above / below
+    return scaling
+
+
+def _error(folder: Path, name: str, given: dict[str, Any], problem: str, remedy: str) -> ConfigError:
+    return ConfigError("weights", folder, f"config.json has {name}={given}: {problem}", remedy)
