@@ -89,13 +89,16 @@ def _scaling(kind: str, given: dict[str, Any], longest: int | None) -> RopeScali
     Args:
         longest: `max_position_embeddings`, from which missing settings follow as in transformers.
     """
-    types = {"original_length": int, "truncate": bool}
-    read = {_NAMES[key]: value for key, value in given.items() if key in _NAMES and value is not None}
-    scaling = RopeScalingConfig(kind, **{name: types.get(name, float)(value) for name, value in read.items()})
-    if kind != "linear" and scaling.original_length is None:
-        scaling.original_length = longest
+    types: dict[str, Any] = {"original_length": int, "truncate": bool}
+    read: dict[str, Any] = {}
+    for key, value in given.items():
+        if key in _NAMES and value is not None:
+            read[_NAMES[key]] = types.get(_NAMES[key], float)(value)
+    scaling = RopeScalingConfig(kind, **read)
     if kind == "yarn" and scaling.factor is None and longest and scaling.original_length:
         scaling.factor = longest / scaling.original_length
+    if kind != "linear" and scaling.original_length is None:
+        scaling.original_length = longest
     parts = [given.get(name) for name in ("mscale", "mscale_all_dim")]
     if kind == "yarn" and scaling.factor and scaling.attention_factor is None and all(parts):
         above, below = (0.1 * float(part) * math.log(scaling.factor) + 1 for part in parts if part)
