@@ -183,6 +183,9 @@ class TrainConfig:
     steps: int = MISSING
     seq_length: int = MISSING  # tokens
     global_batch_size: int = MISSING  # sequences
+    # Megatron's ramp-up, [first batch, increment, samples]: the batch grows from the first to global_batch_size, each
+    # time after equally many samples; train.steps and the learning rate's schedule count steps of any batch
+    rampup_batch_size: list[int] | None = None
     micro_batch_size: int = 1  # sequences
     precision: str = "bf16"  # bf16, fp32
     recompute: str = "none"  # none, selective (core attention), full

@@ -11,7 +11,17 @@ ROOT = Path(__file__).parents[1]
 # Each folder imports from its own and from earlier lines only. Single files of s2train/ stand on one line.
 ORDER = [
     {"kernels"},
-    {"errors", "files", "config", "rope_scaling", "wandb_run", "command_line", "distributed", "environment"},
+    {
+        "errors",
+        "files",
+        "config",
+        "rope_scaling",
+        "batch_sizes",
+        "wandb_run",
+        "command_line",
+        "distributed",
+        "environment",
+    },
     {"layouts"},
     {"attention"},
     {"costs"},

@@ -70,7 +70,9 @@ def _run(cfg: PretrainConfig, steps: int, device: torch.device, traced: bool) ->
         started = time.perf_counter()
         chunks[0].zero_grad_buffer()
         optimizer.zero_grad()
-        total, tokens = run_step(cfg, chunks, [batches], forward_only=False)[0].tolist()
+        total, tokens = run_step(cfg, chunks, [batches], forward_only=False, batch_size=cfg.train.global_batch_size)[
+            0
+        ].tolist()
         with record_function(RANGE + OPTIMIZER):
             optimizer.step()
         scheduler.step(increment=cfg.train.global_batch_size)

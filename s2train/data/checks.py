@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 from megatron.core.datasets.gpt_dataset import MockGPTLowLevelDataset
 
+from s2train.batch_sizes import samples_of
 from s2train.config import PretrainConfig
 from s2train.data.blend import dataset_prefixes, parse_blend
 from s2train.data.indexed import read_document_lengths, read_ends, read_metadata
@@ -16,9 +17,9 @@ from s2train.errors import ConfigError
 from s2train.files import check_writable
 
 
-def samples_of_steps(cfg: PretrainConfig, first_step: int = 0) -> int:
-    """Number of samples that `train.steps` take from `first_step` on."""
-    return (cfg.train.steps - first_step) * cfg.train.global_batch_size
+def samples_of_steps(cfg: PretrainConfig, first_step: int = 0, consumed: int = 0) -> int:
+    """Number of samples that `train.steps` take from `first_step` on, after `consumed` samples."""
+    return samples_of(cfg.train, cfg.train.steps - first_step, consumed)
 
 
 def num_train_samples(cfg: PretrainConfig, first_step: int = 0) -> int:

@@ -4,6 +4,7 @@ from dataclasses import fields
 from itertools import groupby
 from typing import Any
 
+from s2train.batch_sizes import samples_of, stages
 from s2train.config import PretrainConfig
 from s2train.costs.memory import GIB
 from s2train.costs.stages import Balance
@@ -40,6 +41,7 @@ def format_plan(plan: Plan) -> str:
             f"{train.micro_batch_size} × {train.seq_length:,} on each data parallel rank",
         ),
         *([("budget", ", ".join(map(str, budgets)))] if (budgets := token_budgets(cfg)) else []),
+        *_ramp_up(plan),
         *_phases(plan),
         *_ranks(plan),
         *_pipeline(plan),
@@ -61,16 +63,31 @@ def format_plan(plan: Plan) -> str:
     return "\n".join([title, *(f"{name:<13} {text}" for name, text in rows), plan.coverage.format(), _verdict(plan)])
 
 
+def _ramp_up(plan: Plan) -> list[tuple[str, str]]:
+    """Format the steps of each batch size."""
+    train = plan.cfg.train
+    if train.rampup_batch_size is None:
+        return []
+    parts = stages(train, train.steps)
+    shown = [f"{part.steps:,} of {part.batch}" for part in parts]
+    if len(shown) > 6:
+        shown = [*shown[:3], f"… {len(shown) - 5} more …", *shown[-2:]]
+    samples = sum(part.samples for part in parts)
+    text = f"steps by batch: {', '.join(shown)}; {samples:,} samples, {samples * train.seq_length:,} tokens in all"
+    return [("ramp-up", text)]
+
+
 def _phases(plan: Plan) -> list[tuple[str, str]]:
     """Format what each phase of the run costs, if there are several."""
     if len(plan.phases) == 1 and not plan.phases[0].warms_up and not plan.phases[0].is_trunk_frozen:
         return []
     rows = []
-    tokens = plan.cfg.train.global_batch_size * plan.cfg.train.seq_length
+    train = plan.cfg.train
     for phase in plan.phases:
         what = [f"{label} attention warms up" for label in phase.warms_up]
         what += ["trunk frozen, so only the weights that attention adds learn"] if phase.is_trunk_frozen else []
-        total = phase.flops * tokens * (phase.last - phase.first + 1)
+        samples = samples_of(train, phase.last) - samples_of(train, phase.first - 1)
+        total = phase.flops * samples * train.seq_length
         cost = f"{count(phase.flops)} FLOPs/token, {total:.2e} FLOPs"
         rows.append(("", f"steps {phase.first} to {phase.last}: {cost}{''.join(f'; {one}' for one in what)}"))
     return [("phases", rows[0][1]), *rows[1:]]
@@ -83,7 +100,7 @@ def _how(plan: Plan) -> str:
 
 def epochs_of_plan(cfg: PretrainConfig) -> str:
     """Format how often the run passes over each dataset, with warnings."""
-    samples = cfg.train.steps * cfg.train.global_batch_size
+    samples = samples_of(cfg.train, cfg.train.steps)
     most = "at most " if cfg.checkpoint.new_data else ""  # the steps before a new phase read other data
     try:
         lines = describe_epochs(cfg.data, training_epochs(cfg.data, samples, cfg.train.seq_length))
@@ -125,12 +142,13 @@ def _time(plan: Plan) -> list[tuple[str, str]]:
         return [("time", f"not predicted: {why}")]
     time, seconds = found.time, found.time.total
     shown = {name: part for name, part in time.parts().items() if part >= 0.005 * seconds}
+    whole_steps = samples_of(train, train.steps) / train.global_batch_size  # a ramp-up's steps are shorter
     rows = [
         (
             "time",
             f"{time_text(seconds)} per step, {count(found.tokens_per_s)} tokens/s"
             f" ({count(found.tokens_per_s / plan.world_size)} per GPU), MFU {found.mfu:.1%};"
-            f" {train.steps:,} steps take {_duration(train.steps * seconds)}",
+            f" {train.steps:,} steps take {_duration(seconds * whole_steps)}",
         ),
         ("  of which", ", ".join(f"{name} {part / seconds:.0%}" for name, part in shown.items())),
         ("  based on", basis(found)),

@@ -35,12 +35,12 @@ class AuxiliaryLosses:
         ]
         self._cores = [m for chunk in chunks for m in chunk.modules() if isinstance(m, CausalCoreAttention)]
         self._tp, self._loss_scale = cfg.parallel.tp, loss_scale
-        self._micro_batches = cfg.train.global_batch_size // (
-            cfg.train.micro_batch_size * parallel_state.get_data_parallel_world_size()
-        )
+        self._samples = cfg.train.micro_batch_size * parallel_state.get_data_parallel_world_size()
 
-    def begin_step(self, step: int, is_logged: bool) -> None:
+    def begin_step(self, step: int, is_logged: bool, batch: int) -> None:
         """Prepare the layers for a training step, counted from 1; `is_logged` if the run logs after it.
+
+        `batch` is the step's global batch size.
 
         Gradients are scaled as the language model's loss is: it is a mean over the tokens of a micro batch, divided by
         the number of micro batches, and averaged over data parallel ranks with the gradients. Megatron's schedules do
@@ -50,7 +50,7 @@ class AuxiliaryLosses:
         if self._loss_scale is not None and self._columns:
             scale = float(self._loss_scale(torch.ones(1, device=torch.cuda.current_device())))
         for core in self._cores:
-            core.step, core.loss_scale, core.is_logged = step, scale / self._micro_batches, is_logged
+            core.step, core.loss_scale, core.is_logged = step, scale / (batch // self._samples), is_logged
             core.records.take()
 
     def take(self) -> dict[str, float]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from megatron.core.timers import Timers
 from torch.profiler import record_function
 from torch.utils.data import Dataset
 
+from s2train.batch_sizes import batch_size, samples_of
 from s2train.checkpoints.folders import Progress, checkpoints_in, own_checkpoints
 from s2train.checkpoints.random_state import current_rng_ranks
 from s2train.checkpoints.run_state import Saver, TrainingState
@@ -63,13 +65,14 @@ class Interval:
     Attributes:
         losses: losses of the steps taken, including those before a resume.
         auxiliary: auxiliary losses of the same steps, by column and layer.
-        steps: steps run by this process.
+        steps, samples: steps run by this process, and their samples.
         paused: seconds spent evaluating and saving, which don't count as step time.
     """
 
     losses: list[float] = field(default_factory=list)
     auxiliary: dict[str, list[float]] = field(default_factory=dict)
     steps: int = 0
+    samples: int = 0
     started: float = field(default_factory=time.perf_counter)
     paused: float = 0.0
 
@@ -122,10 +125,11 @@ class Trainer:
             TrainingError: a checkpoint can't be written.
             StoppedBySignal: a signal stopped the run, after saving.
         """
-        cfg, size = self.cfg, self.cfg.train.global_batch_size
+        cfg = self.cfg
         first, last = progress.step + 1, cfg.train.last_step
         consumed = progress.consumed_samples
-        batches = self._batches(self.train_set, consumed, consumed + (last - progress.step) * size)
+        stop = consumed + samples_of(cfg.train, last - progress.step, consumed)
+        batches, size = self._batches(self.train_set, consumed, stop), batch_size(cfg.train, consumed)
         self.loss_history = LossHistory(**progress.health)
         earlier = {name: list(values) for name, values in progress.auxiliary.items()}
         interval, saved = Interval(list(progress.losses), earlier), None
@@ -133,11 +137,16 @@ class Trainer:
         is_save_due = False
         for step in range(first, last + 1):
             self.watchdog.beat(f"step {step}")
+            before, size = size, batch_size(cfg.train, consumed)
+            if size != before:
+                self.tracker.note(f"step {step} | the global batch grows from {before} to {size} sequences")
+                self.tracker.event("batch size", step=step - 1, tokens_per_step=size * cfg.train.seq_length)
             with profiler.step(step):
-                loss, grad_norm, lr, signal = self._step(batches, step, consumed)
+                loss, grad_norm, lr, signal = self._step(batches, step, consumed, size)
             interval.paused += profiler.pause_s()
             consumed += size
             interval.steps += 1
+            interval.samples += size
             if not self.loss_history.skipped_in_row:
                 interval.take_step(loss, self.auxiliary.take())
             if step == first:
@@ -157,7 +166,7 @@ class Trainer:
                     held_out = self.held_out_loss()
             is_due = self._is_due(step)
             if is_due or is_last or is_stopping:
-                self.tracker.report(self._metrics(step, last, consumed, interval, grad_norm, lr, held_out))
+                self.tracker.report(self._metrics(step, stop, consumed, interval, grad_norm, lr, held_out))
                 if cfg.tracking.timing:
                     self.tracker.note(self.timers.get_all_timers_string(normalizer=interval.steps))
             if is_due:  # a report at an early end is extra: an uninterrupted run has none here
@@ -192,7 +201,8 @@ class Trainer:
         with torch.no_grad(), up_to_date_parameters(cfg, chunks):
             for chunk in chunks:
                 chunk.eval()
-            steps = [run_step(cfg, chunks, batches, forward_only=True, edges=edges) for _ in range(count)]
+            whole = partial(run_step, batch_size=cfg.train.global_batch_size)
+            steps = [whole(cfg, chunks, batches, forward_only=True, edges=edges) for _ in range(count)]
             for chunk in chunks:
                 chunk.train()
         losses = [float(sums[:, 0].sum() / sums[:, 1].sum()) for sums in steps]
@@ -206,11 +216,16 @@ class Trainer:
         cfg = self.cfg
         return step % cfg.tracking.log_interval == 0 or self._is_evaluated(step) or step == cfg.train.steps
 
-    def _step(self, batches: list[Iterator[Batch]], step: int, consumed: int) -> tuple[float, float, float, int]:
+    def _step(
+        self, batches: list[Iterator[Batch]], step: int, consumed: int, size: int
+    ) -> tuple[float, float, float, int]:
         """Run one training step.
 
         If loss or gradient is not finite on any rank, all ranks skip the step.
 
+        Args:
+            consumed: samples before it.
+            size: its global batch size.
         Returns:
             Loss, gradient norm, learning rate of this step, and the signal that any rank received (0 means none).
         """
@@ -219,8 +234,8 @@ class Trainer:
         for chunk in state.chunks:
             chunk.zero_grad_buffer()
         state.optimizer.zero_grad()
-        self.auxiliary.begin_step(step, is_logged=self._is_due(step))
-        ((total, tokens),) = run_step(self.cfg, state.chunks, batches, forward_only=False).tolist()
+        self.auxiliary.begin_step(step, is_logged=self._is_due(step), batch=size)
+        ((total, tokens),) = run_step(self.cfg, state.chunks, batches, forward_only=False, batch_size=size).tolist()
         self.frozen.hold(state.optimizer, step)
         with record_function(RANGE + OPTIMIZER):
             loss, grad_norm = total / tokens, gradient_norm(state.optimizer)
@@ -228,19 +243,21 @@ class Trainer:
         is_bad, signal = max_over_ranks(not is_finite, self.signals.received)
         if is_bad:
             state.scheduler.step(0)  # restores the weight decay, which is 0 in the steps of a frozen trunk
-            self._skip(step, loss, grad_norm, consumed)
+            self._skip(step, loss, grad_norm, consumed, size)
         else:
             if factor := self.loss_history.spike(loss, self.cfg.train.spike_factor):
-                self._log_batch("spike", step, consumed, f"loss {loss:.4f} is {factor:.1f} × the running mean", loss)
+                self._log_batch(
+                    "spike", step, consumed, size, f"loss {loss:.4f} is {factor:.1f} × the running mean", loss
+                )
             with record_function(RANGE + OPTIMIZER):
                 take_step(state.optimizer, grad_norm)
             state.scheduler.step(1)
             self.loss_history = self.loss_history.after_step(loss)
         return loss, grad_norm, lr, signal
 
-    def _skip(self, step: int, loss: float, grad_norm: float, consumed: int) -> None:
+    def _skip(self, step: int, loss: float, grad_norm: float, consumed: int, size: int) -> None:
         self.loss_history = self.loss_history.after_skip()
-        self._log_batch("skipped", step, consumed, f"skipped: loss {loss}, gradient norm {grad_norm}", loss)
+        self._log_batch("skipped", step, consumed, size, f"skipped: loss {loss}, gradient norm {grad_norm}", loss)
         limit = self.cfg.train.max_skipped_steps
         if self.loss_history.skipped_in_row > limit:
             self.saver.close()
@@ -252,9 +269,9 @@ class Trainer:
                 " optim.clip_grad"
             )
 
-    def _log_batch(self, event: str, step: int, consumed: int, what: str, loss: float) -> None:
+    def _log_batch(self, event: str, step: int, consumed: int, size: int, what: str, loss: float) -> None:
         """Log an event of a step with its range of training samples."""
-        last = consumed + self.cfg.train.global_batch_size - 1
+        last = consumed + size - 1
         self.tracker.note(f"step {step} | samples {consumed} to {last} | {what}")
         self.tracker.event(
             event, step=step, samples=[consumed, last], loss_of_step=loss, skipped=self.loss_history.skipped
@@ -270,33 +287,32 @@ class Trainer:
     def _metrics(
         self,
         step: int,
-        last: int,
+        stop: int,
         consumed: int,
         interval: Interval,
         grad_norm: float,
         lr: float,
         held_out: HeldOut | None,
     ) -> StepMetrics:
-        train = self.cfg.train
-        losses = interval.losses
-        step_time = (time.perf_counter() - interval.started - interval.paused) / interval.steps
-        tokens_per_s = train.global_batch_size * train.seq_length / step_time
+        length, losses = self.cfg.train.seq_length, interval.losses
+        seconds = time.perf_counter() - interval.started - interval.paused
+        tokens_per_s = interval.samples * length / seconds
         flops_per_token = mean_flops(self.speed.phases, step - interval.steps + 1, step)
         flops = tokens_per_s * flops_per_token / self.speed.devices
         return StepMetrics(
             step=step,
-            consumed_tokens=consumed * train.seq_length,
+            consumed_tokens=consumed * length,
             loss=sum(losses) / len(losses) if losses else math.nan,
             held_out_loss=None if held_out is None else held_out.loss,
             lr=lr,
             grad_norm=grad_norm,
             skipped=self.loss_history.skipped,
-            step_time_s=step_time,
+            step_time_s=seconds / interval.steps,
             tokens_per_s=tokens_per_s,
             model_tflops=flops / 1e12,
             mfu=flops / self.speed.peak_flops if self.speed.peak_flops else None,
             memory_gib=torch.cuda.max_memory_allocated() / GIB,
-            eta_s=(last - step) * step_time,
+            eta_s=(stop - consumed) * length / tokens_per_s,
             held_out_loss_by_position=None if held_out is None else held_out.by_position,
             held_out_short=None if held_out is None else held_out.short,
             held_out_long=None if held_out is None else held_out.long,

@@ -10,6 +10,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from s2train.batch_sizes import batch_size
 from s2train.checkpoints.folders import Progress
 from s2train.checkpoints.setting_changes import Change
 from s2train.config import PretrainConfig
@@ -157,7 +158,7 @@ class Tracker:
         self._file = path.open("a", buffering=1)
         if not whole:  # the run was killed while it wrote a line
             self._file.write("\n")
-        self.event("config", tokens_per_step=cfg.train.global_batch_size * cfg.train.seq_length)
+        self.event("config", tokens_per_step=batch_size(cfg.train, start.consumed_samples) * cfg.train.seq_length)
         if start.step:
             self.event("resume", step=start.step)
         if earlier is not None:

@@ -75,6 +75,8 @@ def read_curves(metrics: Path) -> Curves:
         size = record.get("tokens_per_step", size)
         if size is not None and not curves.batches:
             curves.batches = [(0, size)]
+        if record.get("event") == "batch size":
+            curves.batches.append((record["step"], record["tokens_per_step"]))
         if record.get("event") == "resume":
             curves.resumed.append(record["step"])
             if size is not None:  # recorded just before the resume

@@ -153,7 +153,8 @@ def _train(
         times.end("checkpoint")
     watchdog.beat("opening the data")
 
-    last_sample = start.progress.consumed_samples + samples_of_steps(cfg, start.progress.step)
+    consumed = start.progress.consumed_samples
+    last_sample = consumed + samples_of_steps(cfg, start.progress.step, consumed)
     held_out_samples = cfg.evaluation.batches * cfg.train.global_batch_size if cfg.evaluation.interval else 0
     train_set, held_out_set = build_datasets(
         cfg,

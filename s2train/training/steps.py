@@ -74,11 +74,13 @@ def run_step(
     batches: list[Iterator[Batch]],
     *,
     forward_only: bool,
+    batch_size: int,
     edges: list[int] | None = None,
 ) -> torch.Tensor:
     """Run one global batch, micro batch by micro batch.
 
     Args:
+        batch_size: sequences of this global batch.
         batches: an iterator of micro batches for each model chunk.
         edges: edges of the position ranges; None makes all positions one range.
     Returns:
@@ -89,8 +91,7 @@ def run_step(
         forward_step_func=partial(forward_step, edges=edges),
         data_iterator=batches if len(chunks) > 1 else batches[0],
         model=chunks if len(chunks) > 1 else chunks[0],
-        num_microbatches=train.global_batch_size
-        // (train.micro_batch_size * parallel_state.get_data_parallel_world_size()),
+        num_microbatches=batch_size // (train.micro_batch_size * parallel_state.get_data_parallel_world_size()),
         seq_length=train.seq_length,
         micro_batch_size=train.micro_batch_size,
         decoder_seq_length=train.seq_length,

@@ -183,6 +183,7 @@ def _check_world(cfg: PretrainConfig, world_size: int) -> None:
             f"{dp} data parallel ranks × train.micro_batch_size={micro} don't divide it",
             multiple_of("train.global_batch_size", train.global_batch_size, unit),
         )
+    _check_ramp_up(cfg, dp)
     micro_batches = train.global_batch_size // (dp * micro)
     if parallel.vpp is not None and micro_batches % parallel.pp:
         unit = dp * micro * parallel.pp
@@ -192,6 +193,31 @@ def _check_world(cfg: PretrainConfig, world_size: int) -> None:
             f"with parallel.vpp a rank's {micro_batches} micro batches must divide by pp={parallel.pp}",
             multiple_of("train.global_batch_size", train.global_batch_size, unit),
         )
+
+
+def _check_ramp_up(cfg: PretrainConfig, dp: int) -> None:
+    """Check that all batches of a ramp-up divide over `dp` ranks and their micro batches."""
+    train, name = cfg.train, "train.rampup_batch_size"
+    ramp = train.rampup_batch_size
+    if ramp is None:
+        return
+    unit = dp * train.micro_batch_size * (1 if cfg.parallel.vpp is None else cfg.parallel.pp)
+    such = f"[{unit},{unit},{100 * train.global_batch_size}]"
+    if len(ramp) != 3 or min(ramp) < 1:
+        problem = "is not a first batch, an increment and a number of samples, all at least 1"
+        raise ConfigError(name, ramp, problem, f"Set {name}, such as {such}, or null.")
+    first, increment, _ = ramp
+    whole = train.global_batch_size
+    if first >= whole or (whole - first) % increment:
+        problem = f"no number of increments of {increment} leads from {first} to train.global_batch_size={whole}"
+        raise ConfigError(
+            name, ramp, problem, f"Set an increment that divides their difference, such as {such}, or null."
+        )
+    if first % unit or increment % unit:
+        problem = f"{dp} data parallel ranks × train.micro_batch_size={train.micro_batch_size}"
+        problem += "" if cfg.parallel.vpp is None else f" × parallel.pp={cfg.parallel.pp}"
+        remedy = f"Set multiples of {unit}, such as {such}, or a smaller train.micro_batch_size."
+        raise ConfigError(name, ramp, f"{problem} don't divide its batches", remedy)
 
 
 def _divides(setting: str, value: int, whole_name: str, whole: int, also: str = "") -> None:
