@@ -127,8 +127,16 @@ class DataConfig:
 
 @dataclass
 class OptimConfig:
-    """Megatron's Adam and its learning-rate schedule."""
+    """Megatron's optimizer and its learning-rate schedule."""
 
+    # adam, sgd; or of the package emerging-optimizers, with megatron-core 0.19 or later: muon, lion. Only adam works
+    # with parallel.distributed_optimizer
+    name: str = "adam"
+    # further settings of sgd, muon and lion, by their names in Megatron's OptimizerConfig: muon_momentum, …; on a
+    # command line '+optim.options.muon_num_ns_steps=6'
+    options: dict[str, Any] = field(default_factory=dict)
+    # share of adam's state that is kept, and updated, in the host's memory; needs parallel.distributed_optimizer
+    cpu_offload: float = 0.0
     lr: float = 3e-4
     min_lr_ratio: float | None = None  # final learning rate as a share of lr; None: 0.1, or as given by min_lr
     min_lr: float | None = None  # final learning rate itself, independent of lr; None: lr × min_lr_ratio

@@ -253,7 +253,7 @@ def test_settings_in_the_text_exist(page: Path) -> None:
     unknown = {
         name
         for name in named_settings(page)
-        if name not in known and not name.startswith(("layout.patterns.", "layout.kinds."))
+        if name not in known and not name.startswith(("layout.patterns.", "layout.kinds.", "optim.options."))
     }
     assert unknown == set()
 

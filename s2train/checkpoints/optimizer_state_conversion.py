@@ -58,8 +58,12 @@ def convert_param_groups(optimizer: MegatronOptimizer, loaded: Any) -> None:
     Args:
         loaded: optimizer state from dist_checkpointing; changed in place.
     """
-    inner = getattr(optimizer, "chained_optimizers", [optimizer])[0].optimizer
-    _convert(loaded, inner.defaults, is_torch=isinstance(inner, torch.optim.AdamW))
+    inner = [part.optimizer for part in getattr(optimizer, "chained_optimizers", [optimizer])]
+    kinds = {type(one) for one in inner}
+    # Megatron numbers the states of several; those of one kind, such as Adam's of several chunks, convert alike
+    states = [loaded] if len(kinds) == 1 else [loaded[number] for number in range(len(inner))]
+    for one, state in zip(inner, states, strict=False):
+        _convert(state, one.defaults, is_torch=isinstance(one, torch.optim.AdamW))
 
 
 def _convert(loaded: Any, defaults: dict[str, Any], is_torch: bool) -> None:

@@ -261,7 +261,7 @@ def check_same_architecture(
             if allowed is not None and _is_without_weights(name):
                 phase = f", or {ALLOW_CHANGES}=[{name}] for attention of another layout in this phase"
             raise ConfigError(name, change.now, problem, f"Set that value, or start in another run_dir{phase}")
-        if name == "parallel.distributed_optimizer" and not weights_only:
+        if name in ("parallel.distributed_optimizer", "optim.name") and not weights_only:
             problem = f"{checkpoint} holds optimizer state saved with {name}={str(change.before).lower()}"
             raise ConfigError(name, change.now, problem, f"Set {name}={str(change.before).lower()}")
 

@@ -258,13 +258,15 @@ def load(cfg: PretrainConfig, state: TrainingState, checkpoint: Path, rng_ranks:
 
 
 def _set_hyperparameters(optim: OptimConfig, loaded: Any) -> None:
-    """Replace the hyperparameters in a loaded optimizer state by the run's.
+    """Replace Adam's hyperparameters, and the learning rates, in a loaded optimizer state by the run's.
 
     Call it before Megatron loads the state: 0.19 distinguishes parameter groups by their learning rates.
     """
     if isinstance(loaded, dict):
         for group in loaded.get("param_groups", []):
-            group.update(max_lr=optim.lr, min_lr=optim.lowest_lr, betas=(optim.beta1, optim.beta2), eps=optim.eps)
+            group.update(max_lr=optim.lr, min_lr=optim.lowest_lr)
+            if {"betas", "eps"} <= group.keys():  # lion has other betas
+                group.update(betas=(optim.beta1, optim.beta2), eps=optim.eps)
         for value in loaded.values():
             _set_hyperparameters(optim, value)
     elif isinstance(loaded, list | tuple):

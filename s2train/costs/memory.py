@@ -24,8 +24,8 @@ class Memory:
     Attributes:
         weights: in the run's precision.
         gradients: fp32, all of them (Megatron's main gradients).
-        optimizer: fp32 Adam moments, and fp32 weights if the run's are bf16; the distributed optimizer divides them
-            over data and context parallel ranks.
+        optimizer: fp32 moments, and fp32 weights if the run's are bf16; the distributed optimizer divides them over
+            data and context parallel ranks, and `optim.cpu_offload` keeps a share in the host's memory.
         activations: saved for the backward pass, plus the largest temporary of one layer or of the loss.
         layouts: block layouts of the sparse layers.
         overhead: CUDA context, library workspaces and communicators; Python and torch on a CPU.
@@ -46,12 +46,31 @@ class Memory:
 def checkpoint_bytes(cfg: PretrainConfig, hybrid: HybridLayout) -> int:
     """Return bytes of a checkpoint on disk.
 
-    It has weights in the run's precision, Adam's moments, and fp32 weights in addition to bf16 ones. The distributed
-    optimizer saves fp32 weights in any precision.
+    It has weights in the run's precision, the optimizer's moments, and fp32 weights in addition to bf16 ones. The
+    distributed optimizer saves fp32 weights in any precision.
     """
     bf16 = cfg.train.precision == "bf16"
-    optimizer = 12 if bf16 or cfg.parallel.distributed_optimizer else 8
+    optimizer = optimizer_bytes(cfg) + (4 if cfg.parallel.distributed_optimizer and not bf16 else 0)
     return total_parameters(cfg.model, hybrid.layers) * ((2 if bf16 else 4) + optimizer)
+
+
+def optimizer_bytes(cfg: PretrainConfig) -> int:
+    """Return bytes of optimizer state per parameter.
+
+    Muon has one moment of a matrix, and Adam's two of embeddings and norms: counted as two everywhere.
+    """
+    moments = 1 if cfg.optim.name in ("sgd", "lion") else 2
+    return 4 * moments + (4 if cfg.train.precision == "bf16" else 0)
+
+
+def offloaded_bytes(cfg: PretrainConfig, parameters: int, world_size: int) -> int:
+    """Return bytes of host memory that a rank's offloaded optimizer takes: moments, and fp32 weights and gradients.
+
+    Args:
+        parameters: of the rank.
+    """
+    shards = data_parallel(cfg, world_size) * cfg.parallel.cp
+    return round(cfg.optim.cpu_offload * 16 * parameters / shards)
 
 
 def data_parallel(cfg: PretrainConfig, world_size: int) -> int:
@@ -103,7 +122,7 @@ def _stage_memory(
     return Memory(
         weights=weights * (2 if bf16 else 4),
         gradients=weights * 4,
-        optimizer=-(-weights * (12 if bf16 else 8) // shards),
+        optimizer=round((1 - cfg.optim.cpu_offload) * -(-weights * optimizer_bytes(cfg) // shards)),
         activations=stage_activations(cfg, stage, chunks, micro_batches(cfg, world_size), kind, impl),
         layouts=layouts,
         overhead=_overhead(cfg, world_size) if kind == "cuda" else GIB // 2,

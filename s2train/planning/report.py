@@ -6,7 +6,7 @@ from typing import Any
 
 from s2train.batch_sizes import samples_of, stages
 from s2train.config import PretrainConfig
-from s2train.costs.memory import GIB
+from s2train.costs.memory import GIB, offloaded_bytes
 from s2train.costs.stages import Balance
 from s2train.costs.step_time import MARGIN, SLOW_HOST, Prediction
 from s2train.data.epochs import describe_epochs, training_epochs
@@ -48,6 +48,7 @@ def format_plan(plan: Plan) -> str:
         ("memory", "GiB per rank" + (", fullest pipeline stage" if parallel.pp > 1 else "")),
         *((f"  {part.name}", _gib(getattr(memory, part.name))) for part in fields(memory)),
         ("  total", f"{_gib(memory.total)} of {_gib(plan.hardware.memory).strip()} ({_device(plan)})"),
+        *_offload(plan),
         *([("  room", plan.advice)] if plan.advice is not None else []),
         *_time(plan),
     ]
@@ -61,6 +62,20 @@ def format_plan(plan: Plan) -> str:
         f"{train.precision}, recompute {train.recompute}"
     )
     return "\n".join([title, *(f"{name:<13} {text}" for name, text in rows), plan.coverage.format(), _verdict(plan)])
+
+
+def _offload(plan: Plan) -> list[tuple[str, str]]:
+    """Format the host memory that an offloaded optimizer takes."""
+    if not plan.cfg.optim.cpu_offload:
+        return []
+    taken = offloaded_bytes(plan.cfg, plan.rank_parameters, plan.world_size)
+    return [
+        (
+            "  on the host",
+            f"{_gib(taken).strip()} GiB per rank: state of optim.cpu_offload, weights and gradients;"
+            " copies are not in the predicted time",
+        )
+    ]
 
 
 def _ramp_up(plan: Plan) -> list[tuple[str, str]]:

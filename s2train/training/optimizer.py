@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -15,9 +16,10 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from s2train.config import PretrainConfig
+from s2train.config import OptimConfig, PretrainConfig
 from s2train.megatron.local_optimizer_state import load_only_local_state
 from s2train.megatron.model import DTYPES
+from s2train.megatron.optimizer_state import prepare_to_load
 from s2train.megatron.torch_adam import prepare_for_checkpoints
 
 
@@ -49,11 +51,11 @@ def wrap_data_parallel(
 def build_optimizer(
     cfg: PretrainConfig, config: TransformerConfig, chunks: list[DistributedDataParallel]
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
-    """Build Adam over the chunks and its learning-rate schedule, counted in steps."""
+    """Build the optimizer over the chunks and its learning-rate schedule, counted in steps."""
     optim = cfg.optim
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
-            optimizer="adam",
+            optimizer=optim.name,
             lr=optim.lr,
             min_lr=optim.lowest_lr,
             weight_decay=optim.weight_decay,
@@ -65,9 +67,12 @@ def build_optimizer(
             params_dtype=DTYPES[cfg.train.precision],
             use_distributed_optimizer=cfg.parallel.distributed_optimizer,
             overlap_param_gather=_overlaps_param_gather(cfg),
+            **optim.options,
+            **_offload(optim),
         ),
         chunks,
     )
+    prepare_to_load(optimizer)
     prepare_for_checkpoints(optimizer)
     load_only_local_state(optimizer)
     config.grad_scale_func = optimizer.scale_loss
@@ -91,6 +96,19 @@ def build_optimizer(
         override_opt_param_scheduler=True,
     )
     return optimizer, scheduler
+
+
+def _offload(optim: OptimConfig) -> dict[str, Any]:
+    """Return Megatron's settings of an optimizer that works in host memory in part."""
+    if not optim.cpu_offload:
+        return {}
+    return {
+        "optimizer_cpu_offload": True,
+        "optimizer_offload_fraction": optim.cpu_offload,
+        # Megatron's training program demands it: the hybrid optimizer uses its gradients.
+        "use_precision_aware_optimizer": True,
+        "overlap_cpu_optimizer_d2h_h2d": True,
+    }
 
 
 def gradient_norm(optimizer: MegatronOptimizer) -> float:

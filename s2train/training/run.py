@@ -49,6 +49,7 @@ from s2train.training.startup import check_start
 from s2train.training.warm_up import compile_kernels, run_once_per_machine
 from s2train.training.watchdog import Watchdog
 from s2train.validation.libraries import import_libraries
+from s2train.validation.optimizers import check_options
 from s2train.wandb_run import choose_mode, say
 
 # Minutes between the watchdog's timeout, which names a rank, and the timeout of collective calls, which name none.
@@ -75,6 +76,7 @@ def run(cfg: PretrainConfig, plan: Plan, times: StartTimes | None = None) -> Non
     lock, start = None, None
     with fail_together():
         import_libraries(cfg, hybrid_layout(cfg), plan.hardware)
+        check_options(cfg)
         times.end("libraries")
         backend = backend_of(cfg)
         cfg, tokenizer = run_tokenizer(cfg)
@@ -266,7 +268,7 @@ def _description(
     return (
         f"{here:,} parameters on this rank | layers {backend.name} | sparse attention {sparse} on {device.type}"
         + (f" | {elementwise}" if elementwise else "")
-        + f" | optimizer {backend.optimizer}"
+        + f" | optimizer {backend.optimizer if cfg.optim.name == 'adam' else cfg.optim.name}"
         f" | dp {parallel_state.get_data_parallel_world_size()}"
         f" | end of document {tokenizer.end_token or 'id'} {tokenizer.eod}\n"
         + (f"resuming from {start.checkpoint}" if start.checkpoint else f"new run in {cfg.run_dir}")

@@ -1,0 +1,59 @@
+"""Megatron's optimizers besides Adam train, and resume bit for bit."""
+
+from pathlib import Path
+
+import pytest
+
+from s2train.errors import ConfigError
+from s2train.planning import compose_run
+from s2train.validation.optimizers import check_optimizer
+from tests.program import error_line, metrics, pretrain
+
+pytestmark = [pytest.mark.slow]
+
+OPTIONS = {
+    "sgd": ["+optim.options.sgd_momentum=0.8"],
+    "muon": ["+optim.options.muon_num_ns_steps=3"],
+    "lion": [],
+}
+
+
+def problem(name: str) -> str | None:
+    try:
+        check_optimizer(
+            compose_run(["+model=tiny_hybrid", f"optim.name={name}", "parallel.distributed_optimizer=false"])
+        )
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_resumed_run_equals_an_uninterrupted_one(name: str, precision: str, tmp_path: Path) -> None:
+    if reason := problem(name):
+        pytest.skip(reason)
+    own = [f"optim.name={name}", *OPTIONS[name], "parallel.distributed_optimizer=false", f"train.precision={precision}"]
+    own += ["train.steps=4", "optim.warmup_steps=1", "optim.lr=1e-2", "checkpoint.interval=2"]
+    whole = pretrain(tmp_path / "whole", *own, processes=0)
+    assert whole.status == 0, whole.err[-3000:]
+    assert f"optimizer {name}" in whole.out
+    resumed = pretrain(
+        tmp_path / "parts",
+        *own,
+        f"checkpoint.resume={tmp_path / 'whole' / 'checkpoints' / 'iter_0000002'}",
+        processes=0,
+    )
+    assert resumed.status == 0, resumed.err[-3000:]
+
+    def trace(folder: str) -> list[tuple[float, float]]:
+        return [(record["loss"], record["grad_norm"]) for record in metrics(tmp_path / folder)]
+
+    assert trace("parts") == trace("whole")[2:]
+    assert trace("whole")[-1][0] < trace("whole")[0][0]  # it learned
+    if name == "sgd" and precision == "fp32":
+        start = f"checkpoint.resume={tmp_path / 'whole'}"
+        other = pretrain(
+            tmp_path / "other", start, "parallel.distributed_optimizer=false", "train.precision=fp32", processes=0
+        )
+        assert "holds optimizer state saved with optim.name=sgd" in error_line(other)
