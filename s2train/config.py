@@ -263,6 +263,7 @@ class TrackingConfig:
     group: str | None = None
     name: str | None = None  # name of the wandb run; None: the run folder's name
     tags: list[str] = field(default_factory=list)
+    tensorboard: bool = False  # write wandb's values to RUN_DIR/tensorboard too
     notes: str | None = None
     x_axis: str = "step"  # x-axis of wandb's charts: step, consumed_tokens; every row has both
 

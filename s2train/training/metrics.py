@@ -18,6 +18,7 @@ from s2train.environment.versions import git_commit, versions
 from s2train.files import set_aside
 from s2train.training.auxiliary_losses import column_means, layer_values
 from s2train.training.records import read_records
+from s2train.training.tensorboard import TensorBoard
 from s2train.wandb_run import CONSUMED_TOKENS, RunInfo, WandbRun, choose_mode, place_of, say
 
 # wandb's names for the fields of `StepMetrics`, by section.
@@ -148,6 +149,7 @@ class Tracker:
         self.wandb_id = start.wandb_id
         self._place = place_of(start.step, start.consumed_samples * cfg.train.seq_length)
         self._run: WandbRun | None = None
+        self._board: TensorBoard | None = None
         if not active:
             return
         folder = Path(cfg.run_dir)
@@ -176,6 +178,8 @@ class Tracker:
             )
             self._run = WandbRun(info, self.note)
             self.wandb_id = self._run.id
+        if cfg.tracking.tensorboard:
+            self._board = TensorBoard(folder / "tensorboard", start.step)
 
     def event(self, name: str, **fields: object) -> None:
         """Record an event other than metrics, such as a resume."""
@@ -195,6 +199,8 @@ class Tracker:
             self.note(f"changed since {checkpoint.name}: {change}")
         pairs = {change.setting: [change.before, change.now] for change in changes}
         self.event("changed settings", step=step, checkpoint=str(checkpoint), settings=pairs)
+        if self._board is not None:
+            self._board.text("config/changed_settings", "\n\n".join(map(str, changes)), step)
         rows = [[step, str(change)] for change in changes]
         self.table("config/changed_settings", ["after step", "setting"], rows)
 
@@ -207,6 +213,8 @@ class Tracker:
         self._write(metrics.values())
         if self._run is not None:
             self._run.log(metrics.wandb_row())
+        if self._board is not None:
+            self._board.log(metrics.step, metrics.wandb_row())
 
     def note(self, text: str | None) -> None:
         """Print a line on the console."""
@@ -231,6 +239,8 @@ class Tracker:
         """
         if self._run is not None:
             self._run.close(seconds)
+        if self._board is not None:
+            self._board.close()
         if self._active:
             self._file.close()
 

@@ -46,6 +46,7 @@ from s2train.training.run_settings import write_settings
 from s2train.training.signals import StopSignals
 from s2train.training.start_times import StartTimes
 from s2train.training.startup import check_start
+from s2train.training.tensorboard import check_tensorboard
 from s2train.training.warm_up import compile_kernels, run_once_per_machine
 from s2train.training.watchdog import Watchdog
 from s2train.validation.libraries import import_libraries
@@ -77,6 +78,7 @@ def run(cfg: PretrainConfig, plan: Plan, times: StartTimes | None = None) -> Non
     with fail_together():
         import_libraries(cfg, hybrid_layout(cfg), plan.hardware)
         check_options(cfg)
+        check_tensorboard(cfg)
         times.end("libraries")
         backend = backend_of(cfg)
         cfg, tokenizer = run_tokenizer(cfg)
