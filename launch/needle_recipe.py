@@ -7,10 +7,12 @@ python launch/needle_recipe.py data                   make the training document
 python launch/needle_recipe.py train hybrid           train all phases, one after the other
 python launch/needle_recipe.py evaluate hybrid        evaluate the last trained phase up to the longest length
 python launch/needle_recipe.py curve hybrid           evaluate every checkpoint at two lengths
-                      each: --root runs/needle  --minutes 9; train also takes settings of launch/pretrain.py
+python launch/needle_recipe.py extend hybrid          continue the first phase at four times its length under YaRN, and
+                      evaluate it there before and after
+                      each: --root runs/needle  --minutes 9; train and extend also take settings of launch/pretrain.py
 
-`train` and `evaluate` stop after --minutes; the same command resumes them. The times of their programs are written to
-ROOT/VARIANT/programs.jsonl.
+`train`, `evaluate` and `extend` stop after --minutes; the same command resumes them. The times of their programs are
+written to ROOT/VARIANT/programs.jsonl.
 """
 
 import argparse
@@ -34,6 +36,9 @@ VARIANTS = ("hybrid", "dense", "sparse_shifted", "sparse_homogeneous", "hybrid_h
 DEPTHS = [n / 10 for n in range(11)]
 GRID = (8192, 16384, 32768, 65536, 131072)  # lengths of `evaluate`
 CURVE = (8192, 32768)  # lengths of `curve`
+# Lengths of `extend`, which continues the first phase: within its 512 tokens some frequencies make few turns. Within
+# 32,768 tokens even the slowest of this model makes 70, and YaRN would change none.
+EXTENDED = (2048, 8192)
 HELD_OUT = 0.02  # share of the documents, for the loss after each phase
 
 
@@ -123,9 +128,15 @@ def data_commands(root: Path, phase: Phase) -> list[list[str]]:
     return commands
 
 
-def train_command(root: Path, variant: str, number: int) -> list[str]:
-    """Return the command that trains or resumes phase `number`."""
-    phase, run = PHASES[number], run_folder(root, variant, number)
+def train_command(root: Path, variant: str, number: int, under_yarn: bool = False) -> list[str]:
+    """Return the command that trains or resumes phase `number`.
+
+    Args:
+        under_yarn: scale RoPE from the length of the phase before, in a folder of its own.
+    """
+    phase, run = PHASES[number], run_folder(root, variant, number, under_yarn)
+    before = PHASES[number - 1].length
+    scaling = f"model.rope_scaling={{kind:yarn,factor:{phase.length // before},original_length:{before}}}"
     started = any((run / "checkpoints").glob("iter_*"))
     resume = [] if started or number == 0 else [f"checkpoint.resume={run_folder(root, variant, number - 1)}"]
     blend = ",".join(f"{weight},{root}/data/{phase.name}-{name}" for name, weight in phase.blend)
@@ -135,6 +146,7 @@ def train_command(root: Path, variant: str, number: int) -> list[str]:
         f"run_dir={run}",
         *resume,
         *(["checkpoint.new_data=true"] if resume else []),
+        *([scaling] if under_yarn else []),
         f"data.path=[{blend}]",
         f"data.tokenizer={tokenizer(root)}",
         f"data.cache={root}/data/cache",
@@ -180,8 +192,18 @@ def curve_commands(checkpoints: Sequence[Path]) -> list[list[str]]:
     ]
 
 
-def run_folder(root: Path, variant: str, number: int) -> Path:
-    return root / variant / PHASES[number].name
+def run_folder(root: Path, variant: str, number: int, under_yarn: bool = False) -> Path:
+    return root / variant / f"{PHASES[number].name}{'-yarn' if under_yarn else ''}"
+
+
+def extend_commands(root: Path, variant: str) -> list[list[str]]:
+    """Return the commands that evaluate the first phase beyond its length, continue it there, and evaluate again."""
+    before, after = run_folder(root, variant, 0), run_folder(root, variant, 1, under_yarn=True)
+    return [
+        needle_command(before, list(EXTENDED), 10, root / variant / "before-yarn"),
+        train_command(root, variant, 1, under_yarn=True),
+        needle_command(after, list(EXTENDED), 10, root / variant / "after-yarn"),
+    ]
 
 
 def is_trained(root: Path, variant: str, number: int) -> bool:
@@ -233,7 +255,7 @@ def phase_costs(root: Path, variant: str, number: int) -> ModelCosts:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=("plan", "data", "train", "evaluate", "curve"))
+    parser.add_argument("action", choices=("plan", "data", "train", "evaluate", "curve", "extend"))
     parser.add_argument("variant", choices=VARIANTS, nargs="?", default="hybrid")
     parser.add_argument("--root", type=Path, default=Path("runs/needle"))
     parser.add_argument("--minutes", type=float, default=9)  # saving may take longer
@@ -241,8 +263,8 @@ def main(arguments: list[str] | None = None) -> None:
     given, settings = parser.parse_known_args(arguments)
     if wrong := [setting for setting in settings if "=" not in setting or setting.startswith("-")]:
         parser.error(f"unknown: {' '.join(wrong)}")
-    if settings and given.action != "train":
-        parser.error(f"settings ({' '.join(settings)}) apply to train only; {given.action} takes none")
+    if settings and given.action not in ("train", "extend"):
+        parser.error(f"settings ({' '.join(settings)}) apply to train and extend only; {given.action} takes none")
     deadline, root, variant = Deadline(given.minutes), given.root, given.variant
     record = root / variant / "programs.jsonl"
     phases = [number for number, phase in enumerate(PHASES) if phase.length <= given.longest]
@@ -259,6 +281,12 @@ def main(arguments: list[str] | None = None) -> None:
         for number in range(last + 1):
             if not is_trained(root, variant, number):
                 deadline.run([*train_command(root, variant, number), *settings], record)
+    elif given.action == "extend":
+        if not is_trained(root, variant, 0):
+            sys.exit(f"the first phase of {variant} is not trained: {train} --longest {PHASES[0].length}")
+        first, continued, second = extend_commands(root, variant)
+        for command in (first, [*continued, *settings], second):
+            deadline.run(command, record)
     elif given.action == "curve":
         folders = [run_folder(root, variant, number) / "checkpoints" for number in range(last + 1)]
         checkpoints = [path for folder in folders for path in sorted(folder.glob("iter_*"))]

@@ -137,7 +137,7 @@ def test_settings_that_an_action_would_not_use_are_rejected(
 ) -> None:
     with pytest.raises(SystemExit):
         recipe["main"]([action, "hybrid", "seed=2"])
-    assert f"apply to train only; {action} takes none" in capsys.readouterr().err
+    assert f"apply to train and extend only; {action} takes none" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("action", ["evaluate", "curve"])
@@ -431,3 +431,27 @@ def test_a_small_recipe_goes_from_data_to_grid_and_on_where_it_stopped(
     assert variant["seed"] == PretrainConfig.seed
     picture["draw"]({"hybrid": variant}, tmp_path / "out.png")
     assert (tmp_path / "out.png").stat().st_size > 1000
+
+
+def test_extending_continues_the_first_phase_at_four_times_its_length_under_yarn(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    before, continued, after = recipe["extend_commands"](tmp_path, "hybrid")
+    cfg = compose_run(continued[1:])
+    check(cfg, 1, H100)
+    scaling = cfg.model.rope_scaling
+    assert (scaling.kind, scaling.factor, scaling.original_length) == ("yarn", 4.0, 512)
+    assert cfg.train.seq_length == 4 * 512
+    assert (cfg.checkpoint.resume, cfg.checkpoint.new_data) == (str(tmp_path / "hybrid" / "512"), True)
+    assert cfg.run_dir == str(tmp_path / "hybrid" / "2048-yarn")
+    assert f"checkpoint={tmp_path / 'hybrid' / '512'}" in before
+    assert f"checkpoint={cfg.run_dir}" in after
+    assert all(f"lengths={[2048, 8192]}" in command for command in (before, after))
+    unscaled = training(recipe, tmp_path, "hybrid", 1)
+    assert unscaled.model.rope_scaling.kind == "none"
+    assert unscaled.run_dir == str(tmp_path / "hybrid" / "2048")
+
+
+def test_extending_needs_the_first_phase(recipe: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"the first phase of hybrid is not trained: first run .* --longest 512"):
+        recipe["main"](["extend", "hybrid", "--root", str(tmp_path)])
