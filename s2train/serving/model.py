@@ -24,6 +24,7 @@ from s2train.serving.backend import S2Backend
 from s2train.serving.checks import page_plan, read_layout
 from s2train.serving.freeing import held_pages, slots_of
 from s2train.serving.kv_cache import S2Spec
+from s2train.serving.rotation import rope_parameters
 
 logger = init_logger("vllm.s2train")  # vLLM prints only its own loggers' lines
 
@@ -119,15 +120,8 @@ class S2SelfAttention(nn.Module):
             hidden_size, head_dim, num_heads, num_kv_heads, prefix=f"{prefix}.qkv_proj", **common
         )
         self.o_proj = RowParallelLinear(num_heads * head_dim, hidden_size, prefix=f"{prefix}.o_proj", **common)
-        self.rotary_emb = get_rope(
-            head_dim,
-            max_position=max_position_embeddings,
-            rope_parameters={
-                "rope_type": "default",
-                "rope_theta": config.rope_theta,
-                "partial_rotary_factor": config.partial_rotary_factor,
-            },
-        )
+        rotation = rope_parameters(config)
+        self.rotary_emb = get_rope(head_dim, max_position=max_position_embeddings, rope_parameters=rotation)
         settings = {"cache_config": cache_config, "quant_config": quant_config}
         scale = head_dim**-0.5
         if layout.is_dense(layer):
