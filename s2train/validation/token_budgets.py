@@ -54,6 +54,9 @@ def derive_steps(cfg: PretrainConfig, in_steps: Collection[str] = ()) -> None:
         if cfg.checkpoint.new_data:
             problem = "the steps of a new phase (checkpoint.new_data=true) follow steps of another size"
             raise ConfigError(name, tokens, problem, f"Set {name}=null and {setting}, counted from the first phase on.")
+        if cfg.train.rampup_batch_size is not None:
+            problem = "steps of a batch ramp-up (train.rampup_batch_size) have several sizes"
+            raise ConfigError(name, tokens, problem, f"Set {name}=null and {setting}.")
         if tokens_per_step <= 0:
             continue  # sizes that `check_values` rejects
         steps, set_steps = -(-tokens // tokens_per_step), _get(cfg, setting)

@@ -91,6 +91,12 @@ def test_a_new_phase_counts_in_steps(setting: str) -> None:
     assert setting.replace("tokens", "steps") in error.remedy
 
 
+def test_steps_of_a_batch_ramp_up_are_not_counted_in_tokens() -> None:
+    error = rejection("train.tokens=40960", "train.rampup_batch_size=[8,8,64]")
+    assert error.setting == "train.tokens"
+    assert "train.rampup_batch_size" in error.problem
+
+
 def test_errors_name_the_tokens_that_were_set() -> None:
     late = rejection("train.tokens=40960", "optim.warmup_tokens=40961")
     assert (late.setting, late.value) == ("optim.warmup_tokens", 40961)
