@@ -23,15 +23,15 @@ from s2train.evaluation import harness
 
 EOD = ByteTokenizer.eod
 QUESTIONS = [
-    {"question": "2 + 2 =", "answer": " 4", "wrong": " 9"},
-    {"question": "1 + 1 =", "answer": " 9", "wrong": " 2"},
+    {"question": "2 + 2 =", "answer": " 4", "wrong": " 9", "label": 0},
+    {"question": "1 + 1 =", "answer": " 9", "wrong": " 2", "label": 0},
 ]
 DATA = "dataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {path}\ntest_split: test\n"
 CHOICE = """task: own_choice
 {data}output_type: multiple_choice
 doc_to_text: "{{{{question}}}}"
-doc_to_choice: ["{{{{answer}}}}", "{{{{wrong}}}}"]
-doc_to_target: 0
+doc_to_choice: "{{{{[answer, wrong]}}}}"
+doc_to_target: label
 target_delimiter: ""
 metric_list:
   - metric: acc
@@ -171,7 +171,9 @@ def test_the_program_evaluates_a_checkpoint_on_a_task(folder: Path, tmp_path: Pa
     results = []
     for processes in (0, 2):
         output = tmp_path / f"{processes}.json"
-        done = run("evaluate.py", *settings, f"output={output}", f"tp={processes or 1}", processes=processes)
+        done = run(
+            "evaluate.py", *settings, f"output={output}", f"tp={processes or 1}", processes=processes, timeout=900
+        )
         assert done.status == 0, done.err
         assert "own_choice: acc " in done.out
         results.append(metrics(json.loads(output.read_text())["tasks"]))
