@@ -1,8 +1,10 @@
-"""Triton backward of block-sparse attention: two kernels without atomics, deterministic.
+"""Triton backward of block-sparse attention: kernels without atomics, deterministic.
 
 With P = exp(scale * q k^T - lse), dP = do v^T and delta = rowsum(o * do) - dlse:
     dS = P * (dP - delta),  dq = scale * dS k,  dk = scale * dS^T q,  dv = P^T do.
 The log-sum-exp's gradient enters only through delta, since d lse / d score = P.
+dq has one kernel, dk and dv another. With `split_columns` several of its programs may share a long column; a third
+kernel adds their sums.
 """
 
 # Triton interprets the annotations of its functions, so tensor arguments have none.
@@ -13,8 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .column_parts import column_parts
 from .configs import config_for, padded, shared_limit
 from .forward import LOG2_E, key_position, key_tiles, num_query_tiles, pattern_stride, query_tile
+from .part_sums import launch_of_sums, new_parts, s2_attention_bwd_kernel_add_parts
 from .spec import AttentionSpec, empty, empty_bhsd
 from .tiles import check_launch, count_below, document_tiles, load_tile, store_tile, strides, tile_of_document
 from .topk_layout import Layout
@@ -186,7 +190,7 @@ def _add_dkdv(
 )
 def s2_attention_bwd_kernel_dkdv(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
-    pattern_of_head, column_offsets, column_rows, order, tiles,
+    pattern_of_head, column_offsets, column_rows, order, tiles, parts_ptr,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     dout_batch, dout_head, dout_row, dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row,
     scale, scale_log2, num_tiles, batch_size, num_kv_heads, s_q, s_k, query_offset, num_key_blocks,
@@ -194,10 +198,12 @@ def s2_attention_bwd_kernel_dkdv(
     GROUP: tl.constexpr, DIM: tl.constexpr, V_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr, PADDED_V_DIM: tl.constexpr,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):  # fmt: skip
     """A program owns one key tile of one KV head.
 
-    It visits the query blocks of all heads of the group.
+    It visits the query blocks of all heads of the group. SPLIT: it visits a part of them, and `order` has the rows of
+    `ColumnParts`.
     """
     PER_BLOCK: tl.constexpr = BLOCK // STEPS
     program = tl.program_id(0)
@@ -208,11 +214,20 @@ def s2_attention_bwd_kernel_dkdv(
     else:
         KEY_TILES: tl.constexpr = BLOCK // ROWS
         # `batch_size` sequences share one entry, or each has a separate one
-        entry = tl.load(order + program // (batch_size * KEY_TILES))
+        if SPLIT:
+            at_row = order + program // (batch_size * KEY_TILES) * 4
+            entry = tl.load(at_row)
+            low_visit = tl.load(at_row + 1)
+            high_visit = tl.load(at_row + 2)
+            slot = tl.load(at_row + 3)
+        else:
+            entry = tl.load(order + program // (batch_size * KEY_TILES))
         kv_head = entry // num_key_blocks % num_kv_heads
         batch = program // KEY_TILES % batch_size + entry // num_key_blocks // num_kv_heads
         first = entry % num_key_blocks * BLOCK + program % KEY_TILES * ROWS
         low, high, num_keys = query_offset + 0, query_offset + s_q, s_k + 0
+        if SPLIT:
+            first = tl.where(slot == -2, num_keys, first)  # a surplus row
         query_shift, key_shift = 0 - query_offset, s_k * 0
     if first >= num_keys:
         return
@@ -234,6 +249,8 @@ def s2_attention_bwd_kernel_dkdv(
         first_block = tl.maximum(first_block, j)
         first_full = tl.maximum(first_full, j + 1)
     last_full = tl.maximum(last_full, first_full)
+    if SPLIT:
+        visited = low_visit * 0
     for member in range(GROUP):
         head = kv_head * GROUP + member
         h = head.to(tl.int64)
@@ -243,6 +260,11 @@ def s2_attention_bwd_kernel_dkdv(
         column = tl.load(pattern_of_head + batch * pattern_stride + head) * num_key_blocks + j
         begin = tl.load(column_offsets + column)
         end = tl.load(column_offsets + column + 1)
+        if SPLIT:
+            count = end - begin
+            end = begin + tl.minimum(tl.maximum(high_visit - visited, 0), count)
+            begin += tl.minimum(tl.maximum(low_visit - visited, 0), count)
+            visited += count
         to_first, to_last = count_below(column_rows, begin, end, first_block, last_block, 256)
         to_first_full, to_last_full = count_below(column_rows, begin, end, first_full, last_full, 256)
         # masked tiles lie before and after the full ones; the sum's order doesn't matter, so one loop handles both
@@ -272,6 +294,13 @@ def s2_attention_bwd_kernel_dkdv(
                 DIM, V_DIM, PADDED_DIM, PADDED_V_DIM, STEPS, CAUSAL, True,
             )  # fmt: skip
 
+    if SPLIT:
+        if slot >= 0:
+            place = (slot.to(tl.int64) * batch_size + program // (BLOCK // ROWS) % batch_size) * (BLOCK // ROWS)
+            part = parts_ptr + (place + program % (BLOCK // ROWS)) * (ROWS * (DIM + V_DIM))
+            store_tile(part, first * 0, DIM, in_range, dk, ROWS, DIM, PADDED_DIM)
+            store_tile(part + ROWS * DIM, first * 0, V_DIM, in_range, dv, ROWS, V_DIM, PADDED_V_DIM)
+        in_range = in_range & (slot < 0)
     dk_base = dk_ptr + b * dk_batch + kv * dk_head + key_shift * dk_row
     dv_base = dv_ptr + b * dv_batch + kv * dv_head + key_shift * dv_row
     store_tile(dk_base, first, dk_row, in_range, dk * scale, ROWS, DIM, PADDED_DIM)
@@ -323,18 +352,29 @@ def backward(
         if k.numel() > 0:
             config = config_for("dkdv", block, dim, v_dim, q.dtype, limit)
             tiles = None if spec.cu_seqlens is None else document_tiles(spec.cu_seqlens, s_k, config.rows)
-            order = layout.columns_by_work(num_kv_heads)
-            per_head = layout.num_key_blocks * (block // config.rows) if tiles is None else len(tiles)
-            programs = batch * num_kv_heads * per_head
+            sequences, key_tiles = batch // layout.batch_size, block // config.rows
+            split = None
+            if spec.split_columns and not packed:
+                split = column_parts(layout, num_kv_heads, sequences, config.rows)
+            parts = None if split is None else new_parts(
+                split.slots, sequences, key_tiles, config.rows, dim, v_dim, q.device
+            )  # fmt: skip
+            order = layout.columns_by_work(num_kv_heads) if split is None else split.rows
+            per_head = layout.num_key_blocks * key_tiles if tiles is None else len(tiles)
+            programs = batch * num_kv_heads * per_head if split is None else len(order) * sequences * key_tiles
             check_launch(programs, layout.column_rows.numel(), block // config.steps)
             s2_attention_bwd_kernel_dkdv[(programs,)](
                 q, k, v, dout, lse, delta, dk, dv,
-                layout.pattern_of_head, layout.column_offsets, layout.column_rows, order, tiles,
+                layout.pattern_of_head, layout.column_offsets, layout.column_rows, order, tiles, parts,
                 *strides(q), *strides(k), *strides(v), *strides(dout), *strides(dk), *strides(dv),
-                spec.softmax_scale, spec.softmax_scale * LOG2_E, per_head, batch // layout.batch_size,
+                spec.softmax_scale, spec.softmax_scale * LOG2_E, per_head, sequences,
                 num_kv_heads, s_q, s_k, spec.query_offset, layout.num_key_blocks, pattern_stride(layout),
                 GROUP=num_heads // num_kv_heads, **dims, BLOCK=block, ROWS=config.rows, STEPS=config.steps,
-                CAUSAL=spec.causal, PACKED=packed,
+                CAUSAL=spec.causal, PACKED=packed, SPLIT=split is not None,
                 num_warps=config.num_warps, num_stages=config.num_stages,
             )  # fmt: skip
+            if split is not None:
+                assert parts is not None
+                programs, arguments = launch_of_sums(parts, split.sums, dk, dv, spec.softmax_scale, config.rows)
+                s2_attention_bwd_kernel_add_parts[(programs,)](*arguments, num_warps=4)
     return dq, dk, dv

@@ -13,6 +13,7 @@ import torch
 import triton
 
 Kernel = Literal["forward", "dq", "dkdv"]
+HOPPER_MULTIPROCESSORS = 132  # of an H100 or H200
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,18 @@ def shared_limit(device: torch.device) -> int | None:
     if device.type != "cuda":
         return None
     return _shared_limit(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Return how many multiprocessors a device has.
+
+    Where there is no GPU, return those of an H100, for which schedules are then made.
+    """
+    if device.type != "cuda":
+        return HOPPER_MULTIPROCESSORS
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return count
 
 
 @cache

@@ -27,11 +27,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ..configs import multiprocessors
 from ..spec import AttentionSpec, empty, empty_bhsd
 from ..topk_layout import Layout, TopKLayout
 from .documents import COLUMNS, document_table
 from .forward_schedule import TILE, ForwardSchedule, forward_schedule
-from .launch import descriptor, launch, multiprocessors
+from .launch import descriptor, launch
 from .releases import async_load, async_store, reinterpret, thread_barrier
 from .support import PANEL, padded_to_panels
 from .topk_forward_schedule import topk_forward_schedule

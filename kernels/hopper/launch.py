@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import MISSING, fields
 from typing import Any
 
@@ -52,12 +51,6 @@ def launch(
         stream = driver.active.get_current_stream(device.index)
         # None: launch metadata and hooks, which only profilers read
         compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
-
-
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    count: int = torch.cuda.get_device_properties(device).multi_processor_count
-    return count
 
 
 def _watched(hook: Any) -> bool:

@@ -10,9 +10,8 @@ import heapq
 import torch
 from torch import Tensor
 
-from .launch import multiprocessors
+from ..configs import multiprocessors
 
-HOPPER_MULTIPROCESSORS = 132  # of an H100 or H200; used where there is no GPU to query
 _LAGS = (0.0, 0.5, 1.0, 1.5, 2.0)  # tried in this order: less lag keeps more in the L2 cache
 _TOLERANCE = 1.01  # a lag that ends this close to the best is accepted
 _START_STEPS = 2  # cost of a program's start and end, in steps
@@ -36,7 +35,7 @@ def program_order(kv_head: Tensor, steps: Tensor) -> Tensor:
     num_heads = int(kv_head.max()) + 1
     short = (steps <= 2 * steps.median()).long()
     heaviest = steps.sort(descending=True, stable=True).indices
-    at_once = multiprocessors(steps.device) if steps.is_cuda else HOPPER_MULTIPROCESSORS
+    at_once = multiprocessors(steps.device)
     unit = int(steps.max()) * at_once * num_heads / int(steps.sum())  # heads done while the longest program runs
     orders = []
     for lag in _LAGS:

@@ -15,10 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..configs import multiprocessors
 from ..topk_layout import TopKLayout
 from .backward_schedule import ACTIVE_BITS, QUERY_BITS, TILE, BackwardSchedule
-from .launch import launch, multiprocessors
-from .program_order import HOPPER_MULTIPROCESSORS
+from .launch import launch
 
 _SLOTS_AT_ONCE = 1024
 _TILES_AT_ONCE = 256
@@ -260,7 +260,7 @@ def in_order(meta: Tensor, num_heads: int, cache: dict[Any, Any]) -> Tensor:
     sorted.
     """
     num, device = len(meta), meta.device
-    at_once = multiprocessors(device) if device.type == "cuda" else HOPPER_MULTIPROCESSORS
+    at_once = multiprocessors(device)
     if num > _MOST_RANKED:
         return _sorted(meta, num_heads, at_once)
     ordered = torch.empty_like(meta)

@@ -6,9 +6,10 @@ import pytest
 import torch
 from s2train.kernels import BlockLayout, TopKLayout
 from s2train.kernels.check.run_time import random_indices
+from s2train.kernels.configs import HOPPER_MULTIPROCESSORS
 from s2train.kernels.hopper.backward_schedule import ACTIVE_BITS, QUERY_BITS, BackwardSchedule, backward_schedule
 from s2train.kernels.hopper.forward_schedule import TILE, ForwardSchedule, forward_schedule
-from s2train.kernels.hopper.program_order import HOPPER_MULTIPROCESSORS, _simulated_end
+from s2train.kernels.hopper.program_order import _simulated_end
 from s2train.kernels.hopper.topk_backward_schedule import in_order, topk_backward_schedule
 from s2train.kernels.hopper.topk_forward_schedule import topk_forward_schedule
 

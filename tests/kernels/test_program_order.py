@@ -5,8 +5,9 @@ import heapq
 import pytest
 import torch
 from s2train.kernels.benchmarks.cases import parse_case
+from s2train.kernels.configs import HOPPER_MULTIPROCESSORS
 from s2train.kernels.hopper.backward_schedule import backward_schedule
-from s2train.kernels.hopper.program_order import HOPPER_MULTIPROCESSORS, program_order
+from s2train.kernels.hopper.program_order import program_order
 from torch import Tensor
 
 
