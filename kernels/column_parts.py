@@ -121,7 +121,7 @@ def trimmed(cut: Cut) -> Cut | None:
 
 
 def column_parts(
-    layout: Layout, num_kv_heads: int, sequences: int, rows: int, least_rows: int | None = None
+    layout: Layout, num_kv_heads: int, sequences: int, rows: int
 ) -> ColumnParts | None:
     """Cut a layout's long columns for the portable kernel; None if there are none.
 
@@ -131,9 +131,8 @@ def column_parts(
     Args:
         sequences: sequences of the batch that share each column.
         rows: keys of a program.
-        least_rows: by default `LEAST_ROWS`.
     """
-    least = max(2, (LEAST_ROWS if least_rows is None else least_rows) // layout.block_size)
+    least = max(2, LEAST_ROWS // layout.block_size)
     key = ("column_parts", num_kv_heads, sequences, rows, least)
     if not isinstance(layout, BlockLayout):
         if layout.num_query_blocks * (layout.num_heads // num_kv_heads) <= least:

@@ -33,6 +33,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..forward import LOG2_E
+from ..part_sums import launch_of_sums, new_parts, s2_attention_bwd_kernel_add_parts
 from ..spec import AttentionSpec, empty, empty_bhsd
 from ..tiles import strides, tile_of_document
 from ..topk_layout import Layout, TopKLayout
@@ -285,9 +286,10 @@ def _idle_step(
 def _consumer(
     dk_desc, dv_desc, k_s, v_s, q_s, dout_s, lse_s, delta_s, ds_s, dq_s,
     k_full, q_full, dout_full, ds_full, dq_free, dq_full, done,
-    meta_ptr, steps_ptr, dk_ptr, dv_ptr, head_stride, row_stride, batch_size, scale, scale_log2, s_k,
+    meta_ptr, steps_ptr, dk_ptr, dv_ptr, slots_ptr, parts_ptr, head_stride, row_stride, batch_size, scale, scale_log2,
+    s_k,
     C: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, HL: gl.constexpr,
-    PACKED: gl.constexpr,
+    PACKED: gl.constexpr, CUT: gl.constexpr,
 ):  # fmt: skip
     SL: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
     OL: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
@@ -329,7 +331,15 @@ def _consumer(
     mbarrier.arrive(done.index(C), count=1)
     _, _, start, num_keys = _document(meta_ptr, 0, 0, s_k, PACKED)  # computed again, to save registers
     row = key_tile * TILE + start
-    if PACKED and (key_tile + 1) * TILE > num_keys:  # TMA would overwrite the first rows of the next document
+    slot = -1
+    if CUT:
+        slot = gl.load(slots_ptr + gl.program_id(0) // batch_size)
+    if CUT and slot >= 0:
+        place = (slot.to(gl.int64) * batch_size + gl.program_id(0) % batch_size) * 2 + C
+        part = parts_ptr + place * (2 * TILE * D)
+        _store_part(dk, part, D, 0, TILE, D)
+        _store_part(dv, part + TILE * D, D, 0, TILE, D)
+    elif PACKED and (key_tile + 1) * TILE > num_keys:  # TMA would overwrite the first rows of the next document
         head = kv.to(gl.int64) * head_stride
         _store_part(dv, dv_ptr + head, row_stride, row, start + num_keys, D)
         _store_part(dk * scale, dk_ptr + head, row_stride, row, start + num_keys, D)
@@ -364,9 +374,9 @@ def _store_part(x, base, stride, row, end, D: gl.constexpr):
 )  # fmt: skip
 def s2_attention_bwd_kernel_hopper(
     q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_desc, acc_desc, dk_desc, dv_desc, meta_ptr, steps_ptr,
-    dk_ptr, dv_ptr, head_stride, row_stride,
+    dk_ptr, dv_ptr, slots_ptr, parts_ptr, head_stride, row_stride,
     scale, scale_log2, batch_size, num_heads, group, first_tile, num_tiles, offset, s_k,
-    D: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, PACKED: gl.constexpr,
+    D: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, PACKED: gl.constexpr, CUT: gl.constexpr,
     CONSUMER_REGS: gl.constexpr, OTHER_REGS: gl.constexpr,
 ):  # fmt: skip
     """Allocate shared memory and barriers, and start the six roles."""
@@ -408,12 +418,12 @@ def s2_attention_bwd_kernel_hopper(
         [
             (_consumer, (dk_desc, dv_desc, k_s, v_s, q_s, dout_s, lse_s, delta_s, ds_s, dq_s,
                          k_full, q_full, dout_full, ds_full, dq_free, dq_full, done,
-                         meta_ptr, steps_ptr, dk_ptr, dv_ptr, head_stride, row_stride,
-                         batch_size, scale, scale_log2, s_k, 0, D, STAGES, CAUSAL, HL, PACKED)),
+                         meta_ptr, steps_ptr, dk_ptr, dv_ptr, slots_ptr, parts_ptr, head_stride, row_stride,
+                         batch_size, scale, scale_log2, s_k, 0, D, STAGES, CAUSAL, HL, PACKED, CUT)),
             (_consumer, (dk_desc, dv_desc, k_s, v_s, q_s, dout_s, lse_s, delta_s, ds_s, dq_s,
                          k_full, q_full, dout_full, ds_full, dq_free, dq_full, done,
-                         meta_ptr, steps_ptr, dk_ptr, dv_ptr, head_stride, row_stride,
-                         batch_size, scale, scale_log2, s_k, 1, D, STAGES, CAUSAL, HL, PACKED)),
+                         meta_ptr, steps_ptr, dk_ptr, dv_ptr, slots_ptr, parts_ptr, head_stride, row_stride,
+                         batch_size, scale, scale_log2, s_k, 1, D, STAGES, CAUSAL, HL, PACKED, CUT)),
             (_producer, (q_desc, lse_desc, k_desc, v_desc, q_s, lse_s, k_s, v_s, k_full, q_full, free,
                          meta_ptr, steps_ptr, batch_size, num_heads, group, first_tile, num_tiles, offset, STAGES, 1,
                          PACKED)),
@@ -517,7 +527,8 @@ def hopper_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Compute the gradients as `backward`, for calls assigned to "hopper".
 
-    `backward_choice` assigns them. Not deterministic: the last bits of dq differ between runs. Besides the gradients it
+    `backward_choice` assigns them. `spec.split_columns`: programs may share a pair with many steps; packed documents are
+    not split. Not deterministic: the last bits of dq differ between runs. Besides the gradients it
     needs 4 * b * h * s_q * d bytes of device memory to accumulate dq in float32: twice the size of q.
 
     Packed documents: rows of a document are multiplied by zero in the tiles of its neighbours, so an infinite or NaN
@@ -528,7 +539,8 @@ def hopper_backward(
     config = config or CONFIGS[dim]
     if not fits_descriptor(dout):  # for example an expanded one
         dout = dout.clone(memory_format=torch.contiguous_format)
-    schedule = schedule_of_call(layout, num_kv_heads, s_q, s_k, spec)
+    sequences = batch // layout.batch_size  # sequences that share a pair
+    schedule = schedule_of_call(layout, num_kv_heads, s_q, s_k, spec, sequences)
     packed = schedule.tiles is not None
     dq = empty_bhsd((batch, num_heads, s_q, dim), q, spec.format)
     dk = empty_bhsd((batch, num_kv_heads, s_k, dim), q, spec.format)
@@ -537,8 +549,9 @@ def hopper_backward(
     shape = (num_heads, s_q, schedule.first_tile, schedule.num_tiles, spec.query_offset)
     lse2, delta = empty((2, rows * TILE.value), torch.float32, q.device)
     acc = torch.zeros(rows * 2 * dim, 32, dtype=torch.float32, device=q.device)
-    sequences = batch // layout.batch_size  # sequences that share a pair
-    arguments = launch_arguments(q, k, v, dout, lse2, delta, acc, dk, dv, schedule, sequences, spec, config)
+    cut = schedule.parts
+    parts = None if cut is None else new_parts(cut.num_slots, sequences, 2, TILE.value, dim, dim, q.device)
+    arguments = launch_arguments(q, k, v, dout, lse2, delta, acc, dk, dv, parts, schedule, sequences, spec, config)
     strides_in, strides_out = (*strides(out), *strides(dout)), strides(dq)
     before = (
         out, dout, lse, dlse, lse2, delta, schedule.tiles, *strides_in, *shape, dim, dlse is not None, packed
@@ -547,7 +560,7 @@ def hopper_backward(
     kind = (q.dtype, dim, packed)
     aligned = tuple(x is None or x.data_ptr() % 16 == 0 for x in (out, dout, lse, dlse))
     prepare_key = ("hopper_backward_prepare", *kind, dlse is None, aligned, _specialised(strides_in))
-    main_key = ("hopper_backward_kernel", *kind, spec.causal, config)
+    main_key = ("hopper_backward_kernel", *kind, spec.causal, config, cut is not None)
     finish_key = ("hopper_backward_finish", *kind, _specialised(strides_out))
     where: dict[str, Any] = {"cache": layout.compiled, "device": q.device}
     launch(
@@ -558,6 +571,11 @@ def hopper_backward(
         key=main_key, num_warps=4, maxnreg=ENTRY_REGISTERS, **where,
     )  # fmt: skip
     launch(s2_attention_bwd_kernel_hopper_finish, (rows, 1, 1), after, key=finish_key, num_warps=4, **where)
+    if cut is not None:
+        assert parts is not None
+        programs, added = launch_of_sums(parts, cut.sums, dk, dv, spec.softmax_scale, TILE.value)
+        add_key = ("hopper_backward_add_parts", *kind, _specialised((*strides(dk), *strides(dv))))
+        launch(s2_attention_bwd_kernel_add_parts, (programs, 1, 1), added, key=add_key, num_warps=4, **where)
     return dq, dk, dv
 
 
@@ -566,19 +584,22 @@ def _specialised(numbers: tuple[int, ...]) -> tuple[tuple[bool, ...], ...]:
     return tuple((n == 1, n % 16 == 0, n < 2**31) for n in numbers)
 
 
-def schedule_of_call(layout: Layout, num_kv_heads: int, s_q: int, s_k: int, spec: AttentionSpec) -> BackwardSchedule:
-    """Return the main kernel's schedule."""
+def schedule_of_call(
+    layout: Layout, num_kv_heads: int, s_q: int, s_k: int, spec: AttentionSpec, sequences: int = 1
+) -> BackwardSchedule:
+    """Return the main kernel's schedule; `sequences` share each pair."""
     if isinstance(layout, TopKLayout):
-        sizes = (num_kv_heads, s_q, s_k, spec.query_offset, spec.causal)
+        sizes = (num_kv_heads, s_q, s_k, spec.query_offset, spec.causal, spec.split_columns)
         return layout.built(("backward_schedule", *sizes), lambda: topk_backward_schedule(layout, *sizes))
     if spec.cu_seqlens is not None:
         return packed_backward_schedule(layout, num_kv_heads, spec.cu_seqlens, s_k)
-    return backward_schedule(layout, num_kv_heads, s_q, s_k, spec.query_offset, spec.causal)
+    copies = sequences if spec.split_columns else 0
+    return backward_schedule(layout, num_kv_heads, s_q, s_k, spec.query_offset, spec.causal, copies)
 
 
 def launch_arguments(
     q: Tensor, k: Tensor, v: Tensor, dout: Tensor, lse2: Tensor, delta: Tensor, acc: Tensor, dk: Tensor, dv: Tensor,
-    schedule: BackwardSchedule, sequences: int, spec: AttentionSpec, config: HopperBackwardConfig,
+    parts: Tensor | None, schedule: BackwardSchedule, sequences: int, spec: AttentionSpec, config: HopperBackwardConfig,
 ) -> tuple[Any, ...]:  # fmt: skip
     """Return the main kernel's arguments."""
     _, num_heads, _, dim = q.shape
@@ -587,11 +608,12 @@ def launch_arguments(
         _tiles(q), _tiles(k, half=True), _tiles(v), _tiles(dout),
         *(descriptor(x, [x.numel()], [1], [TILE.value], _FLAT) for x in (lse2, delta)),
         descriptor(acc, [acc.shape[0], 32], [32, 1], [dim, 32], _FRAGMENTS), _tiles(dk, half=True), _tiles(dv),
-        schedule.meta, schedule.steps, dk, dv, head_stride, row_stride,
+        schedule.meta, schedule.steps, dk, dv, None if schedule.parts is None else schedule.parts.slots, parts,
+        head_stride, row_stride,
         float(spec.softmax_scale), spec.softmax_scale * LOG2_E, sequences, num_heads,
         num_heads // k.shape[1], schedule.first_tile, schedule.num_tiles, spec.query_offset, k.shape[2],
         dim, config.stages, spec.causal, schedule.tiles is not None,
-        config.consumer_registers, config.other_registers,
+        parts is not None, config.consumer_registers, config.other_registers,
     )  # fmt: skip
 
 

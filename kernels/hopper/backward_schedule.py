@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..layout import BlockLayout
+from .pair_parts import PairParts, cut_pairs
 from .program_order import program_order
 
 TILE = 64
@@ -33,26 +34,30 @@ class BackwardSchedule:
     first_tile: int
     num_tiles: int
     tiles: Tensor | None = None  # of packed documents, as in `document_tiles` with 64 rows
+    parts: PairParts | None = None  # if several rows of `meta` may have the same key tiles, each with some steps
 
 
 def backward_schedule(
-    layout: BlockLayout, num_kv_heads: int, s_q: int, s_k: int, query_offset: int, causal: bool
+    layout: BlockLayout, num_kv_heads: int, s_q: int, s_k: int, query_offset: int, causal: bool, copies: int = 0
 ) -> BackwardSchedule:
     """Build the pairs of every KV head.
 
     Recent lengths are cached in the layout.
+
+    Args:
+        copies: sequences that share each pair, if pairs with many steps are cut (`cut_pairs`); 0: none is cut.
     """
     kept: dict[Any, BackwardSchedule] = layout.cache.setdefault("backward_schedule", {})
-    key = (num_kv_heads, s_q, s_k, query_offset, causal)
+    key = (num_kv_heads, s_q, s_k, query_offset, causal, copies)
     if key not in kept:
         while len(kept) >= _LENGTHS_KEPT:
             del kept[next(iter(kept))]
-        kept[key] = _build(layout, num_kv_heads, s_q, s_k, query_offset, causal)
+        kept[key] = _build(layout, num_kv_heads, s_q, s_k, query_offset, causal, copies)
     return kept[key]
 
 
 def _build(
-    layout: BlockLayout, num_kv_heads: int, s_q: int, s_k: int, query_offset: int, causal: bool
+    layout: BlockLayout, num_kv_heads: int, s_q: int, s_k: int, query_offset: int, causal: bool, copies: int
 ) -> BackwardSchedule:  # fmt: skip
     device = layout.device
     first_tile, end_tile = query_offset // TILE, -(-(query_offset + s_q) // TILE)
@@ -77,8 +82,14 @@ def _build(
     meta = meta.flatten(0, 1)
     steps = torch.cat(parts)
     meta[:, 6] = steps[meta[:, 3]]
-    meta = meta[program_order(meta[:, 7] * num_kv_heads + meta[:, 0], meta[:, 5])]
-    return BackwardSchedule(meta.to(torch.int32), steps, first_tile, end_tile - first_tile)
+    cut = cut_pairs(meta, steps, copies) if copies else None
+    parts = None
+    if cut is not None:
+        meta, parts = cut
+    order = program_order(meta[:, 7] * num_kv_heads + meta[:, 0], meta[:, 5])
+    if parts is not None:
+        parts = replace(parts, slots=parts.slots[order])
+    return BackwardSchedule(meta[order].to(torch.int32), steps, first_tile, end_tile - first_tile, parts=parts)
 
 
 def _step_order(pair: Tensor, masked: Tensor, member: Tensor, tile: Tensor) -> Tensor:

@@ -2,12 +2,13 @@
 
 Three launches and a cleared buffer build it. First the lists become bits, by key block: `atomic_or` gives the same
 result in any order, and for a block that is listed twice. Then each pair of key tiles counts its steps, reserves space
-and writes them. Last the pairs are ordered.
+and writes them. Last the pairs are ordered. A fourth launch may cut long pairs before (`pair_parts`).
 """
 
 # Triton interprets the annotations of its functions, so tensor arguments have none.
 # mypy: allow-untyped-defs
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,10 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..column_parts import SUM_COLUMNS
 from ..configs import multiprocessors
 from ..topk_layout import TopKLayout
 from .backward_schedule import ACTIVE_BITS, QUERY_BITS, TILE, BackwardSchedule
 from .launch import launch
+from .pair_parts import PairParts, cut_topk_pairs, most_topk_slots
 
 _SLOTS_AT_ONCE = 1024
 _TILES_AT_ONCE = 256
@@ -159,44 +162,57 @@ def s2_attention_kernel_topk_pairs(
 
 
 @triton.jit
-def _order_key(meta, pair, num, num_pairs, num_heads, mean, shift):
+def _order_key(meta, pair, num, num_pairs, kv_heads, mean, shift, CUT: tl.constexpr):
     """Return sort keys by start of programs, and their steps.
 
     Programs with smaller keys start earlier.
     """
     steps = tl.load(meta + pair.to(tl.int64) * 8 + 5, mask=pair < num, other=0)
     late = tl.where(steps <= 2 * mean, shift, 0.0)
-    return (pair // num_pairs).to(tl.float32) + late, steps
+    if CUT:
+        sequence = tl.load(meta + pair.to(tl.int64) * 8 + 7, mask=pair < num, other=0)
+        head = sequence * kv_heads + tl.load(meta + pair.to(tl.int64) * 8, mask=pair < num, other=0)
+    else:
+        head = pair // num_pairs
+    return head.to(tl.float32) + late, steps
 
 
-@triton.jit(do_not_specialize=["num", "num_pairs", "num_heads", "at_once"])
+@triton.jit(do_not_specialize=["num", "num_pairs", "num_heads", "kv_heads", "at_once"])
 def s2_attention_kernel_topk_order(
-    meta, ordered, num, num_pairs, num_heads, at_once, LAG: tl.constexpr,
-    RANKED: tl.constexpr, COMPARED: tl.constexpr,
+    meta, ordered, slots, ordered_slots, num, num_pairs, num_heads, kv_heads, at_once, LAG: tl.constexpr,
+    RANKED: tl.constexpr, COMPARED: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
     """Order `meta` as `program_order` with one lag.
 
-    A program counts as long if it has more than twice the mean steps.
+    A program counts as long if it has more than twice the mean steps. CUT: there are parts of pairs among the rows, and
+    `slots` are ordered too; rows without steps don't count for the mean.
     """
     other = tl.arange(0, COMPARED)
     total = tl.zeros([COMPARED], tl.int64)
     longest = tl.zeros([COMPARED], tl.int32)
+    if CUT:
+        working = tl.zeros([COMPARED], tl.int32)
     for begin in range(0, num, COMPARED):
         steps = tl.load(meta + (begin + other).to(tl.int64) * 8 + 5, mask=begin + other < num, other=0)
         total += steps
         longest = tl.maximum(longest, steps)
+        if CUT:
+            working += (steps > 0).to(tl.int32)
     sum_of_steps = tl.sum(total, 0).to(tl.float32)
     # heads done while the longest program runs; a head's short programs start this far behind its long ones
     shift = LAG * tl.max(longest, 0).to(tl.float32) * at_once * num_heads / sum_of_steps
     shift = tl.minimum(shift, num_heads.to(tl.float32))
-    mean = sum_of_steps / num
+    if CUT:
+        mean = sum_of_steps / tl.sum(working, 0)
+    else:
+        mean = sum_of_steps / num
 
     pair = tl.program_id(0) * RANKED + tl.arange(0, RANKED)
-    key, steps = _order_key(meta, pair, num, num_pairs, num_heads, mean, shift)
+    key, steps = _order_key(meta, pair, num, num_pairs, kv_heads, mean, shift, CUT)
     rank = tl.zeros([RANKED], tl.int32)
     for begin in range(0, num, COMPARED):
         number = begin + other
-        other_key, other_steps = _order_key(meta, number, num, num_pairs, num_heads, mean, shift)
+        other_key, other_steps = _order_key(meta, number, num, num_pairs, kv_heads, mean, shift, CUT)
         same = other_key[None, :] == key[:, None]
         sooner = same & (other_steps[None, :] > steps[:, None])
         sooner = sooner | (same & (other_steps[None, :] == steps[:, None]) & (number[None, :] < pair[:, None]))
@@ -206,14 +222,19 @@ def s2_attention_kernel_topk_order(
     exists = (pair < num)[:, None]
     values = tl.load(meta + pair.to(tl.int64)[:, None] * 8 + column, mask=exists, other=0)
     tl.store(ordered + rank.to(tl.int64)[:, None] * 8 + column, values, mask=exists)
+    if CUT:
+        tl.store(ordered_slots + rank, tl.load(slots + pair, mask=pair < num, other=0), mask=pair < num)
 
 
 def topk_backward_schedule(
-    layout: TopKLayout, num_kv_heads: int, s_q: int, s_k: int, query_offset: int, causal: bool
+    layout: TopKLayout, num_kv_heads: int, s_q: int, s_k: int, query_offset: int, causal: bool, cut: bool = False
 ) -> BackwardSchedule:  # fmt: skip
     """Build the schedule of top-k lists, as `backward_schedule`.
 
     Adjacent key tiles form a pair, and every pair has space for all steps that it can have.
+
+    Args:
+        cut: cut pairs with many steps, unless no pair can have as many.
     """
     per_block = layout.block_size // TILE
     first_tile, end_tile = query_offset // TILE, -(-(query_offset + s_q) // TILE)
@@ -231,8 +252,10 @@ def topk_backward_schedule(
 
     device, cache = layout.device, layout.compiled
     num_words = layout.batch_size * layout.num_lists * num_key_blocks * words
-    cleared = torch.zeros(4 + num_words, dtype=torch.int32, device=device)
-    taken, bits = cleared[:4], cleared[4:]  # 16 bytes apart
+    num_slots = most_topk_slots(device, (end_tile - first_tile) * (layout.num_heads // num_kv_heads)) if cut else 0
+    num_sums = -(-num_slots // 8) * 4
+    cleared = torch.zeros(4 + num_sums * SUM_COLUMNS + num_words, dtype=torch.int32, device=device)
+    taken, sums, bits = cleared.split([4, num_sums * SUM_COLUMNS, num_words])  # each begins at a multiple of 16 bytes
     unordered = torch.empty(num, 8, dtype=torch.int32, device=device)
     steps = torch.empty(capacity, dtype=torch.int32, device=device)
     launch(
@@ -250,7 +273,12 @@ def topk_backward_schedule(
         ),
         cache=cache, key=("topk_backward_schedule", per_block, causal), device=device, num_warps=4,
     )  # fmt: skip
-    return BackwardSchedule(in_order(unordered, kv_heads, cache), steps, first_tile, end_tile - first_tile)
+    num_tiles = end_tile - first_tile
+    if num_slots == 0:
+        return BackwardSchedule(in_order(unordered, kv_heads, cache), steps, first_tile, num_tiles)
+    meta, parts = cut_topk_pairs(unordered, steps, taken, sums.view(-1, SUM_COLUMNS), layout, num_kv_heads, s_k)
+    meta, parts = parts_in_order(meta, parts, kv_heads, num_kv_heads, cache)
+    return BackwardSchedule(meta, steps, first_tile, num_tiles, parts=parts)
 
 
 def in_order(meta: Tensor, num_heads: int, cache: dict[Any, Any]) -> Tensor:
@@ -262,22 +290,45 @@ def in_order(meta: Tensor, num_heads: int, cache: dict[Any, Any]) -> Tensor:
     num, device = len(meta), meta.device
     at_once = multiprocessors(device)
     if num > _MOST_RANKED:
-        return _sorted(meta, num_heads, at_once)
+        head = torch.arange(num, device=device) // (num // num_heads)
+        return meta[_order(meta[:, 5], head, num_heads, at_once)]
     ordered = torch.empty_like(meta)
     launch(
         s2_attention_kernel_topk_order, (-(-num // _PAIRS_RANKED), 1, 1),
-        (meta, ordered, num, num // num_heads, num_heads, at_once, _LAG, _PAIRS_RANKED, _PAIRS_COMPARED),
+        (
+            meta, ordered, None, None, num, num // num_heads, num_heads, None, at_once, _LAG, _PAIRS_RANKED,
+            _PAIRS_COMPARED, False,
+        ),
         cache=cache, key=("topk_order",), device=device, num_warps=4,
     )  # fmt: skip
     return ordered
 
 
-def _sorted(meta: Tensor, num_heads: int, at_once: int) -> Tensor:
-    """Order rows as `s2_attention_kernel_topk_order`, without host waits, in torch operators."""
-    steps = meta[:, 5]
+def parts_in_order(
+    meta: Tensor, parts: PairParts, num_heads: int, kv_heads: int, cache: dict[Any, Any]
+) -> tuple[Tensor, PairParts]:
+    """Order `meta` and its slots, as `in_order`, in any order of heads before."""
+    num, device = len(meta), meta.device
+    at_once = multiprocessors(device)
+    if num > _MOST_RANKED:
+        order = _order(meta[:, 5], meta[:, 7] * kv_heads + meta[:, 0], num_heads, at_once)
+        return meta[order], replace(parts, slots=parts.slots[order])
+    ordered, slots = torch.empty_like(meta), torch.empty_like(parts.slots)
+    launch(
+        s2_attention_kernel_topk_order, (-(-num // _PAIRS_RANKED), 1, 1),
+        (
+            meta, ordered, parts.slots, slots, num, 0, num_heads, kv_heads, at_once, _LAG, _PAIRS_RANKED,
+            _PAIRS_COMPARED, True,
+        ),
+        cache=cache, key=("topk_order_of_parts",), device=device, num_warps=4,
+    )  # fmt: skip
+    return ordered, replace(parts, slots=slots)
+
+
+def _order(steps: Tensor, head: Tensor, num_heads: int, at_once: int) -> Tensor:
+    """Return the order of `s2_attention_kernel_topk_order`, without host waits, in torch operators."""
     total = steps.sum().float()
     shift = (_LAG * steps.max().float() * at_once * num_heads / total).clamp(max=num_heads)
-    head = torch.arange(len(meta), device=meta.device) // (len(meta) // num_heads)
-    key = head.float() + torch.where(steps <= 2 * (total / len(meta)), shift, 0.0)
+    key = head.float() + torch.where(steps <= 2 * (total / (steps > 0).sum()), shift, 0.0)
     heaviest = steps.sort(descending=True, stable=True).indices
-    return meta[heaviest[key[heaviest].sort(stable=True).indices]]
+    return heaviest[key[heaviest].sort(stable=True).indices]

@@ -6,6 +6,7 @@ In a process of its own: Gluon compiles only where Triton does not interpret.
 import json
 import re
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from tests.program import reported
 # Of all threads' roles, stores and loads. Packed documents add the stores of a partial tile, after the loops.
 SPILLED_BYTES, SPILLED_BYTES_PACKED = (32 if triton.__version__.startswith("3.6.") else 48), 128
 # direction, dtype, head dimensions of q and v, block, causal, what the rows are ("whole" tiles, "offset", "packed";
-# "batched": whole, and each sequence has masks of its own)
+# "batched": whole, and each sequence has masks of its own; "split": whole, and programs share key tiles)
 CASES = [
     ("forward", "bfloat16", 128, 128, 128, True, "whole"),
     ("forward", "bfloat16", 128, 128, 64, True, "whole"),
@@ -47,6 +48,9 @@ CASES = [
     ("backward", "float16", 128, 128, 128, True, "whole"),
     ("backward", "bfloat16", 64, 64, 128, True, "whole"),
     ("backward", "float16", 64, 64, 64, True, "whole"),
+    ("backward", "bfloat16", 128, 128, 128, True, "split"),
+    ("backward", "float16", 128, 128, 64, False, "split"),
+    ("backward", "bfloat16", 64, 64, 64, True, "split"),
     ("backward", "bfloat16", 128, 128, 128, True, "packed"),
     ("backward", "float16", 128, 128, 64, True, "packed"),
     ("backward", "bfloat16", 64, 64, 64, True, "packed"),
@@ -79,11 +83,12 @@ def test_compiles_for_hopper(case: Case) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("block", [128, *(pytest.param(block, marks=pytest.mark.long) for block in (64, 256))])
-def test_what_builds_the_work_of_top_k_lists_compiles(block: int) -> None:
-    found = reported(__name__, ("top-k", "bfloat16", 128, 128, block, True, "whole"))
+@pytest.mark.parametrize("rows", ["whole", pytest.param("split", marks=pytest.mark.long)])
+def test_what_builds_the_work_of_top_k_lists_compiles(block: int, rows: str) -> None:
+    found = reported(__name__, ("top-k", "bfloat16", 128, 128, block, True, rows))
     assert found["kernels"] == [
         "s2_attention_kernel_topk_steps", "s2_attention_kernel_topk_bits", "s2_attention_kernel_topk_pairs",
-        "s2_attention_kernel_topk_order",
+        *(["s2_attention_kernel_topk_cut"] if rows == "split" else []), "s2_attention_kernel_topk_order",
     ]  # fmt: skip
     assert found["spilled_bytes"] == 0, found
 
@@ -118,35 +123,41 @@ def compiled_backward(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, spec
         s2_attention_bwd_kernel_hopper,
         schedule_of_call,
     )
+    from s2train.kernels.hopper.pair_parts import PairParts
 
     schedule = schedule_of_call(layout, 2, 256, 256, spec)
+    parts = None
+    if spec.split_columns:
+        numbers = torch.zeros(4, 6, dtype=torch.int32)
+        schedule, parts = replace(schedule, parts=PairParts(numbers[0], numbers, 4)), torch.empty(4, 1, 2, 64)
     statistics = torch.empty(2, 2 * 256)
     sums = torch.empty(2 * 4 * 2 * q.shape[3], 32)
-    arguments = launch_arguments(q, k, v, q, *statistics, sums, k, v, schedule, 1, spec, CONFIGS[q.shape[3]])
+    arguments = launch_arguments(q, k, v, q, *statistics, sums, k, v, parts, schedule, 1, spec, CONFIGS[q.shape[3]])
     return s2_attention_bwd_kernel_hopper.run(*arguments, grid=(1,), warmup=True, num_warps=4, maxnreg=ENTRY_REGISTERS)
 
 
-def compiled_builders(block: int) -> list[Any]:
+def compiled_builders(block: int, split: bool = False) -> list[Any]:
     """Kernels compiled for lists of 16 of 256 blocks."""
-    from s2train.kernels.hopper import topk_backward_schedule, topk_forward_schedule
+    from s2train.kernels.hopper import pair_parts, topk_backward_schedule, topk_forward_schedule
 
     kernels = []
 
     def compiling(kernel: Any, grid: Any, arguments: Any, **options: Any) -> None:
         kernels.append(kernel.run(*arguments, grid=grid, warmup=True, num_warps=options["num_warps"]))
 
-    topk_backward_schedule.launch = topk_forward_schedule.launch = compiling  # type: ignore[attr-defined]
+    for module in (pair_parts, topk_backward_schedule, topk_forward_schedule):
+        module.launch = compiling  # type: ignore[attr-defined]
     indices = torch.zeros(1, 2, 256, 16, dtype=torch.int32)
     layout = TopKLayout.from_indices(indices, block, num_heads=4)
     topk_forward_schedule.topk_forward_schedule(layout, causal=True, s_k=256 * block)
-    topk_backward_schedule.topk_backward_schedule(layout, 2, 256 * block, 256 * block, 0, True)
+    topk_backward_schedule.topk_backward_schedule(layout, 2, 256 * block, 256 * block, 0, True, split)
     return kernels
 
 
 def report(direction: str, dtype: str, dim: int, v_dim: int, block: int, causal: bool, rows: str) -> dict[str, Any]:
     triton.runtime.driver.set_active(Hopper())
     if direction == "top-k":
-        kernels = compiled_builders(block)
+        kernels = compiled_builders(block, rows == "split")
         log = "".join(ptxas_log(kernel) for kernel in kernels)
         return {
             "kernels": [kernel.metadata.name for kernel in kernels],
@@ -157,7 +168,8 @@ def report(direction: str, dtype: str, dim: int, v_dim: int, block: int, causal:
     batch = (2,) if rows == "batched" else ()
     layout = BlockLayout.from_mask(torch.ones(*batch, 2, 256 // block, 256 // block) > 0, block)
     bounds = torch.tensor([0, 100, 256], dtype=torch.int32) if rows == "packed" else None
-    spec = AttentionSpec(0.1, causal, 65 if rows == "offset" else 0, bounds, "bhsd")
+    offset = 65 if rows == "offset" else 0
+    spec = AttentionSpec(0.1, causal, offset, bounds, "bhsd", split_columns=rows == "split")
     kernel = (compiled_forward if direction == "forward" else compiled_backward)(q, k, v, layout, spec)
     log = ptxas_log(kernel)
     return {
