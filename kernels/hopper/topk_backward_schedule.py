@@ -252,10 +252,12 @@ def topk_backward_schedule(
 
     device, cache = layout.device, layout.compiled
     num_words = layout.batch_size * layout.num_lists * num_key_blocks * words
-    num_slots = most_topk_slots(device, (end_tile - first_tile) * (layout.num_heads // num_kv_heads)) if cut else 0
-    num_sums = -(-num_slots // 8) * 4
+    longest = (end_tile - first_tile) * (layout.num_heads // num_kv_heads)
+    num_parts = most_topk_slots(device, longest) if cut else 0
+    num_sums = -(-num_parts // 8) * 4
     cleared = torch.zeros(4 + num_sums * SUM_COLUMNS + num_words, dtype=torch.int32, device=device)
-    taken, sums, bits = cleared.split([4, num_sums * SUM_COLUMNS, num_words])  # each begins at a multiple of 16 bytes
+    # each begins at a multiple of 16 bytes
+    taken, sums, bits = cleared[:4], cleared[4 : len(cleared) - num_words], cleared[len(cleared) - num_words :]
     unordered = torch.empty(num, 8, dtype=torch.int32, device=device)
     steps = torch.empty(capacity, dtype=torch.int32, device=device)
     launch(
@@ -274,7 +276,7 @@ def topk_backward_schedule(
         cache=cache, key=("topk_backward_schedule", per_block, causal), device=device, num_warps=4,
     )  # fmt: skip
     num_tiles = end_tile - first_tile
-    if num_slots == 0:
+    if num_parts == 0:
         return BackwardSchedule(in_order(unordered, kv_heads, cache), steps, first_tile, num_tiles)
     meta, parts = cut_topk_pairs(unordered, steps, taken, sums.view(-1, SUM_COLUMNS), layout, num_kv_heads, s_k)
     meta, parts = parts_in_order(meta, parts, kv_heads, num_kv_heads, cache)

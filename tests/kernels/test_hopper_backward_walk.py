@@ -9,13 +9,16 @@ from typing import Any
 import pytest
 import torch
 from s2train.kernels import reference_attention
+from s2train.kernels.hopper import pair_parts
 from s2train.kernels.hopper.backward_schedule import ACTIVE_BITS, QUERY_BITS, TILE
+from s2train.kernels.interpreter import repair_interpreter
 from s2train.kernels.spec import AttentionSpec
 from torch import Tensor
 
 from tests.kernels.cases import Problem
 
 hopper_backward = pytest.importorskip("s2train.kernels.hopper.backward", reason="needs Triton's Gluon")
+repair_interpreter()  # loops of the kernels around the main one need it
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="runs in Triton's interpreter")
 
 
@@ -35,17 +38,19 @@ def to_fragments(dq: Tensor) -> Tensor:
 class Walk:
     """Stands in for the main kernel."""
 
+    slots_used = 0
+
     def __getitem__(self, grid: tuple[int]) -> "Walk":
         self.programs = grid[0]
         return self
 
     def __call__(self, *arguments: Any, **options: int) -> None:
-        descriptors, (meta, steps, dk, dv), numbers = arguments[:9], arguments[9:13], arguments[13:]
+        descriptors, (meta, steps, dk, dv, slots, parts), numbers = arguments[:9], arguments[9:15], arguments[15:]
         q, k, v, dout, lse2, delta, sums, dk_out, dv_out = (x.base for x in descriptors)
         assert dk_out is dk
         assert dv_out is dv
         head_stride, row_stride, scale, scale_log2, batch_size, num_heads, group = numbers[:7]
-        first_tile, num_tiles, offset, s_k, dim, _, causal, packed, *_ = numbers[7:]
+        first_tile, num_tiles, offset, s_k, dim, _, causal, packed, cut, *_ = numbers[7:]
         assert row_stride == dk.stride(2) == dv.stride(2)
         assert dk.shape[1] == 1 or head_stride == dk.stride(1) == dv.stride(1)
         for program in range(self.programs):
@@ -79,10 +84,24 @@ class Walk:
                 for c, half in enumerate(dq.split(dim // 2, 1)):
                     row = (place * 2 + c) * dim
                     sums[row : row + dim] += to_fragments(half)
+            slot = int(slots[program // batch_size]) if cut else -1
+            if slot >= 0:
+                self.slots_used += 1
+                for place, sums_of_side in zip(parts[slot, program % batch_size], out, strict=True):
+                    place.copy_(torch.cat(sums_of_side).flatten())
+                continue
             for key, (dk_tile, dv_tile) in zip(keys, out, strict=True):
                 kept = key < (num_keys if packed else dk.shape[2])
                 dk[b, kv, start + key[kept]] = dk_tile[kept] * scale
                 dv[b, kv, start + key[kept]] = dv_tile[kept]
+
+
+@pytest.fixture
+def walk(monkeypatch: pytest.MonkeyPatch) -> Walk:
+    """Put in the main kernel's place."""
+    stand_in = Walk()
+    monkeypatch.setattr(hopper_backward, "s2_attention_bwd_kernel_hopper", stand_in)
+    return stand_in
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -106,23 +125,50 @@ class Walk:
     ids=str,
 )
 def test_gradients(
-    dim: int, block: int, heads: int, kv_heads: int, s_q: int, s_k: int, options: dict[str, Any],
+    dim: int, block: int, heads: int, kv_heads: int, s_q: int, s_k: int, options: dict[str, Any], walk: Walk
+) -> None:  # fmt: skip
+    check_gradients(dim, block, heads, kv_heads, s_q, s_k, options)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(
+    ("block", "heads", "kv_heads", "s_q", "s_k", "options"),
+    [
+        (128, 4, 2, 300, 300, {"batch": 2}),
+        (64, 2, 1, 250, 250, {"batch": 2, "layout": "static batch"}),
+        (64, 4, 2, 250, 170, {"layout": "top-k", "query_offset": 37, "causal": False}),
+        (128, 4, 2, 300, 300, {"batch": 2, "layout": "top-k shared"}),
+        (64, 2, 1, 200, 200, {"documents": (130, 70)}),
+    ],
+    ids=str,
+)
+def test_gradients_where_programs_share_pairs(
+    block: int, heads: int, kv_heads: int, s_q: int, s_k: int, options: dict[str, Any], walk: Walk,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(hopper_backward, "s2_attention_bwd_kernel_hopper", Walk())
+    monkeypatch.setattr(pair_parts, "LEAST_STEPS", 3)
+    monkeypatch.setattr(pair_parts, "multiprocessors", lambda device: 8)
+    check_gradients(64, block, heads, kv_heads, s_q, s_k, options | {"split": True, "keep": 0.9})
+    # 8 programs at once leave room for 21 slots; packed documents are not split
+    assert walk.slots_used > 0 or "documents" in options
+
+
+def check_gradients(
+    dim: int, block: int, heads: int, kv_heads: int, s_q: int, s_k: int, options: dict[str, Any]
+) -> None:
     offset, causal = options.get("query_offset", 0), options.get("causal", True)
     bounds = options.get("documents") and torch.tensor((0, *options["documents"])).cumsum(0).int()
     batch = options.get("batch", 1)
     problem = Problem(
         heads=heads, kv_heads=kv_heads, s_q=s_q, s_k=s_k, dim=dim, block=block, batch=batch,
-        layout=options.get("layout", "static"), options={"query_offset": offset},
+        keep=options.get("keep", 0.6), layout=options.get("layout", "static"), options={"query_offset": offset},
     )  # fmt: skip
     (q, k, v), layout, _, _ = problem.make(torch.device("cpu"))
     settings = {"causal": causal, "query_offset": offset, "cu_seqlens": bounds}
     out, lse = reference_attention(q, k, v, layout, **settings)
     dout, dlse = torch.randn_like(out), torch.randn_like(lse)
     expected = torch.autograd.grad([out, lse.masked_fill(lse == -torch.inf, 0)], [q, k, v], [dout, dlse])
-    spec = AttentionSpec(dim**-0.5, causal, offset, bounds, "sbhd")
+    spec = AttentionSpec(dim**-0.5, causal, offset, bounds, "sbhd", split_columns=options.get("split", False))
     views = [x.detach().permute(1, 2, 0, 3) for x in (q, k, v, out)]
     measured = hopper_backward.hopper_backward(
         *views, lse.detach(), dout.permute(1, 2, 0, 3), dlse.masked_fill(lse == -torch.inf, 7.0), layout, spec
