@@ -22,7 +22,7 @@ _TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 def block_sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, layout: Layout, *, softmax_scale: float | None = ...,
     causal: bool = ..., query_offset: int = ..., cu_seqlens: Tensor | None = ..., format: Format = ...,
-    return_lse: Literal[False] = ..., backend: Backend = ...,
+    return_lse: Literal[False] = ..., backend: Backend = ..., split_columns: bool = ...,
 ) -> Tensor: ...  # fmt: skip
 
 
@@ -30,7 +30,7 @@ def block_sparse_attention(
 def block_sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, layout: Layout, *, softmax_scale: float | None = ...,
     causal: bool = ..., query_offset: int = ..., cu_seqlens: Tensor | None = ..., format: Format = ...,
-    return_lse: Literal[True], backend: Backend = ...,
+    return_lse: Literal[True], backend: Backend = ..., split_columns: bool = ...,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
@@ -47,6 +47,7 @@ def block_sparse_attention(
     format: Format = "sbhd",
     return_lse: bool = False,
     backend: Backend = "auto",
+    split_columns: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute softmax(scale * q k^T) v over a layout's block pairs.
 
@@ -69,6 +70,9 @@ def block_sparse_attention(
             a BlockLayout.
         return_lse: also return the natural log-sum-exp of the scaled scores, to merge results over ranges of keys.
         backend: see `resolve_backend`; `kernels_in_use` returns the kernels that a call runs.
+        split_columns: let several programs compute dk and dv of a key block that many queries keep. Results are as
+            deterministic as without. It takes up to 350 KB of device memory for each multiprocessor (at d = 128), and
+            changes nothing where no block is kept that often, nor with cu_seqlens. False until it has run on a GPU.
 
     Returns:
         Output with q's shape and d_v in place of d, contiguous. With `return_lse` also the log-sum-exp, float32
@@ -108,13 +112,14 @@ def block_sparse_attention(
     if resolved != "torch" and q.dtype not in _TRITON_DTYPES:
         raise ValueError(f"q is {q.dtype}: the {resolved} backend takes {_TRITON_DTYPES}; cast q, k and v")
     scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
-    spec = AttentionSpec(scale, causal, query_offset, cu_seqlens, format, portable=resolved == "portable")
+    spec = AttentionSpec(scale, causal, query_offset, cu_seqlens, format, resolved == "portable", split_columns)
     q_shape = shape_bhsd(q, format)
     check_positions(q_shape, shape_bhsd(k, format)[2], layout, spec)
     lse: Tensor | None
     if torch.compiler.is_compiling():
         out, lse = attend(
-            q, k, v, cu_seqlens, *layout_arguments(layout), scale, causal, query_offset, format, resolved, return_lse
+            q, k, v, cu_seqlens, *layout_arguments(layout), scale, causal, query_offset, format, resolved, return_lse,
+            split_columns,
         )  # fmt: skip
     else:
         check_values(layout, spec, q_shape[2])

@@ -30,7 +30,7 @@ class Cut:
     A column with more than `limit` visits is heavy: it has at least two parts. The other columns have one.
 
     - ``column``, ``low``, ``high`` [columns + slots]: each part's column, and its range of the column's visits.
-    - ``slot`` [columns + slots]: where the part's sums go; -1 for a whole column, -2 for a surplus entry without visits.
+    - ``slot`` [columns + slots]: where the part's sums go; -1 for a whole column, -2 for a surplus entry.
     - ``heavy`` [slots // 2]: the heavy columns, then the number of columns.
     - ``first_slot``, ``count`` [slots // 2]: their slots; count 0 for what is no column.
     """
@@ -120,9 +120,7 @@ def trimmed(cut: Cut) -> Cut | None:
     )
 
 
-def column_parts(
-    layout: Layout, num_kv_heads: int, sequences: int, rows: int
-) -> ColumnParts | None:
+def column_parts(layout: Layout, num_kv_heads: int, sequences: int, rows: int) -> ColumnParts | None:
     """Cut a layout's long columns for the portable kernel; None if there are none.
 
     Cached in the layout. A static layout's columns are read once. Those of a `TopKLayout` stay on the device, and may

@@ -22,7 +22,7 @@ from .torch_backend import lse_dtype, torch_attention, torch_gradients
 def attend(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, indices: Tensor | None, handle: int, block_size: int,
     num_key_blocks: int, softmax_scale: float, causal: bool, query_offset: int, format: str, backend: str,
-    with_lse: bool,
+    with_lse: bool, split_columns: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Compute output and log-sum-exp as `block_sparse_attention` does.
 
@@ -32,6 +32,7 @@ def attend(
         indices, block_size, num_key_blocks: of a TopKLayout, whose handle is 0.
         handle: of a BlockLayout; `indices` is None then.
         backend: "triton", "portable" or "torch".
+        split_columns: for the backward.
     """
     spec = AttentionSpec(softmax_scale, causal, query_offset, cu_seqlens, _format(format), backend == "portable")
     layout = _layout(indices, handle, block_size, num_key_blocks, shape_bhsd(q, spec.format)[1])
@@ -51,7 +52,7 @@ def attend(
 def _(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, indices: Tensor | None, handle: int, block_size: int,
     num_key_blocks: int, softmax_scale: float, causal: bool, query_offset: int, format: str, backend: str,
-    with_lse: bool,
+    with_lse: bool, split_columns: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     out = q.new_empty((*q.shape[:3], v.shape[3]))
     if backend == "torch" and not with_lse:
@@ -64,12 +65,14 @@ def attend_backward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor | None, dlse: Tensor | None,
     cu_seqlens: Tensor | None, indices: Tensor | None, handle: int, block_size: int, num_key_blocks: int,
     softmax_scale: float, causal: bool, query_offset: int, format: str, backend: str, with_lse: bool,
+    split_columns: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Compute contiguous gradients of q, k and v.
 
     A gradient of None counts as 0. The other arguments are those of `attend`.
     """
-    spec = AttentionSpec(softmax_scale, causal, query_offset, cu_seqlens, _format(format), backend == "portable")
+    portable = backend == "portable"
+    spec = AttentionSpec(softmax_scale, causal, query_offset, cu_seqlens, _format(format), portable, split_columns)
     layout = _layout(indices, handle, block_size, num_key_blocks, shape_bhsd(q, spec.format)[1])
     if backend == "torch":
         return torch_gradients(q, k, v, dout, dlse if with_lse else None, layout, spec)
@@ -87,6 +90,7 @@ def _(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor | None, dlse: Tensor | None,
     cu_seqlens: Tensor | None, indices: Tensor | None, handle: int, block_size: int, num_key_blocks: int,
     softmax_scale: float, causal: bool, query_offset: int, format: str, backend: str, with_lse: bool,
+    split_columns: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 

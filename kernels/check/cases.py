@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 
@@ -38,6 +38,8 @@ class Case:
     layout: Literal["static", "static batch", "top-k", "top-k shared"] = "static"
     steps: int = 0  # number of steps with new top-k lists; these must not wait, compile or leak anything
     portable: bool = False  # the portable kernels on every GPU
+    sink: bool = False  # every query keeps the first block
+    split: bool = False  # split long columns over programs
 
 
 @dataclass(frozen=True)
@@ -173,6 +175,7 @@ def _cases() -> list[Case]:
     return [
         *cases,
         *_run_time_cases(),
+        *_split_cases(),
         Case("packed, 200 documents, MQA, Hopper", documents=(3, 40, 0, 17, 5) * 40, kv_heads=1, hopper_forward=True),
         Case("GQA 16/4 block 64, 3000 rows", heads=16, kv_heads=4, s_q=3000, keep=0.2),
         Case("large gradients, float16", dtype="float16", block=128, dout_scale=100.0),
@@ -207,6 +210,33 @@ def _run_time_cases() -> list[Case]:
         Case("top-k, block 32", block=32, layout="top-k", steps=100),
         Case("top-k, deterministic", block=128, layout="top-k", deterministic=True),
         Case("top-k shared, float16, MQA", block=64, dtype="float16", kv_heads=1, layout="top-k shared"),
+    ]
+
+
+def _split_cases() -> list[Case]:
+    """Return cases whose first column has several programs: 6,000 rows or more of each member."""
+    cases = []
+    for block in (64, 128, 256):
+        name = f"split, block {block}"
+        sink = Case(name, block=block, s_q=6001, heads=4, kv_heads=1, keep=0.03, sink=True, split=True)
+        lists = replace(sink, layout="top-k shared")
+        cases += [
+            sink,
+            replace(sink, name=f"{name}, portable", portable=True),
+            replace(lists, name=f"{name}, top-k shared", steps=300),
+            replace(lists, name=f"{name}, top-k shared, portable", portable=True, steps=300),
+            replace(lists, name=f"{name}, top-k, float16, d 64", dtype="float16", dim=64, layout="top-k"),
+        ]
+    return [
+        *cases,
+        replace(sink, name="split, batch 2, offset 333", batch=2, query_offset=333),
+        replace(sink, name="split, masks of each sequence", batch=2, layout="static batch"),
+        replace(sink, name="split, not causal, fewer keys", causal=False, s_k=1001),
+        replace(sink, name="split, gradient of lse alone", gradients="lse"),
+        replace(sink, name="split, deterministic", deterministic=True),
+        replace(sink, name="split, float32, portable", dtype="float32", dim=80, portable=True),
+        replace(lists, name="split, top-k, deterministic", deterministic=True),
+        replace(sink, name="split, packed", documents=(5000, 1, 1000)),
     ]
 
 

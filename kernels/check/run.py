@@ -71,7 +71,7 @@ def problem(case: Case, device: torch.device) -> tuple[list[Tensor], Layout, dic
         inputs.append(random(case.kv_heads, s_k, case.v_dim or case.dim))
     options: dict[str, Any] = {
         "causal": case.causal, "query_offset": case.query_offset, "format": case.format,
-        "backend": "portable" if case.portable else "triton",
+        "backend": "portable" if case.portable else "triton", "split_columns": case.split,
     }  # fmt: skip
     if case.documents:
         bounds = torch.tensor((0, *case.documents), device=device).cumsum(0)
@@ -83,9 +83,12 @@ def _layout(case: Case, n_q: int, n_k: int, device: torch.device) -> Layout:
     if case.layout in ("static", "static batch"):
         batch = (case.batch,) if case.layout == "static batch" else ()
         mask = torch.rand(*batch, case.heads, n_q, n_k, device=device) < case.keep
+        mask[..., 0] |= case.sink
         return BlockLayout.from_mask(mask, case.block)
     lists = case.heads if case.layout == "top-k" else case.kv_heads
     indices = random_indices(case.batch, lists, n_q, n_k, case.keep, device)
+    if case.sink:
+        indices[..., -1] = 0
     return TopKLayout.from_indices(indices, case.block, num_heads=case.heads, num_key_blocks=n_k)
 
 
@@ -110,7 +113,7 @@ def check_case(case: Case, device: torch.device) -> dict[str, Any]:
         # run again, since a layout keeps compiled kernels for later calls
         again = _results(*attend(), leaves, dout, dlse)
 
-    shape_options = {name: value for name, value in options.items() if name != "backend"}
+    shape_options = {name: value for name, value in options.items() if name not in ("backend", "split_columns")}
 
     def reference(dtype: torch.dtype) -> list[Tensor]:
         cast = [x.detach().to(dtype).requires_grad_() for x in inputs]
@@ -123,7 +126,9 @@ def check_case(case: Case, device: torch.device) -> dict[str, Any]:
     result["ok"] &= compare(again, plain, exact)["ok"]
     if case.steps:
         assert isinstance(layout, TopKLayout)
-        left = fresh_steps(leaves, layout, shape_options, case.keep, case.steps, options["backend"])
+        left = fresh_steps(
+            leaves, layout, shape_options | {"split_columns": case.split}, case.keep, case.steps, options["backend"]
+        )
         result |= left
         result["ok"] &= is_nothing(left)
     if case.hopper_forward and is_hopper(device):
@@ -145,7 +150,7 @@ def _deterministic(enabled: bool) -> Iterator[None]:
 
 def kernels_run(
     q: Tensor, k: Tensor, v: Tensor, layout: Layout, *, causal: bool = True, query_offset: int = 0,
-    cu_seqlens: Tensor | None = None, format: Format = "sbhd", backend: Backend = "triton",
+    cu_seqlens: Tensor | None = None, format: Format = "sbhd", backend: Backend = "triton", split_columns: bool = False,
 ) -> dict[str, str]:  # fmt: skip
     """Return which kernels run forward and backward."""
     if backend == "portable":

@@ -527,9 +527,9 @@ def hopper_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Compute the gradients as `backward`, for calls assigned to "hopper".
 
-    `backward_choice` assigns them. `spec.split_columns`: programs may share a pair with many steps; packed documents are
-    not split. Not deterministic: the last bits of dq differ between runs. Besides the gradients it
-    needs 4 * b * h * s_q * d bytes of device memory to accumulate dq in float32: twice the size of q.
+    `backward_choice` assigns them. With `spec.split_columns` programs may share a pair with many steps, but not in
+    packed documents. Not deterministic: the last bits of dq differ between runs. Besides the gradients it needs
+    4 * b * h * s_q * d bytes of device memory to accumulate dq in float32: twice the size of q.
 
     Packed documents: rows of a document are multiplied by zero in the tiles of its neighbours, so an infinite or NaN
     row makes these invalid too.

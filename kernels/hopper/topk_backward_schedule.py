@@ -202,10 +202,7 @@ def s2_attention_kernel_topk_order(
     # heads done while the longest program runs; a head's short programs start this far behind its long ones
     shift = LAG * tl.max(longest, 0).to(tl.float32) * at_once * num_heads / sum_of_steps
     shift = tl.minimum(shift, num_heads.to(tl.float32))
-    if CUT:
-        mean = sum_of_steps / tl.sum(working, 0)
-    else:
-        mean = sum_of_steps / num
+    mean = sum_of_steps / tl.sum(working, 0) if CUT else sum_of_steps / num
 
     pair = tl.program_id(0) * RANKED + tl.arange(0, RANKED)
     key, steps = _order_key(meta, pair, num, num_pairs, kv_heads, mean, shift, CUT)

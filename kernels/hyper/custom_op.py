@@ -22,13 +22,13 @@ from .settings import HyperSettings
 @torch.library.custom_op("s2train::hyper_attention", mutates_args=())
 def attend(
     q: Tensor, k: Tensor, v: Tensor, projection_seeds: Tensor, sample_seeds: Tensor, settings: list[int],
-    softmax_scale: float, causal: bool, format: str, portable: bool,
+    softmax_scale: float, causal: bool, format: str, portable: bool, split_columns: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Compute output and log-sum-exp as `hyper_attention` does.
 
     `settings` are those of `HyperSettings` in order.
     """
-    views, call = _call(q, k, v, settings, softmax_scale, causal, format, portable)
+    views, call = _call(q, k, v, settings, softmax_scale, causal, format, portable, split_columns)
     out, lse, _ = triton_backend.run_forward(*views, call, projection_seeds, sample_seeds)
     return from_bhsd(out, call.spec.format), lse
 
@@ -36,7 +36,7 @@ def attend(
 @attend.register_fake
 def _(
     q: Tensor, k: Tensor, v: Tensor, projection_seeds: Tensor, sample_seeds: Tensor, settings: list[int],
-    softmax_scale: float, causal: bool, format: str, portable: bool,
+    softmax_scale: float, causal: bool, format: str, portable: bool, split_columns: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     lse = q.new_empty(shape_bhsd(q, cast(Format, format))[:3], dtype=torch.float32)
     return q.new_empty((*q.shape[:3], v.shape[3])), lse
@@ -46,13 +46,13 @@ def _(
 def attend_backward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor | None, dlse: Tensor | None,
     projection_seeds: Tensor, sample_seeds: Tensor, settings: list[int], softmax_scale: float, causal: bool,
-    format: str, portable: bool,
+    format: str, portable: bool, split_columns: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Compute contiguous gradients of q, k and v.
 
     A gradient of None counts as 0.
     """
-    views, call = _call(q, k, v, settings, softmax_scale, causal, format, portable)
+    views, call = _call(q, k, v, settings, softmax_scale, causal, format, portable, split_columns)
     out = last_contiguous(to_bhsd(out, call.spec.format))
     dout = None if dout is None else to_bhsd(dout, call.spec.format)
     plan = None if call.short else launches.plan_of(views[0], views[1], call, projection_seeds, sample_seeds)
@@ -64,7 +64,7 @@ def attend_backward(
 def _(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor | None, dlse: Tensor | None,
     projection_seeds: Tensor, sample_seeds: Tensor, settings: list[int], softmax_scale: float, causal: bool,
-    format: str, portable: bool,
+    format: str, portable: bool, split_columns: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
@@ -93,13 +93,31 @@ def traced(
     """Call the operator as `triton_hyper_attention`."""
     numbers = list(astuple(settings))
     return attend(
-        q, k, v, projection_seeds, sample_seeds, numbers, spec.softmax_scale, spec.causal, spec.format, spec.portable
+        q,
+        k,
+        v,
+        projection_seeds,
+        sample_seeds,
+        numbers,
+        spec.softmax_scale,
+        spec.causal,
+        spec.format,
+        spec.portable,
+        spec.split_columns,
     )
 
 
 def _call(
-    q: Tensor, k: Tensor, v: Tensor, settings: list[int], scale: float, causal: bool, format: str, portable: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    settings: list[int],
+    scale: float,
+    causal: bool,
+    format: str,
+    portable: bool,
+    split_columns: bool,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Call]:
-    spec = AttentionSpec(scale, causal, 0, None, cast(Format, format), portable)
+    spec = AttentionSpec(scale, causal, 0, None, cast(Format, format), portable, split_columns)
     qh, kh, vh = (last_contiguous(to_bhsd(x, spec.format)) for x in (q, k, v))
     return (qh, kh, vh), call_of(qh, kh, vh, HyperSettings(*settings), spec)

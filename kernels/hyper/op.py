@@ -19,7 +19,7 @@ from .settings import HyperSettings
 def hyper_attention(
     q: Tensor, k: Tensor, v: Tensor, settings: HyperSettings, projection_seeds: Tensor, sample_seeds: Tensor, *,
     softmax_scale: float | None = ..., causal: bool = ..., format: Format = ..., return_lse: Literal[False] = ...,
-    backend: Backend = ...,
+    backend: Backend = ..., split_columns: bool = ...,
 ) -> Tensor: ...  # fmt: skip
 
 
@@ -27,7 +27,7 @@ def hyper_attention(
 def hyper_attention(
     q: Tensor, k: Tensor, v: Tensor, settings: HyperSettings, projection_seeds: Tensor, sample_seeds: Tensor, *,
     softmax_scale: float | None = ..., causal: bool = ..., format: Format = ..., return_lse: Literal[True],
-    backend: Backend = ...,
+    backend: Backend = ..., split_columns: bool = ...,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
@@ -44,6 +44,7 @@ def hyper_attention(
     format: Format = "sbhd",
     return_lse: bool = False,
     backend: Backend = "auto",
+    split_columns: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Estimate softmax attention from exact keys, buckets of similar keys, and samples.
 
@@ -62,6 +63,7 @@ def hyper_attention(
         softmax_scale: above 0; default 1 / sqrt(d).
         causal: mask keys after the query. False: one interval of all keys (above `shortest`), and a window both ways.
         backend: see `resolve_backend`; exact keys take Hopper's kernels where possible.
+        split_columns: of the exact keys, as in `block_sparse_attention`.
         return_lse: also return the natural log-sum-exp of weighted scores, float32 [b, H, n] (float64 for float64).
 
     torch.compile traces the kernels as one operator, which makes the plan (hashes and their order) once more for the
@@ -86,7 +88,7 @@ def hyper_attention(
         from .custom_op import traced
         from .triton_backend import triton_hyper_attention
 
-        spec = AttentionSpec(scale, causal, 0, None, format, portable=resolved == "portable")
+        spec = AttentionSpec(scale, causal, 0, None, format, resolved == "portable", split_columns)
         attend = traced if torch.compiler.is_compiling() else triton_hyper_attention
         out, lse = attend(q, k, v, settings, projection_seeds, sample_seeds, spec)
         return (out, lse) if return_lse else out

@@ -70,7 +70,9 @@ def gradients(out: Tensor, lse: Tensor, inputs: list[Tensor], dout: Tensor, dlse
     return out, finite, *torch.autograd.grad(loss, inputs)
 
 
-def assert_as_exact_as_torch(problem: Problem, backend: str, device: torch.device, lse_gradient: bool = True) -> None:
+def assert_as_exact_as_torch(
+    problem: Problem, backend: str, device: torch.device, lse_gradient: bool = True, split_columns: bool = False
+) -> None:
     """The backend's error against float64 is at most twice that of plain torch in the inputs' dtype."""
     inputs, layout, dout, dlse = problem.make(device)
     weight = dlse if lse_gradient else None
@@ -79,7 +81,8 @@ def assert_as_exact_as_torch(problem: Problem, backend: str, device: torch.devic
         cast = [x.detach().to(dtype).requires_grad_() for x in inputs]
         return gradients(*reference_attention(*cast, layout, **problem.options), cast, dout, weight)
 
-    out, lse = block_sparse_attention(*inputs, layout, return_lse=True, backend=backend, **problem.options)
+    options = problem.options | {"split_columns": split_columns}
+    out, lse = block_sparse_attention(*inputs, layout, return_lse=True, backend=backend, **options)
     assert lse.dtype == torch.float32
     assert out.dtype == problem.dtype
     assert out.is_contiguous()

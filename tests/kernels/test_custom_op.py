@@ -168,7 +168,7 @@ def test_checkpointing_within_a_compiled_step(device: torch.device) -> None:
 )
 def test_operators_keep_torchs_rules(kind: LayoutKind, backend: str, device: torch.device) -> None:
     (q, k, v), layout, dout, dlse = Problem(heads=2, kv_heads=1, s_q=20, s_k=20, layout=kind).make(device)
-    settings = (None, *layout_arguments(layout), 0.3, True, 0, "sbhd", backend, True)
+    settings = (None, *layout_arguments(layout), 0.3, True, 0, "sbhd", backend, True, False)
     torch.library.opcheck(attend, (q, k, v, *settings))
     out, lse = (x.detach() for x in attend(q, k, v, *settings))
     finite = lse.masked_fill(lse == -torch.inf, 0)
