@@ -32,6 +32,7 @@ class Problem:
     # With one key the output's gradient cancels in dq and dk, and what is left of it is rounding beside dlse's part.
     dout_scale: float = 1.0
     keep: float = 0.6  # of the blocks; below the diagonal too few to leave no row empty
+    sink: bool = False  # every query keeps the first block
     layout: LayoutKind = "static"
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -51,9 +52,12 @@ class Problem:
         if self.layout in ("static", "static batch"):
             batch = (self.batch,) if self.layout == "static batch" else ()
             mask = torch.rand(*batch, self.heads, n_q, n_k) < self.keep
+            mask[..., 0] |= self.sink
             return BlockLayout.from_mask(mask, self.block, device=device)
         lists = self.heads if self.layout == "top-k" else self.kv_heads
         indices = random_indices(self.batch, lists, n_q, n_k, self.keep).to(device)
+        if self.sink:
+            indices[..., -1] = 0
         return TopKLayout.from_indices(indices, self.block, num_heads=self.heads, num_key_blocks=n_k)
 
     def _random(self, shape: tuple[int, int, int], device: torch.device) -> Tensor:
