@@ -21,6 +21,7 @@ from tests.program import reported
 
 # Of all threads' roles, stores and loads. Packed documents add the stores of a partial tile, after the loops.
 SPILLED_BYTES, SPILLED_BYTES_PACKED = (32 if triton.__version__.startswith("3.6.") else 48), 128
+SPILLED_BYTES_SPLIT = 64  # around the loops: where a program's sums go
 # direction, dtype, head dimensions of q and v, block, causal, what the rows are ("whole" tiles, "offset", "packed";
 # "batched": whole, and each sequence has masks of its own; "split": whole, and programs share key tiles)
 CASES = [
@@ -76,8 +77,8 @@ assert set(CASES) >= COMMON
 def test_compiles_for_hopper(case: Case) -> None:
     found = reported(__name__, case)
     assert found["shared"] <= SHARED_BYTES
-    packed = (case[0], case[6]) == ("backward", "packed")
-    assert found["spilled_bytes"] <= (SPILLED_BYTES_PACKED if packed else SPILLED_BYTES), found
+    limits = {("backward", "packed"): SPILLED_BYTES_PACKED, ("backward", "split"): SPILLED_BYTES_SPLIT}
+    assert found["spilled_bytes"] <= limits.get((case[0], case[6]), SPILLED_BYTES), found
     assert found["warnings"] == []
 
 
