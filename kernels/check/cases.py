@@ -233,9 +233,9 @@ def _split_cases() -> list[Case]:
         replace(sink, name="split, masks of each sequence", batch=2, layout="static batch"),
         replace(sink, name="split, not causal, fewer keys", causal=False, s_k=1001),
         replace(sink, name="split, gradient of lse alone", gradients="lse"),
-        replace(sink, name="split, deterministic", deterministic=True),
+        replace(sink, name="split, equal in two runs", deterministic=True),
         replace(sink, name="split, float32, portable", dtype="float32", dim=80, portable=True),
-        replace(lists, name="split, top-k, deterministic", deterministic=True),
+        replace(lists, name="split, top-k, equal in two runs", deterministic=True),
         replace(sink, name="split, packed", documents=(5000, 1, 1000)),
     ]
 

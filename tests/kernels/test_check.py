@@ -16,7 +16,7 @@ SMALL = {"s_q": 40, "dim": 16, "heads": 2, "kv_heads": 1, "block": 16}
     "name",
     [
         "bfloat16 block 64 d 128", "sbhd batch 3 block 128", "gradient of out alone, block 64",
-        "gradient of lse alone, block 64", "deterministic",
+        "gradient of lse alone, block 64", "deterministic", "split, block 64",
     ],
 )  # fmt: skip
 def test_right_kernels_pass(name: str, device: torch.device) -> None:
