@@ -114,8 +114,13 @@ def trimmed(cut: Cut) -> Cut | None:
         return None
     parts, heavy = cut.slot != -2, cut.count > 0
     return Cut(
-        *(x[parts] for x in (cut.column, cut.low, cut.high, cut.slot)),
-        *(x[heavy] for x in (cut.heavy, cut.first_slot, cut.count)),
+        column=cut.column[parts],
+        low=cut.low[parts],
+        high=cut.high[parts],
+        slot=cut.slot[parts],
+        heavy=cut.heavy[heavy],
+        first_slot=cut.first_slot[heavy],
+        count=cut.count[heavy],
         slots=slots,
     )
 
