@@ -129,10 +129,10 @@ class DataConfig:
 class OptimConfig:
     """Megatron's optimizer and its learning-rate schedule."""
 
-    # adam, sgd; or of the package emerging-optimizers, with megatron-core 0.19 or later: muon, lion. Only adam works
-    # with parallel.distributed_optimizer
+    # adam, sgd; or of the package emerging-optimizers, with megatron-core 0.19 or later: muon. Only adam works with
+    # parallel.distributed_optimizer
     name: str = "adam"
-    # further settings of sgd, muon and lion, by their names in Megatron's OptimizerConfig: muon_momentum, …; on a
+    # further settings of sgd and muon, by their names in Megatron's OptimizerConfig: muon_momentum, …; on a
     # command line '+optim.options.muon_num_ns_steps=6'
     options: dict[str, Any] = field(default_factory=dict)
     # share of adam's state that is kept, and updated, in the host's memory; needs parallel.distributed_optimizer

@@ -265,7 +265,7 @@ def _set_hyperparameters(optim: OptimConfig, loaded: Any) -> None:
     if isinstance(loaded, dict):
         for group in loaded.get("param_groups", []):
             group.update(max_lr=optim.lr, min_lr=optim.lowest_lr)
-            if {"betas", "eps"} <= group.keys():  # lion has other betas
+            if {"betas", "eps"} <= group.keys():  # only Adam's
                 group.update(betas=(optim.beta1, optim.beta2), eps=optim.eps)
         for value in loaded.values():
             _set_hyperparameters(optim, value)

@@ -59,7 +59,7 @@ def optimizer_bytes(cfg: PretrainConfig) -> int:
 
     Muon has one moment of a matrix, and Adam's two of embeddings and norms: counted as two everywhere.
     """
-    moments = 1 if cfg.optim.name in ("sgd", "lion") else 2
+    moments = 1 if cfg.optim.name == "sgd" else 2
     return 4 * moments + (4 if cfg.train.precision == "bf16" else 0)
 
 

@@ -9,8 +9,8 @@ PACKAGE = "emerging-optimizers"
 _FIRST = (0, 19)  # megatron-core that builds these optimizers from the package
 _INSTALL = f"Use Python 3.12 or later, and pip install megatron-core==0.19.2 {PACKAGE}; or set optim.name=adam."
 # Beginnings of the names that each optimizer's settings have in Megatron's OptimizerConfig.
-_OPTIONS: dict[str, tuple[str, ...]] = {"adam": (), "sgd": ("sgd_",), "muon": ("muon_", "lion_"), "lion": ("lion_",)}
-EMERGING = ("muon", "lion")
+_OPTIONS: dict[str, tuple[str, ...]] = {"adam": (), "sgd": ("sgd_",), "muon": ("muon_",)}
+EMERGING = ("muon",)
 
 
 def check_optimizer(cfg: PretrainConfig) -> None:

@@ -14,7 +14,6 @@ pytestmark = [pytest.mark.slow]
 OPTIONS = {
     "sgd": ["+optim.options.sgd_momentum=0.8"],
     "muon": ["+optim.options.muon_num_ns_steps=3"],
-    "lion": [],
 }
 
 

@@ -112,7 +112,7 @@ def test_the_plan_moves_the_offloaded_share_to_the_host(share: float) -> None:
 
 @pytest.mark.parametrize(
     ("name", "precision", "nbytes"),
-    [("adam", "bf16", 12), ("adam", "fp32", 8), ("sgd", "bf16", 8), ("lion", "fp32", 4)],
+    [("adam", "bf16", 12), ("adam", "fp32", 8), ("sgd", "bf16", 8), ("sgd", "fp32", 4)],
 )
 def test_state_is_counted_by_the_optimizers_moments(name: str, precision: str, nbytes: int) -> None:
     assert optimizer_bytes(run_of(f"optim.name={name}", f"train.precision={precision}")) == nbytes
