@@ -64,7 +64,7 @@ def _build(
     groups = groups_of_patterns(layout, num_kv_heads)
     # KV heads with the same patterns share their steps; one at a time, to save memory
     metas: dict[tuple[int, ...], Tensor] = {}
-    parts: list[Tensor] = []
+    of_groups: list[Tensor] = []
     num_steps = 0
     for group in dict.fromkeys(groups):
         kept = kept_tiles_of_group(layout, group, first_tile, end_tile, s_k, causal)
@@ -72,7 +72,7 @@ def _build(
         meta[:, 3] += num_steps
         num_steps += len(steps)
         metas[group] = meta
-        parts.append(steps)
+        of_groups.append(steps)
     if num_steps >= 2**31:
         raise ValueError(f"{num_steps} steps are too many for 32-bit indices: use larger blocks")
     meta = torch.stack([metas[group] for group in groups])
@@ -80,12 +80,10 @@ def _build(
     meta[:, :, 0] = number % num_kv_heads
     meta[:, :, 7] = number // num_kv_heads
     meta = meta.flatten(0, 1)
-    steps = torch.cat(parts)
+    steps = torch.cat(of_groups)
     meta[:, 6] = steps[meta[:, 3]]
     cut = cut_pairs(meta, steps, copies) if copies else None
-    parts = None
-    if cut is not None:
-        meta, parts = cut
+    meta, parts = (meta, None) if cut is None else cut
     order = program_order(meta[:, 7] * num_kv_heads + meta[:, 0], meta[:, 5])
     if parts is not None:
         parts = replace(parts, slots=parts.slots[order])
