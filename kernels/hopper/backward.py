@@ -335,8 +335,8 @@ def _consumer(
     if CUT:
         slot = gl.load(slots_ptr + gl.program_id(0) // batch_size)
     if CUT and slot >= 0:
-        slot = slot.to(gl.int64)  # type: ignore[attr-defined]
-        place = (slot * batch_size + gl.program_id(0) % batch_size) * 2 + C
+        number = slot.to(gl.int64)  # type: ignore[attr-defined]
+        place = (number * batch_size + gl.program_id(0) % batch_size) * 2 + C
         part = parts_ptr + place * (2 * TILE * D)
         _store_part(dk, part, D, 0, TILE, D)
         _store_part(dv, part + TILE * D, D, 0, TILE, D)
