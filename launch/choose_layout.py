@@ -13,8 +13,9 @@ from omegaconf import DictConfig
 from s2train import config
 from s2train.command_line.program import run_command, run_hydra
 from s2train.semsa.choosing import choose_layout
+from s2train.semsa.config import ChooseLayoutConfig, register
 
-config.register()
+register()
 
 
 @hydra.main(config_path="../conf", config_name="choose_layout", version_base="1.3")
@@ -24,4 +25,4 @@ def main(composed: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_hydra(main, config.ChooseLayoutConfig, __doc__)
+    run_hydra(main, ChooseLayoutConfig, __doc__)

@@ -15,8 +15,9 @@ from s2train.command_line.program import run_command, run_hydra
 from s2train.distributed.rendezvous import check_ranks
 from s2train.environment.apex import apex_available
 from s2train.environment.hardware import check_gpus
+from s2train.semsa.config import FrontierConfig, register
 
-config.register()
+register()
 
 
 def frontier(composed: DictConfig) -> None:
@@ -37,4 +38,4 @@ def main(composed: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_hydra(main, config.FrontierConfig, __doc__)
+    run_hydra(main, FrontierConfig, __doc__)

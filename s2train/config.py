@@ -469,95 +469,6 @@ class ProbesConfig:
 
 
 @dataclass
-class CalibrationDataConfig:
-    """Text to profile and evaluate a checkpoint on; None: as in its run."""
-
-    path: Any = None  # datasets, as in a run's data.path
-    split: Any = None  # weights of train and held-out data: profiles take the former, evaluations the latter
-    tokenizer: str | None = None  # where the run's tokenizer.json was moved to
-    cache: str = "runs/data/cache"  # Megatron's document and shuffle indices
-
-
-@dataclass
-class LibraryConfig:
-    """Rules that a head may get, in blocks; with `dense`, at most 64."""
-
-    # [[base, slope], …]: the last base + slope · n blocks, where n is the number of blocks up to the query
-    spans: Any = field(
-        default_factory=lambda: [[1, 0], [2, 0], [4, 0], [8, 0], [16, 0], [2, 0.125], [2, 0.25], [2, 0.5]]
-    )
-    # [[local, stride], …]: the last `local` blocks and every stride-th block, at the offset KV head modulo stride
-    stripes: Any = field(default_factory=lambda: [[1, 4], [1, 8], [4, 8], [4, 16]])
-    # [[local, count], …]: the last `local` blocks and the `count` columns that matter most to the KV group in
-    # `columns_from`
-    columns: Any = field(default_factory=list)
-    sinks: int = 1  # first blocks, which every rule keeps
-    dense: bool = True  # every block
-
-
-@dataclass
-class ProfileAttentionConfig:
-    """A run of `launch/profile_attention.py`."""
-
-    checkpoint: str = MISSING  # a run folder, its checkpoints folder, or one iter_* in it
-    output: str = MISSING  # .npz file to write
-    data: CalibrationDataConfig = field(default_factory=CalibrationDataConfig)
-    library: LibraryConfig = field(default_factory=LibraryConfig)  # candidate rules, whose effects are summed
-    columns_from: str | None = None  # profile of the same checkpoint that `library.columns` are taken from
-    samples: int = 64  # sequences of training data, over all data parallel ranks
-    seq_length: int | None = None  # tokens of a sequence; None: the run's train.seq_length
-    block_size: int | None = None  # tokens of a block; None: the run's layout.block_size
-    labels: str = "sampled"  # sampled (from the model's own output, softened by `temperature`), or data (next tokens)
-    temperature: float = 4.0  # logits are divided by it before labels are sampled
-    precision: str | None = None  # bf16, fp32; None: the run's
-    recompute: bool = False  # compute each layer's activations again in the backward pass: slower, less memory
-    save_interval: int = 8  # samples per data parallel rank after which sums are saved, to resume from
-    # mask so many blocks and rules, one at a time, and compare the loss with the estimates; 0: none
-    verify: int = 0
-    verify_samples: int = 4  # sequences of each such comparison
-    attention_backend: str = "auto"  # as in a run
-    tp: int = 1  # tensor model parallel; the remaining processes share the samples
-    seed: int = 1234  # seed of sampled labels, and of the blocks to verify
-    overwrite: bool = False
-
-
-@dataclass
-class ChooseLayoutConfig:
-    """A run of `launch/choose_layout.py`."""
-
-    profile: str = MISSING  # .npz file of launch/profile_attention.py
-    output: str = MISSING  # .yaml file to write, for layout=file:…; its picture and figures go to the same folder
-    density: Any = 0.25  # largest share of causal positions that heads keep on average; or a list, one for each length
-    lengths: list[int] | None = None  # tokens at which `density` holds, and effects are summed; None: the profile's
-    cost: str = "squared"  # sum to minimise: squared, absolute or signed effects, or mass (dropped probability)
-    whole_groups: bool = True  # the query heads of a KV head get the same rule, and share their loads
-    kv_efficient: bool = True  # only rules whose dropped keys are never read again, so that decoding frees them
-    rules: list[int] | None = None  # numbers of the profile's rules to choose from; None: all
-    tp: int = 1  # tensor parallel ranks that shall keep about equally many blocks in each layer
-    imbalance: float = 0.1  # by how much a rank may exceed their mean
-    time_limit: float = 60.0  # seconds for the solver; a solution that is not proven best is reported with its gap
-    overwrite: bool = False
-
-
-@dataclass
-class FrontierConfig:
-    """A run of `launch/layout_frontier.py`."""
-
-    checkpoint: str = MISSING  # the profiled checkpoint
-    profile: str = MISSING  # .npz file of launch/profile_attention.py
-    output: str = MISSING  # .json file to write; the picture goes to the same folder
-    data: CalibrationDataConfig = field(default_factory=CalibrationDataConfig)
-    densities: list[float] = field(default_factory=lambda: [0.1, 0.15, 0.25, 0.4, 0.6])
-    samples: int = 16  # held-out sequences, over all data parallel ranks
-    whole_groups: bool = True  # as in launch/choose_layout.py
-    draws: int = 3  # random layouts at each density
-    attention_backend: str = "auto"  # as in a run
-    tp: int = 1  # tensor model parallel; the remaining processes share the samples
-    seed: int = 1234  # seed of random layouts
-    overwrite: bool = False
-
-
-@dataclass
 class ExportConfig:
     """A run of `launch/export.py`."""
 
@@ -622,9 +533,6 @@ def register() -> None:
     store.store(name="needle_schema", node=NeedleConfig)
     store.store(name="corpus_schema", node=CorpusConfig)
     store.store(name="probes_schema", node=ProbesConfig)
-    store.store(name="profile_attention_schema", node=ProfileAttentionConfig)
-    store.store(name="choose_layout_schema", node=ChooseLayoutConfig)
-    store.store(name="layout_frontier_schema", node=FrontierConfig)
     store.store(name="prepare_schema", node=PrepareConfig)
     store.store(name="export_schema", node=ExportConfig)
     store.store(name="import_schema", node=ImportConfig)

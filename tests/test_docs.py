@@ -23,6 +23,7 @@ from s2train.evaluation import config as evaluation
 from s2train.generation import config as generation
 from s2train.planning import compose_run, format_plan, preview
 from s2train.planning.targets import target_gpu
+from s2train.semsa import config as semsa
 from s2train.validation.division import smallest_world
 from tests.page_commands import Command, blocks, commands, unwrapped
 from tests.program import ROOT, Outcome, run
@@ -42,9 +43,9 @@ SCHEMAS = {
     "import": config.ImportConfig,
     "make_corpus": config.CorpusConfig,
     "probes": config.ProbesConfig,
-    "profile_attention": config.ProfileAttentionConfig,
-    "choose_layout": config.ChooseLayoutConfig,
-    "layout_frontier": config.FrontierConfig,
+    "profile_attention": semsa.ProfileAttentionConfig,
+    "choose_layout": semsa.ChooseLayoutConfig,
+    "layout_frontier": semsa.FrontierConfig,
     "generate": generation.GenerateConfig,
     "evaluate": evaluation.EvaluateConfig,
 }
@@ -153,7 +154,7 @@ def check_program(command: Command) -> None:
     if name == "pretrain":
         plan([first_choice(setting) for setting in settings], ranks)
     elif name in SCHEMAS:
-        for module in (config, generation, evaluation):
+        for module in (config, generation, semsa, evaluation):
             module.register()
         with initialize_config_dir(str(CONF), version_base="1.3"):
             config.to_object(compose(name, settings))

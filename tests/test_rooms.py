@@ -37,7 +37,7 @@ ORDER = [
     {"semsa"},
     {"training"},
     {"comparison", "evaluation"},
-    {"sweeps", "scaling", "study"},
+    {"sweeps", "scaling", "study", "settings_page"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from s2train.attention.random_numbers import stateless_seed
 from s2train.checkpoints.folders import Loaded, find_checkpoint, load_for_inference, read_config
-from s2train.config import CalibrationDataConfig, PretrainConfig
+from s2train.config import PretrainConfig
 from s2train.data.checks import check_data
 from s2train.data.datasets import build_datasets
 from s2train.data.tokenizers import Tokenizer, load_tokenizer
@@ -20,6 +20,7 @@ from s2train.megatron.model import unwrap
 from s2train.planning import hybrid_layout
 from s2train.planning.checks import check_attention_backend
 from s2train.preparation.bundled_corpus import ensure_prepared
+from s2train.semsa.config import CalibrationDataConfig
 from s2train.semsa.core_attention import studied_layout
 from s2train.validation.division import check_tensor_parallel
 from s2train.validation.values import check_choice, check_seed

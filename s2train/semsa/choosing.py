@@ -14,12 +14,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from s2train.config import ChooseLayoutConfig, LayoutConfig
+from s2train.config import LayoutConfig
 from s2train.costs.memory import GIB
 from s2train.costs.prediction import ModelCosts, model_costs
 from s2train.errors import ConfigError
 from s2train.files import check_writable, replacing
 from s2train.kernels.block_statistics.effects import SUMS
+from s2train.semsa.config import ChooseLayoutConfig
 from s2train.semsa.layouts import Candidates, build_layout, layout_settings, sees_everything, write_layout
 from s2train.semsa.pictures import draw_choice
 from s2train.semsa.profile import Profile, group_size, load_profile

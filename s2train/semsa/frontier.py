@@ -19,7 +19,7 @@ from rich.table import Table
 from s2train.attention.hybrid import HybridLayout
 from s2train.attention.kind import LayerLayout
 from s2train.attention.registry import LETTERS
-from s2train.config import FrontierConfig, ParallelConfig, ScheduleConfig
+from s2train.config import ParallelConfig, ScheduleConfig
 from s2train.costs.prediction import model_costs
 from s2train.distributed.agreement import broadcast_from_rank_0
 from s2train.environment.hardware import detect_own
@@ -34,6 +34,7 @@ from s2train.needles.results import weights_fingerprint
 from s2train.pictures.style import GREY, Sheet, plain
 from s2train.semsa.baselines import Layers, draws, mean_density, random_rules, stripes, uniform_window
 from s2train.semsa.calibration import Subject, load_studied, read_subject, samples
+from s2train.semsa.config import FrontierConfig
 from s2train.semsa.layouts import Candidates
 from s2train.semsa.measuring import loss_per_token
 from s2train.semsa.pictures import curve

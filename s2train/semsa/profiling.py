@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from megatron.core import parallel_state
 
-from s2train.config import ParallelConfig, ProfileAttentionConfig
+from s2train.config import ParallelConfig
 from s2train.environment.hardware import Hardware, detect_own
 from s2train.environment.provenance import environment
 from s2train.errors import ConfigError
@@ -24,6 +24,7 @@ from s2train.megatron.setup import initialize, shutdown
 from s2train.needles.results import weights_fingerprint
 from s2train.semsa.accumulation import Accumulator
 from s2train.semsa.calibration import Labels, Subject, label_seed, load_studied, read_subject, samples, token_losses
+from s2train.semsa.config import ProfileAttentionConfig
 from s2train.semsa.core_attention import studied_layers
 from s2train.semsa.profile import Profile, about_profile, check_same_model, load_profile, ranked_columns
 from s2train.semsa.rules import Rule, make_library

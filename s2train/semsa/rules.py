@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from s2train.config import LibraryConfig
 from s2train.errors import ConfigError
 from s2train.layouts.patterns import LayerContext, Pattern
 from s2train.layouts.patterns.registry import build_rule
+from s2train.semsa.config import LibraryConfig
 
 MOST_RULES = 64  # that the kernel takes at once
 _BY_GROUP = "group"  # offset: the number of the KV group modulo the stride

@@ -17,13 +17,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from s2train.config import ProfileAttentionConfig
 from s2train.environment.provenance import environment
 from s2train.files import replacing
 from s2train.kernels.block_statistics.effects import SUMS
 from s2train.pictures.style import GREY, SPARSE, Sheet, plain
 from s2train.semsa.accumulation import Accumulator
 from s2train.semsa.calibration import Labels, Sample, label_seed, samples, token_losses
+from s2train.semsa.config import ProfileAttentionConfig
 from s2train.semsa.measuring import loss_with_head_masked, summed_loss
 from s2train.semsa.profile import group_size
 from s2train.semsa.rules import keeps

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from s2train.config import ChooseLayoutConfig, LibraryConfig
 from s2train.errors import ConfigError
 from s2train.planning import compose_run, hybrid_layout
 from s2train.semsa.choosing import choose, choose_layout
+from s2train.semsa.config import ChooseLayoutConfig, LibraryConfig
 from s2train.semsa.layouts import build_layout
 from s2train.semsa.profile import Profile, check_same_model, load_profile, ranked_columns
 from s2train.semsa.rules import make_library

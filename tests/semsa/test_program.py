@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from s2train.config import CalibrationDataConfig, LibraryConfig, ProfileAttentionConfig
 from s2train.environment.hardware import detect_own
 from s2train.errors import ConfigError
+from s2train.semsa.config import CalibrationDataConfig, LibraryConfig, ProfileAttentionConfig
 from s2train.semsa.profile import Profile, load_profile
 from s2train.semsa.profiling import read_request
 from tests.program import SMALL, Outcome, run

@@ -5,8 +5,9 @@ from s2train.kernels.block_statistics import block_effects, output_delta, rule_e
 from s2train.kernels.reference import reference_attention
 from torch import Tensor
 
-from s2train.config import LibraryConfig, ModelConfig
+from s2train.config import ModelConfig
 from s2train.layouts.patterns.base import Pattern
+from s2train.semsa.config import LibraryConfig
 from s2train.semsa.layouts import Candidates
 from s2train.semsa.profile import Profile, about_profile, ranked_columns
 from s2train.semsa.rules import Rule, make_library, rule_masks

@@ -1,6 +1,6 @@
 """Writes docs/settings.md, the page of all settings.
 
-    python -m s2train.command_line.settings_page
+    python -m s2train.settings_page
 
 It reads the dataclasses that are registered with Hydra, and the comments at their fields, which are the only home of
 each description. A test compares the page with them.
@@ -16,6 +16,9 @@ from omegaconf import OmegaConf
 from s2train import config
 from s2train.command_line.composition import CONF
 from s2train.command_line.usage import Setting, sections_of, settings_of, summary
+from s2train.evaluation import config as evaluation
+from s2train.generation import config as generation
+from s2train.semsa import config as semsa
 
 PAGE = CONF.parent / "docs" / "settings.md"
 _HEAD = """# Settings
@@ -27,8 +30,9 @@ python launch/pretrain.py +model=tiny_hybrid train.steps=300 optim.lr=3e-4 plan=
 This page lists the settings of every program, as `--help` does. Set them on the command line, as above, or in files of
 [conf/](../conf). Defaults have the command line's syntax: `null` is None, and … must be set.
 
-The page is generated from the dataclasses and comments of [config.py](../s2train/config.py). To change it, change them,
-and run `python -m s2train.command_line.settings_page`. Settings of kinds of attention, in `layout.kinds`, are described
+The page is generated from the dataclasses and comments of [config.py](../s2train/config.py) and of the `config.py` of
+generation, evaluation and SemSA in [s2train](../s2train). To change it, change them, and run
+`python -m s2train.settings_page`. Settings of kinds of attention, in `layout.kinds`, are described
 with [block selection](block-selection.md) and [HyperAttention](hyperattention.md).
 """
 _PROGRAM = re.compile(r"`(launch/\w+\.py)`")
@@ -37,7 +41,8 @@ _CODE = re.compile(r"(`[^`]*`)")
 
 def programs() -> dict[str, type]:
     """Return the dataclass of each program's settings, by the program's path; training first."""
-    config.register()
+    for module in (config, generation, semsa, evaluation):
+        module.register()
     schemas = [_schema(entry) for name, entry in _store().items() if name.endswith("_schema.yaml")]
     of_program = {_program(schema): schema for schema in schemas}
     return dict(sorted(of_program.items(), key=lambda item: (item[1] is not config.PretrainConfig, item[0])))

@@ -3,14 +3,14 @@
 import re
 from dataclasses import dataclass
 
-from s2train.command_line import settings_page
+from s2train import settings_page
 from s2train.command_line.usage import settings_of
 from tests.program import ROOT
 
 
 def test_the_page_is_what_the_dataclasses_say() -> None:
     assert settings_page.PAGE.read_text() == settings_page.page(), (
-        "docs/settings.md is out of date: run python -m s2train.command_line.settings_page"
+        "docs/settings.md is out of date: run python -m s2train.settings_page"
     )
 
 
