@@ -219,6 +219,10 @@ class S2Attention(AttentionImpl[S2Metadata]):
         pages, shared = kv_cache.view(-1, self._block, self.head_size), kv_cache.shape[2] // self._block
         keys, values = pages[:-shared], pages[shared:]
         layout = kernel_layout(self._heads, self._block, self._max_length, query.device)
+        # All keys before any query: a request may find pages in the prefix cache that another fills in this step.
+        for prefill in attn_metadata.prefills:
+            keys[prefill.pages, prefill.offsets] = key[prefill.rows]
+            values[prefill.pages, prefill.offsets] = value[prefill.rows]
         decodes = len(attn_metadata.positions)
         if decodes:
             table, positions = attn_metadata.table, attn_metadata.positions
@@ -242,8 +246,6 @@ class S2Attention(AttentionImpl[S2Metadata]):
         output: Tensor,
     ) -> None:
         new_keys, new_values = key[prefill.rows], value[prefill.rows]
-        keys[prefill.pages, prefill.offsets] = new_keys
-        values[prefill.pages, prefill.offsets] = new_values
         if prefill.start > 0:
             head, block, page = prefill.read
             both = self._gathered(-(-prefill.stop // self._block), key)

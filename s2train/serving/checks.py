@@ -69,8 +69,9 @@ def check(config: VllmConfig) -> None:
     if config.speculative_config is not None:
         problem = "sparse layers decode one token of a sequence at a time"
         raise ConfigError("speculative_config", config.speculative_config.method, problem, "Leave it out")
-    if kv_cache.cache_dtype not in ("auto", "float16", "bfloat16"):
-        problem = "sparse layers keep keys and values in the model's dtype"
+    dtype = str(config.model_config.dtype).removeprefix("torch.")
+    if kv_cache.cache_dtype not in ("auto", dtype):
+        problem = f"sparse layers keep keys and values in the model's dtype, {dtype}"
         raise ConfigError("kv_cache_dtype", kv_cache.cache_dtype, problem, "Leave --kv-cache-dtype out")
     if config.scheduler_config.disable_hybrid_kv_cache_manager:
         problem = "without it vLLM frees no page before its sequence ends"

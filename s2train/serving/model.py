@@ -20,6 +20,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionBackend, subclass_attention_backend
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheSpec
 
+from s2train.errors import ConfigError
 from s2train.serving.backend import S2Backend
 from s2train.serving.checks import page_plan, read_layout
 from s2train.serving.freeing import held_pages, slots_of
@@ -71,6 +72,9 @@ class DenseAttention(Attention):
         return dataclasses.replace(spec, block_size=page_plan(vllm_config).dense_tokens)
 
     def get_attn_backend(self) -> type[AttentionBackend]:
+        if (name := self.attn_backend.get_name()) == "FLASHINFER":
+            problem = "its plan is for all heads of a rank, and an export's dense layers have groups of heads"
+            raise ConfigError("attention_backend", name, problem, "Set --attention-backend FLASH_ATTN")
         return _backend_of_spec(self.attn_backend, self.num_heads)
 
 

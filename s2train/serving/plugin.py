@@ -18,7 +18,7 @@ def register() -> None:
 
     try:
         _register()
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # vLLM calls this whatever it serves
         logger, tested = init_logger("vllm.s2train"), ", ".join(TESTED)
         problem = "s2train's exports can't be served: vLLM %s lacks a part (%s). Install one of %s"
         logger.warning(problem, vllm.__version__, error, tested)
@@ -28,7 +28,6 @@ def _register() -> None:
     from transformers import AutoConfig
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
     from vllm.model_executor.models.registry import ModelRegistry
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
     from s2train.checkpoints.hugging_face.modeling_s2 import S2Config
     from s2train.serving.checks import ServingChecks
@@ -36,4 +35,3 @@ def _register() -> None:
     AutoConfig.register(MODEL_TYPE, S2Config, exist_ok=True)
     ModelRegistry.register_model(ARCHITECTURE, "s2train.serving.model:S2ForCausalLM")
     MODELS_CONFIG_MAP[ARCHITECTURE] = ServingChecks
-    register_backend(AttentionBackendEnum.CUSTOM, "s2train.serving.backend.S2Backend")

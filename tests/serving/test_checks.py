@@ -4,6 +4,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from s2train.checkpoints.hugging_face.layout_json import layout_json
 from s2train.errors import ConfigError
@@ -25,7 +26,7 @@ def config(**changed: Any) -> Any:
         "cache_config": {"cache_dtype": "auto"},
         "scheduler_config": {"disable_hybrid_kv_cache_manager": None},
         "hf_config": {"layout": LAYOUT, "num_key_value_heads": 4},
-        "model_config": {"max_model_len": 1024, "model": "runs/export"},
+        "model_config": {"max_model_len": 1024, "model": "runs/export", "dtype": torch.bfloat16},
     }
     whole = {"speculative_config": None, "kv_transfer_config": None, "kv_events_config": None}
     for name, value in changed.items():

@@ -63,6 +63,15 @@ def test_a_prefix_is_computed_once(tmp_path: Path) -> None:
             assert output.num_cached_tokens == hit
 
 
+def test_a_prefix_may_be_found_in_the_step_that_computes_it(tmp_path: Path) -> None:
+    folder = write_export(tmp_path / "export", layers_of(SPARSE, DENSE, SPARSE, num_kv_heads=2, block_size=32))
+    prefix, more = random_prompts(200, 9)
+    prompts = [prefix, prefix, prefix[:193], prefix[:130] + more]  # 193: one token after the pages that are found
+    with engine(folder, max_model_len=512, enable_prefix_caching=True, max_num_batched_tokens=1024) as served:
+        assert_greedy(folder, prompts, served.tokens(prompts, 20))
+        assert_greedy(folder, prompts, served.tokens(prompts, 20))
+
+
 def test_preempted_sequences_go_on_with_the_same_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_export(tmp_path / "export", layers_of(SPARSE, DENSE, SPARSE, num_kv_heads=2, block_size=32))
     prompts = random_prompts(60, 90, 33, 70)
