@@ -73,7 +73,8 @@ class CachedLM(TemplateLM):  # type: ignore[misc, unused-ignore]
             if not continuation or len(continuation) > self._length:
                 problem = f"a continuation of {len(continuation)} tokens can't be scored"
                 raise ConfigError("length", self._length, problem, "Set a longer length, or another task")
-            ids = np.array([*context, *continuation][-(self._length + 1) :], dtype=np.int64)
+            # a context of white space alone goes to the continuation
+            ids = np.array([*(context or [self.eot_token_id]), *continuation][-(self._length + 1) :], dtype=np.int64)
             windows.append(Window(ids[:-1], ids[1:], len(ids) - 1 - len(continuation)))
         return self._sums(windows)
 

@@ -58,7 +58,7 @@ def run_tasks(cfg: EvaluateConfig, tasks: Any, scorer: Scorer, tokenizer: Tokeni
 
     found: Any = simple_evaluate(
         CachedLM(scorer, tokenizer, length, cfg.batch_size, cfg.seed),
-        tasks=list(tasks["tasks"].values()),
+        tasks=_outermost(tasks),
         num_fewshot=cfg.fewshot,
         limit=cfg.limit,
         log_samples=False,
@@ -70,6 +70,12 @@ def run_tasks(cfg: EvaluateConfig, tasks: Any, scorer: Scorer, tokenizer: Tokeni
     if found is None:
         return {}
     return {name: found.get(name, {}) for name in ("results", "groups", "versions", "n-shot", "n-samples")}
+
+
+def _outermost(tasks: Any) -> list[Any]:
+    """List the groups that are in no other group, whose scores they sum up, and the tasks in none."""
+    inner = {child for children in tasks["group_map"].values() for child in children}
+    return [item for part in ("groups", "tasks") for name, item in tasks[part].items() if name not in inner]
 
 
 def metrics(results: dict[str, Any]) -> dict[str, dict[str, float]]:
