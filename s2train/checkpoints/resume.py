@@ -92,6 +92,7 @@ def find_start(cfg: PretrainConfig) -> Start:
         rotation = [change for change in changes if change.setting in _PHASE_MAY_CHANGE]
         return Start(checkpoint, Progress(0, 0, data_order(cfg), None), changes=rotation)
     _check_frozen_trunk(cfg, trained, saved.step, checkpoint)
+    _check_muon(cfg, changes, checkpoint)
     _check_step_size(cfg, saved, checkpoint)
     last = cfg.train.last_step
     if not is_in_run_dir and saved.step >= last:
@@ -124,6 +125,15 @@ def loads_weights_alone(cfg: PretrainConfig, checkpoint: Path) -> bool:
     if cfg.checkpoint.weights_only and not is_own(checkpoint, cfg.run_dir):
         return True
     return read_progress(checkpoint, "checkpoint.resume").weights_only
+
+
+def _check_muon(cfg: PretrainConfig, changes: list[Change], checkpoint: Path) -> None:
+    """Reject other options of Muon, whose loaded state keeps those that it was saved with."""
+    for change in changes:
+        if cfg.optim.name == "muon" and change.setting.startswith("optim.options."):
+            problem = f"{checkpoint} was trained with {change.setting}={change.before}, which Muon's state keeps"
+            remedy = "Set that value, or start from the weights alone in another run_dir (checkpoint.weights_only=true)"
+            raise ConfigError(change.setting, change.now, problem, remedy)
 
 
 def _check_step_size(cfg: PretrainConfig, saved: Progress, checkpoint: Path) -> None:

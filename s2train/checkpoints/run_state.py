@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import torch
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
-from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -258,7 +258,7 @@ def load(cfg: PretrainConfig, state: TrainingState, checkpoint: Path, rng_ranks:
 
 
 def _set_hyperparameters(optim: OptimConfig, loaded: Any) -> None:
-    """Replace Adam's hyperparameters, and the learning rates, in a loaded optimizer state by the run's.
+    """Replace the optimizer's hyperparameters, and the learning rates, in a loaded optimizer state by the run's.
 
     Call it before Megatron loads the state: 0.19 distinguishes parameter groups by their learning rates.
     """
@@ -267,6 +267,8 @@ def _set_hyperparameters(optim: OptimConfig, loaded: Any) -> None:
             group.update(max_lr=optim.lr, min_lr=optim.lowest_lr)
             if {"betas", "eps"} <= group.keys():  # only Adam's
                 group.update(betas=(optim.beta1, optim.beta2), eps=optim.eps)
+            if optim.name == "sgd" and "momentum" in group:
+                group["momentum"] = optim.options.get("sgd_momentum", OptimizerConfig.sgd_momentum)
         for value in loaded.values():
             _set_hyperparameters(optim, value)
     elif isinstance(loaded, list | tuple):

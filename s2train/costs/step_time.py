@@ -403,6 +403,12 @@ def _caveats(cfg: PretrainConfig, world_size: int, hardware: Hardware) -> list[s
         found.append("no pipeline was measured")
     if world_size > GPUS_PER_MACHINE:
         found.append(f"machines of {GPUS_PER_MACHINE} GPUs, each with {NETWORK * 8 / 1e9:.0f} Gb/s, are assumed")
+    if cfg.parallel.tp > cfg.model.num_query_groups:
+        found.append("no shared KV heads were measured")
+    if cfg.optim.name != "adam":
+        found.append(f"optim.name={cfg.optim.name} is counted as Adam")
+    if cfg.optim.cpu_offload:
+        found.append("the offloaded optimizer's time is left out")
     if cfg.data.attention_within_documents:
         found.append("documents are counted as one")
     return found

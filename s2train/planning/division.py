@@ -25,6 +25,7 @@ from s2train.planning.plan import layouts_nbytes
 from s2train.validation.attention_kinds import check_kinds
 from s2train.validation.division import check_division
 from s2train.validation.libraries import check_kernel_settings
+from s2train.validation.transformer_engine import check_fp8_settings
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,8 @@ def _check(cfg: PretrainConfig, hybrid: HybridLayout, gpus: int, hardware: Hardw
     check_blocks(cfg, hybrid)
     check_kinds(cfg, hybrid, hardware)
     check_kernel_settings(cfg, hybrid)
+    if cfg.fp8 != "none":
+        check_fp8_settings(cfg)
 
 
 def _divisions(cfg: PretrainConfig, gpus: int) -> Iterator[PretrainConfig]:

@@ -14,6 +14,7 @@ from s2train.planning.checks import hybrid_layout
 from s2train.planning.division import Search, can_divide, search
 from s2train.planning.targets import NAMES, target_gpu
 from s2train.validation.libraries import check_fa4_serves
+from s2train.validation.optimizers import check_offload, check_optimizer
 from s2train.validation.transformer_engine import check_target
 from s2train.validation.values import check_values
 
@@ -28,6 +29,7 @@ def propose(cfg: PretrainConfig) -> Search:
             possible or fits.
     """
     check_values(cfg)
+    check_optimizer(cfg)
     check_parts(cfg)
     gpus = _number(cfg)
     hardware = detect_own() if cfg.plan.device is None else target_gpu(cfg.plan.device)
@@ -35,8 +37,9 @@ def propose(cfg: PretrainConfig) -> Search:
         raise ConfigError(
             "plan.device", "(not set)", "this machine has no GPU", f"Set plan.device to {_one_of(NAMES)}."
         )
-    check_target(cfg, hardware)
+    check_offload(cfg, hardware)
     cfg = _undivided(cfg)
+    check_target(cfg, hardware)
     hybrid = hybrid_layout(cfg)
     check_fa4_serves(cfg, hybrid, hardware)
     _check_predictable(cfg, hybrid, hardware)

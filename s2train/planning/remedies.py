@@ -34,6 +34,7 @@ def _candidates(cfg: PretrainConfig) -> Iterator[tuple[list[str], PretrainConfig
     most = max(parallel.tp, cfg.model.num_query_groups)
     tps = [tp for tp in (parallel.tp * 2**i for i in range(4)) if tp <= most]
     pps = [parallel.pp * 2**i for i in range(4)]
+    distributed = parallel.distributed_optimizer or cfg.optim.name == "adam"  # the others' state is not divided
     # Outermost loop first: splitting the model costs most speed, then recomputation, then smaller micro batches.
     splits = sorted(itertools.product(pps, tps), key=lambda split: (split[0] * split[1], split[0]))
     for (pp, tp), recompute, micro in itertools.product(splits, recomputes, micros):
@@ -43,7 +44,7 @@ def _candidates(cfg: PretrainConfig) -> Iterator[tuple[list[str], PretrainConfig
             "parallel.tp": (parallel.tp, tp),
             "parallel.sequence_parallel": (parallel.sequence_parallel, tp > 1),
             "parallel.pp": (parallel.pp, pp),
-            "parallel.distributed_optimizer": (parallel.distributed_optimizer, True),
+            "parallel.distributed_optimizer": (parallel.distributed_optimizer, distributed),
         }
         changes = [f"{name}={str(new).lower()}" for name, (old, new) in wanted.items() if old != new]
         yield (
@@ -51,7 +52,7 @@ def _candidates(cfg: PretrainConfig) -> Iterator[tuple[list[str], PretrainConfig
             replace(
                 cfg,
                 train=replace(train, micro_batch_size=micro, recompute=recompute),
-                parallel=replace(parallel, tp=tp, pp=pp, sequence_parallel=tp > 1, distributed_optimizer=True),
+                parallel=replace(parallel, tp=tp, pp=pp, sequence_parallel=tp > 1, distributed_optimizer=distributed),
             ),
         )
 

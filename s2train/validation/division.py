@@ -201,6 +201,9 @@ def _check_ramp_up(cfg: PretrainConfig, dp: int) -> None:
     ramp = train.rampup_batch_size
     if ramp is None:
         return
+    if cfg.checkpoint.new_data:
+        problem = "a new phase (checkpoint.new_data=true) would begin with its first batch again"
+        raise ConfigError(name, ramp, problem, f"Set {name}=null.")
     unit = dp * train.micro_batch_size * (1 if cfg.parallel.vpp is None else cfg.parallel.pp)
     such = f"[{unit},{unit},{100 * train.global_batch_size}]"
     if len(ramp) != 3 or min(ramp) < 1:
@@ -208,6 +211,10 @@ def _check_ramp_up(cfg: PretrainConfig, dp: int) -> None:
         raise ConfigError(name, ramp, problem, f"Set {name}, such as {such}, or null.")
     first, increment, _ = ramp
     whole = train.global_batch_size
+    if unit >= whole:
+        problem = f"one micro batch for each data parallel rank is train.global_batch_size={whole} already"
+        remedy = f"Set train.global_batch_size={2 * unit} or more, a smaller train.micro_batch_size, or {name}=null."
+        raise ConfigError(name, ramp, problem, remedy)
     if first >= whole or (whole - first) % increment:
         problem = f"no number of increments of {increment} leads from {first} to train.global_batch_size={whole}"
         raise ConfigError(

@@ -76,7 +76,10 @@ def _check_names(scaling: RopeScalingConfig) -> None:
             problem = f"is not a setting of {SETTING}.kind={scaling.kind}"
             kinds = [kind for kind in REQUIRED if name in {*REQUIRED[kind], *DEFAULTS[kind]}]
             raise ConfigError(
-                f"{SETTING}.{name}", value, problem, f"Leave it out, or set {SETTING}.kind={' or '.join(kinds)}."
+                f"{SETTING}.{name}",
+                value,
+                problem,
+                f"Set {SETTING}.{name}=null, or {SETTING}.kind={' or '.join(kinds)}.",
             )
     for name in required:
         if getattr(scaling, name) is None:

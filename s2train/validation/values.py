@@ -222,13 +222,17 @@ def _check_exit_step(cfg: PretrainConfig) -> None:
         raise ConfigError("train.exit_step", exit_step, problem, remedy)
 
 
+# Sections whose settings are free: one may be gone since the checkpoint.
+_FREE_FORM = ("optim.options.", "layout.patterns.", "layout.kinds.")
+
+
 def _check_allowed_changes(cfg: PretrainConfig) -> None:
     allowed = cfg.checkpoint.allow_changes
     if isinstance(allowed, bool):
         return
     known = [name for name, _ in settings_by_name(asdict(cfg))]
     for name in allowed if isinstance(allowed, list | tuple) else [allowed]:
-        if name not in known:
+        if name not in known and not str(name).startswith(_FREE_FORM):
             near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)[0]
             remedy = f"Set checkpoint.allow_changes=true, or names of settings. Did you mean {near}?"
             raise ConfigError("checkpoint.allow_changes", allowed, f"{name} is not a setting", remedy)

@@ -106,6 +106,10 @@ def test_what_changes_the_experiment_is_rejected_unless_allowed(setting: str) ->
     check(setting, f"checkpoint.allow_changes={name}")
 
 
+def test_an_option_that_is_gone_may_be_named() -> None:
+    check("checkpoint.allow_changes=[optim.options.sgd_momentum]")
+
+
 def test_one_error_names_all_changes_not_allowed_and_the_list_to_set() -> None:
     with pytest.raises(ConfigError) as rejection:
         check("optim.lr=1e-3", "optim.beta2=0.99", "optim.eps=1e-6", "checkpoint.allow_changes=[optim.lr]")

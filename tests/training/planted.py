@@ -58,12 +58,12 @@ def nan(step: int) -> None:
     measure, take = loop.gradient_norm, loop.Trainer._step
     is_here = os.environ["RANK"] == os.environ["S2TRAIN_TEST_FAULT"].split(":")[1]
 
-    def recorded(self: Any, batches: Any, number: int, consumed: int) -> Any:
+    def recorded(self: Any, batches: Any, number: int, *sizes: int) -> Any:
         if number != step:
-            return take(self, batches, number, consumed)
+            return take(self, batches, number, *sizes)
         before = fingerprint(self.state)
         loop.gradient_norm = lambda optimizer: measure(optimizer) * (float("nan") if is_here else 1.0)
-        result = take(self, batches, number, consumed)
+        result = take(self, batches, number, *sizes)
         loop.gradient_norm = measure
         same = fingerprint(self.state) == before
         print(f"rank {os.environ['RANK']} step {step}: state {'unchanged' if same else 'changed'}", flush=True)

@@ -58,6 +58,7 @@ def test_the_plan_prints_the_steps_of_each_batch_and_all_tokens() -> None:
         ("[2,0,9]", 1, ["a first batch, an increment and a number of samples"]),
         ("[2,4,9]", 1, ["no number of increments of 4 leads from 2 to train.global_batch_size=8"]),
         ("[8,2,9]", 1, ["leads from 8 to train.global_batch_size=8"]),
+        ("[2,2,9]", 4, ["is train.global_batch_size=8 already", "Set train.global_batch_size=16 or more"]),
         ("[2,2,9]", 2, ["2 data parallel ranks × train.micro_batch_size=2", "multiples of 4, such as [4,4,800]"]),
     ],
 )
@@ -67,6 +68,12 @@ def test_a_ramp_up_that_does_not_divide_is_rejected(ramp: str, processes: int, w
         check(cfg, processes, CPU)
     assert str(raised.value).startswith("train.rampup_batch_size=[")
     assert all(word in str(raised.value) for word in words), str(raised.value)
+
+
+def test_a_new_phase_has_no_ramp_up() -> None:
+    cfg = compose_run([*TINY, *RAMP, "checkpoint.resume=runs/before", "checkpoint.new_data=true"])
+    with pytest.raises(ConfigError, match=r"^train.rampup_batch_size=.*new phase.*Set train.rampup_batch_size=null"):
+        check(cfg, 1, CPU)
 
 
 def reports(folder: Path) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ def model_of(base: int = 10_000, **scaling: Any) -> ModelConfig:
     [
         ({"kind": "yearn"}, ["model.rope_scaling.kind=yearn", "kind=yarn"]),
         ({"kind": "linear"}, ["model.rope_scaling.factor=None", "Set model.rope_scaling.factor, such as 4"]),
-        ({"factor": 4.0}, ["model.rope_scaling.factor=4.0", "kind=none", "linear or yarn or llama3"]),
+        ({"factor": 4.0}, ["model.rope_scaling.factor=4.0", "kind=none", "factor=null", "linear or yarn or llama3"]),
         ({"kind": "yarn", "factor": 4.0}, ["model.rope_scaling.original_length=None", "such as 8192"]),
         ({"kind": "linear", "factor": 1.0}, ["model.rope_scaling.factor=1.0", "more than 1"]),
         ({"kind": "linear", "factor": -2.0}, ["model.rope_scaling.factor=-2.0", "positive"]),
