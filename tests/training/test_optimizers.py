@@ -51,7 +51,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(name: str, precision: str, tm
     assert trace("parts") == trace("whole")[2:]
     assert trace("whole")[-1][0] < trace("whole")[0][0]  # it learned
     if name == "sgd" and precision == "fp32":
-        changed = own[:1] + ["+optim.options.sgd_momentum=0.1"] + own[2:]
+        changed = [own[0], "+optim.options.sgd_momentum=0.1", *own[2:]]
         resume = f"checkpoint.resume={tmp_path / 'whole' / 'checkpoints' / 'iter_0000002'}"
         other = pretrain(tmp_path / "momentum", *changed, resume, processes=0)
         assert other.status == 0, other.err[-3000:]
