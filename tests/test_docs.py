@@ -103,7 +103,8 @@ def execute(command: Command, clone: Path) -> Outcome:
 def small(arguments: Sequence[str]) -> list[str]:
     """Settings that make a training short; imported weights give its shape."""
     named = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
-    steps = [f"{name}={min(int(named[name]), most)}" for name, most in STEPS.items() if name in named]
+    further = 2 if "checkpoint.new_data=true" in arguments else 0  # than the phase before
+    steps = [f"{name}={min(int(named[name]), most + further)}" for name, most in STEPS.items() if name in named]
     quiet = [] if "tracking.wandb" in named else ["tracking.wandb=disabled"]
     return [*([] if is_imported(arguments) else SHAPE), *LENGTH, *steps, *quiet]
 

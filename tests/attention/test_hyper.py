@@ -99,6 +99,7 @@ def core(tp: int, rank: int, step: int, *settings: str) -> HyperCoreAttention:
         "self",
         pg_collection=groups,  # type: ignore[arg-type]
         layer_layout=hybrid_layout(cfg).layers[2],
+        num_query_groups=cfg.model.num_query_groups,
         cache=LayoutCache(),
         backend="torch",
         seed=5,

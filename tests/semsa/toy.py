@@ -1,5 +1,7 @@
 """A layer whose right layout is known: one head copies from a fixed distance, the others look around themselves."""
 
+from dataclasses import asdict
+
 import torch
 from s2train.kernels.block_statistics import block_effects, output_delta, rule_effects
 from s2train.kernels.reference import reference_attention
@@ -49,7 +51,7 @@ def profile_of(distances: list[int], library: LibraryConfig = LIBRARY, layers: i
     blocks, effects = (torch.stack(parts, 1).float().numpy() for parts in zip(*of_layers, strict=True))
     model = ModelConfig("toy", layers, HEADS * WIDTH, 64, HEADS, GROUPS, WIDTH, 64)
     about = about_profile(
-        rules, checkpoint="runs/toy", weights="0", model=vars(model), seq_length=LENGTH, block_size=BLOCK,
+        rules, checkpoint="runs/toy", weights="0", model=asdict(model), seq_length=LENGTH, block_size=BLOCK,
         tokens=LENGTH, samples=1,
     )  # fmt: skip
     columns = ranked_columns(blocks, GROUPS) if any(rule.takes_columns for rule in rules) else None

@@ -132,7 +132,8 @@ def _layout(folder: WeightsFolder, output: Path) -> tuple[LayoutConfig, Schedule
 def _check_layout(folder: WeightsFolder, run: PretrainConfig) -> None:
     """Check that an export's settings still produce the blocks in its config.json."""
     recorded = folder.config.get("layout")
-    if recorded is not None and layout_json(hybrid_layout(run)) != recorded:
+    # the first exports have no number of their format, which is 1
+    if recorded is not None and layout_json(hybrid_layout(run)) != {"format": 1} | recorded:
         problem = f"its settings ({KEY}.layout, {KEY}.schedule) give other blocks than its layout lists"
         raise ConfigError("weights", folder.path, problem, "Fix config.json, or export the run again")
 
