@@ -23,7 +23,7 @@ _ROWS_AT_ONCE = 16
 def new_parts(slots: int, sequences: int, tiles: int, rows: int, dim: int, v_dim: int, device: torch.device) -> Tensor:
     """Allocate float32 memory for the sums of `slots` parts.
 
-    For each sequence, tile and slot it holds `rows` rows of dk, unscaled, then as many of dv.
+    For each sequence, tile and slot it holds `rows` rows of dk, unscaled, then `rows` rows of dv.
     """
     return specs.empty((slots, sequences, tiles, rows * (dim + v_dim)), torch.float32, device)
 

@@ -5,7 +5,7 @@
 #   bash launch/demo_recipe.sh train ROOT [SETTING…]    16M tokens at a high learning rate, on one GPU
 #   bash launch/demo_recipe.sh anneal ROOT [SETTING…]   3M tokens while the learning rate falls, on two CPU cores
 #   bash launch/demo_recipe.sh export ROOT              ROOT/model, as launch/export.py writes it, in bf16
-#   bash launch/demo_recipe.sh longer ROOT [SETTING…]   the shipped model at 2,048 tokens, four times as many as it was
+#   bash launch/demo_recipe.sh longer ROOT [SETTING…]   the shipped model at 2,048 tokens, four times the length it was
 #                                                       trained on: as it is, under YaRN, and continued under YaRN;
 #                                                       two CPU cores, about ten minutes
 #

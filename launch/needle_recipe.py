@@ -132,7 +132,7 @@ def train_command(root: Path, variant: str, number: int, under_yarn: bool = Fals
     """Return the command that trains or resumes phase `number`.
 
     Args:
-        under_yarn: scale RoPE from the length of the phase before, in a folder of its own.
+        under_yarn: scale RoPE from the length of the phase before, in a separate folder.
     """
     phase, run = PHASES[number], run_folder(root, variant, number, under_yarn)
     before = PHASES[number - 1].length

@@ -34,7 +34,7 @@ from tests.forked_children import fork_python_programs, run_program
 
 ROOT = Path(__file__).parents[1]
 _SECONDS_TO_END = 10.0  # that ranks have after another one failed
-# Variables that libraries read as they are imported: a server of its own for each set of those that are "1".
+# Variables that libraries read as they are imported: a separate server for each set of those that are "1".
 FAKE_TE = "S2TRAIN_TEST_FAKE_TE"  # tests/megatron/fake_transformer_engine.py stands in for transformer-engine
 _READ_AT_IMPORT = ("TRITON_INTERPRET", FAKE_TE)
 

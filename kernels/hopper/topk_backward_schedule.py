@@ -231,7 +231,7 @@ def topk_backward_schedule(
     Adjacent key tiles form a pair, and every pair has space for all steps that it can have.
 
     Args:
-        cut: cut pairs with many steps, unless no pair can have as many.
+        cut: cut pairs with many steps, if any pair can have that many.
     """
     per_block = layout.block_size // TILE
     first_tile, end_tile = query_offset // TILE, -(-(query_offset + s_q) // TILE)

@@ -137,7 +137,7 @@ def _check_muon(cfg: PretrainConfig, changes: list[Change], checkpoint: Path) ->
 
 
 def _check_step_size(cfg: PretrainConfig, saved: Progress, checkpoint: Path) -> None:
-    """Reject a length in tokens unless all steps so far had as many tokens as those to come."""
+    """Reject a length in tokens unless all earlier steps had the size of later ones."""
     budgets, size = token_budgets(cfg), step_tokens(cfg)
     consumed = saved.consumed_samples * cfg.train.seq_length
     if not budgets or (consumed == saved.step * size and saved.first_step == 0):

@@ -23,7 +23,7 @@ class GenerateConfig:
     temperature: float = 0.0  # 0: the likeliest token each time (greedy); 1: as the model predicts
     top_k: int | None = None  # sample from the top_k likeliest tokens only; None: all
     top_p: float = 1.0  # then only from the fewest likeliest that together have this probability
-    seed: int = 1234  # seed of the sampling; a prompt's text does not depend on the prompts beside it
+    seed: int = 1234  # seed of the sampling; a prompt's text does not depend on the other prompts
     batch_size: int | None = None  # prompts decoded together; None: all
     stream: bool = True  # print each token as soon as it is chosen; false: print each text when it is complete
     output: str | None = None  # JSON file to write prompts and texts to; None: print only

@@ -1,10 +1,10 @@
 """Compare models in vLLM: time to the first token, output tokens per second, sequences that fit.
 
-Models have random weights and are composed as for training, such as 7b_hybrid; each runs in a process of its own, in
+Models have random weights and are composed as for training, such as 7b_hybrid; each runs in a separate process, in
 vLLM with the same settings. Prompts are random tokens, without prefix caching. The time to the first token is that of
 the second prompt of its length. Output tokens per second are of decoding alone: the time of `--tokens` tokens less the
 time of one. The sequences that fit are those whose keys and values fit vLLM's pages while they decode; a batch of
-`most` has as many.
+`most` has that many.
 """
 
 import argparse

@@ -5,8 +5,8 @@ memory otherwise, so that a page can be freed for one head: it holds one block o
 The H KV heads of a block then have `slots` = H / heads_per_page pages, and a sequence's page table lists them block by
 block: the page of block j and slot s is entry j · slots + s. To vLLM such a page has t = B / slots tokens.
 
-Dense layers use vLLM's own backends. Their pages must have as many bytes, and hold 16 tokens or a multiple: a dense
-layer is divided into attentions of fewer KV heads where it must be.
+Dense layers use vLLM's own backends. Their pages must have the same number of bytes, and hold 16 tokens or a multiple:
+a dense layer is divided into attentions of fewer KV heads where it must be.
 """
 
 import math

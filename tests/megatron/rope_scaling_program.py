@@ -1,6 +1,6 @@
 """Measures what scaled rotations do to queries and keys of small random models; prints errors as JSON.
 
-In a process of its own, since Megatron's groups and its CPU mode are global. Arguments: seed.
+In a separate process, since Megatron's groups and its CPU mode are global. Arguments: seed.
 """
 
 import json

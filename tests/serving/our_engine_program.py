@@ -1,6 +1,6 @@
 """Greedy tokens of an export by Megatron and our cache; prints JSON.
 
-Arguments: folder, prompts of one length as JSON, number of tokens. In a process of its own, since Megatron's groups and
+Arguments: folder, prompts of one length as JSON, number of tokens. In a separate process, since Megatron's groups and
 its CPU mode are global.
 """
 

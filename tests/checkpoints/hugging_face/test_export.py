@@ -52,7 +52,7 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def load_file(path: Path) -> ModuleType:
-    """The exported modelling file as a module of its own, where s2train is not installed."""
+    """The exported modelling file as a separate module, where s2train is not installed."""
     spec = importlib.util.spec_from_file_location("exported_modeling", path)
     assert spec is not None
     assert spec.loader is not None
