@@ -59,6 +59,21 @@ def check_writable(setting: str, folder: str | Path) -> None:
         raise ConfigError(setting, folder, problem, "Name another folder")
 
 
+def check_output(output: str | Path, overwrite: bool, such: str) -> Path:
+    """Check that a file can be written: `output`, as a program's setting; `such` is an example.
+
+    Raises:
+        ConfigError: on `output`: it names no file or one that exists, or its folder can't be written.
+    """
+    path = Path(output)
+    if output == "" or path.is_dir():
+        raise ConfigError("output", output, "names no file", f"Name one, such as {such}")
+    if path.exists() and not overwrite:
+        raise ConfigError("output", path, "exists", "Add overwrite=true, or set another file")
+    check_writable("output", path.parent)
+    return path
+
+
 class FolderLock:
     """Holds a lock file until `release` or until this process exits.
 

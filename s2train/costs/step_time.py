@@ -185,12 +185,7 @@ class _Model:
         rates: GpuRates,
         impl: Implementations,
     ) -> None:
-        self.cfg, self.world_size, self.impl, self.groups = (
-            cfg,
-            world_size,
-            impl,
-            hybrid.num_query_groups,
-        )
+        self.cfg, self.world_size, self.impl, self.groups = cfg, world_size, impl, hybrid.num_query_groups
         self.te = impl.te
         h100 = gpu_rates(_H100)
         assert h100 is not None
@@ -281,7 +276,7 @@ class _Model:
 
         Args:
             beside: seconds of the work beside which they can be moved.
-            overlaps: whether they are moved beside it.
+            overlaps: whether they are moved during computation.
         """
         parallel = self.cfg.parallel
         ranks = data_parallel(self.cfg, self.world_size) * parallel.cp

@@ -20,8 +20,8 @@ from s2train.errors import ConfigError
 from s2train.evaluation.scoring import Scorer
 from s2train.evaluation.windows import Window, batches, cut
 from s2train.generation.text import TextStream
-from s2train.inference.generation import stream
-from s2train.inference.sampling import Choose, Sampler, greedy
+from s2train.inference.generation import pad_prompts, stream
+from s2train.inference.sampling import Choose, Sampler, among, greedy
 
 _MAX_GENERATED = 256  # tokens, for tasks that set no number; the harness's default
 _SUPPORTED = {"until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k"}
@@ -133,14 +133,12 @@ class CachedLM(TemplateLM):  # type: ignore[misc, unused-ignore]
             problem = f"the task generates up to {count} tokens, which leaves none for its question"
             raise ConfigError("length", self._length, problem, f"Set more than {count}")
         ids = [one.ids[-(self._length - count) :] for one in batch]
-        prompts = torch.zeros(len(ids), max(map(len, ids)), dtype=torch.int64)
-        for row, own in zip(prompts, ids, strict=True):
-            row[: len(own)] = torch.tensor(own)
+        prompts, lengths = pad_prompts(ids)
         steps = stream(
             self._scorer.gpt,
             prompts.to(self._scorer.device),
             count,
-            lengths=torch.tensor([len(own) for own in ids]),
+            lengths=lengths,
             eod=self.eot_token_id,
             choose=self._chooser(batch),
             prefill_chunk=self._scorer.chunk,
@@ -163,18 +161,13 @@ class CachedLM(TemplateLM):  # type: ignore[misc, unused-ignore]
         return [_before(text + own.end(), stops) for text, own in zip(texts, streams, strict=True)]
 
     def _chooser(self, batch: Sequence[_Question]) -> Choose:
-        settings, inner = batch[0].settings, greedy
+        settings = batch[0].settings
         temperature = float(settings.get("temperature") or 0.0)
         if settings.get("do_sample", False) and temperature > 0:
             numbers = [one.number for one in batch]
             top_k, top_p = settings.get("top_k") or None, float(settings.get("top_p") or 1.0)
-            return _among(Sampler(self._seed, numbers, temperature, top_k, top_p), self._tokenizer.vocab_size)
-        return _among(inner, self._tokenizer.vocab_size)
-
-
-def _among(choose: Choose, vocab_size: int) -> Choose:
-    """Choose among the tokenizer's ids: the embedding may have more rows."""
-    return lambda logits: choose(logits[:, :vocab_size])
+            return among(Sampler(self._seed, numbers, temperature, top_k, top_p), self._tokenizer.vocab_size)
+        return among(greedy, self._tokenizer.vocab_size)
 
 
 def _before(text: str, stops: Sequence[str]) -> str:

@@ -12,11 +12,12 @@ from s2train.environment.hardware import Hardware
 from s2train.errors import ConfigError
 from s2train.evaluation.config import EvaluateConfig
 from s2train.evaluation.windows import Window, cut
-from s2train.files import check_writable
+from s2train.files import check_output
 from s2train.planning.checks import check_attention_backend
 from s2train.preparation.documents import read_documents
 from s2train.preparation.sources import Source
-from s2train.validation.values import check_choice, check_seed
+from s2train.validation.division import check_whole_models
+from s2train.validation.values import check_seed
 from s2train.wandb_run import choose_mode
 
 _MODES = ("whole", "sliding")
@@ -64,7 +65,6 @@ def read_request(cfg: EvaluateConfig, world_size: int, hardware: Hardware) -> Re
         ConfigError: a setting can't work, a file is missing, or the output can't be written.
     """
     check_seed(cfg.seed)
-    check_choice("attention_backend", cfg.attention_backend)
     check_attention_backend(cfg.attention_backend, hardware)
     for name, least in (
         ("length", 2),
@@ -110,9 +110,7 @@ def _files(cfg: EvaluateConfig) -> list[Path]:
 
 
 def _check_ranks(cfg: EvaluateConfig, world_size: int) -> None:
-    if cfg.tp < 1 or world_size % cfg.tp:
-        remedy = f"Use a divisor of {world_size}, or start more processes with torchrun --nproc-per-node"
-        raise ConfigError("tp", cfg.tp, f"does not divide the {world_size} processes of this job", remedy)
+    check_whole_models(cfg.tp, world_size)
     if cfg.tasks and cfg.tp != world_size:
         problem = f"tasks are evaluated by one model, and this job has {world_size} processes"
         raise ConfigError("tp", cfg.tp, problem, f"Set tp={world_size}, or start {cfg.tp} processes")
@@ -154,10 +152,5 @@ def _read(path: Path, text_key: str, trained: Trained, tokenizer: Tokenizer, len
 
 
 def _output(cfg: EvaluateConfig, checkpoint: Path) -> Path:
-    output = checkpoint.parent.parent / "evaluation.json" if cfg.output is None else Path(cfg.output)
-    if cfg.output == "" or output.is_dir():
-        raise ConfigError("output", cfg.output, "names no file", "Name one, such as runs/evaluation.json")
-    if output.exists() and not cfg.overwrite:
-        raise ConfigError("output", output, "exists", "Add overwrite=true, or set another file")
-    check_writable("output", output.parent)
-    return output
+    output = checkpoint.parent.parent / "evaluation.json" if cfg.output is None else cfg.output
+    return check_output(output, cfg.overwrite, such="runs/evaluation.json")

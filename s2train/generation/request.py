@@ -10,12 +10,13 @@ from s2train.checkpoints.trained import Trained
 from s2train.data.tokenizers import Tokenizer
 from s2train.environment.hardware import Hardware
 from s2train.errors import ConfigError
-from s2train.files import check_writable
+from s2train.files import check_output
 from s2train.generation.config import GenerateConfig
 from s2train.planning.checks import check_attention_backend
 from s2train.preparation.documents import read_documents
 from s2train.preparation.sources import Source
-from s2train.validation.values import check_choice, check_seed
+from s2train.validation.division import check_one_model
+from s2train.validation.values import check_seed
 
 FILE = "file:"
 
@@ -50,18 +51,16 @@ def read_request(cfg: GenerateConfig, world_size: int, hardware: Hardware) -> Re
         ConfigError: a setting can't work, a file is missing, or the output can't be written.
     """
     check_seed(cfg.seed)
-    check_choice("attention_backend", cfg.attention_backend)
     check_attention_backend(cfg.attention_backend, hardware)
     for name in ("max_tokens", "batch_size", "prefill_chunk"):
         value = getattr(cfg, name)
         if value is not None and value < 1:
             raise ConfigError(name, value, "must be 1 or more", f"Set {name}=1 or more")
     _check_sampling(cfg)
-    _check_output(cfg)
+    if cfg.output is not None:
+        check_output(cfg.output, cfg.overwrite, such="runs/texts.json")
     trained = Trained.find(cfg.checkpoint)
-    if cfg.tp != world_size:
-        problem = f"does not equal the {world_size} processes of this job"
-        raise ConfigError("tp", cfg.tp, problem, f"Set tp={world_size}, or start {cfg.tp} processes")
+    check_one_model(cfg.tp, world_size)
     trained.check_decoding(cfg.tp)
     tokenizer = trained.tokenizer(cfg.tokenizer)
     prompts = tuple(_prompts(cfg))
@@ -85,17 +84,6 @@ def _check_sampling(cfg: GenerateConfig) -> None:
     if cfg.temperature == 0 and given is not None:
         problem = "temperature=0 takes the likeliest token each time, and samples from no others"
         raise ConfigError(given, getattr(cfg, given), problem, f"Set temperature, such as 1, or leave {given} out")
-
-
-def _check_output(cfg: GenerateConfig) -> None:
-    if cfg.output is None:
-        return
-    path = Path(cfg.output)
-    if cfg.output == "" or path.is_dir():
-        raise ConfigError("output", cfg.output, "names no file", "Name one, such as runs/texts.json")
-    if path.exists() and not cfg.overwrite:
-        raise ConfigError("output", path, "exists", "Add overwrite=true, or set another file")
-    check_writable("output", path.parent)
 
 
 def _prompts(cfg: GenerateConfig) -> list[str]:

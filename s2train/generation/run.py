@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TextIO
 
 import torch
-from torch import Tensor
 
 from s2train.checkpoints.folders import Loaded, load_for_inference
 from s2train.config import ParallelConfig
@@ -23,9 +22,9 @@ from s2train.files import replacing
 from s2train.generation.config import GenerateConfig
 from s2train.generation.request import Request, read_request
 from s2train.generation.text import Terminal, TextStream
-from s2train.inference.generation import stream
+from s2train.inference.generation import pad_prompts, stream
 from s2train.inference.page_pool import OutOfPagesError
-from s2train.inference.sampling import Choose, Sampler, greedy
+from s2train.inference.sampling import Choose, Sampler, among, greedy
 from s2train.megatron.core_attention import CausalCoreAttention
 from s2train.megatron.setup import initialize, shutdown
 
@@ -107,11 +106,12 @@ def _batch(
         parts[number].append(text)
         terminal.add(number, text)
 
+    prompts, lengths = pad_prompts(ids)
     steps = stream(
         loaded.model,
-        _padded(ids, device),
+        prompts.to(device),
         cfg.max_tokens,
-        lengths=torch.tensor([len(own) for own in ids]),
+        lengths=lengths,
         eod=tokenizer.eod,
         choose=_chooser(cfg, numbers, tokenizer.vocab_size),
         prefill_chunk=cfg.prefill_chunk,
@@ -132,24 +132,16 @@ def _batch(
         if not has_ended:
             show(number, streams[number].end())
             terminal.finish(number)
-    prompts = [request.prompts[number] for number in numbers]
-    return [Text(*one) for one in zip(prompts, map("".join, parts), tokens, ended, strict=True)]
+    given = [request.prompts[number] for number in numbers]
+    return [Text(*one) for one in zip(given, map("".join, parts), tokens, ended, strict=True)]
 
 
 def _chooser(cfg: GenerateConfig, numbers: range, vocab_size: int) -> Choose:
-    """Make what chooses tokens, among the tokenizer's: the embedding may have more rows."""
+    """Make what chooses tokens."""
     inner: Choose = greedy
     if cfg.temperature > 0:
         inner = Sampler(cfg.seed, numbers, cfg.temperature, cfg.top_k, cfg.top_p)
-    return lambda logits: inner(logits[:, :vocab_size])
-
-
-def _padded(ids: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """Stack prompts, padded on the right: int64 [b, s]."""
-    out = torch.zeros(len(ids), max(map(len, ids)), dtype=torch.int64)
-    for row, own in zip(out, ids, strict=True):
-        row[: len(own)] = torch.tensor(own)
-    return out.to(device)
+    return among(inner, vocab_size)
 
 
 def _check_graph(cfg: GenerateConfig, loaded: Loaded) -> None:

@@ -7,7 +7,7 @@ Example:
     tokens = generate(loaded.model, prompts, 100, lengths=lengths, eod=0)
 """
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import Protocol
 
 import torch
@@ -60,8 +60,6 @@ def generate(
         ValueError: the model can't decode (see `kv_cache`), a prompt holds ids outside its vocabulary, new_tokens is
             negative, or lengths don't fit the prompts.
     """
-    _check(model, prompts, new_tokens)
-    out = prompts.new_full((len(prompts), new_tokens), 0 if eod is None else eod)
     steps = stream(
         model,
         prompts,
@@ -72,7 +70,9 @@ def generate(
         prefill_chunk=prefill_chunk,
         cuda_graph=cuda_graph,
     )
-    for index, token in enumerate(steps):
+    tokens = list(steps)
+    out = prompts.new_full((len(prompts), new_tokens), 0 if eod is None else eod)
+    for index, token in enumerate(tokens):
         out[:, index] = token
     return out
 
@@ -116,6 +116,14 @@ def stream(
                 if cache.finished.all():
                     break
             token = choose(cached.decode(token))
+
+
+def pad_prompts(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Stack prompts, padded on the right: int64 [b, s] on the CPU, and their lengths, int64 [b]."""
+    out = torch.zeros(len(prompts), max(map(len, prompts)), dtype=torch.int64)
+    for row, own in zip(out, prompts, strict=True):
+        row[: len(own)] = torch.tensor(own)
+    return out, torch.tensor([len(own) for own in prompts])
 
 
 def _check(model: torch.nn.Module, prompts: Tensor, new_tokens: int) -> None:

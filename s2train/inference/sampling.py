@@ -1,6 +1,6 @@
 """Chooses the next tokens from logits: greedily, or by sampling.
 
-Each sequence has random numbers of its own, which depend on the seed and the sequence's number alone. So a sequence is
+Each sequence has separate random numbers, which depend on the seed and the sequence's number alone. So a sequence is
 the same in any batch, and on every tensor parallel rank.
 """
 
@@ -21,6 +21,11 @@ class Choose(Protocol):
 def greedy(logits: Tensor) -> Tensor:
     """Choose the likeliest tokens."""
     return logits.argmax(-1)
+
+
+def among(choose: Choose, vocab_size: int) -> Choose:
+    """Choose among the first `vocab_size` tokens, a tokenizer's: the model's embedding may have more rows."""
+    return lambda logits: choose(logits[:, :vocab_size])
 
 
 class Sampler:

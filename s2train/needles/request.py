@@ -16,7 +16,8 @@ from s2train.needles.samples import TaskSampler
 from s2train.needles.tasks import TASKS, Task, find_task, has_setting
 from s2train.needles.words import NOISE, text_haystack
 from s2train.planning.checks import check_attention_backend
-from s2train.validation.values import check_choice, check_seed
+from s2train.validation.division import check_whole_models
+from s2train.validation.values import check_seed
 from s2train.wandb_run import choose_mode
 
 _TASK_SETTINGS = ("needles", "ask", "distractors", "hops", "chains")
@@ -64,7 +65,6 @@ def read_request(cfg: NeedleConfig, world_size: int, hardware: Hardware) -> Requ
         ConfigError: a setting can't work, a file is missing, or the output can't be written.
     """
     check_seed(cfg.seed)
-    check_choice("attention_backend", cfg.attention_backend)
     check_attention_backend(cfg.attention_backend, hardware)
     if cfg.batch_size < 1:
         raise ConfigError("batch_size", cfg.batch_size, "a batch needs a sequence", "Use 1 or more")
@@ -78,9 +78,7 @@ def read_request(cfg: NeedleConfig, world_size: int, hardware: Hardware) -> Requ
     tasks = _tasks(cfg)
     haystack = _haystack(cfg.haystack)
     trained = Trained.find(cfg.checkpoint)
-    if cfg.tp < 1 or world_size % cfg.tp:
-        remedy = f"Use a divisor of {world_size}, or start more processes with torchrun --nproc-per-node"
-        raise ConfigError("tp", cfg.tp, f"does not divide the {world_size} processes of this job", remedy)
+    check_whole_models(cfg.tp, world_size)
     trained.check_decoding(cfg.tp)
     tokenizer = trained.tokenizer(cfg.tokenizer)
     problems = []

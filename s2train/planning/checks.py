@@ -23,7 +23,7 @@ from s2train.validation.libraries import check_fa4_serves, check_kernel_settings
 from s2train.validation.optimizers import check_offload, check_optimizer
 from s2train.validation.token_budgets import derive_steps
 from s2train.validation.transformer_engine import check_target, check_te
-from s2train.validation.values import check_values
+from s2train.validation.values import check_choice, check_values
 
 
 def resolve(cfg: DictConfig, models: Sequence[str], overrides: Sequence[str] = ()) -> Any:
@@ -92,11 +92,12 @@ def _check_profiled_ranks(cfg: PretrainConfig, world_size: int) -> None:
 
 
 def check_attention_backend(name: str, hardware: Hardware) -> None:
-    """Check that a backend of the attention op can run on `hardware`.
+    """Check that there is such a backend of the attention op, and that it can run on `hardware`.
 
     Raises:
-        ConfigError: Triton without CUDA.
+        ConfigError: an unknown name, or Triton without CUDA.
     """
+    check_choice("attention_backend", name)
     if name in ("triton", "portable") and hardware.kind == "cpu":
         raise ConfigError("attention_backend", name, "there is no CUDA device", "Set attention_backend=auto.")
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from s2train.checkpoints.folders import find_checkpoint, load_for_inference, read_config
+from s2train.checkpoints.trained import Trained
 from s2train.config import ParallelConfig, PretrainConfig, ProbesConfig
-from s2train.data.tokenizers import Tokenizer, load_tokenizer
+from s2train.data.tokenizers import Tokenizer
 from s2train.environment.hardware import Hardware, detect_own
 from s2train.environment.provenance import environment
 from s2train.errors import ConfigError
@@ -28,8 +29,8 @@ from s2train.probes.completion import NEAREST, Completion, find_completions, sco
 from s2train.probes.documents import held_out_documents
 from s2train.probes.recurrence import Passage, by_distance, choose_sequences, measure
 from s2train.validation.attention_kinds import require_tensor_parallel
-from s2train.validation.division import check_tensor_parallel
-from s2train.validation.values import check_choice, check_seed
+from s2train.validation.division import check_one_model, check_tensor_parallel
+from s2train.validation.values import check_seed
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,6 @@ def read_request(cfg: ProbesConfig, world_size: int, hardware: Hardware) -> Requ
         ConfigError: a setting can't work, a file is missing, or the text holds nothing to probe.
     """
     check_seed(cfg.seed)
-    check_choice("attention_backend", cfg.attention_backend)
     check_attention_backend(cfg.attention_backend, hardware)
     for name in ("trials", "batch_size", "sequences"):
         if getattr(cfg, name) < 1:
@@ -68,16 +68,11 @@ def read_request(cfg: ProbesConfig, world_size: int, hardware: Hardware) -> Requ
         raise ConfigError("lengths", list(cfg.lengths), problem, "Set lengths=[1024,4096,16384]")
     checkpoint = find_checkpoint(cfg.checkpoint)
     trained = read_config(checkpoint)
-    if cfg.tp != world_size:
-        problem = f"does not equal the {world_size} processes of this job"
-        raise ConfigError("tp", cfg.tp, problem, f"Set tp={world_size}, or start {cfg.tp} processes")
+    check_one_model(cfg.tp, world_size)
     check_tensor_parallel(trained.model, cfg.tp, "tp")
     require_tensor_parallel(hybrid_layout(trained), cfg.tp, "tp")
     output = _output(cfg, checkpoint)
-    tokenizer = load_tokenizer(cfg.tokenizer or trained.data.tokenizer, "tokenizer", trained.data.end_token)
-    if tokenizer.vocab_size > (rows := trained.model.vocab_size):
-        problem = f"it has {tokenizer.vocab_size:,} ids, but the model has {rows:,}"
-        raise ConfigError("tokenizer", tokenizer.name, problem, "Set the one that the run was trained with")
+    tokenizer = Trained(checkpoint, trained).tokenizer(cfg.tokenizer)
     documents = held_out_documents(cfg, tokenizer)
     completions = {length: find_completions(documents, length, cfg.trials, cfg.seed) for length in sorted(cfg.lengths)}
     for length, found in completions.items():

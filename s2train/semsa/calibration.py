@@ -22,8 +22,8 @@ from s2train.planning.checks import check_attention_backend
 from s2train.preparation.bundled_corpus import ensure_prepared
 from s2train.semsa.config import CalibrationDataConfig
 from s2train.semsa.core_attention import studied_layout
-from s2train.validation.division import check_tensor_parallel
-from s2train.validation.values import check_choice, check_seed
+from s2train.validation.division import check_tensor_parallel, check_whole_models
+from s2train.validation.values import check_seed
 
 Sample = dict[str, Tensor]
 
@@ -75,14 +75,11 @@ def read_subject(
         ConfigError: a setting can't work, a file is missing, or the checkpoint isn't dense.
     """
     check_seed(seed)
-    check_choice("attention_backend", attention_backend)
     check_attention_backend(attention_backend, hardware)
     path = find_checkpoint(checkpoint)
     trained = read_config(path)
     _check_dense(trained, path)
-    if tp < 1 or world_size % tp:
-        remedy = f"Use a divisor of {world_size}, or start more processes with torchrun --nproc-per-node"
-        raise ConfigError("tp", tp, f"does not divide the {world_size} processes of this job", remedy)
+    check_whole_models(tp, world_size)
     check_tensor_parallel(trained.model, tp, "tp")
     length = trained.train.seq_length if seq_length is None else seq_length
     if not 2 <= length <= trained.train.seq_length:

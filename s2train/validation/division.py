@@ -87,6 +87,20 @@ def check_tensor_parallel(model: ModelConfig, tp: int, setting: str) -> None:
     raise ConfigError(setting, tp, problem, f"Set {setting} to one of {_list(near)}, or change model.num_query_groups.")
 
 
+def check_one_model(tp: int, world_size: int) -> None:
+    """Raise ConfigError on `tp` unless all processes of a job share one model."""
+    if tp != world_size:
+        problem = f"does not equal the {world_size} processes of this job"
+        raise ConfigError("tp", tp, problem, f"Set tp={world_size}, or start {tp} processes")
+
+
+def check_whole_models(tp: int, world_size: int) -> None:
+    """Raise ConfigError on `tp` unless the processes of a job hold whole models."""
+    if tp < 1 or world_size % tp:
+        remedy = f"Use a divisor of {world_size}, or start more processes with torchrun --nproc-per-node"
+        raise ConfigError("tp", tp, f"does not divide the {world_size} processes of this job", remedy)
+
+
 def _check_pipeline(cfg: PretrainConfig) -> None:
     layers, pp, vpp = cfg.model.num_layers, cfg.parallel.pp, cfg.parallel.vpp
     by_cost = cfg.parallel.pipeline_split == "cost"
