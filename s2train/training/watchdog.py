@@ -2,8 +2,9 @@
 
 A collective call waits for all ranks. If one rank hangs, all others wait, and none of them knows for which rank. Here a
 thread on every rank publishes its rank's position to the job's store. If a rank makes no progress for the time
-allowed, the threads compare positions. The rank at fault is, in this order: one whose thread stopped publishing (dead
-or stopped), one that is behind the others, or one that waits for something other than the ranks.
+allowed, all threads compare positions, and the first one reports. The rank at fault is, in this order: one whose
+thread stopped publishing (dead or stopped), one that is behind the others, or one that waits for something other than
+the ranks.
 """
 
 import contextlib
@@ -24,6 +25,8 @@ from torch.distributed.distributed_c10d import _get_default_store
 _TICKS_PER_TIMEOUT = 20
 _LONGEST_TICK = 10.0  # seconds
 _ANSWER_TICKS = 3  # a rank that publishes nothing for this many ticks is silent
+_SHORTEST_ANSWER = 3.0  # seconds, or for this long: its thread may wait for a busy processor
+_ABORTING = "watchdog/aborting"  # how many ranks abort; the first of them reports
 # Files in which a rank waits for other ranks, matched against the end of the innermost frame's path. NCCL's calls
 # return immediately and the host waits where it reads a result: from the second row on.
 _WAITING_FILES = (
@@ -65,6 +68,7 @@ class Watchdog:
     def __init__(self, minutes: float) -> None:
         self._limit = minutes * 60
         self._tick = min(_LONGEST_TICK, self._limit / _TICKS_PER_TIMEOUT)
+        self._answer = max(_ANSWER_TICKS * self._tick, _SHORTEST_ANSWER)
         self._store = _get_default_store().clone()  # type: ignore[attr-defined, unused-ignore]  # a separate connection: the main thread may block the other
         self._rank, self._world = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self._main = threading.main_thread().ident
@@ -90,7 +94,7 @@ class Watchdog:
 
     def _watch_without_store(self) -> None:
         while not self._stopped.wait(self._tick):
-            if time.monotonic() - self._moved > self._limit + 5 * _ANSWER_TICKS * self._tick:
+            if time.monotonic() - self._moved > self._limit + 5 * self._answer:
                 where = f"rank {self._rank} is in {self._doing}, on {socket.gethostname()}"
                 limit = f"train.timeout_minutes={self._limit / 60:g}"
                 problem = "the job made no progress in this time, and its store, on rank 0 or its torchrun,"
@@ -100,9 +104,11 @@ class Watchdog:
     def _watch(self) -> None:
         # Without the store no rank can be named, but the timeout still applies.
         while not self._stopped.wait(self._tick):
+            is_aborting = False
             with contextlib.suppress(Exception):
                 self._publish()
-            if time.monotonic() - self._moved > self._limit:
+                is_aborting = self._store.check([_ABORTING])
+            if is_aborting or time.monotonic() - self._moved > self._limit:
                 self._abort()
 
     def _publish(self) -> None:
@@ -114,22 +120,25 @@ class Watchdog:
     def _abort(self) -> None:
         line, is_reporter, is_culprit = f"error: {self._doing} does not end", True, True
         with contextlib.suppress(Exception):
+            # Ranks' times run out seconds apart. Whoever is first reports: it could be gone when others' have.
+            is_reporter = self._store.add(_ABORTING, 1) == 1
             before = self._positions()
-            for _ in range(_ANSWER_TICKS):
+            until = time.monotonic() + self._answer
+            while time.monotonic() < until:
                 time.sleep(self._tick)
                 self._publish()
             after = self._positions()
             silent = [rank for rank in after if before.get(rank) == after[rank] and rank != self._rank]
             silent += [rank for rank in range(self._world) if rank not in after]
             culprits = silent or find_culprits(after)
-            is_reporter = self._rank == min(rank for rank in after if rank not in silent)
             is_culprit = self._rank in culprits
             line = f"error: {describe_hang(after, culprits, silent, self._limit / 60)}"
         if is_reporter:
             print(line, file=sys.stderr, flush=True)
         if is_culprit:
             faulthandler.dump_traceback(sys.stderr)
-        time.sleep(_ANSWER_TICKS * self._tick)  # other ranks may still be reading this one's position
+        # Other ranks may still read positions, and a rank that ends before them makes their collective calls fail.
+        time.sleep(self._answer + (2 * self._tick if is_reporter else 0))
         os._exit(1)  # the main thread can't be interrupted
 
     def _positions(self) -> dict[int, Position]:

@@ -17,6 +17,10 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 
 
+def is_planted_here() -> bool:
+    return os.environ["RANK"] == os.environ["S2TRAIN_TEST_FAULT"].split(":")[1]
+
+
 def at_step(step: int, fault: Callable[[], None]) -> None:
     """Inject `fault` into the forward pass of a training step."""
     from s2train.training import loop
@@ -37,7 +41,20 @@ def die(step: int) -> None:
 
 
 def hang(step: int) -> None:
-    at_step(step, lambda: time.sleep(1e6))
+    """Make no progress from `step` on, which the other ranks reach three seconds later."""
+    if is_planted_here():
+        at_step(step, lambda: time.sleep(1e6))
+        return
+    from s2train.training.watchdog import Watchdog
+
+    beat = Watchdog.beat
+
+    def late(self: Watchdog, doing: str) -> None:
+        if doing == f"step {step}":
+            time.sleep(3.0)
+        beat(self, doing)
+
+    Watchdog.beat = late  # type: ignore[method-assign]
 
 
 def freeze(step: int) -> None:
@@ -56,7 +73,7 @@ def nan(step: int) -> None:
     from s2train.training import loop
 
     measure, take = loop.gradient_norm, loop.Trainer._step
-    is_here = os.environ["RANK"] == os.environ["S2TRAIN_TEST_FAULT"].split(":")[1]
+    is_here = is_planted_here()
 
     def recorded(self: Any, batches: Any, number: int, *sizes: int) -> Any:
         if number != step:
@@ -111,9 +128,9 @@ def short_of_memory(step: int) -> None:
 if __name__ == "__main__":
     name, *numbers = os.environ["S2TRAIN_TEST_FAULT"].split(":")
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-        rank, step = (int(number) for number in numbers)
-        everywhere = name in ("nan", "full_disk")
-        if everywhere or int(os.environ["RANK"]) == rank:
+        step = int(numbers[1])
+        everywhere = name in ("hang", "nan", "full_disk")
+        if everywhere or is_planted_here():
             globals()[name](step)
     sys.argv[0] = str(ROOT / "launch" / "pretrain.py")
     sys.path.insert(0, str(ROOT / "launch"))
