@@ -32,6 +32,7 @@ from s2train.errors import (
     StoppedBySignal,
     TrainingError,
 )
+from s2train.files import replacing
 
 _RANK_0_SECONDS = 10.0
 _SETTING = re.compile(r"(\+{0,2}[A-Za-z_][\w./@]*=|~)")  # Hydra's syntax; options never match
@@ -168,12 +169,15 @@ def _exit(line: str, status: int, seconds: float = _RANK_0_SECONDS) -> NoReturn:
 
 
 def _write_torchelastic_error(line: str) -> None:
-    """Write the line to torchrun's error file, which its report ends with."""
+    """Write the line to torchrun's error file, which its report ends with.
+
+    At once, since torchrun reads it as soon as any rank has died, and fails instead of restarting if it is incomplete.
+    """
     if (path := os.environ.get("TORCHELASTIC_ERROR_FILE")) is None:
         return
     extra = {"py_callstack": line, "timestamp": str(int(time.time()))}
-    with suppress(OSError):
-        Path(path).write_text(json.dumps({"message": {"message": line, "extraInfo": extra}}))
+    with suppress(OSError), replacing(Path(path)) as new:
+        new.write_text(json.dumps({"message": {"message": line, "extraInfo": extra}}))
 
 
 def _exit_without_restart(line: str, status: int, seconds: float = _RANK_0_SECONDS) -> NoReturn:

@@ -1,11 +1,15 @@
-"""How programs with argparse options read a command line."""
+"""How programs with argparse options read a command line, and how a program reports its failure to torchrun."""
 
 import argparse
+import json
+import os
 import shlex
+from pathlib import Path
+from unittest import mock
 
 import pytest
 
-from s2train.command_line.program import settings_before_options
+from s2train.command_line.program import run_command, settings_before_options
 
 
 @pytest.mark.parametrize(
@@ -31,3 +35,22 @@ def test_settings_may_stand_after_an_option_of_several_values(line: str) -> None
 def test_values_of_options_stay_with_them() -> None:
     words = ["--case", '{"a": "b=c"}', "--output=file", "--tokens", "8", "~tracking"]
     assert settings_before_options(words) == ["~tracking", *words[:-1]]
+
+
+def test_torchruns_error_file_is_complete_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank may be killed while it writes; torchrun reads what is there, and can't restart if it is half a file."""
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    monkeypatch.setattr(os, "replace", mock.Mock(side_effect=OSError("killed before the last step")))
+
+    def fail() -> None:
+        raise RuntimeError("connection closed by peer")
+
+    with pytest.raises(RuntimeError):
+        run_command(fail)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.undo()
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    with pytest.raises(RuntimeError):
+        run_command(fail)
+    message = json.loads((tmp_path / "error.json").read_text())["message"]["message"]
+    assert message == "RuntimeError: connection closed by peer"
