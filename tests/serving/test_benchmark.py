@@ -19,11 +19,16 @@ def test_results_are_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_models_have_the_config_of_their_exports(tmp_path: Path) -> None:
-    write_config(tmp_path / "hybrid", ["+model=7b_hybrid"])
-    write_config(tmp_path / "dense", ["+model=7b_dense"])
+    write_config(tmp_path / "hybrid", ["+model=7b_hybrid"], 8192)
+    write_config(tmp_path / "dense", ["+model=7b_dense"], 8192)
     hybrid, dense = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("hybrid", "dense"))
     assert (hybrid["architectures"], dense["architectures"]) == (["S2ForCausalLM"], ["LlamaForCausalLM"])
     assert hybrid["num_hidden_layers"] == dense["num_hidden_layers"] == len(hybrid["layout"]["layers"])
+
+
+def test_a_model_is_built_for_the_longest_sequence(tmp_path: Path) -> None:
+    write_config(tmp_path / "model", ["+model=tiny_hybrid"], 1 << 20)
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["max_position_embeddings"] == 1 << 20
 
 
 @pytest.mark.slow
@@ -37,7 +42,7 @@ def test_a_model_is_measured(tmp_path: Path) -> None:
         tmp_path / "export", layers_of([SlidingWindow(1)] * 4, [Dense()] * 4, num_kv_heads=2, block_size=32)
     )
     own = {"enforce_eager": True, "dtype": "float32", "max_num_seqs": 4, "num_gpu_blocks_override": 50}
-    found = measure(folder, {"lengths": [40, 100], "batches": [1, 3, None], "tokens": 20, "vllm": own})
+    *_, found = measure(folder, {"lengths": [40, 100], "batches": [1, 3, None], "tokens": 20, "vllm": own})
     short, long = found["lengths"]
     # of 120 tokens a sequence has the newest block of each KV head, and 8 pages of 16 tokens in the dense layer
     assert (found["pages"], short["fit"], long["fit"]) == (50, 49 // (2 + 4), 49 // (2 + 8))
