@@ -41,6 +41,7 @@ from s2train.errors import ConfigError, TrainingError
 from s2train.files import replacing
 from s2train.megatron.compat import save_checkpoint_shards
 from s2train.megatron.model import unwrap
+from s2train.megatron.optimizer_state import count_steps_in_parts, remove_classes
 from s2train.megatron.torch_adam import separate_steps
 
 
@@ -95,6 +96,7 @@ class Saver:
                 temporary.mkdir(parents=True)
             torch.distributed.barrier()
             content = sharded_state(self._state, metadata, is_loading=False)
+            remove_classes(content["optimizer"])
             content["scheduler"] = self._state.scheduler.state_dict()
             content["rng"] = sharded_rng()
             tags = {k: v for k, v in metadata.items() if isinstance(v, str)}
@@ -123,7 +125,7 @@ class Saver:
         self._results.shutdown()
 
     def _publish(self, progress: Progress, temporary: Path, final: Path) -> None:
-        """Rename a complete checkpoint to its final name, and remove checkpoints_to_remove ones."""
+        """Rename a complete checkpoint to its final name, and remove old ones."""
         problem = self._rename(progress, temporary, final) if self._is_first else ""
         problem = broadcast_from_rank_0(problem)
         if problem:
@@ -252,6 +254,7 @@ def load(cfg: PretrainConfig, state: TrainingState, checkpoint: Path, rng_ranks:
     convert_param_groups(state.optimizer, loaded["optimizer"])
     state.optimizer.load_state_dict(loaded["optimizer"])
     separate_steps(state.optimizer)
+    count_steps_in_parts(state.optimizer)
     state.scheduler.load_state_dict(loaded["scheduler"])
     if has_rng:
         set_rng(loaded["rng"])

@@ -1,24 +1,53 @@
-"""Prepare optimizers other than Adam on one device for loading a checkpoint."""
+"""Save and load the state of optimizers other than Adam on one device."""
 
 from typing import Any
 
 import torch
-from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer import SGD, MegatronOptimizer
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
+
+_CLASSES = ("cpu_optimizer_cls", "gpu_optimizer_cls")
 
 
 def prepare_to_load(optimizer: MegatronOptimizer) -> None:
-    """Make SGD's and the offloaded Adam's checkpoints loadable, which Megatron's are not.
-
-    Megatron calls `init_state_fn` before it loads state, and has none for SGD. The hybrid optimizer's parameter groups
-    name the classes that it chains, which torch's safe unpickling has to know.
-    """
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        inner = part.optimizer
-        if isinstance(inner, torch.optim.SGD) and part.init_state_fn is None:
+    """Make SGD's checkpoints loadable: Megatron calls `init_state_fn` first, and has none for SGD."""
+    for part in _parts(optimizer):
+        # Megatron's is torch's, apex's or transformer-engine's.
+        if isinstance(part.optimizer, (torch.optim.SGD, SGD)) and part.init_state_fn is None:
             part.init_state_fn = _zero_momentum
-        if isinstance(inner, HybridDeviceOptimizer):
-            torch.serialization.add_safe_globals([inner.cpu_optimizer_cls, inner.gpu_optimizer_cls])
+
+
+def remove_classes(state: Any) -> None:
+    """Remove the classes that an offloaded Adam consists of from its state, in place.
+
+    torch's safe unpickling rejects them in programs without such an optimizer. Loading takes them from the optimizer.
+
+    Args:
+        state: sharded state of the optimizer, of any nesting.
+    """
+    if isinstance(state, dict):
+        for group in state.get("param_groups", []):
+            for name in _CLASSES:
+                group.pop(name, None)
+    if isinstance(state, dict | list | tuple):
+        for value in state.values() if isinstance(state, dict) else state:
+            remove_classes(value)
+
+
+def count_steps_in_parts(optimizer: MegatronOptimizer) -> None:
+    """Let the parts of an offloaded Adam count their steps again, after loading.
+
+    Before each step it copies its parameter groups over those of its parts. A loaded step count would be copied too,
+    and the part on the GPU would take every later step as the first one after loading.
+    """
+    for part in _parts(optimizer):
+        if isinstance(part.optimizer, HybridDeviceOptimizer):
+            for group in part.optimizer.param_groups:
+                group.pop("step", None)
+
+
+def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
 
 
 def _zero_momentum(optimizer: torch.optim.Optimizer, config: Any = None) -> None:
