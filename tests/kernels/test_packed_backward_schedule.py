@@ -76,3 +76,11 @@ def test_changed_bounds_are_noticed() -> None:
     bounds[1] = 30
     assert int(packed_backward_schedule(layout, 2, bounds, 200).meta[:, 9].max()) == 170
     assert int(packed_backward_schedule(layout, 2, bounds_of((200, 0)), 200).meta[:, 9].max()) == 200
+
+
+def test_the_bounds_of_both_chunks_of_a_context_parallel_rank_are_kept() -> None:
+    layout = BlockLayout.from_mask(torch.rand(2, 8, 8) < 0.5, 64)
+    chunks = bounds_of((100, 100)), bounds_of((37, 163))
+    first = [packed_backward_schedule(layout, 2, bounds, 200) for bounds in chunks]
+    again = [packed_backward_schedule(layout, 2, bounds, 200) for bounds in chunks]
+    assert all(a is b for a, b in zip(first, again, strict=True))
