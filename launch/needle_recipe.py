@@ -102,11 +102,15 @@ def tokenizer(root: Path) -> Path:
     return root / "data" / f"{PHASES[0].name}-{PHASES[0].blend[0][0]}-tokenizer.json"
 
 
+def data_index(root: Path, phase: Phase, name: str) -> Path:
+    return root / "data" / f"{phase.name}-{name}.idx"
+
+
 def data_commands(root: Path, phase: Phase) -> list[list[str]]:
     """Return the commands that make a phase's documents, one per source."""
     commands = []
     for number, (name, weight) in enumerate(phase.blend):
-        output = root / "data" / f"{phase.name}-{name}"
+        output = data_index(root, phase, name).with_suffix("")
         makes_tokenizer = phase is PHASES[0] and number == 0
         commands.append(
             [
@@ -217,7 +221,7 @@ def make_data(root: Path, last: int, deadline: Deadline) -> None:
     The first program also trains the tokenizer. The others run concurrently and divide the cores by their tokens.
     """
     first, *others = [
-        (root / "data" / f"{phase.name}-{name}.idx", weight * phase.samples * phase.length, command)
+        (data_index(root, phase, name), weight * phase.samples * phase.length, command)
         for phase in PHASES[: last + 1]
         for (name, weight), command in zip(phase.blend, data_commands(root, phase), strict=True)
     ]
@@ -284,6 +288,10 @@ def main(arguments: list[str] | None = None) -> None:
     elif given.action == "extend":
         if not is_trained(root, variant, 0):
             sys.exit(f"the first phase of {variant} is not trained: {train} --longest {PHASES[0].length}")
+        indices = [data_index(root, PHASES[1], name) for name, _ in PHASES[1].blend]
+        if missing := [path for path in indices if not path.is_file()]:
+            remedy = f"run python launch/needle_recipe.py data --root {root} --longest {PHASES[1].length}"
+            sys.exit(f"no {missing[0].name} in {missing[0].parent}: first {remedy}")
         first, continued, second = extend_commands(root, variant)
         for command in (first, [*continued, *settings], second):
             deadline.run(command, record)

@@ -455,3 +455,9 @@ def test_extending_continues_the_first_phase_at_four_times_its_length_under_yarn
 def test_extending_needs_the_first_phase(recipe: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"the first phase of hybrid is not trained: first run .* --longest 512"):
         recipe["main"](["extend", "hybrid", "--root", str(tmp_path)])
+
+
+def test_extending_needs_the_second_phases_data(recipe: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "hybrid" / "512" / "checkpoints" / f"iter_{recipe['last_step'](0):07d}").mkdir(parents=True)
+    with pytest.raises(SystemExit, match=r"no 2048-\w+\.idx in .*: first run .* data --root .* --longest 2048"):
+        recipe["main"](["extend", "hybrid", "--root", str(tmp_path)])
