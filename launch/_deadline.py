@@ -2,11 +2,14 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 _LEAST_SECONDS = 40  # to start, do something and save
@@ -41,11 +44,14 @@ class Deadline:
         print("$ python", " ".join(command), flush=True)
         program, is_over = subprocess.Popen([sys.executable, *command], env=self._environment), False
         try:
-            program.wait(max(1.0, self._end - started))
+            with _sigterm_raises():
+                program.wait(max(1.0, self._end - started))
         except subprocess.TimeoutExpired:
             is_over = True
-            program.terminate()  # training saves first
-            program.wait()
+            _stop([program])
+        except SystemExit:
+            _stop([program])
+            raise
         except KeyboardInterrupt:  # the program has got the Ctrl-C too, and saves
             program.wait()
             raise
@@ -59,22 +65,45 @@ class Deadline:
 
     def run_together(self, commands: list[list[str]], at_once: int) -> None:
         """Run programs of launch/ side by side; exits if any fails, or the time is over."""
-        waiting, running = list(commands), []
-        while waiting or running:
-            while waiting and len(running) < at_once and not self.is_near:
-                print("$ python", " ".join(waiting[0]), flush=True)
-                running.append(subprocess.Popen([sys.executable, *waiting.pop(0)], env=self._environment))
-            status = None if time.monotonic() < self._end and (running or not self.is_near) else _OVER
-            for job in [job for job in running if job.poll() is not None]:
-                running.remove(job)
-                status = job.returncode or status
-            if status:
-                for job in running:
-                    job.terminate()
-                for job in running:
-                    job.wait()
-                sys.exit(status)
-            time.sleep(0.2)
+        waiting: list[list[str]] = list(commands)
+        running: list[subprocess.Popen[bytes]] = []
+        try:
+            with _sigterm_raises():
+                while waiting or running:
+                    while waiting and len(running) < at_once and not self.is_near:
+                        print("$ python", " ".join(waiting[0]), flush=True)
+                        running.append(subprocess.Popen([sys.executable, *waiting.pop(0)], env=self._environment))
+                    status = None if time.monotonic() < self._end and (running or not self.is_near) else _OVER
+                    for job in [job for job in running if job.poll() is not None]:
+                        running.remove(job)
+                        status = job.returncode or status
+                    if status:
+                        sys.exit(status)
+                    time.sleep(0.2)
+        finally:
+            _stop(running)
+
+
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """Raise SystemExit where SIGTERM would end this process, but not the programs that it started."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _stop(programs: list[subprocess.Popen[bytes]]) -> None:
+    """Terminate programs, and wait: training saves first."""
+    for program in programs:
+        program.terminate()
+    for program in programs:
+        program.wait()
 
 
 def _append(path: Path, record: dict[str, Any]) -> None:
