@@ -44,7 +44,7 @@ def _phase(name: str, own: Sequence[Group]) -> str:
     lengths = sorted({length for group in own for length in group.completions()})
     distances = sorted({start for group in own for start in group.recurrences()})
     heads = [
-        "variant", "seeds", "density", "held-out loss", f"at {seconds:,.0f} GPU-s", "tokens/s per GPU", "MFU",
+        "variant", "seeds", "GPUs", "density", "held-out loss", f"at {seconds:,.0f} GPU-s", "tokens/s per GPU", "MFU",
         "peak GiB",
         *(f"completed at {length:,} (without)" for length in lengths),
         *(f"second occurrence from {start:,} (first)" for start in distances),
@@ -62,6 +62,7 @@ def _phase(name: str, own: Sequence[Group]) -> str:
             f"{phase.tokens / 1e6:,.0f}M tokens a run; {said}.",
             "Losses are in nats per token: mean [lowest, highest] over seeds.",
             "At equal GPU time, a run that takes longer is read in the middle of its learning-rate schedule.",
+            "On several GPUs, GPU time, tokens/s and MFU include communication, and the optimizer's state is divided.",
             "Completed: share of identifiers [95 % interval], and in brackets the share without the definition.\n",
             _table(heads, rows),
             "Held-out loss by position:\n",
@@ -75,6 +76,7 @@ def _row(group: Group, seconds: float, lengths: Sequence[int], distances: Sequen
     row = [
         group.variant,
         str(len(group.results)),
+        ", ".join(str(gpus) for gpus in sorted({result.gpus for result in group.results})),
         f"{group.results[0].density:.4f}",
         _spread(group.losses),
         _spread(group.losses_at(seconds)),

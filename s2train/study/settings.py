@@ -59,7 +59,7 @@ def train_settings(folders: Folders, run: Run, recipe: Recipe, gpus: int = 1) ->
     phase = PHASES[run.phase]
     before, last = steps_of(run, recipe)
     sequences = max(1, recipe.batch_tokens // phase.length)
-    interval = max(1, (last - before) // EVALUATIONS)
+    interval = -(-(last - before) // EVALUATIONS)  # rounded down, it would leave one more for the last steps
     settings = [
         *MODEL,
         f"model.name={run.variant}",

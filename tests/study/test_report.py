@@ -71,8 +71,8 @@ def test_the_report_has_a_table_with_the_spread_of_seeds_and_a_picture(folders: 
     result(folders, Run("window", "32k"), [4.0, 3.0], 1.0, gpus=2)
     text, picture = write_report(folders)
     report = text.read_text()
-    assert "| hybrid | 2 | 0.5000 | 2.2500 [2.0000, 2.5000] |" in report
-    assert "| window | 1 | 0.5000 | 3.0000 |" in report
+    assert "| hybrid | 2 | 1 | 0.5000 | 2.2500 [2.0000, 2.5000] |" in report
+    assert "| window | 1 | 2 | 0.5000 | 3.0000 |" in report
     assert "| 100 | 25.0% | 10.0 |" in report  # tokens/s of one GPU
     assert "| hybrid | 3.2500 | 1.2500 |" in report
     assert "dense-16k-seed1" in report.splitlines()[-1]  # without a result
