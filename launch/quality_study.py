@@ -79,7 +79,7 @@ def run_sweep(folders: Folders, gpus: int, settings: Sequence[str], deadline: De
 def measure_speed(
     folders: Folders, run: Run, recipe: Recipe, gpus: int, settings: Sequence[str], deadline: Deadline
 ) -> None:
-    """Run the first steps of a run that was not measured on as many GPUs."""
+    """Run the first steps of a run, unless they were measured on this number of GPUs."""
     if speed.key(run, gpus) in speed.read(folders):
         print(f"{speed.key(run, gpus)}: there is a result in {folders.speed}")
         return
