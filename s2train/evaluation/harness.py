@@ -17,14 +17,12 @@ from lm_eval.api.model import TemplateLM
 
 from s2train.data.tokenizers import Tokenizer
 from s2train.errors import ConfigError
+from s2train.evaluation.generation_settings import tokens_to_generate
 from s2train.evaluation.scoring import Scorer
 from s2train.evaluation.windows import Window, batches, cut
 from s2train.generation.text import TextStream
 from s2train.inference.generation import pad_prompts, stream
 from s2train.inference.sampling import Choose, Sampler, among, greedy
-
-_MAX_GENERATED = 256  # tokens, for tasks that set no number; the harness's default
-_SUPPORTED = {"until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k"}
 
 
 @dataclass(frozen=True)
@@ -32,6 +30,7 @@ class _Question:
     """A text to continue, and its place among the requests."""
 
     number: int
+    task: str
     ids: list[int]
     settings: dict[str, Any]
 
@@ -93,7 +92,7 @@ class CachedLM(TemplateLM):  # type: ignore[misc, unused-ignore]
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continue each text until one of its stop texts, which is left out."""
         questions = [
-            _Question(number, self.tok_encode(text) or [self.eot_token_id], settings)
+            _Question(number, str(request.task_name), self.tok_encode(text) or [self.eot_token_id], settings)
             for number, request in enumerate(requests)
             for text, settings in [request.args]
         ]
@@ -123,15 +122,9 @@ class CachedLM(TemplateLM):  # type: ignore[misc, unused-ignore]
 
     def _continue(self, batch: Sequence[_Question]) -> list[str]:
         settings = batch[0].settings
-        if unknown := settings.keys() - _SUPPORTED:
-            problem = f"the task generates with {', '.join(sorted(unknown))}, which is not supported"
-            raise ConfigError("tasks", "…", problem, f"Choose tasks that use {', '.join(sorted(_SUPPORTED))} alone")
         until = settings.get("until") or []
         stops = [until] if isinstance(until, str) else list(until)
-        count = int(settings.get("max_gen_toks") or _MAX_GENERATED)
-        if count >= self._length:
-            problem = f"the task generates up to {count} tokens, which leaves none for its question"
-            raise ConfigError("length", self._length, problem, f"Set more than {count}")
+        count = tokens_to_generate(batch[0].task, settings, self._length)
         ids = [one.ids[-(self._length - count) :] for one in batch]
         prompts, lengths = pad_prompts(ids)
         steps = stream(

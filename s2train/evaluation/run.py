@@ -35,7 +35,7 @@ def evaluate(cfg: EvaluateConfig) -> dict[str, Any]:
         ConfigError: a setting can't work; before a process group exists, unless the checkpoint is damaged.
     """
     request = read_request(cfg, int(os.environ.get("WORLD_SIZE", "1")), detect_own())
-    tasks = load_tasks(cfg)
+    tasks = load_tasks(cfg, request.length)
     is_first = os.environ.get("RANK", "0") == "0"
     mode = choose_mode(cfg.wandb, "wandb") if is_first else "disabled"
     device = initialize(ParallelConfig(tp=cfg.tp), cfg.seed)

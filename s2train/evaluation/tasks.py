@@ -10,16 +10,20 @@ from typing import Any
 from s2train.data.tokenizers import Tokenizer
 from s2train.errors import ConfigError
 from s2train.evaluation.config import EvaluateConfig
+from s2train.evaluation.generation_settings import tokens_to_generate
 from s2train.evaluation.scoring import Scorer
 
 
-def load_tasks(cfg: EvaluateConfig) -> Any:
+def load_tasks(cfg: EvaluateConfig, length: int) -> Any:
     """Load the tasks of `cfg.tasks`, with their data; None if there are none.
 
+    Args:
+        length: tokens that the model sees at once.
     Returns:
         the harness's tasks.
     Raises:
-        ConfigError: the harness is not installed, a task is unknown, or its data can't be loaded.
+        ConfigError: the harness is not installed, a task is unknown, its data can't be loaded, or it generates text in
+            a way that is not supported.
     """
     if not cfg.tasks:
         return None
@@ -38,11 +42,15 @@ def load_tasks(cfg: EvaluateConfig) -> Any:
             near = ", ".join(difflib.get_close_matches(name, known, n=3, cutoff=0.0))
             raise ConfigError("tasks", name, "no such task", f"Did you mean {near}? Your own: task_folder=FOLDER")
     try:
-        return manager.load(list(cfg.tasks))
+        loaded = manager.load(list(cfg.tasks))
     except Exception as error:  # of the harness, of `datasets`, or of the network
         reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         problem = f"the tasks or their data can't be loaded ({reason})"
         raise ConfigError("tasks", _list(cfg.tasks), problem, "Check the network, or the task's file") from error
+    for name, task in loaded["tasks"].items():
+        if task.OUTPUT_TYPE == "generate_until":
+            tokens_to_generate(name, task.config.generation_kwargs or {}, length)
+    return loaded
 
 
 def run_tasks(cfg: EvaluateConfig, tasks: Any, scorer: Scorer, tokenizer: Tokenizer, length: int) -> dict[str, Any]:

@@ -102,7 +102,7 @@ def model(length: int = 64) -> harness.CachedLM:
 
 
 def asked(*arguments: Any) -> list[Any]:
-    return [SimpleNamespace(args=one) for one in arguments]
+    return [SimpleNamespace(args=one, task_name="own") for one in arguments]
 
 
 def test_a_continuation_has_the_sum_of_its_tokens() -> None:
@@ -139,7 +139,7 @@ def test_a_question_leaves_room_for_its_answer(monkeypatch: pytest.MonkeyPatch) 
     calls = written(monkeypatch)
     model(10).generate_until(asked(("x" * 50, {"max_gen_toks": 4})))
     assert calls[0]["lengths"] == [6]
-    with pytest.raises(ConfigError, match=r"^length=10: the task generates up to 10 tokens"):
+    with pytest.raises(ConfigError, match=r"^length=10: the task own generates up to 10 tokens"):
         model(10).generate_until(asked(("x", {"max_gen_toks": 10})))
 
 
@@ -154,13 +154,15 @@ def test_local_tasks_are_scored_by_the_harness(folder: Path, monkeypatch: pytest
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     written(monkeypatch)
     cfg = EvaluateConfig("runs/x", tasks=["own_choice", "own_rolling", "own_writing"], task_folder=str(folder))
-    found = metrics(run_tasks(cfg, load_tasks(cfg), Counter(), ByteTokenizer(), 64))  # type: ignore[arg-type]
+    found = metrics(run_tasks(cfg, load_tasks(cfg, 64), Counter(), ByteTokenizer(), 64))  # type: ignore[arg-type]
     assert found["own_choice"]["acc"] == 0.5  # 4 is less than 9, and 2 is
     count, total = (sum(f(one["question"].encode()) for one in QUESTIONS) for f in (len, sum))
     assert found["own_rolling"]["bits_per_byte"] == pytest.approx(total / 100 / count / 0.6931471805599453)
     assert found["own_writing"]["exact_match"] == 0.0
     with pytest.raises(ConfigError, match=r"^tasks=own_choise: no such task. Did you mean own_choice"):
-        load_tasks(EvaluateConfig("runs/x", tasks=["own_choise"], task_folder=str(folder)))
+        load_tasks(EvaluateConfig("runs/x", tasks=["own_choise"], task_folder=str(folder)), 64)
+    with pytest.raises(ConfigError, match=r"^length=8: the task own_writing generates up to 8 tokens"):
+        load_tasks(cfg, 8)  # before the model is loaded
 
 
 @pytest.mark.slow

@@ -99,7 +99,7 @@ def test_tasks_are_evaluated_by_one_model(checkpoint: Path) -> None:
 def test_a_task_without_the_harness_is_rejected_with_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"^tasks=\[hellaswag\]: .* pip install -e '.\[eval\]'"):
-        load_tasks(EvaluateConfig("runs/x", tasks=["hellaswag"]))
+        load_tasks(EvaluateConfig("runs/x", tasks=["hellaswag"]), 64)
 
 
 def test_a_layout_that_ends_before_the_length_is_rejected(tmp_path: Path, text: str) -> None:
