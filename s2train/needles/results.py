@@ -246,8 +246,9 @@ def layout_fingerprint(trained: PretrainConfig) -> str:
 def weights_fingerprint(checkpoint: Path) -> str:
     """Fingerprint of a checkpoint's weights.
 
-    The fingerprint doesn't depend on the number of ranks. Hashes the shards' names, lengths, and first and last 64 KiB.
-    It prevents cells of an earlier training in the same folder from being reused.
+    Hashes the shards' names, lengths, and first and last 64 KiB. It is the same for any number of ranks that read the
+    checkpoint, and another one if another number of ranks saved the same weights. It prevents cells of an earlier
+    training in the same folder from being reused.
     """
     digest = hashlib.sha256()
     for shard in sorted(checkpoint.glob("*.distcp")):
