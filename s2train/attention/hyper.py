@@ -51,6 +51,7 @@ class HyperKind(DataDependentKind):
     settings_type = HyperSettings
     core_attention = "s2train.megatron.hyper_attention:HyperCoreAttention"
     counts_exactly = False
+    decodes_as_trained = False  # exact attention over the cached keys
     features = frozenset(
         {
             Feature.TENSOR_PARALLEL,

@@ -55,6 +55,8 @@ class AttentionKind(ABC):
         core_attention: "module:Class", a `CausalCoreAttention`, imported to build a layer.
         data_dependent: whether the data choose which keys are read. If not, the patterns are read in full.
         counts_exactly: whether `kept_positions` are exact; else expected, which plans say.
+        decodes_as_trained: whether attention over a cache is that of training. If not, losses are computed without a
+            cache.
         features: what it supports. All others are rejected.
         may_change: settings that a resumed run may have otherwise, as `checkpoint.allow_changes` permits.
 
@@ -68,6 +70,7 @@ class AttentionKind(ABC):
     core_attention: ClassVar[str]
     data_dependent: ClassVar[bool]
     counts_exactly: ClassVar[bool]
+    decodes_as_trained: ClassVar[bool] = True
     features: ClassVar[frozenset[Feature]] = frozenset()
     may_change: ClassVar[frozenset[str]] = frozenset()
 

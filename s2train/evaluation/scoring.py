@@ -1,4 +1,4 @@
-"""Computes a checkpoint's losses on windows of tokens, over the KV cache."""
+"""Computes a checkpoint's losses on windows of tokens."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,13 +9,16 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
 from s2train.evaluation.windows import Window
-from s2train.inference.cached_model import CachedModel
+from s2train.inference.cached_model import CachedModel, uncached_losses
 from s2train.inference.kv_cache import kv_cache
+from s2train.megatron.core_attention import CausalCoreAttention
 
 
 @dataclass(frozen=True)
 class Scorer:
     """A loaded model.
+
+    Windows go over the KV cache in chunks, unless a layer's attention over a cache is not that of training.
 
     Attributes:
         chunk: tokens of a sequence that go through the model at once.
@@ -41,6 +44,11 @@ class Scorer:
             counted[row, window.first : size] = True
         tokens, targets = torch.from_numpy(both).to(self.device)
         lengths = torch.tensor([len(window.tokens) for window in windows])
+        if not all(
+            m.layer_layout.kind.decodes_as_trained for m in self.gpt.modules() if isinstance(m, CausalCoreAttention)
+        ):
+            losses, likeliest = uncached_losses(self.gpt, tokens, targets)
+            return losses, likeliest, counted.to(self.device)
         with kv_cache(self.gpt, len(windows), longest) as cache:
             losses, likeliest = CachedModel(self.gpt, cache).losses(tokens, targets, lengths, self.chunk)
         return losses, likeliest, counted.to(self.device)

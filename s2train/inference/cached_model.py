@@ -123,15 +123,8 @@ class CachedModel:
         known, _ = self._open(tokens, lengths)
         found = torch.zeros(tokens.shape, device=tokens.device)
         likeliest = torch.zeros_like(found, dtype=torch.bool)
-        rows = max(1, _LOGIT_ROWS // len(known))
         for start, end, hidden in self._chunks(tokens, known, chunk):
-            for first in range(start, end, rows):
-                stop = min(first + rows, end)
-                logits = self._all_logits(hidden[first - start : stop - start])  # [n, b, vocab]
-                wanted = targets[:, first:stop].T
-                own = logits.gather(-1, wanted[..., None]).squeeze(-1)
-                found[:, first:stop] = (logits.logsumexp(-1) - own).T
-                likeliest[:, first:stop] = (logits.argmax(-1) == wanted).T
+            found[:, start:end], likeliest[:, start:end] = _token_losses(self.gpt, hidden, targets[:, start:end])
         return found, likeliest
 
     def _open(self, tokens: Tensor, lengths: Tensor | None) -> tuple[np.ndarray, Tensor]:
@@ -191,11 +184,35 @@ class CachedModel:
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """Compute logits [b, vocab] from [1, b, hidden], gathered over tensor parallel ranks."""
-        return self._all_logits(hidden)[0]
+        return _all_logits(self.gpt, hidden)[0]
 
-    def _all_logits(self, hidden: Tensor) -> Tensor:
-        """Compute logits, float32 [s, b, vocab], from [s, b, hidden]."""
-        gpt = self.gpt
-        shared = gpt.shared_embedding_or_output_weight() if gpt.share_embeddings_and_output_weights else None
-        logits, _ = gpt.output_layer(hidden, weight=shared, runtime_gather_output=True)
-        return logits.float()
+
+@torch.no_grad()
+def uncached_losses(gpt: GPTModel, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute losses in one forward pass without a cache, with the attention of training.
+
+    Args and Returns: as for `CachedModel.losses`; padding on the right changes nothing before it.
+    """
+    positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    return _token_losses(gpt, hidden_states(gpt, tokens, positions, gpt.rotary_pos_emb(tokens.shape[1])), targets)
+
+
+def _token_losses(gpt: GPTModel, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return losses, float32 [b, s], and whether targets are the likeliest, from hidden states [s, b, hidden]."""
+    found = torch.zeros(targets.shape, device=targets.device)
+    likeliest = torch.zeros_like(found, dtype=torch.bool)
+    rows = max(1, _LOGIT_ROWS // len(targets))
+    for first in range(0, len(hidden), rows):
+        logits = _all_logits(gpt, hidden[first : first + rows])  # [n, b, vocab]
+        wanted = targets[:, first : first + rows].T
+        own = logits.gather(-1, wanted[..., None]).squeeze(-1)
+        found[:, first : first + rows] = (logits.logsumexp(-1) - own).T
+        likeliest[:, first : first + rows] = (logits.argmax(-1) == wanted).T
+    return found, likeliest
+
+
+def _all_logits(gpt: GPTModel, hidden: Tensor) -> Tensor:
+    """Compute logits, float32 [s, b, vocab], gathered over tensor parallel ranks, from [s, b, hidden]."""
+    shared = gpt.shared_embedding_or_output_weight() if gpt.share_embeddings_and_output_weights else None
+    logits, _ = gpt.output_layer(hidden, weight=shared, runtime_gather_output=True)
+    return logits.float()

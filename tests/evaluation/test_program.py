@@ -3,6 +3,7 @@
 import json
 import math
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -93,3 +94,28 @@ def test_bad_input_is_rejected_with_one_line(checkpoint: Path, tmp_path: Path) -
     assert done.status == 2
     assert error_line(done).startswith("error: text=missing.txt: no such file")
     assert not (tmp_path / "out.json").exists()
+
+
+def test_losses_are_of_the_attention_that_was_trained(tmp_path: Path, texts: tuple[Path, Path]) -> None:
+    """HyperAttention's cache is read exactly: as if the layers were dense."""
+    done = pretrain(
+        tmp_path / "hyper",
+        "layout=hyper_b16",
+        "layout.layers=H",
+        "train.steps=12",
+        "train.precision=fp32",
+        "optim.lr=1e-2",
+        processes=0,
+    )
+    assert done.status == 0, done.err
+    shutil.copytree(tmp_path / "hyper", tmp_path / "dense")
+    for path in (tmp_path / "dense").rglob("config.yaml"):
+        path.write_text(path.read_text().replace("layers: H\n", "layers: D\n"))
+    losses = []
+    for name in ("hyper", "dense"):
+        output = tmp_path / f"{name}.json"
+        done = evaluate(tmp_path / name, output, f"text={texts[0]}", "length=128")
+        assert done.status == 0, done.err
+        losses.append(json.loads(output.read_text())["texts"][0]["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=0.2)
+    assert losses[0] != pytest.approx(losses[1], rel=1e-6), losses
