@@ -36,8 +36,8 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, layout: Layout, format: Forma
         raise ValueError(f"q has {heads} heads, not a multiple of the {kv_heads} KV heads of k: change one of them")
     if layout.batch_size not in (1, b):
         raise ValueError(
-            f"the layout is for {layout.batch_size} sequences but q has {b}: build it for the batch, or without a "
-            "batch axis"
+            f"the layout is for {layout.batch_size} sequences but q has {b}: build it for the batch"
+            f"{'' if isinstance(layout, TopKLayout) else ', or without a batch axis'}"
         )
     if isinstance(layout, TopKLayout):
         _check_lists(layout, b, heads, kv_heads)

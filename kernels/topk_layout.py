@@ -74,7 +74,8 @@ class TopKLayout:
         if indices.numel() >= 2**31 - 2**16:  # kernels advance in chunks with int32 counters
             raise ValueError(f"{indices.numel()} slots are too many for 32-bit indices: use larger blocks")
         if indices.dtype == torch.int64:  # what is out of range stays so in 32 bits
-            indices = indices.clamp(-2, n_k)
+            ends = torch.iinfo(torch.int32)
+            indices = indices.clamp(ends.min, ends.max)
         return cls(indices.to(torch.int32).contiguous(), block_size, num_heads, n_k)
 
     @classmethod
@@ -93,6 +94,13 @@ class TopKLayout:
         n_k = mask.shape[3]
         indices = torch.where(mask, torch.arange(n_k, dtype=torch.int32, device=mask.device), -1)
         return cls.from_indices(indices, block_size, num_heads=num_heads or mask.shape[1], num_key_blocks=n_k)
+
+    def to(self, device: torch.device | str) -> TopKLayout:
+        """Return this layout on `device`; itself if already there."""
+        moved = self.indices.to(device)
+        if moved is self.indices:
+            return self
+        return TopKLayout(moved, self.block_size, self.num_heads, self.num_key_blocks)
 
     @property
     def device(self) -> torch.device:

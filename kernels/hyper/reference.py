@@ -99,7 +99,7 @@ def key_weights(q_ranks: Tensor, k_ranks: Tensor, settings: HyperSettings, seeds
 def _bucket(sorted_ranks: Tensor, ranks: Tensor, bucket: int) -> Tensor:
     """Return each rank's bucket, the middle one of those holding it.
 
-    Buckets are told apart by their first ranks, as a search over few numbers.
+    Buckets are distinguished by their first ranks, as a search over few numbers.
     """
     firsts = sorted_ranks[..., ::bucket].contiguous()
     ranks = ranks.contiguous()

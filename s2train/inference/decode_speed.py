@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from s2train.attention.features import Feature
 from s2train.command_line.program import settings_before_options
 from s2train.config import ParallelConfig
 from s2train.environment.versions import versions
@@ -33,6 +34,7 @@ from s2train.megatron.layer_backends import backend_of
 from s2train.megatron.model import build_model, transformer_config, unwrap
 from s2train.megatron.setup import initialize, shutdown
 from s2train.planning import compose_run, hybrid_layout
+from s2train.validation.attention_kinds import require_feature
 
 Record = dict[str, Any]
 _WARM_STEPS = 3  # the first runs eagerly, the second is captured
@@ -62,8 +64,10 @@ def main(arguments: list[str] | None = None) -> int:
     pretrain = compose_run(args.overrides)
     pretrain.parallel = ParallelConfig()
     pretrain.train.recompute = "none"
+    hybrid = hybrid_layout(pretrain)
+    require_feature(hybrid, Feature.DECODING, "layout.layers", pretrain.layout.layers, "Measure another model")
     device = initialize(pretrain.parallel, pretrain.seed)
-    config, hybrid = transformer_config(pretrain), hybrid_layout(pretrain)
+    config = transformer_config(pretrain)
     (chunk,) = build_model(pretrain, config, hybrid, backend_of(pretrain), device)
     gpt = unwrap(chunk).eval()
     console, table = Console(width=160), Table(title=f"{pretrain.model.name}, random weights")

@@ -62,7 +62,7 @@ def initialize(
             world_size=world_size,
             timeout=timeout,
         )
-        _sum(device, torch.distributed.group.WORLD)  # tells NCCL the device; a barrier would guess it from the rank
+        _sum(device, torch.distributed.group.WORLD)  # gives NCCL the device; a barrier would guess it from the rank
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,

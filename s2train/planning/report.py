@@ -99,7 +99,8 @@ def _phases(plan: Plan) -> list[tuple[str, str]]:
     rows = []
     train = plan.cfg.train
     for phase in plan.phases:
-        what = [f"{label} attention warms up" for label in phase.warms_up]
+        lasting = ", to the run's end: it selects nothing" if phase.last == train.steps else ""
+        what = [f"{label} attention warms up{lasting}" for label in phase.warms_up]
         what += ["trunk frozen, so only the weights that attention adds learn"] if phase.is_trunk_frozen else []
         samples = samples_of(train, phase.last) - samples_of(train, phase.first - 1)
         total = phase.flops * samples * train.seq_length

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from s2train.checkpoints.folders import find_checkpoint, load_for_inference, read_config
+from s2train.checkpoints.folders import load_for_inference
 from s2train.checkpoints.trained import Trained
 from s2train.config import ParallelConfig, PretrainConfig, ProbesConfig
 from s2train.data.tokenizers import Tokenizer
@@ -24,12 +24,11 @@ from s2train.files import check_writable, replacing
 from s2train.inference.generation import generate
 from s2train.megatron.setup import initialize, shutdown
 from s2train.needles.results import weights_fingerprint
-from s2train.planning.checks import check_attention_backend, hybrid_layout
+from s2train.planning.checks import check_attention_backend
 from s2train.probes.completion import NEAREST, Completion, find_completions, score
 from s2train.probes.documents import held_out_documents
 from s2train.probes.recurrence import Passage, by_distance, choose_sequences, measure
-from s2train.validation.attention_kinds import require_tensor_parallel
-from s2train.validation.division import check_one_model, check_tensor_parallel
+from s2train.validation.division import check_one_model
 from s2train.validation.values import check_seed
 
 
@@ -66,17 +65,17 @@ def read_request(cfg: ProbesConfig, world_size: int, hardware: Hardware) -> Requ
     if not cfg.lengths or min(cfg.lengths) < 64 or len(set(cfg.lengths)) < len(cfg.lengths):
         problem = "must hold different lengths of 64 tokens or more"
         raise ConfigError("lengths", list(cfg.lengths), problem, "Set lengths=[1024,4096,16384]")
-    checkpoint = find_checkpoint(cfg.checkpoint)
-    trained = read_config(checkpoint)
+    found = Trained.find(cfg.checkpoint)
+    checkpoint, trained = found.checkpoint, found.config
     check_one_model(cfg.tp, world_size)
-    check_tensor_parallel(trained.model, cfg.tp, "tp")
-    require_tensor_parallel(hybrid_layout(trained), cfg.tp, "tp")
+    found.check_decoding(cfg.tp)
+    found.check_length(max(cfg.lengths), "lengths", list(cfg.lengths))
     output = _output(cfg, checkpoint)
-    tokenizer = Trained(checkpoint, trained).tokenizer(cfg.tokenizer)
+    tokenizer = found.tokenizer(cfg.tokenizer)
     documents = held_out_documents(cfg, tokenizer)
     completions = {length: find_completions(documents, length, cfg.trials, cfg.seed) for length in sorted(cfg.lengths)}
-    for length, found in completions.items():
-        if not found:
+    for length, chosen in completions.items():
+        if not chosen:
             problem = "the text holds no identifier that is defined once and used so far behind"
             raise ConfigError("lengths", length, problem, "Set shorter lengths, or a text with longer documents")
     passages = choose_sequences(documents, max(cfg.lengths), cfg.sequences, cfg.seed)

@@ -1,6 +1,6 @@
 """vLLM's KV cache spec and manager of sparse layers: pages are freed after their last use.
 
-Entry j · slots + s of a sequence's page table is block j of slot s (`pages.py`). Workers are not told which pages are
+Entry j · slots + s of a sequence's page table is block j of slot s (`pages.py`). Workers do not learn which pages are
 freed, so their tables keep numbers that other sequences use by now: attention reads what the layout keeps, and never
 what the table lists.
 """

@@ -24,7 +24,11 @@ def check_kinds(cfg: PretrainConfig, hybrid: HybridLayout, hardware: Hardware) -
     require_tensor_parallel(hybrid, cfg.parallel.tp, "parallel.tp")
     for feature, setting, value, without in _asked(cfg, hardware):
         require_feature(hybrid, feature, setting, value, without)
+    dense_heads = cfg.schedule.dense_heads
     for kind in dict.fromkeys(layer.kind for layer in hybrid.layers):
+        if dense_heads and kind.data_dependent:
+            problem = f"{kind.label} attention (letter {kind.letter}) has no dense heads"
+            raise ConfigError("schedule.dense_heads", dense_heads, problem, "Set 0, or other letters in layout.layers.")
         kind.check(cfg)
         _check_loss_weights(kind)
         _check_weights(cfg, kind)

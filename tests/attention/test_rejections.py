@@ -16,14 +16,24 @@ from s2train.attention.registry import KINDS, register
 from s2train.checkpoints.folders import write_config
 from s2train.checkpoints.hugging_face import exporting
 from s2train.checkpoints.hugging_face.weights import to_llama, unknown_weights
-from s2train.config import ExportConfig, LayoutConfig, NeedleConfig, PretrainConfig, ScheduleConfig, ShowLayoutConfig
+from s2train.config import (
+    ExportConfig,
+    LayoutConfig,
+    NeedleConfig,
+    PretrainConfig,
+    ProbesConfig,
+    ScheduleConfig,
+    ShowLayoutConfig,
+)
 from s2train.costs.parameters import attention_shape
 from s2train.environment.hardware import Hardware
 from s2train.errors import ConfigError
+from s2train.inference import decode_speed
 from s2train.layouts.patterns import Dense
 from s2train.needles.request import read_request
 from s2train.planning import check, compose_run, format_plan, hybrid_layout, make_plan
 from s2train.planning.show import show
+from s2train.probes import evaluate_checkpoint as probes
 from tests.attention.toy import ShyKind, ToyKind
 
 CPU = Hardware("CPU", "cpu", 1 << 36, None)
@@ -116,6 +126,23 @@ def test_needles_of_a_kind_without_decoding_are_rejected(tmp_path: Path) -> None
     checkpoint = checkpoint_of(config("shy"), tmp_path)
     with pytest.raises(ConfigError, match=r"^checkpoint=.*shy attention .* doesn't support decoding"):
         read_request(NeedleConfig(str(checkpoint)), 1, CPU)
+
+
+def test_probes_of_a_kind_without_decoding_are_rejected(tmp_path: Path) -> None:
+    checkpoint = checkpoint_of(config("shy"), tmp_path)
+    with pytest.raises(ConfigError, match=r"^checkpoint=.*shy attention .* doesn't support decoding"):
+        probes.read_request(ProbesConfig(checkpoint=str(checkpoint)), 1, CPU)
+
+
+def test_decoding_speed_of_a_kind_without_decoding_is_not_measured() -> None:
+    settings = ["+model=tiny_hybrid", "layout.layers=DT", "+layout.kinds.T={kind:shy}"]
+    with pytest.raises(ConfigError, match=r"^layout.layers=DT: shy attention .* doesn't support decoding"):
+        decode_speed.main(settings)
+
+
+def test_dense_heads_in_layers_that_have_none_are_rejected() -> None:
+    with pytest.raises(ConfigError, match=r"^schedule.dense_heads=2: toy attention \(letter T\) has no dense heads"):
+        check(config("toy", "schedule.dense_heads=2"), 1, CPU)
 
 
 def test_needles_on_tensor_parallel_ranks_that_a_kind_lacks_are_rejected(
