@@ -9,6 +9,9 @@ from hydra.errors import HydraException
 # Hydra's own functions: text that looks like a call of one is no file name.
 _CALL = re.compile(r"(choice|range|interval|glob|shuffle|sort|tag|extend_list|int|float|str|bool|json_str)\(")
 
+# Settings that Hydra certainly parses: its parser takes milliseconds for each.
+_PARSED = re.compile(r"\+{0,2}[A-Za-z_]\w*(\.[A-Za-z_]\w*)*=[\w./+-]+", re.ASCII)
+
 
 def quoted(value: object) -> str:
     """Quote a value so that Hydra reads exactly this text."""
@@ -49,7 +52,7 @@ def syntax_problem(arguments: Sequence[str], number: int) -> str | None:
 
 def _quote_if_needed(argument: str) -> str:
     key, equals, value = argument.partition("=")
-    if not equals or argument.startswith("-") or _parse_error(argument) is None:
+    if not equals or argument.startswith("-") or _PARSED.fullmatch(argument) or _parse_error(argument) is None:
         return argument
     if value[:1] == "[" and value[-1:] == "]":
         texts = [text.strip() for text in value[1:-1].split(",")]

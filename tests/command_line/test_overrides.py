@@ -1,7 +1,11 @@
 """Settings are read as typed, or the error shows the required quotes."""
 
+import re
+
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from s2train.command_line.overrides import quote_where_needed, syntax_problem
 
@@ -67,3 +71,10 @@ def test_what_hydra_reads_or_what_may_be_meant_otherwise_stays_as_it_is(argument
 def test_the_required_quotes_are_shown(arguments: list[str], remedy: str) -> None:
     found = [why for number in range(len(arguments)) if (why := syntax_problem(arguments, number))]
     assert found[0].endswith(remedy)
+
+
+@settings(max_examples=50)
+@given(st.from_regex(re.compile(r"\+{0,2}[a-z_]\w*(\.[a-z_]\w*)*=[\w./+-]+", re.ASCII), fullmatch=True))
+def test_hydra_reads_plain_settings_as_typed(argument: str) -> None:
+    assert quote_where_needed([argument]) == [argument]
+    OverridesParser.create().parse_override(argument)
