@@ -528,6 +528,8 @@ def register() -> None:
     """
     accept_in_files()
     store = ConfigStore.instance()
+    if "pretrain_schema.yaml" in store.repo:  # registered before
+        return
     store.store(name="pretrain_schema", node=PretrainConfig)
     store.store(name="show_layout_schema", node=ShowLayoutConfig)
     store.store(name="needle_schema", node=NeedleConfig)

@@ -159,7 +159,8 @@ def _unreadable(setting: str, checkpoint: Path, name: str, error: Exception) -> 
 
 def write_config(cfg: PretrainConfig, path: Path) -> None:
     """Write a run's configuration as YAML."""
-    OmegaConf.save(OmegaConf.structured(cfg), path)
+    # As plain values: OmegaConf would build and check a node for each, which takes far longer.
+    OmegaConf.save(OmegaConf.create(asdict(cfg)), path)
 
 
 def load_shards(state: dict[str, Any], checkpoint: Path, setting: str = "checkpoint") -> dict[str, Any]:
