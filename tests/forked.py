@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ from tests.forked_children import fork_python_programs, run_program
 
 ROOT = Path(__file__).parents[1]
 _SECONDS_TO_END = 10.0  # that ranks have after another one failed
+PICTURES = "S2TRAIN_TEST_PICTURES"  # "1": pictures are drawn; else they are blank, which saves half a second each
 # Variables that libraries read as they are imported: a separate server for each set of those that are "1".
 FAKE_TE = "S2TRAIN_TEST_FAKE_TE"  # tests/megatron/fake_transformer_engine.py stands in for transformer-engine
 _READ_AT_IMPORT = ("TRITON_INTERPRET", FAKE_TE)
@@ -111,9 +113,16 @@ def _import_everything() -> None:
     import s2train.command_line.program
     import s2train.needles.evaluate_checkpoint
     import s2train.planning.show
+    import s2train.training.plots
     import s2train.training.run  # noqa: F401
+    from s2train.planning.compose import compose_run
+    from s2train.sweeps import plugins
 
     _compose_once()
+    _draw_on_request()
+    plugins.register()
+    compose_run(["+model=tiny_hybrid", "seed=1"])  # fills the caches of Hydra's parser
+    weakref.finalize._registry.clear()  # type: ignore[attr-defined]  # what is imported need not be taken apart
     gc.collect()
     gc.freeze()  # so that a fork's garbage collector neither walks nor copies what was imported
 
@@ -130,6 +139,22 @@ def _compose_once() -> None:
         return None
 
     Hydra.get_mode = get_mode  # type: ignore[method-assign]
+
+
+def _draw_on_request() -> None:
+    """Have matplotlib save blank pictures, unless a program's environment asks for those that it draws."""
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    draw = Figure.savefig
+
+    def savefig(self: Figure, path: Any, **options: Any) -> None:
+        if os.environ.get(PICTURES) == "1":
+            draw(self, path, **options)
+        else:
+            Image.new("L", (1, 1)).save(path, format="png")
+
+    Figure.savefig = savefig  # type: ignore[method-assign]
 
 
 def _serve(path: Path, owner: int) -> None:

@@ -13,7 +13,7 @@ from unittest import mock
 
 import torch
 
-from tests.forked import Job, run_job
+from tests.forked import PICTURES, Job, run_job
 
 ROOT = Path(__file__).parents[1]
 
@@ -51,17 +51,21 @@ def run(
     timeout: int = 240,
     by_torchrun: bool = False,
     interpret: bool = False,
+    pictures: bool = False,
 ) -> Outcome:
     """Run launch/`program`, or a module, on ranks that know of each other (or plainly, with 0 processes).
 
     Args:
         by_torchrun: as a user does, and slower; else, on a CPU, by `tests.forked`.
         interpret: on a CPU, with Triton's kernels interpreted; else attention runs on torch there.
+        pictures: draw them; else, on a CPU, each is blank.
     """
     path = str(ROOT / "launch" / program) if program.endswith(".py") else program
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     if interpret:
         environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    if pictures:
+        environment[PICTURES] = "1"
     environment |= {
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)])),
@@ -99,9 +103,10 @@ def reported(module: str, case: Sequence[Any]) -> Any:
     return json.loads(outcome.out.splitlines()[-1])
 
 
-def pretrain(run_dir: Path, *arguments: str, processes: int = 1, cwd: Path = ROOT) -> Outcome:
+def pretrain(run_dir: Path, *arguments: str, processes: int = 1, cwd: Path = ROOT, pictures: bool = False) -> Outcome:
     """Train the small model in `run_dir`."""
-    return run("pretrain.py", *SMALL, f"run_dir={run_dir}", *arguments, processes=processes, cwd=cwd)
+    words = [*SMALL, f"run_dir={run_dir}", *arguments]
+    return run("pretrain.py", *words, processes=processes, cwd=cwd, pictures=pictures)
 
 
 def error_line(outcome: Outcome) -> str:

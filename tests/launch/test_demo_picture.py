@@ -15,7 +15,8 @@ def evaluation(path: Path, correct: int) -> Path:
 
 def judged(folder: Path, *correct: int) -> Outcome:
     files = [f"run {n}={evaluation(folder / f'{n}.json', count)}" for n, count in enumerate(correct)]
-    return run("demo_picture.py", str(folder / "needle.png"), *files, "--least", "0.75", processes=0)
+    words = [str(folder / "needle.png"), *files, "--least", "0.75"]
+    return run("demo_picture.py", *words, processes=0, pictures=True)
 
 
 def test_the_demo_passes_where_the_last_evaluation_reaches_the_threshold(tmp_path: Path) -> None:

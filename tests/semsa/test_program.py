@@ -139,7 +139,8 @@ def test_the_frontier_keeps_budgets_and_changes_nothing_where_everything_is_kept
     profiled(folder, "of-frontier", "samples=1")
     output, names = folder / "frontier.json", ("squared", "mass", "window")
     arguments = [f"checkpoint={folder / 'dense'}", f"profile={folder / 'of-frontier.npz'}", f"output={output}"]
-    outcome = run("layout_frontier.py", *arguments, "samples=1", "densities=[0.7,1.0]", "draws=1", cwd=folder)
+    arguments += ["samples=1", "densities=[0.7,1.0]", "draws=1"]
+    outcome = run("layout_frontier.py", *arguments, cwd=folder, pictures=True)
     assert outcome.status == 0, outcome.err
     content = json.loads(output.read_text())
     rows = content["rows"]
