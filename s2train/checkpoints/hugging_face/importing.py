@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from s2train.checkpoints.async_writers import start_results_manager
 from s2train.checkpoints.folders import Progress, folder_name, sharding_metadata, write_config
 from s2train.checkpoints.hugging_face.folder import WeightsFolder, require_safetensors
 from s2train.checkpoints.hugging_face.layout_json import layout_json
@@ -106,9 +107,10 @@ def import_llama(cfg: ImportConfig) -> tuple[Path, ModelFiles]:
 
     metadata = sharding_metadata()
     plain = {key: value for key, value in metadata.items() if isinstance(value, str)}
-    save_checkpoint_shards(
-        {"model": gpt.sharded_state_dict(metadata=metadata)}, str(temporary), plain, in_background=False
-    )
+    with start_results_manager():  # Megatron's own would import everything again
+        save_checkpoint_shards(
+            {"model": gpt.sharded_state_dict(metadata=metadata)}, str(temporary), plain, in_background=False
+        )
     write_config(run, temporary / CONFIG)
     Progress(0, 0, {}, None, weights_only=True).write(temporary / PROGRESS)
     if (folder.path / TOKENIZER).is_file():
