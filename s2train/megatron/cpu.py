@@ -39,6 +39,9 @@ def _names_cuda(device: Any) -> bool:
     return isinstance(device, int) and not isinstance(device, bool)
 
 
+_REWRITTEN = {torch.Tensor.cuda, torch.Tensor.pin_memory, torch.Tensor.type, torch.Tensor.to}  # without keywords too
+
+
 class _CudaMeansCpu(TorchFunctionMode):
     """Rewrites CUDA devices in the arguments of torch's functions."""
 
@@ -49,6 +52,8 @@ class _CudaMeansCpu(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
+        if not kwargs and func not in _REWRITTEN:  # most calls
+            return func(*args)
         kwargs = dict(kwargs or {})
         if func in (torch.Tensor.cuda, torch.Tensor.pin_memory):
             return args[0]
