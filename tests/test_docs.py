@@ -54,7 +54,9 @@ SHAPE = ["model.num_layers=4", "model.hidden_size=48", "model.ffn_hidden_size=64
 SHAPE += ["model.num_query_groups=2", "model.head_dim=16"]
 LENGTH = ["train.seq_length=256", "train.micro_batch_size=1", "train.global_batch_size=2", "train.precision=fp32"]
 LENGTH += ["optim.warmup_steps=1", "evaluation.batches=1", "data.num_workers=0"]
-STEPS = {"train.steps": 4, "train.exit_step": 2}  # at most
+STEPS = {"train.steps": 2, "train.exit_step": 1}  # at most
+# Appended to what else would take seconds, if its command doesn't set it.
+SHORT = {"launch/needle.py": "depths=[0.5]", "launch/generate.py": "max_tokens=8"}
 TRAINING = ("launch/job.py", "launch/pretrain.py", "launch/compare.py")
 
 
@@ -97,6 +99,8 @@ def execute(command: Command, clone: Path) -> Outcome:
         arguments += small(arguments)
     elif program == "launch/import.py":
         arguments.append(f"conf={clone / 'conf'}")  # not the repository's own
+    elif (short := SHORT.get(program)) and not any(word.startswith(short.partition("=")[0]) for word in arguments):
+        arguments.append(short)
     return run(program.removeprefix("launch/"), *arguments, processes=ranks, cwd=clone)
 
 
