@@ -323,7 +323,7 @@ def measure_registered(device: torch.device) -> dict[str, Any]:
     results: dict[str, Any] = {"longer than masks": longer_than_masks(device)}
     layouts = {kind: registered(kind) for kind in PATTERNS} | {"rotating": registered("local_vertical", "rotating")}
     for name, layout in layouts.items():
-        results[name] = compare(layout, device, BLOCK + 5, BLOCK, BLOCK * NUM_BLOCKS)
+        results[name] = compare(layout, device, 3 * BLOCK + 5, BLOCK, BLOCK * NUM_BLOCKS)
     for prompt in (127, 128, 129):
         results[f"64 {prompt}"] = compare(hybrid_of("hybrid", 64), device, prompt, 64, 2 * 64 + 12, sequences=4)
     return results
@@ -332,9 +332,9 @@ def measure_registered(device: torch.device) -> dict[str, Any]:
 def measure_triton(device: torch.device, tp: int) -> dict[str, Any]:
     """Measure the interpreted kernels in few steps, since one takes half a second."""
     if tp > 1:
-        return {"tp": compare("different heads in a group", device, 2 * BLOCK - 3, BLOCK, 2 * BLOCK + 3, tp, "triton")}
+        return {"tp": compare("different heads in a group", device, 2 * BLOCK - 1, BLOCK, 2 * BLOCK + 2, tp, "triton")}
     names = ("hybrid", "different heads in a group")
-    return {name: compare(name, device, 2 * BLOCK - 2, BLOCK, 2 * BLOCK + 3, backend="triton") for name in names}
+    return {name: compare(name, device, 2 * BLOCK - 1, BLOCK, 2 * BLOCK + 2, backend="triton") for name in names}
 
 
 @torch.no_grad()
@@ -378,10 +378,10 @@ def main() -> None:
 def measure_models(device: torch.device, tp: int) -> dict[str, Any]:
     """Measure all of MODELS, and on one rank everything else."""
     results: dict[str, Any] = {}
-    longest = BLOCK * NUM_BLOCKS
+    longest, prompt = BLOCK * NUM_BLOCKS, (3 if tp == 1 else 4) * BLOCK + 5
     for name in MODELS if tp == 1 else DIVIDED:
-        results[name] = compare(name, device, BLOCK + 5, longest, longest, tp)
-        results[f"{name} in chunks"] = compare(name, device, 4 * BLOCK + 3, BLOCK, longest, tp)
+        results[name] = compare(name, device, prompt, longest, longest, tp)
+        results[f"{name} in chunks"] = compare(name, device, prompt + BLOCK - 2, BLOCK, longest, tp)
         results[f"losses {name}"] = losses(name, device, tp)
     if tp > 1:
         results["saved"] = saved_by_attention(device, tp)
