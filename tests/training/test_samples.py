@@ -17,6 +17,8 @@ from tests.program import ROOT, SMALL, metrics, run
 
 pytestmark = [pytest.mark.slow]
 
+# One layer: its samples are those of any model.
+SHALLOW = [*SMALL, "model.num_layers=1", "layout.layers=D"]
 DRAWN_PROGRAM = str(ROOT / "tests" / "training" / "drawn_program.py")
 TOKENIZER = ByteTokenizer()
 
@@ -39,7 +41,7 @@ def test_a_run_on_a_mixture_trains_on_samples_in_their_shares(tmp_path: Path) ->
     names["needles"] = ["input=needles", "needles.documents=300", "needles.length=200"]
     texts = {name: prepared(tmp_path / name, *settings) for name, settings in names.items()}
     path = f"data.path=[0.9,{tmp_path / 'corpus'},0.1,{tmp_path / 'needles'}]"
-    settings = [*SMALL, f"run_dir={tmp_path / 'run'}", path, f"data.cache={tmp_path / 'cache'}", "train.steps=5"]
+    settings = [*SHALLOW, f"run_dir={tmp_path / 'run'}", path, f"data.cache={tmp_path / 'cache'}", "train.steps=5"]
     with mock.patch.dict(os.environ, S2TRAIN_TEST_DRAWN=str(tmp_path / "drawn.pt")):
         done = run(DRAWN_PROGRAM, *settings)
     assert done.status == 0, done.err
@@ -61,7 +63,7 @@ def drawn(folder: Path, run_dir: str, *settings: str) -> torch.Tensor:
         prepare(PrepareConfig(input=str(folder / "data.jsonl"), output=str(folder / "data")))
     given = [f"run_dir={folder / run_dir}", f"data.path={folder / 'data'}", f"data.cache={folder / 'cache'}"]
     with mock.patch.dict(os.environ, S2TRAIN_TEST_DRAWN=str(folder / "drawn.pt")):
-        done = run(DRAWN_PROGRAM, *SMALL, *given, "optim.decay_steps=6", *settings, processes=0)
+        done = run(DRAWN_PROGRAM, *SHALLOW, *given, "optim.decay_steps=6", *settings, processes=0)
     assert done.status == 0, done.err
     samples: torch.Tensor = torch.load(folder / "drawn.pt")
     return samples
