@@ -7,11 +7,14 @@ import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
 
+from .interpreter_speed import speed_up_interpreter
+
 
 def repair_interpreter() -> None:
     """Make Triton's interpreter compute what a GPU does.
 
-    Applies to Triton 3.5 to 3.7. Call it before the first kernel. It fixes three things:
+    Applies to Triton 3.5 to 3.7. Call it before the first kernel. It makes the interpreter faster
+    (`interpreter_speed.py`), and fixes three things:
 
     - Scalars are arrays of one element, which NumPy 2.4 rejects as the bound of a `range`.
     - bfloat16 is stored as uint16: products would multiply the bit patterns, and casts would truncate.
@@ -45,6 +48,7 @@ def repair_interpreter() -> None:
 
     interpreter._patch_lang_tensor, interpreter._patch_lang = patch_lang_tensor, patch_lang_once
     builder.cast_impl, builder.create_dot = cast_impl, create_dot
+    speed_up_interpreter()
 
 
 @cache
