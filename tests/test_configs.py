@@ -1,8 +1,10 @@
 """Every configuration in conf/ composes, and misspelt names are rejected before anything runs."""
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,11 @@ def composed(*overrides: str, program: str = "pretrain") -> DictConfig:
 
 
 def pretrain(*overrides: str) -> PretrainConfig:
+    return copy.deepcopy(resolved(*overrides))
+
+
+@cache
+def resolved(*overrides: str) -> PretrainConfig:
     return resolve(composed(*overrides), names("model"))
 
 

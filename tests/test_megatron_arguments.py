@@ -1,6 +1,7 @@
 """docs/megatron-arguments.md names settings that exist, each argument once."""
 
 import re
+from functools import cache
 
 import pytest
 
@@ -16,6 +17,7 @@ ROWS = [
 ]
 
 
+@cache
 def settings(schema: type, prefix: str = "") -> set[str]:
     found = {setting.name for setting in settings_of(schema, prefix)}
     for name, section, _ in sections_of(schema):
