@@ -16,6 +16,8 @@ import psutil
 import pytest
 
 from s2train.config import PrepareConfig
+from s2train.data.bundled import bundled_corpus_files
+from s2train.data.tokenizers import train_bpe
 from s2train.data.indexed import read_document_lengths
 from s2train.errors import ConfigError, TrainingError
 from s2train.preparation import resumable_writer, sources, tokenizing
@@ -25,11 +27,22 @@ PIECE = 2000
 
 
 @pytest.fixture
-def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PrepareConfig:
-    """Settings for a preparation of some hundred pieces."""
+def files(tmp_path: Path) -> list[Path]:
+    """Two files of text, of some twenty pieces each."""
+    (corpus, *_) = bundled_corpus_files()
+    paths = [tmp_path / name for name in ("a.txt", "b.txt")]
+    for number, path in enumerate(paths):
+        path.write_bytes(corpus.read_bytes()[number * 50_000 :][:50_000].decode(errors="ignore").encode())
+    return paths
+
+
+@pytest.fixture
+def work(files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PrepareConfig:
+    """Settings for a preparation of some fifty pieces."""
     monkeypatch.setattr(sources, "PIECE_BYTES", PIECE)
     monkeypatch.setattr(resumable_writer, "JOURNAL_SECONDS", 0.0)
-    return PrepareConfig(input="bundled", output=str(tmp_path / "out" / "mine"), document_chars=1000, workers=1)
+    output = str(tmp_path / "out" / "mine")
+    return PrepareConfig(input=[str(path) for path in files], output=output, document_chars=1000, workers=1)
 
 
 def content(output: str) -> dict[str, bytes]:
@@ -61,9 +74,9 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call
 
 
 def test_interrupted_work_resumes_where_it_stopped(
-    work: PrepareConfig, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+    files: list[Path], work: PrepareConfig, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done = random.randint(1, 200)
+    done = random.randint(1, 35)
     with monkeypatch.context() as patch:
         interrupt_after(patch, resumable_writer.ResumableWriter, "add", done, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
@@ -76,16 +89,10 @@ def test_interrupted_work_resumes_where_it_stopped(
     assert content(work.output) == expected
     lines = sum(
         1
-        for number, path in enumerate(sources_of())
+        for number, path in enumerate(files)
         for _ in sources.read_pieces(sources.Source.of(path, 1000), number, "text")
     )
     assert len(encoded) == lines - done
-
-
-def sources_of() -> list[Path]:
-    from s2train.data.bundled import bundled_corpus_files
-
-    return bundled_corpus_files()
 
 
 @pytest.mark.parametrize("changed", [{"document_chars": 1001}, {"seed": 5}, {"tokenizer": "bpe:300"}])
@@ -93,7 +100,7 @@ def test_other_settings_start_over(
     work: PrepareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any]
 ) -> None:
     with monkeypatch.context() as patch:
-        interrupt_after(patch, resumable_writer.ResumableWriter, "add", 50, KeyboardInterrupt())
+        interrupt_after(patch, resumable_writer.ResumableWriter, "add", 20, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
             prepare(work)
     other = replace(work, **changed)
@@ -206,11 +213,12 @@ def test_a_bad_line_is_named_from_a_worker_too(texts: Path, tmp_path: Path) -> N
 @pytest.mark.slow
 def test_workers_exit_when_their_parent_is_killed(texts: Path, tmp_path: Path) -> None:
     texts.write_text(texts.read_text() * 5)
+    train_bpe(["number 1, xx, xxxx"] * 9, 300, tmp_path / "bpe.json")
     code = (
         "if __name__ == '__main__':\n"  # workers import this file
         "    from s2train.config import PrepareConfig\n"
         "    from s2train.preparation.prepare import prepare\n"
-        f"    prepare(PrepareConfig({str(texts)!r}, {str(tmp_path / 'mine')!r}, 'bpe:300', workers=2))\n"
+        f"    prepare(PrepareConfig({str(texts)!r}, {str(tmp_path / 'mine')!r}, {str(tmp_path / 'bpe.json')!r}, workers=2))\n"
     )
     (tmp_path / "program.py").write_text(code)
     parent = subprocess.Popen([sys.executable, tmp_path / "program.py"], stderr=subprocess.DEVNULL)
