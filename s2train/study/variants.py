@@ -125,7 +125,7 @@ def attention_settings(variant: str, phase: Phase) -> list[str]:
 @lru_cache
 def matched_window(settings: tuple[str, ...], length: int) -> int:
     """Blocks of the window, or selected blocks, whose density comes nearest to the reference's at `length`."""
-    wanted = run_density([*MODEL, *VARIANTS[REFERENCE]], length)
+    wanted = _wanted_density(length)
     cfg = compose_run([*MODEL, *(setting.replace(MATCHED, "1") for setting in settings)])
     places = [found.groups() for found in map(_MATCHED.match, settings) if found]
 
@@ -139,6 +139,11 @@ def matched_window(settings: tuple[str, ...], length: int) -> int:
         middle = (low + high) // 2
         low, high = (low, middle) if missed(middle) >= 0 else (middle + 1, high)
     return min((low, max(1, low - 1)), key=lambda window: abs(missed(window)))
+
+
+@lru_cache
+def _wanted_density(length: int) -> float:
+    return run_density([*MODEL, *VARIANTS[REFERENCE]], length)
 
 
 def run_density(settings: list[str], length: int) -> float:

@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from s2train.config import NeedleDocumentsConfig, PrepareConfig
 from s2train.data.indexed import read_metadata
 from s2train.data.tokenizers import ByteTokenizer, load_tokenizer, train_bpe
 from s2train.errors import ConfigError
+from s2train.needles import recall
 from s2train.needles.documents import RECALLS, needle_documents
 from s2train.needles.recall import Pieces, RecallDocuments, order_facts, recall_facts
 from s2train.needles.samples import TaskSampler
@@ -22,9 +24,16 @@ from s2train.needles.words import NOISE, Split, split_of
 from s2train.preparation.prepare import prepare
 
 BYTES = ByteTokenizer()
+ALL_FACTS = recall._POOL
 KEY, VALUE = r"[a-z]+-[a-z]+(?:-\d{3})?", r"\b\d{7}\b"
 LETTERS = r"\b[A-Z]{3}\b"  # names of variable tracking
 NUMBER = re.compile(r"-\d{3}$")  # the number in a line's key
+
+
+@pytest.fixture(autouse=True)
+def few_facts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer facts to draw from: encoding all takes longer than most tests here."""
+    monkeypatch.setattr(recall, "_POOL", 1 << 11)
 
 
 def texts(cfg: NeedleDocumentsConfig, seed: int) -> list[str]:
@@ -40,6 +49,7 @@ def mentions(text: str) -> set[tuple[str, str]]:
     return set(re.findall(rf"({KEY}) is ({VALUE})\.", text))
 
 
+@cache
 def evaluation_secrets(task: str, split: Split, seed: int) -> set[str]:
     sampler = TaskSampler(BYTES, NOISE, find_task(task, {}))
     rng = np.random.default_rng(seed)
@@ -52,10 +62,16 @@ def splits(secrets: set[str]) -> set[Split]:
     return {split_of(NUMBER.sub("", secret)) for secret in secrets}
 
 
-@pytest.mark.parametrize("haystack", ["noise", "bundled"])
-@pytest.mark.parametrize("task", [*RECALLS, *TASKS])
-def test_no_document_contains_a_key_value_or_name_of_an_evaluation(task: str, haystack: str) -> None:
-    seed = int(np.random.default_rng().integers(1 << 30))
+@pytest.fixture(scope="module")
+def seed() -> int:
+    return int(np.random.default_rng().integers(1 << 30))
+
+
+@pytest.mark.parametrize(
+    ("task", "haystack"),
+    [*((task, "noise") for task in (*RECALLS, *TASKS)), ("recall", "bundled"), ("multi", "bundled")],
+)
+def test_no_document_contains_a_key_value_or_name_of_an_evaluation(task: str, haystack: str, seed: int) -> None:
     trained = texts(NeedleDocumentsConfig(task, haystack=haystack, documents=80, length=701), seed)
     assert len(set().union(*map(secrets, trained))) > 100
     for other in TASKS:
@@ -93,14 +109,16 @@ def test_some_long_documents_begin_with_a_fact(asks_last: float) -> None:
     assert 0.2 < np.mean(begins) < 0.9
 
 
-def test_documents_with_questions_last_have_facts_with_little_before_them() -> None:
+def test_documents_with_questions_last_have_facts_with_little_before_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recall, "_POOL", ALL_FACTS)
     cfg = NeedleDocumentsConfig("recall", documents=100, length=8000, share=(0.1, 0.2), questions_last=1.0)
     positions = [text.find(f"{key} is {value}") for text in texts(cfg, seed=6) for key, value in mentions(text)]
     assert 0.1 < np.mean(np.array(positions) < 80) < 0.4  # one in a hundred if evenly placed
 
 
-def test_values_are_drawn_evenly_over_their_first_tokens(tmp_path: Path) -> None:
+def test_values_are_drawn_evenly_over_their_first_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise a tokenizer with only some pairs of digits makes some first tokens ten times rarer."""
+    monkeypatch.setattr(recall, "_POOL", ALL_FACTS)
     train_bpe([f" {value}" for value in range(1_000_000, 1_030_000, 7)] * 2, 300, tmp_path / "bpe.json")
     tokenizer = load_tokenizer(str(tmp_path / "bpe.json"))
     counts: Counter[int] = Counter()

@@ -9,6 +9,7 @@ import pytest
 from s2train.config import NeedleDocumentsConfig
 from s2train.data.inside_text import encode_inside, prepends_blank
 from s2train.data.tokenizers import Tokenizer
+from s2train.needles import recall
 from s2train.needles.documents import needle_documents
 from s2train.needles.haystack import Haystack
 from s2train.needles.samples import TaskSampler
@@ -80,7 +81,10 @@ def test_a_value_is_hidden_and_answered_in_the_same_tokens(tokenizer: Tokenizer)
 
 
 @pytest.mark.parametrize("task", ["recall", "recall_lines", "single", "key_value"])
-def test_training_documents_have_the_tokens_of_their_whole_text(tokenizer: Tokenizer, task: str) -> None:
+def test_training_documents_have_the_tokens_of_their_whole_text(
+    tokenizer: Tokenizer, task: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recall, "_POOL", 1 << 11)  # facts to draw from: encoding more takes longer than the rest
     cfg = NeedleDocumentsConfig(task, documents=10, length=700)
     for document in needle_documents(cfg, tokenizer, int(np.random.default_rng().integers(1 << 30))):
         ids = document[:-1].tolist()

@@ -1,7 +1,10 @@
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
 
+from s2train.config import PretrainConfig
 from s2train.environment.hardware import Hardware
 from s2train.errors import ConfigError
 from s2train.planning import check, compose_run
@@ -32,8 +35,18 @@ def folders(tmp_path: Path) -> Folders:
     return Folders(tmp_path, Path("launch"))
 
 
+@cache
 def density(variant: str, phase: str) -> float:
     return run_density([*MODEL, *attention_settings(variant, PHASES[phase])], PHASES[phase].length)
+
+
+@cache
+def composed(run: Run) -> PretrainConfig:
+    return compose_run(train_settings(Folders(Path("study"), Path("launch")), run, RECIPE))
+
+
+def on_mock_data(cfg: PretrainConfig) -> PretrainConfig:
+    return replace(cfg, data=replace(cfg.data, path="mock", valid_path=None))
 
 
 @pytest.mark.parametrize("phase", ["16k", "32k"])
@@ -44,9 +57,8 @@ def test_a_window_or_a_selection_is_as_dense_as_the_hybrid(variant: str, phase: 
 
 
 @pytest.mark.parametrize("variant", ["moba", "index", "sea"])
-def test_a_selection_fits_an_h100(variant: str, folders: Folders) -> None:
-    cfg = compose_run([*train_settings(folders, Run(variant), RECIPE), "data.path=mock", "data.valid_path=null"])
-    assert check(cfg, 1, target_gpu("h100-80gb")).fits
+def test_a_selection_fits_an_h100(variant: str) -> None:
+    assert check(on_mock_data(composed(Run(variant))), 1, target_gpu("h100-80gb")).fits
 
 
 def test_no_other_window_is_nearer_to_the_hybrids_density() -> None:
@@ -60,15 +72,15 @@ def test_no_other_window_is_nearer_to_the_hybrids_density() -> None:
 
 
 @pytest.mark.parametrize("run", [run for run in RUNS if run.seed == SEEDS[0]], ids=lambda run: run.name)
-def test_every_run_fits_an_h100(run: Run, folders: Folders) -> None:
-    cfg = compose_run([*train_settings(folders, run, RECIPE), "data.path=mock", "data.valid_path=null"])
+def test_every_run_fits_an_h100(run: Run) -> None:
+    cfg = on_mock_data(composed(run))
     h100: Hardware = target_gpu("h100-80gb")
     assert check(cfg, 1, h100).fits
     assert cfg.train.seq_length == PHASES[run.phase].length
 
 
-def test_variants_differ_in_attention_alone(folders: Folders) -> None:
-    first, *others = (compose_run(train_settings(folders, Run(variant), RECIPE)) for variant in VARIANTS)
+def test_variants_differ_in_attention_alone() -> None:
+    first, *others = (composed(Run(variant)) for variant in VARIANTS)
     for other in others:
         assert (other.train, other.optim, other.data, other.seed) == (first.train, first.optim, first.data, first.seed)
 
