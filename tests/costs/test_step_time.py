@@ -1,13 +1,17 @@
 """Predicted step times, held against every whole step that was measured on H100s and H200s, and what they depend on."""
 
+import copy
 import csv
+import functools
 import json
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
+import yaml
 
+from s2train.config import PretrainConfig
 from s2train.costs.memory import GIB
 from s2train.costs.step_time import MARGIN, Prediction
 from s2train.environment.hardware import Hardware
@@ -24,8 +28,26 @@ LAYERS = ["parallel.tp=1", "parallel.sequence_parallel=false", "train.micro_batc
 
 
 @cache
+def composed(*settings: str) -> PretrainConfig:
+    return compose_run(settings)
+
+
+def configured(*settings: str) -> PretrainConfig:
+    """What the settings compose to. Files are composed once: the plain values here are set on a copy."""
+    values = [s for s in settings if not s.startswith("+") and s.partition("=")[0] not in ("layout", "schedule")]
+    cfg = copy.deepcopy(composed(*(s for s in settings if s not in values)))
+    for setting in values:
+        path, _, value = setting.partition("=")
+        *sections, name = path.split(".")
+        section = functools.reduce(getattr, sections, cfg)
+        assert hasattr(section, name), setting
+        setattr(section, name, yaml.safe_load(value))
+    return cfg
+
+
+@cache
 def planned(*settings: str, processes: int = 1, gpu: Hardware = H100) -> Plan:
-    return preview(compose_run(settings), processes, gpu)
+    return preview(configured(*settings), processes, gpu)
 
 
 def predicted(*settings: str, processes: int = 1, gpu: Hardware = H100) -> Prediction:
@@ -152,6 +174,12 @@ def test_memory_of_a_measured_step_is_planned_within_the_margin(
 
 SEVEN = ["+model=7b_hybrid"]
 LIGER = ["elementwise=liger", "loss=liger"]
+
+
+def test_settings_here_are_what_they_compose_to() -> None:
+    _, settings, *_ = LONG_STEPS[0]
+    assert configured(*settings) == compose_run(settings)
+    assert configured(*settings) != composed("+model=7b_hybrid")
 
 
 def test_faster_kernels_make_the_predicted_step_shorter() -> None:
