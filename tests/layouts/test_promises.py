@@ -42,7 +42,7 @@ def seen_by_ranks(layer: LayerLayout, num_blocks: int, tp: int) -> torch.Tensor:
     return torch.cat([rank.mask() for rank in ranks]).any(0)
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(st.sampled_from(sorted(SCHEDULES)), divisors, divisors, st.integers(1, 4), st.integers(1, 3), st.data())
 def test_a_promised_coverage_is_there(
     kind: str, tp: int, groups_of_rank: int, group_size: int, run: int, data: st.DataObject

@@ -30,7 +30,7 @@ def share(image: np.ndarray, colour: str) -> float:
     return float((np.abs(image - np.array(to_rgb(colour))).max(-1) < 0.01).mean())
 
 
-@pytest.mark.parametrize(("num_layers", "num_heads"), [(1, 1), (4, 4), (32, 32), (48, 64)])
+@pytest.mark.parametrize(("num_layers", "num_heads"), [(1, 1), (4, 4), (48, 64)])
 def test_models_of_any_size_are_drawn(num_layers: int, num_heads: int, tmp_path: Path) -> None:
     image = picture(make_hybrid("S", num_layers=num_layers, num_heads=num_heads), tmp_path)
     assert image.shape[1] == 1650

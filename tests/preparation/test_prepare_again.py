@@ -17,8 +17,8 @@ import pytest
 
 from s2train.config import PrepareConfig
 from s2train.data.bundled import bundled_corpus_files
-from s2train.data.tokenizers import train_bpe
 from s2train.data.indexed import read_document_lengths
+from s2train.data.tokenizers import train_bpe
 from s2train.errors import ConfigError, TrainingError
 from s2train.preparation import resumable_writer, sources, tokenizing
 from s2train.preparation.prepare import prepare
@@ -214,11 +214,12 @@ def test_a_bad_line_is_named_from_a_worker_too(texts: Path, tmp_path: Path) -> N
 def test_workers_exit_when_their_parent_is_killed(texts: Path, tmp_path: Path) -> None:
     texts.write_text(texts.read_text() * 5)
     train_bpe(["number 1, xx, xxxx"] * 9, 300, tmp_path / "bpe.json")
+    output, tokenizer = str(tmp_path / "mine"), str(tmp_path / "bpe.json")
     code = (
         "if __name__ == '__main__':\n"  # workers import this file
         "    from s2train.config import PrepareConfig\n"
         "    from s2train.preparation.prepare import prepare\n"
-        f"    prepare(PrepareConfig({str(texts)!r}, {str(tmp_path / 'mine')!r}, {str(tmp_path / 'bpe.json')!r}, workers=2))\n"
+        f"    prepare(PrepareConfig({str(texts)!r}, {output!r}, {tokenizer!r}, workers=2))\n"
     )
     (tmp_path / "program.py").write_text(code)
     parent = subprocess.Popen([sys.executable, tmp_path / "program.py"], stderr=subprocess.DEVNULL)
