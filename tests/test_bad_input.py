@@ -53,6 +53,7 @@ def test_an_empty_data_file_is_rejected(tmp_path: Path) -> None:
     assert "data.path" in error_line(attempt(tmp_path / "run", f"data.path={tmp_path / 'empty'}"))
 
 
+@pytest.mark.long
 def test_an_apex_that_is_not_nvidias_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "apex").mkdir()
     (tmp_path / "apex" / "__init__.py").write_text("raise RuntimeError('not this one')")

@@ -51,7 +51,7 @@ def test_a_start_is_measured_in_total_and_by_parts(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_error_of_a_failed_run_is_reported(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"cold 1: the run ended with status 2: error: layout=nothing"):
         measure(Request([*SMALL, "layout=nothing"], 0), "cold 1", tmp_path / "run", tmp_path / "caches")
