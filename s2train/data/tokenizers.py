@@ -96,7 +96,8 @@ class ByteTokenizer:
         return [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
-        return bytes(i for i in ids if i != self.eod).decode(errors="replace")
+        # A model's vocabulary may be larger: its other ids decode to nothing, as those of a tokenizer.json.
+        return bytes(i for i in ids if i < self.eod).decode(errors="replace")
 
 
 class FileTokenizer:

@@ -46,6 +46,10 @@ def test_decode_leaves_out_ends_of_documents(tokenizer: Tokenizer) -> None:
     assert tokenizer.decode(ids) == "onetwo"
 
 
+def test_decode_leaves_out_ids_that_only_a_models_vocabulary_has(tokenizer: Tokenizer) -> None:
+    assert tokenizer.decode([*tokenizer.encode("one"), tokenizer.vocab_size, *tokenizer.encode("two")]) == "onetwo"
+
+
 def test_bytes_decode_broken_utf8_to_replacement_characters() -> None:
     assert ByteTokenizer().decode("é!".encode()[1:]) == "\ufffd!"
 
