@@ -23,6 +23,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "numbers.txt").write_text("".join(f" {number}." for number in numbers))
     prepare(PrepareConfig(input=str(folder / "numbers.txt"), output=str(folder / "numbers")))
     settings = ["train.steps=60", "optim.lr=1e-2", "train.precision=fp32", "tracking.log_interval=20"]
+    settings += ["train.global_batch_size=4", "train.micro_batch_size=4"]
     cache = f"data.cache={folder / 'cache'}"
     done = pretrain(folder / "run", *settings, f"data.path={folder / 'numbers'}", cache, processes=0)
     assert done.status == 0, done.err
