@@ -6,6 +6,8 @@ PACKAGES ?=
 # Where: VENV=.venv-3.12 PYTHON=python3.12 sets up another one beside it.
 VENV := .venv
 BIN := $(VENV)/bin
+# The plugins that tests use: pytest would rewrite the asserts of all installed ones, each worker anew on a new machine.
+PYTEST := PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(BIN)/python -m pytest -p xdist.plugin -p _hypothesis_pytestplugin
 READY := $(VENV)/.ready
 # One thread a process: tests and ranks run side by side on the same cores.
 export OMP_NUM_THREADS ?= 1
@@ -26,10 +28,10 @@ demo: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash launch/demo.sh
 
 test: $(READY)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder $(TESTS)
+	$(PYTEST) -n $(WORKERS) --dist loadscope --no-loadscope-reorder $(TESTS)
 
 test-all: $(READY)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder -m "" $(TESTS)
+	$(PYTEST) -n $(WORKERS) --dist loadscope --no-loadscope-reorder -m "" $(TESTS)
 
 test-serving: $(SERVING)/.ready
 	TRITON_INTERPRET=0 $(SERVING)/bin/python -m pytest -m "" tests/serving tests/checkpoints/hugging_face/test_modeling.py

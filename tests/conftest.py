@@ -2,11 +2,14 @@
 
 import gc
 import os
+from collections.abc import Generator
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
+
+from s2train.megatron.lazy_imports import compile_on_call
 
 # Triton reads this at its first import, which megatron-core may do before the kernels' own tests are reached.
 if not torch.cuda.is_available():
@@ -28,6 +31,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Import test modules without compilers, which Megatron would import, and without garbage collection."""
+    compile_at_once = torch.compile
+    torch.compile = compile_on_call
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        torch.compile = compile_at_once
+        gc.enable()
 
 
 def pytest_collection_finish() -> None:

@@ -103,10 +103,15 @@ def _server(read_at_import: tuple[str, ...]) -> str:
 
 
 def _import_everything() -> None:
+    gc.disable()
     if os.environ.get(FAKE_TE) == "1":
         from tests.megatron import fake_transformer_engine
 
         fake_transformer_engine.install()
+    else:
+        from s2train.megatron.lazy_imports import import_megatron
+
+        import_megatron()
     import matplotlib.pyplot  # noqa: F401
     import wandb  # noqa: F401
 
@@ -123,6 +128,7 @@ def _import_everything() -> None:
     plugins.register()
     compose_run(["+model=tiny_hybrid", "seed=1"])  # fills the caches of Hydra's parser
     weakref.finalize._registry.clear()  # type: ignore[attr-defined]  # what is imported need not be taken apart
+    gc.enable()
     gc.collect()
     gc.freeze()  # so that a fork's garbage collector neither walks nor copies what was imported
 
