@@ -64,17 +64,15 @@ def main() -> None:
     model = ModelConfig("test", len(LAYOUT.layers), 64, 96, 4, 2, 16, VOCABULARY, init_std=0.2)
     train = TrainConfig(steps=1, seq_length=LENGTH, global_batch_size=1, precision="fp32")
     cfg = PretrainConfig(model=model, parallel=parallel, train=train, attention_backend="torch")
-    cases = {
-        "loss over logits": (cfg, "liger", False),
-        "packed documents": (cfg, "liger", True),
-    }
+    turning_in_half = replace(cfg, model=replace(model, rotary_percent=0.5))
+    cases = {"packed documents": (cfg if tp > 1 else turning_in_half, "liger", True)}
     if tp == 1:
+        full, selective = (replace(cfg, train=replace(train, recompute=name)) for name in ("full", "selective"))
+        tied = replace(selective, model=replace(model, tie_embeddings=True))
         cases |= {
-            "half of the dimensions turn": (replace(cfg, model=replace(model, rotary_percent=0.5)), "liger", False),
-            "full recomputation": (replace(cfg, train=replace(train, recompute="full")), "liger", False),
-            "selective recomputation": (replace(cfg, train=replace(train, recompute="selective")), "liger", False),
-            "loss over hidden states": (cfg, "linear", False),
-            "tied embeddings": (replace(cfg, model=replace(model, tie_embeddings=True)), "linear", False),
+            "loss over logits": (cfg, "liger", False),
+            "loss over hidden states, full recomputation": (full, "linear", False),
+            "tied embeddings, selective recomputation": (tied, "linear", False),
         }
     found = {name: compare(*case, device) for name, case in cases.items()}
     if torch.distributed.get_rank() == 0:

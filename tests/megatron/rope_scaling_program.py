@@ -30,6 +30,8 @@ from tests.megatron.rope_oracle import factor_of_cosines, frequencies
 LENGTH = 2 * BLOCK + 3
 LAYOUT = replace(hybrid_of("hybrid"), layers=hybrid_of("hybrid").layers[:2])
 HEAD = 16
+# A cache and Liger-Kernel, which is interpreted here, see only cosines and sines: one scaling of each kind.
+OF_EACH_KIND = ("linear", "llama3", "yarn", "yarn of its own temperature")
 repair_interpreter()
 
 
@@ -108,7 +110,10 @@ def main() -> None:
         train = TrainConfig(steps=1, seq_length=LENGTH, global_batch_size=1, precision="fp32")
         cfg = PretrainConfig(model=model, train=train, attention_backend="torch")
         plain = build(cfg, (), device)
-        found[name] = {"plain": error(plain, cfg), "cached": cached_error(plain)}
+        found[name] = {"plain": error(plain, cfg)}
+        if name not in OF_EACH_KIND:
+            continue
+        found[name]["cached"] = cached_error(plain)
         if liger_problem() is None:
             found[name]["liger"] = error(build(cfg, OPERATIONS, device), cfg)
     assert all(isinstance(layer.self_attention.core_attention, CausalCoreAttention) for layer in plain.decoder.layers)

@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.slow]
 
 # Of float64: in fp32, gradients of these models err a hundred times its rounding, and now and then ten times as much.
 TOLERANCE = 1e-11
-WITHIN = ["data.attention_within_documents=true", "train.steps=4", "data.path=mine", "data.split=100"]
+WITHIN = ["data.attention_within_documents=true", "train.steps=3", "data.path=mine", "data.split=100"]
 
 
 @pytest.mark.parametrize("tp", [1, 2])
@@ -70,13 +70,13 @@ def test_trains_as_one_process_does(folder: Path, processes: int, arguments: lis
     done = pretrain(tmp_path, *WITHIN, *arguments, start, processes=processes, cwd=folder)
     assert done.status == 0, done.err
     expected = trace(folder / "alone")[2:]
-    assert len(expected) == 6
+    assert len(expected) == 4
     assert trace(tmp_path) == pytest.approx(expected, rel=1e-5)
 
 
 def test_is_another_loss_than_that_of_attention_across_documents(folder: Path, tmp_path: Path) -> None:
     across = [argument.replace("documents=true", "documents=false") for argument in WITHIN]
-    assert pretrain(tmp_path, *across, processes=0, cwd=folder).status == 0
+    assert pretrain(tmp_path, *across, "checkpoint.save=false", processes=0, cwd=folder).status == 0
     # by the largest of all: of untrained models a single loss can be the same to five digits by chance
     apart = [abs(a / b - 1) for a, b in zip(trace(tmp_path), trace(folder / "alone"), strict=True)]
     assert max(apart) > 1e-4

@@ -32,4 +32,6 @@ def test_liger_kernels_rotation_does_too(errors: dict[str, dict[str, float]]) ->
 
 
 def test_decoding_over_a_cache_is_decoding_without(errors: dict[str, dict[str, float]]) -> None:
-    assert all(of["cached"] < 2e-5 for of in errors.values()), errors
+    found = [of["cached"] for of in errors.values() if "cached" in of]
+    assert len(found) == 4
+    assert max(found) < 2e-5, errors

@@ -16,7 +16,7 @@ from tests.program import SMALL, Outcome, metrics, run
 
 pytestmark = [pytest.mark.slow]
 
-STEPS = 6
+STEPS = 4
 # Two formulations of norms and Adam in fp32: the loss agrees as the parallel variants of a run do.
 TOLERANCE = 1e-5
 OPTIMIZERS = {"distributed": [], "plain": ["parallel.distributed_optimizer=false"]}
