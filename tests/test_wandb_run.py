@@ -193,9 +193,14 @@ def test_a_signal_waits_ten_seconds_at_most_for_a_network_that_is_dead(
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
     for name, value in {"RANK": "0", "S2TRAIN_TEST_FAULT": "user_signal:0:2"}.items():
         monkeypatch.setenv(name, value)
-    program = str(ROOT / "tests" / "training" / "planted.py")
+    # In a fork, which has wandb already.
+    planted = str(ROOT / "tests" / "training" / "planted.py")
+    program = tmp_path / "program.py"
+    program.write_text(
+        f"import runpy, sys\nsys.modules.pop('wandb', None)\nrunpy.run_path({planted!r}, run_name='__main__')\n"
+    )
     settings = [*SMALL, f"run_dir={tmp_path / 'run'}", "train.steps=6", "tracking.wandb=online"]
-    done = run(program, *settings, by_torchrun=True, processes=0)
+    done = run(str(program), *settings, processes=0)
     assert done.status == EXIT_REQUEUE, done.err
     assert "wandb: not everything was sent within 10 s" in done.out
 

@@ -14,7 +14,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from s2train.data.blend import BUNDLED_PREFIX
-from tests.program import PRELOADED, ROOT, SMALL, Outcome, error_line, metrics, run
+from tests.forked import forking_python
+from tests.program import ROOT, SMALL, Outcome, error_line, metrics, run
 
 pytestmark = pytest.mark.xdist_group("sweeps")
 QUICK = [*SMALL, "train.steps=3"]
@@ -59,17 +60,22 @@ def is_alive(process: psutil.Process) -> bool:
 
 @pytest.mark.slow
 def test_an_interrupted_sweep_stops_its_ranks_and_resumes_from_their_checkpoint(tmp_path: Path) -> None:
-    folder = tmp_path / "mine"
+    folder, pretrain = tmp_path / "mine", str(ROOT / "launch" / "pretrain.py")
     settings = [*SMALL, "train.steps=30", "checkpoint.interval=5", "seed=5", f"hydra.sweep.dir={folder}"]
-    command = [*PRELOADED, str(ROOT / "launch" / "pretrain.py"), "-m", *settings]
+    (tmp_path / "program.py").write_text(
+        f"import os, runpy, sys\nwith open({str(tmp_path / 'process')!r}, 'w') as file:\n    file.write(str(os.getpid()))\n"
+        f"sys.argv[0] = {pretrain!r}\nsys.path[0] = {str(ROOT / 'launch')!r}\n"
+        f"runpy.run_path({pretrain!r}, run_name='__main__')\n"
+    )
+    command = [str(forking_python(tmp_path)), str(tmp_path / "program.py"), "-m", *settings]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 240
     while not list(folder.glob("*/checkpoints/iter_*")):
-        assert process.poll() is None
+        assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.2)
-    family = psutil.Process(process.pid).children(recursive=True)
+    family = psutil.Process(int((tmp_path / "process").read_text())).children(recursive=True)
     assert len(family) > 1  # a launcher and its rank
     process.send_signal(signal.SIGTERM)
     _, printed = process.communicate(timeout=120)
