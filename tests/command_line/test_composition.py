@@ -125,7 +125,6 @@ def rejected(program: str, *arguments: str, processes: int = 0) -> Outcome:
         (["+model=7b_hybird"], "+model=7b_hybrid"),
         (["model=7b_hybrid"], "Write +model=7b_hybrid"),
         (["+model=7b_hybrid", "layout.pattern.kind=locl_vertical"], "local_vertical"),
-        (["+model=7b_hybrid", "layout.patern.stride=16"], "layout.pattern.stride"),
     ],
 )
 def test_the_program_prints_one_line_only(arguments: list[str], near: str) -> None:

@@ -60,6 +60,7 @@ SMALL = [
     "model.ffn_hidden_size=32",
     "train.precision=fp32",
     "data.num_workers=0",
+    "tracking.wandb=disabled",
     "optim.warmup_steps=1",
 ]
 
@@ -103,12 +104,15 @@ def test_an_unfinished_phase_resumes_from_its_own_checkpoint(recipe: dict[str, A
 
 
 def test_there_are_documents_for_all_steps_and_each_fills_a_sequence(recipe: dict[str, Any], tmp_path: Path) -> None:
+    ends = recipe["PHASES"][0], recipe["PHASES"][-1]
     for phase in recipe["PHASES"]:
         made = 0
         for command in recipe["data_commands"](tmp_path, phase):
             cfg = preparation(command[1:])
             assert cfg.needles.length == phase.length
             made += cfg.needles.documents
+            if phase not in ends:
+                continue
             cfg.needles.documents = 2
             assert [len(d) for d in needle_documents(cfg.needles, ByteTokenizer(), cfg.seed)] == [phase.length] * 2
         assert made * (1 - recipe["HELD_OUT"]) > phase.samples
@@ -418,14 +422,14 @@ def test_a_small_recipe_goes_from_data_to_grid_and_on_where_it_stopped(
     assert not recipe["is_trained"](tmp_path, "hybrid", 1)
     main(["train", "hybrid", *root, *SMALL])
     assert recipe["is_trained"](tmp_path, "hybrid", 1)
-    monkeypatch.setitem(main.__globals__, "CURVE", (64, 128))
+    monkeypatch.setitem(main.__globals__, "CURVE", (64,))
     main(["curve", "hybrid", *root])
     monkeypatch.setitem(main.__globals__, "GRID", (128, 256))
     main(["evaluate", "hybrid", *root])
     assert records == [None, *[tmp_path / "hybrid" / "programs.jsonl"] * 3]  # data, two phases, the grid
     picture = runpy.run_path(str(ROOT / "launch" / "needle_curves.py"))
     variant = picture["read_variant"](tmp_path / "hybrid")
-    assert [point[:2] for point in variant["points"]] == [(2, 64), (2, 128), (4, 64), (4, 128)]
+    assert [point[:2] for point in variant["points"]] == [(2, 64), (4, 64)]
     assert variant["grid"]["lengths"] == [128, 256]
     assert variant["held_out_loss"].keys() == {"128", "256"}
     assert variant["seed"] == PretrainConfig.seed

@@ -22,6 +22,7 @@ SMALL = [
     "model.vocab_size=512",
     "train.precision=fp32",
     "data.num_workers=0",
+    "tracking.wandb=disabled",
 ]
 
 
