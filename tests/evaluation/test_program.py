@@ -21,6 +21,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run folder of a model that knows that letters are likelier than other bytes."""
     folder = tmp_path_factory.mktemp("evaluate") / "run"
     settings = ["train.steps=30", "optim.lr=1e-2", "train.precision=fp32", "tracking.log_interval=30"]
+    settings += ["train.global_batch_size=4"]
     done = pretrain(folder, *settings, processes=0)
     assert done.status == 0, done.err
     return folder

@@ -19,6 +19,13 @@ from tests.program import ROOT, SMALL, Outcome, error_line, metrics, run
 
 pytestmark = pytest.mark.xdist_group("sweeps")
 QUICK = [*SMALL, "train.steps=3"]
+AS_PRETRAIN = """
+import os, runpy, sys
+with open({process!r}, "w") as file:
+    file.write(str(os.getpid()))
+sys.argv[0], sys.path[0] = {program!r}, os.path.dirname({program!r})
+runpy.run_path({program!r}, run_name="__main__")
+"""
 
 
 def sweep(folder: Path, *arguments: str) -> Outcome:
@@ -61,12 +68,8 @@ def is_alive(process: psutil.Process) -> bool:
 @pytest.mark.slow
 def test_an_interrupted_sweep_stops_its_ranks_and_resumes_from_their_checkpoint(tmp_path: Path) -> None:
     folder, pretrain = tmp_path / "mine", str(ROOT / "launch" / "pretrain.py")
-    settings = [*SMALL, "train.steps=30", "checkpoint.interval=5", "seed=5", f"hydra.sweep.dir={folder}"]
-    (tmp_path / "program.py").write_text(
-        f"import os, runpy, sys\nwith open({str(tmp_path / 'process')!r}, 'w') as file:\n    file.write(str(os.getpid()))\n"
-        f"sys.argv[0] = {pretrain!r}\nsys.path[0] = {str(ROOT / 'launch')!r}\n"
-        f"runpy.run_path({pretrain!r}, run_name='__main__')\n"
-    )
+    settings = [*SMALL, "train.steps=20", "checkpoint.interval=4", "seed=5", f"hydra.sweep.dir={folder}"]
+    (tmp_path / "program.py").write_text(AS_PRETRAIN.format(program=pretrain, process=str(tmp_path / "process")))
     command = [str(forking_python(tmp_path)), str(tmp_path / "program.py"), "-m", *settings]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -74,7 +77,7 @@ def test_an_interrupted_sweep_stops_its_ranks_and_resumes_from_their_checkpoint(
     while not list(folder.glob("*/checkpoints/iter_*")):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
-        time.sleep(0.2)
+        time.sleep(0.05)
     family = psutil.Process(int((tmp_path / "process").read_text())).children(recursive=True)
     assert len(family) > 1  # a launcher and its rank
     process.send_signal(signal.SIGTERM)
@@ -87,7 +90,7 @@ def test_an_interrupted_sweep_stops_its_ranks_and_resumes_from_their_checkpoint(
     assert again.status == 0, again.err
     (first,) = folder.glob("job-*")
     assert '"event": "resume"' in (first / "metrics.jsonl").read_text()
-    assert metrics(first)[-1]["step"] == 30
+    assert metrics(first)[-1]["step"] == 20
 
 
 @pytest.mark.slow
