@@ -36,6 +36,12 @@ def profiled(folder: Path, name: str, *changed: str, processes: int = 1) -> tupl
     return load_profile(output), outcome
 
 
+@pytest.fixture(scope="module")
+def of_one_sample(folder: Path) -> Path:
+    profiled(folder, "one", "samples=1")
+    return folder / "one.npz"
+
+
 def assert_same(found: Profile, expected: Profile, tolerance: float) -> None:
     for name in ("blocks", "rules"):
         a, b = getattr(found, name), getattr(expected, name)
@@ -117,11 +123,8 @@ def test_what_cannot_be_profiled_is_rejected(folder: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.slow
-def test_columns_are_chosen_by_an_earlier_profile(folder: Path) -> None:
-    profiled(folder, "first", "samples=1")
-    found, _ = profiled(
-        folder, "columns", "samples=1", "library.columns=[[1,2]]", f"columns_from={folder / 'first.npz'}"
-    )
+def test_columns_are_chosen_by_an_earlier_profile(folder: Path, of_one_sample: Path) -> None:
+    found, _ = profiled(folder, "columns", "samples=1", "library.columns=[[1,2]]", f"columns_from={of_one_sample}")
     number = next(number for number, rule in enumerate(found.library) if rule.takes_columns)
     assert found.columns is not None
     chosen = found.columns[3, 2, :2].tolist()
@@ -134,11 +137,12 @@ def test_columns_are_chosen_by_an_earlier_profile(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_frontier_keeps_budgets_and_changes_nothing_where_everything_is_kept(folder: Path) -> None:
+def test_the_frontier_keeps_budgets_and_changes_nothing_where_everything_is_kept(
+    folder: Path, of_one_sample: Path
+) -> None:
     pytest.importorskip("scipy", reason="the extra semsa is not installed")
-    profiled(folder, "of-frontier", "samples=1")
     output, names = folder / "frontier.json", ("squared", "mass", "window")
-    arguments = [f"checkpoint={folder / 'dense'}", f"profile={folder / 'of-frontier.npz'}", f"output={output}"]
+    arguments = [f"checkpoint={folder / 'dense'}", f"profile={of_one_sample}", f"output={output}"]
     arguments += ["samples=1", "densities=[0.7,1.0]", "draws=1"]
     outcome = run("layout_frontier.py", *arguments, cwd=folder, pictures=True)
     assert outcome.status == 0, outcome.err
