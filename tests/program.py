@@ -110,7 +110,7 @@ def pretrain(run_dir: Path, *arguments: str, processes: int = 1, cwd: Path = ROO
 
 
 def error_line(outcome: Outcome) -> str:
-    """The one line by which a program refuses."""
+    """The one line by which a program rejects."""
     (line,) = [line for line in outcome.err.splitlines() if line.startswith("error: ")]
     return line
 

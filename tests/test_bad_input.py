@@ -41,7 +41,7 @@ def test_a_typo_in_a_key_is_rejected(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_heads_that_tp_does_not_divide_are_refused_by_all_ranks_with_one_line(tmp_path: Path) -> None:
+def test_heads_that_tp_does_not_divide_are_rejected_by_all_ranks_with_one_line(tmp_path: Path) -> None:
     arguments = ["parallel.tp=2", "model.num_attention_heads=3", "model.num_query_groups=1", "model.head_dim=16"]
     line = error_line(attempt(tmp_path / "run", *arguments, processes=2))
     assert "parallel.tp=2" in line or "model.num_attention_heads=3" in line

@@ -203,7 +203,7 @@ def test_the_command_line_wins(override: str, value: Callable[[PretrainConfig], 
         "schedule=no_such_schedule",
     ],
 )
-def test_a_typo_or_a_wrong_type_is_refused_when_composed(override: str) -> None:
+def test_a_typo_or_a_wrong_type_is_rejected_when_composed(override: str) -> None:
     with pytest.raises(HydraException):
         composed("+model=tiny_hybrid", override)
 

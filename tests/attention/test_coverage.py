@@ -71,7 +71,7 @@ def test_the_report_equals_the_masks_layer_by_layer_and_run_by_run(
 
 
 @given(st.sampled_from(sorted(SCHEDULES)), st.integers(1, 4), st.integers(1, 2), st.integers(1, 3), st.data())
-def test_a_stride_within_the_schedules_promise_passes_and_a_wider_one_is_refused(
+def test_a_stride_within_the_schedules_promise_passes_and_a_wider_one_is_rejected(
     kind: str, groups: int, group_size: int, run: int, data: st.DataObject
 ) -> None:
     widest = SCHEDULES[kind].widest_stride(groups * group_size, groups, run)
@@ -118,7 +118,7 @@ def test_the_missing_blocks_of_the_error_are_missing() -> None:
     assert set(map(int, found[3].split(", "))) <= set(missing)
 
 
-def test_runs_too_short_to_rotate_through_the_stride_are_refused_with_the_length_that_would_do() -> None:
+def test_runs_too_short_to_rotate_through_the_stride_are_rejected_with_the_length_that_would_do() -> None:
     hybrid = make_hybrid("DSS", num_layers=6, num_heads=8, num_query_groups=4, kind="rotating", stride=16)
     with pytest.raises(ConfigError, match=r"layers 1-2 .* see .* with 4 or more sparse layers in a row"):
         check_coverage(hybrid, 1024, settings(16))

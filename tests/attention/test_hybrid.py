@@ -64,7 +64,7 @@ def test_any_string_of_the_grammar_is_read(
         ("Sx0", "count of 0"),
     ],
 )
-def test_a_string_that_cannot_be_is_refused(text: str, telling: str) -> None:
+def test_a_string_that_cannot_be_is_rejected(text: str, telling: str) -> None:
     with pytest.raises(ConfigError, match=f"^layout.layers=.*{telling}"):
         parse_layers(text, 32)
 
@@ -107,6 +107,6 @@ def test_a_slice_of_heads_has_their_masks_alone() -> None:
         ("schedule.kind", {"kind": "none"}),
     ],
 )
-def test_a_layout_that_cannot_be_is_refused_by_its_setting(setting: str, change: dict) -> None:
+def test_a_layout_that_cannot_be_is_rejected_by_its_setting(setting: str, change: dict) -> None:
     with pytest.raises(ConfigError, match=f"^{setting}="):
         make_hybrid("DS", num_layers=2, num_heads=4, **change)

@@ -86,7 +86,7 @@ def test_a_query_that_begins_its_block_sees_no_other_token_of_it() -> None:
 
 
 @pytest.mark.parametrize("query", [-1, 64])
-def test_a_position_outside_the_sequence_is_refused(query: int) -> None:
+def test_a_position_outside_the_sequence_is_rejected(query: int) -> None:
     with pytest.raises(ConfigError, match="query="):
         reach(make_hybrid("D", num_layers=1, num_heads=1), 64, query)
 

@@ -59,7 +59,7 @@ def test_the_cpu_may_be_wished_for(none: str, no_gpu: Path, monkeypatch: pytest.
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the program itself looks for GPUs")
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_run_that_lost_its_gpus_is_refused_before_anything_is_built(
+def test_a_run_that_lost_its_gpus_is_rejected_before_anything_is_built(
     processes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")

@@ -64,7 +64,7 @@ def add(site: Path, *files: str) -> None:
         path.write_text("raise AssertionError('imported')\n")
 
 
-def test_another_package_named_apex_is_refused_and_not_imported(site: Path) -> None:
+def test_another_package_named_apex_is_rejected_and_not_imported(site: Path) -> None:
     add(site, "apex/__init__.py", "apex/models.py")
     with pytest.raises(ConfigError, match="pip uninstall apex") as rejection:
         apex_available()

@@ -1,4 +1,4 @@
-"""Arguments that can't work are refused with what to change."""
+"""Arguments that can't work are rejected with what to change."""
 
 import subprocess
 import sys
@@ -41,12 +41,12 @@ REFUSED = {
 }
 
 
-def test_the_arguments_that_the_refused_ones_change_are_fine() -> None:
+def test_the_arguments_that_the_rejected_ones_change_are_fine() -> None:
     assert block_sparse_attention(**arguments()).shape == (LENGTH, 1, HEADS, DIM)
 
 
 @pytest.mark.parametrize(("changes", "message"), REFUSED.values(), ids=REFUSED.keys())
-def test_refused(changes: dict[str, Any], message: str) -> None:
+def test_rejected(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         block_sparse_attention(**arguments(**changes))
 
@@ -65,7 +65,7 @@ def test_triton_on_a_cpu_needs_the_interpreter(backend: Backend, monkeypatch: py
 
 
 @pytest.mark.parametrize("backend", ["triton", "portable"])
-def test_triton_refuses_float64(backend: Backend) -> None:
+def test_triton_rejects_float64(backend: Backend) -> None:
     double = {n: torch.randn(LENGTH, 1, HEADS, DIM, dtype=torch.float64) for n in "qkv"}
     with pytest.raises(ValueError, match=r"float64.*cast"):
         block_sparse_attention(**arguments(**double, backend=backend))
@@ -80,7 +80,7 @@ def test_a_cpu_process_that_uses_torch_never_imports_the_kernels() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_launches_beyond_32_bits_are_refused() -> None:
+def test_launches_beyond_32_bits_are_rejected() -> None:
     check_launch(2**31 - 1, 2**28, 4)
     with pytest.raises(ValueError, match="split the batch"):
         check_launch(2**31, 1, 1)

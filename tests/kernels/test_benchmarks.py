@@ -1,4 +1,4 @@
-"""The benchmark on a CPU: what it measures, what it refuses, what it makes of the numbers."""
+"""The benchmark on a CPU: what it measures, what it rejects, what it makes of the numbers."""
 
 import json
 from dataclasses import replace
@@ -39,7 +39,7 @@ def test_names_are_words(word: str) -> None:
 
 
 @pytest.mark.parametrize("word", ["", "b128", "b100-l8-v16-2k", "b128-l8-v16-100", "b64-l0-v1-2k", "b64-l1-v1-2k-kv5"])
-def test_bad_words_are_refused(word: str) -> None:
+def test_bad_words_are_rejected(word: str) -> None:
     with pytest.raises(ValueError, match=r"neither a group|must be|have .* tokens|at least 1"):
         parse_case(word)
 
@@ -110,7 +110,7 @@ def test_flex_attention_gets_the_same_blocks() -> None:
     assert torch.equal(mask.kv_indices[0, :, :, 0], torch.arange(n, dtype=torch.int32).expand(5, n))
 
 
-def test_flex_attention_refuses_small_blocks() -> None:
+def test_flex_attention_rejects_small_blocks() -> None:
     with pytest.raises(NotSupportedError, match="blocks of 64"):
         CONTENDERS["flex"].prepare(Problem(parse_case("b64-l2-v4-128-h4"), CPU))
 
@@ -180,7 +180,7 @@ def test_nothing_begins_after_the_deadline() -> None:
 
 
 # what is not begun
-def test_what_surely_takes_too_long_is_refused_with_a_reason() -> None:
+def test_what_surely_takes_too_long_is_rejected_with_a_reason() -> None:
     case = parse_case("b128-l8-v16-512k")
     dense, ours = CONTENDERS["flash2"], CONTENDERS["ours"]
     mask = run._dense_twin(case)
@@ -204,13 +204,13 @@ def test_what_surely_takes_too_long_is_refused_with_a_reason() -> None:
         ("b128-l8-v16-1m-kv8", "flex", False),
     ],
 )
-def test_what_does_not_fit_80_gb_is_refused_with_a_reason(word: str, contender: str, fits: bool) -> None:
+def test_what_does_not_fit_80_gb_is_rejected_with_a_reason(word: str, contender: str, fits: bool) -> None:
     case = parse_case(word)
     why = skip_reason(CONTENDERS[contender], case, case, 85_017_493_504, 800, 1e9)
     assert why is None if fits else why is not None and "the device has 85" in why
 
 
-def test_a_refused_contender_is_a_line_of_the_record() -> None:
+def test_a_rejected_contender_is_a_line_of_the_record() -> None:
     slow = run.Session(CPU, ("ours",), 1.0, run.time.monotonic() + 1e6, 1, run.Clock(CPU), 1e-3, limit_seconds=1e-9)
     result = slow.run_case(SMALL)["results"]["ours"]
     assert result["error"].startswith("not run: its 4 passes would take")

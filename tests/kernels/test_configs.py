@@ -32,12 +32,12 @@ def test_configurations_fit_the_device(limit: int, dtype: torch.dtype) -> None:
         assert config.num_stages >= 1
 
 
-def test_head_dimensions_beyond_256_are_refused() -> None:
+def test_head_dimensions_beyond_256_are_rejected() -> None:
     with pytest.raises(ValueError, match="up to 256"):
         config_for("forward", 64, 257, 64, torch.bfloat16, None)
 
 
-def test_a_device_that_nothing_fits_is_refused() -> None:
+def test_a_device_that_nothing_fits_is_rejected() -> None:
     with pytest.raises(ValueError, match="does not fit this device's 8192 bytes"):
         config_for("dkdv", 64, 256, 256, torch.float32, 8192)
 

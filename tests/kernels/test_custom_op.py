@@ -190,7 +190,7 @@ def test_eager_calls_do_without_the_operators(monkeypatch: pytest.MonkeyPatch, d
         training_step(backend, True)(*inputs, layout)[0].sum().backward()
 
 
-def test_documents_that_do_not_fit_are_refused_when_the_compiled_call_runs() -> None:
+def test_documents_that_do_not_fit_are_rejected_when_the_compiled_call_runs() -> None:
     inputs, layout, _, _ = CASES["packed"].make(torch.device("cpu"))
 
     def step(bounds: Tensor) -> Tensor:

@@ -201,7 +201,7 @@ def test_appended_tokens_lie_at_their_positions(backend: str) -> None:
         ({"values": torch.zeros(2, 16, 16)}, "keys and values"),
     ],
 )
-def test_arguments_that_do_not_fit_are_refused(change: dict, expected: str) -> None:
+def test_arguments_that_do_not_fit_are_rejected(change: dict, expected: str) -> None:
     arguments = {
         "q": torch.randn(2, 4, 16),
         "keys": torch.zeros(5, 16, 16),

@@ -1,4 +1,4 @@
-"""The decoding benchmark on a CPU: what it measures, predicts and refuses."""
+"""The decoding benchmark on a CPU: what it measures, predicts and rejects."""
 
 import json
 from pathlib import Path

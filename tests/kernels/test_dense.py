@@ -89,7 +89,7 @@ def test_heads_of_a_model_are_as_exact_as_an_explicit_softmax(dim: int, s_q: int
 
 
 @pytest.mark.parametrize("offset", [0, 25, 27])
-def test_queries_that_do_not_end_with_the_keys_are_refused(offset: int) -> None:
+def test_queries_that_do_not_end_with_the_keys_are_rejected(offset: int) -> None:
     q, k = torch.randn(19, 1, 2, 8), torch.randn(45, 1, 2, 8)
     with pytest.raises(ValueError, match="26"):
         dense_causal_attention(q, k, k, softmax_scale=1.0, query_offset=offset)

@@ -100,7 +100,7 @@ def test_an_import_that_fails_is_a_reason(fa4: pytest.MonkeyPatch) -> None:
         ("fa4", call(dim=100), "not a multiple of 8"),
     ],
 )
-def test_kernels_asked_for_by_name_are_refused_where_they_do_not_serve(asked: str, wrong: DenseCall, why: str) -> None:
+def test_kernels_asked_for_by_name_are_rejected_where_they_do_not_serve(asked: str, wrong: DenseCall, why: str) -> None:
     with pytest.raises(ValueError, match=why):
         choose_dense(wrong, asked, serves_all)
 

@@ -76,11 +76,11 @@ def test_deterministic_gradients_are_the_portable_kernels_and_said_to_be() -> No
 
 @pytest.mark.usefixtures("hopper")
 def test_the_portable_backend_takes_no_hopper_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any) -> Any:
+    def reject(*_: Any) -> Any:
         raise AssertionError("asked for a Hopper kernel")
 
-    monkeypatch.setattr(triton_backend, "kernel_choice", refuse)
-    monkeypatch.setattr(triton_backend, "backward_choice", refuse)
+    monkeypatch.setattr(triton_backend, "kernel_choice", reject)
+    monkeypatch.setattr(triton_backend, "backward_choice", reject)
     q, k, v, layout = arguments(s=128)
     q.requires_grad_()
     block_sparse_attention(q, k, v, layout, backend="portable").sum().backward()
@@ -102,7 +102,7 @@ def test_a_cpu_runs_torch_and_says_so() -> None:
     assert "no CUDA device" in kernels_in_use(*arguments(), backend="triton").why_backward
 
 
-def test_what_the_op_refuses_is_refused_here() -> None:
+def test_what_the_op_rejects_is_rejected_here() -> None:
     q, k, v, layout = arguments()
     with pytest.raises(ValueError, match="layout is too small"):
         kernels_in_use(q, k, v, layout, query_offset=64)

@@ -76,19 +76,19 @@ def test_columns_by_work_starts_with_the_longest() -> None:
 
 
 @pytest.mark.parametrize("block_size", [0, 8, 48, 512])
-def test_unsupported_block_sizes_are_refused(block_size: int) -> None:
+def test_unsupported_block_sizes_are_rejected(block_size: int) -> None:
     with pytest.raises(ValueError, match="block_size"):
         BlockLayout.from_mask(random_mask(1, 2, 2), block_size)
 
 
 @pytest.mark.parametrize("mask", [torch.ones(1, 2, 2), torch.ones(2, 2) > 0, torch.ones(0, 2, 2) > 0])
-def test_masks_of_other_dtypes_and_ranks_are_refused(mask: torch.Tensor) -> None:
+def test_masks_of_other_dtypes_and_ranks_are_rejected(mask: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="mask"):
         BlockLayout.from_mask(mask, 64)
 
 
 @pytest.mark.parametrize("heads", [[], [2], [-1]])
-def test_patterns_that_do_not_exist_are_refused(heads: list[int]) -> None:
+def test_patterns_that_do_not_exist_are_rejected(heads: list[int]) -> None:
     with pytest.raises(ValueError, match="pattern_of_head"):
         BlockLayout.from_patterns(random_mask(2, 3, 3), heads, 64)
 
@@ -242,7 +242,7 @@ def test_scratch_memory_has_a_bound_however_many_pairs(closed: bool, monkeypatch
     assert peak < build().nbytes + lines + (56 * (kept + n) if closed else 18 * pairs)
 
 
-def test_too_many_kept_blocks_are_refused_before_they_are_stored() -> None:
+def test_too_many_kept_blocks_are_rejected_before_they_are_stored() -> None:
     every = ColumnRule(1, lambda key: torch.ones_like(key, dtype=torch.bool))
     n = 1 << 16  # n (n + 1) / 2 is just above 2^31
 
@@ -253,7 +253,7 @@ def test_too_many_kept_blocks_are_refused_before_they_are_stored() -> None:
     assert peak_bytes(build, torch.device("cpu")) < 100 * n
 
 
-def test_rules_that_change_their_mind_are_refused() -> None:
+def test_rules_that_change_their_mind_are_rejected() -> None:
     rules = [
         lambda query, key: torch.rand(torch.broadcast_shapes(query.shape, key.shape)) < 0.5,  # between two calls
         lambda query, key: (query >= key) if query.shape[1] == 1 else (query > key),  # between rows and columns
@@ -274,7 +274,7 @@ def test_rules_that_change_their_mind_are_refused() -> None:
         ({"rules": [lambda query, key: query - key]}, "bool"),
     ],
 )
-def test_rules_that_make_no_layout_are_refused(change: dict[str, Any], telling: str) -> None:
+def test_rules_that_make_no_layout_are_rejected(change: dict[str, Any], telling: str) -> None:
     fine = {
         "rules": [lambda query, key: query >= key],
         "pattern_of_head": [0],

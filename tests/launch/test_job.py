@@ -62,7 +62,7 @@ def test_only_failures_that_a_restart_may_fix_are_restarted_and_one_line_gives_t
         ("data.path=no/such/data", "data.path=no/such/data"),  # rank 0 alone looks
     ],
 )
-def test_a_setting_that_is_refused_ends_the_job_with_status_2_and_one_line(
+def test_a_setting_that_is_rejected_ends_the_job_with_status_2_and_one_line(
     setting: str, words: str, tmp_path: Path
 ) -> None:
     done = job("launch/pretrain.py", *SMALL, f"run_dir={tmp_path}", setting)

@@ -57,7 +57,7 @@ def test_equal_masks_share_their_index_tensors(tmp_path: Path) -> None:
     assert len(set(other.heads)) == HEADS
 
 
-def test_a_longer_sequence_than_the_masks_is_refused(tmp_path: Path) -> None:
+def test_a_longer_sequence_than_the_masks_is_rejected(tmp_path: Path) -> None:
     file = tmp_path / "masks.npz"
     write_masks(file, {1: random_masks(), 2: random_masks()}, 16)
     hybrid = hybrid_of(file)
@@ -90,7 +90,7 @@ def hole(masks: np.ndarray) -> np.ndarray:
         ({"block_size": 16, "layer_1": np.array([{}])}, r"no \.npz of arrays"),
     ],
 )
-def test_a_file_that_does_not_fit_is_refused(tmp_path: Path, arrays: dict[str, Any], telling: str) -> None:
+def test_a_file_that_does_not_fit_is_rejected(tmp_path: Path, arrays: dict[str, Any], telling: str) -> None:
     file = tmp_path / "masks.npz"
     np.savez(file, **arrays)
     with pytest.raises(ConfigError, match=rf"^layout.pattern.file=.*masks.npz: .*{telling}"):
@@ -98,7 +98,7 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path: Path, arrays: dict[str, A
 
 
 @pytest.mark.parametrize("content", [None, b"no archive"])
-def test_a_file_that_is_none_is_refused(tmp_path: Path, content: bytes | None) -> None:
+def test_a_file_that_is_none_is_rejected(tmp_path: Path, content: bytes | None) -> None:
     file = tmp_path / "masks.npz"
     if content:
         file.write_bytes(content)

@@ -1,4 +1,4 @@
-"""From `layout.pattern.*` and `layout.patterns.*` to heads, and what is refused."""
+"""From `layout.pattern.*` and `layout.patterns.*` to heads, and what is rejected."""
 
 from dataclasses import fields
 from typing import Any
@@ -43,7 +43,7 @@ def test_every_setting_belongs_to_a_kind_and_every_kind_has_settings_there_are()
 
 @pytest.mark.parametrize("kind", sorted(PATTERNS))
 @pytest.mark.parametrize("name", sorted({field.name for field in fields(PatternConfig)} - {"kind"}))
-def test_a_setting_that_is_not_the_kinds_own_is_refused(kind: str, name: str) -> None:
+def test_a_setting_that_is_not_the_kinds_own_is_rejected(kind: str, name: str) -> None:
     if name in PATTERNS[kind].settings:
         return
     with pytest.raises(ConfigError, match=rf"^layout.pattern.{name}=1: .*kind={kind}.* layout.pattern.{name}=null"):
@@ -60,7 +60,7 @@ def test_a_setting_that_its_kind_needs_is_asked_for(kind: str, name: str) -> Non
         first_head(kind=kind, **others)
 
 
-def test_an_unknown_kind_is_refused_with_the_nearest() -> None:
+def test_an_unknown_kind_is_rejected_with_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"^layout.pattern.kind=dilatd: .* Did you mean dilated\? Kinds: local_vert"):
         first_head(kind="dilatd")
 
@@ -103,7 +103,7 @@ def test_a_letters_pattern_is_shifted_by_the_schedule_too() -> None:
         ("W", {"kind": "sliding", "window": 1}, r"patterns.W.kind=sliding: .*sliding_window"),
     ],
 )
-def test_a_letter_that_cannot_be_is_refused_by_its_setting(letter: str, given: Any, telling: str) -> None:
+def test_a_letter_that_cannot_be_is_rejected_by_its_setting(letter: str, given: Any, telling: str) -> None:
     with pytest.raises(ConfigError, match=rf"^layout.{telling}"):
         make_hybrid("DS", num_layers=2, num_heads=4, patterns={letter: given})
 

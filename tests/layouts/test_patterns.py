@@ -204,7 +204,7 @@ def test_offsets_count_modulo_the_stride() -> None:
         ("ranges", lambda: Ranges.read([[16, True], [None, 2]], 0)),
     ],
 )
-def test_a_pattern_that_cannot_be_is_refused_by_its_setting(setting: str, make: st.SearchStrategy) -> None:
+def test_a_pattern_that_cannot_be_is_rejected_by_its_setting(setting: str, make: st.SearchStrategy) -> None:
     with pytest.raises(PatternError, match=f"^{setting}="):
         make()
 

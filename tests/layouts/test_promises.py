@@ -97,7 +97,7 @@ def test_a_window_is_completed_by_the_layers_beside_it() -> None:
     assert report.runs[0].union.complete
 
 
-def test_a_window_alone_is_refused_with_what_helps_it() -> None:
+def test_a_window_alone_is_rejected_with_what_helps_it() -> None:
     alone = make_hybrid("DWDS", num_layers=4, num_heads=4, stride=4, patterns={"W": WINDOW})
     with pytest.raises(ConfigError) as error:
         check_coverage(alone, 1024, LayoutConfig())
@@ -107,7 +107,7 @@ def test_a_window_alone_is_refused_with_what_helps_it() -> None:
     assert "schedule.dense_heads=1" in error.value.remedy
 
 
-def test_a_stripe_too_wide_beside_a_window_is_refused_by_itself() -> None:
+def test_a_stripe_too_wide_beside_a_window_is_rejected_by_itself() -> None:
     hybrid = make_hybrid("DSW", num_layers=3, num_heads=4, stride=8, patterns={"W": WINDOW})
     with pytest.raises(ConfigError, match=r"layer 1 \(local 2, stride 8\)"):
         check_coverage(hybrid, 1024, LayoutConfig())

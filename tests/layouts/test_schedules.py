@@ -76,7 +76,7 @@ def test_strided_offsets_spread_evenly_over_the_stride(heads: int, stride: int) 
         assert max(counts) - min(counts) <= 1
 
 
-def test_an_unknown_kind_is_refused_with_the_nearest_name() -> None:
+def test_an_unknown_kind_is_rejected_with_the_nearest_name() -> None:
     with pytest.raises(ConfigError, match=r"schedule.kind=shiffted: .* Did you mean shifted\?"):
         find_schedule(ScheduleConfig("shiffted"))
 
@@ -108,17 +108,17 @@ def test_explicit_lists_a_sparse_layer_are_repeated() -> None:
         ([-1, 0], "out of range"),
     ],
 )
-def test_offsets_that_cannot_be_are_refused(given: Any, telling: str) -> None:
+def test_offsets_that_cannot_be_are_rejected(given: Any, telling: str) -> None:
     with pytest.raises(ConfigError, match=rf"^schedule.offsets.*{telling}"):
         explicit(given, 2, 4)
 
 
-def test_offsets_of_another_kind_are_refused() -> None:
+def test_offsets_of_another_kind_are_rejected() -> None:
     with pytest.raises(ConfigError, match=r"^schedule.offsets=.*schedule.kind=explicit"):
         find_schedule(ScheduleConfig("shifted", [0, 1]))
 
 
-def test_lists_that_do_not_divide_the_sparse_layers_are_refused() -> None:
+def test_lists_that_do_not_divide_the_sparse_layers_are_rejected() -> None:
     rows = [[0, 1], [2, 3]]
     assert make_hybrid("DSS", num_layers=6, num_heads=2, kind="explicit", offsets=rows)
     with pytest.raises(ConfigError, match=r"schedule.offsets.*3 sparse layers"):

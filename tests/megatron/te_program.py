@@ -13,7 +13,7 @@ from tests.megatron import fake_transformer_engine
 def main() -> None:
     """One run."""
     cfg = compose_run(sys.argv[1:])
-    # Not `check`: it refuses transformer-engine on a CPU.
+    # Not `check`: it rejects transformer-engine on a CPU.
     plan = preview(cfg, int(os.environ.get("WORLD_SIZE", "1")), detect_own())
     from s2train.training.run import run
 

@@ -91,6 +91,6 @@ def test_the_parts_of_a_rank_keep_each_pair_of_its_queries_once() -> None:
         assert remote.sum((1, 2)).equal(mine.sum((1, 2)))
 
 
-def test_blocks_that_cannot_be_dealt_are_refused() -> None:
+def test_blocks_that_cannot_be_dealt_are_rejected() -> None:
     with pytest.raises(ValueError, match="a multiple of 8 blocks"):
         exchange_plan(random_layout(2, 12), 1, 0, 4)

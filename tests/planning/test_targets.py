@@ -32,7 +32,7 @@ def test_a_name_may_leave_the_memory_out_where_one_gpu_has_it() -> None:
         target_gpu("a100")
 
 
-def test_an_unknown_gpu_is_refused_with_the_nearest_and_the_others() -> None:
+def test_an_unknown_gpu_is_rejected_with_the_nearest_and_the_others() -> None:
     with pytest.raises(ConfigError, match=r"plan.device=h100-80: .*plan.device=h100-80gb\? There are a100-40gb, "):
         target_gpu("h100-80")
 
@@ -55,7 +55,7 @@ def test_settings_out_of_their_range_are_rejected_before_they_are_divided_by(set
         planned_for(compose_run(["+model=7b_hybrid", *settings]), 1)
 
 
-def test_a_gpu_without_fp8_is_refused_where_fp8_is_asked_for() -> None:
+def test_a_gpu_without_fp8_is_rejected_where_fp8_is_asked_for() -> None:
     with pytest.raises(ConfigError, match=r"fp8=hybrid: NVIDIA A100.* below 8.9"):
         plan_of("+model=1b_hybrid", "plan.device=a100-80gb", "fp8=hybrid")
     assert "transformer-engine's layers" in plan_of("+model=1b_hybrid", "plan.device=h100-80gb", "fp8=hybrid")

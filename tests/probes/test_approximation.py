@@ -81,5 +81,5 @@ def test_layers_of_a_trained_model_are_replaced_and_a_rerun_adds_what_is_missing
     assert sampled != pytest.approx(unchanged, rel=1e-6)
     assert metrics(tmp_path / "run")[-1]["held_out_loss"] == pytest.approx(unchanged, rel=0.2)
     assert (tmp_path / "grid.png").stat().st_size > 1000
-    refused = run(*command, "4", "--last", "1", "--length", "64", processes=0)
-    assert "measured with another length" in error_line(refused)
+    rejected = run(*command, "4", "--last", "1", "--length", "64", processes=0)
+    assert "measured with another length" in error_line(rejected)

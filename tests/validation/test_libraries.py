@@ -102,7 +102,7 @@ def test_a_cpu_has_none_of_them(setting: str, value: str) -> None:
     assert "CUDA" in error.problem
 
 
-def test_flash_attention_4_is_refused_on_a_gpu_or_head_that_it_has_no_kernels_for() -> None:
+def test_flash_attention_4_is_rejected_on_a_gpu_or_head_that_it_has_no_kernels_for() -> None:
     assert "8.0 is not Hopper's" in rejection(A100, dense_attention="fa4").problem
     assert "head dimension 260" in rejection(H100, dense_attention="fa4", model__head_dim=260).problem
 

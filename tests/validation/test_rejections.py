@@ -269,7 +269,7 @@ def test_wsd_needs_the_length_of_its_decay() -> None:
 
 
 @pytest.mark.parametrize("backend", ["triton", "portable"])
-def test_triton_is_refused_where_there_is_no_gpu(backend: str) -> None:
+def test_triton_is_rejected_where_there_is_no_gpu(backend: str) -> None:
     assert check(config(attention_backend=backend), 1, GPU)
     with pytest.raises(ConfigError, match="attention_backend=auto"):
         check(config(attention_backend=backend), 1, CPU)
@@ -318,7 +318,7 @@ def applied(cfg: PretrainConfig, settings: dict[str, str]) -> PretrainConfig:
 
 
 @pytest.mark.parametrize("memory", [13, 9, 6.5, 5.5, 4.5])
-def test_a_run_that_does_not_fit_is_refused_with_settings_that_do(memory: float) -> None:
+def test_a_run_that_does_not_fit_is_rejected_with_settings_that_do(memory: float) -> None:
     cfg = config(train__seq_length=65536, parallel=ParallelConfig(distributed_optimizer=False))
     small = replace(GPU, memory=int(memory * GIB))
     with pytest.raises(ConfigError) as rejection:

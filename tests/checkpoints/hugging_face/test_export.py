@@ -179,8 +179,8 @@ def test_an_imported_llama_gives_its_logits_and_comes_back_as_it_was(tmp_path: P
     assert not found[..., VOCABULARY:].any()
 
     back_as = [f"checkpoint={tmp_path / 'run'}", f"output={tmp_path / 'back'}", "vocab_size=272"]
-    refused = run("export.py", *back_as, processes=0)  # the Llama came without
-    assert error_line(refused).startswith(f"error: tokenizer={tmp_path / 'run' / 'tokenizer.json'}: no such file. Set")
+    rejected = run("export.py", *back_as, processes=0)  # the Llama came without
+    assert error_line(rejected).startswith(f"error: tokenizer={tmp_path / 'run' / 'tokenizer.json'}: no such file. Set")
     done = run("export.py", *back_as, "tokenizer=bytes", processes=0)
     assert done.status == 0, done.err
     back, there = (S2ForCausalLM.from_folder(str(folder)).state_dict() for folder in (tmp_path / "back", llama))
@@ -247,16 +247,16 @@ def test_a_hybrid_run_starts_from_an_imported_llama(tmp_path: Path, processes: i
         ({"s2train": {"layout": {"layer": "D"}, "schedule": {}}}, ["settings that can't be read", "layer"]),
     ],
 )
-def test_what_is_no_plain_llama_is_refused(tmp_path: Path, changed: dict[str, Any], words: list[str]) -> None:
+def test_what_is_no_plain_llama_is_rejected(tmp_path: Path, changed: dict[str, Any], words: list[str]) -> None:
     from s2train.checkpoints.hugging_face.importing import import_llama
     from s2train.config import ImportConfig
     from s2train.errors import ConfigError
 
     llama = write_llama(tmp_path / "llama", **changed)
-    with pytest.raises(ConfigError) as refused:
+    with pytest.raises(ConfigError) as rejected:
         import_llama(ImportConfig(str(llama), str(tmp_path / "run"), conf=str(tmp_path / "conf")))
-    assert str(refused.value).startswith(f"weights={llama}: ")
-    assert all(word in str(refused.value) for word in words), str(refused.value)
+    assert str(rejected.value).startswith(f"weights={llama}: ")
+    assert all(word in str(rejected.value) for word in words), str(rejected.value)
     assert not (tmp_path / "run").exists()
     assert not (tmp_path / "conf").exists()
 
@@ -291,14 +291,14 @@ def test_a_hybrid_goes_out_and_comes_back_and_trains_on(tmp_path: Path) -> None:
     assert went_on.model == replace(began.model, name="start", head_dim=16, init_std=went_on.model.init_std)
 
 
-def test_a_run_of_another_shape_than_the_imported_is_refused(tmp_path: Path) -> None:
+def test_a_run_of_another_shape_than_the_imported_is_rejected(tmp_path: Path) -> None:
     llama = write_llama(tmp_path / "llama")
     assert import_weights(llama, tmp_path / "start").status == 0
-    refused = run(
+    rejected = run(
         "pretrain.py", *SMALL, f"run_dir={tmp_path / 'run'}", f"checkpoint.resume={tmp_path / 'start'}", processes=0
     )  # fmt: skip
-    assert error_line(refused).startswith("error: model.rotary_base=10000: ")
-    assert "was trained with model.rotary_base=5000. Set that value" in error_line(refused)
+    assert error_line(rejected).startswith("error: model.rotary_base=10000: ")
+    assert "was trained with model.rotary_base=5000. Set that value" in error_line(rejected)
     existing = import_weights(llama, tmp_path / "start")
     assert error_line(existing).startswith(f"error: output={tmp_path / 'start'}: it exists")
     missing = run("export.py", "checkpoint=nowhere", f"output={tmp_path / 'out'}", processes=0)

@@ -87,7 +87,7 @@ def test_token_masks_are_the_kernels() -> None:
     assert torch.equal(found, true_token_mask(layer.block_layout(length), length, length, causal=True)[:, first:])
 
 
-def test_a_pattern_that_the_file_does_not_know_is_refused() -> None:
+def test_a_pattern_that_the_file_does_not_know_is_rejected() -> None:
     class Own(Dense):
         pass
 

@@ -98,7 +98,7 @@ class FixedCache(Cache):
         ({"labels": torch.ones(2, PROMPT, dtype=torch.int64), "logits_to_keep": 1}, "leave logits_to_keep out"),
     ],
 )
-def test_what_it_would_have_to_overlook_is_refused(
+def test_what_it_would_have_to_overlook_is_rejected(
     model: S2ForCausalLM, tokens: Tensor, arguments: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(ValueError, match=words):
@@ -237,6 +237,6 @@ def test_transformers_generates_with_and_without_a_cache_what_the_model_does(tmp
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found.pop("static cache") in ("equal", "refused")
+    assert found.pop("static cache") in ("equal", "rejected")
     cases = ["with a cache", "without", "a cache by hand", "saved again", "padded", "sampled", "beams"]
     assert found == dict.fromkeys(cases, "equal")

@@ -45,7 +45,7 @@ def test_what_is_written_is_read_from_one_file_or_several(tmp_path: Path, shard_
     assert all(torch.equal(folder.read(name), weight) for name, weight in weights.items())
 
 
-def test_a_damaged_folder_is_refused(tmp_path: Path) -> None:
+def test_a_damaged_folder_is_rejected(tmp_path: Path) -> None:
     _, weights = random_llama()
     with pytest.raises(ConfigError, match=r"weights=.*config\.json can't be read"):
         WeightsFolder(tmp_path, "weights")

@@ -39,7 +39,7 @@ def main() -> None:
     try:
         answers["static cache"] = token_text(model.generate(prompt, cache_implementation="static", **options))
     except ValueError as error:
-        answers["static cache"] = "refused" if "a cache that grows" in str(error) else str(error)
+        answers["static cache"] = "rejected" if "a cache that grows" in str(error) else str(error)
     cache, new, tokens = DynamicCache(), prompt, prompt
     for _ in range(NEW):
         new = model(new, past_key_values=cache).logits[:, -1:].argmax(-1)
