@@ -44,8 +44,11 @@ LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 
 def imported_rooms(path: Path) -> Iterator[str]:
     for node in ast.walk(ast.parse(path.read_text())):
-        names = [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
-        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            assert not node.level or "kernels" in path.parts, f"{path}: import by the whole name"
+            module = node.module or ""
+            names += [f"s2train.{alias.name}" for alias in node.names] if module == "s2train" else [module]
         yield from (name.split(".")[1] for name in names if name.startswith("s2train."))
 
 

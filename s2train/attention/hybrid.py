@@ -6,10 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from s2train.attention.dense import DenseKind
 from s2train.attention.kind import AttentionKind, KindContext, LayerLayout
-from s2train.attention.registry import LETTERS, kinds_of
-from s2train.attention.s2 import S2Kind
+from s2train.attention.registry import LETTERS, OF_PATTERNS_ALONE, kinds_of
 from s2train.config import LayoutConfig, ScheduleConfig
 from s2train.errors import ConfigError
 from s2train.kernels.layout import BLOCK_SIZES
@@ -19,8 +17,6 @@ from s2train.layouts.schedules import Schedule, dense_head_numbers, find_schedul
 
 _GROUP = re.compile(r"(?P<runs>(?:[A-Z][0-9]*)+)(?:x(?P<repeat>[0-9]+))?")
 _RUN = re.compile(r"([A-Z])([0-9]*)")
-# Core attentions that compute the softmax over what a layer keeps, and nothing else.
-_OF_PATTERNS_ALONE = frozenset({DenseKind.core_attention, S2Kind.core_attention})
 
 
 def parse_layers(text: str, num_layers: int, kinds: Mapping[str, AttentionKind] = LETTERS) -> tuple[str, ...]:
@@ -144,7 +140,7 @@ def build_hybrid_layout(
                 raise ConfigError("schedule.placement", "balanced", problem, "Set schedule.placement=as_is.")
             layer = replace(layer, bound=place_balanced(heads, num_query_groups))
         # A layer that keeps everything is dense attention, by whatever letter, unless its kind computes otherwise.
-        is_plain = layer.is_dense and kind.core_attention in _OF_PATTERNS_ALONE
+        is_plain = layer.is_dense and kind.core_attention in OF_PATTERNS_ALONE
         layers.append(replace(layer, kind=LETTERS["D"]) if is_plain else layer)
         sparse_layers += layer.is_static and not layer.is_dense
     if sparse_layers % found.rows:

@@ -11,6 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from s2train.attention.block_selection import BlockSelectionKind
 from s2train.attention.dense import DenseKind, DenseSettings
+from s2train.attention.features import Feature
 from s2train.attention.hyper import HyperKind
 from s2train.attention.kind import AttentionKind
 from s2train.attention.s2 import S2Kind, S2Settings
@@ -21,6 +22,9 @@ from s2train.layouts.patterns.registry import read_pattern, with_defaults
 Kind = TypeVar("Kind", bound=type[AttentionKind])
 
 KINDS: dict[str, type[AttentionKind]] = {kind.name: kind for kind in (DenseKind, S2Kind, BlockSelectionKind, HyperKind)}
+
+# Core attentions that compute the softmax over what a layer keeps, and nothing else.
+OF_PATTERNS_ALONE = frozenset({DenseKind.core_attention, S2Kind.core_attention})
 
 # The letters that need no declaration, as a run without settings has them.
 LETTERS: dict[str, AttentionKind] = {
@@ -33,12 +37,25 @@ def register(kind: Kind) -> Kind:
     """Add a kind from elsewhere, such as a test; usable as a decorator.
 
     Raises:
+        TypeError: a class attribute is missing, or the kind lists a feature that it can't have.
         ValueError: another kind has its name.
     """
+    _check_class(kind)
     if KINDS.get(kind.name, kind) is not kind:
         raise ValueError(f"{kind.__module__}.{kind.__name__}: another kind is named {kind.name}; choose another name")
     KINDS[kind.name] = kind
     return kind
+
+
+def _check_class(kind: type[AttentionKind]) -> None:
+    where = f"{kind.__module__}.{kind.__name__}"
+    wanted = ("name", "settings_type", "core_attention", "data_dependent", "counts_exactly")
+    if missing := [name for name in wanted if not hasattr(kind, name)]:
+        raise TypeError(f"{where}: set the class attribute{'s' * (len(missing) > 1)} {', '.join(missing)}")
+    if Feature.PICTURES in kind.features and kind.data_dependent:
+        raise TypeError(f"{where}: the data choose what it reads, so leave out Feature.PICTURES")
+    if Feature.EXPORT in kind.features and kind.core_attention not in OF_PATTERNS_ALONE:
+        raise TypeError(f"{where}: an export holds patterns of softmax attention alone, so leave out Feature.EXPORT")
 
 
 def kinds_of(layout: LayoutConfig) -> dict[str, AttentionKind]:

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 RULER_THRESHOLD = 0.856  # score of Llama2-7B at 4k tokens, which RULER requires of an effective length
-_Z = 1.959963984540054  # two-sided 95 % of a normal distribution
+Z_95 = 1.959963984540054  # two-sided 95 % of a normal distribution
 
 
 def wilson_interval(correct: int, trials: int) -> tuple[float, float]:
@@ -13,9 +13,9 @@ def wilson_interval(correct: int, trials: int) -> tuple[float, float]:
 
     Unlike simpler intervals, it has a width at 0 and 1 too.
     """
-    share, spread = correct / trials, _Z**2 / trials
+    share, spread = correct / trials, Z_95**2 / trials
     middle = (share + spread / 2) / (1 + spread)
-    half = _Z / (1 + spread) * math.sqrt(share * (1 - share) / trials + spread / (4 * trials))
+    half = Z_95 / (1 + spread) * math.sqrt(share * (1 - share) / trials + spread / (4 * trials))
     return middle - half if correct else 0.0, middle + half if correct < trials else 1.0
 
 

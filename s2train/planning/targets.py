@@ -5,12 +5,11 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from s2train.config import PretrainConfig
+from s2train.costs.memory import GIB
 from s2train.environment.hardware import Hardware, detect_own, gpu_rates
 from s2train.errors import ConfigError
 from s2train.validation.division import smallest_world
 from s2train.validation.values import check_values
-
-_GIB = 1024**3
 
 
 class Target(NamedTuple):
@@ -55,7 +54,7 @@ def target_gpu(name: str) -> Hardware:
         remedy = f"Did you mean {' or '.join(f'plan.device={known}' for known in near)}? There are {', '.join(NAMES)}"
         raise ConfigError("plan.device", name, problem, remedy)
     target = _TARGETS[found[0]]
-    return Hardware(target.name, "cuda", int(target.memory * _GIB), gpu_rates(target.name), target.capability)
+    return Hardware(target.name, "cuda", int(target.memory * GIB), gpu_rates(target.name), target.capability)
 
 
 def rates_basis(hardware: Hardware) -> str:

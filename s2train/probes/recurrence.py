@@ -16,11 +16,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from s2train.needles.scores import Z_95
 from s2train.probes.documents import Document, Occurrence
 
 MOST_OCCURRENCES = 16  # in its document, of a rare identifier
 EDGES = (0, 64, 256, 1024, 4096, 16384, 65536, 262144)  # tokens
-_Z = 1.959963984540054  # two-sided 95 % of a normal distribution
 
 Logits = Callable[[Tensor], Tensor]  # int64 [1, s] -> [1, s, vocabulary]
 
@@ -117,5 +117,5 @@ def by_distance(found: Sequence[Recurrence]) -> list[dict[str, Any]]:
 def _mean(name: str, values: Sequence[float]) -> dict[str, Any]:
     """A mean and its interval; a single value has none."""
     mean = float(np.mean(values))
-    half = _Z * float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else None
+    half = Z_95 * float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else None
     return {name: mean, f"{name}_interval": None if half is None else [mean - half, mean + half]}

@@ -11,7 +11,7 @@ import torch
 from s2train.attention.dense import DenseKind, DenseSettings
 from s2train.attention.features import Feature
 from s2train.attention.hybrid import build_hybrid_layout
-from s2train.attention.kind import HeadsOf, StaticKind
+from s2train.attention.kind import DataDependentKind, HeadsOf, StaticKind
 from s2train.attention.registry import KINDS, register
 from s2train.checkpoints.folders import write_config
 from s2train.checkpoints.hugging_face import exporting
@@ -201,6 +201,24 @@ def test_a_static_kind_that_computes_otherwise_stays_its_own_where_it_keeps_ever
     assert make_plan(cfg, hybrid_layout(cfg), 1, CPU).letters == "DTDT"
     with pytest.raises(ConfigError, match=r"capped attention \(letter T\) doesn't support recomputation"):
         check(config("capped", "train.recompute=selective"), 1, CPU)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"features": frozenset({Feature.PICTURES})}, "the data choose what it reads"),
+        ({"features": frozenset({Feature.EXPORT})}, "an export holds patterns of softmax attention alone"),
+    ],
+)
+def test_a_kind_can_not_promise_what_would_be_wrong(change: dict[str, Any], problem: str) -> None:
+    with pytest.raises(TypeError, match=problem):
+        register(type("Promising", (ToyKind,), {"name": "promising", **change}))
+    assert "promising" not in KINDS
+
+
+def test_a_kind_sets_all_class_attributes() -> None:
+    with pytest.raises(TypeError, match=r"Nameless: set the class attributes name, settings_type"):
+        register(type("Nameless", (DataDependentKind,), {}))
 
 
 def test_a_kind_can_not_take_the_name_of_another() -> None:
