@@ -43,7 +43,9 @@ def last_queries(pattern: Pattern, num_blocks: int) -> Tensor:
 
 
 def live_blocks(heads: Iterable[Pattern], num_blocks: int) -> Tensor:
-    """Count a KV head's live key blocks for each query block: int64 [num_blocks].
+    """Count a KV head's live key blocks for each query block.
+
+    The result is int64 [num_blocks].
 
     Args:
         heads: the query heads of its group.
@@ -112,9 +114,10 @@ def _sum_over_time(layers: Iterable[LayerLayout], num_query_groups: int, seq_len
 
 
 def _tokens(group: frozenset[Pattern], layer: LayerLayout, seq_length: int) -> tuple[Tensor, int]:
-    """Count tokens held at each query block's end, and read by the last position.
+    """Count the tokens that a KV head's cache holds and reads.
 
-    The first result is int64 [num_blocks].
+    The first result, int64 [num_blocks], counts tokens held at the end of each query block; the second, those that the
+    last position reads.
     """
     num_blocks = layer.num_blocks(seq_length)
     newest = torch.full((num_blocks,), layer.block_size)

@@ -64,7 +64,9 @@ def optimizer_bytes(cfg: PretrainConfig) -> int:
 
 
 def offloaded_bytes(cfg: PretrainConfig, parameters: int, world_size: int) -> int:
-    """Return bytes of host memory that a rank's offloaded optimizer takes: moments, and fp32 weights and gradients.
+    """Return bytes of host memory that a rank's offloaded optimizer takes.
+
+    They hold moments, and fp32 weights and gradients.
 
     Args:
         parameters: of the rank.
@@ -194,10 +196,10 @@ def kind_activations(cfg: PretrainConfig, layer: LayerLayout) -> int:
 
 
 def gathered_projection(cfg: PretrainConfig) -> int:
-    """Return bytes of the QKV projection's output that ranks gather if they share KV heads, else 0.
+    """Return bytes of the QKV projection's output that ranks gather.
 
-    Counts the heads of all ranks and this rank's own part, for the tokens of a micro batch. Its gradient has the same
-    size in the backward pass.
+    The result is 0 unless ranks share KV heads. It counts the heads of all ranks and this rank's own part, for the
+    tokens of a micro batch. The gradient has the same size in the backward pass.
     """
     model, train, parallel = cfg.model, cfg.train, cfg.parallel
     if parallel.tp <= model.num_query_groups:

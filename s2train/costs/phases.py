@@ -1,4 +1,4 @@
-"""FLOPs of a run's phases: while kinds of attention warm up, while the trunk is frozen, and afterwards."""
+"""FLOPs of a run's phases: attention warm-up, frozen trunk, and the rest."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,7 +28,10 @@ class Phase:
 
 
 def phases(cfg: PretrainConfig, hybrid: HybridLayout) -> tuple[Phase, ...]:
-    """Return the phases of a run, first to last; one alone if nothing differs."""
+    """Return the phases of a run, first to last.
+
+    If nothing differs, the run is one phase.
+    """
     steps, frozen = cfg.train.steps, cfg.train.freeze_trunk_steps
     ends = {min(steps, end) for end in (frozen, steps, *(layer.kind.warm_up_steps() for layer in hybrid.layers))}
     found, first = [], 1
@@ -48,7 +51,10 @@ def mean_flops(of_run: Sequence[Phase], first: int, last: int) -> float:
 
 
 def _more(cfg: PretrainConfig, hybrid: HybridLayout, last: int) -> float:
-    """FLOPs per token that warm-ups cost beyond the layers' usual attention, in the phase that ends at `last`."""
+    """Count the FLOPs per token that warm-ups add in a phase.
+
+    They are added to the layers' usual attention, in the phase that ends at step `last`.
+    """
     length, shape, more = cfg.train.seq_length, attention_shape(cfg.model), 0.0
     for layer in hybrid.layers:
         if (kind := layer.kind).warm_up_steps() >= last:

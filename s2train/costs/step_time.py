@@ -234,9 +234,9 @@ class _Model:
         )
 
     def sends(self) -> StepTime:
-        """Return a micro batch's time to send and receive activations of a model chunk.
+        """Return a micro batch's time to send and receive activations.
 
-        Their gradients are included.
+        The activations are those of a model chunk; their gradients are included.
         """
         cfg = self.cfg
         if cfg.parallel.pp == 1:
@@ -272,10 +272,12 @@ class _Model:
         )
 
     def _exposed(self, nbytes: float, beside: float, overlaps: bool) -> float:
-        """Return the seconds that data parallel ranks add to a step to move `nbytes`.
+        """Return the seconds that moving `nbytes` adds to a step.
+
+        Data parallel ranks exchange these bytes.
 
         Args:
-            beside: seconds of the work beside which they can be moved.
+            beside: seconds of the work during which they can be moved.
             overlaps: whether they are moved during computation.
         """
         parallel = self.cfg.parallel
@@ -347,7 +349,10 @@ class _Model:
         return self.tokens * self.cfg.model.hidden_size * 2 * (tp - 1) / tp / self._speed(tp)
 
     def _shared_projection(self) -> float:
-        """Return seconds to gather the QKV projection's output, if ranks share KV heads; its backward takes as long."""
+        """Return seconds to gather the QKV projection's output.
+
+        Ranks gather it only if they share KV heads. The backward pass takes the same time.
+        """
         model, tp = self.cfg.model, self.cfg.parallel.tp
         if tp <= model.num_query_groups:
             return 0.0

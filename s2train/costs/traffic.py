@@ -100,7 +100,9 @@ def _walked(pattern: Pattern, layer: LayerLayout, seq_length: int) -> tuple[int,
 
 
 def _seen_in_twos(pattern: Pattern, kept: Tensor) -> Tensor:
-    """Count key blocks that query block 2t or 2t + 1 keeps: int64 [ceil(n / 2)].
+    """Count key blocks that query block 2t or 2t + 1 keeps.
+
+    The result is int64 [ceil(n / 2)].
 
     Args:
         kept: int64 [n], the number that each query block keeps.
