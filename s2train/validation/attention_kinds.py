@@ -1,4 +1,7 @@
-"""Rejects a run or a program that asks something of a kind of attention which it doesn't support."""
+"""Rejects features that a kind of attention doesn't support.
+
+The features are those that a run or a program asks for.
+"""
 
 from collections.abc import Iterator
 from dataclasses import fields
@@ -16,7 +19,7 @@ from s2train.errors import ConfigError
 
 
 def check_kinds(cfg: PretrainConfig, hybrid: HybridLayout, hardware: Hardware) -> None:
-    """Check that every kind of the layout supports what the run asks for.
+    """Check that the layout's kinds support what the run asks for.
 
     Raises:
         ConfigError: a kind lacks a feature that a setting asks for, or rejects the settings itself.
@@ -66,7 +69,10 @@ def require_tensor_parallel(hybrid: HybridLayout, tp: int, setting: str) -> None
 
 
 def _asked(cfg: PretrainConfig, hardware: Hardware) -> Iterator[tuple[Feature, str, object, str]]:
-    """The features that a run's settings ask for: setting, value, and how to do without."""
+    """Yield the features that a run's settings ask for.
+
+    Each comes with the setting, its value, and how to do without the feature.
+    """
     parallel, train = cfg.parallel, cfg.train
     for name, feature in (("pp", Feature.PIPELINE_PARALLEL), ("cp", Feature.CONTEXT_PARALLEL)):
         if (ranks := getattr(parallel, name)) > 1:
@@ -88,7 +94,7 @@ def _asked(cfg: PretrainConfig, hardware: Hardware) -> Iterator[tuple[Feature, s
 
 
 def _check_loss_weights(kind: AttentionKind) -> None:
-    """Whether the weights of the kind's auxiliary losses are finite and 0 or more."""
+    """Check that weights of the kind's auxiliary losses are finite and nonnegative."""
     for name, weight in kind.columns().items():
         if weight is None or (isfinite(weight) and weight >= 0):
             continue

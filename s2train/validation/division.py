@@ -88,14 +88,22 @@ def check_tensor_parallel(model: ModelConfig, tp: int, setting: str) -> None:
 
 
 def check_one_model(tp: int, world_size: int) -> None:
-    """Raise ConfigError on `tp` unless all processes of a job share one model."""
+    """Reject `tp` unless all processes of the job share one model.
+
+    Raises:
+        ConfigError: `tp` is not the number of processes.
+    """
     if tp != world_size:
         problem = f"does not equal the {world_size} processes of this job"
         raise ConfigError("tp", tp, problem, f"Set tp={world_size}, or start {tp} processes")
 
 
 def check_whole_models(tp: int, world_size: int) -> None:
-    """Raise ConfigError on `tp` unless the processes of a job hold whole models."""
+    """Reject `tp` unless the processes of the job hold whole models.
+
+    Raises:
+        ConfigError: `tp` is below 1, or doesn't divide the number of processes.
+    """
     if tp < 1 or world_size % tp:
         remedy = f"Use a divisor of {world_size}, or start more processes with torchrun --nproc-per-node"
         raise ConfigError("tp", tp, f"does not divide the {world_size} processes of this job", remedy)
@@ -210,7 +218,7 @@ def _check_world(cfg: PretrainConfig, world_size: int) -> None:
 
 
 def _check_ramp_up(cfg: PretrainConfig, dp: int) -> None:
-    """Check that all batches of a ramp-up divide over `dp` ranks and their micro batches."""
+    """Check that all ramp-up batches divide into micro batches of `dp` ranks."""
     train, name = cfg.train, "train.rampup_batch_size"
     ramp = train.rampup_batch_size
     if ramp is None:

@@ -55,7 +55,9 @@ def check_offload(cfg: PretrainConfig, hardware: Hardware) -> None:
 
 
 def check_options(cfg: PretrainConfig) -> None:
-    """Check that Megatron has the settings of `optim.options`, which imports it, and what an offload needs.
+    """Check `optim.options` against Megatron's settings, and what an offload needs.
+
+    If there are options, this imports Megatron.
 
     Raises:
         ConfigError: the installed version has no such setting, or rejects a value; transformer-engine is missing.

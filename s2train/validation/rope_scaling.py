@@ -50,7 +50,10 @@ def check_rope_scaling(model: ModelConfig, cp: int = 1) -> None:
 
 
 def _check_range(model: ModelConfig, scaling: RopeScalingConfig) -> None:
-    """Reject YaRN where every frequency is a fast one: its formula would then divide all instead of keeping all."""
+    """Reject YaRN where every frequency is a fast one.
+
+    Its formula would then divide all frequencies instead of keeping all.
+    """
     assert scaling.original_length is not None
     assert scaling.beta_fast is not None
     rotated = int(head_dim(model) * model.rotary_percent)

@@ -38,7 +38,7 @@ class Length:
 
 
 def derive_steps(cfg: PretrainConfig, in_steps: Collection[str] = ()) -> None:
-    """Set the steps that follow from settings in tokens, rounded up to whole steps.
+    """Set the whole steps that follow from settings in tokens, rounded up.
 
     Args:
         in_steps: settings of `TOKENS_OF` that the command line sets in steps, and not only a model's file.
