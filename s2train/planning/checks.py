@@ -92,7 +92,7 @@ def _check_profiled_ranks(cfg: PretrainConfig, world_size: int) -> None:
 
 
 def check_attention_backend(name: str, hardware: Hardware) -> None:
-    """Check that there is such a backend of the attention op, and that it can run on `hardware`.
+    """Check that the attention op's backend exists and can run on `hardware`.
 
     Raises:
         ConfigError: an unknown name, or Triton without CUDA.
@@ -128,7 +128,10 @@ def preview(cfg: PretrainConfig, world_size: int, hardware: Hardware) -> Plan:
 
 
 def _hybrid(cfg: PretrainConfig, hardware: Hardware) -> HybridLayout:
-    """Build the layout; check it against the sequence, the features asked for, and the kernels."""
+    """Build the layout and check it.
+
+    The checks are against the sequence, the features that settings ask for, and the kernels.
+    """
     hybrid = hybrid_layout(cfg)
     check_blocks(cfg, hybrid)
     check_kinds(cfg, hybrid, hardware)

@@ -30,7 +30,7 @@ from s2train.validation.transformer_engine import check_fp8_settings
 
 @dataclass(frozen=True)
 class Candidate:
-    """A division with its predicted step and the memory of its fullest rank."""
+    """A division, its predicted step, and the memory of its fullest rank."""
 
     cfg: PretrainConfig
     gpus: int
@@ -126,7 +126,10 @@ def search(cfg: PretrainConfig, hybrid: HybridLayout, gpus: int, hardware: Hardw
 
 
 def can_divide(cfg: PretrainConfig, hybrid: HybridLayout, gpus: int, hardware: Hardware) -> bool:
-    """Return whether any division over `gpus` GPUs passes the checks, whatever memory it needs."""
+    """Return whether any division over `gpus` GPUs passes the checks.
+
+    The division may need any amount of memory.
+    """
     for divided in _divisions(cfg, gpus):
         for candidate in _recomputations(divided, micro=1):
             with suppress(ConfigError):
@@ -145,7 +148,10 @@ def _check(cfg: PretrainConfig, hybrid: HybridLayout, gpus: int, hardware: Hardw
 
 
 def _divisions(cfg: PretrainConfig, gpus: int) -> Iterator[PretrainConfig]:
-    """Yield the model divided by each tp, pp and cp, and by both ways to split a pipeline."""
+    """Yield the model divided by each tp, pp and cp.
+
+    Each pipeline is split in both ways, evenly and by cost.
+    """
     divisors = [size for size in range(1, gpus + 1) if gpus % size == 0]
     for tp in (size for size in divisors if size <= GPUS_PER_MACHINE):
         for pp in (size for size in divisors if gpus % (tp * size) == 0 and size <= cfg.model.num_layers):
@@ -162,9 +168,9 @@ def _recomputations(cfg: PretrainConfig, micro: int) -> Iterator[PretrainConfig]
 
 
 def _best_splits(candidates: list[Candidate], room: int) -> list[Candidate]:
-    """Keep one way to split each pipeline: the fastest that fits, otherwise the fastest.
+    """Keep one way to split each pipeline.
 
-    The candidates are sorted by time.
+    It is the fastest that fits; if none fits, the fastest. The candidates are sorted by time.
     """
     kept: dict[tuple[object, ...], Candidate] = {}
     for candidate in candidates:

@@ -14,7 +14,9 @@ from s2train.validation.division import check_division
 
 @dataclass(frozen=True)
 class MemoryBudget:
-    """A device's memory, and what a run's memory depends on besides its settings.
+    """A device's memory, and what a run's memory depends on.
+
+    The run's settings, on which it depends too, are given to each method.
 
     Attributes:
         costs: FLOPs of the layers, which divide them into pipeline stages.
@@ -34,7 +36,7 @@ class MemoryBudget:
         return rank_memory(cfg, self.hybrid, world_size, stages, self.layouts, self.hardware.kind, self.impl)
 
     def total_if_divisible(self, cfg: PretrainConfig, world_size: int) -> int | None:
-        """Return the bytes of the fullest rank; None if the run can't be divided so."""
+        """Return the fullest rank's bytes; None if the run can't be divided."""
         try:
             check_division(cfg, world_size)
         except ConfigError:

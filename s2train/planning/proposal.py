@@ -1,4 +1,7 @@
-"""Proposes how to divide a model over GPUs, or says why it can't be."""
+"""Proposes how to divide a model over GPUs.
+
+If no division is possible, it says why.
+"""
 
 from collections import Counter
 from dataclasses import replace
@@ -65,7 +68,10 @@ def _number(cfg: PretrainConfig) -> int:
 
 
 def _undivided(cfg: PretrainConfig) -> PretrainConfig:
-    """Leave out the division that the model's file sets, which would limit the search."""
+    """Leave out the division that the model's file sets.
+
+    It would limit the search.
+    """
     parallel = replace(cfg.parallel, tp=1, pp=1, cp=1, vpp=None, sequence_parallel=False)
     return replace(cfg, parallel=parallel)
 
@@ -84,7 +90,7 @@ def _check_predictable(cfg: PretrainConfig, hybrid: HybridLayout, hardware: Hard
 
 
 def _impossible(found: Search, hybrid: HybridLayout) -> ConfigError:
-    """Explain the rejection that is met most, and name the nearest number of GPUs that can be used."""
+    """Explain the most frequent rejection, and name the nearest usable GPU count."""
     (often, _), *_ = Counter(error.setting for error in found.rejected).most_common(1)
     reason = next(error for error in found.rejected if error.setting == often)
     problem = f"no division is possible; one of {len(found.rejected)} rejections: {reason.setting}={reason.value}: "
@@ -96,7 +102,10 @@ def _impossible(found: Search, hybrid: HybridLayout) -> ConfigError:
 
 
 def _too_large(found: Search, hybrid: HybridLayout) -> ConfigError:
-    """Name the division that needs the least memory, and a number of GPUs that suffices."""
+    """Name the smallest division, and a number of GPUs that suffices.
+
+    The smallest division is the one that needs the least memory.
+    """
     least = min(found.too_large, key=lambda candidate: candidate.memory.total)
     over = (least.memory.total - found.room) / GIB
     problem = (

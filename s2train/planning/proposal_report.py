@@ -1,4 +1,7 @@
-"""Formats the divisions that a search found, best first, and why others lose."""
+"""Formats the divisions that a search found, and why others lose.
+
+The best division comes first.
+"""
 
 from collections.abc import Sequence
 
@@ -22,7 +25,10 @@ _COLUMNS = f"{'tp':>4}{'pp':>4}{'cp':>4}{'dp':>5}{'micro':>7}  {'recompute':<10}
 
 
 def format_proposal(found: Search) -> str:
-    """Format a search: the best divisions, faster ones that are too large, and the settings to paste."""
+    """Format a search: its divisions, and the settings to paste.
+
+    It shows the best divisions, and faster ones that are too large.
+    """
     cfg, best = found.cfg, found.fitting[0]
     planned = len(found.fitting) + len(found.too_large)
     lines = [
@@ -47,7 +53,10 @@ def format_proposal(found: Search) -> str:
 
 
 def why_slower(candidate: Candidate, best: Candidate) -> str:
-    """Name the parts of a step in which a division differs from the best; empty for the best itself."""
+    """Name the step's parts in which a division differs from the best.
+
+    The result is empty for the best itself.
+    """
     if candidate is best:
         return ""
     differences = {
@@ -61,7 +70,10 @@ def why_slower(candidate: Candidate, best: Candidate) -> str:
 
 
 def _by_cause(time: StepTime) -> dict[str, float]:
-    """Sum a step's parts by what users can change; computation is what a division slows or spreads unevenly."""
+    """Sum a step's parts by what users can change.
+
+    The part `compute` is computation that a division slows or spreads unevenly.
+    """
     found = dict.fromkeys(("compute", *_CAUSES.values()), 0.0)
     for name, seconds in time.parts().items():
         found[_CAUSES.get(name, "compute")] += seconds
@@ -77,7 +89,10 @@ def _best_of_divisions(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 
 def _too_large(found: Search) -> list[str]:
-    """Format settings that would be faster than the first, and divisions of which none fits."""
+    """Format settings and divisions that are too large.
+
+    The settings would be faster than the first; the divisions fit with no settings.
+    """
     best = found.fitting[0]
     lines = []
     faster = [candidate for candidate in found.too_large if candidate.seconds < best.seconds]

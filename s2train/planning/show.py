@@ -78,7 +78,10 @@ def _distinct_layers(hybrid: HybridLayout) -> list[tuple[LayerLayout, list[int]]
 
 
 def _forms(layer: LayerLayout) -> str:
-    """Describe a layer's heads, such as 2 × dense; 30 × local 8."""
+    """Describe the patterns of a layer's heads.
+
+    An example is 2 × dense; 30 × local 8.
+    """
     counts: dict[str, int] = {}
     for head in layer.heads:
         counts[head.form()] = counts.get(head.form(), 0) + 1
