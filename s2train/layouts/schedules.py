@@ -128,9 +128,9 @@ def find_schedule(settings: ScheduleConfig) -> Schedule:
 
 
 def _explicit(given: Any) -> Schedule:
-    """Make a schedule from listed offsets: one list, or one per sparse layer.
+    """Make a schedule from listed offsets.
 
-    The lists repeat over the sparse layers.
+    There is one list, or one per sparse layer. The lists repeat over the sparse layers.
     """
     rows = given if isinstance(given, list) and given and isinstance(given[0], list) else [given]
     for row in rows:

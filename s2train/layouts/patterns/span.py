@@ -47,7 +47,10 @@ class Span(Pattern):
 
 
 def union_counts(spans: list[Span], num_blocks: int) -> Tensor:
-    """Count the key blocks that any span keeps, per query block: int64 [num_blocks]."""
+    """Count the key blocks that any span keeps, per query block.
+
+    The result is int64 [num_blocks].
+    """
     window, query = widest(spans, num_blocks), torch.arange(num_blocks)
     before = (query + 1 - window).clamp(min=0)  # blocks before the widest window, of which the sinks are kept
     return query + 1 - before + before.clamp(max=max(span.sinks for span in spans))
