@@ -1,8 +1,8 @@
-"""Attention to key blocks that a scorer selects: MoBA, an index branch, SEA.
+"""Attention to key blocks that a scorer selects.
 
-They differ in the scorer alone. A query block reads its own block, the ones before it, the first ones, and the best of
-the complete blocks between, one list for each KV head. Its score is never of the block's own queries pooled: then later
-tokens would choose what earlier ones read.
+MoBA, an index branch and SEA differ in the scorer alone. A query block reads its own block, the ones before it, the
+first ones, and the best of the complete blocks between: one list for each KV head. The block's own queries are never
+pooled for its scores: otherwise later tokens would choose what earlier ones read.
 """
 
 from collections.abc import Mapping
@@ -50,7 +50,10 @@ class BlockSelectionSettings:
 
 
 class BlockSelectionKind(DataDependentKind):
-    """Top-k key blocks by score, of blocks that are complete before the query's block begins."""
+    """Selects the top-k earlier key blocks by score.
+
+    Candidates are blocks that are complete before the query's block begins.
+    """
 
     name = "block_selection"
     settings_type = BlockSelectionSettings

@@ -1,4 +1,7 @@
-"""Which far blocks no head sees: union coverage of the sparse layers, one by one and over their runs."""
+"""Finds the far blocks that no head sees.
+
+It counts the union coverage of each sparse layer and of each run of sparse layers.
+"""
 
 import itertools
 from collections.abc import Iterable, Sequence
@@ -17,7 +20,12 @@ from s2train.layouts.schedules import SCHEDULES
 
 @dataclass(frozen=True)
 class Coverage:
-    """Causal (query block, key block) pairs seen by at least one head, of all."""
+    """Share of causal block pairs that at least one head sees.
+
+    Attributes:
+        seen: (query block, key block) pairs that at least one head sees.
+        causal: all causal pairs.
+    """
 
     seen: int
     causal: int
@@ -33,7 +41,11 @@ class Coverage:
 
 @dataclass(frozen=True)
 class RunCoverage:
-    """Consecutive sparse layers `first` to `last` (counted from 0): each alone, and their union."""
+    """Coverage of consecutive sparse layers: each alone, and their union.
+
+    Attributes:
+        first, last: numbers of the first and last layer, counted from 0.
+    """
 
     first: int
     last: int
@@ -66,7 +78,10 @@ class CoverageReport:
     undefined: tuple[str, ...] = ()  # a line for each kind whose reads the data choose: which layers, and its name
 
     def format(self) -> str:
-        """Lines for a log: one for each sort of run, naming its layers."""
+        """Format the report for a log.
+
+        Runs with the same coverage share a line, which names their layers.
+        """
         head = f"coverage at {self.seq_length:,} tokens ({self.num_blocks:,} blocks), schedule {self.schedule}"
         if not self.runs and not self.undefined:
             return f"{head}: no sparse layers"
@@ -84,7 +99,10 @@ def union_coverage(heads: Sequence[Pattern], num_blocks: int) -> Coverage:
 
 
 def coverage_report(hybrid: HybridLayout, seq_length: int) -> CoverageReport:
-    """Exact coverage of every sparse layer, and of every run of consecutive sparse layers."""
+    """Compute the exact coverage of every sparse layer and every run.
+
+    A run consists of consecutive sparse layers.
+    """
     num_blocks = hybrid.layers[0].num_blocks(seq_length)
     counted: dict[frozenset[Pattern], Coverage] = {}
 
@@ -114,7 +132,10 @@ def coverage_report(hybrid: HybridLayout, seq_length: int) -> CoverageReport:
 
 
 def _has_coverage(layer: LayerLayout) -> bool:
-    """Whether fixed patterns keep less than everything, so that it can be counted what no head sees."""
+    """Return whether the layer's patterns are fixed and not all dense.
+
+    In such a layer, the blocks that no head sees can be counted.
+    """
     return layer.is_static and not layer.is_dense
 
 
@@ -130,7 +151,10 @@ def _undefined(hybrid: HybridLayout) -> tuple[str, ...]:
 
 
 def _shifts(layer: LayerLayout) -> list[Pattern]:
-    """All that a schedule could give the heads of a sparse layer: where they see everything, the layer should."""
+    """List the shifted patterns that a schedule could give the layer's heads.
+
+    The layer is sparse. If these patterns together see everything, the layer should too.
+    """
     head = _scheduled_head(layer)
     return [head.shifted(offset) for offset in range(head.period)]
 
@@ -140,7 +164,7 @@ def _scheduled_head(layer: LayerLayout) -> Pattern:
 
 
 def check_coverage(hybrid: HybridLayout, seq_length: int, layout: LayoutConfig) -> CoverageReport:
-    """The coverage report, or an error if some far block is seen by no head.
+    """Return the coverage report; reject far blocks that no head sees.
 
     Each sparse layer has to see every causal block by itself; under a schedule that promises it per run (rotating),
     its run of consecutive sparse layers has to, together. So does the run of a layer that no schedule could make
@@ -163,7 +187,10 @@ def check_coverage(hybrid: HybridLayout, seq_length: int, layout: LayoutConfig) 
 
 
 def _lacking_layers(run: RunCoverage) -> range:
-    """The first layer that should see every block by itself and doesn't, or else the whole run."""
+    """Return the layers that miss blocks: one layer, or the whole run.
+
+    It is the first layer that should see every block by itself and doesn't; if there is none, the whole run.
+    """
     for number, (layer, alone) in enumerate(zip(run.layers, run.alone, strict=True), run.first):
         if alone and not layer.complete:
             return range(number, number + 1)
@@ -198,7 +225,10 @@ def _problem(hybrid: HybridLayout, report: CoverageReport, run: RunCoverage, num
 
 
 def _missing(patterns: Sequence[Pattern], num_blocks: int) -> tuple[int, list[int]]:
-    """The last query block with a causal key block that no pattern keeps, and all such key blocks."""
+    """Find the last query block with missing key blocks, and these blocks.
+
+    A missing key block is causal, but no pattern keeps it.
+    """
     every = torch.arange(1, num_blocks + 1)
     query = (kept_key_blocks(patterns, num_blocks) < every).nonzero()[-1]
     key = torch.arange(int(query) + 1)

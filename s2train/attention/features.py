@@ -1,10 +1,16 @@
-"""What a run or a program can ask of every layer's attention, and a kind may not have."""
+"""Features of attention that a run or a program can ask for.
+
+They are asked of every layer's attention; a kind may lack them.
+"""
 
 from enum import Enum
 
 
 class Feature(Enum):
-    """One thing that a kind of attention supports or not; the value is its name in messages."""
+    """A feature that a kind of attention supports or not.
+
+    The value is its name in messages.
+    """
 
     TENSOR_PARALLEL = "tensor parallel ranks"
     SHARED_KV_HEADS = "more tensor parallel ranks than KV heads"

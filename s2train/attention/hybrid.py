@@ -1,4 +1,4 @@
-"""The layers of a model: which kind each is, and what its heads keep."""
+"""The layers of a model, with their kinds and their heads' patterns."""
 
 import re
 from collections import Counter
@@ -79,12 +79,19 @@ class HybridLayout:
 
     @cached_property
     def heads(self) -> Counter[Pattern]:
-        """How many query heads, of all layers, have each pattern; TypeError if the data choose what one reads."""
+        """How many query heads of all layers have each pattern.
+
+        Raises:
+            TypeError: the data choose what a head reads.
+        """
         return Counter(head for layer in self.layers for head in layer.heads)
 
     @cached_property
     def bounds(self) -> Counter[Pattern]:
-        """How many query heads, of all layers, have each pattern, exactly or as a bound."""
+        """How many query heads of all layers have each pattern or bound.
+
+        It is a bound where the data choose what a head reads; elsewhere the head reads exactly its pattern.
+        """
         return Counter(head for layer in self.layers for head in layer.bound)
 
     @property

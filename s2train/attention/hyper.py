@@ -1,7 +1,7 @@
-"""HyperAttention: exact near keys, and of the rest a bucket of similar keys and a sample.
+"""HyperAttention: reads near keys exactly, and a selection of the others.
 
-Keys are hashed, so that a query finds those that point its way. What is exact, what is sampled:
-docs/hyperattention.md.
+Of the others, a query reads a bucket of similar keys and a sample. Keys are hashed, so that a query finds those that
+point in a similar direction. What is exact, what is sampled: docs/hyperattention.md.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,9 @@ _LARGEST_HEAD = 256  # dimensions, of the kernels
 
 @dataclass(frozen=True)
 class HyperSettings:
-    """Settings of the kind; all but the last are those of the op, in tokens or keys.
+    """Settings of the kind.
+
+    All but the last are settings of the op, in tokens or keys.
 
     Attributes:
         bucket: keys of one hash that a query reads in each interval.
@@ -118,7 +120,10 @@ class HyperKind(DataDependentKind):
         return 2 * shape.head_dim * self.settings.projections * _vectors(shape) * seq_length
 
     def activation_bytes(self, layer: LayerLayout, seq_length: int, shape: AttentionShape, element_size: int) -> int:
-        """The hash of every query and key, and on each level the order of keys and the buckets of queries: int32."""
+        """Count the bytes of hashes, orders of keys, and buckets.
+
+        All are int32: the hash of every query and key and, on each level, the order of keys and the buckets of queries.
+        """
         reading = sum(level.reading(seq_length) for level in levels(self.op_settings, seq_length, causal=True))
         return 4 * _vectors(shape) * (seq_length + reading)
 

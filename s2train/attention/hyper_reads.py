@@ -6,10 +6,10 @@ from s2train.kernels.hyper.settings import HyperSettings, levels
 
 
 def expected_reads(settings: HyperSettings, length: int) -> float:
-    """Count the (query, key) pairs of nonzero weight that a causal head is expected to read.
+    """Return how many pairs a causal head is expected to read.
 
-    A key is read if it is exact, in the query's bucket, or sampled. The expectation is over the samples, and over keys
-    that fall into buckets without regard to their position.
+    A pair is a query and a key of nonzero weight. A key is read if it is exact, in the query's bucket, or sampled. The
+    expectation is over the samples, and over keys that fall into buckets without regard to their position.
     """
     total = 0.0
     queries = np.arange(length)

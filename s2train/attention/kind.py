@@ -1,4 +1,4 @@
-"""The interface of a kind of attention, and a layer that has one.
+"""Interface of a kind of attention, and a layer that has one.
 
 A kind answers for its layers what the rest of the program asks. Every answer is given by the kind itself: there is no
 default that stands for dense attention, and a feature that a kind doesn't list is rejected before anything is built.
@@ -98,7 +98,10 @@ class AttentionKind(ABC):
 
     @property
     def names_heads(self) -> bool:
-        """Whether its settings name each head's pattern, so that heads must not change places."""
+        """Whether its settings name each head's pattern.
+
+        If so, heads must not change places.
+        """
         return False
 
     def error(self, name: str, problem: str, remedy: str) -> ConfigError:
@@ -107,10 +110,10 @@ class AttentionKind(ABC):
 
     @abstractmethod
     def heads(self) -> HeadsOf:
-        """Check the settings by themselves; return what gives each query head of a layer its pattern.
+        """Check the settings by themselves; return a function that makes heads' patterns.
 
-        Of a static kind the pattern is what the head reads. Of a data-dependent one it is a bound: no query ever reads
-        a key outside of it.
+        The function gives each query head of a layer its pattern. Of a static kind, the pattern is what the head reads.
+        Of a data-dependent one, it is a bound: no query ever reads a key outside of it.
 
         Raises:
             ConfigError: a setting that can't be.
@@ -129,34 +132,53 @@ class AttentionKind(ABC):
 
     @abstractmethod
     def kept_positions(self, layer: "LayerLayout", seq_length: int) -> tuple[float, ...]:
-        """Causal (query, key) token pairs that each head reads, of one sequence: exact or expected."""
+        """Count the token pairs that each head reads.
+
+        They are causal (query, key) pairs of one sequence; their number is exact or expected.
+        """
 
     @abstractmethod
     def extra_flops(self, layer: "LayerLayout", seq_length: int, shape: AttentionShape) -> float:
-        """Forward FLOPs of one sequence besides Q Kᵀ and P V; the backward pass counts as twice that."""
+        """Count forward FLOPs of one sequence besides Q Kᵀ and P V.
+
+        The backward pass counts as twice that.
+        """
 
     def warm_up_steps(self) -> int:
-        """First steps of a run in which its layers compute something else, which costs `warm_up_flops`; 0: none."""
+        """Return the number of warm-up steps; 0: no warm-up.
+
+        In these first steps of a run, the kind's layers compute something else, which costs `warm_up_flops`.
+        """
         return 0
 
     def warm_up_flops(self, layer: "LayerLayout", seq_length: int, shape: AttentionShape) -> float:
-        """Forward FLOPs of one sequence's attention in the warm-up, all together; the backward counts as twice."""
+        """Count forward FLOPs of one sequence's attention in the warm-up.
+
+        The count is the total, to which nothing is added. The backward pass counts as twice that.
+        """
         raise NotImplementedError(f"{self.name} has no warm-up")
 
     @abstractmethod
     def activation_bytes(self, layer: "LayerLayout", seq_length: int, shape: AttentionShape, element_size: int) -> int:
-        """Bytes kept for the backward of one sequence besides q, k, v, output and log-sum-exp, over all heads."""
+        """Count the extra bytes kept for one sequence's backward pass.
+
+        They are summed over all heads, without q, k, v, output and log-sum-exp.
+        """
 
     @abstractmethod
     def columns(self) -> Mapping[str, float | None]:
-        """Auxiliary losses with their weights, and other values to log (None), by name.
+        """Name the auxiliary losses, with their weights, and other values to log.
 
-        The core attention passes each to `add_loss` or `record`; the run logs it as `{kind}_{name}`.
+        Other values have None in place of a weight. The core attention passes each loss or value to `add_loss` or
+        `record`; the run logs it as `{kind}_{name}`.
         """
 
 
 class StaticKind(AttentionKind):
-    """A kind whose heads read fixed patterns, and which adds nothing to the layer."""
+    """A kind whose heads read fixed patterns.
+
+    It adds nothing to the layer: no weights, FLOPs, activations or logged values.
+    """
 
     data_dependent = False
     counts_exactly = True
@@ -179,13 +201,20 @@ class StaticKind(AttentionKind):
 
 
 class DataDependentKind(AttentionKind):
-    """A kind whose reads the data choose, out of every causal key unless `heads` says less."""
+    """A kind where the data choose which keys are read.
+
+    They choose among all causal keys, unless `heads` returns narrower bounds.
+    """
 
     data_dependent = True
 
     @abstractmethod
     def check_settings(self) -> None:
-        """Check the settings by themselves; ConfigError, as `error` makes it, on the first that can't be."""
+        """Check the settings by themselves.
+
+        Raises:
+            ConfigError: the first setting that can't be, as `error` makes it.
+        """
 
     def heads(self) -> HeadsOf:
         self.check_settings()
@@ -194,7 +223,7 @@ class DataDependentKind(AttentionKind):
 
 @dataclass(frozen=True)
 class LayerLayout:
-    """One layer: its kind, and what each of its query heads reads at most."""
+    """One layer: its kind, and what its query heads read at most."""
 
     kind: AttentionKind
     bound: tuple[Pattern, ...]  # one per query head
@@ -228,7 +257,11 @@ class LayerLayout:
     def block_layout(
         self, seq_length: int, *, heads: slice | None = None, device: torch.device | str = "cpu"
     ) -> BlockLayout:
-        """The kept blocks over `seq_length` tokens, of all query heads or a slice of them, on `device`."""
+        """Return the kept blocks over `seq_length` tokens, on `device`.
+
+        Args:
+            heads: a slice of the query heads; None: all.
+        """
         patterns = self.heads if heads is None else self.heads[heads]
         index = {pattern: number for number, pattern in enumerate(dict.fromkeys(patterns))}
         num_blocks = self.num_blocks(seq_length)
@@ -243,7 +276,10 @@ class LayerLayout:
 
 
 def _rule(pattern: Pattern, num_blocks: int) -> Rule:
-    """What `BlockLayout.from_rule` asks: in closed form where the pattern is a whole window and columns before it."""
+    """Return the pattern's rule for `BlockLayout.from_rule`.
+
+    It is in closed form where the pattern is a whole window and columns before it.
+    """
     if isinstance(pattern, BandedPattern) and len(pattern.limits) <= 1:
         window = pattern.limits[0] if pattern.limits else 1  # the diagonal is always kept
         if window == 1 or bool(pattern.columns(0, torch.arange(num_blocks)).all()):

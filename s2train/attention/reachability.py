@@ -1,4 +1,4 @@
-"""After how many layers can what stands at one position arrive at another?
+"""Counts the layers that carry information from one position to another.
 
 A layer passes to query position i what is at every position j <= i that any of its heads keeps; what i holds already
 stays there (the residual stream). So information goes from key to query by hops backwards in the graph of kept blocks,
@@ -28,10 +28,11 @@ NEVER = -1
 
 @dataclass(frozen=True)
 class Reach:
-    """What can arrive at one query position, for each key block: int64 [num_blocks] on the CPU, -1 (NEVER) if not.
+    """How many layers carry each key block to one query position.
 
-    A count holds for all tokens of the block up to the query, but the query itself, which needs no layer.
-    Blocks after the query's are NEVER; its own block is 0 where no other token comes before the query in it.
+    The counts are int64 [num_blocks] on the CPU; -1 (NEVER): the block can't arrive. A count holds for all tokens of
+    the block up to the query, except the query itself, which needs no layer. Blocks after the query's are NEVER; its
+    own block is 0 where no other token comes before the query in it.
 
     Attributes:
         query: position in tokens.
@@ -48,15 +49,24 @@ class Reach:
     fewest: Tensor
 
     def layers_from_first(self, key: int) -> int | None:
-        """Layers from the first on until the query can hold position `key`; None: never."""
+        """Return how many first layers carry position `key` to the query.
+
+        None: the query can never hold it.
+        """
         return self._of(self.from_first, key)
 
     def fewest_layers(self, key: int) -> int | None:
-        """The fewest consecutive layers that carry position `key` to the query; None: none do."""
+        """Return the fewest consecutive layers that carry position `key` to the query.
+
+        None: none do.
+        """
         return self._of(self.fewest, key)
 
     def layers_from_last(self, key: int) -> int | None:
-        """How many of the last layers carry position `key` to the query; None: all of them don't."""
+        """Return how many last layers carry position `key` to the query.
+
+        None: not even all layers together do.
+        """
         return self._of(self.from_last, key)
 
     def _of(self, counts: Tensor, key: int) -> int | None:
@@ -69,9 +79,13 @@ class Reach:
 
 
 def reach(hybrid: HybridLayout, seq_length: int, query: int | None = None) -> Reach:
-    """What can arrive at position `query` (tokens; by default the last) through how many layers, exactly.
+    """Count, exactly, the layers that carry each block to position `query`.
 
-    From each layer downwards, sets of blocks step by step as rows of bits: at most L² / 2 steps of n² / 64 words.
+    From each layer downwards, it computes the set of reached blocks step by step, as rows of bits: at most L² / 2 steps
+    of n² / 64 words.
+
+    Args:
+        query: position in tokens; None: the last.
 
     Raises:
         ConfigError: no such position in a sequence of `seq_length` tokens.
@@ -106,9 +120,10 @@ def reach(hybrid: HybridLayout, seq_length: int, query: int | None = None) -> Re
 
 
 def direct_heads(hybrid: HybridLayout, query: int, keys: Sequence[int]) -> int:
-    """How many query heads of all layers see, at position `query`, every one of the positions `keys` in one hop.
+    """Count the query heads that see all `keys` in one hop.
 
-    A key that is near in layers may be so through few heads, which alone must then have learned to look it up.
+    The heads are those of all layers, at position `query`; `keys` are positions. A key that few layers can carry may
+    arrive through few heads, which alone must then have learned to look it up.
     """
     at = torch.tensor(query // hybrid.block_size)
     blocks = torch.tensor(sorted({key // hybrid.block_size for key in keys}))
@@ -116,16 +131,23 @@ def direct_heads(hybrid: HybridLayout, query: int, keys: Sequence[int]) -> int:
 
 
 def _step(reached: np.ndarray, union: np.ndarray | None) -> np.ndarray:
-    """Bool [n]: the blocks reached, and all that they see in a layer; None: it sees every causal block."""
+    """Return the blocks reached after one more layer: bool [n].
+
+    They are the blocks in `reached`, and all that these see in the layer.
+
+    Args:
+        union: what the layer sees; None: every causal block.
+    """
     if union is None:
         return np.arange(len(reached)) <= reached.nonzero()[0].max()
     return unpack(np.bitwise_or.reduce(union[reached], axis=0), len(reached)) | reached
 
 
 def _packed_unions(layers: Sequence[LayerLayout], num_blocks: int) -> list[np.ndarray | None]:
-    """For each layer what its heads keep together, as `packed_mask`; None where that is every causal block.
+    """Return what each layer's heads keep together, as `packed_mask`.
 
-    Layers of the same patterns share one array, and each pattern's mask is made once.
+    None stands for every causal block. Layers of the same patterns share one array, and each pattern's mask is made
+    once.
     """
     of_layer = [frozenset(layer.heads) for layer in layers]
     unions: dict[frozenset[Pattern], np.ndarray | None] = {
@@ -158,9 +180,10 @@ class DistanceRow:
 
 
 def distance_table(found: Reach) -> tuple[DistanceRow, ...]:
-    """Shares of the keys that arrive through the last 1, 2, … layers, by distance: 1 token, 2 to 3, 4 to 7, …
+    """Tabulate the shares of keys that arrive, by distance and layers.
 
-    Counts layers as `Reach.from_last`: the number that the slowest key needs, of the keys that ever arrive.
+    A row is for distances of 1 token, 2 to 3, 4 to 7, …; it has the shares that arrive through the last 1, 2, … layers.
+    Layers are counted as in `Reach.from_last`, up to the number that the slowest of the arriving keys needs.
     """
     distances = torch.arange(1, found.query + 1)
     layers = found.from_last[(found.query - distances) // found.block_size]

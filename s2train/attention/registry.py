@@ -1,4 +1,4 @@
-"""Kinds of attention by name, and the letters that a run's layer string may have."""
+"""Kinds of attention by name, and by letter of a layer string."""
 
 import difflib
 import re
@@ -34,7 +34,9 @@ LETTERS: dict[str, AttentionKind] = {
 
 
 def register(kind: Kind) -> Kind:
-    """Add a kind from elsewhere, such as a test; usable as a decorator.
+    """Add a kind from elsewhere, such as a test.
+
+    It can be used as a decorator.
 
     Raises:
         TypeError: a class attribute is missing, or the kind lists a feature that it can't have.
@@ -59,7 +61,9 @@ def _check_class(kind: type[AttentionKind]) -> None:
 
 
 def kinds_of(layout: LayoutConfig) -> dict[str, AttentionKind]:
-    """The kind of every letter that the layout's string may have: D and S, and those that it declares.
+    """Return the kind of every letter that `layout.layers` may have.
+
+    The letters are D and S, and those that the layout declares.
 
     Raises:
         ConfigError: `layout.patterns` or `layout.kinds` declares no capital letter, or one twice; an unknown kind; a
@@ -86,7 +90,9 @@ def _declare(setting: str, letter: str, given: Any, kinds: Mapping[str, Attentio
 
 
 def read_kind(letter: str, given: Any, setting: str) -> AttentionKind:
-    """A kind from settings named `setting`, such as {kind: s2, pattern: {kind: sliding_window, window: 8}}.
+    """Read a kind from the settings named `setting`.
+
+    An example of settings is {kind: s2, pattern: {kind: sliding_window, window: 8}}.
 
     Raises:
         ConfigError: no mapping, no known kind, a setting that it hasn't, or a value of another type.
@@ -138,7 +144,10 @@ def _is_pattern(settings_type: type, key: str) -> bool:
 
 
 def kind_values(layout: LayoutConfig) -> dict[str, Any]:
-    """`layout.kinds` with every default filled in, so that what means the same is equal."""
+    """Return `layout.kinds` with every default filled in.
+
+    Settings that mean the same are then equal.
+    """
     found: dict[str, Any] = {}
     for letter, given in layout.kinds.items():
         kind = read_kind(letter, given, f"layout.kinds.{letter}")

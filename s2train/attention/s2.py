@@ -1,4 +1,7 @@
-"""S2 attention: every head reads the blocks of a fixed pattern, at the offset that the schedule gives it."""
+"""S2 attention: every head reads the blocks of a fixed pattern.
+
+The schedule gives each head the offset of its pattern.
+"""
 
 from dataclasses import dataclass, field
 

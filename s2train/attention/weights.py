@@ -1,4 +1,4 @@
-"""The shape of a layer's attention, and the weights that a kind adds to it."""
+"""The shape of a layer's attention, and weights that a kind adds."""
 
 from dataclasses import dataclass
 from math import prod
@@ -15,7 +15,7 @@ class AttentionShape:
 
 
 def kv_heads_on_rank(num_query_groups: int, tp: int) -> int:
-    """Return how many KV heads each of `tp` tensor parallel ranks computes with.
+    """Return how many KV heads each tensor parallel rank computes with.
 
     With more ranks than KV heads, tp / num_query_groups consecutive ranks share each.
     """

@@ -1,4 +1,5 @@
-"""Selects key blocks by a score: scorers, causal top-k lists, and targets that scorers learn from.
+"""Selects key blocks by a score.
 
-Plain torch, without Megatron. `scorer.py` has the protocol that scorers share; a file each holds one scorer.
+It has scorers, causal top-k lists, and targets that scorers learn from, in plain torch, without Megatron. `scorer.py`
+has the protocol that scorers share; each scorer has one file.
 """

@@ -1,7 +1,8 @@
-"""Scores key blocks by a small trained index branch (as MSA, QSA and SeerAttention, arXiv 2410.13276).
+"""Scores key blocks by a small trained index branch.
 
-Queries and keys are projected to a few dimensions. A block's feature is the log-sum-exp of its projected keys in each
-dimension, a smooth maximum. Each query head has an index head; a block's score is their log-sum-exp.
+MSA, QSA and SeerAttention (arXiv 2410.13276) have such a branch. Queries and keys are projected to a few dimensions. A
+block's feature is the log-sum-exp of its projected keys in each dimension, a smooth maximum. Each query head has an
+index head; a block's score is their log-sum-exp.
 """
 
 import math

@@ -1,4 +1,7 @@
-"""Lists of selected key blocks, strictly causal: always kept blocks, and the best candidates."""
+"""Strictly causal lists of selected key blocks.
+
+A list has the blocks that are always kept, and the best candidates.
+"""
 
 import math
 from dataclasses import dataclass
@@ -48,9 +51,10 @@ class Budget:
 
 
 def select(scores: Tensor, rows: Tensor, budget: Budget, slots: int) -> Tensor:
-    """Select each query block's key blocks: int32 [b, h_kv, rows, sinks + slots + window], -1 where unused.
+    """Select each query block's key blocks.
 
-    The query block's own block is in the last slot. Equal scores go to the earlier block.
+    The lists are int32 [b, h_kv, rows, sinks + slots + window], -1 where unused. The query block's own block is in the
+    last slot. Of blocks with equal scores, the earlier one is preferred.
 
     Args:
         scores: [b, h_kv, rows, n_k].

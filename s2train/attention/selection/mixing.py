@@ -1,7 +1,7 @@
-"""Mixes attention's output with the mean of all values so far, by a learned gate (as SEA, arXiv 2310.01777).
+"""Mixes attention's output with the mean of all values so far.
 
-SEA computes a gate for each token and head from its estimate of attention. Here it comes from the token's query: the
-estimate is of whole query blocks.
+A learned gate weighs them, as in SEA (arXiv 2310.01777). SEA computes a gate for each token and head from its estimate
+of attention. Here it comes from the token's query, because the estimate is of whole query blocks.
 """
 
 import torch
@@ -37,10 +37,11 @@ def mix(out: Tensor, query: Tensor, means: Tensor, weight: WeightOf) -> Tensor:
 
 
 def running_means(value: Tensor, size: int) -> Tensor:
-    """Compute the mean of values [s, b, h_kv, d] up to each token, in `precise` dtype.
+    """Compute the mean of the values up to each token.
 
-    Sums run within blocks of `size` tokens, then over blocks, as products with triangular matrices: on a GPU
-    `torch.cumsum` is not deterministic, and visits the tokens one after another.
+    Values and means are [s, b, h_kv, d]; means have the `precise` dtype. Sums run within blocks of `size` tokens, then
+    over blocks, as products with triangular matrices: on a GPU `torch.cumsum` is not deterministic, and visits the
+    tokens one after another.
     """
     length = value.shape[0]
     values = F.pad(value.to(precise(value.dtype)).flatten(1), (0, 0, 0, -length % size)).unflatten(0, (-1, size))

@@ -1,7 +1,7 @@
-"""Scores a key block by the mean of its keys; has no weights (MoBA, arXiv 2502.13189).
+"""Scores a key block by the mean of its keys (MoBA).
 
-Published MoBA scores for each token. Here a query block's list comes from one pooled query, which must not hold tokens
-of the block itself.
+The scorer has no weights. Published MoBA (arXiv 2502.13189) scores for each token. Here a query block's list comes from
+one pooled query, which must not hold tokens of the block itself.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""The protocol of a scorer: how a key block gets its score for a query block."""
+"""The protocol of scorers, which score key blocks for query blocks."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -13,7 +13,7 @@ MASKED = -1e30  # score of a block that is no candidate: finite, so that a row w
 
 
 class Scorer(Protocol):
-    """Scores complete earlier key blocks for each query block, for each KV head.
+    """Scores complete earlier key blocks per query block and KV head.
 
     All sizes are those of this rank's heads. Scores of a row depend on its own queries, on those of `earlier_rows` rows
     before it, and on keys of the rows' candidates only: nothing later enters.
@@ -27,7 +27,10 @@ class Scorer(Protocol):
     earlier_rows: int
 
     def weights(self, shape: AttentionShape) -> tuple[Weight, ...]:
-        """Weights of a layer; every one is split over KV heads or query heads by its first dimension."""
+        """Return the weights of a layer.
+
+        Every weight is split over KV heads or query heads by its first dimension.
+        """
         ...
 
     def feature_size(self, head_dim: int) -> int:
@@ -35,7 +38,10 @@ class Scorer(Protocol):
         ...
 
     def pool_keys(self, keys: Tensor, weight: WeightOf) -> Tensor:
-        """Pool complete blocks' keys [b, n, B, h_kv, d] to features [b, n, h_kv, f] in `precise` dtype."""
+        """Pool the keys of complete blocks to features.
+
+        Keys are [b, n, B, h_kv, d], features [b, n, h_kv, f] in `precise` dtype.
+        """
         ...
 
     def scores(self, queries: Tensor, features: Tensor, candidates: Tensor, weight: WeightOf) -> Tensor:
@@ -51,28 +57,38 @@ class Scorer(Protocol):
         ...
 
     def flops(self, rows: int, blocks: int, tokens: int, shape: AttentionShape) -> int:
-        """Count FLOPs of a forward pass: `rows` x `blocks` scores, and `tokens` keys that are pooled."""
+        """Count FLOPs of a forward pass.
+
+        It computes `rows` x `blocks` scores, and pools `tokens` keys.
+        """
         ...
 
     def activation_bytes(self, rows: int, blocks: int, tokens: int, shape: AttentionShape, element_size: int) -> int:
-        """Count bytes that the backward pass of the scorer needs, over all heads."""
+        """Count bytes that the scorer's backward pass needs, over all heads."""
         ...
 
 
 def precise(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of pooled values and scores: float32, or float64 for float64."""
+    """Return the dtype of pooled values and scores.
+
+    It is float64 for float64, otherwise float32.
+    """
     return torch.promote_types(dtype, torch.float32)
 
 
 def grouped(queries: Tensor, num_kv_heads: int) -> Tensor:
-    """View queries [b, rows, h, d] by KV head: [b, h_kv, group, rows, d]."""
+    """Group queries by KV head.
+
+    The result is a view [b, h_kv, group, rows, d] of queries [b, rows, h, d].
+    """
     return queries.unflatten(2, (num_kv_heads, -1)).permute(0, 2, 3, 1, 4)
 
 
 def log_products(queries: Tensor, features: Tensor) -> Tensor:
-    """Compute the log-sum-exp over m of queries [b, h, g, r, m] + features [b, n, h, m]: [b, h, g, r, n].
+    """Compute the log-sum-exp over m of queries plus features.
 
-    As a matrix product of exponentials. Maxima of a row and of a block keep them in range; both cancel.
+    Queries [b, h, g, r, m] and features [b, n, h, m] give [b, h, g, r, n], as a matrix product of exponentials. Maxima
+    of a row and of a block keep them in range; both cancel.
     """
     most_q, most_k = queries.amax(-1, keepdim=True).detach(), features.amax(-1, keepdim=True).detach()
     exp_q, exp_k = (queries - most_q).exp(), (features - most_k).exp()

@@ -1,9 +1,10 @@
-"""Scores key blocks by kernel features and a small CNN (SEA, arXiv 2310.01777), block-wise and causal.
+"""Scores key blocks by kernel features and a small CNN.
 
-Positive features phi(x) = exp(W x - |x|^2 / 2) give each query block a share of each candidate key block, linear in the
-sequence's length: a compressed map of attention. A CNN over the map, of two layers, refines it. Each layer looks at
-two rows before a row and at two columns on each side. Rows see their own candidates alone, so nothing later enters.
-The features' stabilisers are maxima of one row or one block: a maximum over all keys would leak the future.
+This is SEA (arXiv 2310.01777), block-wise and causal. Positive features phi(x) = exp(W x - |x|^2 / 2) give each query
+block a share of each candidate key block, linear in the sequence's length: a compressed map of attention. A CNN over
+the map, of two layers, refines it. Each layer looks at two rows before a row and at two columns on each side. Rows see
+their own candidates alone, so nothing later enters. The features' stabilisers are maxima of one row or one block: a
+maximum over all keys would leak the future.
 """
 
 import torch
@@ -18,7 +19,12 @@ _PADDING = (_COLUMNS // 2, _COLUMNS // 2, _ROWS - 1, 0)
 
 
 class SeaScorer:
-    """`features` kernel features a head, and a CNN of `channels` channels a KV head."""
+    """Scores key blocks by SEA.
+
+    Args:
+        features: kernel features of each head.
+        channels: of the CNN, for each KV head.
+    """
 
     losses: tuple[str, ...] = ("kl", "mse")
     earlier_rows = 2 * (_ROWS - 1)

@@ -1,4 +1,7 @@
-"""What scorers learn from: the true probability of key blocks, and losses against it."""
+"""Targets that scorers learn from, and losses against them.
+
+A target is the true probability of key blocks.
+"""
 
 import torch
 from torch import Tensor
@@ -7,9 +10,10 @@ from s2train.attention.selection.scorer import MASKED, precise
 
 
 def kl_divergence(scores: Tensor, target: Tensor, candidates: Tensor) -> Tensor:
-    """Compute each row's KL divergence over candidates, weighted by the mass that they have: [..., rows].
+    """Compute each row's KL divergence over candidates, weighted by their mass.
 
-    sum over c of P_c (log P_c / sum P - log softmax(scores)_c). Rows without mass to place weigh nothing.
+    The result [..., rows] is the sum over c of P_c (log P_c / sum P - log softmax(scores)_c). Rows without mass to
+    place weigh nothing.
 
     Args:
         scores, target: [b, h_kv, rows, n_k]; targets are probabilities of blocks, which need not sum to 1.
@@ -22,7 +26,7 @@ def kl_divergence(scores: Tensor, target: Tensor, candidates: Tensor) -> Tensor:
 
 
 def squared_error(scores: Tensor, target: Tensor, candidates: Tensor) -> Tensor:
-    """Compute each row's squared error of the estimated probabilities of candidates: [..., rows]."""
+    """Compute each row's squared error of candidates' estimated probabilities: [..., rows]."""
     mass = target * candidates
     estimate = scores.masked_fill(~candidates, MASKED).softmax(-1) * mass.sum(-1, keepdim=True)
     return (estimate - mass).masked_fill(~candidates, 0).square().sum(-1)
@@ -32,7 +36,10 @@ LOSSES = {"kl": kl_divergence, "mse": squared_error}
 
 
 def sampled_positions(length: int, count: int, seed: int, device: torch.device) -> Tensor:
-    """Draw `count` positions, one from each of `count` equal parts of the sequence: int64, ascending."""
+    """Draw `count` positions, one from each equal part of the sequence.
+
+    The sequence is divided into `count` parts. Positions are int64, ascending.
+    """
     count = min(count, length)
     generator = torch.Generator(device)
     generator.manual_seed(seed)
@@ -44,9 +51,10 @@ _ELEMENTS = 1 << 27  # of the scores that `row_mass` holds at once: 512 MiB
 
 
 def row_mass(query: Tensor, key: Tensor, positions: Tensor, block_size: int, scale: float) -> Tensor:
-    """Compute the true probability of key blocks for single queries: [b, h_kv, rows, n_k], without gradient.
+    """Compute the true probability of key blocks for single queries.
 
-    The mean over a group's heads. It costs rows x keys; as many KV heads at once as memory should hold.
+    The result, [b, h_kv, rows, n_k] without gradient, is the mean over a group's heads. The cost is rows x keys; KV
+    heads are computed in parts, to bound the memory.
 
     Args:
         query: [rows, b, h, d], those at `positions`.
