@@ -128,7 +128,10 @@ class CachedModel:
         return found, likeliest
 
     def _open(self, tokens: Tensor, lengths: Tensor | None) -> tuple[np.ndarray, Tensor]:
-        """Check prompts against the empty cache; returns their lengths, and the positions of their last tokens."""
+        """Check prompts against the empty cache.
+
+        Returns their lengths, and the positions of their last tokens.
+        """
         cache, (batch, size) = self.cache, tokens.shape
         known = np.full(batch, size) if lengths is None else lengths.cpu().numpy().astype(np.int64)
         if cache.lengths.any() or cache.pool.used:
@@ -183,13 +186,18 @@ class CachedModel:
         return self._logits(hidden_states(self.gpt, tokens[:, None], positions[:, None], angles))
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        """Compute logits [b, vocab] from [1, b, hidden], gathered over tensor parallel ranks."""
+        """Compute logits [b, vocab], gathered over tensor parallel ranks.
+
+        Hidden states are [1, b, hidden].
+        """
         return _all_logits(self.gpt, hidden)[0]
 
 
 @torch.no_grad()
 def uncached_losses(gpt: GPTModel, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute losses in one forward pass without a cache, with the attention of training.
+    """Compute losses in one forward pass without a cache.
+
+    It uses the attention of training.
 
     Args and Returns: as for `CachedModel.losses`; padding on the right changes nothing before it.
     """
@@ -198,7 +206,10 @@ def uncached_losses(gpt: GPTModel, tokens: Tensor, targets: Tensor) -> tuple[Ten
 
 
 def _token_losses(gpt: GPTModel, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return losses, float32 [b, s], and whether targets are the likeliest, from hidden states [s, b, hidden]."""
+    """Return each target's loss, and whether it is the likeliest token.
+
+    Hidden states are [s, b, hidden]; both results are [b, s], losses in float32.
+    """
     found = torch.zeros(targets.shape, device=targets.device)
     likeliest = torch.zeros_like(found, dtype=torch.bool)
     rows = max(1, _LOGIT_ROWS // len(targets))
@@ -212,7 +223,10 @@ def _token_losses(gpt: GPTModel, hidden: Tensor, targets: Tensor) -> tuple[Tenso
 
 
 def _all_logits(gpt: GPTModel, hidden: Tensor) -> Tensor:
-    """Compute logits, float32 [s, b, vocab], gathered over tensor parallel ranks, from [s, b, hidden]."""
+    """Compute logits, gathered over tensor parallel ranks.
+
+    Hidden states are [s, b, hidden]; logits are float32 [s, b, vocab].
+    """
     shared = gpt.shared_embedding_or_output_weight() if gpt.share_embeddings_and_output_weights else None
     logits, _ = gpt.output_layer(hidden, weight=shared, runtime_gather_output=True)
     return logits.float()

@@ -89,7 +89,9 @@ def stream(
     prefill_chunk: int = 8192,
     cuda_graph: bool = False,
 ) -> Generator[Tensor, None, None]:
-    """Decode as `generate` does, and yield each token of all sequences as soon as it is chosen.
+    """Decode as `generate` does, and yield tokens as they are chosen.
+
+    Each item holds one token of every sequence.
 
     Yields:
         int64 [b], up to new_tokens times; fewer if all sequences end.
@@ -119,7 +121,10 @@ def stream(
 
 
 def pad_prompts(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Stack prompts, padded on the right: int64 [b, s] on the CPU, and their lengths, int64 [b]."""
+    """Stack prompts, padded on the right, and return their lengths.
+
+    On the CPU: prompts are int64 [b, s], lengths int64 [b].
+    """
     out = torch.zeros(len(prompts), max(map(len, prompts)), dtype=torch.int64)
     for row, own in zip(out, prompts, strict=True):
         row[: len(own)] = torch.tensor(own)

@@ -20,7 +20,10 @@ from s2train.megatron.core_attention import CausalCoreAttention
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens [start, stop) that a prefill writes now; `lengths` [b] is the cached length afterwards."""
+    """Tokens [start, stop) that a prefill writes now.
+
+    `lengths` [b] holds the cached lengths afterwards.
+    """
 
     start: int
     stop: int
@@ -89,11 +92,17 @@ class KVCache:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of tensors that kinds of attention keep beside keys and values, for sequences of the full length."""
+        """Bytes that kinds of attention store besides keys and values.
+
+        Counted for sequences of the full length.
+        """
         return sum(state.nbytes for layer in self.layers for state in layer.state.values())
 
     def bytes_read(self) -> int:
-        """Bytes of keys, values and state that the next decoding step reads, in all layers and sequences."""
+        """Bytes of the cache that the next decoding step reads.
+
+        Counts keys, values and state, in all layers and sequences.
+        """
         lengths = [int(n) for n, done in zip(self.lengths, self.finished, strict=True) if not done]
         return sum(
             layer.core.cached_reads(layer, n // self.block_size, self.pool.page_bytes)
@@ -240,7 +249,10 @@ class LayerCache:
 
     @property
     def positions(self) -> torch.Tensor:
-        """Position of each sequence's new token, -1 for a finished one: int32 [b] on the device."""
+        """Position of each sequence's new token: int32 [b] on the device.
+
+        A finished sequence has -1.
+        """
         return self.cache.positions
 
     def append(self, core: CausalCoreAttention, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -249,14 +261,19 @@ class LayerCache:
         append_token(key[0], value[0], pool.keys, pool.values, table, self.positions, backend=core.backend)
 
     def own_blocks(self) -> torch.Tensor:
-        """Read the keys of each sequence's newest block, as far as they are written: [b, h_kv, B, d]."""
+        """Read the keys of each sequence's newest block.
+
+        They are [b, h_kv, B, d], valid as far as they are written.
+        """
         block = (self.positions.clamp(min=0) // self.cache.block_size).long()
         table = self.cache.table[:, self.number]
         pages = table.gather(2, block[:, None, None].expand(-1, table.shape[1], 1)).squeeze(2)
         return self.cache.pool.keys[pages.long()]
 
     def attend_listed(self, core: CausalCoreAttention, query: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
-        """Attend from one new token of each sequence to listed blocks; no other page is read.
+        """Attend from each sequence's new token to listed blocks.
+
+        Reads no other page.
 
         Args:
             query: [1, b, h, d].
@@ -302,7 +319,10 @@ class LayerCache:
     def attend_chunk(
         self, core: CausalCoreAttention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, chunk: Chunk
     ) -> torch.Tensor:
-        """Attend from a prompt's chunk to earlier and new tokens, and cache those that later queries may read."""
+        """Attend from a prompt's chunk to earlier and new tokens.
+
+        Caches the new tokens that later queries may read.
+        """
         pool, table = self.cache.pool, self.cache.table[:, self.number]
         all_keys, all_values = key, value
         if chunk.start > 0:
@@ -333,7 +353,9 @@ class LayerCache:
 
 
 def _after_earlier(pages: torch.Tensor, table: torch.Tensor, new: torch.Tensor, chunk: Chunk) -> torch.Tensor:
-    """Concatenate the cached tokens and a chunk's `new` tokens [s, b, h, d].
+    """Concatenate the cached tokens and a chunk's `new` tokens.
+
+    `new` is [s, b, h, d].
 
     Returns:
         [chunk.stop, b, h, d]: a copy, with the pages' memory order.

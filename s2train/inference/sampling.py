@@ -24,7 +24,10 @@ def greedy(logits: Tensor) -> Tensor:
 
 
 def among(choose: Choose, vocab_size: int) -> Choose:
-    """Choose among the first `vocab_size` tokens, a tokenizer's: the model's embedding may have more rows."""
+    """Choose among the first `vocab_size` tokens.
+
+    These are the tokenizer's: the model's embedding may have more rows.
+    """
     return lambda logits: choose(logits[:, :vocab_size])
 
 
@@ -57,7 +60,9 @@ class Sampler:
 
 
 def probabilities(logits: Tensor, temperature: float, top_k: int | None, top_p: float) -> tuple[Tensor, Tensor]:
-    """Return probabilities in falling order, and their tokens; 0 where a token is left out.
+    """Return probabilities in falling order, and their tokens.
+
+    A token that is left out has probability 0.
 
     Args:
         logits: [b, vocab].
@@ -74,5 +79,8 @@ def probabilities(logits: Tensor, temperature: float, top_k: int | None, top_p: 
 
 
 def _mixed(seed: int, number: int) -> int:
-    """Mix a seed and a sequence's number, so that neighbours give unrelated random numbers."""
+    """Mix a seed and a sequence's number.
+
+    Sequences with neighbouring numbers then have unrelated random numbers.
+    """
     return int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0] >> np.uint64(1))
