@@ -1,4 +1,7 @@
-"""vLLM's attention backend of sparse layers: prefill and decoding by our kernels over vLLM's pages."""
+"""vLLM's attention backend of sparse layers.
+
+Prefill and decoding run our kernels over vLLM's pages.
+"""
 
 from __future__ import annotations
 
@@ -52,16 +55,19 @@ class S2Backend(AttentionBackend):
     def get_kv_cache_shape(
         num_blocks: int, block_size: int, num_kv_heads: int, head_size: int, cache_dtype_str: str = "auto"
     ) -> tuple[int, ...]:
-        """Each page's keys, then its values: [pages, 2, tokens of one KV head, d].
+        """Return the pages' shape [pages, 2, tokens of one KV head, d].
 
-        vLLM's own backends have pages in the same bytes, and other layers use them.
+        Each page holds its keys, then its values. vLLM's own backends have pages in the same bytes, and other layers
+        use them.
         """
         return num_blocks, 2, block_size * num_kv_heads, head_size
 
 
 @dataclass(frozen=True)
 class Prefill:
-    """New tokens of one sequence; several, so that the decoding kernel can't take them.
+    """Several new tokens of one sequence.
+
+    The decoding kernel can't take more than one.
 
     Attributes:
         rows: their rows in the step's tensors.
@@ -93,7 +99,7 @@ class S2Metadata(AttentionMetadata):
 
 
 class S2MetadataBuilder(AttentionMetadataBuilder[S2Metadata]):
-    """Reads the sequences' page tables once a step, for all layers of a group.
+    """Reads page tables once a step for all layers of a group.
 
     Our kernels count pages of one KV head's block: where c KV heads share vLLM's page p, it is pages 2cp to 2cp + c - 1
     of keys and the next c of values.
@@ -135,7 +141,10 @@ class S2MetadataBuilder(AttentionMetadataBuilder[S2Metadata]):
         return S2Metadata(self._table[:decodes], self._positions[:decodes], found)
 
     def _pages(self, entries: Tensor) -> Tensor:
-        """Return the page of each KV head's block [b, H, blocks] from page tables [b, entries]."""
+        """Return the page of each KV head's block.
+
+        Page tables are [b, entries]; the result is [b, H, blocks].
+        """
         blocks = len(self._uses)
         missing = blocks * self._slots - entries.shape[1]
         if missing > 0:  # the last block is partial, and vLLM made no room for all of it
@@ -262,12 +271,18 @@ class S2Attention(AttentionImpl[S2Metadata]):
         )[:, 0]
 
     def _gathered(self, blocks: int, like: Tensor) -> Tensor:
-        """Allocate keys and values of one sequence in a row: [2, H, blocks, B, d]; what isn't read stays 0."""
+        """Allocate keys and values of one sequence in a row.
+
+        The result is [2, H, blocks, B, d]; what isn't read stays 0.
+        """
         shape = (2, self.num_kv_heads, blocks, self._block, self.head_size)
         return torch.zeros(shape, dtype=like.dtype, device=like.device)
 
 
 @cache
 def kernel_layout(heads: tuple[Pattern, ...], block_size: int, max_length: int, device: torch.device) -> BlockLayout:
-    """Build the kernels' layout of a layer's heads; layers with equal heads share it."""
+    """Build the kernels' layout of a layer's heads.
+
+    Layers with equal heads share it.
+    """
     return layer_layout(heads, block_size).block_layout(max_length, device=device)

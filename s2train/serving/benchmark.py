@@ -1,10 +1,10 @@
-"""Compare models in vLLM: time to the first token, output tokens per second, sequences that fit.
+"""Compare the speed and capacity of models in vLLM.
 
-Models have random weights and are composed as for training, such as 7b_hybrid; each runs in a separate process, in
-vLLM with the same settings. Prompts are random tokens, without prefix caching. The time to the first token is that of
-the second prompt of its length. Output tokens per second are of decoding alone: the time of `--tokens` tokens less the
-time of one. The sequences that fit are those whose keys and values fit vLLM's pages while they decode; a batch of
-`most` has that many.
+Measures the time to the first token, output tokens per second, and how many sequences fit. Models have random weights
+and are composed as for training, such as 7b_hybrid; each runs in a separate process, in vLLM with the same settings.
+Prompts are random tokens, without prefix caching. The time to the first token is that of the second prompt of its
+length. Output tokens per second are of decoding alone: the time of `--tokens` tokens less the time of one. The
+sequences that fit are those whose keys and values fit vLLM's pages while they decode; a batch of `most` has that many.
 """
 
 import argparse
@@ -72,7 +72,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def write_config(folder: Path, overrides: Sequence[str], longest: int) -> None:
-    """Write the config.json of a composed model, as its export would have it; vLLM makes the weights up.
+    """Write a composed model's config.json, as its export would have it.
+
+    vLLM makes up the weights.
 
     Args:
         longest: tokens of the longest sequence, for which the model is built even if it trains on shorter ones.
@@ -137,7 +139,9 @@ def measure(folder: Path, request: Record) -> Iterator[Record]:
 
 
 def sequences_that_fit(pages: Any, length: int) -> int:
-    """Return how many sequences of `length` tokens vLLM's pages hold while they decode.
+    """Return how many sequences vLLM's pages hold while they decode.
+
+    Each sequence has `length` tokens.
 
     Args:
         pages: vLLM's KVCacheConfig.

@@ -19,7 +19,10 @@ _ALIGNMENT = 128  # vLLM's page tables have room for a multiple of so many token
 
 
 class ServingChecks:
-    """vLLM calls these for an export, in the process that reads the command line."""
+    """Checks of an export, which vLLM calls.
+
+    They run in the process that reads the command line.
+    """
 
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:

@@ -53,7 +53,10 @@ class ExportLayout:
 
     @property
     def longest(self) -> int | None:
-        """Return the maximum number of tokens of a sequence, which masks limit; None: no limit."""
+        """Return the maximum number of tokens of a sequence.
+
+        Masks limit it. Without masks there is no limit, and the result is None.
+        """
         masks = [head.num_blocks for heads in self.layers for head in heads if isinstance(head, MaskPattern)]
         return min(masks) * self.block_size if masks else None
 

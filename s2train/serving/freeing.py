@@ -1,7 +1,7 @@
-"""Which pages of a sparse layer a sequence still needs; no vLLM here.
+"""Which pages of a sparse layer a sequence still needs.
 
-Entry j · slots + s of a sequence's page table is block j of slot s (`pages.py`). Its last use is the last query block
-that reads it, by any head of the slot.
+This module doesn't use vLLM. Entry j · slots + s of a sequence's page table is block j of slot s (`pages.py`). Its last
+use is the last query block that reads it, by any head of the slot.
 """
 
 import json
@@ -39,7 +39,10 @@ def slots_of(heads: Sequence[Pattern], num_kv_heads: int, heads_per_page: int, t
 
 @cache
 def last_uses(slots: tuple[Slot, ...], num_blocks: int) -> np.ndarray:
-    """Return the last query block that reads each page: int64 [num_blocks, slots], read-only."""
+    """Return the last query block that reads each page.
+
+    The result is int64 [num_blocks, slots], read-only.
+    """
     of_pattern = {
         text: last_queries(pattern_from_json(json.loads(text)), num_blocks)
         for text in dict.fromkeys(text for slot in slots for text in slot)
@@ -50,7 +53,10 @@ def last_uses(slots: tuple[Slot, ...], num_blocks: int) -> np.ndarray:
 
 
 def held_pages(uses: np.ndarray) -> np.ndarray:
-    """Return how many pages of complete blocks a sequence holds before each query block: int64 [num_blocks + 1]."""
+    """Count the pages that a sequence holds before each query block.
+
+    Counts pages of complete blocks: int64 [num_blocks + 1].
+    """
     size = len(uses)
     blocks = np.broadcast_to(np.arange(size)[:, None], uses.shape)
     read_later = uses > blocks
@@ -61,7 +67,10 @@ def held_pages(uses: np.ndarray) -> np.ndarray:
 
 
 def most_pages(uses: np.ndarray, tokens_per_step: int, block_size: int) -> int:
-    """Return the maximum number of pages of a sequence, while a step of `tokens_per_step` tokens writes its own."""
+    """Return the maximum number of pages of a sequence.
+
+    Includes the pages that a step of `tokens_per_step` tokens writes.
+    """
     held, (size, slots) = held_pages(uses), uses.shape
     new = -(-tokens_per_step // block_size) + 1  # a step may begin and end within blocks
     first = np.arange(size)
@@ -69,7 +78,9 @@ def most_pages(uses: np.ndarray, tokens_per_step: int, block_size: int) -> int:
 
 
 def longest_hit(uses: np.ndarray, missing: np.ndarray, step: int) -> int:
-    """Return the most blocks of a prefix of which every page that later queries read is there.
+    """Return the number of blocks of the longest complete prefix.
+
+    A prefix is complete if every page of it that later queries read is there.
 
     Args:
         uses: last uses [num_blocks, slots].
@@ -95,5 +106,5 @@ class Expiry:
         self._bounds = np.searchsorted(flat[self._order], np.arange(len(uses) + 1))
 
     def between(self, first: int, stop: int) -> np.ndarray:
-        """Return the entries whose last use is one of the query blocks `first` to `stop` - 1."""
+        """Return the entries last used by query blocks [first, stop)."""
         return self._order[self._bounds[first] : self._bounds[min(stop, len(self._bounds) - 1)]]

@@ -1,8 +1,8 @@
-"""vLLM's KV cache spec and manager of sparse layers: pages are freed after their last use.
+"""vLLM's KV cache spec and manager of sparse layers.
 
-Entry j · slots + s of a sequence's page table is block j of slot s (`pages.py`). Workers do not learn which pages are
-freed, so their tables keep numbers that other sequences use by now: attention reads what the layout keeps, and never
-what the table lists.
+Pages are freed after their last use. Entry j · slots + s of a sequence's page table is block j of slot s (`pages.py`).
+Workers do not learn which pages are freed, so their tables keep numbers that other sequences use by now: attention
+reads what the layout keeps, and never what the table lists.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ from s2train.serving.freeing import Expiry, Slot, last_uses, longest_hit, most_p
 
 @dataclass(frozen=True, kw_only=True)
 class S2Spec(AttentionSpec):
-    """Pages of one sparse layer; `block_size` is a page's tokens as vLLM counts them.
+    """Pages of one sparse layer.
 
-    It is no FullAttentionSpec, which vLLM would never free.
+    `block_size` is a page's tokens as vLLM counts them. The class is no FullAttentionSpec, whose pages vLLM would never
+    free.
 
     Attributes:
         layout_block: tokens of a layout's block, B.
@@ -115,7 +116,10 @@ class S2Manager(SingleTypeKVCacheManager):
         return super().pop_blocks_for_free(request_id)
 
     def cache_blocks(self, request: Request, num_tokens: int, retention_interval: int | None = None) -> None:
-        """Make complete blocks findable: each page by the tokens up to its block's end, and its slot."""
+        """Make the pages of complete blocks findable.
+
+        A page is found by the tokens up to its block's end, and its slot.
+        """
         blocks, cached = self.req_to_blocks[request.request_id], self.num_cached_block.get(request.request_id, 0)
         first, stop = cached // self._slots, num_tokens // self._layout_block
         if stop <= first:
@@ -147,7 +151,10 @@ class S2Manager(SingleTypeKVCacheManager):
         dcp_world_size: int = 1,
         pcp_world_size: int = 1,
     ) -> tuple[list[KVCacheBlock], ...]:
-        """Find the longest prefix of which every page that later queries read is cached."""
+        """Find the longest prefix whose needed pages are all cached.
+
+        Needed pages are those that later queries read.
+        """
         assert isinstance(kv_cache_spec, S2Spec)
         size, slots = kv_cache_spec.layout_block, len(kv_cache_spec.slots)
         uses = kv_cache_spec.last_uses()
@@ -171,12 +178,18 @@ class S2Manager(SingleTypeKVCacheManager):
         return 0  # no cascade attention
 
     def _whole_blocks(self, num_tokens: int) -> int:
-        """Round up: the pages of all slots are needed from a block's first token on."""
+        """Round a number of tokens up to whole blocks.
+
+        The pages of all slots are needed from a block's first token on.
+        """
         return -(-num_tokens // self._layout_block) * self._layout_block
 
 
 def _keys(hashes: BlockHashList, block: int, slots: int) -> list[BlockHash]:
-    """Return each slot's key of a block, from the hash of the tokens up to the block's end."""
+    """Return each slot's key of a block.
+
+    Keys are made from the hash of the tokens up to the block's end.
+    """
     end = hashes[(block + 1) * slots - 1]
     return [BlockHash(end + slot.to_bytes(2, "big")) for slot in range(slots)]
 

@@ -1,4 +1,7 @@
-"""An export's model in vLLM: its Llama, with our attention in sparse layers."""
+"""An export's model in vLLM.
+
+It is vLLM's Llama, with our attention in sparse layers.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,10 @@ logger = init_logger("vllm.s2train")  # vLLM prints only its own loggers' lines
 
 
 class SparseAttention(Attention):
-    """A sparse layer's attention: all KV heads in one call, each with its own pages."""
+    """Attention of a sparse layer, with all KV heads in one call.
+
+    Each KV head has separate pages.
+    """
 
     def __init__(self, *arguments: Any, layer: int, **settings: Any) -> None:
         config = get_current_vllm_config()
@@ -64,7 +70,10 @@ class SparseAttention(Attention):
 
 
 class DenseAttention(Attention):
-    """Some KV heads of a dense layer, by vLLM's own backend, in pages as large as a sparse layer's."""
+    """Attention of some KV heads of a dense layer.
+
+    vLLM's backend computes it, in pages as large as a sparse layer's.
+    """
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
         spec = super().get_kv_cache_spec(vllm_config)
@@ -80,7 +89,10 @@ class DenseAttention(Attention):
 
 @cache
 def _backend_of_spec(backend: type[AttentionBackend], num_heads: int) -> type[AttentionBackend]:
-    """Return a backend whose metadata are for the spec's KV heads, where vLLM's are for the whole model's."""
+    """Return a backend whose metadata are for the spec's KV heads.
+
+    vLLM's metadata are for the KV heads of the whole model.
+    """
     builder: Any = backend.get_builder_cls()
 
     class Builder(builder):
@@ -175,7 +187,10 @@ class S2ForCausalLM(LlamaForCausalLM):
 
 
 def freed_pages(config: VllmConfig, sparse: list[SparseAttention]) -> str:
-    """Say how many pages of its sparse layers a sequence of the maximum length holds."""
+    """Say how many pages of sparse layers a sequence holds.
+
+    The sequence has the maximum length.
+    """
     tokens = config.model_config.max_model_len
     if not sparse:
         return "s2train: no sparse layer, so no page is freed before its sequence ends"

@@ -60,7 +60,10 @@ class PagePlan:
 
     @property
     def heads_per_page(self) -> int:
-        """KV heads that share a sparse layer's page: 1 if H divides B."""
+        """Number of KV heads that share a sparse layer's page.
+
+        It is 1 if H divides B.
+        """
         return self.num_kv_heads // math.gcd(self.num_kv_heads, self.block_size)
 
     @property

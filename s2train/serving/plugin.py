@@ -9,9 +9,10 @@ TESTED = ("0.24.0",)  # versions of vLLM
 
 
 def register() -> None:
-    """Register everything that `vllm serve EXPORT` needs; may run several times in a process.
+    """Register everything that `vllm serve EXPORT` needs.
 
-    If this version of vLLM lacks a part, log it and register nothing: vLLM still serves other models.
+    It may run several times in a process. If this version of vLLM lacks a part, log it and register nothing: vLLM still
+    serves other models.
     """
     import vllm
     from vllm.logger import init_logger
