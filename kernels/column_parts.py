@@ -25,9 +25,10 @@ SUM_COLUMNS = 6  # of `ColumnParts.sums`
 
 @dataclass(frozen=True)
 class Cut:
-    """Parts of columns, in the order of columns; int64 on the columns' device.
+    """Parts of columns, in the order of columns.
 
-    A column with more than `limit` visits is heavy: it has at least two parts. The other columns have one.
+    Tensors are int64, on the columns' device. A column with more than `limit` visits is heavy: it has at least two
+    parts. The other columns have one.
 
     - ``column``, ``low``, ``high`` [columns + slots]: each part's column, and its range of the column's visits.
     - ``slot`` [columns + slots]: where the part's sums go; -1 for a whole column, -2 for a surplus entry.
@@ -47,7 +48,9 @@ class Cut:
 
 @dataclass(frozen=True)
 class ColumnParts:
-    """Work of the portable dk, dv programs, and what is added afterwards; int32 on the layout's device.
+    """Work of the portable dk, dv programs, and parts to add afterwards.
+
+    Tensors are int32, on the layout's device.
 
     - ``rows`` [programs, 4], most visits first: the column as in `columns_by_work`, its range of visits, its slot.
     - ``sums`` [n, 6]: first slot, number of slots (0: none), KV head, sequence, first key, keys between tiles.
@@ -64,7 +67,7 @@ def most_slots(copies: int, at_once: int) -> int:
 
 
 def cut_columns(work: Tensor, least: int, copies: int, at_once: int) -> Cut:
-    """Cut the columns with more than 3/4 of what a multiprocessor has to do.
+    """Cut columns with more than 3/4 of a multiprocessor's share of work.
 
     The parts of a column differ by at most one visit, and have at most 3/4 of that limit. A heavy column has two thirds
     of a multiprocessor's work or more for each of its slots, which bounds their number.
@@ -126,10 +129,10 @@ def trimmed(cut: Cut) -> Cut | None:
 
 
 def column_parts(layout: Layout, num_kv_heads: int, sequences: int, rows: int) -> ColumnParts | None:
-    """Cut a layout's long columns for the portable kernel; None if there are none.
+    """Cut a layout's long columns for the portable kernel.
 
-    Cached in the layout. A static layout's columns are read once. Those of a `TopKLayout` stay on the device, and may
-    all be whole; None then only means that they can't be long.
+    Returns None if there are none. Cached in the layout. A static layout's columns are read once. Those of a
+    `TopKLayout` stay on the device, and may all be whole; None then only means that they can't be long.
 
     Args:
         sequences: sequences of the batch that share each column.

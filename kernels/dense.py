@@ -80,9 +80,10 @@ def dense_causal_attention(
 
 
 def torch_unsupported_reason(implementation: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
-    """Return why torch's cudnn, flash or efficient kernels reject a call, or None.
+    """Return why one of torch's kernels rejects a call, or None.
 
-    The answer is for this GPU. Arguments are those of `dense_causal_attention`.
+    The kernels are cudnn, flash and efficient. The answer is for this GPU. Arguments are those of
+    `dense_causal_attention`.
     """
     if q.dtype == torch.float32:
         return None if implementation == "efficient" else "float32"

@@ -41,7 +41,9 @@ def dense_order(kind: Kind, length: int) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class DenseCall:
-    """Properties of a call that the choice depends on; equal on all ranks.
+    """Properties of a call that the choice depends on.
+
+    They are equal on all ranks.
 
     Attributes:
         kind: whole sequences; later queries, which end with the keys but start after them; packed documents.

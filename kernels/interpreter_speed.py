@@ -1,4 +1,7 @@
-"""Make Triton's interpreter faster: it spends most of its time on the types of tensors."""
+"""Make Triton's interpreter faster.
+
+It spends most of its time on the types of tensors.
+"""
 
 from dataclasses import replace
 from functools import cache
@@ -14,7 +17,7 @@ _PLAIN = frozenset((int, float, bool, str, type(None), tl.dtype, tl.pointer_type
 
 
 def speed_up_interpreter() -> None:
-    """Have the interpreter compute once what follows from a shape or a dtype.
+    """Make the interpreter compute results of shapes and dtypes once.
 
     Results and errors stay as they are. Call it once.
     """
@@ -57,7 +60,7 @@ def speed_up_interpreter() -> None:
 
 @cache
 def _block_shape(sizes: tuple[int, ...]) -> tuple[Any, int, str]:
-    """Return a block type's shape, its number of elements, and how it names the shape."""
+    """Return a block type's shape, number of elements, and shape as text."""
     if not sizes:
         raise TypeError("0d block_type is forbidden")
     shape = tl.tuple(sizes)

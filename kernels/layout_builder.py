@@ -96,9 +96,9 @@ def column_lines(rule: Rule, num_query_blocks: int, num_key_blocks: int, device:
 
 
 def compress(lines_of: Callable[[int], Lines], num_patterns: int) -> tuple[Tensor, Tensor]:
-    """Build int32 offsets [all lines + 1] and kept blocks of all patterns.
+    """Build offsets and kept blocks of all patterns.
 
-    The host waits for the counts.
+    Both are int32; offsets are [all lines + 1]. The host waits for the counts.
 
     Args:
         lines_of: returns the lines of a pattern; called twice a pattern, so that only one pattern's lines are in memory

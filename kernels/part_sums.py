@@ -1,6 +1,6 @@
-"""Add the parts of dk and dv that several programs computed for one key block.
+"""Add the parts of a key block's dk and dv.
 
-See `column_parts`.
+Several programs computed them. See `column_parts`.
 """
 
 # Triton interprets the annotations of its functions, so tensor arguments have none.
@@ -34,7 +34,10 @@ def s2_attention_bwd_kernel_add_parts(
     DIM: tl.constexpr, V_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PADDED_V_DIM: tl.constexpr,
     TILES: tl.constexpr, ROWS: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """A program adds the slots of AT_ONCE keys, in order, and stores dk and dv."""
+    """Add the slots of AT_ONCE keys, and store dk and dv.
+
+    A program adds them in order.
+    """
     CHUNKS: tl.constexpr = ROWS // AT_ONCE
     program = tl.program_id(0)
     chunk = program % CHUNKS

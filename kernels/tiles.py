@@ -94,10 +94,10 @@ def document_tiles(cu_seqlens: Tensor, num_rows: int, rows_per_tile: int) -> Ten
 
 
 def strides(x: Tensor) -> tuple[int, int, int]:
-    """Return strides (b, h, s) of a view [b, h, s, d] for a kernel.
+    """Return a view's strides (b, h, s) for a kernel.
 
-    Dimensions of size 1 get stride 0: torch leaves theirs arbitrary, and kernels are recompiled for strides that are
-    not a multiple of 16.
+    The view is [b, h, s, d]. Dimensions of size 1 get stride 0: torch leaves theirs arbitrary, and kernels are
+    recompiled for strides that are not a multiple of 16.
 
     Raises:
         ValueError: rows are too far apart for 32-bit offsets within a tile.

@@ -44,7 +44,9 @@ class TopKLayout:
     def from_indices(
         cls, indices: Tensor, block_size: int, *, num_heads: int, num_key_blocks: int | None = None
     ) -> TopKLayout:
-        """Build a layout from int32 or int64 indices [batch, H or H_kv, n_q, k].
+        """Build a layout from indices [batch, H or H_kv, n_q, k].
+
+        Indices are int32 or int64.
 
         Args:
             num_key_blocks: by default the number of query blocks.
@@ -80,9 +82,9 @@ class TopKLayout:
 
     @classmethod
     def from_mask(cls, mask: Tensor, block_size: int, *, num_heads: int | None = None) -> TopKLayout:
-        """Build a layout from a bool mask, True where kept, on its device.
+        """Build a layout from a bool mask, on the mask's device.
 
-        The mask is [batch, H or H_kv, n_q, n_k]; each list gets n_k slots.
+        The mask is [batch, H or H_kv, n_q, n_k], True where a block is kept; each list gets n_k slots.
 
         Args:
             num_heads: H; by default the mask's.

@@ -83,9 +83,9 @@ def torch_gradients(
 
 
 def _bias(layout: Layout, s_q: int, s_k: int, spec: AttentionSpec, dtype: torch.dtype) -> Tensor:
-    """Build the additive mask [1 or batch, H, s_q, s_k]: 0 or -inf.
+    """Build the additive mask [1 or batch, H, s_q, s_k].
 
-    0 marks visible keys. torch would convert a bool mask in every call.
+    It is 0 for visible keys and -inf for others. torch would convert a bool mask in every call.
     """
     key = ("bias", s_q, s_k, spec.causal, spec.query_offset, dtype)
     if isinstance(layout, TopKLayout):  # of one step: kept until its indices are written to

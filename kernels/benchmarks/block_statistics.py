@@ -1,4 +1,4 @@
-"""Check and time the statistics of attention per block pair, in the shapes of models.
+"""Check and time attention statistics per block pair in models' shapes.
 
 Head dimension 128, blocks of 128, 32 query and 8 KV heads, one sequence, bfloat16. A case's result is compared with the
 float64 oracle on the query blocks at the start, in the middle and at the end, then timed beside dense attention's
@@ -62,7 +62,7 @@ class Case:
 
     @property
     def flops(self) -> float:
-        """FLOPs of the products over all visible pairs, or over the listed blocks."""
+        """FLOPs of products over all visible pairs, or over listed blocks."""
         blocks = -(-self.length // BLOCK)
         pairs = self.length * (self.length + 1) / 2
         if self.statistic == "listed":
@@ -72,7 +72,10 @@ class Case:
 
 
 class Inputs:
-    """Random q, k, v, dout, dense attention's results, lists and rules of one length."""
+    """Random inputs of attention and its statistics, for one length.
+
+    They are q, k, v, dout, the results of dense attention, lists and rules.
+    """
 
     def __init__(self, length: int, device: torch.device) -> None:
         self.length, self.blocks = length, -(-length // BLOCK)
@@ -106,7 +109,7 @@ class Inputs:
         return rule_effects(*arguments, self.rules, block_size=BLOCK)
 
     def oracle(self, statistic: str, block: int, dtype: torch.dtype) -> Tensor:
-        """Compute a statistic of one query block in torch, with products in `dtype`.
+        """Compute one query block's statistic in torch, with products in `dtype`.
 
         log-sum-exp and delta are the given ones, in float32 or more.
         """

@@ -72,7 +72,7 @@ class DecodeCase:
         return self.batch * count * self.page_bytes
 
     def layout(self, device: torch.device) -> BlockLayout:
-        """Build the layout for one more block, so that the newest stays needed."""
+        """Build a layout with one more block, which keeps the newest needed."""
         case = self.case
 
         def rule(offset: int) -> ColumnRule:

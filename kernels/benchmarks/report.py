@@ -125,10 +125,10 @@ def _path(kernels: Sequence[str], part: str) -> str:
 
 
 def launch_ratios(record: Record, measure: str) -> dict[str, tuple[float, float]]:
-    """Return peers' times of one call over ours: forward, and forward + backward.
+    """Return peers' times of one call, divided by ours.
 
-    `measure` is "eager_ms", "graph_ms" or "device_ms". Peers without it (a failed capture) are left out; if ours has
-    none, all are.
+    Times are of the forward pass, and of forward and backward together. `measure` is "eager_ms", "graph_ms" or
+    "device_ms". Peers without it (a failed capture) are left out; if ours has none, all are.
     """
     times = {
         name: (result["forward"][measure], result["both"][measure])

@@ -1,4 +1,6 @@
-"""Check and time the backward with long columns split over programs, beside the same without.
+"""Check and time the backward with and without long columns split.
+
+Several programs share a split column.
 
 First the cases of `kernels.check` that split columns are compared with the float64 oracle; a wrong result ends the run.
 Then each layout's backward is timed with and without, on the same random inputs (bfloat16, batch 1, head dimension
@@ -59,7 +61,10 @@ class SplitCase:
 
 
 def _lists(slots: int, heads: int, kv_heads: int) -> Callable[[int, torch.device], Layout]:
-    """Return a maker of top-k lists: own, previous and first block, others at random."""
+    """Return a function that makes top-k lists.
+
+    A list holds the query block's own block, the previous and the first; the others are random.
+    """
 
     def make(length: int, device: torch.device) -> Layout:
         case = RunTimeCase(block=128, slots=slots, length=length, heads=heads, kv_heads=kv_heads)
@@ -103,7 +108,7 @@ SPLIT_CASES = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; return 1 on a wrong result or a failure."""
+    """Run the command line; return 1 on wrong results or failures."""
     args = _parse(arguments)
     began, device, console = time.monotonic(), torch.device(args.device), Console(width=150)
     torch.manual_seed(args.seed)
@@ -136,7 +141,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def measure(case: SplitCase, backend: str, clock: Clock, device: torch.device, budget_ms: float) -> Record:
-    """Time forward and backward without and with long columns split, and compare their results."""
+    """Time forward and backward with and without split columns; compare the results."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     counts = (case.heads, case.kv_heads, case.kv_heads, case.heads)
     q, k, v, dout = (torch.randn(case.length, 1, n, 128, device=device, dtype=dtype) for n in counts)

@@ -20,7 +20,10 @@ _CEILING_SIZE = 8192
 
 
 class Clock:
-    """Mark times in the order of the device's work (on a CPU, the host's)."""
+    """Mark times in the order of the device's work.
+
+    On a CPU it is the order of the host's work.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.on_gpu = device.type == "cuda"

@@ -1,4 +1,7 @@
-"""Statistics of attention per (query block, key block), streamed: probability, effect of removal."""
+"""Streamed statistics of attention per pair of query and key block.
+
+They are the key block's probability, and the effect of its removal.
+"""
 
 from .effects import block_effects, output_delta, rule_effects
 from .mass import block_mass

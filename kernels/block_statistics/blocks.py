@@ -1,4 +1,4 @@
-"""Query blocks of a call, and checks of arguments that all statistics share."""
+"""Query blocks of a call, and checks of arguments for all statistics."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def query_blocks(s_q: int, query_offset: int, block_size: int) -> tuple[int, int]:
-    """Return the first query block of a call, and how many hold its rows."""
+    """Return a call's first query block and its number of query blocks."""
     first = query_offset // block_size
     return first, -(-(query_offset + s_q) // block_size) - first
 
@@ -26,7 +26,7 @@ def block_of_row(s_q: int, query_offset: int, block_size: int, device: torch.dev
 
 
 def rows_of_block(s_q: int, query_offset: int, block_size: int, device: torch.device) -> Tensor:
-    """Return how many rows each query block of the call has: int64 [n_q]."""
+    """Count the call's rows in each query block: int64 [n_q]."""
     first, count = query_blocks(s_q, query_offset, block_size)
     start = (torch.arange(count, device=device) + first) * block_size
     return (start + block_size).clamp(max=query_offset + s_q) - start.clamp(min=query_offset)

@@ -19,9 +19,9 @@ _LOG2_E = tl.constexpr(LOG2_E)
 
 @triton.jit
 def base_2(pointers, in_range):
-    """Load log-sum-exp in base 2, +inf for rows out of range or without keys.
+    """Load the log-sum-exp in base 2.
 
-    +inf makes all their weights 0.
+    Rows out of range or without keys get +inf, which makes all their weights 0.
     """
     lse = tl.load(pointers, mask=in_range, other=float("-inf"))
     return tl.where(lse == float("-inf"), float("inf"), lse * _LOG2_E)
@@ -31,9 +31,10 @@ def base_2(pointers, in_range):
 def visible_tiles(
     first, num_keys, ROWS: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr, CAUSAL: tl.constexpr
 ):  # fmt: skip
-    """Return full, stop of the key tiles of a query tile from position `first`.
+    """Return the bounds of the key tiles that a query tile sees.
 
-    Tiles [0, full) need no mask; [full, stop) do, and end with a whole block.
+    The query tile starts at position `first`. The bounds are full, stop: tiles [0, full) need no mask; [full, stop) do,
+    and end with a whole block.
     """
     full = num_keys // STEPS
     blocks = (num_keys + BLOCK - 1) // BLOCK

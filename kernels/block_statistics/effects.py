@@ -156,7 +156,10 @@ def rule_effects(
 
 
 def _check_values(tensors: dict[str, Tensor], format: Format) -> None:
-    """Check that v has k's heads and rows, and dout q's with v's width."""
+    """Check the shapes of v and dout.
+
+    v must have k's heads and rows; dout must have q's, and v's width.
+    """
     (b, heads, s_q, _), k, v = (shape_bhsd(tensors[name], format) for name in ("q", "k", "v"))
     dout = shape_bhsd(tensors["dout"], format)
     if v[:3] != k[:3] or v[3] == 0 or dout != (b, heads, s_q, v[3]):
@@ -184,7 +187,10 @@ def _checked_rules(rules: Tensor, heads: int, n_q: int, n_k: int, device: torch.
 
 
 def _accumulator(out: Tensor | None, shape: tuple[int, ...], lse: Tensor) -> Tensor:
-    """Return `out`, or zeros of this shape, in lse's dtype and on its device."""
+    """Return `out`, or zeros of this shape if it is None.
+
+    The result has lse's dtype and is on its device.
+    """
     if out is None:
         return torch.zeros(shape, dtype=lse.dtype, device=lse.device)
     if out.shape != shape or out.dtype != lse.dtype or out.device != lse.device or not out.is_contiguous():

@@ -1,9 +1,10 @@
-"""Triton kernels of `block_effects` and `rule_effects`: two products and one exponential for each visible pair.
+"""Triton kernels of `block_effects` and `rule_effects`.
 
-A program owns one query block of one head (and of eight rules). It visits the sequences and the tiles of the block one
-after the other, so that sums over them need no atomics. With h = sum A (delta - dP) over a block of keys, its removal
-from a row has effect h / (1 - p); where p is large, -(sum of the other blocks' h) / (sum of their p). For that the
-row's largest block is kept apart while the others are added up, and its effect is written after the last key.
+Each visible pair takes two products and one exponential. A program owns one query block of one head (and of eight
+rules). It visits the sequences and the tiles of the block one after the other, so that sums over them need no atomics.
+With h = sum A (delta - dP) over a block of keys, its removal from a row has effect h / (1 - p); where p is large, -(sum
+of the other blocks' h) / (sum of their p). For that the row's largest block is kept apart while the others are added
+up, and its effect is written after the last key.
 """
 
 # Triton interprets the annotations of its functions, so tensor arguments have none.
@@ -56,7 +57,7 @@ def _tile_sums(
     DIM: tl.constexpr, V_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PADDED_V_DIM: tl.constexpr,
     STEPS: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """Sum A and A (delta - dP) over STEPS keys, for each row."""
+    """Sum each row's A and A (delta - dP) over STEPS keys."""
     keys = key + tl.arange(0, STEPS)
     in_range = keys < num_keys
     k = load_tile(k_base, key, k_row, in_range, STEPS, DIM, PADDED_DIM, MASK)
@@ -73,7 +74,10 @@ def _tile_sums(
 
 @triton.jit
 def _add(at, stride, effect, p):
-    """Add a block's four sums to the result; the program alone writes there."""
+    """Add a block's four sums to the result.
+
+    No other program writes there.
+    """
     at_absolute, at_squared, at_mass = at + stride, at + 2 * stride, at + 3 * stride
     tl.store(at, tl.load(at) + tl.sum(effect, 0))
     tl.store(at_absolute, tl.load(at_absolute) + tl.sum(tl.abs(effect), 0))
@@ -247,7 +251,10 @@ def triton_block_effects(
     query_offset: int,
     out: Tensor,
 ) -> None:
-    """Add the sums of `block_effects` of views [b, h, s, d] to `out`."""
+    """Add the sums of `block_effects` to `out`.
+
+    The tensors are views [b, h, s, d].
+    """
     tensors, config = _arguments(q, k, v, lse, dout, delta, block_size)
     _, _, n_q, n_k = out.shape
     programs = q.shape[1] * n_q
@@ -273,7 +280,10 @@ def triton_rule_effects(
     query_offset: int,
     out: Tensor,
 ) -> None:
-    """Add the sums of `rule_effects` of views [b, h, s, d] to `out`."""
+    """Add the sums of `rule_effects` to `out`.
+
+    The tensors are views [b, h, s, d].
+    """
     tensors, config = _arguments(q, k, v, lse, dout, delta, block_size)
     heads, num_rules, n_q, n_k = rules.shape
     rules = last_contiguous(rules).view(torch.uint8)

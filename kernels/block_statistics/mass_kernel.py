@@ -1,7 +1,8 @@
-"""Triton kernel of `block_mass`: one product and one exponential for each visible pair.
+"""Triton kernel of `block_mass`.
 
-A program owns a tile of one query block and one head. It visits key blocks in order, or the slots of a list, and writes
-one sum for each. Tiles are aligned to blocks, so that the first and the last of a call may be partial or empty.
+Each visible pair takes one product and one exponential. A program owns a tile of one query block and one head. It
+visits key blocks in order, or the slots of a list, and writes one sum for each. Tiles are aligned to blocks, so that
+the first and the last of a call may be partial or empty.
 """
 
 # Triton interprets the annotations of its functions, so tensor arguments have none.
@@ -26,7 +27,10 @@ def _tile_mass(
     q, lse, k_base, k_stride, key, last_key, position, num_keys, scale_log2,
     DIM: tl.constexpr, PADDED_DIM: tl.constexpr, STEPS: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """Sum the weights of a tile's rows and of the keys [key, key + STEPS) before `last_key`."""
+    """Sum the weights of a tile's rows over STEPS keys.
+
+    The keys are [key, key + STEPS), as far as they lie before `last_key`.
+    """
     keys = key + tl.arange(0, STEPS)
     in_range = (keys < num_keys) & (keys < last_key)
     k = load_tile(k_base, key, k_stride, in_range, STEPS, DIM, PADDED_DIM, MASK)
@@ -61,9 +65,9 @@ def s2_block_mass_kernel(
     DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr,
     SLOTS: tl.constexpr, CAUSAL: tl.constexpr, LISTED: tl.constexpr,
 ):  # fmt: skip
-    """Write mass [b, H, n_q, BLOCK // ROWS, n_k]; n_k counts slots if LISTED.
+    """Write mass [b, H, n_q, BLOCK // ROWS, n_k].
 
-    Sums are divided by the block's rows and by `share`.
+    If LISTED, n_k counts slots. Sums are divided by the block's rows and by `share`.
     """
     TILES: tl.constexpr = BLOCK // ROWS
     PER_BLOCK: tl.constexpr = BLOCK // STEPS

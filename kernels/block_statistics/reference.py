@@ -1,6 +1,6 @@
-"""Reference statistics in plain torch, one key block at a time; also the CPU backend.
+"""Reference statistics in plain torch; also the CPU backend.
 
-All arithmetic is in q's dtype: float64 makes these the oracles.
+They are computed for one key block at a time. All arithmetic is in q's dtype: float64 makes these the oracles.
 """
 
 from __future__ import annotations
@@ -70,7 +70,10 @@ def probabilities(
 
 
 def first_mentions(indices: Tensor) -> Tensor:
-    """Mark the slots in use whose block no earlier slot of the list names."""
+    """Mark the first slot of each block in a list.
+
+    Slots that are not in use are not marked.
+    """
     slot = torch.arange(indices.shape[-1], device=indices.device)
     same = (indices[..., :, None] == indices[..., None, :]) & (slot[None, :] < slot[:, None])
     return (indices >= 0) & ~same.any(-1)
@@ -88,7 +91,10 @@ def reference_block_effects(
     causal: bool,
     query_offset: int,
 ) -> Tensor:
-    """Compute the sums of `block_effects`, [4, H, n_q, n_k], of views [b, h, s, d]."""
+    """Compute the sums of `block_effects`: [4, H, n_q, n_k].
+
+    The tensors are views [b, h, s, d].
+    """
     p, h = _removed(q, k, v, lse, dout, delta, block_size, softmax_scale, causal, query_offset)
     # sums over the other blocks, added up: not 1 - p, which cancels
     others = 1 - torch.eye(p.shape[-1], dtype=p.dtype, device=p.device)
@@ -109,7 +115,10 @@ def reference_rule_effects(
     causal: bool,
     query_offset: int,
 ) -> Tensor:
-    """Compute the sums of `rule_effects`, [4, H, R, n_q], of views [b, h, s, d]."""
+    """Compute the sums of `rule_effects`: [4, H, R, n_q].
+
+    The tensors are views [b, h, s, d].
+    """
     p, h = _removed(q, k, v, lse, dout, delta, block_size, softmax_scale, causal, query_offset)
     place = block_of_row(q.shape[2], query_offset, block_size, q.device)
     kept = rules[:, :, place].to(p.dtype)  # [H, R, s_q, n_k]
@@ -132,7 +141,10 @@ def _removed(
     causal: bool,
     query_offset: int,
 ) -> tuple[Tensor, Tensor]:
-    """Compute sum A and sum A (delta - dP) of each key block, both [b, H, s_q, n_k]."""
+    """Compute sum A and sum A (delta - dP) per key block.
+
+    Both are [b, H, s_q, n_k].
+    """
     p, h, group = [], [], q.shape[1] // k.shape[1]
     for j in range(0, k.shape[2], block_size):
         a = probabilities(q, k[:, :, j : j + block_size], lse, softmax_scale, causal, query_offset, j)
@@ -149,6 +161,10 @@ def _effect(p: Tensor, h: Tensor, p_kept: Tensor, h_kept: Tensor, nothing_left: 
 
 
 def _sums(effect: Tensor, p: Tensor, place: Tensor) -> Tensor:
-    """Sum [b, H, s_q, x] over sequences and a query block's rows: [4, H, n_q, x]."""
+    """Sum effects and p over sequences and a query block's rows.
+
+    Both are [b, H, s_q, x]. The sums [4, H, n_q, x] are those of the effect, of its absolute value and square, and of
+    p.
+    """
     values = torch.stack([effect, effect.abs(), effect.square(), p]).sum(1)
     return values.new_zeros(*values.shape[:2], int(place[-1]) + 1, values.shape[-1]).index_add_(2, place, values)

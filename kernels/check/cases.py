@@ -214,7 +214,10 @@ def _run_time_cases() -> list[Case]:
 
 
 def _split_cases() -> list[Case]:
-    """Return cases whose first column has several programs: 6,000 rows or more of each member."""
+    """Return cases whose first column has several programs.
+
+    The column has 6,000 rows or more of each member.
+    """
     cases = []
     for block in (64, 128, 256):
         name = f"split, block {block}"

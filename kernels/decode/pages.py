@@ -13,11 +13,12 @@ from ..layout import BlockLayout
 
 
 def last_uses(layout: BlockLayout, num_kv_heads: int) -> Tensor:
-    """Return the last query block that needs each key block, int32 [H_kv, n_k].
+    """Return the last query block that needs each key block.
 
-    The result is on the CPU, and -1 where no query block needs the key block. A key block is needed by a query block at
-    or after it that keeps it in any query head of the KV head's group. A block that is dropped and kept again later
-    stays needed in between, because it can't be recomputed. Computed once and kept in ``layout.cache``.
+    The result is int32 [H_kv, n_k] on the CPU, and -1 where no query block needs the key block. A key block is needed
+    by a query block at or after it that keeps it in any query head of the KV head's group. A block that is dropped and
+    kept again later stays needed in between, because it can't be recomputed. Computed once and kept in
+    ``layout.cache``.
     """
     key = ("last_uses", num_kv_heads)
     if key not in layout.cache:

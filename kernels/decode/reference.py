@@ -50,16 +50,19 @@ def reference_decode(
 
 
 def _tokens(pages: Tensor, table: Tensor, length: int) -> Tensor:
-    """Read the first `length` tokens of every sequence, as `read_tokens`, and write to no page."""
+    """Read every sequence's first `length` tokens, as `read_tokens` does.
+
+    No page is written.
+    """
     numbers = table[..., : -(-length // pages.shape[1])].long()
     found = pages[numbers.clamp(min=0)].masked_fill((numbers < 0)[..., None, None], 0)
     return found.flatten(2, 3)[:, :, :length]
 
 
 def kept_blocks(layout: BlockLayout, query_block: int) -> Tensor:
-    """Return which key blocks each head keeps for a query block: bool [H, n_k].
+    """Return which key blocks each head keeps for a query block.
 
-    The most recent results are cached.
+    The result is bool [H, n_k]. The most recent results are cached.
     """
     rows = layout.cache.setdefault("decode_rows", {})
     if query_block not in rows:

@@ -15,7 +15,7 @@ _PAIRS_AT_ONCE = 1 << 22  # mask elements in int32 per piece: 16 MB of scratch
 
 @dataclass(frozen=True)
 class DecodeSchedule:
-    """Lists of the key blocks that the heads of each tile keep together.
+    """Lists of key blocks that the heads of each tile keep together.
 
     Tiles with the same patterns share one list. Tensors are int32.
 
@@ -92,9 +92,9 @@ def _make_schedule(layout: BlockLayout, tiles: list[tuple[int, ...]]) -> DecodeS
 
 
 def _members(layout: BlockLayout, offsets: list[int], tile: tuple[int, ...], begin: int, end: int) -> Tensor:
-    """Return which heads of a tile keep each pair, int32 [end - begin, n_k].
+    """Return which heads of a tile keep each pair.
 
-    Bit r is set where head r keeps the pair.
+    The result is int32 [end - begin, n_k]: bit r is set where head r keeps the pair.
     """
     members = torch.zeros(end - begin, layout.num_key_blocks, dtype=torch.int32, device=layout.device)
     for pattern in set(tile):

@@ -55,7 +55,7 @@ PACKED_META = gl.constexpr(10)
 
 @gluon.jit
 def _keep(x):
-    """Keep the registers of x alive until here, for a wgmma in flight.
+    """Keep x's registers alive until here, for a wgmma in flight.
 
     Costs no instruction.
     """
@@ -128,7 +128,7 @@ def _producer(
     meta_ptr, steps_ptr, batch_size, num_heads, group, first_tile, num_tiles, offset,
     STAGES: gl.constexpr, EXTRA: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
-    """Load q, log-sum-exps, k and v (EXTRA = 1), or dout and deltas."""
+    """Load q, log-sum-exps, k and v if EXTRA, else dout and deltas."""
     T4: gl.constexpr = x_desc.block_shape
     dt: gl.constexpr = x_desc.dtype
     b, kv, ka, kb, first, _, num_steps = _work(meta_ptr, batch_size, PACKED)
@@ -358,7 +358,7 @@ def _consumer(
 
 @gluon.jit
 def _store_part(x, base, stride, row, end, D: gl.constexpr):
-    """Slice those of the rows [row, row + 64) of x that lie before `end`."""
+    """Store x at rows [row, row + 64), but only before `end`."""
     L: gl.constexpr = x.type.layout
     rows = row + gl.arange(0, TILE, layout=gl.SliceLayout(1, L))
     dims = gl.arange(0, D, layout=gl.SliceLayout(0, L))
@@ -557,9 +557,9 @@ _PANELS = {width: gl.NVMMASharedLayout(swizzle_byte_width=width, element_bitwidt
 
 
 def _tiles(x: Tensor, half: bool = False) -> TensorDescriptor:
-    """Make a descriptor of the 64-row tiles of a view [b, h, s, d].
+    """Make a descriptor of a view's 64-row tiles.
 
-    Panels have 64 dimensions, or `half` of them.
+    The view is [b, h, s, d]. Panels have 64 dimensions, or `half` of them.
     """
     b, h, s, dim = x.shape
     strides = [stride if size > 1 else dim for size, stride in zip((b, h, s), x.stride(), strict=False)]

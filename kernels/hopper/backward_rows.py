@@ -1,6 +1,6 @@
-"""Triton kernels before and after the Hopper backward's main kernel, for each query row.
+"""Triton kernels before and after the Hopper backward's main kernel.
 
-`prepare` computes delta and the log-sum-exp in base 2; `finish` orders the accumulated dq.
+For each query row, `prepare` computes delta and the log-sum-exp in base 2, and `finish` orders the accumulated dq.
 """
 
 # Triton interprets the annotations of its functions, so tensor arguments have none.
@@ -14,9 +14,9 @@ from ..tiles import tile_of_document
 
 @triton.jit
 def _rows_of_tile(tiles, num_heads, s_q, first_tile, num_tiles, offset, PACKED: tl.constexpr):
-    """Return batch * head, batch, head, a program's 64 rows, and which exist.
+    """Return the batch, head and 64 rows of a program.
 
-    The first three have 64 bits.
+    Returns batch * head, batch and head, in 64 bits, then the rows, and which of them exist.
     """
     program = tl.program_id(0)
     tile = program % num_tiles

@@ -49,15 +49,18 @@ _BARRIER = gl.constexpr(mbarrier.MBarrierLayout())
 
 @gluon.jit
 def _stay_live(x):
-    """Keep the registers of x alive for a product in flight; no instruction."""
+    """Keep x's registers alive for a product in flight.
+
+    Costs no instruction.
+    """
     return gl.inline_asm_elementwise("", "=r,0", [x], dtype=x.dtype, is_pure=False, pack=1)
 
 
 @gluon.jit
 def _pack(x, dtype: gl.constexpr):
-    """Pack float32 [m, n] into int32 [m, n / 2], two 16-bit numbers in each.
+    """Pack float32 [m, n] into int32 [m, n / 2].
 
-    Thus LLVM carries whole registers from step to step.
+    Each int32 holds two 16-bit numbers. Thus LLVM carries whole registers from step to step.
     """
     even, odd = gl.split(gl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
     kind: gl.constexpr = "bf16x2" if dtype == gl.bfloat16 else "f16x2"
@@ -81,10 +84,11 @@ def _unpack(x, dtype: gl.constexpr, layout: gl.constexpr):
 
 @gluon.jit
 def _compute_here(x):
-    """Return x >= 0, computed here: the compiler may not move it below.
+    """Return x, which is >= 0, and force its computation here.
 
-    Without this, ptxas waits for the product before it computes the exponentials. It is a store that never happens;
-    with a branch instead, ptxas would run all products one by one (C7518).
+    The compiler may not move the computation below. Without this, ptxas waits for the product before it computes the
+    exponentials. The code is a store that never happens; with a branch instead, ptxas would run all products one by one
+    (C7518).
     """
     return gl.inline_asm_elementwise(
         "{ .reg .pred p; setp.lt.f32 p, $1, 0f00000000; @p st.volatile.shared.b32 [$1], $1; mov.b32 $0, $1; }",
@@ -240,9 +244,9 @@ def _produce(
 
 @gluon.jit
 def _masked(scores, chunks, step, last_key, columns, HALF: gl.constexpr, CHUNK: gl.constexpr):
-    """Set scores to -inf for chunks not kept and keys after the row's last.
+    """Set scores of chunks not kept and later keys to -inf.
 
-    Chunks are those that this half does not keep.
+    A chunk is masked if this half does not keep it, a key if it comes after the row's last.
     """
     PER_STEP: gl.constexpr = _STEP // CHUNK
     entry = gl.load(chunks + step * PER_STEP)

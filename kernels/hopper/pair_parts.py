@@ -1,7 +1,8 @@
-"""Cut pairs of key tiles with many steps into parts for several programs.
+"""Cut pairs of key tiles with many steps into parts.
 
-A part is a row of `meta` with the pair's key tiles and a range of its steps, whose list stays as it is. Static pairs
-are cut by torch operators, those of top-k lists by one kernel without host reads.
+Several programs compute the parts of a pair. A part is a row of `meta` with the pair's key tiles and a range of its
+steps, whose list stays as it is. Static pairs are cut by torch operators, those of top-k lists by one kernel without
+host reads.
 """
 
 # Triton interprets the annotations of its functions, so tensor arguments have none.
@@ -28,7 +29,7 @@ _SUM_COLUMNS = tl.constexpr(SUM_COLUMNS)
 
 @dataclass(frozen=True)
 class PairParts:
-    """Where programs put their sums of dk and dv, and what is added afterwards.
+    """Where programs put dk and dv sums, and what to add afterwards.
 
     - ``slots`` int32 [programs]: slot of the program's sums; -1: it stores dk and dv itself.
     - ``sums`` int32 [n, 6]: as in `ColumnParts`.
@@ -40,9 +41,9 @@ class PairParts:
 
 
 def cut_pairs(meta: Tensor, steps: Tensor, copies: int) -> tuple[Tensor, PairParts] | None:
-    """Cut the heavy pairs of `meta` (int64), or return None if there are none.
+    """Cut the heavy pairs of `meta` (int64).
 
-    Reads the device.
+    Returns None if there are none. Reads the device.
 
     Args:
         copies: sequences that share each pair.
@@ -147,7 +148,10 @@ def s2_attention_kernel_topk_cut(
 
 
 def most_topk_slots(device: torch.device, steps: int) -> int:
-    """Return how many slots top-k lists need at most, if no pair has more than `steps`."""
+    """Return the maximum number of slots that top-k lists need.
+
+    No pair has more than `steps` steps.
+    """
     return most_slots(1, multiprocessors(device)) if steps > LEAST_STEPS else 0
 
 

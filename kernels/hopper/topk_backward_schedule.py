@@ -39,7 +39,10 @@ _TILE = tl.constexpr(TILE)
 def s2_attention_kernel_topk_bits(
     indices, bits, num_slots, slots, num_query_blocks, num_key_blocks, words, AT_ONCE: tl.constexpr
 ):  # fmt: skip
-    """Set bits [lists, key blocks, words] for query blocks that list a key block."""
+    """Set the bits of query blocks that list a key block.
+
+    Bits are [lists, key blocks, words].
+    """
     at = tl.program_id(0) * AT_ONCE + tl.arange(0, AT_ONCE)
     column = tl.load(indices + at, mask=at < num_slots, other=-1)
     row = at // slots
@@ -306,7 +309,10 @@ def in_order(meta: Tensor, num_heads: int, cache: dict[Any, Any]) -> Tensor:
 def parts_in_order(
     meta: Tensor, parts: PairParts, num_heads: int, kv_heads: int, cache: dict[Any, Any]
 ) -> tuple[Tensor, PairParts]:
-    """Order `meta` and its slots, as `in_order`, in any order of heads before."""
+    """Order `meta` and its slots, as `in_order` does.
+
+    Heads may come in any order.
+    """
     num, device = len(meta), meta.device
     at_once = multiprocessors(device)
     if num > _MOST_RANKED:
