@@ -17,10 +17,12 @@ _OVER = "time limit reached; the same command resumes"
 
 
 class Deadline:
-    """Runs programs until the time is over, and ends with status 1 then. Nothing is started in the last moments.
+    """Runs programs until the time is over, then ends with status 1.
+
+    Starts nothing in the last moments.
 
     Args:
-        environment: variables that the programs get beside those of this process.
+        environment: variables that the programs get in addition to those of this process.
     """
 
     def __init__(self, minutes: float, environment: Mapping[str, str] | None = None) -> None:
@@ -29,7 +31,7 @@ class Deadline:
 
     @property
     def is_near(self) -> bool:
-        """Whether too little is left to start a program in, and to save."""
+        """Whether too little time is left to start a program and save."""
         return time.monotonic() > self._end - _LEAST_SECONDS
 
     def run(self, command: list[str], record: Path | None = None) -> None:
@@ -64,7 +66,10 @@ class Deadline:
             sys.exit(_OVER if is_over else program.returncode)
 
     def run_together(self, commands: list[list[str]], at_once: int) -> None:
-        """Run programs of launch/ side by side; exits if any fails, or the time is over."""
+        """Run programs of launch/ in parallel, `at_once` at a time.
+
+        Exits if any fails, or when the time is over.
+        """
         waiting: list[list[str]] = list(commands)
         running: list[subprocess.Popen[bytes]] = []
         try:
@@ -86,7 +91,10 @@ class Deadline:
 
 @contextmanager
 def _sigterm_raises() -> Iterator[None]:
-    """Raise SystemExit where SIGTERM would end this process, but not the programs that it started."""
+    """Raise SystemExit on SIGTERM.
+
+    SIGTERM would otherwise end this process, but not the programs that it started.
+    """
 
     def leave(number: int, frame: FrameType | None) -> None:
         sys.exit(128 + number)

@@ -1,4 +1,7 @@
-"""Compare finished runs: `python launch/compare.py OUTPUT RUN_DIR RUN_DIR …` writes OUTPUT.json and .png."""
+"""Compare finished runs.
+
+`python launch/compare.py OUTPUT RUN_DIR RUN_DIR …` writes OUTPUT.json and .png.
+"""
 
 import argparse
 import os

@@ -22,7 +22,10 @@ from s2train.needles.results import NeedleResults, load_results
 
 
 def draw(evaluations: dict[str, NeedleResults], path: Path) -> None:
-    """Draw a heat map of each evaluation, by its title: exact answers in per cent over length and depth; PNG."""
+    """Draw a heat map of each evaluation as a PNG.
+
+    It shows exact answers in per cent over length and depth. The evaluation's key is its title.
+    """
     figure = Figure(figsize=(1.6 + 3.4 * len(evaluations), 3.4), dpi=160, layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(evaluations), squeeze=False)[0]

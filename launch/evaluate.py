@@ -1,4 +1,4 @@
-"""Measure a checkpoint's loss on text files, and its score on tasks of lm-evaluation-harness.
+"""Measure a checkpoint's loss on text files and scores on lm-evaluation-harness tasks.
 
 python launch/evaluate.py checkpoint=runs/tiny_hybrid text=held-out.jsonl
 python launch/evaluate.py checkpoint=runs/tiny_hybrid text='[a.txt,b.txt]' length=8192 windows=sliding stride=1024

@@ -1,4 +1,4 @@
-"""Continue prompts with a checkpoint, and print the text as it is generated.
+"""Continue prompts with a checkpoint and print text as it is generated.
 
 python launch/generate.py checkpoint=runs/tiny_hybrid prompt='Alice was beginning'
 python launch/generate.py checkpoint=runs/tiny_hybrid prompt=file:prompts.jsonl temperature=0.8 top_p=0.95 seed=1

@@ -1,9 +1,9 @@
-"""Measure what HyperAttention assumes of a trained model, and its error against the number of samples.
+"""Measure whether HyperAttention's assumptions hold for a trained model, and its error.
 
 python launch/hyper_diagnostics.py runs/tiny_dense bucket=32 shortest=64 window=16 sinks=16 --output OUT
 
 Writes OUT.json and OUT.png: the largest squared column norm of every layer's attention matrices, α/n, by length; and
-the error of every layer's attention, and of Gaussian and clustered inputs, by samples.
+the error of every layer's attention, and of Gaussian and clustered inputs, by number of samples.
 """
 
 import argparse

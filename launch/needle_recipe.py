@@ -201,7 +201,10 @@ def run_folder(root: Path, variant: str, number: int, under_yarn: bool = False) 
 
 
 def extend_commands(root: Path, variant: str) -> list[list[str]]:
-    """Return the commands that evaluate the first phase beyond its length, continue it there, and evaluate again."""
+    """Return the commands that extend a variant to longer sequences.
+
+    They evaluate the first phase beyond its length, continue its training there, and evaluate again.
+    """
     before, after = run_folder(root, variant, 0), run_folder(root, variant, 1, under_yarn=True)
     return [
         needle_command(before, list(EXTENDED), 10, root / variant / "before-yarn"),

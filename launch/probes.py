@@ -1,4 +1,6 @@
-"""Probe how a checkpoint uses distant context: identifiers defined or seen far back in held-out text.
+"""Probe how a checkpoint uses distant context.
+
+The probes are identifiers that were defined or seen far back in held-out text.
 
 python launch/probes.py checkpoint=runs/quality/hybrid text=runs/data/linux/held-out.jsonl
 """

@@ -1,4 +1,4 @@
-"""Measure which blocks of a dense checkpoint's attention matter to the loss, head by head.
+"""Measure which attention blocks matter to a dense checkpoint's loss, by head.
 
 python launch/profile_attention.py checkpoint=runs/dense output=runs/semsa/profile.npz [samples=64 verify=200 …]
 

@@ -1,4 +1,4 @@
-"""Compares kinds of attention on one corpus: same data, same budget, same probes.
+"""Compare kinds of attention with the same data, budget and probes.
 
 python launch/quality_study.py data --tree linux       a corpus of a source tree, tokenized
 python launch/quality_study.py sweep                   learning rate and batch, chosen on dense
@@ -63,7 +63,10 @@ def make_data(folders: Folders, tree: Path | None, settings: Sequence[str], dead
 
 
 def run_sweep(folders: Folders, gpus: int, settings: Sequence[str], deadline: Deadline) -> None:
-    """Run the trials that have no result and that no other process runs, and print the choice."""
+    """Run the sweep's missing trials, and print the choice.
+
+    Skips trials that have a result or that another process runs.
+    """
     check_data(folders)
     for trial in map(sweep.Trial, sweep.GRID):
         with sweep.claimed(folders, trial) as is_due:
@@ -79,7 +82,10 @@ def run_sweep(folders: Folders, gpus: int, settings: Sequence[str], deadline: De
 def measure_speed(
     folders: Folders, run: Run, recipe: Recipe, gpus: int, settings: Sequence[str], deadline: Deadline
 ) -> None:
-    """Run the first steps of a run, unless they were measured on this number of GPUs."""
+    """Run the first steps of a run to measure its speed.
+
+    Skips a run that was measured on this number of GPUs.
+    """
     if speed.key(run, gpus) in speed.read(folders):
         print(f"{speed.key(run, gpus)}: there is a result in {folders.speed}")
         return
@@ -96,7 +102,10 @@ def last_checkpoint(folders: Folders, run: Run, recipe: Recipe) -> Path:
 
 
 def train(folders: Folders, run: Run, recipe: Recipe, gpus: int, settings: Sequence[str], deadline: Deadline) -> None:
-    """Train a run that has no result, after the run that it starts from, and write its result."""
+    """Train a run and write its result, unless there is one.
+
+    The run that it starts from must be trained first.
+    """
     if folders.result(run).is_file():
         print(f"{run.name}: there is a result, {folders.result(run)}")
         return

@@ -1,9 +1,10 @@
-"""Replace a trained model's last layers by HyperAttention without training, and measure held-out perplexity.
+"""Measure held-out perplexity with a trained model's last layers replaced by HyperAttention.
 
 python launch/replace_layers.py runs/tiny_dense bucket=32 shortest=64 window=16 sinks=16 --last 1 2 --output OUT
 
-Words such as bucket=32 are settings of HyperAttention (docs/hyperattention.md). Writes OUT.json and OUT.png. Run it
-again to resume it, or with further layers and samples to add them.
+The model is not trained after the replacement. Words such as bucket=32 are settings of HyperAttention
+(docs/hyperattention.md). Writes OUT.json and OUT.png. Run it again to resume it, or with further layers and samples to
+add them.
 """
 
 import argparse

@@ -1,4 +1,6 @@
-"""Measure training on several GPUs of this host: `python launch/scaling.py OUTPUT --gpus 2`
+"""Measure training on several GPUs of this host.
+
+python launch/scaling.py OUTPUT --gpus 2
 
 Writes OUTPUT.json after each part:
 --parity    compare all parallel divisions of a model over two processes with one process: losses agree within rounding
