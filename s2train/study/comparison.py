@@ -41,7 +41,7 @@ class Group:
         return max(result.summary.peak_memory_gib for result in self.results)
 
     def losses_at(self, gpu_seconds: float) -> list[float]:
-        """Held-out loss of each seed after that GPU time, between evaluations by straight lines."""
+        """Interpolate each seed's held-out loss linearly at that GPU time."""
         found = []
         for result in self.results:
             _, seconds, losses = zip(*result.held_out, strict=True)
@@ -49,7 +49,10 @@ class Group:
         return found
 
     def by_position(self) -> list[tuple[int, int, float | None]]:
-        """Mean held-out loss of each range of positions; None where a seed has none."""
+        """Average the held-out losses of each range of positions.
+
+        The mean is None where a seed has no loss.
+        """
         rows = []
         for parts in zip(*(result.by_position for result in self.results), strict=True):
             losses = [loss for _, _, loss in parts if loss is not None]
@@ -57,7 +60,10 @@ class Group:
         return rows
 
     def completions(self) -> dict[int, tuple[float, tuple[float, float], float]]:
-        """Share completed with the definition, its 95 % interval, and the share without, by length; seeds summed."""
+        """Return the shares of completed identifiers by length, summed over seeds.
+
+        For each length: the share with the definition, its 95 % interval, and the share without the definition.
+        """
         counts: dict[int, list[int]] = defaultdict(lambda: [0, 0, 0])
         for result in self.results:
             for row in result.probes["completion"] if result.probes else ():
@@ -71,7 +77,11 @@ class Group:
         }
 
     def recurrences(self) -> dict[int, tuple[int, float, float]]:
-        """Occurrences, loss on the second one and on the first, by the start of the distance range; seeds together."""
+        """Return losses on recurring identifiers by the start of the distance range.
+
+        Each range has the number of occurrences, and the mean losses on the second one and on the first, over all
+        seeds.
+        """
         rows: dict[int, list[tuple[int, float, float]]] = defaultdict(list)
         for result in self.results:
             for row in result.probes["recurrence"]["by_distance"] if result.probes else ():
@@ -85,7 +95,10 @@ class Group:
 
 
 def groups(results: Sequence[Result]) -> dict[str, list[Group]]:
-    """Group results by phase, and in it by variant, in the study's order; others follow."""
+    """Group results by phase and variant, in the study's order.
+
+    Phases and variants that are not in the study follow.
+    """
     by_key: dict[tuple[str, str], list[Result]] = defaultdict(list)
     for result in results:
         by_key[result.run.phase, result.run.variant].append(result)
@@ -102,5 +115,8 @@ def groups(results: Sequence[Result]) -> dict[str, list[Group]]:
 
 
 def shared_gpu_seconds(phase: Sequence[Group]) -> float:
-    """GPU time of the fastest run of a phase, up to which all can be compared."""
+    """Return the GPU time of a phase's fastest run.
+
+    All runs of the phase can be compared up to this time.
+    """
     return min(result.gpu_seconds for group in phase for result in group.results)

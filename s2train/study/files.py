@@ -1,4 +1,4 @@
-"""Names the files of a quality study, and checks that they belong together."""
+"""Names a quality study's files, and checks that they belong together."""
 
 import json
 from dataclasses import dataclass
@@ -112,7 +112,7 @@ def record_split(folders: Folders) -> None:
 
 
 def check_same_split(folders: Folders) -> None:
-    """Check that the tokenizer was trained on the training split that is there.
+    """Check that the tokenizer was trained on the present training split.
 
     Raises:
         ConfigError: the corpus was made again with another split.

@@ -14,7 +14,10 @@ from s2train.training.plots import COLOURS
 
 
 def draw(grouped: Mapping[str, Sequence[Group]], out: Path) -> None:
-    """Draw the mean loss of each variant, with a bar from its lowest to its highest seed, as a PNG."""
+    """Draw the mean loss of each variant as a PNG.
+
+    A bar spans its lowest to its highest seed.
+    """
     figure = Figure(figsize=(5.5 * len(grouped), 4.5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     names = list(dict.fromkeys(group.variant for own in grouped.values() for group in own))

@@ -14,7 +14,10 @@ from s2train.study.variants import PHASES, RUNS, Run
 
 
 def plan_table(folders: Folders, recipe: Recipe, gpus: int, device: str, runs: Sequence[Run] = RUNS) -> Table:
-    """Tabulate the runs; seconds are those of the steps, without starting, evaluating and saving."""
+    """Tabulate the runs, with planned and measured time and memory.
+
+    Seconds are those of the steps, without starting, evaluating and saving.
+    """
     heads = ("run", "density", "tokens", "steps", "seconds", "measured", "GiB", "measured")
     table = Table(*heads, title=f"on {gpus} × {device}")
     measured, total = speed.read(folders), 0.0

@@ -1,4 +1,4 @@
-"""Collects what a run measured in one small file, and reads these files."""
+"""Collects a run's measurements in one small file, and reads these files."""
 
 import json
 from collections.abc import Sequence

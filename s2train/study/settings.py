@@ -33,9 +33,9 @@ def corpus_command(folders: Folders, tree: Path) -> list[str]:
 
 
 def data_commands(folders: Folders) -> list[tuple[Path, list[str]]]:
-    """How the two splits are tokenized, each after the .idx file it makes.
+    """Return the commands that tokenize the two splits.
 
-    The first also trains the tokenizer, if there is none.
+    Each is paired with the .idx file that it writes. The first also trains the tokenizer, if there is none.
     """
     commands = []
     first = str(folders.tokenizer) if folders.tokenizer.is_file() else f"bpe:{VOCABULARY}"
@@ -91,7 +91,10 @@ def train_settings(folders: Folders, run: Run, recipe: Recipe, gpus: int = 1) ->
 
 
 def micro_batch(length: int, sequences: int, gpus: int) -> int:
-    """Sequences that go through a GPU at once: up to four of 16k tokens, where the batch divides so."""
+    """Return how many sequences go through a GPU at once.
+
+    These are up to four sequences of 16k tokens, or fewer where the batch does not divide so.
+    """
     most = max(1, MICRO_BATCH_TOKENS // length)
     return next(size for size in (4, 2, 1) if size <= most and (sequences % (size * gpus) == 0 or size == 1))
 

@@ -1,4 +1,7 @@
-"""Measures throughput and memory of a run's first steps, without evaluation and saving."""
+"""Measures throughput and memory of a run's first steps.
+
+The steps run without evaluation and saving.
+"""
 
 import json
 from dataclasses import asdict
@@ -22,7 +25,10 @@ def key(run: Run, gpus: int) -> str:
 
 
 def speed_settings(folders: Folders, run: Run, recipe: Recipe, gpus: int) -> list[str]:
-    """Settings of launch/pretrain.py for the first steps of a run, which starts from scratch in any phase."""
+    """Return settings of launch/pretrain.py for the first steps of a run.
+
+    The run starts from scratch in any phase.
+    """
     kept = [
         setting
         for setting in train_settings(folders, run, recipe, gpus)

@@ -66,7 +66,10 @@ class Trial:
 
 @contextmanager
 def claimed(folders: Folders, trial: Trial) -> Iterator[bool]:
-    """Claim a trial, and yield whether it is to be run: not if it is finished, or another process runs it."""
+    """Claim a trial, and yield whether to run it.
+
+    A trial is not run if it is finished, or another process runs it.
+    """
     folder = folders.root / "sweep"
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / f"{trial.name}.lock")

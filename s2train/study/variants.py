@@ -1,4 +1,4 @@
-"""Names what the quality study compares: kinds of attention, and phases of training."""
+"""Names what the quality study compares: kinds of attention and training phases."""
 
 import difflib
 import re
@@ -115,7 +115,10 @@ def find_run(variant: str, phase: str, seed: int) -> Run:
 
 
 def attention_settings(variant: str, phase: Phase) -> list[str]:
-    """The variant's settings, with as many blocks as the reference's density asks at the phase's length."""
+    """Return the variant's settings, with the number of blocks filled in.
+
+    This number gives the reference's density at the phase's length.
+    """
     settings = VARIANTS["dense" if phase.dense else variant]
     if not any(MATCHED in setting for setting in settings):
         return list(settings)
@@ -124,7 +127,10 @@ def attention_settings(variant: str, phase: Phase) -> list[str]:
 
 @lru_cache
 def matched_window(settings: tuple[str, ...], length: int) -> int:
-    """Blocks of the window, or selected blocks, whose density comes nearest to the reference's at `length`."""
+    """Find the number of blocks that matches the reference's density.
+
+    These are blocks of the window, or selected blocks. Their density at `length` comes nearest to the reference's.
+    """
     wanted = _wanted_density(length)
     cfg = compose_run([*MODEL, *(setting.replace(MATCHED, "1") for setting in settings)])
     places = [found.groups() for found in map(_MATCHED.match, settings) if found]
