@@ -63,7 +63,10 @@ def find_completions(documents: Sequence[Document], length: int, trials: int, se
 
 
 def _pairs(document: Document, length: int) -> Iterator[tuple[Occurrence, Occurrence]]:
-    """Neighbouring occurrences as far apart as `length` asks, of which the first is a definition."""
+    """Yield neighbouring occurrences of which the first is a definition.
+
+    Their distance is at least `NEAREST * length` and less than `length`.
+    """
     for places in document.occurrences.values():
         for before, here in pairwise(places):
             if NEAREST * length <= here.first - before.first < length and is_definition(

@@ -18,7 +18,10 @@ _DEFINITION = re.compile(
 
 
 def line_span(text: str, start: int, stop: int) -> tuple[int, int]:
-    """First character of the line that holds [start, stop), and one past its end."""
+    """Return the span of the line that holds [start, stop).
+
+    It is the line's first character and one past its end.
+    """
     begin = text.rfind("\n", 0, start) + 1
     end = text.find("\n", stop)
     return begin, len(text) if end < 0 else end + 1

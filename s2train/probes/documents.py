@@ -54,7 +54,10 @@ class Document:
 
     @classmethod
     def of(cls, text: str, tokenizer: Tokenizer) -> "Document":
-        """Tokenize a text, cut at line ends so that long texts need little memory."""
+        """Tokenize a text in parts, so that long texts need little memory.
+
+        Parts are cut at line ends.
+        """
         bounds = [0]
         while bounds[-1] < len(text):
             end = min(bounds[-1] + SEGMENT, len(text))

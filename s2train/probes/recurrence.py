@@ -52,7 +52,10 @@ class Passage:
 
 
 def choose_sequences(documents: Sequence[Document], length: int, count: int, seed: int) -> list[Passage]:
-    """Choose up to `count` sequences of `length` tokens that hold a rare identifier twice; none overlap."""
+    """Choose up to `count` sequences that hold a rare identifier twice.
+
+    Each has `length` tokens; none overlap.
+    """
     found = [document.occurrences for document in documents]
     documents_with = Counter(name for names in found for name in names)
     places = [
@@ -102,7 +105,10 @@ def measure(logits: Logits, sequences: Sequence[Passage], device: torch.device) 
 
 
 def by_distance(found: Sequence[Recurrence]) -> list[dict[str, Any]]:
-    """Mean losses with 95 % intervals, by ranges of distance that hold any."""
+    """Average losses, with 95 % intervals, by range of distance.
+
+    Ranges that hold no recurrence are left out.
+    """
     rows = []
     for low, high in pairwise(EDGES):
         own = [one for one in found if low <= one.distance < high]

@@ -1,1 +1,1 @@
-"""Measures what approximate attention changes in a trained model: its loss, its outputs, its assumptions."""
+"""Measures approximate attention in a trained model: loss, output errors and assumptions."""

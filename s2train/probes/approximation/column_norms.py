@@ -22,7 +22,9 @@ _ROWS = 256  # of the matrix, in memory at once
 
 @dataclass(frozen=True)
 class Columns:
-    """Largest squared column norms of one layer's attention matrices, over its heads and sequences.
+    """Largest squared column norms of one layer's attention matrices.
+
+    The statistics are over its heads and sequences.
 
     Attributes:
         length: n, the tokens of a sequence.
@@ -38,9 +40,9 @@ class Columns:
 
 
 def squared_column_norms(query: Tensor, key: Tensor, scale: float, lengths: Sequence[int]) -> list[Tensor]:
-    """Compute the squared column norms of causal attention, at several lengths in one pass.
+    """Compute squared column norms of causal attention at several lengths.
 
-    A shorter length takes the sequence's beginning.
+    One pass computes all lengths. A shorter length takes the sequence's beginning.
 
     Args:
         query: [s, b, h, d]; key: [s, b, h_kv, d].

@@ -1,4 +1,4 @@
-"""Measures HyperAttention's error against the number of samples, on synthetic and on a model's inputs."""
+"""Measures HyperAttention's error by number of samples, on synthetic and model inputs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -29,7 +29,10 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Error:
-    """Error with `samples` keys an interval: norm of the difference over norm of exact attention, past `shortest`."""
+    """Relative error with `samples` keys an interval.
+
+    It is the norm of the difference over the norm of exact attention, past `shortest`.
+    """
 
     inputs: str
     samples: int
@@ -37,7 +40,10 @@ class Error:
 
 
 def synthetic(length: int, heads: int, dim: int, seed: int) -> list[Inputs]:
-    """Draw Gaussian inputs, and others whose queries and keys lie around shared centres."""
+    """Draw Gaussian inputs and clustered ones.
+
+    Queries and keys of clustered inputs lie around shared centres.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Measures on a checkpoint what HyperAttention changes, and whether what it assumes holds."""
+"""Measures HyperAttention's effect on a checkpoint, and checks its assumptions."""
 
 import json
 import math
@@ -92,7 +92,9 @@ def _loaded(path: Path, cfg: PretrainConfig, sequences: Tensor) -> Iterator[Mode
 
 
 def replace_layers(source: Source, grid: Grid, settings: dict[str, Any], output: Path) -> Table:
-    """Measure the grid, and write OUTPUT.json and OUTPUT.png; a rerun measures what is missing.
+    """Measure the grid, and write OUTPUT.json and OUTPUT.png.
+
+    A rerun measures what is missing.
 
     Raises:
         ConfigError: a setting can't work, or the file holds other measurements.
@@ -136,7 +138,9 @@ def replace_layers(source: Source, grid: Grid, settings: dict[str, Any], output:
 def diagnose(
     source: Source, lengths: Sequence[int], samples: Sequence[int], draws: int, settings: dict[str, Any], output: Path
 ) -> Table:
-    """Measure column norms over lengths and errors over samples; write OUTPUT.json and OUTPUT.png.
+    """Measure column norms by length and errors by number of samples.
+
+    Writes OUTPUT.json and OUTPUT.png.
 
     Raises:
         ConfigError: a setting can't work.

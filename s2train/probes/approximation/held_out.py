@@ -16,11 +16,13 @@ from s2train.errors import ConfigError
 
 
 def held_out_sequences(data: DataConfig, prefix: str | None, length: int, count: int) -> Tensor:
-    """Read the first `count` sequences of the held-out documents, in a row: int64 [count, length + 1].
+    """Read the first `count` sequences of the concatenated held-out documents.
 
     Args:
         data: the run's data, of which the held-out part is read.
         prefix: a dataset to read all of instead.
+    Returns:
+        int64 [count, length + 1].
     Raises:
         ConfigError: the data are missing, mock, or too short.
     """

@@ -16,7 +16,10 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 @dataclass(frozen=True)
 class Panel:
-    """Named curves, each a mapping from abscissa, which is drawn by its logarithm, to ordinate."""
+    """One panel of named curves.
+
+    A curve maps abscissae to ordinates. The abscissa's axis is logarithmic.
+    """
 
     title: str
     abscissa: str

@@ -1,7 +1,7 @@
-"""Replaces a trained model's last layers by HyperAttention, and measures its loss without training.
+"""Measures a trained model's loss with its last layers replaced by HyperAttention.
 
-The published use of HyperAttention (arXiv 2310.05869, section 4.1). Results are kept in a JSON file cell by cell, and a
-rerun computes the missing ones.
+The model is not trained further, as in the published use of HyperAttention (arXiv 2310.05869, section 4.1). Results
+are kept in a JSON file cell by cell, and a rerun computes the missing ones.
 """
 
 import json
@@ -62,7 +62,7 @@ class Grid:
 
 
 def hyper_layout(cfg: PretrainConfig, settings: dict[str, Any], length: int) -> LayerLayout:
-    """Make a layer of HyperAttention that fits the model and sequences of `length` tokens.
+    """Make a HyperAttention layer for the model and sequences of `length` tokens.
 
     Raises:
         ConfigError: a setting can't be, alone or with these.
@@ -162,7 +162,10 @@ def write_cells(path: Path, asked: dict[str, Any], cells: Sequence[Cell], more: 
 
 
 def perplexities(cells: Sequence[Cell], last: int) -> dict[int, float]:
-    """Perplexity by samples with that many layers replaced, of the mean loss over draws."""
+    """Compute perplexity by number of samples, with `last` layers replaced.
+
+    It is that of the mean loss over draws.
+    """
     own = [cell for cell in cells if cell.last == last]
     return {
         samples: math.exp(mean(cell.loss for cell in own if cell.samples == samples))
