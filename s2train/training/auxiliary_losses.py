@@ -1,4 +1,7 @@
-"""Auxiliary losses of a step: their gradients' scale before it, their values over all ranks after it."""
+"""Sets the scale of auxiliary losses, and combines their values across ranks.
+
+The scale is that of their gradients, set before a step. Their values are combined after it.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,7 +17,9 @@ SEPARATOR = "/"  # between a column's name and the layer's number
 
 
 class AuxiliaryLosses:
-    """What the layers' kinds of attention record in each step; does nothing where none has columns.
+    """Collects what the layers' kinds of attention record in each step.
+
+    Does nothing if no kind has columns.
 
     Args:
         chunks: of this rank.
@@ -38,13 +43,16 @@ class AuxiliaryLosses:
         self._samples = cfg.train.micro_batch_size * parallel_state.get_data_parallel_world_size()
 
     def begin_step(self, step: int, is_logged: bool, batch: int) -> None:
-        """Prepare the layers for a training step, counted from 1; `is_logged` if the run logs after it.
-
-        `batch` is the step's global batch size.
+        """Prepare the layers for a training step.
 
         Gradients are scaled as the language model's loss is: it is a mean over the tokens of a micro batch, divided by
         the number of micro batches, and averaged over data parallel ranks with the gradients. Megatron's schedules do
         this only for the losses of its layers.
+
+        Args:
+            step: counted from 1.
+            is_logged: whether the run logs after the step.
+            batch: the step's global batch size.
         """
         scale = 1.0
         if self._loss_scale is not None and self._columns:

@@ -73,10 +73,10 @@ def micro_batches(
 
 
 def ignore_group_signals(worker: int) -> None:
-    """Make a data worker ignore Ctrl-C, and SIGTERM unless its rank sent it.
+    """Make a data worker ignore Ctrl-C and its process group's SIGTERM.
 
-    torchrun and a terminal signal a rank's whole process group, and the rank needs its workers to finish the step and
-    save.
+    A SIGTERM from its rank still ends it. torchrun and a terminal signal a rank's whole process group, and the rank
+    needs its workers to finish the step and save.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

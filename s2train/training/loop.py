@@ -212,7 +212,10 @@ class Trainer:
         return self.held_out_set is not None and step % self.cfg.evaluation.interval == 0
 
     def _is_due(self, step: int) -> bool:
-        """Whether a report is due after a step, wherever the run starts or ends early."""
+        """Whether a report is due after a step.
+
+        This does not depend on where the run starts or ends early.
+        """
         cfg = self.cfg
         return step % cfg.tracking.log_interval == 0 or self._is_evaluated(step) or step == cfg.train.steps
 

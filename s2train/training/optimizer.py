@@ -51,7 +51,7 @@ def wrap_data_parallel(
 def build_optimizer(
     cfg: PretrainConfig, config: TransformerConfig, chunks: list[DistributedDataParallel]
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
-    """Build the optimizer over the chunks and its learning-rate schedule, counted in steps."""
+    """Build the chunks' optimizer and its learning-rate schedule, counted in steps."""
     optim = cfg.optim
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
@@ -99,7 +99,7 @@ def build_optimizer(
 
 
 def _offload(optim: OptimConfig) -> dict[str, Any]:
-    """Return Megatron's settings of an optimizer that works in host memory in part."""
+    """Return Megatron's settings of an optimizer partly in host memory."""
     if not optim.cpu_offload:
         return {}
     return {

@@ -91,7 +91,7 @@ def draw_comparison(
 
 @dataclass(frozen=True)
 class End:
-    """Label at the right end of a line, next to its last loss."""
+    """Label at a line's right end, next to its last loss."""
 
     text: str
     loss: float

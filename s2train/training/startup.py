@@ -1,4 +1,4 @@
-"""Checks that the ranks of a job are compatible, before anything is built.
+"""Checks that a job's ranks are compatible, before anything is built.
 
 Compares versions, settings, clocks, disks and GPUs. The reports go through the rendezvous store, a few hundred bytes
 per rank, since NCCL hangs or fails obscurely on many of these differences. Settings are compared by hash; only a rank

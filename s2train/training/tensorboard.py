@@ -10,7 +10,7 @@ from s2train.errors import ConfigError
 
 
 class TensorBoard:
-    """Event files of a run, written by torch as Megatron's training program does.
+    """Writes a run's event files with torch, as Megatron's training program does.
 
     Args:
         folder: created if needed; a resumed run adds a file.

@@ -22,7 +22,7 @@ from s2train.megatron.specs import core_attention_class
 
 
 def run_once_per_machine(action: Callable[[], None]) -> None:
-    """Run `action` on local rank 0 of each machine while the others wait.
+    """Run `action` on each machine's local rank 0 while the others wait.
 
     Collective: call it on all ranks.
     """
@@ -62,7 +62,10 @@ def compile_kernels(cfg: PretrainConfig, hybrid: HybridLayout, device: torch.dev
 def _zeros(
     cfg: PretrainConfig, rows: int, keys: int, heads: int, groups: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Make query, key and value of one call, leaves or views of leaves that want gradients."""
+    """Make the query, key and value of one call.
+
+    They are leaves that require gradients, or views of such leaves.
+    """
     batch, width, dtype = cfg.train.micro_batch_size, head_dim(cfg.model), DTYPES[cfg.train.precision]
     query = torch.zeros(rows, batch, heads, width, dtype=dtype, device=device, requires_grad=True)
     key = torch.zeros(keys, batch, groups, width, dtype=dtype, device=device, requires_grad=True)
