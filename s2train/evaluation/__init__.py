@@ -1,1 +1,1 @@
-"""Loss and perplexity of texts, and tasks of lm-evaluation-harness, over the KV cache."""
+"""Measures texts' loss and perplexity, and lm-evaluation-harness tasks, over the KV cache."""

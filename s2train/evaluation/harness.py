@@ -90,7 +90,7 @@ class CachedLM(TemplateLM):  # type: ignore[misc, unused-ignore]
         return sums
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Continue each text until one of its stop texts, which is left out."""
+        """Continue each text until a stop text, which is left out."""
         questions = [
             _Question(number, str(request.task_name), self.tok_encode(text) or [self.eot_token_id], settings)
             for number, request in enumerate(requests)
@@ -110,7 +110,10 @@ class CachedLM(TemplateLM):  # type: ignore[misc, unused-ignore]
         return answers
 
     def _sums(self, windows: Sequence[Window]) -> list[tuple[float, bool]]:
-        """Sum of counted log-likelihoods of each window, and whether all its tokens are the likeliest."""
+        """Return each window's log-likelihood, and whether its tokens are the likeliest.
+
+        Both are over the counted tokens, whose log-likelihoods are summed.
+        """
         found: dict[int, tuple[float, bool]] = {}
         for batch in batches(windows, self._batch_size):
             losses, likeliest, counted = self._scorer(batch)

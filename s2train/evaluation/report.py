@@ -1,4 +1,4 @@
-"""Formats the results of an evaluation for a terminal, and logs them to wandb."""
+"""Formats an evaluation's results for a terminal, and logs them to wandb."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from s2train.evaluation.tasks import metrics
 
 
 def report(content: dict[str, Any]) -> str:
-    """Format results in a few lines for each text, and a line for each task's metric."""
+    """Format results: a few lines per text, one per task metric."""
     lines = []
     for text in content["texts"]:
         per_byte = "" if text["bits_per_byte"] is None else f", {text['bits_per_byte']:.4f} bits per byte"
@@ -28,7 +28,10 @@ def report(content: dict[str, Any]) -> str:
 
 
 def figures(content: dict[str, Any]) -> dict[str, float]:
-    """Return the figures for wandb: `evaluation/NAME/loss` of texts, by their files' names, and metrics of tasks."""
+    """Return the figures of texts and tasks for wandb.
+
+    Those of texts are named `evaluation/NAME/loss` and so on, by their files' names; those of tasks are their metrics.
+    """
     found: dict[str, float] = {}
     names = [Path(text["file"]).stem for text in content["texts"]]
     for name, text in zip(names, content["texts"], strict=True):
@@ -42,10 +45,12 @@ def figures(content: dict[str, Any]) -> dict[str, float]:
 
 
 def log_figures(content: dict[str, Any], checkpoint: Path, trained: PretrainConfig, mode: str) -> str:
-    """Log the figures to the training's wandb run, at the checkpoint's step; returns the run's ID.
+    """Log the figures to the training's wandb run at the checkpoint's step.
 
     Args:
         mode: offline or online.
+    Returns:
+        the run's ID.
     """
     run, place = training_run(checkpoint, trained, mode)
     run.log({**figures(content), **place})

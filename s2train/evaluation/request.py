@@ -56,7 +56,9 @@ class Request:
 
 
 def read_request(cfg: EvaluateConfig, world_size: int, hardware: Hardware) -> Request:
-    """Read and check settings and texts; builds no model, and loads no task.
+    """Read and check settings and texts.
+
+    Builds no model and loads no task.
 
     Args:
         world_size: processes of the job.

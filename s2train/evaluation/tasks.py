@@ -15,12 +15,12 @@ from s2train.evaluation.scoring import Scorer
 
 
 def load_tasks(cfg: EvaluateConfig, length: int) -> Any:
-    """Load the tasks of `cfg.tasks`, with their data; None if there are none.
+    """Load the tasks of `cfg.tasks`, with their data.
 
     Args:
         length: tokens that the model sees at once.
     Returns:
-        the harness's tasks.
+        the harness's tasks; None if there are none.
     Raises:
         ConfigError: the harness is not installed, a task is unknown, its data can't be loaded, or it generates text in
             a way that is not supported.
@@ -81,7 +81,10 @@ def run_tasks(cfg: EvaluateConfig, tasks: Any, scorer: Scorer, tokenizer: Tokeni
 
 
 def _outermost(tasks: Any) -> list[Any]:
-    """List the groups that are in no other group, whose scores they sum up, and the tasks in none."""
+    """List the groups and tasks that belong to no group.
+
+    A group's score sums up those of its members.
+    """
     inner = {child for children in tasks["group_map"].values() for child in children}
     return [item for part in ("groups", "tasks") for name, item in tasks[part].items() if name not in inner]
 

@@ -25,7 +25,9 @@ class Window:
 
 
 def cut(ids: Ids, length: int, stride: int) -> Iterator[Window]:
-    """Cut a document into windows that together count each token but the first once.
+    """Cut a document into windows that count its tokens once.
+
+    Together they count each token but the first, which nothing predicts.
 
     Args:
         length: most tokens that the model sees.
