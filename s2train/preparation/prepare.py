@@ -162,7 +162,10 @@ def _write(cfg: PrepareConfig, sources: list[Source], folder: Path, tokenizer_na
 
 
 def _texts(cfg: PrepareConfig, sources: list[Source]) -> Iterator[str]:
-    """Yield about `tokenizer_chars` of text to train a tokenizer on, taken evenly from all documents."""
+    """Yield about `tokenizer_chars` of text to train a tokenizer on.
+
+    It is taken evenly from all documents.
+    """
     sizes = [source.path.stat().st_size for source in sources]
     meter, read, documents, size = Meter("reading for the tokenizer", sum(sizes)), 0, 0, 0
     share = min(1.0, cfg.tokenizer_chars / max(1, sum(sizes)))  # compressed files hold more, and give more

@@ -36,7 +36,10 @@ _FEWEST_SHINGLES = 4  # shorter files are compared as a whole
 
 @dataclass(frozen=True)
 class _File:
-    """What one file holds: why it is dropped, or its size in characters and its fingerprint."""
+    """Describes one file: its size and fingerprint, or why it is dropped.
+
+    The size is in characters.
+    """
 
     path: str
     reason: str | None = None
@@ -121,7 +124,10 @@ def _check(cfg: CorpusConfig) -> None:
 
 
 def _paths(tree: Path, suffixes: tuple[str, ...]) -> Iterator[str]:
-    """Relative POSIX paths of regular files with a suffix or full name of `suffixes`; links are not followed."""
+    """Yield relative POSIX paths of the regular files to read.
+
+    Their suffix or full name is in `suffixes`. Links are not followed.
+    """
     for folder, _, names in os.walk(tree):
         for name in names:
             path = Path(folder) / name
@@ -130,7 +136,10 @@ def _paths(tree: Path, suffixes: tuple[str, ...]) -> Iterator[str]:
 
 
 def _kept(tree: Path, paths: Sequence[str], cfg: CorpusConfig) -> tuple[list[_File], Counter[str]]:
-    """Files to keep, in order, and how many are dropped for which reason; of near-duplicates the first is kept."""
+    """Choose the files to keep, and count the dropped ones by reason.
+
+    Kept files are in order. Of near-duplicates the first is kept.
+    """
     workers = cfg.workers or available_cores()
     if workers > 1 and len(paths) > FILES_FOR_PROCESSES:
         with worker_pool(workers) as pool:
@@ -189,7 +198,11 @@ def _subsystem(path: str, depth: int) -> str:
 
 
 def _held_out(subsystems: dict[str, list[_File]], cfg: CorpusConfig) -> set[str]:
-    """Names of the held-out subsystems: as set, or by a hash of their names until the share is reached."""
+    """Choose the names of the held-out subsystems.
+
+    They are those of `cfg.held_out`; without it, those that come first by a hash of their names, until the share is
+    reached.
+    """
     if cfg.held_out:
         missing = [name for name in cfg.held_out if name not in subsystems]
         if missing:
