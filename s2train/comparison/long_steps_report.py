@@ -27,7 +27,7 @@ def gain(row: Row, over: Row | None) -> float | None:
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """Make a table of all rows, with the hybrids' speedups over dense variants."""
+    """Make a table of all rows, with hybrids' speedups over dense variants."""
     dense = list(dict.fromkeys(row.way for row in rows if not row.is_hybrid))
     found = Table(
         *("tokens", "variant", "layers", "recompute", "s/step", "planned", "tokens/s", "MFU", "peak GiB", "planned"),

@@ -1,4 +1,4 @@
-"""Times attention to selected blocks beside dense attention, and each phase of the selection.
+"""Times attention to selected blocks, its selection phases, and dense attention.
 
 One layer's core attention, as in training: random queries, keys and values, bfloat16 on a GPU, batch 1, forward and
 backward. `attention` is the sparse op alone with lists made before; `whole` is the core attention with scorer,
@@ -98,7 +98,7 @@ def _measure(name: str, length: int, args: argparse.Namespace, clock: Clock, dev
 
 
 def build_core(scorer: str, length: int, args: argparse.Namespace, device: torch.device) -> BlockSelectionCoreAttention:
-    """Build one layer of block selection as a model has it; return its core attention."""
+    """Build a model of one block-selection layer; return its core attention."""
     selection = {"kind": "block_selection", "scorer": scorer, "top_k": args.top_k}
     cfg = PretrainConfig(
         model=ModelConfig("speed", 1, 256, 256, args.heads, args.kv_heads, head_dim=args.dim, vocab_size=64),
@@ -142,7 +142,10 @@ def measure_dense(leaves: list[Tensor], clock: Clock, budget_ms: float) -> Recor
 
 
 def measure_scorer(core: BlockSelectionCoreAttention, leaves: list[Tensor], clock: Clock, budget_ms: float) -> Record:
-    """Time one scorer: whole core attention, the op alone, and each phase before it."""
+    """Time the core attention with one scorer, whole and in parts.
+
+    The parts are the sparse op and each phase before it.
+    """
     query, key, value = leaves
     size, length = core.layer_layout.block_size, query.shape[0]
     count, budget = core.layer_layout.num_blocks(length), core.kind.budget

@@ -102,7 +102,10 @@ def measure(request: Request, name: str, folder: Path, caches: Path) -> Start:
 def measure_all(
     request: Request, cold: int, warm: int, together: int, keep: Callable[[list[Start]], None]
 ) -> list[Start]:
-    """Measure cold starts, then warm ones, `together` at once; `keep` gets all so far after each."""
+    """Measure cold starts, then warm ones, `together` at a time.
+
+    `keep` gets all starts so far after each group.
+    """
     starts: list[Start] = []
     with tempfile.TemporaryDirectory(prefix="s2train_starts_") as scratch, ThreadPoolExecutor(together) as pool:
         root, caches = Path(scratch), Path(scratch) / "warm"
