@@ -89,9 +89,9 @@ class Job:
             return None
 
     def loss(self) -> float | None:
-        """Held-out loss of a finished run, or its last loss, in nats per token.
+        """Held-out loss of a finished run, or else its last loss.
 
-        None if the run is not finished.
+        It is in nats per token; None if the run is not finished.
         """
         summary = self.summary() if self.status is Status.FINISHED else None
         return None if summary is None else summary.ranking_loss[1]

@@ -180,7 +180,9 @@ class SweepLauncher(Launcher):
         return job
 
     def _plan(self, cfg: PretrainConfig) -> Plan:
-        """Plan a job for the machine that runs it, or that of its plan settings.
+        """Plan a job for the machine of its plan settings.
+
+        Without such settings, that is the machine that runs it.
 
         Raises:
             ConfigError: the job can't run there.

@@ -21,10 +21,11 @@ def setting_and_value(override: str) -> tuple[str, str]:
 
 
 def folder_name(overrides: Sequence[str], swept: Iterable[str]) -> str:
-    """Build a folder name of at most 89 characters that needs no quoting.
+    """Build a folder name that needs no quoting.
 
-    A shell, a file system and Hydra accept it unquoted. It consists of the swept settings and a digest of all overrides
-    that does not depend on their order: two jobs share a name only if they share all overrides.
+    It has at most 89 characters, and a shell, a file system and Hydra accept it unquoted. It consists of the swept
+    settings and a digest of all overrides that does not depend on their order: two jobs share a name only if they share
+    all overrides.
     """
     words = [f"{setting.rpartition('.')[2]}-{value}" for setting, value in _swept(overrides, swept).items()]
     readable = re.sub(r"[^A-Za-z0-9._-]+", "-", "__".join(words))[:_READABLE_LENGTH].strip("-._")
@@ -33,7 +34,7 @@ def folder_name(overrides: Sequence[str], swept: Iterable[str]) -> str:
 
 
 def job_folder(sweep_dir: Path, overrides: Sequence[str], swept: Iterable[str]) -> Path:
-    """Folder of a job: an existing one with its digest, or a new one.
+    """Return a job's folder, an existing one if it has its digest.
 
     The existing folder may come from a sweep of other settings, or of a version with other names for settings.
     """
