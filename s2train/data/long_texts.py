@@ -18,11 +18,11 @@ Ids = npt.NDArray[np.int64]
 
 
 def encode_long(tokenizer: hf.Tokenizer, text: str, segment: int = SEGMENT, overlap: int = _OVERLAP) -> Ids:
-    """Encode a text in segments: ids [n], the same as for the whole text.
+    """Encode a text in segments.
 
-    Neighbouring segments share `overlap` characters. They are joined in the middle of the overlap if their tokens agree
-    in its middle half, which shows that the segments' ends have no influence there. If they disagree, or a token is
-    longer than the middle half, the whole text is encoded at once.
+    Returns ids [n], the same as for the whole text. Neighbouring segments share `overlap` characters. They are joined
+    in the middle of the overlap if their tokens agree in its middle half, which shows that the segments' ends have no
+    influence there. If they disagree, or a token is longer than the middle half, the whole text is encoded at once.
     """
     joined: list[Ids] = []
     left: Ids | None = None

@@ -16,7 +16,10 @@ def training_part(data: DataConfig) -> DataConfig:
 
 
 def held_out_part(data: DataConfig) -> DataConfig:
-    """`data` for evaluation: with `valid_path`, all documents there; else the held-out weight of `split`."""
+    """Return `data` with its held-out part alone.
+
+    With `valid_path`, that is all documents there; without it, the held-out weight of `split`.
+    """
     return data if data.valid_path is None else replace(data, path=data.valid_path, valid_path=None, split="0,1")
 
 
@@ -46,5 +49,5 @@ def check_parts(cfg: PretrainConfig) -> None:
 
 
 def _file(prefix: str) -> str:
-    """The file of a dataset's tokens, the same however its path is spelled."""
+    """Return a dataset's token file, the same for every spelling of `prefix`."""
     return os.path.realpath(f"{prefix}.bin")
