@@ -125,7 +125,10 @@ class _RenamingSource(FileConfigSource):
 
 
 def _with_current_interpolations(node: Any) -> Any:
-    """Copy nested plain settings, with `${NAME}` of an old name replaced by that of the current one."""
+    """Copy nested plain settings, with current names in their interpolations.
+
+    `${NAME}` of an old name is replaced by that of the current name.
+    """
     if isinstance(node, dict):
         return {key: _with_current_interpolations(value) for key, value in node.items()}
     if isinstance(node, list):

@@ -30,7 +30,7 @@ def quote_where_needed(arguments: Sequence[str]) -> list[str]:
 
 
 def quote_text(arguments: Sequence[str], setting: str) -> list[str]:
-    """Quote the values of a setting that holds text, so that Hydra reads exactly what was typed.
+    """Quote a text setting's values so that Hydra reads them as typed.
 
     Leaves lists in brackets, and what is already in quotes.
     """
