@@ -11,7 +11,7 @@ GOALS = {"dp": 0.95, "cp": 0.85, "tp": 0.80}  # share of linear scaling on two G
 
 
 def speed(runner: Runner, models: tuple[str, ...], seq_length: int, sequences: int) -> dict[str, Any]:
-    """Measure each model on one device, and on 2, 4, … with each parallelism.
+    """Measure each model on 1, 2, 4, … devices with each parallelism.
 
     A data parallel run takes `sequences` sequences per step on every device, the others take that number in total.
     """
