@@ -18,10 +18,10 @@ TOKENIZERS_PARALLELISM = "TOKENIZERS_PARALLELISM"  # the tokenizers library read
 def worker_pool(
     workers: int, start: Callable[..., None] | None = None, *arguments: Any
 ) -> Iterator[ProcessPoolExecutor]:
-    """Yield a pool of `workers` processes; leaving it cancels tasks that have not begun.
+    """Yield a pool of `workers` processes.
 
-    Workers are spawned, because the threads of torch and of tokenizers would not survive a fork. They exit when this
-    process is killed, and tokenize on one core.
+    Leaving the context cancels tasks that have not begun. Workers are spawned, because the threads of torch and of
+    tokenizers would not survive a fork. They exit when this process is killed, and tokenize on one core.
 
     Args:
         start: called with `arguments` once in every worker.
