@@ -1,4 +1,4 @@
-"""Counts samples of steps: of one global batch size, or of Megatron's ramp-up."""
+"""Counts samples of steps, with or without Megatron's batch-size ramp-up."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class Stage:
 
 
 def batch_size(train: TrainConfig, consumed: int) -> int:
-    """Return the global batch size of the step that begins after `consumed` samples."""
+    """Return the global batch size of the step after `consumed` samples."""
     if train.rampup_batch_size is None or consumed > train.rampup_batch_size[2]:
         return train.global_batch_size
     # slow to import, and most runs have no ramp-up
@@ -46,7 +46,10 @@ def stages(train: TrainConfig, steps: int, consumed: int = 0) -> list[Stage]:
 
 
 def samples_of(train: TrainConfig, steps: int, consumed: int = 0) -> int:
-    """Return the number of samples that the next `steps` steps take after `consumed` samples."""
+    """Return how many samples the next `steps` steps take.
+
+    The steps begin after `consumed` samples.
+    """
     if train.rampup_batch_size is None:
         return steps * train.global_batch_size
     return sum(stage.samples for stage in stages(train, steps, consumed))

@@ -11,7 +11,10 @@ from s2train.errors import ConfigError
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path in the folder of `path`; rename it to `path` on success."""
+    """Yield a temporary path that is renamed to `path` on success.
+
+    It is in the folder of `path`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -60,7 +63,10 @@ def check_writable(setting: str, folder: str | Path) -> None:
 
 
 def check_output(output: str | Path, overwrite: bool, such: str) -> Path:
-    """Check that a file can be written: `output`, as a program's setting; `such` is an example.
+    """Check that a program can write the file of its setting `output`.
+
+    Args:
+        such: example of a file, for the error's remedy.
 
     Raises:
         ConfigError: on `output`: it names no file or one that exists, or its folder can't be written.

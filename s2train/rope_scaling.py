@@ -1,4 +1,4 @@
-"""Settings that scale RoPE's frequencies for sequences longer than a model was trained on."""
+"""Settings that scale RoPE's frequencies for sequences beyond the training length."""
 
 import math
 from dataclasses import asdict, dataclass, replace
@@ -33,7 +33,10 @@ class RopeScalingConfig:
 
     @property
     def temperature(self) -> float:
-        """The factor of cosines and sines: YaRN's sqrt(1 / t), equation 22; 1 for the other kinds."""
+        """The factor of RoPE's cosines and sines.
+
+        For yarn it is sqrt(1 / t) of equation 22, for the other kinds 1.
+        """
         if self.kind != "yarn":
             return 1.0
         assert self.factor is not None

@@ -40,7 +40,7 @@ _CODE = re.compile(r"(`[^`]*`)")
 
 
 def programs() -> dict[str, type]:
-    """Return the dataclass of each program's settings, by the program's path; training first."""
+    """Return each program's settings dataclass by the program's path, training first."""
     for module in (config, generation, semsa, evaluation):
         module.register()
     schemas = [_schema(entry) for name, entry in _store().items() if name.endswith("_schema.yaml")]
