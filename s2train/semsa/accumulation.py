@@ -1,4 +1,4 @@
-"""Sums the effects of blocks and rules over samples, on this rank's heads."""
+"""Sums effects of blocks and rules over samples, for this rank's heads."""
 
 from collections.abc import Sequence
 
@@ -71,9 +71,10 @@ class Accumulator:
         return self._masks[key]
 
     def sums(self, data_group: torch.distributed.ProcessGroup) -> tuple[np.ndarray, np.ndarray]:
-        """Return the sums over all ranks, on each of them: float32 [4, layers, heads, …]; collective.
+        """Return the sums over all ranks, on every rank; collective.
 
-        They are of blocks [.., n, n] and rules [.., rules, n]. Every rank must have observed a sample, or none.
+        They are float32, of blocks [4, layers, heads, n, n] and of rules [4, layers, heads, rules, n]. Every rank must
+        have observed a sample, or no rank.
         """
         gathered = []
         for own in (self.blocks, self.of_rules):
@@ -91,7 +92,10 @@ class Accumulator:
 
 
 def gather_heads(own: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
-    """Concatenate [4, layers, heads, …] of all tensor parallel ranks along the heads; collective."""
+    """Concatenate the heads of all tensor parallel ranks; collective.
+
+    `own` and the result are [4, layers, heads, …].
+    """
     parts = [torch.empty_like(own) for _ in range(group.size())]
     torch.distributed.all_gather(parts, own.contiguous(), group=group)
     return torch.cat(parts, 2)

@@ -1,4 +1,4 @@
-"""Layouts to compare a choice with, each as dense as a budget permits."""
+"""Layouts to compare a choice with, as dense as a budget permits."""
 
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
@@ -17,16 +17,20 @@ _SLACK = 0.03  # random layouts keep at least the budget less this share of it
 
 
 def uniform_window(profile: Profile, density: float, sinks: int = 1) -> Layers | None:
-    """Return the widest window with sinks that all heads can have; None if none meets the budget."""
+    """Return the widest window with sinks that meets the budget.
+
+    All heads get it. None if no window meets the budget.
+    """
     blocks = -(-profile.seq_length // profile.block_size)
     windows = [SlidingWindow(window, sinks) for window in range(1, blocks + 1)]
     return _same(_densest(profile, windows, density), profile)
 
 
 def stripes(profile: Profile, density: float) -> Layers | None:
-    """Return the densest S2 layout, in which offsets shift from head to head; None if none meets the budget.
+    """Return the densest S2 layout that meets the budget.
 
-    Of equally dense ones it takes the widest window.
+    Its offsets shift from head to head. Of equally dense layouts it takes the one with the widest window. None if none
+    meets the budget.
     """
     heads = profile.model.num_attention_heads
     choices = [LocalVertical(local, stride, 0) for local in (1, 2, 4, 8, 16) for stride in (2, 4, 8, 16, 32)]
@@ -39,7 +43,10 @@ def stripes(profile: Profile, density: float) -> Layers | None:
 def random_rules(
     profile: Profile, candidates: Candidates, density: float, group: int, rng: np.random.Generator
 ) -> Layers | None:
-    """Return rules drawn at random whose density is about the budget; None if the solver finds none."""
+    """Draw random rules whose density is about the budget.
+
+    None if the solver finds no rules.
+    """
     share = candidates.density(profile.block_size, profile.seq_length)
     budget = Budget(share, density, density * (1 - _SLACK))
     # random costs, the same for all heads of a group, choose a random point among those that meet the budget

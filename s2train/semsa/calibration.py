@@ -1,4 +1,4 @@
-"""Text to profile and evaluate on, and the loss that is measured there."""
+"""Text to profile and evaluate on, and the loss measured there."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -30,7 +30,10 @@ Sample = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Labels:
-    """What the loss compares the output with: `data`, or what the softened model itself says."""
+    """Labels of the loss: the data's, or samples of the softened model.
+
+    `kind` is `data` or `sampled`.
+    """
 
     kind: str
     temperature: float = 1.0
@@ -130,9 +133,9 @@ def load_studied(
     precision: str | None = None,
     recompute: bool = False,
 ) -> Loaded:
-    """Load the model with attention that can be observed and masked; its weights are frozen.
+    """Load the model with attention that can be observed and masked.
 
-    Gradients begin at the embedding's output.
+    Its weights are frozen. Gradients begin at the embedding's output.
     """
     hybrid = studied_layout(subject.trained.model, block_size)
     loaded = load_for_inference(
@@ -166,7 +169,7 @@ def samples(subject: Subject, count: int, *, held_out: bool, rank: int = 0, rank
 def token_losses(
     model: torch.nn.Module, sample: Sample, labels: Labels, vocab_size: int, seed: int, device: torch.device
 ) -> Tensor:
-    """Compute the loss on each token, float32 [b, s]; 0 where it doesn't count.
+    """Compute each token's loss, float32 [b, s]; 0 where it doesn't count.
 
     Args:
         vocab_size: ids below it can be sampled; further rows of the output pad it.

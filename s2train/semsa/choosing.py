@@ -1,4 +1,7 @@
-"""Chooses a layout by a profile: reads settings, solves, writes the layout with its picture and figures."""
+"""Chooses a layout by a profile, and writes it.
+
+The steps: read the settings, solve, and write the layout with its picture and figures.
+"""
 
 import json
 import shlex

@@ -1,4 +1,4 @@
-"""Settings of the programs that profile a checkpoint, choose layouts and measure them."""
+"""Settings of the programs that profile checkpoints, and choose and measure layouts."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +11,10 @@ from s2train import config
 
 @dataclass
 class CalibrationDataConfig:
-    """Text to profile and evaluate a checkpoint on; None: as in its run."""
+    """Text to profile and evaluate a checkpoint on.
+
+    None: as in the checkpoint's run.
+    """
 
     path: Any = None  # datasets, as in a run's data.path
     split: Any = None  # weights of train and held-out data: profiles take the former, evaluations the latter
@@ -21,7 +24,10 @@ class CalibrationDataConfig:
 
 @dataclass
 class LibraryConfig:
-    """Rules that a head may get, in blocks; with `dense`, at most 64."""
+    """Rules that a head may get, in blocks.
+
+    At most 64, including `dense`.
+    """
 
     # [[base, slope], …]: the last base + slope · n blocks, where n is the number of blocks up to the query
     spans: Any = field(

@@ -18,7 +18,9 @@ from s2train.megatron.block_attention import SparseCoreAttention
 
 @dataclass(frozen=True)
 class Attended:
-    """One attention call after its backward pass, in format [s, b, h, d]; no gradients.
+    """Tensors of one attention call after its backward pass.
+
+    They are [s, b, h, d] unless noted, and have no gradients.
 
     Attributes:
         lse: log-sum-exp, float32 [b, h, s].
@@ -37,7 +39,9 @@ Observer = Callable[["StudiedCoreAttention", Attended], None]
 
 
 class StudiedCoreAttention(SparseCoreAttention):
-    """Dense attention that hands over what its backward pass meets, or attention under a mask.
+    """Dense attention for an observer, or attention under a mask.
+
+    The observer gets the tensors of each backward pass.
 
     Attributes:
         observer: called in each backward pass; None: nobody observes.

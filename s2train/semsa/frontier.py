@@ -1,4 +1,7 @@
-"""The frontier: held-out loss against density, of chosen layouts and of others, without further training."""
+"""Measures the frontier: held-out loss against density, without further training.
+
+It has points of chosen layouts and of others.
+"""
 
 import json
 import os
@@ -135,7 +138,10 @@ def _read_request(cfg: FrontierConfig) -> tuple[Profile, Subject, Path]:
 
 
 def _layouts(cfg: FrontierConfig, profile: Profile) -> Iterator[tuple[str, float, Layers]]:
-    """Yield each layout that meets a density, with its name; those that can't meet it are left out."""
+    """Yield name, density and patterns of each layout that meets a density.
+
+    Layouts that can't meet it are left out.
+    """
     model, candidates = profile.model, Candidates.of(profile)
     group = group_size(model) if cfg.whole_groups else 1
     share = candidates.density(profile.block_size, profile.seq_length)
@@ -153,7 +159,7 @@ def _layouts(cfg: FrontierConfig, profile: Profile) -> Iterator[tuple[str, float
 
 
 def _speedup(layers: Layers, profile: Profile) -> float:
-    """Predict the speed-up of attention over dense, forward and backward on one H100."""
+    """Predict attention's speed-up over dense, forward and backward on one H100."""
     kinds = [LETTERS["D" if all(isinstance(head, Dense) for head in row) else "S"] for row in layers]
     size = profile.block_size
     found = tuple(LayerLayout(kind, tuple(row), size) for kind, row in zip(kinds, layers, strict=True))

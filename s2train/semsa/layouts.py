@@ -1,4 +1,4 @@
-"""From the rule of each head to densities, and to a layout that a run takes."""
+"""Turns each head's rule into densities and into a run's layout."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -52,19 +52,28 @@ class Candidates:
         return cls(tuple(distinct), index, tuple(pattern_of(own, profile.block_size) for own in distinct))
 
     def density(self, block_size: int, seq_length: int) -> np.ndarray:
-        """Return the share of causal positions that each rule keeps: float64 [layers, heads, rules]."""
+        """Return the share of causal positions that each rule keeps.
+
+        The result is float64 [layers, heads, rules].
+        """
         causal = seq_length * (seq_length + 1) // 2
         shares = np.array([kept_positions(pattern, block_size, seq_length) / causal for pattern in self.patterns])
         density: np.ndarray = shares[self.index]
         return density
 
     def kv_efficient(self) -> list[int]:
-        """Return the numbers of the rules that never read a dropped key again, in any head."""
+        """Return the numbers of rules that are KV efficient in every head.
+
+        Such a rule never reads a dropped key again.
+        """
         efficient = np.array([pattern.kv_efficient for pattern in self.patterns])
         return [int(rule) for rule in np.flatnonzero(efficient[self.index].all((0, 1)))]
 
     def heads(self, rules: np.ndarray) -> list[list[int]]:
-        """Return each head's number in `distinct`, by layer, of chosen rules [layers, heads]."""
+        """Return each head's number in `distinct`, by layer.
+
+        `rules` are the chosen ones, [layers, heads].
+        """
         return [
             [int(self.index[layer, head, rule]) for head, rule in enumerate(row)] for layer, row in enumerate(rules)
         ]
@@ -75,7 +84,10 @@ class Candidates:
 
 
 def layout_settings(candidates: Candidates, rules: np.ndarray, block_size: int) -> LayoutConfig:
-    """Make a run's layout of chosen rules [layers, heads], with the patterns in use only."""
+    """Make a run's layout of chosen rules [layers, heads].
+
+    It has only the patterns in use.
+    """
     numbers = candidates.heads(rules)
     used = sorted({number for row in numbers for number in row})
     place = {number: new for new, number in enumerate(used)}
@@ -94,7 +106,10 @@ def build_layout(layout: LayoutConfig, profile: Profile) -> HybridLayout:
 
 
 def sees_everything(hybrid: HybridLayout, lengths: Sequence[int]) -> bool:
-    """Return whether each far block is seen by some head, as runs require by default."""
+    """Return whether some head sees each far block.
+
+    Runs require this by default.
+    """
     return all(run.complete for length in lengths for run in coverage_report(hybrid, length).runs)
 
 

@@ -16,7 +16,10 @@ _DATA = Labels("data")
 
 @torch.no_grad()
 def summed_loss(model: torch.nn.Module, texts: Sequence[Sample], device: torch.device) -> float:
-    """Sum the loss on the data's labels over all tokens, in nats, under the masks that are set."""
+    """Sum the loss on all tokens under the current masks, in nats.
+
+    The labels are the data's.
+    """
     total = 0.0
     for sample in texts:
         total += float(token_losses(model, sample, _DATA, 0, 0, device).double().sum())
@@ -30,7 +33,10 @@ def loss_per_token(
     seq_length: int,
     device: torch.device,
 ) -> float:
-    """Return the loss per token with each head's pattern, over all data parallel ranks' texts; collective."""
+    """Return the loss per token with each head's pattern; collective.
+
+    It is the mean over the texts of all data parallel ranks.
+    """
     set_patterns(model, layers, seq_length)
     tokens = sum(float(sample["loss_mask"].sum()) for sample in texts)
     sums = torch.tensor([summed_loss(model, texts, device), tokens], dtype=torch.float64, device=device)
@@ -42,7 +48,10 @@ def loss_per_token(
 def loss_with_head_masked(
     model: torch.nn.Module, layer: int, head: int, kept: Tensor, texts: Sequence[Sample], device: torch.device
 ) -> float:
-    """Sum the loss where one head keeps the blocks of bool [n, n], and all others keep everything."""
+    """Sum the loss with one head masked.
+
+    The head keeps the blocks of `kept`, bool [n, n]; all other heads keep everything.
+    """
     core = studied_layers(model)[layer]
     first, stop = core.heads
     masks = torch.ones(stop - first, *kept.shape, dtype=torch.bool).tril()

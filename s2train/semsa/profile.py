@@ -21,7 +21,9 @@ _VERSION = 1
 
 @dataclass(frozen=True)
 class Profile:
-    """Sums over samples and rows of the effect on the loss, in nats; see `s2train.kernels.block_statistics`.
+    """Effects on the loss, summed over samples and rows, in nats.
+
+    See `s2train.kernels.block_statistics`.
 
     Attributes:
         blocks: float32 [4, layers, heads, n, n], in the order of `SUMS`, of removing one key block from the rows of a
@@ -119,7 +121,9 @@ def check_same_model(profile: Profile, weights: str, path: str, checkpoint: Path
 
 
 def ranked_columns(blocks: np.ndarray, num_query_groups: int, local: int = 1) -> np.ndarray:
-    """Order key blocks by their KV group's squared effects beyond the window, int64 [layers, heads, n].
+    """Order key blocks by their KV group's squared effects beyond the window.
+
+    The result is int64 [layers, heads, n].
 
     Args:
         blocks: float [4, layers, heads, n, n].

@@ -1,4 +1,7 @@
-"""Profiles a checkpoint: forward and backward on calibration text, with sums saved to resume from."""
+"""Profiles a checkpoint on calibration text.
+
+It runs forward and backward, and saves the sums so far to resume from.
+"""
 
 import json
 import os
@@ -231,7 +234,10 @@ def _total(
     about: dict[str, Any],
     request: Request,
 ) -> Profile:
-    """Add up all ranks and what was saved before; collective. Only rank 0's result includes the latter."""
+    """Add the sums of all ranks and the saved ones; collective.
+
+    Only rank 0's result includes what was saved before.
+    """
     blocks, rules = sums.sums(group)
     counted = torch.tensor([tokens], dtype=torch.float64, device=device)
     torch.distributed.all_reduce(counted, group=group)

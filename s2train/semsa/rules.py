@@ -1,4 +1,7 @@
-"""The rules that a head may get: patterns by settings, some with what depends on the head left open."""
+"""The rules that a head may get.
+
+A rule is a pattern's settings; some rules leave open what depends on the head.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +32,9 @@ class Rule:
     settings: Mapping[str, Any]
 
     def of_group(self, group: int, columns: Sequence[int] = ()) -> dict[str, Any]:
-        """Return the settings of the pattern of a KV group's heads, which share their loads.
+        """Return the settings of a pattern for a KV group's heads.
+
+        These heads share their loads.
 
         Args:
             group: KV head within its layer.
@@ -109,7 +114,9 @@ def make_library(library: LibraryConfig) -> tuple[Rule, ...]:
 def rule_masks(
     rules: Sequence[Rule], heads: range, group_size: int, columns: np.ndarray | None, num_blocks: int
 ) -> torch.Tensor:
-    """Return what each head would keep under each rule: bool [heads, rules, n, n].
+    """Return what each head would keep under each rule.
+
+    The result is bool [heads, rules, n, n].
 
     Args:
         heads: within their layer.

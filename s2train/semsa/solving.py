@@ -1,4 +1,7 @@
-"""Chooses one rule for each head under budgets: a mixed-integer linear program, solved by scipy's HiGHS."""
+"""Chooses one rule for each head under budgets.
+
+The problem is a mixed-integer linear program, solved by scipy's HiGHS.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -64,7 +67,9 @@ def solve(
     balance: Balance | None = None,
     time_limit: float = 60.0,
 ) -> Solution | None:
-    """Choose the rules of least summed cost; None if none meet the budgets.
+    """Choose the rules of least summed cost that meet the budgets.
+
+    None if no rules meet them.
 
     Args:
         cost: [layers, heads, rules].

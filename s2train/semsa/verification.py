@@ -1,4 +1,7 @@
-"""Compares estimated effects with the loss under real masks: single blocks of a query block, and rules of a head."""
+"""Compares estimated effects with the loss under real masks.
+
+A mask removes a single block from a query block, or what a rule drops from a head.
+"""
 
 import itertools
 import json
@@ -38,7 +41,9 @@ _LEAST = 1e-4  # blocks of less probability change the loss by less than its rou
 
 @dataclass(frozen=True)
 class Case:
-    """One mask: of `query` and `key` blocks of a head, or a rule of it.
+    """One mask of a head, with its measured and estimated effects.
+
+    It removes block `key` from block `query`, or what `rule` drops.
 
     Attributes:
         mass: mean probability per row that the mask removes.
@@ -64,7 +69,10 @@ def verify(
     device: torch.device,
     output: Path,
 ) -> None:
-    """Mask `cfg.verify` blocks and rules one at a time; print, write JSON and PNG; collective."""
+    """Mask `cfg.verify` blocks and rules one at a time; collective.
+
+    Print the results, and write them as JSON and PNG.
+    """
     texts = _texts(cfg, request)
     # the estimates are of the very samples that are masked: what is left is the estimate's own error
     estimated: dict[str, tuple[np.ndarray, np.ndarray]] = {}
@@ -110,7 +118,10 @@ def _blocks(
     texts: Sequence[Sample],
     device: torch.device,
 ) -> list[Case]:
-    """Mask blocks before the diagonal, about equally many of each range of probability."""
+    """Mask blocks before the diagonal.
+
+    About equal numbers of them come from each range of probability.
+    """
     signed = estimated["data"][0]
     n, size = signed.shape[-1], request.block_size
     rows = np.full(n, size)
@@ -189,7 +200,10 @@ def _changes(
     texts: Sequence[Sample],
     device: torch.device,
 ) -> list[float]:
-    """Measure the change of the summed loss under each mask; data parallel ranks share the masks."""
+    """Measure the change of the summed loss under each mask.
+
+    Data parallel ranks divide the masks among them.
+    """
     rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     changes = torch.zeros(len(masks), dtype=torch.float64, device=device)
     base = summed_loss(model, texts, device)
@@ -200,7 +214,10 @@ def _changes(
 
 
 def correlations(cases: Sequence[Case]) -> dict[str, float | None]:
-    """Return Spearman's rank correlation of each estimate with the measured change; None where it has none."""
+    """Return each estimate's rank correlation (Spearman's) with the measured change.
+
+    None where it is undefined.
+    """
     if len(cases) < 3:
         return {}
     true = np.array([case.change for case in cases])
@@ -208,7 +225,10 @@ def correlations(cases: Sequence[Case]) -> dict[str, float | None]:
 
 
 def spearman(first: np.ndarray, second: np.ndarray) -> float | None:
-    """Return the correlation of ranks; ties share their mean rank. None if all of one are equal."""
+    """Return the correlation of ranks, or None if it is undefined.
+
+    Ties share their mean rank. It is undefined if all values on one side are equal.
+    """
     ranks = []
     for values in (first, second):
         _, place, count = np.unique(values, return_inverse=True, return_counts=True)
@@ -219,7 +239,7 @@ def spearman(first: np.ndarray, second: np.ndarray) -> float | None:
 
 
 def error_by_mass(cases: Sequence[Case]) -> list[dict[str, float | None]]:
-    """Return the error of the first-order estimate, by ranges of the removed probability."""
+    """Return the first-order estimate's error by ranges of the removed probability."""
     rows: list[dict[str, float | None]] = []
     for low, high in itertools.pairwise(EDGES):
         own = [case for case in cases if low < case.mass <= high]
@@ -260,7 +280,10 @@ def _number(value: float | None, form: str) -> str:
 
 
 def draw(path: Path, blocks: Sequence[Case], rules: Sequence[Case], title: str) -> None:
-    """Draw the error over the removed probability, and measured over estimated changes of rules."""
+    """Draw errors of blocks, and measured over estimated changes of rules.
+
+    The errors are drawn over the removed probability.
+    """
     sheet = Sheet(10.0, 4.3)
     FigureCanvasAgg(sheet.figure)
     sheet.text(0.45, 0.2, f"{title}: estimated and measured effect of masks", size=12, bold=True)
