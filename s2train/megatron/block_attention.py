@@ -64,7 +64,7 @@ class BlockCoreAttention(CausalCoreAttention):
     def attend_later(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: BlockLayout, query_offset: int
     ) -> torch.Tensor:
-        """Compute attention as `attend`, with a layout that may be of a longer sequence."""
+        """Compute attention as `attend`; the layout may be for longer sequences."""
         out = self.attend_by_layout(query, key, value, layout, query_offset, return_lse=False)
         assert isinstance(out, torch.Tensor)
         return out

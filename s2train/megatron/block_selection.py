@@ -54,14 +54,20 @@ class BlockSelectionCoreAttention(CausalCoreAttention):
 
     @property
     def warms_up(self) -> bool:
-        """Whether this step is dense; outside of training (step 0) and over a cache none is."""
+        """Return whether this step is dense.
+
+        No step is dense outside of training (step 0) or over a cache.
+        """
         return self.training and self.kv is None and 1 <= self.step <= self.kind.settings.warm_up_steps
 
     @classmethod
     def compile_kernels(
         cls, layer: LayerLayout, query: Tensor, key: Tensor, value: Tensor, query_offset: int, backend: Backend
     ) -> None:
-        """Run the sparse op over lists and, if a warm-up is set, what its dense steps run."""
+        """Run the sparse op over lists, and what a warm-up runs.
+
+        A warm-up has dense steps; without one, only the sparse op runs.
+        """
         kind, num_heads = layer.kind, query.shape[2]
         assert isinstance(kind, BlockSelectionKind)
         count = layer.num_blocks(key.shape[0])
@@ -151,7 +157,10 @@ class BlockSelectionCoreAttention(CausalCoreAttention):
         return self.num_kv_heads * pages + state
 
     def mixed(self, out: Tensor, query: Tensor, value: Tensor) -> Tensor:
-        """Mix the output with means of values, if the kind does; the last query is at the last value."""
+        """Mix the output with means of values, if the kind does.
+
+        The last query is at the position of the last value.
+        """
         if not self.kind.settings.mix_mean:
             return out
         means = running_means(value, self.layer_layout.block_size)[value.shape[0] - query.shape[0] :]
@@ -162,13 +171,19 @@ class BlockSelectionCoreAttention(CausalCoreAttention):
         return TopKLayout.from_indices(indices, self.layer_layout.block_size, num_heads=query.shape[2])
 
     def features(self, key: Tensor) -> Tensor:
-        """Pool the keys of complete blocks: [b, n, h_kv, f]; zeros for a partial block, which nobody selects."""
+        """Pool the keys of complete blocks: [b, n, h_kv, f].
+
+        A partial block, which is never selected, has zeros.
+        """
         found = pooled_keys(self, key)
         missing = self.layer_layout.num_blocks(key.shape[0]) - found.shape[1]
         return torch.nn.functional.pad(found, (0, 0, 0, 0, 0, missing))
 
     def speakers(self, query: Tensor) -> Tensor:
-        """Pool the queries that choose for each query block: [b, n, h, d], never of the block's own tokens together."""
+        """Pool the queries that choose for each block: [b, n, h, d].
+
+        The tokens of a query block are never pooled together to choose for it.
+        """
         size = self.layer_layout.block_size
         if self.kind.settings.queries == FIRST_TOKEN:
             return query[::size].transpose(0, 1).to(precise(query.dtype))
@@ -179,7 +194,10 @@ class BlockSelectionCoreAttention(CausalCoreAttention):
     def learn_from_all(
         self, out: Tensor, query: Tensor, key: Tensor, lse: Tensor, scores: Tensor, indices: Tensor
     ) -> Tensor:
-        """Attach the losses of all rows of a dense step, as `learn`; `lse` is that of dense attention."""
+        """Attach the losses of all rows of a dense step, as `learn`.
+
+        `lse` is that of dense attention.
+        """
         size, length, num_blocks = self.layer_layout.block_size, query.shape[0], scores.shape[-1]
         target = block_mass(
             query, key, lse.detach(), block_size=size, softmax_scale=self.softmax_scale, backend=self.backend
@@ -192,7 +210,10 @@ class BlockSelectionCoreAttention(CausalCoreAttention):
     def learn_from_sampled(
         self, out: Tensor, query: Tensor, key: Tensor, speakers: Tensor, features: Tensor, indices: Tensor
     ) -> Tensor:
-        """Attach the losses of a few rows, as `learn`; only these are scored with gradients."""
+        """Attach the losses of a few rows, as `learn`.
+
+        Only these rows are scored with gradients.
+        """
         size, length = self.layer_layout.block_size, query.shape[0]
         seed = stateless_seed(self.seed, self.step, self.layer_number, "rows")
         at = sampled_positions(length, self.kind.settings.sampled_rows, seed, query.device)
@@ -203,7 +224,7 @@ class BlockSelectionCoreAttention(CausalCoreAttention):
         return self.learn(out, target, scores, indices[:, :, rows], rows, share)
 
     def scores_of(self, rows: Tensor, speakers: Tensor, features: Tensor) -> Tensor:
-        """Score key blocks for some query blocks `rows` [r]: [b, h_kv, r, n].
+        """Score key blocks for query blocks `rows` [r]: [b, h_kv, r, n].
 
         The rows before each, on which its scores depend, are scored with it.
         """
@@ -216,7 +237,7 @@ class BlockSelectionCoreAttention(CausalCoreAttention):
     def learn(
         self, out: Tensor, target: Tensor, scores: Tensor | None, indices: Tensor, rows: Tensor, share: Tensor
     ) -> Tensor:
-        """Attach the scorer's losses to `out`, and record the recall of the lists.
+        """Attach the scorer's losses to `out`, and record the lists' recall.
 
         Args:
             target: true probability of key blocks, [b, h_kv, r, n].
@@ -228,7 +249,10 @@ class BlockSelectionCoreAttention(CausalCoreAttention):
         num_blocks = target.shape[-1]
 
         def mean(of_rows: Tensor) -> Tensor:
-            """Mean over sequences and tokens, this rank's part of the mean over KV heads."""
+            """Return this rank's part of the mean.
+
+            The mean is over sequences, tokens and KV heads.
+            """
             return (of_rows * share).sum(-1).mean(0).sum() / self.shape.num_query_groups
 
         self.record("recall", mean((target * listed(indices, num_blocks)).sum(-1)))

@@ -60,9 +60,9 @@ class AttentionCache(Protocol):
     def attend(
         self, core: "CausalCoreAttention", query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
-        """Compute attention of new tokens [s_q, b, h, d] over cache and themselves.
+        """Compute attention of new tokens over the cache and themselves.
 
-        The layer's static layout says what they read.
+        Their queries are [s_q, b, h, d]. The layer's static layout says what they read.
         """
         ...
 
@@ -177,7 +177,7 @@ class CausalCoreAttention(KindWeights, MegatronModule):
         query_offset: int,
         backend: Backend,
     ) -> None:
-        """Run the layer's kernels once, so that no step waits for their compilation.
+        """Run the layer's kernels once, so that no step compiles them.
 
         Called before the model exists, for each distinct layer of a data-dependent kind, if kernels are Triton's. Run
         what the layer runs in a step, forward and backward. By default nothing runs.
@@ -254,11 +254,17 @@ class CausalCoreAttention(KindWeights, MegatronModule):
         raise self._missing("decoding")
 
     def cached_state(self, batch_size: int, num_blocks: int, device: torch.device) -> dict[str, torch.Tensor]:
-        """Return tensors of the kind's own that a cache keeps for this layer, by name; sequences come first."""
+        """Return the kind's tensors in this layer's cache, by name.
+
+        Sequences are their first dimension.
+        """
         return {}
 
     def cached_reads(self, kv: AttentionCache, block: int, page_bytes: int) -> int:
-        """Return the bytes that a new token of query block `block` reads from the cache, of one sequence."""
+        """Return the bytes that a new token reads from the cache.
+
+        The token is one sequence's, in query block `block`.
+        """
         layout = kv.layout
         if layout is None:
             return self.num_kv_heads * (block + 1) * page_bytes

@@ -56,7 +56,7 @@ class HyperCoreAttention(CausalCoreAttention):
         return None
 
     def _seeds(self, purpose: str, device: torch.device, *, each_step: bool = True) -> Tensor:
-        """Return a seed of each KV head, that of its first query head.
+        """Return each KV head's seed: that of its first query head.
 
         Ranks that share a KV head get the same one.
         """

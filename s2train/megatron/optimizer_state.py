@@ -1,4 +1,4 @@
-"""Save and load the state of optimizers other than Adam on one device."""
+"""Saves and loads the optimizer states of SGD and of offloaded Adam."""
 
 from typing import Any
 
@@ -10,7 +10,10 @@ _CLASSES = ("cpu_optimizer_cls", "gpu_optimizer_cls")
 
 
 def prepare_to_load(optimizer: MegatronOptimizer) -> None:
-    """Make SGD's checkpoints loadable: Megatron calls `init_state_fn` first, and has none for SGD."""
+    """Make SGD's checkpoints loadable.
+
+    Megatron calls `init_state_fn` first, and has none for SGD.
+    """
     for part in _parts(optimizer):
         # Megatron's is torch's, apex's or transformer-engine's.
         if isinstance(part.optimizer, (torch.optim.SGD, SGD)) and part.init_state_fn is None:
@@ -18,7 +21,7 @@ def prepare_to_load(optimizer: MegatronOptimizer) -> None:
 
 
 def remove_classes(state: Any) -> None:
-    """Remove the classes that an offloaded Adam consists of from its state, in place.
+    """Remove the optimizer classes from an offloaded Adam's state, in place.
 
     torch's safe unpickling rejects them in programs without such an optimizer. Loading takes them from the optimizer.
 
@@ -35,9 +38,9 @@ def remove_classes(state: Any) -> None:
 
 
 def count_steps_in_parts(optimizer: MegatronOptimizer) -> None:
-    """Let the parts of an offloaded Adam count their steps again, after loading.
+    """Let an offloaded Adam's parts count steps again after loading.
 
-    Before each step it copies its parameter groups over those of its parts. A loaded step count would be copied too,
+    Before each step Adam copies its parameter groups over those of its parts. A loaded step count would be copied too,
     and the part on the GPU would take every later step as the first one after loading.
     """
     for part in _parts(optimizer):
@@ -51,7 +54,10 @@ def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
 
 
 def _zero_momentum(optimizer: torch.optim.Optimizer, config: Any = None) -> None:
-    """Start each parameter's momentum at zero, as if torch's first step had added the gradient to it."""
+    """Start each parameter's momentum at zero.
+
+    Adding the first gradient to zero gives the momentum that torch's first step sets.
+    """
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if group["momentum"] and not optimizer.state[parameter]:

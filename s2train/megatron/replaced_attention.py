@@ -1,4 +1,4 @@
-"""Replace the attention of a built model's layers, and read what it is given."""
+"""Replaces the attention of a built model's layers, and reads its inputs."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -82,7 +82,10 @@ def _core(old: CausalCoreAttention, layout: LayerLayout) -> CausalCoreAttention:
 
 @contextmanager
 def attention_inputs(gpt: GPTModel, layers: range) -> Iterator[dict[int, AttentionInputs]]:
-    """Collect what these layers' attention gets in the last forward pass, by layer from 0."""
+    """Collect the inputs of these layers' attention, by layer from 0.
+
+    They are those of the last forward pass.
+    """
     found: dict[int, AttentionInputs] = {}
     handles = []
     for number in layers:

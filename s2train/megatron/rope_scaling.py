@@ -35,10 +35,10 @@ class YarnAngles(nn.Module):
 
 
 def set_temperature(config: TransformerConfig, model: ModelConfig) -> None:
-    """Set the attributes from which Megatron's attention computes YaRN's factor of cosines and sines.
+    """Set the attributes that determine YaRN's factor of cosines and sines.
 
-    Call it before layers are built, since they may keep the factor. Megatron computes it as
-    0.1 · mscale · ln(factor) + 1.
+    Megatron's attention computes the factor as 0.1 · mscale · ln(factor) + 1. Call this before layers are built, since
+    they may keep the factor.
     """
     scaling = model.rope_scaling
     if scaling.kind != "yarn":

@@ -1,7 +1,8 @@
-"""What selection keeps of each block while decoding: the feature of its keys, and the query that chooses for it.
+"""What selection keeps of each block while decoding.
 
-A new token then reads the features, a small share of the keys, and the pages that its block's list names. All of it
-stays on the device, so that a CUDA graph can capture it.
+This is the feature of the block's keys, and the query that chooses for it. A new token then reads the features, a small
+share of the keys, and the pages that its block's list names. All of it stays on the device, so that a CUDA graph can
+capture it.
 """
 
 from typing import TYPE_CHECKING
@@ -19,13 +20,19 @@ if TYPE_CHECKING:
 
 
 def whole_blocks(tokens: Tensor, size: int) -> Tensor:
-    """View the complete blocks of [s, b, h, d]: [b, n, size, h, d]."""
+    """View the complete blocks of `tokens`: [b, n, size, h, d].
+
+    `tokens` is [s, b, h, d].
+    """
     count = tokens.shape[0] // size
     return tokens[: count * size].unflatten(0, (count, size)).permute(2, 0, 1, 3, 4)
 
 
 def pooled_keys(core: "BlockSelectionCoreAttention", key: Tensor) -> Tensor:
-    """Pool the keys of complete blocks of [s, b, h_kv, d]: [b, n, h_kv, f]."""
+    """Pool the keys of complete blocks: [b, n, h_kv, f].
+
+    `key` is [s, b, h_kv, d].
+    """
     return core.kind.scorer.pool_keys(whole_blocks(key, core.layer_layout.block_size), core.weight)
 
 
@@ -58,7 +65,10 @@ def keep_chunk(
     value: Tensor,
     chunk: CachedChunk,
 ) -> None:
-    """Keep the state of a prompt's chunk, which begins with a block; padding after a sequence's end is left out."""
+    """Keep the state of a prompt's chunk.
+
+    The chunk begins with a block. Padding after a sequence's end is left out.
+    """
     size = core.layer_layout.block_size
     first, count = chunk.start // size, core.layer_layout.num_blocks(query.shape[0])
     position = torch.arange(chunk.start, chunk.stop, device=query.device)
@@ -78,7 +88,10 @@ def keep_chunk(
 
 
 def keep_token(core: "BlockSelectionCoreAttention", kv: AttentionCache, query: Tensor) -> None:
-    """Keep the state of one new token of each sequence, [1, b, h, d], whose key is in its page."""
+    """Keep the state of one new token of each sequence.
+
+    `query` is [1, b, h, d]; the token's key is in its page.
+    """
     size = core.layer_layout.block_size
     position = kv.positions.clamp(min=0).long()
     block, sequence = position // size, torch.arange(len(position), device=query.device)
@@ -95,16 +108,20 @@ def keep_token(core: "BlockSelectionCoreAttention", kv: AttentionCache, query: T
 
 
 def mean_with_token(kv: AttentionCache, value: Tensor) -> Tensor:
-    """Add a new token's value [1, b, h_kv, d] to the sum of each sequence, and return the mean, of the same shape."""
+    """Add new tokens' values to each sequence's sum, and return the mean.
+
+    `value` and the mean are [1, b, h_kv, d].
+    """
     sums = kv.state["value_sums"]
     sums += value[0].to(sums.dtype)
     return (sums / (kv.positions.clamp(min=0) + 1)[:, None, None])[None]
 
 
 def cached_scores(core: "BlockSelectionCoreAttention", kv: AttentionCache, rows: Tensor, num_blocks: int) -> Tensor:
-    """Score `num_blocks` key blocks for consecutive query blocks `rows` int64 [1 or b, 1, r]: [b, h_kv, r, n].
+    """Score `num_blocks` key blocks for consecutive query blocks: [b, h_kv, r, n].
 
-    Rows before them are scored too, as far as a row's scores depend on them.
+    `rows`, int64 [1 or b, 1, r], are the query blocks. Rows before them are scored too, as far as a row's scores depend
+    on them.
     """
     scorer, speakers, features = core.kind.scorer, kv.state["speakers"], kv.state["features"][:, :num_blocks]
     earlier = torch.arange(-scorer.earlier_rows, 0, device=rows.device)
@@ -116,7 +133,7 @@ def cached_scores(core: "BlockSelectionCoreAttention", kv: AttentionCache, rows:
 
 
 def cached_list(core: "BlockSelectionCoreAttention", kv: AttentionCache) -> Tensor:
-    """Select the blocks that each sequence's new token reads: int32 [b, h_kv, slots]."""
+    """Select the blocks that new tokens read: int32 [b, h_kv, slots]."""
     num_blocks = kv.state["features"].shape[1]
     rows = (kv.positions.clamp(min=0) // core.layer_layout.block_size).long()[:, None, None]
     budget = core.kind.budget

@@ -1,4 +1,7 @@
-"""Attention within documents divided over context parallel ranks, which exchange the keys that the layout keeps."""
+"""Attention within documents that context parallel ranks divide.
+
+The ranks exchange the keys that the layout keeps.
+"""
 
 from typing import Any
 

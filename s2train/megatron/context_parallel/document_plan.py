@@ -18,7 +18,9 @@ from s2train.megatron.context_parallel.documents import ContinuedDocument, Divid
 
 @dataclass(frozen=True)
 class Runs:
-    """Runs of consecutive tokens of a KV head that one rank needs; int64 arrays of equal length.
+    """Runs of consecutive tokens of a KV head that one rank needs.
+
+    The arrays are int64, and of equal length.
 
     Attributes:
         sequences, heads: whose tokens they are.
@@ -68,7 +70,10 @@ class ContinuedKeys:
         return self.slots * self.block_size + (self.document.start - self.document.first) % self.block_size
 
     def runs(self, sequence: int, part: int, first_row: int, chunk_rows: int) -> Runs:
-        """Return what to send; `first_row` is the first row of the receiver's buffer."""
+        """Return what to send.
+
+        `first_row` is the first row of the receiver's buffer.
+        """
         size, kv_heads = self.block_size, len(self.needed)
         heads, blocks = self.needed.nonzero()
         slots = (self.needed.cumsum(1) - 1)[heads, blocks]
@@ -90,7 +95,10 @@ class ContinuedKeys:
         return Runs(of_all[0], heads, starts, lengths, places, of_all[1])
 
     def layout(self, layout: BlockLayout) -> BlockLayout:
-        """Return `layout` of the document's queries in the chunk over these keys and the chunk's own."""
+        """Return `layout` of the document's queries in the chunk.
+
+        Its keys are these keys and the chunk's.
+        """
         count = (self.document.end - 1 - self.document.first) // self.block_size + 1 - self.first_block
         blocks = layout.num_query_blocks
         rows = np.full(blocks, -1)
@@ -103,7 +111,7 @@ class ContinuedKeys:
 
 @dataclass(frozen=True, eq=False)
 class DocumentPlan:
-    """What one rank sends and receives for a layout and a micro batch.
+    """What one rank sends and receives for a layout and micro batch.
 
     Attributes:
         sent: indices into own keys [s / cp · b · H_kv], by receiver, each in two parts: its chunks.
@@ -202,7 +210,7 @@ def _concatenated(runs: list[Runs]) -> Runs:
 
 
 def _expanded(first: np.ndarray, lengths: np.ndarray, stride: int) -> np.ndarray:
-    """Return the indices of all tokens of runs, `stride` apart within a run."""
+    """Return the indices of runs' tokens, `stride` apart within a run."""
     before = np.repeat(np.cumsum(lengths) - lengths, lengths)
     return np.repeat(first, lengths) + stride * (np.arange(len(before)) - before)
 
@@ -230,7 +238,10 @@ class _HostLayout:
         return found
 
     def keys(self, document: ContinuedDocument, num_kv_heads: int) -> ContinuedKeys:
-        """Find the blocks before a chunk that its queries of a document keep in any head of each KV head's group."""
+        """Find the blocks before a chunk that each KV head needs.
+
+        These are the blocks that the chunk's queries of the document keep in any head of the KV head's group.
+        """
         first = (document.start - document.first) // self.block_size
         last = (document.end - 1 - document.first) // self.block_size
         number = (len(self.offsets) - 1) // self.num_blocks

@@ -21,7 +21,7 @@ AttendLater = Callable[[Tensor, Tensor, Tensor, int], Tensor]  # query, key, val
 
 @dataclass(frozen=True)
 class ContinuedDocument:
-    """The part of a chunk that belongs to a document which began before the chunk.
+    """A chunk's part of a document that began before the chunk.
 
     Attributes:
         first: position in the sequence where the document begins.
@@ -93,7 +93,10 @@ def divided_documents(
 
 
 def _begun(bounds: np.ndarray, continued: ContinuedDocument, rows: int) -> np.ndarray | None:
-    """Return the chunk's bounds from the end of its continued document on; their number is a power of two, plus 1."""
+    """Return the chunk's bounds from the end of its continued document.
+
+    Their number is a power of two, plus 1.
+    """
     first, stop = continued.end, continued.start + rows
     if first == stop:
         return None
@@ -147,7 +150,9 @@ def attend_begun(
     query: Tensor,
     attend: Callable[[int, int, Tensor, Tensor], Tensor],
 ) -> list[list[Tensor | None]]:
-    """Compute attention of the documents that begin in the chunks, of each sequence and chunk.
+    """Compute attention of documents that begin in the chunks.
+
+    The result has a list of chunks for each sequence.
 
     Args:
         attend: takes sequence, chunk, their query rows, and bounds.
@@ -169,7 +174,9 @@ def assemble(
     query: Tensor,
     attend: Callable[[int, int, Tensor], Tensor],
 ) -> Tensor:
-    """Compute attention of the continued documents, and put all rows in order: [s / cp, b, h, d].
+    """Compute attention of continued documents, and put all rows in order.
+
+    The result is [s / cp, b, h, d].
 
     Args:
         begun: as `attend_begun` returns it.

@@ -34,11 +34,17 @@ class Exchange(ABC):
 
     @abstractmethod
     def packed(self, x: Tensor) -> Tensor:
-        """Return the rows to send of own keys or values [s / cp, b, H_kv, d], ordered by receiver."""
+        """Return the rows to send, ordered by receiver.
+
+        `x` holds this rank's keys or values, [s / cp, b, H_kv, d].
+        """
 
     @abstractmethod
     def add(self, total: Tensor, packed: Tensor) -> None:
-        """Add gradients of sent rows to `total`, shaped as `packed` takes it, receiver by receiver."""
+        """Add gradients of sent rows to `total`, receiver by receiver.
+
+        `total` has the shape that `packed` takes.
+        """
 
     @abstractmethod
     def unpacked(self, packed: Tensor) -> Tensor:
@@ -49,9 +55,9 @@ class Exchange(ABC):
         """Return the rows of the gradient of what `unpacked` returns: its transpose."""
 
     def send(self, key: Tensor, value: Tensor) -> Tensor:
-        """Start sending this rank's keys and values [s / cp, b, H_kv, d].
+        """Start sending this rank's keys and values.
 
-        Returns the token that `receive` takes.
+        They are [s / cp, b, H_kv, d]. Returns the token that `receive` takes.
         """
         return _Send.apply(key, value, self)
 
