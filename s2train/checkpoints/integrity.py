@@ -55,9 +55,10 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def is_of_later_megatron(checkpoint: Path) -> bool:
-    """Whether megatron-core 0.19 or later wrote a checkpoint, and an earlier one is installed.
+    """Return whether a checkpoint needs a later megatron-core than the installed one.
 
-    Those versions keep all state in shards; earlier ones look for `common.pt`.
+    It does if 0.19 or later wrote it and an earlier version is installed: the former keep all state in shards, the
+    latter look for `common.pt`.
     """
     installed = installed_version("megatron-core")
     if installed is None or tuple(map(int, installed.split(".")[:2])) >= (0, 19) or (checkpoint / COMMON).exists():

@@ -1,4 +1,4 @@
-"""Loads weights into a model whose kinds of attention have weights that the checkpoint lacks."""
+"""Loads checkpoints that lack weights of the model's kinds of attention."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ from s2train.megatron.model import unwrap
 
 
 def leave_out_missing(wanted: dict[str, Any], chunks: Sequence[Any], checkpoint: Path) -> dict[str, dict[str, Any]]:
-    """Take what the checkpoint lacks, and may lack, out of the wanted shards.
+    """Remove wanted shards that the checkpoint lacks, and may lack.
 
     Args:
         wanted: sharded state of each chunk, by its name, in the chunks' order; changed in place.

@@ -118,9 +118,10 @@ def find_start(cfg: PretrainConfig) -> Start:
 
 
 def loads_weights_alone(cfg: PretrainConfig, checkpoint: Path) -> bool:
-    """Return whether the run takes only weights from a checkpoint, and begins at step 1.
+    """Return whether the run takes only weights from a checkpoint.
 
-    Either that is all it holds, or `checkpoint.weights_only` asks for it and it is another run's.
+    The run then begins at step 1. Either the checkpoint holds only weights, or it is another run's and
+    `checkpoint.weights_only` is set.
     """
     if cfg.checkpoint.weights_only and not is_own(checkpoint, cfg.run_dir):
         return True
@@ -128,7 +129,10 @@ def loads_weights_alone(cfg: PretrainConfig, checkpoint: Path) -> bool:
 
 
 def _check_muon(cfg: PretrainConfig, changes: list[Change], checkpoint: Path) -> None:
-    """Reject other options of Muon, whose loaded state keeps those that it was saved with."""
+    """Reject changed options of Muon.
+
+    Its loaded state keeps the options that it was saved with.
+    """
     for change in changes:
         if cfg.optim.name == "muon" and change.setting.startswith("optim.options."):
             problem = f"{checkpoint} was trained with {change.setting}={change.before}, which Muon's state keeps"
@@ -137,7 +141,7 @@ def _check_muon(cfg: PretrainConfig, changes: list[Change], checkpoint: Path) ->
 
 
 def _check_step_size(cfg: PretrainConfig, saved: Progress, checkpoint: Path) -> None:
-    """Reject a length in tokens unless all earlier steps had the size of later ones."""
+    """Reject a length in tokens if earlier steps had another size."""
     budgets, size = token_budgets(cfg), step_tokens(cfg)
     consumed = saved.consumed_samples * cfg.train.seq_length
     if not budgets or (consumed == saved.step * size and saved.first_step == 0):
@@ -153,7 +157,10 @@ def _check_step_size(cfg: PretrainConfig, saved: Progress, checkpoint: Path) -> 
 
 
 def _check_frozen_trunk(cfg: PretrainConfig, before: PretrainConfig, step: int, checkpoint: Path) -> None:
-    """Reject freezing a trunk that has been trained: its optimizer state would move it."""
+    """Reject freezing a trunk that has been trained.
+
+    Its optimizer state would move it.
+    """
     frozen = cfg.train.freeze_trunk_steps
     if frozen > step > before.train.freeze_trunk_steps:
         problem = f"{checkpoint} is at step {step}, and the optimizer state of its trunk would keep moving it"
@@ -232,7 +239,10 @@ def _may_change(cfg: PretrainConfig) -> set[str]:
 
 
 def _is_without_weights(name: str) -> bool:
-    """Whether no weight depends on this setting of the layout: kinds of attention may have weights."""
+    """Return whether no weight depends on this setting of the layout.
+
+    Kinds of attention may have weights.
+    """
     return name.partition(".")[0] in _WITHOUT_WEIGHTS and not name.startswith("layout.kinds.")
 
 
@@ -277,9 +287,9 @@ def check_same_architecture(
 
 
 def _check_same_part(trained: PretrainConfig, cfg: PretrainConfig, checkpoint: Path) -> None:
-    """Check that with `data.valid_path`, or without, a run trains on the documents that its checkpoint trained on.
+    """Check that a run trains on the documents of its checkpoint.
 
-    With it these are all of `data.path`, else the first part of `data.split`.
+    With `data.valid_path` these are all of `data.path`, else the first part of `data.split`.
     """
     before, now = (megatron_split(training_part(each.data).split) for each in (trained, cfg))
     if before == now:

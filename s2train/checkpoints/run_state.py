@@ -174,9 +174,9 @@ class Saver:
 
 
 def lacks_room_for_copies(chunks: list[Any]) -> bool:
-    """Whether host memory is too small for one optimizer state copy per rank.
+    """Return whether host memory lacks room for ranks' optimizer state copies.
 
-    A copy takes 12 bytes per parameter, and the same again while writing.
+    Each rank has one copy, of 12 bytes per parameter, and needs the same again while writing.
     """
     parameters = sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
     needed = 2 * 12 * parameters * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -261,7 +261,7 @@ def load(cfg: PretrainConfig, state: TrainingState, checkpoint: Path, rng_ranks:
 
 
 def _set_hyperparameters(optim: OptimConfig, loaded: Any) -> None:
-    """Replace the optimizer's hyperparameters, and the learning rates, in a loaded optimizer state by the run's.
+    """Set the run's learning rates and hyperparameters in a loaded optimizer state.
 
     Call it before Megatron loads the state: 0.19 distinguishes parameter groups by their learning rates.
     """

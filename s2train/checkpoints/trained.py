@@ -90,13 +90,13 @@ class Trained:
         return tokenizer
 
     def check_length(self, length: int, setting: str, value: object, remedy: str = "") -> None:
-        """Check that the layout covers sequences of `length` tokens: masks of a file end somewhere.
+        """Check that the layout covers sequences of `length` tokens.
 
-        Rotary positions have no limit.
+        Masks of a file cover a limited length. Rotary positions have no limit.
 
         Args:
             setting, value: what asks for that length.
-            remedy: what helps beside shorter values.
+            remedy: what helps besides shorter values.
         Raises:
             ConfigError: it does not.
         """

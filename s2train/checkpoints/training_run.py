@@ -9,11 +9,13 @@ from s2train.wandb_run import RunInfo, WandbRun, place_of
 
 
 def training_run(checkpoint: Path, trained: PretrainConfig, mode: str) -> tuple[WandbRun, dict[str, int]]:
-    """Open the run, or create one if the training had none; returns it with the checkpoint's place on its axes.
+    """Open the training's run, or create one if it had none.
 
     Args:
         trained: settings of the run that wrote the checkpoint.
         mode: offline or online.
+    Returns:
+        the run, and the checkpoint's place on its axes.
     """
     progress = read_progress(checkpoint)
     run = WandbRun(

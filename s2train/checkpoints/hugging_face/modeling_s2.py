@@ -1,6 +1,7 @@
-"""A Llama whose heads each keep their own blocks of keys: sparse/dense hybrid attention, as `config.json` lays it out.
+"""A Llama whose heads each keep their own blocks of keys.
 
-Stands alone: it needs torch, and safetensors to load weights. Without transformers:
+Its attention is a sparse/dense hybrid, which `config.json` lays out. This file stands alone: it needs torch, and
+safetensors to load weights. Without transformers:
 
     model = S2ForCausalLM.from_folder(".")
     logits = model(input_ids).logits
@@ -84,9 +85,10 @@ class S2Config(PretrainedConfig):
 
 
 def keeps(pattern: dict, query: Tensor, key: Tensor) -> Tensor:
-    """Does a head keep (query block, key block)? int64 indices in, bool of the shape that they broadcast to out.
+    """Return whether a head keeps (query block, key block).
 
-    A pattern is causal in blocks; token by token causality comes on top.
+    Indices are int64; the result is bool, of the shape that they broadcast to. A pattern is causal in blocks; causality
+    between tokens is added to it.
     """
     distance = query - key
     kind = pattern["kind"]
@@ -126,7 +128,10 @@ def keeps(pattern: dict, query: Tensor, key: Tensor) -> Tensor:
 
 
 def token_mask(patterns: list, heads: list, block_size: int, first: int, stop: int, device: torch.device) -> Tensor:
-    """Which keys 0 … stop - 1 the queries first … stop - 1 of every head see: bool [heads, stop - first, stop]."""
+    """Return which keys the queries of every head see.
+
+    Queries are first … stop - 1, keys 0 … stop - 1; the result is bool [heads, stop - first, stop].
+    """
     query, key = torch.arange(first, stop, device=device), torch.arange(stop, device=device)
     blocks = torch.arange((stop - 1) // block_size + 1, device=device)
     rows = blocks[first // block_size :]
@@ -155,7 +160,10 @@ class Kernels:
         return self.choice == "kernels"
 
     def layout(self, layer: int, length: int, device: torch.device) -> Any:
-        """The kernels' layout of a layer's heads, for `length` tokens or more. Layers with equal heads share one."""
+        """Return the kernels' layout of a layer's heads.
+
+        It covers `length` tokens or more. Layers with equal heads share one layout.
+        """
         layout = self._config.layout
         heads, size = layout["layers"][layer], layout["block_size"]
         names = sorted(set(heads))
@@ -174,7 +182,7 @@ class Kernels:
 
 
 class Cache:
-    """Keys and values of all layers so far, as transformers' DynamicCache has them."""
+    """Keys and values of all layers so far, as in transformers' DynamicCache."""
 
     def __init__(self) -> None:
         self._layers: list[tuple[Tensor, Tensor]] = []
@@ -208,7 +216,10 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Any, padding: list[int] | None) -> Tensor:
-        """x: [b, s, hidden]; cos, sin: [s or b, 1, s, dimensions that turn]; padding: on the left, of each sequence."""
+        """Compute attention of new tokens, after those of the cache.
+
+        x: [b, s, hidden]; cos, sin: [s or b, 1, s, dimensions that turn]; padding: on the left, of each sequence.
+        """
         q, k, v = (
             projection(x).unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
@@ -223,7 +234,10 @@ class Attention(nn.Module):
         return self.o_proj(self.attend_padded(q, k, v, padding).transpose(1, 2).flatten(2))
 
     def attend_padded(self, q: Tensor, k: Tensor, v: Tensor, padding: list[int] | None) -> Tensor:
-        """As `attend`, of sequences that begin after their padding; its own rows are 0."""
+        """Compute attention, as `attend`, of sequences that begin after their padding.
+
+        Rows of the padding are 0.
+        """
         if padding is None:
             return self.attend(q, k, v)
         out, before = torch.zeros_like(q), k.shape[2] - q.shape[2]
@@ -235,7 +249,10 @@ class Attention(nn.Module):
         return out
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q: [b, heads, s_q, d], at the end of the keys; k, v: [b, KV heads, s_k, d]."""
+        """Compute attention of queries at the end of the keys.
+
+        q: [b, heads, s_q, d]; k, v: [b, KV heads, s_k, d].
+        """
         layout, device, size = self.config.layout, q.device, k.shape[2]
         heads, patterns = layout["layers"][self.layer], layout["patterns"]
         before, grouped = size - q.shape[2], k.shape[1] != q.shape[1]
@@ -258,9 +275,9 @@ class Attention(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding of x [b, heads, s, d] in its first r dimensions: dimension i turns with i + r / 2.
+    """Apply the rotary position embedding to x's first r dimensions.
 
-    cos, sin: [s, r], or [b, 1, s, r].
+    Dimension i turns with i + r / 2. x: [b, heads, s, d]; cos, sin: [s, r], or [b, 1, s, r].
     """
     turning, still = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], dim=-1)
     low, high = turning.chunk(2, dim=-1)
@@ -268,9 +285,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def scaled_frequencies(config: S2Config, device: torch.device) -> tuple[Tensor, float]:
-    """Radians per token of each pair of dimensions, fp32 [r / 2], and the factor of cosines and sines.
+    """Return RoPE's frequencies, and the factor of cosines and sines.
 
-    Scaled for longer sequences as `rope_scaling` says: linear (arXiv 2306.15595), yarn (arXiv 2309.00071), llama3.
+    Frequencies are radians per token of each pair of dimensions, fp32 [r / 2]. They are scaled for longer sequences as
+    `rope_scaling` says: linear (arXiv 2306.15595), yarn (arXiv 2309.00071), llama3.
     """
     dim, base = int(config.head_dim * config.partial_rotary_factor), config.rope_theta
     powers = base ** (torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)
@@ -316,7 +334,7 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention and MLP, each with a norm before it and added to its input."""
+    """Attention and MLP, each with a norm before and a residual."""
 
     def __init__(self, config: S2Config, layer: int, kernels: Kernels) -> None:
         super().__init__()
@@ -341,7 +359,10 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, input_ids: Tensor, cache: Any, start: int, padding: list[int] | None) -> Tensor:
-        """input_ids: [b, s] after the `start` tokens of `cache`; padding: how much of them, on the left."""
+        """Compute the hidden states of tokens after those of `cache`.
+
+        input_ids: [b, s], after the cache's `start` tokens; padding: how many tokens of each sequence, on the left.
+        """
         x = self.embed_tokens(input_ids)
         positions = torch.arange(start, start + x.shape[1], device=x.device, dtype=torch.float32)
         if padding is not None:
@@ -356,7 +377,7 @@ class Decoder(nn.Module):
 
 
 def _left_padding(mask: Any, cache: Any, start: int, size: int) -> list[int] | None:
-    """How much of each sequence is padding on the left; None: nowhere any.
+    """Return each sequence's padding on the left; None if there is none.
 
     Padding on the right is ignored. Between tokens it would shift them against the layout.
     """
@@ -381,7 +402,10 @@ def _left_padding(mask: Any, cache: Any, start: int, size: int) -> list[int] | N
 
 
 def _check_positions(positions: Tensor | None, first: list[int], input_ids: Tensor, mask: Tensor | None) -> None:
-    """Whether [s] or [b, s] positions count up from `first` of each sequence, where the mask keeps a token."""
+    """Check that positions count up from each sequence's `first`.
+
+    Positions are [s] or [b, s]; those whose token the mask drops aren't checked.
+    """
     if positions is None:
         return
     size = input_ids.shape[1]
@@ -411,7 +435,10 @@ class S2ForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_folder(cls, folder: str) -> "S2ForCausalLM":
-        """Load `config.json` and the .safetensors files of a folder, in their dtype, on the CPU."""
+        """Load a folder's `config.json` and .safetensors files on the CPU.
+
+        Weights keep their dtype.
+        """
         from safetensors.torch import load_file
 
         config = json.loads((Path(folder) / "config.json").read_text())
@@ -456,9 +483,10 @@ class S2ForCausalLM(PreTrainedModel, GenerationMixin):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
     ) -> Any:
-        """Logits, and with labels [b, s] the mean loss of each token after the first (-100: none).
+        """Return logits and, with labels [b, s], the mean loss.
 
-        There is no `**kwargs`: an argument of another name, such as a later transformers may pass, is a TypeError.
+        The mean is over tokens after the first, except where labels are -100. There is no `**kwargs`: an argument of
+        another name, such as a later transformers may pass, is a TypeError.
 
         Args:
             input_ids: int64 [b, s], those after what the cache holds.

@@ -53,7 +53,9 @@ def longest_length(model: ModelConfig, trained: int) -> int:
 
 
 def from_hugging_face(config: dict[str, Any], model: ModelConfig, folder: Path) -> RopeScalingConfig:
-    """Read the scaling from a config.json, of transformers 4 (`rope_scaling`) or 5 (`rope_parameters`).
+    """Read the scaling from a config.json.
+
+    It is `rope_scaling` in that of transformers 4, and `rope_parameters` in that of 5.
 
     Args:
         model: the model without scaling.

@@ -169,7 +169,7 @@ def model_name(output: Path) -> str:
 
 
 def _model(model: ModelConfig) -> dict[str, Any]:
-    """Return the model's settings, without those of a scaling that are not set."""
+    """Return the model's settings, without unset ones of the RoPE scaling."""
     settings, scaling = asdict(model), model.rope_scaling
     del settings["rope_scaling"]
     return settings if scaling.kind == "none" else settings | {"rope_scaling": {"kind": scaling.kind, **scaling.given}}
