@@ -40,6 +40,11 @@ class ModelConfig:
     rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
 
 
+def head_dim(model: ModelConfig) -> int:
+    """Return the head dimension: as set, or hidden size over query heads."""
+    return model.head_dim if model.head_dim is not None else model.hidden_size // model.num_attention_heads
+
+
 @dataclass
 class PatternConfig:
     """Key blocks that each query block of a sparse head attends to.

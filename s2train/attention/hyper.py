@@ -11,7 +11,7 @@ from s2train.attention.features import Feature
 from s2train.attention.hyper_reads import expected_reads
 from s2train.attention.kind import DataDependentKind, LayerLayout
 from s2train.attention.weights import AttentionShape, Weight
-from s2train.config import PretrainConfig
+from s2train.config import PretrainConfig, head_dim
 from s2train.errors import ConfigError
 from s2train.kernels import hyper
 from s2train.kernels.hyper.settings import levels
@@ -98,7 +98,7 @@ class HyperKind(DataDependentKind):
     def check(self, cfg: PretrainConfig) -> None:
         own, length = self.settings, cfg.train.seq_length
         model = cfg.model
-        if (dim := model.head_dim or model.hidden_size // model.num_attention_heads) > _LARGEST_HEAD:
+        if (dim := head_dim(model)) > _LARGEST_HEAD:
             problem = f"{self.label} attention (letter {self.letter}) hashes heads of up to {_LARGEST_HEAD} dimensions"
             raise ConfigError("model.head_dim", dim, problem, "Set more model.num_attention_heads, or another kind.")
         intervals = levels(self.op_settings, length, causal=True)

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from s2train.attention.registry import kind_values
-from s2train.config import PretrainConfig, settings_by_name
-from s2train.costs.parameters import head_dim
+from s2train.config import PretrainConfig, head_dim, settings_by_name
 from s2train.errors import ConfigError
 from s2train.layouts.patterns.registry import read_pattern, with_defaults
 from s2train.rope_scaling import with_defaults as scaling_with_defaults

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from s2train.config import PretrainConfig
-from s2train.costs.parameters import head_dim
+from s2train.config import PretrainConfig, head_dim
 from s2train.environment.hardware import Hardware
 from s2train.environment.liger import ROTATION, SWIGLU, choose_loss, liger_operations
 from s2train.environment.transformer_engine import uses_te

@@ -8,9 +8,9 @@ from dataclasses import dataclass, fields
 from s2train.attention.hybrid import HybridLayout
 from s2train.attention.kind import LayerLayout
 from s2train.attention.weights import kv_heads_on_rank
-from s2train.config import PretrainConfig
+from s2train.config import PretrainConfig, head_dim
 from s2train.costs.implementations import Implementations
-from s2train.costs.parameters import attention_shape, head_dim, stage_parameters, total_parameters
+from s2train.costs.parameters import attention_shape, stage_parameters, total_parameters
 from s2train.costs.stages import Stages
 
 GIB = 1024**3

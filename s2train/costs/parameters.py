@@ -9,12 +9,7 @@ from dataclasses import dataclass
 
 from s2train.attention.kind import LayerLayout
 from s2train.attention.weights import AttentionShape
-from s2train.config import ModelConfig, ParallelConfig
-
-
-def head_dim(model: ModelConfig) -> int:
-    """Return the head dimension: as set, or hidden size over query heads."""
-    return model.head_dim if model.head_dim is not None else model.hidden_size // model.num_attention_heads
+from s2train.config import ModelConfig, ParallelConfig, head_dim
 
 
 def attention_shape(model: ModelConfig) -> AttentionShape:

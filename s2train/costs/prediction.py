@@ -12,12 +12,11 @@ from typing import Any
 
 from s2train.attention.hybrid import HybridLayout
 from s2train.attention.kind import LayerLayout
-from s2train.config import ModelConfig
+from s2train.config import ModelConfig, head_dim
 from s2train.costs.attention import attention_flops, density
 from s2train.costs.attention_time import BACKWARD_FLOPS, AttentionRates, Seconds, attention_seconds, dense_seconds
 from s2train.costs.flops import token_flops
 from s2train.costs.kv_cache import CacheTokens, cache_tokens, model_cache_tokens
-from s2train.costs.parameters import head_dim
 from s2train.costs.traffic import Traffic, attention_traffic, sum_traffic
 from s2train.layouts.patterns import known_blocks
 

@@ -30,12 +30,12 @@ from dataclasses import dataclass, fields
 from s2train.attention.hybrid import HybridLayout
 from s2train.attention.kind import LayerLayout
 from s2train.attention.weights import kv_heads_on_rank
-from s2train.config import PretrainConfig
+from s2train.config import PretrainConfig, head_dim
 from s2train.costs.attention import rank_spread
 from s2train.costs.attention_time import AttentionRates, Seconds, attention_seconds
 from s2train.costs.implementations import Implementations
 from s2train.costs.memory import Chunks, data_parallel, micro_batches
-from s2train.costs.parameters import head_dim, layer_parameters, stage_parameters
+from s2train.costs.parameters import layer_parameters, stage_parameters
 from s2train.costs.stages import Stages
 from s2train.environment.hardware import GpuRates, Hardware, gpu_rates
 

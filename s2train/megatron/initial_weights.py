@@ -14,8 +14,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from s2train.config import ModelConfig
-from s2train.costs.parameters import head_dim
+from s2train.config import ModelConfig, head_dim
 
 
 @dataclass(frozen=True)

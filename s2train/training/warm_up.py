@@ -13,8 +13,7 @@ from megatron.core import parallel_state
 from s2train.attention.hybrid import HybridLayout
 from s2train.attention.kind import LayerLayout
 from s2train.attention.weights import kv_heads_on_rank
-from s2train.config import PretrainConfig
-from s2train.costs.parameters import head_dim
+from s2train.config import PretrainConfig, head_dim
 from s2train.kernels.attention import Backend, block_sparse_attention, resolve_backend
 from s2train.megatron.context_parallel.all_gather import chunk_ids
 from s2train.megatron.model import DTYPES

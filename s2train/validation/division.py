@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from s2train.config import ModelConfig, PretrainConfig
+from s2train.config import ModelConfig, PretrainConfig, head_dim
 from s2train.errors import ConfigError
 from s2train.validation.rope_scaling import check_rope_scaling
 
@@ -42,18 +42,18 @@ def _check_heads(cfg: PretrainConfig) -> None:
             model.hidden_size,
             "or set model.head_dim",
         )
-    head_dim = model.head_dim or model.hidden_size // model.num_attention_heads
-    if head_dim % 2:
+    dim = head_dim(model)
+    if dim % 2:
         raise ConfigError(
             "model.head_dim",
-            head_dim,
+            dim,
             "rotary embeddings rotate pairs",
             "Set model.head_dim to an even number.",
         )
-    rotated = int(head_dim * model.rotary_percent)
+    rotated = int(dim * model.rotary_percent)
     if model.rotary_percent > 1 or rotated % 2 or not rotated:
-        problem = f"{rotated} of {head_dim} dimensions would be rotated: rotary embeddings rotate pairs"
-        remedy = f"Set model.rotary_percent={max(2, min(rotated, head_dim) // 2 * 2) / head_dim:g}."
+        problem = f"{rotated} of {dim} dimensions would be rotated: rotary embeddings rotate pairs"
+        remedy = f"Set model.rotary_percent={max(2, min(rotated, dim) // 2 * 2) / dim:g}."
         raise ConfigError("model.rotary_percent", model.rotary_percent, problem, remedy)
     check_rope_scaling(model, cfg.parallel.cp)
     _divides(
@@ -75,7 +75,7 @@ def check_tensor_parallel(model: ModelConfig, tp: int, setting: str) -> None:
     for name in ("num_attention_heads", "hidden_size", "ffn_hidden_size", "vocab_size"):
         _divides(setting, tp, f"model.{name}", getattr(model, name))
     heads, groups = model.num_attention_heads, model.num_query_groups
-    rows = (heads + 2 * groups) * (model.head_dim or model.hidden_size // heads)
+    rows = (heads + 2 * groups) * head_dim(model)
     fitting = [n for n in range(1, heads + 1) if heads % n == 0 and rows % n == 0 and 0 in (groups % n, n % groups)]
     if tp in fitting:
         return

@@ -3,8 +3,7 @@
 import torch
 
 from s2train.attention.hybrid import HybridLayout
-from s2train.config import PretrainConfig
-from s2train.costs.parameters import head_dim
+from s2train.config import PretrainConfig, head_dim
 from s2train.environment import liger
 from s2train.environment.hardware import Hardware
 from s2train.environment.liger import choose_loss, liger_operations, liger_problem

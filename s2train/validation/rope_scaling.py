@@ -3,8 +3,7 @@
 import difflib
 import math
 
-from s2train.config import ModelConfig
-from s2train.costs.parameters import head_dim
+from s2train.config import ModelConfig, head_dim
 from s2train.errors import ConfigError
 from s2train.rope_scaling import DEFAULTS, REQUIRED, RopeScalingConfig, with_defaults
 

@@ -2,8 +2,7 @@
 
 import torch
 
-from s2train.config import PretrainConfig
-from s2train.costs.parameters import head_dim
+from s2train.config import PretrainConfig, head_dim
 from s2train.environment.hardware import Hardware
 from s2train.environment.transformer_engine import INSTALL, te_problem
 from s2train.errors import ConfigError

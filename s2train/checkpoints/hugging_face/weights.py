@@ -5,8 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from s2train.config import ModelConfig
-from s2train.costs.parameters import head_dim
+from s2train.config import ModelConfig, head_dim
 
 # weights of a layer, Megatron's on the left; prefixes are `decoder.layers.N.` and `model.layers.N.`
 _LAYER = {
