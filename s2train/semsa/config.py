@@ -11,10 +11,7 @@ from s2train import config
 
 @dataclass
 class CalibrationDataConfig:
-    """Text to profile and evaluate a checkpoint on.
-
-    None: as in the checkpoint's run.
-    """
+    """Text to profile and evaluate a checkpoint on; None: its run's."""
 
     path: Any = None  # datasets, as in a run's data.path
     split: Any = None  # weights of train and held-out data: profiles take the former, evaluations the latter
