@@ -44,23 +44,24 @@ class Deadline:
         if self.is_near:
             sys.exit(_OVER)
         print("$ python", " ".join(command), flush=True)
-        program, is_over = subprocess.Popen([sys.executable, *command], env=self._environment), False
-        try:
-            with _sigterm_raises():
+        is_over = False
+        with _sigterm_raises():
+            program = subprocess.Popen([sys.executable, *command], env=self._environment)
+            try:
                 program.wait(max(1.0, self._end - started))
-        except subprocess.TimeoutExpired:
-            is_over = True
-            _stop([program])
-        except SystemExit:
-            _stop([program])
-            raise
-        except KeyboardInterrupt:  # the program has got the Ctrl-C too, and saves
-            program.wait()
-            raise
-        finally:
-            seconds = time.monotonic() - started
-            if record:
-                _append(record, {"command": command, "seconds": round(seconds, 3), "status": program.poll()})
+            except subprocess.TimeoutExpired:
+                is_over = True
+                _stop([program])
+            except SystemExit:
+                _stop([program])
+                raise
+            except KeyboardInterrupt:  # the program has got the Ctrl-C too, and saves
+                program.wait()
+                raise
+            finally:
+                seconds = time.monotonic() - started
+                if record:
+                    _append(record, {"command": command, "seconds": round(seconds, 3), "status": program.poll()})
         print(f"# {seconds:.1f} s", flush=True)
         if is_over or program.returncode:
             sys.exit(_OVER if is_over else program.returncode)

@@ -1,1 +1,1 @@
-"""Measures texts' loss and perplexity, and lm-evaluation-harness tasks, over the KV cache."""
+"""Measures texts' loss and perplexity, and lm-evaluation-harness tasks."""

@@ -46,7 +46,7 @@ def evaluate(cfg: EvaluateConfig) -> dict[str, Any]:
         found = {} if tasks is None else run_tasks(cfg, tasks, scorer, request.tokenizer, request.length)
     except (torch.OutOfMemoryError, OutOfPagesError) as error:
         problem = f"out of memory with {request.length:,} tokens"
-        remedy = "Set a smaller batch_size or prefill_chunk, or a larger tp"
+        remedy = "Set a smaller batch_size, prefill_chunk or length, or a larger tp"
         raise ConfigError("batch_size", cfg.batch_size, problem, remedy) from error
     content = {
         "checkpoint": str(loaded.path),

@@ -61,9 +61,13 @@ def main(arguments: list[str] | None = None) -> int:
             request = {"lengths": args.lengths, "batches": args.batches, "tokens": args.tokens, "vllm": args.vllm}
             process = _start(model, request)
             result["models"].append({"model": name})
-            while process.poll() is None:
-                time.sleep(_POLL_S)
-                _take_rows(model, result, args.output)  # what is measured outlasts a crash
+            try:
+                while process.poll() is None:
+                    time.sleep(_POLL_S)
+                    _take_rows(model, result, args.output)  # what is measured outlasts a crash
+            finally:
+                process.kill()
+                process.wait()
             _take_rows(model, result, args.output)
             if process.returncode:
                 parser.exit(1, f"error: {name}: vLLM ended with status {process.returncode}, see above\n")

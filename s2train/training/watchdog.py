@@ -2,9 +2,9 @@
 
 A collective call waits for all ranks. If one rank hangs, all others wait, and none of them knows for which rank. Here a
 thread on every rank publishes its rank's position to the job's store. If a rank makes no progress for the time
-allowed, all threads compare positions, and the first one reports. The rank at fault is, in this order: one whose
-thread stopped publishing (dead or stopped), one that is behind the others, or one that waits for something other than
-the ranks.
+allowed, all threads compare positions, and the first one decides what is reported. The rank at fault is, in this
+order: one whose thread stopped publishing (dead or stopped), one that is behind the others, or one that waits for
+something other than the ranks.
 """
 
 import contextlib
@@ -26,7 +26,8 @@ _TICKS_PER_TIMEOUT = 20
 _LONGEST_TICK = 10.0  # seconds
 _ANSWER_TICKS = 3  # a rank that publishes nothing for this many ticks is silent
 _SHORTEST_ANSWER = 3.0  # seconds, or for this long: its thread may wait for a busy processor
-_ABORTING = "watchdog/aborting"  # how many ranks abort; the first of them reports
+# Keys of the store: how many ranks abort, what the first of them reports, and whether it is printed.
+_ABORTING, _REPORT, _PRINTED = "watchdog/aborting", "watchdog/report", "watchdog/printed"
 # Files in which a rank waits for other ranks, matched against the end of the innermost frame's path. NCCL's calls
 # return immediately and the host waits where it reads a result: from the second row on.
 _WAITING_FILES = (
@@ -118,10 +119,10 @@ class Watchdog:
         self._store.set(f"watchdog/{self._rank}", json.dumps(asdict(position)))
 
     def _abort(self) -> None:
-        line, is_reporter, is_culprit = f"error: {self._doing} does not end", True, True
-        with contextlib.suppress(Exception):
-            # Ranks' times run out seconds apart. Whoever is first reports: it could be gone when others' have.
-            is_reporter = self._store.add(_ABORTING, 1) == 1
+        is_culprit = True
+        try:
+            # Ranks' times run out seconds apart. The first decides for all: it could be gone when others' have.
+            is_first = self._store.add(_ABORTING, 1) == 1
             before = self._positions()
             until = time.monotonic() + self._answer
             while time.monotonic() < until:
@@ -132,14 +133,39 @@ class Watchdog:
             silent += [rank for rank in range(self._world) if rank not in after]
             culprits = silent or find_culprits(after)
             is_culprit = self._rank in culprits
-            line = f"error: {describe_hang(after, culprits, silent, self._limit / 60)}"
-        if is_reporter:
-            print(line, file=sys.stderr, flush=True)
+            reporter = min(rank for rank in after if rank not in silent)
+            self._report(is_first, reporter, f"error: {describe_hang(after, culprits, silent, self._limit / 60)}")
+        except Exception:
+            print(f"error: {self._doing} does not end", file=sys.stderr, flush=True)
         if is_culprit:
             faulthandler.dump_traceback(sys.stderr)
         # Other ranks may still read positions, and a rank that ends before them makes their collective calls fail.
-        time.sleep(self._answer + (2 * self._tick if is_reporter else 0))
+        time.sleep(self._answer)
         os._exit(1)  # the main thread can't be interrupted
+
+    def _report(self, is_first: bool, reporter: int, line: str) -> None:
+        """Print the first rank's line on the rank that it chose, whose output a job's console shows.
+
+        The first rank prints it if that one doesn't.
+        """
+        if is_first:
+            self._store.set(_REPORT, json.dumps([reporter, line]))
+        elif self._appears(_REPORT):
+            reporter, line = json.loads(self._store.get(_REPORT))
+        if self._rank == reporter:
+            print(line, file=sys.stderr, flush=True)
+            self._store.set(_PRINTED, "")
+        elif is_first and not self._appears(_PRINTED):
+            print(line, file=sys.stderr, flush=True)
+
+    def _appears(self, key: str) -> bool:
+        """Wait for a key of the store."""
+        until = time.monotonic() + self._answer
+        while not self._store.check([key]):
+            if time.monotonic() > until:
+                return False
+            time.sleep(self._tick / 4)
+        return True
 
     def _positions(self) -> dict[int, Position]:
         keys = {rank: f"watchdog/{rank}" for rank in range(self._world)}

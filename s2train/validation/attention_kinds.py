@@ -28,8 +28,9 @@ def check_kinds(cfg: PretrainConfig, hybrid: HybridLayout, hardware: Hardware) -
     for feature, setting, value, without in _asked(cfg, hardware):
         require_feature(hybrid, feature, setting, value, without)
     dense_heads = cfg.schedule.dense_heads
+    takes_dense_heads = any(layer.is_static for layer in hybrid.layers if not layer.is_dense)
     for kind in dict.fromkeys(layer.kind for layer in hybrid.layers):
-        if dense_heads and kind.data_dependent:
+        if dense_heads and kind.data_dependent and not takes_dense_heads:
             problem = f"{kind.label} attention (letter {kind.letter}) has no dense heads"
             raise ConfigError("schedule.dense_heads", dense_heads, problem, "Set 0, or other letters in layout.layers.")
         kind.check(cfg)

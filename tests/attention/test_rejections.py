@@ -143,6 +143,7 @@ def test_decoding_speed_of_a_kind_without_decoding_is_not_measured() -> None:
 def test_dense_heads_in_layers_that_have_none_are_rejected() -> None:
     with pytest.raises(ConfigError, match=r"^schedule.dense_heads=2: toy attention \(letter T\) has no dense heads"):
         check(config("toy", "schedule.dense_heads=2"), 1, CPU)
+    check(config("toy", "schedule.dense_heads=2", layers="DSTT"), 1, CPU)  # S layers have them
 
 
 def test_needles_on_tensor_parallel_ranks_that_a_kind_lacks_are_rejected(

@@ -24,13 +24,21 @@ EVERY_STEP = "checkpoint.interval=1"
 TORCHRUN = "torch.distributed.run"
 
 
-def planted(fault: str, run_dir: Path, *arguments: str, launcher: str = "", restarts: int = 0) -> Outcome:
-    """Train the small model on two processes with a fault from tests/training/planted.py."""
+def planted(
+    fault: str, run_dir: Path, *arguments: str, launcher: str = "", restarts: int = 0, shown: str = ""
+) -> Outcome:
+    """Train the small model on two processes with a fault from tests/training/planted.py.
+
+    Args:
+        shown: of a launcher: the local rank whose output alone is shown, as launch/multinode.sh does.
+    """
     program = [str(ROOT / "tests" / "training" / "planted.py"), *SMALL, f"run_dir={run_dir}", *arguments]
     if not launcher:
         with mock.patch.dict(os.environ, S2TRAIN_TEST_FAULT=fault):
             return run(*program, processes=2)
     job = [launcher, "--standalone", "--nproc-per-node", "2", "--max-restarts", str(restarts)]
+    if shown:
+        job += ["--log-dir", str(run_dir / "log"), "--tee", "3", "--local-ranks-filter", shown]
     return launch(*job, *program, S2TRAIN_TEST_FAULT=fault)
 
 
@@ -103,11 +111,17 @@ def test_a_job_whose_store_is_on_a_frozen_rank_is_aborted_too(tmp_path: Path) ->
     assert "rank 0" in line
 
 
-@pytest.mark.parametrize(("fault", "words"), [("hang", "planted.py"), ("freeze", "not responding; last seen: ")])
-def test_a_rank_that_makes_no_progress_is_named_and_the_job_aborted(fault: str, words: str, tmp_path: Path) -> None:
-    done = planted(f"{fault}:1:3", tmp_path, STEPS, EVERY_STEP, "train.timeout_minutes=0.2")
+@pytest.mark.parametrize(
+    ("fault", "words", "launcher"),
+    [("hang", "planted.py", "job.py"), ("freeze", "not responding; last seen: ", "")],
+)
+def test_a_rank_that_makes_no_progress_is_named_on_rank_0_and_the_job_aborted(
+    fault: str, words: str, launcher: str, tmp_path: Path
+) -> None:
+    timeout = "train.timeout_minutes=0.2"
+    done = planted(f"{fault}:1:3", tmp_path, STEPS, EVERY_STEP, timeout, launcher=launcher, shown="0")
     assert done.status != 0
-    line = error_line(done)
+    (line,) = [line for line in done.err.splitlines() if f"error: {timeout}" in line]
     assert "train.timeout_minutes=0.2" in line
     assert "held up by rank 1" in line
     assert "rank 0" not in line
