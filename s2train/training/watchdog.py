@@ -144,9 +144,9 @@ class Watchdog:
         os._exit(1)  # the main thread can't be interrupted
 
     def _report(self, is_first: bool, reporter: int, line: str) -> None:
-        """Print the first rank's line on the rank that it chose, whose output a job's console shows.
+        """Print the first rank's line on the rank that it chose.
 
-        The first rank prints it if that one doesn't.
+        A job's console shows that one's output. The first rank prints the line if that one doesn't.
         """
         if is_first:
             self._store.set(_REPORT, json.dumps([reporter, line]))
