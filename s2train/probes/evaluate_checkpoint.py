@@ -20,7 +20,7 @@ from s2train.data.tokenizers import Tokenizer
 from s2train.environment.hardware import Hardware, detect_own
 from s2train.environment.provenance import environment
 from s2train.errors import ConfigError
-from s2train.files import check_writable, replacing
+from s2train.files import check_output, replacing
 from s2train.inference.generation import generate
 from s2train.megatron.setup import initialize, shutdown
 from s2train.needles.results import weights_fingerprint
@@ -70,7 +70,8 @@ def read_request(cfg: ProbesConfig, world_size: int, hardware: Hardware) -> Requ
     check_one_model(cfg.tp, world_size)
     found.check_decoding(cfg.tp)
     found.check_length(max(cfg.lengths), "lengths", list(cfg.lengths))
-    output = _output(cfg, checkpoint)
+    output = checkpoint.parent.parent / "probes.json" if cfg.output is None else cfg.output
+    output = check_output(output, cfg.overwrite, such="runs/probes.json")
     tokenizer = found.tokenizer(cfg.tokenizer)
     documents = held_out_documents(cfg, tokenizer)
     completions = {length: find_completions(documents, length, cfg.trials, cfg.seed) for length in sorted(cfg.lengths)}
@@ -83,14 +84,6 @@ def read_request(cfg: ProbesConfig, world_size: int, hardware: Hardware) -> Requ
         problem = "no part of the text that long holds a rare identifier twice"
         raise ConfigError("lengths", max(cfg.lengths), problem, "Set shorter lengths, or a text with longer documents")
     return Request(checkpoint, trained, tokenizer, completions, passages, output)
-
-
-def _output(cfg: ProbesConfig, checkpoint: Path) -> Path:
-    output = checkpoint.parent.parent / "probes.json" if cfg.output is None else Path(cfg.output)
-    if output.exists() and not cfg.overwrite:
-        raise ConfigError("output", output, "exists", "Add overwrite=true, or set another file")
-    check_writable("output", output.parent)
-    return output
 
 
 def evaluate(cfg: ProbesConfig) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from s2train.config import LayoutConfig
 from s2train.costs.memory import GIB
 from s2train.costs.prediction import ModelCosts, model_costs
 from s2train.errors import ConfigError
-from s2train.files import check_writable, replacing
+from s2train.files import check_output, replacing
 from s2train.kernels.block_statistics.effects import SUMS
 from s2train.semsa.config import ChooseLayoutConfig
 from s2train.semsa.layouts import Candidates, build_layout, layout_settings, sees_everything, write_layout
@@ -57,12 +57,9 @@ def choose_layout(cfg: ChooseLayoutConfig) -> Choice:
     Raises:
         ConfigError: a setting can't work, or no rules meet the budgets.
     """
-    output = Path(cfg.output)
-    if output.suffix != ".yaml":
+    if Path(cfg.output).suffix != ".yaml":
         raise ConfigError("output", cfg.output, "is no .yaml file", "Name one, such as runs/semsa/chosen.yaml.")
-    if output.exists() and not cfg.overwrite:
-        raise ConfigError("output", output, "exists", "Add overwrite=true, or set another file.")
-    check_writable("output", output.parent)
+    output = check_output(cfg.output, cfg.overwrite, such="runs/semsa/chosen.yaml")
     profile = load_profile(cfg.profile)
     choice = choose(cfg, profile)
     console = Console(soft_wrap=True, width=120)

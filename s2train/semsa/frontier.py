@@ -28,7 +28,7 @@ from s2train.distributed.agreement import broadcast_from_rank_0
 from s2train.environment.hardware import detect_own
 from s2train.environment.provenance import environment
 from s2train.errors import ConfigError
-from s2train.files import check_writable, replacing
+from s2train.files import check_output, replacing
 from s2train.kernels.block_statistics.effects import SUMS
 from s2train.layouts.patterns import Dense
 from s2train.layouts.schedules import find_schedule
@@ -115,12 +115,9 @@ def measure_frontier(cfg: FrontierConfig) -> dict[str, Any]:
 
 
 def _read_request(cfg: FrontierConfig) -> tuple[Profile, Subject, Path]:
-    output = Path(cfg.output)
-    if output.suffix != ".json":
+    if Path(cfg.output).suffix != ".json":
         raise ConfigError("output", cfg.output, "is no .json file", "Name one, such as runs/semsa/frontier.json.")
-    if output.exists() and not cfg.overwrite:
-        raise ConfigError("output", output, "exists", "Add overwrite=true, or set another file.")
-    check_writable("output", output.parent)
+    output = check_output(cfg.output, cfg.overwrite, such="runs/semsa/frontier.json")
     for name, least in (("samples", 1), ("draws", 0)):
         if getattr(cfg, name) < least:
             raise ConfigError(name, getattr(cfg, name), "too small", f"Set {name}={least} or more.")

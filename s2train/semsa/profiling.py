@@ -21,7 +21,7 @@ from s2train.config import ParallelConfig
 from s2train.environment.hardware import Hardware, detect_own
 from s2train.environment.provenance import environment
 from s2train.errors import ConfigError
-from s2train.files import check_writable
+from s2train.files import check_output
 from s2train.kernels.layout import BLOCK_SIZES
 from s2train.megatron.setup import initialize, shutdown
 from s2train.needles.results import weights_fingerprint
@@ -65,15 +65,12 @@ def read_request(cfg: ProfileAttentionConfig, world_size: int, hardware: Hardwar
         raise ConfigError("temperature", cfg.temperature, "must be above 0 and finite", "Set temperature=4.")
     if cfg.precision not in (None, "bf16", "fp32"):
         raise ConfigError("precision", cfg.precision, "unknown", "Set precision=bf16 or precision=fp32.")
-    output = Path(cfg.output)
-    if output.suffix != ".npz":
+    if Path(cfg.output).suffix != ".npz":
         raise ConfigError("output", cfg.output, "is no .npz file", "Name one, such as runs/semsa/profile.npz.")
-    if output.exists() and not cfg.overwrite:
-        raise ConfigError("output", output, "exists", "Add overwrite=true, or set another file.")
+    output = check_output(cfg.output, cfg.overwrite, such="runs/semsa/profile.npz")
     if cfg.verify and verification_file(output).exists() and not cfg.overwrite:
         problem = f"{verification_file(output)} exists"
         raise ConfigError("verify", cfg.verify, problem, "Add overwrite=true, or set another output.")
-    check_writable("output", output.parent)
     subject = read_subject(
         cfg.checkpoint, cfg.data, seq_length=cfg.seq_length, held_out=False, tp=cfg.tp, seed=cfg.seed,
         attention_backend=cfg.attention_backend, world_size=world_size, hardware=hardware,
