@@ -12,6 +12,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.optimizer import MegatronOptimizer
 
+from s2train.megatron.optimizer_state import optimizer_parts
+
 _SUFFIX = "_extra_state"
 
 
@@ -58,7 +60,7 @@ def convert_param_groups(optimizer: MegatronOptimizer, loaded: Any) -> None:
     Args:
         loaded: optimizer state from dist_checkpointing; changed in place.
     """
-    inner = [part.optimizer for part in getattr(optimizer, "chained_optimizers", [optimizer])]
+    inner = [part.optimizer for part in optimizer_parts(optimizer)]
     kinds = {type(one) for one in inner}
     # Megatron numbers the states of several; those of one kind, such as Adam's of several chunks, convert alike
     states = [loaded] if len(kinds) == 1 else [loaded[number] for number in range(len(inner))]

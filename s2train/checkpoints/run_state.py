@@ -41,7 +41,7 @@ from s2train.errors import ConfigError, TrainingError
 from s2train.files import replacing
 from s2train.megatron.compat import save_checkpoint_shards
 from s2train.megatron.model import unwrap
-from s2train.megatron.optimizer_state import count_steps_in_parts, remove_classes
+from s2train.megatron.optimizer_state import count_steps_in_parts, param_groups_in, remove_classes
 from s2train.megatron.torch_adam import separate_steps
 
 
@@ -265,18 +265,12 @@ def _set_hyperparameters(optim: OptimConfig, loaded: Any) -> None:
 
     Call it before Megatron loads the state: 0.19 distinguishes parameter groups by their learning rates.
     """
-    if isinstance(loaded, dict):
-        for group in loaded.get("param_groups", []):
-            group.update(max_lr=optim.lr, min_lr=optim.lowest_lr)
-            if {"betas", "eps"} <= group.keys():  # only Adam's
-                group.update(betas=(optim.beta1, optim.beta2), eps=optim.eps)
-            if optim.name == "sgd" and "momentum" in group:
-                group["momentum"] = optim.options.get("sgd_momentum", OptimizerConfig.sgd_momentum)
-        for value in loaded.values():
-            _set_hyperparameters(optim, value)
-    elif isinstance(loaded, list | tuple):
-        for value in loaded:
-            _set_hyperparameters(optim, value)
+    for group in param_groups_in(loaded):
+        group.update(max_lr=optim.lr, min_lr=optim.lowest_lr)
+        if {"betas", "eps"} <= group.keys():  # only Adam's
+            group.update(betas=(optim.beta1, optim.beta2), eps=optim.eps)
+        if optim.name == "sgd" and "momentum" in group:
+            group["momentum"] = optim.options.get("sgd_momentum", OptimizerConfig.sgd_momentum)
 
 
 def _chunk_names(chunks: list[Any]) -> list[str]:

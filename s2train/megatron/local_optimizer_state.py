@@ -16,13 +16,14 @@ from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_f
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from s2train.megatron.optimizer_state import optimizer_parts
+
 _STATES = ("param", "exp_avg", "exp_avg_sq")
 
 
 def distributed_parts(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
     """Return the distributed optimizers that `optimizer` chains, or itself."""
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    return [part for part in parts if isinstance(part, DistributedOptimizer)]
+    return [part for part in optimizer_parts(optimizer) if isinstance(part, DistributedOptimizer)]
 
 
 def load_only_local_state(optimizer: MegatronOptimizer) -> None:

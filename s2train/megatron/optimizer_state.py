@@ -1,5 +1,6 @@
 """Saves and loads the optimizer states of SGD and of offloaded Adam."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ def prepare_to_load(optimizer: MegatronOptimizer) -> None:
 
     Megatron calls `init_state_fn` first, and has none for SGD.
     """
-    for part in _parts(optimizer):
+    for part in optimizer_parts(optimizer):
         # Megatron's is torch's, apex's or transformer-engine's.
         if isinstance(part.optimizer, (torch.optim.SGD, SGD)) and part.init_state_fn is None:
             part.init_state_fn = _zero_momentum
@@ -28,13 +29,9 @@ def remove_classes(state: Any) -> None:
     Args:
         state: sharded state of the optimizer, of any nesting.
     """
-    if isinstance(state, dict):
-        for group in state.get("param_groups", []):
-            for name in _CLASSES:
-                group.pop(name, None)
-    if isinstance(state, dict | list | tuple):
-        for value in state.values() if isinstance(state, dict) else state:
-            remove_classes(value)
+    for group in param_groups_in(state):
+        for name in _CLASSES:
+            group.pop(name, None)
 
 
 def count_steps_in_parts(optimizer: MegatronOptimizer) -> None:
@@ -43,14 +40,24 @@ def count_steps_in_parts(optimizer: MegatronOptimizer) -> None:
     Before each step Adam copies its parameter groups over those of its parts. A loaded step count would be copied too,
     and the part on the GPU would take every later step as the first one after loading.
     """
-    for part in _parts(optimizer):
+    for part in optimizer_parts(optimizer):
         if isinstance(part.optimizer, HybridDeviceOptimizer):
             for group in part.optimizer.param_groups:
                 group.pop("step", None)
 
 
-def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+def optimizer_parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """Return the optimizers that `optimizer` chains, or itself."""
     return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+
+
+def param_groups_in(state: Any) -> Iterator[dict[str, Any]]:
+    """Yield the parameter groups of an optimizer's state, of any nesting."""
+    if isinstance(state, dict):
+        yield from state.get("param_groups", [])
+    if isinstance(state, dict | list | tuple):
+        for value in state.values() if isinstance(state, dict) else state:
+            yield from param_groups_in(value)
 
 
 def _zero_momentum(optimizer: torch.optim.Optimizer, config: Any = None) -> None:
