@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -44,11 +45,14 @@ class Scorer:
             counted[row, window.first : size] = True
         tokens, targets = torch.from_numpy(both).to(self.device)
         lengths = torch.tensor([len(window.tokens) for window in windows])
-        if not all(
-            m.layer_layout.kind.decodes_as_trained for m in self.gpt.modules() if isinstance(m, CausalCoreAttention)
-        ):
+        if self._decodes_as_trained:
+            with kv_cache(self.gpt, len(windows), longest) as cache:
+                losses, likeliest = CachedModel(self.gpt, cache).losses(tokens, targets, lengths, self.chunk)
+        else:
             losses, likeliest = uncached_losses(self.gpt, tokens, targets)
-            return losses, likeliest, counted.to(self.device)
-        with kv_cache(self.gpt, len(windows), longest) as cache:
-            losses, likeliest = CachedModel(self.gpt, cache).losses(tokens, targets, lengths, self.chunk)
         return losses, likeliest, counted.to(self.device)
+
+    @cached_property
+    def _decodes_as_trained(self) -> bool:
+        layers = [module for module in self.gpt.modules() if isinstance(module, CausalCoreAttention)]
+        return all(layer.layer_layout.kind.decodes_as_trained for layer in layers)
