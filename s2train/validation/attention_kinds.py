@@ -27,12 +27,8 @@ def check_kinds(cfg: PretrainConfig, hybrid: HybridLayout, hardware: Hardware) -
     require_tensor_parallel(hybrid, cfg.parallel.tp, "parallel.tp")
     for feature, setting, value, without in _asked(cfg, hardware):
         require_feature(hybrid, feature, setting, value, without)
-    dense_heads = cfg.schedule.dense_heads
-    takes_dense_heads = any(layer.is_static for layer in hybrid.layers if not layer.is_dense)
+    _check_dense_heads(cfg, hybrid)
     for kind in dict.fromkeys(layer.kind for layer in hybrid.layers):
-        if dense_heads and kind.data_dependent and not takes_dense_heads:
-            problem = f"{kind.label} attention (letter {kind.letter}) has no dense heads"
-            raise ConfigError("schedule.dense_heads", dense_heads, problem, "Set 0, or other letters in layout.layers.")
         kind.check(cfg)
         _check_loss_weights(kind)
         _check_weights(cfg, kind)
@@ -40,6 +36,15 @@ def check_kinds(cfg: PretrainConfig, hybrid: HybridLayout, hardware: Hardware) -
     if frozen and not any(layer.kind.weights(shape) for layer in hybrid.layers):
         problem = "no layer's kind of attention has weights of its own, so nothing would learn"
         raise ConfigError("train.freeze_trunk_steps", frozen, problem, "Set 0, or use such a kind in layout.layers.")
+
+
+def _check_dense_heads(cfg: PretrainConfig, hybrid: HybridLayout) -> None:
+    """Reject dense heads if the data choose what all sparse layers read."""
+    sparse = [layer for layer in hybrid.layers if not layer.is_dense]
+    if cfg.schedule.dense_heads and sparse and not any(layer.is_static for layer in sparse):
+        kind, remedy = sparse[0].kind, "Set 0, or other letters in layout.layers."
+        problem = f"{kind.label} attention (letter {kind.letter}) has no dense heads"
+        raise ConfigError("schedule.dense_heads", cfg.schedule.dense_heads, problem, remedy)
 
 
 def require_feature(hybrid: HybridLayout, feature: Feature, setting: str, value: object, without: str) -> None:
