@@ -178,13 +178,15 @@ def _child(folder: str) -> None:
 
 
 def _take_rows(folder: Path, result: Record, output: Path | None) -> None:
-    """Update the last model's rows from its process, and the output file."""
-    rows = folder / "result.json"
-    if rows.is_file():
-        result["models"][-1] |= json.loads(rows.read_text())
-        if output is not None:
-            with replacing(output) as new:
-                new.write_text(json.dumps(result, indent=1) + "\n")
+    """Add new rows of the last model to the output file."""
+    rows, model = folder / "result.json", result["models"][-1]
+    found = json.loads(rows.read_text()) if rows.is_file() else {}
+    if found.get("lengths") == model.get("lengths"):
+        return
+    model |= found
+    if output is not None:
+        with replacing(output) as new:
+            new.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def _table(models: Sequence[Record]) -> Table:
