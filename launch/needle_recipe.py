@@ -99,18 +99,22 @@ def last_step(number: int) -> int:
 
 def tokenizer(root: Path) -> Path:
     """Return the tokenizer: a byte-level BPE trained on the first documents."""
-    return root / "data" / f"{PHASES[0].name}-{PHASES[0].blend[0][0]}-tokenizer.json"
+    return Path(f"{data_prefix(root, PHASES[0], PHASES[0].blend[0][0])}-tokenizer.json")
+
+
+def data_prefix(root: Path, phase: Phase, name: str) -> Path:
+    return root / "data" / f"{phase.name}-{name}"
 
 
 def data_index(root: Path, phase: Phase, name: str) -> Path:
-    return root / "data" / f"{phase.name}-{name}.idx"
+    return Path(f"{data_prefix(root, phase, name)}.idx")
 
 
 def data_commands(root: Path, phase: Phase) -> list[list[str]]:
     """Return the commands that make a phase's documents, one per source."""
     commands = []
     for number, (name, weight) in enumerate(phase.blend):
-        output = data_index(root, phase, name).with_suffix("")
+        output = data_prefix(root, phase, name)
         makes_tokenizer = phase is PHASES[0] and number == 0
         commands.append(
             [
