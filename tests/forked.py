@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -154,23 +154,20 @@ def _draw_on_request() -> None:
 
     from s2train import pictures
 
-    save, draw = Figure.savefig, pictures.draw_layout
+    def on_request(draw: Callable[..., Any], place: int) -> Callable[..., Any]:
+        """`place` of the path among the arguments."""
 
-    def savefig(self: Figure, path: Any, **options: Any) -> None:
-        if os.environ.get(PICTURES) == "1":
-            save(self, path, **options)
-        else:
-            Image.new("L", (1, 1)).save(path, format="png")
+        def drawn(*arguments: Any, **options: Any) -> None:
+            if os.environ.get(PICTURES) == "1":
+                draw(*arguments, **options)
+            else:
+                Image.new("L", (1, 1)).save(arguments[place], format="png")
 
-    def draw_layout(hybrid: Any, seq_length: int, path: Path, *others: Any, **options: Any) -> None:
-        """As each training does: its axes alone take a tenth of a second."""
-        if os.environ.get(PICTURES) == "1":
-            draw(hybrid, seq_length, path, *others, **options)
-        else:
-            Image.new("L", (1, 1)).save(path, format="png")
+        return drawn
 
-    Figure.savefig = savefig  # type: ignore[method-assign]
-    pictures.draw_layout = draw_layout
+    Figure.savefig = on_request(Figure.savefig, 1)  # type: ignore[method-assign]
+    # The axes of a layout, which each training draws, alone take a tenth of a second.
+    pictures.draw_layout = on_request(pictures.draw_layout, 2)
 
 
 def _serve(path: Path, owner: int) -> None:

@@ -31,7 +31,7 @@ LENGTH = 2 * BLOCK + 3
 LAYOUT = replace(hybrid_of("hybrid"), layers=hybrid_of("hybrid").layers[:2])
 HEAD = 16
 # A cache and Liger-Kernel, which is interpreted here, see only cosines and sines: one scaling of each kind.
-OF_EACH_KIND = ("linear", "llama3", "yarn", "yarn of its own temperature")
+OF_EACH_KIND = ("linear", "llama3", "yarn", "yarn with a set temperature")
 repair_interpreter()
 
 
@@ -44,7 +44,7 @@ def scalings() -> dict[str, RopeScalingConfig]:
         "llama3 of other bounds": RopeScalingConfig("llama3", factor, length, low_freq_factor=2, high_freq_factor=9),
         "yarn": RopeScalingConfig("yarn", factor, length),
         "yarn of other bounds": RopeScalingConfig("yarn", factor, length, beta_fast=20, beta_slow=2, truncate=False),
-        "yarn of its own temperature": RopeScalingConfig("yarn", factor, length, attention_factor=0.75),
+        "yarn with a set temperature": RopeScalingConfig("yarn", factor, length, attention_factor=0.75),
         "yarn without temperature": RopeScalingConfig("yarn", factor, length, attention_factor=1),
     }
 

@@ -22,7 +22,7 @@ CASES: dict[str, dict[str, Any]] = {
     "llama3 of other bounds": {"low_freq_factor": 2.0, "high_freq_factor": 9.0},
     "yarn": {},
     "yarn of other bounds": {"beta_fast": 20.0, "beta_slow": 2.0, "truncate": False},
-    "yarn of its own temperature": {"attention_factor": 0.75},
+    "yarn with a set temperature": {"attention_factor": 0.75},
 }
 
 
