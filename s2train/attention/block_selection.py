@@ -23,6 +23,12 @@ from s2train.config import PretrainConfig
 
 PREVIOUS_BLOCK, FIRST_TOKEN = QUERIES = ("previous_block", "first_token")
 SCORERS = ("moba", "index", "sea")
+_LEARNING = ("loss_weight", "trunk_gradient")
+_READ_BY: dict[str, tuple[str, ...]] = {
+    "moba": (),
+    "index": ("index_dim", *_LEARNING),
+    "sea": ("features", "channels", "mse_weight", *_LEARNING),
+}
 
 
 @dataclass(frozen=True)
@@ -119,6 +125,12 @@ class BlockSelectionKind(DataDependentKind):
         ):  # fmt: skip
             if getattr(own, name) < least:
                 raise self.error(name, "is too small", f"Set {least} or more.")
+        defaults = BlockSelectionSettings()
+        for name in sorted({name for names in _READ_BY.values() for name in names}.difference(_READ_BY[own.scorer])):
+            if getattr(own, name) != (default := getattr(defaults, name)):
+                readers = " and ".join(scorer for scorer, names in _READ_BY.items() if name in names)
+                problem = f"scorer={own.scorer} does not read it, only {readers}"
+                raise self.error(name, problem, f"Leave it out (default {default}), or set scorer.")
 
     def check(self, cfg: PretrainConfig) -> None:
         own, length, block = self.settings, cfg.train.seq_length, cfg.layout.block_size

@@ -40,6 +40,8 @@ def config(selection: str = "top_k:3", *settings: str) -> PretrainConfig:
         ("top_k:1,queries:own_block", "layout.kinds.E.queries=own_block: unknown. Use previous_block or first_token"),
         ("top_k:1,sampled_rows:0", "layout.kinds.E.sampled_rows=0: is too small"),
         ("top_k:1,loss_weight:-1", "layout.kinds.E.loss_weight=-1.0: is too small"),
+        ("top_k:1,scorer:moba,loss_weight:3", "layout.kinds.E.loss_weight=3.0: scorer=moba does not read it, only"),
+        ("top_k:1,scorer:index,features:8", "layout.kinds.E.features=8: scorer=index does not read it, only sea"),
         ("top_k:1,topk:3", "layout.kinds.E.topk=3: no setting of kind block_selection. Did you mean top_k?"),
     ],
 )
