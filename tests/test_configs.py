@@ -50,8 +50,8 @@ def test_the_tree_has_every_size_dense_and_hybrid() -> None:
     sizes = ("tiny", "demo", "needle", "30m", "125m", "350m", "1b", "7b")
     twins = [f"{size}_{kind}" for size in sizes for kind in ("dense", "hybrid")]
     ablations = ["needle_hybrid_homogeneous", "needle_sparse_homogeneous", "needle_sparse_shifted"]
-    selected = [f"{size}_{scorer}" for size in ("tiny", "125m") for scorer in ("moba", "index", "sea")]
-    hyper = ["tiny_hyper", "125m_hyper"]
+    selected = [f"{size}_{scorer}" for size in ("tiny", "needle", "125m") for scorer in ("moba", "index", "sea")]
+    hyper = ["tiny_hyper", "needle_hyper", "125m_hyper"]
     assert names("model") == sorted(twins + ablations + selected + hyper)
 
 
