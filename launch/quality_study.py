@@ -8,6 +8,7 @@ python launch/quality_study.py train hybrid window     one run per variant, one 
 python launch/quality_study.py evaluate hybrid         long-range probes of a trained run
 python launch/quality_study.py report                  table and picture of all results
                       each: --root runs/quality  --minutes 9; of a variant: --phase 16k  --seed 1  --gpu 0
+                      train --shared-gpu: other programs run on this GPU, so the run's times are not reported
 
 Run an action again to resume it where it stopped, as it does when --minutes are over. Runs whose result is in
 ROOT/results are not trained again. Settings, such as tracking.wandb=auto, go to the program that an action starts:
@@ -42,7 +43,7 @@ from s2train.study.settings import (
     train_command,
     train_settings,
 )
-from s2train.study.variants import PHASES, SEEDS, Run, find_run, run_density
+from s2train.study.variants import PHASES, RUNS, SEEDS, Phase, Run, find_phase, find_run, run_density
 
 ACTIONS = ("data", "sweep", "speed", "plan", "train", "evaluate", "report")
 OF_VARIANTS = ("speed", "train", "evaluate")
@@ -101,10 +102,36 @@ def last_checkpoint(folders: Folders, run: Run, recipe: Recipe) -> Path:
     return folders.run(run) / "checkpoints" / f"iter_{steps_of(run, recipe)[1]:07d}"
 
 
-def train(folders: Folders, run: Run, recipe: Recipe, gpus: int, settings: Sequence[str], deadline: Deadline) -> None:
+def recipe_of(folders: Folders, phase: Phase, given: Recipe | None) -> Recipe:
+    """Return the given recipe, or else the sweep's choice.
+
+    Raises:
+        ConfigError: the sweep was not finished, or was of another model than the phase's.
+    """
+    if given is not None:
+        return given
+    if phase.model != PHASES[sweep.PHASE].model:
+        problem = f"has another model than the sweep, of phase {sweep.PHASE}"
+        raise ConfigError("phase", phase.name, problem, "Set --lr and --batch-tokens")
+    return sweep.chosen(folders)
+
+
+def train(
+    folders: Folders,
+    run: Run,
+    recipe: Recipe,
+    gpus: int,
+    settings: Sequence[str],
+    deadline: Deadline,
+    *,
+    shared_gpu: bool = False,
+) -> None:
     """Train a run and write its result, unless there is one.
 
     The run that it starts from must be trained first.
+
+    Args:
+        shared_gpu: whether other programs run on its GPU.
     """
     if folders.result(run).is_file():
         print(f"{run.name}: there is a result, {folders.result(run)}")
@@ -112,15 +139,24 @@ def train(folders: Folders, run: Run, recipe: Recipe, gpus: int, settings: Seque
     check_data(folders)
     if run.before is not None and not last_checkpoint(folders, run.before, recipe).is_dir():
         problem = f"{run.name} starts from {run.before.name}, which is not trained here"
-        remedy = f"Train it first: python launch/quality_study.py train {run.variant} --phase {run.before.phase}"
+        remedy = f"Train it first: python launch/quality_study.py train {run.before.variant} --phase {run.before.phase}"
         raise ConfigError("phase", run.phase, problem, f"{remedy} --seed {run.seed} --root {folders.root}")
     own = [*train_settings(folders, run, recipe, gpus), *settings]
     checkpoint = last_checkpoint(folders, run, recipe)
     if not checkpoint.is_dir() or damage(checkpoint):
         deadline.run(train_command(folders, own, gpus), folders.root / "programs.jsonl")
     density = run_density(own, PHASES[run.phase].length)
-    first = steps_of(run, recipe)[0]
-    print(save_result(folders, run, recipe=recipe, density=density, gpus=gpus, settings=own, first_step=first))
+    path = save_result(
+        folders,
+        run,
+        recipe=recipe,
+        density=density,
+        gpus=gpus,
+        settings=own,
+        first_step=steps_of(run, recipe)[0],
+        shared_gpu=shared_gpu,
+    )
+    print(path)
 
 
 def evaluate(folders: Folders, run: Run, settings: Sequence[str], deadline: Deadline) -> None:
@@ -143,13 +179,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("words", nargs="*", metavar="VARIANT", help="variants, and settings of the program started")
     parser.add_argument("--root", type=Path, default=Path("runs/quality"))
     parser.add_argument("--minutes", type=float, default=9)
-    parser.add_argument("--phase", default="16k", help=", ".join(PHASES))
+    parser.add_argument("--phase", help=f"{', '.join(PHASES)}; default: {sweep.PHASE}; plan: all of its model")
     parser.add_argument("--seed", type=int, default=SEEDS[0])
     parser.add_argument("--gpu", default="0", help="devices of this run, such as 0 or 0,1")
     parser.add_argument("--tree", type=Path, help="source tree to make the corpus of")
     parser.add_argument("--lr", type=float, help="learning rate, in place of the sweep's choice")
     parser.add_argument("--batch-tokens", type=int, help="tokens of a step, in place of the sweep's choice")
     parser.add_argument("--device", default="h100-80gb", help="GPU to plan for")
+    parser.add_argument("--shared-gpu", action="store_true", help="train: other programs run on this GPU")
     given = parser.parse_intermixed_args(arguments)
     variants = [word for word in given.words if "=" not in word]
     settings = [word for word in given.words if "=" in word]
@@ -157,6 +194,8 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"{given.action} takes no settings: {' '.join(settings)}")
     if bool(variants) != (given.action in OF_VARIANTS):
         parser.error(f"{given.action} takes {'no variant' if variants else 'one variant or more'}")
+    if given.shared_gpu and given.action != "train":
+        parser.error(f"{given.action} takes no --shared-gpu")
     if (given.lr is None) != (given.batch_tokens is None):
         parser.error("--lr and --batch-tokens belong together")
     run_command(lambda: act(given, variants, settings))
@@ -172,21 +211,26 @@ def act(given: argparse.Namespace, variants: Sequence[str], settings: Sequence[s
     devices = given.gpu.split(",")
     deadline = Deadline(given.minutes, {"CUDA_VISIBLE_DEVICES": given.gpu})
     recipe = None if given.lr is None else Recipe(given.lr, given.batch_tokens)
-    runs = [find_run(variant, given.phase, given.seed) for variant in variants]
+    phase = find_phase(given.phase or sweep.PHASE)
+    runs = [find_run(variant, phase.name, given.seed) for variant in variants]
     if given.action == "data":
         make_data(folders, given.tree, settings, deadline)
     elif given.action == "sweep":
         run_sweep(folders, len(devices), settings, deadline)
     elif given.action == "plan":
-        planned = recipe or (sweep.chosen(folders) if folders.sweep.is_file() else sweep.GRID[0])
+        swept = recipe is None and phase.model == PHASES[sweep.PHASE].model and not folders.sweep.is_file()
+        planned = sweep.GRID[0] if swept else recipe_of(folders, phase, recipe)
+        phases = {phase.name} if given.phase else {name for name, one in PHASES.items() if one.model == phase.model}
+        own = [run for run in RUNS if run.phase in phases]
         print(asdict(planned))
-        Console(width=120).print(plan_table(folders, planned, len(devices), given.device))
+        Console(width=120).print(plan_table(folders, planned, len(devices), given.device, own))
     elif given.action == "speed":
         for run in runs:
-            measure_speed(folders, run, recipe or sweep.chosen(folders), len(devices), settings, deadline)
+            measure_speed(folders, run, recipe_of(folders, phase, recipe), len(devices), settings, deadline)
     elif given.action == "train":
         for run in runs:
-            train(folders, run, recipe or sweep.chosen(folders), len(devices), settings, deadline)
+            made = recipe_of(folders, phase, recipe)
+            train(folders, run, made, len(devices), settings, deadline, shared_gpu=given.shared_gpu)
     elif given.action == "evaluate":
         for run in runs:
             evaluate(folders, run, settings, deadline)

@@ -1,24 +1,32 @@
 """Compares variants at equal tokens and at equal GPU time."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
+from typing import Any
 
 import numpy as np
 
 from s2train.needles.scores import wilson_interval
+from s2train.study import speed
+from s2train.study.recall import Recall
 from s2train.study.results import Result
 from s2train.study.variants import PHASES, VARIANTS
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of one variant in one phase that differ in their seeds."""
+    """Runs of one variant in one phase that differ in their seeds.
+
+    Attributes:
+        speed: measurement of first steps; None: none.
+    """
 
     variant: str
     phase: str
     results: tuple[Result, ...]
+    speed: Mapping[str, Any] | None = None
 
     @property
     def losses(self) -> list[float]:
@@ -26,13 +34,26 @@ class Group:
         return [result.loss for result in self.results]
 
     @property
-    def tokens_per_s(self) -> float:
-        """Mean throughput of one GPU."""
-        return mean(result.summary.tokens_per_s / result.gpus for result in self.results)
+    def timed(self) -> list[Result]:
+        """Results of runs that had their GPU alone."""
+        return [result for result in self.results if not result.shared_gpu]
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Mean throughput of one GPU.
+
+        Of runs that had it alone, or else of first steps that did; None if it is unknown.
+        """
+        if self.timed:
+            return mean(result.summary.tokens_per_s / result.gpus for result in self.timed)
+        return self.speed["tokens_per_s"] / self.speed["gpus"] if self.speed else None
 
     @property
     def mfu(self) -> float | None:
-        known = [result.summary.mfu for result in self.results if result.summary.mfu is not None]
+        """Of the runs or steps of `tokens_per_s`."""
+        if not self.timed:
+            return self.speed["mfu"] if self.speed else None
+        known = [result.summary.mfu for result in self.timed if result.summary.mfu is not None]
         return mean(known) if known else None
 
     @property
@@ -41,12 +62,28 @@ class Group:
         return max(result.summary.peak_memory_gib for result in self.results)
 
     def losses_at(self, gpu_seconds: float) -> list[float]:
-        """Interpolate each seed's held-out loss linearly at that GPU time."""
+        """Interpolate each seed's held-out loss linearly at that GPU time.
+
+        There are none if a run shared its GPU.
+        """
+        if len(self.timed) < len(self.results):
+            return []
         found = []
         for result in self.results:
             _, seconds, losses = zip(*result.held_out, strict=True)
             found.append(float(np.interp(gpu_seconds, seconds, losses)))
         return found
+
+    def recalls(self) -> dict[int, tuple[float, float, float]]:
+        """Return recall by step: mean, lowest and highest over layers and seeds."""
+        rows: dict[int, list[Recall]] = defaultdict(list)
+        for result in self.results:
+            for one in result.recall:
+                rows[one.step].append(one)
+        return {
+            step: (mean(one.mean for one in own), min(one.lowest for one in own), max(one.highest for one in own))
+            for step, own in sorted(rows.items())
+        }
 
     def by_position(self) -> list[tuple[int, int, float | None]]:
         """Average the held-out losses of each range of positions.
@@ -94,10 +131,13 @@ class Group:
         return found
 
 
-def groups(results: Sequence[Result]) -> dict[str, list[Group]]:
+def groups(results: Sequence[Result], speeds: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, list[Group]]:
     """Group results by phase and variant, in the study's order.
 
     Phases and variants that are not in the study follow.
+
+    Args:
+        speeds: measurements of first steps by `speed.key`.
     """
     by_key: dict[tuple[str, str], list[Result]] = defaultdict(list)
     for result in results:
@@ -110,13 +150,14 @@ def groups(results: Sequence[Result]) -> dict[str, list[Group]]:
     grouped: dict[str, list[Group]] = {}
     for phase, variant in keys:
         own = sorted(by_key[phase, variant], key=lambda result: result.run.seed)
-        grouped.setdefault(phase, []).append(Group(variant, phase, tuple(own)))
+        measured = (speeds or {}).get(speed.key(own[0].run, own[0].gpus))
+        grouped.setdefault(phase, []).append(Group(variant, phase, tuple(own), measured))
     return grouped
 
 
-def shared_gpu_seconds(phase: Sequence[Group]) -> float:
+def common_gpu_seconds(phase: Sequence[Group]) -> float | None:
     """Return the GPU time of a phase's fastest run.
 
-    All runs of the phase can be compared up to this time.
+    All runs of the phase that had their GPUs alone can be compared up to this time. None if there are none.
     """
-    return min(result.gpu_seconds for group in phase for result in group.results)
+    return min((result.gpu_seconds for group in phase for result in group.timed), default=None)

@@ -1,39 +1,125 @@
-"""Draws held-out loss against tokens/s, a panel per phase."""
+"""Draws held-out losses, a panel per phase."""
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
+from statistics import mean
 
+import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, FixedLocator, NullLocator, StrMethodFormatter
 
 from s2train.files import replacing
 from s2train.study.comparison import Group
 from s2train.study.variants import PHASES
-from s2train.training.plots import COLOURS
+from s2train.training.plots import COLOURS, GREY
+
+BASELINE = "dense"  # whose losses others are compared with by position
+_COLOURS = (*COLOURS, "#000000")
+_APART = 0.03  # octaves
 
 
 def draw(grouped: Mapping[str, Sequence[Group]], out: Path) -> None:
-    """Draw the mean loss of each variant as a PNG.
+    """Draw all phases as a PNG.
 
-    A bar spans its lowest to its highest seed.
+    A phase whose variants all have a speed shows loss against tokens/s. Another one shows loss by position.
     """
-    figure = Figure(figsize=(5.5 * len(grouped), 4.5), dpi=150, layout="constrained")
+    figure = Figure(figsize=(6.5 * len(grouped), 4.5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    names = list(dict.fromkeys(group.variant for own in grouped.values() for group in own))
+    names = dict.fromkeys(group.variant for own in grouped.values() for group in own if group.variant != BASELINE)
+    colours = {BASELINE: GREY, **dict(zip(names, cycle(_COLOURS), strict=False))}
     for axes, (phase, own) in zip(figure.subplots(1, len(grouped), squeeze=False)[0], grouped.items(), strict=True):
-        for group in own:
-            colour = COLOURS[names.index(group.variant) % len(COLOURS)]
-            middle = sum(group.losses) / len(group.losses)
-            bar = [[middle - min(group.losses)], [max(group.losses) - middle]]
-            axes.errorbar([group.tokens_per_s], [middle], yerr=bar, fmt="o", capsize=4, color=colour)
-            axes.annotate(
-                group.variant, (group.tokens_per_s, middle), xytext=(6, 4), textcoords="offset points", color=colour
-            )
-        axes.set_title(f"{PHASES[phase].length:,} tokens", loc="left")
-        axes.set_xlabel("Tokens/s per GPU")
-        axes.set_ylabel("Held-out loss (nats per token)")
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axes.margins(0.2)
+        if any(group.tokens_per_s is None for group in own):
+            _draw_by_position(axes, own, colours)
+        else:
+            _draw_by_speed(axes, own, colours)
+        axes.set_title(PHASES[phase].title, loc="left")
+        axes.spines[["top", "right"]].set_visible(False)
     with replacing(out) as temporary:
         figure.savefig(temporary, format="png")
+
+
+def _draw_by_speed(axes: Axes, own: Sequence[Group], colours: Mapping[str, str]) -> None:
+    """Draw the mean loss of each variant; a bar spans its lowest to its highest seed."""
+    for group in own:
+        colour, speed = colours[group.variant], group.tokens_per_s
+        assert speed is not None
+        middle = mean(group.losses)
+        bar = [[middle - min(group.losses)], [max(group.losses) - middle]]
+        axes.errorbar([speed], [middle], yerr=bar, fmt="o", capsize=4, color=colour)
+        axes.annotate(group.variant, (speed, middle), xytext=(6, 4), textcoords="offset points", color=colour)
+    axes.set_xlabel("Tokens/s per GPU")
+    axes.set_ylabel("Held-out loss (nats per token)")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.margins(0.2)
+
+
+def _draw_by_position(axes: Axes, own: Sequence[Group], colours: Mapping[str, str]) -> None:
+    """Draw each variant's loss by position, less the mean of dense runs if there are any.
+
+    Bars span the seeds; those of dense are the band around zero.
+    """
+    baseline = next(
+        ({stop: mean(losses) for stop, losses in _losses(group)} for group in own if group.variant == BASELINE), None
+    )
+    ends: list[tuple[float, str, str]] = []
+    for number, group in enumerate(own):
+        colour = colours[group.variant]
+        points = [
+            (stop, [loss - (baseline[stop] if baseline else 0) for loss in losses])
+            for stop, losses in _losses(group)
+            if baseline is None or stop in baseline
+        ]
+        if not points:
+            continue
+        low, high = ([pick(losses) for _, losses in points] for pick in (min, max))
+        middles = [mean(losses) for _, losses in points]
+        stops = [stop for stop, _ in points]
+        if baseline and group.variant == BASELINE:
+            axes.axhline(0, color=GREY, linewidth=1.5)
+            axes.fill_between(stops, low, high, color=GREY, alpha=0.2, linewidth=0)
+        else:
+            apart = 2 ** (_APART * (number - len(own) / 2))  # bars of variants stand side by side
+            bars = [np.subtract(middles, low), np.subtract(high, middles)]
+            places = [stop * apart for stop in stops]
+            axes.errorbar(places, middles, yerr=bars, color=colour, marker="o", markersize=3.5, elinewidth=0.9)
+        ends.append((middles[-1], f"{group.variant} {mean(group.losses):.3f}", colour))
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(FixedLocator(sorted({stop for group in own for stop, _ in _losses(group)})))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.set_xlabel("Position in the sequence, up to")
+    axes.set_ylabel(f"Held-out loss{' less dense’s' if baseline else ''} (nats per token)")
+    axes.grid(axis="y", color="#E5E5E5", linewidth=0.8)
+    axes.set_axisbelow(True)
+    _label(axes, ends)
+
+
+def _losses(group: Group) -> list[tuple[int, list[float]]]:
+    """Losses of all seeds by the end of each range of positions, where all have one."""
+    rows = []
+    for parts in zip(*(result.by_position for result in group.results), strict=True):
+        losses = [loss for _, _, loss in parts if loss is not None]
+        if len(losses) == len(parts):
+            rows.append((parts[0][1], losses))
+    return rows
+
+
+def _label(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
+    """Write each line's label right of its end, without overlap."""
+    bottom, top = axes.get_ylim()
+    gap = 0.06 * (top - bottom)
+    height = bottom - gap
+    for value, text, colour in sorted(ends):
+        height = max(value, height + gap)
+        axes.annotate(
+            text,
+            (1, height),
+            xycoords=axes.get_yaxis_transform(),
+            xytext=(5, 0),
+            textcoords="offset points",
+            va="center",
+            color=colour,
+        )

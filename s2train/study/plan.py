@@ -10,10 +10,10 @@ from s2train.planning.targets import target_gpu
 from s2train.study import speed
 from s2train.study.files import Folders
 from s2train.study.settings import Recipe, train_settings
-from s2train.study.variants import PHASES, RUNS, Run
+from s2train.study.variants import PHASES, Run
 
 
-def plan_table(folders: Folders, recipe: Recipe, gpus: int, device: str, runs: Sequence[Run] = RUNS) -> Table:
+def plan_table(folders: Folders, recipe: Recipe, gpus: int, device: str, runs: Sequence[Run]) -> Table:
     """Tabulate the runs, with planned and measured time and memory.
 
     Seconds are those of the steps, without starting, evaluating and saving.

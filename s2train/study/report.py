@@ -5,13 +5,16 @@ from pathlib import Path
 from statistics import mean
 
 from s2train.files import replacing
-from s2train.study.comparison import Group, groups, shared_gpu_seconds
+from s2train.study import speed
+from s2train.study.comparison import Group, common_gpu_seconds, groups
 from s2train.study.files import Folders
 from s2train.study.picture import draw
 from s2train.study.results import read_results
 from s2train.study.variants import PHASES, RUNS
 
 NAME = "quality"  # of report and picture
+UNKNOWN = "–"  # a cell of what was not measured
+RECALL_ROWS = 7  # steps in the table of recall
 
 
 def write_report(folders: Folders) -> list[Path]:
@@ -20,7 +23,7 @@ def write_report(folders: Folders) -> list[Path]:
     Raises:
         ConfigError: there are no results, or a file can't be read.
     """
-    grouped = groups(read_results(folders))
+    grouped = groups(read_results(folders), speed.read(folders))
     text, picture = folders.root / f"{NAME}.md", folders.root / f"{NAME}.png"
     draw(grouped, picture)
     with replacing(text) as temporary:
@@ -30,7 +33,7 @@ def write_report(folders: Folders) -> list[Path]:
 
 def report(grouped: dict[str, list[Group]], picture: str) -> str:
     """Format the report as Markdown."""
-    parts = [f"# Quality study\n\n![Loss against tokens/s]({picture})\n"]
+    parts = [f"# Quality study\n\n![Held-out loss, a panel per phase]({picture})\n"]
     parts += [_phase(name, own) for name, own in grouped.items()]
     there = {result.run for own in grouped.values() for group in own for result in group.results}
     if missing := [run.name for run in RUNS if run not in there]:
@@ -40,11 +43,13 @@ def report(grouped: dict[str, list[Group]], picture: str) -> str:
 
 def _phase(name: str, own: Sequence[Group]) -> str:
     phase = PHASES[name]
-    seconds = shared_gpu_seconds(own)
+    seconds = common_gpu_seconds(own)
     lengths = sorted({length for group in own for length in group.completions()})
     distances = sorted({start for group in own for start in group.recurrences()})
     heads = [
-        "variant", "seeds", "GPUs", "density", "held-out loss", f"at {seconds:,.0f} GPU-s", "tokens/s per GPU", "MFU",
+        "variant", "seeds", "GPUs", "density", "held-out loss",
+        "at equal GPU time" if seconds is None else f"at {seconds:,.0f} GPU-s",
+        "tokens/s per GPU", "MFU",
         "peak GiB",
         *(f"completed at {length:,} (without)" for length in lengths),
         *(f"second occurrence from {start:,} (first)" for start in distances),
@@ -56,32 +61,66 @@ def _phase(name: str, own: Sequence[Group]) -> str:
     ]
     recipes = {result.recipe for group in own for result in group.results}
     said = "; ".join(f"learning rate {one.lr:g}, {one.batch_tokens:,} tokens a step" for one in recipes)
+    is_shared = any(result.shared_gpu for group in own for result in group.results)
+    shared = ["Runs that shared a GPU have no times; their tokens/s and MFU are of first steps that had it alone."]
+    expected = ["Expected densities are of layers where the data choose."]
     return "\n".join(
         [
-            f"## {phase.length:,} tokens\n",
+            f"## {phase.title}\n",
             f"{phase.tokens / 1e6:,.0f}M tokens a run; {said}.",
             "Losses are in nats per token: mean [lowest, highest] over seeds.",
             "At equal GPU time, a run that takes longer is read in the middle of its learning-rate schedule.",
             "On several GPUs, GPU time, tokens/s and MFU include communication, and the optimizer's state is divided.",
+            *(shared if is_shared else []),
+            *(expected if not all(_is_exact(group) for group in own) else []),
             "Completed: share of identifiers [95 % interval], and in brackets the share without the definition.\n",
             _table(heads, rows),
             "Held-out loss by position:\n",
             _table(["variant", *(f"{start:,}-{stop:,}" for start, stop in ranges)], positions),
+            *_recalls(own),
         ]
     )
 
 
-def _row(group: Group, seconds: float, lengths: Sequence[int], distances: Sequence[int]) -> list[str]:
+def _recalls(own: Sequence[Group]) -> list[str]:
+    """Table of recall over training; nothing without selected blocks."""
+    curves = {group.variant: recalls for group in own if (recalls := group.recalls())}
+    steps = sorted({step for recalls in curves.values() for step in recalls})
+    if not steps:
+        return []
+    count = min(RECALL_ROWS, len(steps))
+    shown = [steps[-(-len(steps) * number // count) - 1] for number in range(1, count + 1)]
+    rows = [
+        [f"{step:,}", *(_recall(recalls[step]) if step in recalls else "" for recalls in curves.values())]
+        for step in shown
+    ]
+    return [
+        "Recall, the share of dense attention's probability that lies in the selected blocks: mean over layers and",
+        "seeds [lowest, highest layer], by steps of training:\n",
+        _table(["step", *curves], rows),
+    ]
+
+
+def _recall(values: tuple[float, float, float]) -> str:
+    middle, low, high = values
+    return f"{middle:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _is_exact(group: Group) -> bool:
+    return all(result.counts_exactly for result in group.results)
+
+
+def _row(group: Group, seconds: float | None, lengths: Sequence[int], distances: Sequence[int]) -> list[str]:
     completions, recurrences = group.completions(), group.recurrences()
     row = [
         group.variant,
         str(len(group.results)),
         ", ".join(str(gpus) for gpus in sorted({result.gpus for result in group.results})),
-        f"{group.results[0].density:.4f}",
+        f"{group.results[0].density:.4f}{'' if _is_exact(group) else ' expected'}",
         _spread(group.losses),
-        _spread(group.losses_at(seconds)),
-        f"{group.tokens_per_s:,.0f}",
-        "" if group.mfu is None else f"{group.mfu:.1%}",
+        _spread([] if seconds is None else group.losses_at(seconds)),
+        UNKNOWN if group.tokens_per_s is None else f"{group.tokens_per_s:,.0f}",
+        UNKNOWN if group.mfu is None else f"{group.mfu:.1%}",
         f"{group.memory:.1f}",
     ]
     for length in lengths:
@@ -100,6 +139,8 @@ def _row(group: Group, seconds: float, lengths: Sequence[int], distances: Sequen
 
 
 def _spread(values: Sequence[float]) -> str:
+    if not values:
+        return UNKNOWN
     if len(values) == 1:
         return f"{values[0]:.4f}"
     return f"{mean(values):.4f} [{min(values):.4f}, {max(values):.4f}]"

@@ -11,8 +11,9 @@ from s2train.environment.provenance import environment
 from s2train.errors import ConfigError
 from s2train.files import replacing
 from s2train.study.files import Folders
+from s2train.study.recall import Recall, recall_curve
 from s2train.study.settings import Recipe
-from s2train.study.variants import Run
+from s2train.study.variants import Run, counts_exactly
 from s2train.training.records import read_records
 
 
@@ -25,6 +26,9 @@ class Result:
         density: kept over causal positions.
         held_out: (tokens, GPU-seconds, loss) of each evaluation; seconds are steps times the median step.
         by_position: (first, one past the last, loss) at the end.
+        counts_exactly: whether the density is exact; else expected.
+        shared_gpu: whether other programs ran on its GPU, so that its seconds and throughput mean nothing.
+        recall: of selected blocks; empty without them.
         probes: content of RUN-probes.json; None: not probed.
     """
 
@@ -35,6 +39,9 @@ class Result:
     summary: Summary
     held_out: list[tuple[int, float, float]]
     by_position: list[tuple[int, int, float | None]]
+    counts_exactly: bool = True
+    shared_gpu: bool = False
+    recall: tuple[Recall, ...] = ()
     probes: dict[str, Any] | None = None
 
     @property
@@ -57,24 +64,29 @@ def save_result(
     gpus: int,
     settings: Sequence[str],
     first_step: int = 0,
+    shared_gpu: bool = False,
 ) -> Path:
     """Write ROOT/results/RUN.json from a finished run's metrics.
 
     Args:
         first_step: steps of earlier phases.
+        shared_gpu: whether other programs ran on its GPU.
 
     Raises:
         ConfigError: the run has not reported a held-out loss.
     """
     folder = folders.run(run)
     summary = summarize(folder)
-    measured = [one for one in read_records(folder / "metrics.jsonl") if one.get("held_out_loss") is not None]
+    records = read_records(folder / "metrics.jsonl")
+    measured = [one for one in records if one.get("held_out_loss") is not None]
     if not measured:
         raise ConfigError("runs", folder, "has reported no finite held-out loss", "Train it again in another root")
     content = {
         "run": asdict(run),
         "gpus": gpus,
         "density": density,
+        "counts_exactly": counts_exactly(list(settings)),
+        "shared_gpu": shared_gpu,
         "recipe": asdict(recipe),
         "summary": asdict(summary),
         "held_out": [
@@ -86,6 +98,7 @@ def save_result(
             for one in measured
         ],
         "by_position": measured[-1]["held_out_loss_by_position"],
+        "recall": [asdict(one) for one in recall_curve(records)],
         "settings": list(settings),
         "environment": environment(),
     }
@@ -124,6 +137,10 @@ def _read(folders: Folders, path: Path) -> Result:
             summary=Summary(**content["summary"]),
             held_out=[(int(tokens), float(seconds), float(loss)) for tokens, seconds, loss in content["held_out"]],
             by_position=[(start, stop, loss) for start, stop, loss in content["by_position"]],
+            # files from before these were measured lack them
+            counts_exactly=content.get("counts_exactly", True),
+            shared_gpu=content.get("shared_gpu", False),
+            recall=tuple(Recall(**one) for one in content.get("recall", ())),
             probes=json.loads(probes.read_text()) if probes.is_file() else None,
         )
     except (ValueError, KeyError, TypeError) as error:

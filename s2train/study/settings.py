@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from s2train.study.files import Folders
-from s2train.study.variants import MODEL, PHASES, Run, attention_settings
+from s2train.study.variants import PHASES, Run, attention_settings, has_warm_up
 
 VOCABULARY = 32768
 EVALUATIONS = 10  # of the held-out loss, in a run
 HELD_OUT_TOKENS = 1 << 20  # of each evaluation
 MICRO_BATCH_TOKENS = 1 << 16  # that go through a GPU at once: its kernels then hide the host's work; 41 of 80 GiB
+_NEW_ORDER = 1000  # added to the seed of a run that starts from another's weights: it then reads in another order
 PROBED = (1024, 4096, 16384, 32768, 65536)  # lengths of the probes, up to the trained one
 
 
@@ -50,8 +51,9 @@ def data_commands(folders: Folders) -> list[tuple[Path, list[str]]]:
 
 def steps_of(run: Run, recipe: Recipe) -> tuple[int, int]:
     """Steps before the run's phase, and at its end."""
-    before = 0 if run.before is None else steps_of(run.before, recipe)[1]
-    return before, before + -(-PHASES[run.phase].tokens // recipe.batch_tokens)
+    phase = PHASES[run.phase]
+    before = 0 if run.before is None or phase.from_dense else steps_of(run.before, recipe)[1]
+    return before, before + -(-phase.tokens // recipe.batch_tokens)
 
 
 def train_settings(folders: Folders, run: Run, recipe: Recipe, gpus: int = 1) -> list[str]:
@@ -61,18 +63,18 @@ def train_settings(folders: Folders, run: Run, recipe: Recipe, gpus: int = 1) ->
     sequences = max(1, recipe.batch_tokens // phase.length)
     interval = -(-(last - before) // EVALUATIONS)  # rounded down, it would leave one more for the last steps
     settings = [
-        *MODEL,
+        *phase.model,
         f"model.name={run.variant}",
         *attention_settings(run.variant, phase),
         f"run_dir={folders.run(run)}",
         *data_settings(folders),
-        f"seed={run.seed}",
+        f"seed={run.seed + (_NEW_ORDER if phase.from_dense else 0)}",
         f"train.seq_length={phase.length}",
         f"train.global_batch_size={sequences}",
         f"train.micro_batch_size={micro_batch(phase.length, sequences, gpus)}",
         f"train.steps={last}",
         f"optim.lr={recipe.lr}",
-        f"optim.warmup_steps={max(1, (last if run.before is None else before) // 20)}",
+        f"optim.warmup_steps={max(1, (before or last) // 20)}",
         f"evaluation.interval={interval}",
         f"evaluation.batches={max(1, HELD_OUT_TOKENS // (sequences * phase.length))}",
         f"checkpoint.interval={2 * interval}",
@@ -80,7 +82,11 @@ def train_settings(folders: Folders, run: Run, recipe: Recipe, gpus: int = 1) ->
         "tracking.log_interval=10",
         "tracking.wandb=disabled",
     ]
-    if run.before is not None:
+    if run.before is not None and phase.from_dense:
+        settings += [f"checkpoint.resume={folders.run(run.before)}", "checkpoint.weights_only=true"]
+        if has_warm_up(run):
+            settings.append(f"train.freeze_trunk_steps={phase.scorer_warm_up}")
+    elif run.before is not None:
         settings += [
             f"checkpoint.resume={folders.run(run.before)}",
             "checkpoint.new_data=true",

@@ -14,7 +14,7 @@ from s2train.environment.provenance import environment
 from s2train.files import replacing
 from s2train.study.files import Folders
 from s2train.study.settings import Recipe, train_settings
-from s2train.study.variants import Run
+from s2train.study.variants import Run, has_warm_up
 
 STEPS = 30
 
@@ -27,15 +27,18 @@ def key(run: Run, gpus: int) -> str:
 def speed_settings(folders: Folders, run: Run, recipe: Recipe, gpus: int) -> list[str]:
     """Return settings of launch/pretrain.py for the first steps of a run.
 
-    The run starts from scratch in any phase.
+    The run starts from scratch in any phase, and without a warm-up of scorers: most steps come after it.
     """
     kept = [
         setting
         for setting in train_settings(folders, run, recipe, gpus)
-        if not setting.startswith(("run_dir=", "evaluation.", "checkpoint.", "tracking.", "optim.", "train.steps="))
+        if not setting.startswith(
+            ("run_dir=", "evaluation.", "checkpoint.", "tracking.", "optim.", "train.steps=", "train.freeze")
+        )
     ]
     return [
         *kept,
+        *(["layout.kinds.E.warm_up_steps=0"] if has_warm_up(run) else []),
         f"run_dir={folders.root / 'speed' / key(run, gpus)}",
         f"optim.lr={recipe.lr}",
         f"train.steps={STEPS}",

@@ -17,11 +17,12 @@ from s2train.errors import ConfigError
 from s2train.files import replacing
 from s2train.study.files import Folders
 from s2train.study.settings import HELD_OUT_TOKENS, Recipe, data_settings, micro_batch
-from s2train.study.variants import MODEL, PHASES, SEEDS, attention_settings
+from s2train.study.variants import PHASES, SEEDS, attention_settings
 from s2train.training.records import read_curves
 
 GRID = tuple(Recipe(lr, 1 << 17) for lr in (1.5e-4, 3e-4, 6e-4, 1.2e-3))
 TOKENS = 16_000_000  # of each run
+PHASE = "16k"  # whose length and model the runs have
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,10 @@ class Trial:
 
     def settings(self, folders: Folders, gpus: int = 1) -> list[str]:
         """Settings of launch/pretrain.py; the held-out loss is measured at the end."""
-        phase = PHASES["16k"]
+        phase = PHASES[PHASE]
         sequences = max(1, self.recipe.batch_tokens // phase.length)
         return [
-            *MODEL,
+            *phase.model,
             "model.name=dense",
             *attention_settings("dense", phase),
             f"run_dir={folders.root / 'sweep' / self.name}",

@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -11,10 +12,19 @@ from s2train.planning import compose_run, hybrid_layout
 
 # 126M parameters, and a depth that layer strings of period 4, 8 and 16 divide.
 MODEL = ("+model=125m_hybrid", "model.num_layers=16")
+MODEL_40M = (
+    "+model=125m_hybrid",
+    "model.num_layers=8",
+    "model.hidden_size=512",
+    "model.ffn_hidden_size=1408",
+    "model.num_attention_heads=8",
+    "model.num_query_groups=4",
+)
 REFERENCE = "hybrid"  # whose density the numbers of blocks MATCHED give
 # a number of blocks in +layout.patterns.LETTER={…} or +layout.kinds.LETTER={…}, computed by `matched_window`
 MATCHED = "MATCHED"
-_WARM_UP = ",warm_up_steps:200"  # a scorer that learns has dense layers to learn from in these steps
+WARM_UP = "WARM_UP"  # the phase's `scorer_warm_up`
+_LEARNS = f",warm_up_steps:{WARM_UP}"
 _PARTIAL = "layout.allow_partial_coverage=true"
 
 # A new kind of attention is one entry here: its settings of launch/pretrain.py.
@@ -23,7 +33,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "hybrid": ("layout.layers=DSSS",),
     "window": ("layout.layers=DWWW", f"+layout.patterns.W={{kind:sliding_window,window:{MATCHED}}}", _PARTIAL),
     "homogeneous": ("layout.layers=DSSS", "schedule=homogeneous", _PARTIAL),
-    "hyper": ("layout=hyper_b256", "layout.layers=D8H8"),
+    "hyper": ("layout=hyper_b256", "layout.layers=DHHH"),  # as many dense layers as the hybrid, near its density
     "sparse": ("layout.layers=S",),
     "d1s7": ("layout.layers=D1S7",),
     "d1s15": ("layout.layers=D1S15",),
@@ -37,7 +47,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
             "layout.layers=DEEE",
             f"+layout.kinds.E={{kind:block_selection,scorer:{scorer},top_k:{MATCHED}{warm_up}}}",
         )
-        for scorer, warm_up in (("moba", ""), ("index", _WARM_UP), ("sea", _WARM_UP))
+        for scorer, warm_up in (("moba", ""), ("index", _LEARNS), ("sea", _LEARNS))
     },
 }
 _MATCHED = re.compile(rf"\+layout\.(patterns|kinds)\.([A-Z])=.*\b(\w+):{MATCHED}\b")
@@ -52,6 +62,11 @@ class Phase:
         tokens: of this phase.
         after: phase whose last checkpoint it starts from; None: none.
         dense: whether all layers become dense.
+        from_dense: whether it starts from the weights alone of the dense run of `after`, at step 1 with a new
+            optimizer; scorers that learn do so alone in their warm-up.
+        model: settings of the model.
+        scorer_warm_up: first steps, in which layers are dense whose scorer learns.
+        about: what its title says beside the length.
     """
 
     name: str
@@ -59,6 +74,15 @@ class Phase:
     tokens: int
     after: str | None = None
     dense: bool = False
+    from_dense: bool = False
+    model: tuple[str, ...] = MODEL
+    scorer_warm_up: int = 200
+    about: str = ""
+
+    @property
+    def title(self) -> str:
+        """Title of its section and its panel."""
+        return f"{self.length:,} tokens" + (f", {self.about}" if self.about else "")
 
 
 PHASES = {
@@ -67,6 +91,17 @@ PHASES = {
         Phase("16k", 16384, 300_000_000),
         Phase("32k", 32768, 300_000_000),
         Phase("64k", 65536, 20_000_000, after="32k", dense=True),
+        Phase("16k-40m", 16384, 65_536_000, model=MODEL_40M, about="40M parameters"),
+        Phase(
+            "16k-40m-from-dense",
+            16384,
+            16_384_000,
+            after="16k-40m",
+            from_dense=True,
+            model=MODEL_40M,
+            scorer_warm_up=100,
+            about="40M parameters, started from dense weights",
+        ),
     )
 }
 SEEDS = (1, 2)
@@ -87,15 +122,23 @@ class Run:
     @property
     def before(self) -> "Run | None":
         """The run whose last checkpoint this one starts from."""
-        after = PHASES[self.phase].after
-        return None if after is None else replace(self, phase=after)
+        phase = PHASES[self.phase]
+        if phase.after is None:
+            return None
+        return replace(self, phase=phase.after, variant="dense" if phase.from_dense else self.variant)
 
 
-# The study: two seeds of what is compared first, one of the rest.
+# The study: two seeds of what is compared first, one of the rest; then two seeds of every kind on a smaller model.
 RUNS = (
     *(Run(variant, seed=seed) for seed in SEEDS for variant in ("dense", "hybrid", "window", "homogeneous")),
     *(Run(variant) for variant in ("sparse", "d1s7", "d1s15", "window_sinks")),
     *(Run(variant, phase) for phase in ("32k", "64k") for variant in ("hybrid", "window")),
+    *(
+        Run(variant, "16k-40m", seed)
+        for seed in SEEDS
+        for variant in ("dense", "hybrid", "window", "homogeneous", "moba", "index", "sea", "hyper")
+    ),
+    *(Run(variant, "16k-40m-from-dense", seed) for seed in SEEDS for variant in ("dense", "index", "hyper")),
 )
 
 
@@ -105,34 +148,53 @@ def find_run(variant: str, phase: str, seed: int) -> Run:
     Raises:
         ConfigError: there is no such variant or phase.
     """
-    for setting, value, known in (("variant", variant, VARIANTS), ("phase", phase, PHASES)):
-        if value not in known:
-            near = difflib.get_close_matches(value, known, n=1, cutoff=0.0)[0]
-            raise ConfigError(
-                setting, value, "is not in the study", f"Did you mean {near}? There are {', '.join(known)}"
-            )
-    return Run(variant, phase, seed)
+    _check_known("variant", variant, VARIANTS)
+    return Run(variant, find_phase(phase).name, seed)
+
+
+def find_phase(name: str) -> Phase:
+    """Find a phase by its name.
+
+    Raises:
+        ConfigError: there is no such phase.
+    """
+    _check_known("phase", name, PHASES)
+    return PHASES[name]
+
+
+def _check_known(setting: str, value: str, known: Collection[str]) -> None:
+    if value not in known:
+        near = difflib.get_close_matches(value, known, n=1, cutoff=0.0)[0]
+        raise ConfigError(setting, value, "is not in the study", f"Did you mean {near}? There are {', '.join(known)}")
 
 
 def attention_settings(variant: str, phase: Phase) -> list[str]:
-    """Return the variant's settings, with the number of blocks filled in.
+    """Return the variant's settings, with the number of blocks and the warm-up filled in.
 
-    This number gives the reference's density at the phase's length.
+    This number of blocks gives the reference's density at the phase's length.
     """
-    settings = VARIANTS["dense" if phase.dense else variant]
+    settings = tuple(
+        setting.replace(WARM_UP, str(phase.scorer_warm_up)) for setting in VARIANTS["dense" if phase.dense else variant]
+    )
     if not any(MATCHED in setting for setting in settings):
         return list(settings)
-    return [setting.replace(MATCHED, str(matched_window(settings, phase.length))) for setting in settings]
+    blocks = matched_window(settings, phase.length, phase.model)
+    return [setting.replace(MATCHED, str(blocks)) for setting in settings]
+
+
+def has_warm_up(run: Run) -> bool:
+    """Return whether the run has layers that are dense while their scorer learns."""
+    return not PHASES[run.phase].dense and any(WARM_UP in setting for setting in VARIANTS[run.variant])
 
 
 @lru_cache
-def matched_window(settings: tuple[str, ...], length: int) -> int:
+def matched_window(settings: tuple[str, ...], length: int, model: tuple[str, ...] = MODEL) -> int:
     """Find the number of blocks that matches the reference's density.
 
     These are blocks of the window, or selected blocks. Their density at `length` comes nearest to the reference's.
     """
-    wanted = _wanted_density(length)
-    cfg = compose_run([*MODEL, *(setting.replace(MATCHED, "1") for setting in settings)])
+    wanted = _wanted_density(length, model)
+    cfg = compose_run([*model, *(setting.replace(MATCHED, "1") for setting in settings)])
     places = [found.groups() for found in map(_MATCHED.match, settings) if found]
 
     def missed(window: int) -> float:
@@ -148,10 +210,15 @@ def matched_window(settings: tuple[str, ...], length: int) -> int:
 
 
 @lru_cache
-def _wanted_density(length: int) -> float:
-    return run_density([*MODEL, *VARIANTS[REFERENCE]], length)
+def _wanted_density(length: int, model: tuple[str, ...]) -> float:
+    return run_density([*model, *VARIANTS[REFERENCE]], length)
 
 
 def run_density(settings: list[str], length: int) -> float:
-    """Kept over causal positions of a model at `length`."""
+    """Kept over causal positions of a model at `length`; expected ones where the data choose."""
     return density(hybrid_layout(compose_run(settings)), length)
+
+
+def counts_exactly(settings: list[str]) -> bool:
+    """Return whether a model's density is exact, not an expected one."""
+    return all(layer.kind.counts_exactly for layer in hybrid_layout(compose_run(settings)).layers)

@@ -1,19 +1,25 @@
+import itertools
 import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from s2train.comparison.runs import Summary
 from s2train.errors import ConfigError
-from s2train.study.comparison import groups, shared_gpu_seconds
+from s2train.study import speed
+from s2train.study.comparison import common_gpu_seconds, groups
 from s2train.study.files import Folders
+from s2train.study.recall import Recall, recall_curve
 from s2train.study.report import write_report
 from s2train.study.results import read_results, save_result
-from s2train.study.settings import Recipe
+from s2train.study.settings import Recipe, train_settings
 from s2train.study.variants import Run
+
+NAME = "block_selection"
 
 
 @pytest.fixture
@@ -25,12 +31,12 @@ def summary(tokens_per_s: float) -> Summary:
     return Summary("run", 20, 2000, 2.0, 2.5, None, None, 1.0, tokens_per_s, 1.0, 0.25, 10.0)
 
 
-def result(folders: Folders, run: Run, losses: list[float], step_s: float, gpus: int = 1) -> None:
+def result(folders: Folders, run: Run, losses: list[float], step_s: float, gpus: int = 1, **more: Any) -> None:
     content = {
         "run": asdict(run), "gpus": gpus, "density": 0.5, "recipe": asdict(Recipe(1e-3, 100)),
         "summary": asdict(summary(100 * gpus / step_s)),
         "held_out": [[1000 * (i + 1), 10 * (i + 1) * step_s, loss] for i, loss in enumerate(losses)],
-        "by_position": [[0, 64, losses[-1] + 1], [64, 128, losses[-1] - 1]],
+        "by_position": [[0, 64, losses[-1] + 1], [64, 128, losses[-1] - 1]], **more,
     }  # fmt: skip
     folders.results.mkdir(exist_ok=True)
     folders.result(run).write_text(json.dumps(content))
@@ -48,7 +54,7 @@ def test_losses_are_compared_at_the_gpu_time_of_the_fastest_run(folders: Folders
     result(folders, Run("dense"), [4.0, 2.0], step_s=2.0)
     result(folders, Run("hybrid"), [5.0, 3.0], step_s=1.5)
     dense, hybrid = groups(read_results(folders))["16k"]
-    seconds = shared_gpu_seconds([dense, hybrid])
+    seconds = common_gpu_seconds([dense, hybrid])
     assert seconds == 30
     assert hybrid.losses_at(seconds) == [3.0]
     assert dense.losses_at(seconds) == [3.0]  # halfway between 20 and 40 seconds
@@ -80,6 +86,85 @@ def test_the_report_has_a_table_with_the_spread_of_seeds_and_a_picture(folders: 
         assert drawn.width > drawn.height  # two panels
 
 
+def cells(report: str, variant: str) -> list[str]:
+    """The first row of a variant, without spaces around its cells."""
+    row = next(line for line in report.splitlines() if line.startswith(f"| {variant} "))
+    return [cell.strip() for cell in row.strip("|").split("|")]
+
+
+def test_runs_that_shared_a_gpu_have_no_times(folders: Folders) -> None:
+    for variant, is_shared in (("dense", False), ("hybrid", True)):
+        result(folders, Run(variant), [4.0, 2.0], 1.0, shared_gpu=is_shared)
+    report = write_report(folders)[0].read_text()
+    assert cells(report, "dense")[5:] == ["2.0000", "100", "25.0%", "10.0"]
+    assert cells(report, "hybrid")[5:] == ["–", "–", "–", "10.0"]
+    assert "shared a GPU" in report
+
+
+def test_the_speed_of_runs_that_shared_a_gpu_is_measured_alone(folders: Folders) -> None:
+    run = Run("hybrid")
+    result(folders, run, [4.0, 2.0], 1.0, shared_gpu=True)
+    row = asdict(summary(400)) | {"gpus": 1, "name": speed.key(run, 1)}
+    folders.speed.write_text(json.dumps({"rows": {row["name"]: row}}))
+    assert cells(write_report(folders)[0].read_text(), "hybrid")[5:] == ["–", "400", "25.0%", "10.0"]
+
+
+def test_a_phase_without_speeds_is_drawn_by_position(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[tuple[str, str]] = []
+    save = Figure.savefig
+
+    def look(figure: Figure, *arguments: Any, **named: Any) -> None:
+        drawn.extend((axes.get_xlabel(), axes.get_ylabel()) for axes in figure.axes)
+        save(figure, *arguments, **named)
+
+    monkeypatch.setattr(Figure, "savefig", look)
+    for variant in ("dense", "hybrid"):
+        result(folders, Run(variant), [4.0, 2.0], 1.0)
+        result(folders, Run(variant, "16k-40m"), [4.0, 2.0], 1.0, shared_gpu=True)
+    write_report(folders)
+    assert [x for x, _ in drawn] == ["Tokens/s per GPU", "Position in the sequence, up to"]
+    assert drawn[1][1] == "Held-out loss less dense’s (nats per token)"
+
+
+def test_an_expected_density_is_named_so(folders: Folders) -> None:
+    result(folders, Run("hyper"), [4.0, 2.0], 1.0, counts_exactly=False)
+    result(folders, Run("hybrid"), [4.0, 2.0], 1.0)
+    report = write_report(folders)[0].read_text()
+    assert [cells(report, variant)[3] for variant in ("hyper", "hybrid")] == ["0.5000 expected", "0.5000"]
+
+
+def test_recall_over_training_is_thinned_to_twenty_points_with_the_last() -> None:
+    records = [
+        {"step": step, f"{NAME}_recall_by_layer": {"1": step / 1000, "2": 1.0}, f"{NAME}_kl_by_layer": {"1": 2.0}}
+        for step in range(1, 998)
+    ]
+    curve = recall_curve([{"step": 0}, *records])
+    assert len(curve) == 20
+    assert curve[-1] == Recall(997, (0.997 + 1) / 2, 0.997, 1.0, 2.0)
+    gaps = {later.step - earlier.step for earlier, later in itertools.pairwise(curve)}
+    assert max(gaps) - min(gaps) <= 1
+
+
+def test_values_of_recall_that_are_not_finite_are_left_out() -> None:
+    names = [f"{NAME}_recall_by_layer", f"{NAME}_kl_by_layer"]
+    [point] = recall_curve([{"step": 1, names[0]: {"1": None, "2": 0.5}}, {"step": 2, names[0]: {"1": None}}])
+    assert point == Recall(1, 0.5, 0.5, 0.5, None)
+
+
+def test_the_report_shows_recall_by_step_over_layers_and_seeds(folders: Folders) -> None:
+    for seed, recall in ((1, 0.5), (2, 0.7)):
+        curve = [asdict(Recall(step, recall, recall - 0.1, recall + 0.1, None)) for step in (10, 20)]
+        result(folders, Run("moba", seed=seed), [4.0, 2.0], 1.0, recall=curve)
+    result(folders, Run("hybrid"), [4.0, 2.0], 1.0)
+    report = write_report(folders)[0].read_text()
+    assert "| step | moba |\n| --- | --- |\n| 10 | 0.600 [0.400, 0.800] |\n| 20 | 0.600" in report
+
+
+def test_a_report_without_selected_blocks_has_no_recall(folders: Folders) -> None:
+    result(folders, Run("hybrid"), [4.0, 2.0], 1.0)
+    assert "Recall" not in write_report(folders)[0].read_text()
+
+
 def test_a_result_is_made_of_metrics_and_counts_gpu_seconds(folders: Folders) -> None:
     run = Run("dense", "64k")
     report = {
@@ -89,10 +174,29 @@ def test_a_result_is_made_of_metrics_and_counts_gpu_seconds(folders: Folders) ->
     records = [report | {"step": step, "consumed_tokens": 7 * step, "held_out_loss": 10 / step} for step in (12, 14)]
     folders.run(run).mkdir(parents=True)
     (folders.run(run) / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    save_result(folders, run, recipe=Recipe(1e-3, 100), density=1.0, gpus=2, settings=["a=b"], first_step=10)
+    save_result(
+        folders, run, recipe=Recipe(1e-3, 100), density=1.0, gpus=2, settings=["+model=tiny_dense"], first_step=10
+    )
     [found] = read_results(folders)
     assert found.held_out == [(84, 2 * 2 * 0.5, 10 / 12), (98, 4 * 2 * 0.5, 10 / 14)]
     assert (found.run, found.gpus, found.by_position) == (run, 2, [(0, 64, 3.5)])
+    assert (found.counts_exactly, found.shared_gpu, found.recall) == (True, False, ())
+
+
+def test_a_result_keeps_recall_and_whether_its_gpu_was_shared(folders: Folders) -> None:
+    run = Run("hyper", "16k-40m")
+    report = {
+        "step": 10, "consumed_tokens": 100, "loss": 3.0, "step_time_s": 0.5, "tokens_per_s": 10.0, "model_tflops": 1.0,
+        "memory_gib": 2.0, "held_out_loss": 3.0, "held_out_loss_by_position": [[0, 64, 3.5]],
+        f"{NAME}_recall_by_layer": {"1": 0.25, "2": 0.75},
+    }  # fmt: skip
+    folders.run(run).mkdir(parents=True)
+    (folders.run(run) / "metrics.jsonl").write_text(json.dumps(report) + "\n")
+    settings = train_settings(folders, run, Recipe(1e-3, 1 << 15))
+    save_result(folders, run, recipe=Recipe(1e-3, 100), density=0.4, gpus=1, settings=settings, shared_gpu=True)
+    [found] = read_results(folders)
+    assert (found.counts_exactly, found.shared_gpu) == (False, True)
+    assert found.recall == (Recall(10, 0.5, 0.25, 0.75, None),)
 
 
 def test_a_study_without_results_is_rejected(folders: Folders) -> None:

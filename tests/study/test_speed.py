@@ -32,6 +32,12 @@ def test_first_steps_have_the_runs_shape_and_save_nothing(run: Run, folders: Fol
     assert cfg.run_dir != whole.run_dir
 
 
+def test_first_steps_are_those_after_a_scorers_warm_up(folders: Folders) -> None:
+    for run in (Run("index", "16k-40m"), Run("index", "16k-40m-from-dense")):
+        cfg = compose_run(speed.speed_settings(folders, run, RECIPE, 1))
+        assert cfg.layout.kinds["E"]["warm_up_steps"] == cfg.train.freeze_trunk_steps == 0
+
+
 def test_the_plan_shows_measured_seconds_beside_predicted_ones(folders: Folders) -> None:
     run = Run("hybrid", seed=2)
     folder = folders.root / "speed" / speed.key(run, 2)

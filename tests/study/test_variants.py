@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from s2train.config import PretrainConfig
+from s2train.config import PretrainConfig, head_dim
+from s2train.costs.parameters import total_parameters
 from s2train.environment.hardware import Hardware
 from s2train.errors import ConfigError
-from s2train.planning import check, compose_run
+from s2train.planning import check, compose_run, hybrid_layout
 from s2train.planning.targets import target_gpu
 from s2train.study import variants
 from s2train.study.files import Folders
@@ -37,7 +38,8 @@ def folders(tmp_path: Path) -> Folders:
 
 @cache
 def density(variant: str, phase: str) -> float:
-    return run_density([*MODEL, *attention_settings(variant, PHASES[phase])], PHASES[phase].length)
+    own = PHASES[phase]
+    return run_density([*own.model, *attention_settings(variant, own)], own.length)
 
 
 @cache
@@ -49,7 +51,7 @@ def on_mock_data(cfg: PretrainConfig) -> PretrainConfig:
     return replace(cfg, data=replace(cfg.data, path="mock", valid_path=None))
 
 
-@pytest.mark.parametrize("phase", ["16k", "32k"])
+@pytest.mark.parametrize("phase", ["16k", "32k", "16k-40m"])
 @pytest.mark.parametrize("variant", ["window", "window_sinks", "moba", "index", "sea"])
 def test_a_window_or_a_selection_is_as_dense_as_the_hybrid(variant: str, phase: str) -> None:
     # A block more or less of the window changes the density by about 0.005 at 16k tokens.
@@ -59,6 +61,26 @@ def test_a_window_or_a_selection_is_as_dense_as_the_hybrid(variant: str, phase: 
 @pytest.mark.parametrize("variant", ["moba", "index", "sea"])
 def test_a_selection_fits_an_h100(variant: str) -> None:
     assert check(on_mock_data(composed(Run(variant))), 1, target_gpu("h100-80gb")).fits
+
+
+@pytest.mark.parametrize("phase", ["16k", "16k-40m"])
+def test_hyper_has_as_many_dense_layers_as_the_hybrid_and_is_about_as_dense(phase: str) -> None:
+    found, wanted = (
+        hybrid_layout(compose_run([*PHASES[phase].model, *attention_settings(variant, PHASES[phase])]))
+        for variant in ("hyper", "hybrid")
+    )
+    assert [layer.is_dense for layer in found.layers] == [layer.is_dense for layer in wanted.layers]
+    assert density("hyper", phase) == pytest.approx(density("hybrid", phase), abs=0.025)
+
+
+def test_the_tier_has_two_seeds_of_every_kind_and_40m_parameters(folders: Folders) -> None:
+    runs = [run for run in RUNS if run.phase == "16k-40m"]
+    assert {run.seed for run in runs} == {1, 2}
+    assert len({run.variant for run in runs}) == 8
+    assert len(runs) == 16
+    cfg = compose_run(train_settings(folders, runs[0], Recipe(1e-3, 1 << 15)))
+    assert (cfg.train.steps, cfg.train.global_batch_size, head_dim(cfg.model)) == (2000, 2, 64)
+    assert total_parameters(cfg.model, hybrid_layout(cfg).layers) == pytest.approx(40e6, rel=0.05)
 
 
 def test_no_other_window_is_nearer_to_the_hybrids_density() -> None:
@@ -99,6 +121,21 @@ def test_the_64k_phase_is_dense_and_starts_from_the_32k_run(folders: Folders) ->
     before, last = steps_of(run, RECIPE)
     assert (cfg.optim.decay_steps, cfg.train.steps) == (before, last)
     assert (last - before) * RECIPE.batch_tokens == pytest.approx(20e6, rel=0.01)
+
+
+@pytest.mark.parametrize(("variant", "frozen"), [("dense", 0), ("hyper", 0), ("index", 100)])
+def test_a_run_from_dense_starts_from_the_weights_of_its_seeds_dense_run(
+    variant: str, frozen: int, folders: Folders
+) -> None:
+    run, recipe = Run(variant, "16k-40m-from-dense", seed=2), Recipe(1e-3, 1 << 15)
+    cfg = compose_run(train_settings(folders, run, recipe))
+    assert cfg.checkpoint.resume == str(folders.run(Run("dense", "16k-40m", seed=2)))
+    assert cfg.checkpoint.weights_only
+    assert steps_of(run, recipe) == (0, cfg.train.steps) == (0, 500)
+    assert cfg.train.freeze_trunk_steps == frozen
+    before = compose_run(train_settings(folders, Run("dense", "16k-40m", seed=2), recipe))
+    assert cfg.seed != before.seed  # another order of the data
+    assert cfg.optim.decay_steps is None
 
 
 @pytest.mark.parametrize(("variant", "phase", "setting"), [("widow", "16k", "variant"), ("window", "61k", "phase")])
