@@ -1,6 +1,6 @@
 """Draws held-out losses, a panel per phase."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from statistics import mean
@@ -24,21 +24,27 @@ _APART = 0.03  # octaves
 def draw(grouped: Mapping[str, Sequence[Group]], out: Path) -> None:
     """Draw all phases as a PNG.
 
-    A phase whose variants all have a speed shows loss against tokens/s. Another one shows loss by position.
+    A panel shows loss against tokens/s if all variants of the phase have a speed. Another one shows loss by position
+    if a speed is missing, or was measured apart from the runs.
     """
-    figure = Figure(figsize=(6.5 * len(grouped), 4.5), dpi=150, layout="constrained")
+    panels = [(phase, own, draw_panel) for phase, own in grouped.items() for draw_panel in _panels(own)]
+    figure = Figure(figsize=(6.5 * len(panels), 4.5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     names = dict.fromkeys(group.variant for own in grouped.values() for group in own if group.variant != BASELINE)
     colours = {BASELINE: GREY, **dict(zip(names, cycle(_COLOURS), strict=False))}
-    for axes, (phase, own) in zip(figure.subplots(1, len(grouped), squeeze=False)[0], grouped.items(), strict=True):
-        if any(group.tokens_per_s is None for group in own):
-            _draw_by_position(axes, own, colours)
-        else:
-            _draw_by_speed(axes, own, colours)
+    for axes, (phase, own, draw_panel) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        draw_panel(axes, own, colours)
         axes.set_title(PHASES[phase].title, loc="left")
         axes.spines[["top", "right"]].set_visible(False)
     with replacing(out) as temporary:
         figure.savefig(temporary, format="png")
+
+
+def _panels(own: Sequence[Group]) -> list[Callable[[Axes, Sequence[Group], Mapping[str, str]], None]]:
+    """Return how a phase is drawn."""
+    is_known = all(group.tokens_per_s is not None for group in own)
+    by_speed = [_draw_by_speed] if is_known else []
+    return by_speed if is_known and all(group.timed for group in own) else [*by_speed, _draw_by_position]
 
 
 def _draw_by_speed(axes: Axes, own: Sequence[Group], colours: Mapping[str, str]) -> None:
@@ -59,7 +65,7 @@ def _draw_by_speed(axes: Axes, own: Sequence[Group], colours: Mapping[str, str])
 def _draw_by_position(axes: Axes, own: Sequence[Group], colours: Mapping[str, str]) -> None:
     """Draw each variant's loss by position, less the mean of dense runs if there are any.
 
-    Bars span the seeds; those of dense are the band around zero.
+    Bars span the seeds; those of dense are the band around zero. Labels have the mean loss over all positions.
     """
     baseline = next(
         ({stop: mean(losses) for stop, losses in _losses(group)} for group in own if group.variant == BASELINE), None

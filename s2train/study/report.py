@@ -34,6 +34,9 @@ def write_report(folders: Folders) -> list[Path]:
 def report(grouped: dict[str, list[Group]], picture: str) -> str:
     """Format the report as Markdown."""
     parts = [f"# Quality study\n\n![Held-out loss, a panel per phase]({picture})\n"]
+    parts.append(
+        "Where losses are drawn by position, bars span the seeds, and labels have the mean over all positions.\n"
+    )
     parts += [_phase(name, own) for name, own in grouped.items()]
     there = {result.run for own in grouped.values() for group in own for result in group.results}
     if missing := [run.name for run in RUNS if run not in there]:
@@ -62,14 +65,15 @@ def _phase(name: str, own: Sequence[Group]) -> str:
     recipes = {result.recipe for group in own for result in group.results}
     said = "; ".join(f"learning rate {one.lr:g}, {one.batch_tokens:,} tokens a step" for one in recipes)
     is_shared = any(result.shared_gpu for group in own for result in group.results)
-    shared = ["Runs that shared a GPU have no times; their tokens/s and MFU are of first steps that had it alone."]
+    shared = [f"{UNKNOWN}: the run shared its GPU. Its tokens/s and MFU are then of first steps that had one alone."]
+    timed = ["At equal GPU time, a run that takes longer is read in the middle of its learning-rate schedule."]
     expected = ["Expected densities are of layers where the data choose."]
     return "\n".join(
         [
             f"## {phase.title}\n",
             f"{phase.tokens / 1e6:,.0f}M tokens a run; {said}.",
             "Losses are in nats per token: mean [lowest, highest] over seeds.",
-            "At equal GPU time, a run that takes longer is read in the middle of its learning-rate schedule.",
+            *(timed if seconds is not None else []),
             "On several GPUs, GPU time, tokens/s and MFU include communication, and the optimizer's state is divided.",
             *(shared if is_shared else []),
             *(expected if not all(_is_exact(group) for group in own) else []),

@@ -98,7 +98,7 @@ def test_runs_that_shared_a_gpu_have_no_times(folders: Folders) -> None:
     report = write_report(folders)[0].read_text()
     assert cells(report, "dense")[5:] == ["2.0000", "100", "25.0%", "10.0"]
     assert cells(report, "hybrid")[5:] == ["–", "–", "–", "10.0"]
-    assert "shared a GPU" in report
+    assert "shared its GPU" in report
 
 
 def test_the_speed_of_runs_that_shared_a_gpu_is_measured_alone(folders: Folders) -> None:
@@ -106,7 +106,10 @@ def test_the_speed_of_runs_that_shared_a_gpu_is_measured_alone(folders: Folders)
     result(folders, run, [4.0, 2.0], 1.0, shared_gpu=True)
     row = asdict(summary(400)) | {"gpus": 1, "name": speed.key(run, 1)}
     folders.speed.write_text(json.dumps({"rows": {row["name"]: row}}))
-    assert cells(write_report(folders)[0].read_text(), "hybrid")[5:] == ["–", "400", "25.0%", "10.0"]
+    text, picture = write_report(folders)
+    assert cells(text.read_text(), "hybrid")[5:] == ["–", "400", "25.0%", "10.0"]
+    with Image.open(picture) as drawn:
+        assert drawn.width > 2 * drawn.height  # loss against tokens/s, and by position
 
 
 def test_a_phase_without_speeds_is_drawn_by_position(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
