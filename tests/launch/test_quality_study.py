@@ -3,6 +3,7 @@
 import json
 import runpy
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from s2train.study import settings, sweep
 from s2train.study.settings import Recipe
-from s2train.study.variants import PHASES, Phase
+from s2train.study.variants import PHASES, RUNS, VARIANTS, Phase
 from tests.probes.source_text import source
 from tests.program import run
 
@@ -23,6 +24,17 @@ SMALL = [
     "train.precision=fp32",
     "data.num_workers=0",
     "tracking.wandb=disabled",
+]
+SMALL_HYPER = [
+    f"layout.kinds.H.{name}={value}"
+    for name, value in {
+        "bucket": 16,
+        "samples": 16,
+        "projections": 6,
+        "shortest": 64,
+        "window": 16,
+        "sinks": 16,
+    }.items()
 ]
 
 
@@ -81,19 +93,25 @@ def test_what_is_missing_is_named_in_one_error(
     assert "Traceback" not in error
 
 
-@pytest.mark.slow
-def test_a_small_study_goes_from_a_tree_to_a_report(
-    study: dict[str, Any], tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    started: list[str] = []
+@pytest.fixture
+def started(study: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Programs that an action started, in this process."""
+    programs: list[str] = []
 
     def start(self: object, command: list[str], record: Path | None = None) -> None:
         program, *arguments = command
-        started.append(Path(program).name)
+        programs.append(Path(program).name)
         done = run(Path(program).name, *arguments, processes=0)
         assert done.status == 0, done.err
 
     monkeypatch.setattr(study["Deadline"], "run", start)
+    return programs
+
+
+@pytest.mark.slow
+def test_a_small_study_goes_from_a_tree_to_a_report(
+    study: dict[str, Any], started: list[str], tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(PHASES, "16k", Phase("16k", 256, 4 * 512))
     monkeypatch.setitem(PHASES, "32k", Phase("32k", 512, 4 * 512))
     monkeypatch.setitem(PHASES, "64k", Phase("64k", 512, 2 * 512, after="32k", dense=True))
@@ -132,3 +150,40 @@ def test_a_small_study_goes_from_a_tree_to_a_report(
     assert results["density"] == 1
     probed = json.loads((tmp_path / "study" / "results" / "hybrid-16k-seed1-probes.json").read_text())
     assert [row["length"] for row in probed["completion"]] == [256]
+
+
+@pytest.mark.long
+def test_every_kind_of_the_tier_trains_and_some_start_from_dense_weights(
+    study: dict[str, Any], started: list[str], tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = (
+        "+model=125m_hybrid",
+        "model.num_attention_heads=8",
+        "model.num_query_groups=4",
+        *SMALL,
+        "model.hidden_size=64",
+    )
+    tier = Phase("16k-40m", 2048, 3 * 2048, model=model, scorer_warm_up=1)
+    for phase in (tier, replace(tier, name="16k-40m-from-dense", after="16k-40m", from_dense=True)):
+        monkeypatch.setitem(PHASES, phase.name, phase)
+    monkeypatch.setattr(settings, "VOCABULARY", 512)
+    monkeypatch.setattr(settings, "HELD_OUT_TOKENS", 2048)
+    monkeypatch.setitem(VARIANTS, "hyper", ("layout=hyper_b256", "layout.layers=DHHH", *SMALL_HYPER))
+    root = ["--root", str(tmp_path / "study")]
+    study["main"](["data", "--tree", str(tree), "held_out=[fs/part5]", *root])
+    started.clear()
+    recipe = ["--lr", "1e-3", "--batch-tokens", "2048", "--shared-gpu"]
+    kinds = [run.variant for run in RUNS if run.phase == "16k-40m" and run.seed == 1]
+    study["main"](["train", *kinds, "--phase", "16k-40m", *recipe, *root])
+    study["main"](["train", "dense", "index", "hyper", "--phase", "16k-40m-from-dense", *recipe, *root])
+    assert started == ["pretrain.py"] * 11
+    study["main"](["report", *root])
+    report = (tmp_path / "study" / "quality.md").read_text()
+    for kind in kinds:
+        content = json.loads((tmp_path / "study" / "results" / f"{kind}-16k-40m-seed1.json").read_text())
+        assert content["shared_gpu"]
+        assert bool(content["recall"]) == (kind in ("moba", "index", "sea"))
+        assert f"| {kind} | 1 | 1 | {content['density']:.4f}{' expected' if kind == 'hyper' else ''} |" in report
+    for kind in ("dense", "index", "hyper"):
+        records = (tmp_path / "study" / "runs" / f"{kind}-16k-40m-from-dense-seed1" / "metrics.jsonl").read_text()
+        assert [json.loads(line)["step"] for line in records.splitlines() if "held_out_loss" in line] == [1, 2, 3]
