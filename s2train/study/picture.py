@@ -20,6 +20,8 @@ BASELINE = "dense"  # whose losses others are compared with by position
 _COLOURS = (*COLOURS, "#000000")
 _APART = 0.03  # octaves
 
+Panel = Callable[[Axes, Sequence[Group], Mapping[str, str]], None]  # draws groups in colours by variant
+
 
 def draw(grouped: Mapping[str, Sequence[Group]], out: Path) -> None:
     """Draw all phases as a PNG.
@@ -40,11 +42,14 @@ def draw(grouped: Mapping[str, Sequence[Group]], out: Path) -> None:
         figure.savefig(temporary, format="png")
 
 
-def _panels(own: Sequence[Group]) -> list[Callable[[Axes, Sequence[Group], Mapping[str, str]], None]]:
+def _panels(own: Sequence[Group]) -> list[Panel]:
     """Return how a phase is drawn."""
     is_known = all(group.tokens_per_s is not None for group in own)
-    by_speed = [_draw_by_speed] if is_known else []
-    return by_speed if is_known and all(group.timed for group in own) else [*by_speed, _draw_by_position]
+    is_of_runs = all(group.timed for group in own)
+    return [
+        *([_draw_by_speed] if is_known else []),
+        *([] if is_known and is_of_runs else [_draw_by_position]),
+    ]
 
 
 def _draw_by_speed(axes: Axes, own: Sequence[Group], colours: Mapping[str, str]) -> None:
