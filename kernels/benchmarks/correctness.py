@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..layout import BlockLayout
 from ..reference import reference_attention
 from ..spec import Format
 from .cases import Case
@@ -24,6 +25,8 @@ _NAMES = ("out", "dq", "dk", "dv")
 
 Results = dict[str, Tensor]
 """out, dq [H, positions, d] and dk, dv [H_kv, positions, d], float64."""
+Limits = dict[str, float]
+"""The allowed relative error of each result."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Exact:
     rows: Tensor
     keys: Tensor
     results: Results
-    limits: dict[str, float]
+    limits: Limits
 
     def errors(self, out: Tensor, gradients: tuple[Tensor, ...], format: Format) -> dict[str, float]:
         """Return relative errors of output, dq, dk and dv.
@@ -80,17 +83,29 @@ def short_problem(short: Case, seed: int, device: torch.device) -> Exact:
     The allowed error is twice that of plain torch in bfloat16.
     """
     everything = torch.arange(short.length, device=device)
+    exact, limits = whole_problem(make_inputs(short, seed, "sbhd", device), short.layout(device))
+    return Exact(short, seed, everything, everything, exact, limits)
+
+
+def whole_problem(inputs: tuple[Tensor, Tensor, Tensor, Tensor], layout: BlockLayout) -> tuple[Results, Limits]:
+    """Compute all results of any layout in float64, and their limits.
+
+    A limit is the allowed relative error: twice that of plain torch in bfloat16.
+
+    Args:
+        inputs: q, k, v and dout in format "sbhd", of batch 1.
+    """
+    *leaves, dout = inputs
+    everything = torch.arange(len(dout), device=dout.device)
 
     def reference(dtype: torch.dtype) -> Results:
-        q, k, v, dout = make_inputs(short, seed, "sbhd", device)
-        cast = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
-        out, _ = reference_attention(cast[0], cast[1], cast[2], short.layout(device))
-        gradients = torch.autograd.grad(out, cast, dout.to(dtype))
-        return sample(out, gradients, "sbhd", everything, everything)
+        cast = [x.detach().to(dtype).requires_grad_() for x in leaves]
+        out, _ = reference_attention(cast[0], cast[1], cast[2], layout)
+        dq, dk, dv = torch.autograd.grad(out, cast, dout.to(dtype))
+        return sample(out, (dq, dk, dv), "sbhd", everything, everything)
 
     exact, same_dtype = reference(torch.float64), reference(torch.bfloat16)
-    limits = {name: 2 * relative_error(same_dtype[name], exact[name]) + _FLOOR for name in _NAMES}
-    return Exact(short, seed, everything, everything, exact, limits)
+    return exact, {name: 2 * relative_error(same_dtype[name], exact[name]) + _FLOOR for name in _NAMES}
 
 
 @torch.no_grad()
