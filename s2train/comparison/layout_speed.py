@@ -13,6 +13,7 @@ import argparse
 import json
 import shlex
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -39,6 +40,8 @@ from s2train.planning import compose_run, hybrid_layout
 
 PROGRAM = "s2train.comparison.layout_speed"
 _FIGURES = {"forward_ms": "forward", "forward_backward_ms": "both"}  # of a row, and their names in `time_passes`
+
+_SECONDS_UNWRITTEN = 5.0  # of layers whose row isn't there yet: writing takes as long as timing a small layer
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -95,7 +98,7 @@ def _runs(overrides: Sequence[str], files: Sequence[str]) -> dict[str, PretrainC
     """Compose a run for each layout file, or one with the overrides' own layout.
 
     Raises:
-        ConfigError: two files have the same name, settings don't compose, or models differ.
+        ConfigError: two files have the same name, both options name layouts, or settings don't compose.
     """
     named = [word.partition("=")[2] for word in overrides if word.lstrip("+").startswith("layout=")]
     if named and files:
@@ -163,6 +166,7 @@ class _Session:
 
     def __init__(self, timer: LayerTimer, data: Record, output: Path, layers: int) -> None:
         self.timer, self.data, self.output, self.layers = timer, data, output, layers
+        self._written = 0.0
 
     def time_dense(self, length: int) -> None:
         """Time every implementation of dense attention that runs here."""
@@ -220,8 +224,10 @@ class _Session:
 
     def _keep(self, part: str, record: Record) -> None:
         self.data[part].append(record)
-        with replacing(self.output) as temporary:
-            temporary.write_text(json.dumps(self.data, indent=1) + "\n")
+        if part != "layers" or time.monotonic() - self._written > _SECONDS_UNWRITTEN:
+            with replacing(self.output) as temporary:
+                temporary.write_text(json.dumps(self.data, indent=1) + "\n")
+            self._written = time.monotonic()
         if part != "layers":
             print(json.dumps({name: value for name, value in record.items() if name != "check"}), flush=True)
 

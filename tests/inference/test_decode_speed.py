@@ -45,3 +45,24 @@ def test_a_step_of_selected_blocks_reads_less_than_the_cache_holds(
     assert record["kv_bytes"] == record["dense_bytes"]
     assert record["read_bytes"] < record["kv_bytes"] / 2
     assert record["state_bytes"] > 0
+
+
+@pytest.mark.slow
+def test_a_layout_of_a_file_is_timed_from_its_prompt_to_its_first_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    output, layout = tmp_path / "speed.json", tmp_path / "chosen.yaml"
+    row = "[0, 0, 1, 1]"
+    layout.write_text(
+        "layers: S\nblock_size: 16\npattern:\n  kind: per_head\n"
+        "  rules: [{kind: span, base: 2, slope: 0.1, sinks: 1}, {kind: local_vertical, local: 2, stride: 4, offset: 1}]\n"
+        f"  heads: [{', '.join([row] * 4)}]\n"
+    )
+    settings = ["+model=tiny_hybrid", "model.num_layers=4", "model.num_attention_heads=4", "model.num_query_groups=2"]
+    options = ["--lengths", "300", "--batches", "1", "--tokens", "2", "--output", str(output)]
+    done = run("s2train.inference.decode_speed", *settings, f"layout=file:{layout}", *options, processes=0)
+    assert done.status == 0, done.err[-2000:]
+    (record,) = json.loads(output.read_text())["cases"]
+    assert record["prefill_s"] > 0
+    assert 0 < record["kv_bytes"] == record["predicted_bytes"] < record["dense_bytes"]

@@ -1,0 +1,163 @@
+"""Repeats a chosen layout's rules over the layers and heads of a larger model.
+
+It makes a layout to measure speed with: a mixture of rules that was chosen for one model, in the sizes of another. It
+is not a layout chosen for that model. Layer l of L takes the rules of layer floor(l L' / L), KV head g those of KV head
+g mod G', and the query heads of a KV head repeat those of the smaller model's. So that the density stays the same at
+greater lengths, rules of a fixed size grow with the length, from equal density at --length tokens: a window becomes a
+span with a slope, chosen columns and their window become stripes. Spans with a slope, stripes and dense heads stay as
+they are.
+"""
+
+import argparse
+import math
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from s2train.attention.hybrid import HybridLayout
+from s2train.command_line.program import settings_before_options
+from s2train.config import LayoutConfig, ModelConfig, PatternConfig
+from s2train.costs.attention import density
+from s2train.errors import ConfigError
+from s2train.files import check_output
+from s2train.layouts.counting import kept_positions
+from s2train.layouts.patterns import GlobalBlocks, LocalVertical, SlidingWindow, Span
+from s2train.layouts.patterns.base import Pattern
+from s2train.layouts.patterns.dense import Dense
+from s2train.planning import compose_run, hybrid_layout
+from s2train.semsa.layouts import Settings, write_layout
+from s2train.semsa.rules import pattern_of
+
+_PROGRAM = "s2train.semsa.repeat_layout"
+_BISECTIONS = 24
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(prog=f"python -m {_PROGRAM}", description=__doc__)
+    parser.add_argument("overrides", nargs="+", help="overrides of launch/pretrain.py: the larger model")
+    parser.add_argument("--layout", required=True, help="file of launch/choose_layout.py")
+    parser.add_argument("--kv-heads", type=int, required=True, help="of the model that it was chosen for")
+    parser.add_argument("--length", type=int, required=True, help="tokens that it was chosen for")
+    parser.add_argument("--block-size", type=int, default=None, help="tokens; default: the layout's own")
+    parser.add_argument("--lengths", nargs="+", type=int, default=[8192, 32768, 131072], help="to print densities of")
+    parser.add_argument("--output", required=True, help="layout file to write")
+    given = sys.argv[1:] if arguments is None else arguments
+    args = parser.parse_args(settings_before_options(given))
+    if min(args.kv_heads, args.length, *args.lengths) < 1:
+        parser.error("--kv-heads, --length and --lengths must be at least 1")
+    try:
+        output = check_output(args.output, overwrite=False, such="runs/semsa/7b.yaml")
+        cfg = compose_run([*args.overrides, f"layout=file:{args.layout}"])
+        cfg.layout = repeat_layout(cfg.layout, args.kv_heads, cfg.model, args.length, args.block_size)
+        hybrid = hybrid_layout(cfg)
+    except ConfigError as error:
+        parser.error(str(error))
+    densities = _densities(hybrid, args.lengths)
+    print("\n".join(densities))
+    comment = [f"The rules of {args.layout}, repeated for the sizes of {cfg.model.name}: to measure speed.", *densities]
+    write_layout(output, cfg.layout, [*comment, shlex.join(["python", "-m", _PROGRAM, *given])])
+    return 0
+
+
+def repeat_layout(
+    layout: LayoutConfig, kv_heads: int, model: ModelConfig, length: int, block_size: int | None = None
+) -> LayoutConfig:
+    """Return a layout with the rules of `layout`, repeated over a larger model.
+
+    Args:
+        layout: of kind per_head.
+        kv_heads: of the model of `layout`.
+        model: the larger one.
+        length: tokens at which rules of a fixed size, which will grow, keep their density.
+        block_size: tokens; sizes in blocks are converted to it, rounded up. None: the layout's own.
+    Raises:
+        ConfigError: not a layout of named heads, heads that KV heads can't share, or a rule that can't grow.
+    """
+    pattern, size = layout.pattern, block_size or layout.block_size
+    if pattern.kind != "per_head":
+        problem = "names no rule for each head"
+        raise ConfigError("layout.pattern.kind", pattern.kind, problem, "Name a file of launch/choose_layout.py.")
+    heads = len(pattern.heads[0])
+    if heads % kv_heads:
+        raise ConfigError("--kv-heads", kv_heads, f"doesn't divide the layout's {heads} heads", "Set a divisor.")
+    if size % layout.block_size:
+        problem = f"is no multiple of the layout's {layout.block_size}"
+        raise ConfigError("--block-size", size, problem, f"Set {layout.block_size} or {2 * layout.block_size}.")
+    own, larger = heads // kv_heads, model.num_attention_heads // model.num_query_groups
+    rows: list[list[int]] = []
+    for layer in range(model.num_layers):
+        row = pattern.heads[layer * len(pattern.heads) // model.num_layers]
+        places = [divmod(head, larger) for head in range(model.num_attention_heads)]
+        rows.append([row[group % kv_heads * own + member % own] for group, member in places])
+    used = sorted({rule for row in rows for rule in row})
+    number = {rule: new for new, rule in enumerate(used)}
+    rules = [
+        settings_of(
+            coarser(grown(pattern_of(pattern.rules[rule]), layout.block_size, length), size // layout.block_size)
+        )
+        for rule in used
+    ]
+    own_heads = [[number[rule] for rule in row] for row in rows]
+    return replace(layout, layers="S", block_size=size, pattern=PatternConfig("per_head", rules=rules, heads=own_heads))
+
+
+def grown(pattern: Pattern, block_size: int, length: int) -> Pattern:
+    """Return a rule that keeps about the same density at any length.
+
+    A fixed window becomes a span. Chosen columns and their window become stripes. Both are as dense as before at
+    `length` tokens.
+
+    Raises:
+        ConfigError: a rule of another kind.
+    """
+    if isinstance(pattern, Dense | LocalVertical) or (isinstance(pattern, Span) and pattern.slope):
+        return pattern
+    kept = kept_positions(pattern, block_size, length)
+    if kept == kept_positions(Dense(), block_size, length):
+        return Dense()
+    if isinstance(pattern, Span | SlidingWindow):
+        low, high = 0.0, 1.0
+        for _ in range(_BISECTIONS):
+            middle = (low + high) / 2
+            is_below = kept_positions(Span(1, middle, pattern.sinks), block_size, length) <= kept
+            low, high = (middle, high) if is_below else (low, middle)
+        return Span(1, math.floor(low * 1e4) / 1e4, pattern.sinks)
+    if isinstance(pattern, GlobalBlocks):
+        offset, blocks = max(pattern.blocks, default=0), -(-length // block_size)  # heads with other columns differ
+        stripes = [LocalVertical(1, stride, offset) for stride in range(1, blocks + 1)]
+        return min(stripes, key=lambda own: abs(kept_positions(own, block_size, length) - kept))
+    remedy = "Choose the layout among spans, windows, stripes and columns."
+    raise ConfigError("layout.pattern.rules", pattern.form(), "can't be grown with the length", remedy)
+
+
+def coarser(pattern: Pattern, ratio: int) -> Pattern:
+    """Return a grown rule in blocks `ratio` times as large.
+
+    Windows and sinks are rounded up. Slopes and strides are shares, which stay.
+    """
+    if isinstance(pattern, Span):
+        return replace(pattern, base=-(-pattern.base // ratio), sinks=-(-pattern.sinks // ratio))
+    if isinstance(pattern, LocalVertical):
+        return replace(pattern, local=-(-pattern.local // ratio), sinks=-(-pattern.sinks // ratio))
+    return pattern
+
+
+def settings_of(pattern: Pattern) -> Settings:
+    """Return the settings of a grown rule."""
+    if isinstance(pattern, Span):
+        return {"kind": "span", "base": pattern.base, "slope": pattern.slope, "sinks": pattern.sinks}
+    if isinstance(pattern, LocalVertical):
+        own: dict[str, Any] = {"local": pattern.local, "stride": pattern.stride, "offset": pattern.offset}
+        return {"kind": "local_vertical"} | own | {"sinks": pattern.sinks}
+    return {"kind": "dense"}
+
+
+def _densities(hybrid: HybridLayout, lengths: Sequence[int]) -> list[str]:
+    return [f"density {density(hybrid, length):.4f} at {length:,} tokens" for length in lengths]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
