@@ -56,7 +56,7 @@ def test_a_layout_of_a_file_is_timed_from_its_prompt_to_its_first_tokens(
     row = "[0, 0, 1, 1]"
     layout.write_text(
         "layers: S\nblock_size: 16\npattern:\n  kind: per_head\n"
-        "  rules: [{kind: span, base: 2, slope: 0.1, sinks: 1}, {kind: local_vertical, local: 2, stride: 4, offset: 1}]\n"
+        "  rules: [{kind: span, base: 2, slope: 0.1, sinks: 1}, {kind: local_vertical, local: 2, stride: 4}]\n"
         f"  heads: [{', '.join([row] * 4)}]\n"
     )
     settings = ["+model=tiny_hybrid", "model.num_layers=4", "model.num_attention_heads=4", "model.num_query_groups=2"]
