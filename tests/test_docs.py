@@ -165,6 +165,8 @@ def check_program(command: Command) -> None:
             config.to_object(compose(name, settings))
     else:
         assert [word for word in arguments if word.startswith("--") and word not in help_of(program)] == []
+        # an earlier command of the page makes the file
+        settings = [word for word in settings if not word.startswith("layout=file:")]
         if settings:
             plan(settings if settings[0].startswith("+model=") else ["+model=7b_hybrid", *settings], 1)
 

@@ -1,10 +1,10 @@
-"""Times one layer's core attention, as training calls it, and checks it first."""
+"""Checks and times one layer's core attention, as training calls it."""
 
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core.transformer.enums import AttnMaskType
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from s2train.attention.kind import LayerLayout
 from s2train.config import PretrainConfig
+from s2train.kernels.attention import Backend
 from s2train.kernels.benchmarks.correctness import relative_error, sample, whole_problem
 from s2train.kernels.benchmarks.timing import Clock, time_passes
 from s2train.kernels.dense import dense_causal_attention, torch_unsupported_reason
@@ -40,7 +41,10 @@ class Sizes:
     dim: int  # of a head
 
     def inputs(self, length: int, device: torch.device) -> Inputs:
-        """Draw q, k, v with gradients, and the output's gradient: bfloat16 [length, 1, heads, dim], normal."""
+        """Draw q, k and v, which want gradients, and the output's gradient.
+
+        They are normal, bfloat16 [length, 1, heads, dim].
+        """
 
         def draw(heads: int) -> Tensor:
             return torch.randn(length, 1, heads, self.dim, dtype=torch.bfloat16, device=device)
@@ -50,7 +54,9 @@ class Sizes:
 
 
 class LayerTimer:
-    """Times attention of one model's sizes, over the same inputs at each length.
+    """Times attention of one model's sizes.
+
+    All layers and implementations have the same inputs at a length.
 
     Args:
         cfg: the run's settings; their layout does not matter.
@@ -69,7 +75,7 @@ class LayerTimer:
         self._checks: dict[str, Record] = {}
 
     def key(self, layer: LayerLayout, layout: BlockLayout) -> str:
-        """Name what a layer computes over a length: its core attention, and the blocks that it keeps."""
+        """Name what a layer computes: its core attention and kept blocks."""
         digest = hashlib.blake2b(layer.kind.core_attention.encode(), digest_size=8)
         digest.update(f"{layout.block_size} {layout.num_heads} {layout.num_query_blocks}".encode())
         for tensor in (layout.pattern_of_head, layout.row_offsets, layout.row_columns):
@@ -77,14 +83,14 @@ class LayerTimer:
         return digest.hexdigest()
 
     def layout(self, layer: LayerLayout, length: int, cache: LayoutCache) -> BlockLayout:
-        """Return the layer's layout as its core attention will find it in `cache`."""
+        """Return the layer's layout, which its core attention finds in `cache`."""
         return cache.get(layer, length, (0, self.sizes.heads), self.device)
 
     def core(self, layer: LayerLayout, cache: LayoutCache) -> CausalCoreAttention:
         """Build the layer's core attention as the model has it."""
         core = core_attention_class(layer.kind)(
             self._config, 1, AttnMaskType.causal, "self", layer_layout=layer, num_query_groups=self.sizes.kv_heads,
-            cache=cache, backend=self._cfg.attention_backend, seed=self._cfg.seed,
+            cache=cache, backend=cast(Backend, self._cfg.attention_backend), seed=self._cfg.seed,
         )  # fmt: skip
         if isinstance(core, DenseCoreAttention):
             core.implementation = self._cfg.dense_attention
@@ -161,7 +167,7 @@ class LayerTimer:
         return time_passes(lambda: attend(q, k, v), backward, self._clock, self.budget_ms)
 
     def _inputs_of(self, length: int) -> Inputs:
-        """Return the inputs of a length, the same until another is asked for."""
+        """Return the inputs of a length; only the last length's are kept."""
         if self._inputs is None or self._inputs[0] != length:
             self._inputs = None  # frees those of another length first
             self._inputs = length, self.sizes.inputs(length, self.device)

@@ -1,10 +1,11 @@
-"""Times the attention of a model's layouts beside dense attention, summed over layers.
+"""Times the attention of a model's layouts beside dense attention.
 
-It times core attention alone, as training calls it: random normal queries, keys and values, bfloat16, batch 1. Layers
-that keep the same blocks are timed once, whichever layout they are of, and each after it agreed with the oracle over
---check-length tokens. Dense attention (FlashAttention-2 and cuDNN of torch, and FlashAttention-4 where it is installed)
-takes the same inputs, and counts once for each layer. Device times are medians with the host ahead; compiling kernels
-and building schedules comes before. The JSON is written after each case; the same command resumes from it.
+It times core attention alone, as training calls it, and sums over layers. Queries, keys and values are random normal,
+bfloat16, batch 1. Layers that keep the same blocks are timed once, whichever layout they are of, and each after it
+agreed with the oracle over --check-length tokens. Dense attention (FlashAttention-2 and cuDNN of torch, and
+FlashAttention-4 where it is installed) takes the same inputs, and counts once for each layer. Device times are medians
+with the host ahead; compiling kernels and building schedules comes before. The JSON is written as results arrive; the
+same command resumes from it.
 
 Run it on one GPU: python -m s2train.comparison.layout_speed +model=7b_hybrid layout=file:X.yaml --output FILE.json
 """
@@ -95,7 +96,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _runs(overrides: Sequence[str], files: Sequence[str]) -> dict[str, PretrainConfig]:
-    """Compose a run for each layout file, or one with the overrides' own layout.
+    """Compose a run for each layout file.
+
+    Without files, compose one with the overrides' own layout.
 
     Raises:
         ConfigError: two files have the same name, both options name layouts, or settings don't compose.
@@ -181,7 +184,7 @@ class _Session:
                 self._keep("dense", record)
 
     def time_layout(self, name: str, hybrid: HybridLayout, length: int) -> None:
-        """Time a layout's distinct layers, those that were not timed before, and sum them up."""
+        """Time those of a layout's layers that are new, and sum all."""
         found: list[Record] = []
         for layer, count in Counter(hybrid.layers).items():
             cache = LayoutCache()  # freed with the layer

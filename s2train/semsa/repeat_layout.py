@@ -1,4 +1,4 @@
-"""Repeats a chosen layout's rules over the layers and heads of a larger model.
+"""Repeats a chosen layout's rules in the sizes of a larger model.
 
 It makes a layout to measure speed with: a mixture of rules that was chosen for one model, in the sizes of another. It
 is not a layout chosen for that model. Layer l of L takes the rules of layer floor(l L' / L), KV head g those of KV head
@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
 def repeat_layout(
     layout: LayoutConfig, kv_heads: int, model: ModelConfig, length: int, block_size: int | None = None
 ) -> LayoutConfig:
-    """Return a layout with the rules of `layout`, repeated over a larger model.
+    """Return a larger model's layout with the rules of `layout`, repeated.
 
     Args:
         layout: of kind per_head.
