@@ -62,6 +62,7 @@ def tree(tmp_path: Path) -> Path:
         (["report", "hybrid"], "report takes no variant"),
         (["plan", "seed=2"], "plan takes no settings"),
         (["train", "hybrid", "--lr", "1e-3"], "--lr and --batch-tokens belong together"),
+        (["report", "--shared-gpu"], "report takes no --shared-gpu"),
     ],
 )
 def test_arguments_that_an_action_would_not_use_are_rejected(
@@ -77,6 +78,9 @@ def test_arguments_that_an_action_would_not_use_are_rejected(
     [
         (["train", "widow", "--lr", "1e-3", "--batch-tokens", "1024"], "Did you mean window?"),
         (["train", "hybrid"], "lacks 4 of 4 trials"),
+        (["train", "hybrid", "--phase", "16k-40m"], "has another model than the sweep"),
+        (["plan", "--phase", "16k-40m"], "has another model than the sweep"),
+        (["plan", "--phase", "17k"], "Did you mean"),
         (["train", "hybrid", "--lr", "1e-3", "--batch-tokens", "1024"], "quality_study.py data --tree"),
         (["evaluate", "hybrid"], "quality_study.py data --tree"),
         (["data"], "quality_study.py data --tree"),
