@@ -3,9 +3,9 @@
 It makes a layout to measure speed with: a mixture of rules that was chosen for one model, in the sizes of another. It
 is not a layout chosen for that model. Layer l of L takes the rules of layer floor(l L' / L), KV head g those of KV head
 g mod G', and the query heads of a KV head repeat those of the smaller model's. So that the density stays the same at
-greater lengths, rules of a fixed size grow with the length, from equal density at --length tokens: a window becomes a
-span with a slope, chosen columns and their window become stripes. Spans with a slope, stripes and dense heads stay as
-they are.
+other lengths, each rule takes the form that grows in proportion, and keeps at the longest of --lengths what it kept at
+--length tokens: windows and spans become a span of one block and a share of the length, columns and stripes become
+stripes without a wider window.
 """
 
 import argparse
@@ -42,7 +42,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--kv-heads", type=int, required=True, help="of the model that it was chosen for")
     parser.add_argument("--length", type=int, required=True, help="tokens that it was chosen for")
     parser.add_argument("--block-size", type=int, default=None, help="tokens; default: the layout's own")
-    parser.add_argument("--lengths", nargs="+", type=int, default=[8192, 32768, 131072], help="to print densities of")
+    parser.add_argument(
+        "--lengths",
+        nargs="+",
+        type=int,
+        default=[8192, 32768, 131072],
+        help="to measure at; the longest sets the density",
+    )
     parser.add_argument("--output", required=True, help="layout file to write")
     given = sys.argv[1:] if arguments is None else arguments
     args = parser.parse_args(settings_before_options(given))
@@ -51,7 +57,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         output = check_output(args.output, overwrite=False, such="runs/semsa/7b.yaml")
         cfg = compose_run([*args.overrides, f"layout=file:{args.layout}"])
-        cfg.layout = repeat_layout(cfg.layout, args.kv_heads, cfg.model, args.length, args.block_size)
+        cfg.layout = repeat_layout(
+            cfg.layout, args.kv_heads, cfg.model, args.length, max(args.lengths), args.block_size
+        )
         hybrid = hybrid_layout(cfg)
     except ConfigError as error:
         parser.error(str(error))
@@ -63,7 +71,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def repeat_layout(
-    layout: LayoutConfig, kv_heads: int, model: ModelConfig, length: int, block_size: int | None = None
+    layout: LayoutConfig,
+    kv_heads: int,
+    model: ModelConfig,
+    length: int,
+    longest: int,
+    block_size: int | None = None,
 ) -> LayoutConfig:
     """Return a larger model's layout with the rules of `layout`, repeated.
 
@@ -71,8 +84,9 @@ def repeat_layout(
         layout: of kind per_head.
         kv_heads: of the model of `layout`.
         model: the larger one.
-        length: tokens at which rules of a fixed size, which will grow, keep their density.
-        block_size: tokens; sizes in blocks are converted to it, rounded up. None: the layout's own.
+        length: tokens that the rules were chosen for.
+        longest: tokens at which the new rules are as dense as the chosen ones at `length`.
+        block_size: tokens, of the larger model's layout. None: the layout's own.
     Raises:
         ConfigError: not a layout of named heads, heads that KV heads can't share, or a rule that can't grow.
     """
@@ -95,54 +109,46 @@ def repeat_layout(
     used = sorted({rule for row in rows for rule in row})
     number = {rule: new for new, rule in enumerate(used)}
     rules = [
-        settings_of(
-            coarser(grown(pattern_of(pattern.rules[rule]), layout.block_size, length), size // layout.block_size)
-        )
-        for rule in used
+        settings_of(grown(pattern_of(pattern.rules[rule]), layout.block_size, length, size, longest)) for rule in used
     ]
     own_heads = [[number[rule] for rule in row] for row in rows]
     return replace(layout, layers="S", block_size=size, pattern=PatternConfig("per_head", rules=rules, heads=own_heads))
 
 
-def grown(pattern: Pattern, block_size: int, length: int) -> Pattern:
-    """Return a rule that keeps about the same density at any length.
+def grown(pattern: Pattern, block_size: int, length: int, new_size: int, longest: int) -> Pattern:
+    """Return a rule of about the same density at any length.
 
-    A fixed window becomes a span. Chosen columns and their window become stripes. Both are as dense as before at
-    `length` tokens.
+    At `longest` tokens it is as dense as `pattern` is at `length`: a span of one block and a share of the length in
+    place of a window or a span, stripes in place of columns or stripes.
 
+    Args:
+        new_size: tokens of the blocks of the new rule; `block_size` are those of `pattern`.
     Raises:
         ConfigError: a rule of another kind.
     """
-    if isinstance(pattern, Dense | LocalVertical) or (isinstance(pattern, Span) and pattern.slope):
-        return pattern
-    kept = kept_positions(pattern, block_size, length)
-    if kept == kept_positions(Dense(), block_size, length):
+    share = _share(pattern, block_size, length)
+    if share == 1:
         return Dense()
+    sinks = -(-getattr(pattern, "sinks", 0) * block_size // new_size)
     if isinstance(pattern, Span | SlidingWindow):
         low, high = 0.0, 1.0
         for _ in range(_BISECTIONS):
             middle = (low + high) / 2
-            is_below = kept_positions(Span(1, middle, pattern.sinks), block_size, length) <= kept
+            is_below = _share(Span(1, middle, sinks), new_size, longest) <= share
             low, high = (middle, high) if is_below else (low, middle)
-        return Span(1, math.floor(low * 1e4) / 1e4, pattern.sinks)
-    if isinstance(pattern, GlobalBlocks):
-        offset, blocks = max(pattern.blocks, default=0), -(-length // block_size)  # heads with other columns differ
-        stripes = [LocalVertical(1, stride, offset) for stride in range(1, blocks + 1)]
-        return min(stripes, key=lambda own: abs(kept_positions(own, block_size, length) - kept))
+        return Span(1, math.floor(low * 1e4) / 1e4, sinks)
+    if isinstance(pattern, LocalVertical | GlobalBlocks):
+        # columns begin where the last one was, so that heads with other columns differ
+        offset = pattern.offset if isinstance(pattern, LocalVertical) else max(pattern.blocks, default=0)
+        widest = min(math.ceil(2 / share), -(-longest // new_size))
+        stripes = [LocalVertical(1, stride, offset, sinks) for stride in range(1, widest + 1)]
+        return min(stripes, key=lambda own: abs(_share(own, new_size, longest) - share))
     remedy = "Choose the layout among spans, windows, stripes and columns."
     raise ConfigError("layout.pattern.rules", pattern.form(), "can't be grown with the length", remedy)
 
 
-def coarser(pattern: Pattern, ratio: int) -> Pattern:
-    """Return a grown rule in blocks `ratio` times as large.
-
-    Windows and sinks are rounded up. Slopes and strides are shares, which stay.
-    """
-    if isinstance(pattern, Span):
-        return replace(pattern, base=-(-pattern.base // ratio), sinks=-(-pattern.sinks // ratio))
-    if isinstance(pattern, LocalVertical):
-        return replace(pattern, local=-(-pattern.local // ratio), sinks=-(-pattern.sinks // ratio))
-    return pattern
+def _share(pattern: Pattern, block_size: int, length: int) -> float:
+    return kept_positions(pattern, block_size, length) / (length * (length + 1) // 2)
 
 
 def settings_of(pattern: Pattern) -> Settings:
