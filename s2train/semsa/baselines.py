@@ -1,6 +1,6 @@
 """Layouts to compare a choice with, as dense as a budget permits."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -77,9 +77,3 @@ def mean_density(layers: Layers, profile: Profile) -> float:
     """Return the share of causal positions that heads keep on average."""
     shares = {pattern: _share(pattern, profile) for row in layers for pattern in row}
     return sum(shares[pattern] for row in layers for pattern in row) / sum(len(row) for row in layers)
-
-
-def draws(count: int, seed: int, density: float) -> Iterator[np.random.Generator]:
-    """Yield the generators of random layouts at one density."""
-    for number in range(count):
-        yield np.random.default_rng([seed, number, round(density * 1e6)])

@@ -111,7 +111,7 @@ def _with_data(
     own: dict[str, Any] = {"cache": data.cache}
     if data.path is not None:
         own |= {"path": data.path, "valid_path": None}
-    for name in ("split", "tokenizer"):
+    for name in ("valid_path", "split", "tokenizer"):
         if getattr(data, name) is not None:
             own[name] = getattr(data, name)
     return replace(

@@ -13,7 +13,8 @@ from s2train import config
 class CalibrationDataConfig:
     """Text to profile and evaluate a checkpoint on; None: its run's."""
 
-    path: Any = None  # datasets, as in a run's data.path
+    path: Any = None  # datasets, as in a run's data.path; held-out data are then `valid_path`, or divided off by `split`
+    valid_path: Any = None  # datasets to evaluate on, as in a run's data.valid_path
     split: Any = None  # weights of train and held-out data: profiles take the former, evaluations the latter
     tokenizer: str | None = None  # where the run's tokenizer.json was moved to
     cache: str = "runs/data/cache"  # Megatron's document and shuffle indices
@@ -89,7 +90,10 @@ class FrontierConfig:
 
     checkpoint: str = MISSING  # the profiled checkpoint
     profile: str = MISSING  # .npz file of launch/profile_attention.py
-    output: str = MISSING  # .json file to write; the picture goes to the same folder
+    # .json file to write, after every layout; the picture goes to the same folder. The same command resumes, and
+    # measures nothing twice
+    output: str = MISSING
+    layouts: str | None = None  # folder to write each layout to, for layout=file:…; None: write none
     data: CalibrationDataConfig = field(default_factory=CalibrationDataConfig)
     densities: list[float] = field(default_factory=lambda: [0.1, 0.15, 0.25, 0.4, 0.6])
     samples: int = 16  # held-out sequences, over all data parallel ranks

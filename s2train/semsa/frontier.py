@@ -8,16 +8,13 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from megatron.core import parallel_state
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from s2train.attention.hybrid import HybridLayout
 from s2train.attention.kind import LayerLayout
@@ -28,96 +25,85 @@ from s2train.distributed.agreement import broadcast_from_rank_0
 from s2train.environment.hardware import detect_own
 from s2train.environment.provenance import environment
 from s2train.errors import ConfigError
-from s2train.files import check_output, replacing
-from s2train.kernels.block_statistics.effects import SUMS
+from s2train.files import check_writable, replacing
 from s2train.layouts.patterns import Dense
 from s2train.layouts.schedules import find_schedule
 from s2train.megatron.setup import initialize, shutdown
 from s2train.needles.results import weights_fingerprint
-from s2train.pictures.style import GREY, Sheet, plain
-from s2train.semsa.baselines import Layers, draws, mean_density, random_rules, stripes, uniform_window
+from s2train.semsa.baselines import Layers, mean_density
 from s2train.semsa.calibration import Subject, load_studied, read_subject, samples
 from s2train.semsa.config import FrontierConfig
-from s2train.semsa.layouts import Candidates
+from s2train.semsa.frontier_points import DENSE, Point, every_point, find_layers
+from s2train.semsa.frontier_results import draw_frontier, frontier_table, read_frontier
+from s2train.semsa.layouts import layout_of, write_layout
 from s2train.semsa.measuring import loss_per_token
-from s2train.semsa.pictures import curve
-from s2train.semsa.profile import Profile, check_same_model, group_size, load_profile
-from s2train.semsa.solving import Budget, solve
+from s2train.semsa.profile import Profile, check_same_model, load_profile
 
-_NAMES = {
-    "squared": "SemSA, squared effect",
-    "absolute": "absolute effect",
-    "signed": "signed effect",
-    "mass": "magnitude (dropped probability)",
-    "random": "random rules",
-    "window": "uniform window and a sink",
-    "stripes": "S2 stripes",
-}
+# Settings that another start may have otherwise: they choose points, are compared by what they name, or change no loss.
+_MAY_DIFFER = ("checkpoint", "data", "densities", "draws", "layouts", "output", "overwrite", "profile", "tp")
 
 
 def measure_frontier(cfg: FrontierConfig) -> dict[str, Any]:
     """Measure every layout at every density; print, write JSON and PNG; collective.
 
+    Writes the JSON after every layout, and measures only what it lacks.
+
     Raises:
         ConfigError: a setting can't work; before a process group exists, unless the checkpoint is damaged.
     """
-    profile, subject, output = _read_request(cfg)
+    profile, subject = _read_request(cfg)
+    content = _start(cfg, profile, subject)
+    output, rows = Path(cfg.output), content["rows"]
     device = initialize(ParallelConfig(tp=cfg.tp), cfg.seed)
+    is_first = os.environ.get("RANK", "0") == "0"
+    if is_first and rows:
+        print(f"resuming {output}: {len(rows)} layouts are measured", flush=True)
+    measured = {Point(row["layout"], row["budget"], row["draw"]) for row in rows}
+    missing = [point for point in every_point(cfg) if point not in measured]
+    # solved on one rank: a solver under a time limit need not find the same on all
+    found = broadcast_from_rank_0(list(find_layers(missing, cfg, profile)) if is_first else None)
     loaded = load_studied(
         subject, device, block_size=profile.block_size, tp=cfg.tp, attention_backend=cfg.attention_backend,
         precision=str(profile.about["precision"]),
     )  # fmt: skip
     rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     texts = list(samples(subject, cfg.samples, held_out=True, rank=rank, ranks=ranks))
-    is_first = os.environ.get("RANK", "0") == "0"
-    length = profile.seq_length
-    dense = loss_per_token(loaded.model, None, texts, length, device)
-    rows: list[dict[str, Any]] = []
-    # solved on one rank: a solver under a time limit need not find the same on all
-    layouts = broadcast_from_rank_0(list(_layouts(cfg, profile)) if is_first else None)
-    for name, budget, layers in layouts:
+    for point, layers in found:
         began = time.perf_counter()
-        loss = loss_per_token(loaded.model, layers, texts, length, device)
-        rows.append(
-            {
-                "layout": name,
-                "budget": budget,
-                "density": mean_density(layers, profile),
-                "loss": loss,
-                "change": loss - dense,
-                "evaluation_seconds": time.perf_counter() - began,
-                "predicted_attention_speedup": _speedup(layers, profile),
-            }
-        )
+        loss = loss_per_token(loaded.model, layers, texts, profile.seq_length, device)
+        row = {
+            "layout": point.layout,
+            "budget": point.budget,
+            "draw": point.draw,
+            "density": mean_density(layers, profile),
+            "loss": loss,
+            "change": loss - (rows[0]["loss"] if rows else loss),  # dense comes first
+            "evaluation_seconds": time.perf_counter() - began,
+            "predicted_attention_speedup": _speedup(layers, profile),
+        }
         if is_first:
-            print(f"density {budget:g}, {_NAMES[name]}: loss {loss:.4f} ({loss - dense:+.4f})", flush=True)
-    content = {
-        "checkpoint": str(loaded.path),
-        "weights": profile.about["weights"],
-        "profile": {name: value for name, value in profile.about.items() if name not in ("rules", "environment")},
-        "rules": [rule.describe() for rule in profile.library],
-        "dense_loss": dense,
-        "samples": cfg.samples,
-        "seq_length": length,
-        "settings": asdict(cfg),
-        "rows": rows,
-        "command": shlex.join(sys.argv),
-        "environment": environment(),
-    }
+            if cfg.layouts is not None:
+                row["file"] = _write(Path(cfg.layouts), point, layers, profile)
+            print(f"{point.describe()}: loss {loss:.4f} ({row['change']:+.4f})", flush=True)
+        rows.append(row)
+        if is_first:
+            _save(output, content)
+    content["dense_loss"], content["finished"] = rows[0]["loss"], True
     if is_first:
-        with replacing(output) as temporary:
-            temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        draw(output.with_suffix(".png"), content, profile.model.name)
-        Console(soft_wrap=True, width=120).print(_table(content))
+        _save(output, content)
+        draw_frontier(output.with_suffix(".png"), content, profile.model.name)
+        Console(soft_wrap=True, width=120).print(frontier_table(content))
         print(f"frontier {output} and {output.with_suffix('.png')}", flush=True)
     shutdown()
     return content
 
 
-def _read_request(cfg: FrontierConfig) -> tuple[Profile, Subject, Path]:
+def _read_request(cfg: FrontierConfig) -> tuple[Profile, Subject]:
     if Path(cfg.output).suffix != ".json":
         raise ConfigError("output", cfg.output, "is no .json file", "Name one, such as runs/semsa/frontier.json.")
-    output = check_output(cfg.output, cfg.overwrite, such="runs/semsa/frontier.json")
+    for name, folder in (("output", Path(cfg.output).parent), ("layouts", cfg.layouts)):
+        if folder is not None:
+            check_writable(name, folder)
     for name, least in (("samples", 1), ("draws", 0)):
         if getattr(cfg, name) < least:
             raise ConfigError(name, getattr(cfg, name), "too small", f"Set {name}={least} or more.")
@@ -131,72 +117,80 @@ def _read_request(cfg: FrontierConfig) -> tuple[Profile, Subject, Path]:
         hardware=detect_own(),
     )  # fmt: skip
     check_same_model(profile, weights_fingerprint(subject.checkpoint), cfg.profile, subject.checkpoint)
-    return profile, subject, output
+    return profile, subject
 
 
-def _layouts(cfg: FrontierConfig, profile: Profile) -> Iterator[tuple[str, float, Layers]]:
-    """Yield name, density and patterns of each layout that meets a density.
+def _start(cfg: FrontierConfig, profile: Profile, subject: Subject) -> dict[str, Any]:
+    """Return what the output holds, with the rows measured earlier by the same settings.
 
-    Layouts that can't meet it are left out.
+    Raises:
+        ConfigError: it holds what other settings measured, or the layouts' folder holds other layouts.
     """
-    model, candidates = profile.model, Candidates.of(profile)
-    group = group_size(model) if cfg.whole_groups else 1
-    share = candidates.density(profile.block_size, profile.seq_length)
-    costs = {name: profile.costs(name) for name in SUMS}
-    for density in sorted(cfg.densities):
-        for name, cost in costs.items():
-            if (found := solve(cost, [Budget(share, density)], group=group)) is not None:
-                yield name, density, candidates.of_heads(found.rules)
-        for name, layers in (("window", uniform_window(profile, density)), ("stripes", stripes(profile, density))):
-            if layers is not None:
-                yield name, density, layers
-        for rng in draws(cfg.draws, cfg.seed, density):
-            if (drawn := random_rules(profile, candidates, density, group, rng)) is not None:
-                yield "random", density, drawn
+    data = subject.cfg.data
+    content: dict[str, Any] = {
+        "checkpoint": str(subject.checkpoint),
+        "weights": profile.about["weights"],
+        "model": profile.model.name,
+        "profile": {name: value for name, value in profile.about.items() if name not in ("rules", "environment")},
+        "rules": [rule.describe() for rule in profile.library],
+        "data": {"path": data.path, "valid_path": data.valid_path, "split": data.split},
+        "samples": cfg.samples,
+        "seq_length": profile.seq_length,
+        "settings": asdict(cfg),
+        "layouts": cfg.layouts,
+        "finished": False,
+        "rows": [],
+        "command": shlex.join(sys.argv),
+        "environment": environment(),
+    }
+    output = Path(cfg.output)
+    earlier = read_frontier(output, "output") if output.exists() else None
+    if earlier is not None and not (cfg.overwrite and (earlier["finished"] or _others(earlier, content))):
+        if others := _others(earlier, content):
+            problem = f"exists, measured with another {', '.join(others)}"
+            raise ConfigError("output", output, problem, "Add overwrite=true, or set another file.")
+        content["rows"] = [row for row in earlier["rows"] if cfg.layouts is None or _has_file(row, Path(cfg.layouts))]
+        if content["rows"] and content["rows"][0]["layout"] != DENSE:
+            content["rows"] = []
+    if cfg.layouts is not None and not content["rows"] and not cfg.overwrite and earlier is None:
+        if there := sorted(Path(cfg.layouts).glob("*.yaml")):
+            raise ConfigError("layouts", cfg.layouts, f"holds {there[0].name}", "Set another folder.")
+    return content
 
 
-def _speedup(layers: Layers, profile: Profile) -> float:
+def _others(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Name what differs in a way that changes losses."""
+    asked = json.loads(json.dumps(now))
+    names = [name for name in ("weights", "profile", "rules", "data", "samples") if earlier.get(name) != asked[name]]
+    settings = asked["settings"]
+    return names + [
+        name
+        for name in settings
+        if name not in (*_MAY_DIFFER, *names) and earlier["settings"].get(name) != settings[name]
+    ]
+
+
+def _has_file(row: dict[str, Any], folder: Path) -> bool:
+    return "file" in row and (folder / row["file"]).is_file()
+
+
+def _write(folder: Path, point: Point, layers: Layers, profile: Profile) -> str:
+    """Write a point's layout, and return its file's name."""
+    path = folder / f"{point.name}.yaml"
+    comment = [f"{point.describe()}; of the frontier of {profile.about['checkpoint']}:", shlex.join(sys.argv)]
+    write_layout(path, layout_of(layers, profile), comment)
+    return path.name
+
+
+def _save(output: Path, content: dict[str, Any]) -> None:
+    with replacing(output) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _speedup(layers: Sequence[Sequence[Any]], profile: Profile) -> float:
     """Predict attention's speed-up over dense, forward and backward on one H100."""
     kinds = [LETTERS["D" if all(isinstance(head, Dense) for head in row) else "S"] for row in layers]
     size = profile.block_size
     found = tuple(LayerLayout(kind, tuple(row), size) for kind, row in zip(kinds, layers, strict=True))
     hybrid = HybridLayout(found, profile.block_size, profile.model.num_query_groups, find_schedule(ScheduleConfig()))
     return model_costs(profile.model, hybrid, profile.seq_length).attention_speedup
-
-
-def _table(content: dict[str, Any]) -> Table:
-    title = f"Change of the held-out loss (dense {content['dense_loss']:.4f}), without training"
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
-    budgets = sorted({row["budget"] for row in content["rows"]})
-    table.add_column("density")
-    for budget in budgets:
-        table.add_column(f"{budget:g}", justify="right")
-    for name, title in _NAMES.items():
-        cells = []
-        for budget in budgets:
-            own = [row["change"] for row in content["rows"] if row["layout"] == name and row["budget"] == budget]
-            spread = f" ({min(own):+.3f} to {max(own):+.3f})" if len(own) > 1 else ""
-            cells.append(f"{sum(own) / len(own):+.4f}{spread}" if own else "–")
-        table.add_row(title, *cells)
-    return table
-
-
-def draw(path: Path, content: dict[str, Any], title: str) -> None:
-    """Draw the change of the loss over the density."""
-    sheet = Sheet(7.4, 4.8)
-    FigureCanvasAgg(sheet.figure)
-    sheet.text(0.45, 0.2, f"{title}: loss against density, without training", size=12, bold=True)
-    tokens, dense = content["seq_length"], content["dense_loss"]
-    sheet.text(0.45, 0.5, f"{tokens:,} tokens, {content['samples']} held-out samples; dense {dense:.4f}", colour=GREY)
-    axes = sheet.axes(0.85, 0.9, 6.2, 3.3)
-    for number, (name, label) in enumerate(_NAMES.items()):
-        own = [row for row in content["rows"] if row["layout"] == name]
-        if own:
-            curve(axes, own, "density", "change", label, number, "." if name == "random" else "o-")
-    axes.axhline(0, color="#BBBBBB", linewidth=0.8, zorder=0)
-    axes.set_xlabel("density: share of causal positions that heads keep", fontsize=8.5, color=GREY)
-    axes.set_ylabel("change of the held-out loss (nats per token)", fontsize=8.5, color=GREY)
-    axes.legend(frameon=False, fontsize=8)
-    plain(axes, 8)
-    with replacing(path) as temporary:
-        sheet.figure.savefig(temporary, format="png")

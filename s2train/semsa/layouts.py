@@ -1,7 +1,7 @@
 """Turns each head's rule into densities and into a run's layout."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,18 @@ from s2train.attention.hybrid import HybridLayout, build_hybrid_layout
 from s2train.config import LayoutConfig, PatternConfig, ScheduleConfig
 from s2train.files import replacing
 from s2train.layouts.counting import kept_positions
-from s2train.layouts.patterns import Pattern
+from s2train.layouts.patterns import Dense, GlobalBlocks, LocalVertical, Pattern, SlidingWindow, Span
 from s2train.semsa.profile import Profile
 from s2train.semsa.rules import pattern_of
 
 Settings = dict[str, Any]
+_KINDS: dict[type[Pattern], str] = {
+    Dense: "dense",
+    GlobalBlocks: "global_blocks",
+    LocalVertical: "local_vertical",
+    SlidingWindow: "sliding_window",
+    Span: "span",
+}
 
 
 @dataclass(frozen=True)
@@ -96,6 +103,26 @@ def layout_settings(candidates: Candidates, rules: np.ndarray, block_size: int) 
     return LayoutConfig("S", block_size, pattern)
 
 
+def settings_of(pattern: Pattern) -> Settings:
+    """Return the settings of a pattern that a rule or a baseline made."""
+    values = asdict(pattern)  # type: ignore[call-overload]  # patterns are dataclasses
+    if "blocks" in values:
+        values["globals"] = list(values.pop("blocks"))
+    return {"kind": _KINDS[type(pattern)], **values}
+
+
+def layout_of(layers: Sequence[Sequence[Pattern]], profile: Profile) -> LayoutConfig:
+    """Make a run's layout of each head's pattern, for the profiled model and length."""
+    if all(isinstance(pattern, Dense) for row in layers for pattern in row):
+        return LayoutConfig("D", profile.block_size)
+    numbers: dict[Pattern, int] = {}
+    heads = [[numbers.setdefault(pattern, len(numbers)) for pattern in row] for row in layers]
+    rules = [settings_of(pattern) for pattern in numbers]
+    layout = LayoutConfig("S", profile.block_size, PatternConfig("per_head", rules=rules, heads=heads))
+    complete = sees_everything(build_layout(layout, profile), [profile.seq_length])
+    return layout if complete else replace(layout, allow_partial_coverage=True)
+
+
 def build_layout(layout: LayoutConfig, profile: Profile) -> HybridLayout:
     """Build the layout for the profiled model."""
     model = profile.model
@@ -119,10 +146,11 @@ def write_layout(path: Path, layout: LayoutConfig, comment: Sequence[str]) -> No
     flow += [f"layers: {layout.layers}", f"block_size: {layout.block_size}"]
     if layout.allow_partial_coverage:
         flow.append("allow_partial_coverage: true")
-    flow += ["pattern:", "  kind: per_head", "  rules:"]
-    flow += [f"  - {_flow(settings)}" for settings in layout.pattern.rules]
-    flow += ["  heads:  # by layer: the number in `rules` of each head, counted from 0"]
-    flow += [f"  - {_flow(row)}" for row in layout.pattern.heads]
+    if layout.pattern.kind == "per_head":
+        flow += ["pattern:", "  kind: per_head", "  rules:"]
+        flow += [f"  - {_flow(settings)}" for settings in layout.pattern.rules]
+        flow += ["  heads:  # by layer: the number in `rules` of each head, counted from 0"]
+        flow += [f"  - {_flow(row)}" for row in layout.pattern.heads]
     with replacing(path) as temporary:
         temporary.write_text("\n".join(flow) + "\n", encoding="utf-8")
 

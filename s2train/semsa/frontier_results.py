@@ -1,0 +1,72 @@
+"""Reads a frontier's file, and shows it as a table and a picture."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from rich import box
+from rich.table import Table
+
+from s2train.errors import ConfigError
+from s2train.files import replacing
+from s2train.pictures.style import GREY, Sheet, plain
+from s2train.semsa.frontier_points import DENSE, NAMES
+from s2train.semsa.pictures import curve
+
+
+def read_frontier(path: Path, setting: str) -> dict[str, Any]:
+    """Read a file of launch/layout_frontier.py, finished or not.
+
+    Raises:
+        ConfigError: on `setting`; there is no such file, or it is none of these.
+    """
+    remedy = "Name a .json file that launch/layout_frontier.py wrote."
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if not {"weights", "settings", "rows", "finished"} <= content.keys():
+            raise ValueError("it lacks rows, or whether it is finished")
+    except FileNotFoundError as error:
+        raise ConfigError(setting, path, "there is no such file", remedy) from error
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(setting, path, f"is no frontier ({error})", remedy) from error
+    return content
+
+
+def frontier_table(content: dict[str, Any]) -> Table:
+    """Return the changes of the loss by layout and density."""
+    title = f"Change of the held-out loss (dense {content['dense_loss']:.4f}), without training"
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+    budgets = sorted({row["budget"] for row in content["rows"] if row["layout"] != DENSE})
+    table.add_column("density")
+    for budget in budgets:
+        table.add_column(f"{budget:g}", justify="right")
+    for name, label in NAMES.items():
+        cells = []
+        for budget in budgets:
+            own = [row["change"] for row in content["rows"] if row["layout"] == name and row["budget"] == budget]
+            spread = f" ({min(own):+.3f} to {max(own):+.3f})" if len(own) > 1 else ""
+            cells.append(f"{sum(own) / len(own):+.4f}{spread}" if own else "–")
+        table.add_row(label, *cells)
+    return table
+
+
+def draw_frontier(path: Path, content: dict[str, Any], title: str) -> None:
+    """Draw the change of the loss over the density."""
+    sheet = Sheet(7.4, 4.8)
+    FigureCanvasAgg(sheet.figure)
+    sheet.text(0.45, 0.2, f"{title}: loss against density, without training", size=12, bold=True)
+    tokens, dense = content["seq_length"], content["dense_loss"]
+    sheet.text(0.45, 0.5, f"{tokens:,} tokens, {content['samples']} held-out samples; dense {dense:.4f}", colour=GREY)
+    axes = sheet.axes(0.85, 0.9, 6.2, 3.3)
+    for number, (name, label) in enumerate(NAMES.items()):
+        own = [row for row in content["rows"] if row["layout"] == name]
+        if own:
+            curve(axes, own, "density", "change", label, number, "." if name == "random" else "o-")
+    axes.axhline(0, color="#BBBBBB", linewidth=0.8, zorder=0)
+    axes.set_xlabel("density: share of causal positions that heads keep", fontsize=8.5, color=GREY)
+    axes.set_ylabel("change of the held-out loss (nats per token)", fontsize=8.5, color=GREY)
+    axes.legend(frameon=False, fontsize=8)
+    plain(axes, 8)
+    with replacing(path) as temporary:
+        sheet.figure.savefig(temporary, format="png")
