@@ -23,6 +23,7 @@ NAMES = {
     "window": "uniform window and a sink",
     "stripes": "S2 stripes",
 }
+TRAINED = ("squared", "mass", "random", "window", "stripes")  # those whose training is continued by default
 
 
 @dataclass(frozen=True)

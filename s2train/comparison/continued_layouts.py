@@ -1,0 +1,262 @@
+"""Plans and records runs that continue a dense checkpoint under a frontier's layouts.
+
+Each run has the dense run's settings, but for its layout. Its learning rate follows the dense run's schedule, past whose
+end it stays at its lowest. The dense layout itself continues too, as the control.
+"""
+
+import json
+import statistics
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+from filelock import FileLock, Timeout
+
+from s2train.checkpoints.folders import find_checkpoint, read_config, read_progress
+from s2train.config import PlanConfig, PretrainConfig
+from s2train.environment.provenance import environment
+from s2train.errors import ConfigError
+from s2train.files import replacing
+from s2train.semsa.frontier_points import DENSE, NAMES, Point
+from s2train.semsa.frontier_results import read_frontier
+from s2train.training.records import read_records
+
+RESULTS = "continued.json"
+_SETTINGS = "continued"  # name of the runs' settings
+_HEADER = """\
+# The settings that all these runs share: those of the dense run, continued.
+defaults:
+  - pretrain_schema
+  - layout: dense
+  - _self_
+  - override hydra/job_logging: disabled
+  - override hydra/hydra_logging: disabled
+
+hydra:
+  output_subdir: null
+  run:
+    dir: .
+
+"""
+
+
+@dataclass(frozen=True)
+class Study:
+    """Runs that continue one checkpoint.
+
+    Attributes:
+        frontier: content of the frontier's file.
+        checkpoint: the dense checkpoint.
+        first: its step.
+        steps: further ones.
+        folder: of settings, runs and results.
+        settings: further settings of launch/pretrain.py.
+    """
+
+    frontier: dict[str, Any]
+    checkpoint: Path
+    first: int
+    steps: int
+    folder: Path
+    settings: tuple[str, ...] = ()
+
+    @property
+    def last(self) -> int:
+        return self.first + self.steps
+
+    @property
+    def results(self) -> Path:
+        return self.folder / RESULTS
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """One run: a point of the frontier, with its row and layout file."""
+
+    point: Point
+    row: dict[str, Any]
+    file: Path
+
+    @property
+    def name(self) -> str:
+        return self.point.name
+
+
+def read_study(frontier: Path, folder: Path, steps: int, settings: Sequence[str] = ()) -> Study:
+    """Read what a study starts from.
+
+    Raises:
+        ConfigError: the frontier, its checkpoint or its layouts are missing, or the folder holds another study.
+    """
+    if steps < 1:
+        raise ConfigError("steps", steps, "too few", "Set --steps 200.")
+    content = read_frontier(frontier, "frontier")
+    if content.get("layouts") is None:
+        problem = "its layouts were not written"
+        raise ConfigError("frontier", frontier, problem, "Measure it with layouts=FOLDER.")
+    checkpoint = find_checkpoint(content["checkpoint"], "frontier")
+    study = Study(content, checkpoint, read_progress(checkpoint).step, steps, folder, tuple(settings))
+    if study.results.is_file():
+        earlier, now = json.loads(study.results.read_text()), _about(study)
+        if others := [name for name in now if earlier.get(name) != now[name]]:
+            problem = f"{study.results} holds runs with another {', '.join(others)}"
+            raise ConfigError("output", folder, problem, "Set another folder.")
+    return study
+
+
+def continuations(
+    study: Study, densities: Sequence[float] | None, layouts: Sequence[str], draws: int
+) -> list[Continuation]:
+    """Return the runs at these densities, dense first.
+
+    Args:
+        densities: None: all of the frontier.
+        draws: random layouts at each density.
+    Raises:
+        ConfigError: the frontier has no such density or layout, or a layout file is missing.
+    """
+    rows, folder = study.frontier["rows"], Path(study.frontier["layouts"])
+    there = sorted({row["budget"] for row in rows if row["layout"] != DENSE})
+    if densities is not None and (beyond := [density for density in densities if density not in there]):
+        known = ", ".join(f"{density:g}" for density in there)
+        raise ConfigError("densities", beyond[0], "not in the frontier", f"It has {known}.")
+    if unknown := [name for name in layouts if name not in NAMES]:
+        raise ConfigError("layouts", unknown[0], "unknown", f"There are {', '.join(NAMES)}.")
+    found = []
+    for wanted in [(DENSE, None), *((name, density) for density in densities or there for name in layouts)]:
+        own = [row for row in rows if row["layout"] == wanted[0] and wanted[1] in (None, row["budget"])]
+        for row in own[:draws] if wanted[0] == "random" else own:
+            point = Point(row["layout"], row["budget"], row["draw"])
+            if not (file := folder / row.get("file", f"{point.name}.yaml")).is_file():
+                problem = f"{file} is missing"
+                raise ConfigError("frontier", study.frontier["layouts"], problem, "Measure the frontier again.")
+            found.append(Continuation(point, row, file))
+    return found
+
+
+def write_settings(study: Study) -> None:
+    """Write the settings that all runs share."""
+    cfg = continued_settings(read_config(study.checkpoint), study)
+    settings = asdict(cfg)
+    del settings["layout"]  # each run's own
+    with replacing(study.folder / f"{_SETTINGS}.yaml") as temporary:
+        temporary.write_text(_HEADER + yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+
+
+def continued_settings(trained: PretrainConfig, study: Study) -> PretrainConfig:
+    """Return the dense run's settings, for further steps."""
+    optim, last = trained.optim, study.last
+    decay_steps = None if optim.decay_style == "constant" else optim.decay_steps or trained.train.steps
+    return replace(
+        trained,
+        train=replace(trained.train, steps=last, exit_step=None, tokens=None),
+        optim=replace(optim, decay_steps=decay_steps, decay_tokens=None, warmup_tokens=None, wsd_decay_tokens=None),
+        checkpoint=replace(
+            trained.checkpoint,
+            interval=last,
+            resume=str(study.checkpoint),
+            new_data=True,
+            weights_only=False,
+            allow_changes=True,
+            keep=1,
+            keep_every=None,
+        ),
+        evaluation=replace(trained.evaluation, interval=last),
+        tracking=replace(trained.tracking, log_interval=1, name=None),
+        plan=PlanConfig(),
+    )
+
+
+def run_folder(study: Study, run: Continuation) -> Path:
+    """Folder of a run."""
+    return study.folder / "runs" / run.name
+
+
+def arguments(study: Study, run: Continuation) -> list[str]:
+    """Arguments of launch/pretrain.py."""
+    own = [f"layout=file:{run.file}", f"run_dir={run_folder(study, run)}"]
+    return ["--config-dir", str(study.folder.absolute()), "--config-name", _SETTINGS, *own, *study.settings]
+
+
+@contextmanager
+def claimed(study: Study, run: Continuation) -> Iterator[bool]:
+    """Claim a run, and yield whether it is due.
+
+    It is not if its result is there, or another process runs it.
+    """
+    folder = study.folder / "locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / f"{run.name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield not is_recorded(study, run)
+    finally:
+        lock.release()
+
+
+def is_recorded(study: Study, run: Continuation) -> bool:
+    """Whether a run's result is there."""
+    return any(row["file"] == run.file.name for row in read_results(study.folder)["rows"])
+
+
+def is_trained(study: Study, run: Continuation) -> bool:
+    """Whether a run has measured its last held-out loss."""
+    metrics = run_folder(study, run) / "metrics.jsonl"
+    return metrics.is_file() and any(
+        record.get("step") == study.last and record.get("held_out_loss") is not None for record in read_records(metrics)
+    )
+
+
+def record(study: Study, run: Continuation) -> dict[str, Any]:
+    """Add a finished run's losses to the results."""
+    reports = {
+        record["step"]: record
+        for record in read_records(run_folder(study, run) / "metrics.jsonl")
+        if "event" not in record and record.get("step", 0) > study.first
+    }
+    losses = [reports[step]["loss"] for step in sorted(reports)]
+    last = reports[study.last]
+    row = {
+        **{name: run.row[name] for name in ("layout", "budget", "draw", "density")},
+        "file": run.file.name,
+        "steps": study.steps,
+        "first_loss": losses[0],
+        "last_loss": statistics.fmean(losses[-max(1, len(losses) // 10) :]),
+        "held_out_loss": last["held_out_loss"],
+        "held_out_long": last.get("held_out_long"),
+        "step_time_s": statistics.median(report["step_time_s"] for report in reports.values()),
+        "lr": last["lr"],
+        "losses": losses,
+    }
+    with FileLock(study.folder / "locks" / "record.lock"):
+        rows = [other for other in read_results(study.folder)["rows"] if other["file"] != row["file"]]
+        content = {**_about(study), "rows": [*rows, row], "environment": environment()}
+        with replacing(study.results) as temporary:
+            temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return row
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """Read the finished runs; none if there is no file."""
+    path = folder / RESULTS
+    if not path.is_file():
+        return {"rows": []}
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+def _about(study: Study) -> dict[str, Any]:
+    return {
+        "checkpoint": str(study.checkpoint),
+        "weights": study.frontier["weights"],
+        "first_step": study.first,
+        "steps": study.steps,
+        "settings": list(study.settings),
+    }
