@@ -1,7 +1,7 @@
 """Plans and records runs that continue a dense checkpoint under a frontier's layouts.
 
-Each run has the dense run's settings, but for its layout. Its learning rate follows the dense run's schedule, past whose
-end it stays at its lowest. The dense layout itself continues too, as the control.
+Each run has the dense run's settings, but for its layout. Its learning rate follows the dense run's schedule, and stays
+at its lowest past the schedule's end. The dense layout continues too, as the control.
 """
 
 import json

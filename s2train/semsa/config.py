@@ -13,7 +13,9 @@ from s2train import config
 class CalibrationDataConfig:
     """Text to profile and evaluate a checkpoint on; None: its run's."""
 
-    path: Any = None  # datasets, as in a run's data.path; held-out data are then `valid_path`, or divided off by `split`
+    path: Any = (
+        None  # datasets, as in a run's data.path; held-out data are then `valid_path`, or divided off by `split`
+    )
     valid_path: Any = None  # datasets to evaluate on, as in a run's data.valid_path
     split: Any = None  # weights of train and held-out data: profiles take the former, evaluations the latter
     tokenizer: str | None = None  # where the run's tokenizer.json was moved to

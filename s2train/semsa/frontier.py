@@ -152,9 +152,10 @@ def _start(cfg: FrontierConfig, profile: Profile, subject: Subject) -> dict[str,
         content["rows"] = [row for row in earlier["rows"] if cfg.layouts is None or _has_file(row, Path(cfg.layouts))]
         if content["rows"] and content["rows"][0]["layout"] != DENSE:
             content["rows"] = []
-    if cfg.layouts is not None and not content["rows"] and not cfg.overwrite and earlier is None:
-        if there := sorted(Path(cfg.layouts).glob("*.yaml")):
-            raise ConfigError("layouts", cfg.layouts, f"holds {there[0].name}", "Set another folder.")
+    if cfg.layouts is None or cfg.overwrite or earlier is not None:
+        return content
+    if there := sorted(Path(cfg.layouts).glob("*.yaml")):
+        raise ConfigError("layouts", cfg.layouts, f"holds {there[0].name}", "Set another folder.")
     return content
 
 

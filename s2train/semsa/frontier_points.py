@@ -23,7 +23,8 @@ NAMES = {
     "window": "uniform window and a sink",
     "stripes": "S2 stripes",
 }
-TRAINED = ("squared", "mass", "random", "window", "stripes")  # those whose training is continued by default
+# Those whose training is continued by default, and which pictures of several models show.
+TRAINED = ("squared", "mass", "random", "window", "stripes")
 
 
 @dataclass(frozen=True)
