@@ -88,7 +88,7 @@ def read_subject(
     if not 2 <= length <= trained.train.seq_length:
         problem = f"{path} was trained with {trained.train.seq_length:,} tokens, and does not know longer sequences"
         raise ConfigError("seq_length", length, problem, f"Set 2 to {trained.train.seq_length}.")
-    cfg = _with_data(trained, data, length, held_out, seed)
+    cfg = with_data(trained, data, length, held_out, seed)
     tokenizer = load_tokenizer(cfg.data.tokenizer, end_token=cfg.data.end_token)
     ensure_prepared(cfg)
     check_data(cfg, tokenizer)
@@ -105,7 +105,7 @@ def _check_dense(trained: PretrainConfig, path: Path) -> None:
         raise ConfigError("checkpoint", path, problem, "Profile a checkpoint that attends to whole sequences.")
 
 
-def _with_data(
+def with_data(
     trained: PretrainConfig, data: CalibrationDataConfig, seq_length: int, held_out: bool, seed: int
 ) -> PretrainConfig:
     own: dict[str, Any] = {"cache": data.cache}

@@ -52,7 +52,7 @@ def measure_frontier(cfg: FrontierConfig) -> dict[str, Any]:
         ConfigError: a setting can't work; before a process group exists, unless the checkpoint is damaged.
     """
     profile, subject = _read_request(cfg)
-    content = _start(cfg, profile, subject)
+    content = start(cfg, profile, subject)
     output, rows = Path(cfg.output), content["rows"]
     device = initialize(ParallelConfig(tp=cfg.tp), cfg.seed)
     is_first = os.environ.get("RANK", "0") == "0"
@@ -87,10 +87,10 @@ def measure_frontier(cfg: FrontierConfig) -> dict[str, Any]:
             print(f"{point.describe()}: loss {loss:.4f} ({row['change']:+.4f})", flush=True)
         rows.append(row)
         if is_first:
-            _save(output, content)
+            save(output, content)
     content["dense_loss"], content["finished"] = rows[0]["loss"], True
     if is_first:
-        _save(output, content)
+        save(output, content)
         draw_frontier(output.with_suffix(".png"), content, profile.model.name)
         Console(soft_wrap=True, width=120).print(frontier_table(content))
         print(f"frontier {output} and {output.with_suffix('.png')}", flush=True)
@@ -120,7 +120,7 @@ def _read_request(cfg: FrontierConfig) -> tuple[Profile, Subject]:
     return profile, subject
 
 
-def _start(cfg: FrontierConfig, profile: Profile, subject: Subject) -> dict[str, Any]:
+def start(cfg: FrontierConfig, profile: Profile, subject: Subject) -> dict[str, Any]:
     """Return what the output holds, with the rows measured earlier by the same settings.
 
     Raises:
@@ -183,7 +183,7 @@ def _write(folder: Path, point: Point, layers: Layers, profile: Profile) -> str:
     return path.name
 
 
-def _save(output: Path, content: dict[str, Any]) -> None:
+def save(output: Path, content: dict[str, Any]) -> None:
     with replacing(output) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 

@@ -156,3 +156,22 @@ def test_the_frontier_keeps_budgets_and_changes_nothing_where_everything_is_kept
         elif row["layout"] == "window":
             assert abs(row["change"]) > 1e-6 * content["dense_loss"]
     assert output.with_suffix(".png").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_an_interrupted_frontier_resumes_and_measures_the_rest_alike(folder: Path, of_one_sample: Path) -> None:
+    pytest.importorskip("scipy", reason="the extra semsa is not installed")
+    output = folder / "resumed.json"
+    arguments = [f"checkpoint={folder / 'dense'}", f"profile={of_one_sample}", f"output={output}"]
+    arguments += ["samples=1", "densities=[0.7]", "draws=1", f"layouts={folder / 'layouts'}"]
+    assert run("layout_frontier.py", *arguments, cwd=folder).status == 0
+    whole = json.loads(output.read_text())
+    output.write_text(json.dumps(whole | {"rows": whole["rows"][:3], "finished": False}))
+    outcome = run("layout_frontier.py", *arguments, cwd=folder)
+    assert outcome.status == 0, outcome.err
+    assert "3 layouts are measured" in outcome.out
+    rest = json.loads(output.read_text())
+    assert rest["finished"]
+    untimed = [[{**row, "evaluation_seconds": 0} for row in content["rows"]] for content in (whole, rest)]
+    assert untimed[0] == untimed[1]
+    assert {row["file"] for row in rest["rows"]} == {path.name for path in (folder / "layouts").iterdir()}
