@@ -26,6 +26,7 @@ from s2train.training.records import read_records
 
 RESULTS = "continued.json"
 _SETTINGS = "continued"  # name of the runs' settings
+_NEW_ORDER = 1000  # added to the seed: with the dense run's, these runs would read its first batches once more
 _HEADER = """\
 # The settings that all these runs share: those of the dense run, continued.
 defaults:
@@ -166,6 +167,7 @@ def continued_settings(trained: PretrainConfig, study: Study) -> PretrainConfig:
         ),
         evaluation=replace(trained.evaluation, interval=last),
         tracking=replace(trained.tracking, log_interval=1, name=None),
+        seed=trained.seed + _NEW_ORDER,
         plan=PlanConfig(),
     )
 

@@ -143,9 +143,11 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def report(output: Path, folders: Sequence[Path]) -> Table:
+def report(output: Path, folders: Sequence[Path], title: str | None = None) -> Table:
     """Write the report of these folders, and return its table.
 
+    Args:
+        title: of the pictures; None: the model's name.
     Raises:
         ConfigError: a folder has no frontier, or two disagree in length or steps.
     """
@@ -163,7 +165,7 @@ def report(output: Path, folders: Sequence[Path]) -> Table:
     dense = [model.dense_times() for model in models]
     content = {
         "command": shlex.join(["python", "-m", "s2train.semsa.frontier_report", *sys.argv[1:]]),
-        "model": models[0].frontier["model"],
+        "model": title or models[0].frontier["model"],
         "seq_length": models[0].frontier["seq_length"],
         "samples": [model.frontier["samples"] for model in models],
         "steps": steps,
@@ -235,8 +237,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
     parser.add_argument("folders", type=Path, nargs="+")
+    parser.add_argument("--title", help="of the pictures; default: the model's name")
     given = parser.parse_args()
-    run_command(lambda: Console(width=160).print(report(given.output, given.folders)))
+    run_command(lambda: Console(width=160).print(report(given.output, given.folders, given.title)))
 
 
 if __name__ == "__main__":
