@@ -41,16 +41,22 @@ def draw_axes(path: Path, content: Mapping[str, Any]) -> None:
     _curves(axes, rows, "density")
     axes.set_xlabel("density: share of causal positions that heads keep", fontsize=8.5, color=GREY)
     axes.set_ylabel("change of the held-out loss (nats per token)", fontsize=8.5, color=GREY)
-    if is_timed:
-        axes = sheet.axes(7.7, 0.95, 6.0, 3.7)
-        _curves(axes, rows, "forward_backward_ms")
-        if times := [time["forward_backward_ms"] for time in dense if time]:
-            axes.axvline(statistics.fmean(times), color=DENSE_COLOUR, linewidth=1.2, linestyle=":", label="dense")
-        axes.set_xlabel("attention, forward and backward, all layers (ms, measured)", fontsize=8.5, color=GREY)
-        axes.set_xlim(left=0)
     handles, labels = axes.get_legend_handles_labels()
-    place = (0.5, 0.005)
-    sheet.figure.legend(handles, labels, loc="lower center", bbox_to_anchor=place, ncol=6, frameon=False, fontsize=8)
+    if is_timed:
+        second = sheet.axes(7.7, 0.95, 6.0, 3.7)
+        second.sharey(axes)
+        _curves(second, rows, "forward_backward_ms")
+        times = [time["forward_backward_ms"] for time in dense if time]
+        if times:
+            line = second.axvline(statistics.fmean(times), color=DENSE_COLOUR, linewidth=1.2, linestyle=":")
+            handles, labels = [*handles, line], [*labels, "dense"]
+        second.set_xlabel("attention, forward and backward, all layers (ms, measured)", fontsize=8.5, color=GREY)
+        longest = max([row["forward_backward_ms"] or 0 for row in rows] + times)
+        second.set_xlim(0, 1.05 * longest)
+    columns, place = 6 if is_timed else 3, (0.5, 0.005)
+    sheet.figure.legend(
+        handles, labels, loc="lower center", bbox_to_anchor=place, ncol=columns, frameon=False, fontsize=8
+    )
     with replacing(path) as temporary:
         sheet.figure.savefig(temporary, format="png")
 
@@ -72,7 +78,7 @@ def _curves(axes: Axes, rows: Sequence[Mapping[str, Any]], x: str) -> None:
             )  # fmt: skip
     axes.axhline(0, color="#BBBBBB", linewidth=0.8, zorder=0)
     axes.set_yscale("symlog", linthresh=_LINEAR)
-    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_major_formatter("{x:.3g}")
     plain(axes, 8)
 
 
