@@ -1,4 +1,6 @@
-"""Continue a dense checkpoint's training under each layout of a frontier, and under its own.
+"""Continue a dense checkpoint's training under each layout of a frontier.
+
+Dense attention continues too, as the control.
 
 python launch/continue_layouts.py runs/semsa/frontier.json runs/semsa/continued --densities 0.15 0.25 --steps 200
 

@@ -1,4 +1,4 @@
-"""Plans and records runs that continue a dense checkpoint under a frontier's layouts.
+"""Plans and records runs that continue a checkpoint under other layouts.
 
 Each run has the dense run's settings, but for its layout. Its learning rate follows the dense run's schedule, and stays
 at its lowest past the schedule's end. The dense layout continues too, as the control.
@@ -75,7 +75,7 @@ class Study:
 
 @dataclass(frozen=True)
 class Continuation:
-    """One run: a point of the frontier, with its row and layout file."""
+    """One run: a point of the frontier and its layout file."""
 
     point: Point
     row: dict[str, Any]

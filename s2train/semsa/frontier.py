@@ -121,7 +121,9 @@ def _read_request(cfg: FrontierConfig) -> tuple[Profile, Subject]:
 
 
 def start(cfg: FrontierConfig, profile: Profile, subject: Subject) -> dict[str, Any]:
-    """Return what the output holds, with the rows measured earlier by the same settings.
+    """Return what the output holds, with rows measured earlier.
+
+    They were measured with the same settings.
 
     Raises:
         ConfigError: it holds what other settings measured, or the layouts' folder holds other layouts.

@@ -1,4 +1,4 @@
-"""Draws merged frontiers: loss over density and time, and the chosen rules by head."""
+"""Draws merged frontiers over density and time, and chosen rules."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -23,9 +23,10 @@ _LINEAR = 0.01  # changes below it are drawn on a linear scale
 
 
 def draw_axes(path: Path, content: Mapping[str, Any]) -> None:
-    """Draw the change of the loss over density, and over attention time if it was measured.
+    """Draw the change of the loss over density and attention time.
 
-    Means over models, with bars from the lowest to the highest; open marks without training, filled ones after it.
+    Without times, over density alone. Marks are means over models, with bars from the lowest to the highest: open marks
+    without training, filled ones after it.
     """
     rows, dense = content["rows"], content["dense_times"]
     is_timed = any(row["forward_backward_ms"] is not None for row in rows)
@@ -87,14 +88,16 @@ def _budgets(rows: Sequence[Mapping[str, Any]]) -> list[float]:
 
 
 def _mean(rows: Sequence[Mapping[str, Any]], x: str, y: str) -> tuple[float, float, float, float]:
-    """Return means of x and y, and how far y reaches below and above."""
+    """Return means of x and y, and y's reach below and above."""
     values = [row[y] for row in rows]
     mean = statistics.fmean(values)
     return statistics.fmean(row[x] for row in rows), mean, mean - min(values), max(values) - mean
 
 
 def draw_spans(path: Path, content: Mapping[str, Any], chosen: Sequence[Mapping[float, Path]]) -> None:
-    """Draw each head's rule and share, a row for each density, a column for each model.
+    """Draw each head's rule and share.
+
+    A row is a density, a column a model.
 
     Args:
         chosen: layout files by density, of each model.
@@ -125,7 +128,7 @@ def draw_spans(path: Path, content: Mapping[str, Any], chosen: Sequence[Mapping[
 
 
 def read_layers(file: Path) -> tuple[list[list[Pattern]], int]:
-    """Read each head's pattern, by layer, and the block size of a layout file with rules for each head."""
+    """Read each head's pattern by layer, and the block size."""
     settings = yaml.safe_load(file.read_text(encoding="utf-8"))
     rules = [pattern_of(rule, settings["block_size"]) for rule in settings["pattern"]["rules"]]
     return [[rules[number] for number in row] for row in settings["pattern"]["heads"]], settings["block_size"]

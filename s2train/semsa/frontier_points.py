@@ -1,4 +1,4 @@
-"""The layouts that a frontier measures: chosen ones, and others at equal density."""
+"""Finds the layouts that a frontier measures: chosen ones and others."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Shows frontiers of one or more models: loss over density and over attention time.
+"""Shows frontiers of models: loss over density and attention time.
 
 python -m s2train.semsa.frontier_report OUTPUT FOLDER [FOLDER …]
 
@@ -36,7 +36,9 @@ _FIGURES = ("forward_ms", "forward_backward_ms")
 
 @dataclass(frozen=True)
 class Measured:
-    """A kind of layout at one density, of one model; means over its draws.
+    """A kind of layout at one density, of one model.
+
+    Its values are means over draws.
 
     Attributes:
         model: number of the model's folder.
@@ -86,7 +88,7 @@ class Model:
         return losses[0] if losses else None
 
     def dense_times(self) -> dict[str, float]:
-        """Return the times of the fastest dense attention; empty if none was timed."""
+        """Return the fastest dense attention's times; empty if none was timed."""
         length = self.frontier["seq_length"]
         every = [*self.times.get("dense", ()), *_named(self.times.get("rows", ()), f"{DENSE}.yaml")]
         timed = [row for row in every if row["length"] == length and row.get("forward_backward_ms") is not None]

@@ -1,4 +1,4 @@
-"""Reads a frontier's file, and shows it as a table and a picture."""
+"""Reads a frontier's file; shows it as a table and a picture."""
 
 import json
 from pathlib import Path

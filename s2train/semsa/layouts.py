@@ -104,7 +104,7 @@ def layout_settings(candidates: Candidates, rules: np.ndarray, block_size: int) 
 
 
 def settings_of(pattern: Pattern) -> Settings:
-    """Return the settings of a pattern that a rule or a baseline made."""
+    """Return the settings of a rule's or a baseline's pattern."""
     values = asdict(pattern)  # type: ignore[call-overload]  # patterns are dataclasses
     if "blocks" in values:
         values["globals"] = list(values.pop("blocks"))
@@ -112,7 +112,7 @@ def settings_of(pattern: Pattern) -> Settings:
 
 
 def layout_of(layers: Sequence[Sequence[Pattern]], profile: Profile) -> LayoutConfig:
-    """Make a run's layout of each head's pattern, for the profiled model and length."""
+    """Make a run's layout of each head's pattern."""
     if all(isinstance(pattern, Dense) for row in layers for pattern in row):
         return LayoutConfig("D", profile.block_size)
     numbers: dict[Pattern, int] = {}

@@ -46,7 +46,7 @@ def draw_heads(
     high: float,
     words: Sequence[Sequence[str]] = (),
 ) -> None:
-    """Draw a value of each head by layer, with a word of each if given."""
+    """Draw a value, and a word if given, for each head."""
     sheet.text(left, top, title, size=9.5, bold=True)
     axes = sheet.axes(left, top + 0.3, 3.9, 3.0)
     image = axes.imshow(values, aspect="auto", cmap="Blues", vmin=low, vmax=high, interpolation="nearest")
