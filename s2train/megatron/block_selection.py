@@ -14,6 +14,7 @@ from s2train.attention.selection.scorer import precise
 from s2train.attention.selection.targets import LOSSES, row_mass, sampled_positions
 from s2train.kernels.attention import Backend, block_sparse_attention
 from s2train.kernels.block_statistics import block_mass
+from s2train.kernels.block_statistics.blocks import rows_of_block
 from s2train.kernels.dispatch import kernels_in_use
 from s2train.kernels.topk_layout import Layout, TopKLayout
 from s2train.layouts.patterns import Dense
@@ -202,10 +203,9 @@ class BlockSelectionCoreAttention(CausalCoreAttention):
         target = block_mass(
             query, key, lse.detach(), block_size=size, softmax_scale=self.softmax_scale, backend=self.backend
         )
-        tokens = torch.full((num_blocks,), size, device=query.device)
-        tokens[-1] = length - (num_blocks - 1) * size
         rows = torch.arange(num_blocks, device=query.device)
-        return self.learn(out, target, scores, indices, rows, tokens / length)
+        share = rows_of_block(length, 0, size, query.device) / length
+        return self.learn(out, target, scores, indices, rows, share)
 
     def learn_from_sampled(
         self, out: Tensor, query: Tensor, key: Tensor, speakers: Tensor, features: Tensor, indices: Tensor

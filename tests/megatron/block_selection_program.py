@@ -1,14 +1,20 @@
 """Measures the core attention of block selection on one process; prints JSON."""
 
 import json
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from s2train.config import ParallelConfig
 from s2train.inference.cached_model import CachedModel
 from s2train.inference.kv_cache import kv_cache
+from s2train.megatron import block_selection
 from s2train.megatron.block_selection import BlockSelectionCoreAttention
 from s2train.megatron.selection_cache import cached_list
 from s2train.megatron.setup import initialize, shutdown
@@ -150,6 +156,67 @@ def unlogged() -> dict[str, Any]:
     return found
 
 
+class Waits(TorchDispatchMode):
+    """Notes the operators that let the host wait for a device: copies between the two.
+
+    Reading a number of a meta tensor raises an error.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        devices = {x.device.type for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)}
+        if len(devices) > 1:
+            self.found.append(str(func))
+        return out
+
+
+class Assignments(TorchFunctionMode):
+    """Notes numbers written to elements: on a GPU each is copied from the host, which waits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__setitem__ and not isinstance(args[2], Tensor):
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def waits() -> dict[str, list[str]]:
+    """What the host would wait for around the kernels, in a step of bfloat16 tensors of another device."""
+
+    def attend(query: Tensor, *_: Any, return_lse: bool = False, **__: Any) -> Any:
+        lse = query.new_empty(*query.permute(1, 2, 0, 3).shape[:3], dtype=torch.float32)
+        return (query * 1, lse) if return_lse else query * 1
+
+    def mass(query: Tensor, key: Tensor, *_: Any, block_size: int, **__: Any) -> Tensor:
+        count = -(-len(query) // block_size)
+        return key.new_empty(key.shape[1], key.shape[2], count, count, dtype=torch.float32)
+
+    def positions(length: int, count: int, seed: int, device: torch.device) -> Tensor:
+        return torch.empty(count, dtype=torch.int64, device=device)  # there is no random generator
+
+    found = {}
+    stubs = {"block_sparse_attention": attend, "block_mass": mass, "sampled_positions": positions}
+    with mock.patch.multiple(block_selection, kernels_in_use=mock.Mock(), **stubs):
+        for name in ("moba", "index", "sea"):
+            core = make(scorer=name, warm_up_steps=1)[2].to("meta", torch.bfloat16)
+            core.cache = SimpleNamespace(get=lambda *_: None)  # type: ignore[assignment]
+            for phase, step in (("warm-up", 1), ("selected", 2)):
+                core.step, core.is_logged = step, True
+                leaves = [x.to("meta", torch.bfloat16).requires_grad_() for x in inputs()]
+                with Assignments() as numbers, Waits() as copies:
+                    out = core(*leaves, None)
+                    out.backward(torch.empty_like(out))
+                found[f"{name}, {phase}"] = numbers.found + copies.found
+    return found
+
+
 @torch.no_grad()
 def reads() -> dict[str, Any]:
     """Bytes that a decoding step reads: as told, and of the pages that its lists name."""
@@ -179,6 +246,7 @@ def main() -> None:
         "short": short(),
         "recall": recall_of_all(),
         "unlogged": unlogged(),
+        "waits": waits(),
         "reads": reads(),
     }
     shutdown()

@@ -64,6 +64,12 @@ def test_a_scorer_that_learns_nothing_computes_recall_in_logged_steps_alone(meas
     assert all(all(case["same"]) for case in found.values())
 
 
+def test_a_step_never_waits_for_the_device(measured: dict[str, Any]) -> None:
+    assert measured["waits"] == {
+        f"{name}, {phase}": [] for name in ("moba", "index", "sea") for phase in ("warm-up", "selected")
+    }
+
+
 def test_a_decoding_step_reads_the_listed_pages_and_a_small_state(measured: dict[str, Any]) -> None:
     found = measured["reads"]
     assert found["pages"] + found["own"] < found["told"] <= found["pages"] + found["own"] + found["state"]
