@@ -47,7 +47,7 @@ def block_sparse_attention(
     format: Format = "sbhd",
     return_lse: bool = False,
     backend: Backend = "auto",
-    split_columns: bool = False,
+    split_columns: bool = True,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute softmax(scale * q k^T) v over a layout's block pairs.
 
@@ -72,7 +72,7 @@ def block_sparse_attention(
         backend: see `resolve_backend`; `kernels_in_use` returns the kernels that a call runs.
         split_columns: let several programs compute dk and dv of a key block that many queries keep. Results are as
             deterministic as without. It takes up to 350 KB of device memory for each multiprocessor (at d = 128), and
-            changes nothing where no block is kept that often, nor with cu_seqlens. False until it has run on a GPU.
+            changes nothing where no block is kept that often, nor with cu_seqlens.
 
     Returns:
         Output with q's shape and d_v in place of d, contiguous. With `return_lse` also the log-sum-exp, float32

@@ -26,7 +26,7 @@ class AttentionSpec:
     cu_seqlens: Tensor | None
     format: Format
     portable: bool = False  # never use kernels for one kind of GPU
-    split_columns: bool = False  # let several programs compute dk and dv of a key block that many queries keep
+    split_columns: bool = True  # let several programs compute dk and dv of a key block that many queries keep
 
 
 def to_bhsd(x: Tensor, format: Format) -> Tensor:

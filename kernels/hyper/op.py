@@ -44,7 +44,7 @@ def hyper_attention(
     format: Format = "sbhd",
     return_lse: bool = False,
     backend: Backend = "auto",
-    split_columns: bool = False,
+    split_columns: bool = True,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Estimate softmax attention from exact keys, buckets of similar keys, and samples.
 
