@@ -55,7 +55,7 @@ class ProfileAttentionConfig:
     seq_length: int | None = None  # tokens of a sequence; None: the run's train.seq_length
     block_size: int | None = None  # tokens of a block; None: the run's layout.block_size
     labels: str = "sampled"  # sampled (from the model's own output, softened by `temperature`), or data (next tokens)
-    temperature: float = 4.0  # logits are divided by it before labels are sampled
+    temperature: float = 1.0  # logits are divided by it before labels are sampled
     precision: str | None = None  # bf16, fp32; None: the run's
     recompute: bool = False  # compute each layer's activations again in the backward pass: slower, less memory
     save_interval: int = 8  # samples per data parallel rank after which sums are saved, to resume from
