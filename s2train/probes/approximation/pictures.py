@@ -9,9 +9,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from s2train.files import replacing
+from s2train.training.plots import COLOURS
 
-# Okabe and Ito's palette, distinguishable with any kind of colour vision
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_STYLES = ("-", "--", ":")  # of curves whose colours repeat
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,10 @@ def draw_curves(
     FigureCanvasAgg(figure)
     for number, panel in enumerate(panels):
         axes: Axes = figure.add_subplot(1, len(panels), number + 1)
-        for (name, curve), colour in zip(panel.curves.items(), _COLOURS * len(panel.curves), strict=False):
-            axes.plot(list(curve), list(curve.values()), marker="o", markersize=4, color=colour, label=name)
+        for place, (name, curve) in enumerate(panel.curves.items()):
+            repeat, hue = divmod(place, len(COLOURS))
+            look = {"color": COLOURS[hue], "linestyle": _STYLES[repeat % len(_STYLES)]}
+            axes.plot(list(curve), list(curve.values()), marker="o", markersize=4, label=name, **look)
         if level is not None and number == 0:
             axes.axhline(level, color="#777777", linestyle="--", linewidth=1.2, label="unchanged")
         axes.set_xscale("log", base=2)
@@ -54,6 +56,6 @@ def draw_curves(
         axes.set_ylabel(panel.ordinate)
         axes.grid(color="#E5E5E5", linewidth=0.8)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=9)
+        axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png")
