@@ -48,18 +48,18 @@ def continue_layouts(given: argparse.Namespace) -> None:
     """
     from s2train.comparison.continued_layouts import (  # imports Megatron: slow
         arguments,
+        begin,
         claimed,
         continuations,
         is_recorded,
         is_trained,
         read_study,
         record,
-        write_settings,
     )
 
     study = read_study(given.frontier, given.output, given.steps, given.settings)
     runs = continuations(study, given.densities, given.layouts, given.draws)
-    write_settings(study)
+    begin(study)
     deadline = Deadline(given.minutes, {} if given.gpu is None else {"CUDA_VISIBLE_DEVICES": given.gpu})
     for run in runs:
         with claimed(study, run) as is_due:

@@ -19,7 +19,8 @@ from s2train.checkpoints.folders import find_checkpoint, read_config, read_progr
 from s2train.config import PlanConfig, PretrainConfig
 from s2train.environment.provenance import environment
 from s2train.errors import ConfigError
-from s2train.files import replacing
+from s2train.files import check_writable, replacing
+from s2train.needles.results import weights_fingerprint
 from s2train.semsa.frontier_points import DENSE, NAMES, Point
 from s2train.semsa.frontier_results import read_frontier
 from s2train.training.records import read_records
@@ -90,22 +91,44 @@ def read_study(frontier: Path, folder: Path, steps: int, settings: Sequence[str]
     """Read what a study starts from.
 
     Raises:
-        ConfigError: the frontier, its checkpoint or its layouts are missing, or the folder holds another study.
+        ConfigError: the frontier, its checkpoint or its layouts are missing, the checkpoint has other weights, or the
+            folder can't be written or holds another study.
     """
     if steps < 1:
         raise ConfigError("steps", steps, "too few", "Set --steps 200.")
+    check_writable("output", folder)
     content = read_frontier(frontier, "frontier")
     if content.get("layouts") is None:
         problem = "its layouts were not written"
         raise ConfigError("frontier", frontier, problem, "Measure it with layouts=FOLDER.")
     checkpoint = find_checkpoint(content["checkpoint"], "frontier")
+    if (weights := weights_fingerprint(checkpoint)) != content["weights"]:
+        problem = f"is of weights {content['weights']}, and {checkpoint} now has others ({weights})"
+        raise ConfigError("frontier", frontier, problem, "Profile this checkpoint, and measure its frontier.")
     study = Study(content, checkpoint, read_progress(checkpoint).step, steps, folder, tuple(settings))
+    _check_same_study(study)
+    return study
+
+
+def begin(study: Study) -> None:
+    """Write the settings that all runs share, and what the results are of.
+
+    Raises:
+        ConfigError: the folder holds another study, which another process began.
+    """
+    with _recording(study):
+        _check_same_study(study)
+        if not study.results.is_file():
+            _write_rows(study, [])
+        write_settings(study)
+
+
+def _check_same_study(study: Study) -> None:
     if study.results.is_file():
         earlier, now = json.loads(study.results.read_text()), _about(study)
         if others := [name for name in now if earlier.get(name) != now[name]]:
             problem = f"{study.results} holds runs with another {', '.join(others)}"
-            raise ConfigError("output", folder, problem, "Set another folder.")
-    return study
+            raise ConfigError("output", study.folder, problem, "Set another folder.")
 
 
 def continuations(
@@ -237,12 +260,23 @@ def record(study: Study, run: Continuation) -> dict[str, Any]:
         "lr": last["lr"],
         "losses": losses,
     }
-    with FileLock(study.folder / "locks" / "record.lock"):
+    with _recording(study):
         rows = [other for other in read_results(study.folder)["rows"] if other["file"] != row["file"]]
-        content = {**_about(study), "rows": [*rows, row], "environment": environment()}
-        with replacing(study.results) as temporary:
-            temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        _write_rows(study, [*rows, row])
     return row
+
+
+def _recording(study: Study) -> FileLock:
+    """Lock of the results."""
+    folder = study.folder / "locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    return FileLock(folder / "record.lock")
+
+
+def _write_rows(study: Study, rows: list[dict[str, Any]]) -> None:
+    content = {**_about(study), "rows": rows, "environment": environment()}
+    with replacing(study.results) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def read_results(folder: Path) -> dict[str, Any]:

@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 
 from s2train.comparison import continued_layouts as continued
+from s2train.checkpoints.folders import Progress, find_checkpoint
 from s2train.comparison.continued_layouts import Continuation, Study, continuations
 from s2train.config import PretrainConfig
 from s2train.errors import ConfigError
+from s2train.needles.results import weights_fingerprint
 from s2train.planning import compose_run
 from s2train.semsa.frontier_points import Point
 from tests.program import metrics, pretrain, run
@@ -147,11 +149,48 @@ def test_an_interrupted_run_is_not_taken_for_a_finished_one(study: Study) -> Non
     assert not continued.is_trained(study, dense)
 
 
+@pytest.fixture
+def readable(study: Study, tmp_path: Path) -> Path:
+    """The frontier's file, of a checkpoint that has weights and progress alone."""
+    checkpoint = tmp_path / "dense" / "checkpoints" / "iter_0000010"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "a.distcp").write_bytes(b"weights")
+    Progress(10, 40, {}, None).write(checkpoint / "progress.json")
+    known = {"checkpoint": str(tmp_path / "dense"), "weights": weights_fingerprint(checkpoint)}
+    path = tmp_path / "frontier.json"
+    path.write_text(json.dumps(study.frontier | known | {"settings": {}, "finished": True}))
+    return path
+
+
+def test_a_checkpoint_that_was_trained_anew_is_rejected(readable: Path, tmp_path: Path) -> None:
+    continued.read_study(readable, tmp_path / "out", 4)
+    (tmp_path / "dense" / "checkpoints" / "iter_0000010" / "a.distcp").write_bytes(b"others.")
+    with pytest.raises(ConfigError, match="^frontier=.*now has others"):
+        continued.read_study(readable, tmp_path / "out", 4)
+
+
+def test_an_output_that_is_no_folder_is_rejected(readable: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("")
+    with pytest.raises(ConfigError, match="^output=.*out is no folder"):
+        continued.read_study(readable, tmp_path / "out", 4)
+
+
+def test_settings_can_not_change_before_the_first_run_has_ended(
+    readable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(continued, "read_config", lambda checkpoint: trained())
+    continued.begin(continued.read_study(readable, tmp_path / "out", 4, ["optim.lr=1e-4"]))
+    with pytest.raises(ConfigError, match="^output=.*holds runs with another settings"):
+        continued.read_study(readable, tmp_path / "out", 4, ["optim.lr=1e-3"])
+
+
 @pytest.mark.slow
 def test_the_program_trains_each_layout_from_the_checkpoint_once(study: Study, tmp_path: Path) -> None:
     outcome = pretrain(tmp_path / "dense", "layout=dense", "layout.block_size=16", "train.steps=3", cwd=tmp_path)
     assert outcome.status == 0, outcome.err
+    weights = weights_fingerprint(find_checkpoint(tmp_path / "dense"))
     content = study.frontier | {"checkpoint": str(tmp_path / "dense"), "settings": {}, "finished": True}
+    content["weights"] = weights
     (tmp_path / "frontier.json").write_text(json.dumps(content))
     words = ["frontier.json", "out", "--densities", "0.25", "--layouts", "squared", "--steps", "2"]
     words += ["evaluation.batches=1", "--minutes", "3"]
