@@ -16,6 +16,8 @@ import yaml  # type: ignore[import-untyped]
 from filelock import FileLock, Timeout
 
 from s2train.checkpoints.folders import find_checkpoint, read_config, read_progress
+from s2train.command_line.layout_files import PREFIX
+from s2train.command_line.overrides import quoted
 from s2train.config import PlanConfig, PretrainConfig
 from s2train.environment.provenance import environment
 from s2train.errors import ConfigError
@@ -202,8 +204,8 @@ def run_folder(study: Study, run: Continuation) -> Path:
 
 def arguments(study: Study, run: Continuation) -> list[str]:
     """Arguments of launch/pretrain.py."""
-    own = [f"layout=file:{run.file}", f"run_dir={run_folder(study, run)}"]
-    return ["--config-dir", str(study.folder.absolute()), "--config-name", _SETTINGS, *own, *study.settings]
+    own = [f"layout={quoted(f'{PREFIX}{run.file}')}", f"run_dir={quoted(run_folder(study, run))}"]
+    return [f"--config-dir={study.folder.absolute()}", f"--config-name={_SETTINGS}", *own, *study.settings]
 
 
 @contextmanager

@@ -192,11 +192,11 @@ def test_the_program_trains_each_layout_from_the_checkpoint_once(study: Study, t
     content = study.frontier | {"checkpoint": str(tmp_path / "dense"), "settings": {}, "finished": True}
     content["weights"] = weights
     (tmp_path / "frontier.json").write_text(json.dumps(content))
-    words = ["frontier.json", "out", "--densities", "0.25", "--layouts", "squared", "--steps", "2"]
+    words = ["frontier.json", "out, a=1", "--densities", "0.25", "--layouts", "squared", "--steps", "2"]
     words += ["evaluation.batches=1", "--minutes", "3"]
     outcome = run("continue_layouts.py", *words, processes=0, cwd=tmp_path)
     assert outcome.status == 0, outcome.err
-    results = json.loads((tmp_path / "out" / "continued.json").read_text())
+    results = json.loads((tmp_path / "out, a=1" / "continued.json").read_text())
     assert [row["file"] for row in results["rows"]] == ["dense.yaml", "squared-0.25.yaml"]
     dense, sparse = results["rows"]
     assert dense["losses"] != sparse["losses"]
@@ -205,6 +205,6 @@ def test_the_program_trains_each_layout_from_the_checkpoint_once(study: Study, t
     again = run("continue_layouts.py", *words, processes=0, cwd=tmp_path)
     assert again.status == 0, again.err
     assert "pretrain.py" not in again.out
-    assert json.loads((tmp_path / "out" / "continued.json").read_text()) == results
+    assert json.loads((tmp_path / "out, a=1" / "continued.json").read_text()) == results
     longer = run("continue_layouts.py", *words[:-4], "3", *words[-3:], processes=0, cwd=tmp_path)
     assert "holds runs with another steps" in longer.err
