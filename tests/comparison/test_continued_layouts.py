@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from s2train.comparison import continued_layouts as continued
 from s2train.checkpoints.folders import Progress, find_checkpoint
+from s2train.comparison import continued_layouts as continued
 from s2train.comparison.continued_layouts import Continuation, Study, continuations
 from s2train.config import PretrainConfig
 from s2train.errors import ConfigError
@@ -165,13 +165,13 @@ def readable(study: Study, tmp_path: Path) -> Path:
 def test_a_checkpoint_that_was_trained_anew_is_rejected(readable: Path, tmp_path: Path) -> None:
     continued.read_study(readable, tmp_path / "out", 4)
     (tmp_path / "dense" / "checkpoints" / "iter_0000010" / "a.distcp").write_bytes(b"others.")
-    with pytest.raises(ConfigError, match="^frontier=.*now has others"):
+    with pytest.raises(ConfigError, match=r"^frontier=.*now has others"):
         continued.read_study(readable, tmp_path / "out", 4)
 
 
 def test_an_output_that_is_no_folder_is_rejected(readable: Path, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("")
-    with pytest.raises(ConfigError, match="^output=.*out is no folder"):
+    with pytest.raises(ConfigError, match=r"^output=.*out is no folder"):
         continued.read_study(readable, tmp_path / "out", 4)
 
 
@@ -180,7 +180,7 @@ def test_settings_can_not_change_before_the_first_run_has_ended(
 ) -> None:
     monkeypatch.setattr(continued, "read_config", lambda checkpoint: trained())
     continued.begin(continued.read_study(readable, tmp_path / "out", 4, ["optim.lr=1e-4"]))
-    with pytest.raises(ConfigError, match="^output=.*holds runs with another settings"):
+    with pytest.raises(ConfigError, match=r"^output=.*holds runs with another settings"):
         continued.read_study(readable, tmp_path / "out", 4, ["optim.lr=1e-3"])
 
 
