@@ -87,6 +87,21 @@ class ChooseLayoutConfig:
 
 
 @dataclass
+class FrontierNeedlesConfig:
+    """Needle retrieval under each layout, with the trials of `launch/needle.py`; for checkpoints that learned it."""
+
+    lengths: list[int] | None = None  # tokens, prompt and answer together, up to the profile's; None: no retrieval
+    task: str = "single"  # what is hidden and asked for, with the task's default settings; see s2train/needles/tasks.py
+    # text around the needles: noise (RULER's repeated sentences), bundled, a text file, or [file, …]
+    haystack: Any = "noise"
+    depths: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])  # as in launch/needle.py
+    depth_jitter: float = 0.05  # as in launch/needle.py
+    trials: int = 20  # per length and depth
+    batch_size: int = 1  # documents in one forward pass
+    seed: int = 1234  # seed of keys, values and the start in the haystack
+
+
+@dataclass
 class FrontierConfig:
     """A run of `launch/layout_frontier.py`."""
 
@@ -99,6 +114,7 @@ class FrontierConfig:
     data: CalibrationDataConfig = field(default_factory=CalibrationDataConfig)
     densities: list[float] = field(default_factory=lambda: [0.1, 0.15, 0.25, 0.4, 0.6])
     samples: int = 16  # held-out sequences, over all data parallel ranks
+    needles: FrontierNeedlesConfig = field(default_factory=FrontierNeedlesConfig)  # a second score beside the loss
     whole_groups: bool = True  # as in launch/choose_layout.py
     draws: int = 3  # random layouts at each density
     attention_backend: str = "auto"  # as in a run

@@ -37,10 +37,12 @@ from s2train.semsa.frontier_points import DENSE, Point, every_point, find_layers
 from s2train.semsa.frontier_results import draw_frontier, frontier_table, read_frontier
 from s2train.semsa.layouts import layout_of, write_layout
 from s2train.semsa.measuring import loss_per_token
+from s2train.semsa.needle_scores import Retrieval, needle_row
 from s2train.semsa.profile import Profile, check_same_model, load_profile
 
 # Settings that another start may have otherwise: they choose points, are compared by what they name, or change no loss.
-_MAY_DIFFER = ("checkpoint", "data", "densities", "draws", "layouts", "output", "overwrite", "profile", "tp")
+# Needles are compared by what determines their trials.
+_MAY_DIFFER = ("checkpoint", "data", "densities", "draws", "layouts", "needles", "output", "overwrite", "profile", "tp")
 
 
 def measure_frontier(cfg: FrontierConfig) -> dict[str, Any]:
@@ -51,8 +53,8 @@ def measure_frontier(cfg: FrontierConfig) -> dict[str, Any]:
     Raises:
         ConfigError: a setting can't work; before a process group exists, unless the checkpoint is damaged.
     """
-    profile, subject = _read_request(cfg)
-    content = start(cfg, profile, subject)
+    profile, subject, retrieval = _read_request(cfg)
+    content = start(cfg, profile, subject, retrieval)
     output, rows = Path(cfg.output), content["rows"]
     device = initialize(ParallelConfig(tp=cfg.tp), cfg.seed)
     is_first = os.environ.get("RANK", "0") == "0"
@@ -68,6 +70,7 @@ def measure_frontier(cfg: FrontierConfig) -> dict[str, Any]:
     )  # fmt: skip
     rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     texts = list(samples(subject, cfg.samples, held_out=True, rank=rank, ranks=ranks))
+    trials = [] if retrieval is None else retrieval.trials(rank, ranks)
     for point, layers in found:
         began = time.perf_counter()
         loss = loss_per_token(loaded.model, layers, texts, profile.seq_length, device)
@@ -81,10 +84,13 @@ def measure_frontier(cfg: FrontierConfig) -> dict[str, Any]:
             "evaluation_seconds": time.perf_counter() - began,
             "predicted_attention_speedup": _speedup(layers, profile),
         }
+        if retrieval is not None:
+            row |= needle_row(retrieval.score(loaded.model, layers, trials, device))
         if is_first:
             if cfg.layouts is not None:
                 row["file"] = _write(Path(cfg.layouts), point, layers, profile)
-            print(f"{point.describe()}: loss {loss:.4f} ({row['change']:+.4f})", flush=True)
+            found_needles = "" if retrieval is None else f", needles {row['needle_correct']}/{row['needle_trials']}"
+            print(f"{point.describe()}: loss {loss:.4f} ({row['change']:+.4f}){found_needles}", flush=True)
         rows.append(row)
         if is_first:
             save(output, content)
@@ -98,7 +104,7 @@ def measure_frontier(cfg: FrontierConfig) -> dict[str, Any]:
     return content
 
 
-def _read_request(cfg: FrontierConfig) -> tuple[Profile, Subject]:
+def _read_request(cfg: FrontierConfig) -> tuple[Profile, Subject, Retrieval | None]:
     if Path(cfg.output).suffix != ".json":
         raise ConfigError("output", cfg.output, "is no .json file", "Name one, such as runs/semsa/frontier.json.")
     for name, folder in (("output", Path(cfg.output).parent), ("layouts", cfg.layouts)):
@@ -117,10 +123,12 @@ def _read_request(cfg: FrontierConfig) -> tuple[Profile, Subject]:
         hardware=detect_own(),
     )  # fmt: skip
     check_same_model(profile, weights_fingerprint(subject.checkpoint), cfg.profile, subject.checkpoint)
-    return profile, subject
+    return profile, subject, Retrieval.read(cfg.needles, subject.tokenizer, profile.seq_length)
 
 
-def start(cfg: FrontierConfig, profile: Profile, subject: Subject) -> dict[str, Any]:
+def start(
+    cfg: FrontierConfig, profile: Profile, subject: Subject, retrieval: Retrieval | None = None
+) -> dict[str, Any]:
     """Return what the output holds, with rows measured earlier.
 
     They were measured with the same settings.
@@ -137,6 +145,7 @@ def start(cfg: FrontierConfig, profile: Profile, subject: Subject) -> dict[str, 
         "rules": [rule.describe() for rule in profile.library],
         "data": {"path": data.path, "valid_path": data.valid_path, "split": data.split},
         "samples": cfg.samples,
+        "needles": None if retrieval is None else retrieval.settings,
         "seq_length": profile.seq_length,
         "settings": asdict(cfg),
         "layouts": cfg.layouts,
@@ -162,9 +171,10 @@ def start(cfg: FrontierConfig, profile: Profile, subject: Subject) -> dict[str, 
 
 
 def _others(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Name what differs in a way that changes losses."""
+    """Name what differs in a way that changes losses or scores."""
     asked = json.loads(json.dumps(now))
-    names = [name for name in ("weights", "profile", "rules", "data", "samples") if earlier.get(name) != asked[name]]
+    compared = ("weights", "profile", "rules", "data", "samples", "needles")
+    names = [name for name in compared if earlier.get(name) != asked[name]]
     settings = asked["settings"]
     return names + [
         name

@@ -28,7 +28,7 @@ from s2train.errors import ConfigError
 from s2train.files import output_stem, replacing
 from s2train.semsa.frontier_pictures import draw_axes, draw_spans
 from s2train.semsa.frontier_points import DENSE, NAMES
-from s2train.semsa.frontier_results import read_frontier
+from s2train.semsa.frontier_results import needle_answers, read_frontier
 
 Row = Mapping[str, Any]
 _FIGURES = ("forward_ms", "forward_backward_ms")
@@ -38,7 +38,7 @@ _FIGURES = ("forward_ms", "forward_backward_ms")
 class Measured:
     """A kind of layout at one density, of one model.
 
-    Its values are means over draws.
+    Its values are means over draws; answers to needles are summed.
 
     Attributes:
         model: number of the model's folder.
@@ -46,6 +46,7 @@ class Measured:
         before: change of the held-out loss without training.
         after: the same after further training, against dense that continued too.
         forward_ms, forward_backward_ms: attention of all layers.
+        needle_correct, needle_trials: exact answers without training; None: not measured.
     """
 
     model: int
@@ -56,6 +57,8 @@ class Measured:
     after: float | None
     forward_ms: float | None
     forward_backward_ms: float | None
+    needle_correct: int | None = None
+    needle_trials: int | None = None
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,7 @@ class Model:
         rows = self.frontier["rows"]
         for name, budget in sorted({(row["layout"], row["budget"]) for row in rows if row["layout"] != DENSE}):
             own = [row for row in rows if (row["layout"], row["budget"]) == (name, budget)]
+            correct, trials = needle_answers(own) or (None, None)
             found.append(
                 Measured(
                     number,
@@ -110,6 +114,8 @@ class Model:
                     before=statistics.fmean(row["change"] for row in own),
                     after=self._after(name, budget),
                     **{figure: self._time(own, figure) for figure in _FIGURES},
+                    needle_correct=correct,
+                    needle_trials=trials,
                 )
             )
         return found
@@ -172,6 +178,7 @@ def report(output: Path, folders: Sequence[Path], title: str | None = None) -> T
         "samples": [model.frontier["samples"] for model in models],
         "steps": steps,
         "dense_loss": [_dense_loss(model) for model in models],
+        "dense_needles": [_dense_needles(model) for model in models],
         "dense_loss_continued": [model.control for model in models],
         "dense_times": dense,
         "folders": [str(folder) for folder in folders],
@@ -189,6 +196,11 @@ def _dense_loss(model: Model) -> float:
     return next(float(row["loss"]) for row in model.frontier["rows"] if row["layout"] == DENSE)
 
 
+def _dense_needles(model: Model) -> dict[str, int] | None:
+    answers = needle_answers([row for row in model.frontier["rows"] if row["layout"] == DENSE])
+    return None if answers is None else {"needle_correct": answers[0], "needle_trials": answers[1]}
+
+
 def _chosen(model: Model) -> dict[float, Path]:
     """Return the layout files chosen by the squared effect, by density."""
     chosen = [row for row in model.frontier["rows"] if row["layout"] == "squared" and "file" in row]
@@ -203,8 +215,12 @@ def table(content: Mapping[str, Any]) -> Table:
     if content["steps"] is not None:
         control = ", ".join("–" if loss is None else f"{loss:.4f}" for loss in content["dense_loss_continued"])
         title += f", and {control} after {content['steps']} further steps"
+    has_needles = any(content["dense_needles"])
+    if has_needles:
+        title += f"; exact answers to needles without training, dense {_answers(content['dense_needles'])}"
     found = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
-    for name in ("budget", "layout", "density", "without training", "after steps", "forward ms", "fwd + bwd ms", "×"):
+    first = ["budget", "layout", "density", "without training", *(["needles"] if has_needles else [])]
+    for name in (*first, "after steps", "forward ms", "fwd + bwd ms", "×"):
         found.add_column(name, justify="left" if name == "layout" else "right")
     dense = [times.get("forward_backward_ms") for times in content["dense_times"]]
     for budget in sorted({row["budget"] for row in content["rows"]}):
@@ -222,6 +238,7 @@ def table(content: Mapping[str, Any]) -> Table:
                 label,
                 _joined([row["density"] for row in own], ".3f"),
                 _joined([row["before"] for row in own], "+.4f"),
+                *([_answers(own)] if has_needles else []),
                 _joined([row["after"] for row in own], "+.4f"),
                 _joined([row["forward_ms"] for row in own], ".2f"),
                 _joined(both, ".2f"),
@@ -232,6 +249,11 @@ def table(content: Mapping[str, Any]) -> Table:
 
 def _joined(values: Sequence[float | None], form: str) -> str:
     return ", ".join("–" if value is None else format(value, form) for value in values)
+
+
+def _answers(rows: Sequence[Row | None]) -> str:
+    scored = [row if row and row["needle_trials"] else None for row in rows]
+    return ", ".join("–" if row is None else f"{row['needle_correct']}/{row['needle_trials']}" for row in scored)
 
 
 def main() -> None:
