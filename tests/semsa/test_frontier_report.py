@@ -8,6 +8,7 @@ import pytest
 
 from s2train.errors import ConfigError
 from s2train.semsa.frontier_report import Measured, Model, report
+from s2train.semsa.frontier_results import draw_frontier, frontier_table, read_frontier
 
 LENGTH = 64
 
@@ -114,6 +115,39 @@ def test_the_report_holds_every_model_and_draws_both_pictures(tmp_path: Path) ->
     assert list(table.columns[-1].cells) == ["3.00, –", "–, –"]
     for name in ("out.png", "out-spans.png"):
         assert (tmp_path / name).stat().st_size > 1000
+
+
+def with_needles(path: Path, correct: dict[str, int]) -> None:
+    """Add answers to needles to a model's frontier, of 10 trials a layout."""
+    content = json.loads((path / "frontier.json").read_text())
+    rows = [row | {"needle_correct": correct[row["layout"]], "needle_trials": 10} for row in content["rows"]]
+    (path / "frontier.json").write_text(json.dumps(content | {"rows": rows}))
+
+
+def test_answers_to_needles_are_summed_over_draws_and_stand_beside_the_loss(tmp_path: Path) -> None:
+    paths = [folder(tmp_path / name) for name in ("a", "b")]
+    assert "needles" not in [column.header for column in report(tmp_path / "out.json", paths).columns]
+    with_needles(paths[0], {"dense": 9, "squared": 8, "random": 3})
+    table = report(tmp_path / "out.json", paths)
+    (column,) = [column for column in table.columns if column.header == "needles"]
+    assert list(column.cells) == ["8/10, –", "6/20, –"]
+    assert "dense 9/10, –" in str(table.title)
+    content = json.loads((tmp_path / "out.json").read_text())
+    assert content["dense_needles"] == [{"needle_correct": 9, "needle_trials": 10}, None]
+
+
+def test_the_frontiers_own_table_shows_answers_where_they_were_measured(tmp_path: Path) -> None:
+    path = folder(tmp_path / "a")
+
+    def cells() -> list[str]:
+        content = read_frontier(path / "frontier.json", "output") | {"dense_loss": 2.0, "needles": {"lengths": [64]}}
+        draw_frontier(tmp_path / "picture.png", content, "toy")
+        assert (tmp_path / "picture.png").stat().st_size > 1000
+        return list(frontier_table(content).columns[1].cells)
+
+    assert cells()[0] == "+0.1000"
+    with_needles(path, {"dense": 9, "squared": 8, "random": 3})
+    assert [cell for cell in cells() if cell != "–"] == ["+0.1000, 8/10", "+0.3000 (+0.200 to +0.400), 6/20"]
 
 
 def test_what_does_not_belong_together_is_rejected(tmp_path: Path) -> None:

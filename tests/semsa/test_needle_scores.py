@@ -137,12 +137,13 @@ def inputs(folder: Path) -> list[str]:
     return [f"checkpoint={folder / 'run'}", *data, "data.split=[50,50,0]"]
 
 
-NEEDLES = ["lengths=[256,187]", "trials=6", "depths=[0.25,0.5,1]", "depth_jitter=0"]
+NEEDLES = ["lengths=[256,187]", "trials=5", "depths=[0.25,1]", "depth_jitter=0"]
+DENSITIES = "densities=[0.3,1.0]"
 
 
 def frontier(folder: Path, name: str, *changed: str, processes: int = 1) -> dict[str, Any]:
     arguments = [*inputs(folder), f"profile={folder / 'profile.npz'}", f"output={folder / name}.json", "samples=2"]
-    arguments += ["densities=[0.3,1.0]", "draws=0", *(f"needles.{setting}" for setting in NEEDLES), *changed]
+    arguments += [DENSITIES, "draws=0", *(f"needles.{setting}" for setting in NEEDLES), *changed]
     outcome = run("layout_frontier.py", *arguments, processes=processes, pictures=name == "alone")
     assert outcome.status == 0, outcome.err
     return json.loads((folder / f"{name}.json").read_text())
@@ -164,7 +165,7 @@ def test_dense_attention_scores_what_the_needle_program_decodes(folder: Path, al
     assert row["layout"] == "dense"
     assert row["needle_cells"] == [{name: cell[name] for name in names} for cell in decoded]
     assert 0 < row["needle_correct"] == sum(cell["correct"] for cell in decoded)
-    assert row["needle_trials"] == 36
+    assert row["needle_trials"] == 20
 
 
 @pytest.mark.slow
@@ -184,8 +185,9 @@ def test_a_layout_that_can_not_see_the_needle_never_answers(folder: Path, alone:
 @pytest.mark.slow
 @pytest.mark.parametrize("division", [["tp=2"], []], ids=["tp2", "dp2"])
 def test_every_division_scores_the_same(folder: Path, alone: dict[str, Any], division: list[str]) -> None:
-    shared = frontier(folder, f"shared{len(division)}", *division, processes=2)
-    assert [row["needle_cells"] for row in shared["rows"]] == [row["needle_cells"] for row in alone["rows"]]
+    shared = frontier(folder, f"shared{len(division)}", "densities=[0.3]", *division, processes=2)["rows"]
+    assert len(shared) > 3
+    assert [row["needle_cells"] for row in shared] == [row["needle_cells"] for row in alone["rows"][: len(shared)]]
 
 
 @pytest.mark.slow
@@ -198,7 +200,7 @@ def test_an_interrupted_frontier_keeps_its_scores_and_other_needles_are_not_mixe
     assert [row["needle_correct"] for row in rest[:2]] == [-1, -1]
     assert [row["needle_cells"] for row in rest] == [row["needle_cells"] for row in alone["rows"]]
     arguments = [*inputs(folder), f"profile={folder / 'profile.npz'}", f"output={folder / 'rest.json'}", "samples=2"]
-    outcome = run("layout_frontier.py", *arguments, "densities=[0.3,1.0]", "draws=0")
+    outcome = run("layout_frontier.py", *arguments, DENSITIES, "draws=0")
     assert "exists, measured with another needles" in error_line(outcome)
 
 
