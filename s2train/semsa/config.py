@@ -114,7 +114,8 @@ class FrontierConfig:
     data: CalibrationDataConfig = field(default_factory=CalibrationDataConfig)
     densities: list[float] = field(default_factory=lambda: [0.1, 0.15, 0.25, 0.4, 0.6])
     samples: int = 16  # held-out sequences, over all data parallel ranks
-    needles: FrontierNeedlesConfig = field(default_factory=FrontierNeedlesConfig)  # a second score beside the loss
+    # exact answers to needles beside the loss: for checkpoints that learned to retrieve
+    needles: FrontierNeedlesConfig = field(default_factory=FrontierNeedlesConfig)
     whole_groups: bool = True  # as in launch/choose_layout.py
     draws: int = 3  # random layouts at each density
     attention_backend: str = "auto"  # as in a run
