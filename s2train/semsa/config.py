@@ -88,7 +88,10 @@ class ChooseLayoutConfig:
 
 @dataclass
 class FrontierNeedlesConfig:
-    """Needle retrieval under each layout, with the trials of `launch/needle.py`; for checkpoints that learned it."""
+    """Needle retrieval under each layout.
+
+    Its trials are those of `launch/needle.py`.
+    """
 
     lengths: list[int] | None = None  # tokens, prompt and answer together, up to the profile's; None: no retrieval
     task: str = "single"  # what is hidden and asked for, with the task's default settings; see s2train/needles/tasks.py
