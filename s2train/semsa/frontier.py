@@ -33,7 +33,7 @@ from s2train.needles.results import weights_fingerprint
 from s2train.semsa.baselines import Layers, mean_density
 from s2train.semsa.calibration import Subject, load_studied, read_subject, samples
 from s2train.semsa.config import FrontierConfig
-from s2train.semsa.frontier_points import DENSE, Point, every_point, find_layers
+from s2train.semsa.frontier_points import DENSE, Point, every_point, find_layers, without_layout
 from s2train.semsa.frontier_results import draw_frontier, frontier_table, read_frontier
 from s2train.semsa.layouts import layout_of, write_layout
 from s2train.semsa.measuring import loss_per_token
@@ -64,6 +64,8 @@ def measure_frontier(cfg: FrontierConfig) -> dict[str, Any]:
     missing = [point for point in every_point(cfg) if point not in measured]
     # solved on one rank: a solver under a time limit need not find the same on all
     found = broadcast_from_rank_0(list(find_layers(missing, cfg, profile)) if is_first else None)
+    if is_first:
+        print("".join(f"{line}\n" for line in without_layout(missing, [point for point, _ in found])), end="", flush=True)
     loaded = load_studied(
         subject, device, block_size=profile.block_size, tp=cfg.tp, attention_backend=cfg.attention_backend,
         precision=str(profile.about["precision"]),

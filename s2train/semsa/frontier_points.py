@@ -62,6 +62,18 @@ def every_point(cfg: FrontierConfig) -> list[Point]:
     return points
 
 
+def without_layout(asked: Sequence[Point], found: Sequence[Point]) -> list[str]:
+    """Name the points that no layout meets, one line for each density."""
+    lines = []
+    for density in sorted({point.budget for point in asked}):
+        lacking = [point for point in asked if point.budget == density and point not in found]
+        names = [NAMES[name] for name in dict.fromkeys(point.layout for point in lacking)]
+        if names:
+            kinds = "" if len(names) == len(NAMES) else f" for {', '.join(names)}"
+            lines.append(f"density {density:g} is not measured{kinds}: no such layout meets it")
+    return lines
+
+
 def find_layers(points: Sequence[Point], cfg: FrontierConfig, profile: Profile) -> Iterator[tuple[Point, Layers]]:
     """Yield each point that meets its density, with every head's pattern."""
     model, candidates = profile.model, Candidates.of(profile)

@@ -16,7 +16,7 @@ from s2train.semsa.baselines import Layers
 from s2train.semsa.calibration import Subject, with_data
 from s2train.semsa.config import CalibrationDataConfig, FrontierConfig
 from s2train.semsa.frontier_pictures import read_layers
-from s2train.semsa.frontier_points import Point, every_point, find_layers
+from s2train.semsa.frontier_points import Point, every_point, find_layers, without_layout
 from s2train.semsa.layouts import layout_of, settings_of, write_layout
 from s2train.semsa.profile import Profile
 from s2train.semsa.rules import pattern_of
@@ -66,6 +66,16 @@ def test_random_layouts_differ_by_draw_and_not_by_what_else_is_measured(profile:
     assert every["random-0.6-0"] != every["random-0.6-1"]
     ((_, alone),) = find_layers([Point("random", 0.6, 1)], cfg, profile)
     assert alone == every["random-0.6-1"]
+
+
+def test_densities_that_no_layout_meets_are_named(profile: Profile) -> None:
+    pytest.importorskip("scipy", reason="the extra semsa is not installed")
+    asked = every_point(settings(densities=[0.01, 0.45], whole_groups=False))
+    found = [point for point, _ in find_layers(asked, settings(whole_groups=False), profile)]
+    assert without_layout(asked, found)[0] == "density 0.01 is not measured: no such layout meets it"
+    kept = [point for point in asked if point.budget != 0.01 and point.layout != "stripes"]
+    assert without_layout(asked, kept)[1] == "density 0.45 is not measured for S2 stripes: no such layout meets it"
+    assert not without_layout(kept, kept)
 
 
 def settings(**changed: Any) -> FrontierConfig:
