@@ -62,10 +62,11 @@ def check_writable(setting: str, folder: str | Path) -> None:
         raise ConfigError(setting, folder, problem, "Name another folder")
 
 
-def check_output(output: str | Path, overwrite: bool, such: str) -> Path:
+def check_output(output: str | Path, overwrite: bool | None, such: str) -> Path:
     """Check that a program can write the file of its setting `output`.
 
     Args:
+        overwrite: the program's setting; None: it has no such setting, and replaces no file.
         such: example of a file, for the error's remedy.
 
     Raises:
@@ -75,7 +76,8 @@ def check_output(output: str | Path, overwrite: bool, such: str) -> Path:
     if output == "" or path.is_dir():
         raise ConfigError("output", output, "names no file", f"Name one, such as {such}")
     if path.exists() and not overwrite:
-        raise ConfigError("output", path, "exists", "Add overwrite=true, or set another file")
+        remedy = "Name another file" if overwrite is None else "Add overwrite=true, or set another file"
+        raise ConfigError("output", path, "exists", remedy)
     check_writable("output", path.parent)
     return path
 

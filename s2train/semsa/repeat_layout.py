@@ -36,18 +36,20 @@ _BISECTIONS = 24
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line."""
-    parser = argparse.ArgumentParser(prog=f"python -m {_PROGRAM}", description=__doc__)
-    parser.add_argument("overrides", nargs="+", help="overrides of launch/pretrain.py: the larger model")
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {_PROGRAM}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("overrides", nargs="+", help="the larger model: settings of launch/pretrain.py, such as +model=7b_dense")
     parser.add_argument("--layout", required=True, help="file of launch/choose_layout.py")
-    parser.add_argument("--kv-heads", type=int, required=True, help="of the model that it was chosen for")
-    parser.add_argument("--length", type=int, required=True, help="tokens that it was chosen for")
-    parser.add_argument("--block-size", type=int, default=None, help="tokens; default: the layout's own")
+    parser.add_argument("--kv-heads", type=int, required=True, help="of the smaller model, which it was chosen for")
+    parser.add_argument("--length", type=int, required=True, help="tokens at which it was chosen: `lengths` of launch/choose_layout.py")
+    parser.add_argument("--block-size", type=int, default=None, help="tokens; a multiple of the layout's own, the default")
     parser.add_argument(
         "--lengths",
         nargs="+",
         type=int,
         default=[8192, 32768, 131072],
-        help="to measure at; the longest sets the density",
+        help="tokens; the layout is as dense at the longest as the chosen one at --length; default: 8192 32768 131072",
     )
     parser.add_argument("--output", required=True, help="layout file to write")
     given = sys.argv[1:] if arguments is None else arguments
@@ -55,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     if min(args.kv_heads, args.length, *args.lengths) < 1:
         parser.error("--kv-heads, --length and --lengths must be at least 1")
     try:
-        output = check_output(args.output, overwrite=False, such="runs/semsa/7b.yaml")
+        output = check_output(args.output, overwrite=None, such="runs/semsa/7b.yaml")
         cfg = compose_run([*args.overrides, f"layout=file:{args.layout}"])
         cfg.layout = repeat_layout(
             cfg.layout, args.kv_heads, cfg.model, args.length, max(args.lengths), args.block_size

@@ -74,7 +74,7 @@ def test_the_program_writes_a_layout_of_the_larger_model(tmp_path: Path, capsys:
         assert density(hybrid, length) == pytest.approx(0.26, abs=0.04)
     with pytest.raises(SystemExit):
         main([*words, "--output", str(large)])
-    assert f"output={large}: exists" in capsys.readouterr().err
+    assert f"output={large}: exists. Name another file" in capsys.readouterr().err  # it has no overwrite=true
 
 
 def test_what_cannot_be_repeated_is_rejected() -> None:
