@@ -26,16 +26,16 @@ PRETRAIN = str(Path(__file__).parent / "pretrain.py")
 
 def main(words: list[str] | None = None) -> None:
     """The command line's entry."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("frontier", type=Path, help=".json file of launch/layout_frontier.py, measured with layouts=…")
-    parser.add_argument("output", type=Path, help="folder to create")
+    parser.add_argument("output", type=Path, help="folder of runs and results")
     parser.add_argument("settings", nargs="*", metavar="setting=value", help="further settings of launch/pretrain.py")
-    parser.add_argument("--densities", type=float, nargs="+", help="of the frontier's; default: all")
-    parser.add_argument("--layouts", nargs="+", default=list(TRAINED), help=f"default: {' '.join(TRAINED)}")
-    parser.add_argument("--draws", type=int, default=1, help="random layouts at each density")
-    parser.add_argument("--steps", type=int, default=200, help="further steps of each run")
+    parser.add_argument("--densities", type=float, nargs="+", help="some of the frontier's; default: all")
+    parser.add_argument("--layouts", nargs="+", default=list(TRAINED), help=f"of the frontier's; default: {' '.join(TRAINED)}")
+    parser.add_argument("--draws", type=int, default=1, help="random layouts at each density; default: 1")
+    parser.add_argument("--steps", type=int, default=200, help="further steps of each run; default: 200")
     parser.add_argument("--gpu", help="device of the runs; default: as CUDA_VISIBLE_DEVICES says")
-    parser.add_argument("--minutes", type=float, default=9)
+    parser.add_argument("--minutes", type=float, default=9, help="stop then, with a checkpoint saved; default: 9")
     given = parser.parse_args(settings_before_options(sys.argv[1:] if words is None else words))
     run_command(lambda: continue_layouts(given))
 

@@ -259,8 +259,8 @@ def _answers(rows: Sequence[Row | None]) -> str:
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output", type=Path)
-    parser.add_argument("folders", type=Path, nargs="+")
+    parser.add_argument("output", type=Path, help="files to write, without their suffix")
+    parser.add_argument("folders", type=Path, nargs="+", help="one of each model")
     parser.add_argument("--title", help="of the pictures; default: the model's name")
     given = parser.parse_args()
     run_command(lambda: Console(width=160).print(report(given.output, given.folders, given.title)))
