@@ -66,6 +66,8 @@ def choose_layout(cfg: ChooseLayoutConfig) -> Choice:
     console.print(_rules_table(profile, choice), _costs_table(choice))
     gap = f"a better one may be up to {choice.solution.gap:.1%} cheaper" if choice.solution.gap > 0 else "proven best"
     console.print(f"summed cost ({cfg.cost}) {choice.solution.cost:.4g}, {gap}", highlight=False)
+    if choice.layout.allow_partial_coverage:
+        console.print("some far blocks are kept by no head: the layout sets allow_partial_coverage=true")
     command = shlex.join(sys.argv)
     budgets = [
         f"{budget:g} of {length:,} tokens" for budget, length in zip(choice.budgets, choice.lengths, strict=True)
@@ -189,10 +191,10 @@ def _rules_table(profile: Profile, choice: Choice) -> Table:
 
 
 def _costs_table(choice: Choice) -> Table:
-    title = "Predicted for one sequence: change of the loss per token (nats), attention on one H100"
+    title = "Predicted for one sequence: change of the loss per token (nats), speed-ups over dense on one H100"
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
     first = ("tokens", "budget", "density", "ΔL (2nd order)", "ΔL (1st)", "dropped mass")
-    for name in (*first, "TFLOP", "KV GiB", "dense", "attention", "step"):
+    for name in (*first, "TFLOP", "KV GiB", "KV GiB dense", "attention", "step"):
         table.add_column(name, justify="right", overflow="fold")
     for row in zip(choice.lengths, choice.budgets, choice.densities, choice.change, choice.costs, strict=True):
         length, budget, density, change, costs = row

@@ -170,7 +170,7 @@ def profile_checkpoint(cfg: ProfileAttentionConfig) -> None:
                 print(f"sample {so_far}/{cfg.samples}, {seconds:.2f} s each{left}", flush=True)
     if is_first:
         request.unfinished.unlink(missing_ok=True)
-        print(f"profile {request.output}", flush=True)
+        print(f"profile {request.output} (use it: launch/choose_layout.py profile={request.output})", flush=True)
     if cfg.verify:
         from s2train.semsa.verification import verify  # it takes this module's Request
 

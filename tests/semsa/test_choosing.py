@@ -91,10 +91,16 @@ def test_chosen_columns_are_those_that_matter_to_the_group() -> None:
     assert found == {"kind": "global_blocks", "local": 2, "globals": [0, 1]}
 
 
-def test_a_written_layout_is_what_was_chosen(profile: Profile, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("rules", "partial"), [([0, 1], True), ([0, 5, 6], False)])
+def test_a_written_layout_is_what_was_chosen_and_says_what_it_misses(
+    profile: Profile, tmp_path: Path, capsys: pytest.CaptureFixture[str], rules: list[int], partial: bool
+) -> None:
     profile.save(tmp_path / "p.npz")
-    cfg = settings(profile=str(tmp_path / "p.npz"), output=str(tmp_path / "c.yaml"))
+    written = {"profile": str(tmp_path / "p.npz"), "output": str(tmp_path / "c.yaml")}
+    cfg = settings(**written, density=0.6, rules=rules)
     chosen = choose_layout(cfg)
+    assert ("allow_partial_coverage=true" in capsys.readouterr().out) is partial
+    assert chosen.layout.allow_partial_coverage is partial
     shape = ["model.num_layers=1", "model.hidden_size=128", "model.num_query_groups=2"]
     run = compose_run(["+model=tiny_dense", f"layout=file:{tmp_path / 'c.yaml'}", *shape])
     assert hybrid_layout(run).layers == build_layout(chosen.layout, profile).layers
