@@ -31,7 +31,9 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("output", type=Path, help="folder of runs and results")
     parser.add_argument("settings", nargs="*", metavar="setting=value", help="further settings of launch/pretrain.py")
     parser.add_argument("--densities", type=float, nargs="+", help="some of the frontier's; default: all")
-    parser.add_argument("--layouts", nargs="+", default=list(TRAINED), help=f"of the frontier's; default: {' '.join(TRAINED)}")
+    parser.add_argument(
+        "--layouts", nargs="+", default=list(TRAINED), help=f"of the frontier's; default: {' '.join(TRAINED)}"
+    )
     parser.add_argument("--draws", type=int, default=1, help="random layouts at each density; default: 1")
     parser.add_argument("--steps", type=int, default=200, help="further steps of each run; default: 200")
     parser.add_argument("--gpu", help="device of the runs; default: as CUDA_VISIBLE_DEVICES says")

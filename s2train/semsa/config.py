@@ -46,22 +46,22 @@ class LibraryConfig:
 class ProfileAttentionConfig:
     """A run of `launch/profile_attention.py`."""
 
-    checkpoint: str = MISSING  # a run folder, its checkpoints folder, or one iter_* in it
+    checkpoint: str = MISSING  # dense: a run folder, its checkpoints folder, or one iter_* in it
     output: str = MISSING  # .npz file to write
     data: CalibrationDataConfig = field(default_factory=CalibrationDataConfig)
     library: LibraryConfig = field(default_factory=LibraryConfig)  # candidate rules, whose effects are summed
     columns_from: str | None = None  # profile of the same checkpoint that `library.columns` are taken from
-    samples: int = 64  # sequences of training data, over all data parallel ranks
-    seq_length: int | None = None  # tokens of a sequence; None: the run's train.seq_length
-    block_size: int | None = None  # tokens of a block; None: the run's layout.block_size
+    samples: int = 64  # sequences of calibration text, over all data parallel ranks
+    seq_length: int | None = None  # tokens of a sequence, at most the run's train.seq_length; None: as many
+    block_size: int | None = None  # tokens of a block, here and in the chosen layout; None: the run's layout.block_size
     labels: str = "sampled"  # sampled (from the model's own output, softened by `temperature`), or data (next tokens)
     temperature: float = 1.0  # logits are divided by it before labels are sampled
     precision: str | None = None  # bf16, fp32; None: the run's
     recompute: bool = False  # compute each layer's activations again in the backward pass: slower, less memory
     save_interval: int = 8  # samples per data parallel rank after which sums are saved, to resume from
-    # mask so many blocks and rules, one at a time, and compare the loss with the estimates; 0: none
+    # compare the estimates with the loss under real masks of so many blocks, and of as many rules, one at a time
     verify: int = 0
-    verify_samples: int = 4  # sequences of each such comparison
+    verify_samples: int = 4  # sequences on which each mask is tried
     attention_backend: str = "auto"  # as in a run
     tp: int = 1  # tensor model parallel; the remaining processes share the samples
     seed: int = 1234  # seed of sampled labels, and of the blocks to verify
@@ -74,14 +74,17 @@ class ChooseLayoutConfig:
 
     profile: str = MISSING  # .npz file of launch/profile_attention.py
     output: str = MISSING  # .yaml file to write, for layout=file:…; its picture and figures go to the same folder
-    density: Any = 0.25  # largest share of causal positions that heads keep on average; or a list, one for each length
-    lengths: list[int] | None = None  # tokens at which `density` holds, and effects are summed; None: the profile's
+    # largest share of causal query-key pairs in the blocks that heads keep, on average over all heads of all layers; or
+    # a list, one for each length
+    density: Any = 0.25
+    # tokens of sequences that keep to `density`, up to the profile's; their costs are averaged; None: the profile's
+    lengths: list[int] | None = None
     cost: str = "squared"  # sum to minimise: squared, absolute or signed effects, or mass (dropped probability)
-    whole_groups: bool = True  # the query heads of a KV head get the same rule, and share their loads
+    whole_groups: bool = True  # the query heads of a KV head get the same rule, and load keys and values once
     kv_efficient: bool = True  # only rules whose dropped keys are never read again, so that decoding frees them
-    rules: list[int] | None = None  # numbers of the profile's rules to choose from; None: all
+    rules: list[int] | None = None  # rules to choose from, by their numbers in the printed table; None: all
     tp: int = 1  # tensor parallel ranks that shall keep about equally many blocks in each layer
-    imbalance: float = 0.1  # by how much a rank may exceed their mean
+    imbalance: float = 0.1  # by which share of their mean a rank may exceed it
     time_limit: float = 60.0  # seconds for the solver; a solution that is not proven best is reported with its gap
     overwrite: bool = False
 

@@ -65,7 +65,8 @@ def measure_frontier(cfg: FrontierConfig) -> dict[str, Any]:
     # solved on one rank: a solver under a time limit need not find the same on all
     found = broadcast_from_rank_0(list(find_layers(missing, cfg, profile)) if is_first else None)
     if is_first:
-        print("".join(f"{line}\n" for line in without_layout(missing, [point for point, _ in found])), end="", flush=True)
+        for line in without_layout(missing, [point for point, _ in found]):
+            print(line, flush=True)
     loaded = load_studied(
         subject, device, block_size=profile.block_size, tp=cfg.tp, attention_backend=cfg.attention_backend,
         precision=str(profile.about["precision"]),

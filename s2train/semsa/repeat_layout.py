@@ -39,11 +39,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog=f"python -m {_PROGRAM}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("overrides", nargs="+", help="the larger model: settings of launch/pretrain.py, such as +model=7b_dense")
+    parser.add_argument(
+        "overrides", nargs="+", help="the larger model: settings of launch/pretrain.py, such as +model=7b_dense"
+    )
     parser.add_argument("--layout", required=True, help="file of launch/choose_layout.py")
     parser.add_argument("--kv-heads", type=int, required=True, help="of the smaller model, which it was chosen for")
-    parser.add_argument("--length", type=int, required=True, help="tokens at which it was chosen: `lengths` of launch/choose_layout.py")
-    parser.add_argument("--block-size", type=int, default=None, help="tokens; a multiple of the layout's own, the default")
+    parser.add_argument(
+        "--length", type=int, required=True, help="tokens at which it was chosen: `lengths` of launch/choose_layout.py"
+    )
+    parser.add_argument(
+        "--block-size", type=int, default=None, help="tokens; a multiple of the layout's own, the default"
+    )
     parser.add_argument(
         "--lengths",
         nargs="+",
