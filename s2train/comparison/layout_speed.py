@@ -53,9 +53,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=f"python -m {PROGRAM}", description=__doc__)
     parser.add_argument("overrides", nargs="*", default=["+model=7b_hybrid"], help="overrides of launch/pretrain.py")
     parser.add_argument("--layouts", nargs="+", default=[], help="layout files, each in place of layout=file:…")
-    parser.add_argument("--lengths", nargs="+", type=int, default=[8192, 32768, 131072], help="tokens; default: 8192 32768 131072")
+    parser.add_argument(
+        "--lengths", nargs="+", type=int, default=[8192, 32768, 131072], help="default: 8192 32768 131072"
+    )
     parser.add_argument("--budget-ms", type=float, default=500, help="device time of each measurement; default: 500")
-    parser.add_argument("--check-length", type=int, default=2048, help="tokens that are compared with the oracle; default: 2048")
+    parser.add_argument("--check-length", type=int, default=2048, help="tokens compared with the oracle; default: 2048")
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write, or to resume from")
     given = sys.argv[1:] if arguments is None else arguments
     args = parser.parse_args(settings_before_options(given))
