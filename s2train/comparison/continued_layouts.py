@@ -24,7 +24,7 @@ from s2train.errors import ConfigError
 from s2train.files import check_writable, replacing
 from s2train.needles.results import weights_fingerprint
 from s2train.semsa.frontier_points import DENSE, NAMES, Point
-from s2train.semsa.frontier_results import read_frontier
+from s2train.semsa.frontier_results import check_same_layouts, read_frontier
 from s2train.training.records import read_records
 
 RESULTS = "continued.json"
@@ -131,6 +131,7 @@ def _check_same_study(study: Study) -> None:
         if others := [name for name in now if earlier.get(name) != now[name]]:
             problem = f"{study.results} holds runs with another {', '.join(others)}"
             raise ConfigError("output", study.folder, problem, "Set another folder.")
+        check_same_layouts(study.frontier, earlier["rows"], study.results, "file", "output")
 
 
 def continuations(

@@ -28,7 +28,7 @@ from s2train.errors import ConfigError
 from s2train.files import output_stem, replacing
 from s2train.semsa.frontier_pictures import draw_axes, draw_spans
 from s2train.semsa.frontier_points import DENSE, NAMES
-from s2train.semsa.frontier_results import needle_answers, read_frontier
+from s2train.semsa.frontier_results import check_same_layouts, needle_answers, read_frontier
 
 Row = Mapping[str, Any]
 _FIGURES = ("forward_ms", "forward_backward_ms")
@@ -75,14 +75,19 @@ class Model:
         """Read a folder.
 
         Raises:
-            ConfigError: it has no frontier, or holds results of different models.
+            ConfigError: it has no frontier, or holds results of different models or layouts.
         """
         frontier = read_frontier(folder / "frontier.json", "folders")
         continued = _read(folder / "continued" / "continued.json")
         if continued and continued["weights"] != frontier["weights"]:
             problem = "its continued runs start from another checkpoint than its frontier"
             raise ConfigError("folders", folder, problem, "Put each model's results in a folder of their own.")
-        return cls(folder, frontier, continued, _read(folder / "times.json"))
+        times = _read(folder / "times.json")
+        timed = [row for row in times.get("rows", ()) if row["length"] == frontier["seq_length"]]
+        check_same_layouts(frontier, timed, folder / "times.json", "layout", "folders")
+        runs = continued.get("rows", ())
+        check_same_layouts(frontier, runs, folder / "continued" / "continued.json", "file", "folders")
+        return cls(folder, frontier, continued, times)
 
     @property
     def control(self) -> float | None:

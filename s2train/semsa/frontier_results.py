@@ -16,6 +16,8 @@ from s2train.pictures.style import GREY, Sheet, plain
 from s2train.semsa.frontier_points import DENSE, NAMES
 from s2train.semsa.pictures import curve
 
+_ROUNDING = 1e-9  # of densities, which are computed in two ways
+
 
 def read_frontier(path: Path, setting: str) -> dict[str, Any]:
     """Read a file of launch/layout_frontier.py, finished or not.
@@ -26,13 +28,34 @@ def read_frontier(path: Path, setting: str) -> dict[str, Any]:
     remedy = "Name a .json file that launch/layout_frontier.py wrote."
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if not {"weights", "settings", "rows", "finished"} <= content.keys():
-            raise ValueError("it lacks rows, or whether it is finished")
+        if missing := {"weights", "settings", "seq_length", "rows", "finished"}.difference(content):
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
     except FileNotFoundError as error:
         raise ConfigError(setting, path, "there is no such file", remedy) from error
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(setting, path, f"is no frontier ({error})", remedy) from error
     return content
+
+
+def check_same_layouts(
+    frontier: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], path: Path, name_of: str, setting: str
+) -> None:
+    """Check that results are of the frontier's layouts, by their densities.
+
+    A frontier that is measured again by another profile has other layouts under the same names.
+
+    Args:
+        rows: results, each with its density and, in `name_of`, the name of its layout file.
+        path: of these results.
+    Raises:
+        ConfigError: on `setting`; a layout has another density in the frontier.
+    """
+    densities = {row.get("file"): row["density"] for row in frontier["rows"]}
+    for row in rows:
+        name = Path(row.get(name_of) or "").name
+        if name in densities and abs(densities[name] - row["density"]) > _ROUNDING:
+            problem = f"it has results of another {name}: density {row['density']:.4f}, not {densities[name]:.4f}"
+            raise ConfigError(setting, path, problem, "Move the file away, and measure again.")
 
 
 def frontier_table(content: dict[str, Any]) -> Table:

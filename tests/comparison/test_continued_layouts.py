@@ -47,7 +47,7 @@ def study(tmp_path: Path) -> Study:
     layouts.mkdir()
     for row in ROWS:
         (layouts / row["file"]).write_text("layers: D\n" if row["layout"] == "dense" else SPARSE)
-    frontier = {"rows": ROWS, "layouts": str(layouts), "weights": "w"}
+    frontier = {"rows": ROWS, "layouts": str(layouts), "weights": "w", "seq_length": 64}
     return Study(frontier, Path("runs/dense/checkpoints/iter_0000010"), 10, 4, tmp_path / "out")
 
 
@@ -182,6 +182,18 @@ def test_settings_can_not_change_before_the_first_run_has_ended(
     continued.begin(continued.read_study(readable, tmp_path / "out", 4, ["optim.lr=1e-4"]))
     with pytest.raises(ConfigError, match=r"^output=.*holds runs with another settings"):
         continued.read_study(readable, tmp_path / "out", 4, ["optim.lr=1e-3"])
+
+
+def test_results_of_layouts_that_were_chosen_anew_are_rejected(
+    readable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(continued, "read_config", lambda checkpoint: trained())
+    study = continued.read_study(readable, tmp_path / "out", 4)
+    continued.begin(study)
+    content = json.loads(study.results.read_text())
+    study.results.write_text(json.dumps(content | {"rows": [{"file": "squared-0.25.yaml", "density": 0.2}]}))
+    with pytest.raises(ConfigError, match=r"^output=.*results of another squared-0.25.yaml: density 0.2000, not 0.25"):
+        continued.read_study(readable, tmp_path / "out", 4)
 
 
 @pytest.mark.slow

@@ -60,8 +60,12 @@ def time_layouts(path: Path, rows: list[dict[str, Any]], dense: list[dict[str, A
     (path / "times.json").write_text(json.dumps({"rows": rows, "dense": dense}))
 
 
+densities = {row["file"]: row["density"] for row in FRONTIER}
+
+
 def timed(key: str, name: str, milliseconds: float, length: int = LENGTH) -> dict[str, Any]:
-    return {key: name, "length": length, "forward_ms": milliseconds / 3, "forward_backward_ms": milliseconds}
+    times = {"forward_ms": milliseconds / 3, "forward_backward_ms": milliseconds}
+    return {key: name, "length": length, "density": densities.get(name, 1.0), **times}
 
 
 def measured(path: Path) -> dict[str, Measured]:
@@ -162,3 +166,8 @@ def test_what_does_not_belong_together_is_rejected(tmp_path: Path) -> None:
         report(tmp_path / "out", [other])
     with pytest.raises(ConfigError, match=r"frontier\.json: there is no such file"):
         report(tmp_path / "out", [tmp_path])
+    timed_elsewhere = folder(tmp_path / "d")
+    file = FRONTIER[1]["file"]
+    time_layouts(timed_elsewhere, [timed("layout", file, 3.0) | {"density": 0.4}], [])
+    with pytest.raises(ConfigError, match=rf"times\.json: it has results of another {file}: density 0\.4000, not 0\."):
+        report(tmp_path / "out", [timed_elsewhere])

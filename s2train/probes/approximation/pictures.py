@@ -45,8 +45,9 @@ def draw_curves(
         axes: Axes = figure.add_subplot(1, len(panels), number + 1)
         for place, (name, curve) in enumerate(panel.curves.items()):
             repeat, hue = divmod(place, len(COLOURS))
-            look = {"color": COLOURS[hue], "linestyle": _STYLES[repeat % len(_STYLES)]}
-            axes.plot(list(curve), list(curve.values()), marker="o", markersize=4, label=name, **look)
+            style = _STYLES[repeat % len(_STYLES)]
+            points = list(curve), list(curve.values())
+            axes.plot(*points, style, marker="o", markersize=4, color=COLOURS[hue], label=name)
         if level is not None and number == 0:
             axes.axhline(level, color="#777777", linestyle="--", linewidth=1.2, label="unchanged")
         axes.set_xscale("log", base=2)
