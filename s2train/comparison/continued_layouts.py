@@ -113,7 +113,7 @@ def read_study(frontier: Path, folder: Path, steps: int, settings: Sequence[str]
 
 
 def begin(study: Study) -> None:
-    """Write the settings that all runs share, and what the results are of.
+    """Write the shared settings, and what the results are of.
 
     Raises:
         ConfigError: the folder holds another study, which another process began.

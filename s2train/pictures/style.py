@@ -15,6 +15,7 @@ SPARSE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")  # one per form
 UNSEEN = "#D55E00"  # blocks that no head of the layer keeps
 PAPER = "#F3F3F0"  # blocks that are not kept
 GREY = "#666666"
+CURVES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # one per curve, repeated
 
 COUNTS = LinearSegmentedColormap.from_list("counts", ["#D6E6F2", "#56A3D0", "#0072B2", "#08306B"])
 COVERED = LinearSegmentedColormap.from_list("covered", [UNSEEN, "#F6EBD8", "#0072B2"])

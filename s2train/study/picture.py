@@ -12,12 +12,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FixedLocator, NullLocator, StrMethodFormatter
 
 from s2train.files import replacing
+from s2train.pictures.style import CURVES
 from s2train.study.comparison import Group
 from s2train.study.variants import PHASES
-from s2train.training.plots import COLOURS, GREY
+from s2train.training.plots import GREY
 
 BASELINE = "dense"  # whose losses others are compared with by position
-_COLOURS = (*COLOURS, "#000000")
+_COLOURS = (*CURVES, "#000000")
 _APART = 0.03  # octaves
 
 Panel = Callable[[Axes, Sequence[Group], Mapping[str, str]], None]  # draws groups in colours by variant
@@ -53,7 +54,10 @@ def _panels(own: Sequence[Group]) -> list[Panel]:
 
 
 def _draw_by_speed(axes: Axes, own: Sequence[Group], colours: Mapping[str, str]) -> None:
-    """Draw the mean loss of each variant; a bar spans its lowest to its highest seed."""
+    """Draw the mean loss of each variant over its speed.
+
+    A bar spans the lowest to the highest seed.
+    """
     for group in own:
         colour, speed = colours[group.variant], group.tokens_per_s
         assert speed is not None
@@ -68,9 +72,9 @@ def _draw_by_speed(axes: Axes, own: Sequence[Group], colours: Mapping[str, str])
 
 
 def _draw_by_position(axes: Axes, own: Sequence[Group], colours: Mapping[str, str]) -> None:
-    """Draw each variant's loss by position, less the mean of dense runs if there are any.
+    """Draw each variant's loss by position.
 
-    Bars span the seeds; those of dense are the band around zero. Labels have the mean loss over all positions.
+    The mean of dense runs is subtracted if there are any. Bars span the seeds; those of dense are the band around zero. Labels have the mean loss over all positions.
     """
     baseline = next(
         ({stop: mean(losses) for stop, losses in _losses(group)} for group in own if group.variant == BASELINE), None
@@ -109,7 +113,10 @@ def _draw_by_position(axes: Axes, own: Sequence[Group], colours: Mapping[str, st
 
 
 def _losses(group: Group) -> list[tuple[int, list[float]]]:
-    """Losses of all seeds by the end of each range of positions, where all have one."""
+    """Return losses of all seeds by range of positions.
+
+    A range is named by its end, and left out where a seed has no loss.
+    """
     rows = []
     for parts in zip(*(result.by_position for result in group.results), strict=True):
         losses = [loss for _, _, loss in parts if loss is not None]

@@ -169,7 +169,7 @@ def _check_known(setting: str, value: str, known: Collection[str]) -> None:
 
 
 def attention_settings(variant: str, phase: Phase) -> list[str]:
-    """Return the variant's settings, with the number of blocks and the warm-up filled in.
+    """Return the variant's settings, with block counts and warm-up filled in.
 
     This number of blocks gives the reference's density at the phase's length.
     """
@@ -183,7 +183,7 @@ def attention_settings(variant: str, phase: Phase) -> list[str]:
 
 
 def has_warm_up(run: Run) -> bool:
-    """Return whether the run has layers that are dense while their scorer learns."""
+    """Whether layers are dense while their scorer learns."""
     return not PHASES[run.phase].dense and any(WARM_UP in setting for setting in VARIANTS[run.variant])
 
 
@@ -215,7 +215,10 @@ def _wanted_density(length: int, model: tuple[str, ...]) -> float:
 
 
 def run_density(settings: list[str], length: int) -> float:
-    """Kept over causal positions of a model at `length`; expected ones where the data choose."""
+    """Return kept over causal positions of a model at `length`.
+
+    Positions are expected ones where the data choose.
+    """
     return density(hybrid_layout(compose_run(settings)), length)
 
 

@@ -11,10 +11,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from s2train.files import replacing
-from s2train.training.plots import COLOURS
+from s2train.pictures.style import CURVES
 
 _MARKERS = "osD^"
-_MOST_NAMES = len(COLOURS) * len(_MARKERS)  # distinguishable names
+_MOST_NAMES = len(CURVES) * len(_MARKERS)  # distinguishable names
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def _panel(
     for number, name in enumerate(names):
         own = [point for point in points if point.name == name]
         style = number if len(names) <= _MOST_NAMES else 0
-        colour, marker = COLOURS[style % len(COLOURS)], _MARKERS[style // len(COLOURS)]
+        colour, marker = CURVES[style % len(CURVES)], _MARKERS[style // len(CURVES)]
         if len(own) > 1:
             axes.scatter(
                 [p.density for p in own], [value(p) for p in own], s=18, color=colour, alpha=0.4, marker=marker

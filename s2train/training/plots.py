@@ -16,10 +16,9 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from s2train.errors import ConfigError
 from s2train.files import replacing
+from s2train.pictures.style import CURVES
 from s2train.training.records import Curves, read_curves
 
-# Okabe and Ito's palette, distinguishable with any kind of colour vision
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 GREY = "#777777"
 
 
@@ -31,9 +30,9 @@ def draw_loss_curve(metrics: Path, out: Path, baseline: float | None = None, tit
     """
     curves = read_curves(metrics)
     figure, axes = _new_figure(title)
-    axes.plot(*_points(curves.train, float), color=COLOURS[0], alpha=0.6, linewidth=1.2)
-    axes.plot(*_points(curves.held_out, float), color=COLOURS[1], linewidth=2.2, marker="o", markersize=3.5)
-    ends = _end("train", curves.train, COLOURS[0]) + _end("held out", curves.held_out, COLOURS[1])
+    axes.plot(*_points(curves.train, float), color=CURVES[0], alpha=0.6, linewidth=1.2)
+    axes.plot(*_points(curves.held_out, float), color=CURVES[1], linewidth=2.2, marker="o", markersize=3.5)
+    ends = _end("train", curves.train, CURVES[0]) + _end("held out", curves.held_out, CURVES[1])
     if baseline is not None:
         axes.axhline(baseline, color=GREY, linestyle="--", linewidth=1.2)
         ends.append(End(f"unigram entropy {baseline:.3f}", baseline, GREY))
@@ -68,7 +67,7 @@ def draw_comparison(
             raise ConfigError("x_axis", x_axis, f"{runs[name]} doesn't record its tokens per step", "Use steps")
     figure, axes = _new_figure(title)
     ends: list[End] = []
-    for (name, run), colour in zip(curves.items(), cycle(COLOURS), strict=False):
+    for (name, run), colour in zip(curves.items(), cycle(CURVES), strict=False):
         abscissa = run.tokens if x_axis == "tokens" else float
         axes.plot(*_points(run.train, abscissa), color=colour, alpha=0.45, linewidth=0.9)
         axes.plot(*_points(run.held_out, abscissa), color=colour, linewidth=2.4)

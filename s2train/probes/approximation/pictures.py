@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from s2train.files import replacing
-from s2train.training.plots import COLOURS
+from s2train.pictures.style import CURVES
 
 _STYLES = ("-", "--", ":")  # of curves whose colours repeat
 
@@ -44,10 +44,10 @@ def draw_curves(
     for number, panel in enumerate(panels):
         axes: Axes = figure.add_subplot(1, len(panels), number + 1)
         for place, (name, curve) in enumerate(panel.curves.items()):
-            repeat, hue = divmod(place, len(COLOURS))
+            repeat, hue = divmod(place, len(CURVES))
             style = _STYLES[repeat % len(_STYLES)]
             points = list(curve), list(curve.values())
-            axes.plot(*points, style, marker="o", markersize=4, color=COLOURS[hue], label=name)
+            axes.plot(*points, style, marker="o", markersize=4, color=CURVES[hue], label=name)
         if level is not None and number == 0:
             axes.axhline(level, color="#777777", linestyle="--", linewidth=1.2, label="unchanged")
         axes.set_xscale("log", base=2)
