@@ -74,7 +74,8 @@ def _draw_by_speed(axes: Axes, own: Sequence[Group], colours: Mapping[str, str])
 def _draw_by_position(axes: Axes, own: Sequence[Group], colours: Mapping[str, str]) -> None:
     """Draw each variant's loss by position.
 
-    The mean of dense runs is subtracted if there are any. Bars span the seeds; those of dense are the band around zero. Labels have the mean loss over all positions.
+    The mean of dense runs is subtracted if there are any. Bars span the seeds; those of dense are the band around zero.
+    Labels have the mean loss over all positions.
     """
     baseline = next(
         ({stop: mean(losses) for stop, losses in _losses(group)} for group in own if group.variant == BASELINE), None
