@@ -143,8 +143,10 @@ def continuations(
         densities: None: all of the frontier.
         draws: random layouts at each density.
     Raises:
-        ConfigError: the frontier has no such density or layout, or a layout file is missing.
+        ConfigError: the frontier has no such density or layout, a layout file is missing, or nothing is drawn.
     """
+    if draws < 1 and "random" in layouts:
+        raise ConfigError("draws", draws, "too few", "Set --draws 1, or leave random out of --layouts.")
     rows, folder = study.frontier["rows"], Path(study.frontier["layouts"])
     there = sorted({row["budget"] for row in rows if row["layout"] != DENSE})
     if densities is not None and (beyond := [density for density in densities if density not in there]):
@@ -159,7 +161,8 @@ def continuations(
             point = Point(row["layout"], row["budget"], row["draw"])
             if not (file := folder / row.get("file", f"{point.name}.yaml")).is_file():
                 problem = f"{file} is missing"
-                raise ConfigError("frontier", study.frontier["layouts"], problem, "Measure the frontier again.")
+                remedy = "Start in the folder where the frontier was measured, or measure it again."
+                raise ConfigError("frontier", study.frontier["layouts"], problem, remedy)
             found.append(Continuation(point, row, file))
     return found
 

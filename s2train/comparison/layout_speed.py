@@ -68,6 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
         layouts = {name: _static_layout(cfg) for name, cfg in runs.items()}
     except ConfigError as error:
         parser.error(str(error))
+    found = _read(args.output, parser)
     cfg = next(iter(runs.values()))
     device = initialize(ParallelConfig(), cfg.seed)
     settings = {
@@ -83,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
     }
     device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     environment = {"device": device_name, "versions": versions()}
-    data = _begun(args.output, settings, environment, parser)
+    data = _begun(args.output, found, settings, environment, parser)
     data["command"] = shlex.join(["python", "-m", PROGRAM, *given])
     sizes = Sizes(settings["heads"], settings["kv_heads"], settings["head_dim"])
     timer = LayerTimer(cfg, sizes, device, args.check_length, args.budget_ms)
@@ -139,7 +140,22 @@ def _static_layout(cfg: PretrainConfig) -> HybridLayout:
     return hybrid
 
 
-def _begun(output: Path, settings: Record, environment: Record, parser: argparse.ArgumentParser) -> Record:
+def _read(output: Path, parser: argparse.ArgumentParser) -> Record | None:
+    """Read the results so far; None: there are none."""
+    if not output.exists():
+        return None
+    try:
+        found: Record = json.loads(output.read_text())
+        if not {"settings", "environment", "rows", "dense", "layers"} <= found.keys():
+            raise ValueError("it lacks rows or settings")
+    except (OSError, ValueError, AttributeError) as error:
+        parser.error(f"--output {output} holds no results of this program ({error}): set another")
+    return found
+
+
+def _begun(
+    output: Path, found: Record | None, settings: Record, environment: Record, parser: argparse.ArgumentParser
+) -> Record:
     """Return the results so far, without failed ones."""
     data: Record = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -150,9 +166,8 @@ def _begun(output: Path, settings: Record, environment: Record, parser: argparse
         "dense": [],
         "layers": [],
     }
-    if not output.exists():
+    if found is None:
         return data
-    found: Record = json.loads(output.read_text())
     for part in ("environment", "settings"):
         if found.get(part) != data[part]:
             parser.error(f"{output} has results of other {part}: set another --output")

@@ -106,7 +106,8 @@ def load_profile(path: str | Path, setting: str = "profile") -> Profile:
     except FileNotFoundError as error:
         raise ConfigError(setting, path, "there is no such file", remedy) from error
     except (OSError, ValueError, KeyError, AttributeError, TypeError, zipfile.BadZipFile) as error:
-        raise ConfigError(setting, path, f"is no profile ({error})", remedy) from error
+        why = "" if "allow_pickle" in str(error) else f" ({error})"  # numpy's advice for files that are no arrays
+        raise ConfigError(setting, path, f"is no profile{why}", remedy) from error
 
 
 def check_same_model(profile: Profile, weights: str, path: str, checkpoint: Path, setting: str = "profile") -> None:

@@ -85,6 +85,12 @@ def test_a_missing_layout_file_is_named(study: Study) -> None:
         continuations(study, None, ["squared"], 1)
 
 
+def test_random_layouts_need_a_draw(study: Study) -> None:
+    assert names(continuations(study, [0.25], ["squared"], 0)) == ["dense", "squared-0.25"]
+    with pytest.raises(ConfigError, match=r"^draws=0: too few"):
+        continuations(study, [0.25], ["random"], 0)
+
+
 def trained(*changed: str) -> PretrainConfig:
     return compose_run(["+model=tiny_dense", "train.steps=10", *changed])
 

@@ -113,3 +113,11 @@ def test_layouts_that_cannot_be_timed_are_rejected(arguments: list[str], problem
     done = timed(tmp_path / "speed.json", *arguments)
     assert done.status == 2
     assert problem in done.err
+
+
+def test_a_file_of_something_else_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "speed.json").write_text("notes")
+    done = timed(tmp_path / "speed.json", "layout=dense")
+    assert done.status == 2
+    assert "holds no results of this program" in done.err
+    assert (tmp_path / "speed.json").read_text() == "notes"
