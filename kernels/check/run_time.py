@@ -67,15 +67,17 @@ def fresh_steps(
 
     for _ in range(_WARM_STEPS):
         step()
-    registered, allocated = len(handles.live_numbers()), _allocated(device)
+    allocated = _allocated(device)  # first: it collects garbage, layouts among it
+    registered = len(handles.live_numbers())
     with _host_never_waits(device), _compiled() as names:
         for _ in range(steps):
             step()
+    grown = _allocated(device) - allocated
     return {
         "steps": steps,
         "compiled": names,
         "registered": len(handles.live_numbers()) - registered,
-        "grown bytes": _allocated(device) - allocated,
+        "grown bytes": grown,
     }
 
 
