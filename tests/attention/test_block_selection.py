@@ -148,7 +148,7 @@ def test_rows_without_a_past_give_finite_gradients(scorer: str) -> None:
 def test_the_probability_of_sampled_queries_is_that_of_dense_attention() -> None:
     query, key, _ = inputs()
     at = sampled_positions(LENGTH, 20, int(torch.randint(1 << 30, ())), torch.device("cpu"))
-    assert (at.diff() > 0).all()
+    assert (at.diff() >= 0).all()
     mass = row_mass(query[at], key, at, BLOCK, 0.3)
     assert mass.sum(-1) == pytest.approx(torch.ones(2, 2, 20, dtype=torch.float64))
     row, position = 7, int(at[7])

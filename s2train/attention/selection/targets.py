@@ -38,7 +38,8 @@ LOSSES = {"kl": kl_divergence, "mse": squared_error}
 def sampled_positions(length: int, count: int, seed: int, device: torch.device) -> Tensor:
     """Draw `count` positions, one from each equal part of the sequence.
 
-    The sequence is divided into `count` parts. Positions are int64, ascending.
+    The sequence is divided into `count` parts. Positions are int64, ascending. A token that lies in two parts may be
+    drawn in both, so that all tokens are drawn equally often.
     """
     count = min(count, length)
     generator = torch.Generator(device)
