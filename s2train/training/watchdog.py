@@ -104,13 +104,16 @@ class Watchdog:
 
     def _watch(self) -> None:
         # Without the store no rank can be named, but the timeout still applies.
-        while not self._stopped.wait(self._tick):
+        # It publishes at once: a rank that freezes within the first tick has a last position.
+        while True:
             is_aborting = False
             with contextlib.suppress(Exception):
                 self._publish()
                 is_aborting = self._store.check([_ABORTING])
             if is_aborting or time.monotonic() - self._moved > self._limit:
                 self._abort()
+            if self._stopped.wait(self._tick):
+                return
 
     def _publish(self) -> None:
         self._ticks += 1
