@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from s2train.checkpoints.folders import find_checkpoint, read_config, read_progress
 from s2train.command_line.layout_files import PREFIX
 from s2train.command_line.overrides import quoted
+from s2train.comparison.claims import claim
 from s2train.config import PlanConfig, PretrainConfig
 from s2train.environment.provenance import environment
 from s2train.errors import ConfigError
@@ -218,18 +219,8 @@ def claimed(study: Study, run: Continuation) -> Iterator[bool]:
 
     It is not if its result is there, or another process runs it.
     """
-    folder = study.folder / "locks"
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / f"{run.name}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        yield False
-        return
-    try:
-        yield not is_recorded(study, run)
-    finally:
-        lock.release()
+    with claim(study.folder / "locks" / f"{run.name}.lock") as is_free:
+        yield is_free and not is_recorded(study, run)
 
 
 def is_recorded(study: Study, run: Continuation) -> bool:

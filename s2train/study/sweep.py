@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
+from s2train.comparison.claims import claim
 from s2train.data.indexed import read_metadata
 from s2train.environment.provenance import environment
 from s2train.errors import ConfigError
@@ -71,18 +72,8 @@ def claimed(folders: Folders, trial: Trial) -> Iterator[bool]:
 
     A trial is not run if it is finished, or another process runs it.
     """
-    folder = folders.root / "sweep"
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / f"{trial.name}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        yield False
-        return
-    try:
-        yield trial.name not in {row["name"] for row in read(folders)}
-    finally:
-        lock.release()
+    with claim(folders.root / "sweep" / f"{trial.name}.lock") as is_free:
+        yield is_free and trial.name not in {row["name"] for row in read(folders)}
 
 
 def running(folders: Folders) -> list[str]:
