@@ -49,6 +49,11 @@ def kept_positions(pattern: Pattern, block_size: int, seq_length: int) -> int:
     return int((rows * before + diagonal * (rows * (rows + 1) // 2)).sum())
 
 
+def kept_share(pattern: Pattern, block_size: int, seq_length: int) -> float:
+    """Return the share of causal positions that a pattern keeps."""
+    return kept_positions(pattern, block_size, seq_length) / (seq_length * (seq_length + 1) // 2)
+
+
 class _Union(Protocol):
     """Union of patterns of one form over `num_blocks`."""
 

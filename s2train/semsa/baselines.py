@@ -5,7 +5,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from s2train.layouts.counting import kept_positions
+from s2train.layouts.counting import kept_share
 from s2train.layouts.patterns import LocalVertical, Pattern, SlidingWindow
 from s2train.semsa.layouts import Candidates
 from s2train.semsa.profile import Profile
@@ -57,14 +57,10 @@ def random_rules(
 
 
 def _densest(profile: Profile, patterns: Sequence[Kind], density: float) -> Kind | None:
-    shares = [(_share(pattern, profile), number) for number, pattern in enumerate(patterns)]
+    size, length = profile.block_size, profile.seq_length
+    shares = [(kept_share(pattern, size, length), number) for number, pattern in enumerate(patterns)]
     fitting = [(share, number) for share, number in shares if share <= density]
     return patterns[max(fitting)[1]] if fitting else None
-
-
-def _share(pattern: Pattern, profile: Profile) -> float:
-    length = profile.seq_length
-    return kept_positions(pattern, profile.block_size, length) / (length * (length + 1) // 2)
 
 
 def _same(pattern: Pattern | None, profile: Profile) -> Layers | None:
@@ -75,5 +71,6 @@ def _same(pattern: Pattern | None, profile: Profile) -> Layers | None:
 
 def mean_density(layers: Layers, profile: Profile) -> float:
     """Return the share of causal positions that heads keep on average."""
-    shares = {pattern: _share(pattern, profile) for row in layers for pattern in row}
+    size, length = profile.block_size, profile.seq_length
+    shares = {pattern: kept_share(pattern, size, length) for row in layers for pattern in row}
     return sum(shares[pattern] for row in layers for pattern in row) / sum(len(row) for row in layers)

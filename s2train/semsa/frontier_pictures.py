@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from s2train.files import replacing
-from s2train.layouts.counting import kept_positions
+from s2train.layouts.counting import kept_share
 from s2train.layouts.patterns import Dense, GlobalBlocks, LocalVertical, Pattern, SlidingWindow, Span
 from s2train.pictures.style import DENSE as DENSE_COLOUR
 from s2train.pictures.style import GREY, Sheet, plain
@@ -118,8 +118,8 @@ def draw_spans(path: Path, content: Mapping[str, Any], chosen: Sequence[Mapping[
                 continue
             layers, block_size = read_layers(files[budget])
             length = content["seq_length"]
-            shares = {head: kept_positions(head, block_size, length) for heads in layers for head in heads}
-            kept = np.array([[shares[head] for head in heads] for heads in layers]) * 2 / (length * (length + 1))
+            shares = {head: kept_share(head, block_size, length) for heads in layers for head in heads}
+            kept = np.array([[shares[head] for head in heads] for heads in layers])
             short = [[_short(head) for head in heads] for heads in layers]
             title = f"{Path(content['folders'][column]).name}, density {budget:g}: share that each head keeps"
             draw_heads(sheet, 0.75 + 5.4 * column, 0.85 + 4.0 * row, title, kept, 0, 1, short)

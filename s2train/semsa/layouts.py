@@ -12,7 +12,7 @@ from s2train.attention.coverage import coverage_report
 from s2train.attention.hybrid import HybridLayout, build_hybrid_layout
 from s2train.config import LayoutConfig, PatternConfig, ScheduleConfig
 from s2train.files import replacing
-from s2train.layouts.counting import kept_positions
+from s2train.layouts.counting import kept_share
 from s2train.layouts.patterns import Dense, GlobalBlocks, LocalVertical, Pattern, SlidingWindow, Span
 from s2train.semsa.profile import Profile
 from s2train.semsa.rules import pattern_of
@@ -63,8 +63,7 @@ class Candidates:
 
         The result is float64 [layers, heads, rules].
         """
-        causal = seq_length * (seq_length + 1) // 2
-        shares = np.array([kept_positions(pattern, block_size, seq_length) / causal for pattern in self.patterns])
+        shares = np.array([kept_share(pattern, block_size, seq_length) for pattern in self.patterns])
         density: np.ndarray = shares[self.index]
         return density
 

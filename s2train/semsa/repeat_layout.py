@@ -14,7 +14,6 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from s2train.attention.hybrid import HybridLayout
 from s2train.command_line.program import settings_before_options
@@ -22,12 +21,12 @@ from s2train.config import LayoutConfig, ModelConfig, PatternConfig
 from s2train.costs.attention import density
 from s2train.errors import ConfigError
 from s2train.files import check_output
-from s2train.layouts.counting import kept_positions
+from s2train.layouts.counting import kept_share
 from s2train.layouts.patterns import GlobalBlocks, LocalVertical, SlidingWindow, Span
 from s2train.layouts.patterns.base import Pattern
 from s2train.layouts.patterns.dense import Dense
 from s2train.planning import compose_run, hybrid_layout
-from s2train.semsa.layouts import Settings, write_layout
+from s2train.semsa.layouts import settings_of, write_layout
 from s2train.semsa.rules import pattern_of
 
 _PROGRAM = "s2train.semsa.repeat_layout"
@@ -134,7 +133,7 @@ def grown(pattern: Pattern, block_size: int, length: int, new_size: int, longest
     Raises:
         ConfigError: a rule of another kind.
     """
-    share = _share(pattern, block_size, length)
+    share = kept_share(pattern, block_size, length)
     if share == 1:
         return Dense()
     sinks = -(-getattr(pattern, "sinks", 0) * block_size // new_size)
@@ -142,7 +141,7 @@ def grown(pattern: Pattern, block_size: int, length: int, new_size: int, longest
         low, high = 0.0, 1.0
         for _ in range(_BISECTIONS):
             middle = (low + high) / 2
-            is_below = _share(Span(1, middle, sinks), new_size, longest) <= share
+            is_below = kept_share(Span(1, middle, sinks), new_size, longest) <= share
             low, high = (middle, high) if is_below else (low, middle)
         return Span(1, math.floor(low * 1e4) / 1e4, sinks)
     if isinstance(pattern, LocalVertical | GlobalBlocks):
@@ -150,23 +149,9 @@ def grown(pattern: Pattern, block_size: int, length: int, new_size: int, longest
         offset = pattern.offset if isinstance(pattern, LocalVertical) else max(pattern.blocks, default=0)
         widest = min(math.ceil(2 / share), -(-longest // new_size))
         stripes = [LocalVertical(1, stride, offset, sinks) for stride in range(1, widest + 1)]
-        return min(stripes, key=lambda own: abs(_share(own, new_size, longest) - share))
+        return min(stripes, key=lambda own: abs(kept_share(own, new_size, longest) - share))
     remedy = "Choose the layout among spans, windows, stripes and columns."
     raise ConfigError("layout.pattern.rules", pattern.form(), "can't be grown with the length", remedy)
-
-
-def _share(pattern: Pattern, block_size: int, length: int) -> float:
-    return kept_positions(pattern, block_size, length) / (length * (length + 1) // 2)
-
-
-def settings_of(pattern: Pattern) -> Settings:
-    """Return the settings of a grown rule."""
-    if isinstance(pattern, Span):
-        return {"kind": "span", "base": pattern.base, "slope": pattern.slope, "sinks": pattern.sinks}
-    if isinstance(pattern, LocalVertical):
-        own: dict[str, Any] = {"local": pattern.local, "stride": pattern.stride, "offset": pattern.offset}
-        return {"kind": "local_vertical"} | own | {"sinks": pattern.sinks}
-    return {"kind": "dense"}
 
 
 def _densities(hybrid: HybridLayout, lengths: Sequence[int]) -> list[str]:
