@@ -52,14 +52,14 @@ class ProfileAttentionConfig:
     library: LibraryConfig = field(default_factory=LibraryConfig)  # candidate rules, whose effects are summed
     columns_from: str | None = None  # profile of the same checkpoint that `library.columns` are taken from
     samples: int = 64  # sequences of calibration text, over all data parallel ranks
-    seq_length: int | None = None  # tokens of a sequence, at most the run's train.seq_length; None: as many
+    seq_length: int | None = None  # tokens of a sequence, at most the run's train.seq_length; None: that length
     block_size: int | None = None  # tokens of a block, here and in the chosen layout; None: the run's layout.block_size
     labels: str = "sampled"  # sampled (from the model's own output, softened by `temperature`), or data (next tokens)
     temperature: float = 1.0  # logits are divided by it before labels are sampled
     precision: str | None = None  # bf16, fp32; None: the run's
     recompute: bool = False  # compute each layer's activations again in the backward pass: slower, less memory
     save_interval: int = 8  # samples per data parallel rank after which sums are saved, to resume from
-    # compare the estimates with the loss under real masks of so many blocks, and of as many rules, one at a time
+    # compare the estimates with the loss under real masks of this number of blocks and of rules, one at a time
     verify: int = 0
     verify_samples: int = 4  # sequences on which each mask is tried
     attention_backend: str = "auto"  # as in a run

@@ -36,7 +36,7 @@ def draw_axes(path: Path, content: Mapping[str, Any]) -> None:
     seeds = len(content["folders"])
     words = f"{seeds} model{'s' if seeds > 1 else ''}; open marks: without training"
     if content["steps"] is not None:
-        words += f"; filled marks: after {content['steps']} further steps, against dense after as many"
+        words += f"; filled marks: after {content['steps']} further steps, against dense after the same number"
     sheet.text(0.45, 0.5, words, colour=GREY)
     axes = sheet.axes(0.95, 0.95, 6.0, 3.7)
     _curves(axes, rows, "density")

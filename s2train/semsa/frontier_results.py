@@ -94,7 +94,7 @@ def needle_answers(rows: Sequence[Mapping[str, Any]]) -> tuple[int, int] | None:
 def draw_frontier(path: Path, content: dict[str, Any], title: str) -> None:
     """Draw the change of the loss over the density.
 
-    Beside it stands the share of exact answers to needles where they were measured.
+    A second panel has the share of exact answers to needles, where they were measured.
     """
     rows = [
         {**row, "needles": row["needle_correct"] / row["needle_trials"]} if row.get("needle_trials") else row

@@ -1,7 +1,7 @@
 """Scores needle retrieval under masks, with one forward pass a trial.
 
 Greedy decoding gives the exact answer if and only if each of its tokens is the likeliest after the right earlier ones.
-So a pass over prompt and answer tells what decoding would give, without a cache.
+So one pass over prompt and answer shows what decoding would give, without a cache.
 """
 
 import hashlib
