@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from s2train.attention.selection.scorer import WeightOf, grouped, precise
+from s2train.attention.selection.scorer import WeightOf, grouped, precise, sum_group
 from s2train.attention.weights import AttentionShape, Weight
 
 
@@ -40,8 +40,8 @@ class IndexScorer:
 
     def scores(self, queries: Tensor, features: Tensor, candidates: Tensor, weight: WeightOf) -> Tensor:
         projected = torch.einsum("brhd,hdi->brhi", queries, weight("index_query").to(queries.dtype))
-        found = torch.einsum("bhgri,bnhi->bhgrn", grouped(projected, features.shape[2]), features)
-        return (found * self.dim**-0.5).logsumexp(2)
+        scaled = grouped(projected * self.dim**-0.5, features.shape[2])
+        return sum_group(torch.einsum("bhgri,bnhi->bhgrn", scaled, features))
 
     def flops(self, rows: int, blocks: int, tokens: int, shape: AttentionShape) -> int:
         project = shape.num_query_groups * tokens + shape.num_heads * rows

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from s2train.attention.selection.scorer import MASKED, WeightOf, grouped, log_products, precise
+from s2train.attention.selection.scorer import MASKED, WeightOf, grouped, log_products, precise, sum_group
 from s2train.attention.weights import AttentionShape, Weight
 
 _ROWS, _COLUMNS = 3, 5  # a convolution's extent
@@ -67,7 +67,7 @@ class SeaScorer:
         first, second = (weight(name).to(maps.dtype) for name in ("cnn_first", "cnn_second"))
         hidden = F.gelu(F.conv2d(F.pad(maps, _PADDING), first, groups=num_kv_heads))
         refined = F.conv2d(F.pad(hidden, _PADDING), second, groups=num_kv_heads)
-        return weight("sharpness").to(maps.dtype) * shares.logsumexp(2) + refined
+        return weight("sharpness").to(maps.dtype) * sum_group(shares) + refined
 
     def flops(self, rows: int, blocks: int, tokens: int, shape: AttentionShape) -> int:
         project = shape.num_query_groups * tokens + shape.num_heads * rows
