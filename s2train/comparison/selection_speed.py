@@ -2,10 +2,10 @@
 
 One layer's core attention, as in training: random queries, keys and values, bfloat16 on a GPU, batch 1, forward and
 backward. `attention` is the sparse op alone with lists made before; `whole` is the core attention with scorer,
-selection, lists, losses and their gradients. The phases are forward passes alone: pooled queries, pooled keys, scores,
-selection, and the lists that the kernels read. `target` is the true probability of sampled queries. Dense attention:
-FlashAttention-4 where it is installed, and torch's cuDNN. Device times with the host ahead; the JSON is written after
-each case.
+selection, lists, losses and their gradients. The phases are forward passes alone: pooled queries, pooled keys, scores
+and selection, and the lists that the kernels read. `target` is the true probability of sampled queries. Dense
+attention: FlashAttention-4 where it is installed, and torch's cuDNN. Device times with the host ahead; the JSON is
+written after each case.
 
 Run it on one GPU: python -m s2train.comparison.selection_speed --output FILE.json
 """
@@ -25,7 +25,6 @@ import torch
 from torch import Tensor
 
 from s2train.attention.block_selection import SCORERS
-from s2train.attention.selection.lists import select
 from s2train.attention.selection.targets import row_mass, sampled_positions
 from s2train.config import LayoutConfig, ModelConfig, ParallelConfig, PretrainConfig, TrainConfig
 from s2train.environment.versions import versions
@@ -42,7 +41,7 @@ from s2train.megatron.setup import initialize, shutdown
 from s2train.planning import hybrid_layout
 
 Record = dict[str, Any]
-PHASES = ("pool queries", "pool keys", "scores", "select", "lists")  # before attention; `scores` without pooling
+PHASES = ("pool queries", "pool keys", "scores and selection", "lists")  # before attention
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -148,35 +147,31 @@ def measure_scorer(core: BlockSelectionCoreAttention, leaves: list[Tensor], cloc
     """
     query, key, value = leaves
     size, length = core.layer_layout.block_size, query.shape[0]
-    count, budget = core.layer_layout.num_blocks(length), core.kind.budget
-    rows = torch.arange(count, device=query.device)[None, None]
-    candidates = budget.candidates(rows, count)
-    slots = budget.most_chosen(count)
+    count = core.layer_layout.num_blocks(length)
     with torch.no_grad():
         speakers, features = core.speakers(query), core.features(key)
-        scores = core.kind.scorer.scores(speakers, features, candidates, core.weight)
-        indices = select(scores, rows, budget, slots)
+        indices = core.lists(speakers, features)
     layout = core.layout_of(indices, query)
     at = sampled_positions(length, core.kind.settings.sampled_rows, 1, query.device)
 
     def op(layout: TopKLayout) -> Tensor:
         return block_sparse_attention(query, key, value, layout, softmax_scale=core.softmax_scale)
 
-    def lists() -> object:
+    def attend_to_lists() -> object:
         return op(core.layout_of(indices, query))
 
     phases: dict[str, Callable[[], object]] = {
         "pool queries": lambda: core.speakers(query),
         "pool keys": lambda: pooled_keys(core, key),
-        "scores": lambda: core.kind.scorer.scores(speakers, features, candidates, core.weight),
-        "select": lambda: select(scores, rows, budget, slots),
+        "scores and selection": lambda: core.lists(speakers, features),
         "target": lambda: row_mass(query[at], key, at, size, core.softmax_scale),
     }
     found: Record = {}
     with torch.no_grad():
         found["phases_ms"] = {name: _time(phase, clock, budget_ms / 4) for name, phase in phases.items()}
         prebuilt = _time(lambda: op(layout), clock, budget_ms / 4)
-        found["phases_ms"]["lists"] = _time(lists, clock, budget_ms / 4) - prebuilt  # those of the forward pass
+        # the lists of the forward pass
+        found["phases_ms"]["lists"] = _time(attend_to_lists, clock, budget_ms / 4) - prebuilt
     found["attention"] = _passes(lambda: op(layout), leaves, clock, budget_ms)
     whole = [*leaves, *core.parameters()]
     found["whole"] = _passes(lambda: core(query, key, value, None).view_as(query), whole, clock, budget_ms)

@@ -8,9 +8,9 @@ from s2train.attention.block_selection import FIRST_TOKEN, BlockSelectionKind
 from s2train.attention.kind import LayerLayout
 from s2train.attention.random_numbers import stateless_seed
 from s2train.attention.registry import LETTERS
-from s2train.attention.selection.lists import listed, select
+from s2train.attention.selection.lists import listed, row_chunks, select
 from s2train.attention.selection.mixing import mix, running_means
-from s2train.attention.selection.scorer import precise
+from s2train.attention.selection.scorer import block_scores, precise
 from s2train.attention.selection.targets import LOSSES, row_mass, sampled_positions
 from s2train.kernels.attention import Backend, block_sparse_attention
 from s2train.kernels.block_statistics import block_mass
@@ -21,7 +21,7 @@ from s2train.layouts.patterns import Dense
 from s2train.megatron.core_attention import AttentionCache, CausalCoreAttention
 from s2train.megatron.selection_cache import (
     cached_list,
-    cached_scores,
+    cached_lists,
     empty_state,
     keep_chunk,
     keep_token,
@@ -72,9 +72,12 @@ class BlockSelectionCoreAttention(CausalCoreAttention):
         kind, num_heads = layer.kind, query.shape[2]
         assert isinstance(kind, BlockSelectionKind)
         count = layer.num_blocks(key.shape[0])
-        rows = torch.arange(count, device=query.device)[None, None]
-        scores = torch.zeros(query.shape[1], key.shape[2], count, count, device=query.device)
-        indices = select(scores, rows, kind.budget, kind.budget.most_chosen(count))
+        rows, lists = torch.arange(count, device=query.device)[None, None], []
+        for first, end in row_chunks(count):
+            scores = torch.zeros(query.shape[1], key.shape[2], 1, end - first, end, device=query.device)
+            own, slots = rows[..., first:end], kind.budget.most_chosen(count)
+            lists.append(select(scores, own, kind.budget, slots, normalize=kind.scorer.normalizes, backend=backend))
+        indices = torch.cat(lists, 2)
         layouts: list[Layout] = [TopKLayout.from_indices(indices, layer.block_size, num_heads=num_heads)]
         if kind.settings.warm_up_steps:
             layouts.append(dense_layer(num_heads, layer.block_size).block_layout(key.shape[0], device=query.device))
@@ -90,8 +93,7 @@ class BlockSelectionCoreAttention(CausalCoreAttention):
         if query_offset:
             if self.kv is None:
                 raise NotImplementedError("queries without those before them, which choose what they read")
-            scores = cached_scores(self, self.kv, rows, num_blocks)
-            indices = select(scores, rows, self.kind.budget, self.kind.budget.most_chosen(num_blocks))
+            indices = cached_lists(self, self.kv, rows, num_blocks)
             indices = torch.nn.functional.pad(indices, (0, 0, first, 0), value=-1)  # lists of the earlier rows
             layout: Layout = self.layout_of(indices, query)
             out = block_sparse_attention(
@@ -103,10 +105,7 @@ class BlockSelectionCoreAttention(CausalCoreAttention):
         chosen_by = (query, key) if self.kind.settings.trunk_gradient else (query.detach(), key.detach())
         with torch.set_grad_enabled(learns):
             speakers, features = self.speakers(chosen_by[0]), self.features(chosen_by[1])
-        with torch.set_grad_enabled(learns and self.warms_up):
-            candidates = self.kind.budget.candidates(rows, num_blocks)
-            scores = self.kind.scorer.scores(speakers, features, candidates, self.weight)
-        indices = select(scores, rows, self.kind.budget, self.kind.budget.most_chosen(num_blocks))
+        indices = self.lists(speakers, features)
         if self.warms_up:
             dense = dense_layer(self.shape.num_heads, self.layer_layout.block_size)
             layout = self.cache.get(dense, key.shape[0], self.heads, query.device)
@@ -126,6 +125,10 @@ class BlockSelectionCoreAttention(CausalCoreAttention):
             return out
         query, key = query.detach(), key.detach()
         if lse is not None:
+            scores = None
+            if learns:
+                candidates = self.kind.budget.candidates(rows, num_blocks)
+                scores = block_scores(self.kind.scorer, speakers, features, candidates, self.weight)
             return self.learn_from_all(out, query, key, lse, scores, indices)
         return self.learn_from_sampled(out, query, key, speakers, features, indices)
 
@@ -167,6 +170,21 @@ class BlockSelectionCoreAttention(CausalCoreAttention):
         means = running_means(value, self.layer_layout.block_size)[value.shape[0] - query.shape[0] :]
         return mix(out, query, means, self.weight)
 
+    @torch.no_grad()
+    def lists(self, speakers: Tensor, features: Tensor) -> Tensor:
+        """Select each query block's key blocks: int32 [b, h_kv, n, slots]."""
+        scorer, budget, count = self.kind.scorer, self.kind.budget, features.shape[1]
+        rows = torch.arange(count, device=features.device)[None, None]
+        candidates, slots, lists = budget.candidates(rows, count), budget.most_chosen(count), []
+        for first, end in row_chunks(count):
+            around = slice(max(0, first - scorer.earlier_rows), end)
+            found = scorer.head_scores(
+                speakers[:, around], features[:, :end], candidates[:, :, around, :end], self.weight
+            )[..., first - around.start :, :]
+            own = rows[..., first:end]
+            lists.append(select(found, own, budget, slots, normalize=scorer.normalizes, backend=self.backend))
+        return torch.cat(lists, 2)
+
     def layout_of(self, indices: Tensor, query: Tensor) -> TopKLayout:
         """Make the layout of lists [b, h_kv, n, slots]."""
         return TopKLayout.from_indices(indices, self.layer_layout.block_size, num_heads=query.shape[2])
@@ -193,13 +211,13 @@ class BlockSelectionCoreAttention(CausalCoreAttention):
         return torch.nn.functional.pad(means, (0, 0, 0, 0, 1, 0))
 
     def learn_from_all(
-        self, out: Tensor, query: Tensor, key: Tensor, lse: Tensor, scores: Tensor, indices: Tensor
+        self, out: Tensor, query: Tensor, key: Tensor, lse: Tensor, scores: Tensor | None, indices: Tensor
     ) -> Tensor:
         """Attach the losses of all rows of a dense step, as `learn`.
 
         `lse` is that of dense attention.
         """
-        size, length, num_blocks = self.layer_layout.block_size, query.shape[0], scores.shape[-1]
+        size, length, num_blocks = self.layer_layout.block_size, query.shape[0], indices.shape[2]
         target = block_mass(
             query, key, lse.detach(), block_size=size, softmax_scale=self.softmax_scale, backend=self.backend
         )
@@ -231,7 +249,7 @@ class BlockSelectionCoreAttention(CausalCoreAttention):
         scorer, earlier = self.kind.scorer, self.kind.scorer.earlier_rows
         around = (rows[:, None] + torch.arange(-earlier, 1, device=rows.device)).flatten()
         candidates = self.kind.budget.candidates(around[None, None], features.shape[1])
-        found = scorer.scores(speakers[:, around.clamp_min(0)], features, candidates, self.weight)
+        found = block_scores(scorer, speakers[:, around.clamp_min(0)], features, candidates, self.weight)
         return found[:, :, earlier :: earlier + 1]
 
     def learn(

@@ -117,25 +117,25 @@ def mean_with_token(kv: AttentionCache, value: Tensor) -> Tensor:
     return (sums / (kv.positions.clamp(min=0) + 1)[:, None, None])[None]
 
 
-def cached_scores(core: "BlockSelectionCoreAttention", kv: AttentionCache, rows: Tensor, num_blocks: int) -> Tensor:
-    """Score `num_blocks` key blocks for consecutive query blocks: [b, h_kv, r, n].
+def cached_lists(core: "BlockSelectionCoreAttention", kv: AttentionCache, rows: Tensor, num_blocks: int) -> Tensor:
+    """Select from `num_blocks` key blocks for consecutive query blocks: int32 [b, h_kv, r, slots].
 
     `rows`, int64 [1 or b, 1, r], are the query blocks. Rows before them are scored too, as far as a row's scores depend
     on them.
     """
-    scorer, speakers, features = core.kind.scorer, kv.state["speakers"], kv.state["features"][:, :num_blocks]
+    scorer, budget = core.kind.scorer, core.kind.budget
+    speakers, features = kv.state["speakers"], kv.state["features"][:, :num_blocks]
     earlier = torch.arange(-scorer.earlier_rows, 0, device=rows.device)
-    rows = torch.cat([rows[..., :1] + earlier, rows], -1)
-    at = rows.clamp(min=0)[:, 0, :, None, None].expand(len(speakers), -1, *speakers.shape[2:])
-    candidates = core.kind.budget.candidates(rows, num_blocks)
-    found = scorer.scores(speakers.gather(1, at), features, candidates, core.weight)
-    return found[:, :, scorer.earlier_rows :]
+    around = torch.cat([rows[..., :1] + earlier, rows], -1)
+    at = around.clamp(min=0)[:, 0, :, None, None].expand(len(speakers), -1, *speakers.shape[2:])
+    candidates = budget.candidates(around, num_blocks)
+    found = scorer.head_scores(speakers.gather(1, at), features, candidates, core.weight)[..., scorer.earlier_rows :, :]
+    slots = budget.most_chosen(num_blocks)
+    return select(found, rows, budget, slots, normalize=scorer.normalizes, backend=core.backend)
 
 
 def cached_list(core: "BlockSelectionCoreAttention", kv: AttentionCache) -> Tensor:
     """Select the blocks that new tokens read: int32 [b, h_kv, slots]."""
     num_blocks = kv.state["features"].shape[1]
     rows = (kv.positions.clamp(min=0) // core.layer_layout.block_size).long()[:, None, None]
-    budget = core.kind.budget
-    scores = cached_scores(core, kv, rows, num_blocks)
-    return select(scores, rows, budget, budget.most_chosen(num_blocks))[:, :, 0]
+    return cached_lists(core, kv, rows, num_blocks)[:, :, 0]

@@ -12,7 +12,7 @@ from torch import Tensor
 from s2train.attention.block_selection import QUERIES, SCORERS, BlockSelectionKind, BlockSelectionSettings
 from s2train.attention.selection.lists import Budget, listed, select
 from s2train.attention.selection.mixing import mix, running_means
-from s2train.attention.selection.scorer import Scorer
+from s2train.attention.selection.scorer import Scorer, block_scores
 from s2train.attention.selection.targets import (
     kl_divergence,
     row_mass,
@@ -56,8 +56,8 @@ class Layer:
         features = self.scorer.pool_keys(blocks, self.weights.__getitem__)
         features = torch.nn.functional.pad(features, (0, 0, 0, 0, 0, count - whole))
         candidates = self.budget.candidates(rows, count)
-        scores = self.scorer.scores(speakers.transpose(0, 1), features, candidates, self.weights.__getitem__)
-        return select(scores, rows, self.budget, self.budget.most_chosen(count))
+        scores = block_scores(self.scorer, speakers.transpose(0, 1), features, candidates, self.weights.__getitem__)
+        return select(scores[:, :, None], rows, self.budget, self.budget.most_chosen(count))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         layout = TopKLayout.from_indices(self.lists(query, key), BLOCK, num_heads=SHAPE.num_heads)
@@ -113,7 +113,7 @@ def test_all_blocks_selected_is_dense_attention(scorer: str) -> None:
 @pytest.mark.parametrize("budget", [Budget(2, 1, 2, None), Budget(3, 0, None, 0.4), Budget(2, 2, None, 0.01)])
 def test_each_query_block_reads_what_the_plan_counts(budget: Budget) -> None:
     rows = torch.arange(BLOCKS)[None, None]
-    lists = select(torch.randn(2, 2, BLOCKS, BLOCKS), rows, budget, budget.most_chosen(BLOCKS))
+    lists = select(torch.randn(2, 2, 1, BLOCKS, BLOCKS), rows, budget, budget.most_chosen(BLOCKS))
     marks = listed(lists, BLOCKS)
     assert (marks.sum(-1) == torch.tensor([budget.num_kept(row) for row in range(BLOCKS)])).all()
     assert not marks.triu(1).any()
@@ -125,7 +125,7 @@ def test_each_query_block_reads_what_the_plan_counts(budget: Budget) -> None:
 
 def test_the_best_candidates_are_selected_and_ties_go_to_the_earlier_block() -> None:
     budget = Budget(2, 1, 2, None)
-    scores = torch.tensor([9.0, 1.0, 3.0, 2.0, 3.0, 3.0, 8.0, 8.0, 8.0]).expand(1, 1, BLOCKS, BLOCKS)
+    scores = torch.tensor([9.0, 1.0, 3.0, 2.0, 3.0, 3.0, 8.0, 8.0, 8.0]).expand(1, 1, 1, BLOCKS, BLOCKS)
     lists = select(scores, torch.arange(BLOCKS)[None, None], budget, 2)
     assert sorted(set(lists[0, 0, 7].tolist())) == [0, 2, 4, 6, 7]
     assert sorted(set(lists[0, 0, 2].tolist()) - {-1}) == [0, 1, 2]
@@ -138,7 +138,7 @@ def test_rows_without_a_past_give_finite_gradients(scorer: str) -> None:
     candidates = layer.budget.candidates(torch.arange(3)[None, None], 3)
     features = layer.scorer.pool_keys(torch.randn(1, 3, BLOCK, 2, 8, dtype=torch.float64), weights.__getitem__)
     speakers = torch.randn(1, 3, 4, 8, dtype=torch.float64, requires_grad=True)
-    scores = layer.scorer.scores(speakers, features, candidates, weights.__getitem__)
+    scores = block_scores(layer.scorer, speakers, features, candidates, weights.__getitem__)
     target = torch.rand(1, 2, 3, 3, dtype=torch.float64)
     (kl_divergence(scores, target, candidates).sum() + squared_error(scores, target, candidates).sum()).backward()
     assert speakers.grad is not None

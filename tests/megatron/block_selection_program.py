@@ -6,11 +6,13 @@ from typing import Any
 from unittest import mock
 
 import torch
+from s2train.kernels.select_blocks import reference_select_blocks
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from s2train.attention.selection import lists
 from s2train.config import ParallelConfig
 from s2train.inference.cached_model import CachedModel
 from s2train.inference.kv_cache import kv_cache
@@ -201,9 +203,15 @@ def waits() -> dict[str, list[str]]:
     def positions(length: int, count: int, seed: int, device: torch.device) -> Tensor:
         return torch.empty(count, dtype=torch.int64, device=device)  # there is no random generator
 
+    def selected(scores: Tensor, rows: Tensor, counts: Tensor, *, backend: str, **options: Any) -> Tensor:
+        return reference_select_blocks(scores, rows, counts, **options)
+
     found = {}
     stubs = {"block_sparse_attention": attend, "block_mass": mass, "sampled_positions": positions}
-    with mock.patch.multiple(block_selection, kernels_in_use=mock.Mock(), **stubs):
+    with (
+        mock.patch.multiple(block_selection, kernels_in_use=mock.Mock(), **stubs),
+        mock.patch.object(lists, "select_blocks", selected),
+    ):
         for name in ("moba", "index", "sea"):
             core = make(scorer=name, warm_up_steps=1)[2].to("meta", torch.bfloat16)
             core.cache = SimpleNamespace(get=lambda *_: None)  # type: ignore[assignment]
@@ -214,6 +222,21 @@ def waits() -> dict[str, list[str]]:
                     out = core(*leaves, None)
                     out.backward(torch.empty_like(out))
                 found[f"{name}, {phase}"] = numbers.found + copies.found
+    return found
+
+
+@torch.no_grad()
+def in_chunks() -> dict[str, bool]:
+    """Whether each scorer's lists in chunks of few query blocks are those of all at once."""
+    found = {}
+    for name in ("moba", "index", "sea"):
+        core = make(scorer=name, sinks=1)[2].double()
+        query, key, _ = (x.double() for x in inputs())
+        speakers, features = core.speakers(query), core.features(key)
+        whole = core.lists(speakers, features)
+        for rows in (1, 2, 3):
+            with mock.patch.object(lists, "_CHUNK_ROWS", rows):
+                found[f"{name}, {rows}"] = torch.equal(core.lists(speakers, features), whole)
     return found
 
 
@@ -247,6 +270,7 @@ def main() -> None:
         "recall": recall_of_all(),
         "unlogged": unlogged(),
         "waits": waits(),
+        "in_chunks": in_chunks(),
         "reads": reads(),
     }
     shutdown()

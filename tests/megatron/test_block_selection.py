@@ -70,6 +70,10 @@ def test_a_step_never_waits_for_the_device(measured: dict[str, Any]) -> None:
     }
 
 
+def test_lists_do_not_depend_on_how_many_rows_are_scored_at_once(measured: dict[str, Any]) -> None:
+    assert all(measured["in_chunks"].values()), measured["in_chunks"]
+
+
 def test_a_decoding_step_reads_the_listed_pages_and_a_small_state(measured: dict[str, Any]) -> None:
     found = measured["reads"]
     assert found["pages"] + found["own"] < found["told"] <= found["pages"] + found["own"] + found["state"]

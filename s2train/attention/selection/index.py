@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from s2train.attention.selection.scorer import WeightOf, grouped, precise, sum_group
+from s2train.attention.selection.scorer import WeightOf, grouped, precise
 from s2train.attention.weights import AttentionShape, Weight
 
 
@@ -19,6 +19,7 @@ class IndexScorer:
 
     losses: tuple[str, ...] = ("kl",)
     earlier_rows = 0
+    normalizes = False
 
     def __init__(self, dim: int) -> None:
         self.dim = dim
@@ -38,10 +39,10 @@ class IndexScorer:
         projected = torch.einsum("bnthd,hdi->bnthi", keys, weight("index_key").to(keys.dtype))
         return projected.to(precise(keys.dtype)).logsumexp(2) - math.log(keys.shape[2])
 
-    def scores(self, queries: Tensor, features: Tensor, candidates: Tensor, weight: WeightOf) -> Tensor:
+    def head_scores(self, queries: Tensor, features: Tensor, candidates: Tensor, weight: WeightOf) -> Tensor:
         projected = torch.einsum("brhd,hdi->brhi", queries, weight("index_query").to(queries.dtype))
         scaled = grouped(projected * self.dim**-0.5, features.shape[2])
-        return sum_group(torch.einsum("bhgri,bnhi->bhgrn", scaled, features))
+        return torch.einsum("bhgri,bnhi->bhgrn", scaled, features)
 
     def flops(self, rows: int, blocks: int, tokens: int, shape: AttentionShape) -> int:
         project = shape.num_query_groups * tokens + shape.num_heads * rows

@@ -4,12 +4,16 @@ A list has the blocks that are always kept, and the best candidates.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from s2train.attention.selection.scorer import MASKED
+from s2train.kernels.attention import Backend
+from s2train.kernels.select_blocks import mark_candidates, select_blocks
+
+_CHUNK_ROWS = 256  # at 1,024 key blocks 34 MB of scores of 32 heads
 
 
 @dataclass(frozen=True)
@@ -46,35 +50,44 @@ class Budget:
 
     def candidates(self, rows: Tensor, num_blocks: int) -> Tensor:
         """Mark the candidates of query blocks `rows` [...]: bool [..., num_blocks]."""
-        block = torch.arange(num_blocks, device=rows.device)
-        return (block >= self.sinks) & (block <= rows[..., None] - self.window)
+        return mark_candidates(rows, num_blocks, self.window, self.sinks)
+
+    def counts(self, rows: Tensor) -> Tensor:
+        """Count the candidates that query blocks `rows` read: int32, as `num_chosen`."""
+        candidates = (rows - (self.window + self.sinks - 1)).clamp_min(0)
+        if self.top_k is not None:
+            return candidates.clamp_max(self.top_k).int()
+        return (candidates.double() * (self.share or 0)).ceil().int()
 
 
-def select(scores: Tensor, rows: Tensor, budget: Budget, slots: int) -> Tensor:
+def row_chunks(rows: int) -> Iterator[tuple[int, int]]:
+    """Yield first and end of chunks of `rows` consecutive query blocks.
+
+    A chunk is scored against the key blocks before its end, not against later ones. Its scores stay in a GPU's cache
+    until they are read.
+    """
+    for first in range(0, rows, _CHUNK_ROWS):
+        yield first, min(first + _CHUNK_ROWS, rows)
+
+
+def select(
+    scores: Tensor, rows: Tensor, budget: Budget, slots: int, *, normalize: bool = False, backend: Backend = "auto"
+) -> Tensor:
     """Select each query block's key blocks.
 
-    The lists are int32 [b, h_kv, rows, sinks + slots + window], -1 where unused. The query block's own block is in the
-    last slot. Of blocks with equal scores, the earlier one is preferred.
+    The lists are int32 [b, h_kv, rows, sinks + slots + window], as `select_blocks` returns them.
 
     Args:
-        scores: [b, h_kv, rows, n_k].
+        scores: [b, h_kv, group, rows, n_k], of `Scorer.head_scores`.
         rows: int64 [1 or b, 1, rows], number of each query block; negative: none, and an empty list.
         slots: for candidates, as `Budget.most_chosen` of the last query block.
+        normalize: `Scorer.normalizes`.
     """
-    candidates = budget.candidates(rows, scores.shape[-1])
-    ranked, block = scores.detach().masked_fill(~candidates, MASKED).sort(dim=-1, descending=True, stable=True)
-    slots = min(slots, block.shape[-1])
-    chosen = block[..., :slots].masked_fill(ranked[..., :slots] < MASKED / 2, -1)
-    if budget.share is not None:
-        count = (candidates.sum(-1, keepdim=True).double() * budget.share).ceil()
-        chosen = chosen.masked_fill(torch.arange(slots, device=rows.device) >= count, -1)
-    row = rows[..., None]
-    sinks = torch.arange(budget.sinks, device=rows.device)
-    first = torch.where(sinks <= row - budget.window, sinks, -1)
-    last = (row - torch.arange(budget.window - 1, -1, -1, device=rows.device)).clamp_min(-1)
-    shape = chosen.shape[:-1]
-    parts = [first.expand(*shape, -1), chosen, last.expand(*shape, -1)]
-    return torch.cat(parts, -1).int()
+    rows = rows[:, 0]
+    return select_blocks(
+        scores, rows, budget.counts(rows), window=budget.window, sinks=budget.sinks, slots=slots,
+        normalize=normalize, backend=backend,
+    )  # fmt: skip
 
 
 def listed(indices: Tensor, num_blocks: int) -> Tensor:

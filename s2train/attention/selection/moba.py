@@ -7,7 +7,7 @@ one pooled query, which must not hold tokens of the block itself.
 import torch
 from torch import Tensor
 
-from s2train.attention.selection.scorer import MASKED, WeightOf, grouped, precise, sum_group
+from s2train.attention.selection.scorer import WeightOf, grouped, precise
 from s2train.attention.weights import AttentionShape, Weight
 
 
@@ -16,6 +16,7 @@ class MobaScorer:
 
     losses: tuple[str, ...] = ()
     earlier_rows = 0
+    normalizes = True
 
     def weights(self, shape: AttentionShape) -> tuple[Weight, ...]:
         return ()
@@ -26,10 +27,9 @@ class MobaScorer:
     def pool_keys(self, keys: Tensor, weight: WeightOf) -> Tensor:
         return keys.mean(2, dtype=precise(keys.dtype))
 
-    def scores(self, queries: Tensor, features: Tensor, candidates: Tensor, weight: WeightOf) -> Tensor:
+    def head_scores(self, queries: Tensor, features: Tensor, candidates: Tensor, weight: WeightOf) -> Tensor:
         scaled = grouped(queries * queries.shape[-1] ** -0.5, features.shape[2])
-        found = torch.einsum("bhgrd,bnhd->bhgrn", scaled, features)
-        return sum_group(found.masked_fill_(~candidates[:, :, None], MASKED).log_softmax(-1))
+        return torch.einsum("bhgrd,bnhd->bhgrn", scaled, features)
 
     def flops(self, rows: int, blocks: int, tokens: int, shape: AttentionShape) -> int:
         return 2 * shape.num_heads * shape.head_dim * rows * blocks

@@ -1,31 +1,33 @@
 """The protocol of scorers, which score key blocks for query blocks."""
 
 from collections.abc import Callable
-from functools import reduce
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from s2train.attention.weights import AttentionShape, Weight
+from s2train.kernels.select_blocks import combine_heads
 
 WeightOf = Callable[[str], Tensor]  # a weight of this rank's heads, by name
-MASKED = -1e30  # score of a block that is no candidate: finite, so that a row without candidates has gradients
 
 
 class Scorer(Protocol):
     """Scores complete earlier key blocks per query block and KV head.
 
     All sizes are those of this rank's heads. Scores of a row depend on its own queries, on those of `earlier_rows` rows
-    before it, and on keys of the rows' candidates only: nothing later enters.
+    before it, and on keys of the rows' candidates only: nothing later enters. Features after the row's own block may be
+    left out.
 
     Attributes:
         losses: auxiliary losses that its weights learn from; empty: it has no weights.
         earlier_rows: rows before a row that its scores depend on.
+        normalizes: whether a head's scores become log-probabilities over the candidates before a group's are added.
     """
 
     losses: tuple[str, ...]
     earlier_rows: int
+    normalizes: bool
 
     def weights(self, shape: AttentionShape) -> tuple[Weight, ...]:
         """Return the weights of a layer.
@@ -45,10 +47,11 @@ class Scorer(Protocol):
         """
         ...
 
-    def scores(self, queries: Tensor, features: Tensor, candidates: Tensor, weight: WeightOf) -> Tensor:
-        """Score key blocks: [b, h_kv, rows, n_k].
+    def head_scores(self, queries: Tensor, features: Tensor, candidates: Tensor, weight: WeightOf) -> Tensor:
+        """Score key blocks by the heads of a group: [b, h_kv, group, rows, n_k].
 
-        Values of blocks that are no candidates have no meaning.
+        A block's score is their log-sum-exp; a scorer that combines heads itself gives a group of one. Values of blocks
+        that are no candidates have no meaning.
 
         Args:
             queries: [b, rows, h, d], one for each query block.
@@ -85,12 +88,12 @@ def grouped(queries: Tensor, num_kv_heads: int) -> Tensor:
     return queries.unflatten(2, (num_kv_heads, -1)).permute(0, 2, 3, 1, 4)
 
 
-def sum_group(logs: Tensor) -> Tensor:
-    """Compute the log-sum-exp over a group's heads, [b, h_kv, group, rows, n].
+def block_scores(scorer: Scorer, queries: Tensor, features: Tensor, candidates: Tensor, weight: WeightOf) -> Tensor:
+    """Score key blocks for query blocks: [b, h_kv, rows, n_k].
 
-    It adds one head at a time, with less than half the memory traffic of `logsumexp`.
+    Arguments are those of `Scorer.head_scores`. Values of blocks that are no candidates have no meaning.
     """
-    return reduce(torch.logaddexp, logs.unbind(2))
+    return combine_heads(scorer.head_scores(queries, features, candidates, weight), candidates, scorer.normalizes)
 
 
 def log_products(queries: Tensor, features: Tensor) -> Tensor:

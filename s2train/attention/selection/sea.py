@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from s2train.attention.selection.scorer import MASKED, WeightOf, grouped, log_products, precise, sum_group
+from s2train.attention.selection.scorer import WeightOf, grouped, log_products, precise
 from s2train.attention.weights import AttentionShape, Weight
+from s2train.kernels.select_blocks import MASKED, combine_heads
 
 _ROWS, _COLUMNS = 3, 5  # a convolution's extent
 _PADDING = (_COLUMNS // 2, _COLUMNS // 2, _ROWS - 1, 0)
@@ -28,6 +29,7 @@ class SeaScorer:
 
     losses: tuple[str, ...] = ("kl", "mse")
     earlier_rows = 2 * (_ROWS - 1)
+    normalizes = False
 
     def __init__(self, features: int, channels: int) -> None:
         self.features, self.channels = features, channels
@@ -55,7 +57,7 @@ class SeaScorer:
         norms = keys.to(projected.dtype).square().sum(-1, keepdim=True) * (scale**2 / 2)
         return (projected - norms).logsumexp(2)
 
-    def scores(self, queries: Tensor, features: Tensor, candidates: Tensor, weight: WeightOf) -> Tensor:
+    def head_scores(self, queries: Tensor, features: Tensor, candidates: Tensor, weight: WeightOf) -> Tensor:
         num_kv_heads = features.shape[2]
         projected = torch.einsum(
             "bhgrd,hdm->bhgrm", grouped(queries, num_kv_heads), weight("kernel_features").to(queries.dtype)
@@ -67,7 +69,8 @@ class SeaScorer:
         first, second = (weight(name).to(maps.dtype) for name in ("cnn_first", "cnn_second"))
         hidden = F.gelu(F.conv2d(F.pad(maps, _PADDING), first, groups=num_kv_heads))
         refined = F.conv2d(F.pad(hidden, _PADDING), second, groups=num_kv_heads)
-        return weight("sharpness").to(maps.dtype) * sum_group(shares) + refined
+        summed = combine_heads(shares, candidates, normalize=False)
+        return (weight("sharpness").to(maps.dtype) * summed + refined)[:, :, None]
 
     def flops(self, rows: int, blocks: int, tokens: int, shape: AttentionShape) -> int:
         project = shape.num_query_groups * tokens + shape.num_heads * rows

@@ -6,7 +6,8 @@ A target is the true probability of key blocks.
 import torch
 from torch import Tensor
 
-from s2train.attention.selection.scorer import MASKED, precise
+from s2train.attention.selection.scorer import precise
+from s2train.kernels.select_blocks import MASKED
 
 
 def kl_divergence(scores: Tensor, target: Tensor, candidates: Tensor) -> Tensor:
