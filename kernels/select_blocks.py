@@ -1,4 +1,4 @@
-"""Public operation: lists of the best key blocks by the scores of a group's heads."""
+"""Public operation: list the best key blocks of a group's heads."""
 
 from __future__ import annotations
 

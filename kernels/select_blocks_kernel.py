@@ -109,7 +109,8 @@ def triton_select_blocks(
     programs = b * kv_heads * num_rows
     check_launch(programs, 1, 1)
     columns = max(16, triton.next_power_of_2(num_columns))
-    rows_batch, counts_batch = (x.stride(0) if len(x) > 1 else 0 for x in (rows, counts))
+    rows, counts = rows.contiguous(), counts.contiguous()
+    rows_batch, counts_batch = (num_rows if len(x) > 1 else 0 for x in (rows, counts))
     with torch.cuda.device_of(scores):
         s2_select_blocks_kernel[(programs,)](
             scores, rows, counts, lists, *scores.stride()[:-1], rows_batch, counts_batch,

@@ -118,10 +118,10 @@ def mean_with_token(kv: AttentionCache, value: Tensor) -> Tensor:
 
 
 def cached_lists(core: "BlockSelectionCoreAttention", kv: AttentionCache, rows: Tensor, num_blocks: int) -> Tensor:
-    """Select from `num_blocks` key blocks for consecutive query blocks: int32 [b, h_kv, r, slots].
+    """Select blocks for consecutive query blocks: int32 [b, h_kv, r, slots].
 
-    `rows`, int64 [1 or b, 1, r], are the query blocks. Rows before them are scored too, as far as a row's scores depend
-    on them.
+    They are of the first `num_blocks` key blocks. `rows`, int64 [1 or b, 1, r], are the query blocks. Rows before them
+    are scored too, as far as a row's scores depend on them.
     """
     scorer, budget = core.kind.scorer, core.kind.budget
     speakers, features = kv.state["speakers"], kv.state["features"][:, :num_blocks]

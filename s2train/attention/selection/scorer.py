@@ -48,10 +48,10 @@ class Scorer(Protocol):
         ...
 
     def head_scores(self, queries: Tensor, features: Tensor, candidates: Tensor, weight: WeightOf) -> Tensor:
-        """Score key blocks by the heads of a group: [b, h_kv, group, rows, n_k].
+        """Score key blocks by each head of a group.
 
-        A block's score is their log-sum-exp; a scorer that combines heads itself gives a group of one. Values of blocks
-        that are no candidates have no meaning.
+        The result is [b, h_kv, group, rows, n_k]. A block's score is the heads' log-sum-exp; a scorer that combines
+        heads itself gives a group of one. Values of blocks that are no candidates have no meaning.
 
         Args:
             queries: [b, rows, h, d], one for each query block.
