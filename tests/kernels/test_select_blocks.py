@@ -48,7 +48,7 @@ def test_the_best_candidates_are_listed_best_first(
         assert ((chosen[:count] >= SINKS) & (chosen[:count] <= row - WINDOW)).all()
         # blocks whose scores differ by rounding alone may change places
         best = expected.sort(descending=True).values[:count]
-        torch.testing.assert_close(expected[chosen[:count] - SINKS], best, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(expected[chosen[:count] - SINKS], best, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -75,9 +75,7 @@ def test_of_equal_scores_the_earlier_block_is_listed(backend: str, normalize: bo
     twice = scores.repeat_interleave(2, -1)[..., :21]
     lists = selected(twice, rows, counts, backend, normalize=normalize)[..., SINKS : SINKS + 2]
     first, second = lists[:, :, -1].unbind(-1)
-    assert (first != 20).all() or (second != 20).all()
-    paired = (first % 2 == 0) & (first > 0) & (first < 18)  # with both of a pair among the candidates
-    assert (second[paired] == first[paired] + 1).all()
+    assert ((first == 1) | (second == first + 1)).all()  # block 1 is equal to block 0, which is no candidate
 
 
 @pytest.mark.parametrize("group", [1, 4])
@@ -92,7 +90,7 @@ def test_both_backends_list_the_same_blocks_of_scores_that_differ(group: int, de
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_scores_far_below_the_best_keep_their_order(backend: str, device: torch.device) -> None:
     scores, rows, counts = inputs(device)
-    scores = scores.sort(-1, descending=True).values
+    scores = scores[..., :1] - torch.arange(scores.shape[-1], device=device)
     scores[..., SINKS] += 1000  # probabilities of all others are 0 in float32
     lists = selected(scores, rows, counts, backend)
     assert (lists[:, :, -1, SINKS : SINKS + SLOTS] == torch.arange(SINKS, SINKS + SLOTS, device=device)).all()
