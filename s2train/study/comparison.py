@@ -14,6 +14,8 @@ from s2train.study.recall import Recall
 from s2train.study.results import Result
 from s2train.study.variants import PHASES, VARIANTS
 
+BASELINE = "dense"  # whose losses others are compared with
+
 
 @dataclass(frozen=True)
 class Group:
@@ -32,6 +34,18 @@ class Group:
     def losses(self) -> list[float]:
         """Held-out loss of each seed at the end."""
         return [result.loss for result in self.results]
+
+    @property
+    def by_seed(self) -> dict[int, Result]:
+        return {result.run.seed: result for result in self.results}
+
+    def paired(self, baseline: "Group") -> list[tuple[Result, Result]]:
+        """Return the results of seeds that the baseline has too, each with the baseline's.
+
+        Runs of one seed start from the same weights, where they share them, and see the same data in the same order.
+        """
+        theirs = baseline.by_seed
+        return [(own, theirs[seed]) for seed, own in self.by_seed.items() if seed in theirs]
 
     @property
     def timed(self) -> list[Result]:
@@ -153,6 +167,11 @@ def groups(results: Sequence[Result], speeds: Mapping[str, Mapping[str, Any]] | 
         measured = (speeds or {}).get(speed.key(own[0].run, own[0].gpus))
         grouped.setdefault(phase, []).append(Group(variant, phase, tuple(own), measured))
     return grouped
+
+
+def find_baseline(phase: Sequence[Group]) -> Group | None:
+    """Return a phase's dense runs; None if there are none."""
+    return next((group for group in phase if group.variant == BASELINE), None)
 
 
 def common_gpu_seconds(phase: Sequence[Group]) -> float | None:

@@ -13,11 +13,11 @@ from matplotlib.ticker import EngFormatter, FixedLocator, NullLocator, StrMethod
 
 from s2train.files import replacing
 from s2train.pictures.style import CURVES
-from s2train.study.comparison import Group
+from s2train.study.comparison import BASELINE, Group, find_baseline
+from s2train.study.results import Result
 from s2train.study.variants import PHASES
 from s2train.training.plots import GREY
 
-BASELINE = "dense"  # whose losses others are compared with by position
 _COLOURS = (*CURVES, "#000000")
 _APART = 0.03  # octaves
 
@@ -74,36 +74,25 @@ def _draw_by_speed(axes: Axes, own: Sequence[Group], colours: Mapping[str, str])
 def _draw_by_position(axes: Axes, own: Sequence[Group], colours: Mapping[str, str]) -> None:
     """Draw each variant's loss by position.
 
-    The mean of dense runs is subtracted if there are any. Bars span the seeds; those of dense are the band around zero.
-    Labels have the mean loss over all positions.
+    The loss of the dense run of the same seed is subtracted if there are dense runs. Bars span the seeds. Labels have
+    the mean over all positions and seeds: of dense the loss, of others what is drawn.
     """
-    baseline = next(
-        ({stop: mean(losses) for stop, losses in _losses(group)} for group in own if group.variant == BASELINE), None
-    )
+    baseline = find_baseline(own)
     ends: list[tuple[float, str, str]] = []
     for number, group in enumerate(own):
-        colour = colours[group.variant]
-        points = [
-            (stop, [loss - (baseline[stop] if baseline else 0) for loss in losses])
-            for stop, losses in _losses(group)
-            if baseline is None or stop in baseline
-        ]
-        if not points:
-            continue
-        low, high = ([pick(losses) for _, losses in points] for pick in (min, max))
-        middles = [mean(losses) for _, losses in points]
-        stops = [stop for stop, _ in points]
-        if baseline and group.variant == BASELINE:
+        colour, losses = colours[group.variant], _losses(group, baseline)
+        if group is baseline:
             axes.axhline(0, color=GREY, linewidth=1.5)
-            axes.fill_between(stops, low, high, color=GREY, alpha=0.2, linewidth=0)
-        else:
+            ends.append((0.0, f"{group.variant} {mean(group.losses):.3f}", colour))
+        elif losses:
+            low, high, middles = ([pick(seeds) for seeds in losses.values()] for pick in (min, max, mean))
             apart = 2 ** (_APART * (number - len(own) / 2))  # bars of variants stand side by side
             bars = [np.subtract(middles, low), np.subtract(high, middles)]
-            places = [stop * apart for stop in stops]
+            places = [stop * apart for stop in losses]
             axes.errorbar(places, middles, yerr=bars, color=colour, marker="o", markersize=3.5, elinewidth=0.9)
-        ends.append((middles[-1], f"{group.variant} {mean(group.losses):.3f}", colour))
+            ends.append((middles[-1], f"{group.variant} {_mean_loss(group, baseline)}", colour))
     axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_locator(FixedLocator(sorted({stop for group in own for stop, _ in _losses(group)})))
+    axes.xaxis.set_major_locator(FixedLocator(sorted({stop for group in own for stop in _losses(group, None)})))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.set_xlabel("Position in the sequence, up to")
@@ -113,17 +102,27 @@ def _draw_by_position(axes: Axes, own: Sequence[Group], colours: Mapping[str, st
     _label(axes, ends)
 
 
-def _losses(group: Group) -> list[tuple[int, list[float]]]:
-    """Return losses of all seeds by range of positions.
+def _mean_loss(group: Group, baseline: Group | None) -> str:
+    if baseline is None:
+        return f"{mean(group.losses):.3f}"
+    return f"{mean(own.loss - dense.loss for own, dense in group.paired(baseline)):+.3f}"
+
+
+def _losses(group: Group, baseline: Group | None) -> dict[int, list[float]]:
+    """Return losses, less the baseline's of the same seed, by range of positions.
 
     A range is named by its end, and left out where a seed has no loss.
     """
-    rows = []
-    for parts in zip(*(result.by_position for result in group.results), strict=True):
-        losses = [loss for _, _, loss in parts if loss is not None]
-        if len(losses) == len(parts):
-            rows.append((parts[0][1], losses))
-    return rows
+    curves = [_by_end(result) for result in group.results]
+    if baseline is not None:
+        pairs = [(_by_end(result), _by_end(dense)) for result, dense in group.paired(baseline)]
+        curves = [{stop: own[stop] - dense[stop] for stop in own if stop in dense} for own, dense in pairs]
+    shared = [stop for stop in (curves[0] if curves else ()) if all(stop in curve for curve in curves)]
+    return {stop: [curve[stop] for curve in curves] for stop in shared}
+
+
+def _by_end(result: Result) -> dict[int, float]:
+    return {stop: loss for _, stop, loss in result.by_position if loss is not None}
 
 
 def _label(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:

@@ -6,7 +6,7 @@ from statistics import mean
 
 from s2train.files import replacing
 from s2train.study import speed
-from s2train.study.comparison import Group, common_gpu_seconds, groups
+from s2train.study.comparison import Group, common_gpu_seconds, find_baseline, groups
 from s2train.study.files import Folders
 from s2train.study.picture import draw
 from s2train.study.results import read_results
@@ -35,7 +35,8 @@ def report(grouped: dict[str, list[Group]], picture: str) -> str:
     """Format the report as Markdown."""
     parts = [f"# Quality study\n\n![Held-out loss, a panel per phase]({picture})\n"]
     parts.append(
-        "Where losses are drawn by position, bars span the seeds, and labels have the mean over all positions.\n"
+        "Losses by position are drawn less those of the dense run of the same seed. Bars span the seeds, and labels\n"
+        "have the mean over all positions.\n"
     )
     parts += [_phase(name, own) for name, own in grouped.items()]
     there = {result.run for own in grouped.values() for group in own for result in group.results}
@@ -46,18 +47,18 @@ def report(grouped: dict[str, list[Group]], picture: str) -> str:
 
 def _phase(name: str, own: Sequence[Group]) -> str:
     phase = PHASES[name]
-    seconds = common_gpu_seconds(own)
+    seconds, baseline = common_gpu_seconds(own), find_baseline(own)
     lengths = sorted({length for group in own for length in group.completions()})
     distances = sorted({start for group in own for start in group.recurrences()})
     heads = [
-        "variant", "seeds", "GPUs", "density", "held-out loss",
+        "variant", "seeds", "GPUs", "density", "held-out loss", "less dense’s",
         "at equal GPU time" if seconds is None else f"at {seconds:,.0f} GPU-s",
         "tokens/s per GPU", "MFU",
         "peak GiB",
         *(f"completed at {length:,} (without)" for length in lengths),
         *(f"second occurrence from {start:,} (first)" for start in distances),
     ]  # fmt: skip
-    rows = [_row(group, seconds, lengths, distances) for group in own]
+    rows = [_row(group, baseline, seconds, lengths, distances) for group in own]
     ranges = [(start, stop) for start, stop, _ in own[0].by_position()]
     positions = [
         [group.variant, *("" if loss is None else f"{loss:.4f}" for _, _, loss in group.by_position())] for group in own
@@ -67,12 +68,14 @@ def _phase(name: str, own: Sequence[Group]) -> str:
     is_shared = any(result.shared_gpu for group in own for result in group.results)
     shared = [f"{UNKNOWN}: the run shared its GPU. Its tokens/s and MFU are then of first steps that had one alone."]
     timed = ["At equal GPU time, a run that takes longer is read in the middle of its learning-rate schedule."]
+    paired = ["Differences from dense are those between runs of one seed, which see the same data in the same order."]
     expected = ["Expected densities are of layers where the data choose."]
     return "\n".join(
         [
             f"## {phase.title}\n",
             f"{phase.tokens / 1e6:,.0f}M tokens a run; {said}.",
             "Losses are in nats per token: mean [lowest, highest] over seeds.",
+            *(paired if baseline is not None else []),
             *(timed if seconds is not None else []),
             "On several GPUs, GPU time, tokens/s and MFU include communication, and the optimizer's state is divided.",
             *(shared if is_shared else []),
@@ -114,7 +117,9 @@ def _is_exact(group: Group) -> bool:
     return all(result.counts_exactly for result in group.results)
 
 
-def _row(group: Group, seconds: float | None, lengths: Sequence[int], distances: Sequence[int]) -> list[str]:
+def _row(
+    group: Group, baseline: Group | None, seconds: float | None, lengths: Sequence[int], distances: Sequence[int]
+) -> list[str]:
     completions, recurrences = group.completions(), group.recurrences()
     row = [
         group.variant,
@@ -122,6 +127,7 @@ def _row(group: Group, seconds: float | None, lengths: Sequence[int], distances:
         ", ".join(str(gpus) for gpus in sorted({result.gpus for result in group.results})),
         f"{group.results[0].density:.4f}{'' if _is_exact(group) else ' expected'}",
         _spread(group.losses),
+        _differences(group, baseline),
         _spread([] if seconds is None else group.losses_at(seconds)),
         UNKNOWN if group.tokens_per_s is None else f"{group.tokens_per_s:,.0f}",
         UNKNOWN if group.mfu is None else f"{group.mfu:.1%}",
@@ -142,12 +148,23 @@ def _row(group: Group, seconds: float | None, lengths: Sequence[int], distances:
     return row
 
 
-def _spread(values: Sequence[float]) -> str:
+def _differences(group: Group, baseline: Group | None) -> str:
+    """Format losses less the baseline's, over the seeds that both have."""
+    if group is baseline:
+        return ""
+    return _spread([own.loss - dense.loss for own, dense in group.paired(baseline)] if baseline else [], "+")
+
+
+def _spread(values: Sequence[float], sign: str = "") -> str:
+    """Format the mean and the range.
+
+    Args:
+        sign: "+" to show that of positive values too.
+    """
     if not values:
         return UNKNOWN
-    if len(values) == 1:
-        return f"{values[0]:.4f}"
-    return f"{mean(values):.4f} [{min(values):.4f}, {max(values):.4f}]"
+    middle, low, high = (f"{value:{sign}.4f}" for value in (mean(values), min(values), max(values)))
+    return middle if len(values) == 1 else f"{middle} [{low}, {high}]"
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -96,8 +96,8 @@ def test_runs_that_shared_a_gpu_have_no_times(folders: Folders) -> None:
     for variant, is_shared in (("dense", False), ("hybrid", True)):
         result(folders, Run(variant), [4.0, 2.0], 1.0, shared_gpu=is_shared)
     report = write_report(folders)[0].read_text()
-    assert cells(report, "dense")[5:] == ["2.0000", "100", "25.0%", "10.0"]
-    assert cells(report, "hybrid")[5:] == ["–", "–", "–", "10.0"]
+    assert cells(report, "dense")[5:] == ["", "2.0000", "100", "25.0%", "10.0"]
+    assert cells(report, "hybrid")[5:] == ["+0.0000", "–", "–", "–", "10.0"]
     assert "shared its GPU" in report
 
 
@@ -107,7 +107,7 @@ def test_the_speed_of_runs_that_shared_a_gpu_is_measured_alone(folders: Folders)
     row = asdict(summary(400)) | {"gpus": 1, "name": speed.key(run, 1)}
     folders.speed.write_text(json.dumps({"rows": {row["name"]: row}}))
     text, picture = write_report(folders)
-    assert cells(text.read_text(), "hybrid")[5:] == ["–", "400", "25.0%", "10.0"]
+    assert cells(text.read_text(), "hybrid")[5:] == ["–", "–", "400", "25.0%", "10.0"]
     with Image.open(picture) as drawn:
         assert drawn.width > 2 * drawn.height  # loss against tokens/s, and by position
 
@@ -127,6 +127,15 @@ def test_a_phase_without_speeds_is_drawn_by_position(folders: Folders, monkeypat
     write_report(folders)
     assert [x for x, _ in drawn] == ["Tokens/s per GPU", "Position in the sequence, up to"]
     assert drawn[1][1] == "Held-out loss less dense’s (nats per token)"
+
+
+def test_variants_are_compared_with_dense_runs_of_their_seeds(folders: Folders) -> None:
+    for variant, losses in (("dense", (2.0, 3.0)), ("hybrid", (2.1, 3.3)), ("window", (1.75,))):
+        for seed, loss in enumerate(losses, start=1):
+            result(folders, Run(variant, seed=seed), [4.0, loss], 1.0)
+    report = write_report(folders)[0].read_text()
+    differences = [cells(report, variant)[5] for variant in ("dense", "hybrid", "window")]
+    assert differences == ["", "+0.2000 [+0.1000, +0.3000]", "-0.2500"]
 
 
 def test_an_expected_density_is_named_so(folders: Folders) -> None:
