@@ -40,9 +40,9 @@ class Group:
         return {result.run.seed: result for result in self.results}
 
     def paired(self, baseline: "Group") -> list[tuple[Result, Result]]:
-        """Return the results of seeds that the baseline has too, each with the baseline's.
+        """Pair each result with the baseline's of the same seed.
 
-        Runs of one seed start from the same weights, where they share them, and see the same data in the same order.
+        Seeds without one are left out. Runs of one seed see the same data in the same order.
         """
         theirs = baseline.by_seed
         return [(own, theirs[seed]) for seed, own in self.by_seed.items() if seed in theirs]

@@ -109,9 +109,9 @@ def _mean_loss(group: Group, baseline: Group | None) -> str:
 
 
 def _losses(group: Group, baseline: Group | None) -> dict[int, list[float]]:
-    """Return losses, less the baseline's of the same seed, by range of positions.
+    """Return losses by range of positions.
 
-    A range is named by its end, and left out where a seed has no loss.
+    The baseline's of the same seed are subtracted. A range is named by its end, and left out where a seed has no loss.
     """
     curves = [_by_end(result) for result in group.results]
     if baseline is not None:
