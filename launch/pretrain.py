@@ -25,6 +25,7 @@ from s2train.command_line.program import run_command, run_hydra
 from s2train.distributed.rendezvous import check_ranks, fail_together
 from s2train.environment.apex import apex_available
 from s2train.environment.hardware import check_gpus, detect_own, open_device
+from s2train.environment.imports import quick_imports
 from s2train.errors import ConfigError
 from s2train.planning import (
     check,
@@ -42,6 +43,7 @@ from s2train.training.start_times import StartTimes
 config.register()
 plugins.register()
 MODELS = config_groups(CONF)["model"]
+gc.freeze()  # imported objects stay alive: later collections skip them
 gc.enable()
 TIMES = StartTimes(_surroundings.BEGAN)
 TIMES.end("imports")
@@ -74,13 +76,11 @@ def pretrain(composed: DictConfig) -> None:
     if is_first:
         print(format_plan(plan), flush=True)
     TIMES.end("plan")
-    # Slow, and not needed to reject a run.
-    from s2train.megatron.lazy_imports import import_megatron
+    with quick_imports():  # slow, and not needed to reject a run
+        from s2train.megatron.lazy_imports import import_megatron
 
-    import_megatron()
-    from s2train.training.run import run
-
-    gc.freeze()  # imported objects stay alive: later collections skip them
+        import_megatron()
+        from s2train.training.run import run
     TIMES.end("megatron")
     run(cfg, plan, TIMES)
 

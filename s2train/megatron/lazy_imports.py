@@ -4,16 +4,16 @@ These make up half of all modules, and half of the import time.
 """
 
 import functools
-import gc
 import importlib
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
 import torch
+
+from s2train.environment.imports import left_out, no_collection, quick_imports
 
 # Megatron's inference engine logs to wandb if installed. A run imports it in a separate thread (s2train/wandb_run.py).
 _OPTIONAL = ("wandb",)
@@ -38,7 +38,7 @@ def import_megatron() -> None:
     unused = _OPTIONAL if find_spec("transformer_engine") else (*_OPTIONAL, _FA4)
     torch.compile = compile_on_call
     try:
-        with _left_out(unused), _no_collection():
+        with left_out(*unused), quick_imports():
             importlib.import_module("megatron.core")  # its `jit_fuser` binds `compile_on_call` for later modules
             importlib.import_module("megatron.core.timers")
             importlib.import_module("megatron.core.transformer.attention")  # tries to import FlashAttention-4
@@ -65,39 +65,9 @@ def compile_on_call(model: Callable[..., Any] | None = None, **options: Any) -> 
     @functools.wraps(model)
     def call(*arguments: Any, **named: Any) -> Any:
         if not compiled:
-            with _no_collection():  # imports the compiler
+            with no_collection():  # imports the compiler
                 compiled.append(_compile(model, **options))
         return compiled[0](*arguments, **named)
 
     call._torchdynamo_inline = model  # type: ignore[attr-defined]  # as torch.compile does, for calls in compiled code
     return call
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Pause garbage collection during imports.
-
-    Imports make many objects and no garbage, and collection takes a third of their time.
-    """
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
-@contextmanager
-def _left_out(packages: tuple[str, ...]) -> Iterator[None]:
-    """Make imports of these packages raise ModuleNotFoundError.
-
-    Packages that are already imported stay available.
-    """
-    hidden = [package for package in packages if package not in sys.modules]
-    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None makes an import fail
-    try:
-        yield
-    finally:
-        for package in hidden:
-            del sys.modules[package]

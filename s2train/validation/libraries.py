@@ -6,6 +6,7 @@ from s2train.attention.hybrid import HybridLayout
 from s2train.config import PretrainConfig, head_dim
 from s2train.environment import liger
 from s2train.environment.hardware import Hardware
+from s2train.environment.imports import quick_imports
 from s2train.environment.liger import choose_loss, liger_operations, liger_problem
 from s2train.environment.transformer_engine import uses_te
 from s2train.errors import ConfigError
@@ -76,11 +77,12 @@ def import_libraries(cfg: PretrainConfig, hybrid: HybridLayout, hardware: Hardwa
     Raises:
         ConfigError: an import fails. `auto` selects no other kernels then: other ranks would not.
     """
-    for setting, value in _liger_settings(cfg, hardware):
-        if (problem := liger_problem()) is not None:
-            _reject_liger(setting, value, problem)
-    if uses_fa4(cfg, hybrid, hardware) and (problem := fa4_problem()) is not None:
-        _reject_fa4(cfg, problem)
+    with quick_imports():
+        for setting, value in _liger_settings(cfg, hardware):
+            if (problem := liger_problem()) is not None:
+                _reject_liger(setting, value, problem)
+        if uses_fa4(cfg, hybrid, hardware) and (problem := fa4_problem()) is not None:
+            _reject_fa4(cfg, problem)
 
 
 def uses_fa4(cfg: PretrainConfig, hybrid: HybridLayout, hardware: Hardware) -> bool:
