@@ -7,6 +7,7 @@ import importlib
 from functools import cache
 
 from s2train.config import PretrainConfig
+from s2train.environment.imports import left_out
 from s2train.kernels.verified import verified
 from s2train.kernels.versions import installed_version
 
@@ -21,13 +22,18 @@ _LOSS = "loss liger"
 
 @cache
 def liger_problem() -> str | None:
-    """Import Liger-Kernel; explain why it can't be used, or None."""
+    """Import Liger-Kernel; explain why it can't be used, or None.
+
+    Leaves out peft and transformers, which it imports if they are installed, with up to 2,300 other modules (scipy,
+    pandas, …). It uses peft to patch Hugging Face's models, and transformers to find an NPU.
+    """
     release = installed_version(PACKAGE)
     if release is None:
         return f"{PACKAGE} is not installed"
     try:
-        importlib.import_module("torch.distributed.tensor")  # it assumes that torch has imported it
-        importlib.import_module("liger_kernel.ops")
+        with left_out("peft", "transformers"):
+            importlib.import_module("torch.distributed.tensor")  # it assumes that torch has imported it
+            importlib.import_module("liger_kernel.ops")
     except Exception as error:  # wrong Triton version, missing module
         lines = str(error).strip().splitlines() or [type(error).__name__]
         return f"{PACKAGE} {release} can't be imported ({lines[0]})"

@@ -15,8 +15,9 @@ import torch
 
 from s2train.environment.imports import left_out, no_collection, quick_imports
 
-# Megatron's inference engine logs to wandb if installed. A run imports it in a separate thread (s2train/wandb_run.py).
-_OPTIONAL = ("wandb",)
+# Megatron imports these if they are installed: its inference engine logs to wandb, and its timers name TensorBoard's
+# writer (170 modules). A run that uses them imports them itself.
+_OPTIONAL = ("wandb", "torch.utils.tensorboard")
 # Megatron's inference engine imports it if installed, with 420 modules. A run imports it only if its layers use it.
 _FA4 = "flash_attn.cute"
 _compile = torch.compile
