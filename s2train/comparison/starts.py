@@ -4,7 +4,8 @@
 
 Starts a run several times up to its first step, and prints the parts of each start. Cold starts have empty caches of
 compiled kernels and dataset indices; warm ones use the caches of the last cold one. (The operating system's file cache
-is not controlled: the first start after boot is colder.) Nothing is saved.
+is not controlled: the first start after boot is colder. Neither is Python's byte code: the table says how many modules
+have none.) Nothing is saved.
 """
 
 import argparse
@@ -53,12 +54,14 @@ class Start:
         total_s: seconds from launch to the end of step 1, measured outside the run.
         seconds: seconds of each part, measured by the run.
         modules: number of modules imported by rank 0.
+        without_byte_code: number of those that each start compiles.
     """
 
     name: str
     total_s: float
     seconds: dict[str, float]
     modules: int
+    without_byte_code: int
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ def measure(request: Request, name: str, folder: Path, caches: Path) -> Start:
         raise TrainingError(f"{name}: the run ended with status {done.returncode}: {done.stderr[-1500:].strip()}")
     (event,) = [e for e in read_records(folder / "metrics.jsonl") if e.get("event") == "first step"]
     ended = datetime.fromisoformat(event["time"]).timestamp()
-    return Start(name, ended - began, event["seconds"], event["modules"])
+    return Start(name, ended - began, event["seconds"], event["modules"], event["without_byte_code"])
 
 
 def measure_all(
@@ -145,9 +148,10 @@ def table(starts: Sequence[Start]) -> Table:
     made.add_section()
     totals = [statistics.median(s.total_s for s in kinds[kind]) for kind in medians]
     row("launch to step 1", [start.total_s for start in starts], totals)
-    row(
-        "modules", [s.modules for s in starts], [statistics.median(s.modules for s in kinds[k]) for k in medians], ".0f"
-    )
+    for title in ("modules", "without_byte_code"):
+        of = [getattr(start, title) for start in starts]
+        middle = [statistics.median(getattr(s, title) for s in kinds[kind]) for kind in medians]
+        row(title.replace("_", " "), of, middle, ".0f")
     return made
 
 

@@ -1,7 +1,6 @@
 """The training loop."""
 
 import math
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from s2train.config import PretrainConfig
 from s2train.costs.memory import GIB, Memory
 from s2train.costs.phases import Phase, mean_flops
 from s2train.distributed.agreement import max_over_ranks
+from s2train.environment.imports import imported_modules
 from s2train.errors import DivergedError, StoppedBySignal
 from s2train.megatron.block_attention import kernels_of
 from s2train.training.auxiliary_losses import AuxiliaryLosses
@@ -152,7 +152,9 @@ class Trainer:
             if step == first:
                 self.times.end("first step")
                 self.tracker.note(f"step {step} done after {self.times}")
-                self.tracker.event("first step", seconds=self.times.seconds, modules=len(sys.modules))
+                modules = imported_modules()
+                self.tracker.event("first step", seconds=self.times.seconds, **asdict(modules))
+                self.tracker.note(modules.advice())
                 for kernels in kernels_of(self.state.chunks):
                     self.tracker.note(kernels)
             has_state = step > first or progress.step > 0  # Adam's state exists

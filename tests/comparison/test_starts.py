@@ -27,8 +27,8 @@ def test_imports_are_summed_by_package() -> None:
 
 
 def test_the_table_has_a_column_per_start_and_medians_of_repeated_kinds() -> None:
-    starts = [Start("cold 1", 9.0, {"imports": 5.0, "kernels": 4.0}, 10)]
-    starts += [Start(f"warm {n}", n + 1.0, {"imports": float(n)}, 10) for n in (1, 2, 6)]
+    starts = [Start("cold 1", 9.0, {"imports": 5.0, "kernels": 4.0}, 10, 3)]
+    starts += [Start(f"warm {n}", n + 1.0, {"imports": float(n)}, 10, 0) for n in (1, 2, 6)]
     console = Console(width=120, file=io.StringIO())
     console.print(table(starts))
     lines = [line.split() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
@@ -36,6 +36,7 @@ def test_the_table_has_a_column_per_start_and_medians_of_repeated_kinds() -> Non
     assert ["imports", "5.00", "1.00", "2.00", "6.00", "2.00"] in lines
     assert ["kernels", "4.00", "0.00", "0.00", "0.00", "0.00"] in lines
     assert ["launch", "to", "step", "1", "9.00", "2.00", "3.00", "7.00", "3.00"] in lines
+    assert ["without", "byte", "code", "3", "0", "0", "0", "0"] in lines
 
 
 @pytest.mark.slow
@@ -44,6 +45,7 @@ def test_a_start_is_measured_in_total_and_by_parts(tmp_path: Path) -> None:
     start = measure(request, "cold 1", tmp_path / "run", tmp_path / "caches")
     assert list(start.seconds)[:3] == ["python", "imports", "compose"]
     assert list(start.seconds)[-1] == "first step"
+    assert start.modules > start.without_byte_code >= 0
     assert start.modules > 1000
     assert start.total_s == pytest.approx(sum(start.seconds.values()), abs=0.5)
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -61,7 +63,7 @@ def test_starts_are_kept_as_they_are_measured(monkeypatch: pytest.MonkeyPatch) -
     def fail_third(request: Request, name: str, folder: Path, caches: Path) -> Start:
         if name == "warm 2":
             raise TrainingError("it failed")
-        return Start(name, 1.0, {}, 10)
+        return Start(name, 1.0, {}, 10, 0)
 
     monkeypatch.setattr(starts, "measure", fail_third)
     kept: list[list[str]] = []
