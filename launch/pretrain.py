@@ -18,6 +18,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
+from s2train.kernels.compiler import prepare_compiler
 
 from s2train import config
 from s2train.command_line.composition import CONF, config_groups
@@ -77,6 +78,8 @@ def pretrain(composed: DictConfig) -> None:
         print(format_plan(plan), flush=True)
     TIMES.end("plan")
     with quick_imports():  # slow, and not needed to reject a run
+        if hardware.capability is not None:
+            prepare_compiler(hardware.capability)
         from s2train.megatron.lazy_imports import import_megatron
 
         import_megatron()
