@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
@@ -106,11 +106,13 @@ class Trainer:
         signals: StopSignals,
         watchdog: Watchdog,
         times: StartTimes,
+        after_first_step: Callable[[], None],
         auxiliary: AuxiliaryLosses,
     ) -> None:
         self.cfg, self.state, self.tracker, self.speed, self.device = cfg, state, tracker, speed, device
         self.train_set, self.held_out_set, self.timers = train_set, held_out_set, timers
         self.signals, self.watchdog, self.times, self.auxiliary = signals, watchdog, times, auxiliary
+        self.after_first_step = after_first_step
         self.loss_history = LossHistory()
         self.frozen = FrozenTrunk(state.chunks, cfg.train.freeze_trunk_steps)
         self.saver = Saver(cfg, state, tracker.checkpoint)
@@ -155,6 +157,7 @@ class Trainer:
                 modules = imported_modules()
                 self.tracker.event("first step", seconds=self.times.seconds, **asdict(modules))
                 self.tracker.note(modules.advice())
+                self.after_first_step()
                 for kernels in kernels_of(self.state.chunks):
                     self.tracker.note(kernels)
             has_state = step > first or progress.step > 0  # Adam's state exists

@@ -1,9 +1,9 @@
 """Runs pretraining from a configuration to the last checkpoint."""
 
 import os
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import cast
 
 import torch
@@ -11,9 +11,6 @@ from megatron.core import parallel_state
 from megatron.core.timers import Timers
 from megatron.core.transformer.module import MegatronModule
 
-from s2train.attention.features import Feature
-from s2train.attention.hybrid import HybridLayout
-from s2train.attention.kind import lacking
 from s2train.checkpoints.resume import Start, claim_run_dir, find_start
 from s2train.checkpoints.run_state import TrainingState, load
 from s2train.config import PretrainConfig
@@ -39,6 +36,7 @@ from s2train.planning.report import figures, letter_rows
 from s2train.preparation.bundled_corpus import ensure_prepared
 from s2train.training.auxiliary_losses import AuxiliaryLosses
 from s2train.training.kernel_caches import set_cache_folders
+from s2train.training.layout_picture import LayoutPicture
 from s2train.training.loop import Speed, Trainer
 from s2train.training.metrics import Tracker
 from s2train.training.optimizer import build_optimizer, wrap_data_parallel
@@ -131,9 +129,8 @@ def _train(
 ) -> None:
     hybrid = hybrid_layout(cfg)
     is_first = torch.distributed.get_rank() == 0
-    background = ThreadPoolExecutor(1, "records")
-    records = background.submit(_prepare_records, cfg, hybrid) if is_first else None
-    background.shutdown(wait=False)
+    if is_first:
+        Thread(target=git_commit, name="commit", daemon=True).start()  # cached for the tracker
     watchdog.beat("compiling the kernels")
     if device.type == "cuda":
         warnings = set_cache_folders()
@@ -173,8 +170,6 @@ def _train(
     tracker = Tracker(cfg, start.progress, active=is_first, plan=figures(plan))
     if is_first:
         kept = write_settings(cfg, run_dir, start.progress.step, start.changes)
-        assert records is not None
-        records.result()
         say(_description(cfg, models, backend, tokenizer, device, start))
         if start.checkpoint is not None:
             tracker.changes(start.progress.step, start.checkpoint, start.changes)
@@ -183,8 +178,7 @@ def _train(
         epochs = training_epochs(cfg.data, last_sample, cfg.train.seq_length)
         say("\n".join(describe_epochs(cfg.data, epochs)))
         tracker.event("data", epochs={one.prefix: one.epochs for one in epochs})
-    if has_picture := not lacking(hybrid.layers, Feature.PICTURES):
-        tracker.picture("layout/picture", run_dir / "layout.png")
+    picture = LayoutPicture(cfg, hybrid, tracker, active=is_first)
     times.end("records")
     tracker.event("ready", seconds=times.seconds)
     if is_first:
@@ -207,10 +201,12 @@ def _train(
         signals,
         watchdog,
         times,
+        picture.start,
         AuxiliaryLosses(cfg, hybrid, chunks, state.optimizer.scale_loss),
     )
     try:
-        saved = trainer.train(start.progress)
+        with picture:
+            saved = trainer.train(start.progress)
     except StoppedBySignal:
         tracker.close(_SECONDS_FOR_WANDB)
         raise
@@ -227,23 +223,10 @@ def _train(
         say(
             f"{'finished' if cfg.train.last_step == cfg.train.steps else 'stopped'} at step {cfg.train.last_step} of"
             f" {cfg.train.steps} | checkpoint {saved or 'none'} | loss curve {run_dir / 'loss.png'}"
-            + (f" | layout {run_dir / 'layout.png'}" if has_picture else "")
+            + (f" | layout {picture.path}" if picture.path else "")
         )
     tracker.picture("train/loss_curve", run_dir / "loss.png")
     tracker.close()
-
-
-def _prepare_records(cfg: PretrainConfig, hybrid: HybridLayout) -> None:
-    """Prepare rank 0's slow records in a thread.
-
-    Meanwhile kernels are compiled and the model is built.
-    """
-    git_commit()  # cached for the tracker
-    if lacking(hybrid.layers, Feature.PICTURES):
-        return
-    from s2train.pictures import draw_layout  # matplotlib: slow
-
-    draw_layout(hybrid, cfg.train.seq_length, Path(cfg.run_dir) / "layout.png", title=cfg.model.name)
 
 
 def unigram_baseline(cfg: PretrainConfig) -> float | None:

@@ -85,6 +85,12 @@ def test_pictures_and_settings_are_in_the_run_folder(outcome: Outcome, folder: P
     assert all((folder / name).stat().st_size > 1000 for name in ("loss.png", "layout.png", "config.yaml"))
 
 
+def test_the_layouts_picture_is_drawn_after_the_first_step(outcome: Outcome, folder: Path) -> None:
+    (first,) = [e for e in read_records(folder / "metrics.jsonl") if e.get("event") == "first step"]
+    drawn = datetime.fromtimestamp((folder / "layout.png").stat().st_mtime, UTC)
+    assert drawn > datetime.fromisoformat(first["time"])
+
+
 def test_the_checkpoint_records_the_wandb_run(outcome: Outcome, folder: Path) -> None:
     identifier = read_progress(folder / "checkpoints" / "iter_0000004").wandb_id
     assert identifier is not None

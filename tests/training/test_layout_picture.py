@@ -1,0 +1,74 @@
+"""The picture of a run's layout is drawn beside its steps."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from s2train import pictures
+from s2train.config import PretrainConfig
+from s2train.planning import compose_run, hybrid_layout
+from s2train.training.layout_picture import LayoutPicture
+
+
+class FakeTracker:
+    """Keeps the pictures that it gets, and whether they could be read."""
+
+    def __init__(self) -> None:
+        self.pictures: list[tuple[str, bool]] = []
+
+    def picture(self, name: str, path: Path) -> None:
+        self.pictures.append((name, path.stat().st_size > 1000))
+
+
+@pytest.fixture
+def cfg(tmp_path: Path) -> PretrainConfig:
+    return compose_run(["+model=tiny_hybrid", f"run_dir={tmp_path}"])
+
+
+def picture_of(cfg: PretrainConfig, tracker: Any, *, active: bool = True) -> LayoutPicture:
+    return LayoutPicture(cfg, hybrid_layout(cfg), tracker, active=active)
+
+
+def test_it_is_drawn_at_the_end_of_the_context_and_shown(cfg: PretrainConfig) -> None:
+    picture = picture_of(cfg, tracker := FakeTracker())
+    with picture:
+        picture.start()
+    assert picture.path == Path(cfg.run_dir) / "layout.png"
+    assert tracker.pictures == [("layout/picture", True)]
+
+
+def test_other_ranks_draw_nothing(cfg: PretrainConfig) -> None:
+    picture = picture_of(cfg, tracker := FakeTracker(), active=False)
+    with picture:
+        picture.start()
+    assert tracker.pictures == []
+    assert not list(Path(cfg.run_dir).iterdir())
+
+
+def test_a_layout_that_data_choose_has_no_picture(tmp_path: Path) -> None:
+    cfg = compose_run(["+model=tiny_moba", f"run_dir={tmp_path}"])
+    picture = picture_of(cfg, tracker := FakeTracker())
+    with picture:
+        picture.start()
+    assert picture.path is None
+    assert tracker.pictures == []
+
+
+def test_its_error_is_raised_at_the_end_of_the_context(cfg: PretrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pictures, "draw_layout", fail)
+    picture = picture_of(cfg, FakeTracker())
+    with pytest.raises(OSError, match="disk is full"), picture:
+        picture.start()
+
+
+def test_an_error_of_the_steps_comes_first(cfg: PretrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pictures, "draw_layout", fail)
+    picture = picture_of(cfg, FakeTracker())
+    picture.start()
+    with pytest.raises(RuntimeError, match="a step"), picture:
+        raise RuntimeError("a step")
+
+
+def fail(*arguments: Any, **named: Any) -> None:
+    raise OSError("disk is full")
