@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from s2train.attention.selection.convolution import convolve
 from s2train.attention.selection.scorer import WeightOf, grouped, log_products, precise
 from s2train.attention.weights import AttentionShape, Weight
 from s2train.kernels.select_blocks import MASKED, combine_heads
@@ -67,8 +68,8 @@ class SeaScorer:
         shares = found.masked_fill(~is_candidate, MASKED).log_softmax(-1)
         maps = torch.cat([shares.masked_fill(~is_candidate, 0), shares.exp() * is_candidate], dim=2).flatten(1, 2)
         first, second = (weight(name).to(maps.dtype) for name in ("cnn_first", "cnn_second"))
-        hidden = F.gelu(F.conv2d(F.pad(maps, _PADDING), first, groups=num_kv_heads))
-        refined = F.conv2d(F.pad(hidden, _PADDING), second, groups=num_kv_heads)
+        hidden = F.gelu(convolve(F.pad(maps, _PADDING), first, num_kv_heads))
+        refined = convolve(F.pad(hidden, _PADDING), second, num_kv_heads)
         summed = combine_heads(shares, candidates, normalize=False)
         return (weight("sharpness").to(maps.dtype) * summed + refined)[:, :, None]
 
