@@ -27,6 +27,7 @@ from s2train.semsa.config import ChooseLayoutConfig
 from s2train.semsa.layouts import Candidates, build_layout, layout_settings, sees_everything, write_layout
 from s2train.semsa.pictures import draw_choice
 from s2train.semsa.profile import Profile, group_size, load_profile
+from s2train.semsa.rules import is_number
 from s2train.semsa.solving import Balance, Budget, Solution, solve
 
 _TERA = 1e12
@@ -156,7 +157,7 @@ def _lengths(cfg: ChooseLayoutConfig, profile: Profile) -> tuple[int, ...]:
 def _budgets(cfg: ChooseLayoutConfig, profile: Profile) -> tuple[float, ...]:
     count = len(set(cfg.lengths or [profile.seq_length]))
     given = cfg.density if isinstance(cfg.density, list) else [cfg.density] * count
-    if not all(isinstance(value, int | float) and 0 < value <= 1 for value in given):
+    if not all(is_number(value) and 0 < value <= 1 for value in given):
         raise ConfigError("density", cfg.density, "no share above 0 and up to 1", "Set density=0.25.")
     if len(given) != count:
         problem = f"{len(given)} densities for {count} lengths"

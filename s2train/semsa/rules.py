@@ -75,6 +75,11 @@ def keeps(settings: Mapping[str, Any], num_blocks: int) -> torch.Tensor:
     return pattern_of(settings).keep(blocks[:, None], blocks)
 
 
+def is_number(value: object) -> bool:
+    """Return whether a value is a number; true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def make_library(library: LibraryConfig) -> tuple[Rule, ...]:
     """Return the rules of these settings, without duplicates.
 
@@ -84,7 +89,7 @@ def make_library(library: LibraryConfig) -> tuple[Rule, ...]:
     for name, example in (("spans", "[[4,0],[2,0.25]]"), ("stripes", "[[4,16]]"), ("columns", "[[4,8]]")):
         given = getattr(library, name)
         pairs = isinstance(given, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in given)
-        if not pairs or not all(isinstance(value, int | float) for pair in given for value in pair):
+        if not pairs or not all(is_number(value) for pair in given for value in pair):
             raise ConfigError(f"library.{name}", given, "no list of pairs", f"Write pairs, such as {example}.")
     found: list[dict[str, Any]] = []
     for base, slope in library.spans:

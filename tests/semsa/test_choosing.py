@@ -124,6 +124,8 @@ def test_a_saved_profile_is_read_as_it_was(profile: Profile, tmp_path: Path) -> 
             r"density=0.05: at 256 tokens the sparsest rules keep 0.0661. Set density=0.07 or more",
         ),
         ({"density": 1.5}, "density=1.5: no share"),
+        ({"density": True}, "density=True: no share"),
+        ({"density": [True]}, r"density=\[True\]: no share"),
         ({"density": [0.5, 0.5]}, r"density=\[0.5, 0.5\]: 2 densities for 1 lengths"),
         ({"lengths": [LENGTH * 2]}, r"lengths=\[512\]: the profile ends at 256 tokens"),
         ({"lengths": [LENGTH, LENGTH]}, r"lengths=\[256, 256\]: names a length twice"),
@@ -156,6 +158,8 @@ def test_a_file_that_is_no_profile_is_rejected(tmp_path: Path, content: bytes | 
     ("changed", "message"),
     [
         ({"spans": [[1]]}, r"library.spans=\[\[1\]\]: no list of pairs"),
+        ({"spans": [[True, 0]]}, r"library.spans=\[\[True, 0\]\]: no list of pairs"),
+        ({"columns": [[1, True]]}, r"library.columns=\[\[1, True\]\]: no list of pairs"),
         ({"spans": [[0, 0]]}, r"library.base=0: too small"),
         ({"spans": [[1.5, 0]]}, r"library.spans=1.5: a base that is no whole block"),
         ({"columns": [[1, 0]]}, r"library.columns=0: no columns to choose"),
