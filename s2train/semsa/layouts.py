@@ -110,14 +110,21 @@ def settings_of(pattern: Pattern) -> Settings:
     return {"kind": _KINDS[type(pattern)], **values}
 
 
+def named_heads(layers: Sequence[Sequence[Pattern]]) -> PatternConfig:
+    """Name each head's pattern.
+
+    Rules are numbered as heads first need them, equal ones once.
+    """
+    numbers: dict[Pattern, int] = {}
+    heads = [[numbers.setdefault(pattern, len(numbers)) for pattern in row] for row in layers]
+    return PatternConfig("per_head", rules=[settings_of(pattern) for pattern in numbers], heads=heads)
+
+
 def layout_of(layers: Sequence[Sequence[Pattern]], profile: Profile) -> LayoutConfig:
     """Make a run's layout of each head's pattern."""
     if all(isinstance(pattern, Dense) for row in layers for pattern in row):
         return LayoutConfig("D", profile.block_size)
-    numbers: dict[Pattern, int] = {}
-    heads = [[numbers.setdefault(pattern, len(numbers)) for pattern in row] for row in layers]
-    rules = [settings_of(pattern) for pattern in numbers]
-    layout = LayoutConfig("S", profile.block_size, PatternConfig("per_head", rules=rules, heads=heads))
+    layout = LayoutConfig("S", profile.block_size, named_heads(layers))
     complete = sees_everything(build_layout(layout, profile), [profile.seq_length])
     return layout if complete else replace(layout, allow_partial_coverage=True)
 

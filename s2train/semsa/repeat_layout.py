@@ -17,7 +17,7 @@ from dataclasses import replace
 
 from s2train.attention.hybrid import HybridLayout
 from s2train.command_line.program import settings_before_options
-from s2train.config import LayoutConfig, ModelConfig, PatternConfig
+from s2train.config import LayoutConfig, ModelConfig
 from s2train.costs.attention import density
 from s2train.errors import ConfigError
 from s2train.files import check_output
@@ -26,7 +26,7 @@ from s2train.layouts.patterns import GlobalBlocks, LocalVertical, SlidingWindow,
 from s2train.layouts.patterns.base import Pattern
 from s2train.layouts.patterns.dense import Dense
 from s2train.planning import compose_run, hybrid_layout
-from s2train.semsa.layouts import settings_of, write_layout
+from s2train.semsa.layouts import named_heads, write_layout
 from s2train.semsa.rules import pattern_of
 
 _PROGRAM = "s2train.semsa.repeat_layout"
@@ -113,13 +113,12 @@ def repeat_layout(
         row = pattern.heads[layer * len(pattern.heads) // model.num_layers]
         places = [divmod(head, larger) for head in range(model.num_attention_heads)]
         rows.append([row[group % kv_heads * own + member % own] for group, member in places])
-    used = sorted({rule for row in rows for rule in row})
-    number = {rule: new for new, rule in enumerate(used)}
-    rules = [
-        settings_of(grown(pattern_of(pattern.rules[rule]), layout.block_size, length, size, longest)) for rule in used
-    ]
-    own_heads = [[number[rule] for rule in row] for row in rows]
-    return replace(layout, layers="S", block_size=size, pattern=PatternConfig("per_head", rules=rules, heads=own_heads))
+    rules = {
+        rule: grown(pattern_of(pattern.rules[rule]), layout.block_size, length, size, longest)
+        for rule in {rule for row in rows for rule in row}
+    }
+    repeated = named_heads([[rules[rule] for rule in row] for row in rows])
+    return replace(layout, layers="S", block_size=size, pattern=repeated)
 
 
 def grown(pattern: Pattern, block_size: int, length: int, new_size: int, longest: int) -> Pattern:
