@@ -6,7 +6,6 @@ listed in `kernels/verified.py`.
 """
 
 import argparse
-import gc
 import json
 import os
 import statistics
@@ -153,9 +152,7 @@ def steps(folder: Path, names: Sequence[str]) -> None:
 
 
 def _train(path: Path, runs: dict[str, list[str]], steps: int, traced: bool) -> None:
-    import torch
-
-    from s2train.comparison.short_runs import run_steps
+    from s2train.comparison.short_runs import free_memory, run_steps
     from s2train.environment.hardware import detect_own
     from s2train.megatron import setup
     from s2train.planning import compose_run, preview
@@ -180,8 +177,7 @@ def _train(path: Path, runs: dict[str, list[str]], steps: int, traced: bool) -> 
             row["mfu"] = tokens * plan.flops.sparse / step_s / peak if peak else None
         except Exception as error:
             row["error"] = f"{type(error).__name__}: {error}"[:400]
-        gc.collect()  # frees a failed run's tensors, which its error referenced until here
-        torch.cuda.empty_cache()
+        free_memory()  # of a failed run, whose error referenced it until here
         data["runs"][name] = row
         _save(path, data)
         print(name, {k: v for k, v in row.items() if k not in ("settings", "kernels", "planned_parts_s")}, flush=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from megatron.core.timers import Timers
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.profiler import record_function
 
 from s2train.config import PretrainConfig
@@ -50,14 +51,24 @@ def run_steps(cfg: PretrainConfig, steps: int, device: torch.device, *, traced: 
         traced: trace one more step.
     """
     torch.cuda.reset_peak_memory_stats()
-    result = _run(cfg, steps, device, traced)
-    gc.collect()  # model and optimizer are reference cycles
-    torch.cuda.empty_cache()
-    return result
-
-
-def _run(cfg: PretrainConfig, steps: int, device: torch.device, traced: bool) -> ShortRun:
     config = transformer_config(cfg)
+    try:
+        return _run(cfg, config, steps, device, traced)
+    finally:
+        # A float32 optimizer has views of the model's parameters. Their autograd graph holds Megatron's hooks, which
+        # hold the model, which holds the optimizer. Python can't see the graph's link, so cut the last one.
+        config.grad_scale_func = None
+        free_memory()
+
+
+def free_memory() -> None:
+    """Free models and optimizers that nothing references any longer."""
+    gc.collect()  # optimizers
+    gc.collect()  # the models that they held
+    torch.cuda.empty_cache()
+
+
+def _run(cfg: PretrainConfig, config: TransformerConfig, steps: int, device: torch.device, traced: bool) -> ShortRun:
     config.timers = Timers(log_level=0, log_option="minmax")
     models = build_model(cfg, config, hybrid_layout(cfg), backend_of(cfg), device)
     _draw_weights(models, cfg)
