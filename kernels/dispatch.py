@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -68,9 +67,9 @@ def kernels_in_use(
     arguments = (to_bhsd(q, format), to_bhsd(k, format), to_bhsd(v, format), layout, spec)
     why_forward, why_backward = "", ""
     if kernel_choice(*arguments) != "hopper":
-        why_forward = _no_hopper(q.device) or _reasons(hopper_forward_supported, *arguments)
+        why_forward = why_no_hopper(q.device) or _reasons(hopper_forward_supported, *arguments)
     if backward_choice(*arguments) != "hopper":
-        why_backward = _no_hopper(q.device) or _reasons(hopper_backward_supported, *arguments)
+        why_backward = why_no_hopper(q.device) or _reasons(hopper_backward_supported, *arguments)
         if torch.are_deterministic_algorithms_enabled() and not why_backward:
             why_backward = "deterministic algorithms are enabled"
     return KernelsInUse(
@@ -78,8 +77,7 @@ def kernels_in_use(
     )
 
 
-@functools.cache
-def _no_hopper(device: torch.device) -> str:
+def why_no_hopper(device: torch.device) -> str:
     """Return why no Hopper kernel runs on this device, or ""."""
     import triton
 

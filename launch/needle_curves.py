@@ -88,7 +88,7 @@ def _seconds(records: list[dict[str, Any]]) -> float:
     return float(np.sum(np.diff(steps, prepend=begin) * times))
 
 
-def _label(name: str, variant: dict[str, Any]) -> str:
+def label_of(name: str, variant: dict[str, Any]) -> str:
     return name if variant.get("seed") is None else f"{name} (seed {variant['seed']})"
 
 
@@ -120,7 +120,11 @@ def draw(variants: dict[str, dict[str, Any]], path: Path) -> None:
             shares = [100 * correct / trials for _, _, correct, trials in points]
             seconds = f", {sum(variant['seconds'].values()):.0f} s" if variant["seconds"] else ""
             axes.plot(
-                [point[0] for point in points], shares, marker="o", markersize=3, label=_label(name, variant) + seconds
+                [point[0] for point in points],
+                shares,
+                marker="o",
+                markersize=3,
+                label=label_of(name, variant) + seconds,
             )
         axes.set_title(f"{length / 1024:g}k tokens", fontsize=9)
         axes.set_xlabel("training steps of all phases", fontsize=8)
@@ -134,7 +138,7 @@ def draw(variants: dict[str, dict[str, Any]], path: Path) -> None:
         axes.imshow(values, cmap=SCORE_COLOURS, vmin=0, vmax=1, aspect="auto")
         axes.set_xticks(range(len(grid.lengths)), [f"{length / 1024:g}k" for length in grid.lengths], fontsize=7)
         axes.set_yticks(range(len(grid.depths)), [f"{100 * depth:.0f} %" for depth in grid.depths], fontsize=7)
-        label = _label(name, variants[name])
+        label = label_of(name, variants[name])
         title = f"{label}: {100 * grid.score.share:.1f} %" if grid.score else label
         axes.set_title(f"{title}\n{describe_reach(grid.asked)}".rstrip(), fontsize=8)
     figure.savefig(path, format="png")

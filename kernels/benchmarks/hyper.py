@@ -48,7 +48,7 @@ from .timing import Clock, time_passes
 Record = dict[str, Any]
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 _CASES = ("32k-causal", "131k-causal", "8k-causal", "32k-full", "131k-full", "8k-full")
-_LENGTHS = {"4k": 4096, "8k": 8192, "16k": 16384, "32k": 32768, "64k": 65536, "131k": 131072, "262k": 262144}
+LENGTHS = {"4k": 4096, "8k": 8192, "16k": 16384, "32k": 32768, "64k": 65536, "131k": 131072, "262k": 262144}
 _PHASE_PASSES = 5
 _TUNED: dict[hyper_configs.Kernel, tuple[Config, ...]] = {
     "sample forward": (Config(128, 64, 8, 2), Config(64, 64, 4, 3)),
@@ -122,7 +122,7 @@ def check(args: argparse.Namespace, device: torch.device, causal: bool) -> dict[
 def measure(word: str, args: argparse.Namespace, clock: Clock, device: torch.device, deadline: float) -> Record:
     """Time a case's phases, then the layer and the dense contenders."""
     name, _, mask = word.partition("-")
-    length, causal, settings = _LENGTHS[name], mask == "causal", _settings(args)
+    length, causal, settings = LENGTHS[name], mask == "causal", _settings(args)
     record: Record = {"case": word, "length": length, "causal": causal, "heads": args.heads, "kv_heads": args.kv_heads}
     record |= {"dim": args.dim, "settings": vars(settings), "skew": args.skew, "phases": {}, "layers": {}}
     inputs = _inputs(length, args.heads, args.kv_heads, args.dim, device, args.skew)
@@ -319,7 +319,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     output = Path(f"{datetime.date.today().isoformat()}-hyper.json")
-    words = [f"{length}-{mask}" for length in _LENGTHS for mask in ("causal", "full")]
+    words = [f"{length}-{mask}" for length in LENGTHS for mask in ("causal", "full")]
     parser.add_argument("--cases", nargs="*", default=_CASES, choices=words, metavar="CASE", help=", ".join(words))
     parser.add_argument("--output", type=Path, default=output, help="JSON")
     parser.add_argument("--heads", type=int, default=16)

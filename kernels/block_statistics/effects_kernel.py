@@ -24,7 +24,7 @@ from .reference import LARGE, LEAST_KEPT
 
 _LEAST_KEPT = tl.constexpr(LEAST_KEPT)
 _LARGE = tl.constexpr(LARGE)
-_RULES = 8  # of one program: four sums for each of them and each row lie in registers
+RULES_AT_ONCE = 8  # of one program: four sums for each of them and each row lie in registers
 
 
 @triton.jit
@@ -262,7 +262,7 @@ def triton_block_effects(
     with torch.cuda.device_of(q):
         s2_block_effects_kernel[(programs,)](
             *tensors, out, *_strides(tensors), softmax_scale * LOG2_E, *_sizes(q, k, query_offset, block_size), n_k,
-            **_constants(q, v, block_size, config, causal),
+            **constants(q, v, block_size, config, causal),
         )  # fmt: skip
 
 
@@ -287,13 +287,13 @@ def triton_rule_effects(
     tensors, config = _arguments(q, k, v, lse, dout, delta, block_size)
     heads, num_rules, n_q, n_k = rules.shape
     rules = last_contiguous(rules).view(torch.uint8)
-    programs = heads * n_q * -(-num_rules // _RULES)
+    programs = heads * n_q * -(-num_rules // RULES_AT_ONCE)
     check_launch(programs, n_k, block_size // config.steps)
     with torch.cuda.device_of(q):
         s2_rule_effects_kernel[(programs,)](
             *tensors, rules, out, *_strides(tensors), *rules.stride()[:3],
             softmax_scale * LOG2_E, *_sizes(q, k, query_offset, block_size), n_k, num_rules,
-            RULES=_RULES, **_constants(q, v, block_size, config, causal),
+            RULES=RULES_AT_ONCE, **constants(q, v, block_size, config, causal),
         )  # fmt: skip
 
 
@@ -315,7 +315,8 @@ def _sizes(q: Tensor, k: Tensor, query_offset: int, block_size: int) -> tuple[in
     return heads, heads // k.shape[1], b, s_q, k.shape[2], query_offset, first, n_q
 
 
-def _constants(q: Tensor, v: Tensor, block_size: int, config: Config, causal: bool) -> dict[str, int]:
+def constants(q: Tensor, v: Tensor, block_size: int, config: Config, causal: bool) -> dict[str, int]:
+    """Return what both kernels are compiled for."""
     dim, v_dim = q.shape[-1], v.shape[-1]
     return {
         "DIM": dim,

@@ -190,7 +190,7 @@ def triton_decode(
     schedule = None if layout is None else decode_schedule(layout, num_kv_heads)
     tiles = num_kv_heads * tiles_of_group(group)
     num_rows = n_k if layout is None else layout.num_query_blocks
-    steps, stages = _tile(dim, v_dim, q.dtype, shared_limit(q.device))
+    steps, stages = tile_sizes(dim, v_dim, q.dtype, shared_limit(q.device))
     if num_splits is None:
         longest = n_k if schedule is None else schedule.longest
         num_splits = _splits(batch * tiles, -(-longest * block_size // steps), q.device)
@@ -236,7 +236,7 @@ def _schedule_tensors(schedule: DecodeSchedule | None) -> tuple[Tensor | None, .
 
 
 @cache
-def _tile(dim: int, v_dim: int, dtype: torch.dtype, limit: int | None) -> tuple[int, int]:
+def tile_sizes(dim: int, v_dim: int, dtype: torch.dtype, limit: int | None) -> tuple[int, int]:
     """Return keys per step and pipeline stages that fit in shared memory."""
     width = padded(dim) + padded(v_dim)
     steps = 64 if dtype.itemsize * width <= 512 else 32

@@ -31,7 +31,7 @@ _FACTS_SHARE = 0.97  # share of the filler among the facts if all questions come
 _BEGINS_WITH_FACT = 0.3  # share of documents that begin with a fact
 _EARLY = 0.5  # share of the documents with questions last whose facts are log-evenly placed over the filler
 _FEW = 50  # values with the same first token: if there are fewer, none is drawn often enough to be memorized
-_POOL = 1 << 15  # number of values, and of keys of lines, to draw from: far more than a small model can memorize
+POOL = 1 << 15  # number of values, and of keys of lines, to draw from: far more than a small model can memorize
 
 
 def recall_facts(task: str, seed: int) -> list[Fact]:
@@ -42,7 +42,7 @@ def recall_facts(task: str, seed: int) -> list[Fact]:
     Args:
         task: recall or recall_lines.
     """
-    lines = list(islice(key_value_lines(np.random.default_rng(seed), "train", None), _POOL))
+    lines = list(islice(key_value_lines(np.random.default_rng(seed), "train", None), POOL))
     if task == "recall_lines":
         heads = dict(lines)  # each key once
         return [(f" {key}:", f" {value}.") for key, value in heads.items()]

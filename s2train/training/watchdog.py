@@ -30,7 +30,7 @@ _SHORTEST_ANSWER = 3.0  # seconds, or for this long: its thread may wait for a b
 _ABORTING, _REPORT, _PRINTED = "watchdog/aborting", "watchdog/report", "watchdog/printed"
 # Files in which a rank waits for other ranks, matched against the end of the innermost frame's path. NCCL's calls
 # return immediately and the host waits where it reads a result: from the second row on.
-_WAITING_FILES = (
+WAITING_FILES = (
     "/distributed_c10d.py", "/param_and_grad_buffer.py", "/p2p_communication.py",
     "s2train/training/loop.py", "s2train/distributed/agreement.py", "s2train/training/optimizer.py",
     "s2train/training/peak_memory.py", "core/optimizer/clip_grads.py", "torch/cuda/__init__.py",
@@ -216,4 +216,4 @@ def _describe(frame: FrameType | None) -> tuple[str, bool]:
     if frame is None:
         return "no frame", False
     path = frame.f_code.co_filename
-    return f"{os.path.basename(path)}:{frame.f_lineno} {frame.f_code.co_name}", path.endswith(_WAITING_FILES)
+    return f"{os.path.basename(path)}:{frame.f_lineno} {frame.f_code.co_name}", path.endswith(WAITING_FILES)

@@ -16,7 +16,7 @@ def _own(core: CausalCoreAttention) -> dict[str, Tensor]:
     return {weight.name: getattr(core, weight.name).detach().double() for weight in core.own_weights}
 
 
-def _candidates(core: CausalCoreAttention, block: int) -> list[int]:
+def candidates(core: CausalCoreAttention, block: int) -> list[int]:
     own = core.layer_layout.kind.settings
     return [c for c in range(block) if own.sinks <= c <= block - own.window]
 
@@ -54,7 +54,7 @@ def scores(core: CausalCoreAttention, weights: dict[str, Tensor], query: Tensor,
     per_head = query.new_full((query.shape[1], count, count), NONE)
     for block in range(count):
         speaker = _speaker(core, query, block)
-        for c in _candidates(core, block):
+        for c in candidates(core, block):
             keys = key[c * size : (c + 1) * size]
             for g in range(key.shape[1]):
                 found = _head_scores(core, weights, speaker, keys[:, g], g)
@@ -88,7 +88,7 @@ def read(core: CausalCoreAttention, query: Tensor, key: Tensor) -> Tensor:
         found = scores(core, _own(core), query[:, sequence].detach().double(), key[:, sequence].detach().double())
         for g in range(key.shape[2]):
             for block in range(count):
-                best = sorted(_candidates(core, block), key=lambda c: -float(found[g, block, c]))[: own.top_k]
+                best = sorted(candidates(core, block), key=lambda c: -float(found[g, block, c]))[: own.top_k]
                 always = [c for c in range(block + 1) if c < own.sinks or c > block - own.window]
                 kept[sequence, g * group : (g + 1) * group, block, best + always] = True
     position = torch.arange(length)
@@ -121,7 +121,7 @@ def losses(core: CausalCoreAttention, weights: dict[str, Tensor], query: Tensor,
     for sequence in range(query.shape[1]):
         of_blocks = scores(core, weights, query[:, sequence], key[:, sequence])
         for row in rows:
-            chosen = _candidates(core, row // size)
+            chosen = candidates(core, row // size)
             if not chosen:
                 continue
             for g in range(key.shape[2]):

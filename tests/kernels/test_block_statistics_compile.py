@@ -53,7 +53,7 @@ def report(kernel: str, dtype: str, dim: int, block: int) -> dict[str, Any]:
         )  # fmt: skip
     else:
         config = config_for("dq", block, dim, dim, element, SHARED_BYTES)
-        constants = effects_kernel._constants(x, x, block, config, True)
+        constants = effects_kernel.constants(x, x, block, config, True)
         sizes = (0.1, 32, 4, 1, 4096, 4096, 0, 0, 32, 32)
         tensors = (x, x, x, x, rows, rows)
         if kernel == "effects":
@@ -64,7 +64,7 @@ def report(kernel: str, dtype: str, dim: int, block: int) -> dict[str, Any]:
             rules = torch.empty(64, dtype=torch.uint8)
             compiled = effects_kernel.s2_rule_effects_kernel.run(
                 *tensors, rules, rows, *strides * 4, 12288, 1024, 32, *sizes, 12,
-                RULES=effects_kernel._RULES, **constants, grid=(1,), warmup=True,
+                RULES=effects_kernel.RULES_AT_ONCE, **constants, grid=(1,), warmup=True,
             )  # fmt: skip
     log = ptxas_log(compiled)
     return {

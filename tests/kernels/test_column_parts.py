@@ -106,14 +106,14 @@ class SlotsSeen:
     """Notes the slots of the layouts that are split meanwhile."""
 
     def __enter__(self) -> "SlotsSeen":
-        self.patch, self.slots, right = pytest.MonkeyPatch(), 0, column_parts._column_parts
+        self.patch, self.slots = pytest.MonkeyPatch(), 0
 
         def noting(*arguments: Any) -> Any:
-            parts = right(*arguments)
-            self.slots += 0 if parts is None else int(parts.sums[:, 1].sum())
-            return parts
+            cut = cut_columns(*arguments)
+            self.slots += int(cut.count.sum())
+            return cut
 
-        self.patch.setattr(column_parts, "_column_parts", noting)
+        self.patch.setattr(column_parts, "cut_columns", noting)
         return self
 
     def __exit__(self, *error: object) -> None:

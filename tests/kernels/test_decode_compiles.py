@@ -42,11 +42,11 @@ def test_compiles_for_hopper(case: Case) -> None:
 
 
 def report(dtype: str, dim: int, block: int, walk: str) -> dict[str, Any]:
-    from s2train.kernels.decode.kernels import _tile, s2_decode_kernel
+    from s2train.kernels.decode.kernels import s2_decode_kernel, tile_sizes
 
     triton.runtime.driver.set_active(Hopper())
     element = getattr(torch, dtype)
-    steps, stages = _tile(dim, dim, element, SHARED_BYTES)
+    steps, stages = tile_sizes(dim, dim, element, SHARED_BYTES)
     q, pages, parts = torch.empty(2, 32, dim, dtype=element), torch.empty(9, block, dim, dtype=element), torch.empty(64)
     table, positions, index = (torch.zeros(n, dtype=torch.int32) for n in (64, 2, 64))
     walked = (None,) * 4 if walk == "dense" else (index, index, index, index if walk == "bits" else None)

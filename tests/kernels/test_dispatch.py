@@ -6,7 +6,7 @@ import pytest
 import torch
 import triton
 from s2train.kernels import BlockLayout, block_sparse_attention, kernels_in_use, triton_backend
-from s2train.kernels import dispatch as choice
+from s2train.kernels.dispatch import why_no_hopper
 from s2train.kernels.hopper import support as hopper_support
 from torch import Tensor
 
@@ -18,9 +18,6 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """The choice is made as on a Hopper GPU."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(hopper_support, "is_hopper", lambda device: True)
-    choice._no_hopper.cache_clear()
-    yield  # type: ignore[misc]
-    choice._no_hopper.cache_clear()
 
 
 def arguments(
@@ -91,9 +88,10 @@ def test_the_portable_backend_takes_no_hopper_kernel(monkeypatch: pytest.MonkeyP
 def test_a_triton_that_they_do_not_run_in_is_named_beside_the_one_that_they_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(triton, "__version__", "3.9.0")
-    # no other test's device: the answer is kept
-    reason = choice._no_hopper(torch.device("cuda", 7))
-    assert reason == "Triton 3.9.0: Hopper kernels need 3.6.x and 3.7.x, which torch 2.11 and 2.13 install"
+    assert (
+        why_no_hopper(torch.device("cuda"))
+        == "Triton 3.9.0: Hopper kernels need 3.6.x and 3.7.x, which torch 2.11 and 2.13 install"
+    )
 
 
 def test_a_cpu_runs_torch_and_says_so() -> None:

@@ -6,12 +6,12 @@ import pytest
 import torch
 from s2train.kernels import BlockLayout, TopKLayout
 from s2train.kernels.check.run_time import random_indices
-from s2train.kernels.configs import HOPPER_MULTIPROCESSORS
 from s2train.kernels.hopper.backward_schedule import ACTIVE_BITS, QUERY_BITS, BackwardSchedule, backward_schedule
 from s2train.kernels.hopper.forward_schedule import TILE, ForwardSchedule, forward_schedule
-from s2train.kernels.hopper.program_order import _simulated_end
 from s2train.kernels.hopper.topk_backward_schedule import in_order, topk_backward_schedule
 from s2train.kernels.hopper.topk_forward_schedule import topk_forward_schedule
+
+from tests.kernels.test_program_order import busy_until
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="runs in Triton's interpreter")
 N_Q, N_K = 3, 4
@@ -115,8 +115,7 @@ def test_long_programs_start_early_enough_to_end_with_the_others() -> None:
     unordered = expected[(expected[:, 0] * n + expected[:, 1] // 2).argsort()]
     measured = in_order(unordered, kv_heads, {})
     assert torch.equal(measured.unique(dim=0), expected.unique(dim=0))
-    steps = [x[:, 5].long() for x in (measured, expected)]
-    ends = [_simulated_end(x, torch.ones_like(x), HOPPER_MULTIPROCESSORS) for x in steps]
+    ends = [busy_until(x[:, 5].long()) for x in (measured, expected)]
     assert ends[0] <= 1.05 * ends[1]
 
 

@@ -17,13 +17,10 @@ def test_a_devices_shared_memory_is_asked_for_once(monkeypatch: pytest.MonkeyPat
     active = SimpleNamespace(utils=SimpleNamespace(get_device_properties=properties))
     driver = SimpleNamespace(active=active)
     monkeypatch.setattr(configs, "triton", SimpleNamespace(runtime=SimpleNamespace(driver=driver)))
-    configs._shared_limit.cache_clear()
-    try:
-        limits = [configs.shared_limit(torch.device("cuda", index)) for index in (0, 1, 0, 0, 1)]
-    finally:
-        configs._shared_limit.cache_clear()
-    assert limits == [1000, 1001, 1000, 1000, 1001]
-    assert asked == [0, 1]
+    # no other test's devices: the answers are kept
+    limits = [configs.shared_limit(torch.device("cuda", index)) for index in (70, 71, 70, 70, 71)]
+    assert limits == [1070, 1071, 1070, 1070, 1071]
+    assert asked == [70, 71]
 
 
 @pytest.mark.parametrize("dim", [1, 16, 17, 64, 65, 80, 128, 129, 256])

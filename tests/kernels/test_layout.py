@@ -17,6 +17,10 @@ from s2train.kernels.decode.schedule import decode_schedule
 from s2train.kernels.layout_builder import ColumnRule, Rule
 
 
+def tensors(layout: BlockLayout) -> list[torch.Tensor]:
+    return [value for value in vars(layout).values() if isinstance(value, torch.Tensor)]
+
+
 def random_mask(*shape: int) -> torch.Tensor:
     return torch.rand(*shape) < 0.5
 
@@ -62,7 +66,7 @@ def test_heads_slices_share_storage() -> None:
 
 def test_index_tensors_are_int32() -> None:
     layout = BlockLayout.from_mask(random_mask(2, 3, 3), 16)
-    assert {t.dtype for t in layout._tensors().values()} == {torch.int32}
+    assert {t.dtype for t in tensors(layout)} == {torch.int32}
 
 
 def test_columns_by_work_starts_with_the_longest() -> None:
@@ -221,7 +225,7 @@ def test_a_layout_is_built_on_its_device(device: torch.device) -> None:
 
     for each in (rule, ColumnRule(3, lambda key: key < 2)):
         layout = BlockLayout.from_rule([each], [0], 64, 6, 6, device=device)
-        assert {(t.device.type, t.dtype) for t in layout._tensors().values()} == {(device.type, torch.int32)}
+        assert {(t.device.type, t.dtype) for t in tensors(layout)} == {(device.type, torch.int32)}
     assert seen == {device.type, torch.int64}
 
 

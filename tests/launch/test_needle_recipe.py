@@ -248,11 +248,11 @@ def test_a_variant_is_named_with_its_seed_where_that_is_known(tmp_path: Path, cu
     trained(tmp_path / "512")
     variant = curves["read_variant"](tmp_path)
     assert "seed" not in variant
-    assert curves["_label"]("hybrid", variant) == "hybrid"
+    assert curves["label_of"]("hybrid", variant) == "hybrid"
     (tmp_path / "512" / "config.yaml").write_text("seed: 2\n")
     variant = curves["read_variant"](tmp_path)
     assert variant["seed"] == 2
-    assert curves["_label"]("hybrid", variant) == "hybrid (seed 2)"
+    assert curves["label_of"]("hybrid", variant) == "hybrid (seed 2)"
     trained(tmp_path / "2048")
     (tmp_path / "2048" / "config.yaml").write_text("seed: 3\n")
     assert "seed" not in curves["read_variant"](tmp_path)

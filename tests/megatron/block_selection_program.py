@@ -70,7 +70,7 @@ def pooled_oracle(core: BlockSelectionCoreAttention) -> dict[str, float]:
     for sequence in range(BATCH):
         found = oracle.scores(core, weights, query[:, sequence], key[:, sequence])
         for block in range(-(-LENGTH // BLOCK)):
-            chosen = oracle._candidates(core, block)
+            chosen = oracle.candidates(core, block)
             of_block = rows[sequence, :, block * BLOCK : (block + 1) * BLOCK]
             share = of_block.shape[1] / LENGTH / BATCH / 2
             for g in range(2) if chosen else ():

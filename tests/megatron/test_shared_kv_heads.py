@@ -15,6 +15,9 @@ from s2train.megatron.hyper_attention import HyperCoreAttention
 from s2train.megatron.layout_cache import LayoutCache
 
 HEADS, GROUPS = 8, 2
+LENGTH = 75
+# it reads a part even of a short sequence
+HYPER = {"kind": "hyper", "bucket": 16, "samples": 4, "projections": 8, "shortest": 16, "window": 0, "sinks": 0}
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ def core_of_rank(rank: int, tp: int) -> HyperCoreAttention:
     config = TransformerConfig(**sizes, num_query_groups=max(GROUPS, tp), attention_dropout=0.0)
     return HyperCoreAttention(
         config, 1, AttnMaskType.causal, "self", pg_collection=SimpleNamespace(tp=Ranks(tp, rank), cp=Ranks(1, 0)),
-        layer_layout=LayerLayout(read_kind("H", {"kind": "hyper"}, "layout.kinds.H"), (Dense(),) * HEADS, 16),
+        layer_layout=LayerLayout(read_kind("H", HYPER, "layout.kinds.H"), (Dense(),) * HEADS, 16),
         num_query_groups=GROUPS, cache=LayoutCache(), backend="torch", seed=int(torch.randint(1 << 30, ())),
     )  # fmt: skip
 
@@ -51,16 +54,17 @@ def test_each_rank_has_consecutive_query_heads_and_their_kv_heads(tp: int) -> No
 
 
 @pytest.mark.parametrize("tp", [2, 4, 8])
-def test_query_heads_draw_their_kv_heads_numbers_on_every_rank(tp: int) -> None:
+def test_query_heads_read_the_same_keys_on_every_rank(tp: int) -> None:
     torch.manual_seed(seed := torch.seed() % 2**31)
     alone = core_of_rank(0, 1)
-    device = torch.device("cpu")
-    expected = alone._seeds("samples", device).repeat_interleave(HEADS // GROUPS).tolist()
-    found = []
+    query, key, value = (torch.randn(LENGTH, 1, heads, 8, dtype=torch.float64) for heads in (HEADS, GROUPS, GROUPS))
+    expected, found = alone(query, key, value, None), []
     for rank in range(tp):
         core = core_of_rank(rank, tp)
         core.seed = alone.seed
-        seeds = core._seeds("samples", device)
-        found += seeds.repeat_interleave((HEADS // tp) // len(seeds)).tolist()
-    assert found == expected, seed
-    assert len(set(found)) == GROUPS
+        first, last = core.heads
+        own = slice(first * GROUPS // HEADS, -(-last * GROUPS // HEADS))
+        found.append(core(query[:, :, first:last], key[:, :, own], value[:, :, own], None))
+    torch.testing.assert_close(torch.cat(found, -1), expected, msg=lambda text: f"seed {seed}: {text}")
+    alone.seed += 1
+    assert not torch.allclose(alone(query, key, value, None), expected)  # what is read is random

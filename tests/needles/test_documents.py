@@ -24,7 +24,7 @@ from s2train.needles.words import NOISE, Split, split_of
 from s2train.preparation.prepare import prepare
 
 BYTES = ByteTokenizer()
-ALL_FACTS = recall._POOL
+ALL_FACTS = recall.POOL
 KEY, VALUE = r"[a-z]+-[a-z]+(?:-\d{3})?", r"\b\d{7}\b"
 LETTERS = r"\b[A-Z]{3}\b"  # names of variable tracking
 NUMBER = re.compile(r"-\d{3}$")  # the number in a line's key
@@ -33,7 +33,7 @@ NUMBER = re.compile(r"-\d{3}$")  # the number in a line's key
 @pytest.fixture(autouse=True)
 def few_facts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer facts to draw from: encoding all takes longer than most tests here."""
-    monkeypatch.setattr(recall, "_POOL", 1 << 11)
+    monkeypatch.setattr(recall, "POOL", 1 << 11)
 
 
 def texts(cfg: NeedleDocumentsConfig, seed: int) -> list[str]:
@@ -110,7 +110,7 @@ def test_some_long_documents_begin_with_a_fact(asks_last: float) -> None:
 
 
 def test_documents_with_questions_last_have_facts_with_little_before_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recall, "_POOL", ALL_FACTS)
+    monkeypatch.setattr(recall, "POOL", ALL_FACTS)
     cfg = NeedleDocumentsConfig("recall", documents=100, length=8000, share=(0.1, 0.2), questions_last=1.0)
     positions = [text.find(f"{key} is {value}") for text in texts(cfg, seed=6) for key, value in mentions(text)]
     assert 0.1 < np.mean(np.array(positions) < 80) < 0.4  # one in a hundred if evenly placed
@@ -118,7 +118,7 @@ def test_documents_with_questions_last_have_facts_with_little_before_them(monkey
 
 def test_values_are_drawn_evenly_over_their_first_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise a tokenizer with only some pairs of digits makes some first tokens ten times rarer."""
-    monkeypatch.setattr(recall, "_POOL", ALL_FACTS)
+    monkeypatch.setattr(recall, "POOL", ALL_FACTS)
     train_bpe([f" {value}" for value in range(1_000_000, 1_030_000, 7)] * 2, 300, tmp_path / "bpe.json")
     tokenizer = load_tokenizer(str(tmp_path / "bpe.json"))
     counts: Counter[int] = Counter()

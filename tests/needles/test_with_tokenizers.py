@@ -84,7 +84,7 @@ def test_a_value_is_hidden_and_answered_in_the_same_tokens(tokenizer: Tokenizer)
 def test_training_documents_have_the_tokens_of_their_whole_text(
     tokenizer: Tokenizer, task: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recall, "_POOL", 1 << 11)  # facts to draw from: encoding more takes longer than the rest
+    monkeypatch.setattr(recall, "POOL", 1 << 11)  # facts to draw from: encoding more takes longer than the rest
     cfg = NeedleDocumentsConfig(task, documents=10, length=700)
     for document in needle_documents(cfg, tokenizer, int(np.random.default_rng().integers(1 << 30))):
         ids = document[:-1].tolist()

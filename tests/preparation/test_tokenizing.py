@@ -1,13 +1,12 @@
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
-from s2train.data.tokenizers import train_bpe
+from s2train.data.tokenizers import FileTokenizer, train_bpe
 from s2train.preparation import tokenizing
 from s2train.preparation.sources import Piece
 from s2train.preparation.tokenizing import Encoding, encode
@@ -32,21 +31,13 @@ def ids(encoding: Encoding) -> npt.NDArray[np.integer]:
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
     """What the tokenizers library reads, call by call."""
     found: list[str | None] = []
-    load: Callable[..., object] = tokenizing._tokenizer
+    plain = FileTokenizer.encode_many
 
-    def spy(name: str, end_token: str | None) -> object:
-        tokenizer = load(name, end_token)
-        plain = type(tokenizer).encode_many
+    def spy(self: FileTokenizer, texts: list[str]) -> list[npt.NDArray[np.integer]]:
+        found.append(os.environ.get(PARALLELISM))
+        return plain(self, texts)
 
-        class Spy(type(tokenizer)):  # type: ignore[misc]
-            def encode_many(self, texts: list[str]) -> list[npt.NDArray[np.integer]]:
-                found.append(os.environ.get(PARALLELISM))
-                return plain(self, texts)  # type: ignore[no-any-return]
-
-        tokenizer.__class__ = Spy
-        return tokenizer
-
-    monkeypatch.setattr(tokenizing, "_tokenizer", spy)
+    monkeypatch.setattr(FileTokenizer, "encode_many", spy)
     return found
 
 

@@ -72,21 +72,25 @@ def nan(step: int) -> None:
     """
     from s2train.training import loop
 
-    measure, take = loop.gradient_norm, loop.Trainer._step
-    is_here = is_planted_here()
+    measure, train, states = loop.gradient_norm, loop.Trainer.train, []
+    factor = float("nan") if is_planted_here() else 1.0
 
-    def recorded(self: Any, batches: Any, number: int, *sizes: int) -> Any:
-        if number != step:
-            return take(self, batches, number, *sizes)
-        before = fingerprint(self.state)
-        loop.gradient_norm = lambda optimizer: measure(optimizer) * (float("nan") if is_here else 1.0)
-        result = take(self, batches, number, *sizes)
+    def recorded(self: Any, progress: Any) -> Any:
+        states.append(self.state)
+        return train(self, progress)
+
+    def spoil() -> None:
+        states.append(fingerprint(states[0]))
+        loop.gradient_norm = lambda optimizer: measure(optimizer) * factor
+
+    def compare() -> None:
         loop.gradient_norm = measure
-        same = fingerprint(self.state) == before
+        same = fingerprint(states[0]) == states[1]
         print(f"rank {os.environ['RANK']} step {step}: state {'unchanged' if same else 'changed'}", flush=True)
-        return result
 
-    loop.Trainer._step = recorded
+    loop.Trainer.train = recorded
+    at_step(step, spoil)
+    at_step(step + 1, compare)
 
 
 def fingerprint(state: Any) -> str:

@@ -116,7 +116,7 @@ def test_every_rank_stops_if_one_has_another_setting(tmp_path: Path) -> None:
 def test_a_run_that_saves_nothing_needs_no_space_for_a_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(startup, "_free_bytes", lambda folder: 1)
+    monkeypatch.setattr(startup.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1))
     (end,) = start([tmp_path])
     assert isinstance(end, StartUpError)
     assert "one checkpoint takes" in end.problems[0]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from s2train.distributed.agreement import max_over_ranks
-from s2train.training.watchdog import _WAITING_FILES, Position, describe_hang, find_culprits
+from s2train.training.watchdog import WAITING_FILES, Position, describe_hang, find_culprits
 from tests.program import ROOT
 
 
@@ -46,7 +46,7 @@ def test_a_silent_rank_is_described_as_such_even_if_it_never_responded() -> None
     assert "rank 2 (never responded)" in describe_hang(there, [2], [2], 5)
 
 
-# Packages that hold the files of `_WAITING_FILES`; all of torch would take long to list.
+# Packages that hold the files of `WAITING_FILES`; all of torch would take long to list.
 PACKAGES = ("megatron.core", "torch.distributed", "torch.cuda")
 
 
@@ -65,11 +65,11 @@ def without_file(ends: Iterable[str], files: set[str]) -> list[str]:
 
 
 def test_the_places_where_ranks_wait_name_files_that_exist() -> None:
-    assert without_file(_WAITING_FILES, source_files()) == []
-    assert max_over_ranks.__code__.co_filename.endswith(_WAITING_FILES)  # as a frame names it
+    assert without_file(WAITING_FILES, source_files()) == []
+    assert max_over_ranks.__code__.co_filename.endswith(WAITING_FILES)  # as a frame names it
 
 
-@pytest.mark.parametrize("ours", [end for end in _WAITING_FILES if end.startswith("s2train/")])
+@pytest.mark.parametrize("ours", [end for end in WAITING_FILES if end.startswith("s2train/")])
 def test_a_renamed_file_is_missed_among_the_places_where_ranks_wait(ours: str) -> None:
     renamed = {path.replace(ours, ours.replace(".py", "_renamed.py")) for path in source_files()}
-    assert without_file(_WAITING_FILES, renamed) == [ours]
+    assert without_file(WAITING_FILES, renamed) == [ours]

@@ -29,7 +29,7 @@ def test_nothing_is_timed_after_a_wrong_result(tmp_path: Path, monkeypatch: pyte
 def test_a_case_has_the_layer_and_says_why_a_contender_did_not_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(hyper._LENGTHS, "4k", 100)
+    monkeypatch.setitem(hyper.LENGTHS, "4k", 100)
     output = tmp_path / "hyper.json"
     words = [*SMALL.split(), "--budget-ms", "1", "--output", str(output), "--cases", "4k-causal", "4k-full"]
     assert hyper.main(words) == 0
