@@ -10,9 +10,11 @@ from s2train.kernels.hopper.backward_schedule import ACTIVE_BITS, QUERY_BITS, Ba
 from s2train.kernels.hopper.forward_schedule import TILE, ForwardSchedule, forward_schedule
 from s2train.kernels.hopper.topk_backward_schedule import in_order, topk_backward_schedule
 from s2train.kernels.hopper.topk_forward_schedule import topk_forward_schedule
+from s2train.kernels.interpreter import repair_interpreter
 
 from tests.kernels.test_program_order import busy_until
 
+repair_interpreter()
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="runs in Triton's interpreter")
 N_Q, N_K = 3, 4
 
