@@ -67,8 +67,9 @@ def read_request(cfg: ProfileAttentionConfig, world_size: int, hardware: Hardwar
         raise ConfigError("precision", cfg.precision, "unknown", "Set precision=bf16 or precision=fp32.")
     if Path(cfg.output).suffix != ".npz":
         raise ConfigError("output", cfg.output, "is no .npz file", "Name one, such as runs/semsa/profile.npz.")
-    output = check_output(cfg.output, cfg.overwrite, such="runs/semsa/profile.npz")
-    if cfg.verify and verification_file(output).exists() and not cfg.overwrite:
+    lacks_verification = cfg.verify > 0 and not verification_file(Path(cfg.output)).exists()
+    output = check_output(cfg.output, cfg.overwrite or lacks_verification, such="runs/semsa/profile.npz")
+    if cfg.verify and not lacks_verification and not cfg.overwrite:
         problem = f"{verification_file(output)} exists"
         raise ConfigError("verify", cfg.verify, problem, "Add overwrite=true, or set another output.")
     subject = read_subject(
@@ -132,9 +133,10 @@ def profile_checkpoint(cfg: ProfileAttentionConfig) -> None:
     subject, is_first = request.subject, os.environ.get("RANK", "0") == "0"
     about = _about(cfg, request)
     ranks = int(os.environ.get("WORLD_SIZE", "1")) // cfg.tp
-    base = _unfinished(request, about, cfg.overwrite, ranks) if is_first else None
+    is_finished = is_first and _is_finished(cfg, request, about)
+    base = _unfinished(request, about, cfg.overwrite, ranks) if is_first and not is_finished else None
     device = initialize(ParallelConfig(tp=cfg.tp), cfg.seed)
-    done = _from_rank_0(int(base.about["done"]) if base else 0, device)
+    done = _from_rank_0(cfg.samples if is_finished else int(base.about["done"]) if base else 0, device)
     loaded = load_studied(
         subject, device, block_size=request.block_size, tp=cfg.tp, attention_backend=cfg.attention_backend,
         precision=cfg.precision, recompute=cfg.recompute,
@@ -164,6 +166,8 @@ def profile_checkpoint(cfg: ProfileAttentionConfig) -> None:
                 base, sums, tokens, group, device, about | {"done": so_far, "data_parallel_ranks": ranks}, request
             )
             if is_first:
+                if so_far == cfg.samples and cfg.verify:
+                    verification_file(request.output).unlink(missing_ok=True)  # of the profile that this one replaces
                 total.save(request.output if so_far == cfg.samples else request.unfinished)
                 seconds = (time.perf_counter() - began) / (so_far - done)
                 left = f", {seconds * (cfg.samples - so_far):.0f} s left" if so_far < cfg.samples else ""
@@ -200,6 +204,32 @@ def _about(cfg: ProfileAttentionConfig, request: Request) -> dict[str, Any]:
     )
 
 
+def _is_finished(cfg: ProfileAttentionConfig, request: Request, about: Mapping[str, Any]) -> bool:
+    """Return whether an earlier run of this command lacks its verification alone.
+
+    Raises:
+        ConfigError: the output is another profile, and `overwrite` is off.
+    """
+    if not request.output.exists() or not cfg.verify or verification_file(request.output).exists():
+        return False
+    try:
+        others = _others(load_profile(request.output, "output"), about)
+    except ConfigError:
+        if cfg.overwrite:
+            return False
+        raise
+    if others and not cfg.overwrite:
+        problem = f"exists, and was made with another {', '.join(others)}"
+        raise ConfigError("output", request.output, problem, "Add overwrite=true, or set another file.")
+    return not others
+
+
+def _others(earlier: Profile, about: Mapping[str, Any]) -> list[str]:
+    """Name what a profile was made with and `about` has otherwise."""
+    asked = json.loads(json.dumps(dict(about)))
+    return [name for name in asked if name not in _MAY_DIFFER and earlier.about.get(name) != asked[name]]
+
+
 def _unfinished(request: Request, about: Mapping[str, Any], overwrite: bool, ranks: int) -> Profile | None:
     """Read what an interrupted run of the same command has summed.
 
@@ -208,8 +238,7 @@ def _unfinished(request: Request, about: Mapping[str, Any], overwrite: bool, ran
     if not request.unfinished.exists():
         return None
     base = load_profile(request.unfinished, "output")
-    asked = json.loads(json.dumps(dict(about)))
-    others = [name for name in asked if name not in _MAY_DIFFER and base.about.get(name) != asked[name]]
+    others = _others(base, about)
     if others and overwrite:
         request.unfinished.unlink()
         return None

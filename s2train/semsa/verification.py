@@ -99,9 +99,9 @@ def verify(
             "blocks": [asdict(case) for case in of_blocks],
             "rules": [asdict(case) for case in of_rules],
         }
-        with replacing(output) as temporary:
-            temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         draw(output.with_suffix(".png"), of_blocks, of_rules, request.subject.trained.model.name)
+        with replacing(output) as temporary:  # last: with it the verification is complete
+            temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         Console(soft_wrap=True, width=120).print(*_tables(content))
         print(f"verification {output} and {output.with_suffix('.png')}", flush=True)
 

@@ -90,6 +90,24 @@ def test_an_interrupted_profile_resumes_from_its_sums(folder: Path) -> None:
     assert "holds 1 samples, which 2 data parallel ranks don't divide" in outcome.err
 
 
+@pytest.mark.slow
+def test_a_profile_that_was_killed_in_its_verification_is_verified_by_the_same_command(folder: Path) -> None:
+    words = ["samples=1", "verify=3", "verify_samples=1"]
+    profiled(folder, "killed", *words)
+    output, verification = folder / "killed.npz", folder / "killed-verify.json"
+    whole, before = json.loads(verification.read_text()), output.stat().st_mtime_ns
+    verification.unlink()
+    with pytest.raises(AssertionError, match="exists, and was made with another seed"):
+        profiled(folder, "killed", *words, "seed=5")
+    _, outcome = profiled(folder, "killed", *words)
+    assert "resumed after 1" in outcome.out
+    assert output.stat().st_mtime_ns == before
+    rest = json.loads(verification.read_text())
+    assert [rest[name] for name in ("blocks", "rules")] == [whole[name] for name in ("blocks", "rules")]
+    with pytest.raises(AssertionError, match=r"killed\.npz: exists\. Add"):
+        profiled(folder, "killed", *words)
+
+
 def request(folder: Path, world_size: int = 1, **changed: Any) -> None:
     own = {"checkpoint": str(folder / "dense"), "output": str(folder / "new.npz")} | changed
     read_request(ProfileAttentionConfig(**own), world_size, detect_own())
