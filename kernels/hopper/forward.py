@@ -36,6 +36,7 @@ from .launch import descriptor, launch
 from .releases import async_load, async_store, reinterpret, thread_barrier
 from .support import PANEL, padded_to_panels
 from .topk_forward_schedule import topk_forward_schedule
+from .weight_registers import compute_here, pack, stay_live, unpack
 
 _LOG2_E = 1.4426950408889634
 _LN_2 = gl.constexpr(0.6931471805599453)
@@ -45,55 +46,6 @@ _HALF = gl.constexpr(TILE // 2)  # query rows per consumer
 _PANEL = gl.constexpr(PANEL)
 _COLUMNS = gl.constexpr(COLUMNS)
 _BARRIER = gl.constexpr(mbarrier.MBarrierLayout())
-
-
-@gluon.jit
-def _stay_live(x):
-    """Keep x's registers alive for a product in flight.
-
-    Costs no instruction.
-    """
-    return gl.inline_asm_elementwise("", "=r,0", [x], dtype=x.dtype, is_pure=False, pack=1)
-
-
-@gluon.jit
-def _pack(x, dtype: gl.constexpr):
-    """Pack float32 [m, n] into int32 [m, n / 2].
-
-    Each int32 holds two 16-bit numbers. Thus LLVM carries whole registers from step to step.
-    """
-    even, odd = gl.split(gl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
-    kind: gl.constexpr = "bf16x2" if dtype == gl.bfloat16 else "f16x2"
-    return gl.inline_asm_elementwise(
-        "cvt.rn." + kind + ".f32 $0, $2, $1;", "=r,r,r", [even, odd], dtype=gl.int32, is_pure=True, pack=1
-    )
-
-
-@gluon.jit
-def _unpack(x, dtype: gl.constexpr, layout: gl.constexpr):
-    """Unpack the result of `_pack` as the first operand of a product."""
-    even = gl.inline_asm_elementwise(
-        "{ .reg .b16 h; mov.b32 {$0, h}, $1; }", "=h,r", [x], dtype=gl.int16, is_pure=True, pack=1
-    )
-    odd = gl.inline_asm_elementwise(
-        "{ .reg .b16 h; mov.b32 {h, $0}, $1; }", "=h,r", [x], dtype=gl.int16, is_pure=True, pack=1
-    )
-    pairs = gl.reshape(gl.join(even, odd), [x.shape[0], x.shape[1] * 2]).to(dtype, bitcast=True)
-    return gl.convert_layout(pairs, layout, assert_trivial=True)
-
-
-@gluon.jit
-def _compute_here(x):
-    """Return x, which is >= 0, and force its computation here.
-
-    The compiler may not move the computation below. Without this, ptxas waits for the product before it computes the
-    exponentials. The code is a store that never happens; with a branch instead, ptxas would run all products one by one
-    (C7518).
-    """
-    return gl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.lt.f32 p, $1, 0f00000000; @p st.volatile.shared.b32 [$1], $1; mov.b32 $0, $1; }",
-        "=r,r", [x], dtype=x.dtype, is_pure=False, pack=1,
-    )  # fmt: skip
 
 
 @gluon.jit
@@ -291,18 +243,18 @@ def _attend(
     mbarrier.wait(k_full.index(stage), count // K_STAGES & 1)
     scores = warpgroup_mma(q, k_smem.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
     mbarrier.wait(v_full.index(v_stage), (count - 1) // V_STAGES & 1)
-    product = warpgroup_mma(_unpack(weights, dtype, operand), v_smem.index(v_stage), acc, is_async=True)
+    product = warpgroup_mma(unpack(weights, dtype, operand), v_smem.index(v_stage), acc, is_async=True)
     scores = warpgroup_mma_wait(num_outstanding=1, deps=(scores,))
     mbarrier.arrive(k_empty.index(stage), count=1)
     if MASK:
         scores = _masked(scores, chunks, step, last_key, columns, HALF, CHUNK)
     new_weights, peak, total, decay = _softmax(scores, peak, total, scale_log2)
-    total = _compute_here(total)
+    total = compute_here(total)
     acc = warpgroup_mma_wait(num_outstanding=0, deps=(product,))
-    weights = _stay_live(weights)
+    weights = stay_live(weights)
     mbarrier.arrive(v_empty.index(v_stage), count=1)
     acc = acc * gl.expand_dims(gl.convert_layout(decay, gl.SliceLayout(1, acc.type.layout)), 1)
-    weights = _pack(new_weights, dtype)
+    weights = pack(new_weights, dtype)
     return acc, weights, peak, total
 
 
@@ -402,7 +354,7 @@ def _consume(
         mbarrier.arrive(k_empty.index(stage), count=1)
         scores = _masked(scores, chunks, begin, last_key, columns, HALF, CHUNK)
         first_weights, peak, total, _ = _softmax(scores, peak, total, scale_log2)
-        weights = _pack(first_weights, dtype)
+        weights = pack(first_weights, dtype)
         if PACKED:  # noqa: SIM102 (the compiler's constant, apart from the device's condition)
             # only a document's last tile sees keys beyond it, in its first step
             if (tile + 1) * (2 * _HALF) > last - shift:
@@ -424,7 +376,7 @@ def _consume(
             count += 1
         v_stage = (count - 1) % V_STAGES
         mbarrier.wait(v_full.index(v_stage), (count - 1) // V_STAGES & 1)
-        product = warpgroup_mma(_unpack(weights, dtype, weights_layout), v_smem.index(v_stage), acc, is_async=True)
+        product = warpgroup_mma(unpack(weights, dtype, weights_layout), v_smem.index(v_stage), acc, is_async=True)
         acc = warpgroup_mma_wait(num_outstanding=0, deps=(product,))
         mbarrier.arrive(v_empty.index(v_stage), count=1)
 
