@@ -11,10 +11,10 @@ import torch
 from megatron.core import parallel_state
 
 from s2train.attention.hybrid import HybridLayout
-from s2train.attention.kind import LayerLayout
 from s2train.attention.weights import kv_heads_on_rank
 from s2train.config import PretrainConfig, head_dim
 from s2train.kernels.attention import Backend, block_sparse_attention, resolve_backend
+from s2train.kernels.layout import BlockLayout
 from s2train.megatron.context_parallel.all_gather import chunk_ids
 from s2train.megatron.model import DTYPES
 from s2train.megatron.specs import core_attention_class
@@ -49,7 +49,11 @@ def compile_kernels(cfg: PretrainConfig, hybrid: HybridLayout, device: torch.dev
             inputs = _zeros(cfg, rows, keys, heads, groups, device)
             if layer.is_static:
                 for share in range(tp):
-                    _run_static(layer, keys, slice(share * heads, (share + 1) * heads), inputs, backend)
+                    layout = layer.block_layout(keys, heads=slice(share * heads, (share + 1) * heads), device=device)
+                    if cfg.data.attention_within_documents:
+                        _run_documents(layout, inputs, backend)
+                    if keys > rows or not cfg.data.attention_within_documents:
+                        _run_static(layout, inputs, backend)
             else:
                 core_attention_class(layer.kind).compile_kernels(layer, *inputs, keys - rows, backend)
     if device.type == "cuda":
@@ -75,13 +79,18 @@ def _zeros(
     return query, key, value[..., -width:]
 
 
-def _run_static(
-    layer: LayerLayout, keys: int, heads: slice, inputs: tuple[torch.Tensor, ...], backend: Backend
-) -> None:
+def _run_static(layout: BlockLayout, inputs: tuple[torch.Tensor, ...], backend: Backend) -> None:
     query, key, value = inputs
-    layout = layer.block_layout(keys, heads=heads, device=query.device)
-    out = block_sparse_attention(query, key, value, layout, query_offset=keys - query.shape[0], backend=backend)
-    assert isinstance(out, torch.Tensor)
+    offset = key.shape[0] - query.shape[0]
+    out = block_sparse_attention(query, key, value, layout, query_offset=offset, backend=backend)
+    out.backward(torch.ones_like(out))
+
+
+def _run_documents(layout: BlockLayout, inputs: tuple[torch.Tensor, ...], backend: Backend) -> None:
+    """Run attention within documents of one sequence, as layers do."""
+    query, key, value = (x[: inputs[0].shape[0], :1] for x in inputs)
+    bounds = torch.tensor([0, query.shape[0]], dtype=torch.int32, device=query.device)
+    out = block_sparse_attention(query, key, value, layout, cu_seqlens=bounds, backend=backend)
     out.backward(torch.ones_like(out))
 
 

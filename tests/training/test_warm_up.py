@@ -70,6 +70,24 @@ def test_tensor_and_context_parallel_shares_run_in_their_shapes(
     assert shapes == [(64, 128, 2, 64)] * 2 + [(64, 192, 2, 128)] * 2
 
 
+def test_within_documents_one_sequence_at_a_time_runs_as_in_a_step(
+    calls: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile_for(monkeypatch, "data.attention_within_documents=true")
+    (call,) = calls
+    assert (call.q, call.k, call.v) == ((256, 1, 4, 32), (256, 1, 2, 32), (256, 1, 2, 32))
+    assert call.cu_seqlens.tolist() == [0, 256]
+    assert call.is_backward
+
+
+def test_a_divided_sequence_runs_documents_that_begin_and_those_that_continue(
+    calls: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile_for(monkeypatch, "data.attention_within_documents=true", cp=(0, 2))
+    shapes = [(call.q[0], call.k[0], hasattr(call, "cu_seqlens"), getattr(call, "query_offset", 0)) for call in calls]
+    assert shapes == [(64, 64, True, 0), (64, 64, True, 0), (64, 256, False, 192)]
+
+
 def test_layers_whose_reads_the_data_choose_run_what_their_core_attention_says(
     calls: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
