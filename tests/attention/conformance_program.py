@@ -6,6 +6,7 @@ In a process of its own, since Megatron's groups and its CPU mode are global.
 import json
 from collections.abc import Iterable
 from dataclasses import replace
+from itertools import pairwise
 from statistics import mean
 from typing import Any
 
@@ -23,7 +24,7 @@ from s2train.costs.parameters import attention_shape, total_parameters
 from s2train.errors import ConfigError
 from s2train.inference.cached_model import CachedModel
 from s2train.inference.kv_cache import kv_cache
-from s2train.megatron.core_attention import CausalCoreAttention
+from s2train.megatron.core_attention import CausalCoreAttention, packed_documents
 from s2train.megatron.layer_backends import choose_backend
 from s2train.megatron.model import build_model, transformer_config, unwrap
 from s2train.megatron.setup import initialize, shutdown
@@ -110,6 +111,41 @@ def parity_of_draw(core: CausalCoreAttention, oracle: Oracle) -> dict[str, list[
         "torch": [relative(*pair) for pair in zip(single, exact, strict=True)],
         "recorded": [recorded[name] for name in losses],
         "losses": [float(loss) for loss in losses.values()],
+    }
+
+
+def documents(core: CausalCoreAttention, oracle: Oracle, draws: int = 8) -> dict[str, list[float]]:
+    """Errors of output and gradients of inputs within packed documents, as `parity`; the oracle takes each alone."""
+    drawn = [documents_of_draw(core, oracle) for _ in range(draws)]
+    return {name: [mean(of) for of in zip(*(one[name] for one in drawn), strict=True)] for name in ("found", "torch")}
+
+
+def documents_of_draw(core: CausalCoreAttention, oracle: Oracle) -> dict[str, list[float]]:
+    inputs, dout = random_inputs(core), torch.randn(LENGTH, BATCH, core.shape.num_heads, core.shape.head_dim)
+    inside = torch.randint(LENGTH + 1, (BATCH, 4)).sort(1).values
+    inside[:, 1] = inside[:, 0]  # an empty document
+    bounds = torch.nn.functional.pad(inside, (1, 0)).to(torch.int32)
+    bounds = torch.nn.functional.pad(bounds, (0, 1), value=LENGTH)
+
+    def by_oracle(dtype: torch.dtype) -> list[Tensor]:
+        q, k, v = leaves = [x.to(dtype).requires_grad_() for x in inputs]
+        weights = {w.name: getattr(core, w.name).detach().to(dtype) for w in core.own_weights}
+        of_sequences = []
+        for sequence, ends in enumerate(bounds.tolist()):
+            own = [
+                tuple(x[first:end, sequence, None] for x in (q, k, v)) for first, end in pairwise(ends) if end > first
+            ]
+            of_sequences.append(torch.cat([oracle.attend(core, weights, *document) for document in own]))
+        out = torch.cat(of_sequences, 1)
+        return [out, *torch.autograd.grad(out, leaves, dout.to(dtype))]
+
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    out = core(*leaves, None, packed_seq_params=packed_documents(bounds, LENGTH)).view_as(dout)
+    found = [out, *torch.autograd.grad(out, leaves, dout)]
+    exact, single = by_oracle(torch.float64), by_oracle(torch.float32)
+    return {
+        "found": [relative(*pair) for pair in zip(found, exact, strict=True)],
+        "torch": [relative(*pair) for pair in zip(single, exact, strict=True)],
     }
 
 
@@ -233,6 +269,7 @@ def main() -> None:
             "future": future(gpt),
             "counts": counts(gpt, cfg, oracle),
             "decoding": decoding(gpt, cfg, oracle.decodes_as),
+            "documents": documents(core, oracle) if Feature.PACKED_DOCUMENTS in kind.features else None,
             "recomputation": recomputation(cfg) if Feature.RECOMPUTATION in kind.features else None,
         }
     register(ShyKind)

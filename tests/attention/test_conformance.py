@@ -5,17 +5,29 @@ A new kind brings a case and its definition in `tests/attention/oracles.py`; the
 
 import json
 from collections.abc import Iterator
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from matplotlib.image import imread
 
 from s2train.attention.features import Feature
 from s2train.attention.kind import AttentionKind
 from s2train.attention.registry import KINDS, kinds_of, register
-from s2train.config import LayoutConfig
+from s2train.checkpoints.folders import write_config
+from s2train.checkpoints.hugging_face.exporting import export
+from s2train.config import ExportConfig, LayoutConfig, NeedleConfig, PretrainConfig, ShowLayoutConfig
+from s2train.environment.hardware import Hardware
+from s2train.errors import ConfigError
+from s2train.needles.request import read_request
+from s2train.planning import compose_run, hybrid_layout
+from s2train.planning.show import show
+from s2train.validation.attention_kinds import check_kinds
 from tests.attention.oracles import ORACLES
 from tests.attention.toy import ToyKind
+from tests.checkpoints.hugging_face.test_export import load_file, megatron_logits, relative, tokens_of
 from tests.program import SMALL, Outcome, error_line, metrics, pretrain, run
 
 STEPS = 4
@@ -88,12 +100,121 @@ def test_recomputation_gives_the_same_gradients_and_records_each_value_once(
 
 
 @names
+def test_packed_documents_are_those_of_the_oracle_one_by_one(measured: dict[str, Any], name: str) -> None:
+    errors = measured[name]["documents"]
+    if Feature.PACKED_DOCUMENTS not in kind_of(name).features:
+        assert errors is None
+        return
+    for found, torch_error in zip(errors["found"], errors["torch"], strict=True):
+        assert found <= 2 * torch_error
+
+
+@names
 def test_decoding_equals_the_uncached_pass_or_is_rejected(measured: dict[str, Any], name: str) -> None:
     found = measured[name]["decoding"]
     if Feature.DECODING in kind_of(name).features:
         assert found["error"] < 2e-6
     else:
         assert "doesn't support decoding" in found["rejected"]
+
+
+@names
+def test_a_picture_is_drawn_of_a_kind_that_promises_it(name: str, tmp_path: Path) -> None:
+    if Feature.PICTURES not in kind_of(name).features:
+        with pytest.raises(ConfigError, match="doesn't support pictures"):
+            show_layout(name, tmp_path / "picture")
+        assert not (tmp_path / "picture").exists()
+        return
+    show_layout(name, tmp_path / "picture")
+    assert imread(tmp_path / "picture" / "layout.png").std() > 0.1
+
+
+def show_layout(name: str, folder: Path) -> None:
+    cfg = config_of(name)
+    show(ShowLayoutConfig(**{field.name: getattr(cfg, field.name) for field in fields(cfg)}, output=str(folder)))
+
+
+@pytest.mark.slow
+def test_an_export_gives_the_logits_of_a_model_of_all_kinds_that_promise_it(tmp_path: Path) -> None:
+    cases = [oracle for name, oracle in ORACLES.items() if Feature.EXPORT in kind_of(name).features]
+    layers = "".join(oracle.layers for oracle in cases)
+    settings = [f"model.num_layers={len(layers)}", f"layout.layers={layers}", "model.init_std=0.2"]
+    done = pretrain(tmp_path / "run", *settings, "train.steps=1", "optim.warmup_steps=0", "train.precision=fp32")
+    assert done.status == 0, done.err[-3000:]
+    done = run("export.py", f"checkpoint={tmp_path / 'run'}", f"output={tmp_path / 'out'}", processes=0)
+    assert done.status == 0, done.err[-3000:]
+    load, tokens = load_file(tmp_path / "out" / "modeling_s2.py").S2ForCausalLM.from_folder, tokens_of()
+    with torch.no_grad():
+        single, exact = (
+            model(torch.from_numpy(tokens)).logits
+            for model in (load(str(tmp_path / "out")), load(str(tmp_path / "out")).double())
+        )
+    assert relative(megatron_logits(tmp_path / "run", tokens, tmp_path), exact) < 2 * relative(single, exact)
+
+
+# What asks for a feature in a run. Decoding, exports and pictures are asked for by other programs.
+ASKED = {
+    Feature.TENSOR_PARALLEL: ["parallel.tp=2"],
+    Feature.SHARED_KV_HEADS: ["parallel.tp=4"],
+    Feature.SEQUENCE_PARALLEL: ["parallel.tp=2", "parallel.sequence_parallel=true"],
+    Feature.PIPELINE_PARALLEL: ["parallel.pp=2"],
+    Feature.CONTEXT_PARALLEL: ["parallel.cp=2"],
+    Feature.PACKED_DOCUMENTS: ["data.attention_within_documents=true"],
+    Feature.RECOMPUTATION: ["train.recompute=selective"],
+    Feature.TRANSFORMER_ENGINE: ["layer_backend=te"],
+    Feature.FP8: ["layer_backend=te", "fp8=hybrid"],
+    Feature.DETERMINISTIC: ["train.deterministic=true"],
+}
+NEEDED = {
+    Feature.SHARED_KV_HEADS: Feature.TENSOR_PARALLEL,
+    Feature.SEQUENCE_PARALLEL: Feature.TENSOR_PARALLEL,
+    Feature.FP8: Feature.TRANSFORMER_ENGINE,
+}
+GPU = Hardware("NVIDIA H100 80GB HBM3", "cuda", 80 << 30, None, (9, 0))
+
+
+@names
+def test_a_run_may_ask_for_what_a_kind_promises_and_nothing_else(name: str) -> None:
+    kind = kind_of(name)
+    for feature, settings in ASKED.items():
+        cfg, needed = config_of(name, *settings), NEEDED.get(feature, feature)
+        if feature in kind.features:
+            assert needed in kind.features
+            check_kinds(cfg, hybrid_layout(cfg), GPU)
+            continue
+        with pytest.raises(ConfigError) as raised:
+            check_kinds(cfg, hybrid_layout(cfg), GPU)
+        assert_names(raised.value, kind, {feature, needed} - kind.features)
+
+
+def assert_names(error: ConfigError, kind: AttentionKind, lacking: set[Feature]) -> None:
+    """One line names the kind, its letter and a feature that it lacks."""
+    words = f"{kind.label} attention (letter {kind.letter}) doesn't support "
+    assert error.problem in {words + feature.value for feature in lacking}
+    assert error.remedy
+    assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize("feature", [Feature.EXPORT, Feature.DECODING])
+def test_programs_reject_what_a_kind_does_not_promise_before_they_read_weights(
+    feature: Feature, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(ToyKind, "features", ToyKind.features - {feature})
+    for name in [name for name in ORACLES if feature not in kind_of(name).features]:
+        checkpoint = tmp_path / name / "checkpoints" / "iter_0000001"
+        checkpoint.mkdir(parents=True)
+        write_config(config_of(name), checkpoint / "config.yaml")  # nothing else is there to read
+        with pytest.raises(ConfigError) as raised:
+            start(feature, checkpoint, tmp_path / name / "out")
+        assert_names(raised.value, kind_of(name), {feature})
+        assert [path.name for path in (tmp_path / name).iterdir()] == ["checkpoints"]
+
+
+def start(feature: Feature, checkpoint: Path, output: Path) -> None:
+    if feature is Feature.EXPORT:
+        export(ExportConfig(str(checkpoint), str(output)))
+    else:
+        read_request(NeedleConfig(str(checkpoint)), 1, GPU)
 
 
 def test_a_kind_that_does_not_decode_is_rejected(measured: dict[str, Any]) -> None:
@@ -217,6 +338,14 @@ def test_export_of_a_kind_that_does_not_support_it_is_rejected(trained: tuple[Pa
     assert not (tmp_path / "out").exists()
 
 
-def kind_of(name: str) -> AttentionKind:
+def layout_of(name: str) -> LayoutConfig:
     oracle = ORACLES[name]
-    return kinds_of(LayoutConfig(oracle.layers, kinds=oracle.kinds))[oracle.layers]
+    return LayoutConfig(oracle.layers, kinds=oracle.kinds)
+
+
+def kind_of(name: str) -> AttentionKind:
+    return kinds_of(layout_of(name))[ORACLES[name].layers]
+
+
+def config_of(name: str, *settings: str) -> PretrainConfig:
+    return replace(compose_run(["+model=tiny_hybrid", "layer_backend=local", *settings]), layout=layout_of(name))
