@@ -33,6 +33,7 @@ from s2train.attention.weights import kv_heads_on_rank
 from s2train.config import PretrainConfig, head_dim
 from s2train.costs.attention import rank_spread
 from s2train.costs.attention_time import AttentionRates, Seconds, attention_seconds
+from s2train.costs.exchange import exchange_mode
 from s2train.costs.implementations import Implementations
 from s2train.costs.memory import Chunks, data_parallel, micro_batches
 from s2train.costs.parameters import layer_parameters, stage_parameters
@@ -364,7 +365,8 @@ class _Model:
         if cp == 1:
             return 0.0
         keys = self.tokens * cp * kv_heads_on_rank(self.groups, cfg.parallel.tp) * head_dim(cfg.model) * 2  # bytes
-        gathers = layer.is_dense or cfg.parallel.cp_exchange == "gather"
+        mode = exchange_mode(layer, self.groups, cfg.train.seq_length, cfg.parallel)
+        gathers = layer.is_dense or mode == "gather"
         # Each rank fetches other blocks, through its own network card.
         speed = self._speed(cp, stride=cfg.parallel.tp, shares=gathers) * _CP_LINK / _USED_LINK
         whole = _CP_WAIT + 4 * keys * (cp - 1) / cp / speed  # keys and values, and their gradients

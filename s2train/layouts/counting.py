@@ -34,6 +34,17 @@ def kept_key_blocks(patterns: Iterable[Pattern], num_blocks: int) -> Tensor:
     return torch.cat(counts)
 
 
+def touched_key_blocks(patterns: Iterable[Pattern], num_blocks: int, first: int, stop: int) -> Tensor:
+    """Return the key blocks that query blocks `first` … `stop` - 1 keep in any pattern: bool [num_blocks]."""
+    distinct = list(dict.fromkeys(patterns))
+    if any(isinstance(pattern, Dense) for pattern in distinct):
+        return torch.arange(num_blocks) < stop
+    touched = torch.zeros(num_blocks, dtype=torch.bool)
+    for union in _unite(distinct, num_blocks):
+        touched |= union.touched(first, stop)
+    return touched
+
+
 def kept_positions(pattern: Pattern, block_size: int, seq_length: int) -> int:
     """Count the causal (query, key) token pairs that one head keeps.
 
@@ -64,6 +75,17 @@ class _Union(Protocol):
     def mask(self, query: Tensor) -> Tensor:
         """Return the mask rows of query blocks: bool [len(query), num_blocks]."""
         ...
+
+    def touched(self, first: int, stop: int) -> Tensor:
+        """Return the key blocks that query blocks `first` … `stop` - 1 keep: bool [num_blocks]."""
+        ...
+
+
+def _touched_by_rows(union: "_Union", num_blocks: int, first: int, stop: int) -> Tensor:
+    touched = torch.zeros(num_blocks, dtype=torch.bool)
+    for query in torch.arange(first, stop).split(max(1, _MASK_ELEMENTS // num_blocks)):
+        touched |= union.mask(query).any(0)
+    return touched
 
 
 def _unite(patterns: Sequence[Pattern], num_blocks: int) -> list[_Union]:
@@ -113,6 +135,13 @@ class _Bands:
             mask |= columns & (query[:, None] >= self.key + start) & (query[:, None] < self.key + stop)
         return mask
 
+    def touched(self, first: int, stop: int) -> Tensor:
+        touched = torch.zeros(len(self.key), dtype=torch.bool)
+        for begin, end, columns in self.bands:
+            queries = torch.clamp(self.key + end, max=stop) - torch.clamp(self.key + begin, min=first)
+            touched |= columns & (queries > 0)
+        return touched
+
 
 class _Distances:
     """Union of distance patterns: distances that any pattern keeps."""
@@ -129,6 +158,10 @@ class _Distances:
     def mask(self, query: Tensor) -> Tensor:
         distance = query[:, None] - self.key
         return self.kept[distance.clamp(min=0)] & (distance >= 0)
+
+    def touched(self, first: int, stop: int) -> Tensor:
+        before = torch.cat([torch.zeros(1, dtype=torch.int64), self.kept.cumsum(0)])  # kept distances below d
+        return before[(stop - self.key).clamp(min=0)] > before[(first - self.key).clamp(min=0)]
 
 
 class _Bits:
@@ -149,6 +182,11 @@ class _Bits:
         rows = np.unpackbits(self.bits[query.numpy()], axis=1, count=self.num_blocks, bitorder="little")
         return torch.from_numpy(rows).bool()
 
+    def touched(self, first: int, stop: int) -> Tensor:
+        bits = np.bitwise_or.reduce(self.bits[first:stop], axis=0)
+        of_any = torch.from_numpy(np.unpackbits(bits, count=self.num_blocks, bitorder="little")).bool()
+        return of_any & (torch.arange(self.num_blocks) < stop)
+
 
 class _Spans:
     """Union of spans: the widest window and the most sinks."""
@@ -163,6 +201,9 @@ class _Spans:
     def mask(self, query: Tensor) -> Tensor:
         query = query[:, None]
         return (query >= self.key) & ((query < self.key + self.window[query]) | (self.key < self.sinks))
+
+    def touched(self, first: int, stop: int) -> Tensor:
+        return _touched_by_rows(self, len(self.key), first, stop)
 
 
 class _Masks:
@@ -180,3 +221,6 @@ class _Masks:
         for pattern in self.patterns:
             mask |= pattern.keep(query[:, None], self.key)
         return mask
+
+    def touched(self, first: int, stop: int) -> Tensor:
+        return _touched_by_rows(self, len(self.key), first, stop)

@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from s2train.attention.hybrid import HybridLayout
 from s2train.config import PretrainConfig
+from s2train.costs.exchange import exchange_mode
 from s2train.costs.stages import Stages
 from s2train.environment.apex import fuses_gradient_sums
 from s2train.environment.liger import INSTALL, choose_loss, liger_problem
@@ -102,6 +103,9 @@ def build_model(
     Initial weights depend only on `cfg.seed`, not on the parallel division.
     """
     cache, make_model, scaling = LayoutCache(), model_class(cfg), cfg.model.rope_scaling
+    exchanges = [
+        exchange_mode(layer, hybrid.num_query_groups, cfg.train.seq_length, cfg.parallel) for layer in hybrid.layers
+    ]
     built: list[GPTModel] = []
     stages: list[int | None] = [None] if cfg.parallel.vpp is None else list(range(cfg.parallel.vpp))
     for stage in stages:
@@ -109,7 +113,7 @@ def build_model(
         chunk = make_model(
             config=config,
             transformer_layer_spec=block_spec(
-                config, hybrid, backend, cache, cfg.attention_backend, cfg.parallel.cp_exchange, cfg.seed, stage
+                config, hybrid, backend, cache, cfg.attention_backend, exchanges, cfg.seed, stage
             ),
             vocab_size=cfg.model.vocab_size,
             max_sequence_length=cfg.train.seq_length,

@@ -1,5 +1,6 @@
 """Megatron's layer specs for the hybrid layout of one pipeline stage."""
 
+from collections.abc import Sequence
 from importlib import import_module
 
 from megatron.core.transformer.attention import SelfAttention
@@ -68,14 +69,17 @@ def block_spec(
     backend: Backend,
     cache: LayoutCache,
     attention_backend: str,
-    cp_exchange: str,
+    cp_exchanges: Sequence[str],
     seed: int,
     vp_stage: int | None = None,
 ) -> TransformerBlockSubmodules:
-    """Make the specs of this stage's layers."""
+    """Make the specs of this stage's layers.
+
+    `cp_exchanges` has one mode for each of the model's layers.
+    """
     specs = [
         layer_spec(
-            hybrid.layers[i], i + 1, hybrid.num_query_groups, backend, cache, attention_backend, cp_exchange, seed
+            hybrid.layers[i], i + 1, hybrid.num_query_groups, backend, cache, attention_backend, cp_exchanges[i], seed
         )
         for i in layer_ids(config, vp_stage)
     ]

@@ -6,6 +6,7 @@ from s2train.attention.coverage import CoverageReport, check_coverage
 from s2train.attention.hybrid import HybridLayout
 from s2train.config import PretrainConfig
 from s2train.costs.attention import density, layout_nbytes, rank_spread
+from s2train.costs.exchange import LayerExchange, layer_exchanges
 from s2train.costs.flops import TokenFlops, token_flops
 from s2train.costs.implementations import Implementations
 from s2train.costs.memory import Memory, data_parallel, micro_batches
@@ -38,6 +39,7 @@ class Plan:
     flops: TokenFlops
     phases: tuple[Phase, ...]  # of the run: warm-ups, a frozen trunk; one alone if nothing differs
     tp_spread: float  # busiest tensor parallel rank over the mean, minus 1, in the most uneven layer
+    exchanges: tuple[LayerExchange, ...]  # of keys and values between context parallel ranks
     pipeline: Balance  # of the configured stages
     pipeline_by_cost: Balance  # with parallel.pipeline_split=cost
     memory: Memory  # of the fullest rank
@@ -93,6 +95,7 @@ def make_plan(cfg: PretrainConfig, hybrid: HybridLayout, world_size: int, hardwa
         flops=flops,
         phases=phases(cfg, hybrid),
         tp_spread=max(rank_spread(layer, seq_length, cfg.parallel.tp) for layer in set(hybrid.layers)),
+        exchanges=layer_exchanges(hybrid.layers, hybrid.num_query_groups, seq_length, cfg.parallel),
         pipeline=balance(stages, costs, micro_batches(cfg, world_size)),
         pipeline_by_cost=balance(by_cost, costs, micro_batches(cfg, world_size)),
         memory=memory,

@@ -44,6 +44,7 @@ def format_plan(plan: Plan) -> str:
         *_ramp_up(plan),
         *_phases(plan),
         *_ranks(plan),
+        *(("cp exchange", exchange.format()) for exchange in plan.exchanges),
         *_pipeline(plan),
         ("memory", "GiB per rank" + (", fullest pipeline stage" if parallel.pp > 1 else "")),
         *((f"  {part.name}", _gib(getattr(memory, part.name))) for part in fields(memory)),
@@ -240,6 +241,7 @@ def figures(plan: Plan) -> dict[str, Any]:
         "predicted_step_time_s": plan.prediction.time.total if plan.prediction else None,
         "device": plan.hardware.name,
         "processes": plan.world_size,
+        "cp_exchanges": [[exchange.letter, exchange.mode, exchange.share] for exchange in plan.exchanges],
     }
 
 

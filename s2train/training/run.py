@@ -1,6 +1,7 @@
 """Runs pretraining from a configuration to the last checkpoint."""
 
 import os
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from threading import Thread
@@ -180,6 +181,8 @@ def _train(
         tracker.event("data", epochs={one.prefix: one.epochs for one in epochs})
     picture = LayoutPicture(cfg, hybrid, tracker, active=is_first)
     times.end("records")
+    if plan.exchanges:
+        tracker.event("cp exchange", layers=[asdict(exchange) for exchange in plan.exchanges])
     tracker.event("ready", seconds=times.seconds)
     if is_first:
         say(f"ready after {times}")

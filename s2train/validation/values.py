@@ -18,7 +18,7 @@ _CHOICES: dict[str, tuple[str | int, ...]] = {
     "optim.name": ("adam", "sgd", "muon"),
     "optim.decay_style": ("constant", "linear", "cosine", "inverse-square-root", "WSD"),
     "schedule.placement": ("as_is", "balanced"),
-    "parallel.cp_exchange": ("blocks", "overlapped", "gather"),
+    "parallel.cp_exchange": ("blocks", "overlapped", "gather", "auto"),
     "parallel.pipeline_split": ("even", "cost"),
     "tracking.wandb": ("auto", "disabled", "offline", "online"),
     "tracking.timing": (0, 1, 2),

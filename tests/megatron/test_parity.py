@@ -3,6 +3,7 @@
 All variants start from one checkpoint of a single process, so that resharding it is tested along the way.
 """
 
+import json
 from pathlib import Path
 
 import pytest
@@ -86,3 +87,19 @@ def test_ranks_that_share_kv_heads_train_as_one_process_does_which_then_resumes(
     found = [value for pair in trace(tmp_path) for value in pair]
     assert len(found) == 2 * STEPS
     assert found == pytest.approx([v for pair in trace(references["distributed"]) for v in pair], rel=TOLERANCE)
+
+
+def test_auto_exchange_is_recorded_and_trains_as_the_exchange_that_it_chooses(
+    references: dict[str, Path], tmp_path: Path
+) -> None:
+    start = references["distributed"] / "checkpoints" / "iter_0000001"
+    arguments = [*settings("distributed"), "parallel.cp=2", f"checkpoint.resume={start}"]
+    auto = pretrain(tmp_path / "auto", *arguments, "parallel.cp_exchange=auto", processes=2)
+    assert auto.status == 0, auto.err
+    records = [json.loads(line) for line in (tmp_path / "auto" / "metrics.jsonl").read_text().splitlines()]
+    (chosen,) = next(record["layers"] for record in records if record.get("event") == "cp exchange")
+    assert chosen["is_chosen"]
+    assert f"S: {chosen['mode']}; blocks are {chosen['share']:.1%} of a gather's bytes" in auto.out
+    named = pretrain(tmp_path / "named", *arguments, f"parallel.cp_exchange={chosen['mode']}", processes=2)
+    assert named.status == 0, named.err
+    assert trace(tmp_path / "auto") == trace(tmp_path / "named")
