@@ -2,16 +2,20 @@
 
 python launch/scaling.py OUTPUT --gpus 2
 
-Writes OUTPUT.json after each part:
---parity    compare all parallel divisions of a model over two processes with one process: losses agree within rounding
---resume    compare a stopped and resumed deterministic run with an uninterrupted one: bit-identical
+Writes OUTPUT.json after each run of these parts:
+--parity    compare all parallel divisions of a model over the GPUs with one process: losses agree within rounding
+--resume    compare stopped and resumed deterministic runs with uninterrupted ones: bit-identical, also if half of four
+            or more GPUs trained in between
 --scaling   measure tokens/s, MFU, communication time and memory on 1, 2, 4, … GPUs
 --cp-bytes  measure bytes and time of context parallel exchange, compared with gathering all keys
 --balance   measure how evenly attention is spread over tensor and context parallel ranks, with and without balancing
+--long      measure steps of very long sequences, context parallel over all GPUs: time, MFU, memory against plan; and
+            compare their losses with two GPUs
 
-Without these options, all parts run. Settings, such as schedule.placement=balanced, apply to every training run. Runs
-and logs are kept in runs/scaling-NAME. After an interruption the same command resumes and repeats failed parts. Without
-a GPU it uses CPU processes, to try the program: see the options in tests/scaling/test_program.py.
+Without these options, all parts run but the last. Settings, such as schedule.placement=balanced, apply to every
+training run. Runs and logs are kept in runs/scaling-NAME, and results of finished runs in OUTPUT.jobs.json: after an
+interruption the same command resumes from there, and repeats failed runs; on another machine too, where both files are.
+Without a GPU it uses CPU processes, to try the program: see the options in tests/scaling/test_program.py.
 """
 
 import argparse
@@ -19,7 +23,7 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,53 +31,109 @@ import _surroundings  # noqa: F401 (prints why the rest can't start)
 
 from s2train.command_line.program import run_command, settings_before_options
 from s2train.comparison.runs import environment
+from s2train.environment.hardware import detect_own
 from s2train.errors import ConfigError
 from s2train.files import check_writable, output_stem, replacing
-from s2train.scaling.jobs import Runner
-from s2train.scaling.parity import parity
+from s2train.scaling.jobs import Runner, rank_environment
+from s2train.scaling.launchers import Launcher, by_fork, by_torchrun, forks_problem
+from s2train.scaling.long_steps import Request, long_steps
+from s2train.scaling.parity import VARIANTS, parity
+from s2train.scaling.recorded import Recorded
 from s2train.scaling.report import lines
 from s2train.scaling.resumption import resumption
 from s2train.scaling.speed import speed
 
-Part = Callable[[], dict[str, Any]]
+# A part yields its results so far after each run, or gives them at its end.
+Part = Callable[[], dict[str, Any] | Iterator[dict[str, Any]]]
+
+PARTS = ("parity", "resume", "scaling", "cp_bytes", "balance", "long")
+# Options that may differ when a command resumes: they say what to run when, and change no result.
+WHEN = ("output", *PARTS, "parity_at_once", "timeout", "launcher")
 
 
 def scaling(given: argparse.Namespace) -> None:
-    """Run the parts, and write the results after each.
+    """Run the parts, and write the results after each run.
 
     Raises:
-        ConfigError: the output or its runs exist from another command, or devices are missing.
+        ConfigError: the output or its runs exist from other settings, or there is no division for the devices.
     """
+    if given.gpus not in VARIANTS:
+        raise ConfigError("--gpus", given.gpus, "no divisions are known for it", f"Choose from {sorted(VARIANTS)}")
     output = output_stem(given.output, "OUTPUT")
-    path, runs = output.with_name(output.name + ".json"), Path("runs") / f"scaling-{output.name}"
-    command, asked = shlex.join(sys.argv), runs / "command.txt"
-    if not (asked.is_file() and asked.read_text() == command):
-        for there in (path, runs):
-            if there.exists():
-                raise ConfigError("OUTPUT", given.output, f"{there} exists", "Name another, or move it away")
+    path, jobs = (output.with_name(output.name + suffix) for suffix in (".json", ".jobs.json"))
+    runs = Path("runs") / f"scaling-{output.name}"
+    asked = {name: value for name, value in vars(given).items() if name not in WHEN}
+    content = _resumed(given.output, path, runs, asked)
     check_writable("OUTPUT", path.parent)
     runs.mkdir(parents=True, exist_ok=True)
-    asked.write_text(command)
-    runner = Runner(runs.absolute(), given.gpus, given.settings, given.timeout)
+    (runs / "asked.json").write_text(json.dumps(asked))
+    recorded = Recorded(jobs)
+    launch = _launcher(given.launcher)
+    runner = Runner(runs.absolute(), given.gpus, recorded, launch, given.settings, given.timeout)
     length = ["--length", str(given.attention_length)] if given.attention_length else []
+    request = Request(
+        given.long_size, given.long_lengths, given.long_agreement, given.long_layers, given.long_seconds, given.settings
+    )
     parts: dict[str, Part] = {
         "parity": lambda: parity(runner, given.parity_model, length, given.parity_at_once),
         "resume": lambda: resumption(runner, given.parity_model),
         "scaling": lambda: speed(runner, tuple(given.models), given.seq_length, given.sequences),
         "cp_bytes": lambda: runner.worker("s2train.scaling.exchange", "cp-bytes", *length),
         "balance": lambda: runner.worker("s2train.scaling.balance", "balance", *length),
+        "long": lambda: long_steps(runner, request, detect_own()),
     }
-    chosen = [name for name in parts if getattr(given, name)] or list(parts)
-    content: dict[str, Any] = {"command": command, **environment(), "devices": given.gpus, "parts": {}}
-    if path.exists():
-        content["parts"] = json.loads(path.read_text())["parts"]
-    for name in (name for name in chosen if has_failed(content["parts"].get(name, {"error": "not run"}))):
-        began = time.monotonic()
-        result = parts[name]()
-        content["parts"][name] = result | {"seconds": time.monotonic() - began}
+    chosen = [name for name in PARTS if getattr(given, name)] or [name for name in PARTS if name != "long"]
+
+    def write(name: str, result: dict[str, Any]) -> None:
+        content["parts"][name] = result
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(content, indent=1) + "\n")
+
+    for name in (name for name in chosen if not is_done(content["parts"].get(name))):
+        began = time.monotonic()
+        result = parts[name]()
+        if not isinstance(result, dict):
+            found: dict[str, Any] = {}
+            for found in result:
+                write(name, found | {"unfinished": True})
+            result = found
+        write(name, result | {"seconds": time.monotonic() - began})
         print("\n".join(lines(name, result)), flush=True)
+
+
+def _resumed(given: Path, path: Path, runs: Path, asked: dict[str, Any]) -> dict[str, Any]:
+    """Return the file's content to continue with: that of an earlier command with the same settings, or a new one.
+
+    Raises:
+        ConfigError: the file or its runs are of other settings.
+    """
+    content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    earlier = runs / "asked.json"
+    same_runs = not runs.exists() or (earlier.is_file() and json.loads(earlier.read_text()) == asked)
+    for there, same in ((path, not content or content.get("asked") == asked), (runs, same_runs)):
+        if not same:
+            raise ConfigError("OUTPUT", given, f"{there} exists", "Name another, or move it away")
+    commands = [*content.get("commands", []), shlex.join(sys.argv)]
+    return {
+        "commands": list(dict.fromkeys(commands)),
+        "asked": asked,
+        **environment(),
+        "devices": asked["gpus"],
+        "parts": content.get("parts", {}),
+    }
+
+
+def _launcher(name: str) -> Launcher:
+    if name == "torchrun":
+        return by_torchrun
+    if (problem := forks_problem(rank_environment(0, 1))) is not None:
+        raise ConfigError("--launcher", name, problem, "Set --launcher torchrun, which imports everything for each run")
+    return by_fork
+
+
+def is_done(result: Any) -> bool:
+    """Whether a part has run to its end, and neither it nor a program in it recorded an error."""
+    return result is not None and not result.get("unfinished") and not has_failed(result)
 
 
 def has_failed(result: Any) -> bool:
@@ -84,14 +144,19 @@ def has_failed(result: Any) -> bool:
     return any(isinstance(error, str) for error in errors) or any(map(has_failed, result.values()))
 
 
+def tokens(text: str) -> int:
+    """Parse 512k as 524,288."""
+    return int(text[:-1]) * 1024 if text.endswith("k") else int(text)
+
+
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
     parser.add_argument("settings", nargs="*")
     parser.add_argument("--gpus", type=int, default=2)
-    for part in ("parity", "resume", "scaling", "cp-bytes", "balance"):
-        parser.add_argument(f"--{part}", action="store_true")
+    for part in PARTS:
+        parser.add_argument(f"--{part.replace('_', '-')}", action="store_true")
     parser.add_argument("--parity-model", default="125m_hybrid")
     parser.add_argument(
         "--parity-at-once", type=int, default=1, help="concurrent runs on the same GPUs, if memory suffices"
@@ -102,7 +167,21 @@ def main() -> None:
         "--sequences", type=int, default=2, help="sequences per step of --scaling; with data parallel, per GPU"
     )
     parser.add_argument("--attention-length", type=int, help="tokens of attention-only measurements")
+    parser.add_argument("--long-size", default="7b", help="model size of --long: SIZE_hybrid and SIZE_dense")
+    parser.add_argument(
+        "--long-lengths",
+        type=tokens,
+        nargs="+",
+        default=[131_072, 524_288, 1_048_576],
+        help="tokens per sequence of --long; the dense model takes the longest whose step is short enough",
+    )
+    parser.add_argument("--long-agreement", type=tokens, default=65_536, help="length of --long's compared losses")
+    parser.add_argument("--long-layers", type=int, help="number of layers of --long; default: the most that fit")
+    parser.add_argument("--long-seconds", type=float, default=60, help="longest predicted step of --long, in seconds")
     parser.add_argument("--timeout", type=float, default=300, help="time limit of one program, in seconds")
+    parser.add_argument(
+        "--launcher", choices=("fork", "torchrun"), default="fork", help="fork: import once for all runs"
+    )
     given = parser.parse_intermixed_args(settings_before_options(sys.argv[1:]))
     run_command(lambda: scaling(given))
 

@@ -3,7 +3,7 @@
 Run it with torchrun, which times the compared ranks on its devices. Tensor parallel: heads of different density, as
 listed and as placed by `schedule.placement=balanced`. Context parallel: contiguous rows per rank, and zig-zag rows.
 
-`python -m torch.distributed.run --nproc-per-node N -m s2train.scaling.balance OUTPUT.json [--length 32768]`
+`python -m torch.distributed.run --nproc-per-node N -m s2train.scaling.balance OUTPUT.json RECORDED.json`
 """
 
 import argparse
@@ -28,9 +28,10 @@ from s2train.megatron import setup
 from s2train.megatron.context_parallel.all_gather import chunk_ids
 from s2train.megatron.context_parallel.exchange_plan import exchange_plan
 from s2train.scaling.cases import Case, Shape
+from s2train.scaling.recorded import Recorded
 from s2train.scaling.timing import over_ranks, time_attention
 
-SIZES = (2, 4)
+SIZES = (2, 4, 8)
 BLOCK = 128
 _Measured = tuple[Callable[[], Tensor], tuple[Tensor, ...], Tensor]
 
@@ -103,41 +104,45 @@ class Meter:
         return partial(block_sparse_attention, *inputs, plan.whole(layout), query_offset=offset), tuple(inputs), dout
 
 
-def balance(meter: Meter) -> dict[str, Any]:
+def balance(meter: Meter, recorded: Recorded) -> dict[str, Any]:
     """Measure times and spreads of both parallelisms, for groups of `SIZES`."""
     tensor: dict[str, Any] = {}
     for name, heads in uneven_heads(meter.shape).items():
         listed = LayerLayout(LETTERS["S"], heads, BLOCK)
         placed = replace(listed, bound=place_balanced(heads, meter.shape.kv_heads))
         for size in SIZES:
-            tensor[f"{name} tp{size}"] = {
-                "before": meter.times(size, partial(meter.heads, listed, size)),
-                "after": meter.times(size, partial(meter.heads, placed, size)),
-            }
+            before, after = (partial(meter.heads, layer, size) for layer in (listed, placed))
+            tensor[f"{name} tp{size}"] = recorded.on_all_ranks(
+                f"balance {name} tp{size}", partial(_compare, meter, size, before, after)
+            )
     layers = {
         case.name: case.layer(meter.shape) for case in (Case(BLOCK, 8, 16, "grouped"), Case(BLOCK, 8, 8, "shifted"))
     }
-    context = {
-        f"{name} cp{size}": {
-            "before": meter.times(size, partial(meter.contiguous_rows, layer, size)),
-            "after": meter.times(size, partial(meter.zigzag_rows, layer, size)),
-            "chunks": [chunk_ids(rank, size) for rank in range(size)],
-        }
-        for name, layer in layers.items()
-        for size in SIZES
-    }
+    context: dict[str, Any] = {}
+    for name, layer in layers.items():
+        for size in SIZES:
+            before, after = partial(meter.contiguous_rows, layer, size), partial(meter.zigzag_rows, layer, size)
+            found = recorded.on_all_ranks(f"balance {name} cp{size}", partial(_compare, meter, size, before, after))
+            context[f"{name} cp{size}"] = found | {"chunks": [chunk_ids(rank, size) for rank in range(size)]}
     return {"length": meter.shape.length, "tensor_parallel": tensor, "context_parallel": context}
+
+
+def _compare(
+    meter: Meter, size: int, before: Callable[[int], _Measured], after: Callable[[int], _Measured]
+) -> dict[str, Any]:
+    return {"before": meter.times(size, before), "after": meter.times(size, after)}
 
 
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output", type=Path)
+    parser.add_argument("recorded", type=Path, help="file of measured cases, which are not measured again")
     parser.add_argument("--length", type=int, default=32_768)
     parser.add_argument("--passes", type=int, default=5)
     given = parser.parse_args()
     device = setup.initialize(ParallelConfig(), seed=1)
-    result = balance(Meter(Shape(given.length), device, given.passes))
+    result = balance(Meter(Shape(given.length), device, given.passes), Recorded(given.recorded))
     if torch.distributed.get_rank() == 0:
         given.output.write_text(json.dumps(result))
     setup.shutdown()

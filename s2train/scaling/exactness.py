@@ -2,7 +2,7 @@
 
 Run it with torchrun on all devices:
 
-`python -m torch.distributed.run --nproc-per-node N -m s2train.scaling.exactness OUTPUT.json [--length 4096]`
+`python -m torch.distributed.run --nproc-per-node N -m s2train.scaling.exactness OUTPUT.json RECORDED.json`
 """
 
 import argparse
@@ -24,6 +24,7 @@ from s2train.megatron import setup
 from s2train.megatron.context_parallel.all_gather import chunk_ids
 from s2train.scaling.cases import Case, Shape
 from s2train.scaling.exchange_modes import exchange_modes
+from s2train.scaling.recorded import Recorded
 from s2train.scaling.timing import over_ranks
 
 NAMES = ("out", "dq", "dk", "dv")
@@ -68,11 +69,16 @@ def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output", type=Path)
+    parser.add_argument("recorded", type=Path, help="file of measured cases, which are not measured again")
     parser.add_argument("--length", type=int, default=4096)
     given = parser.parse_args()
     device = setup.initialize(ParallelConfig(cp=int(os.environ["WORLD_SIZE"])), seed=1)
     shape = Shape(given.length, heads=6, kv_heads=2, dim=64)
-    errors = {case.name: exactness(case, shape, device) for case in CASES}
+    recorded = Recorded(given.recorded)
+    errors = {
+        case.name: recorded.on_all_ranks(f"cp attention {case.name}", partial(exactness, case, shape, device))
+        for case in CASES
+    }
     agrees = all(
         error[mode][name] <= 2 * error["one"][name] for error in errors.values() for mode in error for name in NAMES
     )

@@ -2,7 +2,7 @@
 
 Run it with torchrun on all devices:
 
-`python -m torch.distributed.run --nproc-per-node N -m s2train.scaling.exchange OUTPUT.json [--length 131072]`
+`python -m torch.distributed.run --nproc-per-node N -m s2train.scaling.exchange OUTPUT.json RECORDED.json`
 """
 
 import argparse
@@ -26,6 +26,7 @@ from s2train.megatron.context_parallel.exchange_plan import exchanged_blocks, ga
 from s2train.megatron.context_parallel.kv_exchange import KVExchange
 from s2train.scaling.cases import Case, Shape
 from s2train.scaling.exchange_modes import exchange_modes
+from s2train.scaling.recorded import Recorded
 from s2train.scaling.timing import over_ranks, time_attention, time_call
 
 # At 128k tokens these keep from 3 to 28 % of the causal positions. Heads of a KV group keep different columns (shifted,
@@ -34,7 +35,7 @@ CASES = tuple(
     Case(128, local, stride, schedule)
     for local, stride in ((8, 64), (8, 16), (8, 8), (16, 4))
     for schedule in ("shifted", "grouped")
-)
+) + tuple(Case(128, 8, stride, "shifted") for stride in (12, 10))  # 26 and 31 % of the bytes, about `AUTO_LIMIT`
 
 
 def measure(case: Case, shape: Shape, device: torch.device, passes: int) -> dict[str, Any]:
@@ -86,11 +87,16 @@ def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output", type=Path)
+    parser.add_argument("recorded", type=Path, help="file of measured cases, which are not measured again")
     parser.add_argument("--length", type=int, default=131_072)
     parser.add_argument("--passes", type=int, default=5)
     given = parser.parse_args()
     device = setup.initialize(ParallelConfig(cp=int(os.environ["WORLD_SIZE"])), seed=1)
-    results = [measure(case, Shape(given.length), device, given.passes) for case in CASES]
+    shape, recorded = Shape(given.length), Recorded(given.recorded)
+    results = [
+        recorded.on_all_ranks(f"cp bytes {case.name}", partial(measure, case, shape, device, given.passes))
+        for case in CASES
+    ]
     if torch.distributed.get_rank() == 0:
         given.output.write_text(json.dumps({"length": given.length, "cases": results}))
     setup.shutdown()

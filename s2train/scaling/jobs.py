@@ -1,33 +1,41 @@
-"""Runs programs under torchrun, concurrently on separate devices, and reads their results."""
+"""Runs programs on several ranks, concurrently on separate devices, and records their results."""
 
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from s2train.distributed.parent_death_signal import signal_on_parent_death
+from s2train.scaling.launchers import Launcher
+from s2train.scaling.recorded import Recorded
+from s2train.training.records import read_records
 
 _ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
 class Job:
-    """A training run: its name, number of processes, and settings for `launch/pretrain.py`."""
+    """A training run.
+
+    Attributes:
+        name: of its run folder and results.
+        processes: number of ranks.
+        settings: for `launch/pretrain.py`.
+        saves: steps whose checkpoints others read: without them in the run folder, the job is not done.
+        after: name of the job from whose checkpoint it starts: its result is void when that job runs again.
+    """
 
     name: str
     processes: int
     settings: tuple[str, ...]
+    saves: tuple[int, ...] = ()
+    after: str | None = None
 
 
 @dataclass(frozen=True)
@@ -50,36 +58,44 @@ class Outcome:
 
 
 class Runner:
-    """Runs programs on this machine's devices, unless they are already done.
+    """Runs programs on this machine's devices, unless their results are recorded.
 
     Args:
         folder: folder for run folders and logs; if it exists, it must be of the same commands.
         devices: number of GPUs to use, or of processes on a CPU.
+        recorded: results of finished jobs.
+        launch: starts the ranks of a program.
         settings: settings appended to those of every training run.
         timeout_s: a program is killed after this time.
     """
 
-    def __init__(self, folder: Path, devices: int, settings: Sequence[str] = (), timeout_s: float = 300) -> None:
-        self.folder, self.devices = folder, devices
-        self._settings, self._timeout_s = tuple(settings), timeout_s
+    def __init__(
+        self,
+        folder: Path,
+        devices: int,
+        recorded: Recorded,
+        launch: Launcher,
+        settings: Sequence[str] = (),
+        timeout_s: float = 300,
+    ) -> None:
+        self.folder, self.devices, self.recorded = folder, devices, recorded
+        self._launch, self._settings, self._timeout_s = launch, tuple(settings), timeout_s
 
     def run(self, jobs: Sequence[Job], at_once: int = 1) -> dict[str, Outcome]:
-        """Run jobs of one process concurrently, one per device, then the others.
+        """Run jobs and return all outcomes, as `run_each` does."""
+        outcomes = dict(self.run_each(jobs, at_once))
+        return {job.name: outcomes[job.name] for job in jobs}
+
+    def run_each(self, jobs: Sequence[Job], at_once: int = 1) -> Iterator[tuple[str, Outcome]]:
+        """Run jobs of one process concurrently, one per device, then the others; yield each name and outcome.
 
         Args:
             at_once: number of the others to run concurrently on all devices, if their speed does not matter.
         """
         small = [job for job in jobs if job.processes == 1]
-        outcomes: dict[str, Outcome] = {}
-        with ThreadPoolExecutor(self.devices) as pool:
-            for first in range(0, len(small), self.devices):
-                batch = small[first : first + self.devices]
-                for job, outcome in zip(batch, pool.map(self._run, batch, range(len(batch))), strict=True):
-                    outcomes[job.name] = outcome
-        large = [job for job in jobs if job.processes > 1]
-        with ThreadPoolExecutor(at_once) as pool:
-            outcomes |= {job.name: outcome for job, outcome in zip(large, pool.map(self._run, large), strict=True)}
-        return {job.name: outcomes[job.name] for job in jobs}
+        for first in range(0, len(small), self.devices):
+            yield from self._run_at_once(list(enumerate(small[first : first + self.devices])), self.devices)
+        yield from self._run_at_once([(0, job) for job in jobs if job.processes > 1], at_once)
 
     def checkpoint(self, job: str, step: int) -> Path:
         """Folder in which a job saved this step."""
@@ -88,26 +104,40 @@ class Runner:
     def worker(self, module: str, name: str, *arguments: str) -> dict[str, Any]:
         """Run a module on all devices, and read its JSON file.
 
-        The file is its first argument. Returns {"error": …} if the module failed.
+        The file is its first argument, and that of recorded results its second. Returns {"error": …} if the module
+        failed.
         """
         output = self._path(name).with_suffix(".json")
-        program = ["-m", module, str(output), *arguments]
+        program = ["-m", module, str(output), str(self.recorded.path.absolute()), *arguments]
         error = None if output.is_file() else self._start(name, self.devices, program, 0)
+        self.recorded.read()
         result: dict[str, Any] = json.loads(output.read_text()) if error is None else {"error": error}
         return result
 
-    def _run(self, job: Job, first_device: int = 0) -> Outcome:
+    def _run_at_once(self, placed: Sequence[tuple[int, Job]], at_once: int) -> Iterator[tuple[str, Outcome]]:
+        """Run jobs, each from a device on."""
+        with ThreadPoolExecutor(at_once) as pool:
+            futures = {pool.submit(self._run, job, device): job.name for device, job in placed}
+            try:
+                for future in as_completed(futures):
+                    yield futures[future], future.result()
+            finally:
+                for future in futures:
+                    future.cancel()  # an interrupted command starts no more
+
+    def _run(self, job: Job, first_device: int) -> Outcome:
+        found = self.recorded.get(job.name)
+        if found is not None and all(self.checkpoint(job.name, step).is_dir() for step in job.saves):
+            return Outcome(found["records"], None, found["seconds"])
         run_dir, began = self._path(job.name), time.monotonic()
+        self.recorded.forget(lambda result: result.get("after") == job.name)
+        shutil.rmtree(run_dir, ignore_errors=True)  # of an interrupted run, whose metrics would count twice
         program = [str(_ROOT / "launch" / "pretrain.py"), *job.settings, *self._settings, f"run_dir={run_dir}"]
-        done, error = run_dir / "done", None
-        if not done.is_file():
-            shutil.rmtree(run_dir, ignore_errors=True)  # of an interrupted run, whose metrics would count twice
-            error = self._start(job.name, job.processes, program, first_device)
-            if error is None:
-                done.touch()
-        metrics = run_dir / "metrics.jsonl"
-        lines = metrics.read_text().splitlines() if error is None else []
-        outcome = Outcome([json.loads(line) for line in lines], error, time.monotonic() - began)
+        error = self._start(job.name, job.processes, program, first_device)
+        records = read_records(run_dir / "metrics.jsonl") if error is None else []
+        outcome = Outcome(records, error, time.monotonic() - began)
+        if error is None:
+            self.recorded.add(job.name, {**asdict(outcome), "after": job.after})
         print(f"{job.name}: {error or 'done'}, {outcome.seconds:.0f} s", flush=True)
         return outcome
 
@@ -115,27 +145,11 @@ class Runner:
         """Run a program to its end; returns its error or None."""
         self.folder.mkdir(parents=True, exist_ok=True)
         log = self._path(name).with_suffix(".log")
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        with log.open("w") as file:
-            process = subprocess.Popen(
-                [*launcher, *program],
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                env=_environment(first_device, processes),
-                start_new_session=True,
-                # otherwise torchrun and its ranks would hold the devices after this process is killed
-                preexec_fn=partial(signal_on_parent_death, signal.SIGTERM),
-            )
-            try:
-                status = process.wait(self._timeout_s)
-            except BaseException as interruption:
-                os.killpg(process.pid, signal.SIGTERM)  # torchrun ends its ranks
-                process.wait()
-                if isinstance(interruption, subprocess.TimeoutExpired):
-                    return f"not done after {self._timeout_s:.0f} s; see {log}"
-                raise
+        status = self._launch(program, processes, rank_environment(first_device, processes), log, self._timeout_s)
         if status == 0:
             return None
+        if status is None:
+            return f"not done after {self._timeout_s:.0f} s; see {log}"
         errors = [line for line in log.read_text(errors="replace").splitlines() if "rror: " in line]
         return (errors[0].strip()[:300] if errors else f"status {status}") + f"; see {log}"
 
@@ -143,7 +157,8 @@ class Runner:
         return self.folder / name.replace(" ", "-")
 
 
-def _environment(first_device: int, count: int) -> dict[str, str]:
+def rank_environment(first_device: int, count: int) -> dict[str, str]:
+    """Return the environment of ranks on `count` devices from `first_device` on."""
     environment = dict(os.environ)
     environment.setdefault("OMP_NUM_THREADS", "1")
     environment.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron needs it to overlap tensor parallelism

@@ -1,4 +1,4 @@
-"""Compares losses on two processes with those on one, for every parallelism.
+"""Compares losses on several processes with those on one, for every parallelism.
 
 All runs start from one checkpoint; losses must agree within rounding.
 """
@@ -13,21 +13,40 @@ from s2train.scaling.jobs import Job, Outcome, Runner
 STEPS = 20
 _PLAIN = "parallel.distributed_optimizer=false"
 
-# On two processes; the remaining parallelism is data parallel.
-VARIANTS: dict[str, tuple[str, ...]] = {
-    "tp2": ("parallel.tp=2",),
-    "tp2 sp": ("parallel.tp=2", "parallel.sequence_parallel=true"),
-    "pp2": ("parallel.pp=2",),
-    "cp2": ("parallel.cp=2",),
-    "cp2 overlapped": ("parallel.cp=2", "parallel.cp_exchange=overlapped"),
-    "cp2 gather": ("parallel.cp=2", "parallel.cp_exchange=gather"),
-    "dp2": (_PLAIN,),
-    "dp2 distributed optimizer": (),
+# By number of processes; the remaining parallelism is data parallel.
+VARIANTS: dict[int, dict[str, tuple[str, ...]]] = {
+    2: {
+        "tp2": ("parallel.tp=2",),
+        "tp2 sp": ("parallel.tp=2", "parallel.sequence_parallel=true"),
+        "pp2": ("parallel.pp=2",),
+        "cp2": ("parallel.cp=2",),
+        "cp2 overlapped": ("parallel.cp=2", "parallel.cp_exchange=overlapped"),
+        "cp2 gather": ("parallel.cp=2", "parallel.cp_exchange=gather"),
+        "dp2": (_PLAIN,),
+        "dp2 distributed optimizer": (),
+    },
+    4: {
+        "tp4 sp": ("parallel.tp=4", "parallel.sequence_parallel=true"),
+        "pp4": ("parallel.pp=4",),
+        "cp4": ("parallel.cp=4",),
+        "cp4 gather": ("parallel.cp=4", "parallel.cp_exchange=gather"),
+        "dp4": (_PLAIN,),
+        "dp4 distributed optimizer": (),
+        "tp2 cp2": ("parallel.tp=2", "parallel.sequence_parallel=true", "parallel.cp=2"),
+        "pp2 tp2": ("parallel.pp=2", "parallel.tp=2", "parallel.sequence_parallel=true"),
+    },
+    8: {
+        "cp8": ("parallel.cp=8",),
+        "dp8 distributed optimizer": (),
+        "tp4 cp2": ("parallel.tp=4", "parallel.sequence_parallel=true", "parallel.cp=2"),
+        "tp4 dp2": ("parallel.tp=4", "parallel.sequence_parallel=true"),
+        "pp2 tp2 cp2": ("parallel.pp=2", "parallel.tp=2", "parallel.sequence_parallel=true", "parallel.cp=2"),
+    },
 }
 
 
 def parity(runner: Runner, model: str, attention_settings: Sequence[str], at_once: int = 1) -> dict[str, Any]:
-    """Compare losses of each of `VARIANTS` with one process, over `STEPS` steps.
+    """Compare losses of each of `VARIANTS` for the runner's devices with one process, over `STEPS` steps.
 
     The tolerance is twice the largest relative difference over the steps between runs of one process that differ only
     in rounding: in the micro batch and, on a GPU, in the kernels of sparse and of dense layers. Context parallel
@@ -35,29 +54,32 @@ def parity(runner: Runner, model: str, attention_settings: Sequence[str], at_onc
 
     Args:
         attention_settings: arguments of `s2train.scaling.exactness`.
-        at_once: number of two-process runs to run concurrently on the same devices, which then hold that many models.
+        at_once: number of parallel runs to run concurrently on the same devices, which then hold that many models.
     """
     common = (
         f"+model={model}", f"train.steps={STEPS + 1}", "train.global_batch_size=8", "train.micro_batch_size=1",
         "optim.warmup_steps=5", "evaluation.interval=0", "tracking.log_interval=1", "data.num_workers=0",
     )  # fmt: skip
     starts = {"start": common, "start plain": (*common, _PLAIN)}
-    outcomes = runner.run([Job(name, 1, (*settings, "train.exit_step=1")) for name, settings in starts.items()])
+    variants = VARIANTS[runner.devices]
+    outcomes = runner.run(
+        [Job(name, 1, (*settings, "train.exit_step=1"), saves=(1,)) for name, settings in starts.items()]
+    )
 
     def job(name: str, processes: int, *settings: str) -> Job:
-        start = runner.checkpoint("start plain" if _PLAIN in settings else "start", 1)
-        resume = (f"checkpoint.resume='{start}'", "checkpoint.save=false")
-        return Job(name, processes, (*common, *settings, *resume))
+        start = "start plain" if _PLAIN in settings else "start"
+        resume = (f"checkpoint.resume='{runner.checkpoint(start, 1)}'", "checkpoint.save=false")
+        return Job(name, processes, (*common, *settings, *resume), after=start)
 
-    rounding = {"micro batch 2": ("train.micro_batch_size=2",)}
+    rounding = {f"micro batch {size}": (f"train.micro_batch_size={size}",) for size in (2, 4)}
     if torch.cuda.is_available():
         rounding["portable kernels"] = ("attention_backend=portable",)
         rounding["FlashAttention-2 in dense layers"] = ("dense_attention=flash",)
     jobs = [job("one", 1), *(job(name, 1, *settings) for name, settings in rounding.items())]
-    jobs += [job(name, 2, *settings) for name, settings in VARIANTS.items()]
+    jobs += [job(name, runner.devices, *settings) for name, settings in variants.items()]
     if all(outcome.error is None for outcome in outcomes.values()):
         outcomes |= runner.run(jobs, at_once)
-    result = compare_losses(outcomes, list(rounding), list(VARIANTS)) | {"model": model, "settings": common}
+    result = compare_losses(outcomes, list(rounding), list(variants)) | {"model": model, "settings": common}
     attention = runner.worker("s2train.scaling.exactness", "cp attention", *attention_settings)
     return result | {
         "cp_attention_fp32": attention,

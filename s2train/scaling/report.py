@@ -21,6 +21,8 @@ def _parity(result: dict[str, Any]) -> list[str]:
 
 
 def _resume(result: dict[str, Any]) -> list[str]:
+    if "fewer" in result:
+        return _resume({name: value for name, value in result.items() if name != "fewer"}) + _resume(result["fewer"])
     text = [f"{name}: {error}" for name, error in result["errors"].items()]
     text += [
         f"{len(found)} {name.replace('_', ' ')}: {', '.join(map(str, found[:8]))}"
@@ -40,9 +42,33 @@ def _scaling(result: dict[str, Any]) -> list[str]:
 
 
 def _figures(row: dict[str, Any]) -> str:
-    shares = (("of linear scaling", "efficiency"), ("MFU", "mfu"), ("communication", "communication"))
-    known = [f"{row[key]:.1%} {label}" for label, key in shares if row[key] is not None]
-    return ", ".join([f"{row['tokens_per_s']:,.0f} tokens/s", *known, f"{row['memory_gib']:.1f} GiB"])
+    known = [f"{row[key]:.1%} {label}" for label, key in _SHARES if row.get(key) is not None]
+    return ", ".join([f"{row['tokens_per_s']:,.0f} tokens/s", *known, *_memory(row)])
+
+
+def _memory(row: dict[str, Any]) -> list[str]:
+    if row["memory_gib"] is None:
+        return []
+    return [f"{row['memory_gib']:.1f} GiB ({row['planned_gib']:.1f} planned)"]
+
+
+def _long(result: dict[str, Any]) -> list[str]:
+    agreement = result["agreement"]
+    text = [f"{name}: {error}" for name, error in agreement["errors"].items()]
+    for name, value in agreement.get("deviation", {}).items():
+        verdict = "agrees" if agreement["agrees"] else "DIFFERS"
+        rounding = f"{value:.1e} from cp2, rounding allows {agreement['tolerance']:.1e}"
+        text.append(f"{name} at {agreement['seq_length']:,} tokens {verdict}: {rounding}")
+    for row in result["rows"].values():
+        where = f"{row['model']}, {row['layers']} layers, {row['seq_length']:,} tokens, cp {row['cp']}"
+        text.append(f"{where}: {row['error'] if 'error' in row else _step(row)}")
+    return text
+
+
+def _step(row: dict[str, Any]) -> str:
+    predicted = "" if row["predicted_s"] is None else f" ({row['predicted_s']:.2f} predicted)"
+    finite = "" if row["is_finite"] else "a loss is NOT FINITE, "
+    return f"{finite}{row['step_time_s']:.2f} s{predicted}, {_figures(row)}"
 
 
 def _cp_bytes(result: dict[str, Any]) -> list[str]:
@@ -55,7 +81,18 @@ def _cp_bytes(result: dict[str, Any]) -> list[str]:
             f"{case['case']}, density {case['density']:.3f}: {case['share_of_gathering']:.1%} of the bytes, "
             f"{alone[0]:.2f} ms instead of {alone[1]:.2f}; forward and backward of attention in ms: {times}"
         )
-    return text
+    return [*text, _crossing(result["cases"])]
+
+
+def _crossing(cases: list[dict[str, Any]]) -> str:
+    """Say at which shares of the bytes blocks were faster, to check the limit of `parallel.cp_exchange=auto`."""
+    won = {
+        case["share_of_gathering"]: _slowest(case["ranks"], "blocks") < _slowest(case["ranks"], "gather")
+        for case in cases
+    }
+    shares = {wins: [f"{share:.1%}" for share in sorted(won) if won[share] is wins] for wins in (True, False)}
+    faster, slower = (", ".join(shares[wins]) or "none" for wins in (True, False))
+    return f"blocks were faster than gather at these shares of the bytes: {faster}; slower at: {slower}"
 
 
 def _slowest(ranks: list[dict[str, Any]], mode: str) -> float:
@@ -70,4 +107,17 @@ def _balance(result: dict[str, Any]) -> list[str]:
     ]
 
 
-_REPORTS = {"parity": _parity, "resume": _resume, "scaling": _scaling, "cp_bytes": _cp_bytes, "balance": _balance}
+_SHARES = (
+    ("of linear scaling", "efficiency"),
+    ("MFU", "mfu"),
+    ("communication exposed", "communication_exposed"),
+    ("hidden", "communication_hidden"),
+)
+_REPORTS = {
+    "parity": _parity,
+    "resume": _resume,
+    "scaling": _scaling,
+    "cp_bytes": _cp_bytes,
+    "balance": _balance,
+    "long": _long,
+}

@@ -1,42 +1,64 @@
 """Measures tokens per second by parallelism and number of GPUs."""
 
 import statistics
+from collections.abc import Iterator
 from typing import Any
 
 from s2train.scaling.jobs import Job, Outcome, Runner
 from s2train.training.profile_table import COMMUNICATION, HIDDEN
 
 _STEPS, _WARM = 9, 3  # the last one is profiled
-GOALS = {"dp": 0.95, "cp": 0.85, "tp": 0.80}  # share of linear scaling on two GPUs
+
+# Divisions by number of devices, with the share of linear scaling to reach; None: no goal was set.
+_SP = "parallel.sequence_parallel=true"
+DIVISIONS: dict[int, dict[str, tuple[tuple[str, ...], float | None]]] = {
+    2: {
+        "dp2": ((), 0.95),
+        "cp2": (("parallel.cp=2",), 0.85),
+        "tp2": (("parallel.tp=2", _SP), 0.80),
+    },
+    4: {
+        "dp4": ((), 0.97),
+        "cp4": (("parallel.cp=4",), 0.85),
+        "tp4": (("parallel.tp=4", _SP), 0.78),
+    },
+    8: {
+        "dp8": ((), 0.96),
+        "cp8": (("parallel.cp=8",), 0.80),
+        "tp8": (("parallel.tp=8", _SP), None),
+        "tp4 cp2": (("parallel.tp=4", _SP, "parallel.cp=2"), None),
+        "tp4 dp2": (("parallel.tp=4", _SP), 0.85),
+    },
+}
 
 
-def speed(runner: Runner, models: tuple[str, ...], seq_length: int, sequences: int) -> dict[str, Any]:
-    """Measure each model on 1, 2, 4, … devices with each parallelism.
+def speed(runner: Runner, models: tuple[str, ...], seq_length: int, sequences: int) -> Iterator[dict[str, Any]]:
+    """Measure each model on 1, 2, 4, … devices with each division; yield the results after each run.
 
-    A data parallel run takes `sequences` sequences per step on every device, the others take that number in total.
+    A step takes `sequences` sequences for each data parallel rank.
     """
-    jobs = [_job(model, "one", 1, seq_length, sequences) for model in models]
-    size = 2
-    while size <= runner.devices:
-        jobs += [_job(model, mode, size, seq_length, sequences) for model in models for mode in GOALS]
-        size *= 2
-    outcomes = runner.run(jobs)
-    rows: dict[str, Any] = {}
-    for model in models:
-        alone = summary(outcomes[f"{model} one"], 1, None)
-        rows[model] = {"one": alone} | {
-            name.removeprefix(f"{model} "): summary(outcomes[name], processes, alone.get("tokens_per_s"))
-            for name, processes in ((job.name, job.processes) for job in jobs)
-            if name.startswith(f"{model} ") and processes > 1
-        }
-    return {"seq_length": seq_length, "sequences": sequences, "goals": GOALS, "models": rows}
+    named = {
+        job.name: (model, division, job)
+        for model in models
+        for division, job in _jobs(runner, model, seq_length, sequences)
+    }
+    outcomes: dict[str, Outcome] = {}
+    for name, outcome in runner.run_each([job for _, _, job in named.values()]):
+        outcomes[name] = outcome
+        rows: dict[str, Any] = {model: {} for model in models}
+        for known, (model, division, job) in named.items():
+            if known in outcomes:
+                alone = rows[model].get("one", {}).get("tokens_per_s")
+                rows[model][division] = summary(outcomes[known], job.processes, alone) | {"goal": _goal(division)}
+        yield {"seq_length": seq_length, "sequences": sequences, "models": rows}
 
 
 def summary(outcome: Outcome, processes: int, alone: float | None) -> dict[str, Any]:
     """Summarize a run by medians over its steady steps.
 
     `efficiency` is tokens per second over `processes` times those of one device. Communication and parts are those of
-    rank 0's profiled step; communication includes waiting for other ranks.
+    rank 0's profiled step: exposed communication includes waiting for other ranks, and hidden is beside computation.
+    Memory is that of tensors on the fullest rank, measured and planned; None on a CPU.
     """
     if outcome.error is not None:
         return {"error": outcome.error}
@@ -52,27 +74,42 @@ def summary(outcome: Outcome, processes: int, alone: float | None) -> dict[str, 
         "efficiency": None if alone is None else tokens_per_s / (processes * alone),
         "mfu": statistics.median(record["mfu"] for record in steady) if "mfu" in steady[0] else None,
         "step_time_s": statistics.median(record["step_time_s"] for record in steady),
-        "communication": exposed + hidden,
         "communication_exposed": exposed,
+        "communication_hidden": hidden,
         "profiled_step_s": profile["step_ms"] / 1e3,
         "parts_ms": profile["parts"],
-        "memory_gib": max(record["memory_gib"] for record in steps),
+        **memory(outcome),
         "loss": steps[-1]["loss"],
     }
 
 
-def _job(model: str, mode: str, size: int, seq_length: int, sequences: int) -> Job:
-    modes = {
-        "one": (),
-        "dp": (),
-        "cp": (f"parallel.cp={size}",),
-        "tp": (f"parallel.tp={size}", "parallel.sequence_parallel=true"),
-    }
-    batch = sequences * (size if mode == "dp" else 1)
-    settings = (
-        f"+model={model}", "data=mock", f"train.seq_length={seq_length}", f"train.steps={_STEPS}",
-        f"train.global_batch_size={batch}", "train.micro_batch_size=1", "optim.warmup_steps=2",
-        "evaluation.interval=0", "tracking.log_interval=1", f"profile.steps=[{_STEPS},{_STEPS}]",
-        "checkpoint.save=false", "checkpoint.resume=never", *modes[mode],
-    )  # fmt: skip
-    return Job(f"{model} one" if mode == "one" else f"{model} {mode}{size}", size, settings)
+def memory(outcome: Outcome) -> dict[str, float | None]:
+    """Return measured and planned GiB of tensors on the fullest rank; None on a CPU."""
+    found = [record for record in outcome.records if record.get("event") == "memory"]
+    if not found:
+        return {"memory_gib": None, "planned_gib": None}
+    return {"memory_gib": found[-1]["peak_gib"], "planned_gib": found[-1]["planned_gib"]}
+
+
+def _goal(division: str) -> float | None:
+    return next((named[division][1] for named in DIVISIONS.values() if division in named), None)
+
+
+def _jobs(runner: Runner, model: str, seq_length: int, sequences: int) -> Iterator[tuple[str, Job]]:
+    """Yield each division's name and job."""
+    divisions: list[tuple[int, str, tuple[str, ...]]] = [(1, "one", ())]
+    divisions += [
+        (size, name, settings)
+        for size, named in DIVISIONS.items()
+        if size <= runner.devices
+        for name, (settings, _) in named.items()
+    ]
+    for size, name, settings in divisions:
+        copies = int(name.rpartition("dp")[2]) if "dp" in name else 1
+        common = (
+            f"+model={model}", "data=mock", f"train.seq_length={seq_length}", f"train.steps={_STEPS}",
+            f"train.global_batch_size={sequences * copies}", "train.micro_batch_size=1", "optim.warmup_steps=2",
+            "evaluation.interval=0", "tracking.log_interval=1", f"profile.steps=[{_STEPS},{_STEPS}]",
+            "checkpoint.save=false", "checkpoint.resume=never",
+        )  # fmt: skip
+        yield name, Job(f"{model} {name}", size, (*common, *settings))

@@ -1,0 +1,178 @@
+"""Starts the ranks of a program: by torchrun, or as forks of a process that has imported everything.
+
+Importing takes several seconds on each rank, and a minute if many ranks first read the libraries from a disk.
+"""
+
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from multiprocessing import get_context, get_start_method, parent_process, set_start_method
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from threading import Lock, Thread
+from unittest import mock
+
+from s2train.distributed.parent_death_signal import signal_on_parent_death
+
+# Starts a program's ranks with an environment and a log file, and waits for them. Returns the first status that isn't
+# 0, else 0; None if time ran out. The program is a script and its arguments, or -m, a module and its arguments.
+Launcher = Callable[[Sequence[str], int, Mapping[str, str], Path, float], int | None]
+
+_CONTEXT = get_context("forkserver")
+_LOCK = Lock()  # multiprocessing reads a process's status once, and may do so whenever another one starts
+_SECONDS_TO_END = 10.0  # that ranks have after a signal
+
+
+def by_torchrun(
+    program: Sequence[str], processes: int, environment: Mapping[str, str], log: Path, timeout_s: float
+) -> int | None:
+    """Start the ranks by torchrun; a `Launcher`."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [*launcher, *program],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+            # otherwise torchrun and its ranks would hold the devices after this process is killed
+            preexec_fn=partial(signal_on_parent_death, signal.SIGTERM),
+        )
+        try:
+            return process.wait(timeout_s)
+        except BaseException as interruption:
+            os.killpg(process.pid, signal.SIGTERM)  # torchrun ends its ranks
+            process.wait()
+            if isinstance(interruption, subprocess.TimeoutExpired):
+                return None
+            raise
+
+
+def by_fork(
+    program: Sequence[str], processes: int, environment: Mapping[str, str], log: Path, timeout_s: float
+) -> int | None:
+    """Fork the ranks; a `Launcher`. Call `forks_problem` before."""
+    log.write_text("")
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(processes)}
+    place |= {"LOCAL_WORLD_SIZE": str(processes)}
+    ranks: list[BaseProcess] = [
+        _CONTEXT.Process(
+            target=_become_rank,
+            args=(
+                list(program),
+                {**environment, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                str(log),
+                get_start_method(),
+            ),
+        )
+        for rank in range(processes)
+    ]
+    try:
+        for rank in ranks:
+            with _LOCK:
+                rank.start()
+        return _wait(ranks, time.monotonic() + timeout_s)
+    finally:
+        _end([rank for rank in ranks if rank.pid is not None])
+
+
+def forks_problem(environment: Mapping[str, str]) -> str | None:
+    """Start the process that imports everything; returns why its forks can't be ranks, or None.
+
+    A process that has initialised CUDA, as some libraries do when imported, can't be forked.
+
+    Args:
+        environment: of the process; its forks get others, but libraries read some variables when imported.
+    """
+    _CONTEXT.set_forkserver_preload(["s2train.scaling.preload"])
+    with mock.patch.dict(os.environ, environment, clear=True):
+        probe = _CONTEXT.Process(target=_probe)
+        probe.start()
+    probe.join()
+    return None if probe.exitcode == 0 else f"a fork that tried the GPU ended with status {probe.exitcode}"
+
+
+def _probe() -> None:
+    import torch
+
+    if "s2train.scaling.preload" not in sys.modules:
+        raise ImportError("s2train.scaling.preload could not be imported")
+    if torch.cuda.is_available():
+        torch.ones(1, device="cuda").item()
+
+
+def _become_rank(program: list[str], environment: dict[str, str], log: str, start_method: str) -> None:
+    Thread(target=_end_with_parent, daemon=True).start()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    set_start_method(start_method, force=True)  # else its workers would be forks of a server that imports for each rank
+    output = os.open(log, os.O_WRONLY | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(output, stream)
+    os.environ.clear()
+    os.environ.update(environment)
+    added = environment.get("PYTHONPATH", "").split(os.pathsep)
+    if program[0] == "-m":
+        sys.argv, first = program[1:], os.getcwd()
+    else:
+        sys.argv, first = program, str(Path(program[0]).parent)
+    sys.path[:] = [first, *(path for path in added if path and path not in sys.path), *sys.path]
+    try:
+        if program[0] == "-m":
+            runpy.run_module(program[1], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(program[0], run_name="__main__")
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+
+def _end_with_parent() -> None:
+    """End this rank when the program that started it has been killed."""
+    parent = parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _status(rank: BaseProcess) -> int | None:
+    with _LOCK:
+        return rank.exitcode
+
+
+def _wait(ranks: Sequence[BaseProcess], until: float) -> int | None:
+    """Wait until all ranks have ended, or one has failed."""
+    running = list(ranks)
+    while running:
+        if not wait([rank.sentinel for rank in running], max(0.0, until - time.monotonic())):
+            return None
+        running = [rank for rank in running if _status(rank) is None]
+        if failed := [status for rank in ranks if (status := _status(rank))]:
+            return failed[0]
+    return 0
+
+
+def _end(ranks: Sequence[BaseProcess]) -> None:
+    """End the ranks that still run."""
+    running = [rank for rank in ranks if _status(rank) is None]
+    for rank in running:
+        rank.terminate()
+    until = time.monotonic() + _SECONDS_TO_END
+    for rank in running:
+        wait([rank.sentinel], max(0.0, until - time.monotonic()))
+        if _status(rank) is None:
+            rank.kill()
+            wait([rank.sentinel])
+
+
+def _free_port() -> int:
+    with socket.socket() as tried:
+        tried.bind(("127.0.0.1", 0))
+        port: int = tried.getsockname()[1]
+    return port

@@ -1,0 +1,161 @@
+"""Measures steps of very long sequences, divided over all devices by context parallelism."""
+
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from s2train.environment.hardware import Hardware
+from s2train.errors import ConfigError
+from s2train.planning import Plan, compose_run, preview
+from s2train.scaling.jobs import Job, Outcome, Runner
+from s2train.scaling.parity import compare_losses
+from s2train.scaling.speed import memory
+
+_STEPS, _WARM = 4, 1
+_FREE = 0.1  # of the memory, for fragmentation
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to measure.
+
+    Attributes:
+        size: of SIZE_hybrid and SIZE_dense of conf/model.
+        lengths: tokens of a sequence; a step takes one.
+        agreement: length at which losses are compared with those of two devices.
+        layers: number of layers; None: as many as fit, a multiple of four.
+        step_s: longest predicted time of a step, for the choice of layers and of the dense model's length.
+        settings: of every run.
+    """
+
+    size: str
+    lengths: Sequence[int]
+    agreement: int
+    layers: int | None
+    step_s: float
+    settings: Sequence[str]
+
+
+def long_steps(runner: Runner, request: Request, hardware: Hardware) -> Iterator[dict[str, Any]]:
+    """Measure hybrids at each length, and the dense model at the longest whose step is short enough.
+
+    The dense model has as many layers as the hybrid at that length. Before, losses of a hybrid on all devices are
+    compared with those on two. Yields the results after each run.
+
+    Raises:
+        ConfigError: no number of layers fits at one of the lengths.
+    """
+    lengths, cp = sorted(request.lengths), runner.devices
+    layers = {length: _layers(request, length, cp, hardware) for length in lengths}
+    cases = [("hybrid", length) for length in lengths]
+    dense = [
+        length
+        for length in lengths
+        if _fits(_plan(request, "dense", length, cp, layers[length], hardware), request.step_s)
+    ]
+    cases += [("dense", dense[-1])] if dense else []
+    named = {f"long {model} {length}": (model, length) for model, length in cases}
+    jobs = [
+        Job(name, cp, (*_settings(request, model, length, cp, layers[length]), "checkpoint.save=false"))
+        for name, (model, length) in named.items()
+    ]
+    agreement: dict[str, Any] = {}
+    for agreement in _agreement(runner, request, hardware):
+        yield {"agreement": agreement, "rows": {}}
+    rows: dict[str, Any] = {}
+    for name, outcome in runner.run_each(jobs):
+        model, length = named[name]
+        plan = _plan(request, model, length, cp, layers[length], hardware)
+        rows[name] = {"model": f"{request.size}_{model}", "seq_length": length, "cp": cp, "layers": layers[length]}
+        rows[name] |= _row(outcome, plan)
+        yield {"agreement": agreement, "rows": rows}
+
+
+def _agreement(runner: Runner, request: Request, hardware: Hardware) -> Iterator[dict[str, Any]]:
+    """Compare losses of context parallelism over all devices and over two.
+
+    The tolerance is twice the largest difference between runs on two that differ only in rounding.
+    """
+    length = request.agreement
+    count = _layers(request, length, 2, hardware)
+    all_devices = f"cp{runner.devices}"
+    variants: dict[str, tuple[int, tuple[str, ...]]] = {
+        "one": (2, ()),
+        "cp2 gather": (2, ("parallel.cp_exchange=gather",)),
+        all_devices: (runner.devices, ()),
+    }
+    if torch.cuda.is_available():
+        variants["cp2 portable kernels"] = (2, ("attention_backend=portable",))
+    names = {f"agreement {name}": name for name in variants}
+    jobs = [
+        Job(f"agreement {name}", cp, (*_settings(request, "hybrid", length, cp, count), *own, "checkpoint.save=false"))
+        for name, (cp, own) in variants.items()
+    ]
+    outcomes: dict[str, Outcome] = {}
+    for name, outcome in runner.run_each(jobs):
+        outcomes[names[name]] = outcome
+        rounding = [other for other in variants if other not in ("one", all_devices)]
+        found = compare_losses(outcomes, rounding, [all_devices] if all_devices in outcomes else [])
+        found["agrees"] = found["agrees"] and all_devices in outcomes
+        yield found | {"seq_length": length, "layers": count, "settings": jobs[0].settings}
+
+
+def _settings(request: Request, model: str, length: int, cp: int, layers: int) -> tuple[str, ...]:
+    return (
+        f"+model={request.size}_{model}", f"model.num_layers={layers}", "data=mock", f"train.seq_length={length}",
+        "train.global_batch_size=1", "train.micro_batch_size=1", f"train.steps={_STEPS}", "train.recompute=full",
+        "parallel.tp=1", "parallel.sequence_parallel=false", f"parallel.cp={cp}", "optim.warmup_steps=3",
+        "evaluation.interval=0", "tracking.log_interval=1", "checkpoint.resume=never",
+    )  # fmt: skip
+
+
+def _plan(request: Request, model: str, length: int, cp: int, layers: int, hardware: Hardware) -> Plan:
+    return preview(compose_run([*_settings(request, model, length, cp, layers), *request.settings]), cp, hardware)
+
+
+def _fits(plan: Plan, step_s: float) -> bool:
+    if plan.prediction is not None and plan.prediction.time.total > step_s:
+        return False
+    return plan.memory.total <= (1 - _FREE) * plan.hardware.memory
+
+
+def _layers(request: Request, length: int, cp: int, hardware: Hardware) -> int:
+    """Return the number of layers of the hybrid at a length.
+
+    Raises:
+        ConfigError: none fits.
+    """
+    if request.layers is not None:
+        return request.layers
+    most: int = compose_run([f"+model={request.size}_hybrid"]).model.num_layers
+    for count in range(most, 0, -4):
+        if _fits(_plan(request, "hybrid", length, cp, count, hardware), request.step_s):
+            return count
+    raise ConfigError(
+        "--long-lengths",
+        length,
+        f"{most % 4 or 4} layers don't fit {cp} devices, or their step takes more than {request.step_s:.0f} s",
+        "Leave it out, raise --long-seconds, or add loss=linear or model.vocab_size=8192 for smaller logits",
+    )
+
+
+def _row(outcome: Outcome, plan: Plan) -> dict[str, Any]:
+    """Summarize a run by medians over its steps after the first."""
+    predicted = None if plan.prediction is None else plan.prediction.time.total
+    if outcome.error is not None:
+        return {"error": outcome.error, "predicted_s": predicted}
+    steps = [record for record in outcome.records if "tokens_per_s" in record]
+    measured = [record for record in steps if record["step"] > _WARM]
+    return {
+        "step_time_s": statistics.median(record["step_time_s"] for record in measured),
+        "predicted_s": predicted,
+        "tokens_per_s": statistics.median(record["tokens_per_s"] for record in measured),
+        "mfu": statistics.median(record["mfu"] for record in measured) if "mfu" in measured[0] else None,
+        **memory(outcome),
+        "losses": [record["loss"] for record in steps],
+        "is_finite": all(record["loss"] is not None and math.isfinite(record["loss"]) for record in steps),
+    }

@@ -1,0 +1,21 @@
+"""Imports what training runs need, before ranks are forked; looks for no GPU."""
+
+import gc
+from importlib import import_module
+
+from s2train.megatron.lazy_imports import import_megatron
+
+_MODULES = (
+    "s2train.command_line.program",
+    "s2train.planning",
+    "s2train.scaling.balance",
+    "s2train.scaling.exactness",
+    "s2train.scaling.exchange",
+    "s2train.sweeps.plugins",
+    "s2train.training.run",
+)
+
+import_megatron()
+for _module in _MODULES:
+    import_module(_module)
+gc.freeze()  # a fork's garbage collector would copy what it walks
