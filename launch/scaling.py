@@ -110,7 +110,8 @@ def _resumed(given: Path, path: Path, runs: Path, asked: dict[str, Any]) -> dict
     content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     earlier = runs / "asked.json"
     same_runs = not runs.exists() or (earlier.is_file() and json.loads(earlier.read_text()) == asked)
-    for there, same in ((path, not content or content.get("asked") == asked), (runs, same_runs)):
+    same_content = not path.exists() or content.get("asked") == asked
+    for there, same in ((path, same_content), (runs, same_runs)):
         if not same:
             raise ConfigError("OUTPUT", given, f"{there} exists", "Name another, or move it away")
     commands = [*content.get("commands", []), shlex.join(sys.argv)]

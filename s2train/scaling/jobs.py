@@ -53,7 +53,8 @@ class Outcome:
     seconds: float
 
     @property
-    def losses(self) -> list[float]:
+    def losses(self) -> list[float | None]:
+        """Loss of each step; None if it was not finite."""
         return [record["loss"] for record in self.records if "loss" in record]
 
 

@@ -15,7 +15,7 @@ from s2train.scaling.jobs import Job, Outcome, Runner
 from s2train.scaling.parity import compare_losses
 from s2train.scaling.speed import memory
 
-_STEPS, _WARM = 4, 1
+_STEPS, _WARM = 3, 1
 _FREE = 0.1  # of the memory, for fragmentation
 
 
@@ -108,7 +108,7 @@ def _settings(request: Request, model: str, length: int, cp: int, layers: int) -
     return (
         f"+model={request.size}_{model}", f"model.num_layers={layers}", "data=mock", f"train.seq_length={length}",
         "train.global_batch_size=1", "train.micro_batch_size=1", f"train.steps={_STEPS}", "train.recompute=full",
-        "parallel.tp=1", "parallel.sequence_parallel=false", f"parallel.cp={cp}", "optim.warmup_steps=3",
+        "parallel.tp=1", "parallel.sequence_parallel=false", f"parallel.cp={cp}", "optim.warmup_steps=2",
         "evaluation.interval=0", "tracking.log_interval=1", "checkpoint.resume=never",
     )  # fmt: skip
 

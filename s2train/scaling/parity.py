@@ -96,6 +96,7 @@ def compare_losses(outcomes: dict[str, Outcome], rounding: list[str], variants: 
         rounding: names of runs on one process that differ only in rounding.
     """
     errors = {name: outcome.error for name, outcome in outcomes.items() if outcome.error is not None}
+    errors |= {name: "a loss is not finite" for name, outcome in outcomes.items() if None in outcome.losses}
     result: dict[str, Any] = {"agrees": False, "errors": errors}
     if any(name not in outcomes or name in errors for name in ("one", *rounding)):
         return result
@@ -112,6 +113,11 @@ def compare_losses(outcomes: dict[str, Outcome], rounding: list[str], variants: 
     }
 
 
-def deviation(found: list[float], expected: list[float]) -> float:
-    """Largest relative difference of two traces of equal length."""
-    return max(abs(x - y) / abs(y) for x, y in zip(found, expected, strict=True))
+def deviation(found: Sequence[float | None], expected: Sequence[float | None]) -> float:
+    """Largest relative difference of two traces of equal length, all finite."""
+    differences = []
+    for x, y in zip(found, expected, strict=True):
+        assert x is not None
+        assert y is not None
+        differences.append(abs(x - y) / abs(y))
+    return max(differences)

@@ -1,6 +1,5 @@
 """Results are computed correctly from the runs' metrics."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,7 +7,7 @@ import pytest
 import torch
 
 from s2train.scaling.balance import spread
-from s2train.scaling.jobs import Job, Outcome, Runner
+from s2train.scaling.jobs import Outcome
 from s2train.scaling.parity import compare_losses
 from s2train.scaling.report import lines
 from s2train.scaling.resumption import STEPS, STOP, compare_reports, find_differences
@@ -45,6 +44,12 @@ def test_a_failed_variant_does_not_agree() -> None:
     assert not result["agrees"]
 
 
+def test_a_loss_that_is_not_finite_does_not_agree() -> None:
+    result = compare(Outcome([{"loss": 4.0}, {"loss": None}], None, 1.0))
+    assert result["errors"] == {"tp2": "a loss is not finite"}
+    assert not result["agrees"]
+
+
 def test_nothing_agrees_with_a_failed_reference() -> None:
     result = compare_losses({"one": FAILED, "rounding run": run(1.0), "tp2": run(1.0)}, ["rounding run"], ["tp2"])
     assert not result["agrees"]
@@ -52,7 +57,7 @@ def test_nothing_agrees_with_a_failed_reference() -> None:
 
 
 def step(number: int, tokens_per_s: float) -> dict[str, Any]:
-    return {"step": number, "loss": 1.0, "tokens_per_s": tokens_per_s, "step_time_s": 1.0, "memory_gib": number}
+    return {"step": number, "loss": 1.0, "tokens_per_s": tokens_per_s, "step_time_s": 1.0}
 
 
 def test_speed_leaves_out_first_and_profiled_steps() -> None:
@@ -60,34 +65,18 @@ def test_speed_leaves_out_first_and_profiled_steps() -> None:
     records = [step(number, rate) for number, rate in enumerate(rates, 1)]
     parts = {"linear layers": 6.0, "communication": 1.0, "communication beside compute": 1.5}
     profiled = {"event": "profile", "traced": [8], "step_ms": 10.0, "parts": parts}
-    row = summary(Outcome([*records, profiled], None, 1.0), 2, alone=80.0)
+    peak = {"event": "memory", "planned_gib": 7.0, "peak_gib": 6.5}
+    row = summary(Outcome([*records, peak, profiled], None, 1.0), 2, alone=80.0)
     assert row["tokens_per_s"] == 100.0
     assert row["efficiency"] == pytest.approx(100 / 160)
-    assert (row["communication"], row["communication_exposed"]) == (0.25, 0.1)
-    assert row["memory_gib"] == 8
+    assert (row["communication_exposed"], row["communication_hidden"]) == (0.1, 0.15)
+    assert (row["memory_gib"], row["planned_gib"]) == (6.5, 7.0)
     assert row["mfu"] is None
 
 
 def test_a_failed_run_is_reported_with_its_error() -> None:
     result = {"models": {"1b": {"one": summary(FAILED, 1, None)}}}
     assert lines("scaling", result) == ["1b one: out of memory"]
-
-
-def test_the_same_jobs_again_run_only_unfinished_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    started = []
-
-    def start(self: Runner, name: str, processes: int, program: list[str], first_device: int) -> str | None:
-        started.append(name)
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
-        return "out of memory" if name == "b" and started.count("b") == 1 else None
-
-    monkeypatch.setattr(Runner, "_start", start)
-    jobs = [Job("a", 1, ()), Job("b", 2, ())]
-    first, again = (Runner(tmp_path, 2).run(jobs) for _ in range(2))
-    assert (first["b"].error, again["b"].error) == ("out of memory", None)
-    assert started == ["a", "b", "b"]
-    assert again["a"].losses == [2.0]
 
 
 def test_the_spread_is_the_excess_of_the_slowest_rank_over_the_mean() -> None:

@@ -1,0 +1,79 @@
+"""Jobs run once: their results are recorded as each ends."""
+
+import json
+import shutil
+from pathlib import Path
+
+from s2train.scaling.jobs import Job, Runner
+from s2train.scaling.recorded import Recorded
+from tests.scaling.fake_ranks import FakeRanks
+
+RECORDS = [{"step": 1, "loss": 2.0}]
+
+
+def runner(folder: Path, ranks: FakeRanks) -> Runner:
+    """A new one each time, as a repeated command makes it."""
+    return Runner(folder / "runs", 2, Recorded(folder / "jobs.json"), ranks, ["model.vocab_size=512"])
+
+
+def test_the_same_jobs_again_run_only_failed_ones(tmp_path: Path) -> None:
+    ranks = FakeRanks(RECORDS, failing={"b"})
+    jobs = [Job("a", 1, ()), Job("b", 2, ())]
+    first = runner(tmp_path, ranks).run(jobs)
+    assert first["b"].error is not None
+    assert first["b"].error.startswith("OutOfMemoryError: too little; see ")
+    ranks.failing.clear()
+    again = runner(tmp_path, ranks).run(jobs)
+    assert again["b"].error is None
+    assert ranks.names == ["a", "b", "b"]
+    assert again["a"].losses == [2.0]
+
+
+def test_results_are_recorded_before_the_next_job_starts(tmp_path: Path) -> None:
+    seen = []
+
+    class Watching(FakeRanks):
+        def __call__(self, *arguments: object) -> int | None:  # type: ignore[override]
+            path = tmp_path / "jobs.json"
+            seen.append(list(json.loads(path.read_text())) if path.is_file() else [])
+            return super().__call__(*arguments)  # type: ignore[arg-type]
+
+    for _ in runner(tmp_path, Watching(RECORDS)).run_each([Job(name, 2, ()) for name in "abc"]):
+        pass
+    assert seen == [[], ["a"], ["a", "b"]]
+
+
+def test_recorded_results_suffice_without_the_run_folders(tmp_path: Path) -> None:
+    ranks = FakeRanks(RECORDS)
+    runner(tmp_path, ranks).run([Job("a", 2, ())])
+    shutil.rmtree(tmp_path / "runs")
+    assert runner(tmp_path, ranks).run([Job("a", 2, ())])["a"].losses == [2.0]
+    assert ranks.names == ["a"]
+
+
+def test_a_job_whose_checkpoint_is_lost_runs_again_and_so_do_those_that_start_from_it(tmp_path: Path) -> None:
+    ranks = FakeRanks(RECORDS)
+    start = Job("start", 1, ("train.exit_step=3",), saves=(3,))
+    jobs = [Job("later", 2, (), after="start"), Job("other", 2, ())]
+    for _ in range(2):
+        for each in ([start], jobs):
+            runner(tmp_path, ranks).run(each)
+    assert ranks.names == ["start", "later", "other"]
+    shutil.rmtree(tmp_path / "runs" / "start")
+    for each in ([start], jobs):
+        runner(tmp_path, ranks).run(each)
+    assert ranks.names[3:] == ["start", "later"]
+
+
+def test_an_interrupted_command_starts_no_further_job(tmp_path: Path) -> None:
+    ranks = FakeRanks(RECORDS)
+    outcomes = runner(tmp_path, ranks).run_each([Job(str(number), 2, ()) for number in range(50)])
+    next(outcomes)
+    outcomes.close()
+    assert len(ranks.started) < 50
+
+
+def test_settings_of_the_command_come_after_those_of_the_job(tmp_path: Path) -> None:
+    ranks = FakeRanks(RECORDS)
+    runner(tmp_path, ranks).run([Job("a", 2, ("model.vocab_size=256",))])
+    assert ranks.started == [("a", 2, ["model.vocab_size=256", "model.vocab_size=512"])]

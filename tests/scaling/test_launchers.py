@@ -1,0 +1,92 @@
+"""Ranks are forks of one process, and end as those of torchrun do."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from s2train.scaling.launchers import by_fork
+from tests.program import ROOT
+
+SLEEP = "import os, sys, time\nopen(f\"{sys.argv[1]}/{os.environ['RANK']}\", 'w').write(str(os.getpid()))\n"
+
+
+def program(folder: Path, text: str) -> list[str]:
+    path = folder / "program.py"
+    path.write_text(text)
+    return [str(path), str(folder)]
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), **more}
+
+
+def wait_for(condition: object, seconds: float = 30) -> None:
+    assert callable(condition)
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def pids(folder: Path) -> list[int]:
+    return [int(path.read_text()) for path in folder.glob("[0-9]") if path.read_text()]
+
+
+def test_ranks_know_their_place_arguments_environment_and_log(tmp_path: Path) -> None:
+    text = (
+        "import os, sys, multiprocessing\n"
+        "places = [os.environ[n] for n in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'GIVEN')]\n"
+        "port = int(os.environ['MASTER_PORT'])\n"
+        "print(__name__, *sys.argv[1:], *places, multiprocessing.get_start_method(), port > 0, flush=True)\n"
+    )
+    status = by_fork(program(tmp_path, text), 2, environment(GIVEN="value"), tmp_path / "log", 60)
+    method = "fork" if sys.version_info < (3, 14) else "forkserver"
+    expected = [f"__main__ {tmp_path} {rank} {rank} 2 2 value {method} True" for rank in (0, 1)]
+    assert (status, sorted((tmp_path / "log").read_text().splitlines())) == (0, expected)
+
+
+def test_a_module_runs_too(tmp_path: Path) -> None:
+    (tmp_path / "some_module.py").write_text("import sys\nprint(__name__, *sys.argv[1:])\n")
+    place = environment(PYTHONPATH=os.pathsep.join([str(ROOT), str(tmp_path)]))
+    assert by_fork(["-m", "some_module", "a", "b"], 1, place, tmp_path / "log", 60) == 0
+    assert (tmp_path / "log").read_text() == "__main__ a b\n"
+
+
+@pytest.mark.parametrize(("ending", "status"), [("sys.exit(3)", 3), ("raise ValueError('wrong')", 1)])
+def test_the_first_rank_that_fails_ends_the_others(tmp_path: Path, ending: str, status: int) -> None:
+    text = f"{SLEEP}if os.environ['RANK'] == '1':\n    {ending}\ntime.sleep(600)\n"
+    assert by_fork(program(tmp_path, text), 3, environment(), tmp_path / "log", 60) == status
+    assert not any(map(is_alive, pids(tmp_path)))
+    assert ("ValueError: wrong" in (tmp_path / "log").read_text()) == (status == 1)
+
+
+def test_ranks_end_when_time_is_up(tmp_path: Path) -> None:
+    assert by_fork(program(tmp_path, f"{SLEEP}time.sleep(600)\n"), 2, environment(), tmp_path / "log", 3) is None
+    assert not any(map(is_alive, pids(tmp_path)))
+
+
+def test_ranks_end_with_the_program_that_started_them(tmp_path: Path) -> None:
+    words = program(tmp_path, f"{SLEEP}time.sleep(600)\n")
+    caller = tmp_path / "caller.py"
+    caller.write_text(
+        "import os\nfrom pathlib import Path\nfrom s2train.scaling.launchers import by_fork\n"
+        f"if __name__ == '__main__':\n    by_fork({words}, 2, dict(os.environ), Path({str(tmp_path / 'log')!r}), 60)\n"
+    )
+    started = subprocess.Popen([sys.executable, str(caller)], env=environment())
+    try:
+        wait_for(lambda: len(pids(tmp_path)) == 2)
+    finally:
+        started.kill()
+        started.wait()
+    wait_for(lambda: not any(map(is_alive, pids(tmp_path))))

@@ -1,0 +1,88 @@
+"""Long steps have as many layers as fit, and a dense model beside them where its steps are short."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from s2train.environment.hardware import Hardware, gpu_rates
+from s2train.errors import ConfigError
+from s2train.planning import compose_run, preview
+from s2train.scaling.jobs import Runner
+from s2train.scaling.long_steps import Request, long_steps
+from s2train.scaling.recorded import Recorded
+from tests.scaling.fake_ranks import FakeRanks
+
+H200 = Hardware("NVIDIA H200", "cuda", 150_000_000_000, gpu_rates("NVIDIA H200"), (9, 0))
+K = 1024
+REQUEST = Request("7b", [512 * K, 128 * K], 64 * K, None, 60.0, [])
+RECORDS: list[dict[str, Any]] = [
+    {"step": step, "loss": 1.0 / step, "tokens_per_s": 100.0 * step, "step_time_s": 9.0 / step} for step in (1, 2, 3)
+]
+
+
+@pytest.fixture(autouse=True)
+def without_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def measure(folder: Path, request: Request, ranks: FakeRanks, devices: int = 4) -> list[dict[str, Any]]:
+    runner = Runner(folder / "runs", devices, Recorded(folder / "jobs.json"), ranks, request.settings)
+    return list(long_steps(runner, request, H200))
+
+
+def test_the_layers_are_the_most_that_fit_and_are_short_enough(tmp_path: Path) -> None:
+    ranks = FakeRanks(RECORDS)
+    rows = measure(tmp_path, REQUEST, ranks)[-1]["rows"]
+    for row in (row for row in rows.values() if row["model"] == "7b_hybrid"):
+        (settings,) = (s for name, _, s in ranks.started if name == f"long-hybrid-{row['seq_length']}")
+
+        def fits(layers: int, settings: list[str] = settings) -> bool:
+            plan = preview(compose_run([*settings, f"model.num_layers={layers}"]), 4, H200)
+            assert plan.prediction is not None
+            return plan.memory.total <= 0.9 * H200.memory and plan.prediction.time.total <= 60
+
+        assert fits(row["layers"])
+        assert row["layers"] == 32 or not fits(row["layers"] + 4)
+    assert [row["seq_length"] for row in rows.values() if row["model"] == "7b_hybrid"] == [128 * K, 512 * K]
+
+
+def test_the_dense_model_takes_the_longest_sequence_whose_step_is_short_enough(tmp_path: Path) -> None:
+    rows = measure(tmp_path, REQUEST, FakeRanks(RECORDS))[-1]["rows"]
+    (dense,) = (row for row in rows.values() if row["model"] == "7b_dense")
+    assert dense["seq_length"] == 128 * K  # at 512k its step is predicted to take 150 s
+    assert dense["layers"] == rows[f"long hybrid {128 * K}"]["layers"]
+
+
+def test_losses_are_compared_with_two_devices_at_layers_that_fit_them(tmp_path: Path) -> None:
+    ranks = FakeRanks(RECORDS)
+    results = measure(tmp_path, REQUEST, ranks)
+    compared = [(name, size) for name, size, _ in ranks.started if name.startswith("agreement")]
+    assert compared == [("agreement-one", 2), ("agreement-cp2-gather", 2), ("agreement-cp4", 4)]
+    assert not results[0]["agreement"]["agrees"]  # nothing to compare with yet
+    last = results[-1]["agreement"]
+    assert (last["agrees"], last["deviation"], last["seq_length"]) == (True, {"cp4": 0.0}, 64 * K)
+
+
+def test_a_row_has_medians_after_the_first_step_and_memory_beside_the_plan(tmp_path: Path) -> None:
+    peak = {"event": "memory", "planned_gib": 7.0, "peak_gib": 6.5}
+    row = measure(tmp_path, REQUEST, FakeRanks([*RECORDS, peak]))[-1]["rows"][f"long hybrid {128 * K}"]
+    assert (row["step_time_s"], row["tokens_per_s"]) == (3.75, 250.0)
+    assert (row["memory_gib"], row["planned_gib"]) == (6.5, 7.0)
+    assert row["is_finite"]
+    assert row["predicted_s"] > 1
+
+
+def test_a_loss_that_is_not_finite_is_said(tmp_path: Path) -> None:
+    broken = [*RECORDS[:2], {**RECORDS[2], "loss": None}]
+    rows = measure(tmp_path, replace(REQUEST, lengths=[128 * K]), FakeRanks(broken))
+    assert not rows[-1]["rows"][f"long hybrid {128 * K}"]["is_finite"]
+
+
+def test_a_length_at_which_no_layer_fits_is_rejected_before_any_run(tmp_path: Path) -> None:
+    ranks = FakeRanks(RECORDS)
+    with pytest.raises(ConfigError, match=r"--long-lengths=4194304: 4 layers don't fit 4 devices"):
+        measure(tmp_path, replace(REQUEST, lengths=[128 * K, 4096 * K]), ranks)
+    assert ranks.started == []
