@@ -44,7 +44,7 @@ def long_steps(runner: Runner, request: Request, hardware: Hardware) -> Iterator
     """Measure hybrids at each length, and the dense model at the longest whose step is short enough.
 
     The dense model has as many layers as the hybrid at that length. Before, losses of a hybrid on all devices are
-    compared with those on two. Yields the results after each run.
+    compared with those on two, or on one of two. Yields the results after each run.
 
     Raises:
         ConfigError: no number of layers fits at one of the lengths.
@@ -76,20 +76,20 @@ def long_steps(runner: Runner, request: Request, hardware: Hardware) -> Iterator
 
 
 def _agreement(runner: Runner, request: Request, hardware: Hardware) -> Iterator[dict[str, Any]]:
-    """Compare losses of context parallelism over all devices and over two.
+    """Compare losses of context parallelism over all devices and over two, or, of two devices, with one.
 
-    The tolerance is twice the largest difference between runs on two that differ only in rounding.
+    The tolerance is twice the largest difference between runs on two devices or one that differ only in rounding.
     """
-    length = request.agreement
-    count = _layers(request, length, 2, hardware)
+    length, base = request.agreement, min(2, runner.devices // 2)
+    count = _layers(request, length, base, hardware)
     all_devices = f"cp{runner.devices}"
-    variants: dict[str, tuple[int, tuple[str, ...]]] = {
-        "one": (2, ()),
-        "cp2 gather": (2, ("parallel.cp_exchange=gather",)),
-        all_devices: (runner.devices, ()),
-    }
+    variants: dict[str, tuple[int, tuple[str, ...]]] = {"one": (base, ()), all_devices: (runner.devices, ())}
+    if base == 2:
+        variants |= {f"cp2 {mode}": (2, (f"parallel.cp_exchange={mode}",)) for mode in ("gather", "overlapped")}
+    if "loss=linear" not in request.settings:  # which needs the output layer whole
+        variants["tp2"] = (2, ("parallel.cp=1", "parallel.tp=2", "parallel.sequence_parallel=true"))
     if torch.cuda.is_available():
-        variants["cp2 portable kernels"] = (2, ("attention_backend=portable",))
+        variants[f"cp{base} portable kernels"] = (base, ("attention_backend=portable",))
     names = {f"agreement {name}": name for name in variants}
     jobs = [
         Job(f"agreement {name}", cp, (*_settings(request, "hybrid", length, cp, count), *own, "checkpoint.save=false"))
@@ -101,7 +101,12 @@ def _agreement(runner: Runner, request: Request, hardware: Hardware) -> Iterator
         rounding = [other for other in variants if other not in ("one", all_devices)]
         found = compare_losses(outcomes, rounding, [all_devices] if all_devices in outcomes else [])
         found["agrees"] = found["agrees"] and all_devices in outcomes
-        yield found | {"seq_length": length, "layers": count, "settings": jobs[0].settings}
+        yield found | {
+            "compared_with": f"cp{base}",
+            "seq_length": length,
+            "layers": count,
+            "settings": jobs[0].settings,
+        }
 
 
 def _settings(request: Request, model: str, length: int, cp: int, layers: int) -> tuple[str, ...]:

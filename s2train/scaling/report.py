@@ -57,7 +57,7 @@ def _long(result: dict[str, Any]) -> list[str]:
     text = [f"{name}: {error}" for name, error in agreement["errors"].items()]
     for name, value in agreement.get("deviation", {}).items():
         verdict = "agrees" if agreement["agrees"] else "DIFFERS"
-        rounding = f"{value:.1e} from cp2, rounding allows {agreement['tolerance']:.1e}"
+        rounding = f"{value:.1e} from {agreement['compared_with']}, rounding allows {agreement['tolerance']:.1e}"
         text.append(f"{name} at {agreement['seq_length']:,} tokens {verdict}: {rounding}")
     for row in result["rows"].values():
         where = f"{row['model']}, {row['layers']} layers, {row['seq_length']:,} tokens, cp {row['cp']}"

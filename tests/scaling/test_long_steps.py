@@ -60,10 +60,19 @@ def test_losses_are_compared_with_two_devices_at_layers_that_fit_them(tmp_path: 
     ranks = FakeRanks(RECORDS)
     results = measure(tmp_path, REQUEST, ranks)
     compared = [(name, size) for name, size, _ in ranks.started if name.startswith("agreement")]
-    assert compared == [("agreement-one", 2), ("agreement-cp2-gather", 2), ("agreement-cp4", 4)]
+    rounded = [("agreement-cp2-gather", 2), ("agreement-cp2-overlapped", 2), ("agreement-tp2", 2)]
+    assert compared == [("agreement-one", 2), ("agreement-cp4", 4), *rounded]
     assert not results[0]["agreement"]["agrees"]  # nothing to compare with yet
     last = results[-1]["agreement"]
     assert (last["agrees"], last["deviation"], last["seq_length"]) == (True, {"cp4": 0.0}, 64 * K)
+
+
+def test_losses_of_two_devices_are_compared_with_one(tmp_path: Path) -> None:
+    ranks = FakeRanks(RECORDS)
+    last = measure(tmp_path, replace(REQUEST, lengths=[128 * K]), ranks, devices=2)[-1]["agreement"]
+    compared = [(name, size) for name, size, _ in ranks.started if name.startswith("agreement")]
+    assert compared == [("agreement-one", 1), ("agreement-cp2", 2), ("agreement-tp2", 2)]
+    assert (last["agrees"], last["compared_with"]) == (True, "cp1")
 
 
 def test_a_row_has_medians_after_the_first_step_and_memory_beside_the_plan(tmp_path: Path) -> None:
