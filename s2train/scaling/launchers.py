@@ -115,8 +115,7 @@ def _become_rank(program: list[str], environment: dict[str, str], log: str, star
     output = os.open(log, os.O_WRONLY | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(output, stream)
-    os.environ.clear()
-    os.environ.update(environment)
+    os.environ.update(environment)  # beside what imports have set, such as inductor's number of threads
     added = environment.get("PYTHONPATH", "").split(os.pathsep)
     if program[0] == "-m":
         sys.argv, first = program[1:], os.getcwd()
