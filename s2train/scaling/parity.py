@@ -71,7 +71,7 @@ def parity(runner: Runner, model: str, attention_settings: Sequence[str], at_onc
         resume = (f"checkpoint.resume='{runner.checkpoint(start, 1)}'", "checkpoint.save=false")
         return Job(name, processes, (*common, *settings, *resume), after=start)
 
-    rounding = {f"micro batch {size}": (f"train.micro_batch_size={size}",) for size in (2, 4)}
+    rounding = {f"micro batch {size}": (f"train.micro_batch_size={size}",) for size in (2, 4, 8)}
     if torch.cuda.is_available():
         rounding["portable kernels"] = ("attention_backend=portable",)
         rounding["FlashAttention-2 in dense layers"] = ("dense_attention=flash",)
