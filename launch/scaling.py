@@ -102,7 +102,9 @@ def scaling(given: argparse.Namespace) -> None:
 
 
 def _resumed(given: Path, path: Path, runs: Path, asked: dict[str, Any]) -> dict[str, Any]:
-    """Return the file's content to continue with: that of an earlier command with the same settings, or a new one.
+    """Return the content to continue with.
+
+    It is that of an earlier command with the same settings, or new.
 
     Raises:
         ConfigError: the file or its runs are of other settings.
@@ -133,7 +135,7 @@ def _launcher(name: str) -> Launcher:
 
 
 def is_done(result: Any) -> bool:
-    """Whether a part has run to its end, and neither it nor a program in it recorded an error."""
+    """Whether a part has run to its end without an error."""
     return result is not None and not result.get("unfinished") and not has_failed(result)
 
 

@@ -1,4 +1,4 @@
-"""Share of keys and values that context parallel ranks exchange, and the exchange that it suggests."""
+"""Chooses how context parallel ranks exchange keys and values."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ class LayerExchange:
 
 
 def exchange_mode(layer: LayerLayout, num_query_groups: int, seq_length: int, parallel: ParallelConfig) -> str:
-    """Return how a layer's ranks exchange keys and values: blocks, overlapped or gather.
+    """Return a layer's exchange: blocks, overlapped or gather.
 
     The choice of `parallel.cp_exchange=auto` depends on settings alone, so that all ranks make the same.
     """
@@ -78,7 +78,7 @@ def _exchanges(layer: LayerLayout) -> bool:
 
 @lru_cache(maxsize=256)
 def exchanged_share(layer: LayerLayout, num_query_groups: int, seq_length: int, cp: int) -> float:
-    """Return the blocks that `cp` ranks send each other over those of a gather.
+    """Return the share of a gather's blocks that `cp` ranks exchange.
 
     A rank needs a block of a KV head if any of its queries keeps it in any head of the group. All heads of the layer
     count, also those of other tensor parallel ranks. A sequence counts as one document.

@@ -35,7 +35,14 @@ def kept_key_blocks(patterns: Iterable[Pattern], num_blocks: int) -> Tensor:
 
 
 def touched_key_blocks(patterns: Iterable[Pattern], num_blocks: int, first: int, stop: int) -> Tensor:
-    """Return the key blocks that query blocks `first` … `stop` - 1 keep in any pattern: bool [num_blocks]."""
+    """Mark the key blocks that query blocks keep in any pattern.
+
+    Args:
+        first, stop: first query block, and one past the last.
+
+    Returns:
+        bool [num_blocks].
+    """
     distinct = list(dict.fromkeys(patterns))
     if any(isinstance(pattern, Dense) for pattern in distinct):
         return torch.arange(num_blocks) < stop
@@ -77,7 +84,7 @@ class _Union(Protocol):
         ...
 
     def touched(self, first: int, stop: int) -> Tensor:
-        """Return the key blocks that query blocks `first` … `stop` - 1 keep: bool [num_blocks]."""
+        """Mark the key blocks that these query blocks keep: [num_blocks]."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""Runs programs on several ranks, concurrently on separate devices, and records their results."""
+"""Runs programs on one or several ranks, and records their results."""
 
 import json
 import os
@@ -88,7 +88,9 @@ class Runner:
         return {job.name: outcomes[job.name] for job in jobs}
 
     def run_each(self, jobs: Sequence[Job], at_once: int = 1) -> Iterator[tuple[str, Outcome]]:
-        """Run jobs of one process concurrently, one per device, then the others; yield each name and outcome.
+        """Run jobs, and yield each name and outcome.
+
+        Jobs of one process run concurrently, one per device, before the others.
 
         Args:
             at_once: number of the others to run concurrently on all devices, if their speed does not matter.

@@ -1,6 +1,7 @@
-"""Starts the ranks of a program: by torchrun, or as forks of a process that has imported everything.
+"""Starts the ranks of a program by torchrun, or by forks.
 
-Importing takes several seconds on each rank, and a minute if many ranks first read the libraries from a disk.
+Forks are of a process that has imported everything. Importing takes several seconds on each rank, and a minute if many
+ranks first read the libraries from a disk.
 """
 
 import os
@@ -84,7 +85,9 @@ def by_fork(
 
 
 def forks_problem(environment: Mapping[str, str]) -> str | None:
-    """Start the process that imports everything; returns why its forks can't be ranks, or None.
+    """Start the process that imports everything, and try a fork.
+
+    Returns why its forks can't be ranks, or None.
 
     A process that has initialised CUDA, as some libraries do when imported, can't be forked.
 

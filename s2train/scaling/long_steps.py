@@ -1,4 +1,4 @@
-"""Measures steps of very long sequences, divided over all devices by context parallelism."""
+"""Measures steps of very long sequences under context parallelism."""
 
 import math
 import statistics
@@ -41,7 +41,9 @@ class Request:
 
 
 def long_steps(runner: Runner, request: Request, hardware: Hardware) -> Iterator[dict[str, Any]]:
-    """Measure hybrids at each length, and the dense model at the longest whose step is short enough.
+    """Measure hybrids at each length, and the dense model at one.
+
+    The dense model's is the longest whose step is short enough.
 
     The dense model has as many layers as the hybrid at that length. Before, losses of a hybrid on all devices are
     compared with those on two, or on one of two. Yields the results after each run.
@@ -76,7 +78,9 @@ def long_steps(runner: Runner, request: Request, hardware: Hardware) -> Iterator
 
 
 def _agreement(runner: Runner, request: Request, hardware: Hardware) -> Iterator[dict[str, Any]]:
-    """Compare losses of context parallelism over all devices and over two, or, of two devices, with one.
+    """Compare losses of context parallelism over all devices and over two.
+
+    Of two devices, with one.
 
     The tolerance is twice the largest difference between runs on two devices or one that differ only in rounding.
     """

@@ -46,7 +46,9 @@ VARIANTS: dict[int, dict[str, tuple[str, ...]]] = {
 
 
 def parity(runner: Runner, model: str, attention_settings: Sequence[str], at_once: int = 1) -> dict[str, Any]:
-    """Compare losses of each of `VARIANTS` for the runner's devices with one process, over `STEPS` steps.
+    """Compare losses of all divisions with those of one process.
+
+    Over `STEPS` steps, for each of `VARIANTS` for the runner's devices.
 
     The tolerance is twice the largest relative difference over the steps between runs of one process that differ only
     in rounding: in the micro batch and, on a GPU, in the kernels of sparse and of dense layers. Context parallel

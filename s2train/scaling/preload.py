@@ -1,4 +1,7 @@
-"""Imports what training runs need, before ranks are forked; looks for no GPU."""
+"""Imports what training runs need, before ranks are forked.
+
+Does not initialise CUDA.
+"""
 
 import gc
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""Results of finished jobs, written as each ends, from which an interrupted measurement resumes."""
+"""Keeps results of finished jobs, to resume an interrupted measurement."""
 
 import json
 from collections.abc import Callable
@@ -15,7 +15,7 @@ Result = dict[str, Any]
 
 
 class Recorded:
-    """Results by name in a JSON file, which is replaced after each change.
+    """Results by name in a JSON file, replaced after each change.
 
     Args:
         path: read if it exists.
@@ -48,7 +48,7 @@ class Recorded:
             self._write()
 
     def on_all_ranks(self, name: str, measure: Callable[[], Result]) -> Result:
-        """Return a result that all ranks of this process group measure together, unless rank 0 has it."""
+        """Return a recorded result, or measure it on all ranks."""
         found: Any = over_ranks(self.get(name))[0]
         if found is None:
             found = measure()

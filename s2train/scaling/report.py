@@ -85,7 +85,10 @@ def _cp_bytes(result: dict[str, Any]) -> list[str]:
 
 
 def _crossing(cases: list[dict[str, Any]]) -> str:
-    """Say at which shares of the bytes blocks were faster, to check the limit of `parallel.cp_exchange=auto`."""
+    """Say at which shares of the bytes blocks were faster.
+
+    Checks the limit of `parallel.cp_exchange=auto`.
+    """
     won = {
         case["share_of_gathering"]: _slowest(case["ranks"], "blocks") < _slowest(case["ranks"], "gather")
         for case in cases

@@ -1,4 +1,7 @@
-"""Checks that a resumed run equals an uninterrupted one bit for bit, also if it used fewer devices in between."""
+"""Checks that a resumed run equals an uninterrupted one bit for bit.
+
+Also if it used fewer devices in between.
+"""
 
 from collections.abc import Mapping, Sequence
 from io import BytesIO
@@ -44,7 +47,9 @@ def resumption(runner: Runner, model: str) -> dict[str, Any]:
 
 
 def resumption_on_fewer(runner: Runner, common: tuple[str, ...]) -> dict[str, Any]:
-    """Compare a run on all, half and again all devices with an uninterrupted one on all.
+    """Compare a resumed run with an uninterrupted one on all devices.
+
+    It runs on all devices, then half, then all.
 
     Half as many devices are half as many pipeline stages, because their number changes no sum: each weight's gradient
     sums the same micro batches in the same order. Only the norm of all gradients sums by stage, so it is not compared,
@@ -77,7 +82,10 @@ def resumption_on_fewer(runner: Runner, common: tuple[str, ...]) -> dict[str, An
 
 
 def _resumed(runner: Runner, name: str, size: int, settings: tuple[str, ...], before: str, start: int, end: int) -> Job:
-    """Make the job that continues the job `before` from step `start`, and saves and stops after step `end`."""
+    """Make the job that trains from step `start` to `end`.
+
+    It resumes from the job `before`, and saves at the end.
+    """
     own = (f"checkpoint.resume='{runner.checkpoint(before, start)}'", f"train.exit_step={end}")
     return Job(name, size, (*settings, *own), saves=(end,), after=before)
 

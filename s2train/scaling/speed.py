@@ -33,7 +33,9 @@ DIVISIONS: dict[int, dict[str, tuple[tuple[str, ...], float | None]]] = {
 
 
 def speed(runner: Runner, models: tuple[str, ...], seq_length: int, sequences: int) -> Iterator[dict[str, Any]]:
-    """Measure each model on 1, 2, 4, … devices with each division; yield the results after each run.
+    """Measure each model with each division on 1, 2, 4, … devices.
+
+    Yields the results after each run.
 
     A step takes `sequences` sequences for each data parallel rank.
     """
@@ -84,7 +86,10 @@ def summary(outcome: Outcome, processes: int, alone: float | None) -> dict[str, 
 
 
 def memory(outcome: Outcome) -> dict[str, float | None]:
-    """Return measured and planned GiB of tensors on the fullest rank; None on a CPU."""
+    """Return measured and planned GiB on the fullest rank.
+
+    None on a CPU.
+    """
     found = [record for record in outcome.records if record.get("event") == "memory"]
     if not found:
         return {"memory_gib": None, "planned_gib": None}
