@@ -61,11 +61,12 @@ class Engine:
 
 @contextmanager
 def engine(folder: Path, **settings: Any) -> Iterator[Engine]:
-    """Open an engine; its memory is free afterwards."""
+    """Open an engine; its processes have ended and its memory is free afterwards."""
     opened = Engine(folder, **settings)
     try:
         yield opened
     finally:
+        opened.llm.llm_engine.engine_core.shutdown()
         del opened
         gc.collect()
 

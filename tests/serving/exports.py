@@ -28,12 +28,18 @@ def layers_of(*heads: Sequence[Pattern], block_size: int, num_kv_heads: int) -> 
 
 
 def write_export(
-    folder: Path, layout: HybridLayout, *, length: int = 512, dtype: str = "float32", **changed: Any
+    folder: Path,
+    layout: HybridLayout,
+    *,
+    length: int = 512,
+    dtype: str = "float32",
+    vocab_size: int = VOCABULARY,
+    **changed: Any,
 ) -> Path:
     """Write config.json and weights, whose greedy tokens don't depend on rounding."""
     num_heads = len(layout.layers[0].bound)
     model = ModelConfig(
-        "x", len(layout.layers), HIDDEN, 96, num_heads, layout.num_query_groups, HEAD_DIM, VOCABULARY,
+        "x", len(layout.layers), HIDDEN, 96, num_heads, layout.num_query_groups, HEAD_DIM, vocab_size,
         tie_embeddings=False,
     )  # fmt: skip
     folder.mkdir(parents=True)
@@ -46,7 +52,7 @@ def write_export(
         "architectures": ["S2ForCausalLM"],
         "model_type": "s2_llama",
         "auto_map": {"AutoConfig": "modeling_s2.S2Config", "AutoModelForCausalLM": "modeling_s2.S2ForCausalLM"},
-        "vocab_size": VOCABULARY,
+        "vocab_size": vocab_size,
         "hidden_size": HIDDEN,
         "intermediate_size": 96,
         "num_hidden_layers": len(layout.layers),

@@ -1,10 +1,7 @@
 """vLLM's tokens are those of the export's own file, and of our engine."""
 
-import json
 import logging
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,7 @@ from s2train.serving.plugin import register
 from tests.inference.cached_models import NUM_BLOCKS, REGISTERED, hybrid_of, registered
 from tests.serving.engine import assert_greedy, engine, random_prompts
 from tests.serving.exports import layers_of, write_export
+from tests.serving.our_engine_program import run as our_engine
 
 pytestmark = [pytest.mark.slow]
 
@@ -192,15 +190,9 @@ def test_tokens_are_those_of_our_engine(tmp_path: Path) -> None:
     pytest.importorskip("megatron.core")
     folder = write_export(tmp_path / "export", layers_of(SPARSE, DENSE, SPARSE, num_kv_heads=2, block_size=32))
     prompts = random_prompts(70, 70)
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.serving.our_engine_program", str(folder), json.dumps(prompts), "50"],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    ours, _ = our_engine(folder, prompts, 50)
     with engine(folder, max_model_len=512) as served:
-        ours, found = json.loads(done.stdout.splitlines()[-1]), served.tokens(prompts, 50)
+        found = served.tokens(prompts, 50)
         assert_greedy(folder, prompts, found)
         assert_greedy(folder, prompts, ours)
         assert [tokens[:20] for tokens in found] == [tokens[:20] for tokens in ours]
