@@ -27,6 +27,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 
 from s2train.kernels.attention import block_sparse_attention
 from s2train.kernels.decode.op import append_token, block_sparse_decode
+from s2train.kernels.decode.schedule import decode_schedule
 from s2train.kernels.layout import BlockLayout
 from s2train.layouts.patterns import Pattern
 from s2train.serving.export_layout import layer_layout
@@ -103,6 +104,9 @@ class S2MetadataBuilder(AttentionMetadataBuilder[S2Metadata]):
 
     Our kernels count pages of one KV head's block: where c KV heads share vLLM's page p, it is pages 2cp to 2cp + c - 1
     of keys and the next c of values.
+
+    A CUDA graph of decoding is replayed with other contents of the same tensors. So a step without prefills fills
+    tensors that are allocated once, and the host reads nothing from the device.
     """
 
     _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
@@ -117,7 +121,7 @@ class S2MetadataBuilder(AttentionMetadataBuilder[S2Metadata]):
         self._shared = kv_cache_spec.num_kv_heads // self._slots  # KV heads of a page
         self._uses = np.repeat(kv_cache_spec.last_uses(), self._shared, axis=1)  # [blocks, H]
         batch, (blocks, heads) = vllm_config.scheduler_config.max_num_seqs, self._uses.shape
-        # at the same addresses in each step, for CUDA graphs
+        self._within = torch.arange(self._shared, dtype=torch.int32, device=device)[:, None]
         self._table = torch.zeros(batch, heads, blocks, dtype=torch.int32, device=device)
         self._positions = torch.full((batch,), -1, dtype=torch.int32, device=device)
 
@@ -150,8 +154,7 @@ class S2MetadataBuilder(AttentionMetadataBuilder[S2Metadata]):
         if missing > 0:  # the last block is partial, and vLLM made no room for all of it
             entries = torch.nn.functional.pad(entries, (0, missing))
         pages = entries[:, : blocks * self._slots].view(-1, blocks, self._slots).transpose(1, 2)
-        within = torch.arange(self._shared, dtype=pages.dtype, device=pages.device)
-        return (pages[:, :, None] * (2 * self._shared) + within[:, None]).flatten(1, 2)
+        return (pages[:, :, None] * (2 * self._shared) + self._within).flatten(1, 2)
 
     def _prefill(self, rows: slice, stop: int, pages: Tensor) -> Prefill:
         start, device = stop - (rows.stop - rows.start), pages.device
@@ -202,6 +205,15 @@ class S2Attention(AttentionImpl[S2Metadata]):
         self.num_heads, self.num_kv_heads, self.head_size, self.scale = num_heads, num_kv_heads, head_size, scale
         self.kv_cache_dtype = kv_cache_dtype
         self._heads, self._block, self._max_length = heads, block_size, max_length
+        self._layout: BlockLayout | None = None
+
+    def build_layout(self, device: torch.device) -> None:
+        """Build what the kernels read of the layout.
+
+        The host waits for the device meanwhile, which no CUDA graph can capture.
+        """
+        self._layout = kernel_layout(self._heads, self._block, self._max_length, device)
+        decode_schedule(self._layout, self.num_kv_heads)
 
     def forward(
         self,
@@ -227,7 +239,8 @@ class S2Attention(AttentionImpl[S2Metadata]):
             return output.fill_(0)
         pages, shared = kv_cache.view(-1, self._block, self.head_size), kv_cache.shape[2] // self._block
         keys, values = pages[:-shared], pages[shared:]
-        layout = kernel_layout(self._heads, self._block, self._max_length, query.device)
+        layout = self._layout
+        assert layout is not None
         # All keys before any query: a request may find pages in the prefix cache that another fills in this step.
         for prefill in attn_metadata.prefills:
             keys[prefill.pages, prefill.offsets] = key[prefill.rows]

@@ -20,6 +20,7 @@ from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM
 from vllm.model_executor.models.utils import extract_layer_index
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionBackend, subclass_attention_backend
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheSpec
 
@@ -55,6 +56,11 @@ class SparseAttention(Attention):
         )
         self._block, self._plan = layout.block_size, plan
         self._slots = slots_of(heads, plan.num_kv_heads, plan.heads_per_page, tp)
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        super().process_weights_after_loading(act_dtype)
+        # Here, so that vLLM counts the layout's memory with the weights'.
+        self.impl.build_layout(torch.device(current_platform.device_type))
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
         return S2Spec(
