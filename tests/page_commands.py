@@ -13,7 +13,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 _SCRIPTS = ("launch/multinode.sh", "launch/hybrid_vs_dense.sh", "launch/te_vs_local.sh")
 _PROGRAMS = (
-    *("python", "make", "pip", "torchrun", "sbatch", "wandb", "source", "mkdir", "apt-get", "dpkg", "tar", "vllm"),
+    *("python", "make", "pip", "torchrun", "sbatch", "wandb", "source", "mkdir", "apt-get", "dpkg", "tar"),
+    *("vllm", "curl"),
     *_SCRIPTS,
 )
 # Fields: block, text of stdin, names of exported variables, program, arguments.

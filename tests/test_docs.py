@@ -137,7 +137,7 @@ def check(command: Command) -> None:
             assert command.arguments[0] in ("login", "sync")
         case "vllm":
             assert command.arguments[0] == "serve"
-        case "source" | "mkdir" | "apt-get" | "dpkg" | "tar":
+        case "source" | "mkdir" | "apt-get" | "dpkg" | "tar" | "curl":
             pass
         case "launch/hybrid_vs_dense.sh" | "launch/te_vs_local.sh":
             size, _, *settings = command.arguments

