@@ -1,7 +1,8 @@
 """Compare the speed and capacity of models in vLLM.
 
 Measures the time to the first token, output tokens per second, and how many sequences fit. Models have random weights
-and are composed as for training, such as 7b_hybrid; each runs in a separate process, in vLLM with the same settings.
+and are composed as for training, such as 7b_hybrid, or have the shape of an export, whose config.json is enough. Each
+runs in a separate process, in vLLM with the same settings.
 Prompts are random tokens, without prefix caching; kernels are compiled before the first token is timed. Output tokens
 per second are of decoding alone, with all sequences of the batch. The sequences that fit are those whose keys and
 values fit vLLM's pages while they decode. A batch of `most` has as many of them as can join one after another, at most
@@ -33,8 +34,10 @@ _POLL_S = 0.5
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m s2train.serving.benchmark", description=__doc__)
-    parser.add_argument("--models", nargs="+", default=["7b_hybrid", "7b_dense"], help="names of conf/model")
-    parser.add_argument("--set", nargs="*", default=[], help="overrides of launch/pretrain.py for every model")
+    parser.add_argument(
+        "--models", nargs="+", default=["7b_hybrid", "7b_dense"], help="names of conf/model, or exports"
+    )
+    parser.add_argument("--set", nargs="*", default=[], help="overrides of launch/pretrain.py for composed models")
     parser.add_argument("--lengths", nargs="+", type=int, default=[8192, 32768, 131072], help="prompt tokens")
     parser.add_argument("--batches", nargs="+", type=_batch, default=[1, 8, None], help="sequences, or most")
     parser.add_argument("--tokens", type=int, default=128, help="output tokens of each sequence that are timed")
@@ -54,9 +57,10 @@ def main(arguments: list[str] | None = None) -> int:
     }
     request = {"lengths": args.lengths, "batches": args.batches, "tokens": args.tokens, "vllm": args.vllm}
     with tempfile.TemporaryDirectory() as folder:
-        for name in args.models:
-            model = Path(folder) / name
-            write_config(model, [f"+model={name}", *args.set], longest_sequence(request))
+        for number, name in enumerate(args.models):
+            model, own = Path(folder) / str(number), Path(name) / "config.json"
+            config = json.loads(own.read_text()) if own.is_file() else composed_config([f"+model={name}", *args.set])
+            write_config(model, config, longest_sequence(request))
             process = _start(model, request)
             result["models"].append({"model": name})
             try:
@@ -73,23 +77,25 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def write_config(folder: Path, overrides: Sequence[str], longest: int) -> None:
-    """Write a composed model's config.json, as its export would have it.
-
-    vLLM makes up the weights.
-
-    Args:
-        longest: tokens of the longest sequence, for which the model is built even if it trains on shorter ones.
-    """
+def composed_config(overrides: Sequence[str]) -> Record:
+    """Return the config.json that a composed model's export would have."""
     from s2train.checkpoints.hugging_face.exporting import llama_config
     from s2train.data.tokenizers import ByteTokenizer
     from s2train.planning import compose_run
 
     composed = compose_run(overrides)
+    return llama_config(composed, composed.model.vocab_size, ByteTokenizer())
+
+
+def write_config(folder: Path, config: Record, longest: int) -> None:
+    """Write config.json to a new folder; vLLM makes up the weights.
+
+    Args:
+        longest: tokens of the longest sequence, for which the model is built even if it trains on shorter ones.
+    """
     folder.mkdir(parents=True)
-    config = llama_config(composed, composed.model.vocab_size, ByteTokenizer())
-    config["max_position_embeddings"] = max(config["max_position_embeddings"], longest)
-    (folder / "config.json").write_text(json.dumps(config))
+    positions = max(config["max_position_embeddings"], longest)
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": positions}))
 
 
 def _start(folder: Path, request: Record) -> subprocess.Popen[bytes]:

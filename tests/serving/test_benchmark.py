@@ -7,7 +7,7 @@ import pytest
 
 from s2train.layouts.patterns import Dense
 from s2train.layouts.patterns.window import SlidingWindow
-from s2train.serving.benchmark import main, write_config
+from s2train.serving.benchmark import composed_config, main, write_config
 from tests.serving.exports import layers_of, write_export
 
 
@@ -18,17 +18,17 @@ def test_results_are_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "results are not overwritten" in capsys.readouterr().err
 
 
-def test_models_have_the_config_of_their_exports(tmp_path: Path) -> None:
-    write_config(tmp_path / "hybrid", ["+model=7b_hybrid"], 8192)
-    write_config(tmp_path / "dense", ["+model=7b_dense"], 8192)
-    hybrid, dense = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("hybrid", "dense"))
+def test_models_have_the_config_of_their_exports() -> None:
+    hybrid, dense = (composed_config([f"+model={name}"]) for name in ("7b_hybrid", "7b_dense"))
     assert (hybrid["architectures"], dense["architectures"]) == (["S2ForCausalLM"], ["LlamaForCausalLM"])
     assert hybrid["num_hidden_layers"] == dense["num_hidden_layers"] == len(hybrid["layout"]["layers"])
 
 
-def test_a_model_is_built_for_the_longest_sequence(tmp_path: Path) -> None:
-    write_config(tmp_path / "model", ["+model=tiny_hybrid"], 1 << 20)
-    assert json.loads((tmp_path / "model" / "config.json").read_text())["max_position_embeddings"] == 1 << 20
+@pytest.mark.parametrize(("trained", "longest", "written"), [(256, 1 << 20, 1 << 20), (4096, 300, 4096)])
+def test_a_model_is_built_for_the_longest_sequence(trained: int, longest: int, written: int, tmp_path: Path) -> None:
+    write_config(tmp_path / "model", {"max_position_embeddings": trained, "hidden_size": 8}, longest)
+    found = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert found == {"max_position_embeddings": written, "hidden_size": 8}
 
 
 @pytest.mark.slow
