@@ -1,4 +1,4 @@
-"""vLLM's engine in this process, on a CPU."""
+"""vLLM's engine in this process, on a CPU unless there is a GPU."""
 
 import gc
 import os
@@ -7,7 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# Before vLLM's first import: one process, no compiling, no network.
+import torch
+
+# Before vLLM's first import: one process, no compiling on a CPU, no network.
 os.environ.update(
     VLLM_ENABLE_V1_MULTIPROCESSING="0",
     VLLM_CPU_KVCACHE_SPACE="1",
@@ -15,10 +17,10 @@ os.environ.update(
     VLLM_LOGGING_LEVEL="INFO",
     VLLM_NO_USAGE_STATS="1",
     HF_HUB_OFFLINE="1",
-    TORCHDYNAMO_DISABLE="1",
 )
+if not torch.cuda.is_available():
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
 
-import torch
 from vllm import LLM, SamplingParams
 
 from s2train.checkpoints.hugging_face.modeling_s2 import S2ForCausalLM
@@ -88,3 +90,25 @@ def assert_greedy(folder: Path, prompts: Sequence[list[int]], found: Sequence[li
             logits, rounded = (m(given).logits[0, len(prompt) - 1 :].double() for m in (exact, model))
         behind = logits.amax(-1) - logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]
         assert behind.max() <= 4 * (logits - rounded).abs().max(), (len(prompt), behind)
+
+
+def assert_as_exact(folder: Path, prompts: Sequence[list[int]], found: Sequence[Any]) -> None:
+    """Assert that log-probabilities of vLLM's outputs have at most twice the error of the export's own file.
+
+    The error is the norm of all differences from float64.
+    """
+    own, exact = (S2ForCausalLM.from_folder(str(folder)) for _ in range(2))
+    exact = exact.double()
+    for prompt, output in zip(prompts, found, strict=True):
+        tokens = torch.tensor([prompt + list(output.outputs[0].token_ids)])
+        with torch.no_grad():
+            of_file, of_exact = (
+                m(tokens).logits[0, len(prompt) - 1 : -1].double().log_softmax(-1) for m in (own, exact)
+            )
+        squares = torch.zeros(2, dtype=torch.float64)
+        for position, likeliest in enumerate(output.outputs[0].logprobs):
+            index = torch.tensor(list(likeliest))
+            given = torch.tensor([value.logprob for value in likeliest.values()], dtype=torch.float64)
+            right = of_exact[position, index]
+            squares += torch.stack([(given - right).square().sum(), (of_file[position, index] - right).square().sum()])
+        assert squares[0] < 4 * squares[1]

@@ -6,17 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 pytest.importorskip("vllm")
 
-from s2train.checkpoints.hugging_face.modeling_s2 import S2ForCausalLM
 from s2train.layouts.patterns import Dense, LocalVertical
 from s2train.layouts.patterns.window import SlidingWindow
 from s2train.serving.checks import warn_of_version
 from s2train.serving.plugin import register
 from tests.inference.cached_models import NUM_BLOCKS, REGISTERED, hybrid_of, registered
-from tests.serving.engine import assert_greedy, engine, random_prompts
+from tests.serving.engine import assert_as_exact, assert_greedy, engine, random_prompts
 from tests.serving.exports import layers_of, write_export
 from tests.serving.our_engine_program import run as our_engine
 
@@ -102,21 +100,8 @@ def test_bf16_is_as_exact_as_the_exports_own_file(tmp_path: Path) -> None:
     layout = layers_of(SPARSE, DENSE, SPARSE, num_kv_heads=2, block_size=32)
     folder = write_export(tmp_path / "export", layout, dtype="bfloat16")
     prompts = random_prompts(100, 33)
-    own = S2ForCausalLM.from_folder(str(folder))
-    exact = S2ForCausalLM.from_folder(str(folder)).double()
-    with engine(folder, max_model_len=512, dtype="bfloat16") as served, torch.no_grad():
-        for prompt, output in zip(prompts, served.generate(prompts, 30, logprobs=8), strict=True):
-            tokens = torch.tensor([prompt + list(output.outputs[0].token_ids)])
-            of_file, of_exact = (
-                m(tokens).logits[0, len(prompt) - 1 : -1].double().log_softmax(-1) for m in (own, exact)
-            )
-            ours = torch.zeros(2, dtype=torch.float64)
-            for position, found in enumerate(output.outputs[0].logprobs):
-                index = torch.tensor(list(found))
-                given = torch.tensor([value.logprob for value in found.values()], dtype=torch.float64)
-                right = of_exact[position, index]
-                ours += torch.stack([(given - right).square().sum(), (of_file[position, index] - right).square().sum()])
-            assert ours[0] < 4 * ours[1]  # squared: at most twice the error
+    with engine(folder, max_model_len=512, dtype="bfloat16") as served:
+        assert_as_exact(folder, prompts, served.generate(prompts, 30, logprobs=8))
 
 
 @pytest.mark.long
