@@ -12,12 +12,14 @@ from typing import Any
 
 Record = dict[str, Any]
 _WARM_STEPS = 4
+_LARGEST_BLOCK = 256  # of a layout
 _PREFILL_STEPS = 1024  # in which sequences decode that wait for others' prompts
 
 
 def longest_sequence(request: Record) -> int:
-    """Return the tokens of the longest sequence, with all that it decodes."""
-    return int(max(request["lengths"]) + _decoded(request) + _PREFILL_STEPS)
+    """Return the tokens of the longest sequence, with all that it decodes, in whole blocks."""
+    tokens = max(request["lengths"]) + _decoded(request) + _PREFILL_STEPS
+    return int(-(-tokens // _LARGEST_BLOCK) * _LARGEST_BLOCK)
 
 
 def measure(folder: Path, request: Record) -> Iterator[Record]:
