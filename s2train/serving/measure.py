@@ -17,7 +17,7 @@ _PREFILL_STEPS = 1024  # in which sequences decode that wait for others' prompts
 
 
 def longest_sequence(request: Record) -> int:
-    """Return the tokens of the longest sequence, with all that it decodes, in whole blocks."""
+    """Return the tokens of the longest sequence, in whole blocks."""
     tokens = max(request["lengths"]) + _decoded(request) + _PREFILL_STEPS
     return int(-(-tokens // _LARGEST_BLOCK) * _LARGEST_BLOCK)
 
@@ -158,7 +158,7 @@ def sequences_that_fit(pages: Any, length: int) -> int:
 
 
 def sequences_that_join(pages: Any, length: int, decoded: int, budget: int) -> int:
-    """Return how many sequences decode at once if they join one after another.
+    """Count sequences that decode at once, joining one by one.
 
     The last one's prompt needs more pages than its decoding, and the others get longer meanwhile.
 
