@@ -21,9 +21,13 @@ def corpus(settings: CorpusConfig) -> None:
     made = make_corpus(settings)
     dropped = ", ".join(f"{count:,} {reason}" for reason, count in made.dropped.items()) or "none"
     print(f"{made.files:,} files kept; dropped: {dropped}")
-    print(f"train: {made.train_documents:,} subsystems, {made.train_chars:,} characters")
+    print(f"train: {_subsystems(made.train_documents)}, {made.train_chars:,} characters")
     held_out = ", ".join(made.held_out[:8]) + (", …" if len(made.held_out) > 8 else "")
-    print(f"held out: {made.held_out_documents:,} subsystems, {made.held_out_chars:,} characters: {held_out}")
+    print(f"held out: {_subsystems(made.held_out_documents)}, {made.held_out_chars:,} characters: {held_out}")
+
+
+def _subsystems(count: int) -> str:
+    return f"{count:,} subsystem{'s' if count != 1 else ''}"
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="make_corpus")

@@ -126,9 +126,10 @@ def _check(cfg: CorpusConfig) -> None:
 def _paths(tree: Path, suffixes: tuple[str, ...]) -> Iterator[str]:
     """Yield relative POSIX paths of the regular files to read.
 
-    Their suffix or full name is in `suffixes`. Links are not followed.
+    Their suffix or full name is in `suffixes`. Links are not followed, hidden folders (.git, .venv) not read.
     """
-    for folder, _, names in os.walk(tree):
+    for folder, folders, names in os.walk(tree):
+        folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
             path = Path(folder) / name
             if (path.suffix in suffixes or name in suffixes) and path.is_file() and not path.is_symlink():

@@ -48,6 +48,17 @@ def test_files_of_a_subsystem_stand_in_one_document_in_path_order_after_their_pa
     assert list(train) == [".", "fs/a", "fs/b", "lib/zip", "net/core", "net/ipv4"]
 
 
+def test_hidden_folders_are_not_read(tree: Path) -> None:
+    for name in (".venv/lib", "fs/a/.git"):
+        (tree / name).mkdir(parents=True)
+        (tree / name / "hidden.c").write_text(code(100))
+    (tree / ".config.c").write_text(code(101))
+    made, train, _ = run(tree, held_out=["mm"])
+    assert made.files == 14
+    assert "hidden.c" not in "".join(train.values())
+    assert ".config.c" in train["."]
+
+
 def test_whole_subsystems_are_held_out(tree: Path) -> None:
     made, train, held_out = run(tree, held_out=["net/core", "mm"])
     assert held_out.keys() == {"net/core", "mm"}
