@@ -116,8 +116,13 @@ def check_allowed(cfg: PretrainConfig, checkpoint: Path, changes: list[Change]) 
 
 
 def allowed_changes(cfg: PretrainConfig) -> Callable[[str], bool]:
-    """Make the check whether `checkpoint.allow_changes` names a setting, or allows any."""
-    names = _allowed_names(cfg)
+    """Make the check whether `checkpoint.allow_changes` names a setting, or allows any.
+
+    Naming the run's length also allows the decay that follows from it.
+    """
+    names = set(_allowed_names(cfg))
+    if not cfg.optim.decay_steps and names & {"train.steps", "train.tokens"}:
+        names.add("optim.decay_steps")
     return lambda setting: cfg.checkpoint.allow_changes is True or setting in names
 
 

@@ -124,6 +124,15 @@ def test_the_error_for_more_steps_says_how_to_keep_the_learning_rate() -> None:
     check("train.steps=600", "optim.decay_steps=400")
 
 
+def test_allowing_another_length_allows_the_decay_that_follows_from_it() -> None:
+    check("train.steps=600", "checkpoint.allow_changes=[train.steps]")
+
+
+def test_allowing_another_length_allows_no_decay_that_is_set() -> None:
+    with pytest.raises(ConfigError, match=r"^optim\.decay_steps=500: "):
+        check("train.steps=600", "optim.decay_steps=500", "checkpoint.allow_changes=[train.steps]")
+
+
 def test_settings_that_keep_the_experiment_exist() -> None:
     names = [name for name, _ in settings_by_name(asdict(pretrain("+model=tiny_hybrid")))]
     for known in KEEP_THE_EXPERIMENT:
