@@ -48,3 +48,11 @@ def test_the_plan_shows_measured_seconds_beside_predicted_ones(folders: Folders)
     assert speed.read(folders).keys() == {"hybrid-16k-gpus2"}
     columns = plan_table(folders, RECIPE, 2, "h100-80gb", [Run("hybrid"), Run("dense")]).columns
     assert [list(columns[index].cells) for index in (5, 7)] == [["600", "", ""], ["40.0", "", ""]]
+
+
+def test_the_plan_leaves_out_seconds_of_runs_without_a_prediction(folders: Folders) -> None:
+    runs = [Run("hybrid"), Run("moba", "16k-40m")]
+    columns = plan_table(folders, RECIPE, 1, "h100-80gb", runs).columns
+    seconds = list(columns[4].cells)
+    assert (seconds[0], seconds[1]) == (seconds[2], "")
+    assert list(columns[0].cells)[-1] == "1 of 2 runs"
