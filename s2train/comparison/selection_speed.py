@@ -41,6 +41,7 @@ from s2train.megatron.setup import initialize, shutdown
 from s2train.planning import hybrid_layout
 
 Record = dict[str, Any]
+MOST_ON_CPU = 4096  # tokens
 PHASES = ("pool queries", "pool keys", "scores and selection", "lists")  # before attention
 
 
@@ -59,6 +60,8 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if args.output is not None and args.output.exists():
         parser.error(f"{args.output} exists: results are not overwritten, set another --output")
+    if not torch.cuda.is_available() and max(args.lengths) > MOST_ON_CPU:
+        parser.error(f"needs a GPU for lengths above {MOST_ON_CPU:,}, which take hours on a CPU: set shorter --lengths")
     device = initialize(ParallelConfig(), 1)
     clock = Clock(device)
     cases: list[Record] = []

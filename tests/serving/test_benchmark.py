@@ -18,6 +18,15 @@ def test_results_are_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "results are not overwritten" in capsys.readouterr().err
 
 
+def test_a_missing_vllm_is_named_before_a_model_starts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("s2train.serving.benchmark.installed_version", lambda package: None)
+    with pytest.raises(SystemExit):
+        main([])
+    assert "vLLM is not installed: see docs/serving.md" in capsys.readouterr().err
+
+
 def test_models_have_the_config_of_their_exports() -> None:
     hybrid, dense = (composed_config([f"+model={name}"]) for name in ("7b_hybrid", "7b_dense"))
     assert (hybrid["architectures"], dense["architectures"]) == (["S2ForCausalLM"], ["LlamaForCausalLM"])
