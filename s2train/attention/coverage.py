@@ -64,7 +64,7 @@ class RunCoverage:
     @property
     def numbers(self) -> str:
         """Its layers, for people."""
-        return f"{self.first}" if self.first == self.last else f"{self.first}-{self.last}"
+        return _range(self.first, self.last)
 
 
 @dataclass(frozen=True)
@@ -145,9 +145,20 @@ def _undefined(hybrid: HybridLayout) -> tuple[str, ...]:
         if not layer.is_static:
             numbers.setdefault(layer.kind.label, []).append(number)
     return tuple(
-        f"layers {', '.join(map(str, of_kind))}: not defined, {name} attention reads what the data choose"
+        f"layers {_ranges(of_kind)}: not defined, {name} attention reads what the data choose"
         for name, of_kind in numbers.items()
     )
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Format the ascending 1, 2, 3, 5 as 1-3, 5."""
+    starts = [number for number in numbers if number - 1 not in numbers]
+    ends = [number for number in numbers if number + 1 not in numbers]
+    return ", ".join(map(_range, starts, ends))
+
+
+def _range(first: int, last: int) -> str:
+    return f"{first}" if first == last else f"{first}-{last}"
 
 
 def _shifts(layer: LayerLayout) -> list[Pattern]:

@@ -108,6 +108,11 @@ def test_a_run_that_asks_for_nothing_more_is_planned() -> None:
     assert planned.prediction is None
 
 
+def test_a_plan_names_consecutive_layers_as_a_range() -> None:
+    text = format_plan(check(config("shy", "model.num_layers=6", layers="DTTTDT"), 1, CPU))
+    assert "layers 1-3, 5: not defined" in text
+
+
 def checkpoint_of(cfg: PretrainConfig, folder: Path) -> Path:
     """A checkpoint's folder with settings alone: what is rejected is so before its shards are read."""
     checkpoint = folder / "checkpoints" / "iter_0000001"
