@@ -14,8 +14,9 @@ def report(content: dict[str, Any]) -> str:
     for text in content["texts"]:
         per_byte = "" if text["bits_per_byte"] is None else f", {text['bits_per_byte']:.4f} bits per byte"
         lines.append(
-            f"{text['file']}: loss {text['loss']:.4f}, perplexity {text['perplexity']:.3f}{per_byte}"
-            f" ({text['tokens']:,} tokens of {text['documents']:,} documents,"
+            f"{text['file']}: loss {text['loss']:.4f}, perplexity {text['perplexity']:.3f},"
+            f" accuracy {text['accuracy']:.4f}{per_byte}"
+            f" ({text['tokens']:,} tokens of {text['documents']:,} document{'s' if text['documents'] != 1 else ''},"
             f" {content['windows']} windows of {content['length']:,})"
         )
         lines += [

@@ -57,6 +57,8 @@ def read_request(cfg: GenerateConfig, world_size: int, hardware: Hardware) -> Re
         if value is not None and value < 1:
             raise ConfigError(name, value, "must be 1 or more", f"Set {name}=1 or more")
     _check_sampling(cfg)
+    if cfg.cuda_graph and hardware.kind != "cuda":
+        raise ConfigError("cuda_graph", True, "there is no GPU", "Set cuda_graph=false")
     if cfg.output is not None:
         check_output(cfg.output, cfg.overwrite, such="runs/texts.json")
     trained = Trained.find(cfg.checkpoint)

@@ -23,11 +23,15 @@ def content(*texts: dict[str, Any], tasks: dict[str, Any] | None = None) -> dict
 
 def test_a_text_has_a_line_and_one_for_each_range_of_positions() -> None:
     assert report(content(TEXT)).splitlines() == [
-        "a/held-out.jsonl: loss 1.5000, perplexity 4.480, 2.1000 bits per byte"
+        "a/held-out.jsonl: loss 1.5000, perplexity 4.480, accuracy 0.4000, 2.1000 bits per byte"
         " (1,000 tokens of 2 documents, whole windows of 16)",
         "  positions       0 to       8: loss 2.0000",
         "  positions       8 to      16: loss none",
     ]
+
+
+def test_one_document_is_named_in_the_singular() -> None:
+    assert "(1,000 tokens of 1 document, whole" in report(content(TEXT | {"documents": 1}))
 
 
 def test_a_task_has_a_line_for_each_number() -> None:

@@ -43,6 +43,7 @@ def read(checkpoint: Path, prompt: Any = "Alice", world_size: int = 1, **setting
         ("top_k", 0),
         ("seed", -1),
         ("attention_backend", "triton"),
+        ("cuda_graph", True),
         ("tokenizer", "missing.json"),
         ("checkpoint", "missing"),
         ("output", ""),
