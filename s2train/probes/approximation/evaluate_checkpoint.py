@@ -127,7 +127,7 @@ def replace_layers(source: Source, grid: Grid, settings: dict[str, Any], output:
         panel = Panel(title, "samples of an interval", "held-out perplexity", curves, scale="linear")
         draw_curves([panel], stem.with_name(f"{stem.name}.png"), level=unchanged)
     samples = sorted({cell.samples for cell in cells if cell.last})
-    table = Table("layers replaced", *(f"m = {number}" for number in samples), title="held-out perplexity")
+    table = Table("layers replaced", *(f"{number} samples" for number in samples), title="held-out perplexity")
     table.add_row("0", *(f"{unchanged:.3f}" for _ in samples))
     for last in replaced:
         found = perplexities(cells, last)
