@@ -127,10 +127,12 @@ def _name_error(override: Override, groups: Mapping[str, Sequence[str]], schema:
     if key in groups:
         for value in _values(override):
             if isinstance(value, str) and value not in groups[key] and not value.startswith(PREFIX):
-                near = _nearest(value, groups[key])
+                sized = [name for name in groups[key] if name.startswith(f"{value}_")]  # 7b: 7b_dense and 7b_hybrid
+                near = sized or [_nearest(value, groups[key])]
                 # `model` is the group without a default, so it needs the plus.
                 plus = "+" if key == "model" else plus
-                remedy = f"Did you mean {plus}{key}={near}? There are {', '.join(groups[key])}."
+                meant = " or ".join(f"{plus}{key}={name}" for name in near)
+                remedy = f"Did you mean {meant}? There are {', '.join(groups[key])}."
                 return ConfigError(f"{plus if override.is_add() else ''}{key}", value, "unknown name", remedy)
         return None
     shown = (override.input_line or "").partition("=")[2]

@@ -43,6 +43,10 @@ def test_a_misspelt_name_is_reported_with_the_nearest_and_the_others(override: s
     assert there in line
 
 
+def test_a_size_alone_is_reported_with_all_models_of_that_size() -> None:
+    assert "Did you mean +model=7b_dense or +model=7b_hybrid? There are" in explained("model=7b")
+
+
 def test_the_override_at_fault_is_found_among_right_ones() -> None:
     assert explained("layout=dense", "train.steps=3", "schedule=shiftd", "seed=1").startswith("schedule=shiftd")
 
