@@ -259,5 +259,13 @@ def _description(
         + f" | optimizer {backend.optimizer if cfg.optim.name == 'adam' else cfg.optim.name}"
         f" | dp {parallel_state.get_data_parallel_world_size()}"
         f" | end of document {tokenizer.end_token or 'id'} {tokenizer.eod}\n"
-        + (f"resuming from {start.checkpoint}" if start.checkpoint else f"new run in {cfg.run_dir}")
+        + _origin(cfg, start)
     )
+
+
+def _origin(cfg: PretrainConfig, start: Start) -> str:
+    if start.checkpoint is None:
+        return f"new run in {cfg.run_dir}"
+    if start.progress.step == 0:
+        return f"new run in {cfg.run_dir}, with the weights of {start.checkpoint}"
+    return f"resuming from {start.checkpoint}"

@@ -70,9 +70,11 @@ def test_a_frozen_trunk_keeps_its_bits_while_the_scorer_learns(dense: Path, sele
 @pytest.mark.slow
 def test_a_run_resumes_bit_for_bit_from_within_the_frozen_steps(dense: Path, selected: Path, tmp_path: Path) -> None:
     start = [f"checkpoint.resume={dense}", "checkpoint.weights_only=true", "checkpoint.interval=1"]
-    for stop in (["train.exit_step=1"], []):
+    logged = (f"new run in {tmp_path}, with the weights of {dense}/", f"resuming from {tmp_path}/")
+    for stop, origin in zip((["train.exit_step=1"], []), logged, strict=True):
         done = pretrain(tmp_path, *SELECTED, *start, *stop)
         assert done.status == 0, done.err[-3000:]
+        assert origin in done.out
     whole, parts = model_of(selected, 4), model_of(tmp_path, 4)
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
