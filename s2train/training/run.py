@@ -258,8 +258,7 @@ def _description(
         + (f" | {elementwise}" if elementwise else "")
         + f" | optimizer {backend.optimizer if cfg.optim.name == 'adam' else cfg.optim.name}"
         f" | dp {parallel_state.get_data_parallel_world_size()}"
-        f" | end of document {tokenizer.end_token or 'id'} {tokenizer.eod}\n"
-        + _origin(cfg, start)
+        f" | end of document {tokenizer.end_token or 'id'} {tokenizer.eod}\n" + _origin(cfg, start)
     )
 
 
