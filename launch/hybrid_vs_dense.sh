@@ -2,7 +2,9 @@
 # Trains a hybrid and a dense model of the same shape with the same settings, and compares them.
 #   launch/hybrid_vs_dense.sh SIZE OUTPUT [setting=value …]      e.g. 125m launch/results/2026-11-22-h100-125m train.steps=300
 set -euo pipefail
-size=$1 output=${2%.json}
+usage="usage: launch/hybrid_vs_dense.sh SIZE OUTPUT [setting=value …]"
+size=${1:?$usage} output=${2:?$usage}
+output=${output%.json}
 shift 2
 runs=runs/compare-$(basename "$output")
 for kind in hybrid dense; do

@@ -5,7 +5,8 @@
 #   launch/layout_study.sh FOLDER [setting=value …]     e.g. launch/layout_study.sh runs/sweeps/layouts hydra.launcher.n_jobs=3
 # FOLDER/sweep.{csv,png} contain losses and tokens/s. After an interruption the same command resumes.
 set -euo pipefail
-folder=$1
+usage="usage: launch/layout_study.sh FOLDER [setting=value …]"
+folder=${1:?$usage}
 shift
 launch=$(dirname "$0")
 common=(+model=30m_hybrid seed=1,2 hydra.sweep.dir="$folder" "$@")

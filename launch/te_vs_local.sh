@@ -5,7 +5,9 @@
 #   launch/te_vs_local.sh SIZE OUTPUT [setting=value …]   e.g.
 #   launch/te_vs_local.sh 125m runs/te train.steps=100 optim.warmup_steps=10 train.global_batch_size=8 train.micro_batch_size=4
 set -euo pipefail
-size=$1 output=${2%.json}
+usage="usage: launch/te_vs_local.sh SIZE OUTPUT [setting=value …]"
+size=${1:?$usage} output=${2:?$usage}
+output=${output%.json}
 shift 2
 here=$(dirname "$0")
 runs=runs/te-$(basename "$output")
