@@ -37,7 +37,7 @@ from s2train.planning.report import figures, letter_rows
 from s2train.preparation.bundled_corpus import ensure_prepared
 from s2train.training.auxiliary_losses import AuxiliaryLosses
 from s2train.training.kernel_caches import set_cache_folders
-from s2train.training.layout_picture import LayoutPicture
+from s2train.training.layout_picture import LayoutPicture, check_matplotlib
 from s2train.training.loop import Speed, Trainer
 from s2train.training.metrics import Tracker
 from s2train.training.optimizer import build_optimizer, wrap_data_parallel
@@ -78,6 +78,7 @@ def run(cfg: PretrainConfig, plan: Plan, times: StartTimes | None = None) -> Non
         import_libraries(cfg, hybrid_layout(cfg), plan.hardware)
         check_options(cfg)
         check_tensorboard(cfg)
+        check_matplotlib()
         times.end("libraries")
         backend = backend_of(cfg)
         cfg, tokenizer = run_tokenizer(cfg)
