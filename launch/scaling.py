@@ -29,10 +29,11 @@ from typing import Any
 
 import _surroundings  # noqa: F401 (prints why the rest can't start)
 
+from s2train.command_line.composition import CONF, config_groups
 from s2train.command_line.program import run_command, settings_before_options
 from s2train.comparison.runs import environment
 from s2train.environment.hardware import detect_own
-from s2train.errors import ConfigError
+from s2train.errors import ConfigError, TrainingError
 from s2train.files import check_writable, output_stem, replacing
 from s2train.scaling.jobs import Runner, rank_environment
 from s2train.scaling.launchers import Launcher, by_fork, by_torchrun, forks_problem
@@ -55,10 +56,10 @@ def scaling(given: argparse.Namespace) -> None:
     """Run the parts, and write the results after each run.
 
     Raises:
-        ConfigError: the output or its runs exist from other settings, or there is no division for the devices.
+        ConfigError: the output or its runs exist from other settings, or an option can't work.
+        TrainingError: runs failed; their errors are in the results.
     """
-    if given.gpus not in VARIANTS:
-        raise ConfigError("--gpus", given.gpus, "no divisions are known for it", f"Choose from {sorted(VARIANTS)}")
+    _check(given)
     output = output_stem(given.output, "OUTPUT")
     path, jobs = (output.with_name(output.name + suffix) for suffix in (".json", ".jobs.json"))
     runs = Path("runs") / f"scaling-{output.name}"
@@ -99,6 +100,27 @@ def scaling(given: argparse.Namespace) -> None:
             result = found
         write(name, result | {"seconds": time.monotonic() - began})
         print("\n".join(lines(name, result)), flush=True)
+    if failed := [name for name in chosen if not is_done(content["parts"][name])]:
+        raise TrainingError(f"runs of {', '.join(failed)} failed; the same command repeats them")
+
+
+def _check(given: argparse.Namespace) -> None:
+    """Check the options.
+
+    Raises:
+        ConfigError: there is no division for the devices, no such model, or a number is too small.
+    """
+    if given.gpus not in VARIANTS:
+        raise ConfigError("--gpus", given.gpus, "no divisions are known for it", f"Choose from {sorted(VARIANTS)}")
+    known = config_groups(CONF)["model"]
+    long = [f"{given.long_size}_{kind}" for kind in ("hybrid", "dense")]
+    for option, models in (("--models", given.models), ("--parity-model", [given.parity_model]), ("--long-size", long)):
+        for model in models:
+            if model not in known:
+                raise ConfigError(option, model, "unknown model", f"There are {', '.join(known)}")
+    for name in ("parity_at_once", "seq_length", "sequences", "attention_length", "long_layers", "timeout"):
+        if (value := getattr(given, name)) is not None and value <= 0:
+            raise ConfigError(f"--{name.replace('_', '-')}", value, "is too small", "Set a positive number")
 
 
 def _resumed(given: Path, path: Path, runs: Path, asked: dict[str, Any]) -> dict[str, Any]:

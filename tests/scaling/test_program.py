@@ -42,6 +42,31 @@ def test_a_number_of_gpus_without_divisions_is_rejected(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["--parity-at-once", "0"], "--parity-at-once=0: is too small"),
+        (["--long-size", "8b"], "--long-size=8b_hybrid: unknown model"),
+        (["--models", "1b_hybrid", "1b_hybird"], "--models=1b_hybird: unknown model"),
+    ],
+)
+def test_an_option_that_cannot_work_is_rejected(tmp_path: Path, options: list[str], line: str) -> None:
+    done = run("scaling.py", "two", *options, processes=0, cwd=tmp_path)
+    assert done.status == 2
+    assert line in error_line(done)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_failed_runs_are_recorded_and_the_program_fails(tmp_path: Path) -> None:
+    options = ["--scaling", "--models", "tiny_dense", "train.seq_length=-1", "--launcher", "torchrun"]
+    done = run("scaling.py", "two", *options, processes=0, cwd=tmp_path)
+    assert done.status == 1
+    assert "runs of scaling failed; the same command repeats them" in done.err
+    rows = json.loads((tmp_path / "two.json").read_text())["parts"]["scaling"]["models"]["tiny_dense"]
+    assert all("train.seq_length=-1" in row["error"] for row in rows.values())
+
+
 @pytest.mark.slow
 def test_an_interrupted_measurement_resumes_on_another_machine(tmp_path: Path) -> None:
     """Speed of two processes, without a checkpoint; then with the results' two files alone."""
