@@ -1,4 +1,4 @@
-"""How programs with argparse options read a command line, and how a program reports its failure to torchrun."""
+"""How programs with argparse options read a command line, and how a program reports its failure."""
 
 import argparse
 import json
@@ -10,6 +10,7 @@ from unittest import mock
 import pytest
 
 from s2train.command_line.program import run_command, settings_before_options
+from s2train.planning import compose_run
 
 
 @pytest.mark.parametrize(
@@ -54,3 +55,16 @@ def test_torchruns_error_file_is_complete_or_absent(tmp_path: Path, monkeypatch:
         run_command(fail)
     message = json.loads((tmp_path / "error.json").read_text())["message"]["message"]
     assert message == "RuntimeError: connection closed by peer"
+
+
+def test_settings_that_do_not_compose_within_a_program_are_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ["+model=tiny_hybrid", "model.hiden_size=64"]
+    monkeypatch.setattr("sys.argv", ["program.py", "output", "--quick", *settings])
+    monkeypatch.delenv("S2TRAIN_STATUS_FILE", raising=False)
+    with pytest.raises(SystemExit) as ended:
+        run_command(lambda: print(compose_run(settings)))
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: model.hiden_size=64: no such setting. Did you mean model.hidden_size?")
