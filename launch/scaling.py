@@ -67,7 +67,8 @@ def scaling(given: argparse.Namespace) -> None:
     content = _resumed(given.output, path, runs, asked)
     check_writable("OUTPUT", path.parent)
     runs.mkdir(parents=True, exist_ok=True)
-    (runs / "asked.json").write_text(json.dumps(asked))
+    with replacing(runs / "asked.json") as temporary:
+        temporary.write_text(json.dumps(asked))
     recorded = Recorded(jobs)
     launch = _launcher(given.launcher)
     runner = Runner(runs.absolute(), given.gpus, recorded, launch, given.settings, given.timeout)

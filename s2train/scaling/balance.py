@@ -20,6 +20,7 @@ from torch import Tensor
 from s2train.attention.kind import LayerLayout
 from s2train.attention.registry import LETTERS
 from s2train.config import ParallelConfig
+from s2train.files import replacing
 from s2train.kernels.attention import block_sparse_attention
 from s2train.kernels.benchmarks.timing import Clock
 from s2train.layouts.patterns import Dense, LocalVertical, Pattern
@@ -144,7 +145,8 @@ def main() -> None:
     device = setup.initialize(ParallelConfig(), seed=1)
     result = balance(Meter(Shape(given.length), device, given.passes), Recorded(given.recorded))
     if torch.distributed.get_rank() == 0:
-        given.output.write_text(json.dumps(result))
+        with replacing(given.output) as temporary:
+            temporary.write_text(json.dumps(result))
     setup.shutdown()
 
 

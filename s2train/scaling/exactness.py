@@ -18,6 +18,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from s2train.config import ParallelConfig
+from s2train.files import replacing
 from s2train.kernels.attention import block_sparse_attention
 from s2train.kernels.reference import reference_attention
 from s2train.megatron import setup
@@ -83,7 +84,8 @@ def main() -> None:
         error[mode][name] <= 2 * error["one"][name] for error in errors.values() for mode in error for name in NAMES
     )
     if torch.distributed.get_rank() == 0:
-        given.output.write_text(json.dumps({"length": given.length, "errors": errors, "agrees": agrees}))
+        with replacing(given.output) as temporary:
+            temporary.write_text(json.dumps({"length": given.length, "errors": errors, "agrees": agrees}))
     setup.shutdown()
 
 

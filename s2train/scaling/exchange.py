@@ -18,6 +18,7 @@ from megatron.core import parallel_state
 
 from s2train.config import ParallelConfig
 from s2train.costs.attention import density
+from s2train.files import replacing
 from s2train.kernels.benchmarks.timing import Clock
 from s2train.megatron import setup
 from s2train.megatron.context_parallel.all_gather import chunk_ids, gather_sequence
@@ -98,7 +99,8 @@ def main() -> None:
         for case in CASES
     ]
     if torch.distributed.get_rank() == 0:
-        given.output.write_text(json.dumps({"length": given.length, "cases": results}))
+        with replacing(given.output) as temporary:
+            temporary.write_text(json.dumps({"length": given.length, "cases": results}))
     setup.shutdown()
 
 
