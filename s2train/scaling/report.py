@@ -14,7 +14,10 @@ def _parity(result: dict[str, Any]) -> list[str]:
     text = [f"{name}: {error}" for name, error in result["errors"].items()]
     for name, value in result.get("deviation", {}).items():
         text.append(f"{name}: {value:.1e} from one process, rounding allows {result['tolerance']:.1e}")
-    for case, errors in result["cp_attention_fp32"].get("errors", {}).items():
+    attention = result["cp_attention_fp32"]
+    if "error" in attention:
+        text.append(f"attention alone, fp32: {attention['error']}")
+    for case, errors in attention.get("errors", {}).items():
         largest = ", ".join(f"{mode} {max(error.values()):.1e}" for mode, error in errors.items())
         text.append(f"attention alone, fp32, {case}: largest errors {largest}")
     return [*text, f"parity: {'holds' if result['agrees'] else 'FAILS'}"]
@@ -89,11 +92,14 @@ def _crossing(cases: list[dict[str, Any]]) -> str:
 
     Checks the limit of `parallel.cp_exchange=auto`.
     """
-    won = {
-        case["share_of_gathering"]: _slowest(case["ranks"], "blocks") < _slowest(case["ranks"], "gather")
+    won = sorted(
+        (case["share_of_gathering"], _slowest(case["ranks"], "blocks") < _slowest(case["ranks"], "gather"))
         for case in cases
+    )
+    shares = {
+        wins: list(dict.fromkeys(f"{share:.1%}" for share, is_faster in won if is_faster is wins))
+        for wins in (True, False)
     }
-    shares = {wins: [f"{share:.1%}" for share in sorted(won) if won[share] is wins] for wins in (True, False)}
     faster, slower = (", ".join(shares[wins]) or "none" for wins in (True, False))
     return f"blocks were faster than gather at these shares of the bytes: {faster}; slower at: {slower}"
 

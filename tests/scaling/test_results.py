@@ -123,3 +123,19 @@ def test_one_bit_anywhere_in_a_checkpoint_is_a_difference(changed: dict[str, Any
     }
     assert find_differences(values, dict(values)) == (3, [])
     assert find_differences(values, values | changed)[1] == list(changed)
+
+
+def exchange_case(blocks_ms: float, gather_ms: float) -> dict[str, Any]:
+    times = {"blocks": {"forward": blocks_ms}, "gather": {"forward": gather_ms}}
+    rank = {"attention_ms": times, "exchange_ms": 1.0, "gather_ms": 2.0}
+    return {"case": "b64", "density": 0.1, "share_of_gathering": 0.25, "ranks": [rank]}
+
+
+def test_layouts_that_exchange_the_same_share_are_all_compared() -> None:
+    text = lines("cp_bytes", {"cases": [exchange_case(1, 2), exchange_case(3, 2), exchange_case(4, 2)]})
+    assert text[-1].endswith("at these shares of the bytes: 25.0%; slower at: 25.0%")
+
+
+def test_a_failed_measurement_of_attention_alone_is_reported() -> None:
+    text = lines("parity", {"errors": {}, "agrees": False, "cp_attention_fp32": {"error": "not done after 300 s"}})
+    assert text == ["attention alone, fp32: not done after 300 s", "parity: FAILS"]
