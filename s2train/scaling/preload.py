@@ -6,10 +6,10 @@ Does not initialise CUDA.
 import gc
 from importlib import import_module
 
+from s2train.command_line.program import leave_out_warnings
 from s2train.megatron.lazy_imports import import_megatron
 
 _MODULES = (
-    "s2train.command_line.program",
     "s2train.planning",
     "s2train.scaling.balance",
     "s2train.scaling.exactness",
@@ -18,6 +18,7 @@ _MODULES = (
     "s2train.training.run",
 )
 
+leave_out_warnings()  # this process has the terminal of the program
 import_megatron()
 for _module in _MODULES:
     import_module(_module)
