@@ -101,6 +101,11 @@ def run_command(command: Callable[[], None]) -> None:
         _exit_without_restart(f"error: {error}", 1)
     except TrainingError as error:
         _exit(f"error: {error}", 1)
+    except HydraException as error:  # of a run that the program composes; may be an OSError
+        from s2train.config import PretrainConfig
+
+        settings = [word for word in sys.argv[1:] if _SETTING.match(word)]
+        _reject(explain(error, settings, config_groups(CONF), PretrainConfig))
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -111,11 +116,6 @@ def run_command(command: Callable[[], None]) -> None:
         _exit_without_restart(_lines(error), USAGE_STATUS)
     except ConfigError as error:
         _reject(str(error).splitlines()[0])
-    except HydraException as error:  # of a run that the program composes from its settings
-        from s2train.config import PretrainConfig
-
-        settings = [word for word in sys.argv[1:] if _SETTING.match(word)]
-        _reject(explain(error, settings, config_groups(CONF), PretrainConfig))
     except Exception as error:  # Python prints its stack
         _write_torchelastic_error(f"{type(error).__name__}: {error}".splitlines()[0])
         raise

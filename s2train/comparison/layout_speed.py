@@ -27,7 +27,7 @@ from rich.table import Table
 
 from s2train.attention.hybrid import HybridLayout
 from s2train.command_line.layout_files import PREFIX
-from s2train.command_line.program import settings_before_options
+from s2train.command_line.program import run_command, settings_before_options
 from s2train.comparison.layer_speed import LayerTimer, Record, Sizes
 from s2train.config import ParallelConfig, PretrainConfig, head_dim
 from s2train.costs.attention import density
@@ -284,4 +284,4 @@ def _table(data: Record) -> Table:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(lambda: sys.exit(main()))

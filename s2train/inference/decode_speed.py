@@ -24,7 +24,7 @@ from rich.table import Table
 from torch import Tensor
 
 from s2train.attention.features import Feature
-from s2train.command_line.program import settings_before_options
+from s2train.command_line.program import run_command, settings_before_options
 from s2train.config import ParallelConfig
 from s2train.environment.versions import versions
 from s2train.inference.cached_model import CachedModel, hidden_states
@@ -224,4 +224,4 @@ def _row(record: Record) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(lambda: sys.exit(main()))

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from s2train.attention.hybrid import HybridLayout
-from s2train.command_line.program import settings_before_options
+from s2train.command_line.program import run_command, settings_before_options
 from s2train.config import LayoutConfig, ModelConfig
 from s2train.costs.attention import density
 from s2train.errors import ConfigError
@@ -158,4 +158,4 @@ def _densities(hybrid: HybridLayout, lengths: Sequence[int]) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(lambda: sys.exit(main()))

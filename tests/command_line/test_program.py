@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import runpy
 import shlex
 from pathlib import Path
 from unittest import mock
@@ -68,3 +69,24 @@ def test_settings_that_do_not_compose_within_a_program_are_one_line(
     assert ended.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: model.hiden_size=64: no such setting. Did you mean model.hidden_size?")
+
+
+@pytest.mark.parametrize(
+    ("module", "options"),
+    [
+        ("s2train.inference.decode_speed", []),
+        ("s2train.comparison.layout_speed", ["--output", "speed.json"]),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules.*:RuntimeWarning")
+def test_a_model_that_a_measurement_does_not_find_is_one_line(
+    module: str, options: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", [module, "+model=7b_hybird", *options])
+    monkeypatch.delenv("S2TRAIN_STATUS_FILE", raising=False)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(module, run_name="__main__")
+    assert ended.value.code == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "model=7b_hybird" in line
+    assert "Did you mean +model=7b_hybrid?" in line
