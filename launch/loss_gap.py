@@ -1,7 +1,6 @@
 """Compare losses of finished runs: `python launch/loss_gap.py BASE_RUN RUN … [--output FILE.json]`."""
 
 import argparse
-import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from rich.console import Console
 
 from s2train.command_line.program import run_command
 from s2train.comparison.loss_gap import gaps, table
-from s2train.files import output_stem, replacing
+from s2train.files import output_stem, write_json
 
 
 def main() -> None:
@@ -30,10 +29,8 @@ def show(base: Path, runs: list[Path], output: Path | None) -> None:
     Console(width=100).print(table(base, found))
     if output is not None:
         stem = output_stem(output, "--output")
-        with replacing(stem.with_name(stem.name + ".json")) as temporary:
-            temporary.write_text(
-                json.dumps({"base": base.name, "runs": [asdict(gap) for gap in found]}, indent=1) + "\n"
-            )
+        content = {"base": base.name, "runs": [asdict(gap) for gap in found]}
+        write_json(stem.with_name(stem.name + ".json"), content)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from s2train.command_line.program import run_command, settings_before_options
 from s2train.comparison.runs import environment
 from s2train.environment.hardware import detect_own
 from s2train.errors import ConfigError, TrainingError
-from s2train.files import check_writable, output_stem, replacing
+from s2train.files import check_writable, output_stem, replacing, write_json
 from s2train.scaling.jobs import Runner, rank_environment
 from s2train.scaling.launchers import Launcher, by_fork, by_torchrun, forks_problem
 from s2train.scaling.long_steps import Request, long_steps
@@ -88,8 +88,7 @@ def scaling(given: argparse.Namespace) -> None:
 
     def write(name: str, result: dict[str, Any]) -> None:
         content["parts"][name] = result
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(content, indent=1) + "\n")
+        write_json(path, content)
 
     for name in (name for name in chosen if not is_done(content["parts"].get(name))):
         began = time.monotonic()

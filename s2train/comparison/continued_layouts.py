@@ -22,7 +22,7 @@ from s2train.comparison.claims import claim
 from s2train.config import PlanConfig, PretrainConfig
 from s2train.environment.provenance import environment
 from s2train.errors import ConfigError
-from s2train.files import check_writable, replacing
+from s2train.files import check_writable, replacing, write_json
 from s2train.needles.results import weights_fingerprint
 from s2train.semsa.frontier_points import DENSE, NAMES, Point
 from s2train.semsa.frontier_results import check_same_layouts, read_frontier
@@ -272,8 +272,7 @@ def _recording(study: Study) -> FileLock:
 
 def _write_rows(study: Study, rows: list[dict[str, Any]]) -> None:
     content = {**_about(study), "rows": rows, "environment": environment()}
-    with replacing(study.results) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_json(study.results, content)
 
 
 def read_results(folder: Path) -> dict[str, Any]:

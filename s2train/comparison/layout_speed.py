@@ -33,7 +33,7 @@ from s2train.config import ParallelConfig, PretrainConfig, head_dim
 from s2train.costs.attention import density
 from s2train.environment.versions import versions
 from s2train.errors import ConfigError
-from s2train.files import replacing
+from s2train.files import write_json
 from s2train.kernels.benchmarks.run import failures
 from s2train.megatron.layout_cache import LayoutCache
 from s2train.megatron.setup import initialize, shutdown
@@ -245,8 +245,7 @@ class _Session:
     def _keep(self, part: str, record: Record) -> None:
         self.data[part].append(record)
         if part != "layers" or time.monotonic() - self._written > _SECONDS_UNWRITTEN:
-            with replacing(self.output) as temporary:
-                temporary.write_text(json.dumps(self.data, indent=1) + "\n")
+            write_json(self.output, self.data)
             self._written = time.monotonic()
         if part != "layers":
             print(json.dumps({name: value for name, value in record.items() if name != "check"}), flush=True)

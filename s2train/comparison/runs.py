@@ -1,6 +1,5 @@
 """Compares finished runs: a table, a picture, and their environment."""
 
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from s2train.environment.provenance import environment
 from s2train.errors import ConfigError
-from s2train.files import check_writable, output_stem, replacing
+from s2train.files import check_writable, output_stem, write_json
 from s2train.training.records import read_curves, read_records
 
 if TYPE_CHECKING:
@@ -124,8 +123,7 @@ def compare(run_dirs: Sequence[Path], output: Path, command: str) -> "Table":
         raise ConfigError("runs", [str(r) for r in run_dirs], "two run folders share a name", "Rename one")
     draw_comparison(runs, picture_path)
     content = {"command": command, **environment(), "runs": [asdict(summary) for summary in summaries]}
-    with replacing(table_path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
+    write_json(table_path, content)
     table = Table("run", "steps", "tokens", "loss", *HEADINGS, "ms/step", "tokens/s", "TFLOP/s", "MFU", "peak GiB")
     for s in summaries:
         table.add_row(

@@ -9,7 +9,6 @@ have none.) Nothing is saved.
 """
 
 import argparse
-import json
 import os
 import shlex
 import statistics
@@ -31,7 +30,7 @@ from s2train.command_line.program import run_command, settings_before_options
 from s2train.comparison.import_times import file_seconds, import_times, table_of_imports
 from s2train.environment.provenance import environment
 from s2train.errors import ConfigError, TrainingError
-from s2train.files import replacing
+from s2train.files import write_json
 from s2train.training.records import read_records
 
 _LAUNCH = Path(__file__).parents[2] / "launch"
@@ -187,8 +186,7 @@ def measure_and_show(given: argparse.Namespace) -> None:
     def keep(starts: Sequence[Start], **more: object) -> None:
         if given.output is not None:
             content = {**command, **more, "starts": [asdict(start) for start in starts]}
-            with replacing(given.output) as temporary:
-                temporary.write_text(json.dumps(content, indent=1) + "\n")
+            write_json(given.output, content)
 
     starts = measure_all(request, given.cold, given.starts, given.together, keep)
     console.print(table(starts))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from s2train.config import NeedleConfig, PretrainConfig
-from s2train.files import replacing
+from s2train.files import write_json
 from s2train.needles.scores import RULER_THRESHOLD, Score, effective_length
 
 _END_BYTES = 1 << 16  # of each end of a shard, for its fingerprint
@@ -154,8 +154,7 @@ class NeedleResults:
             **asdict(self),
             "cells": [asdict(cell) | cell.score.as_json() for cell in self.cells],
         }
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_json(path, content)
 
     def _contained_json(self) -> dict[str, object] | None:
         """RULER's score, as JSON; None if a cell lacks it."""

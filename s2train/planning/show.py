@@ -1,6 +1,5 @@
 """Shows a layout's coverage, reach and costs: tables, picture, JSON."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +18,7 @@ from s2train.config import ShowLayoutConfig
 from s2train.costs.memory import GIB
 from s2train.costs.prediction import LENGTHS, ModelCosts, known_lengths, model_costs
 from s2train.errors import ConfigError
-from s2train.files import check_writable, replacing
+from s2train.files import check_writable, write_json
 from s2train.pictures import choose_layers, draw_layout
 from s2train.pictures.style import tokens
 from s2train.planning.checks import check_blocks, hybrid_layout
@@ -59,9 +58,7 @@ def show(cfg: ShowLayoutConfig) -> None:
     console.print(_reach_table(distances, seq_length))
     console.print(_length_table(by_length))
     draw_layout(hybrid, seq_length, folder / "layout.png", cfg.layers, cfg.model.name)
-    with replacing(folder / "layout.json") as temporary:
-        content = _content(cfg, hybrid, here, by_length, distances)
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_json(folder / "layout.json", _content(cfg, hybrid, here, by_length, distances))
     console.print(f"picture {folder / 'layout.png'}   figures {folder / 'layout.json'}")
 
 

@@ -18,7 +18,7 @@ from s2train.config import CorpusConfig
 from s2train.distributed.worker_pool import worker_pool
 from s2train.environment.cores import available_cores
 from s2train.errors import ConfigError
-from s2train.files import check_writable, replacing
+from s2train.files import check_writable, replacing, write_json
 
 TRAIN, HELD_OUT, DESCRIPTION = "train.jsonl", "held-out.jsonl", "corpus.json"
 FILES_FOR_PROCESSES = 1_000  # fewer are read in this process
@@ -98,8 +98,7 @@ def make_corpus(cfg: CorpusConfig) -> Corpus:
         part = "train" if name == TRAIN else "held_out"
         setattr(corpus, f"{part}_documents", documents)
         setattr(corpus, f"{part}_chars", chars)
-    with replacing(output / DESCRIPTION) as temporary:
-        temporary.write_text(json.dumps(asdict(corpus), indent=1) + "\n")
+    write_json(output / DESCRIPTION, asdict(corpus))
     return corpus
 
 

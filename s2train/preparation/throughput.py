@@ -23,7 +23,7 @@ from s2train.config import PrepareConfig
 from s2train.data.bundled import bundled_corpus_files
 from s2train.data.tokenizers import train_bpe
 from s2train.errors import ConfigError
-from s2train.files import replacing
+from s2train.files import write_json
 from s2train.preparation.cutting import split_documents
 from s2train.preparation.prepare import prepare
 
@@ -110,8 +110,7 @@ def main() -> None:
         "load_average_before_the_end": os.getloadavg()[1],
         "results": results,
     }
-    with replacing(given.output) as path:
-        path.write_text(json.dumps(about, indent=1) + "\n")
+    write_json(given.output, about)
 
 
 if __name__ == "__main__":

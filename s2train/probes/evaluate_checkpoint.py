@@ -1,7 +1,6 @@
 """Runs the long-range probes on a checkpoint."""
 
 import hashlib
-import json
 import os
 import shlex
 import sys
@@ -20,7 +19,7 @@ from s2train.data.tokenizers import Tokenizer
 from s2train.environment.hardware import Hardware, detect_own
 from s2train.environment.provenance import environment
 from s2train.errors import ConfigError
-from s2train.files import check_output, replacing
+from s2train.files import check_output, write_json
 from s2train.inference.generation import generate
 from s2train.megatron.setup import initialize, shutdown
 from s2train.needles.results import weights_fingerprint
@@ -131,8 +130,7 @@ def evaluate(cfg: ProbesConfig) -> dict[str, Any]:
         "environment": environment(),
     }
     if os.environ.get("RANK", "0") == "0":
-        with replacing(request.output) as temporary:
-            temporary.write_text(json.dumps(content, indent=1) + "\n")
+        write_json(request.output, content)
         print(summary(content), f"results in {request.output}", sep="\n", flush=True)
     shutdown()
     return content

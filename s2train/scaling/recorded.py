@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from s2train.files import replacing
+from s2train.files import write_json
 from s2train.scaling.timing import over_ranks
 
 Result = dict[str, Any]
@@ -58,5 +58,4 @@ class Recorded:
         return result
 
     def _write(self) -> None:
-        with replacing(self.path) as temporary:
-            temporary.write_text(json.dumps(self._results, indent=1) + "\n")
+        write_json(self.path, self._results)

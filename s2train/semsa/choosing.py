@@ -3,7 +3,6 @@
 The steps: read the settings, solve, and write the layout with its picture and figures.
 """
 
-import json
 import shlex
 import sys
 from collections import Counter
@@ -21,7 +20,7 @@ from s2train.config import LayoutConfig
 from s2train.costs.memory import GIB
 from s2train.costs.prediction import ModelCosts, model_costs
 from s2train.errors import ConfigError
-from s2train.files import check_output, replacing
+from s2train.files import check_output, write_json
 from s2train.kernels.block_statistics.effects import SUMS
 from s2train.semsa.config import ChooseLayoutConfig
 from s2train.semsa.layouts import Candidates, build_layout, layout_settings, sees_everything, write_layout
@@ -78,8 +77,7 @@ def choose_layout(cfg: ChooseLayoutConfig) -> Choice:
     hybrid = build_layout(choice.layout, profile)
     picture, figures = output.with_suffix(".png"), output.with_suffix(".json")
     draw_choice(picture, profile, hybrid, choice.lengths[-1])
-    with replacing(figures) as temporary:
-        temporary.write_text(json.dumps(_content(cfg, profile, choice, command), indent=1) + "\n", encoding="utf-8")
+    write_json(figures, _content(cfg, profile, choice, command))
     console.print(f"layout {output} (use it as layout=file:{output})   picture {picture}   figures {figures}")
     return choice
 

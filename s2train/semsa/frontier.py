@@ -25,7 +25,7 @@ from s2train.distributed.agreement import broadcast_from_rank_0
 from s2train.environment.hardware import detect_own
 from s2train.environment.provenance import environment
 from s2train.errors import ConfigError
-from s2train.files import check_writable, replacing
+from s2train.files import check_writable, write_json
 from s2train.layouts.patterns import Dense
 from s2train.layouts.schedules import find_schedule
 from s2train.megatron.setup import initialize, shutdown
@@ -199,8 +199,7 @@ def _write(folder: Path, point: Point, layers: Layers, profile: Profile) -> str:
 
 
 def save(output: Path, content: dict[str, Any]) -> None:
-    with replacing(output) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_json(output, content)
 
 
 def _speedup(layers: Sequence[Sequence[Any]], profile: Profile) -> float:

@@ -25,7 +25,7 @@ from rich.table import Table
 from s2train.command_line.program import run_command
 from s2train.environment.provenance import environment
 from s2train.errors import ConfigError
-from s2train.files import output_stem, replacing
+from s2train.files import output_stem, write_json
 from s2train.semsa.frontier_pictures import draw_axes, draw_spans
 from s2train.semsa.frontier_points import DENSE, NAMES
 from s2train.semsa.frontier_results import check_same_layouts, needle_answers, read_frontier
@@ -190,8 +190,7 @@ def report(output: Path, folders: Sequence[Path], title: str | None = None) -> T
         "rows": [asdict(row) for row in rows],
         "environment": environment(),
     }
-    with replacing(stem.with_name(f"{stem.name}.json")) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_json(stem.with_name(f"{stem.name}.json"), content)
     draw_axes(stem.with_name(f"{stem.name}.png"), content)
     draw_spans(stem.with_name(f"{stem.name}-spans.png"), content, [_chosen(model) for model in models])
     return table(content)

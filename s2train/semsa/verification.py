@@ -4,7 +4,6 @@ A mask removes a single block from a query block, or what a rule drops from a he
 """
 
 import itertools
-import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from s2train.environment.provenance import environment
-from s2train.files import replacing
+from s2train.files import replacing, write_json
 from s2train.kernels.block_statistics.effects import SUMS
 from s2train.pictures.style import GREY, SPARSE, Sheet, plain
 from s2train.semsa.accumulation import Accumulator
@@ -100,8 +99,7 @@ def verify(
             "rules": [asdict(case) for case in of_rules],
         }
         draw(output.with_suffix(".png"), of_blocks, of_rules, request.subject.trained.model.name)
-        with replacing(output) as temporary:  # last: with it the verification is complete
-            temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_json(output, content)  # last: with it the verification is complete
         Console(soft_wrap=True, width=120).print(*_tables(content))
         print(f"verification {output} and {output.with_suffix('.png')}", flush=True)
 

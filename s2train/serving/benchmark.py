@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from s2train.environment.versions import versions
-from s2train.files import replacing
+from s2train.files import replacing, write_json
 from s2train.kernels.versions import installed_version
 from s2train.serving.measure import Record, longest_sequence, measure
 
@@ -122,8 +122,7 @@ def _take_rows(folder: Path, result: Record, output: Path | None) -> None:
         return
     model |= found
     if output is not None:
-        with replacing(output) as new:
-            new.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(output, result)
 
 
 def _table(models: Sequence[Record]) -> Table:

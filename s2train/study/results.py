@@ -9,7 +9,7 @@ from typing import Any
 from s2train.comparison.runs import Summary, summarize
 from s2train.environment.provenance import environment
 from s2train.errors import ConfigError
-from s2train.files import replacing
+from s2train.files import write_json
 from s2train.study.files import Folders
 from s2train.study.recall import Recall, recall_curve
 from s2train.study.settings import Recipe
@@ -103,8 +103,7 @@ def save_result(
         "environment": environment(),
     }
     path = folders.result(run)
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
+    write_json(path, content)
     return path
 
 

@@ -11,7 +11,7 @@ from filelock import FileLock
 
 from s2train.comparison.runs import summarize
 from s2train.environment.provenance import environment
-from s2train.files import replacing
+from s2train.files import write_json
 from s2train.study.files import Folders
 from s2train.study.settings import Recipe, train_settings
 from s2train.study.variants import Run, has_warm_up
@@ -58,8 +58,7 @@ def record(folders: Folders, run: Run, gpus: int) -> dict[str, Any]:
     folders.results.mkdir(parents=True, exist_ok=True)
     with FileLock(folders.root / "speed" / "record.lock"):
         content = {"rows": {**read(folders), name: row}, "environment": environment()}
-        with replacing(folders.speed) as temporary:
-            temporary.write_text(json.dumps(content, indent=1) + "\n")
+        write_json(folders.speed, content)
     return row
 
 

@@ -15,7 +15,7 @@ from s2train.comparison.claims import claim
 from s2train.data.indexed import read_metadata
 from s2train.environment.provenance import environment
 from s2train.errors import ConfigError
-from s2train.files import replacing
+from s2train.files import write_json
 from s2train.study.files import Folders
 from s2train.study.settings import HELD_OUT_TOKENS, Recipe, data_settings, micro_batch
 from s2train.study.variants import PHASES, SEEDS, attention_settings
@@ -100,8 +100,7 @@ def record(folders: Folders, trial: Trial) -> None:
             "trials": sorted(rows, key=lambda row: (row["batch_tokens"], row["lr"])),
             "environment": environment(),
         }
-        with replacing(folders.sweep) as temporary:
-            temporary.write_text(json.dumps(content, indent=1) + "\n")
+        write_json(folders.sweep, content)
 
 
 def read(folders: Folders) -> list[dict[str, Any]]:

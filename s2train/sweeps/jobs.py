@@ -13,7 +13,7 @@ from s2train.command_line.old_names import OLD_NAMES, rename_saved, renamed
 from s2train.comparison.runs import Summary, summarize
 from s2train.config import PretrainConfig, settings_by_name
 from s2train.errors import ConfigError
-from s2train.files import replacing
+from s2train.files import write_json
 from s2train.sweeps.names import setting_and_value
 from s2train.training.records import read_records
 
@@ -182,9 +182,8 @@ def _rank_logs(folder: Path) -> list[Path]:
 
 def write_record(sweep_dir: Path, jobs: list[Job]) -> None:
     """Write a sweep's jobs to its folder."""
-    with replacing(sweep_dir / RECORD) as temporary:
-        content = [asdict(job) | {"folder": job.folder.name} for job in jobs]
-        temporary.write_text(json.dumps({"jobs": content}, indent=1) + "\n")
+    content = [asdict(job) | {"folder": job.folder.name} for job in jobs]
+    write_json(sweep_dir / RECORD, {"jobs": content})
 
 
 def read_record(sweep_dir: Path) -> list[Job]:

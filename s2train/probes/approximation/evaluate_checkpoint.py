@@ -1,6 +1,5 @@
 """Measures HyperAttention's effect on a checkpoint, and checks its assumptions."""
 
-import json
 import math
 import shlex
 import sys
@@ -20,7 +19,7 @@ from s2train.checkpoints.folders import find_checkpoint, load_for_inference, rea
 from s2train.config import ParallelConfig, PretrainConfig
 from s2train.environment.provenance import environment
 from s2train.errors import ConfigError
-from s2train.files import check_writable, output_stem, replacing
+from s2train.files import check_writable, output_stem, write_json
 from s2train.megatron.model import unwrap
 from s2train.megatron.replaced_attention import AttentionInputs, attention_inputs
 from s2train.megatron.setup import initialize, shutdown
@@ -184,8 +183,7 @@ def diagnose(
         "command": shlex.join(sys.argv),
         "environment": environment(),
     }
-    with replacing(stem.with_name(f"{stem.name}.json")) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
+    write_json(stem.with_name(f"{stem.name}.json"), content)
     _draw(norms, measured, stem.with_name(f"{stem.name}.png"))
     return _norm_table(norms, lengths)
 

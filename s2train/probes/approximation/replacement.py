@@ -22,7 +22,7 @@ from s2train.attention.kind import KindContext, LayerLayout
 from s2train.attention.registry import read_kind
 from s2train.config import PretrainConfig
 from s2train.errors import ConfigError
-from s2train.files import replacing
+from s2train.files import write_json
 from s2train.layouts.patterns import LayerContext
 from s2train.megatron.replaced_attention import replaced_attention
 
@@ -157,8 +157,7 @@ def read_cells(path: Path, asked: dict[str, Any]) -> list[Cell]:
 def write_cells(path: Path, asked: dict[str, Any], cells: Sequence[Cell], more: dict[str, Any]) -> None:
     """Write the question and its cells as JSON."""
     rows = [asdict(cell) | {"perplexity": math.exp(cell.loss)} for cell in cells]
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(asked | more | {"cells": rows}, indent=1) + "\n")
+    write_json(path, asked | more | {"cells": rows})
 
 
 def perplexities(cells: Sequence[Cell], last: int) -> dict[int, float]:
