@@ -18,7 +18,7 @@ import _surroundings  # noqa: F401 (prints why the rest can't start)
 from rich.console import Console
 
 from s2train.command_line.messages import warn
-from s2train.command_line.program import run_command, settings_before_options
+from s2train.command_line.program import run_command, settings_before_options, tokens
 from s2train.comparison.long_steps import Request, measure_all, serve_cases
 from s2train.comparison.long_steps_report import draw, table
 from s2train.comparison.runs import environment
@@ -26,11 +26,6 @@ from s2train.comparison.stacks import stacks_to_compare
 from s2train.environment.hardware import detect_own
 from s2train.errors import ConfigError
 from s2train.files import check_writable, output_stem
-
-
-def tokens(text: str) -> int:
-    """Parse 8k as 8,192."""
-    return int(text[:-1]) * 1024 if text.endswith("k") else int(text)
 
 
 def layers(text: str) -> int | None:

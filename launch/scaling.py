@@ -30,7 +30,7 @@ from typing import Any
 import _surroundings  # noqa: F401 (prints why the rest can't start)
 
 from s2train.command_line.composition import CONF, config_groups
-from s2train.command_line.program import run_command, settings_before_options
+from s2train.command_line.program import run_command, settings_before_options, tokens
 from s2train.comparison.runs import environment
 from s2train.environment.hardware import detect_own
 from s2train.errors import ConfigError, TrainingError
@@ -167,11 +167,6 @@ def has_failed(result: Any) -> bool:
         return False
     errors = [result.get("error"), *result.get("errors", {}).values()]
     return any(isinstance(error, str) for error in errors) or any(map(has_failed, result.values()))
-
-
-def tokens(text: str) -> int:
-    """Parse 512k as 524,288."""
-    return int(text[:-1]) * 1024 if text.endswith("k") else int(text)
 
 
 def main() -> None:

@@ -143,6 +143,14 @@ def settings_before_options(arguments: Sequence[str]) -> list[str]:
     return [*others[:first], *settings, *others[first:]]
 
 
+def tokens(text: str) -> int:
+    """Parse an option's number of tokens, such as 8192 or 8k.
+
+    argparse puts the function's name into its error: invalid tokens value.
+    """
+    return int(text[:-1]) * 1024 if text.endswith("k") else int(text)
+
+
 def _reject_composition(line: str) -> NoReturn:
     from s2train.distributed.rendezvous import is_single_process, reject_on_all_ranks  # imports torch: slow
 
