@@ -22,7 +22,6 @@ from s2train.config import PretrainConfig
 from s2train.costs.memory import GIB, Memory
 from s2train.costs.phases import Phase, mean_flops
 from s2train.distributed.agreement import max_over_ranks
-from s2train.environment.imports import imported_modules
 from s2train.errors import DivergedError, StoppedBySignal
 from s2train.megatron.block_attention import kernels_of
 from s2train.training.auxiliary_losses import AuxiliaryLosses
@@ -154,9 +153,7 @@ class Trainer:
             if step == first:
                 self.times.end("first step")
                 self.tracker.note(f"step {step} done after {self.times}")
-                modules = imported_modules()
-                self.tracker.event("first step", seconds=self.times.seconds, **asdict(modules))
-                self.tracker.note(modules.advice())
+                self.tracker.first_step(self.times.seconds)
                 self.after_first_step()
                 for kernels in kernels_of(self.state.chunks):
                     self.tracker.note(kernels)

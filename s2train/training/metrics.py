@@ -14,6 +14,7 @@ from s2train.batch_sizes import batch_size
 from s2train.checkpoints.folders import Progress
 from s2train.checkpoints.setting_changes import Change
 from s2train.config import PretrainConfig
+from s2train.environment.imports import imported_modules
 from s2train.environment.versions import git_commit, versions
 from s2train.files import set_aside
 from s2train.training.auxiliary_losses import column_means, layer_values
@@ -184,6 +185,17 @@ class Tracker:
     def event(self, name: str, **fields: object) -> None:
         """Record an event other than metrics, such as a resume."""
         self._write({"event": name, **fields})
+
+    def first_step(self, seconds: dict[str, float]) -> None:
+        """Record what the start took, and the modules that it imported.
+
+        Args:
+            seconds: of each part.
+        """
+        if self._active:  # looks for a file of each module
+            modules = imported_modules()
+            self.event("first step", seconds=seconds, **asdict(modules))
+            self.note(modules.advice())
 
     def checkpoint(self, step: int, path: Path) -> None:
         """Record that a checkpoint is complete."""
