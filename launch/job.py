@@ -12,7 +12,6 @@ Takes torchrun's arguments, and adds to torchrun:
   with 1 if its loss diverged. (torchrun itself exits with 1, or restarts the ranks.)
 """
 
-import gc
 import inspect
 import os
 import signal
@@ -23,7 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
-import _quick_imports  # noqa: F401 (pauses garbage collection)
+import _quick_imports  # pauses garbage collection
 import _surroundings  # noqa: F401 (prints why the rest can't start)
 
 import psutil
@@ -36,8 +35,7 @@ from torch.distributed.run import main as torchrun
 
 from s2train.errors import INTERRUPTED_STATUS, STATUS_FILE, USAGE_STATUS
 
-gc.freeze()  # imported objects stay alive: later collections skip them
-gc.enable()
+_quick_imports.end()
 
 DEFAULTS = {
     "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",

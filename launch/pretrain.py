@@ -8,10 +8,9 @@ Sweep: `python launch/pretrain.py -m +model=tiny_hybrid layout=dense,s2_b16_l4_v
 this machine doesn't have. `plan.gpus=64 plan.device=h100-80gb` proposes how to divide the model over 64 of them.
 """
 
-import gc
 import os
 
-import _quick_imports  # noqa: F401 (pauses garbage collection)
+import _quick_imports  # pauses garbage collection
 import _surroundings  # prints why the rest can't start
 
 import hydra
@@ -44,8 +43,7 @@ from s2train.training.start_times import StartTimes
 config.register()
 plugins.register()
 MODELS = config_groups(CONF)["model"]
-gc.freeze()  # imported objects stay alive: later collections skip them
-gc.enable()
+_quick_imports.end()
 TIMES = StartTimes(_surroundings.BEGAN)
 TIMES.end("imports")
 

@@ -3,10 +3,10 @@
 Does not initialise CUDA.
 """
 
-import gc
 from importlib import import_module
 
 from s2train.command_line.program import leave_out_warnings
+from s2train.environment.imports import quick_imports
 from s2train.megatron.lazy_imports import import_megatron
 
 _MODULES = (
@@ -19,7 +19,7 @@ _MODULES = (
 )
 
 leave_out_warnings()  # this process has the terminal of the program
-import_megatron()
-for _module in _MODULES:
-    import_module(_module)
-gc.freeze()  # a fork's garbage collector would copy what it walks
+with quick_imports():  # a fork's garbage collector would copy what it walks
+    import_megatron()
+    for _module in _MODULES:
+        import_module(_module)
