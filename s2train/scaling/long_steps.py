@@ -27,7 +27,7 @@ class Request:
         size: of SIZE_hybrid and SIZE_dense of conf/model.
         lengths: tokens of a sequence; a step takes one.
         agreement: length at which losses are compared with those of two devices.
-        layers: number of layers; None: as many as fit, a multiple of four.
+        layers: number of layers; None: the most that fit, a multiple of four.
         step_s: longest predicted time of a step, for the choice of layers and of the dense model's length.
         settings: of every run.
     """

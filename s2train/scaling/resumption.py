@@ -51,7 +51,7 @@ def resumption_on_fewer(runner: Runner, common: tuple[str, ...]) -> dict[str, An
 
     It runs on all devices, then half, then all.
 
-    Half as many devices are half as many pipeline stages, because their number changes no sum: each weight's gradient
+    Half of the devices are half of the pipeline stages, whose number changes no sum: each weight's gradient
     sums the same micro batches in the same order. Only the norm of all gradients sums by stage, so it is not compared,
     and clips nothing.
     """

@@ -1,6 +1,6 @@
 """Measures each kind of attention against its oracle on one process; prints JSON by kind.
 
-In a process of its own, since Megatron's groups and its CPU mode are global.
+In a separate process, since Megatron's groups and its CPU mode are global.
 """
 
 import json

@@ -1,6 +1,6 @@
 """Traces a step of a small model as `run_steps` does; prints its parts, and what stays, as JSON.
 
-In a process of its own, since Megatron's groups and its CPU mode are global.
+In a separate process, since Megatron's groups and its CPU mode are global.
 """
 
 import gc

@@ -1,6 +1,6 @@
 """Trains small random models once by Megatron's kernels and once by Liger-Kernel's; prints the differences as JSON.
 
-In a process of its own, since Megatron's groups and its CPU mode are global; under torchrun tensor parallel.
+In a separate process, since Megatron's groups and its CPU mode are global; under torchrun tensor parallel.
 """
 
 import json

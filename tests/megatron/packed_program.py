@@ -1,6 +1,6 @@
 """Runs packed documents through small random models, together and one by one; prints the differences as JSON.
 
-In a process of its own, since Megatron's groups and its CPU mode are global; under torchrun tensor parallel.
+In a separate process, since Megatron's groups and its CPU mode are global; under torchrun tensor parallel.
 """
 
 import json

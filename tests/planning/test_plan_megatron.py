@@ -9,7 +9,7 @@ from tests.program import run
 
 pytestmark = [pytest.mark.slow]
 
-# In a process of its own, since Megatron's groups and its CPU mode are global.
+# In a separate process, since Megatron's groups and its CPU mode are global.
 MEASURE = """
 import json, sys
 import torch

@@ -1,6 +1,6 @@
 """Logits of a checkpoint by Megatron, in float32, written to a file.
 
-Arguments: checkpoint, tokens (.npy, int64 [b, s]), output (.npy). In a process of its own, since Megatron's groups and
+Arguments: checkpoint, tokens (.npy, int64 [b, s]), output (.npy). In a separate process, since Megatron's groups and
 its CPU mode are global.
 """
 
