@@ -36,10 +36,12 @@ from ..spec import AttentionSpec, empty, empty_bhsd
 from ..tiles import strides
 from ..topk_layout import Layout, TopKLayout
 from .backward_rows import s2_attention_bwd_kernel_hopper_finish, s2_attention_bwd_kernel_hopper_prepare
-from .backward_schedule import BackwardSchedule, backward_schedule
+from .backward_schedule import DEFAULTS, BackwardSchedule, ScheduleOptions, backward_schedule
+from .exponentials import exp2
 from .launch import descriptor, launch
 from .packed_backward_schedule import packed_backward_schedule
 from .releases import async_load, async_store, reduce_add, reinterpret, thread_barrier
+from .shared_tiles import SharedTiles, launch_of_tiles, s2_attention_bwd_kernel_hopper_add_tiles
 from .support import fits_descriptor
 from .topk_backward_schedule import topk_backward_schedule
 
@@ -129,7 +131,8 @@ def _producer(
     STAGES: gl.constexpr, EXTRA: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
     """Load q, log-sum-exps, k and v if EXTRA, else dout and deltas."""
-    T4: gl.constexpr = x_desc.block_shape
+    ROWS: gl.constexpr = x_desc.block_shape[2]
+    T4: gl.constexpr = k_desc.block_shape
     dt: gl.constexpr = x_desc.dtype
     b, kv, ka, kb, first, _, num_steps = _work(meta_ptr, batch_size, PACKED)
     first_tile, offset, start, _ = _document(meta_ptr, first_tile, offset, 0, PACKED)
@@ -147,10 +150,10 @@ def _producer(
         mbarrier.wait(free.index(st), ((t // STAGES) & 1) ^ 1)
         mbarrier.expect(x_full.index(st), x_desc.block_type.nbytes + stat_desc.block_type.nbytes)
         async_load(
-            x_desc, [b, head, tile * TILE - offset, 0], x_full.index(st),
-            reinterpret(x_s.index(st), dt, T4, x_desc.layout),
+            x_desc, [b, head, tile * ROWS - offset, 0], x_full.index(st),
+            reinterpret(x_s.index(st), dt, x_desc.block_shape, x_desc.layout),
         )  # fmt: skip
-        at = ((b * num_heads + head) * num_tiles + tile - first_tile) * TILE
+        at = ((b * num_heads + head) * num_tiles + tile * (ROWS // TILE) - first_tile) * TILE
         async_load(stat_desc, [at], x_full.index(st), stat_s.index(st))
         entry = following
 
@@ -158,7 +161,7 @@ def _producer(
 @gluon.jit
 def _reducer(
     acc_desc, dq_s, dq_full, dq_free, free, meta_ptr, steps_ptr, batch_size, num_heads, group, first_tile, num_tiles,
-    C: gl.constexpr, STAGES: gl.constexpr, PACKED: gl.constexpr,
+    C: gl.constexpr, STAGES: gl.constexpr, PACKED: gl.constexpr, QT: gl.constexpr,
 ):  # fmt: skip
     """Add the half of dq that a warpgroup leaves in shared memory.
 
@@ -171,7 +174,10 @@ def _reducer(
     for n in range(0, num_steps):
         following = _load_step(steps_ptr, meta_ptr, first, gl.minimum(n + 1, num_steps - 1), PACKED)
         head, tile = _unpack(entry, b, kv, group)
-        row = (((b * num_heads + head) * num_tiles + tile - first_tile) * 2 + C) * ROWS
+        if QT == TILE:
+            row = (((b * num_heads + head) * num_tiles + tile - first_tile) * 2 + C) * ROWS
+        else:
+            row = ((b * num_heads + head) * num_tiles + tile * 2 - first_tile + C) * ROWS
         mbarrier.wait(dq_full.index(C), n & 1)
         # dq(n) has been written, so its warpgroup has finished step n-1 and no longer needs its tiles
         mbarrier.arrive(free.index((n - 1) % STAGES), count=1, pred=n >= 1)
@@ -182,12 +188,13 @@ def _reducer(
 
 
 @gluon.jit
-def _store_dq(dq, dq_s, dq_free, dq_full, n, C: gl.constexpr, D: gl.constexpr):
+def _store_dq(dq, dq_s, dq_free, dq_full, n, C: gl.constexpr):
     """Store the n-th half of dq for the reducer.
 
     Elements are in the order of the registers: four adjacent ones per thread.
     """
-    x = dq.reshape([4, 2, 8, D // 16, 4, 2]).permute(3, 0, 2, 4, 1, 5).reshape([D, 32])
+    N: gl.constexpr = dq.shape[1]
+    x = dq.reshape([4, 2, 8, N // 8, 4, 2]).permute(3, 0, 2, 4, 1, 5).reshape([N * 2, 32])
     mbarrier.wait(dq_free.index(C), (n & 1) ^ 1)
     dq_s.index(C).store(x)
     fence_async_shared()
@@ -195,23 +202,44 @@ def _store_dq(dq, dq_s, dq_free, dq_full, n, C: gl.constexpr, D: gl.constexpr):
 
 
 @gluon.jit
-def _issue_dq(ds_s, k_s, buf, z, zq, C: gl.constexpr, D: gl.constexpr, HL: gl.constexpr):
-    """Start computing half C of the head dimensions of dS K.
+def _keys_of_dq(k_s, at, C: gl.constexpr, QT: gl.constexpr, HL: gl.constexpr):
+    """Return k of a warpgroup, as half C of dq takes it: half of its dimensions.
+
+    Where a step has 128 queries, half C has half of these, and all dimensions.
+    """
+    k = k_s.index(at)
+    if QT == TILE:
+        k = reinterpret(k, k_s.dtype, [2, TILE, k_s.shape[2] // 2], HL).index(C)
+    return k
+
+
+@gluon.jit
+def _ds_of_dq(ds_s, at, C: gl.constexpr):
+    """Return dS of a warpgroup's keys for half C of dq."""
+    ds = ds_s.index(at)
+    if ds_s.shape[2] != TILE:
+        ds = reinterpret(ds, ds_s.dtype, [2, TILE, TILE], ds_s.layout).index(C)
+    return ds.permute((1, 0))
+
+
+@gluon.jit
+def _issue_dq(ds_s, k_s, buf, z, zq, C: gl.constexpr, HL: gl.constexpr):
+    """Start computing half C of dS K.
 
     This warpgroup's keys come first.
     """
-    dt: gl.constexpr = k_s.dtype
-    own = reinterpret(k_s.index(C + z), dt, [2, TILE, D // 2], HL).index(C)
-    other = reinterpret(k_s.index(1 - C + z), dt, [2, TILE, D // 2], HL).index(C)
-    dq = warpgroup_mma(ds_s.index(buf * 2 + C).permute((1, 0)), own, zq, use_acc=False, is_async=True)
-    return warpgroup_mma(ds_s.index(buf * 2 + 1 - C).permute((1, 0)), other, dq, is_async=True)
+    own = _keys_of_dq(k_s, C + z, C, ds_s.shape[2], HL)
+    other = _keys_of_dq(k_s, 1 - C + z, C, ds_s.shape[2], HL)
+    dq = warpgroup_mma(_ds_of_dq(ds_s, buf * 2 + C, C), own, zq, use_acc=False, is_async=True)
+    return warpgroup_mma(_ds_of_dq(ds_s, buf * 2 + 1 - C, C), other, dq, is_async=True)
 
 
 @gluon.jit
 def _step(
     q_s, dout_s, lse_s, delta_s, k_s, v_s, ds_s, dq_s, q_full, dout_full, ds_full, dq_free, dq_full,
     t, dk, dv, scale_log2, zs, zq, key, column,
-    C: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, MASK: gl.constexpr, PL: gl.constexpr, HL: gl.constexpr,
+    C: gl.constexpr, STAGES: gl.constexpr, MASK: gl.constexpr, PL: gl.constexpr, HL: gl.constexpr,
+    SOFTWARE: gl.constexpr,
 ):  # fmt: skip
     """Process one query tile.
 
@@ -229,15 +257,18 @@ def _step(
     dout = dout_s.index(st)
     mbarrier.wait(q_full.index(st), phase)
     s = warpgroup_mma(k, q.permute((1, 0)), zs, use_acc=False, is_async=True)
-    lse = lse_s.index(st).load(CS)
+    if q.shape[0] == TILE:
+        lse = lse_s.index(st).load(CS)
     mbarrier.wait(dout_full.index(st), phase)
     dp = warpgroup_mma(v, dout.permute((1, 0)), zs, use_acc=False, is_async=True)
     scores = warpgroup_mma_wait(num_outstanding=1, deps=(s,))
+    if q.shape[0] != TILE:  # later, to save registers
+        lse = lse_s.index(st).load(CS)
     x = scores * scale_log2 - gl.expand_dims(lse, 0)
     if MASK:
         keep = gl.expand_dims(key, 1) <= gl.expand_dims(column, 0)
         x = gl.where(keep, x, float("-inf"))
-    p = gl.exp2(x)
+    p = exp2(x, SOFTWARE)
     p16 = gl.convert_layout(p.to(dt), PL)
     dv = warpgroup_mma(p16, dout, dv, is_async=True)
     dw = warpgroup_mma_wait(num_outstanding=1, deps=(dp,))
@@ -249,12 +280,12 @@ def _step(
     mbarrier.arrive(ds_full.index(buf * 2 + C), count=1)
     ds16 = gl.convert_layout(ds, PL)
     mbarrier.wait(ds_full.index(buf * 2 + 1 - C), (t >> 1) & 1)
-    dq = _issue_dq(ds_s, k_s, buf, z, zq, C, D, HL)
+    dq = _issue_dq(ds_s, k_s, buf, z, zq, C, HL)
     dv = warpgroup_mma_wait(num_outstanding=2, deps=(dv,))
     p16 = _keep(p16)
     dk = warpgroup_mma(ds16, q, dk, is_async=True)
     x = warpgroup_mma_wait(num_outstanding=1, deps=(dq,))
-    _store_dq(x, dq_s, dq_free, dq_full, t, C, D)
+    _store_dq(x, dq_s, dq_free, dq_full, t, C)
     dk = warpgroup_mma_wait(num_outstanding=0, deps=(dk,))
     ds16 = _keep(ds16)
     return dk, dv
@@ -262,7 +293,7 @@ def _step(
 
 @gluon.jit
 def _idle_step(
-    k_s, ds_s, dq_s, ds_full, dq_free, dq_full, t, zs, zq, C: gl.constexpr, D: gl.constexpr, HL: gl.constexpr
+    k_s, ds_s, dq_s, ds_full, dq_free, dq_full, t, zs, zq, C: gl.constexpr, HL: gl.constexpr
 ):  # fmt: skip
     """Process a query tile that keeps only the other warpgroup's keys.
 
@@ -275,10 +306,10 @@ def _idle_step(
     fence_async_shared()
     mbarrier.arrive(ds_full.index(buf * 2 + C), count=1)
     mbarrier.wait(ds_full.index(buf * 2 + 1 - C), (t >> 1) & 1)
-    other = reinterpret(k_s.index(1 - C + z), dt, [2, TILE, D // 2], HL).index(C)
-    dq = warpgroup_mma(ds_s.index(buf * 2 + 1 - C).permute((1, 0)), other, zq, use_acc=False, is_async=True)
+    other = _keys_of_dq(k_s, 1 - C + z, C, ds_s.shape[2], HL)
+    dq = warpgroup_mma(_ds_of_dq(ds_s, buf * 2 + 1 - C, C), other, zq, use_acc=False, is_async=True)
     x = warpgroup_mma_wait(num_outstanding=0, deps=(dq,))
-    _store_dq(x, dq_s, dq_free, dq_full, t, C, D)
+    _store_dq(x, dq_s, dq_free, dq_full, t, C)
 
 
 @gluon.jit
@@ -288,11 +319,12 @@ def _consumer(
     meta_ptr, steps_ptr, dk_ptr, dv_ptr, slots_ptr, parts_ptr, head_stride, row_stride, batch_size, scale, scale_log2,
     s_k,
     C: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, HL: gl.constexpr,
-    PACKED: gl.constexpr, CUT: gl.constexpr,
+    PACKED: gl.constexpr, CUT: gl.constexpr, QT: gl.constexpr, SOFTWARE: gl.constexpr,
 ):  # fmt: skip
-    SL: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
+    DQ: gl.constexpr = D * QT // (2 * TILE)  # columns of a warpgroup's half of dq
+    SL: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, QT, 16])
     OL: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
-    QL: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D // 2, 16])
+    QL: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, DQ, 16])
     PL: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OL, k_width=2)
     dt: gl.constexpr = q_s.dtype
     T4: gl.constexpr = dk_desc.block_shape
@@ -301,31 +333,31 @@ def _consumer(
     key_tile = ka if C == 0 else kb
     key = key_tile * TILE + gl.arange(0, TILE, layout=gl.SliceLayout(1, SL))
     key = gl.where(key < num_keys, key, 2147483647)
-    query = gl.arange(0, TILE, layout=gl.SliceLayout(0, SL))
-    zs = gl.zeros([TILE, TILE], gl.float32, SL)
-    zq = gl.zeros([TILE, D // 2], gl.float32, QL)
+    query = gl.arange(0, QT, layout=gl.SliceLayout(0, SL))
+    zs = gl.zeros([TILE, QT], gl.float32, SL)
+    zq = gl.zeros([TILE, DQ], gl.float32, QL)
     dk = gl.zeros([TILE, D], gl.float32, OL)
     dv = gl.zeros([TILE, D], gl.float32, OL)
     entry = _first_step(meta_ptr, steps_ptr, first, batch_size, PACKED)
     mbarrier.wait(k_full, 0)
     for t in range(0, num_masked):
         tile = (entry >> ACTIVE_BITS) & ((1 << QUERY_BITS) - 1)
-        column = query + tile * TILE if CAUSAL else query * 0 + 2147483646
+        column = query + tile * QT if CAUSAL else query * 0 + 2147483646
         is_kept = ((entry >> C) & 1) != 0
         entry = gl.load(steps_ptr + first + gl.minimum(t + 1, num_steps - 1))
         if is_kept:
             dk, dv = _step(
                 q_s, dout_s, lse_s, delta_s, k_s, v_s, ds_s, dq_s, q_full, dout_full, ds_full, dq_free, dq_full,
                 t, dk, dv, scale_log2, zs, zq, key, column,
-                C, D, STAGES, True, PL, HL,
+                C, STAGES, True, PL, HL, SOFTWARE,
             )  # fmt: skip
         else:
-            _idle_step(k_s, ds_s, dq_s, ds_full, dq_free, dq_full, t, zs, zq, C, D, HL)
+            _idle_step(k_s, ds_s, dq_s, ds_full, dq_free, dq_full, t, zs, zq, C, HL)
     for t in range(num_masked, num_steps):
         dk, dv = _step(
             q_s, dout_s, lse_s, delta_s, k_s, v_s, ds_s, dq_s, q_full, dout_full, ds_full, dq_free, dq_full,
             t, dk, dv, scale_log2, zs, zq, key, query,
-            C, D, STAGES, False, PL, HL,
+            C, STAGES, False, PL, HL, SOFTWARE,
         )  # fmt: skip
     mbarrier.arrive(done.index(C), count=1)
     _, _, start, num_keys = _document(meta_ptr, 0, 0, s_k, PACKED)  # computed again, to save registers
@@ -377,22 +409,26 @@ def s2_attention_bwd_kernel_hopper(
     dk_ptr, dv_ptr, slots_ptr, parts_ptr, head_stride, row_stride,
     scale, scale_log2, batch_size, num_heads, group, first_tile, num_tiles, offset, s_k,
     D: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, PACKED: gl.constexpr, CUT: gl.constexpr,
-    CONSUMER_REGS: gl.constexpr, OTHER_REGS: gl.constexpr,
+    CONSUMER_REGS: gl.constexpr, OTHER_REGS: gl.constexpr, QT: gl.constexpr, SOFTWARE: gl.constexpr,
 ):  # fmt: skip
-    """Allocate shared memory and barriers, and start the six roles."""
+    """Allocate shared memory and barriers, and start the six roles.
+
+    A step has QT queries: 64, or, for head dimension 64, 128. SOFTWARE: see `exponentials.exp2`.
+    """
     BL: gl.constexpr = mbarrier.MBarrierLayout()
     dt: gl.constexpr = q_desc.dtype
     ML: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    # layout of k and its halves: panels half as wide as the head dimension, so that each half is a separate region
-    HL: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=D, element_bitwidth=16, rank=2)
+    # layout of k and, where dq's halves have 64 queries, its halves: panels half as wide as the head dimension, so that
+    # each half is a separate region
+    HL: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=D * QT // TILE, element_bitwidth=16, rank=2)
     k_s = gl.allocate_shared_memory(dt, [2, TILE, D], HL)
     v_s = gl.allocate_shared_memory(dt, [2, TILE, D], ML)
-    q_s = gl.allocate_shared_memory(dt, [STAGES, TILE, D], ML)
-    dout_s = gl.allocate_shared_memory(dt, [STAGES, TILE, D], ML)
-    ds_s = gl.allocate_shared_memory(dt, [4, TILE, TILE], ML)
-    dq_s = gl.allocate_shared_memory(gl.float32, [2, D, 32], acc_desc.layout)
-    lse_s = gl.allocate_shared_memory(gl.float32, [STAGES, TILE], lse_desc.layout)
-    delta_s = gl.allocate_shared_memory(gl.float32, [STAGES, TILE], delta_desc.layout)
+    q_s = gl.allocate_shared_memory(dt, [STAGES, QT, D], ML)
+    dout_s = gl.allocate_shared_memory(dt, [STAGES, QT, D], ML)
+    ds_s = gl.allocate_shared_memory(dt, [4, TILE, QT], ML)
+    dq_s = gl.allocate_shared_memory(gl.float32, [2, D * QT // TILE, 32], acc_desc.layout)
+    lse_s = gl.allocate_shared_memory(gl.float32, [STAGES, QT], lse_desc.layout)
+    delta_s = gl.allocate_shared_memory(gl.float32, [STAGES, QT], delta_desc.layout)
     k_full = gl.allocate_shared_memory(gl.int64, [1], BL)
     q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BL)
     dout_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BL)
@@ -419,11 +455,13 @@ def s2_attention_bwd_kernel_hopper(
             (_consumer, (dk_desc, dv_desc, k_s, v_s, q_s, dout_s, lse_s, delta_s, ds_s, dq_s,
                          k_full, q_full, dout_full, ds_full, dq_free, dq_full, done,
                          meta_ptr, steps_ptr, dk_ptr, dv_ptr, slots_ptr, parts_ptr, head_stride, row_stride,
-                         batch_size, scale, scale_log2, s_k, 0, D, STAGES, CAUSAL, HL, PACKED, CUT)),
+                         batch_size, scale, scale_log2, s_k, 0, D, STAGES, CAUSAL, HL, PACKED, CUT, QT,
+                         SOFTWARE)),
             (_consumer, (dk_desc, dv_desc, k_s, v_s, q_s, dout_s, lse_s, delta_s, ds_s, dq_s,
                          k_full, q_full, dout_full, ds_full, dq_free, dq_full, done,
                          meta_ptr, steps_ptr, dk_ptr, dv_ptr, slots_ptr, parts_ptr, head_stride, row_stride,
-                         batch_size, scale, scale_log2, s_k, 1, D, STAGES, CAUSAL, HL, PACKED, CUT)),
+                         batch_size, scale, scale_log2, s_k, 1, D, STAGES, CAUSAL, HL, PACKED, CUT, QT,
+                         SOFTWARE)),
             (_producer, (q_desc, lse_desc, k_desc, v_desc, q_s, lse_s, k_s, v_s, k_full, q_full, free,
                          meta_ptr, steps_ptr, batch_size, num_heads, group, first_tile, num_tiles, offset, STAGES, 1,
                          PACKED)),
@@ -431,9 +469,9 @@ def s2_attention_bwd_kernel_hopper(
                          meta_ptr, steps_ptr, batch_size, num_heads, group, first_tile, num_tiles, offset, STAGES, 0,
                          PACKED)),
             (_reducer, (acc_desc, dq_s, dq_full, dq_free, free, meta_ptr, steps_ptr, batch_size, num_heads, group,
-                        first_tile, num_tiles, 0, STAGES, PACKED)),
+                        first_tile, num_tiles, 0, STAGES, PACKED, QT)),
             (_reducer, (acc_desc, dq_s, dq_full, dq_free, free, meta_ptr, steps_ptr, batch_size, num_heads, group,
-                        first_tile, num_tiles, 1, STAGES, PACKED)),
+                        first_tile, num_tiles, 1, STAGES, PACKED, QT)),
         ],
         [4, 1, 1, 1, 1], [CONSUMER_REGS, OTHER_REGS, OTHER_REGS, OTHER_REGS, OTHER_REGS],
     )  # fmt: skip
@@ -441,11 +479,18 @@ def s2_attention_bwd_kernel_hopper(
 
 @dataclass(frozen=True)
 class HopperBackwardConfig:
-    """Stages for tiles of queries and output gradients; registers per thread."""
+    """Stages for tiles of queries and output gradients; registers per thread.
+
+    - ``software_exponentials``: eighths of the exponentials that a polynomial computes (`exponentials.py`).
+    - ``schedule``: choices that only static layouts have, and no packed documents. 128 queries a step take head
+      dimension 64 and blocks of at least 128.
+    """
 
     stages: int
     consumer_registers: int = 240
     other_registers: int = 24
+    software_exponentials: int = 0
+    schedule: ScheduleOptions = DEFAULTS
 
 
 # Keyed by head dimension; three stages of 128 take 226 KiB of shared memory in all.
@@ -473,7 +518,9 @@ def hopper_backward(
     if not fits_descriptor(dout):  # for example an expanded one
         dout = dout.clone(memory_format=torch.contiguous_format)
     sequences = batch // layout.batch_size  # sequences that share a pair
-    schedule = schedule_of_call(layout, num_kv_heads, s_q, s_k, spec, sequences)
+    if config.schedule.query_tile != TILE.value and (dim != 64 or layout.block_size < config.schedule.query_tile):
+        raise ValueError(f"{config} takes head dimension 64 and blocks of {config.schedule.query_tile} or more")
+    schedule = schedule_of_call(layout, num_kv_heads, s_q, s_k, spec, sequences, config.schedule)
     packed = schedule.tiles is not None
     dq = empty_bhsd((batch, num_heads, s_q, dim), q, spec.format)
     dk = empty_bhsd((batch, num_kv_heads, s_k, dim), q, spec.format)
@@ -489,12 +536,13 @@ def hopper_backward(
     before = (
         out, dout, lse, dlse, lse2, delta, schedule.tiles, *strides_in, *shape, dim, dlse is not None, packed
     )  # fmt: skip
-    after = (acc, dq, schedule.tiles, *strides_out, float(spec.softmax_scale), *shape, dim, packed)
+    pieces = 2 * TILE.value // config.schedule.query_tile
+    after = (acc, dq, schedule.tiles, *strides_out, float(spec.softmax_scale), *shape, dim, packed, pieces)
     kind = (q.dtype, dim, packed)
     aligned = tuple(x is None or x.data_ptr() % 16 == 0 for x in (out, dout, lse, dlse))
     prepare_key = ("hopper_backward_prepare", *kind, dlse is None, aligned, _specialised(strides_in))
     main_key = ("hopper_backward_kernel", *kind, spec.causal, config, cut is not None)
-    finish_key = ("hopper_backward_finish", *kind, _specialised(strides_out))
+    finish_key = ("hopper_backward_finish", *kind, pieces, _specialised(strides_out))
     where: dict[str, Any] = {"cache": layout.compiled, "device": q.device}
     launch(
         s2_attention_bwd_kernel_hopper_prepare, (rows, 1, 1), before, key=prepare_key, num_warps=8, **where
@@ -504,7 +552,12 @@ def hopper_backward(
         key=main_key, num_warps=4, maxnreg=ENTRY_REGISTERS, **where,
     )  # fmt: skip
     launch(s2_attention_bwd_kernel_hopper_finish, (rows, 1, 1), after, key=finish_key, num_warps=4, **where)
-    if cut is not None:
+    if isinstance(cut, SharedTiles):
+        assert parts is not None
+        programs, added = launch_of_tiles(parts, cut.sums, dk, dv, spec.softmax_scale)
+        add_key = ("hopper_backward_add_tiles", *kind, _specialised((*strides(dk), *strides(dv))))
+        launch(s2_attention_bwd_kernel_hopper_add_tiles, (programs, 1, 1), added, key=add_key, num_warps=4, **where)
+    elif cut is not None:
         assert parts is not None
         programs, added = launch_of_sums(parts, cut.sums, dk, dv, spec.softmax_scale, TILE.value)
         add_key = ("hopper_backward_add_parts", *kind, _specialised((*strides(dk), *strides(dv))))
@@ -518,16 +571,19 @@ def _specialised(numbers: tuple[int, ...]) -> tuple[tuple[bool, ...], ...]:
 
 
 def schedule_of_call(
-    layout: Layout, num_kv_heads: int, s_q: int, s_k: int, spec: AttentionSpec, sequences: int = 1
-) -> BackwardSchedule:
+    layout: Layout, num_kv_heads: int, s_q: int, s_k: int, spec: AttentionSpec, sequences: int = 1,
+    options: ScheduleOptions = DEFAULTS,
+) -> BackwardSchedule:  # fmt: skip
     """Return the main kernel's schedule; `sequences` share each pair."""
+    if options != DEFAULTS and (isinstance(layout, TopKLayout) or spec.cu_seqlens is not None):
+        raise ValueError(f"{options} takes a static layout and no packed documents")
     if isinstance(layout, TopKLayout):
         sizes = (num_kv_heads, s_q, s_k, spec.query_offset, spec.causal, spec.split_columns)
         return layout.built(("backward_schedule", *sizes), lambda: topk_backward_schedule(layout, *sizes))
     if spec.cu_seqlens is not None:
         return packed_backward_schedule(layout, num_kv_heads, spec.cu_seqlens, s_k)
     copies = sequences if spec.split_columns else 0
-    return backward_schedule(layout, num_kv_heads, s_q, s_k, spec.query_offset, spec.causal, copies)
+    return backward_schedule(layout, num_kv_heads, s_q, s_k, spec.query_offset, spec.causal, copies, options)
 
 
 def launch_arguments(
@@ -536,17 +592,20 @@ def launch_arguments(
 ) -> tuple[Any, ...]:  # fmt: skip
     """Return the main kernel's arguments."""
     _, num_heads, _, dim = q.shape
+    rows = config.schedule.query_tile
+    half = rows == TILE.value  # a warpgroup's half of dq has half of k's dimensions
     _, head_stride, row_stride = strides(dk)  # and of dv
     return (
-        _tiles(q), _tiles(k, half=True), _tiles(v), _tiles(dout),
-        *(descriptor(x, [x.numel()], [1], [TILE.value], _FLAT) for x in (lse2, delta)),
-        descriptor(acc, [acc.shape[0], 32], [32, 1], [dim, 32], _FRAGMENTS), _tiles(dk, half=True), _tiles(dv),
+        _tiles(q, rows), _tiles(k, half=half), _tiles(v), _tiles(dout, rows),
+        *(descriptor(x, [x.numel()], [1], [rows], _FLAT) for x in (lse2, delta)),
+        descriptor(acc, [acc.shape[0], 32], [32, 1], [dim * rows // TILE.value, 32], _FRAGMENTS),
+        _tiles(dk, half=half), _tiles(dv),
         schedule.meta, schedule.steps, dk, dv, None if schedule.parts is None else schedule.parts.slots, parts,
         head_stride, row_stride,
         float(spec.softmax_scale), spec.softmax_scale * LOG2_E, sequences, num_heads,
         num_heads // k.shape[1], schedule.first_tile, schedule.num_tiles, spec.query_offset, k.shape[2],
         dim, config.stages, spec.causal, schedule.tiles is not None,
-        parts is not None, config.consumer_registers, config.other_registers,
+        parts is not None, config.consumer_registers, config.other_registers, rows, config.software_exponentials,
     )  # fmt: skip
 
 
@@ -556,11 +615,11 @@ _FRAGMENTS = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, r
 _PANELS = {width: gl.NVMMASharedLayout(swizzle_byte_width=width, element_bitwidth=16, rank=4) for width in (64, 128)}
 
 
-def _tiles(x: Tensor, half: bool = False) -> TensorDescriptor:
-    """Make a descriptor of a view's 64-row tiles.
+def _tiles(x: Tensor, rows: int = TILE.value, half: bool = False) -> TensorDescriptor:
+    """Make a descriptor of a view's tiles of `rows` rows.
 
     The view is [b, h, s, d]. Panels have 64 dimensions, or `half` of them.
     """
     b, h, s, dim = x.shape
     strides = [stride if size > 1 else dim for size, stride in zip((b, h, s), x.stride(), strict=False)]
-    return descriptor(x, [b, h, s, dim], [*strides, 1], [1, 1, TILE.value, dim], _PANELS[dim if half else 128])
+    return descriptor(x, [b, h, s, dim], [*strides, 1], [1, 1, rows, dim], _PANELS[dim if half else 128])

@@ -61,19 +61,20 @@ def s2_attention_bwd_kernel_hopper_prepare(
 @triton.jit(do_not_specialize=["num_heads", "s_q", "first_tile", "num_tiles", "offset"])
 def s2_attention_bwd_kernel_hopper_finish(
     acc_ptr, dq_ptr, tiles, dq_batch, dq_head, dq_row, scale, num_heads, s_q, first_tile, num_tiles, offset,
-    D: tl.constexpr, PACKED: tl.constexpr,
+    D: tl.constexpr, PACKED: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
     """Convert accumulated dq to its final order and dtype.
 
-    The sums are in the order of a warpgroup's registers (`_store_dq`).
+    The sums are in the order of a warpgroup's registers (`_store_dq`), which has half of the head dimensions (two
+    PIECES) or all of them (one).
     """
-    HALF: tl.constexpr = D // 2
+    HALF: tl.constexpr = D // PIECES
     _, b, h, row, in_range = _rows_of_tile(tiles, num_heads, s_q, first_tile, num_tiles, offset, PACKED)
     dq_base = dq_ptr + b * dq_batch + h * dq_head + row[:, None] * dq_row
-    for c in tl.static_range(2):
-        at = (tl.program_id(0).to(tl.int64) * 2 + c) * (64 * HALF)
+    for c in tl.static_range(PIECES):
+        at = (tl.program_id(0).to(tl.int64) * PIECES + c) * (64 * HALF)
         x = tl.load(acc_ptr + at + tl.arange(0, 64 * HALF)) * scale
         x = x.to(dq_ptr.dtype.element_ty)
-        x = tl.permute(tl.reshape(x, [D // 16, 4, 8, 4, 2, 2]), (1, 4, 2, 0, 3, 5))
+        x = tl.permute(tl.reshape(x, [HALF // 8, 4, 8, 4, 2, 2]), (1, 4, 2, 0, 3, 5))
         x = tl.reshape(x, [64, HALF])
         tl.store(dq_base + (c * HALF + tl.arange(0, HALF))[None, :], x, mask=in_range[:, None])

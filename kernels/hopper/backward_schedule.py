@@ -8,9 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..configs import multiprocessors
 from ..layout import BlockLayout
+from .joined_sweeps import joined_sweeps
 from .pair_parts import PairParts, cut_pairs
 from .program_order import program_order
+from .shared_tiles import SharedTiles, divide, shared_tiles
 
 TILE = 64
 ACTIVE_BITS, QUERY_BITS = 2, 20
@@ -19,14 +22,32 @@ MAX_GROUP = 2 ** (31 - ACTIVE_BITS - QUERY_BITS)
 
 
 @dataclass(frozen=True)
+class ScheduleOptions:
+    """Choices for static layouts, off until they are measured.
+
+    - ``second_pairs``: with blocks of 64 and grouped heads, divide the steps of key tiles with a long part of their own
+      over two pairs (`shared_tiles`); such schedules are not cut.
+    - ``join_sweeps``: start long programs where others of their head are (`joined_sweeps`).
+    - ``query_tile``: queries of a step, 64 or 128.
+    """
+
+    second_pairs: bool = False
+    join_sweeps: bool = False
+    query_tile: int = TILE
+
+
+DEFAULTS = ScheduleOptions()
+
+
+@dataclass(frozen=True)
 class BackwardSchedule:
     """Pairs of key tiles and their steps; int32 on the layout's device.
 
     - ``meta`` [pairs, 8], in `program_order`: KV head, both key tiles, first step's index, number of masked steps,
       number of steps, first step, sequence of the batch (0 if all have the same pairs).
-    - ``steps`` [n]: bits 0 and 1 say whether each key tile is kept, then come the query tile (of positions) and the
-      head within the group. A pair's masked steps come first: those that keep only one tile, or cross the diagonal or
-      the last key. A pair that no query keeps has one step that keeps neither tile.
+    - ``steps`` [n]: bits 0 and 1 say whether each key tile is kept, then come the query tile (of positions, as large as
+      `ScheduleOptions` say) and the head within the group. A pair's masked steps come first: those that keep only one
+      tile, or cross the diagonal or the last key. A pair that no query keeps has one step that keeps neither tile.
     """
 
     meta: Tensor
@@ -34,12 +55,14 @@ class BackwardSchedule:
     first_tile: int
     num_tiles: int
     tiles: Tensor | None = None  # of packed documents, as in `document_tiles` with 64 rows
-    parts: PairParts | None = None  # if several rows of `meta` may have the same key tiles, each with some steps
+    # if several rows of `meta` may have the same key tiles, each with some steps
+    parts: PairParts | SharedTiles | None = None
 
 
 def backward_schedule(
-    layout: BlockLayout, num_kv_heads: int, s_q: int, s_k: int, query_offset: int, causal: bool, copies: int = 0
-) -> BackwardSchedule:
+    layout: BlockLayout, num_kv_heads: int, s_q: int, s_k: int, query_offset: int, causal: bool, copies: int = 0,
+    options: ScheduleOptions = DEFAULTS,
+) -> BackwardSchedule:  # fmt: skip
     """Build the pairs of every KV head.
 
     Recent lengths are cached in the layout.
@@ -48,19 +71,22 @@ def backward_schedule(
         copies: sequences that share each pair, if pairs with many steps are cut (`cut_pairs`); 0: none is cut.
     """
     kept: dict[Any, BackwardSchedule] = layout.cache.setdefault("backward_schedule", {})
-    key = (num_kv_heads, s_q, s_k, query_offset, causal, copies)
+    key = (num_kv_heads, s_q, s_k, query_offset, causal, copies, options)
     if key not in kept:
         while len(kept) >= _LENGTHS_KEPT:
             del kept[next(iter(kept))]
-        kept[key] = _build(layout, num_kv_heads, s_q, s_k, query_offset, causal, copies)
+        kept[key] = _build(layout, num_kv_heads, s_q, s_k, query_offset, causal, copies, options)
     return kept[key]
 
 
 def _build(
-    layout: BlockLayout, num_kv_heads: int, s_q: int, s_k: int, query_offset: int, causal: bool, copies: int
+    layout: BlockLayout, num_kv_heads: int, s_q: int, s_k: int, query_offset: int, causal: bool, copies: int,
+    options: ScheduleOptions,
 ) -> BackwardSchedule:  # fmt: skip
     device = layout.device
-    first_tile, end_tile = query_offset // TILE, -(-(query_offset + s_q) // TILE)
+    first_tile, end_tile = query_offset // options.query_tile, -(-(query_offset + s_q) // options.query_tile)
+    tiles = options.query_tile // TILE
+    first_tile, end_tile = first_tile * tiles, end_tile * tiles
     groups = groups_of_patterns(layout, num_kv_heads)
     # KV heads with the same patterns share their steps; one at a time, to save memory
     metas: dict[tuple[int, ...], Tensor] = {}
@@ -68,26 +94,32 @@ def _build(
     num_steps = 0
     for group in dict.fromkeys(groups):
         kept = kept_tiles_of_group(layout, group, first_tile, end_tile, s_k, causal)
-        meta, steps = _pairs_of_group(kept, layout.block_size // TILE, first_tile, end_tile, s_k, causal)
+        meta, steps = _pairs_of_group(kept, layout.block_size // TILE, first_tile, end_tile, s_k, causal, options)
         meta[:, 3] += num_steps
         num_steps += len(steps)
         metas[group] = meta
         of_groups.append(steps)
     if num_steps >= 2**31:
         raise ValueError(f"{num_steps} steps are too many for 32-bit indices: use larger blocks")
-    meta = torch.stack([metas[group] for group in groups])
-    number = torch.arange(len(groups), device=device)[:, None]
-    meta[:, :, 0] = number % num_kv_heads
-    meta[:, :, 7] = number // num_kv_heads
-    meta = meta.flatten(0, 1)
+    meta = torch.cat([metas[group] for group in groups])
+    pairs = torch.tensor([len(metas[group]) for group in groups], device=device)
+    number = torch.repeat_interleave(torch.arange(len(groups), device=device), pairs, output_size=len(meta))
+    meta[:, 0] = number % num_kv_heads
+    meta[:, 7] = number // num_kv_heads
     steps = torch.cat(of_groups)
     meta[:, 6] = steps[meta[:, 3]]
-    cut = cut_pairs(meta, steps, copies) if copies else None
+    cut = cut_pairs(meta, steps, copies) if copies and not options.second_pairs else None
     meta, parts = (meta, None) if cut is None else cut
     order = program_order(meta[:, 7] * num_kv_heads + meta[:, 0], meta[:, 5])
     if parts is not None:
         parts = replace(parts, slots=parts.slots[order])
-    return BackwardSchedule(meta[order].to(torch.int32), steps, first_tile, end_tile - first_tile, parts=parts)
+    meta = meta[order]
+    if options.join_sweeps:
+        meta, steps = joined_sweeps(meta, steps, multiprocessors(device))
+    return BackwardSchedule(
+        meta.to(torch.int32), steps, first_tile, end_tile - first_tile,
+        parts=shared_tiles(meta) if options.second_pairs else parts,
+    )  # fmt: skip
 
 
 def _step_order(pair: Tensor, masked: Tensor, member: Tensor, tile: Tensor) -> Tensor:
@@ -107,21 +139,48 @@ def groups_of_patterns(layout: BlockLayout, num_kv_heads: int) -> list[tuple[int
 
 
 def _pairs_of_group(
-    kept: list[tuple[Tensor, Tensor]], ratio: int, first_tile: int, end_tile: int, s_k: int, causal: bool
-) -> tuple[Tensor, Tensor]:
+    kept: list[tuple[Tensor, Tensor]], ratio: int, first_tile: int, end_tile: int, s_k: int, causal: bool,
+    options: ScheduleOptions,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Build `meta` and `steps` of one KV head from kept tiles.
 
     Tiles are the query and key tiles that every head of the group keeps.
     """
     device = kept[0][0].device
     num_key_tiles = -(-s_k // TILE)
-    num_pairs = -(-num_key_tiles // 2)
-    tile_at = torch.arange(num_pairs * 2, device=device)  # halves of a block make a pair
+    tile_at = torch.arange(-(-num_key_tiles // 2) * 2, device=device)  # halves of a block make a pair
+    limits = (first_tile, end_tile, s_k, causal, options.query_tile // TILE)
+    divided = None
+    if ratio == 1 and len(kept) > 1 and options.second_pairs:
+        divided = divide(kept, first_tile, end_tile - first_tile, num_key_tiles)
+    if divided is not None:
+        meta, steps = _pairs(divided.first, tile_at, *limits)
+        num_pairs = len(divided.tiles) // 2
+        others = torch.arange(int(divided.tiles.max()) // 2 * 2 + 2, device=device)
+        others = torch.cat([divided.tiles, others[~torch.isin(others, divided.tiles)]])
+        second, second_steps = _pairs(divided.second, others, *limits)
+        second = second[:num_pairs]  # the others have no steps of their own
+        second[:, 3] += len(steps)
+        return torch.cat([meta, second]), torch.cat([steps, second_steps[: int(second[:, 5].sum())]])
     if ratio == 1:
         tile_at[:num_key_tiles] = _cheapest_order(kept, end_tile - first_tile, first_tile, num_key_tiles)
-    pair, masked, member, tile, steps = pair_steps(kept, tile_at, None, first_tile, end_tile, s_k, causal)
+    return _pairs(kept, tile_at, *limits)
+
+
+def _pairs(
+    kept: list[tuple[Tensor, Tensor]], tile_at: Tensor, first_tile: int, end_tile: int, s_k: int, causal: bool,
+    query_tiles: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Build `meta` and `steps` of pairs ``tile_at[2j]``, ``tile_at[2j + 1]``."""
+    if query_tiles > 1:
+        kept = [_of_larger_tiles(tile, key, query_tiles, len(tile_at)) for tile, key in kept]
+        first_tile, end_tile = first_tile // query_tiles, end_tile // query_tiles
+    num_pairs = len(tile_at) // 2
+    pair, masked, member, tile, steps = pair_steps(
+        kept, tile_at, None, first_tile, end_tile, s_k, causal, query_tiles
+    )  # fmt: skip
     num_steps = torch.bincount(pair, minlength=num_pairs)
-    meta = torch.zeros(num_pairs, 8, dtype=torch.int64, device=device)
+    meta = torch.zeros(num_pairs, 8, dtype=torch.int64, device=tile_at.device)
     meta[:, 1:3] = tile_at.view(-1, 2)
     meta[:, 3] = num_steps.cumsum(0) - num_steps
     meta[:, 4] = torch.bincount(pair[masked], minlength=num_pairs)
@@ -129,15 +188,21 @@ def _pairs_of_group(
     return meta, steps[_step_order(pair, masked, member, tile)]
 
 
+def _of_larger_tiles(tile: Tensor, key: Tensor, tiles: int, num_keys: int) -> tuple[Tensor, Tensor]:
+    """Return the larger query tiles with any of their `tiles` tiles kept."""
+    code = torch.unique(tile // tiles * num_keys + key)
+    return code // num_keys, code % num_keys
+
+
 def pair_steps(
     kept: list[tuple[Tensor, Tensor]], tile_at: Tensor, needed: Tensor | None,
-    first_tile: int, end_tile: int, s_k: int, causal: bool,
+    first_tile: int, end_tile: int, s_k: int, causal: bool, query_tiles: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Compute all steps of a group, unordered.
 
     Returns pair, whether it needs a mask, member, query tile and the packed int32. Key tiles ``tile_at[2j]`` and
     ``tile_at[2j + 1]`` form pair j. A pair that no head keeps gets a step that keeps nothing; with `needed` [pairs], so
-    does each pair whose needed query tile no head keeps.
+    does each pair whose needed query tile no head keeps. A query tile is as large as `query_tiles` key tiles.
     """
     tile, key_tile = torch.cat([t for t, _ in kept]), torch.cat([k for _, k in kept])
     member = torch.cat([torch.full_like(t, m) for m, (t, _) in enumerate(kept)])
@@ -159,7 +224,7 @@ def pair_steps(
     tiles_of_pair = tile_at.view(-1, 2)
     masked = (active != 3) | ((tiles_of_pair + 1) * TILE > s_k).any(1)[pair]
     if causal:
-        masked |= (tile[:, None] <= tiles_of_pair[pair]).any(1)
+        masked |= (tile[:, None] * query_tiles <= tiles_of_pair[pair]).any(1)
     return pair, masked, member, tile, (member << (ACTIVE_BITS + QUERY_BITS) | tile << ACTIVE_BITS | active).int()
 
 

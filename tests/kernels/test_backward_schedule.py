@@ -3,27 +3,38 @@
 import pytest
 import torch
 from s2train.kernels import BlockLayout
-from s2train.kernels.hopper.backward_schedule import ACTIVE_BITS, QUERY_BITS, TILE, backward_schedule
+from s2train.kernels.hopper.backward_schedule import (
+    ACTIVE_BITS,
+    DEFAULTS,
+    QUERY_BITS,
+    TILE,
+    ScheduleOptions,
+    backward_schedule,
+)
 from s2train.kernels.token_mask import token_mask
 
 
 @pytest.mark.parametrize(
-    ("block", "heads", "kv_heads", "s_q", "s_k", "offset", "causal", "keep"),
+    ("block", "heads", "kv_heads", "s_q", "s_k", "offset", "causal", "keep", "options"),
     [
-        (64, 2, 1, 200, 200, 0, True, 0.4),
-        (128, 2, 2, 300, 300, 0, True, 0.4),
-        (64, 2, 2, 100, 230, 150, True, 0.4),
-        (128, 2, 1, 130, 150, 0, False, 0.4),
-        (256, 1, 1, 300, 300, 0, True, 0.9),
-        (64, 2, 1, 200, 90, 0, True, 0.05),
+        (64, 2, 1, 200, 200, 0, True, 0.4, DEFAULTS),
+        (128, 2, 2, 300, 300, 0, True, 0.4, DEFAULTS),
+        (64, 2, 2, 100, 230, 150, True, 0.4, DEFAULTS),
+        (128, 2, 1, 130, 150, 0, False, 0.4, DEFAULTS),
+        (256, 1, 1, 300, 300, 0, True, 0.9, DEFAULTS),
+        (64, 2, 1, 200, 90, 0, True, 0.05, DEFAULTS),
+        (128, 2, 1, 300, 300, 70, True, 0.4, ScheduleOptions(query_tile=128)),
+        (64, 4, 2, 1500, 1400, 70, True, 0.5, ScheduleOptions(second_pairs=True)),
+        (64, 4, 2, 1300, 1500, 200, True, 0.6, ScheduleOptions(second_pairs=True, join_sweeps=True)),
     ],
 )
 def test_steps_cover_the_mask_once(
-    block: int, heads: int, kv_heads: int, s_q: int, s_k: int, offset: int, causal: bool, keep: float
-) -> None:
+    block: int, heads: int, kv_heads: int, s_q: int, s_k: int, offset: int, causal: bool, keep: float,
+    options: ScheduleOptions,
+) -> None:  # fmt: skip
     blocks = -(-(offset + s_q) // block), -(-s_k // block)
     layout = BlockLayout.from_mask(torch.rand(heads, *blocks) < keep, block)
-    schedule = backward_schedule(layout, kv_heads, s_q, s_k, offset, causal)
+    schedule = backward_schedule(layout, kv_heads, s_q, s_k, offset, causal, options=options)
     # room for the tiles' ends beyond the sequences
     covered = torch.zeros(heads, offset + s_q + TILE, s_k + 3 * TILE, dtype=torch.int)
     position, key = torch.arange(covered.shape[1])[:, None], torch.arange(covered.shape[2])
@@ -36,7 +47,7 @@ def test_steps_cover_the_mask_once(
                 step = int(schedule.steps[first + t])
                 tile = step >> ACTIVE_BITS & (2**QUERY_BITS - 1)
                 head = kv * (heads // kv_heads) + (step >> (ACTIVE_BITS + QUERY_BITS))
-                kept = (position // TILE == tile) & (key // TILE == key_tile)
+                kept = (position // options.query_tile == tile) & (key // TILE == key_tile)
                 if t < num_masked:
                     kept &= bool(step >> side & 1) & (key < s_k) & ((key <= position) | (not causal))
                 covered[head] += kept

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from s2train.kernels import reference_attention
-from s2train.kernels.hopper import pair_parts
-from s2train.kernels.hopper.backward_schedule import ACTIVE_BITS, QUERY_BITS, TILE
+from s2train.kernels.hopper import backward_schedule, joined_sweeps, pair_parts, shared_tiles
+from s2train.kernels.hopper.backward_schedule import ACTIVE_BITS, QUERY_BITS, TILE, ScheduleOptions
 from s2train.kernels.interpreter import repair_interpreter
 from s2train.kernels.spec import AttentionSpec
 from torch import Tensor
@@ -22,9 +22,9 @@ repair_interpreter()  # loops of the kernels around the main one need it
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="runs in Triton's interpreter")
 
 
-def box(x: Tensor, batch: int, head: int, row: int) -> Tensor:
-    """64 rows as TMA reads them: zeros where there are none."""
-    rows = row + torch.arange(TILE)
+def box(x: Tensor, batch: int, head: int, row: int, num_rows: int = TILE) -> Tensor:
+    """Rows as TMA reads them: zeros where there are none."""
+    rows = row + torch.arange(num_rows)
     inside = (rows >= 0) & (rows < x.shape[2])
     return x[batch, head, rows.clamp(0, x.shape[2] - 1)] * inside[:, None]
 
@@ -47,10 +47,12 @@ class Walk:
     def __call__(self, *arguments: Any, **options: int) -> None:
         descriptors, (meta, steps, dk, dv, slots, parts), numbers = arguments[:9], arguments[9:15], arguments[15:]
         q, k, v, dout, lse2, delta, sums, dk_out, dv_out = (x.base for x in descriptors)
+        q_box, dout_box = descriptors[0], descriptors[3]
         assert dk_out is dk
         assert dv_out is dv
         head_stride, row_stride, scale, scale_log2, batch_size, num_heads, group = numbers[:7]
-        first_tile, num_tiles, offset, s_k, dim, _, causal, packed, cut, *_ = numbers[7:]
+        first_tile, num_tiles, offset, s_k, dim, _, causal, packed, cut, _, _, rows, _ = numbers[7:]
+        assert [x.block_shape[-2] for x in (q_box, dout_box)] == [rows, rows]
         assert row_stride == dk.stride(2) == dv.stride(2)
         assert dk.shape[1] == 1 or head_stride == dk.stride(1) == dv.stride(1)
         for program in range(self.programs):
@@ -67,23 +69,24 @@ class Walk:
                 step = int(steps[first + t + (skip if packed and t >= num_masked else 0)])
                 head = kv * group + (step >> (ACTIVE_BITS + QUERY_BITS))
                 tile = step >> ACTIVE_BITS & (2**QUERY_BITS - 1)
-                q_tile, dout_tile = (box(x, b, head, tile * TILE - shift) for x in (q, dout))
-                place = (b * num_heads + head) * num_tiles + tile - base_tile
-                lse, d = (x[place * TILE : (place + 1) * TILE] for x in (lse2, delta))
-                position = tile * TILE + torch.arange(TILE)
-                dq = torch.zeros(TILE, dim)
+                q_tile, dout_tile = (box(x, b, head, tile * rows - shift, rows) for x in (q, dout))
+                place = (b * num_heads + head) * num_tiles + tile * (rows // TILE) - base_tile
+                lse, d = (x[place * TILE : place * TILE + rows] for x in (lse2, delta))
+                position = tile * rows + torch.arange(rows)
+                dq = torch.zeros(rows, dim)
                 for side, (key, (k_tile, v_tile)) in enumerate(zip(keys, sides, strict=True)):
                     p = torch.exp2(k_tile @ q_tile.T * scale_log2 - lse)
                     if t < num_masked:
-                        seen = (key[:, None] <= position) if causal else torch.ones(TILE, TILE, dtype=torch.bool)
+                        seen = (key[:, None] <= position) if causal else torch.ones(TILE, rows, dtype=torch.bool)
                         p = p * (bool(step >> side & 1) & seen & (key < num_keys)[:, None])
                     ds = p * (v_tile @ dout_tile.T - d)
                     out[side][0] += ds @ q_tile
                     out[side][1] += p @ dout_tile
                     dq += ds.T @ k_tile
-                for c, half in enumerate(dq.split(dim // 2, 1)):
-                    row = (place * 2 + c) * dim
-                    sums[row : row + dim] += to_fragments(half)
+                halves = dq.split(dim // 2, 1) if rows == TILE else dq.split(TILE)
+                for c, half in enumerate(halves):
+                    row = place * 2 * dim + c * half.shape[1] * 2
+                    sums[row : row + half.shape[1] * 2] += to_fragments(half)
             slot = int(slots[program // batch_size]) if cut else -1
             if slot >= 0:
                 self.slots_used += 1
@@ -153,6 +156,64 @@ def test_gradients_where_programs_share_pairs(
     assert walk.slots_used > 0 or "documents" in options
 
 
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(
+    ("block", "heads", "kv_heads", "s_q", "s_k", "options"),
+    [
+        (128, 2, 1, 300, 300, {"batch": 2}),
+        (256, 2, 2, 150, 300, {"query_offset": 150}),
+        (128, 2, 1, 100, 170, {"query_offset": 37, "causal": False}),
+    ],
+    ids=str,
+)
+def test_gradients_with_steps_of_128_queries(
+    block: int, heads: int, kv_heads: int, s_q: int, s_k: int, options: dict[str, Any], walk: Walk
+) -> None:  # fmt: skip
+    config = hopper_backward.HopperBackwardConfig(2, schedule=ScheduleOptions(query_tile=128))
+    check_gradients(64, block, heads, kv_heads, s_q, s_k, options | {"config": config})
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("join", [False, True])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "s_q", "s_k", "options"),
+    [
+        (4, 1, 640, 640, {"batch": 2}),
+        (4, 2, 400, 590, {"batch": 2, "layout": "static batch", "query_offset": 190}),
+        (4, 2, 500, 460, {"query_offset": 37, "causal": False}),
+    ],
+    ids=str,
+)
+def test_gradients_where_tiles_have_second_partners(
+    heads: int, kv_heads: int, s_q: int, s_k: int, options: dict[str, Any], join: bool, walk: Walk,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(shared_tiles, "_LEAST_STEPS", 1)
+    monkeypatch.setattr(joined_sweeps, "_LEAST_STEPS", 2)
+    monkeypatch.setattr(backward_schedule, "multiprocessors", lambda device: 3)
+    schedule = ScheduleOptions(second_pairs=True, join_sweeps=join)
+    config = hopper_backward.HopperBackwardConfig(3, schedule=schedule)
+    check_gradients(64, 64, heads, kv_heads, s_q, s_k, options | {"config": config, "keep": 0.5})
+    assert walk.slots_used > 0
+
+
+@pytest.mark.parametrize(
+    ("block", "dim", "documents", "schedule"),
+    [
+        (128, 128, None, ScheduleOptions(query_tile=128)),
+        (64, 64, None, ScheduleOptions(query_tile=128)),
+        (128, 64, (100, 28), ScheduleOptions(join_sweeps=True)),
+    ],
+    ids=str,
+)
+def test_options_that_a_call_does_not_support_are_rejected(
+    block: int, dim: int, documents: tuple[int, ...] | None, schedule: ScheduleOptions
+) -> None:
+    config = hopper_backward.HopperBackwardConfig(2, schedule=schedule)
+    with pytest.raises(ValueError, match=r"query_tile=128.* takes head dimension 64|no packed documents"):
+        check_gradients(dim, block, 2, 1, 128, 128, {"config": config, "documents": documents})
+
+
 def check_gradients(
     dim: int, block: int, heads: int, kv_heads: int, s_q: int, s_k: int, options: dict[str, Any]
 ) -> None:
@@ -171,8 +232,9 @@ def check_gradients(
     spec = AttentionSpec(dim**-0.5, causal, offset, bounds, "sbhd", split_columns=options.get("split", False))
     views = [x.detach().permute(1, 2, 0, 3) for x in (q, k, v, out)]
     measured = hopper_backward.hopper_backward(
-        *views, lse.detach(), dout.permute(1, 2, 0, 3), dlse.masked_fill(lse == -torch.inf, 7.0), layout, spec
-    )
+        *views, lse.detach(), dout.permute(1, 2, 0, 3), dlse.masked_fill(lse == -torch.inf, 7.0), layout, spec,
+        options.get("config"),
+    )  # fmt: skip
     for name, x, wanted in zip(("dq", "dk", "dv"), measured, expected, strict=True):
         error = (x.permute(2, 0, 1, 3) - wanted).norm()
         assert error <= 1e-5 * wanted.norm(), f"{name}: error {error:.1e} of {wanted.norm():.1e}"
