@@ -8,9 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..configs import multiprocessors
 from ..layout import BlockLayout
-from .joined_sweeps import joined_sweeps
 from .pair_parts import PairParts, cut_pairs
 from .program_order import program_order
 from .shared_tiles import SharedTiles, divide, shared_tiles
@@ -27,12 +25,12 @@ class ScheduleOptions:
 
     - ``second_pairs``: with blocks of 64 and grouped heads, divide the steps of key tiles with a long part of their own
       over two pairs (`shared_tiles`); such schedules are not cut.
-    - ``join_sweeps``: start long programs where others of their head are (`joined_sweeps`).
+    - ``by_query_head``: order programs by the query head that most of their steps visit, not only by KV head.
     - ``query_tile``: queries of a step, 64 or 128.
     """
 
     second_pairs: bool = False
-    join_sweeps: bool = False
+    by_query_head: bool = False
     query_tile: int = TILE
 
 
@@ -110,16 +108,34 @@ def _build(
     meta[:, 6] = steps[meta[:, 3]]
     cut = cut_pairs(meta, steps, copies) if copies and not options.second_pairs else None
     meta, parts = (meta, None) if cut is None else cut
-    order = program_order(meta[:, 7] * num_kv_heads + meta[:, 0], meta[:, 5])
+    head = meta[:, 7] * num_kv_heads + meta[:, 0]
+    if options.by_query_head:
+        head = head * len(groups[0]) + _main_member(meta, steps, len(groups[0]), -(-s_k // TILE))
+    order = program_order(head, meta[:, 5])
     if parts is not None:
         parts = replace(parts, slots=parts.slots[order])
     meta = meta[order]
-    if options.join_sweeps:
-        meta, steps = joined_sweeps(meta, steps, multiprocessors(device))
     return BackwardSchedule(
         meta.to(torch.int32), steps, first_tile, end_tile - first_tile,
         parts=shared_tiles(meta) if options.second_pairs else parts,
     )  # fmt: skip
+
+
+def _main_member(meta: Tensor, steps: Tensor, group: int, num_key_tiles: int) -> Tensor:
+    """Return the member of the group that most of a program's steps visit.
+
+    A long program sweeps over one member's queries; those that run together should sweep over the same. Where no member
+    has more than half of the steps, as in a local window, the first key tile's place decides, to distribute programs
+    evenly.
+    """
+    member, begin = steps >> (ACTIVE_BITS + QUERY_BITS), meta[:, 3]
+    counts = []
+    for number in range(group):
+        before = torch.nn.functional.pad((member == number).cumsum(0), (1, 0))
+        counts.append(before[begin + meta[:, 5]] - before[begin])
+    most, main = torch.stack(counts, 1).max(1)
+    place = (meta[:, 1] * group // num_key_tiles).clamp(max=group - 1)
+    return torch.where(2 * most > meta[:, 5], main, place)
 
 
 def _step_order(pair: Tensor, masked: Tensor, member: Tensor, tile: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from ..configs import multiprocessors
 
 _LAGS = (0.0, 0.5, 1.0, 1.5, 2.0)  # tried in this order: less lag keeps more in the L2 cache
 _TOLERANCE = 1.01  # a lag that ends this close to the best is accepted
-START_STEPS = 2  # cost of a program's start and end, in steps
+_START_STEPS = 2  # cost of a program's start and end, in steps
 _SIMULATED = 8192  # programs; of more, adjacent short ones count as one
 
 
@@ -50,7 +50,7 @@ def _simulated_end(steps: Tensor, short: Tensor, at_once: int) -> float:
 
     Each program starts where the first running one ends.
     """
-    work = steps + START_STEPS
+    work = steps + _START_STEPS
     if len(work) > _SIMULATED:
         # consecutive short programs of one length end about when their sum does
         run = torch.arange(len(work), device=work.device) // -(-len(work) // _SIMULATED)

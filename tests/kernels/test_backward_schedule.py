@@ -25,7 +25,7 @@ from s2train.kernels.token_mask import token_mask
         (64, 2, 1, 200, 90, 0, True, 0.05, DEFAULTS),
         (128, 2, 1, 300, 300, 70, True, 0.4, ScheduleOptions(query_tile=128)),
         (64, 4, 2, 1500, 1400, 70, True, 0.5, ScheduleOptions(second_pairs=True)),
-        (64, 4, 2, 1300, 1500, 200, True, 0.6, ScheduleOptions(second_pairs=True, join_sweeps=True)),
+        (64, 4, 2, 1300, 1500, 200, True, 0.6, ScheduleOptions(second_pairs=True, by_query_head=True)),
     ],
 )
 def test_steps_cover_the_mask_once(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from s2train.kernels import reference_attention
-from s2train.kernels.hopper import backward_schedule, joined_sweeps, pair_parts, shared_tiles
+from s2train.kernels.hopper import pair_parts, shared_tiles
 from s2train.kernels.hopper.backward_schedule import ACTIVE_BITS, QUERY_BITS, TILE, ScheduleOptions
 from s2train.kernels.interpreter import repair_interpreter
 from s2train.kernels.spec import AttentionSpec
@@ -174,7 +174,7 @@ def test_gradients_with_steps_of_128_queries(
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("join", [False, True])
+@pytest.mark.parametrize("by_query_head", [False, True])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "s_q", "s_k", "options"),
     [
@@ -185,13 +185,11 @@ def test_gradients_with_steps_of_128_queries(
     ids=str,
 )
 def test_gradients_where_tiles_have_second_partners(
-    heads: int, kv_heads: int, s_q: int, s_k: int, options: dict[str, Any], join: bool, walk: Walk,
+    heads: int, kv_heads: int, s_q: int, s_k: int, options: dict[str, Any], by_query_head: bool, walk: Walk,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(shared_tiles, "_LEAST_STEPS", 1)
-    monkeypatch.setattr(joined_sweeps, "_LEAST_STEPS", 2)
-    monkeypatch.setattr(backward_schedule, "multiprocessors", lambda device: 3)
-    schedule = ScheduleOptions(second_pairs=True, join_sweeps=join)
+    schedule = ScheduleOptions(second_pairs=True, by_query_head=by_query_head)
     config = hopper_backward.HopperBackwardConfig(3, schedule=schedule)
     check_gradients(64, 64, heads, kv_heads, s_q, s_k, options | {"config": config, "keep": 0.5})
     assert walk.slots_used > 0
@@ -202,7 +200,7 @@ def test_gradients_where_tiles_have_second_partners(
     [
         (128, 128, None, ScheduleOptions(query_tile=128)),
         (64, 64, None, ScheduleOptions(query_tile=128)),
-        (128, 64, (100, 28), ScheduleOptions(join_sweeps=True)),
+        (128, 64, (100, 28), ScheduleOptions(by_query_head=True)),
     ],
     ids=str,
 )
