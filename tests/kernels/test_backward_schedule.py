@@ -11,6 +11,7 @@ from s2train.kernels.hopper.backward_schedule import (
     ScheduleOptions,
     backward_schedule,
 )
+from s2train.kernels.hopper.shared_tiles import SharedTiles
 from s2train.kernels.token_mask import token_mask
 
 
@@ -79,6 +80,24 @@ def test_pairs_keep_what_alike_members_keep(heads: int, kv_heads: int, shifted: 
     layout = local_and_vertical(heads, kv_heads, shifted, length)
     schedule = backward_schedule(layout, kv_heads, length, length, 0, True)
     assert int(schedule.meta[:, 5].sum()) <= over_ideal * int(layout.mask().sum()) / 2
+
+
+def test_second_partners_leave_few_steps_with_one_tile() -> None:
+    length = 8192
+    layout = local_and_vertical(16, 4, True, length)
+    sizes = (4, length, length, 0, True)
+    schedule = backward_schedule(layout, *sizes, options=ScheduleOptions(second_pairs=True))
+    steps = int(schedule.meta[:, 5].sum())
+    assert steps <= 0.94 * int(backward_schedule(layout, *sizes).meta[:, 5].sum())
+    assert steps <= 1.12 * int(layout.mask().sum()) / 2
+    # both programs of a tile that has two store sums, and each tile is stored once
+    assert isinstance(schedule.parts, SharedTiles)
+    places = schedule.parts.sums[:, :2].flatten()
+    assert places[places >= 0].sort().values.tolist() == list(range(2 * schedule.parts.num_slots))
+    with_slot = schedule.parts.slots >= 0
+    stored = schedule.meta[~with_slot][:, [0, 1, 0, 2]].reshape(-1, 2).tolist()
+    added = torch.stack([schedule.parts.sums[:, 2], schedule.parts.sums[:, 4] // TILE], 1).tolist()
+    assert sorted(stored + added) == [[kv, tile] for kv in range(4) for tile in range(length // TILE)]
 
 
 def test_masks_without_an_order_cost_no_more_than_neighbours_as_they_lie() -> None:

@@ -22,8 +22,10 @@ from tests.program import reported
 # Of all threads' roles, stores and loads. Packed documents add the stores of a partial tile, after the loops.
 SPILLED_BYTES, SPILLED_BYTES_PACKED = (32 if triton.__version__.startswith("3.6.") else 48), 128
 SPILLED_BYTES_SPLIT = 64  # around the loops: where a program's sums go
+SPILLED_BYTES_128_QUERIES = 128  # around the loops
 # direction, dtype, head dimensions of q and v, block, causal, what the rows are ("whole" tiles, "offset", "packed";
-# "batched": whole, and each sequence has masks of its own; "split": whole, and programs share key tiles)
+# "batched": whole, and each sequence has masks of its own; "split": whole, and programs share key tiles; "polynomial":
+# whole, with 3/8 of the exponentials by polynomial; "128 queries": that too, and steps of so many)
 CASES = [
     ("forward", "bfloat16", 128, 128, 128, True, "whole"),
     ("forward", "bfloat16", 128, 128, 64, True, "whole"),
@@ -55,6 +57,12 @@ CASES = [
     ("backward", "bfloat16", 128, 128, 128, True, "packed"),
     ("backward", "float16", 128, 128, 64, True, "packed"),
     ("backward", "bfloat16", 64, 64, 64, True, "packed"),
+    ("forward", "bfloat16", 128, 128, 128, True, "polynomial"),
+    ("forward", "bfloat16", 64, 64, 128, True, "polynomial"),
+    ("backward", "bfloat16", 128, 128, 128, True, "polynomial"),
+    ("backward", "bfloat16", 64, 64, 128, True, "polynomial"),
+    ("backward", "bfloat16", 64, 64, 128, True, "128 queries"),
+    ("backward", "float16", 64, 64, 128, False, "128 queries"),
 ]
 Case = tuple[str, str, int, int, int, bool, str]
 
@@ -76,7 +84,10 @@ assert set(CASES) >= COMMON
 def test_compiles_for_hopper(case: Case) -> None:
     found = reported(__name__, case)
     assert found["shared"] <= SHARED_BYTES
-    limits = {("backward", "packed"): SPILLED_BYTES_PACKED, ("backward", "split"): SPILLED_BYTES_SPLIT}
+    limits = {
+        ("backward", "packed"): SPILLED_BYTES_PACKED, ("backward", "split"): SPILLED_BYTES_SPLIT,
+        ("backward", "128 queries"): SPILLED_BYTES_128_QUERIES,
+    }  # fmt: skip
     assert found["spilled_bytes"] <= limits.get((case[0], case[6]), SPILLED_BYTES), found
     assert found["warnings"] == []
 
@@ -93,7 +104,7 @@ def test_what_builds_the_work_of_top_k_lists_compiles(block: int, rows: str) -> 
     assert found["spilled_bytes"] == 0, found
 
 
-def compiled_forward(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, spec: AttentionSpec) -> Any:
+def compiled_forward(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, spec: AttentionSpec, rows: str) -> Any:
     from s2train.kernels.hopper.documents import s2_attention_kernel_document_tiles
     from s2train.kernels.hopper.forward import (
         CONFIGS,
@@ -103,6 +114,8 @@ def compiled_forward(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, spec:
     )
 
     config = CONFIGS[q.shape[3], min(layout.block_size, 128)]
+    if rows == "polynomial":
+        config = replace(config, software_exponentials=3)
     documents = None
     if spec.cu_seqlens is not None:
         documents = torch.empty(4, 4, dtype=torch.int32)
@@ -115,7 +128,7 @@ def compiled_forward(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, spec:
     return s2_attention_fwd_kernel_hopper.run(*arguments, grid=(1,), warmup=True, num_warps=4, maxnreg=ENTRY_REGISTERS)
 
 
-def compiled_backward(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, spec: AttentionSpec) -> Any:
+def compiled_backward(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, spec: AttentionSpec, rows: str) -> Any:
     from s2train.kernels.hopper.backward import (
         CONFIGS,
         ENTRY_REGISTERS,
@@ -123,16 +136,22 @@ def compiled_backward(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, spec
         s2_attention_bwd_kernel_hopper,
         schedule_of_call,
     )
+    from s2train.kernels.hopper.backward_schedule import ScheduleOptions
     from s2train.kernels.hopper.pair_parts import PairParts
 
-    schedule = schedule_of_call(layout, 2, 256, 256, spec)
+    config = CONFIGS[q.shape[3]]
+    if rows in ("polynomial", "128 queries"):
+        config = replace(config, software_exponentials=3)
+    if rows == "128 queries":
+        config = replace(config, stages=2, schedule=ScheduleOptions(query_tile=128))
+    schedule = schedule_of_call(layout, 2, 256, 256, spec, 1, config.schedule)
     parts = None
     if spec.split_columns:
         numbers = torch.zeros(4, 6, dtype=torch.int32)
         schedule, parts = replace(schedule, parts=PairParts(numbers[0], numbers, 4)), torch.empty(4, 1, 2, 64)
     statistics = torch.empty(2, 2 * 256)
     sums = torch.empty(2 * 4 * 2 * q.shape[3], 32)
-    arguments = launch_arguments(q, k, v, q, *statistics, sums, k, v, parts, schedule, 1, spec, CONFIGS[q.shape[3]])
+    arguments = launch_arguments(q, k, v, q, *statistics, sums, k, v, parts, schedule, 1, spec, config)
     return s2_attention_bwd_kernel_hopper.run(*arguments, grid=(1,), warmup=True, num_warps=4, maxnreg=ENTRY_REGISTERS)
 
 
@@ -170,7 +189,7 @@ def report(direction: str, dtype: str, dim: int, v_dim: int, block: int, causal:
     bounds = torch.tensor([0, 100, 256], dtype=torch.int32) if rows == "packed" else None
     offset = 65 if rows == "offset" else 0
     spec = AttentionSpec(0.1, causal, offset, bounds, "bhsd", split_columns=rows == "split")
-    kernel = (compiled_forward if direction == "forward" else compiled_backward)(q, k, v, layout, spec)
+    kernel = (compiled_forward if direction == "forward" else compiled_backward)(q, k, v, layout, spec, rows)
     log = ptxas_log(kernel)
     return {
         "shared": kernel.metadata.shared,

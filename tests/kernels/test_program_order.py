@@ -6,7 +6,7 @@ import pytest
 import torch
 from s2train.kernels.benchmarks.cases import parse_case
 from s2train.kernels.configs import HOPPER_MULTIPROCESSORS
-from s2train.kernels.hopper.backward_schedule import backward_schedule
+from s2train.kernels.hopper.backward_schedule import ScheduleOptions, backward_schedule
 from s2train.kernels.hopper.program_order import program_order
 from torch import Tensor
 
@@ -40,6 +40,24 @@ def test_long_programs_start_early_enough_to_end_with_the_others(word: str) -> N
     by_head = by_head[heads[by_head].sort(stable=True).indices]
     assert idle_share(steps) < 0.04
     assert idle_share(steps[by_head]) > 2 * idle_share(steps)
+
+
+def test_long_programs_that_run_together_sweep_over_few_query_heads() -> None:
+    case = parse_case("b128-l8-v16-32k-kv8")
+    layout = case.layout(torch.device("cpu"))
+    heads = {}
+    for by_query_head in (False, True):
+        options = ScheduleOptions(by_query_head=by_query_head)
+        schedule = backward_schedule(layout, case.kv_heads, case.length, case.length, 0, True, options=options)
+        assert idle_share(schedule.meta[:, 5].long()) < 0.05
+        long = [row for row in schedule.meta.tolist() if row[5] > 200]
+        # each sweeps over the head that keeps its column
+        sweeps = [
+            (row[0], int(torch.bincount(schedule.steps[row[3] : row[3] + row[5]] >> 22).argmax())) for row in long
+        ]
+        runs = [len(set(sweeps[i : i + 64])) for i in range(0, len(sweeps) - 64, 64)]
+        heads[by_query_head] = sum(runs) / len(runs)
+    assert heads[True] < 0.75 * heads[False]
 
 
 def test_heads_stay_together_where_their_programs_end_together_anyway() -> None:
