@@ -1,8 +1,8 @@
 """Compare and time variants of the Hopper kernels.
 
-`python -m s2train.kernels.hopper.tune [--backward]`: several processes compile all variants. Then one process compares
-each with a float32 oracle (the backward with the portable kernels) and takes its median time. To check a kernel in
-every feature, use `s2train.kernels.check`.
+`python -m s2train.kernels.hopper.tune [--backward] [--candidates]`: several processes compile all variants. Then one
+process compares each with a float32 oracle (the backward with the portable kernels) and takes its median time. To check
+a kernel in every feature, use `s2train.kernels.check`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ from ..forward import forward
 from ..layout import BlockLayout
 from ..spec import AttentionSpec, to_bhsd
 from ..workers import run_tasks, serve
+from .backward import CONFIGS as BACKWARD_CONFIGS
 from .backward import HopperBackwardConfig, hopper_backward
+from .backward_schedule import ScheduleOptions
 from .forward import CONFIGS, HopperConfig, hopper_forward
 
 _SECONDS = 60.0  # time limit of an item
@@ -46,6 +48,27 @@ _BACKWARD_VARIANTS: dict[str, HopperBackwardConfig | None] = {
     },
     "portable": None,
 }
+# Changes to the default, off until measured; kernels/NOTES.md says what each should bring. The default comes first and
+# last, so that a drift of the GPU's clock shows.
+_CANDIDATES: dict[str, dict[str, Any]] = {
+    "default": {},
+    **{f"exp {share}/8": {"software_exponentials": share} for share in (2, 3, 4)},
+    "default, again": {},
+}
+_BACKWARD_CANDIDATES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "exp 3/8": {"software_exponentials": 3},
+    **{
+        f"128 queries, exp {share}/8": {
+            "stages": 2, "software_exponentials": share, "schedule": ScheduleOptions(query_tile=128)
+        }
+        for share in (0, 3, 4)
+    },
+    "second pairs": {"schedule": ScheduleOptions(second_pairs=True)},
+    "by query head": {"schedule": ScheduleOptions(by_query_head=True)},
+    "second, by head": {"schedule": ScheduleOptions(second_pairs=True, by_query_head=True)},
+    "default, again": {},
+}  # fmt: skip
 _PLAIN = spec.empty
 _LOCAL = {128: 8, 64: 16}
 _STRIDE = 16
@@ -65,6 +88,25 @@ class Item:
     kv_heads: int = _HEADS
     dim: int = 128
     backward: bool = False
+    candidate: bool = False
+
+    @property
+    def milliseconds(self) -> int:
+        """How long it is timed."""
+        return 500 if self.candidate else 120
+
+    @property
+    def config(self) -> HopperConfig | None:
+        """The forward's; None: the portable kernel."""
+        if self.candidate:
+            return replace(CONFIGS[self.dim, min(self.block, 128)], **_CANDIDATES[self.variant])
+        return _VARIANTS[self.variant]
+
+    @property
+    def backward_config(self) -> HopperBackwardConfig | None:
+        if self.candidate:
+            return replace(BACKWARD_CONFIGS[self.dim], **_BACKWARD_CANDIDATES[self.variant])
+        return _BACKWARD_VARIANTS[self.variant]
 
     @property
     def problem(self) -> str:
@@ -74,8 +116,11 @@ class Item:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m s2train.kernels.hopper.tune", description=__doc__)
-    parser.add_argument("--json", type=Path, help="write all results there")
+    parser.add_argument("--json", type=Path, help="write each result there at once")
     parser.add_argument("--lengths", type=int, nargs="+", default=[32768, 131072])
+    parser.add_argument(
+        "--candidates", action="store_true", help="changes to the defaults, in the cases that they are for"
+    )
     parser.add_argument("--backward", action="store_true", help="variants of the backward")
     parser.add_argument("--jobs", type=int, default=min(12, os.cpu_count() or 1), help="processes that compile")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -87,8 +132,11 @@ def main() -> int:
     started = time.monotonic()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}", flush=True)
     command = ["-m", "s2train.kernels.hopper.tune", "--worker"]
-    items = _backward_items(args.lengths) if args.backward else _items(args.lengths)
-    compiled = {(i.variant, i.block, i.dim): asdict(replace(i, length=0, kv_heads=_HEADS)) for i in items}
+    if args.candidates:
+        items = _candidate_items(args.lengths, args.backward)
+    else:
+        items = _backward_items(args.lengths) if args.backward else _items(args.lengths)
+    compiled = {(i.variant, i.block, i.dim, i.kv_heads): asdict(replace(i, length=0)) for i in items}
     for task, row in zip(
         compiled.values(), run_tasks(command, list(compiled.values()), args.jobs, _SECONDS), strict=True
     ):
@@ -99,11 +147,11 @@ def main() -> int:
     for item, row in zip(items, run_tasks(command, [asdict(x) for x in items], 1, _SECONDS), strict=True):
         timings.append({"task": f"{item.problem} {item.variant}"} | row)
         print(_timing_line(timings[-1]), flush=True)
+        if args.json:  # at once: the run may be killed
+            args.json.write_text(json.dumps({"timings": timings}, indent=1))
     _print_table(timings)
     failed = [row["task"] for row in timings if not row["ok"]]
     print(f"{len(timings)} items, {len(failed)} failed, {time.monotonic() - started:.0f} s")
-    if args.json:
-        args.json.write_text(json.dumps({"timings": timings}, indent=1))
     return 1 if failed else 0
 
 
@@ -131,6 +179,27 @@ def _backward_items(lengths: list[int]) -> list[Item]:
     return [i for i in items if i.dim == 128 or i.length == lengths[0]]
 
 
+def _candidate_items(lengths: list[int], backward: bool) -> list[Item]:
+    """Return candidates beside the default, by problem."""
+    exponentials = [name for name in _CANDIDATES if name.startswith("exp")]
+    if not backward:
+        problems = {(_HEADS, dim, block): exponentials for dim, block in ((128, 128), (128, 64), (64, 128))}
+    else:
+        pairs = ["second pairs", "by query head", "second, by head"]
+        problems = {
+            (_HEADS, 64, 128): [name for name in _BACKWARD_CANDIDATES if "exp" in name],
+            (_HEADS, 128, 128): ["exp 3/8"],
+            (8, 128, 64): pairs,
+            (8, 128, 128): ["by query head"],
+        }
+    return [
+        Item(variant, length, block, kv_heads, dim, backward, candidate=True)
+        for length in lengths
+        for (kv_heads, dim, block), variants in problems.items()
+        for variant in ("default", *variants, "default, again")
+    ]
+
+
 @dataclass(frozen=True)
 class Problem:
     """Tensors, layout, patterns, and exact rows of some heads.
@@ -153,7 +222,8 @@ def _poison(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
 def _run_item(item: Item, problems: dict[Any, Problem]) -> dict[str, Any]:
     torch.manual_seed(0)
     spec.empty = _poison
-    length = item.length or 512
+    # in 4096 tokens and more, key tiles of blocks of 64 have second partners
+    length = item.length or (4096 if item.candidate else 512)
     key = (length, item.block, item.kv_heads, item.dim)
     if key not in problems:
         problems.clear()
@@ -163,7 +233,7 @@ def _run_item(item: Item, problems: dict[Any, Problem]) -> dict[str, Any]:
     settings = AttentionSpec(1 / math.sqrt(item.dim), True, 0, None, "sbhd")
     if item.backward:
         return _run_backward(item, p, settings)
-    config = _VARIANTS[item.variant]
+    config = item.config
 
     def run() -> tuple[Tensor, Tensor]:
         if config is None:
@@ -184,13 +254,13 @@ def _run_item(item: Item, problems: dict[Any, Problem]) -> dict[str, Any]:
         return row | {"error": f"wrong: out {errors}, lse {lse_error:.1e}, complete {complete}"}
     if item.length:
         spec.empty = _PLAIN
-        ms = triton.testing.do_bench(run, warmup=40, rep=120, return_mode="median")
+        ms = triton.testing.do_bench(run, warmup=40, rep=item.milliseconds, return_mode="median")
         row |= {"ms": ms, "tflops": p.flops / ms / 1e9}
     return row
 
 
 def _run_backward(item: Item, p: Problem, settings: AttentionSpec) -> dict[str, Any]:
-    config = _BACKWARD_VARIANTS[item.variant]
+    config = item.backward_config
     out, lse = forward(p.q, p.k, p.v, p.layout, settings)
     dout = torch.randn_like(out)
     arguments = (p.q, p.k, p.v, out, lse, dout, None, p.layout, settings)
@@ -206,7 +276,7 @@ def _run_backward(item: Item, p: Problem, settings: AttentionSpec) -> dict[str, 
         return row | {"error": f"wrong: dq, dk, dv {errors}"}
     if item.length:
         spec.empty = _PLAIN
-        ms = triton.testing.do_bench(run, warmup=40, rep=120, return_mode="median")
+        ms = triton.testing.do_bench(run, warmup=40, rep=item.milliseconds, return_mode="median")
         row |= {"ms": ms, "tflops": 2.5 * p.flops / ms / 1e9}
     return row
 
