@@ -108,10 +108,9 @@ def _build(
     meta[:, 6] = steps[meta[:, 3]]
     cut = cut_pairs(meta, steps, copies) if copies and not options.second_pairs else None
     meta, parts = (meta, None) if cut is None else cut
-    head = meta[:, 7] * num_kv_heads + meta[:, 0]
-    if options.by_query_head:
-        head = head * len(groups[0]) + _main_member(meta, steps, len(groups[0]), -(-s_k // TILE))
-    order = program_order(head, meta[:, 5])
+    group = len(groups[0])
+    member = _main_member(meta, steps, group, -(-s_k // TILE)) if options.by_query_head and group > 1 else None
+    order = program_order(meta[:, 7] * num_kv_heads + meta[:, 0], meta[:, 5], member)
     if parts is not None:
         parts = replace(parts, slots=parts.slots[order])
     meta = meta[order]
