@@ -16,6 +16,7 @@ from .shared_tiles import SharedTiles, divide, shared_tiles
 TILE = 64
 ACTIVE_BITS, QUERY_BITS = 2, 20
 _LENGTHS_KEPT = 8  # context parallel ranks alternate between two query ranges
+_CACHED_ROWS = 65536  # of q, dO and float32 dq, 1 kB each at head dimension 128: the L2 cache holds about half of them
 MAX_GROUP = 2 ** (31 - ACTIVE_BITS - QUERY_BITS)
 
 
@@ -25,7 +26,8 @@ class ScheduleOptions:
 
     - ``second_pairs``: with blocks of 64 and grouped heads, divide the steps of key tiles with a long part of their own
       over two pairs (`shared_tiles`); such schedules are not cut.
-    - ``by_query_head``: order programs by the query head that most of their steps visit, not only by KV head.
+    - ``by_query_head``: where a KV head's queries exceed the L2 cache, order programs by the query head that most of
+      their steps visit.
     - ``query_tile``: queries of a step, 64 or 128.
     """
 
@@ -109,7 +111,9 @@ def _build(
     cut = cut_pairs(meta, steps, copies) if copies and not options.second_pairs else None
     meta, parts = (meta, None) if cut is None else cut
     group = len(groups[0])
-    member = _main_member(meta, steps, group, -(-s_k // TILE)) if options.by_query_head and group > 1 else None
+    member = None
+    if options.by_query_head and group > 1 and group * s_q > _CACHED_ROWS:
+        member = _main_member(meta, steps, group, -(-s_k // TILE))
     order = program_order(meta[:, 7] * num_kv_heads + meta[:, 0], meta[:, 5], member)
     if parts is not None:
         parts = replace(parts, slots=parts.slots[order])

@@ -14,7 +14,7 @@ from ..configs import multiprocessors
 
 _LAGS = (0.0, 0.5, 1.0, 1.5, 2.0)  # tried in this order: less lag keeps more in the L2 cache
 _TOLERANCE = 1.01  # a lag that ends this close to the best is accepted
-_TOLERANCE_BY_QUERY_HEAD = 1.04  # what the cache gains where it is too small for a KV head's queries
+_TOLERANCE_BY_QUERY_HEAD = 1.06  # what the cache gains where it is too small for a KV head's queries
 _START_STEPS = 2  # cost of a program's start and end, in steps
 _SIMULATED = 8192  # programs; of more, adjacent short ones count as one
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from s2train.kernels import BlockLayout
+from s2train.kernels.hopper import backward_schedule as schedule_module
 from s2train.kernels.hopper.backward_schedule import (
     ACTIVE_BITS,
     DEFAULTS,
@@ -31,8 +32,9 @@ from s2train.kernels.token_mask import token_mask
 )
 def test_steps_cover_the_mask_once(
     block: int, heads: int, kv_heads: int, s_q: int, s_k: int, offset: int, causal: bool, keep: float,
-    options: ScheduleOptions,
+    options: ScheduleOptions, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
+    monkeypatch.setattr(schedule_module, "_CACHED_ROWS", 0)
     blocks = -(-(offset + s_q) // block), -(-s_k // block)
     layout = BlockLayout.from_mask(torch.rand(heads, *blocks) < keep, block)
     schedule = backward_schedule(layout, kv_heads, s_q, s_k, offset, causal, options=options)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from s2train.kernels import reference_attention
-from s2train.kernels.hopper import pair_parts, shared_tiles
+from s2train.kernels.hopper import backward_schedule, pair_parts, shared_tiles
 from s2train.kernels.hopper.backward_schedule import ACTIVE_BITS, QUERY_BITS, TILE, ScheduleOptions
 from s2train.kernels.interpreter import repair_interpreter
 from s2train.kernels.spec import AttentionSpec
@@ -189,6 +189,7 @@ def test_gradients_where_tiles_have_second_partners(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(shared_tiles, "_LEAST_STEPS", 1)
+    monkeypatch.setattr(backward_schedule, "_CACHED_ROWS", 0)
     schedule = ScheduleOptions(second_pairs=True, by_query_head=by_query_head)
     config = hopper_backward.HopperBackwardConfig(3, schedule=schedule)
     check_gradients(64, 64, heads, kv_heads, s_q, s_k, options | {"config": config, "keep": 0.5})
