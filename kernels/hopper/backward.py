@@ -165,7 +165,8 @@ def _reducer(
 ):  # fmt: skip
     """Add the half of dq that a warpgroup leaves in shared memory.
 
-    Also free the tiles of the previous step.
+    Also free the tiles of the previous step, where a step has 64 queries. Larger tiles have two stages, too few for
+    loads that start so late, so that their consumers free them.
     """
     ROWS: gl.constexpr = acc_desc.block_shape[0]
     b, kv, _, _, first, _, num_steps = _work(meta_ptr, batch_size, PACKED)
@@ -179,8 +180,9 @@ def _reducer(
         else:
             row = ((b * num_heads + head) * num_tiles + tile * 2 - first_tile + C) * ROWS
         mbarrier.wait(dq_full.index(C), n & 1)
-        # dq(n) has been written, so its warpgroup has finished step n-1 and no longer needs its tiles
-        mbarrier.arrive(free.index((n - 1) % STAGES), count=1, pred=n >= 1)
+        if QT == TILE:
+            # dq(n) has been written, so its warpgroup has finished step n-1 and no longer needs its tiles
+            mbarrier.arrive(free.index((n - 1) % STAGES), count=1, pred=n >= 1)
         reduce_add(acc_desc, [row, 0], dq_s.index(C))
         tma.store_wait(pendings=0)
         mbarrier.arrive(dq_free.index(C), count=1)
@@ -236,7 +238,7 @@ def _issue_dq(ds_s, k_s, buf, z, zq, C: gl.constexpr, HL: gl.constexpr):
 
 @gluon.jit
 def _step(
-    q_s, dout_s, lse_s, delta_s, k_s, v_s, ds_s, dq_s, q_full, dout_full, ds_full, dq_free, dq_full,
+    q_s, dout_s, lse_s, delta_s, k_s, v_s, ds_s, dq_s, q_full, dout_full, free, ds_full, dq_free, dq_full,
     t, dk, dv, scale_log2, zs, zq, key, column,
     C: gl.constexpr, STAGES: gl.constexpr, MASK: gl.constexpr, PL: gl.constexpr, HL: gl.constexpr,
     SOFTWARE: gl.constexpr,
@@ -288,6 +290,8 @@ def _step(
     _store_dq(x, dq_s, dq_free, dq_full, t, C)
     dk = warpgroup_mma_wait(num_outstanding=0, deps=(dk,))
     ds16 = _keep(ds16)
+    if q.shape[0] != TILE:
+        mbarrier.arrive(free.index(st), count=1)
     return dk, dv
 
 
@@ -315,7 +319,7 @@ def _idle_step(
 @gluon.jit
 def _consumer(
     dk_desc, dv_desc, k_s, v_s, q_s, dout_s, lse_s, delta_s, ds_s, dq_s,
-    k_full, q_full, dout_full, ds_full, dq_free, dq_full, done,
+    k_full, q_full, dout_full, free, ds_full, dq_free, dq_full, done,
     meta_ptr, steps_ptr, dk_ptr, dv_ptr, slots_ptr, parts_ptr, head_stride, row_stride, batch_size, scale, scale_log2,
     s_k,
     C: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, HL: gl.constexpr,
@@ -347,15 +351,17 @@ def _consumer(
         entry = gl.load(steps_ptr + first + gl.minimum(t + 1, num_steps - 1))
         if is_kept:
             dk, dv = _step(
-                q_s, dout_s, lse_s, delta_s, k_s, v_s, ds_s, dq_s, q_full, dout_full, ds_full, dq_free, dq_full,
+                q_s, dout_s, lse_s, delta_s, k_s, v_s, ds_s, dq_s, q_full, dout_full, free, ds_full, dq_free, dq_full,
                 t, dk, dv, scale_log2, zs, zq, key, column,
                 C, STAGES, True, PL, HL, SOFTWARE,
             )  # fmt: skip
         else:
             _idle_step(k_s, ds_s, dq_s, ds_full, dq_free, dq_full, t, zs, zq, C, HL)
+            if QT != TILE:
+                mbarrier.arrive(free.index(t % STAGES), count=1)
     for t in range(num_masked, num_steps):
         dk, dv = _step(
-            q_s, dout_s, lse_s, delta_s, k_s, v_s, ds_s, dq_s, q_full, dout_full, ds_full, dq_free, dq_full,
+            q_s, dout_s, lse_s, delta_s, k_s, v_s, ds_s, dq_s, q_full, dout_full, free, ds_full, dq_free, dq_full,
             t, dk, dv, scale_log2, zs, zq, key, query,
             C, STAGES, False, PL, HL, SOFTWARE,
         )  # fmt: skip
@@ -453,12 +459,12 @@ def s2_attention_bwd_kernel_hopper(
     gl.warp_specialize(
         [
             (_consumer, (dk_desc, dv_desc, k_s, v_s, q_s, dout_s, lse_s, delta_s, ds_s, dq_s,
-                         k_full, q_full, dout_full, ds_full, dq_free, dq_full, done,
+                         k_full, q_full, dout_full, free, ds_full, dq_free, dq_full, done,
                          meta_ptr, steps_ptr, dk_ptr, dv_ptr, slots_ptr, parts_ptr, head_stride, row_stride,
                          batch_size, scale, scale_log2, s_k, 0, D, STAGES, CAUSAL, HL, PACKED, CUT, QT,
                          SOFTWARE)),
             (_consumer, (dk_desc, dv_desc, k_s, v_s, q_s, dout_s, lse_s, delta_s, ds_s, dq_s,
-                         k_full, q_full, dout_full, ds_full, dq_free, dq_full, done,
+                         k_full, q_full, dout_full, free, ds_full, dq_free, dq_full, done,
                          meta_ptr, steps_ptr, dk_ptr, dv_ptr, slots_ptr, parts_ptr, head_stride, row_stride,
                          batch_size, scale, scale_log2, s_k, 1, D, STAGES, CAUSAL, HL, PACKED, CUT, QT,
                          SOFTWARE)),
