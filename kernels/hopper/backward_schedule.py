@@ -110,10 +110,10 @@ def _build(
     meta[:, 6] = steps[meta[:, 3]]
     cut = cut_pairs(meta, steps, copies) if copies and not options.second_pairs else None
     meta, parts = (meta, None) if cut is None else cut
-    group = len(groups[0])
+    members = len(groups[0])
     member = None
-    if options.by_query_head and group > 1 and group * s_q > _CACHED_ROWS:
-        member = _main_member(meta, steps, group, -(-s_k // TILE))
+    if options.by_query_head and members > 1 and members * s_q > _CACHED_ROWS:
+        member = _main_member(meta, steps, members, -(-s_k // TILE))
     order = program_order(meta[:, 7] * num_kv_heads + meta[:, 0], meta[:, 5], member)
     if parts is not None:
         parts = replace(parts, slots=parts.slots[order])
