@@ -147,8 +147,8 @@ def test_views_of_any_strides_are_read(backend: str, device: torch.device) -> No
         ({"scores": torch.zeros(1, 1, 1, 5, 4, dtype=torch.float64), "backend": "triton"}, "takes float32"),
     ],
 )
-def test_arguments_that_do_not_fit_are_rejected(change: dict[str, Any], message: str) -> None:
+def test_arguments_that_do_not_fit_are_rejected(change: dict[str, Any], message: str, device: torch.device) -> None:
     scores, rows, counts = torch.zeros(1, 1, 1, 5, 4), torch.zeros(1, 5, dtype=torch.int64), torch.zeros(1, 5)
     call: dict[str, Any] = {"scores": scores, "rows": rows, "counts": counts.int(), "backend": "torch"} | change
     with pytest.raises(ValueError, match=message):
-        selected(**call)
+        selected(**{name: x.to(device) if isinstance(x, Tensor) else x for name, x in call.items()})
