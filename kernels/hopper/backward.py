@@ -37,7 +37,6 @@ from ..tiles import strides
 from ..topk_layout import Layout, TopKLayout
 from .backward_rows import s2_attention_bwd_kernel_hopper_finish, s2_attention_bwd_kernel_hopper_prepare
 from .backward_schedule import DEFAULTS, BackwardSchedule, ScheduleOptions, backward_schedule
-from .exponentials import exp2
 from .launch import descriptor, launch
 from .packed_backward_schedule import packed_backward_schedule
 from .releases import async_load, async_store, reduce_add, reinterpret, thread_barrier
@@ -241,7 +240,6 @@ def _step(
     q_s, dout_s, lse_s, delta_s, k_s, v_s, ds_s, dq_s, q_full, dout_full, free, ds_full, dq_free, dq_full,
     t, dk, dv, scale_log2, zs, zq, key, column,
     C: gl.constexpr, STAGES: gl.constexpr, MASK: gl.constexpr, PL: gl.constexpr, HL: gl.constexpr,
-    SOFTWARE: gl.constexpr,
 ):  # fmt: skip
     """Process one query tile.
 
@@ -270,7 +268,7 @@ def _step(
     if MASK:
         keep = gl.expand_dims(key, 1) <= gl.expand_dims(column, 0)
         x = gl.where(keep, x, float("-inf"))
-    p = exp2(x, SOFTWARE)
+    p = gl.exp2(x)
     p16 = gl.convert_layout(p.to(dt), PL)
     dv = warpgroup_mma(p16, dout, dv, is_async=True)
     dw = warpgroup_mma_wait(num_outstanding=1, deps=(dp,))
@@ -323,7 +321,7 @@ def _consumer(
     meta_ptr, steps_ptr, dk_ptr, dv_ptr, slots_ptr, parts_ptr, head_stride, row_stride, batch_size, scale, scale_log2,
     s_k,
     C: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, HL: gl.constexpr,
-    PACKED: gl.constexpr, CUT: gl.constexpr, QT: gl.constexpr, SOFTWARE: gl.constexpr,
+    PACKED: gl.constexpr, CUT: gl.constexpr, QT: gl.constexpr,
 ):  # fmt: skip
     DQ: gl.constexpr = D * QT // (2 * TILE)  # columns of a warpgroup's half of dq
     SL: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, QT, 16])
@@ -353,7 +351,7 @@ def _consumer(
             dk, dv = _step(
                 q_s, dout_s, lse_s, delta_s, k_s, v_s, ds_s, dq_s, q_full, dout_full, free, ds_full, dq_free, dq_full,
                 t, dk, dv, scale_log2, zs, zq, key, column,
-                C, STAGES, True, PL, HL, SOFTWARE,
+                C, STAGES, True, PL, HL,
             )  # fmt: skip
         else:
             _idle_step(k_s, ds_s, dq_s, ds_full, dq_free, dq_full, t, zs, zq, C, HL)
@@ -363,7 +361,7 @@ def _consumer(
         dk, dv = _step(
             q_s, dout_s, lse_s, delta_s, k_s, v_s, ds_s, dq_s, q_full, dout_full, free, ds_full, dq_free, dq_full,
             t, dk, dv, scale_log2, zs, zq, key, query,
-            C, STAGES, False, PL, HL, SOFTWARE,
+            C, STAGES, False, PL, HL,
         )  # fmt: skip
     mbarrier.arrive(done.index(C), count=1)
     _, _, start, num_keys = _document(meta_ptr, 0, 0, s_k, PACKED)  # computed again, to save registers
@@ -415,11 +413,11 @@ def s2_attention_bwd_kernel_hopper(
     dk_ptr, dv_ptr, slots_ptr, parts_ptr, head_stride, row_stride,
     scale, scale_log2, batch_size, num_heads, group, first_tile, num_tiles, offset, s_k,
     D: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, PACKED: gl.constexpr, CUT: gl.constexpr,
-    CONSUMER_REGS: gl.constexpr, OTHER_REGS: gl.constexpr, QT: gl.constexpr, SOFTWARE: gl.constexpr,
+    CONSUMER_REGS: gl.constexpr, OTHER_REGS: gl.constexpr, QT: gl.constexpr,
 ):  # fmt: skip
     """Allocate shared memory and barriers, and start the six roles.
 
-    A step has QT queries: 64, or, for head dimension 64, 128. SOFTWARE: see `exponentials.exp2`.
+    A step has QT queries: 64, or, for head dimension 64, 128.
     """
     BL: gl.constexpr = mbarrier.MBarrierLayout()
     dt: gl.constexpr = q_desc.dtype
@@ -461,13 +459,11 @@ def s2_attention_bwd_kernel_hopper(
             (_consumer, (dk_desc, dv_desc, k_s, v_s, q_s, dout_s, lse_s, delta_s, ds_s, dq_s,
                          k_full, q_full, dout_full, free, ds_full, dq_free, dq_full, done,
                          meta_ptr, steps_ptr, dk_ptr, dv_ptr, slots_ptr, parts_ptr, head_stride, row_stride,
-                         batch_size, scale, scale_log2, s_k, 0, D, STAGES, CAUSAL, HL, PACKED, CUT, QT,
-                         SOFTWARE)),
+                         batch_size, scale, scale_log2, s_k, 0, D, STAGES, CAUSAL, HL, PACKED, CUT, QT)),
             (_consumer, (dk_desc, dv_desc, k_s, v_s, q_s, dout_s, lse_s, delta_s, ds_s, dq_s,
                          k_full, q_full, dout_full, free, ds_full, dq_free, dq_full, done,
                          meta_ptr, steps_ptr, dk_ptr, dv_ptr, slots_ptr, parts_ptr, head_stride, row_stride,
-                         batch_size, scale, scale_log2, s_k, 1, D, STAGES, CAUSAL, HL, PACKED, CUT, QT,
-                         SOFTWARE)),
+                         batch_size, scale, scale_log2, s_k, 1, D, STAGES, CAUSAL, HL, PACKED, CUT, QT)),
             (_producer, (q_desc, lse_desc, k_desc, v_desc, q_s, lse_s, k_s, v_s, k_full, q_full, free,
                          meta_ptr, steps_ptr, batch_size, num_heads, group, first_tile, num_tiles, offset, STAGES, 1,
                          PACKED)),
@@ -487,7 +483,6 @@ def s2_attention_bwd_kernel_hopper(
 class HopperBackwardConfig:
     """Stages for tiles of queries and output gradients; registers per thread.
 
-    - ``software_exponentials``: eighths of the exponentials that a polynomial computes (`exponentials.py`).
     - ``schedule``: choices that only static layouts have, and no packed documents. 128 queries a step take head
       dimension 64 and blocks of at least 128.
     """
@@ -495,7 +490,6 @@ class HopperBackwardConfig:
     stages: int
     consumer_registers: int = 240
     other_registers: int = 24
-    software_exponentials: int = 0
     schedule: ScheduleOptions = DEFAULTS
 
 
@@ -611,7 +605,7 @@ def launch_arguments(
         float(spec.softmax_scale), spec.softmax_scale * LOG2_E, sequences, num_heads,
         num_heads // k.shape[1], schedule.first_tile, schedule.num_tiles, spec.query_offset, k.shape[2],
         dim, config.stages, spec.causal, schedule.tiles is not None,
-        parts is not None, config.consumer_registers, config.other_registers, rows, config.software_exponentials,
+        parts is not None, config.consumer_registers, config.other_registers, rows,
     )  # fmt: skip
 
 

@@ -31,7 +31,6 @@ from ..configs import multiprocessors
 from ..spec import AttentionSpec, empty, empty_bhsd
 from ..topk_layout import Layout, TopKLayout
 from .documents import COLUMNS, document_table
-from .exponentials import exp2
 from .forward_schedule import TILE, ForwardSchedule, forward_schedule
 from .launch import descriptor, launch
 from .releases import async_load, async_store, reinterpret, thread_barrier
@@ -215,14 +214,14 @@ def _masked(scores, chunks, step, last_key, columns, HALF: gl.constexpr, CHUNK: 
 
 
 @gluon.jit
-def _softmax(scores, peak, total, scale_log2, SOFTWARE: gl.constexpr):
+def _softmax(scores, peak, total, scale_log2):
     """Compute weights, and update the running maximum (in base 2) and sum.
 
     Also returns the factor by which earlier sums are scaled.
     """
     new_peak = gl.maximum(peak, gl.max(scores, 1) * scale_log2)
     decay = gl.exp2(peak - new_peak)
-    weights = exp2(scores * scale_log2 - gl.expand_dims(new_peak, 1), SOFTWARE)
+    weights = gl.exp2(scores * scale_log2 - gl.expand_dims(new_peak, 1))
     return weights, new_peak, total * decay + gl.sum(weights, 1), decay
 
 
@@ -231,7 +230,7 @@ def _attend(
     q, k_smem, v_smem, k_full, k_empty, v_full, v_empty, count, acc, weights, peak, total, scale_log2,
     zeros, chunks, step, last_key, columns,
     HALF: gl.constexpr, CHUNK: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
-    SOFTWARE: gl.constexpr, MASK: gl.constexpr,
+    MASK: gl.constexpr,
 ):  # fmt: skip
     """Compute scores and weights of step `count`.
 
@@ -249,7 +248,7 @@ def _attend(
     mbarrier.arrive(k_empty.index(stage), count=1)
     if MASK:
         scores = _masked(scores, chunks, step, last_key, columns, HALF, CHUNK)
-    new_weights, peak, total, decay = _softmax(scores, peak, total, scale_log2, SOFTWARE)
+    new_weights, peak, total, decay = _softmax(scores, peak, total, scale_log2)
     total = compute_here(total)
     acc = warpgroup_mma_wait(num_outstanding=0, deps=(product,))
     weights = stay_live(weights)
@@ -306,7 +305,7 @@ def _consume(
     num_items, num_tiles, first_tile, num_heads, tiles_per_pattern, query_offset, s_q, s_k,
     HALF: gl.constexpr, V_ROW: gl.constexpr, CHUNK: gl.constexpr, CAUSAL: gl.constexpr,
     PACKED: gl.constexpr, PARTIAL: gl.constexpr, BATCHED: gl.constexpr,
-    Q_STAGES: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, SOFTWARE: gl.constexpr,
+    Q_STAGES: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
 ):  # fmt: skip
     """Run a consumer warpgroup: its 64 rows of every tile.
 
@@ -354,7 +353,7 @@ def _consume(
         scores = warpgroup_mma_wait(num_outstanding=0, deps=(scores,))
         mbarrier.arrive(k_empty.index(stage), count=1)
         scores = _masked(scores, chunks, begin, last_key, columns, HALF, CHUNK)
-        first_weights, peak, total, _ = _softmax(scores, peak, total, scale_log2, SOFTWARE)
+        first_weights, peak, total, _ = _softmax(scores, peak, total, scale_log2)
         weights = pack(first_weights, dtype)
         if PACKED:  # noqa: SIM102 (the compiler's constant, apart from the device's condition)
             # only a document's last tile sees keys beyond it, in its first step
@@ -366,15 +365,13 @@ def _consume(
         for step in range(begin + 1, full):
             acc, weights, peak, total = _attend(
                 q, k_smem, v_smem, k_full, k_empty, v_full, v_empty, count, acc, weights, peak, total,
-                scale_log2, zeros, chunks, step, last_key, columns, HALF, CHUNK, K_STAGES, V_STAGES, SOFTWARE,
-                True,
+                scale_log2, zeros, chunks, step, last_key, columns, HALF, CHUNK, K_STAGES, V_STAGES, True,
             )  # fmt: skip
             count += 1
         for step in range(full, end):
             acc, weights, peak, total = _attend(
                 q, k_smem, v_smem, k_full, k_empty, v_full, v_empty, count, acc, weights, peak, total,
-                scale_log2, zeros, chunks, step, last_key, columns, HALF, CHUNK, K_STAGES, V_STAGES, SOFTWARE,
-                False,
+                scale_log2, zeros, chunks, step, last_key, columns, HALF, CHUNK, K_STAGES, V_STAGES, False,
             )  # fmt: skip
             count += 1
         v_stage = (count - 1) % V_STAGES
@@ -429,7 +426,7 @@ def s2_attention_fwd_kernel_hopper(
     DIM: gl.constexpr, V_DIM: gl.constexpr, V_ROW: gl.constexpr, CHUNK: gl.constexpr, CAUSAL: gl.constexpr,
     PACKED: gl.constexpr, PARTIAL: gl.constexpr, BATCHED: gl.constexpr,
     Q_STAGES: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
-    CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr, SOFTWARE: gl.constexpr,
+    CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
 ):  # fmt: skip
     """Allocate shared memory and barriers, and start the three roles.
 
@@ -466,14 +463,14 @@ def s2_attention_fwd_kernel_hopper(
             q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
             head_order, head_slot, step_offsets, full_offsets, chunks, documents, scale_log2,
             num_items, num_tiles, first_tile, num_heads, tiles_per_pattern, query_offset, s_q, s_k,
-            0, V_ROW, CHUNK, CAUSAL, PACKED, PARTIAL, BATCHED, Q_STAGES, K_STAGES, V_STAGES, SOFTWARE,
+            0, V_ROW, CHUNK, CAUSAL, PACKED, PARTIAL, BATCHED, Q_STAGES, K_STAGES, V_STAGES,
         )),
         (_consume, (
             out_desc, out, out_batch, out_head, out_row, lse,
             q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
             head_order, head_slot, step_offsets, full_offsets, chunks, documents, scale_log2,
             num_items, num_tiles, first_tile, num_heads, tiles_per_pattern, query_offset, s_q, s_k,
-            1, V_ROW, CHUNK, CAUSAL, PACKED, PARTIAL, BATCHED, Q_STAGES, K_STAGES, V_STAGES, SOFTWARE,
+            1, V_ROW, CHUNK, CAUSAL, PACKED, PARTIAL, BATCHED, Q_STAGES, K_STAGES, V_STAGES,
         )),
         (_produce, (
             q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
@@ -486,17 +483,13 @@ def s2_attention_fwd_kernel_hopper(
 
 @dataclass(frozen=True)
 class HopperConfig:
-    """Stages in shared memory for queries, keys and values; registers per thread.
-
-    And how many eighths of the exponentials a polynomial computes (`exponentials.py`).
-    """
+    """Stages in shared memory for queries, keys and values; registers per thread."""
 
     q_stages: int
     k_stages: int
     v_stages: int
     consumer_registers: int = 240
     producer_registers: int = 24
-    software_exponentials: int = 0
 
 
 # Keyed by padded head dimension and keys per chunk; 227 KiB of shared memory hold seven tiles of 128 x 128.
@@ -558,7 +551,7 @@ def launch_arguments(
     constants = (
         padded_to_panels(dim), padded_v_dim, v_dim if partial else padded_v_dim, chunk, spec.causal,
         documents is not None, partial, schedule.batched, config.q_stages, config.k_stages, config.v_stages,
-        config.consumer_registers, config.producer_registers, config.software_exponentials,
+        config.consumer_registers, config.producer_registers,
     )  # fmt: skip
     return num_items, arguments, constants
 

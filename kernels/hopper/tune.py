@@ -1,6 +1,6 @@
 """Compare and time variants of the Hopper kernels.
 
-`python -m s2train.kernels.hopper.tune [--backward] [--candidates]`: several processes compile all variants. Then one
+`python -m s2train.kernels.hopper.tune [--backward | --candidates]`: several processes compile all variants. Then one
 process compares each with a float32 oracle (the backward with the portable kernels) and takes its median time. To check
 a kernel in every feature, use `s2train.kernels.check`.
 """
@@ -48,27 +48,16 @@ _BACKWARD_VARIANTS: dict[str, HopperBackwardConfig | None] = {
     },
     "portable": None,
 }
-# Changes to the default, off until measured; kernels/NOTES.md says what each should bring. The default comes first and
-# last, so that a drift of the GPU's clock shows.
+# Changes to the backward's default; kernels/NOTES.md says what each brings. The default comes first and last, so that a
+# drift of the GPU's clock shows.
 _CANDIDATES: dict[str, dict[str, Any]] = {
     "default": {},
-    **{f"exp {share}/8": {"software_exponentials": share} for share in (2, 3, 4)},
-    "default, again": {},
-}
-_BACKWARD_CANDIDATES: dict[str, dict[str, Any]] = {
-    "default": {},
-    "exp 3/8": {"software_exponentials": 3},
-    **{
-        f"128 queries, exp {share}/8": {
-            "stages": 2, "software_exponentials": share, "schedule": ScheduleOptions(query_tile=128)
-        }
-        for share in (0, 3, 4)
-    },
+    "128 queries": {"stages": 2, "schedule": ScheduleOptions(query_tile=128)},
     "second pairs": {"schedule": ScheduleOptions(second_pairs=True)},
     "by query head": {"schedule": ScheduleOptions(by_query_head=True)},
     "second, by head": {"schedule": ScheduleOptions(second_pairs=True, by_query_head=True)},
     "default, again": {},
-}  # fmt: skip
+}
 _PLAIN = spec.empty
 _LOCAL = {128: 8, 64: 16}
 _STRIDE = 16
@@ -98,14 +87,12 @@ class Item:
     @property
     def config(self) -> HopperConfig | None:
         """The forward's; None: the portable kernel."""
-        if self.candidate:
-            return replace(CONFIGS[self.dim, min(self.block, 128)], **_CANDIDATES[self.variant])
         return _VARIANTS[self.variant]
 
     @property
     def backward_config(self) -> HopperBackwardConfig | None:
         if self.candidate:
-            return replace(BACKWARD_CONFIGS[self.dim], **_BACKWARD_CANDIDATES[self.variant])
+            return replace(BACKWARD_CONFIGS[self.dim], **_CANDIDATES[self.variant])
         return _BACKWARD_VARIANTS[self.variant]
 
     @property
@@ -118,10 +105,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m s2train.kernels.hopper.tune", description=__doc__)
     parser.add_argument("--json", type=Path, help="write each result there at once")
     parser.add_argument("--lengths", type=int, nargs="+", default=[32768, 131072])
-    parser.add_argument(
-        "--candidates", action="store_true", help="changes to the defaults, in the cases that they are for"
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--backward", action="store_true", help="variants of the backward")
+    which.add_argument(
+        "--candidates", action="store_true", help="changes to the backward's default, in the cases that they are for"
     )
-    parser.add_argument("--backward", action="store_true", help="variants of the backward")
     parser.add_argument("--jobs", type=int, default=min(12, os.cpu_count() or 1), help="processes that compile")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -133,7 +121,7 @@ def main() -> int:
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}", flush=True)
     command = ["-m", "s2train.kernels.hopper.tune", "--worker"]
     if args.candidates:
-        items = _candidate_items(args.lengths, args.backward)
+        items = _candidate_items(args.lengths)
     else:
         items = _backward_items(args.lengths) if args.backward else _items(args.lengths)
     compiled = {(i.variant, i.block, i.dim, i.kv_heads): asdict(replace(i, length=0)) for i in items}
@@ -179,21 +167,15 @@ def _backward_items(lengths: list[int]) -> list[Item]:
     return [i for i in items if i.dim == 128 or i.length == lengths[0]]
 
 
-def _candidate_items(lengths: list[int], backward: bool) -> list[Item]:
+def _candidate_items(lengths: list[int]) -> list[Item]:
     """Return candidates beside the default, by problem."""
-    exponentials = [name for name in _CANDIDATES if name.startswith("exp")]
-    if not backward:
-        problems = {(_HEADS, dim, block): exponentials for dim, block in ((128, 128), (128, 64), (64, 128))}
-    else:
-        pairs = ["second pairs", "by query head", "second, by head"]
-        problems = {
-            (_HEADS, 64, 128): [name for name in _BACKWARD_CANDIDATES if "exp" in name],
-            (_HEADS, 128, 128): ["exp 3/8"],
-            (8, 128, 64): pairs,
-            (8, 128, 128): ["by query head"],
-        }
+    problems = {
+        (_HEADS, 64, 128): ["128 queries"],
+        (8, 128, 64): ["second pairs", "by query head", "second, by head"],
+        (8, 128, 128): ["by query head"],
+    }
     return [
-        Item(variant, length, block, kv_heads, dim, backward, candidate=True)
+        Item(variant, length, block, kv_heads, dim, backward=True, candidate=True)
         for length in lengths
         for (kv_heads, dim, block), variants in problems.items()
         for variant in ("default", *variants, "default, again")

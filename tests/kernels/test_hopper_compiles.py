@@ -24,8 +24,8 @@ SPILLED_BYTES, SPILLED_BYTES_PACKED = (32 if triton.__version__.startswith("3.6.
 SPILLED_BYTES_SPLIT = 64  # around the loops: where a program's sums go
 SPILLED_BYTES_128_QUERIES = 160  # around the loops
 # direction, dtype, head dimensions of q and v, block, causal, what the rows are ("whole" tiles, "offset", "packed";
-# "batched": whole, and each sequence has masks of its own; "split": whole, and programs share key tiles; "polynomial":
-# whole, with 3/8 of the exponentials by polynomial; "128 queries": that too, and steps of so many)
+# "batched": whole, and each sequence has masks of its own; "split": whole, and programs share key tiles; "128
+# queries": whole, and steps of so many)
 CASES = [
     ("forward", "bfloat16", 128, 128, 128, True, "whole"),
     ("forward", "bfloat16", 128, 128, 64, True, "whole"),
@@ -57,10 +57,6 @@ CASES = [
     ("backward", "bfloat16", 128, 128, 128, True, "packed"),
     ("backward", "float16", 128, 128, 64, True, "packed"),
     ("backward", "bfloat16", 64, 64, 64, True, "packed"),
-    ("forward", "bfloat16", 128, 128, 128, True, "polynomial"),
-    ("forward", "bfloat16", 64, 64, 128, True, "polynomial"),
-    ("backward", "bfloat16", 128, 128, 128, True, "polynomial"),
-    ("backward", "bfloat16", 64, 64, 128, True, "polynomial"),
     ("backward", "bfloat16", 64, 64, 128, True, "128 queries"),
     ("backward", "float16", 64, 64, 128, False, "128 queries"),
 ]
@@ -114,8 +110,6 @@ def compiled_forward(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, spec:
     )
 
     config = CONFIGS[q.shape[3], min(layout.block_size, 128)]
-    if rows == "polynomial":
-        config = replace(config, software_exponentials=3)
     documents = None
     if spec.cu_seqlens is not None:
         documents = torch.empty(4, 4, dtype=torch.int32)
@@ -140,8 +134,6 @@ def compiled_backward(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, spec
     from s2train.kernels.hopper.pair_parts import PairParts
 
     config = CONFIGS[q.shape[3]]
-    if rows in ("polynomial", "128 queries"):
-        config = replace(config, software_exponentials=3)
     if rows == "128 queries":
         config = replace(config, stages=2, schedule=ScheduleOptions(query_tile=128))
     schedule = schedule_of_call(layout, 2, 256, 256, spec, 1, config.schedule)
