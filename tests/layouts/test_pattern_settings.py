@@ -1,5 +1,6 @@
 """From `layout.pattern.*` and `layout.patterns.*` to heads, and what is rejected."""
 
+import re
 from dataclasses import fields
 from typing import Any
 
@@ -58,6 +59,17 @@ def test_a_setting_that_its_kind_needs_is_asked_for(kind: str, name: str) -> Non
     others = {n: 1 for n, value in PATTERNS[kind].settings.items() if value is REQUIRED and n != name}
     with pytest.raises(ConfigError, match=rf"^layout.pattern.{name}=null: .*kind={kind} needs it"):
         first_head(kind=kind, **others)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [(kind, name) for kind, (settings, _) in EXAMPLES.items() for name in [*settings] if name != "ranges"],
+)
+def test_a_boolean_is_no_number(kind: str, name: str) -> None:
+    settings, _ = EXAMPLES[kind]
+    value = [0, True] if name == "globals" else True
+    with pytest.raises(ConfigError, match=rf"^layout.pattern.{name}={re.escape(str(value))}: a boolean instead of a"):
+        first_head(kind=kind, **settings | {name: value})
 
 
 def test_an_unknown_kind_is_rejected_with_the_nearest() -> None:

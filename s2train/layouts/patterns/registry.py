@@ -173,6 +173,13 @@ def _check_settings(kind: PatternKind, settings: PatternConfig, setting: str) ->
         if default is REQUIRED and given[name] is None:
             problem = f"{setting}.kind={kind.name} needs it"
             raise ConfigError(f"{setting}.{name}", "null", problem, f"Set {setting}.{name}=….")
+    for name, value in given.items():
+        # The command line rejects booleans; a `PatternConfig` made in Python may hold them.
+        if name != "per_kv_head" and any(
+            isinstance(each, bool) for each in (value if type(value) is list else [value])
+        ):
+            remedy = "Write numbers." if type(value) is list else "Set a number."
+            raise ConfigError(f"{setting}.{name}", value, "a boolean instead of a number", remedy)
 
 
 @contextmanager
