@@ -77,7 +77,7 @@ def check_options(cfg: PretrainConfig) -> None:
             problem = f"megatron-core {installed_version('megatron-core')} has no such setting"
             raise ConfigError(f"optim.options.{name}", value, problem, f"Set one of {named}.")
         default = known[name].default
-        if isinstance(default, bool | int | float | str) and not isinstance(value, _kinds(default)):
+        if isinstance(default, bool | int | float | str) and type(value) not in _kinds(default):
             problem = f"it takes a {type(default).__name__}"
             raise ConfigError(f"optim.options.{name}", value, problem, f"Set it, such as {default}.")
 

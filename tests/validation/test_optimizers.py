@@ -62,6 +62,10 @@ def test_emerging_optimizers_need_their_package_and_a_megatron_that_has_them(
             ["optim.name=sgd", "parallel.distributed_optimizer=false", "+optim.options.sgd_momentum=much"],
             ["optim.options.sgd_momentum=much", "it takes a float", "such as 0.9"],
         ),
+        (
+            ["optim.name=sgd", "parallel.distributed_optimizer=false", "+optim.options.sgd_momentum=true"],
+            ["optim.options.sgd_momentum=True", "it takes a float", "such as 0.9"],
+        ),
         (["optim.cpu_offload=1.5"], ["optim.cpu_offload=1.5", "0 … 1"]),
         (["optim.cpu_offload=0.5"], ["optim.cpu_offload=0.5", "can't resume it with train.precision=fp32"]),
         (
