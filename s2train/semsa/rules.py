@@ -102,7 +102,9 @@ def make_library(library: LibraryConfig) -> tuple[Rule, ...]:
     for local, count in library.columns:
         if count < 1:
             raise ConfigError("library.columns", count, "no columns to choose", "Write [local, count].")
-        own = {"local": local, "globals": {_TOP: count}, "sinks": library.sinks}
+        if count != int(count):
+            raise ConfigError("library.columns", count, "a count that is no whole number", "Write [local, count].")
+        own = {"local": local, "globals": {_TOP: int(count)}, "sinks": library.sinks}
         found.append({"kind": "global_blocks"} | own)
     if library.dense:
         found.append({"kind": "dense"})

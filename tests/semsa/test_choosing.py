@@ -163,6 +163,7 @@ def test_a_file_that_is_no_profile_is_rejected(tmp_path: Path, content: bytes | 
         ({"spans": [[0, 0]]}, r"library.base=0: too small"),
         ({"spans": [[1.5, 0]]}, r"library.spans=1.5: a base that is no whole block"),
         ({"columns": [[1, 0]]}, r"library.columns=0: no columns to choose"),
+        ({"columns": [[1, 2.5]]}, r"library.columns=2.5: a count that is no whole number"),
         ({"spans": [], "stripes": [], "dense": False}, r"library=\(these rules\): 0 rules"),
         ({"spans": [[n, 0] for n in range(1, 70)]}, r"library=\(these rules\): 7\d rules"),
     ],
