@@ -12,6 +12,7 @@ from megatron.core import parallel_state
 from megatron.core.timers import Timers
 from megatron.core.transformer.module import MegatronModule
 
+from s2train.attention.hybrid import HybridLayout
 from s2train.checkpoints.resume import Start, claim_run_dir, find_start
 from s2train.checkpoints.run_state import TrainingState, load
 from s2train.config import PretrainConfig
@@ -172,7 +173,7 @@ def _train(
     tracker = Tracker(cfg, start.progress, active=is_first, plan=figures(plan))
     if is_first:
         kept = write_settings(cfg, run_dir, start.progress.step, start.changes)
-        say(_description(cfg, models, backend, tokenizer, device, start))
+        say(_description(cfg, hybrid, models, backend, tokenizer, device, start))
         if start.checkpoint is not None:
             tracker.changes(start.progress.step, start.checkpoint, start.changes)
         if kept is not None:
@@ -245,6 +246,7 @@ def unigram_baseline(cfg: PretrainConfig) -> float | None:
 
 def _description(
     cfg: PretrainConfig,
+    hybrid: HybridLayout,
     models: list[MegatronModule],
     backend: Backend,
     tokenizer: Tokenizer,
@@ -253,9 +255,11 @@ def _description(
 ) -> str:
     here = sum(parameter.numel() for model in models for parameter in model.parameters())
     elementwise = kernels_line(cfg, own_capability(), backend.name == "te")
+    is_dense = all(layer.is_dense for layer in hybrid.layers)
     sparse = resolve_backend(cast(AttentionBackend, cfg.attention_backend), device)
     return (
-        f"{here:,} parameters on this rank | layers {backend.name} | sparse attention {sparse} on {device.type}"
+        f"{here:,} parameters on this rank | layers {backend.name} on {device.type}"
+        + ("" if is_dense else f" | sparse attention {sparse}")
         + (f" | {elementwise}" if elementwise else "")
         + f" | optimizer {backend.optimizer if cfg.optim.name == 'adam' else cfg.optim.name}"
         f" | dp {parallel_state.get_data_parallel_world_size()}"

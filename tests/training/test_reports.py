@@ -105,10 +105,12 @@ def test_the_first_step_logs_which_kernels_ran_and_why(backend: str, tmp_path: P
     lines = [line for line in done.out.splitlines() if line.startswith("sparse attention:")]
     why = {"auto": "no CUDA device", "torch": "backend=torch"}[backend]
     assert lines == [f"sparse attention: forward torch ({why}), backward torch ({why})"]
+    assert " | layers local on cpu | sparse attention torch | " in done.out
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="checks what a CPU runs")
 def test_a_dense_model_logs_no_kernels(tmp_path: Path) -> None:
     done = pretrain(tmp_path, "train.steps=3", "layout.layers=D")
     assert done.status == 0, done.err
-    assert "sparse attention:" not in done.out
+    assert "sparse attention" not in done.out
+    assert " | layers local on cpu | " in done.out
