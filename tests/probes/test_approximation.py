@@ -11,6 +11,7 @@ from s2train.errors import ConfigError
 from s2train.planning import compose_run
 from s2train.probes.approximation.column_norms import LEFT_OUT, columns, squared_column_norms
 from s2train.probes.approximation.errors import errors, synthetic
+from s2train.probes.approximation.held_out import held_out_sequences
 from s2train.probes.approximation.replacement import Cell, Grid, check_grid, perplexities, read_cells, write_cells
 from tests.program import error_line, metrics, pretrain, run
 
@@ -42,17 +43,28 @@ def test_errors_vanish_where_all_keys_are_sampled_and_clusters_are_found() -> No
 
 
 @pytest.mark.parametrize(
-    ("grid", "telling"),
+    ("grid", "settings", "telling"),
     [
-        (Grid((5,), (8,), 1), "--last=5: the model has 4 layers"),
-        (Grid((1,), (8,), 0), "--draws=0"),
-        (Grid((1,), (8, 999), 1), "hyper.samples=999: the longest interval of train.seq_length=256 tokens has 128"),
+        (Grid((5,), (8,), 1), {}, "--last=5: the model has 4 layers"),
+        (Grid((1,), (8,), 0), {}, "--draws=0"),
+        (Grid((1,), (8, 999), 1), {}, "--samples=999: the longest interval of --length=256 tokens has 128"),
+        (Grid((1,), (8,), 1), {"shortest": 256}, "shortest=256: a sequence of --length=256 tokens is one interval"),
+        (Grid((1,), (8,), 1), {"window": 128}, r"window=128: .* from 0 to 64 \(shortest\)"),
+        (Grid((1,), (8,), 1), {"buckets": 128}, "buckets=128: .* Did you mean bucket?"),
+        (Grid((1,), (8,), 1), {"samples": 8}, "samples=8: --samples has its values"),
     ],
 )
-def test_a_grid_that_can_not_be_measured_is_rejected(grid: Grid, telling: str) -> None:
+def test_a_grid_that_can_not_be_measured_is_rejected_by_the_names_of_the_command_line(
+    grid: Grid, settings: dict[str, int], telling: str
+) -> None:
     cfg = compose_run(["+model=tiny_dense"])
     with pytest.raises(ConfigError, match=f"^{telling}"):
-        check_grid(grid, cfg, {"bucket": 16, "shortest": 64, "window": 16, "sinks": 16}, 256)
+        check_grid(grid, cfg, {"bucket": 16, "shortest": 64, "window": 16, "sinks": 16} | settings, 256)
+
+
+def test_data_that_are_missing_are_named_by_their_option() -> None:
+    with pytest.raises(ConfigError, match=r"^--data=no/such: no/such\.idx is missing"):
+        held_out_sequences(compose_run(["+model=tiny_dense"]).data, "no/such", 64, 2)
 
 
 def test_cells_of_another_question_are_not_mixed(tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def replace_layers(source: Source, grid: Grid, settings: dict[str, Any], output:
         ConfigError: a setting can't work, or the file holds other measurements.
     """
     stem = output_stem(output)
-    check_writable("output", stem.parent)
+    check_writable("--output", stem.parent)
     path, cfg, sequences = source.read()
     check_grid(grid, cfg, settings, source.length)
     asked = {
@@ -145,7 +145,7 @@ def diagnose(
         ConfigError: a setting can't work.
     """
     stem = output_stem(output)
-    check_writable("output", stem.parent)
+    check_writable("--output", stem.parent)
     path, cfg, sequences = source.read()
     lengths = sorted(set(lengths))
     if lengths[0] < 1 or lengths[-1] > source.length:
@@ -153,7 +153,7 @@ def diagnose(
         raise ConfigError("--lengths", lengths, problem, "Set others, or a greater --length")
     if draws < 1:
         raise ConfigError("--draws", draws, "nothing is drawn", "Set 1 or more")
-    layouts = {number: hyper_layout(cfg, settings | {"samples": number}, source.length) for number in samples}
+    layouts = {number: hyper_layout(cfg, settings, number, source.length) for number in samples}
     kind = layouts[samples[0]].kind
     assert isinstance(kind, HyperKind)
     norms: list[column_norms.Columns] = []

@@ -26,7 +26,17 @@ def held_out_sequences(data: DataConfig, prefix: str | None, length: int, count:
     Raises:
         ConfigError: the data are missing, mock, or too short.
     """
-    part = replace(data, path=prefix, split="0,1") if prefix is not None else held_out_part(data)
+    if prefix is None:
+        return _read(held_out_part(data), length, count)
+    try:
+        return _read(replace(data, path=prefix, split="0,1"), length, count)
+    except ConfigError as error:
+        if error.setting != "data.path":
+            raise
+        raise ConfigError("--data", error.value, error.problem, error.remedy) from error
+
+
+def _read(part: DataConfig, length: int, count: int) -> Tensor:
     blend = parse_blend(part.path)
     if blend.is_mock:
         raise ConfigError("--data", part.path, "holds no text", "Name a prefix that launch/prepare_data.py wrote")

@@ -26,6 +26,8 @@ from s2train.files import write_json
 from s2train.layouts.patterns import LayerContext
 from s2train.megatron.replaced_attention import replaced_attention
 
+_SETTING = "hyper"  # where the settings would be in a run; `_as_typed` removes it from errors
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -61,19 +63,38 @@ class Grid:
         return [(0, 0, 0), *changed]
 
 
-def hyper_layout(cfg: PretrainConfig, settings: dict[str, Any], length: int) -> LayerLayout:
+def hyper_layout(cfg: PretrainConfig, settings: dict[str, Any], samples: int, length: int) -> LayerLayout:
     """Make a HyperAttention layer for the model and sequences of `length` tokens.
 
+    Args:
+        settings: those of the command line, without `samples` and `kind`.
+
     Raises:
-        ConfigError: a setting can't be, alone or with these.
+        ConfigError: a setting can't be, alone or with these; named as on the command line.
     """
-    kind = read_kind("H", {"kind": HyperKind.name, **settings}, "hyper")
-    context = LayerContext(
-        0, cfg.model.num_attention_heads, cfg.model.num_query_groups, cfg.layout.block_size, lambda _: (), "hyper"
-    )
-    layout = LayerLayout(kind, kind.heads()(KindContext(context)), cfg.layout.block_size)
-    kind.check(replace(cfg, train=replace(cfg.train, seq_length=length)))
+    for name, problem in (("samples", "--samples has its values"), ("kind", "HyperAttention alone is measured")):
+        if name in settings:
+            raise ConfigError(name, settings[name], problem, "Leave it out.")
+    given = {**settings, "kind": HyperKind.name, "samples": samples}
+    try:
+        kind = read_kind("H", given, _SETTING)
+        context = LayerContext(
+            0, cfg.model.num_attention_heads, cfg.model.num_query_groups, cfg.layout.block_size, lambda _: (), _SETTING
+        )
+        layout = LayerLayout(kind, kind.heads()(KindContext(context)), cfg.layout.block_size)
+        kind.check(replace(cfg, train=replace(cfg.train, seq_length=length)))
+    except ConfigError as error:
+        raise ConfigError(
+            _as_typed(error.setting), error.value, _as_typed(error.problem), _as_typed(error.remedy)
+        ) from error
     return layout
+
+
+def _as_typed(text: str) -> str:
+    """Replace names of a run's settings by those of the command line."""
+    for name, typed in ((f"{_SETTING}.samples", "--samples"), (f"{_SETTING}.", ""), ("train.seq_length", "--length")):
+        text = text.replace(name, typed)
+    return text
 
 
 def check_grid(grid: Grid, cfg: PretrainConfig, settings: dict[str, Any], length: int) -> None:
@@ -89,7 +110,7 @@ def check_grid(grid: Grid, cfg: PretrainConfig, settings: dict[str, Any], length
     if grid.draws < 1:
         raise ConfigError("--draws", grid.draws, "nothing is drawn", "Set 1 or more")
     for samples in grid.samples:
-        hyper_layout(cfg, settings | {"samples": samples}, length)
+        hyper_layout(cfg, settings, samples, length)
 
 
 @torch.no_grad()
@@ -122,7 +143,7 @@ def measure(
             continue
         layouts = {}
         if last:
-            layout = hyper_layout(cfg, settings | {"samples": samples}, length)
+            layout = hyper_layout(cfg, settings, samples, length)
             layouts = dict.fromkeys(range(layers - last, layers), layout)
         with replaced_attention(gpt, layouts) as cores:
             for core in cores:
@@ -150,7 +171,7 @@ def read_cells(path: Path, asked: dict[str, Any]) -> list[Cell]:
     found = json.loads(path.read_text())
     if different := [name for name, value in asked.items() if found.get(name) != value]:
         problem = f"it was measured with another {' and '.join(different)}"
-        raise ConfigError("output", path, problem, "Name another file")
+        raise ConfigError("--output", path, problem, "Name another file")
     return [Cell(**{key: row[key] for key in ("last", "samples", "draw", "loss")}) for row in found["cells"]]
 
 
