@@ -132,7 +132,7 @@ def test_an_experiment_composes_with_its_model_and_fits_one_gpu(experiment: str)
     assert check(cfg, 1, H100).fits
 
 
-def test_the_layout_study_s_experiment_is_the_study_s_hybrid() -> None:
+def test_the_experiment_layout_study_is_the_quality_study_s_hybrid() -> None:
     experiment = compose_run(["+experiment=layout_study"])
     study = compose_run(train_settings(Folders(Path("runs/study"), Path()), Run("hybrid"), Recipe(3e-4, 1 << 17)))
     own = {"data", "run_dir", "seed", "tracking"}

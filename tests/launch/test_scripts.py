@@ -10,7 +10,7 @@ from tests.program import ROOT
 
 @pytest.mark.parametrize(
     "words",
-    [("hybrid_vs_dense",), ("hybrid_vs_dense", "125m"), ("te_vs_local",), ("layout_study",)],
+    [("hybrid_vs_dense",), ("hybrid_vs_dense", "125m"), ("te_vs_local",), ("dense_layers",)],
     ids=" ".join,
 )
 def test_a_script_without_its_arguments_prints_its_usage(words: tuple[str, ...], tmp_path: Path) -> None:

@@ -2,10 +2,10 @@
 # Measures which layers should be dense, and whether different offsets per head help. Trains one small model with a fixed
 # number of tokens and two seeds: all dense; all sparse with equal (homogeneous) and with shifted heads; dense layers first,
 # last and interleaved; one dense layer in 3, 7 and 17.
-#   launch/layout_study.sh FOLDER [setting=value …]     e.g. launch/layout_study.sh runs/sweeps/layouts hydra.launcher.n_jobs=3
+#   launch/dense_layers.sh FOLDER [setting=value …]     e.g. launch/dense_layers.sh runs/sweeps/layouts hydra.launcher.n_jobs=3
 # FOLDER/sweep.{csv,png} contain losses and tokens/s. After an interruption the same command resumes.
 set -euo pipefail
-usage="usage: launch/layout_study.sh FOLDER [setting=value …]"
+usage="usage: launch/dense_layers.sh FOLDER [setting=value …]"
 folder=${1:?$usage}
 shift
 launch=$(dirname "$0")
