@@ -1,12 +1,12 @@
 """Core attention over static block layouts: dense and S2."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
-from s2train.kernels.attention import block_sparse_attention
+from s2train.kernels.attention import Backend, block_sparse_attention
 from s2train.kernels.dense import dense_causal_attention, torch_unsupported_reason
 from s2train.kernels.dense_choice import DenseCall, DenseChoice, Kind, choose_dense, dense_order
 from s2train.kernels.dispatch import kernels_in_use
@@ -121,6 +121,51 @@ class BlockCoreAttention(CausalCoreAttention):
         )
 
 
+def choose_kernels(
+    kind: Kind,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    query_offset: int,
+    bounds: torch.Tensor | None,
+    implementation: str,
+    backend: Backend,
+    full_layout: Callable[[], BlockLayout],
+) -> DenseChoice:
+    """Choose the kernels of a dense layer's call.
+
+    Args:
+        bounds: int32 [documents + 1], of packed documents.
+        implementation: the run's `dense_attention`.
+        backend: of the sparse op.
+        full_layout: makes the layout that keeps every block, which the sparse op needs.
+
+    Raises:
+        ValueError: the requested implementation can't run the call, or none can.
+    """
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    call = DenseCall(
+        kind,
+        query.dtype,
+        query.shape[-1],
+        query.shape[2] != key.shape[2],
+        deterministic,
+        torch.cuda.get_device_capability(query.device) if query.is_cuda else None,
+        key.shape[0],
+    )
+
+    def serves(name: str) -> str | None:
+        if name != "s2train":
+            return torch_unsupported_reason(name, query, key, value)
+        layout = full_layout()
+        used = kernels_in_use(query, key, value, layout, query_offset=query_offset, cu_seqlens=bounds, backend=backend)
+        # portable kernels are slower than torch's, except for a deterministic backward; torch takes no documents
+        fast = used.forward == "hopper" and (used.backward == "hopper" or deterministic)
+        return None if fast or kind == "documents" or implementation == name else str(used)
+
+    return choose_dense(call, implementation, serves)
+
+
 class DenseCoreAttention(BlockCoreAttention):
     """Core attention in which every head keeps everything.
 
@@ -196,28 +241,10 @@ class DenseCoreAttention(BlockCoreAttention):
         sort = (kind, query.dtype, *shapes, deterministic, dense_order(kind, key.shape[0]))
         if sort in self._chosen:
             return self._chosen[sort]
-        call = DenseCall(
-            kind,
-            query.dtype,
-            query.shape[-1],
-            query.shape[2] != key.shape[2],
-            deterministic,
-            torch.cuda.get_device_capability(query.device) if query.is_cuda else None,
-            key.shape[0],
-        )
-
-        def serves(name: str) -> str | None:
-            if name != "s2train":
-                return torch_unsupported_reason(name, query, key, value)
-            layout, backend = self.full_layout(key), self.backend
-            used = kernels_in_use(
-                query, key, value, layout, query_offset=query_offset, cu_seqlens=bounds, backend=backend
-            )
-            # portable kernels are slower than torch's, except for a deterministic backward; torch takes no documents
-            fast = used.forward == "hopper" and (used.backward == "hopper" or deterministic)
-            return None if fast or kind == "documents" or self.implementation == name else str(used)
-
-        choice = choose_dense(call, self.implementation, serves)
+        choice = choose_kernels(
+            kind, query, key, value, query_offset, bounds, self.implementation, self.backend,
+            lambda: self.full_layout(key),
+        )  # fmt: skip
         self._chosen[sort] = choice
         self.choices.setdefault(kind, choice)
         return choice

@@ -1,20 +1,25 @@
 """Compiles a run's kernels once on each machine.
 
-The first rank of a machine compiles; the others read Triton's disk cache.
+The first rank of a machine compiles; the others read the disk caches of Triton and FlashAttention-4.
 """
 
 import os
 from collections.abc import Callable
+from functools import cache, partial
 from typing import cast
 
 import torch
 from megatron.core import parallel_state
+from torch import Tensor
 
 from s2train.attention.hybrid import HybridLayout
 from s2train.attention.weights import kv_heads_on_rank
 from s2train.config import PretrainConfig, head_dim
 from s2train.kernels.attention import Backend, block_sparse_attention, resolve_backend
+from s2train.kernels.dense_choice import Kind
+from s2train.kernels.flash4 import fa4_attention
 from s2train.kernels.layout import BlockLayout
+from s2train.megatron.block_attention import choose_kernels
 from s2train.megatron.context_parallel.all_gather import chunk_ids
 from s2train.megatron.model import DTYPES
 from s2train.megatron.specs import core_attention_class
@@ -31,31 +36,37 @@ def run_once_per_machine(action: Callable[[], None]) -> None:
 
 
 def compile_kernels(cfg: PretrainConfig, hybrid: HybridLayout, device: torch.device) -> None:
-    """Run what each distinct sparse layer runs in a step, once.
+    """Run what each distinct layer runs in a step, once.
 
-    Forward and backward. Layers of a data-dependent kind run what their core attention's `compile_kernels` does.
+    Forward and backward. Layers of a data-dependent kind run what their core attention's `compile_kernels` does, dense
+    layers only what is compiled at its first call.
 
     Uses the shapes of the run's steps, and zeros, so that no random number is drawn. Covers all layers and all tensor
     parallel shares, since the machine's other ranks may have others than this one. Frees the memory that it took: call
-    it before the model is built. Does nothing if the sparse layers run on torch.
+    it before the model is built. Does nothing if the sparse op runs on torch.
     """
     backend = cast(Backend, cfg.attention_backend)
     if resolve_backend(backend, device) == "torch":
         return
     tp = cfg.parallel.tp
     heads, groups = cfg.model.num_attention_heads // tp, kv_heads_on_rank(cfg.model.num_query_groups, tp)
-    for layer in dict.fromkeys(layer for layer in hybrid.layers if not layer.is_dense):
+    for layer in dict.fromkeys(hybrid.layers):
         for rows, keys in _chunks(cfg.train.seq_length):
             inputs = _zeros(cfg, rows, keys, heads, groups, device)
-            if layer.is_static:
-                for share in range(tp):
-                    layout = layer.block_layout(keys, heads=slice(share * heads, (share + 1) * heads), device=device)
-                    if cfg.data.attention_within_documents:
-                        _run_documents(layout, inputs, backend)
-                    if keys > rows or not cfg.data.attention_within_documents:
-                        _run_static(layout, inputs, backend)
-            else:
+            if not layer.is_static:
                 core_attention_class(layer.kind).compile_kernels(layer, *inputs, keys - rows, backend)
+                continue
+            for share in range(1 if layer.is_dense else tp):  # dense heads are alike
+                own = slice(share * heads, (share + 1) * heads)
+                layout = cache(partial(layer.block_layout, keys, heads=own, device=device))
+                attend = partial(_attend_densely, cfg.dense_attention) if layer.is_dense else _attend
+                if cfg.data.attention_within_documents:
+                    # of one sequence, as layers do
+                    bounds = torch.tensor([0, rows], dtype=torch.int32, device=device)
+                    query, key, value = (x[:rows, :1] for x in inputs)
+                    _run(attend(layout, query, key, value, bounds, backend))
+                if keys > rows or not cfg.data.attention_within_documents:
+                    _run(attend(layout, *inputs, None, backend))
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
@@ -64,7 +75,7 @@ def compile_kernels(cfg: PretrainConfig, hybrid: HybridLayout, device: torch.dev
 
 def _zeros(
     cfg: PretrainConfig, rows: int, keys: int, heads: int, groups: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Make the query, key and value of one call.
 
     They are leaves that require gradients, or views of such leaves.
@@ -79,19 +90,51 @@ def _zeros(
     return query, key, value[..., -width:]
 
 
-def _run_static(layout: BlockLayout, inputs: tuple[torch.Tensor, ...], backend: Backend) -> None:
-    query, key, value = inputs
+def _attend(
+    layout: Callable[[], BlockLayout],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: Tensor | None,
+    backend: Backend,
+) -> Tensor:
     offset = key.shape[0] - query.shape[0]
-    out = block_sparse_attention(query, key, value, layout, query_offset=offset, backend=backend)
-    out.backward(torch.ones_like(out))
+    return block_sparse_attention(
+        query, key, value, layout(), query_offset=offset, cu_seqlens=bounds, backend=backend
+    )  # fmt: skip
 
 
-def _run_documents(layout: BlockLayout, inputs: tuple[torch.Tensor, ...], backend: Backend) -> None:
-    """Run attention within documents of one sequence, as layers do."""
-    query, key, value = (x[: inputs[0].shape[0], :1] for x in inputs)
-    bounds = torch.tensor([0, query.shape[0]], dtype=torch.int32, device=query.device)
-    out = block_sparse_attention(query, key, value, layout, cu_seqlens=bounds, backend=backend)
-    out.backward(torch.ones_like(out))
+def _attend_densely(
+    implementation: str,
+    layout: Callable[[], BlockLayout],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: Tensor | None,
+    backend: Backend,
+) -> Tensor | None:
+    """Compute a dense layer's attention, as `_attend`.
+
+    None if torch's own kernels do, which aren't compiled.
+    """
+    offset, documents = key.shape[0] - query.shape[0], bounds is not None
+    if query.is_cuda or implementation == "s2train":
+        kind: Kind = "documents" if documents else "later" if offset else "whole"
+        implementation = choose_kernels(
+            kind, query, key, value, offset, bounds, implementation, backend, layout
+        ).implementation
+    if implementation == "fa4":
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        scale = query.shape[-1] ** -0.5
+        return fa4_attention(query, key, value, softmax_scale=scale, bounds=bounds, deterministic=deterministic)
+    if documents or implementation == "s2train":
+        return _attend(layout, query, key, value, bounds, backend)
+    return None
+
+
+def _run(out: Tensor | None) -> None:
+    if out is not None:
+        out.backward(torch.ones_like(out))
 
 
 def _chunks(seq_length: int) -> list[tuple[int, int]]:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from s2train.kernels.dense_choice import DenseChoice
 
 from s2train.attention.kind import LayerLayout
 from s2train.attention.registry import KINDS
@@ -34,6 +35,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Any, **how: Any) -> torch.Tensor:
         made.append(SimpleNamespace(q=tuple(query.shape), k=tuple(key.shape), v=tuple(value.shape), **how))
         made[-1].dtype, made[-1].is_backward = query.dtype, False
+        made[-1].is_dense = layout.mask().equal(torch.ones_like(layout.mask()).tril())
         out = query * 1.0
         out.register_hook(lambda _: setattr(made[-1], "is_backward", True))
         return out
@@ -74,18 +76,45 @@ def test_within_documents_one_sequence_at_a_time_runs_as_in_a_step(
     calls: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compile_for(monkeypatch, "data.attention_within_documents=true")
-    (call,) = calls
-    assert (call.q, call.k, call.v) == ((256, 1, 4, 32), (256, 1, 2, 32), (256, 1, 2, 32))
-    assert call.cu_seqlens.tolist() == [0, 256]
-    assert call.is_backward
+    for call in calls:
+        assert (call.q, call.k, call.v) == ((256, 1, 4, 32), (256, 1, 2, 32), (256, 1, 2, 32))
+        assert call.cu_seqlens.tolist() == [0, 256]
+        assert call.is_backward
+    assert [call.is_dense for call in calls] == [True, False]
 
 
 def test_a_divided_sequence_runs_documents_that_begin_and_those_that_continue(
     calls: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compile_for(monkeypatch, "data.attention_within_documents=true", cp=(0, 2))
-    shapes = [(call.q[0], call.k[0], hasattr(call, "cu_seqlens"), getattr(call, "query_offset", 0)) for call in calls]
+    compile_for(monkeypatch, "data.attention_within_documents=true", "layout.layers=S", cp=(0, 2))
+    shapes = [(call.q[0], call.k[0], call.cu_seqlens is not None, call.query_offset) for call in calls]
     assert shapes == [(64, 64, True, 0), (64, 64, True, 0), (64, 256, False, 192)]
+
+
+def test_dense_layers_run_the_op_if_they_do_in_a_step(calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_for(monkeypatch, "layout=dense", "dense_attention=s2train", "parallel.tp=2", cp=(1, 2))
+    shapes = [(call.q[0], call.k[0], call.q[2], call.query_offset) for call in calls]
+    assert shapes == [(64, 128, 2, 64), (64, 192, 2, 128)]
+    assert all(call.is_dense and call.is_backward for call in calls)
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_dense_layers_run_flash_attention_4_if_they_do_in_a_step(
+    documents: bool, calls: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[Any] = []
+
+    def fa4(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **how: Any) -> torch.Tensor:
+        ran.append((tuple(query.shape), how["bounds"] is not None))
+        return query * 1.0
+
+    monkeypatch.setattr(warm_up, "choose_kernels", lambda kind, *_: DenseChoice(kind, "fa4"))
+    monkeypatch.setattr(warm_up, "fa4_attention", fa4)
+    # by name, a CPU chooses too
+    settings = ["layout=dense", "dense_attention=s2train", f"data.attention_within_documents={documents}"]
+    compile_for(monkeypatch, *settings)
+    assert ran == [((256, 1 if documents else 2, 4, 32), documents)]
+    assert calls == []
 
 
 def test_layers_whose_reads_the_data_choose_run_what_their_core_attention_says(
