@@ -16,6 +16,7 @@ from s2train.kernels.attention import Backend, block_sparse_attention
 from s2train.kernels.block_statistics import block_mass
 from s2train.kernels.block_statistics.blocks import rows_of_block
 from s2train.kernels.dispatch import kernels_in_use
+from s2train.kernels.select_blocks import combine_heads
 from s2train.kernels.topk_layout import Layout, TopKLayout
 from s2train.layouts.patterns import Dense
 from s2train.megatron.core_attention import AttentionCache, CausalCoreAttention
@@ -105,11 +106,11 @@ class BlockSelectionCoreAttention(CausalCoreAttention):
         chosen_by = (query, key) if self.kind.settings.trunk_gradient else (query.detach(), key.detach())
         with torch.set_grad_enabled(learns):
             speakers, features = self.speakers(chosen_by[0]), self.features(chosen_by[1])
-        indices = self.lists(speakers, features)
         if self.warms_up:
             dense = dense_layer(self.shape.num_heads, self.layer_layout.block_size)
             layout = self.cache.get(dense, key.shape[0], self.heads, query.device)
         else:
+            indices = self.lists(speakers, features)
             layout = self.layout_of(indices, query)
         if self.kernels is None:
             self.kernels = kernels_in_use(query, key, value, layout, backend=self.backend)
@@ -125,11 +126,12 @@ class BlockSelectionCoreAttention(CausalCoreAttention):
             return out
         query, key = query.detach(), key.detach()
         if lse is not None:
-            scores = None
+            scores, of_heads, scorer = None, None, self.kind.scorer
             if learns:
                 candidates = self.kind.budget.candidates(rows, num_blocks)
-                scores = block_scores(self.kind.scorer, speakers, features, candidates, self.weight)
-            return self.learn_from_all(out, query, key, lse, scores, indices)
+                of_heads = scorer.head_scores(speakers, features, candidates, self.weight)
+                scores = combine_heads(of_heads, candidates, scorer.normalizes)
+            return self.learn_from_all(out, query, key, lse, scores, self.lists(speakers, features, of_heads))
         return self.learn_from_sampled(out, query, key, speakers, features, indices)
 
     def attend_cached(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -171,16 +173,23 @@ class BlockSelectionCoreAttention(CausalCoreAttention):
         return mix(out, query, means, self.weight)
 
     @torch.no_grad()
-    def lists(self, speakers: Tensor, features: Tensor) -> Tensor:
-        """Select each query block's key blocks: int32 [b, h_kv, n, slots]."""
+    def lists(self, speakers: Tensor, features: Tensor, scores: Tensor | None = None) -> Tensor:
+        """Select each query block's key blocks: int32 [b, h_kv, n, slots].
+
+        Args:
+            scores: of all rows, from the scorer's `head_scores`; None: computed for a chunk of rows at a time.
+        """
         scorer, budget, count = self.kind.scorer, self.kind.budget, features.shape[1]
         rows = torch.arange(count, device=features.device)[None, None]
         candidates, slots, lists = budget.candidates(rows, count), budget.most_chosen(count), []
         for first, end in row_chunks(count):
-            around = slice(max(0, first - scorer.earlier_rows), end)
-            found = scorer.head_scores(
-                speakers[:, around], features[:, :end], candidates[:, :, around, :end], self.weight
-            )[..., first - around.start :, :]
+            if scores is None:
+                around = slice(max(0, first - scorer.earlier_rows), end)
+                found = scorer.head_scores(
+                    speakers[:, around], features[:, :end], candidates[:, :, around, :end], self.weight
+                )[..., first - around.start :, :]
+            else:
+                found = scores[..., first:end, :end]
             own = rows[..., first:end]
             lists.append(select(found, own, budget, slots, normalize=scorer.normalizes, backend=self.backend))
         return torch.cat(lists, 2)

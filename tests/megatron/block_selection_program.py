@@ -158,6 +158,21 @@ def unlogged() -> dict[str, Any]:
     return found
 
 
+def scorings() -> dict[str, list[int]]:
+    """How often a warm-up's step scores: logged, and not logged."""
+    found = {}
+    for name in ("moba", "index", "sea"):
+        core = make(scorer=name, warm_up_steps=3)[2]
+        scorer = type(core.kind.scorer)
+        found[name] = []
+        for is_logged in (True, False):
+            original = scorer.head_scores
+            with mock.patch.object(scorer, "head_scores", autospec=True, side_effect=original) as counted:
+                passed(core, 3, is_logged)
+            found[name].append(counted.call_count)
+    return found
+
+
 class Waits(TorchDispatchMode):
     """Notes the operators that let the host wait for a device: copies between the two.
 
@@ -237,6 +252,9 @@ def in_chunks() -> dict[str, bool]:
         for rows in (1, 2, 3):
             with mock.patch.object(lists, "_CHUNK_ROWS", rows):
                 found[f"{name}, {rows}"] = torch.equal(core.lists(speakers, features), whole)
+                candidates = core.kind.budget.candidates(torch.arange(whole.shape[2])[None, None], features.shape[1])
+                scores = core.kind.scorer.head_scores(speakers, features, candidates, core.weight)
+                found[f"{name}, {rows}, scored"] = torch.equal(core.lists(speakers, features, scores), whole)
     return found
 
 
@@ -269,6 +287,7 @@ def main() -> None:
         "short": short(),
         "recall": recall_of_all(),
         "unlogged": unlogged(),
+        "scorings": scorings(),
         "waits": waits(),
         "in_chunks": in_chunks(),
         "reads": reads(),

@@ -64,6 +64,10 @@ def test_a_scorer_that_learns_nothing_computes_recall_in_logged_steps_alone(meas
     assert all(all(case["same"]) for case in found.values())
 
 
+def test_a_step_of_the_warm_up_scores_once_if_it_learns_or_logs_recall(measured: dict[str, Any]) -> None:
+    assert measured["scorings"] == {"moba": [1, 0], "index": [1, 1], "sea": [1, 1]}
+
+
 def test_a_step_never_waits_for_the_device(measured: dict[str, Any]) -> None:
     assert measured["waits"] == {
         f"{name}, {phase}": [] for name in ("moba", "index", "sea") for phase in ("warm-up", "selected")
