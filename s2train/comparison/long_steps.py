@@ -115,7 +115,7 @@ def choose_layers(request: Request, stacks: Sequence[Stack], length: int, hardwa
                 case_overrides(request.size, stack, length, request.tokens, count, recompute) for stack in stacks
             )
             plans = (_plan([*each, *request.overrides], hardware) for each in settings)  # up to one that doesn't fit
-            if all(plan.memory.total <= 0.9 * hardware.memory for plan in plans):
+            if all(plan.fits_with_room for plan in plans):
                 return count, recompute
     raise ConfigError(
         "--lengths",

@@ -59,6 +59,11 @@ class Plan:
     def fits(self) -> bool:
         return self.remedy is None
 
+    @property
+    def fits_with_room(self) -> bool:
+        """Whether a tenth of the memory stays free, for fragmentation."""
+        return self.memory.total <= 0.9 * self.hardware.memory
+
 
 def make_plan(cfg: PretrainConfig, hybrid: HybridLayout, world_size: int, hardware: Hardware) -> Plan:
     """Compute the plan without building anything; `cfg` has passed `check_division` for `world_size`.

@@ -16,7 +16,6 @@ from s2train.scaling.parity import compare_losses
 from s2train.scaling.speed import memory
 
 _STEPS, _WARM = 3, 1
-_FREE = 0.1  # of the memory, for fragmentation
 
 
 @dataclass(frozen=True)
@@ -127,9 +126,7 @@ def _plan(request: Request, model: str, length: int, cp: int, layers: int, hardw
 
 
 def _fits(plan: Plan, step_s: float) -> bool:
-    if plan.prediction is not None and plan.prediction.time.total > step_s:
-        return False
-    return plan.memory.total <= (1 - _FREE) * plan.hardware.memory
+    return plan.fits_with_room and (plan.prediction is None or plan.prediction.time.total <= step_s)
 
 
 def _layers(request: Request, length: int, cp: int, hardware: Hardware) -> int:
