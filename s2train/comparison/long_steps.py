@@ -106,9 +106,9 @@ def choose_layers(request: Request, stacks: Sequence[Stack], length: int, hardwa
     multiple of four that repeats every layout and leaves a tenth of the memory free for fragmentation.
 
     Raises:
-        ConfigError: the layers don't fit even with full recomputation.
+        ConfigError: the layers don't fit even with full recomputation, or a layout is repeated to no such number.
     """
-    counts = [request.layers] if request.layers else [n for n in range(32, 0, -4) if _divides(request.layouts, n)]
+    counts = [request.layers] if request.layers else _layer_counts(request.layouts)
     for recompute in ("none", "full"):
         for count in counts:
             settings = (
@@ -125,11 +125,21 @@ def choose_layers(request: Request, stacks: Sequence[Stack], length: int, hardwa
     )
 
 
-def _divides(layouts: Sequence[str], layers: int) -> bool:
-    try:
-        return all(parse_layers(letters, layers) for letters in layouts)
-    except ConfigError:
-        return False
+def _layer_counts(layouts: Sequence[str]) -> list[int]:
+    """Return the multiples of four that repeat every layout, the largest first."""
+    problem: ConfigError | None = None
+    found = []
+    for count in range(32, 0, -4):
+        try:
+            for letters in layouts:
+                parse_layers(letters, count)
+            found.append(count)
+        except ConfigError as error:
+            problem = problem or error  # of the largest
+    if not found:
+        assert problem is not None
+        raise ConfigError("--layouts", problem.value, problem.problem, problem.remedy) from problem
+    return found
 
 
 def _plan(overrides: Sequence[str], hardware: Hardware) -> Plan:

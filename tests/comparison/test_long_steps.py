@@ -12,6 +12,7 @@ from s2train.comparison.long_steps import Request, Row, case_overrides, choose_l
 from s2train.comparison.long_steps_report import best_dense, gain
 from s2train.comparison.stacks import Stack, stacks_to_compare
 from s2train.environment.hardware import Hardware, gpu_rates
+from s2train.errors import ConfigError
 from s2train.planning import compose_run
 from tests.program import run
 
@@ -89,6 +90,19 @@ def test_every_stack_has_the_largest_number_of_layers_that_fits_all() -> None:
     assert short[0] % 8 == long[0] % 8 == 0  # whole repetitions of D1S7
     assert short[0] >= long[0] > 0
     assert (short[1], long[1]) == ("none", "full")
+
+
+@pytest.mark.parametrize(
+    ("layouts", "problem"),
+    [
+        (["DSSS", "DX"], "--layouts=DX: unknown letter X"),
+        (["D1S39"], "--layouts=D1S39: stands for 40 layers, which doesn't divide the model's 32"),
+    ],
+)
+def test_a_layout_of_no_number_of_layers_is_rejected(layouts: list[str], problem: str) -> None:
+    request = Request("7b", (8192,), 131072, None, 1, 1, [], layouts)
+    with pytest.raises(ConfigError, match=f"^{problem}"):
+        choose_layers(request, [], 8192, H100)
 
 
 @pytest.mark.usefixtures("libraries")
