@@ -88,7 +88,9 @@ def forking_python(folder: Path) -> Path:
 def _server(read_at_import: tuple[str, ...]) -> str:
     """Path of the socket of this test run's server, which the first worker to need it starts."""
     owner = os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid()
-    path = Path(tempfile.gettempdir(), "-".join(("s2train-forks", str(owner), *read_at_import)))
+    # An earlier process had the same number, and a killed server of its tests left a socket.
+    started = str(int(psutil.Process(owner).create_time()))
+    path = Path(tempfile.gettempdir(), "-".join(("s2train-forks", str(owner), started, *read_at_import)))
     kept = {k: v for k, v in os.environ.items() if k not in _READ_AT_IMPORT} | {"OMP_NUM_THREADS": "1"}
     kept |= dict.fromkeys(read_at_import, "1")
     with FileLock(f"{path}.lock"):
@@ -170,14 +172,14 @@ def _draw_on_request() -> None:
     pictures.draw_layout = on_request(pictures.draw_layout, 2)
 
 
-def _serve(path: Path, owner: int) -> None:
+def _serve(path: Path, owner: psutil.Process) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         new = f"{path}.new"
         listener.bind(new)
         listener.listen(16)
         os.rename(new, path)
         listener.settimeout(1.0)
-        while _is_alive(owner):
+        while owner.is_running():  # not another process of its number
             with contextlib.suppress(TimeoutError):
                 connection, _ = listener.accept()
                 if os.fork() == 0:
@@ -188,14 +190,6 @@ def _serve(path: Path, owner: int) -> None:
                     pass
     for name in (path, f"{path}.lock"):
         Path(name).unlink(missing_ok=True)
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 def _answer(connection: socket.socket) -> NoReturn:
@@ -306,7 +300,7 @@ def free_port() -> int:
 if __name__ == "__main__":
     _import_everything()
     if sys.argv[1] == "serve":
-        _serve(Path(sys.argv[2]), int(sys.argv[3]))
+        _serve(Path(sys.argv[2]), psutil.Process(int(sys.argv[3])))
     else:
         fork_python_programs()
         run_program(sys.argv[1], sys.argv[2:])
