@@ -204,9 +204,9 @@ def _store_dq(dq, dq_s, dq_free, dq_full, n, C: gl.constexpr):
 
 @gluon.jit
 def _keys_of_dq(k_s, at, C: gl.constexpr, QT: gl.constexpr, HL: gl.constexpr):
-    """Return k of a warpgroup, as half C of dq takes it: half of its dimensions.
+    """Return a warpgroup's k for half C of dq.
 
-    Where a step has 128 queries, half C has half of these, and all dimensions.
+    Half C has half of k's dimensions. Where a step has 128 queries, half C has half of these, and all dimensions.
     """
     k = k_s.index(at)
     if QT == TILE:

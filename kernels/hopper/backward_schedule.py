@@ -125,7 +125,7 @@ def _build(
 
 
 def _main_member(meta: Tensor, steps: Tensor, group: int, num_key_tiles: int) -> Tensor:
-    """Return the member of the group that most of a program's steps visit.
+    """Return the member that most of each program's steps visit.
 
     A long program sweeps over one member's queries; those that run together should sweep over the same. Where no member
     has more than half of the steps, as in a local window, the first key tile's place decides, to distribute programs

@@ -53,7 +53,10 @@ class SharedTiles:
 
 
 def divide(kept: list[tuple[Tensor, Tensor]], first_tile: int, num_tiles: int, num_key_tiles: int) -> Divided | None:
-    """Divide a group's kept tiles; None if no tile has many steps of its own."""
+    """Divide a group's kept tiles.
+
+    Returns None if no tile has many steps that its neighbour lacks.
+    """
     group = len(kept)
     row = torch.cat([tile - first_tile + member * num_tiles for member, (tile, _) in enumerate(kept)])
     key = torch.cat([key_tile for _, key_tile in kept])
@@ -81,7 +84,7 @@ def divide(kept: list[tuple[Tensor, Tensor]], first_tile: int, num_tiles: int, n
 
 
 def shared_tiles(meta: Tensor) -> SharedTiles | None:
-    """Give slots to programs with a key tile that another program visits too.
+    """Give slots to programs that share a key tile.
 
     None if there are none. Rows are those of `BackwardSchedule.meta`, in their final order.
     """
@@ -114,7 +117,7 @@ def s2_attention_bwd_kernel_hopper_add_tiles(
     parts, sums, dk_ptr, dv_ptr, dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row, scale, sequences, s_k,
     D: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """Add one or two sums of AT_ONCE keys, and store dk and dv."""
+    """Add the sums of AT_ONCE keys, and store dk and dv."""
     CHUNKS: tl.constexpr = 64 // AT_ONCE
     SIZE: tl.constexpr = 64 * 2 * D
     program = tl.program_id(0)
