@@ -14,7 +14,6 @@ Programs add to it in an order that differs between runs, and so do dq's last bi
 # Triton interprets the annotations of its functions, so tensor arguments have none.
 # mypy: allow-untyped-defs
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,6 +34,7 @@ from ..part_sums import launch_of_sums, new_parts, s2_attention_bwd_kernel_add_p
 from ..spec import AttentionSpec, empty, empty_bhsd
 from ..tiles import strides
 from ..topk_layout import Layout, TopKLayout
+from .backward_config import CONFIGS, HopperBackwardConfig
 from .backward_rows import s2_attention_bwd_kernel_hopper_finish, s2_attention_bwd_kernel_hopper_prepare
 from .backward_schedule import DEFAULTS, BackwardSchedule, ScheduleOptions, backward_schedule
 from .launch import descriptor, launch
@@ -479,22 +479,6 @@ def s2_attention_bwd_kernel_hopper(
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class HopperBackwardConfig:
-    """Stages for tiles of queries and output gradients; registers per thread.
-
-    - ``schedule``: choices that only static layouts have, and no packed documents. 128 queries a step take head
-      dimension 64 and blocks of at least 128.
-    """
-
-    stages: int
-    consumer_registers: int = 240
-    other_registers: int = 24
-    schedule: ScheduleOptions = DEFAULTS
-
-
-# Keyed by head dimension; three stages of 128 take 226 KiB of shared memory in all.
-CONFIGS = {128: HopperBackwardConfig(3), 64: HopperBackwardConfig(4)}
 # registers per thread before they are divided among roles: 65536 over 12 warps, in multiples of 8
 ENTRY_REGISTERS = 168
 

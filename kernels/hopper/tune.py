@@ -27,8 +27,9 @@ from ..forward import forward
 from ..layout import BlockLayout
 from ..spec import AttentionSpec, to_bhsd
 from ..workers import run_tasks, serve
-from .backward import CONFIGS as BACKWARD_CONFIGS
-from .backward import HopperBackwardConfig, hopper_backward
+from .backward import hopper_backward
+from .backward_config import CONFIGS as BACKWARD_CONFIGS
+from .backward_config import HopperBackwardConfig
 from .backward_schedule import ScheduleOptions
 from .forward import CONFIGS, HopperConfig, hopper_forward
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from s2train.kernels import reference_attention
 from s2train.kernels.hopper import backward_schedule, pair_parts, shared_tiles
+from s2train.kernels.hopper.backward_config import HopperBackwardConfig
 from s2train.kernels.hopper.backward_schedule import ACTIVE_BITS, QUERY_BITS, TILE, ScheduleOptions
 from s2train.kernels.interpreter import repair_interpreter
 from s2train.kernels.spec import AttentionSpec
@@ -169,7 +170,7 @@ def test_gradients_where_programs_share_pairs(
 def test_gradients_with_steps_of_128_queries(
     block: int, heads: int, kv_heads: int, s_q: int, s_k: int, options: dict[str, Any], walk: Walk
 ) -> None:  # fmt: skip
-    config = hopper_backward.HopperBackwardConfig(2, schedule=ScheduleOptions(query_tile=128))
+    config = HopperBackwardConfig(2, schedule=ScheduleOptions(query_tile=128))
     check_gradients(64, block, heads, kv_heads, s_q, s_k, options | {"config": config})
 
 
@@ -191,7 +192,7 @@ def test_gradients_where_tiles_have_second_partners(
     monkeypatch.setattr(shared_tiles, "_LEAST_STEPS", 1)
     monkeypatch.setattr(backward_schedule, "_CACHED_ROWS", 0)
     schedule = ScheduleOptions(second_pairs=True, by_query_head=by_query_head)
-    config = hopper_backward.HopperBackwardConfig(3, schedule=schedule)
+    config = HopperBackwardConfig(3, schedule=schedule)
     check_gradients(64, 64, heads, kv_heads, s_q, s_k, options | {"config": config, "keep": 0.5})
     assert walk.slots_used > 0
 
@@ -208,7 +209,7 @@ def test_gradients_where_tiles_have_second_partners(
 def test_options_that_a_call_does_not_support_are_rejected(
     block: int, dim: int, documents: tuple[int, ...] | None, schedule: ScheduleOptions
 ) -> None:
-    config = hopper_backward.HopperBackwardConfig(2, schedule=schedule)
+    config = HopperBackwardConfig(2, schedule=schedule)
     with pytest.raises(ValueError, match=r"query_tile=128.* takes head dimension 64|no packed documents"):
         check_gradients(dim, block, 2, 1, 128, 128, {"config": config, "documents": documents})
 

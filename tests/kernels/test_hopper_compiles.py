@@ -124,12 +124,12 @@ def compiled_forward(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, spec:
 
 def compiled_backward(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, spec: AttentionSpec, rows: str) -> Any:
     from s2train.kernels.hopper.backward import (
-        CONFIGS,
         ENTRY_REGISTERS,
         launch_arguments,
         s2_attention_bwd_kernel_hopper,
         schedule_of_call,
     )
+    from s2train.kernels.hopper.backward_config import CONFIGS
     from s2train.kernels.hopper.backward_schedule import ScheduleOptions
     from s2train.kernels.hopper.pair_parts import PairParts
 
