@@ -113,10 +113,11 @@ def make_plan(cfg: PretrainConfig, hybrid: HybridLayout, world_size: int, hardwa
 def layouts_nbytes(cfg: PretrainConfig, hybrid: HybridLayout, impl: Implementations) -> int:
     """Return the largest size in bytes of a rank's block layouts.
 
-    Counts one layout per distinct static layer, with all heads. Under context parallel a rank has two, one for each of
+    Counts one layout per distinct static layer, with all heads; dense layers make theirs for the sparse op, and for
+    attention within documents. Under context parallel a rank has two, one for each of
     its chunks of the sequence.
     """
-    dense_too = impl.dense(cfg) == "s2train"
+    dense_too = impl.dense(cfg) == "s2train" or cfg.data.attention_within_documents
     distinct = {layer for layer in hybrid.layers if layer.is_static and (dense_too or not layer.is_dense)}
     chunks = 2 if cfg.parallel.cp > 1 else 1
     return chunks * sum(layout_nbytes(layer, cfg.train.seq_length) for layer in distinct)

@@ -190,7 +190,13 @@ def test_layouts_are_counted_once_for_equal_layers() -> None:
     rotating = config(tp=8)
     rotating.schedule.kind, rotating.layout.pattern.stride = "rotating", 16
     assert plan(rotating, 8).memory.layouts > alike
-    assert plan(config(tp=8, layers="D"), 8).memory.layouts == 0
+
+
+def test_dense_layers_have_layouts_within_documents_alone() -> None:
+    cfg = config(tp=8, layers="D")
+    assert plan(cfg, 8).memory.layouts == 0
+    cfg.data.attention_within_documents = True
+    assert plan(cfg, 8).memory.layouts > 0
 
 
 @pytest.mark.parametrize(("tp", "cp"), [(1, 1), (2, 1), (1, 2), (2, 2)])
