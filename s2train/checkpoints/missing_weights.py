@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 
-from s2train.errors import ConfigError
 from s2train.megatron.core_attention import CausalCoreAttention
 from s2train.megatron.model import unwrap
 
@@ -19,8 +18,6 @@ def leave_out_missing(wanted: dict[str, Any], chunks: Sequence[Any], checkpoint:
         wanted: sharded state of each chunk, by its name, in the chunks' order; changed in place.
     Returns:
         for each chunk its initial values of the weights left out, by name.
-    Raises:
-        ConfigError: the checkpoint lacks a weight that a layer can't do without.
     """
     found: dict[str, dict[str, Any]] = {name: {} for name in wanted}
     cores = {
@@ -35,13 +32,8 @@ def leave_out_missing(wanted: dict[str, Any], chunks: Sequence[Any], checkpoint:
         for path, core in of_chunk:
             for weight in core.own_weights:
                 entry = f"{path}.{weight.name}"
-                if wanted[name][entry].key in keys:
+                if wanted[name][entry].key in keys or not weight.may_be_missing:
                     continue
-                if not weight.may_be_missing:
-                    kind, layer = core.layer_layout.kind, core.layer_number - 1
-                    problem = f"it lacks the weight {weight.name} of {kind.label} attention in layer {layer}"
-                    remedy = "Resume from a model with such layers, or use another kind in layout.layers"
-                    raise ConfigError("checkpoint.resume", checkpoint, problem, remedy)
                 del wanted[name][entry]
                 parameter: torch.Tensor = getattr(core, weight.name)
                 found[name][entry] = parameter.detach().clone()

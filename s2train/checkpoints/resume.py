@@ -23,6 +23,7 @@ from s2train.checkpoints.folders import (
     step_of,
 )
 from s2train.checkpoints.integrity import damage, known_problem
+from s2train.checkpoints.kind_weights import InitialWeights, initial_weights
 from s2train.checkpoints.setting_changes import ALLOW_CHANGES, Change, allowed_changes, changes_between, check_allowed
 from s2train.config import PretrainConfig
 from s2train.data.blend import parse_blend
@@ -55,12 +56,14 @@ class Start:
         progress: progress that the run would save now.
         rng_ranks: `rng_ranks` of the checkpoint's progress.
         changes: settings that differ from the checkpoint's; from weights alone, those of RoPE; empty for a new run.
+        initial: weights of kinds of attention that the checkpoint lacks.
     """
 
     checkpoint: Path | None
     progress: Progress
     rng_ranks: list[int] | None = None
     changes: list[Change] = field(default_factory=list)
+    initial: InitialWeights = field(default_factory=InitialWeights)
 
 
 def find_start(cfg: PretrainConfig) -> Start:
@@ -68,8 +71,8 @@ def find_start(cfg: PretrainConfig) -> Start:
 
     Raises:
         ConfigError: `checkpoint.resume` names no checkpoint, or an earlier one of the run's own folder; the checkpoint
-            is damaged or has another architecture; the data or their order differ; settings of the experiment in the
-            run folder differ, and `checkpoint.allow_changes` does not name them; or no step is left.
+            is damaged, has another architecture, or lacks weights; the data or their order differ; settings of the
+            experiment in the run folder differ, and `checkpoint.allow_changes` does not name them; or no step is left.
     """
     checkpoint = _find(cfg)
     if checkpoint is None:
@@ -88,9 +91,10 @@ def find_start(cfg: PretrainConfig) -> Start:
             _PHASE_MAY_CHANGE if cfg.checkpoint.weights_only else filter(allowed_changes(cfg), _PHASE_MAY_CHANGE)
         )
     check_same_architecture(changes, checkpoint, may_change=may_change, weights_only=weights_only, allowed=allowed)
+    initial = initial_weights(trained, cfg, checkpoint, weights_only)
     if weights_only:
         rotation = [change for change in changes if change.setting in _PHASE_MAY_CHANGE]
-        return Start(checkpoint, Progress(0, 0, data_order(cfg), None), changes=rotation)
+        return Start(checkpoint, Progress(0, 0, data_order(cfg), None), changes=rotation, initial=initial)
     _check_frozen_trunk(cfg, trained, saved.step, checkpoint)
     _check_muon(cfg, changes, checkpoint)
     _check_step_size(cfg, saved, checkpoint)

@@ -224,7 +224,7 @@ def load(cfg: PretrainConfig, state: TrainingState, checkpoint: Path, rng_ranks:
         rng_ranks: [tp, pp] of the run whose generators the checkpoint holds; with others, generators stay as they are.
 
     Raises:
-        ConfigError: the checkpoint is damaged, or lacks weights that it may not lack.
+        ConfigError: the checkpoint is damaged.
     """
     check_megatron_version(checkpoint, "checkpoint.resume")
     weights_only = loads_weights_alone(cfg, checkpoint)

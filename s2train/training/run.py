@@ -271,5 +271,6 @@ def _origin(cfg: PretrainConfig, start: Start) -> str:
     if start.checkpoint is None:
         return f"new run in {cfg.run_dir}"
     if start.progress.step == 0:
-        return f"new run in {cfg.run_dir}, with the weights of {start.checkpoint}"
+        new = f", and {start.initial}" if start.initial.names else ""
+        return f"new run in {cfg.run_dir}, with the weights of {start.checkpoint}{new}"
     return f"resuming from {start.checkpoint}"

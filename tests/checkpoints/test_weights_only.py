@@ -75,6 +75,7 @@ def test_a_run_resumes_bit_for_bit_from_within_the_frozen_steps(dense: Path, sel
         done = pretrain(tmp_path, *SELECTED, *start, *stop)
         assert done.status == 0, done.err[-3000:]
         assert origin in done.out
+        assert ("initial values of index_query, index_key in 3 layers" in done.out) == bool(stop)
     whole, parts = model_of(selected, 4), model_of(tmp_path, 4)
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
@@ -92,6 +93,13 @@ def test_a_trunk_that_was_trained_is_not_frozen(selected: Path, tmp_path: Path) 
 def test_weights_of_another_shape_are_rejected(dense: Path, tmp_path: Path) -> None:
     settings = [*SELECTED, "model.num_query_groups=4", f"checkpoint.resume={dense}", "checkpoint.weights_only=true"]
     assert "model.num_query_groups=4: " in error_line(pretrain(tmp_path, *settings))
+
+
+@pytest.mark.slow
+def test_weights_of_a_scorer_of_another_size_are_rejected(selected: Path, tmp_path: Path) -> None:
+    settings = [*SELECTED, "+layout.kinds.E.index_dim=8", f"checkpoint.resume={selected}"]
+    line = error_line(pretrain(tmp_path, *settings, "checkpoint.weights_only=true"))
+    assert "layout.kinds.E.index_dim=8: the weight index_query of layer 1 is " in line
 
 
 @pytest.mark.parametrize(
