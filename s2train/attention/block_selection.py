@@ -135,12 +135,14 @@ class BlockSelectionKind(DataDependentKind):
     def check(self, cfg: PretrainConfig) -> None:
         own, length, block = self.settings, cfg.train.seq_length, cfg.layout.block_size
         blocks = -(-length // block)
-        sequence = f"a sequence of {length:,} tokens has {blocks} blocks of {block}"
-        room = blocks - own.window - own.sinks
-        if own.window + own.sinks >= blocks:
+        sequence = f"a sequence of {length:,} tokens has {blocks} block{'s' * (blocks != 1)} of {block}"
+        always = own.window + own.sinks
+        room = blocks - always
+        if room < 1:
             name = "window" if own.window >= own.sinks else "sinks"
-            problem = f"{sequence}, which window and sinks keep already: there is nothing to select"
-            raise self.error(name, problem, "Set smaller ones, or a longer train.seq_length.")
+            problem = f"{sequence}, and window and sinks always keep {always}: there is nothing to select"
+            remedy = f"Set train.seq_length above {always * block}, smaller ones, or a smaller layout.block_size."
+            raise self.error(name, problem, remedy)
         if own.top_k is not None and own.top_k > room:
             problem = f"{sequence}, of which {room} can be selected beside window and sinks"
             raise self.error("top_k", problem, f"Set 1 to {room}.")

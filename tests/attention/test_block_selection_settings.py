@@ -34,7 +34,7 @@ def config(selection: str = "top_k:3", *settings: str) -> PretrainConfig:
         ("share:0", "layout.kinds.E.share=0.0: is no share"),
         ("share:1.5", "layout.kinds.E.share=1.5: is no share"),
         ("top_k:1,window:1", "layout.kinds.E.window=1: a query block always keeps its own block and the one before"),
-        ("top_k:1,window:17", "layout.kinds.E.window=17: a sequence of 256 tokens has 16 blocks of 16, which window"),
+        ("top_k:1,window:17", "layout.kinds.E.window=17: a sequence of 256 tokens has 16 blocks of 16, and window"),
         ("top_k:1,sinks:20", "layout.kinds.E.sinks=20: a sequence of 256 tokens has 16 blocks"),
         ("top_k:1,scorer:mobo", "layout.kinds.E.scorer=mobo: unknown. Use moba, index or sea"),
         ("top_k:1,queries:own_block", "layout.kinds.E.queries=own_block: unknown. Use previous_block or first_token"),
@@ -58,6 +58,19 @@ def test_settings_that_can_not_be_are_rejected(selection: str, error: str) -> No
 def test_a_run_that_it_does_not_support_is_rejected(setting: str, world_size: int, feature: str) -> None:
     with pytest.raises(ConfigError, match=rf"index block-selection attention \(letter E\) doesn't support.*{feature}"):
         check(config("top_k:3", setting), world_size, CPU)
+
+
+@pytest.mark.parametrize(
+    ("setting", "blocks"),
+    [("layout.block_size=256", "1 block of 256"), ("layout.block_size=128", "2 blocks of 128")],
+)
+def test_a_sequence_of_too_few_blocks_is_rejected_with_the_length_that_it_needs(setting: str, blocks: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        check(config("top_k:1", setting), 1, CPU)
+    assert f"a sequence of 256 tokens has {blocks}, and window and sinks always keep 3" in raised.value.problem
+    needed = 3 * int(setting.split("=")[1]) + 1
+    assert f"train.seq_length above {needed - 1}" in raised.value.remedy
+    check(config("top_k:1", setting, f"train.seq_length={needed}"), 1, CPU)
 
 
 def test_export_is_rejected(tmp_path: Path) -> None:
