@@ -1,4 +1,4 @@
-"""Compares the weights of a run's kinds of attention with a checkpoint's, by settings alone."""
+"""Compares weights of kinds of attention with a checkpoint's, by settings."""
 
 from dataclasses import dataclass, fields
 from pathlib import Path
