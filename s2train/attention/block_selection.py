@@ -70,6 +70,7 @@ class BlockSelectionKind(DataDependentKind):
             Feature.TENSOR_PARALLEL,
             Feature.SEQUENCE_PARALLEL,
             Feature.PIPELINE_PARALLEL,
+            Feature.CONTEXT_PARALLEL,
             Feature.RECOMPUTATION,
             Feature.DETERMINISTIC,
             Feature.DECODING,
@@ -146,6 +147,10 @@ class BlockSelectionKind(DataDependentKind):
         if own.top_k is not None and own.top_k > room:
             problem = f"{sequence}, of which {room} can be selected beside window and sinks"
             raise self.error("top_k", problem, f"Set 1 to {room}.")
+        chunks = 2 * cfg.parallel.cp
+        if cfg.parallel.cp > 1 and own.sampled_rows % chunks:
+            problem = f"parallel.cp={cfg.parallel.cp} splits a sequence into {chunks} chunks, which sample equally many"
+            raise self.error("sampled_rows", problem, f"Set a multiple of {chunks}.")
 
     def weights(self, shape: AttentionShape) -> tuple[Weight, ...]:
         return self.scorer.weights(shape) + (mixing_weights(shape) if self.settings.mix_mean else ())

@@ -153,20 +153,20 @@ def measure_scorer(core: BlockSelectionCoreAttention, leaves: list[Tensor], cloc
     count = core.layer_layout.num_blocks(length)
     with torch.no_grad():
         speakers, features = core.speakers(query), core.features(key)
-        indices = core.lists(speakers, features)
-    layout = core.layout_of(indices, query)
+        indices = core.lists(speakers, features, 0, features.shape[1])
+    layout = core.layout_of(indices, query, 0)
     at = sampled_positions(length, core.kind.settings.sampled_rows, 1, query.device)
 
     def op(layout: TopKLayout) -> Tensor:
         return block_sparse_attention(query, key, value, layout, softmax_scale=core.softmax_scale)
 
     def attend_to_lists() -> object:
-        return op(core.layout_of(indices, query))
+        return op(core.layout_of(indices, query, 0))
 
     phases: dict[str, Callable[[], object]] = {
         "pool queries": lambda: core.speakers(query),
         "pool keys": lambda: pooled_keys(core, key),
-        "scores and selection": lambda: core.lists(speakers, features),
+        "scores and selection": lambda: core.lists(speakers, features, 0, features.shape[1]),
         "target": lambda: row_mass(query[at], key, at, size, core.softmax_scale),
     }
     found: Record = {}

@@ -1,5 +1,8 @@
 """Core attention over key blocks that a scorer selects."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -19,6 +22,7 @@ from s2train.kernels.dispatch import kernels_in_use
 from s2train.kernels.select_blocks import combine_heads
 from s2train.kernels.topk_layout import Layout, TopKLayout
 from s2train.layouts.patterns import Dense
+from s2train.megatron.context_parallel.all_gather import chunk_ids, gather_sequence
 from s2train.megatron.core_attention import AttentionCache, CausalCoreAttention
 from s2train.megatron.selection_cache import (
     cached_list,
@@ -32,11 +36,30 @@ from s2train.megatron.selection_cache import (
 )
 
 
+@dataclass(frozen=True)
+class QueryPart:
+    """Consecutive queries of a sequence, in whole blocks.
+
+    Attributes:
+        query: [s_q, b, h, d].
+        offset: position of the first query.
+    """
+
+    query: Tensor
+    offset: int
+
+    @property
+    def end(self) -> int:
+        """Position after the last query."""
+        return self.offset + len(self.query)
+
+
 class BlockSelectionCoreAttention(CausalCoreAttention):
     """Core attention of the kind `block_selection`.
 
     During the run's first `warm_up_steps` steps it is dense, and the scorer learns from the probabilities of all rows.
-    Afterwards it reads selected blocks, and the scorer learns from those of a few sampled rows.
+    Afterwards it reads selected blocks, and the scorer learns from those of a few sampled rows. Under context parallel,
+    keys, features of blocks, and the queries that choose are gathered from all ranks.
     """
 
     captures_decoding = True
@@ -72,67 +95,119 @@ class BlockSelectionCoreAttention(CausalCoreAttention):
         """
         kind, num_heads = layer.kind, query.shape[2]
         assert isinstance(kind, BlockSelectionKind)
-        count = layer.num_blocks(key.shape[0])
+        count, before = layer.num_blocks(key.shape[0]), query_offset // layer.block_size
         rows, lists = torch.arange(count, device=query.device)[None, None], []
-        for first, end in row_chunks(count):
+        for first, end in row_chunks(before, count):
             scores = torch.zeros(query.shape[1], key.shape[2], 1, end - first, end, device=query.device)
             own, slots = rows[..., first:end], kind.budget.most_chosen(count)
             lists.append(select(scores, own, kind.budget, slots, normalize=kind.scorer.normalizes, backend=backend))
-        indices = torch.cat(lists, 2)
+        indices = after_rows(joined(lists, 2), before)
         layouts: list[Layout] = [TopKLayout.from_indices(indices, layer.block_size, num_heads=num_heads)]
         if kind.settings.warm_up_steps:
             layouts.append(dense_layer(num_heads, layer.block_size).block_layout(key.shape[0], device=query.device))
         for layout in layouts:
-            out, lse = block_sparse_attention(query, key, value, layout, return_lse=True, backend=backend)
+            out, lse = block_sparse_attention(
+                query, key, value, layout, query_offset=query_offset, return_lse=True, backend=backend
+            )
             out.backward(torch.ones_like(out))
         if kind.settings.warm_up_steps:
-            block_mass(query.detach(), key.detach(), lse.detach(), block_size=layer.block_size, backend=backend)
+            block_mass(
+                query.detach(), key.detach(), lse.detach(), block_size=layer.block_size, query_offset=query_offset,
+                backend=backend,
+            )  # fmt: skip
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, query_offset: int) -> Tensor:
+        if query_offset:
+            return self.attend_later(query, key, value, query_offset)
+        with torch.set_grad_enabled(self.learns):
+            chosen_by = (query, key) if self.kind.settings.trunk_gradient else (query.detach(), key.detach())
+            speakers, features = self.speakers(chosen_by[0]), self.features(chosen_by[1])
+        return self.attend_parts([QueryPart(query, 0)], key, value, speakers, features)
+
+    def attend_across_ranks(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Compute attention of this context parallel rank's two chunks, as `attend`.
+
+        Chunks are whole blocks. All keys are gathered, and what each rank pools of its blocks.
+        """
+        group, size = self.cp_group, self.layer_layout.block_size
+        with torch.set_grad_enabled(self.learns):
+            chosen_by = (query, key) if self.kind.settings.trunk_gradient else (query.detach(), key.detach())
+            pooled = self.pooled_queries(chosen_by[0]), pooled_keys(self, chosen_by[1])
+            of_blocks, features = (gather_sequence(x.transpose(0, 1), group).transpose(0, 1) for x in pooled)
+            speakers = self.speakers_of(of_blocks, features.shape[1])
+        key, value = gather_sequence(key, group), gather_sequence(value, group)
+        tokens = len(query) // 2
+        assert tokens % size == 0, "context parallel splits a block"
+        chunks = zip(chunk_ids(group.rank(), group.size()), query.chunk(2), strict=True)
+        parts = [QueryPart(part, chunk * tokens) for chunk, part in chunks]
+        return self.attend_parts(parts, key, value, speakers, features)
+
+    def attend_later(self, query: Tensor, key: Tensor, value: Tensor, query_offset: int) -> Tensor:
+        """Compute attention of a prompt's chunk over cached keys and itself."""
+        if self.kv is None:
+            raise NotImplementedError("queries without those before them, which choose what they read")
         num_blocks, first = self.layer_layout.num_blocks(key.shape[0]), query_offset // self.layer_layout.block_size
         rows = torch.arange(first, num_blocks, device=query.device)[None, None]
-        if query_offset:
-            if self.kv is None:
-                raise NotImplementedError("queries without those before them, which choose what they read")
-            indices = cached_lists(self, self.kv, rows, num_blocks)
-            indices = torch.nn.functional.pad(indices, (0, 0, first, 0), value=-1)  # lists of the earlier rows
-            layout: Layout = self.layout_of(indices, query)
-            out = block_sparse_attention(
-                query, key, value, layout, softmax_scale=self.softmax_scale, query_offset=query_offset,
-                backend=self.backend,
-            )  # fmt: skip
-            return self.mixed(out, query, value)
-        learns = torch.is_grad_enabled() and bool(self.kind.scorer.losses)
-        chosen_by = (query, key) if self.kind.settings.trunk_gradient else (query.detach(), key.detach())
-        with torch.set_grad_enabled(learns):
-            speakers, features = self.speakers(chosen_by[0]), self.features(chosen_by[1])
+        indices = cached_lists(self, self.kv, rows, num_blocks)
+        out = block_sparse_attention(
+            query, key, value, self.layout_of(indices, query, first), softmax_scale=self.softmax_scale,
+            query_offset=query_offset, backend=self.backend,
+        )  # fmt: skip
+        return self.mixed(out, query, value)
+
+    def attend_parts(
+        self, parts: Sequence[QueryPart], key: Tensor, value: Tensor, speakers: Tensor, features: Tensor
+    ) -> Tensor:
+        """Compute attention of parts of a sequence, and attach the scorer's losses.
+
+        Args:
+            key, value: [s, b, h_kv, d], of the whole sequence.
+            speakers, features: of all blocks, as `speakers` and `features` return them.
+        """
+        size, lses = self.layer_layout.block_size, list[Tensor]()
+        outs, lists = [], list[Tensor]()
+        for part in parts:
+            if not self.warms_up:
+                first, end = part.offset // size, self.layer_layout.num_blocks(part.end)
+                lists.append(self.lists(speakers, features, first, end))
+            out, lse = self.attend_part(part, key[: part.end], value[: part.end], lists[-1] if lists else None)
+            outs.append(out)
+            if lse is not None:
+                lses.append(lse)
+        out = joined(outs, 0)
+        if not self.learns and not (torch.is_grad_enabled() and self.is_logged):
+            return out
+        detached, key = [QueryPart(part.query.detach(), part.offset) for part in parts], key.detach()
         if self.warms_up:
+            return self.learn_from_all(out, detached, key, lses, speakers, features)
+        return self.learn_from_sampled(out, detached, key, speakers, features, joined(lists, 2))
+
+    def attend_part(
+        self, part: QueryPart, key: Tensor, value: Tensor, indices: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Compute a part's output, and the log-sum-exp if this step is dense.
+
+        The last query is at the position of the last key. `indices` are the lists of the part's blocks; a dense step
+        has none.
+        """
+        query, offset = part.query, part.offset
+        if indices is None:
             dense = dense_layer(self.shape.num_heads, self.layer_layout.block_size)
-            layout = self.cache.get(dense, key.shape[0], self.heads, query.device)
+            layout: Layout = self.cache.get(dense, key.shape[0], self.heads, query.device)
         else:
-            indices = self.lists(speakers, features)
-            layout = self.layout_of(indices, query)
+            layout = self.layout_of(indices, query, offset // self.layer_layout.block_size)
         if self.kernels is None:
-            self.kernels = kernels_in_use(query, key, value, layout, backend=self.backend)
-        scale, backend, lse = self.softmax_scale, self.backend, None
+            self.kernels = kernels_in_use(query, key, value, layout, query_offset=offset, backend=self.backend)
+        scale, backend = self.softmax_scale, self.backend
         if self.warms_up:
             out, lse = block_sparse_attention(
-                query, key, value, layout, softmax_scale=scale, return_lse=True, backend=backend
+                query, key, value, layout, softmax_scale=scale, query_offset=offset, return_lse=True, backend=backend
             )
-        else:
-            out = block_sparse_attention(query, key, value, layout, softmax_scale=scale, backend=backend)
-        out = self.mixed(out, query, value)
-        if not learns and not (torch.is_grad_enabled() and self.is_logged):
-            return out
-        query, key = query.detach(), key.detach()
-        if lse is not None:
-            scores, of_heads, scorer = None, None, self.kind.scorer
-            if learns:
-                candidates = self.kind.budget.candidates(rows, num_blocks)
-                of_heads = scorer.head_scores(speakers, features, candidates, self.weight)
-                scores = combine_heads(of_heads, candidates, scorer.normalizes)
-            return self.learn_from_all(out, query, key, lse, scores, self.lists(speakers, features, of_heads))
-        return self.learn_from_sampled(out, query, key, speakers, features, indices)
+            return self.mixed(out, query, value), lse.detach()
+        out = block_sparse_attention(
+            query, key, value, layout, softmax_scale=scale, query_offset=offset, backend=backend
+        )
+        return self.mixed(out, query, value), None
 
     def attend_cached(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         assert self.kv is not None
@@ -172,31 +247,44 @@ class BlockSelectionCoreAttention(CausalCoreAttention):
         means = running_means(value, self.layer_layout.block_size)[value.shape[0] - query.shape[0] :]
         return mix(out, query, means, self.weight)
 
+    @property
+    def learns(self) -> bool:
+        """Return whether this pass gives the scorer gradients."""
+        return torch.is_grad_enabled() and bool(self.kind.scorer.losses)
+
     @torch.no_grad()
-    def lists(self, speakers: Tensor, features: Tensor, scores: Tensor | None = None) -> Tensor:
-        """Select each query block's key blocks: int32 [b, h_kv, n, slots].
+    def lists(self, speakers: Tensor, features: Tensor, first: int, end: int, scores: Tensor | None = None) -> Tensor:
+        """Select key blocks for query blocks [first, end).
+
+        The result is int32 [b, h_kv, end - first, slots].
 
         Args:
-            scores: of all rows, from the scorer's `head_scores`; None: computed for a chunk of rows at a time.
+            speakers, features: those of the whole sequence.
+            scores: of these rows, from the scorer's `head_scores`; None: computed for a chunk of rows at a time.
         """
         scorer, budget, count = self.kind.scorer, self.kind.budget, features.shape[1]
         rows = torch.arange(count, device=features.device)[None, None]
         candidates, slots, lists = budget.candidates(rows, count), budget.most_chosen(count), []
-        for first, end in row_chunks(count):
+        for start, stop in row_chunks(first, end):
             if scores is None:
-                around = slice(max(0, first - scorer.earlier_rows), end)
+                around = slice(max(0, start - scorer.earlier_rows), stop)
                 found = scorer.head_scores(
-                    speakers[:, around], features[:, :end], candidates[:, :, around, :end], self.weight
-                )[..., first - around.start :, :]
+                    speakers[:, around], features[:, :stop], candidates[:, :, around, :stop], self.weight
+                )[..., start - around.start :, :]
             else:
-                found = scores[..., first:end, :end]
-            own = rows[..., first:end]
+                found = scores[..., start - first : stop - first, :stop]
+            own = rows[..., start:stop]
             lists.append(select(found, own, budget, slots, normalize=scorer.normalizes, backend=self.backend))
-        return torch.cat(lists, 2)
+        return joined(lists, 2)
 
-    def layout_of(self, indices: Tensor, query: Tensor) -> TopKLayout:
-        """Make the layout of lists [b, h_kv, n, slots]."""
-        return TopKLayout.from_indices(indices, self.layer_layout.block_size, num_heads=query.shape[2])
+    def layout_of(self, indices: Tensor, query: Tensor, before: int) -> TopKLayout:
+        """Make the layout of lists [b, h_kv, n, slots].
+
+        `before` query blocks come before those of the lists.
+        """
+        return TopKLayout.from_indices(
+            after_rows(indices, before), self.layer_layout.block_size, num_heads=query.shape[2]
+        )
 
     def features(self, key: Tensor) -> Tensor:
         """Pool the keys of complete blocks: [b, n, h_kv, f].
@@ -212,43 +300,100 @@ class BlockSelectionCoreAttention(CausalCoreAttention):
 
         The tokens of a query block are never pooled together to choose for it.
         """
+        count = self.layer_layout.num_blocks(query.shape[0])
+        return self.speakers_of(self.pooled_queries(query), count)
+
+    def pooled_queries(self, query: Tensor) -> Tensor:
+        """Take each block's first query, or each complete block's mean.
+
+        The result is [b, n, h, d].
+        """
         size = self.layer_layout.block_size
         if self.kind.settings.queries == FIRST_TOKEN:
             return query[::size].transpose(0, 1).to(precise(query.dtype))
-        count = self.layer_layout.num_blocks(query.shape[0])
-        means = whole_blocks(query, size)[:, : count - 1].mean(2, dtype=precise(query.dtype))
-        return torch.nn.functional.pad(means, (0, 0, 0, 0, 1, 0))
+        return whole_blocks(query, size).mean(2, dtype=precise(query.dtype))
+
+    def speakers_of(self, pooled: Tensor, count: int) -> Tensor:
+        """Give each of `count` blocks the pooled query that chooses for it.
+
+        A mean chooses for the block after its own; none chooses for the first.
+        """
+        if self.kind.settings.queries == FIRST_TOKEN:
+            return pooled
+        return torch.nn.functional.pad(pooled[:, : count - 1], (0, 0, 0, 0, 1, 0))
 
     def learn_from_all(
-        self, out: Tensor, query: Tensor, key: Tensor, lse: Tensor, scores: Tensor | None, indices: Tensor
+        self,
+        out: Tensor,
+        parts: Sequence[QueryPart],
+        key: Tensor,
+        lses: Sequence[Tensor],
+        speakers: Tensor,
+        features: Tensor,
     ) -> Tensor:
         """Attach the losses of all rows of a dense step, as `learn`.
 
-        `lse` is that of dense attention.
+        A row's list and loss have the same scores.
+
+        Args:
+            parts, lses: this rank's queries, and the log-sum-exp of their dense attention.
         """
-        size, length, num_blocks = self.layer_layout.block_size, query.shape[0], indices.shape[2]
-        target = block_mass(
-            query, key, lse.detach(), block_size=size, softmax_scale=self.softmax_scale, backend=self.backend
-        )
-        rows = torch.arange(num_blocks, device=query.device)
-        share = rows_of_block(length, 0, size, query.device) / length
-        return self.learn(out, target, scores, indices, rows, share)
+        size, budget, scorer = self.layer_layout.block_size, self.kind.budget, self.kind.scorer
+        num_blocks, tokens = features.shape[1], sum(len(part.query) for part in parts)
+        every = torch.arange(num_blocks, device=key.device)
+        targets, scores, lists, rows, shares = [], [], [], [], []
+        for part, lse in zip(parts, lses, strict=True):
+            first, end = part.offset // size, self.layer_layout.num_blocks(part.end)
+            target = block_mass(
+                part.query, key[: part.end], lse, block_size=size, softmax_scale=self.softmax_scale,
+                query_offset=part.offset, backend=self.backend,
+            )  # fmt: skip
+            targets.append(torch.nn.functional.pad(target, (0, num_blocks - end)))
+            rows.append(every[first:end])
+            shares.append(rows_of_block(len(part.query), part.offset, size, key.device) / tokens)
+            of_heads = None
+            if self.learns:
+                start = max(0, first - scorer.earlier_rows)
+                candidates = budget.candidates(every[None, None, start:end], num_blocks)
+                of_heads = scorer.head_scores(speakers[:, start:end], features, candidates, self.weight)
+                of_heads, candidates = of_heads[..., first - start :, :], candidates[..., first - start :, :]
+                scores.append(combine_heads(of_heads, candidates, scorer.normalizes))
+            lists.append(self.lists(speakers, features, first, end, of_heads))
+        return self.learn(
+            out, joined(targets, 2), joined(scores, 2) if scores else None, joined(lists, 2), joined(rows, 0),
+            joined(shares, 0),
+        )  # fmt: skip
 
     def learn_from_sampled(
-        self, out: Tensor, query: Tensor, key: Tensor, speakers: Tensor, features: Tensor, indices: Tensor
+        self,
+        out: Tensor,
+        parts: Sequence[QueryPart],
+        key: Tensor,
+        speakers: Tensor,
+        features: Tensor,
+        indices: Tensor,
     ) -> Tensor:
         """Attach the losses of a few rows, as `learn`.
 
-        Only these rows are scored with gradients.
+        Only these rows are scored with gradients. Each part has its share of the sequence's samples.
         """
-        size, length = self.layer_layout.block_size, query.shape[0]
+        size, length = self.layer_layout.block_size, key.shape[0]
         seed = stateless_seed(self.seed, self.step, self.layer_number, "rows")
-        at = sampled_positions(length, self.kind.settings.sampled_rows, seed, query.device)
-        target = row_mass(query[at], key, at, size, self.softmax_scale)
+        drawn = sampled_positions(length, self.kind.settings.sampled_rows, seed, key.device)
+        queries, positions, places, listed_before = [], [], [], 0
+        for part in parts:
+            first, end = (at * len(drawn) // length for at in (part.offset, part.end))
+            at = drawn[first:end].clamp(part.offset, part.end - 1)
+            queries.append(part.query[at - part.offset])
+            positions.append(at)
+            places.append(at // size - part.offset // size + listed_before)
+            listed_before += self.layer_layout.num_blocks(len(part.query))
+        at = joined(positions, 0)
+        target = row_mass(joined(queries, 0), key, at, size, self.softmax_scale)
         rows = at // size
-        scores = self.scores_of(rows, speakers, features) if self.kind.scorer.losses else None
-        share = torch.full((len(at),), 1 / len(at), device=query.device)
-        return self.learn(out, target, scores, indices[:, :, rows], rows, share)
+        scores = self.scores_of(rows, speakers, features) if self.learns else None
+        share = torch.full((len(at),), 1 / len(at), device=key.device)
+        return self.learn(out, target, scores, indices[:, :, joined(places, 0)], rows, share)
 
     def scores_of(self, rows: Tensor, speakers: Tensor, features: Tensor) -> Tensor:
         """Score key blocks for query blocks `rows` [r]: [b, h_kv, r, n].
@@ -288,6 +433,16 @@ class BlockSelectionCoreAttention(CausalCoreAttention):
             for name in self.kind.scorer.losses:
                 out = self.add_loss(out, name, mean(LOSSES[name](scores, target, candidates)))
         return out
+
+
+def joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """Concatenate tensors; a single one is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
+
+
+def after_rows(indices: Tensor, count: int) -> Tensor:
+    """Put `count` empty lists before lists [b, h_kv, n, slots]."""
+    return torch.nn.functional.pad(indices, (0, 0, count, 0), value=-1) if count else indices
 
 
 def dense_layer(num_heads: int, block_size: int) -> LayerLayout:

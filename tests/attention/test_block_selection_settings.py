@@ -51,13 +51,19 @@ def test_settings_that_can_not_be_are_rejected(selection: str, error: str) -> No
     assert str(raised.value).startswith(error)
 
 
-@pytest.mark.parametrize(
-    ("setting", "world_size", "feature"),
-    [("parallel.cp=2", 2, "context parallel"), ("data.attention_within_documents=true", 1, "within documents")],
-)
-def test_a_run_that_it_does_not_support_is_rejected(setting: str, world_size: int, feature: str) -> None:
-    with pytest.raises(ConfigError, match=rf"index block-selection attention \(letter E\) doesn't support.*{feature}"):
-        check(config("top_k:3", setting), world_size, CPU)
+def test_packed_documents_are_rejected() -> None:
+    message = r"index block-selection attention \(letter E\) doesn't support attention within documents"
+    with pytest.raises(ConfigError, match=message):
+        check(config("top_k:3", "data.attention_within_documents=true"), 1, CPU)
+
+
+def test_chunks_of_context_parallel_ranks_that_can_not_sample_equally_many_rows_are_rejected() -> None:
+    with pytest.raises(ConfigError) as raised:
+        check(config("top_k:3,sampled_rows:6", "parallel.cp=2"), 2, CPU)
+    problem = "layout.kinds.E.sampled_rows=6: parallel.cp=2 splits a sequence into 4 chunks"
+    assert str(raised.value).startswith(problem)
+    assert raised.value.remedy == "Set a multiple of 4."
+    check(config("top_k:3,sampled_rows:8", "parallel.cp=2"), 2, CPU)
 
 
 @pytest.mark.parametrize(

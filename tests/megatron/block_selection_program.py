@@ -125,9 +125,13 @@ def gradients() -> dict[str, Any]:
 def compiled() -> list[bool]:
     """Whether running a layer's kernels before the model exists went through forward and backward."""
     _, _, core = make(scorer="index", warm_up_steps=1)
-    leaves = [torch.zeros_like(x).requires_grad_() for x in inputs()]
-    type(core).compile_kernels(core.layer_layout, *leaves, 0, "auto")
-    return [x.grad is not None and bool(x.grad.isfinite().all()) for x in leaves]
+    found = []
+    for offset in (0, 2 * BLOCK):  # the latter as a later chunk of a context parallel rank
+        query, key, value = inputs()
+        leaves = [torch.zeros_like(x).requires_grad_() for x in (query[offset:], key, value)]
+        type(core).compile_kernels(core.layer_layout, *leaves, offset, "auto")
+        found += [x.grad is not None and bool(x.grad.isfinite().all()) for x in leaves]
+    return found
 
 
 def short() -> list[float]:
@@ -248,13 +252,15 @@ def in_chunks() -> dict[str, bool]:
         core = make(scorer=name, sinks=1)[2].double()
         query, key, _ = (x.double() for x in inputs())
         speakers, features = core.speakers(query), core.features(key)
-        whole = core.lists(speakers, features)
+        whole = core.lists(speakers, features, 0, features.shape[1])
         for rows in (1, 2, 3):
             with mock.patch.object(lists, "_CHUNK_ROWS", rows):
-                found[f"{name}, {rows}"] = torch.equal(core.lists(speakers, features), whole)
+                found[f"{name}, {rows}"] = torch.equal(core.lists(speakers, features, 0, features.shape[1]), whole)
                 candidates = core.kind.budget.candidates(torch.arange(whole.shape[2])[None, None], features.shape[1])
                 scores = core.kind.scorer.head_scores(speakers, features, candidates, core.weight)
-                found[f"{name}, {rows}, scored"] = torch.equal(core.lists(speakers, features, scores), whole)
+                found[f"{name}, {rows}, scored"] = torch.equal(
+                    core.lists(speakers, features, 0, features.shape[1], scores), whole
+                )
     return found
 
 

@@ -60,14 +60,14 @@ class Budget:
         return (candidates.double() * (self.share or 0)).ceil().int()
 
 
-def row_chunks(rows: int) -> Iterator[tuple[int, int]]:
-    """Yield first and end of chunks of `rows` consecutive query blocks.
+def row_chunks(first: int, end: int) -> Iterator[tuple[int, int]]:
+    """Yield first and end of chunks of query blocks [first, end).
 
     A chunk is scored against the key blocks before its end, not against later ones. Its scores stay in a GPU's cache
     until they are read.
     """
-    for first in range(0, rows, _CHUNK_ROWS):
-        yield first, min(first + _CHUNK_ROWS, rows)
+    for start in range(first, end, _CHUNK_ROWS):
+        yield start, min(start + _CHUNK_ROWS, end)
 
 
 def select(
