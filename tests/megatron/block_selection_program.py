@@ -107,19 +107,29 @@ def warm_up() -> dict[str, Any]:
     }
 
 
-def gradients() -> dict[str, Any]:
-    def of(**settings: Any) -> Passed:
-        return passed(make(scorer="index", index_dim=8, **settings)[2])
+SIZES = {"index": {"index_dim": 8}, "sea": {"features": 8, "channels": 4}}
+NO_LOSS = {"index": {"loss_weight": 0}, "sea": {"loss_weight": 0, "mse_weight": 0}}
 
-    (_, alone, _), (_, learning, _) = of(loss_weight=0), of(loss_weight=2)
-    trunk = of(loss_weight=2, trunk_gradient=True)[1]
-    weights = [name for name in alone if name.startswith("index")]
-    return {
-        "without the loss": [float(alone[name].abs().max()) for name in weights],
-        "with the loss": [float(learning[name].abs().max()) for name in weights],
-        "trunk": [torch.equal(alone[name], learning[name]) for name in "qkv"],
-        "trunk asked": [torch.equal(alone[name], trunk[name]) for name in "qkv"],
-    }
+
+def gradients() -> dict[str, Any]:
+    """By scorer and phase: gradients of weights with the losses and without, and whether those of q, k, v differ."""
+    found = {}
+    for scorer, sizes in SIZES.items():
+        for warm_up_steps in (0, 1):
+
+            def of(**settings: Any) -> Passed:
+                return passed(make(scorer=scorer, warm_up_steps=warm_up_steps, **sizes, **settings)[2])  # noqa: B023
+
+            (_, alone, _), (_, learning, _) = of(**NO_LOSS[scorer]), of(loss_weight=2)
+            trunk = of(loss_weight=2, trunk_gradient=True)[1]
+            weights = [name for name in alone if name not in "qkv"]
+            found[f"{scorer}, {'warm-up' if warm_up_steps else 'selected'}"] = {
+                "without the loss": [float(alone[name].abs().max()) for name in weights],
+                "with the loss": [float(learning[name].abs().max()) for name in weights],
+                "trunk": [torch.equal(alone[name], learning[name]) for name in "qkv"],
+                "trunk asked": [torch.equal(alone[name], trunk[name]) for name in "qkv"],
+            }
+    return found
 
 
 def compiled() -> list[bool]:
