@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from s2train.attention.block_selection import QUERIES, SCORERS
 from s2train.attention.selection import lists
 from s2train.config import ParallelConfig
 from s2train.inference.cached_model import CachedModel
@@ -129,6 +130,22 @@ def gradients() -> dict[str, Any]:
                 "trunk": [torch.equal(alone[name], learning[name]) for name in "qkv"],
                 "trunk asked": [torch.equal(alone[name], trunk[name]) for name in "qkv"],
             }
+    return found
+
+
+def changed_before() -> dict[str, int]:
+    """By scorer, query source and phase: positions of a block whose change alters an output before them."""
+    found = {}
+    for scorer in SCORERS:
+        for queries in QUERIES:
+            core = make(scorer=scorer, queries=queries, mix_mean=True, warm_up_steps=1, **SIZES.get(scorer, {}))[2]
+            before, block = inputs(), int(torch.randint(3, LENGTH // BLOCK, ()))
+            for core.step, phase in ((1, "warm-up"), (2, "selected")):
+                out, altered = core(*before, None), 0
+                for position in range(block * BLOCK, (block + 1) * BLOCK):
+                    later = [torch.cat([x[:position], torch.randn_like(x[position:]) * 3]) for x in before]
+                    altered += not torch.equal(core(*later, None)[:position], out[:position])
+                found[f"{scorer}, {queries}, {phase}"] = altered
     return found
 
 
@@ -299,6 +316,7 @@ def main() -> None:
     results = {
         "warm_up": warm_up(),
         "gradients": gradients(),
+        "changed_before": changed_before(),
         "compiled": compiled(),
         "short": short(),
         "recall": recall_of_all(),

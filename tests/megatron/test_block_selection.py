@@ -33,6 +33,12 @@ def test_in_the_warm_up_the_scorer_learns_from_the_probability_of_all_rows(measu
     assert 0 < found["recorded"]["recall"] < 1
 
 
+def test_no_later_token_of_a_block_changes_an_earlier_output(measured: dict[str, Any]) -> None:
+    found = measured["changed_before"]
+    assert len(found) == 3 * 2 * 2
+    assert set(found.values()) == {0}, found
+
+
 CASES = pytest.mark.parametrize(
     "case", [f"{scorer}, {phase}" for scorer in ("index", "sea") for phase in ("warm-up", "selected")]
 )
