@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from s2train.kernels import spec
 from s2train.kernels.select_blocks import select_blocks
 from torch import Tensor
 
@@ -85,6 +86,26 @@ def test_both_backends_list_the_same_blocks_of_scores_that_differ(group: int, de
     for normalize in (True, False):
         found = [selected(apart, rows, counts, backend, normalize=normalize) for backend in BACKENDS]
         assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("columns", [1, 2, 3, 16, 17, 33, 2049])
+def test_both_backends_list_the_same_blocks_of_ties_at_every_size(
+    columns: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few blocks, more slots than blocks, a window or sinks that keep all; outputs start filled."""
+    allocate = spec.empty
+    monkeypatch.setattr(spec, "empty", lambda *args: allocate(*args).fill_(1 << 30))
+    few = min(columns, 20)
+    for window, sinks, slots in ((1, 0, 1), (2, 1, few), (1, 2, 20), (few + 2, 0, 2), (1, few, 1)):
+        rows = torch.tensor([[-2, 0, 1, columns // 2, columns, columns + window + 1]], device=device)
+        candidates = ((rows - window).clamp_max(columns - 1) - sinks + 1).clamp_min(0)
+        counts = (torch.rand(candidates.shape, device=device) * (candidates + 1)).long().clamp_max(slots).int()
+        of_heads = torch.randint(3, (2, 2, 1, rows.shape[1], columns), device=device).float()
+        options = {"window": window, "sinks": sinks, "slots": slots}
+        for normalize in (True, False):
+            scores = of_heads.expand(-1, -1, 3, -1, -1)
+            first, second = (selected(scores, rows, counts, x, normalize=normalize, **options) for x in BACKENDS)
+            assert torch.equal(first, second), options
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
