@@ -110,7 +110,7 @@ class StepMetrics:
             last_step: step at which this job ends, to which the ETA counts.
         """
         parts = [f"step {self.step:>{len(str(steps))}}/{steps}", f"loss {self.loss:.4f}"]
-        parts += [f"{name} {value:.4f}" for name, value in column_means(self.auxiliary).items()]
+        parts += [f"{name} {_rounded(value)}" for name, value in column_means(self.auxiliary).items()]
         if self.held_out_loss is not None:
             parts.append(f"held out {self.held_out_loss:.4f}")
         parts += [
@@ -129,6 +129,11 @@ class StepMetrics:
         until = f" to step {last_step}" if last_step < steps else ""
         parts.append(f"ETA {timedelta(seconds=round(self.eta_s))}{until}")
         return " | ".join(parts)
+
+
+def _rounded(value: float) -> str:
+    """Format a value; a small one keeps its digits."""
+    return f"{value:.1e}" if 0 < abs(value) < 0.001 else f"{value:.4f}"
 
 
 class Tracker:

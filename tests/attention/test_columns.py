@@ -1,5 +1,7 @@
 """Where values of a kind of attention go, and the seeds of its random numbers."""
 
+from dataclasses import replace
+
 from s2train.attention.random_numbers import stateless_seed
 from s2train.training.auxiliary_losses import column_means
 from s2train.training.metrics import StepMetrics
@@ -63,3 +65,8 @@ def test_a_seed_depends_on_each_of_its_parts_and_on_nothing_else() -> None:
 
 def test_seeds_stay_what_they_were_as_runs_resume_under_later_versions() -> None:
     assert stateless_seed(1234, 7, 2, 31, "projection") == 7_692_051_520_652_878_652
+
+
+def test_small_values_keep_their_digits_on_the_console() -> None:
+    small = replace(METRICS, auxiliary={"toy_error/1": 0.00023, "toy_rate/1": 0.0})
+    assert "| toy_error 2.3e-04 | toy_rate 0.0000 | lr" in small.line(100, 100)
