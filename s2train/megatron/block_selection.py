@@ -1,7 +1,6 @@
 """Core attention over key blocks that a scorer selects."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -9,17 +8,13 @@ from torch import Tensor
 
 from s2train.attention.block_selection import FIRST_TOKEN, BlockSelectionKind
 from s2train.attention.kind import LayerLayout
-from s2train.attention.random_numbers import stateless_seed
 from s2train.attention.registry import LETTERS
-from s2train.attention.selection.lists import listed, row_chunks, select
+from s2train.attention.selection.lists import row_chunks, select
 from s2train.attention.selection.mixing import mix, running_means
-from s2train.attention.selection.scorer import block_scores, precise
-from s2train.attention.selection.targets import LOSSES, row_mass, sampled_positions
+from s2train.attention.selection.scorer import precise
 from s2train.kernels.attention import Backend, block_sparse_attention
 from s2train.kernels.block_statistics import block_mass
-from s2train.kernels.block_statistics.blocks import rows_of_block
 from s2train.kernels.dispatch import kernels_in_use
-from s2train.kernels.select_blocks import combine_heads
 from s2train.kernels.topk_layout import Layout, TopKLayout
 from s2train.layouts.patterns import Dense
 from s2train.megatron.context_parallel.all_gather import chunk_ids, gather_sequence
@@ -34,24 +29,7 @@ from s2train.megatron.selection_cache import (
     pooled_keys,
     whole_blocks,
 )
-
-
-@dataclass(frozen=True)
-class QueryPart:
-    """Consecutive queries of a sequence, in whole blocks.
-
-    Attributes:
-        query: [s_q, b, h, d].
-        offset: position of the first query.
-    """
-
-    query: Tensor
-    offset: int
-
-    @property
-    def end(self) -> int:
-        """Position after the last query."""
-        return self.offset + len(self.query)
+from s2train.megatron.selection_losses import QueryPart, joined, learn_from_all, learn_from_sampled
 
 
 class BlockSelectionCoreAttention(CausalCoreAttention):
@@ -179,8 +157,8 @@ class BlockSelectionCoreAttention(CausalCoreAttention):
             return out
         detached, key = [QueryPart(part.query.detach(), part.offset) for part in parts], key.detach()
         if self.warms_up:
-            return self.learn_from_all(out, detached, key, lses, speakers, features)
-        return self.learn_from_sampled(out, detached, key, speakers, features, joined(lists, 2))
+            return learn_from_all(self, out, detached, key, lses, speakers, features)
+        return learn_from_sampled(self, out, detached, key, speakers, features, joined(lists, 2))
 
     def attend_part(
         self, part: QueryPart, key: Tensor, value: Tensor, indices: Tensor | None
@@ -321,123 +299,6 @@ class BlockSelectionCoreAttention(CausalCoreAttention):
         if self.kind.settings.queries == FIRST_TOKEN:
             return pooled
         return torch.nn.functional.pad(pooled[:, : count - 1], (0, 0, 0, 0, 1, 0))
-
-    def learn_from_all(
-        self,
-        out: Tensor,
-        parts: Sequence[QueryPart],
-        key: Tensor,
-        lses: Sequence[Tensor],
-        speakers: Tensor,
-        features: Tensor,
-    ) -> Tensor:
-        """Attach the losses of all rows of a dense step, as `learn`.
-
-        A row's list and loss have the same scores.
-
-        Args:
-            parts, lses: this rank's queries, and the log-sum-exp of their dense attention.
-        """
-        size, budget, scorer = self.layer_layout.block_size, self.kind.budget, self.kind.scorer
-        num_blocks, tokens = features.shape[1], sum(len(part.query) for part in parts)
-        every = torch.arange(num_blocks, device=key.device)
-        targets, scores, lists, rows, shares = [], [], [], [], []
-        for part, lse in zip(parts, lses, strict=True):
-            first, end = part.offset // size, self.layer_layout.num_blocks(part.end)
-            target = block_mass(
-                part.query, key[: part.end], lse, block_size=size, softmax_scale=self.softmax_scale,
-                query_offset=part.offset, backend=self.backend,
-            )  # fmt: skip
-            targets.append(torch.nn.functional.pad(target, (0, num_blocks - end)))
-            rows.append(every[first:end])
-            shares.append(rows_of_block(len(part.query), part.offset, size, key.device) / tokens)
-            of_heads = None
-            if self.learns:
-                start = max(0, first - scorer.earlier_rows)
-                candidates = budget.candidates(every[None, None, start:end], num_blocks)
-                of_heads = scorer.head_scores(speakers[:, start:end], features, candidates, self.weight)
-                of_heads, candidates = of_heads[..., first - start :, :], candidates[..., first - start :, :]
-                scores.append(combine_heads(of_heads, candidates, scorer.normalizes))
-            lists.append(self.lists(speakers, features, first, end, of_heads))
-        return self.learn(
-            out, joined(targets, 2), joined(scores, 2) if scores else None, joined(lists, 2), joined(rows, 0),
-            joined(shares, 0),
-        )  # fmt: skip
-
-    def learn_from_sampled(
-        self,
-        out: Tensor,
-        parts: Sequence[QueryPart],
-        key: Tensor,
-        speakers: Tensor,
-        features: Tensor,
-        indices: Tensor,
-    ) -> Tensor:
-        """Attach the losses of a few rows, as `learn`.
-
-        Only these rows are scored with gradients. Each part has its share of the sequence's samples.
-        """
-        size, length = self.layer_layout.block_size, key.shape[0]
-        seed = stateless_seed(self.seed, self.step, self.layer_number, "rows")
-        drawn = sampled_positions(length, self.kind.settings.sampled_rows, seed, key.device)
-        queries, positions, places, listed_before = [], [], [], 0
-        for part in parts:
-            first, end = (at * len(drawn) // length for at in (part.offset, part.end))
-            at = drawn[first:end].clamp(part.offset, part.end - 1)
-            queries.append(part.query[at - part.offset])
-            positions.append(at)
-            places.append(at // size - part.offset // size + listed_before)
-            listed_before += self.layer_layout.num_blocks(len(part.query))
-        at = joined(positions, 0)
-        target = row_mass(joined(queries, 0), key, at, size, self.softmax_scale)
-        rows = at // size
-        scores = self.scores_of(rows, speakers, features) if self.learns else None
-        share = torch.full((len(at),), 1 / len(at), device=key.device)
-        return self.learn(out, target, scores, indices[:, :, joined(places, 0)], rows, share)
-
-    def scores_of(self, rows: Tensor, speakers: Tensor, features: Tensor) -> Tensor:
-        """Score key blocks for query blocks `rows` [r]: [b, h_kv, r, n].
-
-        The rows before each, on which its scores depend, are scored with it.
-        """
-        scorer, earlier = self.kind.scorer, self.kind.scorer.earlier_rows
-        around = (rows[:, None] + torch.arange(-earlier, 1, device=rows.device)).flatten()
-        candidates = self.kind.budget.candidates(around[None, None], features.shape[1])
-        found = block_scores(scorer, speakers[:, around.clamp_min(0)], features, candidates, self.weight)
-        return found[:, :, earlier :: earlier + 1]
-
-    def learn(
-        self, out: Tensor, target: Tensor, scores: Tensor | None, indices: Tensor, rows: Tensor, share: Tensor
-    ) -> Tensor:
-        """Attach the scorer's losses to `out`, and record the lists' recall.
-
-        Args:
-            target: true probability of key blocks, [b, h_kv, r, n].
-            scores: [b, h_kv, r, n]; None: the scorer has no losses.
-            indices: [b, h_kv, r, slots].
-            rows: [r], the query blocks.
-            share: [r], of the sequence's tokens, which a row stands for.
-        """
-        num_blocks = target.shape[-1]
-
-        def mean(of_rows: Tensor) -> Tensor:
-            """Return this rank's part of the mean.
-
-            The mean is over sequences, tokens and KV heads.
-            """
-            return (of_rows * share).sum(-1).mean(0).sum() / self.shape.num_query_groups
-
-        self.record("recall", mean((target * listed(indices, num_blocks)).sum(-1)))
-        if scores is not None:
-            candidates = self.kind.budget.candidates(rows[None, None], num_blocks)
-            for name in self.kind.scorer.losses:
-                out = self.add_loss(out, name, mean(LOSSES[name](scores, target, candidates)))
-        return out
-
-
-def joined(parts: Sequence[Tensor], dim: int) -> Tensor:
-    """Concatenate tensors; a single one is not copied."""
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
 
 
 def after_rows(indices: Tensor, count: int) -> Tensor:

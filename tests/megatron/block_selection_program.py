@@ -17,7 +17,7 @@ from s2train.attention.selection import lists
 from s2train.config import ParallelConfig
 from s2train.inference.cached_model import CachedModel
 from s2train.inference.kv_cache import kv_cache
-from s2train.megatron import block_selection
+from s2train.megatron import block_selection, selection_losses
 from s2train.megatron.block_selection import BlockSelectionCoreAttention
 from s2train.megatron.selection_cache import cached_list
 from s2train.megatron.setup import initialize, shutdown
@@ -253,9 +253,10 @@ def waits() -> dict[str, list[str]]:
         return reference_select_blocks(scores, rows, counts, **options)
 
     found = {}
-    stubs = {"block_sparse_attention": attend, "block_mass": mass, "sampled_positions": positions}
+    stubs = {"block_mass": mass, "sampled_positions": positions}
     with (
-        mock.patch.multiple(block_selection, kernels_in_use=mock.Mock(), **stubs),
+        mock.patch.multiple(block_selection, kernels_in_use=mock.Mock(), block_sparse_attention=attend),
+        mock.patch.multiple(selection_losses, **stubs),
         mock.patch.object(lists, "select_blocks", selected),
     ):
         for name in ("moba", "index", "sea"):
