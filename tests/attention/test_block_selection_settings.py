@@ -1,9 +1,11 @@
 """Settings of block selection that can't be, and what it doesn't support, are rejected with one clear error."""
 
+import math
 from pathlib import Path
 
 import pytest
 
+from s2train.attention.block_selection import SCORERS
 from s2train.attention.features import Feature
 from s2train.attention.kind import lacking
 from s2train.checkpoints.folders import write_config
@@ -14,8 +16,10 @@ from s2train.config import ExportConfig, PretrainConfig
 from s2train.environment.hardware import Hardware
 from s2train.errors import ConfigError
 from s2train.planning import check, compose_run, format_plan, hybrid_layout
+from tests.program import metrics, run
 
 CPU = Hardware("CPU", "cpu", 1 << 36, None)
+H100 = Hardware("NVIDIA H100 80GB HBM3", "cuda", 80 << 30, None, (9, 0))
 
 
 def config(selection: str = "top_k:3", *settings: str) -> PretrainConfig:
@@ -109,3 +113,22 @@ def test_the_plan_names_the_scorer_and_counts_exactly() -> None:
     text = format_plan(check(config("top_k:3,scorer:moba"), 1, CPU))
     assert "moba block-selection, keys chosen by the data: density 0.57" in text
     assert "exact" in text
+
+
+@pytest.mark.parametrize("scorer", SCORERS)
+def test_ready_made_models_fit_one_gpu(scorer: str) -> None:
+    for size in ("tiny", "125m"):
+        plan = check(compose_run([f"+model={size}_{scorer}", "layer_backend=local"]), 1, H100)
+        assert plan.cfg.model.name == f"{size}_{scorer}"
+        assert f"{scorer} block-selection" in format_plan(plan)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scorer", SCORERS)
+def test_a_ready_made_model_trains_as_it_stands(scorer: str, tmp_path: Path) -> None:
+    settings = [f"run_dir={tmp_path}", "train.exit_step=2", "tracking.log_interval=1", "tracking.wandb=disabled"]
+    done = run("pretrain.py", f"+model=tiny_{scorer}", *settings)
+    assert done.status == 0, done.err[-3000:]
+    losses = [record["loss"] for record in metrics(tmp_path)]
+    assert len(losses) == 2
+    assert losses[0] == pytest.approx(math.log(320), abs=0.5)  # of a uniform guess among 320 tokens
