@@ -1,10 +1,11 @@
 """Scores key blocks by kernel features and a small CNN.
 
 This is SEA (arXiv 2310.01777), block-wise and causal. Positive features phi(x) = exp(W x - |x|^2 / 2) give each query
-block a share of each candidate key block, linear in the sequence's length: a compressed map of attention. A CNN over
-the map, of two layers, refines it. Each layer looks at two rows before a row and at two columns on each side. Rows see
-their own candidates alone, so nothing later enters. The features' stabilisers are maxima of one row or one block: a
-maximum over all keys would leak the future.
+block a share of each candidate key block. The features cost linear time in the sequence's length; the map of shares, a
+compressed map of attention, has an entry for each pair of blocks. A CNN over the map, of two layers, refines it. Each
+layer looks at two rows before a row and at two columns on each side. Rows see their own candidates alone, so nothing
+later enters. The features' stabilisers are maxima of one row or one block: a maximum over all keys would leak the
+future.
 """
 
 import torch
