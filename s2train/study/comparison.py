@@ -75,17 +75,30 @@ class Group:
         """Peak GiB of a GPU."""
         return max(result.summary.peak_memory_gib for result in self.results)
 
+    def gpu_seconds(self, result: Result) -> list[float]:
+        """Return the GPU time of a run's evaluations.
+
+        For a run that shared its GPU, it is that of its steps at the speed of `tokens_per_s`; empty if that is unknown.
+        """
+        seconds = [seconds for _, seconds, _ in result.held_out]
+        if not result.shared_gpu:
+            return seconds
+        if self.tokens_per_s is None:
+            return []
+        scale = result.summary.tokens_per_s / result.gpus / self.tokens_per_s
+        return [scale * one for one in seconds]
+
     def losses_at(self, gpu_seconds: float) -> list[float]:
         """Interpolate each seed's held-out loss linearly at that GPU time.
 
-        There are none if a run shared its GPU.
+        There are none if a run's GPU time is unknown, or if its first evaluation came later.
         """
-        if len(self.timed) < len(self.results):
-            return []
         found = []
         for result in self.results:
-            _, seconds, losses = zip(*result.held_out, strict=True)
-            found.append(float(np.interp(gpu_seconds, seconds, losses)))
+            seconds = self.gpu_seconds(result)
+            if not seconds or seconds[0] > gpu_seconds:
+                return []
+            found.append(float(np.interp(gpu_seconds, seconds, [loss for _, _, loss in result.held_out])))
         return found
 
     def recalls(self) -> dict[int, tuple[float, float, float]]:
@@ -99,16 +112,26 @@ class Group:
             for step, own in sorted(rows.items())
         }
 
-    def by_position(self) -> list[tuple[int, int, float | None]]:
-        """Average the held-out losses of each range of positions.
+    def by_position(self) -> dict[tuple[int, int], list[float]]:
+        """Return the held-out losses of all seeds by range of positions.
 
-        The mean is None where a seed has no loss.
+        A range has none where a seed has no loss.
         """
-        rows = []
+        rows = {}
         for parts in zip(*(result.by_position for result in self.results), strict=True):
             losses = [loss for _, _, loss in parts if loss is not None]
-            rows.append((parts[0][0], parts[0][1], mean(losses) if len(losses) == len(parts) else None))
+            rows[parts[0][0], parts[0][1]] = losses if len(losses) == len(parts) else []
         return rows
+
+    def changes(self, stop: int) -> list[float]:
+        """Return how much each seed's loss changes after position `stop`.
+
+        It is the loss in the last range of positions less that in the range up to `stop`; empty if one is missing.
+        """
+        rows = self.by_position()
+        earlier = next((losses for (_, end), losses in rows.items() if end == stop), [])
+        *_, last = rows.values()
+        return [after - before for before, after in zip(earlier, last, strict=True)] if earlier and last else []
 
     def completions(self) -> dict[int, tuple[float, tuple[float, float], float]]:
         """Return the shares of completed identifiers by length, summed over seeds.
@@ -177,6 +200,7 @@ def find_baseline(phase: Sequence[Group]) -> Group | None:
 def common_gpu_seconds(phase: Sequence[Group]) -> float | None:
     """Return the GPU time of a phase's fastest run.
 
-    All runs of the phase that had their GPUs alone can be compared up to this time. None if there are none.
+    All runs of the phase with a known GPU time can be compared up to this time. None if there are none.
     """
-    return min((result.gpu_seconds for group in phase for result in group.timed), default=None)
+    times = (group.gpu_seconds(result) for group in phase for result in group.results)
+    return min((own[-1] for own in times if own), default=None)

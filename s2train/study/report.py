@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean
 
 from s2train.files import replacing
 from s2train.study import speed
@@ -10,10 +9,11 @@ from s2train.study.comparison import Group, common_gpu_seconds, find_baseline, g
 from s2train.study.files import Folders
 from s2train.study.picture import draw
 from s2train.study.results import read_results
+from s2train.study.tables import UNKNOWN, spread, table
 from s2train.study.variants import PHASES, RUNS
 
 NAME = "quality"  # of report and picture
-UNKNOWN = "–"  # a cell of what was not measured
+EARLY = 1024  # position after which the loss may still fall
 RECALL_ROWS = 7  # steps in the table of recall
 
 
@@ -59,14 +59,14 @@ def _phase(name: str, own: Sequence[Group]) -> str:
         *(f"second occurrence from {start:,} (first)" for start in distances),
     ]  # fmt: skip
     rows = [_row(group, baseline, seconds, lengths, distances) for group in own]
-    ranges = [(start, stop) for start, stop, _ in own[0].by_position()]
-    positions = [
-        [group.variant, *("" if loss is None else f"{loss:.4f}" for _, _, loss in group.by_position())] for group in own
-    ]
+    heads_by_position, positions = _by_position(own)
     recipes = {result.recipe for group in own for result in group.results}
     said = "; ".join(f"learning rate {one.lr:g}, {one.batch_tokens:,} tokens a step" for one in recipes)
     is_shared = any(result.shared_gpu for group in own for result in group.results)
-    shared = [f"{UNKNOWN}: the run shared its GPU. Its tokens/s and MFU are then of first steps that had one alone."]
+    shared = [
+        "GPU time, tokens/s and MFU of runs that shared their GPU are those of first steps that had one alone;",
+        f"{UNKNOWN} if none were measured.",
+    ]
     timed = ["At equal GPU time, a run that takes longer is read in the middle of its learning-rate schedule."]
     paired = ["Differences from dense are those between runs of one seed, which see the same data in the same order."]
     expected = ["Expected densities are of layers where the data choose."]
@@ -81,12 +81,29 @@ def _phase(name: str, own: Sequence[Group]) -> str:
             *(shared if is_shared else []),
             *(expected if not all(_is_exact(group) for group in own) else []),
             "Completed: share of identifiers [95 % interval], and in brackets the share without the definition.\n",
-            _table(heads, rows),
+            table(heads, rows),
             "Held-out loss by position:\n",
-            _table(["variant", *(f"{start:,}-{stop:,}" for start, stop in ranges)], positions),
+            table(heads_by_position, positions),
             *_recalls(own),
         ]
     )
+
+
+def _by_position(own: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
+    """Heads and rows of the table of losses by position.
+
+    The last column has how much the loss still changes after position `EARLY`.
+    """
+    ranges = list(own[0].by_position())
+    last_start, _ = ranges[-1]
+    has_change = last_start >= EARLY and any(stop == EARLY for _, stop in ranges)
+    heads = ["variant", *(f"{start:,}-{stop:,}" for start, stop in ranges)]
+    rows = [[group.variant, *(spread(losses) for losses in group.by_position().values())] for group in own]
+    if has_change:
+        heads.append(f"last less that up to {EARLY:,}")
+        for row, group in zip(rows, own, strict=True):
+            row.append(spread(group.changes(EARLY), "+"))
+    return heads, rows
 
 
 def _recalls(own: Sequence[Group]) -> list[str]:
@@ -104,7 +121,7 @@ def _recalls(own: Sequence[Group]) -> list[str]:
     return [
         "Recall, the share of dense attention's probability that lies in the selected blocks: mean over layers and",
         "seeds [lowest, highest layer], by steps of training:\n",
-        _table(["step", *curves], rows),
+        table(["step", *curves], rows),
     ]
 
 
@@ -126,9 +143,9 @@ def _row(
         str(len(group.results)),
         ", ".join(str(gpus) for gpus in sorted({result.gpus for result in group.results})),
         f"{group.results[0].density:.4f}{'' if _is_exact(group) else ' expected'}",
-        _spread(group.losses),
+        spread(group.losses),
         _differences(group, baseline),
-        _spread([] if seconds is None else group.losses_at(seconds)),
+        spread([] if seconds is None else group.losses_at(seconds)),
         UNKNOWN if group.tokens_per_s is None else f"{group.tokens_per_s:,.0f}",
         UNKNOWN if group.mfu is None else f"{group.mfu:.1%}",
         f"{group.memory:.1f}",
@@ -152,21 +169,4 @@ def _differences(group: Group, baseline: Group | None) -> str:
     """Format losses less the baseline's, over the seeds that both have."""
     if group is baseline:
         return ""
-    return _spread([own.loss - dense.loss for own, dense in group.paired(baseline)] if baseline else [], "+")
-
-
-def _spread(values: Sequence[float], sign: str = "") -> str:
-    """Format the mean and the range.
-
-    Args:
-        sign: "+" to show that of positive values too.
-    """
-    if not values:
-        return UNKNOWN
-    middle, low, high = (f"{value:{sign}.4f}" for value in (mean(values), min(values), max(values)))
-    return middle if len(values) == 1 else f"{middle} [{low}, {high}]"
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    return spread([own.loss - dense.loss for own, dense in group.paired(baseline)] if baseline else [], "+")

@@ -49,11 +49,6 @@ class Result:
         """Held-out loss at the end."""
         return self.held_out[-1][2]
 
-    @property
-    def gpu_seconds(self) -> float:
-        """GPU time of the steps up to the last evaluation."""
-        return self.held_out[-1][1]
-
 
 def save_result(
     folders: Folders,

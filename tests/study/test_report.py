@@ -8,7 +8,6 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from s2train.comparison.runs import Summary
 from s2train.errors import ConfigError
 from s2train.study import speed
 from s2train.study.comparison import common_gpu_seconds, groups
@@ -18,6 +17,7 @@ from s2train.study.report import write_report
 from s2train.study.results import read_results, save_result
 from s2train.study.settings import Recipe, train_settings
 from s2train.study.variants import Run
+from tests.study.small_results import cells, measured, result
 
 NAME = "block_selection"
 
@@ -25,21 +25,6 @@ NAME = "block_selection"
 @pytest.fixture
 def folders(tmp_path: Path) -> Folders:
     return Folders(tmp_path, Path("launch"))
-
-
-def summary(tokens_per_s: float) -> Summary:
-    return Summary("run", 20, 2000, 2.0, 2.5, None, None, 1.0, tokens_per_s, 1.0, 0.25, 10.0)
-
-
-def result(folders: Folders, run: Run, losses: list[float], step_s: float, gpus: int = 1, **more: Any) -> None:
-    content = {
-        "run": asdict(run), "gpus": gpus, "density": 0.5, "recipe": asdict(Recipe(1e-3, 100)),
-        "summary": asdict(summary(100 * gpus / step_s)),
-        "held_out": [[1000 * (i + 1), 10 * (i + 1) * step_s, loss] for i, loss in enumerate(losses)],
-        "by_position": [[0, 64, losses[-1] + 1], [64, 128, losses[-1] - 1]], **more,
-    }  # fmt: skip
-    folders.results.mkdir(exist_ok=True)
-    folders.result(run).write_text(json.dumps(content))
 
 
 def probes(correct: int, trials: int, second: float, count: int) -> dict[str, Any]:
@@ -80,16 +65,10 @@ def test_the_report_has_a_table_with_the_spread_of_seeds_and_a_picture(folders: 
     assert "| hybrid | 2 | 1 | 0.5000 | 2.2500 [2.0000, 2.5000] |" in report
     assert "| window | 1 | 2 | 0.5000 | 3.0000 |" in report
     assert "| 100 | 25.0% | 10.0 |" in report  # tokens/s of one GPU
-    assert "| hybrid | 3.2500 | 1.2500 |" in report
+    assert "| hybrid | 3.2500 [3.0000, 3.5000] | 1.2500 [1.0000, 1.5000] |" in report
     assert "dense-16k-seed1" in report.splitlines()[-1]  # without a result
     with Image.open(picture) as drawn:
         assert drawn.width > drawn.height  # two panels
-
-
-def cells(report: str, variant: str) -> list[str]:
-    """The first row of a variant, without spaces around its cells."""
-    row = next(line for line in report.splitlines() if line.startswith(f"| {variant} "))
-    return [cell.strip() for cell in row.strip("|").split("|")]
 
 
 def test_runs_that_shared_a_gpu_have_no_times(folders: Folders) -> None:
@@ -98,18 +77,40 @@ def test_runs_that_shared_a_gpu_have_no_times(folders: Folders) -> None:
     report = write_report(folders)[0].read_text()
     assert cells(report, "dense")[5:] == ["", "2.0000", "100", "25.0%", "10.0"]
     assert cells(report, "hybrid")[5:] == ["+0.0000", "–", "–", "–", "10.0"]
-    assert "shared its GPU" in report
+    assert "shared their GPU" in report
 
 
 def test_the_speed_of_runs_that_shared_a_gpu_is_measured_alone(folders: Folders) -> None:
-    run = Run("hybrid")
-    result(folders, run, [4.0, 2.0], 1.0, shared_gpu=True)
-    row = asdict(summary(400)) | {"gpus": 1, "name": speed.key(run, 1)}
-    folders.speed.write_text(json.dumps({"rows": {row["name"]: row}}))
-    text, picture = write_report(folders)
-    assert cells(text.read_text(), "hybrid")[5:] == ["–", "–", "400", "25.0%", "10.0"]
-    with Image.open(picture) as drawn:
-        assert drawn.width > 2 * drawn.height  # loss against tokens/s, and by position
+    result(folders, Run("hybrid"), [4.0, 2.0], 1.0, shared_gpu=True)
+    measured(folders, hybrid=400)
+    report = write_report(folders)[0].read_text()
+    assert cells(report, "hybrid")[5:] == ["–", "2.0000", "400", "25.0%", "10.0"]
+
+
+def test_the_gpu_time_of_runs_that_shared_a_gpu_is_that_of_their_measured_speed(folders: Folders) -> None:
+    result(folders, Run("dense"), [4.0, 2.0], step_s=0.5)
+    result(folders, Run("hybrid"), [5.0, 3.0], step_s=4.0, gpus=2, shared_gpu=True)  # 50 tokens/s per GPU
+    folders.speed.write_text(json.dumps({"rows": {"hybrid-16k-gpus2": {"tokens_per_s": 200, "gpus": 2}}}))
+    dense, hybrid = groups(read_results(folders), speed.read(folders))["16k"]
+    slow = [seconds for _, seconds, _ in hybrid.results[0].held_out]
+    assert hybrid.gpu_seconds(hybrid.results[0]) == [seconds / 4 for seconds in slow]
+    assert common_gpu_seconds([dense, hybrid]) == 10
+
+
+def test_a_run_whose_first_evaluation_comes_later_has_no_loss_at_that_time(folders: Folders) -> None:
+    result(folders, Run("dense"), [4.0, 2.0], step_s=1.0)
+    result(folders, Run("hybrid"), [5.0, 3.0], step_s=2.5)
+    dense, hybrid = groups(read_results(folders))["16k"]
+    assert (dense.losses_at(20), hybrid.losses_at(20)) == ([2.0], [])
+
+
+def test_the_report_shows_how_much_the_loss_changes_at_late_positions(folders: Folders) -> None:
+    for seed, last in ((1, 2.5), (2, 2.75)):
+        positions = [[0, 1024, 3.0], [1024, 2048, 2.75], [2048, 4096, last]]
+        result(folders, Run("hybrid", seed=seed), [4.0, 2.0], 1.0, by_position=positions)
+    report = write_report(folders)[0].read_text()
+    [row] = [line for line in report.splitlines() if line.startswith("| hybrid | 3.0000 [")]
+    assert row.endswith("| 2.6250 [2.5000, 2.7500] | -0.3750 [-0.5000, -0.2500] |")
 
 
 def test_a_phase_without_speeds_is_drawn_by_position(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:

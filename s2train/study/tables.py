@@ -1,0 +1,24 @@
+"""Formats the cells and tables of the study's report."""
+
+from collections.abc import Sequence
+from statistics import mean
+
+UNKNOWN = "–"  # a cell of what was not measured
+
+
+def spread(values: Sequence[float], sign: str = "") -> str:
+    """Format the mean and the range.
+
+    Args:
+        sign: "+" to show that of positive values too.
+    """
+    if not values:
+        return UNKNOWN
+    middle, low, high = (f"{value:{sign}.4f}" for value in (mean(values), min(values), max(values)))
+    return middle if len(values) == 1 else f"{middle} [{low}, {high}]"
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Format a Markdown table."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
