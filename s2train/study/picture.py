@@ -1,6 +1,6 @@
-"""Draws held-out losses, a panel per phase."""
+"""Draws held-out loss by position, a panel per phase."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from statistics import mean
@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, FixedLocator, NullLocator, StrMethodFormatter
+from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
 from s2train.files import replacing
 from s2train.pictures.style import CURVES
@@ -21,57 +21,27 @@ from s2train.training.plots import GREY
 _COLOURS = (*CURVES, "#000000")
 _APART = 0.03  # octaves
 
-Panel = Callable[[Axes, Sequence[Group], Mapping[str, str]], None]  # draws groups in colours by variant
 
-
-def draw(grouped: Mapping[str, Sequence[Group]], out: Path) -> None:
-    """Draw all phases as a PNG.
-
-    A panel shows loss against tokens/s if all variants of the phase have a speed. Another one shows loss by position
-    if a speed is missing, or was measured apart from the runs.
-    """
-    panels = [(phase, own, draw_panel) for phase, own in grouped.items() for draw_panel in _panels(own)]
-    figure = Figure(figsize=(6.5 * len(panels), 4.5), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+def variant_colours(grouped: Mapping[str, Sequence[Group]]) -> dict[str, str]:
+    """Return a colour for each variant of all phases."""
     names = dict.fromkeys(group.variant for own in grouped.values() for group in own if group.variant != BASELINE)
-    colours = {BASELINE: GREY, **dict(zip(names, cycle(_COLOURS), strict=False))}
-    for axes, (phase, own, draw_panel) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        draw_panel(axes, own, colours)
+    return {BASELINE: GREY, **dict(zip(names, cycle(_COLOURS), strict=False))}
+
+
+def draw_by_position(grouped: Mapping[str, Sequence[Group]], out: Path) -> None:
+    """Draw all phases as a PNG."""
+    figure, colours = Figure(figsize=(6.5 * len(grouped), 4.5), dpi=150, layout="constrained"), variant_colours(grouped)
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(grouped), squeeze=False)[0]
+    for axes, (phase, own) in zip(panels, grouped.items(), strict=True):
+        _draw_phase(axes, own, colours)
         axes.set_title(PHASES[phase].title, loc="left")
         axes.spines[["top", "right"]].set_visible(False)
     with replacing(out) as temporary:
         figure.savefig(temporary, format="png")
 
 
-def _panels(own: Sequence[Group]) -> list[Panel]:
-    """Return how a phase is drawn."""
-    is_known = all(group.tokens_per_s is not None for group in own)
-    is_of_runs = all(group.timed for group in own)
-    return [
-        *([_draw_by_speed] if is_known else []),
-        *([] if is_known and is_of_runs else [_draw_by_position]),
-    ]
-
-
-def _draw_by_speed(axes: Axes, own: Sequence[Group], colours: Mapping[str, str]) -> None:
-    """Draw the mean loss of each variant over its speed.
-
-    A bar spans the lowest to the highest seed.
-    """
-    for group in own:
-        colour, speed = colours[group.variant], group.tokens_per_s
-        assert speed is not None
-        middle = mean(group.losses)
-        bar = [[middle - min(group.losses)], [max(group.losses) - middle]]
-        axes.errorbar([speed], [middle], yerr=bar, fmt="o", capsize=4, color=colour)
-        axes.annotate(group.variant, (speed, middle), xytext=(6, 4), textcoords="offset points", color=colour)
-    axes.set_xlabel("Tokens/s per GPU")
-    axes.set_ylabel("Held-out loss (nats per token)")
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.margins(0.2)
-
-
-def _draw_by_position(axes: Axes, own: Sequence[Group], colours: Mapping[str, str]) -> None:
+def _draw_phase(axes: Axes, own: Sequence[Group], colours: Mapping[str, str]) -> None:
     """Draw each variant's loss by position.
 
     The loss of the dense run of the same seed is subtracted if there are dense runs. Bars span the seeds. Labels have

@@ -1,40 +1,56 @@
 """Writes the quality study's report from its result files."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from s2train.files import replacing
 from s2train.study import speed
 from s2train.study.comparison import Group, common_gpu_seconds, find_baseline, groups
 from s2train.study.files import Folders
-from s2train.study.picture import draw
+from s2train.study.picture import draw_by_position
 from s2train.study.results import read_results
+from s2train.study.speed_picture import draw_by_speed, with_speed
 from s2train.study.tables import UNKNOWN, spread, table
 from s2train.study.variants import PHASES, RUNS
 
-NAME = "quality"  # of report and picture
+NAME = "quality"  # of report and pictures
 EARLY = 1024  # position after which the loss may still fall
 RECALL_ROWS = 7  # steps in the table of recall
 
 
 def write_report(folders: Folders) -> list[Path]:
-    """Write ROOT/quality.md and ROOT/quality.png.
+    """Write ROOT/quality.md and its pictures.
+
+    quality.png shows loss by position. quality-speed.png shows loss against throughput, if there is one.
 
     Raises:
         ConfigError: there are no results, or a file can't be read.
     """
     grouped = groups(read_results(folders), speed.read(folders))
-    text, picture = folders.root / f"{NAME}.md", folders.root / f"{NAME}.png"
-    draw(grouped, picture)
+    text, picture, by_speed = (folders.root / f"{NAME}{end}" for end in (".md", ".png", "-speed.png"))
+    draw_by_position(grouped, picture)
+    has_speed = bool(with_speed(grouped))
+    if has_speed:
+        draw_by_speed(grouped, by_speed)
+    else:
+        by_speed.unlink(missing_ok=True)  # of results that are gone
     with replacing(text) as temporary:
-        temporary.write_text(report(grouped, picture.name))
-    return [text, picture]
+        temporary.write_text(report(grouped, picture.name, by_speed.name))
+    return [text, picture, by_speed] if has_speed else [text, picture]
 
 
-def report(grouped: dict[str, list[Group]], picture: str) -> str:
+def report(grouped: Mapping[str, Sequence[Group]], picture: str, by_speed: str) -> str:
     """Format the report as Markdown."""
-    parts = [f"# Quality study\n\n![Held-out loss, a panel per phase]({picture})\n"]
+    parts = ["# Quality study\n"]
+    if with_speed(grouped):
+        parts.append(
+            f"![Held-out loss against tokens/s, a panel per phase]({by_speed})\n\n"
+            "Points are means over the seeds, and bars span them. Hollow points have one seed.\n"
+        )
+    if lacking := _lacking_speed(grouped):
+        parts.append(f"No throughput was measured, and loss against tokens/s is not drawn: {lacking}.\n")
     parts.append(
+        f"![Held-out loss by position, a panel per phase]({picture})\n\n"
         "Losses by position are drawn less those of the dense run of the same seed. Bars span the seeds, and labels\n"
         "have the mean over all positions.\n"
     )
@@ -43,6 +59,16 @@ def report(grouped: dict[str, list[Group]], picture: str) -> str:
     if missing := [run.name for run in RUNS if run not in there]:
         parts.append(f"Runs without a result: {', '.join(missing)}.\n")
     return "\n".join(parts)
+
+
+def _lacking_speed(grouped: Mapping[str, Sequence[Group]]) -> str:
+    """Name phases and variants without a throughput."""
+    known, named = with_speed(grouped), []
+    for name, own in grouped.items():
+        lacking = [group.variant for group in own if group.tokens_per_s is None]
+        if lacking:
+            named.append(f"phase {name}{': ' + ', '.join(lacking) if name in known else ''}")
+    return "; ".join(named)
 
 
 def _phase(name: str, own: Sequence[Group]) -> str:

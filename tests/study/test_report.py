@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -56,19 +57,20 @@ def test_probes_of_seeds_are_counted_together(folders: Folders) -> None:
     assert group.recurrences() == {64: (4, 2.5, 6.0)}
 
 
-def test_the_report_has_a_table_with_the_spread_of_seeds_and_a_picture(folders: Folders) -> None:
+def test_the_report_has_a_table_with_the_spread_of_seeds_and_pictures(folders: Folders) -> None:
     for seed, loss in ((1, 2.0), (2, 2.5)):
         result(folders, Run("hybrid", seed=seed), [4.0, loss], 1.0)
     result(folders, Run("window", "32k"), [4.0, 3.0], 1.0, gpus=2)
-    text, picture = write_report(folders)
+    text, *pictures = write_report(folders)
     report = text.read_text()
     assert "| hybrid | 2 | 1 | 0.5000 | 2.2500 [2.0000, 2.5000] |" in report
     assert "| window | 1 | 2 | 0.5000 | 3.0000 |" in report
     assert "| 100 | 25.0% | 10.0 |" in report  # tokens/s of one GPU
     assert "| hybrid | 3.2500 [3.0000, 3.5000] | 1.2500 [1.0000, 1.5000] |" in report
     assert "dense-16k-seed1" in report.splitlines()[-1]  # without a result
-    with Image.open(picture) as drawn:
-        assert drawn.width > drawn.height  # two panels
+    for picture in pictures:
+        with Image.open(picture) as drawn:
+            assert drawn.width > 2 * drawn.height  # two panels
 
 
 def test_runs_that_shared_a_gpu_have_no_times(folders: Folders) -> None:
@@ -113,21 +115,42 @@ def test_the_report_shows_how_much_the_loss_changes_at_late_positions(folders: F
     assert row.endswith("| 2.6250 [2.5000, 2.7500] | -0.3750 [-0.5000, -0.2500] |")
 
 
-def test_a_phase_without_speeds_is_drawn_by_position(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn: list[tuple[str, str]] = []
+@pytest.fixture
+def axes(monkeypatch: pytest.MonkeyPatch) -> list[Axes]:
+    """Panels of the pictures that were saved."""
+    drawn: list[Axes] = []
     save = Figure.savefig
 
     def look(figure: Figure, *arguments: Any, **named: Any) -> None:
-        drawn.extend((axes.get_xlabel(), axes.get_ylabel()) for axes in figure.axes)
+        drawn.extend(figure.axes)
         save(figure, *arguments, **named)
 
     monkeypatch.setattr(Figure, "savefig", look)
-    for variant in ("dense", "hybrid"):
-        result(folders, Run(variant), [4.0, 2.0], 1.0)
+    return drawn
+
+
+def test_only_phases_and_kinds_with_a_speed_are_drawn_against_it(folders: Folders, axes: list[Axes]) -> None:
+    for variant in ("dense", "hybrid", "window"):
+        result(folders, Run(variant), [4.0, 2.0], 1.0, shared_gpu=variant != "dense")
         result(folders, Run(variant, "16k-40m"), [4.0, 2.0], 1.0, shared_gpu=True)
-    write_report(folders)
-    assert [x for x, _ in drawn] == ["Tokens/s per GPU", "Position in the sequence, up to"]
-    assert drawn[1][1] == "Held-out loss less dense’s (nats per token)"
+    measured(folders, hybrid=400)
+    text, _, picture = write_report(folders)
+    position, speed = "Position in the sequence, up to", "Training tokens/s per GPU"
+    assert [panel.get_xlabel() for panel in axes] == [position, position, speed]
+    assert axes[0].get_ylabel() == "Held-out loss less dense’s (nats per token)"
+    assert [label.get_text() for label in axes[2].texts] == ["dense", "hybrid"]
+    report = text.read_text()
+    assert f"]({picture.name})" in report
+    assert "is not drawn: phase 16k: window; phase 16k-40m.\n" in report
+
+
+def test_a_report_without_speeds_has_no_picture_of_them(folders: Folders) -> None:
+    result(folders, Run("dense"), [4.0, 2.0], 1.0)
+    stale = write_report(folders)[2]
+    assert stale.is_file()
+    result(folders, Run("dense"), [4.0, 2.0], 1.0, shared_gpu=True)
+    assert len(write_report(folders)) == 2
+    assert not stale.exists()
 
 
 def test_variants_are_compared_with_dense_runs_of_their_seeds(folders: Folders) -> None:
