@@ -6,7 +6,7 @@ python launch/quality_study.py speed hybrid            throughput and memory of 
 python launch/quality_study.py plan                    tokens, predicted and measured seconds and memory of every run
 python launch/quality_study.py train hybrid window     one run per variant, one after the other
 python launch/quality_study.py evaluate hybrid         long-range probes of a trained run
-python launch/quality_study.py report                  tables and pictures of all results
+python launch/quality_study.py report                  tables, pictures and verdicts of all results
                       each: --root runs/quality  --minutes 9; of a variant: --phase 16k  --seed 1  --gpu 0
                       train --shared-gpu: other programs run on this GPU, so the run's times are not reported
 

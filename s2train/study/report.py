@@ -7,6 +7,7 @@ from s2train.files import replacing
 from s2train.study import speed
 from s2train.study.comparison import Group, common_gpu_seconds, find_baseline, groups
 from s2train.study.files import Folders
+from s2train.study.guidelines import guidelines_section
 from s2train.study.picture import draw_by_position
 from s2train.study.results import read_results
 from s2train.study.speed_picture import draw_by_speed, with_speed
@@ -55,6 +56,7 @@ def report(grouped: Mapping[str, Sequence[Group]], picture: str, by_speed: str) 
         "have the mean over all positions.\n"
     )
     parts += [_phase(name, own) for name, own in grouped.items()]
+    parts.append(guidelines_section(grouped))
     there = {result.run for own in grouped.values() for group in own for result in group.results}
     if missing := [run.name for run in RUNS if run not in there]:
         parts.append(f"Runs without a result: {', '.join(missing)}.\n")

@@ -33,6 +33,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "hybrid": ("layout.layers=DSSS",),
     "window": ("layout.layers=DWWW", f"+layout.patterns.W={{kind:sliding_window,window:{MATCHED}}}", _PARTIAL),
     "homogeneous": ("layout.layers=DSSS", "schedule=homogeneous", _PARTIAL),
+    "grouped": ("layout.layers=DSSS", "schedule=grouped", _PARTIAL),  # heads differ, but don't see all blocks together
     "hyper": ("layout=hyper_b256", "layout.layers=DHHH"),  # the hybrid's number of dense layers, near its density
     "sparse": ("layout.layers=S",),
     "d1s7": ("layout.layers=D1S7",),

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from s2train.attention.coverage import coverage_report
 from s2train.config import PretrainConfig, head_dim
 from s2train.costs.parameters import total_parameters
 from s2train.environment.hardware import Hardware
@@ -61,6 +62,16 @@ def test_a_window_or_a_selection_is_as_dense_as_the_hybrid(variant: str, phase: 
 @pytest.mark.parametrize("variant", ["moba", "index", "sea"])
 def test_a_selection_fits_an_h100(variant: str) -> None:
     assert check(on_mock_data(composed(Run(variant))), 1, target_gpu("h100-80gb")).fits
+
+
+@pytest.mark.parametrize("phase", ["16k", "32k", "16k-40m"])
+def test_grouped_heads_differ_and_see_fewer_blocks_together_at_the_hybrids_density(phase: str) -> None:
+    own = PHASES[phase]
+    layout = hybrid_layout(compose_run([*own.model, *attention_settings("grouped", own)]))
+    [share] = {run.union.fraction for run in coverage_report(layout, own.length).runs}
+    assert 0.5 < share < 0.6
+    assert len(set(layout.layers[1].heads)) > 1
+    assert density("grouped", phase) == pytest.approx(density("hybrid", phase), abs=0.003)
 
 
 @pytest.mark.parametrize("phase", ["16k", "16k-40m"])
