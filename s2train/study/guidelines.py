@@ -8,7 +8,7 @@ from s2train.study.comparison import Group
 from s2train.study.tables import UNKNOWN, table
 from s2train.study.variants import PHASES
 
-# Margins and factors were set before any result was judged.
+# Margins and factors were set before the runs of 300M tokens, and after those of the 40M tier.
 MARGIN = 0.02  # nats: "as good" means worse by less than this
 ONE_SEED = 2  # a difference of one seed alone must exceed the noise as many times
 NOISE_KINDS = 2  # kinds with several seeds, of which the noise is known
