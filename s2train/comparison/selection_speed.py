@@ -4,8 +4,9 @@ One layer's core attention, as in training: random queries, keys and values, bfl
 backward. `attention` is the sparse op alone with lists made before; `whole` is the core attention with scorer,
 selection, lists, losses and their gradients. The phases are forward passes alone: pooled queries, pooled keys, scores
 and selection, and the lists that the kernels read. `target` is the true probability of sampled queries. Dense
-attention: FlashAttention-4 where it is installed, and torch's cuDNN. Device times with the host ahead; the JSON is
-written after each case.
+attention: FlashAttention-4 where it is installed, and torch's cuDNN. `fla` is the MoBA of flash-linear-attention with
+as many blocks, where that and flash-attn are installed. Device times with the host ahead; the JSON is written after
+each case.
 
 Run it on one GPU: python -m s2train.comparison.selection_speed --output FILE.json
 """
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from s2train.attention.block_selection import SCORERS
 from s2train.attention.selection.targets import row_mass, sampled_positions
+from s2train.comparison.fla_moba import fla_moba, fla_problem
 from s2train.config import LayoutConfig, ModelConfig, ParallelConfig, PretrainConfig, TrainConfig
 from s2train.environment.versions import versions
 from s2train.kernels.attention import block_sparse_attention
@@ -33,6 +35,7 @@ from s2train.kernels.benchmarks.timing import Clock, time_passes
 from s2train.kernels.dense import dense_causal_attention
 from s2train.kernels.flash4 import fa4_problem
 from s2train.kernels.topk_layout import TopKLayout
+from s2train.kernels.versions import installed_version
 from s2train.megatron.block_selection import BlockSelectionCoreAttention
 from s2train.megatron.layer_backends import choose_backend
 from s2train.megatron.model import DTYPES, build_model, transformer_config
@@ -42,6 +45,7 @@ from s2train.planning import hybrid_layout
 
 Record = dict[str, Any]
 MOST_ON_CPU = 4096  # tokens
+BESIDE = 3  # blocks kept beside the selected ones: two of the window and a sink
 PHASES = ("pool queries", "pool keys", "scores and selection", "lists")  # before attention
 
 
@@ -54,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--dim", type=int, default=128, help="of a head")
     parser.add_argument("--block", type=int, default=128, help="tokens")
-    parser.add_argument("--top-k", type=int, default=16, help="blocks, beside 2 of the window and 1 sink")
+    parser.add_argument("--top-k", type=int, default=16, help=f"blocks, with {BESIDE} beside them")
     parser.add_argument("--budget-ms", type=float, default=300, help="of device time for each measurement")
     parser.add_argument("--output", type=Path, default=None, help="JSON file to write")
     args = parser.parse_args(arguments)
@@ -71,12 +75,12 @@ def main(arguments: list[str] | None = None) -> int:
             ["python", "-m", "s2train.comparison.selection_speed", *(arguments or sys.argv[1:])],
         ),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-        "versions": versions(),
+        "versions": versions() | {"flash-linear-attention": installed_version("flash-linear-attention")},
         "settings": {name: value for name, value in vars(args).items() if name != "output"},
         "cases": cases,
     }
     for length in args.lengths:
-        for name in ("dense", *args.scorers):
+        for name in ("dense", "fla", *args.scorers):
             cases.append({"length": length, "case": name} | _measure(name, length, args, clock, device))
             print(json.dumps(cases[-1]), flush=True)
             if args.output is not None:
@@ -89,6 +93,8 @@ def _measure(name: str, length: int, args: argparse.Namespace, clock: Clock, dev
     try:
         if name == "dense":
             return measure_dense(inputs(length, args, device), clock, args.budget_ms)
+        if name == "fla":
+            return measure_fla(inputs(length, args, device), args.block, args.top_k + BESIDE, clock, args.budget_ms)
         return measure_scorer(
             build_core(name, length, args, device), inputs(length, args, device), clock, args.budget_ms
         )
@@ -141,6 +147,14 @@ def measure_dense(leaves: list[Tensor], clock: Clock, budget_ms: float) -> Recor
             budget_ms,
         )
     return record
+
+
+def measure_fla(leaves: list[Tensor], block: int, blocks: int, clock: Clock, budget_ms: float) -> Record:
+    """Time the MoBA of flash-linear-attention, with its selection."""
+    if (problem := fla_problem()) is not None:
+        return {"absent": problem}
+    query, key, value = leaves
+    return {"whole": _passes(lambda: fla_moba(query, key, value, block, blocks), leaves, clock, budget_ms)}
 
 
 def measure_scorer(core: BlockSelectionCoreAttention, leaves: list[Tensor], clock: Clock, budget_ms: float) -> Record:

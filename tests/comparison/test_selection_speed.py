@@ -18,8 +18,9 @@ def test_each_scorer_is_timed_by_phase_beside_dense_attention(tmp_path: Path) ->
     done = run(program, "--lengths", "256", *SIZES, "--output", str(output), processes=0)
     assert done.status == 0, done.err[-2000:]
     data = json.loads(output.read_text())
-    dense, *scorers = data["cases"]
+    dense, fla, *scorers = data["cases"]
     assert dense["auto"]["ms"]["both"] > 0
+    assert "absent" in fla or fla["whole"]["ms"]["both"] > 0
     assert [case["case"] for case in scorers] == ["moba", "index", "sea"]
     for case in scorers:
         assert set(PHASES) < set(case["phases_ms"])
