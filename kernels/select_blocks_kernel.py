@@ -1,7 +1,7 @@
 """Triton kernel of `select_blocks`: one program for each list.
 
-A program holds one row of scores in registers. It adds the heads of the group, then takes the best candidate `slots`
-times. Non-candidates are not loaded, so that a causal row costs the bytes of its past alone.
+A program holds one row of scores in registers. It adds the heads of the group, then takes the best candidate as often
+as the list has room. Non-candidates are not loaded, so that a causal row costs the bytes of its past alone.
 """
 
 # Triton interprets the annotations of its functions, so tensor arguments have none.
@@ -83,11 +83,14 @@ def s2_select_blocks_kernel(
     for sink in range(0, sinks):
         tl.store(out + sink, tl.where(sink <= row - window, sink, -1))
     out += sinks
-    for slot in range(0, slots):
+    chosen = tl.minimum(count, slots)
+    for slot in range(0, chosen):
         best = tl.max(score, 0)
         at = tl.min(tl.where(score == best, column, COLUMNS), 0)
-        tl.store(out + slot, tl.where((slot < count) & (best >= _MASKED / 2), at, -1))
+        tl.store(out + slot, tl.where(best >= _MASKED / 2, at, -1))
         score = tl.where(column == at, float("-inf"), score)
+    for slot in range(chosen, slots):
+        tl.store(out + slot, -1)
     out += slots
     for last in range(0, window):
         tl.store(out + last, tl.maximum(row - (window - 1 - last), -1))
