@@ -201,7 +201,7 @@ class TrainConfig:
     rampup_batch_size: list[int] | None = None
     micro_batch_size: int = 1  # sequences
     precision: str = "bf16"  # bf16, fp32
-    recompute: str = "none"  # none, selective (core attention), full
+    recompute: str = "none"  # none, selective (core attention), mlp (MLP and norms), full (whole layers)
     recompute_num_layers: int = 1  # layers recomputed together, with full; divides num_layers / (pp × vpp)
     # save and stop after this step, to be resumed later (learning-rate schedule unchanged)
     exit_step: int | None = None

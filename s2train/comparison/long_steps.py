@@ -102,14 +102,14 @@ def case_overrides(size: str, stack: Stack, length: int, tokens: int, layers: in
 def choose_layers(request: Request, stacks: Sequence[Stack], length: int, hardware: Hardware) -> tuple[int, str]:
     """Choose layers that fit with every stack, and the recomputation.
 
-    Uses no recomputation if any number of layers fits without it. The number is `request.layers`, or else the largest
-    multiple of four that repeats every layout and leaves a tenth of the memory free for fragmentation.
+    Uses the least recomputation with which any number of layers fits. The number is `request.layers`, or else the
+    largest multiple of four that repeats every layout and leaves a tenth of the memory free for fragmentation.
 
     Raises:
         ConfigError: the layers don't fit even with full recomputation, or a layout is repeated to no such number.
     """
     counts = [request.layers] if request.layers else _layer_counts(request.layouts)
-    for recompute in ("none", "full"):
+    for recompute in ("none", "mlp", "full"):
         for count in counts:
             settings = (
                 case_overrides(request.size, stack, length, request.tokens, count, recompute) for stack in stacks

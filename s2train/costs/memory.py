@@ -182,6 +182,9 @@ def stage_activations(
         return in_flight // group * stream + max(group * (whole + largest) + layer, loss)
     if train.recompute == "selective":  # what the kind saves is recomputed with the core attention
         return in_flight * kept + max(layer + largest, loss)
+    if train.recompute == "mlp":  # the MLP of one layer and the norm before it, when the loss is freed already
+        kept += stream if impl.te else 0  # its norm before attention is part of a linear layer, and saves its output
+        layer += mlp_activations(cfg, kind) + (1 if kind == "cuda" else 2) * stream
     return in_flight * kept + waiting * max(map(sum, own)) + max(layer, loss)
 
 
@@ -234,9 +237,8 @@ def layer_activations(cfg: PretrainConfig, stream: int, kind: str) -> tuple[int,
     tokens = train.seq_length // parallel.cp * train.micro_batch_size
     queries = tokens * model.num_attention_heads * head_dim(model) * width // parallel.tp
     keys = tokens * kv_heads_on_rank(model.num_query_groups, parallel.tp) * head_dim(model) * width
-    ffn = tokens * model.ffn_hidden_size * width // parallel.tp
 
-    fused = kind == "cuda"  # RMSNorm and SwiGLU are fused
+    fused = kind == "cuda"  # RMSNorm is fused
     # Input and output of both norms; if not fused, also the values before the weight.
     residual = (4 if fused else 6) * stream
     # q and k after RoPE, the projection's output (v is a view of it; ranks that share KV heads copy v instead), and
@@ -247,10 +249,23 @@ def layer_activations(cfg: PretrainConfig, stream: int, kind: str) -> tuple[int,
     core = tokens * model.num_attention_heads * 4 // parallel.tp
     if parallel.cp > 1:
         core += 2 * keys * parallel.cp
-    # Gate, up and their product; if not fused, also SiLU of the gate and a copy of up.
-    mlp = (3 if fused else 5) * ffn
-    whole = residual + attention + core + mlp
-    return whole, whole - core if train.recompute == "selective" else whole
+    whole = residual + attention + core + mlp_activations(cfg, kind)
+    if train.recompute == "selective":
+        return whole, whole - core
+    if train.recompute == "mlp":  # inputs of both norms; if not fused, also the first one's values before the weight
+        return whole, (2 if fused else 3) * stream + attention + core
+    return whole, whole
+
+
+def mlp_activations(cfg: PretrainConfig, kind: str) -> int:
+    """Return bytes that a layer's MLP saves, without its input.
+
+    They are those of one micro batch.
+    """
+    tokens = cfg.train.seq_length // cfg.parallel.cp * cfg.train.micro_batch_size
+    ffn = tokens * cfg.model.ffn_hidden_size * (2 if cfg.train.precision == "bf16" else 4) // cfg.parallel.tp
+    # Gate, up and their product. A CPU's SwiGLU is not fused: also SiLU of the gate and a copy of up.
+    return (3 if kind == "cuda" else 5) * ffn
 
 
 def _chunks_in_flight(cfg: PretrainConfig, stage: int, num_micro_batches: int) -> int:

@@ -41,14 +41,18 @@ def layer_parameters(model: ModelConfig, layer: LayerLayout) -> LayerParameters:
     """Count the parameters of one layer."""
     queries, keys = model.num_attention_heads * head_dim(model), model.num_query_groups * head_dim(model)
     attention = model.hidden_size * (queries + 2 * keys) + queries * model.hidden_size
-    mlp = 3 * model.hidden_size * model.ffn_hidden_size  # gate, up, down
     own = layer.kind.weights(attention_shape(model))
     return LayerParameters(
-        matmul=attention + mlp,
+        matmul=attention + mlp_parameters(model),
         norms=2 * model.hidden_size,
         kind_split=sum(weight.size for weight in own if weight.split is not None),
         kind_repeated=sum(weight.size for weight in own if weight.split is None),
     )
+
+
+def mlp_parameters(model: ModelConfig) -> int:
+    """Count the parameters of one layer's MLP: gate, up and down."""
+    return 3 * model.hidden_size * model.ffn_hidden_size
 
 
 def total_parameters(model: ModelConfig, layers: Sequence[LayerLayout]) -> int:

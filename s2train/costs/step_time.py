@@ -36,7 +36,7 @@ from s2train.costs.attention_time import AttentionRates, Seconds, attention_seco
 from s2train.costs.exchange import exchange_mode
 from s2train.costs.implementations import Implementations
 from s2train.costs.memory import Chunks, data_parallel, micro_batches
-from s2train.costs.parameters import layer_parameters, stage_parameters
+from s2train.costs.parameters import layer_parameters, mlp_parameters, stage_parameters
 from s2train.costs.stages import Stages
 from s2train.environment.hardware import GpuRates, Hardware, gpu_rates
 
@@ -52,6 +52,9 @@ _ELEMENTWISE = 0.104e-9  # seconds per token, layer and hidden dimension: norms,
 # (launch/results/2026-11-28-h100-elementwise.json, -rotation.json).
 _FUSED_SWIGLU, _FUSED_ROTATION = 0.26e-12, 25.4e-12
 _LOSS = {"torch": 15.5e-12, "liger": 7.6e-12, "linear": 8.0e-12}  # seconds per logit, without products; the first file
+# Part of a layer's elementwise forward that `train.recompute=mlp` repeats: SwiGLU, norms and a residual sum, by the
+# bytes that they move in a 7B layer.
+_MLP_SHARE = 0.7
 _SPLIT_SHARE = 0.3  # part of elementwise work between a layer's products, divided over tensor parallel ranks
 _ADAM, _FUSED_ADAM = 38.9e-12, 17.5e-12  # seconds per parameter: torch's, transformer-engine's
 _USED_MEMORY, _USED_LINK = 0.8, 0.69  # fractions of the peak
@@ -200,8 +203,8 @@ class _Model:
         model, tp = self.cfg.model, self.cfg.parallel.tp
         matmul = layer_parameters(model, layer).matmul
         linear = 6 * matmul / tp * self.tokens / self._products()
-        elementwise = self.tokens * (model.hidden_size * self._elementwise_rate() - self._fused() / tp)
-        elementwise += self._sums(matmul)
+        of_activations = self.tokens * (model.hidden_size * self._elementwise_rate() - self._fused() / tp)
+        elementwise = of_activations + self._sums(matmul)
         attention = self._attention(layer)
         exchange = self._context_parallel(layer)
         units, again = self._tensor_parallel_units()
@@ -219,6 +222,9 @@ class _Model:
             return found + StepTime(recomputation=third + attention.forward, communication=repeated)
         if self.cfg.train.recompute == "selective":
             return found + StepTime(recomputation=attention.forward)
+        if self.cfg.train.recompute == "mlp":
+            third = (linear * mlp_parameters(model) / matmul + _MLP_SHARE * of_activations) / 3
+            return found + StepTime(recomputation=third, communication=again / 2 * self._unit())
         return found
 
     def head(self) -> StepTime:

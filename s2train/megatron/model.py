@@ -26,6 +26,9 @@ from s2train.megatron.rope_scaling import scale_rotation, set_temperature
 from s2train.megatron.specs import block_spec
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+# Megatron's names of `train.recompute`.
+_GRANULARITY = {"none": None, "selective": "selective", "mlp": "selective", "full": "full"}
+_RECOMPUTED = {"selective": ["core_attn"], "mlp": ["mlp"]}
 
 
 def transformer_config(cfg: PretrainConfig, stages: Stages | None = None) -> TransformerConfig:
@@ -62,7 +65,8 @@ def transformer_config(cfg: PretrainConfig, stages: Stages | None = None) -> Tra
         pipeline_dtype=dtype,
         params_dtype=dtype,
         bf16=train.precision == "bf16",
-        recompute_granularity=None if train.recompute == "none" else train.recompute,
+        recompute_granularity=_GRANULARITY[train.recompute],
+        recompute_modules=_RECOMPUTED.get(train.recompute),
         recompute_method="uniform" if train.recompute == "full" else None,
         recompute_num_layers=train.recompute_num_layers if train.recompute == "full" else None,
         # On a CPU parameters are drawn there, since the CUDA generator is replaced by the CPU's.

@@ -7,7 +7,7 @@ from s2train.costs.memory import GIB
 from s2train.planning.memory_budget import MemoryBudget
 
 ROOM = 0.9  # share of a device's memory: predictions are within 10 %
-RECOMPUTE = ("none", "selective", "full")  # fastest first
+RECOMPUTE = ("none", "selective", "mlp", "full")  # those that save more memory later
 
 
 def memory_advice(cfg: PretrainConfig, world_size: int, budget: MemoryBudget) -> str | None:

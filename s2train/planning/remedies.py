@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from s2train.config import PretrainConfig
+from s2train.planning.advice import RECOMPUTE
 from s2train.planning.memory_budget import MemoryBudget
 
 _LARGEST_WORLD = 4096  # processes
@@ -27,8 +28,7 @@ def memory_remedy(cfg: PretrainConfig, world_size: int, budget: MemoryBudget) ->
 def _candidates(cfg: PretrainConfig) -> Iterator[tuple[list[str], PretrainConfig]]:
     """Yield changes and configurations to try, those that cost least speed first."""
     train, parallel = cfg.train, cfg.parallel
-    levels = ("none", "selective", "full")
-    recomputes = levels[levels.index(train.recompute) :]
+    recomputes = RECOMPUTE[RECOMPUTE.index(train.recompute) :]
     micros = [train.micro_batch_size >> i for i in range(train.micro_batch_size.bit_length())]
     # More ranks than KV heads gather the QKV projection: suggested only to runs that do so already.
     most = max(parallel.tp, cfg.model.num_query_groups)

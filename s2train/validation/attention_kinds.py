@@ -89,8 +89,8 @@ def _asked(cfg: PretrainConfig, hardware: Hardware) -> Iterator[tuple[Feature, s
     if cfg.data.attention_within_documents:
         remedy = "Set data.attention_within_documents=false"
         yield Feature.PACKED_DOCUMENTS, "data.attention_within_documents", True, remedy
-    if train.recompute != "none":
-        yield Feature.RECOMPUTATION, "train.recompute", train.recompute, "Set train.recompute=none"
+    if train.recompute in ("selective", "full"):  # mlp repeats no attention
+        yield Feature.RECOMPUTATION, "train.recompute", train.recompute, "Set train.recompute=none or mlp"
     if train.deterministic:
         yield Feature.DETERMINISTIC, "train.deterministic", True, "Set train.deterministic=false"
     if cfg.fp8 != "none":

@@ -14,7 +14,7 @@ from s2train.validation.token_budgets import length
 
 _CHOICES: dict[str, tuple[str | int, ...]] = {
     "train.precision": ("bf16", "fp32"),
-    "train.recompute": ("none", "selective", "full"),
+    "train.recompute": ("none", "selective", "mlp", "full"),
     "optim.name": ("adam", "sgd", "muon"),
     "optim.decay_style": ("constant", "linear", "cosine", "inverse-square-root", "WSD"),
     "schedule.placement": ("as_is", "balanced"),

@@ -200,9 +200,9 @@ def counts(gpt: GPTModel, cfg: PretrainConfig, oracle: Oracle) -> dict[str, Any]
 
 
 def recomputation(cfg: PretrainConfig) -> dict[str, Any]:
-    """Whether gradients and recorded values are those of a run without, bit for bit."""
+    """Whether losses, gradients and recorded values are those of a run without, bit for bit."""
     tokens, results = torch.randint(VOCABULARY, (BATCH, LENGTH)), []
-    for recompute in ("none", "selective", "full"):
+    for recompute in ("none", "selective", "mlp", "full"):
         gpt = build(replace(cfg, train=replace(cfg.train, recompute=recompute)))
         gpt.train()
         generator = torch.Generator().manual_seed(1)
@@ -210,13 +210,14 @@ def recomputation(cfg: PretrainConfig) -> dict[str, Any]:
             for parameter in gpt.parameters():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
         positions = torch.arange(LENGTH).expand(BATCH, LENGTH).contiguous()
-        gpt(tokens, positions, None, labels=tokens).sum().backward()
+        losses = gpt(tokens, positions, None, labels=tokens)
+        losses.sum().backward()
         recorded = [core.records.take() for core in cores_of(gpt)]
         values = [[name, float(total), count] for one in recorded for name, (total, count) in sorted(one.items())]
-        results.append(([p.grad for p in gpt.parameters()], values))
+        results.append(([losses, *(p.grad for p in gpt.parameters())], values))
     first, *others = results
     return {
-        "gradients": [all(map(torch.equal, first[0], grads)) for grads, _ in others],
+        "equal": [all(map(torch.equal, first[0], found)) for found, _ in others],
         "records": [values == first[1] for _, values in others],
         "missing": sum(grad is None for grad in first[0]),
         "per_layer": [count for _, _, count in first[1]],

@@ -207,6 +207,7 @@ def test_a_static_kind_that_computes_otherwise_stays_its_own_where_it_keeps_ever
     assert make_plan(cfg, hybrid_layout(cfg), 1, CPU).letters == "DTDT"
     with pytest.raises(ConfigError, match=r"capped attention \(letter T\) doesn't support recomputation"):
         check(config("capped", "train.recompute=selective"), 1, CPU)
+    check(config("capped", "train.recompute=mlp"), 1, CPU)  # repeats no attention
 
 
 @pytest.mark.parametrize(

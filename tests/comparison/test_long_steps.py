@@ -92,6 +92,13 @@ def test_every_stack_has_the_largest_number_of_layers_that_fits_all() -> None:
     assert (short[1], long[1]) == ("none", "full")
 
 
+@pytest.mark.usefixtures("libraries")
+def test_attention_is_kept_where_a_few_layers_fit_with_their_mlp_recomputed() -> None:
+    request = Request("7b", (131072,), 131072, None, 1, 1, ["model.vocab_size=8192"])
+    compared = stacks_to_compare(H100, request.layouts)
+    assert choose_layers(request, compared, 131072, H100) == (4, "mlp")
+
+
 @pytest.mark.parametrize(
     ("layouts", "problem"),
     [

@@ -244,6 +244,15 @@ def test_recomputation_and_tensor_parallel_cost_time() -> None:
     assert apart.time.elementwise > plain.time.elementwise
 
 
+def test_recomputing_the_mlp_repeats_its_products_and_no_attention() -> None:
+    found = [predicted(*SEVEN, f"layout.layers={layers}", "train.recompute=mlp", processes=8) for layers in "DS"]
+    assert found[0].time.attention > 2 * found[1].time.attention
+    assert found[0].time.recomputation == found[1].time.recomputation
+    plain, whole = (predicted(*SEVEN, f"train.recompute={name}", processes=8) for name in ("none", "full"))
+    assert 0.2 * plain.time.linear < found[1].time.recomputation < whole.time.recomputation
+    assert plain.time.communication < found[1].time.communication < whole.time.communication
+
+
 APART = ["parallel.overlap_grad_reduce=false"]
 CARD = 0.69 * 50e9  # bytes/s
 

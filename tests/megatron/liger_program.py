@@ -67,10 +67,12 @@ def main() -> None:
     turning_in_half = replace(cfg, model=replace(model, rotary_percent=0.5))
     cases = {"packed documents": (cfg if tp > 1 else turning_in_half, "liger", True)}
     if tp == 1:
-        full, selective = (replace(cfg, train=replace(train, recompute=name)) for name in ("full", "selective"))
+        full, selective, mlp = (
+            replace(cfg, train=replace(train, recompute=name)) for name in ("full", "selective", "mlp")
+        )
         tied = replace(selective, model=replace(model, tie_embeddings=True))
         cases |= {
-            "loss over logits": (cfg, "liger", False),
+            "loss over logits, MLP recomputed": (mlp, "liger", False),
             "loss over hidden states, full recomputation": (full, "linear", False),
             "tied embeddings, selective recomputation": (tied, "linear", False),
         }

@@ -58,7 +58,7 @@ def trace(run_dir: Path) -> list[float]:
                 "train.micro_batch_size=1",
             ],
         ),
-        (2, ["parallel.pp=2", "parallel.vpp=2"]),
+        (2, ["parallel.pp=2", "parallel.vpp=2", "train.recompute=mlp"]),
         (0, ["train.recompute=full", "train.micro_batch_size=4"]),
         (2, ["parallel.cp=2", "train.recompute=full"]),
         (2, ["parallel.cp=2", "parallel.cp_exchange=gather"]),

@@ -28,6 +28,12 @@ VARIANTS = {
     "cp2 gathering": (2, ["parallel.cp=2", "parallel.cp_exchange=gather"]),
     "full recomputation": (1, ["train.recompute=full"]),
     "selective recomputation": (1, ["train.recompute=selective"]),
+    "MLP recomputation": (1, ["train.recompute=mlp"]),
+    "MLP recomputation, tp2": (2, ["train.recompute=mlp", "parallel.tp=2"]),
+    "MLP recomputation, tp2 with sequence parallel": (
+        2,
+        ["train.recompute=mlp", "parallel.tp=2", "parallel.sequence_parallel=true"],
+    ),
     "tp2 cp2": (4, ["parallel.tp=2", "parallel.cp=2", "parallel.sequence_parallel=true"]),
 }
 
@@ -37,7 +43,8 @@ PLAIN = ("tp2 with sequence parallel", "vpp2", "dp2")
 # Others train so too: tests/attention/test_conformance.py divides a model of all kinds by these …
 ELSEWHERE = ["tp2", "tp2 with sequence parallel", "pp2", "dp2 with overlap", "cp2 gathering"]
 # … test_packed_documents.py one with packed documents, and the plain optimizer here.
-ELSEWHERE += ["vpp2", "dp2", "full recomputation", "selective recomputation"]
+ELSEWHERE += ["vpp2", "dp2", "full recomputation", "selective recomputation", "MLP recomputation"]
+ELSEWHERE += ["MLP recomputation, tp2"]  # within the next one
 CASES = [
     pytest.param("distributed", name, marks=pytest.mark.long if name in ELSEWHERE else []) for name in VARIANTS
 ] + [pytest.param("plain", name, marks=pytest.mark.long if "tp2" in name else []) for name in PLAIN]

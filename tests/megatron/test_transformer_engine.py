@@ -76,6 +76,12 @@ def test_both_backends_train_alike(run_of: Runs) -> None:
     assert losses(run_of("fake", "distributed")) == pytest.approx(losses(run_of("none", "distributed")), rel=TOLERANCE)
 
 
+def test_recomputing_the_mlp_changes_no_loss(run_of: Runs, tmp_path: Path) -> None:
+    done = train("fake", tmp_path, "train.recompute=mlp", "checkpoint.save=false")
+    assert done.status == 0, done.err
+    assert losses(tmp_path) == pytest.approx(losses(run_of("fake", "distributed")), rel=TOLERANCE)
+
+
 def test_block_selection_trains_alike_on_both_backends(tmp_path: Path) -> None:
     selection = ["layout.layers=DE", "+layout.kinds.E={kind:block_selection,scorer:index,top_k:1,warm_up_steps:2}"]
     for kind in ("fake", "none"):

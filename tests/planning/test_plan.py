@@ -145,10 +145,11 @@ def test_sequence_and_context_parallel_split_activations() -> None:
 def test_recomputation_keeps_less() -> None:
     cfg = config(cp=2)
     kept = []
-    for recompute in ("none", "selective", "full"):
+    for recompute in ("none", "selective", "mlp", "full"):
         cfg.train.recompute = recompute
         kept.append(activations(cfg))
     assert kept[0] > kept[1] > 2 * kept[2]
+    assert kept[2] > 2 * kept[3]
 
 
 def test_with_recomputation_the_loss_and_a_layer_are_not_there_at_once() -> None:

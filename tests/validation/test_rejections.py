@@ -330,6 +330,14 @@ def test_a_run_that_does_not_fit_is_rejected_with_settings_that_do(memory: float
     assert found.fits
 
 
+def test_recomputing_the_mlp_is_suggested_before_whole_layers() -> None:
+    cfg = config(train__seq_length=65536, train__micro_batch_size=1)
+    needed = check(replace(cfg, train=replace(cfg.train, recompute="mlp")), 4, GPU).memory.total
+    with pytest.raises(ConfigError) as rejection:
+        check(cfg, 4, replace(GPU, memory=needed))
+    assert settings_of(rejection.value.remedy) == {"train.recompute": "mlp"}
+
+
 def test_a_model_too_large_for_one_process_is_sent_to_more() -> None:
     cfg = config(model__hidden_size=8192, model__ffn_hidden_size=32768, train__micro_batch_size=1)
     with pytest.raises(ConfigError) as rejection:
