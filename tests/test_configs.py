@@ -160,6 +160,12 @@ def test_steps_on_the_command_line_contradict_an_experiment_s_tokens() -> None:
     assert compose_run(["+experiment=layout_study", "train.tokens=null", "train.steps=5"]).train.steps == 5
 
 
+@pytest.mark.parametrize("override", ["layout=dense", "model=125m_dense"])
+def test_an_experiment_s_dense_twin_is_made_by_one_override(override: str) -> None:
+    assert compose_run(["+experiment=layout_study"]).layout.layers == "DSSS"
+    assert compose_run(["+experiment=layout_study", override]).layout.layers == "D"
+
+
 def test_a_model_replaces_the_experiment_s_without_a_plus() -> None:
     assert compose_run(["+experiment=layout_study", "model=tiny_hybrid"]).model.hidden_size == 128
 
