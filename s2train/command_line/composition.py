@@ -4,9 +4,7 @@ The line suggests the nearest name, which Hydra's own messages don't.
 """
 
 import dataclasses
-import difflib
 import re
-import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,9 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
+from s2train.command_line.file_errors import explain_file
 from s2train.command_line.layout_files import PREFIX, store_layout_files
+from s2train.command_line.names import nearest, type_of, unknown_name
 from s2train.command_line.old_names import OLD_NAMES, with_current_names
 from s2train.command_line.overrides import quote_where_needed, syntax_problem
 from s2train.errors import ConfigError
@@ -24,23 +24,44 @@ from s2train.errors import ConfigError
 CONF = Path(__file__).parents[2] / "conf"
 _PLAN = re.compile(r"^plan=(?!\{)")
 _SPLIT = re.compile(r"^(\+{0,2}data\.split=)([\d., ]*,[\d., ]*)$")
+_OPTIONS_WITH_VALUES = ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--package", "-p")
 _HYDRA_GROUPS = {
     "hydra/launcher": "s2train_local and s2train_slurm",
     "hydra/sweeper": "basic, and optuna with the extra `sweep` (pip install -e '.[sweep]')",
 }
 
 
-def config_groups(folder: Path) -> dict[str, list[str]]:
+def config_groups(*folders: Path) -> dict[str, list[str]]:
     """List the names in each configuration group, such as layout: [dense, …]."""
-    return {
-        group.name: [
+    found: dict[str, list[str]] = {}
+    for group in (group for folder in folders for group in folder.iterdir() if group.is_dir()):
+        found.setdefault(group.name, []).extend(
             file.relative_to(group).as_posix().removesuffix(".yaml")
             for pattern in ("*.yaml", "imported/*.yaml")  # launch/import.py writes the latter
             for file in sorted(group.glob(pattern))
-        ]
-        for group in folder.iterdir()
-        if group.is_dir()
-    }
+        )
+    return found
+
+
+def own_folders(arguments: Sequence[str]) -> list[Path]:
+    """List the folders that a command line adds to conf/ by `--config-dir`."""
+    named = [
+        value
+        for option, value in zip(arguments, [*arguments[1:], ""], strict=True)
+        if option in ("--config-dir", "-cd")
+    ]
+    named += [one.partition("=")[2] for one in arguments if one.startswith("--config-dir=")]
+    return [Path(folder) for folder in named if Path(folder).is_dir()]
+
+
+def overrides_of(arguments: Sequence[str]) -> list[str]:
+    """Leave Hydra's options and their values out of a command line."""
+    before = ["", *arguments[:-1]]
+    return [
+        one
+        for one, option in zip(arguments, before, strict=True)
+        if not one.startswith("-") and option not in _OPTIONS_WITH_VALUES
+    ]
 
 
 def hydra_arguments(arguments: Sequence[str], schema: type) -> list[str]:
@@ -51,9 +72,9 @@ def hydra_arguments(arguments: Sequence[str], schema: type) -> list[str]:
     Raises:
         ConfigError: a setting is given by its old name and by its current one, or `layout=file:…` names no layout.
     """
-    if _type_of("layout", schema) is not None:
+    if type_of("layout", schema) is not None:
         store_layout_files(arguments)
-    old_names = {old: new for old, new in OLD_NAMES.items() if _type_of(new, schema) is not None}
+    old_names = {old: new for old, new in OLD_NAMES.items() if type_of(new, schema) is not None}
     return quote_where_needed(expand_shorthand(with_current_names(arguments, old_names), schema))
 
 
@@ -66,7 +87,7 @@ def expand_shorthand(arguments: Sequence[str], schema: type) -> list[str]:
     Args:
         schema: the dataclass of the program's settings.
     """
-    if _type_of("plan.show", schema) is not None:
+    if type_of("plan.show", schema) is not None:
         arguments = [_PLAN.sub("plan.show=", argument) for argument in arguments]
     if {"-m", "--multirun"} & set(arguments):
         return list(arguments)
@@ -102,7 +123,7 @@ def check_names(cfg: DictConfig) -> None:
     for name, value in _unknown_settings(cfg, ""):
         schema = OmegaConf.get_type(cfg)
         assert schema is not None
-        raise _unknown_name(name, value, schema, ())
+        raise unknown_name(name, value, schema, ())
 
 
 def _unknown_settings(node: DictConfig, prefix: str) -> Iterator[tuple[str, Any]]:
@@ -128,7 +149,7 @@ def _name_error(override: Override, groups: Mapping[str, Sequence[str]], schema:
         for value in _values(override):
             if isinstance(value, str) and value not in groups[key] and not value.startswith(PREFIX):
                 sized = [name for name in groups[key] if name.startswith(f"{value}_")]  # 7b: 7b_dense and 7b_hybrid
-                near = sized or [_nearest(value, groups[key])]
+                near = sized or [nearest(value, groups[key])]
                 # `model` is the group without a default, so it needs the plus.
                 plus = "+" if key == "model" else plus
                 meant = " or ".join(f"{plus}{key}={name}" for name in near)
@@ -136,9 +157,9 @@ def _name_error(override: Override, groups: Mapping[str, Sequence[str]], schema:
                 return ConfigError(f"{plus if override.is_add() else ''}{key}", value, "unknown name", remedy)
         return None
     shown = (override.input_line or "").partition("=")[2]
-    found = _type_of(key, schema)
+    found = type_of(key, schema)
     if found is None:
-        return _unknown_name(key, shown, schema, groups)
+        return unknown_name(key, shown, schema, groups)
     return None
 
 
@@ -149,44 +170,12 @@ def _values(override: Override) -> Iterable[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _unknown_name(key: str, value: object, schema: type, groups: Iterable[str]) -> ConfigError:
-    every = list(_names(schema, ""))
-    if "." in key:
-        near = _nearest(key, every)
-    else:  # a group, a section, or a setting without its section
-        short = {name.rpartition(".")[2]: name for name in reversed(every)} | {group: group for group in groups}
-        near = short[_nearest(key, list(short))]
-    section = near.rpartition(".")[0]
-    siblings = [name.rpartition(".")[2] for name in every if name.rpartition(".")[0] == section]
-    there = f"{section} has" if section else "There are"
-    return ConfigError(key, value, "no such setting", f"Did you mean {near}? {there} {', '.join(siblings)}.")
-
-
-def _nearest(name: str, choices: Sequence[str]) -> str:
-    return difflib.get_close_matches(name, choices, n=1, cutoff=0.0)[0]
-
-
-def _names(schema: type, prefix: str) -> Iterator[str]:
-    """Yield the dotted name of every setting and section."""
-    for name, kind in typing.get_type_hints(schema).items():
-        yield f"{prefix}{name}"
-        if dataclasses.is_dataclass(kind):
-            yield from _names(typing.cast(type, kind), f"{prefix}{name}.")
-
-
-def _type_of(key: str, schema: Any) -> Any:
-    """Return a setting's type by its dotted name; None if unknown."""
-    for part in key.split("."):
-        if not dataclasses.is_dataclass(schema):
-            return schema if typing.get_origin(schema) is dict or schema is Any else None  # may hold any name
-        schema = typing.get_type_hints(schema).get(part)
-    return schema
-
-
 def _shorten_message(
     error: HydraException, overrides: Sequence[str], groups: Mapping[str, Sequence[str]], schema: type
 ) -> str:
     """Shorten Hydra's and OmegaConf's messages, and add a remedy for common mistakes."""
+    if about_file := explain_file(str(error), groups, schema):
+        return about_file
     message = str(error).splitlines()
     cause = str(error.__cause__).splitlines()[0].rstrip(".") if error.__cause__ else ""
     for text in overrides:
@@ -199,13 +188,21 @@ def _shorten_message(
         if key in _HYDRA_GROUPS and f"{key}/{value}" in " ".join(message):
             return str(ConfigError(key, value, "unknown name", f"There are {_HYDRA_GROUPS[key]}."))
         if message[0] == f"Ambiguous value for argument '{text}'":
-            return str(
-                ConfigError(key, value, "ambiguous: a list or a sweep", f"Write '{key}=[{value}]', or -m for a sweep.")
-            )
+            return str(_ambiguous(key, value, key in groups))
+        if message[0].startswith("force-add of config groups"):
+            remedy = f"Write +{key}={value} to add it, or {key}={value} to replace another."
+            return str(ConfigError(f"++{key}", value, "names a file, which takes one plus or none", remedy))
         if text in message[0] and cause:
-            kind = _type_of(key, schema)
+            kind = type_of(key, schema)
             remedy = f"It takes {kind.__name__ if isinstance(kind, type) else kind}."
             if dataclasses.is_dataclass(kind):
                 remedy = f"Set one of {', '.join(f'{key}.{field.name}' for field in dataclasses.fields(kind))}."
             return str(ConfigError(key, value, cause, remedy))
     return ": ".join(line.strip() for line in (*message[:1], cause) if line)
+
+
+def _ambiguous(key: str, value: str, is_group: bool) -> ConfigError:
+    if is_group:
+        remedy = f"Name one of them, such as {key}={value.partition(',')[0]}, or add -m for a sweep."
+        return ConfigError(key, value, "ambiguous: names several files", remedy)
+    return ConfigError(key, value, "ambiguous: a list or a sweep", f"Write '{key}=[{value}]', or -m for a sweep.")

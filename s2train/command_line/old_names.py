@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
+import yaml  # type: ignore[import-untyped]
 from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.plugins import Plugins
@@ -14,6 +15,7 @@ from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig, OmegaConf
 
 from s2train.command_line.budgets import check_file
+from s2train.command_line.file_errors import yaml_error
 from s2train.command_line.messages import warn
 from s2train.errors import ConfigError
 
@@ -102,7 +104,10 @@ class _RenamingSource(FileConfigSource):
     warned: set[str]
 
     def load_config(self, config_path: str) -> ConfigResult:
-        loaded = super().load_config(config_path)
+        try:
+            loaded = super().load_config(config_path)
+        except yaml.YAMLError as error:
+            raise yaml_error(self.path, config_path, error) from error
         if not isinstance(loaded.config, DictConfig):
             return loaded
         given: Any = OmegaConf.to_container(loaded.config, resolve=False)

@@ -17,7 +17,14 @@ from typing import NoReturn
 
 from hydra.errors import HydraException
 
-from s2train.command_line.composition import CONF, config_groups, explain, hydra_arguments
+from s2train.command_line.composition import (
+    CONF,
+    config_groups,
+    explain,
+    hydra_arguments,
+    overrides_of,
+    own_folders,
+)
 from s2train.command_line.messages import prints_messages
 from s2train.command_line.old_names import with_current_names
 from s2train.command_line.usage import brief_usage, usage
@@ -70,8 +77,8 @@ def run_hydra(
     except ConfigError as error:  # two names of one setting
         run_command(partial(_reject_composition, str(error)))
     except HydraException as error:
-        overrides = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
-        line = explain(error, overrides, groups, schema)
+        known = config_groups(CONF, *own_folders(arguments))
+        line = explain(error, overrides_of(sys.argv[1:]), known, schema)
         run_command(partial(_reject_composition, line))
     finally:
         os.environ.pop("HYDRA_FULL_ERROR", None)

@@ -67,6 +67,8 @@ def test_a_name_of_a_sweep_is_checked_too() -> None:
         ("optim.lr=[1", "optim.lr=[1: can't be parsed"),
         ("data.split=90,10", "Write 'data.split=[90,10]', or -m for a sweep"),
         ("train.steps", "train.steps: can't be parsed: missing EQUAL"),
+        ("layout=dense,s2_b16_l4_v4", "several files. Name one of them, such as layout=dense, or add -m for a sweep."),
+        ("++schedule=grouped", "Write +schedule=grouped to add it, or schedule=grouped to replace another."),
     ],
 )
 def test_an_invalid_value_is_reported_with_a_remedy(override: str, words: str) -> None:
