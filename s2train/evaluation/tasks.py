@@ -22,8 +22,8 @@ def load_tasks(cfg: EvaluateConfig, length: int) -> Any:
     Returns:
         the harness's tasks; None if there are none.
     Raises:
-        ConfigError: the harness is not installed, a task is unknown, its data can't be loaded, or it generates text in
-            a way that is not supported.
+        ConfigError: the harness is not installed, a task is unknown, its data can't be loaded, it has fewer examples
+            than are asked for, or it generates text in a way that is not supported.
     """
     if not cfg.tasks:
         return None
@@ -48,9 +48,29 @@ def load_tasks(cfg: EvaluateConfig, length: int) -> Any:
         problem = f"the tasks or their data can't be loaded ({reason})"
         raise ConfigError("tasks", _list(cfg.tasks), problem, "Check the network, or the task's file") from error
     for name, task in loaded["tasks"].items():
+        _check_examples(name, task, cfg.fewshot)
         if task.OUTPUT_TYPE == "generate_until":
             tokens_to_generate(name, task.config.generation_kwargs or {}, length)
     return loaded
+
+
+def _check_examples(name: str, task: Any, fewshot: int | None) -> None:
+    """Check that a task has the examples that stand before its questions.
+
+    The harness would ignore `fewshot` for a task that sets 0 itself, and end with a stack where examples are too few.
+    """
+    own = task.config.num_fewshot
+    if fewshot and own == 0:
+        problem = f"the task {name} takes no examples (num_fewshot: 0 in its file)"
+        raise ConfigError("fewshot", fewshot, problem, "Leave fewshot out, or evaluate the other tasks by themselves")
+    if not (count := (own or 0) if fewshot is None else fewshot):
+        return
+    # A question is no example of its own.
+    is_tested = task.config.test_split is not None and task.fewshot_cfg.split == task.config.test_split
+    there = len(list(task.fewshot_docs())) - is_tested
+    if count > there:
+        problem = f"the task {name} would take {count} examples, and has {there}"
+        raise ConfigError("fewshot", fewshot, problem, f"Set fewshot={there} or less")
 
 
 def run_tasks(cfg: EvaluateConfig, tasks: Any, scorer: Scorer, tokenizer: Tokenizer, length: int) -> dict[str, Any]:

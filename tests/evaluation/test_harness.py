@@ -166,6 +166,29 @@ def test_local_tasks_are_scored_by_the_harness(folder: Path, monkeypatch: pytest
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("lines", "fewshot", "problem", "remedy"),
+    [
+        ("fewshot_split: test\n", 2, "would take 2 examples, and has 1", "Set fewshot=1 or less"),
+        ("fewshot_split: test\nnum_fewshot: 2\n", None, "would take 2 examples, and has 1", "Set fewshot=1 or less"),
+        ("", 3, "would take 3 examples, and has 2", "Set fewshot=2 or less"),
+        ("num_fewshot: 0\n", 1, "takes no examples", "Leave fewshot out"),
+    ],
+)
+def test_examples_that_a_task_lacks_are_rejected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: str, fewshot: int | None, problem: str, remedy: str
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(one) + "\n" for one in QUESTIONS))
+    data = DATA.format(path=tmp_path / "questions.jsonl") + lines
+    (tmp_path / "choice.yaml").write_text(CHOICE.format(data=data))
+    cfg = EvaluateConfig("runs/x", tasks=["own_choice"], task_folder=str(tmp_path), fewshot=fewshot)
+    with pytest.raises(ConfigError, match=rf"^fewshot={fewshot}: the task own_choice {problem}.* {remedy}"):
+        load_tasks(cfg, 64)
+
+
+@pytest.mark.slow
 def test_the_program_evaluates_a_checkpoint_on_a_task(folder: Path, tmp_path: Path) -> None:
     trained = pretrain(tmp_path / "run", "train.steps=2", "optim.warmup_steps=1", processes=0)
     assert trained.status == 0, trained.err
