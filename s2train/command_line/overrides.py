@@ -9,6 +9,9 @@ from hydra.errors import HydraException
 # Hydra's own functions: text that looks like a call of one is no file name.
 _CALL = re.compile(r"(choice|range|interval|glob|shuffle|sort|tag|extend_list|int|float|str|bool|json_str)\(")
 
+# A list in brackets, or one text in quotes: what a text setting may hold in Hydra's grammar.
+_LIST_OR_QUOTED = re.compile(r"""\[.*\]|'([^'\\]|\\.)*'|"([^"\\]|\\.)*\"""", re.S)
+
 # Settings that Hydra certainly parses: its parser takes milliseconds for each.
 _PARSED = re.compile(r"\+{0,2}[A-Za-z_]\w*(\.[A-Za-z_]\w*)*=[\w./+-]+", re.ASCII)
 
@@ -36,7 +39,7 @@ def quote_text(arguments: Sequence[str], setting: str) -> list[str]:
     """
     return [
         f"{key}={quoted(value.replace('${', chr(92) + '${'))}"
-        if equals and key.lstrip("+") == setting and not re.fullmatch(r"\[.*\]|'.*'|\".*\"", value, re.S)
+        if equals and key.lstrip("+") == setting and not _LIST_OR_QUOTED.fullmatch(value)
         else argument
         for argument in arguments
         for key, equals, value in [argument.partition("=")]

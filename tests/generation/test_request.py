@@ -132,6 +132,9 @@ def test_a_key_that_is_missing_is_named(checkpoint: Path, tmp_path: Path) -> Non
         "über\nunter",
         "x=1",
         "a\\",
+        '"No," said Alice, "never."',
+        "'A' and 'B'",
+        "'a\\'",
     ],
 )
 def test_a_prompt_on_the_command_line_is_read_as_typed(text: str) -> None:
@@ -147,5 +150,5 @@ def test_a_prompt_on_the_command_line_is_read_as_typed(text: str) -> None:
 
 
 def test_lists_and_quoted_prompts_stay_as_they_are() -> None:
-    given = ['prompt=["a","b"]', "prompt='quoted'", "max_tokens=5", "--help"]
+    given = ['prompt=["a","b"]', "prompt='quoted'", 'prompt="a \\\\\\"b"', "max_tokens=5", "--help"]
     assert quote_text(given, "prompt") == given
