@@ -14,7 +14,8 @@ class EvaluateConfig:
     """A run of `launch/evaluate.py`."""
 
     checkpoint: str = MISSING  # a run folder, its checkpoints folder, or one iter_* in it
-    # a file or [file, …] whose loss to measure: any input of launch/prepare_data.py; null: only tasks
+    # a file or [file, …] whose loss to measure, also with *, as '[texts/*.txt]': any input of launch/prepare_data.py;
+    # null: only tasks
     text: Any = None
     text_key: str = "text"  # JSON key or .parquet column that holds the documents
     tokenizer: str | None = None  # new path of the run's tokenizer.json if it was moved; None: the run's own

@@ -15,6 +15,8 @@ from s2train.evaluation.windows import Window, cut
 from s2train.files import check_output
 from s2train.planning.checks import check_attention_backend
 from s2train.preparation.documents import read_documents
+from s2train.preparation.formats import FORMATS
+from s2train.preparation.inputs import files_named
 from s2train.preparation.sources import Source
 from s2train.validation.division import check_whole_models
 from s2train.validation.values import check_seed
@@ -100,15 +102,16 @@ def _files(cfg: EvaluateConfig) -> list[Path]:
         raise ConfigError("text", cfg.text, "there is nothing to evaluate", "Set text=FILE, or tasks=[NAME]")
     if not all(isinstance(one, str) and one for one in given):
         raise ConfigError("text", cfg.text, "names no files", "Set text=FILE, or text=[FILE,FILE]")
-    for one in given:
-        if not Path(one).is_file():
-            raise ConfigError("text", one, "no such file", "Give files of text, JSON lines or .parquet")
-        if given.count(one) > 1:
-            raise ConfigError("text", one, "is there twice", "Name each file once")
+    files = [path for one in given for path in files_named(one, "text")]
+    for path in files:
+        if not path.is_file():
+            raise ConfigError("text", path, "no such file", f"Give files that exist: {FORMATS}")
+        if files.count(path) > 1:
+            raise ConfigError("text", path, "is there twice", "Name each file once")
     for name in ("task_folder", "fewshot", "limit"):
         if getattr(cfg, name) is not None and not cfg.tasks:
             raise ConfigError(name, getattr(cfg, name), "belongs to tasks, and there are none", "Set tasks=[NAME] too")
-    return [Path(one) for one in given]
+    return files
 
 
 def _check_ranks(cfg: EvaluateConfig, world_size: int) -> None:

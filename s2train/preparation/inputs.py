@@ -28,18 +28,24 @@ def find_sources(cfg: PrepareConfig) -> list[Source]:
     for name in names:
         is_bundled = name == BUNDLED
         chars = cfg.document_chars or (BUNDLED_DOCUMENT_CHARS if is_bundled else None)
-        for path in bundled_corpus_files() if is_bundled else _named(name):
+        for path in bundled_corpus_files() if is_bundled else files_named(name, "input"):
             if not path.is_file():
                 raise ConfigError("input", path, "no such file", f"Give files that exist: {FORMATS}")
             sources.append(Source.of(path, chars, "auto" if is_bundled else cfg.format))
     return sources
 
 
-def _named(name: str) -> list[Path]:
-    """Files that match a name, in which * stands for any characters."""
+def files_named(name: str, setting: str) -> list[Path]:
+    """List the files that match a name, in which * stands for any characters.
+
+    A name without * may be of a file that doesn't exist.
+
+    Raises:
+        ConfigError: on `setting`, no file matches.
+    """
     if "*" not in name:
         return [Path(name)]
     found = sorted(Path(path) for path in glob(name, recursive=True) if Path(path).is_file())
     if not found:
-        raise ConfigError("input", name, "no file matches", f"Give files that exist: {FORMATS}")
+        raise ConfigError(setting, name, "no file matches", f"Give files that exist: {FORMATS}")
     return found

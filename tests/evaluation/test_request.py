@@ -37,6 +37,16 @@ def read(checkpoint: Path, world_size: int = 1, **settings: Any) -> Request:
     return read_request(EvaluateConfig(str(checkpoint), **settings), world_size, CPU)
 
 
+def test_a_name_with_a_star_stands_for_all_files_that_match(checkpoint: Path, tmp_path: Path) -> None:
+    for name in ("b.txt", "a.txt", "c.md"):
+        (tmp_path / name).write_text("some text")
+    assert [Path(one.name).name for one in read(checkpoint, text=f"{tmp_path}/*.txt").texts] == ["a.txt", "b.txt"]
+    with pytest.raises(ConfigError, match=r"^text=.*/\*.text: no file matches. Give files that exist"):
+        read(checkpoint, text=f"{tmp_path}/*.text")
+    with pytest.raises(ConfigError, match=r"^text=.*/a.txt: is there twice"):
+        read(checkpoint, text=[f"{tmp_path}/*.txt", f"{tmp_path}/a.txt"])
+
+
 @pytest.mark.parametrize(
     ("setting", "value"),
     [
