@@ -130,6 +130,10 @@ def can_divide(cfg: PretrainConfig, hybrid: HybridLayout, gpus: int, hardware: H
 
     The division may need any amount of memory.
     """
+    train = cfg.train
+    dividing = ((tp, pp, cp) for tp, pp, cp in _sizes(cfg, gpus) if train.seq_length % cp == 0)
+    if not any(train.global_batch_size % (gpus // (tp * pp * cp)) == 0 for tp, pp, cp in dividing):
+        return False  # as `_check` would find, a thousand times slower
     for divided in _divisions(cfg, gpus):
         for candidate in _recomputations(divided, micro=1):
             with suppress(ConfigError):
@@ -152,13 +156,19 @@ def _divisions(cfg: PretrainConfig, gpus: int) -> Iterator[PretrainConfig]:
 
     Each pipeline is split in both ways, evenly and by cost.
     """
+    for tp, pp, cp in _sizes(cfg, gpus):
+        for split in ("even", "cost") if pp > 1 else (cfg.parallel.pipeline_split,):
+            divided = replace(cfg.parallel, tp=tp, pp=pp, cp=cp, vpp=None, pipeline_split=split)
+            yield replace(cfg, parallel=replace(divided, sequence_parallel=tp > 1))
+
+
+def _sizes(cfg: PretrainConfig, gpus: int) -> Iterator[tuple[int, int, int]]:
+    """Yield every tp, pp and cp that divide `gpus`."""
     divisors = [size for size in range(1, gpus + 1) if gpus % size == 0]
     for tp in (size for size in divisors if size <= GPUS_PER_MACHINE):
         for pp in (size for size in divisors if gpus % (tp * size) == 0 and size <= cfg.model.num_layers):
             for cp in (size for size in divisors if gpus % (tp * pp * size) == 0):
-                for split in ("even", "cost") if pp > 1 else (cfg.parallel.pipeline_split,):
-                    divided = replace(cfg.parallel, tp=tp, pp=pp, cp=cp, vpp=None, pipeline_split=split)
-                    yield replace(cfg, parallel=replace(divided, sequence_parallel=tp > 1))
+                yield tp, pp, cp
 
 
 def _recomputations(cfg: PretrainConfig, micro: int) -> Iterator[PretrainConfig]:

@@ -22,6 +22,7 @@ from s2train.validation.transformer_engine import check_target
 from s2train.validation.values import check_values
 
 _MOST_GPUS = 4096  # to look for a number that suffices
+_LARGEST = 16_384  # GPUs whose divisions are searched
 
 
 def propose(cfg: PretrainConfig) -> Search:
@@ -60,6 +61,8 @@ def _number(cfg: PretrainConfig) -> int:
     if cfg.plan.count is not None:
         problem = f"plan.count={cfg.plan.count} plans the division that is set, and this proposes others"
         raise ConfigError("plan.gpus", gpus, problem, "Set one of them.")
+    if gpus > _LARGEST:
+        raise ConfigError("plan.gpus", gpus, f"divisions over up to {_LARGEST} GPUs are planned", "Set fewer.")
     if gpus > GPUS_PER_MACHINE and gpus % GPUS_PER_MACHINE:
         below = gpus // GPUS_PER_MACHINE * GPUS_PER_MACHINE
         problem = f"machines of {GPUS_PER_MACHINE} GPUs are assumed, and it is no multiple of {GPUS_PER_MACHINE}"

@@ -126,6 +126,11 @@ def test_a_division_is_slower_by_what_it_does_more_of(
             ["plan.gpus=7", H100, "model.num_layers=4"],
             r"plan\.gpus=7: no division is possible; .*Set plan\.gpus=[68], or change",
         ),
+        (
+            ["plan.gpus=16384", H100, "train.global_batch_size=8", "train.seq_length=8192"],
+            r"plan\.gpus=16384: no division is possible; .*Set plan\.gpus=\d+, or change",
+        ),
+        (["plan.gpus=3000000", H100], r"plan\.gpus=3000000: divisions over up to 16384 GPUs are planned"),
         (["plan.gpus=1", H100], r"plan\.gpus=1: no division fits into 71\.2 GiB .*Set plan\.gpus=\d+"),
         (["plan.gpus=8", H100, "optim.name=sgd"], r"parallel\.distributed_optimizer=True: "),
         (["plan.gpus=8", "plan.count=8", H100], r"plan\.gpus=8: plan\.count=8 plans the division that is set"),
