@@ -160,6 +160,12 @@ def _name_error(override: Override, groups: Mapping[str, Sequence[str]], schema:
     found = type_of(key, schema)
     if found is None:
         return unknown_name(key, shown, schema, groups)
+    value = override.value()
+    if dataclasses.is_dataclass(found) and isinstance(value, dict):
+        known = {field.name for field in dataclasses.fields(found)}
+        for name in (str(each) for each in value):
+            if name not in known:
+                return unknown_name(f"{key}.{name}", value[name], schema, groups)
     return None
 
 

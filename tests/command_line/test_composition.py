@@ -34,6 +34,7 @@ def explained(*overrides: str) -> str:
         ("stride=16", "layout.pattern.stride", "layout.pattern has"),
         ("layuot=dense", "layout?", "There are model, layout, schedule"),
         ("train.stpes=5", "train.steps", "train has steps"),
+        ("model.rope_scaling.typ=yarn", "model.rope_scaling.", "model.rope_scaling has kind, factor"),
     ],
 )
 def test_a_misspelt_name_is_reported_with_the_nearest_and_the_others(override: str, near: str, there: str) -> None:
@@ -41,6 +42,12 @@ def test_a_misspelt_name_is_reported_with_the_nearest_and_the_others(override: s
     assert line.startswith(override)
     assert f"Did you mean {near}" in line
     assert there in line
+
+
+def test_a_misspelt_name_in_braces_is_reported_by_itself() -> None:
+    line = explained("model.rope_scaling={kind:yarn,factor:4,original_lenght:4096}")
+    assert line.startswith("model.rope_scaling.original_lenght=4096: no such setting.")
+    assert "Did you mean model.rope_scaling.original_length?" in line
 
 
 def test_a_size_alone_is_reported_with_all_models_of_that_size() -> None:

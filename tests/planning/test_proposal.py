@@ -127,7 +127,7 @@ def test_a_division_is_slower_by_what_it_does_more_of(
             r"plan\.gpus=7: no division is possible; .*Set plan\.gpus=[68], or change",
         ),
         (
-            ["plan.gpus=16384", H100, "train.global_batch_size=8", "train.seq_length=8192"],
+            ["plan.gpus=16384", H100, "train.global_batch_size=1", "train.seq_length=4096"],
             r"plan\.gpus=16384: no division is possible; .*Set plan\.gpus=\d+, or change",
         ),
         (["plan.gpus=3000000", H100], r"plan\.gpus=3000000: divisions over up to 16384 GPUs are planned"),
