@@ -11,7 +11,7 @@ from s2train.checkpoints.async_writers import start_results_manager
 from s2train.checkpoints.folders import Progress, folder_name, sharding_metadata, write_config
 from s2train.checkpoints.hugging_face.folder import WeightsFolder, require_safetensors
 from s2train.checkpoints.hugging_face.layout_json import layout_json
-from s2train.checkpoints.hugging_face.rope_scaling import from_hugging_face
+from s2train.checkpoints.hugging_face.rope_scaling import from_hugging_face, rope_section
 from s2train.checkpoints.hugging_face.run_settings import KEY, ModelFiles, copy_masks, model_name, read_settings
 from s2train.checkpoints.hugging_face.tokenizer_files import TOKENIZER
 from s2train.checkpoints.hugging_face.weights import EMBEDDING, OUTPUT, from_llama, llama_shapes, with_rows
@@ -161,7 +161,7 @@ def llama_model(folder: WeightsFolder) -> ModelConfig:
     names = config.get("architectures") or ["none"]
     if names[0] not in _ARCHITECTURES:
         raise ConfigError("weights", folder.path, f"its architecture is {names[0]}", f"{_list()} can be imported")
-    rope = config.get("rope_parameters") or {}  # transformers 5 has theta and scaling here
+    rope = rope_section(config, "rope_parameters", folder.path)  # transformers 5 has theta and scaling here
     for name, values in _PLAIN.items():
         if name in config and config[name] not in values:
             raise ConfigError("weights", folder.path, f"config.json has {name}={config[name]}", remedy)

@@ -64,14 +64,14 @@ def from_hugging_face(config: dict[str, Any], model: ModelConfig, folder: Path) 
         ConfigError: on `weights`, if the scaling is of another kind, or a setting is unknown, missing or out of range.
     """
     name = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
-    given: dict[str, Any] = config.get(name) or {}
+    given = rope_section(config, name, folder)
     kind = given.get("rope_type", given.get("type", "default"))
-    if kind == "default":
-        return RopeScalingConfig()
-    if kind not in _KINDS:
+    if kind not in ("default", *_KINDS):
         raise _error(folder, name, given, f"kind {kind}", f"Models with {', '.join(_KINDS)} or no scaling can")
     if unknown := sorted(given.keys() - _NAMES.keys() - _OTHERS):
         raise _error(folder, name, given, f"{unknown[0]}, which is unknown here", "Remove what has no effect")
+    if kind == "default":
+        return RopeScalingConfig()
     try:
         scaling = _scaling(kind, given, config.get("max_position_embeddings"))
         if scaling.factor == 1:
@@ -83,6 +83,18 @@ def from_hugging_face(config: dict[str, Any], model: ModelConfig, folder: Path) 
     except (TypeError, ValueError) as error:
         raise _error(folder, name, given, str(error), "Fix config.json") from error
     return scaling
+
+
+def rope_section(config: dict[str, Any], name: str, folder: Path) -> dict[str, Any]:
+    """Return a section of settings from a config.json; empty if it has none.
+
+    Raises:
+        ConfigError: on `weights`, if it is something else.
+    """
+    given = config.get(name) or {}
+    if not isinstance(given, dict):
+        raise _error(folder, name, given, "not settings by name", "Fix config.json")
+    return given
 
 
 def _scaling(kind: str, given: dict[str, Any], longest: int | None) -> RopeScalingConfig:
@@ -108,5 +120,5 @@ def _scaling(kind: str, given: dict[str, Any], longest: int | None) -> RopeScali
     return scaling
 
 
-def _error(folder: Path, name: str, given: dict[str, Any], problem: str, remedy: str) -> ConfigError:
+def _error(folder: Path, name: str, given: object, problem: str, remedy: str) -> ConfigError:
     return ConfigError("weights", folder, f"config.json has {name}={given}: {problem}", remedy)

@@ -107,9 +107,11 @@ def test_llama_31_and_deepseeks_forms_are_read() -> None:
         ({"rope_type": "linear"}, ["factor=None", "Fix config.json"]),
         ({"rope_type": "linear", "factor": "much"}, ["could not convert", "Fix config.json"]),
         ({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4}, ["original_length=None"]),
+        ({"full_attention": {"rope_type": "yarn", "factor": 4.0}}, ["full_attention, which is unknown here"]),
+        ("yarn", ["not settings by name", "Fix config.json"]),
     ],
 )
-def test_a_scaling_that_the_model_cannot_compute_is_rejected(scaling: dict[str, Any], words: list[str]) -> None:
+def test_a_scaling_that_the_model_cannot_compute_is_rejected(scaling: Any, words: list[str]) -> None:
     with pytest.raises(ConfigError) as raised:
         from_hugging_face({"rope_scaling": scaling}, ModelConfig("x", 4, 64, 96, 4, 2, 64, 272), FOLDER)
     assert str(raised.value).startswith("weights=a-llama: config.json has rope_scaling=")
