@@ -24,7 +24,10 @@ from s2train.errors import ConfigError
 CONF = Path(__file__).parents[2] / "conf"
 _PLAN = re.compile(r"^plan=(?!\{)")
 _SPLIT = re.compile(r"^(\+{0,2}data\.split=)([\d., ]*,[\d., ]*)$")
-_OPTIONS_WITH_VALUES = ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--package", "-p")
+_OPTIONS_WITH_VALUES = (
+    *("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--package", "-p", "--cfg", "-c"),
+    "--experimental-rerun",
+)
 _HYDRA_GROUPS = {
     "hydra/launcher": "s2train_local and s2train_slurm",
     "hydra/sweeper": "basic, and optuna with the extra `sweep` (pip install -e '.[sweep]')",
@@ -56,12 +59,22 @@ def own_folders(arguments: Sequence[str]) -> list[Path]:
 
 def overrides_of(arguments: Sequence[str]) -> list[str]:
     """Leave Hydra's options and their values out of a command line."""
-    before = ["", *arguments[:-1]]
-    return [
-        one
-        for one, option in zip(arguments, before, strict=True)
-        if not one.startswith("-") and option not in _OPTIONS_WITH_VALUES
-    ]
+    return _divided(arguments)[1]
+
+
+def options_first(arguments: Sequence[str]) -> list[str]:
+    """Move Hydra's options before the overrides, which it would not recognize on both sides of one."""
+    options, overrides = _divided(arguments)
+    return [*options, *overrides]
+
+
+def _divided(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Divide a command line into options, with their values, and overrides."""
+    options, overrides = list[str](), list[str]()
+    for one, before in zip(arguments, ["", *arguments[:-1]], strict=True):
+        of_option = before in _OPTIONS_WITH_VALUES or (before in ("--info", "-i") and "=" not in one)
+        (options if one.startswith("-") or of_option else overrides).append(one)
+    return options, overrides
 
 
 def hydra_arguments(arguments: Sequence[str], schema: type) -> list[str]:

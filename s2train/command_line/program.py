@@ -22,6 +22,7 @@ from s2train.command_line.composition import (
     config_groups,
     explain,
     hydra_arguments,
+    options_first,
     overrides_of,
     own_folders,
 )
@@ -67,12 +68,12 @@ def run_hydra(
             print(usage(doc or "", schema, groups, others))
         return
     if os.environ.get("HYDRA_FULL_ERROR") == "1":
-        sys.argv[1:] = hydra_arguments(arguments, schema)
+        sys.argv[1:] = options_first(hydra_arguments(arguments, schema))
         main()
         return
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra raises errors instead of printing them
     try:
-        sys.argv[1:] = hydra_arguments(arguments, schema)
+        sys.argv[1:] = options_first(hydra_arguments(arguments, schema))
         main()
     except ConfigError as error:  # two names of one setting
         run_command(partial(_reject_composition, str(error)))

@@ -6,7 +6,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 
-from s2train.command_line.composition import CONF, config_groups, explain, overrides_of, own_folders
+from s2train.command_line.composition import CONF, config_groups, explain, options_first, overrides_of, own_folders
 from s2train.config import PretrainConfig, register
 from s2train.errors import ConfigError
 from tests.program import error_line, run
@@ -59,4 +59,11 @@ def test_a_folder_of_own_experiments_is_searched_for_names(tmp_path: Path) -> No
     outcome = run("pretrain.py", "--config-dir", str(tmp_path), "+experiment=mime")
     assert "Did you mean +experiment=mine?" in error_line(outcome)
     outcome = run("pretrain.py", "--config-dir", str(tmp_path), "+experiment=mine", "train.stpes=5")
+    assert error_line(outcome).startswith("error: train.stpes=5: no such setting.")
+
+
+def test_options_may_stand_between_settings() -> None:
+    given = ["+model=tiny_hybrid", "-m", "--config-dir", "mine", "seed=1,2", "--cfg", "job", "--info", "~optim"]
+    assert options_first(given) == [*given[1:4], *given[5:], given[0], given[4]]
+    outcome = run("pretrain.py", "+model=tiny_hybrid", "--config-dir", str(CONF), "train.stpes=5")
     assert error_line(outcome).startswith("error: train.stpes=5: no such setting.")
