@@ -34,7 +34,6 @@ def explained(*overrides: str) -> str:
         ("stride=16", "layout.pattern.stride", "layout.pattern has"),
         ("layuot=dense", "layout?", "There are model, layout, schedule"),
         ("train.stpes=5", "train.steps", "train has steps"),
-        ("model.rope_scaling.typ=yarn", "model.rope_scaling.", "model.rope_scaling has kind, factor"),
     ],
 )
 def test_a_misspelt_name_is_reported_with_the_nearest_and_the_others(override: str, near: str, there: str) -> None:

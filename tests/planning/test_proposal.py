@@ -9,7 +9,8 @@ from s2train.config import PretrainConfig
 from s2train.environment.hardware import Hardware, gpu_rates
 from s2train.errors import ConfigError
 from s2train.planning import compose_run, format_proposal, planned_for, preview, proposal, propose
-from s2train.planning.division import Candidate, Search
+from s2train.planning.checks import hybrid_layout
+from s2train.planning.division import Candidate, Search, can_divide
 from s2train.planning.proposal_report import why_slower
 from s2train.planning.targets import NAMES, rates_basis, target_gpu
 from tests.program import ROOT, run
@@ -126,10 +127,6 @@ def test_a_division_is_slower_by_what_it_does_more_of(
             ["plan.gpus=7", H100, "model.num_layers=4"],
             r"plan\.gpus=7: no division is possible; .*Set plan\.gpus=[68], or change",
         ),
-        (
-            ["plan.gpus=16384", H100, "train.global_batch_size=1", "train.seq_length=4096"],
-            r"plan\.gpus=16384: no division is possible; .*Set plan\.gpus=\d+, or change",
-        ),
         (["plan.gpus=3000000", H100], r"plan\.gpus=3000000: divisions over up to 16384 GPUs are planned"),
         (["plan.gpus=1", H100], r"plan\.gpus=1: no division fits into 71\.2 GiB .*Set plan\.gpus=\d+"),
         (["plan.gpus=8", H100, "optim.name=sgd"], r"parallel\.distributed_optimizer=True: "),
@@ -142,6 +139,12 @@ def test_a_division_is_slower_by_what_it_does_more_of(
 def test_a_request_that_cannot_be_met_is_rejected_with_a_remedy(settings: list[str], error: str) -> None:
     with pytest.raises(ConfigError, match=error):
         proposed("+model=7b_hybrid", *settings)
+
+
+def test_a_number_that_cannot_divide_the_batch_is_dismissed_without_a_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = compose_run(["+model=7b_hybrid", "train.global_batch_size=1", "train.seq_length=4096"])
+    monkeypatch.setattr("s2train.planning.division._divisions", lambda *_: pytest.fail("looked at every division"))
+    assert not can_divide(cfg, hybrid_layout(cfg), 16_376, target_gpu("h100-80gb"))
 
 
 def test_an_unknown_device_is_rejected_with_all_known_ones() -> None:
