@@ -9,12 +9,16 @@ from megatron.core.datasets.gpt_dataset import MockGPTLowLevelDataset
 from s2train.batch_sizes import samples_of
 from s2train.config import PretrainConfig
 from s2train.data.blend import dataset_prefixes, parse_blend
+from s2train.data.epochs import training_epochs
 from s2train.data.indexed import read_document_lengths, read_ends, read_metadata
 from s2train.data.parts import check_parts
 from s2train.data.splits import more_documents, split_documents_range
 from s2train.data.tokenizers import Tokenizer
 from s2train.errors import ConfigError
 from s2train.files import check_writable
+from s2train.validation.token_budgets import length
+
+_MOST_EPOCHS = 100_000  # in one order of samples
 
 
 def samples_of_steps(cfg: PretrainConfig, first_step: int = 0, consumed: int = 0) -> int:
@@ -41,9 +45,9 @@ def check_data(cfg: PretrainConfig, tokenizer: Tokenizer) -> None:
 
     Raises:
         ConfigError: a file is missing, empty or truncated; the tokenizer or the end token is not the one that made the
-            data; the tokenizer is larger than the model's vocabulary; no .json names the tokenizer, and the first or
-            the last million tokens hold an id outside the vocabulary; a part of the split is too short for one
-            sequence; or the cache can't be written.
+            data; the tokenizer is larger than the model's vocabulary; the order of samples is far too long; no .json
+            names the tokenizer, and the first or the last million tokens hold an id outside the vocabulary; a part of
+            the split is too short for one sequence; or the cache can't be written.
     """
     if tokenizer.vocab_size > cfg.model.vocab_size:
         problem = f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size:,} ids"
@@ -69,6 +73,7 @@ def check_data(cfg: PretrainConfig, tokenizer: Tokenizer) -> None:
                     raise
                 raise ConfigError("data.valid_path", prefix, error.problem, error.remedy) from error
             prefixes.append(prefix)
+    _check_epochs(cfg)
     for prefix in prefixes:
         metadata = read_metadata(prefix)
         if metadata is None:
@@ -91,6 +96,19 @@ def check_data(cfg: PretrainConfig, tokenizer: Tokenizer) -> None:
             remedy = f"Set 'data.end_token=\"{metadata.end_token}\"', in both quotes, or prepare the text again"
             raise ConfigError("data.end_token", tokenizer.end_token, problem, remedy)
     check_writable("data.cache", cfg.data.cache)
+
+
+def _check_epochs(cfg: PretrainConfig) -> None:
+    """Reject an order of samples that Megatron would build for hours, or that fits no memory."""
+    for one in training_epochs(cfg.data, num_train_samples(cfg), cfg.train.seq_length):
+        if one.epochs <= _MOST_EPOCHS:
+            continue
+        problem = f"one order of samples would hold {one.epochs:,.0f} epochs of {one.prefix}, at most {_MOST_EPOCHS:,}"
+        if cfg.data.num_samples is not None:
+            raise ConfigError("data.num_samples", cfg.data.num_samples, problem, "Set fewer, or null.")
+        steps, samples = length(cfg, "train.steps"), int(num_train_samples(cfg) / one.epochs)
+        remedy = f"Set fewer, more data, or data.num_samples, such as {max(1000 * samples, 1)}: further epochs follow."
+        raise ConfigError(steps.setting, steps.value, problem, remedy)
 
 
 def _check_ids(cfg: PretrainConfig, prefix: str) -> None:

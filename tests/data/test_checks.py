@@ -232,6 +232,18 @@ def test_splits_are_rounded_like_megatrons() -> None:
         assert [part for part in ours if part] == [part for part in theirs if part], (split, documents)
 
 
+@pytest.mark.parametrize(("setting", "value"), [("train.steps", 10**12), ("data.num_samples", 10**12)])
+def test_an_order_of_far_too_many_epochs_is_rejected(corpus: str, config: MakeConfig, setting: str, value: int) -> None:
+    section, name = setting.split(".")
+    cfg = config(corpus)
+    setattr(getattr(cfg, section), name, value)
+    with pytest.raises(
+        ConfigError, match=rf"^{setting}={value}: one order of samples would hold .* epochs of"
+    ) as error:
+        check_data(cfg, ByteTokenizer())
+    assert "Set fewer" in error.value.remedy
+
+
 def test_the_order_has_the_samples_of_all_steps_or_the_number_set(corpus: str, config: MakeConfig) -> None:
     assert num_train_samples(config(corpus, steps=10)) == 40
     assert num_train_samples(config(corpus, steps=10, num_samples=50)) == 50
