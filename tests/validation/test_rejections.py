@@ -268,6 +268,14 @@ def test_wsd_needs_the_length_of_its_decay() -> None:
     assert check(config(optim__decay_style="WSD", optim__wsd_decay_steps=100), 1, GPU).fits
 
 
+@pytest.mark.parametrize("setting", ["wsd_decay_steps", "wsd_decay_tokens"])
+def test_a_final_decay_is_rejected_where_the_style_has_none(setting: str) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"^optim.{setting}=100: .*decay_style=cosine. Set optim.decay_style=WSD, or"
+    ):
+        check(config(**{f"optim__{setting}": 100}), 1, GPU)
+
+
 @pytest.mark.parametrize("backend", ["triton", "portable"])
 def test_triton_is_rejected_where_there_is_no_gpu(backend: str) -> None:
     assert check(config(attention_backend=backend), 1, GPU)
