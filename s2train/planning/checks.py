@@ -20,7 +20,7 @@ from s2train.planning.plan import Plan, make_plan
 from s2train.validation.attention_kinds import check_kinds
 from s2train.validation.division import check_division, multiple_of, smallest_world
 from s2train.validation.libraries import check_fa4_serves, check_kernel_settings, check_libraries
-from s2train.validation.optimizers import check_offload, check_optimizer
+from s2train.validation.optimizers import check_offload, check_optimizer, check_options
 from s2train.validation.token_budgets import derive_steps
 from s2train.validation.transformer_engine import check_target, check_te
 from s2train.validation.values import check_choice, check_values
@@ -59,6 +59,7 @@ def check(cfg: PretrainConfig, world_size: int, hardware: Hardware) -> Plan:
     """
     check_values(cfg)
     check_optimizer(cfg)
+    check_options(cfg)
     check_offload(cfg, hardware)
     check_parts(cfg)
     check_division(cfg, world_size)
@@ -112,6 +113,7 @@ def preview(cfg: PretrainConfig, world_size: int, hardware: Hardware) -> Plan:
     """
     check_values(cfg)
     check_optimizer(cfg)
+    check_options(cfg)
     check_offload(cfg, hardware)
     check_parts(cfg)
     if cfg.plan.device is not None:

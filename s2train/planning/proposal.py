@@ -17,7 +17,7 @@ from s2train.planning.checks import hybrid_layout
 from s2train.planning.division import Search, can_divide, search
 from s2train.planning.targets import NAMES, target_gpu
 from s2train.validation.libraries import check_fa4_serves
-from s2train.validation.optimizers import check_offload, check_optimizer
+from s2train.validation.optimizers import check_offload, check_optimizer, check_options
 from s2train.validation.transformer_engine import check_target
 from s2train.validation.values import check_values
 
@@ -34,6 +34,7 @@ def propose(cfg: PretrainConfig) -> Search:
     """
     check_values(cfg)
     check_optimizer(cfg)
+    check_options(cfg)
     check_parts(cfg)
     gpus = _number(cfg)
     hardware = detect_own() if cfg.plan.device is None else target_gpu(cfg.plan.device)

@@ -50,7 +50,7 @@ from s2train.training.tensorboard import check_tensorboard
 from s2train.training.warm_up import compile_kernels, run_once_per_machine
 from s2train.training.watchdog import Watchdog
 from s2train.validation.libraries import import_libraries
-from s2train.validation.optimizers import check_options
+from s2train.validation.optimizers import check_offload_library
 from s2train.wandb_run import choose_mode, say
 
 # Minutes between the watchdog's timeout, which names a rank, and the timeout of collective calls, which name none.
@@ -77,7 +77,7 @@ def run(cfg: PretrainConfig, plan: Plan, times: StartTimes | None = None) -> Non
     lock, start = None, None
     with fail_together():
         import_libraries(cfg, hybrid_layout(cfg), plan.hardware)
-        check_options(cfg)
+        check_offload_library(cfg)
         check_tensorboard(cfg)
         check_matplotlib()
         times.end("libraries")

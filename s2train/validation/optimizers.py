@@ -54,18 +54,22 @@ def check_offload(cfg: PretrainConfig, hardware: Hardware) -> None:
         raise ConfigError("optim.cpu_offload", cfg.optim.cpu_offload, problem, "Set optim.cpu_offload=0.")
 
 
-def check_options(cfg: PretrainConfig) -> None:
-    """Check `optim.options` against Megatron's settings, and what an offload needs.
-
-    If there are options, this imports Megatron.
-
-    Raises:
-        ConfigError: the installed version has no such setting, or rejects a value; transformer-engine is missing.
-    """
+def check_offload_library(cfg: PretrainConfig) -> None:
+    """Raise ConfigError for an offload without transformer-engine."""
     if cfg.optim.cpu_offload and installed_version("transformer-engine") is None:
         problem = "Megatron offloads only where transformer-engine is installed"
         remedy = "Install the extra `te`, or set optim.cpu_offload=0."
         raise ConfigError("optim.cpu_offload", cfg.optim.cpu_offload, problem, remedy)
+
+
+def check_options(cfg: PretrainConfig) -> None:
+    """Check `optim.options` against Megatron's settings.
+
+    If there are options, this imports Megatron.
+
+    Raises:
+        ConfigError: the installed version has no such setting, or a value is of another type or out of range.
+    """
     if not cfg.optim.options:
         return
     from megatron.core.optimizer import OptimizerConfig  # slow
@@ -80,6 +84,9 @@ def check_options(cfg: PretrainConfig) -> None:
         if isinstance(default, bool | int | float | str) and type(value) not in _kinds(default):
             problem = f"it takes a {type(default).__name__}"
             raise ConfigError(f"optim.options.{name}", value, problem, f"Set it, such as {default}.")
+        if name.endswith("_momentum") and not 0 <= value < 1:
+            remedy = f"Set it, such as {default}."
+            raise ConfigError(f"optim.options.{name}", value, "a momentum lies in [0, 1)", remedy)
 
 
 def _kinds(default: bool | int | float | str) -> tuple[type, ...]:

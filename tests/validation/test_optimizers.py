@@ -9,7 +9,7 @@ from s2train.costs.memory import offloaded_bytes, optimizer_bytes
 from s2train.errors import ConfigError
 from s2train.planning import check, compose_run, format_plan
 from s2train.validation import optimizers
-from s2train.validation.optimizers import check_optimizer, check_options
+from s2train.validation.optimizers import check_offload_library, check_optimizer, check_options
 from tests.validation.test_rejections import CPU, GPU
 
 
@@ -22,6 +22,7 @@ def rejected(cfg: PretrainConfig) -> str:
     def both() -> None:
         check_optimizer(cfg)
         check_options(cfg)
+        check_offload_library(cfg)
 
     with pytest.raises(ConfigError) as raised:
         both()
@@ -66,6 +67,13 @@ def test_emerging_optimizers_need_their_package_and_a_megatron_that_has_them(
             ["optim.name=sgd", "parallel.distributed_optimizer=false", "+optim.options.sgd_momentum=true"],
             ["optim.options.sgd_momentum=True", "it takes a float", "such as 0.9"],
         ),
+        *(
+            (
+                ["optim.name=sgd", "parallel.distributed_optimizer=false", f"+optim.options.sgd_momentum={value}"],
+                [f"optim.options.sgd_momentum={value}", "a momentum lies in [0, 1)", "such as 0.9"],
+            )
+            for value in (-0.5, 1.0, "nan")
+        ),
         (["optim.cpu_offload=1.5"], ["optim.cpu_offload=1.5", "0 … 1"]),
         (["optim.cpu_offload=0.5"], ["optim.cpu_offload=0.5", "can't resume it with train.precision=fp32"]),
         (
@@ -93,7 +101,13 @@ def test_there_is_nothing_to_offload_without_a_gpu_and_no_offload_without_transf
     installed(monkeypatch, transformer_engine=None)
     assert "where transformer-engine is installed" in rejected(cfg)
     installed(monkeypatch, transformer_engine="2.9")
-    check_options(cfg)
+    check_offload_library(cfg)
+
+
+def test_a_plan_rejects_an_option_that_the_run_would_reject() -> None:
+    cfg = run_of("optim.name=sgd", "parallel.distributed_optimizer=false", "+optim.options.sgd_momentum=much")
+    with pytest.raises(ConfigError, match=r"^optim.options.sgd_momentum=much: it takes a float"):
+        check(cfg, 1, CPU)
 
 
 @pytest.mark.parametrize("share", [0.25, 1.0])
