@@ -532,6 +532,7 @@ def register() -> None:
     YAML files may use old names of settings.
     """
     accept_in_files()
+    OmegaConf.register_new_resolver("s2train.swept_model", _swept_model, replace=True)
     store = ConfigStore.instance()
     if "pretrain_schema.yaml" in store.repo:  # registered before
         return
@@ -545,6 +546,13 @@ def register() -> None:
     store.store(name="import_schema", node=ImportConfig)
     store.store(group="hydra/launcher", name="s2train_local", node=LocalSweepConfig)
     store.store(group="hydra/launcher", name="s2train_slurm", node=SlurmSweepConfig)
+
+
+def _swept_model(*, _root_: DictConfig) -> str:
+    """Return the name of a sweep's model, or `models` for several."""
+    if OmegaConf.is_missing(_root_, "model") or OmegaConf.is_missing(_root_.model, "name"):
+        return "models"
+    return str(_root_.model.name)
 
 
 def settings_by_name(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

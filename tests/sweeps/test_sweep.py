@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -162,3 +163,17 @@ def test_the_guides_search_runs_as_printed_and_prints_the_best_parameters(tmp_pa
     assert [row["status"] for row in rows] == ["finished"] * 4
     best = min(rows, key=lambda row: float(row["held_out_loss"] or row["loss"]))
     assert f"best of 4: optim.lr={best['optim.lr']} | loss {float(best['loss']):.4f} | " in outcome.out
+
+
+@pytest.mark.parametrize(("models", "folder"), [("tiny_hybrid", "tiny_hybrid"), ("tiny_hybrid,tiny_dense", "models")])
+def test_a_sweep_s_folder_is_named_after_its_model_unless_it_has_several(
+    tmp_path: Path, models: str, folder: str
+) -> None:
+    content: Any = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / "pretrain.yaml"), resolve=False)
+    default = content["hydra"]["sweep"]["dir"]
+    assert default.startswith("runs/sweeps/")
+    moved = default.replace("runs", str(tmp_path), 1)
+    settings = [f"+model={models}", "seed=1,2", "plan=true", f"hydra.sweep.dir={moved}"]
+    outcome = run("pretrain.py", "-m", *settings, processes=0)
+    assert outcome.status == 0, outcome.err
+    assert (tmp_path / "sweeps" / folder / "sweep.csv").is_file()
