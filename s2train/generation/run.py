@@ -29,6 +29,7 @@ from s2train.megatron.core_attention import CausalCoreAttention
 from s2train.megatron.setup import initialize, shutdown
 
 _TITLE_CHARACTERS = 60
+_CPU_IS_FULL = "can't allocate memory"  # torch has no exception of its own for this
 
 
 @dataclass(frozen=True)
@@ -84,9 +85,15 @@ def generate_texts(
     try:
         for first in range(0, count, size):
             texts += _batch(cfg, request, loaded, range(first, min(first + size, count)), device, out)
-    except (torch.OutOfMemoryError, OutOfPagesError) as error:
-        problem = f"out of memory with {size} prompts of up to {request.longest:,} tokens together"
-        raise ConfigError("batch_size", cfg.batch_size, problem, "Set a smaller batch_size, or a larger tp") from error
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError | OutOfPagesError) and _CPU_IS_FULL not in str(error):
+            raise
+        longest = request.longest + cfg.max_tokens
+        problem, remedy = f"out of memory with {size} texts of up to {longest:,} tokens together", "or a larger tp"
+        if size == 1:
+            raise ConfigError("max_tokens", cfg.max_tokens, problem, f"Set fewer tokens, {remedy}") from error
+        remedy = f"Set a smaller batch_size or max_tokens, {remedy}"
+        raise ConfigError("batch_size", cfg.batch_size, problem, remedy) from error
     return texts
 
 
