@@ -63,7 +63,10 @@ def overrides_of(arguments: Sequence[str]) -> list[str]:
 
 
 def options_first(arguments: Sequence[str]) -> list[str]:
-    """Move Hydra's options before the overrides, which it would not recognize on both sides of one."""
+    """Move Hydra's options before the overrides.
+
+    On both sides of an option, it would not recognize them.
+    """
     options, overrides = _divided(arguments)
     return [*options, *overrides]
 

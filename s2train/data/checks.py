@@ -99,7 +99,7 @@ def check_data(cfg: PretrainConfig, tokenizer: Tokenizer) -> None:
 
 
 def _check_epochs(cfg: PretrainConfig) -> None:
-    """Reject an order of samples that Megatron would build for hours, or that fits no memory."""
+    """Reject an order of samples that takes Megatron hours, or all memory."""
     for one in training_epochs(cfg.data, num_train_samples(cfg), cfg.train.seq_length):
         if one.epochs <= _MOST_EPOCHS:
             continue

@@ -36,7 +36,7 @@ def find_sources(cfg: PrepareConfig) -> list[Source]:
 
 
 def files_named(name: str, setting: str) -> list[Path]:
-    """List the files that match a name, in which * stands for any characters.
+    """List the files of a name, with * for any characters.
 
     A name without * may be of a file that doesn't exist.
 

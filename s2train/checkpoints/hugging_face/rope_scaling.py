@@ -86,7 +86,7 @@ def from_hugging_face(config: dict[str, Any], model: ModelConfig, folder: Path) 
 
 
 def rope_section(config: dict[str, Any], name: str, folder: Path) -> dict[str, Any]:
-    """Return a section of settings from a config.json; empty if it has none.
+    """Return a section of a config.json; empty if it has none.
 
     Raises:
         ConfigError: on `weights`, if it is something else.
