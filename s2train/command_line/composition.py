@@ -207,6 +207,8 @@ def _shorten_message(
             return str(ConfigError(f"+{key}", value, problem, f"Write {key}={value} to replace it."))
         if f"'{key}'" in message[0] and not text.startswith("+") and message[0].startswith("Could not override"):
             return str(ConfigError(key, value, "no such entry to override", f"Write +{text} to add it."))
+        if message[0] == f"Could not append to config. An item is already at '{key}'.":
+            return str(ConfigError(f"+{key}", value, "has a value already", f"Write {key}={value} to change it."))
         if key in _HYDRA_GROUPS and f"{key}/{value}" in " ".join(message):
             return str(ConfigError(key, value, "unknown name", f"There are {_HYDRA_GROUPS[key]}."))
         if message[0] == f"Ambiguous value for argument '{text}'":

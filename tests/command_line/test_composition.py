@@ -74,6 +74,7 @@ def test_a_name_of_a_sweep_is_checked_too() -> None:
         ("data.split=90,10", "Write 'data.split=[90,10]', or -m for a sweep"),
         ("train.steps", "train.steps: can't be parsed: missing EQUAL"),
         ("layout=dense,s2_b16_l4_v4", "several files. Name one of them, such as layout=dense, or add -m for a sweep."),
+        ("+train.steps=5", "+train.steps=5: has a value already. Write train.steps=5 to change it."),
         ("++schedule=grouped", "Write +schedule=grouped to add it, or schedule=grouped to replace another."),
     ],
 )
