@@ -12,6 +12,7 @@ from s2train.attention.features import Feature
 from s2train.attention.hybrid import HybridLayout
 from s2train.checkpoints.folders import find_checkpoint, read_config
 from s2train.checkpoints.integrity import CONFIG
+from s2train.command_line.messages import warn
 from s2train.config import PretrainConfig
 from s2train.data.tokenizers import Tokenizer, load_tokenizer
 from s2train.errors import ConfigError
@@ -108,3 +109,9 @@ class Trained:
         except ConfigError as error:
             problem = f"the checkpoint's layout is shorter ({error.setting}: {error.problem})"
             raise ConfigError(setting, value, problem, f"Use shorter {setting}{remedy}") from error
+
+    def warn_beyond_training(self, length: int) -> None:
+        """Warn if sequences of `length` tokens are longer than those of the training."""
+        trained = self.config.train.seq_length
+        if length > trained:
+            warn(f"up to {length:,} tokens; the model was trained on {trained:,}")

@@ -91,6 +91,7 @@ def read_request(cfg: EvaluateConfig, world_size: int, hardware: Hardware) -> Re
     tokenizer = trained.tokenizer(cfg.tokenizer)
     length = cfg.length or trained.config.train.seq_length
     trained.check_length(length, "length", length)
+    trained.warn_beyond_training(length)
     stride = _stride(cfg, length)
     texts = tuple(_read(path, cfg.text_key, trained, tokenizer, length, stride) for path in files)
     return Request(trained, tokenizer, length, stride, texts, _output(cfg, trained.checkpoint))

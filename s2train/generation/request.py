@@ -72,6 +72,7 @@ def read_request(cfg: GenerateConfig, world_size: int, hardware: Hardware) -> Re
             raise ConfigError("prompt", repr(prompt), "holds no token", "Begin with some text")
     request = Request(trained, tokenizer, prompts, ids)
     trained.check_length(request.longest + cfg.max_tokens, "max_tokens", cfg.max_tokens, ", or a shorter prompt")
+    trained.warn_beyond_training(request.longest + cfg.max_tokens)
     return request
 
 

@@ -57,9 +57,6 @@ def run(cfg: GenerateConfig) -> list[Text]:
     device = initialize(ParallelConfig(tp=cfg.tp), cfg.seed)
     loaded = load_for_inference(request.trained.checkpoint, device, cfg.tp, cfg.attention_backend)
     _check_graph(cfg, loaded)
-    if is_first and (longest := request.longest + cfg.max_tokens) > loaded.config.train.seq_length:
-        trained = loaded.config.train.seq_length
-        print(f"warning: up to {longest:,} tokens; the model was trained on {trained:,}", file=sys.stderr, flush=True)
     began = time.monotonic()
     texts = generate_texts(cfg, request, loaded, device, sys.stdout if is_first else io.StringIO())
     seconds = time.monotonic() - began

@@ -122,6 +122,15 @@ def test_a_layout_that_ends_before_the_length_is_rejected(tmp_path: Path, text: 
         read(checkpoint, text=text, length=129)
 
 
+def test_a_length_beyond_the_training_is_warned_of(
+    checkpoint: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    read(checkpoint, text=text, length=512)
+    assert capsys.readouterr().err == ""
+    read(checkpoint, text=text, length=1024)
+    assert capsys.readouterr().err == "warning: up to 1,024 tokens; the model was trained on 512\n"
+
+
 def test_documents_are_cut_at_the_trained_length_after_an_end_token(checkpoint: Path, text: str) -> None:
     request = read(checkpoint, text=text)
     assert (request.length, request.stride) == (512, 512)
