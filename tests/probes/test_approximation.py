@@ -7,10 +7,13 @@ import pytest
 import torch
 from s2train.kernels.hyper import HyperSettings
 
+from s2train.checkpoints.folders import write_config
 from s2train.errors import ConfigError
 from s2train.planning import compose_run
+from s2train.probes.approximation import evaluate_checkpoint
 from s2train.probes.approximation.column_norms import LEFT_OUT, columns, squared_column_norms
 from s2train.probes.approximation.errors import errors, synthetic
+from s2train.probes.approximation.evaluate_checkpoint import Source, replace_layers
 from s2train.probes.approximation.held_out import held_out_sequences
 from s2train.probes.approximation.replacement import Cell, Grid, check_grid, perplexities, read_cells, write_cells
 from tests.program import error_line, metrics, pretrain, run
@@ -75,6 +78,20 @@ def test_cells_of_another_question_are_not_mixed(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="another length"):
         read_cells(path, {"length": 512})
     assert asdict(cells[0])["loss"] == 2.0
+
+
+def test_a_file_of_another_question_is_rejected_before_a_model_is_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = tmp_path / "checkpoints" / "iter_0000001"
+    checkpoint.mkdir(parents=True)
+    write_config(compose_run(["+model=tiny_dense"]), checkpoint / "config.yaml")  # there are no weights to load
+    for name, value in (("weights_fingerprint", "mine"), ("held_out_sequences", torch.zeros(2, 257))):
+        monkeypatch.setattr(evaluate_checkpoint, name, lambda *_, value=value: value)
+    write_cells(tmp_path / "grid.json", {"length": 512}, [], {})
+    settings = {"bucket": 16, "shortest": 64, "window": 16, "sinks": 16}
+    with pytest.raises(ConfigError, match=r"another .*length"):
+        replace_layers(Source(str(tmp_path), None, 256, 2), Grid((1,), (8,), 1), settings, tmp_path / "grid")
 
 
 @pytest.mark.slow

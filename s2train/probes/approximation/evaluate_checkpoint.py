@@ -113,9 +113,10 @@ def replace_layers(source: Source, grid: Grid, settings: dict[str, Any], output:
     }
     more = {"command": shlex.join(sys.argv), "environment": environment()}
     file = stem.with_name(f"{stem.name}.json")
+    done = read_cells(file, asked)
     with _loaded(path, cfg, sequences) as model:
         cells = measure(
-            model.gpt, cfg, grid, settings, sequences, model.device, read_cells(file, asked),
+            model.gpt, cfg, grid, settings, sequences, model.device, done,
             lambda found: write_cells(file, asked, found, more),
         )  # fmt: skip
     unchanged = math.exp(next(cell.loss for cell in cells if cell.last == 0))
