@@ -11,9 +11,9 @@ from s2train.checkpoints.folders import write_config
 from s2train.errors import ConfigError
 from s2train.planning import compose_run
 from s2train.probes.approximation import evaluate_checkpoint
-from s2train.probes.approximation.column_norms import LEFT_OUT, columns, squared_column_norms
+from s2train.probes.approximation.column_norms import LEFT_OUT, Columns, columns, squared_column_norms
 from s2train.probes.approximation.errors import errors, synthetic
-from s2train.probes.approximation.evaluate_checkpoint import Source, replace_layers
+from s2train.probes.approximation.evaluate_checkpoint import Source, norm_table, replace_layers
 from s2train.probes.approximation.held_out import held_out_sequences
 from s2train.probes.approximation.replacement import Cell, Grid, check_grid, perplexities, read_cells, write_cells
 from tests.program import error_line, metrics, pretrain, run
@@ -34,6 +34,13 @@ def test_the_heaviest_columns_are_left_out_of_the_rest() -> None:
     norms = torch.arange(100.0).expand(1, 2, 100)
     assert columns(3, 100, norms).mean == 99
     assert columns(3, 100, norms).mean_of_rest == 99 - LEFT_OUT
+
+
+def test_published_norms_are_listed_where_a_length_has_one() -> None:
+    norms = [Columns(0, length, 2.0, 3.0, 0.5) for length in (256, 2000)]
+    assert norm_table(norms[:1], [256]).row_count == 1
+    both = norm_table(norms, [256, 2000])
+    assert [list(column.cells) for column in both.columns][2] == ["2.0000 (0.5000)", "0.0638"]
 
 
 def test_errors_vanish_where_all_keys_are_sampled_and_clusters_are_found() -> None:

@@ -186,7 +186,7 @@ def diagnose(
     }
     write_json(stem.with_name(f"{stem.name}.json"), content)
     _draw(norms, measured, stem.with_name(f"{stem.name}.png"))
-    return _norm_table(norms, lengths)
+    return norm_table(norms, lengths)
 
 
 def _inputs(model: Model) -> dict[int, AttentionInputs]:
@@ -215,11 +215,13 @@ def _draw(norms: Sequence[column_norms.Columns], measured: Sequence[Error], path
     draw_curves(panels, path)
 
 
-def _norm_table(norms: Sequence[column_norms.Columns], lengths: Sequence[int]) -> Table:
+def norm_table(norms: Sequence[column_norms.Columns], lengths: Sequence[int]) -> Table:
+    """List α/n by layer and length, with published values where there are any."""
     table = Table("layer", *(f"n = {n:,}" for n in lengths), title=f"α/n (without {column_norms.LEFT_OUT} columns)")
     for layer in sorted({one.layer for one in norms}):
         own = {one.length: one for one in norms if one.layer == layer}
         table.add_row(str(layer), *(f"{own[n].mean:.4f} ({own[n].mean_of_rest:.4f})" for n in lengths))
     published = [f"{column_norms.PUBLISHED[n]:.4f}" if n in column_norms.PUBLISHED else "" for n in lengths]
-    table.add_row("published", *published)
+    if any(published):
+        table.add_row("published", *published)
     return table
