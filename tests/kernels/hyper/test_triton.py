@@ -28,6 +28,9 @@ CASES = {
     "one_projection": HyperProblem(70, settings=replace(SMALL, bucket=16, projections=1), heads=1),
     "all_exact": HyperProblem(31, settings=WIDE),
     "bfloat16": HyperProblem(75, dtype=torch.bfloat16, settings=WIDE),
+    "float16": HyperProblem(75, dtype=torch.float16, settings=WIDE),
+    "all_keys_sampled_in_bfloat16": HyperProblem(70, dtype=torch.bfloat16, settings=replace(WIDE, samples=64)),
+    "one_token_past_the_shortest_interval": HyperProblem(33, settings=replace(WIDE, window=0, sinks=0)),
 }
 
 
@@ -45,6 +48,15 @@ def test_a_later_token_changes_no_earlier_output(device: torch.device) -> None:
     found = hyper_attention(*changed, WIDE, *seeds, backend="triton")
     assert found[:at].equal(base[:at])
     assert not found[at:].equal(base[at:])
+
+
+def test_an_earlier_output_has_no_gradient_of_a_later_token(device: torch.device) -> None:
+    inputs, seeds, dout, _ = HyperProblem(75, heads=1, settings=WIDE).make(device)
+    at = int(torch.randint(33, 75, ()))
+    out = hyper_attention(*inputs, WIDE, *seeds, backend="triton")
+    for gradient in torch.autograd.grad(out[:at], inputs, dout[:at]):
+        assert gradient[at:].count_nonzero() == 0
+        assert gradient[:at].count_nonzero() > 0
 
 
 def test_a_prefix_has_the_outputs_of_the_whole(device: torch.device) -> None:
