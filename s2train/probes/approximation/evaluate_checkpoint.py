@@ -216,7 +216,7 @@ def _draw(norms: Sequence[column_norms.Columns], measured: Sequence[Error], path
 
 
 def norm_table(norms: Sequence[column_norms.Columns], lengths: Sequence[int]) -> Table:
-    """List α/n by layer and length, with published values where there are any."""
+    """List α/n by layer and length, beside published values."""
     table = Table("layer", *(f"n = {n:,}" for n in lengths), title=f"α/n (without {column_norms.LEFT_OUT} columns)")
     for layer in sorted({one.layer for one in norms}):
         own = {one.length: one for one in norms if one.layer == layer}
