@@ -84,7 +84,7 @@ def call_of(q: Tensor, k: Tensor, v: Tensor, settings: HyperSettings, spec: Atte
     return Call(settings, spec, q.shape[2], q.shape[1], k.shape[1], q.shape[3], v.shape[3])
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=64)  # within documents a step has many lengths
 def _local_layout(settings: HyperSettings, length: int, heads: int, causal: bool, device: torch.device) -> BlockLayout:
     block = settings.block
     interval = settings.shortest // block if causal or length <= settings.shortest else 0

@@ -292,7 +292,7 @@ def draw_samples(
     return torch.cat(positions), buckets.to(torch.int32), weights
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=64)  # within documents a step has many lengths
 def _strata(ranges: tuple[Ranges, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return counters, first slots, sizes and log-weights of all strata.
 

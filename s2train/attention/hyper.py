@@ -60,6 +60,7 @@ class HyperKind(DataDependentKind):
             Feature.SHARED_KV_HEADS,
             Feature.SEQUENCE_PARALLEL,
             Feature.PIPELINE_PARALLEL,
+            Feature.PACKED_DOCUMENTS,
             Feature.RECOMPUTATION,
             Feature.DETERMINISTIC,
             Feature.DECODING,

@@ -3,6 +3,8 @@
 It holds what all kinds of attention share.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -76,21 +78,36 @@ class AttentionCache(Protocol):
         ...
 
 
-def packed_documents(bounds: torch.Tensor, seq_length: int) -> PackedSeqParams:
+@dataclass
+class PackedDocuments(PackedSeqParams):
+    """A model's `packed_seq_params` for documents packed along whole sequences.
+
+    Attributes:
+        on_host: each sequence's bounds, for layers that treat documents by their lengths: they wait for no device.
+    """
+
+    on_host: Sequence[Sequence[int]] = ()
+
+
+def packed_documents(bounds: torch.Tensor, seq_length: int, device: torch.device | None = None) -> PackedDocuments:
     """Make a model's `packed_seq_params` for documents packed along its sequences.
 
     Hidden states stay [s, b, h], and rotary positions continue across documents: rotary scores depend only on
     distances, so restricting attention is enough.
 
     Args:
-        bounds: int32 [b, documents + 1], each row ascending from 0 to `seq_length`; documents may be empty.
+        bounds: int32 [b, documents + 1], each row ascending from 0 to `seq_length`; documents may be empty. On the CPU
+            reading them waits for no device.
+        device: the model's; default: that of `bounds`.
     """
-    return PackedSeqParams(
+    on_device = bounds if device is None else bounds.to(device, non_blocking=True)
+    return PackedDocuments(
         qkv_format="sbhd",
-        cu_seqlens_q=bounds,
-        cu_seqlens_kv=bounds,
+        cu_seqlens_q=on_device,
+        cu_seqlens_kv=on_device,
         max_seqlen_q=seq_length,
         max_seqlen_kv=seq_length,
+        on_host=bounds.tolist(),
     )
 
 

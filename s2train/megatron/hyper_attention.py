@@ -1,14 +1,20 @@
 """Core attention of the kind `hyper`."""
 
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+
 import torch
+from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from s2train.attention.hyper import HyperKind
 from s2train.attention.kind import LayerLayout
-from s2train.kernels.attention import Backend
+from s2train.attention.registry import LETTERS
+from s2train.kernels.attention import Backend, block_sparse_attention
 from s2train.kernels.dense import dense_causal_attention
 from s2train.kernels.hyper import hyper_attention
-from s2train.megatron.core_attention import CausalCoreAttention
+from s2train.megatron.core_attention import CausalCoreAttention, PackedDocuments
 
 
 class HyperCoreAttention(CausalCoreAttention):
@@ -48,6 +54,36 @@ class HyperCoreAttention(CausalCoreAttention):
             backend=self.backend,
         )
 
+    def attend_documents(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams) -> Tensor:
+        """Compute attention within each document of [s, b, h, d].
+
+        Intervals restart in each. Documents of one interval are exact: neighbours of them are one call.
+        """
+        if not isinstance(packed, PackedDocuments) or self.kv is not None or self.cp_group.size() > 1:
+            raise NotImplementedError("packed documents come as packed_documents makes them")
+        assert isinstance(self.layer_layout.kind, HyperKind)
+        shortest = self.layer_layout.kind.settings.shortest
+        every = replace(self.layer_layout, kind=LETTERS["D"])
+        dense = self.cache.get(every, key.shape[0], self.heads, query.device)
+        sequences = []
+        for sequence, ends in enumerate(packed.on_host):
+            runs = document_runs(ends, shortest)
+            lengths = [ends[last] - ends[first] for first, last in runs]
+            split = [x[:, sequence, None].split(lengths) for x in (query, key, value)]
+            parts = []
+            for (first, last), q, k, v in zip(runs, *split, strict=True):
+                if len(q) > shortest and last - first == 1:
+                    parts.append(self.attend(q, k, v, 0))
+                    continue
+                bounds = packed.cu_seqlens_q[sequence, first : last + 1] - ends[first]
+                parts.append(
+                    block_sparse_attention(
+                        q, k, v, dense, softmax_scale=self.softmax_scale, cu_seqlens=bounds, backend=self.backend
+                    )
+                )
+            sequences.append(torch.cat(parts))
+        return torch.cat(sequences, 1)
+
     def attend_cached(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         assert self.kv is not None
         return self.kv.attend(self, query, key, value)
@@ -67,3 +103,24 @@ class HyperCoreAttention(CausalCoreAttention):
         values = torch.tensor(seeds, dtype=torch.int64)
         # From pageable memory the host would wait for the device, in every layer.
         return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
+
+
+def document_runs(ends: Sequence[int], shortest: int) -> list[tuple[int, int]]:
+    """Group documents: each longer one alone, the others with their neighbours.
+
+    Args:
+        ends: a sequence's bounds; documents may be empty.
+        shortest: tokens up to which a document is no longer one.
+    Returns:
+        Ranges [first, last) of documents, none without tokens.
+    """
+    runs: list[tuple[int, int]] = []
+    open_run = False
+    for number, (begin, end) in enumerate(pairwise(ends)):
+        longer = end - begin > shortest
+        if open_run and not longer:
+            runs[-1] = (runs[-1][0], number + 1)
+        else:
+            runs.append((number, number + 1))
+        open_run = not longer
+    return [(first, last) for first, last in runs if ends[last] > ends[first]]

@@ -41,7 +41,7 @@ def micro_batches(
     """Yield the micro batches of samples [start, stop) on `device`.
 
     Each holds tokens, labels, loss_mask and position_ids, all [b, s / cp]. With `data.attention_within_documents` it
-    also holds `documents`, from `document_bounds`: of whole sequences, and under context parallel on the CPU.
+    also holds `documents`, from `document_bounds`: of whole sequences, on the CPU.
     """
     within_documents = cfg.data.attention_within_documents
     sampler = MicroBatchSampler(
@@ -67,8 +67,7 @@ def micro_batches(
         batch = {key: item[key].to(device, non_blocking=True) for key in _KEYS}
         batch = slice_batch_for_context_parallel(batch, cp_group)
         if within_documents:
-            bounds = item["documents"]
-            batch["documents"] = bounds if cp_group.size() > 1 else bounds.to(device, non_blocking=True)
+            batch["documents"] = item["documents"]
         yield batch
 
 

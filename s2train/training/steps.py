@@ -63,7 +63,7 @@ def _documents(batch: Batch) -> PackedSeqParams:
     tokens, bounds = batch["tokens"], batch["documents"]
     size = parallel_state.get_context_parallel_world_size()
     if size == 1:
-        return packed_documents(bounds, tokens.shape[1])
+        return packed_documents(bounds, tokens.shape[1], tokens.device)
     rank = parallel_state.get_context_parallel_rank()
     return divided_documents(bounds, tokens.shape[1] * size, rank, size, tokens.device)
 

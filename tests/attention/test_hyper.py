@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from s2train.kernels.attention import Backend
 from s2train.kernels.hyper.hashing import hash_ranks
 from s2train.kernels.hyper.reference import key_weights
 from s2train.kernels.hyper.settings import HyperSettings
@@ -15,8 +16,8 @@ from s2train.attention.hyper_reads import expected_reads
 from s2train.config import LayoutConfig, ScheduleConfig
 from s2train.environment.hardware import Hardware
 from s2train.errors import ConfigError
-from s2train.megatron.core_attention import CausalCoreAttention
-from s2train.megatron.hyper_attention import HyperCoreAttention
+from s2train.megatron.core_attention import CausalCoreAttention, packed_documents
+from s2train.megatron.hyper_attention import HyperCoreAttention, document_runs
 from s2train.megatron.layout_cache import LayoutCache
 from s2train.megatron.model import transformer_config
 from s2train.planning import check, compose_run, hybrid_layout
@@ -49,7 +50,6 @@ def test_settings_that_can_not_be_are_rejected(settings: dict[str, Any], telling
         (["layout.kinds.H.samples=129"], r"layout.kinds.H.samples=129: the longest interval of .* has 128 keys"),
         (["layout.kinds.H.shortest=256"], r"layout.kinds.H.shortest=256: .* is one interval, which is read exactly"),
         (["model.head_dim=258"], r"model.head_dim=258: hyper attention \(letter H\) hashes heads of up to 256"),
-        (["data.attention_within_documents=true"], r"data.attention_within_documents=True: hyper attention"),
     ],
 )
 def test_a_run_that_it_can_not_serve_is_rejected(settings: list[str], telling: str) -> None:
@@ -88,7 +88,25 @@ def test_expected_reads_are_those_of_random_keys(settings: HyperSettings, length
     assert expected_reads(settings, length) == pytest.approx(total, rel=0.01)
 
 
-def core(tp: int, rank: int, step: int, *settings: str) -> HyperCoreAttention:
+def test_documents_of_one_interval_are_one_call_with_their_neighbours() -> None:
+    ends = [0, 0, 10, 26, 26, 43, 60, 60, 70, 75, 75]  # lengths 0, 10, 16, 0, 17, 17, 0, 10, 5, 0
+    assert document_runs(ends, shortest=16) == [(0, 4), (4, 5), (5, 6), (6, 10)]
+    assert document_runs([0, 17, 17], shortest=16) == [(0, 1)]  # none without tokens
+
+
+def test_the_kernels_attend_within_documents_as_torch_does() -> None:
+    ends = torch.tensor([[0, 9, 9, 20, 64, 75], [0, 40, 75, 75, 75, 75]], dtype=torch.int32)
+    small = ["layout.kinds.H.shortest=16", "layout.kinds.H.samples=4"]
+    inputs = [torch.randn(75, 2, heads, 16, requires_grad=True) for heads in (4, 2, 2)]
+    dout, results = torch.randn(75, 2, 64), []
+    for backend in ("torch", "triton"):
+        out = core(1, 0, 7, *small, backend=backend)(*inputs, None, packed_seq_params=packed_documents(ends, 75))
+        results.append((out, *torch.autograd.grad(out, inputs, dout)))
+    for plain, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-5)
+
+
+def core(tp: int, rank: int, step: int, *settings: str, backend: Backend = "torch") -> HyperCoreAttention:
     """The third layer of four heads in two groups, as a tensor parallel rank has it."""
     cfg = compose_run(["+model=tiny_hyper", *settings])
     groups = SimpleNamespace(tp=SimpleNamespace(size=lambda: tp, rank=lambda: rank), cp=SimpleNamespace(size=lambda: 1))
@@ -101,7 +119,7 @@ def core(tp: int, rank: int, step: int, *settings: str) -> HyperCoreAttention:
         layer_layout=hybrid_layout(cfg).layers[2],
         num_query_groups=cfg.model.num_query_groups,
         cache=LayoutCache(),
-        backend="torch",
+        backend=backend,
         seed=5,
     )
     made.step = step
