@@ -65,8 +65,9 @@ class BlockSelectionCoreAttention(CausalCoreAttention):
 
     @classmethod
     def compile_kernels(
-        cls, layer: LayerLayout, query: Tensor, key: Tensor, value: Tensor, query_offset: int, backend: Backend
-    ) -> None:
+        cls, layer: LayerLayout, query: Tensor, key: Tensor, value: Tensor, query_offset: int, backend: Backend,
+        documents: bool = False,
+    ) -> None:  # fmt: skip
         """Run the sparse op over lists, and what a warm-up runs.
 
         A warm-up has dense steps; without one, only the sparse op runs.

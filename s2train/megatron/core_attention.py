@@ -193,6 +193,7 @@ class CausalCoreAttention(KindWeights, MegatronModule):
         value: torch.Tensor,
         query_offset: int,
         backend: Backend,
+        documents: bool = False,
     ) -> None:
         """Run the layer's kernels once, so that no step compiles them.
 
@@ -202,6 +203,7 @@ class CausalCoreAttention(KindWeights, MegatronModule):
         Args:
             query, key, value: zeros in the shapes, strides and dtype of a step, as `attend` gets them on one tensor
                 parallel rank; leaves that want gradients.
+            documents: whether steps attend within documents, if the kind's features promise it.
         """
 
     def forward(

@@ -27,11 +27,21 @@ class HyperCoreAttention(CausalCoreAttention):
 
     @classmethod
     def compile_kernels(
-        cls, layer: LayerLayout, query: Tensor, key: Tensor, value: Tensor, query_offset: int, backend: Backend
-    ) -> None:
-        """Run the op once, forward and backward."""
+        cls, layer: LayerLayout, query: Tensor, key: Tensor, value: Tensor, query_offset: int, backend: Backend,
+        documents: bool = False,
+    ) -> None:  # fmt: skip
+        """Run the op once, forward and backward.
+
+        With `documents` it runs on one sequence, and the sparse op too, as short documents do.
+        """
         assert isinstance(layer.kind, HyperKind)
         seeds = torch.zeros(key.shape[2], dtype=torch.int64, device=query.device)
+        if documents:
+            query, key, value = query[:, :1], key[:, :1], value[:, :1]
+            dense = _dense_layer(layer).block_layout(len(key), heads=slice(query.shape[2]), device=query.device)
+            bounds = torch.tensor([0, len(key)], dtype=torch.int32, device=query.device)
+            out = block_sparse_attention(query, key, value, dense, cu_seqlens=bounds, backend=backend)
+            out.backward(torch.ones_like(out))
         out = hyper_attention(query, key, value, layer.kind.op_settings, seeds, seeds, backend=backend)
         out.backward(torch.ones_like(out))
 
@@ -63,8 +73,7 @@ class HyperCoreAttention(CausalCoreAttention):
             raise NotImplementedError("packed documents come as packed_documents makes them")
         assert isinstance(self.layer_layout.kind, HyperKind)
         shortest = self.layer_layout.kind.settings.shortest
-        every = replace(self.layer_layout, kind=LETTERS["D"])
-        dense = self.cache.get(every, key.shape[0], self.heads, query.device)
+        dense = self.cache.get(_dense_layer(self.layer_layout), key.shape[0], self.heads, query.device)
         sequences = []
         for sequence, ends in enumerate(packed.on_host):
             runs = document_runs(ends, shortest)
@@ -103,6 +112,11 @@ class HyperCoreAttention(CausalCoreAttention):
         values = torch.tensor(seeds, dtype=torch.int64)
         # From pageable memory the host would wait for the device, in every layer.
         return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
+
+
+def _dense_layer(layer: LayerLayout) -> LayerLayout:
+    """Return the layer with heads that read every key."""
+    return replace(layer, kind=LETTERS["D"])
 
 
 def document_runs(ends: Sequence[int], shortest: int) -> list[tuple[int, int]]:

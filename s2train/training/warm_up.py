@@ -54,7 +54,9 @@ def compile_kernels(cfg: PretrainConfig, hybrid: HybridLayout, device: torch.dev
         for rows, keys in _chunks(cfg.train.seq_length):
             inputs = _zeros(cfg, rows, keys, heads, groups, device)
             if not layer.is_static:
-                core_attention_class(layer.kind).compile_kernels(layer, *inputs, keys - rows, backend)
+                core_attention_class(layer.kind).compile_kernels(
+                    layer, *inputs, keys - rows, backend, cfg.data.attention_within_documents
+                )
                 continue
             for share in range(1 if layer.is_dense else tp):  # dense heads are alike
                 own = slice(share * heads, (share + 1) * heads)

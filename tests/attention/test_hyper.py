@@ -16,6 +16,7 @@ from s2train.attention.hyper_reads import expected_reads
 from s2train.config import LayoutConfig, ScheduleConfig
 from s2train.environment.hardware import Hardware
 from s2train.errors import ConfigError
+from s2train.megatron import hyper_attention
 from s2train.megatron.core_attention import CausalCoreAttention, packed_documents
 from s2train.megatron.hyper_attention import HyperCoreAttention, document_runs
 from s2train.megatron.layout_cache import LayoutCache
@@ -104,6 +105,24 @@ def test_the_kernels_attend_within_documents_as_torch_does() -> None:
         results.append((out, *torch.autograd.grad(out, inputs, dout)))
     for plain, found in zip(*results, strict=True):
         torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_the_kernels_of_a_step_run_before_it(documents: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = []
+    for name in ("hyper_attention", "block_sparse_attention"):
+        op = getattr(hyper_attention, name)
+        monkeypatch.setattr(
+            hyper_attention,
+            name,
+            lambda q, *_, name=name, op=op, **how: ran.append((name, q.shape[1])) or op(q, *_, **how),
+        )
+    layer = hybrid_layout(compose_run(["+model=tiny_hyper"])).layers[2]
+    inputs = [torch.zeros(70, 2, heads, 16, requires_grad=True) for heads in (4, 2, 2)]
+    HyperCoreAttention.compile_kernels(layer, *inputs, 0, "torch", documents)
+    alone = [("block_sparse_attention", 1), ("hyper_attention", 1)]
+    assert ran == (alone if documents else [("hyper_attention", 2)])
+    assert all(x.grad is not None for x in inputs)
 
 
 def core(tp: int, rank: int, step: int, *settings: str, backend: Backend = "torch") -> HyperCoreAttention:

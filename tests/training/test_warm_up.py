@@ -125,16 +125,19 @@ def test_layers_whose_reads_the_data_choose_run_what_their_core_attention_says(
     class Core:
         @staticmethod
         def compile_kernels(
-            layer: LayerLayout, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, offset: int, backend: str
+            layer: LayerLayout, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *how: Any
         ) -> None:
-            ran.append((layer.kind.letter, tuple(query.shape), tuple(key.shape), tuple(value.shape), offset, backend))
+            ran.append((layer.kind.letter, tuple(query.shape), tuple(key.shape), tuple(value.shape), *how))
             (query.sum() + key.sum() + value.sum()).backward()
 
     monkeypatch.setitem(KINDS, "toy", ToyKind)
     monkeypatch.setattr(warm_up, "core_attention_class", lambda kind: Core)
-    compile_for(monkeypatch, "+layout.kinds.T={kind:toy}", "layout.layers=TDTT", "parallel.tp=2")
-    assert ran == [("T", (256, 2, 2, 32), (256, 2, 1, 32), (256, 2, 1, 32), 0, "auto")]
+    settings = ["+layout.kinds.T={kind:toy}", "layout.layers=TDTT"]
+    compile_for(monkeypatch, *settings, "parallel.tp=2")
+    assert ran == [("T", (256, 2, 2, 32), (256, 2, 1, 32), (256, 2, 1, 32), 0, "auto", False)]
     assert calls == []
+    compile_for(monkeypatch, *settings, "data.attention_within_documents=true")
+    assert ran[-1][-1] is True
 
 
 @pytest.mark.parametrize("settings", [["attention_backend=torch"], ["layout=dense"]])
