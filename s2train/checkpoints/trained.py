@@ -111,7 +111,7 @@ class Trained:
             raise ConfigError(setting, value, problem, f"Use shorter {setting}{remedy}") from error
 
     def warn_beyond_training(self, length: int) -> None:
-        """Warn if sequences of `length` tokens are longer than those of the training."""
+        """Warn if `length` tokens exceed the training's sequences."""
         trained = self.config.train.seq_length
         if length > trained:
             warn(f"up to {length:,} tokens; the model was trained on {trained:,}")
