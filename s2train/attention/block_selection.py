@@ -23,7 +23,7 @@ from s2train.config import PretrainConfig
 
 PREVIOUS_BLOCK, FIRST_TOKEN = QUERIES = ("previous_block", "first_token")
 SCORERS = ("moba", "index", "sea")
-_LEARNING = ("loss_weight", "trunk_gradient")
+_LEARNING = ("loss_weight", "trunk_gradient", "teacher")
 _READ_BY: dict[str, tuple[str, ...]] = {
     "moba": (),
     "index": ("index_dim", *_LEARNING),
@@ -48,6 +48,8 @@ class BlockSelectionSettings:
     loss_weight: float = 1.0  # of the KL divergence of scorers that learn
     mse_weight: float = 1.0  # of SEA's squared error
     trunk_gradient: bool = False  # whether these losses also train queries and keys
+    # run folder or checkpoint of a frozen dense model, whose probabilities a scorer learns; null: the layer's own
+    teacher: str | None = None
     index_dim: int = 32  # of the index branch, for each head
     features: int = 32  # of SEA, for each KV head
     channels: int = 16  # of SEA's CNN, for each KV head
@@ -80,7 +82,7 @@ class BlockSelectionKind(DataDependentKind):
     may_change = frozenset(
         {
             "top_k", "share", "window", "sinks", "queries", "warm_up_steps", "sampled_rows", "loss_weight",
-            "mse_weight", "trunk_gradient",
+            "mse_weight", "trunk_gradient", "teacher",
         }
     )  # fmt: skip
 
@@ -89,6 +91,10 @@ class BlockSelectionKind(DataDependentKind):
     @property
     def label(self) -> str:
         return f"{self.settings.scorer} block-selection"
+
+    @property
+    def teacher(self) -> str | None:
+        return self.settings.teacher
 
     @cached_property
     def scorer(self) -> Scorer:
@@ -152,6 +158,11 @@ class BlockSelectionKind(DataDependentKind):
             problem = f"parallel.cp={cfg.parallel.cp} splits a sequence into {chunks} chunks, which sample equally many"
             raise self.error("sampled_rows", problem, f"Set a multiple of {chunks}.")
 
+        for name in ("pp", "cp"):
+            if own.teacher is not None and (ranks := getattr(cfg.parallel, name)) > 1:
+                problem = f"a teacher doesn't run with parallel.{name}={ranks}"
+                raise self.error("teacher", problem, f"Set parallel.{name}=1, or leave the teacher out.")
+
     def weights(self, shape: AttentionShape) -> tuple[Weight, ...]:
         return self.scorer.weights(shape) + (mixing_weights(shape) if self.settings.mix_mean else ())
 
@@ -197,6 +208,11 @@ class BlockSelectionKind(DataDependentKind):
         rows = blocks if self.settings.warm_up_steps else self._sampled_rows(seq_length)
         mixing = mixing_bytes(seq_length, shape, element_size) if self.settings.mix_mean else 0
         return mixing + self.scorer.activation_bytes(rows, blocks, seq_length, shape, element_size)
+
+    def target_bytes(self, layer: LayerLayout, seq_length: int, shape: AttentionShape) -> int:
+        blocks = layer.num_blocks(seq_length)
+        rows = max(blocks * bool(self.settings.warm_up_steps), self._num_sampled(seq_length))
+        return 4 * shape.num_query_groups * rows * blocks
 
     def columns(self) -> Mapping[str, float | None]:
         own = self.settings

@@ -11,7 +11,7 @@ from s2train.attention.registry import LETTERS, OF_PATTERNS_ALONE, kinds_of
 from s2train.config import LayoutConfig, ScheduleConfig
 from s2train.errors import ConfigError
 from s2train.kernels.layout import BLOCK_SIZES
-from s2train.layouts.patterns import LayerContext, Pattern
+from s2train.layouts.patterns import Dense, LayerContext, Pattern
 from s2train.layouts.placement import place_balanced
 from s2train.layouts.schedules import Schedule, dense_head_numbers, find_schedule
 
@@ -103,6 +103,11 @@ class HybridLayout:
     def is_static(self) -> bool:
         """Whether no layer's reads depend on the data."""
         return all(layer.is_static for layer in self.layers)
+
+
+def dense_layer(num_heads: int, block_size: int) -> LayerLayout:
+    """Make the layout of a layer that keeps every block."""
+    return LayerLayout(LETTERS["D"], (Dense(),) * num_heads, block_size)
 
 
 def build_hybrid_layout(

@@ -6,11 +6,11 @@ default that stands for dense attention, and a feature that a kind doesn't list 
 asked by                          question
 layout, pictures, coverage        `heads`: static patterns, or the bound of a data-dependent kind
 plan, FLOPs, MFU, stages          `kept_positions`, `counts_exactly`, `weights`, `extra_flops`, `activation_bytes`,
-                                  `warm_up_steps`, `warm_up_flops`
+                                  `warm_up_steps`, `warm_up_flops`, `target_bytes`
 Megatron                          `core_attention`, `weights`, `columns`
 cache while decoding              `LayerLayout.bound`: a key stays as long as a later query may read it
 checkpoint, import                `weights`: names, division, what a weights-only start may lack
-program at its start              `features`, `check`, `may_change`
+program at its start              `features`, `check`, `may_change`, `teacher`
 """
 
 from abc import ABC, abstractmethod
@@ -108,6 +108,14 @@ class AttentionKind(ABC):
         """The error about one of its settings."""
         return ConfigError(f"{self.setting}.{name}", getattr(self.settings, name), problem, remedy)
 
+    @property
+    def teacher(self) -> str | None:
+        """Run folder or checkpoint of a dense model that its layers learn from.
+
+        None: they learn without one.
+        """
+        return None
+
     @abstractmethod
     def heads(self) -> HeadsOf:
         """Check the settings by themselves; return a function that makes heads' patterns.
@@ -164,6 +172,13 @@ class AttentionKind(ABC):
 
         They are summed over all heads, without q, k, v, output and log-sum-exp.
         """
+
+    def target_bytes(self, layer: "LayerLayout", seq_length: int, shape: AttentionShape) -> int:
+        """Count the bytes that a teacher gives a layer for one sequence.
+
+        They are summed over all KV heads.
+        """
+        return 0
 
     @abstractmethod
     def columns(self) -> Mapping[str, float | None]:

@@ -6,6 +6,7 @@ A multiply-add is two FLOPs; the backward pass costs twice the forward.
 from dataclasses import dataclass
 
 from s2train.attention.hybrid import HybridLayout
+from s2train.attention.teacher import teacher_layout, teacher_setting
 from s2train.config import ModelConfig
 from s2train.costs.attention import attention_flops
 from s2train.costs.parameters import attention_shape, layer_parameters
@@ -51,3 +52,14 @@ def token_flops(model: ModelConfig, hybrid: HybridLayout, seq_length: int) -> To
         attention=3 * sum(forward[layer] for layer in hybrid.layers) / seq_length,
         dense_attention=3 * dense / seq_length,
     )
+
+
+def teacher_flops(model: ModelConfig, hybrid: HybridLayout, seq_length: int) -> float:
+    """Count the FLOPs per token of the teacher's forward pass.
+
+    It has no LM head. The count is 0 without a teacher.
+    """
+    if teacher_setting(hybrid.layers) is None:
+        return 0.0
+    training = token_flops(model, teacher_layout(hybrid), seq_length)
+    return training.dense / 3 - 2.0 * model.vocab_size * model.hidden_size

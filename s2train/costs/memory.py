@@ -3,14 +3,16 @@
 Each term states its assumptions.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from s2train.attention.hybrid import HybridLayout
+from s2train.attention.hybrid import HybridLayout, dense_layer
 from s2train.attention.kind import LayerLayout
+from s2train.attention.teacher import teacher_setting
 from s2train.attention.weights import kv_heads_on_rank
 from s2train.config import PretrainConfig, head_dim
 from s2train.costs.implementations import Implementations
-from s2train.costs.parameters import attention_shape, stage_parameters, total_parameters
+from s2train.costs.parameters import attention_shape, layer_parameters, stage_parameters, total_parameters
 from s2train.costs.stages import Stages
 
 GIB = 1024**3
@@ -29,6 +31,7 @@ class Memory:
         activations: saved for the backward pass, plus the largest temporary of one layer or of the loss.
         layouts: block layouts of the sparse layers.
         overhead: CUDA context, library workspaces and communicators; Python and torch on a CPU.
+        teacher: its weights in the run's precision, a forward pass, and what it gives the layers of a micro batch.
     """
 
     weights: int
@@ -37,6 +40,7 @@ class Memory:
     activations: int
     layouts: int
     overhead: int
+    teacher: int = 0
 
     @property
     def total(self) -> int:
@@ -128,7 +132,27 @@ def _stage_memory(
         activations=stage_activations(cfg, stage, chunks, micro_batches(cfg, world_size), kind, impl),
         layouts=layouts,
         overhead=_overhead(cfg, world_size) if kind == "cuda" else GIB // 2,
+        teacher=teacher_bytes(cfg, [layer for chunk in chunks for layer in chunk], kind),
     )
+
+
+def teacher_bytes(cfg: PretrainConfig, layers: Sequence[LayerLayout], kind: str) -> int:
+    """Return the bytes of a rank that the teacher of these layers takes.
+
+    Without gradients, one layer's activations exist at a time. The result is 0 without a teacher.
+    """
+    if teacher_setting(layers) is None:
+        return 0
+    model, train, parallel = cfg.model, cfg.train, cfg.parallel
+    width = 2 if train.precision == "bf16" else 4
+    dense = layer_parameters(model, dense_layer(model.num_attention_heads, cfg.layout.block_size))
+    weights = len(layers) * dense.on_rank(parallel.tp) + model.vocab_size * model.hidden_size // parallel.tp
+    stream = train.seq_length * train.micro_batch_size * model.hidden_size * width
+    stream //= parallel.tp if parallel.sequence_parallel else 1
+    forward = layer_activations(cfg, stream, kind)[0] + stream
+    shape = attention_shape(model)
+    targets = sum(layer.kind.target_bytes(layer, train.seq_length, shape) for layer in layers if layer.kind.teacher)
+    return weights * width + forward + targets * train.micro_batch_size // parallel.tp
 
 
 def _overhead(cfg: PretrainConfig, world_size: int) -> int:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from s2train.attention.hybrid import HybridLayout
 from s2train.config import PretrainConfig
 from s2train.costs.attention import attention_flops
-from s2train.costs.flops import token_flops
+from s2train.costs.flops import teacher_flops, token_flops
 from s2train.costs.parameters import attention_shape
 
 
@@ -15,7 +15,7 @@ class Phase:
     """Steps `first` to `last` of a run, counted from 1.
 
     Attributes:
-        flops: training FLOPs per token, with the backward pass of a frozen trunk, which runs.
+        flops: training FLOPs per token, with the backward pass of a frozen trunk, which runs, and a teacher's forward.
         warms_up: kinds of attention that warm up.
         is_trunk_frozen: whether only weights that kinds of attention add learn.
     """
@@ -39,6 +39,7 @@ def phases(cfg: PretrainConfig, hybrid: HybridLayout) -> tuple[Phase, ...]:
         warming = [layer for layer in hybrid.layers if layer.kind.warm_up_steps() >= last]
         labels = tuple(dict.fromkeys(layer.kind.label for layer in warming))
         flops = token_flops(cfg.model, hybrid, cfg.train.seq_length).sparse + _more(cfg, hybrid, last)
+        flops += teacher_flops(cfg.model, hybrid, cfg.train.seq_length)
         found.append(Phase(first, last, flops, labels, frozen >= last))
         first = last + 1
     return tuple(found)

@@ -7,8 +7,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from s2train.attention.block_selection import FIRST_TOKEN, BlockSelectionKind
+from s2train.attention.hybrid import dense_layer
 from s2train.attention.kind import LayerLayout
-from s2train.attention.registry import LETTERS
 from s2train.attention.selection.lists import row_chunks, select
 from s2train.attention.selection.mixing import mix, running_means
 from s2train.attention.selection.scorer import precise
@@ -16,7 +16,6 @@ from s2train.kernels.attention import Backend, block_sparse_attention
 from s2train.kernels.block_statistics import block_mass
 from s2train.kernels.dispatch import kernels_in_use
 from s2train.kernels.topk_layout import Layout, TopKLayout
-from s2train.layouts.patterns import Dense
 from s2train.megatron.context_parallel.all_gather import chunk_ids, gather_sequence
 from s2train.megatron.core_attention import AttentionCache, CausalCoreAttention
 from s2train.megatron.selection_cache import (
@@ -38,9 +37,14 @@ class BlockSelectionCoreAttention(CausalCoreAttention):
     During the run's first `warm_up_steps` steps it is dense, and the scorer learns from the probabilities of all rows.
     Afterwards it reads selected blocks, and the scorer learns from those of a few sampled rows. Under context parallel,
     keys, features of blocks, and the queries that choose are gathered from all ranks.
+
+    Attributes:
+        taught: the target that the teacher's same layer computed of the current micro batch, in place of this layer's
+            own; it stays for a recomputed forward pass.
     """
 
     captures_decoding = True
+    taught: Tensor | None = None
 
     @property
     def params_dtype(self) -> torch.dtype:
@@ -231,6 +235,14 @@ class BlockSelectionCoreAttention(CausalCoreAttention):
         """Return whether this pass gives the scorer gradients."""
         return torch.is_grad_enabled() and bool(self.kind.scorer.losses)
 
+    def taught_target(self) -> Tensor | None:
+        """Return the target from the teacher; None without a teacher."""
+        if self.kind.teacher is None:
+            return None
+        if self.taught is None:
+            raise RuntimeError(f"{self.kind.setting}.teacher={self.kind.teacher}: the teacher must run before this")
+        return self.taught
+
     @torch.no_grad()
     def lists(self, speakers: Tensor, features: Tensor, first: int, end: int, scores: Tensor | None = None) -> Tensor:
         """Select key blocks for query blocks [first, end).
@@ -305,8 +317,3 @@ class BlockSelectionCoreAttention(CausalCoreAttention):
 def after_rows(indices: Tensor, count: int) -> Tensor:
     """Put `count` empty lists before lists [b, h_kv, n, slots]."""
     return torch.nn.functional.pad(indices, (0, 0, count, 0), value=-1) if count else indices
-
-
-def dense_layer(num_heads: int, block_size: int) -> LayerLayout:
-    """Make the layout of a layer that keeps every block."""
-    return LayerLayout(LETTERS["D"], (Dense(),) * num_heads, block_size)

@@ -99,12 +99,17 @@ def build_model(
     hybrid: HybridLayout,
     backend: Backend,
     device: torch.device,
+    *,
+    with_head: bool = True,
 ) -> list[MegatronModule]:
     """Build this rank's model chunks on `device`, in the run's precision.
 
     There is one chunk per virtual pipeline stage. A chunk takes (tokens [b, s / cp], position_ids [b, s / cp], None,
     labels=…) and returns per-token losses [b, s / cp] in fp32, or without labels logits [b, s / cp, vocab / tp].
     Initial weights depend only on `cfg.seed`, not on the parallel division.
+
+    Args:
+        with_head: if off, the last chunk ends with its last layer, and returns hidden states.
     """
     cache, make_model, scaling = LayoutCache(), model_class(cfg), cfg.model.rope_scaling
     exchanges = [
@@ -122,7 +127,7 @@ def build_model(
             vocab_size=cfg.model.vocab_size,
             max_sequence_length=cfg.train.seq_length,
             pre_process=parallel_state.is_pipeline_first_stage(**where),
-            post_process=parallel_state.is_pipeline_last_stage(**where),
+            post_process=with_head and parallel_state.is_pipeline_last_stage(**where),
             position_embedding_type="rope",
             rotary_base=cfg.model.rotary_base,
             rotary_percent=cfg.model.rotary_percent,
@@ -138,7 +143,8 @@ def build_model(
         if backend.name == "te":
             sum_gradients_in_place(chunk)
         built.append(chunk.to(device))
-    draw_initial_weights(cfg.model, config, cfg.seed, built, device)
+    if config.perform_initialization:
+        draw_initial_weights(cfg.model, config, cfg.seed, built, device)
     return [Float16Module(config, chunk) if config.bf16 else chunk for chunk in built]
 
 

@@ -1,6 +1,7 @@
 """Losses that scorers learn from, and the recall of their lists.
 
-In dense steps the target is the true probability of all rows, afterwards that of a few sampled rows.
+In dense steps the target is the true probability of all rows, afterwards that of a few sampled rows. It is that of the
+layer's own attention, or of a teacher's.
 """
 
 from collections.abc import Sequence
@@ -56,16 +57,14 @@ def learn_from_all(
     Args:
         parts, lses: this rank's queries, and the log-sum-exp of their dense attention.
     """
+    taught = core.taught_target()
     size, budget, scorer = core.layer_layout.block_size, core.kind.budget, core.kind.scorer
     num_blocks, tokens = features.shape[1], sum(len(part.query) for part in parts)
     every = torch.arange(num_blocks, device=key.device)
     targets, scores, lists, rows, shares = [], [], [], [], []
     for part, lse in zip(parts, lses, strict=True):
         first, end = part.offset // size, core.layer_layout.num_blocks(part.end)
-        target = block_mass(
-            part.query, key[: part.end], lse, block_size=size, softmax_scale=core.softmax_scale,
-            query_offset=part.offset, backend=core.backend,
-        )  # fmt: skip
+        target = mass_of_part(core, part, key, lse) if taught is None else taught
         missing = num_blocks - end  # later key blocks
         targets.append(torch.nn.functional.pad(target, (0, missing)) if missing else target)
         rows.append(every[first:end])
@@ -82,6 +81,20 @@ def learn_from_all(
     return learn(core, out, joined(targets, 2), of_parts, joined(lists, 2), joined(rows, 0), joined(shares, 0))
 
 
+def mass_of_part(core: "BlockSelectionCoreAttention", part: QueryPart, key: Tensor, lse: Tensor) -> Tensor:
+    """Compute the probability of key blocks for all rows of a part.
+
+    The result is [b, h_kv, n, blocks up to the part's end].
+
+    Args:
+        lse: log-sum-exp of the part's dense attention.
+    """
+    return block_mass(
+        part.query, key[: part.end], lse, block_size=core.layer_layout.block_size, softmax_scale=core.softmax_scale,
+        query_offset=part.offset, backend=core.backend,
+    )  # fmt: skip
+
+
 def learn_from_sampled(
     core: "BlockSelectionCoreAttention",
     out: Tensor,
@@ -96,8 +109,7 @@ def learn_from_sampled(
     Only these rows are scored with gradients. Each part has its share of the sequence's samples.
     """
     size, length = core.layer_layout.block_size, key.shape[0]
-    seed = stateless_seed(core.seed, core.step, core.layer_number, "rows")
-    drawn = sampled_positions(length, core.kind.settings.sampled_rows, seed, key.device)
+    drawn = drawn_positions(core, length, key.device)
     queries, positions, places, listed_before = [], [], [], 0
     for part in parts:
         first, end = (at * len(drawn) // length for at in (part.offset, part.end))
@@ -107,11 +119,19 @@ def learn_from_sampled(
         places.append(at // size - part.offset // size + listed_before)
         listed_before += core.layer_layout.num_blocks(len(part.query))
     at = joined(positions, 0)
-    target = row_mass(joined(queries, 0), key, at, size, core.softmax_scale)
+    target = core.taught_target()
+    if target is None:
+        target = row_mass(joined(queries, 0), key, at, size, core.softmax_scale)
     rows = at // size
     scores = scores_of(core, rows, speakers, features) if core.learns else None
     share = torch.full((len(at),), 1 / len(at), device=key.device)
     return learn(core, out, target, scores, indices[:, :, joined(places, 0)], rows, share)
+
+
+def drawn_positions(core: "BlockSelectionCoreAttention", length: int, device: torch.device) -> Tensor:
+    """Draw the positions of this step's sampled rows, as `sampled_positions`."""
+    seed = stateless_seed(core.seed, core.step, core.layer_number, "rows")
+    return sampled_positions(length, core.kind.settings.sampled_rows, seed, device)
 
 
 def scores_of(core: "BlockSelectionCoreAttention", rows: Tensor, speakers: Tensor, features: Tensor) -> Tensor:

@@ -192,6 +192,7 @@ def _shortage(plan: Plan) -> tuple[str, object, str]:
         f"{plan.cfg.model.name} needs {memory.total / GIB:.1f} GiB on each process, "
         f"{states / GIB:.1f} of it for weights, gradients and optimizer, "
         f"{memory.activations / GIB:.1f} for activations of {micro_batch}, "
+        f"{f'{memory.teacher / GIB:.1f} for the teacher, ' if memory.teacher else ''}"
         f"and {room} {device.memory / GIB:.1f}"
     )
     if states > memory.activations:

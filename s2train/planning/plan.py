@@ -4,10 +4,11 @@ from dataclasses import dataclass, replace
 
 from s2train.attention.coverage import CoverageReport, check_coverage
 from s2train.attention.hybrid import HybridLayout
+from s2train.attention.teacher import TeacherSetting, teacher_setting
 from s2train.config import PretrainConfig
 from s2train.costs.attention import density, layout_nbytes, rank_spread
 from s2train.costs.exchange import LayerExchange, layer_exchanges
-from s2train.costs.flops import TokenFlops, token_flops
+from s2train.costs.flops import TokenFlops, teacher_flops, token_flops
 from s2train.costs.implementations import Implementations
 from s2train.costs.memory import Memory, data_parallel, micro_batches
 from s2train.costs.parameters import stage_parameters, total_parameters
@@ -38,6 +39,8 @@ class Plan:
     rank_parameters: int  # on the fullest pipeline stage
     flops: TokenFlops
     phases: tuple[Phase, ...]  # of the run: warm-ups, a frozen trunk; one alone if nothing differs
+    teacher: TeacherSetting | None
+    teacher_flops: float  # per token, in every phase
     tp_spread: float  # busiest tensor parallel rank over the mean, minus 1, in the most uneven layer
     exchanges: tuple[LayerExchange, ...]  # of keys and values between context parallel ranks
     pipeline: Balance  # of the configured stages
@@ -99,6 +102,8 @@ def make_plan(cfg: PretrainConfig, hybrid: HybridLayout, world_size: int, hardwa
         ),
         flops=flops,
         phases=phases(cfg, hybrid),
+        teacher=teacher_setting(hybrid.layers),
+        teacher_flops=teacher_flops(cfg.model, hybrid, seq_length),
         tp_spread=max(rank_spread(layer, seq_length, cfg.parallel.tp) for layer in set(hybrid.layers)),
         exchanges=layer_exchanges(hybrid.layers, hybrid.num_query_groups, seq_length, cfg.parallel),
         pipeline=balance(stages, costs, micro_batches(cfg, world_size)),

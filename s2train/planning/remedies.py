@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 
+from s2train.attention.teacher import teacher_setting
 from s2train.config import PretrainConfig
 from s2train.planning.advice import RECOMPUTE
 from s2train.planning.memory_budget import MemoryBudget
@@ -59,6 +60,8 @@ def _candidates(cfg: PretrainConfig) -> Iterator[tuple[list[str], PretrainConfig
 
 def _fits(cfg: PretrainConfig, world_size: int, budget: MemoryBudget) -> bool:
     if cfg.loss == "linear" and cfg.parallel.tp > 1:
+        return False
+    if cfg.parallel.pp > 1 and teacher_setting(budget.hybrid.layers) is not None:
         return False
     total = budget.total_if_divisible(cfg, world_size)
     return total is not None and total <= budget.hardware.memory

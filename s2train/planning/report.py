@@ -6,7 +6,7 @@ from typing import Any
 
 from s2train.batch_sizes import samples_of, stages
 from s2train.config import PretrainConfig
-from s2train.costs.memory import GIB, offloaded_bytes
+from s2train.costs.memory import GIB, Memory, offloaded_bytes
 from s2train.costs.stages import Balance
 from s2train.costs.step_time import MARGIN, SLOW_HOST, Prediction
 from s2train.data.epochs import describe_epochs, training_epochs
@@ -43,11 +43,12 @@ def format_plan(plan: Plan) -> str:
         *([("budget", ", ".join(map(str, budgets)))] if (budgets := token_budgets(cfg)) else []),
         *_ramp_up(plan),
         *_phases(plan),
+        *_teacher(plan),
         *_ranks(plan),
         *(("cp exchange", exchange.format()) for exchange in plan.exchanges),
         *_pipeline(plan),
         ("memory", "GiB per rank" + (", fullest pipeline stage" if parallel.pp > 1 else "")),
-        *((f"  {part.name}", _gib(getattr(memory, part.name))) for part in fields(memory)),
+        *((f"  {name}", _gib(nbytes)) for name, nbytes in _parts(memory)),
         ("  total", f"{_gib(memory.total)} of {_gib(plan.hardware.memory).strip()} ({_device(plan)})"),
         *_offload(plan),
         *([("  room", plan.advice)] if plan.advice is not None else []),
@@ -95,7 +96,8 @@ def _ramp_up(plan: Plan) -> list[tuple[str, str]]:
 
 def _phases(plan: Plan) -> list[tuple[str, str]]:
     """Format what each phase of the run costs, if there are several."""
-    if len(plan.phases) == 1 and not plan.phases[0].warms_up and not plan.phases[0].is_trunk_frozen:
+    is_plain = not plan.phases[0].warms_up and not plan.phases[0].is_trunk_frozen and plan.teacher is None
+    if len(plan.phases) == 1 and is_plain:
         return []
     rows = []
     train = plan.cfg.train
@@ -108,6 +110,20 @@ def _phases(plan: Plan) -> list[tuple[str, str]]:
         cost = f"{count(phase.flops)} FLOPs/token, {total:.2e} FLOPs"
         rows.append(("", f"steps {phase.first} to {phase.last}: {cost}{''.join(f'; {one}' for one in what)}"))
     return [("phases", rows[0][1]), *rows[1:]]
+
+
+def _teacher(plan: Plan) -> list[tuple[str, str]]:
+    """Format what the teacher's forward passes cost."""
+    if plan.teacher is None:
+        return []
+    cost = f"{count(plan.teacher_flops)} FLOPs/token, part of every phase"
+    return [("teacher", f"{plan.teacher.value}: a forward pass on each micro batch, {cost}")]
+
+
+def _parts(memory: Memory) -> list[tuple[str, int]]:
+    """List the parts of memory; a teacher's only if there is one."""
+    parts = [(part.name, getattr(memory, part.name)) for part in fields(memory)]
+    return [(name, nbytes) for name, nbytes in parts if nbytes or name != "teacher"]
 
 
 def _how(plan: Plan) -> str:

@@ -24,6 +24,7 @@ from s2train.costs.phases import Phase, mean_flops
 from s2train.distributed.agreement import max_over_ranks
 from s2train.errors import DivergedError, StoppedBySignal
 from s2train.megatron.block_attention import kernels_of
+from s2train.megatron.teacher import Teacher
 from s2train.training.auxiliary_losses import AuxiliaryLosses
 from s2train.training.batches import Batch, micro_batches
 from s2train.training.frozen_trunk import FrozenTrunk
@@ -107,11 +108,12 @@ class Trainer:
         times: StartTimes,
         after_first_step: Callable[[], None],
         auxiliary: AuxiliaryLosses,
+        teacher: Teacher | None = None,
     ) -> None:
         self.cfg, self.state, self.tracker, self.speed, self.device = cfg, state, tracker, speed, device
         self.train_set, self.held_out_set, self.timers = train_set, held_out_set, timers
         self.signals, self.watchdog, self.times, self.auxiliary = signals, watchdog, times, auxiliary
-        self.after_first_step = after_first_step
+        self.after_first_step, self.teacher = after_first_step, teacher
         self.loss_history = LossHistory()
         self.frozen = FrozenTrunk(state.chunks, cfg.train.freeze_trunk_steps)
         self.saver = Saver(cfg, state, tracker.checkpoint)
@@ -240,7 +242,9 @@ class Trainer:
             chunk.zero_grad_buffer()
         state.optimizer.zero_grad()
         self.auxiliary.begin_step(step, is_logged=self._is_due(step), batch=size)
-        ((total, tokens),) = run_step(self.cfg, state.chunks, batches, forward_only=False, batch_size=size).tolist()
+        ((total, tokens),) = run_step(
+            self.cfg, state.chunks, batches, forward_only=False, batch_size=size, teacher=self.teacher
+        ).tolist()
         self.frozen.hold(state.optimizer, step)
         with record_function(RANGE + OPTIMIZER):
             loss, grad_norm = total / tokens, gradient_norm(state.optimizer)

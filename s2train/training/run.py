@@ -13,8 +13,10 @@ from megatron.core.timers import Timers
 from megatron.core.transformer.module import MegatronModule
 
 from s2train.attention.hybrid import HybridLayout
+from s2train.attention.teacher import teacher_setting
 from s2train.checkpoints.resume import Start, claim_run_dir, find_start
 from s2train.checkpoints.run_state import TrainingState, load
+from s2train.checkpoints.teacher import find_teacher, load_teacher, with_teacher
 from s2train.config import PretrainConfig
 from s2train.data.blend import parse_blend
 from s2train.data.checks import check_data, samples_of_steps
@@ -74,7 +76,7 @@ def run(cfg: PretrainConfig, plan: Plan, times: StartTimes | None = None) -> Non
         StoppedBySignal: a signal asked it to save and exit.
     """
     times = times or StartTimes()
-    lock, start = None, None
+    lock, start, teacher = None, None, None
     with fail_together():
         import_libraries(cfg, hybrid_layout(cfg), plan.hardware)
         check_offload_library(cfg)
@@ -86,7 +88,8 @@ def run(cfg: PretrainConfig, plan: Plan, times: StartTimes | None = None) -> Non
         if os.environ.get("RANK", "0") == "0":  # the others wait for it at the rendezvous
             ensure_prepared(cfg)
             check_data(cfg, tokenizer)
-            start = find_start(cfg)
+            teacher = find_teacher(cfg, tokenizer)
+            start = find_start(with_teacher(cfg, teacher))
             if (done := start.progress.step) >= cfg.train.last_step:
                 print(f"nothing to do: {start.checkpoint} is at step {done} of {cfg.train.steps}", flush=True)
             else:
@@ -102,7 +105,10 @@ def run(cfg: PretrainConfig, plan: Plan, times: StartTimes | None = None) -> Non
         timeout_minutes=minutes + _WATCHDOG_LEAD,
     )
     setup.connect(cfg.parallel, device)
-    start = broadcast_from_rank_0(start)  # ranks that read a shared disk themselves could find different checkpoints
+    # Ranks that read a shared disk themselves could find different checkpoints.
+    start, teacher = broadcast_from_rank_0((start, teacher))
+    assert start is not None
+    cfg = with_teacher(cfg, teacher)
     times.end("process groups")
     stop: StoppedBySignal | DivergedError | None = None
     with StopSignals().listening() as signals:
@@ -155,6 +161,11 @@ def _train(
         watchdog.beat("loading the checkpoint")
         load(cfg, state, start.checkpoint, start.rng_ranks)
         times.end("checkpoint")
+    teacher = None
+    if teacher_setting(hybrid.layers) is not None:
+        watchdog.beat("loading the teacher")
+        teacher = load_teacher(cfg, hybrid, backend, device, chunks)
+        times.end("teacher")
     watchdog.beat("opening the data")
 
     consumed = start.progress.consumed_samples
@@ -208,6 +219,7 @@ def _train(
         times,
         picture.start,
         AuxiliaryLosses(cfg, hybrid, chunks, state.optimizer.scale_loss),
+        teacher,
     )
     try:
         with picture:
@@ -263,8 +275,15 @@ def _description(
         + (f" | {elementwise}" if elementwise else "")
         + f" | optimizer {backend.optimizer if cfg.optim.name == 'adam' else cfg.optim.name}"
         f" | dp {parallel_state.get_data_parallel_world_size()}"
-        f" | end of document {tokenizer.end_token or 'id'} {tokenizer.eod}\n" + _origin(cfg, start)
+        f" | end of document {tokenizer.end_token or 'id'} {tokenizer.eod}\n" + _taught_by(hybrid) + _origin(cfg, start)
     )
+
+
+def _taught_by(hybrid: HybridLayout) -> str:
+    if (found := teacher_setting(hybrid.layers)) is None:
+        return ""
+    letters = sorted({layer.kind.letter for layer in hybrid.layers if layer.kind.teacher is not None})
+    return f"teacher of layers {', '.join(letters)}: the dense model of {found.value}, which stays as it is\n"
 
 
 def _origin(cfg: PretrainConfig, start: Start) -> str:

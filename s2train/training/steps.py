@@ -13,6 +13,7 @@ from torch.profiler import record_function
 from s2train.config import PretrainConfig
 from s2train.megatron.context_parallel.documents import divided_documents
 from s2train.megatron.core_attention import packed_documents
+from s2train.megatron.teacher import Teacher
 from s2train.training.batches import Batch
 from s2train.training.loss_by_position import position_bins, sum_by_position
 from s2train.training.profile_table import DATA, RANGE
@@ -44,17 +45,19 @@ def token_loss(loss_mask: torch.Tensor, edges: list[int] | None, losses: torch.T
 
 
 def forward_step(
-    batches: Iterator[Batch], model: torch.nn.Module, edges: list[int] | None = None
+    batches: Iterator[Batch], model: torch.nn.Module, edges: list[int] | None = None, teacher: Teacher | None = None
 ) -> tuple[torch.Tensor, Callable[[torch.Tensor], LossReport]]:
     """Run Megatron's forward step on the next micro batch.
 
-    Returns the per-token losses and the function that sums them.
+    A teacher runs before the model. Returns the per-token losses and the function that sums them.
     """
     with record_function(RANGE + DATA):
         batch = next(batches)
     tokens, packed = batch["tokens"], {}
     if "documents" in batch:
         packed["packed_seq_params"] = _documents(batch)
+    if teacher is not None:
+        teacher.teach(tokens, batch["position_ids"])
     losses = model(tokens, batch["position_ids"], None, labels=batch["labels"], **packed)
     return losses, partial(token_loss, batch["loss_mask"], edges)
 
@@ -76,6 +79,7 @@ def run_step(
     forward_only: bool,
     batch_size: int,
     edges: list[int] | None = None,
+    teacher: Teacher | None = None,
 ) -> torch.Tensor:
     """Run one global batch, micro batch by micro batch.
 
@@ -83,12 +87,13 @@ def run_step(
         batch_size: sequences of this global batch.
         batches: an iterator of micro batches for each model chunk.
         edges: edges of the position ranges; None makes all positions one range.
+        teacher: of the layers that learn from one; only training steps need it.
     Returns:
         Sums of loss (nats) and tokens, float64 [ranges, 2], the same on every rank.
     """
     train = cfg.train
     reports = get_forward_backward_func()(
-        forward_step_func=partial(forward_step, edges=edges),
+        forward_step_func=partial(forward_step, edges=edges, teacher=teacher),
         data_iterator=batches if len(chunks) > 1 else batches[0],
         model=chunks if len(chunks) > 1 else chunks[0],
         num_microbatches=batch_size // (train.micro_batch_size * parallel_state.get_data_parallel_world_size()),

@@ -13,6 +13,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from s2train.attention.hybrid import HybridLayout
+from s2train.attention.teacher import teacher_layout, teacher_setting
 from s2train.attention.weights import kv_heads_on_rank
 from s2train.config import PretrainConfig, head_dim
 from s2train.kernels.attention import Backend, block_sparse_attention, resolve_backend
@@ -50,7 +51,8 @@ def compile_kernels(cfg: PretrainConfig, hybrid: HybridLayout, device: torch.dev
         return
     tp = cfg.parallel.tp
     heads, groups = cfg.model.num_attention_heads // tp, kv_heads_on_rank(cfg.model.num_query_groups, tp)
-    for layer in dict.fromkeys(hybrid.layers):
+    layers = [*hybrid.layers, *(teacher_layout(hybrid).layers if teacher_setting(hybrid.layers) else ())]
+    for layer in dict.fromkeys(layers):
         for rows, keys in _chunks(cfg.train.seq_length):
             inputs = _zeros(cfg, rows, keys, heads, groups, device)
             if not layer.is_static:

@@ -11,6 +11,7 @@ from math import isfinite
 from s2train.attention.features import Feature
 from s2train.attention.hybrid import HybridLayout
 from s2train.attention.kind import AttentionKind, lacking
+from s2train.attention.teacher import teacher_setting
 from s2train.config import PretrainConfig
 from s2train.costs.parameters import attention_shape
 from s2train.environment.hardware import Hardware
@@ -22,12 +23,14 @@ def check_kinds(cfg: PretrainConfig, hybrid: HybridLayout, hardware: Hardware) -
     """Check that the layout's kinds support what the run asks for.
 
     Raises:
-        ConfigError: a kind lacks a feature that a setting asks for, or rejects the settings itself.
+        ConfigError: a kind lacks a feature that a setting asks for, or rejects the settings itself; or layers name
+            several teachers.
     """
     require_tensor_parallel(hybrid, cfg.parallel.tp, "parallel.tp")
     for feature, setting, value, without in _asked(cfg, hardware):
         require_feature(hybrid, feature, setting, value, without)
     _check_dense_heads(cfg, hybrid)
+    teacher_setting(hybrid.layers)
     for kind in dict.fromkeys(layer.kind for layer in hybrid.layers):
         kind.check(cfg)
         _check_loss_weights(kind)
