@@ -38,8 +38,6 @@ def find_teacher(cfg: PretrainConfig, tokenizer: Tokenizer) -> Path | None:
     if (named := teacher_setting(hybrid_layout(cfg).layers)) is None:
         return None
     checkpoint = find_checkpoint(named.value, named.setting)
-    if problem := damage(checkpoint):
-        raise ConfigError(named.setting, checkpoint, problem, remedy_for_damage(checkpoint, named.setting))
     trained = read_config(checkpoint, named.setting)
     if not all(layer.is_dense for layer in hybrid_layout(trained).layers):
         problem = f"{checkpoint} isn't dense: its layout.layers is {trained.layout.layers}"
@@ -49,6 +47,8 @@ def find_teacher(cfg: PretrainConfig, tokenizer: Tokenizer) -> Path | None:
             problem = f"{checkpoint} has {change.setting}={change.before}, and this run has {change.now}"
             raise ConfigError(named.setting, named.value, problem, "Name a run of a model with the same sizes and RoPE")
     _check_tokenizer(named, checkpoint, trained.data.tokenizer, tokenizer)
+    if problem := damage(checkpoint):
+        raise ConfigError(named.setting, checkpoint, problem, remedy_for_damage(checkpoint, named.setting))
     return checkpoint
 
 
