@@ -110,9 +110,9 @@ class AttentionKind(ABC):
 
     @property
     def teacher(self) -> str | None:
-        """Run folder or checkpoint of a dense model that its layers learn from.
+        """The run folder or checkpoint that its layers learn from.
 
-        None: they learn without one.
+        It is of a dense model. None: they learn without one.
         """
         return None
 

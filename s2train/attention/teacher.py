@@ -44,7 +44,7 @@ def teacher_setting(layers: Sequence[LayerLayout]) -> TeacherSetting | None:
 
 
 def teacher_layout(hybrid: HybridLayout) -> HybridLayout:
-    """Make the dense layout of the teacher of a model with layout `hybrid`.
+    """Make the dense layout of a model's teacher.
 
     Layers that teach one of the model's have `TeacherKind`.
     """

@@ -47,8 +47,8 @@ def find_teacher(cfg: PretrainConfig, tokenizer: Tokenizer) -> Path | None:
             problem = f"{checkpoint} has {change.setting}={change.before}, and this run has {change.now}"
             raise ConfigError(named.setting, named.value, problem, "Name a run of a model with the same sizes and RoPE")
     _check_tokenizer(named, checkpoint, trained.data.tokenizer, tokenizer)
-    if problem := damage(checkpoint):
-        raise ConfigError(named.setting, checkpoint, problem, remedy_for_damage(checkpoint, named.setting))
+    if broken := damage(checkpoint):
+        raise ConfigError(named.setting, checkpoint, broken, remedy_for_damage(checkpoint, named.setting))
     return checkpoint
 
 

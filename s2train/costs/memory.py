@@ -137,9 +137,9 @@ def _stage_memory(
 
 
 def teacher_bytes(cfg: PretrainConfig, layers: Sequence[LayerLayout], kind: str) -> int:
-    """Return the bytes of a rank that the teacher of these layers takes.
+    """Return bytes that the teacher of these layers takes.
 
-    Without gradients, one layer's activations exist at a time. The result is 0 without a teacher.
+    They are those of one rank. Without gradients, one layer's activations exist at a time. The result is 0 without a teacher.
     """
     if teacher_setting(layers) is None:
         return 0

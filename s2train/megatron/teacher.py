@@ -71,9 +71,9 @@ class Teacher:
 
 
 def build_teacher(cfg: PretrainConfig, hybrid: HybridLayout, backend: Backend, device: torch.device) -> GPTModel:
-    """Build the teacher of a run, without values of its weights and without a head.
+    """Build the teacher of a run, without a head.
 
-    Draws no random number.
+    Its weights have no values yet: no random number is drawn.
     """
     cfg = replace(cfg, loss="torch", train=replace(cfg.train, recompute="none"))
     config = transformer_config(cfg)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch.distributed import Store
 
+from s2train.attention.teacher import teacher_setting
 from s2train.config import PretrainConfig, settings_by_name
 from s2train.costs.memory import GIB, checkpoint_bytes
 from s2train.data.blend import dataset_prefixes, parse_blend
@@ -43,7 +44,7 @@ class RankReport:
         device: name of the GPU, or "CPU".
         device_id: unique ID of the GPU; empty on a CPU.
         sees_run_dir: whether rank 0's run folder is visible on this rank.
-        missing: data that are not visible on this rank, such as "data.path runs/data/mine".
+        missing: data and a teacher that are not visible on this rank, such as "data.path runs/data/mine".
     """
 
     rank: int
@@ -214,6 +215,9 @@ def _missing(cfg: PretrainConfig, cache_marker: str) -> list[str]:
         return [f"data.path {error.value}"]
     missing = [f"data.path {prefix}" for prefix in prefixes if not _becomes_visible(Path(f"{prefix}.idx"))]
     missing += [f"data.valid_path {prefix}" for prefix in held_out if not _becomes_visible(Path(f"{prefix}.idx"))]
+    teacher = teacher_setting(hybrid_layout(cfg).layers)
+    if teacher is not None and not _becomes_visible(Path(teacher.value)):
+        missing.append(f"{teacher.setting} {teacher.value}")
     return missing if _becomes_visible(Path(cache_marker)) else [*missing, f"data.cache {cfg.data.cache}"]
 
 

@@ -15,7 +15,7 @@ from s2train.checkpoints.setting_changes import changes_between
 from s2train.config import ExportConfig, PretrainConfig
 from s2train.environment.hardware import Hardware
 from s2train.errors import ConfigError
-from s2train.planning import check, compose_run, format_plan, hybrid_layout
+from s2train.planning import check, compose_run, format_plan, hybrid_layout, preview
 from tests.program import metrics, run
 
 CPU = Hardware("CPU", "cpu", 1 << 36, None)
@@ -45,6 +45,7 @@ def config(selection: str = "top_k:3", *settings: str) -> PretrainConfig:
         ("top_k:1,sampled_rows:0", "layout.kinds.E.sampled_rows=0: is too small"),
         ("top_k:1,loss_weight:-1", "layout.kinds.E.loss_weight=-1.0: is too small"),
         ("top_k:1,scorer:moba,loss_weight:3", "layout.kinds.E.loss_weight=3.0: scorer=moba does not read it, only"),
+        ("top_k:1,scorer:moba,teacher:runs/x", "layout.kinds.E.teacher=runs/x: scorer=moba does not read it, only"),
         ("top_k:1,scorer:index,features:8", "layout.kinds.E.features=8: scorer=index does not read it, only sea"),
         ("top_k:1,topk:3", "layout.kinds.E.topk=3: no setting of kind block_selection. Did you mean top_k?"),
     ],
@@ -83,6 +84,33 @@ def test_a_sequence_of_too_few_blocks_is_rejected_with_the_length_that_it_needs(
     check(config("top_k:1", setting, f"train.seq_length={needed}"), 1, CPU)
 
 
+@pytest.mark.parametrize("ranks", ["pp", "cp"])
+def test_a_teacher_is_rejected_under_pipeline_and_context_parallelism(ranks: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        check(config("top_k:3,teacher:runs/x", f"parallel.{ranks}=2"), 2, CPU)
+    assert str(raised.value) == (
+        f"layout.kinds.E.teacher=runs/x: a teacher doesn't run with parallel.{ranks}=2."
+        f" Set parallel.{ranks}=1, or leave the teacher out."
+    )
+
+
+def test_a_model_of_two_teachers_is_rejected() -> None:
+    other = "+layout.kinds.F={kind:block_selection,top_k:3,teacher:runs/y}"
+    with pytest.raises(ConfigError, match=r"layout.kinds.F.teacher=runs/y: layout.kinds.E.teacher=runs/x names"):
+        check(config("top_k:3,teacher:runs/x", other, "layout.layers=DEFF"), 1, CPU)
+    check(config("top_k:3,teacher:runs/y", other, "layout.layers=DEFF"), 1, CPU)
+
+
+def test_settings_that_fit_a_teacher_have_no_pipeline() -> None:
+    small = Hardware("NVIDIA H100 80GB HBM3", "cuda", 11 << 30, None, (9, 0))
+    remedies = []
+    for teacher in ("null", "runs/x"):
+        settings = ["+model=125m_index", "layer_backend=local", f"+layout.kinds.E.teacher={teacher}"]
+        remedies.append(preview(compose_run(settings), 1, small).remedy)
+    assert all(remedies)
+    assert "parallel.pp" not in str(remedies[1])
+
+
 def test_export_is_rejected(tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoints" / "iter_0000001"
     checkpoint.mkdir(parents=True)
@@ -113,6 +141,45 @@ def test_the_plan_names_the_scorer_and_counts_exactly() -> None:
     text = format_plan(check(config("top_k:3,scorer:moba"), 1, CPU))
     assert "moba block-selection, keys chosen by the data: density 0.57" in text
     assert "exact" in text
+
+
+def test_the_plan_counts_a_forward_pass_of_the_teacher_without_its_head() -> None:
+    alone, taught = (check(config(f"top_k:3,teacher:{path}"), 1, CPU) for path in ("null", "runs/x"))
+    model, length = taught.cfg.model, taught.cfg.train.seq_length
+    head_dim = model.hidden_size // model.num_attention_heads
+    projections = 2 * model.hidden_size**2 + 2 * model.hidden_size * model.num_query_groups * head_dim
+    products = 4 * head_dim * model.num_attention_heads * (length + 1) / 2
+    layer = 2 * (projections + 3 * model.hidden_size * model.ffn_hidden_size) + products
+    (before,), (now,) = alone.phases, taught.phases
+    assert now.flops - before.flops == pytest.approx(model.num_layers * layer)
+    assert "teacher       runs/x: a forward pass on each micro batch" in format_plan(taught)
+    assert "teacher" not in format_plan(alone)
+
+
+def teacher_bytes(*settings: str, warm_up_steps: int = 0, micro_batch: int = 1) -> int:
+    """What the plan counts for a teacher; it is linear in the micro batch but for the weights."""
+    selection = f"top_k:3,sampled_rows:8,teacher:runs/x,warm_up_steps:{warm_up_steps}"
+    cfg = config(selection, *settings, f"train.micro_batch_size={micro_batch}")
+    return check(cfg, cfg.parallel.tp, CPU).memory.teacher
+
+
+@pytest.mark.parametrize(("precision", "width"), [("bf16", 2), ("fp32", 4)])
+@pytest.mark.parametrize("tp", [1, 2])
+def test_the_plan_counts_the_teachers_weights_in_the_runs_precision(precision: str, width: int, tp: int) -> None:
+    model = config().model
+    division = [f"train.precision={precision}", f"parallel.tp={tp}"]
+    dense = check(compose_run(["+model=tiny_hybrid", "layout.layers=D", *division]), tp, CPU)
+    head = 0 if model.tie_embeddings else model.vocab_size * model.hidden_size // tp
+    weights = dense.rank_parameters - model.hidden_size - head  # without the final norm
+    assert 2 * teacher_bytes(*division) - teacher_bytes(*division, micro_batch=2) == width * weights
+
+
+def test_the_plan_counts_what_the_teacher_gives_each_layer() -> None:
+    cfg = config()
+    blocks, layers = cfg.train.seq_length // cfg.layout.block_size, cfg.model.num_layers // 2
+    more = 4 * cfg.model.num_query_groups * layers * (blocks - 8) * blocks
+    assert teacher_bytes(warm_up_steps=1, micro_batch=2) - teacher_bytes(micro_batch=2) == 2 * more
+    assert check(config("top_k:3"), 1, CPU).memory.teacher == 0
 
 
 @pytest.mark.parametrize("scorer", SCORERS)
