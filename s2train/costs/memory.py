@@ -139,7 +139,7 @@ def _stage_memory(
 def teacher_bytes(cfg: PretrainConfig, layers: Sequence[LayerLayout], kind: str) -> int:
     """Return bytes that the teacher of these layers takes.
 
-    They are those of one rank. Without gradients, one layer's activations exist at a time. The result is 0 without a teacher.
+    They are those of one rank, 0 without a teacher. Without gradients, one layer's activations exist at a time.
     """
     if teacher_setting(layers) is None:
         return 0

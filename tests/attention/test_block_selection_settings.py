@@ -1,6 +1,7 @@
 """Settings of block selection that can't be, and what it doesn't support, are rejected with one clear error."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -102,13 +103,14 @@ def test_a_model_of_two_teachers_is_rejected() -> None:
 
 
 def test_settings_that_fit_a_teacher_have_no_pipeline() -> None:
-    small = Hardware("NVIDIA H100 80GB HBM3", "cuda", 11 << 30, None, (9, 0))
+    small = replace(H100, memory=40 << 30)
+    words = ["+model=7b_dense", "layer_backend=local", "layout.layers=DE", "model.num_query_groups=1"]
+    words += ["parallel.tp=1", "parallel.sequence_parallel=false"]
     remedies = []
     for teacher in ("null", "runs/x"):
-        settings = ["+model=125m_index", "layer_backend=local", f"+layout.kinds.E.teacher={teacher}"]
-        remedies.append(preview(compose_run(settings), 1, small).remedy)
-    assert all(remedies)
-    assert "parallel.pp" not in str(remedies[1])
+        cfg = compose_run([*words, f"+layout.kinds.E={{kind:block_selection,top_k:4,teacher:{teacher}}}"])
+        remedies.append(str(preview(cfg, 1, small).remedy))
+    assert ["parallel.pp" in remedy for remedy in remedies] == [True, False], remedies
 
 
 def test_export_is_rejected(tmp_path: Path) -> None:

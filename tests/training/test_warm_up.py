@@ -140,6 +140,18 @@ def test_layers_whose_reads_the_data_choose_run_what_their_core_attention_says(
     assert ran[-1][-1] is True
 
 
+def test_a_teachers_dense_layers_run_too(monkeypatch: pytest.MonkeyPatch, calls: list[Any]) -> None:
+    ran: list[str] = []
+    core = SimpleNamespace(compile_kernels=lambda layer, *_: ran.append(layer.kind.letter))
+    monkeypatch.setattr(warm_up, "core_attention_class", lambda kind: core)
+    monkeypatch.setattr(warm_up, "_attend_densely", lambda *_: ran.append("dense"))
+    for teacher, expected in (("null", ["E"]), ("runs/x", ["E", "dense"])):
+        ran.clear()
+        kind = f"+layout.kinds.E={{kind:block_selection,top_k:3,teacher:{teacher}}}"
+        compile_for(monkeypatch, kind, "layout.layers=E")
+        assert ran == expected
+
+
 @pytest.mark.parametrize("settings", [["attention_backend=torch"], ["layout=dense"]])
 def test_nothing_runs_if_no_kernel_is_compiled(
     settings: list[str], calls: list[Any], monkeypatch: pytest.MonkeyPatch
