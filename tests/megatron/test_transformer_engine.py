@@ -88,3 +88,16 @@ def test_block_selection_trains_alike_on_both_backends(tmp_path: Path) -> None:
         done = train(kind, tmp_path / kind, *selection)
         assert done.status == 0, done.err
     assert losses(tmp_path / "fake") == pytest.approx(losses(tmp_path / "none"), rel=TOLERANCE)
+
+
+@pytest.mark.slow
+def test_a_dense_teacher_teaches_alike_on_both_backends(tmp_path: Path) -> None:
+    done = train("none", tmp_path / "dense", "layout.layers=D")
+    assert done.status == 0, done.err
+    own = f"scorer:index,top_k:1,warm_up_steps:2,teacher:{tmp_path / 'dense'}"
+    for kind in ("fake", "none"):
+        done = train(kind, tmp_path / kind, "layout.layers=DE", f"+layout.kinds.E={{kind:block_selection,{own}}}")
+        assert done.status == 0, done.err
+    for column in ("loss", "block_selection_kl", "block_selection_recall"):
+        found, expected = ([record[column] for record in metrics(tmp_path / kind)] for kind in ("fake", "none"))
+        assert found == pytest.approx(expected, rel=TOLERANCE, abs=1e-8), column
