@@ -4,6 +4,7 @@ import pytest
 import torch
 from s2train.kernels import BlockLayout
 from s2train.kernels.hopper import backward_schedule as schedule_module
+from s2train.kernels.hopper import shared_tiles
 from s2train.kernels.hopper.backward_schedule import (
     ACTIVE_BITS,
     DEFAULTS,
@@ -26,8 +27,8 @@ from s2train.kernels.token_mask import token_mask
         (256, 1, 1, 300, 300, 0, True, 0.9, DEFAULTS),
         (64, 2, 1, 200, 90, 0, True, 0.05, DEFAULTS),
         (128, 2, 1, 300, 300, 70, True, 0.4, ScheduleOptions(query_tile=128)),
-        (64, 4, 2, 1500, 1400, 70, True, 0.5, ScheduleOptions(second_pairs=True)),
-        (64, 4, 2, 1300, 1500, 200, True, 0.6, ScheduleOptions(second_pairs=True, by_query_head=True)),
+        (64, 4, 2, 900, 850, 70, True, 0.5, ScheduleOptions(second_pairs=True)),
+        (64, 4, 2, 800, 900, 200, True, 0.6, ScheduleOptions(second_pairs=True, by_query_head=True)),
     ],
 )
 def test_steps_cover_the_mask_once(
@@ -35,9 +36,11 @@ def test_steps_cover_the_mask_once(
     options: ScheduleOptions, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(schedule_module, "_CACHED_ROWS", 0)
+    monkeypatch.setattr(shared_tiles, "_LEAST_STEPS", 1)
     blocks = -(-(offset + s_q) // block), -(-s_k // block)
     layout = BlockLayout.from_mask(torch.rand(heads, *blocks) < keep, block)
     schedule = backward_schedule(layout, kv_heads, s_q, s_k, offset, causal, options=options)
+    assert isinstance(schedule.parts, SharedTiles) == options.second_pairs
     # room for the tiles' ends beyond the sequences
     covered = torch.zeros(heads, offset + s_q + TILE, s_k + 3 * TILE, dtype=torch.int)
     position, key = torch.arange(covered.shape[1])[:, None], torch.arange(covered.shape[2])

@@ -36,7 +36,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     ("processes", "division"),
     [
         (2, ["parallel.cp=2", "train.recompute=full"]),
-        (4, ["parallel.cp=4"]),
+        pytest.param(4, ["parallel.cp=4"], marks=pytest.mark.long),
         (4, ["parallel.cp=2", "parallel.tp=2", "parallel.sequence_parallel=true"]),
     ],
     ids=["two, recomputed", "four", "two of two tensor parallel ranks"],
