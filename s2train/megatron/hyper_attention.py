@@ -1,16 +1,15 @@
 """Core attention of the kind `hyper`."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import pairwise
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from s2train.attention.hybrid import dense_layer
 from s2train.attention.hyper import HyperKind
 from s2train.attention.kind import LayerLayout
-from s2train.attention.registry import LETTERS
 from s2train.kernels.attention import Backend, block_sparse_attention
 from s2train.kernels.dense import dense_causal_attention
 from s2train.kernels.hyper import hyper_attention
@@ -38,7 +37,7 @@ class HyperCoreAttention(CausalCoreAttention):
         seeds = torch.zeros(key.shape[2], dtype=torch.int64, device=query.device)
         if documents:
             query, key, value = query[:, :1], key[:, :1], value[:, :1]
-            dense = _dense_layer(layer).block_layout(len(key), heads=slice(query.shape[2]), device=query.device)
+            dense = dense_layer(query.shape[2], layer.block_size).block_layout(len(key), device=query.device)
             bounds = torch.tensor([0, len(key)], dtype=torch.int32, device=query.device)
             out = block_sparse_attention(query, key, value, dense, cu_seqlens=bounds, backend=backend)
             out.backward(torch.ones_like(out))
@@ -73,7 +72,8 @@ class HyperCoreAttention(CausalCoreAttention):
             raise NotImplementedError("packed documents come as packed_documents makes them")
         assert isinstance(self.layer_layout.kind, HyperKind)
         shortest = self.layer_layout.kind.settings.shortest
-        dense = self.cache.get(_dense_layer(self.layer_layout), key.shape[0], self.heads, query.device)
+        every = dense_layer(self.shape.num_heads, self.layer_layout.block_size)
+        dense = self.cache.get(every, key.shape[0], self.heads, query.device)
         sequences = []
         for sequence, ends in enumerate(packed.on_host):
             runs = document_runs(ends, shortest)
@@ -112,11 +112,6 @@ class HyperCoreAttention(CausalCoreAttention):
         values = torch.tensor(seeds, dtype=torch.int64)
         # From pageable memory the host would wait for the device, in every layer.
         return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
-
-
-def _dense_layer(layer: LayerLayout) -> LayerLayout:
-    """Return the layer with heads that read every key."""
-    return replace(layer, kind=LETTERS["D"])
 
 
 def document_runs(ends: Sequence[int], shortest: int) -> list[tuple[int, int]]:
