@@ -5,6 +5,7 @@ The first rank of a machine compiles; the others read the disk caches of Triton 
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import cast
 
@@ -68,9 +69,9 @@ def compile_kernels(cfg: PretrainConfig, hybrid: HybridLayout, device: torch.dev
                     # of one sequence, as layers do
                     bounds = torch.tensor([0, rows], dtype=torch.int32, device=device)
                     query, key, value = (x[:rows, :1] for x in inputs)
-                    _run(attend(layout, query, key, value, bounds, backend))
+                    _run(attend(_Call(layout, query, key, value, bounds, backend)))
                 if keys > rows or not cfg.data.attention_within_documents:
-                    _run(attend(layout, *inputs, None, backend))
+                    _run(attend(_Call(layout, *inputs, None, backend)))
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
@@ -94,45 +95,51 @@ def _zeros(
     return query, key, value[..., -width:]
 
 
-def _attend(
-    layout: Callable[[], BlockLayout],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bounds: Tensor | None,
-    backend: Backend,
-) -> Tensor:
-    offset = key.shape[0] - query.shape[0]
+@dataclass(frozen=True)
+class _Call:
+    """A layer's call, as in a step.
+
+    `bounds`, int32 [documents + 1], are those of packed documents.
+    """
+
+    layout: Callable[[], BlockLayout]
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    bounds: Tensor | None
+    backend: Backend
+
+    @property
+    def offset(self) -> int:
+        """Position of the first query."""
+        return len(self.key) - len(self.query)
+
+
+def _attend(call: _Call) -> Tensor:
     return block_sparse_attention(
-        query, key, value, layout(), query_offset=offset, cu_seqlens=bounds, backend=backend
+        call.query, call.key, call.value, call.layout(), query_offset=call.offset, cu_seqlens=call.bounds,
+        backend=call.backend,
     )  # fmt: skip
 
 
-def _attend_densely(
-    implementation: str,
-    layout: Callable[[], BlockLayout],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bounds: Tensor | None,
-    backend: Backend,
-) -> Tensor | None:
+def _attend_densely(implementation: str, call: _Call) -> Tensor | None:
     """Compute a dense layer's attention, as `_attend`.
 
     None if torch's own kernels do, which aren't compiled.
     """
-    offset, documents = key.shape[0] - query.shape[0], bounds is not None
+    query, key, value, bounds = call.query, call.key, call.value, call.bounds
+    offset, documents = call.offset, bounds is not None
     if query.is_cuda or implementation == "s2train":
         kind: Kind = "documents" if documents else "later" if offset else "whole"
         implementation = choose_kernels(
-            kind, query, key, value, offset, bounds, implementation, backend, layout
+            kind, query, key, value, offset, bounds, implementation, call.backend, call.layout
         ).implementation
     if implementation == "fa4":
         deterministic = torch.are_deterministic_algorithms_enabled()
         scale = query.shape[-1] ** -0.5
         return fa4_attention(query, key, value, softmax_scale=scale, bounds=bounds, deterministic=deterministic)
     if documents or implementation == "s2train":
-        return _attend(layout, query, key, value, bounds, backend)
+        return _attend(call)
     return None
 
 
