@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..tiles import store_tile, strides
 
-_LEAST_STEPS = 16  # a tile with fewer of its own keeps them in its first pair
+_LEAST_STEPS = 16  # a tile with fewer that its neighbour lacks keeps them in its first pair
 _AT_ONCE = 16  # keys
 _SUM_COLUMNS = 5
 _COLUMNS = tl.constexpr(_SUM_COLUMNS)

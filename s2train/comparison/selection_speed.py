@@ -5,8 +5,8 @@ backward. `attention` is the sparse op alone with lists made before; `whole` is 
 selection, lists, losses and their gradients. The phases are forward passes alone: pooled queries, pooled keys, scores
 and selection, and the lists that the kernels read. `target` is the true probability of sampled queries. Dense
 attention: FlashAttention-4 where it is installed, and torch's cuDNN. `fla` is the MoBA of flash-linear-attention with
-as many blocks, where that and flash-attn are installed. Device times with the host ahead; the JSON is written after
-each case.
+the same number of blocks, where that and flash-attn are installed. Device times with the host ahead; the JSON is
+written after each case.
 
 Run it on one GPU: python -m s2train.comparison.selection_speed --output FILE.json
 """

@@ -65,7 +65,7 @@ def _check_examples(name: str, task: Any, fewshot: int | None) -> None:
         raise ConfigError("fewshot", fewshot, problem, "Leave fewshot out, or evaluate the other tasks by themselves")
     if not (count := (own or 0) if fewshot is None else fewshot):
         return
-    # A question is no example of its own.
+    # A question is no example for itself.
     is_tested = task.config.test_split is not None and task.fewshot_cfg.split == task.config.test_split
     there = len(list(task.fewshot_docs())) - is_tested
     if count > there:

@@ -29,7 +29,7 @@ from s2train.megatron.core_attention import CausalCoreAttention
 from s2train.megatron.setup import initialize, shutdown
 
 _TITLE_CHARACTERS = 60
-_CPU_IS_FULL = "can't allocate memory"  # torch has no exception of its own for this
+_CPU_IS_FULL = "can't allocate memory"  # torch raises a plain RuntimeError for this
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from s2train.study.variants import PHASES
 
 # Margins and factors were set before the runs of 300M tokens, and after those of the 40M tier.
 MARGIN = 0.02  # nats: "as good" means worse by less than this
-ONE_SEED = 2  # a difference of one seed alone must exceed the noise as many times
+ONE_SEED = 2  # a difference of one seed alone must exceed this multiple of the noise
 NOISE_KINDS = 2  # kinds with several seeds, of which the noise is known
 
 

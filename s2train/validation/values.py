@@ -148,7 +148,7 @@ def _check_optimizer(cfg: PretrainConfig) -> None:
         )
     if optim.decay_style != "WSD" and (given := optim.wsd_decay_tokens or optim.wsd_decay_steps):
         name = "optim.wsd_decay_steps" if optim.wsd_decay_tokens is None else "optim.wsd_decay_tokens"
-        problem = f"only WSD has a final decay of its own, and optim.decay_style={optim.decay_style}"
+        problem = f"only WSD has a separate final decay, and optim.decay_style={optim.decay_style}"
         raise ConfigError(name, given, problem, f"Set optim.decay_style=WSD, or {name}=null.")
     if optim.decay_style == "WSD":
         last, most = length(cfg, "optim.wsd_decay_steps"), decay_steps - optim.warmup_steps

@@ -24,7 +24,7 @@ SPILLED_BYTES, SPILLED_BYTES_PACKED = (32 if triton.__version__.startswith("3.6.
 SPILLED_BYTES_SPLIT = 64  # around the loops: where a program's sums go
 SPILLED_BYTES_128_QUERIES = 160  # around the loops
 # direction, dtype, head dimensions of q and v, block, causal, what the rows are ("whole" tiles, "offset", "packed";
-# "batched": whole, and each sequence has masks of its own; "split": whole, and programs share key tiles; "128
+# "batched": whole, and each sequence has separate masks; "split": whole, and programs share key tiles; "128
 # queries": whole, and steps of so many)
 CASES = [
     ("forward", "bfloat16", 128, 128, 128, True, "whole"),
