@@ -106,13 +106,15 @@ def describe_reach(cells: list[Cell]) -> str:
 
 
 def draw(variants: dict[str, dict[str, Any]], path: Path) -> None:
-    """Draw curves of all variants, and a heat map of each grid."""
+    """Draw curves of all variants, and a heat map of each grid; neither where there is none."""
     grids = {name: results_from(variant["grid"]) for name, variant in variants.items() if variant["grid"]}
     figure = Figure(figsize=(3.2 * max(2, len(variants)), 7), dpi=140, layout="constrained")
     FigureCanvasAgg(figure)
-    above, below = figure.subfigures(2, 1)
     lengths = sorted({point[1] for variant in variants.values() for point in variant["points"]})
-    for axes, length in zip(np.atleast_1d(above.subplots(1, max(1, len(lengths)))), lengths, strict=False):
+    rows = iter(np.atleast_1d(figure.subfigures(max(1, bool(lengths) + bool(grids)), 1)))
+    for axes, length in zip(
+        np.atleast_1d(next(rows).subplots(1, len(lengths))) if lengths else [], lengths, strict=True
+    ):
         for name, variant in variants.items():
             points = [point for point in variant["points"] if point[1] == length]
             if not points:
@@ -132,7 +134,8 @@ def draw(variants: dict[str, dict[str, Any]], path: Path) -> None:
         axes.set_xlim(left=0)
         axes.set_ylim(-3, 103)
         axes.legend(fontsize=7)
-    for axes, (name, grid) in zip(np.atleast_1d(below.subplots(1, max(1, len(grids)))), grids.items(), strict=False):
+    panels = np.atleast_1d(next(rows).subplots(1, len(grids))) if grids else []
+    for axes, (name, grid) in zip(panels, grids.items(), strict=True):
         share = {(cell.length, cell.depth): cell.correct / cell.trials for cell in grid.asked}
         values = [[share.get((length, depth), np.nan) for length in grid.lengths] for depth in grid.depths]
         axes.imshow(values, cmap=SCORE_COLOURS, vmin=0, vmax=1, aspect="auto")
