@@ -24,10 +24,12 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
-from ..hopper.backward_schedule import backward_schedule
+from ..hopper.backward_config import chosen_config
+from ..hopper.call_schedule import schedule_of_call
 from ..hopper.forward_schedule import forward_schedule
 from ..layout import BlockLayout
 from ..layout_builder import Rule
+from ..spec import AttentionSpec
 from .cases import Case, parse_case
 
 Record = dict[str, Any]
@@ -101,7 +103,9 @@ def measure_case(case: Case, device: torch.device, repeats: int) -> Record:
     lists: dict[str, Callable[[], object]] = {"columns by work": lambda: layout.columns_by_work(case.kv_heads)}
     if case.block >= 64:
         lists["forward work"] = lambda: forward_schedule(layout, causal=True, query_end=case.length, s_k=case.length)
-        lists["key pairs"] = lambda: backward_schedule(layout, case.kv_heads, case.length, case.length, 0, True)
+        sizes, spec = (case.kv_heads, case.length, case.length), AttentionSpec(1.0, True, 0, None, "sbhd")
+        options = chosen_config(layout, case.dim, *sizes[:2], spec).schedule
+        lists["key pairs"] = lambda: schedule_of_call(layout, *sizes, spec, options=options)
     for name, build_list in lists.items():
         record["builds"][name] = _cost(build_list, device, repeats, layout.cache.clear)
     return record

@@ -33,16 +33,15 @@ from ..forward import LOG2_E
 from ..part_sums import launch_of_sums, new_parts, s2_attention_bwd_kernel_add_parts
 from ..spec import AttentionSpec, empty, empty_bhsd
 from ..tiles import strides
-from ..topk_layout import Layout, TopKLayout
-from .backward_config import CONFIGS, HopperBackwardConfig
+from ..topk_layout import Layout
+from .backward_config import HopperBackwardConfig, check_config, chosen_config
 from .backward_rows import s2_attention_bwd_kernel_hopper_finish, s2_attention_bwd_kernel_hopper_prepare
-from .backward_schedule import DEFAULTS, BackwardSchedule, ScheduleOptions, backward_schedule
+from .backward_schedule import BackwardSchedule
+from .call_schedule import schedule_of_call
 from .launch import descriptor, launch
-from .packed_backward_schedule import packed_backward_schedule
 from .releases import async_load, async_store, reduce_add, reinterpret, thread_barrier
 from .shared_tiles import SharedTiles, launch_of_tiles, s2_attention_bwd_kernel_hopper_add_tiles
 from .support import fits_descriptor
-from .topk_backward_schedule import topk_backward_schedule
 
 TILE = gl.constexpr(64)  # keys of a warpgroup, queries of a step
 # A step has 32 bits: whether each warpgroup's keys need a mask (2 bits), query tile, head within the group.
@@ -491,19 +490,21 @@ def hopper_backward(
 
     `backward_choice` assigns them. With `spec.split_columns` programs may share a pair with many steps, but not in
     packed documents. Not deterministic: the last bits of dq differ between runs. Besides the gradients it needs
-    4 * b * h * s_q * d bytes of device memory to accumulate dq in float32: twice the size of q.
+    4 * b * h * s_q * d bytes of device memory to accumulate dq in float32, twice the size of q. Each program that
+    shares key tiles needs 1024 * d more. Without `config`, `chosen_config` decides.
 
     Packed documents: rows of a document are multiplied by zero in the tiles of its neighbours, so an infinite or NaN
     row makes these invalid too.
     """
     batch, num_heads, s_q, dim = q.shape
     num_kv_heads, s_k = k.shape[1:3]
-    config = config or CONFIGS[dim]
+    if config is None:
+        config = chosen_config(layout, dim, num_kv_heads, s_q, spec)
+    else:
+        check_config(config, layout, dim, spec)
     if not fits_descriptor(dout):  # for example an expanded one
         dout = dout.clone(memory_format=torch.contiguous_format)
     sequences = batch // layout.batch_size  # sequences that share a pair
-    if config.schedule.query_tile != TILE.value and (dim != 64 or layout.block_size < config.schedule.query_tile):
-        raise ValueError(f"{config} takes head dimension 64 and blocks of {config.schedule.query_tile} or more")
     schedule = schedule_of_call(layout, num_kv_heads, s_q, s_k, spec, sequences, config.schedule)
     packed = schedule.tiles is not None
     dq = empty_bhsd((batch, num_heads, s_q, dim), q, spec.format)
@@ -552,22 +553,6 @@ def hopper_backward(
 def _specialised(numbers: tuple[int, ...]) -> tuple[tuple[bool, ...], ...]:
     """Return the properties that Triton compiles for."""
     return tuple((n == 1, n % 16 == 0, n < 2**31) for n in numbers)
-
-
-def schedule_of_call(
-    layout: Layout, num_kv_heads: int, s_q: int, s_k: int, spec: AttentionSpec, sequences: int = 1,
-    options: ScheduleOptions = DEFAULTS,
-) -> BackwardSchedule:  # fmt: skip
-    """Return the main kernel's schedule; `sequences` share each pair."""
-    if options != DEFAULTS and (isinstance(layout, TopKLayout) or spec.cu_seqlens is not None):
-        raise ValueError(f"{options} takes a static layout and no packed documents")
-    if isinstance(layout, TopKLayout):
-        sizes = (num_kv_heads, s_q, s_k, spec.query_offset, spec.causal, spec.split_columns)
-        return layout.built(("backward_schedule", *sizes), lambda: topk_backward_schedule(layout, *sizes))
-    if spec.cu_seqlens is not None:
-        return packed_backward_schedule(layout, num_kv_heads, spec.cu_seqlens, s_k)
-    copies = sequences if spec.split_columns else 0
-    return backward_schedule(layout, num_kv_heads, s_q, s_k, spec.query_offset, spec.causal, copies, options)
 
 
 def launch_arguments(

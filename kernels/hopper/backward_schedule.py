@@ -16,18 +16,17 @@ from .shared_tiles import SharedTiles, divide, shared_tiles
 TILE = 64
 ACTIVE_BITS, QUERY_BITS = 2, 20
 _LENGTHS_KEPT = 8  # context parallel ranks alternate between two query ranges
-_CACHED_ROWS = 65536  # of q, dO and float32 dq, 1 kB each at head dimension 128: the L2 cache holds about half of them
 MAX_GROUP = 2 ** (31 - ACTIVE_BITS - QUERY_BITS)
 
 
 @dataclass(frozen=True)
 class ScheduleOptions:
-    """Choices for static layouts, off until they are measured.
+    """Choices for static layouts; `chosen_config` makes them.
 
     - ``second_pairs``: with blocks of 64 and grouped heads, divide the steps of key tiles with a long part of their own
-      over two pairs (`shared_tiles`); such schedules are not cut.
-    - ``by_query_head``: where a KV head's queries exceed the L2 cache, order programs by the query head that most of
-      their steps visit.
+      over two pairs (`shared_tiles`), unless pairs are cut.
+    - ``by_query_head``: with grouped heads, order programs by the query head that most of their steps visit, unless
+      they then end much later (`program_order`).
     - ``query_tile``: queries of a step, 64 or 128.
     """
 
@@ -36,7 +35,7 @@ class ScheduleOptions:
     query_tile: int = TILE
 
 
-DEFAULTS = ScheduleOptions()
+PLAIN = ScheduleOptions()
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class BackwardSchedule:
 
 def backward_schedule(
     layout: BlockLayout, num_kv_heads: int, s_q: int, s_k: int, query_offset: int, causal: bool, copies: int = 0,
-    options: ScheduleOptions = DEFAULTS,
+    options: ScheduleOptions = PLAIN,
 ) -> BackwardSchedule:  # fmt: skip
     """Build the pairs of every KV head.
 
@@ -83,10 +82,38 @@ def _build(
     layout: BlockLayout, num_kv_heads: int, s_q: int, s_k: int, query_offset: int, causal: bool, copies: int,
     options: ScheduleOptions,
 ) -> BackwardSchedule:  # fmt: skip
-    device = layout.device
     first_tile, end_tile = query_offset // options.query_tile, -(-(query_offset + s_q) // options.query_tile)
     tiles = options.query_tile // TILE
     first_tile, end_tile = first_tile * tiles, end_tile * tiles
+    limits = (first_tile, end_tile, s_k, causal)
+    members = layout.num_heads // num_kv_heads
+    second = options.second_pairs and layout.block_size == TILE and members > 1
+    cut = None
+    if copies or not second:
+        meta, steps = _pairs_of_heads(layout, num_kv_heads, *limits, replace(options, second_pairs=False))
+        cut = cut_pairs(meta, steps, copies) if copies else None
+    if cut is not None:
+        meta = cut[0]
+    elif second:
+        meta, steps = _pairs_of_heads(layout, num_kv_heads, *limits, options)
+    member = None
+    if options.by_query_head and members > 1:
+        member = _main_member(meta, steps, members, -(-s_k // TILE))
+    order = program_order(meta[:, 7] * num_kv_heads + meta[:, 0], meta[:, 5], member)
+    meta = meta[order]
+    parts: PairParts | SharedTiles | None = None
+    if cut is not None:
+        parts = replace(cut[1], slots=cut[1].slots[order])
+    elif second:
+        parts = shared_tiles(meta)
+    return BackwardSchedule(meta.to(torch.int32), steps, first_tile, end_tile - first_tile, parts=parts)
+
+
+def _pairs_of_heads(
+    layout: BlockLayout, num_kv_heads: int, first_tile: int, end_tile: int, s_k: int, causal: bool,
+    options: ScheduleOptions,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Build `meta` and `steps` of all KV heads, unordered."""
     groups = groups_of_patterns(layout, num_kv_heads)
     # KV heads with the same patterns share their steps; one at a time, to save memory
     metas: dict[tuple[int, ...], Tensor] = {}
@@ -102,26 +129,14 @@ def _build(
     if num_steps >= 2**31:
         raise ValueError(f"{num_steps} steps are too many for 32-bit indices: use larger blocks")
     meta = torch.cat([metas[group] for group in groups])
+    device = layout.device
     pairs = torch.tensor([len(metas[group]) for group in groups], device=device)
     number = torch.repeat_interleave(torch.arange(len(groups), device=device), pairs, output_size=len(meta))
     meta[:, 0] = number % num_kv_heads
     meta[:, 7] = number // num_kv_heads
     steps = torch.cat(of_groups)
     meta[:, 6] = steps[meta[:, 3]]
-    cut = cut_pairs(meta, steps, copies) if copies and not options.second_pairs else None
-    meta, parts = (meta, None) if cut is None else cut
-    members = len(groups[0])
-    member = None
-    if options.by_query_head and members > 1 and members * s_q > _CACHED_ROWS:
-        member = _main_member(meta, steps, members, -(-s_k // TILE))
-    order = program_order(meta[:, 7] * num_kv_heads + meta[:, 0], meta[:, 5], member)
-    if parts is not None:
-        parts = replace(parts, slots=parts.slots[order])
-    meta = meta[order]
-    return BackwardSchedule(
-        meta.to(torch.int32), steps, first_tile, end_tile - first_tile,
-        parts=shared_tiles(meta) if options.second_pairs else parts,
-    )  # fmt: skip
+    return meta, steps
 
 
 def _main_member(meta: Tensor, steps: Tensor, group: int, num_key_tiles: int) -> Tensor:

@@ -28,9 +28,8 @@ from ..layout import BlockLayout
 from ..spec import AttentionSpec, to_bhsd
 from ..workers import run_tasks, serve
 from .backward import hopper_backward
-from .backward_config import CONFIGS as BACKWARD_CONFIGS
-from .backward_config import HopperBackwardConfig
-from .backward_schedule import ScheduleOptions
+from .backward_config import HopperBackwardConfig, chosen_config, config_of
+from .backward_schedule import PLAIN, ScheduleOptions
 from .forward import CONFIGS, HopperConfig, hopper_forward
 
 _SECONDS = 60.0  # time limit of an item
@@ -49,17 +48,19 @@ _BACKWARD_VARIANTS: dict[str, HopperBackwardConfig | None] = {
     },
     "portable": None,
 }
-# Changes to the backward's default; kernels/NOTES.md says what each brings. The default comes first and last, so that a
-# drift of the GPU's clock shows.
-_CANDIDATES: dict[str, dict[str, Any]] = {
-    "default": {},
-    "128 queries": {"stages": 2, "schedule": ScheduleOptions(query_tile=128)},
-    "second pairs": {"schedule": ScheduleOptions(second_pairs=True)},
-    "by query head": {"schedule": ScheduleOptions(by_query_head=True)},
-    "second, by head": {"schedule": ScheduleOptions(second_pairs=True, by_query_head=True)},
-    "default, again": {},
+# Choices for the backward; kernels/NOTES.md says what each brings. The plain settings come first and last, so that a
+# drift of the GPU's clock shows; before the last, what a call without explicit settings gets.
+_CANDIDATES: dict[str, ScheduleOptions | None] = {
+    "plain": PLAIN,
+    "128 queries": ScheduleOptions(query_tile=128),
+    "second pairs": ScheduleOptions(second_pairs=True),
+    "by query head": ScheduleOptions(by_query_head=True),
+    "second, by head": ScheduleOptions(second_pairs=True, by_query_head=True),
+    "128, by head": ScheduleOptions(query_tile=128, by_query_head=True),
+    "chosen": None,
+    "plain, again": PLAIN,
 }
-_PLAIN = spec.empty
+_EMPTY = spec.empty
 _LOCAL = {128: 8, 64: 16}
 _STRIDE = 16
 _HEADS = 32
@@ -90,11 +91,14 @@ class Item:
         """The forward's; None: the portable kernel."""
         return _VARIANTS[self.variant]
 
-    @property
-    def backward_config(self) -> HopperBackwardConfig | None:
-        if self.candidate:
-            return replace(BACKWARD_CONFIGS[self.dim], **_CANDIDATES[self.variant])
-        return _BACKWARD_VARIANTS[self.variant]
+    def backward_config(self, layout: BlockLayout, s_q: int, settings: AttentionSpec) -> HopperBackwardConfig | None:
+        """Return the backward's; None: the portable kernels."""
+        if not self.candidate:
+            return _BACKWARD_VARIANTS[self.variant]
+        options = _CANDIDATES[self.variant]
+        if options is None:
+            return chosen_config(layout, self.dim, self.kv_heads, s_q, settings)
+        return config_of(self.dim, options)
 
     @property
     def problem(self) -> str:
@@ -109,7 +113,7 @@ def main() -> int:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--backward", action="store_true", help="variants of the backward")
     which.add_argument(
-        "--candidates", action="store_true", help="changes to the backward's default, in the cases that they are for"
+        "--candidates", action="store_true", help="the backward's choices beside plain settings, where they apply"
     )
     parser.add_argument("--jobs", type=int, default=min(12, os.cpu_count() or 1), help="processes that compile")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -169,9 +173,11 @@ def _backward_items(lengths: list[int]) -> list[Item]:
 
 
 def _candidate_items(lengths: list[int]) -> list[Item]:
-    """Return candidates beside the default, by problem."""
+    """Return candidates and the choice between plain settings, by problem."""
     problems = {
         (_HEADS, 64, 128): ["128 queries"],
+        (8, 64, 128): ["128 queries", "by query head", "128, by head"],
+        (8, 64, 64): ["second pairs", "by query head", "second, by head"],
         (8, 128, 64): ["second pairs", "by query head", "second, by head"],
         (8, 128, 128): ["by query head"],
     }
@@ -179,7 +185,7 @@ def _candidate_items(lengths: list[int]) -> list[Item]:
         Item(variant, length, block, kv_heads, dim, backward=True, candidate=True)
         for length in lengths
         for (kv_heads, dim, block), variants in problems.items()
-        for variant in ("default", *variants, "default, again")
+        for variant in ("plain", *variants, "chosen", "plain, again")
     ]
 
 
@@ -236,14 +242,14 @@ def _run_item(item: Item, problems: dict[Any, Problem]) -> dict[str, Any]:
     if not row["ok"]:
         return row | {"error": f"wrong: out {errors}, lse {lse_error:.1e}, complete {complete}"}
     if item.length:
-        spec.empty = _PLAIN
+        spec.empty = _EMPTY
         ms = triton.testing.do_bench(run, warmup=40, rep=item.milliseconds, return_mode="median")
         row |= {"ms": ms, "tflops": p.flops / ms / 1e9}
     return row
 
 
 def _run_backward(item: Item, p: Problem, settings: AttentionSpec) -> dict[str, Any]:
-    config = item.backward_config
+    config = item.backward_config(p.layout, p.q.shape[2], settings)
     out, lse = forward(p.q, p.k, p.v, p.layout, settings)
     dout = torch.randn_like(out)
     arguments = (p.q, p.k, p.v, out, lse, dout, None, p.layout, settings)
@@ -253,12 +259,14 @@ def _run_backward(item: Item, p: Problem, settings: AttentionSpec) -> dict[str, 
 
     expected = [x.float() for x in backward(*arguments)]
     errors = [((x.float() - y).norm() / y.norm()).item() for x, y in zip(run(), expected, strict=True)]
-    row = {"problem": item.problem, "variant": item.variant, "error": max(errors)}
+    row: dict[str, Any] = {"problem": item.problem, "variant": item.variant, "error": max(errors)}
+    if config is not None:
+        row |= {"stages": config.stages} | asdict(config.schedule)
     row["ok"] = all(error < 6e-3 for error in errors)
     if not row["ok"]:
         return row | {"error": f"wrong: dq, dk, dv {errors}"}
     if item.length:
-        spec.empty = _PLAIN
+        spec.empty = _EMPTY
         ms = triton.testing.do_bench(run, warmup=40, rep=item.milliseconds, return_mode="median")
         row |= {"ms": ms, "tflops": 2.5 * p.flops / ms / 1e9}
     return row

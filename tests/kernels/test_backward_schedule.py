@@ -3,16 +3,16 @@
 import pytest
 import torch
 from s2train.kernels import BlockLayout
-from s2train.kernels.hopper import backward_schedule as schedule_module
-from s2train.kernels.hopper import shared_tiles
+from s2train.kernels.hopper import pair_parts, shared_tiles
 from s2train.kernels.hopper.backward_schedule import (
     ACTIVE_BITS,
-    DEFAULTS,
+    PLAIN,
     QUERY_BITS,
     TILE,
     ScheduleOptions,
     backward_schedule,
 )
+from s2train.kernels.hopper.pair_parts import PairParts
 from s2train.kernels.hopper.shared_tiles import SharedTiles
 from s2train.kernels.token_mask import token_mask
 
@@ -20,13 +20,14 @@ from s2train.kernels.token_mask import token_mask
 @pytest.mark.parametrize(
     ("block", "heads", "kv_heads", "s_q", "s_k", "offset", "causal", "keep", "options"),
     [
-        (64, 2, 1, 200, 200, 0, True, 0.4, DEFAULTS),
-        (128, 2, 2, 300, 300, 0, True, 0.4, DEFAULTS),
-        (64, 2, 2, 100, 230, 150, True, 0.4, DEFAULTS),
-        (128, 2, 1, 130, 150, 0, False, 0.4, DEFAULTS),
-        (256, 1, 1, 300, 300, 0, True, 0.9, DEFAULTS),
-        (64, 2, 1, 200, 90, 0, True, 0.05, DEFAULTS),
+        (64, 2, 1, 200, 200, 0, True, 0.4, PLAIN),
+        (128, 2, 2, 300, 300, 0, True, 0.4, PLAIN),
+        (64, 2, 2, 100, 230, 150, True, 0.4, PLAIN),
+        (128, 2, 1, 130, 150, 0, False, 0.4, PLAIN),
+        (256, 1, 1, 300, 300, 0, True, 0.9, PLAIN),
+        (64, 2, 1, 200, 90, 0, True, 0.05, PLAIN),
         (128, 2, 1, 300, 300, 70, True, 0.4, ScheduleOptions(query_tile=128)),
+        (128, 4, 2, 300, 400, 70, True, 0.4, ScheduleOptions(query_tile=128, by_query_head=True)),
         (64, 4, 2, 900, 850, 70, True, 0.5, ScheduleOptions(second_pairs=True)),
         (64, 4, 2, 800, 900, 200, True, 0.6, ScheduleOptions(second_pairs=True, by_query_head=True)),
     ],
@@ -35,7 +36,6 @@ def test_steps_cover_the_mask_once(
     block: int, heads: int, kv_heads: int, s_q: int, s_k: int, offset: int, causal: bool, keep: float,
     options: ScheduleOptions, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(schedule_module, "_CACHED_ROWS", 0)
     monkeypatch.setattr(shared_tiles, "_LEAST_STEPS", 1)
     blocks = -(-(offset + s_q) // block), -(-s_k // block)
     layout = BlockLayout.from_mask(torch.rand(heads, *blocks) < keep, block)
@@ -103,6 +103,35 @@ def test_second_partners_leave_few_steps_with_one_tile() -> None:
     stored = schedule.meta[~with_slot][:, [0, 1, 0, 2]].reshape(-1, 2).tolist()
     added = torch.stack([schedule.parts.sums[:, 2], schedule.parts.sums[:, 4] // TILE], 1).tolist()
     assert sorted(stored + added) == [[kv, tile] for kv in range(4) for tile in range(length // TILE)]
+
+
+@pytest.mark.parametrize(("multiprocessors", "is_cut"), [(8, False), (132, True)])
+def test_pairs_that_are_cut_have_no_second_partners(
+    multiprocessors: int, is_cut: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pair_parts, "multiprocessors", lambda device: multiprocessors)
+    length, options = 8192, ScheduleOptions(second_pairs=True)
+    layout = local_and_vertical(16, 4, True, length)
+    plain, second, whole = (
+        backward_schedule(layout, 4, length, length, 0, True, copies, x)
+        for copies, x in ((1, PLAIN), (1, options), (0, options))
+    )
+    assert isinstance(whole.parts, SharedTiles)
+    expected = plain if is_cut else whole
+    assert isinstance(second.parts, PairParts) == is_cut
+    assert second.meta.equal(expected.meta)
+
+
+def test_ordering_by_query_head_changes_only_the_order() -> None:
+    length = 8192
+    layout = local_and_vertical(16, 4, True, length)
+    plain, ordered = (
+        backward_schedule(layout, 4, length, length, 0, True, options=ScheduleOptions(by_query_head=x))
+        for x in (False, True)
+    )
+    assert ordered.steps.equal(plain.steps)
+    assert not ordered.meta.equal(plain.meta)
+    assert ordered.meta.unique(dim=0).equal(plain.meta.unique(dim=0))
 
 
 def test_masks_without_an_order_cost_no_more_than_neighbours_as_they_lie() -> None:

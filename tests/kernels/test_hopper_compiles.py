@@ -127,15 +127,13 @@ def compiled_backward(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, spec
         ENTRY_REGISTERS,
         launch_arguments,
         s2_attention_bwd_kernel_hopper,
-        schedule_of_call,
     )
-    from s2train.kernels.hopper.backward_config import CONFIGS
+    from s2train.kernels.hopper.backward_config import config_of
     from s2train.kernels.hopper.backward_schedule import ScheduleOptions
+    from s2train.kernels.hopper.call_schedule import schedule_of_call
     from s2train.kernels.hopper.pair_parts import PairParts
 
-    config = CONFIGS[q.shape[3]]
-    if rows == "128 queries":
-        config = replace(config, stages=2, schedule=ScheduleOptions(query_tile=128))
+    config = config_of(q.shape[3], ScheduleOptions(query_tile=128 if rows == "128 queries" else 64))
     schedule = schedule_of_call(layout, 2, 256, 256, spec, 1, config.schedule)
     parts = None
     if spec.split_columns:

@@ -1,22 +1,39 @@
 """What `s2train.kernels.hopper.tune --candidates` times."""
 
 import pytest
+import torch
+from s2train.kernels import BlockLayout
+from s2train.kernels.spec import AttentionSpec
 
 tune = pytest.importorskip("s2train.kernels.hopper.tune", reason="needs Triton's Gluon")
+SPEC = AttentionSpec(1.0, True, 0, None, "sbhd")
 
 
-def test_candidates_stand_between_two_runs_of_the_default() -> None:
-    items = tune._candidate_items([32768])
-    by_problem: dict[str, list[str]] = {}
-    for item in items:
-        by_problem.setdefault(item.problem, []).append(item.variant)
-    for variants in by_problem.values():
-        assert (variants[0], variants[-1]) == ("default", "default, again")
-        assert len(variants) == len(set(variants)) > 2
-    assert {variant for variants in by_problem.values() for variant in variants} == set(tune._CANDIDATES)
+def configs(length: int) -> dict[str, dict[str, object]]:
+    """Each problem's settings by variant, in the order in which they are timed."""
+    found: dict[str, dict[str, object]] = {}
+    for item in tune._candidate_items([length]):
+        layout = BlockLayout.from_mask(torch.ones(32, 1, 1) > 0, item.block)
+        found.setdefault(item.problem, {})[item.variant] = item.backward_config(layout, length, SPEC)
+    return found
 
 
-def test_only_candidates_differ_from_the_default() -> None:
-    for item in tune._candidate_items([32768]):
-        default = tune.BACKWARD_CONFIGS[item.dim]
-        assert (item.backward_config == default) == item.variant.startswith("default")
+def test_candidates_stand_between_two_runs_of_plain_settings() -> None:
+    problems = configs(32768)
+    for variants in problems.values():
+        names = list(variants)
+        assert (names[0], names[-2:]) == ("plain", ["chosen", "plain, again"])
+        assert len(names) > 3
+    assert {variant for variants in problems.values() for variant in variants} == set(tune._CANDIDATES)
+
+
+def test_only_candidates_differ_from_plain_settings() -> None:
+    for variants in configs(32768).values():
+        for name, config in variants.items():
+            assert (config == variants["plain"]) == name.startswith("plain") or name == "chosen"
+
+
+@pytest.mark.parametrize("length", [32768, 131072])
+def test_what_is_chosen_is_timed_by_its_name_too(length: int) -> None:
+    for variants in configs(length).values():
+        assert variants["chosen"] in [config for name, config in variants.items() if name != "chosen"]
