@@ -106,8 +106,10 @@ def _check_line(row: dict[str, Any]) -> str:
     if "error" in row:
         return f"{verdict} {row['case']:<44} {row['error']}"
     errors = "  ".join(f"{name} {row[name][0]:.1e}/{row[name][1]:.1e}" for name in _SUMMARY)
+    choices = f"  [{row['choices']}]" if row["choices"] else ""
     return (
         f"{verdict} {row['case']:<44} {row['forward']:<6} {row['backward']:<6} {errors}  (relative error, kernel/torch)"
+        f"{choices}"
     )
 
 

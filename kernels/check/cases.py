@@ -40,6 +40,9 @@ class Case:
     portable: bool = False  # the portable kernels on every GPU
     sink: bool = False  # every query keeps the first block
     split: bool = False  # split long columns over programs
+    # > 0: every head keeps a window of 512 keys and every n-th block, head h from an offset of h
+    stripes: int = 0
+    oracle_rows: int = 0  # > 0: so many rows of the oracle at a time, to save memory
 
 
 @dataclass(frozen=True)
@@ -175,7 +178,10 @@ def _cases() -> list[Case]:
     return [
         *cases,
         *_run_time_cases(),
+        *_cases_of_128_queries(),
         *_split_cases(),
+        *_second_pair_cases(),
+        *_long_cases(),
         Case("packed, 200 documents, MQA, Hopper", documents=(3, 40, 0, 17, 5) * 40, kv_heads=1, hopper_forward=True),
         Case("GQA 16/4 block 64, 3000 rows", heads=16, kv_heads=4, s_q=3000, keep=0.2),
         Case("large gradients, float16", dtype="float16", block=128, dout_scale=100.0),
@@ -213,6 +219,60 @@ def _run_time_cases() -> list[Case]:
     ]
 
 
+def _cases_of_128_queries() -> list[Case]:
+    """Return cases whose backward has steps of 128 queries."""
+    cases = []
+    for block in (128, 256):
+        name = f"128 queries, block {block}"
+        plain = Case(name, block=block, dim=64, s_q=2049)
+        cases += [
+            plain,
+            replace(plain, name=f"{name}, float16", dtype="float16"),
+            replace(plain, name=f"{name}, MHA, 63 rows", kv_heads=8, s_q=63),
+            replace(
+                plain, name=f"{name}, batch 2, offset 301, bshd", batch=2, query_offset=301, s_q=700, format="bshd"
+            ),
+            replace(plain, name=f"{name}, offset 128, bhsd", query_offset=128, s_q=513, format="bhsd"),
+            replace(plain, name=f"{name}, more keys, not causal", s_q=333, s_k=1200, causal=False),
+            replace(plain, name=f"{name}, fewer keys, not causal", s_q=1200, s_k=333, query_offset=65, causal=False),
+            replace(plain, name=f"{name}, fewer keys than rows", s_q=1000, s_k=500),
+            replace(plain, name=f"{name}, mostly empty rows", keep=0.05),
+            replace(
+                plain, name=f"{name}, all kept, fused q, k, v", keep=1.0, fused=True, kv_heads=8, batch=2, s_q=1025
+            ),
+            replace(plain, name=f"{name}, gradient of lse alone", gradients="lse"),
+            replace(plain, name=f"{name}, masks of each sequence", batch=3, layout="static batch", s_q=900),
+            replace(plain, name=f"{name}, split", heads=4, kv_heads=1, s_q=6001, keep=0.03, sink=True, split=True),
+        ]
+    return [
+        *cases,
+        replace(plain, name="128 queries, equal in two runs (portable)", deterministic=True),
+        replace(plain, name="128 queries, large gradients, float16", dtype="float16", dout_scale=100.0),
+    ]
+
+
+def _long_cases() -> list[Case]:
+    """Return cases whose backward orders its programs by query head.
+
+    A KV head's members have more than 262,144 rows of queries.
+    """
+    name = "by query head, block 128"
+    plain = Case(name, heads=32, kv_heads=4, block=128, s_q=32801, keep=0.0, stripes=32, oracle_rows=64)
+    second = replace(plain, name="by query head, second pairs", block=64)
+    fewer = replace(plain, heads=16, kv_heads=1, s_q=16401, oracle_rows=256)
+    return [
+        plain,
+        second,
+        replace(second, name="by query head, second pairs, float16, d 64", dtype="float16", dim=64),
+        replace(fewer, name=f"{name}, MQA, float16, offset 301", dtype="float16", query_offset=301),
+        replace(fewer, name=f"{name}, MQA, 128 queries", dim=64),
+        replace(fewer, name=f"{name}, MQA, batch 2, bshd", batch=2, format="bshd"),
+        replace(plain, name=f"{name}, split", sink=True, split=True),
+        replace(fewer, name=f"{name}, MQA, fewer keys than rows", s_k=3001),
+        replace(fewer, name=f"{name}, MQA, equal in two runs (portable)", s_k=3001, deterministic=True),
+    ]
+
+
 def _split_cases() -> list[Case]:
     """Return cases whose first column has several programs.
 
@@ -243,13 +303,42 @@ def _split_cases() -> list[Case]:
     ]
 
 
+def _second_pair_cases() -> list[Case]:
+    """Return cases in which key tiles have second partners in the backward."""
+    name = "second pairs, 32/8 heads"
+    plain = Case(name, heads=32, kv_heads=8, s_q=2049, keep=0.02, stripes=8)
+    fewer = replace(plain, heads=8, kv_heads=2)
+    return [
+        plain,
+        replace(plain, name=f"{name}, float16", dtype="float16"),
+        replace(plain, name=f"{name}, d 64", dim=64),
+        replace(plain, name=f"{name}, split, none is cut", split=True),
+        replace(fewer, name="second pairs, float16, d 64", dtype="float16", dim=64),
+        replace(fewer, name="second pairs, MQA, 3001 rows", kv_heads=1, s_q=3001),
+        replace(fewer, name="second pairs, random blocks", stripes=0, keep=0.3, s_q=3000),
+        replace(fewer, name="second pairs, mostly empty rows", stripes=0, keep=0.1, kv_heads=1, s_q=4001),
+        replace(fewer, name="second pairs, batch 2, offset 301, bshd", batch=2, query_offset=301, format="bshd"),
+        replace(fewer, name="second pairs, offset 65, more keys, bhsd", query_offset=65, s_k=2500, format="bhsd"),
+        replace(fewer, name="second pairs, not causal, fewer keys", s_k=1301, causal=False),
+        replace(fewer, name="second pairs, masks of each sequence", batch=3, layout="static batch", keep=0.2),
+        replace(fewer, name="second pairs, gradient of lse alone", gradients="lse"),
+        replace(fewer, name="second pairs, large gradients, float16", dtype="float16", dout_scale=100.0),
+        replace(fewer, name="second pairs, equal in two runs (portable)", deterministic=True),
+        replace(
+            fewer, name="second pairs, split, one column is cut", heads=4, kv_heads=1, s_q=6001, sink=True, split=True
+        ),
+    ]
+
+
 CASES = {case.name: case for case in _cases()}
 _QUICK = (
     "bfloat16 block 64 d 128", "bfloat16 block 128 d 128", "bfloat16 block 16 d 128", "float32 block 64 d 128",
     "length 2049 block 128", "offset 777 block 128", "offset 256, block 128, batch 2", "deterministic",
     "packed block 64", "bfloat16 block 64 d 80", "bfloat16 block 128 d 64, packed",
     "float16 block 64 d 128, MHA, 1500 rows", "offset 65, block 128, Hopper",
+    "second pairs, 32/8 heads",
     "top-k, block 128", "top-k shared, block 64, batch 3", "masks of each sequence, block 128",
+    "128 queries, block 128",
     "packed, uneven, block 64, d 128, Hopper", "packed, uneven, block 128, d 64, Hopper",
 )  # fmt: skip
 

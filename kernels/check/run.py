@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..attention import Backend, block_sparse_attention
+from ..hopper.backward_config import chosen_config
 from ..hopper.support import backward_choice, is_hopper, kernel_choice
 from ..layout import BlockLayout
 from ..reference import reference_attention
@@ -84,12 +85,22 @@ def _layout(case: Case, n_q: int, n_k: int, device: torch.device) -> Layout:
         batch = (case.batch,) if case.layout == "static batch" else ()
         mask = torch.rand(*batch, case.heads, n_q, n_k, device=device) < case.keep
         mask[..., 0] |= case.sink
+        if case.stripes:
+            mask |= _stripes(case, n_q, n_k, device)
         return BlockLayout.from_mask(mask, case.block)
     lists = case.heads if case.layout == "top-k" else case.kv_heads
     indices = random_indices(case.batch, lists, n_q, n_k, case.keep, device)
     if case.sink:
         indices[..., -1] = 0
     return TopKLayout.from_indices(indices, case.block, num_heads=case.heads, num_key_blocks=n_k)
+
+
+def _stripes(case: Case, n_q: int, n_k: int, device: torch.device) -> Tensor:
+    """Build the bool mask [heads, n_q, n_k] of local windows and stripes."""
+    key, head = torch.arange(n_k, device=device), torch.arange(case.heads, device=device)
+    distance = torch.arange(n_q, device=device)[:, None] - key
+    window = (distance >= 0) & (distance < -(-512 // case.block))
+    return window | ((key + 1 + head[:, None]) % case.stripes == 0)[:, None]
 
 
 def check_case(case: Case, device: torch.device) -> dict[str, Any]:
@@ -116,8 +127,8 @@ def check_case(case: Case, device: torch.device) -> dict[str, Any]:
     shape_options = {name: value for name, value in options.items() if name not in ("backend", "split_columns")}
 
     def reference(dtype: torch.dtype) -> list[Tensor]:
-        cast = [x.detach().to(dtype).requires_grad_() for x in inputs]
-        return _results(*reference_attention(cast[0], cast[1], cast[2], layout, **shape_options), cast, dout, dlse)
+        cast = [x.detach().to(dtype) for x in inputs]
+        return _reference(case, cast, layout, shape_options, dout, dlse)
 
     plain, exact = reference(q.dtype), reference(torch.float64)
     result = kernels | compare(measured, plain, exact)
@@ -138,6 +149,37 @@ def check_case(case: Case, device: torch.device) -> dict[str, Any]:
     return result
 
 
+def _reference(
+    case: Case, inputs: list[Tensor], layout: Layout, options: dict[str, Any], dout: Tensor | None, dlse: Tensor | None
+) -> list[Tensor]:
+    """Compute `_results` of the oracle, in the inputs' dtype.
+
+    `case.oracle_rows` are computed at a time; their dk and dv are added in float64.
+    """
+    q, k, v = inputs
+    axis = case.format.index("s")
+    length = q.shape[axis]
+    rows = case.oracle_rows or length
+    of_rows: list[list[Tensor]] = []
+    of_keys: list[Tensor] = []
+    for first in range(0, max(length, 1), rows):
+        count = min(rows, length - first)
+        leaves = [x.detach().requires_grad_() for x in (q.narrow(axis, first, count), k, v)]
+        at = options | {"query_offset": case.query_offset + first}
+        given = (
+            None if dout is None else dout.narrow(axis, first, count),
+            None if dlse is None else dlse.narrow(-1, first, count),
+        )
+        *found, dk, dv = _results(
+            *reference_attention(leaves[0], leaves[1], leaves[2], layout, **at), leaves, *given
+        )  # fmt: skip
+        of_rows.append(found)
+        grads = [dk.double(), dv.double()]
+        of_keys = [x + y for x, y in zip(grads, of_keys, strict=True)] if of_keys else grads
+    out, lse, dq = (torch.cat(x, d) for x, d in zip(zip(*of_rows, strict=True), (axis, -1, axis), strict=True))
+    return [out, lse, dq, *(x.to(k.dtype) for x in of_keys)]
+
+
 @contextmanager
 def _deterministic(enabled: bool) -> Iterator[None]:
     before = torch.are_deterministic_algorithms_enabled()
@@ -152,12 +194,38 @@ def kernels_run(
     q: Tensor, k: Tensor, v: Tensor, layout: Layout, *, causal: bool = True, query_offset: int = 0,
     cu_seqlens: Tensor | None = None, format: Format = "sbhd", backend: Backend = "triton", split_columns: bool = False,
 ) -> dict[str, str]:  # fmt: skip
-    """Return which kernels run forward and backward."""
+    """Return which kernels run forward and backward.
+
+    "choices" are those of Hopper's backward.
+    """
     if backend == "portable":
-        return {"forward": "triton", "backward": "triton"}
-    spec = AttentionSpec(1.0, causal, query_offset, cu_seqlens, format)
+        return {"forward": "triton", "backward": "triton", "choices": ""}
+    spec = AttentionSpec(1.0, causal, query_offset, cu_seqlens, format, split_columns=split_columns)
     arguments = (to_bhsd(q, format), to_bhsd(k, format), to_bhsd(v, format), layout, spec)
-    return {"forward": kernel_choice(*arguments), "backward": backward_choice(*arguments)}
+    backward = backward_choice(*arguments)
+    choices = backward_choices(*arguments) if backward == "hopper" else ""
+    return {"forward": kernel_choice(*arguments), "backward": backward, "choices": choices}
+
+
+def backward_choices(q: Tensor, k: Tensor, v: Tensor, layout: Layout, spec: AttentionSpec) -> str:
+    """Name the choices of Hopper's backward that differ from plain settings.
+
+    Tensors are views [b, h, s, d].
+    """
+    from ..hopper.call_schedule import schedule_of_call
+    from ..hopper.pair_parts import PairParts
+    from ..hopper.shared_tiles import SharedTiles
+
+    (batch, _, s_q, dim), (_, num_kv_heads, s_k, _) = q.shape, k.shape
+    options = chosen_config(layout, dim, num_kv_heads, s_q, spec).schedule
+    schedule = schedule_of_call(layout, num_kv_heads, s_q, s_k, spec, batch // layout.batch_size, options)
+    found = {
+        f"{options.query_tile} queries": options.query_tile > 64,
+        "second pairs": isinstance(schedule.parts, SharedTiles),
+        "cut": isinstance(schedule.parts, PairParts),
+        "by query head": options.by_query_head,
+    }
+    return ", ".join(name for name, is_chosen in found.items() if is_chosen)
 
 
 def time_case(case: Timing) -> dict[str, Any]:
@@ -201,7 +269,7 @@ def time_case(case: Timing) -> dict[str, Any]:
 
     dense_out, dense_dout = dense(), dout.permute(1, 2, 0, 3).contiguous()
     return checked | {
-        **kernels_run(q, k, v, layout),
+        **kernels_run(q, k, v, layout, split_columns=True),
         "forward_ms": forward_ms,
         "backward_ms": backward_ms,
         "forward_tflops": flops / forward_ms / 1e9,

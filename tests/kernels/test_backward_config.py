@@ -3,6 +3,7 @@
 import pytest
 import torch
 from s2train.kernels import BlockLayout, TopKLayout
+from s2train.kernels.check.cases import CASES, case_names
 from s2train.kernels.hopper.backward_config import HopperBackwardConfig, check_config, chosen_config, config_of
 from s2train.kernels.hopper.backward_schedule import ScheduleOptions
 from s2train.kernels.spec import AttentionSpec
@@ -22,6 +23,13 @@ def static(block: int, heads: int = 32) -> BlockLayout:
 
 def chosen(block: int, dim: int = 128, kv_heads: int = 8, length: int = 32 * K) -> HopperBackwardConfig:
     return chosen_config(static(block), dim, kv_heads, length, spec())
+
+
+def options_of_cases(words: str) -> list[ScheduleOptions]:
+    """What the cases of `s2train.kernels.check` get whose names contain these words."""
+    cases = [CASES[name] for name in case_names(False, [words])]
+    assert cases
+    return [chosen_config(static(x.block, x.heads), x.dim, x.kv_heads, x.s_q, spec()).schedule for x in cases]
 
 
 @pytest.mark.parametrize("dim", [64, 128])

@@ -22,12 +22,24 @@ SMALL = {"s_q": 40, "dim": 16, "heads": 2, "kv_heads": 1, "block": 16}
 def test_right_kernels_pass(name: str, device: torch.device) -> None:
     result = check_case(replace(CASES[name], **SMALL), device)
     assert result["ok"]
-    assert (result["forward"], result["backward"]) == ("triton", "triton")
+    assert (result["forward"], result["backward"], result["choices"]) == ("triton", "triton", "")
 
 
 @pytest.mark.usefixtures("poisoned")
 def test_views_of_a_fused_projection_pass(device: torch.device) -> None:
     assert check_case(replace(CASES["fused q, k, v, block 64"], **SMALL | {"kv_heads": 2}), device)["ok"]
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_an_oracle_by_parts_agrees_with_the_whole_one(device: torch.device) -> None:
+    case = replace(CASES["offset 777 block 128"], **SMALL | {"query_offset": 7, "dtype": "float32", "batch": 2})
+    found = []
+    for rows in (0, 16):
+        torch.manual_seed(0)
+        found.append(check_case(replace(case, oracle_rows=rows), device))
+        assert found[-1]["ok"]
+    for name in ("out", "lse", "dq", "dk", "dv"):
+        assert found[0][name][0] == pytest.approx(found[1][name][0], rel=1e-3)
 
 
 def test_wrong_results_fail(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -170,4 +170,4 @@ def test_cases_run(name: str) -> None:
     case = sanitize_cases.CASES[name]
     kernels = sanitize_cases.run(case, torch.device("cpu"))
     torch.use_deterministic_algorithms(False)
-    assert set(kernels) == {"forward", "backward"}
+    assert set(kernels) == {"forward", "backward", "choices"}
