@@ -48,7 +48,7 @@ def chosen_config(
         ScheduleOptions(
             # half of the barriers and fewer operands from shared memory: 381 / 419 to 407 / 454 at dimension 64;
             # 128 has no registers for it
-            query_tile=TILE,
+            query_tile=2 * TILE if dim == 64 and layout.block_size >= 2 * TILE else TILE,
             # members keep different columns beside the same window: 442 / 496 to 474 / 506 with 8 KV heads; blocks of
             # 128 hold both tiles of a pair
             second_pairs=False,

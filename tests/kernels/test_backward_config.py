@@ -39,6 +39,16 @@ def test_lists_made_at_run_time_get_plain_settings(block: int, dim: int) -> None
     assert chosen_config(layout, dim, 8, 128 * K, spec()) == config_of(dim)
 
 
+@pytest.mark.parametrize("block", [64, 128, 256])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_a_step_has_128_queries_at_dimension_64_in_large_blocks(block: int, dim: int) -> None:
+    config = chosen(block, dim)
+    larger = dim == 64 and block >= 128
+    assert config.schedule.query_tile == (128 if larger else 64)
+    assert config.stages == (2 if larger else config_of(dim).stages)
+    assert {x.query_tile for x in options_of_cases("128 queries")} == {128}
+
+
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("block", [64, 128])
 def test_packed_documents_get_plain_settings(block: int, dim: int) -> None:

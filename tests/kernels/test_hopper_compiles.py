@@ -25,7 +25,7 @@ SPILLED_BYTES_SPLIT = 64  # around the loops: where a program's sums go
 SPILLED_BYTES_128_QUERIES = 160  # around the loops
 # direction, dtype, head dimensions of q and v, block, causal, what the rows are ("whole" tiles, "offset", "packed";
 # "batched": whole, and each sequence has separate masks; "split": whole, and programs share key tiles; "128
-# queries": whole, and steps of so many)
+# queries": whole, and steps of so many; or both)
 CASES = [
     ("forward", "bfloat16", 128, 128, 128, True, "whole"),
     ("forward", "bfloat16", 128, 128, 64, True, "whole"),
@@ -59,6 +59,8 @@ CASES = [
     ("backward", "bfloat16", 64, 64, 64, True, "packed"),
     ("backward", "bfloat16", 64, 64, 128, True, "128 queries"),
     ("backward", "float16", 64, 64, 128, False, "128 queries"),
+    ("backward", "bfloat16", 64, 64, 128, True, "128 queries, split"),
+    ("backward", "float16", 64, 64, 256, False, "128 queries, split"),
 ]
 Case = tuple[str, str, int, int, int, bool, str]
 
@@ -83,6 +85,7 @@ def test_compiles_for_hopper(case: Case) -> None:
     limits = {
         ("backward", "packed"): SPILLED_BYTES_PACKED, ("backward", "split"): SPILLED_BYTES_SPLIT,
         ("backward", "128 queries"): SPILLED_BYTES_128_QUERIES,
+        ("backward", "128 queries, split"): SPILLED_BYTES_128_QUERIES,
     }  # fmt: skip
     assert found["spilled_bytes"] <= limits.get((case[0], case[6]), SPILLED_BYTES), found
     assert found["warnings"] == []
@@ -133,7 +136,7 @@ def compiled_backward(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, spec
     from s2train.kernels.hopper.call_schedule import schedule_of_call
     from s2train.kernels.hopper.pair_parts import PairParts
 
-    config = config_of(q.shape[3], ScheduleOptions(query_tile=128 if rows == "128 queries" else 64))
+    config = config_of(q.shape[3], ScheduleOptions(query_tile=128 if "128 queries" in rows else 64))
     schedule = schedule_of_call(layout, 2, 256, 256, spec, 1, config.schedule)
     parts = None
     if spec.split_columns:
@@ -178,7 +181,7 @@ def report(direction: str, dtype: str, dim: int, v_dim: int, block: int, causal:
     layout = BlockLayout.from_mask(torch.ones(*batch, 2, 256 // block, 256 // block) > 0, block)
     bounds = torch.tensor([0, 100, 256], dtype=torch.int32) if rows == "packed" else None
     offset = 65 if rows == "offset" else 0
-    spec = AttentionSpec(0.1, causal, offset, bounds, "bhsd", split_columns=rows == "split")
+    spec = AttentionSpec(0.1, causal, offset, bounds, "bhsd", split_columns="split" in rows)
     kernel = (compiled_forward if direction == "forward" else compiled_backward)(q, k, v, layout, spec, rows)
     log = ptxas_log(kernel)
     return {
