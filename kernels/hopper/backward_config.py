@@ -51,7 +51,7 @@ def chosen_config(
             query_tile=2 * TILE if dim == 64 and layout.block_size >= 2 * TILE else TILE,
             # members keep different columns beside the same window: 442 / 496 to 474 / 506 with 8 KV heads; blocks of
             # 128 hold both tiles of a pair
-            second_pairs=False,
+            second_pairs=layout.block_size == TILE and num_kv_heads < layout.num_heads,
             # programs that run together sweep over fewer members' queries: 522 to 541 at 128k with 8 KV heads (506 to
             # 538 beside second pairs); but 498 to 491 at 32k, where the L2 cache holds more of a KV head's queries
             by_query_head=False,

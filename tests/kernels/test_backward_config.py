@@ -55,6 +55,16 @@ def test_packed_documents_get_plain_settings(block: int, dim: int) -> None:
     assert chosen_config(static(block), dim, 8, 128 * K, spec(torch.tensor([0, 128 * K]))) == config_of(dim)
 
 
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("kv_heads", [1, 8, 32])
+@pytest.mark.parametrize("block", [64, 128])
+def test_key_tiles_have_second_partners_in_blocks_of_64_with_grouped_heads(
+    block: int, kv_heads: int, dim: int
+) -> None:  # fmt: skip
+    assert chosen(block, dim, kv_heads).schedule.second_pairs == (block == 64 and kv_heads < 32)
+    assert all(x.second_pairs for x in options_of_cases("second pairs"))
+
+
 @pytest.mark.parametrize("kv_heads", [8, 32])
 @pytest.mark.parametrize("block", [128, 256])
 def test_where_no_choice_helps_settings_are_plain(block: int, kv_heads: int) -> None:
