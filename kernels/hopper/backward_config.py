@@ -11,6 +11,9 @@ from .backward_schedule import PLAIN, TILE, ScheduleOptions
 # Keyed by head dimension and queries of a step. Three stages of dimension 128 take 226 KiB of shared memory in all; of
 # 128 queries a third stage is 544 bytes too large.
 _STAGES = {(128, TILE): 3, (64, TILE): 4, (64, 2 * TILE): 2}
+# Rows of queries of a KV head's members; measured are half (slower by query head) and twice as many (faster). A row of
+# q, dO and float32 dq has 1 kB at head dimension 128, so these have 268 MB.
+_MOST_ROWS_BY_KV_HEAD = 262_144
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,8 @@ def chosen_config(
             second_pairs=layout.block_size == TILE and num_kv_heads < layout.num_heads,
             # programs that run together sweep over fewer members' queries: 522 to 541 at 128k with 8 KV heads (506 to
             # 538 beside second pairs); but 498 to 491 at 32k, where the L2 cache holds more of a KV head's queries
-            by_query_head=False,
+            by_query_head=num_kv_heads < layout.num_heads
+            and layout.num_heads // num_kv_heads * s_q > _MOST_ROWS_BY_KV_HEAD,
         ),
     )
 

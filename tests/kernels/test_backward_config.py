@@ -72,6 +72,20 @@ def test_where_no_choice_helps_settings_are_plain(block: int, kv_heads: int) -> 
     assert chosen(block, kv_heads=kv_heads) == config_of(128)
 
 
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("block", [64, 128])
+@pytest.mark.parametrize(
+    ("kv_heads", "length", "by_head"),
+    [(8, 32 * K, False), (8, 64 * K, False), (8, 64 * K + 1, True), (8, 128 * K, True), (1, 32 * K, True),
+     (32, 1024 * K, False)],
+)  # fmt: skip
+def test_programs_are_ordered_by_query_head_where_a_groups_queries_exceed_the_cache(
+    kv_heads: int, length: int, by_head: bool, block: int, dim: int
+) -> None:
+    assert chosen(block, dim, kv_heads, length).schedule.by_query_head == by_head
+    assert all(x.by_query_head for x in options_of_cases("by query head"))
+
+
 @pytest.mark.parametrize(
     ("layout", "dim", "documents", "options"),
     [
