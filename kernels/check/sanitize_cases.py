@@ -27,6 +27,8 @@ CASES = {
         Case("packed, block 128", heads=2, kv_heads=1, block=128, documents=(37, 0, 300, 1, 200), keep=0.6),
         Case("offset 256, block 64", heads=2, kv_heads=1, block=64, s_q=300, query_offset=256, keep=0.4),
         Case("d 64, block 64", heads=2, kv_heads=1, dim=64, block=64, s_q=333, keep=0.5),
+        Case("128 queries, block 128", heads=4, kv_heads=2, dim=64, block=128, s_q=333, keep=0.6),
+        Case("second pairs, block 64", heads=8, kv_heads=1, block=64, s_q=700, keep=0.5, causal=False),
         Case("deterministic, block 128", heads=4, kv_heads=2, block=128, s_q=333, deterministic=True),
         Case("float32, d 64", dtype="float32", heads=2, kv_heads=1, dim=64, block=64, s_q=200),
         Case("block 16, d 80", heads=2, kv_heads=2, dim=80, block=16, s_q=150),
@@ -55,7 +57,7 @@ def run(case: Case, device: torch.device) -> dict[str, str]:
 def main() -> int:
     kernels = run(CASES[sys.argv[1]], torch.device("cuda"))
     torch.cuda.synchronize()
-    print(f"{DONE} forward {kernels['forward']}, backward {kernels['backward']}", flush=True)
+    print(f"{DONE} forward {kernels['forward']}, backward {kernels['backward']} {kernels['choices']}", flush=True)
     return 0
 
 

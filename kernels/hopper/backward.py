@@ -1,7 +1,7 @@
 """Gluon backward for Hopper in one pass, specialised by warps.
 
 A program has two consumer warpgroups, a producer warp, and one warp per warpgroup that reduces dq. It owns two 64-key
-tiles of one KV head, one per consumer warpgroup, and visits the 64-query tiles that keep either
+tiles of one KV head, one per consumer warpgroup, and visits the tiles of 64 or 128 queries that keep either
 (`BackwardSchedule`). The key tiles are the halves of a block of 128 keys, or two blocks of 64 that similar queries
 keep. Scores are [keys, queries], so that P^T and dS^T feed dv and dk from registers:
     S^T = K Q^T,  dP^T = V dO^T,  P^T = exp2(S^T - lse),  dS^T = P^T (dP^T - delta),

@@ -5,7 +5,8 @@ fitted to the committed benchmark of an H100 (`kernels/results/2026-11-22-h100-b
 to 128k tokens, densities 0.03 to 1) by least squares on relative error. The time per row is independent of what the row
 keeps (q, out, the end of the softmax; in the backward the sums of dq). It explains why sparse masks run at lower rates.
 The prediction is within 5 % of each forward measurement, 9 % of each backward one, and 13 % of each ratio to dense. At
-512k and 1M tokens the measured forward takes 7 to 21 % longer than predicted, the backward 10 to 32 %.
+512k and 1M tokens the measured forward takes 7 to 21 % longer than predicted, the backward 10 to 32 %. Long columns
+split over programs and the choices of `kernels/hopper/backward_config.py` came later, and are not in these rates.
 
 Rates of dense layers with head dim 64, and of the portable kernels, come from profiled steps
 (`launch/results/2026-11-26-h100x2-scaling.json`, `2026-11-26-h100-te-breakdown.json`).

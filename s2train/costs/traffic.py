@@ -10,7 +10,8 @@ backward (`kernels/hopper/backward.py`) first out and dout are read, delta is wr
     then a program holds 128 keys and values and iterates over the 64-query tiles of all heads of its group that keep
     them: q, dout, log-sum-exps and deltas are read, dq is read and written in float32; dk and dv are written once;
     last, dq is read and written in the model's dtype. In blocks of 64 a program holds two blocks that similar queries
-    keep, and loads those queries once. Here each block counts separately, up to twice what is loaded.
+    keep, and loads those queries once. Here each block counts separately, up to twice what is loaded. Float32 sums of
+    key tiles that several programs share are not counted.
 Blocks under 64 tokens use portable kernels. They are assumed to load as those for blocks of 64 do, one block
 a tile.
 """
