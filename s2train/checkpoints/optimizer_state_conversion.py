@@ -1,7 +1,8 @@
 """Loads a checkpoint of one backend into a run with another.
 
 Weights have the same names: Megatron names a norm after the linear layer into which transformer-engine fuses it. Two
-things differ: extra state, which only transformer-engine's norms have, and the entries of Adam's parameter groups.
+things differ: extra state, which only transformer-engine's norms have, and the entries of Adam's parameter groups. One
+of these, `fused`, chooses among torch's kernels and depends on the device.
 """
 
 from typing import Any
@@ -54,8 +55,8 @@ def load_without_foreign_extra_state(state: dict[str, Any], checkpoint: str) -> 
 def convert_param_groups(optimizer: MegatronOptimizer, loaded: Any) -> None:
     """Convert loaded parameter groups to the form that this Adam expects.
 
-    Adds the entries that this Adam has and the one that saved does not, and moves the step count: torch's Adam keeps it
-    in the parameters' state, others in the group.
+    Adds the entries that this Adam has and the one that saved does not, keeps its choice among torch's kernels, and
+    moves the step count: torch's Adam keeps it in the parameters' state, others in the group.
 
     Args:
         loaded: optimizer state from dist_checkpointing; changed in place.
@@ -85,6 +86,8 @@ def _convert(loaded: Any, defaults: dict[str, Any], is_torch: bool) -> None:
     for group in groups:
         for name, value in defaults.items():
             group.setdefault(name, value)
+        if "fused" in defaults:
+            group["fused"] = defaults["fused"]
         if not is_torch and group.get("step") is not None:
             group["step"] = int(group["step"])  # torch's is a float
     for value in loaded.values():

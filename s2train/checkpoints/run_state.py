@@ -42,7 +42,7 @@ from s2train.files import replacing
 from s2train.megatron.compat import save_checkpoint_shards
 from s2train.megatron.model import unwrap
 from s2train.megatron.optimizer_state import count_steps_in_parts, param_groups_in, remove_classes
-from s2train.megatron.torch_adam import separate_steps
+from s2train.megatron.torch_adam import move_steps_to_host, separate_steps
 
 
 @dataclass
@@ -97,6 +97,7 @@ class Saver:
             torch.distributed.barrier()
             content = sharded_state(self._state, metadata, is_loading=False)
             remove_classes(content["optimizer"])
+            move_steps_to_host(content["optimizer"])
             content["scheduler"] = self._state.scheduler.state_dict()
             content["rng"] = sharded_rng()
             tags = {k: v for k, v in metadata.items() if isinstance(v, str)}

@@ -1,4 +1,4 @@
-"""Choose the run's linear layers, norms, SwiGLU, rotation and optimizer."""
+"""Choose the run's linear layers, norms, SwiGLU and rotation."""
 
 import copy
 from collections.abc import Callable
@@ -10,7 +10,6 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
-from megatron.core.optimizer import Adam
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 
@@ -30,7 +29,6 @@ class Backend:
         name: as in `layer_backend=`.
         layer_spec: makes a new Megatron spec of one transformer layer.
         norm: class of the final norm.
-        optimizer: the class behind Megatron's `adam`, for the log.
         fuses_rotation: whether Megatron has a fused rotary embedding kernel with this backend.
         mlp: class to convert Megatron's MLP to; None: unchanged.
     """
@@ -38,7 +36,6 @@ class Backend:
     name: str
     layer_spec: Callable[[], ModuleSpec]
     norm: type
-    optimizer: str
     fuses_rotation: bool = False
     mlp: type[MLP] | None = None
 
@@ -57,23 +54,22 @@ def choose_backend(name: str, liger: frozenset[str] = frozenset()) -> Backend:
     """Choose the layer backend by name.
 
     `local` is Megatron's own layers on torch. `te` is transformer-engine's. `auto` is te if it works on a GPU, else
-    local. With any backend, Megatron's Adam is the best one installed: transformer-engine's, apex's, torch's.
+    local.
 
     Args:
         liger: those of `s2train.environment.liger.OPERATIONS` that Liger-Kernel computes.
     Raises:
         ConfigError: te or Liger-Kernel is missing or broken, or the name is unknown.
     """
-    optimizer = f"{Adam.__module__}.{Adam.__qualname__}"
     if name == "te" and (problem := te_problem()) is not None:
         raise ConfigError("layer_backend", name, problem, INSTALL)
     mlp = _liger_mlp(liger)
     if uses_te_here(name):
         from megatron.core.extensions.transformer_engine import TENorm  # not defined where it is not installed
 
-        return Backend("te", _te_layer_spec, TENorm, optimizer, torch.cuda.is_available(), mlp)
+        return Backend("te", _te_layer_spec, TENorm, torch.cuda.is_available(), mlp)
     if name in ("auto", "local"):
-        return Backend("local", partial(_local_layer_spec, _rotating_attention(liger)), RMSNorm, optimizer, mlp=mlp)
+        return Backend("local", partial(_local_layer_spec, _rotating_attention(liger)), RMSNorm, mlp=mlp)
     raise ConfigError("layer_backend", name, "unknown backend", "Use layer_backend=auto, local or te")
 
 

@@ -1,4 +1,4 @@
-"""Saves and loads the optimizer states of SGD and of offloaded Adam."""
+"""Names optimizers; saves and loads states of SGD and offloaded Adam."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -44,6 +44,17 @@ def count_steps_in_parts(optimizer: MegatronOptimizer) -> None:
         if isinstance(part.optimizer, HybridDeviceOptimizer):
             for group in part.optimizer.param_groups:
                 group.pop("step", None)
+
+
+def implementations(optimizer: MegatronOptimizer) -> str:
+    """Name the classes that update the parameters, and torch's fused kernel."""
+    found = []
+    for part in optimizer_parts(optimizer):
+        for inner in getattr(part.optimizer, "sub_optimizers", [part.optimizer]):  # an offloaded Adam's two
+            is_fused = isinstance(inner, torch.optim.Adam) and any(group["fused"] for group in inner.param_groups)
+            name = f"{type(inner).__module__}.{type(inner).__qualname__}"
+            found.append(f"{name} with its fused kernel" if is_fused else name)
+    return ", ".join(dict.fromkeys(found))
 
 
 def optimizer_parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:

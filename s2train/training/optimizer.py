@@ -20,7 +20,7 @@ from s2train.config import OptimConfig, PretrainConfig
 from s2train.megatron.local_optimizer_state import load_only_local_state
 from s2train.megatron.model import DTYPES
 from s2train.megatron.optimizer_state import prepare_to_load
-from s2train.megatron.torch_adam import prepare_for_checkpoints
+from s2train.megatron.torch_adam import fuse_on_gpus, prepare_for_checkpoints
 
 
 def wrap_data_parallel(
@@ -73,6 +73,7 @@ def build_optimizer(
         chunks,
     )
     prepare_to_load(optimizer)
+    fuse_on_gpus(optimizer)
     prepare_for_checkpoints(optimizer)
     load_only_local_state(optimizer)
     config.grad_scale_func = optimizer.scale_loss

@@ -9,6 +9,7 @@ from typing import cast
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.timers import Timers
 from megatron.core.transformer.module import MegatronModule
 
@@ -35,6 +36,7 @@ from s2train.kernels.attention import resolve_backend
 from s2train.megatron import setup
 from s2train.megatron.layer_backends import Backend, backend_of, own_capability
 from s2train.megatron.model import build_model, transformer_config
+from s2train.megatron.optimizer_state import implementations
 from s2train.planning import Plan, hybrid_layout
 from s2train.planning.report import figures, letter_rows
 from s2train.preparation.bundled_corpus import ensure_prepared
@@ -184,7 +186,7 @@ def _train(
     tracker = Tracker(cfg, start.progress, active=is_first, plan=figures(plan))
     if is_first:
         kept = write_settings(cfg, run_dir, start.progress.step, start.changes)
-        say(_description(cfg, hybrid, models, backend, tokenizer, device, start))
+        say(_description(cfg, hybrid, models, state.optimizer, backend, tokenizer, device, start))
         if start.checkpoint is not None:
             tracker.changes(start.progress.step, start.checkpoint, start.changes)
         if kept is not None:
@@ -260,6 +262,7 @@ def _description(
     cfg: PretrainConfig,
     hybrid: HybridLayout,
     models: list[MegatronModule],
+    optimizer: MegatronOptimizer,
     backend: Backend,
     tokenizer: Tokenizer,
     device: torch.device,
@@ -273,7 +276,7 @@ def _description(
         f"{here:,} parameters on this rank | layers {backend.name} on {device.type}"
         + ("" if is_dense else f" | sparse attention {sparse}")
         + (f" | {elementwise}" if elementwise else "")
-        + f" | optimizer {backend.optimizer if cfg.optim.name == 'adam' else cfg.optim.name}"
+        + f" | optimizer {cfg.optim.name}: {implementations(optimizer)}"
         f" | dp {parallel_state.get_data_parallel_world_size()}"
         f" | end of document {tokenizer.end_token or 'id'} {tokenizer.eod}\n" + _taught_by(hybrid) + _origin(cfg, start)
     )

@@ -47,6 +47,8 @@ def run_of(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         done = train(kind, folder, *OPTIMIZERS[optimizer], "checkpoint.interval=2")
         assert done.status == 0, done.err
         assert f"layers {'te' if kind == 'fake' else 'local'} " in done.out
+        adam = "tests.megatron.fake_transformer_engine.FusedAdam" if kind == "fake" else "torch.optim.adamw.AdamW"
+        assert f"| optimizer adam: {adam} |" in done.out
         return folder
 
     return made
