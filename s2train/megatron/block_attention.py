@@ -15,7 +15,7 @@ from s2train.kernels.layout import BlockLayout
 from s2train.megatron.context_parallel.attention import attend_after_exchange, attend_gathered, attend_overlapped
 from s2train.megatron.context_parallel.document_exchange import attend_documents_exchanged
 from s2train.megatron.context_parallel.documents import DividedDocuments, attend_documents_gathered
-from s2train.megatron.core_attention import CausalCoreAttention
+from s2train.megatron.core_attention import CausalCoreAttention, PackedDocuments
 
 
 class BlockCoreAttention(CausalCoreAttention):
@@ -35,12 +35,12 @@ class BlockCoreAttention(CausalCoreAttention):
         """
         if isinstance(packed, DividedDocuments):
             return self.attend_divided_documents(query, key, value, packed)
-        if packed.qkv_format != "sbhd" or self.kv is not None or self.cp_group.size() > 1:
+        if not isinstance(packed, PackedDocuments) or self.kv is not None or self.cp_group.size() > 1:
             raise NotImplementedError("packed documents come as packed_documents or divided_documents makes them")
         layout = self.cache.get(self.layer_layout, key.shape[0], self.heads, query.device)
         parts = []
         # the op takes one packed sequence; q, k and v of a single sequence are read in place
-        for q, k, v, bounds in zip(*(x.split(1, dim=1) for x in (query, key, value)), packed.cu_seqlens_q, strict=True):
+        for q, k, v, bounds in zip(*(x.split(1, dim=1) for x in (query, key, value)), packed.on_device, strict=True):
             parts.append(self.attend_document(q, k, v, layout, bounds))
         return torch.cat(parts, dim=1)
 

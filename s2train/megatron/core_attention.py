@@ -4,7 +4,7 @@ It holds what all kinds of attention share.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -84,9 +84,13 @@ class PackedDocuments(PackedSeqParams):
 
     Attributes:
         on_host: each sequence's bounds, for layers that treat documents by their lengths: they wait for no device.
+        on_device: each sequence's bounds. All layers use the same tensors: kernels keep schedules by them.
+        derived: what layers derive from the bounds, by what else it depends on; made in the first forward pass.
     """
 
     on_host: Sequence[Sequence[int]] = ()
+    on_device: Sequence[torch.Tensor] = ()
+    derived: dict[Any, Any] = field(default_factory=dict)
 
 
 def packed_documents(bounds: torch.Tensor, seq_length: int, device: torch.device | None = None) -> PackedDocuments:
@@ -108,6 +112,7 @@ def packed_documents(bounds: torch.Tensor, seq_length: int, device: torch.device
         max_seqlen_q=seq_length,
         max_seqlen_kv=seq_length,
         on_host=bounds.tolist(),
+        on_device=on_device.unbind(),
     )
 
 

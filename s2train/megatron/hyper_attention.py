@@ -1,6 +1,7 @@
 """Core attention of the kind `hyper`."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -71,23 +72,21 @@ class HyperCoreAttention(CausalCoreAttention):
         if not isinstance(packed, PackedDocuments) or self.kv is not None or self.cp_group.size() > 1:
             raise NotImplementedError("packed documents come as packed_documents makes them")
         assert isinstance(self.layer_layout.kind, HyperKind)
-        shortest = self.layer_layout.kind.settings.shortest
+        runs = _runs_of_sequences(packed, self.layer_layout.kind.settings.shortest)
         every = dense_layer(self.shape.num_heads, self.layer_layout.block_size)
         dense = self.cache.get(every, key.shape[0], self.heads, query.device)
         sequences = []
-        for sequence, ends in enumerate(packed.on_host):
-            runs = document_runs(ends, shortest)
-            lengths = [ends[last] - ends[first] for first, last in runs]
+        for sequence, of_sequence in enumerate(runs):
+            lengths = [run.length for run in of_sequence]
             split = [x[:, sequence, None].split(lengths) for x in (query, key, value)]
             parts = []
-            for (first, last), q, k, v in zip(runs, *split, strict=True):
-                if len(q) > shortest and last - first == 1:
+            for run, q, k, v in zip(of_sequence, *split, strict=True):
+                if run.bounds is None:
                     parts.append(self.attend(q, k, v, 0))
                     continue
-                bounds = packed.cu_seqlens_q[sequence, first : last + 1] - ends[first]
                 parts.append(
                     block_sparse_attention(
-                        q, k, v, dense, softmax_scale=self.softmax_scale, cu_seqlens=bounds, backend=self.backend
+                        q, k, v, dense, softmax_scale=self.softmax_scale, cu_seqlens=run.bounds, backend=self.backend
                     )
                 )
             sequences.append(torch.cat(parts))
@@ -112,6 +111,37 @@ class HyperCoreAttention(CausalCoreAttention):
         values = torch.tensor(seeds, dtype=torch.int64)
         # From pageable memory the host would wait for the device, in every layer.
         return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Neighbouring documents in one call.
+
+    Attributes:
+        length: tokens of all.
+        bounds: int32 [documents + 1] from 0, on the device; None: one longer document.
+    """
+
+    length: int
+    bounds: Tensor | None
+
+
+def _runs_of_sequences(packed: PackedDocuments, shortest: int) -> list[list[_Run]]:
+    """Find each sequence's runs, once for all layers."""
+    key = ("hyper", shortest)
+    if key not in packed.derived:
+        packed.derived[key] = [
+            [_run(ends, bounds, first, last, shortest) for first, last in document_runs(ends, shortest)]
+            for ends, bounds in zip(packed.on_host, packed.on_device, strict=True)
+        ]
+    found: list[list[_Run]] = packed.derived[key]
+    return found
+
+
+def _run(ends: Sequence[int], bounds: Tensor, first: int, last: int, shortest: int) -> _Run:
+    length = ends[last] - ends[first]
+    is_longer = length > shortest and last - first == 1
+    return _Run(length, None if is_longer else bounds[first : last + 1] - ends[first])
 
 
 def document_runs(ends: Sequence[int], shortest: int) -> list[tuple[int, int]]:

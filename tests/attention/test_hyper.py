@@ -107,6 +107,23 @@ def test_the_kernels_attend_within_documents_as_torch_does() -> None:
         torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-5)
 
 
+def test_layers_share_the_bounds_of_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    bounds = []
+
+    def op(q: torch.Tensor, *_: Any, cu_seqlens: torch.Tensor, **how: Any) -> torch.Tensor:
+        bounds.append(cu_seqlens)
+        return q
+
+    monkeypatch.setattr(hyper_attention, "block_sparse_attention", op)
+    inputs = [torch.randn(75, 2, heads, 16) for heads in (4, 2, 2)]
+    packed = packed_documents(torch.tensor([[0, 9, 20, 64, 75], [0, 40, 75, 75, 75]], dtype=torch.int32), 75)
+    layers = [core(1, 0, 7, f"layout.kinds.H.shortest={shortest}", "layout.kinds.H.samples=4") for shortest in (16, 64)]
+    for layer in (layers[0], layers[0], layers[1]):
+        layer(*inputs, None, packed_seq_params=packed)
+    assert [one.tolist() for one in bounds] == 2 * [[0, 9, 20], [0, 11]] + [[0, 9, 20, 64, 75], [0, 40, 75, 75, 75]]
+    assert all(one is other for one, other in zip(bounds[:2], bounds[2:4], strict=True))
+
+
 @pytest.mark.parametrize("documents", [False, True])
 def test_the_kernels_of_a_step_run_before_it(documents: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     ran = []

@@ -3,9 +3,18 @@
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
+from megatron.core.transformer.enums import AttnMaskType
 
+from s2train.megatron.block_attention import DenseCoreAttention, SparseCoreAttention
+from s2train.megatron.core_attention import packed_documents
+from s2train.megatron.layout_cache import LayoutCache
+from s2train.megatron.model import transformer_config
+from s2train.planning import compose_run, hybrid_layout
 from tests.program import metrics, pretrain, run
 
 pytestmark = [pytest.mark.slow]
@@ -25,6 +34,39 @@ def test_losses_and_gradients_are_those_of_the_documents_one_by_one(tp: int) -> 
         assert found["losses"] < TOLERANCE, (model, found)
         assert found["gradients"] < TOLERANCE, (model, found)
         assert found["uncut"] > 1e-3, (model, found)
+
+
+def test_layers_share_the_bounds_of_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    bounds = []
+
+    def op(q: torch.Tensor, *_: Any, cu_seqlens: torch.Tensor, **how: Any) -> torch.Tensor:
+        bounds.append(cu_seqlens)
+        return q
+
+    monkeypatch.setattr("s2train.megatron.block_attention.block_sparse_attention", op)
+    cfg = compose_run(["+model=tiny_hybrid"])
+    group = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
+    inputs = [torch.randn(32, 2, heads, 16) for heads in (4, 2, 2)]
+    packed = packed_documents(torch.tensor([[0, 9, 32], [0, 20, 32]], dtype=torch.int32), 32)
+    cache = LayoutCache()
+    for number, kind in enumerate((DenseCoreAttention, SparseCoreAttention)):
+        layer = kind(
+            transformer_config(cfg),
+            number + 1,
+            AttnMaskType.causal,
+            "self",
+            pg_collection=SimpleNamespace(tp=group, cp=group),
+            layer_layout=hybrid_layout(cfg).layers[number],
+            num_query_groups=2,
+            cache=cache,
+            backend="torch",
+            seed=0,
+        )
+        layer(*inputs, None, packed_seq_params=packed)
+    assert [one.tolist() for one in bounds] == 2 * [[0, 9, 32], [0, 20, 32]]
+    assert all(
+        one is other for one, other in zip(bounds[:2], bounds[2:4], strict=True)
+    )  # a kernel finds its schedule of the layer before
 
 
 @pytest.fixture(scope="module")
