@@ -9,6 +9,7 @@ this machine doesn't have. `plan.gpus=64 plan.device=h100-80gb` proposes how to 
 """
 
 import os
+from pathlib import Path
 
 import _quick_imports  # pauses garbage collection
 import _surroundings  # prints why the rest can't start
@@ -64,6 +65,8 @@ def pretrain(composed: DictConfig) -> None:
             elif is_first:
                 print(format_plan(preview(cfg, *planned_for(cfg, world_size))))
                 print(epochs_of_plan(cfg))
+            if is_first and names_checkpoint(cfg):
+                print_start(cfg)
             return
         TIMES.end("plan")
         hardware = detect_own()
@@ -84,6 +87,22 @@ def pretrain(composed: DictConfig) -> None:
         from s2train.training.run import run
     TIMES.end("megatron")
     run(cfg, plan, TIMES)
+
+
+def names_checkpoint(cfg: config.PretrainConfig) -> bool:
+    """Whether the run starts from a checkpoint, or its folder has some."""
+    is_named = cfg.checkpoint.resume not in ("auto", "never")
+    return is_named or any(Path(cfg.run_dir, "checkpoints").glob("iter_*"))
+
+
+def print_start(cfg: config.PretrainConfig) -> None:
+    """Print where a planned run would start; import Megatron for it."""
+    with quick_imports():
+        from s2train.megatron.lazy_imports import import_megatron
+
+        import_megatron()
+        from s2train.checkpoints.planned_start import planned_start
+    print(planned_start(cfg))
 
 
 @hydra.main(config_path="../conf", config_name="pretrain", version_base="1.3")

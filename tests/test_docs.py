@@ -91,11 +91,15 @@ def execute(command: Command, clone: Path) -> Outcome:
         if is_imported(arguments) or any(argument.startswith("layout=file:") for argument in arguments):
             if is_imported(arguments):
                 arguments = ["--config-dir", str(clone / "conf"), *arguments]
-            as_it_stands = run("pretrain.py", *arguments, "plan=true", processes=0, cwd=clone)
+            # a checkpoint that was made small fits no plan as it stands
+            alone = [argument for argument in arguments if not argument.startswith(("checkpoint.", "run_dir="))]
+            as_it_stands = run("pretrain.py", *alone, "plan=true", processes=0, cwd=clone)
             if as_it_stands.status:
                 return as_it_stands
         else:
             plan(arguments, ranks)  # as it stands
+        arguments += small(arguments)
+    elif program == "launch/pretrain.py" and any(argument.startswith("checkpoint.resume=") for argument in arguments):
         arguments += small(arguments)
     elif program == "launch/import.py":
         arguments.append(f"conf={clone / 'conf'}")  # not the repository's own

@@ -121,6 +121,16 @@ def find_start(cfg: PretrainConfig) -> Start:
     return Start(checkpoint, progress, saved.rng_ranks, changes)
 
 
+def describe_start(cfg: PretrainConfig, start: Start) -> str:
+    """Say in a line where a run starts."""
+    if start.checkpoint is None:
+        return f"new run in {cfg.run_dir}"
+    if start.progress.step == 0:
+        new = f", and {start.initial}" if start.initial.names else ""
+        return f"new run in {cfg.run_dir}, with the weights of {start.checkpoint}{new}"
+    return f"resuming from {start.checkpoint}"
+
+
 def loads_weights_alone(cfg: PretrainConfig, checkpoint: Path) -> bool:
     """Return whether the run takes only weights from a checkpoint.
 

@@ -15,7 +15,7 @@ from megatron.core.transformer.module import MegatronModule
 
 from s2train.attention.hybrid import HybridLayout
 from s2train.attention.teacher import teacher_setting
-from s2train.checkpoints.resume import Start, claim_run_dir, find_start
+from s2train.checkpoints.resume import Start, claim_run_dir, describe_start, find_start
 from s2train.checkpoints.run_state import TrainingState, load
 from s2train.checkpoints.teacher import find_teacher, load_teacher, with_teacher
 from s2train.config import PretrainConfig
@@ -278,7 +278,9 @@ def _description(
         + (f" | {elementwise}" if elementwise else "")
         + f" | optimizer {cfg.optim.name}: {implementations(optimizer)}"
         f" | dp {parallel_state.get_data_parallel_world_size()}"
-        f" | end of document {tokenizer.end_token or 'id'} {tokenizer.eod}\n" + _taught_by(hybrid) + _origin(cfg, start)
+        f" | end of document {tokenizer.end_token or 'id'} {tokenizer.eod}\n"
+        + _taught_by(hybrid)
+        + describe_start(cfg, start)
     )
 
 
@@ -287,12 +289,3 @@ def _taught_by(hybrid: HybridLayout) -> str:
         return ""
     letters = sorted({layer.kind.letter for layer in hybrid.layers if layer.kind.teacher is not None})
     return f"teacher of layers {', '.join(letters)}: the dense model of {found.value}, which stays as it is\n"
-
-
-def _origin(cfg: PretrainConfig, start: Start) -> str:
-    if start.checkpoint is None:
-        return f"new run in {cfg.run_dir}"
-    if start.progress.step == 0:
-        new = f", and {start.initial}" if start.initial.names else ""
-        return f"new run in {cfg.run_dir}, with the weights of {start.checkpoint}{new}"
-    return f"resuming from {start.checkpoint}"

@@ -1,0 +1,54 @@
+"""A plan reports where the run would start, and a checkpoint that the run would reject."""
+
+from pathlib import Path
+
+import pytest
+
+from s2train.checkpoints.planned_start import planned_start
+from s2train.errors import ConfigError
+from s2train.planning import compose_run
+from tests.program import SMALL, error_line, pretrain
+
+pytestmark = [pytest.mark.slow]
+
+
+def test_a_plan_ends_with_the_error_of_a_missing_checkpoint(tmp_path: Path) -> None:
+    done = pretrain(tmp_path / "run", "plan=true", f"checkpoint.resume={tmp_path}", processes=0)
+    assert done.status == 2
+    assert "It fits." in done.out
+    assert error_line(done).startswith(f"error: checkpoint.resume={tmp_path}: no checkpoint there.")
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Holds a run's checkpoint after its last step, the second."""
+    folder = tmp_path_factory.mktemp("trained")
+    done = pretrain(folder, "train.steps=2", "optim.warmup_steps=1", processes=0)
+    assert done.status == 0, done.err
+    return folder
+
+
+def start(run_dir: Path, *settings: str) -> str:
+    own = [*SMALL, "train.steps=2", "optim.warmup_steps=1", f"run_dir={run_dir}"]
+    return planned_start(compose_run([*own, *settings]))
+
+
+def test_a_resumed_run_is_planned_from_its_checkpoint(run_dir: Path) -> None:
+    first, second = start(run_dir).splitlines()
+    assert first == f"start         resuming from {run_dir / 'checkpoints' / 'iter_0000002'}"
+    assert second.strip() == "nothing to do: it is at step 2 of 2"
+    resume = (f"checkpoint.resume={run_dir}", "checkpoint.weights_only=true", "layout.layers=D")
+    found = start(run_dir.parent / "other", *resume)
+    assert f"new run in {run_dir.parent / 'other'}, with the weights of {run_dir}" in found
+
+
+def test_a_plan_rejects_what_the_run_would(run_dir: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^model.hidden_size=128: .* was trained with model.hidden_size=64"):
+        start(run_dir.parent / "other", f"checkpoint.resume={run_dir}", "model.hidden_size=128")
+    with pytest.raises(ConfigError, match=r"^optim.lr=0.1: .*'checkpoint.allow_changes=\[optim.lr\]"):
+        start(run_dir, "optim.lr=0.1")
+
+
+def test_a_plan_without_its_data_compares_all_but_their_order(run_dir: Path) -> None:
+    found = start(run_dir.parent / "other", f"checkpoint.resume={run_dir}", "data.path=gone", "train.steps=3")
+    assert found.split(maxsplit=1)[1] == "the data's order is not compared with a checkpoint's: gone.idx is missing"
