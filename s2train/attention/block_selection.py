@@ -203,6 +203,9 @@ class BlockSelectionKind(DataDependentKind):
         attention = products * shape.num_heads * shape.head_dim * causal + self._mixing_flops(layer, seq_length, shape)
         return attention + self.scorer.flops(rows, rows, complete * layer.block_size, shape)
 
+    def reads_dense_layout(self, cfg: PretrainConfig) -> bool:
+        return self.settings.warm_up_steps > 0
+
     def activation_bytes(self, layer: LayerLayout, seq_length: int, shape: AttentionShape, element_size: int) -> int:
         blocks = layer.num_blocks(seq_length)
         rows = blocks if self.settings.warm_up_steps else self._sampled_rows(seq_length)

@@ -120,6 +120,9 @@ class HyperKind(DataDependentKind):
         """Products of the hash; its backward, which is counted too, doesn't exist."""
         return 2 * shape.head_dim * self.settings.projections * _vectors(shape) * seq_length
 
+    def reads_dense_layout(self, cfg: PretrainConfig) -> bool:
+        return cfg.data.attention_within_documents  # for short documents
+
     def activation_bytes(self, layer: LayerLayout, seq_length: int, shape: AttentionShape, element_size: int) -> int:
         """Count the bytes of hashes, orders of keys, and buckets.
 

@@ -6,7 +6,7 @@ default that stands for dense attention, and a feature that a kind doesn't list 
 asked by                          question
 layout, pictures, coverage        `heads`: static patterns, or the bound of a data-dependent kind
 plan, FLOPs, MFU, stages          `kept_positions`, `counts_exactly`, `weights`, `extra_flops`, `activation_bytes`,
-                                  `warm_up_steps`, `warm_up_flops`, `target_bytes`
+                                  `warm_up_steps`, `warm_up_flops`, `target_bytes`, `reads_dense_layout`
 Megatron                          `core_attention`, `weights`, `columns`
 cache while decoding              `LayerLayout.bound`: a key stays as long as a later query may read it
 checkpoint, import                `weights`: names, division, what a weights-only start may lack
@@ -165,6 +165,10 @@ class AttentionKind(ABC):
         The count is the total, to which nothing is added. The backward pass counts as twice that.
         """
         raise NotImplementedError(f"{self.name} has no warm-up")
+
+    def reads_dense_layout(self, cfg: PretrainConfig) -> bool:
+        """Return whether its layers also use a layout that keeps every block."""
+        return False
 
     @abstractmethod
     def activation_bytes(self, layer: "LayerLayout", seq_length: int, shape: AttentionShape, element_size: int) -> int:

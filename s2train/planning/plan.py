@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from s2train.attention.coverage import CoverageReport, check_coverage
-from s2train.attention.hybrid import HybridLayout
+from s2train.attention.hybrid import HybridLayout, dense_layer
 from s2train.attention.teacher import TeacherSetting, teacher_setting
 from s2train.config import PretrainConfig
 from s2train.costs.attention import density, layout_nbytes, rank_spread
@@ -119,10 +119,12 @@ def layouts_nbytes(cfg: PretrainConfig, hybrid: HybridLayout, impl: Implementati
     """Return the largest size in bytes of a rank's block layouts.
 
     Counts one layout per distinct static layer, with all heads; dense layers make theirs for the sparse op, and for
-    attention within documents. Under context parallel a rank has two, one for each of
-    its chunks of the sequence.
+    attention within documents. Kinds that also compute dense attention, such as in a warm-up, share the dense layers'.
+    Under context parallel a rank has two, one for each of its chunks of the sequence.
     """
     dense_too = impl.dense(cfg) == "s2train" or cfg.data.attention_within_documents
     distinct = {layer for layer in hybrid.layers if layer.is_static and (dense_too or not layer.is_dense)}
+    if any(layer.kind.reads_dense_layout(cfg) for layer in hybrid.layers):
+        distinct.add(dense_layer(cfg.model.num_attention_heads, cfg.layout.block_size))
     chunks = 2 if cfg.parallel.cp > 1 else 1
     return chunks * sum(layout_nbytes(layer, cfg.train.seq_length) for layer in distinct)

@@ -6,9 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from s2train.attention.hybrid import dense_layer
 from s2train.attention.kind import LayerLayout
 from s2train.attention.registry import LETTERS
 from s2train.config import LayoutConfig, ModelConfig, ParallelConfig, PretrainConfig, TrainConfig
+from s2train.costs.attention import layout_nbytes
 from s2train.costs.flops import token_flops
 from s2train.costs.memory import rank_memory, stage_activations
 from s2train.costs.parameters import stage_parameters, total_parameters
@@ -198,6 +200,22 @@ def test_dense_layers_have_layouts_within_documents_alone() -> None:
     assert plan(cfg, 8).memory.layouts == 0
     cfg.data.attention_within_documents = True
     assert plan(cfg, 8).memory.layouts > 0
+
+
+def test_a_warm_up_has_the_layout_of_dense_layers() -> None:
+    cfg = config(layers="DE")
+    settings = cfg.layout.kinds["E"] = {"kind": "block_selection", "scorer": "index", "top_k": 4}
+    assert plan(cfg, 1).memory.layouts == 0
+    settings["warm_up_steps"] = 10
+    assert plan(cfg, 1).memory.layouts == layout_nbytes(dense_layer(32, 128), 8192)
+
+
+def test_hyper_attention_has_the_layout_of_dense_layers_within_documents_alone() -> None:
+    cfg = config(layers="H")
+    cfg.layout.kinds["H"] = {"kind": "hyper"}
+    assert plan(cfg, 1).memory.layouts == 0
+    cfg.data.attention_within_documents = True
+    assert plan(cfg, 1).memory.layouts == layout_nbytes(dense_layer(32, 128), 8192)
 
 
 @pytest.mark.parametrize(("tp", "cp"), [(1, 1), (2, 1), (1, 2), (2, 2)])
