@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import mean
 from typing import Any
 
@@ -23,12 +23,14 @@ class Group:
 
     Attributes:
         speed: measurement of first steps; None: none.
+        has_times: whether time and throughput are given: not if the phase's are of several GPU models.
     """
 
     variant: str
     phase: str
     results: tuple[Result, ...]
     speed: Mapping[str, Any] | None = None
+    has_times: bool = True
 
     @property
     def losses(self) -> list[float]:
@@ -53,11 +55,19 @@ class Group:
         return [result for result in self.results if not result.shared_gpu]
 
     @property
+    def devices(self) -> set[str]:
+        """GPU models of the runs or steps of `tokens_per_s`."""
+        found = {result.device for result in self.timed} or {self.speed["device"] if self.speed else None}
+        return {device for device in found if device is not None}
+
+    @property
     def tokens_per_s(self) -> float | None:
         """Mean throughput of one GPU.
 
         Of runs that had it alone, or else of first steps that did; None if it is unknown.
         """
+        if not self.has_times:
+            return None
         if self.timed:
             return mean(result.summary.tokens_per_s / result.gpus for result in self.timed)
         return self.speed["tokens_per_s"] / self.speed["gpus"] if self.speed else None
@@ -65,6 +75,8 @@ class Group:
     @property
     def mfu(self) -> float | None:
         """Of the runs or steps of `tokens_per_s`."""
+        if not self.has_times:
+            return None
         if not self.timed:
             return self.speed["mfu"] if self.speed else None
         known = [result.summary.mfu for result in self.timed if result.summary.mfu is not None]
@@ -80,6 +92,8 @@ class Group:
 
         For a run that shared its GPU, it is that of its steps at the speed of `tokens_per_s`; empty if that is unknown.
         """
+        if not self.has_times:
+            return []
         seconds = [seconds for _, seconds, _ in result.held_out]
         if not result.shared_gpu:
             return seconds
@@ -171,7 +185,8 @@ class Group:
 def groups(results: Sequence[Result], speeds: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, list[Group]]:
     """Group results by phase and variant, in the study's order.
 
-    Phases and variants that are not in the study follow.
+    Phases and variants that are not in the study follow. A phase on several GPU models has no times: those of one model
+    say nothing about another's.
 
     Args:
         speeds: measurements of first steps by `speed.key`.
@@ -189,7 +204,19 @@ def groups(results: Sequence[Result], speeds: Mapping[str, Mapping[str, Any]] | 
         own = sorted(by_key[phase, variant], key=lambda result: result.run.seed)
         measured = (speeds or {}).get(speed.key(own[0].run, own[0].gpus))
         grouped.setdefault(phase, []).append(Group(variant, phase, tuple(own), measured))
-    return grouped
+    return {
+        phase: [replace(group, has_times=False) for group in own] if len(by_device(own)) > 1 else own
+        for phase, own in grouped.items()
+    }
+
+
+def by_device(phase: Sequence[Group]) -> dict[str, list[str]]:
+    """Name variants by the GPU model of their times."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for group in phase:
+        for device in sorted(group.devices):
+            found[device].append(group.variant)
+    return dict(found)
 
 
 def find_baseline(phase: Sequence[Group]) -> Group | None:

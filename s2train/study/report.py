@@ -5,7 +5,7 @@ from pathlib import Path
 
 from s2train.files import replacing
 from s2train.study import speed
-from s2train.study.comparison import Group, common_gpu_seconds, find_baseline, groups
+from s2train.study.comparison import Group, by_device, common_gpu_seconds, find_baseline, groups
 from s2train.study.files import Folders
 from s2train.study.guidelines import guidelines_section
 from s2train.study.picture import draw_by_position
@@ -49,7 +49,7 @@ def report(grouped: Mapping[str, Sequence[Group]], picture: str, by_speed: str) 
             "Points are means over the seeds, and bars span them. Hollow points have one seed.\n"
         )
     if lacking := _lacking_speed(grouped):
-        parts.append(f"No throughput was measured, and loss against tokens/s is not drawn: {lacking}.\n")
+        parts.append(f"No throughput to compare was measured, and loss against tokens/s is not drawn: {lacking}.\n")
     parts.append(
         f"![Held-out loss by position, a panel per phase]({picture})\n\n"
         "Losses by position are drawn less those of the dense run of the same seed. Bars span the seeds, and labels\n"
@@ -68,7 +68,9 @@ def _lacking_speed(grouped: Mapping[str, Sequence[Group]]) -> str:
     known, named = with_speed(grouped), []
     for name, own in grouped.items():
         lacking = [group.variant for group in own if group.tokens_per_s is None]
-        if lacking:
+        if len(by_device(own)) > 1:
+            named.append(f"phase {name}, timed on several GPU models")
+        elif lacking:
             named.append(f"phase {name}{': ' + ', '.join(lacking) if name in known else ''}")
     return "; ".join(named)
 
@@ -107,6 +109,7 @@ def _phase(name: str, own: Sequence[Group]) -> str:
             *(timed if seconds is not None else []),
             "On several GPUs, GPU time, tokens/s and MFU include communication, and the optimizer's state is divided.",
             *(shared if is_shared else []),
+            *_gpus(own),
             *(expected if not all(_is_exact(group) for group in own) else []),
             "Completed: share of identifiers [95 % interval], and in brackets the share without the definition.\n",
             table(heads, rows),
@@ -115,6 +118,14 @@ def _phase(name: str, own: Sequence[Group]) -> str:
             *_recalls(own),
         ]
     )
+
+
+def _gpus(own: Sequence[Group]) -> list[str]:
+    """Say that times of several GPU models are not compared."""
+    if len(found := by_device(own)) < 2:
+        return []
+    named = "; ".join(f"{device}: {', '.join(variants)}" for device, variants in found.items())
+    return [f"The runs were timed on several GPU models, so GPU time, tokens/s and MFU are left out ({named})."]
 
 
 def _by_position(own: Sequence[Group]) -> tuple[list[str], list[list[str]]]:

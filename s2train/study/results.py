@@ -28,6 +28,7 @@ class Result:
         by_position: (first, one past the last, loss) at the end.
         counts_exactly: whether the density is exact; else expected.
         shared_gpu: whether other programs ran on its GPU, so that its seconds and throughput mean nothing.
+        device: GPU model; None in files that don't name it.
         recall: of selected blocks; empty without them.
         probes: content of RUN-probes.json; None: not probed.
     """
@@ -41,6 +42,7 @@ class Result:
     by_position: list[tuple[int, int, float | None]]
     counts_exactly: bool = True
     shared_gpu: bool = False
+    device: str | None = None
     recall: tuple[Recall, ...] = ()
     probes: dict[str, Any] | None = None
 
@@ -134,6 +136,7 @@ def _read(folders: Folders, path: Path) -> Result:
             # files from before these were measured lack them
             counts_exactly=content.get("counts_exactly", True),
             shared_gpu=content.get("shared_gpu", False),
+            device=content.get("environment", {}).get("device"),
             recall=tuple(Recall(**one) for one in content.get("recall", ())),
             probes=json.loads(probes.read_text()) if probes.is_file() else None,
         )

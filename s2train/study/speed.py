@@ -54,10 +54,11 @@ def record(folders: Folders, run: Run, gpus: int) -> dict[str, Any]:
     """Add a measurement to the results, and return it."""
     name = key(run, gpus)
     summary = summarize(folders.root / "speed" / name)
-    row = asdict(summary) | {"name": name, "gpus": gpus}
+    measured_in = environment()
+    row = asdict(summary) | {"name": name, "gpus": gpus, "device": measured_in["device"]}
     folders.results.mkdir(parents=True, exist_ok=True)
     with FileLock(folders.root / "speed" / "record.lock"):
-        content = {"rows": {**read(folders), name: row}, "environment": environment()}
+        content = {"rows": {**read(folders), name: row}, "environment": measured_in}
         write_json(folders.speed, content)
     return row
 
@@ -66,5 +67,7 @@ def read(folders: Folders) -> dict[str, dict[str, Any]]:
     """Measurements by `key`."""
     if not folders.speed.is_file():
         return {}
-    rows: dict[str, dict[str, Any]] = json.loads(folders.speed.read_text())["rows"]
-    return rows
+    content = json.loads(folders.speed.read_text())
+    # rows of earlier versions don't name their device
+    device = content.get("environment", {}).get("device")
+    return {name: {"device": device, **row} for name, row in content["rows"].items()}

@@ -99,6 +99,27 @@ def test_the_gpu_time_of_runs_that_shared_a_gpu_is_that_of_their_measured_speed(
     assert common_gpu_seconds([dense, hybrid]) == 10
 
 
+def test_times_of_several_gpu_models_are_left_out_and_named(folders: Folders) -> None:
+    for variant, device in (("dense", "NVIDIA H200"), ("hybrid", "NVIDIA H100")):
+        result(folders, Run(variant), [4.0, 2.0], 1.0, environment={"device": device})
+    text, *pictures = write_report(folders)
+    report = text.read_text()
+    assert cells(report, "hybrid")[4:] == ["2.0000", "+0.0000", "–", "–", "–", "10.0"]
+    assert "are left out (NVIDIA H200: dense; NVIDIA H100: hybrid)." in report
+    assert "is not drawn: phase 16k, timed on several GPU models." in report
+    assert [picture.name for picture in pictures] == ["quality.png"]
+
+
+def test_first_steps_of_another_gpu_model_are_not_compared_either(folders: Folders) -> None:
+    result(folders, Run("dense"), [4.0, 2.0], 1.0, environment={"device": "NVIDIA H200"})
+    result(folders, Run("hybrid"), [4.0, 2.0], 1.0, shared_gpu=True, environment={"device": "NVIDIA H200"})
+    measured(folders, hybrid=400)
+    assert "several GPU models" not in write_report(folders)[0].read_text()
+    content = json.loads(folders.speed.read_text()) | {"environment": {"device": "NVIDIA H100"}}
+    folders.speed.write_text(json.dumps(content))
+    assert "(NVIDIA H200: dense; NVIDIA H100: hybrid)" in write_report(folders)[0].read_text()
+
+
 def test_a_run_whose_first_evaluation_comes_later_has_no_loss_at_that_time(folders: Folders) -> None:
     result(folders, Run("dense"), [4.0, 2.0], step_s=1.0)
     result(folders, Run("hybrid"), [5.0, 3.0], step_s=2.5)
