@@ -82,6 +82,17 @@ def test_trains_as_one_process_does(references: dict[str, Path], optimizer: str,
         assert norm == pytest.approx(expected_norm, rel=TOLERANCE)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("tp", [2, 4])
+def test_balanced_heads_train_as_on_one_process(tp: int, tmp_path: Path) -> None:
+    own = [f"train.steps={STEPS}", "schedule.placement=balanced", "schedule.dense_heads=1", "checkpoint.save=false"]
+    for processes in (1, tp):
+        done = pretrain(tmp_path / str(processes), *own, f"parallel.tp={processes}", processes=processes)
+        assert done.status == 0, done.err
+    for found, expected in zip(trace(tmp_path / str(tp)), trace(tmp_path / "1"), strict=True):
+        assert found == pytest.approx(expected, rel=TOLERANCE)
+
+
 def test_ranks_that_share_kv_heads_train_as_one_process_does_which_then_resumes(
     references: dict[str, Path], tmp_path: Path
 ) -> None:
