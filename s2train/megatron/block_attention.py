@@ -1,21 +1,20 @@
 """Core attention over static block layouts: dense and S2."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
-from s2train.kernels.attention import Backend, block_sparse_attention
-from s2train.kernels.dense import dense_causal_attention, torch_unsupported_reason
-from s2train.kernels.dense_choice import DenseCall, DenseChoice, Kind, choose_dense, dense_order
+from s2train.kernels.attention import block_sparse_attention
+from s2train.kernels.dense_choice import DenseChoice, Kind, dense_order
 from s2train.kernels.dispatch import kernels_in_use
-from s2train.kernels.flash4 import fa4_attention
 from s2train.kernels.layout import BlockLayout
 from s2train.megatron.context_parallel.attention import attend_after_exchange, attend_gathered, attend_overlapped
 from s2train.megatron.context_parallel.document_exchange import attend_documents_exchanged
 from s2train.megatron.context_parallel.documents import DividedDocuments, attend_documents_gathered
 from s2train.megatron.core_attention import CausalCoreAttention, PackedDocuments
+from s2train.megatron.dense_kernels import choose_kernels, run_dense, runs_sparse_op
 
 
 class BlockCoreAttention(CausalCoreAttention):
@@ -121,51 +120,6 @@ class BlockCoreAttention(CausalCoreAttention):
         )
 
 
-def choose_kernels(
-    kind: Kind,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    query_offset: int,
-    bounds: torch.Tensor | None,
-    implementation: str,
-    backend: Backend,
-    full_layout: Callable[[], BlockLayout],
-) -> DenseChoice:
-    """Choose the kernels of a dense layer's call.
-
-    Args:
-        bounds: int32 [documents + 1], of packed documents.
-        implementation: the run's `dense_attention`.
-        backend: of the sparse op.
-        full_layout: makes the layout that keeps every block, which the sparse op needs.
-
-    Raises:
-        ValueError: the requested implementation can't run the call, or none can.
-    """
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    call = DenseCall(
-        kind,
-        query.dtype,
-        query.shape[-1],
-        query.shape[2] != key.shape[2],
-        deterministic,
-        torch.cuda.get_device_capability(query.device) if query.is_cuda else None,
-        key.shape[0],
-    )
-
-    def serves(name: str) -> str | None:
-        if name != "s2train":
-            return torch_unsupported_reason(name, query, key, value)
-        layout = full_layout()
-        used = kernels_in_use(query, key, value, layout, query_offset=query_offset, cu_seqlens=bounds, backend=backend)
-        # portable kernels are slower than torch's, except for a deterministic backward; torch takes no documents
-        fast = used.forward == "hopper" and (used.backward == "hopper" or deterministic)
-        return None if fast or kind == "documents" or implementation == name else str(used)
-
-    return choose_dense(call, implementation, serves)
-
-
 class DenseCoreAttention(BlockCoreAttention):
     """Core attention in which every head keeps everything.
 
@@ -189,31 +143,36 @@ class DenseCoreAttention(BlockCoreAttention):
         if query.shape[0] > 1 and (query.is_cuda or self.implementation == "s2train"):
             kind: Kind = "whole" if query.shape[0] == key.shape[0] else "later"
             implementation = self.choose(kind, query, key, value, query_offset).implementation
-            if implementation == "s2train":
-                layout = self.full_layout(key) if layout is None else layout
-                out = self.attend_by_layout(query, key, value, layout, query_offset, return_lse=False)
-                assert isinstance(out, torch.Tensor)
-                return out
-        return dense_causal_attention(
-            query,
-            key,
-            value,
-            softmax_scale=self.softmax_scale,
-            query_offset=query_offset,
-            implementation=implementation,
-        )
+        return self._run(implementation, query, key, value, layout, query_offset, None)
 
     def attend_document(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: BlockLayout, bounds: torch.Tensor
     ) -> torch.Tensor:
+        implementation = "s2train"
         if query.is_cuda:
-            choice = self.choose("documents", query, key, value, 0, bounds)
-            if choice.implementation == "fa4":
-                deterministic = torch.are_deterministic_algorithms_enabled()
-                return fa4_attention(
-                    query, key, value, softmax_scale=self.softmax_scale, bounds=bounds, deterministic=deterministic
+            implementation = self.choose("documents", query, key, value, 0, bounds).implementation
+        return self._run(implementation, query, key, value, layout, 0, bounds)
+
+    def _run(
+        self,
+        implementation: str,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        layout: BlockLayout | None,
+        query_offset: int,
+        bounds: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Run the chosen kernels; `layout` None: made where they need one."""
+        if runs_sparse_op(implementation, bounds):
+            layout = self.full_layout(key) if layout is None else layout
+            if self.kernels is None:
+                self.kernels = kernels_in_use(
+                    query, key, value, layout, query_offset=query_offset, cu_seqlens=bounds, backend=self.backend
                 )
-        return super().attend_document(query, key, value, layout, bounds)
+        return run_dense(
+            implementation, query, key, value, layout, self.softmax_scale, query_offset, bounds, self.backend
+        )
 
     def cached_layout(self, max_length: int, device: torch.device) -> None:
         return None

@@ -19,10 +19,9 @@ from s2train.attention.weights import kv_heads_on_rank
 from s2train.config import PretrainConfig, head_dim
 from s2train.kernels.attention import Backend, block_sparse_attention, resolve_backend
 from s2train.kernels.dense_choice import Kind
-from s2train.kernels.flash4 import fa4_attention
 from s2train.kernels.layout import BlockLayout
-from s2train.megatron.block_attention import choose_kernels
 from s2train.megatron.context_parallel.all_gather import chunk_ids
+from s2train.megatron.dense_kernels import choose_kernels, run_dense, runs_sparse_op
 from s2train.megatron.model import DTYPES
 from s2train.megatron.specs import core_attention_class
 
@@ -134,13 +133,11 @@ def _attend_densely(implementation: str, call: _Call) -> Tensor | None:
         implementation = choose_kernels(
             kind, query, key, value, offset, bounds, implementation, call.backend, call.layout
         ).implementation
-    if implementation == "fa4":
-        deterministic = torch.are_deterministic_algorithms_enabled()
-        scale = query.shape[-1] ** -0.5
-        return fa4_attention(query, key, value, softmax_scale=scale, bounds=bounds, deterministic=deterministic)
-    if documents or implementation == "s2train":
-        return _attend(call)
-    return None
+    by_op = runs_sparse_op(implementation, bounds)
+    if not by_op and implementation != "fa4":
+        return None
+    layout, scale = call.layout() if by_op else None, query.shape[-1] ** -0.5
+    return run_dense(implementation, query, key, value, layout, scale, offset, bounds, call.backend)
 
 
 def _run(out: Tensor | None) -> None:

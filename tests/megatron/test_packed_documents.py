@@ -43,7 +43,8 @@ def test_layers_share_the_bounds_of_documents(monkeypatch: pytest.MonkeyPatch) -
         bounds.append(cu_seqlens)
         return q
 
-    monkeypatch.setattr("s2train.megatron.block_attention.block_sparse_attention", op)
+    for module in ("block_attention", "dense_kernels"):
+        monkeypatch.setattr(f"s2train.megatron.{module}.block_sparse_attention", op)
     cfg = compose_run(["+model=tiny_hybrid"])
     group = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
     inputs = [torch.randn(32, 2, heads, 16) for heads in (4, 2, 2)]

@@ -9,6 +9,7 @@ from s2train.kernels.dense_choice import DenseChoice
 
 from s2train.attention.kind import LayerLayout
 from s2train.attention.registry import KINDS
+from s2train.megatron import dense_kernels
 from s2train.planning import hybrid_layout
 from s2train.training import warm_up
 from s2train.training.warm_up import compile_kernels, run_once_per_machine
@@ -40,7 +41,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         out.register_hook(lambda _: setattr(made[-1], "is_backward", True))
         return out
 
-    monkeypatch.setattr(warm_up, "block_sparse_attention", attend)
+    for module in (warm_up, dense_kernels):
+        monkeypatch.setattr(module, "block_sparse_attention", attend)
     monkeypatch.setattr(warm_up, "resolve_backend", lambda backend, device: "torch" if backend == "torch" else "triton")
     return made
 
@@ -105,11 +107,12 @@ def test_dense_layers_run_flash_attention_4_if_they_do_in_a_step(
     ran: list[Any] = []
 
     def fa4(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **how: Any) -> torch.Tensor:
-        ran.append((tuple(query.shape), how["bounds"] is not None))
+        ran.append((tuple(query.shape), how.get("bounds") is not None))
         return query * 1.0
 
     monkeypatch.setattr(warm_up, "choose_kernels", lambda kind, *_: DenseChoice(kind, "fa4"))
-    monkeypatch.setattr(warm_up, "fa4_attention", fa4)
+    for module in ("s2train.megatron.dense_kernels", "s2train.kernels.dense"):
+        monkeypatch.setattr(f"{module}.fa4_attention", fa4)
     # by name, a CPU chooses too
     settings = ["layout=dense", "dense_attention=s2train", f"data.attention_within_documents={documents}"]
     compile_for(monkeypatch, *settings)
