@@ -54,40 +54,55 @@ def main() -> int:
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
     extend_signal_handling()
-    processes = parse_args(sys.argv[1:]).nproc_per_node
+    given = parse_args(sys.argv[1:])
+    with tempfile.TemporaryDirectory(prefix="s2train_", ignore_cleanup_errors=True) as folder:
+        if given.redirects == given.tee == "0":  # else torchrun's log folder, which it leaves behind, holds logs
+            os.environ.setdefault("PET_LOG_DIR", str(Path(folder) / "logs"))
+        if problem := problem_of(sys.argv[1:]):
+            print(f"error: {problem}", file=sys.stderr)
+            return USAGE_STATUS
+        return run_ranks(Path(folder))
+
+
+def problem_of(arguments: list[str]) -> str:
+    """Return what is wrong with torchrun's arguments; empty if nothing is."""
+    processes = parse_args(arguments).nproc_per_node
     if processes.isdecimal() and int(processes) > 1:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does, which prints four lines about it
     if processes == "gpu" and not torch.cuda.is_available():
         problem = "--nproc-per-node=gpu (NPROC_PER_NODE is not set): torch sees no GPU"
-        print(f"error: {problem} on {socket.gethostname()}. Set it to the number of processes", file=sys.stderr)
-        return USAGE_STATUS
+        return f"{problem} on {socket.gethostname()}. Set it to the number of processes"
     try:
-        given, _, _ = config_from_args(parse_args(sys.argv[1:]))
+        given, _, _ = config_from_args(parse_args(arguments))
         problem = "" if given.nproc_per_node > 0 else f"--nproc-per-node={processes}: not a number of processes"
     except ValueError as error:  # torchrun would print the stack
         problem = str(error)
-    if problem:
-        print(f"error: {problem}. {Path(__file__).name} takes torchrun's options, see --help", file=sys.stderr)
-        return USAGE_STATUS
-    with tempfile.TemporaryDirectory(prefix="s2train_") as folder:
-        status = Path(folder) / "status"
-        os.environ[STATUS_FILE] = str(status)
-        os.environ.setdefault("TORCHELASTIC_ERROR_FILE", str(Path(folder) / "error.json"))  # torchrun warns if unset
-        try:
-            torchrun(sys.argv[1:])
-        except SignalException as error:
-            wait_for_ranks()
-            if not status.exists():
-                print(f"error: {error.sigval.name}: the ranks exited without saving", file=sys.stderr)
-                return 128 + error.sigval
-        except ChildFailedError as error:
-            if line := failure(error):
-                print(line, file=sys.stderr)
-            return 1
-        except KeyboardInterrupt:  # before the ranks started
-            print("interrupted", file=sys.stderr)
-            return INTERRUPTED_STATUS
-        return int(status.read_text()) if status.exists() else 0
+    return f"{problem}. {Path(__file__).name} takes torchrun's options, see --help" if problem else ""
+
+
+def run_ranks(folder: Path) -> int:
+    """Run torchrun; returns the exit status.
+
+    Ranks write their status and first error to `folder`.
+    """
+    status = folder / "status"
+    os.environ[STATUS_FILE] = str(status)
+    os.environ.setdefault("TORCHELASTIC_ERROR_FILE", str(folder / "error.json"))  # torchrun warns if unset
+    try:
+        torchrun(sys.argv[1:])
+    except SignalException as error:
+        wait_for_ranks()
+        if not status.exists():
+            print(f"error: {error.sigval.name}: the ranks exited without saving", file=sys.stderr)
+            return 128 + error.sigval
+    except ChildFailedError as error:
+        if line := failure(error):
+            print(line, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:  # before the ranks started
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED_STATUS
+    return int(status.read_text()) if status.exists() else 0
 
 
 def failure(error: ChildFailedError) -> str:

@@ -13,6 +13,7 @@ from unittest import mock
 
 import torch
 
+from s2train.distributed.torchrun_logs import without_log_folders
 from tests.forked import PICTURES, Job, run_job
 
 ROOT = Path(__file__).parents[1]
@@ -80,9 +81,15 @@ def run(
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     if not program.endswith(".py"):
         launcher.append("-m")
-    done = subprocess.run(
-        [*launcher, path, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout
-    )
+    with without_log_folders() as logs:
+        done = subprocess.run(
+            [*launcher, path, *arguments],
+            cwd=cwd,
+            env=environment | logs,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
     return Outcome(done.returncode, done.stdout, done.stderr)
 
 

@@ -21,6 +21,7 @@ from threading import Lock, Thread
 from unittest import mock
 
 from s2train.distributed.parent_death_signal import signal_on_parent_death
+from s2train.distributed.torchrun_logs import without_log_folders
 
 # Starts a program's ranks with an environment and a log file, and waits for them. Returns the first status that isn't
 # 0, else 0; None if time ran out. The program is a script and its arguments, or -m, a module and its arguments.
@@ -36,12 +37,12 @@ def by_torchrun(
 ) -> int | None:
     """Start the ranks by torchrun; a `Launcher`."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    with log.open("w") as file:
+    with log.open("w") as file, without_log_folders() as logs:
         process = subprocess.Popen(
             [*launcher, *program],
             stdout=file,
             stderr=subprocess.STDOUT,
-            env=environment,
+            env={**environment, **logs},
             start_new_session=True,
             # otherwise torchrun and its ranks would hold the devices after this process is killed
             preexec_fn=partial(signal_on_parent_death, signal.SIGTERM),

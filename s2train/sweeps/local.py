@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from s2train.config import LocalSweepConfig
+from s2train.distributed.torchrun_logs import without_log_folders
 from s2train.environment.hardware import Hardware, detect
 from s2train.sweeps.commands import environment, torchrun
 from s2train.sweeps.gpus import divide_gpus, visible_gpus
@@ -49,7 +50,6 @@ class LocalLauncher(SweepLauncher):
             )
             for job in jobs
         ]
-        environments = [environment(os.environ, gpus) for gpus in self.gpus_per_job]
         started: dict[int, float] = {}
 
         def on_start(index: int) -> None:
@@ -57,7 +57,17 @@ class LocalLauncher(SweepLauncher):
             jobs[index].status = Status.STOPPED  # until it ends by itself
             print(f"started {jobs[index].label} | {commands[index].log}", flush=True)
 
-        with closing(run_all(commands, environments, on_start, settings.grace_s)) as ended:
+        with (
+            without_log_folders() as logs,
+            closing(
+                run_all(
+                    commands,
+                    [environment(os.environ, gpus) | logs for gpus in self.gpus_per_job],
+                    on_start,
+                    settings.grace_s,
+                )
+            ) as ended,
+        ):
             for index, returncode in ended:
                 job = jobs[index]
                 if returncode == 0 and job.is_finished:

@@ -20,6 +20,7 @@ from s2train.command_line.program import run_command
 from s2train.errors import *
 if os.environ["RANK"] == "0":
     print("attempt", flush=True)
+    print("error file", os.environ["TORCHELASTIC_ERROR_FILE"], flush=True)
 def work():
     raise eval(sys.argv[1])
 run_command(work)
@@ -52,6 +53,9 @@ def test_only_failures_that_a_restart_may_fix_are_restarted_and_one_line_gives_t
     assert lines, done
     assert lines[-1].endswith(last), done
     assert "ChildFailedError" not in done.err
+    for line in done.out.splitlines():
+        if line.startswith("error file "):
+            assert not Path(line.removeprefix("error file ")).parents[2].exists()  # torchrun's log folder
 
 
 @pytest.mark.parametrize(
