@@ -80,7 +80,7 @@ def tensors_in(state: Any) -> list[torch.Tensor]:
 
 
 def compare(cfg: PretrainConfig, device: torch.device) -> list[dict[str, Any]]:
-    """Train with each kernel; save, and go on with each."""
+    """Train with each kernel; save, and resume with each."""
     found, weights = [], {}
     for before in (True, False):
         training = Training(cfg, device, before)
