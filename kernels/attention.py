@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from .arguments import check_positions, check_tensors, check_values
+from .call import Call, keep
 from .custom_op import attend, layout_arguments
+from .layout import BlockLayout
 from .spec import AttentionSpec, Format, shape_bhsd
 from .topk_layout import Layout
 
@@ -107,35 +109,60 @@ def block_sparse_attention(
             values of cu_seqlens and indices raise it too, in a compiled call when it runs. On a GPU, where reading them
             would stall it, a device-side assertion fails instead.
     """
+    lse: Tensor | None
+    if torch.compiler.is_compiling():
+        spec, resolved = _checked(
+            q, k, v, layout, softmax_scale, causal, query_offset, cu_seqlens, format, backend, split_columns
+        )
+        out, lse = attend(
+            q, k, v, cu_seqlens, *layout_arguments(layout), spec.softmax_scale, causal, query_offset, format, resolved,
+            return_lse, split_columns,
+        )  # fmt: skip
+    else:
+        call, key = None, None
+        if cu_seqlens is None and isinstance(layout, BlockLayout):
+            key = (
+                q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype,
+                q.device, k.device, v.device, softmax_scale, causal, query_offset, format, backend, split_columns,
+            )  # fmt: skip
+            call = layout.calls.get(key)
+        if call is None:
+            call = Call(
+                *_checked(
+                    q, k, v, layout, softmax_scale, causal, query_offset, cu_seqlens, format, backend, split_columns
+                )
+            )
+            check_values(layout, call.spec, shape_bhsd(q, format)[2])
+            if key is not None:
+                keep(layout.calls, key, call)
+        if call.backend == "torch":
+            # imported here so that a process loads only the backend that it uses
+            from .torch_backend import torch_attention
+
+            out, lse = torch_attention(q, k, v, layout, call.spec, with_lse=return_lse)
+        else:
+            from .triton_backend import triton_attention
+
+            out, lse = triton_attention(q, k, v, layout, call)
+    if not return_lse:
+        return out
+    assert lse is not None
+    return out, lse
+
+
+def _checked(
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, softmax_scale: float | None, causal: bool, query_offset: int,
+    cu_seqlens: Tensor | None, format: Format, backend: Backend, split_columns: bool,
+) -> tuple[AttentionSpec, Literal["triton", "portable", "torch"]]:  # fmt: skip
+    """Check the arguments; return the call's settings and its backend."""
     check_tensors(q, k, v, layout, format)
     resolved = resolve_backend(backend, q.device)
     if resolved != "torch" and q.dtype not in _TRITON_DTYPES:
         raise ValueError(f"q is {q.dtype}: the {resolved} backend takes {_TRITON_DTYPES}; cast q, k and v")
     scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
     spec = AttentionSpec(scale, causal, query_offset, cu_seqlens, format, resolved == "portable", split_columns)
-    q_shape = shape_bhsd(q, format)
-    check_positions(q_shape, shape_bhsd(k, format)[2], layout, spec)
-    lse: Tensor | None
-    if torch.compiler.is_compiling():
-        out, lse = attend(
-            q, k, v, cu_seqlens, *layout_arguments(layout), scale, causal, query_offset, format, resolved, return_lse,
-            split_columns,
-        )  # fmt: skip
-    else:
-        check_values(layout, spec, q_shape[2])
-        if resolved == "torch":
-            # imported here so that a process loads only the backend that it uses
-            from .torch_backend import torch_attention
-
-            out, lse = torch_attention(q, k, v, layout, spec, with_lse=return_lse)
-        else:
-            from .triton_backend import triton_attention
-
-            out, lse = triton_attention(q, k, v, layout, spec)
-    if not return_lse:
-        return out
-    assert lse is not None
-    return out, lse
+    check_positions(shape_bhsd(q, format), shape_bhsd(k, format)[2], layout, spec)
+    return spec, resolved
 
 
 def resolve_backend(backend: Backend, device: torch.device | str) -> Literal["triton", "portable", "torch"]:

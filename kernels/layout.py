@@ -168,6 +168,12 @@ class BlockLayout:
         return self.cache
 
     @property
+    def calls(self) -> dict[Any, Any]:
+        """Recent sorts of calls with this layout; see `Call`."""
+        kept: dict[Any, Any] = self.cache.setdefault("calls", {})
+        return kept
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the index tensors; slices made by `heads` share them."""
         return sum(t.nbytes for t in self._tensors().values())

@@ -56,5 +56,9 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
 
 def empty_bhsd(shape: tuple[int, int, int, int], like: Tensor, format: Format) -> Tensor:
     """Allocate a tensor [b, h, s, d], contiguous in `format`."""
-    in_format = tuple(shape[i] for i in _FROM_BHSD[format])
-    return to_bhsd(empty(in_format, like.dtype, like.device), format)
+    return to_bhsd(empty(in_format(shape, format), like.dtype, like.device), format)
+
+
+def in_format(shape: tuple[int, ...], format: Format) -> tuple[int, ...]:
+    """Return the shape in `format` of a tensor [b, h, s, d]."""
+    return tuple(shape[i] for i in _FROM_BHSD[format])

@@ -14,6 +14,7 @@ Programs add to it in an order that differs between runs, and so do dq's last bi
 # Triton interprets the annotations of its functions, so tensor arguments have none.
 # mypy: allow-untyped-defs
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ from .backward_schedule import BackwardSchedule
 from .call_schedule import schedule_of_call
 from .launch import descriptor, launch
 from .releases import async_load, async_store, reduce_add, reinterpret, thread_barrier
+from .repeated import RepeatedBackward, can_repeat
 from .shared_tiles import SharedTiles, launch_of_tiles, s2_attention_bwd_kernel_hopper_add_tiles
 from .support import fits_descriptor
 
@@ -485,10 +487,11 @@ ENTRY_REGISTERS = 168
 def hopper_backward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None,
     layout: Layout, spec: AttentionSpec, config: HopperBackwardConfig | None = None,
+    keep: Callable[[RepeatedBackward], None] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Compute the gradients as `backward`, for calls assigned to "hopper".
 
-    `backward_choice` assigns them. With `spec.split_columns` programs may share a pair with many steps, but not in
+    `backward_choice` assigns them. `keep` gets the launches, if they can be repeated. With `spec.split_columns` programs may share a pair with many steps, but not in
     packed documents. Not deterministic: the last bits of dq differ between runs. Besides the gradients it needs
     4 * b * h * s_q * d bytes of device memory to accumulate dq in float32, twice the size of q. Each program that
     shares key tiles needs 1024 * d more. Without `config`, `chosen_config` decides.
@@ -503,7 +506,7 @@ def hopper_backward(
     else:
         check_config(config, layout, dim, spec)
     if not fits_descriptor(dout):  # for example an expanded one
-        dout = dout.clone(memory_format=torch.contiguous_format)
+        dout, keep = dout.clone(memory_format=torch.contiguous_format), None
     sequences = batch // layout.batch_size  # sequences that share a pair
     schedule = schedule_of_call(layout, num_kv_heads, s_q, s_k, spec, sequences, config.schedule)
     packed = schedule.tiles is not None
@@ -516,37 +519,47 @@ def hopper_backward(
     acc = torch.zeros(rows * 2 * dim, 32, dtype=torch.float32, device=q.device)
     cut = schedule.parts
     parts = None if cut is None else new_parts(cut.num_slots, sequences, 2, TILE.value, dim, dim, q.device)
-    arguments = launch_arguments(q, k, v, dout, lse2, delta, acc, dk, dv, parts, schedule, sequences, spec, config)
     strides_in, strides_out = (*strides(out), *strides(dout)), strides(dq)
-    before = (
-        out, dout, lse, dlse, lse2, delta, schedule.tiles, *strides_in, *shape, dim, dlse is not None, packed
-    )  # fmt: skip
     pieces = 2 * TILE.value // config.schedule.query_tile
-    after = (acc, dq, schedule.tiles, *strides_out, float(spec.softmax_scale), *shape, dim, packed, pieces)
     kind = (q.dtype, dim, packed)
     aligned = tuple(x is None or x.data_ptr() % 16 == 0 for x in (out, dout, lse, dlse))
-    prepare_key = ("hopper_backward_prepare", *kind, dlse is None, aligned, _specialised(strides_in))
-    main_key = ("hopper_backward_kernel", *kind, spec.causal, config, cut is not None)
-    finish_key = ("hopper_backward_finish", *kind, pieces, _specialised(strides_out))
-    where: dict[str, Any] = {"cache": layout.compiled, "device": q.device}
-    launch(
-        s2_attention_bwd_kernel_hopper_prepare, (rows, 1, 1), before, key=prepare_key, num_warps=8, **where
-    )  # fmt: skip
-    launch(
-        s2_attention_bwd_kernel_hopper, (len(schedule.meta) * sequences, 1, 1), arguments,
-        key=main_key, num_warps=4, maxnreg=ENTRY_REGISTERS, **where,
-    )  # fmt: skip
-    launch(s2_attention_bwd_kernel_hopper_finish, (rows, 1, 1), after, key=finish_key, num_warps=4, **where)
-    if isinstance(cut, SharedTiles):
+    launches: list[tuple[Any, int, tuple[Any, ...], tuple[Any, ...], dict[str, int]]] = [
+        (
+            s2_attention_bwd_kernel_hopper_prepare, rows,
+            (out, dout, lse, dlse, lse2, delta, schedule.tiles, *strides_in, *shape, dim, dlse is not None, packed),
+            ("hopper_backward_prepare", *kind, dlse is None, aligned, _specialised(strides_in)), {"num_warps": 8},
+        ),
+        (
+            s2_attention_bwd_kernel_hopper, len(schedule.meta) * sequences,
+            launch_arguments(q, k, v, dout, lse2, delta, acc, dk, dv, parts, schedule, sequences, spec, config),
+            ("hopper_backward_kernel", *kind, spec.causal, config, cut is not None),
+            {"num_warps": 4, "maxnreg": ENTRY_REGISTERS},
+        ),
+        (
+            s2_attention_bwd_kernel_hopper_finish, rows,
+            (acc, dq, schedule.tiles, *strides_out, float(spec.softmax_scale), *shape, dim, packed, pieces),
+            ("hopper_backward_finish", *kind, pieces, _specialised(strides_out)), {"num_warps": 4},
+        ),
+    ]  # fmt: skip
+    if cut is not None:
         assert parts is not None
-        programs, added = launch_of_tiles(parts, cut.sums, dk, dv, spec.softmax_scale)
-        add_key = ("hopper_backward_add_tiles", *kind, _specialised((*strides(dk), *strides(dv))))
-        launch(s2_attention_bwd_kernel_hopper_add_tiles, (programs, 1, 1), added, key=add_key, num_warps=4, **where)
-    elif cut is not None:
-        assert parts is not None
-        programs, added = launch_of_sums(parts, cut.sums, dk, dv, spec.softmax_scale, TILE.value)
-        add_key = ("hopper_backward_add_parts", *kind, _specialised((*strides(dk), *strides(dv))))
-        launch(s2_attention_bwd_kernel_add_parts, (programs, 1, 1), added, key=add_key, num_warps=4, **where)
+        kernel: Any
+        if isinstance(cut, SharedTiles):
+            kernel, name = s2_attention_bwd_kernel_hopper_add_tiles, "hopper_backward_add_tiles"
+            programs, added = launch_of_tiles(parts, cut.sums, dk, dv, spec.softmax_scale)
+        else:
+            kernel, name = s2_attention_bwd_kernel_add_parts, "hopper_backward_add_parts"
+            programs, added = launch_of_sums(parts, cut.sums, dk, dv, spec.softmax_scale, TILE.value)
+        key = (name, *kind, _specialised((*strides(dk), *strides(dv))))
+        launches.append((kernel, programs, added, key, {"num_warps": 4}))
+    launched = []
+    for kernel, programs, arguments, key, options in launches:
+        grid = (programs, 1, 1)
+        compiled = launch(kernel, grid, arguments, cache=layout.compiled, key=key, device=q.device, **options)
+        launched.append((compiled, grid, arguments))
+    moving = (q, k, v, out, lse, dout, dlse, lse2, delta, acc, dq, dk, dv, parts)
+    if keep is not None and can_repeat(launched, moving):
+        keep(RepeatedBackward(launched, moving, spec.format))
     return dq, dk, dv
 
 

@@ -11,6 +11,7 @@ softmax runs during the second. This is the order of FlashAttention-3 (Shah et a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +35,7 @@ from .documents import COLUMNS, document_table
 from .forward_schedule import TILE, ForwardSchedule, forward_schedule
 from .launch import descriptor, launch
 from .releases import async_load, async_store, reinterpret, thread_barrier
+from .repeated import RepeatedForward, can_repeat
 from .support import PANEL, padded_to_panels
 from .topk_forward_schedule import topk_forward_schedule
 from .weight_registers import compute_here, pack, stay_live, unpack
@@ -505,11 +507,12 @@ _SWIZZLED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, ra
 
 
 def hopper_forward(
-    q: Tensor, k: Tensor, v: Tensor, layout: Layout, spec: AttentionSpec, config: HopperConfig | None = None
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, spec: AttentionSpec, config: HopperConfig | None = None,
+    keep: Callable[[RepeatedForward], None] | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Compute output and log-sum-exp as `forward.forward`.
 
-    Takes the calls that `kernel_choice` assigns to "hopper".
+    Takes the calls that `kernel_choice` assigns to "hopper". `keep` gets the launch, if it can be repeated.
     """
     batch, num_heads, s_q, dim = q.shape
     out = empty_bhsd((batch, num_heads, s_q, v.shape[3]), q, spec.format)
@@ -517,11 +520,15 @@ def hopper_forward(
     config = config or CONFIGS[padded_to_panels(dim), min(layout.block_size, TILE)]
     documents = None if spec.cu_seqlens is None else document_table(spec.cu_seqlens, s_q, TILE, layout.cache)
     num_items, arguments, constants = launch_arguments(q, k, v, out, lse, documents, layout, spec, config)
-    launch(
-        s2_attention_fwd_kernel_hopper, (min(num_items, multiprocessors(q.device)), 1, 1), (*arguments, *constants),
+    grid = (min(num_items, multiprocessors(q.device)), 1, 1)
+    compiled = launch(
+        s2_attention_fwd_kernel_hopper, grid, (*arguments, *constants),
         cache=layout.compiled, key=("hopper_forward_kernel", q.dtype, *constants), device=q.device,
         num_warps=4, maxnreg=ENTRY_REGISTERS,
     )  # fmt: skip
+    launched = (compiled, grid, (*arguments, *constants))
+    if keep is not None and can_repeat([launched], (q, k, v, out, lse)):
+        keep(RepeatedForward(launched, q, k, v, out, lse, spec.format))
     return out, lse
 
 

@@ -31,31 +31,35 @@ def descriptor(
 def launch(
     kernel: Any, grid: tuple[int, int, int], arguments: tuple[Any, ...], *,
     cache: dict[Any, Any], key: Any, device: torch.device, **options: int,
-) -> None:  # fmt: skip
+) -> Any:  # fmt: skip
     """Launch `kernel[grid](*arguments, **options)` on `device` without inspecting arguments.
 
     Triton inspects every argument in every call, which takes 100 us. The compiled kernel is kept in `cache`, for this
     device, under `key`. Arguments with one key must look the same to the compiler: constants, dtypes, and what it
     specialises (alignment of pointers, divisibility by 16, integers that are 1).
+
+    Returns the compiled kernel.
     """
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            launch(kernel, grid, arguments, cache=cache, key=key, device=device, **options)
-        return
+            return launch(kernel, grid, arguments, cache=cache, key=key, device=device, **options)
     compiled = cache.get(key)
     if compiled is None:
-        cache[key] = kernel[grid](*arguments, **options)
-    elif _watched(knobs.runtime.launch_enter_hook) or _watched(knobs.runtime.launch_exit_hook):
+        compiled = cache[key] = kernel[grid](*arguments, **options)
+    elif watched():
         compiled[grid](*arguments)  # a profiler is attached
     else:
         stream = driver.active.get_current_stream(device.index)
         # None: launch metadata and hooks, which only profilers read
         compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
+    return compiled
 
 
-def _watched(hook: Any) -> bool:
-    """Return whether a hook has listeners.
+def watched() -> bool:
+    """Return whether a profiler wants to hear of launches.
 
-    Triton always sets a chain of hooks, which is mostly empty.
+    Triton always sets chains of hooks, which are mostly empty.
     """
-    return bool(getattr(hook, "calls", hook))
+    runtime = knobs.runtime
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter)) or bool(getattr(leave, "calls", leave))

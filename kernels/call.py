@@ -1,0 +1,38 @@
+"""What is kept of a call, so that the next like it costs the host less."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from .spec import AttentionSpec
+
+_KEPT = 8
+
+
+@dataclass(eq=False, slots=True)
+class Call:
+    """Calls that differ in their tensors' addresses and values alone.
+
+    - ``backend``: "triton", "portable" or "torch".
+    - ``forward``, ``backward``: launches to repeat (`hopper/repeated.py`), those of the backward by `strides_of`.
+    """
+
+    spec: AttentionSpec
+    backend: str
+    forward: Any = None
+    backward: dict[Hashable, Any] = field(default_factory=dict)
+
+
+def keep(kept: dict[Any, Any], key: Hashable, value: Any) -> None:
+    """Add an entry, in place of the oldest if there are many."""
+    while len(kept) >= _KEPT:
+        kept.pop(next(iter(kept)), None)
+    kept[key] = value
+
+
+def strides_of(*tensors: Tensor) -> tuple[tuple[int, ...], ...]:
+    return tuple(x.stride() for x in tensors)
