@@ -46,7 +46,7 @@ class _TritonAttention(torch.autograd.Function):
         q, k, v, out, lse, _ = ctx.saved_tensors
         if dout is None and dlse is None:
             return None, None, None, None, None
-        return *_backward(q, k, v, out, lse, dout, dlse, ctx.layout, ctx.call), None, None
+        return *run_gradients(q, k, v, out, lse, dout, dlse, ctx.layout, ctx.call), None, None
 
 
 def triton_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, call: Call) -> tuple[Tensor, Tensor]:
@@ -68,7 +68,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, layout: Layout, call: Call) -> tup
     return from_bhsd(out, format), lse
 
 
-def _backward(
+def run_gradients(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor | None, dlse: Tensor | None,
     layout: Layout, call: Call,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
