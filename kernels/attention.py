@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Hashable
 from typing import Literal, get_args, overload
 
 import torch
@@ -119,13 +120,15 @@ def block_sparse_attention(
             return_lse, split_columns,
         )  # fmt: skip
     else:
-        call, key = None, None
-        if cu_seqlens is None and isinstance(layout, BlockLayout):
+        call: Call | None = None
+        key: Hashable = None
+        calls = layout.calls if cu_seqlens is None and isinstance(layout, BlockLayout) else None
+        if calls is not None:
             key = (
                 q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype,
                 q.device, k.device, v.device, softmax_scale, causal, query_offset, format, backend, split_columns,
             )  # fmt: skip
-            call = layout.calls.get(key)
+            call = calls.get(key)
         if call is None:
             call = Call(
                 *_checked(
@@ -133,8 +136,8 @@ def block_sparse_attention(
                 )
             )
             check_values(layout, call.spec, shape_bhsd(q, format)[2])
-            if key is not None:
-                keep(layout.calls, key, call)
+            if calls is not None:
+                keep(calls, key, call)
         if call.backend == "torch":
             # imported here so that a process loads only the backend that it uses
             from .torch_backend import torch_attention

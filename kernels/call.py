@@ -1,4 +1,4 @@
-"""What is kept of a call, so that the next like it costs the host less."""
+"""What is kept of a call for later calls like it."""
 
 from __future__ import annotations
 

@@ -40,17 +40,28 @@ class _TritonAttention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        # read once: non-reentrant checkpointing recomputes at the first read and rejects a second
-        q, k, v, out, lse, _ = ctx.saved_tensors
-        if dout is None and dlse is None:
-            return None, None, None, None, None
-        return *run_gradients(q, k, v, out, lse, dout, dlse, ctx.layout, ctx.call), None, None
+        # gradients with a graph (create_graph) are marked as not differentiable, which takes time
+        differentiate = _differentiate_once if torch.is_grad_enabled() else _differentiate
+        return differentiate(ctx, dout, dlse)
+
+
+def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    # read once: non-reentrant checkpointing recomputes at the first read and rejects a second
+    q, k, v, out, lse, _ = ctx.saved_tensors
+    if dout is None and dlse is None:
+        return None, None, None, None, None
+    return *run_gradients(q, k, v, out, lse, dout, dlse, ctx.layout, ctx.call), None, None
+
+
+_differentiate_once = once_differentiable(_differentiate)
 
 
 def triton_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, call: Call) -> tuple[Tensor, Tensor]:
-    """Compute output in the call's format and log-sum-exp float32 [b, h, s_q], both differentiable."""
+    """Compute output and log-sum-exp, both differentiable.
+
+    The output is in the call's format, the log-sum-exp float32 [b, h, s_q].
+    """
     out, lse = _TritonAttention.apply(q, k, v, layout, call)
     return out, lse
 
@@ -63,8 +74,8 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, layout: Layout, call: Call) -> tup
             return found
     format = call.spec.format
     keep_it = None if call.forward is not None else functools.partial(setattr, call, "forward")
-    views = (to_bhsd(x, format) for x in (q, k, v))
-    out, lse = run_forward(*views, layout, call.spec, keep_it)
+    q, k, v = (to_bhsd(x, format) for x in (q, k, v))
+    out, lse = run_forward(q, k, v, layout, call.spec, keep_it)
     return from_bhsd(out, format), lse
 
 

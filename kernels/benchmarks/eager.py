@@ -14,6 +14,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -40,7 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return 1 if a contender fails."""
     args = _parse(arguments)
     device = torch.device(args.device)
-    clock, data = Clock(device), {**origin("benchmarks.eager", arguments), "machine": _machine(device), "cases": []}
+    clock = Clock(device)
+    data: Record = {**origin("benchmarks.eager", arguments), "machine": _machine(device), "cases": []}
     for word in args.cases:
         data["cases"].append(measure(parse_case(word), device, clock, args.rounds))
         _save(data, args.output)
@@ -54,7 +56,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def measure(case: Case, device: torch.device, clock: Clock, rounds: int) -> Record:
     """Measure the contenders' calls in turn, `rounds` times each; keep the medians."""
-    problem, steps, results = Problem(case, device), {}, {}
+    problem = Problem(case, device)
+    steps: dict[str, dict[str, Callable[[], object]]] = {}
+    results: Record = {}
     for name in _CONTENDERS:
         with failures() as failed:
             steps[name] = _steps(CONTENDERS[name].prepare(problem), case, CONTENDERS[name].format, device)
@@ -68,8 +72,8 @@ def measure(case: Case, device: torch.device, clock: Clock, rounds: int) -> Reco
         for name, passes in steps.items():
             for which, step in passes.items():
                 found[name].setdefault(which, []).append(launch_costs(step, clock))
-    for name, passes in found.items():
-        results[name] = {which: _medians(costs) for which, costs in passes.items()}
+    for name, costs in found.items():
+        results[name] = {which: _medians(rows) for which, rows in costs.items()}
     ratios = {
         name: {which: result[which]["eager_ms"] / results["ours"][which]["eager_ms"] for which in result}
         for name, result in results.items()
@@ -110,9 +114,13 @@ def host_times(case: Case, device: torch.device) -> Record:
 
 
 def _passes(attend: Callable[[], Tensor], leaves: tuple[Tensor, ...], dout: Tensor, threads: bool) -> Record:
-    """Clock calls from an idle device: forward, way to our backward, our backward, way back, wait for the device."""
+    """Clock the stages of single calls.
+
+    Each begins on an idle device. Stages: forward, way to our backward, our backward, way back, wait for the device.
+    """
     marks: list[float] = []
-    ours = triton_backend.run_gradients
+    module: Any = triton_backend
+    ours = module.run_gradients
 
     def timed(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         marks.append(time.perf_counter())
@@ -121,7 +129,7 @@ def _passes(attend: Callable[[], Tensor], leaves: tuple[Tensor, ...], dout: Tens
         return result
 
     spans = []
-    triton_backend.run_gradients = timed
+    module.run_gradients = timed
     try:
         with torch.autograd.set_multithreading_enabled(threads):
             for _ in range(_WARM + _CALLS):
@@ -134,9 +142,9 @@ def _passes(attend: Callable[[], Tensor], leaves: tuple[Tensor, ...], dout: Tens
                 marks.append(time.perf_counter())
                 torch.cuda.synchronize()
                 marks.append(time.perf_counter())
-                spans.append([1e6 * (after - before) for before, after in zip(marks[:-1], marks[1:], strict=True)])
+                spans.append([1e6 * (after - before) for before, after in pairwise(marks)])
     finally:
-        triton_backend.run_gradients = ours
+        module.run_gradients = ours
     # in order of time: start, forward's end, our backward's begin and end, end of grad, end of the device's work
     names = ("forward", "to backward", "backward", "return", "device")
     columns = zip(*spans[_WARM:], strict=True)
@@ -168,7 +176,7 @@ def _parts(
     out = attend()
     assert out.grad_fn is not None
     node: Any = out.grad_fn
-    saved = node.saved_tensors[:5]
+    q_saved, k_saved, v_saved, out_saved, lse_saved, _ = node.saved_tensors
 
     def without_gradients() -> object:
         with torch.no_grad():
@@ -191,6 +199,11 @@ def _parts(
             total += number
         return total
 
+    def gradients() -> object:
+        return triton_backend.run_gradients(
+            q_saved, k_saved, v_saved, out_saved, lse_saved, dout, None, node.layout, node.call
+        )
+
     return {
         "1,000 additions in Python": python,
         "forward and backward": lambda: torch.autograd.grad(attend(), leaves, dout),
@@ -198,7 +211,7 @@ def _parts(
         "forward": attend,
         "forward without gradients": without_gradients,
         "forward's outputs and launch": lambda: node.call.forward(q, k, v),
-        "backward, called directly": lambda: triton_backend.run_gradients(*saved, dout, None, node.layout, node.call),
+        "backward, called directly": gradients,
         "autograd function that does nothing, and its backward": empty_function,
         "the same without threads": empty_function_without_threads,
         "multiplication and its backward": lambda: torch.autograd.grad(q * 2, q, dout),
@@ -210,7 +223,10 @@ def _parts(
 
 
 def _busy(part: Callable[[], object]) -> float:
-    """Return the host's time of a call while the device is busy, in us; the median of rounds."""
+    """Return a call's host time in us while the device is busy.
+
+    It is the median of rounds.
+    """
     rounds = []
     for _ in range(5):
         _repeat(part, _WARM)

@@ -36,7 +36,9 @@ class RepeatedLaunch:
         """
         compiled, grid, arguments = launched
         run = compiled.run
-        self._launcher = _launcher(run)
+        launcher = _launcher(run)
+        assert launcher is not None
+        self._launcher = launcher
         self._spread = _spreads_arguments()
         utils = driver.active.utils
         self._encode = utils.fill_tma_descriptor if self._spread else utils.fill_tma_descriptor_tiled
@@ -64,6 +66,7 @@ class RepeatedLaunch:
             place = _place(argument, moving)
             if place is not None:
                 self._addresses.append((at, place))
+                argument = None
             elif isinstance(argument, Tensor):
                 self._kept.append(argument)
                 argument = argument.data_ptr()
@@ -88,7 +91,10 @@ class RepeatedForward:
     def __init__(
         self, launched: Launched, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, format: Format
     ) -> None:
-        """Take the launch and tensors of the first call, as views [b, h, s, d]."""
+        """Take the first call's launch and tensors.
+
+        q, k, v and out are views [b, h, s, d].
+        """
         self._launch = RepeatedLaunch(launched, (q, k, v, out, lse))
         self._device = _Device(q.device)
         self._dtype = q.dtype
@@ -114,11 +120,11 @@ class RepeatedBackward:
     """A backward whose launches are repeated, in order."""
 
     def __init__(self, launched: Sequence[Launched], moving: Sequence[Tensor | None], format: Format) -> None:
-        """Take the launches and tensors of the first call, as views [b, h, s, d].
+        """Take the first call's launches and tensors.
 
         Args:
             moving: q, k, v, output, log-sum-exp, both gradients, log-sum-exp in base 2, delta, accumulator of dq, dq,
-                dk, dv and parts.
+                dk, dv and parts; views [b, h, s, d] where they have a head dimension.
         """
         q, _, _, _, _, _, _, lse2, _, acc, dq, dk, dv, parts = moving
         assert q is not None
@@ -163,7 +169,10 @@ class _Device:
         self._current_stream = driver.active.get_current_stream
 
     def ready(self) -> bool:
-        """Return whether it is the current device and no profiler hears of launches."""
+        """Return whether launches can be repeated now.
+
+        It must be the current device, and no profiler listen.
+        """
         return (self._index is None or self._index == torch.cuda.current_device()) and not watched()
 
     def stream(self) -> int:
@@ -197,7 +206,10 @@ def _known(compiled: Any) -> bool:
 
 
 def _spreads_arguments() -> bool:
-    """Return whether launchers take a kernel's arguments one by one, as in Triton 3.6; later ones take a list."""
+    """Return whether launchers take a kernel's arguments one by one.
+
+    Those of Triton 3.6 do; later ones take a list.
+    """
     return triton.__version__.startswith("3.6.")
 
 
@@ -212,7 +224,10 @@ def _launcher(run: Any) -> Callable[..., None] | None:
 
 
 def _encoding(argument: TensorDescriptor, of_map: dict[str, Any]) -> tuple[Any, ...]:
-    """Return a tensor map's properties but its address, as Triton's `make_tensordesc_arg` passes them."""
+    """Return a tensor map's properties, except its address.
+
+    They are those that Triton's `make_tensordesc_arg` passes.
+    """
     from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST
 
     dtype = TMA_DTYPE_DEVICE_TO_HOST[of_map["elem_type"]]
