@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from .backward import backward
@@ -62,8 +63,20 @@ def triton_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, call: Call
 
     The output is in the call's format, the log-sum-exp float32 [b, h, s_q].
     """
-    out, lse = _TritonAttention.apply(q, k, v, layout, call)
-    return out, lse
+    if _is_recorded(q, k, v):
+        out, lse = _TritonAttention.apply(q, k, v, layout, call)
+        return out, lse
+    return _forward(last_contiguous(q), last_contiguous(k), last_contiguous(v), layout, call)
+
+
+def _is_recorded(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Return whether autograd must see the call, which takes time.
+
+    It also must in forward mode, for its error.
+    """
+    if forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, layout: Layout, call: Call) -> tuple[Tensor, Tensor]:

@@ -261,3 +261,23 @@ def test_a_call_on_another_stream_is_launched_there() -> None:
         out = block_sparse_attention(q2, k, v, kept)
     side.synchronize()
     assert out.equal(expected)
+
+
+@without_gpu
+def test_forward_mode_is_rejected_with_and_without_gradients() -> None:
+    q, k, v = (x[:64].detach().float() for x in tensors())
+    kept = layout()
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled), torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(q, torch.ones_like(q))
+            with pytest.raises(RuntimeError, match="jvp"):
+                block_sparse_attention(dual, k, v, kept, backend="portable")
+
+
+@without_gpu
+def test_second_derivatives_are_rejected() -> None:
+    q, k, v = (x[:64].detach().float().requires_grad_() for x in tensors())
+    out = block_sparse_attention(q, k, v, layout(), backend="portable")
+    (dq,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        dq.sum().backward()
