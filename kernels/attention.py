@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Hashable
 from typing import Literal, get_args, overload
 
 import torch
@@ -110,54 +109,61 @@ def block_sparse_attention(
             values of cu_seqlens and indices raise it too, in a compiled call when it runs. On a GPU, where reading them
             would stall it, a device-side assertion fails instead.
     """
+    settings = (softmax_scale, causal, query_offset, cu_seqlens, format, backend, split_columns)
     lse: Tensor | None
     if torch.compiler.is_compiling():
-        spec, resolved = _checked(
-            q, k, v, layout, softmax_scale, causal, query_offset, cu_seqlens, format, backend, split_columns
-        )
+        call = _checked(q, k, v, layout, *settings)
         out, lse = attend(
-            q, k, v, cu_seqlens, *layout_arguments(layout), spec.softmax_scale, causal, query_offset, format, resolved,
-            return_lse, split_columns,
+            q, k, v, cu_seqlens, *layout_arguments(layout), call.spec.softmax_scale, causal, query_offset, format,
+            call.backend, return_lse, split_columns,
         )  # fmt: skip
+        return (out, lse) if return_lse else out
+    call = _found_or_checked(q, k, v, layout, *settings)
+    if call.backend == "torch":
+        # imported here so that a process loads only the backend that it uses
+        from .torch_backend import torch_attention
+
+        out, lse = torch_attention(q, k, v, layout, call.spec, with_lse=return_lse)
     else:
-        call: Call | None = None
-        key: Hashable = None
-        calls = layout.calls if cu_seqlens is None and isinstance(layout, BlockLayout) else None
-        if calls is not None:
-            key = (
-                q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype,
-                q.device, k.device, v.device, softmax_scale, causal, query_offset, format, backend, split_columns,
-            )  # fmt: skip
-            call = calls.get(key)
-        if call is None:
-            call = Call(
-                *_checked(
-                    q, k, v, layout, softmax_scale, causal, query_offset, cu_seqlens, format, backend, split_columns
-                )
-            )
-            check_values(layout, call.spec, shape_bhsd(q, format)[2])
-            if calls is not None:
-                keep(calls, key, call)
-        if call.backend == "torch":
-            # imported here so that a process loads only the backend that it uses
-            from .torch_backend import torch_attention
+        from .triton_backend import triton_attention
 
-            out, lse = torch_attention(q, k, v, layout, call.spec, with_lse=return_lse)
-        else:
-            from .triton_backend import triton_attention
-
-            out, lse = triton_attention(q, k, v, layout, call)
+        out, lse = triton_attention(q, k, v, layout, call)
     if not return_lse:
         return out
     assert lse is not None
     return out, lse
 
 
+def _found_or_checked(
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, softmax_scale: float | None, causal: bool, query_offset: int,
+    cu_seqlens: Tensor | None, format: Format, backend: Backend, split_columns: bool,
+) -> Call:  # fmt: skip
+    """Return the earlier call like this one, else check the arguments."""
+    calls, key = None, None
+    if cu_seqlens is None and isinstance(layout, BlockLayout):
+        calls = layout.calls
+        key = (
+            q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype,
+            q.device, k.device, v.device, softmax_scale, causal, query_offset, format, backend, split_columns,
+        )  # fmt: skip
+        found = calls.get(key)
+        if found is not None:
+            found.found_again = True
+            return found
+    call = _checked(
+        q, k, v, layout, softmax_scale, causal, query_offset, cu_seqlens, format, backend, split_columns
+    )  # fmt: skip
+    check_values(layout, call.spec, shape_bhsd(q, format)[2])
+    if calls is not None:
+        keep(calls, key, call)
+    return call
+
+
 def _checked(
     q: Tensor, k: Tensor, v: Tensor, layout: Layout, softmax_scale: float | None, causal: bool, query_offset: int,
     cu_seqlens: Tensor | None, format: Format, backend: Backend, split_columns: bool,
-) -> tuple[AttentionSpec, Literal["triton", "portable", "torch"]]:  # fmt: skip
-    """Check the arguments; return the call's settings and its backend."""
+) -> Call:  # fmt: skip
+    """Check the arguments' shapes, types and settings."""
     check_tensors(q, k, v, layout, format)
     resolved = resolve_backend(backend, q.device)
     if resolved != "torch" and q.dtype not in _TRITON_DTYPES:
@@ -165,7 +171,7 @@ def _checked(
     scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
     spec = AttentionSpec(scale, causal, query_offset, cu_seqlens, format, resolved == "portable", split_columns)
     check_positions(shape_bhsd(q, format), shape_bhsd(k, format)[2], layout, spec)
-    return spec, resolved
+    return Call(spec, resolved)
 
 
 def resolve_backend(backend: Backend, device: torch.device | str) -> Literal["triton", "portable", "torch"]:

@@ -18,11 +18,14 @@ class Call:
     """Calls that differ in their tensors' addresses and values alone.
 
     - ``backend``: "triton", "portable" or "torch".
+    - ``found_again``: whether a later call was like it. Only then are launches kept: preparing them takes about as
+      long as a repeated call saves.
     - ``forward``, ``backward``: launches to repeat (`hopper/repeated.py`), those of the backward by `strides_of`.
     """
 
     spec: AttentionSpec
     backend: str
+    found_again: bool = False
     forward: Any = None
     backward: dict[Hashable, Any] = field(default_factory=dict)
 

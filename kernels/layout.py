@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .call import Call
 from .handles import register
 from .layout_builder import MaskRule, Rule, column_lines, compress, row_lines
 
@@ -168,9 +169,9 @@ class BlockLayout:
         return self.cache
 
     @property
-    def calls(self) -> dict[Any, Any]:
-        """Recent sorts of calls with this layout; see `Call`."""
-        kept: dict[Any, Any] = self.cache.setdefault("calls", {})
+    def calls(self) -> dict[Any, Call]:
+        """Recent sorts of calls with this layout."""
+        kept: dict[Any, Call] = self.cache.setdefault("calls", {})
         return kept
 
     @property

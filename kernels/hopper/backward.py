@@ -41,7 +41,7 @@ from .backward_schedule import BackwardSchedule
 from .call_schedule import schedule_of_call
 from .launch import descriptor, launch
 from .releases import async_load, async_store, reduce_add, reinterpret, thread_barrier
-from .repeated import RepeatedBackward, can_repeat
+from .repeated import Launched, RepeatedBackward, can_repeat
 from .shared_tiles import SharedTiles, launch_of_tiles, s2_attention_bwd_kernel_hopper_add_tiles
 from .support import fits_descriptor
 
@@ -520,44 +520,41 @@ def hopper_backward(
     acc = torch.zeros(rows * 2 * dim, 32, dtype=torch.float32, device=q.device)
     cut = schedule.parts
     parts = None if cut is None else new_parts(cut.num_slots, sequences, 2, TILE.value, dim, dim, q.device)
+    arguments = launch_arguments(q, k, v, dout, lse2, delta, acc, dk, dv, parts, schedule, sequences, spec, config)
     strides_in, strides_out = (*strides(out), *strides(dout)), strides(dq)
+    before = (
+        out, dout, lse, dlse, lse2, delta, schedule.tiles, *strides_in, *shape, dim, dlse is not None, packed
+    )  # fmt: skip
     pieces = 2 * TILE.value // config.schedule.query_tile
+    after = (acc, dq, schedule.tiles, *strides_out, float(spec.softmax_scale), *shape, dim, packed, pieces)
     kind = (q.dtype, dim, packed)
     aligned = tuple(x is None or x.data_ptr() % 16 == 0 for x in (out, dout, lse, dlse))
-    launches: list[tuple[Any, int, tuple[Any, ...], tuple[Any, ...], dict[str, int]]] = [
-        (
-            s2_attention_bwd_kernel_hopper_prepare, rows,
-            (out, dout, lse, dlse, lse2, delta, schedule.tiles, *strides_in, *shape, dim, dlse is not None, packed),
-            ("hopper_backward_prepare", *kind, dlse is None, aligned, _specialised(strides_in)), {"num_warps": 8},
-        ),
-        (
-            s2_attention_bwd_kernel_hopper, len(schedule.meta) * sequences,
-            launch_arguments(q, k, v, dout, lse2, delta, acc, dk, dv, parts, schedule, sequences, spec, config),
-            ("hopper_backward_kernel", *kind, spec.causal, config, cut is not None),
-            {"num_warps": 4, "maxnreg": ENTRY_REGISTERS},
-        ),
-        (
-            s2_attention_bwd_kernel_hopper_finish, rows,
-            (acc, dq, schedule.tiles, *strides_out, float(spec.softmax_scale), *shape, dim, packed, pieces),
-            ("hopper_backward_finish", *kind, pieces, _specialised(strides_out)), {"num_warps": 4},
-        ),
-    ]  # fmt: skip
-    if cut is not None:
-        assert parts is not None
-        kernel: Any
-        if isinstance(cut, SharedTiles):
-            kernel, name = s2_attention_bwd_kernel_hopper_add_tiles, "hopper_backward_add_tiles"
-            programs, added = launch_of_tiles(parts, cut.sums, dk, dv, spec.softmax_scale)
-        else:
-            kernel, name = s2_attention_bwd_kernel_add_parts, "hopper_backward_add_parts"
-            programs, added = launch_of_sums(parts, cut.sums, dk, dv, spec.softmax_scale, TILE.value)
-        key = (name, *kind, _specialised((*strides(dk), *strides(dv))))
-        launches.append((kernel, programs, added, key, {"num_warps": 4}))
-    launched = []
-    for kernel, programs, arguments, key, options in launches:
+    prepare_key = ("hopper_backward_prepare", *kind, dlse is None, aligned, _specialised(strides_in))
+    main_key = ("hopper_backward_kernel", *kind, spec.causal, config, cut is not None)
+    finish_key = ("hopper_backward_finish", *kind, pieces, _specialised(strides_out))
+    launched: list[Launched] = []
+
+    def run(kernel: Any, programs: int, given: tuple[Any, ...], key: Any, **options: int) -> None:
         grid = (programs, 1, 1)
-        compiled = launch(kernel, grid, arguments, cache=layout.compiled, key=key, device=q.device, **options)
-        launched.append((compiled, grid, arguments))
+        compiled = launch(kernel, grid, given, cache=layout.compiled, key=key, device=q.device, **options)
+        launched.append((compiled, grid, given))
+
+    run(s2_attention_bwd_kernel_hopper_prepare, rows, before, prepare_key, num_warps=8)
+    run(
+        s2_attention_bwd_kernel_hopper, len(schedule.meta) * sequences, arguments, main_key,
+        num_warps=4, maxnreg=ENTRY_REGISTERS,
+    )  # fmt: skip
+    run(s2_attention_bwd_kernel_hopper_finish, rows, after, finish_key, num_warps=4)
+    if isinstance(cut, SharedTiles):
+        assert parts is not None
+        programs, added = launch_of_tiles(parts, cut.sums, dk, dv, spec.softmax_scale)
+        add_key = ("hopper_backward_add_tiles", *kind, _specialised((*strides(dk), *strides(dv))))
+        run(s2_attention_bwd_kernel_hopper_add_tiles, programs, added, add_key, num_warps=4)
+    elif cut is not None:
+        assert parts is not None
+        programs, added = launch_of_sums(parts, cut.sums, dk, dv, spec.softmax_scale, TILE.value)
+        add_key = ("hopper_backward_add_parts", *kind, _specialised((*strides(dk), *strides(dv))))
+        run(s2_attention_bwd_kernel_add_parts, programs, added, add_key, num_warps=4)
     moving = (q, k, v, out, lse, dout, dlse, lse2, delta, acc, dq, dk, dv, parts)
     if keep is not None and can_repeat(launched, moving):
         keep(RepeatedBackward(launched, moving, spec.format))

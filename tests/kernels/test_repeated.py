@@ -135,8 +135,11 @@ def flat_tuple(recorded: Recorded) -> list[tuple[Any, ...]]:
 )
 def test_launches_are_repeated_but_for_addresses(options: dict[str, Any], launches: Recorded) -> None:
     kept = layout()
-    before = step(kept, **options)
+    step(kept, **options)
     first = launches.copy()
+    launches.clear()
+    before = step(kept, **options)
+    assert not came_the_short_way(launches)
     launches.clear()
     after = step(kept, **options)
     assert came_the_short_way(launches)
@@ -150,7 +153,8 @@ def test_launches_are_repeated_but_for_addresses(options: dict[str, Any], launch
 @without_gpu
 def test_a_profiler_sees_launches_of_repeated_calls(launches: Recorded) -> None:
     kept = layout()
-    step(kept)
+    for _ in range(2):
+        step(kept)
     launches.clear()
     watch = lambda metadata: None  # noqa: E731
     launch.knobs.runtime.launch_enter_hook.add(watch)
@@ -163,9 +167,22 @@ def test_a_profiler_sees_launches_of_repeated_calls(launches: Recorded) -> None:
 
 
 @without_gpu
+def test_no_launch_is_prepared_for_calls_that_are_not_found_again(
+    launches: Recorded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forward, "RepeatedForward", None)
+    monkeypatch.setattr(backward, "RepeatedBackward", None)
+    kept = layout()
+    for _ in range(3):
+        step(kept, cu_seqlens=torch.tensor([0, 100, LENGTH], dtype=torch.int32))
+    step(kept)
+    assert len(launches) == 16
+
+
+@without_gpu
 def test_a_layout_is_freed_with_its_last_reference(launches: Recorded) -> None:
     kept = layout()
-    for _ in range(2):
+    for _ in range(3):
         step(kept)
     alive = weakref.ref(kept)
     gc.disable()
@@ -241,7 +258,7 @@ def test_repeated_calls_are_exact_on_a_gpu(format: str) -> None:
         return out, lse, *torch.autograd.grad((out, lse), (q, k, v), (dout, dlse))
 
     shape = (LENGTH, 1, HEADS, DIM) if format == "sbhd" else (1, HEADS, LENGTH, DIM)
-    for moved in (0, 0, 0, 1, 0):  # by elements: an address that is not aligned, and aligned ones again
+    for moved in (0, 0, 0, 0, 1, 0):  # by elements: an address that is not aligned, and aligned ones again
         inputs = [torch.randn(LENGTH * HEADS * DIM + 1, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
         inputs = [x[moved : moved + LENGTH * HEADS * DIM].view(shape) for x in inputs]
         expected = results(BlockLayout.from_mask(kept.mask(), BLOCK), *inputs)
@@ -253,7 +270,7 @@ def test_repeated_calls_are_exact_on_a_gpu(format: str) -> None:
 def test_a_call_on_another_stream_is_launched_there() -> None:
     kept, side = layout().to("cuda"), torch.cuda.Stream()
     q, k, v = (x.detach().to("cuda") for x in tensors())
-    expected = [block_sparse_attention(q, k, v, kept) for _ in range(2)][1]
+    expected, _, _ = (block_sparse_attention(q, k, v, kept) for _ in range(3))
     torch.cuda.synchronize()
     with torch.cuda.stream(side):
         torch.cuda._sleep(20_000_000)
