@@ -12,7 +12,7 @@ from ..tiles import document_tiles
 from .backward_schedule import QUERY_BITS, TILE, BackwardSchedule, groups_of_patterns, kept_tiles_of_group, pair_steps
 
 _LAST_TILE = 2**QUERY_BITS - 1
-_RESULTS_KEPT = 2
+_RESULTS_KEPT = 16  # all layers share a sequence's bounds; a micro batch may have many sequences
 
 
 @dataclass(frozen=True)
