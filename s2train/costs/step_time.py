@@ -56,8 +56,8 @@ _LOSS = {"torch": 15.5e-12, "liger": 7.6e-12, "linear": 8.0e-12}  # seconds per 
 # bytes that they move in a 7B layer.
 _MLP_SHARE = 0.7
 _SPLIT_SHARE = 0.3  # part of elementwise work between a layer's products, divided over tensor parallel ranks
-# Seconds per parameter of transformer-engine's fused Adam. torch's fused kernel moves the same bytes, but was not measured
-# alone: 2.6 times as fast as torch's others (38.9e-12) on an H200 that other programs used too.
+# Seconds per parameter of transformer-engine's fused Adam. torch's fused kernel moves the same bytes, but was not
+# measured alone: 2.6 times as fast as torch's others (38.9e-12) on an H200 that other programs used too.
 _ADAM = 17.5e-12
 _USED_MEMORY, _USED_LINK = 0.8, 0.69  # fractions of the peak
 _SLOWER_PRODUCTS = 0.1  # each time that tensor parallel halves them
