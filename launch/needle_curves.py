@@ -106,7 +106,7 @@ def describe_reach(cells: list[Cell]) -> str:
 
 
 def draw(variants: dict[str, dict[str, Any]], path: Path) -> None:
-    """Draw curves of all variants, and a heat map of each grid; neither where there is none."""
+    """Draw the curves and grids of variants that have them."""
     grids = {name: results_from(variant["grid"]) for name, variant in variants.items() if variant["grid"]}
     figure = Figure(figsize=(3.2 * max(2, len(variants)), 7), dpi=140, layout="constrained")
     FigureCanvasAgg(figure)

@@ -20,23 +20,18 @@ dkernel autotunes 22 configurations per length: one to three minutes for its fir
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import os
-import platform
 import sys
 import time
-from pathlib import Path
-from typing import Any
 
 import torch
-import triton
 from rich.console import Console
 
 from ..provenance import origin
 from .cases import DEFAULT, GROUPS, parse_case, parse_cases
 from .contenders import CONTENDERS
 from .plot import draw
+from .program import add_device, add_output, check_device, check_output, machine, write_results
 from .report import summary
 from .run import Record, Session, run_cases
 from .run_time import measure, run_time_table, split_words
@@ -61,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     clock = Clock(device)
     data: Record = {
         **origin("benchmarks", arguments),
-        "machine": _machine(device),
+        "machine": machine(device),
         "seed": seed,
         "ceiling_tflops": matmul_ceiling(clock, device),
         "cases": [],
@@ -89,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
     def save() -> None:
         data["seconds"] = time.monotonic() - began
         data["summary"] = summary(data["cases"])
-        _save(data, args.output)
+        write_results(data, args.output)
 
     def report(record: Record) -> None:
         data["cases"].append(record)
@@ -139,14 +134,11 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    today = datetime.date.today().isoformat()
     parser.add_argument("--cases", nargs="+", default=None, help=f"default: {' '.join(DEFAULT)}")
     parser.add_argument(
         "--quick", action="store_true", help=f"the cases {' '.join(GROUPS['quick'])}, in about a minute"
     )
-    parser.add_argument(
-        "--output", type=Path, default=Path(f"{today}-benchmarks.json"), help="JSON; the plot is written beside it"
-    )
+    add_output(parser, "benchmarks", "JSON; the plot is written beside it")
     parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS))
     parser.add_argument("--launches", nargs="*", default=None, help="cases whose launch costs are measured")
     parser.add_argument("--budget-ms", type=float, default=None, help="device time of one contender's timed passes")
@@ -155,7 +147,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         "--limit-seconds", type=float, default=20, help="skip contenders that need more for a case's passes"
     )
     parser.add_argument("--draw", default="b128-l8-v16-32k", help="mask and heads of the plot, length of its densities")
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: to test the program")
+    add_device(parser)
     args = parser.parse_args(arguments)
     if args.quick and args.cases:
         parser.error("--quick chooses the cases: leave out --cases")
@@ -168,36 +160,11 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
             parse_case(word)
     except ValueError as error:
         parser.error(str(error))
-    if args.output.exists():
-        parser.error(f"{args.output} exists: results are not overwritten, name another --output")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("no CUDA device; --device cpu tests the program with torch's kernels")
+    check_output(parser, args)
+    check_device(parser, args)
     args.budget_ms = args.budget_ms or (100 if args.quick else 1000)
     args.contenders = tuple(dict.fromkeys(args.contenders))
     return args
-
-
-def _machine(device: torch.device) -> dict[str, Any]:
-    machine: dict[str, Any] = {
-        "device": platform.machine() + " CPU",
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "python": platform.python_version(),
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,
-    }
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        machine |= {"device": properties.name, "memory": properties.total_memory}
-        machine |= {"multiprocessors": properties.multi_processor_count}
-    return machine
-
-
-def _save(data: Record, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(data, indent=1) + "\n")
-    temporary.replace(path)
 
 
 if __name__ == "__main__":

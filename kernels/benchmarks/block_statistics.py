@@ -15,13 +15,11 @@ at 32k. `rules` (8 of them) as `effects`, at 200 TFLOP/s: 2.8 and 44 ms.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -36,6 +34,7 @@ from ..layout import BlockLayout
 from ..provenance import origin
 from ..spec import to_bhsd
 from ..topk_layout import TopKLayout
+from .program import add_output, check_output
 from .timing import Clock
 
 Record = dict[str, Any]
@@ -188,12 +187,9 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("cases", nargs="*", default=DEFAULT, help=f"default: {' '.join(DEFAULT)}")
-    parser.add_argument(
-        "--output", type=Path, default=Path(f"{datetime.date.today().isoformat()}-block-statistics.json")
-    )
+    add_output(parser, "block-statistics")
     args = parser.parse_args(arguments)
-    if args.output.exists():
-        parser.error(f"{args.output} exists: results are not overwritten, name another --output")
+    check_output(parser, args)
     try:
         cases = [Case.parse(word) for word in args.cases]
     except ValueError as error:

@@ -12,14 +12,12 @@ largest batch is what fits into --memory-gb with --weights-gb, with all --layers
 from __future__ import annotations
 
 import argparse
-import datetime
 import gc
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,9 +27,9 @@ from rich.table import Table
 from ..attention import resolve_backend
 from ..decode.schedule import decode_schedule
 from ..provenance import origin
-from .__main__ import _machine, _save
 from .cases import parse_case, tokens
 from .decode_problem import FUSED, ContiguousStep, DecodeCase, PagedStep, errors
+from .program import add_device, add_output, check_device, check_output, machine, write_results
 from .timing import Clock, launch_costs
 
 Record = dict[str, Any]
@@ -52,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     torch.manual_seed(seed)
     data: Record = {
         **origin("benchmarks.decode", arguments),
-        "machine": _machine(device),
+        "machine": machine(device),
         "seed": seed,
         "cases": [],
     }
@@ -61,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
     for step in _cases(args):
         record = measure(step, args, clock, device, deadline)
         data["cases"].append(record)
-        _save(data, args.output)
+        write_results(data, args.output)
         table.add_row(*_row(record))
         console.print(f"{record['case']}: {_describe(record)}")
     console.print(table)
@@ -240,9 +238,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--memory-gb", type=float, default=80.0)
     parser.add_argument("--weights-gb", type=float, default=14.5, help="7.25B parameters in bfloat16")
     parser.add_argument("--seconds", type=float, default=500, help="start nothing new after this time")
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: to test the program")
-    today = datetime.date.today().isoformat()
-    parser.add_argument("--output", type=Path, default=Path(f"{today}-decode.json"))
+    add_device(parser)
+    add_output(parser, "decode")
     args = parser.parse_args(arguments)
     if min(*args.batches, *args.kv, args.heads, args.layers, args.dense_every) < 1:
         parser.error("batches, heads and layers must be at least 1")
@@ -250,10 +247,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         list(_cases(args))
     except ValueError as error:
         parser.error(str(error))
-    if args.output.exists():
-        parser.error(f"{args.output} exists: results are not overwritten, name another --output")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("no CUDA device; --device cpu tests the program with torch's kernels")
+    check_output(parser, args)
+    check_device(parser, args)
     return args
 
 

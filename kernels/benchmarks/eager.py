@@ -9,13 +9,11 @@ autograd's threads and without), and into parts that are called alone (`parts`).
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import sys
 import time
 from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -25,10 +23,10 @@ from torch import Tensor
 from .. import triton_backend
 from ..attention import block_sparse_attention
 from ..provenance import origin
-from .__main__ import _machine, _save
 from .cases import Case, parse_case
 from .contenders import CONTENDERS, Attention, Problem
 from .inputs import make_inputs
+from .program import add_device, add_output, check_device, check_output, machine, write_results
 from .run import Record, failures
 from .timing import Clock, launch_costs
 
@@ -42,13 +40,13 @@ def main(arguments: list[str] | None = None) -> int:
     args = _parse(arguments)
     device = torch.device(args.device)
     clock = Clock(device)
-    data: Record = {**origin("benchmarks.eager", arguments), "machine": _machine(device), "cases": []}
+    data: Record = {**origin("benchmarks.eager", arguments), "machine": machine(device), "cases": []}
     for word in args.cases:
         data["cases"].append(measure(parse_case(word), device, clock, args.rounds))
-        _save(data, args.output)
+        write_results(data, args.output)
     if device.type == "cuda":
         data["host"] = host_times(parse_case(args.cases[0]), device)
-        _save(data, args.output)
+        write_results(data, args.output)
     print(json.dumps(data, indent=1))
     errors = [result["error"] for case in data["cases"] for result in case["results"].values() if "error" in result]
     return int(any(not error.startswith("not supported") for error in errors))
@@ -250,21 +248,18 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    output = Path(f"{datetime.date.today().isoformat()}-eager.json")
     parser.add_argument("--cases", nargs="+", default=["b128-l8-v16-2k", "b128-l8-v16-8k"])
-    parser.add_argument("--output", type=Path, default=output, help="JSON, also printed")
+    add_output(parser, "eager", "JSON, also printed")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each contender")
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: to test the program")
+    add_device(parser)
     args = parser.parse_args(arguments)
     try:
         for word in args.cases:
             parse_case(word)
     except ValueError as error:
         parser.error(str(error))
-    if args.output.exists():
-        parser.error(f"{args.output} exists: results are not overwritten, name another --output")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("no CUDA device; --device cpu tests the program with torch's kernels")
+    check_output(parser, args)
+    check_device(parser, args)
     return args
 
 

@@ -12,14 +12,12 @@ The JSON is written after each case. --tune also times other tile sizes of each 
 from __future__ import annotations
 
 import argparse
-import datetime
 import math
 import os
 import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -40,8 +38,8 @@ from ..hyper.plan import tiles as bucket_tiles
 from ..hyper.plan_kernels import find_buckets, sort_keys, sort_queries
 from ..provenance import origin
 from ..spec import AttentionSpec, to_bhsd
-from .__main__ import _machine, _save
 from .contenders import NotSupportedError
+from .program import add_device, add_output, check_device, check_output, machine, write_results
 from .run import failures
 from .timing import Clock, time_passes
 
@@ -67,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
     seed = int.from_bytes(os.urandom(3))
     torch.manual_seed(seed)
     clock = Clock(device)
-    data: Record = {**origin("benchmarks.hyper", arguments), "machine": _machine(device), "seed": seed, "cases": []}
+    data: Record = {**origin("benchmarks.hyper", arguments), "machine": machine(device), "seed": seed, "cases": []}
     data["check"] = {}
     for word in args.cases or ["none-causal", "none-full"]:
         if time.monotonic() - began > args.seconds:
@@ -77,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
         if mask not in data["check"]:  # not before it is needed: kernels are compiled here
             data["check"][mask] = check(args, device, mask == "causal")
             data["seconds"] = time.monotonic() - began
-            _save(data, args.output)
+            write_results(data, args.output)
             console.print(f"{mask}, {data['seconds']:.0f} s: error over plain torch's {data['check'][mask]}")
             if any(not ratio <= 2 for ratio in data["check"][mask].values()):
                 console.print("wrong results: nothing more is timed")
@@ -86,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
             continue
         data["cases"].append(measure(word, args, clock, device, began + args.seconds))
         data["seconds"] = time.monotonic() - began
-        _save(data, args.output)
+        write_results(data, args.output)
         console.print(case_table(data["cases"][-1]))
     excused = ("not supported", "not run", "out of memory")
     errors = [r["error"] for case in data["cases"] for r in case["layers"].values() if "error" in r]
@@ -318,10 +316,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    output = Path(f"{datetime.date.today().isoformat()}-hyper.json")
     words = [f"{length}-{mask}" for length in LENGTHS for mask in ("causal", "full")]
     parser.add_argument("--cases", nargs="*", default=_CASES, choices=words, metavar="CASE", help=", ".join(words))
-    parser.add_argument("--output", type=Path, default=output, help="JSON")
+    add_output(parser, "hyper")
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--kv-heads", type=int, default=4)
     parser.add_argument("--dim", type=int, default=128)
@@ -331,16 +328,14 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tune", action="store_true", help="time other tile sizes too")
     parser.add_argument("--budget-ms", type=float, default=500, help="device time of one contender's timed passes")
     parser.add_argument("--seconds", type=float, default=75, help="start nothing new after this time")
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: to test the program")
+    add_device(parser)
     args = parser.parse_args(arguments)
     try:
         _settings(args)
     except ValueError as error:
         parser.error(str(error))
-    if args.output.exists():
-        parser.error(f"{args.output} exists: results are not overwritten, name another --output")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("no CUDA device; --device cpu tests the program with torch's kernels")
+    check_output(parser, args)
+    check_device(parser, args)
     return args
 
 

@@ -15,7 +15,6 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -31,6 +30,7 @@ from ..layout import BlockLayout
 from ..layout_builder import Rule
 from ..spec import AttentionSpec
 from .cases import Case, parse_case
+from .program import add_output, check_output
 
 Record = dict[str, Any]
 DEFAULT = tuple(f"b{b}-l{1024 // b}-v16-{n}-kv8" for n in ("32k", "128k", "1m") for b in (64, 128))
@@ -51,12 +51,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("cases", nargs="*", default=DEFAULT, help=f"default: {' '.join(DEFAULT)}")
     parser.add_argument("--repeats", type=int, default=5, help="timed builds, after the first")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path, default=Path(f"{datetime.date.today().isoformat()}-layout-cost.json"))
+    add_output(parser, "layout-cost")
     args = parser.parse_args(arguments)
     if args.repeats < 1:
         parser.error("--repeats must be at least 1")
-    if args.output.exists():
-        parser.error(f"{args.output} exists: results are not overwritten, name another --output")
+    check_output(parser, args)
     try:
         cases = [parse_case(word) for word in args.cases]
     except ValueError as error:

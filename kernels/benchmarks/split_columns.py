@@ -11,14 +11,12 @@ Then each layout's backward is timed with and without, on the same random inputs
 from __future__ import annotations
 
 import argparse
-import datetime
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,8 +34,8 @@ from ..hyper.launches import _local_layout
 from ..layout import BlockLayout
 from ..provenance import origin
 from ..topk_layout import Layout, TopKLayout
-from .__main__ import _machine, _save
 from .cases import parse_case
+from .program import add_device, add_output, check_device, check_output, machine, write_results
 from .run import failures
 from .run_time import RunTimeCase
 from .timing import Clock, time_passes
@@ -113,14 +111,14 @@ def main(arguments: list[str] | None = None) -> int:
     began, device, console = time.monotonic(), torch.device(args.device), Console(width=150)
     torch.manual_seed(args.seed)
     clock = Clock(device)
-    data: Record = {**origin("benchmarks.split_columns", arguments), "machine": _machine(device), "seed": args.seed}
+    data: Record = {**origin("benchmarks.split_columns", arguments), "machine": machine(device), "seed": args.seed}
     data |= {"backend": args.backend, "checks": [], "cases": []}
     for name in args.checks:
         with failures() as failed, _poisoned():
             data["checks"].append({"case": name} | check_case(CASES[name], device))
         if failed:
             data["checks"].append({"case": name, "ok": False, "error": failed[0]})
-        _save(data, args.output)
+        write_results(data, args.output)
         console.print(data["checks"][-1])
     if not all(row["ok"] for row in data["checks"]):
         console.print("wrong results: nothing is timed")
@@ -134,7 +132,7 @@ def main(arguments: list[str] | None = None) -> int:
             record = measure(SPLIT_CASES[name], args.backend, clock, device, args.budget_ms)
         data["cases"].append({"case": name} | ({"error": failed[0]} if failed else record))
         data["seconds"] = time.monotonic() - began
-        _save(data, args.output)
+        write_results(data, args.output)
         console.print(data["cases"][-1])
     console.print(split_table(data["cases"]))
     return int(any("error" in record for record in data["cases"]))
@@ -203,20 +201,17 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     checks = [name for name, case in CASES.items() if case.split]
-    output = Path(f"{datetime.date.today().isoformat()}-split-columns.json")
     parser.add_argument("--cases", nargs="*", default=list(SPLIT_CASES), choices=list(SPLIT_CASES), metavar="CASE")
     parser.add_argument("--checks", nargs="*", default=checks, choices=checks, metavar="CHECK")
     parser.add_argument("--backend", default="triton", choices=("triton", "portable"))
-    parser.add_argument("--output", type=Path, default=output, help="JSON")
+    add_output(parser, "split-columns")
     parser.add_argument("--seed", type=int, default=torch.seed() % 2**31)
     parser.add_argument("--budget-ms", type=float, default=500, help="device time of a layout's timed passes")
     parser.add_argument("--seconds", type=float, default=300, help="start nothing new after this time")
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: to test the program")
+    add_device(parser)
     args = parser.parse_args(arguments)
-    if args.output.exists():
-        parser.error(f"{args.output} exists: results are not overwritten, name another --output")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("no CUDA device; --device cpu tests the program in Triton's interpreter")
+    check_output(parser, args)
+    check_device(parser, args, "in Triton's interpreter")
     return args
 
 
