@@ -13,8 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,13 +23,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from .. import spec
 from ..attention import block_sparse_attention
-from ..check.__main__ import _poison
 from ..check.cases import CASES
+from ..check.poison import poisoned
 from ..check.run import check_case
 from ..hyper import HyperSettings
-from ..hyper.launches import _local_layout
+from ..hyper.launches import local_layout
 from ..layout import BlockLayout
 from ..provenance import origin
 from ..topk_layout import Layout, TopKLayout
@@ -73,7 +71,7 @@ def _lists(slots: int, heads: int, kv_heads: int) -> Callable[[int, torch.device
 
 def _exact_keys(length: int, device: torch.device) -> Layout:
     """Return HyperAttention's layout of exact keys."""
-    return _local_layout(HyperSettings(), length, 16, True, device)
+    return local_layout(HyperSettings(), length, 16, True, device)
 
 
 def _window_and_sink(length: int, device: torch.device) -> Layout:
@@ -114,7 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
     data: Record = {**origin("benchmarks.split_columns", arguments), "machine": machine(device), "seed": args.seed}
     data |= {"backend": args.backend, "checks": [], "cases": []}
     for name in args.checks:
-        with failures() as failed, _poisoned():
+        with failures() as failed, poisoned():
             data["checks"].append({"case": name} | check_case(CASES[name], device))
         if failed:
             data["checks"].append({"case": name, "ok": False, "error": failed[0]})
@@ -182,16 +180,6 @@ def split_table(records: list[Record]) -> Table:
             record["case"], f"{whole:.2f}", f"{before:.1f}", f"{split:.2f}", f"{after:.1f}", f"{whole / split:.2f}"
         )
     return table
-
-
-@contextmanager
-def _poisoned() -> Iterator[None]:
-    """Fill new outputs and float32 sums with NaN."""
-    allocate, spec.empty = spec.empty, _poison
-    try:
-        yield
-    finally:
-        spec.empty = allocate
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:

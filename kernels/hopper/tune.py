@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .. import spec
 from ..backward import backward
+from ..check.poison import nan_filled
 from ..forward import forward
 from ..layout import BlockLayout
 from ..spec import AttentionSpec, to_bhsd
@@ -204,13 +205,9 @@ class Problem:
     exact: list[tuple[int, int, int, Tensor, Tensor]]
 
 
-def _poison(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.full(shape, torch.nan, dtype=dtype, device=device)
-
-
 def _run_item(item: Item, problems: dict[Any, Problem]) -> dict[str, Any]:
     torch.manual_seed(0)
-    spec.empty = _poison
+    spec.empty = nan_filled
     # in 4096 tokens and more, key tiles of blocks of 64 have second partners
     length = item.length or (4096 if item.candidate else 512)
     key = (length, item.block, item.kv_heads, item.dim)

@@ -76,7 +76,7 @@ class Call:
 
     def layout(self, device: torch.device) -> BlockLayout:
         """Return the block layout of exact keys."""
-        return _local_layout(self.settings, self.length, self.heads, self.spec.causal, device)
+        return local_layout(self.settings, self.length, self.heads, self.spec.causal, device)
 
 
 def call_of(q: Tensor, k: Tensor, v: Tensor, settings: HyperSettings, spec: AttentionSpec) -> Call:
@@ -85,7 +85,8 @@ def call_of(q: Tensor, k: Tensor, v: Tensor, settings: HyperSettings, spec: Atte
 
 
 @lru_cache(maxsize=64)  # within documents a step has many lengths
-def _local_layout(settings: HyperSettings, length: int, heads: int, causal: bool, device: torch.device) -> BlockLayout:
+def local_layout(settings: HyperSettings, length: int, heads: int, causal: bool, device: torch.device) -> BlockLayout:
+    """Return the layout of what is read exactly: intervals, window, sinks."""
     block = settings.block
     interval = settings.shortest // block if causal or length <= settings.shortest else 0
     window, sinks = settings.window // block, settings.sinks // block

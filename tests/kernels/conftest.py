@@ -1,8 +1,10 @@
 """What the kernels' tests share. Without a GPU they run in Triton's interpreter (tests/conftest.py)."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
-from s2train.kernels import spec
+from s2train.kernels.check import poison
 
 
 @pytest.fixture
@@ -11,10 +13,10 @@ def device() -> torch.device:
 
 
 @pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+def poisoned() -> Iterator[None]:
     """Kernel outputs start as NaN, so that a row left unwritten shows."""
-    allocate = spec.empty
-    monkeypatch.setattr(spec, "empty", lambda *args: allocate(*args).fill_(torch.nan))
+    with poison.poisoned():
+        yield
 
 
 @pytest.fixture(autouse=True)
