@@ -100,7 +100,8 @@ def run_gradients(
     keep_it = None
     # without a launch to repeat in the forward, there is none here
     if call.forward is not None and dout is not None and not torch.are_deterministic_algorithms_enabled():
-        dlse = None if dlse is None else dlse.contiguous()
+        # as the launches get them: a copy of an expanded or transposed gradient, not its address
+        dout, dlse = last_contiguous(dout), None if dlse is None else dlse.contiguous()
         key = (strides_of(q, k, v, out, lse, dout), dlse is None)
         repeated = call.backward.get(key)
         found: tuple[Tensor, Tensor, Tensor] | None

@@ -151,6 +151,32 @@ def test_launches_are_repeated_but_for_addresses(options: dict[str, Any], launch
 
 
 @without_gpu
+@pytest.mark.parametrize(
+    "gradient",
+    [
+        lambda out: torch.ones((), dtype=out.dtype).expand_as(out),  # out.sum()
+        lambda out: torch.randn_like(out.transpose(2, 3).contiguous()).transpose(2, 3),
+        lambda out: torch.randn_like(out[:1]).expand_as(out),
+        lambda out: torch.randn(out.numel() + 1, dtype=out.dtype)[1:].view_as(out),
+    ],
+    ids=["of a sum", "transposed", "expanded", "not aligned"],
+)
+def test_gradients_that_kernels_cannot_read_are_copied(
+    gradient: Callable[[Tensor], Tensor], launches: Recorded
+) -> None:
+    kept = layout()
+    for _ in range(3):
+        leaves = tensors()
+        out = block_sparse_attention(*leaves, kept, backend="triton")
+        dout = gradient(out)
+        launches.clear()
+        torch.autograd.grad(out, leaves, dout)
+        tensors_given = [x for one in flat_tuple(launches) for x in one if isinstance(x, Tensor)]
+        assert len(launches) == 3
+        assert dout.data_ptr() not in addresses(launches) | {x.data_ptr() for x in tensors_given}
+
+
+@without_gpu
 def test_a_profiler_sees_launches_of_repeated_calls(launches: Recorded) -> None:
     kept = layout()
     for _ in range(2):
@@ -247,14 +273,15 @@ def test_another_sort_of_call_has_results_of_its_own(changed: Callable[..., dict
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("expanded", [False, True])
 @pytest.mark.parametrize("format", ["sbhd", "bhsd"])
-def test_repeated_calls_are_exact_on_a_gpu(format: str) -> None:
+def test_repeated_calls_are_exact_on_a_gpu(format: str, expanded: bool) -> None:
     kept = layout().to("cuda")
 
     def results(kept: BlockLayout, *inputs: Tensor) -> tuple[Tensor, ...]:
         q, k, v = (x.detach().requires_grad_() for x in inputs)
         out, lse = block_sparse_attention(q, k, v, kept, return_lse=True, format=format)  # type: ignore[call-overload]
-        dout, dlse = torch.ones_like(out), torch.ones_like(lse)
+        dout, dlse = (x.new_ones(() if expanded else x.shape).expand_as(x) for x in (out, lse))
         return out, lse, *torch.autograd.grad((out, lse), (q, k, v), (dout, dlse))
 
     shape = (LENGTH, 1, HEADS, DIM) if format == "sbhd" else (1, HEADS, LENGTH, DIM)
