@@ -32,8 +32,8 @@ class Call:
 
 def keep(kept: dict[Any, Any], key: Hashable, value: Any) -> None:
     """Add an entry, in place of the oldest if there are many."""
-    while len(kept) >= _KEPT:
-        kept.pop(next(iter(kept)), None)
+    for oldest in list(kept)[: 1 - _KEPT]:  # of a copy: other threads may add entries meanwhile
+        kept.pop(oldest, None)
     kept[key] = value
 
 

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import pytest
 import torch
 import triton
 from s2train.kernels import BlockLayout, block_sparse_attention
+from s2train.kernels.call import keep
 from s2train.kernels.hopper import backward, forward, launch, repeated, support
 from torch import Tensor
 from triton.backends.nvidia import driver as nvidia
@@ -226,6 +228,21 @@ def test_few_sorts_of_calls_are_kept() -> None:
     for length in range(1, 30):
         block_sparse_attention(q[:length], k, v, kept, backend="torch")
     assert len(kept.calls) < 10
+
+
+def test_threads_may_keep_calls_at_the_same_time() -> None:
+    kept: dict[int, str] = dict.fromkeys(range(20), "call")
+
+    def another_thread(frame: Any, event: str, function: Any) -> None:
+        if event == "c_return" and function is iter:
+            kept[len(kept)] = "its call"
+
+    sys.setprofile(another_thread)
+    try:
+        keep(kept, -1, "call")
+    finally:
+        sys.setprofile(None)
+    assert list(kept) == [*range(13, 20), -1]
 
 
 @pytest.mark.parametrize(
