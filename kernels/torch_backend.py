@@ -104,4 +104,5 @@ def _bias(layout: Layout, s_q: int, s_k: int, spec: AttentionSpec, dtype: torch.
 def _bias_of(layout: Layout, s_q: int, s_k: int, spec: AttentionSpec, dtype: torch.dtype) -> Tensor:
     keep = token_mask(layout, s_q, s_k, causal=spec.causal, query_offset=spec.query_offset, cu_seqlens=spec.cu_seqlens)
     keep = keep if keep.dim() == 4 else keep[None]
-    return torch.zeros(keep.shape, dtype=dtype, device=keep.device).masked_fill_(~keep, -torch.inf)
+    with torch.inference_mode(False):  # a later call may save the mask for its backward
+        return torch.zeros(keep.shape, dtype=dtype, device=keep.device).masked_fill_(~keep, -torch.inf)

@@ -49,6 +49,15 @@ def test_calls_of_another_shape_do_not_reuse_a_mask() -> None:
             torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-5)
 
 
+def test_training_follows_a_call_in_inference_mode() -> None:
+    inputs, layout, dout, _ = Problem(s_q=40, s_k=40).make(torch.device("cpu"))
+    with torch.inference_mode():
+        expected = block_sparse_attention(*inputs, layout)
+    out = block_sparse_attention(*inputs, layout)
+    out.backward(dout)
+    assert out.equal(expected)
+
+
 def test_gradcheck_in_float64_through_output_and_log_sum_exp() -> None:
     (q, k, v), _, _, _ = Problem(heads=2, kv_heads=1, s_q=7, s_k=20, dim=3, v_dim=2, dtype=torch.float64).make(
         torch.device("cpu")
