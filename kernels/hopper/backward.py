@@ -494,8 +494,8 @@ def hopper_backward(
     `backward_choice` assigns them. `keep` gets the launches, if they can be repeated. With `spec.split_columns`
     programs may share a pair with many steps, but not in packed documents. Not deterministic: the last bits of dq
     differ between runs. Besides the gradients it needs 4 * b * h * s_q * d bytes of device memory to accumulate dq in
-    float32: twice the size of q. Each program that shares key tiles needs 1024 * d more. Without `config`,
-    `chosen_config` decides.
+    float32: twice the size of q. Programs that share key tiles need 1024 * d more each, together at most as much again.
+    Without `config`, `chosen_config` decides.
 
     Packed documents: rows of a document are multiplied by zero in the tiles of its neighbours, so an infinite or NaN
     row makes these invalid too.

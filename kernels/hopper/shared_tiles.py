@@ -55,7 +55,8 @@ class SharedTiles:
 def divide(kept: list[tuple[Tensor, Tensor]], first_tile: int, num_tiles: int, num_key_tiles: int) -> Divided | None:
     """Divide a group's kept tiles.
 
-    Returns None if no tile has many steps that its neighbour lacks.
+    Returns None if no tile has many steps that its neighbour lacks. Slots of the sums take no more memory than the
+    accumulator of dq: under context parallel few queries may read very many keys.
     """
     group = len(kept)
     row = torch.cat([tile - first_tile + member * num_tiles for member, (tile, _) in enumerate(kept)])
@@ -66,6 +67,9 @@ def divide(kept: list[tuple[Tensor, Tensor]], first_tile: int, num_tiles: int, n
     member = row // num_tiles
     own = torch.bincount(key[alone] * group + member[alone], minlength=num_key_tiles * group).view(-1, group)
     tiles = (own.sum(1) > _LEAST_STEPS).nonzero().flatten()
+    most_tiles = _most_tiles(group * num_tiles, num_key_tiles)
+    if len(tiles) > most_tiles:
+        tiles = tiles[own[tiles].sum(1).sort(descending=True, stable=True).indices[:most_tiles]].sort().values
     if len(tiles) < 2:
         return None
     moved = alone & torch.isin(key, tiles)
@@ -81,6 +85,16 @@ def divide(kept: list[tuple[Tensor, Tensor]], first_tile: int, num_tiles: int, n
         return [(row[c] % num_tiles + first_tile, key[c]) for c in chosen_of]
 
     return Divided(of_heads(~moved), of_heads(moved), tiles)
+
+
+def _most_tiles(num_rows: int, num_key_tiles: int) -> int:
+    """Return how many key tiles may have second partners.
+
+    A slot takes the memory of four of the accumulator's `num_rows` query tiles. Each second pair needs one, and each
+    pair of neighbours of which a tile is in a second pair.
+    """
+    most_slots = num_rows // 4
+    return max(most_slots * 2 // 3, 2 * most_slots - num_key_tiles) // 2 * 2
 
 
 def shared_tiles(meta: Tensor) -> SharedTiles | None:

@@ -105,6 +105,18 @@ def test_second_partners_leave_few_steps_with_one_tile() -> None:
     assert sorted(stored + added) == [[kv, tile] for kv in range(4) for tile in range(length // TILE)]
 
 
+@pytest.mark.parametrize(
+    ("heads", "s_q", "s_k"), [(2, 4096, 4096), (4, 4096, 4096), (4, 1024, 4096), (4, 250, 4096), (3, 1000, 4000)]
+)
+def test_slots_of_second_pairs_take_no_more_memory_than_the_accumulator(heads: int, s_q: int, s_k: int) -> None:
+    mask = torch.rand(heads, 64, 64) < 0.5
+    schedule = backward_schedule(
+        BlockLayout.from_mask(mask, TILE), 1, s_q, s_k, 0, False, options=ScheduleOptions(second_pairs=True)
+    )
+    if schedule.parts is not None:
+        assert schedule.parts.num_slots * 1024 <= 4 * heads * schedule.num_tiles * TILE
+
+
 @pytest.mark.parametrize(("multiprocessors", "is_cut"), [(8, False), (132, True)])
 def test_pairs_that_are_cut_have_no_second_partners(
     multiprocessors: int, is_cut: bool, monkeypatch: pytest.MonkeyPatch
