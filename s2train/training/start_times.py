@@ -11,7 +11,7 @@ class StartTimes:
     """Seconds of each part of a program's start, in order.
 
     The part `launcher` is the launcher's run time before it started this process, if there is a launcher. The part
-    `python` is this process's run time before `began`.
+    `python` is this process's run time before `began`, that of a shell which replaced itself by it (`exec`) included.
 
     Args:
         began: `time.monotonic()` at which the program's own code began; None means now.
