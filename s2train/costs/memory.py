@@ -193,6 +193,8 @@ def stage_activations(
     gradients = 1 if impl.fuses_swiglu(cfg) else 3
     layer = gradients * tokens * model.ffn_hidden_size * width // parallel.tp + 2 * stream
     layer = max(layer, gathered_projection(cfg))
+    # In that of its attention, what the MLP and the norm before it saved is freed already.
+    attention = attention_gradients(cfg, stream, kind) - mlp_activations(cfg, kind) - 2 * stream
     loss = 0
     if stage == parallel.pp - 1:
         loss = _loss_bytes(cfg, tokens, width, impl.loss(cfg)) + 3 * stream  # streams of the final norm, as above
@@ -203,13 +205,36 @@ def stage_activations(
     largest = max((nbytes for chunk in own for nbytes in chunk), default=0)
     if train.recompute == "full":  # inputs of recomputed groups, and one group in full, when the loss is freed already
         group = train.recompute_num_layers
-        return in_flight // group * stream + max(group * (whole + largest) + layer, loss)
+        return in_flight // group * stream + max(group * (whole + largest) + max(layer, attention), loss)
     if train.recompute == "selective":  # what the kind saves is recomputed with the core attention
-        return in_flight * kept + max(layer + largest, loss)
+        return in_flight * kept + max(layer + largest, attention + whole - kept + largest, loss)
     if train.recompute == "mlp":  # the MLP of one layer and the norm before it, when the loss is freed already
         kept += stream if impl.te else 0  # its norm before attention is part of a linear layer, and saves its output
         layer += mlp_activations(cfg, kind) + (1 if kind == "cuda" else 2) * stream
-    return in_flight * kept + waiting * max(map(sum, own)) + max(layer, loss)
+        attention += mlp_activations(cfg, kind) + stream  # but of those, only the norm's input was saved
+    return in_flight * kept + waiting * max(map(sum, own)) + max(layer, attention, loss)
+
+
+def attention_gradients(cfg: PretrainConfig, stream: int, kind: str) -> int:
+    """Return bytes of temporaries in the backward pass of one layer's attention.
+
+    They are the gradients of the residual stream, the output, and q, k and v. Under context parallel k and v are those
+    of all ranks, whose gradients exist a second time, packed for their ranks. On a GPU our kernels accumulate dq in
+    fp32, and keep as much of dk and dv where blocks of 64 have second pairs (`kernels.hopper.shared_tiles`).
+
+    Args:
+        stream: bytes of a tensor [s, b, hidden].
+    """
+    model, train, parallel = cfg.model, cfg.train, cfg.parallel
+    width = 2 if train.precision == "bf16" else 4
+    tokens = train.seq_length // parallel.cp * train.micro_batch_size
+    heads, kv_heads = model.num_attention_heads // parallel.tp, kv_heads_on_rank(model.num_query_groups, parallel.tp)
+    queries, keys = (tokens * count * head_dim(model) for count in (heads, kv_heads))
+    copies = 2 * parallel.cp if parallel.cp > 1 else 1
+    sums = 0
+    if kind == "cuda" and train.precision == "bf16":
+        sums = 4 * queries * (2 if cfg.layout.block_size == 64 and kv_heads < heads else 1)
+    return stream + 2 * queries * width + 2 * keys * width * copies + sums
 
 
 def kind_activations(cfg: PretrainConfig, layer: LayerLayout) -> int:

@@ -144,6 +144,27 @@ def test_sequence_and_context_parallel_split_activations() -> None:
     assert whole // 2 < activations(config(cp=2)) < 0.6 * whole  # K and V are gathered
 
 
+def test_gradients_of_all_ranks_keys_are_counted_where_they_are_more_than_the_mlps() -> None:
+    grown = []
+    for kv_heads in (8, 16):
+        cfg = config(replace(MISTRAL_7B, num_query_groups=kv_heads, vocab_size=512), cp=32)
+        cfg.train.recompute, cfg.train.seq_length = "full", 2**20
+        grown.append(activations(cfg))
+    keys_and_values = 2 * 2**20 * 8 * 128 * 2
+    assert grown[1] - grown[0] > 3 * keys_and_values  # saved, their gradients, and these once more for their ranks
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "mlp", "full"])
+def test_what_our_backward_accumulates_in_fp32_is_counted_where_the_mlp_is_small(recompute: str) -> None:
+    cfg = config(replace(MISTRAL_7B, ffn_hidden_size=256, vocab_size=64))
+    cfg.train.recompute = recompute
+    of_blocks = []
+    for cfg.layout.block_size in (128, 64):
+        of_blocks.append(activations(cfg))
+    accumulator = 4 * cfg.train.seq_length * 32 * 128
+    assert of_blocks[1] - of_blocks[0] == accumulator  # second pairs
+
+
 def test_recomputation_keeps_less() -> None:
     cfg = config(cp=2)
     kept = []
