@@ -54,14 +54,17 @@ def main() -> int:
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
     extend_signal_handling()
-    given = parse_args(sys.argv[1:])
+    arguments = sys.argv[1:]
+    given = parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="s2train_", ignore_cleanup_errors=True) as folder:
-        if given.redirects == given.tee == "0":  # else torchrun's log folder, which it leaves behind, holds logs
-            os.environ.setdefault("PET_LOG_DIR", str(Path(folder) / "logs"))
-        if problem := problem_of(sys.argv[1:]):
+        # torchrun leaves its log folder behind, which is empty without --redirects and --tee. It is no variable: jobs
+        # that a rank starts would inherit it, and lose their logs.
+        if given.redirects == given.tee == "0" and given.log_dir is None:
+            arguments = ["--log-dir", str(Path(folder) / "logs"), *arguments]
+        if problem := problem_of(arguments):
             print(f"error: {problem}", file=sys.stderr)
             return USAGE_STATUS
-        return run_ranks(Path(folder))
+        return run_ranks(arguments, Path(folder))
 
 
 def problem_of(arguments: list[str]) -> str:
@@ -80,7 +83,7 @@ def problem_of(arguments: list[str]) -> str:
     return f"{problem}. {Path(__file__).name} takes torchrun's options, see --help" if problem else ""
 
 
-def run_ranks(folder: Path) -> int:
+def run_ranks(arguments: list[str], folder: Path) -> int:
     """Run torchrun; returns the exit status.
 
     Ranks write their status and first error to `folder`.
@@ -89,7 +92,7 @@ def run_ranks(folder: Path) -> int:
     os.environ[STATUS_FILE] = str(status)
     os.environ.setdefault("TORCHELASTIC_ERROR_FILE", str(folder / "error.json"))  # torchrun warns if unset
     try:
-        torchrun(sys.argv[1:])
+        torchrun(arguments)
     except SignalException as error:
         wait_for_ranks()
         if not status.exists():

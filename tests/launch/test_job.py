@@ -21,6 +21,7 @@ from s2train.errors import *
 if os.environ["RANK"] == "0":
     print("attempt", flush=True)
     print("error file", os.environ["TORCHELASTIC_ERROR_FILE"], flush=True)
+    assert "PET_LOG_DIR" not in os.environ, "a job that this rank starts would lose its logs"
 def work():
     raise eval(sys.argv[1])
 run_command(work)
