@@ -137,7 +137,7 @@ def _one_by_one(
     yield heads, (grouped[0], grouped[1], grouped[1], usual, of_all)
     long = [_shaped((*x.shape[:3], 128), torch.bfloat16) for x in (q, k)]
     sizes = f"batch, heads, queries {tuple(q.shape[:3])}, keys {k.shape[2]}"
-    yield sizes, (long[0], long[1], long[1], replace(layout, block_size=128, cache={}), of_all)
+    yield sizes, (long[0], long[1], long[1], replace(layout, block_size=128), of_all)
 
 
 def _shaped(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

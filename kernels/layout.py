@@ -45,7 +45,7 @@ class BlockLayout:
     column_offsets: Tensor
     column_rows: Tensor
     # data that backends derive from the layout once (token masks, work order); not part of its meaning
-    cache: dict[Any, Any] = field(default_factory=dict, repr=False)
+    cache: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
     # identifies this object in compiled graphs, which hold only numbers
     handle: int = field(init=False, repr=False)
 

@@ -38,7 +38,7 @@ class TopKLayout:
     block_size: int
     num_heads: int
     num_key_blocks: int
-    cache: dict[Any, Any] = field(default_factory=dict, repr=False)
+    cache: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def from_indices(

@@ -5,6 +5,7 @@ import os
 import sys
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +20,7 @@ from triton.backends.nvidia import driver as nvidia
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 HEADS, LENGTH, DIM, BLOCK = 2, 256, 64, 64
+TENSORS = ("pattern_of_head", "row_offsets", "row_columns", "column_offsets", "column_rows")
 without_gpu = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="stands in for a GPU's driver")
 Recorded = list[tuple[Any, ...]]
 
@@ -286,6 +288,16 @@ def test_another_sort_of_call_has_results_of_its_own(changed: Callable[..., dict
     arguments |= changed(q, k, v)
     expected = block_sparse_attention(**arguments, layout=fresh)
     assert block_sparse_attention(**arguments, layout=used).equal(expected)
+    assert not expected.equal(before)
+
+
+def test_a_layout_with_other_fields_has_results_of_its_own() -> None:
+    q, k, v = (x.detach() for x in tensors())
+    one, other = layout(), layout()
+    before = block_sparse_attention(q, k, v, one)
+    changed = replace(one, **{name: getattr(other, name) for name in TENSORS})
+    expected = block_sparse_attention(q, k, v, other)
+    assert block_sparse_attention(q, k, v, changed).equal(expected)
     assert not expected.equal(before)
 
 
