@@ -24,6 +24,7 @@ from s2train.errors import ConfigError
 CONF = Path(__file__).parents[2] / "conf"
 _PLAN = re.compile(r"^plan=(?!\{)")
 _SPLIT = re.compile(r"^(\+{0,2}data\.split=)([\d., ]*,[\d., ]*)$")
+_IN_BRACES = re.compile(r"[A-Za-z_]\w*:")
 _OPTIONS_WITH_VALUES = (
     *("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--package", "-p", "--cfg", "-c"),
     "--experimental-rerun",
@@ -118,6 +119,8 @@ def explain(error: HydraException, overrides: Sequence[str], groups: Mapping[str
         groups: names by configuration group.
         schema: the dataclass of the program's settings.
     """
+    if divided := _divided_braces(overrides):
+        return str(divided)
     parser = OverridesParser.create()
     for number, text in enumerate(overrides):
         if problem := syntax_problem(overrides, number):
@@ -192,6 +195,19 @@ def _values(override: Override) -> Iterable[Any]:
     return value if isinstance(value, list) else [value]
 
 
+def _divided_braces(overrides: Sequence[str]) -> ConfigError | None:
+    """Return an error if the shell divided unquoted braces into several overrides."""
+    parts: dict[str, list[str]] = {}
+    for key, _, value in (text.partition("=") for text in overrides):
+        if _IN_BRACES.match(value):
+            parts.setdefault(key, []).append(value)
+    for key, values in parts.items():
+        if len(values) > 1:
+            remedy = f"Quote them: '{key}={{{','.join(values)}}}'."
+            return ConfigError(key, values[0], "the shell divides braces that are not quoted", remedy)
+    return None
+
+
 def _shorten_message(
     error: HydraException, overrides: Sequence[str], groups: Mapping[str, Sequence[str]], schema: type
 ) -> str:
@@ -206,7 +222,8 @@ def _shorten_message(
             problem = "another file, such as the experiment's, names one already"
             return str(ConfigError(f"+{key}", value, problem, f"Write {key}={value} to replace it."))
         if f"'{key}'" in message[0] and not text.startswith("+") and message[0].startswith("Could not override"):
-            return str(ConfigError(key, value, "no such entry to override", f"Write +{text} to add it."))
+            remedy = f"Write +{text} to add it{', or correct its name' if '.' in key else ''}."
+            return str(ConfigError(key, value, "no such entry to override", remedy))
         if message[0] == f"Could not append to config. An item is already at '{key}'.":
             return str(ConfigError(f"+{key}", value, "has a value already", f"Write {key}={value} to change it."))
         if key in _HYDRA_GROUPS and f"{key}/{value}" in " ".join(message):
@@ -218,7 +235,8 @@ def _shorten_message(
             return str(ConfigError(f"++{key}", value, "names a file, which takes one plus or none", remedy))
         if text in message[0] and cause:
             kind = type_of(key, schema)
-            remedy = f"It takes {kind.__name__ if isinstance(kind, type) else kind}."
+            name = kind.__name__ if isinstance(kind, type) else kind
+            remedy = f"It takes {'true or false' if kind is bool else name}."
             if dataclasses.is_dataclass(kind):
                 remedy = f"Set one of {', '.join(f'{key}.{field.name}' for field in dataclasses.fields(kind))}."
             return str(ConfigError(key, value, cause, remedy))

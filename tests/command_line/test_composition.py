@@ -69,7 +69,8 @@ def test_a_name_of_a_sweep_is_checked_too() -> None:
         ("train.steps=many", "train.steps=many: Value 'many' of type 'str' could not be converted to Integer"),
         ("layout.pattern.stride=1.5", "could not be converted to Integer. It takes int | None."),
         ("layout.pattern=5", "Set one of layout.pattern.kind, layout.pattern.local"),
-        ("layout.patterns.W.kind=dense", "Write +layout.patterns.W.kind=dense"),
+        ("layout.patterns.W.kind=dense", "Write +layout.patterns.W.kind=dense to add it, or correct its name."),
+        ("train.deterministic=ture", "It takes true or false."),
         ("optim.lr=[1", "optim.lr=[1: can't be parsed"),
         ("data.split=90,10", "Write 'data.split=[90,10]', or -m for a sweep"),
         ("train.steps", "train.steps: can't be parsed: missing EQUAL"),
@@ -80,6 +81,12 @@ def test_a_name_of_a_sweep_is_checked_too() -> None:
 )
 def test_an_invalid_value_is_reported_with_a_remedy(override: str, words: str) -> None:
     assert words in explained(override)
+
+
+def test_braces_that_the_shell_divided_are_reported_with_their_quotes() -> None:
+    letter = "+layout.kinds.E"
+    line = explained(f"{letter}=kind:block_selection", f"{letter}=top_k:3")
+    assert line.endswith("Quote them: '+layout.kinds.E={kind:block_selection,top_k:3}'.")
 
 
 @pytest.mark.parametrize("split", ["90,10", "90,10,0", "0.9,0.1", "50, 50"])
