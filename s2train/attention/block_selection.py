@@ -118,7 +118,8 @@ class BlockSelectionKind(DataDependentKind):
         if own.top_k is None and own.share is None:
             raise self.error("top_k", "nothing says how many blocks to select", "Set top_k (blocks) or share.")
         if own.top_k is not None and own.share is not None:
-            raise self.error("share", f"top_k={own.top_k} says how many blocks too", "Set one of the two.")
+            remedy = f"Set {self.setting}.top_k=null too, or leave share out."
+            raise self.error("share", f"top_k={own.top_k} says how many blocks too", remedy)
         if own.top_k is not None and own.top_k < 1:
             raise self.error("top_k", "a query block selects at least one block", "Set 1 or more (blocks).")
         if own.share is not None and not 0 < own.share <= 1:

@@ -51,8 +51,10 @@ def _parse_group(group: str, text: str, kinds: Mapping[str, AttentionKind]) -> t
     valid = ", ".join(f"{letter} ({kind.label})" for letter, kind in kinds.items())
     for letter in group:
         if letter.isalpha() and letter != "x" and letter not in kinds:
-            remedy = f"Letters: {valid}; layout.patterns and layout.kinds declare further ones."
-            raise ConfigError("layout.layers", text, f"unknown letter {letter}", remedy)
+            remedy = f"Declare {letter} in layout.patterns or layout.kinds, or name a layout that does."
+            if letter.upper() in kinds:
+                remedy = f"Write {letter.upper()}."
+            raise ConfigError("layout.layers", text, f"unknown letter {letter}", f"Letters: {valid}. {remedy}")
     match = _GROUP.fullmatch(group)
     if not match:
         raise ConfigError(

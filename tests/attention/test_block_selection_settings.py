@@ -35,7 +35,10 @@ def config(selection: str = "top_k:3", *settings: str) -> PretrainConfig:
         ("top_k:0", "layout.kinds.E.top_k=0: a query block selects at least one block"),
         ("top_k:14", "layout.kinds.E.top_k=14: a sequence of 256 tokens has 16 blocks of 16, of which 13"),
         ("window:2", "layout.kinds.E.top_k=None: nothing says how many"),
-        ("top_k:2,share:0.1", "layout.kinds.E.share=0.1: top_k=2 says how many"),
+        (
+            "top_k:2,share:0.1",
+            "layout.kinds.E.share=0.1: top_k=2 says how many blocks too. Set layout.kinds.E.top_k=null too",
+        ),
         ("share:0", "layout.kinds.E.share=0.0: is no share"),
         ("share:1.5", "layout.kinds.E.share=1.5: is no share"),
         ("top_k:1,window:1", "layout.kinds.E.window=1: a query block always keeps its own block and the one before"),

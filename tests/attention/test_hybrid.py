@@ -48,8 +48,8 @@ def test_any_string_of_the_grammar_is_read(
 @pytest.mark.parametrize(
     ("text", "telling"),
     [
-        ("DSXS", "unknown letter X.*D \\(dense\\), S \\(s2\\)"),
-        ("dsss", "unknown letter d"),
+        ("DSXS", "unknown letter X.*D \\(dense\\), S \\(s2\\). Declare X in layout.patterns or layout.kinds"),
+        ("dsss", "unknown letter d.* Write D."),
         ("SSSSS", "5 layers.*the model's 32.*1, 2, 4, 8, 16, 32"),
         ("D1S3x16", "64 layers.*the model's 32"),
         ("S999999999999", "999999999999 layers"),
