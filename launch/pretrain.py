@@ -21,6 +21,7 @@ from omegaconf import DictConfig
 from s2train.kernels.compiler import prepare_compiler
 
 from s2train import config
+from s2train.attention.teacher import teacher_setting
 from s2train.command_line.composition import CONF, config_groups
 from s2train.command_line.program import run_command, run_hydra
 from s2train.distributed.rendezvous import check_ranks, fail_together
@@ -33,6 +34,7 @@ from s2train.planning import (
     epochs_of_plan,
     format_plan,
     format_proposal,
+    hybrid_layout,
     planned_for,
     preview,
     propose,
@@ -90,8 +92,8 @@ def pretrain(composed: DictConfig) -> None:
 
 
 def names_checkpoint(cfg: config.PretrainConfig) -> bool:
-    """Whether the run starts from a checkpoint, or its folder has some."""
-    is_named = cfg.checkpoint.resume not in ("auto", "never")
+    """Whether settings name a checkpoint, or the run folder holds one."""
+    is_named = cfg.checkpoint.resume not in ("auto", "never") or teacher_setting(hybrid_layout(cfg).layers) is not None
     return is_named or any(Path(cfg.run_dir, "checkpoints").glob("iter_*"))
 
 

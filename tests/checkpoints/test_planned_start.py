@@ -12,11 +12,21 @@ from tests.program import SMALL, error_line, pretrain
 pytestmark = [pytest.mark.slow]
 
 
-def test_a_plan_ends_with_the_error_of_a_missing_checkpoint(tmp_path: Path) -> None:
-    done = pretrain(tmp_path / "run", "plan=true", f"checkpoint.resume={tmp_path}", processes=0)
+@pytest.mark.parametrize(
+    ("named", "settings"),
+    [
+        ("checkpoint.resume", ["checkpoint.resume={}"]),
+        (
+            "layout.kinds.E.teacher",
+            ["layout.layers=DE", "+layout.kinds.E={{kind:block_selection,top_k:1,teacher:{}}}"],
+        ),
+    ],
+)
+def test_a_plan_ends_with_the_error_of_a_missing_checkpoint(named: str, settings: list[str], tmp_path: Path) -> None:
+    done = pretrain(tmp_path / "run", "plan=true", *(text.format(tmp_path) for text in settings), processes=0)
     assert done.status == 2
     assert "It fits." in done.out
-    assert error_line(done).startswith(f"error: checkpoint.resume={tmp_path}: no checkpoint there.")
+    assert error_line(done).startswith(f"error: {named}={tmp_path}: no checkpoint there.")
 
 
 @pytest.fixture(scope="module")
