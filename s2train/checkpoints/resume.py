@@ -44,6 +44,7 @@ _PHASE_MAY_CHANGE = {"model.rotary_base", *_SCALING}
 _WITHOUT_WEIGHTS = ("layout", "schedule")  # sections that a new phase may change where it is allowed
 _NUM_SAMPLES = "data.num_samples"
 _PATH = "data.path"
+_TAKE_WEIGHTS = "take the weights alone with checkpoint.weights_only=true"
 _CONTENTS = "the datasets' contents"  # a key of saved orders, beside settings
 
 
@@ -90,7 +91,14 @@ def find_start(cfg: PretrainConfig) -> Start:
         may_change |= set(
             _PHASE_MAY_CHANGE if cfg.checkpoint.weights_only else filter(allowed_changes(cfg), _PHASE_MAY_CHANGE)
         )
-    check_same_architecture(changes, checkpoint, may_change=may_change, weights_only=weights_only, allowed=allowed)
+    check_same_architecture(
+        changes,
+        checkpoint,
+        may_change=may_change,
+        weights_only=weights_only,
+        allowed=allowed,
+        is_in_run_dir=is_in_run_dir,
+    )
     initial = initial_weights(trained, cfg, checkpoint, weights_only)
     if weights_only:
         rotation = [change for change in changes if change.setting in _PHASE_MAY_CHANGE]
@@ -267,6 +275,7 @@ def check_same_architecture(
     may_change: Collection[str] = (),
     weights_only: bool = False,
     allowed: Callable[[str], bool] | None = None,
+    is_in_run_dir: bool = True,
 ) -> None:
     """Check that no change alters the checkpoint's architecture.
 
@@ -274,6 +283,7 @@ def check_same_architecture(
         may_change: settings that may differ: of kinds of attention that their weights do not depend on, or of RoPE.
         allowed: in a new phase, whether `checkpoint.allow_changes` names a setting. A setting of the layout that it
             names may differ, since dense and S2 attention have no weights. None: no new phase.
+        is_in_run_dir: whether the checkpoint is of the run's own folder, for the remedy.
     Raises:
         ConfigError: a setting of the architecture or the optimizer's sharding differs.
     """
@@ -294,7 +304,11 @@ def check_same_architecture(
                 phase = f", or '{ALLOW_CHANGES}=[{names}]' to rotate positions otherwise"
             if allowed is not None and _is_without_weights(name):
                 phase = f", or {ALLOW_CHANGES}=[{name}] for attention of another layout in this phase"
-            raise ConfigError(name, change.now, problem, f"Set that value, or start in another run_dir{phase}")
+            other = "start in another run_dir"
+            if not is_in_run_dir:
+                is_in_model = weights_only or section == "model"
+                other = "start anew with checkpoint.resume=auto" if is_in_model else _TAKE_WEIGHTS
+            raise ConfigError(name, change.now, problem, f"Set that value, or {other}{phase}")
         if name in ("parallel.distributed_optimizer", "optim.name") and not weights_only:
             problem = f"{checkpoint} holds optimizer state saved with {name}={str(change.before).lower()}"
             raise ConfigError(name, change.now, problem, f"Set {name}={str(change.before).lower()}")

@@ -53,8 +53,10 @@ def test_a_resumed_run_is_planned_from_its_checkpoint(run_dir: Path) -> None:
 
 
 def test_a_plan_rejects_what_the_run_would(run_dir: Path) -> None:
-    with pytest.raises(ConfigError, match=r"^model.hidden_size=128: .* was trained with model.hidden_size=64"):
+    with pytest.raises(ConfigError, match=r"^model.hidden_size=128: .* with model.hidden_size=64. .*resume=auto"):
         start(run_dir.parent / "other", f"checkpoint.resume={run_dir}", "model.hidden_size=128")
+    with pytest.raises(ConfigError, match=r"layout.layers=DSSS. .* weights alone with checkpoint.weights_only=true"):
+        start(run_dir.parent / "other", f"checkpoint.resume={run_dir}", "layout.layers=D")
     with pytest.raises(ConfigError, match=r"^optim.lr=0.1: .*'checkpoint.allow_changes=\[optim.lr\]"):
         start(run_dir, "optim.lr=0.1")
 
