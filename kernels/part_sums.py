@@ -80,7 +80,7 @@ def launch_of_sums(
     _, sequences, tiles, _ = parts.shape
     (dim, v_dim), at_once = (dk.shape[3], dv.shape[3]), min(rows, _ROWS_AT_ONCE)
     arguments = (
-        parts, sums, dk, dv, *strides(dk), *strides(dv), scale, sequences, dk.shape[2],
+        parts, sums, dk, dv, *strides(dk), *strides(dv), float(scale), sequences, dk.shape[2],
         dim, v_dim, padded(dim), padded(v_dim), tiles, rows, at_once,
     )  # fmt: skip
     return len(sums) * sequences * tiles * (rows // at_once), arguments

@@ -164,6 +164,6 @@ def launch_of_tiles(
     """
     sequences = parts.shape[1]
     arguments = (
-        parts, sums, dk, dv, *strides(dk), *strides(dv), scale, sequences, dk.shape[2], dk.shape[3], _AT_ONCE,
+        parts, sums, dk, dv, *strides(dk), *strides(dv), float(scale), sequences, dk.shape[2], dk.shape[3], _AT_ONCE,
     )  # fmt: skip
     return len(sums) * sequences * (64 // _AT_ONCE), arguments

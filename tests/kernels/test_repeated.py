@@ -181,6 +181,25 @@ def test_gradients_that_kernels_cannot_read_are_copied(
 
 
 @without_gpu
+@pytest.mark.parametrize("is_cut", [False, True])
+def test_kernels_get_an_integer_scale_as_any_other(is_cut: bool, launches: Recorded) -> None:
+    blocks = 64
+    mask = torch.eye(blocks) > 0
+    masks = [mask | (torch.arange(blocks) % 9 == head) & (torch.arange(blocks) > 0) for head in range(4)]
+    masks = [of_head | is_cut & (torch.arange(blocks) == 0) for of_head in masks]
+    types = []
+    for scale in (1, 0.125):
+        q = torch.randn(blocks * BLOCK, 1, 4, DIM, dtype=torch.bfloat16).requires_grad_()
+        k, v = (torch.randn_like(q[:, :, :1]) for _ in range(2))
+        kept = BlockLayout.from_mask(torch.stack(masks), BLOCK)
+        launches.clear()
+        block_sparse_attention(q, k, v, kept, softmax_scale=scale, backend="triton").sum().backward()
+        assert len(launches) == 5  # the last one adds sums of dk and dv
+        types.append([type(x) for one in flat_tuple(launches) for x in one])
+    assert types[0] == types[1]
+
+
+@without_gpu
 def test_a_profiler_sees_launches_of_repeated_calls(launches: Recorded) -> None:
     kept = layout()
     for _ in range(2):
