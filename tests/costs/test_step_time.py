@@ -81,16 +81,8 @@ def measured_steps() -> Iterator[tuple[str, list[str], int, float]]:
     }
     for run in read("2026-11-26-h100-te.json")["runs"]:
         yield run["name"], [*four, *settings[run["name"]]], 1, run["step_time_s"]
-    for model, found in read("2026-11-26-h100x2-scaling.json")["parts"]["scaling"]["models"].items():
-        for way, row in found.items():
-            # cuDNN is rejected under context parallel; s2train has its rate
-            divided = {
-                "cp2": ["parallel.cp=2", "dense_attention=s2train"],
-                "tp2": ["parallel.tp=2", "parallel.sequence_parallel=true"],
-            }
-            batch = f"train.global_batch_size={4 if way == 'dp2' else 2}"
-            settings = [f"+model={model}", "train.seq_length=32768", batch, *divided.get(way, [])]
-            yield f"{model} {way}", settings, 1 if way == "one" else 2, row["step_time_s"]
+    for name, settings, processes, row in steps_of_scaling():
+        yield name, settings, processes, row["step_time_s"]
     for run in read("2026-11-22-h100-125m.json")["runs"]:
         settings = ["model.vocab_size=320", "train.global_batch_size=8", "train.micro_batch_size=4"]
         kernels = "attention_backend=portable"  # of that day
@@ -101,6 +93,20 @@ def measured_steps() -> Iterator[tuple[str, list[str], int, float]]:
             if row["layout.layers"] in ("D", "S", "D4S13", "S13D4"):
                 settings = ["+model=30m_hybrid", f"layout.layers={row['layout.layers']}"]
                 yield f"30m {row['layout.layers']}", settings, 1, float(row["step_time_s"])
+
+
+def steps_of_scaling() -> Iterator[tuple[str, list[str], int, dict]]:
+    """Name, settings, GPUs and record of each measured by `launch/scaling.py` on one and two GPUs."""
+    for model, found in read("2026-11-26-h100x2-scaling.json")["parts"]["scaling"]["models"].items():
+        for way, row in found.items():
+            # cuDNN is rejected under context parallel; s2train has its rate
+            divided = {
+                "cp2": ["parallel.cp=2", "dense_attention=s2train"],
+                "tp2": ["parallel.tp=2", "parallel.sequence_parallel=true"],
+            }
+            batch = f"train.global_batch_size={4 if way == 'dp2' else 2}"
+            settings = [f"+model={model}", "train.seq_length=32768", batch, *divided.get(way, [])]
+            yield f"{model} {way}", settings, 1 if way == "one" else 2, row
 
 
 def steps_of_libraries() -> Iterator[tuple[str, list[str], dict]]:
@@ -145,9 +151,10 @@ LIBRARY_STEPS = list(steps_of_libraries())
 LONG_STEPS, H200_STEPS = list(long_steps_with_libraries()), list(steps_on_an_h200())
 STEPS = [(name, [*BEFORE, *settings], processes, seconds) for name, settings, processes, seconds in measured_steps()]
 STEPS += [(name, settings, 1, row["step_s"]) for name, settings, row in [*LIBRARY_STEPS, *LONG_STEPS]]
-PEAKS = [(name, settings, H100, row["peak_bytes"]) for name, settings, row in LIBRARY_STEPS]
-PEAKS += [(name, settings, H100, row["peak_gib"] * GIB) for name, settings, row in LONG_STEPS]
-PEAKS += [(name, settings, H200, row["peak_memory_gib"] * GIB) for name, settings, row in H200_STEPS]
+PEAKS = [(name, settings, 1, H100, row["peak_bytes"]) for name, settings, row in LIBRARY_STEPS]
+PEAKS += [(name, settings, 1, H100, row["peak_gib"] * GIB) for name, settings, row in LONG_STEPS]
+PEAKS += [(name, settings, 1, H200, row["peak_memory_gib"] * GIB) for name, settings, row in H200_STEPS]
+PEAKS += [(name, [*BEFORE, *own], n, H100, row["memory_gib"] * GIB) for name, own, n, row in steps_of_scaling()]
 
 
 @pytest.mark.parametrize("step", STEPS, ids=[step[0] for step in STEPS])
@@ -165,10 +172,10 @@ def test_a_step_measured_on_an_h200_is_met_by_an_h100s_scaled_rates(step: tuple[
 
 @pytest.mark.parametrize("peak", PEAKS, ids=[peak[0] for peak in PEAKS])
 def test_memory_of_a_measured_step_is_planned_within_the_margin(
-    peak: tuple[str, list[str], Hardware, float],
+    peak: tuple[str, list[str], int, Hardware, float],
 ) -> None:
-    _, settings, gpu, nbytes = peak
-    memory = planned(*settings, gpu=gpu).memory
+    _, settings, processes, gpu, nbytes = peak
+    memory = planned(*settings, processes=processes, gpu=gpu).memory
     assert memory.total - memory.overhead == pytest.approx(nbytes, rel=MARGIN)
 
 
