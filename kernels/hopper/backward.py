@@ -7,6 +7,7 @@ keep. Scores are [keys, queries], so that P^T and dS^T feed dv and dk from regis
     S^T = K Q^T,  dP^T = V dO^T,  P^T = exp2(S^T - lse),  dS^T = P^T (dP^T - delta),
     dv += P^T dO,  dk += dS^T Q;   dS^T goes to shared memory, and each warpgroup computes half of the head dimensions
     of dq = dS K over the keys of both, which a separate warp adds to float32 memory (TMA reduce-add).
+What a consumer does with a query tile is in `backward_steps`.
 dq is accumulated in the order of the warpgroup's registers, which `s2_attention_bwd_kernel_hopper_finish` reverts.
 Programs add to it in an order that differs between runs, and so do dq's last bits.
 """
@@ -25,8 +26,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -38,6 +37,7 @@ from ..topk_layout import Layout
 from .backward_config import HopperBackwardConfig, check_config, chosen_config
 from .backward_rows import s2_attention_bwd_kernel_hopper_finish, s2_attention_bwd_kernel_hopper_prepare
 from .backward_schedule import BackwardSchedule
+from .backward_steps import TILE, idle_step, process_step
 from .call_schedule import schedule_of_call
 from .launch import descriptor, launch
 from .releases import async_load, async_store, reduce_add, reinterpret, thread_barrier
@@ -45,7 +45,6 @@ from .repeated import Launched, RepeatedBackward, can_repeat
 from .shared_tiles import SharedTiles, launch_of_tiles, s2_attention_bwd_kernel_hopper_add_tiles
 from .support import fits_descriptor
 
-TILE = gl.constexpr(64)  # keys of a warpgroup, queries of a step
 # A step has 32 bits: whether each warpgroup's keys need a mask (2 bits), query tile, head within the group.
 ACTIVE_BITS = gl.constexpr(2)
 QUERY_BITS = gl.constexpr(20)
@@ -53,21 +52,6 @@ QUERY_BITS = gl.constexpr(20)
 META = gl.constexpr(8)
 # the first six of these, then: steps to skip after the masked ones, document's first tile, first row, length
 PACKED_META = gl.constexpr(10)
-
-
-@gluon.jit
-def _keep(x):
-    """Keep x's registers alive until here, for a wgmma in flight.
-
-    Costs no instruction.
-    """
-    return gl.inline_asm_elementwise("", "=r,0", [x], dtype=x.dtype, is_pure=False, pack=2)
-
-
-@gluon.jit
-def _zero(t):
-    """Return 0 in a way that the compiler can't see."""
-    return gl.inline_asm_elementwise("and.b32 $0, $1, 0;", "=r,r", [t], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -190,132 +174,6 @@ def _reducer(
 
 
 @gluon.jit
-def _store_dq(dq, dq_s, dq_free, dq_full, n, C: gl.constexpr):
-    """Store the n-th half of dq for the reducer.
-
-    Elements are in the order of the registers: four adjacent ones per thread.
-    """
-    N: gl.constexpr = dq.shape[1]
-    x = dq.reshape([4, 2, 8, N // 8, 4, 2]).permute(3, 0, 2, 4, 1, 5).reshape([N * 2, 32])
-    mbarrier.wait(dq_free.index(C), (n & 1) ^ 1)
-    dq_s.index(C).store(x)
-    fence_async_shared()
-    mbarrier.arrive(dq_full.index(C), count=1)
-
-
-@gluon.jit
-def _keys_of_dq(k_s, at, C: gl.constexpr, QT: gl.constexpr, HL: gl.constexpr):
-    """Return a warpgroup's k for half C of dq.
-
-    Half C has half of k's dimensions. Where a step has 128 queries, half C has half of these, and all dimensions.
-    """
-    k = k_s.index(at)
-    if QT == TILE:
-        k = reinterpret(k, k_s.dtype, [2, TILE, k_s.shape[2] // 2], HL).index(C)
-    return k
-
-
-@gluon.jit
-def _ds_of_dq(ds_s, at, C: gl.constexpr):
-    """Return dS of a warpgroup's keys for half C of dq."""
-    ds = ds_s.index(at)
-    if ds_s.shape[2] != TILE:
-        ds = reinterpret(ds, ds_s.dtype, [2, TILE, TILE], ds_s.layout).index(C)
-    return ds.permute((1, 0))
-
-
-@gluon.jit
-def _issue_dq(ds_s, k_s, buf, z, zq, C: gl.constexpr, HL: gl.constexpr):
-    """Start computing half C of dS K.
-
-    This warpgroup's keys come first.
-    """
-    own = _keys_of_dq(k_s, C + z, C, ds_s.shape[2], HL)
-    other = _keys_of_dq(k_s, 1 - C + z, C, ds_s.shape[2], HL)
-    dq = warpgroup_mma(_ds_of_dq(ds_s, buf * 2 + C, C), own, zq, use_acc=False, is_async=True)
-    return warpgroup_mma(_ds_of_dq(ds_s, buf * 2 + 1 - C, C), other, dq, is_async=True)
-
-
-@gluon.jit
-def _step(
-    q_s, dout_s, lse_s, delta_s, k_s, v_s, ds_s, dq_s, q_full, dout_full, free, ds_full, dq_free, dq_full,
-    t, dk, dv, scale_log2, zs, zq, key, column,
-    C: gl.constexpr, STAGES: gl.constexpr, MASK: gl.constexpr, PL: gl.constexpr, HL: gl.constexpr,
-):  # fmt: skip
-    """Process one query tile.
-
-    dP is in flight while P is computed, dv while dS is, dk while dq leaves.
-    """
-    SL: gl.constexpr = zs.type.layout
-    CS: gl.constexpr = gl.SliceLayout(0, SL)
-    dt: gl.constexpr = q_s.dtype
-    st = t % STAGES
-    phase = (t // STAGES) & 1
-    z = _zero(t)  # otherwise the compiler keeps all descriptors of k and v in registers, and spills
-    k = k_s.index(C + z)
-    v = v_s.index(C + z)
-    q = q_s.index(st)
-    dout = dout_s.index(st)
-    mbarrier.wait(q_full.index(st), phase)
-    s = warpgroup_mma(k, q.permute((1, 0)), zs, use_acc=False, is_async=True)
-    if q.shape[0] == TILE:
-        lse = lse_s.index(st).load(CS)
-    mbarrier.wait(dout_full.index(st), phase)
-    dp = warpgroup_mma(v, dout.permute((1, 0)), zs, use_acc=False, is_async=True)
-    scores = warpgroup_mma_wait(num_outstanding=1, deps=(s,))
-    if q.shape[0] != TILE:  # later, to save registers
-        lse = lse_s.index(st).load(CS)
-    x = scores * scale_log2 - gl.expand_dims(lse, 0)
-    if MASK:
-        keep = gl.expand_dims(key, 1) <= gl.expand_dims(column, 0)
-        x = gl.where(keep, x, float("-inf"))
-    p = gl.exp2(x)
-    p16 = gl.convert_layout(p.to(dt), PL)
-    dv = warpgroup_mma(p16, dout, dv, is_async=True)
-    dw = warpgroup_mma_wait(num_outstanding=1, deps=(dp,))
-    delta = delta_s.index(st).load(CS)
-    ds = (p * (dw - gl.expand_dims(delta, 0))).to(dt)
-    buf = t & 1
-    ds_s.index(buf * 2 + C).store(ds)
-    fence_async_shared()
-    mbarrier.arrive(ds_full.index(buf * 2 + C), count=1)
-    ds16 = gl.convert_layout(ds, PL)
-    mbarrier.wait(ds_full.index(buf * 2 + 1 - C), (t >> 1) & 1)
-    dq = _issue_dq(ds_s, k_s, buf, z, zq, C, HL)
-    dv = warpgroup_mma_wait(num_outstanding=2, deps=(dv,))
-    p16 = _keep(p16)
-    dk = warpgroup_mma(ds16, q, dk, is_async=True)
-    x = warpgroup_mma_wait(num_outstanding=1, deps=(dq,))
-    _store_dq(x, dq_s, dq_free, dq_full, t, C)
-    dk = warpgroup_mma_wait(num_outstanding=0, deps=(dk,))
-    ds16 = _keep(ds16)
-    if q.shape[0] != TILE:
-        mbarrier.arrive(free.index(st), count=1)
-    return dk, dv
-
-
-@gluon.jit
-def _idle_step(
-    k_s, ds_s, dq_s, ds_full, dq_free, dq_full, t, zs, zq, C: gl.constexpr, HL: gl.constexpr
-):  # fmt: skip
-    """Process a query tile that keeps only the other warpgroup's keys.
-
-    dS is 0 for this warpgroup's keys; its half of dq comes from the other warpgroup's.
-    """
-    dt: gl.constexpr = k_s.dtype
-    z = _zero(t)
-    buf = t & 1
-    ds_s.index(buf * 2 + C).store(zs.to(dt))
-    fence_async_shared()
-    mbarrier.arrive(ds_full.index(buf * 2 + C), count=1)
-    mbarrier.wait(ds_full.index(buf * 2 + 1 - C), (t >> 1) & 1)
-    other = _keys_of_dq(k_s, 1 - C + z, C, ds_s.shape[2], HL)
-    dq = warpgroup_mma(_ds_of_dq(ds_s, buf * 2 + 1 - C, C), other, zq, use_acc=False, is_async=True)
-    x = warpgroup_mma_wait(num_outstanding=0, deps=(dq,))
-    _store_dq(x, dq_s, dq_free, dq_full, t, C)
-
-
-@gluon.jit
 def _consumer(
     dk_desc, dv_desc, k_s, v_s, q_s, dout_s, lse_s, delta_s, ds_s, dq_s,
     k_full, q_full, dout_full, free, ds_full, dq_free, dq_full, done,
@@ -349,17 +207,17 @@ def _consumer(
         is_kept = ((entry >> C) & 1) != 0
         entry = gl.load(steps_ptr + first + gl.minimum(t + 1, num_steps - 1))
         if is_kept:
-            dk, dv = _step(
+            dk, dv = process_step(
                 q_s, dout_s, lse_s, delta_s, k_s, v_s, ds_s, dq_s, q_full, dout_full, free, ds_full, dq_free, dq_full,
                 t, dk, dv, scale_log2, zs, zq, key, column,
                 C, STAGES, True, PL, HL,
             )  # fmt: skip
         else:
-            _idle_step(k_s, ds_s, dq_s, ds_full, dq_free, dq_full, t, zs, zq, C, HL)
+            idle_step(k_s, ds_s, dq_s, ds_full, dq_free, dq_full, t, zs, zq, C, HL)
             if QT != TILE:
                 mbarrier.arrive(free.index(t % STAGES), count=1)
     for t in range(num_masked, num_steps):
-        dk, dv = _step(
+        dk, dv = process_step(
             q_s, dout_s, lse_s, delta_s, k_s, v_s, ds_s, dq_s, q_full, dout_full, free, ds_full, dq_free, dq_full,
             t, dk, dv, scale_log2, zs, zq, key, query,
             C, STAGES, False, PL, HL,
