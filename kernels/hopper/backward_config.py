@@ -9,7 +9,7 @@ from ..topk_layout import Layout, TopKLayout
 from .backward_schedule import PLAIN, TILE, ScheduleOptions
 
 # Keyed by head dimension and queries of a step. Three stages of dimension 128 take 226 KiB of shared memory in all; of
-# 128 queries a third stage is 544 bytes too large.
+# 128 queries a third stage is 592 bytes too large (in halves it fits).
 _STAGES = {(128, TILE): 3, (64, TILE): 4, (64, 2 * TILE): 2}
 # Rows of queries of a KV head's members; measured are half (slower by query head) and twice as many (faster). A row of
 # q, dO and float32 dq has 1 kB at head dimension 128, so these have 268 MB.
@@ -22,12 +22,14 @@ class HopperBackwardConfig:
 
     - ``schedule``: choices that only static layouts have, and no packed documents. 128 queries a step take head
       dimension 64 and blocks of at least 128.
+    - ``halves``: compute P and dS of 128 queries in two halves, with k and v in registers (not yet measured).
     """
 
     stages: int
     consumer_registers: int = 240
     other_registers: int = 24
     schedule: ScheduleOptions = PLAIN
+    halves: bool = False
 
 
 def config_of(dim: int, schedule: ScheduleOptions = PLAIN) -> HopperBackwardConfig:
@@ -70,6 +72,8 @@ def check_config(config: HopperBackwardConfig, layout: Layout, dim: int, spec: A
         raise ValueError(f"{schedule} takes a static layout and no packed documents")
     if schedule.query_tile != TILE and (dim != 64 or layout.block_size < schedule.query_tile):
         raise ValueError(f"{config} takes head dimension 64 and blocks of {schedule.query_tile} or more")
+    if config.halves and schedule.query_tile == TILE:
+        raise ValueError(f"{config} takes steps of {2 * TILE} queries")
 
 
 def _takes_choices(layout: Layout, spec: AttentionSpec) -> bool:

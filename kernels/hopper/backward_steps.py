@@ -1,4 +1,4 @@
-"""What a consumer warpgroup of the Hopper backward does with one query tile."""
+"""A query tile's work in a consumer warpgroup of the Hopper backward."""
 
 # Triton interprets the annotations of its functions, so tensor arguments have none.
 # mypy: allow-untyped-defs
@@ -138,6 +138,96 @@ def process_step(
 
 
 @gluon.jit
+def _half(x_s, at, h: gl.constexpr, dim: gl.constexpr = 0):
+    """Return 64 of a buffer's 128 queries."""
+    return x_s.index(at).slice(h * TILE, TILE, dim)
+
+
+@gluon.jit
+def _weights(scores, lse, scale_log2, key, column, MASK: gl.constexpr):
+    """Return P."""
+    x = scores * scale_log2 - gl.expand_dims(lse, 0)
+    if MASK:
+        x = gl.where(gl.expand_dims(key, 1) <= gl.expand_dims(column, 0), x, float("-inf"))
+    return gl.exp2(x)
+
+
+@gluon.jit
+def _wait_for_ds(dq_full, ds_s, t, C: gl.constexpr):
+    """Wait until dS's buffer, if there is only one, has been read.
+
+    This warpgroup has read it in its last step; the other one says so by its last dq.
+    """
+    if ds_s.shape[0] == 2:
+        mbarrier.wait(dq_full.index(1 - C), (t & 1) ^ 1)
+
+
+@gluon.jit
+def process_halves(
+    q_s, dout_s, lse_s, delta_s, k_s, own, ds_s, dq_s, q_full, dout_full, free, ds_full, dq_free, dq_full,
+    t, dk, dv, scale_log2, zs, zq, key, column,
+    C: gl.constexpr, STAGES: gl.constexpr, MASK: gl.constexpr, PL: gl.constexpr, HL: gl.constexpr,
+):  # fmt: skip
+    """Process a tile of 128 queries as two of 64.
+
+    A half's P and dS are computed while the other's products are in flight. That leaves room for this warpgroup's k and
+    v in registers (`own`). The second dP is issued late, where the first one's registers are free.
+    """
+    CS: gl.constexpr = gl.SliceLayout(0, zs.type.layout)
+    BUFFERS: gl.constexpr = ds_s.shape[0] // 2
+    dt: gl.constexpr = q_s.dtype
+    st = t % STAGES
+    phase = (t // STAGES) & 1
+    z = _zero(t)
+    k, v = own
+    buf = t & (BUFFERS - 1)
+    q0, q1 = _half(q_s, st, 0), _half(q_s, st, 1)
+    dout0, dout1 = _half(dout_s, st, 0), _half(dout_s, st, 1)
+    mbarrier.wait(q_full.index(st), phase)
+    s0 = warpgroup_mma(k, q0.permute((1, 0)), zs, use_acc=False, is_async=True)
+    mbarrier.wait(dout_full.index(st), phase)
+    dp0 = warpgroup_mma(v, dout0.permute((1, 0)), zs, use_acc=False, is_async=True)
+    s1 = warpgroup_mma(k, q1.permute((1, 0)), zs, use_acc=False, is_async=True)
+    lse = _half(lse_s, st, 0).load(CS)
+    s = warpgroup_mma_wait(num_outstanding=2, deps=(s0,))
+    p = _weights(s, lse, scale_log2, key, column, MASK)
+    p0 = gl.convert_layout(p.to(dt), PL)
+    dv = warpgroup_mma(p0, dout0, dv, is_async=True)
+    delta = _half(delta_s, st, 0).load(CS)
+    dp = warpgroup_mma_wait(num_outstanding=2, deps=(dp0,))
+    ds = (p * (dp - gl.expand_dims(delta, 0))).to(dt)
+    _wait_for_ds(dq_full, ds_s, t, C)
+    _half(ds_s, buf * 2 + C, 0, 1).store(ds)
+    ds0 = gl.convert_layout(ds, PL)
+    dp1 = warpgroup_mma(v, dout1.permute((1, 0)), zs, use_acc=False, is_async=True)
+    dk = warpgroup_mma(ds0, q0, dk, is_async=True)
+    lse = _half(lse_s, st, 1).load(CS)
+    s = warpgroup_mma_wait(num_outstanding=3, deps=(s1,))
+    p = _weights(s, lse, scale_log2, key, column + TILE, MASK)
+    p1 = gl.convert_layout(p.to(dt), PL)
+    dv = warpgroup_mma(p1, dout1, dv, is_async=True)
+    delta = _half(delta_s, st, 1).load(CS)
+    dp = warpgroup_mma_wait(num_outstanding=2, deps=(dp1,))
+    p0 = _keep(p0)
+    ds = (p * (dp - gl.expand_dims(delta, 0))).to(dt)
+    _half(ds_s, buf * 2 + C, 1, 1).store(ds)
+    fence_async_shared()
+    mbarrier.arrive(ds_full.index(buf * 2 + C), count=1)
+    ds1 = gl.convert_layout(ds, PL)
+    mbarrier.wait(ds_full.index(buf * 2 + 1 - C), (t >> (BUFFERS - 1)) & 1)
+    dq = _issue_dq(ds_s, k_s, buf, z, zq, C, HL)
+    dv, dk = warpgroup_mma_wait(num_outstanding=2, deps=(dv, dk))
+    p1, ds0 = _keep(p1), _keep(ds0)
+    dk = warpgroup_mma(ds1, q1, dk, is_async=True)
+    x = warpgroup_mma_wait(num_outstanding=1, deps=(dq,))
+    _store_dq(x, dq_s, dq_free, dq_full, t, C)
+    dk = warpgroup_mma_wait(num_outstanding=0, deps=(dk,))
+    ds1 = _keep(ds1)
+    mbarrier.arrive(free.index(st), count=1)
+    return dk, dv
+
+
+@gluon.jit
 def idle_step(
     k_s, ds_s, dq_s, ds_full, dq_free, dq_full, t, zs, zq, C: gl.constexpr, HL: gl.constexpr
 ):  # fmt: skip
@@ -147,11 +237,17 @@ def idle_step(
     """
     dt: gl.constexpr = k_s.dtype
     z = _zero(t)
-    buf = t & 1
-    ds_s.index(buf * 2 + C).store(zs.to(dt))
+    BUFFERS: gl.constexpr = ds_s.shape[0] // 2
+    buf = t & (BUFFERS - 1)
+    _wait_for_ds(dq_full, ds_s, t, C)
+    if zs.shape[1] == ds_s.shape[2]:
+        ds_s.index(buf * 2 + C).store(zs.to(dt))
+    else:
+        for h in gl.static_range(2):
+            _half(ds_s, buf * 2 + C, h, 1).store(zs.to(dt))
     fence_async_shared()
     mbarrier.arrive(ds_full.index(buf * 2 + C), count=1)
-    mbarrier.wait(ds_full.index(buf * 2 + 1 - C), (t >> 1) & 1)
+    mbarrier.wait(ds_full.index(buf * 2 + 1 - C), (t >> (BUFFERS - 1)) & 1)
     other = _keys_of_dq(k_s, 1 - C + z, C, ds_s.shape[2], HL)
     dq = warpgroup_mma(_ds_of_dq(ds_s, buf * 2 + 1 - C, C), other, zq, use_acc=False, is_async=True)
     x = warpgroup_mma_wait(num_outstanding=0, deps=(dq,))

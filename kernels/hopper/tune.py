@@ -54,12 +54,19 @@ _BACKWARD_VARIANTS: dict[str, HopperBackwardConfig | None] = {
 _CANDIDATES: dict[str, ScheduleOptions | None] = {
     "plain": PLAIN,
     "128 queries": ScheduleOptions(query_tile=128),
+    "128 in halves": ScheduleOptions(query_tile=128),
+    "128 in halves, st 3": ScheduleOptions(query_tile=128),
     "second pairs": ScheduleOptions(second_pairs=True),
     "by query head": ScheduleOptions(by_query_head=True),
     "second, by head": ScheduleOptions(second_pairs=True, by_query_head=True),
     "128, by head": ScheduleOptions(query_tile=128, by_query_head=True),
     "chosen": None,
     "plain, again": PLAIN,
+}
+# what else a candidate changes
+_CHANGES: dict[str, dict[str, Any]] = {
+    "128 in halves": {"halves": True},
+    "128 in halves, st 3": {"halves": True, "stages": 3},
 }
 _EMPTY = spec.empty
 _LOCAL = {128: 8, 64: 16}
@@ -99,7 +106,7 @@ class Item:
         options = _CANDIDATES[self.variant]
         if options is None:
             return chosen_config(layout, self.dim, self.kv_heads, s_q, settings)
-        return config_of(self.dim, options)
+        return replace(config_of(self.dim, options), **_CHANGES.get(self.variant, {}))
 
     @property
     def problem(self) -> str:
@@ -176,7 +183,7 @@ def _backward_items(lengths: list[int]) -> list[Item]:
 def _candidate_items(lengths: list[int]) -> list[Item]:
     """Return candidates and the choice between plain settings, by problem."""
     problems = {
-        (_HEADS, 64, 128): ["128 queries"],
+        (_HEADS, 64, 128): ["128 queries", "128 in halves", "128 in halves, st 3"],
         (8, 64, 128): ["128 queries", "by query head", "128, by head"],
         (8, 64, 64): ["second pairs", "by query head", "second, by head"],
         (8, 128, 64): ["second pairs", "by query head", "second, by head"],
@@ -258,7 +265,7 @@ def _run_backward(item: Item, p: Problem, settings: AttentionSpec) -> dict[str, 
     errors = [((x.float() - y).norm() / y.norm()).item() for x, y in zip(run(), expected, strict=True)]
     row: dict[str, Any] = {"problem": item.problem, "variant": item.variant, "error": max(errors)}
     if config is not None:
-        row |= {"stages": config.stages} | asdict(config.schedule)
+        row |= {"stages": config.stages, "halves": config.halves} | asdict(config.schedule)
     row["ok"] = all(error < 6e-3 for error in errors)
     if not row["ok"]:
         return row | {"error": f"wrong: dq, dk, dv {errors}"}
