@@ -25,6 +25,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -120,19 +121,32 @@ def _import_everything() -> None:
     import s2train.command_line.program
     import s2train.needles.evaluate_checkpoint
     import s2train.planning.show
-    import s2train.training.plots
     import s2train.training.run  # noqa: F401
-    from s2train.planning.compose import compose_run
     from s2train.sweeps import plugins
 
     _compose_once()
     _draw_on_request()
     plugins.register()
-    compose_run(["+model=tiny_hybrid", "seed=1"])  # fills the caches of Hydra's parser
+    _fill_caches()
     weakref.finalize._registry.clear()  # type: ignore[attr-defined]  # what is imported need not be taken apart
     gc.enable()
     gc.collect()
     gc.freeze()  # so that a fork's garbage collector neither walks nor copies what was imported
+
+
+def _fill_caches() -> None:
+    """Fill what a program would fill at its start: caches of Hydra's parser, what runs record about the code."""
+    from s2train.environment.versions import git_commit, source_digest
+    from s2train.planning.compose import compose_run
+    from s2train.training import metrics
+    from tests.program import SMALL
+
+    compose_run([*SMALL, "seed=1", "run_dir=/tmp/run-1_a", "optim.lr=1e-3", "+layout.kinds.E={kind:hyper,bucket:16}"])
+    source_digest()
+    git_commit()
+    # Counting would copy the memory of every module to each fork.
+    metrics.imported_modules = functools.cache(metrics.imported_modules)
+    metrics.imported_modules()
 
 
 def _compose_once() -> None:
@@ -155,6 +169,7 @@ def _draw_on_request() -> None:
     from PIL import Image
 
     from s2train import pictures
+    from s2train.training import plots
 
     def on_request(draw: Callable[..., Any], place: int) -> Callable[..., Any]:
         """`place` of the path among the arguments."""
@@ -170,9 +185,11 @@ def _draw_on_request() -> None:
     Figure.savefig = on_request(Figure.savefig, 1)  # type: ignore[method-assign]
     # The axes of a layout, which each training draws, alone take a tenth of a second.
     pictures.draw_layout = on_request(pictures.draw_layout, 2)
+    plots.draw_loss_curve = on_request(plots.draw_loss_curve, 1)
 
 
 def _serve(path: Path, owner: psutil.Process) -> None:
+    resource_tracker.ensure_running()  # else each program that saves a checkpoint starts one
     with socket.socket(socket.AF_UNIX) as listener:
         new = f"{path}.new"
         listener.bind(new)
