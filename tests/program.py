@@ -18,7 +18,7 @@ from tests.forked import PICTURES, Job, run_job
 
 ROOT = Path(__file__).parents[1]
 
-# A model small enough that a step takes a tenth of a second: four layers, a dense one first.
+# A model small enough that a step takes a twentieth of a second: four layers, a dense one first.
 SMALL = [
     "+model=tiny_hybrid",
     "model.hidden_size=64",
@@ -26,7 +26,7 @@ SMALL = [
     "model.vocab_size=272",
     "train.seq_length=128",
     "train.global_batch_size=8",
-    "train.micro_batch_size=2",
+    "train.micro_batch_size=4",
     "evaluation.interval=0",
     "tracking.log_interval=1",
     "tracking.wandb=disabled",

@@ -83,7 +83,7 @@ def reports(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 def test_a_run_that_stops_within_its_ramp_up_resumes_bit_for_bit(tmp_path: Path) -> None:
-    own = [*RAMP, "train.steps=6", "optim.warmup_steps=1"]
+    own = [*RAMP, "train.micro_batch_size=2", "train.steps=6", "optim.warmup_steps=1"]
     whole = pretrain(tmp_path / "whole", *own, processes=0)
     assert whole.status == 0, whole.err
     for stop in (["train.exit_step=3"], []):

@@ -31,9 +31,9 @@ def test_chosen_steps_are_traced_and_their_time_broken_down(tmp_path: Path) -> N
     with gzip.open(traced / "profile" / "trace-rank0.json.gz", "rt") as file:
         names = [event["name"] for event in json.load(file)["traceEvents"] if event.get("ph") == "X"]
     assert len([name for name in names if name.startswith("ProfilerStep#")]) == 2
-    # Two steps of 4 micro batches; core attention runs again in the backward pass. Three layers are sparse.
-    assert names.count("s2train: attention s2 backward") == 2 * 4 * 3
-    assert names.count("s2train: attention s2 forward") == 2 * 2 * 4 * 3
+    # Two steps of 2 micro batches; core attention runs again in the backward pass. Three layers are sparse.
+    assert names.count("s2train: attention s2 backward") == 2 * 2 * 3
+    assert names.count("s2train: attention s2 forward") == 2 * 2 * 2 * 3
 
 
 def test_only_chosen_ranks_write_traces(tmp_path: Path) -> None:
