@@ -10,17 +10,21 @@ import torch
 from hypothesis import settings
 
 from s2train.megatron.lazy_imports import compile_on_call
+from tests.quick_hydra import share_sources
 
 # Triton reads this at its first import, which megatron-core may do before the kernels' own tests are reached.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Groups of tests that wait most of their time, for timeouts and other processes: they begin first, in this order.
+# Each has a file, which one worker runs (tests/scheduling.py), so that the others use the cores meanwhile.
 _GROUPS_THAT_WAIT = {"faults": 0, "kills": 1, "nodes": 2, "sweeps": 3}
 
 # Time limits on examples fail by the machine's load, not by the code.
 settings.register_profile("no_deadline", deadline=None)
 settings.load_profile("no_deadline")
+
+share_sources()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
