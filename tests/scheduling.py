@@ -7,7 +7,11 @@ from xdist.scheduler import LoadScopeScheduling
 
 
 class SharedFixtures(LoadScopeScheduling):  # type: ignore[misc, unused-ignore]
-    """Tests of a file that makes something once for all of them run in one worker; others run anywhere."""
+    """Tests of a file that makes something once for all of them run in one worker; others run anywhere.
+
+    It makes it in a fixture of the module, or in a function whose results are kept. Tests that wait share a worker too:
+    otherwise all workers would wait at once.
+    """
 
     def _split_scope(self, nodeid: str) -> str:
         file, _, _ = nodeid.partition("::")
@@ -16,4 +20,5 @@ class SharedFixtures(LoadScopeScheduling):  # type: ignore[misc, unused-ignore]
 
 @cache
 def _shares(file: str) -> bool:
-    return 'scope="module"' in (Path(__file__).parents[1] / file).read_text()
+    text = (Path(__file__).parents[1] / file).read_text()
+    return any(words in text for words in ('scope="module"', "\n@cache\n", "mark.xdist_group("))
