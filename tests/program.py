@@ -35,6 +35,10 @@ SMALL = [
 ]
 
 
+# For a run whose checkpoint no test reads: saving takes a third of a short run's time.
+UNSAVED = "checkpoint.save=false"
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How a program ended, and what it said."""

@@ -12,7 +12,7 @@ from s2train.checkpoints.integrity import damage
 from s2train.data.blend import BUNDLED_PREFIX
 from s2train.files import FolderLock
 from s2train.training.records import read_curves
-from tests.program import ROOT, Outcome, error_line, metrics, pretrain
+from tests.program import ROOT, UNSAVED, Outcome, error_line, metrics, pretrain
 
 pytestmark = [pytest.mark.slow]
 
@@ -57,7 +57,7 @@ WHOLE = [STEPS, REPORTS, "evaluation.interval=6", "evaluation.batches=1"]
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[float]]:
     """What an uninterrupted run on two processes reports."""
     folder = tmp_path_factory.mktemp("uninterrupted")
-    done = pretrain(folder, *WHOLE, processes=2)
+    done = pretrain(folder, *WHOLE, UNSAVED, processes=2)
     assert done.status == 0, done.err
     return trace(folder)
 
@@ -65,7 +65,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[fl
 def test_a_resumed_run_equals_an_uninterrupted_one(
     stopped: Path, uninterrupted: dict[int, list[float]], tmp_path: Path
 ) -> None:
-    resumed = pretrain(tmp_path, *WHOLE, f"checkpoint.resume={stopped}", processes=2)
+    resumed = pretrain(tmp_path, *WHOLE, UNSAVED, f"checkpoint.resume={stopped}", processes=2)
     assert resumed.status == 0, resumed.err
     assert trace(tmp_path) == {step: uninterrupted[step] for step in (4, 6)}  # bit for bit
     assert trace(stopped)[2] == uninterrupted[2]
@@ -115,7 +115,7 @@ def test_runs_with_other_settings_resume_bit_for_bit_too(change: list[str], tmp_
     done = pretrain(tmp_path / "uninterrupted", *settings, "checkpoint.interval=3", processes=2)
     assert done.status == 0, done.err
     start = f"checkpoint.resume={tmp_path / 'uninterrupted' / 'checkpoints' / 'iter_0000003'}"
-    done = pretrain(tmp_path / "resumed", *settings, start, processes=2)
+    done = pretrain(tmp_path / "resumed", *settings, UNSAVED, start, processes=2)
     assert done.status == 0, done.err
     expected = trace(tmp_path / "uninterrupted")
     assert trace(tmp_path / "resumed") == {step: expected[step] for step in (4, 6)}
@@ -133,7 +133,7 @@ def test_a_data_parallel_checkpoint_resumes_under_another_parallel_division(
     stopped: Path, uninterrupted: dict[int, list[float]], division: str, tmp_path: Path
 ) -> None:
     processes, more = (1, []) if division == "one process" else (2, [division])
-    resumed = pretrain(tmp_path, *WHOLE, *more, f"checkpoint.resume={stopped}", processes=processes)
+    resumed = pretrain(tmp_path, *WHOLE, *more, UNSAVED, f"checkpoint.resume={stopped}", processes=processes)
     assert resumed.status == 0, resumed.err
     for step in (4, 6):
         assert trace(tmp_path)[step] == pytest.approx(uninterrupted[step], rel=1e-5)
@@ -211,7 +211,7 @@ def test_a_new_phase_scales_rope_and_logs_it_as_a_change(stopped: Path, tmp_path
     assert changed["model.rope_scaling.attention_factor"] == [None, pytest.approx(1.1386, abs=1e-4)]
     # a setting left to its default is the same: the run resumes
     same = "model.rope_scaling={kind:yarn,factor:4,original_length:128,beta_slow:1,truncate:true}"
-    again = pretrain(tmp_path, STEPS, *phase[:2], same, *phase[3:], "train.exit_step=5", processes=0)
+    again = pretrain(tmp_path, STEPS, *phase[:2], same, *phase[3:], "train.exit_step=5", UNSAVED, processes=0)
     assert again.status == 0, again.err
     assert "rope_scaling" not in again.out
 

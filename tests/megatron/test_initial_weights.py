@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.program import metrics, pretrain
+from tests.program import UNSAVED, metrics, pretrain
 
 pytestmark = [pytest.mark.slow]
 
@@ -20,9 +20,7 @@ DIVISIONS = {
 
 def first_step(folder: Path, *settings: str, processes: int = 1) -> tuple[float, float]:
     """Loss and gradient norm before any update."""
-    done = pretrain(
-        folder, *settings, "train.steps=3", "train.exit_step=1", "checkpoint.save=false", processes=processes
-    )
+    done = pretrain(folder, *settings, "train.steps=3", "train.exit_step=1", UNSAVED, processes=processes)
     assert done.status == 0, done.err
     (record,) = metrics(folder)
     return record["loss"], record["grad_norm"]

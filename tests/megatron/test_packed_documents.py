@@ -15,7 +15,7 @@ from s2train.megatron.core_attention import packed_documents
 from s2train.megatron.layout_cache import LayoutCache
 from s2train.megatron.model import transformer_config
 from s2train.planning import compose_run, hybrid_layout
-from tests.program import metrics, pretrain, run
+from tests.program import UNSAVED, metrics, pretrain, run
 
 pytestmark = [pytest.mark.slow]
 
@@ -102,7 +102,7 @@ def trace(run_dir: Path) -> list[float]:
             ],
         ),
         (2, ["parallel.pp=2", "parallel.vpp=2", "train.recompute=mlp"]),
-        (0, ["train.recompute=full", "train.micro_batch_size=4"]),
+        (0, ["train.recompute=full", "train.micro_batch_size=2"]),
         (2, ["parallel.cp=2", "train.recompute=full"]),
         (2, ["parallel.cp=2", "parallel.cp_exchange=gather"]),
     ],
@@ -110,7 +110,7 @@ def trace(run_dir: Path) -> list[float]:
 def test_trains_as_one_process_does(folder: Path, processes: int, arguments: list[str], tmp_path: Path) -> None:
     # the first step's weights: drawn otherwise under another division
     start = f"checkpoint.resume={folder / 'alone' / 'checkpoints' / 'iter_0000001'}"
-    done = pretrain(tmp_path, *WITHIN, *arguments, start, processes=processes, cwd=folder)
+    done = pretrain(tmp_path, *WITHIN, *arguments, start, UNSAVED, processes=processes, cwd=folder)
     assert done.status == 0, done.err
     expected = trace(folder / "alone")[2:]
     assert len(expected) == 4
@@ -119,7 +119,7 @@ def test_trains_as_one_process_does(folder: Path, processes: int, arguments: lis
 
 def test_is_another_loss_than_that_of_attention_across_documents(folder: Path, tmp_path: Path) -> None:
     across = [argument.replace("documents=true", "documents=false") for argument in WITHIN]
-    assert pretrain(tmp_path, *across, "checkpoint.save=false", processes=0, cwd=folder).status == 0
+    assert pretrain(tmp_path, *across, UNSAVED, processes=0, cwd=folder).status == 0
     # by the largest of all: of untrained models a single loss can be the same to five digits by chance
     apart = [abs(a / b - 1) for a, b in zip(trace(tmp_path), trace(folder / "alone"), strict=True)]
     assert max(apart) > 1e-4

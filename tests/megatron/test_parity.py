@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.program import metrics, pretrain
+from tests.program import UNSAVED, metrics, pretrain
 
 STEPS = 3  # of which two change the weights
 TOLERANCE = 1e-5
@@ -44,7 +44,7 @@ PLAIN = ("tp2 with sequence parallel", "vpp2", "dp2")
 ELSEWHERE = ["tp2", "tp2 with sequence parallel", "pp2", "dp2 with overlap", "cp2 gathering"]
 # … test_packed_documents.py one with packed documents, and the plain optimizer here.
 ELSEWHERE += ["vpp2", "dp2", "full recomputation", "selective recomputation", "MLP recomputation"]
-ELSEWHERE += ["MLP recomputation, tp2"]  # within the next one
+ELSEWHERE += ["MLP recomputation, tp2", "cp2"]  # within the next one
 CASES = [
     pytest.param("distributed", name, marks=pytest.mark.long if name in ELSEWHERE else []) for name in VARIANTS
 ] + [pytest.param("plain", name, marks=pytest.mark.long if "tp2" in name else []) for name in PLAIN]
@@ -73,7 +73,8 @@ def trace(folder: Path) -> list[tuple[float, float]]:
 def test_trains_as_one_process_does(references: dict[str, Path], optimizer: str, variant: str, tmp_path: Path) -> None:
     processes, arguments = VARIANTS[variant]
     start = references[optimizer] / "checkpoints" / "iter_0000001"
-    done = pretrain(tmp_path, *settings(optimizer), *arguments, f"checkpoint.resume={start}", processes=processes)
+    resumed = [*settings(optimizer), UNSAVED, f"checkpoint.resume={start}"]
+    done = pretrain(tmp_path, *resumed, *arguments, processes=processes)
     assert done.status == 0, done.err
     found, expected = trace(tmp_path), trace(references[optimizer])
     assert len(found) == len(expected) == STEPS
@@ -111,7 +112,7 @@ def test_auto_exchange_is_recorded_and_trains_as_the_exchange_that_it_chooses(
     references: dict[str, Path], tmp_path: Path
 ) -> None:
     start = references["distributed"] / "checkpoints" / "iter_0000001"
-    arguments = [*settings("distributed"), "parallel.cp=2", f"checkpoint.resume={start}"]
+    arguments = [*settings("distributed"), "parallel.cp=2", UNSAVED, f"checkpoint.resume={start}"]
     auto = pretrain(tmp_path / "auto", *arguments, "parallel.cp_exchange=auto", processes=2)
     assert auto.status == 0, auto.err
     records = [json.loads(line) for line in (tmp_path / "auto" / "metrics.jsonl").read_text().splitlines()]

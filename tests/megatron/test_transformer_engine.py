@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 
 from tests.forked import FAKE_TE
-from tests.program import SMALL, Outcome, metrics, run
+from tests.program import SMALL, UNSAVED, Outcome, metrics, run
 
 pytestmark = [pytest.mark.slow]
 
@@ -69,7 +69,7 @@ def test_a_checkpoint_of_one_backend_goes_on_in_another(
     run_of: Runs, before: str, after: str, optimizer: str, tmp_path: Path
 ) -> None:
     start = run_of(before, optimizer) / "checkpoints" / "iter_0000002"
-    done = train(after, tmp_path, *OPTIMIZERS[optimizer], f"checkpoint.resume={start}")
+    done = train(after, tmp_path, *OPTIMIZERS[optimizer], UNSAVED, f"checkpoint.resume={start}")
     assert done.status == 0, done.err
     assert losses(tmp_path) == pytest.approx(losses(run_of(before, optimizer))[2:], rel=TOLERANCE)
 
@@ -79,7 +79,7 @@ def test_both_backends_train_alike(run_of: Runs) -> None:
 
 
 def test_recomputing_the_mlp_changes_no_loss(run_of: Runs, tmp_path: Path) -> None:
-    done = train("fake", tmp_path, "train.recompute=mlp", "checkpoint.save=false")
+    done = train("fake", tmp_path, "train.recompute=mlp", UNSAVED)
     assert done.status == 0, done.err
     assert losses(tmp_path) == pytest.approx(losses(run_of("fake", "distributed")), rel=TOLERANCE)
 
@@ -87,7 +87,7 @@ def test_recomputing_the_mlp_changes_no_loss(run_of: Runs, tmp_path: Path) -> No
 def test_block_selection_trains_alike_on_both_backends(tmp_path: Path) -> None:
     selection = ["layout.layers=DE", "+layout.kinds.E={kind:block_selection,scorer:index,top_k:1,warm_up_steps:2}"]
     for kind in ("fake", "none"):
-        done = train(kind, tmp_path / kind, *selection)
+        done = train(kind, tmp_path / kind, UNSAVED, *selection)
         assert done.status == 0, done.err
     assert losses(tmp_path / "fake") == pytest.approx(losses(tmp_path / "none"), rel=TOLERANCE)
 
@@ -98,7 +98,9 @@ def test_a_dense_teacher_teaches_alike_on_both_backends(tmp_path: Path) -> None:
     assert done.status == 0, done.err
     own = f"scorer:index,top_k:1,warm_up_steps:2,teacher:{tmp_path / 'dense'}"
     for kind in ("fake", "none"):
-        done = train(kind, tmp_path / kind, "layout.layers=DE", f"+layout.kinds.E={{kind:block_selection,{own}}}")
+        done = train(
+            kind, tmp_path / kind, UNSAVED, "layout.layers=DE", f"+layout.kinds.E={{kind:block_selection,{own}}}"
+        )
         assert done.status == 0, done.err
     for column in ("loss", "block_selection_kl", "block_selection_recall"):
         found, expected = ([record[column] for record in metrics(tmp_path / kind)] for kind in ("fake", "none"))

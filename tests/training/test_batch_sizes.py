@@ -13,7 +13,7 @@ from s2train.data.checks import num_train_samples
 from s2train.errors import ConfigError
 from s2train.planning import check, compose_run, format_plan
 from s2train.training.records import read_curves
-from tests.program import metrics, pretrain
+from tests.program import UNSAVED, metrics, pretrain
 from tests.validation.test_rejections import CPU
 
 TINY = ["+model=tiny_hybrid", "train.steps=50", "optim.warmup_steps=5", "train.micro_batch_size=2"]
@@ -84,7 +84,7 @@ def reports(folder: Path) -> list[dict[str, Any]]:
 @pytest.mark.slow
 def test_a_run_that_stops_within_its_ramp_up_resumes_bit_for_bit(tmp_path: Path) -> None:
     own = [*RAMP, "train.micro_batch_size=2", "train.steps=6", "optim.warmup_steps=1"]
-    whole = pretrain(tmp_path / "whole", *own, processes=0)
+    whole = pretrain(tmp_path / "whole", *own, UNSAVED, processes=0)
     assert whole.status == 0, whole.err
     for stop in (["train.exit_step=3"], []):
         done = pretrain(tmp_path / "parts", *own, *stop, processes=0)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from s2train.training.loss_by_position import HeldOut, position_bins, position_edges, sum_by_position
-from tests.program import metrics, pretrain, run
+from tests.program import UNSAVED, metrics, pretrain, run
 
 CPU = torch.device("cpu")
 
@@ -95,7 +95,7 @@ def test_a_run_reports_the_losses_of_a_direct_computation(alone: Path, tmp_path:
 @pytest.mark.parametrize("settings", [["parallel.cp=2"], [], ["parallel.pp=2"]], ids=["cp2", "dp2", "pp2"])
 def test_two_processes_report_what_one_does(alone: Path, tmp_path: Path, settings: list[str]) -> None:
     start = f"checkpoint.resume={alone / 'checkpoints' / 'iter_0000001'}"
-    done = pretrain(tmp_path, *SETTINGS, *settings, start, processes=2)
+    done = pretrain(tmp_path, *SETTINGS, *settings, start, UNSAVED, processes=2)
     assert done.status == 0, done.err
     (found,), expected = metrics(tmp_path), metrics(alone)[-1]
     assert found["held_out_long"] == pytest.approx(expected["held_out_long"], rel=1e-5)

@@ -7,7 +7,7 @@ import pytest
 from s2train.errors import ConfigError
 from s2train.planning import compose_run
 from s2train.validation.optimizers import check_optimizer
-from tests.program import error_line, metrics, pretrain
+from tests.program import UNSAVED, error_line, metrics, pretrain
 
 pytestmark = [pytest.mark.slow]
 
@@ -40,6 +40,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(name: str, precision: str, tm
     resumed = pretrain(
         tmp_path / "parts",
         *own,
+        UNSAVED,
         f"checkpoint.resume={tmp_path / 'whole' / 'checkpoints' / 'iter_0000002'}",
         processes=0,
     )
@@ -53,7 +54,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(name: str, precision: str, tm
     if name == "sgd" and precision == "fp32":
         changed = [own[0], "+optim.options.sgd_momentum=0.1", *own[2:]]
         resume = f"checkpoint.resume={tmp_path / 'whole' / 'checkpoints' / 'iter_0000002'}"
-        other = pretrain(tmp_path / "momentum", *changed, resume, processes=0)
+        other = pretrain(tmp_path / "momentum", *changed, resume, UNSAVED, processes=0)
         assert other.status == 0, other.err[-3000:]
         assert trace("momentum")[0] == trace("whole")[2]
         assert trace("momentum")[1] != trace("whole")[3]  # the step used the new momentum

@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.program import metrics, pretrain
+from tests.program import UNSAVED, metrics, pretrain
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(torch.cuda.is_available(), reason="reads the trace of a CPU")]
 
 
 def test_chosen_steps_are_traced_and_their_time_broken_down(tmp_path: Path) -> None:
     plain, traced = tmp_path / "plain", tmp_path / "traced"
-    done = pretrain(traced, "train.steps=5", "profile.steps=[3,4]", "train.recompute=selective")
+    done = pretrain(traced, "train.steps=5", "profile.steps=[3,4]", "train.recompute=selective", UNSAVED)
     assert done.status == 0, done.err
-    assert pretrain(plain, "train.steps=5", "train.recompute=selective").status == 0
+    assert pretrain(plain, "train.steps=5", "train.recompute=selective", UNSAVED).status == 0
     assert [r["loss"] for r in metrics(traced)] == [r["loss"] for r in metrics(plain)]
 
     found = json.loads((traced / "profile" / "breakdown-rank0.json").read_text())
