@@ -6,6 +6,7 @@ A new kind brings a case and its definition in `tests/attention/oracles.py`; the
 import json
 from collections.abc import Iterator
 from dataclasses import fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from s2train.validation.attention_kinds import check_kinds
 from tests.attention.oracles import ORACLES
 from tests.attention.toy import ToyKind
 from tests.checkpoints.hugging_face.test_export import load_file, megatron_logits, relative, tokens_of
-from tests.program import SMALL, Outcome, error_line, metrics, pretrain, run
+from tests.program import SMALL, UNSAVED, Outcome, error_line, metrics, pretrain, run
 
 STEPS = 4
 TOLERANCE = 1e-5  # of another division, in fp32
@@ -274,7 +275,7 @@ def test_auxiliary_losses_have_columns_of_their_own(trained: tuple[Path, Outcome
 
 
 def test_weights_of_the_kind_learn_from_the_auxiliary_loss(trained: tuple[Path, Outcome], tmp_path: Path) -> None:
-    unweighted = train(tmp_path, "layout.kinds.T.loss_weight=0")
+    unweighted = train(tmp_path, UNSAVED, "layout.kinds.T.loss_weight=0")
     assert unweighted.status == 0, unweighted.err[-3000:]
     with_loss, without = values(trained[0]), values(tmp_path)
     assert with_loss[0]["loss"] == without[0]["loss"]
@@ -283,7 +284,7 @@ def test_weights_of_the_kind_learn_from_the_auxiliary_loss(trained: tuple[Path, 
 
 def test_a_resumed_run_has_the_same_bits(trained: tuple[Path, Outcome], tmp_path: Path) -> None:
     start = trained[0] / "checkpoints" / "iter_0000002"
-    resumed = train(tmp_path, f"checkpoint.resume={start}")
+    resumed = train(tmp_path, UNSAVED, f"checkpoint.resume={start}")
     assert resumed.status == 0, resumed.err[-3000:]
     assert values(tmp_path) == values(trained[0])[2:]
 
@@ -299,7 +300,7 @@ def test_a_resumed_run_has_the_same_bits(trained: tuple[Path, Outcome], tmp_path
     ids=["tensor and sequence parallel", "pipeline parallel", "data parallel"],
 )
 def test_another_division_trains_alike(trained: tuple[Path, Outcome], division: list[str], tmp_path: Path) -> None:
-    done = train(tmp_path, *division, processes=2)
+    done = train(tmp_path, UNSAVED, *division, processes=2)
     assert done.status == 0, done.err[-3000:]
     for found, expected in zip(values(tmp_path), values(trained[0]), strict=True):
         by_layer = expected.pop("toy_agreement_by_layer")
@@ -329,7 +330,7 @@ def test_weights_alone_of_a_dense_model_start_a_model_of_another_kind(tmp_path: 
     start = tmp_path / "dense/checkpoints/iter_0000003"
     progress = json.loads((start / "progress.json").read_text())
     (start / "progress.json").write_text(json.dumps(progress | {"weights_only": True}))
-    done = train(tmp_path / "mixed", f"checkpoint.resume={start}")
+    done = train(tmp_path / "mixed", UNSAVED, f"checkpoint.resume={start}")
     assert done.status == 0, done.err[-3000:]
     assert values(tmp_path / "mixed")[0]["toy_agreement"] > 0
     assert metrics(tmp_path / "mixed")[0]["loss"] < metrics(tmp_path / "dense")[0]["loss"] - 0.05
@@ -352,4 +353,9 @@ def kind_of(name: str) -> AttentionKind:
 
 
 def config_of(name: str, *settings: str) -> PretrainConfig:
-    return replace(compose_run(["+model=tiny_hybrid", "layer_backend=local", *settings]), layout=layout_of(name))
+    return replace(composed(*settings), layout=layout_of(name))
+
+
+@cache
+def composed(*settings: str) -> PretrainConfig:
+    return compose_run(["+model=tiny_hybrid", "layer_backend=local", *settings])

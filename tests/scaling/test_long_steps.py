@@ -1,5 +1,6 @@
 """Long steps have as many layers as fit, and a dense model beside them where its steps are short."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,15 @@ RECORDS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def without_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+Measured = tuple[FakeRanks, list[dict[str, Any]]]
+PEAK = {"event": "memory", "planned_gib": 7.0, "peak_gib": 6.5}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def without_gpus() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        yield
 
 
 def measure(folder: Path, request: Request, ranks: FakeRanks, devices: int = 4) -> list[dict[str, Any]]:
@@ -33,9 +40,16 @@ def measure(folder: Path, request: Request, ranks: FakeRanks, devices: int = 4) 
     return list(long_steps(runner, request, H200))
 
 
-def test_the_layers_are_the_most_that_fit_and_are_short_enough(tmp_path: Path) -> None:
-    ranks = FakeRanks(RECORDS)
-    rows = measure(tmp_path, REQUEST, ranks)[-1]["rows"]
+@pytest.fixture(scope="module")
+def measured(without_gpus: None, tmp_path_factory: pytest.TempPathFactory) -> Measured:
+    """What four devices ran, and the results after each run."""
+    ranks = FakeRanks([*RECORDS, PEAK])
+    return ranks, measure(tmp_path_factory.mktemp("long"), REQUEST, ranks)
+
+
+def test_the_layers_are_the_most_that_fit_and_are_short_enough(measured: Measured) -> None:
+    ranks, results = measured
+    rows = results[-1]["rows"]
     for row in (row for row in rows.values() if row["model"] == "7b_hybrid"):
         (settings,) = (s for name, _, s in ranks.started if name == f"long-hybrid-{row['seq_length']}")
 
@@ -49,16 +63,15 @@ def test_the_layers_are_the_most_that_fit_and_are_short_enough(tmp_path: Path) -
     assert [row["seq_length"] for row in rows.values() if row["model"] == "7b_hybrid"] == [128 * K, 512 * K]
 
 
-def test_the_dense_model_takes_the_longest_sequence_whose_step_is_short_enough(tmp_path: Path) -> None:
-    rows = measure(tmp_path, REQUEST, FakeRanks(RECORDS))[-1]["rows"]
+def test_the_dense_model_takes_the_longest_sequence_whose_step_is_short_enough(measured: Measured) -> None:
+    rows = measured[1][-1]["rows"]
     (dense,) = (row for row in rows.values() if row["model"] == "7b_dense")
     assert dense["seq_length"] == 128 * K  # at 512k its step is predicted to take 150 s
     assert dense["layers"] == rows[f"long hybrid {128 * K}"]["layers"]
 
 
-def test_losses_are_compared_with_two_devices_at_layers_that_fit_them(tmp_path: Path) -> None:
-    ranks = FakeRanks(RECORDS)
-    results = measure(tmp_path, REQUEST, ranks)
+def test_losses_are_compared_with_two_devices_at_layers_that_fit_them(measured: Measured) -> None:
+    ranks, results = measured
     compared = [(name, size) for name, size, _ in ranks.started if name.startswith("agreement")]
     rounded = [("agreement-cp2-gather", 2), ("agreement-cp2-overlapped", 2), ("agreement-tp2", 2)]
     assert compared == [("agreement-one", 2), ("agreement-cp4", 4), *rounded]
@@ -75,9 +88,8 @@ def test_losses_of_two_devices_are_compared_with_one(tmp_path: Path) -> None:
     assert (last["agrees"], last["compared_with"]) == (True, "cp1")
 
 
-def test_a_row_has_medians_after_the_first_step_and_memory_beside_the_plan(tmp_path: Path) -> None:
-    peak = {"event": "memory", "planned_gib": 7.0, "peak_gib": 6.5}
-    row = measure(tmp_path, REQUEST, FakeRanks([*RECORDS, peak]))[-1]["rows"][f"long hybrid {128 * K}"]
+def test_a_row_has_medians_after_the_first_step_and_memory_beside_the_plan(measured: Measured) -> None:
+    row = measured[1][-1]["rows"][f"long hybrid {128 * K}"]
     assert (row["step_time_s"], row["tokens_per_s"]) == (3.75, 250.0)
     assert (row["memory_gib"], row["planned_gib"]) == (6.5, 7.0)
     assert row["is_finite"]
