@@ -76,13 +76,14 @@ def training(recipe: dict[str, Any], root: Path, variant: str, number: int) -> P
     return compose_run(recipe["train_command"](root, variant, number)[1:])
 
 
-def test_every_phase_of_every_variant_can_run_on_one_gpu(recipe: dict[str, Any], tmp_path: Path) -> None:
-    for variant in recipe["VARIANTS"]:
-        for number, phase in enumerate(recipe["PHASES"]):
-            cfg = training(recipe, tmp_path, variant, number)
-            assert cfg.model.name == f"needle_{variant}"
-            assert cfg.train.seq_length == phase.length
-            assert check(cfg, 1, H100).fits
+def test_every_phase_and_every_variant_can_run_on_one_gpu(recipe: dict[str, Any], tmp_path: Path) -> None:
+    phases, longest = recipe["PHASES"], len(recipe["PHASES"]) - 1
+    runs = {("hybrid", number) for number in range(longest)} | {(variant, longest) for variant in recipe["VARIANTS"]}
+    for variant, number in runs:
+        cfg = training(recipe, tmp_path, variant, number)
+        assert cfg.model.name == f"needle_{variant}"
+        assert cfg.train.seq_length == phases[number].length
+        assert check(cfg, 1, H100).fits
 
 
 def test_a_phase_begins_where_the_one_before_ended(recipe: dict[str, Any], tmp_path: Path) -> None:
@@ -113,8 +114,8 @@ def test_there_are_documents_for_all_steps_and_each_fills_a_sequence(recipe: dic
             made += cfg.needles.documents
             if phase not in ends:
                 continue
-            cfg.needles.documents = 2
-            assert [len(d) for d in needle_documents(cfg.needles, ByteTokenizer(), cfg.seed)] == [phase.length] * 2
+            cfg.needles.documents = 1
+            assert [len(d) for d in needle_documents(cfg.needles, ByteTokenizer(), cfg.seed)] == [phase.length]
         assert made * (1 - recipe["HELD_OUT"]) > phase.samples
 
 

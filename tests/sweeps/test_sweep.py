@@ -6,6 +6,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -139,8 +140,8 @@ def test_slurm_scripts_are_written_without_slurm_and_submitted_only_with_it(
 
 @pytest.mark.slow
 def test_a_sweeper_that_waits_for_slurm_gets_its_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tools = tmp_path / "bin"
-    fake(tools, "sbatch", 'bash "${@: -1}" > /dev/null 2>&1; echo 41')
+    tools, python = tmp_path / "bin", forking_python(tmp_path)
+    fake(tools, "sbatch", f'sed "s#{sys.executable}#{python}#" "${{@: -1}}" | bash > /dev/null 2>&1; echo 41')
     fake(tools, "squeue", "exit 1")
     monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
     outcome = sweep(tmp_path / "mine", "hydra/launcher=s2train_slurm", "hydra.launcher.wait=true", "seed=1")
