@@ -111,14 +111,14 @@ def test_a_run_in_tokens_keeps_the_size_of_its_steps(stopped: Path, tmp_path: Pa
     ids=" ".join,
 )
 def test_runs_with_other_settings_resume_bit_for_bit_too(change: list[str], tmp_path: Path) -> None:
-    settings = [*WHOLE, *change]
+    settings = ["train.steps=4", *WHOLE[1:], "evaluation.interval=4", *change]
     done = pretrain(tmp_path / "uninterrupted", *settings, "checkpoint.interval=3", processes=2)
     assert done.status == 0, done.err
     start = f"checkpoint.resume={tmp_path / 'uninterrupted' / 'checkpoints' / 'iter_0000003'}"
     done = pretrain(tmp_path / "resumed", *settings, UNSAVED, start, processes=2)
     assert done.status == 0, done.err
     expected = trace(tmp_path / "uninterrupted")
-    assert trace(tmp_path / "resumed") == {step: expected[step] for step in (4, 6)}
+    assert trace(tmp_path / "resumed") == {4: expected[4]}
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from tests.program import SMALL, UNSAVED, error_line, metrics, pretrain
 
 TOLERANCE = 1e-5  # of another division, in fp32
 NAMES = ("loss", "grad_norm", *(f"block_selection_{name}_by_layer" for name in ("kl", "mse", "recall")))
-STUDENT = ["layout.layers=DEEE", "train.steps=4", "checkpoint.interval=2"]
+STUDENT = ["layout.layers=DEEE", "train.steps=3", "checkpoint.interval=2"]
 
 
 def kind(teacher: Path | str | None) -> str:
@@ -165,7 +165,7 @@ def test_a_resumed_run_learns_bit_for_bit_from_the_same_checkpoint(dense: Path, 
 @pytest.mark.slow
 def test_another_teacher_on_resume_is_logged(dense: Path, taught: Path, tmp_path: Path) -> None:
     first, second = (dense / "checkpoints" / f"iter_000000{step}" for step in (4, 2))
-    changed = [kind(second), "checkpoint.allow_changes=true", "train.exit_step=3", UNSAVED]
+    changed = [kind(second), "checkpoint.allow_changes=true", UNSAVED]
     done = pretrain(tmp_path, *STUDENT, *changed, resumed(taught))
     assert done.status == 0, done.err[-3000:]
     assert f"layout.kinds.E.teacher {first} → {second}" in done.out

@@ -1,3 +1,4 @@
+import itertools
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -52,8 +53,14 @@ def on_mock_data(cfg: PretrainConfig) -> PretrainConfig:
     return replace(cfg, data=replace(cfg.data, path="mock", valid_path=None))
 
 
-@pytest.mark.parametrize("phase", ["16k", "32k", "16k-40m"])
-@pytest.mark.parametrize("variant", ["window", "window_sinks", "moba", "index", "sea"])
+@pytest.mark.parametrize(
+    ("variant", "phase"),
+    [
+        *itertools.product(["window", "window_sinks", "index"], ["16k", "32k", "16k-40m"]),
+        ("moba", "16k"),  # other scorers select as many blocks
+        ("sea", "16k"),
+    ],
+)
 def test_a_window_or_a_selection_is_as_dense_as_the_hybrid(variant: str, phase: str) -> None:
     # A block more or less of the window changes the density by about 0.005 at 16k tokens.
     assert density(variant, phase) == pytest.approx(density("hybrid", phase), abs=0.003)
