@@ -10,7 +10,7 @@ import torch
 from hypothesis import settings
 
 from s2train.megatron.lazy_imports import compile_on_call
-from tests.quick_hydra import share_sources
+from tests.quick_hydra import quicken
 
 # Triton reads this at its first import, which megatron-core may do before the kernels' own tests are reached.
 if not torch.cuda.is_available():
@@ -24,7 +24,7 @@ _GROUPS_THAT_WAIT = {"faults": 0, "kills": 1, "nodes": 2, "sweeps": 3}
 settings.register_profile("no_deadline", deadline=None)
 settings.load_profile("no_deadline")
 
-share_sources()
+quicken()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

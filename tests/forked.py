@@ -33,7 +33,7 @@ import psutil
 from filelock import FileLock
 
 from tests.forked_children import fork_python_programs, run_program
-from tests.quick_hydra import share_sources
+from tests.quick_hydra import quicken
 
 ROOT = Path(__file__).parents[1]
 _SECONDS_TO_END = 10.0  # that ranks have after another one failed
@@ -125,7 +125,7 @@ def _import_everything() -> None:
     import s2train.training.run  # noqa: F401
     from s2train.sweeps import plugins
 
-    share_sources()
+    quicken()
     _compose_once()
     _draw_on_request()
     plugins.register()
