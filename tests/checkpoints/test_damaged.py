@@ -26,8 +26,8 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "emptied": lambda path: os.truncate(path, 0),
     "removed": Path.unlink,
 }
-# The index, and what all ranks share. Tests below damage shards and the other files.
-ONE_DAMAGE_EACH = [(".metadata", "cut"), ("common.pt", "cut")]
+# The index, and a shard. Tests below damage the other files.
+ONE_DAMAGE_EACH = [(".metadata", "cut"), ("__0_0.distcp", "emptied")]
 OTHERS = [of for of in itertools.product(FILES, DAMAGES) if of not in ONE_DAMAGE_EACH]
 
 
