@@ -37,7 +37,13 @@ def at_step(step: int, fault: Callable[[], None]) -> None:
 
 
 def die(step: int) -> None:
-    at_step(step, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    """Die at `step`, which the other ranks reach a second later.
+
+    The launcher looks ten times a second, and names the first of those that have ended by then: a rank that misses its
+    peer ends at once.
+    """
+    here = is_planted_here()
+    at_step(step, lambda: os.kill(os.getpid(), signal.SIGKILL) if here else time.sleep(1.0))
 
 
 def hang(step: int) -> None:
@@ -133,7 +139,7 @@ if __name__ == "__main__":
     name, *numbers = os.environ["S2TRAIN_TEST_FAULT"].split(":")
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         step = int(numbers[1])
-        everywhere = name in ("hang", "nan", "full_disk")
+        everywhere = name in ("die", "hang", "nan", "full_disk")
         if everywhere or is_planted_here():
             globals()[name](step)
     sys.argv[0] = str(ROOT / "launch" / "pretrain.py")
