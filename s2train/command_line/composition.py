@@ -237,6 +237,8 @@ def _shorten_message(
             kind = type_of(key, schema)
             name = kind.__name__ if isinstance(kind, type) else kind
             remedy = f"It takes {'true or false' if kind is bool else name}."
+            if str(kind).startswith("list[") and not value.startswith("["):
+                remedy = f"Write a list: '{key}=[{value}]'."
             if dataclasses.is_dataclass(kind):
                 remedy = f"Set one of {', '.join(f'{key}.{field.name}' for field in dataclasses.fields(kind))}."
             return str(ConfigError(key, value, cause, remedy))

@@ -79,12 +79,11 @@ def _parse_error(override: str) -> str | None:
 def _remedy(text: str, before: Sequence[str], after: Sequence[str]) -> str:
     key, equals, value = text.partition("=")
     if not equals:
-        whole = (
-            f" If it belongs to the preceding argument, quote both for the shell: '{before[-1]} {text}'"
-            if before
-            else ""
-        )
-        return f"Write {text}=VALUE.{whole}"
+        if not before:
+            return f"Write {text}=VALUE."
+        preceding = re.sub(r"='(.*)'$", r"=\1", before[-1])
+        divided = f"If it belongs to the preceding argument, quote both for the shell: '{preceding} {text}'"
+        return f"Write {text}=VALUE. {divided}"
     if value.count("[") > value.count("]"):
         return f"Close the bracket. A list with spaces needs quotes: '{' '.join([text, *after[:1]]).rstrip(']')}]'"
     if value.startswith("["):

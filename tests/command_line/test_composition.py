@@ -70,6 +70,7 @@ def test_a_name_of_a_sweep_is_checked_too() -> None:
         ("layout.pattern.stride=1.5", "could not be converted to Integer. It takes int | None."),
         ("layout.pattern=5", "Set one of layout.pattern.kind, layout.pattern.local"),
         ("layout.patterns.W.kind=dense", "Write +layout.patterns.W.kind=dense to add it, or correct its name."),
+        ("profile.steps=10", "Write a list: 'profile.steps=[10]'."),
         ("train.deterministic=ture", "It takes true or false."),
         ("optim.lr=[1", "optim.lr=[1: can't be parsed"),
         ("data.split=90,10", "Write 'data.split=[90,10]', or -m for a sweep"),

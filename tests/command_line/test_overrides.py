@@ -64,6 +64,7 @@ def test_what_hydra_reads_or_what_may_be_meant_otherwise_stays_as_it_is(argument
         (["input=ü,b"], "'input=\"ü,b\"'"),
         (["input=['a',ü]"], '\'input=["…","…"]\''),
         (["input=/mit", "leer/a.txt"], "quote both for the shell: 'input=/mit leer/a.txt'"),
+        (["prompt='The'", "queen"], "quote both for the shell: 'prompt=The queen'"),
         (["input=[a.txt,", "b.txt]"], "'input=[a.txt, b.txt]'"),
         (["train.steps"], "Write train.steps=VALUE."),
     ],
