@@ -93,8 +93,9 @@ def pretrain(composed: DictConfig) -> None:
 
 def names_checkpoint(cfg: config.PretrainConfig) -> bool:
     """Whether settings name a checkpoint, or the run folder holds one."""
-    is_named = cfg.checkpoint.resume not in ("auto", "never") or teacher_setting(hybrid_layout(cfg).layers) is not None
-    return is_named or any(Path(cfg.run_dir, "checkpoints").glob("iter_*"))
+    is_named = cfg.checkpoint.resume not in ("auto", "never") or cfg.checkpoint.new_data
+    has_teacher = teacher_setting(hybrid_layout(cfg).layers) is not None
+    return is_named or has_teacher or any(Path(cfg.run_dir, "checkpoints").glob("iter_*"))
 
 
 def print_start(cfg: config.PretrainConfig) -> None:

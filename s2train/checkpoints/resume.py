@@ -72,11 +72,17 @@ def find_start(cfg: PretrainConfig) -> Start:
 
     Raises:
         ConfigError: `checkpoint.resume` names no checkpoint, or an earlier one of the run's own folder; the checkpoint
-            is damaged, has another architecture, or lacks weights; the data or their order differ; settings of the
-            experiment in the run folder differ, and `checkpoint.allow_changes` does not name them; or no step is left.
+            is damaged, has another architecture, or lacks weights; a new phase has none to continue; the data or their
+            order differ; settings of the experiment in the run folder differ, and `checkpoint.allow_changes` does not
+            name them; or no step is left.
     """
     checkpoint = _find(cfg)
     if checkpoint is None:
+        if cfg.checkpoint.new_data:
+            lacking = f"checkpoint.resume={cfg.checkpoint.resume} finds no run to continue in {cfg.run_dir}"
+            raise ConfigError(
+                "checkpoint.new_data", True, lacking, "Set checkpoint.resume=RUN_DIR too, or leave it out"
+            )
         return Start(None, Progress(0, 0, data_order(cfg), None))
     if problem := damage(checkpoint):
         raise ConfigError("checkpoint.resume", checkpoint, problem, remedy_for_damage(checkpoint, "checkpoint.resume"))
