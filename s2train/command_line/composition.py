@@ -87,12 +87,26 @@ def hydra_arguments(arguments: Sequence[str], schema: type) -> list[str]:
     Args:
         schema: the dataclass of the program's settings.
     Raises:
-        ConfigError: a setting is given by its old name and by its current one, or `layout=file:…` names no layout.
+        ConfigError: a setting is given by its old name and by its current one, or as an option, or `layout=file:…`
+            names no layout.
     """
+    _check_dashes(arguments, schema)
     if type_of("layout", schema) is not None:
         store_layout_files(arguments)
     old_names = {old: new for old, new in OLD_NAMES.items() if type_of(new, schema) is not None}
     return quote_where_needed(expand_shorthand(with_current_names(arguments, old_names), schema))
+
+
+def _check_dashes(arguments: Sequence[str], schema: type) -> None:
+    """Check that no setting is written as an option.
+
+    Hydra would read -plan as its -p, and run.
+    """
+    for argument in arguments:
+        name, _, value = argument.lstrip("-").partition("=")
+        if argument.startswith("-") and type_of(name, schema) is not None:
+            remedy = f"Write {name}={value or 'VALUE'}."
+            raise ConfigError(argument.partition("=")[0], value or "(not set)", "settings have no dashes", remedy)
 
 
 def expand_shorthand(arguments: Sequence[str], schema: type) -> list[str]:

@@ -145,6 +145,8 @@ def rejected(program: str, *arguments: str, processes: int = 0) -> Outcome:
         (["model=7b_hybird"], "+model=7b_hybrid"),
         (["+model=7b_hybird"], "+model=7b_hybrid"),
         (["model=7b_hybrid"], "Write +model=7b_hybrid"),
+        (["+model=7b_hybrid", "-plan"], "settings have no dashes. Write plan=VALUE."),
+        (["+model=7b_hybrid", "--train.steps=5"], "settings have no dashes. Write train.steps=5."),
         (["+model=7b_hybrid", "layout.pattern.kind=locl_vertical"], "local_vertical"),
     ],
 )
