@@ -26,8 +26,8 @@ RAISED: dict[str, tuple[list[str], int]] = {
 }
 
 
-def test_there_are_twenty() -> None:
-    assert len(QUOTES) == len(set(QUOTES)) == 20
+def test_no_error_is_listed_twice() -> None:
+    assert len(QUOTES) == len(set(QUOTES)) > 0
 
 
 @pytest.mark.parametrize("quote", QUOTES)
