@@ -9,11 +9,11 @@ with 1 if any case fails.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import triton
 
+from ..benchmarks.program import write_results
 from ..provenance import origin
 from ..workers import run_tasks, serve
 from .cases import CASES, QUICK_TIMINGS, TIMINGS, Case, Timing, case_names
@@ -28,6 +29,7 @@ from .poison import poisoned
 from .run import check_case, time_case
 
 _SECONDS = 240  # per case, including compilation
+_WORKER = ["-m", "s2train.kernels.check", "--worker"]
 _SUMMARY = ("out", "lse", "dq", "dk", "dv")
 
 
@@ -50,35 +52,50 @@ def main() -> int:
     print(machine, flush=True)
 
     began = time.monotonic()
-    command = ["-m", "s2train.kernels.check", "--worker"]
-    checks = []
     cases = [CASES[name] for name in case_names(args.quick, args.only)]
     if not cases:
         parser.error(f"no case's name contains any of {args.only}")
-    for case, result in zip(cases, run_tasks(command, [_task(x) for x in cases], args.jobs, _SECONDS), strict=True):
-        checks.append({"case": case.name} | result)
-        print(_check_line(checks[-1]), flush=True)
+    timings: list[dict[str, Any]] = []
+    checks: list[dict[str, Any]] = []
+
+    def save() -> None:
+        if args.json:
+            write_results({**origin("check"), "machine": machine, "checks": checks, "timings": timings}, args.json)
+
+    check_cases(cases, args.jobs, checks, save)
     ran = {way: Counter(row.get(way) for row in checks)["hopper"] for way in ("forward", "backward")}
     print(
         f"{time.monotonic() - began:.0f} s; on Hopper's kernels: {ran['forward']} forward, {ran['backward']} backward"
     )
-    timings = []
     wanted = [] if args.no_timing else QUICK_TIMINGS if args.quick else TIMINGS
-    for timing, result in zip(wanted, run_tasks(command, [_task(x) for x in wanted], 1, _SECONDS), strict=True):
+    for timing, result in zip(wanted, run_tasks(_WORKER, [_task(x) for x in wanted], 1, _SECONDS), strict=True):
         timings.append({"case": timing.name} | result)
         print(_timing_line(timings[-1]), flush=True)
+        save()
 
     failed = [row["case"] for row in checks + timings if not row["ok"]]
     print(f"{len(checks)} checks, {len(timings)} timings, {len(failed)} failed {failed or ''}")
-    if args.json:
-        content = {
-            **origin("check"),
-            "machine": machine,
-            "checks": checks,
-            "timings": timings,
-        }
-        args.json.write_text(json.dumps(content, indent=1) + "\n")
     return 1 if failed else 0
+
+
+def check_cases(cases: Sequence[Case], jobs: int, rows: list[dict[str, Any]], save: Callable[[], None]) -> None:
+    """Check cases, `jobs` at a time, and add a row for each.
+
+    Cases that found the GPU's memory full of others are checked again, one at a time.
+
+    Args:
+        save: called after each case.
+    """
+    for case, result in zip(cases, run_tasks(_WORKER, [_task(x) for x in cases], jobs, _SECONDS), strict=True):
+        rows.append({"case": case.name} | result)
+        print(_check_line(rows[-1]), flush=True)
+        save()
+    full = [at for at, row in enumerate(rows) if jobs > 1 and row.get("error", "").startswith("OutOfMemoryError")]
+    again = [_task(cases[at]) for at in full]
+    for at, result in zip(full, run_tasks(_WORKER, again, 1, _SECONDS), strict=True):
+        rows[at] = {"case": cases[at].name, "first_error": rows[at]["error"]} | result
+        print(_check_line(rows[at]), flush=True)
+        save()
 
 
 def _task(case: Case | Timing) -> dict[str, Any]:
@@ -92,6 +109,7 @@ def _run_one(task: dict[str, Any]) -> dict[str, Any]:
     with poisoned():
         result = check_case(Case(**task["fields"]), torch.device("cuda"))
     torch.cuda.synchronize()
+    torch.cuda.empty_cache()  # for the cases of other processes
     return result
 
 

@@ -1,9 +1,11 @@
 """The check that is carried to a GPU, on the interpreter."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from s2train.kernels.check import __main__ as program
 from s2train.kernels.check import run as check_run
 from s2train.kernels.check.cases import CASES, TIMINGS, case_names
 from s2train.kernels.check.run import check_case
@@ -78,3 +80,21 @@ def test_steps_that_leave_something_behind_fail(device: torch.device, monkeypatc
     left = {"steps": 1, "compiled": [], "registered": 1, "grown bytes": 0}
     monkeypatch.setattr(check_run, "fresh_steps", lambda *arguments: left)
     assert not check_case(replace(CASES["top-k, block 128"], **SMALL), device)["ok"]
+
+
+def test_cases_without_memory_beside_others_are_checked_again_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def run_tasks(command: list[str], tasks: list[Any], jobs: int, seconds: float) -> list[dict[str, Any]]:
+        asked.append((len(tasks), jobs))
+        full = {"ok": False, "error": "OutOfMemoryError: CUDA out of memory"}
+        return [full if jobs > 1 and at == 1 else {"ok": True, "error": "none"} for at in range(len(tasks))]
+
+    monkeypatch.setattr(program, "run_tasks", run_tasks)
+    rows: list[dict[str, Any]] = []
+    saved: list[int] = []
+    program.check_cases(list(CASES.values())[:3], 2, rows, lambda: saved.append(len(rows)))
+    assert asked == [(3, 2), (1, 1)]
+    assert [row["ok"] for row in rows] == [True, True, True]
+    assert rows[1]["first_error"].startswith("OutOfMemoryError")
+    assert saved == [1, 2, 3, 3]
