@@ -24,9 +24,14 @@ from rich.table import Table
 from torch import Tensor
 
 from s2train.attention.features import Feature
+from s2train.attention.hybrid import HybridLayout
 from s2train.command_line.program import run_command, settings_before_options
-from s2train.config import ParallelConfig
+from s2train.config import ParallelConfig, PretrainConfig
+from s2train.costs.memory import GIB
+from s2train.costs.parameters import total_parameters
+from s2train.environment.hardware import Hardware, detect_own
 from s2train.environment.versions import versions
+from s2train.errors import ConfigError
 from s2train.inference.cached_model import CachedModel, hidden_states
 from s2train.inference.kv_cache import kv_cache
 from s2train.inference.page_pool import OutOfPagesError
@@ -66,6 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
     pretrain.train.recompute = "none"
     hybrid = hybrid_layout(pretrain)
     require_feature(hybrid, Feature.DECODING, "layout.layers", pretrain.layout.layers, "Measure another model")
+    check_weights(pretrain, hybrid, detect_own())
     device = initialize(pretrain.parallel, pretrain.seed)
     config = transformer_config(pretrain)
     (chunk,) = build_model(pretrain, config, hybrid, backend_of(pretrain), device)
@@ -106,6 +112,14 @@ def main(arguments: list[str] | None = None) -> int:
     console.print(table)
     shutdown()
     return int(any(record.get("kv_bytes") != record.get("predicted_bytes") for record in records))
+
+
+def check_weights(cfg: PretrainConfig, hybrid: HybridLayout, hardware: Hardware) -> None:
+    """Raise ConfigError if the model's weights alone exceed the device's memory."""
+    nbytes = total_parameters(cfg.model, hybrid.layers) * (2 if cfg.train.precision == "bf16" else 4)
+    if nbytes > hardware.memory:
+        has = f"its weights take {nbytes / GIB:.1f} GiB, and {hardware.name} has {hardware.memory / GIB:.1f}"
+        raise ConfigError("model.name", cfg.model.name, has, "Name a smaller model, such as +model=tiny_hybrid")
 
 
 def _batch(text: str) -> int | None:

@@ -5,6 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from s2train.environment.hardware import Hardware
+from s2train.errors import ConfigError
+from s2train.inference.decode_speed import check_weights
+from s2train.planning import compose_run, hybrid_layout
 from tests.program import run
 
 
@@ -66,3 +70,10 @@ def test_a_layout_of_a_file_is_timed_from_its_prompt_to_its_first_tokens(
     (record,) = json.loads(output.read_text())["cases"]
     assert record["prefill_s"] > 0
     assert 0 < record["kv_bytes"] == record["predicted_bytes"] < record["dense_bytes"]
+
+
+def test_a_model_larger_than_the_memory_is_not_built() -> None:
+    cfg = compose_run(["+model=7b_hybrid"])
+    with pytest.raises(ConfigError, match=r"weights take 1\d\.\d GiB, and CPU has 7\.5.*tiny_hybrid"):
+        check_weights(cfg, hybrid_layout(cfg), Hardware("CPU", "cpu", int(7.5 * 2**30)))
+    check_weights(cfg, hybrid_layout(cfg), Hardware("CPU", "cpu", 64 * 2**30))
