@@ -12,7 +12,7 @@ from s2train.costs.phases import mean_flops
 from s2train.environment.hardware import Hardware
 from s2train.errors import ConfigError
 from s2train.planning import check, compose_run, format_plan
-from tests.program import SMALL, error_line, metrics, pretrain
+from tests.program import SMALL, UNSAVED, error_line, metrics, pretrain
 
 CPU = Hardware("CPU", "cpu", 1 << 36, None)
 SELECTED = [
@@ -55,6 +55,14 @@ def test_a_sparse_model_starts_at_step_1_from_a_dense_models_weights(dense: Path
     first = metrics(selected)[0]
     assert first["step"] == 1
     assert first["loss"] < metrics(dense)[0]["loss"] - 0.05
+
+
+@pytest.mark.slow
+def test_the_first_step_of_the_warm_up_is_the_dense_models(dense: Path, selected: Path, tmp_path: Path) -> None:
+    start = [f"checkpoint.resume={dense}", "checkpoint.weights_only=true", "train.steps=4", "train.exit_step=1"]
+    done = pretrain(tmp_path, "layout.layers=D", *start, UNSAVED)
+    assert done.status == 0, done.err[-3000:]
+    assert metrics(selected)[0]["loss"] == pytest.approx(metrics(tmp_path)[0]["loss"], rel=1e-6)
 
 
 @pytest.mark.slow
