@@ -18,7 +18,7 @@ def _share_sources() -> None:
     """Share the sources of files, which Hydra would copy with all that is registered."""
 
     def initialize(self: CachingConfigRepository, delegate: IConfigRepository) -> None:
-        self.delegate = copy.copy(delegate)  # `initialize_sources` gives the copy a list of its own
+        self.delegate = copy.copy(delegate)  # `initialize_sources` gives the copy a separate list
         self.cache: dict[str, ConfigResult | None] = {}
 
     CachingConfigRepository.__init__ = initialize  # type: ignore[method-assign]

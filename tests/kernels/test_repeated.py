@@ -1,4 +1,4 @@
-"""A call like an earlier one: its launches are the same but for addresses, and what differs is checked anew."""
+"""A call like an earlier one: its launches differ in addresses alone, and what else differs is checked again."""
 
 import gc
 import os

@@ -57,7 +57,7 @@ def on_mock_data(cfg: PretrainConfig) -> PretrainConfig:
     ("variant", "phase"),
     [
         *itertools.product(["window", "window_sinks", "index"], ["16k", "32k", "16k-40m"]),
-        ("moba", "16k"),  # other scorers select as many blocks
+        ("moba", "16k"),  # other scorers select the same number of blocks
         ("sea", "16k"),
     ],
 )
