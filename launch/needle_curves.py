@@ -111,10 +111,12 @@ def draw(variants: dict[str, dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(3.2 * max(2, len(variants)), 7), dpi=140, layout="constrained")
     FigureCanvasAgg(figure)
     lengths = sorted({point[1] for variant in variants.values() for point in variant["points"]})
-    rows = iter(np.atleast_1d(figure.subfigures(max(1, bool(lengths) + bool(grids)), 1)))
-    for axes, length in zip(
-        np.atleast_1d(next(rows).subplots(1, len(lengths))) if lengths else [], lengths, strict=True
-    ):
+    counts = [count for count in (len(lengths), len(grids)) if count]  # of panels in each row
+    rows = figure.subfigures(max(1, len(counts)), 1, squeeze=False)[:, 0]
+    by_row = [row.subplots(1, count, squeeze=False)[0] for row, count in zip(rows, counts, strict=False)]
+    panels = (axes for row in by_row for axes in row)
+    for length in lengths:
+        axes = next(panels)
         for name, variant in variants.items():
             points = [point for point in variant["points"] if point[1] == length]
             if not points:
@@ -134,8 +136,8 @@ def draw(variants: dict[str, dict[str, Any]], path: Path) -> None:
         axes.set_xlim(left=0)
         axes.set_ylim(-3, 103)
         axes.legend(fontsize=7)
-    panels = np.atleast_1d(next(rows).subplots(1, len(grids))) if grids else []
-    for axes, (name, grid) in zip(panels, grids.items(), strict=True):
+    for name, grid in grids.items():
+        axes = next(panels)
         share = {(cell.length, cell.depth): cell.correct / cell.trials for cell in grid.asked}
         values = [[share.get((length, depth), np.nan) for length in grid.lengths] for depth in grid.depths]
         axes.imshow(values, cmap=SCORE_COLOURS, vmin=0, vmax=1, aspect="auto")
