@@ -9,7 +9,6 @@ right.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -26,6 +25,7 @@ import triton
 from torch import Tensor
 
 from ..attention import block_sparse_attention
+from ..benchmarks.program import write_results
 from ..benchmarks.timing import Clock, time_passes
 from ..dense import dense_causal_attention
 from ..dense_choice import IMPLEMENTATIONS, DenseCall, Kind
@@ -326,7 +326,7 @@ def main() -> int:
 
 def _save(path: Path, data: dict[str, Any], began: float) -> None:
     data["seconds"] = time.monotonic() - began
-    path.write_text(json.dumps(data, indent=1) + "\n")
+    write_results(data, path)
 
 
 if __name__ == "__main__":

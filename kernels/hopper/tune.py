@@ -8,7 +8,6 @@ a kernel in every feature, use `s2train.kernels.check`.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import sys
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from .. import spec
 from ..backward import backward
+from ..benchmarks.program import write_results
 from ..check.poison import nan_filled
 from ..forward import forward
 from ..layout import BlockLayout
@@ -149,7 +149,7 @@ def main() -> int:
         timings.append({"task": f"{item.problem} {item.variant}"} | row)
         print(_timing_line(timings[-1]), flush=True)
         if args.json:  # at once: the run may be killed
-            args.json.write_text(json.dumps({"timings": timings}, indent=1))
+            write_results({"timings": timings}, args.json)
     _print_table(timings)
     failed = [row["task"] for row in timings if not row["ok"]]
     print(f"{len(timings)} items, {len(failed)} failed, {time.monotonic() - started:.0f} s")
