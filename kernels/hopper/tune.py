@@ -1,8 +1,9 @@
 """Compare and time variants of the Hopper kernels.
 
-`python -m s2train.kernels.hopper.tune [--backward | --candidates]`: several processes compile all variants. Then one
-process compares each with a float32 oracle (the backward with the portable kernels) and takes its median time. To check
-a kernel in every feature, use `s2train.kernels.check`.
+`python -m s2train.kernels.hopper.tune [--backward | --candidates [forward | backward]]`: several processes compile all
+variants. Then one process compares each with a float32 oracle (the backward with the portable kernels; candidates for
+the forward also with today's) and takes its median time. To check a kernel in every feature, use
+`s2train.kernels.check`.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from ..workers import run_tasks, serve
 from .backward import hopper_backward
 from .backward_config import HopperBackwardConfig, chosen_config, config_of
 from .backward_schedule import PLAIN, ScheduleOptions
-from .forward import CONFIGS, HopperConfig, hopper_forward
+from .forward import hopper_forward
+from .forward_config import CONFIGS, HopperConfig
 
 _SECONDS = 60.0  # time limit of an item
 _VARIANTS: dict[str, HopperConfig | None] = {
@@ -68,6 +70,18 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "128 in halves": {"halves": True},
     "128 in halves, st 3": {"halves": True, "stages": 3},
 }
+# Choices for the forward, between two runs of today's settings; kernels/NOTES.md says what each should bring.
+_FORWARD_CANDIDATES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "short chains": {"short_chains": True},
+    "lazy": {"lazy": True},
+    "short, lazy": {"short_chains": True, "lazy": True},
+    "issued": {"turns": "issued"},
+    "computed": {"turns": "computed"},
+    "short, lazy, computed": {"short_chains": True, "lazy": True, "turns": "computed"},
+    "short, lazy, tiles": {"short_chains": True, "lazy": True, "tile_programs": True},
+    "plain, again": {},
+}
 _EMPTY = spec.empty
 _LOCAL = {128: 8, 64: 16}
 _STRIDE = 16
@@ -97,6 +111,8 @@ class Item:
     @property
     def config(self) -> HopperConfig | None:
         """The forward's; None: the portable kernel."""
+        if self.candidate:
+            return replace(CONFIGS[self.dim, min(self.block, 128)], **_FORWARD_CANDIDATES[self.variant])
         return _VARIANTS[self.variant]
 
     def backward_config(self, layout: BlockLayout, s_q: int, settings: AttentionSpec) -> HopperBackwardConfig | None:
@@ -111,7 +127,9 @@ class Item:
     @property
     def problem(self) -> str:
         heads = "" if self.kv_heads == _HEADS else f" {_HEADS}/{self.kv_heads}"
-        return f"{self.length // 1024}k B={self.block}{heads}" + (f" d {self.dim}" if self.dim != 128 else "")
+        direction = "forward " if self.candidate and not self.backward else ""
+        dim = f" d {self.dim}" if self.dim != 128 else ""
+        return f"{direction}{self.length // 1024}k B={self.block}{heads}{dim}"
 
 
 def main() -> int:
@@ -121,8 +139,9 @@ def main() -> int:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--backward", action="store_true", help="variants of the backward")
     which.add_argument(
-        "--candidates", action="store_true", help="the backward's choices beside plain settings, where they apply"
-    )
+        "--candidates", nargs="?", const="both", choices=("both", "forward", "backward"),
+        help="choices beside plain settings, where they apply",
+    )  # fmt: skip
     parser.add_argument("--jobs", type=int, default=min(12, os.cpu_count() or 1), help="processes that compile")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -134,19 +153,22 @@ def main() -> int:
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}", flush=True)
     command = ["-m", "s2train.kernels.hopper.tune", "--worker"]
     if args.candidates:
-        items = _candidate_items(args.lengths)
+        items = _forward_candidate_items(args.lengths) if args.candidates != "backward" else []
+        items += _candidate_items(args.lengths) if args.candidates != "forward" else []
     else:
         items = _backward_items(args.lengths) if args.backward else _items(args.lengths)
-    compiled = {(i.variant, i.block, i.dim, i.kv_heads): asdict(replace(i, length=0)) for i in items}
+    compiled = {(i.variant, i.block, i.dim, i.kv_heads, i.backward): asdict(replace(i, length=0)) for i in items}
     for task, row in zip(
         compiled.values(), run_tasks(command, list(compiled.values()), args.jobs, _SECONDS), strict=True
     ):
         if not row["ok"]:
             print(f"FAIL compile {task['variant']} B={task['block']}: {row.get('error')}", flush=True)
     print(f"{len(compiled)} compiled in {time.monotonic() - started:.0f} s", flush=True)
-    timings = []
+    timings: list[dict[str, Any]] = []
     for item, row in zip(items, run_tasks(command, [asdict(x) for x in items], 1, _SECONDS), strict=True):
-        timings.append({"task": f"{item.problem} {item.variant}"} | row)
+        timings.append({"task": f"{item.problem} {item.variant}", **row})
+        if item.candidate:
+            timings[-1].update(_over_plain(timings))
         print(_timing_line(timings[-1]), flush=True)
         if args.json:  # at once: the run may be killed
             write_results({"timings": timings}, args.json)
@@ -178,6 +200,28 @@ def _backward_items(lengths: list[int]) -> list[Item]:
         if variant == "portable" or variant.startswith(f"d {dim},")
     ]
     return [i for i in items if i.dim == 128 or i.length == lengths[0]]
+
+
+def _forward_candidate_items(lengths: list[int]) -> list[Item]:
+    problems = [(_HEADS, 128), (8, 128), (_HEADS, 64), (8, 64)]
+    return [
+        Item(variant, length, 128, kv_heads, dim, candidate=True)
+        for length in lengths
+        for kv_heads, dim in problems
+        for variant in _FORWARD_CANDIDATES
+    ]
+
+
+def _over_plain(timings: list[dict[str, Any]]) -> dict[str, float]:
+    """Return the last row's speed over that of plain settings.
+
+    Empty if either was not timed.
+    """
+    last = timings[-1]
+    for row in timings:
+        if row.get("variant") == "plain" and row.get("problem") == last.get("problem") and "ms" in row and "ms" in last:
+            return {"over_plain": row["ms"] / last["ms"]}
+    return {}
 
 
 def _candidate_items(lengths: list[int]) -> list[Item]:
@@ -241,10 +285,19 @@ def _run_item(item: Item, problems: dict[Any, Problem]) -> dict[str, Any]:
         lse_error = max(lse_error, (lse[0, head, start:stop] - lse_rows).abs().max().item())
     complete = not bool(out.isnan().any() | lse.isnan().any())
     error = max(errors) if all(e == e for e in errors) else math.nan
-    row = {"problem": item.problem, "variant": item.variant, "error": error, "lse_error": lse_error}
+    row: dict[str, Any] = {"problem": item.problem, "variant": item.variant, "error": error, "lse_error": lse_error}
     row["ok"] = complete and error < 6e-3 and lse_error < 2e-3
     if not row["ok"]:
         return row | {"error": f"wrong: out {errors}, lse {lse_error:.1e}, complete {complete}"}
+    if item.candidate:
+        assert config is not None
+        row |= asdict(config)
+        today = hopper_forward(p.q, p.k, p.v, p.layout, settings, CONFIGS[item.dim, min(item.block, 128)])
+        row["from_today"] = ((out.float() - today[0].float()).norm() / today[0].float().norm()).item()
+        row["lse_from_today"] = (lse - today[1]).abs().max().item()
+        row["ok"] = row["from_today"] < 6e-3 and row["lse_from_today"] < 2e-3
+        if not row["ok"]:
+            return row | {"error": f"not today's: out {row['from_today']:.1e}, lse {row['lse_from_today']:.1e}"}
     if item.length:
         spec.empty = _EMPTY
         ms = triton.testing.do_bench(run, warmup=40, rep=item.milliseconds, return_mode="median")
@@ -310,7 +363,8 @@ def _exact(
 def _timing_line(row: dict[str, Any]) -> str:
     if "ms" not in row:
         return f"FAIL {row['task']:<40} {row['error']}"
-    return f"ok   {row['task']:<40} {row['ms']:.3f} ms {row['tflops']:.0f} TFLOP/s  error {row['error']:.1e}"
+    ratio = f"  {row['over_plain']:.3f} of plain's speed" if "over_plain" in row else ""
+    return f"ok   {row['task']:<40} {row['ms']:.3f} ms {row['tflops']:.0f} TFLOP/s  error {row['error']:.1e}{ratio}"
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
