@@ -43,11 +43,12 @@ def last_uses(slots: tuple[Slot, ...], num_blocks: int) -> np.ndarray:
 
     The result is int64 [num_blocks, slots], read-only.
     """
-    of_pattern = {
-        text: last_queries(pattern_from_json(json.loads(text)), num_blocks)
-        for text in dict.fromkeys(text for slot in slots for text in slot)
-    }
-    uses = torch.stack([torch.stack([of_pattern[text] for text in slot]).amax(0) for slot in slots], dim=1).numpy()
+    with torch.device("cpu"):  # a loader may have set another default
+        of_pattern = {
+            text: last_queries(pattern_from_json(json.loads(text)), num_blocks)
+            for text in dict.fromkeys(text for slot in slots for text in slot)
+        }
+        uses = torch.stack([torch.stack([of_pattern[text] for text in slot]).amax(0) for slot in slots], dim=1).numpy()
     uses.flags.writeable = False
     return uses
 

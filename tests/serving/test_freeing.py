@@ -90,3 +90,12 @@ def test_entries_expire_once_each_after_their_last_use() -> None:
         assert not entries & expired
         expired |= entries
     assert len(expired) == uses.size
+
+
+def test_a_loaders_default_device_does_not_matter() -> None:
+    last_uses.cache_clear()
+    slots = slots_of([LocalVertical(2, 3, 1), Dense()], 2, 1, 1)
+    with torch.device("meta"):
+        uses = last_uses(slots, BLOCKS)
+    last_uses.cache_clear()
+    np.testing.assert_array_equal(uses, last_uses(slots, BLOCKS))
