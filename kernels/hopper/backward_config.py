@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..spec import AttentionSpec
 from ..topk_layout import Layout, TopKLayout
@@ -48,7 +48,7 @@ def chosen_config(
     """
     if not _takes_choices(layout, spec):
         return config_of(dim)
-    return config_of(
+    config = config_of(
         dim,
         ScheduleOptions(
             # half of the barriers and fewer operands from shared memory: 381 / 419 to 407 / 454 at dimension 64;
@@ -63,6 +63,7 @@ def chosen_config(
             and layout.num_heads // num_kv_heads * s_q > _MOST_ROWS_BY_KV_HEAD,
         ),
     )
+    return replace(config, halves=config.schedule.query_tile != TILE)
 
 
 def check_config(config: HopperBackwardConfig, layout: Layout, dim: int, spec: AttentionSpec) -> None:

@@ -35,8 +35,8 @@ class HopperConfig:
 
 # Keyed by padded head dimension and keys per chunk; 227 KiB of shared memory hold seven tiles of 128 x 128.
 CONFIGS = {
-    (64, 64): HopperConfig(2, 4, 4),
-    (64, 128): HopperConfig(2, 4, 4),
-    (128, 64): HopperConfig(2, 3, 2),
-    (128, 128): HopperConfig(2, 2, 3),
+    (64, 64): HopperConfig(2, 4, 4, short_chains=True, lazy=True),
+    (64, 128): HopperConfig(2, 4, 4, short_chains=True, lazy=True),
+    (128, 64): HopperConfig(2, 3, 2, short_chains=True, lazy=True),
+    (128, 128): HopperConfig(2, 2, 3, short_chains=True, lazy=True),
 }
