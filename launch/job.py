@@ -33,6 +33,7 @@ from torch.distributed.launcher.api import LaunchConfig
 from torch.distributed.run import config_from_args, parse_args
 from torch.distributed.run import main as torchrun
 
+from s2train.distributed.torchrun_logs import without_log_folders
 from s2train.errors import INTERRUPTED_STATUS, STATUS_FILE, USAGE_STATUS
 
 _quick_imports.end()
@@ -55,16 +56,14 @@ def main() -> int:
         os.environ.setdefault(name, value)
     extend_signal_handling()
     arguments = sys.argv[1:]
-    given = parse_args(arguments)
-    with tempfile.TemporaryDirectory(prefix="s2train_", ignore_cleanup_errors=True) as folder:
-        # torchrun leaves its log folder behind, which is empty without --redirects and --tee. It is no variable: jobs
-        # that a rank starts would inherit it, and lose their logs.
-        if given.redirects == given.tee == "0" and given.log_dir is None:
-            arguments = ["--log-dir", str(Path(folder) / "logs"), *arguments]
-        if problem := problem_of(arguments):
-            print(f"error: {problem}", file=sys.stderr)
-            return USAGE_STATUS
-        return run_ranks(arguments, Path(folder))
+    if problem := problem_of(arguments):
+        print(f"error: {problem}", file=sys.stderr)
+        return USAGE_STATUS
+    with (
+        without_log_folders(parse_args(arguments)) as logs,
+        tempfile.TemporaryDirectory(prefix="s2train_", ignore_cleanup_errors=True) as folder,
+    ):
+        return run_ranks([*logs, *arguments], Path(folder))
 
 
 def problem_of(arguments: list[str]) -> str:

@@ -80,16 +80,16 @@ def run(
             out, err = Path(folder) / "out", Path(folder) / "err"
             job = Job(path, arguments, processes, str(cwd), environment, str(out), str(err), timeout)
             return Outcome(run_job(job), out.read_text(), err.read_text())
-    launcher = [sys.executable]
-    if processes:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    if not program.endswith(".py"):
-        launcher.append("-m")
     with without_log_folders() as logs:
+        launcher = [sys.executable]
+        if processes:
+            launcher += ["-m", "torch.distributed.run", *logs, "--standalone", "--nproc-per-node", str(processes)]
+        if not program.endswith(".py"):
+            launcher.append("-m")
         done = subprocess.run(
             [*launcher, path, *arguments],
             cwd=cwd,
-            env=environment | logs,
+            env=environment,
             capture_output=True,
             text=True,
             timeout=timeout,

@@ -1,16 +1,24 @@
 """Keeps torchrun from leaving folders behind."""
 
 import tempfile
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 
 @contextmanager
-def without_log_folders() -> Iterator[dict[str, str]]:
-    """Yield torchrun's environment for log folders that are then removed.
+def without_log_folders(given: Namespace | None = None) -> Iterator[list[str]]:
+    """Yield torchrun's option for log folders that are then removed.
 
     torchrun leaves a folder /tmp/torchelastic_* for each job. It holds no logs unless they are asked for by --redirects
-    or --tee.
+    or --tee. There is no option for what asks for logs, or names a folder. It is no variable: jobs that a rank starts
+    would inherit that, and lose their logs.
+
+    Args:
+        given: torchrun's settings, by `parse_args` from options and PET_* variables; None: the defaults.
     """
+    if given is not None and (given.log_dir is not None or (given.redirects, given.tee) != ("0", "0")):
+        yield []
+        return
     with tempfile.TemporaryDirectory(prefix="s2train_", ignore_cleanup_errors=True) as folder:
-        yield {"PET_LOG_DIR": folder}
+        yield ["--log-dir", folder]

@@ -20,6 +20,8 @@ from pathlib import Path
 from threading import Lock, Thread
 from unittest import mock
 
+from torch.distributed.run import parse_args
+
 from s2train.distributed.parent_death_signal import signal_on_parent_death
 from s2train.distributed.torchrun_logs import without_log_folders
 
@@ -36,13 +38,13 @@ def by_torchrun(
     program: Sequence[str], processes: int, environment: Mapping[str, str], log: Path, timeout_s: float
 ) -> int | None:
     """Start the ranks by torchrun; a `Launcher`."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    with log.open("w") as file, without_log_folders() as logs:
+    arguments = ["--standalone", "--nproc-per-node", str(processes), *program]
+    with log.open("w") as file, without_log_folders(parse_args(arguments)) as logs:
         process = subprocess.Popen(
-            [*launcher, *program],
+            [sys.executable, "-m", "torch.distributed.run", *logs, *arguments],
             stdout=file,
             stderr=subprocess.STDOUT,
-            env={**environment, **logs},
+            env=environment,
             start_new_session=True,
             # otherwise torchrun and its ranks would hold the devices after this process is killed
             preexec_fn=partial(signal_on_parent_death, signal.SIGTERM),

@@ -28,16 +28,15 @@ def environment(surrounding: Mapping[str, str], gpus: Sequence[str] | None) -> d
     return clean if gpus is None else clean | {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
 
 
-def torchrun(python: str, nproc_per_node: int, program: Path, arguments: Sequence[str]) -> list[str]:
-    """Build the command of a job on this machine.
+def on_one_node(launcher: list[str], nproc_per_node: int, program: Path, arguments: Sequence[str]) -> list[str]:
+    """Build the command of a job on one machine.
 
     torchrun chooses a free port.
+
+    Args:
+        launcher: starts the ranks, and takes torchrun's options.
     """
-    return _on_one_node([python, "-m", "torch.distributed.run"], nproc_per_node, program, arguments)
-
-
-def _on_one_node(start: list[str], nproc_per_node: int, program: Path, arguments: Sequence[str]) -> list[str]:
-    return [*start, "--standalone", "--nproc-per-node", str(nproc_per_node), str(program), *arguments]
+    return [*launcher, "--standalone", "--nproc-per-node", str(nproc_per_node), str(program), *arguments]
 
 
 def batch_script(
@@ -62,7 +61,7 @@ def batch_script(
     launch = program.parent
     if settings.nodes == 1:
         launcher = [str(launch / "slurm" / "requeue.sh"), python, str(launch / "job.py")]
-        start = f"exec {shlex.join(_on_one_node(launcher, settings.nproc_per_node, program, arguments))}"
+        start = f"exec {shlex.join(on_one_node(launcher, settings.nproc_per_node, program, arguments))}"
     else:
         run = shlex.join([str(launch / "slurm" / "run.sh"), str(program), *arguments])
         where = f"PYTHON={shlex.quote(python)} LOG_DIR={shlex.quote(str(folder / RANK_LOGS))}"

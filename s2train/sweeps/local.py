@@ -10,7 +10,7 @@ import torch
 from s2train.config import LocalSweepConfig
 from s2train.distributed.torchrun_logs import without_log_folders
 from s2train.environment.hardware import Hardware, detect
-from s2train.sweeps.commands import environment, torchrun
+from s2train.sweeps.commands import environment, on_one_node
 from s2train.sweeps.gpus import divide_gpus, visible_gpus
 from s2train.sweeps.jobs import LOG, Job, Status, last_error
 from s2train.sweeps.launcher import SweepLauncher
@@ -41,10 +41,17 @@ class LocalLauncher(SweepLauncher):
 
     def run(self, jobs: list[Job]) -> None:
         """Run all jobs; a failed one doesn't stop the others."""
+        # a job inherits no PET_* variables
+        with without_log_folders() as logs:
+            self._run(jobs, logs)
+
+    def _run(self, jobs: list[Job], logs: list[str]) -> None:
+        """Run all jobs, with these options of torchrun."""
         program, settings = self.program, self.settings
+        launcher = [program.python, "-m", "torch.distributed.run", *logs]
         commands = [
             Command(
-                torchrun(program.python, settings.nproc_per_node, program.path, job.arguments),
+                on_one_node(launcher, settings.nproc_per_node, program.path, job.arguments),
                 job.folder / LOG,
                 program.cwd,
             )
@@ -57,17 +64,8 @@ class LocalLauncher(SweepLauncher):
             jobs[index].status = Status.STOPPED  # until it ends by itself
             print(f"started {jobs[index].label} | {commands[index].log}", flush=True)
 
-        with (
-            without_log_folders() as logs,
-            closing(
-                run_all(
-                    commands,
-                    [environment(os.environ, gpus) | logs for gpus in self.gpus_per_job],
-                    on_start,
-                    settings.grace_s,
-                )
-            ) as ended,
-        ):
+        environments = [environment(os.environ, gpus) for gpus in self.gpus_per_job]
+        with closing(run_all(commands, environments, on_start, settings.grace_s)) as ended:
             for index, returncode in ended:
                 job = jobs[index]
                 if returncode == 0 and job.is_finished:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from s2train.scaling.launchers import by_fork
+from s2train.scaling.launchers import by_fork, by_torchrun
 from tests.program import ROOT
 
 SLEEP = "import os, sys, time\nopen(f\"{sys.argv[1]}/{os.environ['RANK']}\", 'w').write(str(os.getpid()))\n"
@@ -90,3 +90,15 @@ def test_ranks_end_with_the_program_that_started_them(tmp_path: Path) -> None:
         started.kill()
         started.wait()
     wait_for(lambda: not any(map(is_alive, pids(tmp_path))))
+
+
+def test_torchrun_keeps_the_users_log_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "torch" / "distributed").mkdir(parents=True)
+    for path in (tmp_path / "torch/__init__.py", tmp_path / "torch/distributed/__init__.py"):
+        path.touch()
+    show = "import os, sys\nprint(os.environ['PET_LOG_DIR'], '--log-dir' in sys.argv)\n"
+    (tmp_path / "torch/distributed/run.py").write_text(show)
+    monkeypatch.setenv("PET_LOG_DIR", "mine")
+    place = environment(PYTHONPATH=str(tmp_path))
+    assert by_torchrun(["program.py"], 1, place, tmp_path / "log", 60) == 0
+    assert (tmp_path / "log").read_text() == "mine False\n"
