@@ -56,30 +56,31 @@ class Group:
 
     @property
     def devices(self) -> set[str]:
-        """GPU models of the runs or steps of `tokens_per_s`."""
+        """GPU models of the runs or steps of `speeds`."""
         found = {result.device for result in self.timed} or {self.speed["device"] if self.speed else None}
         return {device for device in found if device is not None}
 
     @property
-    def tokens_per_s(self) -> float | None:
-        """Mean throughput of one GPU.
+    def speeds(self) -> list[tuple[float, float | None]]:
+        """Throughput of one GPU, and MFU if known.
 
-        Of runs that had it alone, or else of first steps that did; None if it is unknown.
+        Of runs that had their GPU alone, or else of first steps that did.
         """
         if not self.has_times:
-            return None
+            return []
         if self.timed:
-            return mean(result.summary.tokens_per_s / result.gpus for result in self.timed)
-        return self.speed["tokens_per_s"] / self.speed["gpus"] if self.speed else None
+            return [(result.summary.tokens_per_s / result.gpus, result.summary.mfu) for result in self.timed]
+        return [(self.speed["tokens_per_s"] / self.speed["gpus"], self.speed["mfu"])] if self.speed else []
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Mean throughput of one GPU; None if it is unknown."""
+        return mean(tokens_per_s for tokens_per_s, _ in self.speeds) if self.speeds else None
 
     @property
     def mfu(self) -> float | None:
-        """Of the runs or steps of `tokens_per_s`."""
-        if not self.has_times:
-            return None
-        if not self.timed:
-            return self.speed["mfu"] if self.speed else None
-        known = [result.summary.mfu for result in self.timed if result.summary.mfu is not None]
+        """Mean MFU; None if it is unknown."""
+        known = [mfu for _, mfu in self.speeds if mfu is not None]
         return mean(known) if known else None
 
     @property
@@ -92,13 +93,11 @@ class Group:
 
         For a run that shared its GPU, it is that of its steps at the speed of `tokens_per_s`; empty if that is unknown.
         """
-        if not self.has_times:
+        if self.tokens_per_s is None:
             return []
         seconds = [seconds for _, seconds, _ in result.held_out]
         if not result.shared_gpu:
             return seconds
-        if self.tokens_per_s is None:
-            return []
         scale = result.summary.tokens_per_s / result.gpus / self.tokens_per_s
         return [scale * one for one in seconds]
 

@@ -92,7 +92,7 @@ def test_the_speed_of_runs_that_shared_a_gpu_is_measured_alone(folders: Folders)
 def test_the_gpu_time_of_runs_that_shared_a_gpu_is_that_of_their_measured_speed(folders: Folders) -> None:
     result(folders, Run("dense"), [4.0, 2.0], step_s=0.5)
     result(folders, Run("hybrid"), [5.0, 3.0], step_s=4.0, gpus=2, shared_gpu=True)  # 50 tokens/s per GPU
-    folders.speed.write_text(json.dumps({"rows": {"hybrid-16k-gpus2": {"tokens_per_s": 200, "gpus": 2}}}))
+    folders.speed.write_text(json.dumps({"rows": {"hybrid-16k-gpus2": {"tokens_per_s": 200, "gpus": 2, "mfu": None}}}))
     dense, hybrid = groups(read_results(folders), speed.read(folders))["16k"]
     slow = [seconds for _, seconds, _ in hybrid.results[0].held_out]
     assert hybrid.gpu_seconds(hybrid.results[0]) == [seconds / 4 for seconds in slow]
