@@ -102,7 +102,8 @@ def block_sparse_attention(
     compiles the kernels and, with data read from the device, builds what the layout caches for them. A TopKLayout is
     built within the graph, from the indices at each replay.
 
-    Checkpointing: ``torch.utils.checkpoint`` with ``use_reentrant=False``.
+    Checkpointing: ``torch.utils.checkpoint`` with ``use_reentrant=False``. Hooks on saved tensors may return other
+    strides, but no other shape, dtype or device: that is an error in the backward.
 
     Raises:
         ValueError: arguments don't fit together; the message names the argument and the remedy. On a CPU, invalid

@@ -20,12 +20,14 @@ class Call:
     - ``backend``: "triton", "portable" or "torch".
     - ``found_again``: whether a later call was like it. Only then are launches kept: preparing them takes about as
       long as a repeated call saves.
+    - ``saved``: `saved.properties` of what the backward needs.
     - ``forward``, ``backward``: launches to repeat (`hopper/repeated.py`), those of the backward by `strides_of`.
     """
 
     spec: AttentionSpec
     backend: str
     found_again: bool = False
+    saved: tuple[Any, ...] | None = None
     forward: Any = None
     backward: dict[Hashable, Any] = field(default_factory=dict)
 

@@ -15,6 +15,7 @@ from .call import Call, keep, strides_of
 from .forward import forward
 from .hopper.support import backward_choice, kernel_choice
 from .interpreter import repair_interpreter
+from .saved import as_saved, properties
 from .spec import AttentionSpec, from_bhsd, to_bhsd
 from .tiles import last_contiguous
 from .topk_layout import Layout, TopKLayout
@@ -36,6 +37,8 @@ class _TritonAttention(torch.autograd.Function):
         # save indices too, so that autograd detects writes to them before the backward
         indices = layout.indices if isinstance(layout, TopKLayout) else None
         ctx.save_for_backward(q, k, v, out, lse, indices)
+        if call.saved is None:
+            call.saved = properties(q, k, v, out, lse)
         ctx.layout, ctx.call = layout, call
         ctx.set_materialize_grads(False)
         return out, lse
@@ -49,10 +52,15 @@ class _TritonAttention(torch.autograd.Function):
 
 def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
     # read once: non-reentrant checkpointing recomputes at the first read and rejects a second
-    q, k, v, out, lse, _ = ctx.saved_tensors
+    *saved, _ = ctx.saved_tensors
     if dout is None and dlse is None:
         return None, None, None, None, None
-    return *run_gradients(q, k, v, out, lse, dout, dlse, ctx.layout, ctx.call), None, None
+    call: Call = ctx.call
+    if properties(*saved) != call.saved:
+        assert call.saved is not None
+        saved = as_saved(saved, ("q", "k", "v", "the output", "the log-sum-exp"), call.saved)
+    q, k, v, out, lse = saved
+    return *run_gradients(q, k, v, out, lse, dout, dlse, ctx.layout, call), None, None
 
 
 _differentiate_once = once_differentiable(_differentiate)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import spec as specs
+from ..saved import as_saved, properties
 from ..spec import AttentionSpec, from_bhsd, to_bhsd
 from ..tiles import last_contiguous
 from . import launches
@@ -28,7 +29,9 @@ class _HyperAttention(torch.autograd.Function):
         q, k, v = last_contiguous(q), last_contiguous(k), last_contiguous(v)
         call = call_of(q, k, v, settings, spec)
         out, lse, plan = run_forward(q, k, v, call, projection_seeds, sample_seeds)
-        ctx.save_for_backward(q, k, v, out, lse, *(() if plan is None else plan.tensors()))
+        saved = (q, k, v, out, lse, *(() if plan is None else plan.tensors()))
+        ctx.save_for_backward(*saved)
+        ctx.saved = properties(*saved)
         ctx.call, ctx.sizes = call, None if plan is None else plan.sizes()
         ctx.set_materialize_grads(False)
         return out, lse
@@ -36,10 +39,12 @@ class _HyperAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, *arrays = ctx.saved_tensors
+        saved = ctx.saved_tensors
         nothing = (None,) * 4
         if dout is None and dlse is None:
             return None, None, None, *nothing
+        names = ("q", "k", "v", "the output", "the log-sum-exp", *(["an array of the plan"] * (len(saved) - 5)))
+        q, k, v, out, lse, *arrays = as_saved(saved, names, ctx.saved)
         plan = None if ctx.sizes is None else Plan(*ctx.sizes, *arrays)
         return *run_backward(q, k, v, out, lse, dout, dlse, plan, ctx.call), *nothing
 

@@ -181,6 +181,20 @@ def test_gradients_that_kernels_cannot_read_are_copied(
 
 
 @without_gpu
+def test_a_saved_tensor_of_another_dtype_is_rejected_before_a_repeated_launch(launches: Recorded) -> None:
+    kept = layout()
+    for _ in range(3):
+        step(kept)
+    launches.clear()
+    with (
+        torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x.float()),
+        pytest.raises(ValueError, match=r"returned .* torch\.float32"),
+    ):
+        step(kept)
+    assert len(launches) == 1  # the forward
+
+
+@without_gpu
 @pytest.mark.parametrize("is_cut", [False, True])
 def test_kernels_get_an_integer_scale_as_any_other(is_cut: bool, launches: Recorded) -> None:
     blocks = 64
