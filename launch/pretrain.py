@@ -9,7 +9,6 @@ this machine doesn't have. `plan.gpus=64 plan.device=h100-80gb` proposes how to 
 """
 
 import os
-from pathlib import Path
 
 import _quick_imports  # pauses garbage collection
 import _surroundings  # prints why the rest can't start
@@ -21,7 +20,7 @@ from omegaconf import DictConfig
 from s2train.kernels.compiler import prepare_compiler
 
 from s2train import config
-from s2train.attention.teacher import teacher_setting
+from s2train.checkpoints.named_start import named_start
 from s2train.command_line.composition import CONF, config_groups
 from s2train.command_line.program import run_command, run_hydra
 from s2train.distributed.rendezvous import check_ranks, fail_together
@@ -34,7 +33,6 @@ from s2train.planning import (
     epochs_of_plan,
     format_plan,
     format_proposal,
-    hybrid_layout,
     planned_for,
     preview,
     propose,
@@ -67,8 +65,8 @@ def pretrain(composed: DictConfig) -> None:
             elif is_first:
                 print(format_plan(preview(cfg, *planned_for(cfg, world_size))))
                 print(epochs_of_plan(cfg))
-            if is_first and names_checkpoint(cfg):
-                print_start(cfg)
+            if is_first and (start := named_start(cfg)) is not None:
+                print(start)
             return
         TIMES.end("plan")
         hardware = detect_own()
@@ -89,23 +87,6 @@ def pretrain(composed: DictConfig) -> None:
         from s2train.training.run import run
     TIMES.end("megatron")
     run(cfg, plan, TIMES)
-
-
-def names_checkpoint(cfg: config.PretrainConfig) -> bool:
-    """Whether settings name a checkpoint, or the run folder holds one."""
-    is_named = cfg.checkpoint.resume not in ("auto", "never") or cfg.checkpoint.new_data
-    has_teacher = teacher_setting(hybrid_layout(cfg).layers) is not None
-    return is_named or has_teacher or any(Path(cfg.run_dir, "checkpoints").glob("iter_*"))
-
-
-def print_start(cfg: config.PretrainConfig) -> None:
-    """Print where a planned run would start; import Megatron for it."""
-    with quick_imports():
-        from s2train.megatron.lazy_imports import import_megatron
-
-        import_megatron()
-        from s2train.checkpoints.planned_start import planned_start
-    print(planned_start(cfg))
 
 
 @hydra.main(config_path="../conf", config_name="pretrain", version_base="1.3")

@@ -21,6 +21,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from s2train.checkpoints.named_start import named_start
 from s2train.command_line.overrides import quoted
 from s2train.command_line.program import run_command
 from s2train.config import PretrainConfig, SweepConfig
@@ -164,10 +165,12 @@ class SweepLauncher(Launcher):
                 del composed["hydra"]
             cfg = resolve(composed, loader.get_group_options("model"), overrides)
             plan = self._plan(cfg)
+            job.layers, job.density, job.last_step = plan.letters, plan.density, cfg.train.last_step
+            if not job.is_finished:
+                named_start(replace(cfg, run_dir=str(folder)))  # rejects what the job would
         except (ConfigError, HydraException, OmegaConfBaseException) as error:
             job.status, job.error = Status.REJECTED, str(error).splitlines()[0]
             return job
-        job.layers, job.density, job.last_step = plan.letters, plan.density, cfg.train.last_step
         if cfg.tracking.group is None:
             job.arguments.append(f"tracking.group={quoted(self.sweep_dir.name)}")
         if job.is_finished and (before := changed_setting(folder, cfg)) is not None:

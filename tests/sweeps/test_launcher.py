@@ -197,6 +197,17 @@ def test_a_plan_is_reported_and_nothing_started(sweep: Any, tmp_path: Path) -> N
     assert sparse.density < 1
 
 
+def test_a_plan_rejects_the_checkpoint_that_a_job_would(
+    sweep: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    resume = f"checkpoint.resume={tmp_path}"
+    sweeper = sweep(f"checkpoint.resume=never,{tmp_path}", "plan.show=true")
+    with pytest.raises(SystemExit):
+        sweeper.launch(["checkpoint.resume=never", "plan.show=true"], [resume, "plan.show=true"])
+    assert f"error: {resume}: {resume}: no checkpoint there." in (err := capsys.readouterr().err)
+    assert "1 of 2 jobs can't run" in err
+
+
 def test_jobs_are_one_group_in_wandb_by_default(sweep: Any, tmp_path: Path) -> None:
     sweeper = sweep("seed=1,2")
     sweeper.launch(["seed=1"], ["seed=2", "tracking.group=mine"])
