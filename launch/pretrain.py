@@ -29,12 +29,11 @@ from s2train.environment.hardware import check_gpus, detect_own, open_device
 from s2train.environment.imports import quick_imports
 from s2train.errors import ConfigError
 from s2train.planning import (
+    asked_plan,
     check,
     epochs_of_plan,
     format_plan,
     format_proposal,
-    planned_for,
-    preview,
     propose,
     resolve,
 )
@@ -63,7 +62,7 @@ def pretrain(composed: DictConfig) -> None:
             if is_first and cfg.plan.gpus is not None:
                 print(format_proposal(propose(cfg)))
             elif is_first:
-                print(format_plan(preview(cfg, *planned_for(cfg, world_size))))
+                print(format_plan(asked_plan(cfg, world_size)))
                 print(epochs_of_plan(cfg))
             if is_first and (start := named_start(cfg)) is not None:
                 print(start)

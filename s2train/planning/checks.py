@@ -17,6 +17,7 @@ from s2train.data.parts import check_parts
 from s2train.environment.hardware import Hardware
 from s2train.errors import ConfigError
 from s2train.planning.plan import Plan, make_plan
+from s2train.planning.targets import planned_for
 from s2train.validation.attention_kinds import check_kinds
 from s2train.validation.division import check_division, multiple_of, smallest_world
 from s2train.validation.libraries import check_fa4_serves, check_kernel_settings, check_libraries
@@ -64,10 +65,8 @@ def check(cfg: PretrainConfig, world_size: int, hardware: Hardware) -> Plan:
     check_parts(cfg)
     check_division(cfg, world_size)
     _check_profiled_ranks(cfg, world_size)
-    check_attention_backend(cfg.attention_backend, hardware)
-    check_te(cfg, hardware)
     hybrid = _hybrid(cfg, hardware)
-    check_libraries(cfg, hybrid, hardware)
+    _check_machine(cfg, hybrid, hardware)
     plan = make_plan(cfg, hybrid, world_size, hardware)
     check_memory(plan)
     return plan
@@ -127,6 +126,44 @@ def preview(cfg: PretrainConfig, world_size: int, hardware: Hardware) -> Plan:
     if cfg.plan.device is not None:
         check_fa4_serves(cfg, hybrid, hardware)
     return make_plan(cfg, hybrid, ranks, hardware)
+
+
+def asked_plan(cfg: PretrainConfig, world_size: int) -> Plan:
+    """Make the plan that `cfg.plan` asks for, whether it fits or not.
+
+    Args:
+        world_size: of this job, which the plan is for unless plan.count is set.
+    Raises:
+        ConfigError: as `preview` and `planned_for`; or without plan.device, this machine lacks what the run needs.
+    """
+    ranks, hardware = planned_for(cfg, world_size)
+    plan = preview(cfg, ranks, hardware)
+    check_planned_machine(cfg, hybrid_layout(cfg), hardware)
+    return plan
+
+
+def check_planned_machine(cfg: PretrainConfig, hybrid: HybridLayout, hardware: Hardware) -> None:
+    """Check device and libraries of a plan for this machine.
+
+    Nothing is known of those of another one.
+
+    Raises:
+        ConfigError: a run of the plan could not start here.
+    """
+    if cfg.plan.device is not None:
+        return
+    try:
+        _check_machine(cfg, hybrid, hardware)
+    except ConfigError as error:
+        remedy = f"{error.remedy.rstrip('.')}. plan.device=h100-80gb plans for another machine."
+        raise ConfigError(error.setting, error.value, error.problem, remedy) from None
+
+
+def _check_machine(cfg: PretrainConfig, hybrid: HybridLayout, hardware: Hardware) -> None:
+    """Check that device and installed libraries have what the settings ask for."""
+    check_attention_backend(cfg.attention_backend, hardware)
+    check_te(cfg, hardware)
+    check_libraries(cfg, hybrid, hardware)
 
 
 def _hybrid(cfg: PretrainConfig, hardware: Hardware) -> HybridLayout:

@@ -13,7 +13,7 @@ from s2train.costs.step_time import GPUS_PER_MACHINE
 from s2train.data.parts import check_parts
 from s2train.environment.hardware import Hardware, detect_own
 from s2train.errors import ConfigError
-from s2train.planning.checks import hybrid_layout
+from s2train.planning.checks import check_planned_machine, hybrid_layout
 from s2train.planning.division import Search, can_divide, search
 from s2train.planning.targets import NAMES, target_gpu
 from s2train.validation.libraries import check_fa4_serves
@@ -47,6 +47,7 @@ def propose(cfg: PretrainConfig) -> Search:
     check_target(cfg, hardware)
     hybrid = hybrid_layout(cfg)
     check_fa4_serves(cfg, hybrid, hardware)
+    check_planned_machine(cfg, hybrid, hardware)
     _check_predictable(cfg, hybrid, hardware)
     found = search(cfg, hybrid, gpus, hardware)
     if not found.fitting and not found.too_large:

@@ -27,7 +27,7 @@ from s2train.command_line.program import run_command
 from s2train.config import PretrainConfig, SweepConfig
 from s2train.environment.hardware import Hardware
 from s2train.errors import INTERRUPTED_STATUS, USAGE_STATUS, ConfigError
-from s2train.planning import Plan, check, check_memory, planned_for, preview, resolve
+from s2train.planning import Plan, asked_plan, check, check_memory, resolve
 from s2train.sweeps.jobs import Job, Status, changed_setting, read_record, relabel, write_record
 from s2train.sweeps.names import job_folder, label, setting_and_value
 
@@ -192,7 +192,7 @@ class SweepLauncher(Launcher):
         """
         if cfg.plan.device is None and cfg.plan.count is None and cfg.plan.gpus is None:
             return check(cfg, self.world_size(), self.hardware())
-        plan = preview(cfg, *planned_for(cfg, self.world_size()))
+        plan = asked_plan(cfg, self.world_size())
         check_memory(plan)
         return plan
 

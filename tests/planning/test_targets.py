@@ -1,19 +1,21 @@
 """`plan.device=…` plans for GPUs that are not here."""
 
 import pytest
+from s2train.kernels import dense_choice
 
 from s2train.command_line.composition import expand_shorthand
 from s2train.config import NeedleConfig, PretrainConfig
+from s2train.environment import liger
 from s2train.environment.hardware import Hardware
 from s2train.errors import ConfigError
-from s2train.planning import compose_run, format_plan, planned_for, preview
-from s2train.planning.targets import NAMES, target_gpu
+from s2train.planning import asked_plan, compose_run, format_plan, preview, proposal, propose, targets
+from s2train.planning.targets import NAMES, planned_for, target_gpu
+from s2train.validation import libraries, transformer_engine
 from tests.program import error_line, run
 
 
 def plan_of(*settings: str, processes: int = 1) -> str:
-    cfg = compose_run(settings)
-    return format_plan(preview(cfg, *planned_for(cfg, processes)))
+    return format_plan(asked_plan(compose_run(settings), processes))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -66,6 +68,32 @@ def test_a_machine_without_a_gpu_names_the_settings_to_plan_for_some() -> None:
     assert "(this machine's RAM, no GPU, for each of 8 processes)" in text
     assert "It does not fit this machine, which has no GPU" in text.splitlines()[-1]
     assert "plan.device=a100-40gb" in text.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["layer_backend=te"], "layer_backend=te: transformer-engine is not installed. pip install "),
+        (["fp8=hybrid"], "fp8=hybrid: transformer-engine is not installed. pip install "),
+        (["loss=liger"], "loss=liger: liger-kernel is not installed. pip install "),
+        (["dense_attention=fa4"], "dense_attention=fa4: flash-attn-4 is not installed. pip install "),
+    ],
+)
+@pytest.mark.parametrize("plan", ["plan=true", "plan.gpus=2"])
+def test_a_plan_for_this_machine_rejects_what_is_not_installed_here(
+    settings: list[str], words: str, plan: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transformer_engine, "te_problem", lambda: "transformer-engine is not installed")
+    for module in (libraries, liger, dense_choice):
+        monkeypatch.setattr(module, "installed_version", lambda package: None)
+    for module in (targets, proposal):
+        monkeypatch.setattr(module, "detect_own", lambda: target_gpu("h100"))
+    cfg = compose_run(["+model=1b_hybrid", *settings, plan])
+    with pytest.raises(ConfigError) as rejected:
+        propose(cfg) if cfg.plan.gpus else asked_plan(cfg, 1)
+    assert str(rejected.value).startswith(words)
+    assert str(rejected.value).endswith(". plan.device=h100-80gb plans for another machine.")
+    assert "1b_hybrid on 1 process" in plan_of("+model=1b_hybrid", *settings, "plan.device=h100-80gb")
 
 
 def test_plan_true_can_be_combined_with_a_device() -> None:
