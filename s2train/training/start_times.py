@@ -11,7 +11,8 @@ class StartTimes:
     """Seconds of each part of a program's start, in order.
 
     The part `launcher` is the launcher's run time before it started this process, if there is a launcher. The part
-    `python` is this process's run time before `began`, that of a shell which replaced itself by it (`exec`) included.
+    `shell and python` is this process's run time before `began`. Linux counts a process from its fork: where a shell
+    script ends with `exec python …`, its time counts too.
 
     Args:
         began: `time.monotonic()` at which the program's own code began; None means now.
@@ -28,7 +29,7 @@ class StartTimes:
                 launcher = _process_age(str(os.getppid()))
                 if launcher is not None:
                     self.seconds["launcher"] = max(0.0, launcher - age)
-            self.seconds["python"] = max(0.0, age - ran)
+            self.seconds["shell and python"] = max(0.0, age - ran)
 
     def end(self, part: str) -> None:
         """Add the time since the last call to `part`.

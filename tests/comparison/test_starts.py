@@ -43,7 +43,7 @@ def test_the_table_has_a_column_per_start_and_medians_of_repeated_kinds() -> Non
 def test_a_start_is_measured_in_total_and_by_parts(tmp_path: Path) -> None:
     request = Request([*SMALL, "train.steps=4"], 0)
     start = measure(request, "cold 1", tmp_path / "run", tmp_path / "caches")
-    assert list(start.seconds)[:3] == ["python", "imports", "compose"]
+    assert list(start.seconds)[:3] == ["shell and python", "imports", "compose"]
     assert list(start.seconds)[-1] == "first step"
     assert start.modules > start.without_byte_code >= 0
     assert start.modules > 1000
