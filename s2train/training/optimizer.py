@@ -81,6 +81,7 @@ def build_optimizer(
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
+        # Megatron reads these two only where a parameter group has none, and groups of this optimizer have them.
         max_lr=optim.lr,
         min_lr=optim.lowest_lr,
         lr_warmup_steps=optim.warmup_steps,
