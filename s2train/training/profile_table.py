@@ -133,9 +133,7 @@ def _kernel_times(
             continue
         compute.append(_interval(kernel))
         where = ranges.at(launch["tid"], launch["ts"])
-        if where is None or where == DATA:
-            where = DATA if where else (LINEAR if _GEMM.search(kernel["name"]) else ELEMENTWISE)
-        times[where] += kernel["dur"]
+        times[where or (LINEAR if _GEMM.search(kernel["name"]) else ELEMENTWISE)] += kernel["dur"]
     busy, computing = _covered([*compute, *communication]), _covered(compute)
     times[COMMUNICATION] = busy - computing
     times[HIDDEN] = _covered(communication) - times[COMMUNICATION]
