@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -175,12 +174,11 @@ class Trainer:
                     self.tracker.note(self.timers.get_all_timers_string(normalizer=interval.steps))
             if is_due:  # a report at an early end is extra: an uninterrupted run has none here
                 interval = Interval()
-            # Don't save after a skipped step: the step taken before it may have spoilt the weights.
             is_save_due |= step % cfg.checkpoint.interval == 0
+            # A step that is skipped postpones the save: the one before it may have spoilt the weights.
+            saves_now = is_last or is_stopping or (is_save_due and not self.loss_history.skipped_in_row)
             with interval.pause():
-                if not cfg.checkpoint.save:
-                    pass
-                elif is_last or is_stopping or (is_save_due and not self.loss_history.skipped_in_row):
+                if cfg.checkpoint.save and saves_now:
                     self.watchdog.beat(f"save after step {step}")
                     # copies, since a background save writes them later
                     losses, auxiliary = list(interval.losses), deepcopy(interval.auxiliary)
@@ -201,16 +199,18 @@ class Trainer:
         cfg, chunks = self.cfg, self.state.chunks
         assert self.held_out_set is not None
         count, edges = cfg.evaluation.batches, position_edges(cfg.train.seq_length)
-        batches = self._batches(self.held_out_set, 0, count * cfg.train.global_batch_size)
+        size = cfg.train.global_batch_size
+        batches = self._batches(self.held_out_set, 0, count * size)
         with torch.no_grad(), up_to_date_parameters(cfg, chunks):
             for chunk in chunks:
                 chunk.eval()
-            whole = partial(run_step, batch_size=cfg.train.global_batch_size)
-            steps = [whole(cfg, chunks, batches, forward_only=True, edges=edges) for _ in range(count)]
+            sums = [
+                run_step(cfg, chunks, batches, forward_only=True, batch_size=size, edges=edges) for _ in range(count)
+            ]
             for chunk in chunks:
                 chunk.train()
-        losses = [float(sums[:, 0].sum() / sums[:, 1].sum()) for sums in steps]
-        return HeldOut.of(sum(losses) / count, edges, torch.stack(steps).sum(dim=0))
+        losses = [float(of_batch[:, 0].sum() / of_batch[:, 1].sum()) for of_batch in sums]
+        return HeldOut.of(sum(losses) / count, edges, torch.stack(sums).sum(dim=0))
 
     def _is_evaluated(self, step: int) -> bool:
         return self.held_out_set is not None and step % self.cfg.evaluation.interval == 0
