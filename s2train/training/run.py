@@ -3,40 +3,27 @@
 import os
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from threading import Thread
-from typing import cast
 
 import torch
-from megatron.core import parallel_state
-from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.timers import Timers
-from megatron.core.transformer.module import MegatronModule
 
-from s2train.attention.hybrid import HybridLayout
 from s2train.attention.teacher import teacher_setting
-from s2train.checkpoints.resume import Start, claim_run_dir, describe_start, find_start
+from s2train.checkpoints.resume import Start, claim_run_dir, find_start
 from s2train.checkpoints.run_state import TrainingState, load
 from s2train.checkpoints.teacher import find_teacher, load_teacher, with_teacher
 from s2train.config import PretrainConfig
-from s2train.data.blend import parse_blend
 from s2train.data.checks import check_data, samples_of_steps
 from s2train.data.datasets import build_datasets
 from s2train.data.end_token import run_tokenizer
-from s2train.data.epochs import describe_epochs, training_epochs
-from s2train.data.indexed import read_metadata
 from s2train.data.tokenizers import Tokenizer
 from s2train.distributed.agreement import broadcast_from_rank_0
 from s2train.distributed.rendezvous import fail_together
-from s2train.environment.liger import kernels_line
 from s2train.environment.versions import git_commit
 from s2train.errors import DivergedError, StoppedBySignal
-from s2train.kernels.attention import Backend as AttentionBackend
-from s2train.kernels.attention import resolve_backend
 from s2train.megatron import setup
-from s2train.megatron.layer_backends import Backend, backend_of, own_capability
+from s2train.megatron.layer_backends import Backend, backend_of
 from s2train.megatron.model import build_model, transformer_config
-from s2train.megatron.optimizer_state import implementations
 from s2train.planning import Plan, hybrid_layout
 from s2train.planning.report import figures, letter_rows
 from s2train.preparation.bundled_corpus import ensure_prepared
@@ -46,7 +33,7 @@ from s2train.training.layout_picture import LayoutPicture, check_matplotlib
 from s2train.training.loop import Speed, Trainer
 from s2train.training.metrics import Tracker
 from s2train.training.optimizer import build_optimizer, wrap_data_parallel
-from s2train.training.run_settings import write_settings
+from s2train.training.run_report import describe_run, loss_curve_of, report_end, report_start
 from s2train.training.signals import StopSignals
 from s2train.training.start_times import StartTimes
 from s2train.training.startup import check_start
@@ -150,7 +137,6 @@ def _train(
                 say(warning)
     run_once_per_machine(partial(compile_kernels, cfg, hybrid, device))
     times.end("kernels")
-    run_dir = Path(cfg.run_dir)
     by_cost = cfg.parallel.pp > 1 and cfg.parallel.pipeline_split == "cost"
     config = transformer_config(cfg, plan.pipeline.stages if by_cost else None)
     timers = Timers(log_level=cfg.tracking.timing, log_option="minmax")
@@ -185,15 +171,8 @@ def _train(
     times.end("data")
     tracker = Tracker(cfg, start.progress, active=is_first, plan=figures(plan))
     if is_first:
-        kept = write_settings(cfg, run_dir, start.progress.step, start.changes)
-        say(_description(cfg, hybrid, models, state.optimizer, backend, tokenizer, device, start))
-        if start.checkpoint is not None:
-            tracker.changes(start.progress.step, start.checkpoint, start.changes)
-        if kept is not None:
-            say(f"{run_dir / 'config.yaml'}: the earlier settings are kept as {kept.name}")
-        epochs = training_epochs(cfg.data, last_sample, cfg.train.seq_length)
-        say("\n".join(describe_epochs(cfg.data, epochs)))
-        tracker.event("data", epochs={one.prefix: one.epochs for one in epochs})
+        description = describe_run(cfg, hybrid, models, state.optimizer, backend, tokenizer, device)
+        report_start(cfg, start, description, last_sample, tracker)
     picture = LayoutPicture(cfg, hybrid, tracker, active=is_first)
     times.end("records")
     if plan.exchanges:
@@ -233,59 +212,6 @@ def _train(
         tracker.close()
         raise
     if is_first:
-        from s2train.training.plots import draw_loss_curve  # matplotlib: slow, and the start needs no curve
-
-        baseline = unigram_baseline(cfg)
-        draw_loss_curve(run_dir / "metrics.jsonl", run_dir / "loss.png", baseline, title=cfg.model.name)
-        if baseline is not None:
-            say(f"unigram entropy of the data: {baseline:.4f} nats per token, the best loss without any context")
-        say(
-            f"{'finished' if cfg.train.last_step == cfg.train.steps else 'stopped'} at step {cfg.train.last_step} of"
-            f" {cfg.train.steps} | checkpoint {saved or 'none'} | loss curve {run_dir / 'loss.png'}"
-            + (f" | layout {picture.path}" if picture.path else "")
-        )
-    tracker.picture("train/loss_curve", run_dir / "loss.png")
+        report_end(cfg, saved, picture.path)
+    tracker.picture("train/loss_curve", loss_curve_of(cfg))
     tracker.close()
-
-
-def unigram_baseline(cfg: PretrainConfig) -> float | None:
-    """Unigram entropy of the data in nats per token.
-
-    None unless the data are one dataset that `prepare_data` made.
-    """
-    prefixes = parse_blend(cfg.data.path).prefixes
-    metadata = read_metadata(prefixes[0]) if len(prefixes) == 1 else None
-    return metadata.unigram_entropy if metadata else None
-
-
-def _description(
-    cfg: PretrainConfig,
-    hybrid: HybridLayout,
-    models: list[MegatronModule],
-    optimizer: MegatronOptimizer,
-    backend: Backend,
-    tokenizer: Tokenizer,
-    device: torch.device,
-    start: Start,
-) -> str:
-    here = sum(parameter.numel() for model in models for parameter in model.parameters())
-    elementwise = kernels_line(cfg, own_capability(), backend.name == "te")
-    is_dense = all(layer.is_dense for layer in hybrid.layers)
-    sparse = resolve_backend(cast(AttentionBackend, cfg.attention_backend), device)
-    return (
-        f"{here:,} parameters on this rank | layers {backend.name} on {device.type}"
-        + ("" if is_dense else f" | sparse attention {sparse}")
-        + (f" | {elementwise}" if elementwise else "")
-        + f" | optimizer {cfg.optim.name}: {implementations(optimizer)}"
-        f" | dp {parallel_state.get_data_parallel_world_size()}"
-        f" | end of document {tokenizer.end_token or 'id'} {tokenizer.eod}\n"
-        + _taught_by(hybrid)
-        + describe_start(cfg, start)
-    )
-
-
-def _taught_by(hybrid: HybridLayout) -> str:
-    if (found := teacher_setting(hybrid.layers)) is None:
-        return ""
-    letters = sorted({layer.kind.letter for layer in hybrid.layers if layer.kind.teacher is not None})
-    return f"teacher of layers {', '.join(letters)}: the dense model of {found.value}, which stays as it is\n"
