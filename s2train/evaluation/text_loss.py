@@ -69,15 +69,15 @@ def measure(
     """
     rank, ranks = (group.rank(), group.size()) if group is not None else (0, 1)
     edges = position_edges(length)
-    bins, sums = position_bins(edges, 0, 1, device), torch.zeros(len(edges), 2, dtype=torch.float64, device=device)
-    correct = torch.zeros((), dtype=torch.float64, device=device)
+    bins, ranges = position_bins(edges, 0, 1, device), len(edges) - 1
+    sums = torch.zeros(ranges, 2, dtype=torch.float64, device=device)
+    correct = torch.zeros((), dtype=torch.int64, device=device)
     for batch in list(batches(windows, batch_size))[rank::ranks]:
         losses, likeliest, counted = score(batch)
-        sums[:-1] += sum_by_position(losses, counted, bins[: losses.shape[1]], len(edges) - 1)
+        sums += sum_by_position(losses, counted, bins[: losses.shape[1]], ranges)
         correct += (likeliest & counted).sum()
-    sums[-1, 0] = correct
     if group is not None:
-        torch.distributed.all_reduce(sums, group=group)
-    by_range = sums[:-1].cpu()
-    total, tokens = by_range.sum(0).tolist()
-    return TextLoss(int(tokens), int(sums[-1, 0]), text_bytes, HeldOut.of(total / tokens, edges, by_range))
+        for summed in (sums, correct):
+            torch.distributed.all_reduce(summed, group=group)
+    total, tokens = sums.sum(0).tolist()
+    return TextLoss(int(tokens), int(correct), text_bytes, HeldOut.of(total / tokens, edges, sums.cpu()))
