@@ -58,11 +58,7 @@ def check(cfg: PretrainConfig, world_size: int, hardware: Hardware) -> Plan:
     Raises:
         ConfigError: a setting is out of range, sizes don't divide, no head sees some blocks, or memory is too small.
     """
-    check_values(cfg)
-    check_optimizer(cfg)
-    check_options(cfg)
-    check_offload(cfg, hardware)
-    check_parts(cfg)
+    _check_settings(cfg, hardware)
     check_division(cfg, world_size)
     _check_profiled_ranks(cfg, world_size)
     hybrid = _hybrid(cfg, hardware)
@@ -110,13 +106,7 @@ def preview(cfg: PretrainConfig, world_size: int, hardware: Hardware) -> Plan:
     Raises:
         ConfigError: as `check`, except for memory and the number of ranks.
     """
-    check_values(cfg)
-    check_optimizer(cfg)
-    check_options(cfg)
-    check_offload(cfg, hardware)
-    check_parts(cfg)
-    if cfg.plan.device is not None:
-        check_target(cfg, hardware)
+    _check_settings(cfg, hardware)
     copy = smallest_world(cfg)
     ranks = copy if world_size % copy else world_size
     if hardware.kind == "cpu":  # all ranks share this machine's RAM
@@ -124,6 +114,7 @@ def preview(cfg: PretrainConfig, world_size: int, hardware: Hardware) -> Plan:
     check_division(cfg, ranks)
     hybrid = _hybrid(cfg, hardware)
     if cfg.plan.device is not None:
+        check_target(cfg, hardware)
         check_fa4_serves(cfg, hybrid, hardware)
     return make_plan(cfg, hybrid, ranks, hardware)
 
@@ -164,6 +155,15 @@ def _check_machine(cfg: PretrainConfig, hybrid: HybridLayout, hardware: Hardware
     check_attention_backend(cfg.attention_backend, hardware)
     check_te(cfg, hardware)
     check_libraries(cfg, hybrid, hardware)
+
+
+def _check_settings(cfg: PretrainConfig, hardware: Hardware) -> None:
+    """Check settings that depend on neither layout nor division."""
+    check_values(cfg)
+    check_optimizer(cfg)
+    check_options(cfg)
+    check_offload(cfg, hardware)
+    check_parts(cfg)
 
 
 def _hybrid(cfg: PretrainConfig, hardware: Hardware) -> HybridLayout:
