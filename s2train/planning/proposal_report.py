@@ -9,7 +9,8 @@ from s2train.costs.memory import GIB
 from s2train.costs.step_time import StepTime
 from s2train.planning.advice import ROOM
 from s2train.planning.division import Candidate, Search
-from s2train.planning.report import basis, count, time_text
+from s2train.planning.numbers import time_text, with_unit
+from s2train.planning.report import basis
 from s2train.planning.targets import rates_basis
 
 _SHOWN, _SHOWN_TOO_LARGE = 10, 5  # divisions
@@ -40,7 +41,7 @@ def format_proposal(found: Search) -> str:
     ]
     shown = _best_of_divisions(found.fitting)
     for candidate in shown[:_SHOWN]:
-        rate = f"{count(candidate.prediction.tokens_per_s):>10}{candidate.prediction.mfu:>7.1%}"
+        rate = f"{with_unit(candidate.prediction.tokens_per_s):>10}{candidate.prediction.mfu:>7.1%}"
         lines.append(f"{_row(candidate)}{rate}  {why_slower(candidate, best)}".rstrip())
     if len(shown) > _SHOWN:
         lines.append(f"and {len(shown) - _SHOWN} slower divisions")

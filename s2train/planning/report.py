@@ -11,6 +11,7 @@ from s2train.costs.stages import Balance
 from s2train.costs.step_time import MARGIN, SLOW_HOST, Prediction
 from s2train.data.epochs import describe_epochs, training_epochs
 from s2train.errors import ConfigError
+from s2train.planning.numbers import duration, gib, time_text, with_unit
 from s2train.planning.plan import Plan
 from s2train.planning.targets import NAMES
 from s2train.validation.token_budgets import token_budgets
@@ -27,12 +28,12 @@ def format_plan(plan: Plan) -> str:
         ("sparse", f"blocks of {cfg.layout.block_size} tokens, schedule {cfg.schedule.kind}"),
         *((f"  {letter.letter}", letter.format()) for letter in plan.sparse_letters),
         ("density", f"{plan.density:.4f} of causal positions, {plan.sparse_density:.4f} in sparse layers{_how(plan)}"),
-        ("parameters", f"{count(plan.parameters)}, {count(plan.rank_parameters)} per rank"),
+        ("parameters", f"{with_unit(plan.parameters)}, {with_unit(plan.rank_parameters)} per rank"),
         (
             "FLOPs/token",
-            f"{count(flops.sparse)} {'exact' if plan.counts_exactly else 'expected'}"
-            f" ({count(flops.attention)} attention); "
-            f"{count(flops.dense)} if dense ({count(flops.dense_attention)}); "
+            f"{with_unit(flops.sparse)} {'exact' if plan.counts_exactly else 'expected'}"
+            f" ({with_unit(flops.attention)} attention); "
+            f"{with_unit(flops.dense)} if dense ({with_unit(flops.dense_attention)}); "
             f"ratio {flops.sparse / flops.dense:.3f}",
         ),
         (
@@ -48,8 +49,8 @@ def format_plan(plan: Plan) -> str:
         *(("cp exchange", exchange.format()) for exchange in plan.exchanges),
         *_pipeline(plan),
         ("memory", "GiB per rank" + (", fullest pipeline stage" if parallel.pp > 1 else "")),
-        *((f"  {name}", _gib(nbytes)) for name, nbytes in _parts(memory)),
-        ("  total", f"{_gib(memory.total)} of {_gib(plan.hardware.memory).strip()} ({_device(plan)})"),
+        *((f"  {name}", gib(nbytes)) for name, nbytes in _parts(memory)),
+        ("  total", f"{gib(memory.total)} of {gib(plan.hardware.memory).strip()} ({_device(plan)})"),
         *_offload(plan),
         *([("  room", plan.advice)] if plan.advice is not None else []),
         *_time(plan),
@@ -74,7 +75,7 @@ def _offload(plan: Plan) -> list[tuple[str, str]]:
     return [
         (
             "  on the host",
-            f"{_gib(taken).strip()} GiB per rank: state of optim.cpu_offload, weights and gradients;"
+            f"{gib(taken).strip()} GiB per rank: state of optim.cpu_offload, weights and gradients;"
             " copies are not in the predicted time",
         )
     ]
@@ -107,7 +108,7 @@ def _phases(plan: Plan) -> list[tuple[str, str]]:
         what += ["trunk frozen, so only the weights that attention adds learn"] if phase.is_trunk_frozen else []
         samples = samples_of(train, phase.last) - samples_of(train, phase.first - 1)
         total = phase.flops * samples * train.seq_length
-        cost = f"{count(phase.flops)} FLOPs/token, {total:.2e} FLOPs"
+        cost = f"{with_unit(phase.flops)} FLOPs/token, {total:.2e} FLOPs"
         rows.append(("", f"steps {phase.first} to {phase.last}: {cost}{''.join(f'; {one}' for one in what)}"))
     return [("phases", rows[0][1]), *rows[1:]]
 
@@ -116,7 +117,7 @@ def _teacher(plan: Plan) -> list[tuple[str, str]]:
     """Format what the teacher's forward passes cost."""
     if plan.teacher is None:
         return []
-    cost = f"{count(plan.teacher_flops)} FLOPs/token, part of every phase"
+    cost = f"{with_unit(plan.teacher_flops)} FLOPs/token, part of every phase"
     return [("teacher", f"{plan.teacher.value}: a forward pass on each micro batch, {cost}")]
 
 
@@ -179,9 +180,9 @@ def _time(plan: Plan) -> list[tuple[str, str]]:
     rows = [
         (
             "time",
-            f"{time_text(seconds)} per step, {count(found.tokens_per_s)} tokens/s"
-            f" ({count(found.tokens_per_s / plan.world_size)} per GPU), MFU {found.mfu:.1%};"
-            f" {train.steps:,} steps take {_duration(seconds * whole_steps)}",
+            f"{time_text(seconds)} per step, {with_unit(found.tokens_per_s)} tokens/s"
+            f" ({with_unit(found.tokens_per_s / plan.world_size)} per GPU), MFU {found.mfu:.1%};"
+            f" {train.steps:,} steps take {duration(seconds * whole_steps)}",
         ),
         ("  of which", ", ".join(f"{name} {part / seconds:.0%}" for name, part in shown.items())),
         ("  based on", basis(found)),
@@ -202,18 +203,6 @@ def basis(found: Prediction) -> str:
     if found.caveats:
         return f"an estimate, {layers}: {'; '.join(found.caveats)}"
     return f"steps measured on H100s, {layers}, reproduced within {MARGIN:.0%}"
-
-
-def time_text(seconds: float) -> str:
-    """Format seconds, in ms below one."""
-    return f"{1e3 * seconds:.0f} ms" if seconds < 1 else f"{seconds:.2f} s"
-
-
-def _duration(seconds: float) -> str:
-    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} s"
 
 
 def _ranks(plan: Plan) -> list[tuple[str, str]]:
@@ -279,15 +268,3 @@ def _layers(letters: str) -> str:
 def _counts(plan: Plan) -> str:
     dense = plan.letters.count("D")
     return f"{dense} dense, {len(plan.letters) - dense} sparse"
-
-
-def count(number: float) -> str:
-    """Format a number with two decimals and a unit."""
-    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:.2f}{unit}"
-    return f"{number:.0f}"
-
-
-def _gib(nbytes: int) -> str:
-    return f"{nbytes / GIB:9.3f}"
