@@ -15,7 +15,7 @@ from s2train.environment.hardware import Hardware, detect_own
 from s2train.errors import ConfigError
 from s2train.planning.checks import check_planned_machine, hybrid_layout
 from s2train.planning.division import Search, can_divide, search
-from s2train.planning.targets import NAMES, target_gpu
+from s2train.planning.targets import ONE_OF_NAMES, target_gpu
 from s2train.validation.libraries import check_fa4_serves
 from s2train.validation.optimizers import check_offload, check_optimizer, check_options
 from s2train.validation.transformer_engine import check_target
@@ -39,9 +39,7 @@ def propose(cfg: PretrainConfig) -> Search:
     gpus = _number(cfg)
     hardware = detect_own() if cfg.plan.device is None else target_gpu(cfg.plan.device)
     if hardware.kind != "cuda":
-        raise ConfigError(
-            "plan.device", "(not set)", "this machine has no GPU", f"Set plan.device to {_one_of(NAMES)}."
-        )
+        raise ConfigError("plan.device", "(not set)", "this machine has no GPU", f"Set plan.device to {ONE_OF_NAMES}.")
     check_offload(cfg, hardware)
     cfg = _undivided(cfg)
     check_target(cfg, hardware)
@@ -85,7 +83,7 @@ def _check_predictable(cfg: PretrainConfig, hybrid: HybridLayout, hardware: Hard
     remedy = "Plan one division: leave plan.gpus out, and set plan.count"
     if hardware.rates is None:
         problem = f"the peak rate of {hardware.name} is unknown"
-        raise ConfigError("plan.device", cfg.plan.device or "(not set)", problem, f"Set it to {_one_of(NAMES)}.")
+        raise ConfigError("plan.device", cfg.plan.device or "(not set)", problem, f"Set it to {ONE_OF_NAMES}.")
     if cfg.train.precision != "bf16":
         problem = "steps were measured, and can be predicted, in bf16 only"
         raise ConfigError("train.precision", cfg.train.precision, problem, f"{remedy}, or train.precision=bf16.")
@@ -124,7 +122,3 @@ def _too_large(found: Search, hybrid: HybridLayout) -> ConfigError:
             return ConfigError("plan.gpus", found.gpus, problem, f"Set plan.gpus={gpus}, or a larger plan.device.")
         gpus *= 2
     return ConfigError("plan.gpus", found.gpus, problem, "Use a smaller model or train.seq_length.")
-
-
-def _one_of(names: tuple[str, ...]) -> str:
-    return f"{', '.join(names[:-1])} or {names[-1]}"

@@ -13,7 +13,7 @@ from s2train.data.epochs import describe_epochs, training_epochs
 from s2train.errors import ConfigError
 from s2train.planning.numbers import duration, gib, time_text, with_unit
 from s2train.planning.plan import Plan
-from s2train.planning.targets import NAMES
+from s2train.planning.targets import ONE_OF_NAMES
 from s2train.validation.token_budgets import token_budgets
 
 _UNEVEN = 0.05  # imbalance of ranks from which on to suggest a remedy
@@ -155,8 +155,8 @@ def _verdict(plan: Plan) -> str:
     if plan.hardware.kind == "cuda":
         return f"It does not fit. {plan.remedy}"
     return (
-        "It does not fit this machine, which has no GPU. To plan for GPUs, set plan.device="
-        f"{', '.join(NAMES[:-1])} or {NAMES[-1]}, and plan.count=N."
+        "It does not fit this machine, which has no GPU. To plan for GPUs, set "
+        f"plan.device={ONE_OF_NAMES}, and plan.count=N."
     )
 
 

@@ -38,6 +38,7 @@ _TARGETS = {
     "b200-180gb": Target("NVIDIA B200", 178.3, (10, 0)),
 }
 NAMES = tuple(_TARGETS)
+ONE_OF_NAMES = f"{', '.join(NAMES[:-1])} or {NAMES[-1]}"  # for remedies
 
 
 def target_gpu(name: str) -> Hardware:
