@@ -58,7 +58,7 @@ def check(cfg: PretrainConfig, world_size: int, hardware: Hardware) -> Plan:
     Raises:
         ConfigError: a setting is out of range, sizes don't divide, no head sees some blocks, or memory is too small.
     """
-    _check_settings(cfg, hardware)
+    check_settings(cfg, hardware)
     check_division(cfg, world_size)
     _check_profiled_ranks(cfg, world_size)
     hybrid = _hybrid(cfg, hardware)
@@ -106,7 +106,7 @@ def preview(cfg: PretrainConfig, world_size: int, hardware: Hardware) -> Plan:
     Raises:
         ConfigError: as `check`, except for memory and the number of ranks.
     """
-    _check_settings(cfg, hardware)
+    check_settings(cfg, hardware)
     copy = smallest_world(cfg)
     ranks = copy if world_size % copy else world_size
     if hardware.kind == "cpu":  # all ranks share this machine's RAM
@@ -157,8 +157,12 @@ def _check_machine(cfg: PretrainConfig, hybrid: HybridLayout, hardware: Hardware
     check_libraries(cfg, hybrid, hardware)
 
 
-def _check_settings(cfg: PretrainConfig, hardware: Hardware) -> None:
-    """Check settings that depend on neither layout nor division."""
+def check_settings(cfg: PretrainConfig, hardware: Hardware) -> None:
+    """Check settings that depend on neither layout nor division.
+
+    Raises:
+        ConfigError: one is out of range, or `hardware` can't serve it.
+    """
     check_values(cfg)
     check_optimizer(cfg)
     check_options(cfg)
@@ -167,15 +171,20 @@ def _check_settings(cfg: PretrainConfig, hardware: Hardware) -> None:
 
 
 def _hybrid(cfg: PretrainConfig, hardware: Hardware) -> HybridLayout:
-    """Build the layout and check it.
-
-    The checks are against the sequence, the features that settings ask for, and the kernels.
-    """
     hybrid = hybrid_layout(cfg)
+    check_layout(cfg, hybrid, hardware)
+    return hybrid
+
+
+def check_layout(cfg: PretrainConfig, hybrid: HybridLayout, hardware: Hardware) -> None:
+    """Check a layout against the sequence, requested features and kernels.
+
+    Raises:
+        ConfigError: they don't support it.
+    """
     check_blocks(cfg, hybrid)
     check_kinds(cfg, hybrid, hardware)
     check_kernel_settings(cfg, hybrid)
-    return hybrid
 
 
 def hybrid_layout(cfg: PretrainConfig) -> HybridLayout:

@@ -20,11 +20,9 @@ from s2train.costs.step_time import GPUS_PER_MACHINE, Prediction, predict_step
 from s2train.environment.hardware import Hardware
 from s2train.errors import ConfigError
 from s2train.planning.advice import RECOMPUTE, ROOM
-from s2train.planning.checks import check_blocks
+from s2train.planning.checks import check_layout
 from s2train.planning.plan import layouts_nbytes
-from s2train.validation.attention_kinds import check_kinds
 from s2train.validation.division import check_division
-from s2train.validation.libraries import check_kernel_settings
 from s2train.validation.transformer_engine import check_fp8_settings
 
 
@@ -144,9 +142,7 @@ def can_divide(cfg: PretrainConfig, hybrid: HybridLayout, gpus: int, hardware: H
 
 def _check(cfg: PretrainConfig, hybrid: HybridLayout, gpus: int, hardware: Hardware) -> None:
     check_division(cfg, gpus)
-    check_blocks(cfg, hybrid)
-    check_kinds(cfg, hybrid, hardware)
-    check_kernel_settings(cfg, hybrid)
+    check_layout(cfg, hybrid, hardware)
     if cfg.fp8 != "none":
         check_fp8_settings(cfg)
 

@@ -10,16 +10,13 @@ from s2train.attention.hybrid import HybridLayout
 from s2train.config import PretrainConfig
 from s2train.costs.memory import GIB
 from s2train.costs.step_time import GPUS_PER_MACHINE
-from s2train.data.parts import check_parts
 from s2train.environment.hardware import Hardware, detect_own
 from s2train.errors import ConfigError
-from s2train.planning.checks import check_planned_machine, hybrid_layout
+from s2train.planning.checks import check_planned_machine, check_settings, hybrid_layout
 from s2train.planning.division import Search, can_divide, search
 from s2train.planning.targets import ONE_OF_NAMES, target_gpu
 from s2train.validation.libraries import check_fa4_serves
-from s2train.validation.optimizers import check_offload, check_optimizer, check_options
 from s2train.validation.transformer_engine import check_target
-from s2train.validation.values import check_values
 
 _MOST_GPUS = 4096  # to look for a number that suffices
 _LARGEST = 16_384  # GPUs whose divisions are searched
@@ -32,16 +29,11 @@ def propose(cfg: PretrainConfig) -> Search:
         ConfigError: a setting is out of range, the device is unknown, its steps can't be predicted, or no division is
             possible or fits.
     """
-    check_values(cfg)
-    check_optimizer(cfg)
-    check_options(cfg)
-    check_parts(cfg)
-    gpus = _number(cfg)
     hardware = detect_own() if cfg.plan.device is None else target_gpu(cfg.plan.device)
     if hardware.kind != "cuda":
         raise ConfigError("plan.device", "(not set)", "this machine has no GPU", f"Set plan.device to {ONE_OF_NAMES}.")
-    check_offload(cfg, hardware)
-    cfg = _undivided(cfg)
+    check_settings(cfg, hardware)
+    gpus, cfg = _number(cfg), _undivided(cfg)
     check_target(cfg, hardware)
     hybrid = hybrid_layout(cfg)
     check_fa4_serves(cfg, hybrid, hardware)
