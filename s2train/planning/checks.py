@@ -104,7 +104,7 @@ def preview(cfg: PretrainConfig, world_size: int, hardware: Hardware) -> Plan:
     The plan has more ranks if `world_size` can't hold the model once.
 
     Raises:
-        ConfigError: as `check`, except for memory and the number of ranks.
+        ConfigError: as `check`, except for memory, the number of ranks, and what the machine lacks.
     """
     check_settings(cfg, hardware)
     copy = smallest_world(cfg)
@@ -112,11 +112,7 @@ def preview(cfg: PretrainConfig, world_size: int, hardware: Hardware) -> Plan:
     if hardware.kind == "cpu":  # all ranks share this machine's RAM
         hardware = replace(hardware, memory=hardware.memory * world_size // ranks)
     check_division(cfg, ranks)
-    hybrid = _hybrid(cfg, hardware)
-    if cfg.plan.device is not None:
-        check_target(cfg, hardware)
-        check_fa4_serves(cfg, hybrid, hardware)
-    return make_plan(cfg, hybrid, ranks, hardware)
+    return make_plan(cfg, _hybrid(cfg, hardware), ranks, hardware)
 
 
 def asked_plan(cfg: PretrainConfig, world_size: int) -> Plan:
@@ -125,7 +121,7 @@ def asked_plan(cfg: PretrainConfig, world_size: int) -> Plan:
     Args:
         world_size: of this job, which the plan is for unless plan.count is set.
     Raises:
-        ConfigError: as `preview` and `planned_for`; or without plan.device, this machine lacks what the run needs.
+        ConfigError: as `preview`, `planned_for` and `check_planned_machine`.
     """
     ranks, hardware = planned_for(cfg, world_size)
     plan = preview(cfg, ranks, hardware)
@@ -134,14 +130,14 @@ def asked_plan(cfg: PretrainConfig, world_size: int) -> Plan:
 
 
 def check_planned_machine(cfg: PretrainConfig, hybrid: HybridLayout, hardware: Hardware) -> None:
-    """Check device and libraries of a plan for this machine.
-
-    Nothing is known of those of another one.
+    """Check a plan's device; for this machine, also its libraries.
 
     Raises:
-        ConfigError: a run of the plan could not start here.
+        ConfigError: the device can't serve the run; or without plan.device, something is not installed.
     """
     if cfg.plan.device is not None:
+        check_target(cfg, hardware)
+        check_fa4_serves(cfg, hybrid, hardware)
         return
     try:
         _check_machine(cfg, hybrid, hardware)

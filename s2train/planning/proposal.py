@@ -15,8 +15,6 @@ from s2train.errors import ConfigError
 from s2train.planning.checks import check_planned_machine, check_settings, hybrid_layout
 from s2train.planning.division import Search, can_divide, search
 from s2train.planning.targets import ONE_OF_NAMES, target_gpu
-from s2train.validation.libraries import check_fa4_serves
-from s2train.validation.transformer_engine import check_target
 
 _MOST_GPUS = 4096  # to look for a number that suffices
 _LARGEST = 16_384  # GPUs whose divisions are searched
@@ -34,9 +32,7 @@ def propose(cfg: PretrainConfig) -> Search:
         raise ConfigError("plan.device", "(not set)", "this machine has no GPU", f"Set plan.device to {ONE_OF_NAMES}.")
     check_settings(cfg, hardware)
     gpus, cfg = _number(cfg), _undivided(cfg)
-    check_target(cfg, hardware)
     hybrid = hybrid_layout(cfg)
-    check_fa4_serves(cfg, hybrid, hardware)
     check_planned_machine(cfg, hybrid, hardware)
     _check_predictable(cfg, hybrid, hardware)
     found = search(cfg, hybrid, gpus, hardware)
