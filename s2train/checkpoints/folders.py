@@ -28,7 +28,7 @@ from s2train.command_line.old_names import rename_saved
 from s2train.config import PretrainConfig
 from s2train.errors import ConfigError
 from s2train.kernels.versions import installed_version
-from s2train.megatron.core_attention import CausalCoreAttention
+from s2train.megatron.core_attention import cores_of
 from s2train.megatron.layer_backends import backend_of
 from s2train.megatron.model import build_model, transformer_config, unwrap
 from s2train.planning import hybrid_layout
@@ -267,7 +267,6 @@ def load_for_inference(
     gpt.load_state_dict(load_shards({"model": gpt.sharded_state_dict(metadata=sharding_metadata())}, path)["model"])
     chunk.eval()
     step = read_progress(path).step
-    for module in gpt.modules():
-        if isinstance(module, CausalCoreAttention):
-            module.step = step  # that its random numbers depend on
+    for core in cores_of(gpt):
+        core.step = step  # that its random numbers depend on
     return Loaded(config=cfg, model=chunk, step=step, path=path)

@@ -12,7 +12,7 @@ from torch import Tensor
 from s2train.evaluation.windows import Window
 from s2train.inference.cached_model import CachedModel, uncached_losses
 from s2train.inference.kv_cache import kv_cache
-from s2train.megatron.core_attention import CausalCoreAttention
+from s2train.megatron.core_attention import cores_of
 
 
 @dataclass(frozen=True)
@@ -54,5 +54,4 @@ class Scorer:
 
     @cached_property
     def _decodes_as_trained(self) -> bool:
-        layers = [module for module in self.gpt.modules() if isinstance(module, CausalCoreAttention)]
-        return all(layer.layer_layout.kind.decodes_as_trained for layer in layers)
+        return all(core.layer_layout.kind.decodes_as_trained for core in cores_of(self.gpt))

@@ -25,7 +25,7 @@ from s2train.generation.text import Terminal, TextStream
 from s2train.inference.generation import pad_prompts, stream
 from s2train.inference.page_pool import OutOfPagesError
 from s2train.inference.sampling import Choose, Sampler, among, greedy
-from s2train.megatron.core_attention import CausalCoreAttention
+from s2train.megatron.core_attention import cores_of
 from s2train.megatron.setup import initialize, shutdown
 
 _TITLE_CHARACTERS = 60
@@ -149,8 +149,7 @@ def _chooser(cfg: GenerateConfig, numbers: range, vocab_size: int) -> Choose:
 
 
 def _check_graph(cfg: GenerateConfig, loaded: Loaded) -> None:
-    cores = [module for module in loaded.model.modules() if isinstance(module, CausalCoreAttention)]
-    if cfg.cuda_graph and not all(core.captures_decoding for core in cores):
+    if cfg.cuda_graph and not all(core.captures_decoding for core in cores_of(loaded.model)):
         problem = "a layer's kind of attention decodes with the host's help"
         raise ConfigError("cuda_graph", True, problem, "Set cuda_graph=false")
 

@@ -9,7 +9,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
 from s2train.inference.kv_cache import Chunk, KVCache
-from s2train.megatron.core_attention import CausalCoreAttention
+from s2train.megatron.core_attention import cores_of
 
 _LOGIT_ROWS = 1024  # tokens whose logits are computed at once
 
@@ -72,7 +72,7 @@ class CachedModel:
     def __init__(self, gpt: GPTModel, cache: KVCache, cuda_graph: bool = False) -> None:
         if gpt.position_embedding_type != "rope":
             raise ValueError(f"positions are {gpt.position_embedding_type}: cached decoding supports rope only")
-        if cuda_graph and not all(m.captures_decoding for m in gpt.modules() if isinstance(m, CausalCoreAttention)):
+        if cuda_graph and not all(core.captures_decoding for core in cores_of(gpt)):
             raise ValueError("a layer's kind of attention decodes with the host's help: set cuda_graph=False")
         self.gpt, self.cache = gpt, cache
         self._angles = gpt.rotary_pos_emb(cache.max_length)  # [max_length, 1, 1, d]

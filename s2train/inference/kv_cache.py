@@ -15,7 +15,7 @@ from s2train.inference.page_pool import PagePool
 from s2train.kernels.decode.op import append_token, block_sparse_decode
 from s2train.kernels.decode.pages import last_uses, most_pages_held, pages_held, read_tokens, write_tokens
 from s2train.kernels.layout import BlockLayout
-from s2train.megatron.core_attention import CausalCoreAttention
+from s2train.megatron.core_attention import CausalCoreAttention, cores_of
 
 
 @dataclass(frozen=True)
@@ -399,7 +399,7 @@ def kv_cache(gpt: GPTModel, batch_size: int, max_length: int, *, num_pages: int 
         raise ValueError("the model is in training mode: call model.eval() before decoding")
     if min(batch_size, max_length) < 1 or (num_pages is not None and num_pages < 1):
         raise ValueError(f"sizes must be at least 1, got batch_size={batch_size}, {max_length=}, {num_pages=}")
-    cores = [module for module in gpt.modules() if isinstance(module, CausalCoreAttention)]
+    cores = cores_of(gpt)
     if len(cores) != config.num_layers or any(core.kv is not None for core in cores):
         raise ValueError(f"{len(cores)} of {config.num_layers} layers support a cache, or one is already attached")
     if kinds := lacking([core.layer_layout for core in cores], Feature.DECODING):

@@ -13,7 +13,7 @@ from s2train.kernels.layout import BlockLayout
 from s2train.megatron.context_parallel.attention import attend_after_exchange, attend_gathered, attend_overlapped
 from s2train.megatron.context_parallel.document_exchange import attend_documents_exchanged
 from s2train.megatron.context_parallel.documents import DividedDocuments, attend_documents_gathered
-from s2train.megatron.core_attention import CausalCoreAttention, PackedDocuments
+from s2train.megatron.core_attention import CausalCoreAttention, PackedDocuments, cores_of
 from s2train.megatron.dense_kernels import choose_kernels, run_dense, runs_sparse_op
 
 
@@ -254,7 +254,7 @@ def kernels_of(models: Iterable[torch.nn.Module]) -> list[str]:
     Duplicates are left out.
     """
     lines: dict[str, None] = {}
-    for layer in (m for model in models for m in model.modules() if isinstance(m, CausalCoreAttention)):
+    for layer in cores_of(*models):
         if isinstance(layer, DenseCoreAttention):
             lines |= dict.fromkeys(f"dense attention, {choice}" for choice in layer.choices.values())
         if layer.kernels is not None:

@@ -340,3 +340,8 @@ class CausalCoreAttention(KindWeights, MegatronModule):
         """
         if torch.is_grad_enabled():
             self.records.add(name, value)
+
+
+def cores_of(*models: torch.nn.Module) -> list[CausalCoreAttention]:
+    """List the core attention of these models' layers, in order."""
+    return [module for model in models for module in model.modules() if isinstance(module, CausalCoreAttention)]

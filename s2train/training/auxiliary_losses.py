@@ -11,7 +11,7 @@ from megatron.core import parallel_state
 
 from s2train.attention.hybrid import HybridLayout
 from s2train.config import PretrainConfig
-from s2train.megatron.core_attention import CausalCoreAttention
+from s2train.megatron.core_attention import cores_of
 
 SEPARATOR = "/"  # between a column's name and the layer's number
 
@@ -38,7 +38,7 @@ class AuxiliaryLosses:
             for number, layer in enumerate(hybrid.layers)
             for name in layer.kind.columns()
         ]
-        self._cores = [m for chunk in chunks for m in chunk.modules() if isinstance(m, CausalCoreAttention)]
+        self._cores = cores_of(*chunks)
         self._tp, self._loss_scale = cfg.parallel.tp, loss_scale
         self._samples = cfg.train.micro_batch_size * parallel_state.get_data_parallel_world_size()
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from megatron.core.optimizer import MegatronOptimizer
 
-from s2train.megatron.core_attention import CausalCoreAttention
+from s2train.megatron.core_attention import cores_of
 
 
 class FrozenTrunk:
@@ -22,8 +22,7 @@ class FrozenTrunk:
     """
 
     def __init__(self, chunks: Sequence[torch.nn.Module], last: int) -> None:
-        cores = [m for chunk in chunks for m in chunk.modules() if isinstance(m, CausalCoreAttention)]
-        own = {id(getattr(core, weight.name)) for core in cores for weight in core.own_weights}
+        own = {id(getattr(core, weight.name)) for core in cores_of(*chunks) for weight in core.own_weights}
         self._last = last
         self._trunk: list[Any] = [p for chunk in chunks for p in chunk.parameters() if id(p) not in own]
 

@@ -12,7 +12,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from s2train.config import PretrainConfig
-from s2train.megatron.core_attention import CausalCoreAttention
+from s2train.megatron.core_attention import CausalCoreAttention, cores_of
 from s2train.training.metrics import Tracker
 from s2train.training.profile_table import RANGE, profile_table, read_trace
 
@@ -57,7 +57,7 @@ def attention_ranges(models: Iterable[torch.nn.Module]) -> Iterator[None]:
 
     Forward and backward each have a range, named by the kind of attention.
     """
-    modules = [m for model in models for m in model.modules() if isinstance(m, CausalCoreAttention)]
+    modules = cores_of(*models)
     for module in modules:
         module.forward = _AnnotatedForward(module)  # type: ignore[method-assign]
     try:

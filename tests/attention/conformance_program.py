@@ -24,7 +24,7 @@ from s2train.costs.parameters import attention_shape, total_parameters
 from s2train.errors import ConfigError
 from s2train.inference.cached_model import CachedModel
 from s2train.inference.kv_cache import kv_cache
-from s2train.megatron.core_attention import CausalCoreAttention, packed_documents
+from s2train.megatron.core_attention import CausalCoreAttention, cores_of, packed_documents
 from s2train.megatron.layer_backends import choose_backend
 from s2train.megatron.model import build_model, transformer_config, unwrap
 from s2train.megatron.setup import initialize, shutdown
@@ -49,10 +49,6 @@ def build(cfg: PretrainConfig) -> GPTModel:
     backend = choose_backend("local")
     (chunk,) = build_model(cfg, transformer_config(cfg), hybrid_layout(cfg), backend, torch.device("cpu"))
     return unwrap(chunk)
-
-
-def cores_of(gpt: GPTModel) -> list[CausalCoreAttention]:
-    return [module for module in gpt.modules() if isinstance(module, CausalCoreAttention)]
 
 
 def logits_of(gpt: GPTModel, tokens: Tensor) -> Tensor:

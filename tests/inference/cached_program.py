@@ -24,7 +24,7 @@ from s2train.inference.page_pool import OutOfPagesError
 from s2train.inference.sampling import Sampler
 from s2train.layouts.patterns.registry import PATTERNS
 from s2train.megatron.block_attention import DenseCoreAttention
-from s2train.megatron.core_attention import CausalCoreAttention
+from s2train.megatron.core_attention import cores_of
 from s2train.megatron.layer_backends import choose_backend
 from s2train.megatron.model import build_model, transformer_config, unwrap
 from s2train.megatron.setup import initialize, shutdown
@@ -102,9 +102,8 @@ def compare(
             if at < total:
                 found.append(model.decode(tokens[:, at]))
     cached = torch.stack(found, 1)
-    for core in gpt.modules():
-        if isinstance(core, CausalCoreAttention):
-            core.backend = "torch"  # which supports float64
+    for core in cores_of(gpt):
+        core.backend = "torch"  # which supports float64
     exact = gpt.double()(tokens, position_ids, None)[:, prompt - 1 :]
     return {
         "error": float((cached.double() - exact).norm()),
@@ -171,9 +170,8 @@ def losses(name: str, device: torch.device, tp: int = 1) -> dict[str, Any]:
         found, likeliest = CachedModel(gpt, cache).losses(tokens, targets, torch.tensor(lengths), chunk=2 * BLOCK)
         agrees = cache.bytes_in_use == cache.predicted_bytes()
     plain = gpt(tokens, positions_like(tokens), None)
-    for core in gpt.modules():
-        if isinstance(core, CausalCoreAttention):
-            core.backend = "torch"
+    for core in cores_of(gpt):
+        core.backend = "torch"
     exact = gpt.double()(tokens, positions_like(tokens), None)
     entropy = [torch.nn.functional.cross_entropy(x.transpose(1, 2), targets, reduction="none") for x in (plain, exact)]
     return {
@@ -276,7 +274,7 @@ def rejections(device: torch.device) -> dict[str, Any]:
     answers |= {"token": message_of(unknown_token, ValueError), "flat": message_of(one_dimension, ValueError)}
     answers |= {"nested": message_of(nested, ValueError), "parallel": message_of(sequence_parallel, ValueError)}
     answers["training"] = message_of(training, ValueError)
-    attached = [core.kv for core in gpt.modules() if isinstance(core, CausalCoreAttention)]
+    attached = [core.kv for core in cores_of(gpt)]
     return answers | {"attached": sum(kv is not None for kv in attached)}
 
 

@@ -19,10 +19,11 @@ from s2train.inference.cached_model import CachedModel
 from s2train.inference.kv_cache import kv_cache
 from s2train.megatron import block_selection, selection_losses
 from s2train.megatron.block_selection import BlockSelectionCoreAttention
+from s2train.megatron.core_attention import cores_of
 from s2train.megatron.selection_cache import cached_list
 from s2train.megatron.setup import initialize, shutdown
 from tests.attention import block_selection_oracle as oracle
-from tests.attention.conformance_program import BATCH, BLOCK, LENGTH, VOCABULARY, build, config_of, cores_of
+from tests.attention.conformance_program import BATCH, BLOCK, LENGTH, VOCABULARY, build, config_of
 from tests.attention.oracles import Oracle
 
 Passed = tuple[Tensor, dict[str, Tensor], dict[str, float]]

@@ -11,12 +11,13 @@ from s2train.attention.random_numbers import stateless_seed
 from s2train.attention.selection.targets import sampled_positions
 from s2train.config import LayoutConfig, ModelConfig, ParallelConfig, PretrainConfig, TrainConfig
 from s2train.megatron.block_selection import BlockSelectionCoreAttention
+from s2train.megatron.core_attention import cores_of
 from s2train.megatron.layer_backends import choose_backend
 from s2train.megatron.setup import initialize, shutdown
 from s2train.megatron.teacher import Teacher, build_teacher
 from s2train.planning import hybrid_layout
 from tests.attention import block_selection_oracle as oracle
-from tests.attention.conformance_program import BATCH, BLOCK, LENGTH, VOCABULARY, build, cores_of
+from tests.attention.conformance_program import BATCH, BLOCK, LENGTH, VOCABULARY, build
 
 QK = list[tuple[Tensor, Tensor]]  # queries and keys of each layer
 Columns = dict[str, list[float]]  # values of each layer
