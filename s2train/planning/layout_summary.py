@@ -1,8 +1,10 @@
 """Summarises a layout for plans, one line per letter that isn't dense."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from s2train.attention.hybrid import HybridLayout
+from s2train.attention.kind import LayerLayout
 from s2train.costs.attention import density
 from s2train.layouts.patterns import Dense
 
@@ -27,26 +29,26 @@ class LetterSummary:
 
 def summarise(hybrid: HybridLayout, seq_length: int) -> tuple[LetterSummary, ...]:
     """Summarise the letters of layers that aren't dense, in order of appearance."""
-    summaries = []
-    for letter in dict.fromkeys(layer.kind.letter for layer in hybrid.layers if not layer.is_dense):
-        layers = [layer for layer in hybrid.layers if layer.kind.letter == letter]
-        of_layer = {layer: density(layer, seq_length) for layer in set(layers)}
-        mean = sum(of_layer[layer] for layer in layers) / len(layers)
-        kind = layers[0].kind
-        if kind.data_dependent:
-            form = f"{kind.label}, keys chosen by the data"
-            summaries.append(LetterSummary(letter, form, mean, None, kind.counts_exactly))
-            continue
-        heads = {head for layer in of_layer for head in layer.heads}
-        forms = list(dict.fromkeys(head.form() for head in layers[0].heads if not isinstance(head, Dense)))
-        if dense := sum(isinstance(head, Dense) for head in layers[0].heads):
-            forms.append(f"{dense} dense head{'s' if dense > 1 else ''}")
-        summaries.append(
-            LetterSummary(
-                letter,
-                "; ".join(forms),
-                mean,
-                all(head.kv_efficient for head in heads),
-            )
-        )
-    return tuple(summaries)
+    by_letter: dict[str, list[LayerLayout]] = {}
+    for layer in hybrid.layers:
+        if not layer.is_dense:
+            by_letter.setdefault(layer.kind.letter, []).append(layer)
+    return tuple(_summary(letter, layers, seq_length) for letter, layers in by_letter.items())
+
+
+def _summary(letter: str, layers: Sequence[LayerLayout], seq_length: int) -> LetterSummary:
+    of_layer = {layer: density(layer, seq_length) for layer in set(layers)}
+    mean = sum(of_layer[layer] for layer in layers) / len(layers)
+    kind = layers[0].kind
+    if kind.data_dependent:
+        return LetterSummary(letter, f"{kind.label}, keys chosen by the data", mean, None, kind.counts_exactly)
+    efficient = all(head.kv_efficient for layer in of_layer for head in layer.heads)
+    return LetterSummary(letter, _forms(layers[0]), mean, efficient)
+
+
+def _forms(layer: LayerLayout) -> str:
+    """Describe the patterns of a layer's heads; dense ones are counted."""
+    forms = list(dict.fromkeys(head.form() for head in layer.heads if not isinstance(head, Dense)))
+    if dense := sum(isinstance(head, Dense) for head in layer.heads):
+        forms.append(f"{dense} dense head{'s' if dense > 1 else ''}")
+    return "; ".join(forms)
