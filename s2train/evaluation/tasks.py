@@ -115,7 +115,7 @@ def metrics(results: dict[str, Any]) -> dict[str, dict[str, float]]:
         task: {
             name.removesuffix(",none"): float(value)
             for name, value in found.items()
-            if isinstance(value, int | float) and not isinstance(value, bool) and name not in ("sample_len",)
+            if isinstance(value, int | float) and not isinstance(value, bool) and name != "sample_len"
         }
         for task, found in (results.get("results") or {}).items()
     }

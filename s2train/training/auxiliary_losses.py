@@ -3,8 +3,7 @@
 The scale is that of their gradients, set before a step. Their values are combined after it.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from megatron.core import parallel_state
@@ -23,7 +22,7 @@ class AuxiliaryLosses:
 
     Args:
         chunks: of this rank.
-        loss_scale: of the language model's loss; None: 1.
+        loss_scale: scales the language model's loss; None: it isn't scaled.
     """
 
     def __init__(
@@ -31,7 +30,7 @@ class AuxiliaryLosses:
         cfg: PretrainConfig,
         hybrid: HybridLayout,
         chunks: Sequence[torch.nn.Module],
-        loss_scale: Any = None,
+        loss_scale: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
         self._columns = [
             (number, layer.kind.name, name)
@@ -85,7 +84,7 @@ class AuxiliaryLosses:
 
 
 def column_means(values: Mapping[str, float]) -> dict[str, float]:
-    """The mean over layers of each column."""
+    """Return the mean over layers of each column."""
     columns: dict[str, list[float]] = {}
     for key, value in values.items():
         columns.setdefault(key.rpartition(SEPARATOR)[0], []).append(value)
@@ -93,6 +92,6 @@ def column_means(values: Mapping[str, float]) -> dict[str, float]:
 
 
 def layer_values(values: Mapping[str, float], column: str) -> list[tuple[int, float]]:
-    """Numbers of the layers that have a column, each with its value."""
+    """List number and value of each layer that has a column."""
     prefix = column + SEPARATOR
     return [(int(key.removeprefix(prefix)), value) for key, value in values.items() if key.startswith(prefix)]

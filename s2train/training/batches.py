@@ -57,7 +57,6 @@ def micro_batches(
         num_workers=cfg.data.num_workers,
         collate_fn=collate_documents if within_documents else None,
         pin_memory=device.type == "cuda",
-        persistent_workers=False,
         worker_init_fn=ignore_group_signals,
         # The default would draw from the run's generator, and a resumed run creates one loader more.
         generator=torch.Generator(),

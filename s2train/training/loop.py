@@ -90,7 +90,15 @@ class Interval:
 
 
 class Trainer:
-    """Runs steps, evaluates, reports and saves."""
+    """Runs steps, evaluates, reports and saves.
+
+    Args:
+        held_out_set: None: no evaluation.
+        timers: Megatron's, logged if `tracking.timing` is set.
+        times: of the start, which ends with the first step.
+        after_first_step: called once.
+        teacher: of the layers that learn from one.
+    """
 
     def __init__(
         self,
@@ -98,10 +106,11 @@ class Trainer:
         state: TrainingState,
         train_set: Dataset,
         held_out_set: Dataset | None,
+        device: torch.device,
+        *,
         tracker: Tracker,
         timers: Timers,
         speed: Speed,
-        device: torch.device,
         signals: StopSignals,
         watchdog: Watchdog,
         times: StartTimes,

@@ -186,21 +186,21 @@ def _train(
         state,
         train_set,
         held_out_set,
-        tracker,
-        timers,
-        Speed(
+        device,
+        tracker=tracker,
+        timers=timers,
+        speed=Speed(
             phases=plan.phases,
             peak_flops=plan.hardware.peak_flops(cfg.train.precision),
             devices=torch.distributed.get_world_size(),
             planned_memory=plan.memory,
         ),
-        device,
-        signals,
-        watchdog,
-        times,
-        picture.start,
-        AuxiliaryLosses(cfg, hybrid, chunks, state.optimizer.scale_loss),
-        teacher,
+        signals=signals,
+        watchdog=watchdog,
+        times=times,
+        after_first_step=picture.start,
+        auxiliary=AuxiliaryLosses(cfg, hybrid, chunks, state.optimizer.scale_loss),
+        teacher=teacher,
     )
     try:
         with picture:
