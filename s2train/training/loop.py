@@ -161,12 +161,7 @@ class Trainer:
             if not self.loss_history.skipped_in_row:
                 interval.take_step(loss, self.auxiliary.take())
             if step == first:
-                self.times.end("first step")
-                self.tracker.note(f"step {step} done after {self.times}")
-                self.tracker.first_step(self.times.seconds)
-                self.after_first_step()
-                for kernels in kernels_of(self.state.chunks):
-                    self.tracker.note(kernels)
+                self._report_start(step)
             has_state = step > first or progress.step > 0  # Adam's state exists
             if step == min(progress.step + PEAK_STEPS, last) and has_state:
                 report_peak(self.speed.planned_memory, self.tracker)
@@ -202,6 +197,15 @@ class Trainer:
         self.watchdog.beat("the last save")
         self.saver.close()
         return saved
+
+    def _report_start(self, step: int) -> None:
+        """Log times up to the first step, and the kernels used."""
+        self.times.end("first step")
+        self.tracker.note(f"step {step} done after {self.times}")
+        self.tracker.first_step(self.times.seconds)
+        self.after_first_step()
+        for kernels in kernels_of(self.state.chunks):
+            self.tracker.note(kernels)
 
     def held_out_loss(self) -> HeldOut:
         """Compute the loss over the first `evaluation.batches` held-out global batches."""
