@@ -81,7 +81,7 @@ def attend_backward(
 
     q, k, v, out = (last_contiguous(to_bhsd(x, spec.format)) for x in (q, k, v, out))
     dout = None if dout is None else to_bhsd(dout, spec.format)
-    dq, dk, dv = run_backward(q, k, v, out, lse, dout, dlse, layout, spec)
+    dq, dk, dv = run_backward(q, k, v, out, lse.contiguous(), dout, dlse, layout, spec)
     return from_bhsd(dq, spec.format), from_bhsd(dk, spec.format), from_bhsd(dv, spec.format)
 
 

@@ -56,7 +56,7 @@ def attend_backward(
     out = last_contiguous(to_bhsd(out, call.spec.format))
     dout = None if dout is None else to_bhsd(dout, call.spec.format)
     plan = None if call.short else launches.plan_of(views[0], views[1], call, projection_seeds, sample_seeds)
-    dq, dk, dv = triton_backend.run_backward(*views, out, lse, dout, dlse, plan, call)
+    dq, dk, dv = triton_backend.run_backward(*views, out, lse.contiguous(), dout, dlse, plan, call)
     return from_bhsd(dq, call.spec.format), from_bhsd(dk, call.spec.format), from_bhsd(dv, call.spec.format)
 
 

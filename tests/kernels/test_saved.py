@@ -11,41 +11,37 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from tests.kernels.hyper.cases import SMALL
 
-LENGTH, BLOCK, SEEDS = 48, 16, torch.ones(2, 2, dtype=torch.int64)
-LAYOUT = BlockLayout.from_mask(torch.ones(2, 3, 3, dtype=torch.bool), BLOCK)
-OPS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
-    "block-sparse": lambda q, k, v: block_sparse_attention(
-        q, k, v, LAYOUT.to(q.device), return_lse=True, backend="triton"
-    ),
-    "hyper": lambda q, k, v: hyper_attention(
-        q, k, v, SMALL, *SEEDS.to(q.device), return_lse=True, backend="triton"
-    ),
-}  # fmt: skip
+Op = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+LENGTH, BLOCK, SEEDS = 48, 16, torch.ones(2, 2, dtype=torch.int64, device=DEVICE)
+LAYOUT = BlockLayout.from_mask(torch.ones(2, 3, 3, dtype=torch.bool), BLOCK).to(DEVICE)
+OPS: dict[str, Op] = {
+    "block-sparse": lambda q, k, v: block_sparse_attention(q, k, v, LAYOUT, return_lse=True, backend="triton"),
+    "hyper": lambda q, k, v: hyper_attention(q, k, v, SMALL, *SEEDS, return_lse=True, backend="triton"),
+}
 each_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS.keys())
 
 
-def gradients(
-    op: Callable[..., tuple[Tensor, Tensor]], inputs: list[Tensor], returned: Callable[[Tensor], Tensor]
-) -> list[Tensor]:
+def random() -> list[Tensor]:
+    return [torch.randn(LENGTH, 1, 2, 16, device=DEVICE, dtype=torch.bfloat16) for _ in range(3)]
+
+
+def gradients(op: Op, inputs: list[Tensor], returned: Callable[[Tensor], Tensor]) -> list[Tensor]:
     """Gradients of q, k and v where hooks return something else than was saved."""
     leaves = [x.detach().requires_grad_() for x in inputs]
     with saved_tensors_hooks(lambda x: x, returned):
         results = op(*leaves)
-    given = [torch.arange(x.numel(), dtype=x.dtype, device=x.device).view_as(x).sin() for x in results]
+    given = [torch.arange(x.numel(), dtype=x.dtype, device=DEVICE).view_as(x).sin() for x in results]
     return list(torch.autograd.grad(results, leaves, given))
 
 
-def random(device: torch.device) -> list[Tensor]:
-    return [torch.randn(LENGTH, 1, 2, 16, device=device, dtype=torch.bfloat16) for _ in range(3)]
-
-
 @each_op
-def test_tensors_with_other_strides_are_read_as_those_that_were_saved(
-    op: Callable[..., tuple[Tensor, Tensor]], device: torch.device
-) -> None:
-    inputs = random(device)
+@pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
+def test_tensors_with_other_strides_are_read_as_those_that_were_saved(op: Op, is_compiled: bool) -> None:
+    inputs = random()
     expected = gradients(op, inputs, lambda x: x)
-    found = gradients(op, inputs, lambda x: x.transpose(0, -1).contiguous().transpose(0, -1))
+    called: Op = torch.compile(lambda q, k, v: op(q, k, v), backend="aot_eager") if is_compiled else op
+    found = gradients(called, inputs, lambda x: x.transpose(0, -1).contiguous().transpose(0, -1))
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
 
@@ -61,11 +57,6 @@ def test_tensors_with_other_strides_are_read_as_those_that_were_saved(
     ],
     ids=["dtype", "shape", "device", "layout"],
 )
-def test_a_tensor_of_another_kind_is_rejected(
-    op: Callable[..., tuple[Tensor, Tensor]], returned: Callable[[Tensor], Tensor], words: str, device: torch.device
-) -> None:
-    with pytest.raises(
-        ValueError,
-        match=f"^q was saved for the backward as .*{words}.*: make it return a tensor like the one that it got",
-    ):
-        gradients(op, random(device), returned)
+def test_a_tensor_of_another_kind_is_rejected(op: Op, returned: Callable[[Tensor], Tensor], words: str) -> None:
+    with pytest.raises(ValueError, match=f"^q was saved for the backward as .*{words}.*: make it return a tensor like"):
+        gradients(op, random(), returned)
