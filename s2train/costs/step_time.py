@@ -56,9 +56,9 @@ _LOSS = {"torch": 15.5e-12, "liger": 7.6e-12, "linear": 8.0e-12}  # seconds per 
 # bytes that they move in a 7B layer.
 _MLP_SHARE = 0.7
 _SPLIT_SHARE = 0.3  # part of elementwise work between a layer's products, divided over tensor parallel ranks
-# Seconds per parameter of transformer-engine's fused Adam. torch's fused kernel moves the same bytes, but was not
-# measured alone: 2.6 times as fast as torch's others (38.9e-12) on an H200 that other programs used too.
-_ADAM = 17.5e-12
+# Seconds per parameter of torch's fused AdamW at an H100's memory rate: 16.9 ms of a 1B step on an H200
+# (launch/results/2026-11-29-h200-library-steps.json). transformer-engine's took 17.5e-12 on an H100.
+_ADAM = 21.9e-12
 _USED_MEMORY, _USED_LINK = 0.8, 0.69  # fractions of the peak
 _SLOWER_PRODUCTS = 0.1  # each time that tensor parallel halves them
 # Context parallel: fraction of the link's peak that gathers reach (launch/results/2026-11-26-h100x2-cp-bytes.json), and
