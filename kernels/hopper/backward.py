@@ -180,12 +180,11 @@ def _consumer(
     meta_ptr, steps_ptr, dk_ptr, dv_ptr, slots_ptr, parts_ptr, head_stride, row_stride, batch_size, scale, scale_log2,
     s_k,
     C: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, HL: gl.constexpr,
-    PACKED: gl.constexpr, CUT: gl.constexpr, QT: gl.constexpr, HALVES: gl.constexpr,
+    PACKED: gl.constexpr, CUT: gl.constexpr, QT: gl.constexpr,
 ):  # fmt: skip
-    SQ: gl.constexpr = TILE if HALVES else QT  # queries whose P and dS are computed at once
-    process: gl.constexpr = process_halves if HALVES else process_step
+    process: gl.constexpr = process_step if QT == TILE else process_halves
     DQ: gl.constexpr = D * QT // (2 * TILE)  # columns of a warpgroup's half of dq
-    SL: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, SQ, 16])
+    SL: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, TILE, 16])
     OL: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
     QL: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, DQ, 16])
     PL: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OL, k_width=2)
@@ -196,19 +195,19 @@ def _consumer(
     key_tile = ka if C == 0 else kb
     key = key_tile * TILE + gl.arange(0, TILE, layout=gl.SliceLayout(1, SL))
     key = gl.where(key < num_keys, key, 2147483647)
-    query = gl.arange(0, SQ, layout=gl.SliceLayout(0, SL))
-    zs = gl.zeros([TILE, SQ], gl.float32, SL)
+    query = gl.arange(0, TILE, layout=gl.SliceLayout(0, SL))
+    zs = gl.zeros([TILE, TILE], gl.float32, SL)
     zq = gl.zeros([TILE, DQ], gl.float32, QL)
     dk = gl.zeros([TILE, D], gl.float32, OL)
     dv = gl.zeros([TILE, D], gl.float32, OL)
     entry = _first_step(meta_ptr, steps_ptr, first, batch_size, PACKED)
     mbarrier.wait(k_full, 0)
     own = v_s
-    if HALVES:
+    if QT != TILE:
         own = (k_s.index(C).load(PL), v_s.index(C).load(PL))
     for t in range(0, num_masked):
         tile = (entry >> ACTIVE_BITS) & ((1 << QUERY_BITS) - 1)
-        column = query + tile * QT if CAUSAL else query * 0 + (2147483646 - (QT - SQ))
+        column = query + tile * QT if CAUSAL else query * 0 + (2147483646 - (QT - TILE))
         is_kept = ((entry >> C) & 1) != 0
         entry = gl.load(steps_ptr + first + gl.minimum(t + 1, num_steps - 1))
         if is_kept:
@@ -277,12 +276,11 @@ def s2_attention_bwd_kernel_hopper(
     dk_ptr, dv_ptr, slots_ptr, parts_ptr, head_stride, row_stride,
     scale, scale_log2, batch_size, num_heads, group, first_tile, num_tiles, offset, s_k,
     D: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, PACKED: gl.constexpr, CUT: gl.constexpr,
-    CONSUMER_REGS: gl.constexpr, OTHER_REGS: gl.constexpr, QT: gl.constexpr, HALVES: gl.constexpr,
+    CONSUMER_REGS: gl.constexpr, OTHER_REGS: gl.constexpr, QT: gl.constexpr,
 ):  # fmt: skip
     """Allocate shared memory and barriers, and start the six roles.
 
-    A step has QT queries: 64, or, for head dimension 64, 128, perhaps in HALVES. These have one buffer of dS if there
-    are three stages of q and dO, which have no room else.
+    A step has QT queries: 64, or, for head dimension 64, 128.
     """
     BL: gl.constexpr = mbarrier.MBarrierLayout()
     dt: gl.constexpr = q_desc.dtype
@@ -294,8 +292,7 @@ def s2_attention_bwd_kernel_hopper(
     v_s = gl.allocate_shared_memory(dt, [2, TILE, D], ML)
     q_s = gl.allocate_shared_memory(dt, [STAGES, QT, D], ML)
     dout_s = gl.allocate_shared_memory(dt, [STAGES, QT, D], ML)
-    BUFFERS: gl.constexpr = 1 if HALVES and STAGES > 2 else 2
-    ds_s = gl.allocate_shared_memory(dt, [2 * BUFFERS, TILE, QT], ML)
+    ds_s = gl.allocate_shared_memory(dt, [4, TILE, QT], ML)
     dq_s = gl.allocate_shared_memory(gl.float32, [2, D * QT // TILE, 32], acc_desc.layout)
     lse_s = gl.allocate_shared_memory(gl.float32, [STAGES, QT], lse_desc.layout)
     delta_s = gl.allocate_shared_memory(gl.float32, [STAGES, QT], delta_desc.layout)
@@ -325,11 +322,11 @@ def s2_attention_bwd_kernel_hopper(
             (_consumer, (dk_desc, dv_desc, k_s, v_s, q_s, dout_s, lse_s, delta_s, ds_s, dq_s,
                          k_full, q_full, dout_full, free, ds_full, dq_free, dq_full, done,
                          meta_ptr, steps_ptr, dk_ptr, dv_ptr, slots_ptr, parts_ptr, head_stride, row_stride,
-                         batch_size, scale, scale_log2, s_k, 0, D, STAGES, CAUSAL, HL, PACKED, CUT, QT, HALVES)),
+                         batch_size, scale, scale_log2, s_k, 0, D, STAGES, CAUSAL, HL, PACKED, CUT, QT)),
             (_consumer, (dk_desc, dv_desc, k_s, v_s, q_s, dout_s, lse_s, delta_s, ds_s, dq_s,
                          k_full, q_full, dout_full, free, ds_full, dq_free, dq_full, done,
                          meta_ptr, steps_ptr, dk_ptr, dv_ptr, slots_ptr, parts_ptr, head_stride, row_stride,
-                         batch_size, scale, scale_log2, s_k, 1, D, STAGES, CAUSAL, HL, PACKED, CUT, QT, HALVES)),
+                         batch_size, scale, scale_log2, s_k, 1, D, STAGES, CAUSAL, HL, PACKED, CUT, QT)),
             (_producer, (q_desc, lse_desc, k_desc, v_desc, q_s, lse_s, k_s, v_s, k_full, q_full, free,
                          meta_ptr, steps_ptr, batch_size, num_heads, group, first_tile, num_tiles, offset, STAGES, 1,
                          PACKED)),
@@ -450,7 +447,7 @@ def launch_arguments(
         float(spec.softmax_scale), spec.softmax_scale * LOG2_E, sequences, num_heads,
         num_heads // k.shape[1], schedule.first_tile, schedule.num_tiles, spec.query_offset, k.shape[2],
         dim, config.stages, spec.causal, schedule.tiles is not None,
-        parts is not None, config.consumer_registers, config.other_registers, rows, config.halves,
+        parts is not None, config.consumer_registers, config.other_registers, rows,
     )  # fmt: skip
 
 

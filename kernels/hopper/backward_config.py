@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ..spec import AttentionSpec
 from ..topk_layout import Layout, TopKLayout
 from .backward_schedule import PLAIN, TILE, ScheduleOptions
 
 # Keyed by head dimension and queries of a step. Three stages of dimension 128 take 226 KiB of shared memory in all; of
-# 128 queries a third stage is 592 bytes too large (in halves it fits).
+# 128 queries a third stage is 592 bytes too large.
 _STAGES = {(128, TILE): 3, (64, TILE): 4, (64, 2 * TILE): 2}
 # Rows of queries of a KV head's members; measured are half (slower by query head) and twice as many (faster). A row of
 # q, dO and float32 dq has 1 kB at head dimension 128, so these have 268 MB.
@@ -20,16 +20,14 @@ _MOST_ROWS_BY_KV_HEAD = 262_144
 class HopperBackwardConfig:
     """Stages for tiles of queries and output gradients; registers per thread.
 
-    - ``schedule``: choices that only static layouts have, and no packed documents. 128 queries a step take head
-      dimension 64 and blocks of at least 128.
-    - ``halves``: compute P and dS of 128 queries in two halves, with k and v in registers (not yet measured).
+    ``schedule`` has choices that only static layouts have, and no packed documents. 128 queries a step take head
+    dimension 64 and blocks of at least 128.
     """
 
     stages: int
     consumer_registers: int = 240
     other_registers: int = 24
     schedule: ScheduleOptions = PLAIN
-    halves: bool = False
 
 
 def config_of(dim: int, schedule: ScheduleOptions = PLAIN) -> HopperBackwardConfig:
@@ -48,11 +46,11 @@ def chosen_config(
     """
     if not _takes_choices(layout, spec):
         return config_of(dim)
-    config = config_of(
+    return config_of(
         dim,
         ScheduleOptions(
-            # half of the barriers and fewer operands from shared memory: 381 / 419 to 407 / 454 at dimension 64;
-            # 128 has no registers for it
+            # half of the barriers, fewer operands from shared memory, and products under P and dS (`process_halves`):
+            # 386 / 423 to 430 / 485 at dimension 64; 128 has no registers for it
             query_tile=2 * TILE if dim == 64 and layout.block_size >= 2 * TILE else TILE,
             # members keep different columns beside the same window: 442 / 496 to 474 / 506 with 8 KV heads; blocks of
             # 128 hold both tiles of a pair
@@ -63,7 +61,6 @@ def chosen_config(
             and layout.num_heads // num_kv_heads * s_q > _MOST_ROWS_BY_KV_HEAD,
         ),
     )
-    return replace(config, halves=config.schedule.query_tile != TILE)
 
 
 def check_config(config: HopperBackwardConfig, layout: Layout, dim: int, spec: AttentionSpec) -> None:
@@ -73,8 +70,6 @@ def check_config(config: HopperBackwardConfig, layout: Layout, dim: int, spec: A
         raise ValueError(f"{schedule} takes a static layout and no packed documents")
     if schedule.query_tile != TILE and (dim != 64 or layout.block_size < schedule.query_tile):
         raise ValueError(f"{config} takes head dimension 64 and blocks of {schedule.query_tile} or more")
-    if config.halves and schedule.query_tile == TILE:
-        raise ValueError(f"{config} takes steps of {2 * TILE} queries")
 
 
 def _takes_choices(layout: Layout, spec: AttentionSpec) -> bool:

@@ -80,12 +80,21 @@ def _issue_dq(ds_s, k_s, buf, z, zq, C: gl.constexpr, HL: gl.constexpr):
 
 
 @gluon.jit
+def _weights(scores, lse, scale_log2, key, column, MASK: gl.constexpr):
+    """Return P."""
+    x = scores * scale_log2 - gl.expand_dims(lse, 0)
+    if MASK:
+        x = gl.where(gl.expand_dims(key, 1) <= gl.expand_dims(column, 0), x, float("-inf"))
+    return gl.exp2(x)
+
+
+@gluon.jit
 def process_step(
     q_s, dout_s, lse_s, delta_s, k_s, v_s, ds_s, dq_s, q_full, dout_full, free, ds_full, dq_free, dq_full,
     t, dk, dv, scale_log2, zs, zq, key, column,
     C: gl.constexpr, STAGES: gl.constexpr, MASK: gl.constexpr, PL: gl.constexpr, HL: gl.constexpr,
 ):  # fmt: skip
-    """Process one query tile.
+    """Process a tile of 64 queries.
 
     dP is in flight while P is computed, dv while dS is, dk while dq leaves.
     """
@@ -101,18 +110,11 @@ def process_step(
     dout = dout_s.index(st)
     mbarrier.wait(q_full.index(st), phase)
     s = warpgroup_mma(k, q.permute((1, 0)), zs, use_acc=False, is_async=True)
-    if q.shape[0] == TILE:
-        lse = lse_s.index(st).load(CS)
+    lse = lse_s.index(st).load(CS)
     mbarrier.wait(dout_full.index(st), phase)
     dp = warpgroup_mma(v, dout.permute((1, 0)), zs, use_acc=False, is_async=True)
     scores = warpgroup_mma_wait(num_outstanding=1, deps=(s,))
-    if q.shape[0] != TILE:  # later, to save registers
-        lse = lse_s.index(st).load(CS)
-    x = scores * scale_log2 - gl.expand_dims(lse, 0)
-    if MASK:
-        keep = gl.expand_dims(key, 1) <= gl.expand_dims(column, 0)
-        x = gl.where(keep, x, float("-inf"))
-    p = gl.exp2(x)
+    p = _weights(scores, lse, scale_log2, key, column, MASK)
     p16 = gl.convert_layout(p.to(dt), PL)
     dv = warpgroup_mma(p16, dout, dv, is_async=True)
     dw = warpgroup_mma_wait(num_outstanding=1, deps=(dp,))
@@ -132,8 +134,6 @@ def process_step(
     _store_dq(x, dq_s, dq_free, dq_full, t, C)
     dk = warpgroup_mma_wait(num_outstanding=0, deps=(dk,))
     ds16 = _keep(ds16)
-    if q.shape[0] != TILE:
-        mbarrier.arrive(free.index(st), count=1)
     return dk, dv
 
 
@@ -141,25 +141,6 @@ def process_step(
 def _half(x_s, at, h: gl.constexpr, dim: gl.constexpr = 0):
     """Return 64 of a buffer's 128 queries."""
     return x_s.index(at).slice(h * TILE, TILE, dim)
-
-
-@gluon.jit
-def _weights(scores, lse, scale_log2, key, column, MASK: gl.constexpr):
-    """Return P."""
-    x = scores * scale_log2 - gl.expand_dims(lse, 0)
-    if MASK:
-        x = gl.where(gl.expand_dims(key, 1) <= gl.expand_dims(column, 0), x, float("-inf"))
-    return gl.exp2(x)
-
-
-@gluon.jit
-def _wait_for_ds(dq_full, ds_s, t, C: gl.constexpr):
-    """Wait until dS's buffer, if there is only one, has been read.
-
-    This warpgroup has read it in its last step; the other one says so by its last dq.
-    """
-    if ds_s.shape[0] == 2:
-        mbarrier.wait(dq_full.index(1 - C), (t & 1) ^ 1)
 
 
 @gluon.jit
@@ -174,13 +155,12 @@ def process_halves(
     v in registers (`own`). The second dP is issued late, where the first one's registers are free.
     """
     CS: gl.constexpr = gl.SliceLayout(0, zs.type.layout)
-    BUFFERS: gl.constexpr = ds_s.shape[0] // 2
     dt: gl.constexpr = q_s.dtype
     st = t % STAGES
     phase = (t // STAGES) & 1
     z = _zero(t)
     k, v = own
-    buf = t & (BUFFERS - 1)
+    buf = t & 1
     q0, q1 = _half(q_s, st, 0), _half(q_s, st, 1)
     dout0, dout1 = _half(dout_s, st, 0), _half(dout_s, st, 1)
     mbarrier.wait(q_full.index(st), phase)
@@ -196,7 +176,6 @@ def process_halves(
     delta = _half(delta_s, st, 0).load(CS)
     dp = warpgroup_mma_wait(num_outstanding=2, deps=(dp0,))
     ds = (p * (dp - gl.expand_dims(delta, 0))).to(dt)
-    _wait_for_ds(dq_full, ds_s, t, C)
     _half(ds_s, buf * 2 + C, 0, 1).store(ds)
     ds0 = gl.convert_layout(ds, PL)
     dp1 = warpgroup_mma(v, dout1.permute((1, 0)), zs, use_acc=False, is_async=True)
@@ -214,7 +193,7 @@ def process_halves(
     fence_async_shared()
     mbarrier.arrive(ds_full.index(buf * 2 + C), count=1)
     ds1 = gl.convert_layout(ds, PL)
-    mbarrier.wait(ds_full.index(buf * 2 + 1 - C), (t >> (BUFFERS - 1)) & 1)
+    mbarrier.wait(ds_full.index(buf * 2 + 1 - C), (t >> 1) & 1)
     dq = _issue_dq(ds_s, k_s, buf, z, zq, C, HL)
     dv, dk = warpgroup_mma_wait(num_outstanding=2, deps=(dv, dk))
     p1, ds0 = _keep(p1), _keep(ds0)
@@ -237,9 +216,7 @@ def idle_step(
     """
     dt: gl.constexpr = k_s.dtype
     z = _zero(t)
-    BUFFERS: gl.constexpr = ds_s.shape[0] // 2
-    buf = t & (BUFFERS - 1)
-    _wait_for_ds(dq_full, ds_s, t, C)
+    buf = t & 1
     if zs.shape[1] == ds_s.shape[2]:
         ds_s.index(buf * 2 + C).store(zs.to(dt))
     else:
@@ -247,7 +224,7 @@ def idle_step(
             _half(ds_s, buf * 2 + C, h, 1).store(zs.to(dt))
     fence_async_shared()
     mbarrier.arrive(ds_full.index(buf * 2 + C), count=1)
-    mbarrier.wait(ds_full.index(buf * 2 + 1 - C), (t >> (BUFFERS - 1)) & 1)
+    mbarrier.wait(ds_full.index(buf * 2 + 1 - C), (t >> 1) & 1)
     other = _keys_of_dq(k_s, 1 - C + z, C, ds_s.shape[2], HL)
     dq = warpgroup_mma(_ds_of_dq(ds_s, buf * 2 + 1 - C, C), other, zq, use_acc=False, is_async=True)
     x = warpgroup_mma_wait(num_outstanding=0, deps=(dq,))

@@ -33,7 +33,7 @@ from ..topk_layout import Layout, TopKLayout
 from .documents import COLUMNS, document_table
 from .forward_config import CONFIGS, HopperConfig
 from .forward_schedule import TILE, ForwardSchedule, forward_schedule
-from .forward_softmax import give_turn, no_sum, row_sum, scaled, softmax, take_turn
+from .forward_softmax import no_sum, row_sum, scaled, softmax
 from .launch import descriptor, launch
 from .releases import async_load, async_store, reinterpret, thread_barrier
 from .repeated import RepeatedForward, can_repeat
@@ -221,7 +221,7 @@ def _attend(
     q, k_smem, v_smem, k_full, k_empty, v_full, v_empty, count, acc, weights, peak, total, scale_log2,
     zeros, chunks, step, last_key, columns,
     HALF: gl.constexpr, CHUNK: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
-    MASK: gl.constexpr, SHORT_CHAINS: gl.constexpr, LAZY: gl.constexpr, TURNS: gl.constexpr,
+    MASK: gl.constexpr,
 ):  # fmt: skip
     """Compute scores and weights of step `count`.
 
@@ -232,31 +232,21 @@ def _attend(
     stage = count % K_STAGES
     v_stage = (count - 1) % V_STAGES
     mbarrier.wait(k_full.index(stage), count // K_STAGES & 1)
-    if TURNS != "none":
-        last_key = take_turn(last_key, HALF)
     scores = warpgroup_mma(q, k_smem.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
-    # with LAZY under the product, so that the exposed end of a step is short
-    packed = pack(weights, dtype) if LAZY else weights
+    # under the product, so that the exposed end of a step is short
+    packed = pack(weights, dtype)
     mbarrier.wait(v_full.index(v_stage), (count - 1) // V_STAGES & 1)
     product = warpgroup_mma(unpack(packed, dtype, operand), v_smem.index(v_stage), acc, is_async=True)
-    if TURNS == "issued":
-        last_key = give_turn(last_key, 1 - HALF)
     scores = warpgroup_mma_wait(num_outstanding=1, deps=(scores,))
-    if TURNS == "computed":
-        last_key = give_turn(last_key, 1 - HALF)
-        # a second wait, which is over: without it, ptxas ends the turn after the softmax
-        scores = warpgroup_mma_wait(num_outstanding=1, deps=(scores,))
     mbarrier.arrive(k_empty.index(stage), count=1)
     if MASK:
         scores = _masked(scores, chunks, step, last_key, columns, HALF, CHUNK)
-    new_weights, peak, total, decay = softmax(scores, peak, total, scale_log2, SHORT_CHAINS, LAZY)
+    weights, peak, total, decay = softmax(scores, peak, total, scale_log2)
     total = compute_here(total)
     acc = warpgroup_mma_wait(num_outstanding=0, deps=(product,))
     packed = stay_live(packed)
     mbarrier.arrive(v_empty.index(v_stage), count=1)
-    acc = scaled(acc, decay, LAZY)
-    weights = new_weights if LAZY else pack(new_weights, dtype)
-    return acc, weights, peak, total
+    return scaled(acc, decay), weights, peak, total
 
 
 @gluon.jit
@@ -307,7 +297,6 @@ def _consume(
     HALF: gl.constexpr, V_ROW: gl.constexpr, CHUNK: gl.constexpr, CAUSAL: gl.constexpr,
     PACKED: gl.constexpr, PARTIAL: gl.constexpr, BATCHED: gl.constexpr,
     Q_STAGES: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
-    SHORT_CHAINS: gl.constexpr, LAZY: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
     """Run a consumer warpgroup: its 64 rows of every tile.
 
@@ -327,8 +316,6 @@ def _consume(
     rows = gl.arange(0, _HALF, layout=rows_layout)
     columns = gl.arange(0, _STEP, layout=gl.SliceLayout(0, scores_layout))
     zeros = gl.zeros([_HALF, _STEP], gl.float32, scores_layout)
-    if TURNS != "none" and HALF == 1:
-        rows = give_turn(rows, 0)
     SLOTS: gl.constexpr = 2 * Q_STAGES * (DIM // V_DIM)
     out_rows = reinterpret(q_smem, dtype, [SLOTS, _HALF, V_DIM], q_smem.layout)
     out_boxes = reinterpret(q_smem, dtype, [SLOTS, 1, 1, _HALF, V_DIM], out_desc.layout)
@@ -347,7 +334,7 @@ def _consume(
         slot = n % Q_STAGES * 2 + HALF
         q = q_smem.index(slot)
         peak = gl.full([_HALF], _LOWEST, gl.float32, rows_layout)
-        total = no_sum(zeros, peak, SHORT_CHAINS)
+        total = no_sum(zeros)
         acc = gl.zeros([_HALF, V_DIM], gl.float32, acc_layout)
 
         stage = count % K_STAGES
@@ -357,8 +344,7 @@ def _consume(
         scores = warpgroup_mma_wait(num_outstanding=0, deps=(scores,))
         mbarrier.arrive(k_empty.index(stage), count=1)
         scores = _masked(scores, chunks, begin, last_key, columns, HALF, CHUNK)
-        first_weights, peak, total, _ = softmax(scores, peak, total, scale_log2, SHORT_CHAINS, LAZY)
-        weights = first_weights if LAZY else pack(first_weights, dtype)
+        weights, peak, total, _ = softmax(scores, peak, total, scale_log2)
         if PACKED:  # noqa: SIM102 (the compiler's constant, apart from the device's condition)
             # only a document's last tile sees keys beyond it, in its first step
             if (tile + 1) * (2 * _HALF) > last - shift:
@@ -370,24 +356,22 @@ def _consume(
             acc, weights, peak, total = _attend(
                 q, k_smem, v_smem, k_full, k_empty, v_full, v_empty, count, acc, weights, peak, total,
                 scale_log2, zeros, chunks, step, last_key, columns, HALF, CHUNK, K_STAGES, V_STAGES, True,
-                SHORT_CHAINS, LAZY, TURNS,
             )  # fmt: skip
             count += 1
         for step in range(full, end):
             acc, weights, peak, total = _attend(
                 q, k_smem, v_smem, k_full, k_empty, v_full, v_empty, count, acc, weights, peak, total,
                 scale_log2, zeros, chunks, step, last_key, columns, HALF, CHUNK, K_STAGES, V_STAGES, False,
-                SHORT_CHAINS, LAZY, TURNS,
             )  # fmt: skip
             count += 1
         v_stage = (count - 1) % V_STAGES
         mbarrier.wait(v_full.index(v_stage), (count - 1) // V_STAGES & 1)
-        packed = pack(weights, dtype) if LAZY else weights
+        packed = pack(weights, dtype)
         product = warpgroup_mma(unpack(packed, dtype, weights_layout), v_smem.index(v_stage), acc, is_async=True)
         acc = warpgroup_mma_wait(num_outstanding=0, deps=(product,))
         mbarrier.arrive(v_empty.index(v_stage), count=1)
 
-        total = row_sum(total, peak, SHORT_CHAINS)
+        total = row_sum(total, peak)
         # computed again, which takes fewer registers than keeping it
         batch, head, tile, _, shift, last = _item(
             n, num_tiles, first_tile, num_heads, tiles_per_pattern, query_offset, s_q, head_order, head_slot,
@@ -435,7 +419,6 @@ def s2_attention_fwd_kernel_hopper(
     PACKED: gl.constexpr, PARTIAL: gl.constexpr, BATCHED: gl.constexpr,
     Q_STAGES: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
     CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
-    SHORT_CHAINS: gl.constexpr, LAZY: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
     """Allocate shared memory and barriers, and start the three roles.
 
@@ -473,7 +456,6 @@ def s2_attention_fwd_kernel_hopper(
             head_order, head_slot, step_offsets, full_offsets, chunks, documents, scale_log2,
             num_items, num_tiles, first_tile, num_heads, tiles_per_pattern, query_offset, s_q, s_k,
             0, V_ROW, CHUNK, CAUSAL, PACKED, PARTIAL, BATCHED, Q_STAGES, K_STAGES, V_STAGES,
-            SHORT_CHAINS, LAZY, TURNS,
         )),
         (_consume, (
             out_desc, out, out_batch, out_head, out_row, lse,
@@ -481,7 +463,6 @@ def s2_attention_fwd_kernel_hopper(
             head_order, head_slot, step_offsets, full_offsets, chunks, documents, scale_log2,
             num_items, num_tiles, first_tile, num_heads, tiles_per_pattern, query_offset, s_q, s_k,
             1, V_ROW, CHUNK, CAUSAL, PACKED, PARTIAL, BATCHED, Q_STAGES, K_STAGES, V_STAGES,
-            SHORT_CHAINS, LAZY, TURNS,
         )),
         (_produce, (
             q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
@@ -511,7 +492,7 @@ def hopper_forward(
     config = config or CONFIGS[padded_to_panels(dim), min(layout.block_size, TILE)]
     documents = None if spec.cu_seqlens is None else document_table(spec.cu_seqlens, s_q, TILE, layout.cache)
     num_items, arguments, constants = launch_arguments(q, k, v, out, lse, documents, layout, spec, config)
-    grid = (num_items if config.tile_programs else min(num_items, multiprocessors(q.device)), 1, 1)
+    grid = (min(num_items, multiprocessors(q.device)), 1, 1)
     compiled = launch(
         s2_attention_fwd_kernel_hopper, grid, (*arguments, *constants),
         cache=layout.compiled, key=("hopper_forward_kernel", q.dtype, *constants), device=q.device,
@@ -549,7 +530,7 @@ def launch_arguments(
     constants = (
         padded_to_panels(dim), padded_v_dim, v_dim if partial else padded_v_dim, chunk, spec.causal,
         documents is not None, partial, schedule.batched, config.q_stages, config.k_stages, config.v_stages,
-        config.consumer_registers, config.producer_registers, config.short_chains, config.lazy, config.turns,
+        config.consumer_registers, config.producer_registers,
     )  # fmt: skip
     return num_items, arguments, constants
 

@@ -1,4 +1,4 @@
-"""The forward's softmax in registers, and the turns of its two consumers."""
+"""The forward's softmax in registers."""
 
 # Triton interprets the annotations of its functions, so tensor arguments have none.
 # mypy: allow-untyped-defs
@@ -7,9 +7,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 _LAG = gl.constexpr(8.0)  # in base 2: weights are at most 256, which every dtype holds as exactly as 1
-# The turns are named barriers; Triton counts its own from 0. Those who wait and those who arrive are 256 threads.
-_WAIT_0, _WAIT_1 = gl.constexpr("bar.sync 14, 256;"), gl.constexpr("bar.sync 15, 256;")
-_GIVE_0, _GIVE_1 = gl.constexpr("bar.arrive 14, 256;"), gl.constexpr("bar.arrive 15, 256;")
 
 
 def _scale(elements: int) -> tuple[gl.constexpr, gl.constexpr]:
@@ -28,29 +25,20 @@ _SCALE_32, _CONSTRAINTS_32 = _scale(32)
 
 
 @gluon.jit
-def softmax(scores, peak, total, scale_log2, SHORT_CHAINS: gl.constexpr, LAZY: gl.constexpr):
+def softmax(scores, peak, total, scale_log2):
     """Compute weights, and update the running maximum (in base 2) and sum.
 
-    Also returns the factor by which earlier sums are scaled. With SHORT_CHAINS, the sum has one part per lane
-    (`no_sum`). With LAZY, the factor is 1 unless a row's maximum grew by more than _LAG.
+    Also returns the factor by which earlier sums are scaled: 1 unless a row's maximum grew by more than _LAG. The sum
+    has one part per lane (`no_sum`).
     """
-    if SHORT_CHAINS:
-        # of a thread's 32 scores in a row, eight chains of four, then one of eight
-        most = gl.max(gl.max(gl.reshape(scores, [scores.shape[0], 4, scores.shape[1] // 4]), 1), 1)
-        most = gl.convert_layout(most, peak.type.layout, assert_trivial=True)
-    else:
-        most = gl.max(scores, 1)
-    if LAZY:
-        new_peak = gl.where(most * scale_log2 > peak + _LAG, most * scale_log2, peak)
-    else:
-        new_peak = gl.maximum(peak, most * scale_log2)
+    # of a thread's 32 scores in a row, eight chains of four, then one of eight: chains do not wait for each other
+    most = gl.max(gl.max(gl.reshape(scores, [scores.shape[0], 4, scores.shape[1] // 4]), 1), 1)
+    most = gl.convert_layout(most, peak.type.layout, assert_trivial=True)
+    new_peak = gl.where(most * scale_log2 > peak + _LAG, most * scale_log2, peak)
     decay = gl.exp2(peak - new_peak)
     weights = gl.exp2(scores * scale_log2 - gl.expand_dims(new_peak, 1))
-    if SHORT_CHAINS:
-        part_decay = gl.convert_layout(decay, gl.SliceLayout(1, total.type.layout), assert_trivial=True)
-        total = total * gl.expand_dims(part_decay, 1) + _sum_of_lanes(weights)
-    else:
-        total = total * decay + gl.sum(weights, 1)
+    part_decay = gl.convert_layout(decay, gl.SliceLayout(1, total.type.layout), assert_trivial=True)
+    total = total * gl.expand_dims(part_decay, 1) + _sum_of_lanes(weights)
     return weights, new_peak, total, decay
 
 
@@ -62,28 +50,24 @@ def _sum_of_lanes(weights):
 
 
 @gluon.jit
-def no_sum(scores, peak, SHORT_CHAINS: gl.constexpr):
-    """Return 0 for each row or, with SHORT_CHAINS, for each lane."""
-    return gl.zeros_like(_sum_of_lanes(scores)) if SHORT_CHAINS else gl.zeros_like(peak)
+def no_sum(scores):
+    """Return 0 for each lane of each row."""
+    return gl.zeros_like(_sum_of_lanes(scores))
 
 
 @gluon.jit
-def row_sum(total, peak, SHORT_CHAINS: gl.constexpr):
+def row_sum(total, peak):
     """Return each row's sum, in the layout of its maximum."""
-    if SHORT_CHAINS:
-        total = gl.convert_layout(gl.sum(total, 1), peak.type.layout, assert_trivial=True)
-    return total
+    return gl.convert_layout(gl.sum(total, 1), peak.type.layout, assert_trivial=True)
 
 
 @gluon.jit
-def scaled(acc, decay, LAZY: gl.constexpr):
+def scaled(acc, decay):
     """Multiply rows of sums by `decay`.
 
-    With LAZY, a warp skips it if all of its rows keep their maxima.
+    A warp skips it if all of its rows keep their maxima.
     """
     factor = gl.expand_dims(gl.convert_layout(decay, gl.SliceLayout(1, acc.type.layout)), 1)
-    if not LAZY:
-        return acc * factor
     changed = gl.inline_asm_elementwise(
         "{ .reg .pred p, q; setp.ne.f32 p, $2, 0f3F800000; setp.ne.or.f32 p, $3, 0f3F800000, p;"
         " vote.sync.any.pred q, p, -1; selp.s32 $0, 1, 0, q; mov.b32 $1, $0; }",
@@ -97,17 +81,3 @@ def scaled(acc, decay, LAZY: gl.constexpr):
         _SCALE_64 if wide else _SCALE_32, _CONSTRAINTS_64 if wide else _CONSTRAINTS_32,
         [acc, factor, changed], dtype=gl.float32, is_pure=False, pack=acc.shape[1] // 2,
     )  # fmt: skip
-
-
-@gluon.jit
-def take_turn(rows, CONSUMER: gl.constexpr):
-    """Wait until consumer CONSUMER may issue its products; returns `rows`."""
-    code: gl.constexpr = _WAIT_0 if CONSUMER == 0 else _WAIT_1
-    return gl.inline_asm_elementwise(code, "=r,=r,0,1", [rows], dtype=rows.dtype, is_pure=False, pack=2)
-
-
-@gluon.jit
-def give_turn(rows, CONSUMER: gl.constexpr):
-    """Let consumer CONSUMER issue its products; returns `rows`."""
-    code: gl.constexpr = _GIVE_0 if CONSUMER == 0 else _GIVE_1
-    return gl.inline_asm_elementwise(code, "=r,=r,0,1", [rows], dtype=rows.dtype, is_pure=False, pack=2)

@@ -1,9 +1,8 @@
 """Compare and time variants of the Hopper kernels.
 
-`python -m s2train.kernels.hopper.tune [--backward | --candidates [forward | backward]]`: several processes compile all
-variants. Then one process compares each with a float32 oracle (the backward with the portable kernels; candidates for
-the forward also with today's) and takes its median time. To check a kernel in every feature, use
-`s2train.kernels.check`.
+`python -m s2train.kernels.hopper.tune [--backward | --candidates]`: several processes compile all variants. Then one
+process compares each with a float32 oracle (the backward with the portable kernels) and takes its median time. To check
+a kernel in every feature, use `s2train.kernels.check`.
 """
 
 from __future__ import annotations
@@ -56,31 +55,12 @@ _BACKWARD_VARIANTS: dict[str, HopperBackwardConfig | None] = {
 _CANDIDATES: dict[str, ScheduleOptions | None] = {
     "plain": PLAIN,
     "128 queries": ScheduleOptions(query_tile=128),
-    "128 in halves": ScheduleOptions(query_tile=128),
-    "128 in halves, st 3": ScheduleOptions(query_tile=128),
     "second pairs": ScheduleOptions(second_pairs=True),
     "by query head": ScheduleOptions(by_query_head=True),
     "second, by head": ScheduleOptions(second_pairs=True, by_query_head=True),
     "128, by head": ScheduleOptions(query_tile=128, by_query_head=True),
     "chosen": None,
     "plain, again": PLAIN,
-}
-# what else a candidate changes
-_CHANGES: dict[str, dict[str, Any]] = {
-    "128 in halves": {"halves": True},
-    "128 in halves, st 3": {"halves": True, "stages": 3},
-}
-# Choices for the forward, between two runs of today's settings; kernels/NOTES.md says what each should bring.
-_FORWARD_CANDIDATES: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "short chains": {"short_chains": True},
-    "lazy": {"lazy": True},
-    "short, lazy": {"short_chains": True, "lazy": True},
-    "issued": {"turns": "issued"},
-    "computed": {"turns": "computed"},
-    "short, lazy, computed": {"short_chains": True, "lazy": True, "turns": "computed"},
-    "short, lazy, tiles": {"short_chains": True, "lazy": True, "tile_programs": True},
-    "plain, again": {},
 }
 _EMPTY = spec.empty
 _LOCAL = {128: 8, 64: 16}
@@ -111,8 +91,6 @@ class Item:
     @property
     def config(self) -> HopperConfig | None:
         """The forward's; None: the portable kernel."""
-        if self.candidate:
-            return replace(CONFIGS[self.dim, min(self.block, 128)], **_FORWARD_CANDIDATES[self.variant])
         return _VARIANTS[self.variant]
 
     def backward_config(self, layout: BlockLayout, s_q: int, settings: AttentionSpec) -> HopperBackwardConfig | None:
@@ -122,14 +100,13 @@ class Item:
         options = _CANDIDATES[self.variant]
         if options is None:
             return chosen_config(layout, self.dim, self.kv_heads, s_q, settings)
-        return replace(config_of(self.dim, options), **_CHANGES.get(self.variant, {}))
+        return config_of(self.dim, options)
 
     @property
     def problem(self) -> str:
         heads = "" if self.kv_heads == _HEADS else f" {_HEADS}/{self.kv_heads}"
-        direction = "forward " if self.candidate and not self.backward else ""
         dim = f" d {self.dim}" if self.dim != 128 else ""
-        return f"{direction}{self.length // 1024}k B={self.block}{heads}{dim}"
+        return f"{self.length // 1024}k B={self.block}{heads}{dim}"
 
 
 def main() -> int:
@@ -139,9 +116,8 @@ def main() -> int:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--backward", action="store_true", help="variants of the backward")
     which.add_argument(
-        "--candidates", nargs="?", const="both", choices=("both", "forward", "backward"),
-        help="choices beside plain settings, where they apply",
-    )  # fmt: skip
+        "--candidates", action="store_true", help="the backward's choices beside plain settings, where they apply"
+    )
     parser.add_argument("--jobs", type=int, default=min(12, os.cpu_count() or 1), help="processes that compile")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -153,11 +129,10 @@ def main() -> int:
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}", flush=True)
     command = ["-m", "s2train.kernels.hopper.tune", "--worker"]
     if args.candidates:
-        items = _forward_candidate_items(args.lengths) if args.candidates != "backward" else []
-        items += _candidate_items(args.lengths) if args.candidates != "forward" else []
+        items = _candidate_items(args.lengths)
     else:
         items = _backward_items(args.lengths) if args.backward else _items(args.lengths)
-    compiled = {(i.variant, i.block, i.dim, i.kv_heads, i.backward): asdict(replace(i, length=0)) for i in items}
+    compiled = {(i.variant, i.block, i.dim, i.kv_heads): asdict(replace(i, length=0)) for i in items}
     for task, row in zip(
         compiled.values(), run_tasks(command, list(compiled.values()), args.jobs, _SECONDS), strict=True
     ):
@@ -202,16 +177,6 @@ def _backward_items(lengths: list[int]) -> list[Item]:
     return [i for i in items if i.dim == 128 or i.length == lengths[0]]
 
 
-def _forward_candidate_items(lengths: list[int]) -> list[Item]:
-    problems = [(_HEADS, 128), (8, 128), (_HEADS, 64), (8, 64)]
-    return [
-        Item(variant, length, 128, kv_heads, dim, candidate=True)
-        for length in lengths
-        for kv_heads, dim in problems
-        for variant in _FORWARD_CANDIDATES
-    ]
-
-
 def _over_plain(timings: list[dict[str, Any]]) -> dict[str, float]:
     """Return the last row's speed over that of plain settings.
 
@@ -227,7 +192,7 @@ def _over_plain(timings: list[dict[str, Any]]) -> dict[str, float]:
 def _candidate_items(lengths: list[int]) -> list[Item]:
     """Return candidates and the choice between plain settings, by problem."""
     problems = {
-        (_HEADS, 64, 128): ["128 queries", "128 in halves", "128 in halves, st 3"],
+        (_HEADS, 64, 128): ["128 queries"],
         (8, 64, 128): ["128 queries", "by query head", "128, by head"],
         (8, 64, 64): ["second pairs", "by query head", "second, by head"],
         (8, 128, 64): ["second pairs", "by query head", "second, by head"],
@@ -289,15 +254,6 @@ def _run_item(item: Item, problems: dict[Any, Problem]) -> dict[str, Any]:
     row["ok"] = complete and error < 6e-3 and lse_error < 2e-3
     if not row["ok"]:
         return row | {"error": f"wrong: out {errors}, lse {lse_error:.1e}, complete {complete}"}
-    if item.candidate:
-        assert config is not None
-        row |= asdict(config)
-        today = hopper_forward(p.q, p.k, p.v, p.layout, settings, CONFIGS[item.dim, min(item.block, 128)])
-        row["from_today"] = ((out.float() - today[0].float()).norm() / today[0].float().norm()).item()
-        row["lse_from_today"] = (lse - today[1]).abs().max().item()
-        row["ok"] = row["from_today"] < 6e-3 and row["lse_from_today"] < 2e-3
-        if not row["ok"]:
-            return row | {"error": f"not today's: out {row['from_today']:.1e}, lse {row['lse_from_today']:.1e}"}
     if item.length:
         spec.empty = _EMPTY
         ms = triton.testing.do_bench(run, warmup=40, rep=item.milliseconds, return_mode="median")
@@ -318,7 +274,7 @@ def _run_backward(item: Item, p: Problem, settings: AttentionSpec) -> dict[str, 
     errors = [((x.float() - y).norm() / y.norm()).item() for x, y in zip(run(), expected, strict=True)]
     row: dict[str, Any] = {"problem": item.problem, "variant": item.variant, "error": max(errors)}
     if config is not None:
-        row |= {"stages": config.stages, "halves": config.halves} | asdict(config.schedule)
+        row |= {"stages": config.stages} | asdict(config.schedule)
     row["ok"] = all(error < 6e-3 for error in errors)
     if not row["ok"]:
         return row | {"error": f"wrong: dq, dk, dv {errors}"}

@@ -108,8 +108,3 @@ def test_explicit_settings_that_a_call_does_not_support_are_rejected(
 def test_explicit_settings_that_a_call_supports_pass() -> None:
     check_config(config_of(64, ScheduleOptions(query_tile=128, by_query_head=True)), static(128), 64, spec())
     check_config(config_of(128), static(64), 128, spec(torch.tensor([0, 100])))
-
-
-def test_halves_of_steps_of_64_queries_are_rejected() -> None:
-    with pytest.raises(ValueError, match=r"halves=True.* takes steps of 128 queries"):
-        check_config(HopperBackwardConfig(4, halves=True), static(128), 64, spec())
