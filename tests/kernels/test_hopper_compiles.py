@@ -20,7 +20,7 @@ from tests.kernels.hopper_target import SHARED_BYTES, Hopper, ptxas_log
 from tests.program import reported
 
 TRITON_36 = triton.__version__.startswith("3.6.")
-# Of all threads' roles, stores and loads; none of them in a loop over steps.
+# Of all threads' roles, stores and loads; none of them in a loop over unmasked steps.
 SPILLED_BYTES = {
     # weights are carried in float32 from step to step
     ("forward", "whole"): 64 if TRITON_36 else 80,
