@@ -27,14 +27,16 @@ from s2train.errors import USAGE_STATUS, ConfigError
 from s2train.files import output_stem
 from s2train.needles.heat_map import SCORE_COLOURS
 from s2train.needles.results import Cell, load_results, results_from
+from s2train.study.recall import recall_curve
 from s2train.training.records import read_records
 
 
 def read_variant(folder: Path) -> dict[str, Any]:
-    """Read a variant's points, times, held-out losses and grid.
+    """Read a variant's points, times, held-out losses, recall and grid.
 
     Points are [step, length, correct, trials]. Each phase, finished or not, has the seconds of its steps and the
-    held-out loss of its last evaluation (nats per token). Seconds come from metrics.jsonl and exclude starting,
+    held-out loss of its last evaluation (nats per token). Where blocks are selected, it has the last reported recall,
+    mean over layers. Seconds come from metrics.jsonl and exclude starting,
     evaluating and saving; the first report after each start includes compilation, so the median of the others replaces
     it. If known, the result includes the `seed` of all phases and, from programs.jsonl, the `wall_seconds` of each
     phase's programs and the command that started it.
@@ -42,11 +44,14 @@ def read_variant(folder: Path) -> dict[str, Any]:
     points: list[tuple[int, int, int, int]] = []
     seconds: dict[str, float] = {}
     held_out: dict[str, float] = {}
+    recall: dict[str, float] = {}
     for run in sorted((path for path in folder.iterdir() if path.name.isdecimal()), key=lambda path: int(path.name)):
         records = read_records(run / "metrics.jsonl")
         seconds[run.name] = _seconds(records)
         if losses := [record["held_out_loss"] for record in records if record.get("held_out_loss") is not None]:
             held_out[run.name] = losses[-1]
+        if curve := recall_curve(records, points=1):
+            recall[run.name] = curve[-1].mean
         for path in sorted(run.glob("needle/*/needle.json")):
             if results := load_results(path):
                 points += [(results.step, length, score.correct, score.trials) for length, score in results.columns]
@@ -54,7 +59,7 @@ def read_variant(folder: Path) -> dict[str, Any]:
     figures = {"seconds": seconds, "held_out_loss": held_out, **_programs(folder / "programs.jsonl")}
     seeds = {_seed(folder / phase / "config.yaml") for phase in seconds}
     seed = seeds.pop() if len(seeds) == 1 else None
-    known = {} if seed is None else {"seed": seed}
+    known = ({} if seed is None else {"seed": seed}) | ({"recall": recall} if recall else {})
     return {"points": sorted(points), **known, **figures, "grid": grid and asdict(grid)}
 
 

@@ -395,6 +395,19 @@ def test_the_first_report_after_each_start_counts_as_the_others(tmp_path: Path) 
     assert picture["read_variant"](tmp_path)["seconds"] == {"512": 10 * (1.0 + 1.0 + 1.5 + 1.0 + 1.0)}
 
 
+def test_a_phase_has_the_last_recall_of_its_layers_where_blocks_are_selected(
+    tmp_path: Path, curves: dict[str, Any]
+) -> None:
+    for phase, layers in (("512", [{"0": 0.75}, {"0": 0.75, "1": 0.25}]), ("2048", [{}])):
+        trained(tmp_path / "sea" / phase)
+        with (tmp_path / "sea" / phase / "metrics.jsonl").open("a") as file:
+            for recalls in layers:
+                file.write(json.dumps({"step": 20, "block_selection_recall_by_layer": recalls}) + "\n")
+    assert curves["read_variant"](tmp_path / "sea")["recall"] == {"512": 0.5}
+    trained(tmp_path / "dense" / "512")
+    assert "recall" not in curves["read_variant"](tmp_path / "dense")
+
+
 @pytest.mark.slow
 def test_a_small_recipe_goes_from_data_to_grid_and_on_where_it_stopped(
     recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
