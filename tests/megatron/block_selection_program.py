@@ -23,7 +23,7 @@ from s2train.megatron.core_attention import cores_of
 from s2train.megatron.selection_cache import cached_list
 from s2train.megatron.setup import initialize, shutdown
 from tests.attention import block_selection_oracle as oracle
-from tests.attention.conformance_program import BATCH, BLOCK, LENGTH, VOCABULARY, build, config_of
+from tests.attention.conformance_program import BATCH, BLOCK, LENGTH, VOCABULARY, build, config_of, logits_of
 from tests.attention.oracles import Oracle
 
 Passed = tuple[Tensor, dict[str, Tensor], dict[str, float]]
@@ -313,6 +313,27 @@ def reads() -> dict[str, Any]:
                 "dense": dense}  # fmt: skip
 
 
+@torch.no_grad()
+def decoding() -> dict[str, float]:
+    """Largest error of a step's logits against the uncached pass, after a prompt of four chunks; by scorer."""
+    count, steps, found = 40, 4, {}
+    prompt = torch.tensor([count * BLOCK - 3, count * BLOCK - BLOCK - 9])  # the new tokens of the first begin a block
+    for name in SCORERS:
+        _, gpt, _ = make(scorer=name, share=0.125, sinks=1)
+        gpt.eval()
+        gpt.parallel_output = False
+        tokens = torch.randint(VOCABULARY, (BATCH, count * BLOCK + steps))
+        with kv_cache(gpt, BATCH, tokens.shape[1]) as cache:
+            model = CachedModel(gpt, cache)
+            logits = [model.prefill(tokens[:, : int(prompt.max())], prompt, 10 * BLOCK)]
+            following = [tokens[range(BATCH), (prompt + step).tolist()] for step in range(steps)]
+            logits += [model.decode(token) for token in following]
+        whole = logits_of(gpt, tokens)
+        expected = [whole[range(BATCH), (prompt - 1 + step).tolist()] for step in range(steps + 1)]
+        found[name] = max(map(error, logits, expected))
+    return found
+
+
 def main() -> None:
     initialize(ParallelConfig(), 1)
     results = {
@@ -327,6 +348,7 @@ def main() -> None:
         "waits": waits(),
         "in_chunks": in_chunks(),
         "reads": reads(),
+        "decoding": decoding(),
     }
     shutdown()
     print(json.dumps(results))

@@ -91,6 +91,10 @@ def test_lists_do_not_depend_on_how_many_rows_are_scored_at_once(measured: dict[
     assert all(measured["in_chunks"].values()), measured["in_chunks"]
 
 
+def test_decoding_after_a_prompt_in_chunks_equals_the_uncached_pass_over_forty_blocks(measured: dict[str, Any]) -> None:
+    assert all(error < 5e-6 for error in measured["decoding"].values()), measured["decoding"]
+
+
 def test_a_decoding_step_reads_the_listed_pages_and_a_small_state(measured: dict[str, Any]) -> None:
     found = measured["reads"]
     assert found["pages"] + found["own"] < found["told"] <= found["pages"] + found["own"] + found["state"]
