@@ -1,18 +1,22 @@
 """Which pages a sequence still needs, against the patterns' definition."""
 
+import json
 import random
 
 import numpy as np
 import pytest
 import torch
 
+from s2train.checkpoints.hugging_face.layout_json import layout_json
 from s2train.layouts.patterns import Dense, LocalVertical, Pattern
 from s2train.layouts.patterns.dilated import Dilated
 from s2train.layouts.patterns.file import MaskPattern
 from s2train.layouts.patterns.ranges import Ranges
 from s2train.layouts.patterns.span import Span
 from s2train.layouts.patterns.window import GlobalBlocks, SlidingWindow
+from s2train.serving.export_layout import ExportLayout
 from s2train.serving.freeing import Expiry, held_pages, last_uses, longest_hit, most_pages, slots_of
+from tests.serving.exports import layers_of
 
 BLOCKS = 23
 
@@ -54,6 +58,27 @@ def case() -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("_", range(10))
+def test_what_is_needed_depends_on_no_default_of_a_loader(_: int) -> None:
+    """vLLM builds a model with a GPU as the default device, and its dtype as the default."""
+    heads, num_blocks = any_heads(8), random.randint(5, BLOCKS)
+    layout = json.loads(json.dumps(layout_json(layers_of(heads, block_size=32, num_kv_heads=4))))
+
+    def found() -> np.ndarray:
+        last_uses.cache_clear()
+        read = ExportLayout.read({"layout": layout, "num_key_value_heads": 4}, "export")
+        return last_uses(slots_of(read.layers[0], 4, 1, 1), num_blocks)
+
+    expected, dtype = found(), torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):  # from which the host can read nothing
+            loaded = found()
+    finally:
+        torch.set_default_dtype(dtype)
+    assert np.array_equal(loaded, expected)
+
+
+@pytest.mark.parametrize("_", range(10))
 def test_a_page_is_needed_up_to_its_last_query(_: int) -> None:
     read, uses = case()
     for query in range(BLOCKS):
@@ -90,12 +115,3 @@ def test_entries_expire_once_each_after_their_last_use() -> None:
         assert not entries & expired
         expired |= entries
     assert len(expired) == uses.size
-
-
-def test_a_loaders_default_device_does_not_matter() -> None:
-    last_uses.cache_clear()
-    slots = slots_of([LocalVertical(2, 3, 1), Dense()], 2, 1, 1)
-    with torch.device("meta"):
-        uses = last_uses(slots, BLOCKS)
-    last_uses.cache_clear()
-    np.testing.assert_array_equal(uses, last_uses(slots, BLOCKS))
