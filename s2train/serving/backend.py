@@ -32,6 +32,7 @@ from s2train.kernels.layout import BlockLayout
 from s2train.layouts.patterns import Pattern
 from s2train.serving.export_layout import layer_layout
 from s2train.serving.kv_cache import S2Spec
+from s2train.serving.warm_up import compile_kernels
 
 
 class S2Backend(AttentionBackend):
@@ -206,6 +207,7 @@ class S2Attention(AttentionImpl[S2Metadata]):
         self.kv_cache_dtype = kv_cache_dtype
         self._heads, self._block, self._max_length = heads, block_size, max_length
         self._layout: BlockLayout | None = None
+        self._is_compiled = False
 
     def build_layout(self, device: torch.device) -> None:
         """Build what the kernels read of the layout.
@@ -234,13 +236,17 @@ class S2Attention(AttentionImpl[S2Metadata]):
             key, value: [tokens, H, d].
             kv_cache: [vLLM's pages, 2, tokens of a KV head, d].
         """
-        if attn_metadata is None:  # vLLM measures how much memory a step takes
-            self._gathered(-(-self._max_length // self._block), key)
+        layout = self._layout
+        assert layout is not None
+        if attn_metadata is None:  # vLLM measures how much memory a step takes, before any request
+            blocks = -(-self._max_length // self._block)
+            gathered = self._gathered(blocks, key)
+            if key.is_cuda and not self._is_compiled:
+                self._is_compiled = True
+                compile_kernels(query, key, value, gathered.flatten(2, 3), layout, blocks, self.scale)
             return output.fill_(0)
         pages, shared = kv_cache.view(-1, self._block, self.head_size), kv_cache.shape[2] // self._block
         keys, values = pages[:-shared], pages[shared:]
-        layout = self._layout
-        assert layout is not None
         # All keys before any query: a request may find pages in the prefix cache that another fills in this step.
         for prefill in attn_metadata.prefills:
             keys[prefill.pages, prefill.offsets] = key[prefill.rows]

@@ -1,8 +1,11 @@
 """An export in vLLM on a GPU: our kernels over vLLM's pages, in CUDA graphs and without."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from triton import knobs
 
 pytest.importorskip("vllm")
 
@@ -24,4 +27,19 @@ def test_a_gpu_is_as_exact_as_the_exports_own_file(graphs: bool, block_size: int
     with engine(folder, max_num_seqs=8, **settings) as served:
         mode = served.llm.llm_engine.vllm_config.compilation_config.cudagraph_mode.name
         assert mode == ("FULL_AND_PIECEWISE" if graphs else "NONE")
-        assert_as_exact(folder, prompts, served.generate(prompts, block_size + 20, logprobs=8))
+        with compiled_kernels() as names:
+            found = served.generate(prompts, block_size + 20, logprobs=8)
+        assert not [name for name in names if name.startswith("s2_")]  # all are compiled before the first request
+        assert_as_exact(folder, prompts, found)
+
+
+@contextmanager
+def compiled_kernels() -> Iterator[list[str]]:
+    """Names of the kernels that Triton compiles meanwhile."""
+    names: list[str] = []
+    hook = knobs.runtime.jit_post_compile_hook
+    knobs.runtime.jit_post_compile_hook = lambda **settings: names.append(settings["fn"].name)
+    try:
+        yield names
+    finally:
+        knobs.runtime.jit_post_compile_hook = hook
