@@ -63,8 +63,7 @@ def block_sparse_decode(
     with torch.no_grad():
         if resolve_backend(backend, q.device) == "torch":
             precise = torch.promote_types(q.dtype, torch.float32)
-            cast_q, cast_keys, cast_values = (x.to(precise) for x in (q, keys, values))
-            out, lse = reference_decode(cast_q, cast_keys, cast_values, table, positions, layout, scale)
+            out, lse = reference_decode(q.to(precise), keys, values, table, positions, layout, scale)
             return out.to(q.dtype), lse
         # imported here so that a process loads only the backend that it uses
         from .kernels import triton_decode

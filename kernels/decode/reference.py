@@ -21,14 +21,14 @@ def reference_decode(
 ) -> tuple[Tensor, Tensor]:
     """Compute output [b, H, d_v] and log-sum-exp [b, H] in plain torch.
 
-    Arguments are those of `block_sparse_decode`. All arithmetic is in q's dtype: float64 makes this the oracle. The
-    host reads the positions.
+    Arguments are those of `block_sparse_decode`, but q may be more precise than keys and values: all arithmetic is in
+    q's dtype, and float64 makes this the oracle. The host reads the positions.
     """
     at = positions.tolist()
     batch, num_heads, _ = q.shape
     num_kv_heads, block_size = table.shape[1], keys.shape[1]
     length = max(max(at) + 1, 1)
-    k, v = (_tokens(pages, table, length) for pages in (keys, values))
+    k, v = (_tokens(pages, table, length).to(q.dtype) for pages in (keys, values))
     key = torch.arange(length, device=q.device)
     seen = key <= positions[:, None]
     seen &= torch.tensor([p >= 0 for p in at], device=q.device)[:, None]

@@ -1,6 +1,7 @@
 """The decode op: one query a sequence over pages, against plain attention over contiguous keys in float64."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from s2train.kernels.decode.op import append_token, block_sparse_decode
 from s2train.kernels.decode.pages import last_uses, write_tokens
 from s2train.kernels.decode.schedule import decode_schedule
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 BACKENDS = ("torch", "triton")
 
@@ -140,6 +142,25 @@ def test_head_dimensions(dim: int, v_dim: int) -> None:
 def test_half_precision(backend: str, dtype: torch.dtype) -> None:
     paged = Paged.make(random_layout(4, 4, 32), [100, 127, 31], 4, 2, 32, 4, 64, 64, dtype)
     assert_as_exact_as_torch(paged, backend)
+
+
+def test_torch_converts_no_pages_of_other_sequences() -> None:
+    """An engine's cache is as large as its memory."""
+    paged = Paged.make(random_layout(2, 3, 16), [40], 2, 2, 16, 3, dtype=torch.bfloat16)
+    pages = torch.cat([paged.keys, paged.keys.new_zeros(1000, 16, 16)])
+
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            found = func(*args, **(kwargs or {}))
+            if isinstance(found, Tensor):
+                self.elements = max(self.elements, found.numel())
+            return found
+
+    with Largest() as largest:
+        block_sparse_decode(paged.q, pages, pages, paged.table, paged.positions, paged.layout)
+    assert 0 < largest.elements < pages.numel() // 10
 
 
 def test_groups_that_keep_the_same_walk_the_layouts_own_rows() -> None:
