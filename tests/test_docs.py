@@ -140,7 +140,7 @@ def check(command: Command) -> None:
         case "wandb":
             assert command.arguments[0] in ("login", "sync")
         case "vllm":
-            assert command.arguments[0] == "serve"
+            assert command.arguments[0] in ("serve", "bench")
         case "source" | "mkdir" | "apt-get" | "dpkg" | "tar" | "curl":
             pass
         case "launch/hybrid_vs_dense.sh" | "launch/te_vs_local.sh":

