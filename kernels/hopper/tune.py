@@ -1,8 +1,8 @@
 """Compare and time variants of the Hopper kernels.
 
-`python -m s2train.kernels.hopper.tune [--backward | --candidates]`: several processes compile all variants. Then one
-process compares each with a float32 oracle (the backward with the portable kernels) and takes its median time. To check
-a kernel in every feature, use `s2train.kernels.check`.
+`python -m s2train.kernels.hopper.tune [--backward | --candidates [--only NAME ...]]`: several processes compile all
+variants. Then one process compares each with a float32 oracle (the backward with the portable kernels) and takes its
+median time. To check a kernel in every feature, use `s2train.kernels.check`.
 """
 
 from __future__ import annotations
@@ -59,8 +59,23 @@ _CANDIDATES: dict[str, ScheduleOptions | None] = {
     "by query head": ScheduleOptions(by_query_head=True),
     "second, by head": ScheduleOptions(second_pairs=True, by_query_head=True),
     "128, by head": ScheduleOptions(query_tile=128, by_query_head=True),
+    "128, ahead": ScheduleOptions(query_tile=128),
+    "ahead": PLAIN,
+    "half of v": PLAIN,
+    "ahead, half of v": PLAIN,
+    "in turn": PLAIN,
+    "128, in turn": ScheduleOptions(query_tile=128),
     "chosen": None,
     "plain, again": PLAIN,
+}
+# what else a candidate changes
+_CHANGES: dict[str, dict[str, Any]] = {
+    "128, ahead": {"ahead": True},
+    "ahead": {"ahead": True},
+    "half of v": {"values": True},
+    "ahead, half of v": {"ahead": True, "values": True},
+    "in turn": {"turns": True},
+    "128, in turn": {"turns": True},
 }
 _EMPTY = spec.empty
 _LOCAL = {128: 8, 64: 16}
@@ -100,7 +115,7 @@ class Item:
         options = _CANDIDATES[self.variant]
         if options is None:
             return chosen_config(layout, self.dim, self.kv_heads, s_q, settings)
-        return config_of(self.dim, options)
+        return replace(config_of(self.dim, options), **_CHANGES.get(self.variant, {}))
 
     @property
     def problem(self) -> str:
@@ -118,9 +133,15 @@ def main() -> int:
     which.add_argument(
         "--candidates", action="store_true", help="the backward's choices beside plain settings, where they apply"
     )
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", choices=[*_CANDIDATES],
+        help="of the candidates, time these and plain settings, in problems that have them",
+    )  # fmt: skip
     parser.add_argument("--jobs", type=int, default=min(12, os.cpu_count() or 1), help="processes that compile")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.only and not args.candidates:
+        parser.error("--only takes --candidates")
     if args.worker:
         problems: dict[Any, Problem] = {}
         serve(lambda task: _run_item(Item(**task), problems))
@@ -129,7 +150,7 @@ def main() -> int:
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}", flush=True)
     command = ["-m", "s2train.kernels.hopper.tune", "--worker"]
     if args.candidates:
-        items = _candidate_items(args.lengths)
+        items = _candidate_items(args.lengths, args.only)
     else:
         items = _backward_items(args.lengths) if args.backward else _items(args.lengths)
     compiled = {(i.variant, i.block, i.dim, i.kv_heads): asdict(replace(i, length=0)) for i in items}
@@ -189,10 +210,14 @@ def _over_plain(timings: list[dict[str, Any]]) -> dict[str, float]:
     return {}
 
 
-def _candidate_items(lengths: list[int]) -> list[Item]:
-    """Return candidates and the choice between plain settings, by problem."""
+def _candidate_items(lengths: list[int], only: list[str] | None = None) -> list[Item]:
+    """Return candidates and the choice between plain settings, by problem.
+
+    With `only`, return plain settings and these, for problems that have a candidate of them.
+    """
     problems = {
-        (_HEADS, 64, 128): ["128 queries"],
+        (_HEADS, 128, 128): ["ahead", "half of v", "ahead, half of v", "in turn"],
+        (_HEADS, 64, 128): ["128 queries", "128, ahead", "128, in turn"],
         (8, 64, 128): ["128 queries", "by query head", "128, by head"],
         (8, 64, 64): ["second pairs", "by query head", "second, by head"],
         (8, 128, 64): ["second pairs", "by query head", "second, by head"],
@@ -202,7 +227,9 @@ def _candidate_items(lengths: list[int]) -> list[Item]:
         Item(variant, length, block, kv_heads, dim, backward=True, candidate=True)
         for length in lengths
         for (kv_heads, dim, block), variants in problems.items()
+        if only is None or not set(only).isdisjoint(variants)
         for variant in ("plain", *variants, "chosen", "plain, again")
+        if only is None or variant in ("plain", *only)
     ]
 
 
@@ -274,7 +301,7 @@ def _run_backward(item: Item, p: Problem, settings: AttentionSpec) -> dict[str, 
     errors = [((x.float() - y).norm() / y.norm()).item() for x, y in zip(run(), expected, strict=True)]
     row: dict[str, Any] = {"problem": item.problem, "variant": item.variant, "error": max(errors)}
     if config is not None:
-        row |= {"stages": config.stages} | asdict(config.schedule)
+        row |= {name: value for name, value in asdict(config).items() if name != "schedule"} | asdict(config.schedule)
     row["ok"] = all(error < 6e-3 for error in errors)
     if not row["ok"]:
         return row | {"error": f"wrong: dq, dk, dv {errors}"}

@@ -39,6 +39,16 @@ def test_what_is_chosen_is_timed_by_its_name_too(length: int) -> None:
         assert variants["chosen"] in [config for name, config in variants.items() if name != "chosen"]
 
 
+def test_named_candidates_are_timed_beside_plain_settings_only() -> None:
+    items = tune._candidate_items([32768, 131072], ["ahead", "128, ahead", "chosen"])
+    assert [(item.problem, item.variant) for item in items] == [
+        (f"{length} B=128{dim}", variant)
+        for length in ("32k", "128k")
+        for dim, name in (("", "ahead"), (" d 64", "128, ahead"))
+        for variant in ("plain", name, "chosen")
+    ]
+
+
 def test_a_candidate_is_compared_with_plain_settings_of_its_problem() -> None:
     rows = [
         {"error": "no memory"},
