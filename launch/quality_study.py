@@ -167,8 +167,9 @@ def evaluate(folders: Folders, run: Run, settings: Sequence[str], deadline: Dead
     check_held_out(folders)
     check_same_split(folders)
     if not folders.result(run).is_file():
-        remedy = f"Train it first: python launch/quality_study.py train {run.variant} --root {folders.root}"
-        raise ConfigError("variant", run.variant, f"{run.name} is not trained", remedy)
+        remedy = f"Train it first: python launch/quality_study.py train {run.variant} --phase {run.phase}"
+        problem = f"{run.name} is not trained"
+        raise ConfigError("variant", run.variant, problem, f"{remedy} --seed {run.seed} --root {folders.root}")
     deadline.run([*probes_command(folders, run), *settings], folders.root / "programs.jsonl")
 
 

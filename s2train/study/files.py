@@ -98,7 +98,7 @@ def check_held_out(folders: Folders) -> None:
 
 def _check_text(folders: Folders, path: Path) -> None:
     if not path.is_file():
-        remedy = "Make the corpus: python launch/quality_study.py data --tree TREE"
+        remedy = f"Make the corpus: python launch/quality_study.py data --tree TREE --root {folders.root}"
         raise ConfigError("root", folders.root, f"{path} is missing", remedy)
     if path.stat().st_size == 0:
         remedy = f"Delete {folders.corpus}, and make it with a larger held_out_share"

@@ -97,6 +97,16 @@ def test_what_is_missing_is_named_in_one_error(
     assert "Traceback" not in error
 
 
+def test_probing_an_untrained_run_names_the_command_that_trains_it(
+    study: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "held-out.jsonl").write_text('{"text": "a"}\n')
+    with pytest.raises(SystemExit):
+        study["main"](["evaluate", "hybrid", "--phase", "16k-40m", "--seed", "2", "--root", str(tmp_path)])
+    assert f"train hybrid --phase 16k-40m --seed 2 --root {tmp_path}" in capsys.readouterr().err
+
+
 @pytest.fixture
 def started(study: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Programs that an action started, in this process."""

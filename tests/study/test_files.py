@@ -26,7 +26,7 @@ def test_an_empty_held_out_split_is_rejected(folders: Folders) -> None:
 
 
 def test_a_missing_corpus_names_the_command_that_makes_it(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"quality_study\.py data --tree"):
+    with pytest.raises(ConfigError, match=rf"quality_study\.py data --tree TREE --root {tmp_path}"):
         check_corpus(Folders(tmp_path, Path("launch")))
 
 
