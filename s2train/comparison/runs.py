@@ -102,7 +102,8 @@ def compare(run_dirs: Sequence[Path], output: Path, command: str) -> "Table":
     Returns:
         The table to print.
     Raises:
-        ConfigError: a run has reported nothing, two runs share a name, a file of OUTPUT exists, or none can be written.
+        ConfigError: a run has reported nothing, two runs share a name, OUTPUT is a run's folder, a file of it exists,
+            or none can be written.
     """
     # slow imports that a sweep, which uses only `summarize`, doesn't need
     from matplotlib.ticker import EngFormatter
@@ -110,6 +111,9 @@ def compare(run_dirs: Sequence[Path], output: Path, command: str) -> "Table":
 
     from s2train.training.plots import draw_comparison
 
+    if (output / "metrics.jsonl").is_file():
+        remedy = "Name the comparison first, such as runs/dense-and-hybrid, and then the runs"
+        raise ConfigError("output", output, "is the folder of a run", remedy)
     count = EngFormatter(places=1, sep="")  # 41.0k, 1.6M, as on axes
     stem = output_stem(output)
     table_path, picture_path = (stem.with_name(stem.name + suffix) for suffix in (".json", ".png"))

@@ -105,6 +105,12 @@ def test_an_output_that_names_no_file_is_rejected(tmp_path: Path) -> None:
             compare([run], output, "")
 
 
+def test_a_run_in_place_of_the_output_is_rejected(tmp_path: Path) -> None:
+    runs = [write(tmp_path / name, report(10)) for name in ("hybrid", "dense")]
+    with pytest.raises(ConfigError, match=r"output=.*hybrid: is the folder of a run"):
+        compare(runs[1:], runs[0], "")
+
+
 def test_two_runs_with_the_same_name_are_rejected(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     runs = [write(tmp_path / "run", report(10)), write(tmp_path / "other" / "run", report(10))]
