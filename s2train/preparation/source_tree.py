@@ -4,6 +4,7 @@ Files of a subsystem follow each other in path order, so that headers, callers a
 Generated files and near-duplicates are dropped. Whole subsystems are held out, never single files.
 """
 
+import difflib
 import hashlib
 import json
 import os
@@ -207,7 +208,8 @@ def _held_out(subsystems: dict[str, list[_File]], cfg: CorpusConfig) -> set[str]
         missing = [name for name in cfg.held_out if name not in subsystems]
         if missing:
             problem = f"{missing[0]} is no subsystem with text at depth={cfg.depth}"
-            raise ConfigError("held_out", list(cfg.held_out), problem, f"Set e.g. held_out=[{max(subsystems)}]")
+            near = difflib.get_close_matches(missing[0], subsystems, n=1, cutoff=0.0)[0]
+            raise ConfigError("held_out", list(cfg.held_out), problem, f"Did you mean {near}?")
         chosen = set(cfg.held_out)
     else:
         sizes = {name: sum(file.chars for file in files) for name, files in subsystems.items()}

@@ -152,3 +152,8 @@ def test_bad_settings_are_named(tree: Path, settings: dict[str, Any], setting: s
     with pytest.raises(ConfigError) as caught:
         make_corpus(CorpusConfig(**all_settings))
     assert caught.value.setting == setting
+
+
+def test_a_held_out_name_that_is_no_subsystem_brings_the_nearest(tree: Path) -> None:
+    with pytest.raises(ConfigError, match=r"Did you mean net/core\?"):
+        run(tree, held_out=["net/cor"])
