@@ -10,6 +10,7 @@ from s2train.costs.memory import GIB, Memory, offloaded_bytes
 from s2train.costs.stages import Balance
 from s2train.costs.step_time import MARGIN, SLOW_HOST, Prediction
 from s2train.data.epochs import describe_epochs, training_epochs
+from s2train.data.indexed import read_metadata
 from s2train.errors import ConfigError
 from s2train.planning.numbers import duration, gib, time_text, with_unit
 from s2train.planning.plan import Plan
@@ -137,10 +138,22 @@ def epochs_of_plan(cfg: PretrainConfig) -> str:
     samples = samples_of(cfg.train, cfg.train.steps)
     most = "at most " if cfg.checkpoint.new_data else ""  # the steps before a new phase read other data
     try:
-        lines = describe_epochs(cfg.data, training_epochs(cfg.data, samples, cfg.train.seq_length))
+        epochs = training_epochs(cfg.data, samples, cfg.train.seq_length)
+        lines = describe_epochs(cfg.data, epochs)
+        lines += [line for one in epochs if (line := _too_many_ids(cfg, one.prefix))]
     except ConfigError as error:
         return f"{'data':<13} epochs not counted: {error}"
     return "\n".join(line if line.startswith("warning") else f"{'data':<13} {most}{line}" for line in lines)
+
+
+def _too_many_ids(cfg: PretrainConfig, prefix: str) -> str | None:
+    """Warn of data whose tokenizer exceeds the vocabulary."""
+    metadata = read_metadata(prefix)
+    if metadata is None or metadata.vocab_size <= cfg.model.vocab_size:
+        return None
+    problem = f"the tokenizer of {prefix} has {metadata.vocab_size:,} ids, more than model.vocab_size"
+    remedy = f"Set model.vocab_size={metadata.vocab_size} or more, and data.tokenizer={metadata.tokenizer}"
+    return f"warning: {problem}={cfg.model.vocab_size}, so that the run will be rejected. {remedy}"
 
 
 def _device(plan: Plan) -> str:
