@@ -16,6 +16,7 @@ from rich.console import Console
 
 from s2train.command_line.program import run_command
 from s2train.environment.apex import apex_available
+from s2train.files import describe_output
 
 
 def main() -> None:
@@ -43,6 +44,7 @@ def diagnose(given: argparse.Namespace) -> None:
     source = evaluation.Source(given.checkpoint, given.data, given.length, given.sequences)
     table = evaluation.diagnose(source, given.lengths, given.samples, given.draws, settings, given.output)
     Console(width=120).print(table)
+    print(describe_output(given.output))
 
 
 if __name__ == "__main__":

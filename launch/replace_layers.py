@@ -17,6 +17,7 @@ from rich.console import Console
 
 from s2train.command_line.program import run_command
 from s2train.environment.apex import apex_available
+from s2train.files import describe_output
 
 
 def main() -> None:
@@ -45,6 +46,7 @@ def replace(given: argparse.Namespace) -> None:
     source = Source(given.checkpoint, given.data, given.length, given.sequences)
     grid = Grid(tuple(given.last), tuple(given.samples), given.draws)
     Console(width=120).print(replace_layers(source, grid, settings, given.output))
+    print(describe_output(given.output))
 
 
 if __name__ == "__main__":

@@ -56,6 +56,12 @@ def output_stem(output: Path, setting: str = "output") -> Path:
     return output.with_name(name)
 
 
+def describe_output(output: Path) -> str:
+    """Name the two files that OUTPUT stands for."""
+    stem = output_stem(output)
+    return f"results in {stem}.json, picture in {stem}.png"
+
+
 def check_writable(setting: str, folder: str | Path) -> None:
     """Check that `folder` can be written or created, without creating it.
 

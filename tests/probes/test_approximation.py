@@ -109,6 +109,7 @@ def test_layers_of_a_trained_model_are_replaced_and_a_rerun_adds_what_is_missing
     command += ["--output", str(tmp_path / "grid"), "--samples"]
     first = run(*command, "64", "--last", "4", processes=0)
     assert first.status == 0, first.err[-2000:]
+    assert f"results in {tmp_path / 'grid'}.json" in first.out
     second = run(*command, "4", "64", "--last", "4", processes=0, pictures=True)
     assert second.status == 0, second.err[-2000:]
     assert "no layer replaced" not in second.out
