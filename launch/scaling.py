@@ -30,6 +30,7 @@ from typing import Any
 import _surroundings  # noqa: F401 (prints why the rest can't start)
 
 from s2train.command_line.composition import CONF, config_groups
+from s2train.command_line.messages import warn
 from s2train.command_line.program import run_command, settings_before_options, tokens
 from s2train.comparison.runs import environment
 from s2train.environment.hardware import detect_own
@@ -60,6 +61,8 @@ def scaling(given: argparse.Namespace) -> None:
         TrainingError: runs failed; their errors are in the results.
     """
     _check(given)
+    if detect_own().kind != "cuda":
+        warn(f"no GPU is visible: the runs take {given.gpus} CPU processes, to try the program")
     output = output_stem(given.output, "OUTPUT")
     path, jobs = (output.with_name(output.name + suffix) for suffix in (".json", ".jobs.json"))
     runs = Path("runs") / f"scaling-{output.name}"
