@@ -1,6 +1,7 @@
-"""What a rank reads of the optimizer's state when it loads. That the loaded runs go on alike: test_resume.py."""
+"""What a rank reads of the optimizer's state, and writes. That the loaded runs go on alike: test_resume.py."""
 
 import json
+from typing import Any
 
 import pytest
 
@@ -9,10 +10,15 @@ from tests.program import run
 pytestmark = [pytest.mark.slow]
 
 
-def test_a_rank_asks_for_the_states_of_its_own_parameters_and_copies_none() -> None:
+@pytest.fixture(scope="module")
+def ranks() -> list[dict[str, Any]]:
     done = run("tests.training.loading_program", processes=2)
     assert done.status == 0, done.err
-    ranks = json.loads(done.out.splitlines()[-1])
+    found: list[dict[str, Any]] = json.loads(done.out.splitlines()[-1])
+    return found
+
+
+def test_a_rank_asks_for_the_states_of_its_own_parameters_and_copies_none(ranks: list[dict[str, Any]]) -> None:
     states = 3
     assert sum(rank["kept"] for rank in ranks) >= ranks[0]["parameters"]
     for rank in ranks:
@@ -20,3 +26,7 @@ def test_a_rank_asks_for_the_states_of_its_own_parameters_and_copies_none() -> N
         assert states * rank["kept"] <= rank["asked"] <= states * (rank["kept"] + 2 * rank["largest"])
         assert rank["asked"] < 0.9 * states * rank["parameters"]
         assert not rank["is_copied"]
+
+
+def test_states_behind_a_padded_bucket_are_saved_as_those_of_their_parameters(ranks: list[dict[str, Any]]) -> None:
+    assert [rank["saved_elsewhere"] for rank in ranks] == [[0, 0], [0, 0]]
