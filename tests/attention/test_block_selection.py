@@ -131,6 +131,15 @@ def test_the_best_candidates_are_selected_and_ties_go_to_the_earlier_block() -> 
     assert sorted(set(lists[0, 0, 2].tolist()) - {-1}) == [0, 1, 2]
 
 
+def test_a_head_of_large_scores_has_no_more_say_for_moba_than_another() -> None:
+    features = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0], [1.0, 0.0, 1.0], [1.0, 0.0, 0.0]])[None, :, None]
+    queries = torch.tensor([[30.0, 1.0, 0.0], [0.0, 0.0, 3.0]])[None, None] * 3**0.5
+    candidates = torch.ones(1, 1, 1, 4, dtype=torch.bool)
+    scorer = Layer.of(scorer="moba", top_k=1).scorer
+    # shares of block 0: 0.48 and 0.04, of block 2: 0.17 and 0.87
+    assert int(block_scores(scorer, queries, features, candidates, {}.__getitem__).argmax()) == 2
+
+
 @pytest.mark.parametrize("scorer", SCORERS)
 def test_rows_without_a_past_give_finite_gradients(scorer: str) -> None:
     layer = Layer.of(scorer=scorer, top_k=1)

@@ -314,24 +314,33 @@ def reads() -> dict[str, Any]:
 
 
 @torch.no_grad()
-def decoding() -> dict[str, float]:
-    """Largest error of a step's logits against the uncached pass, after a prompt of four chunks; by scorer."""
-    count, steps, found = 40, 4, {}
-    prompt = torch.tensor([count * BLOCK - 3, count * BLOCK - BLOCK - 9])  # the new tokens of the first begin a block
+def decoding(prompt: Tensor, steps: int, chunk: int, **settings: Any) -> dict[str, float]:
+    """Largest error of a step's logits against the uncached pass, after prompts in chunks; by scorer."""
+    found = {}
     for name in SCORERS:
-        _, gpt, _ = make(scorer=name, share=0.125, sinks=1)
+        _, gpt, _ = make(scorer=name, **settings)
         gpt.eval()
         gpt.parallel_output = False
-        tokens = torch.randint(VOCABULARY, (BATCH, count * BLOCK + steps))
+        tokens = torch.randint(VOCABULARY, (BATCH, int(prompt.max()) + steps))
         with kv_cache(gpt, BATCH, tokens.shape[1]) as cache:
             model = CachedModel(gpt, cache)
-            logits = [model.prefill(tokens[:, : int(prompt.max())], prompt, 10 * BLOCK)]
+            logits = [model.prefill(tokens[:, : int(prompt.max())], prompt, chunk)]
             following = [tokens[range(BATCH), (prompt + step).tolist()] for step in range(steps)]
             logits += [model.decode(token) for token in following]
         whole = logits_of(gpt, tokens)
         expected = [whole[range(BATCH), (prompt - 1 + step).tolist()] for step in range(steps + 1)]
         found[name] = max(map(error, logits, expected))
     return found
+
+
+def decoding_of_many_blocks() -> dict[str, float]:
+    end = 40 * BLOCK  # the first sequence's new tokens begin a block
+    return decoding(torch.tensor([end - 3, end - BLOCK - 9]), 4, 10 * BLOCK, share=0.125, sinks=1)
+
+
+def decoding_of_new_blocks() -> dict[str, float]:
+    """New tokens fill blocks that later ones select; the shorter prompt ends within a block of the longer one."""
+    return decoding(torch.tensor([6 * BLOCK + 3, 5 * BLOCK + 9]), 5 * BLOCK, BLOCK, top_k=1)
 
 
 def main() -> None:
@@ -348,7 +357,8 @@ def main() -> None:
         "waits": waits(),
         "in_chunks": in_chunks(),
         "reads": reads(),
-        "decoding": decoding(),
+        "decoding": decoding_of_many_blocks(),
+        "decoding of new blocks": decoding_of_new_blocks(),
     }
     shutdown()
     print(json.dumps(results))

@@ -95,6 +95,11 @@ def test_decoding_after_a_prompt_in_chunks_equals_the_uncached_pass_over_forty_b
     assert all(error < 5e-6 for error in measured["decoding"].values()), measured["decoding"]
 
 
+def test_blocks_of_new_tokens_are_selected_as_in_the_uncached_pass(measured: dict[str, Any]) -> None:
+    found = measured["decoding of new blocks"]
+    assert all(error < 5e-6 for error in found.values()), found
+
+
 def test_a_decoding_step_reads_the_listed_pages_and_a_small_state(measured: dict[str, Any]) -> None:
     found = measured["reads"]
     assert found["pages"] + found["own"] < found["told"] <= found["pages"] + found["own"] + found["state"]
