@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from s2train.kernels.attention import Backend
+from s2train.kernels.dense import dense_causal_attention
 from s2train.kernels.hyper.hashing import hash_ranks
 from s2train.kernels.hyper.reference import key_weights
 from s2train.kernels.hyper.settings import HyperSettings
@@ -183,6 +184,22 @@ def test_tensor_parallel_ranks_draw_as_one_does() -> None:
     parts = [seeds(core(2, rank, 7)) for rank in range(2)]
     assert all(torch.equal(one, torch.cat(pair)) for one, pair in zip(whole, zip(*parts, strict=True), strict=True))
     assert len(set(torch.cat(whole).tolist())) == 4
+
+
+def test_tensor_parallel_ranks_that_share_a_kv_head_draw_alike() -> None:
+    whole = seeds(core(1, 0, 7))
+    parts = [seeds(core(4, rank, 7)) for rank in range(4)]
+    for one, shares in zip(whole, zip(*parts, strict=True), strict=True):
+        assert torch.equal(one.repeat_interleave(2), torch.cat(shares))
+
+
+def test_a_prompt_is_read_exactly() -> None:
+    one = core(1, 0, 7)
+    query, key, value = (torch.randn(250, 2, heads, 16) for heads in (4, 2, 2))
+    dense = dense_causal_attention(query, key, value, softmax_scale=one.softmax_scale)
+    assert (one.attend(query, key, value, 0) - dense).abs().max() > 0.01
+    one.kv = object()  # type: ignore[assignment]
+    assert torch.equal(one.attend(query, key, value, 0), dense)
 
 
 def test_directions_stay_over_the_steps_only_where_they_are_fixed() -> None:

@@ -135,6 +135,12 @@ def test_window_and_sinks_are_exact() -> None:
     assert exact.float().mean() < 0.3
 
 
+def test_queries_are_hashed_as_the_keys_of_their_kv_head() -> None:
+    k = torch.randn(2, 3, 40, 16)
+    of_queries, of_keys = hash_ranks(k.repeat_interleave(2, 1), k, torch.arange(3), 12)
+    assert of_queries.equal(of_keys.repeat_interleave(2, 1))
+
+
 def test_random_numbers_follow_from_seed_and_counter_alone() -> None:
     seeds = torch.randint(1 << 62, (64, 1))
     values = uniform(seeds, torch.arange(1000))
