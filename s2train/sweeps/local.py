@@ -41,8 +41,7 @@ class LocalLauncher(SweepLauncher):
 
     def run(self, jobs: list[Job]) -> None:
         """Run all jobs; a failed one doesn't stop the others."""
-        # a job inherits no PET_* variables
-        with without_log_folders() as logs:
+        with without_log_folders() as logs:  # the defaults: jobs inherit no PET_* variables
             self._run(jobs, logs)
 
     def _run(self, jobs: list[Job], logs: list[str]) -> None:
