@@ -25,5 +25,5 @@ def duration(seconds: float) -> str:
 
 
 def gib(nbytes: int) -> str:
-    """Format bytes as GiB, in a column."""
-    return f"{nbytes / GIB:9.3f}"
+    """Format bytes as GiB."""
+    return f"{nbytes / GIB:.3f}"

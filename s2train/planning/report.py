@@ -50,8 +50,8 @@ def format_plan(plan: Plan) -> str:
         *(("cp exchange", exchange.format()) for exchange in plan.exchanges),
         *_pipeline(plan),
         ("memory", "GiB per rank" + (", fullest pipeline stage" if parallel.pp > 1 else "")),
-        *((f"  {name}", gib(nbytes)) for name, nbytes in _parts(memory)),
-        ("  total", f"{gib(memory.total)} of {gib(plan.hardware.memory).strip()} ({_device(plan)})"),
+        *((f"  {name}", f"{gib(nbytes):>9}") for name, nbytes in _parts(memory)),
+        ("  total", f"{gib(memory.total):>9} of {gib(plan.hardware.memory)} ({_device(plan)})"),
         *_offload(plan),
         *([("  room", plan.advice)] if plan.advice is not None else []),
         *_time(plan),
@@ -76,7 +76,7 @@ def _offload(plan: Plan) -> list[tuple[str, str]]:
     return [
         (
             "  on the host",
-            f"{gib(taken).strip()} GiB per rank: state of optim.cpu_offload, weights and gradients;"
+            f"{gib(taken)} GiB per rank: state of optim.cpu_offload, weights and gradients;"
             " copies are not in the predicted time",
         )
     ]
