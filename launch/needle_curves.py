@@ -36,10 +36,10 @@ def read_variant(folder: Path) -> dict[str, Any]:
 
     Points are [step, length, correct, trials]. Each phase, finished or not, has the seconds of its steps and the
     held-out loss of its last evaluation (nats per token). Where blocks are selected, it has the last reported recall,
-    mean over layers. Seconds come from metrics.jsonl and exclude starting,
-    evaluating and saving; the first report after each start includes compilation, so the median of the others replaces
-    it. If known, the result includes the `seed` of all phases and, from programs.jsonl, the `wall_seconds` of each
-    phase's programs and the command that started it.
+    mean over layers. Seconds come from metrics.jsonl and exclude starting, evaluating and saving; the first report
+    after each start includes compilation, so the median of the others replaces it. If known, the result includes the
+    `seed` of all phases and, from programs.jsonl, the `wall_seconds` of each phase's programs and the command that
+    started it.
     """
     points: list[tuple[int, int, int, int]] = []
     seconds: dict[str, float] = {}
