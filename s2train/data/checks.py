@@ -1,7 +1,5 @@
 """Checks a run's data from files, before using a device."""
 
-import math
-
 import numpy as np
 import numpy.typing as npt
 from megatron.core.datasets.gpt_dataset import MockGPTLowLevelDataset
@@ -16,6 +14,7 @@ from s2train.data.splits import more_documents, split_documents_range
 from s2train.data.tokenizers import Tokenizer
 from s2train.errors import ConfigError
 from s2train.files import check_writable
+from s2train.validation.division import vocabulary_for
 from s2train.validation.token_budgets import length
 
 _MOST_EPOCHS = 100_000  # in one order of samples
@@ -51,8 +50,7 @@ def check_data(cfg: PretrainConfig, tokenizer: Tokenizer) -> None:
     """
     if tokenizer.vocab_size > cfg.model.vocab_size:
         problem = f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size:,} ids"
-        rows = math.ceil(tokenizer.vocab_size / cfg.parallel.tp) * cfg.parallel.tp
-        remedy = f"Set model.vocab_size={rows} or more, a multiple of parallel.tp"
+        remedy = vocabulary_for(tokenizer.vocab_size, cfg.parallel.tp)
         raise ConfigError("model.vocab_size", cfg.model.vocab_size, problem, remedy)
     check_parts(cfg)
     blend = parse_blend(cfg.data.path)

@@ -15,6 +15,7 @@ from s2train.errors import ConfigError
 from s2train.planning.numbers import duration, gib, time_text, with_unit
 from s2train.planning.plan import Plan
 from s2train.planning.targets import ONE_OF_NAMES
+from s2train.validation.division import vocabulary_for
 from s2train.validation.token_budgets import token_budgets
 
 _UNEVEN = 0.05  # imbalance of ranks from which on to suggest a remedy
@@ -152,7 +153,7 @@ def _too_many_ids(cfg: PretrainConfig, prefix: str) -> str | None:
     if metadata is None or metadata.vocab_size <= cfg.model.vocab_size:
         return None
     problem = f"the tokenizer of {prefix} has {metadata.vocab_size:,} ids, more than model.vocab_size"
-    remedy = f"Set model.vocab_size={metadata.vocab_size} or more, and data.tokenizer={metadata.tokenizer}"
+    remedy = f"{vocabulary_for(metadata.vocab_size, cfg.parallel.tp)}, and data.tokenizer={metadata.tokenizer}"
     return f"warning: {problem}={cfg.model.vocab_size}, so that the run will be rejected. {remedy}"
 
 

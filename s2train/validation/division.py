@@ -32,6 +32,11 @@ def multiple_of(setting: str, value: int, unit: int) -> str:
     return f"Set {setting} to a multiple of {unit}, such as {-(-value // unit) * unit}."
 
 
+def vocabulary_for(ids: int, tp: int) -> str:
+    """Format the remedy for a vocabulary smaller than a tokenizer's."""
+    return f"Set model.vocab_size={-(-ids // tp) * tp} or more, a multiple of parallel.tp"
+
+
 def _check_heads(cfg: PretrainConfig) -> None:
     model = cfg.model
     if model.head_dim is None:

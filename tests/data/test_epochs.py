@@ -106,10 +106,8 @@ def test_a_plan_shows_epochs_or_that_the_data_are_missing(tmp_path: Path, monkey
 
 
 def test_a_plan_warns_of_a_tokenizer_larger_than_the_vocabulary(corpus: str) -> None:
-    fitting, small = (
-        epochs_of_plan(compose_run(["+model=tiny_hybrid", f"data.path={corpus}", f"model.vocab_size={size}"]))
-        for size in (257, 128)
-    )
+    settings = ["+model=tiny_hybrid", f"data.path={corpus}", "parallel.tp=2"]
+    fitting, small = (epochs_of_plan(compose_run([*settings, f"model.vocab_size={size}"])) for size in (258, 128))
     assert "model.vocab_size" not in fitting
     assert "has 257 ids, more than model.vocab_size=128" in small
-    assert "Set model.vocab_size=257 or more, and data.tokenizer=bytes" in small
+    assert "Set model.vocab_size=258 or more, a multiple of parallel.tp, and data.tokenizer=bytes" in small
