@@ -155,19 +155,19 @@ def measure(gpt: GPTModel, length: int, batch: int, tokens: int, chunk: int | No
                 model = CachedModel(gpt, cache, cuda_graph)
                 prompt = torch.randint(0, gpt.vocab_size, (batch, length), device=device)
                 _reset_peak(device)
-                began = _now()
+                began = now()
                 if chunk is None:
                     cache.fill(np.full(batch, length))
                 else:
                     model.prefill(prompt, chunk=chunk)
-                    record["prefill_s"] = _now() - began
+                    record["prefill_s"] = now() - began
                     record |= _peak("prefill", device)
                 for _ in range(_WARM_STEPS):
                     model.decode(prompt[:, -1])
-                began = _now()
+                began = now()
                 for _ in range(tokens - 1):  # the last token needs no further step
                     model.decode(prompt[:, -1])
-                record["graph_ms" if cuda_graph else "step_ms"] = 1e3 * (_now() - began) / (tokens - 1)
+                record["graph_ms" if cuda_graph else "step_ms"] = 1e3 * (now() - began) / (tokens - 1)
                 record |= _peak("decode", device)
                 record |= {"kv_bytes": cache.bytes_in_use, "predicted_bytes": cache.predicted_bytes()}
                 record |= {"state_bytes": cache.state_bytes, "read_bytes": cache.bytes_read()}
@@ -192,10 +192,10 @@ def forward_seconds(gpt: GPTModel, prompts: Tensor) -> float:
     size = prompts.shape[1]
     angles, positions = gpt.rotary_pos_emb(size), torch.arange(size, device=prompts.device)[None]
     hidden_states(gpt, prompts[:1], positions, angles)  # compiles
-    began = _now()
+    began = now()
     for prompt in prompts[:, None]:
         hidden_states(gpt, prompt, positions, angles)
-    return _now() - began
+    return now() - began
 
 
 def _reset_peak(device: torch.device) -> None:
@@ -215,8 +215,8 @@ def _peak(part: str, device: torch.device) -> dict[str, int]:
     return found
 
 
-def _now() -> float:
-    """Current time in seconds, after synchronizing the device."""
+def now() -> float:
+    """Return the time in seconds, after synchronizing the device."""
     torch.cuda.synchronize()  # does nothing on a CPU
     return time.perf_counter()
 

@@ -12,7 +12,7 @@ def test_both_read_every_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     output = tmp_path / "speed.json"
     settings = ["+model=tiny_hybrid", "--lengths", "130", "257", "--runs", "1", "--output", str(output)]
-    done = run("s2train.serving.export_speed", *settings, processes=0)
+    done = run("s2train.comparison.export_speed", *settings, processes=0)
     assert done.status == 0, done.err[-2000:]
     data = json.loads(output.read_text())
     assert "+model=tiny_hybrid" in data["command"]
@@ -23,6 +23,6 @@ def test_both_read_every_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_model_without_an_export_is_rejected() -> None:
-    done = run("s2train.serving.export_speed", "+model=tiny_moba", processes=0)
+    done = run("s2train.comparison.export_speed", "+model=tiny_moba", processes=0)
     assert done.status == 2
     assert "layout.layers" in done.err

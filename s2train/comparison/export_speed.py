@@ -8,7 +8,6 @@ import argparse
 import shlex
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
@@ -29,7 +28,7 @@ from s2train.environment.hardware import detect_own
 from s2train.environment.versions import versions
 from s2train.files import write_json
 from s2train.inference.cached_model import CachedModel
-from s2train.inference.decode_speed import check_weights
+from s2train.inference.decode_speed import check_weights, now
 from s2train.inference.kv_cache import kv_cache
 from s2train.megatron.layer_backends import backend_of
 from s2train.megatron.model import build_model, transformer_config, unwrap
@@ -40,7 +39,7 @@ from s2train.validation.attention_kinds import require_feature
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line."""
-    parser = argparse.ArgumentParser(prog="python -m s2train.serving.export_speed", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m s2train.comparison.export_speed", description=__doc__)
     parser.add_argument("overrides", nargs="*", default=["+model=7b_hybrid"], help="overrides of launch/pretrain.py")
     parser.add_argument("--lengths", nargs="+", type=int, default=[8192, 32768], help="prompt tokens")
     parser.add_argument("--runs", type=int, default=5, help="timed prefills")
@@ -75,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
     if args.output is not None:
         data = {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "command": shlex.join(["python", "-m", "s2train.serving.export_speed", *words]),
+            "command": shlex.join(["python", "-m", "s2train.comparison.export_speed", *words]),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
             "versions": versions(),
             "model": cfg.model.name,
@@ -121,16 +120,10 @@ def median_seconds(run: Callable[[], object], runs: int) -> float:
     """Return the median seconds of `runs` calls, after one that compiles."""
     seconds = []
     for _ in range(runs + 1):
-        began = _now()
+        began = now()
         run()
-        seconds.append(_now() - began)
+        seconds.append(now() - began)
     return statistics.median(seconds[1:])
-
-
-def _now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 if __name__ == "__main__":
