@@ -55,6 +55,8 @@ def main(arguments: list[str] | None = None) -> int:
     request = {"lengths": args.lengths, "batches": args.batches, "tokens": args.tokens, "vllm": args.vllm}
     if args.write_configs is not None:
         folders = [args.write_configs / Path(name).name for name in args.models]
+        if len(set(folders)) < len(folders):
+            parser.error("two models have one name, and so one folder: write their configs to different folders")
         if existing := [folder for folder in folders if folder.exists()]:
             parser.error(f"{existing[0]} exists: nothing is overwritten, set another --write-configs")
         for name, folder in zip(args.models, folders, strict=True):

@@ -38,6 +38,13 @@ def test_configs_are_written_for_vllms_own_benchmark(tmp_path: Path, capsys: pyt
     assert "nothing is overwritten" in capsys.readouterr().err
 
 
+def test_configs_of_two_models_with_one_name_are_rejected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--models", "a/final", "b/final", "--write-configs", str(tmp_path / "shapes")])
+    assert "two models have one name" in capsys.readouterr().err
+    assert not (tmp_path / "shapes").exists()
+
+
 def test_models_have_the_config_of_their_exports() -> None:
     hybrid, dense = (composed_config([f"+model={name}"]) for name in ("7b_hybrid", "7b_dense"))
     assert (hybrid["architectures"], dense["architectures"]) == (["S2ForCausalLM"], ["LlamaForCausalLM"])
