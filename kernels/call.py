@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .saved import Properties
 from .spec import AttentionSpec
 
 _KEPT = 8
@@ -27,7 +28,7 @@ class Call:
     spec: AttentionSpec
     backend: str
     found_again: bool = False
-    saved: tuple[Any, ...] | None = None
+    saved: tuple[Properties, ...] | None = None
     forward: Any = None
     backward: dict[Hashable, Any] = field(default_factory=dict)
 

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 Properties = tuple[Any, ...]  # of one tensor; strides last
+NAMES = ("q", "k", "v", "the output", "the log-sum-exp")  # what every backward needs
 
 
 def properties(*tensors: Tensor) -> tuple[Properties, ...]:

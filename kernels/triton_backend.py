@@ -15,7 +15,7 @@ from .call import Call, keep, strides_of
 from .forward import forward
 from .hopper.support import backward_choice, kernel_choice
 from .interpreter import repair_interpreter
-from .saved import as_saved, properties
+from .saved import NAMES, as_saved, properties
 from .spec import AttentionSpec, from_bhsd, to_bhsd
 from .tiles import last_contiguous
 from .topk_layout import Layout, TopKLayout
@@ -58,7 +58,7 @@ def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[
     call: Call = ctx.call
     if properties(*saved) != call.saved:
         assert call.saved is not None
-        saved = as_saved(saved, ("q", "k", "v", "the output", "the log-sum-exp"), call.saved)
+        saved = as_saved(saved, NAMES, call.saved)
     q, k, v, out, lse = saved
     return *run_gradients(q, k, v, out, lse, dout, dlse, ctx.layout, call), None, None
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import spec as specs
-from ..saved import as_saved, properties
+from ..saved import NAMES, as_saved, properties
 from ..spec import AttentionSpec, from_bhsd, to_bhsd
 from ..tiles import last_contiguous
 from . import launches
@@ -43,7 +43,7 @@ class _HyperAttention(torch.autograd.Function):
         nothing = (None,) * 4
         if dout is None and dlse is None:
             return None, None, None, *nothing
-        names = ("q", "k", "v", "the output", "the log-sum-exp", *(["an array of the plan"] * (len(saved) - 5)))
+        names = (*NAMES, *["an array of the plan"] * (len(saved) - len(NAMES)))
         q, k, v, out, lse, *arrays = as_saved(saved, names, ctx.saved)
         plan = None if ctx.sizes is None else Plan(*ctx.sizes, *arrays)
         return *run_backward(q, k, v, out, lse, dout, dlse, plan, ctx.call), *nothing
