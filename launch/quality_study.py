@@ -167,9 +167,9 @@ def evaluate(folders: Folders, run: Run, settings: Sequence[str], deadline: Dead
     check_held_out(folders)
     check_same_split(folders)
     if not folders.result(run).is_file():
-        remedy = f"Train it first: python launch/quality_study.py train {run.variant} --phase {run.phase}"
-        problem = f"{run.name} is not trained"
-        raise ConfigError("variant", run.variant, problem, f"{remedy} --seed {run.seed} --root {folders.root}")
+        which = f"{run.variant} --phase {run.phase} --seed {run.seed} --root {folders.root}"
+        remedy = f"Train it first: python launch/quality_study.py train {which}"
+        raise ConfigError("variant", run.variant, f"{run.name} is not trained", remedy)
     deadline.run([*probes_command(folders, run), *settings], folders.root / "programs.jsonl")
 
 
