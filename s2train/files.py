@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+from argparse import ArgumentTypeError
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,6 +55,18 @@ def output_stem(output: Path, setting: str = "output") -> Path:
     if not name:
         raise ConfigError(setting, output, "names no file", "Name one, such as runs/dense-and-hybrid")
     return output.with_name(name)
+
+
+def new_file(text: str) -> Path:
+    """Parse an option's file to write.
+
+    Raises:
+        ArgumentTypeError: it exists.
+    """
+    path = Path(text)
+    if path.exists():
+        raise ArgumentTypeError(f"{path} exists: results are not overwritten, name another file")
+    return path
 
 
 def describe_output(output: Path) -> str:

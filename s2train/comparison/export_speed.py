@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -26,7 +25,7 @@ from s2train.config import ParallelConfig, PretrainConfig
 from s2train.data.tokenizers import ByteTokenizer
 from s2train.environment.hardware import detect_own
 from s2train.environment.versions import versions
-from s2train.files import write_json
+from s2train.files import new_file, write_json
 from s2train.inference.cached_model import CachedModel
 from s2train.inference.decode_speed import check_weights, now
 from s2train.inference.kv_cache import kv_cache
@@ -43,13 +42,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", default=["+model=7b_hybrid"], help="overrides of launch/pretrain.py")
     parser.add_argument("--lengths", nargs="+", type=int, default=[8192, 32768], help="prompt tokens")
     parser.add_argument("--runs", type=int, default=5, help="timed prefills")
-    parser.add_argument("--output", type=Path, default=None, help="JSON file to write")
+    parser.add_argument("--output", type=new_file, default=None, help="JSON file to write")
     words = sys.argv[1:] if arguments is None else arguments
     args = parser.parse_args(settings_before_options(words))
     if min(*args.lengths, args.runs) < 1:
         parser.error("lengths and runs must be at least 1")
-    if args.output is not None and args.output.exists():
-        parser.error(f"{args.output} exists: results are not overwritten, set another --output")
     cfg = compose_run(args.overrides)
     cfg.parallel = ParallelConfig()
     cfg.train.recompute = "none"

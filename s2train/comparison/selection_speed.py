@@ -18,7 +18,6 @@ import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -30,6 +29,7 @@ from s2train.attention.selection.targets import row_mass, sampled_positions
 from s2train.comparison.fla_moba import fla_moba, fla_problem
 from s2train.config import LayoutConfig, ModelConfig, ParallelConfig, PretrainConfig, TrainConfig
 from s2train.environment.versions import versions
+from s2train.files import new_file
 from s2train.kernels.attention import block_sparse_attention
 from s2train.kernels.benchmarks.timing import Clock, time_passes
 from s2train.kernels.dense import dense_causal_attention
@@ -60,10 +60,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--block", type=int, default=128, help="tokens")
     parser.add_argument("--top-k", type=int, default=16, help=f"blocks, with {BESIDE} beside them")
     parser.add_argument("--budget-ms", type=float, default=300, help="of device time for each measurement")
-    parser.add_argument("--output", type=Path, default=None, help="JSON file to write")
+    parser.add_argument("--output", type=new_file, default=None, help="JSON file to write")
     args = parser.parse_args(arguments)
-    if args.output is not None and args.output.exists():
-        parser.error(f"{args.output} exists: results are not overwritten, set another --output")
     if not torch.cuda.is_available() and max(args.lengths) > MOST_ON_CPU:
         parser.error(f"needs a GPU for lengths above {MOST_ON_CPU:,}, which take hours on a CPU: set shorter --lengths")
     device = initialize(ParallelConfig(), 1)

@@ -13,7 +13,6 @@ import shlex
 import sys
 import time
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,6 +31,7 @@ from s2train.costs.parameters import total_parameters
 from s2train.environment.hardware import Hardware, detect_own
 from s2train.environment.versions import versions
 from s2train.errors import ConfigError
+from s2train.files import new_file
 from s2train.inference.cached_model import CachedModel, hidden_states
 from s2train.inference.kv_cache import kv_cache
 from s2train.inference.page_pool import OutOfPagesError
@@ -60,12 +60,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--no-prefill", action="store_true", help="decode over random keys and values instead of slow prompts"
     )
-    parser.add_argument("--output", type=Path, default=None, help="JSON file to write")
+    parser.add_argument("--output", type=new_file, default=None, help="JSON file to write")
     args = parser.parse_args(settings_before_options(sys.argv[1:] if arguments is None else arguments))
     if min(*args.lengths, *(batch or 1 for batch in args.batches), args.tokens - 1, args.chunk) < 1:
         parser.error("lengths, batches and chunk must be at least 1, tokens 2")
-    if args.output is not None and args.output.exists():
-        parser.error(f"{args.output} exists: results are not overwritten, set another --output")
     pretrain = compose_run(args.overrides)
     pretrain.parallel = ParallelConfig()
     pretrain.train.recompute = "none"

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from s2train.environment.versions import versions
-from s2train.files import replacing, write_json
+from s2train.files import new_file, replacing, write_json
 from s2train.kernels.versions import installed_version
 from s2train.serving.measure import Record, longest_sequence, measure
 
@@ -46,12 +46,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--write-configs", type=Path, default=None, metavar="FOLDER", help="write FOLDER/MODEL/config.json and end"
     )
-    parser.add_argument("--output", type=Path, default=None, help="JSON file to write")
+    parser.add_argument("--output", type=new_file, default=None, help="JSON file to write")
     args = parser.parse_args(arguments)
     if min(*args.lengths, *(batch or 1 for batch in args.batches), args.tokens - 1) < 1:
         parser.error("lengths and batches must be at least 1, tokens 2")
-    if args.output is not None and args.output.exists():
-        parser.error(f"{args.output} exists: results are not overwritten, set another --output")
     request = {"lengths": args.lengths, "batches": args.batches, "tokens": args.tokens, "vllm": args.vllm}
     if args.write_configs is not None:
         folders = [args.write_configs / Path(name).name for name in args.models]
