@@ -236,6 +236,17 @@ def _consumer(
             idle_step(k_s, ds_s, dq_s, ds_full, dq_free, dq_full, t, zs, zq, C, HL)
             if QT != TILE or TURNS:
                 mbarrier.arrive(free.index(t % STAGES), count=1)
+    plain = num_masked if AHEAD else num_steps
+    if TURNS:  # taken in pairs
+        plain = num_masked + (num_steps - num_masked) % 2
+    for t in range(num_masked, plain):
+        dk, dv = process(
+            q_s, dout_s, lse_s, delta_s, k_s, own, ds_s, dq_s, q_full, dout_full, free, ds_full, dq_free, dq_full,
+            t, dk, dv, scale_log2, zs, zq, key, query,
+            C, STAGES, False, PL, HL, VALUES,
+        )  # fmt: skip
+        if TURNS and QT == TILE:
+            mbarrier.arrive(free.index(t % STAGES), count=1)
     if AHEAD:
         process_ahead: gl.constexpr = process_step_ahead if QT == TILE else process_halves_ahead
         keys = k_s if QT == TILE else own[0]
@@ -247,34 +258,18 @@ def _consumer(
                 C, STAGES, PL, HL, VALUES,
             )  # fmt: skip
         warpgroup_mma_wait(num_outstanding=0, deps=(scores,))
-    elif TURNS:
+    if TURNS:
         process_turn: gl.constexpr = process_in_turn if QT == TILE else process_halves_in_turn
         z = gl.zeros([TILE, D], gl.float32, OL) if QT == TILE else zq
-        pairs = num_masked + (num_steps - num_masked) % 2
-        for t in range(num_masked, pairs):
-            dk, dv = process(
-                q_s, dout_s, lse_s, delta_s, k_s, own, ds_s, dq_s, q_full, dout_full, free, ds_full, dq_free, dq_full,
-                t, dk, dv, scale_log2, zs, zq, key, query,
-                C, STAGES, False, PL, HL, VALUES,
-            )  # fmt: skip
-            if QT == TILE:
-                mbarrier.arrive(free.index(t % STAGES), count=1)
-        # the other warpgroup has read dS(pairs - 1); from here on it says so by its next dS
-        mbarrier.wait(dq_full.index(1 - C), (pairs & 1) ^ 1, pred=pairs > 0)
-        for t in range(pairs, num_steps, 2):
+        # the other warpgroup has read dS(plain - 1); from here on it says so by its next dS
+        mbarrier.wait(dq_full.index(1 - C), (plain & 1) ^ 1, pred=plain > 0)
+        for t in range(plain, num_steps, 2):
             for n in gl.static_range(2):
                 dk, dv = process_turn(
                     q_s, dout_s, lse_s, delta_s, k_s, own, ds_s, dq_s, q_full, dout_full, free, ds_full, dq_free,
                     dq_full, t + n, dk, dv, scale_log2, zs, z,
                     C, STAGES, PL, HL, VALUES, n == C,
                 )  # fmt: skip
-    else:
-        for t in range(num_masked, num_steps):
-            dk, dv = process(
-                q_s, dout_s, lse_s, delta_s, k_s, own, ds_s, dq_s, q_full, dout_full, free, ds_full, dq_free, dq_full,
-                t, dk, dv, scale_log2, zs, zq, key, query,
-                C, STAGES, False, PL, HL, VALUES,
-            )  # fmt: skip
     mbarrier.arrive(done.index(C), count=1)
     _, _, start, num_keys = _document(meta_ptr, 0, 0, s_k, PACKED)  # computed again, to save registers
     row = key_tile * TILE + start
