@@ -18,22 +18,20 @@ from rich.table import Table
 from torch import Tensor
 
 from s2train.attention.features import Feature
+from s2train.attention.hybrid import HybridLayout
 from s2train.checkpoints.hugging_face.exporting import llama_config
 from s2train.checkpoints.hugging_face.modeling_s2 import S2Config, S2ForCausalLM
 from s2train.command_line.program import run_command, settings_before_options
-from s2train.config import ParallelConfig, PretrainConfig
+from s2train.config import PretrainConfig
 from s2train.data.tokenizers import ByteTokenizer
-from s2train.environment.hardware import detect_own
 from s2train.environment.versions import versions
 from s2train.files import new_file, write_json
 from s2train.inference.cached_model import CachedModel
-from s2train.inference.decode_speed import check_weights, now
+from s2train.inference.decode_speed import compose_on_one_device, now
 from s2train.inference.kv_cache import kv_cache
 from s2train.megatron.layer_backends import backend_of
 from s2train.megatron.model import build_model, transformer_config, unwrap
 from s2train.megatron.setup import initialize, shutdown
-from s2train.planning import compose_run, hybrid_layout
-from s2train.validation.attention_kinds import require_feature
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -47,15 +45,10 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(settings_before_options(words))
     if min(*args.lengths, args.runs) < 1:
         parser.error("lengths and runs must be at least 1")
-    cfg = compose_run(args.overrides)
-    cfg.parallel = ParallelConfig()
-    cfg.train.recompute = "none"
-    hybrid = hybrid_layout(cfg)
-    require_feature(hybrid, Feature.EXPORT, "layout.layers", cfg.layout.layers, "Measure another model")
-    check_weights(cfg, hybrid, detect_own())
+    cfg, hybrid = compose_on_one_device(args.overrides, Feature.EXPORT)
     device = initialize(cfg.parallel, cfg.seed)
     prompts = [torch.randint(0, cfg.model.vocab_size, (1, length), device=device) for length in args.lengths]
-    engine = engine_seconds(cfg, prompts, args.runs, device)
+    engine = engine_seconds(cfg, hybrid, prompts, args.runs, device)
     export = export_seconds(cfg, prompts, args.runs, device)
     rows = [
         {"length": length, "engine_s": ours, "export_s": its, "export_over_engine": its / ours}
@@ -82,9 +75,10 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def engine_seconds(cfg: PretrainConfig, prompts: list[Tensor], runs: int, device: torch.device) -> list[float]:
+def engine_seconds(
+    cfg: PretrainConfig, hybrid: HybridLayout, prompts: list[Tensor], runs: int, device: torch.device
+) -> list[float]:
     """Time our engine's prefill of prompts [1, s]."""
-    hybrid = hybrid_layout(cfg)
     (chunk,) = build_model(cfg, transformer_config(cfg), hybrid, backend_of(cfg), device)
     gpt = unwrap(chunk).eval()
 

@@ -12,6 +12,7 @@ import json
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -64,12 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(settings_before_options(sys.argv[1:] if arguments is None else arguments))
     if min(*args.lengths, *(batch or 1 for batch in args.batches), args.tokens - 1, args.chunk) < 1:
         parser.error("lengths, batches and chunk must be at least 1, tokens 2")
-    pretrain = compose_run(args.overrides)
-    pretrain.parallel = ParallelConfig()
-    pretrain.train.recompute = "none"
-    hybrid = hybrid_layout(pretrain)
-    require_feature(hybrid, Feature.DECODING, "layout.layers", pretrain.layout.layers, "Measure another model")
-    check_weights(pretrain, hybrid, detect_own())
+    pretrain, hybrid = compose_on_one_device(args.overrides, Feature.DECODING)
     device = initialize(pretrain.parallel, pretrain.seed)
     config = transformer_config(pretrain)
     (chunk,) = build_model(pretrain, config, hybrid, backend_of(pretrain), device)
@@ -110,6 +106,21 @@ def main(arguments: list[str] | None = None) -> int:
     console.print(table)
     shutdown()
     return int(any(record.get("kv_bytes") != record.get("predicted_bytes") for record in records))
+
+
+def compose_on_one_device(overrides: Sequence[str], feature: Feature) -> tuple[PretrainConfig, HybridLayout]:
+    """Compose a model to time on this device alone.
+
+    Raises:
+        ConfigError: its kinds of attention lack the feature, or its weights exceed the memory.
+    """
+    cfg = compose_run(overrides)
+    cfg.parallel = ParallelConfig()
+    cfg.train.recompute = "none"
+    hybrid = hybrid_layout(cfg)
+    require_feature(hybrid, feature, "layout.layers", cfg.layout.layers, "Measure another model")
+    check_weights(cfg, hybrid, detect_own())
+    return cfg, hybrid
 
 
 def check_weights(cfg: PretrainConfig, hybrid: HybridLayout, hardware: Hardware) -> None:
