@@ -1,4 +1,4 @@
-"""What a rank reads of the optimizer's state, and writes. That the loaded runs go on alike: test_resume.py."""
+"""What a rank reads of the optimizer's state, and writes. That loaded runs continue alike: test_resume.py."""
 
 import json
 from typing import Any
