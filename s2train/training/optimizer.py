@@ -17,6 +17,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from s2train.config import OptimConfig, PretrainConfig
+from s2train.megatron.clipping import replace_stand_ins
 from s2train.megatron.local_optimizer_state import load_only_local_state
 from s2train.megatron.model import DTYPES
 from s2train.megatron.optimizer_state import prepare_to_load
@@ -53,6 +54,7 @@ def build_optimizer(
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
     """Build the chunks' optimizer and its learning-rate schedule, counted in steps."""
     optim = cfg.optim
+    replace_stand_ins()
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer=optim.name,
