@@ -255,12 +255,13 @@ class Trainer:
             chunk.zero_grad_buffer()
         state.optimizer.zero_grad()
         self.auxiliary.begin_step(step, is_logged=self._is_due(step), batch=size)
-        ((total, tokens),) = run_step(
-            self.cfg, state.chunks, batches, forward_only=False, batch_size=size, teacher=self.teacher
-        ).tolist()
+        sums = run_step(self.cfg, state.chunks, batches, forward_only=False, batch_size=size, teacher=self.teacher)
         self.frozen.hold(state.optimizer, step)
         with record_function(RANGE + OPTIMIZER):
-            loss, grad_norm = total / tokens, gradient_norm(state.optimizer)
+            grad_norm = gradient_norm(state.optimizer)
+        # Read after the norm: waiting for the GPU earlier would leave it idle while the norm's kernels are launched.
+        ((total, tokens),) = sums.tolist()
+        loss = total / tokens
         is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
         is_bad, signal = max_over_ranks(not is_finite, self.signals.received)
         if is_bad:
