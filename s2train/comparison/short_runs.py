@@ -17,7 +17,7 @@ from s2train.megatron.block_attention import kernels_of
 from s2train.megatron.layer_backends import backend_of
 from s2train.megatron.model import build_model, transformer_config
 from s2train.planning import hybrid_layout
-from s2train.training.optimizer import build_optimizer, wrap_data_parallel
+from s2train.training.optimizer import build_optimizer, gradient_norm, take_step, wrap_data_parallel
 from s2train.training.profile import attention_ranges
 from s2train.training.profile_table import OPTIMIZER, RANGE, profile_table, read_trace
 from s2train.training.steps import run_step
@@ -81,11 +81,10 @@ def _run(cfg: PretrainConfig, config: TransformerConfig, steps: int, device: tor
         started = time.perf_counter()
         chunks[0].zero_grad_buffer()
         optimizer.zero_grad()
-        total, tokens = run_step(cfg, chunks, [batches], forward_only=False, batch_size=cfg.train.global_batch_size)[
-            0
-        ].tolist()
+        sums = run_step(cfg, chunks, [batches], forward_only=False, batch_size=cfg.train.global_batch_size)
         with record_function(RANGE + OPTIMIZER):
-            optimizer.step()
+            take_step(optimizer, gradient_norm(optimizer))
+        ((total, tokens),) = sums.tolist()
         scheduler.step(increment=cfg.train.global_batch_size)
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
