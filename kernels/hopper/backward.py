@@ -215,9 +215,9 @@ def _consumer(
     entry = _first_step(meta_ptr, steps_ptr, first, batch_size, PACKED)
     mbarrier.wait(k_full, 0)
     own = (v_s, v_s)
-    if VALUES:
+    if VALUES and D != TILE:
         own = (v_s, v_s.index(C).slice(0, D // 2, 1).load(PL))
-    if QT != TILE:
+    if QT != TILE or (VALUES and D == TILE):
         own = (k_s.index(C).load(PL), v_s.index(C).load(PL))
     for t in range(0, num_masked):
         tile = (entry >> ACTIVE_BITS) & ((1 << QUERY_BITS) - 1)

@@ -96,19 +96,22 @@ def _weights(scores, lse, scale_log2, key, column, MASK: gl.constexpr):
 
 @gluon.jit
 def _issue_dp(own, dout, zs, z, C: gl.constexpr, VALUES: gl.constexpr):
-    """Start computing V dO^T, with VALUES' first half of v from registers.
+    """Start computing V dO^T, with VALUES' part of v from registers.
 
-    Returns dP. Its products are one group, with VALUES two.
+    Returns dP. Its products are one group, with half of v in registers two.
     """
-    v_s, first = own
-    v = v_s.index(C + z)
-    dout = dout.permute((1, 0))
-    HALF: gl.constexpr = v.shape[1] // 2
-    if VALUES:
-        dp = warpgroup_mma(first, dout.slice(0, HALF, 0), zs, use_acc=False, is_async=True)
-        dp = warpgroup_mma(v.slice(HALF, HALF, 1), dout.slice(HALF, HALF, 0), dp, is_async=True)
+    if VALUES and dout.shape[1] == TILE:
+        dp = warpgroup_mma(own[1], dout.permute((1, 0)), zs, use_acc=False, is_async=True)
     else:
-        dp = warpgroup_mma(v, dout, zs, use_acc=False, is_async=True)
+        v_s, first = own
+        v = v_s.index(C + z)
+        dout = dout.permute((1, 0))
+        HALF: gl.constexpr = v.shape[1] // 2
+        if VALUES:
+            dp = warpgroup_mma(first, dout.slice(0, HALF, 0), zs, use_acc=False, is_async=True)
+            dp = warpgroup_mma(v.slice(HALF, HALF, 1), dout.slice(HALF, HALF, 0), dp, is_async=True)
+        else:
+            dp = warpgroup_mma(v, dout, zs, use_acc=False, is_async=True)
     return dp
 
 
@@ -144,7 +147,7 @@ def _begin_step(
     st = t % STAGES
     phase = (t // STAGES) & 1
     z = _zero(t)  # otherwise the compiler keeps all descriptors of k and v in registers, and spills
-    k = k_s.index(C + z)
+    k = own[0] if VALUES and k_s.shape[2] == TILE else k_s.index(C + z)
     q = q_s.index(st)
     dout = dout_s.index(st)
     mbarrier.wait(q_full.index(st), phase)
@@ -152,7 +155,8 @@ def _begin_step(
     lse = lse_s.index(st).load(CS)
     mbarrier.wait(dout_full.index(st), phase)
     dp = _issue_dp(own, dout, zs, z, C, VALUES)
-    scores = warpgroup_mma_wait(num_outstanding=1 + VALUES, deps=(s,))
+    GROUPS: gl.constexpr = 1 + (VALUES and q.shape[1] != TILE)
+    scores = warpgroup_mma_wait(num_outstanding=GROUPS, deps=(s,))
     p = _weights(scores, lse, scale_log2, key, column, MASK)
     dv, p16, ds16 = _issue_dv(p, dp, dout, dv, delta_s, ds_s, ds_full, st, t, C, PL)
     return z, dv, p16, ds16

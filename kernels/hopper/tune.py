@@ -63,6 +63,7 @@ _CANDIDATES: dict[str, ScheduleOptions | None] = {
     "ahead": PLAIN,
     "half of v": PLAIN,
     "ahead, half of v": PLAIN,
+    "k and v": PLAIN,
     "in turn": PLAIN,
     "128, in turn": ScheduleOptions(query_tile=128),
     "chosen": None,
@@ -74,6 +75,7 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "ahead": {"ahead": True},
     "half of v": {"values": True},
     "ahead, half of v": {"ahead": True, "values": True},
+    "k and v": {"values": True},
     "in turn": {"turns": True},
     "128, in turn": {"turns": True},
 }
@@ -218,8 +220,9 @@ def _candidate_items(lengths: list[int], only: list[str] | None = None) -> list[
     problems = {
         (_HEADS, 128, 128): ["ahead", "half of v", "ahead, half of v", "in turn"],
         (_HEADS, 64, 128): ["128 queries", "128, ahead", "128, in turn"],
+        (_HEADS, 64, 64): ["k and v"],
         (8, 64, 128): ["128 queries", "by query head", "128, by head"],
-        (8, 64, 64): ["second pairs", "by query head", "second, by head"],
+        (8, 64, 64): ["second pairs", "by query head", "second, by head", "k and v"],
         (8, 128, 64): ["second pairs", "by query head", "second, by head"],
         (8, 128, 128): ["by query head"],
     }

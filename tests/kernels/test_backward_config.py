@@ -115,7 +115,7 @@ def test_explicit_settings_that_a_call_supports_pass() -> None:
 @pytest.mark.parametrize(
     ("dim", "setting", "problem"),
     [
-        (64, {"values": True}, "takes head dimension 128"),
+        (64, {"values": True, "ahead": True}, "takes values or ahead, not both"),
         (64, {"turns": True}, "takes head dimension 128 or 128 queries a step"),
         (128, {"turns": True, "ahead": True}, "takes neither ahead nor values"),
     ],

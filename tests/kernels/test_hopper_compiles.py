@@ -81,6 +81,7 @@ CASES = [
     ("backward", "bfloat16", 128, 128, 128, True, "ahead"),
     ("backward", "bfloat16", 128, 128, 128, True, "values"),
     ("backward", "bfloat16", 128, 128, 128, True, "ahead, values"),
+    ("backward", "bfloat16", 64, 64, 64, True, "values"),
     ("backward", "bfloat16", 64, 64, 128, True, "128 queries, ahead"),
     ("backward", "bfloat16", 128, 128, 128, True, "turns"),
     ("backward", "bfloat16", 64, 64, 128, True, "128 queries, turns"),
