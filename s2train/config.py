@@ -152,6 +152,9 @@ class OptimConfig:
     clip_grad: float = 1.0  # largest norm of all gradients; 0: no limit
     warmup_steps: int = 100
     warmup_tokens: float | None = None  # instead of warmup_steps, which follow from it
+    # after train.freeze_trunk_steps, the whole learning rate warms up again over these steps. None: warmup_steps; 0:
+    # the trunk begins at the schedule's rate
+    trunk_warmup_steps: int | None = None
     decay_style: str = "cosine"  # constant, linear, cosine, inverse-square-root, WSD
     decay_steps: int | None = None  # None: train.steps
     decay_tokens: float | None = None  # instead of decay_steps, which follow from it
@@ -162,6 +165,11 @@ class OptimConfig:
     def lowest_lr(self) -> float:
         """The final learning rate: `min_lr`, otherwise `min_lr_ratio` of `lr`."""
         return self.scaled_lr if self.min_lr is None else self.min_lr
+
+    @property
+    def second_warmup_steps(self) -> int:
+        """Length of the warm-up after a frozen trunk."""
+        return self.warmup_steps if self.trunk_warmup_steps is None else self.trunk_warmup_steps
 
     @property
     def scaled_lr(self) -> float:

@@ -142,7 +142,9 @@ def read_config(checkpoint: Path, setting: str = "checkpoint") -> PretrainConfig
             del saved["plan"]  # in an earlier version plan was a bool, and false in every training run
         settings: Any = OmegaConf.to_container(saved)
         rename_saved(settings)
-        merged = OmegaConf.merge(OmegaConf.structured(PretrainConfig), settings)
+        defaults = OmegaConf.structured(PretrainConfig)
+        defaults.optim.trunk_warmup_steps = 0  # earlier versions, which don't write it, had no such warm-up
+        merged = OmegaConf.merge(defaults, settings)
         config = OmegaConf.to_object(merged)
     except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
         raise _unreadable(setting, checkpoint, CONFIG, error) from error

@@ -15,6 +15,8 @@ from s2train.rope_scaling import with_defaults as scaling_with_defaults
 from s2train.validation.token_budgets import length
 
 ALLOW_CHANGES = "checkpoint.allow_changes"
+_SECOND_WARMUP = "optim.trunk_warmup_steps"
+_SCHEDULE = "learning-rate schedule"
 
 # Settings and sections that determine where, how fast or how often something is done, but not what is trained.
 # Any other setting changes the experiment.
@@ -103,9 +105,11 @@ def check_allowed(cfg: PretrainConfig, checkpoint: Path, changes: list[Change]) 
     named = ",".join(dict.fromkeys([*_allowed_names(cfg), *(change.setting for change in asked)]))
     problem = f"{checkpoint} was trained with other settings: {', '.join(map(str, asked))}"
     kept = next((c.before for c in asked if c.setting == "optim.decay_steps" and not cfg.optim.decay_steps), None)
-    keep = f"optim.decay_steps={kept} keeps the learning-rate schedule (left unset, it is train.steps). "
+    keep = "" if kept is None else f"optim.decay_steps={kept} keeps the {_SCHEDULE} (left unset, it is train.steps). "
+    if any(c.setting == _SECOND_WARMUP and c.before == 0 for c in asked) and cfg.optim.trunk_warmup_steps is None:
+        keep += f"{_SECOND_WARMUP}=0 keeps the {_SCHEDULE} of earlier versions. "
     remedy = (
-        f"{'' if kept is None else keep}To resume with the new settings, set {ALLOW_CHANGES}=true or "
+        f"{keep}To resume with the new settings, set {ALLOW_CHANGES}=true or "
         f"'{ALLOW_CHANGES}=[{named}]'; for another experiment, set another run_dir"
     )
     first = asked[0].setting
@@ -146,7 +150,13 @@ def with_values(cfg: PretrainConfig) -> PretrainConfig:
             cfg.model, head_dim=head_dim(cfg.model), rope_scaling=scaling_with_defaults(cfg.model.rope_scaling)
         ),
         layout=replace(layout, pattern=with_defaults(layout.pattern), patterns=patterns, kinds=kind_values(layout)),
-        optim=replace(optim, decay_steps=decay_steps, min_lr=optim.lowest_lr, min_lr_ratio=None),
+        optim=replace(
+            optim,
+            decay_steps=decay_steps,
+            min_lr=optim.lowest_lr,
+            min_lr_ratio=None,
+            trunk_warmup_steps=optim.second_warmup_steps if cfg.train.freeze_trunk_steps else None,
+        ),
     )
 
 

@@ -108,6 +108,9 @@ def _phases(plan: Plan) -> list[tuple[str, str]]:
         lasting = ", to the run's end: it selects nothing" if phase.last == train.steps else ""
         what = [f"{label} attention warms up{lasting}" for label in phase.warms_up]
         what += ["trunk frozen, so only the weights that attention adds learn"] if phase.is_trunk_frozen else []
+        again = plan.cfg.optim.second_warmup_steps
+        if phase.first == train.freeze_trunk_steps + 1 > 1 and again:
+            what.append(f"the learning rate warms up again, over {again} steps (optim.trunk_warmup_steps)")
         samples = samples_of(train, phase.last) - samples_of(train, phase.first - 1)
         total = phase.flops * samples * train.seq_length
         cost = f"{with_unit(phase.flops)} FLOPs/token, {total:.2e} FLOPs"

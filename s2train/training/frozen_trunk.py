@@ -1,4 +1,4 @@
-"""Freezes the trunk in a run's first steps.
+"""Freezes the trunk in a run's first steps, and warms up afterwards.
 
 Only the weights that kinds of attention add are trained in these steps.
 """
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from s2train.megatron.core_attention import cores_of
 
@@ -37,3 +38,27 @@ class FrozenTrunk:
             parameter.main_grad.zero_()
         for group in optimizer.param_groups:
             group["weight_decay"] = 0.0  # the schedule sets it again after the step
+
+
+class LearningRateSchedule(OptimizerParamScheduler):
+    """Megatron's schedule, which warms up again after a frozen trunk.
+
+    Otherwise the trunk's first steps would have the full rate. The decay is not moved. It is the rate of all weights:
+    parameter groups of the trunk would change the optimizer's saved state.
+
+    Args:
+        frozen: steps in which the trunk is frozen; 0: Megatron's schedule alone.
+        second_warmup: steps in which the rate then rises from 0 to that of the schedule.
+        schedule: of Megatron's class.
+    """
+
+    def __init__(self, optimizer: MegatronOptimizer, *, frozen: int, second_warmup: int, **schedule: Any) -> None:
+        self._frozen, self._second_warmup = frozen, second_warmup  # Megatron's constructor asks for a rate
+        super().__init__(optimizer, **schedule)
+
+    def get_lr(self, param_group: dict[str, Any]) -> float:
+        """Return the rate of the step after `num_steps`."""
+        rate, since = super().get_lr(param_group), self.num_steps - self._frozen
+        if not self._frozen or not 0 <= since < self._second_warmup:
+            return float(rate)
+        return float(rate) * since / self._second_warmup

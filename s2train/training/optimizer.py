@@ -22,6 +22,7 @@ from s2train.megatron.local_optimizer_state import load_only_local_state
 from s2train.megatron.model import DTYPES
 from s2train.megatron.optimizer_state import prepare_to_load
 from s2train.megatron.torch_adam import fuse_on_gpus, prepare_for_checkpoints
+from s2train.training.frozen_trunk import LearningRateSchedule
 
 
 def wrap_data_parallel(
@@ -80,8 +81,10 @@ def build_optimizer(
     load_only_local_state(optimizer)
     config.grad_scale_func = optimizer.scale_loss
     decay_steps = optim.decay_steps or cfg.train.steps
-    scheduler = OptimizerParamScheduler(
+    scheduler = LearningRateSchedule(
         optimizer,
+        frozen=cfg.train.freeze_trunk_steps,
+        second_warmup=optim.second_warmup_steps,
         init_lr=0.0,
         # Megatron reads these two only where a parameter group has none, and groups of this optimizer have them.
         max_lr=optim.lr,

@@ -68,7 +68,7 @@ _NOT_NEGATIVE: dict[str, tuple[str, ...]] = {
     "schedule": ("dense_heads",),
     "data": ("num_workers",),
     "train": ("max_skipped_steps", "freeze_trunk_steps"),
-    "optim": ("min_lr_ratio", "min_lr", "weight_decay", "clip_grad", "warmup_steps"),
+    "optim": ("min_lr_ratio", "min_lr", "weight_decay", "clip_grad", "warmup_steps", "trunk_warmup_steps"),
     "evaluation": ("interval",),
 }
 _LARGEST_SEED = 2**32 - 1  # NumPy's, which Megatron shuffles with
@@ -146,6 +146,7 @@ def _check_optimizer(cfg: PretrainConfig) -> None:
             f"the warm-up would not end before {length(cfg, end)}",
             f"Set {warm_up.setting} to less than {warm_up.of(decay_steps)}, such as {warm_up.of(decay_steps // 10)}.",
         )
+    _check_second_warmup(cfg)
     if optim.decay_style != "WSD" and (given := optim.wsd_decay_tokens or optim.wsd_decay_steps):
         name = "optim.wsd_decay_steps" if optim.wsd_decay_tokens is None else "optim.wsd_decay_tokens"
         problem = f"only WSD has a separate final decay, and optim.decay_style={optim.decay_style}"
@@ -159,6 +160,20 @@ def _check_optimizer(cfg: PretrainConfig) -> None:
                 f"WSD decays over the last of {decay_steps} steps, of which {optim.warmup_steps} are warm-up",
                 f"Set {last.setting} to {last.of(most)} or less.",
             )
+
+
+def _check_second_warmup(cfg: PretrainConfig) -> None:
+    frozen, steps, given = cfg.train.freeze_trunk_steps, cfg.train.steps, cfg.optim.trunk_warmup_steps
+    if not frozen and given is not None:
+        problem, remedy = "no trunk is frozen before it", "Set train.freeze_trunk_steps too, or leave it out."
+        raise ConfigError("optim.trunk_warmup_steps", given, problem, remedy)
+    warm_up = cfg.optim.second_warmup_steps
+    if 0 < frozen < steps < (last := frozen + warm_up):
+        problem = (
+            f"the warm-up after train.freeze_trunk_steps={frozen} would end at step {last}, after train.steps={steps}"
+        )
+        unset = " (left unset, it is optim.warmup_steps)" if given is None else ""
+        raise ConfigError("optim.trunk_warmup_steps", warm_up, problem, f"Set {steps - frozen} or less{unset}.")
 
 
 def _check_lowest_lr(optim: OptimConfig) -> None:

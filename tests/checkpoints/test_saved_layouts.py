@@ -7,7 +7,7 @@ import pytest
 
 from s2train.checkpoints.folders import read_config, write_config
 from s2train.checkpoints.resume import check_same_architecture
-from s2train.checkpoints.setting_changes import changes_between
+from s2train.checkpoints.setting_changes import changes_between, check_allowed
 from s2train.config import LayoutConfig, ModelConfig, PatternConfig, PretrainConfig, TrainConfig
 from s2train.errors import ConfigError
 from s2train.planning import hybrid_layout
@@ -42,6 +42,19 @@ def test_settings_saved_by_an_earlier_version_keep_their_meaning(tmp_path: Path)
     now.schedule.kind = "rotating"
     assert hybrid_layout(saved) == hybrid_layout(now)
     resumed(now, tmp_path)
+
+
+def test_a_run_of_an_earlier_version_has_no_warm_up_after_its_frozen_trunk(tmp_path: Path) -> None:
+    frozen = EARLIER.replace("steps: 10,", "steps: 10, freeze_trunk_steps: 4,") + "optim: {warmup_steps: 3}\n"
+    (tmp_path / "config.yaml").write_text(frozen)
+    now = config()
+    now.run_dir = "runs/small"
+    now.train.freeze_trunk_steps, now.optim.warmup_steps, now.schedule.kind = 4, 3, "rotating"
+    assert [str(change) for change in changes_between(read_config(tmp_path), now)] == ["optim.trunk_warmup_steps 0 → 3"]
+    with pytest.raises(ConfigError, match=r"trunk_warmup_steps=3: .*optim\.trunk_warmup_steps=0 keeps"):
+        check_allowed(now, tmp_path, changes_between(read_config(tmp_path), now))
+    now.optim.trunk_warmup_steps = 0
+    assert changes_between(read_config(tmp_path), now) == []
 
 
 def test_letters_and_ranges_are_read_as_they_were_saved(tmp_path: Path) -> None:

@@ -146,6 +146,7 @@ def test_the_models_own_dense_checkpoint_teaches_as_its_own_attention(dense: Pat
         f"checkpoint.resume={dense}",
         "checkpoint.weights_only=true",
         "train.freeze_trunk_steps=2",
+        "optim.trunk_warmup_steps=1",
         UNSAVED,
     ]
     for name, teacher in (("own", None), ("taught", dense)):

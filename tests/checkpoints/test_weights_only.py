@@ -76,6 +76,12 @@ def test_a_frozen_trunk_keeps_its_bits_while_the_scorer_learns(dense: Path, sele
 
 
 @pytest.mark.slow
+def test_the_learning_rate_rises_again_from_0_after_the_frozen_steps(selected: Path) -> None:
+    frozen, thawed, later = (metrics(selected)[step - 1]["lr"] for step in (2, 3, 4))
+    assert frozen > later > thawed == 0
+
+
+@pytest.mark.slow
 def test_a_run_resumes_bit_for_bit_from_within_the_frozen_steps(dense: Path, selected: Path, tmp_path: Path) -> None:
     start = [f"checkpoint.resume={dense}", "checkpoint.weights_only=true", "checkpoint.interval=1"]
     logged = (f"new run in {tmp_path}, with the weights of {dense}/", f"resuming from {tmp_path}/")
@@ -90,7 +96,7 @@ def test_a_run_resumes_bit_for_bit_from_within_the_frozen_steps(dense: Path, sel
 
 @pytest.mark.slow
 def test_a_trunk_that_was_trained_is_not_frozen(selected: Path, tmp_path: Path) -> None:
-    settings = [*SELECTED, "train.steps=9", "train.freeze_trunk_steps=8", f"checkpoint.resume={selected}"]
+    settings = [*SELECTED, "train.steps=10", "train.freeze_trunk_steps=8", f"checkpoint.resume={selected}"]
     line = error_line(pretrain(tmp_path, *settings))
     assert "train.freeze_trunk_steps=8: " in line
     assert "is at step 4" in line
@@ -120,6 +126,11 @@ def test_weights_of_a_scorer_of_another_size_are_rejected(selected: Path, tmp_pa
         ),
         (["train.freeze_trunk_steps=3"], "train.freeze_trunk_steps=3: no layer's kind of attention has weights"),
         (["train.freeze_trunk_steps=-1"], "train.freeze_trunk_steps=-1"),
+        (["optim.trunk_warmup_steps=2"], "optim.trunk_warmup_steps=2: no trunk is frozen before it"),
+        (
+            [*SELECTED, "optim.trunk_warmup_steps=3"],
+            "optim.trunk_warmup_steps=3: the warm-up after train.freeze_trunk_steps=2 would end at step 5, after",
+        ),
     ],
 )
 def test_settings_that_do_not_go_together_are_rejected(settings: list[str], error: str) -> None:
@@ -141,6 +152,8 @@ def test_the_plan_says_what_each_phase_costs() -> None:
     lines = format_plan(plan)
     assert "phases        steps 1 to 1: " in lines
     assert "; index block-selection attention warms up; trunk frozen" in lines
+    again = "; the learning rate warms up again, over 1 steps (optim.trunk_warmup_steps)"
+    assert [line.startswith("              steps 2 to 2: ") for line in lines.splitlines() if again in line] == [True]
 
 
 def test_flops_of_steps_are_those_of_the_phases_that_they_lie_in() -> None:
