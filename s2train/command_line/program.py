@@ -7,7 +7,6 @@ import re
 import socket
 import sys
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -91,7 +90,6 @@ def run_command(command: Callable[[], None]) -> None:
     Bad input exits with status 2 and one line on rank 0's stderr, a failed run with 1. A run stopped by a signal exits
     with EXIT_REQUEUE, or with 128 + the signal's number if it saved nothing. Ctrl-C exits with INTERRUPTED_STATUS.
     """
-    leave_out_warnings()
     try:
         command()
         if STATUS_FILE in os.environ:  # an earlier attempt may have written its status there
@@ -127,15 +125,6 @@ def run_command(command: Callable[[], None]) -> None:
     except Exception as error:  # Python prints its stack
         _write_torchelastic_error(f"{type(error).__name__}: {error}".splitlines()[0])
         raise
-
-
-def leave_out_warnings() -> None:
-    """Leave out warnings that no user can act on.
-
-    Megatron warns at length that apex and transformer-engine are absent, and torch about names that Megatron uses.
-    """
-    warnings.filterwarnings("ignore", module=r"(s2train\.)?megatron|torch\.distributed")
-    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
 
 
 def settings_before_options(arguments: Sequence[str]) -> list[str]:

@@ -5,7 +5,6 @@ Does not initialise CUDA.
 
 from importlib import import_module
 
-from s2train.command_line.program import leave_out_warnings
 from s2train.environment.imports import quick_imports
 from s2train.megatron.lazy_imports import import_megatron
 
@@ -18,7 +17,6 @@ _MODULES = (
     "s2train.training.run",
 )
 
-leave_out_warnings()  # this process has the terminal of the program
 with quick_imports():  # a fork's garbage collector would copy what it walks
     import_megatron()
     for _module in _MODULES:
