@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     torch.manual_seed(seed)
     clock = Clock(device)
     data: Record = {
-        **origin("benchmarks", arguments),
+        **origin("kernels.benchmarks", arguments),
         "machine": machine(device),
         "seed": seed,
         "ceiling_tflops": matmul_ceiling(clock, device),

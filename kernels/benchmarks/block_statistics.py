@@ -199,7 +199,7 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device("cuda")
     clock = Clock(device)
     data: Record = {
-        **origin("benchmarks.block_statistics", arguments),
+        **origin("kernels.benchmarks.block_statistics", arguments),
         "device": torch.cuda.get_device_name(device),
         "torch": torch.__version__,
         "triton": triton.__version__,

@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     seed = int.from_bytes(os.urandom(3))
     torch.manual_seed(seed)
     data: Record = {
-        **origin("benchmarks.decode", arguments),
+        **origin("kernels.benchmarks.decode", arguments),
         "machine": machine(device),
         "seed": seed,
         "cases": [],

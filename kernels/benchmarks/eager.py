@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = _parse(arguments)
     device = torch.device(args.device)
     clock = Clock(device)
-    data: Record = {**origin("benchmarks.eager", arguments), "machine": machine(device), "cases": []}
+    data: Record = {**origin("kernels.benchmarks.eager", arguments), "machine": machine(device), "cases": []}
     for word in args.cases:
         data["cases"].append(measure(parse_case(word), device, clock, args.rounds))
         write_results(data, args.output)

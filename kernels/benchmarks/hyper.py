@@ -65,7 +65,12 @@ def main(arguments: list[str] | None = None) -> int:
     seed = int.from_bytes(os.urandom(3))
     torch.manual_seed(seed)
     clock = Clock(device)
-    data: Record = {**origin("benchmarks.hyper", arguments), "machine": machine(device), "seed": seed, "cases": []}
+    data: Record = {
+        **origin("kernels.benchmarks.hyper", arguments),
+        "machine": machine(device),
+        "seed": seed,
+        "cases": [],
+    }
     data["check"] = {}
     for word in args.cases or ["none-causal", "none-full"]:
         if time.monotonic() - began > args.seconds:

@@ -109,7 +109,11 @@ def main(arguments: list[str] | None = None) -> int:
     began, device, console = time.monotonic(), torch.device(args.device), Console(width=150)
     torch.manual_seed(args.seed)
     clock = Clock(device)
-    data: Record = {**origin("benchmarks.split_columns", arguments), "machine": machine(device), "seed": args.seed}
+    data: Record = {
+        **origin("kernels.benchmarks.split_columns", arguments),
+        "machine": machine(device),
+        "seed": args.seed,
+    }
     data |= {"backend": args.backend, "checks": [], "cases": []}
     for name in args.checks:
         with failures() as failed, poisoned():

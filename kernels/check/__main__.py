@@ -60,7 +60,9 @@ def main() -> int:
 
     def save() -> None:
         if args.json:
-            write_results({**origin("check"), "machine": machine, "checks": checks, "timings": timings}, args.json)
+            write_results(
+                {**origin("kernels.check"), "machine": machine, "checks": checks, "timings": timings}, args.json
+            )
 
     check_cases(cases, args.jobs, checks, save)
     ran = {way: Counter(row.get(way) for row in checks)["hopper"] for way in ("forward", "backward")}

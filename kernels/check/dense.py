@@ -293,7 +293,7 @@ def main() -> int:
         parser.error("name an OUTPUT.json that is not there yet, on a machine with a CUDA device")
     began = time.monotonic()
     data: dict[str, Any] = {
-        **origin("check.dense"),
+        **origin("kernels.check.dense"),
         "device": torch.cuda.get_device_name(),
         "capability": torch.cuda.get_device_capability(),
         "versions": {"torch": torch.__version__, "triton": triton.__version__, PACKAGE: installed_version(PACKAGE)},

@@ -5,11 +5,9 @@ once. Kernels are compiled before. Times are medians, and end when the device ha
 """
 
 import argparse
-import shlex
 import statistics
 import sys
 from collections.abc import Callable
-from datetime import UTC, datetime
 from functools import partial
 
 import torch
@@ -24,7 +22,7 @@ from s2train.checkpoints.hugging_face.modeling_s2 import S2Config, S2ForCausalLM
 from s2train.command_line.program import run_command, settings_before_options
 from s2train.config import PretrainConfig
 from s2train.data.tokenizers import ByteTokenizer
-from s2train.environment.versions import versions
+from s2train.environment.provenance import timed_on
 from s2train.files import new_file, write_json
 from s2train.inference.cached_model import CachedModel
 from s2train.inference.decode_speed import compose_on_one_device, now
@@ -63,10 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     Console(width=100).print(table)
     if args.output is not None:
         data = {
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "command": shlex.join(["python", "-m", "s2train.comparison.export_speed", *words]),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-            "versions": versions(),
+            **timed_on("comparison.export_speed", words, device),
             "model": cfg.model.name,
             "cases": rows,
         }

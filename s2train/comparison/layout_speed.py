@@ -12,12 +12,10 @@ Run it on one GPU: python -m s2train.comparison.layout_speed +model=7b_hybrid la
 
 import argparse
 import json
-import shlex
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
@@ -31,7 +29,7 @@ from s2train.command_line.program import run_command, settings_before_options
 from s2train.comparison.layer_speed import LayerTimer, Record, Sizes
 from s2train.config import ParallelConfig, PretrainConfig, head_dim
 from s2train.costs.attention import density
-from s2train.environment.versions import versions
+from s2train.environment.provenance import timed_on
 from s2train.errors import ConfigError
 from s2train.files import write_json
 from s2train.kernels.benchmarks.run import failures
@@ -39,7 +37,7 @@ from s2train.megatron.layout_cache import LayoutCache
 from s2train.megatron.setup import initialize, shutdown
 from s2train.planning import compose_run, hybrid_layout
 
-PROGRAM = "s2train.comparison.layout_speed"
+PROGRAM = "comparison.layout_speed"
 _FIGURES = {"forward_ms": "forward", "forward_backward_ms": "both"}  # of a row, and their names in `time_passes`
 
 _SECONDS_UNWRITTEN = 5.0  # of layers whose row isn't there yet: writing takes as long as timing a small layer
@@ -50,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     Returns 1 if something could not be timed.
     """
-    parser = argparse.ArgumentParser(prog=f"python -m {PROGRAM}", description=__doc__)
+    parser = argparse.ArgumentParser(prog=f"python -m s2train.{PROGRAM}", description=__doc__)
     parser.add_argument("overrides", nargs="*", default=["+model=7b_hybrid"], help="overrides of launch/pretrain.py")
     parser.add_argument("--layouts", nargs="+", default=[], help="layout files, each in place of layout=file:…")
     parser.add_argument(
@@ -82,10 +80,9 @@ def main(arguments: list[str] | None = None) -> int:
         "budget_ms": args.budget_ms,
         "check_length": args.check_length,
     }
-    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    environment = {"device": device_name, "versions": versions()}
-    data = _begun(args.output, found, settings, environment, parser)
-    data["command"] = shlex.join(["python", "-m", PROGRAM, *given])
+    head = timed_on(PROGRAM, given, device)
+    environment = {name: head.pop(name) for name in ("device", "versions")}
+    data = _begun(args.output, found, {**head, "environment": environment, "settings": settings}, parser)
     sizes = Sizes(settings["heads"], settings["kv_heads"], settings["head_dim"])
     timer = LayerTimer(cfg, sizes, device, args.check_length, args.budget_ms)
     session = _Session(timer, data, args.output, cfg.model.num_layers)
@@ -153,27 +150,16 @@ def _read(output: Path, parser: argparse.ArgumentParser) -> Record | None:
     return found
 
 
-def _begun(
-    output: Path, found: Record | None, settings: Record, environment: Record, parser: argparse.ArgumentParser
-) -> Record:
-    """Return the results so far, without failed ones."""
-    data: Record = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": "",
-        "environment": environment,
-        "settings": settings,
-        "rows": [],
-        "dense": [],
-        "layers": [],
-    }
+def _begun(output: Path, found: Record | None, head: Record, parser: argparse.ArgumentParser) -> Record:
+    """Return the results so far, without failed ones, and the current command."""
     if found is None:
-        return data
+        return head | {"rows": [], "dense": [], "layers": []}
     for part in ("environment", "settings"):
-        if found.get(part) != data[part]:
+        if found.get(part) != head[part]:
             parser.error(f"{output} has results of other {part}: set another --output")
     for part in ("rows", "dense", "layers"):
         found[part] = [record for record in found[part] if "error" not in record]
-    return found
+    return found | {"command": head["command"]}
 
 
 class _Session:

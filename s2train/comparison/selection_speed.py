@@ -13,10 +13,8 @@ Run it on one GPU: python -m s2train.comparison.selection_speed --output FILE.js
 
 import argparse
 import json
-import shlex
 import sys
 from collections.abc import Callable
-from datetime import UTC, datetime
 from functools import partial
 from statistics import median
 from typing import Any
@@ -28,14 +26,13 @@ from s2train.attention.block_selection import SCORERS
 from s2train.attention.selection.targets import row_mass, sampled_positions
 from s2train.comparison.fla_moba import fla_moba, fla_problem
 from s2train.config import LayoutConfig, ModelConfig, ParallelConfig, PretrainConfig, TrainConfig
-from s2train.environment.versions import versions
+from s2train.environment.provenance import timed_on
 from s2train.files import new_file
 from s2train.kernels.attention import block_sparse_attention
 from s2train.kernels.benchmarks.timing import Clock, time_passes
 from s2train.kernels.dense import dense_causal_attention
 from s2train.kernels.flash4 import fa4_problem
 from s2train.kernels.topk_layout import TopKLayout
-from s2train.kernels.versions import installed_version
 from s2train.megatron.block_selection import BlockSelectionCoreAttention
 from s2train.megatron.layer_backends import choose_backend
 from s2train.megatron.model import DTYPES, build_model, transformer_config
@@ -68,12 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
     clock = Clock(device)
     cases: list[Record] = []
     data: Record = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(
-            ["python", "-m", "s2train.comparison.selection_speed", *(arguments or sys.argv[1:])],
-        ),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-        "versions": versions() | {"flash-linear-attention": installed_version("flash-linear-attention")},
+        **timed_on("comparison.selection_speed", arguments, device, ("flash-linear-attention",)),
         "settings": {name: value for name, value in vars(args).items() if name != "output"},
         "cases": cases,
     }

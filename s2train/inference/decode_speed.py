@@ -9,11 +9,9 @@ whose cache fits.
 
 import argparse
 import json
-import shlex
 import sys
 import time
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -30,7 +28,7 @@ from s2train.config import ParallelConfig, PretrainConfig
 from s2train.costs.memory import GIB
 from s2train.costs.parameters import total_parameters
 from s2train.environment.hardware import Hardware, detect_own
-from s2train.environment.versions import versions
+from s2train.environment.provenance import timed_on
 from s2train.errors import ConfigError
 from s2train.files import new_file
 from s2train.inference.cached_model import CachedModel, hidden_states
@@ -87,10 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
         table.add_column(name, justify="right")
     records: list[Record] = []
     data = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "-m", "s2train.inference.decode_speed", *(arguments or sys.argv[1:])]),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-        "versions": versions(),
+        **timed_on("inference.decode_speed", arguments, device),
         "model": pretrain.model.name,
         "layers": "".join(layer.kind.letter for layer in hybrid.layers),
         "cases": records,
