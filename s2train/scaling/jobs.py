@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from signal import Signals
 from typing import Any
 
 import torch
@@ -152,12 +153,20 @@ class Runner:
         if status == 0:
             return None
         if status is None:
-            return f"not done after {self._timeout_s:.0f} s; see {log}"
+            return f"ran past its limit of {self._timeout_s:.0f} s, which --timeout sets; see {log}"
         errors = [line for line in log.read_text(errors="replace").splitlines() if "rror: " in line]
-        return (errors[0].strip()[:300] if errors else f"status {status}") + f"; see {log}"
+        return (errors[0].strip()[:300] if errors else _end_of(status)) + f"; see {log}"
 
     def _path(self, name: str) -> Path:
         return self.folder / name.replace(" ", "-")
+
+
+def _end_of(status: int) -> str:
+    """Say how a rank ended that printed no error."""
+    if status >= 0:
+        return f"ended with status {status}"
+    by_memory = ", perhaps because memory ran out" if -status == Signals.SIGKILL else ""
+    return f"a rank was ended by {Signals(-status).name}{by_memory}"
 
 
 def rank_environment(first_device: int, count: int) -> dict[str, str]:

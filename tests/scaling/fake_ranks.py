@@ -14,11 +14,13 @@ class FakeRanks:
     Attributes:
         records: what every run writes to its metrics.jsonl.
         failing: names of jobs that fail.
+        status: how jobs end that print no error; None: they run past their limit.
         started: the jobs that were started, with their number of ranks and settings.
     """
 
     records: list[dict[str, Any]] = field(default_factory=list)
     failing: set[str] = field(default_factory=set)
+    status: int | None = 0
     started: list[tuple[str, int, list[str]]] = field(default_factory=list)
 
     @property
@@ -35,4 +37,4 @@ class FakeRanks:
         last = next((word.partition("=")[2] for word in program if word.startswith("train.exit_step=")), "1")
         (run_dir / "checkpoints" / f"iter_{int(last):07d}").mkdir(parents=True)
         log.write_text("OutOfMemoryError: too little\n" if run_dir.name in self.failing else "")
-        return int(run_dir.name in self.failing)
+        return 1 if run_dir.name in self.failing else self.status

@@ -4,6 +4,8 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
+
 from s2train.scaling.jobs import Job, Runner
 from s2train.scaling.recorded import Recorded
 from tests.scaling.fake_ranks import FakeRanks
@@ -27,6 +29,21 @@ def test_the_same_jobs_again_run_only_failed_ones(tmp_path: Path) -> None:
     assert again["b"].error is None
     assert ranks.names == ["a", "b", "b"]
     assert again["a"].losses == [2.0]
+
+
+@pytest.mark.parametrize(
+    ("status", "error"),
+    [
+        (None, "ran past its limit of 300 s, which --timeout sets; see "),
+        (-9, "a rank was ended by SIGKILL, perhaps because memory ran out; see "),
+        (-6, "a rank was ended by SIGABRT; see "),
+        (3, "ended with status 3; see "),
+    ],
+)
+def test_a_job_that_printed_no_error_says_how_it_ended(status: int | None, error: str, tmp_path: Path) -> None:
+    found = runner(tmp_path, FakeRanks(status=status)).run([Job("a", 2, ())])["a"].error
+    assert found is not None
+    assert found.startswith(error)
 
 
 def test_results_are_recorded_before_the_next_job_starts(tmp_path: Path) -> None:
