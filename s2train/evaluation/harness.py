@@ -17,7 +17,7 @@ from lm_eval.api.model import TemplateLM
 
 from s2train.data.tokenizers import Tokenizer
 from s2train.errors import ConfigError
-from s2train.evaluation.generation_settings import tokens_to_generate
+from s2train.evaluation.generation_settings import stop_texts, tokens_to_generate
 from s2train.evaluation.scoring import Scorer
 from s2train.evaluation.windows import Window, batches, cut
 from s2train.generation.text import TextStream
@@ -125,8 +125,7 @@ class CachedLM(TemplateLM):  # type: ignore[misc, unused-ignore]
 
     def _continue(self, batch: Sequence[_Question]) -> list[str]:
         settings = batch[0].settings
-        until = settings.get("until") or []
-        stops = [until] if isinstance(until, str) else list(until)
+        stops = stop_texts(settings)
         count = tokens_to_generate(batch[0].task, settings, self._length)
         ids = [one.ids[-(self._length - count) :] for one in batch]
         prompts, lengths = pad_prompts(ids)
@@ -168,5 +167,5 @@ class CachedLM(TemplateLM):  # type: ignore[misc, unused-ignore]
 
 def _before(text: str, stops: Sequence[str]) -> str:
     for stop in stops:
-        text = text.split(stop)[0] if stop else text
+        text = text.split(stop)[0]
     return text

@@ -148,6 +148,12 @@ def test_a_way_of_generating_that_is_not_supported_is_rejected() -> None:
         model().generate_until(asked(("x", {"num_beams": 4})))
 
 
+@pytest.mark.parametrize("until", ["", ["b", ""]])
+def test_an_empty_stop_text_is_rejected(until: str | list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"^tasks=own: the task stops at an empty text"):
+        model().generate_until(asked(("x", {"until": until})))
+
+
 @pytest.mark.slow
 def test_local_tasks_are_scored_by_the_harness(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HOME", str(folder / "hf"))
