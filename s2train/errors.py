@@ -1,6 +1,6 @@
 """Errors that users see in one line, and exit statuses for launchers."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from signal import Signals
 
@@ -15,6 +15,19 @@ INTERRUPTED_STATUS = 130  # after Ctrl-C, as a shell reports it
 STATUS_FILE = "S2TRAIN_STATUS_FILE"
 
 
+def as_typed(value: object) -> str:
+    """Format a setting's value as on the command line: null, true, [a,b]."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{name}:{as_typed(one)}" for name, one in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(map(as_typed, value)) + "]"
+    return str(value)
+
+
 class ConfigError(ValueError):
     """A setting that can't work: name, value, problem and remedy, one line.
 
@@ -27,7 +40,12 @@ class ConfigError(ValueError):
 
     def __init__(self, setting: str, value: object, problem: str, remedy: str) -> None:
         self.setting, self.value, self.problem, self.remedy = setting, value, problem, remedy
-        super().__init__(f"{setting}={value}: {problem}. {remedy}")
+        super().__init__(f"{self.given}: {problem}. {remedy}")
+
+    @property
+    def given(self) -> str:
+        """The setting and its value, as typed."""
+        return f"{self.setting}={as_typed(self.value)}"
 
     def __reduce__(self) -> tuple[type["ConfigError"], tuple[str, object, str, str]]:
         """Pickle the four arguments, so that worker processes can raise it."""

@@ -8,7 +8,7 @@ from s2train.attention.kind import AttentionKind
 from s2train.attention.registry import kinds_of
 from s2train.config import PretrainConfig
 from s2train.costs.parameters import attention_shape
-from s2train.errors import ConfigError
+from s2train.errors import ConfigError, as_typed
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def _other_shape(kind: AttentionKind, old: AttentionKind, problem: str, cfg: Pre
             value = getattr(old.settings, field.name)
             if field.name not in kind.may_change and value != getattr(kind.settings, field.name):
                 return kind.error(
-                    field.name, problem, f"Set {value}, as there, or start from a model without this weight"
+                    field.name, problem, f"Set {as_typed(value)}, as there, or start from a model without this weight"
                 )
     remedy = "Use the kind of attention that is there, or start from a model without this weight"
     return ConfigError("layout.layers", cfg.layout.layers, problem, remedy)

@@ -30,7 +30,7 @@ from s2train.data.blend import parse_blend
 from s2train.data.checks import num_train_samples
 from s2train.data.parts import training_part
 from s2train.data.splits import megatron_split
-from s2train.errors import ConfigError
+from s2train.errors import ConfigError, as_typed
 from s2train.files import FolderLock
 from s2train.rope_scaling import RopeScalingConfig
 from s2train.validation.token_budgets import length, step_tokens, token_budgets
@@ -163,7 +163,9 @@ def _check_muon(cfg: PretrainConfig, changes: list[Change], checkpoint: Path) ->
     """
     for change in changes:
         if cfg.optim.name == "muon" and change.setting.startswith("optim.options."):
-            problem = f"{checkpoint} was trained with {change.setting}={change.before}, which Muon's state keeps"
+            problem = (
+                f"{checkpoint} was trained with {change.setting}={as_typed(change.before)}, which Muon's state keeps"
+            )
             remedy = "Set that value, or start from the weights alone in another run_dir (checkpoint.weights_only=true)"
             raise ConfigError(change.setting, change.now, problem, remedy)
 
@@ -301,7 +303,7 @@ def check_same_architecture(
         if allowed is not None and _is_without_weights(name) and allowed(name):
             continue
         if section in parts and name not in may_differ:
-            problem = f"{checkpoint} was trained with {name}={change.before}"
+            problem = f"{checkpoint} was trained with {name}={as_typed(change.before)}"
             phase = ""
             if name in _PHASE_MAY_CHANGE:
                 phase = ", or checkpoint.new_data=true for a new phase, or checkpoint.weights_only=true"
@@ -316,8 +318,8 @@ def check_same_architecture(
                 other = "start anew with checkpoint.resume=auto" if is_in_model else _TAKE_WEIGHTS
             raise ConfigError(name, change.now, problem, f"Set that value, or {other}{phase}")
         if name in ("parallel.distributed_optimizer", "optim.name") and not weights_only:
-            problem = f"{checkpoint} holds optimizer state saved with {name}={str(change.before).lower()}"
-            raise ConfigError(name, change.now, problem, f"Set {name}={str(change.before).lower()}")
+            problem = f"{checkpoint} holds optimizer state saved with {name}={as_typed(change.before)}"
+            raise ConfigError(name, change.now, problem, f"Set {name}={as_typed(change.before)}")
 
 
 def _check_same_part(trained: PretrainConfig, cfg: PretrainConfig, checkpoint: Path) -> None:
@@ -328,14 +330,10 @@ def _check_same_part(trained: PretrainConfig, cfg: PretrainConfig, checkpoint: P
     before, now = (megatron_split(training_part(each.data).split) for each in (trained, cfg))
     if before == now:
         return
-    given = "null" if (path := trained.data.valid_path) is None else path
-    problem = f"{checkpoint} was trained with data.valid_path={_typed_list(given)}, on other documents of data.path"
+    given = as_typed(trained.data.valid_path)
+    problem = f"{checkpoint} was trained with data.valid_path={given}, on other documents of data.path"
     remedy = "Set that value, or train in another run_dir"
-    raise ConfigError("data.valid_path", _typed_list(cfg.data.valid_path), problem, remedy)
-
-
-def _typed_list(value: Any) -> Any:
-    return f"[{','.join(map(str, value))}]" if isinstance(value, list | tuple) else value
+    raise ConfigError("data.valid_path", cfg.data.valid_path, problem, remedy)
 
 
 def check_same_order(before: dict[str, Any], now: dict[str, Any], checkpoint: Path) -> None:
@@ -356,9 +354,9 @@ def check_same_order(before: dict[str, Any], now: dict[str, Any], checkpoint: Pa
         )
         if setting == _CONTENTS:
             problem = f"{checkpoint} was trained on other contents of these files"
-            raise ConfigError(_PATH, _as_typed(_PATH, now[_PATH]), problem, f"Restore them, or {elsewhere}")
+            raise ConfigError(_PATH, _given(_PATH, now[_PATH]), problem, f"Restore them, or {elsewhere}")
         problem = (
-            f"{checkpoint} was trained with {_as_typed(setting, saved)}, which gives another order of the data:"
+            f"{checkpoint} was trained with {as_typed(_given(setting, saved))}, which gives another order of the data:"
             " samples would be repeated or left out"
         )
         remedy = f"Set that value, or {elsewhere}"
@@ -366,16 +364,16 @@ def check_same_order(before: dict[str, Any], now: dict[str, Any], checkpoint: Pa
             remedy = (
                 f"Leave it unset: after the epochs of these {saved} samples, the epochs that train.steps need follow"
             )
-        raise ConfigError(setting, _as_typed(setting, value), problem, remedy)
+        raise ConfigError(setting, _given(setting, value), problem, remedy)
 
 
-def _as_typed(setting: str, value: Any) -> Any:
-    """Format a value as on the command line."""
+def _given(setting: str, value: Any) -> Any:
+    """Return a value of a saved order as its setting has it."""
     if setting != _PATH or not isinstance(value, list):
         return value
     if len(value) == 1:
         return value[0][1]
-    return f"[{','.join(f'{weight:g},{prefix}' for weight, prefix in value)}]"
+    return [part for weight, prefix in value for part in (f"{weight:g}", prefix)]
 
 
 def _with_current_paths(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:

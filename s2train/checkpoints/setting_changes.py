@@ -9,7 +9,7 @@ from typing import Any
 
 from s2train.attention.registry import kind_values
 from s2train.config import PretrainConfig, head_dim, settings_by_name
-from s2train.errors import ConfigError
+from s2train.errors import ConfigError, as_typed
 from s2train.layouts.patterns.registry import read_pattern, with_defaults
 from s2train.rope_scaling import with_defaults as scaling_with_defaults
 from s2train.validation.token_budgets import length
@@ -68,7 +68,7 @@ class Change:
     now: Any
 
     def __str__(self) -> str:
-        return f"{self.setting} {_as_typed(self.before)} → {_as_typed(self.now)}"
+        return f"{self.setting} {as_typed(self.before)} → {as_typed(self.now)}"
 
     @property
     def is_of_the_experiment(self) -> bool:
@@ -116,7 +116,7 @@ def check_allowed(cfg: PretrainConfig, checkpoint: Path, changes: list[Change]) 
     if first == "optim.decay_steps" and kept is not None:  # not set: name the setting that it follows from
         found = length(cfg, "train.steps")
         raise ConfigError(found.setting, found.value, problem, remedy)
-    raise ConfigError(first, _as_typed(asked[0].now), problem, remedy)
+    raise ConfigError(first, asked[0].now, problem, remedy)
 
 
 def allowed_changes(cfg: PretrainConfig) -> Callable[[str], bool]:
@@ -158,8 +158,3 @@ def with_values(cfg: PretrainConfig) -> PretrainConfig:
             trunk_warmup_steps=optim.second_warmup_steps if cfg.train.freeze_trunk_steps else None,
         ),
     )
-
-
-def _as_typed(value: Any) -> str:
-    """Format a value as on the command line."""
-    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))

@@ -19,7 +19,7 @@ from s2train.checkpoints.integrity import damage
 from s2train.checkpoints.setting_changes import changes_between
 from s2train.config import PretrainConfig
 from s2train.data.tokenizers import Tokenizer, fingerprint
-from s2train.errors import ConfigError
+from s2train.errors import ConfigError, as_typed
 from s2train.megatron.layer_backends import Backend
 from s2train.megatron.teacher import Teacher, build_teacher
 from s2train.planning import hybrid_layout
@@ -44,7 +44,9 @@ def find_teacher(cfg: PretrainConfig, tokenizer: Tokenizer) -> Path | None:
         raise ConfigError(named.setting, named.value, problem, "Name a dense model's run")
     for change in changes_between(trained, cfg):
         if change.setting.startswith("model.") and change.setting not in _MAY_DIFFER:
-            problem = f"{checkpoint} has {change.setting}={change.before}, and this run has {change.now}"
+            problem = (
+                f"{checkpoint} has {change.setting}={as_typed(change.before)}, and this run has {as_typed(change.now)}"
+            )
             raise ConfigError(named.setting, named.value, problem, "Name a run of a model with the same sizes and RoPE")
     _check_tokenizer(named, checkpoint, trained.data.tokenizer, tokenizer)
     if broken := damage(checkpoint):

@@ -61,7 +61,7 @@ class Trained:
         try:
             return hybrid_layout(self.config)
         except ConfigError as error:  # on a setting that the program does not have
-            problem = f"the layout in its {CONFIG} can't be made ({error.setting}={error.value}: {error.problem})"
+            problem = f"the layout in its {CONFIG} can't be made ({error.given}: {error.problem})"
             raise ConfigError("checkpoint", self.checkpoint, problem, "Restore that file, or what it names") from error
 
     def check_decoding(self, tp: int) -> None:

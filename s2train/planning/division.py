@@ -18,7 +18,7 @@ from s2train.costs.memory import Memory, data_parallel, rank_memory
 from s2train.costs.stages import Stages, layer_flops, pipeline_stages
 from s2train.costs.step_time import GPUS_PER_MACHINE, Prediction, predict_step
 from s2train.environment.hardware import Hardware
-from s2train.errors import ConfigError
+from s2train.errors import ConfigError, as_typed
 from s2train.planning.advice import RECOMPUTE, ROOM
 from s2train.planning.checks import check_layout
 from s2train.planning.plan import layouts_nbytes
@@ -51,13 +51,13 @@ class Candidate:
             "parallel.tp": parallel.tp,
             "parallel.pp": parallel.pp,
             "parallel.cp": parallel.cp,
-            "parallel.sequence_parallel": str(parallel.sequence_parallel).lower(),
+            "parallel.sequence_parallel": parallel.sequence_parallel,
             "train.micro_batch_size": train.micro_batch_size,
             "train.recompute": train.recompute,
         }
         if parallel.pp > 1:
-            named |= {"parallel.vpp": "null", "parallel.pipeline_split": parallel.pipeline_split}
-        return tuple(f"{name}={value}" for name, value in named.items())
+            named |= {"parallel.vpp": None, "parallel.pipeline_split": parallel.pipeline_split}
+        return tuple(f"{name}={as_typed(value)}" for name, value in named.items())
 
     @property
     def sizes(self) -> tuple[int, int, int]:

@@ -84,7 +84,7 @@ def _impossible(found: Search, hybrid: HybridLayout) -> ConfigError:
     """Explain the most frequent rejection, and name the nearest usable GPU count."""
     (often, _), *_ = Counter(error.setting for error in found.rejected).most_common(1)
     reason = next(error for error in found.rejected if error.setting == often)
-    problem = f"no division is possible; one of {len(found.rejected)} rejections: {reason.setting}={reason.value}: "
+    problem = f"no division is possible; one of {len(found.rejected)} rejections: {reason.given}: "
     sizes = sorted(range(1, 2 * found.gpus + GPUS_PER_MACHINE), key=lambda size: abs(size - found.gpus))
     whole = (size for size in sizes if size <= GPUS_PER_MACHINE or size % GPUS_PER_MACHINE == 0)
     near = next((size for size in whole if can_divide(found.cfg, hybrid, size, found.hardware)), None)

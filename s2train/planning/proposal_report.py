@@ -118,7 +118,7 @@ def _rejected(found: Search) -> list[str]:
     examples = {error.setting: error for error in reversed(found.rejected)}
     numbers = {name: sum(error.setting == name for error in found.rejected) for name in examples}
     lines = [
-        f"  {numbers[name]} × {name}, such as {name}={error.value}: {error.problem}"
+        f"  {numbers[name]} × {name}, such as {error.given}: {error.problem}"
         for name, error in sorted(examples.items(), key=lambda example: -numbers[example[0]])
     ]
     return ["", "Rejected, each way to recompute counted:", *lines] if lines else []

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from s2train.attention.teacher import teacher_setting
 from s2train.config import PretrainConfig
+from s2train.errors import as_typed
 from s2train.planning.advice import RECOMPUTE
 from s2train.planning.memory_budget import MemoryBudget
 
@@ -47,7 +48,7 @@ def _candidates(cfg: PretrainConfig) -> Iterator[tuple[list[str], PretrainConfig
             "parallel.pp": (parallel.pp, pp),
             "parallel.distributed_optimizer": (parallel.distributed_optimizer, distributed),
         }
-        changes = [f"{name}={str(new).lower()}" for name, (old, new) in wanted.items() if old != new]
+        changes = [f"{name}={as_typed(new)}" for name, (old, new) in wanted.items() if old != new]
         yield (
             changes,
             replace(

@@ -34,7 +34,7 @@ def config(selection: str = "top_k:3", *settings: str) -> PretrainConfig:
     [
         ("top_k:0", "layout.kinds.E.top_k=0: a query block selects at least one block"),
         ("top_k:14", "layout.kinds.E.top_k=14: a sequence of 256 tokens has 16 blocks of 16, of which 13"),
-        ("window:2", "layout.kinds.E.top_k=None: nothing says how many"),
+        ("window:2", "layout.kinds.E.top_k=null: nothing says how many"),
         (
             "top_k:2,share:0.1",
             "layout.kinds.E.share=0.1: top_k=2 says how many blocks too. Set layout.kinds.E.top_k=null too",
@@ -133,7 +133,7 @@ def test_a_scorer_whose_weights_the_checkpoint_lacks_is_rejected() -> None:
 
 def test_a_gate_that_the_checkpoint_lacks_is_rejected() -> None:
     changes = changes_between(config("top_k:3,scorer:sea"), config("top_k:3,scorer:sea,mix_mean:true"))
-    with pytest.raises(ConfigError, match=r"layout.kinds.E.mix_mean=True: .* was trained with .*mix_mean=False"):
+    with pytest.raises(ConfigError, match=r"layout.kinds.E.mix_mean=true: .* was trained with .*mix_mean=false"):
         check_same_architecture(changes, Path("iter_0000001"))
 
 

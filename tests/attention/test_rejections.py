@@ -62,7 +62,7 @@ def config(kind: str, *settings: str, layers: str = "DT") -> PretrainConfig:
             Feature.SEQUENCE_PARALLEL,
             ["parallel.tp=2", "parallel.sequence_parallel=true"],
             2,
-            "parallel.sequence_parallel=True",
+            "parallel.sequence_parallel=true",
         ),
         (Feature.PIPELINE_PARALLEL, ["parallel.pp=2"], 2, "parallel.pp=2"),
         (Feature.CONTEXT_PARALLEL, ["parallel.cp=2"], 2, "parallel.cp=2"),
@@ -70,10 +70,10 @@ def config(kind: str, *settings: str, layers: str = "DT") -> PretrainConfig:
             Feature.PACKED_DOCUMENTS,
             ["data.attention_within_documents=true"],
             1,
-            "data.attention_within_documents=True",
+            "data.attention_within_documents=true",
         ),
         (Feature.RECOMPUTATION, ["train.recompute=selective"], 1, "train.recompute=selective"),
-        (Feature.DETERMINISTIC, ["train.deterministic=true"], 1, "train.deterministic=True"),
+        (Feature.DETERMINISTIC, ["train.deterministic=true"], 1, "train.deterministic=true"),
     ],
 )
 def test_a_run_that_asks_for_what_a_kind_lacks_is_rejected(

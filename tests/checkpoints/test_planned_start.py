@@ -57,7 +57,7 @@ def test_a_plan_rejects_what_the_run_would(run_dir: Path) -> None:
         start(run_dir.parent / "other", f"checkpoint.resume={run_dir}", "model.hidden_size=128")
     with pytest.raises(ConfigError, match=r"layout.layers=DSSS. .* weights alone with checkpoint.weights_only=true"):
         start(run_dir.parent / "other", f"checkpoint.resume={run_dir}", "layout.layers=D")
-    with pytest.raises(ConfigError, match=r"^checkpoint.new_data=True: .* Set checkpoint.resume=RUN_DIR too"):
+    with pytest.raises(ConfigError, match=r"^checkpoint.new_data=true: .* Set checkpoint.resume=RUN_DIR too"):
         start(run_dir.parent / "other", "checkpoint.new_data=true")
     with pytest.raises(ConfigError, match=r"^optim.lr=0.1: .*'checkpoint.allow_changes=\[optim.lr\]"):
         start(run_dir, "optim.lr=0.1")

@@ -33,7 +33,7 @@ def test_every_setting_that_differs_is_listed_with_both_values() -> None:
     assert set(map(str, changes(*now))) == {
         "optim.lr 0.003 → 0.001",
         "train.exit_step null → 7",
-        'data.path bundled → [0.5,"a",0.5,"b"]',
+        "data.path bundled → [0.5,a,0.5,b]",
         "layout.pattern.sinks 0 → 1",
     }
 

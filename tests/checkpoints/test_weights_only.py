@@ -119,10 +119,10 @@ def test_weights_of_a_scorer_of_another_size_are_rejected(selected: Path, tmp_pa
 @pytest.mark.parametrize(
     ("settings", "error"),
     [
-        (["checkpoint.weights_only=true"], "checkpoint.weights_only=True: checkpoint.resume=auto names no run"),
+        (["checkpoint.weights_only=true"], "checkpoint.weights_only=true: checkpoint.resume=auto names no run"),
         (
             ["checkpoint.weights_only=true", "checkpoint.resume=runs/x", "checkpoint.new_data=true"],
-            "checkpoint.weights_only=True: checkpoint.new_data=true takes",
+            "checkpoint.weights_only=true: checkpoint.new_data=true takes",
         ),
         (["train.freeze_trunk_steps=3"], "train.freeze_trunk_steps=3: no layer's kind of attention has weights"),
         (["train.freeze_trunk_steps=-1"], "train.freeze_trunk_steps=-1"),

@@ -157,7 +157,7 @@ def test_attention_within_documents_needs_documents_with_the_tokenizers_end_toke
     theirs = config(str(tmp_path / "theirs"), tokenizer=words, seq_length=4)
     check_data(*run_tokenizer(theirs))
     theirs.data.attention_within_documents = True
-    with pytest.raises(ConfigError, match=r"^data.attention_within_documents=True: none of the first 40 documents"):
+    with pytest.raises(ConfigError, match=r"^data.attention_within_documents=true: none of the first 40 documents"):
         check_data(*run_tokenizer(theirs))
     theirs.data.end_token = "<fin>"
     check_data(*run_tokenizer(theirs))

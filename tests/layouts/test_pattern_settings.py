@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from s2train.attention.coverage import coverage_report, union_coverage
 from s2train.config import PatternConfig
-from s2train.errors import ConfigError
+from s2train.errors import ConfigError, as_typed
 from s2train.layouts.patterns import Dense, Dilated, GlobalBlocks, LocalVertical, Pattern, Ranges, SlidingWindow, Span
 from s2train.layouts.patterns.registry import PATTERNS, REQUIRED, with_defaults
 from tests.layouts.layout_cases import make_hybrid, mask_of
@@ -68,7 +68,9 @@ def test_a_setting_that_its_kind_needs_is_asked_for(kind: str, name: str) -> Non
 def test_a_boolean_is_no_number(kind: str, name: str) -> None:
     settings, _ = EXAMPLES[kind]
     value = [0, True] if name == "globals" else True
-    with pytest.raises(ConfigError, match=rf"^layout.pattern.{name}={re.escape(str(value))}: a boolean instead of a"):
+    with pytest.raises(
+        ConfigError, match=rf"^layout.pattern.{name}={re.escape(as_typed(value))}: a boolean instead of a"
+    ):
         first_head(kind=kind, **settings | {name: value})
 
 

@@ -43,7 +43,7 @@ def test_a_layer_of_dense_rules_is_a_dense_layer() -> None:
         ({"rules": [{"kind": "per_head"}] * 4}, r"rules\[0\].kind=per_head: a rule within rules"),
         ({"rules": [{"kind": "span", "base": 0}] * 4}, r"rules\[0\].base=0: too small"),
         ({"rules": [{"kind": "span", "base": 1, "slope": 1.0}] * 4}, r"rules\[0\].slope=1.0: outside 0 to 1"),
-        ({"heads": [0, 1]}, r"heads=\[0, 1\]: not lists of indices"),
+        ({"heads": [0, 1]}, r"heads=\[0,1\]: not lists of indices"),
         ({"heads": [[0, 1, 2, 4], [0] * 4]}, r"heads=4: layer 0 names rule 4, and there are 4"),
         ({"heads": HEADS[:1]}, r"heads=\(1 layers\): layer 1 isn't among them"),
         ({"heads": [*HEADS, [0] * 4]}, r"heads=\(3 layers\): the model has 2 layers"),

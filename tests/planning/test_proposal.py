@@ -129,7 +129,7 @@ def test_a_division_is_slower_by_what_it_does_more_of(
         ),
         (["plan.gpus=3000000", H100], r"plan\.gpus=3000000: divisions over up to 16384 GPUs are planned"),
         (["plan.gpus=1", H100], r"plan\.gpus=1: no division fits into 71\.2 GiB .*Set plan\.gpus=\d+"),
-        (["plan.gpus=8", H100, "optim.name=sgd"], r"parallel\.distributed_optimizer=True: "),
+        (["plan.gpus=8", H100, "optim.name=sgd"], r"parallel\.distributed_optimizer=true: "),
         (["plan.gpus=8", "plan.count=8", H100], r"plan\.gpus=8: plan\.count=8 plans the division that is set"),
         (["plan.gpus=8", H100, "train.precision=fp32"], r"train\.precision=fp32: .* in bf16 only"),
         (["plan.gpus=8", "plan.device=a100-80gb", "dense_attention=fa4"], r"dense_attention=fa4: compute capability 8"),

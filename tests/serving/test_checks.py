@@ -50,7 +50,7 @@ def test_what_can_be_served_passes() -> None:
         ({"decode_context_parallel_size": 2}, "decode_context_parallel_size=2: sparse layers"),
         ({"cache_dtype": "fp8"}, "kv_cache_dtype=fp8: sparse layers keep keys and values in the model's dtype"),
         ({"speculative_config": SimpleNamespace(method="ngram")}, "speculative_config=ngram: sparse layers decode"),
-        ({"disable_hybrid_kv_cache_manager": True}, "disable_hybrid_kv_cache_manager=True: without it vLLM"),
+        ({"disable_hybrid_kv_cache_manager": True}, "disable_hybrid_kv_cache_manager=true: without it vLLM"),
         ({"kv_transfer_config": SimpleNamespace()}, "kv_transfer_config=SimpleNamespace: pages of sparse layers"),
         ({"kv_events_config": SimpleNamespace(enable_kv_cache_events=True)}, "kv_events_config=SimpleNamespace: pages"),
         ({"max_model_len": 1000}, "max_model_len=1000: isn't a multiple of the layout's block of 256"),

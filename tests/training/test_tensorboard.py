@@ -46,5 +46,5 @@ def test_a_run_is_rejected_where_it_is_not_installed(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(tensorboard, "find_spec", lambda name: None)
     settings = ["+model=tiny_hybrid", "tracking.tensorboard="]
     check_tensorboard(compose_run([settings[0], settings[1] + "false"]))
-    with pytest.raises(ConfigError, match=r"tracking.tensorboard=True: .* not installed.*extra `tensorboard`"):
+    with pytest.raises(ConfigError, match=r"tracking.tensorboard=true: .* not installed.*extra `tensorboard`"):
         check_tensorboard(compose_run([settings[0], settings[1] + "true"]))

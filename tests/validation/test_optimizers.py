@@ -49,7 +49,7 @@ def test_emerging_optimizers_need_their_package_and_a_megatron_that_has_them(
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (["optim.name=sgd"], ["parallel.distributed_optimizer=True", "=false"]),
+        (["optim.name=sgd"], ["parallel.distributed_optimizer=true", "=false"]),
         (["+optim.options.sgd_momentum=0.5"], ["optim.options.sgd_momentum=0.5", "adam takes none"]),
         (
             ["optim.name=sgd", "parallel.distributed_optimizer=false", "+optim.options.muon_momentum=0.5"],
@@ -65,7 +65,7 @@ def test_emerging_optimizers_need_their_package_and_a_megatron_that_has_them(
         ),
         (
             ["optim.name=sgd", "parallel.distributed_optimizer=false", "+optim.options.sgd_momentum=true"],
-            ["optim.options.sgd_momentum=True", "it takes a float", "such as 0.9"],
+            ["optim.options.sgd_momentum=true", "it takes a float", "such as 0.9"],
         ),
         *(
             (

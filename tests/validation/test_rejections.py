@@ -364,7 +364,7 @@ def test_more_processes_do_not_help_a_cpu() -> None:
 
 def test_a_rank_to_profile_that_is_not_there_is_rejected() -> None:
     traced = {"profile__steps": [3, 4], "profile__ranks": [0, 7]}
-    with pytest.raises(ConfigError, match=r"profile.ranks=\[0, 7\]: there are 2 ranks, but no rank 7. .*ranks=\[0\]"):
+    with pytest.raises(ConfigError, match=r"profile.ranks=\[0,7\]: there are 2 ranks, but no rank 7. .*ranks=\[0\]"):
         check(config(**traced), 2, GPU)
     check(config(**traced), 8, GPU)
     check(config(profile__ranks=[9]), 1, GPU)  # nothing is traced

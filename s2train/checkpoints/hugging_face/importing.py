@@ -27,7 +27,7 @@ from s2train.config import (
     ScheduleConfig,
     TrainConfig,
 )
-from s2train.errors import ConfigError
+from s2train.errors import ConfigError, as_typed
 from s2train.megatron.compat import save_checkpoint_shards
 from s2train.megatron.layer_backends import backend_of
 from s2train.megatron.model import DTYPES, build_model, transformer_config, unwrap
@@ -164,7 +164,7 @@ def llama_model(folder: WeightsFolder) -> ModelConfig:
     rope = rope_section(config, "rope_parameters", folder.path)  # transformers 5 has theta and scaling here
     for name, values in _PLAIN.items():
         if name in config and config[name] not in values:
-            raise ConfigError("weights", folder.path, f"config.json has {name}={config[name]}", remedy)
+            raise ConfigError("weights", folder.path, f"config.json has {name}={as_typed(config[name])}", remedy)
     percent = config.get("partial_rotary_factor", rope.get("partial_rotary_factor")) or 1.0
     if percent != 1 and names[0] != _HYBRID:
         raise ConfigError("weights", folder.path, f"config.json has partial_rotary_factor={percent}", remedy)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from s2train.config import ModelConfig
-from s2train.errors import ConfigError
+from s2train.errors import ConfigError, as_typed
 from s2train.rope_scaling import RopeScalingConfig, with_defaults
 from s2train.validation.rope_scaling import check_rope_scaling
 
@@ -78,7 +78,7 @@ def from_hugging_face(config: dict[str, Any], model: ModelConfig, folder: Path) 
             return RopeScalingConfig()  # all three forms leave the angles as they are
         check_rope_scaling(replace(model, rope_scaling=scaling))
     except ConfigError as error:
-        problem = f"{error.setting.rpartition('.')[2]}={error.value}: {error.problem}"
+        problem = f"{error.setting.rpartition('.')[2]}={as_typed(error.value)}: {error.problem}"
         raise _error(folder, name, given, problem, "Fix config.json") from error
     except (TypeError, ValueError) as error:
         raise _error(folder, name, given, str(error), "Fix config.json") from error
@@ -121,4 +121,4 @@ def _scaling(kind: str, given: dict[str, Any], longest: int | None) -> RopeScali
 
 
 def _error(folder: Path, name: str, given: object, problem: str, remedy: str) -> ConfigError:
-    return ConfigError("weights", folder, f"config.json has {name}={given}: {problem}", remedy)
+    return ConfigError("weights", folder, f"config.json has {name}={as_typed(given)}: {problem}", remedy)

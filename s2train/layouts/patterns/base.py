@@ -12,6 +12,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from s2train.errors import as_typed
+
 
 class PatternError(ValueError):
     """An invalid pattern setting: its name, value, problem and remedy.
@@ -21,7 +23,7 @@ class PatternError(ValueError):
 
     def __init__(self, setting: str, value: object, problem: str, remedy: str) -> None:
         self.setting, self.value, self.problem, self.remedy = setting, value, problem, remedy
-        super().__init__(f"{setting}={value}: {problem}. {remedy}")
+        super().__init__(f"{setting}={as_typed(value)}: {problem}. {remedy}")
 
 
 def at_least(least: int, **settings: int) -> None:

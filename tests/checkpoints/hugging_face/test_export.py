@@ -233,7 +233,7 @@ def test_a_hybrid_run_starts_from_an_imported_llama(tmp_path: Path, processes: i
     ("changed", "words"),
     [
         ({"architectures": ["GPT2LMHeadModel"]}, ["its architecture is GPT2LMHeadModel", "LlamaForCausalLM"]),
-        ({"attention_bias": True}, ["attention_bias=True"]),
+        ({"attention_bias": True}, ["attention_bias=true"]),
         ({"hidden_act": "gelu"}, ["hidden_act=gelu"]),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 8.0}}, ["rope_scaling", "dynamic"]),
         ({"rope_parameters": {"rope_type": "yarn"}}, ["rope_parameters", "yarn"]),

@@ -104,9 +104,9 @@ def test_llama_31_and_deepseeks_forms_are_read() -> None:
     [
         ({"rope_type": "dynamic", "factor": 2.0}, ["kind dynamic", "linear, yarn, llama3"]),
         ({"rope_type": "yarn", "factor": 2.0, "short_factor": [1]}, ["short_factor, which is unknown here"]),
-        ({"rope_type": "linear"}, ["factor=None", "Fix config.json"]),
+        ({"rope_type": "linear"}, ["factor=null", "Fix config.json"]),
         ({"rope_type": "linear", "factor": "much"}, ["could not convert", "Fix config.json"]),
-        ({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4}, ["original_length=None"]),
+        ({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4}, ["original_length=null"]),
         ({"full_attention": {"rope_type": "yarn", "factor": 4.0}}, ["full_attention, which is unknown here"]),
         ("yarn", ["not settings by name", "Fix config.json"]),
     ],
