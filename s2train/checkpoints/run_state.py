@@ -40,6 +40,7 @@ from s2train.distributed.agreement import broadcast_from_rank_0, max_over_ranks
 from s2train.errors import ConfigError, TrainingError
 from s2train.files import replacing
 from s2train.megatron.compat import save_checkpoint_shards
+from s2train.megatron.local_optimizer_state import has_shifted_weights
 from s2train.megatron.model import unwrap
 from s2train.megatron.optimizer_state import count_steps_in_parts, param_groups_in, remove_classes
 from s2train.megatron.torch_adam import move_steps_to_host, separate_steps
@@ -225,7 +226,7 @@ def load(cfg: PretrainConfig, state: TrainingState, checkpoint: Path, rng_ranks:
         rng_ranks: [tp, pp] of the run whose generators the checkpoint holds; with others, generators stay as they are.
 
     Raises:
-        ConfigError: the checkpoint is damaged.
+        ConfigError: the checkpoint is damaged, or holds shifted fp32 weights.
     """
     check_megatron_version(checkpoint, "checkpoint.resume")
     weights_only = loads_weights_alone(cfg, checkpoint)
@@ -251,6 +252,12 @@ def load(cfg: PretrainConfig, state: TrainingState, checkpoint: Path, rng_ranks:
     if weights_only:
         state.optimizer.reload_model_params()  # updates its fp32 copies
         return
+    if any(max_over_ranks(has_shifted_weights(state.optimizer, loaded["optimizer"]))):
+        problem = "its fp32 weights are not those of its model: an earlier version of s2train saved them shifted"
+        remedy = (
+            f"In another run_dir, take the weights alone: checkpoint.resume={checkpoint} checkpoint.weights_only=true"
+        )
+        raise ConfigError("checkpoint.resume", checkpoint, problem, remedy)
     _set_hyperparameters(cfg.optim, loaded["optimizer"])
     convert_param_groups(state.optimizer, loaded["optimizer"])
     state.optimizer.load_state_dict(loaded["optimizer"])

@@ -22,6 +22,8 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from s2train.megatron.optimizer_state import optimizer_parts
 
 _STATES = ("param", "exp_avg", "exp_avg_sq")
+_COMPARED = 512  # elements at each end of a parameter
+_ROUNDING = 2.0**-7  # relative; more than bf16's
 
 
 def distributed_parts(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
@@ -69,6 +71,36 @@ def _sharded_state(
                 wanted[index] = {name: _like(of_parameter[parameter], name) for name in _STATES}
             index += 1
     return wanted
+
+
+def has_shifted_weights(optimizer: MegatronOptimizer, loaded: Any) -> bool:
+    """Whether a loaded state has other weights than this rank's model.
+
+    Checkpoints of earlier versions hold the states of shifted elements behind a padded bucket. Elements at both ends
+    of each parameter are compared, up to the rounding of the model's weights. Call it before the optimizer loads the
+    state, with the checkpoint's weights in the model: in fp32 the two are the same memory afterwards.
+
+    Args:
+        loaded: what the optimizer's `load_state_dict` takes.
+    """
+    parts = optimizer_parts(optimizer)
+    states = [loaded] if len(parts) == 1 else [loaded[number] for number in range(len(parts))]
+    return any(
+        _differ(state["param_state"][index]["param"], parameter)
+        for part, state in zip(parts, states, strict=True)
+        if isinstance(part, DistributedOptimizer)
+        for index, parameter in enumerate(parameter for buffer in part.buffers for parameter in buffer.param_index_map)
+        if index in (state.get("param_state") or {})
+    )
+
+
+def _differ(master: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Compare the ends of an fp32 copy with those of its weight."""
+    for part in (slice(_COMPARED), slice(-_COMPARED, None)):
+        saved, used = (x.detach().flatten()[part].float().cpu() for x in (master, weight))
+        if bool(((saved - used).abs() > _ROUNDING * saved.abs() + torch.finfo(torch.bfloat16).tiny).any()):
+            return True
+    return False
 
 
 @contextmanager

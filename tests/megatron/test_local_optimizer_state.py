@@ -11,8 +11,8 @@ pytestmark = [pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
-def ranks() -> list[dict[str, Any]]:
-    done = run("tests.training.loading_program", processes=2)
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    done = run("tests.training.loading_program", str(tmp_path_factory.mktemp("saved")), processes=2)
     assert done.status == 0, done.err
     found: list[dict[str, Any]] = json.loads(done.out.splitlines()[-1])
     return found
@@ -30,3 +30,11 @@ def test_a_rank_asks_for_the_states_of_its_own_parameters_and_copies_none(ranks:
 
 def test_states_behind_a_padded_bucket_are_saved_as_those_of_their_parameters(ranks: list[dict[str, Any]]) -> None:
     assert [rank["saved_elsewhere"] for rank in ranks] == [[0, 0], [0, 0]]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_states_that_an_earlier_version_saved_shifted_are_rejected(ranks: list[dict[str, Any]], precision: str) -> None:
+    for rank in ranks:
+        assert rank["errors"][precision] == ""
+        assert "its fp32 weights are not those of its model" in rank["errors"][f"{precision} shifted"]
+        assert "checkpoint.weights_only=true" in rank["errors"][f"{precision} shifted"]
