@@ -151,6 +151,7 @@ def test_a_run_from_dense_starts_from_the_weights_of_its_seeds_dense_run(
     assert cfg.checkpoint.weights_only
     assert steps_of(run, recipe) == (0, cfg.train.steps) == (0, 500)
     assert cfg.train.freeze_trunk_steps == frozen
+    assert (cfg.optim.warmup_steps, cfg.optim.second_warmup_steps) == (25, 25)  # a trunk that starts later warms up too
     before = compose_run(train_settings(folders, Run("dense", "16k-40m", seed=2), recipe))
     assert cfg.seed != before.seed  # another order of the data
     assert cfg.optim.decay_steps is None
