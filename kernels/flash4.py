@@ -6,9 +6,12 @@ The kernels are compiled at the first call.
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable
 from functools import cache
+from getpass import getuser
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +30,7 @@ def fa4_problem() -> str | None:
     """Return why FlashAttention-4 can't be imported, or None; importing takes seconds."""
     if installed_version(PACKAGE) is None:
         return "flash-attn-4 is not installed"
-    # keeps its compiled kernels on disk, so that a restarted run finds them
+    # keeps its compiled kernels on disk (`fa4_cache_folder`), so that a restarted run finds them
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
     try:
         import_module("flash_attn.cute")
@@ -35,6 +38,12 @@ def fa4_problem() -> str | None:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         return f"flash-attn-4 can't be imported ({lines[0]})"
     return None
+
+
+def fa4_cache_folder() -> Path:
+    """Return FlashAttention-4's folder of compiled kernels; imports nothing of it."""
+    default = Path(tempfile.gettempdir()) / getuser() / "flash_attention_cute_dsl_cache"
+    return Path(os.environ.get("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR") or default)
 
 
 def fa4_unsupported_reason(capability: tuple[int, int] | None, dtype: torch.dtype, head_dim: int) -> str | None:

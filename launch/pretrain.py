@@ -34,10 +34,13 @@ from s2train.planning import (
     epochs_of_plan,
     format_plan,
     format_proposal,
+    hybrid_layout,
     propose,
     resolve,
 )
 from s2train.sweeps import plugins
+from s2train.training.compilers import start_compilers
+from s2train.training.kernel_caches import use_cache_folders
 from s2train.training.start_times import StartTimes
 
 config.register()
@@ -77,15 +80,18 @@ def pretrain(composed: DictConfig) -> None:
     if is_first:
         print(format_plan(plan), flush=True)
     TIMES.end("plan")
+    compilers = None
     with quick_imports():  # slow, and not needed to reject a run
         if hardware.capability is not None:
+            use_cache_folders()
+            compilers = start_compilers(cfg, hybrid_layout(cfg), hardware)
             prepare_compiler(hardware.capability)
         from s2train.megatron.lazy_imports import import_megatron
 
         import_megatron()
         from s2train.training.run import run
     TIMES.end("megatron")
-    run(cfg, plan, TIMES)
+    run(cfg, plan, TIMES, compilers)
 
 
 @hydra.main(config_path="../conf", config_name="pretrain", version_base="1.3")

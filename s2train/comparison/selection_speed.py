@@ -26,6 +26,7 @@ from s2train.attention.block_selection import SCORERS
 from s2train.attention.selection.targets import row_mass, sampled_positions
 from s2train.comparison.fla_moba import fla_moba, fla_problem
 from s2train.config import LayoutConfig, ModelConfig, ParallelConfig, PretrainConfig, TrainConfig
+from s2train.environment.dtypes import DTYPES
 from s2train.environment.provenance import timed_on
 from s2train.files import new_file
 from s2train.kernels.attention import block_sparse_attention
@@ -35,7 +36,7 @@ from s2train.kernels.flash4 import fa4_problem
 from s2train.kernels.topk_layout import TopKLayout
 from s2train.megatron.block_selection import BlockSelectionCoreAttention
 from s2train.megatron.layer_backends import choose_backend
-from s2train.megatron.model import DTYPES, build_model, transformer_config
+from s2train.megatron.model import build_model, transformer_config
 from s2train.megatron.selection_cache import pooled_keys
 from s2train.megatron.setup import initialize, shutdown
 from s2train.planning import hybrid_layout

@@ -15,6 +15,7 @@ from s2train.config import PretrainConfig
 from s2train.costs.exchange import exchange_mode
 from s2train.costs.stages import Stages
 from s2train.environment.apex import fuses_gradient_sums
+from s2train.environment.dtypes import DTYPES
 from s2train.environment.liger import INSTALL, choose_loss, liger_problem
 from s2train.environment.transformer_engine import uses_te_here
 from s2train.errors import ConfigError
@@ -25,7 +26,6 @@ from s2train.megatron.layout_cache import LayoutCache
 from s2train.megatron.rope_scaling import scale_rotation, set_temperature
 from s2train.megatron.specs import block_spec
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # Megatron's names of `train.recompute`.
 _GRANULARITY = {"none": None, "selective": "selective", "mlp": "selective", "full": "full"}
 _RECOMPUTED = {"selective": ["core_attn"], "mlp": ["mlp"]}

@@ -4,6 +4,16 @@ import os
 import tempfile
 from pathlib import Path
 
+from s2train.wandb_run import say
+
+
+def use_cache_folders() -> None:
+    """Set the cache folders; a machine's first rank prints the warnings."""
+    warnings = set_cache_folders()
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        for warning in warnings:
+            say(warning)
+
 
 def set_cache_folders() -> list[str]:
     """Set the cache folders of Triton and inductor through environment variables.

@@ -17,9 +17,9 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from s2train.config import OptimConfig, PretrainConfig
+from s2train.environment.dtypes import DTYPES
 from s2train.megatron.clipping import replace_stand_ins
 from s2train.megatron.local_optimizer_state import load_only_local_state
-from s2train.megatron.model import DTYPES
 from s2train.megatron.optimizer_state import prepare_to_load
 from s2train.megatron.torch_adam import fuse_on_gpus, prepare_for_checkpoints
 from s2train.training.frozen_trunk import LearningRateSchedule

@@ -6,8 +6,10 @@ from functools import partial
 from threading import Thread
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.timers import Timers
 
+from s2train.attention.hybrid import HybridLayout
 from s2train.attention.teacher import teacher_setting
 from s2train.checkpoints.resume import Start, claim_run_dir, find_start
 from s2train.checkpoints.run_state import TrainingState, load
@@ -19,6 +21,7 @@ from s2train.data.end_token import run_tokenizer
 from s2train.data.tokenizers import Tokenizer
 from s2train.distributed.agreement import broadcast_from_rank_0
 from s2train.distributed.rendezvous import fail_together
+from s2train.environment.hardware import Hardware
 from s2train.environment.versions import git_commit
 from s2train.errors import DivergedError, StoppedBySignal
 from s2train.megatron import setup
@@ -28,7 +31,8 @@ from s2train.planning import Plan, hybrid_layout
 from s2train.planning.report import figures, letter_rows
 from s2train.preparation.bundled_corpus import ensure_prepared
 from s2train.training.auxiliary_losses import AuxiliaryLosses
-from s2train.training.kernel_caches import set_cache_folders
+from s2train.training.compilers import Compilers, mark_compiled
+from s2train.training.kernel_caches import use_cache_folders
 from s2train.training.layout_picture import LayoutPicture, check_matplotlib
 from s2train.training.loop import Speed, Trainer
 from s2train.training.metrics import Tracker
@@ -50,7 +54,7 @@ _WATCHDOG_LEAD = 2.0
 _SECONDS_FOR_WANDB = 10.0  # after a signal: the scheduler soon kills the job, and the other ranks wait
 
 
-def run(cfg: PretrainConfig, plan: Plan, times: StartTimes | None = None) -> None:
+def run(cfg: PretrainConfig, plan: Plan, times: StartTimes | None = None, compilers: Compilers | None = None) -> None:
     """Check data and checkpoint, build the model, train and save.
 
     Rejects bad input before a process group exists.
@@ -58,6 +62,7 @@ def run(cfg: PretrainConfig, plan: Plan, times: StartTimes | None = None) -> Non
     Args:
         plan: plan of this run, checked by `s2train.planning.check`.
         times: start times measured by the program so far.
+        compilers: processes that fill the kernels' caches meanwhile.
     Raises:
         ConfigError: data, tokenizer or checkpoint don't fit the run.
         StartUpError: ranks are incompatible, or one of several rejects data, tokenizer or checkpoint.
@@ -104,7 +109,7 @@ def run(cfg: PretrainConfig, plan: Plan, times: StartTimes | None = None) -> Non
         if start.progress.step < cfg.train.last_step:
             try:
                 with Watchdog(minutes).watching() as watchdog:
-                    _train(cfg, plan, backend, tokenizer, start, device, signals, watchdog, times)
+                    _train(cfg, plan, backend, tokenizer, start, device, signals, watchdog, times, compilers)
             except (StoppedBySignal, DivergedError) as raised:  # on all ranks
                 stop = raised
         setup.shutdown()
@@ -112,6 +117,12 @@ def run(cfg: PretrainConfig, plan: Plan, times: StartTimes | None = None) -> Non
         lock.release()
     if stop is not None:
         raise stop
+
+
+def _compile(cfg: PretrainConfig, hybrid: HybridLayout, hardware: Hardware, device: torch.device) -> None:
+    compile_kernels(cfg, hybrid, device, parallel_state.get_context_parallel_rank())
+    if device.type == "cuda":
+        mark_compiled(cfg, hybrid, hardware)
 
 
 def _train(
@@ -124,6 +135,7 @@ def _train(
     signals: StopSignals,
     watchdog: Watchdog,
     times: StartTimes,
+    compilers: Compilers | None,
 ) -> None:
     hybrid = hybrid_layout(cfg)
     is_first = torch.distributed.get_rank() == 0
@@ -131,11 +143,11 @@ def _train(
         Thread(target=git_commit, name="commit", daemon=True).start()  # cached for the tracker
     watchdog.beat("compiling the kernels")
     if device.type == "cuda":
-        warnings = set_cache_folders()
-        if os.environ["LOCAL_RANK"] == "0":
-            for warning in warnings:
-                say(warning)
-    run_once_per_machine(partial(compile_kernels, cfg, hybrid, device))
+        use_cache_folders()
+    if compilers is not None:
+        say(compilers.wait())
+        times.end("compilers")
+    run_once_per_machine(partial(_compile, cfg, hybrid, plan.hardware, device))
     times.end("kernels")
     by_cost = cfg.parallel.pp > 1 and cfg.parallel.pipeline_split == "cost"
     config = transformer_config(cfg, plan.pipeline.stages if by_cost else None)

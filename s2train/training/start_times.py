@@ -10,6 +10,9 @@ _LAUNCHED = "TORCHELASTIC_RUN_ID"  # torchrun, and so launch/job.py, sets it in 
 class StartTimes:
     """Seconds of each part of a program's start, in order.
 
+    Parts are times of the main thread: what threads and other processes do meanwhile is in no part. The part
+    `compilers` is the time for which the rank waits for such processes.
+
     The part `launcher` is the launcher's run time before it started this process, if there is a launcher. The part
     `shell and python` is this process's run time before `began`. Linux counts a process from its fork: where a shell
     script ends with `exec python …`, its time counts too.

@@ -1,29 +1,48 @@
 """Compiles a run's kernels once on each machine.
 
-The first rank of a machine compiles; the others read the disk caches of Triton and FlashAttention-4.
+The first rank of a machine compiles; the others read the disk caches of Triton and FlashAttention-4. In a cold start
+other processes compile parts before it (`s2train.training.compilers`), without Megatron's imports.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import cast
+from typing import Literal, cast
 
 import torch
-from megatron.core import parallel_state
 from torch import Tensor
 
 from s2train.attention.hybrid import HybridLayout
+from s2train.attention.kind import LayerLayout
 from s2train.attention.teacher import teacher_layout, teacher_setting
 from s2train.attention.weights import kv_heads_on_rank
 from s2train.config import PretrainConfig, head_dim
+from s2train.environment.dtypes import DTYPES
 from s2train.kernels.attention import Backend, block_sparse_attention, resolve_backend
+from s2train.kernels.backward_alone import forwards_left_out
 from s2train.kernels.dense_choice import Kind
 from s2train.kernels.layout import BlockLayout
-from s2train.megatron.context_parallel.all_gather import chunk_ids
 from s2train.megatron.dense_kernels import choose_kernels, run_dense, runs_sparse_op
-from s2train.megatron.model import DTYPES
-from s2train.megatron.specs import core_attention_class
+
+
+@dataclass(frozen=True)
+class Part:
+    """Kernels that one process compiles: of some layers, in one direction."""
+
+    layers: Literal["static", "sparse", "dense", "data-dependent"]
+    direction: Literal["forward", "backward", "passes"]  # passes: both
+
+    def __str__(self) -> str:
+        """Format as "dense backward"."""
+        return f"{self.layers} {self.direction}"
+
+    def holds(self, layer: LayerLayout) -> bool:
+        """Whether a layer is in the part."""
+        if not layer.is_static or self.layers == "data-dependent":
+            return not layer.is_static and self.layers == "data-dependent"
+        return self.layers == "static" or layer.is_dense == (self.layers == "dense")
 
 
 def run_once_per_machine(action: Callable[[], None]) -> None:
@@ -36,7 +55,9 @@ def run_once_per_machine(action: Callable[[], None]) -> None:
     torch.distributed.barrier()
 
 
-def compile_kernels(cfg: PretrainConfig, hybrid: HybridLayout, device: torch.device) -> None:
+def compile_kernels(
+    cfg: PretrainConfig, hybrid: HybridLayout, device: torch.device, cp_rank: int, part: Part | None = None
+) -> None:
     """Run what each distinct layer runs in a step, once.
 
     Forward and backward. Layers of a data-dependent kind run what their core attention's `compile_kernels` does, dense
@@ -45,6 +66,10 @@ def compile_kernels(cfg: PretrainConfig, hybrid: HybridLayout, device: torch.dev
     Uses the shapes of the run's steps, and zeros, so that no random number is drawn. Covers all layers and all tensor
     parallel shares, since the machine's other ranks may have others than this one. Frees the memory that it took: call
     it before the model is built. Does nothing if the sparse op runs on torch.
+
+    Args:
+        cp_rank: context parallel rank.
+        part: what to run; None: everything. Layers of a data-dependent kind run in passes only.
     """
     backend = cast(Backend, cfg.attention_backend)
     if resolve_backend(backend, device) == "torch":
@@ -52,25 +77,21 @@ def compile_kernels(cfg: PretrainConfig, hybrid: HybridLayout, device: torch.dev
     tp = cfg.parallel.tp
     heads, groups = cfg.model.num_attention_heads // tp, kv_heads_on_rank(cfg.model.num_query_groups, tp)
     layers = [*hybrid.layers, *(teacher_layout(hybrid).layers if teacher_setting(hybrid.layers) else ())]
-    for layer in dict.fromkeys(layers):
-        for rows, keys in _chunks(cfg.train.seq_length):
-            inputs = _zeros(cfg, rows, keys, heads, groups, device)
-            if not layer.is_static:
-                core_attention_class(layer.kind).compile_kernels(
-                    layer, *inputs, keys - rows, backend, cfg.data.attention_within_documents
-                )
-                continue
-            for share in range(1 if layer.is_dense else tp):  # dense heads are alike
-                own = slice(share * heads, (share + 1) * heads)
-                layout = cache(partial(layer.block_layout, keys, heads=own, device=device))
-                attend = partial(_attend_densely, cfg.dense_attention) if layer.is_dense else _attend
-                if cfg.data.attention_within_documents:
-                    # of one sequence, as layers do
-                    bounds = torch.tensor([0, rows], dtype=torch.int32, device=device)
-                    query, key, value = (x[:rows, :1] for x in inputs)
-                    _run(attend(_Call(layout, query, key, value, bounds, backend)))
-                if keys > rows or not cfg.data.attention_within_documents:
-                    _run(attend(_Call(layout, *inputs, None, backend)))
+    direction = "passes" if part is None else part.direction
+    run = _no_backward if direction == "forward" else _run
+    with forwards_left_out() if direction == "backward" else nullcontext():
+        for layer in dict.fromkeys(layer for layer in layers if part is None or part.holds(layer)):
+            for rows, keys in _chunks(cfg.train.seq_length, cfg.parallel.cp, cp_rank):
+                inputs = _zeros(cfg, rows, keys, heads, groups, device)
+                if layer.is_static:
+                    for call in _calls(cfg, layer, inputs, backend):
+                        run(_attend_densely(cfg.dense_attention, call) if layer.is_dense else _attend(call))
+                else:
+                    from s2train.megatron.specs import core_attention_class  # imports Megatron
+
+                    core_attention_class(layer.kind).compile_kernels(
+                        layer, *inputs, keys - rows, backend, cfg.data.attention_within_documents
+                    )
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
@@ -114,6 +135,23 @@ class _Call:
         return len(self.key) - len(self.query)
 
 
+def _calls(
+    cfg: PretrainConfig, layer: LayerLayout, inputs: tuple[Tensor, Tensor, Tensor], backend: Backend
+) -> Iterator[_Call]:
+    """Yield a static layer's calls of every tensor parallel share."""
+    (rows, _, heads, _), keys, device = inputs[0].shape, len(inputs[1]), inputs[0].device
+    for share in range(1 if layer.is_dense else cfg.parallel.tp):  # dense heads are alike
+        own = slice(share * heads, (share + 1) * heads)
+        layout = cache(partial(layer.block_layout, keys, heads=own, device=device))
+        if cfg.data.attention_within_documents:
+            # of one sequence, as layers do
+            bounds = torch.tensor([0, rows], dtype=torch.int32, device=device)
+            query, key, value = (x[:rows, :1] for x in inputs)
+            yield _Call(layout, query, key, value, bounds, backend)
+        if keys > rows or not cfg.data.attention_within_documents:
+            yield _Call(layout, *inputs, None, backend)
+
+
 def _attend(call: _Call) -> Tensor:
     return block_sparse_attention(
         call.query, call.key, call.value, call.layout(), query_offset=call.offset, cu_seqlens=call.bounds,
@@ -145,13 +183,18 @@ def _run(out: Tensor | None) -> None:
         out.backward(torch.ones_like(out))
 
 
-def _chunks(seq_length: int) -> list[tuple[int, int]]:
-    """(query rows, visible keys) of each of this rank's calls.
+def _no_backward(out: Tensor | None) -> None:
+    pass
 
-    Under context parallelism there is one call for each of its chunks.
+
+def _chunks(seq_length: int, size: int, rank: int) -> list[tuple[int, int]]:
+    """(query rows, visible keys) of each of a context parallel rank's calls.
+
+    With several ranks there is one call for each of its chunks.
     """
-    size = parallel_state.get_context_parallel_world_size()
     if size == 1:
         return [(seq_length, seq_length)]
+    from s2train.megatron.context_parallel.all_gather import chunk_ids  # imports Megatron
+
     rows = seq_length // (2 * size)
-    return [(rows, (chunk + 1) * rows) for chunk in chunk_ids(parallel_state.get_context_parallel_rank(), size)]
+    return [(rows, (chunk + 1) * rows) for chunk in chunk_ids(rank, size)]

@@ -1,10 +1,9 @@
 """Checks kernels of dense layers, elementwise operations and loss."""
 
-import torch
-
 from s2train.attention.hybrid import HybridLayout
 from s2train.config import PretrainConfig, head_dim
 from s2train.environment import liger
+from s2train.environment.dtypes import DTYPES
 from s2train.environment.hardware import Hardware
 from s2train.environment.imports import quick_imports
 from s2train.environment.liger import choose_loss, liger_operations, liger_problem
@@ -104,7 +103,7 @@ def check_fa4_serves(cfg: PretrainConfig, hybrid: HybridLayout, hardware: Hardwa
         _reject_dense(cfg, "it needs a CUDA device", "Set dense_attention=auto.")
     if hardware.capability is None:
         return
-    why = fa4_unsupported_reason(hardware.capability, _dtype(cfg), head_dim(cfg.model))
+    why = fa4_unsupported_reason(hardware.capability, DTYPES[cfg.train.precision], head_dim(cfg.model))
     if why is not None:
         _reject_dense(cfg, why, "Set dense_attention=auto.")
 
@@ -112,7 +111,7 @@ def check_fa4_serves(cfg: PretrainConfig, hybrid: HybridLayout, hardware: Hardwa
 def _takes_fa4(cfg: PretrainConfig, hardware: Hardware) -> bool:
     return hardware.kind == "cuda" and takes_fa4(
         hardware.capability,
-        _dtype(cfg),
+        DTYPES[cfg.train.precision],
         head_dim(cfg.model),
         grouped=cfg.model.num_query_groups < cfg.model.num_attention_heads,
         deterministic=cfg.train.deterministic,
@@ -126,10 +125,6 @@ def _liger_settings(cfg: PretrainConfig, hardware: Hardware) -> list[tuple[str, 
     if choose_loss(cfg, hardware.capability, te) != "torch":
         used.append(("loss", cfg.loss))
     return sorted(used, key=lambda use: use[1] == "auto")
-
-
-def _dtype(cfg: PretrainConfig) -> torch.dtype:
-    return torch.bfloat16 if cfg.train.precision == "bf16" else torch.float32
 
 
 def _reject_dense(cfg: PretrainConfig, problem: str, remedy: str) -> None:

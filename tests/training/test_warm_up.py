@@ -1,5 +1,7 @@
 """Kernels are compiled once on each machine, in the shapes of the run."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,10 +11,10 @@ from s2train.kernels.dense_choice import DenseChoice
 
 from s2train.attention.kind import LayerLayout
 from s2train.attention.registry import KINDS
-from s2train.megatron import dense_kernels
+from s2train.megatron import dense_kernels, specs
 from s2train.planning import hybrid_layout
 from s2train.training import warm_up
-from s2train.training.warm_up import compile_kernels, run_once_per_machine
+from s2train.training.warm_up import Part, compile_kernels, run_once_per_machine
 from tests.attention.toy import ToyKind
 from tests.test_configs import pretrain
 
@@ -47,18 +49,19 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return made
 
 
-def compile_for(monkeypatch: pytest.MonkeyPatch, *settings: str, cp: tuple[int, int] = (0, 1)) -> None:
-    cfg = pretrain("+model=tiny_hybrid", "train.seq_length=256", "train.micro_batch_size=2", *settings)
-    monkeypatch.setattr(warm_up.parallel_state, "get_context_parallel_rank", lambda: cp[0])
-    monkeypatch.setattr(warm_up.parallel_state, "get_context_parallel_world_size", lambda: cp[1])
-    compile_kernels(cfg, hybrid_layout(cfg), torch.device("cpu"))
+def compile_for(*settings: str, cp: tuple[int, int] = (0, 1), part: Part | None = None) -> None:
+    rank, size = cp
+    cfg = pretrain(
+        "+model=tiny_hybrid", "train.seq_length=256", "train.micro_batch_size=2", f"parallel.cp={size}", *settings
+    )
+    compile_kernels(cfg, hybrid_layout(cfg), torch.device("cpu"), rank, part)
 
 
 def test_each_distinct_sparse_layer_runs_once_forward_and_backward(
     calls: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     state = torch.get_rng_state()
-    compile_for(monkeypatch, "train.precision=bf16")
+    compile_for("train.precision=bf16")
     (call,) = calls
     assert (call.q, call.k, call.v) == ((256, 2, 4, 32), (256, 2, 2, 32), (256, 2, 2, 32))
     assert call.dtype == torch.bfloat16
@@ -66,10 +69,30 @@ def test_each_distinct_sparse_layer_runs_once_forward_and_backward(
     assert torch.equal(torch.get_rng_state(), state)  # the weights' initialisation is unchanged
 
 
+def test_a_part_runs_one_sort_of_layer_in_one_direction(calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    left_out: list[str] = []
+
+    @contextmanager
+    def leaving_out() -> Iterator[None]:
+        left_out.append("forward")
+        yield
+
+    monkeypatch.setattr(warm_up, "forwards_left_out", leaving_out)
+    settings = ["dense_attention=s2train", "+layout.kinds.E={kind:block_selection,top_k:3}", "layout.layers=DSES"]
+    for layers, dense in (("static", [True, False]), ("sparse", [False]), ("dense", [True])):
+        for direction in ("forward", "backward"):
+            calls.clear()
+            left_out.clear()
+            compile_for(*settings, part=Part(layers, direction))  # type: ignore[arg-type]
+            assert [call.is_dense for call in calls] == dense
+            assert [call.is_backward for call in calls] == [direction == "backward"] * len(dense)
+            assert left_out == ["forward"] * (direction == "backward")
+
+
 def test_tensor_and_context_parallel_shares_run_in_their_shapes(
     calls: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compile_for(monkeypatch, "parallel.tp=2", cp=(1, 2))
+    compile_for("parallel.tp=2", cp=(1, 2))
     shapes = [(call.q[0], call.k[0], call.q[2], call.query_offset) for call in calls]
     assert shapes == [(64, 128, 2, 64)] * 2 + [(64, 192, 2, 128)] * 2
 
@@ -77,7 +100,7 @@ def test_tensor_and_context_parallel_shares_run_in_their_shapes(
 def test_within_documents_one_sequence_at_a_time_runs_as_in_a_step(
     calls: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compile_for(monkeypatch, "data.attention_within_documents=true")
+    compile_for("data.attention_within_documents=true")
     for call in calls:
         assert (call.q, call.k, call.v) == ((256, 1, 4, 32), (256, 1, 2, 32), (256, 1, 2, 32))
         assert call.cu_seqlens.tolist() == [0, 256]
@@ -88,13 +111,13 @@ def test_within_documents_one_sequence_at_a_time_runs_as_in_a_step(
 def test_a_divided_sequence_runs_documents_that_begin_and_those_that_continue(
     calls: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compile_for(monkeypatch, "data.attention_within_documents=true", "layout.layers=S", cp=(0, 2))
+    compile_for("data.attention_within_documents=true", "layout.layers=S", cp=(0, 2))
     shapes = [(call.q[0], call.k[0], call.cu_seqlens is not None, call.query_offset) for call in calls]
     assert shapes == [(64, 64, True, 0), (64, 64, True, 0), (64, 256, False, 192)]
 
 
 def test_dense_layers_run_the_op_if_they_do_in_a_step(calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    compile_for(monkeypatch, "layout=dense", "dense_attention=s2train", "parallel.tp=2", cp=(1, 2))
+    compile_for("layout=dense", "dense_attention=s2train", "parallel.tp=2", cp=(1, 2))
     shapes = [(call.q[0], call.k[0], call.q[2], call.query_offset) for call in calls]
     assert shapes == [(64, 128, 2, 64), (64, 192, 2, 128)]
     assert all(call.is_dense and call.is_backward for call in calls)
@@ -115,7 +138,7 @@ def test_dense_layers_run_flash_attention_4_if_they_do_in_a_step(
         monkeypatch.setattr(f"{module}.fa4_attention", fa4)
     # by name, a CPU chooses too
     settings = ["layout=dense", "dense_attention=s2train", f"data.attention_within_documents={documents}"]
-    compile_for(monkeypatch, *settings)
+    compile_for(*settings)
     assert ran == [((256, 1 if documents else 2, 4, 32), documents)]
     assert calls == []
 
@@ -134,24 +157,28 @@ def test_layers_whose_reads_the_data_choose_run_what_their_core_attention_says(
             (query.sum() + key.sum() + value.sum()).backward()
 
     monkeypatch.setitem(KINDS, "toy", ToyKind)
-    monkeypatch.setattr(warm_up, "core_attention_class", lambda kind: Core)
+    monkeypatch.setattr(specs, "core_attention_class", lambda kind: Core)
     settings = ["+layout.kinds.T={kind:toy}", "layout.layers=TDTT"]
-    compile_for(monkeypatch, *settings, "parallel.tp=2")
+    compile_for(*settings, "parallel.tp=2")
     assert ran == [("T", (256, 2, 2, 32), (256, 2, 1, 32), (256, 2, 1, 32), 0, "auto", False)]
     assert calls == []
-    compile_for(monkeypatch, *settings, "data.attention_within_documents=true")
+    compile_for(*settings, "data.attention_within_documents=true")
     assert ran[-1][-1] is True
+    for part, letters in ((Part("data-dependent", "passes"), ["T"]), (Part("static", "backward"), [])):
+        ran.clear()
+        compile_for(*settings, part=part)
+        assert [letter for letter, *_ in ran] == letters
 
 
 def test_a_teachers_dense_layers_run_too(monkeypatch: pytest.MonkeyPatch, calls: list[Any]) -> None:
     ran: list[str] = []
     core = SimpleNamespace(compile_kernels=lambda layer, *_: ran.append(layer.kind.letter))
-    monkeypatch.setattr(warm_up, "core_attention_class", lambda kind: core)
+    monkeypatch.setattr(specs, "core_attention_class", lambda kind: core)
     monkeypatch.setattr(warm_up, "_attend_densely", lambda *_: ran.append("dense"))
     for teacher, expected in (("null", ["E"]), ("runs/x", ["E", "dense"])):
         ran.clear()
         kind = f"+layout.kinds.E={{kind:block_selection,top_k:3,teacher:{teacher}}}"
-        compile_for(monkeypatch, kind, "layout.layers=E")
+        compile_for(kind, "layout.layers=E")
         assert ran == expected
 
 
@@ -159,5 +186,5 @@ def test_a_teachers_dense_layers_run_too(monkeypatch: pytest.MonkeyPatch, calls:
 def test_nothing_runs_if_no_kernel_is_compiled(
     settings: list[str], calls: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compile_for(monkeypatch, *settings)
+    compile_for(*settings)
     assert calls == []

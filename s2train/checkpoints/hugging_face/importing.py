@@ -27,10 +27,11 @@ from s2train.config import (
     ScheduleConfig,
     TrainConfig,
 )
+from s2train.environment.dtypes import DTYPES
 from s2train.errors import ConfigError, as_typed
 from s2train.megatron.compat import save_checkpoint_shards
 from s2train.megatron.layer_backends import backend_of
-from s2train.megatron.model import DTYPES, build_model, transformer_config, unwrap
+from s2train.megatron.model import build_model, transformer_config, unwrap
 from s2train.megatron.setup import initialize, shutdown
 from s2train.planning import hybrid_layout
 
