@@ -25,6 +25,7 @@ from s2train.command_line.composition import CONF, config_groups
 from s2train.command_line.program import run_command, run_hydra
 from s2train.distributed.rendezvous import check_ranks, fail_together
 from s2train.environment.apex import apex_available
+from s2train.environment.dtypes import DTYPES
 from s2train.environment.hardware import check_gpus, detect_own, open_device
 from s2train.environment.imports import quick_imports
 from s2train.errors import ConfigError
@@ -73,7 +74,7 @@ def pretrain(composed: DictConfig) -> None:
         TIMES.end("plan")
         hardware = detect_own()
         check_gpus()
-        open_device()
+        open_device(None if cfg.train.deterministic else DTYPES[cfg.train.precision])
         TIMES.end("device")
         plan = check(cfg, world_size, hardware)
         apex_available()  # rejects another package named apex, which Megatron would import

@@ -113,18 +113,25 @@ def detect_own() -> Hardware:
     return detect(_local_rank(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-def open_device() -> None:
+def open_device(dtype: torch.dtype | None = None) -> None:
     """Create this rank's CUDA context in a thread, during other imports.
 
     Does nothing without CUDA. If it fails, the rank's first use of the GPU fails too and reports the reason.
+
+    Args:
+        dtype: prepare cuBLAS too, for products in it; step 1 would wait for that. Leave it out where settings of cuBLAS
+            follow, as in deterministic runs.
     """
     if torch.cuda.is_available():
-        threading.Thread(target=_allocate, args=(_local_rank(),), name="CUDA context", daemon=True).start()
+        device = torch.device("cuda", _local_rank())
+        threading.Thread(target=_use, args=(device, dtype), name="CUDA context", daemon=True).start()
 
 
-def _allocate(local_rank: int) -> None:
+def _use(device: torch.device, dtype: torch.dtype | None) -> None:
     with suppress(RuntimeError):
-        torch.zeros(1, device=torch.device("cuda", local_rank))
+        square = torch.zeros(64, 64, dtype=dtype, device=device)
+        if dtype is not None:
+            torch.mm(square, square)
 
 
 def _local_rank() -> int:

@@ -1,5 +1,6 @@
 """A machine whose GPUs are lost is distinguished from one without GPUs."""
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -67,3 +68,18 @@ def test_a_run_that_lost_its_gpus_is_rejected_before_anything_is_built(
     assert done.status != 0
     assert "SLURM_GPUS_ON_NODE=8, but torch sees no GPU" in error_line(done)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("dtype", "products"), [(None, 0), (torch.bfloat16, 1)])
+def test_a_device_is_opened_with_or_without_cublas(
+    dtype: torch.dtype | None, products: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[torch.dtype] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "device", lambda *_: "cpu")
+    monkeypatch.setattr(torch, "mm", lambda x, y: made.append(x.dtype))
+    hardware.open_device(dtype)
+    for thread in threading.enumerate():
+        if thread.name == "CUDA context":
+            thread.join(10)
+    assert made == [dtype] * products

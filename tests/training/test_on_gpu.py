@@ -56,3 +56,25 @@ def test_scorers_learn_from_a_dense_warm_up_and_from_a_teacher(tmp_path: Path) -
     alone = losses(tmp_path / "alone", *own)
     # while the trunk has the teacher's weights, both are the dense model
     assert losses(tmp_path / "taught", *own, f"+layout.kinds.E.teacher={dense}")[:4] == alone[:4]
+
+
+def test_a_cold_starts_processes_compile_all_that_the_first_steps_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caches = {"TRITON_CACHE_DIR": tmp_path / "triton", "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR": tmp_path / "fa4"}
+    for name, folder in caches.items():
+        monkeypatch.setenv(name, str(folder))
+    own = ["+model=125m_hybrid", "train.steps=2", "train.global_batch_size=2", "train.micro_batch_size=1", *COMMON]
+
+    def start(name: str) -> str:
+        done = run("pretrain.py", f"run_dir={tmp_path / name}", *own)
+        assert done.status == 0, done.err[-3000:]
+        return done.out
+
+    cold = start("cold")
+    assert "processes beside the imports, seconds from their start: " in cold
+    assert "compiled by the rank instead" not in cold
+    (mark,) = caches["TRITON_CACHE_DIR"].glob("s2train_compiled/*")  # made before step 1
+    late = [path for path in caches["TRITON_CACHE_DIR"].rglob("*.cubin") if path.stat().st_mtime > mark.stat().st_mtime]
+    assert late == []
+    assert "beside the imports" not in start("warm")
