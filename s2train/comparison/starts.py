@@ -41,7 +41,7 @@ _SETTINGS = (
     "evaluation.interval=0",
     "tracking.wandb=disabled",
 )
-_CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
+_CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR")
 
 
 @dataclass(frozen=True)
