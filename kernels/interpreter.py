@@ -1,5 +1,6 @@
 """Fix Triton's interpreter, which runs the kernels without a GPU (tests)."""
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -14,17 +15,18 @@ def repair_interpreter() -> None:
     """Make Triton's interpreter compute what a GPU does.
 
     Applies to Triton 3.5 to 3.7. Call it before the first kernel. It makes the interpreter faster
-    (`interpreter_speed.py`), and fixes three things:
+    (`interpreter_speed.py`), and fixes four things:
 
-    - Scalars are arrays of one element, which NumPy 2.4 rejects as the bound of a `range`.
-    - bfloat16 is stored as uint16: products would multiply the bit patterns, and casts would truncate.
+    - Integer scalars are arrays of one element, which NumPy 2.4 rejects as the bound of a `range`.
+    - Float scalars are Python's, which have no method `to`.
+    - bfloat16 is stored as uint16: arithmetic would be that of the bit patterns, and casts would truncate.
     - Every call of a device function patches `triton.language` again, which takes a third of all time.
     """
     builder = interpreter.InterpreterBuilder
     if builder.cast_impl.__module__ == __name__:
         return
     patch_tensor, cast, dot = interpreter._patch_lang_tensor, builder.cast_impl, builder.create_dot
-    patch_lang = interpreter._patch_lang
+    patch_lang, convert = interpreter._patch_lang, interpreter._implicit_cvt
 
     def patch_lang_tensor(tensor: Any, scope: Any) -> None:
         patch_tensor(tensor, scope)
@@ -46,9 +48,34 @@ def repair_interpreter() -> None:
             return patch_lang(fn)
         return interpreter._LangPatchScope()  # nothing to restore
 
+    def convert_argument(arg: Any) -> Any:
+        return _Float(arg) if type(arg) is float else convert(arg)
+
     interpreter._patch_lang_tensor, interpreter._patch_lang = patch_lang_tensor, patch_lang_once
+    interpreter._implicit_cvt = convert_argument
     builder.cast_impl, builder.create_dot = cast_impl, create_dot
+    for name in ("create_fadd", "create_fsub", "create_fmul", "create_fdiv"):
+        setattr(builder, name, _rounded_once(getattr(builder, name)))
     speed_up_interpreter()
+
+
+class _Float(float):
+    """A kernel's float argument."""
+
+    def to(self, dtype: tl.dtype) -> "_Float":
+        return self
+
+
+def _rounded_once(operation: Callable[..., Any]) -> Callable[..., Any]:
+    """Compute an operation of bfloat16 tensors in float32, then round."""
+
+    def compute(self: Any, lhs: Any, rhs: Any) -> Any:
+        if lhs.dtype.scalar != tl.bfloat16:
+            return operation(self, lhs, rhs)
+        found = operation(self, _as_float32(lhs), _as_float32(rhs))
+        return interpreter.TensorHandle(_to_bfloat16(found.data), tl.bfloat16)
+
+    return compute
 
 
 @cache
