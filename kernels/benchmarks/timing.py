@@ -9,14 +9,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 _FLUSH_BYTES = 256 * 2**20  # more than any cache
 _HEAD_START = 4_000_000  # clock cycles, over 2 ms
 _CEILING_SIZE = 8192
+T = TypeVar("T")
 
 
 class Clock:
@@ -51,7 +51,7 @@ class Clock:
 
 
 def time_passes(
-    forward: Callable[[], Tensor], backward: Callable[[Tensor], object], clock: Clock, budget_ms: float
+    forward: Callable[[], T], backward: Callable[[T], object], clock: Clock, budget_ms: float
 ) -> dict[str, Any]:
     """Return median ms of forward, backward and both in a row.
 

@@ -1,17 +1,17 @@
-"""Checks and times norm, SwiGLU, rotation and loss on GPUs.
+"""Checks and times norms, sums, SwiGLU, rotation and loss on GPUs.
 
 Errors are relative errors of output and gradients against float64; a library's may be twice those of torch in the same
 dtype. Times are those of forward and backward at the sizes of the 1B model over 32k tokens.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from liger_kernel.ops import LigerRMSNormFunction
+from liger_kernel.ops import LigerFusedAddRMSNormFunction, LigerRMSNormFunction
 from megatron.core import parallel_state
 from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
 from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
@@ -22,9 +22,11 @@ from torch import Tensor
 from s2train.kernels.benchmarks.timing import Clock, time_passes
 from s2train.megatron.fused import linear_loss, swiglu, vocab_parallel_loss
 from s2train.megatron.rotation import Rotation
+from s2train.megatron.summed_norm import sum_and_norm
 
 _EPSILON = 1e-5
 _FLOOR = 3e-7
+Outputs = Tensor | tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -33,14 +35,14 @@ class Operation:
 
     Attributes:
         inputs: makes its tensors from a number of tokens and a dtype; floating-point tensors get gradients.
-        exact: plain torch implementation for any dtype.
+        exact: plain torch implementation for any dtype; returns a tensor or several.
         implementations: name -> function; the first one is used if no library is installed.
     """
 
     name: str
     inputs: Callable[[int, torch.dtype], list[Tensor]]
-    exact: Callable[..., Tensor]
-    implementations: dict[str, Callable[..., Tensor]]
+    exact: Callable[..., Outputs]
+    implementations: dict[str, Callable[..., Outputs]]
 
 
 def _random(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
@@ -49,6 +51,11 @@ def _random(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
 
 def _norm(x: Tensor, weight: Tensor) -> Tensor:
     return F.rms_norm(x, weight.shape, weight, _EPSILON)
+
+
+def _sum_and_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    total = x + residual
+    return _norm(total, weight), total
 
 
 def _swiglu(x: Tensor) -> Tensor:
@@ -79,6 +86,20 @@ def operations(hidden: int, ffn: int, vocabulary: int, heads: int, kv_heads: int
         lambda n, t: [_random(n, 1, hidden, dtype=t), 1 + _random(hidden, dtype=t, scale=0.1)],
         _norm,
         {"torch": _norm, "liger": _liger_norm},
+    )
+    yield Operation(
+        "sums",
+        lambda n, t: [
+            _random(n, 1, hidden, dtype=t),
+            _random(n, 1, hidden, dtype=t),
+            1 + _random(hidden, dtype=t, scale=0.1),
+        ],
+        _sum_and_norm,
+        {
+            "torch": _sum_and_norm,
+            "liger": lambda x, r, w: sum_and_norm(x, r, w, _EPSILON),
+            "liger's own launch": lambda *xs: LigerFusedAddRMSNormFunction.apply(*xs, _EPSILON, 0.0, "gemma", False),
+        },
     )
     yield Operation(
         "swiglu",
@@ -148,24 +169,30 @@ def _te_rotation(angles: Callable[[int], Tensor]) -> dict[str, Callable[..., Ten
     return {"te": lambda x: fused_apply_rotary_pos_emb(x, angles(len(x)))}
 
 
+def _outputs(function: Callable[..., Outputs], inputs: Sequence[Tensor]) -> list[Tensor]:
+    found = function(*inputs)
+    return [found] if isinstance(found, Tensor) else list(found)
+
+
 def check(operation: Operation, dtype: torch.dtype, tokens: int = 512) -> list[dict[str, Any]]:
     """Check each implementation.
 
     A row holds its errors, the limits set by the first implementation, and whether two runs are equal bit for bit.
     """
     inputs = operation.inputs(tokens, dtype)
-    dout = torch.randn_like(operation.exact(*inputs), dtype=torch.float32)
+    douts = [torch.randn_like(out, dtype=torch.float32) for out in _outputs(operation.exact, inputs)]
 
-    def results(function: Callable[..., Tensor], as_dtype: torch.dtype) -> list[Tensor]:
+    def results(function: Callable[..., Outputs], as_dtype: torch.dtype) -> list[Tensor]:
         # copies, since Megatron's loss and Liger's SwiGLU and rotation overwrite their inputs and gradients
         floats = [x.is_floating_point() for x in inputs]
         cast = [
             x.detach().to(as_dtype, copy=True).requires_grad_() if is_float else x
             for x, is_float in zip(inputs, floats, strict=True)
         ]
-        out = function(*cast)
+        outs = _outputs(function, cast)
         leaves = [x for x in cast if x.requires_grad]
-        return [out.detach(), *torch.autograd.grad(out, leaves, dout.to(out.dtype, copy=True))]
+        gradients = [dout.to(out.dtype, copy=True) for dout, out in zip(douts, outs, strict=True)]
+        return [*(out.detach() for out in outs), *torch.autograd.grad(outs, leaves, gradients)]
 
     exact = results(operation.exact, torch.float64)
     rows, limits = [], None
@@ -197,15 +224,15 @@ def measure(operation: Operation, clock: Clock, tokens: int = 32768) -> list[dic
     for name, function in operation.implementations.items():
         row: dict[str, Any] = {"operation": operation.name, "way": name, "tokens": tokens}
         try:
-            out = function(*inputs)
-            dout = torch.randn_like(out)
-            torch.autograd.grad(out, leaves, dout)
-            del out
+            outs = _outputs(function, inputs)
+            douts = [torch.randn_like(out) for out in outs]
+            torch.autograd.grad(outs, leaves, douts)
+            del outs
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-            backward = partial(torch.autograd.grad, inputs=leaves, grad_outputs=dout)
-            row |= time_passes(partial(function, *inputs), backward, clock, budget_ms=150)
+            backward = partial(torch.autograd.grad, inputs=leaves, grad_outputs=douts)
+            row |= time_passes(partial(_outputs, function, inputs), backward, clock, budget_ms=150)
             row["peak_bytes"] = torch.cuda.max_memory_allocated() - before
         except Exception as error:
             row["error"] = f"{type(error).__name__}: {error}"[:300]

@@ -1,6 +1,6 @@
 """Implementations in a planned run that the plan depends on.
 
-These compute dense attention, SwiGLU, rotation and loss.
+These compute dense attention, SwiGLU, rotation, residual sums and loss.
 """
 
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import torch
 
 from s2train.config import PretrainConfig, head_dim
 from s2train.environment.hardware import Hardware
-from s2train.environment.liger import ROTATION, SWIGLU, choose_loss, liger_operations
+from s2train.environment.liger import ROTATION, SUMS, SWIGLU, choose_loss, liger_operations
 from s2train.environment.transformer_engine import uses_te
 from s2train.kernels.dense_choice import LONG, LONGEST, takes_fa4
 
@@ -43,6 +43,13 @@ class Implementations:
     def fuses_rotation(self, cfg: PretrainConfig) -> bool:
         """Return whether Liger-Kernel computes the rotation."""
         return ROTATION in liger_operations(cfg, self.capability, self.te)
+
+    def fuses_sums(self, cfg: PretrainConfig) -> bool:
+        """Return whether Liger-Kernel computes residual sums with their norms.
+
+        Both ways save the same tensors for the backward.
+        """
+        return SUMS in liger_operations(cfg, self.capability, self.te)
 
     def dense(self, cfg: PretrainConfig) -> str:
         """Return the implementation of most dense attention calls.

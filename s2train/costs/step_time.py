@@ -51,6 +51,9 @@ _ELEMENTWISE = 0.104e-9  # seconds per token, layer and hidden dimension: norms,
 # Seconds that Liger-Kernel's kernels save: SwiGLU per output, rotation per dimension of queries and keys
 # (launch/results/2026-11-28-h100-elementwise.json, -rotation.json).
 _FUSED_SWIGLU, _FUSED_ROTATION = 0.26e-12, 25.4e-12
+# Passes over a tensor [s, b, hidden] that a residual sum with its norm saves, by the kernels' reads and writes; not
+# measured. Forward: 3 of the sum and 2 of the norm become 4. Backward: 3 and 5 (torch reads twice) become 4.
+_FUSED_SUM = 5
 _LOSS = {"torch": 15.5e-12, "liger": 7.6e-12, "linear": 8.0e-12}  # seconds per logit, without products; the first file
 # Part of a layer's elementwise forward that `train.recompute=mlp` repeats: SwiGLU, norms and a residual sum, by the
 # bytes that they move in a 7B layer.
@@ -206,6 +209,7 @@ class _Model:
         matmul = layer_parameters(model, layer).matmul
         linear = 6 * matmul / tp * self.tokens / self._products()
         of_activations = self.tokens * (model.hidden_size * self._elementwise_rate() - self._fused() / tp)
+        of_activations -= self.tokens * self._fused_sums()
         elementwise = of_activations + self._sums(matmul)
         attention = self._attention(layer)
         exchange = self._context_parallel(layer)
@@ -325,6 +329,16 @@ class _Model:
         if self.impl.fuses_rotation(self.cfg):
             saved += _FUSED_ROTATION * (model.num_attention_heads + model.num_query_groups) * head_dim(model)
         return saved / self.memory
+
+    def _fused_sums(self) -> float:
+        """Return seconds per token and layer that fused residual sums save."""
+        if not self.impl.fuses_sums(self.cfg):
+            return 0.0
+        parallel = self.cfg.parallel
+        # both of a layer's; the second is not fused where the layer's end ends what is recomputed in full
+        number = 1 if self.cfg.train.recompute == "full" else 2
+        split = parallel.tp if parallel.sequence_parallel else 1
+        return number * _FUSED_SUM * 2 * self.cfg.model.hidden_size / split / self.bandwidth
 
     def _sums(self, weights: int) -> float:
         """Return seconds to add gradients of `weights` weights to fp32 ones.

@@ -13,11 +13,12 @@ from s2train.kernels.versions import installed_version
 
 PACKAGE = "liger-kernel"
 INSTALL = "pip install 's2train[liger]'"
-# Operations of the setting `elementwise`; `loss` has its own. Norms stay torch's: Liger's RMSNorm takes 0.43 ms,
-# torch's 0.39 (launch/results/2026-11-28-h100-elementwise.json).
-SWIGLU, ROTATION = "swiglu", "rotation"
-OPERATIONS = (SWIGLU, ROTATION)
+# Operations of the setting `elementwise`; `loss` has its own. Norms without a sum before them stay torch's: Liger's
+# RMSNorm takes 0.43 ms, torch's 0.39 (launch/results/2026-11-28-h100-elementwise.json).
+SWIGLU, ROTATION, SUMS = "swiglu", "rotation", "sums"
+OPERATIONS = (SWIGLU, ROTATION, SUMS)
 _LOSS = "loss liger"
+_SUMS_RELEASE = "0.8.5"  # s2train.megatron.summed_norm launches a kernel of this release, which is no public function
 
 
 @cache
@@ -45,11 +46,13 @@ def liger_operations(cfg: PretrainConfig, capability: tuple[int, int] | None, te
 
     Args:
         capability: the GPU's compute capability; None: a CPU.
-        te: layers are transformer-engine's, which has its own RoPE kernel.
+        te: layers are transformer-engine's, which has its own RoPE kernel, and norms within linear layers.
     """
-    own = {SWIGLU} if te else set(OPERATIONS)
-    if cfg.elementwise != "auto":
-        return frozenset(own if cfg.elementwise == "liger" else ())
+    if cfg.elementwise == "torch":
+        return frozenset()
+    own = [SWIGLU] if te else [name for name in OPERATIONS if _unserved(cfg, name) is None]
+    if cfg.elementwise == "liger":
+        return frozenset(own)
     return frozenset(name for name in own if _why_not(cfg, name, capability, te) is None)
 
 
@@ -65,7 +68,7 @@ def choose_loss(cfg: PretrainConfig, capability: tuple[int, int] | None, te: boo
 
 
 def kernels_line(cfg: PretrainConfig, capability: tuple[int, int] | None, te: bool) -> str:
-    """Format for the log what computes SwiGLU, RoPE and loss.
+    """Format for the log what computes SwiGLU, RoPE, sums and loss.
 
     Includes why it is not Liger-Kernel. Empty on a CPU.
     """
@@ -77,10 +80,24 @@ def kernels_line(cfg: PretrainConfig, capability: tuple[int, int] | None, te: bo
     reasons = []
     for name, way in used.items():
         asked, case = (cfg.loss, _LOSS) if name == "loss" else (cfg.elementwise, name)
-        if way == "torch" and asked == "auto" and (why := _why_not(cfg, case, capability, te)) not in reasons:
-            reasons.append(why)
+        if way != "torch" or asked == "torch":
+            continue
+        why_not = _unserved(cfg, case) or (_why_not(cfg, case, capability, te) if asked == "auto" else None)
+        if why_not not in reasons:
+            reasons.append(why_not)
     why = f" ({'; '.join(filter(None, reasons))})" if reasons else ""
     return ", ".join(f"{name} {way}" for name, way in used.items()) + why
+
+
+def _unserved(cfg: PretrainConfig, operation: str) -> str | None:
+    """Explain why an operation is torch's even if asked for."""
+    if operation != SUMS:
+        return None
+    if cfg.train.recompute == "mlp":
+        return "train.recompute=mlp recomputes norms, without the sums before them"
+    if (release := installed_version(PACKAGE)) not in (None, _SUMS_RELEASE):
+        return f"sums are those of {PACKAGE} {_SUMS_RELEASE}, and {release} is installed"
+    return None
 
 
 def _why_not(cfg: PretrainConfig, operation: str, capability: tuple[int, int] | None, te: bool) -> str | None:

@@ -1,4 +1,4 @@
-"""Choose the run's linear layers, norms, SwiGLU and rotation."""
+"""Choose the run's linear layers, norms, sums, SwiGLU and rotation."""
 
 import copy
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 
 from s2train.config import PretrainConfig
 from s2train.environment.liger import INSTALL as LIGER
-from s2train.environment.liger import ROTATION, SWIGLU, liger_operations, liger_problem
+from s2train.environment.liger import ROTATION, SUMS, SWIGLU, liger_operations, liger_problem
 from s2train.environment.transformer_engine import INSTALL, te_problem, uses_te_here
 from s2train.errors import ConfigError
 from s2train.megatron.norm import RMSNorm
@@ -31,6 +31,7 @@ class Backend:
         norm: class of the final norm.
         fuses_rotation: whether Megatron has a fused rotary embedding kernel with this backend.
         mlp: class to convert Megatron's MLP to; None: unchanged.
+        fuses_sums: whether norms are `SummingRMSNorm`, which are to be given the sums before them.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Backend:
     norm: type
     fuses_rotation: bool = False
     mlp: type[MLP] | None = None
+    fuses_sums: bool = False
 
 
 def backend_of(cfg: PretrainConfig) -> Backend:
@@ -69,7 +71,9 @@ def choose_backend(name: str, liger: frozenset[str] = frozenset()) -> Backend:
 
         return Backend("te", _te_layer_spec, TENorm, torch.cuda.is_available(), mlp)
     if name in ("auto", "local"):
-        return Backend("local", partial(_local_layer_spec, _rotating_attention(liger)), RMSNorm, mlp=mlp)
+        norm = _norm(liger)
+        make_spec = partial(_local_layer_spec, _rotating_attention(liger), norm)
+        return Backend("local", make_spec, norm, mlp=mlp, fuses_sums=SUMS in liger)
     raise ConfigError("layer_backend", name, "unknown backend", "Use layer_backend=auto, local or te")
 
 
@@ -95,11 +99,19 @@ def _rotating_attention(liger: frozenset[str]) -> ModuleSpec | None:
     return ModuleSpec(module=RotatingSelfAttention, params={"rotation": Rotation()})
 
 
-def _local_layer_spec(attention: ModuleSpec | None) -> ModuleSpec:
+def _norm(liger: frozenset[str]) -> type[RMSNorm]:
+    if SUMS not in liger:
+        return RMSNorm
+    from s2train.megatron.summed_norm import SummingRMSNorm  # not importable where it is not installed
+
+    return SummingRMSNorm
+
+
+def _local_layer_spec(attention: ModuleSpec | None, norm: type[RMSNorm]) -> ModuleSpec:
     # Megatron returns shared objects: copy them, so that changes for our layers affect no others.
     spec = copy.deepcopy(get_gpt_layer_local_spec(normalization="RMSNorm"))
-    spec.submodules.input_layernorm = RMSNorm
-    spec.submodules.pre_mlp_layernorm = RMSNorm
+    spec.submodules.input_layernorm = norm
+    spec.submodules.pre_mlp_layernorm = norm
     if attention is not None:
         own = spec.submodules.self_attention
         own.module, own.params = attention.module, {**(own.params or {}), **(attention.params or {})}

@@ -142,6 +142,10 @@ def build_model(
                 module.implementation = cfg.dense_attention
         if backend.name == "te":
             sum_gradients_in_place(chunk)
+        if backend.fuses_sums:
+            from s2train.megatron.summed_norm import fuse_sums  # not importable where Liger-Kernel is not installed
+
+            fuse_sums(chunk.decoder)
         built.append(chunk.to(device))
     if config.perform_initialization:
         draw_initial_weights(cfg.model, config, cfg.seed, built, device)

@@ -12,47 +12,58 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from s2train.kernels.interpreter import repair_interpreter
 
 from s2train.config import ModelConfig, ParallelConfig, PretrainConfig, TrainConfig
-from s2train.environment.liger import OPERATIONS
+from s2train.environment.liger import liger_operations
 from s2train.megatron.core_attention import packed_documents
 from s2train.megatron.layer_backends import choose_backend
 from s2train.megatron.model import build_model, transformer_config, unwrap
 from s2train.megatron.rotation import RotatingSelfAttention
 from s2train.megatron.setup import initialize, shutdown
+from s2train.megatron.summed_norm import SumBefore
 from tests.inference.cached_models import BLOCK, VOCABULARY, hybrid_of
 from tests.inference.cached_program import positions_like
+from tests.megatron.interpreted_liger import repair_liger
 
 LENGTH = BLOCK + 4
 # A dense layer and a sparse one: each takes seconds in the interpreter.
 LAYOUT = replace(hybrid_of("hybrid"), layers=hybrid_of("hybrid").layers[:2])
 repair_interpreter()  # Liger-Kernel's loops need it too
+repair_liger()
 
 
-def build(cfg: PretrainConfig, operations: tuple[str, ...], device: torch.device) -> GPTModel:
-    backend = choose_backend("local", frozenset(operations))
+def build(cfg: PretrainConfig, elementwise: str, device: torch.device) -> GPTModel:
+    operations = liger_operations(replace(cfg, elementwise=elementwise), None, te=False)
+    backend = choose_backend("local", operations)
     (chunk,) = build_model(cfg, transformer_config(cfg), LAYOUT, backend, device)
     return unwrap(chunk)
 
 
-def compare(cfg: PretrainConfig, loss: str, packed: bool, device: torch.device) -> dict[str, float]:
-    plain = build(replace(cfg, loss="torch"), (), device)
-    liger = build(replace(cfg, loss=loss), OPERATIONS, device)
+def compare(cfg: PretrainConfig, loss: str, packed: bool, device: torch.device) -> dict[str, tuple[float, float]]:
+    """Relative errors against Megatron's kernels in fp32: Liger-Kernel's, and Megatron's in the run's precision."""
+    exact = build(replace(cfg, loss="torch", train=replace(cfg.train, precision="fp32")), "torch", device)
+    plain = build(replace(cfg, loss="torch"), "torch", device)
+    liger = build(replace(cfg, loss=loss), "liger", device)
     assert any(isinstance(module, RotatingSelfAttention) for module in liger.modules())
+    fused = {"none": 4, "selective": 4, "full": 2, "mlp": 0}  # sums of two layers
+    sums = [sum_of for layer in liger.decoder.layers for sum_of in (layer.self_attn_bda, layer.mlp_bda)]
+    assert sum(isinstance(sum_of, SumBefore) for sum_of in sums) == fused[cfg.train.recompute]
     assert list(plain.state_dict()) == list(liger.state_dict())
-    liger.load_state_dict(plain.state_dict())
+    for gpt in (liger, exact):
+        gpt.load_state_dict(plain.state_dict())
     tokens, labels = torch.randint(0, VOCABULARY, (2, 2, LENGTH), device=device)
     weights = torch.rand(2, LENGTH, device=device)
     bounds = torch.tensor([[0, 3, LENGTH]] * 2, dtype=torch.int32, device=device)
     more = {"packed_seq_params": packed_documents(bounds, LENGTH)} if packed else {}
-    losses, gradients = [], []
-    for gpt in (plain, liger):
-        found = gpt(tokens, positions_like(tokens), None, labels=labels, **more)
-        (found * weights).sum().backward()
-        losses.append(found.detach())
-        gradients.append(torch.cat([p.grad.flatten() for p in gpt.parameters() if p.grad is not None]))
-    return {
-        "losses": float((losses[1] - losses[0]).norm() / losses[0].norm()),
-        "gradients": float((gradients[1] - gradients[0]).norm() / gradients[0].norm()),
-    }
+
+    def results(gpt: GPTModel) -> list[torch.Tensor]:
+        losses = gpt(tokens, positions_like(tokens), None, labels=labels, **more)
+        (losses * weights).sum().backward()
+        return [losses.detach(), torch.cat([p.grad.flatten().float() for p in gpt.parameters() if p.grad is not None])]
+
+    expected, *others = map(results, (exact, liger, plain))
+    errors = [
+        tuple(float((x - y).norm() / y.norm()) for x in found) for *found, y in zip(*others, expected, strict=True)
+    ]
+    return dict(zip(("losses", "gradients"), errors, strict=True))
 
 
 def main() -> None:
@@ -75,6 +86,7 @@ def main() -> None:
             "loss over logits, MLP recomputed": (mlp, "liger", False),
             "loss over hidden states, full recomputation": (full, "linear", False),
             "tied embeddings, selective recomputation": (tied, "linear", False),
+            "bf16": (replace(cfg, train=replace(train, precision="bf16")), "liger", False),
         }
     found = {name: compare(*case, device) for name, case in cases.items()}
     if torch.distributed.get_rank() == 0:

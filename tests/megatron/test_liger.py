@@ -1,4 +1,4 @@
-"""Liger-Kernel's SwiGLU, rotation and loss, in Triton's interpreter, are Megatron's in output and gradients."""
+"""Liger-Kernel's kernels, in Triton's interpreter, are Megatron's in output and gradients."""
 
 import json
 import random
@@ -15,6 +15,7 @@ from torch import Tensor
 from s2train.config import PretrainConfig
 from s2train.environment import liger
 from s2train.environment.liger import choose_loss, kernels_line, liger_operations
+from tests.megatron.interpreted_liger import repair_liger
 from tests.program import run
 from tests.validation.test_rejections import config
 
@@ -22,6 +23,8 @@ HOPPER = (9, 0)
 RELEASE = next(entry.release for entry in VERIFIED if entry.library == "liger-kernel")
 repair_interpreter()  # Liger-Kernel's loops need it too
 needs_liger = pytest.mark.skipif(liger.liger_problem() is not None, reason=str(liger.liger_problem()))
+if liger.liger_problem() is None:
+    repair_liger()
 
 
 def results(function: Callable[..., Tensor | tuple[Tensor, ...]], *inputs: Tensor) -> list[Tensor]:
@@ -52,6 +55,53 @@ def test_swiglu_is_torchs() -> None:
 
     x = torch.randn(5, 2, 2 * 24)
     assert_alike(results(swiglu, x), results(plain, x))
+
+
+def plain_sum_and_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    total = x + residual
+    return F.rms_norm(total, weight.shape, weight, 1e-5), total
+
+
+@needs_liger
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("kept", "leaves"),
+    [(slice(2), 3), (slice(1), 3), (slice(1, 2), 2), (slice(2), 2)],
+    ids=["norm and sum", "norm alone", "sum alone", "frozen weight"],
+)
+def test_a_sum_with_its_norm_is_as_near_the_exact_one_as_torchs(kept: slice, leaves: int, dtype: torch.dtype) -> None:
+    from s2train.megatron.summed_norm import sum_and_norm
+
+    inputs = [torch.randn(5, 2, 24).to(dtype), torch.randn(5, 2, 24).to(dtype), torch.randn(24).to(dtype)]
+
+    def of(function: Callable[..., tuple[Tensor, ...]], as_dtype: torch.dtype) -> list[Tensor]:
+        cast = [x.to(as_dtype) for x in inputs]
+        return results(lambda *given: function(*given, *cast[leaves:])[kept], *cast[:leaves])
+
+    exact = of(plain_sum_and_norm, torch.float64)
+    found, plain = of(lambda x, r, w: sum_and_norm(x, r, w, 1e-5), dtype), of(plain_sum_and_norm, dtype)
+    for ours, theirs, true in zip(found, plain, exact, strict=True):
+        assert (ours - true).norm() <= 2 * (theirs - true).norm() + 3e-7 * true.norm()
+
+
+@needs_liger
+def test_a_norm_takes_the_sum_that_it_made_once_and_only_in_training() -> None:
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from s2train.megatron.summed_norm import SummingRMSNorm
+
+    norm = SummingRMSNorm(TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1), 8)
+    x, other = torch.randn(2, 3, 1, 8)
+    total, of_weights = norm(x, other), [norm.weight.detach().clone()]
+    with torch.no_grad():
+        of_weights.append(norm.weight.mul_(2).clone())
+    expected = [F.rms_norm(x + other, (8,), weight, 1e-5) for weight in of_weights]
+    assert_alike([norm(total), norm(total)], expected)
+    norm(x, other)
+    with pytest.raises(AssertionError, match="not what this norm gets"):
+        norm(other)
+    norm(x, other)  # and the pass fails
+    assert_alike([norm.eval()(x + other)], expected[1:])
 
 
 @needs_liger
@@ -124,7 +174,8 @@ def test_a_model_trains_as_with_megatrons_kernels(tp: int) -> None:
     done = run("tests.megatron.liger_program", seed, str(tp), processes=tp, interpret=True)
     assert done.status == 0, done.err[-3000:]
     for case, found in json.loads(done.out.splitlines()[-1]).items():
-        assert max(found["losses"], found["gradients"]) < 1e-5, (case, found)
+        for name, (error, of_megatrons) in found.items():
+            assert error < max(1e-5, 2 * of_megatrons), (case, name)
 
 
 # what a run takes
@@ -161,13 +212,16 @@ def test_transformer_engine_keeps_its_own_rotation() -> None:
 
 
 def test_the_log_says_what_runs_and_why_not_liger(installed: pytest.MonkeyPatch) -> None:
-    assert line(elementwise="liger", loss="linear") == "swiglu liger, rotation liger, loss linear"
-    assert line(elementwise="torch", loss="torch") == "swiglu torch, rotation torch, loss torch"
+    assert line(elementwise="liger", loss="linear") == "swiglu liger, rotation liger, sums liger, loss linear"
+    assert line(elementwise="torch", loss="torch") == "swiglu torch, rotation torch, sums torch, loss torch"
     assert "swiglu liger" in line()
+    apart = line(elementwise="liger", loss="liger", train__recompute="mlp")
+    assert "sums torch, loss liger (train.recompute=mlp recomputes norms" in apart
     assert line(None) == ""
     installed.setattr(liger, "installed_version", lambda _: None)
-    assert line() == "swiglu torch, rotation torch, loss torch (liger-kernel is not installed)"
+    assert line() == "swiglu torch, rotation torch, sums torch, loss torch (liger-kernel is not installed)"
     installed.setattr(liger, "installed_version", lambda _: "9.9")
+    assert "sums torch, loss liger (sums are those of liger-kernel" in line(elementwise="liger", loss="liger")
     parts = line().split("; ")
     assert "liger-kernel 9.9 was not checked for swiglu bf16 on compute capability 9.0" in parts[0]
     assert all(first != second for first, second in pairwise(parts))
