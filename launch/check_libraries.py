@@ -28,13 +28,15 @@ VARIANTS = {
     "torch, FlashAttention-2": ["elementwise=torch", "loss=torch", "dense_attention=flash"],
     "liger": ["elementwise=liger", "loss=liger", "dense_attention=cudnn"],
     "liger, linear loss": ["elementwise=liger", "loss=linear", "dense_attention=cudnn"],
+    "liger, loss in place": ["elementwise=liger", "loss=in_place", "dense_attention=cudnn"],
     "fa4": ["elementwise=torch", "loss=torch", "dense_attention=fa4"],
     "liger, fa4": ["elementwise=liger", "loss=liger", "dense_attention=fa4"],
+    "liger, loss in place, fa4": ["elementwise=liger", "loss=in_place", "dense_attention=fa4"],
     "liger, linear loss, fa4": ["elementwise=liger", "loss=linear", "dense_attention=fa4"],
 }
 _WARM_UP = 3  # steps that compile
-_STEP_VARIANTS = ("torch", "liger, fa4", "liger, linear loss, fa4")
-_LOSS_VARIANTS = ("torch", "torch, FlashAttention-2", "liger", "liger, linear loss, fa4")
+_STEP_VARIANTS = ("torch", "liger, fa4", "liger, loss in place, fa4", "liger, linear loss, fa4")
+_LOSS_VARIANTS = ("torch", "torch, FlashAttention-2", "liger", "liger, loss in place", "liger, linear loss, fa4")
 _BENCHMARKS = ["b128-l8-v16-32k", "b128-l8-v16-8k", "b128-l8-v16-32k-kv8"]
 _CONTENDERS = ["ours", "flex", "fa4_sparse", "cudnn", "flash2", "fa3", "fa4"]
 
@@ -123,7 +125,7 @@ def losses(folder: Path) -> None:
     base = ["+model=125m_hybrid", "train.global_batch_size=2", "train.micro_batch_size=2", "optim.warmup_steps=2"]
     fp32 = ["train.precision=fp32", "train.seq_length=2048", "dense_attention=efficient"]
     runs = {f"bf16 {name}": [*base, *VARIANTS[name]] for name in _LOSS_VARIANTS}
-    for name in ("torch", "liger", "liger, linear loss"):
+    for name in ("torch", "liger", "liger, loss in place", "liger, linear loss"):
         runs[f"fp32 {name}"] = [*base, *VARIANTS[name][:2], *fp32]
     runs["fp32 torch, attention in torch"] = [*base, *VARIANTS["torch"][:2], *fp32, "attention_backend=torch"]
     _train(folder / "losses.json", runs, steps=20, traced=False)

@@ -339,8 +339,9 @@ class PretrainConfig:
     # SwiGLU, and with layer_backend=local RoPE and residual sums with their norms, on a GPU: auto (liger where it is
     # installed and verified), torch, liger
     elementwise: str = "auto"
-    # cross entropy on a GPU: auto, torch (Megatron's), liger (one kernel each for forward and backward), linear
-    # (liger's fused with the output layer: keeps no logits, recomputes them in the backward; needs parallel.tp=1)
+    # cross entropy on a GPU: auto, torch (Megatron's), liger (one kernel each for forward and backward), in_place
+    # (liger's kernel overwrites the logits with their gradient), linear (liger's fused with the output layer: keeps no
+    # logits, recomputes them in the backward); the last two need parallel.tp=1
     loss: str = "auto"
     plan: PlanConfig = field(default_factory=PlanConfig)
 

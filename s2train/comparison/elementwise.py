@@ -21,6 +21,7 @@ from torch import Tensor
 
 from s2train.kernels.benchmarks.timing import Clock, time_passes
 from s2train.megatron.fused import linear_loss, swiglu, vocab_parallel_loss
+from s2train.megatron.in_place_loss import loss_in_place
 from s2train.megatron.rotation import Rotation
 from s2train.megatron.summed_norm import sum_and_norm
 
@@ -115,6 +116,16 @@ def operations(hidden: int, ffn: int, vocabulary: int, heads: int, kv_heads: int
             "megatron": vocab_parallel_cross_entropy,
             "megatron fused": lambda x, y: fused_vocab_parallel_cross_entropy(x, y, group),
             "liger": lambda x, y: vocab_parallel_loss(x, y, group),
+        },
+    )
+    yield Operation(
+        "loss in_place",
+        lambda n, t: [_random(n, 1, vocabulary, dtype=t), torch.randint(vocabulary, (n, 1), device="cuda")],
+        _loss,
+        {
+            "megatron": vocab_parallel_cross_entropy,
+            "liger": loss_in_place,
+            "liger, not in place": lambda x, y: vocab_parallel_loss(x, y, group),
         },
     )
     yield Operation(

@@ -33,7 +33,7 @@ class Implementations:
         return cls(hardware.capability, uses_te(cfg, hardware))
 
     def loss(self, cfg: PretrainConfig) -> str:
-        """`torch`, `liger` or `linear`."""
+        """Return what computes the loss, as `choose_loss`."""
         return choose_loss(cfg, self.capability, self.te)
 
     def fuses_swiglu(self, cfg: PretrainConfig) -> bool:

@@ -271,7 +271,9 @@ def _loss_bytes(cfg: PretrainConfig, tokens: int, width: int, way: str) -> int:
         return piece * model.vocab_size * width + model.vocab_size * model.hidden_size * (4 + width)
     logits = tokens * model.vocab_size // parallel.tp
     # Logits and their gradient in `width`, softmax in fp32. Liger-Kernel has no copy of the logits beside the other
-    # two; Megatron has a second softmax.
+    # two, and in place only one tensor; Megatron has a second softmax.
+    if way == "in_place":
+        return logits * width
     return logits * (width + 4 if way == "liger" else 2 * width + 8)
 
 

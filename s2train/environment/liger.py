@@ -17,8 +17,9 @@ INSTALL = "pip install 's2train[liger]'"
 # RMSNorm takes 0.43 ms, torch's 0.39 (launch/results/2026-11-28-h100-elementwise.json).
 SWIGLU, ROTATION, SUMS = "swiglu", "rotation", "sums"
 OPERATIONS = (SWIGLU, ROTATION, SUMS)
-_LOSS = "loss liger"
-_SUMS_RELEASE = "0.8.5"  # s2train.megatron.summed_norm launches a kernel of this release, which is no public function
+_LOSSES = ("in_place", "liger")  # values of the setting `loss` that `auto` takes, the fastest first
+WITHOUT_TP = ("in_place", "linear")  # values that need the output layer whole
+RELEASE = "0.8.5"  # whose kernels s2train launches itself: residual sums, the loss in place
 
 
 @cache
@@ -57,14 +58,14 @@ def liger_operations(cfg: PretrainConfig, capability: tuple[int, int] | None, te
 
 
 def choose_loss(cfg: PretrainConfig, capability: tuple[int, int] | None, te: bool) -> str:
-    """Resolve the run's `loss` to torch, liger or linear.
+    """Resolve the run's `loss` to torch, liger, in_place or linear.
 
-    Arguments as of `liger_operations`. `auto` is liger if verified in the run's precision, which requires tp=1. linear
-    takes less memory and more time.
+    Arguments as of `liger_operations`. `auto` is in_place or liger if verified in the run's precision, which requires
+    tp=1. linear takes less memory and more time.
     """
     if cfg.loss != "auto":
         return cfg.loss
-    return "liger" if _why_not(cfg, _LOSS, capability, te) is None else "torch"
+    return next((loss for loss in _LOSSES if _why_not(cfg, f"loss {loss}", capability, te) is None), "torch")
 
 
 def kernels_line(cfg: PretrainConfig, capability: tuple[int, int] | None, te: bool) -> str:
@@ -79,7 +80,7 @@ def kernels_line(cfg: PretrainConfig, capability: tuple[int, int] | None, te: bo
     used["loss"] = loss
     reasons = []
     for name, way in used.items():
-        asked, case = (cfg.loss, _LOSS) if name == "loss" else (cfg.elementwise, name)
+        asked, case = (cfg.loss, "loss liger") if name == "loss" else (cfg.elementwise, name)
         if way != "torch" or asked == "torch":
             continue
         why_not = _unserved(cfg, case) or (_why_not(cfg, case, capability, te) if asked == "auto" else None)
@@ -95,8 +96,8 @@ def _unserved(cfg: PretrainConfig, operation: str) -> str | None:
         return None
     if cfg.train.recompute == "mlp":
         return "train.recompute=mlp recomputes norms, without the sums before them"
-    if (release := installed_version(PACKAGE)) not in (None, _SUMS_RELEASE):
-        return f"sums are those of {PACKAGE} {_SUMS_RELEASE}, and {release} is installed"
+    if (release := installed_version(PACKAGE)) not in (None, RELEASE):
+        return f"sums are those of {PACKAGE} {RELEASE}, and {release} is installed"
     return None
 
 
@@ -109,7 +110,7 @@ def _why_not(cfg: PretrainConfig, operation: str, capability: tuple[int, int] | 
     release = installed_version(PACKAGE)
     if release is None:
         return f"{PACKAGE} is not installed"
-    if operation == _LOSS and cfg.parallel.tp > 1:
+    if operation.startswith("loss") and cfg.parallel.tp > 1:
         return "its loss was not checked under tensor parallelism"
     case = f"{operation} {cfg.train.precision}"
     if verified(PACKAGE, release, capability, case) is None:

@@ -78,10 +78,15 @@ class LigerLossModel(GPTModel):
 
     The loss takes logits, or with `fuse_output` (without tensor parallelism) hidden states. The output layer is called
     in both cases, because hooks of Megatron's data parallelism are attached to it.
+
+    Args:
+        in_place: the loss overwrites the logits (without tensor parallelism).
     """
 
-    def __init__(self, *args: Any, fuse_output: bool, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, fuse_output: bool, in_place: bool, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        assert not in_place or self.config.tensor_model_parallel_size == 1
+        self.in_place = in_place
         self.fuse_output = fuse_output and self.post_process
         if self.fuse_output:
             assert type(self.output_layer) is ColumnParallelLinear
@@ -107,6 +112,10 @@ class LigerLossModel(GPTModel):
             shared = self.share_embeddings_and_output_weights
             weight = self.shared_embedding_or_output_weight() if shared else self.output_layer.weight
             loss = linear_loss(logits, weight, labels)
+        elif self.in_place:
+            from s2train.megatron.in_place_loss import loss_in_place  # needs one release of Liger-Kernel
+
+            loss = loss_in_place(logits, labels)
         else:
             loss = vocab_parallel_loss(logits, labels, self.pg_collection.tp)
         return loss.transpose(0, 1).contiguous()

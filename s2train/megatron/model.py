@@ -164,7 +164,7 @@ def model_class(cfg: PretrainConfig) -> Callable[..., GPTModel]:
         raise ConfigError("loss", loss, problem, f"{INSTALL}, or set loss=torch")
     from s2train.megatron.fused import LigerLossModel  # not importable where Liger-Kernel is not installed
 
-    return partial(LigerLossModel, fuse_output=loss == "linear")
+    return partial(LigerLossModel, fuse_output=loss == "linear", in_place=loss == "in_place")
 
 
 def unwrap(module: torch.nn.Module) -> GPTModel:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from s2train.attention.teacher import teacher_setting
 from s2train.config import PretrainConfig
+from s2train.environment.liger import WITHOUT_TP
 from s2train.errors import as_typed
 from s2train.planning.advice import RECOMPUTE
 from s2train.planning.memory_budget import MemoryBudget
@@ -60,7 +61,7 @@ def _candidates(cfg: PretrainConfig) -> Iterator[tuple[list[str], PretrainConfig
 
 
 def _fits(cfg: PretrainConfig, world_size: int, budget: MemoryBudget) -> bool:
-    if cfg.loss == "linear" and cfg.parallel.tp > 1:
+    if cfg.loss in WITHOUT_TP and cfg.parallel.tp > 1:
         return False
     if cfg.parallel.pp > 1 and teacher_setting(budget.hybrid.layers) is not None:
         return False

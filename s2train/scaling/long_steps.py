@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from s2train.environment.hardware import Hardware
+from s2train.environment.liger import WITHOUT_TP
 from s2train.errors import ConfigError
 from s2train.planning import Plan, compose_run, preview
 from s2train.scaling.jobs import Job, Outcome, Runner
@@ -89,7 +90,7 @@ def _agreement(runner: Runner, request: Request, hardware: Hardware) -> Iterator
     variants: dict[str, tuple[int, tuple[str, ...]]] = {"one": (base, ()), all_devices: (runner.devices, ())}
     if base == 2:
         variants |= {f"cp2 {mode}": (2, (f"parallel.cp_exchange={mode}",)) for mode in ("gather", "overlapped")}
-    if "loss=linear" not in request.settings:  # which needs the output layer whole
+    if not any(f"loss={name}" in request.settings for name in WITHOUT_TP):  # which needs the output layer whole
         variants["tp2"] = (2, ("parallel.cp=1", "parallel.tp=2", "parallel.sequence_parallel=true"))
     if torch.cuda.is_available():
         variants[f"cp{base} portable kernels"] = (base, ("attention_backend=portable",))

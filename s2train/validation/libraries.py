@@ -24,7 +24,7 @@ def check_kernel_settings(cfg: PretrainConfig, hybrid: HybridLayout) -> None:
     Raises:
         ConfigError: the kernels don't support the run's dense layers or its loss.
     """
-    if cfg.loss == "linear" and cfg.parallel.tp > 1:
+    if cfg.loss in liger.WITHOUT_TP and cfg.parallel.tp > 1:
         problem = f"parallel.tp={cfg.parallel.tp} splits the output layer, which it needs whole"
         raise ConfigError("loss", cfg.loss, problem, "Set loss=liger, or parallel.tp=1.")
     name = cfg.dense_attention
@@ -63,6 +63,11 @@ def check_libraries(cfg: PretrainConfig, hybrid: HybridLayout, hardware: Hardwar
             raise ConfigError(setting, value, "Liger-Kernel needs a CUDA device", f"Set {setting}=auto.")
         if installed_version(liger.PACKAGE) is None:
             _reject_liger(setting, value, f"{liger.PACKAGE} is not installed")
+    if cfg.loss == "in_place" and (release := installed_version(liger.PACKAGE)) != liger.RELEASE:
+        problem = f"it launches a kernel of {liger.PACKAGE} {liger.RELEASE}, and {release} is installed"
+        raise ConfigError(
+            "loss", cfg.loss, problem, f"pip install {liger.PACKAGE}=={liger.RELEASE}, or set loss=liger."
+        )
     check_fa4_serves(cfg, hybrid, hardware)
     if uses_fa4(cfg, hybrid, hardware) and installed_version(flash4.PACKAGE) is None:
         _reject_fa4(cfg, f"{flash4.PACKAGE} is not installed")

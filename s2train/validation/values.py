@@ -28,7 +28,7 @@ _CHOICES: dict[str, tuple[str | int, ...]] = {
     "fp8_recipe": ("tensorwise", "blockwise", "mxfp8"),
     "dense_attention": ("auto", "fa4", "s2train", "cudnn", "flash", "efficient"),
     "elementwise": ("auto", "torch", "liger"),
-    "loss": ("auto", "torch", "liger", "linear"),
+    "loss": ("auto", "torch", "liger", "in_place", "linear"),
     "attention_backend": ("auto", "triton", "portable", "torch"),
 }
 _POSITIVE: dict[str, tuple[str, ...]] = {

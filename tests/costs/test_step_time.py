@@ -211,9 +211,11 @@ def test_sums_with_norms_save_time_unless_norms_are_recomputed() -> None:
 
 def test_less_memory_is_planned_where_logits_are_not_copied() -> None:
     one = ["+model=1b_hybrid", "train.seq_length=32768", "train.global_batch_size=2", "elementwise=torch"]
-    torchs, ligers, linear = (planned(*one, f"loss={way}").memory.activations for way in ("torch", "liger", "linear"))
+    ways = ("torch", "liger", "in_place", "linear")
+    torchs, ligers, in_place, linear = (planned(*one, f"loss={way}").memory.activations for way in ways)
     logits = 32768 * 32768
     assert torchs - ligers == 6 * logits
+    assert torchs - in_place > 6 * logits
     assert torchs - linear > 6 * logits
 
 

@@ -86,7 +86,7 @@ def main() -> None:
             "loss over logits, MLP recomputed": (mlp, "liger", False),
             "loss over hidden states, full recomputation": (full, "linear", False),
             "tied embeddings, selective recomputation": (tied, "linear", False),
-            "bf16": (replace(cfg, train=replace(train, precision="bf16")), "liger", False),
+            "bf16, loss in place": (replace(cfg, train=replace(train, precision="bf16")), "in_place", False),
         }
     found = {name: compare(*case, device) for name, case in cases.items()}
     if torch.distributed.get_rank() == 0:

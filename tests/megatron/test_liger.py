@@ -150,6 +150,7 @@ def test_rotation_follows_angles_that_change() -> None:
 @needs_liger
 def test_losses_are_torchs() -> None:
     from s2train.megatron.fused import linear_loss, vocab_parallel_loss
+    from s2train.megatron.in_place_loss import loss_in_place
 
     hidden, weight, labels = torch.randn(7, 2, 16), torch.randn(40, 16), torch.randint(40, (7, 2))
 
@@ -160,9 +161,31 @@ def test_losses_are_torchs() -> None:
     def over_logits(hidden: Tensor, weight: Tensor) -> Tensor:
         return vocab_parallel_loss(hidden @ weight.T, labels, None)
 
+    def in_place(hidden: Tensor, weight: Tensor) -> Tensor:
+        return loss_in_place(hidden @ weight.T, labels)
+
     expected = results(plain, hidden, weight)
     assert_alike(results(over_logits, hidden, weight), expected)
+    assert_alike(results(in_place, hidden, weight), expected)
     assert_alike(results(lambda x, w: linear_loss(x, w, labels), hidden, weight), expected)
+
+
+@needs_liger
+def test_a_loss_in_place_rounds_gradients_alone_and_only_where_they_are_wanted() -> None:
+    from s2train.megatron.in_place_loss import loss_in_place
+
+    logits, labels, dlosses = torch.randn(7, 2, 40).bfloat16(), torch.randint(40, (7, 2)), torch.rand(7, 2)
+    kept = logits.clone()
+    exact = logits.double().requires_grad_()
+    expected = F.cross_entropy(exact.flatten(0, 1), labels.flatten(), reduction="none").view(7, 2)
+    (gradient,) = torch.autograd.grad(expected, exact, dlosses.double())
+    found = loss_in_place(logits, labels)
+    assert logits.equal(kept)
+    assert (found - expected).norm() <= 2e-6 * expected.norm()
+    (ours,) = torch.autograd.grad(loss_in_place(logits.requires_grad_(), labels), logits, dlosses)
+    rounded = gradient.bfloat16()
+    assert (ours - gradient).norm() <= 2 * (rounded - gradient).norm()
+    assert ours.data_ptr() == logits.data_ptr()
 
 
 @needs_liger

@@ -51,6 +51,7 @@ def rejected_import(**changes: Any) -> ConfigError:
         {"dense_attention": "fa4"},
         {"elementwise": "liger", "loss": "linear"},
         {"loss": "liger", "dense_attention": "flash"},
+        {"loss": "in_place"},
         {"dense_attention": "flash", "layout__layers": "S", "data__attention_within_documents": True},
         {"dense_attention": "efficient", "model__num_query_groups": 8},
         {"dense_attention": "s2train", "data__attention_within_documents": True, "train__deterministic": True},
@@ -63,6 +64,7 @@ def test_supported_kernels_are_accepted(changes: dict[str, Any]) -> None:
 
 WRONG: dict[str, tuple[dict[str, Any], int, str, str]] = {
     "linear loss over tensor parallel ranks": ({"loss": "linear", "parallel__tp": 2}, 2, "loss", "loss=liger"),
+    "loss in place over tensor parallel ranks": ({"loss": "in_place", "parallel__tp": 2}, 2, "loss", "loss=liger"),
     "documents in cuDNN": (
         {"dense_attention": "cudnn", "data__attention_within_documents": True}, 1, "dense_attention", "s2train"
     ),
@@ -123,6 +125,14 @@ def test_a_missing_library_is_reported_with_what_to_install(
     assert error.setting == setting
     assert f"{library} is not installed" in error.problem
     assert extra in error.remedy
+
+
+def test_a_loss_in_place_needs_the_release_whose_kernel_it_launches(installed: pytest.MonkeyPatch) -> None:
+    installed.setattr(libraries, "installed_version", lambda _: "9.9")
+    error = rejection(H100, loss="in_place")
+    assert error.setting == "loss"
+    assert "9.9 is installed" in error.problem
+    assert "set loss=liger" in error.remedy
 
 
 BROKEN = {
