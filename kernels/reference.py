@@ -1,4 +1,4 @@
-"""Reference block-sparse attention: an explicit softmax in plain torch."""
+"""References in plain torch: block-sparse attention, and splitting heads."""
 
 import math
 
@@ -42,6 +42,19 @@ def reference_attention(
     out = (weights / total) @ vh
     lse = (shift + total.log()).masked_fill(empty_rows, -torch.inf)
     return from_bhsd(out, format).contiguous(), lse.squeeze(-1)
+
+
+def reference_split_heads(packed: Tensor, dim: int, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Split a projection into rotated queries and keys, and values, as `split_heads`."""
+    length, batch = packed.shape[:2]
+    cos, sin = (x.view(length, batch, 1, -1) for x in (cos, sin))
+    query, key, value = packed.split([packed.shape[-1] - 2 * dim, dim, dim], -1)
+
+    def turn(x: Tensor) -> Tensor:
+        first, second, rest = x.split([cos.shape[-1], cos.shape[-1], dim - 2 * cos.shape[-1]], -1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), -1)
+
+    return turn(query.reshape(length, batch, -1, dim)), turn(key), value
 
 
 def _largest(scores: Tensor) -> Tensor:

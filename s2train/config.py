@@ -336,8 +336,8 @@ class PretrainConfig:
     # dense layers on a GPU: auto (the fastest measured one that supports the call), fa4 (FlashAttention-4), s2train
     # (the sparse layers' kernels with every block kept), or torch's cudnn, flash (FlashAttention-2), efficient
     dense_attention: str = "auto"
-    # SwiGLU, and with layer_backend=local RoPE and residual sums with their norms, on a GPU: auto (liger where it is
-    # installed and verified), torch, liger
+    # SwiGLU, and with layer_backend=local RoPE, splitting heads and residual sums with their norms, on a GPU: auto
+    # (liger where it is installed and verified), torch, liger
     elementwise: str = "auto"
     # cross entropy on a GPU: auto, torch (Megatron's), liger (one kernel each for forward and backward), in_place
     # (liger's kernel overwrites the logits with their gradient), linear (liger's fused with the output layer: keeps no

@@ -4,7 +4,7 @@ Errors are relative errors of output and gradients against float64; a library's 
 dtype. Times are those of forward and backward at the sizes of the 1B model over 32k tokens.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -154,6 +154,32 @@ def operations(hidden: int, ffn: int, vocabulary: int, heads: int, kv_heads: int
             **_te_rotation(angles),
         },
     )
+
+    def split(turn: Callable[[Tensor, Tensor, Tensor], Iterable[Tensor]]) -> Callable[[Tensor], tuple[Tensor, ...]]:
+        def function(packed: Tensor) -> tuple[Tensor, ...]:
+            query, key, value = _split(packed, dim)
+            turned = turn(query, key, angles(len(packed)).to(torch.promote_types(packed.dtype, torch.float32)))
+            return (*turned, value)
+
+        return function
+
+    apart = split(lambda q, k, a: (_apply_rotary_pos_emb_bshd(x, a) for x in (q, k)))
+    yield Operation(
+        "split",
+        lambda n, t: [_random(n, 1, kv_heads, (heads // kv_heads + 2) * dim, dtype=t)],
+        apart,
+        {
+            "megatron": apart,
+            "s2train": lambda packed: rotation.split(packed, dim, angles(len(packed))),
+            "liger": split(rotation),
+        },
+    )
+
+
+def _split(packed: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Split a projection into queries, keys and values, as Megatron does."""
+    query, key, value = packed.split([packed.shape[-1] - 2 * dim, dim, dim], dim=3)
+    return query.reshape(*packed.shape[:2], -1, dim), key, value
 
 
 def _angles(dim: int) -> Callable[[int], Tensor]:

@@ -9,7 +9,7 @@ import torch
 
 from s2train.config import PretrainConfig, head_dim
 from s2train.environment.hardware import Hardware
-from s2train.environment.liger import ROTATION, SUMS, SWIGLU, choose_loss, liger_operations
+from s2train.environment.liger import ROTATION, SPLIT, SUMS, SWIGLU, choose_loss, liger_operations
 from s2train.environment.transformer_engine import uses_te
 from s2train.kernels.dense_choice import LONG, LONGEST, takes_fa4
 
@@ -41,8 +41,15 @@ class Implementations:
         return SWIGLU in liger_operations(cfg, self.capability, self.te)
 
     def fuses_rotation(self, cfg: PretrainConfig) -> bool:
-        """Return whether Liger-Kernel computes the rotation."""
+        """Return whether Liger-Kernel computes the rotation, or our split."""
         return ROTATION in liger_operations(cfg, self.capability, self.te)
+
+    def fuses_split(self, cfg: PretrainConfig) -> bool:
+        """Return whether queries and keys are rotated while the projection is split.
+
+        Both ways save the same tensors for the backward.
+        """
+        return SPLIT in liger_operations(cfg, self.capability, self.te)
 
     def fuses_sums(self, cfg: PretrainConfig) -> bool:
         """Return whether Liger-Kernel computes residual sums with their norms.

@@ -54,6 +54,9 @@ _FUSED_SWIGLU, _FUSED_ROTATION = 0.26e-12, 25.4e-12
 # Passes over a tensor [s, b, hidden] that a residual sum with its norm saves, by the kernels' reads and writes; not
 # measured. Forward: 3 of the sum and 2 of the norm become 4. Backward: 3 and 5 (torch reads twice) become 4.
 _FUSED_SUM = 5
+# Passes over queries and keys that splitting and rotating at once saves; not measured. Apart, both are copied and then
+# rotated, and in the backward rotated and then concatenated.
+_FUSED_SPLIT = 4
 _LOSS = {  # seconds per logit, without products; the first file
     "torch": 15.5e-12,
     "liger": 7.6e-12,
@@ -327,13 +330,17 @@ class _Model:
         return _ELEMENTWISE * share * split / self.memory
 
     def _fused(self) -> float:
-        """Return seconds per token and layer that Liger-Kernel's kernels save."""
+        """Return seconds per token and layer that fused SwiGLU and rotation save."""
         model, saved = self.cfg.model, 0.0
+        rotated = (model.num_attention_heads + model.num_query_groups) * head_dim(model)
         if self.impl.fuses_swiglu(self.cfg):
             saved += _FUSED_SWIGLU * model.ffn_hidden_size
         if self.impl.fuses_rotation(self.cfg):
-            saved += _FUSED_ROTATION * (model.num_attention_heads + model.num_query_groups) * head_dim(model)
-        return saved / self.memory
+            saved += _FUSED_ROTATION * rotated
+        saved /= self.memory
+        if self.impl.fuses_split(self.cfg):
+            saved += _FUSED_SPLIT * 2 * rotated / self.bandwidth
+        return saved
 
     def _fused_sums(self) -> float:
         """Return seconds per token and layer that fused residual sums save."""

@@ -1,6 +1,6 @@
 """Selects the operations that Liger-Kernel computes in a run.
 
-A setting names them; `auto` selects the verified ones.
+Settings name them; `auto` selects the verified ones. One is a kernel of ours in place of Liger-Kernel's.
 """
 
 import importlib
@@ -14,9 +14,10 @@ from s2train.kernels.versions import installed_version
 PACKAGE = "liger-kernel"
 INSTALL = "pip install 's2train[liger]'"
 # Operations of the setting `elementwise`; `loss` has its own. Norms without a sum before them stay torch's: Liger's
-# RMSNorm takes 0.43 ms, torch's 0.39 (launch/results/2026-11-28-h100-elementwise.json).
-SWIGLU, ROTATION, SUMS = "swiglu", "rotation", "sums"
-OPERATIONS = (SWIGLU, ROTATION, SUMS)
+# RMSNorm takes 0.43 ms, torch's 0.39 (launch/results/2026-11-28-h100-elementwise.json). The split of the
+# projection into heads is our kernel's, which rotates them too.
+SWIGLU, ROTATION, SPLIT, SUMS = "swiglu", "rotation", "split", "sums"
+OPERATIONS = (SWIGLU, ROTATION, SPLIT, SUMS)
 _LOSSES = ("in_place", "liger")  # values of the setting `loss` that `auto` takes, the fastest first
 WITHOUT_TP = ("in_place", "linear")  # values that need the output layer whole
 RELEASE = "0.8.5"  # whose kernels s2train launches itself: residual sums, the loss in place
@@ -43,7 +44,7 @@ def liger_problem() -> str | None:
 
 
 def liger_operations(cfg: PretrainConfig, capability: tuple[int, int] | None, te: bool) -> frozenset[str]:
-    """Return the `OPERATIONS` that Liger-Kernel computes in this run.
+    """Return the `OPERATIONS` that Liger-Kernel, or our split, computes in this run.
 
     Args:
         capability: the GPU's compute capability; None: a CPU.
@@ -77,6 +78,8 @@ def kernels_line(cfg: PretrainConfig, capability: tuple[int, int] | None, te: bo
         return ""
     chosen, loss = liger_operations(cfg, capability, te), choose_loss(cfg, capability, te)
     used = {name: "liger" if name in chosen else "torch" for name in OPERATIONS if not te or name == SWIGLU}
+    if SPLIT in chosen:
+        used[SPLIT] = used[ROTATION] = "s2train"
     used["loss"] = loss
     reasons = []
     for name, way in used.items():
@@ -92,6 +95,8 @@ def kernels_line(cfg: PretrainConfig, capability: tuple[int, int] | None, te: bo
 
 def _unserved(cfg: PretrainConfig, operation: str) -> str | None:
     """Explain why an operation is torch's even if asked for."""
+    if operation == SPLIT and cfg.parallel.tp > cfg.model.num_query_groups:
+        return "the split needs whole KV heads on each rank"
     if operation != SUMS:
         return None
     if cfg.train.recompute == "mlp":
@@ -112,8 +117,12 @@ def _why_not(cfg: PretrainConfig, operation: str, capability: tuple[int, int] | 
         return f"{PACKAGE} is not installed"
     if operation.startswith("loss") and cfg.parallel.tp > 1:
         return "its loss was not checked under tensor parallelism"
+    if operation == SPLIT and (why := _why_not(cfg, ROTATION, capability, te)) is not None:
+        return why  # it takes the rotation's place
     case = f"{operation} {cfg.train.precision}"
-    if verified(PACKAGE, release, capability, case) is None:
+    library = "triton" if operation == SPLIT else PACKAGE
+    release = installed_version(library)
+    if verified(library, release, capability, case) is None:
         on = ".".join(map(str, capability))
-        return f"{PACKAGE} {release} was not checked for {case} on compute capability {on}"
+        return f"{library} {release} was not checked for {case} on compute capability {on}"
     return None

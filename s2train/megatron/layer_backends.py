@@ -15,7 +15,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 
 from s2train.config import PretrainConfig
 from s2train.environment.liger import INSTALL as LIGER
-from s2train.environment.liger import ROTATION, SUMS, SWIGLU, liger_operations, liger_problem
+from s2train.environment.liger import ROTATION, SPLIT, SUMS, SWIGLU, liger_operations, liger_problem
 from s2train.environment.transformer_engine import INSTALL, te_problem, uses_te_here
 from s2train.errors import ConfigError
 from s2train.megatron.norm import RMSNorm
@@ -88,7 +88,7 @@ def _liger_mlp(liger: frozenset[str]) -> type[MLP] | None:
 
 
 def _rotating_attention(liger: frozenset[str]) -> ModuleSpec | None:
-    """Return self attention with Liger-Kernel's rotation, or None for Megatron's.
+    """Return self attention with Liger-Kernel's rotation or ours, or None for Megatron's.
 
     All layers share the rotation's tables.
     """
@@ -96,7 +96,7 @@ def _rotating_attention(liger: frozenset[str]) -> ModuleSpec | None:
         return None
     from s2train.megatron.rotation import RotatingSelfAttention, Rotation  # not importable where it is not installed
 
-    return ModuleSpec(module=RotatingSelfAttention, params={"rotation": Rotation()})
+    return ModuleSpec(module=RotatingSelfAttention, params={"rotation": Rotation(), "splits": SPLIT in liger})
 
 
 def _norm(liger: frozenset[str]) -> type[RMSNorm]:

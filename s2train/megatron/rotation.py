@@ -1,4 +1,4 @@
-"""Rotary embedding of queries and keys by Liger-Kernel's Triton kernel.
+"""Rotary embedding of queries and keys by Triton kernels: Liger-Kernel's, or ours.
 
 It replaces Megatron's within self attention.
 """
@@ -10,6 +10,7 @@ from liger_kernel.ops import LigerRopeFunction
 from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import _yarn_get_concentration_factor_from_config
 from torch import Tensor
 
+from s2train.kernels.split_heads import split_heads
 from s2train.megatron.shared_kv_heads import KVSharingSelfAttention
 
 
@@ -40,6 +41,16 @@ class Rotation:
         query, key = (x.transpose(1, 2).view(y.shape) for x, y in zip(turned, (query, key), strict=True))
         return query, key
 
+    def split(self, packed: Tensor, dim: int, angles: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+        """Split a projection into rotated queries and keys, and values.
+
+        Args:
+            packed: [s, b, h_kv, (h / h_kv + 2) · dim].
+            angles, factor: as of a call.
+        """
+        cos, sin = self._cos_sin(angles, packed.shape[1], packed.dtype, factor)
+        return split_heads(packed, dim, cos[0], sin[0])
+
     def _cos_sin(self, angles: Tensor, batch: int, dtype: torch.dtype, factor: float) -> tuple[Tensor, Tensor]:
         """Each [1, s · b, r / 2]."""
         if self._angles is not angles:
@@ -57,11 +68,14 @@ class RotatingSelfAttention(KVSharingSelfAttention):
 
     Parameters, names and results are unchanged. Packed documents and context parallel are in the angles, as for
     Megatron's own.
+
+    Args:
+        splits: rotate while splitting the projection, which needs whole KV heads on each rank.
     """
 
-    def __init__(self, *args: Any, rotation: Rotation, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, rotation: Rotation, splits: bool, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.rotation = rotation
+        self.rotation, self.splits = rotation, splits
         self.angles: Tensor | None = None  # of the current call
         self.factor = _yarn_get_concentration_factor_from_config(self.config)
 
@@ -73,6 +87,9 @@ class RotatingSelfAttention(KVSharingSelfAttention):
             self.angles = None
 
     def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> Any:
+        if self.splits and self.angles is not None:
+            packed, _ = super().get_query_key_value_tensors(*args, **{**kwargs, "split_qkv": False})
+            return self.rotation.split(packed, self.hidden_size_per_attention_head, self.angles, self.factor)
         query, key, *others = super().get_query_key_value_tensors(*args, **kwargs)
         if self.angles is not None:
             query, key = self.rotation(query, key, self.angles, self.factor)

@@ -6,7 +6,6 @@ backward, one kernel adds the residual stream's gradient to the norm's.
 """
 
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -142,7 +141,7 @@ def fuse_sums(block: TransformerBlock) -> None:
         layer.self_attn_bda = SumBefore(layer.pre_mlp_layernorm)
     if block.config.recompute_granularity == "full":
         return
-    for layer, after in pairwise(block.layers):
-        layer.mlp_bda = SumBefore(after.input_layernorm)
-    if block.final_layernorm is not None:
-        block.layers[-1].mlp_bda = SumBefore(block.final_layernorm)
+    after = [*(layer.input_layernorm for layer in block.layers[1:]), block.final_layernorm]
+    for layer, norm in zip(block.layers, after, strict=False):  # a stage may have no layers
+        if norm is not None:
+            layer.mlp_bda = SumBefore(norm)

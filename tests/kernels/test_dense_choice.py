@@ -144,7 +144,7 @@ def right_cases(entry: Verified) -> set[str]:
         rows = [row for row in data["checks"] if row["ok"]]
         return {row["case"].removeprefix("fa4: ") for row in rows if row["case"].startswith("fa4: ")}
     precisions = {"bfloat16": "bf16", "float32": "fp32"}
-    rows = [row for row in data["checks"] if row["way"] == "liger"]
+    rows = [row for row in data["checks"] if row["way"] == ("s2train" if entry.library == "triton" else "liger")]
     return {f"{row['operation']} {precisions[row['dtype']]}" for row in rows if row["ok"]}
 
 

@@ -42,6 +42,7 @@ def compare(cfg: PretrainConfig, loss: str, packed: bool, device: torch.device) 
     exact = build(replace(cfg, loss="torch", train=replace(cfg.train, precision="fp32")), "torch", device)
     plain = build(replace(cfg, loss="torch"), "torch", device)
     liger = build(replace(cfg, loss=loss), "liger", device)
+    assert all(module.splits for module in liger.modules() if isinstance(module, RotatingSelfAttention))
     assert any(isinstance(module, RotatingSelfAttention) for module in liger.modules())
     fused = {"none": 4, "selective": 4, "full": 2, "mlp": 0}  # sums of two layers
     sums = [sum_of for layer in liger.decoder.layers for sum_of in (layer.self_attn_bda, layer.mlp_bda)]

@@ -20,7 +20,6 @@ from tests.program import run
 from tests.validation.test_rejections import config
 
 HOPPER = (9, 0)
-RELEASE = next(entry.release for entry in VERIFIED if entry.library == "liger-kernel")
 repair_interpreter()  # Liger-Kernel's loops need it too
 needs_liger = pytest.mark.skipif(liger.liger_problem() is not None, reason=str(liger.liger_problem()))
 if liger.liger_problem() is None:
@@ -204,7 +203,7 @@ def test_a_model_trains_as_with_megatrons_kernels(tp: int) -> None:
 # what a run takes
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    monkeypatch.setattr(liger, "installed_version", lambda _: RELEASE)
+    monkeypatch.setattr(liger, "installed_version", {entry.library: entry.release for entry in VERIFIED}.get)
     return monkeypatch
 
 
@@ -217,7 +216,7 @@ def test_auto_takes_what_was_verified() -> None:
     cfg: PretrainConfig = config()
     verified = {case.removesuffix(" bf16") for entry in VERIFIED for case in entry.cases if case.endswith(" bf16")}
     assert liger_operations(cfg, HOPPER, te=False) == verified & set(liger.OPERATIONS)
-    assert choose_loss(cfg, HOPPER, te=False) == "liger"
+    assert choose_loss(cfg, HOPPER, te=False) == ("in_place" if "loss in_place" in verified else "liger")
     assert choose_loss(config(parallel__tp=2), HOPPER, te=False) == "torch"
 
 
@@ -235,14 +234,21 @@ def test_transformer_engine_keeps_its_own_rotation() -> None:
 
 
 def test_the_log_says_what_runs_and_why_not_liger(installed: pytest.MonkeyPatch) -> None:
-    assert line(elementwise="liger", loss="linear") == "swiglu liger, rotation liger, sums liger, loss linear"
-    assert line(elementwise="torch", loss="torch") == "swiglu torch, rotation torch, sums torch, loss torch"
+    assert (
+        line(elementwise="liger", loss="linear")
+        == "swiglu liger, rotation s2train, split s2train, sums liger, loss linear"
+    )
+    assert (
+        line(elementwise="torch", loss="torch") == "swiglu torch, rotation torch, split torch, sums torch, loss torch"
+    )
     assert "swiglu liger" in line()
     apart = line(elementwise="liger", loss="liger", train__recompute="mlp")
     assert "sums torch, loss liger (train.recompute=mlp recomputes norms" in apart
+    shared = line(elementwise="liger", loss="liger", parallel__tp=8)
+    assert "rotation liger, split torch, sums liger, loss liger (the split needs whole KV heads" in shared
     assert line(None) == ""
     installed.setattr(liger, "installed_version", lambda _: None)
-    assert line() == "swiglu torch, rotation torch, sums torch, loss torch (liger-kernel is not installed)"
+    assert line() == "swiglu torch, rotation torch, split torch, sums torch, loss torch (liger-kernel is not installed)"
     installed.setattr(liger, "installed_version", lambda _: "9.9")
     assert "sums torch, loss liger (sums are those of liger-kernel" in line(elementwise="liger", loss="liger")
     parts = line().split("; ")
