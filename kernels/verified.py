@@ -16,7 +16,7 @@ class Verified:
     """Cases of one library release that passed on one GPU architecture.
 
     Attributes:
-        library: its name on PyPI.
+        library: its name on PyPI; triton for a kernel of ours that `auto` takes only where it was checked.
         release: the installed version; any other version counts as unverified.
         capability: compute capability of the GPU.
         file: the results, in `kernels/results` or `launch/results`.
