@@ -26,7 +26,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     tma,
-    warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -38,17 +37,7 @@ from ..topk_layout import Layout
 from .backward_config import HopperBackwardConfig, check_config, chosen_config
 from .backward_rows import s2_attention_bwd_kernel_hopper_finish, s2_attention_bwd_kernel_hopper_prepare
 from .backward_schedule import BackwardSchedule
-from .backward_steps import (
-    TILE,
-    first_scores,
-    idle_step,
-    process_halves,
-    process_halves_ahead,
-    process_halves_in_turn,
-    process_in_turn,
-    process_step,
-    process_step_ahead,
-)
+from .backward_steps import TILE, idle_step, process_halves, process_step
 from .call_schedule import schedule_of_call
 from .launch import descriptor, launch
 from .releases import async_load, async_store, reduce_add, reinterpret, thread_barrier
@@ -156,7 +145,7 @@ def _producer(
 @gluon.jit
 def _reducer(
     acc_desc, dq_s, dq_full, dq_free, free, meta_ptr, steps_ptr, batch_size, num_heads, group, first_tile, num_tiles,
-    C: gl.constexpr, STAGES: gl.constexpr, PACKED: gl.constexpr, QT: gl.constexpr, TURNS: gl.constexpr,
+    C: gl.constexpr, STAGES: gl.constexpr, PACKED: gl.constexpr, QT: gl.constexpr,
 ):  # fmt: skip
     """Add the half of dq that a warpgroup leaves in shared memory.
 
@@ -175,7 +164,7 @@ def _reducer(
         else:
             row = ((b * num_heads + head) * num_tiles + tile * 2 - first_tile + C) * ROWS
         mbarrier.wait(dq_full.index(C), n & 1)
-        if QT == TILE and not TURNS:
+        if QT == TILE:
             # dq(n) has been written, so its warpgroup has finished step n-1 and no longer needs its tiles
             mbarrier.arrive(free.index((n - 1) % STAGES), count=1, pred=n >= 1)
         reduce_add(acc_desc, [row, 0], dq_s.index(C))
@@ -192,7 +181,6 @@ def _consumer(
     s_k,
     C: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, HL: gl.constexpr,
     PACKED: gl.constexpr, CUT: gl.constexpr, QT: gl.constexpr,
-    AHEAD: gl.constexpr, VALUES: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
     process: gl.constexpr = process_step if QT == TILE else process_halves
     DQ: gl.constexpr = D * QT // (2 * TILE)  # columns of a warpgroup's half of dq
@@ -214,10 +202,8 @@ def _consumer(
     dv = gl.zeros([TILE, D], gl.float32, OL)
     entry = _first_step(meta_ptr, steps_ptr, first, batch_size, PACKED)
     mbarrier.wait(k_full, 0)
-    own = (v_s, v_s)
-    if VALUES and D != TILE:
-        own = (v_s, v_s.index(C).slice(0, D // 2, 1).load(PL))
-    if QT != TILE or (VALUES and D == TILE):
+    own = (k_s, v_s)
+    if D == TILE:
         own = (k_s.index(C).load(PL), v_s.index(C).load(PL))
     for t in range(0, num_masked):
         tile = (entry >> ACTIVE_BITS) & ((1 << QUERY_BITS) - 1)
@@ -228,48 +214,18 @@ def _consumer(
             dk, dv = process(
                 q_s, dout_s, lse_s, delta_s, k_s, own, ds_s, dq_s, q_full, dout_full, free, ds_full, dq_free, dq_full,
                 t, dk, dv, scale_log2, zs, zq, key, column,
-                C, STAGES, True, PL, HL, VALUES,
+                C, STAGES, True, PL, HL,
             )  # fmt: skip
-            if TURNS and QT == TILE:
-                mbarrier.arrive(free.index(t % STAGES), count=1)
         else:
             idle_step(k_s, ds_s, dq_s, ds_full, dq_free, dq_full, t, zs, zq, C, HL)
-            if QT != TILE or TURNS:
+            if QT != TILE:
                 mbarrier.arrive(free.index(t % STAGES), count=1)
-    plain = num_masked if AHEAD else num_steps
-    if TURNS:  # taken in pairs
-        plain = num_masked + (num_steps - num_masked) % 2
-    for t in range(num_masked, plain):
+    for t in range(num_masked, num_steps):
         dk, dv = process(
             q_s, dout_s, lse_s, delta_s, k_s, own, ds_s, dq_s, q_full, dout_full, free, ds_full, dq_free, dq_full,
             t, dk, dv, scale_log2, zs, zq, key, query,
-            C, STAGES, False, PL, HL, VALUES,
+            C, STAGES, False, PL, HL,
         )  # fmt: skip
-        if TURNS and QT == TILE:
-            mbarrier.arrive(free.index(t % STAGES), count=1)
-    if AHEAD:
-        process_ahead: gl.constexpr = process_step_ahead if QT == TILE else process_halves_ahead
-        keys = k_s if QT == TILE else own[0]
-        scores = first_scores(q_s, keys, q_full, num_masked, num_masked < num_steps, zs, C, STAGES)
-        for t in range(num_masked, num_steps):
-            dk, dv, scores = process_ahead(
-                q_s, dout_s, lse_s, delta_s, k_s, own, ds_s, dq_s, q_full, dout_full, free, ds_full, dq_free, dq_full,
-                t, num_steps, scores, dk, dv, scale_log2, zs, zq,
-                C, STAGES, PL, HL, VALUES,
-            )  # fmt: skip
-        warpgroup_mma_wait(num_outstanding=0, deps=(scores,))
-    if TURNS:
-        process_turn: gl.constexpr = process_in_turn if QT == TILE else process_halves_in_turn
-        z = gl.zeros([TILE, D], gl.float32, OL) if QT == TILE else zq
-        # the other warpgroup has read dS(plain - 1); from here on it says so by its next dS
-        mbarrier.wait(dq_full.index(1 - C), (plain & 1) ^ 1, pred=plain > 0)
-        for t in range(plain, num_steps, 2):
-            for n in gl.static_range(2):
-                dk, dv = process_turn(
-                    q_s, dout_s, lse_s, delta_s, k_s, own, ds_s, dq_s, q_full, dout_full, free, ds_full, dq_free,
-                    dq_full, t + n, dk, dv, scale_log2, zs, z,
-                    C, STAGES, PL, HL, VALUES, n == C,
-                )  # fmt: skip
     mbarrier.arrive(done.index(C), count=1)
     _, _, start, num_keys = _document(meta_ptr, 0, 0, s_k, PACKED)  # computed again, to save registers
     row = key_tile * TILE + start
@@ -321,11 +277,10 @@ def s2_attention_bwd_kernel_hopper(
     scale, scale_log2, batch_size, num_heads, group, first_tile, num_tiles, offset, s_k,
     D: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, PACKED: gl.constexpr, CUT: gl.constexpr,
     CONSUMER_REGS: gl.constexpr, OTHER_REGS: gl.constexpr, QT: gl.constexpr,
-    AHEAD: gl.constexpr, VALUES: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
     """Allocate shared memory and barriers, and start the six roles.
 
-    A step has QT queries: 64, or, for head dimension 64, 128. AHEAD, VALUES, TURNS: `HopperBackwardConfig`.
+    A step has QT queries: 64, or, for head dimension 64, 128.
     """
     BL: gl.constexpr = mbarrier.MBarrierLayout()
     dt: gl.constexpr = q_desc.dtype
@@ -367,13 +322,11 @@ def s2_attention_bwd_kernel_hopper(
             (_consumer, (dk_desc, dv_desc, k_s, v_s, q_s, dout_s, lse_s, delta_s, ds_s, dq_s,
                          k_full, q_full, dout_full, free, ds_full, dq_free, dq_full, done,
                          meta_ptr, steps_ptr, dk_ptr, dv_ptr, slots_ptr, parts_ptr, head_stride, row_stride,
-                         batch_size, scale, scale_log2, s_k, 0, D, STAGES, CAUSAL, HL, PACKED, CUT, QT,
-                         AHEAD, VALUES, TURNS)),
+                         batch_size, scale, scale_log2, s_k, 0, D, STAGES, CAUSAL, HL, PACKED, CUT, QT)),
             (_consumer, (dk_desc, dv_desc, k_s, v_s, q_s, dout_s, lse_s, delta_s, ds_s, dq_s,
                          k_full, q_full, dout_full, free, ds_full, dq_free, dq_full, done,
                          meta_ptr, steps_ptr, dk_ptr, dv_ptr, slots_ptr, parts_ptr, head_stride, row_stride,
-                         batch_size, scale, scale_log2, s_k, 1, D, STAGES, CAUSAL, HL, PACKED, CUT, QT,
-                         AHEAD, VALUES, TURNS)),
+                         batch_size, scale, scale_log2, s_k, 1, D, STAGES, CAUSAL, HL, PACKED, CUT, QT)),
             (_producer, (q_desc, lse_desc, k_desc, v_desc, q_s, lse_s, k_s, v_s, k_full, q_full, free,
                          meta_ptr, steps_ptr, batch_size, num_heads, group, first_tile, num_tiles, offset, STAGES, 1,
                          PACKED)),
@@ -381,9 +334,9 @@ def s2_attention_bwd_kernel_hopper(
                          meta_ptr, steps_ptr, batch_size, num_heads, group, first_tile, num_tiles, offset, STAGES, 0,
                          PACKED)),
             (_reducer, (acc_desc, dq_s, dq_full, dq_free, free, meta_ptr, steps_ptr, batch_size, num_heads, group,
-                        first_tile, num_tiles, 0, STAGES, PACKED, QT, TURNS)),
+                        first_tile, num_tiles, 0, STAGES, PACKED, QT)),
             (_reducer, (acc_desc, dq_s, dq_full, dq_free, free, meta_ptr, steps_ptr, batch_size, num_heads, group,
-                        first_tile, num_tiles, 1, STAGES, PACKED, QT, TURNS)),
+                        first_tile, num_tiles, 1, STAGES, PACKED, QT)),
         ],
         [4, 1, 1, 1, 1], [CONSUMER_REGS, OTHER_REGS, OTHER_REGS, OTHER_REGS, OTHER_REGS],
     )  # fmt: skip
@@ -495,7 +448,6 @@ def launch_arguments(
         num_heads // k.shape[1], schedule.first_tile, schedule.num_tiles, spec.query_offset, k.shape[2],
         dim, config.stages, spec.causal, schedule.tiles is not None,
         parts is not None, config.consumer_registers, config.other_registers, rows,
-        config.ahead, config.values, config.turns,
     )  # fmt: skip
 
 

@@ -21,21 +21,13 @@ class HopperBackwardConfig:
     """Stages for tiles of queries and output gradients; registers per thread.
 
     ``schedule`` has choices that only static layouts have, and no packed documents. 128 queries a step take head
-    dimension 64 and blocks of at least 128. Candidates, not yet measured:
-
-    - ``ahead``: start a step's scores in the step before.
-    - ``values``: keep half of v in registers; for head dimension 64, k and v (steps of 128 queries always do).
-    - ``turns``: one warpgroup makes all of a query tile's dq, the other one all of the next tile's. Takes head
-      dimension 128, or 128 queries a step; neither of the others with it.
+    dimension 64 and blocks of at least 128.
     """
 
     stages: int
     consumer_registers: int = 240
     other_registers: int = 24
     schedule: ScheduleOptions = PLAIN
-    ahead: bool = False
-    values: bool = False
-    turns: bool = False
 
 
 def config_of(dim: int, schedule: ScheduleOptions = PLAIN) -> HopperBackwardConfig:
@@ -78,14 +70,6 @@ def check_config(config: HopperBackwardConfig, layout: Layout, dim: int, spec: A
         raise ValueError(f"{schedule} takes a static layout and no packed documents")
     if schedule.query_tile != TILE and (dim != 64 or layout.block_size < schedule.query_tile):
         raise ValueError(f"{config} takes head dimension 64 and blocks of {schedule.query_tile} or more")
-    if config.values and schedule.query_tile != TILE:
-        raise ValueError(f"{config} takes {TILE} queries a step")
-    if config.values and config.ahead and dim == 64:
-        raise ValueError(f"{config} takes values or ahead, not both, at head dimension 64")
-    if config.turns and (config.ahead or config.values):
-        raise ValueError(f"{config} takes neither ahead nor values")
-    if config.turns and dim == 64 and schedule.query_tile == TILE:
-        raise ValueError(f"{config} takes head dimension 128 or {2 * TILE} queries a step")
 
 
 def _takes_choices(layout: Layout, spec: AttentionSpec) -> bool:

@@ -59,25 +59,8 @@ _CANDIDATES: dict[str, ScheduleOptions | None] = {
     "by query head": ScheduleOptions(by_query_head=True),
     "second, by head": ScheduleOptions(second_pairs=True, by_query_head=True),
     "128, by head": ScheduleOptions(query_tile=128, by_query_head=True),
-    "128, ahead": ScheduleOptions(query_tile=128),
-    "ahead": PLAIN,
-    "half of v": PLAIN,
-    "ahead, half of v": PLAIN,
-    "k and v": PLAIN,
-    "in turn": PLAIN,
-    "128, in turn": ScheduleOptions(query_tile=128),
     "chosen": None,
     "plain, again": PLAIN,
-}
-# what else a candidate changes
-_CHANGES: dict[str, dict[str, Any]] = {
-    "128, ahead": {"ahead": True},
-    "ahead": {"ahead": True},
-    "half of v": {"values": True},
-    "ahead, half of v": {"ahead": True, "values": True},
-    "k and v": {"values": True},
-    "in turn": {"turns": True},
-    "128, in turn": {"turns": True},
 }
 _EMPTY = spec.empty
 _LOCAL = {128: 8, 64: 16}
@@ -117,7 +100,7 @@ class Item:
         options = _CANDIDATES[self.variant]
         if options is None:
             return chosen_config(layout, self.dim, self.kv_heads, s_q, settings)
-        return replace(config_of(self.dim, options), **_CHANGES.get(self.variant, {}))
+        return config_of(self.dim, options)
 
     @property
     def problem(self) -> str:
@@ -218,11 +201,9 @@ def _candidate_items(lengths: list[int], only: list[str] | None = None) -> list[
     With `only`, return plain settings and these, for problems that have a candidate of them.
     """
     problems = {
-        (_HEADS, 128, 128): ["ahead", "half of v", "ahead, half of v", "in turn"],
-        (_HEADS, 64, 128): ["128 queries", "128, ahead", "128, in turn"],
-        (_HEADS, 64, 64): ["k and v"],
+        (_HEADS, 64, 128): ["128 queries"],
         (8, 64, 128): ["128 queries", "by query head", "128, by head"],
-        (8, 64, 64): ["second pairs", "by query head", "second, by head", "k and v"],
+        (8, 64, 64): ["second pairs", "by query head", "second, by head"],
         (8, 128, 64): ["second pairs", "by query head", "second, by head"],
         (8, 128, 128): ["by query head"],
     }

@@ -1,7 +1,5 @@
 """Settings of the Hopper backward: which calls get which."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from s2train.kernels import BlockLayout, TopKLayout
@@ -110,19 +108,3 @@ def test_explicit_settings_that_a_call_does_not_support_are_rejected(
 def test_explicit_settings_that_a_call_supports_pass() -> None:
     check_config(config_of(64, ScheduleOptions(query_tile=128, by_query_head=True)), static(128), 64, spec())
     check_config(config_of(128), static(64), 128, spec(torch.tensor([0, 100])))
-
-
-@pytest.mark.parametrize(
-    ("dim", "setting", "problem"),
-    [
-        (64, {"values": True, "ahead": True}, "takes values or ahead, not both"),
-        (64, {"turns": True}, "takes head dimension 128 or 128 queries a step"),
-        (128, {"turns": True, "ahead": True}, "takes neither ahead nor values"),
-    ],
-    ids=str,
-)
-def test_candidates_that_a_head_dimension_does_not_support_are_rejected(
-    dim: int, setting: dict[str, bool], problem: str
-) -> None:
-    with pytest.raises(ValueError, match=problem):
-        check_config(replace(config_of(dim), **setting), static(128), dim, spec())

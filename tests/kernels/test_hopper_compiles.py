@@ -33,16 +33,10 @@ SPILLED_BYTES = {
     ("backward", "split"): 64,  # where a program's sums go
     ("backward", "128 queries"): 128,
     ("backward", "128 queries, split"): 128,
-    ("backward", "ahead"): 64,
-    ("backward", "values"): 256,
-    ("backward", "ahead, values"): 256,
-    ("backward", "128 queries, ahead"): 128,
-    ("backward", "turns"): 128,
-    ("backward", "128 queries, turns"): 384,
 }
 # direction, dtype, head dimensions of q and v, block, causal, what the rows are ("whole" tiles, "offset", "packed";
 # "batched": whole, and each sequence has separate masks; "split": whole, and programs share key tiles; "128
-# queries": whole, and steps of so many; "ahead", "values", "turns": candidates for the backward; or several)
+# queries": whole, and steps of so many; or several)
 CASES = [
     ("forward", "bfloat16", 128, 128, 128, True, "whole"),
     ("forward", "bfloat16", 128, 128, 64, True, "whole"),
@@ -78,13 +72,6 @@ CASES = [
     ("backward", "float16", 64, 64, 128, False, "128 queries"),
     ("backward", "bfloat16", 64, 64, 128, True, "128 queries, split"),
     ("backward", "float16", 64, 64, 256, False, "128 queries, split"),
-    ("backward", "bfloat16", 128, 128, 128, True, "ahead"),
-    ("backward", "bfloat16", 128, 128, 128, True, "values"),
-    ("backward", "bfloat16", 128, 128, 128, True, "ahead, values"),
-    ("backward", "bfloat16", 64, 64, 64, True, "values"),
-    ("backward", "bfloat16", 64, 64, 128, True, "128 queries, ahead"),
-    ("backward", "bfloat16", 128, 128, 128, True, "turns"),
-    ("backward", "bfloat16", 64, 64, 128, True, "128 queries, turns"),
 ]
 Case = tuple[str, str, int, int, int, bool, str]
 
@@ -151,12 +138,7 @@ def compiled_backward(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, spec
     from s2train.kernels.hopper.call_schedule import schedule_of_call
     from s2train.kernels.hopper.pair_parts import PairParts
 
-    config = replace(
-        config_of(q.shape[3], ScheduleOptions(query_tile=128 if "128 queries" in rows else 64)),
-        ahead="ahead" in rows,
-        values="values" in rows,
-        turns="turns" in rows,
-    )
+    config = config_of(q.shape[3], ScheduleOptions(query_tile=128 if "128 queries" in rows else 64))
     schedule = schedule_of_call(layout, 2, 256, 256, spec, 1, config.schedule)
     parts = None
     if spec.split_columns:

@@ -40,12 +40,12 @@ def test_what_is_chosen_is_timed_by_its_name_too(length: int) -> None:
 
 
 def test_named_candidates_are_timed_beside_plain_settings_only() -> None:
-    items = tune._candidate_items([32768, 131072], ["ahead", "128, ahead", "chosen"])
+    items = tune._candidate_items([32768, 131072], ["second pairs", "chosen"])
     assert [(item.problem, item.variant) for item in items] == [
-        (f"{length} B=128{dim}", variant)
+        (f"{length} B={block} 32/8{dim}", variant)
         for length in ("32k", "128k")
-        for dim, name in (("", "ahead"), (" d 64", "128, ahead"))
-        for variant in ("plain", name, "chosen")
+        for block, dim in ((64, " d 64"), (64, ""))
+        for variant in ("plain", "second pairs", "chosen")
     ]
 
 
