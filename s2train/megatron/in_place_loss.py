@@ -11,6 +11,8 @@ from liger_kernel.ops.cross_entropy import MAX_FUSED_SIZE, liger_cross_entropy_k
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from s2train.kernels.scale_rows import scale_rows
+
 _WARPS = 32  # as Liger-Kernel launches it on GPUs before Blackwell
 _NO_LABEL = -100  # not a label of any token: positions without loss are masked afterwards
 
@@ -34,7 +36,9 @@ class _LossInPlace(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dlosses: Tensor) -> tuple[Tensor, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient.detach().mul_(dlosses[:, None]), None
+        gradient = gradient.detach()
+        scale_rows(gradient, dlosses)
+        return gradient, None
 
 
 def loss_in_place(logits: Tensor, labels: Tensor) -> Tensor:
