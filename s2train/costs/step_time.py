@@ -218,19 +218,18 @@ class _Model:
         linear = 6 * matmul / tp * self.tokens / self._products()
         of_activations = self.tokens * (model.hidden_size * self._elementwise_rate() - self._fused() / tp)
         of_activations -= self.tokens * self._fused_sums()
-        elementwise = of_activations + self._sums(matmul)
         attention = self._attention(layer)
         exchange = self._context_parallel(layer)
         units, again = self._tensor_parallel_units()
         found = StepTime(
             linear=linear,
-            elementwise=elementwise,
+            elementwise=of_activations,
             attention=attention.both,
             communication=units * self._unit() + 2 * self._shared_projection() + exchange,
             host=_HOST,
         )
         if self.cfg.train.recompute == "full":
-            third = (linear + elementwise) / 3
+            third = (linear + of_activations) / 3
             # keys and values, not their gradients
             repeated = again * self._unit() + self._shared_projection() + exchange / 2
             return found + StepTime(recomputation=third + attention.forward, communication=repeated)
@@ -250,7 +249,7 @@ class _Model:
         products = 8 if loss == "linear" else 6  # its backward repeats the product
         return StepTime(
             linear=products * weights / tp * self.tokens / self._products(),
-            elementwise=_LOSS[loss] * logits / self.memory + self._sums(weights),
+            elementwise=_LOSS[loss] * logits / self.memory + self._sum(weights),
             communication=self._tensor_parallel_units()[0] / 2 * self._unit(),
         )
 
@@ -352,10 +351,10 @@ class _Model:
         split = parallel.tp if parallel.sequence_parallel else 1
         return number * _FUSED_SUM * 2 * self.cfg.model.hidden_size / split / self.bandwidth
 
-    def _sums(self, weights: int) -> float:
-        """Return seconds to add gradients of `weights` weights to fp32 ones.
+    def _sum(self, weights: int) -> float:
+        """Return seconds to add the embedding's gradient to an fp32 one.
 
-        The weights are divided over ranks.
+        Linear layers add theirs within the product. The weights are divided over ranks.
         """
         return 0.0 if self.te else 10 * weights / self.cfg.parallel.tp / self.bandwidth
 

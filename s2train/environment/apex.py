@@ -41,8 +41,3 @@ def apex_available() -> bool:
             f"pip uninstall apex; {_BUILD}",
         )
     return True
-
-
-def fuses_gradient_sums() -> bool:
-    """Whether apex can accumulate weight gradients in fp32 within the GEMM."""
-    return apex_available() and find_spec("fused_weight_gradient_mlp_cuda") is not None

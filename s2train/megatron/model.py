@@ -14,12 +14,12 @@ from s2train.attention.hybrid import HybridLayout
 from s2train.config import PretrainConfig
 from s2train.costs.exchange import exchange_mode
 from s2train.costs.stages import Stages
-from s2train.environment.apex import fuses_gradient_sums
 from s2train.environment.dtypes import DTYPES
 from s2train.environment.liger import INSTALL, choose_loss, liger_problem
 from s2train.environment.transformer_engine import uses_te_here
 from s2train.errors import ConfigError
 from s2train.megatron.block_attention import DenseCoreAttention
+from s2train.megatron.gradient_sums import replace_apex
 from s2train.megatron.initial_weights import draw_initial_weights
 from s2train.megatron.layer_backends import Backend, choose_backend, own_capability, sum_gradients_in_place
 from s2train.megatron.layout_cache import LayoutCache
@@ -41,6 +41,8 @@ def transformer_config(cfg: PretrainConfig, stages: Stages | None = None) -> Tra
     """
     model, parallel, train = cfg.model, cfg.parallel, cfg.train
     dtype, on_cuda = DTYPES[train.precision], torch.cuda.is_available()
+    if on_cuda:
+        replace_apex()
     config = TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -82,8 +84,9 @@ def transformer_config(cfg: PretrainConfig, stages: Stages | None = None) -> Tra
         apply_rope_fusion=choose_backend(cfg.layer_backend).fuses_rotation,
         fp8=None if cfg.fp8 == "none" else cfg.fp8,
         fp8_recipe=cfg.fp8_recipe,
-        # For Megatron's own linear layers: add weight gradients to the fp32 buffers within the product.
-        gradient_accumulation_fusion=on_cuda and fuses_gradient_sums(),
+        # For Megatron's own linear layers: add weight gradients to the fp32 buffers within the product. torch can't on
+        # a CPU.
+        gradient_accumulation_fusion=on_cuda,
         # For layers that we don't use.
         masked_softmax_fusion=False,
         persist_layer_norm=False,
