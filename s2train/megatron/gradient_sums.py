@@ -23,7 +23,10 @@ def _add_product(inputs: Tensor, doutputs: Tensor, gradient: Tensor) -> None:
 
 
 def replace_apex() -> None:
-    """Give Megatron's linear layers torch's product in place of apex's kernel, if that is not installed."""
+    """Give Megatron's linear layers torch's product instead of apex's.
+
+    If apex's kernel is installed, it stays.
+    """
     if not layers._grad_accum_fusion_available:
         layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(wgrad_gemm_accum_fp32=_add_product)
         layers._grad_accum_fusion_available = True
