@@ -46,7 +46,8 @@ def run_needles(
 
     Args:
         grid: a grid that passed `s2train.needles.retrieval.check_fit`.
-        asked: results without cells; known cells must have their settings, new cells get their command and environment.
+        asked: results without cells; known cells must have their settings and step, new cells get their command and
+            environment.
         reach: computes a cell's reach from its length and depth, without the model.
         trained_length: tokens; longer cells are evaluated too, with a warning.
     """
@@ -118,9 +119,13 @@ def _describe_reach(reach: CellReach | None) -> str:
 
 
 def _earlier(asked: NeedleResults, path: Path, console: Console) -> NeedleResults:
-    """Load earlier results with the settings of `asked`, or return `asked`."""
+    """Load earlier results with the settings and step of `asked`.
+
+    Returns `asked` if there are none.
+    """
     earlier = load_results(path)
-    if earlier is not None and earlier.settings == asked.settings:
+    # Checkpoints of a run may share the weights' fingerprint, which reads only the ends of shards.
+    if earlier is not None and (earlier.settings, earlier.step) == (asked.settings, asked.step):
         return earlier
     if (aside := set_aside(path)) is not None:
         if (picture := path.with_suffix(".png")).exists():  # it shows the earlier results

@@ -247,7 +247,8 @@ def weights_fingerprint(checkpoint: Path) -> str:
 
     Hashes the shards' names, lengths, and first and last 64 KiB. It is the same for any number of ranks that read the
     checkpoint, and another one if another number of ranks saved the same weights. It prevents cells of an earlier
-    training in the same folder from being reused.
+    training in the same folder from being reused. Two steps of a frozen trunk may share it: what a kind of attention
+    learns can lie between the ends.
     """
     digest = hashlib.sha256()
     for shard in sorted(checkpoint.glob("*.distcp")):

@@ -54,15 +54,16 @@ def run(
     folder: Path,
     grid: NeedleGrid = GRID,
     settings: dict[str, Any] | None = None,
+    step: int = 100,
 ) -> NeedleResults:
-    return run_decoder(partial(greedy_decode, model), folder, grid, settings)
+    return run_decoder(partial(greedy_decode, model), folder, grid, settings, step)
 
 
 def run_decoder(
-    decode: Decode, folder: Path, grid: NeedleGrid = GRID, settings: dict[str, Any] | None = None
+    decode: Decode, folder: Path, grid: NeedleGrid = GRID, settings: dict[str, Any] | None = None, step: int = 100
 ) -> NeedleResults:
     asked = NeedleResults(
-        "runs/x", 100, settings or {"trials": 2}, list(grid.lengths), list(grid.depths),
+        "runs/x", step, settings or {"trials": 2}, list(grid.lengths), list(grid.depths),
         command=shlex.join(sys.argv), environment=environment(),
     )  # fmt: skip
     sampler = TaskSampler(ByteTokenizer())
@@ -232,6 +233,14 @@ def test_results_of_other_settings_are_renamed_and_not_resumed(tmp_path: Path) -
     before = (tmp_path / "needle.json").read_text()
     assert run(copier, tmp_path, settings={"trials": 2, "weights": "others"}).score == Score(8, 8)
     assert (tmp_path / "needle.1.json").read_text() == before
+
+
+def test_results_of_another_step_are_not_reused_though_the_fingerprint_of_the_weights_is_the_same(
+    tmp_path: Path,
+) -> None:
+    run(parrot, tmp_path)
+    later = run(copier, tmp_path, step=200)
+    assert (later.step, later.score) == (200, Score(8, 8))
 
 
 def test_the_picture_of_other_settings_does_not_stay_beside_new_results(tmp_path: Path) -> None:
