@@ -3,8 +3,9 @@
 python launch/long_steps.py OUTPUT --lengths 8k 32k
 
 Writes OUTPUT.json and OUTPUT.png and prints a table. An interrupted measurement resumes: results in OUTPUT.json are not
-measured again. Each variant uses its fastest installed kernels; `--layouts DSSS D1S7` selects the hybrids' layers.
-Arguments `setting=value`, such as model.vocab_size=8192, apply to every run. The runs save no checkpoints.
+measured again, and those of other settings are rejected. Each variant uses its fastest installed kernels;
+`--layouts DSSS D1S7` selects the hybrids' layers. Arguments `setting=value`, such as model.vocab_size=8192, apply to
+every run. The runs save no checkpoints.
 """
 
 import argparse

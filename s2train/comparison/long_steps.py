@@ -207,15 +207,20 @@ def measure_all(
         made_by: command, device and versions, the first entries of the file.
 
     Raises:
-        ConfigError: too few layers fit at one of the lengths; nothing was measured.
+        ConfigError: too few layers fit at one of the lengths, or the file has results of another request or device;
+            nothing was measured.
     """
     path = output.with_name(output.name + ".json")
     before = json.loads(path.read_text()) if path.is_file() else {"rows": []}
+    if path.is_file():
+        _check_same_request(before, request, made_by, path)
     rows = [Row(**row) for row in before["rows"]]
     earlier = [*before.get("earlier_commands", []), *([before["command"]] if "command" in before else [])]
     hardware = detect_own()
     # all lengths first, so that one that can't fit is rejected before anything is measured
-    fits = [choose_layers(request, stacks, length, hardware) for length in request.lengths]
+    fits = [
+        _measured_with(rows, length) or choose_layers(request, stacks, length, hardware) for length in request.lengths
+    ]
     tasks: list[dict[str, Any]] = []
     for length, (layers, recompute) in zip(request.lengths, fits, strict=True):
         for stack in stacks:
@@ -237,3 +242,28 @@ def measure_all(
             content["rows"] = [asdict(row) for row in rows]
             temporary.write_text(json.dumps(content, indent=1) + "\n")
     return rows
+
+
+def _measured_with(rows: Sequence[Row], length: int) -> tuple[int, str] | None:
+    """Return layers and recomputation of a length's rows.
+
+    Further rows must have the same to be compared. None if there are no rows.
+    """
+    found = {(row.layers, row.recompute) for row in rows if row.seq_length == length}
+    return found.pop() if len(found) == 1 else None
+
+
+def _check_same_request(before: dict[str, Any], request: Request, made_by: dict[str, Any], path: Path) -> None:
+    """Check that a file's rows answer this request.
+
+    Other lengths and layouts may join them.
+
+    Raises:
+        ConfigError: they answer another one, or were measured on another device.
+    """
+    now = {**asdict(request), "device": made_by["device"]}
+    earlier = {**before.get("request", {}), "device": before.get("device")}
+    free = ("lengths", "layouts")
+    if others := [name for name, value in now.items() if name not in free and earlier.get(name) != value]:
+        problem = f"has results with another {', '.join(others)}"
+        raise ConfigError("output", path, problem, "Name another file, or move this one away")

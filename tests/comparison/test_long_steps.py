@@ -1,17 +1,19 @@
 """launch/long_steps.py measures each stack, and resumes after an interruption."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from s2train.comparison import stacks
-from s2train.comparison.long_steps import Request, Row, case_overrides, choose_layers
+from s2train.comparison import long_steps, stacks
+from s2train.comparison.long_steps import Request, Row, case_overrides, choose_layers, measure_all
 from s2train.comparison.long_steps_report import best_dense, gain
 from s2train.comparison.stacks import Stack, stacks_to_compare
 from s2train.environment.hardware import Hardware, gpu_rates
+from s2train.environment.provenance import environment
 from s2train.errors import ConfigError
 from s2train.planning import compose_run
 from tests.program import run
@@ -59,6 +61,44 @@ def test_measures_what_is_missing_and_saves_nothing_else(tmp_path: Path) -> None
     now = json.loads((tmp_path / "long.json").read_text())
     assert now["rows"][0] == content["rows"][0]
     assert now["earlier_commands"] == [content["command"]]
+
+
+REQUEST = Request("tiny", [256], 512, None, 1, 1, [])
+DENSE, MADE_BY = Stack("dense", "dense", ()), {"command": "earlier", **environment()}
+
+
+@pytest.fixture
+def measured(tmp_path: Path) -> Path:
+    """An output that has a dense row of REQUEST, of eight layers."""
+    row = Row("dense", 256, 8, "mlp", 2, 1, 1.0, 1.0, 512.0, 1.0, None, 0.0, 0.0)
+    content = {**MADE_BY, "request": asdict(REQUEST), "rows": [asdict(row)]}
+    (tmp_path / "long.json").write_text(json.dumps(content))
+    return tmp_path / "long"
+
+
+@pytest.mark.parametrize("other", [{"size": "125m"}, {"tokens": 256}, {"overrides": ["seed=1"]}, {"layers": 4}])
+def test_results_of_another_request_are_rejected(other: dict[str, Any], measured: Path) -> None:
+    with pytest.raises(ConfigError, match=f"has results with another {next(iter(other))}"):
+        measure_all(replace(REQUEST, **other), [DENSE], measured, [], MADE_BY, print)
+
+
+def test_results_of_another_device_are_rejected(measured: Path) -> None:
+    with pytest.raises(ConfigError, match="has results with another device"):
+        measure_all(REQUEST, [DENSE], measured, [], {**MADE_BY, "device": "another"}, print)
+
+
+def test_further_stacks_get_the_layers_of_those_measured_at_a_length(
+    measured: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_tasks(command: object, tasks: list[dict[str, Any]], *_: object) -> list[dict[str, str]]:
+        (task,) = tasks
+        assert {"model.num_layers=8", "train.recompute=mlp"} <= set(task["overrides"])
+        return [{"error": "not run"}]
+
+    monkeypatch.setattr(long_steps, "run_tasks", run_tasks)
+    request = replace(REQUEST, layouts=["D1S7"])
+    (row,) = measure_all(request, [DENSE, Stack("hybrid D1S7", "hybrid", ())], measured, [], MADE_BY, print)
+    assert row.layers == 8
 
 
 def test_a_stack_that_fails_is_logged_and_left_out(tmp_path: Path) -> None:
