@@ -29,6 +29,7 @@ from rich.console import Console
 from s2train.checkpoints.integrity import damage
 from s2train.command_line.program import run_command
 from s2train.errors import ConfigError
+from s2train.planning import compose_run
 from s2train.study import speed, sweep
 from s2train.study.files import Folders, check_corpus, check_data, check_held_out, check_same_split, record_split
 from s2train.study.plan import plan_table
@@ -44,6 +45,7 @@ from s2train.study.settings import (
     train_settings,
 )
 from s2train.study.variants import PHASES, RUNS, SEEDS, Phase, Run, find_phase, find_run, run_density
+from s2train.sweeps.jobs import changed_setting
 
 ACTIONS = ("data", "sweep", "speed", "plan", "train", "evaluate", "report")
 OF_VARIANTS = ("speed", "train", "evaluate")
@@ -132,6 +134,8 @@ def train(
 
     Args:
         shared_gpu: whether other programs run on its GPU.
+    Raises:
+        ConfigError: data or the earlier run are missing, or the run was trained with other settings.
     """
     if folders.result(run).is_file():
         print(f"{run.name}: there is a result, {folders.result(run)}")
@@ -145,6 +149,9 @@ def train(
     checkpoint = last_checkpoint(folders, run, recipe)
     if not checkpoint.is_dir() or damage(checkpoint):
         deadline.run(train_command(folders, own, gpus), folders.root / "programs.jsonl")
+    elif (before := changed_setting(folders.run(run), compose_run(own))) is not None:
+        remedy = "Give the settings that it was trained with, or move the folder away"
+        raise ConfigError("variant", run.variant, f"{folders.run(run)} was trained with {before}", remedy)
     density = run_density(own, PHASES[run.phase].length)
     path = save_result(
         folders,

@@ -9,9 +9,13 @@ from typing import Any
 
 import pytest
 
+from s2train.checkpoints.folders import write_config
+from s2train.errors import ConfigError
+from s2train.planning import compose_run
 from s2train.study import settings, sweep
-from s2train.study.settings import Recipe
-from s2train.study.variants import PHASES, RUNS, VARIANTS, Phase
+from s2train.study.files import Folders
+from s2train.study.settings import Recipe, train_settings
+from s2train.study.variants import PHASES, RUNS, VARIANTS, Phase, Run
 from tests.probes.source_text import source
 from tests.program import run
 
@@ -105,6 +109,27 @@ def test_probing_an_untrained_run_names_the_command_that_trains_it(
     with pytest.raises(SystemExit):
         study["main"](["evaluate", "hybrid", "--phase", "16k-40m", "--seed", "2", "--root", str(tmp_path)])
     assert f"train hybrid --phase 16k-40m --seed 2 --root {tmp_path}" in capsys.readouterr().err
+
+
+def test_a_trained_run_is_not_recorded_under_another_recipe(
+    study: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("check_data", "damage"):
+        monkeypatch.setitem(study["train"].__globals__, name, lambda _: None)
+    folders, trained = Folders(tmp_path, ROOT / "launch"), Run("dense")
+    recipe = Recipe(1e-3, 1 << 17)
+    study["last_checkpoint"](folders, trained, recipe).mkdir(parents=True)
+    write_config(compose_run(train_settings(folders, trained, recipe)), folders.run(trained) / "config.yaml")
+    report = {"step": 1, "loss": 1.0, "held_out_loss": 2.0, "held_out_loss_by_position": [], "consumed_tokens": 1}
+    times = {"step_time_s": 1.0, "tokens_per_s": 1.0, "model_tflops": 1.0, "memory_gib": 1.0}
+    (folders.run(trained) / "metrics.jsonl").write_text(json.dumps(report | times) + "\n")
+    with pytest.raises(ConfigError, match=r"was trained with optim\.lr=0\.001"):
+        study["train"](folders, trained, Recipe(2e-3, 1 << 17), 1, [], None)
+    with pytest.raises(ConfigError, match=r"was trained with optim\.weight_decay="):
+        study["train"](folders, trained, recipe, 1, ["optim.weight_decay=0.3"], None)
+    assert not folders.result(trained).exists()
+    study["train"](folders, trained, recipe, 1, [], None)
+    assert json.loads(folders.result(trained).read_text())["recipe"]["lr"] == recipe.lr
 
 
 @pytest.fixture
