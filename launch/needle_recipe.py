@@ -19,6 +19,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import _surroundings  # noqa: F401 (prints why the rest can't start)
@@ -30,6 +31,7 @@ from rich.table import Table
 from s2train.costs.prediction import ModelCosts, model_costs
 from s2train.environment.cores import available_cores
 from s2train.planning import compose_run, hybrid_layout
+from s2train.sweeps.jobs import changed_setting
 
 LAUNCH = Path(__file__).parent
 # Hybrids of other kinds of attention; no step of them was measured, so none is predicted.
@@ -224,6 +226,19 @@ def is_trained(root: Path, variant: str, number: int) -> bool:
     return (run_folder(root, variant, number) / "checkpoints" / f"iter_{last_step(number):07d}").is_dir()
 
 
+def trained_otherwise(root: Path, variant: str, last: int, settings: Sequence[str]) -> str | None:
+    """Find a complete phase up to `last` that had other settings.
+
+    It would not be trained again, and later phases would start from it. Returns an error, or None.
+    """
+    for number in filter(partial(is_trained, root, variant), range(last + 1)):
+        run = run_folder(root, variant, number)
+        asked = compose_run([*train_command(root, variant, number)[1:], *settings])
+        if (before := changed_setting(run, asked)) is not None:
+            return f"{run} was trained with {before}: set another --root, or the settings that it was trained with"
+    return None
+
+
 def make_data(root: Path, last: int, deadline: Deadline) -> None:
     """Make the documents of all phases up to `last`.
 
@@ -292,6 +307,8 @@ def main(arguments: list[str] | None = None) -> None:
     elif given.action == "train":
         if not Path(tokenizer(root)).is_file():
             sys.exit(f"no data in {root}: first run python launch/needle_recipe.py data --root {root}")
+        if settings and (problem := trained_otherwise(root, variant, last, settings)):
+            sys.exit(problem)
         for number in range(last + 1):
             if not is_trained(root, variant, number):
                 deadline.run([*train_command(root, variant, number), *settings], record)

@@ -16,6 +16,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 
+from s2train.checkpoints.folders import write_config
 from s2train.config import PrepareConfig, PretrainConfig, register, to_object
 from s2train.data.tokenizers import ByteTokenizer
 from s2train.environment.hardware import Hardware
@@ -154,6 +155,17 @@ def test_what_is_not_trained_is_not_evaluated(action: str, recipe: dict[str, Any
 def test_training_without_data_names_the_command_that_makes_them(recipe: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"no data in .*needle_recipe\.py data --root"):
         recipe["main"](["train", "hybrid", "--root", str(tmp_path)])
+
+
+def test_a_phase_that_was_trained_with_other_settings_is_not_taken_for_one_with_these(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    first = recipe["run_folder"](tmp_path, "hybrid", 0)
+    (first / "checkpoints" / f"iter_{recipe['last_step'](0):07d}").mkdir(parents=True)
+    write_config(training(recipe, tmp_path, "hybrid", 0), first / "config.yaml")
+    last, otherwise = len(recipe["PHASES"]) - 1, recipe["trained_otherwise"]
+    assert f"{first} was trained with seed=1234" in otherwise(tmp_path, "hybrid", last, ["seed=2"])
+    assert otherwise(tmp_path, "hybrid", last, ["seed=1234", "tracking.wandb=offline"]) is None
 
 
 def test_pictures_are_not_overwritten_nor_drawn_of_nothing(
