@@ -23,6 +23,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 
 from s2train.attention.hybrid import HybridLayout
 from s2train.checkpoints.integrity import CONFIG, PROGRESS, damage, is_of_later_megatron, known_problem
+from s2train.checkpoints.masks import check_masks, mask_digests
 from s2train.checkpoints.optimizer_state_conversion import load_without_foreign_extra_state
 from s2train.command_line.old_names import rename_saved
 from s2train.config import PretrainConfig
@@ -50,6 +51,7 @@ class Progress:
         first_step: step at which the data order began: 0, except in a new phase on other data.
         weights_only: the checkpoint has no optimizer state and no learning-rate schedule; a run starts from it at step
             0, in any layout.
+        masks: digests of the masks that its layout reads, by file; earlier checkpoints have none.
     """
 
     step: int
@@ -62,6 +64,7 @@ class Progress:
     first_step: int = 0
     weights_only: bool = False
     auxiliary: dict[str, list[float]] = field(default_factory=dict)
+    masks: dict[str, str] = field(default_factory=dict)
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), indent=1) + "\n")
@@ -249,10 +252,13 @@ def load_for_inference(
         seq_length, precision: None: the run's.
         recompute: as in a run, for backward passes in train mode.
     Raises:
-        ConfigError: there is no checkpoint, or it is damaged.
+        ConfigError: there is no checkpoint, it is damaged, or it was trained with other masks than its files hold now.
     """
     path = find_checkpoint(checkpoint)
-    cfg = read_config(path)
+    cfg, progress = read_config(path), read_progress(path)
+    if hybrid is None:
+        hybrid = hybrid_layout(cfg)
+        check_masks(progress.masks, mask_digests(hybrid), path, "checkpoint")
     cfg.attention_backend = attention_backend
     cfg.parallel.tp, cfg.parallel.pp, cfg.parallel.vpp, cfg.parallel.cp = tp, 1, None, 1
     cfg.parallel.sequence_parallel = False
@@ -262,13 +268,12 @@ def load_for_inference(
     cfg.layer_backend, cfg.fp8 = layer_backend or ("local" if cfg.layer_backend == "local" else "auto"), "none"
     # The run's kernels may not be installed here, or not support a query offset. No loss is computed.
     cfg.dense_attention, cfg.elementwise, cfg.loss = "auto", "auto", "torch"
-    (chunk,) = build_model(cfg, transformer_config(cfg), hybrid or hybrid_layout(cfg), backend_of(cfg), device)
+    (chunk,) = build_model(cfg, transformer_config(cfg), hybrid, backend_of(cfg), device)
     gpt = unwrap(chunk)
     gpt.parallel_output = False  # gathers the logits over tensor parallel ranks
     gpt.output_layer.gather_output = True
     gpt.load_state_dict(load_shards({"model": gpt.sharded_state_dict(metadata=sharding_metadata())}, path)["model"])
     chunk.eval()
-    step = read_progress(path).step
     for core in cores_of(gpt):
-        core.step = step  # that its random numbers depend on
-    return Loaded(config=cfg, model=chunk, step=step, path=path)
+        core.step = progress.step  # that its random numbers depend on
+    return Loaded(config=cfg, model=chunk, step=progress.step, path=path)

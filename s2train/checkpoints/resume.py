@@ -24,6 +24,7 @@ from s2train.checkpoints.folders import (
 )
 from s2train.checkpoints.integrity import damage, known_problem
 from s2train.checkpoints.kind_weights import InitialWeights, initial_weights
+from s2train.checkpoints.masks import check_masks, mask_digests
 from s2train.checkpoints.setting_changes import ALLOW_CHANGES, Change, allowed_changes, changes_between, check_allowed
 from s2train.config import PretrainConfig
 from s2train.data.blend import parse_blend
@@ -32,6 +33,7 @@ from s2train.data.parts import training_part
 from s2train.data.splits import megatron_split
 from s2train.errors import ConfigError, as_typed
 from s2train.files import FolderLock
+from s2train.planning import hybrid_layout
 from s2train.rope_scaling import RopeScalingConfig
 from s2train.validation.token_budgets import length, step_tokens, token_budgets
 
@@ -72,10 +74,17 @@ def find_start(cfg: PretrainConfig) -> Start:
 
     Raises:
         ConfigError: `checkpoint.resume` names no checkpoint, or an earlier one of the run's own folder; the checkpoint
-            is damaged, has another architecture, or lacks weights; a new phase has none to continue; the data or their
-            order differ; settings of the experiment in the run folder differ, and `checkpoint.allow_changes` does not
-            name them; or no step is left.
+            is damaged, has another architecture or other masks, or lacks weights; a new phase has none to continue; the
+            data or their order differ; settings of the experiment in the run folder differ, and
+            `checkpoint.allow_changes` does not name them; or no step is left.
     """
+    masks = mask_digests(hybrid_layout(cfg))
+    start = _find_start(cfg, masks)
+    return replace(start, progress=replace(start.progress, masks=masks))
+
+
+def _find_start(cfg: PretrainConfig, masks: dict[str, str]) -> Start:
+    """Find it; `masks` are those of the run's layout."""
     checkpoint = _find(cfg)
     if checkpoint is None:
         if cfg.checkpoint.new_data:
@@ -105,6 +114,8 @@ def find_start(cfg: PretrainConfig) -> Start:
         allowed=allowed,
         is_in_run_dir=is_in_run_dir,
     )
+    if not weights_only and not any(change.setting.partition(".")[0] in _WITHOUT_WEIGHTS for change in changes):
+        check_masks(saved.masks, masks, checkpoint, "checkpoint.resume")
     initial = initial_weights(trained, cfg, checkpoint, weights_only)
     if weights_only:
         rotation = [change for change in changes if change.setting in _PHASE_MAY_CHANGE]

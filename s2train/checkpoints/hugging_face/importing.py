@@ -16,6 +16,7 @@ from s2train.checkpoints.hugging_face.run_settings import KEY, ModelFiles, copy_
 from s2train.checkpoints.hugging_face.tokenizer_files import TOKENIZER
 from s2train.checkpoints.hugging_face.weights import EMBEDDING, OUTPUT, from_llama, llama_shapes, with_rows
 from s2train.checkpoints.integrity import CONFIG, PROGRESS
+from s2train.checkpoints.masks import mask_digests
 from s2train.config import (
     DataConfig,
     ImportConfig,
@@ -98,7 +99,8 @@ def import_llama(cfg: ImportConfig) -> tuple[Path, ModelFiles]:
         shutil.rmtree(output)
         raise
     device = initialize(ParallelConfig(), run.seed)
-    (chunk,) = build_model(run, transformer_config(run), hybrid_layout(run), backend_of(run), device)
+    hybrid = hybrid_layout(run)
+    (chunk,) = build_model(run, transformer_config(run), hybrid, backend_of(run), device)
     gpt = unwrap(chunk)
     weights = {name: folder.read(name) for name in llama_shapes(model)}
     for name in (EMBEDDING, OUTPUT):
@@ -113,7 +115,7 @@ def import_llama(cfg: ImportConfig) -> tuple[Path, ModelFiles]:
             {"model": gpt.sharded_state_dict(metadata=metadata)}, str(temporary), plain, in_background=False
         )
     write_config(run, temporary / CONFIG)
-    Progress(0, 0, {}, None, weights_only=True).write(temporary / PROGRESS)
+    Progress(0, 0, {}, None, weights_only=True, masks=mask_digests(hybrid)).write(temporary / PROGRESS)
     if (folder.path / TOKENIZER).is_file():
         shutil.copyfile(folder.path / TOKENIZER, output / TOKENIZER)
     temporary.rename(final)
