@@ -52,6 +52,7 @@ class Progress:
         weights_only: the checkpoint has no optimizer state and no learning-rate schedule; a run starts from it at step
             0, in any layout.
         masks: digests of the masks that its layout reads, by file; earlier checkpoints have none.
+        tokenizer: fingerprint of the tokenizer of its data; None: not recorded.
     """
 
     step: int
@@ -65,6 +66,7 @@ class Progress:
     weights_only: bool = False
     auxiliary: dict[str, list[float]] = field(default_factory=dict)
     masks: dict[str, str] = field(default_factory=dict)
+    tokenizer: str | None = None
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), indent=1) + "\n")

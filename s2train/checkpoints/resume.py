@@ -31,6 +31,7 @@ from s2train.data.blend import parse_blend
 from s2train.data.checks import num_train_samples
 from s2train.data.parts import training_part
 from s2train.data.splits import megatron_split
+from s2train.data.tokenizers import fingerprint
 from s2train.errors import ConfigError, as_typed
 from s2train.files import FolderLock
 from s2train.planning import hybrid_layout
@@ -75,16 +76,16 @@ def find_start(cfg: PretrainConfig) -> Start:
     Raises:
         ConfigError: `checkpoint.resume` names no checkpoint, or an earlier one of the run's own folder; the checkpoint
             is damaged, has another architecture or other masks, or lacks weights; a new phase has none to continue; the
-            data or their order differ; settings of the experiment in the run folder differ, and
+            data or their order differ; the tokenizer or settings of the experiment in the run folder differ, and
             `checkpoint.allow_changes` does not name them; or no step is left.
     """
-    masks = mask_digests(hybrid_layout(cfg))
-    start = _find_start(cfg, masks)
-    return replace(start, progress=replace(start.progress, masks=masks))
+    masks, tokenizer = mask_digests(hybrid_layout(cfg)), fingerprint(cfg.data.tokenizer)
+    start = _find_start(cfg, masks, tokenizer)
+    return replace(start, progress=replace(start.progress, masks=masks, tokenizer=tokenizer))
 
 
-def _find_start(cfg: PretrainConfig, masks: dict[str, str]) -> Start:
-    """Find it; `masks` are those of the run's layout."""
+def _find_start(cfg: PretrainConfig, masks: dict[str, str], tokenizer: str | None) -> Start:
+    """Find it; masks and tokenizer are those of the run."""
     checkpoint = _find(cfg)
     if checkpoint is None:
         if cfg.checkpoint.new_data:
@@ -116,6 +117,9 @@ def _find_start(cfg: PretrainConfig, masks: dict[str, str]) -> Start:
     )
     if not weights_only and not any(change.setting.partition(".")[0] in _WITHOUT_WEIGHTS for change in changes):
         check_masks(saved.masks, masks, checkpoint, "checkpoint.resume")
+    is_other = None not in (saved.tokenizer, tokenizer) and saved.tokenizer != tokenizer
+    if is_other and not allowed_changes(cfg)("data.tokenizer"):
+        raise _other_tokenizer(cfg, trained, checkpoint)
     initial = initial_weights(trained, cfg, checkpoint, weights_only)
     if weights_only:
         rotation = [change for change in changes if change.setting in _PHASE_MAY_CHANGE]
@@ -165,6 +169,19 @@ def loads_weights_alone(cfg: PretrainConfig, checkpoint: Path) -> bool:
     if cfg.checkpoint.weights_only and not is_own(checkpoint, cfg.run_dir):
         return True
     return read_progress(checkpoint, "checkpoint.resume").weights_only
+
+
+def _other_tokenizer(cfg: PretrainConfig, trained: PretrainConfig, checkpoint: Path) -> ConfigError:
+    """Make the error for a tokenizer of other ids."""
+    before, now = trained.data.tokenizer, cfg.data.tokenizer
+    problem = f"{checkpoint} was trained with {before}"
+    if before == now:
+        problem = f"{checkpoint} was trained with another content of this file"
+    remedy = (
+        "Take that tokenizer, and data that it made (launch/prepare_data.py tokenizer=FILE); or, to train its"
+        f" embeddings anew, set {ALLOW_CHANGES}=[data.tokenizer]"
+    )
+    return ConfigError("data.tokenizer", now, problem, remedy)
 
 
 def _check_muon(cfg: PretrainConfig, changes: list[Change], checkpoint: Path) -> None:

@@ -10,8 +10,8 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 
 from s2train.attention.features import Feature
 from s2train.attention.hybrid import HybridLayout
-from s2train.checkpoints.folders import find_checkpoint, read_config
-from s2train.checkpoints.integrity import CONFIG
+from s2train.checkpoints.folders import find_checkpoint, read_config, read_progress
+from s2train.checkpoints.integrity import CONFIG, PROGRESS
 from s2train.command_line.messages import warn
 from s2train.config import PretrainConfig
 from s2train.data.tokenizers import Tokenizer, load_tokenizer
@@ -81,13 +81,14 @@ class Trained:
         Args:
             moved: its new path, if it was moved.
         Raises:
-            ConfigError: on `tokenizer`: it can't be loaded, or has more ids than the model.
+            ConfigError: on `tokenizer`: it can't be loaded, has more ids than the model, or isn't the run's.
         """
         data, rows = self.config.data, self.config.model.vocab_size
         tokenizer = load_tokenizer(moved or data.tokenizer, "tokenizer", data.end_token)
         if tokenizer.vocab_size > rows:
             problem = f"it has {tokenizer.vocab_size:,} ids, but the model has {rows:,}"
             raise ConfigError("tokenizer", tokenizer.name, problem, "Set the one that the run was trained with")
+        check_tokenizer(self.checkpoint, tokenizer)
         return tokenizer
 
     def check_length(self, length: int, setting: str, value: object, remedy: str = "") -> None:
@@ -115,3 +116,20 @@ class Trained:
         trained = self.config.train.seq_length
         if length > trained:
             warn(f"up to {length:,} tokens; the model was trained on {trained:,}")
+
+
+def check_tokenizer(checkpoint: Path, tokenizer: Tokenizer, setting: str = "tokenizer") -> None:
+    """Check that a tokenizer is the one of a checkpoint's data.
+
+    Earlier checkpoints don't record it.
+
+    Args:
+        setting: setting to name in an error.
+    Raises:
+        ConfigError: it isn't.
+    """
+    if not (checkpoint / PROGRESS).is_file():
+        return
+    if read_progress(checkpoint).tokenizer not in (None, tokenizer.fingerprint):
+        problem = f"{checkpoint} was trained with another one, or with another content of this file"
+        raise ConfigError(setting, tokenizer.name, problem, "Set the one that the run was trained with")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from s2train.attention.random_numbers import stateless_seed
 from s2train.checkpoints.folders import Loaded, find_checkpoint, load_for_inference, read_config
+from s2train.checkpoints.trained import check_tokenizer
 from s2train.config import PretrainConfig
 from s2train.data.checks import check_data
 from s2train.data.datasets import build_datasets
@@ -90,6 +91,7 @@ def read_subject(
         raise ConfigError("seq_length", length, problem, f"Set 2 to {trained.train.seq_length}.")
     cfg = with_data(trained, data, length, held_out, seed)
     tokenizer = load_tokenizer(cfg.data.tokenizer, end_token=cfg.data.end_token)
+    check_tokenizer(path, tokenizer, "data.tokenizer")
     ensure_prepared(cfg)
     check_data(cfg, tokenizer)
     return Subject(path, trained, cfg, tokenizer)

@@ -66,3 +66,15 @@ def test_a_plan_rejects_what_the_run_would(run_dir: Path) -> None:
 def test_a_plan_without_its_data_compares_all_but_their_order(run_dir: Path) -> None:
     found = start(run_dir.parent / "other", f"checkpoint.resume={run_dir}", "data.path=gone", "train.steps=3")
     assert found.split(maxsplit=1)[1] == "the data's order is not compared with a checkpoint's: gone.idx is missing"
+
+
+@pytest.mark.parametrize("way", ["checkpoint.new_data=true", "checkpoint.weights_only=true"])
+def test_weights_meet_another_tokenizer_only_where_it_is_allowed(way: str, run_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "other.json").write_text("{}")
+    settings = [f"checkpoint.resume={run_dir}", way, f"data.tokenizer={tmp_path / 'other.json'}", "train.steps=3"]
+    problem = (
+        r"^data.tokenizer=.*other.json: .*iter_0000002 was trained with bytes\. .*allow_changes=\[data.tokenizer\]"
+    )
+    with pytest.raises(ConfigError, match=problem):
+        start(tmp_path / "run", *settings)
+    assert str(run_dir) in start(tmp_path / "run", *settings, "checkpoint.allow_changes=[data.tokenizer]")

@@ -21,6 +21,7 @@ from s2train.checkpoints.hugging_face.weights import (
     unknown_weights,
     with_rows,
 )
+from s2train.checkpoints.trained import check_tokenizer
 from s2train.config import ExportConfig, ParallelConfig, PretrainConfig
 from s2train.data.tokenizers import FileTokenizer, Tokenizer, load_tokenizer
 from s2train.errors import ConfigError
@@ -41,8 +42,8 @@ def export(cfg: ExportConfig) -> Path:
     runs in one process; the folder is written under a temporary name and renamed when complete.
 
     Raises:
-        ConfigError: there is no checkpoint or tokenizer, the format can't hold a kind of attention or a weight, the
-            folder exists, or the vocabulary is out of range.
+        ConfigError: there is no checkpoint or tokenizer, the tokenizer is another one, the format can't hold a kind of
+            attention or a weight, the folder exists, or the vocabulary is out of range.
     """
     path, output = find_checkpoint(cfg.checkpoint), Path(cfg.output)
     trained = read_config(path)
@@ -52,6 +53,7 @@ def export(cfg: ExportConfig) -> Path:
     if output.exists():
         raise ConfigError("output", output, "it exists", "Name a folder that doesn't")
     tokenizer = load_tokenizer(cfg.tokenizer or trained.data.tokenizer, "tokenizer", trained.data.end_token)
+    check_tokenizer(path, tokenizer)
     rows = trained.model.vocab_size if cfg.vocab_size is None else cfg.vocab_size
     if not tokenizer.vocab_size <= rows <= trained.model.vocab_size:
         problem = f"the tokenizer has {tokenizer.vocab_size} ids, the model {trained.model.vocab_size} rows"

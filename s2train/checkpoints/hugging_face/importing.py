@@ -28,6 +28,7 @@ from s2train.config import (
     ScheduleConfig,
     TrainConfig,
 )
+from s2train.data.tokenizers import fingerprint
 from s2train.environment.dtypes import DTYPES
 from s2train.errors import ConfigError, as_typed
 from s2train.megatron.compat import save_checkpoint_shards
@@ -115,9 +116,11 @@ def import_llama(cfg: ImportConfig) -> tuple[Path, ModelFiles]:
             {"model": gpt.sharded_state_dict(metadata=metadata)}, str(temporary), plain, in_background=False
         )
     write_config(run, temporary / CONFIG)
-    Progress(0, 0, {}, None, weights_only=True, masks=mask_digests(hybrid)).write(temporary / PROGRESS)
     if (folder.path / TOKENIZER).is_file():
         shutil.copyfile(folder.path / TOKENIZER, output / TOKENIZER)
+    progress = Progress(0, 0, {}, None, weights_only=True)
+    progress = replace(progress, masks=mask_digests(hybrid), tokenizer=fingerprint(run.data.tokenizer))
+    progress.write(temporary / PROGRESS)
     temporary.rename(final)
     files.write()
     shutdown()
