@@ -28,6 +28,7 @@ class Summary:
         held_out_short, held_out_long: held-out loss over the first eighth and the last half of the positions.
         tokens_per_s, model_tflops, mfu, step_time_s: medians over the reports after the first tenth of the run.
         peak_memory_gib: peak memory allocated on rank 0's device; 0 on a CPU.
+        is_evaluated: whether a held-out loss was reported, finite or not.
     """
 
     name: str
@@ -42,14 +43,18 @@ class Summary:
     model_tflops: float
     mfu: float | None
     peak_memory_gib: float
+    is_evaluated: bool = False
 
     @property
     def ranking_loss(self) -> tuple[str, float | None]:
         """Name and value of the loss that ranks runs.
 
-        Held out, or else the last training loss.
+        Held out, or else the last training loss of a run without evaluations. A held-out loss that is not finite is
+        None: a training loss, of the steps that were not skipped, would pass for a good one.
         """
-        return ("loss", self.loss) if self.held_out_loss is None else ("held out", self.held_out_loss)
+        if self.is_evaluated or self.held_out_loss is not None:
+            return "held out", self.held_out_loss
+        return "loss", self.loss
 
     def losses(self) -> list[str]:
         """Format the loss and the losses of `HEADINGS`.
@@ -91,6 +96,7 @@ def summarize(run_dir: Path) -> Summary:
         model_tflops=median("model_tflops"),
         mfu=None if any("mfu" not in report for report in steady) else median("mfu"),
         peak_memory_gib=max(report["memory_gib"] for report in reports),
+        is_evaluated=bool(held_out),
     )
 
 

@@ -74,6 +74,13 @@ def test_the_loss_of_a_job_is_the_held_out_loss_or_else_the_last(tmp_path: Path)
     assert (job.loss(), job.loss_text()) == (None, "no loss")
 
 
+def test_a_training_loss_does_not_stand_for_a_held_out_loss_that_is_not_finite(tmp_path: Path) -> None:
+    job = made(tmp_path, "a", 1)
+    metrics = job.folder / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace('"held_out_loss": 3.0', '"held_out_loss": null'))
+    assert (job.loss(), job.loss_text()) == (None, "no loss")
+
+
 def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
     jobs = [made(tmp_path, "a", 1), Job(tmp_path / "b", "b", {}, ["x=1"], status=Status.REJECTED, error="why")]
     write_record(tmp_path, jobs)
