@@ -48,7 +48,8 @@ def read_variant(folder: Path) -> dict[str, Any]:
     for run in sorted((path for path in folder.iterdir() if path.name.isdecimal()), key=lambda path: int(path.name)):
         records = read_records(run / "metrics.jsonl")
         seconds[run.name] = _seconds(records)
-        if losses := [record["held_out_loss"] for record in records if record.get("held_out_loss") is not None]:
+        losses = [record["held_out_loss"] for record in records if "held_out_loss" in record]
+        if losses and losses[-1] is not None:  # a diverged run ends without one
             held_out[run.name] = losses[-1]
         if curve := recall_curve(records, points=1):
             recall[run.name] = curve[-1].mean

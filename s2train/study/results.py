@@ -70,14 +70,15 @@ def save_result(
         shared_gpu: whether other programs ran on its GPU.
 
     Raises:
-        ConfigError: the run has not reported a held-out loss.
+        ConfigError: the run's last held-out loss is missing or not finite.
     """
     folder = folders.run(run)
     summary = summarize(folder)
     records = read_records(folder / "metrics.jsonl")
-    measured = [one for one in records if one.get("held_out_loss") is not None]
-    if not measured:
-        raise ConfigError("runs", folder, "has reported no finite held-out loss", "Train it again in another root")
+    evaluations = [one for one in records if "held_out_loss" in one]
+    measured = [one for one in evaluations if one["held_out_loss"] is not None]
+    if not measured or measured[-1] is not evaluations[-1]:  # a diverged run ends without one
+        raise ConfigError("runs", folder, "ends without a finite held-out loss", "Train it again in another root")
     content = {
         "run": asdict(run),
         "gpus": gpus,

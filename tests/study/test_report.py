@@ -240,6 +240,19 @@ def test_a_result_is_made_of_metrics_and_counts_gpu_seconds(folders: Folders) ->
     assert (found.counts_exactly, found.shared_gpu, found.recall) == (True, False, ())
 
 
+def test_an_earlier_held_out_loss_does_not_stand_for_a_last_one_that_is_not_finite(folders: Folders) -> None:
+    run = Run("dense")
+    report = {
+        "loss": 3.0, "step_time_s": 0.5, "tokens_per_s": 10.0, "model_tflops": 1.0, "memory_gib": 2.0,
+        "held_out_loss_by_position": [], "consumed_tokens": 1,
+    }  # fmt: skip
+    records = [report | {"step": step, "held_out_loss": loss} for step, loss in ((1, 2.0), (2, None))]
+    folders.run(run).mkdir(parents=True)
+    (folders.run(run) / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    with pytest.raises(ConfigError, match="ends without a finite held-out loss"):
+        save_result(folders, run, recipe=Recipe(1e-3, 100), density=1.0, gpus=1, settings=["+model=tiny_dense"])
+
+
 def test_a_result_keeps_recall_and_whether_its_gpu_was_shared(folders: Folders) -> None:
     run = Run("hyper", "16k-40m")
     report = {
