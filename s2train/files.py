@@ -32,6 +32,21 @@ def write_json(path: Path, content: object) -> None:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
+def sync(path: Path) -> None:
+    """Write a file, or a folder's names, to disk.
+
+    A power loss can't undo it then. File systems that can't sync folders are left to themselves.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        if not path.is_dir():
+            raise
+    finally:
+        os.close(descriptor)
+
+
 def set_aside(path: Path) -> Path | None:
     """Rename a file to the first free of `metrics.1.jsonl`, `metrics.2.jsonl`, …
 

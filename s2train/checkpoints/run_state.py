@@ -38,7 +38,7 @@ from s2train.checkpoints.resume import loads_weights_alone
 from s2train.config import OptimConfig, PretrainConfig
 from s2train.distributed.agreement import broadcast_from_rank_0, max_over_ranks
 from s2train.errors import ConfigError, TrainingError
-from s2train.files import replacing
+from s2train.files import replacing, sync
 from s2train.megatron.compat import save_checkpoint_shards
 from s2train.megatron.local_optimizer_state import has_shifted_weights
 from s2train.megatron.model import unwrap
@@ -143,7 +143,10 @@ class Saver:
             progress.write(temporary / PROGRESS)
             if final.exists():
                 return f"{final} exists: is another job running in {self._cfg.run_dir}?"
+            for path in (*temporary.iterdir(), temporary):  # Megatron syncs only the shards
+                sync(path)
             temporary.rename(final)
+            sync(self._root)
             with replacing(self._root / "latest_checkpointed_iteration.txt") as latest:
                 latest.write_text(str(progress.step))
             if not progress.health.get("skipped_in_row"):  # after a skipped step, older checkpoints may be better

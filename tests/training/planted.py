@@ -128,6 +128,28 @@ def full_disk(step: int) -> None:
     os.fsync = planted
 
 
+def power_loss(step: int) -> None:
+    """Empty what the checkpoint after `step` left unsynced when it was renamed, as a power loss may.
+
+    The writers sync the shards.
+    """
+    fsync, rename, synced = os.fsync, Path.rename, set()
+
+    def noting(descriptor: int) -> None:
+        fsync(descriptor)
+        synced.add(os.fstat(descriptor).st_ino)
+
+    def planted(self: Path, target: Path) -> Path:
+        renamed = rename(self, target)
+        if renamed.name == f"iter_{step:07d}":
+            for path in renamed.iterdir():
+                if path.suffix != ".distcp" and path.stat().st_ino not in synced:
+                    os.truncate(path, 0)
+        return renamed
+
+    os.fsync, Path.rename = noting, planted
+
+
 def short_of_memory(step: int) -> None:
     """Pretend that host memory is too small for a copy of the optimizer state on every rank."""
     from s2train.checkpoints import run_state

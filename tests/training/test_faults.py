@@ -156,6 +156,14 @@ def test_a_full_disk_is_reported_in_one_line_and_older_checkpoints_stay(in_backg
     assert all(damage(path) is None for path in checkpoints_in(tmp_path / "checkpoints"))
 
 
+def test_the_only_checkpoint_outlives_a_power_loss(tmp_path: Path) -> None:
+    done = planted("power_loss:0:6", tmp_path, STEPS, EVERY_STEP, "checkpoint.keep=1")
+    assert done.status == 0, done.err
+    (checkpoint,) = checkpoints_in(tmp_path / "checkpoints")
+    assert [path.name for path in checkpoint.iterdir() if not path.stat().st_size] == []
+    assert damage(checkpoint) is None
+
+
 def test_a_run_saved_with_little_memory_resumes_like_an_uninterrupted_one(tmp_path: Path) -> None:
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     start = f"checkpoint.resume={whole / 'checkpoints' / 'iter_0000003'}"
