@@ -24,12 +24,17 @@ def held_out_part(data: DataConfig) -> DataConfig:
 
 
 def check_parts(cfg: PretrainConfig) -> None:
-    """Check `data.valid_path` against `data.path` and `data.split`; opens no file.
+    """Check `data.path`, and `data.valid_path` against it and `data.split`; opens no file.
 
     Raises:
-        ConfigError: it names no prefixes, or one that the run trains on; `data.split` is set too.
+        ConfigError: `data.path` names a dataset twice; `data.valid_path` names no prefixes, or one that the run trains
+            on; `data.split` is set too.
     """
     data = cfg.data
+    trained_on = [_file(prefix) for prefix in dataset_prefixes(data.path)]
+    if len(set(trained_on)) < len(trained_on):
+        # each entry draws in the same order, so that samples would repeat before others are drawn once
+        raise ConfigError("data.path", data.path, "names a dataset twice", "Name it once, with the sum of its weights")
     if data.valid_path is None:
         return
     remedy = "Set data.valid_path to a prefix that launch/prepare_data.py wrote, or null to hold out by data.split"
@@ -43,7 +48,6 @@ def check_parts(cfg: PretrainConfig) -> None:
     if data.split != _DEFAULT_SPLIT:
         problem = "divides data.path, all of which is for training with data.valid_path"
         raise ConfigError("data.split", data.split, problem, "Leave data.split or data.valid_path out")
-    trained_on = {_file(prefix) for prefix in dataset_prefixes(data.path)}
     if shared := [prefix for prefix in held_out if _file(prefix) in trained_on]:
         raise ConfigError("data.valid_path", data.valid_path, f"the run trains on {shared[0]} too", remedy)
 

@@ -79,6 +79,14 @@ def test_evaluating_on_training_data_is_rejected(run: PretrainConfig, spelling: 
         check_data(run, ByteTokenizer())
 
 
+@pytest.mark.parametrize("weights", [(), (0.3, 0.7)])
+def test_a_dataset_named_twice_is_rejected(run: PretrainConfig, letters: dict[str, str], weights: Any) -> None:
+    prefixes = (letters["a"], f"{letters['b']}/../a")
+    run.data.path = [entry for pair in zip(weights, prefixes, strict=True) for entry in pair] if weights else prefixes
+    with pytest.raises(ConfigError, match="names a dataset twice"):
+        check_data(run, ByteTokenizer())
+
+
 def test_held_out_data_shorter_than_a_sequence_are_rejected(run: PretrainConfig) -> None:
     run.train.seq_length = 5_000
     with pytest.raises(ConfigError, match=r"held-out part of .*b has 4,001 tokens"):
