@@ -31,8 +31,9 @@ def settings_json(cfg: PretrainConfig, folder: Path, is_bytes: bool) -> dict[str
     Mask files are copied into `folder`.
     """
     layout = asdict(cfg.layout)
-    for number, pattern in enumerate(_with_file(layout)):
-        name = f"masks-{number}.npz"
+    names: dict[str, str] = {}  # one copy of each file: heads with equal masks of two files would be different patterns
+    for pattern in _with_file(layout):
+        name = names.setdefault(pattern["file"], f"masks-{len(names)}.npz")
         shutil.copyfile(pattern["file"], folder / name)
         pattern["file"] = name
     return {
@@ -74,8 +75,10 @@ def copy_masks(layout: LayoutConfig, weights: Path) -> None:
 def _with_file(layout: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield a layout's patterns that read a file."""
     of_kinds = [kind.get("pattern") for kind in layout.get("kinds", {}).values()]
-    for pattern in (layout.get("pattern"), *layout.get("patterns", {}).values(), *of_kinds):
-        if isinstance(pattern, dict) and pattern.get("file") is not None:
+    patterns = (layout.get("pattern"), *layout.get("patterns", {}).values(), *of_kinds)
+    given = [settings for settings in patterns if isinstance(settings, dict)]
+    for pattern in (*given, *(rule for settings in given for rule in settings.get("rules") or ())):
+        if pattern.get("file") is not None:
             yield pattern
 
 

@@ -263,8 +263,10 @@ def test_what_is_no_plain_llama_is_rejected(tmp_path: Path, changed: dict[str, A
 
 def test_a_hybrid_goes_out_and_comes_back_and_trains_on(tmp_path: Path) -> None:
     masks = np.tril(np.random.default_rng().random((4, 8, 8)) < 0.5) | np.eye(8, dtype=bool)
-    write_masks(tmp_path / "masks.npz", {2: masks}, 16)
-    layers = ["layout.layers=DSFS", f"+layout.patterns.F={{kind:file,file:{tmp_path / 'masks.npz'}}}"]
+    write_masks(tmp_path / "masks.npz", {1: masks, 2: masks[::-1]}, 16)
+    file = f"{{kind:file,file:{tmp_path / 'masks.npz'}}}"
+    rules = f"{{kind:per_head,rules:[{file},{{kind:dense}}],heads:{[[0, 0, 0, 1]] * 4}}}".replace(" ", "")
+    layers = ["layout.layers=DRFS", f"+layout.patterns.R={rules}", f"+layout.patterns.F={file}"]
     own = ["train.precision=fp32", "model.rotary_percent=0.5", "schedule=two_dense_heads", "schedule.dense_heads=1"]
     trained = pretrain(tmp_path / "run", *layers, *own, "train.steps=2", "optim.warmup_steps=1", "model.init_std=0.2")
     assert trained.status == 0, trained.err
@@ -287,7 +289,7 @@ def test_a_hybrid_goes_out_and_comes_back_and_trains_on(tmp_path: Path) -> None:
     assert done.status == 0, done.err
     went_on = read_config(tmp_path / "further" / "checkpoints" / "iter_0000002")
     began = read_config(tmp_path / "run" / "checkpoints" / "iter_0000002")
-    assert (went_on.schedule, went_on.layout.layers) == (began.schedule, "DSFS")
+    assert (went_on.schedule, went_on.layout.layers) == (began.schedule, "DRFS")
     assert went_on.model == replace(began.model, name="start", head_dim=16, init_std=went_on.model.init_std)
 
 
