@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from s2train.comparison.runs import HEADINGS, Summary
+from s2train.comparison.runs import HEADINGS, Summary, held_out_note
 from s2train.files import replacing
 from s2train.sweeps.jobs import Job, Status, read_record
 from s2train.sweeps.picture import Point, draw
@@ -81,6 +81,7 @@ def table(results: list[Result]) -> Table:
         )
         density = "" if job.density is None else f"{job.density:.3f}"
         made.add_row(job.label, str(job.status), _short(job.layers), density, *measured)
+    made.caption = held_out_note(result.summary for result in results if result.summary is not None)
     return made
 
 

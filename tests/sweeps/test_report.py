@@ -104,6 +104,16 @@ def test_results_are_in_the_table_the_csv_and_a_picture(tmp_path: Path) -> None:
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(("batches", "noted"), [((8, 8), False), ((8, 16), True)])
+def test_held_out_losses_over_different_tokens_are_noted(tmp_path: Path, batches: tuple[int, int], noted: bool) -> None:
+    jobs = [made(tmp_path, "a", seed) for seed in (1, 2)]
+    for job, size in zip(jobs, batches, strict=True):
+        content = {"evaluation": {"batches": 2}, "train": {"global_batch_size": size, "seq_length": 128}}
+        (job.folder / "config.yaml").write_text(json.dumps(content))
+    write_record(tmp_path, jobs)
+    assert ("held-out losses are over 2,048 to 4,096 tokens" in printed(tmp_path)[1]) == noted
+
+
 def test_the_best_job_is_chosen_by_the_loss_that_a_sweeper_gets(tmp_path: Path) -> None:
     better = made(tmp_path, "b", 1, loss=1.5)
     jobs = [made(tmp_path, "a", 1), better, made(tmp_path, "c", 2, loss=1.4)]
