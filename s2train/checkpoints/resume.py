@@ -126,6 +126,7 @@ def _find_start(cfg: PretrainConfig, masks: dict[str, str], tokenizer: str | Non
         return Start(checkpoint, Progress(0, 0, data_order(cfg), None), changes=rotation, initial=initial)
     _check_frozen_trunk(cfg, trained, saved.step, checkpoint)
     _check_muon(cfg, changes, checkpoint)
+    _check_precision(cfg, changes, checkpoint)
     _check_step_size(cfg, saved, checkpoint)
     last = cfg.train.last_step
     if not is_in_run_dir and saved.step >= last:
@@ -196,6 +197,21 @@ def _check_muon(cfg: PretrainConfig, changes: list[Change], checkpoint: Path) ->
             )
             remedy = "Set that value, or start from the weights alone in another run_dir (checkpoint.weights_only=true)"
             raise ConfigError(change.setting, change.now, problem, remedy)
+
+
+def _check_precision(cfg: PretrainConfig, changes: list[Change], checkpoint: Path) -> None:
+    """Reject another precision if the optimizer isn't distributed.
+
+    With bf16 its state has fp32 copies of the weights, and with fp32 it has none.
+    """
+    before = next((change.before for change in changes if change.setting == "train.precision"), None)
+    if before is not None and not cfg.parallel.distributed_optimizer:
+        problem = f"{checkpoint} holds optimizer state saved with train.precision={before}"
+        remedy = (
+            f"Set train.precision={before}, which only parallel.distributed_optimizer=true can change, or start from"
+            " the weights alone in another run_dir (checkpoint.weights_only=true)"
+        )
+        raise ConfigError("train.precision", cfg.train.precision, problem, remedy)
 
 
 def _check_step_size(cfg: PretrainConfig, saved: Progress, checkpoint: Path) -> None:

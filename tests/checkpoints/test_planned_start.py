@@ -1,5 +1,6 @@
 """A plan reports where the run would start, and a checkpoint that the run would reject."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,16 @@ def test_a_plan_rejects_what_the_run_would(run_dir: Path) -> None:
         start(run_dir.parent / "other", "checkpoint.new_data=true")
     with pytest.raises(ConfigError, match=r"^optim.lr=0.1: .*'checkpoint.allow_changes=\[optim.lr\]"):
         start(run_dir, "optim.lr=0.1")
+
+
+def test_another_precision_is_rejected_without_a_distributed_optimizer(run_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(run_dir, tmp_path / "plain")
+    config = tmp_path / "plain" / "checkpoints" / "iter_0000002" / "config.yaml"
+    config.write_text(config.read_text().replace("distributed_optimizer: true", "distributed_optimizer: false"))
+    others = [p for p in ("fp32", "bf16") if f"precision: {p}\n" not in config.read_text()]
+    settings = ["parallel.distributed_optimizer=false", f"train.precision={others[0]}", "checkpoint.allow_changes=true"]
+    with pytest.raises(ConfigError, match=r"^train\.precision=.* holds optimizer state saved with"):
+        start(tmp_path / "plain", *settings)
 
 
 def test_a_plan_without_its_data_compares_all_but_their_order(run_dir: Path) -> None:
