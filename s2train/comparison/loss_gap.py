@@ -16,12 +16,13 @@ from s2train.training.records import read_records
 class Gap:
     """Loss of a run minus the base run's, nats per token.
 
-    At the same steps.
+    Of reports over the same steps: a report's loss is the mean since the one before.
 
     Attributes:
-        first: gap at the first step that both report.
-        mean_size, largest: mean and maximum of its absolute value over all common steps.
-        last: signed mean over the last tenth of the steps.
+        steps: reports in common; one for each step where tracking.log_interval is 1.
+        first: gap of the first report.
+        mean_size, largest: mean and maximum of its absolute value over all reports.
+        last: signed mean over the last tenth of the reports.
     """
 
     name: str
@@ -36,15 +37,16 @@ def gaps(base: Path, runs: Sequence[Path]) -> list[Gap]:
     """Compare runs that reported every step.
 
     Raises:
-        ConfigError: a run has no metrics, or shares no step with the base run.
+        ConfigError: a run has no metrics, or no report over the same steps as one of the base run.
     """
     expected = _losses(base)
     found = []
     for run in runs:
         losses = _losses(run)
-        differences = [losses[step] - expected[step] for step in sorted(losses.keys() & expected.keys())]
+        differences = [losses[steps] - expected[steps] for steps in sorted(losses.keys() & expected.keys())]
         if not differences:
-            raise ConfigError("runs", run, f"has no reported step in common with {base}", "Set tracking.log_interval=1")
+            problem = f"has no report over the same steps as one of {base}"
+            raise ConfigError("runs", run, problem, "Set tracking.log_interval=1")
         tail = differences[-max(len(differences) // 10, 1) :]
         sizes = [abs(difference) for difference in differences]
         found.append(
@@ -64,8 +66,15 @@ def table(base: Path, found: Sequence[Gap]) -> Table:
     return shown
 
 
-def _losses(run: Path) -> dict[int, float]:
+def _losses(run: Path) -> dict[tuple[int, int], float]:
+    """Read losses by the steps of the report before and their own."""
     path = run / "metrics.jsonl"
     if not path.is_file():
         raise ConfigError("runs", run, "has no metrics.jsonl", "Set folders of runs")
-    return {record["step"]: record["loss"] for record in read_records(path) if record.get("loss") is not None}
+    reports = [record for record in read_records(path) if "event" not in record and "loss" in record]
+    steps = [0, *(report["step"] for report in reports)]
+    return {
+        (before, report["step"]): report["loss"]
+        for before, report in zip(steps, reports, strict=False)
+        if report["loss"] is not None
+    }
