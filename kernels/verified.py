@@ -57,6 +57,15 @@ VERIFIED: tuple[Verified, ...] = (
         "2026-11-28-h100-rotation.json",
         frozenset({"rotation bf16", "rotation fp32"}),
     ),
+    Verified(
+        "liger-kernel",
+        "0.8.5",
+        (9, 0),
+        "2026-11-29-h200-elementwise.json",
+        frozenset(f"{name} {dtype}" for name in ("sums", "loss in_place") for dtype in ("bf16", "fp32")),
+    ),
+    # our split of heads
+    Verified("triton", "3.6.0", (9, 0), "2026-11-29-h200-elementwise.json", frozenset({"split bf16", "split fp32"})),
 )
 
 
