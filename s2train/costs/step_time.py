@@ -8,9 +8,10 @@ not wait for the host). The prediction is within `MARGIN` of every whole step me
 `Prediction.waits_for_host` warns of these.
 
 Other GPUs are estimated as H100s scaled by the ratio of peak rates: FLOP/s for products and attention, memory bandwidth
-for elementwise work and the optimizer, link bandwidth for communication. That predicts steps of a 125M model on H200s 6
-to 9 % too long (`2026-11-28-h200-quality-speed.json`); no other GPU was measured. More than two tensor or context
-parallel ranks, pipeline stages, and several machines are estimates too, from these assumptions:
+for elementwise work and the optimizer, link bandwidth for communication. On H200s that predicts steps of a 125M model 6
+to 9 % too long (`2026-11-28-h200-quality-speed.json`), of the 1B hybrid 3 % too long, and of 7B layers up to 5 % too
+short (`2026-11-29-h200-library-steps-fused.json`, `-long-steps-te.json`); no other GPU was measured. More than two
+tensor or context parallel ranks, pipeline stages, and several machines are estimates too, from these assumptions:
 
 - Ranks are numbered as in Megatron: tensor parallel ranks next to each other, then context, data and pipeline parallel.
 - A collective operation between machines uses the network card of each GPU that takes part: a ring of four GPUs of

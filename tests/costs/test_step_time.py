@@ -4,6 +4,7 @@ import copy
 import csv
 import functools
 import json
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -117,13 +118,13 @@ def steps_of_libraries() -> Iterator[tuple[str, list[str], dict]]:
                 yield f"{path.stem} {name}", row["settings"], row
 
 
-def long_steps_with_libraries() -> Iterator[tuple[str, list[str], dict]]:
+def long_steps_with_libraries(*names: str) -> Iterator[tuple[str, list[str], dict]]:
     """Name, settings and record of each measured by `launch/long_steps.py` since it records its settings."""
-    for name in ("2026-11-28-h100-long-steps-fa4", "2026-11-28-h100-long-steps-8k-128k"):
+    for name in names:
         for row in read(f"{name}.json")["rows"]:
             settings = [
                 "+model=7b_hybrid" if "hybrid" in row["way"] else "+model=7b_dense",
-                *row["stack"].replace("backend=local", "layer_backend=local").split(),
+                *re.sub(r"\bbackend=", "layer_backend=", row["stack"]).split(),
                 f"model.num_layers={row['layers']}",
                 f"train.seq_length={row['seq_length']}",
                 f"train.global_batch_size={row['sequences_a_step']}",
@@ -133,7 +134,12 @@ def long_steps_with_libraries() -> Iterator[tuple[str, list[str], dict]]:
 
 
 def steps_on_an_h200() -> Iterator[tuple[str, list[str], dict]]:
-    """Name, settings and record of each measured by `launch/quality_study.py`, but windows of a searched size."""
+    """Name, settings and record of each that is not a window of a searched size."""
+    for name, settings, row in long_steps_with_libraries("2026-11-29-h200-long-steps-te"):
+        yield name, settings, {"step_time_s": row["step_s"], "peak_memory_gib": row["peak_gib"]}
+    for name, row in read("2026-11-29-h200-library-steps-fused.json")["runs"].items():
+        found = {"step_time_s": row["step_s"], "peak_memory_gib": row["peak_bytes"] / GIB}
+        yield f"1B {name}", row["settings"], found
     for name, row in read("2026-11-28-h200-quality-speed.json")["rows"].items():
         variant, phase, _ = name.rsplit("-", 2)
         if not variant.startswith("window"):
@@ -148,7 +154,8 @@ def steps_on_an_h200() -> Iterator[tuple[str, list[str], dict]]:
 
 
 LIBRARY_STEPS = list(steps_of_libraries())
-LONG_STEPS, H200_STEPS = list(long_steps_with_libraries()), list(steps_on_an_h200())
+LONG_STEPS = list(long_steps_with_libraries("2026-11-28-h100-long-steps-fa4", "2026-11-28-h100-long-steps-8k-128k"))
+H200_STEPS = list(steps_on_an_h200())
 STEPS = [(name, [*BEFORE, *settings], processes, seconds) for name, settings, processes, seconds in measured_steps()]
 STEPS += [(name, settings, 1, row["step_s"]) for name, settings, row in [*LIBRARY_STEPS, *LONG_STEPS]]
 PEAKS = [(name, settings, 1, H100, row["peak_bytes"]) for name, settings, row in LIBRARY_STEPS]
