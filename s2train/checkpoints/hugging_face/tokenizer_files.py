@@ -28,6 +28,7 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, max_length: int) -> None
         "pad_token": end,
         "padding_side": "left",  # of a batch of prompts
         "model_max_length": max_length,
+        "model_input_names": ["input_ids", "attention_mask"],  # not token types, which transformers 4 adds
         "clean_up_tokenization_spaces": False,  # decoded text would lose spaces before punctuation
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")

@@ -37,6 +37,7 @@ def test_a_tokenizers_file_is_copied_and_its_end_of_document_named(kind: str, tm
     end = "<|endoftext|>" if kind == "byte-level" else "</s>"
     assert (config["eos_token"], config["model_max_length"]) == (end, 512)
     assert (config["pad_token"], config["padding_side"]) == (end, "left")
+    assert config["model_input_names"] == ["input_ids", "attention_mask"]  # all that an export's `generate` takes
     assert not adds_tokens(folder)
 
 
