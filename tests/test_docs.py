@@ -141,6 +141,8 @@ def check(command: Command) -> None:
             assert command.arguments[0] in ("login", "sync")
         case "vllm":
             assert command.arguments[0] in ("serve", "bench")
+        case "python" if command.arguments[0] == "-m" and command.arguments[1].startswith("vllm."):
+            pass  # vLLM's own module, in its environment
         case "source" | "mkdir" | "apt-get" | "dpkg" | "tar" | "curl":
             pass
         case "launch/hybrid_vs_dense.sh" | "launch/te_vs_local.sh":
