@@ -239,10 +239,10 @@ class CheckpointConfig:
     # with checkpoints; else a checkpoint to start from (a run folder, its checkpoints folder, or one iter_* in it)
     resume: str = "auto"
     # with `resume` naming another run: start a new phase, which reads its data from the beginning, in their own order,
-    # and may raise model.rotary_base for longer sequences
+    # and may change model.rotary_base and model.rope_scaling for longer sequences
     new_data: bool = False
     # with `resume` naming another run: load its weights alone, and train from step 1 with a new optimizer; the layout
-    # may differ, and weights that its kinds of attention add begin with their initial values
+    # and RoPE's base and scaling may differ; weights that its kinds of attention add begin with their initial values
     weights_only: bool = False
     # settings that may differ from the run folder's checkpoint although they change the experiment: true (any), or
     # names, such as [optim.lr,train.global_batch_size]; in a new phase (new_data) also settings of the layout and its
