@@ -203,6 +203,14 @@ class RMSNorm(nn.RMSNorm):
     """x / rms(x) · weight."""
 
 
+class Embedding(nn.Embedding):
+    """Vectors of tokens, and logits by the same weights where they are tied."""
+
+    def forward(self, given: Tensor, gives_logits: bool = False) -> Tensor:
+        # In this module's forward, where accelerate brings its weights and inputs to one device.
+        return F.linear(given, self.weight) if gives_logits else super().forward(given)
+
+
 class Attention(nn.Module):
     """Grouped-query attention over the blocks that each head keeps."""
 
@@ -354,7 +362,7 @@ class Decoder(nn.Module):
     def __init__(self, config: S2Config) -> None:
         super().__init__()
         self.config, self.kernels = config, Kernels(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, layer, self.kernels) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
@@ -423,6 +431,7 @@ class S2ForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = S2Config
     base_model_prefix = "model"
     main_input_name = "input_ids"
+    _no_split_modules = ["Layer"]  # device_map="auto" leaves a layer on one device
 
     def __init__(self, config: S2Config) -> None:
         super().__init__(*([config] if PreTrainedModel is not nn.Module else []))
@@ -513,8 +522,8 @@ class S2ForCausalLM(PreTrainedModel, GenerationMixin):
         hidden = self.model(input_ids, cache, start, padding)
         if logits_to_keep:
             hidden = hidden[:, -logits_to_keep:]
-        logits = F.linear(hidden, self.model.embed_tokens.weight) if self.config.tie_word_embeddings else None
-        logits = self.lm_head(hidden) if logits is None else logits
+        tied = self.config.tie_word_embeddings
+        logits = self.model.embed_tokens(hidden, True) if tied else self.lm_head(hidden)
         loss = None
         if labels is not None:
             if logits_to_keep:

@@ -155,6 +155,28 @@ def test_a_cache_of_padded_sequences_needs_the_mask(model: S2ForCausalLM) -> Non
         model(tokens[:, -1:], cache=cache)
 
 
+@pytest.mark.parametrize("tie", [False, True])
+@torch.no_grad()
+def test_a_modules_weights_may_be_there_only_while_it_runs(tokens: Tensor, tie: bool) -> None:
+    """As accelerate has them for a device_map that offloads."""
+    made = S2ForCausalLM(S2Config(**CONFIG, tie_word_embeddings=tie)).double().eval()
+    expected = made(tokens).logits
+    for module in made.modules():
+        if own := dict(module.named_parameters(recurse=False)):
+            kept = {name: weight.clone() for name, weight in own.items()}
+            module.register_forward_pre_hook(
+                lambda _, __, own=own, kept=kept: [own[name].copy_(weight) for name, weight in kept.items()] and None
+            )
+            module.register_forward_hook(lambda *_, own=own: [w.fill_(torch.nan) for w in own.values()] and None)
+            for weight in own.values():
+                weight.fill_(torch.nan)
+    assert torch.equal(made(tokens).logits, expected)
+
+
+def test_a_device_map_divides_no_layer(model: S2ForCausalLM) -> None:
+    assert S2ForCausalLM._no_split_modules == [type(model.model.layers[0]).__name__]
+
+
 PATTERNS: list[dict[str, Any]] = [
     {"kind": "dense"},
     {"kind": "local_vertical", "local": 2, "stride": 3, "offset": 1, "sinks": 1},
