@@ -80,6 +80,9 @@ def check(config: VllmConfig) -> None:
         problem = "without it vLLM frees no page before its sequence ends"
         remedy = "Leave --disable-hybrid-kv-cache-manager out"
         raise ConfigError("disable_hybrid_kv_cache_manager", True, problem, remedy)
+    if kv_cache.kv_offloading_size is not None:  # vLLM makes a kv_transfer_config of it after these checks
+        problem = "pages of sparse layers can't be sent or reported elsewhere"
+        raise ConfigError("kv_offloading_size", kv_cache.kv_offloading_size, problem, "Leave it out")
     for setting, found in (("kv_transfer_config", config.kv_transfer_config), ("kv_events_config", _events(config))):
         if found is not None:
             problem = "pages of sparse layers can't be sent or reported elsewhere"

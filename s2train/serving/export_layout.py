@@ -8,6 +8,7 @@ from s2train.attention.kind import LayerLayout
 from s2train.attention.registry import LETTERS
 from s2train.checkpoints.hugging_face.layout_json import FORMAT, pattern_from_json
 from s2train.errors import ConfigError
+from s2train.kernels.layout import BLOCK_SIZES
 from s2train.layouts.patterns import Dense, Pattern
 from s2train.layouts.patterns.file import MaskPattern
 
@@ -45,7 +46,10 @@ class ExportLayout:
         except (KeyError, TypeError, ValueError) as error:
             problem = f"vLLM can't serve this kind of attention, or another version wrote it ({error})"
             raise ConfigError("model", name, problem, remedy) from error
-        return cls(layout["block_size"], config["num_key_value_heads"], layers)
+        if (size := layout["block_size"]) not in BLOCK_SIZES:
+            problem = f"its layout has blocks of {size} tokens, and kernels take {', '.join(map(str, BLOCK_SIZES))}"
+            raise ConfigError("model", name, problem, "Train and export a layout with such blocks")
+        return cls(size, config["num_key_value_heads"], layers)
 
     def is_dense(self, layer: int) -> bool:
         """Return whether every head of a layer keeps every key."""

@@ -23,7 +23,7 @@ def config(**changed: Any) -> Any:
     names = ("pipeline_parallel_size", "decode_context_parallel_size", "prefill_context_parallel_size")
     parts: dict[str, dict[str, Any]] = {
         "parallel_config": {"tensor_parallel_size": 2, **dict.fromkeys(names, 1)},
-        "cache_config": {"cache_dtype": "auto"},
+        "cache_config": {"cache_dtype": "auto", "kv_offloading_size": None},
         "scheduler_config": {"disable_hybrid_kv_cache_manager": None},
         "hf_config": {"layout": LAYOUT, "num_key_value_heads": 4},
         "model_config": {"max_model_len": 1024, "model": "runs/export", "dtype": torch.bfloat16},
@@ -51,11 +51,13 @@ def test_what_can_be_served_passes() -> None:
         ({"cache_dtype": "fp8"}, "kv_cache_dtype=fp8: sparse layers keep keys and values in the model's dtype"),
         ({"speculative_config": SimpleNamespace(method="ngram")}, "speculative_config=ngram: sparse layers decode"),
         ({"disable_hybrid_kv_cache_manager": True}, "disable_hybrid_kv_cache_manager=true: without it vLLM"),
+        ({"kv_offloading_size": 4.0}, "kv_offloading_size=4.0: pages of sparse layers can't be sent"),
         ({"kv_transfer_config": SimpleNamespace()}, "kv_transfer_config=SimpleNamespace: pages of sparse layers"),
         ({"kv_events_config": SimpleNamespace(enable_kv_cache_events=True)}, "kv_events_config=SimpleNamespace: pages"),
         ({"max_model_len": 1000}, "max_model_len=1000: isn't a multiple of the layout's block of 256"),
         ({"layout": None}, "model=runs/export: its layout has format None, and this version of s2train reads format 1"),
         ({"layout": LAYOUT | {"format": 7}}, "model=runs/export: its layout has format 7, and"),
+        ({"layout": LAYOUT | {"block_size": 8}}, "model=runs/export: its layout has blocks of 8 tokens, and kernels take 16"),
         (
             {"layout": LAYOUT | {"patterns": [{"kind": "moba"}] * 5}},
             "model=runs/export: vLLM can't serve this kind of attention, or another version wrote it ('moba')",
