@@ -91,6 +91,9 @@ def check(config: VllmConfig) -> None:
     if layout.longest is not None and length > layout.longest:
         problem = f"the layout's masks end at {layout.longest} tokens"
         raise ConfigError("max_model_len", length, problem, f"Set --max-model-len {layout.longest} or less")
+    if layout.block_size > _ALIGNMENT and config.model_config.original_max_model_len == -1:
+        problem = f"vLLM may choose a length that isn't a multiple of the layout's block of {layout.block_size}"
+        raise ConfigError("max_model_len", "auto", problem, f"Set --max-model-len to a multiple of {layout.block_size}")
     if layout.block_size > _ALIGNMENT and length % layout.block_size:
         problem = f"isn't a multiple of the layout's block of {layout.block_size}"
         remedy = f"Set --max-model-len {length // layout.block_size * layout.block_size}"

@@ -58,7 +58,9 @@ class S2Spec(AttentionSpec):
         return most_pages(uses, min(self.tokens_per_step, max_length), self.layout_block)
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
-        return self.most_pages(vllm_config.model_config.max_model_len) * self.page_size_bytes
+        # One more: vLLM's null page is among those that fit, and a sequence that lacks one waits forever.
+        pages = self.most_pages(vllm_config.model_config.max_model_len) + 1
+        return pages * self.page_size_bytes
 
     def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
         return all(spec == self for spec in kv_cache_specs.values())

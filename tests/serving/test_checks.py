@@ -26,7 +26,12 @@ def config(**changed: Any) -> Any:
         "cache_config": {"cache_dtype": "auto", "kv_offloading_size": None},
         "scheduler_config": {"disable_hybrid_kv_cache_manager": None},
         "hf_config": {"layout": LAYOUT, "num_key_value_heads": 4},
-        "model_config": {"max_model_len": 1024, "model": "runs/export", "dtype": torch.bfloat16},
+        "model_config": {
+            "max_model_len": 1024,
+            "original_max_model_len": None,
+            "model": "runs/export",
+            "dtype": torch.bfloat16,
+        },
     }
     whole = {"speculative_config": None, "kv_transfer_config": None, "kv_events_config": None}
     for name, value in changed.items():
@@ -55,9 +60,10 @@ def test_what_can_be_served_passes() -> None:
         ({"kv_transfer_config": SimpleNamespace()}, "kv_transfer_config=SimpleNamespace: pages of sparse layers"),
         ({"kv_events_config": SimpleNamespace(enable_kv_cache_events=True)}, "kv_events_config=SimpleNamespace: pages"),
         ({"max_model_len": 1000}, "max_model_len=1000: isn't a multiple of the layout's block of 256"),
+        ({"original_max_model_len": -1}, "max_model_len=auto: vLLM may choose a length that isn't a multiple of the"),
         ({"layout": None}, "model=runs/export: its layout has format None, and this version of s2train reads format 1"),
         ({"layout": LAYOUT | {"format": 7}}, "model=runs/export: its layout has format 7, and"),
-        ({"layout": LAYOUT | {"block_size": 8}}, "model=runs/export: its layout has blocks of 8 tokens, and kernels take 16"),
+        ({"layout": LAYOUT | {"block_size": 8}}, "model=runs/export: its layout has blocks of 8 tokens, and kernels"),
         (
             {"layout": LAYOUT | {"patterns": [{"kind": "moba"}] * 5}},
             "model=runs/export: vLLM can't serve this kind of attention, or another version wrote it ('moba')",

@@ -24,8 +24,8 @@ PAGE_TOKENS = BLOCK // SLOTS
 HEADS = [LocalVertical(2, 4, 1), LocalVertical(1, 3, 0), SlidingWindow(2, 1), Ranges(((1, 1), (3, 2), (None, 4)), 1)]
 
 
-def manager(heads: list[Any] = HEADS, tokens_per_step: int = 70) -> S2Manager:
-    spec = S2Spec(
+def spec_of(heads: list[Any] = HEADS, tokens_per_step: int = 70) -> S2Spec:
+    return S2Spec(
         block_size=PAGE_TOKENS,
         num_kv_heads=SLOTS,
         head_size=32,
@@ -35,9 +35,12 @@ def manager(heads: list[Any] = HEADS, tokens_per_step: int = 70) -> S2Manager:
         max_length=BLOCK * BLOCKS,
         tokens_per_step=tokens_per_step,
     )
+
+
+def manager(heads: list[Any] = HEADS, tokens_per_step: int = 70, pages: int = PAGES) -> S2Manager:
     return S2Manager(
-        spec,
-        block_pool=BlockPool(PAGES, True, PAGE_TOKENS),
+        spec_of(heads, tokens_per_step),
+        block_pool=BlockPool(pages, True, PAGE_TOKENS),
         enable_caching=True,
         kv_cache_group_id=0,
         scheduler_block_size=BLOCK,
@@ -144,3 +147,11 @@ def test_pages_that_were_taken_again_are_not_found() -> None:
     taken = pages.block_pool.get_new_blocks(PAGES - 1)
     assert find(pages, [*tokens, 1]) == []
     pages.block_pool.free_blocks(taken)
+
+
+def test_the_longest_sequence_runs_in_the_memory_that_it_is_said_to_need() -> None:
+    length = BLOCK * BLOCKS
+    spec = spec_of([Dense()] * SLOTS, tokens_per_step=length)
+    needed: Any = SimpleNamespace(model_config=SimpleNamespace(max_model_len=length))
+    pages = manager([Dense()] * SLOTS, length, spec.max_memory_usage_bytes(needed) // spec.page_size_bytes)
+    assert step(pages, request("a", [0] * length), 0, length) == BLOCKS * SLOTS

@@ -21,7 +21,7 @@ from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -431,7 +431,7 @@ class S2ForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = S2Config
     base_model_prefix = "model"
     main_input_name = "input_ids"
-    _no_split_modules = ["Layer"]  # device_map="auto" leaves a layer on one device
+    _no_split_modules: ClassVar[list[str]] = ["Layer"]  # device_map="auto" leaves a layer on one device
 
     def __init__(self, config: S2Config) -> None:
         super().__init__(*([config] if PreTrainedModel is not nn.Module else []))
