@@ -285,11 +285,13 @@ class Attention(nn.Module):
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Apply the rotary position embedding to x's first r dimensions.
 
-    Dimension i turns with i + r / 2. x: [b, heads, s, d]; cos, sin: [s, r], or [b, 1, s, r].
+    Dimension i turns with i + r / 2. x: [b, heads, s, d]; cos, sin: [s, r], or [b, 1, s, r]. The result has x's dtype,
+    whatever theirs is under autocast.
     """
     turning, still = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], dim=-1)
     low, high = turning.chunk(2, dim=-1)
-    return torch.cat([turning * cos + torch.cat([-high, low], dim=-1) * sin, still], dim=-1)
+    turned = turning * cos + torch.cat([-high, low], dim=-1) * sin
+    return torch.cat([turned.to(x.dtype), still], dim=-1)
 
 
 def scaled_frequencies(config: S2Config, device: torch.device) -> tuple[Tensor, float]:

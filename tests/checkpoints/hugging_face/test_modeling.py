@@ -146,6 +146,19 @@ def test_a_sequence_after_padding_on_the_left_is_as_alone(model: S2ForCausalLM) 
         torch.testing.assert_close(logits[-len(part) :], model(part[None]).logits[0])
 
 
+@pytest.mark.parametrize("choice", ["masks", "kernels"])
+@torch.no_grad()
+def test_autocast_computes_padded_sequences_in_its_dtype(choice: str) -> None:
+    made = S2ForCausalLM(S2Config(**CONFIG | {"layout": CONFIG["layout"] | {"block_size": 16}})).eval()
+    made.set_attention(choice)
+    tokens, mask = padded([torch.arange(PROMPT), torch.arange(13)])
+    with torch.autocast("cpu", torch.bfloat16):
+        found = made(tokens, attention_mask=mask).logits
+    assert found.dtype == torch.bfloat16
+    expected = made(tokens, attention_mask=mask).logits[mask == 1]
+    assert (found[mask == 1] - expected).norm() < 0.05 * expected.norm()
+
+
 @torch.no_grad()
 def test_a_cache_of_padded_sequences_needs_the_mask(model: S2ForCausalLM) -> None:
     tokens, mask = padded([torch.arange(9), torch.arange(5)])
