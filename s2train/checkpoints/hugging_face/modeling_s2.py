@@ -204,7 +204,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 class Embedding(nn.Embedding):
-    """Vectors of tokens, and logits by the same weights where they are tied."""
+    """Vectors of tokens, and logits by the same, tied weights."""
 
     def forward(self, given: Tensor, gives_logits: bool = False) -> Tensor:
         # In this module's forward, where accelerate brings its weights and inputs to one device.
