@@ -48,7 +48,7 @@ cfg = compose_run(["+model=125m_hybrid"])
 gpu = target_gpu("h100")
 plan = check(cfg, 1, gpu)
 assert libraries.uses_fa4(cfg, hybrid_layout(cfg), gpu)
-assert liger.choose_loss(cfg, gpu.capability, te=False) == "liger"
+assert liger.choose_loss(cfg, gpu.capability, te=False) == "in_place"
 end("planned")
 
 compile_at_once = torch.compile
