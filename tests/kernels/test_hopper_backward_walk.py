@@ -52,7 +52,7 @@ class Walk:
         assert dk_out is dk
         assert dv_out is dv
         head_stride, row_stride, scale, scale_log2, batch_size, num_heads, group = numbers[:7]
-        first_tile, num_tiles, offset, s_k, dim, _, causal, packed, cut, _, _, rows, *_ = numbers[7:]
+        first_tile, num_tiles, offset, s_k, dim, _, causal, packed, cut, _, _, rows = numbers[7:]
         assert [x.block_shape[-2] for x in (q_box, dout_box)] == [rows, rows]
         assert row_stride == dk.stride(2) == dv.stride(2)
         assert dk.shape[1] == 1 or head_stride == dk.stride(1) == dv.stride(1)
