@@ -124,14 +124,3 @@ def _te_layer_spec() -> ModuleSpec:
     Norms are parts of the linear layers that follow them; the config's `normalization` selects them.
     """
     return copy.deepcopy(get_gpt_layer_with_transformer_engine_spec())
-
-
-def sum_gradients_in_place(model: torch.nn.Module) -> None:
-    """Make transformer-engine's linear layers add weight gradients within the product.
-
-    Adds them to Megatron's fp32 buffers. Megatron's own setting for this requires apex for the output layer, which is
-    not transformer-engine's.
-    """
-    for module in model.modules():
-        if hasattr(module, "fuse_wgrad_accumulation"):
-            module.fuse_wgrad_accumulation = True  # type: ignore[assignment]

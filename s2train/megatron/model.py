@@ -21,7 +21,7 @@ from s2train.errors import ConfigError
 from s2train.megatron.block_attention import DenseCoreAttention
 from s2train.megatron.gradient_sums import replace_apex
 from s2train.megatron.initial_weights import draw_initial_weights
-from s2train.megatron.layer_backends import Backend, choose_backend, own_capability, sum_gradients_in_place
+from s2train.megatron.layer_backends import Backend, choose_backend, own_capability
 from s2train.megatron.layout_cache import LayoutCache
 from s2train.megatron.rope_scaling import scale_rotation, set_temperature
 from s2train.megatron.specs import block_spec
@@ -41,8 +41,6 @@ def transformer_config(cfg: PretrainConfig, stages: Stages | None = None) -> Tra
     """
     model, parallel, train = cfg.model, cfg.parallel, cfg.train
     dtype, on_cuda = DTYPES[train.precision], torch.cuda.is_available()
-    if on_cuda:
-        replace_apex()
     config = TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -84,8 +82,7 @@ def transformer_config(cfg: PretrainConfig, stages: Stages | None = None) -> Tra
         apply_rope_fusion=choose_backend(cfg.layer_backend).fuses_rotation,
         fp8=None if cfg.fp8 == "none" else cfg.fp8,
         fp8_recipe=cfg.fp8_recipe,
-        # For Megatron's own linear layers: add weight gradients to the fp32 buffers within the product. torch can't on
-        # a CPU.
+        # Add weight gradients to the fp32 buffers within the product. torch can't on a CPU.
         gradient_accumulation_fusion=on_cuda,
         # For layers that we don't use.
         masked_softmax_fusion=False,
@@ -114,6 +111,8 @@ def build_model(
     Args:
         with_head: if off, the last chunk ends with its last layer, and returns hidden states.
     """
+    if config.gradient_accumulation_fusion:
+        replace_apex()
     cache, make_model, scaling = LayoutCache(), model_class(cfg), cfg.model.rope_scaling
     exchanges = [
         exchange_mode(layer, hybrid.num_query_groups, cfg.train.seq_length, cfg.parallel) for layer in hybrid.layers
@@ -143,8 +142,6 @@ def build_model(
         for module in chunk.modules():
             if isinstance(module, DenseCoreAttention):
                 module.implementation = cfg.dense_attention
-        if backend.name == "te":
-            sum_gradients_in_place(chunk)
         if backend.fuses_sums:
             from s2train.megatron.summed_norm import fuse_sums  # not importable where Liger-Kernel is not installed
 

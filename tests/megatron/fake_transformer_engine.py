@@ -29,7 +29,6 @@ class Linear(_Module):
         super().__init__()
         assert kw.get("bias") is False
         self.in_features, self.out_features, self.use_bias = in_features, out_features, False
-        self.fuse_wgrad_accumulation = False
         self.weight = torch.nn.Parameter(torch.empty(out_features, in_features, dtype=params_dtype))
         init_method(self.weight)
 
