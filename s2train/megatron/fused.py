@@ -16,7 +16,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.mlp import MLP
 from torch import Tensor
 
-_IGNORED = -100  # not a label of any token: positions without loss are masked afterwards
+IGNORED = -100  # not a label of any token: positions without loss are masked afterwards
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ def vocab_parallel_loss(logits: Tensor, labels: Tensor, group: torch.distributed
     Logits are [s, b, vocab / tp], labels [s, b].
     """
     smoothing = (0.0, "megatron", "partition")
-    loss: Tensor = LigerVocabParallelCEFunction.apply(logits, labels, group, _IGNORED, *smoothing)
+    loss: Tensor = LigerVocabParallelCEFunction.apply(logits, labels, group, IGNORED, *smoothing)
     return loss
 
 
@@ -68,7 +68,7 @@ def linear_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     Hidden states are [s, b, h], the weight [vocab, h]. Logits exist in pieces only; the backward recomputes them.
     Weight gradients accumulate in fp32 over the pieces.
     """
-    options = (None, None, _IGNORED, 0.0, 0.0, "none", None, False, torch.float32)
+    options = (None, None, IGNORED, 0.0, 0.0, "none", None, False, torch.float32)
     loss, *_ = LigerFusedLinearCrossEntropyFunction.apply(hidden.flatten(0, 1), weight, labels.flatten(), *options)
     return loss.view(labels.shape)
 

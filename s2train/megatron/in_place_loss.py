@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from s2train.kernels.scale_rows import scale_rows
+from s2train.megatron.fused import IGNORED
 
 _WARPS = 32  # as Liger-Kernel launches it on GPUs before Blackwell
-_NO_LABEL = -100  # not a label of any token: positions without loss are masked afterwards
 
 
 class _LossInPlace(torch.autograd.Function):
@@ -24,7 +24,7 @@ class _LossInPlace(torch.autograd.Function):
         losses = logits.new_zeros(rows, dtype=torch.float32)
         liger_cross_entropy_kernel[(rows,)](
             logits, logits.stride(0), labels, labels.stride(0), None, losses, None, 1, None, 0, None, 0,
-            words, 1, 1, 0.0, _NO_LABEL, 0.0, 0.0, "none", None,
+            words, 1, 1, 0.0, IGNORED, 0.0, 0.0, "none", None,
             RETURN_Z_LOSS=False, RETURN_TOKEN_ACCURACY=False, RETURN_PREDICTED_TOKENS=False,
             BLOCK_SIZE=min(MAX_FUSED_SIZE, 1 << (words - 1).bit_length()),
             HAS_WEIGHT=False, HAS_SOFTCAPPING=False, HAS_GRADIENTS=ctx.needs_input_grad[0], num_warps=_WARPS,
