@@ -22,6 +22,7 @@ from s2train.checkpoints.hugging_face.modeling_s2 import S2Config, S2ForCausalLM
 from s2train.command_line.program import run_command, settings_before_options
 from s2train.config import PretrainConfig
 from s2train.data.tokenizers import ByteTokenizer
+from s2train.environment.dtypes import DTYPES
 from s2train.environment.provenance import timed_on
 from s2train.files import new_file, write_json
 from s2train.inference.cached_model import CachedModel
@@ -88,7 +89,7 @@ def export_seconds(cfg: PretrainConfig, prompts: list[Tensor], runs: int, device
     """Time the export's own prefill of prompts [1, s]."""
     config = S2Config(**llama_config(cfg, cfg.model.vocab_size, ByteTokenizer()))
     default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16 if cfg.train.precision == "bf16" else torch.float32)
+    torch.set_default_dtype(DTYPES[cfg.train.precision])
     try:
         with device:
             model = S2ForCausalLM(config).eval()

@@ -5,9 +5,8 @@ These compute dense attention, SwiGLU, rotation, residual sums and loss.
 
 from dataclasses import dataclass
 
-import torch
-
 from s2train.config import PretrainConfig, head_dim
+from s2train.environment.dtypes import DTYPES
 from s2train.environment.hardware import Hardware
 from s2train.environment.liger import ROTATION, SPLIT, SUMS, SWIGLU, choose_loss, liger_operations
 from s2train.environment.transformer_engine import uses_te
@@ -67,8 +66,7 @@ class Implementations:
             return cfg.dense_attention
         model, deterministic = cfg.model, cfg.train.deterministic
         dim, grouped = head_dim(model), model.num_query_groups < model.num_attention_heads
-        dtype = torch.bfloat16 if cfg.train.precision == "bf16" else torch.float32
-        if takes_fa4(self.capability, dtype, dim, grouped=grouped, deterministic=deterministic):
+        if takes_fa4(self.capability, DTYPES[cfg.train.precision], dim, grouped=grouped, deterministic=deterministic):
             return "fa4"
         is_measured = cfg.train.seq_length <= LONGEST and (cfg.train.seq_length >= LONG or deterministic)
         if is_measured and self._has_hopper_kernels(cfg):
