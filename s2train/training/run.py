@@ -32,7 +32,6 @@ from s2train.planning.report import figures, letter_rows
 from s2train.preparation.bundled_corpus import ensure_prepared
 from s2train.training.auxiliary_losses import AuxiliaryLosses
 from s2train.training.compilers import Compilers, mark_compiled
-from s2train.training.kernel_caches import use_cache_folders
 from s2train.training.layout_picture import LayoutPicture, check_matplotlib
 from s2train.training.loop import Speed, Trainer
 from s2train.training.metrics import Tracker
@@ -57,7 +56,7 @@ _SECONDS_FOR_WANDB = 10.0  # after a signal: the scheduler soon kills the job, a
 def run(cfg: PretrainConfig, plan: Plan, times: StartTimes | None = None, compilers: Compilers | None = None) -> None:
     """Check data and checkpoint, build the model, train and save.
 
-    Rejects bad input before a process group exists.
+    Rejects bad input before a process group exists. Call `use_cache_folders` before, on a GPU.
 
     Args:
         plan: plan of this run, checked by `s2train.planning.check`.
@@ -142,8 +141,6 @@ def _train(
     if is_first:
         Thread(target=git_commit, name="commit", daemon=True).start()  # cached for the tracker
     watchdog.beat("compiling the kernels")
-    if device.type == "cuda":
-        use_cache_folders()
     if compilers is not None:
         say(compilers.wait())
         times.end("compilers")
