@@ -40,9 +40,9 @@ class Part:
 
     def holds(self, layer: LayerLayout) -> bool:
         """Whether a layer is in the part."""
-        if not layer.is_static or self.layers == "data-dependent":
-            return not layer.is_static and self.layers == "data-dependent"
-        return self.layers == "static" or layer.is_dense == (self.layers == "dense")
+        if not layer.is_static:
+            return self.layers == "data-dependent"
+        return self.layers in ("static", "dense" if layer.is_dense else "sparse")
 
 
 def run_once_per_machine(action: Callable[[], None]) -> None:
