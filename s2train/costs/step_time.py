@@ -52,11 +52,12 @@ _ELEMENTWISE = 0.104e-9  # seconds per token, layer and hidden dimension: norms,
 # Seconds that Liger-Kernel's kernels save: SwiGLU per output, rotation per dimension of queries and keys
 # (launch/results/2026-11-28-h100-elementwise.json, -rotation.json).
 _FUSED_SWIGLU, _FUSED_ROTATION = 0.26e-12, 25.4e-12
-# Passes over a tensor [s, b, hidden] that a residual sum with its norm saves, by the kernels' reads and writes; not
-# measured. Forward: 3 of the sum and 2 of the norm become 4. Backward: 3 and 5 (torch reads twice) become 4.
+# Passes over a tensor [s, b, hidden] that a residual sum with its norm saves, by the kernels' reads and writes.
+# Forward: 3 of the sum and 2 of the norm become 4. Backward: 3 and 5 (torch reads twice) become 4. An H200 saves 6 at
+# 4.2 TB/s (launch/results/2026-11-29-h200-elementwise.json).
 _FUSED_SUM = 5
-# Passes over queries and keys that splitting and rotating at once saves; not measured. Apart, both are copied and then
-# rotated, and in the backward rotated and then concatenated.
+# Passes over queries and keys that splitting and rotating at once saves, by the same count. Apart, both are copied and
+# then rotated, and in the backward rotated and then concatenated. The same file has 7.
 _FUSED_SPLIT = 4
 _LOSS = {  # seconds per logit, without products; the first file
     "torch": 15.5e-12,
