@@ -180,7 +180,7 @@ def _other_tokenizer(cfg: PretrainConfig, trained: PretrainConfig, checkpoint: P
         problem = f"{checkpoint} was trained with another content of this file"
     remedy = (
         "Take that tokenizer, and data that it made (launch/prepare_data.py tokenizer=FILE); or, to train its"
-        f" embeddings anew, set {ALLOW_CHANGES}=[data.tokenizer]"
+        f" embeddings again, set {ALLOW_CHANGES}=[data.tokenizer]"
     )
     return ConfigError("data.tokenizer", now, problem, remedy)
 
