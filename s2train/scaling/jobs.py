@@ -91,15 +91,20 @@ class Runner:
     def run_each(self, jobs: Sequence[Job], at_once: int = 1) -> Iterator[tuple[str, Outcome]]:
         """Run jobs, and yield each name and outcome.
 
-        Jobs of one process run concurrently, one per device, before the others.
+        Jobs on part of the devices run first: those of one size side by side, on separate devices.
 
         Args:
-            at_once: number of the others to run concurrently on all devices, if their speed does not matter.
+            at_once: number of jobs on all devices to run concurrently, if their speed does not matter.
         """
-        small = [job for job in jobs if job.processes == 1]
-        for first in range(0, len(small), self.devices):
-            yield from self._run_at_once(list(enumerate(small[first : first + self.devices])), self.devices)
-        yield from self._run_at_once([(0, job) for job in jobs if job.processes > 1], at_once)
+        for size in sorted({job.processes for job in jobs}):
+            own = [job for job in jobs if job.processes == size]
+            places = self.devices // size
+            if places <= 1:
+                yield from self._run_at_once([(0, job) for job in own], at_once)
+                continue
+            for first in range(0, len(own), places):
+                side_by_side = own[first : first + places]
+                yield from self._run_at_once([(place * size, job) for place, job in enumerate(side_by_side)], places)
 
     def checkpoint(self, job: str, step: int) -> Path:
         """Folder in which a job saved this step."""

@@ -2,9 +2,12 @@
 
 import json
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from threading import Barrier
 
 import pytest
+import torch
 
 from s2train.scaling.jobs import Job, Runner
 from s2train.scaling.recorded import Recorded
@@ -44,6 +47,26 @@ def test_a_job_that_printed_no_error_says_how_it_ended(status: int | None, error
     found = runner(tmp_path, FakeRanks(status=status)).run([Job("a", 2, ())])["a"].error
     assert found is not None
     assert found.startswith(error)
+
+
+def test_jobs_on_half_of_the_devices_run_side_by_side_on_separate_ones(tmp_path: Path) -> None:
+    places, both = {}, Barrier(2, timeout=10)
+
+    class Waiting(FakeRanks):
+        def __call__(
+            self, program: Sequence[str], processes: int, environment: Mapping[str, str], log: Path, timeout_s: float
+        ) -> int | None:
+            if processes == 2:
+                both.wait()  # for the other one
+            places[log.stem] = environment["CUDA_VISIBLE_DEVICES"]
+            return super().__call__(program, processes, environment, log, timeout_s)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+        four = Runner(tmp_path / "runs", 4, Recorded(tmp_path / "jobs.json"), Waiting(RECORDS))
+        four.run([Job("all", 4, ()), Job("a", 2, ()), Job("b", 2, ())])
+    assert places == {"a": "4,5", "b": "6,7", "all": "4,5,6,7"}
 
 
 def test_results_are_recorded_before_the_next_job_starts(tmp_path: Path) -> None:
