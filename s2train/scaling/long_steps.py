@@ -17,6 +17,7 @@ from s2train.scaling.parity import compare_losses
 from s2train.scaling.speed import memory
 
 _STEPS, _WARM = 3, 1
+_LONG_S = 20.0  # a step predicted to take longer is measured once
 
 
 @dataclass(frozen=True)
@@ -61,19 +62,22 @@ def long_steps(runner: Runner, request: Request, hardware: Hardware) -> Iterator
     ]
     cases += [("dense", dense[-1])] if dense else []
     named = {f"long {model} {length}": (model, length) for model, length in cases}
-    jobs = [
-        Job(name, cp, (*_settings(request, model, length, cp, layers[length]), "checkpoint.save=false"))
-        for name, (model, length) in named.items()
-    ]
+    plans = {
+        name: _plan(request, model, length, cp, layers[length], hardware) for name, (model, length) in named.items()
+    }
+    jobs = []
+    for name, (model, length) in named.items():
+        steps = _WARM + 1 if (_predicted(plans[name]) or 0.0) > _LONG_S else _STEPS
+        settings = (*_settings(request, model, length, cp, layers[length]), f"train.steps={steps}")
+        jobs.append(Job(name, cp, (*settings, "checkpoint.save=false")))
     agreement: dict[str, Any] = {}
     for agreement in _agreement(runner, request, hardware):
         yield {"agreement": agreement, "rows": {}}
     rows: dict[str, Any] = {}
     for name, outcome in runner.run_each(jobs):
         model, length = named[name]
-        plan = _plan(request, model, length, cp, layers[length], hardware)
         rows[name] = {"model": f"{request.size}_{model}", "seq_length": length, "cp": cp, "layers": layers[length]}
-        rows[name] |= _row(outcome, plan)
+        rows[name] |= _row(outcome, plans[name])
         yield {"agreement": agreement, "rows": rows}
 
 
@@ -117,7 +121,7 @@ def _settings(request: Request, model: str, length: int, cp: int, layers: int) -
     return (
         f"+model={request.size}_{model}", f"model.num_layers={layers}", "data=mock", f"train.seq_length={length}",
         "train.global_batch_size=1", "train.micro_batch_size=1", f"train.steps={_STEPS}", "train.recompute=full",
-        "parallel.tp=1", "parallel.sequence_parallel=false", f"parallel.cp={cp}", "optim.warmup_steps=2",
+        "parallel.tp=1", "parallel.sequence_parallel=false", f"parallel.cp={cp}", "optim.warmup_steps=1",
         "evaluation.interval=0", "tracking.log_interval=1", "checkpoint.resume=never",
     )  # fmt: skip
 
@@ -127,7 +131,12 @@ def _plan(request: Request, model: str, length: int, cp: int, layers: int, hardw
 
 
 def _fits(plan: Plan, step_s: float) -> bool:
-    return plan.fits_with_room and (plan.prediction is None or plan.prediction.time.total <= step_s)
+    return plan.fits_with_room and (_predicted(plan) or 0.0) <= step_s
+
+
+def _predicted(plan: Plan) -> float | None:
+    """Return the predicted seconds of a step; None on a device of unknown rates."""
+    return None if plan.prediction is None else plan.prediction.time.total
 
 
 def _layers(request: Request, length: int, cp: int, hardware: Hardware) -> int:
@@ -152,13 +161,14 @@ def _layers(request: Request, length: int, cp: int, hardware: Hardware) -> int:
 
 def _row(outcome: Outcome, plan: Plan) -> dict[str, Any]:
     """Summarize a run by medians over its steps after the first."""
-    predicted = None if plan.prediction is None else plan.prediction.time.total
+    predicted = _predicted(plan)
     if outcome.error is not None:
         return {"error": outcome.error, "predicted_s": predicted}
     steps = [record for record in outcome.records if "tokens_per_s" in record]
     measured = [record for record in steps if record["step"] > _WARM]
     return {
         "step_time_s": statistics.median(record["step_time_s"] for record in measured),
+        "measured_steps": len(measured),
         "predicted_s": predicted,
         "tokens_per_s": statistics.median(record["tokens_per_s"] for record in measured),
         "mfu": statistics.median(record["mfu"] for record in measured) if "mfu" in measured[0] else None,
