@@ -108,9 +108,11 @@ def _zeros(
     batch, width, dtype = cfg.train.micro_batch_size, head_dim(cfg.model), DTYPES[cfg.train.precision]
     query = torch.zeros(rows, batch, heads, width, dtype=dtype, device=device, requires_grad=True)
     key = torch.zeros(keys, batch, groups, width, dtype=dtype, device=device, requires_grad=True)
-    # A view of the projection's output, as in the layer: a kernel is compiled for given strides. Ranks that share a KV
-    # head copy its values.
-    projected = 1 if cfg.parallel.tp > cfg.model.num_query_groups else heads // groups + 2
+    # A view of the projection's output, as in the layer: a kernel is compiled for given strides. Ranks that share KV
+    # heads copy its values. Context parallel ranks attend to copies of others' values: as a view, those of a million
+    # tokens and their gradient would take 26 GB in a 7B layer, with more elements than 32 bits index.
+    copied = cfg.parallel.tp > cfg.model.num_query_groups or cfg.parallel.cp > 1
+    projected = 1 if copied else heads // groups + 2
     value = torch.zeros(keys, batch, groups, projected * width, dtype=dtype, device=device, requires_grad=True)
     return query, key, value[..., -width:]
 

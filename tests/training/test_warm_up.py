@@ -38,6 +38,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Any, **how: Any) -> torch.Tensor:
         made.append(SimpleNamespace(q=tuple(query.shape), k=tuple(key.shape), v=tuple(value.shape), **how))
         made[-1].dtype, made[-1].is_backward = query.dtype, False
+        made[-1].row = value.stride(0) // value.shape[1]
         made[-1].is_dense = layout.mask().equal(torch.ones_like(layout.mask()).tril())
         out = query * 1.0
         out.register_hook(lambda _: setattr(made[-1], "is_backward", True))
@@ -95,6 +96,12 @@ def test_tensor_and_context_parallel_shares_run_in_their_shapes(
     compile_for("parallel.tp=2", cp=(1, 2))
     shapes = [(call.q[0], call.k[0], call.q[2], call.query_offset) for call in calls]
     assert shapes == [(64, 128, 2, 64)] * 2 + [(64, 192, 2, 128)] * 2
+
+
+def test_values_are_a_view_of_the_projection_unless_ranks_copy_them(calls: list[Any]) -> None:
+    compile_for("layout.layers=S")
+    compile_for("layout.layers=S", cp=(0, 2))
+    assert [call.row for call in calls] == [2 * (2 + 2) * 32, 2 * 32, 2 * 32]
 
 
 def test_within_documents_one_sequence_at_a_time_runs_as_in_a_step(
