@@ -15,6 +15,7 @@ import tempfile
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import IO
 
@@ -113,9 +114,10 @@ def start_compilers(cfg: PretrainConfig, hybrid: HybridLayout, hardware: Hardwar
     """Start the processes of a machine, before Megatron's imports.
 
     Call `use_cache_folders` before. None on a CPU, on other ranks than a machine's first, if an earlier run has filled
-    the caches, in deterministic runs, or if there are fewer cores than ranks and processes.
+    the caches, in deterministic runs, if there are fewer cores than ranks and processes, or in a fork of a process
+    that has imported everything: it would only wait for the processes' imports.
     """
-    if hardware.kind != "cuda" or os.environ.get("LOCAL_RANK", "0") != "0":
+    if hardware.kind != "cuda" or os.environ.get("LOCAL_RANK", "0") != "0" or parent_process() is not None:
         return None
     try:
         return _start(cfg, hybrid, hardware)

@@ -86,6 +86,11 @@ def test_only_a_machines_first_rank_with_a_gpu_and_idle_cores_starts_processes(m
     assert started() is None
 
 
+def test_a_fork_with_nothing_left_to_import_starts_no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compilers, "parent_process", lambda: SimpleNamespace(name="MainProcess"))
+    assert started() is None
+
+
 def test_a_run_starts_where_processes_cannot(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
