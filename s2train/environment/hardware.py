@@ -2,10 +2,12 @@
 
 import os
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import psutil
 import torch
@@ -136,6 +138,17 @@ def _use(device: torch.device, dtype: torch.dtype | None) -> None:
 
 def _local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+@contextmanager
+def without_driver() -> Iterator[None]:
+    """Answer `torch.cuda.is_available` without CUDA's driver.
+
+    Forks of a process that has asked the driver can't use a GPU. megatron-core 0.19 asks when it is imported.
+    """
+    answer = torch.backends.cuda.is_built() and _GPU_FILE.exists()
+    with mock.patch.object(torch.cuda, "is_available", return_value=answer):
+        yield
 
 
 def check_gpus() -> None:

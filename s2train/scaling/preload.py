@@ -5,6 +5,7 @@ Does not initialise CUDA.
 
 from importlib import import_module
 
+from s2train.environment.hardware import without_driver
 from s2train.environment.imports import quick_imports
 from s2train.megatron.lazy_imports import import_megatron
 
@@ -17,7 +18,7 @@ _MODULES = (
     "s2train.training.run",
 )
 
-with quick_imports():  # a fork's garbage collector would copy what it walks
+with without_driver(), quick_imports():  # a fork's garbage collector would copy what it walks
     import_megatron()
     for _module in _MODULES:
         import_module(_module)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from s2train.environment import hardware
-from s2train.environment.hardware import check_gpus
+from s2train.environment.hardware import check_gpus, without_driver
 from s2train.errors import ConfigError
 from tests.program import SMALL, error_line, run
 
@@ -28,6 +28,16 @@ def test_a_machine_without_gpus_trains_on_its_cpu(monkeypatch: pytest.MonkeyPatc
     check_gpus()
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", "0")
     check_gpus()
+
+
+def test_a_gpu_is_seen_without_the_driver(no_gpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    with without_driver():
+        assert not torch.cuda.is_available()
+    no_gpu.touch()
+    with without_driver():
+        assert torch.cuda.is_available()
+    assert not torch.cuda.is_available()
 
 
 @pytest.mark.parametrize("given", [{"SLURM_GPUS_ON_NODE": "8"}, {"SLURM_JOB_GPUS": "0"}, {"CUDA_VISIBLE_DEVICES": "0"}])

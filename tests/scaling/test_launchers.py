@@ -43,6 +43,21 @@ def pids(folder: Path) -> list[int]:
     return [int(path.read_text()) for path in folder.glob("[0-9]") if path.read_text()]
 
 
+def test_what_forks_have_imported_asks_no_driver() -> None:
+    """Else no fork could use a GPU."""
+    text = (
+        "import importlib, torch\n"
+        "from s2train.megatron import lazy_imports\n"
+        "def fail(): raise SystemExit('the driver was asked')\n"
+        "torch.cuda.is_available = fail\n"
+        "lazy_imports.import_megatron = lambda: torch.cuda.is_available()  # as megatron-core 0.19's modules do\n"
+        "importlib.import_module = lambda name: None\n"
+        "import s2train.scaling.preload\n"
+    )
+    done = subprocess.run([sys.executable, "-c", text], env=environment(), capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_ranks_know_their_place_arguments_environment_and_log(tmp_path: Path) -> None:
     text = (
         "import os, sys, multiprocessing\n"
