@@ -1,8 +1,6 @@
 """Finds a run's starting checkpoint, and checks that they fit."""
 
-import os
 import shutil
-import zlib
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
@@ -29,6 +27,7 @@ from s2train.checkpoints.setting_changes import ALLOW_CHANGES, Change, allowed_c
 from s2train.config import PretrainConfig
 from s2train.data.blend import parse_blend
 from s2train.data.checks import num_train_samples
+from s2train.data.contents import are_same, contents_of
 from s2train.data.parts import training_part
 from s2train.data.splits import megatron_split
 from s2train.data.tokenizers import fingerprint
@@ -250,19 +249,12 @@ def data_order(cfg: PretrainConfig, first_step: int = 0) -> dict[str, Any]:
     blend = parse_blend(cfg.data.path)
     return {
         _PATH: [[weight, prefix] for weight, prefix in zip(blend.weights, blend.prefixes, strict=True)],
-        _CONTENTS: [_contents(prefix) for prefix in blend.prefixes],
+        _CONTENTS: [contents_of(prefix) for prefix in blend.prefixes],
         "data.split": megatron_split(training_part(cfg.data).split),
         _NUM_SAMPLES: num_train_samples(cfg, first_step),
         "train.seq_length": cfg.train.seq_length,
         "seed": cfg.seed,
     }
-
-
-def _contents(prefix: str) -> str:
-    """Fingerprint of a dataset's contents, independent of its path."""
-    with open(f"{prefix}.idx", "rb") as index, open(f"{prefix}.bin", "rb") as tokens:
-        sums = (zlib.crc32(file.read(1 << 20)) for file in (index, tokens))
-        return ", ".join([f"{os.path.getsize(prefix + '.bin')} bytes", *(f"{sum_:08x}" for sum_ in sums)])
 
 
 def _find(cfg: PretrainConfig) -> Path | None:
@@ -425,13 +417,10 @@ def _with_current_paths(before: dict[str, Any], now: dict[str, Any]) -> dict[str
 
     Megatron draws samples by seeds, weights and numbers of samples; paths only name its cache files.
     """
-    saved, found = before.get(_CONTENTS, []), now[_CONTENTS]
-    # Early checkpoints have a fingerprint of size and index only, which is enough under the same path.
-    without_tokens = [fingerprint.rpartition(", ")[0] for fingerprint in found]
-    if before.get(_PATH) == now[_PATH] and saved == without_tokens:
-        return before | {_CONTENTS: found}
-    if saved == found and [weight for weight, _ in before.get(_PATH, [])] == [weight for weight, _ in now[_PATH]]:
-        return before | {_PATH: now[_PATH]}
+    at_same_paths = before.get(_PATH) == now[_PATH]
+    has_same_weights = [weight for weight, _ in before.get(_PATH, [])] == [weight for weight, _ in now[_PATH]]
+    if has_same_weights and are_same(before.get(_CONTENTS, []), now[_CONTENTS], at_same_paths=at_same_paths):
+        return before | {_PATH: now[_PATH], _CONTENTS: now[_CONTENTS]}
     return before
 
 

@@ -75,12 +75,34 @@ def test_other_data_at_the_same_path_are_rejected_as_other_contents(here: Path) 
         resumed(before, order("a"))
 
 
-def test_a_fingerprint_of_size_and_index_alone_is_accepted_at_the_same_path_only(here: Path) -> None:
-    now = order("a")
-    old = now | {CONTENTS: [fingerprint.rpartition(", ")[0] for fingerprint in now[CONTENTS]]}
-    resumed(old, now)
-    with pytest.raises(ConfigError, match=r"^data.path="):  # other tokens could have the same lengths
-        resumed(old, order(here / "a"))
+def test_a_dataset_changed_in_place_past_its_beginning_is_rejected(here: Path) -> None:
+    before = order("a")
+    with open("a.bin", "r+b") as file:
+        file.truncate(1 << 23)
+        longer = order("a")
+        file.seek(7 << 20)
+        file.write(b"changed " * (1 << 15))
+    assert before != longer
+    with pytest.raises(ConfigError, match=r"^data\.path=a: .* on other contents of these files"):
+        resumed(longer, order("a"))
+
+
+def test_fingerprints_of_earlier_checkpoints_are_compared_by_what_they_hold(here: Path) -> None:
+    for fields, at_other_paths in ((2, False), (3, True)):  # the first lack the tokens: others could be as long
+        old = with_fields(order("a"), fields)
+        resumed(old, order("a"))
+        if at_other_paths:
+            resumed(old, order(here / "a"))
+        else:
+            with pytest.raises(ConfigError, match=r"^data.path="):
+                resumed(old, order(here / "a"))
+    with pytest.raises(ConfigError, match=r"^data\.path=b: "):
+        resumed(with_fields(order("a"), 3), order("b"))
+
+
+def with_fields(order: dict[str, Any], count: int) -> dict[str, Any]:
+    """An order as in earlier checkpoints, whose fingerprints have fewer fields."""
+    return order | {CONTENTS: [", ".join(content.split(", ")[:count]) for content in order[CONTENTS]]}
 
 
 def test_mock_data_are_accepted() -> None:
