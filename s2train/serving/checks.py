@@ -59,6 +59,10 @@ def warn_of_version() -> None:
 def check(config: VllmConfig) -> None:
     """Raise ConfigError for the first setting that sparse layers can't have."""
     layout, parallel, kv_cache = read_layout(config), config.parallel_config, config.cache_config
+    if (layers := config.model_config.hf_config.num_hidden_layers) != len(layout.layers):
+        problem = f"the export has the layouts of {len(layout.layers)} layers"
+        remedy = "Leave num_hidden_layers out of --hf-overrides, or export a model of so many layers"
+        raise ConfigError("hf_overrides.num_hidden_layers", layers, problem, remedy)
     sizes = {
         "pipeline_parallel_size": parallel.pipeline_parallel_size,
         "decode_context_parallel_size": parallel.decode_context_parallel_size,

@@ -25,7 +25,7 @@ def config(**changed: Any) -> Any:
         "parallel_config": {"tensor_parallel_size": 2, **dict.fromkeys(names, 1)},
         "cache_config": {"cache_dtype": "auto", "kv_offloading_size": None},
         "scheduler_config": {"disable_hybrid_kv_cache_manager": None},
-        "hf_config": {"layout": LAYOUT, "num_key_value_heads": 4},
+        "hf_config": {"layout": LAYOUT, "num_key_value_heads": 4, "num_hidden_layers": 2},
         "model_config": {
             "max_model_len": 1024,
             "original_max_model_len": None,
@@ -61,6 +61,7 @@ def test_what_can_be_served_passes() -> None:
         ({"kv_events_config": SimpleNamespace(enable_kv_cache_events=True)}, "kv_events_config=SimpleNamespace: pages"),
         ({"max_model_len": 1000}, "max_model_len=1000: isn't a multiple of the layout's block of 256"),
         ({"original_max_model_len": -1}, "max_model_len=auto: vLLM may choose a length that isn't a multiple of the"),
+        ({"num_hidden_layers": 3}, "hf_overrides.num_hidden_layers=3: the export has the layouts of 2 layers. Leave"),
         ({"layout": None}, "model=runs/export: its layout has format None, and this version of s2train reads format 1"),
         ({"layout": LAYOUT | {"format": 7}}, "model=runs/export: its layout has format 7, and"),
         ({"layout": LAYOUT | {"block_size": 8}}, "model=runs/export: its layout has blocks of 8 tokens, and kernels"),
