@@ -46,7 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--seconds", type=float, default=150, help="abort a part that takes longer")
+    parser.add_argument("--seconds", type=float, default=150, help="stop a part that takes longer; it has failed")
     parser.add_argument("--operations", nargs="+", help="elementwise: only these operations, such as rotation")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), help="steps: only these variants")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
@@ -76,11 +76,10 @@ def main() -> None:
         began = time.monotonic()
         print(f"== {part}", flush=True)
         try:
-            status = subprocess.run(commands.get(part, [*own, part]), timeout=given.seconds).returncode
+            if status := subprocess.run(commands.get(part, [*own, part]), timeout=given.seconds).returncode:
+                failed.append(f"{part} (status {status})")
         except subprocess.TimeoutExpired:
-            status = 1
-        if status:
-            failed.append(part)
+            failed.append(f"{part} (took longer than --seconds {given.seconds:g}; set more)")
         print(f"== {part}: {time.monotonic() - began:.0f} s", flush=True)
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
