@@ -28,7 +28,7 @@ from s2train.files import output_stem
 from s2train.needles.heat_map import SCORE_COLOURS
 from s2train.needles.results import Cell, load_results, results_from
 from s2train.study.recall import recall_curve
-from s2train.training.records import read_records
+from s2train.training.records import last_evaluation, read_records
 
 
 def read_variant(folder: Path) -> dict[str, Any]:
@@ -48,9 +48,8 @@ def read_variant(folder: Path) -> dict[str, Any]:
     for run in sorted((path for path in folder.iterdir() if path.name.isdecimal()), key=lambda path: int(path.name)):
         records = read_records(run / "metrics.jsonl")
         seconds[run.name] = _seconds(records)
-        losses = [record["held_out_loss"] for record in records if "held_out_loss" in record]
-        if losses and losses[-1] is not None:  # a diverged run ends without one
-            held_out[run.name] = losses[-1]
+        if (last := last_evaluation(records)) and last["held_out_loss"] is not None:
+            held_out[run.name] = last["held_out_loss"]
         if curve := recall_curve(records, points=1):
             recall[run.name] = curve[-1].mean
         for path in sorted(run.glob("needle/*/needle.json")):

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from s2train.environment.provenance import environment
 from s2train.errors import ConfigError
 from s2train.files import check_writable, output_stem, write_json
-from s2train.training.records import read_curves, read_records
+from s2train.training.records import last_evaluation, read_curves, read_records
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -79,12 +79,13 @@ def summarize(run_dir: Path) -> Summary:
     path = run_dir / "metrics.jsonl"
     if not path.is_file():
         raise ConfigError("runs", run_dir, "has no metrics.jsonl", "Set folders of runs")
-    reports = [record for record in read_records(path) if "tokens_per_s" in record]
+    records = read_records(path)
+    reports = [record for record in records if "tokens_per_s" in record]
     if not reports:
         raise ConfigError("runs", run_dir, "has reported no step yet", "Leave it out, or train it first")
     last = reports[-1]["step"]
     steady = [report for report in reports if report["step"] > last / 10]
-    held_out = [report for report in reports if "held_out_loss" in report][-1:]
+    evaluation = last_evaluation(records)
 
     def median(name: str) -> float:
         return statistics.median(report[name] for report in steady)
@@ -95,13 +96,13 @@ def summarize(run_dir: Path) -> Summary:
         # older runs don't record consumed tokens
         tokens=reports[-1].get("consumed_tokens", read_curves(path).tokens(last)),
         loss=reports[-1]["loss"],
-        **{name: held_out[0].get(name) if held_out else None for name in HELD_OUT},
+        **{name: (evaluation or {}).get(name) for name in HELD_OUT},
         step_time_s=median("step_time_s"),
         tokens_per_s=median("tokens_per_s"),
         model_tflops=median("model_tflops"),
         mfu=None if any("mfu" not in report for report in steady) else median("mfu"),
         peak_memory_gib=max(report["memory_gib"] for report in reports),
-        is_evaluated=bool(held_out),
+        is_evaluated=evaluation is not None,
         held_out_tokens=_held_out_tokens(run_dir / "config.yaml"),
     )
 

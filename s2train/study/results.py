@@ -14,7 +14,7 @@ from s2train.study.files import Folders
 from s2train.study.recall import Recall, recall_curve
 from s2train.study.settings import Recipe
 from s2train.study.variants import Run, counts_exactly
-from s2train.training.records import read_records
+from s2train.training.records import last_evaluation, read_records
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,8 @@ def save_result(
     folder = folders.run(run)
     summary = summarize(folder)
     records = read_records(folder / "metrics.jsonl")
-    evaluations = [one for one in records if "held_out_loss" in one]
-    measured = [one for one in evaluations if one["held_out_loss"] is not None]
-    if not measured or measured[-1] is not evaluations[-1]:  # a diverged run ends without one
+    last = last_evaluation(records)
+    if last is None or last["held_out_loss"] is None:
         raise ConfigError("runs", folder, "ends without a finite held-out loss", "Train it again in another root")
     content = {
         "run": asdict(run),
@@ -93,9 +92,10 @@ def save_result(
                 (one["step"] - first_step) * summary.step_time_s * gpus,
                 one["held_out_loss"],
             ]
-            for one in measured
+            for one in records
+            if one.get("held_out_loss") is not None
         ],
-        "by_position": measured[-1]["held_out_loss_by_position"],
+        "by_position": last["held_out_loss_by_position"],
         "recall": [asdict(one) for one in recall_curve(records)],
         "settings": list(settings),
         "environment": environment(),

@@ -60,6 +60,14 @@ def read_records(metrics: Path) -> list[dict[str, Any]]:
     return records
 
 
+def last_evaluation(records: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return the report of a run's last evaluation; None without one.
+
+    Its `held_out_loss` is None if it was not finite: a diverged run ends so, and no earlier loss stands for it.
+    """
+    return next((record for record in reversed(records) if "held_out_loss" in record), None)
+
+
 def read_curves(metrics: Path) -> Curves:
     """Read losses, tokens per step and resumes from a metrics.jsonl.
 
