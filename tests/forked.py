@@ -171,7 +171,7 @@ def _draw_on_request() -> None:
     from PIL import Image
 
     from s2train import pictures
-    from s2train.training import plots
+    from s2train.training import layout_picture, plots
 
     def on_request(draw: Callable[..., Any], place: int) -> Callable[..., Any]:
         """`place` of the path among the arguments."""
@@ -187,6 +187,7 @@ def _draw_on_request() -> None:
     Figure.savefig = on_request(Figure.savefig, 1)  # type: ignore[method-assign]
     # The axes of a layout, which each training draws, alone take a tenth of a second.
     pictures.draw_layout = on_request(pictures.draw_layout, 2)
+    layout_picture.start_process = lambda cfg, errors: None  # its imports take longer than these runs
     plots.draw_loss_curve = on_request(plots.draw_loss_curve, 1)
 
 

@@ -1,9 +1,16 @@
 """Draws the picture of a run's layout beside its steps."""
 
-from concurrent.futures import ThreadPoolExecutor
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Thread
 from types import TracebackType
+from typing import IO
 
 from s2train.attention.features import Feature
 from s2train.attention.hybrid import HybridLayout
@@ -11,13 +18,19 @@ from s2train.attention.kind import lacking
 from s2train.config import PretrainConfig
 from s2train.errors import ConfigError
 from s2train.training.metrics import Tracker
+from s2train.training.picture_worker import PICTURE, STOPPED, Task, draw
+
+# With the rank's own path: `python -m` would look in the working directory first.
+_PROGRAM = f"import sys; sys.path[:] = {sys.path!r}; from s2train.training.picture_worker import main; main()"
 
 
 class LayoutPicture:
-    """Draws a run's layout in a thread, and shows it in wandb.
+    """Draws a run's layout in a process, and shows it in wandb.
 
-    Start it after the first step: to import matplotlib and to draw take a second of Python, which a start would wait
-    for. As a context, it ends when the picture is drawn. A picture that can't be drawn is logged, and stops no run.
+    A thread would hold Python's lock for half a second, mostly in imports, and the steps would wait. Start it after the
+    first step, whose start needs the cores. As a context, it ends with the picture: a process that has not drawn it by
+    then is ended, and the picture drawn here, where matplotlib is needed for the losses anyway. An error that ends the
+    run ends the process too. A picture that can't be drawn is logged, and stops no run.
 
     Args:
         active: whether this rank draws.
@@ -27,27 +40,43 @@ class LayoutPicture:
     """
 
     def __init__(self, cfg: PretrainConfig, hybrid: HybridLayout, tracker: Tracker, *, active: bool) -> None:
-        self._cfg, self._hybrid, self._tracker = cfg, hybrid, tracker
+        self._cfg, self._tracker = cfg, tracker
         self._active = active and not lacking(hybrid.layers, Feature.PICTURES)
-        self._pool = ThreadPoolExecutor(1, "layout picture")
+        self._is_due = False  # not drawn, and not found impossible to draw
+        self._process: subprocess.Popen[bytes] | None = None
+        self._waiting: Thread | None = None
         self.path: Path | None = None
 
     def start(self) -> None:
         """Start to draw."""
-        if self._active:
-            self._pool.submit(self._draw, Path(self._cfg.run_dir) / "layout.png")
-
-    def _draw(self, path: Path) -> None:
-        try:
-            from s2train.pictures import draw_layout  # matplotlib: slow
-
-            draw_layout(self._hybrid, self._cfg.train.seq_length, path, title=self._cfg.model.name)
-        except Exception as error:  # a broken matplotlib, a full disk: the run's steps need no picture
-            line = (str(error).strip().splitlines() or [""])[0]
-            self._tracker.note(f"the layout's picture can't be drawn: {type(error).__name__}: {line}; continuing")
+        if not self._active:
             return
-        self.path = path
+        self._is_due, errors = True, tempfile.TemporaryFile()  # noqa: SIM115 (`_wait` reads it)
+        try:
+            self._process = start_process(self._cfg, errors)
+        except OSError as error:  # too many processes
+            self._tracker.note(f"the layout's picture is drawn at the end: no process draws it meanwhile ({error})")
+        if self._process is not None:
+            self._waiting = Thread(target=self._wait, args=(self._process, errors), name="layout picture", daemon=True)
+            self._waiting.start()
+
+    def _wait(self, process: subprocess.Popen[bytes], errors: IO[bytes]) -> None:
+        """Show what the process drew, or log why it didn't."""
+        status = process.wait()
+        if status == 0:
+            self._show(Path(self._cfg.run_dir) / PICTURE)
+        elif status not in (STOPPED, -signal.SIGTERM):
+            errors.seek(0)
+            lines = errors.read().decode(errors="replace").strip().splitlines()
+            self._log_problem(lines[-1].strip() if lines else f"its process ended with status {status}")
+
+    def _show(self, path: Path) -> None:
+        self._is_due, self.path = False, path
         self._tracker.picture("layout/picture", path)
+
+    def _log_problem(self, problem: str) -> None:
+        self._is_due = False
+        self._tracker.note(f"the layout's picture can't be drawn: {problem}; continuing")
 
     def __enter__(self) -> None:
         pass
@@ -55,8 +84,27 @@ class LayoutPicture:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Wait for the picture."""
-        self._pool.shutdown()
+        """End the process; draw the picture if it has not."""
+        if self._process is not None and self._waiting is not None:
+            self._process.terminate()
+            self._waiting.join()
+        if not self._is_due or error is not None:
+            return
+        try:
+            self._show(draw(self._cfg))
+        except Exception as found:  # a broken matplotlib, a full disk: the run needs no picture
+            self._log_problem(f"{type(found).__name__}: {(str(found).strip().splitlines() or [''])[0]}")
+
+
+def start_process(cfg: PretrainConfig, errors: IO[bytes]) -> "subprocess.Popen[bytes] | None":
+    """Start a process that draws; it writes its errors to a file.
+
+    None: no process is to draw, and the picture is drawn at the end.
+    """
+    with tempfile.TemporaryFile() as file:  # a pipe could fill up
+        file.write(pickle.dumps(Task(cfg, os.getpid())))
+        file.seek(0)
+        return subprocess.Popen([sys.executable, "-c", _PROGRAM], stdin=file, stdout=subprocess.DEVNULL, stderr=errors)
 
 
 def check_matplotlib() -> None:

@@ -1,6 +1,8 @@
 """The picture of a run's layout is drawn beside its steps."""
 
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from s2train import pictures
 from s2train.config import PretrainConfig
 from s2train.errors import ConfigError
 from s2train.planning import compose_run, hybrid_layout
+from s2train.training import layout_picture
 from s2train.training.layout_picture import LayoutPicture, check_matplotlib
 
 
@@ -36,12 +39,51 @@ def picture_of(cfg: PretrainConfig, tracker: Any, *, active: bool = True) -> Lay
     return LayoutPicture(cfg, hybrid_layout(cfg), tracker, active=active)
 
 
-def test_it_is_drawn_at_the_end_of_the_context_and_shown(cfg: PretrainConfig) -> None:
+@pytest.fixture
+def unassisted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No process draws."""
+    monkeypatch.setattr(layout_picture, "start_process", lambda cfg, errors: None)
+
+
+def started(monkeypatch: pytest.MonkeyPatch, program: str) -> None:
+    """Have the process run another program, which waits for no imports."""
+    monkeypatch.setattr(layout_picture, "_PROGRAM", program)
+
+
+def wait_until(is_done: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not is_done():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_a_process_draws_it_during_the_steps(cfg: PretrainConfig) -> None:
+    picture = picture_of(cfg, tracker := FakeTracker())
+    with picture:
+        picture.start()
+        wait_until(lambda: bool(tracker.pictures or tracker.notes))
+        assert (tracker.pictures, tracker.notes) == ([("layout/picture", True)], [])
+    assert picture.path == Path(cfg.run_dir) / "layout.png"
+    assert len(tracker.pictures) == 1
+
+
+def test_what_no_process_has_drawn_is_drawn_at_the_end(cfg: PretrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    started(monkeypatch, "import time; time.sleep(60)")
     picture = picture_of(cfg, tracker := FakeTracker())
     with picture:
         picture.start()
     assert picture.path == Path(cfg.run_dir) / "layout.png"
     assert tracker.pictures == [("layout/picture", True)]
+
+
+def test_an_error_of_its_process_is_logged(cfg: PretrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    started(monkeypatch, "raise OSError('disk is full')")
+    picture = picture_of(cfg, tracker := FakeTracker())
+    with picture:
+        picture.start()
+        wait_until(lambda: bool(tracker.notes))
+    assert tracker.notes == ["the layout's picture can't be drawn: OSError: disk is full; continuing"]
+    assert (tracker.pictures, picture.path) == ([], None)
 
 
 def test_other_ranks_draw_nothing(cfg: PretrainConfig) -> None:
@@ -61,6 +103,7 @@ def test_a_layout_that_data_choose_has_no_picture(tmp_path: Path) -> None:
     assert tracker.pictures == []
 
 
+@pytest.mark.usefixtures("unassisted")
 def test_one_that_cannot_be_drawn_is_logged_and_stops_no_run(
     cfg: PretrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -79,12 +122,13 @@ def test_a_run_without_matplotlib_is_rejected_before_its_first_step(monkeypatch:
         check_matplotlib()
 
 
-def test_an_error_of_the_steps_comes_first(cfg: PretrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pictures, "draw_layout", fail)
-    picture = picture_of(cfg, FakeTracker())
+@pytest.mark.usefixtures("unassisted")
+def test_a_run_that_an_error_ends_draws_nothing(cfg: PretrainConfig) -> None:
+    picture = picture_of(cfg, tracker := FakeTracker())
     picture.start()
     with pytest.raises(RuntimeError, match="a step"), picture:
         raise RuntimeError("a step")
+    assert (tracker.pictures, picture.path) == ([], None)
 
 
 def fail(*arguments: Any, **named: Any) -> None:
